@@ -1,0 +1,59 @@
+"""The one exception type that a user is meant to read.
+
+It lies below every other package, so that each of them can refuse bad input in the same form.
+"""
+
+from __future__ import annotations
+
+EXIT_USER_ERROR = 2
+EXIT_TRAINING_STOPPED = 6  # numbers went wrong: too many skipped steps, loss scale at its floor
+EXIT_RESTART = 75  # EX_TEMPFAIL: state is saved, start the same command again
+
+
+class UserError(Exception):
+    """Input that cannot be used: says what was found, where, what was expected and how to fix it.
+
+    The command line prints ``str(error)`` without a traceback and exits with ``exit_code``.
+
+    Args:
+        found: what is wrong, in one sentence, with the offending value.
+        where: file, key or line it was found at ("" when the sentence already says so).
+        expected: what would have been right.
+        fix: the command or edit that repairs it.
+        exit_code: process exit code, 2 for a user's mistake.
+    """
+
+    def __init__(
+        self,
+        found: str,
+        *,
+        where: str = "",
+        expected: str = "",
+        fix: str = "",
+        exit_code: int = EXIT_USER_ERROR,
+    ) -> None:
+        self.found, self.where, self.expected, self.fix = found, where, expected, fix
+        self.exit_code = exit_code
+        super().__init__(self.render())
+
+    def render(self) -> str:
+        lines = [f"{self.where}: {self.found}" if self.where else self.found]
+        if self.expected:
+            lines.append(f"  expected: {self.expected}")
+        if self.fix:
+            lines.append(f"  fix: {self.fix}")
+        return "\n".join(lines)
+
+
+class ConfigError(UserError):
+    """One or more problems of one config, reported together.
+
+    Args:
+        problems: each a ``UserError`` with its own place and fix; at least one.
+        path: the config file they belong to.
+    """
+
+    def __init__(self, problems: list[UserError], path: str = "") -> None:
+        self.problems = problems
+        count = f"{len(problems)} problem" + ("s" if len(problems) != 1 else "")
+        super().__init__("\n".join([f"{count} in the config"] + [p.render() for p in problems]), where=path)

@@ -1,0 +1,38 @@
+"""Which ranks work together: named axes over one set of ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One named axis of the grid, as one rank sees it. ``group`` is None iff ``size == 1``."""
+
+    name: str
+    size: int = 1
+    rank: int = 0
+    group: ProcessGroup | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Two views of the same ranks inside each pipeline stage (last axis: neighbouring ranks).
+
+    activations (pp, dp, tp) and parameters (pp, replica, zero, wp) for isp, (pp, replica, zero, tp) otherwise.
+    """
+
+    pp: Axis = Axis("pp")
+    dp: Axis = Axis("dp")
+    tp: Axis = Axis("tp")
+    wp: Axis = Axis("wp")
+    zero: Axis = Axis("zero")
+    replica: Axis = Axis("replica")
+
+    @property
+    def world_size(self) -> int:
+        return self.pp.size * self.dp.size * self.tp.size

@@ -1,0 +1,36 @@
+"""How one parameter is cut over the grid: exactly one ``ShardSpec`` each.
+
+Slicing, gradient sync, norm de-duplication, checkpoints, export and the planner derive from it alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """Args:
+    shape: global shape of the tensor.
+    shards: (axis name, tensor dim) pairs, outer to inner, along which this rank holds one contiguous range.
+    partial: axes over which the local gradient is still a partial sum.
+    """
+
+    shape: tuple[int, ...]
+    shards: tuple[tuple[str, int], ...] = ()
+    partial: frozenset[str] = frozenset()
+
+
+def with_spec(parameter: nn.Parameter, spec: ShardSpec) -> nn.Parameter:
+    """Attaches ``spec`` to a parameter; layers call it on each parameter they make."""
+    parameter.spec = spec  # type: ignore[attr-defined]
+    return parameter
+
+
+def spec_of(parameter: torch.Tensor) -> ShardSpec:
+    """The parameter's spec; one without its own is replicated on every rank."""
+    spec: ShardSpec = getattr(parameter, "spec", None) or ShardSpec(tuple(parameter.shape))
+    return spec
