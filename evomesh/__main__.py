@@ -1,0 +1,5 @@
+"""``python -m evomesh`` is the ``evomesh`` command."""
+
+from evomesh.cli.main import main
+
+main()

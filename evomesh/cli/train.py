@@ -1,0 +1,57 @@
+"""``evomesh train`` and the documents' ``train.py --config``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a config value; repeatable.")
+]
+Launcher = Annotated[str, typer.Option(help="Where rank information comes from: auto, torch or slurm.")]
+Port = Annotated[int, typer.Option(help="Rendezvous port of the slurm launcher.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the initial weights [default: the config's, else 1024].")]
+RunDir = Annotated[str | None, typer.Option(help="Folder for log, metrics.jsonl and TensorBoard.")]
+
+
+def train(
+    config: Annotated[str, typer.Argument(help="A Python config file, such as configs/demo.py.")],
+    overrides: Overrides = None,
+    launcher: Launcher = "auto",
+    port: Port = 8888,
+    seed: Seed = None,
+    run_dir: RunDir = None,
+) -> None:
+    """Train the model that CONFIG describes; resumes by itself from the newest good checkpoint."""
+    from evomesh.config.loader import load_config
+    from evomesh.train.main import train_from_config
+
+    extra = [f"seed={seed}"] if seed is not None else []
+    extra += [f"run_dir={run_dir}"] if run_dir is not None else []
+    loaded = load_config(config, [*(overrides or []), *extra])
+    code = train_from_config(loaded, launcher=launcher, port=port)
+    if code:
+        sys.exit(code)
+
+
+def shim(
+    config: Annotated[str, typer.Option("--config", help="A Python config file.")],
+    overrides: Overrides = None,
+    launcher: Launcher = "auto",
+    port: Port = 8888,
+    seed: Seed = None,
+    run_dir: RunDir = None,
+) -> None:
+    """Train as the documents do: train.py --config CONFIG --launcher torch."""
+    train(config, overrides, launcher, port, seed, run_dir)
+
+
+def shim_main() -> None:
+    """Entry point of the repository's ``train.py``."""
+    from evomesh.cli.main import run
+
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(shim)
+    run(app)

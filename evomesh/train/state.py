@@ -1,0 +1,34 @@
+"""What a run has done so far: the part of a checkpoint that is neither weights nor data position."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass
+class TrainState:
+    """Counters of one run.
+
+    Attributes:
+        step: batches taken so far, which is the number of the next step; bounded by ``data.total_steps``.
+        step_count: successful updates; learning rate and beta2 are functions of it.
+        num_consumed_tokens: tokens of all steps tried, over all data-parallel ranks.
+        inf_nan_skip_batches: steps whose gradient was not finite and that changed nothing.
+        consecutive_skips: how many of those came last in a row.
+        run_folder: log, metrics and TensorBoard files; a resumed run goes on in it.
+    """
+
+    step: int = 0
+    step_count: int = 0
+    num_consumed_tokens: int = 0
+    inf_nan_skip_batches: int = 0
+    consecutive_skips: int = 0
+    run_folder: str = ""
+
+    def state(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        for field in fields(self):
+            setattr(self, field.name, state[field.name])

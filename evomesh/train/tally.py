@@ -1,0 +1,61 @@
+"""Loss, accuracy and perplexity as sums over target tokens, one column per data type.
+
+Sums add up over micro-batches, ranks and batches of any size, so every mean taken from them weighs tokens equally.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from evomesh.data.batch import IGNORE
+from evomesh.models.decoder import LossOutput
+from evomesh.parallel.collectives import sum_over
+from evomesh.parallel.grid import Axis
+
+
+class Tally:
+    """Args:
+    types: names of the data types; ``type_ids`` index into them.
+    device: where the sums are kept.
+    """
+
+    def __init__(self, types: list[str], device: torch.device) -> None:
+        self.types = types
+        self.sums = torch.zeros(3, len(types), dtype=torch.float64, device=device)  # nll, correct, tokens
+
+    def add(self, output: LossOutput, labels: Tensor, type_ids: Tensor) -> None:
+        """Adds one packed sequence; ``labels`` and ``type_ids`` are [T]."""
+        target = labels != IGNORE
+        rows = torch.stack([output.nll.double() * target, (output.correct & target).double(), target.double()])
+        # A product with the membership matrix, since scattered adds have no fixed order on CUDA.
+        member = type_ids[:, None] == torch.arange(len(self.types), device=type_ids.device)
+        # 0 * inf would leak a type's overflow into the others
+        self.sums += torch.where(member, rows[:, :, None], 0.0).sum(1)
+
+    def reduce(self, axis: Axis) -> Tally:
+        """Sums over the ranks of ``axis``; every rank gets the result."""
+        total = Tally(self.types, self.sums.device)
+        total.sums = sum_over(self.sums, axis)
+        return total
+
+    def summary(self) -> dict[str, float]:
+        """``loss``, ``acc``, ``perplexity`` over all tokens and ``loss/TYPE``, ``acc/TYPE``, ``tokens/TYPE``,
+        ``perplexity/TYPE`` for each type that has tokens; a type without any is absent."""
+        nll, correct, tokens = self.sums.tolist()
+        result = _means("", sum(nll), sum(correct), sum(tokens))
+        for name, *sums in zip(self.types, nll, correct, tokens, strict=True):
+            result |= _means(f"/{name}", *sums)
+            if sums[2]:
+                result[f"tokens/{name}"] = int(sums[2])
+        return result
+
+
+def _means(suffix: str, nll: float, correct: float, tokens: float) -> dict[str, float]:
+    if not tokens:
+        return {}
+    loss = nll / tokens
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    return {f"loss{suffix}": loss, f"acc{suffix}": correct / tokens, f"perplexity{suffix}": perplexity}
