@@ -1,0 +1,89 @@
+"""How the ranks of one save or load agree: small JSON messages to rank 0 and back.
+
+JSON bytes travel, never pickles. The group is the checkpoint's own (gloo), so that a save that runs behind the
+training loop cannot mix its messages with the gradients'.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+
+class Exchange(Protocol):
+    """The ranks that save and load together; every rank calls every method, in the same order."""
+
+    rank: int
+    size: int
+
+    def gather(self, message: Any) -> list[Any] | None:
+        """The messages of all ranks by rank on rank 0, None elsewhere."""
+
+    def broadcast(self, message: Any) -> Any:
+        """Rank 0's message, everywhere."""
+
+
+class OneProcess:
+    """The exchange of a run without other ranks."""
+
+    rank, size = 0, 1
+
+    def gather(self, message: Any) -> list[Any]:
+        return [message]
+
+    def broadcast(self, message: Any) -> Any:
+        return message
+
+
+class GroupExchange:
+    """Over a process group of its own.
+
+    Args:
+        timeout_s: seconds after which a silent peer counts as dead.
+    """
+
+    def __init__(self, timeout_s: float = 1800.0) -> None:
+        self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+
+    def gather(self, message: Any) -> list[Any] | None:
+        data = _encode(message)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor([len(data)]), group=self._group)
+        longest = int(max(sizes))
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: len(data)] = data
+        if self.rank:
+            dist.gather(padded, None, dst=0, group=self._group)
+            return None
+        parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
+        dist.gather(padded, parts, dst=0, group=self._group)
+        return [_decode(part[: int(size)]) for part, size in zip(parts, sizes, strict=True)]
+
+    def broadcast(self, message: Any) -> Any:
+        data = _encode(message) if self.rank == 0 else torch.zeros(0, dtype=torch.uint8)
+        size = torch.tensor([len(data)])
+        dist.broadcast(size, src=0, group=self._group)
+        if self.rank:
+            data = torch.zeros(int(size), dtype=torch.uint8)
+        dist.broadcast(data, src=0, group=self._group)
+        return _decode(data)
+
+
+def _encode(message: Any) -> torch.Tensor:
+    return torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
+
+
+def _decode(data: torch.Tensor) -> Any:
+    return json.loads(data.numpy().tobytes())
+
+
+def default_exchange() -> Exchange:
+    """All ranks of the job, or the one there is."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return GroupExchange()
+    return OneProcess()

@@ -1,0 +1,165 @@
+"""Reads pieces by byte range, checks each against its hash, and copies what is wanted."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evomesh.checkpoint import format as fmt
+from evomesh.checkpoint.boxes import Part
+from evomesh.checkpoint.find import Found
+from evomesh.checkpoint.format import CheckpointError, Piece, TensorRecord
+from evomesh.checkpoint.plan import Local
+from evomesh.checkpoint.write import as_bytes
+from evomesh.storage.base import Reader, join
+
+
+@dataclass(frozen=True)
+class Job:
+    """One piece to read and the local parts it goes to (none: only to verify)."""
+
+    record: TensorRecord
+    piece: Piece
+    targets: tuple[Part, ...] = ()
+
+
+def match(records: Mapping[str, TensorRecord], local: Mapping[str, Local], cast: bool, where: str) -> None:
+    """Checks that every wanted tensor is there, with its shape and dtype.
+
+    Raises:
+        CheckpointError: naming the missing tensors, or the first that differs with both shapes.
+    """
+    missing = [name for name in local if name not in records]
+    if missing:
+        near = difflib.get_close_matches(missing[0], records, n=1, cutoff=0.7)
+        hint = f"; the closest name there is {near[0]!r}" if near else ""
+        raise CheckpointError(
+            f"the checkpoint has no {_names(missing)}{hint}",
+            where=where,
+            expected="the tensors of this model",
+            fix="use the model section of the run that wrote it, or leave that content out",
+        )
+    for name, wanted in local.items():
+        record = records[name]
+        if record.shape != wanted.shape or (record.dtype != wanted.dtype and not cast):
+            wants = f"{wanted.dtype}[{','.join(map(str, wanted.shape))}]"
+            raise CheckpointError(
+                f"{name}: checkpoint has {record.described}, the model wants {wants}",
+                where=where,
+                expected="the same model shape and dtype as in the run that wrote it",
+                fix="compare the model section with the one stored in the checkpoint: evomesh ckpt ls",
+            )
+
+
+def _names(names: list[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:4])
+    return f"{shown}{', ...' if len(names) > 4 else ''} ({len(names)} name{'s' if len(names) > 1 else ''})"
+
+
+def refuse_unwanted(records: Mapping[str, TensorRecord], wanted: Iterable[str], where: str) -> None:
+    """``wanted``: names over all ranks, since a pipeline stage never wants all."""
+    extra = sorted(set(records) - set(wanted))
+    if extra:
+        raise CheckpointError(
+            f"the checkpoint holds {_names(extra)} that this run has no place for",
+            where=where,
+            expected="a model and optimizer of the same layers",
+            fix="load a part only (content), or use the model section of the run that wrote it",
+        )
+
+
+def jobs_for(records: Mapping[str, TensorRecord], local: Mapping[str, Local]) -> list[Job]:
+    """The pieces that hold any wanted element."""
+    jobs = []
+    for name, wanted in local.items():
+        record = records[name]
+        for piece in record.pieces:
+            targets = tuple(part for part in wanted.parts if piece.box.overlap(part.box) is not None)
+            if targets:
+                jobs.append(Job(record, piece, targets))
+    return jobs
+
+
+def run(found: Found, jobs: list[Job]) -> int:
+    """Reads the jobs in file order through one buffer and returns the number of bytes read.
+
+    Raises:
+        CheckpointError: a piece is damaged: names the tensor, the file and the bytes.
+    """
+    total = 0
+    buffer = torch.empty(max((_size(job) for job in jobs), default=0), dtype=torch.uint8)
+    memory = as_bytes(buffer)
+    reader: Reader | None = None
+    current = -1
+    try:
+        for job in sorted(jobs, key=lambda job: (job.piece.file, job.piece.start)):
+            if job.piece.file != current:
+                if reader is not None:
+                    reader.close()
+                current, reader = job.piece.file, None
+                reader = _open(found, job)
+            size = _size(job)
+            _fill(found, job, reader, memory[:size])
+            _copy(job, buffer[:size])
+            total += size
+    finally:
+        if reader is not None:
+            reader.close()
+    return total
+
+
+def _open(found: Found, job: Job) -> Reader:
+    path = join(found.folder, found.files[job.piece.file][0])
+    try:
+        return found.storage.open(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{job.record.name}: {found.files[job.piece.file][0]} cannot be opened: {error.strerror or error}",
+            where=found.folder,
+        ) from None
+
+
+def _fill(found: Found, job: Job, reader: Reader | None, memory: memoryview) -> None:
+    assert reader is not None
+    name, start = found.files[job.piece.file][0], job.piece.start
+    place = (
+        f"{job.record.name}: piece at {list(job.piece.box.offsets)} in {name} (bytes {start}..{start + len(memory)})"
+    )
+    try:
+        reader.read_into(start, memory)
+    except (OSError, EOFError) as error:
+        raise CheckpointError(f"{place} cannot be read: {error}", where=found.folder) from None
+    digest = fmt.piece_hash(memory)
+    if digest != job.piece.digest:
+        raise CheckpointError(
+            f"{place} does not match its hash: {digest}, recorded {job.piece.digest}", where=found.folder
+        )
+
+
+def _copy(job: Job, data: Tensor) -> None:
+    if not job.targets:
+        return
+    source = data.view(fmt.DTYPES[job.record.dtype]).view(job.piece.box.shape)
+    for part in job.targets:
+        both = job.piece.box.overlap(part.box)
+        assert both is not None
+        with torch.no_grad():
+            part.tensor[both.within(part.box)].copy_(source[both.within(job.piece.box)])
+
+
+def _size(job: Job) -> int:
+    return job.piece.box.numel * job.record.item_size
+
+
+def verify_data(found: Found, share: int = 0, shares: int = 1) -> int:
+    """Reads every piece of this share of the files and checks its hash; returns the bytes read.
+
+    Raises:
+        CheckpointError: as ``run``.
+    """
+    records = found.records().values()
+    return run(found, [Job(r, p) for r in records for p in r.pieces if p.file % shares == share])

@@ -1,0 +1,154 @@
+"""One save attempt, in the order that makes every crash harmless: data, index, then the commit record."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import evomesh
+from evomesh.checkpoint import format as fmt
+from evomesh.checkpoint.boxes import Box, Ints, Part, cut
+from evomesh.checkpoint.format import CheckpointError
+from evomesh.checkpoint.plan import Entry, check_cover
+from evomesh.storage.base import Storage, join
+
+
+def write_data(storage: Storage, folder: str, attempt: str, rank: int, entries: list[Entry]) -> dict[str, Any]:
+    """Writes this rank's file and returns what rank 0 must know; when it returns, the bytes are durable.
+
+    Returns:
+        {"file": name or None, "bytes": size, "rows": [[tensor name, [offsets, shape, start, digest] ...] ...]}
+    """
+    if not entries:
+        return {"file": None, "bytes": 0, "rows": []}
+    name = fmt.file_name(attempt, rank)
+    sizes = [(fmt.entry_key(e.name, e.shape, e.part.box), e.dtype, e.part.box.shape, _bytes(e)) for e in entries]
+    header = fmt.safetensors_header(sizes)
+    position = len(header)
+    rows: list[list[Any]] = []
+    writer = storage.create(join(folder, name))
+    try:
+        writer.write(header)
+        for entry in entries:
+            row: list[Any] = [entry.name]
+            for piece, data in _pieces(entry.part, fmt.DTYPES[entry.dtype].itemsize):
+                writer.write(data)
+                row.append([list(piece.offsets), list(piece.shape), position, fmt.piece_hash(data)])
+                position += len(data)
+            rows.append(row)
+        writer.finish()
+    finally:
+        writer.abort()
+    storage.sync(folder)
+    return {"file": name, "bytes": position, "rows": rows}
+
+
+def _bytes(entry: Entry) -> int:
+    return entry.part.box.numel * fmt.DTYPES[entry.dtype].itemsize
+
+
+def _pieces(part: Part, item_size: int) -> Iterator[tuple[Any, memoryview]]:
+    """The pieces of a part with their bytes; only one piece is ever copied at a time."""
+    in_place = part.tensor.is_contiguous() and part.tensor.device.type == "cpu"
+    whole = as_bytes(part.tensor) if in_place else None
+    position = 0
+    for piece in cut(part.box, item_size, fmt.PIECE_BYTES):
+        size = piece.numel * item_size
+        if whole is not None:
+            yield piece, whole[position : position + size]
+        else:
+            view = part.tensor[piece.within(part.box)]
+            yield piece, as_bytes(view.contiguous().cpu())
+        position += size
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, writable."""
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def write_index(
+    storage: Storage, folder: str, attempt: str, tensors: dict[str, tuple[str, Ints]], messages: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Merges the ranks' rows into the index; rank 0 only.
+
+    Returns:
+        the fields ``files``, ``index``, ``tensors`` and ``tensor_bytes`` of the commit body.
+    """
+    files: list[list[Any]] = []
+    pieces: dict[str, list[fmt.Piece]] = {name: [] for name in tensors}
+    for message in messages:
+        for name, *found in message["rows"]:
+            pieces[name] += [fmt.Piece(len(files), Box(tuple(o), tuple(s)), b, h) for o, s, b, h in found]
+        if message["file"] is not None:
+            files.append([message["file"], message["bytes"]])
+    lines, total = [], 0
+    for name in sorted(tensors):
+        dtype, shape = tensors[name]
+        mine = tuple(sorted(pieces[name], key=lambda piece: piece.box.offsets))
+        check_cover(name, shape, [piece.box for piece in mine])
+        record = fmt.TensorRecord(name, dtype, shape, mine)
+        total += sum(piece.box.numel for piece in mine) * record.item_size
+        lines.append(record.to_line())
+    data = b"".join(lines)
+    index = fmt.index_name(attempt)
+    writer = storage.create(join(folder, index))
+    try:
+        writer.write(data)
+        writer.finish()
+    finally:
+        writer.abort()
+    storage.sync(folder)
+    return {
+        "files": files,
+        "index": {"file": index, "bytes": len(data), "sha256": fmt.sha256(data)},
+        "tensors": len(lines),
+        "tensor_bytes": total,
+    }
+
+
+def publish(storage: Storage, folder: str, body: dict[str, Any]) -> None:
+    """The commit. A record of another job in this place is never replaced.
+
+    Raises:
+        CheckpointError: another job committed here.
+    """
+    path = join(folder, fmt.COMMIT)
+    try:
+        storage.publish(path, fmt.seal(body), body["attempt"])
+    except FileExistsError:
+        other = fmt.unseal(storage.read(path))
+        if other["attempt"] == body["attempt"]:
+            return  # our own write, repeated after its answer was lost
+        raise CheckpointError(
+            f"another job committed step {other['step']} (attempt {other['attempt']}, {other['created']})",
+            where=folder,
+            expected="one job per save folder",
+            fix="stop one of the two jobs, or give each its own save_ckpt_folder",
+        ) from None
+
+
+def body(step: int, attempt: str, state: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the commit body that do not depend on the data files."""
+    encoded = fmt.encode_state(config)
+    return {
+        "format": fmt.FORMAT,
+        "version": fmt.VERSION,
+        "step": step,
+        "attempt": attempt,
+        "created": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "software": {
+            "evomesh": evomesh.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "hash": {"piece": fmt.PIECE_HASH, "record": fmt.RECORD_HASH},
+        "config": encoded,
+        "config_sha256": fmt.sha256(fmt.canonical(encoded)),
+        "state": fmt.encode_state(state),
+    }

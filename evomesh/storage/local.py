@@ -1,0 +1,232 @@
+"""Files on a mounted file system, with the order of fsyncs that a crash cannot break."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import stat
+
+from evomesh.storage.base import Held, join
+
+log = logging.getLogger(__name__)
+
+NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # some network file systems cannot sync a folder
+NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)
+
+
+class SystemCalls:
+    """The calls that change or sync files, one method each, so that a test can fail or count every one of them."""
+
+    def mkdir(self, path: str) -> None:
+        os.mkdir(path)
+
+    def create(self, path: str) -> int:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+    def write(self, file: int, data: memoryview) -> int:
+        return os.write(file, data)
+
+    def fsync(self, file: int) -> None:
+        os.fsync(file)
+
+    def close(self, file: int) -> None:
+        os.close(file)
+
+    def sync_folder(self, path: str) -> None:
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def link(self, source: str, target: str) -> None:
+        os.link(source, target)
+
+    def rename(self, source: str, target: str) -> None:
+        os.rename(source, target)
+
+    def unlink(self, path: str) -> None:
+        os.unlink(path)
+
+    def rmdir(self, path: str) -> None:
+        os.rmdir(path)
+
+
+class LocalWriter:
+    def __init__(self, calls: SystemCalls, path: str) -> None:
+        self._calls, self._path = calls, path
+        self._file = calls.create(path)
+
+    def write(self, data: memoryview | bytes) -> None:
+        view = memoryview(data)
+        while view:  # one call may take less than all of it
+            view = view[self._calls.write(self._file, view) :]
+
+    def finish(self) -> None:
+        self._calls.fsync(self._file)
+        file, self._file = self._file, -1
+        self._calls.close(file)
+
+    def abort(self) -> None:
+        if self._file >= 0:
+            file, self._file = self._file, -1
+            try:
+                self._calls.close(file)
+            except OSError as error:
+                log.warning("closing %s: %s", self._path, error)
+
+
+class LocalReader:
+    """Reads by ``preadv``: a file that shrinks gives an error here, where a mapped one would kill the process."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(self._file, [buffer[done:]], start + done)
+            if count == 0:
+                raise EOFError(f"{self._path} ends at byte {start + done}, wanted {start}..{start + len(buffer)}")
+            done += count
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+class LocalLock:
+    """A POSIX record lock: the kernel drops it when the process ends, and a forked child does not inherit it."""
+
+    def __init__(self, path: str, holder: str) -> None:
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            other = os.pread(self._file, 1000, 0).decode(errors="replace").strip()
+            os.close(self._file)
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise Held(path, other or "(it left no name)") from None
+            log.warning("%s: this file system has no locks (%s); a second job would not be noticed", path, error)
+            self._file = -1
+            return
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, (holder + "\n").encode(), 0)
+
+    def release(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+class LocalStorage:
+    """A ``Storage`` on the local file system."""
+
+    remote = False
+
+    def __init__(self, calls: SystemCalls | None = None) -> None:
+        self._calls = calls or SystemCalls()
+        self._warned = False
+
+    def make_folder(self, folder: str) -> None:
+        folder = folder.rstrip("/") or "/"
+        if os.path.isdir(folder):
+            return
+        parent = os.path.dirname(folder)
+        if parent:
+            self.make_folder(parent)
+        try:
+            self._calls.mkdir(folder)
+        except FileExistsError:
+            if not os.path.isdir(folder):
+                raise
+        else:
+            self.sync(parent or ".")
+
+    def create(self, path: str) -> LocalWriter:
+        return LocalWriter(self._calls, path)
+
+    def publish(self, path: str, data: bytes, token: str) -> None:
+        folder, name = os.path.split(path)
+        temporary = join(folder, f".{name}.{token}")
+        writer = self.create(temporary)
+        try:
+            writer.write(data)
+            writer.finish()
+        finally:
+            writer.abort()
+        try:
+            # A link is a rename that cannot replace: of two jobs only one can commit.
+            self._calls.link(temporary, path)
+            self._calls.unlink(temporary)
+        except OSError as error:
+            if error.errno not in NO_HARD_LINKS:
+                raise
+            if os.path.lexists(path):
+                raise FileExistsError(errno.EEXIST, "already published", path) from None
+            self._calls.rename(temporary, path)
+        self.sync(folder or ".")
+
+    def sync(self, folder: str) -> None:
+        try:
+            self._calls.sync_folder(folder or ".")
+        except OSError as error:
+            if error.errno not in NO_FOLDER_SYNC:
+                raise
+            if not self._warned:
+                log.warning(
+                    "%s: this file system cannot sync folders (%s); a power loss may lose new names", folder, error
+                )
+                self._warned = True
+
+    def open(self, path: str) -> LocalReader:
+        return LocalReader(path)
+
+    def read(self, path: str, start: int = 0, length: int | None = None) -> bytes:
+        reader = self.open(path)
+        try:
+            data = bytearray(self.size(path) - start if length is None else length)
+            reader.read_into(start, memoryview(data))
+        finally:
+            reader.close()
+        return bytes(data)
+
+    def size(self, path: str) -> int:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise FileNotFoundError(errno.ENOENT, "not a regular file", path)
+        return status.st_size
+
+    def exists(self, path: str) -> bool:
+        return os.path.isfile(path)
+
+    def list(self, folder: str) -> list[str]:
+        try:
+            with os.scandir(folder) as entries:
+                return sorted(entry.name + ("/" if entry.is_dir() else "") for entry in entries)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def delete(self, path: str) -> None:
+        try:
+            self._calls.unlink(path)
+        except FileNotFoundError:
+            return
+
+    def delete_folder(self, folder: str) -> None:
+        try:
+            self._calls.rmdir(folder)
+        except FileNotFoundError:
+            return
+
+    def free_bytes(self, folder: str) -> int | None:
+        while folder and not os.path.isdir(folder):
+            folder = os.path.dirname(folder)
+        status = os.statvfs(folder or ".")
+        return status.f_bavail * status.f_frsize
+
+    def lock(self, path: str, holder: str) -> LocalLock:
+        self.make_folder(os.path.dirname(path) or ".")
+        return LocalLock(path, holder)
