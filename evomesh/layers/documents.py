@@ -1,0 +1,43 @@
+"""Where the documents of one packed sequence begin and end.
+
+Shapes: T packed tokens, K document bounds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Attributes:
+    position_ids: [T] int64, position of each token within its document.
+    cu_seqlens: [K] int32, bounds 0 .. T, padded on the right by repeating T.
+    max_seqlen: an upper bound of the document length, a Python int so that no kernel waits for the device.
+    """
+
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+    def lengths(self) -> list[int]:
+        """Lengths of the non-empty documents (waits for the device when the bounds live there)."""
+        bounds = self.cu_seqlens.tolist()
+        return [stop - start for start, stop in pairwise(bounds) if stop > start]
+
+    def span(self) -> Tensor:
+        """[T] int64: for each token, one more than the last position of its own document."""
+        # The index of a token's document counts the bounds at or before it; padded bounds lie behind every token.
+        tokens = torch.arange(self.position_ids.shape[0], device=self.position_ids.device, dtype=self.cu_seqlens.dtype)
+        document = torch.searchsorted(self.cu_seqlens, tokens, right=True)
+        return self.position_ids[self.cu_seqlens[document].long() - 1] + 1
+
+
+def whole(length: int, *, start: int = 0, device: torch.device | str = "cpu") -> Documents:
+    """One document of ``length`` tokens whose first token has position ``start``."""
+    positions = torch.arange(start, start + length, device=device)
+    return Documents(positions, torch.tensor([0, length], dtype=torch.int32, device=device), length)

@@ -1,0 +1,74 @@
+"""Token embedding and the scaling of its gradient.
+
+Shapes: T packed tokens, D model, V vocabulary (padded to a multiple of the tensor axis).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evomesh.layers.dtype import promote
+from evomesh.layers.placement import Placement
+from evomesh.parallel.spec import ShardSpec
+
+
+class ScaleGradient(torch.autograd.Function):
+    """Identity whose gradient is multiplied by ``scale``: a x + (1 - a) stop(x) without its rounding."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.scale, None
+
+
+def scale_gradient(x: Tensor, scale: float) -> Tensor:
+    if scale == 1.0:
+        return x
+    out: Tensor = ScaleGradient.apply(x, scale)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Lookup(torch.autograd.Function):
+    """rows = weight[ids]; backward adds rows up in at least float32, in the order of the tokens on the CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.rows, ctx.dtype = weight.shape[0], weight.dtype
+        return weight.index_select(0, ids)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        (ids,) = ctx.saved_tensors
+        wide = promote(ctx.dtype)
+        total = torch.zeros(ctx.rows, grads[0].shape[1], dtype=wide, device=ids.device)
+        return None, total.index_add_(0, ids, grads[0].to(wide)).to(ctx.dtype)
+
+
+class Embedding(nn.Module):
+    """[T] int64 -> [T, D]. Rows (the vocabulary) are cut over the tensor axis, or columns with ``split_hidden``.
+
+    Args:
+        rows: V.
+        grad_scale: factor on the gradient that reaches the weight (``embed_grad_scale``).
+    """
+
+    def __init__(self, rows: int, hidden_size: int, *, grad_scale: float, split_hidden: bool, at: Placement) -> None:
+        super().__init__()
+        self.at, self.grad_scale, self.split_hidden = at, grad_scale, split_hidden
+        dim = 1 if split_hidden else 0
+        local = [rows, hidden_size]
+        local[dim] //= at.cut
+        spec = ShardSpec((rows, hidden_size), ((at.mode.storage, dim),))
+        self.weight = at.parameter((local[0], local[1]), spec)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out: Tensor = _Lookup.apply(ids, self.weight)  # type: ignore[no-untyped-call]
+        return scale_gradient(out, self.grad_scale)

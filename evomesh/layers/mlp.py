@@ -1,0 +1,55 @@
+"""Feed-forward networks: SwiGLU (Shazeer, 2020) and GELU.
+
+Shapes: T packed tokens, D model, F mlp hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evomesh.layers.linear import ColumnLinear, RowLinear, column_products
+from evomesh.layers.placement import Placement
+
+
+class _SwiGlu(torch.autograd.Function):
+    """y = silu(gate) up. Keeps its two inputs only and makes silu(gate) again in backward: a third less memory."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        grad_gate = torch.ops.aten.silu_backward(grads[0] * up, gate)
+        return grad_gate, F.silu(gate).mul_(grads[0])
+
+
+class FeedForward(nn.Module):
+    """[T, D] -> [T, D]: w2(silu(w1 x) * w3 x), or w2(gelu(w1 x)) with the tanh approximation; no biases.
+
+    Args:
+        width: F.
+        swiglu: False for the GELU network, which has no ``w3``.
+    """
+
+    def __init__(self, size: int, width: int, *, swiglu: bool, at: Placement) -> None:
+        super().__init__()
+        self.swiglu = swiglu
+        self.w1 = ColumnLinear(size, width, bias=False, at=at)
+        if swiglu:
+            self.w3 = ColumnLinear(size, width, bias=False, at=at)
+        self.w2 = RowLinear(width, size, bias=False, at=at)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.swiglu:
+            hidden: Tensor = _SwiGlu.apply(*column_products(x, self.w1, self.w3))  # type: ignore[no-untyped-call]
+        else:
+            hidden = F.gelu(self.w1(x), approximate="tanh")
+        out: Tensor = self.w2(hidden)
+        return out

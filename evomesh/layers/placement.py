@@ -1,0 +1,46 @@
+"""Where a layer's parameters live: dtype, device, and the tensor axis they may be cut over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from evomesh.parallel.grid import Axis
+from evomesh.parallel.modes import MODES, TensorMode
+from evomesh.parallel.spec import ShardSpec, with_spec
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Attributes:
+    axis: the grid's tensor axis.
+    mode: how activations and weights are laid out over it.
+    dtype: of parameters and activations.
+    device: of parameters.
+    """
+
+    axis: Axis = field(default_factory=lambda: Axis("tp"))
+    mode: TensorMode = MODES["mtp"]
+    dtype: torch.dtype = torch.float32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def cut(self) -> int:
+        """In how many parts a layer cuts its weights itself; with ``wp`` storage, weight sharding does it later."""
+        return self.axis.size if self.mode.storage == "tp" else 1
+
+    @property
+    def partial(self) -> frozenset[str]:
+        """Axes over which a whole parameter's gradient is a partial sum: each rank saw its part of the sequence."""
+        return frozenset({"tp"}) if self.mode.sequence else frozenset()
+
+    def on_tensor_axis(self) -> Placement:
+        """For embedding and head, whose weights stay cut over the tensor axis in every mode."""
+        return replace(self, mode=replace(self.mode, storage="tp"))
+
+    def parameter(self, shape: tuple[int, ...], spec: ShardSpec, dtype: torch.dtype | None = None) -> nn.Parameter:
+        """An uninitialised parameter of local ``shape``."""
+        values = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+        return with_spec(nn.Parameter(values), spec)

@@ -1,0 +1,226 @@
+"""The decoder that all built-in families share: plain algebra on one packed sequence.
+
+Shapes: T packed tokens, D model, V vocabulary rows.
+
+A pipeline stage is this model with parts absent; parameter names keep the global layer index.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from evomesh.config.schema import ModelConfig
+from evomesh.layers.attention import Attend, Attention, Documents, attend
+from evomesh.layers.dtype import parameter_dtype, promote
+from evomesh.layers.embedding import Embedding, scale_gradient
+from evomesh.layers.init import Initial
+from evomesh.layers.linear import ColumnLinear
+from evomesh.layers.loss import LossOutput, linear_cross_entropy
+from evomesh.layers.mlp import FeedForward
+from evomesh.layers.norm import Norm
+from evomesh.layers.placement import Placement
+from evomesh.layers.rotary import Rotary
+from evomesh.models.language_model import LanguageModel
+from evomesh.parallel.grid import Grid
+from evomesh.parallel.modes import MODES, TensorMode
+
+
+@dataclass(frozen=True)
+class Family:
+    """What tells the built-in families apart, besides their configs.
+
+    Attributes:
+        embedding_std .. head_std: standard deviations of the initial weights where the config names none.
+        unscaled_std: of ``wo`` and ``w2`` when ``use_scaled_init`` is off.
+        recompute_rounding: of (layers * ``checkpoint`` fraction).
+        post_norm: ``apply_post_layer_norm`` moves the norms behind the additions; else the key has no effect.
+    """
+
+    embedding_std: float
+    wqkv_std: float
+    wo_std: float
+    up_std: float
+    down_std: float
+    head_std: float
+    unscaled_std: float
+    recompute_rounding: Literal["floor", "ceil"]
+    post_norm: bool
+
+
+class Block(nn.Module):
+    """[T, D] -> [T, D]: x + attention(norm(x)), then x + feed_forward(norm(x)); or the norms behind the additions."""
+
+    def __init__(self, layer: int, config: ModelConfig, *, post_norm: bool, at: Placement) -> None:
+        super().__init__()
+        self.post_norm = post_norm
+        self.attention = Attention(
+            layer,
+            config.hidden_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.kv_heads,
+            bias=not config.no_bias,
+            interleaved=config.qk_interleaved,
+            at=at,
+        )
+        self.attention_norm = make_norm(config, at)
+        self.feed_forward = FeedForward(config.hidden_size, config.mlp_width, swiglu=config.use_swiglu, at=at)
+        self.ffn_norm = make_norm(config, at)
+
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], docs: Documents, attend: Attend) -> Tensor:
+        after = self.post_norm
+        h = self.attention(x if after else self.attention_norm(x), tables, docs, attend)
+        x = self.attention_norm(x + h) if after else x + h
+        h = self.feed_forward(x if after else self.ffn_norm(x))
+        out: Tensor = self.ffn_norm(x + h) if after else x + h
+        return out
+
+
+def make_norm(config: ModelConfig, at: Placement) -> Norm:
+    return Norm(
+        config.norm_type,
+        config.hidden_size,
+        eps=config.layer_norm_epsilon,
+        fp32_weight=config.use_fp32_norm,
+        at=at,
+    )
+
+
+class Decoder(LanguageModel):
+    """Token ids [T] (or the previous stage's hidden [T, D]) -> hidden [T, D]; loss and logits from hidden.
+
+    Args:
+        family: one of ``models/{internlm,internlm2,llama}.py``.
+        layer_range: global indices of the layers held here (None: all). The stage that starts at 0 has the embedding,
+            the one that ends at ``num_layers`` has final norm and head.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        family: Family,
+        *,
+        grid: Grid | None = None,
+        mode: TensorMode = MODES["mtp"],
+        device: torch.device | str = "cpu",
+        layer_range: range | None = None,
+    ) -> None:
+        super().__init__()
+        layers = range(config.num_layers) if layer_range is None else layer_range
+        self.config, self.family = config, family
+        self.dtype = parameter_dtype(config.dtype)
+        self.post_norm = family.post_norm and config.apply_post_layer_norm
+        self.rotary = Rotary(
+            config.head_dim,
+            config.rope_base,
+            dynamic_ntk=config.use_dynamic_ntk_rope,
+            max_position=config.max_position_embeddings,
+            factor=config.rope_scaling_factor,
+        )
+        axis = (grid or Grid()).tp
+        at = Placement(axis, mode, self.dtype, torch.device(device))
+        rows = -(-config.vocab_size // axis.size) * axis.size  # padded, because matrices must divide
+        self.embedding: Embedding | None = None
+        if layers.start == 0:
+            self.embedding = Embedding(
+                rows,
+                config.hidden_size,
+                grad_scale=config.embed_grad_scale,
+                split_hidden=config.embed_split_hidden,
+                at=at.on_tensor_axis(),
+            )
+        self.layers = nn.ModuleDict({str(i): Block(i, config, post_norm=self.post_norm, at=at) for i in layers})
+        self.norm: Norm | None = None
+        self.head: ColumnLinear | None = None
+        if layers.stop == config.num_layers:
+            self.norm = None if self.post_norm else make_norm(config, at)
+            self.head = ColumnLinear(config.hidden_size, rows, bias=False, at=at.on_tensor_axis())
+        if config.compile is True or (config.compile == "auto" and at.device.type == "cuda"):
+            for block in self.layers.values():
+                block.compile()
+
+    @property
+    def recomputed_layers(self) -> int:
+        """How many of this stage's first layers throw their activations away and compute them again in backward."""
+        rounding: Callable[[float], int] = math.ceil if self.family.recompute_rounding == "ceil" else math.floor
+        # Rounded first, so that 10 * 0.3 counts as 3 whatever its last binary digit.
+        return rounding(round(len(self.layers) * self.config.checkpoint, 9))
+
+    def forward(self, x: Tensor, docs: Documents, attend: Attend = attend) -> Tensor:
+        if self.embedding is not None:
+            x = self.embedding(x)
+            if self.config.residual_in_fp32:
+                x = x.to(promote(self.dtype))
+        tables = self.rotary.tables(docs, self.dtype)
+        recomputed = self.recomputed_layers if torch.is_grad_enabled() else 0
+        for i, block in enumerate(self.layers.values()):
+            if i < recomputed:
+                # No dropout anywhere, so there is no random state to restore.
+                x = checkpoint(block, x, tables, docs, attend, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, tables, docs, attend)
+        return x if self.norm is None else self.norm(x)
+
+    def head_weight(self) -> Tensor:
+        """[V, D] as the products use it: rows normalised with ``norm_head``, gradient scaled like the embedding's."""
+        if self.head is None:
+            raise ValueError("this pipeline stage has no output head")
+        weight = scale_gradient(self.head.weight, self.config.embed_grad_scale)
+        if self.config.norm_head:
+            weight = F.normalize(weight.to(promote(self.dtype)), dim=1).to(self.dtype)
+        return weight
+
+    def loss(
+        self, hidden: Tensor, labels: Tensor, grad_scale: float | Tensor = 1.0, label_smoothing: float = 0.0
+    ) -> LossOutput:
+        """Summed token loss of ``hidden`` [T, D] against ``labels`` [T] int64; see ``layers/loss.py``."""
+        return linear_cross_entropy(
+            hidden.to(self.dtype),
+            self.head_weight(),
+            labels,
+            vocab_size=self.config.vocab_size,
+            grad_scale=grad_scale,
+            label_smoothing=label_smoothing,
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[T, D] -> [T, vocab_size] in at least float32, for generation: without the padded rows."""
+        logits = F.linear(hidden.to(self.dtype), self.head_weight()[: self.config.vocab_size])
+        return logits.to(promote(self.dtype))
+
+    def initial(self, name: str) -> Initial:
+        """What the parameter of this global name starts as."""
+        part = ".".join(name.split(".")[-2:])
+        if part.endswith(".bias"):
+            return Initial("constant", 0.0)
+        if "norm." in part:
+            return Initial("constant", 1.0)
+        config, family = self.config, self.family
+        std = {
+            "embedding.weight": _first(config.embedding_init_std, family.embedding_std),
+            "head.weight": _first(config.out_head_init_std, family.head_std),
+            "wqkv.weight": _first(config.attn_wqkv_init_std, family.wqkv_std),
+            "w1.weight": _first(config.ffn_uplayer_init_std, family.up_std),
+            "w3.weight": _first(config.ffn_uplayer_init_std, family.up_std),
+            "wo.weight": _first(config.attn_other_init_std, family.wo_std),
+            "w2.weight": _first(config.ffn_other_init_std, family.down_std),
+        }[part]
+        if part in ("wo.weight", "w2.weight"):
+            # Keeps the residual stream's variance from growing with depth (Radford et al., 2019).
+            if config.use_scaled_init:
+                std /= math.sqrt(2 * (int(name.split(".")[1]) + 1))
+            else:
+                given = config.attn_other_init_std if part == "wo.weight" else config.ffn_other_init_std
+                std = _first(given, family.unscaled_std)
+        return Initial(config.init_type, std)
+
+
+def _first(given: float | None, otherwise: float) -> float:
+    return otherwise if given is None else given

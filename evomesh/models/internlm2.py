@@ -1,0 +1,17 @@
+"""InternLM2 (Cai et al., 2024): grouped key/value heads, optional output normalisation and post-norm blocks."""
+
+from __future__ import annotations
+
+from evomesh.models.decoder import Family
+
+INTERNLM2 = Family(
+    embedding_std=0.02,
+    wqkv_std=0.02,
+    wo_std=0.02,
+    up_std=0.02,
+    down_std=0.02,
+    head_std=0.02,
+    unscaled_std=0.02,
+    recompute_rounding="ceil",
+    post_norm=True,
+)

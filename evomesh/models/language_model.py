@@ -1,0 +1,40 @@
+"""What training and generation need of a model.
+
+Shapes: T packed tokens, D model.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from evomesh.layers.attention import Attend, Documents, attend
+from evomesh.layers.init import Initial
+from evomesh.layers.loss import LossOutput
+
+
+class LanguageModel(nn.Module):
+    """Base of all models. A user's own class need not inherit from it, as long as it has these methods."""
+
+    def forward(self, x: Tensor, docs: Documents, attend: Attend = attend) -> Tensor:
+        """Token ids [T] int64 of one packed sequence -> hidden states [T, D].
+
+        Args:
+            x: on a later pipeline stage, the previous stage's hidden states [T, D] instead.
+            docs: positions and bounds of the packed documents.
+            attend: attention itself, given rotated q, k and v; generation passes one that keeps keys and values.
+        """
+        raise NotImplementedError
+
+    def loss(
+        self, hidden: Tensor, labels: Tensor, grad_scale: float | Tensor = 1.0, label_smoothing: float = 0.0
+    ) -> LossOutput:
+        """Summed loss of ``hidden`` [T, D] over the targets in ``labels`` [T] int64; see ``layers/loss.py``."""
+        raise NotImplementedError
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[T, D] -> [T, vocab_size] in at least float32."""
+        raise NotImplementedError
+
+    def initial(self, name: str) -> Initial:
+        """What the parameter of this global name starts as. Without this method, it stays as the builder made it."""
+        raise NotImplementedError

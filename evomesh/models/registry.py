@@ -1,0 +1,162 @@
+"""``model_type`` -> how to build that model; the place where users add their own."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from evomesh.config.schema import ModelConfig
+from evomesh.errors import ConfigError, UserError
+from evomesh.layers.init import Initial, fill_parameter
+from evomesh.models.decoder import Decoder
+from evomesh.models.internlm import INTERNLM
+from evomesh.models.internlm2 import INTERNLM2
+from evomesh.models.language_model import LanguageModel
+from evomesh.models.llama import LLAMA
+from evomesh.parallel.grid import Grid
+from evomesh.parallel.modes import MODES, TensorMode
+from evomesh.parallel.spec import spec_of
+
+_GIVEN = ("config", "grid", "mode", "device", "layer_range")
+
+
+class ModelInitializer:
+    """Builders by ``model_type``."""
+
+    def __init__(self, builders: dict[str, Any]) -> None:
+        self._builders = dict(builders)
+
+    def register_module(self, name: str, builder: Any) -> None:
+        """Makes ``model_type=name`` build ``builder(config, *, grid, mode, device, layer_range, <own parameters>)``.
+
+        A builder names only those of the five that it uses. Registering the same builder again changes nothing (a
+        config file may be read more than once); another builder under a used name is an error.
+        """
+        known = self._builders.get(name)
+        if known is not None and _origin(known) != _origin(builder):
+            raise UserError(
+                f"model type {name!r} is registered already",
+                where="model_initializer.register_module",
+                fix="choose another name for your model",
+            )
+        self._builders[name] = builder
+
+    def names(self) -> list[str]:
+        return sorted(self._builders)
+
+    def get_module(self, name: str) -> Any:
+        if name not in self._builders:
+            near = difflib.get_close_matches(name, self._builders, n=1)
+            raise UserError(
+                f"unknown model type {name!r}",
+                where="model_type",
+                expected=f"one of {', '.join(self.names())}",
+                fix=f"did you mean {near[0]!r}?" if near else "register it with model_initializer.register_module",
+            )
+        return self._builders[name]
+
+
+def _origin(builder: Any) -> tuple[str, str]:
+    """Where a builder was defined: the same file read twice makes two functions of one origin."""
+    code = getattr(builder, "__code__", None)
+    file = code.co_filename if code else getattr(builder, "__module__", "")
+    return file, getattr(builder, "__qualname__", repr(builder))
+
+
+model_initializer = ModelInitializer(
+    {
+        "INTERNLM": partial(Decoder, family=INTERNLM),
+        "INTERNLM2_PUBLIC": partial(Decoder, family=INTERNLM2),
+        "LLAMA2": partial(Decoder, family=LLAMA),
+    }
+)
+
+
+def _own_arguments(config: ModelConfig, builder: Any) -> dict[str, Any]:
+    """``config.extra`` checked against the builder's own parameters; all problems at once."""
+    parameters = inspect.signature(builder).parameters
+    own = {k: p for k, p in parameters.items() if k not in (*_GIVEN, "family") and p.kind is not p.VAR_KEYWORD}
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    problems = []
+    for key in config.extra:
+        if key not in own and not open_ended:
+            near = difflib.get_close_matches(key, own, n=1)
+            problems.append(
+                UserError(
+                    f"unknown key {key!r} for model type {config.model_type!r}",
+                    where=f"model.{key}",
+                    expected=f"one of {', '.join(own)}" if own else "none: this model has no parameters of its own",
+                    fix=f"did you mean {near[0]!r}?" if near else f"remove model.{key}",
+                )
+            )
+    for key, parameter in own.items():
+        if parameter.default is parameter.empty and key not in config.extra:
+            problems.append(
+                UserError(
+                    f"model type {config.model_type!r} needs {key!r}",
+                    where=f"model.{key}",
+                    fix=f"add {key}=... to model = dict(...)",
+                )
+            )
+    if problems:
+        raise ConfigError(problems)
+    return dict(config.extra)
+
+
+def build_model(
+    config: ModelConfig,
+    *,
+    grid: Grid | None = None,
+    mode: TensorMode = MODES["mtp"],
+    device: torch.device | str = "cpu",
+    layer_range: range | None = None,
+) -> LanguageModel:
+    """The model of ``config.model_type``, with uninitialised parameters (see ``initialize_weights``).
+
+    Args:
+        layer_range: the layers of one pipeline stage, by global index; None for all.
+    Raises:
+        UserError: unknown model type; keys of ``config.extra`` that its builder does not take, or lacks.
+    """
+    builder = model_initializer.get_module(config.model_type)
+    given = {"grid": grid or Grid(), "mode": mode, "device": device, "layer_range": layer_range}
+    parameters = inspect.signature(builder).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    own = _own_arguments(config, builder)
+    used = {key: value for key, value in given.items() if key in parameters or open_ended}
+    if config.dtype == "tf32":
+        # Process-wide, the only form torch has for it: products of float32 matrices may use TF32 on CUDA.
+        torch.backends.cuda.matmul.allow_tf32 = True
+    model = builder(config, **used, **own)
+    missing = [part for part in ("forward", "loss", "logits") if not callable(getattr(model, part, None))]
+    if not isinstance(model, nn.Module) or missing:
+        raise UserError(
+            f"the builder of model type {config.model_type!r} made a {type(model).__name__}"
+            + (f" without {', '.join(missing)}" if missing else ""),
+            where="model_type",
+            expected="an nn.Module with forward, loss and logits as in evomesh.models.language_model.LanguageModel",
+        )
+    return cast(LanguageModel, model)
+
+
+def initialize_weights(model: nn.Module, seed: int, grid: Grid | None = None) -> None:
+    """Initial weights as a function of (seed, global parameter name, global position), the same for every layout.
+
+    Args:
+        model: one with ``initial(name) -> Initial``; another keeps the values its builder gave it.
+        seed: ``seed`` of the config.
+        grid: tells which part of each parameter this rank holds.
+    """
+    initial = getattr(model, "initial", None)
+    if initial is None:
+        return
+    grid = grid or Grid()
+    axes = {"tp": grid.tp, "wp": grid.wp}
+    for name, parameter in model.named_parameters():
+        wanted: Initial = initial(name)
+        fill_parameter(name, parameter, spec_of(parameter), axes, wanted, seed)

@@ -1,0 +1,190 @@
+"""The built-in families against ``transformers`` with the same weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from evomesh.config.schema import ModelConfig
+from evomesh.layers.documents import whole
+from evomesh.models.decoder import Decoder
+from evomesh.models.registry import build_model, initialize_weights
+
+transformers = pytest.importorskip("transformers")
+VOCAB, HIDDEN, HEADS, LAYERS, LENGTH = 61, 32, 4, 2, 23
+
+
+def our_config(model_type: str, kv_heads: int, interleaved: bool, bias: bool) -> ModelConfig:
+    return ModelConfig(
+        model_type=model_type,
+        num_layers=LAYERS,
+        hidden_size=HIDDEN,
+        vocab_size=VOCAB,
+        num_attention_heads=HEADS,
+        num_kv_attention_heads=kv_heads,
+        mlp_ratio=2.0,
+        multiple_of=8,
+        dtype="float64",
+        no_bias=not bias,
+        qk_interleaved=interleaved,
+        embedding_init_std=0.5,
+        attn_wqkv_init_std=0.3,
+        attn_other_init_std=0.3,
+        ffn_uplayer_init_std=0.3,
+        ffn_other_init_std=0.3,
+        out_head_init_std=0.3,
+    )
+
+
+def split_rows(ours: Decoder, i: int, kind: str) -> list[Tensor]:
+    """q, k, v parts of a group-major fused weight or bias, as views."""
+    value = getattr(ours.layers[str(i)].attention.wqkv, kind)
+    config = ours.config
+    queries = HEADS // config.kv_heads
+    groups = value.view(config.kv_heads, queries + 2, config.head_dim, *value.shape[1:])
+    parts = groups.split([queries, 1, 1], dim=1)
+    return [part.reshape(-1, *value.shape[1:]) for part in parts]
+
+
+def halves(x: Tensor, head_dim: int) -> Tensor:
+    """Rows of each head from neighbouring rotary pairs to first and second half."""
+    return x.view(-1, head_dim // 2, 2, *x.shape[1:]).transpose(1, 2).reshape(x.shape)
+
+
+def named_pairs(ours: Decoder, theirs: torch.nn.Module, of) -> list[tuple[str, Tensor, Tensor]]:
+    """(their name, our value in their layout, their value); ``of`` picks the value or the gradient of a parameter."""
+    their = dict(theirs.named_parameters())
+    pairs = [
+        ("model.embed_tokens.weight", of(ours.embedding.weight)),
+        ("model.norm.weight", of(ours.norm.weight)),
+        ("lm_head.weight", of(ours.head.weight)),
+    ]
+    for i in range(LAYERS):
+        block, prefix = ours.layers[str(i)], f"model.layers.{i}."
+        for kind in ("weight", "bias"):
+            if getattr(block.attention.wqkv, kind) is None:
+                continue
+            parts = split_rows(ours, i, kind) if of is identity else split_gradient(ours, i, kind)
+            for name, part in zip("qkv", parts, strict=True):
+                reorder = name != "v" and ours.config.qk_interleaved
+                pairs.append(
+                    (f"{prefix}self_attn.{name}_proj.{kind}", halves(part, ours.config.head_dim) if reorder else part)
+                )
+            pairs.append((f"{prefix}self_attn.o_proj.{kind}", of(getattr(block.attention.wo, kind))))
+        pairs.append((prefix + "input_layernorm.weight", of(block.attention_norm.weight)))
+        pairs.append((prefix + "post_attention_layernorm.weight", of(block.ffn_norm.weight)))
+        for name, part in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
+            pairs.append((f"{prefix}mlp.{name}.weight", of(getattr(block.feed_forward, part).weight)))
+    assert {name for name, _ in pairs} == set(their)
+    return [(name, value, of(their[name])) for name, value in pairs]
+
+
+def identity(x: Tensor) -> Tensor:
+    return x.detach()
+
+
+def gradient(x: Tensor) -> Tensor:
+    assert x.grad is not None
+    return x.grad
+
+
+def split_gradient(ours: Decoder, i: int, kind: str) -> list[Tensor]:
+    linear = ours.layers[str(i)].attention.wqkv
+    value = getattr(linear, kind)
+    saved, value.data = value.data, value.grad
+    parts = [part.detach() for part in split_rows(ours, i, kind)]
+    value.data = saved
+    return parts
+
+
+@pytest.fixture
+def float64_upcasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers computes norm, rotary and softmax in float32 by name; here they stay in float64."""
+    from transformers.models.llama import modeling_llama
+
+    def norm(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+    def rotary(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        head_dim = HIDDEN // HEADS
+        inverse = 10000.0 ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        angles = position_ids[..., None].double() * inverse
+        both = torch.cat((angles, angles), dim=-1)
+        return both.cos(), both.sin()
+
+    softmax = torch.nn.functional.softmax
+
+    def no_upcast(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+        return softmax(x, dim=dim)
+
+    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", norm)
+    monkeypatch.setattr(modeling_llama.LlamaRotaryEmbedding, "forward", rotary)
+    monkeypatch.setattr(modeling_llama.nn.functional, "softmax", no_upcast)
+
+
+def make_both(model_type: str, kv_heads: int, interleaved: bool, bias: bool):
+    ours = build_model(our_config(model_type, kv_heads, interleaved, bias))
+    assert isinstance(ours, Decoder)
+    initialize_weights(ours, seed=3)
+    with torch.no_grad():  # values that would hide a mistake when left as they start
+        for name, parameter in ours.named_parameters():
+            if parameter.dim() == 1:
+                torch.manual_seed(len(name))
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=HIDDEN,
+            intermediate_size=ours.config.mlp_width,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            num_key_value_heads=kv_heads,
+            rms_norm_eps=ours.config.layer_norm_epsilon,
+            attention_bias=bias,
+            tie_word_embeddings=False,
+            attn_implementation="eager",
+        )
+    ).double()
+    for _, ours_value, theirs_value in named_pairs(ours, theirs, identity):
+        theirs_value.copy_(ours_value)
+    return ours, theirs
+
+
+def worst_difference(ours: Decoder, theirs: torch.nn.Module) -> float:
+    """Largest difference of logits, of loss and, relative to its largest element, of each gradient."""
+    torch.manual_seed(0)
+    ids, labels = torch.randint(0, VOCAB, (2, LENGTH))
+    expected = theirs(ids[None]).logits[0]
+    expected_loss = torch.nn.functional.cross_entropy(expected, labels, reduction="sum")
+    expected_loss.backward()
+    hidden = ours(ids, whole(LENGTH))
+    loss = ours.loss(hidden, labels)
+    loss.scaled_sum.backward()
+    differences = [(ours.logits(hidden) - expected).abs().max(), (loss.scaled_sum - expected_loss).abs()]
+    for _, a, b in named_pairs(ours, theirs, gradient):
+        differences.append((a - b).abs().max() / b.abs().max().clamp(min=1e-3))
+    return max(d.item() for d in differences)
+
+
+CASES = [
+    ("LLAMA2", 4, False, False),
+    ("LLAMA2", 4, True, False),
+    ("LLAMA2", 2, False, False),
+    ("INTERNLM2_PUBLIC", 1, True, False),
+    ("INTERNLM", 4, False, True),
+]
+
+
+@pytest.mark.parametrize(("model_type", "kv_heads", "interleaved", "bias"), CASES)
+def test_float64_equals_transformers(
+    model_type: str, kv_heads: int, interleaved: bool, bias: bool, float64_upcasts: None
+) -> None:
+    assert worst_difference(*make_both(model_type, kv_heads, interleaved, bias)) < 1e-9
+
+
+@pytest.mark.parametrize(("model_type", "kv_heads", "interleaved", "bias"), [CASES[1], CASES[4]])
+def test_within_float32_of_unpatched_transformers(
+    model_type: str, kv_heads: int, interleaved: bool, bias: bool
+) -> None:
+    assert worst_difference(*make_both(model_type, kv_heads, interleaved, bias)) < 1e-5
