@@ -1,0 +1,99 @@
+"""From sizes to process groups: which ranks form which axis, and the groups for the axes this rank is on.
+
+The order of ranks is InternEvo's: a stage is a contiguous block of ranks, inside it the tensor (or weight) axis holds
+neighbours, and the zero axis holds consecutive members of what is left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from evomesh.config.schema import ParallelConfig
+from evomesh.errors import UserError
+from evomesh.parallel.grid import Axis, Grid
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of all axes; ``dp * tp == replica * zero * (wp or tp)`` ranks in each of ``pp`` stages."""
+
+    pp: int
+    dp: int
+    tp: int
+    wp: int
+    zero: int
+    replica: int
+    isp: bool
+
+    @property
+    def stage(self) -> int:
+        return self.dp * self.tp
+
+
+def axis_sizes(parallel: ParallelConfig, world_size: int) -> Sizes:
+    """The documents' rules: data parallel = world / pipeline / tensor; zero1 <= 0 is the whole data-parallel group
+    (isp: world / pipeline / weight) and a larger one is cut to it.
+
+    Raises:
+        UserError: the sizes do not divide. ``config/rules.py`` says so earlier, with the nearest that do.
+    """
+    isp = parallel.tensor.mode == "isp"
+    pp, tp, wp = parallel.pipeline.size, parallel.tensor.size, parallel.weight.size if isp else 1
+    for size, name in ((pp * tp, "pipeline.size * tensor.size"), (pp * wp, "pipeline.size * weight.size")):
+        if world_size % size:
+            raise UserError(
+                f"{world_size} processes cannot be divided by {name} = {size}",
+                where="parallel",
+                expected=f"a multiple of {size} processes",
+            )
+    data = world_size // pp // (wp if isp else tp)
+    zero = data if parallel.zero1.size <= 0 else min(parallel.zero1.size, data)
+    if data % zero:
+        raise UserError(
+            f"zero1.size = {zero} does not divide the {data} data-parallel ranks",
+            where="parallel.zero1",
+            expected="one of " + ", ".join(str(n) for n in range(1, data + 1) if data % n == 0),
+        )
+    return Sizes(pp, world_size // pp // tp, tp, wp, zero, data // zero, isp)
+
+
+def axis_members(sizes: Sizes, rank: int) -> dict[str, list[int]]:
+    """The global ranks on each axis through ``rank``, in axis order."""
+    first = rank - rank % sizes.stage  # first rank of this stage
+    inner = sizes.wp if sizes.isp else sizes.tp  # neighbours that hold different parts of the weights
+    local = rank - first
+    group_of_zero = local - local % (sizes.zero * inner)
+    return {
+        "pp": [local + stage * sizes.stage for stage in range(sizes.pp)],
+        "dp": [first + local % sizes.tp + i * sizes.tp for i in range(sizes.dp)],
+        "tp": [rank - local % sizes.tp + i for i in range(sizes.tp)],
+        "wp": [rank - local % sizes.wp + i for i in range(sizes.wp)],
+        "zero": [first + group_of_zero + local % inner + i * inner for i in range(sizes.zero)],
+        "replica": [first + local % (sizes.zero * inner) + i * sizes.zero * inner for i in range(sizes.replica)],
+    }
+
+
+def build_grid(parallel: ParallelConfig, world_size: int, rank: int) -> Grid:
+    """Makes the process groups of every axis longer than one; the default group must exist if there is any.
+
+    Every rank of the world has to call it, in the same order relative to other calls.
+    """
+    groups: dict[tuple[int, ...], ProcessGroup] = {}  # equal axes of the two views share one communicator
+
+    def axis(name: str, members: list[int]) -> Axis:
+        if len(members) == 1:
+            return Axis(name)
+        key = tuple(members)
+        if key not in groups:
+            # Only members take part in making it: no barrier of the whole world for each of many groups.
+            groups[key] = dist.new_group(members, use_local_synchronization=True)
+        return Axis(name, len(members), members.index(rank), groups[key])
+
+    members = axis_members(axis_sizes(parallel, world_size), rank)
+    return Grid(**{name: axis(name, ranks) for name, ranks in members.items()})

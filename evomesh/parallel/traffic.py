@@ -1,0 +1,114 @@
+"""Counts what is sent: every c10d call under ``count_traffic``, also those of FSDP2 and of the pipeline."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from evomesh.parallel.grid import Axis, Grid
+
+# c10d operator -> (name here, position of the argument whose bytes are the whole, unsplit value)
+_OPERATORS = {
+    "allgather_": ("all_gather", 0),
+    "_allgather_base_": ("all_gather", 0),
+    "allgather_into_tensor_coalesced_": ("all_gather", 0),
+    "reduce_scatter_": ("reduce_scatter", 1),
+    "_reduce_scatter_base_": ("reduce_scatter", 1),
+    "reduce_scatter_tensor_coalesced_": ("reduce_scatter", 1),
+    "allreduce_": ("all_reduce", 0),
+    "allreduce_coalesced_": ("all_reduce", 0),
+    "alltoall_base_": ("all_to_all", 1),
+    "alltoall_": ("all_to_all", 1),
+    "broadcast_": ("broadcast", 0),
+    "reduce_": ("reduce", 0),
+    "send": ("send", 0),
+    "recv_": ("recv", 0),
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One collective: operation, axis, and the bytes of the value that it moves (on the axis as a whole, one copy)."""
+
+    operation: str
+    axis: str
+    nbytes: int
+
+
+@dataclass
+class Traffic:
+    """What was sent, in the order of launch."""
+
+    calls: list[Call] = field(default_factory=list)
+
+    def count(self) -> dict[tuple[str, str], int]:
+        """(operation, axis) -> number of calls."""
+        return dict(Counter((call.operation, call.axis) for call in self.calls))
+
+    def nbytes(self) -> dict[tuple[str, str], int]:
+        """(operation, axis) -> sum of bytes."""
+        total: Counter[tuple[str, str]] = Counter()
+        for call in self.calls:
+            total[call.operation, call.axis] += call.nbytes
+        return dict(total)
+
+
+@contextmanager
+def count_traffic(grid: Grid) -> Iterator[Traffic]:
+    """``with count_traffic(grid) as traffic: ...`` records every collective started inside.
+
+    Args:
+        grid: names the groups; a group that is on no axis is called "world". Axes of the two views that have the same
+            ranks share a group, so each is given its first name in the order tp, wp, pp, dp, zero, replica.
+    """
+    names = group_names([grid.tp, grid.wp, grid.pp, grid.dp, grid.zero, grid.replica])
+    traffic = Traffic()
+    with _Recorder(traffic, names):
+        yield traffic
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self, traffic: Traffic, names: dict[str, str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._traffic, self._names = traffic, names
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func.namespace == "c10d":
+            operator = func._schema.name.removeprefix("c10d::")
+            if operator in _OPERATORS:
+                name, position = _OPERATORS[operator]
+                self._traffic.calls.append(Call(name, self._axis(args), _bytes_of(args[position])))
+        return func(*args, **(kwargs or {}))
+
+    def _axis(self, args: tuple[Any, ...]) -> str:
+        for argument in args:
+            if isinstance(argument, torch.ScriptObject):
+                try:
+                    return self._names.get(ProcessGroup.unbox(argument).group_name, "world")
+                except RuntimeError:  # a ReduceOp is a script object too
+                    continue
+        return "world"
+
+
+def group_names(axes: Sequence[Axis]) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for axis in axes:
+        if axis.group is not None:
+            names.setdefault(axis.group.group_name, axis.name)
+    return names
+
+
+def _bytes_of(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    return sum(_bytes_of(item) for item in value) if isinstance(value, list | tuple) else 0

@@ -1,0 +1,111 @@
+"""What the tree looks like: imports, globals, sizes, names."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "evomesh").rglob("*.py"))
+MAX_FILE, MAX_FUNCTION = 400, 60  # lines
+
+
+def ids(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+def test_import_contracts() -> None:
+    """Layers of the package, no cycle, config without torch, torch.distributed in parallel only: pyproject.toml."""
+    command = [str(Path(sys.executable).parent / "lint-imports"), "--no-cache"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_config_loads_without_torch() -> None:
+    code = "import sys, evomesh.config.schema; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def mutable_globals(module: ast.Module) -> Iterator[str]:
+    """Lower-case module variables that hold a container or a call's result, and every ``global`` statement."""
+    for node in ast.walk(module):
+        if isinstance(node, ast.Global):
+            yield f"line {node.lineno}: global {', '.join(node.names)}"
+    for node in module.body:
+        if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
+            continue
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        names = [target.id for target in targets if isinstance(target, ast.Name)]
+        for name in names:
+            constant = name.strip("_").isupper() or name.startswith("__")
+            if not constant and isinstance(node.value, ast.List | ast.Dict | ast.Set | ast.ListComp | ast.DictComp):
+                yield f"line {node.lineno}: {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids)
+def test_no_mutable_module_globals(path: Path) -> None:
+    assert not list(mutable_globals(tree(path)))
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids)
+def test_sizes(path: Path) -> None:
+    module = tree(path)
+    lines = len(path.read_text().splitlines())
+    assert lines <= MAX_FILE, f"{lines} lines"
+    for node in ast.walk(module):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length <= MAX_FUNCTION, f"{node.name} has {length} lines"
+
+
+# Who besides parallel/ may import torch.distributed, and what for.
+DISTRIBUTED = {
+    "evomesh/train/launch.py": "makes and destroys the default group",
+    "evomesh/pipeline": "torch.distributed.pipelining owns the p2p",
+    "evomesh/plan": "the fake process group",
+    "evomesh/checkpoint": "agrees on what is saved",
+    "evomesh/models/weights.py": "FSDP2",
+}
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids)
+def test_collectives_live_in_parallel(path: Path) -> None:
+    name = path.relative_to(ROOT).as_posix()
+    if name.startswith("evomesh/parallel/") or any(name.startswith(allowed) for allowed in DISTRIBUTED):
+        return
+    typing_only = {
+        line
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ImportFrom) and node.lineno not in typing_only:
+            imported = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            imported = [alias.name for alias in node.names]
+        else:
+            continue
+        assert not [found for found in imported if found.startswith("torch.distributed")], f"line {node.lineno}"
+
+
+def test_names() -> None:
+    vague = {"utils", "util", "common", "helpers", "helper", "misc"}
+    assert not [ids(path) for path in FILES if path.stem in vague or set(path.parts) & vague]
+
+
+def test_the_checks_can_fail() -> None:
+    assert list(mutable_globals(ast.parse("cache = {}\ndef f():\n    global cache\n"))) == [
+        "line 3: global cache",
+        "line 1: cache",
+    ]
+    assert not list(mutable_globals(ast.parse("MODES = {}\n__all__ = ['x']\nlogger = f()\n")))

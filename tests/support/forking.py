@@ -1,0 +1,39 @@
+"""Processes that start in milliseconds: they are forked from a server that has torch and evomesh imported.
+
+The server is Python's own ``multiprocessing`` fork server, started at first use, one for each pytest process.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import multiprocessing
+import os
+from multiprocessing.context import ForkServerContext
+
+_PRELOAD = ("torch", "torch.distributed", "torch.distributed.fsdp", "torch.distributed.pipelining", "evomesh.cli.main")
+_ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+@functools.cache
+def context() -> ForkServerContext:
+    """The context whose ``Process`` forks off the server; children have one compute thread."""
+    ctx = multiprocessing.get_context("forkserver")
+    ctx.set_forkserver_preload([name for name in _PRELOAD if _exists(name)])
+    kept = {name: os.environ.get(name) for name in _ONE_THREAD}
+    os.environ.update(dict.fromkeys(_ONE_THREAD, "1"))  # read by the server when it imports torch
+    try:
+        from multiprocessing import forkserver
+
+        forkserver.ensure_running()
+    finally:
+        for name, value in kept.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    return ctx
+
+
+def _exists(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
