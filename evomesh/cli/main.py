@@ -1,15 +1,13 @@
-"""The ``evomesh`` command: one file per verb, and one place where errors become messages and exit codes."""
+"""The ``evomesh`` command: one file per verb."""
 
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable
 
 import typer
 
 from evomesh.cli import ckpt, config, data, generate, tokenize, train
-from evomesh.errors import UserError
+from evomesh.cli.run import run
 
 app = typer.Typer(
     name="evomesh",
@@ -33,19 +31,6 @@ def options(
 ) -> None:
     if debug:
         os.environ["EVOMESH_DEBUG"] = "1"
-
-
-def run(command: Callable[[], object]) -> None:
-    """Calls ``command``; a ``UserError`` is printed without a traceback and ends the process with its exit code."""
-    try:
-        command()
-    except UserError as error:
-        if os.environ.get("EVOMESH_DEBUG"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def main() -> None:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from evomesh.cli.run import run
+
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a config value; repeatable.")
 ]
@@ -50,8 +52,6 @@ def shim(
 
 def shim_main() -> None:
     """Entry point of the repository's ``train.py``."""
-    from evomesh.cli.main import run
-
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(shim)
     run(app)

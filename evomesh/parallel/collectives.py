@@ -105,7 +105,7 @@ class _ReduceScatter(torch.autograd.Function):
 class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, axis: Axis) -> Tensor:
-        return summed(x, axis)
+        return sum_over(x, axis)
 
     @staticmethod
     @once_differentiable
@@ -122,7 +122,7 @@ class _Broadcast(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return summed(grad, ctx.axis), None
+        return sum_over(grad, ctx.axis), None
 
 
 class _Gather(torch.autograd.Function):
@@ -192,7 +192,7 @@ def reduce_scattered(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     return own.movedim(0, dim)
 
 
-def summed(x: Tensor, *axes: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+def sum_over(x: Tensor, *axes: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """The sum (or ``op``) over every one of ``axes``, in a new tensor, without gradient."""
     for axis in axes:
         if axis.size > 1:

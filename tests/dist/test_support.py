@@ -11,20 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from evomesh.parallel.collectives import summed
+from evomesh.parallel.collectives import sum_over
 from tests.support.golden import write_bin
 from tests.support.interpreter import Interpreter
 from tests.support.pool import Pool, RankError, grid_of
 
 
 def total(rank: int, offset: int, ranks: int) -> int:
-    return int(summed(torch.tensor(rank + offset), grid_of(tensor=ranks).tp))
+    return int(sum_over(torch.tensor(rank + offset), grid_of(tensor=ranks).tp))
 
 
 def fail_on_one(rank: int) -> None:
     if rank == 2:
         raise ValueError("this rank has a reason")
-    summed(torch.zeros(1), grid_of(tensor=4).tp)
+    sum_over(torch.zeros(1), grid_of(tensor=4).tp)
 
 
 def die_on_one(rank: int) -> None:
@@ -34,7 +34,7 @@ def die_on_one(rank: int) -> None:
 
 def hang(rank: int) -> None:
     if rank == 0:
-        summed(torch.zeros(1), grid_of(tensor=4).tp)
+        sum_over(torch.zeros(1), grid_of(tensor=4).tp)
 
 
 def test_pool_runs_on_all_or_on_some(pool: Pool) -> None:

@@ -1,7 +1,7 @@
 """A pool of ranks that live as long as the pytest run and compute one function after the other.
 
 def sum_of_ranks(rank, offset):                  # module level: it goes to the ranks by name
-    return int(summed(torch.tensor(rank + offset), grid_of(tensor=4).tp))
+    return int(sum_over(torch.tensor(rank + offset), grid_of(tensor=4).tp))
 
 def test_sum(pool):
     assert pool.run(sum_of_ranks, 10) == [46] * 4

@@ -1,0 +1,35 @@
+"""``launch`` in real processes with torchrun's variables."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from evomesh.config.schema import Config
+from evomesh.parallel.collectives import sum_over
+from evomesh.train.launch import launch
+from tests.support.interpreter import Interpreter
+
+
+def join_and_count() -> None:
+    import torch
+    import torch.distributed as dist
+
+    logging.basicConfig(level="INFO", stream=sys.stdout, format="%(funcName)s %(message)s")
+    config = Config.model_validate({"parallel": {"tensor": {"size": 2}}})
+    with launch(config) as place:
+        print("sum", int(sum_over(torch.tensor(place.rank), place.grid.tp, place.grid.dp)), place.started)
+    assert not dist.is_initialized()
+
+
+def test_two_data_by_two_tensor_ranks(interpreter: Interpreter) -> None:
+    finished = [running.wait(60) for running in interpreter.start_ranks(join_and_count, 4)]
+    assert [one.returncode for one in finished] == [0] * 4, "\n".join(one.stderr for one in finished)
+    sums = {line for one in finished for line in one.stdout.splitlines() if line.startswith("sum")}
+    assert len(sums) == 1 and sums.pop().startswith("sum 6 "), "one sum, one time"
+    assert (
+        "launch Distributed environment is initialized, data parallel size: 2, "
+        "pipeline parallel size: 1, tensor parallel size: 2\n"
+    ) in finished[0].stdout
+    assert "set_seed initialized seed on rank 0, numpy: 1024, python random: 1024" in finished[0].stdout
+    assert [",tp:1,pp=0,dp=0====" in one.stdout for one in finished] == [False, True, False, False]
