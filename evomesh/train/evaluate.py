@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from evomesh.data.build import ValidSet
-from evomesh.models.decoder import Decoder
+from evomesh.models.language_model import LanguageModel
 from evomesh.parallel.grid import Grid
 from evomesh.train.batches import to_device
 from evomesh.train.step import documents_of
@@ -13,7 +13,7 @@ from evomesh.train.tally import Tally
 
 
 @torch.no_grad()
-def evaluate(model: Decoder, sets: list[ValidSet], grid: Grid, device: torch.device) -> dict[str, float]:
+def evaluate(model: LanguageModel, sets: list[ValidSet], grid: Grid, device: torch.device) -> dict[str, float]:
     """``val/{name}_loss``, ``_acc`` and ``_plex`` of each set; a set without a single target token is absent."""
     was_training = model.training
     model.eval()
@@ -23,7 +23,9 @@ def evaluate(model: Decoder, sets: list[ValidSet], grid: Grid, device: torch.dev
         for batch in valid.batches(grid.dp.rank, grid.dp.size):
             batch = to_device(batch, device)
             for index in range(len(batch.input_ids)):
-                output = model.loss(model(batch.input_ids[index], documents_of(batch, index)), batch.labels[index], 1.0, 0.0)
+                output = model.loss(
+                    model(batch.input_ids[index], documents_of(batch, index)), batch.labels[index], 1.0, 0.0
+                )
                 tally.add(output, batch.labels[index], torch.zeros_like(batch.type_ids[index]))
         summary = tally.reduce(grid.dp).summary()
         if summary:

@@ -11,10 +11,10 @@ from torch import Tensor
 from evomesh.config.schema import LossConfig
 from evomesh.data.batch import IGNORE, Batch
 from evomesh.layers.attention import Documents
-from evomesh.models.decoder import Decoder
+from evomesh.models.language_model import LanguageModel
 from evomesh.optim.scaler import LossScaler
 from evomesh.optim.zero import StepResult, ZeroOptimizer
-from evomesh.parallel.collectives import sum_over
+from evomesh.parallel.collectives import summed
 from evomesh.parallel.grid import Grid
 from evomesh.train.tally import Tally
 
@@ -44,7 +44,7 @@ def seed_step(seed: int, step: int, dp_rank: int) -> None:
 
 
 def train_step(
-    model: Decoder,
+    model: LanguageModel,
     optimizer: ZeroOptimizer,
     scaler: LossScaler,
     batch: Batch,
@@ -73,7 +73,7 @@ def train_step(
     update = optimizer.step(lr, beta2, 1.0 / scaler.scale)
     scaler.update(update.found)
     optimizer.zero_grad()
-    return StepOutput(float(sum_over(objective, grid.dp)), tally.reduce(grid.dp), update, fwd_bwd_time)
+    return StepOutput(float(summed(objective, grid.dp)), tally.reduce(grid.dp), update, fwd_bwd_time)
 
 
 def micro_batch_weights(labels: Tensor, grid: Grid, loss: LossConfig) -> list[float]:
@@ -82,5 +82,5 @@ def micro_batch_weights(labels: Tensor, grid: Grid, loss: LossConfig) -> list[fl
     if loss.reduction == "micro_batch":
         count = len(targets) * grid.dp.size
         return [1.0 / (max(n, 1) * count) for n in targets.tolist()]
-    total = int(sum_over(targets.sum(), grid.dp))
+    total = int(summed(targets.sum(), grid.dp))
     return [1.0 / max(total, 1)] * len(targets)

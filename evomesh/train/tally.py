@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from evomesh.data.batch import IGNORE
-from evomesh.models.decoder import LossOutput
-from evomesh.parallel.collectives import sum_over
+from evomesh.layers.loss import LossOutput
+from evomesh.parallel.collectives import summed
 from evomesh.parallel.grid import Axis
 
 
@@ -38,7 +38,7 @@ class Tally:
     def reduce(self, axis: Axis) -> Tally:
         """Sums over the ranks of ``axis``; every rank gets the result."""
         total = Tally(self.types, self.sums.device)
-        total.sums = sum_over(self.sums, axis)
+        total.sums = summed(self.sums, axis)
         return total
 
     def summary(self) -> dict[str, float]:
