@@ -4,8 +4,8 @@ language reference in `pydoc_data` (type `en`).
     python tools/demo_data.py FOLDER
 
 writes FOLDER/tokenizer.json (byte-level BPE), FOLDER/raw/{train,valid}/{code,en}.jsonl and the tokenised
-FOLDER/{train,valid}/{code,en}/stdlib.bin with .meta. One document in twenty is held out, chosen by a hash of its
-name. A finished folder made from the same text is left as it is.
+FOLDER/{train,valid}/{code,en}/stdlib.bin with .meta. One module in twenty and one topic in eight are held out,
+chosen by a hash of the name. A finished folder made from the same text is left as it is.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 VOCAB_SIZE = 4096
-HELD_OUT = 20  # one document in this many
+HELD_OUT = {"code": 20, "en": 8}  # one document in this many
 SPECIAL = ["<unk>", "<s>", "</s>"]  # ids 0, 1, 2
 PACKAGES = (".", "asyncio", "collections", "concurrent", "email", "http", "importlib", "json", "logging", "urllib")
 
@@ -41,8 +41,8 @@ def documents() -> Iterator[Document]:
         yield "en", name, topics[name]
 
 
-def held_out(name: str) -> bool:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % HELD_OUT == 0
+def held_out(kind: str, name: str) -> bool:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % HELD_OUT[kind] == 0
 
 
 def train_tokenizer(texts: list[str], path: Path) -> None:
@@ -62,7 +62,7 @@ def train_tokenizer(texts: list[str], path: Path) -> None:
 def write_raw(folder: Path, found: list[Document]) -> list[Path]:
     files: dict[Path, list[str]] = {}
     for kind, name, text in found:
-        split = "valid" if held_out(name) else "train"
+        split = "valid" if held_out(kind, name) else "train"
         files.setdefault(folder / "raw" / split / f"{kind}.jsonl", []).append(json.dumps({"text": text}))
     for path, lines in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def main() -> None:
         return
     print(f"{folder}: {len(found)} documents, {sum(len(text) for *_, text in found) / 1e6:.1f} million characters")
     folder.mkdir(parents=True, exist_ok=True)
-    train_tokenizer([text for _, name, text in found if not held_out(name)], folder / "tokenizer.json")
+    train_tokenizer([text for kind, name, text in found if not held_out(kind, name)], folder / "tokenizer.json")
     print(f"{folder}/tokenizer.json: byte-level BPE of {VOCAB_SIZE} tokens")
     for raw in write_raw(folder, found):
         output = folder / raw.parent.name / raw.stem / "stdlib.bin"

@@ -15,12 +15,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from evomesh.config.loader import load_config
+from evomesh.data.build import ValidSet, build_train_data, build_valid_data
 from rich.console import Console
 from rich.table import Table
 
-from evomesh.config.loader import load_config
 from evomesh.data.batch import IGNORE
-from evomesh.data.build import ValidSet, build_train_data, build_valid_data
 
 CONFIG = "configs/demo.py"
 CHECKPOINTS = "llm_ckpts/demo"
@@ -38,7 +38,8 @@ def held_out_pairs(valid: ValidSet) -> Pairs:
 
 def training_pairs(folder: Path) -> Pairs:
     rows = [json.loads(line)["tokens"] for path in sorted(folder.rglob("*.bin")) for line in path.open()]
-    return np.concatenate([row[:-1] for row in rows]), np.concatenate([row[1:] for row in rows])
+    lists = [row for row in rows if len(row) > 1]
+    return np.concatenate([row[:-1] for row in lists]), np.concatenate([row[1:] for row in lists])
 
 
 class Counted:

@@ -20,8 +20,8 @@ def evaluate(model: LanguageModel, sets: list[ValidSet], grid: Grid, device: tor
     results: dict[str, float] = {}
     for valid in sets:
         tally = Tally([valid.name], device)
-        for batch in valid.batches(grid.dp.rank, grid.dp.size):
-            batch = to_device(batch, device)
+        for host_batch in valid.batches(grid.dp.rank, grid.dp.size):
+            batch = to_device(host_batch, device)
             for index in range(len(batch.input_ids)):
                 output = model.loss(
                     model(batch.input_ids[index], documents_of(batch, index)), batch.labels[index], 1.0, 0.0
