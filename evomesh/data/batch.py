@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:  # IGNORE is used by the command line's data verbs, which must start without torch
+    from torch import Tensor
 
 IGNORE = -100  # label of a position that is input but not target
 

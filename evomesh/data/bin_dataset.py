@@ -1,0 +1,198 @@
+"""Reading one ``.bin`` file of token lines through its meta, with random access and an exact word for every defect."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomesh.data.lines import BadLine, Tokens, body_of, parse_bodies, parse_line
+from evomesh.data.meta import read_meta, rebuild
+from evomesh.errors import UserError
+
+MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstandard", b"BZh": "bzip2", b"PK\x03\x04": "zip", b"\xfd7zXZ": "xz"}
+
+
+class Documents(Protocol):
+    """What can be packed: documents with known lengths that are read by number."""
+
+    name: str
+    type_id: int
+    lengths: NDArray[np.integer]  # [n], of the documents that are kept
+
+    def read(self, documents: NDArray[np.integer]) -> Tokens:
+        """Tokens of the named documents, one after the other, with their signs as stored."""
+        ...
+
+
+class BinDataset:
+    """The documents of one ``.bin`` file that have at least ``min_length`` tokens.
+
+    Args:
+        path: the token file; its ``.meta`` lies beside it.
+        name: what reports and messages call it ("" : the path).
+        type_id: index of its type folder.
+        min_length: shorter documents are left out.
+        vocab_size: an id at or past it is refused when it is read; None: not checked.
+
+    Raises:
+        UserError: file or meta is missing or broken; every message names file, row and byte.
+    """
+
+    def __init__(
+        self, path: str | Path, *, name: str = "", type_id: int = 0, min_length: int = 0, vocab_size: int | None = None
+    ) -> None:
+        self.path = Path(path)
+        self.name = name or str(path)
+        self.type_id, self.vocab_size = type_id, vocab_size
+        self.size = _check_file(self.path)
+        self.rows = read_meta(self.path)
+        self.kept: NDArray[np.int32] | None = None  # row of each kept document; None: all rows
+        self.lengths: NDArray[np.integer] = self.rows[:, 1]
+        if min_length > 0 and len(self.rows) and int(self.lengths.min()) < min_length:
+            self.kept = np.flatnonzero(self.lengths >= min_length).astype(np.int32)
+            self.lengths = self.lengths[self.kept]
+        self._fd: int | None = None
+        self._check_end()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __del__(self) -> None:
+        fd = getattr(self, "_fd", None)
+        if fd is not None:
+            os.close(fd)
+
+    def row(self, document: int) -> int:
+        """Row in the meta (line number from 0) of a kept document."""
+        return int(document if self.kept is None else self.kept[document])
+
+    def line(self, row: int) -> bytes:
+        """The raw line of a meta row, up to where the next row starts."""
+        if self._fd is None:
+            self._fd = os.open(self.path, os.O_RDONLY)
+        start = int(self.rows[row, 0])
+        end = int(self.rows[row + 1, 0]) if row + 1 < len(self.rows) else self.size
+        return os.pread(self._fd, end - start, start)
+
+    def read(self, documents: NDArray[np.integer]) -> Tokens:
+        """Tokens of the named kept documents, one after the other; negative ids are inputs that are no targets.
+
+        Raises:
+            UserError: a line is not what the meta says, or an id is outside the vocabulary.
+        """
+        rows = [self.row(int(document)) for document in documents]
+        lines = [self.line(row) for row in rows]
+        bodies = [body_of(line, int(self.rows[row, 1])) for line, row in zip(lines, rows, strict=True)]
+        tokens = None
+        if None not in bodies:
+            plain = [body for body in bodies if body is not None]
+            tokens = parse_bodies(plain, sum(int(self.rows[row, 1]) for row in rows))
+        if tokens is None:
+            tokens = np.concatenate([self._read_slowly(row, line) for row, line in zip(rows, lines, strict=True)])
+        if self.vocab_size is not None and len(tokens) and int(np.abs(tokens).max()) >= self.vocab_size:
+            self._refuse_id(rows, tokens)
+        return tokens
+
+    def _read_slowly(self, row: int, line: bytes) -> Tokens:
+        """One line with every check: the way to an exact message."""
+        start, declared = int(self.rows[row, 0]), int(self.rows[row, 1])
+        if line.count(b"\n", 0, len(line) - 1) or not line.startswith(b"{") or not line.endswith((b"\n", b"}")):
+            self._refuse_offset(row, line)
+        try:
+            tokens = parse_line(line)
+        except BadLine as bad:
+            place = f" byte {start + bad.byte}" if bad.byte is not None else ""
+            fix = f"see all of them: evomesh data verify {self.path}"
+            raise UserError(bad.found, where=f"{self.path} line {row + 1}{place}", expected=bad.expected, fix=fix) from None
+        if len(tokens) != declared:
+            raise UserError(
+                f"the meta declares {declared} tokens, the line has {len(tokens)}",
+                where=f"{self.path} line {row + 1} (meta row {row}, byte {start})",
+                fix=rebuild(self.path),
+            )
+        return np.array(tokens, dtype=np.int64)
+
+    def _refuse_offset(self, row: int, line: bytes) -> None:
+        start = int(self.rows[row, 0])
+        before = 0
+        with self.path.open("rb") as file:
+            for candidate in iter(file.readline, b""):
+                if before + len(candidate) > start:
+                    break
+                before += len(candidate)
+            after = before + len(candidate)
+        if before == start and not line.count(b"\n", 0, len(line) - 1):
+            if line.startswith(b"{"):  # the next row's offset cuts this line
+                row, start = row + 1, start + len(line)
+            else:
+                return  # a whole line, only not an object: the parser says what it is
+        elif before == start:
+            found = f"{line.count(bytes([10]))} lines lie between this row and the next: the meta lacks rows"
+            raise UserError(found, where=f"{self.path}.meta row {row} (byte {start})", fix=rebuild(self.path))
+        raise UserError(
+            f"offset {start} is not the start of a line",
+            where=f"{self.path}.meta row {row}",
+            expected=f"nearest line starts: byte {before} and byte {after}",
+            fix=rebuild(self.path),
+        )
+
+    def _refuse_id(self, rows: Sequence[int], tokens: Tokens) -> None:
+        assert self.vocab_size is not None
+        place = int(np.flatnonzero(np.abs(tokens) >= self.vocab_size)[0])
+        ends = np.cumsum([int(self.rows[row, 1]) for row in rows])
+        which = int(np.searchsorted(ends, place, side="right"))
+        position = place - (int(ends[which - 1]) if which else 0)
+        raise UserError(
+            f"token {position} is {int(tokens[place])}, outside the vocabulary",
+            where=f"{self.path} line {rows[which] + 1}",
+            expected=f"ids below model.vocab_size={self.vocab_size}",
+            fix="set model.vocab_size to the tokenizer's size, or tokenise with the model's tokenizer",
+        )
+
+    def _check_end(self) -> None:
+        """The last row's line must be the last of the file: catches a torn file and a meta that lacks rows, cheaply."""
+        if not len(self.rows):
+            raise UserError("the meta has no rows", where=f"{self.path}.meta", fix=rebuild(self.path))
+        last = len(self.rows) - 1
+        line = self.line(last)
+        extra = line.rstrip(b"\n").count(b"\n")
+        if extra:
+            raise UserError(
+                f"the meta has {len(self.rows)} rows, the token file has {extra} more line(s) behind the last of them",
+                where=f"{self.path}.meta",
+                fix=rebuild(self.path),
+            )
+        if not line.rstrip().endswith(b"}"):
+            start = int(self.rows[last, 0])
+            raise UserError(
+                f"the token file ends at byte {self.size} in the middle of a line",
+                where=f"{self.path} line {last + 1} (starts at byte {start})",
+                expected=f"a complete line; the last good one is line {last}" if last else "a complete line",
+                fix=f"drop the torn line: evomesh data repair {self.path}",
+            )
+
+
+def _check_file(path: Path) -> int:
+    """Size in bytes of a token file that is there, not empty and not compressed."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(6)
+    except OSError as error:
+        raise UserError(f"cannot read the token file: {error.strerror}", where=str(path)) from None
+    if size == 0:
+        raise UserError("the token file is empty (0 bytes)", where=str(path), fix="delete it or tokenise again")
+    for magic, kind in MAGIC.items():
+        if start.startswith(magic):
+            raise UserError(
+                f"the token file is {kind}-compressed (it starts with bytes {magic.hex(' ')})",
+                where=str(path),
+                expected="plain lines",
+                fix=f"unpack it first, then: evomesh data repair {path}",
+            )
+    return size

@@ -1,0 +1,151 @@
+"""The index beside a token file: ``X.bin.meta``, an .npy array of (byte offset of the line, tokens in it) rows."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomesh.errors import UserError
+
+CHECK_ROWS = 1 << 20  # rows looked at in one go: bounds the memory of the checks
+MAP_BYTES = 1 << 20  # smaller metas are read, so that a tree of many small files does not hold a handle for each
+
+MetaArray = NDArray[np.int32] | NDArray[np.int64]
+
+
+def meta_path(bin_path: str | Path) -> Path:
+    return Path(f"{bin_path}.meta")
+
+
+def rebuild(bin_path: str | Path) -> str:
+    """The command that repairs a meta."""
+    return f"rebuild it: evomesh data repair {bin_path}"
+
+
+def read_meta(bin_path: Path) -> MetaArray:
+    """Open and check the meta of ``bin_path``: [N, 2], int32 or int64, memory-mapped when large.
+
+    Only what the meta and the file size tell is checked here; a line is checked when it is read.
+
+    Raises:
+        UserError: the meta is missing, is no such array, or its rows cannot belong to this file.
+    """
+    path = meta_path(bin_path)
+    if not path.exists():
+        raise UserError(
+            "the token file has no .meta beside it", where=str(bin_path), expected=str(path), fix=rebuild(bin_path)
+        )
+    _check_header(path, bin_path)
+    small = path.stat().st_size < MAP_BYTES
+    rows = np.load(path, mmap_mode=None if small else "r", allow_pickle=False)
+    if rows.ndim != 2 or rows.shape[1] != 2:
+        raise UserError(
+            f"the meta has shape {rows.shape}",
+            where=str(path),
+            expected="shape (N, 2): byte offset and token count of each line",
+            fix=rebuild(bin_path),
+        )
+    if rows.dtype not in (np.dtype("<i4"), np.dtype("<i8")):
+        raise UserError(
+            f"the meta has dtype {rows.dtype.str}",
+            where=str(path),
+            expected="<i4 (int32) or <i8 (int64), little-endian",
+            fix=rebuild(bin_path),
+        )
+    size = bin_path.stat().st_size
+    if rows.dtype.itemsize == 4 and size > np.iinfo(np.int32).max:
+        raise UserError(
+            f"the token file has {size:,} bytes, its meta holds int32 offsets, which wrap past {2**31 - 1:,}",
+            where=str(path),
+            expected="an int64 meta",
+            fix=rebuild(bin_path),
+        )
+    _check_rows(rows, size, path, bin_path)
+    return rows
+
+
+def _check_header(path: Path, bin_path: Path) -> None:
+    size = path.stat().st_size
+    if size == 0:
+        raise UserError("the meta is empty (0 bytes)", where=str(path), fix=rebuild(bin_path))
+    with path.open("rb") as file:
+        start = file.read(16)
+        if start[:6] != b"\x93NUMPY":
+            text = start.decode("utf-8", "replace").splitlines()[0]
+            raise UserError(
+                f"the meta is not an .npy file (it starts with {text!r})",
+                where=str(path),
+                expected="a NumPy array of (byte offset, tokens) rows",
+                fix=rebuild(bin_path),
+            )
+        file.seek(0)
+        try:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(file)
+        except ValueError as error:
+            raise UserError(
+                f"the meta has a broken .npy header ({error})", where=str(path), fix=rebuild(bin_path)
+            ) from None
+        if dtype.hasobject:
+            raise UserError(
+                "the meta holds pickled Python objects, which are never loaded",
+                where=str(path),
+                expected="an int32 or int64 array",
+                fix=rebuild(bin_path),
+            )
+        expected = file.tell() + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if size != expected:
+        kind = "truncated" if size < expected else "longer than its header says"
+        raise UserError(
+            f"the meta is {kind}: {size:,} bytes, its header announces {expected:,} (shape {shape})",
+            where=str(path),
+            fix=rebuild(bin_path),
+        )
+
+
+def _check_rows(rows: MetaArray, size: int, path: Path, bin_path: Path) -> None:
+    """Offsets start at 0, increase and end inside the file; counts are not negative."""
+
+    def refuse(row: int, found: str, expected: str) -> UserError:
+        return UserError(found, where=f"{path} row {row}", expected=expected, fix=rebuild(bin_path))
+
+    if len(rows) == 0:
+        return
+    if rows[0, 0] != 0:
+        first = int(rows[0, 0])
+        raise refuse(0, f"the first line starts at byte {first}", "byte 0 (a negative offset or a missing row)")
+    for start in range(0, len(rows), CHECK_ROWS):
+        part = rows[start : start + CHECK_ROWS + 1]
+        wrong = np.flatnonzero(part[1:, 0] <= part[:-1, 0])
+        if len(wrong):
+            row = start + int(wrong[0]) + 1
+            raise refuse(
+                row,
+                f"offset {int(rows[row, 0])} does not increase (the row before has {int(rows[row - 1, 0])}; "
+                f"the file has {size:,} bytes)",
+                "offsets in file order, each larger than the one before",
+            )
+        wrong = np.flatnonzero(part[:, 1] < 0)
+        if len(wrong):
+            row = start + int(wrong[0])
+            raise refuse(row, f"the line has {int(rows[row, 1])} tokens", "a count of at least 0")
+    if rows[-1, 0] >= size:
+        row = int(np.searchsorted(rows[:, 0], size))
+        raise refuse(
+            row,
+            f"offset {int(rows[row, 0]):,} lies past the end of the token file ({size:,} bytes); "
+            f"the meta has {len(rows) - row} row(s) too many or the token file was cut",
+            f"an offset below {size:,}",
+        )
+
+
+def write_meta(path: Path, offsets: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
+    """Write an int64 meta at exactly ``path``, durably: the caller renames it into place."""
+    with path.open("wb") as file:
+        np.save(file, np.stack([offsets, lengths], axis=1).astype("<i8"))
+        file.flush()
+        os.fsync(file.fileno())

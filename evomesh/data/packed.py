@@ -1,0 +1,200 @@
+"""Cutting documents into packs of equal length, by the documents' rules.
+
+A file (or, with ``remainder="carry"``, all files one after the other) is one stream of tokens: its documents in the
+order of NumPy's ``RandomState(1024)`` shuffle, the same in every epoch. Pack ``k`` is tokens ``[kL, (k+1)L)`` of that
+stream. Nothing is done per document in Python when a plan is made: a shuffle, a gather and a cumulative sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomesh.data.batch import IGNORE
+from evomesh.data.bin_dataset import Documents
+from evomesh.data.lines import Tokens
+
+PACK_SEED = 1024  # of the order of documents inside a file; data.seed orders the packs
+
+Ints = NDArray[np.int64]
+Order = Literal["internevo", "xtuner"]
+Remainder = Literal["drop", "carry", "pad"]
+
+
+@dataclass(frozen=True)
+class Pack:
+    """T packed tokens, as numpy.
+
+    Attributes:
+        tokens: [T] int64 inputs, never negative.
+        labels: [T] int64, the token to predict, ``IGNORE`` where there is none.
+        indexes: [T] int64 position within the segment.
+        type_ids: [T] int64.
+        cu_seqlens: [segments + 1] int32 bounds 0 .. T: attention stays inside a segment.
+    """
+
+    tokens: Tokens
+    labels: Tokens
+    indexes: Ints
+    type_ids: Ints
+    cu_seqlens: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class PackRule:
+    """How a stretch of tokens becomes inputs, targets and segments.
+
+    Attributes:
+        packed_length: T.
+        seq_len: longest segment ("internevo"; longer pieces are split, their targets go on across the split).
+        one_sample: ``pack_sample_into_one``: segments are every ``seq_len`` tokens whatever the documents' borders.
+        order: "internevo": a document's last token has no target; "xtuner": it predicts the next document's first.
+    """
+
+    packed_length: int
+    seq_len: int
+    one_sample: bool = False
+    order: Order = "internevo"
+
+
+class PackPlan:
+    """Which documents make up each pack of a stream.
+
+    Args:
+        sources: files of the stream, each shuffled on its own.
+        rule: packed length and the rest.
+        remainder: what happens to the stream's last tokens: "drop" leaves them out, "pad" fills a last pack with
+            ignored zeros ("carry" is "drop" for the one stream of all files).
+    """
+
+    def __init__(self, sources: Sequence[Documents], rule: PackRule, remainder: Remainder = "drop") -> None:
+        self.sources, self.rule = list(sources), rule
+        orders = [_shuffled(len(source.lengths)) for source in sources]
+        self.first = np.cumsum([0] + [len(order) for order in orders])  # of each source in the stream
+        self.order = orders[0] if len(orders) == 1 else np.concatenate([*orders, np.empty(0, np.int32)])
+        self.ends = np.empty(len(self.order), np.int64)  # where each document of the stream ends
+        for start, order, source in zip(self.first, orders, sources, strict=False):
+            self.ends[start : start + len(order)] = source.lengths[order]
+        np.cumsum(self.ends, out=self.ends)
+        self.tokens = int(self.ends[-1]) if len(self.ends) else 0
+        whole, rest = divmod(self.tokens, rule.packed_length)
+        self.num_packs = whole + (1 if rest and remainder == "pad" else 0)
+        self.dropped = 0 if remainder == "pad" else rest
+
+    def __len__(self) -> int:
+        return self.num_packs
+
+    def documents(self, pack: int) -> tuple[int, int]:
+        """First and last-plus-one place in the stream of the documents that pack ``pack`` touches."""
+        start = pack * self.rule.packed_length
+        stop = min(start + self.rule.packed_length, self.tokens)
+        first = int(np.searchsorted(self.ends, start, side="right"))
+        return first, int(np.searchsorted(self.ends, stop, side="left")) + 1
+
+    def read(self, pack: int) -> Pack:
+        """Read pack ``pack``: its documents' lines, nothing else.
+
+        Raises:
+            UserError: a line of a file is broken.
+        """
+        first, last = self.documents(pack)
+        start = pack * self.rule.packed_length
+        ends = self.ends[first:last] - start
+        stored, types = self._read_stream(first, last)
+        # The first document may begin in the pack before: bring its head to negative places and cut it off.
+        stored = stored[len(stored) - int(ends[-1]) :]
+        return assemble(stored, ends, types, self.rule)
+
+    def _read_stream(self, first: int, last: int) -> tuple[Tokens, Ints]:
+        """Tokens of stream places ``[first, last)`` and each of these documents' type."""
+        parts: list[Tokens] = []
+        types: list[Ints] = []
+        for number in range(int(np.searchsorted(self.first, first, side="right")) - 1, len(self.sources)):
+            low, high = max(first, int(self.first[number])), min(last, int(self.first[number + 1]))
+            if low < high:
+                parts.append(self.sources[number].read(self.order[low:high]))
+                types.append(np.full(high - low, self.sources[number].type_id, np.int64))
+            if high >= last:
+                break
+        return (parts[0], types[0]) if len(parts) == 1 else (np.concatenate(parts), np.concatenate(types))
+
+
+def _shuffled(count: int) -> NDArray[np.int32]:
+    order = np.arange(count, dtype=np.int32)  # the shuffle's swaps do not depend on the dtype
+    np.random.RandomState(PACK_SEED).shuffle(order)
+    return order
+
+
+def assemble(stored: Tokens, ends: Ints, types: Ints, rule: PackRule) -> Pack:
+    """One pack from its documents' tokens.
+
+    Args:
+        stored: tokens from the pack's start to the end of the last document it touches, signs as stored. Shorter
+            than the packed length: the rest is padding. Longer: the surplus only gives the last target.
+        ends: [n] where each document ends, from the pack's start.
+        types: [n] type of each document.
+        rule: packed length T, segments and targets.
+    """
+    length = rule.packed_length
+    filled = min(len(stored), length)
+    tokens = np.zeros(length, np.int64)
+    tokens[:filled] = stored[:filled]
+    targets = np.full(length, IGNORE, np.int64)
+    following = stored[1 : length + 1]
+    targets[: len(following)] = following
+    if rule.order == "internevo":
+        inside = ends[(ends > 0) & (ends <= length)]
+        targets[inside - 1] = IGNORE
+    if rule.one_sample or rule.order == "xtuner":
+        targets[length - 1] = IGNORE  # these two do not look past the end of the pack
+    targets[targets <= 0] = IGNORE  # negative: input only; 0: the documents' format cannot train it
+    bounds = np.unique(np.concatenate([[0], np.clip(ends, 0, length), [length]]))
+    if rule.one_sample:
+        bounds = np.arange(0, length + 1, rule.seq_len)
+    elif rule.order == "internevo":
+        bounds = _split(bounds, rule.seq_len)
+    sizes = np.diff(bounds)
+    type_ids = np.zeros(length, np.int64)
+    pieces = np.diff(np.clip(ends, 0, length), prepend=0)
+    type_ids[:filled] = np.repeat(types, pieces)
+    return Pack(
+        tokens=np.abs(tokens),
+        labels=targets,
+        indexes=np.arange(length) - np.repeat(bounds[:-1], sizes),
+        type_ids=type_ids,
+        cu_seqlens=bounds.astype(np.int32),
+    )
+
+
+def _split(bounds: Ints, seq_len: int) -> Ints:
+    """Bounds with every piece longer than ``seq_len`` cut into ``seq_len`` segments from its start."""
+    sizes = np.diff(bounds)
+    if not len(sizes) or int(sizes.max()) <= seq_len:
+        return bounds
+    counts = -(-sizes // seq_len)
+    number = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.append(np.repeat(bounds[:-1], counts) + number * seq_len, bounds[-1])
+
+
+class PackedCorpus:
+    """All packs of all streams, numbered through in file order."""
+
+    def __init__(self, plans: Sequence[PackPlan]) -> None:
+        self.plans = list(plans)
+        self.starts = np.cumsum([0] + [len(plan) for plan in plans])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def locate(self, pack: int) -> tuple[PackPlan, int]:
+        """Plan of a global pack number, and the pack's number in it."""
+        which = int(np.searchsorted(self.starts, pack, side="right")) - 1
+        return self.plans[which], pack - int(self.starts[which])
+
+    def read(self, pack: int) -> Pack:
+        plan, local = self.locate(pack)
+        return plan.read(local)
