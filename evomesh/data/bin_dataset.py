@@ -14,7 +14,13 @@ from evomesh.data.lines import BadLine, Tokens, body_of, parse_bodies, parse_lin
 from evomesh.data.meta import read_meta, rebuild
 from evomesh.errors import UserError
 
-MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstandard", b"BZh": "bzip2", b"PK\x03\x04": "zip", b"\xfd7zXZ": "xz"}
+MAGIC = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstandard",
+    b"BZh": "bzip2",
+    b"PK\x03\x04": "zip",
+    b"\xfd7zXZ": "xz",
+}
 
 
 class Documents(Protocol):
@@ -49,7 +55,7 @@ class BinDataset:
         self.path = Path(path)
         self.name = name or str(path)
         self.type_id, self.vocab_size = type_id, vocab_size
-        self.size = _check_file(self.path)
+        self.size = check_file(self.path)
         self.rows = read_meta(self.path)
         self.kept: NDArray[np.int32] | None = None  # row of each kept document; None: all rows
         self.lengths: NDArray[np.integer] = self.rows[:, 1]
@@ -108,7 +114,9 @@ class BinDataset:
         except BadLine as bad:
             place = f" byte {start + bad.byte}" if bad.byte is not None else ""
             fix = f"see all of them: evomesh data verify {self.path}"
-            raise UserError(bad.found, where=f"{self.path} line {row + 1}{place}", expected=bad.expected, fix=fix) from None
+            raise UserError(
+                bad.found, where=f"{self.path} line {row + 1}{place}", expected=bad.expected, fix=fix
+            ) from None
         if len(tokens) != declared:
             raise UserError(
                 f"the meta declares {declared} tokens, the line has {len(tokens)}",
@@ -118,28 +126,31 @@ class BinDataset:
         return np.array(tokens, dtype=np.int64)
 
     def _refuse_offset(self, row: int, line: bytes) -> None:
+        """Say which row's offset is no line start, or that rows are missing; return when the line is at fault."""
         start = int(self.rows[row, 0])
-        before = 0
+        for wrong, offset in ((row, start), (row + 1, start + len(line))):
+            before, after = self._line_around(offset)
+            if offset not in (before, self.size):
+                raise UserError(
+                    f"offset {offset} is not the start of a line",
+                    where=f"{self.path}.meta row {wrong}",
+                    expected=f"nearest line starts: byte {before} and byte {after}",
+                    fix=rebuild(self.path),
+                )
+        if inner := line.count(b"\n", 0, len(line) - 1):
+            raise UserError(
+                f"{inner + 1} lines lie between this row and the next: the meta lacks rows",
+                where=f"{self.path}.meta row {row} (byte {start})",
+                fix=rebuild(self.path),
+            )
+
+    def _line_around(self, offset: int) -> tuple[int, int]:
+        """Start and end of the line that holds byte ``offset``."""
+        start = end = 0
         with self.path.open("rb") as file:
-            for candidate in iter(file.readline, b""):
-                if before + len(candidate) > start:
-                    break
-                before += len(candidate)
-            after = before + len(candidate)
-        if before == start and not line.count(b"\n", 0, len(line) - 1):
-            if line.startswith(b"{"):  # the next row's offset cuts this line
-                row, start = row + 1, start + len(line)
-            else:
-                return  # a whole line, only not an object: the parser says what it is
-        elif before == start:
-            found = f"{line.count(bytes([10]))} lines lie between this row and the next: the meta lacks rows"
-            raise UserError(found, where=f"{self.path}.meta row {row} (byte {start})", fix=rebuild(self.path))
-        raise UserError(
-            f"offset {start} is not the start of a line",
-            where=f"{self.path}.meta row {row}",
-            expected=f"nearest line starts: byte {before} and byte {after}",
-            fix=rebuild(self.path),
-        )
+            while end <= offset and (line := file.readline()):
+                start, end = end, end + len(line)
+        return start, end
 
     def _refuse_id(self, rows: Sequence[int], tokens: Tokens) -> None:
         assert self.vocab_size is not None
@@ -177,7 +188,7 @@ class BinDataset:
             )
 
 
-def _check_file(path: Path) -> int:
+def check_file(path: Path) -> int:
     """Size in bytes of a token file that is there, not empty and not compressed."""
     try:
         size = path.stat().st_size

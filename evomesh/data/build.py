@@ -21,6 +21,8 @@ from evomesh.data.synthetic import TRAIN_DOCUMENTS, TYPES, VALID_DOCUMENTS, Synt
 from evomesh.data.valid import ValidSet, group_sets, open_set
 from evomesh.errors import UserError
 
+__all__ = ["BatchStream", "TrainData", "ValidSet", "build_train_data", "build_valid_data", "check_manifest"]
+
 
 @dataclass(frozen=True)
 class TrainData:
@@ -191,10 +193,11 @@ def _row(source: Documents, type_name: str, documents: int, tokens: int, plan: P
 def _file_row(source: BinDataset, types: list[str], plan: PackPlan) -> dict[str, Any]:
     tokens = int(source.rows[:, 1].sum(dtype=np.int64))
     row = _row(source, types[source.type_id], len(source.rows), tokens, plan)
-    if len(plan.sources) > 1:  # carried tails belong to the stream: a file's own share is what it brings in
-        own = int(source.lengths.sum(dtype=np.int64))
-        last = source is plan.sources[-1]
-        row |= {"packs": own // plan.rule.packed_length, "dropped": plan.dropped if last else 0}
+    if len(plan.sources) > 1:  # one stream of all files: a pack counts for the file in which it ends
+        number = plan.sources.index(source)
+        before, after = (int(plan.ends[place - 1]) if place else 0 for place in plan.first[number : number + 2])
+        length = plan.rule.packed_length
+        row |= {"packs": after // length - before // length, "dropped": plan.dropped if after == plan.tokens else 0}
     row["bytes"] = source.size
     row["hash"] = xxhash.xxh3_64_hexdigest(np.ascontiguousarray(source.rows).data)
     return row
@@ -204,7 +207,7 @@ def _manifest(report: list[dict[str, Any]], types: list[str]) -> dict[str, Any]:
     keys = ("file", "type", "documents", "tokens", "bytes", "hash")
     files = [{key: row[key] for key in keys if key in row} for row in report]
     text = repr([(file["file"], file["type"], file.get("bytes"), file.get("hash")) for file in files])
-    return {"files": files, "types": types, "hash": xxhash.xxh3_64_hexdigest(text)}
+    return {"files": files, "types": types, "hash": xxhash.xxh3_64_hexdigest(text.encode())}
 
 
 def _warnings(report: list[dict[str, Any]], sources: list[BinDataset], config: DataConfig) -> list[str]:
@@ -217,7 +220,7 @@ def _warnings(report: list[dict[str, Any]], sources: list[BinDataset], config: D
             )
         if doubled := _doubled(source):
             found.append(
-                f"{row['file']}: rows {doubled} .. {2 * doubled - 1} repeat rows 0 .. {doubled - 1} in length and size: "
+                f"{row['file']}: rows {doubled} .. {2 * doubled - 1} repeat rows 0 .. {doubled - 1} in size: "
                 f"was it written twice in append mode? check: evomesh data verify {source.path}"
             )
     return found

@@ -66,7 +66,7 @@ def check_same_tokenizer(files: Sequence[TokenFile], allow: bool) -> None:
     if len(seen) > 1 and not allow:
         (one, first), (two, second) = list(seen.items())[:2]
         raise UserError(
-            f"the files were made with different tokenizers: {first.path} with {one[:12]}, {second.path} with {two[:12]}",
+            f"two tokenizers made these files: {first.path} with {one[:12]}, {second.path} with {two[:12]}",
             where="data.train_folder and data.valid_folder",
             expected="one tokenizer",
             fix="tokenise one of them again, or set data.allow_tokenizer_mismatch=True",

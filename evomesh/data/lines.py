@@ -40,12 +40,14 @@ def body_of(line: bytes, declared: int) -> bytes | None:
 
 
 def parse_bodies(bodies: list[bytes], total: int) -> Tokens | None:
-    """All numbers of several bodies, or None when a number is malformed. NumPy's text reader is twice orjson's speed."""
+    """All numbers of several bodies, None when one is malformed. NumPy's text reader is twice as fast as orjson."""
     try:
         tokens = np.fromstring(b",".join(body for body in bodies if body), dtype=np.int64, sep=",")
     except ValueError:
         return None
-    return tokens if len(tokens) == total else None
+    if len(tokens) != total or (total and (int(tokens.max()) > MAX_ID or int(tokens.min()) < -MAX_ID)):
+        return None
+    return tokens
 
 
 def parse_line(line: bytes) -> list[int]:

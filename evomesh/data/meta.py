@@ -40,7 +40,7 @@ def read_meta(bin_path: Path) -> MetaArray:
         )
     _check_header(path, bin_path)
     small = path.stat().st_size < MAP_BYTES
-    rows = np.load(path, mmap_mode=None if small else "r", allow_pickle=False)
+    rows: MetaArray = np.load(path, mmap_mode=None if small else "r", allow_pickle=False)
     if rows.ndim != 2 or rows.shape[1] != 2:
         raise UserError(
             f"the meta has shape {rows.shape}",

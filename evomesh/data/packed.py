@@ -152,14 +152,15 @@ def assemble(stored: Tokens, ends: Ints, types: Ints, rule: PackRule) -> Pack:
     if rule.one_sample or rule.order == "xtuner":
         targets[length - 1] = IGNORE  # these two do not look past the end of the pack
     targets[targets <= 0] = IGNORE  # negative: input only; 0: the documents' format cannot train it
-    bounds = np.unique(np.concatenate([[0], np.clip(ends, 0, length), [length]]))
+    bounds: Ints = np.unique(np.concatenate([[0], np.clip(ends, 0, length), [length]]))
     if rule.one_sample:
         bounds = np.arange(0, length + 1, rule.seq_len)
     elif rule.order == "internevo":
         bounds = _split(bounds, rule.seq_len)
-    sizes = np.diff(bounds)
+    sizes: Ints = bounds[1:] - bounds[:-1]
     type_ids = np.zeros(length, np.int64)
-    pieces = np.diff(np.clip(ends, 0, length), prepend=0)
+    inner = np.clip(ends, 0, length)
+    pieces: Ints = inner - np.concatenate([[0], inner[:-1]])
     type_ids[:filled] = np.repeat(types, pieces)
     return Pack(
         tokens=np.abs(tokens),

@@ -203,7 +203,7 @@ class PackSampler:
                     f"the checkpoint's data has {key} {state[key]}, this run has {own[key]}",
                     where="resuming the data position",
                     expected="the data that the checkpoint was trained on",
-                    fix='restore it, or begin anew with its weights: ckpt.load_ckpt_info=dict(path=..., content=("model",))',
+                    fix='restore it, or take the weights only: ckpt.load_ckpt_info=dict(path=..., content=("model",))',
                 )
         if self.rampup is not None and state["rampup"] is not None:
             self.rampup = Rampup(**state["rampup"])  # it is kept in global packs: another layout keeps the sizes

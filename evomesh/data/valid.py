@@ -63,7 +63,9 @@ class ValidSet:
             places = np.arange(max(first, int(low)), min(last, int(low) + len(source.lengths))) - int(low)
             if len(places):
                 parts.append(_cut(source.read(places), np.asarray(source.lengths[places], np.int64), self.seq_len))
-        return assemble(np.concatenate(parts), self.ends[first:last] - begin, np.zeros(last - first, np.int64), self.rule)
+        return assemble(
+            np.concatenate(parts), self.ends[first:last] - begin, np.zeros(last - first, np.int64), self.rule
+        )
 
     def _empty(self) -> Pack:
         nothing = np.empty(0, np.int64)
@@ -71,7 +73,7 @@ class ValidSet:
 
 
 def _fill_rows(ends: Ints, length: int) -> Ints:
-    """First document of each row, and the number of documents at the end: whole documents, at most ``length`` tokens."""
+    """First document of each row, then the number of documents: a row holds whole ones, at most ``length`` tokens."""
     bounds = [0]
     while bounds[-1] < len(ends):
         begin = int(ends[bounds[-1] - 1]) if bounds[-1] else 0

@@ -1,0 +1,151 @@
+"""Text files to a token file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from evomesh.data.sources import Record, TextFile, field_text, read_lines, read_records
+from evomesh.data.tokenizer import Tokenizer
+from evomesh.data.writer import BinWriter
+from evomesh.errors import UserError
+
+BATCH_CHARS = 1 << 20  # text encoded in one call: enough to keep all cores busy, little enough to keep memory flat
+BATCH_DOCUMENTS = 4096
+
+Progress = Callable[[int, int, int], None]  # bytes read, documents, tokens
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """What becomes of a record's text.
+
+    Attributes:
+        text_field: key of the text in a JSON record.
+        raw_lines: encode whole lines as they stand (the documents' tool).
+        bos: put the tokenizer's bos in front; None: as the tokenizer says.
+        eos: put its eos behind.
+    """
+
+    text_field: str = "text"
+    raw_lines: bool = False
+    bos: bool | None = None
+    eos: bool = True
+
+
+def tokenize_files(
+    files: list[TextFile],
+    output: str | Path,
+    tokenizer: Tokenizer,
+    options: TextOptions,
+    *,
+    append: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Tokenise ``files`` into one ``.bin`` with meta and fingerprint; returns the fingerprint.
+
+    Raises:
+        UserError: a record without the field, a broken file, no document at all, a missing bos or eos.
+    """
+    head, tail = _frame(tokenizer, options)
+    with BinWriter(output, append=append) as writer, ThreadPoolExecutor(1) as encoder:
+        if writer.previous and writer.previous.get("tokenizer_hash") not in (None, tokenizer.hash):
+            raise UserError(
+                "the existing file was made with another tokenizer",
+                where=str(writer.path),
+                fix="leave out --append to replace it",
+            )
+        waiting = None
+        for texts, position in _batches(files, options):
+            following = (encoder.submit(tokenizer.encode_batch, texts), position)
+            if waiting is not None:  # writes one batch while the next is being encoded
+                _write(writer, waiting[0].result(), head, tail)
+                if progress:
+                    progress(waiting[1], writer.documents, writer.tokens)
+            waiting = following
+        if waiting is not None:
+            _write(writer, waiting[0].result(), head, tail)
+            if progress:
+                progress(waiting[1], writer.documents, writer.tokens)
+        facts = tokenizer_facts(tokenizer) | {
+            "options": asdict(options),
+            "sources": source_facts(files, writer.previous),
+        }
+        return writer.commit(facts)
+
+
+def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
+    """A tokenizer's part of a fingerprint."""
+    return {
+        "tokenizer": tokenizer.path.name,
+        "tokenizer_hash": tokenizer.hash,
+        "vocab_size": tokenizer.vocab_size,
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+    }
+
+
+def source_facts(files: list[TextFile], previous: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """Names, sizes and hashes of the inputs, behind those of the file appended to."""
+    facts = list((previous or {}).get("sources", []))
+    for file in files:
+        with file.path.open("rb") as raw:
+            digest = hashlib.file_digest(raw, "sha256").hexdigest()
+        facts.append({"file": file.path.name, "bytes": file.path.stat().st_size, "sha256": digest})
+    return facts
+
+
+def set_workers(workers: int | None) -> None:
+    """Threads that the tokenizer library uses; must be called before the first text is encoded."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    if workers:
+        os.environ["RAYON_NUM_THREADS"] = str(workers)
+
+
+def _write(writer: BinWriter, encoded: list[list[int]], head: list[int], tail: list[int]) -> None:
+    writer.write([head + ids + tail for ids in encoded] if head or tail else encoded)
+
+
+def _frame(tokenizer: Tokenizer, options: TextOptions) -> tuple[list[int], list[int]]:
+    """Ids before and behind every text."""
+    bos = tokenizer.add_bos if options.bos is None else options.bos
+    for wanted, name, token in ((bos, "bos", tokenizer.bos_id), (options.eos, "eos", tokenizer.eos_id)):
+        if wanted and token is None:
+            raise UserError(
+                f"the tokenizer names no {name} token",
+                where=str(tokenizer.path),
+                expected=f"{name}_token in the tokenizer_config.json beside it",
+                fix=f"add it there, or tokenise with --no-{name}",
+            )
+    head = [tokenizer.bos_id] if bos and tokenizer.bos_id is not None else []
+    tail = [tokenizer.eos_id] if options.eos and tokenizer.eos_id is not None else []
+    return head, tail
+
+
+def _batches(files: list[TextFile], options: TextOptions) -> Iterator[tuple[list[str], int]]:
+    """Texts in batches, with the number of input bytes read so far (of packed files: packed bytes)."""
+    texts: list[str] = []
+    chars = done = position = 0
+    for file in files:
+        with file.open() as (stream, raw):
+            for text in _texts(stream, file, options):
+                texts.append(text)
+                chars += len(text)
+                if chars >= BATCH_CHARS or len(texts) >= BATCH_DOCUMENTS:
+                    position = done + raw.tell()
+                    yield texts, position
+                    texts, chars = [], 0
+        done += file.path.stat().st_size
+    if texts:
+        yield texts, done
+
+
+def _texts(stream: IO[bytes], file: TextFile, options: TextOptions) -> Iterator[str]:
+    records: Iterator[Record] = read_lines(stream, file) if options.raw_lines else read_records(stream, file)
+    for record in records:
+        yield record.value if options.raw_lines else field_text(record, options.text_field)

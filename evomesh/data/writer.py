@@ -1,0 +1,123 @@
+"""Writing token files so that a killed run leaves nothing half-made: beside the target, then renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+import orjson
+import xxhash
+
+from evomesh.data.fingerprint import fingerprint_path, read_fingerprint
+from evomesh.data.lines import format_line
+from evomesh.data.meta import meta_path, read_meta, write_meta
+from evomesh.errors import UserError
+
+
+class BinWriter:
+    """Writes ``X.bin``, ``X.bin.meta`` (int64) and ``X.bin.json``; nothing is seen under these names before ``commit``.
+
+    Args:
+        path: the ``.bin`` to make; its folder is created.
+        append: begin with what is already there.
+
+    Raises:
+        UserError: the name does not end in .bin, or what is there cannot be appended to.
+    """
+
+    def __init__(self, path: str | Path, *, append: bool = False) -> None:
+        self.path = Path(path).expanduser()
+        if self.path.suffix != ".bin":
+            raise UserError(f"{self.path.name!r} does not end in .bin", where="output", expected="DIR/TYPE/NAME.bin")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot create the folder: {error}", where=str(self.path.parent)) from None
+        self._part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+        self._lengths: list[np.ndarray[Any, np.dtype[np.int64]]] = []
+        self._sizes: list[np.ndarray[Any, np.dtype[np.int64]]] = []
+        self._hash = xxhash.xxh3_128()
+        self.documents = self.tokens = self.targets = 0
+        self.max_id, self.max_id_line = -1, 0
+        self.previous: dict[str, Any] = {}
+        self._file: IO[bytes] = self._part.open("wb")
+        if append and self.path.exists():
+            try:
+                self._begin_with_existing()
+            except BaseException:
+                self.abort()
+                raise
+
+    def __enter__(self) -> BinWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()  # after commit there is nothing left to remove
+
+    def write(self, documents: list[list[int]]) -> None:
+        """Append documents, each a list of ids with their signs (negative: input that is no target)."""
+        lines = [format_line(tokens) for tokens in documents]
+        for number, tokens in enumerate(documents, self.documents + 1):
+            largest = max(max(tokens, default=-1), -min(tokens, default=1))
+            if largest > self.max_id:
+                self.max_id, self.max_id_line = largest, number
+        self._lengths.append(np.array([len(tokens) for tokens in documents], np.int64))
+        self._sizes.append(np.array([len(line) for line in lines], np.int64))
+        blob = b"".join(lines)
+        self._hash.update(blob)
+        self._file.write(blob)
+        self.documents += len(documents)
+        self.tokens += sum(map(len, documents))
+
+    def commit(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """Finish the three files and give them their names; returns the fingerprint: ``facts`` and the counts."""
+        if not self.documents:
+            raise UserError("the input holds no document", where=str(self.path))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        lengths, sizes = np.concatenate(self._lengths), np.concatenate(self._sizes)
+        record = facts | {
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "max_id": self.max_id,
+            "max_id_line": self.max_id_line,
+            "bin_hash": f"xxh3_128:{self._hash.hexdigest()}",
+        }
+        meta, fingerprint = Path(f"{self._part}.meta"), Path(f"{self._part}.json")
+        write_meta(meta, np.cumsum(sizes) - sizes, lengths)
+        fingerprint.write_bytes(orjson.dumps(record, option=orjson.OPT_INDENT_2) + b"\n")
+        # A reader between two of these renames finds an old meta with a new file, which it refuses; a crash there is
+        # repaired by a rerun.
+        meta_path(self.path).unlink(missing_ok=True)
+        os.replace(self._part, self.path)
+        os.replace(fingerprint, fingerprint_path(self.path))
+        os.replace(meta, meta_path(self.path))
+        return record
+
+    def abort(self) -> None:
+        """Remove what was not committed."""
+        self._file.close()
+        for suffix in ("", ".meta", ".json"):
+            Path(f"{self._part}{suffix}").unlink(missing_ok=True)
+
+    def _begin_with_existing(self) -> None:
+        rows = read_meta(self.path)
+        self.previous = read_fingerprint(self.path) or {}
+        with self.path.open("rb") as source:
+            shutil.copyfileobj(source, self._file, 1 << 22)
+        with self.path.open("rb") as source:
+            while block := source.read(1 << 22):
+                self._hash.update(block)
+        offsets = rows[:, 0].astype(np.int64)
+        self._sizes.append(np.diff(offsets, append=self.path.stat().st_size))
+        self._lengths.append(rows[:, 1].astype(np.int64))
+        self.documents, self.tokens = len(rows), int(self._lengths[0].sum())
+        self.max_id = int(self.previous.get("max_id", -1))
+        self.max_id_line = int(self.previous.get("max_id_line", 0))

@@ -1,0 +1,245 @@
+"""Reading token files: the documents' example, and one test for each way in which a file can be wrong.
+
+Numbers in the names are those of the list of bad data inputs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from evomesh.data.bin_dataset import BinDataset
+from evomesh.data.repair import repair
+from evomesh.errors import UserError
+
+DOCUMENTED = [
+    [73075, 75302, 69522, 69022, 98899, 67713, 68015, 81269, 74637, 75445, 99157],
+    [69469, 60355, 73026, 68524, 60846, 61844, 98899, 67775, 79241, 98899, 67713, 67800, 67453, 67838, 99157],
+    [68057, 79017, 60378, 68014, 98899, 67713, 67990, 68015, 70381, 67428, 61003, 67622, 99157],
+]  # fmt: skip
+
+
+def read_all(path: Path, **options: Any) -> list[list[int]]:
+    dataset = BinDataset(path, **options)
+    return [dataset.read(np.array([i])).tolist() for i in range(len(dataset))]
+
+
+def refused(path: Path, *parts: str, **options: Any) -> None:
+    """Opening or reading ``path`` fails with a message that holds every part."""
+    with pytest.raises(UserError) as caught:
+        read_all(path, **options)
+    for part in parts:
+        assert part in str(caught.value), str(caught.value)
+
+
+def set_meta(path: Path, rows: Any) -> None:
+    with Path(f"{path}.meta").open("wb") as file:
+        np.save(file, rows)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64"])
+def test_documented_example(write_bin: Any, dtype: str) -> None:
+    path = write_bin(DOCUMENTED, dtype=dtype)
+    assert np.load(f"{path}.meta").tolist() == [[0, 11], [90, 15], [208, 13]]
+    assert read_all(path) == DOCUMENTED
+    assert BinDataset(path).read(np.array([2, 0])).tolist() == DOCUMENTED[2] + DOCUMENTED[0]
+
+
+def test_other_json_forms_are_read_too(tmp_path: Path) -> None:
+    path = tmp_path / "x.bin"
+    path.write_bytes(b'{"tokens":[1,2]}\n{"type": "en", "tokens": [ -3 ,4 ]}\n{"tokens": []}\r\n{"tokens": [5]}')
+    repair(path)
+    assert read_all(path) == [[1, 2], [-3, 4], [], [5]]
+
+
+def test_41_file_missing(tmp_path: Path) -> None:
+    refused(tmp_path / "no.bin", "no.bin", "No such file")
+
+
+def test_43_bin_without_meta(write_bin: Any) -> None:
+    path = write_bin([[1]])
+    os.remove(f"{path}.meta")
+    refused(path, "no .meta", f"evomesh data repair {path}")
+
+
+def test_45_meta_is_text(write_bin: Any) -> None:
+    path = write_bin([[1]])
+    Path(f"{path}.meta").write_text("(0, 11), (90, 15), (208, 13)")
+    refused(path, "not an .npy file (it starts with '(0, 11), (90, 15'", "repair")
+
+
+@pytest.mark.parametrize("cut", [0, 40, 130])
+def test_46_meta_truncated(write_bin: Any, cut: int) -> None:
+    path = write_bin([[1], [2]])
+    os.truncate(f"{path}.meta", cut)
+    refused(path, ".meta", "empty (0 bytes)" if cut == 0 else "broken .npy header" if cut == 40 else "130 bytes")
+
+
+def test_46_meta_with_objects(write_bin: Any) -> None:
+    path = write_bin([[1]])
+    set_meta(path, np.array([[0, 1]], dtype=object))
+    refused(path, "pickled", "int32 or int64")
+
+
+@pytest.mark.parametrize("rows", [np.zeros(4, np.int64), np.zeros((2, 3), np.int64)])
+def test_47_meta_of_another_shape(write_bin: Any, rows: Any) -> None:
+    path = write_bin([[1]])
+    set_meta(path, rows)
+    refused(path, f"shape {rows.shape}", "(N, 2)")
+
+
+@pytest.mark.parametrize("dtype", ["<f8", "i1", ">i8"])
+def test_48_meta_of_another_dtype(write_bin: Any, dtype: str) -> None:
+    path = write_bin([[1]])
+    set_meta(path, np.array([[0, 1]], dtype))
+    refused(path, "dtype " + np.dtype(dtype).str, "<i8")
+
+
+def test_49_offsets_not_increasing(write_bin: Any) -> None:
+    path = write_bin([[1], [2], [3]])
+    set_meta(path, np.array([[0, 1], [30, 1], [15, 1]]))
+    refused(path, "row 2", "offset 15 does not increase", "45 bytes" if path.stat().st_size == 45 else "bytes")
+
+
+def test_49_negative_offset(write_bin: Any) -> None:
+    path = write_bin([[1], [2]])
+    set_meta(path, np.array([[-5, 1], [15, 1]]))
+    refused(path, "row 0", "-5")
+
+
+def test_49_offset_past_the_end(write_bin: Any) -> None:
+    path = write_bin([[1], [2]])
+    set_meta(path, np.array([[0, 1], [999, 1]]))
+    refused(path, "row 1", "offset 999", f"{path.stat().st_size} bytes")
+
+
+def test_50_offset_not_at_a_line_start(write_bin: Any) -> None:
+    path = write_bin([[1, 2], [3, 4], [5, 6]])
+    rows = np.load(f"{path}.meta")
+    rows[1, 0] += 4
+    set_meta(path, rows)
+    refused(path, "row 1", f"offset {rows[1, 0]} is not the start of a line", f"byte {rows[1, 0] - 4}", "repair")
+
+
+def test_51_declared_length_differs(write_bin: Any) -> None:
+    path = write_bin([[1, 2], [3, 4, 5]])
+    rows = np.load(f"{path}.meta")
+    rows[1, 1] = 2
+    set_meta(path, rows)
+    refused(path, "line 2", "row 1", "declares 2 tokens", "has 3")
+
+
+def test_52_fewer_rows_than_lines(write_bin: Any) -> None:
+    path = write_bin([[1], [2], [3]])
+    set_meta(path, np.load(f"{path}.meta")[:2])
+    refused(path, "2 rows", "1 more line")
+
+
+def test_52_a_row_missing_in_the_middle(write_bin: Any) -> None:
+    path = write_bin([[1], [2], [3]])
+    set_meta(path, np.load(f"{path}.meta")[[0, 2]])
+    refused(path, "row 0", "2 lines", "lacks rows")
+
+
+def test_52_more_rows_than_lines(write_bin: Any) -> None:
+    path = write_bin([[1], [2]])
+    rows = np.load(f"{path}.meta")
+    set_meta(path, np.vstack([rows, [[path.stat().st_size, 1]]]))
+    refused(path, "row 2", "1 row(s) too many")
+
+
+def test_53_bin_truncated_and_repaired(write_bin: Any) -> None:
+    path = write_bin([[1, 2], [3, 4], [5, 6]])
+    os.truncate(path, path.stat().st_size - 4)
+    refused(path, "line 3", f"byte {path.stat().st_size}", "last good one is line 2", "repair")
+    assert "2 documents" in repair(path)
+    assert read_all(path) == [[1, 2], [3, 4]]
+    assert path.with_name("a.bin.torn").read_bytes() == b'{"tokens": [5, '
+
+
+def test_54_empty_bin(write_bin: Any) -> None:
+    path = write_bin([[1]])
+    path.write_bytes(b"")
+    refused(path, str(path), "empty (0 bytes)")
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ('{"text": "a", "id": 1}', ["no key tokens", "id, text"]),
+        ('{"tokens": "1 2"}', ["tokens is a string", "list of integers"]),
+        ("[1, 2]", ["JSON list"]),
+        ('{"tokens": [1, 2', ["not JSON"]),
+    ],
+)
+def test_55_line_without_tokens(write_bin: Any, line: str, parts: list[str]) -> None:
+    path = write_bin([[1], [2]])
+    path.write_text('{"tokens": [1]}\n' + line + '\n{"tokens": [3]}\n')
+    set_meta(path, np.array([[0, 1], [16, 2], [17 + len(line), 1]]))
+    refused(path, f"{path} line 2", *parts)
+
+
+@pytest.mark.parametrize("value", ["1.5", "true", "null", '"7"', "99999999999999999999", "5e0"])
+def test_56_token_is_no_integer(write_bin: Any, value: str) -> None:
+    path = write_bin([[1, 2], [3]])
+    text = '{"tokens": [1, 2, ' + value + "]}\n"
+    path.write_text(text)
+    set_meta(path, np.array([[0, 3]]))
+    refused(path, "line 1", "token 2")
+
+
+@pytest.mark.parametrize("token", [50, -50, 51])
+def test_56_token_outside_the_vocabulary(write_bin: Any, token: int) -> None:
+    path = write_bin([[1, 2], [3, token, 4]])
+    refused(path, f"{path} line 2", f"token 1 is {token}", "vocab_size=50", vocab_size=50)
+    assert read_all(write_bin([[49, -49, 0]]), vocab_size=50) == [[49, -49, 0]]
+
+
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        (b'{"tokens": [1\x00, 2]}', "NUL bytes"),
+        (b'{"tokens": [1, 2], "x": "\xff"}', "0xff is not UTF-8"),
+        (b'{"tokens": [NaN, 2]}', "NaN"),
+    ],
+)
+def test_57_bytes_that_are_no_text(write_bin: Any, line: bytes, part: str) -> None:
+    path = write_bin([[1], [2]])
+    path.write_bytes(b'{"tokens": [1]}\n' + line + b"\n")
+    set_meta(path, np.array([[0, 1], [16, 2]]))
+    refused(path, f"{path} line 2 byte ", part)
+
+
+def test_59_int32_meta_of_a_large_file(write_bin: Any) -> None:
+    path = write_bin([[1]], dtype="int32")
+    os.truncate(path, 2**31 + 10)  # a hole: takes no room on the disk
+    refused(path, "int32", "2,147,483,658 bytes", "int64")
+
+
+@pytest.mark.parametrize(("magic", "kind"), [(b"\x1f\x8b\x08\x00", "gzip"), (b"\x28\xb5\x2f\xfd", "zstandard")])
+def test_63_compressed_file(write_bin: Any, magic: bytes, kind: str) -> None:
+    path = write_bin([[1]])
+    path.write_bytes(magic + b"data")
+    refused(path, str(path), kind, magic[:2].hex(" "))
+
+
+def test_min_length_counts_tokens(write_bin: Any) -> None:
+    path = write_bin([[1], [2, 3], [4, 5, 6]])
+    assert read_all(path, min_length=2) == [[2, 3], [4, 5, 6]]
+    assert BinDataset(path, min_length=2).row(0) == 1
+
+
+def test_a_line_may_be_read_from_any_thread(write_bin: Any) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    found = [[i] * (i % 7 + 1) for i in range(1, 300)]
+    dataset = BinDataset(write_bin(found))
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda i: dataset.read(np.array([i])).tolist(), range(len(found))))
+    assert got == found
+    assert re.match(r"\d", str(len(dataset)))

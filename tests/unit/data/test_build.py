@@ -1,0 +1,260 @@
+"""From a data section to batches: types, report, refusals, layouts, resume."""
+
+from __future__ import annotations
+
+import json
+import os
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from evomesh.config.schema import DataConfig
+from evomesh.data.build import TrainData, build_train_data, check_manifest
+from evomesh.errors import UserError
+
+VOCAB = 1000
+
+
+def config(tmp_path: Path, **values: Any) -> DataConfig:
+    options = {"seq_len": 8, "micro_num": 2, "micro_bsz": 2, "num_worker": 0, "train_folder": str(tmp_path / "train")}
+    return DataConfig(**(options | values))
+
+
+def documents(seed: int, count: int = 60, low: int = 1) -> list[list[int]]:
+    rng = np.random.RandomState(seed)
+    return [rng.randint(low, VOCAB, rng.randint(1, 30)).tolist() for _ in range(count)]
+
+
+@pytest.fixture
+def tree(write_bin: Any, tmp_path: Path) -> Path:
+    """Three files of two types, and files that are no data."""
+    write_bin(documents(1), "train/en/b/x.bin")
+    write_bin(documents(2), "train/en/a.bin")
+    write_bin(documents(3), "train/cn/deep/er/z.bin", dtype="int32")
+    (tmp_path / "train" / "raw.jsonl").write_text('{"text": "beside"}\n')
+    return tmp_path
+
+
+def rows(data: TrainData, dp_rank: int = 0, dp_size: int = 1, steps: int = 3, **start: Any) -> list[list[int]]:
+    stream = data.stream(dp_rank=dp_rank, dp_size=dp_size, **start)
+    found = [row for _ in range(steps) for row in next(stream).input_ids.tolist()]
+    stream.close()
+    return found
+
+
+def test_types_files_and_report(tree: Path) -> None:
+    data = build_train_data(config(tree), VOCAB)
+    assert data.types == ["cn", "en"]
+    assert [row["file"] for row in data.report] == ["cn/deep/er/z.bin", "en/a.bin", "en/b/x.bin"]
+    for row, seed in zip(data.report, (3, 2, 1), strict=True):
+        tokens = sum(map(len, documents(seed)))
+        assert (row["documents"], row["tokens"]) == (60, tokens)
+        assert (row["packs"], row["dropped"], row["filtered"]) == (tokens // 16, tokens % 16, 0)
+    assert data.num_packs == sum(row["packs"] for row in data.report)
+    assert json.loads(json.dumps(data.manifest)) == data.manifest
+
+
+def test_batch_shapes_and_padding_of_bounds(tree: Path) -> None:
+    batch = next(build_train_data(config(tree), VOCAB).stream())
+    assert batch.input_ids.shape == batch.labels.shape == batch.position_ids.shape == batch.type_ids.shape == (2, 16)
+    assert batch.input_ids.dtype == torch.int64
+    assert batch.cu_seqlens.dtype == torch.int32
+    longest = 0
+    for micro in range(2):
+        bounds = batch.cu_seqlens[micro].tolist()
+        assert bounds[0] == 0
+        assert bounds[-1] == 16
+        assert bounds == sorted(bounds)
+        for low, high in pairwise(bounds):
+            assert batch.position_ids[micro, low:high].tolist() == list(range(high - low))
+            longest = max(longest, high - low)
+    assert batch.max_seqlen == longest
+    assert set(batch.type_ids.flatten().tolist()) <= {0, 1}
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_all_layouts_of_a_global_batch_see_the_same_packs(tree: Path, workers: int) -> None:
+    expected = None
+    for micro_num, dp_size in ((4, 1), (2, 2), (1, 4)):
+        data = build_train_data(config(tree, micro_num=micro_num, num_worker=workers), VOCAB)
+        shares = [rows(data, rank, dp_size, steps=12) for rank in range(dp_size)]
+        steps = [
+            sorted(row for share in shares for row in share[step * micro_num : (step + 1) * micro_num])
+            for step in range(12)
+        ]
+        assert expected in (None, steps)
+        expected = steps
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_from_state_and_from_step(tree: Path, workers: int) -> None:
+    data = build_train_data(config(tree, num_worker=workers), VOCAB)
+    stream = data.stream()
+    for _ in range(40):  # into the second pass
+        next(stream)
+    state = json.loads(json.dumps(stream.state()))
+    straight = [next(stream).input_ids.tolist() for _ in range(5)]
+    stream.close()
+    again = build_train_data(config(tree, num_worker=workers), VOCAB)
+    for start in ({"state": state}, {"step": 40}):
+        resumed = again.stream(**start)
+        assert [next(resumed).input_ids.tolist() for _ in range(5)] == straight
+        resumed.close()
+    assert len(json.dumps(state)) < 500
+
+
+def test_skip_consumes_a_batch(tree: Path) -> None:
+    data = build_train_data(config(tree, num_worker=1), VOCAB)
+    one, two = data.stream(), data.stream(step=1)
+    one.skip()
+    assert torch.equal(next(one).input_ids, next(two).input_ids)
+    assert one.state() == two.state()
+    one.close()
+    two.close()
+
+
+def test_synthetic_data_of_the_documents() -> None:
+    data = build_train_data(DataConfig(seq_len=64, num_worker=0), VOCAB)
+    rng = np.random.RandomState(1999)
+    period, repeats = rng.randint(1, 30, size=1_000_000), rng.randint(10, 200, size=1_000_000)
+    order = np.arange(1_000_000)
+    np.random.RandomState(1024).shuffle(order)
+    for pack in (0, 1, 777):
+        n, r = int(period[order[pack]]), int(repeats[order[pack]])
+        while n * r < 64:
+            r *= 2
+        assert data.packs.read(pack).tokens.tolist() == ([n, r] + list(range(n)) * r)[:64]
+    assert data.types == ["en", "cn", "code"]
+    assert data.warnings
+
+
+def test_synthetic_data_of_any_length_go_through_packing() -> None:
+    data = build_train_data(DataConfig(seq_len=512, fixed_random_dataset_seqlen=False, num_worker=0), VOCAB)
+    batch = next(data.stream())
+    assert batch.input_ids.shape == (1, 512)
+    assert batch.cu_seqlens.shape[1] >= 2
+
+
+def refused(part: str, section: DataConfig, vocab: int = VOCAB, **stream: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        next(build_train_data(section, vocab).stream(**stream))
+    assert part in str(caught.value), str(caught.value)
+    return str(caught.value)
+
+
+def test_41_folder_missing_or_not_a_folder(tmp_path: Path) -> None:
+    assert "No such file" in refused(str(tmp_path / "train"), config(tmp_path))
+    (tmp_path / "file").write_text("")
+    refused("Not a directory", config(tmp_path, train_folder=str(tmp_path / "file")))
+
+
+def test_42_folder_without_bin(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    refused("it holds: nothing", config(tmp_path))
+    (tmp_path / "train" / "x.jsonl").write_text("{}")
+    assert "evomesh tokenize" in refused("it holds: x.jsonl", config(tmp_path))
+
+
+def test_44_meta_without_bin(tree: Path) -> None:
+    os.remove(tree / "train/en/a.bin")
+    refused("a.bin.meta: the meta has no token file", config(tree))
+
+
+def test_56_id_outside_the_vocabulary_names_file_and_line(write_bin: Any, tmp_path: Path) -> None:
+    path = write_bin([[1] * 40, [2, 1000] * 40])
+    refused(f"{path} line 2", config(tmp_path))
+    Path(f"{path}.json").write_text('{"max_id": 1000, "max_id_line": 2, "vocab_size": 1001}')
+    assert "at least 1001" in refused(f"{path} line 2", config(tmp_path))
+
+
+def test_58_doubled_file_is_warned_of(write_bin: Any, tmp_path: Path) -> None:
+    write_bin(documents(1) * 2)
+    assert "rows 60 .. 119 repeat rows 0 .. 59" in build_train_data(config(tmp_path), VOCAB).warnings[0]
+    write_bin(documents(1, 120))
+    assert build_train_data(config(tmp_path), VOCAB).warnings == []
+
+
+def test_60_all_shorter_than_min_length(tree: Path) -> None:
+    text = refused("all 180 documents are shorter", config(tree, min_length=50))
+    assert "min_length is 50" in text
+    assert "29 tokens" in text
+
+
+def test_61_type_rule(write_bin: Any, tmp_path: Path) -> None:
+    write_bin(documents(1), "train/en/code/a.bin")
+    write_bin(documents(1), "train/code/a.bin")
+    assert "two types, en and code" in refused("en/code/a.bin", config(tmp_path))
+    write_bin(documents(1), "flat/a.bin")
+    refused("no type", config(tmp_path, train_folder=str(tmp_path / "flat")))
+
+
+def test_62_less_than_one_global_batch(write_bin: Any, tmp_path: Path) -> None:
+    write_bin([[1] * 50])
+    text = refused("3 pack(s) of 16 tokens, one step needs 8", config(tmp_path), dp_size=4)
+    assert "micro_num 2 x 4" in text
+
+
+def test_less_than_one_pack(write_bin: Any, tmp_path: Path) -> None:
+    write_bin([[1] * 10], "train/en/a.bin")
+    write_bin([[1] * 15], "train/en/b.bin")
+    text = refused("25 tokens in 2 file(s)", config(tmp_path))
+    assert "en/b.bin, has 15, one pack needs 16" in text
+    data = build_train_data(config(tmp_path, remainder="carry", micro_num=1), VOCAB)
+    assert (data.num_packs, [row["packs"] for row in data.report]) == (1, [0, 1])
+    assert build_train_data(config(tmp_path, remainder="pad"), VOCAB).num_packs == 2
+
+
+def test_64_data_changed_since_the_checkpoint(tree: Path, write_bin: Any) -> None:
+    before = build_train_data(config(tree), VOCAB)
+    state = before.stream().state()
+    write_bin(documents(9), "train/en/a.bin")
+    write_bin(documents(8), "train/en/new.bin")
+    os.remove(tree / "train/cn/deep/er/z.bin")
+    os.remove(tree / "train/cn/deep/er/z.bin.meta")
+    after = build_train_data(config(tree), VOCAB)
+    with pytest.raises(UserError, match="the data changed since the checkpoint"):
+        after.stream(state=state)
+    with pytest.raises(UserError) as caught:
+        check_manifest(before.manifest, after.manifest)
+    for line in ("removed: cn/deep/er/z.bin", "added: en/new.bin", "changed: en/a.bin"):
+        assert line in str(caught.value)
+
+
+def test_a_file_that_yields_nothing_is_named(tree: Path, write_bin: Any) -> None:
+    write_bin([[1, 2]], "train/en/tiny.bin")
+    assert build_train_data(config(tree), VOCAB).warnings == [
+        "en/tiny.bin yields nothing: 2 tokens after filtering, a pack needs 16"
+    ]
+
+
+def test_min_length_dict_by_path(tree: Path) -> None:
+    data = build_train_data(config(tree, min_length=5, min_length_dict={"en/b": 10, "cn": 0}), VOCAB)
+    kept = {row["file"]: row["documents"] - row["filtered"] for row in data.report}
+    limits = {"en/b/x.bin": (1, 10), "cn/deep/er/z.bin": (3, 0), "en/a.bin": (2, 5)}
+    assert kept == {name: sum(len(one) >= low for one in documents(seed)) for name, (seed, low) in limits.items()}
+    refused("several keys: en, en/b", config(tree, min_length_dict={"en": 1, "en/b": 10}))
+
+
+def test_order_file(tree: Path) -> None:
+    order = tree / "data_order.txt"
+    order.write_bytes(b"en/b/x.bin\r\n\r\ncn/deep/er/z.bin\nen/a.bin\n")
+    data = build_train_data(config(tree, data_order_path=str(order)), VOCAB)
+    assert [row["file"] for row in data.report] == ["en/b/x.bin", "cn/deep/er/z.bin", "en/a.bin"]
+    assert data.types == ["cn", "en"]
+    order.write_text("en/b/x.bin\nen/c.bin\n")
+    text = refused("not listed: cn/deep/er/z.bin", config(tree, data_order_path=str(order)))
+    assert "not in" in text
+    assert "en/c.bin" in text
+
+
+def test_links_are_followed_once(tree: Path) -> None:
+    os.symlink(tree / "train/en", tree / "train/ja")
+    os.symlink(tree / "train", tree / "train/ja/b/loop")
+    data = build_train_data(config(tree), VOCAB)
+    names = [row["file"] for row in data.report]
+    assert [name for name in names if name.startswith("ja/")] == ["ja/a.bin", "ja/b/x.bin"]
+    assert len(names) == 5

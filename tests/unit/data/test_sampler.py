@@ -1,0 +1,152 @@
+"""Order of packs against the documents' per-rank procedure, and its independence of the layout."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evomesh.data.sampler import PackSampler, Position, Rampup, SkipBatches
+from evomesh.errors import UserError
+
+
+def documents_order(num_packs: int, seed: int, micro_num: int, dp: int, steps: int) -> list[list[list[int]]]:
+    """The documents' sampler, rank by rank: a strided share of one permutation, cut into batches, again and again."""
+    generators = [np.random.RandomState(seed) for _ in range(dp)]
+    streams: list[list[list[int]]] = [[] for _ in range(dp)]
+    while len(streams[0]) < steps:
+        for rank in range(dp):
+            indices = np.arange(num_packs)
+            generators[rank].shuffle(indices)
+            indices = indices[: num_packs // (micro_num * dp) * (micro_num * dp)]
+            own = indices[rank::dp].tolist()
+            streams[rank] += [own[i : i + micro_num] for i in range(0, len(own), micro_num)]
+    return [[streams[rank][step] for rank in range(dp)] for step in range(steps)]
+
+
+def ours(sampler: PackSampler, dp: int, steps: int, start: Position | None = None) -> list[list[list[int]]]:
+    position, found = start or Position(), []
+    for _ in range(steps):
+        packs, position = sampler.take(position)
+        found.append([packs[rank::dp].tolist() for rank in range(dp)])
+    return found
+
+
+layouts = st.tuples(st.integers(1, 4), st.integers(1, 4))
+
+
+@given(st.integers(0, 60), layouts, st.integers(0, 2**32 - 1), st.integers(1, 30))
+@settings(max_examples=100, deadline=None)
+def test_order_is_the_documents(surplus: int, layout: tuple[int, int], seed: int, steps: int) -> None:
+    micro_num, dp = layout
+    num_packs = micro_num * dp + surplus
+    sampler = PackSampler(num_packs, seed, micro_num * dp)
+    assert ours(sampler, dp, steps) == documents_order(num_packs, seed, micro_num, dp, steps)
+
+
+@given(st.integers(24, 90), st.integers(0, 25), st.sampled_from([1, 2, 3, 4, 6, 12]), st.sampled_from([1, 2, 6, 12]),
+       st.sampled_from(["internevo", "xtuner"]), st.booleans())  # fmt: skip
+@settings(max_examples=100, deadline=None)
+def test_resume_in_another_split_of_the_same_global_batch(
+    num_packs: int, stop: int, dp_before: int, dp_after: int, order: Any, ramp: bool
+) -> None:
+    def build(dp: int) -> PackSampler:
+        rampup = Rampup.parse("1 1 3", 12 // dp, dp) if ramp else None
+        return PackSampler(num_packs, 7, 12, rampup, order, dp if order == "xtuner" else 1)
+
+    straight = build(dp_before)
+    position = Position()
+    sets = []
+    for _ in range(stop + 10):
+        packs, position = straight.take(position)
+        sets.append(packs.tolist())
+    before = build(dp_before)
+    state = json.loads(json.dumps(before.state(before.seek(stop))))
+    after = build(dp_after)
+    position = after.resume(state)
+    for step in range(stop, stop + 10):
+        packs, position = after.take(position)
+        assert packs.tolist() == sets[step]
+
+
+@given(st.integers(12, 90), st.integers(0, 60), st.booleans(), st.sampled_from(["internevo", "xtuner"]))
+@settings(max_examples=100, deadline=None)
+def test_seek_is_where_walking_leads(num_packs: int, step: int, ramp: bool, order: Any) -> None:
+    sampler = PackSampler(num_packs, 3, 8, Rampup(2, 2, 3) if ramp else None, order, 2 if order == "xtuner" else 1)
+    position = Position()
+    for _ in range(step):
+        _, position = sampler.take(position)
+    again = PackSampler(num_packs, 3, 8, Rampup(2, 2, 3) if ramp else None, order, 2 if order == "xtuner" else 1)
+    one, _ = sampler.take(position)
+    two, _ = again.take(again.seek(step))
+    assert one.tolist() == two.tolist()
+
+
+def test_a_pass_holds_each_pack_once_and_the_next_is_another_order() -> None:
+    sampler = PackSampler(20, 1024, 5)
+    steps = ours(sampler, 1, 8)
+    first, second = ([pack for step in half for pack in step[0]] for half in (steps[:4], steps[4:]))
+    assert sorted(first) == sorted(second) == list(range(20))
+    assert first != second
+
+
+def test_xtuner_order_is_seed_plus_epoch() -> None:
+    sampler = PackSampler(10, 1024, 4, order="xtuner", unit=1)
+    got = [pack for step in ours(sampler, 1, 5) for pack in step[0]]
+    expected = []
+    for epoch in range(2):
+        indices = np.arange(10)
+        np.random.RandomState(1024 + epoch).shuffle(indices)
+        expected += indices.tolist()
+    assert got == expected
+
+
+def test_rampup_sizes() -> None:
+    ramp = Rampup.parse("1 1 5", 4, 2)
+    assert ramp is not None
+    assert [ramp.size(step, 8) for step in (0, 4, 5, 10, 15, 99)] == [2, 2, 4, 6, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("192 24", "three integers"),
+        ("5 1 1", "at most data.micro_num"),
+        ("1 2 3", "does not reach"),
+        ("0 1 1", "positive"),
+    ],
+)
+def test_bad_rampup(text: str, part: str) -> None:
+    with pytest.raises(UserError, match=part):
+        Rampup.parse(text, 4, 1)
+
+
+def test_skip_batches() -> None:
+    skip = SkipBatches("1, 3-5,9")
+    assert [step for step in range(12) if step in skip] == [1, 3, 4, 5, 9]
+    assert 0 not in SkipBatches("")
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("10-5", "item 1.*reversed"),
+        ("5,3", "item 2.*ascending"),
+        ("a-b", "item 1.*no batch number"),
+        ("1,2-", "item 2"),
+    ],
+)
+def test_bad_skip_batches(text: str, part: str) -> None:
+    with pytest.raises(UserError) as caught:
+        SkipBatches(text)
+    assert __import__("re").search(part, str(caught.value), flags=16)
+
+
+def test_state_of_other_data_is_refused() -> None:
+    state = PackSampler(20, 1, 4).state(Position())
+    with pytest.raises(UserError, match="num_packs 20, this run has 21"):
+        PackSampler(21, 1, 4).resume(state)

@@ -1,0 +1,177 @@
+"""Text to token files, against direct calls of the tokenizer library."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zstandard
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from evomesh.data.bin_dataset import BinDataset
+from evomesh.data.sources import find_texts
+from evomesh.data.tokenize import TextOptions, tokenize_files
+from evomesh.data.tokenizer import load_tokenizer
+from evomesh.errors import UserError
+
+TEXTS = ["hello world, hello", "a second one\nwith two lines", "Ünïcödé 感恩生活", "x" * 50]
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE with <s> 0 and </s> 1."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS * 3, trainer)
+    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+def run(inputs: list[str], output: Path, bpe: Path, append: bool = False, **options: Any) -> dict[str, Any]:
+    return tokenize_files(find_texts(inputs), output, load_tokenizer(bpe), TextOptions(**options), append=append)
+
+
+def documents(path: Path) -> list[list[int]]:
+    dataset = BinDataset(path)
+    return [dataset.read(np.array([i])).tolist() for i in range(len(dataset))]
+
+
+def expected(bpe: Path, texts: list[str]) -> list[list[int]]:
+    tokenizer = Tokenizer.from_file(str(bpe))
+    return [[*tokenizer.encode(text).ids, 1] for text in texts]
+
+
+def jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("\n".join(json.dumps({"id": 1, "text": text}) for text in texts) + "\n\n", encoding="utf-8")
+    return path
+
+
+def test_jsonl_json_and_txt(tmp_path: Path, bpe: Path) -> None:
+    run([str(jsonl(tmp_path / "a.jsonl", TEXTS))], tmp_path / "out/en/a.bin", bpe)
+    assert documents(tmp_path / "out/en/a.bin") == expected(bpe, TEXTS)
+    assert np.load(tmp_path / "out/en/a.bin.meta").dtype == np.int64
+    (tmp_path / "a.json").write_text("  " + json.dumps([{"text": text} for text in TEXTS]))
+    run([str(tmp_path / "a.json")], tmp_path / "b.bin", bpe)
+    assert documents(tmp_path / "b.bin") == expected(bpe, TEXTS)
+    (tmp_path / "a.txt").write_text("  one \n\n\t two\n")
+    run([str(tmp_path / "a.txt")], tmp_path / "c.bin", bpe)
+    assert documents(tmp_path / "c.bin") == expected(bpe, ["one", "two"])
+
+
+def test_packed_inputs_globs_and_folders(tmp_path: Path, bpe: Path) -> None:
+    raw = jsonl(tmp_path / "x.jsonl", TEXTS).read_bytes()
+    folder = tmp_path / "in" / "sub"
+    folder.mkdir(parents=True)
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(raw))
+    half = zstandard.ZstdCompressor().compress
+    (folder / "b.jsonl.zst").write_bytes(half(raw[:20]) + half(raw[20:]))  # two frames
+    (folder / "notes.md").write_text("not data")
+    run([str(tmp_path / "in")], tmp_path / "a.bin", bpe)
+    assert documents(tmp_path / "a.bin") == expected(bpe, TEXTS * 2)
+    run([str(tmp_path / "in/**/*.gz")], tmp_path / "b.bin", bpe)
+    assert documents(tmp_path / "b.bin") == expected(bpe, TEXTS)
+
+
+def test_raw_lines_are_the_documents_reading(tmp_path: Path, bpe: Path) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_text('{"text": "hello"}\n\n{"text": "world"}\n')
+    run([str(source)], tmp_path / "a.bin", bpe, raw_lines=True)
+    assert documents(tmp_path / "a.bin") == expected(bpe, ['{"text": "hello"}\n', "\n", '{"text": "world"}\n'])
+    (tmp_path / "a.json").write_text('[{"text": "感"}]')
+    run([str(tmp_path / "a.json")], tmp_path / "b.bin", bpe, raw_lines=True)
+    assert documents(tmp_path / "b.bin") == expected(bpe, ['{"text": "\\u611f"}'])
+
+
+def test_bos_and_eos(tmp_path: Path, bpe: Path) -> None:
+    source = str(jsonl(tmp_path / "a.jsonl", ["hello"]))
+    plain = expected(bpe, ["hello"])[0][:-1]
+    for options, tokens in (
+        ({}, [*plain, 1]),
+        ({"bos": True}, [0, *plain, 1]),
+        ({"bos": False, "eos": False}, plain),
+    ):
+        run([source], tmp_path / "a.bin", bpe, **options)
+        assert documents(tmp_path / "a.bin") == [tokens]
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/tokenizer.json").write_bytes(bpe.read_bytes())
+    (tmp_path / "own/tokenizer_config.json").write_text('{"add_bos_token": true, "bos_token": "<s>", "eos_token": "h"}')
+    run([source], tmp_path / "a.bin", tmp_path / "own")
+    assert documents(tmp_path / "a.bin") == [[0, *plain, Tokenizer.from_file(str(bpe)).token_to_id("h")]]
+
+
+def test_rerun_replaces_and_append_adds(tmp_path: Path, bpe: Path) -> None:
+    source = str(jsonl(tmp_path / "a.jsonl", TEXTS))
+    first = run([source], tmp_path / "a.bin", bpe)
+    again = run([source], tmp_path / "a.bin", bpe)
+    assert first == again
+    both = run([source], tmp_path / "a.bin", bpe, append=True)
+    assert documents(tmp_path / "a.bin") == expected(bpe, TEXTS * 2)
+    assert (both["documents"], both["tokens"], len(both["sources"])) == (8, 2 * first["tokens"], 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.bin.json", "a.bin.meta", "a.jsonl"]
+
+
+def test_a_failed_run_leaves_the_old_file(tmp_path: Path, bpe: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", TEXTS)
+    run([str(source)], tmp_path / "a.bin", bpe)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix != ".jsonl"}
+    source.write_text(source.read_text() + '{"txt": "no"}\n')
+    with pytest.raises(UserError, match=r"a.jsonl line 6.*no field 'text' \(it has: txt\)"):
+        run([str(source)], tmp_path / "a.bin", bpe)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix != ".jsonl"} == before
+
+
+def test_fingerprint(tmp_path: Path, bpe: Path) -> None:
+    facts = run([str(jsonl(tmp_path / "a.jsonl", TEXTS))], tmp_path / "a.bin", bpe)
+    assert json.loads((tmp_path / "a.bin.json").read_text()) == facts
+    found = documents(tmp_path / "a.bin")
+    assert facts["max_id"] == max(map(max, found))
+    assert facts["max_id"] in found[facts["max_id_line"] - 1]
+    assert facts["tokens"] == sum(map(len, found))
+    assert facts["sources"][0]["bytes"] == (tmp_path / "a.jsonl").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "part"),
+    [
+        ("a.jsonl", b'{"text": 3}\n', "line 1: the field 'text' is a int"),
+        ("a.jsonl", b"{]\n", "line 1: the line is not JSON"),
+        ("a.txt", b"ok\n\xff\n", "line 2 byte 0: byte 0xff is not UTF-8"),
+        ("a.json", b'{"text": "x"}', "the file starts with '{'"),
+        ("a.json", b'[{"text": "x"}', "not JSON"),
+        ("a.jsonl.gz", b"plain", "cannot read the file"),
+        ("a.csv", b"x", "of no known kind"),
+        ("a.txt", b"\n", "holds no document"),
+    ],
+)
+def test_bad_input(tmp_path: Path, bpe: Path, name: str, content: bytes, part: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        run([str(tmp_path / name)], tmp_path / "out" / "a.bin", bpe)
+    assert part in str(caught.value)
+    assert list((tmp_path / "out").glob("*") if (tmp_path / "out").exists() else []) == []
+
+
+def test_no_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no tokenizer at"):
+        load_tokenizer(tmp_path / "no.json")
+    with pytest.raises(UserError, match="it holds: nothing"):
+        load_tokenizer(tmp_path)
+
+
+def test_starts_without_torch() -> None:
+    code = "import sys, evomesh.cli.tokenize, evomesh.cli.data, evomesh.data.tokenize, evomesh.data.packed; "
+    subprocess.run([sys.executable, "-c", code + "sys.exit('torch' in sys.modules)"], check=True)

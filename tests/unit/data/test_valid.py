@@ -1,0 +1,96 @@
+"""Validation sets: every document once, in every layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from evomesh.config.schema import DataConfig
+from evomesh.data.build import build_valid_data
+from evomesh.errors import UserError
+
+IGN = -100
+
+
+def config(tmp_path: Path, **values: Any) -> DataConfig:
+    options = {"seq_len": 8, "micro_num": 3, "micro_bsz": 2, "valid_folder": str(tmp_path / "valid")}
+    return DataConfig(**(options | values))
+
+
+def pairs_of(found: list[list[int]], seq_len: int) -> list[tuple[int, int, int]]:
+    """(position, input, target) of every document, cut at seq_len."""
+    return sorted(
+        (place, abs(cut[place]), cut[place + 1])
+        for cut in (document[:seq_len] for document in found)
+        for place in range(len(cut) - 1)
+        if cut[place + 1] > 0
+    )
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 5])
+@pytest.mark.parametrize("micro_num", [1, 3])
+def test_every_document_is_seen_once(write_bin: Any, tmp_path: Path, dp_size: int, micro_num: int) -> None:
+    rng = np.random.RandomState(0)
+    first, second = ([rng.randint(-5, 99, rng.randint(1, 14)).tolist() for _ in range(37)] for _ in range(2))
+    write_bin(first, "valid/en/a.bin")
+    write_bin(second, "valid/en/b.bin")
+    (found,) = build_valid_data(config(tmp_path, valid_micro_num=micro_num), 100)
+    assert found.name == "en"
+    got, counts = [], []
+    for rank in range(dp_size):
+        batches = list(found.batches(rank, dp_size))
+        counts.append(len(batches))
+        for batch in batches:
+            assert batch.input_ids.shape == (micro_num, 16)
+            used = batch.labels != IGN
+            got += list(
+                zip(
+                    batch.position_ids[used].tolist(),
+                    batch.input_ids[used].tolist(),
+                    batch.labels[used].tolist(),
+                    strict=True,
+                )
+            )
+    assert sorted(got) == pairs_of(first + second, 8)
+    assert counts == [found.num_batches(dp_size)] * dp_size
+
+
+def test_each_document_is_its_own_segment(write_bin: Any, tmp_path: Path) -> None:
+    write_bin([[1, 2, 3], [4, 5], [6] * 20], "valid/en/a.bin")
+    (found,) = build_valid_data(config(tmp_path, valid_micro_num=1), 100)
+    batch = next(found.batches(0, 1))
+    assert batch.cu_seqlens[0].tolist() == [0, 3, 5, 13, 16]
+    assert batch.labels[0].tolist() == [2, 3, IGN, 5, IGN] + [6] * 7 + [IGN] * 4
+    assert found.truncated == 12
+
+
+def test_sets_are_folders(write_bin: Any, tmp_path: Path) -> None:
+    for name in ("valid/en/a.bin", "valid/code/x/a.bin", "valid/code/y/a.bin", "valid/more/x/b.bin"):
+        write_bin([[1, 2, 3]], name)
+    assert [found.name for found in build_valid_data(config(tmp_path), 100)] == ["code/x", "en", "more/x", "y"]
+
+
+def test_no_default_minimum_length(write_bin: Any, tmp_path: Path) -> None:
+    write_bin([[1, 2]] * 5, "valid/en/a.bin")
+    write_bin([[1, 2]] * 5, "valid/cn/a.bin")
+    write_bin([[1, 2, 3]] * 5, "valid/ar/a.bin")
+    assert len(build_valid_data(config(tmp_path), 100)) == 3
+    assert [found.name for found in build_valid_data(config(tmp_path, valid_min_length=3), 100)] == ["ar"]
+
+
+def test_synthetic_set_without_a_folder() -> None:
+    (found,) = build_valid_data(DataConfig(seq_len=64), 100)
+    assert (found.name, found.num_rows) == ("val", 500)
+
+
+def test_tokenizers_must_agree(write_bin: Any, tmp_path: Path) -> None:
+    for part, digest in (("train", "a"), ("valid", "b")):
+        path = write_bin([[1, 2, 3]], f"{part}/en/a.bin")
+        Path(f"{path}.json").write_text(f'{{"tokenizer_hash": "{digest * 64}"}}')
+    both = {"train_folder": str(tmp_path / "train")}
+    with pytest.raises(UserError, match="two tokenizers"):
+        build_valid_data(config(tmp_path, **both), 100)
+    assert build_valid_data(config(tmp_path, allow_tokenizer_mismatch=True, **both), 100)
