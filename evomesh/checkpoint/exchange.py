@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from evomesh.errors import EXIT_RESTART, UserError
+
 
 class Exchange(Protocol):
     """The ranks that save and load together; every rank calls every method, in the same order."""
@@ -26,6 +28,20 @@ class Exchange(Protocol):
     def broadcast(self, message: Any) -> Any:
         """Rank 0's message, everywhere."""
 
+    def twin(self) -> Exchange:
+        """A second exchange of the same ranks whose messages cannot mix with this one's; all ranks call it."""
+
+
+class PeerLost(UserError):
+    """Another rank died or fell silent: the group is of no use any more, only a restart helps."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(
+            f"another rank was lost while a checkpoint was saved or loaded: {error}",
+            fix="start the same command again; it resumes from the last committed checkpoint",
+            exit_code=EXIT_RESTART,
+        )
+
 
 class OneProcess:
     """The exchange of a run without other ranks."""
@@ -38,6 +54,9 @@ class OneProcess:
     def broadcast(self, message: Any) -> Any:
         return message
 
+    def twin(self) -> OneProcess:
+        return self
+
 
 class GroupExchange:
     """Over a process group of its own.
@@ -47,10 +66,23 @@ class GroupExchange:
     """
 
     def __init__(self, timeout_s: float = 1800.0) -> None:
+        self._timeout_s = timeout_s
         self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def gather(self, message: Any) -> list[Any] | None:
+        try:
+            return self._gather(message)
+        except RuntimeError as error:
+            raise PeerLost(error) from error
+
+    def broadcast(self, message: Any) -> Any:
+        try:
+            return self._broadcast(message)
+        except RuntimeError as error:
+            raise PeerLost(error) from error
+
+    def _gather(self, message: Any) -> list[Any] | None:
         data = _encode(message)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(sizes, torch.tensor([len(data)]), group=self._group)
@@ -64,7 +96,7 @@ class GroupExchange:
         dist.gather(padded, parts, dst=0, group=self._group)
         return [_decode(part[: int(size)]) for part, size in zip(parts, sizes, strict=True)]
 
-    def broadcast(self, message: Any) -> Any:
+    def _broadcast(self, message: Any) -> Any:
         data = _encode(message) if self.rank == 0 else torch.zeros(0, dtype=torch.uint8)
         size = torch.tensor([len(data)])
         dist.broadcast(size, src=0, group=self._group)
@@ -72,6 +104,9 @@ class GroupExchange:
             data = torch.zeros(int(size), dtype=torch.uint8)
         dist.broadcast(data, src=0, group=self._group)
         return _decode(data)
+
+    def twin(self) -> GroupExchange:
+        return GroupExchange(self._timeout_s)
 
 
 def _encode(message: Any) -> torch.Tensor:

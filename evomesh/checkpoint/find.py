@@ -169,11 +169,16 @@ class Place:
     fix: str = ""
 
 
-def everything(storage: Storage, root: str, snapshots: str | None = None) -> list[Candidate]:
-    """Normal checkpoints and snapshots of a save folder, newest step first; a normal one wins a tie."""
+def everything(storage: Storage, root: str) -> list[Candidate]:
+    """Normal checkpoints and snapshots of a save folder, newest step first."""
     normal = candidates(storage, root)
-    extra = candidates(storage, snapshots or join(root, SNAPSHOTS))
-    return sorted([*normal, *extra], key=lambda c: c.step, reverse=True)  # stable: normal ones stay first
+    extra = candidates(storage, join(root, SNAPSHOTS))
+    return in_order(normal, extra)
+
+
+def in_order(normal: list[Candidate], snapshots: list[Candidate]) -> list[Candidate]:
+    """Newest step first; a normal checkpoint wins a tie, since a sort keeps the order of equals."""
+    return sorted([*normal, *snapshots], key=lambda c: c.step, reverse=True)
 
 
 def locate(url: str) -> Place:
@@ -209,7 +214,11 @@ def resolve(url: str, verify: Callable[[Candidate], Found], report: Callable[[st
     Raises:
         CheckpointError: nothing there (says what lies beside it), only interrupted saves, or none that verifies.
     """
-    place = locate(url)
+    return choose(url, locate(url), verify, report)
+
+
+def choose(url: str, place: Place, verify: Callable[[Candidate], Found], report: Callable[[str], None]) -> Found:
+    """``resolve`` behind ``locate``."""
     if not place.choices:
         raise CheckpointError(place.problem, fix=place.fix)
     found = newest(place.choices, verify, report)

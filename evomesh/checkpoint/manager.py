@@ -6,8 +6,9 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
@@ -15,11 +16,14 @@ from evomesh.checkpoint import find, read, write
 from evomesh.checkpoint import format as fmt
 from evomesh.checkpoint.exchange import Exchange, default_exchange
 from evomesh.checkpoint.find import Candidate, Found
+from evomesh.checkpoint.forecast import check_space
 from evomesh.checkpoint.format import CheckpointError
-from evomesh.checkpoint.plan import Entry, Plan, describe, make_plan, signature
+from evomesh.checkpoint.plan import Entry, Local, Plan, describe, make_plan, signature
+from evomesh.checkpoint.retention import Retention
+from evomesh.checkpoint.stage import Staging
 from evomesh.errors import UserError
 from evomesh.parallel.grid import Grid
-from evomesh.storage.base import Lock, join, open_storage
+from evomesh.storage.base import Lock, Storage, join, open_storage
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -32,34 +36,44 @@ class CheckpointManager:
 
     Args:
         root: save folder as the user typed it (``llm_ckpts``, ``local:llm_ckpts``).
+        snapshots: folder of the snapshots, by default ``{root}/snapshot``; it keeps the two newest.
         grid: where this rank stands; with each tensor's ``ShardSpec`` it says which box of a global tensor is here.
         exchange: how the ranks agree; by default over all ranks of the job.
         keep_last, keep_every: retention, see ``retention.py``; None keeps everything.
+        busy: what a save does while the one before is still being written.
         max_failed_saves: saves in a row that the store may refuse before ``save`` raises.
-        report: where one-line messages go.
+        report: where one-line messages go (of rank 0).
     """
 
     def __init__(
         self,
         root: str,
         *,
+        snapshots: str | None = None,
         grid: Grid | None = None,
         exchange: Exchange | None = None,
         keep_last: int | None = None,
         keep_every: int | None = None,
+        busy: Literal["wait", "skip"] = "wait",
         max_failed_saves: int = 3,
         report: Callable[[str], None] = log.info,
     ) -> None:
         self.storage, self.root = open_storage(root)
+        self.snapshot_storage, self.snapshots = open_storage(snapshots or join(root, find.SNAPSHOTS))
         self.grid = grid or Grid()
         self.exchange = exchange or default_exchange()
-        self._keep_last, self._keep_every = keep_last, keep_every
-        self._max_failed_saves, self._failed_saves = max_failed_saves, 0
-        self._report = report
+        self._behind = self.exchange.twin()  # for the writer thread
+        self._busy, self._max_failed_saves, self._failed_saves = busy, max_failed_saves, 0
+        self._report = report if self.exchange.rank == 0 else log.debug
+        self._retention = Retention(keep_last, keep_every)
+        self._snapshot_retention = Retention(keep_last=2)
+        self._staging = Staging()
+        self._writer: ThreadPoolExecutor | None = None
+        self._running: Future[str] | None = None
         self._lock: Lock | None = None
         self._plan: tuple[str, Plan] | None = None
         self._parent: dict[str, Any] | None = None  # step and attempt of the last one loaded or committed
-        self._committed: dict[int, str] = {}  # step -> folder, of this process
+        self._committed: dict[tuple[int, bool], str] = {}  # (step, snapshot) -> folder, of this process
 
     # ---- save -------------------------------------------------------------------------------------------------
 
@@ -67,26 +81,61 @@ class CheckpointManager:
         """Makes this job the one writer of the folder, until ``close`` or its end; ``save`` does it if need be.
 
         Raises:
-            UserError: another live job holds the folder, or it cannot be written.
+            UserError: another live job holds the folder, it cannot be written, or not all ranks see it.
         """
-        if self._lock is None:
-            self._everywhere(self._claim)
-
-    def _claim(self) -> None:
-        if self.exchange.rank == 0:
-            holder = f"process {os.getpid()} on {socket.gethostname()}"
-            try:
-                self._lock = self.storage.lock(join(self.root, ".writer"), holder)
-            except OSError as error:
-                raise _refused(error, self.root) from None
-        else:
-            self._lock = _Elsewhere()
-
-    def close(self) -> None:
-        """Gives the folder back."""
         if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+            return
+        probe = self.exchange.broadcast(f".probe-{secrets.token_hex(4)}" if self.exchange.rank == 0 else None)
+        self._everywhere(lambda: self._lock_folder(probe))
+        self._everywhere(lambda: self._see(probe))
+        if self.exchange.rank == 0:
+            self.storage.delete(join(self.root, probe))
+
+    def _lock_folder(self, probe: str) -> None:
+        if self.exchange.rank:
+            return
+        holder = f"process {os.getpid()} on {socket.gethostname()}"
+        try:
+            self._lock = self.storage.lock(join(self.root, ".writer"), holder)
+            self.storage.create(join(self.root, probe)).finish()
+        except OSError as error:
+            self.close()
+            raise write.refusal(error, self.root) from None
+
+    def _see(self, probe: str) -> None:
+        if not self.storage.exists(join(self.root, probe)):
+            raise CheckpointError(
+                f"rank {self.exchange.rank} on {socket.gethostname()} does not see what rank 0 writes",
+                where=self.root,
+                expected="one folder shared by all nodes",
+                fix="use a shared file system or an object store as save_ckpt_folder",
+            )
+        self._lock = self._lock or _Elsewhere()
+
+    def prepare(self, tensors: Mapping[str, Tensor], *, saves: int | None = None, blocking: bool = True) -> None:
+        """At start-up: refuses a bad layout, a busy folder and a disk too small before any step is trained.
+
+        Args:
+            tensors: as in ``save``.
+            saves: how many the run will make, for the forecast of disk need.
+            blocking: False: also makes the buffers of saves behind the training.
+        """
+        self.claim()
+        local = describe(tensors, self.grid)
+        plan = self._make_plan(local, make_plan(local, self.exchange))
+        if not blocking:
+            self._staging.prepare(plan.entries(local))
+        self._everywhere(lambda: self._forecast(plan, saves))
+
+    def _forecast(self, plan: Plan, saves: int | None) -> None:
+        if self.exchange.rank == 0:
+            held = sum(1 for c in self.candidates() if c.committed)
+            line = check_space(self.storage, self.root, plan.total_bytes, held, saves, self._retention.keep_last)
+            self._report(line)
+
+    def _make_plan(self, local: Mapping[str, Local], plan: Plan) -> Plan:
+        self._plan = signature(local), plan
+        return plan
 
     def save(
         self,
@@ -96,6 +145,7 @@ class CheckpointManager:
         config: dict[str, Any],
         *,
         blocking: bool = True,
+        snapshot: bool = False,
         final: bool = False,
     ) -> str | None:
         """Commits a checkpoint of ``step`` and returns its folder.
@@ -104,75 +154,113 @@ class CheckpointManager:
             tensors: live tensors by global name; those of other ranks complete them.
             state: JSON values (NaN, infinities and bytes allowed) that do not depend on the layout.
             config: the resolved config without secrets.
-            blocking: False: return when the tensors may change again.
+            blocking: False: return when the tensors may change again; ``wait`` tells the rest.
+            snapshot: into the snapshot folder.
             final: raise also the first refusal of the store.
 
         Returns:
-            None when the store refused (disk full, ...): the reason is reported and training may go on.
+            None when the store refused (disk full, ...) or a save in flight made this one skip: the reason is
+            reported and training may go on.
 
         Raises:
             UserError: a second writer, or too many refusals in a row.
         """
         self.claim()
+        busy = self._running is not None and not self._running.done()
+        if self._busy == "skip" and not final and self.exchange.broadcast(busy):
+            self._report(f"step {step} not saved: the save before is still being written")
+            return None
+        self.wait()
+        if (step, snapshot) in self._committed:
+            self._report(f"step {step} is already committed in {self._committed[step, snapshot]}, not rewritten")
+            return self._committed[step, snapshot]
         local = describe(tensors, self.grid)
-        if step in self._committed:
-            self._report(f"step {step} is already committed in {self._committed[step]}, not rewritten")
-            return self._committed[step]
-        order = self._order(step, signature(local))
+        storage, root = self._place(snapshot)
+        order = self._order(step, storage, root, signature(local))
         if order["replan"] or self._plan is None:
-            self._plan = signature(local), make_plan(local, self.exchange)
+            self._make_plan(local, make_plan(local, self.exchange))
+        assert self._plan is not None
         plan = self._plan[1]
-        body = write.body(step, order["attempt"], state, config) | {"layout": self._layout(), "parent": self._parent}
+        body = write.body(step, order["attempt"], state, config) | {
+            "layout": self._layout(),
+            "parent": self._parent,
+            "snapshot": snapshot,
+        }
+        entries = plan.entries(local)
+        folder = join(root, order["folder"])
+        if blocking:
+            future: Future[str] = Future()
+            try:
+                future.set_result(self._commit(plan, entries, folder, body))
+            except CheckpointError as error:
+                future.set_exception(error)
+            self._running = future
+            return self.wait(final=final)
+        entries = self._staging.copy(entries)
+        self._writer = self._writer or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._running = self._writer.submit(self._commit, plan, entries, folder, body)
+        return folder
+
+    def wait(self, *, final: bool = False) -> str | None:
+        """Waits for the save in flight; its folder once committed, None if there is none or the store refused it.
+
+        Raises:
+            UserError: as ``save``.
+        """
+        if self._running is None:
+            return None
+        running, self._running = self._running, None
         try:
-            folder = self._write(plan, plan.entries(local), join(self.root, order["folder"]), body)
+            folder = running.result()
         except CheckpointError as error:
             self._failed_saves += 1
             if final or self._failed_saves >= self._max_failed_saves:
                 raise
-            self._report(f"checkpoint of step {step} not saved ({error.found}); training goes on")
+            self._report(f"checkpoint not saved ({error.found}); training goes on")
             return None
         self._failed_saves = 0
-        self._committed[step] = folder
-        self._report(f"checkpoint of step {step} committed: {folder}")
         return folder
 
-    def _order(self, step: int, mine: str) -> dict[str, Any]:
+    def close(self) -> None:
+        """Waits for the save in flight and gives the folder back."""
+        if self._writer is not None:
+            self._writer.shutdown()
+            self._writer = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _place(self, snapshot: bool) -> tuple[Storage, str]:
+        return (self.snapshot_storage, self.snapshots) if snapshot else (self.storage, self.root)
+
+    def _order(self, step: int, storage: Storage, root: str, mine: str) -> dict[str, Any]:
         """What rank 0 decides for a save: attempt id, folder, whether any rank's tensors changed their layout."""
         changed = self.exchange.gather(self._plan is None or self._plan[0] != mine)
         order = None
         if changed is not None:
             attempt, folder = secrets.token_hex(4), fmt.folder_name(step)
-            if self.storage.exists(join(self.root, folder, fmt.COMMIT)):
+            if storage.exists(join(root, folder, fmt.COMMIT)):
                 folder = fmt.folder_name(step, attempt)  # a committed folder is never written again
             order = {"attempt": attempt, "folder": folder, "replan": any(changed)}
         answer: dict[str, Any] = self.exchange.broadcast(order)
         return answer
 
-    def _write(self, plan: Plan, entries: list[Entry], folder: str, body: dict[str, Any]) -> str:
-        """Data on every rank, then index and commit on rank 0; the same verdict everywhere."""
-        storage, exchange, attempt = self.storage, self.exchange, body["attempt"]
-        message: dict[str, Any]
-        try:
-            storage.make_folder(folder)
-            message = write.write_data(storage, folder, attempt, exchange.rank, entries)
-            storage.sync(self.root)
-        except (OSError, UserError) as error:
-            message = {"error": _refused(error, folder).found}
-        messages = exchange.gather(message)
-        verdict = None
-        if messages is not None:
-            errors = [f"rank {rank}: {m['error']}" for rank, m in enumerate(messages) if "error" in m]
+    def _commit(self, plan: Plan, entries: list[Entry], folder: str, body: dict[str, Any]) -> str:
+        """All that may run behind the training."""
+        snapshot, step = body["snapshot"], body["step"]
+        storage, root = self._place(snapshot)
+        write.attempt(storage, self._behind, root, folder, plan, entries, body)
+        self._parent = {"step": step, "attempt": body["attempt"]}
+        self._committed[step, snapshot] = folder
+        self._report(f"{'snapshot' if snapshot else 'checkpoint'} of step {step} committed: {folder}")
+        if self.exchange.rank == 0:
+            retention = self._snapshot_retention if snapshot else self._retention
+            retention.trust(folder)
             try:
-                if not errors:
-                    body |= write.write_index(storage, folder, attempt, plan.tensors, messages)
-                    write.publish(storage, folder, body)
-            except (OSError, UserError) as error:
-                errors = [f"rank 0: {_refused(error, folder).found}"]
-            verdict = {"errors": errors}
-        errors = exchange.broadcast(verdict)["errors"]
-        if errors:
-            raise CheckpointError("; ".join(errors[:4]), where=folder)
-        self._parent = {"step": body["step"], "attempt": attempt}
+                for dropped in retention.apply(storage, root):
+                    self._report(f"deleted {dropped}")
+            except OSError as error:
+                self._report(f"deleting old checkpoints: {error}")
         return folder
 
     def _layout(self) -> dict[str, int]:
@@ -184,7 +272,8 @@ class CheckpointManager:
 
     def candidates(self) -> list[Candidate]:
         """Step folders of the save folder and its snapshots, newest first, interrupted ones too."""
-        return find.everything(self.storage, self.root)
+        normal = find.candidates(self.storage, self.root)
+        return find.in_order(normal, find.candidates(self.snapshot_storage, self.snapshots))
 
     def newest(self, verify: bool = True) -> Found | None:
         """The newest checkpoint that verifies, None when there is none; reports what it skipped and why.
@@ -195,7 +284,8 @@ class CheckpointManager:
         Raises:
             CheckpointError: there are checkpoints, and none verifies.
         """
-        return self._agree(lambda: find.newest(self.candidates(), self._check(verify), self._report), verify)
+        place = self._agree(lambda: find.Place(self.candidates()))
+        return find.newest(place.choices, lambda choice: self._check(choice, verify), self._report)
 
     def resolve(self, path: str, verify: bool = True) -> Found:
         """The checkpoint that a path of the documents means: ``llm_ckpts``, ``llm_ckpts/49``, ``.../snapshot/1/``.
@@ -203,30 +293,29 @@ class CheckpointManager:
         Raises:
             CheckpointError: none there that verifies; says what lies beside it.
         """
-        found = self._agree(lambda: find.resolve(path, self._check(verify), self._report), verify)
-        assert found is not None
-        return found
+        place = self._agree(lambda: find.locate(path))
+        return find.choose(path, place, lambda choice: self._check(choice, verify), self._report)
 
-    def _check(self, verify: bool) -> Callable[[Candidate], Found]:
-        return lambda candidate: check(candidate, data=verify)
+    def _agree(self, look: Callable[[], find.Place]) -> find.Place:
+        """Rank 0 looks; the others take its list, since a listing may differ between two moments."""
+        place = look()
+        rows = [[c.folder, c.step, c.committed] for c in place.choices]
+        rows = self.exchange.broadcast(rows)
+        stores = {c.folder: c.storage for c in place.choices}
+        fallback = next(iter(stores.values()), self.storage)
+        return find.Place([Candidate(stores.get(f, fallback), f, s, c) for f, s, c in rows], place.problem, place.fix)
 
-    def _agree(self, choose: Callable[[], Found | None], verify: bool) -> Found | None:
-        """Rank 0 chooses; every rank opens the same one."""
-        answer: dict[str, Any] | None = None
-        found: Found | None = None
-        if self.exchange.rank == 0:
-            try:
-                found = choose()
-                answer = {"folder": found.folder if found else None, "attempt": found.attempt if found else ""}
-            except UserError as error:
-                answer = {"error": [error.found, error.where, error.expected, error.fix]}
-        answer = self.exchange.broadcast(answer)
-        if "error" in answer:
-            text, where, expected, fix = answer["error"]
-            raise CheckpointError(text, where=where, expected=expected, fix=fix)
-        if found is None and answer["folder"] is not None:
-            found = find.open_checkpoint(self.storage, answer["folder"])
-        return found
+    def _check(self, choice: Candidate, data: bool) -> Found:
+        """Verifies one candidate together: each rank reads its share of the files."""
+
+        def mine() -> Found:
+            found = find.open_checkpoint(choice.storage, choice.folder)
+            found.index()
+            if data:
+                read.verify_data(found, self.exchange.rank, self.exchange.size)
+            return found
+
+        return self._everywhere(mine)
 
     def load(
         self, found: Found, tensors: Mapping[str, Tensor], *, strict: bool = True, cast: bool = False
@@ -242,6 +331,7 @@ class CheckpointManager:
             CheckpointError: on every rank, for a name, shape, dtype or hash that does not fit; the tensors then hold
                 a mixture and must be loaded again.
         """
+        self.wait()
         local = describe(tensors, self.grid)
         names = self.exchange.gather(list(local))
 
@@ -249,13 +339,14 @@ class CheckpointManager:
             records = found.records()
             read.match(records, local, cast, found.folder)
             if strict and names is not None:
-                read.refuse_unwanted(records, {name for of_rank in names for name in of_rank}, found.folder)
+                read.refuse_unwanted(records, union(names), found.folder)
             read.run(found, read.jobs_for(records, local))
 
         self._everywhere(fill)
         self._parent = {"step": found.step, "attempt": found.attempt}
-        if found.folder.startswith(self.root):
-            self._committed[found.step] = found.folder
+        for snapshot, root in ((False, self.root), (True, self.snapshots)):
+            if found.folder.rpartition("/")[0] == root:
+                self._committed[found.step, snapshot] = found.folder
         return found.state
 
     def _everywhere(self, action: Callable[[], Result]) -> Result:
@@ -274,27 +365,12 @@ class CheckpointManager:
         return result
 
 
+def union(lists: Iterable[Iterable[str]]) -> set[str]:
+    return {name for names in lists for name in names}
+
+
 class _Elsewhere:
     """Rank 0 holds the lock."""
 
     def release(self) -> None:
         return
-
-
-def check(candidate: Candidate, *, data: bool) -> Found:
-    """Opens a candidate and verifies it: records and file sizes, and with ``data`` the hash of every piece."""
-    found = find.open_checkpoint(candidate.storage, candidate.folder)
-    found.index()
-    if data:
-        read.verify_data(found)
-    return found
-
-
-def _refused(error: Exception, path: str) -> CheckpointError:
-    """One sentence for whatever the store said."""
-    if isinstance(error, UserError):
-        return CheckpointError(error.found, where=error.where, expected=error.expected, fix=error.fix)
-    if isinstance(error, OSError):
-        place = error.filename or path
-        return CheckpointError(f"{place}: {error.strerror or error} (errno {error.errno})")
-    return CheckpointError(f"{path}: {error}")

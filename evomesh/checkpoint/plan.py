@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,6 +42,11 @@ class Plan:
 
     owned: list[tuple[str, int]]
     tensors: dict[str, tuple[str, Ints]]
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all tensors, on rank 0."""
+        return sum(math.prod(shape) * DTYPES[dtype].itemsize for dtype, shape in self.tensors.values())
 
     def entries(self, local: dict[str, Local]) -> list[Entry]:
         """What to write, largest items first: so every offset in the file is a multiple of its item size."""

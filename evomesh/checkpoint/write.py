@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import errno
+import logging
 import platform
 from collections.abc import Iterator
 from typing import Any
@@ -13,9 +15,19 @@ from torch import Tensor
 import evomesh
 from evomesh.checkpoint import format as fmt
 from evomesh.checkpoint.boxes import Box, Ints, Part, cut
+from evomesh.checkpoint.exchange import Exchange
 from evomesh.checkpoint.format import CheckpointError
-from evomesh.checkpoint.plan import Entry, check_cover
+from evomesh.checkpoint.plan import Entry, Plan, check_cover
+from evomesh.errors import UserError
 from evomesh.storage.base import Storage, join
+
+log = logging.getLogger(__name__)
+FIXES = {
+    errno.ENOSPC: "free space, or keep fewer checkpoints with ckpt.keep_last",
+    errno.EDQUOT: "free space within the quota, or keep fewer checkpoints with ckpt.keep_last",
+    errno.EACCES: "make the folder writable for this user, or choose another save_ckpt_folder",
+    errno.EROFS: "choose a save_ckpt_folder on a writable file system",
+}
 
 
 def write_data(storage: Storage, folder: str, attempt: str, rank: int, entries: list[Entry]) -> dict[str, Any]:
@@ -131,6 +143,69 @@ def publish(storage: Storage, folder: str, body: dict[str, Any]) -> None:
             expected="one job per save folder",
             fix="stop one of the two jobs, or give each its own save_ckpt_folder",
         ) from None
+
+
+def attempt(
+    storage: Storage,
+    exchange: Exchange,
+    root: str,
+    folder: str,
+    plan: Plan,
+    entries: list[Entry],
+    record: dict[str, Any],
+) -> None:
+    """Data on every rank, then index and commit on rank 0; the same verdict everywhere.
+
+    Raises:
+        CheckpointError: on every rank, naming the ranks that failed; the files of the attempt are gone again.
+    """
+    rank, name = exchange.rank, record["attempt"]
+    message: dict[str, Any]
+    try:
+        storage.make_folder(folder)
+        message = write_data(storage, folder, name, rank, entries)
+        storage.sync(root)
+    except (OSError, UserError) as error:
+        message = {"error": refusal(error, folder).found}
+    messages = exchange.gather(message)
+    verdict: dict[str, Any] | None = None
+    if messages is not None:
+        errors = [f"rank {r}: {m['error']}" for r, m in enumerate(messages) if "error" in m]
+        verdict = {"errors": errors, "clean": True}
+        try:
+            if not errors:
+                record |= write_index(storage, folder, name, plan.tensors, messages)
+                verdict["clean"] = False  # from here on the commit may be visible even if the call fails
+                publish(storage, folder, record)
+        except (OSError, UserError) as error:
+            verdict["errors"] = [f"rank 0: {refusal(error, folder).found}"]
+    verdict = exchange.broadcast(verdict)
+    if verdict["errors"]:
+        if verdict["clean"]:
+            _clean(storage, folder, [fmt.file_name(name, rank), fmt.index_name(name)][: 1 if rank else 2])
+        raise CheckpointError("; ".join(verdict["errors"][:4]), where=folder)
+
+
+def _clean(storage: Storage, folder: str, names: list[str]) -> None:
+    """Gives a full disk its space back; what cannot be deleted now goes with the next retention."""
+    try:
+        for name in names:
+            storage.delete(join(folder, name))
+        if not storage.list(folder):
+            storage.delete_folder(folder)
+    except OSError as error:
+        log.warning("%s: cleaning up a failed save: %s", folder, error)
+
+
+def refusal(error: Exception, path: str) -> CheckpointError:
+    """One sentence for whatever the store said."""
+    if isinstance(error, UserError):
+        return CheckpointError(error.found, where=error.where, expected=error.expected, fix=error.fix)
+    if isinstance(error, OSError):
+        place = error.filename or path
+        name = errno.errorcode.get(error.errno or 0, "unknown")
+        return CheckpointError(f"{place}: {error.strerror or error} ({name})", fix=FIXES.get(error.errno or 0, ""))
+    return CheckpointError(f"{path}: {error}")
 
 
 def body(step: int, attempt: str, state: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,11 @@ class ThreadExchange:
         self._barrier.wait()
         return result
 
+    def twin(self) -> ThreadExchange:
+        twin = self._board.setdefault("twin", ({}, threading.Barrier(self.size, timeout=20)))
+        self._barrier.wait()
+        return ThreadExchange(self.rank, self.size, *twin)
+
 
 def grids(**sizes: int) -> list[Grid]:
     """One grid per rank; axes vary fastest in the order of ``AXES``. The activation axes are left as given."""
@@ -50,7 +55,7 @@ def grids(**sizes: int) -> list[Grid]:
 
 def run_ranks(size: int, action: Callable[[ThreadExchange], T]) -> list[T]:
     """Runs the action as every rank; an error of any rank is raised after all have ended."""
-    barrier, board = threading.Barrier(size, timeout=20), {}
+    barrier, board = threading.Barrier(size, timeout=20), {}  # type: ignore[var-annotated]
     results: dict[int, Any] = {}
     errors: dict[int, BaseException] = {}
 

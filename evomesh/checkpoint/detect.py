@@ -1,0 +1,37 @@
+"""What kind of checkpoint a folder holds, told by its file names alone: nothing is opened."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from evomesh.checkpoint import find
+from evomesh.checkpoint import format as fmt
+from evomesh.storage.base import Storage
+
+KINDS = {
+    "evomesh": "an evomesh checkpoint",
+    "internevo": "an InternEvo checkpoint",
+    "hf": "a Hugging Face model folder",
+    "llama": "Llama's consolidated weights",
+    "dcp": "a torch distributed checkpoint (its pickled metadata is never opened)",
+    "torch": "pickled PyTorch files",
+}
+PATTERNS: Sequence[tuple[str, re.Pattern[str]]] = (
+    ("internevo", re.compile(r"^model_(tp|wp|pp|moe)[a-z0-9_]*\.pt$")),
+    ("dcp", re.compile(r"^(\.metadata|__\d+_\d+\.distcp)$")),
+    ("hf", re.compile(r"^(model|pytorch_model).*\.(safetensors|bin)(\.index\.json)?$")),
+    ("llama", re.compile(r"^consolidated\.\d+\.(pth|pt|safetensors)$")),
+    ("torch", re.compile(r"\.(pt|pth|bin|ckpt|pkl)$")),
+)
+
+
+def kind_of(storage: Storage, folder: str) -> str | None:
+    """A key of ``KINDS``, None when the folder is absent or holds nothing known."""
+    names = storage.list(folder)
+    if fmt.COMMIT in names or find.everything(storage, folder):
+        return "evomesh"
+    for kind, pattern in PATTERNS:
+        if any(pattern.search(name) for name in names):
+            return kind
+    return None

@@ -1,0 +1,202 @@
+"""What a run starts from: the documents' rules of precedence, decided once and said in one line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from evomesh.checkpoint import detect
+from evomesh.checkpoint.find import Found
+from evomesh.checkpoint.format import CheckpointError
+from evomesh.checkpoint.loaders import checkpoint_loaders, fill
+from evomesh.checkpoint.manager import CheckpointManager
+from evomesh.checkpoint.plan import describe
+from evomesh.config.schema import CheckpointConfig, LoadConfig
+from evomesh.storage.base import open_storage, split_url
+
+OPTIMIZER = "optim."  # prefix of the optimizer's tensors
+MASTER = "optim.master."
+CONTENTS = ("model", "optimizer", "scheduler", "sampler")
+OURS = ("internevo", "internlm", "normal", "evomesh")  # types that mean "ours or InternEvo's, look for yourself"
+
+
+@dataclass(frozen=True)
+class Start:
+    """What to start from.
+
+    Attributes:
+        found: a checkpoint of ours, None for another source or for none.
+        path: the foreign folder to read with the loader ``ckpt_type``, "" for none.
+        ckpt_type: name of that loader.
+        content: the parts to load, a subset of ``CONTENTS``; all of them together continue the run that wrote it.
+        reason: one line for the log.
+    """
+
+    reason: str
+    found: Found | None = None
+    path: str = ""
+    ckpt_type: str = ""
+    content: frozenset[str] = frozenset()
+
+    @property
+    def resumes(self) -> bool:
+        """Continues a run: counters, data position, schedules and random streams too."""
+        return self.content == frozenset(CONTENTS)
+
+    def wants(self, part: str) -> bool:
+        return part in self.content
+
+
+def decide(config: CheckpointConfig, manager: CheckpointManager | None) -> Start:
+    """Chooses by the documents' rules.
+
+    auto_resume (the default): the newest verified checkpoint in the save folder, even if saving is off; else from
+    scratch. A given load_ckpt_info is then not used. Without auto_resume: load_ckpt_info, which must exist, or nothing.
+
+    Args:
+        manager: of the save folder; None when the config names none.
+
+    Raises:
+        CheckpointError: nothing usable where the config says there is, or a weights-only checkpoint to resume from.
+    """
+    if not config.auto_resume:
+        if config.load_ckpt_info is None:
+            return Start("starting from scratch: auto_resume=False and no load_ckpt_info")
+        if manager is None:
+            manager = CheckpointManager(config.load_ckpt_info.path)
+        return _given(config.load_ckpt_info, manager)
+    ignored = f"; load_ckpt_info ({config.load_ckpt_info.path}) IGNORED" if config.load_ckpt_info else ""
+    why = f" since auto_resume=True{ignored}: set auto_resume=False to use it" if ignored else ""
+    if manager is None:
+        return Start(f"starting from scratch: no save_ckpt_folder to resume from{why}")
+    found = manager.newest()
+    if found is None:
+        return Start(f"starting from scratch: no checkpoint in {manager.root}{why}")
+    everything = frozenset(CONTENTS)
+    require_optimizer(found, everything)
+    return Start(f"resuming step {found.step} from {found.folder} (auto_resume){why}", found, content=everything)
+
+
+def parse_content(content: tuple[str, ...] | list[str] | str) -> frozenset[str]:
+    """``("model", "sampler")`` or ``("all",)`` as a set of ``CONTENTS``.
+
+    Raises:
+        CheckpointError: unknown word, or none.
+    """
+    words = [content] if isinstance(content, str) else list(content)
+    parts = {word.lower() for word in words}
+    unknown = sorted(parts - {*CONTENTS, "all"})
+    if unknown or not parts:
+        raise CheckpointError(
+            f"load_ckpt_info.content has {unknown[0]!r}" if unknown else "load_ckpt_info.content is empty",
+            expected=f"any of {', '.join(CONTENTS)}, or all",
+        )
+    return frozenset(CONTENTS) if "all" in parts else frozenset(parts)
+
+
+def _given(info: LoadConfig, manager: CheckpointManager) -> Start:
+    content = parse_content(info.content)
+    named = ", ".join(part for part in CONTENTS if part in content)
+    kind = info.ckpt_type.lower()
+    loader = checkpoint_loaders.get(kind)
+    actual = _kind_at(info.path)
+    if kind in OURS and actual in (None, "evomesh"):
+        if actual is None:
+            _absent(info, manager)
+        found = manager.resolve(info.path)
+        require_optimizer(found, content)
+        return Start(f"loading {named} from {found.folder} (load_ckpt_info)", found, content=content)
+    if kind in OURS and actual == "internevo":
+        kind, loader = "internevo", checkpoint_loaders.get("internevo")
+    elif kind in OURS or (actual in ("evomesh", "internevo") and kind in ("hf", "hf_llama", "llama")):
+        right = {"evomesh": "internevo", "dcp": "", "torch": ""}.get(actual or "", actual)
+        raise CheckpointError(
+            f"{info.path} is {detect.KINDS[actual or 'torch']}, but ckpt_type={info.ckpt_type!r} was given",
+            fix=f"set load_ckpt_info ckpt_type={right!r}" if right else "convert it first: evomesh convert --help",
+        )
+    if loader is None:
+        raise CheckpointError(
+            f"no loader for ckpt_type={info.ckpt_type!r}",
+            expected=f"one of {', '.join(sorted({*OURS, *checkpoint_loaders.names()}))}",
+            fix="register one of your own: evomesh.checkpoint.loaders.checkpoint_loaders.register",
+        )
+    if content != {"model"} and kind not in ("internevo",):
+        raise CheckpointError(
+            f"ckpt_type={info.ckpt_type!r} holds weights only, but content asks for {named}", fix='content=("model",)'
+        )
+    return Start(f"loading {named} from {info.path} ({kind}, load_ckpt_info)", None, info.path, kind, content)
+
+
+def _kind_at(path: str) -> str | None:
+    storage, folder = open_storage(path)
+    kind = detect.kind_of(storage, folder)
+    if kind is None and folder.rpartition("/")[2].isdigit():  # ROOT/49, ROOT/snapshot/1
+        kind = detect.kind_of(storage, folder.rpartition("/")[0] or ".")
+    return kind
+
+
+def _absent(info: LoadConfig, manager: CheckpointManager) -> None:
+    """A path that is no folder may be the id of a hub model in the local cache."""
+    storage, folder = open_storage(info.path)
+    if split_url(info.path)[0] == "local" and not storage.list(folder) and folder.count("/") == 1:
+        cache = os.environ.get("HF_HUB_CACHE") or os.path.join(
+            os.environ.get("HF_HOME", os.path.expanduser("~/.cache/huggingface")), "hub"
+        )
+        cached = os.path.join(cache, "models--" + folder.replace("/", "--"))
+        if os.path.isdir(cached):
+            raise CheckpointError(
+                f"{info.path!r} is a model in the local Hugging Face cache, but ckpt_type={info.ckpt_type!r}",
+                fix="set load_ckpt_info ckpt_type='hf'",
+            )
+        raise CheckpointError(
+            f"{info.path!r} is neither an existing folder nor a model in the local Hugging Face cache ({cache})",
+            fix="give an existing checkpoint folder, or download the model into the cache first",
+        )
+    manager.resolve(info.path)  # raises, and says what lies there
+
+
+def require_optimizer(found: Found, content: frozenset[str]) -> None:
+    """
+    Raises:
+        CheckpointError: optimizer state is wanted and the checkpoint has weights only.
+    """
+    if "optimizer" in content and not any(name.startswith(OPTIMIZER) for name in found.records()):
+        raise CheckpointError(
+            f"step {found.step} holds weights only (saved with save_optimizer=False): it cannot resume a run",
+            where=found.folder,
+            expected="a checkpoint with optimizer state",
+            fix='start anew from its weights: auto_resume=False, load_ckpt_info=dict(path=..., content=("model",))',
+        )
+
+
+def restore(start: Start, manager: CheckpointManager, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Loads what ``start`` wants of the tensors, in place, and returns the stored state ({} without a source).
+
+    The caller applies the parts of the state that ``start.wants``. Masters come from the checkpoint only with both
+    model and optimizer; else they are to be made again from the weights.
+
+    Args:
+        tensors: all live tensors by global name, parameters and optimizer state.
+    """
+    if start.found is not None:
+        chosen = {name: t for name, t in tensors.items() if _chosen(name, start.content)}
+        if chosen:
+            return manager.load(start.found, chosen, strict=len(chosen) == len(tensors))
+        return start.found.state
+    if start.path:
+        loader = checkpoint_loaders.get(start.ckpt_type)
+        assert loader is not None
+        model = {name: t for name, t in tensors.items() if not name.startswith(OPTIMIZER)}
+        local = describe(model, manager.grid)
+        fill(local, loader(start.path, {}), start.path)
+    return {}
+
+
+def _chosen(name: str, content: frozenset[str]) -> bool:
+    if name.startswith(MASTER):
+        return content >= {"model", "optimizer"}
+    return ("optimizer" if name.startswith(OPTIMIZER) else "model") in content

@@ -1,0 +1,134 @@
+"""Which checkpoint a run starts from, and the one line that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from evomesh.checkpoint.loaders import checkpoint_loaders
+from evomesh.checkpoint.manager import CheckpointManager
+from evomesh.checkpoint.resume import decide, parse_content, restore
+from evomesh.config.schema import CheckpointConfig, LoadConfig
+from evomesh.errors import UserError
+
+NAMES = ("w", "optim.exp_avg.w", "optim.exp_avg_sq.w", "optim.master.w")
+
+
+def run(value: float, names: tuple[str, ...] = NAMES) -> dict[str, torch.Tensor]:
+    return {name: torch.full((3,), value) for name in names}
+
+
+def saved(root: Path, *steps: int, names: tuple[str, ...] = NAMES) -> CheckpointManager:
+    manager = CheckpointManager(str(root))
+    for step in steps:
+        manager.save(step, run(step, names), {"step": step}, {})
+    return manager
+
+
+def config(root: Path, **values: Any) -> CheckpointConfig:
+    return CheckpointConfig(save_ckpt_folder=str(root), **values)
+
+
+def test_auto_resume_is_the_default_and_takes_the_newest_even_if_saving_is_off(tmp_path: Path) -> None:
+    manager = saved(tmp_path, 5, 10)
+    start = decide(config(tmp_path, enable_save_ckpt=False), manager)
+    assert start.resumes and start.found is not None and start.found.step == 10
+    assert start.reason == f"resuming step 10 from {tmp_path}/step-00000010 (auto_resume)"
+    tensors = run(0)
+    assert restore(start, manager, tensors) == {"step": 10}
+    assert all(torch.equal(t, torch.full((3,), 10.0)) for t in tensors.values())
+
+
+def test_auto_resume_ignores_load_info_loudly(tmp_path: Path) -> None:
+    info = LoadConfig(path=str(tmp_path / "other"))
+    start = decide(config(tmp_path / "empty", load_ckpt_info=info), CheckpointManager(str(tmp_path / "empty")))
+    assert not start.resumes and start.found is None
+    assert "starting from scratch" in start.reason and f"({tmp_path}/other) IGNORED" in start.reason
+
+
+def test_without_auto_resume(tmp_path: Path) -> None:
+    manager = saved(tmp_path, 5, 10)
+    assert decide(config(tmp_path, auto_resume=False), manager).found is None
+    info = LoadConfig(path=f"local:{tmp_path}/5", content=("all",), ckpt_type="internlm")
+    start = decide(config(tmp_path, auto_resume=False, load_ckpt_info=info), manager)
+    assert start.found is not None and start.found.step == 5 and start.resumes
+    missing = LoadConfig(path=f"local:{tmp_path}/6")
+    with pytest.raises(UserError, match="has steps 10, 5"):
+        decide(config(tmp_path, auto_resume=False, load_ckpt_info=missing), manager)
+    nowhere = LoadConfig(path="some/model")
+    with pytest.raises(UserError, match="neither an existing folder nor a model in the local Hugging Face cache"):
+        decide(config(tmp_path, auto_resume=False, load_ckpt_info=nowhere), manager)
+
+
+@pytest.mark.parametrize(
+    ("content", "loaded"),
+    [
+        (("model",), {"w"}),
+        (("optimizer",), {"optim.exp_avg.w", "optim.exp_avg_sq.w"}),
+        (("Model", "optimizer"), set(NAMES)),
+        (("sampler", "scheduler"), set()),
+        (("all",), set(NAMES)),
+    ],
+)
+def test_content_mixtures(tmp_path: Path, content: tuple[str, ...], loaded: set[str]) -> None:
+    manager = saved(tmp_path, 5)
+    info = LoadConfig(path=str(tmp_path), content=content)
+    start = decide(config(tmp_path, auto_resume=False, load_ckpt_info=info), manager)
+    tensors = run(0)
+    restore(start, manager, tensors)
+    assert {name for name, t in tensors.items() if t[0] == 5} == loaded
+
+
+def test_unknown_content() -> None:
+    with pytest.raises(UserError, match="content has 'weights'"):
+        parse_content(("weights",))
+    assert parse_content("all") == parse_content(("model", "sampler", "optimizer", "scheduler"))
+
+
+def test_weights_only_says_so(tmp_path: Path) -> None:
+    manager = saved(tmp_path, 5, names=("w",))
+    with pytest.raises(UserError, match=r"holds weights only .*cannot resume"):
+        decide(config(tmp_path), manager)
+    info = LoadConfig(path=str(tmp_path), content=("model",))
+    start = decide(config(tmp_path, auto_resume=False, load_ckpt_info=info), manager)
+    tensors = run(0)
+    restore(start, manager, tensors)
+    assert tensors["w"][0] == 5 and tensors["optim.master.w"][0] == 0
+
+
+def test_a_users_own_loader(tmp_path: Path) -> None:
+    @checkpoint_loaders.register("my_format")
+    def load(path: str, config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+        yield "w", torch.tensor([float(word) for word in Path(path, "w.txt").read_text().split()])
+
+    (tmp_path / "w.txt").write_text("1 2 3")
+    info = LoadConfig(path=str(tmp_path), content=("model",), ckpt_type="my_format")
+    manager = CheckpointManager(str(tmp_path / "save"))
+    start = decide(config(tmp_path / "save", auto_resume=False, load_ckpt_info=info), manager)
+    tensors = run(0)
+    restore(start, manager, tensors)
+    assert tensors["w"].tolist() == [1, 2, 3]
+
+
+def test_unknown_type_names_the_known_ones(tmp_path: Path) -> None:
+    info = LoadConfig(path=str(tmp_path), ckpt_type="mystery")
+    with pytest.raises(UserError, match="no loader for ckpt_type='mystery'"):
+        decide(config(tmp_path, auto_resume=False, load_ckpt_info=info), CheckpointManager(str(tmp_path)))
+
+
+def test_a_hugging_face_folder_is_recognised(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    info = LoadConfig(path=str(tmp_path), ckpt_type="internevo")
+    with pytest.raises(UserError, match="is a Hugging Face model folder, but ckpt_type='internevo'"):
+        decide(config(tmp_path, auto_resume=False, load_ckpt_info=info), CheckpointManager(str(tmp_path)))
+
+
+def test_pickled_metadata_is_never_opened(tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
+    info = LoadConfig(path=str(tmp_path), ckpt_type="internevo")
+    with pytest.raises(UserError, match="never opened"):
+        decide(config(tmp_path, auto_resume=False, load_ckpt_info=info), CheckpointManager(str(tmp_path)))
