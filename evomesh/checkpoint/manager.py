@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -89,7 +90,8 @@ class CheckpointManager:
         self._everywhere(lambda: self._lock_folder(probe))
         self._everywhere(lambda: self._see(probe))
         if self.exchange.rank == 0:
-            self.storage.delete(join(self.root, probe))
+            with contextlib.suppress(OSError):  # an empty file left over does no harm
+                self.storage.delete(join(self.root, probe))
 
     def _lock_folder(self, probe: str) -> None:
         if self.exchange.rank:
@@ -186,20 +188,22 @@ class CheckpointManager:
             "parent": self._parent,
             "snapshot": snapshot,
         }
-        entries = plan.entries(local)
         folder = join(root, order["folder"])
+        self._start(blocking, plan, plan.entries(local), folder, body)
+        return self.wait(final=final) if blocking else folder
+
+    def _start(self, blocking: bool, plan: Plan, entries: list[Entry], folder: str, body: dict[str, Any]) -> None:
+        """Commits here and now, or copies what this rank owns and commits behind the training."""
         if blocking:
-            future: Future[str] = Future()
+            self._running = Future()
             try:
-                future.set_result(self._commit(plan, entries, folder, body))
+                self._running.set_result(self._commit(plan, entries, folder, body))
             except CheckpointError as error:
-                future.set_exception(error)
-            self._running = future
-            return self.wait(final=final)
-        entries = self._staging.copy(entries)
+                self._running.set_exception(error)
+            return
+        copies = self._staging.copy(entries)
         self._writer = self._writer or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._running = self._writer.submit(self._commit, plan, entries, folder, body)
-        return folder
+        self._running = self._writer.submit(self._commit, plan, copies, folder, body)
 
     def wait(self, *, final: bool = False) -> str | None:
         """Waits for the save in flight; its folder once committed, None if there is none or the store refused it.

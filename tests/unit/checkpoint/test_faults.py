@@ -1,0 +1,150 @@
+"""Every call of a save fails once, or is the last before the power goes; checkpoints before it always load."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from evomesh.checkpoint import manager as manager_module
+from evomesh.checkpoint.manager import CheckpointManager
+from evomesh.storage.local import LocalStorage, SystemCalls
+from tests.unit.checkpoint.disk import MODELS, Crash, Disk, Quick, digest, images
+
+ERRNOS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS, errno.ESTALE)
+
+
+def tensors(step: int) -> dict[str, torch.Tensor]:
+    return {"w": torch.full((40, 3), float(step)), "optim.exp_avg.w": torch.full((40, 3), step + 0.5)}
+
+
+def on(disk: SystemCalls, root: Path, **options: int) -> CheckpointManager:
+    manager = CheckpointManager(str(root), **options)  # type: ignore[arg-type]
+    manager.storage = LocalStorage(disk)
+    manager.snapshot_storage = manager.storage
+    return manager
+
+
+def newest_step(root: Path) -> int:
+    """Loads the newest checkpoint and checks that its tensors are those of its step."""
+    manager = CheckpointManager(str(root))
+    found = manager.newest()
+    if found is None:
+        return 0
+    target = tensors(0)
+    assert manager.load(found, target) == {"step": found.step}
+    for name, expected in tensors(found.step).items():
+        assert torch.equal(target[name], expected)
+    return found.step
+
+
+def save(manager: CheckpointManager, step: int) -> str | None:
+    return manager.save(step, tensors(step), {"step": step}, {}, snapshot=step % 2 == 0 and step > 2)
+
+
+def test_power_loss_after_every_call(tmp_path: Path) -> None:
+    root = tmp_path / "live" / "ckpts"
+    root.parent.mkdir()
+    disk = Disk()
+    manager = on(disk, root, keep_last=2)
+    returned = []  # (calls done when save came back, step)
+    for step in range(1, 7):
+        assert save(manager, step)
+        returned.append((len(disk.calls), step))
+    cases, seen = 0, {}
+    for done, model, image in images(str(root.parent), disk.calls, tmp_path / "images"):
+        safe = max([step for count, step in returned if count <= done], default=0)
+        running = next((step for count, step in returned if count > done), safe)
+        key = digest(image)
+        if key not in seen:
+            seen[key] = newest_step(image / "ckpts")
+        assert seen[key] in {safe, running}, (done, model, disk.calls[:done][-3:])
+        shutil.rmtree(image)
+        cases += 1
+    assert cases == (len(disk.calls) + 1) * len(MODELS) > 500
+
+
+@pytest.mark.parametrize("skipped", ["fsync", "sync_folder"])
+def test_the_power_loss_test_can_fail(tmp_path: Path, skipped: str) -> None:
+    root = tmp_path / "live" / "ckpts"
+    root.parent.mkdir()
+    disk = Disk()
+    manager = on(disk, root)
+    for step in (1, 2):
+        save(manager, step)
+    kept = [call for call in disk.calls if call[0] != skipped]
+    steps = []
+    for done, _, image in images(str(root.parent), kept, tmp_path / "images"):
+        if done == len(kept):
+            try:
+                steps.append(newest_step(image / "ckpts"))
+            except manager_module.CheckpointError:
+                steps.append(-1)
+    assert min(steps) < 2
+
+
+def calls_of_a_save(root: Path) -> int:
+    disk = Disk()
+    manager = on(disk, root)
+    save(manager, 1)
+    before = len(disk.calls)
+    save(manager, 2)
+    return len(disk.calls) - before
+
+
+def test_the_process_dies_in_every_call_and_the_next_one_goes_on(tmp_path: Path) -> None:
+    count = calls_of_a_save(tmp_path / "count")
+    for number in range(count):
+        root = tmp_path / str(number)
+        save(on(Quick(), root), 1)
+        disk = Disk(fail_at=number)
+        with pytest.raises(Crash):
+            save(on(disk, root), 2)
+        assert newest_step(root) in (1, 2)
+        assert save(on(Quick(), root, keep_last=2), 2)
+        assert newest_step(root) == 2
+        assert save(on(Quick(), root, keep_last=2), 3)
+        assert newest_step(root) == 3
+
+
+def test_every_call_returns_an_error_and_training_goes_on(tmp_path: Path) -> None:
+    count = calls_of_a_save(tmp_path / "count")
+    for (number, code), sticky in itertools.product(itertools.product(range(count), ERRNOS), (False, True)):
+        root = tmp_path / f"{number}-{code}-{sticky}"
+        said: list[str] = []
+        save(on(Quick(), root), 1)
+        manager = on(Quick(), root)
+        manager.claim()
+        disk = Disk(fail_at=number, error=code, sticky=sticky)
+        manager.storage = LocalStorage(disk)
+        manager._report = said.append
+        folder = save(manager, 2)
+        assert disk.failed
+        if folder is None:
+            assert errno.errorcode[code] in said[-1] and str(root) in said[-1], said
+        assert newest_step(root) in ((2,) if folder else (1, 2))
+        manager.storage = LocalStorage(Quick())
+        assert save(manager, 3) and newest_step(root) == 3
+        shutil.rmtree(root)
+
+
+def test_a_full_disk_gets_its_space_back(tmp_path: Path) -> None:
+    disk = Disk(fail_at=7, error=errno.ENOSPC)
+    manager = on(disk, tmp_path / "ckpts")
+    assert save(manager, 1) is None
+    assert not list((tmp_path / "ckpts").glob("step-*"))
+
+
+def test_refusals_in_a_row_end_the_run(tmp_path: Path) -> None:
+    manager = on(Quick(), tmp_path / "ckpts", max_failed_saves=2)
+    save(manager, 1)
+    manager.storage = LocalStorage(Disk(fail_at=0, error=errno.ENOSPC, sticky=True))
+    assert save(manager, 3) is None
+    with pytest.raises(manager_module.CheckpointError, match="ENOSPC"):
+        save(manager, 5)
+    with pytest.raises(manager_module.CheckpointError, match="ENOSPC"):
+        manager.save(7, tensors(7), {}, {}, final=True)
