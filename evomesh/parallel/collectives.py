@@ -215,7 +215,7 @@ def exchanged(x: Tensor, axis: Axis, split_dim: int, concat_dim: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Pending:
-    """A collective under way: ``tensor`` holds the result after ``wait()``."""
+    """A collective under way: ``wait()`` returns its result, once."""
 
     tensor: Tensor
     work: dist.Work | None
@@ -227,29 +227,60 @@ class Pending:
         return self.tensor
 
 
+@dataclass(frozen=True)
+class _PendingRows(Pending):
+    """``tensor`` [size, chunk] is receiving every rank's summand of this rank's row.
+
+    gloo's own sums go round a ring that starts elsewhere for each part of the message, so that the last bit of a sum
+    would depend on where in a bucket it lies. Adding the rows in rank order costs the same traffic.
+    """
+
+    axis: Axis
+    shape: torch.Size | None = None  # of the whole tensor, when all ranks want all of it
+
+    def wait(self) -> Tensor:
+        rows = super().wait()
+        total = rows[0].clone()
+        for row in rows[1:]:
+            total += row
+        return total if self.shape is None else gathered(total, self.axis)[: self.shape.numel()].view(self.shape)
+
+
+def _exchange_rows(bucket: Tensor, axis: Axis, shape: torch.Size | None = None) -> Pending:
+    rows = torch.empty_like(bucket)
+    work = dist.all_to_all_single(rows.view(-1), bucket.view(-1), group=axis.group, async_op=True)
+    return _PendingRows(rows, work, bucket, axis, shape)
+
+
 def reduce_scatter_bucket(bucket: Tensor, axis: Axis) -> Pending:
     """Starts summing ``bucket`` [size, chunk] over the axis; row ``axis.rank`` [chunk] is the result.
 
-    The bucket must be contiguous and stay unchanged until ``wait()``.
+    The bucket must be contiguous and stay unchanged until ``wait()``. On the CPU the summands are added in rank order.
     """
     if axis.size == 1:
         return Pending(bucket[0], None, bucket)
+    if bucket.is_cpu:
+        return _exchange_rows(bucket, axis)
     own = bucket.new_empty(bucket.shape[1:])
     return Pending(own, _reduce_scatter_single(own, bucket.view(-1), group=axis.group, async_op=True), bucket)
 
 
-def all_gather_bucket(chunk: Tensor, axis: Axis) -> Pending:
-    """Starts gathering every rank's ``chunk`` [chunk] into [size, chunk]."""
+def all_gather_bucket(chunk: Tensor, axis: Axis, out: Tensor | None = None) -> Pending:
+    """Starts gathering every rank's ``chunk`` [chunk] into [size, chunk], the contiguous ``out`` if given."""
     if axis.size == 1:
         return Pending(chunk.unsqueeze(0), None, chunk)
-    bucket = chunk.new_empty((axis.size, *chunk.shape))
+    bucket = chunk.new_empty((axis.size, *chunk.shape)) if out is None else out
     return Pending(bucket, _gather_single(bucket.view(-1), chunk, group=axis.group, async_op=True), chunk)
 
 
 def all_reduce_bucket(bucket: Tensor, axis: Axis) -> Pending:
-    """Starts summing ``bucket`` over the axis, in a copy of it."""
+    """Starts summing ``bucket`` over the axis, in a copy of it; on the CPU the summands are added in rank order."""
     if axis.size == 1:
         return Pending(bucket, None, bucket)
+    if bucket.is_cpu:
+        padding = -bucket.numel() % axis.size
+        rows = torch.nn.functional.pad(bucket.reshape(-1), (0, padding)).view(axis.size, -1)
+        return _exchange_rows(rows, axis, bucket.shape)
     total = bucket.clone()
     return Pending(total, dist.all_reduce(total, group=axis.group, async_op=True), bucket)
 

@@ -1,0 +1,81 @@
+"""The run's log: one line format on the terminal and in the run folder, and no secret in either."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+LINE = "%(asctime)s\t%(levelname)s %(filename)s:%(lineno)s in %(funcName)s -- %(message)s"
+ALL_RANKS = {"all_ranks": True}  # logger.info(message, extra=ALL_RANKS): shown on the terminal by every rank
+_ROOT = logging.getLogger("evomesh")
+_SECRET_NAME = re.compile(r"(^|_)(SECRET|TOKEN|PASSWORD|PASSWD|API_KEY|ACCESS_KEY|ACCESS_KEY_ID)(_|$)", re.IGNORECASE)
+_SECRET_IN_URL = re.compile(r"(?<=://)[^/@\s]+:[^/@\s]+(?=@)|(?<=/hook/)[\w-]+")
+_HIDDEN = "***"
+
+
+def setup_logging(
+    folder: Path | None = None, rank_name: str = "main", shows: bool = True, console: Console | None = None
+) -> Console:
+    """Sends the ``evomesh`` loggers to the terminal and, if there is a ``folder``, to ``folder/logs/RANK_NAME.log``.
+
+    Called again it replaces what it set up before: first without a folder, then with the one the run has found.
+
+    Args:
+        rank_name: for example ``dp=0_tp=0_pp=0``.
+        shows: whether this rank's lines appear on the terminal; otherwise only warnings and ``ALL_RANKS`` lines do.
+        console: where a terminal is; shared with ``Progress``, so that lines are printed above the live line.
+    """
+    console = console or Console(file=sys.stdout)
+    terminal: logging.Handler = ConsoleHandler(console) if console.is_terminal else logging.StreamHandler(console.file)
+    terminal.addFilter(lambda record: shows or record.levelno >= logging.WARNING or hasattr(record, "all_ranks"))
+    handlers = [terminal]
+    if folder is not None:
+        path = folder / "logs" / f"{rank_name}.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(path, encoding="utf-8"))
+    close_logging()
+    for handler in handlers:
+        handler.setFormatter(SecretFreeFormatter(LINE))
+        _ROOT.addHandler(handler)
+    _ROOT.setLevel(logging.INFO)
+    _ROOT.propagate = False
+    return console
+
+
+def close_logging() -> None:
+    for handler in list(_ROOT.handlers):
+        _ROOT.removeHandler(handler)
+        handler.close()
+
+
+class ConsoleHandler(logging.Handler):
+    """Prints through rich, which keeps a live progress line below what is printed."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+        except Exception:
+            self.handleError(record)
+
+
+class SecretFreeFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
+    """Hides the values of secret environment variables, ``user:password@`` in addresses, and webhook keys."""
+    for name, value in environment.items():
+        if len(value) >= 8 and _SECRET_NAME.search(name):
+            text = text.replace(value, _HIDDEN)
+    return _SECRET_IN_URL.sub(_HIDDEN, text)

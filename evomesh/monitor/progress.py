@@ -1,0 +1,51 @@
+"""The live line below the log on a terminal; nothing where there is none."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+
+class Progress:
+    """Step, loss, speed and time left, in place.
+
+    Args:
+        total: steps of the whole run.
+        step: steps already made.
+        console: the one that the log prints through; None or not a terminal: ``update`` does nothing.
+    """
+
+    def __init__(self, total: int, step: int, console: Console | None) -> None:
+        self._bar: RichProgress | None = None
+        if console is not None and console.is_terminal:
+            self._bar = RichProgress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:,.0f} tokens/s  left"),
+                TimeRemainingColumn(compact=True),
+                console=console,
+                transient=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
+            self._task = self._bar.add_task("train", total=total, completed=step, loss=float("nan"), speed=0.0)
+
+    def update(self, step: int, loss: float, speed: float) -> None:
+        """``step`` steps are done; ``speed`` is tokens per second."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, loss=loss, speed=speed)
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,48 @@
+"""The global gradient norm: over all parameters and ranks, each element counted once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from evomesh.parallel.collectives import sum_over
+from evomesh.parallel.grid import Axis, Grid
+from evomesh.parallel.spec import ShardSpec
+
+Found = Literal["ok", "inf", "nan"]
+
+
+def global_norm(grads: Sequence[Tensor], grid: Grid, device: torch.device) -> float:
+    """The 2-norm over the gradients of all ranks: ``grads`` are those that this rank counts (see ``counts_here``).
+
+    The result is the same number on every rank; reading it is the one host synchronisation of a step.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    if grads:
+        # float64 across tensors: a square of a norm overflows float32 long before the norm does
+        norms = torch._foreach_norm(list(grads), 2, dtype=torch.promote_types(grads[0].dtype, torch.float32))
+        total = torch.stack([norm.double() for norm in norms]).square().sum()
+    return math.sqrt(float(sum_over(total, grid.dp, grid.tp, grid.pp)))
+
+
+def counts_here(spec: ShardSpec, axes: Sequence[Axis]) -> bool:
+    """Of all ranks that hold the same elements exactly one counts them: the first on each axis that does not cut them.
+
+    Args:
+        axes: the view of the grid that the parameter lives on.
+    """
+    cut = {name for name, _ in spec.shards}
+    return all(axis.name in cut or axis.rank == 0 for axis in axes)
+
+
+def found_in(norm: float) -> Found:
+    return "nan" if math.isnan(norm) else "inf" if math.isinf(norm) else "ok"
+
+
+def clip_factor(norm: float, max_norm: float) -> float:
+    """What the gradient is multiplied with so that its norm is at most ``max_norm``; 0 means no clipping."""
+    return min(1.0, max_norm / (norm + 1e-6)) if max_norm > 0 else 1.0

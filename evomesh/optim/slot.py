@@ -1,0 +1,118 @@
+"""One parameter as the optimizer sees it: where its gradient is summed, and which part of its state lies here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from evomesh.optim.clip import counts_here
+from evomesh.parallel.grid import Axis, Grid
+from evomesh.parallel.spec import ShardSpec, spec_of
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(eq=False)
+class Slot:
+    """Attributes:
+    name: global name.
+    param: the parameter; under FSDP2 a DTensor.
+    local: its storage on this rank, without gradient.
+    cut: axis over which dim 0 of ``local`` is divided among optimizer states; of size 1 when it is not.
+    sums: the other axes over which the gradient is still a partial sum.
+    spec: how the state lies in the global tensor.
+    counted: whether this rank counts the gradient in the global norm.
+    target: what AdamW updates: own rows of ``local``, in place, or a float32 copy of them.
+    accumulated: float32 sum of the micro-batches' gradients, of a float16 or bfloat16 parameter.
+    micro_batches: gradients accumulated since ``reset``.
+    """
+
+    name: str
+    param: nn.Parameter
+    local: Tensor
+    cut: Axis
+    sums: tuple[Axis, ...]
+    spec: ShardSpec
+    counted: bool
+    target: Tensor
+    accumulated: Tensor | None = None
+    micro_batches: int = 0
+
+    @property
+    def own(self) -> Tensor:
+        """The rows of ``local`` that this rank updates, as a view."""
+        if self.cut.size == 1:
+            return self.local
+        rows = self.local.shape[0] // self.cut.size
+        return self.local.narrow(0, self.cut.rank * rows, rows)
+
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        return self.local.dtype if self.accumulated is None else self.accumulated.dtype
+
+    def accumulate(self) -> None:
+        """Takes over the gradient that backward has just finished."""
+        if self.accumulated is not None:
+            assert self.param.grad is not None
+            gradient = _local(self.param.grad)
+            if self.micro_batches:
+                self.accumulated.add_(gradient)
+            else:
+                self.accumulated.copy_(gradient)
+            self.param.grad = None
+        self.micro_batches += 1
+
+    def gradient(self) -> Tensor:
+        """The local gradient; zeros when no micro-batch used the parameter, so that all ranks can take part."""
+        if self.accumulated is not None:
+            return self.accumulated if self.micro_batches else self.accumulated.zero_()
+        return torch.zeros_like(self.local) if self.param.grad is None else _local(self.param.grad)
+
+    def reset(self) -> None:
+        self.param.grad = None
+        self.micro_batches = 0
+
+
+def make_slot(name: str, param: nn.Parameter, grid: Grid) -> Slot:
+    local, spec = _local(param.detach()), spec_of(param)
+    data, inner = _view(spec, grid)
+    # Vectors are small, and with rows that do not divide a state would not be one equal range of the tensor.
+    divides = grid.zero.size > 1 and local.dim() > 1 and local.shape[0] % data[0].size == 0
+    cut = data[0] if divides else Axis("none")
+    partial = (*data, inner) if inner.name in spec.partial else data
+    state_spec = ShardSpec(spec.shape, spec.shards + (((cut.name, 0),) if cut.size > 1 else ()))
+    slot = Slot(
+        name=name,
+        param=param,
+        local=local,
+        cut=cut,
+        sums=tuple(axis for axis in partial if axis.size > 1 and axis is not cut),
+        spec=state_spec,
+        counted=counts_here(state_spec, (*data, inner)),
+        target=local,
+    )
+    slot.target = slot.own
+    if local.dtype in HALF:
+        slot.target = slot.own.to(torch.float32)
+        slot.accumulated = torch.empty_like(local, dtype=torch.float32)
+    return slot
+
+
+def _view(spec: ShardSpec, grid: Grid) -> tuple[tuple[Axis, ...], Axis]:
+    """The axes of a stage as this parameter sees them: those that split the data, and the innermost.
+
+    In isp the two views of the grid differ: blocks live on (zero, replica, wp), but what is cut over ``tp`` or left
+    as a partial sum over it, embedding and head for example, on (dp, tp).
+    """
+    named = {name for name, _ in spec.shards} | spec.partial
+    same = grid.zero.size * grid.replica.size == grid.dp.size  # then neighbours form the inner axis of both views
+    if "tp" in named and not same:
+        return (grid.dp,), grid.tp
+    return (grid.zero, grid.replica), grid.tp if "tp" in named or (same and grid.wp.size == 1) else grid.wp
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,206 @@
+"""AdamW with its state divided over ranks (ZeRO stage 1, Rajbhandari et al., arXiv 1910.02054).
+
+Each rank of the ``zero`` axis keeps, for every matrix, the moments and the float32 master of its own rows only.
+A step: gradients are summed to the rank that owns their rows, one norm is taken over all of them, AdamW runs on the
+rows, and the updated rows are gathered. With one process none of this communicates or copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from evomesh.config.schema import AdamConfig, ZeroConfig
+from evomesh.optim.buckets import GradientSync, ParameterSync, copy_back
+from evomesh.optim.clip import Found, clip_factor, found_in, global_norm
+from evomesh.optim.groups import decays
+from evomesh.optim.slot import Slot, make_slot
+from evomesh.parallel.grid import Grid
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Attributes:
+    grad_norm: global norm of the unscaled gradient before clipping; inf or NaN when the step was skipped.
+    found: "ok", or what made the step be skipped.
+    """
+
+    grad_norm: float
+    found: Found
+
+
+class ZeroOptimizer:
+    """Updates the parameters of one rank; what holds for a step is in docs/adr/0001-numerics-contract.md.
+
+    float16 and bfloat16 parameters have float32 masters, and their gradients accumulate in float32; float32 and
+    float64 parameters are updated in place. Frozen parameters (``requires_grad=False``) are left out.
+
+    Args:
+        named_parameters: global names and parameters, each with its ``ShardSpec``, in the order forward uses them.
+        adam: learning rate and beta2 in it are ignored: ``step`` is given them.
+        zero: clipping, bucket sizes and overlap.
+        grid: where this rank stands.
+        model: the module they belong to; only ``overlap_sync_param`` needs it, which without it waits in ``step``.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        adam: AdamConfig,
+        zero: ZeroConfig,
+        grid: Grid = Grid(),  # noqa: B008 (frozen)
+        model: nn.Module | None = None,
+    ) -> None:
+        self.adam, self.zero, self.grid = adam, zero, grid
+        self.slots = [make_slot(name, param, grid) for name, param in named_parameters if param.requires_grad]
+        self.steps = 0
+        self._gradients = GradientSync(self.slots, zero.reduce_bucket_size, zero.overlap_sync_grad)
+        self._parameters = ParameterSync(
+            self.slots,
+            bucket_size=zero.all_gather_size if zero.use_split_tensor_optim else 0,
+            overlap=zero.overlap_sync_param and model is not None,
+        )
+        self._adamw = _adamw(self.slots, adam)
+        for slot in self.slots:
+            if slot.accumulated is not None or zero.overlap_sync_grad:
+                slot.param.register_post_accumulate_grad_hook(lambda _, slot=slot: self._accumulated(slot))
+        if model is not None and self._parameters.overlap:
+            self._await_in_forward(model)
+
+    def expect(self, micro_batches: int) -> None:
+        """Says, before the first backward of a step, how many there will be: ``overlap_sync_grad`` needs to know."""
+        self._gradients.expect(micro_batches)
+
+    @torch.no_grad()
+    def step(self, lr: float, beta2: float, inv_scale: float) -> StepResult:
+        """One update with the gradients accumulated since ``zero_grad``.
+
+        Args:
+            inv_scale: 1 / the loss scale that the gradients carry.
+
+        Returns:
+            the norm, the same on every rank. When it is not finite nothing has changed.
+        """
+        self._parameters.wait()
+        self._gradients.finish()
+        counted = [slot.target.grad for slot in self.slots if slot.counted and slot.target.grad is not None]
+        norm = global_norm(counted, self.grid, self._device) * inv_scale
+        found = found_in(norm)
+        if found == "ok":
+            self._update(lr, beta2, inv_scale * clip_factor(norm, self.zero.clip_grad_norm))
+        for slot in self.slots:
+            slot.target.grad = None
+        return StepResult(norm, found)
+
+    def zero_grad(self) -> None:
+        for slot in self.slots:
+            slot.reset()
+
+    def wait(self) -> None:
+        """Blocks until every parameter holds its new value; call it before reading weights outside forward."""
+        self._parameters.wait()
+
+    @torch.no_grad()
+    def refresh_masters(self) -> None:
+        """Takes the masters from the parameters: after weights were loaded without an optimizer state."""
+        for slot in self.slots:
+            if slot.accumulated is not None:
+                slot.target.copy_(slot.own)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The live tensors of the state, each with its ``ShardSpec``: write into them to load.
+
+        ``optim.exp_avg.NAME``, ``optim.exp_avg_sq.NAME`` and, for float16 and bfloat16, ``optim.master.NAME``.
+        """
+        self.wait()
+        tensors: dict[str, Tensor] = {}
+        for slot in self.slots:
+            kinds = {kind: self._adamw.state[slot.target][kind] for kind in ("exp_avg", "exp_avg_sq")}
+            if slot.accumulated is not None:
+                kinds["master"] = slot.target
+            for kind, tensor in kinds.items():
+                tensor.spec = slot.spec
+                tensors[f"optim.{kind}.{slot.name}"] = tensor
+        return tensors
+
+    def state(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.steps = int(state["steps"])
+        for values in self._adamw.state.values():
+            values["step"].fill_(self.steps)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.slots[0].local.device
+
+    def _accumulated(self, slot: Slot) -> None:
+        slot.accumulate()
+        self._gradients.arrived(slot)
+
+    def _update(self, lr: float, beta2: float, factor: float) -> None:
+        gradients = [slot.target.grad for slot in self.slots if slot.target.grad is not None]
+        self._adamw.grad_scale = None  # type: ignore[attr-defined]
+        if factor != 1.0 and all(gradient.dtype == torch.float32 for gradient in gradients):
+            # The fused kernel divides on its way, which saves a pass over all gradients.
+            self._adamw.grad_scale = torch.full((), 1.0 / factor, device=self._device)  # type: ignore[attr-defined]
+        elif factor != 1.0:
+            torch._foreach_mul_(gradients, factor)
+        for group in self._adamw.param_groups:
+            group["lr"], group["betas"] = lr, (self.adam.adam_beta1, beta2)
+        self._adamw.step()
+        self.steps += 1
+        copy_back(self.slots)
+        self._parameters.start()
+
+    def _await_in_forward(self, model: nn.Module) -> None:
+        """Forward of each block waits for the block's parameters, forward of the model for all others.
+
+        All others: a head may be read by the loss without a forward of its own, and FSDP2 reads shards ahead of the
+        block that they belong to.
+        """
+        names = {slot.param: slot.name for slot in self.slots}
+        rest = dict(names)
+        for parent in model.modules():
+            for block in parent.children() if isinstance(parent, nn.ModuleList) else ():
+                own = [p for p in block.parameters() if p in rest and not isinstance(p, DTensor)]
+                self._wait_before(block, [rest.pop(p) for p in own])
+        self._wait_before(model, list(rest.values()))
+
+    def _wait_before(self, module: nn.Module, names: list[str]) -> None:
+        @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+        def wait(*_: Any) -> None:
+            with torch.no_grad():
+                self._parameters.wait(names)
+
+        module.register_forward_pre_hook(wait)
+
+
+def _adamw(slots: list[Slot], adam: AdamConfig) -> torch.optim.AdamW:
+    """The fused AdamW over all targets, its state made at once so that it can be saved and loaded before a step."""
+    groups = [
+        {
+            "params": [slot.target for slot in slots if decays(slot.name, adam.no_decay) is decayed],
+            "weight_decay": adam.weight_decay if decayed else 0.0,
+        }
+        for decayed in (True, False)
+    ]
+    adamw = torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        betas=(adam.adam_beta1, adam.adam_beta2),
+        eps=adam.adam_eps,
+        fused=slots[0].target.device.type != "meta",
+    )
+    for slot in slots:
+        adamw.state[slot.target] = {
+            "step": torch.zeros((), dtype=torch.float32, device=slot.target.device),
+            "exp_avg": torch.zeros_like(slot.target),
+            "exp_avg_sq": torch.zeros_like(slot.target),
+        }
+    return adamw

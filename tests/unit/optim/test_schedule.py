@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from evomesh.config.schema import AdamConfig, Beta2Config, LrConfig
+from evomesh.optim.schedule import beta2, learning_rate
+
+PAPER = (LrConfig(warmup_ratio=0.01, eta_min=1e-5), AdamConfig(lr=1e-4), 50000)
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [(0, 2e-7), (1, 4e-7), (499, 1e-4), (500, 1e-4), (25250, 5.5e-5), (50000, 1e-5), (60000, 1e-5)],
+)
+def test_documented_table(step: int, expected: float) -> None:
+    assert learning_rate(step, *PAPER) == pytest.approx(expected, rel=1e-12)
+
+
+def test_cosine_is_torchs() -> None:
+    parameter = torch.zeros(1, requires_grad=True)
+    sgd = torch.optim.SGD([parameter], lr=1e-4)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, 49500, eta_min=1e-5)
+    for step in range(500, 1500):
+        assert learning_rate(step, *PAPER) == pytest.approx(cosine.get_last_lr()[0], rel=1e-9)
+        sgd.step()
+        cosine.step()
+
+
+def test_init_steps_come_before_the_warm_up() -> None:
+    config = LrConfig(init_steps=3, warmup_ratio=0.2, total_steps=20)
+    rates = [learning_rate(step, config, AdamConfig(lr=1.0), 999) for step in range(9)]
+    assert rates[:7] == [0, 0, 0, 0.25, 0.5, 0.75, 1.0]
+    assert rates[7] == 1.0 > rates[8]
+
+
+def test_a_warm_up_as_long_as_the_run_does_not_divide_by_zero() -> None:
+    assert learning_rate(10, LrConfig(warmup_ratio=1.0, eta_min=0.1), AdamConfig(lr=1.0), 10) == 0.1
+
+
+def test_beta2() -> None:
+    adam = AdamConfig(adam_beta2=0.95)
+    assert [beta2(step, Beta2Config(), adam) for step in (0, 1000)] == [0.95, 0.95]
+    growing = Beta2Config(init_beta2=0.9, c=0.8)
+    assert beta2(0, growing, adam) == 0.9
+    assert beta2(99, growing, adam) == pytest.approx(1 - 100**-0.8)
+    assert beta2(99, Beta2Config(), AdamConfig(adam_beta2=0.9, adam_beta2_c=0.8)) == beta2(99, growing, adam)
