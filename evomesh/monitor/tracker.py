@@ -42,7 +42,7 @@ class TensorBoard:
 
         if resume_from is not None and resume_from.resolve() != folder.resolve():
             shutil.copytree(resume_from, folder, dirs_exist_ok=True)
-        self._writer = SummaryWriter(str(folder), purge_step=step or None)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(folder), purge_step=step or None)
         self._queue = queue
         self._waiting: list[tuple[int, dict[str, float]]] = []  # the writer's own queue counts values, not steps
 
@@ -53,15 +53,15 @@ class TensorBoard:
 
     def text(self, name: str, value: Any) -> None:
         """A text, for example the config; secrets in it are hidden."""
-        self._writer.add_text(name, redact(str(value)))  # type: ignore[no-untyped-call]
+        self._writer.add_text(name, redact(str(value)))
 
     def flush(self) -> None:
         for step, values in self._waiting:
             for name, value in values.items():
-                self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+                self._writer.add_scalar(name, value, step)
         self._waiting.clear()
-        self._writer.flush()  # type: ignore[no-untyped-call]
+        self._writer.flush()
 
     def close(self) -> None:
         self.flush()
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()

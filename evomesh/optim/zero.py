@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,7 +69,8 @@ class ZeroOptimizer:
         self._adamw = _adamw(self.slots, adam)
         for slot in self.slots:
             if slot.accumulated is not None or zero.overlap_sync_grad:
-                slot.param.register_post_accumulate_grad_hook(lambda _, slot=slot: self._accumulated(slot))
+                hook = partial(self._accumulated, slot)
+                slot.param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
         if model is not None and self._parameters.overlap:
             self._await_in_forward(model)
 
@@ -140,7 +142,7 @@ class ZeroOptimizer:
     def _device(self) -> torch.device:
         return self.slots[0].local.device
 
-    def _accumulated(self, slot: Slot) -> None:
+    def _accumulated(self, slot: Slot, _: Tensor) -> None:
         slot.accumulate()
         self._gradients.arrived(slot)
 
