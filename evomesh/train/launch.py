@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ class Launch:
     grid: the process groups that this rank is on.
     device: where this rank computes.
     mode: how tensors are cut.
-    started: the run's name in time, such as ``Jul07_12-26-58``: the same on every rank.
+    started: when the run started: the same on every rank.
     """
 
     grid: Grid
@@ -57,7 +58,7 @@ class Launch:
     mode: TensorMode
     rank: int
     world_size: int
-    started: str
+    started: datetime
 
 
 @contextmanager
@@ -85,7 +86,7 @@ def launch(config: Config, launcher: str = "auto", *, port: int = 8888, seed: in
             )
         set_seed(config.run.seed if seed is None else seed, place.rank)
         logger.info(
-            f"===========New Run {started} on host:{socket.gethostname()},"
+            f"===========New Run {started:%b%d_%H-%M-%S} on host:{socket.gethostname()},"
             f"tp:{grid.tp.rank},pp={grid.pp.rank},dp={grid.dp.rank}==========="
         )
         mode = MODES[config.parallel.tensor.mode]
@@ -229,11 +230,11 @@ def backend(device: torch.device) -> str:
     return "gloo" if crowded else "cpu:gloo,cuda:nccl"
 
 
-def _same_time(world_size: int) -> str:
-    started = [time.strftime("%b%d_%H-%M-%S")]
+def _same_time(world_size: int) -> datetime:
+    started = [time.time()]
     if world_size > 1:
         dist.broadcast_object_list(started, src=0)
-    return started[0]
+    return datetime.fromtimestamp(started[0])
 
 
 def torchrun_command(env: Mapping[str, str], argv: list[str], launcher: str = "auto") -> list[str] | None:

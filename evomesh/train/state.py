@@ -26,6 +26,16 @@ class TrainState:
     consecutive_skips: int = 0
     run_folder: str = ""
 
+    def record_step(self, tokens: int, applied: bool) -> None:
+        """Counts one step that was tried with ``tokens`` tokens over all ranks."""
+        self.num_consumed_tokens += tokens
+        if applied:
+            self.step_count += 1
+            self.consecutive_skips = 0
+        else:
+            self.inf_nan_skip_batches += 1
+            self.consecutive_skips += 1
+
     def state(self) -> dict[str, Any]:
         return asdict(self)
 

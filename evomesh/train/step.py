@@ -14,7 +14,7 @@ from evomesh.layers.attention import Documents
 from evomesh.models.language_model import LanguageModel
 from evomesh.optim.scaler import LossScaler
 from evomesh.optim.zero import StepResult, ZeroOptimizer
-from evomesh.parallel.collectives import summed
+from evomesh.parallel.collectives import sum_over
 from evomesh.parallel.grid import Grid
 from evomesh.train.tally import Tally
 
@@ -73,7 +73,7 @@ def train_step(
     update = optimizer.step(lr, beta2, 1.0 / scaler.scale)
     scaler.update(update.found)
     optimizer.zero_grad()
-    return StepOutput(float(summed(objective, grid.dp)), tally.reduce(grid.dp), update, fwd_bwd_time)
+    return StepOutput(float(sum_over(objective, grid.dp)), tally.reduce(grid.dp), update, fwd_bwd_time)
 
 
 def micro_batch_weights(labels: Tensor, grid: Grid, loss: LossConfig) -> list[float]:
@@ -82,5 +82,5 @@ def micro_batch_weights(labels: Tensor, grid: Grid, loss: LossConfig) -> list[fl
     if loss.reduction == "micro_batch":
         count = len(targets) * grid.dp.size
         return [1.0 / (max(n, 1) * count) for n in targets.tolist()]
-    total = int(summed(targets.sum(), grid.dp))
+    total = int(sum_over(targets.sum(), grid.dp))
     return [1.0 / max(total, 1)] * len(targets)

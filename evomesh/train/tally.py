@@ -12,7 +12,7 @@ from torch import Tensor
 
 from evomesh.data.batch import IGNORE
 from evomesh.layers.loss import LossOutput
-from evomesh.parallel.collectives import summed
+from evomesh.parallel.collectives import sum_over
 from evomesh.parallel.grid import Axis
 
 
@@ -38,7 +38,7 @@ class Tally:
     def reduce(self, axis: Axis) -> Tally:
         """Sums over the ranks of ``axis``; every rank gets the result."""
         total = Tally(self.types, self.sums.device)
-        total.sums = summed(self.sums, axis)
+        total.sums = sum_over(self.sums, axis)
         return total
 
     def summary(self) -> dict[str, float]:

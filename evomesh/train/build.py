@@ -1,0 +1,129 @@
+"""Builds everything a run is made of, in one visible order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evomesh.checkpoint.manager import CheckpointManager
+from evomesh.checkpoint.resume import decide, restore
+from evomesh.config.loader import LoadedConfig
+from evomesh.config.schema import CheckpointConfig, Config
+from evomesh.data.build import BatchStream, TrainData, ValidSet, build_train_data, build_valid_data
+from evomesh.models.language_model import LanguageModel
+from evomesh.models.registry import build_model, initialize_weights
+from evomesh.optim.scaler import LossScaler
+from evomesh.optim.zero import ZeroOptimizer
+from evomesh.parallel.grid import Grid
+from evomesh.train.launch import Launch
+from evomesh.train.report import Reporter
+from evomesh.train.state import TrainState
+
+
+@dataclass
+class Run:
+    """All parts of one training run; ``build_run`` makes it, ``Trainer`` drives it.
+
+    Attributes:
+        checkpoints: None when nothing is saved.
+        resumed_step: step of the checkpoint this process started from, None for a fresh start.
+        reason: one line that says what the run starts from.
+    """
+
+    config: Config
+    grid: Grid
+    device: torch.device
+    model: LanguageModel
+    optimizer: ZeroOptimizer
+    scaler: LossScaler
+    train_data: TrainData
+    stream: BatchStream
+    valid_sets: list[ValidSet]
+    state: TrainState
+    reporter: Reporter
+    checkpoints: CheckpointManager | None
+    resumed_step: int | None
+    reason: str
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of a checkpoint, by global name."""
+        state = self.optimizer.state_tensors() if self.config.ckpt.save_optimizer else {}
+        return dict(self.model.named_parameters()) | state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything else of a checkpoint, as JSON."""
+        return {
+            "train": self.state.state(),
+            "sampler": self.stream.state(),
+            "data": self.train_data.manifest,
+            "optimizer": self.optimizer.state(),
+            "scaler": self.scaler.state(),
+        }
+
+
+def build_run(loaded: LoadedConfig, place: Launch) -> Run:
+    """Data first, since it is what most often cannot be used; then model, optimizer, and what to start from.
+
+    Raises:
+        UserError: data, model or checkpoint cannot be used. Nothing has been written then.
+    """
+    config, grid, device = loaded.config, place.grid, place.device
+    train_data = build_train_data(config.data, config.model.vocab_size)
+    valid_sets = build_valid_data(config.data, config.model.vocab_size) if config.data.valid_every > 0 else []
+    model = build_model(config.model, grid=grid, mode=place.mode, device=device)
+    optimizer = ZeroOptimizer(model.named_parameters(), config.adam, config.hybrid_zero_optimizer, grid, model)
+    scaler = LossScaler(config.grad_scaler, config.model.dtype)
+    tensors = dict(model.named_parameters()) | optimizer.state_tensors()
+
+    manager = save_folder(config.ckpt, grid)
+    start = decide(config.ckpt, manager)
+    if not start.wants("model"):
+        initialize_weights(model, config.run.seed, grid)
+    stored = restore(start, manager or CheckpointManager(start.path or ".", grid=grid), tensors)
+    if not (start.wants("model") and start.wants("optimizer")):
+        optimizer.refresh_masters()
+    state = TrainState()
+    if start.resumes:
+        state.load_state(stored["train"])
+    if start.wants("optimizer"):
+        optimizer.load_state(stored["optimizer"])
+        scaler.load_state(stored["scaler"])
+    if start.wants("scheduler") and not start.resumes:
+        state.step_count = int(stored["train"]["step_count"])
+    sampler = stored["sampler"] if start.wants("sampler") else None
+    stream = train_data.stream(0, grid.dp.rank, grid.dp.size, sampler)
+
+    reporter = Reporter(config, loaded.text, place, state, train_data)
+    saving = config.ckpt.enable_save_ckpt
+    return Run(
+        config,
+        grid,
+        device,
+        model,
+        optimizer,
+        scaler,
+        train_data,
+        stream,
+        valid_sets,
+        state,
+        reporter,
+        manager if saving else None,
+        start.found.step if start.found is not None and start.resumes else None,
+        start.reason,
+    )
+
+
+def save_folder(config: CheckpointConfig, grid: Grid) -> CheckpointManager | None:
+    """The save folder's checkpoints; auto_resume looks there even when saving is off."""
+    if config.save_ckpt_folder is None:
+        return None
+    return CheckpointManager(
+        config.save_ckpt_folder,
+        snapshots=config.snapshot_ckpt_folder,
+        grid=grid,
+        keep_last=config.keep_last,
+        keep_every=config.keep_every,
+    )

@@ -1,0 +1,24 @@
+"""From a loaded config to a finished run and its exit code."""
+
+from __future__ import annotations
+
+import logging
+
+from evomesh.config.loader import LoadedConfig
+from evomesh.train.build import build_run
+from evomesh.train.launch import launch
+from evomesh.train.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def train_from_config(loaded: LoadedConfig, launcher: str = "auto", port: int = 8888) -> int:
+    """Trains to ``data.total_steps``, resuming where a checkpoint allows it.
+
+    Returns:
+        0 when the run is complete, 130 after Ctrl-C, 75 when a signal asked to stop and the same command goes on.
+    Raises:
+        UserError: anything in the config, the data or the checkpoints that cannot be used.
+    """
+    with launch(loaded.config, launcher=launcher, port=port) as place:
+        return Trainer(build_run(loaded, place)).train()

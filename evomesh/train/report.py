@@ -1,0 +1,144 @@
+"""What a run tells about itself: log lines, ``metrics.jsonl``, TensorBoard and the live progress line."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+
+from evomesh.config.schema import Config
+from evomesh.data.batch import Batch
+from evomesh.data.build import TrainData
+from evomesh.monitor.log import setup_logging
+from evomesh.monitor.metrics import MetricsFile, StepRecord, model_tflops
+from evomesh.monitor.progress import Progress
+from evomesh.monitor.tracker import TensorBoard, rank_name, run_folder, tensorboard_folder
+from evomesh.train.launch import Launch
+from evomesh.train.state import TrainState
+from evomesh.train.step import StepOutput
+
+logger = logging.getLogger(__name__)
+
+
+class Reporter:
+    """Writes into the run folder while entered; the rank with the loss and no data-parallel brother before it does.
+
+    Args:
+        text: the config file's text, for TensorBoard.
+        state: its ``run_folder`` is kept when a run is resumed, and set when it is new.
+    """
+
+    def __init__(self, config: Config, text: str, place: Launch, state: TrainState, data: TrainData) -> None:
+        self.config, self.text, self.place, self.state, self.data = config, text, place, state, data
+        grid = place.grid
+        self.main = grid.dp.rank == 0 and grid.tp.rank == 0 and grid.pp.rank == grid.pp.size - 1
+        self.name = rank_name(grid.dp.rank, grid.tp.rank, grid.pp.rank, self.main)
+        if config.run.run_dir or not state.run_folder:
+            state.run_folder = str(run_folder(config.run, place.started))
+        self.folder = Path(state.run_folder)
+        self._open = ExitStack()
+        self._metrics: MetricsFile | None = None
+        self._board: TensorBoard | None = None
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> Reporter:
+        console = setup_logging(self.folder, self.name, shows=self.main)
+        if not self.main:
+            return self
+        run, step = self.config.run, self.state.step
+        self._metrics = self._open.enter_context(MetricsFile(self.folder / "metrics.jsonl", step))
+        if run.enable_tb:
+            earlier = Path(run.resume_tb_folder) if run.resume_tb_folder else None
+            folder = tensorboard_folder(run, self.folder, self.name)
+            self._board = TensorBoard(folder, step, run.tensorboard_queue, earlier)
+            self._open.callback(self._board.close)
+            if step == 0:
+                self._board.text("cmd", " ".join(sys.argv))
+                self._board.text("config", self.text)
+        logger.info("run folder: %s", self.folder)
+        for row in self.data.report:
+            logger.info("data: %s", ", ".join(f"{key} {value}" for key, value in row.items() if key != "hash"))
+        for warning in self.data.warnings:
+            logger.warning("%s", warning)
+        self._progress = self._open.enter_context(Progress(self.config.data.total_steps, step, console))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+    def step(
+        self, step: int, batch: Batch, output: StepOutput, *, lr: float, beta2: float, loss_scale: float, seconds: float
+    ) -> StepRecord:
+        """Logs one step's line and returns its record for ``write``."""
+        record = self._record(step, batch, output, lr, beta2, loss_scale, seconds)
+        if self.main:
+            if output.update.found == "ok":
+                logger.info("%s", replace(record, extras={}).line())
+            else:
+                logger.warning(
+                    "step %d skipped: the gradient is %s (%s)",
+                    step,
+                    output.update.found,
+                    replace(record, extras={}).line(),
+                )
+        if self._progress is not None:
+            self._progress.update(step + 1, record.loss, record.tgs * self.place.world_size)
+        return record
+
+    def validation(self, record: StepRecord, results: dict[str, float]) -> StepRecord:
+        """Logs one line a validation set and returns the record with the results in it."""
+        names = dict.fromkeys(key.removeprefix("val/").rpartition("_")[0] for key in results)
+        for name in names:
+            values = " ".join(f"{key}={results[key]}" for key in results if key.rpartition("_")[0] == f"val/{name}")
+            if self.main:
+                logger.info("Validation on %s: step=%d %s", name, record.step, values)
+        return replace(record, extras=record.extras | results)
+
+    def write(self, record: StepRecord) -> None:
+        """One object in ``metrics.jsonl`` and its scalars in TensorBoard."""
+        if self._metrics is not None:
+            self._metrics.write(record)
+        if self._board is not None:
+            self._board.scalars(record.step, record.values())
+
+    def _record(
+        self, step: int, batch: Batch, output: StepOutput, lr: float, beta2: float, loss_scale: float, seconds: float
+    ) -> StepRecord:
+        data, model, dp = self.config.data, self.config.model, self.place.grid.dp.size
+        lengths = batch.cu_seqlens.diff(dim=1)
+        pieces = (lengths > 0).sum(1)
+        tokens = batch.input_ids.numel() * dp
+        return StepRecord(
+            tflops=model_tflops(
+                seconds=seconds,
+                sequences=data.micro_bsz * len(batch.input_ids) * dp,
+                seq_len=data.seq_len,
+                hidden_size=model.hidden_size,
+                num_layers=model.num_layers,
+                vocab_size=model.vocab_size,
+                mlp_ratio=model.mlp_ratio,
+                recompute=model.checkpoint > 0,
+                world_size=self.place.world_size,
+            ),
+            step=step,
+            loss=output.loss,
+            tgs=tokens / self.place.world_size / seconds,
+            lr=lr,
+            loss_scale=loss_scale,
+            grad_norm=output.update.grad_norm,
+            micro_num=len(batch.input_ids),
+            num_consumed_tokens=self.state.num_consumed_tokens,
+            inf_nan_skip_batches=self.state.inf_nan_skip_batches,
+            num_samples_in_batch=int(pieces.sum()),
+            largest_length=int(lengths.max()),
+            largest_batch=int(pieces.max()),
+            smallest_batch=int(pieces.min()),
+            adam_beta2=beta2,
+            fwd_bwd_time=output.fwd_bwd_time,
+            extras={key: value for key, value in output.tally.summary().items() if key != "loss"},
+        )

@@ -1,0 +1,127 @@
+"""The training loop: one visible order of batch, step, record, validation, checkpoint, stop."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import ExitStack
+
+from evomesh.config.loader import redacted
+from evomesh.data.batch import Batch
+from evomesh.data.sampler import SkipBatches
+from evomesh.errors import EXIT_TRAINING_STOPPED, UserError
+from evomesh.monitor.metrics import StepRecord
+from evomesh.optim.schedule import beta2, learning_rate
+from evomesh.train.batches import to_device
+from evomesh.train.build import Run
+from evomesh.train.evaluate import evaluate
+from evomesh.train.signals import StopRequest
+from evomesh.train.step import seed_step, train_step
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Trains a ``Run`` from where its state stands to ``data.total_steps``."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.config, self.state = run.config, run.state
+        self.skipped_steps = SkipBatches(self.config.data.skip_batches)
+        self.saved_at = run.resumed_step
+
+    def train(self) -> int:
+        """Returns the process's exit code; see ``train_from_config``."""
+        total = self.config.data.total_steps
+        if self.state.step >= total:
+            logger.info("nothing left to train: the run is complete at step %d of %d", self.state.step, total)
+            return 0
+        with ExitStack() as stack:
+            stop = stack.enter_context(StopRequest())
+            stack.callback(self.run.stream.close)
+            if self.run.checkpoints is not None:
+                stack.callback(self.run.checkpoints.close)
+                self.run.checkpoints.prepare(self.run.tensors(), saves=self._saves_ahead(), blocking=False)
+            stack.enter_context(self.run.reporter)
+            logger.info("%s", self.run.reason)
+            while self.state.step < total and stop.signal is None:
+                self._one_step()
+            self._save(final=True)
+            if self.state.step < total and stop.signal is not None:
+                where = "start the same command again to go on" if self.run.checkpoints else "nothing is saved"
+                logger.warning("stopped by %s after step %d: %s", stop.signal.name, self.state.step - 1, where)
+                return stop.exit_code
+        return 0
+
+    def _saves_ahead(self) -> int:
+        left = self.config.data.total_steps - self.state.step
+        return 1 + int(left / self.config.ckpt.checkpoint_every)
+
+    def _one_step(self) -> None:
+        run, state, config = self.run, self.state, self.config
+        started = time.perf_counter()
+        step, state.step = state.step, state.step + 1
+        if step in self.skipped_steps:
+            run.stream.skip()
+            logger.info("step %d skipped, as data.skip_batches asks", step)
+            return
+        record = self._update(step, next(run.stream), started)
+        if config.data.valid_every > 0 and state.step % config.data.valid_every == 0:
+            record = run.reporter.validation(record, evaluate(run.model, run.valid_sets, run.grid, run.device))
+        run.reporter.write(record)
+        self._refuse_endless_skipping(step)
+        if state.step % config.ckpt.checkpoint_every == 0:  # never for an infinite interval
+            self._save()
+        elif config.ckpt.oss_snapshot_freq > 1 and state.step % config.ckpt.oss_snapshot_freq == 0:
+            self._save(snapshot=True)
+
+    def _update(self, step: int, batch: Batch, started: float) -> StepRecord:
+        run, state, config = self.run, self.state, self.config
+        seed_step(config.run.seed, step, run.grid.dp.rank)
+        lr = learning_rate(state.step_count, config.lr_scheduler, config.adam, config.data.total_steps)
+        second = beta2(state.step_count, config.beta2_scheduler, config.adam)
+        scale = run.scaler.scale
+        output = train_step(
+            run.model,
+            run.optimizer,
+            run.scaler,
+            to_device(batch, run.device),
+            run.grid,
+            config.loss,
+            run.train_data.types,
+            lr,
+            second,
+        )
+        state.record_step(batch.input_ids.numel() * run.grid.dp.size, applied=output.update.found == "ok")
+        seconds = time.perf_counter() - started
+        return run.reporter.step(step, batch, output, lr=lr, beta2=second, loss_scale=scale, seconds=seconds)
+
+    def _refuse_endless_skipping(self, step: int) -> None:
+        limit = self.config.run.max_consecutive_skips
+        if self.state.consecutive_skips >= limit:
+            raise UserError(
+                f"the gradient was inf or NaN in the last {limit} steps, up to step {step}; none of them was applied",
+                expected="a finite gradient now and then",
+                fix='try dtype "torch.bfloat16", a lower adam.lr or a longer warm-up; '
+                "max_consecutive_skips sets how many to bear",
+                exit_code=EXIT_TRAINING_STOPPED,
+            )
+
+    def _save(self, *, snapshot: bool = False, final: bool = False) -> None:
+        """Saves behind the training; only the last save of a run is waited for."""
+        run, state = self.run, self.state
+        if run.checkpoints is None:
+            return
+        if self.saved_at != state.step:
+            run.checkpoints.save(
+                state.step,
+                run.tensors(),
+                run.state_dict(),
+                redacted(self.config),
+                blocking=final,
+                snapshot=snapshot,
+                final=final,
+            )
+            self.saved_at = None if snapshot else state.step
+        if final:
+            run.checkpoints.wait(final=True)

@@ -1,0 +1,180 @@
+"""The training command on real files: what it prints, writes, resumes and refuses."""
+
+from __future__ import annotations
+
+import math
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.support.interpreter import Interpreter
+from tests.support.runs import losses, metrics, tensor_hashes, write_run
+
+STEP_KEYS = [
+    "tflops",
+    "step",
+    "loss",
+    "tgs (tokens/gpu/second)",
+    "lr",
+    "loss_scale",
+    "grad_norm",
+    "micro_num",
+    "num_consumed_tokens",
+    "inf_nan_skip_batches",
+    "num_samples_in_batch",
+    "largest_length",
+    "largest_batch",
+    "smallest_batch",
+    "adam_beta2",
+    "fwd_bwd_time",
+]
+LINE = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3})\t(\w+) (\S+\.py):(\d+) in (\w+) -- (tflops=.*)$", re.M)
+FLOAT16 = """
+model["dtype"] = "torch.float16"
+grad_scaler = dict(fp16=dict(initial_scale=2.0**33, min_scale=1, growth_interval=4), max_scale=2.0**34, hysteresis=1)
+"""
+BFLOAT16 = 'model["dtype"] = "torch.bfloat16"\nmodel["checkpoint"] = 0.5\n'
+
+
+def train(interpreter: Interpreter, folder: Path, *options: str, expect: int = 0) -> str:
+    finished = interpreter.run(["evomesh", "train", "config.py", *options], cwd=folder)
+    assert finished.returncode == expect, finished.stderr[-3000:]
+    return finished.stdout + finished.stderr
+
+
+def test_a_run_prints_the_documents_line_and_records_the_same_numbers(tmp_path: Path, interpreter: Interpreter) -> None:
+    write_run(tmp_path, 'data["valid_every"] = 10\n')
+    output = train(interpreter, tmp_path)
+    lines = [match.group(6) for match in LINE.finditer(output)]
+    assert len(lines) == 20, output[-3000:]
+    rows = [row for row in metrics(tmp_path) if "loss" in row]
+    for step, (line, row) in enumerate(zip(lines, rows, strict=True)):
+        fields = [part.split("=", 1) for part in line.split(",")]
+        assert [key for key, _ in fields] == STEP_KEYS
+        printed = dict(fields)
+        assert int(printed["step"]) == row["step"] == step
+        assert float(printed["loss"]) == row["loss"]
+        assert float(printed["lr"]) == row["lr"]
+        assert int(printed["num_consumed_tokens"]) == (step + 1) * 128
+    assert rows[0]["lr"] == 5e-3  # two warm-up steps to 1e-2, the one used in this step
+    assert abs(rows[0]["loss"] - math.log(256)) < 0.05
+    assert rows[-1]["loss"] < rows[0]["loss"] / 2
+    validations = [row for row in metrics(tmp_path) if "val/en_loss" in row]
+    assert [row["step"] for row in validations] == [9, 19]
+    assert {"val/en_acc", "val/en_plex", "val/code_loss"} <= set(validations[0])
+    assert math.isclose(validations[0]["val/en_plex"], math.exp(validations[0]["val/en_loss"]))
+    assert list(tmp_path.glob("RUN/tiny/*/**/events.out.tfevents*"))
+
+
+@pytest.mark.parametrize("extra", ["", FLOAT16, BFLOAT16], ids=["float32", "float16", "bfloat16"])
+def test_stopped_and_resumed_equals_straight_to_the_bit(tmp_path: Path, interpreter: Interpreter, extra: str) -> None:
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    for folder in (straight, resumed):
+        write_run(folder, extra + 'data["valid_every"] = 7\ndata["skip_batches"] = "3,12-13"\n')
+    train(interpreter, straight)
+    train(interpreter, resumed, "--set", "data.total_steps=10")
+    assert max(losses(resumed)) == 9
+    output = train(interpreter, resumed)
+    assert "step-00000010" in output
+    assert len(list(resumed.glob("RUN/tiny/*"))) == 1  # it went on in the same run folder
+    assert losses(resumed) == losses(straight)
+    assert set(losses(straight)) == set(range(20)) - {3, 12, 13}
+    hashes = tensor_hashes(straight / "ckpts/step-00000020")
+    assert tensor_hashes(resumed / "ckpts/step-00000020") == hashes
+    assert any(name.startswith("optim.exp_avg_sq.") for name in hashes)
+    skipped = [row["inf_nan_skip_batches"] for row in metrics(straight) if "inf_nan_skip_batches" in row]
+    assert (skipped[-1] > 0) == (extra == FLOAT16)  # the scale starts too high, so that steps are skipped
+    assert metrics(resumed)[-1].get("loss_scale") == metrics(straight)[-1].get("loss_scale")
+
+
+def test_a_finished_run_started_again_does_nothing(tmp_path: Path, interpreter: Interpreter) -> None:
+    write_run(tmp_path)
+    train(interpreter, tmp_path, "--set", "data.total_steps=5")
+    before = metrics(tmp_path)
+    assert "nothing left to train" in train(interpreter, tmp_path, "--set", "data.total_steps=5")
+    assert metrics(tmp_path) == before
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_ends_with_a_checkpoint_and_the_resumed_run_is_the_same(
+    tmp_path: Path, interpreter: Interpreter, number: int, code: int
+) -> None:
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    for folder in (straight, stopped):
+        write_run(folder, 'data["total_steps"] = lr_scheduler["total_steps"] = 400\nckpt["checkpoint_every"] = 1000\n')
+    train(interpreter, straight)
+    running = interpreter.start(["evomesh", "train", "config.py"], cwd=stopped)
+    running.wait_for("step=7,")
+    running.signal(number)
+    finished = running.wait()
+    assert finished.returncode == code, finished.stderr
+    (saved,) = stopped.glob("ckpts/step-*/commit.json")
+    last = max(losses(stopped))
+    assert saved.parent.name == f"step-{last + 1:08d}"
+    assert last < 399
+    train(interpreter, stopped)
+    assert losses(stopped) == losses(straight)
+
+
+def test_the_documents_train_py(tmp_path: Path, interpreter: Interpreter) -> None:
+    write_run(tmp_path)
+    script = str(Path(__file__).parents[2] / "train.py")
+    finished = interpreter.run([script, "--config", "config.py", "--run-dir", "here"], cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert set(losses(tmp_path / "here")) == set(range(20))
+
+
+def test_synthetic_data_and_no_checkpoint(tmp_path: Path, interpreter: Interpreter) -> None:
+    write_run(tmp_path, 'data["train_folder"] = data["valid_folder"] = None\nckpt = dict(enable_save_ckpt=False)\n')
+    output = train(interpreter, tmp_path)
+    assert "synthetic" in output
+    assert not (tmp_path / "ckpts").exists()
+    assert losses(tmp_path)[19] < losses(tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--set", "data.train_folder=nowhere"], ["nowhere", "train_folder"]),
+        (["--set", "data.seq_len=4096"], ["8,192", "tokens"]),
+        (["--set", "model.vocab_size=100"], ["data.bin", "100"]),
+        (["--set", "model.hidden_size=33"], ["hidden_size", "33", "4"]),
+        (["--set", "data.micro_bzs=1"], ["micro_bzs", "micro_bsz"]),
+        (["--launcher", "slrum"], ["slrum", "slurm"]),
+        (
+            ["--set", "ckpt.auto_resume=False", "--set", 'ckpt.load_ckpt_info={"path": "none", "content": ["model"]}'],
+            ["none"],
+        ),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_2(
+    tmp_path: Path, interpreter: Interpreter, options: list[str], parts: list[str]
+) -> None:
+    write_run(tmp_path)
+    output = train(interpreter, tmp_path, *options, expect=2)
+    for part in parts:
+        assert part in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "ckpts").exists()
+    assert not (tmp_path / "RUN").exists()
+
+
+def test_a_checkpoint_of_another_shape_names_the_first_tensor_and_both_shapes(
+    tmp_path: Path, interpreter: Interpreter
+) -> None:
+    write_run(tmp_path)
+    train(interpreter, tmp_path, "--set", "data.total_steps=2")
+    output = train(interpreter, tmp_path, "--set", "model.hidden_size=48", expect=2)
+    assert "embedding.weight" in output
+    assert "256,32" in output.replace(" ", "")
+    assert "256,48" in output.replace(" ", "")
+
+
+def test_a_run_of_nan_steps_stops_with_its_own_exit_code(tmp_path: Path, interpreter: Interpreter) -> None:
+    write_run(
+        tmp_path, "adam['lr'] = 1e30\nhybrid_zero_optimizer = dict(clip_grad_norm=0.0)\nmax_consecutive_skips = 3\n"
+    )
+    output = train(interpreter, tmp_path, expect=6)
+    assert "in the last 3 steps" in output
