@@ -1,23 +1,168 @@
-"""``evomesh data``: look at, verify and repair tokenised datasets."""
+"""``evomesh data``: look at, verify, repair and order tokenised datasets."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from evomesh.config.schema import DataConfig
+
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
+DataPath = Annotated[str, typer.Argument(metavar="PATH", help="A .bin, or a folder of them.")]
+Tokenizer = Annotated[str | None, typer.Option("--tokenizer", "-t", help="Decode samples with this tokenizer.")]
+ConfigFile = Annotated[str | None, typer.Option("--config", help="Take folder and packing from this config.")]
+SeqLen = Annotated[int, typer.Option(min=1, help="Longest attention segment, in tokens.")]
+MicroBsz = Annotated[int, typer.Option(min=1, help="A pack has seq-len x micro-bsz tokens.")]
+MinLength = Annotated[int, typer.Option(min=0, help="Leave out shorter documents, in tokens.")]
 
-@app.callback()
-def data() -> None:
-    """Look at, verify and repair tokenised datasets."""
+
+def _section(
+    config: str | None, path: str | None, seq_len: int, micro_bsz: int, min_length: int, one_sample: bool
+) -> tuple[DataConfig, str]:
+    """The data section and the path it is applied to."""
+    from evomesh.config.schema import DataConfig
+    from evomesh.errors import UserError
+
+    if config is not None:
+        from evomesh.config.loader import load_config
+
+        section = load_config(config).config.data
+        folder = path or section.train_folder
+        if folder is None:
+            raise UserError("the config has no train_folder", where=config, fix="give a PATH")
+        return section, folder
+    if path is None:
+        raise UserError("nothing to look at", expected="a PATH, or --config CONFIG")
+    section = DataConfig(
+        seq_len=seq_len, micro_bsz=micro_bsz, min_length=min_length, pack_sample_into_one=one_sample, train_folder=path
+    )
+    return section, path
 
 
 @app.command()
-def repair(path: Annotated[str, typer.Argument(help="A .bin, or a folder of them.")]) -> None:
-    """Rebuild the meta of token files from their lines; a torn last line is dropped, the old file kept as .torn."""
+def inspect(
+    path: DataPath,
+    config: ConfigFile = None,
+    seq_len: SeqLen = 2048,
+    micro_bsz: MicroBsz = 1,
+    min_length: MinLength = 0,
+    tokenizer: Tokenizer = None,
+    samples: Annotated[int, typer.Option(min=0, help="Documents to decode.")] = 3,
+) -> None:
+    """Counts, lengths, ids, decoded samples (dim: not trained) and what packing will leave out."""
+    import numpy as np
+
+    from evomesh.data.look import dimmed, histogram, id_summary, open_files, open_packs, summary
+    from evomesh.data.tokenizer import load_tokenizer
+
+    section, _ = _section(config, path, seq_len, micro_bsz, min_length, False)
+    files = open_files(path)
+    for file in files:
+        facts = summary(file)
+        print(
+            f"{facts['file']}: {facts['documents']:,} documents, {facts['tokens']:,} tokens "
+            f"(shortest {facts['shortest']:,}, median {facts['median']:,}, longest {facts['longest']:,}), "
+            f"{facts['bytes']:,} bytes"
+        )
+    print(histogram(np.concatenate([np.asarray(file.lengths) for file in files])))
+    print(id_summary(files))
+    packs = open_packs(path, section)
+    read = sum(plan.tokens for plan in packs.plans)
+    lost = sum(plan.dropped for plan in packs.plans)
+    print(
+        f"packs of {section.packed_length:,} tokens: {len(packs):,}; tails left out: {lost:,} tokens "
+        f"({lost / max(1, read):.1%} of those that pass min_length {section.min_length})"
+    )
+    if tokenizer is not None:
+        loaded = load_tokenizer(tokenizer)
+        for number in np.unique(np.linspace(0, len(files[0]) - 1, samples).astype(np.int64)) if samples else []:
+            ids = files[0].read(np.array([number]))
+            print(f"--- {files[0].name} line {files[0].row(int(number)) + 1}, {len(ids)} tokens")
+            print(dimmed(np.abs(ids[:400]), ids[:400] > 0, loaded) + (" ..." if len(ids) > 400 else ""))
+
+
+@app.command()
+def show(
+    path: Annotated[str | None, typer.Argument(metavar="PATH", help="A .bin, or a training folder.")] = None,
+    pack: Annotated[int, typer.Option("--pack", min=0, help="Number of the pack.")] = 0,
+    config: ConfigFile = None,
+    seq_len: SeqLen = 2048,
+    micro_bsz: MicroBsz = 1,
+    min_length: MinLength = 0,
+    one_sample: Annotated[bool, typer.Option("--pack-sample-into-one", help="Segments ignore documents.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    tokenizer: Tokenizer = None,
+) -> None:
+    """Exactly what the model will see in pack N."""
+    import orjson
+
+    from evomesh.data.look import open_packs, pack_json, pack_text
+    from evomesh.data.tokenizer import load_tokenizer
+    from evomesh.errors import UserError
+
+    section, folder = _section(config, path, seq_len, micro_bsz, min_length, one_sample)
+    packs = open_packs(folder, section)
+    if pack >= len(packs):
+        raise UserError(
+            f"there is no pack {pack}: the data gives {len(packs)} of {section.packed_length:,} tokens",
+            where=folder,
+            expected=f"--pack below {len(packs)}" if len(packs) else "more data, or a shorter --seq-len",
+        )
+    found = packs.read(pack)
+    if as_json:
+        print(orjson.dumps(pack_json(found)).decode())
+    else:
+        print(f"pack {pack} of {len(packs)}, {section.packed_length} tokens")
+        print(pack_text(found, load_tokenizer(tokenizer) if tokenizer else None))
+
+
+@app.command()
+def verify(
+    path: DataPath,
+    tokenizer: Tokenizer = None,
+    vocab_size: Annotated[int | None, typer.Option(min=1, help="Ids at or past it are problems.")] = None,
+    valid: Annotated[str | None, typer.Option(help="Validation data that must share no document with PATH.")] = None,
+) -> None:
+    """Read every line: offsets, counts, ids, repeats, JSON text, validation within training. Exit 1 with a list."""
+    from evomesh.data.tokenizer import load_tokenizer
+    from evomesh.data.verify import verify as run
+
+    loaded = load_tokenizer(tokenizer) if tokenizer else None
+    scans, problems = run(path, vocab_size=vocab_size, tokenizer=loaded, valid=valid)
+    for found in scans:
+        print(f"{found.path}: {len(found.offsets):,} documents, {found.tokens:,} tokens, largest id {found.max_id}")
+        for note in found.notes:
+            print(f"note: {note}")
+    for problem in problems:
+        print(f"problem: {problem}")
+    if problems:
+        print(f"{len(problems)} problem(s)")
+        sys.exit(1)
+    print("no problem found")
+
+
+@app.command()
+def repair(path: DataPath) -> None:
+    """Rebuild the meta from the lines; a torn last line is cut off and kept as .torn."""
     from evomesh.data.repair import repair_path
 
     for message in repair_path(path):
         print(message)
+
+
+@app.command()
+def order(
+    folder: Annotated[str, typer.Argument(help="The data folder.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="The file to write.")] = "data_order.txt",
+    file_type: Annotated[str, typer.Option(help="End of the file names to list.")] = ".bin",
+) -> None:
+    """Write the files' order, one relative path a line, for data.data_order_path."""
+    from evomesh.data.folders import write_order
+
+    count = write_order(folder, Path(output), file_type)
+    print(f"{output}: {count} files")

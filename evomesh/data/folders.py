@@ -150,3 +150,19 @@ def assign_types(files: list[TokenFile], folder: Path) -> list[str]:
                 fix=f"rename the inner folder {inner[0]}",
             )
     return types
+
+
+def write_order(folder: str | Path, output: Path, suffix: str = ".bin") -> int:
+    """Write the walk's order, one path relative to ``folder`` a line; returns the number of files.
+
+    Raises:
+        UserError: no such file below the folder.
+    """
+    names = [file.name for file in walk(check_folder(folder, "data folder"), suffix)]
+    if not names:
+        raise UserError(f"no file ending in {suffix!r} below {folder}", where="data folder")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    part = output.with_name(f".{output.name}.{os.getpid()}.part")
+    part.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    os.replace(part, output)
+    return len(names)

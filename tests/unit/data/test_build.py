@@ -127,7 +127,7 @@ def test_synthetic_data_of_the_documents() -> None:
         n, r = int(period[order[pack]]), int(repeats[order[pack]])
         while n * r < 64:
             r *= 2
-        assert data.packs.read(pack).tokens.tolist() == ([n, r] + list(range(n)) * r)[:64]
+        assert data.corpus.packs.read(pack).tokens.tolist() == ([n, r] + list(range(n)) * r)[:64]
     assert data.types == ["en", "cn", "code"]
     assert data.warnings
 

@@ -1,0 +1,223 @@
+"""Checking token files line by line, without trusting their meta."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from evomesh.data.bin_dataset import check_file
+from evomesh.data.fingerprint import read_fingerprint
+from evomesh.data.folders import walk
+from evomesh.data.lines import BadLine, Tokens, body_of, parse_bodies, parse_line
+from evomesh.data.meta import meta_path, read_meta
+from evomesh.data.tokenizer import Tokenizer
+from evomesh.errors import UserError
+
+SHOWN = 5  # problems of one kind that are listed; the rest is counted
+LEAK_SAMPLES = 200  # documents that are decoded to look for JSON text
+LEAK_SHARE = 0.5
+
+
+@dataclass
+class Scan:
+    """What the lines of one file hold.
+
+    Attributes:
+        problems: what training must not be given.
+        notes: what a user should know.
+        offsets, lengths: [lines] as a right meta has them.
+        hashes: [lines] of the lines' bytes.
+    """
+
+    path: Path
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    offsets: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    lengths: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    hashes: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
+    max_id: int = -1
+    zeros: int = 0
+    masked: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return int(self.lengths.sum())
+
+
+def scan(path: Path, vocab_size: int | None = None) -> Scan:
+    """Read every line of a token file."""
+    found = Scan(path)
+    try:
+        check_file(path)
+    except UserError as error:
+        found.problems.append(str(error))
+        return found
+    offsets, lengths, hashes = [], [], []
+    bad = outside = position = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                tokens = _tokens(line)
+            except BadLine as error:
+                bad += 1
+                if bad <= SHOWN:
+                    place = f" byte {position + error.byte}" if error.byte is not None else ""
+                    torn = "; the file ends in the middle of it" if not line.endswith(b"\n") else ""
+                    found.problems.append(f"{path} line {number}{place}: {error.found}{torn}")
+                tokens = np.empty(0, np.int64)
+            if len(tokens):
+                largest = int(np.abs(tokens).max())
+                found.max_id = max(found.max_id, largest)
+                found.zeros += int((tokens == 0).sum())
+                found.masked += int((tokens < 0).sum())
+                if vocab_size is not None and largest >= vocab_size:
+                    outside += 1
+                    if outside <= SHOWN:
+                        found.problems.append(
+                            f"{path} line {number}: id {largest} is outside the vocabulary of {vocab_size}"
+                        )
+            offsets.append(position)
+            lengths.append(len(tokens))
+            hashes.append(xxhash.xxh3_64_intdigest(line))
+            position += len(line)
+    for count, kind in ((bad, "broken lines"), (outside, "lines with ids outside the vocabulary")):
+        if count > SHOWN:
+            found.problems.append(f"{path}: {count - SHOWN} more {kind}")
+    found.offsets, found.lengths = np.array(offsets, np.int64), np.array(lengths, np.int64)
+    found.hashes = np.array(hashes, np.uint64)
+    if not bad:
+        _compare_meta(found)
+    _find_repeats(found)
+    _compare_fingerprint(found)
+    if found.zeros:
+        found.notes.append(f"{path}: id 0 occurs {found.zeros:,} times; the format cannot make it a target")
+    return found
+
+
+def verify(
+    path: str, *, vocab_size: int | None = None, tokenizer: Tokenizer | None = None, valid: str | None = None
+) -> tuple[list[Scan], list[str]]:
+    """Scan a file or every file of a folder; returns the scans and all problems.
+
+    Args:
+        path: a ``.bin`` or a folder.
+        vocab_size: ids at or past it are problems; None with a tokenizer: its own.
+        tokenizer: decodes samples to find JSON text that was tokenised by mistake.
+        valid: file or folder of validation data that must share no document with ``path``.
+    """
+    if tokenizer is not None and vocab_size is None:
+        vocab_size = tokenizer.vocab_size
+    scans = [scan(file, vocab_size) for file in _files(path)]
+    problems = [problem for found in scans for problem in found.problems]
+    if tokenizer is not None:
+        problems += [leak for found in scans if not found.problems for leak in _json_leak(found, tokenizer)]
+    if valid is not None:
+        problems += _overlap(scans, [scan(file) for file in _files(valid)])
+    return scans, problems
+
+
+def _files(path: str) -> list[Path]:
+    found = Path(path).expanduser()
+    files = [file.path for file in walk(found, ".bin")] if found.is_dir() else [found]
+    if not files:
+        raise UserError("no .bin file below the folder", where=str(found))
+    return files
+
+
+def _tokens(line: bytes) -> Tokens:
+    body = body_of(line, -1 if b"," not in line else line.count(b",") + 1)
+    fast = parse_bodies([body], body.count(b",") + 1) if body else None
+    return fast if fast is not None else np.array(parse_line(line), np.int64)
+
+
+def _compare_meta(found: Scan) -> None:
+    try:
+        rows = read_meta(found.path)
+    except UserError as error:
+        found.problems.append(str(error))
+        return
+    where = f"{meta_path(found.path)}"
+    if len(rows) != len(found.offsets):
+        found.problems.append(f"{where}: {len(rows):,} rows, the token file has {len(found.offsets):,} lines")
+    count = min(len(rows), len(found.offsets))
+    right = np.stack([found.offsets[:count], found.lengths[:count]], axis=1)
+    wrong = np.flatnonzero((rows[:count] != right).any(axis=1))
+    for row in wrong[:SHOWN]:
+        found.problems.append(
+            f"{where} row {row}: {tuple(rows[row].tolist())}, the line has {tuple(right[row].tolist())}"
+        )
+    if len(wrong) > SHOWN:
+        found.problems.append(f"{where}: {len(wrong) - SHOWN:,} more wrong rows")
+
+
+def _find_repeats(found: Scan) -> None:
+    """A block of lines right behind an equal block is a file that was appended twice; single repeats are only noted."""
+    count = len(found.hashes)
+    if count < 2:
+        return
+    order = np.argsort(found.hashes, kind="stable")
+    same = found.hashes[order][1:] == found.hashes[order][:-1]
+    shift = np.zeros(count, np.int64)  # distance to the previous equal line, 0: none
+    shift[order[1:][same]] = (order[1:] - order[:-1])[same]
+    repeated = int(same.sum())
+    if not repeated:
+        return
+    edges = np.flatnonzero(np.diff(shift)) + 1
+    starts, ends = np.concatenate([[0], edges]), np.concatenate([edges, [count]])
+    runs = [(int(low), int(high)) for low, high in zip(starts, ends, strict=True) if shift[low]]
+    for low, high in runs:
+        length = int(shift[low])
+        if high - low >= length and high - low >= 2:
+            found.problems.append(
+                f"{found.path}: lines {low + 1} .. {high} repeat lines {low - length + 1} .. {high - length}: "
+                "written twice in append mode?"
+            )
+            return
+    found.notes.append(f"{found.path}: {repeated:,} documents occur more than once")
+
+
+def _compare_fingerprint(found: Scan) -> None:
+    record = read_fingerprint(found.path)
+    if record is None:
+        return
+    for key, value in (("documents", len(found.offsets)), ("tokens", found.tokens), ("max_id", found.max_id)):
+        if key in record and record[key] != value:
+            found.problems.append(f"{found.path}.json: {key} is {record[key]}, the token file has {value}")
+
+
+def _json_leak(found: Scan, tokenizer: Tokenizer) -> list[str]:
+    """Samples that read like JSON records: whole lines were tokenised instead of their text."""
+    picks = np.unique(np.linspace(0, len(found.offsets) - 1, LEAK_SAMPLES).astype(np.int64))
+    leaks = []
+    with found.path.open("rb") as file:
+        for pick in picks:
+            file.seek(int(found.offsets[pick]))
+            ids = np.abs(_tokens(file.readline())[:64])
+            text = tokenizer.decode([token for token in ids.tolist() if token < tokenizer.vocab_size]).lstrip("<s> \n")
+            if text.startswith(('{"', "{ '", '[{"')) and '":' in text:
+                leaks.append((int(pick) + 1, text[:60]))
+    if len(leaks) < LEAK_SHARE * len(picks):
+        return []
+    line, text = leaks[0]
+    return [
+        f"{found.path}: {len(leaks)} of {len(picks)} samples read like JSON records (line {line}: {text!r}): "
+        "whole lines were tokenised; use evomesh tokenize --text-field"
+    ]
+
+
+def _overlap(train: Sequence[Scan], valid: Sequence[Scan]) -> list[str]:
+    known = np.unique(np.concatenate([found.hashes for found in train]))
+    problems = []
+    for found in valid:
+        shared = np.flatnonzero(np.isin(found.hashes, known))
+        if len(shared):
+            problems.append(
+                f"{found.path}: {len(shared):,} of {len(found.hashes):,} validation documents are also in training "
+                f"(first: line {int(shared[0]) + 1})"
+            )
+    return problems

@@ -1,0 +1,127 @@
+"""verify finds what is wrong without trusting the meta; repair mends what can be mended."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from evomesh.cli.data import app
+from evomesh.data.repair import repair_path
+from evomesh.data.verify import verify
+from evomesh.errors import UserError
+
+
+def problems(path: Path, **options: Any) -> list[str]:
+    return verify(str(path), **options)[1]
+
+
+def documents(seed: int = 0, count: int = 40) -> list[list[int]]:
+    rng = np.random.RandomState(seed)
+    return [rng.randint(1, 90, rng.randint(2, 20)).tolist() for _ in range(count)]
+
+
+def set_meta(path: Path, rows: Any) -> None:
+    with Path(f"{path}.meta").open("wb") as file:
+        np.save(file, rows)
+
+
+def test_a_good_file_has_none(write_bin: Any) -> None:
+    path = write_bin(documents())
+    scans, found = verify(str(path), vocab_size=90)
+    assert found == []
+    assert (scans[0].tokens, len(scans[0].offsets)) == (sum(map(len, documents())), 40)
+    result = CliRunner().invoke(app, ["verify", str(path)])
+    assert result.exit_code == 0
+    assert "no problem found" in result.output
+
+
+def test_wrong_rows_are_listed_with_the_right_values(write_bin: Any) -> None:
+    path = write_bin(documents())
+    right = np.load(f"{path}.meta")
+    wrong = right.copy()
+    wrong[3, 1] += 1
+    wrong[7, 0] -= 2
+    set_meta(path, wrong)
+    found = problems(path)
+    assert len(found) == 2
+    assert f"row 3: {tuple(wrong[3].tolist())}, the line has {tuple(right[3].tolist())}" in found[0]
+    assert "row 7" in found[1]
+    result = CliRunner().invoke(app, ["verify", str(path)])
+    assert result.exit_code == 1
+    assert "2 problem(s)" in result.output
+    repair_path(str(path))
+    assert problems(path) == []
+
+
+def test_counts_missing_meta_and_int32_wrap(write_bin: Any) -> None:
+    path = write_bin(documents())
+    set_meta(path, np.load(f"{path}.meta")[:-2])
+    assert any("38 rows, the token file has 40 lines" in one for one in problems(path))
+    os.remove(f"{path}.meta")
+    assert any("no .meta" in one for one in problems(path))
+
+
+def test_ids_lines_and_types(write_bin: Any) -> None:
+    path = write_bin([[1, 2], [3, 95, -99], [0, 4]])
+    scans, found = verify(str(path), vocab_size=90)
+    assert found == [f"{path} line 2: id 99 is outside the vocabulary of 90"]
+    assert "id 0 occurs 1 times" in scans[0].notes[0]
+    path.write_text('{"tokens": [1, 2]}\n{"tokens": [1.5]}\n{"tokens": [1, tru')
+    found = problems(path)
+    assert "line 2: token 0 is 1.5" in found[0]
+    assert "line 3" in found[1]
+    assert "ends in the middle" in found[1]
+    with pytest.raises(UserError, match="line 2"):
+        repair_path(str(path))
+
+
+def test_58_a_tail_written_twice(write_bin: Any) -> None:
+    first, second = documents(1, 30), documents(2, 10)
+    path = write_bin(first + second + second)
+    assert problems(path) == [f"{path}: lines 41 .. 50 repeat lines 31 .. 40: written twice in append mode?"]
+    path = write_bin(first + first)
+    assert "lines 31 .. 60 repeat lines 1 .. 30" in problems(path)[0]
+    path = write_bin([*first, first[3], *second])
+    scans, found = verify(str(path))
+    assert found == []
+    assert "1 documents occur more than once" in scans[0].notes[0]
+
+
+def test_validation_within_training(write_bin: Any, tmp_path: Path) -> None:
+    write_bin(documents(1), "train/en/a.bin")
+    path = write_bin([*documents(2, 5), documents(1)[4]], "valid/en/a.bin")
+    found = problems(tmp_path / "train", valid=str(tmp_path / "valid"))
+    assert found == [f"{path}: 1 of 6 validation documents are also in training (first: line 6)"]
+
+
+class Characters:
+    """A tokenizer whose ids are code points."""
+
+    vocab_size = 0x110000
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(map(chr, ids))
+
+
+def test_json_text_in_samples(write_bin: Any) -> None:
+    texts = [f'{{"text": "document {n}"}}' for n in range(20)]
+    path = write_bin([[ord(c) for c in text] for text in texts])
+    found = problems(path, tokenizer=Characters())
+    assert len(found) == 1
+    assert "20 of 20 samples read like JSON" in found[0]
+    path = write_bin([[ord(c) for c in f"plain text {n}"] for n in range(20)])
+    assert problems(path, tokenizer=Characters()) == []
+
+
+def test_fingerprint_that_does_not_fit(write_bin: Any) -> None:
+    path = write_bin(documents())
+    Path(f"{path}.json").write_text('{"documents": 41, "tokens": 3}')
+    assert [one.split(": ", 1)[1] for one in problems(path)] == [
+        "documents is 41, the token file has 40",
+        f"tokens is 3, the token file has {sum(map(len, documents()))}",
+    ]

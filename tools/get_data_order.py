@@ -1,0 +1,25 @@
+"""The documents' command: writes data_order.txt into a folder.
+
+python tools/get_data_order.py --data-folder DATA --save-folder OUT [--file-type .bin]
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from evomesh.cli.run import run
+from evomesh.data.folders import write_order
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-folder", required=True)
+    parser.add_argument("--save-folder", required=True, type=Path)
+    parser.add_argument("--file-type", default=".bin")
+    options = parser.parse_args()
+    write_order(options.data_folder, options.save_folder / "data_order.txt", options.file_type)
+
+
+if __name__ == "__main__":
+    run(main)
