@@ -42,7 +42,7 @@ class Found:
 
     @property
     def files(self) -> list[tuple[str, int]]:
-        return [(name, size) for name, size in self.body["files"]]
+        return [(name, size) for name, size, _ in self.body["files"]]
 
     @property
     def state(self) -> dict[str, Any]:

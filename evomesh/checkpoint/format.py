@@ -231,7 +231,7 @@ def unseal(data: bytes) -> dict[str, Any]:
             f"{COMMIT} has format version {body.get('version')}, this evomesh reads version {VERSION}: "
             f"it was written by evomesh {body.get('software', {}).get('evomesh')}"
         )
-    for name, _ in [*body["files"], (body["index"]["file"], 0)]:
+    for name, *_ in [*body["files"], [body["index"]["file"]]]:
         if not FILE_NAME.match(name):
             raise CheckpointError(f"{COMMIT} names the file {name!r}, which is not a plain file name")
     return body

@@ -161,5 +161,15 @@ def verify_data(found: Found, share: int = 0, shares: int = 1) -> int:
     Raises:
         CheckpointError: as ``run``.
     """
-    records = found.records().values()
-    return run(found, [Job(r, p) for r in records for p in r.pieces if p.file % shares == share])
+    jobs = [Job(r, p) for r in found.records().values() for p in r.pieces if p.file % shares == share]
+    first: dict[int, int] = {}
+    for job in jobs:
+        first[job.piece.file] = min(first.get(job.piece.file, job.piece.start), job.piece.start)
+    for number, size in first.items():
+        name, _, digest = found.body["files"][number]
+        if fmt.piece_hash(found.storage.read(join(found.folder, name), 0, size)) != digest:
+            raise CheckpointError(
+                f"{name}: its header (bytes 0..{size}) does not match its hash; the tensors behind may still be whole",
+                where=found.folder,
+            )
+    return run(found, jobs)

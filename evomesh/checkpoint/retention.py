@@ -87,7 +87,7 @@ class Retention:
             body = find.open_checkpoint(choice.storage, choice.folder).body
         except UserError:
             return
-        named = {fmt.COMMIT, body["index"]["file"], *(name for name, _ in body["files"])}
+        named = {fmt.COMMIT, body["index"]["file"], *(name for name, *_ in body["files"])}
         for name in choice.storage.list(choice.folder):
             if name not in named and not name.endswith("/"):
                 choice.storage.delete(join(choice.folder, name))

@@ -34,10 +34,10 @@ def write_data(storage: Storage, folder: str, attempt: str, rank: int, entries: 
     """Writes this rank's file and returns what rank 0 must know; when it returns, the bytes are durable.
 
     Returns:
-        {"file": name or None, "bytes": size, "rows": [[tensor name, [offsets, shape, start, digest] ...] ...]}
+        {"file": [name, size, header digest] or None, "rows": [[tensor name, [offsets, shape, start, digest] ...] ...]}
     """
     if not entries:
-        return {"file": None, "bytes": 0, "rows": []}
+        return {"file": None, "rows": []}
     name = fmt.file_name(attempt, rank)
     sizes = [(fmt.entry_key(e.name, e.shape, e.part.box), e.dtype, e.part.box.shape, _bytes(e)) for e in entries]
     header = fmt.safetensors_header(sizes)
@@ -57,7 +57,7 @@ def write_data(storage: Storage, folder: str, attempt: str, rank: int, entries: 
     finally:
         writer.abort()
     storage.sync(folder)
-    return {"file": name, "bytes": position, "rows": rows}
+    return {"file": [name, position, fmt.piece_hash(header)], "rows": rows}
 
 
 def _bytes(entry: Entry) -> int:
@@ -98,7 +98,7 @@ def write_index(
         for name, *found in message["rows"]:
             pieces[name] += [fmt.Piece(len(files), Box(tuple(o), tuple(s)), b, h) for o, s, b, h in found]
         if message["file"] is not None:
-            files.append([message["file"], message["bytes"]])
+            files.append(message["file"])
     lines, total = [], 0
     for name in sorted(tensors):
         dtype, shape = tensors[name]

@@ -1,0 +1,216 @@
+"""Saves behind the training, snapshots, retention, forecast, and the one-writer rule."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from evomesh.checkpoint.forecast import check_space, readable
+from evomesh.checkpoint.manager import CheckpointManager
+from evomesh.errors import UserError
+from evomesh.storage.base import Writer
+from evomesh.storage.local import LocalStorage
+from tests.support.interpreter import Interpreter
+from tests.unit.checkpoint.disk import Quick
+
+
+class Gate(LocalStorage):
+    """Files can be made only while the gate is open."""
+
+    def __init__(self) -> None:
+        super().__init__(Quick())
+        self.open_gate = threading.Event()
+        self.arrived = threading.Event()
+
+    def create(self, path: str) -> Writer:  # type: ignore[override]
+        if path.endswith(".safetensors"):
+            self.arrived.set()
+            assert self.open_gate.wait(10)
+        return super().create(path)
+
+
+def tensors(value: float) -> dict[str, torch.Tensor]:
+    return {"w": torch.full((1000,), value)}
+
+
+def loaded(manager: CheckpointManager) -> tuple[int, float]:
+    found = manager.newest()
+    assert found is not None
+    target = tensors(-1)
+    manager.load(found, target)
+    return found.step, float(target["w"][0])
+
+
+def quick(root: Path, **options: object) -> CheckpointManager:
+    manager = CheckpointManager(str(root), **options)  # type: ignore[arg-type]
+    manager.storage = manager.snapshot_storage = LocalStorage(Quick())
+    return manager
+
+
+def test_a_save_behind_the_training_holds_the_moment_it_was_asked_for(tmp_path: Path) -> None:
+    manager = CheckpointManager(str(tmp_path))
+    gate = manager.storage = Gate()
+    live = tensors(1)
+    manager.prepare(live, blocking=False)
+    manager.save(1, live, {}, {}, blocking=False)
+    gate.arrived.wait(10)
+    live["w"].fill_(99)  # the training goes on
+    assert manager.newest() is None
+    gate.open_gate.set()
+    assert manager.wait() == f"{tmp_path}/step-00000001"
+    assert loaded(manager) == (1, 1.0)
+
+
+@pytest.mark.parametrize(("busy", "steps"), [("skip", [1]), ("wait", [1, 2])])
+def test_a_second_save_waits_or_skips(tmp_path: Path, busy: str, steps: list[int]) -> None:
+    manager = CheckpointManager(str(tmp_path), busy=busy)  # type: ignore[arg-type]
+    gate = manager.storage = Gate()
+    manager.save(1, tensors(1), {}, {}, blocking=False)
+    gate.arrived.wait(10)
+    timer = threading.Timer(0.2, gate.open_gate.set)
+    timer.start()
+    answer = manager.save(2, tensors(2), {}, {}, blocking=False)
+    assert (answer is None) == (busy == "skip")
+    manager.wait()
+    assert sorted(c.step for c in manager.candidates() if c.committed) == steps
+    timer.join()
+
+
+def test_an_error_behind_the_training_comes_with_the_next_wait(tmp_path: Path) -> None:
+    said: list[str] = []
+    manager = quick(tmp_path, max_failed_saves=2, report=said.append)
+    manager.claim()
+
+    def full(path: str) -> Writer:
+        raise OSError(28, "No space left on device", path)
+
+    manager.storage.create = full  # type: ignore[method-assign]
+    manager.save(1, tensors(1), {}, {}, blocking=False)
+    assert manager.wait() is None and "No space left" in said[-1]
+    manager.save(2, tensors(1), {}, {}, blocking=False)
+    with pytest.raises(UserError, match="No space left"):
+        manager.wait()
+
+
+def test_snapshots_keep_two_and_never_lose_the_newest(tmp_path: Path) -> None:
+    manager = quick(tmp_path)
+    manager.save(1, tensors(1), {}, {})
+    for step in range(2, 7):
+        manager.save(step, tensors(step), {}, {}, snapshot=True)
+        assert loaded(manager) == (step, step)
+    assert [c.step for c in manager.candidates()] == [6, 5, 1]
+    assert manager.resolve(f"local:{tmp_path}/snapshot/1/").step == 6
+    manager.save(6, tensors(60), {}, {})
+    assert loaded(manager) == (6, 60.0)  # the normal one wins a tie
+
+
+def test_retention(tmp_path: Path) -> None:
+    manager = quick(tmp_path, keep_last=3, keep_every=10)
+    for step in range(1, 31):
+        manager.save(step, tensors(step), {}, {})
+        if step == 5:
+            (tmp_path / "step-00000005.pin").touch()
+    assert [c.step for c in manager.candidates()] == [30, 29, 28, 20, 10, 5]
+
+
+def test_retention_never_deletes_the_last_two_that_verify(tmp_path: Path) -> None:
+    first = quick(tmp_path)
+    for step in (1, 2, 3, 4):
+        first.save(step, tensors(step), {}, {})
+    for step in (3, 4):  # rot that only reading finds
+        (file,) = (tmp_path / f"step-0000000{step}").glob("*.safetensors")
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+    first.close()
+    manager = quick(tmp_path, keep_last=1)
+    manager.save(5, tensors(5), {}, {})
+    assert {2, 5} <= {c.step for c in manager.candidates()}
+    manager.save(6, tensors(6), {}, {})
+    assert {5, 6} <= {c.step for c in manager.candidates()}
+
+
+def test_leftovers_of_interrupted_saves_go_after_the_next_commit(tmp_path: Path) -> None:
+    manager = quick(tmp_path)
+    for step in (3, 9):
+        (tmp_path / f"step-0000000{step}").mkdir()
+        (tmp_path / f"step-0000000{step}" / "0badc0de-r00000.safetensors").write_bytes(b"x")
+    manager.save(5, tensors(5), {}, {})
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000005", "step-00000009"]
+    manager.save(9, tensors(9), {}, {})
+    assert len(list((tmp_path / "step-00000009").iterdir())) == 3
+
+
+def test_ten_saves_need_the_space_of_three(tmp_path: Path) -> None:
+    manager = quick(tmp_path, keep_last=2)
+    most = 0
+    for step in range(1, 201):
+        manager.save(step, tensors(step), {}, {})
+        most = max(most, len(list(tmp_path.glob("step-*"))))
+    assert most == 2
+
+
+class Small(LocalStorage):
+    def __init__(self, free: int) -> None:
+        super().__init__()
+        self.free = free
+
+    def free_bytes(self, folder: str) -> int:
+        return self.free
+
+
+def test_forecast() -> None:
+    assert readable(3 << 19) == "1.5 MiB"
+    line = check_space(Small(10 << 20), "ckpts", one=1 << 20, held=0, saves=5)
+    assert line == "one checkpoint takes 1.0 MiB, 5 of them 5.0 MiB; 10.0 MiB are free in ckpts"
+    assert "NOT ENOUGH" in check_space(Small(3 << 20), "ckpts", one=1 << 20, held=0, saves=5)
+    assert "NOT ENOUGH" not in check_space(Small(3 << 20), "ckpts", one=1 << 20, held=0, saves=5, keep_last=2)
+    with pytest.raises(UserError, match="cannot hold two checkpoints"):
+        check_space(Small(1 << 20), "ckpts", one=1 << 20, held=0)
+    check_space(Small(1 << 20), "ckpts", one=1 << 20, held=1)
+
+
+def hold(root: str) -> None:
+    manager = CheckpointManager(root)
+    manager.claim()
+    print(f"holding as {os.getpid()}", flush=True)
+    threading.Event().wait()
+
+
+def try_to_save(root: str) -> None:
+    try:
+        CheckpointManager(root).save(1, tensors(1), {}, {})
+    except UserError as error:
+        print(error, flush=True)
+
+
+def test_two_writers_one_wins_the_other_says_why(tmp_path: Path) -> None:
+    interpreter = Interpreter()
+    try:
+        holder = interpreter.start(functools.partial(hold, str(tmp_path)))
+        holder.wait_for("holding")
+        text = interpreter.run(functools.partial(try_to_save, str(tmp_path))).stdout
+        assert f"another live job writes here: process {holder.pid} on" in text and "save_ckpt_folder" in text
+        holder.kill()  # the lock of a killed job is free at once
+        assert interpreter.run(functools.partial(try_to_save, str(tmp_path))).stdout == ""
+    finally:
+        interpreter.close()
+    assert loaded(CheckpointManager(str(tmp_path))) == (1, 1.0)
+
+
+def test_a_writer_past_the_lock_cannot_replace_a_commit(tmp_path: Path) -> None:
+    """As on a store without locks: both saw the folder empty, one publishes first."""
+    one, two = quick(tmp_path), quick(tmp_path)
+    gate = two.storage = Gate()
+    two.save(1, tensors(2), {}, {}, blocking=False)
+    gate.arrived.wait(10)
+    one.save(1, tensors(1), {}, {})
+    gate.open_gate.set()
+    with pytest.raises(UserError, match="another job committed step 1"):
+        two.wait(final=True)
+    assert loaded(CheckpointManager(str(tmp_path))) == (1, 1.0)
