@@ -18,6 +18,7 @@ from evomesh.layers.documents import Documents
 from evomesh.layers.linear import ColumnLinear, RowLinear
 from evomesh.layers.placement import Placement
 from evomesh.layers.rotary import split_rotate
+from evomesh.parallel.collectives import all_to_all
 
 __all__ = ["Attend", "Attention", "Documents", "attend"]
 
@@ -73,6 +74,9 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class Attention(nn.Module):
     """[T, D] -> [T, D]: fused projection, rotation, attention by document, output projection.
 
+    In isp, [T / tp, D] -> [T / tp, D]: the projection of the own part of the sequence goes through one all-to-all to
+    all of the sequence for the own part of the heads, and the attention's output through one back.
+
     Args:
         layer: global layer index, handed to ``attend``.
         interleaved: rotary pairs are neighbouring columns (``qk_interleaved``).
@@ -84,13 +88,20 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.interleaved = layer, interleaved
         self.head_dim = size // heads
-        self.kv_heads = kv_heads // at.cut  # held here, each with its group of query heads
+        self.at = at
+        self.kv_heads = kv_heads // at.axis.size  # attended to here, each with its group of query heads
         self.wqkv = ColumnLinear(size, (heads + 2 * kv_heads) * self.head_dim, bias=bias, at=at)
         self.wo = RowLinear(heads * self.head_dim, size, bias=bias, at=at)
 
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], docs: Documents, attend: Attend = attend) -> Tensor:
+        qkv = self.wqkv(x)
+        if self.at.exchanges:  # q, k and v of a key/value head are neighbours, so that one exchange moves all three
+            qkv = all_to_all(qkv, self.at.axis, split_dim=1, concat_dim=0)
         q, k, v = split_rotate(
-            self.wqkv(x), *tables, kv_heads=self.kv_heads, head_dim=self.head_dim, interleaved=self.interleaved
+            qkv, *tables, kv_heads=self.kv_heads, head_dim=self.head_dim, interleaved=self.interleaved
         )
-        out: Tensor = self.wo(attend(self.layer, q, k, v, docs).flatten(1))
+        context = attend(self.layer, q, k, v, docs).flatten(1)
+        if self.at.exchanges:
+            context = all_to_all(context, self.at.axis, split_dim=0, concat_dim=1)
+        out: Tensor = self.wo(context)
         return out

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from evomesh.layers.dtype import promote
 from evomesh.layers.placement import Placement
+from evomesh.parallel.collectives import all_reduce, all_to_all, gather, reduce_scatter
 from evomesh.parallel.spec import ShardSpec
 
 
@@ -53,7 +54,7 @@ class _Lookup(torch.autograd.Function):
 
 
 class Embedding(nn.Module):
-    """[T] int64 -> [T, D]. Rows (the vocabulary) are cut over the tensor axis, or columns with ``split_hidden``.
+    """[T] int64 -> [T, D] (mtp) or [T / tp, D]. Rows (the vocabulary) are cut, or columns with ``split_hidden``.
 
     Args:
         rows: V.
@@ -70,5 +71,19 @@ class Embedding(nn.Module):
         self.weight = at.parameter((local[0], local[1]), spec)
 
     def forward(self, ids: Tensor) -> Tensor:
-        out: Tensor = _Lookup.apply(ids, self.weight)  # type: ignore[no-untyped-call]
+        axis, sequence = self.at.axis, self.at.mode.sequence
+        if axis.size == 1:
+            out = self._look_up(ids)
+        elif self.split_hidden:  # S(1) -> I, or S(1) -> S(0)
+            out = self._look_up(ids)
+            out = all_to_all(out, axis, split_dim=0, concat_dim=1) if sequence else gather(out, axis, dim=1)
+        else:  # P -> I, or P -> S(0): of the summands one is the row, all others are zero
+            row = ids - axis.rank * self.weight.shape[0]
+            elsewhere = (row < 0) | (row >= self.weight.shape[0])
+            out = self._look_up(row.masked_fill(elsewhere, 0)).masked_fill(elsewhere[:, None], 0.0)
+            out = reduce_scatter(out, axis) if sequence else all_reduce(out, axis)
         return scale_gradient(out, self.grad_scale)
+
+    def _look_up(self, rows: Tensor) -> Tensor:
+        out: Tensor = _Lookup.apply(rows, self.weight)  # type: ignore[no-untyped-call]
+        return out

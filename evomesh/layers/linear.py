@@ -1,22 +1,28 @@
 """Matrix products whose weights may be cut over the tensor axis.
 
-Shapes: T packed tokens, I input features, O output features.
+Shapes: T packed tokens, S = T / tp, I input features, O output features.
 
 A column-cut weight holds a range of output features and leaves its output cut along features; a row-cut weight holds
-a range of input features and its output is a sum over the axis. With an axis of size 1 both are plain products.
+a range of input features and its output is a sum over the axis. With an axis of size 1 both are plain products, and
+in isp too, where weight sharding has put each weight together before it is used.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evomesh.layers.placement import Placement
+from evomesh.parallel.collectives import all_gather, all_reduce, broadcast, gathered, reduce_scatter, reduce_scattered
+from evomesh.parallel.grid import Axis
 from evomesh.parallel.spec import ShardSpec
 
 
 class ColumnLinear(nn.Module):
-    """[T, I] -> [T, O / tp]: weight rows (output features) are cut, and the bias with them."""
+    """[T, I] (mtp) or [S, I] (msp, fsp) -> [T, O / tp]: weight rows (output features) are cut, the bias with them."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, at: Placement) -> None:
         super().__init__()
@@ -31,12 +37,48 @@ class ColumnLinear(nn.Module):
 
 
 def column_products(x: Tensor, *layers: ColumnLinear) -> tuple[Tensor, ...]:
-    """Products of one input with several column-cut weights, so that a cut input is gathered once for all of them."""
+    """Products of one input with several column-cut weights, so that it is gathered once for all of them.
+
+    mtp ``I -> S(1)``, msp and fsp ``S(0) -> S(1)``; backward the dual. msp keeps the gathered input for backward, fsp
+    its own part, and gathers it again.
+    """
+    axis, mode = layers[0].at.axis, layers[0].at.mode
+    if axis.size > 1 and mode.storage == "tp":
+        if mode.regather:
+            weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+            outs: tuple[Tensor, ...] = _RegatherLinear.apply(x, axis, *weights, *biases)  # type: ignore[no-untyped-call]
+            return outs
+        x = all_gather(x, axis) if mode.sequence else broadcast(x, axis)
     return tuple(F.linear(x, layer.weight, layer.bias) for layer in layers)
 
 
+class _RegatherLinear(torch.autograd.Function):
+    """For local x [S, I], each w [O / tp, I], b [O / tp] or None:
+
+    X = all_gather(x);  y = X w^T + b;  dgrad = reduce_scatter(sum of g w);  wgrad = g^T all_gather(x);  bgrad = sum g
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, *parameters: Tensor | None) -> tuple[Tensor, ...]:
+        weights, biases = parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]
+        ctx.save_for_backward(x, *weights)
+        ctx.axis, ctx.biased = axis, [bias is not None for bias in biases]
+        whole = gathered(x, axis)
+        return tuple(F.linear(whole, w, b) for w, b in zip(weights, biases, strict=True) if w is not None)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        whole = gathered(x, ctx.axis)
+        grad = grads[0] @ weights[0]
+        for g, w in zip(grads[1:], weights[1:], strict=True):
+            grad.addmm_(g, w)
+        bias_grads = [g.sum(0) if biased else None for g, biased in zip(grads, ctx.biased, strict=True)]
+        return reduce_scattered(grad, ctx.axis), None, *(g.T @ whole for g in grads), *bias_grads
+
+
 class RowLinear(nn.Module):
-    """[T, I / tp] -> [T, O]: weight columns (input features) are cut, the outputs of all ranks add up.
+    """[T, I / tp] -> [T, O] (mtp) or [S, O]: weight columns (input features) are cut, all ranks' outputs add up.
 
     The bias is whole on every rank and is added once, after the sum.
     """
@@ -54,4 +96,9 @@ class RowLinear(nn.Module):
             self.bias = at.parameter((out_features,), bias_spec)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        axis, mode = self.at.axis, self.at.mode
+        if axis.size == 1 or mode.storage == "wp":
+            return F.linear(x, self.weight, self.bias)
+        part = F.linear(x, self.weight)
+        out = reduce_scatter(part, axis) if mode.sequence else all_reduce(part, axis)
+        return out if self.bias is None else out + self.bias

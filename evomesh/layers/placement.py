@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from evomesh.parallel.collectives import all_gather, broadcast
 from evomesh.parallel.grid import Axis
 from evomesh.parallel.modes import MODES, TensorMode
 from evomesh.parallel.spec import ShardSpec, with_spec
@@ -33,12 +34,24 @@ class Placement:
 
     @property
     def partial(self) -> frozenset[str]:
-        """Axes over which a whole parameter's gradient is a partial sum: each rank saw its part of the sequence."""
-        return frozenset({"tp"}) if self.mode.sequence else frozenset()
+        """Axes over which a whole parameter's gradient is a partial sum: each rank saw its part of the sequence.
+
+        With ``wp`` storage the sum is made by weight sharding and over the rest of the weight view, not over ``tp``.
+        """
+        return frozenset({"tp"}) if self.mode.sequence and self.mode.storage == "tp" else frozenset()
 
     def on_tensor_axis(self) -> Placement:
-        """For embedding and head, whose weights stay cut over the tensor axis in every mode."""
+        """For embedding, last norm and head, whose weights stay on the tensor axis in every mode."""
         return replace(self, mode=replace(self.mode, storage="tp"))
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether attention swaps its cut of the sequence for a cut of the heads (isp; Jacobs et al., 2309.14509)."""
+        return self.mode.storage == "wp" and self.axis.size > 1
+
+    def whole_sequence(self, x: Tensor) -> Tensor:
+        """Activations between blocks -> [T, D] on every rank, for different uses there; ``backward P ->`` as before."""
+        return all_gather(x, self.axis) if self.mode.sequence else broadcast(x, self.axis)
 
     def parameter(self, shape: tuple[int, ...], spec: ShardSpec, dtype: torch.dtype | None = None) -> nn.Parameter:
         """An uninitialised parameter of local ``shape``."""

@@ -29,6 +29,7 @@ from evomesh.layers.norm import Norm
 from evomesh.layers.placement import Placement
 from evomesh.layers.rotary import Rotary
 from evomesh.models.language_model import LanguageModel
+from evomesh.parallel.collectives import gather
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import MODES, TensorMode
 
@@ -125,7 +126,7 @@ class Decoder(LanguageModel):
             factor=config.rope_scaling_factor,
         )
         axis = (grid or Grid()).tp
-        at = Placement(axis, mode, self.dtype, torch.device(device))
+        self.at = at = Placement(axis, mode, self.dtype, torch.device(device))
         rows = -(-config.vocab_size // axis.size) * axis.size  # padded, because matrices must divide
         self.embedding: Embedding | None = None
         if layers.start == 0:
@@ -140,7 +141,7 @@ class Decoder(LanguageModel):
         self.norm: Norm | None = None
         self.head: ColumnLinear | None = None
         if layers.stop == config.num_layers:
-            self.norm = None if self.post_norm else make_norm(config, at)
+            self.norm = None if self.post_norm else make_norm(config, at.on_tensor_axis())
             self.head = ColumnLinear(config.hidden_size, rows, bias=False, at=at.on_tensor_axis())
         if config.compile is True or (config.compile == "auto" and at.device.type == "cuda"):
             for block in self.layers.values():
@@ -182,18 +183,20 @@ class Decoder(LanguageModel):
     ) -> LossOutput:
         """Summed token loss of ``hidden`` [T, D] against ``labels`` [T] int64; see ``layers/loss.py``."""
         return linear_cross_entropy(
-            hidden.to(self.dtype),
+            self.at.whole_sequence(hidden.to(self.dtype)),
             self.head_weight(),
             labels,
             vocab_size=self.config.vocab_size,
             grad_scale=grad_scale,
             label_smoothing=label_smoothing,
+            axis=self.at.axis,
+            parallel_output=self.config.parallel_output,
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, D] -> [T, vocab_size] in at least float32, for generation: without the padded rows."""
-        logits = F.linear(hidden.to(self.dtype), self.head_weight()[: self.config.vocab_size])
-        return logits.to(promote(self.dtype))
+        logits = F.linear(self.at.whole_sequence(hidden.to(self.dtype)), self.head_weight())
+        return gather(logits, self.at.axis, dim=1)[:, : self.config.vocab_size].to(promote(self.dtype))
 
     def initial(self, name: str) -> Initial:
         """What the parameter of this global name starts as."""

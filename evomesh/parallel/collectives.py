@@ -29,6 +29,8 @@ from evomesh.parallel.grid import Axis
 _gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
+SUM, MAX, MIN = dist.ReduceOp.SUM, dist.ReduceOp.MAX, dist.ReduceOp.MIN
+
 
 def all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     """``S(dim) -> R; backward P -> S(dim)`` (reduce-scatter)."""
@@ -192,7 +194,7 @@ def reduce_scattered(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     return own.movedim(0, dim)
 
 
-def sum_over(x: Tensor, *axes: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+def sum_over(x: Tensor, *axes: Axis, op: dist.ReduceOp.RedOpType = SUM) -> Tensor:
     """The sum (or ``op``) over every one of ``axes``, in a new tensor, without gradient."""
     for axis in axes:
         if axis.size > 1:

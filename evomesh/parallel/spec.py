@@ -42,10 +42,10 @@ def state_axes(spec: ShardSpec, grid: Grid) -> tuple[Axis, Axis]:
     """The axes (zero, replica) over which a parameter's optimizer state is cut and repeated.
 
     Its gradient is summed over both, after the sum over ``spec.partial``. They are the grid's own, except in isp for
-    what is cut along tp (embedding, head): ranks of the weight view's zero axis may lie on different tp ranks there,
-    so its state is cut over the whole data axis of the activation view.
+    what lives on the tensor axis (embedding, last norm, head): ranks of the weight view's zero axis may lie on
+    different tp ranks there, so its state is cut over the whole data axis of the activation view.
     """
-    cut_on_tp = any(axis == "tp" for axis, _ in spec.shards)
-    if cut_on_tp and grid.zero.size * grid.replica.size != grid.dp.size:
+    on_tp = "tp" in spec.partial or any(axis == "tp" for axis, _ in spec.shards)
+    if on_tp and grid.zero.size * grid.replica.size != grid.dp.size:
         return grid.dp, Axis("replica")
     return grid.zero, grid.replica
