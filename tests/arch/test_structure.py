@@ -73,7 +73,7 @@ DISTRIBUTED = {
     "evomesh/pipeline": "torch.distributed.pipelining owns the p2p",
     "evomesh/plan": "the fake process group",
     "evomesh/checkpoint": "agrees on what is saved",
-    "evomesh/models/weights.py": "FSDP2",
+    "evomesh/optim": "DTensor, in which FSDP2 keeps its parameters",
 }
 
 

@@ -112,6 +112,7 @@ class Pool:
         for rank in range(ranks):
             here, there = context().Pipe()
             stderr = folder / f"stderr{rank}"
+            stderr.touch()
             process = context().Process(target=_serve, args=(rank, ranks, str(folder), there), daemon=True)
             process.start()
             there.close()
