@@ -1,0 +1,149 @@
+"""``evomesh config``: check, show, list and copy config files, without importing torch."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from evomesh.config.loader import LoadedConfig, check_world, load_config, redacted, written_key
+from evomesh.config.rules import leaves
+from evomesh.config.shipped import shipped_configs
+from evomesh.config.size import data_parallel_size, parameter_count, parameter_counts, tokens_per_step
+from evomesh.errors import UserError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="A Python config file, such as configs/7B_sft.py.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a value; repeatable.")
+]
+Gpus = Annotated[int | None, typer.Option("--gpus", min=1, help="Processes of the whole run.")]
+
+
+@app.command()
+def check(config: ConfigFile, overrides: Overrides = None, gpus: Gpus = None) -> None:
+    """Apply every rule to CONFIG and print all problems, each with a fix; exit code 2 if there are any."""
+    loaded = load_config(config, overrides or [])
+    warnings = loaded.warnings + (check_world(loaded.config, gpus) if gpus else [])
+    for words in warnings:
+        typer.echo(f"warning: {words}")
+    typer.echo(f"{config}: ok" + (f", {len(warnings)} warning{'s' if len(warnings) != 1 else ''}" if warnings else ""))
+
+
+@app.command()
+def show(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    gpus: Gpus = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object: config, origins, derived, warnings.")
+    ] = False,
+) -> None:
+    """Print every resolved value of CONFIG with where it came from, and what follows from them."""
+    loaded = load_config(config, overrides or [])
+    warnings = loaded.warnings + (check_world(loaded.config, gpus) if gpus else [])
+    figures = derived(loaded, gpus or 1)
+    if as_json:
+        document = {
+            "config": redacted(loaded.config),
+            "origins": loaded.origins,
+            "derived": figures,
+            "warnings": warnings,
+        }
+        typer.echo(json.dumps(document, indent=2, allow_nan=False))
+        return
+    rows = [
+        (key, _value(value), loaded.origins.get(key, "default"))
+        for resolved, value in leaves(_printable(redacted(loaded.config)))
+        for key in [written_key(resolved)]
+    ]
+    _table(("key", "value", "from"), rows)
+    typer.echo()
+    _table(("derived", "value"), [(name, _value(value)) for name, value in figures.items()])
+    for words in warnings:
+        typer.echo(f"warning: {words}")
+
+
+@app.command("list")
+def list_configs() -> None:
+    """The configs that come along, one line each."""
+    rows = []
+    for path in shipped_configs():
+        lines = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").splitlines()
+        rows.append((path.stem, lines[0] if lines else "", str(path)))
+    _table(("name", "what it is", "file"), rows)
+
+
+@app.command()
+def copy(
+    name: Annotated[str, typer.Argument(help="A name that `evomesh config list` shows.")],
+    dest: Annotated[str, typer.Argument(help="New file, or a folder to put it in.")],
+) -> None:
+    """Copy a config that comes along, to edit it."""
+    known = {path.stem: path for path in shipped_configs()}
+    source = known.get(name.removesuffix(".py"))
+    if source is None:
+        raise UserError(f"no config named {name!r}", expected=f"one of {', '.join(known)}")
+    target = Path(dest)
+    if target.is_dir():
+        target /= source.name
+    if target.exists():
+        raise UserError("exists already", where=str(target), fix="choose another name, or remove it first")
+    if target.suffix != ".py" or not target.parent.is_dir():
+        raise UserError("cannot be written", where=dest, expected="an existing folder, or NAME.py in one")
+    shutil.copyfile(source, target)
+    typer.echo(f"{target}")
+
+
+def derived(loaded: LoadedConfig, gpus: int) -> dict[str, Any]:
+    """What follows from the config for ``gpus`` processes."""
+    config = loaded.config
+    dp = data_parallel_size(config, gpus)
+    figures: dict[str, Any] = {
+        "gpus": gpus,
+        "data-parallel size": dp,
+        "packed length (tokens)": config.data.packed_length,
+        "tokens per step": tokens_per_step(config, dp),
+        "tokens in all": tokens_per_step(config, dp) * config.data.total_steps,
+        "head width": config.model.head_dim,
+        "feed-forward width": config.model.mlp_width,
+    }
+    total = parameter_count(config.model)
+    if total is None:
+        return figures | {"parameters": "known to the model's builder only"}
+    return figures | {"parameters": total} | {f"  {part}": n for part, n in parameter_counts(config.model).items()}
+
+
+def _printable(value: Any) -> Any:
+    """Stored infinity as a word."""
+    if isinstance(value, dict):
+        return value["$float"] if set(value) == {"$float"} else {key: _printable(item) for key, item in value.items()}
+    return value
+
+
+def _value(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) and value >= 10**6 else str(value)
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """A rich table on a terminal; aligned plain text for a pipe."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(*head, box=None, pad_edge=False, header_style="bold")
+        for row in rows:
+            table.add_row(*[Text(cell, style="" if i < 2 else "dim") for i, cell in enumerate(row)])
+        Console().print(table)
+        return
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    for row in [head, *rows]:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -1,0 +1,69 @@
+"""A config on its way from the file's words to the resolved sections, with everything there is to say about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from evomesh.errors import UserError
+
+
+@dataclass
+class Draft:
+    """Attributes:
+    values: what the file and the overrides say: top-level name -> value, sections as plain dicts.
+    place: dotted key, as written -> "FILE:LINE", "--set" or "".
+    sections: the resolved form, to be validated.
+    sources: resolved key -> the key as written, where they differ.
+    families: resolved key -> the model family whose default it has.
+    """
+
+    values: dict[str, Any]
+    place: Callable[[str], str]
+    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    families: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    problems: list[UserError] = field(default_factory=list)
+
+    def section(self, name: str) -> dict[str, Any]:
+        """The section as written, a plain dict of its own; {} (and a problem, once) when it is something else."""
+        value = self.sections.setdefault(name, {})
+        if not value and name in self.values:
+            written = self.values.pop(name)
+            if isinstance(written, Mapping):
+                value.update(plain(written))
+            elif written is not None:
+                self.problem(name, f"found {shown(written)}", expected="dict(key=value, ...)")
+        return value
+
+    def warn(self, key: str, words: str) -> None:
+        place = self.place(key)
+        text = f"{key}{f' ({place})' if place else ''}: {words}"
+        if text not in self.warnings:
+            self.warnings.append(text)
+
+    def problem(self, key: str, found: str, *, expected: str = "", fix: str = "") -> None:
+        self.problems.append(UserError(found, where=self.where(key), expected=expected, fix=fix))
+
+    def where(self, key: str) -> str:
+        """The key as the user wrote it, with its place."""
+        key = self.sources.get(key, key)
+        place = self.place(key)
+        return f"{key} ({place})" if place else key
+
+
+def plain(value: Any) -> Any:
+    """Nested mappings as dicts of their own."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return value
+
+
+def shown(value: Any) -> str:
+    """A value with its kind in plain words, cut to a readable length."""
+    kinds = {bool: "a bool", int: "an integer", float: "a float", str: "a string", dict: "a dict", list: "a list"}
+    text = repr(value)
+    text = text if len(text) <= 80 else text[:77] + "..."
+    return text if value is None else f"{text} ({kinds.get(type(value), 'a ' + type(value).__name__)})"

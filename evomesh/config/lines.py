@@ -1,0 +1,106 @@
+"""Where a config file assigns each key: dotted key -> "FILE:LINE", read off the syntax tree."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+Lines = dict[str, str]
+
+
+def config_lines(tree: ast.Module, shown: str, namespace: Mapping[str, Any]) -> Lines:
+    """Lines of ``NAME = value``, ``NAME = dict(key=value)`` or ``{...}`` at any depth, and ``NAME["key"] = value``.
+
+    A later assignment wins; names that come from a module are looked up there. Values computed some other way are
+    found by their section's line.
+    """
+    lines: Lines = {}
+    for node in _statements(tree.body):
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                _record(lines, _target(target), node.value, shown)
+        elif isinstance(node, ast.AnnAssign) and node.value is not None:
+            _record(lines, _target(node.target), node.value, shown)
+        elif isinstance(node, ast.ImportFrom):
+            _record_import(lines, node, namespace)
+    return lines
+
+
+def line_of(lines: Lines, key: str) -> str:
+    """The place of ``key``, else of the nearest section above it; "" when the file does not name it."""
+    while key:
+        if key in lines:
+            return lines[key]
+        key = key.rpartition(".")[0]
+    return ""
+
+
+def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    for node in body:
+        yield node
+        if isinstance(node, ast.With | ast.If | ast.Try | ast.For):
+            yield from _statements(node.body)
+            if not isinstance(node, ast.With):
+                yield from _statements(node.orelse)
+
+
+def _target(node: ast.expr) -> str:
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+        above = _target(node.value)
+        return f"{above}.{node.slice.value}" if above else ""
+    return ""
+
+
+def _record(lines: Lines, key: str, value: ast.expr, shown: str) -> None:
+    if not key:
+        return
+    for old in [k for k in lines if k.startswith(key + ".")]:
+        del lines[old]
+    _set(lines, key, value, shown)
+
+
+def _set(lines: Lines, key: str, value: ast.expr, shown: str) -> None:
+    lines[key] = f"{shown}:{value.lineno}"
+    if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "dict":
+        for keyword in value.keywords:
+            if keyword.arg:
+                _set(lines, f"{key}.{keyword.arg}", keyword.value, shown)
+                lines[f"{key}.{keyword.arg}"] = f"{shown}:{keyword.lineno}"
+    elif isinstance(value, ast.Dict):
+        for name, item in zip(value.keys, value.values, strict=True):
+            if isinstance(name, ast.Constant) and isinstance(name.value, str):
+                _set(lines, f"{key}.{name.value}", item, shown)
+                lines[f"{key}.{name.value}"] = f"{shown}:{name.lineno}"
+
+
+def _record_import(lines: Lines, node: ast.ImportFrom, namespace: Mapping[str, Any]) -> None:
+    """Follows an import into the module's own file while that module is still loaded."""
+    name = "." * node.level + (node.module or "")
+    try:
+        full = importlib.util.resolve_name(name, namespace["__package__"]) if node.level else name
+    except ImportError:
+        return
+    file = getattr(sys.modules.get(full), "__file__", None)
+    if file is None or full.partition(".")[0] in sys.stdlib_module_names or "site-packages" in Path(file).parts:
+        return
+    try:
+        tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, UnicodeDecodeError):
+        return
+    there = config_lines(tree, _shorter(file), {"__package__": full.rpartition(".")[0]})
+    renamed = {alias.name: alias.asname or alias.name for alias in node.names}
+    for key, place in there.items():
+        top, dot, rest = key.partition(".")
+        if "*" in renamed or top in renamed:
+            lines[renamed.get(top, top) + dot + rest] = place
+
+
+def _shorter(file: str) -> str:
+    path = Path(file)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else file

@@ -1,0 +1,224 @@
+"""``load_config``: from a Python file and overrides to a resolved config, or to all that is wrong with it at once."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from evomesh.config.draft import Draft, shown
+from evomesh.config.inert import INERT, REFUSED
+from evomesh.config.legacy import SECTIONS, SPELLINGS, TOP_LEVEL, resolve, written_key
+from evomesh.config.lines import line_of
+from evomesh.config.origins import origins
+from evomesh.config.overrides import Override, apply_overrides, parse_overrides
+from evomesh.config.record import config_from_dict, redacted
+from evomesh.config.rules import Finding, check, check_world, leaves
+from evomesh.config.schema import Config
+from evomesh.config.source import Source, read_source
+from evomesh.errors import ConfigError, UserError
+
+__all__ = ["LoadedConfig", "check_world", "config_from_dict", "known_keys", "load_config", "redacted", "written_key"]
+
+ERRORS = {
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "string_type": "a string",
+    "bool_type": "True or False",
+    "dict_type": "dict(key=value, ...)",
+    "model_type": "dict(key=value, ...)",
+    "tuple_type": "a list or tuple",
+}
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """Attributes:
+    config: everything resolved.
+    origins: key as written in a config file -> "default", "FILE:LINE", "--set", "legacy KEY FILE:LINE" ...
+    warnings: each said once, with key and place.
+    text: the config file as it is on disk.
+    path: where it is.
+    """
+
+    config: Config
+    origins: dict[str, str]
+    warnings: list[str]
+    text: str
+    path: str = ""
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Reads the config file at ``path``.
+
+    Args:
+        overrides: ``section.key=value`` each; they win over the file, also where the file computes with them.
+    Raises:
+        ConfigError: everything that is wrong, each with key, place, what was expected and a fix.
+    """
+    sets = parse_overrides(overrides)
+    source = read_source(path, sets)
+    draft = Draft(dict(source.values), lambda key: _place(key, source, sets))
+    apply_overrides(draft.values, [item for item in sets if not _consumed(item, source)], create=True)
+    given = [key for key, _ in leaves(source.values | draft.values)] + list(draft.values)
+    resolve(draft)
+    for name in [name for name in draft.values if name not in SECTIONS]:
+        _unknown(draft, name)
+        del draft.values[name]
+    config, failed = _validated(draft)
+    if config is not None:
+        findings, warnings = check(config, lambda key: any(k == key or k.startswith(key + ".") for k in given))
+        for finding in findings:
+            _report(draft, finding, failed)
+        for key, words in warnings:
+            draft.warn(written_key(draft.sources.get(key, key)), words)
+    if draft.problems:
+        raise ConfigError(draft.problems, path=path)
+    assert config is not None
+    return LoadedConfig(config, origins(config, draft, source, sets), draft.warnings, source.text, path)
+
+
+def known_keys() -> list[str]:
+    """Every key a config file may have, dotted, as written there."""
+    keys = [*TOP_LEVEL, *SPELLINGS, *INERT, *REFUSED]
+    for name in SECTIONS:
+        keys += [written_key(key) for key in _fields(Config.model_fields[name].annotation, name)]
+    return list(dict.fromkeys(key for key in keys if key != "model.extra"))
+
+
+def _fields(annotation: Any, key: str) -> Iterator[str]:
+    models = [
+        a
+        for a in (annotation, *getattr(annotation, "__args__", ()))
+        if isinstance(a, type) and issubclass(a, BaseModel)
+    ]
+    yield key
+    for model in models:
+        for name, field in model.model_fields.items():
+            yield from _fields(field.annotation, f"{key}.{name}")
+
+
+def _consumed(override: Override, source: Source) -> bool:
+    """Whether the file's own execution took the override; an author's own name counts only if the file has it."""
+    return override.keys[0] in source.names
+
+
+def _place(key: str, source: Source, sets: Sequence[Override]) -> str:
+    for item in sets:
+        if key == item.dotted or key.startswith(item.dotted + ".") or item.dotted.startswith(key + "."):
+            return "--set"
+    return line_of(source.lines, key)
+
+
+def _unknown(draft: Draft, key: str) -> None:
+    known = known_keys()
+    section, _, name = key.rpartition(".")
+    siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == section]
+    near = difflib.get_close_matches(name, siblings, n=1)
+    elsewhere = [k for k in known if k.rpartition(".")[2] == name and k != key]
+    fix = "remove it; a name of your own starts with _ or is in capitals" if not section else "remove it"
+    if elsewhere and not near:
+        fix = f"did you mean {elsewhere[0]}?"
+    if near:
+        fix = f"did you mean {f'{section}.{near[0]}' if section else near[0]}?"
+    draft.problem(key, f"unknown key {name!r}", fix=fix)
+
+
+def _validated(draft: Draft) -> tuple[Config | None, set[str]]:
+    """The config, with the keys that are wrong left at their defaults, and those keys."""
+    failed: set[str] = set()
+    for _ in range(8):  # a section that loses its wrong keys may show others
+        try:
+            return Config.model_validate(draft.sections), failed
+        except ValidationError as error:
+            for key, details in _by_key(error):
+                if key not in failed:
+                    _explain(draft, key, details)
+                failed.add(key)
+                _remove(draft.sections, key)
+    return None, failed
+
+
+def _by_key(error: ValidationError) -> Iterator[tuple[str, list[Any]]]:
+    found: dict[str, list[Any]] = {}
+    for item in error.errors(include_url=False):
+        parts = [part for part in item["loc"] if isinstance(part, str) and "[" not in part]
+        node: Any = Config
+        key: list[str] = []
+        for part in parts:  # union members and tuple positions follow behind the real key
+            if not key or _is_field(node, part) or item["type"] == "extra_forbidden":
+                key.append(part)
+            node = _child(node, part)
+        found.setdefault(".".join(key), []).append(item)
+    yield from found.items()
+
+
+def _child(node: Any, name: str) -> Any:
+    if not (isinstance(node, type) and issubclass(node, BaseModel)) or name not in node.model_fields:
+        return None
+    annotation = node.model_fields[name].annotation
+    inner = [
+        a
+        for a in (annotation, *getattr(annotation, "__args__", ()))
+        if isinstance(a, type) and issubclass(a, BaseModel)
+    ]
+    return inner[0] if inner else None
+
+
+def _is_field(node: Any, name: str) -> bool:
+    return isinstance(node, type) and issubclass(node, BaseModel) and name in node.model_fields
+
+
+def _explain(draft: Draft, key: str, details: list[Any]) -> None:
+    first = details[0]
+    kind, value, context = first["type"], first["input"], first.get("ctx", {})
+    key = written_key(key) if key not in draft.sources else key
+    if kind == "extra_forbidden":
+        _unknown(draft, key)
+        return
+    if kind == "missing":
+        draft.problem(key, "is missing", fix=f"add {key.rpartition('.')[2]}=... to {key.rpartition('.')[0]}")
+        return
+    bounds = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    limits = [f"{sign} {context[name]}" for name, sign in bounds.items() if name in context]
+    expected = " or ".join(dict.fromkeys(ERRORS.get(d["type"], d.get("ctx", {}).get("expected", "")) for d in details))
+    if limits:
+        expected = f"a number {limits[0]}"
+    fix = ""
+    if kind == "literal_error" and isinstance(value, str):
+        allowed = [word.strip("' ") for word in context["expected"].replace(" or ", ", ").split(",")]
+        allowed += [f"torch.{word}" for word in allowed] if key == "model.dtype" else []
+        near = difflib.get_close_matches(value, allowed, n=1) or [w for w in allowed if w.startswith(value[:2])]
+        fix = f"did you mean {near[0]!r}?" if near else ""
+    if kind in ("float_type", "int_type") and isinstance(value, str):
+        fix = "remove the quotes"
+    draft.problem(key, f"found {shown(value)}", expected=expected or first["msg"], fix=fix)
+
+
+def _remove(sections: dict[str, Any], key: str) -> None:
+    *above, name = key.split(".")
+    node: Any = sections
+    for part in above:
+        node = node.get(part) if isinstance(node, dict) else None
+    if isinstance(node, dict) and name in node:
+        del node[name]
+    elif above:
+        _remove(sections, ".".join(above))
+
+
+def _report(draft: Draft, finding: Finding, failed: set[str]) -> None:
+    if failed & set(finding.keys):
+        return
+    key = next((k for k in finding.keys if draft.place(draft.sources.get(k, written_key(k)))), finding.keys[0])
+    draft.problems.append(
+        UserError(
+            finding.found,
+            where=draft.where(key if key in draft.sources else written_key(key)),
+            expected=finding.expected,
+            fix=finding.fix,
+        )
+    )

@@ -1,0 +1,96 @@
+"""``--set section.key=value``: parsing, and putting the value where a config file would have put it."""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from evomesh.errors import ConfigError, UserError
+
+WORDS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan, "true": True, "false": False, "none": None}
+
+
+@dataclass(frozen=True)
+class Override:
+    """One ``--set``: keys from the top-level name down, and the value."""
+
+    keys: tuple[str, ...]
+    value: Any
+
+    @property
+    def dotted(self) -> str:
+        return ".".join(self.keys)
+
+
+def parse_overrides(texts: Sequence[str]) -> list[Override]:
+    """``["data.seq_len=512", "JOB_NAME=x"]`` -> overrides; values are Python literals, anything else is a string.
+
+    Raises:
+        ConfigError: without ``=``, or a key that is not dotted names. All of them at once.
+    """
+    problems, out = [], []
+    for text in texts:
+        key, equals, value = text.partition("=")
+        keys = tuple(part.strip() for part in key.split("."))
+        if not equals or not all(part.isidentifier() for part in keys):
+            problems.append(
+                UserError(
+                    f"cannot be read: {text!r}",
+                    where="--set",
+                    expected="section.key=value, such as --set data.seq_len=512 or --set JOB_NAME=test",
+                )
+            )
+            continue
+        out.append(Override(keys, parse_value(value.strip())))
+    if problems:
+        raise ConfigError(problems, path="--set")
+    return out
+
+
+def parse_value(text: str) -> Any:
+    """Python literals, ``dict(a=1)``, ``inf``, ``true``/``false``/``none``; else the text itself."""
+    if text.lower() in WORDS:
+        return WORDS[text.lower()]
+    try:
+        return _literal(ast.parse(text, mode="eval").body)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return text
+
+
+def _literal(node: ast.expr) -> Any:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        if node.func.id == "dict" and not node.args and all(k.arg for k in node.keywords):
+            return {str(k.arg): _literal(k.value) for k in node.keywords}
+        if node.func.id == "float" and len(node.args) == 1:
+            return float(ast.literal_eval(node.args[0]))
+        raise ValueError("a call")
+    return ast.literal_eval(node)
+
+
+def apply_overrides(namespace: dict[str, Any], overrides: Sequence[Override], *, create: bool = False) -> None:
+    """Puts each override into ``namespace``; those whose top-level name is absent wait, unless ``create``."""
+    for override in overrides:
+        top = override.keys[0]
+        if top in namespace or create:
+            namespace[top] = _placed(namespace.get(top), override.keys[1:], override.value)
+
+
+def _placed(old: Any, keys: tuple[str, ...], value: Any) -> Any:
+    """``old`` with ``value`` at ``keys``; what is there already is not changed in place."""
+    if not keys:
+        if isinstance(old, dict) and "size" in old and isinstance(value, int) and not isinstance(value, bool):
+            return {**old, "size": value}  # the int form of a parallel size, over the dict form: the mode stays
+        return value
+    if isinstance(old, Mapping):
+        base = dict(old)
+    elif isinstance(old, int) and not isinstance(old, bool):
+        base = {"size": old}  # the int form of a parallel size
+    elif isinstance(old, str):
+        base = {"path": old}  # the string form of load_ckpt_folder
+    else:
+        base = {}
+    base[keys[0]] = _placed(base.get(keys[0]), keys[1:], value)
+    return base

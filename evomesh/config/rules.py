@@ -1,0 +1,357 @@
+"""Rules that need more than one value: which settings fit together, and which have to wait."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from evomesh.config.legacy import REMOTE
+from evomesh.config.schema import Config
+from evomesh.errors import ConfigError, UserError
+
+INT32, INT64 = 2**31 - 1, 2**63 - 1
+CONTENT = ("model", "sampler", "optimizer", "scheduler", "all")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong with some keys (resolved names; the first is where it is reported)."""
+
+    keys: tuple[str, ...]
+    found: str
+    expected: str = ""
+    fix: str = ""
+
+
+def _remote(folder: str | None) -> bool:
+    return folder is not None and folder.startswith(REMOTE)
+
+
+def _loads(config: Config) -> str:
+    return config.ckpt.load_ckpt_info.path if config.ckpt.load_ckpt_info else ""
+
+
+# Not available yet: key, when a config asks for it, the feature. A room that delivers one deletes its row.
+PENDING: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
+    ("data.type", lambda c: c.data.type == "streaming", "streaming data sets"),
+    ("data.dataset_weights", lambda c: c.data.dataset_weights is not None, "weights of data folders"),
+    ("data.use_shm", lambda c: c.data.use_shm, "one copy of the data index a node"),
+    ("parallel.tensor.size", lambda c: c.parallel.tensor.size > 1, "tensor parallelism"),
+    ("parallel.weight.size", lambda c: c.parallel.weight.size > 1, "weight parallelism"),
+    ("parallel.pipeline.size", lambda c: c.parallel.pipeline.size > 1, "pipeline parallelism"),
+    ("parallel.pipeline.schedule", lambda c: c.parallel.pipeline.schedule is not None, "choosing the schedule"),
+    ("parallel.zero1.fsdp", lambda c: c.parallel.zero1.fsdp, "fully sharded data parallelism"),
+    ("model.num_chunks", lambda c: c.model.num_chunks > 1, "interleaved pipelines"),
+    ("model.output_tf32", lambda c: c.model.output_tf32, "an output head in TF32"),
+    ("ckpt.save_ckpt_folder", lambda c: c.ckpt.enable_save_ckpt and _remote(c.ckpt.save_ckpt_folder), "object stores"),
+    ("ckpt.load_ckpt_info", lambda c: _remote(_loads(c)), "object stores"),
+    (
+        "ckpt.load_ckpt_info",
+        lambda c: c.ckpt.load_ckpt_info is not None and c.ckpt.load_ckpt_info.ckpt_type in ("hf", "llama"),
+        "starting from Hugging Face and Llama folders",
+    ),
+    ("ckpt.stop_file_path", lambda c: c.ckpt.stop_file_path is not None, "the stop file"),
+    ("ckpt.save_optimizer", lambda c: not c.ckpt.save_optimizer, "checkpoints without optimizer state"),
+    ("monitor.alert.enable_feishu_alert", lambda c: c.monitor.alert.enable_feishu_alert, "alerts"),
+    ("monitor.alert.light_monitor_address", lambda c: c.monitor.alert.light_monitor_address is not None, "heartbeats"),
+)
+
+
+def check(config: Config, given: Callable[[str], bool]) -> tuple[list[Finding], list[tuple[str, str]]]:
+    """All problems of a validated config, and (key, words) of all warnings.
+
+    Args:
+        given: tells whether a resolved key was set by the user.
+    """
+    findings = [
+        *_numbers(config),
+        *_model(config),
+        *_data(config),
+        *_training(config),
+        *_parallel(config),
+        *_ckpt(config),
+    ]
+    findings += [
+        Finding((key,), f"{feature}: not available yet", fix=f"remove {key} or give it its default")
+        for key, asks, feature in PENDING
+        if asks(config)
+    ]
+    return findings, list(_warnings(config, given))
+
+
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything in nested dicts that is not itself a non-empty dict."""
+    if isinstance(value, dict) and value:
+        for name, item in value.items():
+            yield from leaves(item, f"{key}.{name}" if key else str(name))
+    elif key:
+        yield key, value
+
+
+def nearest(value: int, divisors_of: int | None = None, multiples_of: int | None = None) -> str:
+    """The valid sizes next to ``value``: divisors of one number or multiples of another."""
+    if divisors_of is not None:
+        valid = [n for n in range(1, divisors_of + 1) if divisors_of % n == 0]
+        below, above = [n for n in valid if n <= value], [n for n in valid if n > value]
+        return " or ".join(str(n) for n in (*below[-1:], *above[:1]))
+    step = multiples_of or 1
+    low = value // step * step
+    return " or ".join(str(n) for n in (low, low + step) if n > 0)
+
+
+def _numbers(config: Config) -> Iterator[Finding]:
+    may_be_infinite = ("ckpt.checkpoint_every", "ckpt.oss_snapshot_freq")
+    for key, value in leaves(config.model_dump()):
+        if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and key not in may_be_infinite)):
+            yield Finding((key,), f"found {value}", expected="a finite number")
+        elif isinstance(value, int) and not isinstance(value, bool) and abs(value) > INT64:
+            yield Finding((key,), f"{value} is too large", expected=f"at most 2**63 - 1 = {INT64}")
+
+
+def _model(config: Config) -> Iterator[Finding]:
+    model = config.model
+    heads, hidden, kv = model.num_attention_heads, model.hidden_size, model.kv_heads
+    h, d = "model.num_attention_heads", "model.hidden_size"
+    if hidden % heads:
+        yield Finding(
+            (d, h),
+            f"hidden_size={hidden} cannot be divided by num_attention_heads={heads}",
+            expected=f"hidden_size={nearest(hidden, multiples_of=heads)}, num_attention_heads={nearest(heads, hidden)}",
+        )
+    elif model.head_dim % 2:
+        yield Finding(
+            (d, h),
+            f"heads of odd width {model.head_dim}",
+            expected="an even hidden_size / num_attention_heads (rotary)",
+        )
+    if heads % kv:
+        yield Finding(
+            ("model.num_kv_attention_heads", h),
+            f"num_attention_heads={heads} cannot be divided by num_kv_attention_heads={kv}",
+            expected=f"num_kv_attention_heads={nearest(kv, heads)}",
+        )
+    if model.model_type == "INTERNLM":
+        if model.no_bias:
+            yield Finding(
+                ("model.no_bias",),
+                "INTERNLM always has attention biases",
+                fix='remove model.no_bias, or take model_type="LLAMA2" or "INTERNLM2_PUBLIC"',
+            )
+        if kv != heads:
+            yield Finding(
+                ("model.num_kv_attention_heads",),
+                f"INTERNLM has one key/value head for each of its {heads} heads, found {kv}",
+                fix='remove model.num_kv_attention_heads, or take model_type="LLAMA2" or "INTERNLM2_PUBLIC"',
+            )
+
+
+def _data(config: Config) -> Iterator[Finding]:
+    data = config.data
+    if data.packed_length > INT32:
+        yield Finding(
+            ("data.seq_len", "data.micro_bsz"),
+            f"seq_len * micro_bsz = {data.packed_length} tokens in one pack",
+            expected=f"at most 2**31 - 1 = {INT32}",
+        )
+    if data.gradient_accumulation not in (None, data.micro_num) and config.parallel.pipeline.size == 1:
+        yield Finding(
+            ("data.gradient_accumulation", "data.micro_num"),
+            f"gradient_accumulation={data.gradient_accumulation} but micro_num={data.micro_num}",
+            expected="the same number: both are the micro-batches of one step",
+            fix="remove data.gradient_accumulation",
+        )
+    yield from _skips(data.skip_batches)
+    yield from _rampup(data.rampup_batch_size, data.micro_num)
+
+
+def _skips(text: str) -> Iterator[Finding]:
+    key, last = ("data.skip_batches",), -1
+    expected = 'ascending step numbers and ranges, such as "3,10-20"'
+    for number, item in enumerate(filter(None, text.split(",")), 1):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", item)
+        if not match:
+            yield Finding(key, f"item {number}, {item!r}, is not a step or a range", expected=expected)
+            return
+        first, end = int(match[1]), int(match[2] or match[1])
+        if end < first:
+            yield Finding(key, f"item {number}, {item!r}, runs backwards", expected=f'"{end}-{first}"')
+        elif first <= last:
+            yield Finding(key, f"item {number}, {item!r}, comes after step {last}", expected=expected)
+        last = max(last, end)
+
+
+def _rampup(text: str, micro_num: int) -> Iterator[Finding]:
+    key = ("data.rampup_batch_size", "data.micro_num")
+    if not text.strip():
+        return
+    parts = text.split()
+    expected = 'three positive integers "start increment every", such as "2 2 100"'
+    if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
+        yield Finding(key, f"found {text!r}: {len(parts)} item{'s' if len(parts) != 1 else ''}", expected=expected)
+    elif int(parts[0]) > micro_num:
+        yield Finding(key, f"starts at {parts[0]} micro-batches, above micro_num={micro_num}", expected=expected)
+    elif (micro_num - int(parts[0])) % int(parts[1]):
+        yield Finding(
+            key,
+            f"from {parts[0]} in steps of {parts[1]} never meets micro_num={micro_num}",
+            expected=f"an increment of {nearest(int(parts[1]), micro_num - int(parts[0]))}",
+        )
+
+
+def _training(config: Config) -> Iterator[Finding]:
+    scaler = config.grad_scaler
+    start, low, high = scaler.fp16.initial_scale, scaler.fp16.min_scale, scaler.max_scale
+    keys = ("grad_scaler.fp16.min_scale", "grad_scaler.max_scale", "grad_scaler.fp16.initial_scale")
+    if low is not None and high is not None and low > high:
+        yield Finding(keys, f"min_scale={low:g} is above max_scale={high:g}", expected="min_scale <= max_scale")
+    elif (low is not None and start < low) or (high is not None and start > high):
+        yield Finding(
+            keys[2:] + keys[:2],
+            f"initial_scale={start:g} is outside min_scale={low} .. max_scale={high}",
+            expected="min_scale <= initial_scale <= max_scale",
+        )
+    lr, steps = config.lr_scheduler, config.data.total_steps
+    scheduled = lr.total_steps or steps
+    warmup = lr.init_steps + int(scheduled * lr.warmup_ratio)
+    if warmup > min(scheduled, steps):
+        yield Finding(
+            ("lr_scheduler.warmup_ratio", "lr_scheduler.init_steps", "lr_scheduler.total_steps", "data.total_steps"),
+            f"{warmup} steps of warm-up (init_steps + total_steps * warmup_ratio) are longer than the training, "
+            f"{min(scheduled, steps)} steps",
+            expected="a warm-up shorter than data.total_steps",
+            fix=f"lower warmup_ratio, or set lr_scheduler.total_steps={steps} too",
+        )
+    if lr.eta_min > config.adam.lr:
+        yield Finding(
+            ("lr_scheduler.eta_min", "adam.lr"),
+            f"eta_min={lr.eta_min:g} is above adam.lr={config.adam.lr:g}",
+            expected="the rate at the end, at most the peak",
+        )
+    name = config.run.job_name
+    if not name or name.startswith(".") or re.search(r"[/\\\x00-\x1f:]", name):
+        yield Finding(
+            ("run.job_name",), f"found {name!r}, which cannot name a folder", expected="no / \\ : and no dot in front"
+        )
+
+
+def _parallel(config: Config) -> Iterator[Finding]:
+    model, data, parallel = config.model, config.data, config.parallel
+    tp, mode, pp, chunks = parallel.tensor.size, parallel.tensor.mode, parallel.pipeline.size, model.num_chunks
+    t = "parallel.tensor.size"
+    for heads, key in ((model.num_attention_heads, "num_attention_heads"), (model.kv_heads, "num_kv_attention_heads")):
+        if heads % tp:
+            yield Finding(
+                (t, f"model.{key}"), f"{tp} does not divide {key}={heads}", expected=f"size={nearest(tp, heads)}"
+            )
+    if mode != "mtp" and data.packed_length % tp:
+        yield Finding(
+            (t, "data.seq_len", "data.micro_bsz"),
+            f"{tp} does not divide the packed length {data.packed_length}, which {mode} splits",
+            expected=f"size={nearest(tp, data.packed_length)}",
+        )
+    if parallel.weight.size > 1 and mode != "isp":
+        yield Finding(
+            ("parallel.weight.size", "parallel.tensor.mode"),
+            f"weight.size={parallel.weight.size} needs tensor mode isp, found {mode}",
+            fix='set parallel.tensor=dict(size=..., mode="isp"), or weight.size=1',
+        )
+    if pp * chunks > model.num_layers:
+        yield Finding(
+            ("parallel.pipeline.size", "model.num_chunks", "model.num_layers"),
+            f"{pp} stages of {chunks} chunks need {pp * chunks} layers, num_layers={model.num_layers}",
+            expected=f"pipeline.size at most {max(model.num_layers // chunks, 1)}",
+        )
+    if chunks > 1 and pp > 1 and data.micro_num % pp:
+        yield Finding(
+            ("data.micro_num", "parallel.pipeline.size", "model.num_chunks"),
+            f"micro_num={data.micro_num} is not a multiple of the {pp} stages of an interleaved pipeline",
+            expected=f"micro_num={nearest(data.micro_num, multiples_of=pp)}",
+        )
+
+
+def _ckpt(config: Config) -> Iterator[Finding]:
+    ckpt, every = config.ckpt, config.ckpt.checkpoint_every
+    if ckpt.enable_save_ckpt and not ckpt.save_ckpt_folder:
+        yield Finding(
+            ("ckpt.enable_save_ckpt", "ckpt.save_ckpt_folder"),
+            "saving is on, but there is no folder to save to",
+            fix='set ckpt.save_ckpt_folder="local:llm_ckpts", or ckpt.enable_save_ckpt=False',
+        )
+    if not math.isnan(every) and (every < 1 or (not math.isinf(every) and every != int(every))):
+        yield Finding(
+            ("ckpt.checkpoint_every",),
+            f"found {every:g}",
+            expected='a whole number of steps from 1 on, or float("inf") for one checkpoint at the end',
+            fix="set ckpt.enable_save_ckpt=False to save none",
+        )
+    content = ckpt.load_ckpt_info.content if ckpt.load_ckpt_info else ()
+    wrong = [word for word in content if word not in CONTENT]
+    if wrong or (ckpt.load_ckpt_info and not content):
+        yield Finding(
+            ("ckpt.load_ckpt_info.content",), f"found {wrong or content!r}", expected=f"some of {', '.join(CONTENT)}"
+        )
+
+
+def _warnings(config: Config, given: Callable[[str], bool]) -> Iterator[tuple[str, str]]:
+    data, lr, ckpt, parallel = config.data, config.lr_scheduler, config.ckpt, config.parallel
+    if data.train_folder is None and data.type == "tokenized":
+        yield "data.train_folder", "None: training on SYNTHETIC data, as documented; set it to train on text"
+    if lr.total_steps is not None and lr.total_steps != data.total_steps:
+        yield (
+            "lr_scheduler.total_steps",
+            f"{lr.total_steps} differs from data.total_steps={data.total_steps}: training ends after "
+            f"{data.total_steps} steps, the learning rate falls over {lr.total_steps}",
+        )
+    if given("grad_scaler") and config.model.dtype != "float16":
+        yield "grad_scaler", f"has no effect with {config.model.dtype}: only float16 needs a loss scale"
+    if parallel.weight.overlap and parallel.weight.size == 1:
+        yield "parallel.weight.overlap", "has no effect while parallel.weight.size is 1"
+    if parallel.pipeline.interleaved_overlap and config.model.num_chunks == 1:
+        yield "parallel.pipeline.interleaved_overlap", "has no effect while model.num_chunks is 1"
+    if ckpt.oss_snapshot_freq <= 1:
+        yield "ckpt.oss_snapshot_freq", f"{ckpt.oss_snapshot_freq:g} means no snapshots"
+    elif ckpt.oss_snapshot_freq >= ckpt.checkpoint_every and not math.isinf(ckpt.oss_snapshot_freq):
+        yield "ckpt.oss_snapshot_freq", "not below checkpoint_every: no snapshot comes between two checkpoints"
+
+
+def check_world(config: Config, world_size: int) -> list[str]:
+    """Whether the layout fits so many processes.
+
+    Returns:
+        Warnings.
+    Raises:
+        ConfigError: the sizes do not divide; with the nearest that do.
+    """
+    parallel = config.parallel
+    isp = parallel.tensor.mode == "isp"
+    pp, tp, wp, zero = parallel.pipeline.size, parallel.tensor.size, parallel.weight.size, parallel.zero1.size
+    problems = [
+        UserError(
+            f"{world_size} processes cannot be divided by {name} = {size}",
+            where="parallel",
+            expected=f"{nearest(world_size, multiples_of=size)} processes, or a product of {nearest(size, world_size)}",
+        )
+        for size, name in (
+            (pp * tp, "pipeline.size * tensor.size"),
+            (pp * wp if isp else 1, "pipeline.size * weight.size"),
+        )
+        if world_size % size
+    ]
+    dp = world_size // pp // (wp if isp else tp)
+    warnings = []
+    if not problems and zero > dp:
+        warnings.append(f"parallel.zero1.size: {zero} is more than the {dp} data-parallel ranks; {dp} is used")
+    elif not problems and zero > 1 and dp % zero:
+        problems.append(
+            UserError(
+                f"{zero} does not divide the {dp} data-parallel ranks",
+                where="parallel.zero1.size",
+                expected=nearest(zero, dp),
+            )
+        )
+    if problems:
+        raise ConfigError(problems)
+    return warnings

@@ -1,0 +1,43 @@
+"""How many parameters a model has, computed from its config alone; and how many tokens a step takes."""
+
+from __future__ import annotations
+
+from evomesh.config.legacy import BUILT_IN
+from evomesh.config.schema import Config, ModelConfig
+
+
+def parameter_counts(model: ModelConfig) -> dict[str, int]:
+    """Elements per part: embedding, attention, feed_forward, norms, head (all layers together, nothing padded).
+
+    For a user's own model type, of which only the builder knows the parts: {}.
+    """
+    if model.model_type not in BUILT_IN:
+        return {}
+    hidden, head = model.hidden_size, model.head_dim
+    qkv = (model.num_attention_heads + 2 * model.kv_heads) * head
+    biases = 0 if model.no_bias else qkv + hidden
+    norm = hidden * (2 if model.norm_type == "layernorm" else 1)
+    post_norm = model.apply_post_layer_norm and model.model_type == "INTERNLM2_PUBLIC"
+    return {
+        "embedding": model.vocab_size * hidden,
+        "attention": model.num_layers * (hidden * qkv + hidden * hidden + biases),
+        "feed_forward": model.num_layers * (3 if model.use_swiglu else 2) * hidden * model.mlp_width,
+        "norms": norm * (2 * model.num_layers + (0 if post_norm else 1)),
+        "head": model.vocab_size * hidden,
+    }
+
+
+def parameter_count(model: ModelConfig) -> int | None:
+    """All parameters; None for a user's own model type."""
+    counts = parameter_counts(model)
+    return sum(counts.values()) if counts else None
+
+
+def tokens_per_step(config: Config, data_parallel: int = 1) -> int:
+    """Tokens of one optimizer step over ``data_parallel`` ranks."""
+    return config.data.packed_length * config.data.micro_num * data_parallel
+
+
+def data_parallel_size(config: Config, world_size: int) -> int:
+    """Ranks that see different data: world / pipeline / tensor, as documented."""
+    return world_size // config.parallel.pipeline.size // config.parallel.tensor.size
