@@ -51,7 +51,7 @@ def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 def _target(node: ast.expr) -> str:
     if isinstance(node, ast.Name):
         return node.id
-    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str):
         above = _target(node.value)
         return f"{above}.{node.slice.value}" if above else ""
     return ""
