@@ -1,4 +1,4 @@
-"""Raw records from text files, one at a time: txt, jsonl and json (a list), plain, .gz or .zst, in flat memory."""
+"""Raw records one at a time, in flat memory: txt, jsonl and json (a list), plain, .gz or .zst; parquet and arrow."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ import zstandard
 
 from evomesh.errors import UserError
 
-FORMATS = ("txt", "json", "jsonl")
+FORMATS = ("txt", "json", "jsonl", "parquet", "arrow")
 PACKERS = ("gz", "zst")
+DESCRIPTIONS = ("dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json")  # of Hugging Face folders
+TABLE_ROWS = 1024  # rows decoded at once
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def find_texts(inputs: list[str]) -> list[TextFile]:
             inside = [_classify(Path(folder) / name) for folder, name in _walk(path)]
             known = [file for file in inside if file is not None]
             if not known:
-                raise UserError(f"no txt, json or jsonl file below {path}", where="input")
+                raise UserError(f"no {', '.join(FORMATS)} file below {path}", where="input")
             found += known
             continue
         names = [path] if path.exists() else sorted(Path(name) for name in glob.glob(str(path), recursive=True))
@@ -78,7 +80,7 @@ def find_texts(inputs: list[str]) -> list[TextFile]:
                 raise UserError(
                     f"{name.name!r} is of no known kind",
                     where=str(name),
-                    expected="a name ending in .txt, .json or .jsonl, or one of these with .gz or .zst behind",
+                    expected=f"a name ending in .{', .'.join(FORMATS)}, or text with .gz or .zst behind",
                 )
             found.append(file)
     return found
@@ -87,7 +89,7 @@ def find_texts(inputs: list[str]) -> list[TextFile]:
 def _walk(folder: Path) -> Iterator[tuple[str, str]]:
     for directory, folders, names in os.walk(folder, followlinks=True):
         folders.sort()
-        yield from ((directory, name) for name in sorted(names))
+        yield from ((directory, name) for name in sorted(names) if name not in DESCRIPTIONS)
 
 
 def _classify(path: Path) -> TextFile | None:
@@ -104,8 +106,8 @@ def read_records(stream: IO[bytes], file: TextFile) -> Iterator[Record]:
         UserError: the content is not what the name says; names file and line.
     """
     try:
-        if file.format == "json":
-            yield from _read_json(stream, file)
+        if file.format in ("json", "parquet", "arrow"):
+            yield from _read_json(stream, file) if file.format == "json" else _read_table(stream, file)
             return
         for number, line in enumerate(stream, 1):
             where = f"{file.path} line {number}"
@@ -157,6 +159,39 @@ def _read_json(stream: IO[bytes], file: TextFile) -> Iterator[Record]:
             yield Record(value, f"{file.path} record {number}")
     except ijson.JSONError as error:
         raise UserError(f"not JSON ({error})", where=str(file.path), expected="a list of records") from None
+
+
+def _read_table(stream: IO[bytes], file: TextFile) -> Iterator[Record]:
+    """Rows of a Hugging Face dataset's files."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(
+            "reading it needs pyarrow", where=str(file.path), fix="pip install 'evomesh[streaming]'"
+        ) from None
+    try:
+        if file.format == "parquet":
+            batches = pyarrow.parquet.ParquetFile(stream).iter_batches(TABLE_ROWS)
+        else:
+            batches = _arrow_batches(stream, pyarrow)
+        number = 0
+        for batch in batches:
+            for row in batch.to_pylist():
+                number += 1
+                yield Record(row, f"{file.path} row {number}")
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"not a {file.format} file ({error})", where=str(file.path)) from None
+
+
+def _arrow_batches(stream: IO[bytes], pyarrow: Any) -> Iterator[Any]:
+    try:  # what datasets.save_to_disk writes
+        yield from pyarrow.ipc.open_stream(stream)
+    except pyarrow.ArrowInvalid:
+        stream.seek(0)
+        reader = pyarrow.ipc.open_file(stream)
+        for number in range(reader.num_record_batches):
+            yield reader.get_batch(number)
 
 
 class _Prefixed:

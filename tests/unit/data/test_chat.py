@@ -1,0 +1,243 @@
+"""Conversations: which tokens are written, and which of them are targets."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from evomesh.data.bin_dataset import BinDataset
+from evomesh.data.chat import build_template, read_conversation
+from evomesh.data.sources import Record, find_texts
+from evomesh.data.supervised import ChatOptions, tokenize_chats
+from evomesh.data.tokenizer import load_tokenizer
+from evomesh.errors import UserError
+
+ROOT = Path(__file__).parents[3]
+SPECIAL = ["<s>", "</s>", "<eoh>", "<eoa>", "<|im_start|>", "<|im_end|>",
+           "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]  # fmt: skip
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer folder: byte-level BPE, special tokens, ChatML as its jinja template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["hello world"], trainer)
+    path = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save(str(path / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": CHATML}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return path
+
+
+def encode(folder: Path, template: str, turns: Any, schema: Any = "messages", **options: Any) -> tuple[str, str]:
+    """Decoded (everything, targets only) of one conversation."""
+    tokenizer = load_tokenizer(folder)
+    record = Record(turns, "here")
+    ids = build_template(template, tokenizer).encode(read_conversation(record, schema, **options))
+    return tokenizer.decode([abs(x) for x in ids]), tokenizer.decode([x for x in ids if x > 0])
+
+
+ALPACA = {"instruction": "Add.", "input": "1 2", "output": "3"}
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "hello"},
+    {"role": "user", "content": "bye"},
+    {"role": "assistant", "content": "world"},
+]
+
+
+def test_internlm_layout_of_the_documents(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    ids = build_template("internlm", tokenizer).encode(read_conversation(Record(ALPACA, ""), "alpaca"))
+    plain = tokenizer.encode
+    name = tokenizer.token_id
+    expected = [name("<s>")]
+    expected += [-x for x in [*plain("<|User|>:Add.\n1 2"), name("<eoh>") or -1, *plain("\n"), *plain("<|Bot|>:")]]
+    expected += [*plain("3"), name("<eoa>"), *plain("\n"), name("</s>")]
+    assert ids == expected
+    whole, targets = encode(folder, "internlm", ALPACA | {"input": ""}, "alpaca")
+    assert whole == "<s><|User|>:Add.<eoh>\n<|Bot|>:3<eoa>\n</s>"
+    assert targets == "3<eoa>\n</s>"  # bos has id 0 here, whose sign cannot show
+
+
+def test_styles_and_multi_turn_targets(folder: Path) -> None:
+    whole, targets = encode(folder, "chatml", TURNS)
+    assert whole == (
+        "<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello"
+        "<|im_end|>\n<|im_start|>user\nbye<|im_end|>\n<|im_start|>assistant\nworld<|im_end|>\n"
+    )
+    assert targets == "hello<|im_end|>world<|im_end|>"
+    whole, targets = encode(folder, "llama3", TURNS[1:3])
+    assert whole == (
+        "<s><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nhello<|eot_id|>"
+    )
+    assert targets == "hello<|eot_id|>"
+
+
+def test_template_of_the_tokenizer_folder(folder: Path) -> None:
+    whole, targets = encode(folder, "tokenizer", TURNS)
+    assert whole == encode(folder, "chatml", TURNS)[0].removeprefix("<s>")
+    assert targets == "hello<|im_end|>\nworld<|im_end|>\n"
+
+
+def test_loss_of_single_turns_and_other_roles(folder: Path) -> None:
+    muted = [*TURNS[:2], TURNS[2] | {"loss": False}, *TURNS[3:]]
+    assert encode(folder, "chatml", {"messages": muted})[1] == "world<|im_end|>"
+    assert (
+        encode(folder, "chatml", TURNS, roles=("user", "system"))[1] == "Be brief.<|im_end|>hi<|im_end|>bye<|im_end|>"
+    )
+
+
+def test_sharegpt(folder: Path) -> None:
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
+    assert encode(folder, "chatml", {"conversations": turns}, "sharegpt") == encode(folder, "chatml", TURNS[1:3])
+
+
+@pytest.mark.parametrize(
+    ("schema", "value", "part"),
+    [
+        (
+            "alpaca",
+            {"instruction": "a", "output": "b"},
+            "here: the record has no key 'input' (it has: instruction, output)",
+        ),
+        ("messages", {"text": "a"}, "no key 'messages'"),
+        ("messages", [{"role": "robot", "content": "a"}], "the role 'robot' is unknown"),
+        ("messages", [{"role": "user", "content": 1}], "content is a int"),
+        ("sharegpt", {"conversations": []}, "no turns"),
+    ],
+)
+def test_bad_records(schema: Any, value: Any, part: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_conversation(Record(value, "here"), schema)
+    assert part in str(caught.value)
+
+
+def write_alpaca(path: Path, count: int) -> Path:
+    path.write_text(json.dumps([ALPACA | {"output": f"answer {n}"} for n in range(count)]))
+    return path
+
+
+def documents(path: Path) -> list[list[int]]:
+    dataset = BinDataset(path)
+    return [dataset.read(np.array([i])).tolist() for i in range(len(dataset))]
+
+
+def test_split_is_disjoint_complete_and_repeatable(folder: Path, tmp_path: Path) -> None:
+    files = find_texts([str(write_alpaca(tmp_path / "a.json", 150))])
+    tokenizer = load_tokenizer(folder)
+    tokenize_chats(files, tmp_path / "all.bin", tokenizer, ChatOptions("alpaca"), workers=2)
+    for seed in (0, 0, 1):
+        _, counts = tokenize_chats(
+            files, tmp_path / f"o{seed}", tokenizer, ChatOptions("alpaca", split_ratio=0.1, seed=seed)
+        )
+        assert counts.truncated == 0
+    every = documents(tmp_path / "all.bin")
+    train, valid = (documents(tmp_path / "o0" / part / "en/dataset.bin") for part in ("train", "valid"))
+    assert (len(train), len(valid)) == (135, 15)
+    assert sorted(train + valid) == sorted(every)
+    assert [document for document in every if document in train] == train  # order is kept
+    assert documents(tmp_path / "o1/valid/en/dataset.bin") != valid
+
+
+def test_truncation_is_counted_and_keeps_the_ending(folder: Path, tmp_path: Path) -> None:
+    files = find_texts([str(write_alpaca(tmp_path / "a.json", 3))])
+    tokenizer = load_tokenizer(folder)
+    tokenize_chats(files, tmp_path / "a.bin", tokenizer, ChatOptions("alpaca"))
+    whole = documents(tmp_path / "a.bin")
+    limit = len(whole[0]) - 3
+    facts, counts = tokenize_chats(files, tmp_path / "b.bin", tokenizer, ChatOptions("alpaca", max_length=limit))
+    cut = documents(tmp_path / "b.bin")
+    assert [document[:-1] for document in cut] == [document[: limit - 1] for document in whole]
+    assert all(document[-1] == tokenizer.eos_id for document in cut)
+    assert (counts.truncated, counts.lost_tokens) == (3, sum(len(document) - limit for document in whole))
+    assert facts[str(tmp_path / "b.bin")]["truncated"] == 3
+
+
+def test_records_of_a_hugging_face_folder(folder: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [ALPACA | {"output": str(n)} for n in range(5)]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "disk"))
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "x.parquet"))
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    tokenizer = load_tokenizer(folder)
+    found = []
+    for name in ("a.json", "disk", "x.parquet"):
+        tokenize_chats(find_texts([str(tmp_path / name)]), tmp_path / "o.bin", tokenizer, ChatOptions("alpaca"))
+        found.append(documents(tmp_path / "o.bin"))
+    assert found[0] == found[1] == found[2]
+
+
+def test_missing_special_token_is_named(tmp_path: Path) -> None:
+    path = sentencepiece_model(tmp_path, [])
+    with pytest.raises(UserError, match="no token <eoh>, which the chat template 'internlm' needs"):
+        build_template("internlm", load_tokenizer(path))
+    with pytest.raises(UserError, match="no chat template 'x'"):
+        build_template("x", load_tokenizer(path))
+    with pytest.raises(UserError, match=r"chat_template\.jinja"):
+        build_template("tokenizer", load_tokenizer(path))
+
+
+def sentencepiece_model(tmp_path: Path, symbols: list[str]) -> Path:
+    text = tmp_path / "text.txt"
+    text.write_text("hello world, this is a line\nand another one\n" * 50)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(tmp_path / "sp"), vocab_size=300 + len(symbols), model_type="bpe",
+        byte_fallback=True, user_defined_symbols=symbols, normalization_rule_name="identity", add_dummy_prefix=False,
+        minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    return tmp_path / "sp.model"
+
+
+def test_the_documents_tools(tmp_path: Path) -> None:
+    model = str(sentencepiece_model(tmp_path, ["<eoh>", "<eoa>"]))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+
+    def tool(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "tools" / name), *arguments]
+        return subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
+
+    source = str(write_alpaca(tmp_path / "a.json", 20))
+    result = tool("alpaca_tokenizer.py", source, str(tmp_path / "out"), model, "--split_ratio", "0.2")
+    assert result.returncode == 0, result.stderr
+    assert len(documents(tmp_path / "out/train/en/dataset.bin")) == 16
+    valid = documents(tmp_path / "out/valid/en/dataset.bin")
+    assert len(valid) == 4
+    assert {document[0] for document in valid} == {1}
+    assert {document[-1] for document in valid} == {2}
+
+    (tmp_path / "raw.txt").write_text(" hello world\n\nthis is\n")
+    output = str(tmp_path / "cn" / "o.bin")
+    arguments = ("--text_input_path", str(tmp_path / "raw.txt"), "--bin_output_path", output)
+    result = tool("tokenizer.py", *arguments)
+    assert result.returncode == 2
+    assert "--tokenizer_path" in result.stderr
+    assert tool("tokenizer.py", *arguments, "--tokenizer_path", model).returncode == 0
+    processor = sentencepiece.SentencePieceProcessor(model_file=model)
+    assert documents(Path(output)) == [processor.encode("hello world"), processor.encode("this is")]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes(Path(model).read_bytes())
+    (folder / "tokenization_x.py").write_text("raise SystemExit('this must not run')")
+    assert load_tokenizer(folder).encode("hello") == processor.encode("hello")
