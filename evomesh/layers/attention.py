@@ -26,6 +26,7 @@ __all__ = ["Attend", "Attention", "Documents", "attend"]
 Attend = Callable[[int, Tensor, Tensor, Tensor, Documents], Tensor]
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # document lengths are data, each would be compiled anew
 def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> Tensor:
     """softmax(q k^T / sqrt(H)) v within each document, causal. ``layer`` is for callers that keep a cache."""
     del layer

@@ -1,0 +1,186 @@
+"""Tokens per second of one training step (forward, backward, AdamW), beside a same-shaped Llama of transformers.
+
+Run: python benchmarks/train_step.py [--shape 60M] [--compiled] [--packed] [--rounds 7] [--threads 2]
+
+The two take turns within one run, so that a busy machine slows both; the figure to quote is the median of the ratios
+of neighbouring steps. Model FLOPs of a step are 6 (parameters without embedding) tokens plus causal attention counted
+once, 6 layers hidden (sum of squared document lengths); the fraction is of the best float32 matrix product measured
+in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from evomesh.config.schema import ModelConfig
+from evomesh.layers.attention import Documents
+from evomesh.models.registry import build_model, initialize_weights
+
+
+@dataclass(frozen=True)
+class Shape:
+    layers: int
+    hidden: int
+    heads: int
+    mlp: int
+    vocab: int
+    documents: tuple[int, ...]  # lengths, packed into one sequence
+
+
+SHAPES = {
+    "10M": Shape(4, 256, 4, 704, 16000, (512,) * 4),
+    "60M": Shape(8, 512, 8, 1408, 32000, (512,) * 4),
+    "200M": Shape(12, 1024, 16, 2816, 32000, (512,) * 2),
+}
+RAGGED = (301, 23, 180, 64, 512, 7, 140, 285, 96, 33, 210, 197)  # --packed: 2048 tokens, cut to the shape's total
+
+
+def ragged(total: int) -> tuple[int, ...]:
+    lengths: list[int] = []
+    for length in RAGGED:
+        if sum(lengths) < total:
+            lengths.append(min(length, total - sum(lengths)))
+    return tuple(lengths)
+
+
+def our_step(shape: Shape, lengths: tuple[int, ...], ids: torch.Tensor, compiled: bool) -> Callable[[], float]:
+    config = ModelConfig(
+        model_type="LLAMA2",
+        num_layers=shape.layers,
+        hidden_size=shape.hidden,
+        vocab_size=shape.vocab,
+        num_attention_heads=shape.heads,
+        mlp_ratio=shape.mlp / shape.hidden,
+        multiple_of=1,
+        dtype="float32",
+        no_bias=True,
+        compile=compiled,
+    )
+    model = build_model(config)
+    initialize_weights(model, seed=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    bounds = torch.tensor((0, *lengths)).cumsum(0).int()
+    docs = Documents(torch.cat([torch.arange(n) for n in lengths]), bounds, max(lengths))
+    labels = torch.cat([torch.cat((part[1:], torch.tensor([-100]))) for part in ids.split(list(lengths))])
+    targets = int((labels >= 0).sum())
+
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        loss = model.loss(model(ids, docs), labels, grad_scale=1 / targets)
+        loss.scaled_sum.backward()
+        optimizer.step()
+        return loss.scaled_sum.item()
+
+    return step
+
+
+def their_step(shape: Shape, lengths: tuple[int, ...], ids: torch.Tensor, compiled: bool) -> Callable[[], float]:
+    """Equal documents as a batch; ragged ones the way it packs them: position ids that restart, which make a mask."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.mlp,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        tie_word_embeddings=False,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    model = LlamaForCausalLM(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    forward = torch.compile(model) if compiled else model
+    inputs: dict[str, torch.Tensor]
+    if len(set(lengths)) == 1:
+        batch = ids.view(len(lengths), -1)
+        inputs = {"input_ids": batch, "labels": batch.clone()}
+    else:
+        labels = ids[None].clone()
+        labels[0, [sum(lengths[:i]) for i in range(len(lengths))]] = -100  # no prediction across a bound
+        positions = torch.cat([torch.arange(n) for n in lengths])[None]
+        inputs = {"input_ids": ids[None], "labels": labels, "position_ids": positions}
+
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        loss = forward(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        return float(loss.item())
+
+    return step
+
+
+def product_rate() -> float:
+    """Best FLOP/s of a float32 matrix product over a few shapes."""
+    best = 0.0
+    for m, k, n in ((2048, 2048, 2048), (2048, 512, 1408), (512, 512, 16000)):
+        a, b = torch.randn(m, k), torch.randn(k, n)
+        torch.mm(a, b)
+        for _ in range(3):
+            start = time.perf_counter()
+            torch.mm(a, b)
+            best = max(best, 2 * m * k * n / (time.perf_counter() - start))
+    return best
+
+
+def model_flops(shape: Shape, lengths: tuple[int, ...]) -> float:
+    block = 4 * shape.hidden**2 + 3 * shape.hidden * shape.mlp
+    parameters = shape.layers * block + shape.hidden * shape.vocab
+    attention = 6 * shape.layers * shape.hidden * sum(n * n for n in lengths)
+    return 6.0 * parameters * sum(lengths) + attention
+
+
+def timed(step: Callable[[], float]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="60M")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile on their side (the whole model)")
+    parser.add_argument("--compiled-ours", action="store_true", help="torch.compile on our side (each block)")
+    parser.add_argument("--packed", action="store_true", help="documents of unequal length in one sequence")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    shape = SHAPES[args.shape]
+    total = sum(shape.documents)
+    lengths = ragged(total) if args.packed else shape.documents
+    ids = torch.randint(0, shape.vocab, (total,), generator=torch.Generator().manual_seed(0))
+    ours = our_step(shape, lengths, ids, args.compiled_ours)
+    theirs = their_step(shape, lengths, ids, args.compiled)
+    for step in (ours, ours, theirs, theirs):
+        step()
+    pairs, rate = [], product_rate()
+    for _ in range(args.rounds):
+        pairs.append((timed(ours), timed(theirs)))
+        rate = max(rate, product_rate())
+    flops = model_flops(shape, lengths)
+    print(f"{args.shape}: {total} tokens in {len(lengths)} documents, float32, {args.threads} threads")
+    names = ("evomesh" + args.compiled_ours * " compiled", "transformers" + args.compiled * " compiled")
+    for name, times in zip(names, zip(*pairs, strict=True), strict=True):
+        seconds = statistics.median(times)
+        speed = flops / seconds
+        print(f"  {name:22s} {total / seconds:8.1f} tokens/s  {speed / 1e9:6.1f} GFLOP/s  {speed / rate:.2f} of best")
+    ratio = statistics.median(b / a for a, b in pairs)
+    print(f"  best float32 product {rate / 1e9:.1f} GFLOP/s; median ratio of speeds {ratio:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""Trains the model of parallel_blocks.py on synthetic data.
+
+Run, from this folder: evomesh train config.py
+"""
+
+from parallel_blocks import build
+
+from evomesh.models.registry import model_initializer
+
+model_initializer.register_module("PARALLEL_BLOCKS", build)
+
+JOB_NAME = "parallel_blocks"
+model_type = "PARALLEL_BLOCKS"
+model = dict(
+    num_layers=4,
+    hidden_size=64,
+    num_attention_heads=4,
+    mlp_ratio=2.0,
+    multiple_of=32,
+    vocab_size=1000,
+    dtype="torch.float32",
+    first_gain=0.5,  # the model's own parameter
+)
+data = dict(seq_len=128, micro_bsz=4, micro_num=1, total_steps=20, train_folder=None)
+adam = dict(lr=1e-3)

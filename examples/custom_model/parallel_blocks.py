@@ -1,0 +1,96 @@
+"""A model of one's own: attention and feed-forward side by side, added with a learned gain for each feature.
+
+Shapes: T packed tokens, D model, V vocabulary.
+
+Everything that it does not want to change comes from ``evomesh.layers``; none of evomesh's files is touched.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evomesh.config.schema import ModelConfig
+from evomesh.layers.attention import Attend, Attention, Documents, attend
+from evomesh.layers.dtype import parameter_dtype, promote
+from evomesh.layers.embedding import Embedding
+from evomesh.layers.init import Initial
+from evomesh.layers.loss import LossOutput, linear_cross_entropy
+from evomesh.layers.mlp import FeedForward
+from evomesh.layers.norm import Norm
+from evomesh.layers.placement import Placement
+from evomesh.layers.rotary import Rotary
+from evomesh.models.language_model import LanguageModel
+
+
+class ParallelBlock(nn.Module):
+    """[T, D] -> [T, D]: x + gain * (attention(norm(x)) + feed_forward(norm(x)))."""
+
+    def __init__(self, layer: int, config: ModelConfig, at: Placement) -> None:
+        super().__init__()
+        self.norm = Norm("rmsnorm", config.hidden_size, eps=config.layer_norm_epsilon, fp32_weight=False, at=at)
+        self.attention = Attention(
+            layer,
+            config.hidden_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.kv_heads,
+            bias=False,
+            interleaved=False,
+            at=at,
+        )
+        self.feed_forward = FeedForward(config.hidden_size, config.mlp_width, swiglu=config.use_swiglu, at=at)
+        self.gain = nn.Parameter(torch.empty(config.hidden_size, dtype=at.dtype, device=at.device))
+
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], docs: Documents, attend: Attend) -> Tensor:
+        h = self.norm(x)
+        return x + self.gain * (self.attention(h, tables, docs, attend) + self.feed_forward(h))
+
+
+class ParallelBlocks(LanguageModel):
+    """One matrix is both embedding and output head.
+
+    Args:
+        first_gain: what every gain starts as.
+    """
+
+    def __init__(self, config: ModelConfig, first_gain: float, device: torch.device | str) -> None:
+        super().__init__()
+        at = Placement(dtype=parameter_dtype(config.dtype), device=torch.device(device))
+        self.config, self.first_gain, self.dtype = config, first_gain, at.dtype
+        self.rotary = Rotary(config.head_dim, config.rope_base)
+        self.embedding = Embedding(config.vocab_size, config.hidden_size, grad_scale=1.0, split_hidden=False, at=at)
+        self.layers = nn.ModuleDict({str(i): ParallelBlock(i, config, at) for i in range(config.num_layers)})
+        self.norm = Norm("rmsnorm", config.hidden_size, eps=config.layer_norm_epsilon, fp32_weight=False, at=at)
+
+    def forward(self, x: Tensor, docs: Documents, attend: Attend = attend) -> Tensor:
+        x = self.embedding(x)
+        tables = self.rotary.tables(docs, self.dtype)
+        for block in self.layers.values():
+            x = block(x, tables, docs, attend)
+        return self.norm(x)
+
+    def loss(
+        self, hidden: Tensor, labels: Tensor, grad_scale: float | Tensor = 1.0, label_smoothing: float = 0.0
+    ) -> LossOutput:
+        return linear_cross_entropy(
+            hidden,
+            self.embedding.weight,
+            labels,
+            vocab_size=self.config.vocab_size,
+            grad_scale=grad_scale,
+            label_smoothing=label_smoothing,
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.embedding.weight).to(promote(self.dtype))
+
+    def initial(self, name: str) -> Initial:
+        if name.endswith("gain"):
+            return Initial("constant", self.first_gain)
+        return Initial("constant", 1.0) if "norm" in name else Initial("normal", 0.02)
+
+
+def build(config: ModelConfig, *, device: torch.device | str, first_gain: float = 1.0) -> ParallelBlocks:
+    """What the config registers. ``first_gain`` is the model's own parameter, set in the config's ``model`` section."""
+    return ParallelBlocks(config, first_gain, device)

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from evomesh.layers.attention import Documents, _varlen, attend
+from evomesh.layers.documents import whole
+
+
+def documents(lengths: list[int], padding: int = 0) -> Documents:
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    bounds = torch.cat([bounds, bounds[-1:].expand(padding)]).int()
+    return Documents(torch.cat([torch.arange(n) for n in lengths]), bounds, max(lengths))
+
+
+def oracle(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    """softmax(q k^T / sqrt(H)) v with a dense mask, one head after the other."""
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    allowed = (document[:, None] == document[None]) & torch.ones(len(q), len(q), dtype=torch.bool).tril()
+    group = q.shape[1] // k.shape[1]
+    heads = []
+    for n in range(q.shape[1]):
+        scores = q[:, n] @ k[:, n // group].T / q.shape[2] ** 0.5
+        weights = torch.exp(scores - scores.max()) * allowed
+        heads.append(weights / weights.sum(1, keepdim=True) @ v[:, n // group])
+    return torch.stack(heads, dim=1)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("lengths", [[7], [3, 3, 3], [5, 1, 1, 9, 2], [1, 1, 6], [300, 140, 140, 3]])
+def test_equals_dense_oracle_in_value_and_gradient(lengths: list[int], kv_heads: int) -> None:
+    torch.manual_seed(0)
+    total = sum(lengths)
+    q = torch.randn(total, 4, 6, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(total, kv_heads, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    seen = torch.randn(total, 4, 6, dtype=torch.float64)
+    ours = attend(0, q, k, v, documents(lengths, padding=2))
+    expected = oracle(q, k, v, lengths)
+    torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-12)
+    for a, b in zip(
+        torch.autograd.grad(ours, [q, k, v], seen), torch.autograd.grad(expected, [q, k, v], seen), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+
+def test_lengths_skip_padding_and_empty_documents() -> None:
+    docs = Documents(torch.tensor([0, 1, 0, 1, 2]), torch.tensor([0, 2, 2, 5, 5, 5], dtype=torch.int32), 3)
+    assert docs.lengths() == [2, 3]
+    assert docs.span().tolist() == [2, 2, 3, 3, 3]
+
+
+def test_span_counts_positions_before_the_first_token() -> None:
+    assert whole(2, start=5).span().tolist() == [7, 7]
+
+
+@pytest.mark.parametrize("newer", [True, False])
+def test_variable_length_kernel_gets_what_its_signature_knows(newer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def signature_now(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cu_seq_q: Tensor,
+        cu_seq_k: Tensor,
+        max_q: int,
+        max_k: int,
+        *,
+        window_size: tuple[int, int] = (-1, -1),
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        assert window_size == (-1, 0) and enable_gqa and key.shape[1] == 2
+        return query
+
+    def signature_before(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cu_seq_q: Tensor,
+        cu_seq_k: Tensor,
+        max_q: int,
+        max_k: int,
+        is_causal: bool = False,
+    ) -> Tensor:
+        assert is_causal and key.shape[1] == 4 and torch.equal(key[:, 0], key[:, 1])
+        return query
+
+    kernel = signature_now if newer else signature_before
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", SimpleNamespace(varlen_attn=kernel))
+    q, k = torch.randn(6, 4, 8), torch.randn(6, 2, 8)
+    assert _varlen(q, k, k, documents([4, 2])) is q

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from evomesh.layers.loss import IGNORE, LossOutput, linear_cross_entropy
+
+T, D, V = 37, 12, 29
+
+
+def inputs(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    hidden = torch.randn(T, D, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(V, D, dtype=torch.float64).to(dtype).requires_grad_()
+    labels = torch.randint(0, V, (T,))
+    labels[[0, 5, 6, T - 1]] = IGNORE
+    return hidden, weight, labels
+
+
+def reference(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    logits = hidden @ weight.T
+    loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+    return loss, F.cross_entropy(logits, labels, reduction="none"), logits.argmax(-1) == labels
+
+
+def check(out: LossOutput, leaves: list[torch.Tensor], expected: torch.Tensor, like: list[torch.Tensor]) -> None:
+    ours = torch.autograd.grad(out.scaled_sum, leaves)
+    theirs = torch.autograd.grad(expected, like)
+    torch.testing.assert_close(out.scaled_sum, expected, rtol=1e-13, atol=1e-13)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 37, 512])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_equals_torch(chunk: int, smoothing: float) -> None:
+    hidden, weight, labels = inputs()
+    out = linear_cross_entropy(
+        hidden, weight, labels, vocab_size=V, chunk=chunk, label_smoothing=smoothing, grad_scale=0.37
+    )
+    expected, nll, correct = reference(hidden, weight, labels, smoothing)
+    check(out, [hidden, weight], expected * 0.37, [hidden, weight])
+    torch.testing.assert_close(out.nll, nll.detach(), rtol=1e-13, atol=1e-13)
+    assert torch.equal(out.correct, correct) and not out.nll.requires_grad
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_padded_rows_are_outside_everything(smoothing: float) -> None:
+    hidden, weight, labels = inputs()
+    padded = torch.cat([weight.detach(), torch.full((3, D), 50.0, dtype=torch.float64)]).requires_grad_()
+    out = linear_cross_entropy(hidden, padded, labels, vocab_size=V, label_smoothing=smoothing, chunk=8)
+    expected, *_ = reference(hidden, weight, labels, smoothing)
+    grad_hidden, grad_padded = torch.autograd.grad(out.scaled_sum, [hidden, padded])
+    assert torch.equal(grad_padded[V:], torch.zeros(3, D, dtype=torch.float64))
+    expected_hidden, expected_weight = torch.autograd.grad(expected, [hidden, weight])
+    torch.testing.assert_close(grad_hidden, expected_hidden, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(grad_padded[:V], expected_weight, rtol=1e-11, atol=1e-13)
+
+
+def test_gradient_follows_the_factor_behind_it() -> None:
+    hidden, weight, labels = inputs()
+    out = linear_cross_entropy(hidden, weight, labels, vocab_size=V)
+    expected, *_ = reference(hidden, weight, labels)
+    check(LossOutput(out.scaled_sum * -2.5, out.nll, out.correct), [hidden, weight], expected * -2.5, [hidden, weight])
+
+
+def test_all_ignored_is_zero_with_zero_gradients() -> None:
+    hidden, weight, _ = inputs()
+    out = linear_cross_entropy(hidden, weight, torch.full((T,), IGNORE), vocab_size=V)
+    out.scaled_sum.backward()
+    assert out.scaled_sum.item() == 0 and not out.nll.any() and not out.correct.any()
+    assert hidden.grad is not None and not hidden.grad.any()
+    assert weight.grad is not None and not weight.grad.any()
+
+
+def test_confident_and_hopeless_tokens_keep_their_loss() -> None:
+    """A probability that underflows to 0 still has a finite loss; one that rounds to 1 a loss of 0."""
+    hidden = torch.tensor([[400.0, 0.0], [-400.0, 0.0]])
+    weight = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    out = linear_cross_entropy(hidden, weight, torch.tensor([0, 0]), vocab_size=2)
+    assert out.nll.tolist() == [0.0, 400.0] and out.correct.tolist() == [True, False]
+
+
+def test_no_gradient_work_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, labels = inputs()
+    monkeypatch.setattr(torch, "mm", None)  # the product of the gradient with the weight
+    with torch.no_grad():
+        out = linear_cross_entropy(hidden, weight, labels, vocab_size=V)
+    assert not out.scaled_sum.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_near_float64_and_sums_in_float32(dtype: torch.dtype) -> None:
+    hidden, weight, labels = inputs(dtype)
+    out = linear_cross_entropy(hidden, weight, labels, vocab_size=V, chunk=8)
+    expected, *_ = reference(hidden.double(), weight.double(), labels)
+    assert out.nll.dtype is torch.float32 and out.scaled_sum.dtype is torch.float32
+    torch.testing.assert_close(out.scaled_sum.double(), expected, rtol=4e-3, atol=0)
+    ours = torch.autograd.grad(out.scaled_sum, [hidden, weight])
+    for a, b in zip(ours, torch.autograd.grad(expected, [hidden, weight]), strict=True):
+        assert a.dtype is dtype
+        assert (a.double() - b.double()).abs().max() / b.abs().max() < 2e-2
+
+
+def test_scale_lifts_float16_gradients_out_of_underflow() -> None:
+    hidden, weight, labels = inputs(torch.float16)
+    tokens = 10.0**9  # a loss averaged over so many tokens has gradients below float16's smallest number
+    plain = linear_cross_entropy(hidden, weight, labels, vocab_size=V, grad_scale=1 / tokens)
+    assert not torch.autograd.grad(plain.scaled_sum, hidden)[0].any()
+    scaled = linear_cross_entropy(hidden, weight, labels, vocab_size=V, grad_scale=torch.tensor(tokens / tokens))
+    assert torch.autograd.grad(scaled.scaled_sum, hidden)[0].any()

@@ -1,0 +1,59 @@
+"""The example of a user's own model: built, checked and trained by the registry's rules alone."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from evomesh.config.schema import ModelConfig
+from evomesh.errors import ConfigError
+from evomesh.layers.documents import whole
+from evomesh.models.registry import ModelInitializer, build_model, initialize_weights
+
+FOLDER = Path(__file__).parents[3] / "examples" / "custom_model"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def config(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The ``model`` section as the config file gives it, its model registered for this test only."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setattr("evomesh.models.registry.model_initializer", ModelInitializer({}))
+    section: dict[str, Any] = dict(load("config").model, model_type="PARALLEL_BLOCKS", dtype="float32")
+    own = {"first_gain": section.pop("first_gain")}
+    return {**section, "extra": own}
+
+
+def test_its_own_parameter_arrives_and_it_learns(config: dict[str, Any]) -> None:
+    model = build_model(ModelConfig(**config))
+    initialize_weights(model, seed=1)
+    assert set(model.get_parameter("layers.0.gain").tolist()) == {0.5}
+    torch.manual_seed(0)
+    ids = torch.randint(0, 1000, (65,))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = model.loss(model(ids[:-1], whole(64)), ids[1:], 1 / 64).scaled_sum
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+
+
+def test_a_misspelt_own_parameter_is_refused(config: dict[str, Any]) -> None:
+    config["extra"] = {"first_gian": 0.5}
+    with pytest.raises(ConfigError, match=r"model\.first_gian.*\n.*\n.*did you mean 'first_gain'"):
+        build_model(ModelConfig(**config))
