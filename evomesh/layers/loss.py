@@ -196,7 +196,7 @@ class _Vocabulary:
     def minus_target(self, probability: Tensor, target: Tensor, smoothing: float) -> Tensor:
         """d loss / d logits: probability minus the (smoothed) target, in place."""
         column, here = self._own(target)
-        probability.scatter_add_(1, column, (here * (smoothing - 1)).to(probability))
+        probability.scatter_add_(1, column, here.to(probability) * (smoothing - 1))
         if smoothing:
             probability[:, : self.real] -= smoothing / self.size
         return probability
