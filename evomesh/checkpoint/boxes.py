@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -93,7 +92,7 @@ def parts_of(tensor: Tensor, grid: Grid) -> tuple[Ints, list[Part]]:
 
     A tensor says where it lies by its ``ShardSpec`` and the grid; one whose local elements form several boxes (a flat
     optimizer chunk, a fused weight) carries a tuple of ``Part`` as ``tensor.parts`` beside its spec.
-    A local tensor may be longer than its share at the end of a cut dimension: those rows are padding and not stored.
+    Rows that the spec calls padding are left out.
     """
     spec = spec_of(tensor)
     parts: Sequence[Part] | None = getattr(tensor, "parts", None)
@@ -101,39 +100,29 @@ def parts_of(tensor: Tensor, grid: Grid) -> tuple[Ints, list[Part]]:
     if isinstance(tensor, DTensor):  # weight sharding: its local storage, placed by the spec like any other
         tensor = tensor.to_local()
     if parts is not None:
-        return spec.shape, [part for part in parts if part.box.numel]
+        return spec.stored, [part for part in parts if part.box.numel]
     if tensor.dim() != len(spec.shape):
         raise ValueError(f"a local tensor of shape {tuple(tensor.shape)} cannot be part of {spec.shape}")
     offsets, sizes = [], []
     for dim, length in enumerate(spec.shape):
         axes = [grid_axis(grid, name) for name, along in spec.shards if along == dim]
-        start, size = _range(length, axes, tensor.shape[dim])
+        start, size = chunk(length, axes)
+        if size != tensor.shape[dim] and tensor.numel():
+            raise ValueError(f"{tensor.shape[dim]} local rows in dim {dim}, but its share of {length} is {size}")
         offsets.append(start)
-        sizes.append(size)
+        sizes.append(max(0, min(size, spec.stored[dim] - start)))
     box = Box(tuple(offsets), tuple(sizes))
     if not box.numel:
-        return spec.shape, []
+        return spec.stored, []
     for dim, size in enumerate(sizes):
         if size < tensor.shape[dim]:
             tensor = tensor.narrow(dim, 0, size)
-    return spec.shape, [Part(tensor, box)]
+    return spec.stored, [Part(tensor, box)]
 
 
 def grid_axis(grid: Grid, name: str) -> Axis:
     axis: Axis = getattr(grid, name)
     return axis
-
-
-def _range(length: int, axes: Sequence[Axis], local: int) -> tuple[int, int]:
-    """Start and size of this rank's range of a dimension cut over ``axes``, outer to inner."""
-    start, size = chunk(length, axes)
-    if size == local or size == 0:
-        return start, size
-    padded = local * math.prod(axis.size for axis in axes)  # equal shares of a padded dimension
-    start, size = chunk(padded, axes)
-    if padded < length or (not axes and local != length):
-        raise ValueError(f"{local} local rows on axes {[a.name for a in axes]} do not add up to {length}")
-    return start, max(0, min(size, length - start))
 
 
 def chunk(length: int, axes: Sequence[Axis]) -> tuple[int, int]:
@@ -144,10 +133,3 @@ def chunk(length: int, axes: Sequence[Axis]) -> tuple[int, int]:
         first = min(axis.rank * share, length)
         start, length = start + first, min(share, length - first)
     return start, length
-
-
-def cells(shape: Ints, shares: Ints) -> Iterator[Box]:
-    """All boxes of a tensor cut into ``shares`` per dimension; for tools that write a given layout."""
-    ranges = [[chunk(n, [Axis("", s, r)]) for r in range(s)] for n, s in zip(shape, shares, strict=True)]
-    for combination in itertools.product(*ranges):
-        yield Box(tuple(c[0] for c in combination), tuple(c[1] for c in combination))

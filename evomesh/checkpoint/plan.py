@@ -49,12 +49,17 @@ class Plan:
         return sum(math.prod(shape) * DTYPES[dtype].itemsize for dtype, shape in self.tensors.values())
 
     def entries(self, local: dict[str, Local]) -> list[Entry]:
-        """What to write, largest items first: so every offset in the file is a multiple of its item size."""
+        """What to write, in the order of the file."""
         entries = []
         for name, number in self.owned:
             tensor = local[name]
             entries.append(Entry(name, tensor.dtype, tensor.shape, tensor.parts[number]))
-        return sorted(entries, key=lambda e: (-DTYPES[e.dtype].itemsize, e.name, e.part.box.offsets))
+        return in_file_order(entries)
+
+
+def in_file_order(entries: list[Entry]) -> list[Entry]:
+    """Largest items first: so every offset in the file is a multiple of its item size."""
+    return sorted(entries, key=lambda e: (-DTYPES[e.dtype].itemsize, e.name, e.part.box.offsets))
 
 
 def describe(tensors: Mapping[str, Tensor], grid: Grid) -> dict[str, Local]:
@@ -98,7 +103,7 @@ def make_plan(local: Mapping[str, Local], exchange: Exchange) -> Plan:
     tensors: dict[str, tuple[str, Ints]] = {}
     if gathered is not None:
         try:
-            owned, tensors = _assign(gathered)
+            owned, tensors = assign(gathered)
             answer = {"owned": owned}
         except CheckpointError as error:
             answer = {"error": error.found}
@@ -108,7 +113,7 @@ def make_plan(local: Mapping[str, Local], exchange: Exchange) -> Plan:
     return Plan([(name, number) for name, number in answer["owned"][exchange.rank]], tensors)
 
 
-def _assign(gathered: list[Any]) -> tuple[list[list[Any]], dict[str, tuple[str, Ints]]]:
+def assign(gathered: list[Any]) -> tuple[list[list[Any]], dict[str, tuple[str, Ints]]]:
     """Owned parts by rank, and all tensors."""
     tensors: dict[str, tuple[str, Ints]] = {}
     first: dict[str, int] = {}

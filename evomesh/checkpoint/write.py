@@ -6,7 +6,7 @@ import datetime
 import errno
 import logging
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 import evomesh
 from evomesh.checkpoint import format as fmt
-from evomesh.checkpoint.boxes import Box, Ints, Part, cut
+from evomesh.checkpoint.boxes import Box, Ints, cut
 from evomesh.checkpoint.exchange import Exchange
 from evomesh.checkpoint.format import CheckpointError
 from evomesh.checkpoint.plan import Entry, Plan, check_cover
@@ -30,8 +30,16 @@ FIXES = {
 }
 
 
-def write_data(storage: Storage, folder: str, attempt: str, rank: int, entries: list[Entry]) -> dict[str, Any]:
+Source = Callable[[Entry], Iterator[tuple[Box, memoryview]]]  # the pieces of an entry with their bytes, in order
+
+
+def write_data(
+    storage: Storage, folder: str, attempt: str, rank: int, entries: list[Entry], source: Source | None = None
+) -> dict[str, Any]:
     """Writes this rank's file and returns what rank 0 must know; when it returns, the bytes are durable.
+
+    Args:
+        source: where the bytes come from; by default the entries' own tensors.
 
     Returns:
         {"file": [name, size, header digest] or None, "rows": [[tensor name, [offsets, shape, start, digest] ...] ...]}
@@ -48,7 +56,7 @@ def write_data(storage: Storage, folder: str, attempt: str, rank: int, entries: 
         writer.write(header)
         for entry in entries:
             row: list[Any] = [entry.name]
-            for piece, data in _pieces(entry.part, fmt.DTYPES[entry.dtype].itemsize):
+            for piece, data in (source or live_pieces)(entry):
                 writer.write(data)
                 row.append([list(piece.offsets), list(piece.shape), position, fmt.piece_hash(data)])
                 position += len(data)
@@ -64,19 +72,39 @@ def _bytes(entry: Entry) -> int:
     return entry.part.box.numel * fmt.DTYPES[entry.dtype].itemsize
 
 
-def _pieces(part: Part, item_size: int) -> Iterator[tuple[Any, memoryview]]:
-    """The pieces of a part with their bytes; only one piece is ever copied at a time."""
+def live_pieces(entry: Entry) -> Iterator[tuple[Box, memoryview]]:
+    """The pieces of a tensor in memory; only one piece is ever copied at a time.
+
+    Raises:
+        CheckpointError: NaN or infinity in it: no checkpoint is committed that a run could not go on from.
+    """
+    part, item_size = entry.part, fmt.DTYPES[entry.dtype].itemsize
     in_place = part.tensor.is_contiguous() and part.tensor.device.type == "cpu"
     whole = as_bytes(part.tensor) if in_place else None
     position = 0
     for piece in cut(part.box, item_size, fmt.PIECE_BYTES):
         size = piece.numel * item_size
+        bad = not_finite(part.tensor[piece.within(part.box)])
+        if bad:
+            raise CheckpointError(
+                f"{entry.name}: {bad} of {piece.numel} values at {list(piece.offsets)} are NaN or inf"
+            )
         if whole is not None:
             yield piece, whole[position : position + size]
         else:
             view = part.tensor[piece.within(part.box)]
             yield piece, as_bytes(view.contiguous().cpu())
         position += size
+
+
+def not_finite(tensor: Tensor) -> int:
+    """How many values are NaN or infinite."""
+    if not tensor.is_floating_point() or tensor.element_size() == 1:
+        return 0
+    # One cheap pass as a rule: NaN and infinity survive a sum, and a sum that overflows is counted exactly.
+    if bool(torch.isfinite(tensor.sum())):
+        return 0
+    return int((~torch.isfinite(tensor)).sum())
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -32,6 +32,7 @@ from evomesh.models.language_model import LanguageModel
 from evomesh.parallel.collectives import gather
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import MODES, TensorMode
+from evomesh.parallel.spec import spec_of, with_spec
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,9 @@ class Decoder(LanguageModel):
         if layers.stop == config.num_layers:
             self.norm = None if self.post_norm else make_norm(config, at.on_tensor_axis())
             self.head = ColumnLinear(config.hidden_size, rows, bias=False, at=at.on_tensor_axis())
+        for padded in (self.embedding, self.head):
+            if padded is not None:
+                with_spec(padded.weight, replace(spec_of(padded.weight), padding=rows - config.vocab_size))
         if config.compile is True or (config.compile == "auto" and at.device.type == "cuda"):
             for block in self.layers.values():
                 block.compile()

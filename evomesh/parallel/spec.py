@@ -19,11 +19,18 @@ class ShardSpec:
     shape: global shape of the tensor.
     shards: (axis name, tensor dim) pairs, outer to inner, along which this rank holds one contiguous range.
     partial: axes over which the local gradient is still a partial sum.
+    padding: rows at the end of dim 0 that only this layout has; checkpoints and exports leave them out.
     """
 
     shape: tuple[int, ...]
     shards: tuple[tuple[str, int], ...] = ()
     partial: frozenset[str] = frozenset()
+    padding: int = 0
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """The shape in checkpoints, the same in every layout."""
+        return (self.shape[0] - self.padding, *self.shape[1:]) if self.padding else self.shape
 
 
 def with_spec(parameter: nn.Parameter, spec: ShardSpec) -> nn.Parameter:

@@ -76,7 +76,7 @@ def test_padding_rows_are_not_stored(tmp_path: Path) -> None:
         if value:
             full[:10] = whole
         part = full.chunk(grid.tp.size)[grid.tp.rank].clone()
-        part.spec = ShardSpec((10, 3), (("tp", 0),))
+        part.spec = ShardSpec((16, 3), (("tp", 0),), padding=6)
         return part
 
     def save(exchange: ThreadExchange) -> None:
