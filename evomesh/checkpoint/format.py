@@ -83,6 +83,8 @@ def encode_state(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [encode_state(item) for item in value]
     if isinstance(value, Mapping):
+        if set(value) == {"$float"}:
+            return dict(value)  # a config's record comes encoded
         for key in value:
             if not isinstance(key, str) or key.startswith("$"):
                 raise TypeError(f"checkpoint state: the key {key!r} must be a string that does not begin with $")

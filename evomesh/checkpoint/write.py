@@ -86,8 +86,9 @@ def live_pieces(entry: Entry) -> Iterator[tuple[Box, memoryview]]:
         size = piece.numel * item_size
         bad = not_finite(part.tensor[piece.within(part.box)])
         if bad:
+            place = f"{entry.name}{list(piece.offsets)}"
             raise CheckpointError(
-                f"{entry.name}: {bad} of {piece.numel} values at {list(piece.offsets)} are NaN or inf"
+                f"{place}: {bad} of {piece.numel} values are NaN or infinite: such a state is not saved"
             )
         if whole is not None:
             yield piece, whole[position : position + size]

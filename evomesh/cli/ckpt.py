@@ -170,7 +170,7 @@ def reshard(
     from evomesh.checkpoint.find import resolve
     from evomesh.checkpoint.reshard import reshard as rewrite
     from evomesh.checkpoint.retention import check
-    from evomesh.config.loader import config_from_dict
+    from evomesh.config.record import config_from_dict
     from evomesh.config.schema import ParallelConfig
 
     found = resolve(path, lambda choice: check(choice, data=False), print)
