@@ -65,9 +65,7 @@ CASES += [("all_reduce", ()), ("broadcast", ()), ("all_to_all", (0, 1)), ("all_t
 
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize(("name", "dims"), CASES, ids=lambda case: str(case).replace(" ", ""))
-def test_forward_is_the_move_and_backward_its_dual(
-    pool: Pool, name: str, dims: tuple[int, ...], ranks: int
-) -> None:
+def test_forward_is_the_move_and_backward_its_dual(pool: Pool, name: str, dims: tuple[int, ...], ranks: int) -> None:
     results = pool.run(forward_and_backward, ranks, name, dims, SHAPE, ranks=ranks)
     outputs = expected(name, [seeded(rank) for rank in range(ranks)], dims)
     grads = [seeded(100 + rank, tuple(output.shape)) for rank, output in enumerate(outputs)]
@@ -115,4 +113,8 @@ def test_traffic_counter_sees_forward_and_backward_by_axis(pool: Pool) -> None:
     whole = 2 * 4 * 8 * 4
     for count, nbytes in pool.run(counted):
         assert count == {("all_gather", "tp"): 2, ("reduce_scatter", "tp"): 2, ("all_reduce", "pp"): 1}
-        assert nbytes == {("all_gather", "tp"): 2 * whole, ("reduce_scatter", "tp"): 2 * whole, ("all_reduce", "pp"): 24}
+        assert nbytes == {
+            ("all_gather", "tp"): 2 * whole,
+            ("reduce_scatter", "tp"): 2 * whole,
+            ("all_reduce", "pp"): 24,
+        }

@@ -1,0 +1,249 @@
+"""When the optimizer's messages travel, how many there are, what they hold in memory; and that no option shows in a bit."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from evomesh.config.schema import AdamConfig, ZeroConfig
+from evomesh.optim import buckets
+from evomesh.optim.zero import ZeroOptimizer
+from evomesh.parallel.collectives import Pending
+from tests.support.pool import Pool, grid_of
+
+WIDTH = 8
+MATRIX = WIDTH * WIDTH
+VECTOR = WIDTH
+MICRO_BATCHES = 3
+
+
+class Model(nn.Module):
+    """Three blocks and a head that is read without a forward of its own, as by a fused loss."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.head = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+    def loss(self, x: Tensor) -> Tensor:
+        return (self(x) @ self.head.weight.T).square().sum()
+
+
+@dataclass
+class Trace:
+    """Events in order: ("launch" or "wait", operation, elements of the message) and marks of the training loop."""
+
+    events: list[Any] = field(default_factory=list)
+    most_bytes: int = 0
+    _bytes: int = 0
+
+    def mark(self, name: str) -> None:
+        self.events.append(name)
+
+    def launches(self, operation: str) -> list[int]:
+        return [event[2] for event in self.events if event[:2] == ("launch", operation)]
+
+    def between(self, first: str, last: str) -> list[Any]:
+        start = self.events.index(first)
+        return self.events[start + 1 : self.events.index(last, start)]
+
+
+class TracedPending:
+    def __init__(self, pending: Pending, trace: Trace, name: str, message: Tensor) -> None:
+        self._pending, self._trace, self._name, self._message = pending, trace, name, message
+        trace.events.append(("launch", name, message.numel()))
+        trace._bytes += message.nbytes
+        trace.most_bytes = max(trace.most_bytes, trace._bytes)
+
+    def wait(self) -> Tensor:
+        self._trace.events.append(("wait", self._name, self._message.numel()))
+        self._trace._bytes -= self._message.nbytes
+        return self._pending.wait()
+
+
+@contextmanager
+def traced() -> Iterator[Trace]:
+    trace = Trace()
+
+    def wrap(name: str) -> Callable[..., Any]:
+        function = getattr(buckets, name)
+
+        def call(message: Tensor, *args: Any) -> Any:
+            return TracedPending(function(message, *args), trace, name.removesuffix("_bucket"), message)
+
+        return call
+
+    names = ("reduce_scatter_bucket", "all_reduce_bucket", "all_gather_bucket")
+    with mock.patch.multiple(buckets, **{name: wrap(name) for name in names}):
+        yield trace
+
+
+def train(
+    dtype: torch.dtype, zero: dict[str, Any], layout: dict[str, Any], trace: Trace | None = None, steps: int = 3
+) -> tuple[Model, ZeroOptimizer]:
+    grid, trace = grid_of(**layout), trace or Trace()
+    model = Model(dtype)
+    optimizer = ZeroOptimizer(model.named_parameters(), AdamConfig(), ZeroConfig.model_validate(zero), grid, model)
+    for layer in model.layers:
+        layer.register_forward_hook(lambda *_: trace.mark("block"))
+    for step in range(steps):
+        optimizer.expect(MICRO_BATCHES)
+        for index in range(MICRO_BATCHES):
+            generator = torch.Generator().manual_seed(step * 100 + index * 10 + grid.dp.rank)
+            trace.mark("forward")
+            loss = model.loss(torch.randn(5, WIDTH, generator=generator).to(dtype))
+            trace.mark("last backward" if index == MICRO_BATCHES - 1 else "backward")
+            loss.backward()  # type: ignore[no-untyped-call]
+        trace.mark("step")
+        optimizer.step(1e-2, 0.9, 1.0)
+        trace.mark("end")
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def bits(rank: int, dtype: torch.dtype, zero: dict[str, Any], layout: dict[str, Any]) -> dict[str, Tensor]:
+    model, optimizer = train(dtype, zero, layout)
+    state = optimizer.state_tensors()  # waits
+    return {name: tensor.detach().clone() for name, tensor in (dict(model.named_parameters()) | state).items()}
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"overlap_sync_grad": True},
+    {"overlap_sync_grad": True, "reduce_bucket_size": 100},
+    {"overlap_sync_param": True},
+    {"overlap_sync_param": True, "use_split_tensor_optim": True, "all_gather_size": 150},
+    {"overlap_sync_grad": True, "overlap_sync_param": True, "reduce_bucket_size": 1},
+]
+
+
+@pytest.mark.parametrize("layout", [{"zero1": 4}, {"zero1": 2}, {"zero1": 1}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_overlap_changes_no_bit(pool: Pool, layout: dict[str, Any], dtype: torch.dtype) -> None:
+    plain = pool.run(bits, dtype, {}, layout)
+    assert all(torch.isfinite(tensor).all() for tensor in plain[0].values())
+    for zero in OPTIONS:
+        for ours, theirs in zip(pool.run(bits, dtype, zero, layout), plain, strict=True):
+            assert all(torch.equal(ours[name], theirs[name]) for name in theirs), zero
+
+
+def trace_one_step(rank: int, zero: dict[str, Any], layout: dict[str, Any]) -> Trace:
+    with traced() as trace:
+        _, optimizer = train(torch.float32, zero, layout, trace, steps=2)
+        optimizer.wait()
+    return trace
+
+
+def test_without_overlap_gradients_travel_after_backward_one_bucket_at_a_time(pool: Pool) -> None:
+    trace = pool.run(trace_one_step, {"reduce_bucket_size": 2 * MATRIX}, {"zero1": 4})[0]
+    assert trace.between("last backward", "step") == []
+    step = trace.between("step", "end")
+    # backward order: head and the last block's matrix, then the other two; the vectors stay whole
+    assert [e[1:] for e in step if e[0] == "launch" and e[1] == "reduce_scatter"] == [
+        ("reduce_scatter", 2 * MATRIX)
+    ] * 2
+    assert [e[1:] for e in step if e[0] == "launch" and e[1] == "all_reduce"] == [("all_reduce", 3 * VECTOR)]
+    assert [e[0] for e in step] == ["launch", "wait"] * (len(step) // 2)
+    assert trace.most_bytes == 2 * MATRIX * 4
+
+
+def test_with_overlap_each_bucket_leaves_when_the_last_micro_batch_has_filled_it(pool: Pool) -> None:
+    zero = {"reduce_bucket_size": MATRIX, "overlap_sync_grad": True}
+    traces = pool.run(trace_one_step, zero, {"zero1": 4})
+    trace = traces[0]
+    assert trace.between("backward", "forward") == []
+    expected = [("launch", "reduce_scatter", MATRIX)] * 2  # head, last block
+    assert trace.between("last backward", "step")[:2] == expected
+    assert len(trace.between("last backward", "step")) == 5  # four matrices, and the vectors together
+    assert all(event[0] == "wait" for event in trace.between("step", "end") if event[1] != "all_gather")
+    assert trace.most_bytes == (4 * MATRIX + 3 * VECTOR) * 4
+    assert all(other.events == trace.events for other in traces)
+
+
+@pytest.mark.parametrize("size", [1, MATRIX, 3 * MATRIX, 10**9])
+def test_reduce_bucket_size_bounds_the_buckets(pool: Pool, size: int) -> None:
+    trace = pool.run(trace_one_step, {"reduce_bucket_size": size}, {"zero1": 4})[0]
+    per_bucket = min(max(size // MATRIX, 1), 4)
+    full, rest = divmod(4, per_bucket)
+    assert trace.launches("reduce_scatter") == ([per_bucket * MATRIX] * full + [rest * MATRIX] * bool(rest)) * 2
+
+
+def test_replicas_sum_only_the_rows_they_own(pool: Pool) -> None:
+    trace = pool.run(trace_one_step, {}, {"zero1": 2})[0]
+    assert trace.launches("reduce_scatter") == [4 * MATRIX] * 2
+    # the vectors over zero and then replica, the matrices' own halves over replica
+    assert sorted(trace.launches("all_reduce")) == sorted([3 * VECTOR, 3 * VECTOR, 4 * MATRIX // 2] * 2)
+
+
+def test_parameters_are_gathered_alone_or_up_to_all_gather_size(pool: Pool) -> None:
+    own = MATRIX // 4
+    for zero, expected in (
+        ({"all_gather_size": 10**9}, [own] * 4),
+        ({"use_split_tensor_optim": True, "all_gather_size": 10**9}, [4 * own]),
+        ({"use_split_tensor_optim": True, "all_gather_size": 3 * MATRIX}, [3 * own, own]),
+    ):
+        assert pool.run(trace_one_step, zero, {"zero1": 4})[0].launches("all_gather") == expected * 2
+
+
+def test_with_overlap_each_block_awaits_its_own_parameters_in_forward(pool: Pool) -> None:
+    trace = pool.run(trace_one_step, {"overlap_sync_param": True}, {"zero1": 4})[0]
+    gathers = [event for event in trace.between("step", "end") if event[1] == "all_gather"]
+    assert [event[0] for event in gathers] == ["launch"] * 4
+    second = trace.events[trace.events.index("end") + 1 :]
+    wait = ("wait", "all_gather", MATRIX // 4)
+    # the head, which has no forward, before all; then each block before it runs
+    assert second[: second.index("last backward")][:8] == ["forward", wait, wait, "block", wait, "block", wait, "block"]
+    plain = pool.run(trace_one_step, {}, {"zero1": 4})[0]
+    assert [e[0] for e in plain.between("step", "end") if e[1] == "all_gather"] == ["launch", "wait"] * 4
+
+
+def tensor_bytes() -> int:
+    """Bytes of all storages that Python holds tensors of."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if type(thing) in (Tensor, nn.Parameter):
+            for tensor in (thing, thing.grad if thing.is_leaf else None):  # a gradient is no Python object by itself
+                if tensor is not None:
+                    storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def memory(rank: int, dtype: torch.dtype, layout: dict[str, Any], zero: dict[str, Any]) -> tuple[int, int]:
+    grid, before = grid_of(**layout), tensor_bytes()
+    model = nn.Linear(400, 160, dtype=dtype)
+    optimizer = ZeroOptimizer(model.named_parameters(), AdamConfig(), ZeroConfig.model_validate(zero), grid)
+    model(torch.ones(1, 400, dtype=dtype)).sum().backward()
+    with_gradients = tensor_bytes() - before
+    optimizer.step(1e-2, 0.9, 1.0)
+    optimizer.zero_grad()
+    return with_gradients, tensor_bytes() - before
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_is_what_the_formula_says(pool: Pool, dtype: torch.dtype, size: int) -> None:
+    """parameter, gradient, and (master and two moments) / zero of each matrix; vectors undivided."""
+    matrix, vector, half = 400 * 160, 160, dtype == torch.bfloat16
+    parameters, gradients = (matrix + vector) * dtype.itemsize, (matrix + vector) * 4
+    state = (12 if half else 8) * (matrix // size + vector)
+    peak = parameters + gradients + state
+    rest = peak if half else peak - gradients  # the float32 sums of half gradients stay
+    steps = 2 * 4  # one scalar a parameter
+    for measured in pool.run(memory, dtype, {"zero1": size}, {}):
+        for found, formula in zip(measured, (peak, rest), strict=True):
+            assert formula + steps <= found <= formula + steps + 2000  # the input, its gradient hook's scraps
