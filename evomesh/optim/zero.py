@@ -181,7 +181,7 @@ class ZeroOptimizer:
             with torch.no_grad():
                 self._parameters.wait(names)
 
-        module.register_forward_pre_hook(wait)
+        module.register_forward_pre_hook(wait, prepend=True)  # before FSDP2 looks at the shards
 
 
 def _adamw(slots: list[Slot], adam: AdamConfig) -> torch.optim.AdamW:

@@ -50,6 +50,7 @@ class Run:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of a checkpoint, by global name."""
+        self.optimizer.wait()
         state = self.optimizer.state_tensors() if self.config.ckpt.save_optimizer else {}
         return dict(self.model.named_parameters()) | state
 

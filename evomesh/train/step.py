@@ -63,6 +63,7 @@ def train_step(
     tally = Tally(types, batch.input_ids.device)
     weights = micro_batch_weights(batch.labels, grid, loss)
     objective = torch.zeros((), dtype=torch.float64, device=batch.input_ids.device)
+    optimizer.expect(len(weights))
     for index, weight in enumerate(weights):
         hidden = model(batch.input_ids[index], documents_of(batch, index))
         output = model.loss(hidden, batch.labels[index], weight * scaler.scale, loss.label_smoothing)

@@ -104,8 +104,10 @@ def pack(step: int, index: int) -> tuple[Tensor, Tensor, Documents]:
 
 
 def train(rank: int, layout: Layout) -> Trained:
-    grid = Grid() if layout.ranks == 1 else grid_of(
-        tensor=layout.tensor, mode=layout.mode, zero1=layout.zero1, weight=layout.weight
+    grid = (
+        Grid()
+        if layout.ranks == 1
+        else grid_of(tensor=layout.tensor, mode=layout.mode, zero1=layout.zero1, weight=layout.weight)
     )
     model = build_model(layout.config, grid=grid, mode=MODES[layout.mode])
     initialize_weights(model, SEED, grid)

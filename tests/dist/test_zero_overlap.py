@@ -169,6 +169,11 @@ def test_with_overlap_each_bucket_leaves_when_the_last_micro_batch_has_filled_it
     expected = [("launch", "reduce_scatter", MATRIX)] * 2  # head, last block
     assert trace.between("last backward", "step")[:2] == expected
     assert len(trace.between("last backward", "step")) == 5  # four matrices, and the vectors together
+    again = trace.events[trace.events.index("end") :]
+    assert again[again.index("last backward") : again.index("step")] == [
+        "last backward",
+        *trace.between("last backward", "step"),
+    ]
     assert all(event[0] == "wait" for event in trace.between("step", "end") if event[1] != "all_gather")
     assert trace.most_bytes == (4 * MATRIX + 3 * VECTOR) * 4
     assert all(other.events == trace.events for other in traces)
