@@ -93,6 +93,8 @@ def _top_level(draft: Draft) -> None:
             section, _, key = target.partition(".")
             draft.section(section)[key] = draft.values.pop(name)
             draft.sources[target] = name
+        elif target.startswith("model.") and name in draft.section("model"):
+            draft.sources[target] = target
     for key in ("tensorboard_folder", "resume_tb_folder"):
         if os.environ.get(key) and not draft.section("run").get(key):
             draft.section("run")[key] = os.environ[key]

@@ -1,0 +1,170 @@
+"""Each config that cannot be used gets one message: key, place, what was found, what was expected, how to mend it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from evomesh.config.loader import check_world, load_config
+from evomesh.errors import ConfigError
+
+BASE = 'data = dict(train_folder="x")\nmodel = dict(dtype="torch.float32")\n'
+
+
+def message(path: Path, *sets: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(path), sets)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    path = tmp_path / "base.py"
+    path.write_text(BASE)
+    return path
+
+
+# what is set -> parts of the message
+VALUES: list[tuple[list[str], list[str]]] = [
+    (["modle={}"], ["modle", "unknown key", "did you mean model?"]),
+    (["data.micro_bzs=2"], ["data.micro_bzs", "did you mean data.micro_bsz?"]),
+    (["adam.betas=1"], ["adam.betas (--set)", "unknown key 'betas'"]),
+    (["SEQLEN=2"], ["SEQLEN", "unknown key"]),
+    (["data.seq_len='2048'"], ["data.seq_len (--set)", "'2048' (a string)", "an integer", "remove the quotes"]),
+    (["data.seq_len=0"], ["found 0", ">= 1"]),
+    (["data.seq_len=-5"], ["found -5", ">= 1"]),
+    (["data.seq_len=3.5"], ["found 3.5", "an integer"]),
+    (["data.seq_len=True"], ["found True (a bool)", "an integer"]),
+    (["data.seq_len=99999999999999999999"], ["99999999999999999999"]),
+    (["data.seq_len=2147483647", "data.micro_bsz=2"], ["4294967294", "2147483647"]),
+    (["data.empty_cache_and_diag_interval=99999999999999999999"], ["too large", "2**63"]),
+    (["model.hidden_size=100"], ["hidden_size=100", "num_attention_heads=32", "96 or 128", "25 or 50"]),
+    (["model.hidden_size=96"], ["odd width 3"]),
+    (["model.num_kv_attention_heads=5", "model_type=LLAMA2"], ["num_kv_attention_heads=5", "4 or 8"]),
+    (["model.num_kv_attention_heads=8"], ["INTERNLM has one key/value head for each"]),
+    (["model.no_bias=True"], ["INTERNLM always has attention biases"]),
+    (["model_type=INTERNLM_MoE"], ["mixture-of-experts"]),
+    (["parallel.tensor=3"], ["3 does not divide num_attention_heads=32", "2 or 4"]),
+    (["parallel.tensor=8", "model_type=LLAMA2", "model.num_kv_attention_heads=4"], ["num_kv_attention_heads=4"]),
+    (["parallel.tensor={'size': 2, 'mode': 'fsp'}", "data.seq_len=2049"], ["packed length 2049", "fsp"]),
+    (["parallel.tensor.mode=mps"], ["'mps'", "'mtp'", "did you mean"]),
+    (["parallel.weight=4"], ["needs tensor mode isp, found mtp"]),
+    (["model.num_layers=3", "parallel.pipeline=4"], ["need 4 layers, num_layers=3", "at most 3"]),
+    (["model.num_chunks=2", "parallel.pipeline=4", "data.micro_num=6"], ["micro_num=6", "4 or 8"]),
+    (["data.rampup_batch_size='192 24'"], ["three positive integers", "2 items"]),
+    (["data.rampup_batch_size='8 2 10'"], ["starts at 8", "micro_num=1"]),
+    (["data.rampup_batch_size='1 2 10'", "data.micro_num=4"], ["never meets micro_num=4", "1 or 3"]),
+    (["data.skip_batches='10-5'"], ["item 1", "'10-5'", "runs backwards", "5-10"]),
+    (["data.skip_batches='5,3'"], ["item 2", "'3'", "after step 5"]),
+    (["data.skip_batches='a-b'"], ["item 1", "'a-b'"]),
+    (["data.total_steps=0"], ["data.total_steps", ">= 1"]),
+    (["adam.lr=-1"], ["adam.lr", "found -1", ">= 0"]),
+    (["adam.lr='1e-4'"], ["'1e-4' (a string)", "a number", "remove the quotes"]),
+    (["adam.lr=nan"], ["adam.lr", "nan", ">= 0"]),
+    (["adam.lr=inf"], ["adam.lr", "inf", "a finite number"]),
+    (["lr_scheduler.warmup_ratio=1.5"], ["found 1.5", "<= 1"]),
+    (["lr_scheduler.init_steps=60000"], ["60000 steps of warm-up", "longer than the training, 50000"]),
+    (["lr_scheduler.eta_min=1.0"], ["eta_min=1", "above adam.lr"]),
+    (["adam.adam_beta2=1.0"], ["adam.adam_beta2", "< 1"]),
+    (["adam.adam_eps=0.0"], ["adam.adam_eps", "> 0"]),
+    (["grad_scaler.backoff_factor=1.0"], ["< 1"]),
+    (["grad_scaler.growth_factor=1.0"], ["> 1"]),
+    (["grad_scaler.fp16.min_scale=4e9"], ["min_scale=4e+09 is above max_scale=1.67772e+07"]),
+    (["grad_scaler.fp16.initial_scale=4e9"], ["initial_scale=4e+09 is outside"]),
+    (["grad_scaler.hysteresis=0"], ["grad_scaler.hysteresis", ">= 1"]),
+    (["model.dtype=bf16"], ["'bf16'", "did you mean 'bfloat16'"]),
+    (["model.dtype=torch.bfloat"], ["did you mean 'torch.bfloat16'"]),
+    (["model.checkpoint=1.5"], ["found 1.5", "<= 1"]),
+    (["ckpt.checkpoint_every=0"], ["found 0", 'float("inf")', "enable_save_ckpt=False"]),
+    (["ckpt.checkpoint_every=-3"], ["found -3"]),
+    (["ckpt.checkpoint_every=2.5"], ["found 2.5"]),
+    (["ckpt.enable_save_ckpt=True"], ["no folder to save to", "save_ckpt_folder"]),
+    (["ckpt.load_ckpt_info={'path': 'x', 'content': ('modle',)}"], ["modle", "model, sampler, optimizer"]),
+    (["ckpt.load_ckpt_info={'content': ('model',)}"], ["ckpt.load_ckpt_info.path", "is missing", "add path=..."]),
+    (["ckpt.load_ckpt_info=5"], ["ckpt.load_ckpt_info", "found 5", "dict(key=value, ...)"]),
+    (["ckpt.save_ckpt_folder=boto3:s3://b.host/x"], ["object stores: not available yet"]),
+    (["seed=4294967296"], ["seed", "< 4294967296"]),
+    (["seed=abc"], ["seed", "'abc' (a string)", "an integer"]),
+    (["JOB_NAME=../../etc"], ["JOB_NAME", "../../etc", "cannot name a folder"]),
+    (["model.drop_rate=0.1"], ["model.drop_rate", "0.1 is refused", "dropout"]),
+    (["model.qk_interleaved=True", "model.adapt_hf=True"], ["contradict"]),
+    (["data.packed_length=3000"], ["3000", "not a multiple of seq_len=2048"]),
+    (["data.gradient_accumulation=3"], ["gradient_accumulation=3 but micro_num=1"]),
+    (["data=5"], ["data", "found 5", "dict(key=value, ...)"]),
+    (["parallel.zero1='8'"], ["parallel.zero1", "'8'"]),
+]
+
+
+@pytest.mark.parametrize(("sets", "parts"), VALUES, ids=lambda v: v[0] if v else "")
+def test_value(base: Path, sets: list[str], parts: list[str]) -> None:
+    text = message(base, *sets)
+    assert [part for part in parts if part not in text] == [], text
+    assert "Traceback" not in text
+
+
+def test_all_at_once_with_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "many.py"
+    path.write_text(
+        'data = dict(\n    seq_len="2048",\n    micro_bzs=1,\n    skip_batches="9-3",\n)\n'
+        "model = dict(hidden_size=100, num_attention_heads=32)\nmodle = dict()\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(path))
+    places = {p.where for p in caught.value.problems}
+    assert places == {
+        f"data.seq_len ({path}:2)",
+        f"data.micro_bzs ({path}:3)",
+        f"data.skip_batches ({path}:4)",
+        f"model.hidden_size ({path}:6)",
+        f"modle ({path}:7)",
+    }
+    assert str(caught.value).startswith(f"{path}: 5 problems in the config")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "parts"),
+    [
+        ("missing", None, ["no such config file", "looked in"]),
+        ("a.yaml", "x: 1", ["configs are Python files", ".yaml"]),
+        ("a.py", "data = dict(\n  seq_len=1\nmodel = 3\n", ["not valid Python", "a.py:1", "data = dict("]),
+        ("a.py", "x = 1\ndata = dict(seq_len=1 / 0)\n", ["ZeroDivisionError", "a.py:2", "data = dict(seq_len=1 / 0)"]),
+        ("a.py", "import sys\nsys.exit(3)\n", ["SystemExit", "a.py:2"]),
+        ("a.py", "def f():\n    return nothing\n\nx = f()\n", ["NameError", "a.py:2", "return nothing"]),
+        ("a.py", "from nowhere_at_all import x\n", ["ModuleNotFoundError", "a.py:1"]),
+    ],
+)
+def test_file(tmp_path: Path, name: str, text: str | None, parts: list[str]) -> None:
+    path = tmp_path / name
+    if text is not None:
+        path.write_text(text)
+    found = message(path)
+    assert [part for part in parts if part not in found] == [], found
+
+
+def test_a_near_name_is_offered(base: Path) -> None:
+    assert f"did you mean {base}?" in message(base.with_name("bace.py"))
+    assert "is a folder" in message(base.parent)
+
+
+@pytest.mark.parametrize("text", ["data.seq_len", "=3", "data..x=1", "data.seq len=1"])
+def test_override_that_cannot_be_read(base: Path, text: str) -> None:
+    assert "expected: section.key=value" in message(base, text)
+
+
+def test_world(base: Path) -> None:
+    config = load_config(str(base), ["parallel.zero1=8"]).config
+    assert check_world(config, 16) == []
+    assert "8 is more than the 4 data-parallel ranks; 4 is used" in check_world(config, 4)[0]
+    with pytest.raises(ConfigError, match="8 does not divide the 12"):
+        check_world(config, 12)
+    split = config.model_copy(
+        update={
+            "parallel": config.parallel.model_copy(
+                update={"tensor": config.parallel.tensor.model_copy(update={"size": 4})}
+            )
+        }
+    )
+    with pytest.raises(ConfigError, match=r"6 processes cannot be divided by pipeline.size \* tensor.size = 4"):
+        check_world(split, 6)

@@ -1,0 +1,74 @@
+"""``evomesh config``: what it prints and how fast."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from evomesh.cli.config import app
+from evomesh.errors import UserError
+
+ROOT = Path(__file__).parents[3]
+SEVEN_B = str(ROOT / "configs" / "7B_sft.py")
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.output
+
+
+def test_check() -> None:
+    out = run("check", SEVEN_B, "--set", "data.train_folder=x")
+    assert out.endswith("7B_sft.py: ok, 6 warnings\n")
+    with pytest.raises(UserError, match=r"did you mean data\.seq_len"):
+        run("check", SEVEN_B, "--set", "data.seq_le=1")
+
+
+def test_show() -> None:
+    rows = [line.split() for line in run("show", SEVEN_B, "--gpus", "8", "--set", "adam.lr=3e-4").splitlines()]
+    cells = {row[0]: row[1:] for row in rows if row}
+    assert cells["adam.lr"] == ["0.0003", "--set"]
+    assert cells["seed"] == ["1024", "default"]
+    assert cells["data.seq_len"][0] == "2048"
+    assert cells["data.seq_len"][1].startswith(SEVEN_B + ":")
+    assert cells["parameters"] == ["7,321,948,160"]
+    assert cells["tokens"][-1:] != []
+    assert "data-parallel size      8" in run("show", SEVEN_B, "--gpus", "8")
+
+
+def test_show_json() -> None:
+    document = json.loads(run("show", SEVEN_B, "--gpus", "8", "--json"))
+    assert document["derived"]["parameters"] == 7_321_948_160
+    assert document["derived"]["tokens per step"] == 131_072
+    assert document["config"]["data"]["seq_len"] == 2048
+    assert document["origins"]["adam.no_decay"] == "default"
+
+
+def test_list_and_copy(tmp_path: Path) -> None:
+    assert "7B_sft" in run("list")
+    run("copy", "7B_sft", str(tmp_path))
+    assert (tmp_path / "7B_sft.py").read_bytes() == Path(SEVEN_B).read_bytes()
+    run("copy", "7B_sft", str(tmp_path / "mine.py"))
+    for name, dest in (("7B_sft", str(tmp_path)), ("7B_sff", "x.py"), ("7B_sft", str(tmp_path / "no" / "x.py"))):
+        with pytest.raises(UserError):
+            run("copy", name, dest)
+
+
+def test_check_is_fast() -> None:
+    """Processor time, best of three, interpreter start included: what the wall shows on a machine at rest."""
+    code = f"from evomesh.cli.config import app; app(['check', {SEVEN_B!r}])"
+    times = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        assert done.returncode == 0
+    assert min(times) < 1.0

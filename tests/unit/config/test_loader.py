@@ -1,0 +1,181 @@
+"""What a config file may be written like, and what comes out of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from evomesh.config.loader import LoadedConfig, config_from_dict, load_config, redacted
+from evomesh.config.overrides import parse_value
+
+BASE = 'data = dict(train_folder="x")\nmodel = dict(dtype="torch.float32")\n'
+
+
+def load(folder: Path, text: str, *sets: str) -> LoadedConfig:
+    path = folder / "config.py"
+    path.write_text(text)
+    return load_config(str(path), sets)
+
+
+def test_authors_own_names_are_not_keys(tmp_path: Path) -> None:
+    text = (
+        "from __future__ import annotations\nimport os\nfrom pathlib import Path\nSEQ = 64\n_hidden = 3\n"
+        "def f(x):\n    return x\nclass Own:\n    pass\ndata = dict(seq_len=f(SEQ), train_folder=os.sep)\n"
+    )
+    assert load(tmp_path, text).config.data.seq_len == 64
+
+
+def test_an_override_reaches_what_is_computed_from_it(tmp_path: Path) -> None:
+    text = (
+        "SEQ = 64\ndata = dict(seq_len=SEQ, total_steps=100)\nlr_scheduler = dict(total_steps=data['total_steps'])\n"
+        "EVERY = 50\nckpt = dict(checkpoint_every=int(EVERY / 2))\n"
+    )
+    config = load(tmp_path, text, "data.total_steps=7", "SEQ=32", "EVERY=8").config
+    assert (config.lr_scheduler.total_steps, config.data.seq_len, config.ckpt.checkpoint_every) == (7, 32, 4)
+    assert load(tmp_path, text, "data.total_steps=7", "lr_scheduler.total_steps=9").config.lr_scheduler.total_steps == 9
+
+
+def test_overrides_of_int_and_dict_forms(tmp_path: Path) -> None:
+    dicts = BASE + 'parallel = dict(zero1=dict(size=-1), tensor=dict(size=1, mode="fsp"))\n'
+    ints = BASE + "parallel = dict(zero1=8, tensor=1)\n"
+    assert load(tmp_path, dicts, "parallel.zero1=4").config.parallel.zero1.size == 4
+    assert load(tmp_path, dicts, "parallel.tensor=1").config.parallel.tensor.mode == "fsp"
+    assert load(tmp_path, ints, "parallel.zero1.size=2").config.parallel.zero1.size == 2
+    assert load(tmp_path, BASE, "ckpt.load_ckpt_folder=local:a/1").config.ckpt.load_ckpt_info is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1", 1), ("1e-4", 1e-4), ("True", True), ("true", True), ("None", None), ("inf", math.inf), ("abc", "abc"),
+     ("[2, 0]", [2, 0]), ("dict(a=1, b=dict(c=2))", {"a": 1, "b": {"c": 2}}), ("'1'", "1"), ("", ""),
+     ("local:a/b", "local:a/b"), ("__import__('os')", "__import__('os')"), ('float("inf")', math.inf)],
+)  # fmt: skip
+def test_override_values(text: str, value: object) -> None:
+    assert parse_value(text) == value
+    assert type(parse_value(text)) is type(value)
+
+
+def test_read_base_and_relative_imports(tmp_path: Path) -> None:
+    (tmp_path / "_base_").mkdir()
+    (tmp_path / "_base_" / "runtime.py").write_text("seed = 3\nadam = dict(\n    lr=0.5,\n)\n")
+    text = (
+        "from somewhere.unknown import read_base\nwith read_base():\n    from _base_.runtime import *\n"
+        "    from ._base_.runtime import adam as loss_of_time\n" + BASE + "adam['adam_eps'] = 1e-6\n"
+        "del loss_of_time\n"
+    )
+    for lr in (0.5, 0.25):  # a second load reads the changed file
+        (tmp_path / "_base_" / "runtime.py").write_text(f"seed = 3\nadam = dict(\n    lr={lr},\n)\n")
+        loaded = load(tmp_path, text)
+        assert (loaded.config.run.seed, loaded.config.adam.lr, loaded.config.adam.adam_eps) == (3, lr, 1e-6)
+        assert loaded.origins["adam.lr"].endswith("_base_/runtime.py:3")
+    assert not [name for name in sys.modules if name.startswith(("_base_", "evomesh_config_file"))]
+
+
+def test_files_of_one_name_do_not_meet(tmp_path: Path) -> None:
+    before = list(sys.path)
+    for name, seed in (("a", 1), ("b", 2)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "shared_part.py").write_text(f"seed = {seed}\n")
+        assert load(folder, "from shared_part import *\n" + BASE).config.run.seed == seed
+    assert sys.path == before
+    assert "shared_part" not in sys.modules
+
+
+def test_base_by_path(tmp_path: Path) -> None:
+    (tmp_path / "base.py").write_text(BASE + "adam = dict(lr=0.5, adam_eps=1e-6)\n")
+    loaded = load(tmp_path, '_base_ = "base.py"\nadam = dict(lr=0.25)\n', "adam.weight_decay=0.5")
+    adam = loaded.config.adam
+    assert (adam.lr, adam.adam_eps, adam.weight_decay) == (0.25, 1e-6, 0.5)
+    assert loaded.origins["adam.adam_eps"].endswith("base.py:3")
+
+
+def test_origins(tmp_path: Path) -> None:
+    text = BASE + 'JOB_NAME = "j"\nparallel = dict(zero1=8)\n'
+    origins = load(tmp_path, text, "data.seq_len=64", "model_type=INTERNLM2_PUBLIC").origins
+    path = tmp_path / "config.py"
+    assert origins["JOB_NAME"] == f"{path}:3"
+    assert origins["data.train_folder"] == f"{path}:1"
+    assert origins["data.seq_len"] == origins["model_type"] == "--set"
+    assert origins["parallel.zero1.size"] == f"legacy parallel.zero1 {path}:4"
+    assert origins["parallel.zero1.fsdp"] == origins["adam.lr"] == "default"
+    assert origins["model.qk_interleaved"] == "default of INTERNLM2_PUBLIC"
+
+
+def test_family_defaults(tmp_path: Path) -> None:
+    for family, interleaved in (("INTERNLM", False), ("INTERNLM2_PUBLIC", False), ("LLAMA2", True)):
+        model = load(tmp_path, BASE, f"model_type={family}").config.model
+        assert (model.qk_interleaved, model.no_bias) == (interleaved, False)
+        assert load(tmp_path, BASE, f"model_type={family}", "model.adapt_hf=False").config.model.qk_interleaved
+
+
+def test_own_model_type_keeps_its_own_keys(tmp_path: Path) -> None:
+    model = load(tmp_path, BASE, "model_type=MINE", "model.experts=4", "model.num_layers=2").config.model
+    assert (model.model_type, model.num_layers, model.extra) == ("MINE", 2, {"experts": 4})
+
+
+def test_load_folder_forms(tmp_path: Path) -> None:
+    def info(*sets: str) -> tuple[str, tuple[str, ...], str]:
+        found = load(tmp_path, BASE, "ckpt.auto_resume=False", *sets).config.ckpt.load_ckpt_info
+        assert found is not None
+        return found.path, found.content, found.ckpt_type
+
+    assert info("ckpt.load_ckpt_folder=local:a") == ("local:a", ("all",), "internevo")
+    assert info("ckpt.load_model_only_folder=a") == ("a", ("model",), "internevo")
+    form = "ckpt.load_ckpt_folder=dict(path='a', content=['model', 'sampler'], ckpt_type='normal')"
+    assert info(form) == ("a", ("model", "sampler"), "normal")
+    both = load(tmp_path, BASE, "ckpt.load_ckpt_folder=a", "ckpt.load_ckpt_info=dict(path='b')")
+    assert both.config.ckpt.load_ckpt_info is not None
+    assert both.config.ckpt.load_ckpt_info.path == "b"
+    assert [w for w in both.warnings if w.startswith("ckpt.load_ckpt_folder")]
+
+
+def test_warnings_are_said_once(tmp_path: Path) -> None:
+    text = BASE + "lr_scheduler = dict(total_steps=100)\ngrad_scaler = dict(hysteresis=2)\n"
+    warnings = load(tmp_path, text, "data.total_steps=50", "data.train_folder=None", "model.dtype=None").warnings
+    assert len(warnings) == len(set(warnings))
+    text = "\n".join(warnings)
+    assert "100 differs from data.total_steps=50: training ends after 50 steps" in text
+    assert "SYNTHETIC" in text
+    assert "model.dtype (--set): is not set: float16" in text
+    assert "grad_scaler" not in text  # float16 uses it
+    assert "bfloat16: only float16" in "\n".join(
+        load(tmp_path, BASE, "grad_scaler.hysteresis=2", "model.dtype=torch.bfloat16").warnings
+    )
+
+
+def test_record_is_strict_json_and_comes_back(tmp_path: Path) -> None:
+    loaded = load(
+        tmp_path, BASE, "monitor.alert.feishu_alert_address=http://hook/SECRET", "generation.eos_id=[2, 0]",
+        "ckpt.save_ckpt_folder=local:x", "data.train_folder=https://me:SECRET@host/x?token=SECRET",
+    )  # fmt: skip
+    text = json.dumps(redacted(loaded.config), allow_nan=False)
+    assert "SECRET" not in text
+    back = config_from_dict(json.loads(text))
+    assert back.model == loaded.config.model
+    assert back.ckpt == loaded.config.ckpt
+    assert back.generation == loaded.config.generation
+    assert back.ckpt.checkpoint_every == math.inf
+    assert redacted(back) == redacted(loaded.config)
+
+
+def test_environment_names_the_tensorboard_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("tensorboard_folder", "from_env")
+    loaded = load(tmp_path, BASE)
+    assert loaded.config.run.tensorboard_folder == "from_env"
+    assert loaded.origins["tensorboard_folder"] == "environment variable tensorboard_folder"
+
+
+def test_torch_is_never_imported() -> None:
+    code = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom evomesh.cli.config import app\n"
+        "result = CliRunner().invoke(app, ['check', 'configs/7B_sft.py'])\n"
+        "assert result.exit_code == 0, result.output\nsys.exit('torch' in sys.modules)"
+    )
+    root = Path(__file__).parents[3]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
