@@ -26,7 +26,7 @@ yet, refused where a config asks for it. *refused*: not part of this system. Eve
 `tests/unit/config/test_compatibility.py`, with the value shown.
 
 Any key that is not in this table is an error that names the nearest one, but for the parameters of your own model
- in `model`. Names in capitals or with an underscore in front, modules, functions and classes are yours.
+in `model`. Names in capitals or with an underscore in front, modules, functions and classes are yours.
 
 """
 WORDS = {"effect": "effect", "warning": "warning", "refusal": "**refused**", "later": "*later*"}
