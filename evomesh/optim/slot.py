@@ -83,9 +83,7 @@ def make_slot(name: str, param: nn.Parameter, grid: Grid) -> Slot:
     divides = grid.zero.size > 1 and local.dim() > 1 and local.shape[0] % data[0].size == 0
     cut = data[0] if divides else Axis("none")
     partial = (*data, inner) if inner.name in spec.partial else data
-    state_spec = ShardSpec(
-        spec.shape, spec.shards + (((cut.name, 0),) if cut.size > 1 else ()), padding=spec.padding
-    )
+    state_spec = ShardSpec(spec.shape, spec.shards + (((cut.name, 0),) if cut.size > 1 else ()), padding=spec.padding)
     slot = Slot(
         name=name,
         param=param,

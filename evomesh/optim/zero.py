@@ -7,6 +7,7 @@ rows, and the updated rows are gathered. With one process none of this communica
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,8 @@ from evomesh.optim.clip import Found, clip_factor, found_in, global_norm
 from evomesh.optim.groups import decays
 from evomesh.optim.slot import Slot, make_slot
 from evomesh.parallel.grid import Grid
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ class ZeroOptimizer:
                 slot.param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
         if model is not None and self._parameters.overlap:
             self._await_in_forward(model)
+        elements = sum(slot.target.numel() for slot in self.slots)  # the same on every rank, rows being equal
+        logger.info("Number of elements on ranks: %s, rank:%d", [elements] * grid.zero.size, grid.zero.rank)
 
     def expect(self, micro_batches: int) -> None:
         """Says, before the first backward of a step, how many there will be: ``overlap_sync_grad`` needs to know."""

@@ -200,3 +200,9 @@ def test_many_micro_batches_are_one_large_batch() -> None:
             optimizer.step(*rates(step), inv_scale=1.0)
             optimizer.zero_grad()
     assert distance(many, one) <= tolerances.ACCUMULATION
+
+
+def test_start_line_says_how_many_elements_a_rank_updates(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="evomesh.optim.zero"):
+        make_optimizer(make_model(torch.float32))
+    assert caplog.messages == ["Number of elements on ranks: [161], rank:0"]
