@@ -13,13 +13,14 @@ import difflib
 import importlib
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
+from evomesh.config.legacy import SECTIONS, TOP_LEVEL
 from evomesh.config.lines import Lines, config_lines
 from evomesh.config.overrides import Override, apply_overrides
 from evomesh.errors import ConfigError, UserError
@@ -185,15 +186,12 @@ def _execute(code: CodeType, namespace: dict[str, Any], shown: str, text: str) -
 
 
 def _is_setting(name: str, value: Any) -> bool:
-    if name == "JOB_NAME":
+    """Plain data under a name in small letters; anything else (modules, functions, registries) is the author's own."""
+    if name in TOP_LEVEL or name in SECTIONS:
         return True
-    if name.startswith("_") or name == READ_BASE or name.isupper():
+    if name.startswith("_") or name.isupper():
         return False
-    return not isinstance(value, ModuleType | FunctionType | type) and not callable(value) and not _future(value)
-
-
-def _future(value: Any) -> bool:
-    return type(value).__module__ == "__future__"
+    return value is None or isinstance(value, bool | int | float | str | Mapping | list | tuple | set)
 
 
 def _bases(

@@ -25,7 +25,8 @@ def load(folder: Path, text: str, *sets: str) -> LoadedConfig:
 def test_authors_own_names_are_not_keys(tmp_path: Path) -> None:
     text = (
         "from __future__ import annotations\nimport os\nfrom pathlib import Path\nSEQ = 64\n_hidden = 3\n"
-        "def f(x):\n    return x\nclass Own:\n    pass\ndata = dict(seq_len=f(SEQ), train_folder=os.sep)\n"
+        "def f(x):\n    return x\nclass Own:\n    pass\n"
+        "registry = Own()\ndata = dict(seq_len=f(SEQ), train_folder=os.sep)\n"
     )
     assert load(tmp_path, text).config.data.seq_len == 64
 
