@@ -52,6 +52,7 @@ def close_logging() -> None:
     for handler in list(_ROOT.handlers):
         _ROOT.removeHandler(handler)
         handler.close()
+    _ROOT.propagate = True
 
 
 class ConsoleHandler(logging.Handler):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from evomesh.optim.clip import counts_here
 from evomesh.parallel.grid import Axis, Grid
-from evomesh.parallel.spec import ShardSpec, spec_of
+from evomesh.parallel.spec import ShardSpec, spec_of, stage_axes
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -78,12 +78,13 @@ class Slot:
 
 def make_slot(name: str, param: nn.Parameter, grid: Grid) -> Slot:
     local, spec = _local(param.detach()), spec_of(param)
-    data, inner = _view(spec, grid)
+    zero, replica, inner = axes = stage_axes(spec, grid)
     # Vectors are small, and with rows that do not divide a state would not be one equal range of the tensor.
-    divides = grid.zero.size > 1 and local.dim() > 1 and local.shape[0] % data[0].size == 0
-    cut = data[0] if divides else Axis("none")
-    partial = (*data, inner) if inner.name in spec.partial else data
-    state_spec = ShardSpec(spec.shape, spec.shards + (((cut.name, 0),) if cut.size > 1 else ()), padding=spec.padding)
+    divides = local.dim() > 1 and local.shape[0] % zero.size == 0
+    cut = zero if divides else Axis(zero.name)
+    partial = (zero, replica, inner) if inner.name in spec.partial else (zero, replica)
+    shards = (*spec.shards, (cut.name, 0)) if cut.size > 1 else spec.shards
+    state_spec = replace(spec, shards=shards, partial=frozenset())
     slot = Slot(
         name=name,
         param=param,
@@ -91,7 +92,7 @@ def make_slot(name: str, param: nn.Parameter, grid: Grid) -> Slot:
         cut=cut,
         sums=tuple(axis for axis in partial if axis.size > 1 and axis is not cut),
         spec=state_spec,
-        counted=counts_here(state_spec, (*data, inner)),
+        counted=counts_here(state_spec, axes),
         target=local,
     )
     slot.target = slot.own
@@ -99,19 +100,6 @@ def make_slot(name: str, param: nn.Parameter, grid: Grid) -> Slot:
         slot.target = slot.own.to(torch.float32)
         slot.accumulated = torch.empty_like(local, dtype=torch.float32)
     return slot
-
-
-def _view(spec: ShardSpec, grid: Grid) -> tuple[tuple[Axis, ...], Axis]:
-    """The axes of a stage as this parameter sees them: those that split the data, and the innermost.
-
-    In isp the two views of the grid differ: blocks live on (zero, replica, wp), but what is cut over ``tp`` or left
-    as a partial sum over it, embedding and head for example, on (dp, tp).
-    """
-    named = {name for name, _ in spec.shards} | spec.partial
-    same = grid.zero.size * grid.replica.size == grid.dp.size  # then neighbours form the inner axis of both views
-    if "tp" in named and not same:
-        return (grid.dp,), grid.tp
-    return (grid.zero, grid.replica), grid.tp if "tp" in named or (same and grid.wp.size == 1) else grid.wp
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -48,11 +48,19 @@ def spec_of(parameter: torch.Tensor) -> ShardSpec:
 def state_axes(spec: ShardSpec, grid: Grid) -> tuple[Axis, Axis]:
     """The axes (zero, replica) over which a parameter's optimizer state is cut and repeated.
 
-    Its gradient is summed over both, after the sum over ``spec.partial``. They are the grid's own, except in isp for
-    what lives on the tensor axis (embedding, last norm, head): ranks of the weight view's zero axis may lie on
-    different tp ranks there, so its state is cut over the whole data axis of the activation view.
+    Its gradient is summed over both, and over ``spec.partial``. They are the grid's own, except in isp for what lives
+    on the tensor axis (embedding, last norm, head): ranks of the weight view's zero axis may lie on different tp ranks
+    there, so its state is cut over the whole data axis of the activation view, if at all.
     """
+    return stage_axes(spec, grid)[:2]
+
+
+def stage_axes(spec: ShardSpec, grid: Grid) -> tuple[Axis, Axis, Axis]:
+    """``state_axes`` and the axis inside them: together the ranks of a stage as this parameter sees them, each once."""
     on_tp = "tp" in spec.partial or any(axis == "tp" for axis, _ in spec.shards)
-    if on_tp and grid.zero.size * grid.replica.size != grid.dp.size:
-        return grid.dp, Axis("replica")
-    return grid.zero, grid.replica
+    views_agree = grid.zero.size * grid.replica.size == grid.dp.size
+    if not on_tp:
+        return grid.zero, grid.replica, grid.tp if views_agree and grid.wp.size == 1 else grid.wp
+    if views_agree:
+        return grid.zero, grid.replica, grid.tp
+    return (grid.dp, Axis("replica"), grid.tp) if grid.zero.size > 1 else (Axis("zero"), grid.dp, grid.tp)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from evomesh.config.schema import AdamConfig, ZeroConfig
 from evomesh.optim.zero import StepResult, ZeroOptimizer
+from evomesh.parallel.spec import ShardSpec, spec_of, with_spec
 from tests.support import tolerances
 
 ADAM = AdamConfig(adam_beta1=0.9, weight_decay=0.1, adam_eps=1e-8)
@@ -161,6 +162,23 @@ def test_state_has_the_documented_names_and_specs() -> None:
     )
     assert all(tensor.spec.shape == tensor.shape and tensor.spec.shards == () for tensor in tensors.values())  # type: ignore[attr-defined]
     assert not any("master" in name for name in make_optimizer(make_model(torch.float32)).state_tensors())
+
+
+def test_state_of_a_padded_vocabulary_says_so() -> None:
+    weight = with_spec(nn.Parameter(torch.randn(8, 4)), ShardSpec((8, 4), (), frozenset({"tp"}), padding=3))
+    optimizer = ZeroOptimizer([("embedding.weight", weight)], ADAM, ZeroConfig())
+    for tensor in optimizer.state_tensors().values():
+        assert spec_of(tensor) == ShardSpec((8, 4), padding=3)
+
+
+def test_padded_rows_stay_zero() -> None:
+    weight = nn.Parameter(torch.cat([torch.randn(5, 4), torch.zeros(3, 4)]))
+    optimizer = ZeroOptimizer([("embedding.weight", weight)], ADAM, ZeroConfig())
+    for _ in range(3):
+        weight[:5].square().sum().backward()
+        optimizer.step(0.1, 0.9, 1.0)
+        optimizer.zero_grad()
+    assert torch.equal(weight[5:], torch.zeros(3, 4))
 
 
 def test_masters_can_be_taken_from_loaded_weights() -> None:

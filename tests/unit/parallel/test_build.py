@@ -92,3 +92,5 @@ def test_state_of_what_isp_cuts_on_tp_is_cut_over_the_data_axis() -> None:
     grid = Grid(tp=Axis("tp", 2), dp=Axis("dp", 2), zero=Axis("zero", 4), wp=Axis("wp"))
     assert state_axes(ShardSpec((8, 4), (("tp", 0),)), grid)[0] == grid.dp
     assert state_axes(ShardSpec((8, 4)), grid)[0] == grid.zero
+    undivided = Grid(tp=Axis("tp", 2), dp=Axis("dp", 2), replica=Axis("replica", 4))
+    assert state_axes(ShardSpec((8, 4), (("tp", 0),)), undivided) == (Axis("zero"), undivided.dp)
