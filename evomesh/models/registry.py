@@ -12,7 +12,7 @@ from torch import nn
 
 from evomesh.config.schema import ModelConfig
 from evomesh.errors import ConfigError, UserError
-from evomesh.layers.init import Initial, fill_parameter
+from evomesh.layers.init import Initial, fill_parameter, owned_range
 from evomesh.models.decoder import Decoder
 from evomesh.models.internlm import INTERNLM
 from evomesh.models.internlm2 import INTERNLM2
@@ -141,6 +141,7 @@ def build_model(
             where="model_type",
             expected="an nn.Module with forward, loss and logits as in evomesh.models.language_model.LanguageModel",
         )
+    clear_padding(model, grid or Grid())
     return cast(LanguageModel, model)
 
 
@@ -160,3 +161,14 @@ def initialize_weights(model: nn.Module, seed: int, grid: Grid | None = None) ->
     for name, parameter in model.named_parameters():
         wanted: Initial = initial(name)
         fill_parameter(name, parameter, spec_of(parameter), axes, wanted, seed)
+    clear_padding(model, grid)
+
+
+def clear_padding(model: nn.Module, grid: Grid) -> None:
+    """Zeros the vocabulary's padded rows, which neither a checkpoint nor a gradient ever writes: left uninitialised, a
+    NaN among them would pass into the gradient of the hidden states, as 0 * NaN."""
+    for parameter in model.parameters():
+        spec = spec_of(parameter)
+        if spec.padding and not parameter.is_meta:
+            rows = owned_range(spec, 0, {"tp": grid.tp, "wp": grid.wp})
+            parameter.detach()[max(spec.stored[0] - rows.start, 0) :].zero_()

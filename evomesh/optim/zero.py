@@ -173,12 +173,13 @@ class ZeroOptimizer:
         block that they belong to.
         """
         names = {slot.param: slot.name for slot in self.slots}
-        rest = dict(names)
-        for parent in model.modules():
-            for block in parent.children() if isinstance(parent, nn.ModuleList) else ():
-                own = [p for p in block.parameters() if p in rest and not isinstance(p, DTensor)]
-                self._wait_before(block, [rest.pop(p) for p in own])
-        self._wait_before(model, list(rest.values()))
+        for root in model.children() if isinstance(model, nn.ModuleList) else (model,):  # a list has no forward itself
+            waits_in: dict[nn.Parameter, nn.Module] = dict.fromkeys(root.parameters(), root)
+            for parent in root.modules():
+                for block in parent.children() if isinstance(parent, nn.ModuleList | nn.ModuleDict) else ():
+                    waits_in |= {p: block for p in block.parameters() if not isinstance(p, DTensor)}
+            for module in dict.fromkeys(waits_in.values()):
+                self._wait_before(module, [names[p] for p, at in waits_in.items() if at is module and p in names])
 
     def _wait_before(self, module: nn.Module, names: list[str]) -> None:
         @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]

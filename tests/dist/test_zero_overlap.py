@@ -31,12 +31,12 @@ class Model(nn.Module):
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.layers = nn.ModuleDict({str(i): nn.Linear(WIDTH, WIDTH) for i in range(3)})
         self.head = nn.Linear(WIDTH, WIDTH, bias=False)
         self.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
+        for layer in self.layers.values():
             x = torch.tanh(layer(x))
         return x
 
@@ -99,7 +99,7 @@ def train(
     grid, trace = grid_of(**layout), trace or Trace()
     model = Model(dtype)
     optimizer = ZeroOptimizer(model.named_parameters(), AdamConfig(), ZeroConfig.model_validate(zero), grid, model)
-    for layer in model.layers:
+    for layer in model.layers.values():
         layer.register_forward_hook(lambda *_: trace.mark("block"))
     for step in range(steps):
         optimizer.expect(MICRO_BATCHES)
@@ -214,6 +214,25 @@ def test_with_overlap_each_block_awaits_its_own_parameters_in_forward(pool: Pool
     assert second[: second.index("last backward")][:8] == ["forward", wait, wait, "block", wait, "block", wait, "block"]
     plain = pool.run(trace_one_step, {}, {"zero1": 4})[0]
     assert [e[0] for e in plain.between("step", "end") if e[1] == "all_gather"] == ["launch", "wait"] * 4
+
+
+def chunks_in_a_list(rank: int) -> list[str]:
+    """As in an interleaved pipeline: a rank's chunks are a list, which is never called itself."""
+    grid, trace = grid_of(zero1=4), Trace()
+    with traced() as trace:
+        chunks = nn.ModuleList([Model(torch.float32), Model(torch.float32)])
+        zero = ZeroConfig(overlap_sync_param=True)
+        optimizer = ZeroOptimizer(chunks.named_parameters(), AdamConfig(), zero, grid, chunks)
+        optimizer.step(1e-2, 0.9, 1.0)
+        for chunk in chunks:
+            chunk.loss(torch.ones(1, WIDTH))
+            trace.mark("chunk")
+    return [event if isinstance(event, str) else event[0] for event in trace.events if event[1] != "all_reduce"]
+
+
+def test_every_chunk_of_a_pipeline_stage_awaits_its_own_parameters(pool: Pool) -> None:
+    events = pool.run(chunks_in_a_list)[0]
+    assert events[-10:] == [*["wait"] * 4, "chunk", *["wait"] * 4, "chunk"]
 
 
 def tensor_bytes() -> int:
