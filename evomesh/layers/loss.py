@@ -3,7 +3,7 @@
 Shapes: T packed tokens, C tokens of one chunk, D model, V vocabulary rows of the weight held here.
 
 The gradient is made in forward, while a chunk's probabilities are at hand; backward only hands it on. Where the tensor
-axis cuts the vocabulary, two small all-reduces a chunk (a maximum; four sums a token) join the ranks' parts.
+axis cuts the vocabulary, two small all-reduces a chunk (a maximum; three sums a token) join the ranks' parts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class LossOutput:
     """Attributes:
     scaled_sum: scalar, ``grad_scale`` times the sum of the token losses (smoothed, if asked for); call backward on it.
     nll: [T] negative log-likelihood of each label (never smoothed), at least float32, 0 where ignored; no gradient.
-    correct: [T] bool, the label has the largest logit.
+    correct: [T] bool, no logit is larger than the label's.
     """
 
     scaled_sum: Tensor
@@ -92,8 +92,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         nll_rows = torch.zeros(len(targets), dtype=wide, device=hidden.device)
         correct_rows = torch.zeros(len(targets), dtype=torch.bool, device=hidden.device)
-        grad_rows = torch.zeros_like(rows) if with_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if with_grad else None
+        grads = _Gradients(rows, weight) if with_grad else None
         for part in (slice(i, i + chunk) for i in range(0, len(targets), chunk)):
             used = targets[part] != IGNORE
             target = targets[part].clamp(min=0)[:, None]
@@ -101,36 +100,72 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if not parallel_output:
                 logits = gathered(logits, axis, dim=1).contiguous()
             view = _Vocabulary.of(logits, vocab_size, axis if parallel_output else Axis("tp"))
-            nll, correct_rows[part], mean = view.normalise(logits, target, smoothing > 0)
-            correct_rows[part] &= used
-            nll_rows[part] = nll.where(used, 0.0)
-            if mean is not None:
-                nll = (1 - smoothing) * nll + smoothing * mean
-            loss += nll.where(used, 0.0).sum()
-            if grad_rows is not None and grad_weight is not None:
-                grad = view.minus_target(logits, target, smoothing)
+            found = view.exponentials(logits, target, smoothing > 0)
+            correct_rows[part] = found.correct & used
+            nll_rows[part] = found.nll.where(used, 0.0)
+            token_loss = (1 - smoothing) * found.nll + smoothing * found.mean if smoothing else found.nll
+            loss += token_loss.where(used, 0.0).sum()
+            if grads is not None:
+                grad = view.minus_target(logits, target, found.exp_sum, smoothing)
                 if not parallel_output:
                     grad = own_range(grad, axis, 1)
-                grad = grad.mul_((scale * used)[:, None]).to(weight.dtype)
-                torch.mm(grad, weight, out=grad_rows[part])
-                if weight.dtype == wide:
-                    grad_weight.addmm_(grad.T, rows[part])
-                else:
-                    grad_weight += grad.T @ rows[part]
+                grads.add(part, grad, (scale * used)[:, None] / found.exp_sum)
         nll_all = torch.zeros(labels.shape, dtype=wide, device=hidden.device)
         correct = torch.zeros(labels.shape, dtype=torch.bool, device=hidden.device)
         nll_all[kept], correct[kept] = nll_rows, correct_rows
-        if grad_rows is not None and grad_weight is not None:
-            grad_hidden = torch.zeros_like(hidden)
-            grad_hidden[kept] = grad_rows
-            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        if grads is not None:
+            grad_hidden = grads.rows
+            if isinstance(kept, Tensor):
+                grad_hidden = torch.zeros_like(hidden)
+                grad_hidden[kept] = grads.rows
+            ctx.save_for_backward(grad_hidden, grads.weight.to(weight.dtype))
         ctx.mark_non_differentiable(nll_all, correct)
         return loss * scale, nll_all, correct
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grads[0], grad_weight * grads[0], *[None] * 8
+        factor = grads[0]
+        # On the CPU, where it costs nothing to look, the usual factor of one saves a pass over the weight.
+        if factor.device.type != "cpu" or factor.item() != 1.0:
+            grad_hidden, grad_weight = grad_hidden * factor, grad_weight * factor
+        return grad_hidden, grad_weight, *[None] * 8
+
+
+class _Gradients:
+    """Gradients of hidden rows and weight, growing chunk by chunk: the weight's in at least float32."""
+
+    def __init__(self, rows: Tensor, weight: Tensor) -> None:
+        self.inputs, self.head = rows, weight
+        self.rows = torch.empty_like(rows)
+        self.weight = torch.zeros_like(weight, dtype=promote(weight.dtype))
+
+    def add(self, part: slice, grad: Tensor, factor: Tensor) -> None:
+        """Adds those of one chunk, whose d loss / d logits is ``grad`` [C, V] times ``factor`` [C, 1].
+
+        The factor has the loss scale in it. For wide weights it is moved to the [C, D] side of both products, which
+        saves a pass over the logits; a narrow ``grad`` must have it before it is rounded.
+        """
+        if self.head.dtype == grad.dtype:
+            torch.mm(grad, self.head, out=self.rows[part]).mul_(factor)
+            self.weight.addmm_(grad.T, self.inputs[part] * factor)
+        else:
+            grad = grad.mul_(factor).to(self.head.dtype)
+            torch.mm(grad, self.head, out=self.rows[part])
+            self.weight += grad.T @ self.inputs[part]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Of one chunk, the same on all ranks: ``exp_sum`` [C, 1] of the shifted exponentials; the rest [C].
+
+    ``mean`` is that of -log p over the vocabulary (0 unless asked for).
+    """
+
+    exp_sum: Tensor
+    nll: Tensor
+    mean: Tensor
+    correct: Tensor
 
 
 @dataclass(frozen=True)
@@ -149,43 +184,22 @@ class _Vocabulary:
         first = axis.rank * columns
         return cls(first, columns, min(max(size - first, 0), columns), size, axis)
 
-    def normalise(self, logits: Tensor, target: Tensor, with_mean: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Turns ``logits`` [C, V] into probabilities in place.
+    def exponentials(self, logits: Tensor, target: Tensor, with_mean: bool) -> _Found:
+        """Turns ``logits`` [C, V] into exp(logit - largest logit) in place; ``target`` [C, 1] are global columns.
 
-        Args:
-            target: [C, 1] global column.
-        Returns:
-            negative log-likelihood [C], whether the target has the largest logit [C], mean of -log p [C] if asked for.
+        A target counts as correct if no logit is larger, so that equal ones count the same on every layout.
         """
-        logits[:, self.real :] = -torch.inf
-        best, argmax = logits.max(dim=-1, keepdim=True)
-        if self.axis.size > 1:
-            return self._normalise_cut(logits, target, best, argmax, with_mean)
-        picked = logits.gather(1, target)
-        mean = logits[:, : self.real].mean(dim=-1) if with_mean else None
-        torch.softmax(logits, dim=-1, out=logits)
-        # The largest probability is at least 1/V, so its logarithm loses nothing.
-        log_sum = best - logits.gather(1, argmax).log()
-        smoothed = None if mean is None else log_sum.squeeze(1) - mean
-        return (log_sum - picked).squeeze(1), (argmax == target).squeeze(1), smoothed
-
-    def _normalise_cut(
-        self, logits: Tensor, target: Tensor, best: Tensor, argmax: Tensor, with_mean: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
         column, here = self._own(target)
-        top = sum_over(best, self.axis, op=MAX)
-        # Of equal largest logits the first column counts, as on one rank: a rank before the target's vetoes it.
-        ties = best == top
-        hit = (ties & here & (argmax == column)).long() - (ties & (target >= self.first + self.columns)).long()
+        logits[:, self.real :] = -torch.inf
+        top = sum_over(logits.amax(dim=-1, keepdim=True), self.axis, op=MAX)
         picked = logits.gather(1, column).masked_fill(~here, 0.0)
         total = logits[:, : self.real].sum(dim=-1, keepdim=True) if with_mean else torch.zeros_like(picked)
         logits.sub_(top).exp_()
-        sums = sum_over(torch.cat([logits.sum(-1, keepdim=True), picked, hit.to(picked), total], dim=1), self.axis)
-        exp_sum, picked, hits, total = sums.chunk(4, dim=1)
-        logits.div_(exp_sum)
+        sums = sum_over(torch.cat([logits.sum(-1, keepdim=True), picked, total], dim=1), self.axis)
+        exp_sum, picked, total = sums.chunk(3, dim=1)
         log_sum = top + exp_sum.log()
-        smoothed = (log_sum - total / self.size).squeeze(1) if with_mean else None
-        return (log_sum - picked).squeeze(1), (hits == 1).squeeze(1), smoothed
+        mean = (log_sum - total / self.size).squeeze(1)
+        return _Found(exp_sum, (log_sum - picked).squeeze(1), mean, (picked == top).squeeze(1))
 
     def _own(self, target: Tensor) -> tuple[Tensor, Tensor]:
         """Local column of each target (any, where it lies elsewhere), and whether it lies here."""
@@ -193,13 +207,13 @@ class _Vocabulary:
         here = (column >= 0) & (column < self.columns)
         return column.masked_fill(~here, 0), here
 
-    def minus_target(self, probability: Tensor, target: Tensor, smoothing: float) -> Tensor:
-        """d loss / d logits: probability minus the (smoothed) target, in place."""
+    def minus_target(self, exponentials: Tensor, target: Tensor, exp_sum: Tensor, smoothing: float) -> Tensor:
+        """d loss / d logits times ``exp_sum``: probability minus the (smoothed) target, in place."""
         column, here = self._own(target)
-        probability.scatter_add_(1, column, here.to(probability) * (smoothing - 1))
+        exponentials.scatter_add_(1, column, here * exp_sum * (smoothing - 1))
         if smoothing:
-            probability[:, : self.real] -= smoothing / self.size
-        return probability
+            exponentials[:, : self.real] -= exp_sum * (smoothing / self.size)
+        return exponentials
 
 
 def _kept(labels: Tensor) -> Tensor | slice:

@@ -5,12 +5,39 @@ Shapes: T packed tokens, D model.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evomesh.layers.dtype import promote
 from evomesh.layers.placement import Placement
 from evomesh.parallel.spec import ShardSpec
+
+
+class _RmsNorm(torch.autograd.Function):
+    """y = w n, n = x r, r = 1 / sqrt(mean(x^2) + eps);  dx = r (w g - n mean(w g n)),  dw = sum over T of g n.
+
+    For the CPU, where torch's own is made of many passes; it keeps x and r only.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        scale = mean_square.add_(eps).rsqrt_()
+        ctx.save_for_backward(x, scale, weight)
+        out: Tensor = (x * scale).mul_(weight)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, scale, weight = ctx.saved_tensors
+        normed = x * scale
+        product = grads[0] * normed
+        inner = (product @ weight).div_(x.shape[-1]).unsqueeze(-1)
+        grad = (grads[0] * weight).addcmul_(normed, inner, value=-1).mul_(scale)
+        return grad, product.sum(0), None
 
 
 class Norm(nn.Module):
@@ -32,8 +59,11 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = promote(self.at.dtype)
         weight = self.weight.to(wide)
-        if self.bias is None:
+        out: Tensor
+        if self.bias is None and x.is_cuda:
             out = F.rms_norm(x.to(wide), (self.size,), weight, self.eps)
+        elif self.bias is None:
+            out = _RmsNorm.apply(x.to(wide), weight, self.eps)  # type: ignore[no-untyped-call]
         else:
             out = F.layer_norm(x.to(wide), (self.size,), weight, self.bias.to(wide), self.eps)
         return out.to(self.at.dtype)
