@@ -156,7 +156,7 @@ class ZeroOptimizer:
         self._adamw.grad_scale = None  # type: ignore[attr-defined]
         if factor != 1.0 and all(gradient.dtype == torch.float32 for gradient in gradients):
             # The fused kernel divides on its way, which saves a pass over all gradients.
-            self._adamw.grad_scale = torch.full((), 1.0 / factor, device=self._device)  # type: ignore[attr-defined]
+            self._adamw.grad_scale = torch.full((), 1.0 / factor, dtype=torch.float32, device=self._device)  # type: ignore[attr-defined]
         elif factor != 1.0:
             torch._foreach_mul_(gradients, factor)
         for group in self._adamw.param_groups:
