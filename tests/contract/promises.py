@@ -72,20 +72,38 @@ PROMISES: tuple[Promise, ...] = (
     Promise("usage", "torchrun ... train.py --config C --launcher torch", issue=4),
     Promise("usage", "srun ... python train.py --config C", issue=4),
     Promise(
-        "usage", "log line: tflops, step, loss, tgs, lr, loss_scale, grad_norm, micro_num ... fwd_bwd_time", issue=2
+        "usage",
+        "log line: tflops, step, loss, tgs, lr, loss_scale, grad_norm, micro_num ... fwd_bwd_time",
+        "tests/unit/monitor/test_metrics.py::test_line_is_the_documented_one",
     ),
-    Promise("usage", "63.27 TFLOPS at 1424.64 tokens a second and GPU", issue=2),
+    Promise(
+        "usage",
+        "63.27 TFLOPS at 1424.64 tokens a second and GPU",
+        "tests/unit/monitor/test_metrics.py::test_tflops_of_the_documented_step",
+    ),
     Promise(
         "usage", "num_consumed_tokens, num_samples_in_batch, largest_length, largest_batch, smallest_batch", issue=2
     ),
     Promise("usage", "start lines of the log: sizes, seeds, New Run, number of elements on ranks", issue=4),
-    Promise("usage", "lr: linear warm-up, then cosine to eta_min", issue=2),
-    Promise("usage", "fp16 loss scale: growth, back-off, hysteresis, minimum and maximum", issue=2),
+    Promise(
+        "usage",
+        "lr: linear warm-up, then cosine to eta_min",
+        "tests/unit/optim/test_schedule.py::test_documented_table",
+    ),
+    Promise(
+        "usage",
+        "fp16 loss scale: growth, back-off, hysteresis, minimum and maximum",
+        "tests/unit/optim/test_scaler.py::*",
+    ),
     Promise("usage", "models by model_initializer.register_module", "tests/unit/models/test_registry.py::*"),
     Promise("usage", "tensor modes mtp, msp, fsp, isp", issue=4),
     Promise("usage", "weight parallel with overlap", issue=4),
     Promise("usage", "pipeline, interleaved with num_chunks > 1", issue=4),
-    Promise("usage", "reduce_bucket_size, overlap_sync_grad, overlap_sync_param, all_gather_size", issue=4),
+    Promise(
+        "usage",
+        "reduce_bucket_size, overlap_sync_grad, overlap_sync_param, all_gather_size",
+        "tests/dist/test_zero_overlap.py::*",
+    ),
     Promise("usage", "monitor.alert: Feishu and light monitor", issue=8),
     Promise("tokenized", "--deepspeed deepspeed_zero1|2|3", issue=4),
     Promise("tokenized", "NPROC_PER_NODE and Aliyun DLC's variables", issue=4),
@@ -101,7 +119,7 @@ PROMISES: tuple[Promise, ...] = (
     Promise("usage", "use_dynamic_ntk_rope up to 16k", issue=6),
     Promise("usage", "web_demo", issue=6),
     Promise("tutorial", "tools/transformers/convert2hf.py --src_folder --tgt_folder --tokenizer", issue=6),
-    Promise("tutorial", "tensorboard --logdir", issue=2),
+    Promise("tutorial", "tensorboard --logdir", "tests/unit/monitor/test_tracker.py::*"),
     Promise("tokenized", "xtuner copy-cfg: evomesh config copy", CLI + "test_list_and_copy"),
     Promise("tokenized", "pth_to_hf CONFIG SRC DST", issue=6),
 )
