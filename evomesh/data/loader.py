@@ -87,6 +87,11 @@ class BatchStream:
         self.position = after
         return result
 
+    def check(self) -> None:
+        """Read the next batch without taking it: data that cannot be used is refused before a run writes anything."""
+        self._fill()
+        self._ready[0][0]()
+
     def skip(self) -> None:
         """Consume the next batch without handing it out (``data.skip_batches``)."""
         self._fill()

@@ -156,7 +156,7 @@ def assemble(stored: Tokens, ends: Ints, types: Ints, rule: PackRule) -> Pack:
     if rule.one_sample:
         bounds = np.arange(0, length + 1, rule.seq_len)
     elif rule.order == "internevo":
-        bounds = _split(bounds, rule.seq_len)
+        bounds = split_bounds(bounds, rule.seq_len)
     sizes: Ints = bounds[1:] - bounds[:-1]
     type_ids = np.zeros(length, np.int64)
     inner = np.clip(ends, 0, length)
@@ -171,7 +171,7 @@ def assemble(stored: Tokens, ends: Ints, types: Ints, rule: PackRule) -> Pack:
     )
 
 
-def _split(bounds: Ints, seq_len: int) -> Ints:
+def split_bounds(bounds: Ints, seq_len: int) -> Ints:
     """Bounds with every piece longer than ``seq_len`` cut into ``seq_len`` segments from its start."""
     sizes = np.diff(bounds)
     if not len(sizes) or int(sizes.max()) <= seq_len:

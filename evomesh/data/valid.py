@@ -1,4 +1,4 @@
-"""Validation sets: every folder with token files is one, every document of it is seen exactly once."""
+"""Validation sets: every folder with token files is one, every target of it is seen exactly once."""
 
 from __future__ import annotations
 
@@ -8,36 +8,38 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from evomesh.data.batch import Batch
+from evomesh.data.batch import IGNORE, Batch
 from evomesh.data.bin_dataset import BinDataset, Documents
 from evomesh.data.folders import TokenFile
 from evomesh.data.loader import collate
-from evomesh.data.packed import Ints, Pack, PackRule, assemble
+from evomesh.data.packed import Ints, Pack, PackRule, assemble, split_bounds
 
 
 class ValidSet:
-    """A named set, read in file order: whole documents, cut at ``seq_len``, side by side in rows of T tokens.
+    """A named set, read in file order: every token of every document but its first is a target exactly once.
 
-    A document is its own attention segment, so its loss does not depend on its neighbours, on the micro-batch size
-    or on the number of ranks; rows are filled only to need less padding.
+    A document longer than ``seq_len`` is cut into pieces of ``seq_len`` tokens, counted from its start; each piece is
+    its own attention segment and its last token still predicts the document's next. So the loss of a set does not
+    depend on the neighbours of a document, on the micro-batch size or on the number of ranks; rows are filled with
+    several pieces only to need less padding.
 
     Args:
         name: as in ``val/{name}_loss``.
         sources: its files.
-        seq_len: tokens of a document that count; its tail is left out, as in the documents.
-        micro_bsz: T = seq_len * micro_bsz.
+        seq_len: longest piece.
+        micro_bsz: T = seq_len * micro_bsz tokens in a row.
         micro_num: rows in a batch.
     """
 
     def __init__(self, name: str, sources: Sequence[Documents], seq_len: int, micro_bsz: int, micro_num: int) -> None:
         self.name = name
-        self.sources, self.seq_len, self.micro_num = list(sources), seq_len, micro_num
+        self.sources, self.micro_num = list(sources), micro_num
         self.rule = PackRule(seq_len * micro_bsz, seq_len)
         self.first = np.cumsum([0] + [len(source.lengths) for source in sources])
-        lengths = np.concatenate([np.asarray(source.lengths, np.int64) for source in sources])
-        self.truncated = int(np.maximum(lengths - seq_len, 0).sum())  # tokens beyond seq_len
-        self.ends = np.cumsum(np.minimum(lengths, seq_len))
-        self.bounds = _fill_rows(self.ends, self.rule.packed_length)
+        self.ends = np.cumsum(np.concatenate([np.asarray(source.lengths, np.int64) for source in sources]))
+        self.cuts = split_bounds(np.unique(np.concatenate([[0], self.ends])), seq_len)
+        self.bounds = _fill_rows(self.cuts, self.rule.packed_length)
+        self._last: tuple[int, Ints] = (-1, np.empty(0, np.int64))  # a long document serves many rows
 
     @property
     def num_rows(self) -> int:
@@ -56,35 +58,36 @@ class ValidSet:
 
     def row(self, row: int) -> Pack:
         """Row ``row`` of T tokens."""
-        first, last = int(self.bounds[row]), int(self.bounds[row + 1])
-        begin = int(self.ends[first - 1]) if first else 0
-        parts = []
-        for source, low in zip(self.sources, self.first, strict=False):
-            places = np.arange(max(first, int(low)), min(last, int(low) + len(source.lengths))) - int(low)
-            if len(places):
-                parts.append(_cut(source.read(places), np.asarray(source.lengths[places], np.int64), self.seq_len))
-        return assemble(
-            np.concatenate(parts), self.ends[first:last] - begin, np.zeros(last - first, np.int64), self.rule
+        begin, end = (int(self.cuts[bound]) for bound in self.bounds[row : row + 2])
+        documents = range(
+            int(np.searchsorted(self.ends, begin, side="right")), int(np.searchsorted(self.ends, end)) + 1
         )
+        origin = int(self.ends[documents[0] - 1]) if documents[0] else 0
+        stored = np.concatenate([self._document(document) for document in documents])[begin - origin :]
+        ends = np.minimum(self.ends[documents.start : documents.stop], end) - begin
+        pack = assemble(stored[: end - begin], ends, np.zeros(len(ends), np.int64), self.rule)
+        if len(stored) > end - begin:  # the row ends within a document: its next token is a target too
+            following = int(stored[end - begin])
+            pack.labels[end - begin - 1] = following if following > 0 else IGNORE
+        return pack
+
+    def _document(self, number: int) -> Ints:
+        if self._last[0] != number:
+            which = int(np.searchsorted(self.first, number, side="right")) - 1
+            self._last = number, self.sources[which].read(np.array([number - int(self.first[which])]))
+        return self._last[1]
 
     def _empty(self) -> Pack:
         nothing = np.empty(0, np.int64)
         return assemble(nothing, nothing, nothing, self.rule)
 
 
-def _fill_rows(ends: Ints, length: int) -> Ints:
-    """First document of each row, then the number of documents: a row holds whole ones, at most ``length`` tokens."""
+def _fill_rows(cuts: Ints, length: int) -> Ints:
+    """First piece of each row, then the number of pieces: a row holds whole ones, at most ``length`` tokens."""
     bounds = [0]
-    while bounds[-1] < len(ends):
-        begin = int(ends[bounds[-1] - 1]) if bounds[-1] else 0
-        bounds.append(int(np.searchsorted(ends, begin + length, side="right")))
+    while bounds[-1] < len(cuts) - 1:
+        bounds.append(int(np.searchsorted(cuts, cuts[bounds[-1]] + length, side="right")) - 1)
     return np.array(bounds, np.int64)
-
-
-def _cut(tokens: Ints, lengths: Ints, seq_len: int) -> Ints:
-    """Documents laid end to end, each without what lies beyond ``seq_len``."""
-    starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
-    return tokens[np.arange(len(tokens)) - starts < seq_len]
 
 
 def group_sets(files: Sequence[TokenFile], root_name: str) -> dict[str, list[TokenFile]]:

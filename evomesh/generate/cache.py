@@ -51,13 +51,14 @@ class KeyValueCache:
         """q [T, N, H], k and v [T, G, H] -> [T, N, H]."""
         if layer not in self._layers:
             self._fill(layer, k, v)
-            return attend(layer, q, k, v, docs)
+            prompt: Tensor = attend(layer, q, k, v, docs)
+            return prompt
         keys, values = self._layers[layer]
         rows = torch.arange(len(q), device=q.device)
         keys[rows, docs.position_ids], values[rows, docs.position_ids] = k, v
         longest = max(self.lengths) + 1
         seen = torch.arange(longest, device=q.device) <= docs.position_ids[:, None]  # [B, longest]
-        out = F.scaled_dot_product_attention(
+        out: Tensor = F.scaled_dot_product_attention(
             q[:, :, None],
             keys[:, :longest].transpose(1, 2),
             values[:, :longest].transpose(1, 2),
@@ -70,6 +71,8 @@ class KeyValueCache:
         room = (len(self.lengths), self.capacity, *k.shape[1:])
         # Zeros, since a masked product with uninitialised memory could still be NaN.
         keys, values = k.new_zeros(room), v.new_zeros(room)
-        for row, (key, value) in enumerate(zip(k.split(self.lengths), v.split(self.lengths), strict=True)):
+        for row, (key, value) in enumerate(
+            zip(torch.split(k, self.lengths), torch.split(v, self.lengths), strict=True)
+        ):
             keys[row, : len(key)], values[row, : len(value)] = key, value
         self._layers[layer] = (keys, values)

@@ -96,6 +96,7 @@ def build_run(loaded: LoadedConfig, place: Launch) -> Run:
         state.step_count = int(stored["train"]["step_count"])
     sampler = stored["sampler"] if start.wants("sampler") else None
     stream = train_data.stream(0, grid.dp.rank, grid.dp.size, sampler)
+    stream.check()
 
     reporter = Reporter(config, loaded.text, place, state, train_data)
     saving = config.ckpt.enable_save_ckpt

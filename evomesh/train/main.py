@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from evomesh.config.loader import LoadedConfig
+from evomesh.monitor.log import setup_logging
 from evomesh.train.build import build_run
 from evomesh.train.launch import launch
 from evomesh.train.trainer import Trainer
@@ -20,5 +21,8 @@ def train_from_config(loaded: LoadedConfig, launcher: str = "auto", port: int = 
     Raises:
         UserError: anything in the config, the data or the checkpoints that cannot be used.
     """
+    setup_logging()
+    for warning in loaded.warnings:
+        logger.warning("%s", warning)
     with launch(loaded.config, launcher=launcher, port=port) as place:
         return Trainer(build_run(loaded, place)).train()

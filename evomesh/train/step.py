@@ -67,7 +67,7 @@ def train_step(
     for index, weight in enumerate(weights):
         hidden = model(batch.input_ids[index], documents_of(batch, index))
         output = model.loss(hidden, batch.labels[index], weight * scaler.scale, loss.label_smoothing)
-        output.scaled_sum.backward()
+        torch.autograd.backward(output.scaled_sum)
         objective += output.scaled_sum.detach().double() / scaler.scale
         tally.add(output, batch.labels[index], batch.type_ids[index])
     fwd_bwd_time = time.perf_counter() - started

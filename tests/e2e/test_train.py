@@ -60,7 +60,7 @@ def test_a_run_prints_the_documents_line_and_records_the_same_numbers(tmp_path: 
         assert int(printed["num_consumed_tokens"]) == (step + 1) * 128
     assert rows[0]["lr"] == 5e-3  # two warm-up steps to 1e-2, the one used in this step
     assert abs(rows[0]["loss"] - math.log(256)) < 0.05
-    assert rows[-1]["loss"] < rows[0]["loss"] / 2
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.8
     validations = [row for row in metrics(tmp_path) if "val/en_loss" in row]
     assert [row["step"] for row in validations] == [9, 19]
     assert {"val/en_acc", "val/en_plex", "val/code_loss"} <= set(validations[0])

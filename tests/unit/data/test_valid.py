@@ -21,20 +21,20 @@ def config(tmp_path: Path, **values: Any) -> DataConfig:
 
 
 def pairs_of(found: list[list[int]], seq_len: int) -> list[tuple[int, int, int]]:
-    """(position, input, target) of every document, cut at seq_len."""
+    """(position in its piece, input, target) of every token that has a next one in its document."""
     return sorted(
-        (place, abs(cut[place]), cut[place + 1])
-        for cut in (document[:seq_len] for document in found)
-        for place in range(len(cut) - 1)
-        if cut[place + 1] > 0
+        (place % seq_len, abs(document[place]), document[place + 1])
+        for document in found
+        for place in range(len(document) - 1)
+        if document[place + 1] > 0
     )
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 5])
 @pytest.mark.parametrize("micro_num", [1, 3])
-def test_every_document_is_seen_once(write_bin: Any, tmp_path: Path, dp_size: int, micro_num: int) -> None:
+def test_every_target_is_seen_once(write_bin: Any, tmp_path: Path, dp_size: int, micro_num: int) -> None:
     rng = np.random.RandomState(0)
-    first, second = ([rng.randint(-5, 99, rng.randint(1, 14)).tolist() for _ in range(37)] for _ in range(2))
+    first, second = ([rng.randint(-5, 99, rng.randint(1, 40)).tolist() for _ in range(37)] for _ in range(2))
     write_bin(first, "valid/en/a.bin")
     write_bin(second, "valid/en/b.bin")
     (found,) = build_valid_data(config(tmp_path, valid_micro_num=micro_num), 100)
@@ -58,13 +58,13 @@ def test_every_document_is_seen_once(write_bin: Any, tmp_path: Path, dp_size: in
     assert counts == [found.num_batches(dp_size)] * dp_size
 
 
-def test_each_document_is_its_own_segment(write_bin: Any, tmp_path: Path) -> None:
-    write_bin([[1, 2, 3], [4, 5], [6] * 20], "valid/en/a.bin")
-    (found,) = build_valid_data(config(tmp_path, valid_micro_num=1), 100)
+def test_each_piece_is_its_own_segment_and_predicts_on(write_bin: Any, tmp_path: Path) -> None:
+    write_bin([[1, 2, 3], [4, 5], [6] * 19 + [7]], "valid/en/a.bin")
+    (found,) = build_valid_data(config(tmp_path, valid_micro_num=2), 100)
     batch = next(found.batches(0, 1))
-    assert batch.cu_seqlens[0].tolist() == [0, 3, 5, 13, 16]
-    assert batch.labels[0].tolist() == [2, 3, IGN, 5, IGN] + [6] * 7 + [IGN] * 4
-    assert found.truncated == 12
+    assert batch.cu_seqlens.tolist() == [[0, 3, 5, 13, 16], [0, 8, 12, 16, 16]]
+    assert batch.labels[0].tolist() == [2, 3, IGN, 5, IGN] + [6] * 8 + [IGN] * 3
+    assert batch.labels[1].tolist() == [6] * 10 + [7, IGN] + [IGN] * 4
 
 
 def test_sets_are_folders(write_bin: Any, tmp_path: Path) -> None:
