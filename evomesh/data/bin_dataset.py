@@ -70,7 +70,7 @@ class BinDataset:
 
     def __del__(self) -> None:
         fd = getattr(self, "_fd", None)
-        if fd is not None:
+        if fd is not None and os is not None:  # None while the interpreter ends, which closes the file itself
             os.close(fd)
 
     def row(self, document: int) -> int:
