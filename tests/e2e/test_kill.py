@@ -1,0 +1,132 @@
+"""kill -9 at random moments: no committed checkpoint is lost, and every loss is that of the uninterrupted run.
+
+EVOMESH_KILLS and EVOMESH_KILLS_RANKS set how many kills of one process, and of one of four; EVOMESH_SEED when.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from evomesh.checkpoint import find
+from evomesh.checkpoint.retention import check
+from evomesh.storage.local import LocalStorage
+from tests.support.interpreter import Interpreter, Running
+from tests.support.runs import metrics, tensor_hashes, write_run
+
+KILLS = int(os.environ.get("EVOMESH_KILLS", "40"))
+KILLS_RANKS = int(os.environ.get("EVOMESH_KILLS_RANKS", "10"))
+SEED = int(os.environ.get("EVOMESH_SEED", "7"))
+STEPS = 120
+COMMON = f"""
+data["total_steps"] = lr_scheduler["total_steps"] = {STEPS}
+data["valid_every"] = 25
+ckpt |= dict(checkpoint_every=4, oss_snapshot_freq=2, keep_last=2)
+"""
+VARIANTS = {
+    "float32": "",
+    "bfloat16": 'model["dtype"] = "torch.bfloat16"\n',
+    "float16": """
+model["dtype"] = "torch.float16"
+grad_scaler = dict(fp16=dict(initial_scale=2.0**33, min_scale=1, growth_interval=4), max_scale=2.0**34, hysteresis=1)
+""",
+}
+
+
+def start(interpreter: Interpreter, folder: Path, ranks: int) -> Sequence[Running]:
+    command = ["evomesh", "train", "config.py"]
+    if ranks == 1:
+        return [interpreter.start(command, cwd=folder)]
+    return interpreter.start_ranks([*command, "--launcher", "torch"], ranks, cwd=folder)
+
+
+def finish(running: Sequence[Running]) -> None:
+    for one in running:
+        finished = one.wait(300)
+        assert finished.returncode == 0, finished.stderr[-3000:]
+
+
+def rows(folder: Path) -> dict[int, str]:
+    """Step -> all that the run recorded of it which a resume must repeat, as text, so that equal means bit-equal.
+
+    A step that stands there twice must be the same both times. The last line may be torn by a kill.
+    """
+    found: dict[int, str] = {}
+    for path in folder.glob("RUN/*/*/metrics.jsonl"):
+        for line in path.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            kept = {key: row.get(key) for key in ("loss", "grad_norm", "lr", "loss_scale", "num_consumed_tokens")}
+            text = json.dumps(kept)
+            assert found.setdefault(row["step"], text) == text, f"step {row['step']} differs between two lives"
+    return found
+
+
+def verify_all(folder: Path) -> int:
+    """Every committed checkpoint verifies; the newest step."""
+    storage = LocalStorage()
+    committed = [c for c in find.everything(storage, str(folder / "ckpts")) if c.committed]
+    for choice in committed:
+        check(choice, data=True)
+    return max((c.step for c in committed), default=0)
+
+
+def killed_until_done(interpreter: Interpreter, folder: Path, ranks: int, kills: int, draw: random.Random) -> int:
+    """Kills the run up to ``kills`` times at random moments and lets it finish; the number of kills that hit."""
+    hits, safe = 0, 0
+    while hits < kills:
+        running = start(interpreter, folder, ranks)
+        if draw.random() < 0.8:  # mostly while it trains and saves, sometimes while it starts
+            running[0].wait_for("step=", timeout=120)
+        time.sleep(draw.uniform(0, 0.5))
+        try:
+            running[draw.randrange(ranks)].signal(signal.SIGKILL)
+        except ProcessLookupError:
+            break
+        for one in running:
+            one.kill()  # what a launcher does to the other ranks
+        newest = verify_all(folder)
+        assert newest >= safe, f"a committed checkpoint was lost: step {safe}, now {newest}"
+        hits, safe = hits + 1, newest
+        if newest >= STEPS:
+            break
+    finish(start(interpreter, folder, ranks))
+    return hits
+
+
+def run_kills(tmp_path: Path, interpreter: Interpreter, ranks: int, kills: int, variants: Sequence[str]) -> None:
+    draw = random.Random(SEED)
+    references: dict[str, tuple[dict[int, str], object]] = {}
+    done = lives = 0
+    while done < kills:
+        name = variants[lives % len(variants)]
+        if name not in references:
+            straight = tmp_path / f"straight-{name}"
+            write_run(straight, COMMON + VARIANTS[name])
+            finish(start(interpreter, straight, ranks))
+            assert len(metrics(straight)) >= STEPS
+            references[name] = rows(straight), tensor_hashes(straight / f"ckpts/step-{STEPS:08d}")
+        folder = tmp_path / f"killed-{lives}"
+        write_run(folder, COMMON + VARIANTS[name])
+        share = min(kills - done, -(-kills // len(variants)))
+        done += killed_until_done(interpreter, folder, ranks, share, draw)
+        losses, weights = references[name]
+        assert rows(folder) == losses
+        assert tensor_hashes(folder / f"ckpts/step-{STEPS:08d}") == weights
+        lives += 1
+    print(f"{done} kills over {lives} runs on {ranks} ranks: 0 committed checkpoints lost, 0 losses different")
+
+
+def test_one_process(tmp_path: Path, interpreter: Interpreter) -> None:
+    run_kills(tmp_path, interpreter, 1, KILLS, list(VARIANTS))
+
+
+def test_four_ranks(tmp_path: Path, interpreter: Interpreter) -> None:
+    run_kills(tmp_path, interpreter, 4, KILLS_RANKS, ["bfloat16"])
