@@ -24,7 +24,8 @@ from evomesh.checkpoint.retention import Retention
 from evomesh.checkpoint.stage import Staging
 from evomesh.errors import UserError
 from evomesh.parallel.grid import Grid
-from evomesh.storage.base import Lock, Storage, join, open_storage
+from evomesh.storage.base import Lock, Storage, StorageError, join, open_storage
+from evomesh.storage.staged import StagedStorage
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -41,6 +42,7 @@ class CheckpointManager:
         grid: where this rank stands; with each tensor's ``ShardSpec`` it says which box of a global tensor is here.
         exchange: how the ranks agree; by default over all ranks of the job.
         keep_last, keep_every: retention, see ``retention.py``; None keeps everything.
+        upload_folder: local folder in which files for an object store are made first (``async_upload_tmp_folder``).
         busy: what a save does while the one before is still being written.
         max_failed_saves: saves in a row that the store may refuse before ``save`` raises.
         report: where one-line messages go (of rank 0).
@@ -55,6 +57,7 @@ class CheckpointManager:
         exchange: Exchange | None = None,
         keep_last: int | None = None,
         keep_every: int | None = None,
+        upload_folder: str | None = None,
         busy: Literal["wait", "skip"] = "wait",
         max_failed_saves: int = 3,
         report: Callable[[str], None] = log.info,
@@ -63,6 +66,9 @@ class CheckpointManager:
         self.snapshot_storage, self.snapshots = open_storage(snapshots or join(root, find.SNAPSHOTS))
         self.grid = grid or Grid()
         self.exchange = exchange or default_exchange()
+        if upload_folder is not None and self.storage.remote:
+            own = f"{fmt.sha256(root.encode())[:8]}-rank{self.exchange.rank}"
+            self.storage = StagedStorage(self.storage, upload_folder, own)
         self._behind = self.exchange.twin()  # for the writer thread
         self._busy, self._max_failed_saves, self._failed_saves = busy, max_failed_saves, 0
         self._report = report if self.exchange.rank == 0 else log.debug
@@ -178,7 +184,11 @@ class CheckpointManager:
             return self._committed[step, snapshot]
         local = describe(tensors, self.grid)
         storage, root = self._place(snapshot)
-        order = self._order(step, storage, root, signature(local))
+        try:
+            order = self._order(step, storage, root, signature(local))
+        except CheckpointError as error:
+            self._refused(error, final)
+            return None
         if order["replan"] or self._plan is None:
             self._make_plan(local, make_plan(local, self.exchange))
         assert self._plan is not None
@@ -217,13 +227,16 @@ class CheckpointManager:
         try:
             folder = running.result()
         except CheckpointError as error:
-            self._failed_saves += 1
-            if final or self._failed_saves >= self._max_failed_saves:
-                raise
-            self._report(f"checkpoint not saved ({error.found}); training goes on")
+            self._refused(error, final)
             return None
         self._failed_saves = 0
         return folder
+
+    def _refused(self, error: CheckpointError, final: bool) -> None:
+        self._failed_saves += 1
+        if final or self._failed_saves >= self._max_failed_saves:
+            raise error
+        self._report(f"checkpoint not saved ({error.found}); training goes on")
 
     def close(self) -> None:
         """Waits for the save in flight and gives the folder back."""
@@ -243,10 +256,15 @@ class CheckpointManager:
         order = None
         if changed is not None:
             attempt, folder = secrets.token_hex(4), fmt.folder_name(step)
-            if storage.exists(join(root, folder, fmt.COMMIT)):
-                folder = fmt.folder_name(step, attempt)  # a committed folder is never written again
             order = {"attempt": attempt, "folder": folder, "replan": any(changed)}
+            try:
+                if storage.exists(join(root, folder, fmt.COMMIT)):
+                    order["folder"] = fmt.folder_name(step, attempt)  # a committed folder is never written again
+            except (OSError, UserError) as error:
+                order["error"] = write.refusal(error, root).found
         answer: dict[str, Any] = self.exchange.broadcast(order)
+        if "error" in answer:
+            raise CheckpointError(answer["error"], where=root)
         return answer
 
     def _commit(self, plan: Plan, entries: list[Entry], folder: str, body: dict[str, Any]) -> str:
@@ -355,17 +373,20 @@ class CheckpointManager:
 
     def _everywhere(self, action: Callable[[], Result]) -> Result:
         """Runs the action on every rank; when one fails, all raise its error."""
-        problem: list[str] | None = None
+        problem: list[Any] | None = None
         result: Result
         try:
             result = action()
         except UserError as error:
-            problem = [error.found, error.where, error.expected, error.fix]
+            problem = [error.found, error.where, error.expected, error.fix, isinstance(error, StorageError)]
         problems = self.exchange.gather(problem)
         first = next((p for p in problems if p), None) if problems is not None else None
         first = self.exchange.broadcast(first)
         if first:
-            raise CheckpointError(first[0], where=first[1], expected=first[2], fix=first[3])
+            found, where, expected, fix, of_store = first
+            # A store out of reach is no damage: it must not make a resume fall back to an older checkpoint.
+            kind = StorageError if of_store else CheckpointError
+            raise kind(found, where=where, expected=expected, fix=fix)
         return result
 
 

@@ -96,12 +96,15 @@ def run(found: Found, jobs: list[Job]) -> int:
     reader: Reader | None = None
     current = -1
     try:
-        for job in sorted(jobs, key=lambda job: (job.piece.file, job.piece.start)):
+        ordered = sorted(jobs, key=lambda job: (job.piece.file, job.piece.start))
+        for job in ordered:
             if job.piece.file != current:
                 if reader is not None:
                     reader.close()
                 current, reader = job.piece.file, None
                 reader = _open(found, job)
+                starts = [(j.piece.start, j.piece.start + _size(j)) for j in ordered if j.piece.file == current]
+                reader.expect(starts)
             size = _size(job)
             _fill(found, job, reader, memory[:size])
             _copy(job, buffer[:size])

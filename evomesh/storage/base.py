@@ -47,6 +47,9 @@ class Writer(Protocol):
 class Reader(Protocol):
     """An open file."""
 
+    def expect(self, ranges: list[tuple[int, int]]) -> None:
+        """Announces the (start, stop) byte ranges that will be read, in this order."""
+
     def read_into(self, start: int, buffer: memoryview) -> None:
         """Fills ``buffer`` from byte ``start``; ``EOFError`` when the file ends before."""
 
@@ -132,7 +135,9 @@ def open_storage(url: str) -> tuple[Storage, str]:
             raise UserError(f"the checkpoint path {url!r} is empty", expected=FORMS)
         return LocalStorage(), path if path == "/" else path.rstrip("/")
     if scheme in ("boto3", "s3"):
-        raise UserError(f"{url!r}: object stores are not available yet", expected="a local path")
+        from evomesh.storage.s3 import open_s3
+
+        return open_s3(scheme, path)
     if scheme in ("volc", "oss2"):
         raise UserError(f"{url!r}: the {scheme}: store is not supported", expected=FORMS)
     raise UserError(f"unknown prefix {scheme + ':'!r} in {url!r}", expected=FORMS, fix=f"local:{url} for a file name")
