@@ -9,7 +9,8 @@ from typing import Any
 
 from evomesh.checkpoint import format as fmt
 from evomesh.checkpoint.format import CheckpointError
-from evomesh.storage.base import Storage, join, open_storage
+from evomesh.storage.base import Storage, join
+from evomesh.storage.urls import open_storage
 
 SNAPSHOTS = "snapshot"  # folder of the snapshots inside the save folder
 

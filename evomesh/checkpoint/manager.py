@@ -24,8 +24,9 @@ from evomesh.checkpoint.retention import Retention
 from evomesh.checkpoint.stage import Staging
 from evomesh.errors import UserError
 from evomesh.parallel.grid import Grid
-from evomesh.storage.base import Lock, Storage, StorageError, join, open_storage
+from evomesh.storage.base import Lock, Storage, StorageError, join
 from evomesh.storage.staged import StagedStorage
+from evomesh.storage.urls import open_storage
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -81,8 +82,6 @@ class CheckpointManager:
         self._plan: tuple[str, Plan] | None = None
         self._parent: dict[str, Any] | None = None  # step and attempt of the last one loaded or committed
         self._committed: dict[tuple[int, bool], str] = {}  # (step, snapshot) -> folder, of this process
-
-    # ---- save -------------------------------------------------------------------------------------------------
 
     def claim(self) -> None:
         """Makes this job the one writer of the folder, until ``close`` or its end; ``save`` does it if need be.
@@ -289,8 +288,6 @@ class CheckpointManager:
         grid = self.grid
         axes = {axis.name: axis.size for axis in (grid.tp, grid.wp, grid.pp, grid.dp, grid.zero)}
         return {"world": self.exchange.size, **axes}
-
-    # ---- find and load ----------------------------------------------------------------------------------------
 
     def candidates(self) -> list[Candidate]:
         """Step folders of the save folder and its snapshots, newest first, interrupted ones too."""

@@ -25,7 +25,8 @@ from evomesh.parallel.build import Sizes, axis_members, axis_sizes
 from evomesh.parallel.grid import Axis, Grid
 from evomesh.parallel.modes import MODES
 from evomesh.parallel.spec import ShardSpec, spec_of
-from evomesh.storage.base import join, open_storage
+from evomesh.storage.base import join
+from evomesh.storage.urls import open_storage
 
 KEPT_PIECES = 16  # read pieces kept for the next boxes: 64 MiB at most
 Boxes = dict[str, Box]  # of one rank: tensor -> where it lies

@@ -16,7 +16,7 @@ from evomesh.checkpoint.loaders import checkpoint_loaders, fill
 from evomesh.checkpoint.manager import CheckpointManager
 from evomesh.checkpoint.plan import describe
 from evomesh.config.schema import CheckpointConfig, LoadConfig
-from evomesh.storage.base import open_storage, split_url
+from evomesh.storage.urls import open_storage, split_url
 
 OPTIMIZER = "optim."  # prefix of the optimizer's tensors
 MASTER = "optim.master."

@@ -111,7 +111,8 @@ def prune(
     """Delete old checkpoints; pinned ones and the newest two that verify always stay."""
     from evomesh.checkpoint.find import candidates
     from evomesh.checkpoint.retention import Retention, drop
-    from evomesh.storage.base import join, open_storage
+    from evomesh.storage.base import join
+    from evomesh.storage.urls import open_storage
 
     storage, root = open_storage(path)
     lock = None if dry_run else storage.lock(join(root, ".writer"), "evomesh ckpt prune")

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from evomesh.config.legacy import REMOTE
 from evomesh.config.schema import Config
 from evomesh.errors import ConfigError, UserError
 
@@ -26,14 +25,6 @@ class Finding:
     fix: str = ""
 
 
-def _remote(folder: str | None) -> bool:
-    return folder is not None and folder.startswith(REMOTE)
-
-
-def _loads(config: Config) -> str:
-    return config.ckpt.load_ckpt_info.path if config.ckpt.load_ckpt_info else ""
-
-
 # Not available yet: key, when a config asks for it, the feature. A room that delivers one deletes its row.
 PENDING: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("data.type", lambda c: c.data.type == "streaming", "streaming data sets"),
@@ -46,15 +37,11 @@ PENDING: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("parallel.zero1.fsdp", lambda c: c.parallel.zero1.fsdp, "fully sharded data parallelism"),
     ("model.num_chunks", lambda c: c.model.num_chunks > 1, "interleaved pipelines"),
     ("model.output_tf32", lambda c: c.model.output_tf32, "an output head in TF32"),
-    ("ckpt.save_ckpt_folder", lambda c: c.ckpt.enable_save_ckpt and _remote(c.ckpt.save_ckpt_folder), "object stores"),
-    ("ckpt.load_ckpt_info", lambda c: _remote(_loads(c)), "object stores"),
     (
         "ckpt.load_ckpt_info",
         lambda c: c.ckpt.load_ckpt_info is not None and c.ckpt.load_ckpt_info.ckpt_type in ("hf", "llama"),
         "starting from Hugging Face and Llama folders",
     ),
-    ("ckpt.stop_file_path", lambda c: c.ckpt.stop_file_path is not None, "the stop file"),
-    ("ckpt.save_optimizer", lambda c: not c.ckpt.save_optimizer, "checkpoints without optimizer state"),
     ("monitor.alert.enable_feishu_alert", lambda c: c.monitor.alert.enable_feishu_alert, "alerts"),
     ("monitor.alert.light_monitor_address", lambda c: c.monitor.alert.light_monitor_address is not None, "heartbeats"),
 )

@@ -1,18 +1,14 @@
 """What a checkpoint needs from the place where its bytes lie.
 
 Every byte of a checkpoint, read or written, goes through a ``Storage``. Tests put a fault layer in its place.
-Paths are plain strings with ``/`` between folders; ``open_storage`` turns what a user types into a storage and a root.
+Paths are plain strings with ``/`` between folders; ``urls.py`` turns what a user types into a storage and a path.
 """
 
 from __future__ import annotations
 
-import re
 from typing import Protocol
 
 from evomesh.errors import UserError
-
-PREFIX = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):")
-FORMS = "a plain path, local:PATH, boto3:s3://BUCKET.ENDPOINT/KEY or s3://BUCKET/KEY"
 
 
 class StorageError(UserError):
@@ -111,33 +107,3 @@ def join(*parts: str) -> str:
     """``a/b/c`` from its parts, without doubled slashes."""
     head, *tail = (part for part in parts if part)
     return "/".join([head.rstrip("/") or ("" if tail else "/"), *(part.strip("/") for part in tail)])
-
-
-def split_url(url: str) -> tuple[str, str]:
-    """``("local", path)`` for a plain or ``local:`` path, else the prefix and the rest behind its colon."""
-    match = PREFIX.match(url)
-    if match is None:
-        return "local", url
-    return match[1].lower(), url[match.end() :]
-
-
-def open_storage(url: str) -> tuple[Storage, str]:
-    """The storage that ``url`` lies in and its path there.
-
-    Raises:
-        UserError: unknown or unsupported prefix, or an empty path.
-    """
-    from evomesh.storage.local import LocalStorage
-
-    scheme, path = split_url(url)
-    if scheme == "local":
-        if not path:
-            raise UserError(f"the checkpoint path {url!r} is empty", expected=FORMS)
-        return LocalStorage(), path if path == "/" else path.rstrip("/")
-    if scheme in ("boto3", "s3"):
-        from evomesh.storage.s3 import open_s3
-
-        return open_s3(scheme, path)
-    if scheme in ("volc", "oss2"):
-        raise UserError(f"{url!r}: the {scheme}: store is not supported", expected=FORMS)
-    raise UserError(f"unknown prefix {scheme + ':'!r} in {url!r}", expected=FORMS, fix=f"local:{url} for a file name")

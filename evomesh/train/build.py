@@ -128,4 +128,5 @@ def save_folder(config: CheckpointConfig, grid: Grid) -> CheckpointManager | Non
         grid=grid,
         keep_last=config.keep_last,
         keep_every=config.keep_every,
+        upload_folder=config.async_upload_tmp_folder if config.async_upload else None,
     )

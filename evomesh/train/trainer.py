@@ -6,6 +6,7 @@ import logging
 import time
 from contextlib import ExitStack
 
+from evomesh.checkpoint.exchange import default_exchange
 from evomesh.config.loader import redacted
 from evomesh.data.batch import Batch
 from evomesh.data.sampler import SkipBatches
@@ -17,6 +18,7 @@ from evomesh.train.build import Run
 from evomesh.train.evaluate import evaluate
 from evomesh.train.signals import StopRequest
 from evomesh.train.step import seed_step, train_step
+from evomesh.train.stop import StopPoll
 
 logger = logging.getLogger(__name__)
 
@@ -44,14 +46,26 @@ class Trainer:
                 self.run.checkpoints.prepare(self.run.tensors(), saves=self._saves_ahead(), blocking=False)
             stack.enter_context(self.run.reporter)
             logger.info("%s", self.run.reason)
-            while self.state.step < total and stop.signal is None:
+            poll = self._poll(stop)
+            wish = poll.ask(self.state.step)
+            while self.state.step < total and not wish.stop:
                 self._one_step()
+                wish = poll.ask(self.state.step)
+                if wish.save:
+                    self._save()
             self._save(final=True)
+            if self.state.step < total and stop.signal is None:
+                logger.warning("stopped by the stop file after %d steps", self.state.step)
             if self.state.step < total and stop.signal is not None:
                 where = "start the same command again to go on" if self.run.checkpoints else "nothing is saved"
                 logger.warning("stopped by %s after step %d: %s", stop.signal.name, self.state.step - 1, where)
                 return stop.exit_code
         return 0
+
+    def _poll(self, stop: StopRequest) -> StopPoll:
+        saving = self.run.checkpoints
+        path = self.config.ckpt.stop_file_path if saving is not None else None
+        return StopPoll(stop, path, saving.exchange if saving is not None else default_exchange())
 
     def _saves_ahead(self) -> int:
         left = self.config.data.total_steps - self.state.step

@@ -84,7 +84,6 @@ VALUES: list[tuple[list[str], list[str]]] = [
     (["ckpt.load_ckpt_info={'path': 'x', 'content': ('modle',)}"], ["modle", "model, sampler, optimizer"]),
     (["ckpt.load_ckpt_info={'content': ('model',)}"], ["ckpt.load_ckpt_info.path", "is missing", "add path=..."]),
     (["ckpt.load_ckpt_info=5"], ["ckpt.load_ckpt_info", "found 5", "dict(key=value, ...)"]),
-    (["ckpt.save_ckpt_folder=boto3:s3://b.host/x"], ["object stores: not available yet"]),
     (["seed=4294967296"], ["seed", "< 4294967296"]),
     (["seed=abc"], ["seed", "'abc' (a string)", "an integer"]),
     (["JOB_NAME=../../etc"], ["JOB_NAME", "../../etc", "cannot name a folder"]),

@@ -12,8 +12,9 @@ from moto.server import ThreadedMotoServer
 from evomesh.checkpoint.manager import CheckpointManager
 from evomesh.errors import UserError
 from evomesh.storage import s3
-from evomesh.storage.base import Storage, join, open_storage
+from evomesh.storage.base import Storage, join
 from evomesh.storage.staged import StagedStorage
+from evomesh.storage.urls import open_storage
 
 BUCKET = "model_weights"
 

@@ -1,0 +1,78 @@
+"""Who may ask a run to save or to stop between two steps: a signal on any rank, or a number in the stop file."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+from evomesh.checkpoint.exchange import Exchange
+from evomesh.errors import UserError
+from evomesh.train.signals import StopRequest
+
+logger = logging.getLogger(__name__)
+
+
+class StopFile:
+    """``ckpt.stop_file_path``: N > 0 saves and stops after step N, N < 0 only saves after step |N|, 0 asks nothing.
+
+    Made with a 0 in it when absent.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path, self._said = Path(path), "0"
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            if not self._path.exists():
+                self._path.write_text("0\n")
+        except OSError as error:
+            raise UserError(f"the stop file cannot be made: {error.strerror}", where=path) from None
+
+    def read(self) -> int:
+        """The number in it; what is no number asks nothing and is said once."""
+        try:
+            text = self._path.read_text().strip()
+            number = int(text or "0")
+        except FileNotFoundError:
+            return 0
+        except (OSError, ValueError) as error:
+            if str(error) != self._said:
+                logger.warning("stop file %s: %s; write the number of a step, or 0", self._path, error)
+            self._said = str(error)
+            return 0
+        if text != self._said and number:
+            what = "save and stop" if number > 0 else "save"
+            logger.warning("stop file %s asks to %s after %d steps", self._path, what, abs(number))
+        self._said = text
+        return number
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What all ranks do now."""
+
+    save: bool = False
+    stop: bool = False
+
+
+class StopPoll:
+    """Asked once after each step, by all ranks together."""
+
+    def __init__(self, request: StopRequest, path: str | None, exchange: Exchange) -> None:
+        self._request, self._exchange = request, exchange
+        self._file = StopFile(path) if path is not None and exchange.rank == 0 else None
+
+    def ask(self, steps_done: int) -> Wish:
+        """The same answer on every rank; a signal that reached one rank is then noted on all."""
+        if self._exchange.size == 1:
+            number = self._file.read() if self._file is not None else 0
+            return Wish(steps_done == abs(number) != 0, self._request.signal is not None or steps_done == number != 0)
+        signals = self._exchange.gather(int(self._request.signal or 0))
+        answer = None
+        if signals is not None:
+            answer = [max(signals), self._file.read() if self._file is not None else 0]
+        number_of_signal, number = self._exchange.broadcast(answer)
+        if number_of_signal:
+            self._request.signal = signal.Signals(number_of_signal)
+        return Wish(steps_done == abs(number) != 0, bool(number_of_signal) or steps_done == number != 0)
