@@ -30,6 +30,7 @@ class Promise:
 DOCUMENTS = "tests/contract/test_config_documents.py::"
 CONFIG = "tests/unit/config/test_loader.py::"
 CLI = "tests/unit/config/test_cli.py::"
+TRAIN = "tests/e2e/test_train.py::"
 
 PROMISES: tuple[Promise, ...] = (
     # configuration
@@ -60,10 +61,10 @@ PROMISES: tuple[Promise, ...] = (
     Promise("usage", "the three example lines and their meta (0, 11), (90, 15), (208, 13)", issue=3),
     Promise("usage", "type folders cn, en, code, ja, ar, kaoshi", issue=3),
     Promise("usage", "tools/alpaca_tokenizer.py DATASET OUT TOKENIZER --split_ratio 0.1", issue=3),
-    Promise("usage", "pack_sample_into_one: both ways of attention", issue=2),
-    Promise("usage", "train_folder None: synthetic data", issue=2),
+    Promise("usage", "pack_sample_into_one: both ways of attention", "tests/unit/data/test_packed.py::*"),
+    Promise("usage", "train_folder None: synthetic data", TRAIN + "test_synthetic_data_and_no_checkpoint"),
     Promise("usage", "rampup_batch_size: start, increment, interval", issue=3),
-    Promise("usage", "skip_batches", issue=2),
+    Promise("usage", "skip_batches", TRAIN + "test_stopped_and_resumed_equals_straight_to_the_bit"),
     Promise("usage zh", "use_shm and shm_path", issue=3),
     Promise("tokenized", "data_order_path and tools/get_data_order.py", issue=3),
     Promise("tokenized", "save_optimizer=False", issue=5),
@@ -82,7 +83,9 @@ PROMISES: tuple[Promise, ...] = (
         "tests/unit/monitor/test_metrics.py::test_tflops_of_the_documented_step",
     ),
     Promise(
-        "usage", "num_consumed_tokens, num_samples_in_batch, largest_length, largest_batch, smallest_batch", issue=2
+        "usage",
+        "num_consumed_tokens, num_samples_in_batch, largest_length, largest_batch, smallest_batch",
+        "tests/unit/train/test_report.py::test_samples_are_document_pieces",
     ),
     Promise("usage", "start lines of the log: sizes, seeds, New Run, number of elements on ranks", issue=4),
     Promise(
