@@ -2,10 +2,10 @@
 
 Run: python benchmarks/train_step.py [--shape 60M] [--compiled] [--packed] [--rounds 7] [--threads 2]
 
-The two take turns within one run, so that a busy machine slows both, each in a process of its own, so that
-neither lives in the other's memory; the figure to quote is the median of the ratios of neighbouring steps. Model FLOPs of a step are 6 (parameters without embedding) tokens plus causal attention counted
-once, 6 layers hidden (sum of squared document lengths); the fraction is of the best float32 matrix product measured
-in the same run.
+The two take turns within one run, so that a busy machine slows both, each in a process of its own, so that neither
+lives in the other's memory; the figure to quote is the median of the ratios of neighbouring steps. Model FLOPs of a
+step are 6 (parameters without embedding) tokens plus causal attention counted once, 6 layers hidden (sum of squared
+document lengths); the fraction is of the best float32 matrix product measured in the same run.
 """
 
 from __future__ import annotations
