@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import mmap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from evomesh.data.lines import BadLine, Tokens, body_of, parse_bodies, parse_line
+from evomesh.data.lines import BadLine, Tokens, largest_id, parse_line, parse_plain
 from evomesh.data.meta import read_meta, rebuild
 from evomesh.errors import UserError
 
@@ -62,16 +62,11 @@ class BinDataset:
         if min_length > 0 and len(self.rows) and int(self.lengths.min()) < min_length:
             self.kept = np.flatnonzero(self.lengths >= min_length).astype(np.int32)
             self.lengths = self.lengths[self.kept]
-        self._fd: int | None = None
+        self._mapped: mmap.mmap | None = None
         self._check_end()
 
     def __len__(self) -> int:
         return len(self.lengths)
-
-    def __del__(self) -> None:
-        fd = getattr(self, "_fd", None)
-        if fd is not None and os is not None:  # None while the interpreter ends, which closes the file itself
-            os.close(fd)
 
     def row(self, document: int) -> int:
         """Row in the meta (line number from 0) of a kept document."""
@@ -79,11 +74,9 @@ class BinDataset:
 
     def line(self, row: int) -> bytes:
         """The raw line of a meta row, up to where the next row starts."""
-        if self._fd is None:
-            self._fd = os.open(self.path, os.O_RDONLY)
         start = int(self.rows[row, 0])
         end = int(self.rows[row + 1, 0]) if row + 1 < len(self.rows) else self.size
-        return os.pread(self._fd, end - start, start)
+        return self._map()[start:end]
 
     def read(self, documents: NDArray[np.integer]) -> Tokens:
         """Tokens of the named kept documents, one after the other; negative ids are inputs that are no targets.
@@ -91,18 +84,29 @@ class BinDataset:
         Raises:
             UserError: a line is not what the meta says, or an id is outside the vocabulary.
         """
-        rows = [self.row(int(document)) for document in documents]
-        lines = [self.line(row) for row in rows]
-        bodies = [body_of(line, int(self.rows[row, 1])) for line, row in zip(lines, rows, strict=True)]
-        tokens = None
-        if None not in bodies:
-            plain = [body for body in bodies if body is not None]
-            tokens = parse_bodies(plain, sum(int(self.rows[row, 1]) for row in rows))
+        rows = np.asarray(documents) if self.kept is None else self.kept[documents]
+        starts = self.rows[rows, 0].tolist()
+        ends = self.rows[np.minimum(rows + 1, len(self.rows) - 1), 0].tolist()
+        for last in np.flatnonzero(rows == len(self.rows) - 1):
+            ends[last] = self.size
+        lengths = self.rows[rows, 1].tolist()
+        view = self._map()
+        lines = [view[start:end] for start, end in zip(starts, ends, strict=True)]
+        tokens = parse_plain(lines, lengths)
         if tokens is None:
-            tokens = np.concatenate([self._read_slowly(row, line) for row, line in zip(rows, lines, strict=True)])
-        if self.vocab_size is not None and len(tokens) and int(np.abs(tokens).max()) >= self.vocab_size:
-            self._refuse_id(rows, tokens)
+            tokens = np.concatenate(
+                [self._read_slowly(row, line) for row, line in zip(rows.tolist(), lines, strict=True)]
+            )
+        if self.vocab_size is not None and largest_id(tokens) >= self.vocab_size:
+            self._refuse_id(rows.tolist(), tokens)
         return tokens
+
+    def _map(self) -> mmap.mmap:
+        """The file in memory, mapped at first use: a run with many files opens only what it reads."""
+        if self._mapped is None:
+            with self.path.open("rb") as file:
+                self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._mapped
 
     def _read_slowly(self, row: int, line: bytes) -> Tokens:
         """One line with every check: the way to an exact message."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 Tokens = NDArray[np.int64]
 MAX_ID = 2**31 - 1  # ids travel as int64, but no vocabulary is larger
 
-_PREFIXES = (b'{"tokens": [', b'{"tokens":[')
+_HEAD, _TAIL = b'{"tokens": [', b"]}\n"
 _NUMBERS = b"0123456789,- "
 
 
@@ -29,25 +29,30 @@ def format_line(tokens: list[int]) -> bytes:
     return b'{"tokens": ' + orjson.dumps(tokens).replace(b",", b", ") + b"}\n"
 
 
-def body_of(line: bytes, declared: int) -> bytes | None:
-    """The comma-separated numbers of a line in plain form with ``declared`` tokens, else None (then parse it whole)."""
-    for prefix in _PREFIXES:
-        if line.startswith(prefix) and line.endswith(b"]}\n"):
-            body = line[len(prefix) : -3]
-            count = body.count(b",") + 1 if body.strip() else 0
-            return body if count == declared and not body.translate(None, _NUMBERS) else None
-    return None
+def parse_plain(lines: list[bytes], lengths: list[int]) -> Tokens | None:
+    """All tokens of lines in exactly the documents' form, with as many tokens as ``lengths`` says.
 
-
-def parse_bodies(bodies: list[bytes], total: int) -> Tokens | None:
-    """All numbers of several bodies, None when one is malformed. NumPy's text reader is twice as fast as orjson."""
+    None when any line is otherwise: then ``parse_line`` finds out what it holds. Joined lines cost a few C calls for
+    all of them, and NumPy's text reader is twice as fast as a JSON parser that makes a Python int of every token.
+    """
+    if any(line.count(b",") + 1 != length for line, length in zip(lines, lengths, strict=True)):
+        return None
+    text = b"".join(lines)
+    if not text.startswith(_HEAD) or not text.endswith(_TAIL):
+        return None
+    numbers = text[len(_HEAD) : -len(_TAIL)].replace(_TAIL + _HEAD, b", ")
+    if numbers.translate(None, _NUMBERS):
+        return None
     try:
-        tokens = np.fromstring(b",".join(body for body in bodies if body), dtype=np.int64, sep=",")
+        tokens = np.fromstring(numbers, dtype=np.int64, sep=",")
     except ValueError:
         return None
-    if len(tokens) != total or (total and (int(tokens.max()) > MAX_ID or int(tokens.min()) < -MAX_ID)):
-        return None
-    return tokens
+    return tokens if len(tokens) == sum(lengths) and largest_id(tokens) <= MAX_ID else None
+
+
+def largest_id(tokens: Tokens) -> int:
+    """The largest id without its sign, 0 of no tokens."""
+    return max(int(tokens.max()), -int(tokens.min())) if len(tokens) else 0
 
 
 def parse_line(line: bytes) -> list[int]:

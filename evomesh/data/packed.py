@@ -135,38 +135,37 @@ def assemble(stored: Tokens, ends: Ints, types: Ints, rule: PackRule) -> Pack:
     Args:
         stored: tokens from the pack's start to the end of the last document it touches, signs as stored. Shorter
             than the packed length: the rest is padding. Longer: the surplus only gives the last target.
-        ends: [n] where each document ends, from the pack's start.
+        ends: [n] where each document ends, from the pack's start; above 0, not decreasing.
         types: [n] type of each document.
         rule: packed length T, segments and targets.
     """
     length = rule.packed_length
     filled = min(len(stored), length)
     tokens = np.zeros(length, np.int64)
-    tokens[:filled] = stored[:filled]
+    np.abs(stored[:filled], out=tokens[:filled])
     targets = np.full(length, IGNORE, np.int64)
     following = stored[1 : length + 1]
     targets[: len(following)] = following
     if rule.order == "internevo":
-        inside = ends[(ends > 0) & (ends <= length)]
-        targets[inside - 1] = IGNORE
+        targets[ends[ends <= length] - 1] = IGNORE
     if rule.one_sample or rule.order == "xtuner":
         targets[length - 1] = IGNORE  # these two do not look past the end of the pack
-    targets[targets <= 0] = IGNORE  # negative: input only; 0: the documents' format cannot train it
-    bounds: Ints = np.unique(np.concatenate([[0], np.clip(ends, 0, length), [length]]))
+    np.putmask(targets, targets <= 0, IGNORE)  # negative: input only; 0: the documents' format cannot train it
+    edges = np.empty(len(ends) + 2, np.int64)  # bounds of the documents' pieces and of the padding
+    edges[0], edges[-1] = 0, length
+    np.minimum(ends, length, out=edges[1:-1])
+    pieces = edges[1:] - edges[:-1]
     if rule.one_sample:
         bounds = np.arange(0, length + 1, rule.seq_len)
-    elif rule.order == "internevo":
-        bounds = split_bounds(bounds, rule.seq_len)
-    sizes: Ints = bounds[1:] - bounds[:-1]
-    type_ids = np.zeros(length, np.int64)
-    inner = np.clip(ends, 0, length)
-    pieces: Ints = inner - np.concatenate([[0], inner[:-1]])
-    type_ids[:filled] = np.repeat(types, pieces)
+    else:
+        bounds = np.append(edges[:-1][pieces > 0], length)
+        if rule.order == "internevo":
+            bounds = split_bounds(bounds, rule.seq_len)
     return Pack(
-        tokens=np.abs(tokens),
+        tokens=tokens,
         labels=targets,
-        indexes=np.arange(length) - np.repeat(bounds[:-1], sizes),
-        type_ids=type_ids,
+        indexes=np.arange(length) - np.repeat(bounds[:-1], bounds[1:] - bounds[:-1]),
+        type_ids=np.repeat(np.append(types, 0), pieces),
         cu_seqlens=bounds.astype(np.int32),
     )
 

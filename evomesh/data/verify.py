@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from evomesh.data.bin_dataset import check_file
 from evomesh.data.fingerprint import read_fingerprint
 from evomesh.data.folders import walk
-from evomesh.data.lines import BadLine, Tokens, body_of, parse_bodies, parse_line
+from evomesh.data.lines import BadLine, Tokens, largest_id, parse_line, parse_plain
 from evomesh.data.meta import meta_path, read_meta
 from evomesh.data.tokenizer import Tokenizer
 from evomesh.errors import UserError
@@ -71,7 +71,7 @@ def scan(path: Path, vocab_size: int | None = None) -> Scan:
                     found.problems.append(f"{path} line {number}{place}: {error.found}{torn}")
                 tokens = np.empty(0, np.int64)
             if len(tokens):
-                largest = int(np.abs(tokens).max())
+                largest = largest_id(tokens)
                 found.max_id = max(found.max_id, largest)
                 found.zeros += int((tokens == 0).sum())
                 found.masked += int((tokens < 0).sum())
@@ -130,9 +130,8 @@ def _files(path: str) -> list[Path]:
 
 
 def _tokens(line: bytes) -> Tokens:
-    body = body_of(line, -1 if b"," not in line else line.count(b",") + 1)
-    fast = parse_bodies([body], body.count(b",") + 1) if body else None
-    return fast if fast is not None else np.array(parse_line(line), np.int64)
+    plain = parse_plain([line], [line.count(b",") + 1])
+    return np.array(parse_line(line), np.int64) if plain is None else plain
 
 
 def _compare_meta(found: Scan) -> None:
