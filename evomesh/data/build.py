@@ -10,7 +10,8 @@ from evomesh.config.schema import DataConfig
 from evomesh.data.corpus import Corpus, check_manifest, open_corpus
 from evomesh.data.fingerprint import check_same_tokenizer, check_vocabulary
 from evomesh.data.folders import check_folder, find_files
-from evomesh.data.loader import BatchStream
+from evomesh.data.loader import BatchStream, Sampler
+from evomesh.data.mixture import MixedSampler, group_packs
 from evomesh.data.sampler import PackSampler, Rampup
 from evomesh.data.synthetic import VALID_DOCUMENTS, SyntheticDocuments
 from evomesh.data.valid import ValidSet, group_sets, open_set
@@ -65,13 +66,23 @@ class TrainData:
                 expected=f"micro_num {config.micro_num} x {dp_size} data-parallel rank(s) = {needed} packs",
                 fix="add data, or lower data.micro_num, data.micro_bsz or data.seq_len",
             )
-        unit = dp_size if config.order == "xtuner" else 1
-        sampler = PackSampler(self.num_packs, config.seed, needed, rampup, config.order, unit)
+        sampler = self._sampler(needed, rampup, dp_size)
         if state is not None:
             check_manifest(state.get("manifest"), self.manifest)
         start = sampler.resume(state) if state is not None else sampler.seek(step)
         extra = {"manifest": self.manifest["hash"]}
         return BatchStream(self.corpus.packs, sampler, dp_rank, dp_size, start, config.num_worker, extra)
+
+    def _sampler(self, global_batch: int, rampup: Rampup | None, dp_size: int) -> Sampler:
+        config = self.config
+        if config.dataset_weights:
+            rows = self.report
+            sources, _ = group_packs(
+                [row["file"] for row in rows], [row["packs"] for row in rows], config.dataset_weights
+            )
+            return MixedSampler(sources, config.seed, global_batch, rampup)
+        unit = dp_size if config.order == "xtuner" else 1
+        return PackSampler(self.num_packs, config.seed, global_batch, rampup, config.order, unit)
 
 
 def build_train_data(config: DataConfig, vocab_size: int) -> TrainData:

@@ -13,6 +13,7 @@ from evomesh.config.schema import DataConfig
 from evomesh.data.bin_dataset import BinDataset, Documents
 from evomesh.data.fingerprint import check_vocabulary
 from evomesh.data.folders import TokenFile, assign_types, check_folder, find_files
+from evomesh.data.mixture import group_packs
 from evomesh.data.packed import PackedCorpus, PackPlan, PackRule
 from evomesh.data.synthetic import TRAIN_DOCUMENTS, TYPES, SyntheticDocuments
 from evomesh.errors import UserError
@@ -98,7 +99,12 @@ def open_corpus(config: DataConfig, vocab_size: int | None) -> Corpus:
     corpus = PackedCorpus(plans)
     if not len(corpus):
         _refuse_empty(config, sources)
-    return Corpus(corpus, types, _manifest(report, types), report, _warnings(report, sources, config))
+    warnings = _warnings(report, sources, config)
+    if config.dataset_weights:
+        names, packs = [row["file"] for row in report], [row["packs"] for row in report]
+        _, alone = group_packs(names, packs, config.dataset_weights)
+        warnings += [f"{name} matches no key of data.dataset_weights: it is not trained on" for name in alone]
+    return Corpus(corpus, types, _manifest(report, types), report, warnings)
 
 
 def check_manifest(saved: dict[str, Any] | str | None, current: dict[str, Any]) -> None:

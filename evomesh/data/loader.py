@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from evomesh.data.batch import Batch
 from evomesh.data.packed import Pack
-from evomesh.data.sampler import PackSampler, Position
+from evomesh.data.sampler import Position
 from evomesh.errors import UserError
 
 
@@ -22,6 +22,15 @@ class Packs(Protocol):
 
     def __len__(self) -> int: ...
     def read(self, pack: int) -> Pack: ...
+
+
+class Sampler(Protocol):
+    """Which packs make up a step: a ``PackSampler`` or a ``MixedSampler``."""
+
+    def take(self, position: Position) -> tuple[NDArray[np.int64], Position]: ...
+    def seek(self, step: int) -> Position: ...
+    def state(self, position: Position) -> dict[str, Any]: ...
+    def resume(self, state: dict[str, Any]) -> Position: ...
 
 
 def collate(packs: Sequence[Pack]) -> Batch:
@@ -60,7 +69,7 @@ class BatchStream:
     def __init__(
         self,
         packs: Packs,
-        sampler: PackSampler,
+        sampler: Sampler,
         dp_rank: int,
         dp_size: int,
         start: Position,
