@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from evomesh.config.schema import DataConfig
 from evomesh.data.corpus import Corpus, check_manifest, open_corpus
 from evomesh.data.fingerprint import check_same_tokenizer, check_vocabulary
 from evomesh.data.folders import check_folder, find_files
-from evomesh.data.loader import BatchStream, Sampler
+from evomesh.data.loader import BatchStream, PackStream, Sampler
 from evomesh.data.mixture import MixedSampler, group_packs
 from evomesh.data.sampler import PackSampler, Rampup
+from evomesh.data.streaming import open_streaming, read_documents
 from evomesh.data.synthetic import VALID_DOCUMENTS, SyntheticDocuments
 from evomesh.data.valid import ValidSet, group_sets, open_set
 from evomesh.errors import UserError
@@ -20,9 +21,37 @@ from evomesh.errors import UserError
 __all__ = ["BatchStream", "TrainData", "ValidSet", "build_train_data", "build_valid_data", "check_manifest"]
 
 
+class TrainData(Protocol):
+    """What a run is trained on.
+
+    Attributes:
+        types: type names; ``Batch.type_ids`` are places in it.
+        num_packs: packs in one pass; 0 where that is not known beforehand.
+        manifest: what the data consists of, as JSON, for ``check_manifest`` on a resume.
+        report: one row a file.
+        warnings: what a user should know before the run starts.
+    """
+
+    @property
+    def types(self) -> list[str]: ...
+    @property
+    def num_packs(self) -> int: ...
+    @property
+    def manifest(self) -> dict[str, Any]: ...
+    @property
+    def report(self) -> list[dict[str, Any]]: ...
+    @property
+    def warnings(self) -> list[str]: ...
+    def stream(
+        self, step: int = 0, dp_rank: int = 0, dp_size: int = 1, state: dict[str, Any] | None = None
+    ) -> BatchStream:
+        """Batches of one rank from step ``step``, or from where ``state`` was taken."""
+        ...
+
+
 @dataclass(frozen=True)
-class TrainData:
-    """A corpus and the section that says how to go through it."""
+class PackedData:
+    """Tokenised or synthetic data: a corpus and the section that says how to go through it."""
 
     config: DataConfig
     corpus: Corpus
@@ -49,7 +78,7 @@ class TrainData:
 
     def stream(
         self, step: int = 0, dp_rank: int = 0, dp_size: int = 1, state: dict[str, Any] | None = None
-    ) -> BatchStream:
+    ) -> PackStream:
         """Batches of one rank from step ``step``, or from where ``state`` was taken.
 
         Raises:
@@ -71,7 +100,7 @@ class TrainData:
             check_manifest(state.get("manifest"), self.manifest)
         start = sampler.resume(state) if state is not None else sampler.seek(step)
         extra = {"manifest": self.manifest["hash"]}
-        return BatchStream(self.corpus.packs, sampler, dp_rank, dp_size, start, config.num_worker, extra)
+        return PackStream(self.corpus.packs, sampler, dp_rank, dp_size, start, config.num_worker, extra)
 
     def _sampler(self, global_batch: int, rampup: Rampup | None, dp_size: int) -> Sampler:
         config = self.config
@@ -91,7 +120,9 @@ def build_train_data(config: DataConfig, vocab_size: int) -> TrainData:
     Raises:
         UserError: no usable file, a broken one, or not one pack in all of them.
     """
-    return TrainData(config, open_corpus(config, vocab_size))
+    if config.type == "streaming":
+        return open_streaming(config, vocab_size)
+    return PackedData(config, open_corpus(config, vocab_size))
 
 
 def build_valid_data(config: DataConfig, vocab_size: int) -> list[ValidSet]:
@@ -102,10 +133,13 @@ def build_valid_data(config: DataConfig, vocab_size: int) -> list[ValidSet]:
     """
     shape = (config.seq_len, config.micro_bsz, config.validation_micro_num)
     if config.valid_folder is None:
-        documents = SyntheticDocuments(
+        synthetic = SyntheticDocuments(
             VALID_DOCUMENTS, config.seq_len, fixed_length=config.fixed_random_dataset_seqlen, vocab_size=vocab_size
         )
-        return [ValidSet("val", [documents], *shape)]
+        return [ValidSet("val", [synthetic], *shape)]
+    if config.type == "streaming":
+        documents = read_documents(config, vocab_size)
+        return [ValidSet(documents.name, [documents], *shape)] if len(documents.lengths) else []
     folder = check_folder(config.valid_folder, "data.valid_folder")
     files = find_files(folder, "data.valid_folder")
     check_vocabulary(files, vocab_size)

@@ -53,8 +53,26 @@ def collate(packs: Sequence[Pack]) -> Batch:
     )
 
 
-class BatchStream:
-    """One data-parallel rank's batches, step after step without end.
+class BatchStream(Protocol):
+    """One data-parallel rank's batches, step after step without end."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+    def __next__(self) -> Batch: ...
+    def skip(self) -> None:
+        """Consume the next batch without handing it out (``data.skip_batches``)."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """State before the next batch: one small JSON object for ``TrainData.stream(state=...)``."""
+        ...
+
+    def close(self) -> None:
+        """Stop the workers; batches under way are dropped."""
+        ...
+
+
+class PackStream:
+    """Batches of packs that are read by number.
 
     Args:
         packs: where packs are read.
@@ -102,16 +120,13 @@ class BatchStream:
         self._ready[0][0]()
 
     def skip(self) -> None:
-        """Consume the next batch without handing it out (``data.skip_batches``)."""
         self._fill()
         self.position = self._ready.popleft()[1]
 
     def state(self) -> dict[str, Any]:
-        """State before the next batch: one small JSON object for ``TrainData.stream(state=...)``."""
         return {**self.sampler.state(self.position), **self._extra}
 
     def close(self) -> None:
-        """Stop the workers; batches under way are dropped."""
         self._ready.clear()
         if self._pool:
             self._pool.shutdown(wait=True, cancel_futures=True)

@@ -52,7 +52,7 @@ def tokenize_files(
     Raises:
         UserError: a record without the field, a broken file, no document at all, a missing bos or eos.
     """
-    head, tail = _frame(tokenizer, options)
+    head, tail = frame(tokenizer, options)
     with BinWriter(output, append=append) as writer, ThreadPoolExecutor(1) as encoder:
         if writer.previous and writer.previous.get("tokenizer_hash") not in (None, tokenizer.hash):
             raise UserError(
@@ -111,7 +111,7 @@ def _write(writer: BinWriter, encoded: list[list[int]], head: list[int], tail: l
     writer.write([head + ids + tail for ids in encoded] if head or tail else encoded)
 
 
-def _frame(tokenizer: Tokenizer, options: TextOptions) -> tuple[list[int], list[int]]:
+def frame(tokenizer: Tokenizer, options: TextOptions) -> tuple[list[int], list[int]]:
     """Ids before and behind every text."""
     bos = tokenizer.add_bos if options.bos is None else options.bos
     for wanted, name, token in ((bos, "bos", tokenizer.bos_id), (options.eos, "eos", tokenizer.eos_id)):

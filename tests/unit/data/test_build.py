@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from evomesh.config.schema import DataConfig
-from evomesh.data.build import TrainData, build_train_data, check_manifest
+from evomesh.data.build import PackedData, TrainData, build_train_data, check_manifest
 from evomesh.errors import UserError
 
 VOCAB = 1000
@@ -119,6 +119,7 @@ def test_skip_consumes_a_batch(tree: Path) -> None:
 
 def test_synthetic_data_of_the_documents() -> None:
     data = build_train_data(DataConfig(seq_len=64, num_worker=0), VOCAB)
+    assert isinstance(data, PackedData)
     rng = np.random.RandomState(1999)
     period, repeats = rng.randint(1, 30, size=1_000_000), rng.randint(10, 200, size=1_000_000)
     order = np.arange(1_000_000)
