@@ -54,7 +54,7 @@ ROWS: tuple[Row, ...] = (
     Row("batch_count", 5, W, "the training state counts"),
     Row("alert_address", "x", W, "older name without effect; monitor.alert.feishu_alert_address"),
     Row("moe", {"top_k": 2}, W, NO_MOE),
-    Row("data.type", "streaming", L, "tokenized, or streaming"),
+    Row("data.type", "streaming", E, "tokenized, or streaming: text tokenised while training reads it"),
     Row("data.seq_len", 1024, E, "longest attention segment, in tokens"),
     Row("data.micro_num", 2, E, "micro-batches of one step"),
     Row("data.micro_bsz", 2, E, "packed length = micro_bsz * seq_len"),
@@ -72,7 +72,7 @@ ROWS: tuple[Row, ...] = (
     Row("data.remainder", "pad", E, "what happens to tokens that fill no pack"),
     Row("data.order", "xtuner", E, "shuffles and labels as InternEvo or as XTuner has them"),
     Row("data.data_order_path", "order.txt", E, "order of the files, in XTuner's format"),
-    Row("data.dataset_weights", {"cn": 2.0}, L, "weights of data folders"),
+    Row("data.dataset_weights", {"cn": 2.0}, E, "shares of the packs, by part of the path"),
     Row("data.skip_batches", "1,3-5", E, "steps whose data is consumed and not trained on"),
     Row(
         "data.rampup_batch_size", "1 1 10", E, "micro_num grows: start, increment, steps between", ("data.micro_num=4",)
@@ -84,8 +84,8 @@ ROWS: tuple[Row, ...] = (
     Row("data.fixed_random_dataset_seqlen", False, E, "synthetic samples fill seq_len"),
     Row("data.empty_cache_and_diag_interval", 10, E, "steps between freeing caches and looking for slow ranks"),
     Row("data.diag_outlier_ratio", 1.5, E, "how much slower than the median is slow"),
-    Row("data.use_shm", True, L, "one copy of the data index a node"),
-    Row("data.shm_path", "/tmp/x", W, "goes with use_shm"),
+    Row("data.use_shm", True, E, "one copy of the packing index a node"),
+    Row("data.shm_path", "/tmp/x", E, "where use_shm keeps it"),
     Row("data.tokenizer_path", "tok.json", E, "tokenizer of the data"),
     Row("data.content_name", "body", E, "text column of streaming data"),
     Row("data.subset_name", "en", E, "subset of streaming data"),

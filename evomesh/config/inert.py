@@ -15,7 +15,6 @@ INERT: dict[str, tuple[Any, str]] = {
     "moe": (ABSENT, "there are no mixture-of-experts layers here"),
     "data.batch_size": (ABSENT, "it is data.micro_num"),
     "data.use_packed_dataset": (True, "data is always packed, whatever computes the attention"),
-    "data.shm_path": ("/dev/shm/metacache", "data.use_shm is not available"),
     "model.use_flash_attn": (True, "attention is by document on every device; the fastest kernel at hand is taken"),
     "model.parallel_output": (True, "the loss never builds the whole logits, split or not"),
     "model.dropout_selective_checkpoint": (True, "there is no dropout"),
@@ -48,7 +47,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
     "ckpt.enable_internevo2hf_ckpt": ((False, None), "export a finished checkpoint instead"),
 }
-FIELDS_KEPT = ("data.use_packed_dataset", "data.shm_path", "model.use_flash_attn", "model.parallel_output",
+FIELDS_KEPT = ("data.use_packed_dataset", "model.use_flash_attn", "model.parallel_output",
                "model.dropout_selective_checkpoint", "lr_scheduler.last_epoch", "beta2_scheduler.cur_iter")  # fmt: skip
 
 

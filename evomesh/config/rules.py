@@ -27,9 +27,6 @@ class Finding:
 
 # Not available yet: key, when a config asks for it, the feature. A room that delivers one deletes its row.
 PENDING: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
-    ("data.type", lambda c: c.data.type == "streaming", "streaming data sets"),
-    ("data.dataset_weights", lambda c: c.data.dataset_weights is not None, "weights of data folders"),
-    ("data.use_shm", lambda c: c.data.use_shm, "one copy of the data index a node"),
     ("parallel.tensor.size", lambda c: c.parallel.tensor.size > 1, "tensor parallelism"),
     ("parallel.weight.size", lambda c: c.parallel.weight.size > 1, "weight parallelism"),
     ("parallel.pipeline.size", lambda c: c.parallel.pipeline.size > 1, "pipeline parallelism"),

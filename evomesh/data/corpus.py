@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from evomesh.data.fingerprint import check_vocabulary
 from evomesh.data.folders import TokenFile, assign_types, check_folder, find_files
 from evomesh.data.mixture import group_packs
 from evomesh.data.packed import PackedCorpus, PackPlan, PackRule
+from evomesh.data.shared import remove_stale
 from evomesh.data.synthetic import TRAIN_DOCUMENTS, TYPES, SyntheticDocuments
 from evomesh.errors import UserError
 
@@ -94,7 +96,10 @@ def open_corpus(config: DataConfig, vocab_size: int | None) -> Corpus:
         for file in files
     ]
     streams: list[list[BinDataset]] = [sources] if config.remainder == "carry" else [[source] for source in sources]
-    plans = [PackPlan(stream, rule, config.remainder) for stream in streams]
+    shared = Path(config.shm_path) if config.use_shm else None
+    if shared is not None:
+        remove_stale(shared)
+    plans = [PackPlan(stream, rule, config.remainder, shared) for stream in streams]
     report = [_file_row(source, types, plan) for plan, stream in zip(plans, streams, strict=True) for source in stream]
     corpus = PackedCorpus(plans)
     if not len(corpus):

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from evomesh.data.batch import IGNORE
 from evomesh.data.bin_dataset import Documents
 from evomesh.data.lines import Tokens
+from evomesh.data.shared import shared_array
 
+DIGEST_ROWS = 1 << 20
 PACK_SEED = 1024  # of the order of documents inside a file; data.seed orders the packs
 
 Ints = NDArray[np.int64]
@@ -69,17 +73,26 @@ class PackPlan:
         rule: packed length and the rest.
         remainder: what happens to the stream's last tokens: "drop" leaves them out, "pad" fills a last pack with
             ignored zeros ("carry" is "drop" for the one stream of all files).
+        shared: folder in which the processes of a node keep one copy of the index; None: each its own.
     """
 
-    def __init__(self, sources: Sequence[Documents], rule: PackRule, remainder: Remainder = "drop") -> None:
+    def __init__(
+        self,
+        sources: Sequence[Documents],
+        rule: PackRule,
+        remainder: Remainder = "drop",
+        shared: Path | None = None,
+    ) -> None:
         self.sources, self.rule = list(sources), rule
-        orders = [_shuffled(len(source.lengths)) for source in sources]
-        self.first = np.cumsum([0] + [len(order) for order in orders])  # of each source in the stream
-        self.order = orders[0] if len(orders) == 1 else np.concatenate([*orders, np.empty(0, np.int32)])
-        self.ends = np.empty(len(self.order), np.int64)  # where each document of the stream ends
-        for start, order, source in zip(self.first, orders, sources, strict=False):
-            self.ends[start : start + len(order)] = source.lengths[order]
-        np.cumsum(self.ends, out=self.ends)
+        self.first = np.cumsum([0] + [len(source.lengths) for source in sources])  # of each source in the stream
+        # order: which document of its source stands at a place of the stream; ends: where it ends
+        if shared is None:
+            self.order: NDArray[np.int32] = self._make_order()
+            self.ends: Ints = self._make_ends()
+        else:
+            key = _digest(self.sources)
+            self.order = shared_array(shared, f"{key}.order", self._make_order)
+            self.ends = shared_array(shared, f"{key}.ends", self._make_ends)
         self.tokens = int(self.ends[-1]) if len(self.ends) else 0
         whole, rest = divmod(self.tokens, rule.packed_length)
         self.num_packs = whole + (1 if rest and remainder == "pad" else 0)
@@ -87,6 +100,16 @@ class PackPlan:
 
     def __len__(self) -> int:
         return self.num_packs
+
+    def _make_order(self) -> NDArray[np.int32]:
+        orders = [_shuffled(len(source.lengths)) for source in self.sources]
+        return orders[0] if len(orders) == 1 else np.concatenate([*orders, np.empty(0, np.int32)])
+
+    def _make_ends(self) -> Ints:
+        ends = np.empty(len(self.order), np.int64)
+        for source, low, high in zip(self.sources, self.first[:-1], self.first[1:], strict=True):
+            ends[low:high] = source.lengths[self.order[low:high]]
+        return np.cumsum(ends, out=ends)
 
     def documents(self, pack: int) -> tuple[int, int]:
         """First and last-plus-one place in the stream of the documents that pack ``pack`` touches."""
@@ -121,6 +144,16 @@ class PackPlan:
             if high >= last:
                 break
         return (parts[0], types[0]) if len(parts) == 1 else (np.concatenate(parts), np.concatenate(types))
+
+
+def _digest(sources: Sequence[Documents]) -> str:
+    """Name of an index: a hash of all lengths, on which alone it depends."""
+    found = xxhash.xxh3_128()
+    for source in sources:
+        found.update(f"{len(source.lengths)}:".encode())
+        for start in range(0, len(source.lengths), DIGEST_ROWS):
+            found.update(np.ascontiguousarray(source.lengths[start : start + DIGEST_ROWS], np.int64).data)
+    return found.hexdigest()
 
 
 def _shuffled(count: int) -> NDArray[np.int32]:

@@ -27,6 +27,7 @@ class Promise:
         return bool(self.test)
 
 
+DATA = "tests/unit/data/"
 DOCUMENTS = "tests/contract/test_config_documents.py::"
 CONFIG = "tests/unit/config/test_loader.py::"
 CLI = "tests/unit/config/test_cli.py::"
@@ -51,24 +52,40 @@ PROMISES: tuple[Promise, ...] = (
     Promise("usage", "checkpoint: True, False or a fraction", DOCUMENTS + "test_recompute_forms"),
     Promise("usage", "dtype: torch.float16, half, bfloat16, float32, tf32", DOCUMENTS + "test_dtypes"),
     Promise("usage zh", "eos_id: one id or a list", DOCUMENTS + "test_generation_block"),
-    Promise("usage zh", 'data.type="streaming" with tokenizer_path', issue=3),
-    Promise("xtuner", "data.dataset_weights", issue=3),
+    Promise("usage zh", 'data.type="streaming" with tokenizer_path', DATA + "test_streaming.py::*"),
+    Promise("xtuner", "data.dataset_weights", DATA + "test_mixture.py::test_weights_of_a_config"),
     Promise("xtuner", "micro_num and gradient_accumulation mean the same", DOCUMENTS + "test_gradient_accumulation"),
     Promise("usage", "reading a config leaves nothing behind", CONFIG + "test_files_of_one_name_do_not_meet"),
     Promise("usage", "config check in under a second, without torch", CLI + "test_check_is_fast"),
     # data
-    Promise("usage", "tools/tokenizer.py --text_input_path --bin_output_path: txt, json, jsonl", issue=3),
-    Promise("usage", "the three example lines and their meta (0, 11), (90, 15), (208, 13)", issue=3),
-    Promise("usage", "type folders cn, en, code, ja, ar, kaoshi", issue=3),
-    Promise("usage", "tools/alpaca_tokenizer.py DATASET OUT TOKENIZER --split_ratio 0.1", issue=3),
-    Promise("usage", "pack_sample_into_one: both ways of attention", "tests/unit/data/test_packed.py::*"),
+    Promise(
+        "usage",
+        "tools/tokenizer.py --text_input_path --bin_output_path: txt, json, jsonl",
+        DATA + "test_chat.py::test_the_documents_tools",
+    ),
+    Promise(
+        "usage",
+        "the three example lines and their meta (0, 11), (90, 15), (208, 13)",
+        DATA + "test_bin_dataset.py::test_documented_example_is_written",
+    ),
+    Promise("usage", "type folders cn, en, code, ja, ar, kaoshi", DATA + "test_build.py::test_documented_types"),
+    Promise(
+        "usage",
+        "tools/alpaca_tokenizer.py DATASET OUT TOKENIZER --split_ratio 0.1",
+        DATA + "test_chat.py::test_the_documents_tools",
+    ),
+    Promise("usage", "pack_sample_into_one: both ways of attention", DATA + "test_packed.py::*"),
     Promise("usage", "train_folder None: synthetic data", TRAIN + "test_synthetic_data_and_no_checkpoint"),
-    Promise("usage", "rampup_batch_size: start, increment, interval", issue=3),
+    Promise("usage", "rampup_batch_size: start, increment, interval", DATA + "test_sampler.py::test_rampup_sizes"),
     Promise("usage", "skip_batches", TRAIN + "test_stopped_and_resumed_equals_straight_to_the_bit"),
-    Promise("usage zh", "use_shm and shm_path", issue=3),
-    Promise("tokenized", "data_order_path and tools/get_data_order.py", issue=3),
+    Promise("usage zh", "use_shm and shm_path", DATA + "test_shared.py::*"),
+    Promise(
+        "tokenized",
+        "data_order_path and tools/get_data_order.py",
+        DATA + "test_look.py::test_order_and_the_documents_tool_agree",
+    ),
     Promise("tokenized", "save_optimizer=False", issue=5),
-    Promise("tutorial", "a raw jsonl beside en/ is no type", issue=3),
+    Promise("tutorial", "a raw jsonl beside en/ is no type", DATA + "test_build.py::test_types_files_and_report"),
     # training
     Promise("usage", "torchrun ... train.py --config C --launcher torch", issue=4),
     Promise("usage", "srun ... python train.py --config C", issue=4),

@@ -15,6 +15,7 @@ import pytest
 
 from evomesh.data.bin_dataset import BinDataset
 from evomesh.data.repair import repair
+from evomesh.data.writer import BinWriter
 from evomesh.errors import UserError
 
 DOCUMENTED = [
@@ -48,6 +49,17 @@ def test_documented_example(write_bin: Any, dtype: str) -> None:
     assert np.load(f"{path}.meta").tolist() == [[0, 11], [90, 15], [208, 13]]
     assert read_all(path) == DOCUMENTED
     assert BinDataset(path).read(np.array([2, 0])).tolist() == DOCUMENTED[2] + DOCUMENTED[0]
+
+
+def test_documented_example_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "cn" / "output.bin"
+    with BinWriter(path) as writer:
+        writer.write(DOCUMENTED)
+        writer.commit({})
+    lines = path.read_text().splitlines()
+    assert lines[0] == ('{"tokens": [73075, 75302, 69522, 69022, 98899, 67713, 68015, 81269, 74637, 75445, 99157]}')
+    assert np.load(f"{path}.meta").tolist() == [[0, 11], [90, 15], [208, 13]]
+    assert read_all(path) == DOCUMENTED
 
 
 def test_other_json_forms_are_read_too(tmp_path: Path) -> None:

@@ -58,6 +58,16 @@ def test_types_files_and_report(tree: Path) -> None:
     assert json.loads(json.dumps(data.manifest)) == data.manifest
 
 
+def test_documented_types(write_bin: Any, tmp_path: Path) -> None:
+    names = ["ar", "cn", "code", "en", "ja", "kaoshi"]
+    for number, name in enumerate(names, 1):
+        write_bin([[number] * 16], f"train/{name}/data/set/x.bin")
+    data = build_train_data(config(tmp_path, micro_num=6), VOCAB)
+    assert data.types == names
+    batch = next(data.stream())
+    assert torch.equal(batch.type_ids + 1, batch.input_ids)
+
+
 def test_batch_shapes_and_padding_of_bounds(tree: Path) -> None:
     batch = next(build_train_data(config(tree), VOCAB).stream())
     assert batch.input_ids.shape == batch.labels.shape == batch.position_ids.shape == batch.type_ids.shape == (2, 16)

@@ -1,0 +1,65 @@
+"""``use_shm``: the processes of a node share one copy of the packing index.
+
+The index of a file (order of its documents and where each ends) is written once into ``shm_path``, under a name made
+from what it depends on, and mapped by every process. A crash leaves files that the next run of the same data uses;
+a file that no run has used for a day is removed by the next one.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomesh.errors import UserError
+
+SUFFIX = ".index.npy"
+STALE_SECONDS = 24 * 3600.0
+
+
+def shared_array(folder: Path, key: str, build: Callable[[], NDArray[Any]]) -> NDArray[Any]:
+    """The array of ``key``, mapped from ``folder``; built and written there when it is not yet.
+
+    Processes that build at the same time write the same bytes, each beside the name and renamed onto it.
+
+    Raises:
+        UserError: the folder cannot be written, as when memory is full.
+    """
+    path = folder / f"{key}{SUFFIX}"
+    if not path.exists():
+        part = folder / f".{key}.{os.getpid()}.part"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                np.save(file, build())
+            os.replace(part, path)
+        except OSError as error:
+            with suppress(OSError):
+                part.unlink()
+            raise UserError(
+                f"cannot write the shared index: {error.strerror}",
+                where=str(folder),
+                fix="free room there, set data.shm_path to another folder, or data.use_shm=False",
+            ) from None
+    with suppress(OSError):  # marks it as used; another user's file cannot be marked
+        os.utime(path)
+    mapped: NDArray[Any] = np.load(path, mmap_mode="r")
+    return mapped
+
+
+def remove_stale(folder: Path) -> list[str]:
+    """Remove indexes and half-written files that no run has touched for a day; returns their names."""
+    removed = []
+    for path in sorted(folder.glob("*")) + sorted(folder.glob(".*.part")) if folder.is_dir() else []:
+        if path.name.endswith((SUFFIX, ".part")):
+            with suppress(OSError):
+                if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                    path.unlink()
+                    removed.append(path.name)
+    return removed

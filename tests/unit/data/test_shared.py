@@ -1,0 +1,58 @@
+"""use_shm: one index a node, reused after a crash, swept when stale."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from evomesh.config.schema import DataConfig
+from evomesh.data.build import build_train_data
+from evomesh.data.shared import shared_array
+from evomesh.errors import UserError
+
+
+def first_batch(tmp_path: Path, **values: Any) -> torch.Tensor:
+    options: dict[str, Any] = {"seq_len": 8, "num_worker": 0, "train_folder": str(tmp_path / "train")}
+    return next(build_train_data(DataConfig(**options, **values), 100).stream()).input_ids
+
+
+def test_batches_are_the_same_and_the_index_is_reused(write_bin: Any, tmp_path: Path) -> None:
+    rng = np.random.RandomState(0)
+    write_bin([rng.randint(1, 99, 5).tolist() for _ in range(50)])
+    folder = tmp_path / "shm" / "deep"
+    shm = {"use_shm": True, "shm_path": str(folder)}
+    assert torch.equal(first_batch(tmp_path, **shm), first_batch(tmp_path))
+    names = sorted(path.name for path in folder.iterdir())
+    assert len(names) == 2
+    born = [path.stat().st_ino for path in sorted(folder.iterdir())]
+    first_batch(tmp_path, **shm)
+    assert [path.stat().st_ino for path in sorted(folder.iterdir())] == born
+    write_bin([rng.randint(1, 99, 6).tolist() for _ in range(50)])
+    assert torch.equal(first_batch(tmp_path, **shm), first_batch(tmp_path))
+    assert len(list(folder.iterdir())) == 4
+
+
+def test_stale_indexes_and_halves_of_crashed_runs_are_swept(write_bin: Any, tmp_path: Path) -> None:
+    write_bin([[1] * 50])
+    folder = tmp_path / "shm"
+    folder.mkdir()
+    old = [folder / "a.ends.index.npy", folder / ".a.order.1.part", folder / "else.txt"]
+    for path in [*old, folder / "new.order.index.npy"]:
+        path.write_bytes(b"x")
+    for path in old:
+        os.utime(path, (time.time() - 90_000,) * 2)
+    first_batch(tmp_path, use_shm=True, shm_path=str(folder))
+    assert [path.exists() for path in old] == [False, False, True]
+    assert (folder / "new.order.index.npy").exists()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"shared index.*\n.*data\.use_shm=False"):
+        shared_array(tmp_path / "file", "key", lambda: np.zeros(3))
