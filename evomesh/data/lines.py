@@ -24,9 +24,10 @@ class BadLine(Exception):
         self.found, self.expected, self.byte = found, expected, byte
 
 
-def format_line(tokens: list[int]) -> bytes:
-    """The line in the documents' form: a space after comma and colon, newline at the end."""
-    return b'{"tokens": ' + orjson.dumps(tokens).replace(b",", b", ") + b"}\n"
+def format_lines(documents: list[list[int]]) -> bytes:
+    """Documents as lines in the documents' form: a space after comma and colon, newline at the end of each."""
+    numbers = orjson.dumps(documents)[2:-2].replace(b"],[", _TAIL + _HEAD).replace(b",", b", ")
+    return _HEAD + numbers + _TAIL
 
 
 def parse_plain(lines: list[bytes], lengths: list[int]) -> Tokens | None:

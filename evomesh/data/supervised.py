@@ -95,7 +95,7 @@ def tokenize_chats(
                     counts.without_target += 1
             for writer, documents in zip(writers, kept, strict=True):
                 if documents:
-                    writer.write(documents)
+                    writer.write(documents, masked=True)
             start += len(encoded)
             if progress:
                 progress(start)

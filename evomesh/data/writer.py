@@ -13,7 +13,7 @@ import orjson
 import xxhash
 
 from evomesh.data.fingerprint import fingerprint_path, read_fingerprint
-from evomesh.data.lines import format_line
+from evomesh.data.lines import format_lines
 from evomesh.data.meta import meta_path, read_meta, write_meta
 from evomesh.errors import UserError
 
@@ -60,20 +60,30 @@ class BinWriter:
     ) -> None:
         self.abort()  # after commit there is nothing left to remove
 
-    def write(self, documents: list[list[int]]) -> None:
-        """Append documents, each a list of ids with their signs (negative: input that is no target)."""
-        lines = [format_line(tokens) for tokens in documents]
-        for number, tokens in enumerate(documents, self.documents + 1):
-            largest = max(max(tokens, default=-1), -min(tokens, default=1))
-            if largest > self.max_id:
-                self.max_id, self.max_id_line = largest, number
+    def write(self, documents: list[list[int]], *, masked: bool = False) -> None:
+        """Append documents, each a list of ids; ``masked``: some are negative, inputs that are no targets."""
+        if not documents:
+            return
+        self._find_largest(documents, masked)
+        blob = format_lines(documents)
+        newlines = np.flatnonzero(np.frombuffer(blob, np.uint8) == ord("\n"))
         self._lengths.append(np.array([len(tokens) for tokens in documents], np.int64))
-        self._sizes.append(np.array([len(line) for line in lines], np.int64))
-        blob = b"".join(lines)
+        self._sizes.append(np.diff(newlines, prepend=-1))
         self._hash.update(blob)
         self._file.write(blob)
         self.documents += len(documents)
         self.tokens += sum(map(len, documents))
+
+    def _find_largest(self, documents: list[list[int]], masked: bool) -> None:
+        largest = max(max(tokens, default=-1) for tokens in documents)
+        if masked:
+            largest = max(largest, -min(min(tokens, default=1) for tokens in documents))
+        if largest > self.max_id:
+            self.max_id = largest
+            for number, tokens in enumerate(documents, self.documents + 1):
+                if largest in tokens or -largest in tokens:
+                    self.max_id_line = number
+                    return
 
     def commit(self, facts: dict[str, Any]) -> dict[str, Any]:
         """Finish the three files and give them their names; returns the fingerprint: ``facts`` and the counts."""
