@@ -58,6 +58,10 @@ class BatchStream(Protocol):
 
     def __iter__(self) -> Iterator[Batch]: ...
     def __next__(self) -> Batch: ...
+    def check(self) -> None:
+        """Read the next batch without taking it: data that cannot be used is refused before a run writes anything."""
+        ...
+
     def skip(self) -> None:
         """Consume the next batch without handing it out (``data.skip_batches``)."""
         ...
@@ -115,7 +119,6 @@ class PackStream:
         return result
 
     def check(self) -> None:
-        """Read the next batch without taking it: data that cannot be used is refused before a run writes anything."""
         self._fill()
         self._ready[0][0]()
 

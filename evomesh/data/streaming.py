@@ -157,6 +157,7 @@ class StreamingBatches:
         self.packs, self._extra = packs, extra_state
         self._state = {"step": step, **packs.state()}
         self._ready: queue.Queue[tuple[Batch, dict[str, Any]] | BaseException] = queue.Queue(READY)
+        self._next: tuple[Batch, dict[str, Any]] | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(step,), name="data", daemon=True)
         self._thread.start()
@@ -165,12 +166,19 @@ class StreamingBatches:
         return self
 
     def __next__(self) -> Batch:
-        item = self._ready.get()
-        if isinstance(item, BaseException):
-            self._ready.put(item)  # asking again fails again
-            raise item
-        batch, self._state = item
+        self.check()
+        assert self._next is not None
+        (batch, self._state), self._next = self._next, None
         return batch
+
+    def check(self) -> None:
+        """Wait for the next batch without taking it."""
+        if self._next is None:
+            item = self._ready.get()
+            if isinstance(item, BaseException):
+                self._ready.put(item)  # asking again fails again
+                raise item
+            self._next = item
 
     def skip(self) -> None:
         """Consume the next batch without handing it out."""
