@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evomesh.checkpoint import internevo
 from evomesh.checkpoint.boxes import Box
 from evomesh.checkpoint.format import CheckpointError
 from evomesh.checkpoint.plan import Local
@@ -29,8 +30,8 @@ Loader = Callable[[str, dict[str, Any]], Iterator[tuple[str, Tensor]]]
 class LoaderTable:
     """Loaders by name."""
 
-    def __init__(self) -> None:
-        self._loaders: dict[str, Loader] = {}
+    def __init__(self, loaders: dict[str, Loader]) -> None:
+        self._loaders = loaders
 
     def register(self, name: str) -> Callable[[Loader], Loader]:
         """Decorator: adds a loader under a ``ckpt_type`` of its own."""
@@ -48,7 +49,24 @@ class LoaderTable:
         return sorted(self._loaders)
 
 
-checkpoint_loaders = LoaderTable()
+def load_internevo(path: str, config: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """InternEvo's model files; the heads are taken from model_config.pt.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    section = internevo.model_section(path)
+    if section is None or "num_attention_heads" not in section:
+        raise CheckpointError(
+            "no model_config.pt to tell the number of heads",
+            where=path,
+            fix=f"evomesh convert from-internevo {path} OUT --config CONFIG, and load OUT",
+        )
+    heads = int(section["num_attention_heads"])
+    return internevo.read_model(path, internevo.Heads(heads, int(section.get("num_kv_attention_heads") or heads)))
+
+
+checkpoint_loaders = LoaderTable({"internevo": load_internevo})
 
 
 def fill(local: Mapping[str, Local], source: Iterator[tuple[str, Tensor]], where: str) -> None:

@@ -124,9 +124,10 @@ def _given(info: LoadConfig, manager: CheckpointManager) -> Start:
             expected=f"one of {', '.join(sorted({*OURS, *checkpoint_loaders.names()}))}",
             fix="register one of your own: evomesh.checkpoint.loaders.checkpoint_loaders.register",
         )
-    if content != {"model"} and kind not in ("internevo",):
+    if content != {"model"}:
         raise CheckpointError(
-            f"ckpt_type={info.ckpt_type!r} holds weights only, but content asks for {named}", fix='content=("model",)'
+            f"of {info.path} ({kind}) only the model can be read, but content asks for {named}",
+            fix='content=("model",)',
         )
     return Start(f"loading {named} from {info.path} ({kind}, load_ckpt_info)", None, info.path, kind, content)
 

@@ -6,7 +6,7 @@ import os
 
 import typer
 
-from evomesh.cli import ckpt, config, data, generate, tokenize, train
+from evomesh.cli import ckpt, config, convert, data, generate, tokenize, train
 from evomesh.cli.run import run
 
 app = typer.Typer(
@@ -22,7 +22,8 @@ app.command("tokenize")(tokenize.tokenize)
 app.command("generate")(generate.generate)
 app.add_typer(config.app, name="config", help="Check, show, list and copy configs.")
 app.add_typer(data.app, name="data", help="Look at, verify and repair tokenised datasets.")
-app.add_typer(ckpt.app, name="ckpt", help="List, verify and compare checkpoints.")
+app.add_typer(ckpt.app, name="ckpt", help="List, verify, compare, reshard and delete checkpoints.")
+app.add_typer(convert.app, name="convert", help="Convert checkpoints of other systems into ours and back.")
 
 
 @app.callback()

@@ -1,0 +1,94 @@
+"""``evomesh convert``: checkpoints of other systems into ours and back."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from evomesh.errors import UserError
+
+if TYPE_CHECKING:
+    from evomesh.config.schema import Config
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+
+@app.callback()
+def convert() -> None:
+    """Convert checkpoints of other systems into ours and back."""
+
+
+@app.command("from-internevo")
+def from_internevo(
+    folder: Annotated[str, typer.Argument(help="One step of an InternEvo run: the folder with model_tp*_pp*.pt.")],
+    out: Annotated[str, typer.Argument(help="Save folder for the result.")],
+    config: Annotated[str | None, typer.Option(help="Config of that run, for what model_config.pt lacks.")] = None,
+    w2: Annotated[str, typer.Option(help="What w2 is where shapes are equal: down, or up (early 2023).")] = "auto",
+) -> None:
+    """Read InternEvo's model files of any tensor x pipeline (x weight) size."""
+    from evomesh.checkpoint import internevo
+    from evomesh.checkpoint.manager import CheckpointManager
+    from evomesh.config.record import redacted
+
+    if w2 not in ("auto", "down", "up"):
+        raise UserError(f"--w2 {w2!r}", expected="auto, down or up")
+    resolved = _config(folder, config)
+    model = resolved.model
+    heads = internevo.Heads(model.num_attention_heads, model.kv_heads)
+    tensors = dict(internevo.read_model(folder, heads, w2))  # type: ignore[arg-type]
+    left = [p.name for p in sorted(Path(folder).iterdir()) if not p.name.startswith("model_")]
+    step = next((int(name.removesuffix(".step")) for name in left if name.removesuffix(".step").isdigit()), 0)
+    manager = CheckpointManager(out)
+    path = manager.save(step, tensors, {"source": "internevo"}, redacted(resolved), final=True)
+    manager.close()
+    kinds = {
+        "optimizer": "optimizer state",
+        "schedulder": "schedule",
+        "sampler": "data position",
+        "context": "counters",
+    }
+    dropped = sorted({what for name in left for word, what in kinds.items() if name.startswith(word)})
+    print(f"wrote {path}: {len(tensors)} tensors, weights only")
+    if dropped:
+        print(
+            f"not converted: {', '.join(dropped)} (bound to InternEvo's own layout); start a new run from the weights"
+        )
+
+
+def _config(folder: str, config: str | None) -> Config:
+    """The run's config from its own file, or from model_config.pt and the names in the model files."""
+    from evomesh.checkpoint import internevo
+    from evomesh.config.loader import load_config
+
+    if config is not None:
+        return load_config(config).config
+    section: dict[str, Any] | None = internevo.model_section(folder)
+    if section is None:
+        raise UserError("no model_config.pt in the folder", where=folder, fix="give that run's config: --config FILE")
+    family = section.pop("model_type", None) or internevo.family_of(internevo.find_folder(folder))
+    text = f"model_type = {family!r}\nmodel = {section!r}\nckpt = dict(enable_save_ckpt=False)\n"
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary, "model_config.py")
+        path.write_text(text, encoding="utf-8")
+        return load_config(str(path)).config
+
+
+@app.command("to-internevo")
+def to_internevo(
+    ckpt: Annotated[str, typer.Argument(help="Checkpoint of ours: save folder, step in it, or step folder.")],
+    out: Annotated[str, typer.Argument(help="New folder for the .pt files.")],
+    tensor: Annotated[int, typer.Option(min=1, help="Tensor-parallel size.")] = 1,
+    pipeline: Annotated[int, typer.Option(min=1, help="Pipeline size.")] = 1,
+) -> None:
+    """Write InternEvo's model files of a tensor x pipeline size."""
+    from evomesh.checkpoint.find import resolve
+    from evomesh.checkpoint.retention import check
+    from evomesh.checkpoint.to_internevo import write_model
+    from evomesh.config.record import config_from_dict
+
+    found = resolve(ckpt, lambda choice: check(choice, data=False), print)
+    files = write_model(found, config_from_dict(found.config).model, out, tensor, pipeline)
+    print(f"wrote {len(files)} model files to {out}")
