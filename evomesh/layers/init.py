@@ -17,7 +17,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import nn
 
 from evomesh.parallel.grid import Axis
 from evomesh.parallel.spec import ShardSpec
@@ -45,7 +44,7 @@ def owned_range(spec: ShardSpec, dim: int, axes: Mapping[str, Axis]) -> range:
 
 
 def fill_parameter(
-    name: str, parameter: nn.Parameter, spec: ShardSpec, axes: Mapping[str, Axis], initial: Initial, seed: int
+    name: str, parameter: torch.Tensor, spec: ShardSpec, axes: Mapping[str, Axis], initial: Initial, seed: int
 ) -> None:
     """Writes this rank's part of the global parameter ``name``.
 

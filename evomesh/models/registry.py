@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from evomesh.config.schema import ModelConfig
 from evomesh.errors import ConfigError, UserError
@@ -160,7 +161,8 @@ def initialize_weights(model: nn.Module, seed: int, grid: Grid | None = None) ->
     axes = {"tp": grid.tp, "wp": grid.wp}
     for name, parameter in model.named_parameters():
         wanted: Initial = initial(name)
-        fill_parameter(name, parameter, spec_of(parameter), axes, wanted, seed)
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        fill_parameter(name, local, spec_of(parameter), axes, wanted, seed)
     clear_padding(model, grid)
 
 

@@ -136,14 +136,16 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return own_range(grad, ctx.axis, ctx.dim), None, None
+        return own_range(grad, ctx.axis, ctx.dim).contiguous(), None, None
 
 
 class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
         ctx.axis, ctx.dim = axis, dim
-        return own_range(x, axis, dim).clone()  # a view would keep the whole input alive
+        return own_range(x, axis, dim).clone(
+            memory_format=torch.contiguous_format
+        )  # a view would keep the whole input alive
 
     @staticmethod
     @once_differentiable

@@ -73,6 +73,7 @@ DISTRIBUTED = {
     "evomesh/pipeline": "torch.distributed.pipelining owns the p2p",
     "evomesh/plan": "the fake process group",
     "evomesh/checkpoint": "agrees on what is saved",
+    "evomesh/models/registry.py": "DTensor, in which FSDP2 keeps its parameters",
     "evomesh/optim": "DTensor, in which FSDP2 keeps its parameters",
 }
 

@@ -6,20 +6,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from evomesh.config.schema import ModelConfig
-from evomesh.data.batch import IGNORE
-from evomesh.layers.attention import Documents
+from evomesh.config.schema import Config
+from evomesh.data.batch import IGNORE, Batch
 from evomesh.layers.init import owned_range
-from evomesh.models.registry import build_model, initialize_weights
+from evomesh.layers.loss import LossOutput
 from evomesh.parallel.collectives import sum_over
 from evomesh.parallel.grid import Axis, Grid
 from evomesh.parallel.modes import MODES
 from evomesh.parallel.spec import ShardSpec, spec_of, state_axes
+from evomesh.train.stages import Stages, build_stages
 from tests.support.pool import grid_of
 
-T, PACKS, STEPS, SEED, RATE = 32, 4, 3, 7, 0.5
+T, STEPS, SEED, RATE = 32, 3, 7, 0.5
 VOCAB = 67  # divides by no axis: the padded rows must change nothing
 
 # Sizes that divide by 4 everywhere, with grouped key/value heads.
@@ -49,26 +50,47 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the axes (what is left of 4 ranks is data parallel), and whatever else a run may vary."""
+    """Sizes of the axes (what is left of ``ranks`` is data parallel), and whatever else a run may vary."""
 
     tensor: int = 1
     mode: str = "mtp"
+    pipeline: int = 1
+    chunks: int = 1
+    schedule: str | None = None
     zero1: int = -1
     weight: int = 1
     ranks: int = 4
     family: str = "llama"
     model: dict[str, Any] = field(default_factory=dict, hash=False)
+    parallel: dict[str, dict[str, Any]] = field(default_factory=dict, hash=False)
     smoothing: float = 0.0
+    packs: int = 4
 
     def __str__(self) -> str:
-        sizes = f"{self.mode}{self.tensor}" if self.tensor > 1 or self.mode != "mtp" else f"dp{self.ranks}"
-        sizes += f"-wp{self.weight}" if self.weight > 1 else ""
-        extra = "".join(f"-{key}={value}" for key, value in self.model.items())
-        return f"{self.family}-{sizes}{extra}" + ("-smooth" if self.smoothing else "")
+        data = self.ranks // self.tensor // self.pipeline
+        parts = [self.family, f"{self.mode}{self.tensor}", f"dp{data}", f"pp{self.pipeline}"]
+        parts += [f"wp{self.weight}"] if self.weight > 1 else []
+        parts += [f"zero{self.zero1}"] if self.zero1 > 0 else []
+        parts += [f"{self.schedule or 'chunks'}{self.chunks}"] if self.chunks > 1 else []
+        parts += [f"{key}={value}" for key, value in self.model.items()]
+        parts += [f"{key}={value}" for section in self.parallel.values() for key, value in section.items()]
+        parts += [f"packs{self.packs}"] if self.packs != 4 else []
+        return "-".join(parts + ["smooth"] * bool(self.smoothing))
 
     @property
-    def config(self) -> ModelConfig:
-        return ModelConfig.model_validate({**SIZES, **FAMILIES[self.family], **self.model})
+    def config(self) -> Config:
+        parallel: dict[str, dict[str, Any]] = {
+            "tensor": {"size": self.tensor, "mode": self.mode},
+            "pipeline": {"size": self.pipeline, "schedule": self.schedule},
+            "weight": {"size": self.weight},
+            "zero1": {"size": self.zero1},
+        }
+        for name, section in self.parallel.items():
+            parallel[name] |= section
+        model = {**SIZES, **FAMILIES[self.family], **self.model, "num_chunks": self.chunks}
+        return Config.model_validate(
+            {"model": model, "parallel": parallel, "data": {"seq_len": T, "micro_num": self.packs}}
+        )
 
 
 @dataclass
@@ -90,8 +112,15 @@ class Trained:
     final: dict[str, Any]
 
 
-def pack(step: int, index: int) -> tuple[Tensor, Tensor, Documents]:
-    """Global pack ``index`` of ``step``: ids, labels, and ragged documents; a fixed function, as invariant 10 wants."""
+def packs(step: int, indices: range) -> Batch:
+    """Packs ``indices`` of global ``step``, with ragged documents: a fixed function of both (invariant 10)."""
+    rows = [pack(step, index) for index in indices]
+    ids, labels, positions, bounds = (torch.stack(column) for column in zip(*rows, strict=True))
+    return Batch(ids, labels, positions, torch.zeros_like(ids), bounds, T)
+
+
+def pack(step: int, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Input ids, labels, positions [T] and document bounds [K] of one pack."""
     draw = torch.Generator().manual_seed(1000 * step + index)
     ids = torch.randint(0, VOCAB, (T,), generator=draw)
     cuts = sorted({0, T, *torch.randint(1, T, (index % 3 + 1,), generator=draw).tolist()})
@@ -99,63 +128,70 @@ def pack(step: int, index: int) -> tuple[Tensor, Tensor, Documents]:
     for start, stop in zip(cuts, cuts[1:], strict=False):
         labels[start : stop - 1] = ids[start + 1 : stop]
         positions[start:stop] = torch.arange(stop - start)
-    bounds = torch.tensor(cuts + [T] * (5 - len(cuts)), dtype=torch.int32)
-    return ids, labels, Documents(positions, bounds, T)
+    return ids, labels, positions, torch.tensor(cuts + [T] * (5 - len(cuts)), dtype=torch.int32)
 
 
 def train(rank: int, layout: Layout) -> Trained:
-    grid = (
-        Grid()
-        if layout.ranks == 1
-        else grid_of(tensor=layout.tensor, mode=layout.mode, zero1=layout.zero1, weight=layout.weight)
-    )
-    model = build_model(layout.config, grid=grid, mode=MODES[layout.mode])
-    initialize_weights(model, SEED, grid)
-    initial = pieces(model, grid)
+    grid = Grid()
+    if layout.ranks > 1:
+        sizes = {"tensor": layout.tensor, "pipeline": layout.pipeline, "weight": layout.weight, "zero1": layout.zero1}
+        grid = grid_of(mode=layout.mode, **sizes)
+    stages = build_stages(layout.config, grid, MODES[layout.mode], torch.device("cpu"))
+    stages.initialize(SEED, grid)
+    initial = pieces(stages, grid)
     losses, gradients = [], {}
     for step in range(STEPS):
-        losses.append(forward_backward(model, layout, grid, step))
-        synchronise(model, grid)
+        losses.append(forward_backward(stages, layout, grid, step))
+        synchronise(stages, grid)
         if step == 0:
-            gradients = pieces(model, grid, gradients=True)
+            gradients = pieces(stages, grid, gradients=True)
         with torch.no_grad():
-            for parameter in model.parameters():
+            for parameter in stages.parameters().values():
                 assert parameter.grad is not None
-                parameter -= RATE * parameter.grad
+                local(parameter).sub_(local(parameter.grad), alpha=RATE)
                 parameter.grad = None
-    return Trained(losses, initial, gradients, pieces(model, grid))
+    return Trained(losses, initial, gradients, pieces(stages, grid))
 
 
-def forward_backward(model: Any, layout: Layout, grid: Grid, step: int) -> float:
-    packs = [pack(step, index) for index in range(PACKS)]
-    scale = 1.0 / sum(int((labels != IGNORE).sum()) for _, labels, _ in packs)
+def forward_backward(stages: Stages, layout: Layout, grid: Grid, step: int) -> float:
+    everything = packs(step, range(layout.packs))
+    scale = 1.0 / int((everything.labels != IGNORE).sum())
+    own = packs(step, range(grid.dp.rank, layout.packs, grid.dp.size))
     total = torch.zeros((), dtype=torch.float64)
-    for ids, labels, docs in packs[grid.dp.rank :: grid.dp.size]:
-        output = model.loss(model(ids, docs), labels, scale, layout.smoothing)
-        output.scaled_sum.backward()
-        total += output.scaled_sum.detach()
-    return float(sum_over(total, grid.dp))
+    seen = []
+
+    def add(index: int, output: LossOutput) -> None:
+        total.add_(output.scaled_sum.detach())
+        seen.append(index)
+
+    stages.schedule.train(own, [scale] * len(own.input_ids), layout.smoothing, add)
+    assert seen in (([], list(range(len(own.input_ids)))) if grid.pp.size > 1 else (list(range(len(own.input_ids))),))
+    return float(sum_over(total, grid.dp, grid.pp))
 
 
-def synchronise(model: nn.Module, grid: Grid) -> None:
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def synchronise(stages: Stages, grid: Grid) -> None:
     """Sums every gradient over the axes on which its spec says it is partial, and over the data axes."""
-    for parameter in model.parameters():
+    for parameter in stages.parameters().values():
         spec = spec_of(parameter)
         zero, replica = state_axes(spec, grid)
         partial = [getattr(grid, name) for name in sorted(spec.partial)]
         assert parameter.grad is not None
-        parameter.grad = sum_over(parameter.grad, *partial, zero, replica)
+        local(parameter.grad).copy_(sum_over(local(parameter.grad), *partial, zero, replica))
 
 
-def pieces(model: nn.Module, grid: Grid, gradients: bool = False) -> dict[str, Piece]:
+def pieces(stages: Stages, grid: Grid, gradients: bool = False) -> dict[str, Piece]:
     axes: dict[str, Axis] = {"tp": grid.tp, "wp": grid.wp}
     found = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in stages.parameters().items():
         spec: ShardSpec = spec_of(parameter)
         ranges = [owned_range(spec, dim, axes) for dim in range(len(spec.shape))]
-        local = parameter.grad if gradients else parameter.detach()
-        assert local is not None
-        found[name] = Piece(local.clone(), tuple((r.start, r.stop) for r in ranges), spec.shape)
+        tensor = parameter.grad if gradients else parameter.detach()
+        assert tensor is not None
+        found[name] = Piece(local(tensor).clone(), tuple((r.start, r.stop) for r in ranges), spec.shape)
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -30,17 +31,52 @@ VARIANTS = [
 ]
 
 
+PIPELINES = [
+    *(Layout(pipeline=pp, ranks=ranks, family=family) for pp, ranks in ((2, 2), (2, 4), (4, 4)) for family in FAMILIES),
+    Layout(pipeline=4, packs=2),
+    Layout(pipeline=4, packs=1),
+    Layout(pipeline=2, ranks=2, model={"num_layers": 5}),
+    Layout(pipeline=4, model={"num_layers": 7}, parallel={"pipeline": {"balance": True}}),
+    Layout(pipeline=2, ranks=2, chunks=2),
+    Layout(pipeline=2, chunks=2, packs=8),
+    Layout(pipeline=2, chunks=2, family="internlm", model={"num_layers": 7}),
+    Layout(pipeline=4, chunks=2, model={"num_layers": 8}),
+    Layout(pipeline=2, ranks=2, chunks=2, schedule="zbv"),
+    Layout(pipeline=4, chunks=2, schedule="zbv", model={"num_layers": 8}, family="internlm2"),
+    *(Layout(tensor=2, mode=mode, pipeline=2, family=family) for mode in ("mtp", "msp", "fsp", "isp")
+      for family in ("internlm", "internlm2")),
+    *(Layout(tensor=2, mode=mode, pipeline=2, chunks=2) for mode in ("mtp", "msp", "fsp", "isp")),
+    *(Layout(tensor=2, mode=mode, pipeline=2, chunks=2, schedule="zbv") for mode in ("mtp", "msp")),
+    Layout(tensor=2, mode="mtp", pipeline=2, model={"checkpoint": 1.0}),
+]
+WEIGHTS = [
+    Layout(mode="isp", weight=2, ranks=2),
+    Layout(mode="isp", weight=4, family="internlm"),
+    Layout(mode="isp", weight=2, zero1=2, family="internlm2"),
+    Layout(tensor=2, mode="isp", weight=2, family="internlm"),
+    Layout(tensor=2, mode="isp", weight=4),
+    Layout(tensor=4, mode="isp", weight=2, family="internlm2"),
+    Layout(tensor=4, mode="isp", weight=4, family="post_norm"),
+    Layout(tensor=2, mode="isp", weight=4, parallel={"weight": {"overlap": True}}),
+    Layout(tensor=2, mode="isp", weight=4, model={"checkpoint": 0.5}),
+    Layout(tensor=2, mode="isp", weight=2, pipeline=2),
+    Layout(mode="isp", weight=2, pipeline=2, chunks=2),
+    Layout(tensor=2, mode="isp", weight=2, pipeline=2, chunks=2, model={"checkpoint": 1.0}),
+]
+
+
 @functools.cache
-def reference(family: str, smoothing: float, extra: tuple[tuple[str, object], ...]) -> Trained:
-    model = {key: value for key, value in extra if key in ("use_swiglu",)}
-    return join([train(0, Layout(ranks=1, family=family, smoothing=smoothing, model=model))])
+def reference(family: str, smoothing: float, packs: int, model: tuple[tuple[str, Any], ...]) -> Trained:
+    return join([train(0, Layout(ranks=1, family=family, smoothing=smoothing, packs=packs, model=dict(model)))])
 
 
 def one_process(layout: Layout) -> Trained:
-    return reference(layout.family, layout.smoothing, tuple(layout.model.items()))
+    """The same training without any layout: of the varied keys only those that change the model itself remain."""
+    model = tuple((key, value) for key, value in layout.model.items() if key in ("use_swiglu", "num_layers"))
+    return reference(layout.family, layout.smoothing, layout.packs, model)
 
 
-@pytest.mark.parametrize("layout", MODES + VARIANTS, ids=str)
+@pytest.mark.parametrize("layout", MODES + VARIANTS + PIPELINES + WEIGHTS, ids=str)
 def test_trains_like_one_process(pool: Pool, layout: Layout) -> None:
     whole, found = one_process(layout), join(pool.run(train, layout, ranks=layout.ranks))
     for name, tensor in whole.initial.items():
