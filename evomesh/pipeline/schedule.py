@@ -63,7 +63,7 @@ class OneStage:
     def train(self, batch: Batch, scales: Sequence[float], smoothing: float, on_output: OnOutput) -> None:
         for index, scale in enumerate(scales):
             output = self._loss(batch, index, scale, smoothing)
-            output.scaled_sum.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(output.scaled_sum)
             on_output(index, output)
 
     @torch.no_grad()
@@ -128,7 +128,6 @@ class Pipeline:
     Args:
         models: this rank's chunks, in the order of ``stages_of_rank``.
         schedule: "1f1b", "interleaved" or "zbv".
-        tokens: T.
         hidden_size: D.
         dtype: of the hidden states between stages.
     """
@@ -140,7 +139,6 @@ class Pipeline:
         mode: TensorMode,
         *,
         schedule: str,
-        tokens: int,
         hidden_size: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -154,9 +152,9 @@ class Pipeline:
             _Stage(model, stage == 0, stage == self._count - 1, pieces)
             for model, stage in zip(models, self._stages, strict=True)
         ]
-        shape = (tokens // tp.size, hidden_size) if mode.sequence else (tokens, hidden_size // tp.size)
-        self._between = torch.empty(shape, dtype=dtype, device="meta")
-        self._made: dict[tuple[int, bool], Any] = {}
+        self._cut = (tp.size, 1) if mode.sequence else (1, tp.size)  # of hidden states [T, D] on their way
+        self._hidden_size, self._dtype = hidden_size, dtype
+        self._made: dict[tuple[int, int, bool], Any] = {}
 
     def train(self, batch: Batch, scales: Sequence[float], smoothing: float, on_output: OnOutput) -> None:
         self._run(_Work(batch, scales, smoothing, on_output), training=True)
@@ -166,10 +164,10 @@ class Pipeline:
         self._run(_Work(batch, [1.0] * len(batch.input_ids), 0.0, on_output), training=False)
 
     def _run(self, work: _Work, training: bool) -> None:
-        count = len(work.batch.input_ids)
-        key = count, training  # a schedule is made for one number of micro-batches, and its stages with it
+        count, tokens = work.batch.input_ids.shape
+        key = count, tokens, training  # a schedule is made for one number of micro-batches, and its stages with it
         if key not in self._made:
-            self._made[key] = self._make(count, training)
+            self._made[key] = self._make(*key)
         schedule = self._made[key]
         index = torch.arange(count)[:, None]
         for module in self._modules:
@@ -182,8 +180,10 @@ class Pipeline:
             for module in self._modules:
                 module.work = None
 
-    def _make(self, count: int, training: bool) -> Any:
-        loss = torch.empty((), dtype=torch.promote_types(self._between.dtype, torch.float32), device="meta")
+    def _make(self, count: int, tokens: int, training: bool) -> Any:
+        shape = tokens // self._cut[0], self._hidden_size // self._cut[1]
+        between = torch.empty(shape, dtype=self._dtype, device="meta")
+        loss = torch.empty((), dtype=torch.promote_types(self._dtype, torch.float32), device="meta")
         index = torch.empty(1, 1, dtype=torch.long, device="meta")
         stages = [
             PipelineStage(
@@ -191,8 +191,8 @@ class Pipeline:
                 stage,
                 self._count,
                 self._device,
-                input_args=index if module.first else self._between.detach().requires_grad_(training),
-                output_args=(loss if module.last else self._between).detach().requires_grad_(training),
+                input_args=index if module.first else between.detach().requires_grad_(training),
+                output_args=(loss if module.last else between).detach().requires_grad_(training),
                 group=self._group,
             )
             for module, stage in zip(self._modules, self._stages, strict=True)

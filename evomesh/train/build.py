@@ -13,13 +13,12 @@ from evomesh.checkpoint.resume import decide, restore
 from evomesh.config.loader import LoadedConfig
 from evomesh.config.schema import CheckpointConfig, Config
 from evomesh.data.build import BatchStream, TrainData, ValidSet, build_train_data, build_valid_data
-from evomesh.models.language_model import LanguageModel
-from evomesh.models.registry import build_model, initialize_weights
 from evomesh.optim.scaler import LossScaler
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.grid import Grid
 from evomesh.train.launch import Launch
 from evomesh.train.report import Reporter
+from evomesh.train.stages import Stages, build_stages
 from evomesh.train.state import TrainState
 
 
@@ -36,7 +35,7 @@ class Run:
     config: Config
     grid: Grid
     device: torch.device
-    model: LanguageModel
+    stages: Stages
     optimizer: ZeroOptimizer
     scaler: LossScaler
     train_data: TrainData
@@ -52,7 +51,7 @@ class Run:
         """Every tensor of a checkpoint, by global name."""
         self.optimizer.wait()
         state = self.optimizer.state_tensors() if self.config.ckpt.save_optimizer else {}
-        return dict(self.model.named_parameters()) | state
+        return self.stages.parameters() | state
 
     def state_dict(self) -> dict[str, Any]:
         """Everything else of a checkpoint, as JSON."""
@@ -74,15 +73,16 @@ def build_run(loaded: LoadedConfig, place: Launch) -> Run:
     config, grid, device = loaded.config, place.grid, place.device
     train_data = build_train_data(config.data, config.model.vocab_size)
     valid_sets = build_valid_data(config.data, config.model.vocab_size) if config.data.valid_every > 0 else []
-    model = build_model(config.model, grid=grid, mode=place.mode, device=device)
-    optimizer = ZeroOptimizer(model.named_parameters(), config.adam, config.hybrid_zero_optimizer, grid, model)
+    stages = build_stages(config, grid, place.mode, device)
+    parameters = stages.parameters()
+    optimizer = ZeroOptimizer(parameters.items(), config.adam, config.hybrid_zero_optimizer, grid, stages.module)
     scaler = LossScaler(config.grad_scaler, config.model.dtype)
-    tensors = dict(model.named_parameters()) | optimizer.state_tensors()
+    tensors = parameters | optimizer.state_tensors()
 
     manager = save_folder(config.ckpt, grid)
     start = decide(config.ckpt, manager)
     if not start.wants("model"):
-        initialize_weights(model, config.run.seed, grid)
+        stages.initialize(config.run.seed, grid)
     stored = restore(start, manager or CheckpointManager(start.path or ".", grid=grid), tensors)
     if not (start.wants("model") and start.wants("optimizer")):
         optimizer.refresh_masters()
@@ -104,7 +104,7 @@ def build_run(loaded: LoadedConfig, place: Launch) -> Run:
         config,
         grid,
         device,
-        model,
+        stages,
         optimizer,
         scaler,
         train_data,

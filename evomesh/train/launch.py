@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from evomesh.config.rules import check_world
 from evomesh.config.schema import Config
 from evomesh.errors import UserError
 from evomesh.parallel.build import axis_sizes, build_grid
@@ -70,6 +71,7 @@ def launch(config: Config, launcher: str = "auto", *, port: int = 8888, seed: in
             are found before any process group exists.
     """
     place = detect(os.environ, launcher, port)
+    warnings = check_world(config, place.world_size)
     sizes = axis_sizes(config.parallel, place.world_size)
     device = choose_device(place.local_rank)
     torch.backends.cudnn.benchmark = config.run.cudnn_benchmark
@@ -80,6 +82,8 @@ def launch(config: Config, launcher: str = "auto", *, port: int = 8888, seed: in
         grid = build_grid(config.parallel, place.world_size, place.rank)
         started = _same_time(place.world_size)
         if place.rank == 0:
+            for warning in warnings:
+                logger.warning(warning)
             logger.info(
                 f"Distributed environment is initialized, data parallel size: {sizes.dp}, "
                 f"pipeline parallel size: {sizes.pp}, tensor parallel size: {sizes.tp}"

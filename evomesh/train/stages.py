@@ -57,7 +57,6 @@ def build_stages(config: Config, grid: Grid, mode: TensorMode, device: torch.dev
         grid,
         mode,
         schedule=kind,
-        tokens=config.data.packed_length,
         hidden_size=config.model.hidden_size,
         dtype=promote(dtype) if config.model.residual_in_fp32 else dtype,
         device=device,

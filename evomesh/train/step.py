@@ -10,12 +10,12 @@ from torch import Tensor
 
 from evomesh.config.schema import LossConfig
 from evomesh.data.batch import IGNORE, Batch
-from evomesh.layers.attention import Documents
-from evomesh.models.language_model import LanguageModel
+from evomesh.layers.loss import LossOutput
 from evomesh.optim.scaler import LossScaler
 from evomesh.optim.zero import StepResult, ZeroOptimizer
 from evomesh.parallel.collectives import sum_over
 from evomesh.parallel.grid import Grid
+from evomesh.pipeline.schedule import Schedule
 from evomesh.train.tally import Tally
 
 
@@ -34,17 +34,13 @@ class StepOutput:
     fwd_bwd_time: float
 
 
-def documents_of(batch: Batch, index: int) -> Documents:
-    return Documents(batch.position_ids[index], batch.cu_seqlens[index], batch.max_seqlen)
-
-
 def seed_step(seed: int, step: int, dp_rank: int) -> None:
     """Random draws of a step (a user's own dropout, say) depend on nothing before it, so a resume needs no state."""
     torch.manual_seed((seed * 1_000_003 + step) * 1_000_003 + dp_rank)
 
 
 def train_step(
-    model: LanguageModel,
+    schedule: Schedule,
     optimizer: ZeroOptimizer,
     scaler: LossScaler,
     batch: Batch,
@@ -64,17 +60,18 @@ def train_step(
     weights = micro_batch_weights(batch.labels, grid, loss)
     objective = torch.zeros((), dtype=torch.float64, device=batch.input_ids.device)
     optimizer.expect(len(weights))
-    for index, weight in enumerate(weights):
-        hidden = model(batch.input_ids[index], documents_of(batch, index))
-        output = model.loss(hidden, batch.labels[index], weight * scaler.scale, loss.label_smoothing)
-        torch.autograd.backward(output.scaled_sum)
-        objective += output.scaled_sum.detach().double() / scaler.scale
+
+    def count(index: int, output: LossOutput) -> None:
+        objective.add_(output.scaled_sum.detach().double() / scaler.scale)
         tally.add(output, batch.labels[index], batch.type_ids[index])
+
+    schedule.train(batch, [weight * scaler.scale for weight in weights], loss.label_smoothing, count)
     fwd_bwd_time = time.perf_counter() - started
     update = optimizer.step(lr, beta2, 1.0 / scaler.scale)
     scaler.update(update.found)
     optimizer.zero_grad()
-    return StepOutput(float(sum_over(objective, grid.dp)), tally.reduce(grid.dp), update, fwd_bwd_time)
+    objective = sum_over(objective, grid.dp, grid.pp)  # every rank of the last stage counted, no other
+    return StepOutput(float(objective), tally.reduce(grid.dp, grid.pp), update, fwd_bwd_time)
 
 
 def micro_batch_weights(labels: Tensor, grid: Grid, loss: LossConfig) -> list[float]:

@@ -35,10 +35,10 @@ class Tally:
         # 0 * inf would leak a type's overflow into the others
         self.sums += torch.where(member, rows[:, :, None], 0.0).sum(1)
 
-    def reduce(self, axis: Axis) -> Tally:
-        """Sums over the ranks of ``axis``; every rank gets the result."""
+    def reduce(self, *axes: Axis) -> Tally:
+        """Sums over the ranks of ``axes``; every rank gets the result."""
         total = Tally(self.types, self.sums.device)
-        total.sums = sum_over(self.sums, axis)
+        total.sums = sum_over(self.sums, *axes)
         return total
 
     def summary(self) -> dict[str, float]:

@@ -81,7 +81,7 @@ class Trainer:
             return
         record = self._update(step, next(run.stream), started)
         if config.data.valid_every > 0 and state.step % config.data.valid_every == 0:
-            record = run.reporter.validation(record, evaluate(run.model, run.valid_sets, run.grid, run.device))
+            record = run.reporter.validation(record, evaluate(run.stages, run.valid_sets, run.grid, run.device))
         run.reporter.write(record)
         self._refuse_endless_skipping(step)
         if state.step % config.ckpt.checkpoint_every == 0:  # never for an infinite interval
@@ -96,7 +96,7 @@ class Trainer:
         second = beta2(state.step_count, config.beta2_scheduler, config.adam)
         scale = run.scaler.scale
         output = train_step(
-            run.model,
+            run.stages.schedule,
             run.optimizer,
             run.scaler,
             to_device(batch, run.device),
