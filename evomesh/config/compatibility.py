@@ -32,6 +32,7 @@ R: Outcome = "refusal"
 L: Outcome = "later"
 NO_MOE = "mixture-of-experts models are not part of this system"
 ISP = ("parallel.tensor.mode=isp",)
+STAGES = ("parallel.pipeline.size=2", "model.num_chunks=2", "data.micro_num=2")
 FP16 = ("model.dtype=torch.float16",)
 GENERATION = "how `generate` works"
 
@@ -137,7 +138,7 @@ ROWS: tuple[Row, ...] = (
     Row("model.drop_rate", 0.1, R, "there is no dropout"),
     Row("model.attn_drop_rate", 0.1, R, "there is no dropout"),
     Row("model.dropout_selective_checkpoint", False, W, "there is no dropout"),
-    Row("model.num_chunks", 2, L, "pieces of a stage in an interleaved pipeline"),
+    Row("model.num_chunks", 4, E, "pieces of a stage in an interleaved pipeline", STAGES),
     Row("model.use_flash_attn", False, W, "the fastest kernel at hand is taken on every device"),
     Row("model.compile", False, E, "torch.compile of the blocks; auto: on CUDA"),
     Row("model.enable_qkv_fusion", False, W, "query, key and value are one matrix"),
@@ -150,18 +151,23 @@ ROWS: tuple[Row, ...] = (
     Row("parallel.zero1", 8, E, "int form of zero1.size"),
     Row("parallel.zero1.size", 8, E, "ranks over which optimizer state is cut; <= 0: all data-parallel ranks"),
     Row("parallel.zero1.fsdp", True, L, "fully sharded data parallelism"),
-    Row("parallel.tensor", 2, L, "int form of tensor.size, mode mtp"),
-    Row("parallel.tensor.size", 2, L, "ranks that share a layer or a sequence"),
+    Row("parallel.tensor", 2, E, "int form of tensor.size, mode mtp"),
+    Row("parallel.tensor.size", 2, E, "ranks that share a layer or a sequence"),
     Row("parallel.tensor.mode", "msp", E, "mtp, msp, fsp or isp"),
     Row("parallel.sequence_parallel", True, E, "with the int form of tensor: mode msp"),
-    Row("parallel.pipeline", 2, L, "int form of pipeline.size"),
-    Row("parallel.pipeline.size", 2, L, "stages"),
-    Row("parallel.pipeline.interleaved_overlap", True, E, "communication behind computation"),
-    Row("parallel.pipeline.mode", "ZBV", L, "older name of pipeline.schedule"),
-    Row("parallel.pipeline.schedule", "zbv", L, "order of the stages' work"),
+    Row("parallel.pipeline", 2, E, "int form of pipeline.size"),
+    Row("parallel.pipeline.size", 2, E, "stages"),
+    Row(
+        "parallel.pipeline.interleaved_overlap",
+        True,
+        E,
+        "both ways the same: sends and receives are always asynchronous",
+    ),
+    Row("parallel.pipeline.mode", "ZBV", E, "older name of pipeline.schedule", STAGES),
+    Row("parallel.pipeline.schedule", "zbv", E, "order of the stages' work: 1f1b, interleaved or zbv", STAGES),
     Row("parallel.pipeline.balance", True, E, "stages weigh embedding and head"),
-    Row("parallel.weight", 2, L, "int form of weight.size", ISP),
-    Row("parallel.weight.size", 2, L, "ranks over which weights are cut (isp)", ISP),
+    Row("parallel.weight", 2, E, "int form of weight.size", ISP),
+    Row("parallel.weight.size", 2, E, "ranks over which weights are cut (isp)", ISP),
     Row("parallel.weight.overlap", True, E, "gathers behind computation"),
     Row("parallel.weight.memory_pool", True, E, "gathered weights in buffers that are used again"),
     Row("parallel.expert", 2, W, NO_MOE),

@@ -10,13 +10,15 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from evomesh.config.draft import Draft, shown
+from evomesh.config.finding import Finding
 from evomesh.config.inert import INERT, REFUSED
+from evomesh.config.layout import check_world
 from evomesh.config.legacy import SECTIONS, SPELLINGS, TOP_LEVEL, resolve, written_key
 from evomesh.config.lines import line_of
 from evomesh.config.origins import origins
 from evomesh.config.overrides import Override, apply_overrides, parse_overrides
 from evomesh.config.record import config_from_dict, redacted
-from evomesh.config.rules import Finding, check, check_world, leaves
+from evomesh.config.rules import check, leaves
 from evomesh.config.schema import Config
 from evomesh.config.source import Source, read_source
 from evomesh.errors import ConfigError, UserError

@@ -5,34 +5,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
+from evomesh.config.finding import Finding, nearest
+from evomesh.config.layout import layout_findings
 from evomesh.config.schema import Config
-from evomesh.errors import ConfigError, UserError
 
 INT32, INT64 = 2**31 - 1, 2**63 - 1
 CONTENT = ("model", "sampler", "optimizer", "scheduler", "all")
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What is wrong with some keys (resolved names; the first is where it is reported)."""
-
-    keys: tuple[str, ...]
-    found: str
-    expected: str = ""
-    fix: str = ""
-
-
 # Not available yet: key, when a config asks for it, the feature. A room that delivers one deletes its row.
 PENDING: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
-    ("parallel.tensor.size", lambda c: c.parallel.tensor.size > 1, "tensor parallelism"),
-    ("parallel.weight.size", lambda c: c.parallel.weight.size > 1, "weight parallelism"),
-    ("parallel.pipeline.size", lambda c: c.parallel.pipeline.size > 1, "pipeline parallelism"),
-    ("parallel.pipeline.schedule", lambda c: c.parallel.pipeline.schedule is not None, "choosing the schedule"),
     ("parallel.zero1.fsdp", lambda c: c.parallel.zero1.fsdp, "fully sharded data parallelism"),
-    ("model.num_chunks", lambda c: c.model.num_chunks > 1, "interleaved pipelines"),
     ("model.output_tf32", lambda c: c.model.output_tf32, "an output head in TF32"),
     (
         "ckpt.load_ckpt_info",
@@ -55,7 +40,7 @@ def check(config: Config, given: Callable[[str], bool]) -> tuple[list[Finding], 
         *_model(config),
         *_data(config),
         *_training(config),
-        *_parallel(config),
+        *layout_findings(config),
         *_ckpt(config),
     ]
     findings += [
@@ -73,17 +58,6 @@ def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(item, f"{key}.{name}" if key else str(name))
     elif key:
         yield key, value
-
-
-def nearest(value: int, divisors_of: int | None = None, multiples_of: int | None = None) -> str:
-    """The valid sizes next to ``value``: divisors of one number or multiples of another."""
-    if divisors_of is not None:
-        valid = [n for n in range(1, divisors_of + 1) if divisors_of % n == 0]
-        below, above = [n for n in valid if n <= value], [n for n in valid if n > value]
-        return " or ".join(str(n) for n in (*below[-1:], *above[:1]))
-    step = multiples_of or 1
-    low = value // step * step
-    return " or ".join(str(n) for n in (low, low + step) if n > 0)
 
 
 def _numbers(config: Config) -> Iterator[Finding]:
@@ -221,41 +195,6 @@ def _training(config: Config) -> Iterator[Finding]:
         )
 
 
-def _parallel(config: Config) -> Iterator[Finding]:
-    model, data, parallel = config.model, config.data, config.parallel
-    tp, mode, pp, chunks = parallel.tensor.size, parallel.tensor.mode, parallel.pipeline.size, model.num_chunks
-    t = "parallel.tensor.size"
-    for heads, key in ((model.num_attention_heads, "num_attention_heads"), (model.kv_heads, "num_kv_attention_heads")):
-        if heads % tp:
-            yield Finding(
-                (t, f"model.{key}"), f"{tp} does not divide {key}={heads}", expected=f"size={nearest(tp, heads)}"
-            )
-    if mode != "mtp" and data.packed_length % tp:
-        yield Finding(
-            (t, "data.seq_len", "data.micro_bsz"),
-            f"{tp} does not divide the packed length {data.packed_length}, which {mode} splits",
-            expected=f"size={nearest(tp, data.packed_length)}",
-        )
-    if parallel.weight.size > 1 and mode != "isp":
-        yield Finding(
-            ("parallel.weight.size", "parallel.tensor.mode"),
-            f"weight.size={parallel.weight.size} needs tensor mode isp, found {mode}",
-            fix='set parallel.tensor=dict(size=..., mode="isp"), or weight.size=1',
-        )
-    if pp * chunks > model.num_layers:
-        yield Finding(
-            ("parallel.pipeline.size", "model.num_chunks", "model.num_layers"),
-            f"{pp} stages of {chunks} chunks need {pp * chunks} layers, num_layers={model.num_layers}",
-            expected=f"pipeline.size at most {max(model.num_layers // chunks, 1)}",
-        )
-    if chunks > 1 and pp > 1 and data.micro_num % pp:
-        yield Finding(
-            ("data.micro_num", "parallel.pipeline.size", "model.num_chunks"),
-            f"micro_num={data.micro_num} is not a multiple of the {pp} stages of an interleaved pipeline",
-            expected=f"micro_num={nearest(data.micro_num, multiples_of=pp)}",
-        )
-
-
 def _ckpt(config: Config) -> Iterator[Finding]:
     ckpt, every = config.ckpt, config.ckpt.checkpoint_every
     if ckpt.enable_save_ckpt and not ckpt.save_ckpt_folder:
@@ -295,47 +234,9 @@ def _warnings(config: Config, given: Callable[[str], bool]) -> Iterator[tuple[st
         yield "parallel.weight.overlap", "has no effect while parallel.weight.size is 1"
     if parallel.pipeline.interleaved_overlap and config.model.num_chunks == 1:
         yield "parallel.pipeline.interleaved_overlap", "has no effect while model.num_chunks is 1"
+    if config.model.num_chunks > 1 and parallel.pipeline.size == 1:
+        yield "model.num_chunks", "has no effect while parallel.pipeline.size is 1"
     if ckpt.oss_snapshot_freq <= 1:
         yield "ckpt.oss_snapshot_freq", f"{ckpt.oss_snapshot_freq:g} means no snapshots"
     elif ckpt.oss_snapshot_freq >= ckpt.checkpoint_every and not math.isinf(ckpt.oss_snapshot_freq):
         yield "ckpt.oss_snapshot_freq", "not below checkpoint_every: no snapshot comes between two checkpoints"
-
-
-def check_world(config: Config, world_size: int) -> list[str]:
-    """Whether the layout fits so many processes.
-
-    Returns:
-        Warnings.
-    Raises:
-        ConfigError: the sizes do not divide; with the nearest that do.
-    """
-    parallel = config.parallel
-    isp = parallel.tensor.mode == "isp"
-    pp, tp, wp, zero = parallel.pipeline.size, parallel.tensor.size, parallel.weight.size, parallel.zero1.size
-    problems = [
-        UserError(
-            f"{world_size} processes cannot be divided by {name} = {size}",
-            where="parallel",
-            expected=f"{nearest(world_size, multiples_of=size)} processes, or a product of {nearest(size, world_size)}",
-        )
-        for size, name in (
-            (pp * tp, "pipeline.size * tensor.size"),
-            (pp * wp if isp else 1, "pipeline.size * weight.size"),
-        )
-        if world_size % size
-    ]
-    dp = world_size // pp // (wp if isp else tp)
-    warnings = []
-    if not problems and zero > dp:
-        warnings.append(f"parallel.zero1.size: {zero} is more than the {dp} data-parallel ranks; {dp} is used")
-    elif not problems and zero > 1 and dp % zero:
-        problems.append(
-            UserError(
-                f"{zero} does not divide the {dp} data-parallel ranks",
-                where="parallel.zero1.size",
-                expected=nearest(zero, dp),
-            )
-        )
-    if problems:
-        raise ConfigError(problems)
-    return warnings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -47,7 +48,7 @@ def shard_weights(
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
     if overlap:
-        for block, following in zip(blocks, blocks[1:], strict=False):
+        for block, following in pairwise(blocks):
             cast(FSDPModule, block).set_modules_to_forward_prefetch([cast(FSDPModule, following)])
     if any(parameter.is_meta for parameter in model.parameters()):
         model.to_empty(device=device)

@@ -185,7 +185,7 @@ class Pipeline:
         between = torch.empty(shape, dtype=self._dtype, device="meta")
         loss = torch.empty((), dtype=torch.promote_types(self._dtype, torch.float32), device="meta")
         index = torch.empty(1, 1, dtype=torch.long, device="meta")
-        stages = [
+        stages: Any = [  # invariant in a private base class
             PipelineStage(
                 module,
                 stage,

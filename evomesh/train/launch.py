@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from evomesh.config.rules import check_world
+from evomesh.config.layout import check_world
 from evomesh.config.schema import Config
 from evomesh.errors import UserError
 from evomesh.parallel.build import axis_sizes, build_grid

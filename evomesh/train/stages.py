@@ -84,6 +84,6 @@ def _build(config: Config, grid: Grid, mode: TensorMode, device: torch.device, l
     auto = config.model.compile == "auto"
     settings = config.model.model_copy(update={"compile": device.type == "cuda"}) if auto else config.model
     model = build_model(settings, grid=grid, mode=mode, device="meta", layer_range=layers)
-    blocks = list(model.layers.values())  # type: ignore[union-attr, operator]
+    blocks = list(model.layers.values())  # type: ignore[operator]
     shard_weights(model, blocks, grid.wp, device, config.parallel.weight.overlap)
     return model

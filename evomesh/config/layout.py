@@ -1,0 +1,168 @@
+"""Which parallel sizes fit the model, the data and each other, and which fit a number of processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import get_args
+
+from evomesh.config.finding import Finding, nearest
+from evomesh.config.schema import Config, DataConfig, ModelFamily
+from evomesh.errors import ConfigError, UserError
+
+
+def layout_findings(config: Config) -> Iterator[Finding]:
+    """Every problem of the parallel sizes that needs no number of processes."""
+    yield from _tensor(config)
+    yield from _weights(config)
+    if config.parallel.pipeline.size > 1:
+        yield from _stages(config)
+        yield from _schedule(config)
+
+
+def _tensor(config: Config) -> Iterator[Finding]:
+    model, data, parallel = config.model, config.data, config.parallel
+    tp, mode = parallel.tensor.size, parallel.tensor.mode
+    t = "parallel.tensor.size"
+    for heads, key in ((model.num_attention_heads, "num_attention_heads"), (model.kv_heads, "num_kv_attention_heads")):
+        if heads % tp:
+            yield Finding(
+                (t, f"model.{key}"), f"{tp} does not divide {key}={heads}", expected=f"size={nearest(tp, heads)}"
+            )
+    if mode != "mtp" and data.packed_length % tp:
+        yield Finding(
+            (t, "data.seq_len", "data.micro_bsz"),
+            f"{tp} does not divide the packed length {data.packed_length}, which {mode} splits",
+            expected=f"size={nearest(tp, data.packed_length)}",
+        )
+    if mode != "isp" and model.mlp_width % tp:
+        yield Finding(
+            (t, "model.mlp_ratio", "model.multiple_of"),
+            f"{tp} does not divide the feed-forward width {model.mlp_width}",
+            expected=f"size={nearest(tp, model.mlp_width)}",
+        )
+
+
+def _weights(config: Config) -> Iterator[Finding]:
+    model, parallel = config.model, config.parallel
+    size = parallel.weight.size
+    if size > 1 and parallel.tensor.mode != "isp":
+        yield Finding(
+            ("parallel.weight.size", "parallel.tensor.mode"),
+            f"weight.size={size} needs tensor mode isp, found {parallel.tensor.mode}",
+            fix='set parallel.tensor=dict(size=..., mode="isp"), or weight.size=1',
+        )
+        return
+    qkv = (model.num_attention_heads + 2 * model.kv_heads) * model.head_dim
+    rows = {"hidden_size": model.hidden_size, "width of q, k and v": qkv, "feed-forward width": model.mlp_width}
+    for name, length in rows.items():
+        if length % size:
+            yield Finding(
+                ("parallel.weight.size",),
+                f"{size} does not divide the {name}, {length}",
+                expected=f"size={nearest(size, length)}",
+            )
+
+
+def _stages(config: Config) -> Iterator[Finding]:
+    model, pp, chunks = config.model, config.parallel.pipeline.size, config.model.num_chunks
+    if pp * chunks > model.num_layers:
+        yield Finding(
+            ("parallel.pipeline.size", "model.num_chunks", "model.num_layers"),
+            f"{pp} stages of {chunks} chunks need {pp * chunks} layers, num_layers={model.num_layers}",
+            expected=f"pipeline.size at most {max(model.num_layers // chunks, 1)}",
+        )
+    if model.model_type not in get_args(ModelFamily):
+        yield Finding(
+            ("parallel.pipeline.size", "model_type"),
+            f"{model.model_type} is a model of your own, which has no pipeline stages",
+            fix="set parallel.pipeline.size=1",
+        )
+
+
+def _schedule(config: Config) -> Iterator[Finding]:
+    data, chunks, pp = config.data, config.model.num_chunks, config.parallel.pipeline.size
+    kind = config.parallel.pipeline.schedule or ("interleaved" if chunks > 1 else "1f1b")
+    key = ("parallel.pipeline.schedule", "model.num_chunks")
+    wanted = {"1f1b": chunks == 1, "interleaved": chunks > 1, "zbv": chunks == 2}
+    if not wanted[kind]:
+        number = {"1f1b": "num_chunks=1", "interleaved": "num_chunks of 2 or more", "zbv": "num_chunks=2"}[kind]
+        yield Finding(key, f"schedule {kind} with num_chunks={chunks}", expected=f"{kind} has {number}")
+    elif kind == "interleaved":
+        yield from _micro_batches(data, pp)
+    elif kind == "zbv":
+        yield from _zero_bubble(config, key)
+
+
+def _micro_batches(data: DataConfig, pp: int) -> Iterator[Finding]:
+    counts = {"micro_num": data.micro_num, "valid_micro_num": data.valid_micro_num}
+    if len(parts := data.rampup_batch_size.split()) == 3 and all(part.isdigit() for part in parts):
+        counts |= {"rampup_batch_size": math.gcd(int(parts[0]), int(parts[1]))}  # start and increment
+    for name, count in counts.items():
+        if count is not None and count % pp:
+            yield Finding(
+                (f"data.{name}", "parallel.pipeline.size", "model.num_chunks"),
+                f"{name}={getattr(data, name)} is not a multiple of the {pp} stages of an interleaved pipeline",
+                expected=f"{name}={nearest(count, multiples_of=pp)}"
+                if name != "rampup_batch_size"
+                else f"start and increment multiples of {pp}",
+            )
+
+
+def _zero_bubble(config: Config, key: tuple[str, ...]) -> Iterator[Finding]:
+    """zbv makes the gradients of inputs and of weights apart, and sums the latter itself, without autograd's hooks."""
+    reasons = {
+        "model.dtype": config.model.dtype in ("float16", "bfloat16")
+        and "gradients of 16-bit weights would add up in 16 bits",
+        "parallel.weight.size": config.parallel.weight.size > 1 and "sharded weights would be gathered at wrong times",
+        "hybrid_zero_optimizer.overlap_sync_grad": config.hybrid_zero_optimizer.overlap_sync_grad
+        and "it does not say when a gradient is complete",
+        "model.compile": config.model.compile is True and "a compiled block has no separate gradients",
+    }
+    for other, reason in reasons.items():
+        if reason:
+            yield Finding(
+                (key[0], other),
+                f"schedule zbv does not go with {other.split('.')[-1]}: {reason}",
+                fix='set parallel.pipeline.schedule="interleaved"',
+            )
+
+
+def check_world(config: Config, world_size: int) -> list[str]:
+    """Whether the layout fits so many processes.
+
+    Returns:
+        Warnings.
+    Raises:
+        ConfigError: the sizes do not divide; with the nearest that do.
+    """
+    parallel = config.parallel
+    isp = parallel.tensor.mode == "isp"
+    pp, tp, wp, zero = parallel.pipeline.size, parallel.tensor.size, parallel.weight.size, parallel.zero1.size
+    problems = [
+        UserError(
+            f"{world_size} processes cannot be divided by {name} = {size}",
+            where="parallel",
+            expected=f"{nearest(world_size, multiples_of=size)} processes, or a product of {nearest(size, world_size)}",
+        )
+        for size, name in (
+            (pp * tp, "pipeline.size * tensor.size"),
+            (pp * wp if isp else 1, "pipeline.size * weight.size"),
+        )
+        if world_size % size
+    ]
+    dp = world_size // pp // (wp if isp else tp)
+    warnings = []
+    if not problems and zero > dp:
+        warnings.append(f"parallel.zero1.size: {zero} is more than the {dp} data-parallel ranks; {dp} is used")
+    elif not problems and zero > 1 and dp % zero:
+        problems.append(
+            UserError(
+                f"{zero} does not divide the {dp} data-parallel ranks",
+                where="parallel.zero1.size",
+                expected=nearest(zero, dp),
+            )
+        )
+    if problems:
+        raise ConfigError(problems)
+    return warnings
