@@ -95,11 +95,11 @@ def _schedule(config: Config) -> Iterator[Finding]:
 
 
 def _micro_batches(data: DataConfig, pp: int) -> Iterator[Finding]:
-    counts = {"micro_num": data.micro_num, "valid_micro_num": data.valid_micro_num}
+    counts: dict[str, int] = {"micro_num": data.micro_num}
     if len(parts := data.rampup_batch_size.split()) == 3 and all(part.isdigit() for part in parts):
         counts |= {"rampup_batch_size": math.gcd(int(parts[0]), int(parts[1]))}  # start and increment
     for name, count in counts.items():
-        if count is not None and count % pp:
+        if count % pp:
             yield Finding(
                 (f"data.{name}", "parallel.pipeline.size", "model.num_chunks"),
                 f"{name}={getattr(data, name)} is not a multiple of the {pp} stages of an interleaved pipeline",

@@ -296,6 +296,19 @@ def broadcast_(x: Tensor, axis: Axis, source: int = 0) -> None:
         dist.broadcast(x, src=dist.get_global_rank(axis.group, source), group=axis.group)
 
 
+def send(x: Tensor, axis: Axis, to: int) -> dist.Work | None:
+    """Starts sending ``x`` to axis rank ``to``; keep it unchanged until the work is done."""
+    assert axis.group is not None
+    return dist.isend(x, group=axis.group, group_dst=to)
+
+
+def receive(x: Tensor, axis: Axis, source: int) -> Tensor:
+    """Fills ``x`` with what axis rank ``source`` sends."""
+    assert axis.group is not None
+    dist.recv(x, group=axis.group, group_src=source)
+    return x
+
+
 def gather_objects(value: Any, axis: Axis) -> list[Any]:
     """Every rank's picklable ``value``, in axis order; for start-up and log lines, not for the step."""
     if axis.size == 1:

@@ -47,6 +47,7 @@ def shard_weights(
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor inside
     if overlap:
         for block, following in pairwise(blocks):
             cast(FSDPModule, block).set_modules_to_forward_prefetch([cast(FSDPModule, following)])

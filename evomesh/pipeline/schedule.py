@@ -5,7 +5,8 @@ Shapes: M micro-batches, T packed tokens, S = T / tp, D model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from torch.distributed.pipelining import (
 from evomesh.data.batch import Batch
 from evomesh.layers.documents import Documents
 from evomesh.layers.loss import LossOutput
-from evomesh.parallel.collectives import gather, split
+from evomesh.parallel.collectives import gather, receive, send, split
 from evomesh.parallel.grid import Axis, Grid
 from evomesh.parallel.modes import TensorMode
 from evomesh.pipeline.stages import stages_of_rank
@@ -144,7 +145,7 @@ class Pipeline:
         device: torch.device,
     ) -> None:
         pp, tp = grid.pp, grid.tp
-        self._kind, self._group, self._device = schedule, pp.group, device
+        self._kind, self._pp, self._device = schedule, pp, device
         self._stages = stages_of_rank(pp.rank, pp.size, len(models), schedule)
         self._count = pp.size * len(models)
         pieces = Axis("tp") if mode.sequence else tp
@@ -154,35 +155,63 @@ class Pipeline:
         ]
         self._cut = (tp.size, 1) if mode.sequence else (1, tp.size)  # of hidden states [T, D] on their way
         self._hidden_size, self._dtype = hidden_size, dtype
-        self._made: dict[tuple[int, int, bool], Any] = {}
+        self._made: dict[tuple[int, int], Any] = {}
 
     def train(self, batch: Batch, scales: Sequence[float], smoothing: float, on_output: OnOutput) -> None:
-        self._run(_Work(batch, scales, smoothing, on_output), training=True)
+        count, tokens = batch.input_ids.shape
+        if (count, tokens) not in self._made:  # a schedule is made for one number of micro-batches
+            self._made[count, tokens] = self._make(count, tokens)
+        arguments = (torch.arange(count)[:, None],) if 0 in self._stages else ()
+        target = batch.labels if self._count - 1 in self._stages else None
+        with self._reading(_Work(batch, scales, smoothing, on_output)):
+            self._made[count, tokens].step(*arguments, target=target, return_outputs=False)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, on_output: OnOutput) -> None:
-        self._run(_Work(batch, [1.0] * len(batch.input_ids), 0.0, on_output), training=False)
+        """Every stage passes all micro-batches on, then the rank's next stage: torch's own eval knows no V."""
+        count, tokens = batch.input_ids.shape
+        here: list[Tensor] = []  # from the stage before, where that is on this rank
+        with self._reading(_Work(batch, [1.0] * count, 0.0, on_output)):
+            for module, stage in zip(self._modules, self._stages, strict=True):
+                outputs = []
+                for index in range(count):
+                    output = module(here[index] if here else self._from(stage - 1, index, tokens))
+                    outputs.append((output, None if module.last else self._to(stage + 1, output)))
+                for _, work in outputs:
+                    if work is not None:
+                        work.wait()
+                here = [output for output, _ in outputs] if stage + 1 in self._stages else []
 
-    def _run(self, work: _Work, training: bool) -> None:
-        count, tokens = work.batch.input_ids.shape
-        key = count, tokens, training  # a schedule is made for one number of micro-batches, and its stages with it
-        if key not in self._made:
-            self._made[key] = self._make(*key)
-        schedule = self._made[key]
-        index = torch.arange(count)[:, None]
+    def _from(self, stage: int, index: int, tokens: int) -> Tensor:
+        if stage < 0:
+            return torch.tensor([[index]])
+        buffer = torch.empty(self._between(tokens), dtype=self._dtype, device=self._device)
+        return receive(buffer, self._pp, self._rank_of(stage))
+
+    def _to(self, stage: int, output: Tensor) -> Any:
+        rank = self._rank_of(stage)
+        return None if rank == self._pp.rank else send(output.contiguous(), self._pp, rank)
+
+    def _rank_of(self, stage: int) -> int:
+        round_, position = divmod(stage, self._pp.size)
+        return self._pp.size - 1 - position if self._kind == "zbv" and round_ else position
+
+    def _between(self, tokens: int) -> tuple[int, int]:
+        """Shape of the hidden states on their way between ranks."""
+        return tokens // self._cut[0], self._hidden_size // self._cut[1]
+
+    @contextmanager
+    def _reading(self, work: _Work) -> Iterator[None]:
         for module in self._modules:
             module.work, module.done = work, 0
-        arguments = (index,) if 0 in self._stages else ()
-        target = work.batch.labels if self._count - 1 in self._stages else None
         try:
-            (schedule.step if training else schedule.eval)(*arguments, target=target, return_outputs=False)
+            yield
         finally:
             for module in self._modules:
                 module.work = None
 
-    def _make(self, count: int, tokens: int, training: bool) -> Any:
-        shape = tokens // self._cut[0], self._hidden_size // self._cut[1]
-        between = torch.empty(shape, dtype=self._dtype, device="meta")
+    def _make(self, count: int, tokens: int) -> Any:
+        between = torch.empty(self._between(tokens), dtype=self._dtype, device="meta")
         loss = torch.empty((), dtype=torch.promote_types(self._dtype, torch.float32), device="meta")
         index = torch.empty(1, 1, dtype=torch.long, device="meta")
         stages: Any = [  # invariant in a private base class
@@ -191,9 +220,9 @@ class Pipeline:
                 stage,
                 self._count,
                 self._device,
-                input_args=index if module.first else between.detach().requires_grad_(training),
-                output_args=(loss if module.last else between).detach().requires_grad_(training),
-                group=self._group,
+                input_args=index if module.first else between.detach().requires_grad_(),
+                output_args=(loss if module.last else between).detach().requires_grad_(),
+                group=self._pp.group,
             )
             for module, stage in zip(self._modules, self._stages, strict=True)
         ]

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from evomesh.config.layout import check_world
 from evomesh.config.schema import Config
 from evomesh.errors import UserError
+from evomesh.monitor.log import ALL_RANKS, setup_logging
 from evomesh.parallel.build import axis_sizes, build_grid
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import MODES, TensorMode
@@ -71,6 +72,7 @@ def launch(config: Config, launcher: str = "auto", *, port: int = 8888, seed: in
             are found before any process group exists.
     """
     place = detect(os.environ, launcher, port)
+    setup_logging(shows=place.rank == 0)  # until the run folder is known
     warnings = check_world(config, place.world_size)
     sizes = axis_sizes(config.parallel, place.world_size)
     device = choose_device(place.local_rank)
@@ -91,7 +93,8 @@ def launch(config: Config, launcher: str = "auto", *, port: int = 8888, seed: in
         set_seed(config.run.seed if seed is None else seed, place.rank)
         logger.info(
             f"===========New Run {started:%b%d_%H-%M-%S} on host:{socket.gethostname()},"
-            f"tp:{grid.tp.rank},pp={grid.pp.rank},dp={grid.dp.rank}==========="
+            f"tp:{grid.tp.rank},pp={grid.pp.rank},dp={grid.dp.rank}===========",
+            extra=ALL_RANKS,
         )
         mode = MODES[config.parallel.tensor.mode]
         yield Launch(grid, device, mode, place.rank, place.world_size, started)
@@ -279,6 +282,7 @@ def spawn_ranks(launcher: str = "auto") -> None:
     command = torchrun_command(os.environ, sys.argv, launcher)
     if command is not None:
         env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-        logger.info("starting " + " ".join(command[1:]))
+        setup_logging()
+        logger.info("starting %s", " ".join(command[1:]))
         sys.stdout.flush()
         os.execve(command[0], command, env)

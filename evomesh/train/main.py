@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 
 from evomesh.config.loader import LoadedConfig
-from evomesh.monitor.log import setup_logging
 from evomesh.train.build import build_run
-from evomesh.train.launch import launch
+from evomesh.train.launch import launch, spawn_ranks
 from evomesh.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -21,8 +20,9 @@ def train_from_config(loaded: LoadedConfig, launcher: str = "auto", port: int = 
     Raises:
         UserError: anything in the config, the data or the checkpoints that cannot be used.
     """
-    setup_logging()
-    for warning in loaded.warnings:
-        logger.warning("%s", warning)
+    spawn_ranks(launcher)
     with launch(loaded.config, launcher=launcher, port=port) as place:
+        if place.rank == 0:
+            for warning in loaded.warnings:
+                logger.warning("%s", warning)
         return Trainer(build_run(loaded, place)).train()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import sys
-
 from evomesh.config.schema import Config
 from evomesh.parallel.collectives import sum_over
 from evomesh.train.launch import launch
@@ -15,7 +12,6 @@ def join_and_count() -> None:
     import torch
     import torch.distributed as dist
 
-    logging.basicConfig(level="INFO", stream=sys.stdout, format="%(funcName)s %(message)s")
     config = Config.model_validate({"parallel": {"tensor": {"size": 2}}})
     with launch(config) as place:
         print("sum", int(sum_over(torch.tensor(place.rank), place.grid.tp, place.grid.dp)), place.started)
@@ -28,8 +24,8 @@ def test_two_data_by_two_tensor_ranks(interpreter: Interpreter) -> None:
     sums = {line for one in finished for line in one.stdout.splitlines() if line.startswith("sum")}
     assert len(sums) == 1 and sums.pop().startswith("sum 6 "), "one sum, one time"
     assert (
-        "launch Distributed environment is initialized, data parallel size: 2, "
+        " in launch -- Distributed environment is initialized, data parallel size: 2, "
         "pipeline parallel size: 1, tensor parallel size: 2\n"
     ) in finished[0].stdout
-    assert "set_seed initialized seed on rank 0, numpy: 1024, python random: 1024" in finished[0].stdout
+    assert " in set_seed -- initialized seed on rank 0, numpy: 1024, python random: 1024" in finished[0].stdout
     assert [",tp:1,pp=0,dp=0====" in one.stdout for one in finished] == [False, True, False, False]
