@@ -156,6 +156,16 @@ def repair(path: DataPath) -> None:
 
 
 @app.command()
+def cache(path: DataPath) -> None:
+    """Write the tokens of each file as one binary array beside it, which training then reads instead of the lines."""
+    from evomesh.data.cache import write_cache
+    from evomesh.data.look import open_files
+
+    for file in open_files(path):
+        print(f"{file.path}.cache: {write_cache(file.path):,} tokens")
+
+
+@app.command()
 def order(
     folder: Annotated[str, typer.Argument(help="The data folder.")],
     output: Annotated[str, typer.Option("--output", "-o", help="The file to write.")] = "data_order.txt",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
@@ -10,6 +12,7 @@ import typer
 
 from evomesh.data.tokenize import Progress
 
+LOG_SECONDS = 10.0
 CHAT = "conversations: alpaca (instruction, input, output), messages (role, content), sharegpt (from, value)"
 
 
@@ -85,15 +88,35 @@ def tokenize_conversations(
     )
 
 
+def _log_lines(total: int) -> Progress:
+    start = last = time.monotonic()
+
+    def update(position: int, documents: int, tokens: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last > LOG_SECONDS and position:
+            last = now
+            left = (now - start) * (total - position) / position
+            rate = tokens / (now - start)
+            print(
+                f"{position / total:.0%}, {documents:,} documents, {tokens:,} tokens, "
+                f"{rate:,.0f} tokens/s, {left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    return update
+
+
 @contextmanager
-def progress_bar(total: int) -> Iterator[Progress | None]:
-    """A bar with rate and time left on a terminal; silent elsewhere."""
+def progress_bar(total: int) -> Iterator[Progress]:
+    """A bar with rate and time left on a terminal; elsewhere a line every ``LOG_SECONDS``."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield None
+        yield _log_lines(total)
         return
     columns = (
         BarColumn(),

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from evomesh.data.cache import open_cache
 from evomesh.data.lines import BadLine, Tokens, largest_id, parse_line, parse_plain
 from evomesh.data.meta import read_meta, rebuild
 from evomesh.errors import UserError
@@ -63,6 +64,8 @@ class BinDataset:
             self.kept = np.flatnonzero(self.lengths >= min_length).astype(np.int32)
             self.lengths = self.lengths[self.kept]
         self._mapped: mmap.mmap | None = None
+        self._cache = open_cache(self.path, int(self.rows[:, 1].sum(dtype=np.int64)))
+        self._cache_starts: NDArray[np.int64] | None = None
         self._check_end()
 
     def __len__(self) -> int:
@@ -85,6 +88,19 @@ class BinDataset:
             UserError: a line is not what the meta says, or an id is outside the vocabulary.
         """
         rows = np.asarray(documents) if self.kept is None else self.kept[documents]
+        tokens = self._read_lines(rows) if self._cache is None else self._read_cache(rows, self._cache)
+        if self.vocab_size is not None and largest_id(tokens) >= self.vocab_size:
+            self._refuse_id(rows.tolist(), tokens)
+        return tokens
+
+    def _read_cache(self, rows: NDArray[np.integer], cache: NDArray[np.int32]) -> Tokens:
+        if self._cache_starts is None:
+            self._cache_starts = np.cumsum(self.rows[:, 1], dtype=np.int64) - self.rows[:, 1]
+        starts, lengths = self._cache_starts[rows].tolist(), self.rows[rows, 1].tolist()
+        parts = [cache[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+        return np.concatenate(parts).astype(np.int64)
+
+    def _read_lines(self, rows: NDArray[np.integer]) -> Tokens:
         starts = self.rows[rows, 0].tolist()
         ends = self.rows[np.minimum(rows + 1, len(self.rows) - 1), 0].tolist()
         for last in np.flatnonzero(rows == len(self.rows) - 1):
@@ -97,8 +113,6 @@ class BinDataset:
             tokens = np.concatenate(
                 [self._read_slowly(row, line) for row, line in zip(rows.tolist(), lines, strict=True)]
             )
-        if self.vocab_size is not None and largest_id(tokens) >= self.vocab_size:
-            self._refuse_id(rows.tolist(), tokens)
         return tokens
 
     def _map(self) -> mmap.mmap:

@@ -190,6 +190,11 @@ def _warnings(report: list[dict[str, Any]], sources: list[BinDataset], config: D
             found.append(
                 f"{row['file']} yields nothing: {kept:,} tokens after filtering, a pack needs {config.packed_length:,}"
             )
+        if 0 < len(source.rows) < config.min_length:
+            found.append(
+                f"{row['file']} has {len(source.rows)} documents, fewer than min_length {config.min_length}, which "
+                "counts the tokens of a document here, not the documents of a file"
+            )
         if doubled := _doubled(source):
             found.append(
                 f"{row['file']}: rows {doubled} .. {2 * doubled - 1} repeat rows 0 .. {doubled - 1} in size: "

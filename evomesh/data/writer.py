@@ -37,6 +37,7 @@ class BinWriter:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot create the folder: {error}", where=str(self.path.parent)) from None
+        _remove_dead_parts(self.path)
         self._part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
         self._lengths: list[np.ndarray[Any, np.dtype[np.int64]]] = []
         self._sizes: list[np.ndarray[Any, np.dtype[np.int64]]] = []
@@ -131,3 +132,15 @@ class BinWriter:
         self.documents, self.tokens = len(rows), int(self._lengths[0].sum())
         self.max_id = int(self.previous.get("max_id", -1))
         self.max_id_line = int(self.previous.get("max_id_line", 0))
+
+
+def _remove_dead_parts(path: Path) -> None:
+    """What killed runs left beside ``path``; a part of a living process is another run's business."""
+    for part in path.parent.glob(f".{path.name}.*.part*"):
+        owner = part.name.removeprefix(f".{path.name}.").split(".")[0]
+        try:
+            os.kill(int(owner), 0)
+        except ProcessLookupError:
+            part.unlink(missing_ok=True)
+        except (ValueError, PermissionError):
+            continue

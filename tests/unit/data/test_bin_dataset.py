@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from evomesh.data.bin_dataset import BinDataset
+from evomesh.data.cache import write_cache
 from evomesh.data.repair import repair
 from evomesh.data.writer import BinWriter
 from evomesh.errors import UserError
@@ -255,3 +256,18 @@ def test_a_line_may_be_read_from_any_thread(write_bin: Any) -> None:
         got = list(pool.map(lambda i: dataset.read(np.array([i])).tolist(), range(len(found))))
     assert got == found
     assert re.match(r"\d", str(len(dataset)))
+
+
+def test_cache_gives_the_same_tokens_until_the_file_changes(write_bin: Any) -> None:
+    found = [[i, -i - 1, 7] * (i % 4) for i in range(1, 60)]
+    path = write_bin(found)
+    assert write_cache(path) == sum(map(len, found))
+    dataset = BinDataset(path, min_length=4)
+    assert dataset._cache is not None
+    assert read_all(path) == found
+    assert read_all(path, min_length=4) == [document for document in found if len(document) >= 4]
+    refused(path, f"{path} line 10", "token 1 is -11", vocab_size=11)
+    write_bin([[5] * 3] * 5)
+    os.utime(path, ns=(path.stat().st_mtime_ns + 10**9,) * 2)
+    assert BinDataset(path)._cache is None
+    assert read_all(path) == [[5] * 3] * 5

@@ -242,6 +242,18 @@ def test_a_file_that_yields_nothing_is_named(tree: Path, write_bin: Any) -> None
     ]
 
 
+def test_fewer_documents_than_min_length_is_said(write_bin: Any, tmp_path: Path) -> None:
+    write_bin([[1] * 30] * 10)
+    assert (
+        "has 10 documents, fewer than min_length 20"
+        in build_train_data(config(tmp_path, min_length=20), VOCAB).warnings[0]
+    )
+    assert build_train_data(config(tmp_path, min_length=10), VOCAB).warnings == [
+        "en/a.bin: rows 5 .. 9 repeat rows 0 .. 4 in size: was it written twice in append mode? "
+        f"check: evomesh data verify {tmp_path}/train/en/a.bin"
+    ]
+
+
 def test_min_length_dict_by_path(tree: Path) -> None:
     data = build_train_data(config(tree, min_length=5, min_length_dict={"en/b": 10, "cn": 0}), VOCAB)
     kept = {row["file"]: row["documents"] - row["filtered"] for row in data.report}

@@ -1,0 +1,61 @@
+"""``X.bin.cache``: the tokens of a token file as one flat int32 array, so that reading parses nothing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomesh.data.lines import parse_line
+from evomesh.data.meta import read_meta
+from evomesh.errors import UserError
+
+
+def cache_path(bin_path: Path) -> Path:
+    return Path(f"{bin_path}.cache")
+
+
+def open_cache(bin_path: Path, tokens: int) -> NDArray[np.int32] | None:
+    """The mapped cache, None when there is none or it is older than the token file or of another size."""
+    path = cache_path(bin_path)
+    try:
+        if path.stat().st_mtime_ns < bin_path.stat().st_mtime_ns:
+            return None
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError):
+        return None
+    return found if found.dtype == np.int32 and found.shape == (tokens,) else None
+
+
+def write_cache(bin_path: Path) -> int:
+    """Read every line of a token file and write its cache; returns the number of tokens.
+
+    Raises:
+        UserError: the meta does not fit the lines.
+    """
+    lengths = read_meta(bin_path)[:, 1]
+    total = int(lengths.sum(dtype=np.int64))
+    part = bin_path.with_name(f".{bin_path.name}.cache.{os.getpid()}.part")
+    try:
+        flat = np.lib.format.open_memmap(part, mode="w+", dtype=np.int32, shape=(total,))
+        place = 0
+        with bin_path.open("rb") as file:
+            for number, (line, length) in enumerate(zip(file, lengths.tolist(), strict=False), 1):
+                tokens = parse_line(line)
+                if len(tokens) != length:
+                    raise UserError(
+                        f"the meta declares {length} tokens, the line has {len(tokens)}",
+                        where=f"{bin_path} line {number}",
+                    )
+                flat[place : place + length] = tokens
+                place += length
+        if place != total:
+            raise UserError(f"the lines hold {place:,} tokens, the meta declares {total:,}", where=str(bin_path))
+        flat.flush()
+        del flat
+        os.replace(part, cache_path(bin_path))
+    finally:
+        part.unlink(missing_ok=True)
+    return total
