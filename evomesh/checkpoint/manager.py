@@ -7,7 +7,7 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
@@ -173,8 +173,7 @@ class CheckpointManager:
             UserError: a second writer, or too many refusals in a row.
         """
         self.claim()
-        busy = self._running is not None and not self._running.done()
-        if self._busy == "skip" and not final and self.exchange.broadcast(busy):
+        if self._busy == "skip" and not final and self.exchange.broadcast(self.saving):
             self._report(f"step {step} not saved: the save before is still being written")
             return None
         self.wait()
@@ -213,6 +212,11 @@ class CheckpointManager:
         copies = self._staging.copy(entries)
         self._writer = self._writer or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running = self._writer.submit(self._commit, plan, copies, folder, body)
+
+    @property
+    def saving(self) -> bool:
+        """A save is still being written behind the training."""
+        return self._running is not None and not self._running.done()
 
     def wait(self, *, final: bool = False) -> str | None:
         """Waits for the save in flight; its folder once committed, None if there is none or the store refused it.
@@ -358,7 +362,7 @@ class CheckpointManager:
             records = found.records()
             read.match(records, local, cast, found.folder)
             if strict and names is not None:
-                read.refuse_unwanted(records, union(names), found.folder)
+                read.refuse_unwanted(records, set().union(*names), found.folder)
             read.run(found, read.jobs_for(records, local))
 
         self._everywhere(fill)
@@ -385,10 +389,6 @@ class CheckpointManager:
             kind = StorageError if of_store else CheckpointError
             raise kind(found, where=where, expected=expected, fix=fix)
         return result
-
-
-def union(lists: Iterable[Iterable[str]]) -> set[str]:
-    return {name for names in lists for name in names}
 
 
 class _Elsewhere:

@@ -14,7 +14,7 @@ from evomesh.checkpoint import format as fmt
 from evomesh.checkpoint import read
 from evomesh.checkpoint.boxes import Box, Part
 from evomesh.checkpoint.find import Found
-from evomesh.checkpoint.format import CheckpointError
+from evomesh.checkpoint.format import CheckpointError, TensorRecord
 from evomesh.checkpoint.internevo import NAMES, Heads, file_name, to_blocks
 from evomesh.checkpoint.reshard import stage_layers
 from evomesh.config.schema import ModelConfig
@@ -42,13 +42,13 @@ def write_model(found: Found, model: ModelConfig, target: str, tensor: int, pipe
         raise CheckpointError("the folder is not empty", where=target, fix="give a new one")
     os.makedirs(target, exist_ok=True)
     heads = Heads(model.num_attention_heads, model.kv_heads)
-    names = [name for name in found.records() if not name.startswith("optim.")]
+    records = {name: record for name, record in found.records().items() if not name.startswith("optim.")}
     written = []
     for pp, layers in enumerate(stage_layers(model.num_layers, pipeline)):
         states: list[dict[str, Tensor]] = [{} for _ in range(tensor)]
-        for name in names:
+        for name, record in records.items():
             for theirs, cut in _places(name, layers, model, heads):
-                whole = _whole(found, name)
+                whole = _whole(found, record)
                 for tp, part in enumerate(cut(whole, tensor)):
                     if part is not None:
                         states[tp][theirs] = part.contiguous().clone()
@@ -120,8 +120,7 @@ def _split(kv_heads: int, group: int, head_dim: int, which: str) -> Cut:
     return cut
 
 
-def _whole(found: Found, name: str) -> Tensor:
-    record = found.records()[name]
+def _whole(found: Found, record: TensorRecord) -> Tensor:
     target = torch.empty(record.shape, dtype=fmt.DTYPES[record.dtype])
     part = Part(target, Box((0,) * target.dim(), record.shape))
     read.run(found, [read.Job(record, piece, (part,)) for piece in record.pieces])

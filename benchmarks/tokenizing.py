@@ -1,6 +1,6 @@
 """``evomesh tokenize`` against the tokenizer library alone, and its memory against the size of the input.
 
-python benchmarks/tokenize.py [--megabytes 40] [--large-megabytes 2000] [--tokenizer PATH]
+python benchmarks/tokenizing.py [--megabytes 40] [--large-megabytes 2000] [--tokenizer PATH]
 
 Text: the sources of Python's standard library, repeated. The library alone encodes the same texts in the same batches
 from memory and throws the ids away. Runs alternate; the ratio is of the medians. Processor seconds count all
