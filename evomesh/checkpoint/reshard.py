@@ -25,6 +25,7 @@ from evomesh.parallel.build import Sizes, axis_members, axis_sizes
 from evomesh.parallel.grid import Axis, Grid
 from evomesh.parallel.modes import MODES
 from evomesh.parallel.spec import ShardSpec, spec_of
+from evomesh.pipeline.stages import layer_ranges
 from evomesh.storage.base import join
 from evomesh.storage.urls import open_storage
 
@@ -76,7 +77,7 @@ def _layout(
     """Where the tensors of the model and its optimizer lie on one rank of the new layout."""
     members = axis_members(sizes, rank)
     grid = Grid(**{name: Axis(name, len(ranks), ranks.index(rank)) for name, ranks in members.items()})
-    stage = stage_layers(model.num_layers, sizes.pp)[grid.pp.rank]
+    stage = layer_ranges(model.num_layers, sizes.pp)[grid.pp.rank]
     mode = MODES[parallel.tensor.mode]
     built = build_model(model, grid=grid, mode=mode, device="meta", layer_range=stage)
     boxes: Boxes = {}
@@ -86,13 +87,6 @@ def _layout(
         specs |= {f"optim.{kind}.{name}": state for kind in ("exp_avg", "exp_avg_sq", "master")}
         boxes |= {n: _box(s, grid) for n, s in specs.items() if n in records and s.stored == records[n].shape}
     return boxes
-
-
-def stage_layers(layers: int, stages: int) -> list[range]:
-    """Contiguous runs of layers; the last stages get one more when they do not divide."""
-    base, extra = divmod(layers, stages)
-    counts = [base + (stage >= stages - extra) for stage in range(stages)]
-    return [range(sum(counts[:stage]), sum(counts[: stage + 1])) for stage in range(stages)]
 
 
 def _box(spec: ShardSpec, grid: Grid) -> Box:

@@ -16,8 +16,8 @@ from evomesh.checkpoint.boxes import Box, Part
 from evomesh.checkpoint.find import Found
 from evomesh.checkpoint.format import CheckpointError, TensorRecord
 from evomesh.checkpoint.internevo import NAMES, Heads, file_name, to_blocks
-from evomesh.checkpoint.reshard import stage_layers
 from evomesh.config.schema import ModelConfig
+from evomesh.pipeline.stages import layer_ranges
 
 OURS = re.compile(r"^layers\.(\d+)\.(.+)\.(weight|bias)$")
 V1 = {ours: theirs for theirs, ours in NAMES.items()}
@@ -44,7 +44,7 @@ def write_model(found: Found, model: ModelConfig, target: str, tensor: int, pipe
     heads = Heads(model.num_attention_heads, model.kv_heads)
     records = {name: record for name, record in found.records().items() if not name.startswith("optim.")}
     written = []
-    for pp, layers in enumerate(stage_layers(model.num_layers, pipeline)):
+    for pp, layers in enumerate(layer_ranges(model.num_layers, pipeline)):
         states: list[dict[str, Tensor]] = [{} for _ in range(tensor)]
         for name, record in records.items():
             for theirs, cut in _places(name, layers, model, heads):

@@ -11,12 +11,13 @@ import torch
 from evomesh.checkpoint.boxes import Box, parts_of
 from evomesh.checkpoint.exchange import GroupExchange
 from evomesh.checkpoint.manager import CheckpointManager
-from evomesh.checkpoint.reshard import reshard, stage_layers
+from evomesh.checkpoint.reshard import reshard
 from evomesh.config.schema import AdamConfig, ModelConfig, ParallelConfig, ZeroConfig
 from evomesh.models.registry import build_model
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import MODES
+from evomesh.pipeline.stages import layer_ranges
 from tests.support.pool import Pool, grid_of
 
 LAYOUTS = (
@@ -49,7 +50,7 @@ def truth(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor
 
 
 def tensors_of(grid: Grid, mode: str) -> dict[str, torch.Tensor]:
-    stage = stage_layers(MODEL.num_layers, grid.pp.size)[grid.pp.rank]
+    stage = layer_ranges(MODEL.num_layers, grid.pp.size)[grid.pp.rank]
     model = build_model(MODEL, grid=grid, mode=MODES[mode], layer_range=stage)
     for parameter in model.parameters():
         parameter.data.zero_()

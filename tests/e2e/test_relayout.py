@@ -1,0 +1,85 @@
+"""One run through changing layouts and a kill: one loss curve, that of a single process that never stopped."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.support.interpreter import Interpreter
+from tests.support.runs import losses, write_run
+
+STEPS, PACKS = 20, 4
+COMMON = """
+model |= dict(num_layers=4, dtype="torch.float64")
+data |= dict(total_steps={steps}, micro_num={micro})
+lr_scheduler["total_steps"] = 20
+ckpt |= dict(checkpoint_every=2)
+parallel = dict({parallel})
+"""
+
+
+def write(folder: Path, parallel: str, data_ranks: int, steps: int = STEPS) -> None:
+    write_run(folder, COMMON.format(steps=steps, micro=PACKS // data_ranks, parallel=parallel))
+
+
+def run(interpreter: Interpreter, folder: Path, ranks: int) -> str:
+    command = ["evomesh", "train", "config.py"]
+    running = (
+        interpreter.start_ranks(command, ranks, cwd=folder) if ranks > 1 else [interpreter.start(command, cwd=folder)]
+    )
+    finished = [one.wait(200) for one in running]
+    assert [one.returncode for one in finished] == [0] * ranks, "\n".join(one.stderr[-2000:] for one in finished)
+    return "".join(one.stdout + one.stderr for one in finished)
+
+
+def test_killed_and_resumed_in_other_layouts(tmp_path: Path, interpreter: Interpreter) -> None:
+    straight, moved = tmp_path / "straight", tmp_path / "moved"
+    write(straight, "", 1)
+    run(interpreter, straight, 1)
+
+    write(moved, "tensor=2, pipeline=2", 1)
+    running = interpreter.start_ranks(["evomesh", "train", "config.py"], 4, cwd=moved)
+    running[2].wait_for("step=5,", timeout=120)  # the last stage prints
+    running[1].signal(signal.SIGKILL)
+    for one in running:
+        one.kill()
+    write(moved, "", 1, steps=11)
+    assert "resuming step" in run(interpreter, moved, 1)
+    write(moved, "zero1=2", 2, steps=14)
+    assert "resuming step 11" in run(interpreter, moved, 2)
+    write(moved, 'tensor=dict(size=2, mode="isp"), weight=dict(size=4)', 2, steps=17)
+    assert "resuming step 14" in run(interpreter, moved, 4)
+    write(moved, "", 1)
+    assert "resuming step 17" in run(interpreter, moved, 1)
+
+    expected, found = losses(straight), losses(moved)
+    assert found.keys() == expected.keys() == set(range(STEPS))
+    for step, loss in expected.items():
+        assert found[step] == pytest.approx(loss, rel=1e-10), f"step {step}"
+
+
+def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path: Path, interpreter: Interpreter) -> None:
+    write_run(
+        tmp_path, COMMON.format(steps=2000, micro=PACKS // 2, parallel="zero1=2").replace("checkpoint_every=2", "")
+    )
+    running = interpreter.start_ranks(["evomesh", "train", "config.py"], 2, cwd=tmp_path)
+    running[0].wait_for("step=3,", timeout=120)
+    running[1].signal(signal.SIGTERM)
+    assert [one.wait(60).returncode for one in running] == [75, 75]
+    last = max(losses(tmp_path))
+    assert (tmp_path / f"ckpts/step-{last + 1:08d}/commit.json").exists()
+
+
+def test_the_stop_file(tmp_path: Path, interpreter: Interpreter) -> None:
+    write(tmp_path, "", 1)
+    with (tmp_path / "config.py").open("a") as file:
+        file.write('ckpt |= dict(stop_file_path="control/stop", checkpoint_every=1000)\n')
+    (tmp_path / "control").mkdir()
+    (tmp_path / "control/stop").write_text("7")
+    assert "stopped by the stop file after 7 steps" in run(interpreter, tmp_path, 1)
+    assert (tmp_path / "ckpts/step-00000007/commit.json").exists()
+    (tmp_path / "control/stop").write_text("-9")
+    run(interpreter, tmp_path, 1)
+    assert sorted(p.name for p in tmp_path.glob("ckpts/step-*")) == [f"step-{n:08d}" for n in (7, 9, STEPS)]
