@@ -13,6 +13,7 @@ from evomesh.config.schema import Config
 from evomesh.data.batch import IGNORE, Batch
 from evomesh.layers.init import owned_range
 from evomesh.layers.loss import LossOutput
+from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.collectives import sum_over
 from evomesh.parallel.grid import Axis, Grid
 from evomesh.parallel.modes import MODES
@@ -65,6 +66,7 @@ class Layout:
     parallel: dict[str, dict[str, Any]] = field(default_factory=dict, hash=False)
     smoothing: float = 0.0
     packs: int = 4
+    adam: bool = False  # ZeroOptimizer instead of plain SGD
 
     def __str__(self) -> str:
         data = self.ranks // self.tensor // self.pipeline
@@ -74,6 +76,7 @@ class Layout:
         parts += [f"{self.schedule or 'chunks'}{self.chunks}"] if self.chunks > 1 else []
         parts += [f"{key}={value}" for key, value in self.model.items()]
         parts += [f"{key}={value}" for section in self.parallel.values() for key, value in section.items()]
+        parts += ["adam"] if self.adam else []
         parts += [f"packs{self.packs}"] if self.packs != 4 else []
         return "-".join(parts + ["smooth"] * bool(self.smoothing))
 
@@ -139,6 +142,8 @@ def train(rank: int, layout: Layout) -> Trained:
     stages = build_stages(layout.config, grid, MODES[layout.mode], torch.device("cpu"))
     stages.initialize(SEED, grid)
     initial = pieces(stages, grid)
+    if layout.adam:
+        return Trained(adam(stages, layout, grid), initial, {}, pieces(stages, grid))
     losses, gradients = [], {}
     for step in range(STEPS):
         losses.append(forward_backward(stages, layout, grid, step))
@@ -151,6 +156,24 @@ def train(rank: int, layout: Layout) -> Trained:
                 local(parameter).sub_(local(parameter.grad), alpha=RATE)
                 parameter.grad = None
     return Trained(losses, initial, gradients, pieces(stages, grid))
+
+
+def adam(stages: Stages, layout: Layout, grid: Grid) -> list[float]:
+    """Three steps of the real optimizer; a large epsilon, since Adam's division amplifies the order of sums."""
+    config = layout.config
+    settings = config.adam.model_copy(update={"adam_eps": 1.0})
+    zero = config.hybrid_zero_optimizer.model_copy(update={"clip_grad_norm": 0.3, "reduce_bucket_size": 4000})
+    optimizer = ZeroOptimizer(stages.parameters().items(), settings, zero, grid, stages.module)
+    losses = []
+    for step in range(STEPS):
+        optimizer.expect(layout.packs // grid.dp.size)
+        losses.append(forward_backward(stages, layout, grid, step))
+        result = optimizer.step(RATE, 0.95, 1.0)
+        assert result.found == "ok" and result.grad_norm > 0.3
+        optimizer.zero_grad()
+        losses.append(result.grad_norm)
+    optimizer.wait()
+    return losses
 
 
 def forward_backward(stages: Stages, layout: Layout, grid: Grid, step: int) -> float:

@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
-from tests.dist.layouts import FAMILIES, Layout, Trained, join, train
-from tests.support.pool import Pool
-from tests.support.tolerances import LAYOUT, assert_close, assert_equal_bits
+from evomesh.parallel.modes import MODES as MODE_OF
+from evomesh.train.stages import build_stages
+from tests.dist.layouts import FAMILIES, SEED, Layout, Trained, join, packs, train
+from tests.support.pool import Pool, grid_of
+from tests.support.tolerances import FIRST_LOSS, LAYOUT, assert_close, assert_equal_bits
 
 MODES = [
     Layout(tensor=tensor, mode=mode, ranks=ranks, family=family)
@@ -63,20 +67,32 @@ WEIGHTS = [
     Layout(mode="isp", weight=2, pipeline=2, chunks=2),
     Layout(tensor=2, mode="isp", weight=2, pipeline=2, chunks=2, model={"checkpoint": 1.0}),
 ]
+ZERO = [
+    Layout(adam=True),
+    Layout(zero1=2, adam=True, family="internlm"),
+    *(Layout(tensor=2, mode=mode, adam=True, family="internlm2") for mode in ("mtp", "msp", "fsp", "isp")),
+    Layout(mode="isp", weight=2, adam=True),
+    Layout(tensor=2, mode="isp", weight=4, adam=True),
+    Layout(pipeline=2, adam=True),
+    Layout(pipeline=2, tensor=2, mode="msp", chunks=2, adam=True),
+    Layout(pipeline=2, chunks=2, schedule="zbv", adam=True),
+]
+ALL = MODES + VARIANTS + PIPELINES + WEIGHTS + ZERO
 
 
 @functools.cache
-def reference(family: str, smoothing: float, packs: int, model: tuple[tuple[str, Any], ...]) -> Trained:
-    return join([train(0, Layout(ranks=1, family=family, smoothing=smoothing, packs=packs, model=dict(model)))])
+def reference(family: str, smoothing: float, packs: int, adam: bool, model: tuple[tuple[str, Any], ...]) -> Trained:
+    layout = Layout(ranks=1, family=family, smoothing=smoothing, packs=packs, adam=adam, model=dict(model))
+    return join([train(0, layout)])
 
 
 def one_process(layout: Layout) -> Trained:
     """The same training without any layout: of the varied keys only those that change the model itself remain."""
     model = tuple((key, value) for key, value in layout.model.items() if key in ("use_swiglu", "num_layers"))
-    return reference(layout.family, layout.smoothing, layout.packs, model)
+    return reference(layout.family, layout.smoothing, layout.packs, layout.adam, model)
 
 
-@pytest.mark.parametrize("layout", MODES + VARIANTS + PIPELINES + WEIGHTS, ids=str)
+@pytest.mark.parametrize("layout", ALL, ids=str)
 def test_trains_like_one_process(pool: Pool, layout: Layout) -> None:
     whole, found = one_process(layout), join(pool.run(train, layout, ranks=layout.ranks))
     for name, tensor in whole.initial.items():
@@ -87,6 +103,62 @@ def test_trains_like_one_process(pool: Pool, layout: Layout) -> None:
         assert_close(found.gradients[name], tensor, LAYOUT, f"gradient of {name}")
     for name, tensor in whole.final.items():
         assert_close(found.final[name], tensor, LAYOUT, f"{name} after three steps")
+
+
+def test_the_matrix_is_large() -> None:
+    assert len({str(layout) for layout in ALL}) == len(ALL) >= 40
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(), Layout(zero1=2), Layout(ranks=2), Layout(pipeline=2), Layout(pipeline=4), Layout(pipeline=2, chunks=2)],
+    ids=str,
+)
+def test_first_loss_without_a_tensor_split_moves_in_the_last_bit_only(pool: Pool, layout: Layout) -> None:
+    found, whole = join(pool.run(train, layout, ranks=layout.ranks)).losses[0], one_process(layout).losses[0]
+    assert abs(found - whole) <= FIRST_LOSS * abs(whole)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(tensor=2, mode="fsp", adam=True),
+        Layout(tensor=2, mode="isp", weight=4, adam=True),
+        Layout(tensor=2, pipeline=2, chunks=2, adam=True),
+    ],
+    ids=str,
+)
+def test_a_layout_repeats_to_the_bit(pool: Pool, layout: Layout) -> None:
+    first, second = (join(pool.run(train, layout)) for _ in range(2))
+    assert first.losses == second.losses
+    for name, tensor in first.final.items():
+        assert_equal_bits(second.final[name], tensor, name)
+
+
+def sharded_after_each(rank: int, layout: Layout) -> list[bool]:
+    """Whether every block's weights were cut again, after each micro-batch that the last stage finished."""
+    grid = grid_of(tensor=layout.tensor, mode=layout.mode, pipeline=layout.pipeline, weight=layout.weight)
+    stages = build_stages(layout.config, grid, MODE_OF[layout.mode], torch.device("cpu"))
+    stages.initialize(SEED, grid)
+    seen: list[bool] = []
+
+    def look(*_: object) -> None:
+        blocks = [module for module in stages.module.modules() if isinstance(module, FSDPModule)]
+        seen.append(all(isinstance(p, DTensor) for block in blocks[1:] for p in block.parameters()))
+
+    batch = packs(0, range(layout.packs))
+    for block in stages.models[0].layers.values():
+        block.register_forward_pre_hook(look, prepend=True)
+    stages.schedule.train(batch, [1.0] * layout.packs, 0.0, lambda index, output: None)
+    return seen
+
+
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_weights_are_cut_again_between_blocks_and_micro_batches(pool: Pool, pipeline: int) -> None:
+    layout = Layout(mode="isp", weight=2, pipeline=pipeline)
+    for seen in pool.run(sharded_after_each, layout):
+        assert len(seen) == layout.packs * 4 // pipeline
+        assert all(seen), "a block still held whole weights when the next one began"
 
 
 def test_the_run_can_tell_layouts_apart() -> None:
