@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import xxhash
 
-from evomesh.checkpoint.boxes import Box, Ints
+from evomesh.checkpoint.boxes import Box, Ints, covers_once
 from evomesh.errors import UserError
 
 FORMAT, VERSION = "evomesh-checkpoint", 1
@@ -153,6 +153,8 @@ class TensorRecord:
         record = TensorRecord(name, dtype, shape, pieces)
         for piece in pieces:
             _check_piece(record, piece, files)
+        if not covers_once(record.shape, [piece.box for piece in pieces]):
+            raise CheckpointError(f"{name}: its {len(pieces)} pieces do not cover {record.described} exactly once")
         return record
 
 

@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -323,7 +323,8 @@ class S3Writer:
             upload, self._upload = self._upload, None
             try:
                 for part in self._parts:
-                    part.cancel()
+                    if not part.cancel():
+                        wait([part])  # a part that arrives after the abort would stay in the bucket
                 self._storage.call("abort_multipart_upload", self._key, UploadId=upload)
             except (StorageError, OSError) as error:
                 log.warning("%s: an unfinished upload may be left in the bucket: %s", self._key, error)

@@ -31,6 +31,7 @@ DATA = "tests/unit/data/"
 DOCUMENTS = "tests/contract/test_config_documents.py::"
 CONFIG = "tests/unit/config/test_loader.py::"
 CLI = "tests/unit/config/test_cli.py::"
+CHECKPOINT = "tests/unit/checkpoint/"
 TRAIN = "tests/e2e/test_train.py::"
 
 PROMISES: tuple[Promise, ...] = (
@@ -84,7 +85,7 @@ PROMISES: tuple[Promise, ...] = (
         "data_order_path and tools/get_data_order.py",
         DATA + "test_look.py::test_order_and_the_documents_tool_agree",
     ),
-    Promise("tokenized", "save_optimizer=False", issue=5),
+    Promise("tokenized", "save_optimizer=False", CHECKPOINT + "test_resume.py::test_weights_only_says_so"),
     Promise("tutorial", "a raw jsonl beside en/ is no type", DATA + "test_build.py::test_types_files_and_report"),
     # training
     Promise("usage", "torchrun ... train.py --config C --launcher torch", issue=4),
@@ -128,12 +129,28 @@ PROMISES: tuple[Promise, ...] = (
     Promise("tokenized", "--deepspeed deepspeed_zero1|2|3", issue=4),
     Promise("tokenized", "NPROC_PER_NODE and Aliyun DLC's variables", issue=4),
     # checkpoints
-    Promise("usage", "save_ckpt_folder with local:, boto3: and no prefix", issue=5),
-    Promise("usage", "async_upload, async_upload_tmp_folder, oss_snapshot_freq", issue=5),
-    Promise("usage", "content: model, sampler, optimizer, scheduler, all", issue=5),
-    Promise("usage", "ckpt_type internevo, internlm, normal", issue=5),
+    Promise("usage", "save_ckpt_folder with local:, boto3: and no prefix", "tests/unit/storage/test_storage.py::*"),
+    Promise(
+        "usage",
+        "async_upload, async_upload_tmp_folder, oss_snapshot_freq",
+        "tests/unit/storage/test_storage.py::test_checkpoints",
+    ),
+    Promise(
+        "usage",
+        "content: model, sampler, optimizer, scheduler, all",
+        CHECKPOINT + "test_resume.py::test_content_mixtures",
+    ),
+    Promise(
+        "usage",
+        "ckpt_type internevo, internlm, normal",
+        CHECKPOINT + "test_resume.py::test_without_auto_resume",
+    ),
     Promise("usage zh", "ckpt_type hf and llama", issue=6),
-    Promise("xtuner", "model_tp{i}_pp{j}.pt and model_config.pt are read", issue=5),
+    Promise(
+        "xtuner",
+        "model_tp{i}_pp{j}.pt and model_config.pt are read",
+        CHECKPOINT + "test_internevo.py::test_read_and_write_back",
+    ),
     # generation and hand-over
     Promise("usage zh", "generate.py --config with a generation section", issue=6),
     Promise("usage", "use_dynamic_ntk_rope up to 16k", issue=6),

@@ -1,0 +1,174 @@
+"""What a user may point us at that is no usable checkpoint: each is refused with what was found, where, and a way out.
+
+Cases that have a test of their own: fallback, rot, swapped and missing files (test_rot.py), pickles and zip bombs
+(test_internevo.py), other layouts (test_layouts.py), content and foreign folders (test_resume.py), two writers and the
+full disk (test_saving.py, test_faults.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from evomesh.checkpoint import format as fmt
+from evomesh.checkpoint.compare import poisoned
+from evomesh.checkpoint.find import Candidate
+from evomesh.checkpoint.manager import CheckpointManager
+from evomesh.checkpoint.retention import check
+from evomesh.errors import UserError
+from evomesh.storage.local import LocalStorage
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    manager = CheckpointManager(str(tmp_path / "ckpts"))
+    manager.save(4, {"w": torch.ones(4, 3), "v": torch.ones(2)}, {"step": 4}, {"lr": 1.0})
+    return tmp_path / "ckpts"
+
+
+def complaint(action: Callable[[], object]) -> str:
+    with pytest.raises(UserError) as error:
+        action()
+    return str(error.value)
+
+
+def rewrite(root: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Changes the commit body and seals it again, as somebody who means harm could."""
+    path = root / "step-00000004/commit.json"
+    body = json.loads(path.read_bytes())["body"]
+    change(body)
+    path.write_bytes(fmt.seal(body))
+
+
+def reindex(root: Path, old: bytes, new: bytes) -> None:
+    """The same for the index."""
+    (index,) = (root / "step-00000004").glob("*-index.jsonl")
+    data = index.read_bytes()
+    assert old in data
+    index.write_bytes(data.replace(old, new))
+
+    def change(body: dict[str, Any]) -> None:
+        body["index"] |= {"bytes": index.stat().st_size, "sha256": fmt.sha256(index.read_bytes())}
+
+    rewrite(root, change)
+
+
+def newest(root: Path) -> str:
+    return complaint(lambda: CheckpointManager(str(root)).newest())
+
+
+def resolve(path: object) -> str:
+    return complaint(lambda: CheckpointManager(str(path)).resolve(str(path)))
+
+
+def test_forms_of_paths(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root.parent)
+    for form in ("ckpts", "./ckpts", "local:ckpts", "local:./ckpts/", "ckpts/4", "local:ckpts/4/", str(root)):
+        assert CheckpointManager("ckpts").resolve(form).step == 4
+    text = complaint(lambda: CheckpointManager("s4:bucket/x"))
+    assert "unknown prefix 's4:'" in text and "local:PATH" in text and "boto3:" in text
+
+
+def test_missing_and_empty_folders_say_what_lies_beside(root: Path) -> None:
+    assert "steps 4" in resolve(root / "5")
+    (root.parent / "empty").mkdir()
+    assert "ckpts/, empty/" in resolve(root.parent / "empty")
+    assert "ckpts/" in resolve(root.parent / "elsewhere")
+
+
+def test_only_interrupted_saves(root: Path) -> None:
+    (root / "step-00000004/commit.json").unlink()
+    text = resolve(root)
+    assert "only interrupted saves" in text and "step-00000004" in text and "from scratch" in text
+    assert CheckpointManager(str(root)).newest() is None  # for auto_resume that is a fresh start, said aloud
+
+
+def test_a_newer_format(root: Path) -> None:
+    rewrite(root, lambda body: body.update(version=2, software={"evomesh": "9.9"}))
+    text = newest(root)
+    assert "format version 2" in text and "reads version 1" in text and "evomesh 9.9" in text
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a/b.safetensors", ".hidden", ""])
+def test_file_names_that_leave_the_folder(root: Path, name: str) -> None:
+    rewrite(root, lambda body: body["files"].__setitem__(0, [name, 1, ""]))
+    assert "not a plain file name" in newest(root)
+
+
+def test_symlinks_out_of_the_folder_do_no_harm(root: Path) -> None:
+    (data,) = (root / "step-00000004").glob("*.safetensors")
+    size = data.stat().st_size
+    data.unlink()
+    (root.parent / "secret").write_bytes(bytes(size))
+    data.symlink_to(root.parent / "secret")
+    assert "does not match its hash" in newest(root)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (b'"shape":[4,3]', b'"shape":[400000000000,3]', "do not cover F32[400000000000,3]"),
+        (b"[0,[0,0],[4,3],", b"[0,[0,-1],[4,3],", "impossible place"),
+        (b"[0,[0,0],[4,3],", b"[0,[1,0],[4,3],", "reaches outside"),
+        (b"[0,[0,0],[4,3],", b"[7,[0,0],[4,3],", "file number 7"),
+        (b"[0,[0,0],[4,3],", b"[0,[0,0],[4,3],99", "bytes 99"),
+        (b'"dtype":"F32"', b'"dtype":"F99"', "unknown dtype 'F99'"),
+        (b'{"dtype"', b'{"dtype', "not a tensor record"),
+    ],
+)
+def test_an_index_that_lies(root: Path, old: bytes, new: bytes, words: str) -> None:
+    reindex(root, old, new)
+    text = newest(root)
+    assert words in text
+
+
+def test_a_record_that_is_no_record(root: Path) -> None:
+    path = root / "step-00000004/commit.json"
+    for data in (
+        b"",
+        b"null",
+        b"[]",
+        b'{"body": 1, "sha256": ""}',
+        b"[" * 100_000,
+        b"\xff\xfe",
+        b'{"body":{},"sha256":"x"}',
+    ):
+        path.write_bytes(data)
+        assert "commit.json" in newest(root)
+
+
+def test_nan_is_neither_saved_nor_overlooked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = CheckpointManager(str(root))
+    bad = torch.ones(4, 3)
+    bad[1, 2] = torch.nan
+    text = complaint(lambda: manager.save(5, {"w": bad}, {}, {}, final=True))
+    assert "w[0, 0]: 1 of 12 values are NaN or infinite" in text
+    huge = torch.full((4, 3), 3e38)  # finite, though its sum is not
+    assert manager.save(6, {"w": huge}, {}, {}, final=True)
+    monkeypatch.setattr("evomesh.checkpoint.write.not_finite", lambda tensor: 0)
+    manager.save(7, {"w": bad}, {}, {})
+    found = check(Candidate(LocalStorage(), str(root / "step-00000007"), 7, True), data=True)
+    monkeypatch.undo()
+    assert list(poisoned(found)) == ["w: 1 values are NaN or infinite"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written(root: Path) -> None:
+    root.chmod(0o500)
+    try:
+        text = complaint(lambda: CheckpointManager(str(root)).claim())
+    finally:
+        root.chmod(0o700)
+    assert "EACCES" in text and str(root) in text
+
+
+def test_a_file_where_the_folder_should_be(root: Path) -> None:
+    (root.parent / "file").write_text("")
+    text = complaint(lambda: CheckpointManager(str(root.parent / "file")).claim())
+    assert "file" in text and ("EEXIST" in text or "ENOTDIR" in text)
