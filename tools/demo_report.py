@@ -15,12 +15,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from evomesh.config.loader import load_config
-from evomesh.data.build import ValidSet, build_train_data, build_valid_data
 from rich.console import Console
 from rich.table import Table
 
+from evomesh.config.loader import load_config
 from evomesh.data.batch import IGNORE
+from evomesh.data.build import ValidSet, build_train_data, build_valid_data
 
 CONFIG = "configs/demo.py"
 CHECKPOINTS = "llm_ckpts/demo"
