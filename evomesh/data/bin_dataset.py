@@ -23,6 +23,9 @@ MAGIC = {
     b"\xfd7zXZ": "xz",
 }
 
+BLOCK = 512  # documents that ``check`` reads at once
+CHECKED_BYTES = 64 * 2**20  # read in a few seconds; whoever has more runs ``evomesh data verify`` once
+
 
 class Documents(Protocol):
     """What can be packed: documents with known lengths that are read by number."""
@@ -115,6 +118,16 @@ class BinDataset:
             )
         return tokens
 
+    def check(self) -> None:
+        """Reads every kept document once and keeps none, so that what ``read`` refuses is refused now."""
+        starts = self.rows[:, 0].astype(np.int64)
+        # Lines that are read together may hide a shifted border between them.
+        before = np.frombuffer(self._map(), np.uint8)[np.maximum(starts - 1, 0)]
+        for row in np.flatnonzero((before != ord("\n")) & (starts > 0))[:1].tolist():
+            self._refuse_offset(row, self.line(row))
+        for start in range(0, len(self), BLOCK):
+            self.read(np.arange(start, min(start + BLOCK, len(self))))
+
     def _map(self) -> mmap.mmap:
         """The file in memory, mapped at first use: a run with many files opens only what it reads."""
         if self._mapped is None:
@@ -204,6 +217,18 @@ class BinDataset:
                 expected=f"a complete line; the last good one is line {last}" if last else "a complete line",
                 fix=f"drop the torn line: evomesh data repair {self.path}",
             )
+
+
+def check_small(sources: Sequence[Documents]) -> None:
+    """Reads all token files of a set before anything else happens, if they are small together.
+
+    Raises:
+        UserError: the first line or meta row that training would have stumbled on later.
+    """
+    files = [source for source in sources if isinstance(source, BinDataset)]
+    if sum(file.size for file in files) <= CHECKED_BYTES:
+        for file in files:
+            file.check()
 
 
 def check_file(path: Path) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from evomesh.config.schema import DataConfig
+from evomesh.data.bin_dataset import check_small
 from evomesh.data.corpus import Corpus, check_manifest, open_corpus
 from evomesh.data.fingerprint import check_same_tokenizer, check_vocabulary
 from evomesh.data.folders import check_folder, find_files
@@ -117,12 +118,16 @@ class PackedData:
 def build_train_data(config: DataConfig, vocab_size: int) -> TrainData:
     """Open every file of ``data.train_folder`` and plan its packs; synthetic data when there is no folder.
 
+    Small data is read whole, so that a bad line ends the run before it has begun.
+
     Raises:
         UserError: no usable file, a broken one, or not one pack in all of them.
     """
     if config.type == "streaming":
         return open_streaming(config, vocab_size)
-    return PackedData(config, open_corpus(config, vocab_size))
+    corpus = open_corpus(config, vocab_size)
+    check_small([source for plan in corpus.packs.plans for source in plan.sources])
+    return PackedData(config, corpus)
 
 
 def build_valid_data(config: DataConfig, vocab_size: int) -> list[ValidSet]:
@@ -150,4 +155,6 @@ def build_valid_data(config: DataConfig, vocab_size: int) -> list[ValidSet]:
         open_set(name, sets[name], min_length=config.valid_min_length, vocab_size=vocab_size, shape=shape)
         for name in sorted(sets)
     ]
-    return [one for one in opened if one is not None]
+    found = [one for one in opened if one is not None]
+    check_small([source for one in found for source in one.sources])
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from datetime import datetime
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evomesh.config.schema import RunConfig
+from evomesh.errors import UserError
 from evomesh.monitor.log import redact
 
 
@@ -25,6 +27,20 @@ def rank_name(dp: int, tp: int, pp: int, main: bool = False) -> str:
 def tensorboard_folder(run: RunConfig, folder: Path, name: str) -> Path:
     """``tensorboard_folder`` of the config, or ``tensorboards`` in the run folder; then one folder a rank."""
     return (Path(run.tensorboard_folder) if run.tensorboard_folder else folder / "tensorboards") / name
+
+
+def check_folder(folder: Path, key: str) -> None:
+    """Refuses a folder that cannot be made or written into, and makes nothing yet.
+
+    Raises:
+        UserError: names ``key``, which asked for the folder.
+    """
+    there = folder.absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "cannot be written into" if there.is_dir() else "is a file"
+        raise UserError(f"{there} {why}", where=f"{key} ({folder})", expected="a folder, existing or to be made")
 
 
 class TensorBoard:

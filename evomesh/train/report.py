@@ -12,10 +12,11 @@ from types import TracebackType
 from evomesh.config.schema import Config
 from evomesh.data.batch import Batch
 from evomesh.data.build import TrainData
+from evomesh.errors import UserError
 from evomesh.monitor.log import setup_logging
 from evomesh.monitor.metrics import MetricsFile, StepRecord, model_tflops
 from evomesh.monitor.progress import Progress
-from evomesh.monitor.tracker import TensorBoard, rank_name, run_folder, tensorboard_folder
+from evomesh.monitor.tracker import TensorBoard, check_folder, rank_name, run_folder, tensorboard_folder
 from evomesh.train.launch import Launch
 from evomesh.train.state import TrainState
 from evomesh.train.step import StepOutput
@@ -39,10 +40,19 @@ class Reporter:
         if config.run.run_dir or not state.run_folder:
             state.run_folder = str(run_folder(config.run, place.started))
         self.folder = Path(state.run_folder)
+        self._check_folders()
         self._open = ExitStack()
         self._metrics: MetricsFile | None = None
         self._board: TensorBoard | None = None
         self._progress: Progress | None = None
+
+    def _check_folders(self) -> None:
+        run = self.config.run
+        check_folder(self.folder, "run_dir" if run.run_dir else "run folder")
+        if run.enable_tb:
+            check_folder(tensorboard_folder(run, self.folder, self.name), "tensorboard_folder")
+            if run.resume_tb_folder and not Path(run.resume_tb_folder).is_dir():
+                raise UserError("no such folder", where=f"resume_tb_folder ({run.resume_tb_folder})")
 
     def __enter__(self) -> Reporter:
         console = setup_logging(self.folder, self.name, shows=self.main)

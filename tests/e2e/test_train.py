@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import re
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.support.interpreter import Interpreter
@@ -157,6 +159,62 @@ def test_bad_input_is_one_message_and_exit_2(
     for part in parts:
         assert part in output
     assert "Traceback" not in output
+    assert not (tmp_path / "ckpts").exists()
+    assert not (tmp_path / "RUN").exists()
+
+
+def spoil_line(data: Path) -> None:
+    lines = data.read_bytes().splitlines(keepends=True)
+    data.write_bytes(b"".join([*lines[:-2], b"x" * (len(lines[-2]) - 1) + b"\n", lines[-1]]))
+
+
+def spoil_id(data: Path) -> None:
+    head, comma, tail = data.read_bytes().rpartition(b", ")
+    _, bracket, rest = tail.partition(b"]")
+    data.write_bytes(head + comma + b"9" * 3 + bracket + rest)
+
+
+def spoil_offset(data: Path) -> None:
+    path = Path(f"{data}.meta")
+    with path.open("rb") as file:
+        rows = np.load(file)
+    rows[-2, 0] += 1
+    with path.open("wb") as file:
+        np.save(file, rows)
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+@pytest.mark.parametrize(
+    ("spoil", "part"),
+    [
+        (spoil_line, "{lines} byte {start}: the line is not JSON"),
+        (spoil_id, "is 999, outside the vocabulary"),
+        (spoil_offset, "offset {shifted} is not the start of a line"),
+    ],
+)
+def test_bad_data_anywhere_in_a_file_ends_the_run_before_it_writes(
+    tmp_path: Path, interpreter: Interpreter, spoil: Callable[[Path], None], part: str, split: str
+) -> None:
+    write_run(tmp_path, 'data["valid_every"] = 10\n')
+    data = tmp_path / "data" / split / "en/data.bin"
+    lines = data.read_bytes().splitlines(keepends=True)
+    start = sum(map(len, lines[:-2]))
+    spoil(data)
+    output = train(interpreter, tmp_path, expect=2)
+    assert part.format(lines=f"line {len(lines) - 1}", start=start, shifted=start + 1) in output
+    assert f"data/{split}/en/data.bin" in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "ckpts").exists()
+    assert not (tmp_path / "RUN").exists()
+
+
+@pytest.mark.parametrize("key", ["run_dir", "tensorboard_folder"])
+def test_a_file_where_a_folder_should_be_made(tmp_path: Path, interpreter: Interpreter, key: str) -> None:
+    write_run(tmp_path, f'{key} = "taken/here"\n')
+    (tmp_path / "taken").touch()
+    output = train(interpreter, tmp_path, expect=2)
+    assert f"{key} (taken/here" in output
+    assert "taken is a file" in output
     assert not (tmp_path / "ckpts").exists()
     assert not (tmp_path / "RUN").exists()
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from evomesh.data import bin_dataset
 from evomesh.data.bin_dataset import BinDataset
 from evomesh.data.cache import write_cache
 from evomesh.data.repair import repair
@@ -245,6 +246,15 @@ def test_min_length_counts_tokens(write_bin: Any) -> None:
     path = write_bin([[1], [2, 3], [4, 5, 6]])
     assert read_all(path, min_length=2) == [[2, 3], [4, 5, 6]]
     assert BinDataset(path, min_length=2).row(0) == 1
+
+
+def test_check_reads_every_document_of_a_small_set_only(write_bin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_bin([[1]] * (bin_dataset.BLOCK + 1) + [[200], [1]])
+    dataset = BinDataset(path, vocab_size=100)
+    with pytest.raises(UserError, match=f"line {bin_dataset.BLOCK + 2}: token 0 is 200"):
+        bin_dataset.check_small([dataset])
+    monkeypatch.setattr(bin_dataset, "CHECKED_BYTES", dataset.size - 1)
+    bin_dataset.check_small([dataset])
 
 
 def test_a_line_may_be_read_from_any_thread(write_bin: Any) -> None:
