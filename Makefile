@@ -4,6 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 EVOMESH := $(VENV)/bin/evomesh
 DEMO ?= demo_data
+export DEMO_DATA := $(DEMO)
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= true
 
