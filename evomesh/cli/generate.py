@@ -35,6 +35,11 @@ def generate(
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has one for each way to lack a device
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{device!r} cannot be used: {reason}", where="--device", expected="cpu or cuda") from None
     restored = restore_model(ckpt, device)
     path = tokenizer or restored.config.data.tokenizer_path
     if path is None:

@@ -196,9 +196,17 @@ def _explain(draft: Draft, key: str, details: list[Any]) -> None:
         allowed += [f"torch.{word}" for word in allowed] if key == "model.dtype" else []
         near = difflib.get_close_matches(value, allowed, n=1) or [w for w in allowed if w.startswith(value[:2])]
         fix = f"did you mean {near[0]!r}?" if near else ""
-    if kind in ("float_type", "int_type") and isinstance(value, str):
+    if kind in ("float_type", "int_type") and isinstance(value, str) and _is_number(value):
         fix = "remove the quotes"
     draft.problem(key, f"found {shown(value)}", expected=expected or first["msg"], fix=fix)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _remove(sections: dict[str, Any], key: str) -> None:

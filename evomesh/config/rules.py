@@ -85,6 +85,13 @@ def _model(config: Config) -> Iterator[Finding]:
             f"heads of odd width {model.head_dim}",
             expected="an even hidden_size / num_attention_heads (rotary)",
         )
+    elif model.use_dynamic_ntk_rope and model.head_dim == 2:
+        yield Finding(
+            ("model.use_dynamic_ntk_rope", h, d),
+            "heads of width 2 have one rotary angle, which dynamic NTK leaves as it is",
+            expected="hidden_size / num_attention_heads of at least 4",
+            fix="set model.use_dynamic_ntk_rope=False or fewer heads",
+        )
     if heads % kv:
         yield Finding(
             ("model.num_kv_attention_heads", h),

@@ -80,7 +80,10 @@ def read_source(path: str, overrides: Sequence[Override] = ()) -> Source:
 def _find(path: str) -> Path:
     file = Path(path)
     if file.is_dir():
-        raise _problem("is a folder", path, expected="a Python config file", fix=f"give one of {_near(file / 'x.py')}")
+        near = _near(file / "x.py")
+        raise _problem(
+            "is a folder", path, expected="a Python config file", fix=f"give a file in it: {near}" if near else ""
+        )
     if not file.exists():
         near = _near(file)
         raise _problem(

@@ -54,6 +54,7 @@ def test_a_seed_means_the_same_draws(trained: Path, interpreter: Interpreter) ->
         (["--prompt", ""], "prompt is empty"),
         (["--prompt", "a", "--ckpt", "nowhere"], "nowhere"),
         (["--prompt", "a", "--top-p", "0"], "top_p"),
+        (["--prompt", "a", "--device", "gpu"], "--device: 'gpu' cannot be used"),
         (["--prompt", "a", "--tokenizer", "missing.json"], "missing.json"),
     ],
 )

@@ -62,6 +62,11 @@ VALUES: list[tuple[list[str], list[str]]] = [
     (["data.total_steps=0"], ["data.total_steps", ">= 1"]),
     (["adam.lr=-1"], ["adam.lr", "found -1", ">= 0"]),
     (["adam.lr='1e-4'"], ["'1e-4' (a string)", "a number", "remove the quotes"]),
+    (["adam.lr=fast"], ["'fast' (a string)", "a number"]),
+    (
+        ["model.hidden_size=64", "model.use_dynamic_ntk_rope=True"],
+        ["heads of width 2", "use_dynamic_ntk_rope=False or fewer heads"],
+    ),
     (["adam.lr=nan"], ["adam.lr", "nan", ">= 0"]),
     (["adam.lr=inf"], ["adam.lr", "inf", "a finite number"]),
     (["lr_scheduler.warmup_ratio=1.5"], ["found 1.5", "<= 1"]),
