@@ -35,11 +35,7 @@ def generate(
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has one for each way to lack a device
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{device!r} cannot be used: {reason}", where="--device", expected="cpu or cuda") from None
+    _check_device(device)
     restored = restore_model(ckpt, device)
     path = tokenizer or restored.config.data.tokenizer_path
     if path is None:
@@ -73,3 +69,13 @@ def generate(
             shown = whole
     print(text.decode(ids)[len(shown) :])
     sys.stdout.flush()
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has one for each way to lack a device
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{device!r} cannot be used: {reason}", where="--device", expected="cpu or cuda") from None
