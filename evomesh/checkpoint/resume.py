@@ -9,13 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from evomesh.checkpoint import detect
+from evomesh.checkpoint import detect, find
 from evomesh.checkpoint.find import Found
 from evomesh.checkpoint.format import CheckpointError
 from evomesh.checkpoint.loaders import checkpoint_loaders, fill
 from evomesh.checkpoint.manager import CheckpointManager
 from evomesh.checkpoint.plan import describe
+from evomesh.checkpoint.retention import check
 from evomesh.config.schema import CheckpointConfig, LoadConfig
+from evomesh.errors import UserError
 from evomesh.storage.urls import open_storage, split_url
 
 OPTIMIZER = "optim."  # prefix of the optimizer's tensors
@@ -172,6 +174,17 @@ def require_optimizer(found: Found, content: frozenset[str]) -> None:
             expected="a checkpoint with optimizer state",
             fix='start anew from its weights: auto_resume=False, load_ckpt_info=dict(path=..., content=("model",))',
         )
+
+
+def restart_line(manager: CheckpointManager) -> str:
+    """What starting again will go on from; for the end of a crashed run, so it asks no other rank."""
+    try:
+        found = find.newest(manager.candidates(), lambda choice: check(choice, data=False), lambda line: None)
+    except (UserError, OSError) as error:
+        return f"a restart finds no checkpoint to go on from: {error}"
+    if found is None:
+        return "a restart begins from scratch: nothing is committed yet"
+    return f"a restart goes on from step {found.step}: {found.folder}"
 
 
 def restore(start: Start, manager: CheckpointManager, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from evomesh.checkpoint.resume import restart_line
 from evomesh.config.loader import LoadedConfig
 from evomesh.train.build import build_run
 from evomesh.train.launch import launch, spawn_ranks
@@ -25,4 +26,10 @@ def train_from_config(loaded: LoadedConfig, launcher: str = "auto", port: int = 
         if place.rank == 0:
             for warning in loaded.warnings:
                 logger.warning("%s", warning)
-        return Trainer(build_run(loaded, place)).train()
+        run = build_run(loaded, place)
+        try:
+            return Trainer(run).train()
+        except Exception:
+            if run.checkpoints is not None:
+                logger.error("%s", restart_line(run.checkpoints))
+            raise

@@ -83,3 +83,16 @@ def test_the_stop_file(tmp_path: Path, interpreter: Interpreter) -> None:
     (tmp_path / "control/stop").write_text("-9")
     run(interpreter, tmp_path, 1)
     assert sorted(p.name for p in tmp_path.glob("ckpts/step-*")) == [f"step-{n:08d}" for n in (7, 9, STEPS)]
+
+
+def test_a_crash_says_which_checkpoint_a_restart_uses(tmp_path: Path, interpreter: Interpreter) -> None:
+    write(tmp_path, "", 1)
+    with (tmp_path / "config.py").open("a") as file:
+        file.write("max_consecutive_skips = 1\n")
+        file.write(
+            'model["dtype"] = "torch.float16"\n'
+            "grad_scaler = dict(fp16=dict(initial_scale=2.0**60), max_scale=2.0**60)\n"
+        )
+    finished = interpreter.run(["evomesh", "train", "config.py"], cwd=tmp_path)
+    assert finished.returncode == 6
+    assert "a restart begins from scratch" in finished.stdout + finished.stderr

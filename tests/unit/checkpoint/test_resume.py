@@ -11,7 +11,7 @@ import torch
 
 from evomesh.checkpoint.loaders import checkpoint_loaders
 from evomesh.checkpoint.manager import CheckpointManager
-from evomesh.checkpoint.resume import decide, parse_content, restore
+from evomesh.checkpoint.resume import decide, parse_content, restart_line, restore
 from evomesh.config.schema import CheckpointConfig, LoadConfig
 from evomesh.errors import UserError
 
@@ -132,3 +132,12 @@ def test_pickled_metadata_is_never_opened(tmp_path: Path) -> None:
     info = LoadConfig(path=str(tmp_path), ckpt_type="internevo")
     with pytest.raises(UserError, match="never opened"):
         decide(config(tmp_path, auto_resume=False, load_ckpt_info=info), CheckpointManager(str(tmp_path)))
+
+
+def test_a_crash_says_what_a_restart_uses(tmp_path: Path) -> None:
+    assert "from scratch" in restart_line(CheckpointManager(str(tmp_path)))
+    manager = saved(tmp_path, 5, 10)
+    (tmp_path / "step-00000010/commit.json").unlink()
+    assert restart_line(manager) == f"a restart goes on from step 5: {tmp_path}/step-00000005"
+    (tmp_path / "step-00000005/commit.json").write_text("{}")
+    assert "finds no checkpoint" in restart_line(manager)
