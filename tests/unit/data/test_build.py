@@ -100,6 +100,16 @@ def test_all_layouts_of_a_global_batch_see_the_same_packs(tree: Path, workers: i
         expected = steps
 
 
+def test_a_rank_holds_the_packs_that_the_documents_give_it(tree: Path) -> None:
+    data = build_train_data(config(tree, micro_num=2), VOCAB)
+    assert isinstance(data, PackedData)
+    indices = np.arange(data.num_packs)
+    np.random.RandomState(1024).shuffle(indices)
+    for rank in range(3):
+        own = [data.corpus.packs.read(int(pack)).tokens.tolist() for pack in indices[rank::3][:8]]
+        assert rows(data, rank, 3, steps=4) == own
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resume_from_state_and_from_step(tree: Path, workers: int) -> None:
     data = build_train_data(config(tree, num_worker=workers), VOCAB)
