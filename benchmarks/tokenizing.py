@@ -24,7 +24,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 VOCAB_SIZE = 32000
-ROUNDS = 3
+ROUNDS = 5
 
 
 def stdlib() -> list[str]:

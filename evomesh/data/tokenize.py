@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +18,7 @@ from evomesh.errors import UserError
 
 BATCH_CHARS = 1 << 20  # text encoded in one call: enough to keep all cores busy, little enough to keep memory flat
 BATCH_DOCUMENTS = 4096
+AHEAD = 2  # batches in the encoder: one's ids become Python lists while the next is encoded
 
 Progress = Callable[[int, int, int], None]  # bytes read, documents, tokens
 
@@ -53,25 +55,28 @@ def tokenize_files(
         UserError: a record without the field, a broken file, no document at all, a missing bos or eos.
     """
     head, tail = frame(tokenizer, options)
-    with BinWriter(output, append=append) as writer, ThreadPoolExecutor(1) as encoder:
+    with BinWriter(output, append=append) as writer, ThreadPoolExecutor(AHEAD) as encoder:
         if writer.previous and writer.previous.get("tokenizer_hash") not in (None, tokenizer.hash):
             raise UserError(
                 "the existing file was made with another tokenizer",
                 where=str(writer.path),
                 fix="leave out --append to replace it",
             )
-        waiting = None
-        for texts, position in _batches(files, options):
-            following = (encoder.submit(tokenizer.encode_batch, texts), position)
-            if waiting is not None:  # writes one batch while the next is being encoded
-                _write(writer, waiting[0].result(), head, tail)
-                if progress:
-                    progress(waiting[1], writer.documents, writer.tokens)
-            waiting = following
-        if waiting is not None:
-            _write(writer, waiting[0].result(), head, tail)
+        waiting: deque[tuple[Future[list[list[int]]], int]] = deque()
+
+        def write_oldest() -> None:
+            encoded, position = waiting.popleft()
+            ids = encoded.result()
+            writer.write([head + document + tail for document in ids] if head or tail else ids)
             if progress:
-                progress(waiting[1], writer.documents, writer.tokens)
+                progress(position, writer.documents, writer.tokens)
+
+        for texts, position in _batches(files, options):
+            waiting.append((encoder.submit(tokenizer.encode_batch, texts), position))
+            if len(waiting) > AHEAD:
+                write_oldest()
+        while waiting:
+            write_oldest()
         facts = tokenizer_facts(tokenizer) | {
             "options": asdict(options),
             "sources": source_facts(files, writer.previous),
@@ -105,10 +110,6 @@ def set_workers(workers: int | None) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     if workers:
         os.environ["RAYON_NUM_THREADS"] = str(workers)
-
-
-def _write(writer: BinWriter, encoded: list[list[int]], head: list[int], tail: list[int]) -> None:
-    writer.write([head + ids + tail for ids in encoded] if head or tail else encoded)
 
 
 def frame(tokenizer: Tokenizer, options: TextOptions) -> tuple[list[int], list[int]]:
