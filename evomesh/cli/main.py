@@ -6,7 +6,7 @@ import os
 
 import typer
 
-from evomesh.cli import ckpt, config, convert, data, generate, tokenize, train
+from evomesh.cli import ckpt, config, convert, data, generate, plan, tokenize, train
 from evomesh.cli.run import run
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train")(train.train)
+app.command("plan")(plan.plan)
 app.command("tokenize")(tokenize.tokenize)
 app.command("generate")(generate.generate)
 app.add_typer(config.app, name="config", help="Check, show, list and copy configs.")

@@ -104,6 +104,13 @@ class ZeroOptimizer:
             slot.target.grad = None
         return StepResult(norm, found)
 
+    @torch.no_grad()
+    def exchange(self) -> None:
+        """Sends what a step sends, but for the norm, and updates nothing: for a trace without numbers."""
+        self._gradients.finish()
+        self._parameters.start()
+        self._parameters.wait()
+
     def zero_grad(self) -> None:
         for slot in self.slots:
             slot.reset()

@@ -182,10 +182,32 @@ class Pipeline:
                         work.wait()
                 here = [output for output, _ in outputs] if stage + 1 in self._stages else []
 
+    def rehearse(self, batch: Batch, scales: Sequence[float], smoothing: float, on_output: OnOutput) -> None:
+        """Forward and backward of this rank's stages with all they would send, in an order that suits no other rank.
+
+        For a trace on a fake process group, on which torch's schedules cannot agree about shapes.
+        """
+        tokens = batch.input_ids.shape[1]
+        with self._reading(_Work(batch, scales, smoothing, on_output)):
+            for module, stage in zip(self._modules, self._stages, strict=True):
+                for index in range(len(scales)):
+                    x = self._from(stage - 1, index, tokens)
+                    output = module(x if module.first else x.requires_grad_())
+                    if module.last:
+                        torch.autograd.backward(output)
+                    else:
+                        self._to(stage + 1, output)
+                        torch.autograd.backward(output, self._from(stage + 1, index, tokens))
+                    if not module.first:
+                        assert x.grad is not None
+                        self._to(stage - 1, x.grad)
+
     def _from(self, stage: int, index: int, tokens: int) -> Tensor:
         if stage < 0:
             return torch.tensor([[index]])
         buffer = torch.empty(self._between(tokens), dtype=self._dtype, device=self._device)
+        if self._rank_of(stage) == self._pp.rank:  # in a rehearsal, at the turn of a V
+            return buffer
         return receive(buffer, self._pp, self._rank_of(stage))
 
     def _to(self, stage: int, output: Tensor) -> Any:

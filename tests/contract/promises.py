@@ -105,7 +105,11 @@ PROMISES: tuple[Promise, ...] = (
         "num_consumed_tokens, num_samples_in_batch, largest_length, largest_batch, smallest_batch",
         "tests/unit/train/test_report.py::test_samples_are_document_pieces",
     ),
-    Promise("usage", "start lines of the log: sizes, seeds, New Run, number of elements on ranks", issue=4),
+    Promise(
+        "usage",
+        "start lines of the log: sizes, seeds, New Run, number of elements on ranks",
+        "tests/dist/test_launch.py::*",
+    ),
     Promise(
         "usage",
         "lr: linear warm-up, then cosine to eta_min",
@@ -117,9 +121,9 @@ PROMISES: tuple[Promise, ...] = (
         "tests/unit/optim/test_scaler.py::*",
     ),
     Promise("usage", "models by model_initializer.register_module", "tests/unit/models/test_registry.py::*"),
-    Promise("usage", "tensor modes mtp, msp, fsp, isp", issue=4),
-    Promise("usage", "weight parallel with overlap", issue=4),
-    Promise("usage", "pipeline, interleaved with num_chunks > 1", issue=4),
+    Promise("usage", "tensor modes mtp, msp, fsp, isp", "tests/dist/test_matrix.py::*"),
+    Promise("usage", "weight parallel with overlap", "tests/dist/test_matrix.py::*"),
+    Promise("usage", "pipeline, interleaved with num_chunks > 1", "tests/e2e/test_layouts.py::*"),
     Promise(
         "usage",
         "reduce_bucket_size, overlap_sync_grad, overlap_sync_param, all_gather_size",
@@ -127,7 +131,7 @@ PROMISES: tuple[Promise, ...] = (
     ),
     Promise("usage", "monitor.alert: Feishu and light monitor", issue=8),
     Promise("tokenized", "--deepspeed deepspeed_zero1|2|3", issue=4),
-    Promise("tokenized", "NPROC_PER_NODE and Aliyun DLC's variables", issue=4),
+    Promise("tokenized", "NPROC_PER_NODE and Aliyun DLC's variables", "tests/unit/train/test_launch.py::*"),
     # checkpoints
     Promise("usage", "save_ckpt_folder with local:, boto3: and no prefix", "tests/unit/storage/test_storage.py::*"),
     Promise(

@@ -1,0 +1,105 @@
+"""One step of any rank of any world, traced in one process: no data, no weights, no other rank.
+
+The model is built on the meta device and the process groups on torch's fake backend, so that the very code that trains
+says what it would send and hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from evomesh.config.layout import check_world
+from evomesh.config.schema import Config
+from evomesh.data.batch import Batch
+from evomesh.errors import UserError
+from evomesh.optim.zero import ZeroOptimizer
+from evomesh.parallel.build import build_grid
+from evomesh.parallel.grid import Grid
+from evomesh.parallel.modes import MODES
+from evomesh.parallel.traffic import Traffic, count_traffic
+from evomesh.pipeline.schedule import Pipeline
+from evomesh.train.stages import build_stages
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Attributes:
+    grid: where the rank stands.
+    parameters, gradients, optimizer: bytes that the rank holds; gradients as they accumulate.
+    traffic: every collective and send of one step, in order; the norm's one number is left out.
+    passes: how many of them, the first, belong to forward and backward; the rest to the optimizer.
+    """
+
+    grid: Grid
+    parameters: int
+    gradients: int
+    optimizer: int
+    traffic: Traffic
+    passes: int
+
+
+def trace(config: Config, world_size: int, rank: int = 0) -> Trace:
+    """Traces one optimizer step of ``rank``.
+
+    Raises:
+        UserError: the layout does not fit, or shards weights, which cannot be traced yet.
+    """
+    check_world(config, world_size)
+    if config.parallel.weight.size > 1:
+        raise UserError("weight sharding cannot be traced yet", where="parallel.weight.size", fix="trace weight.size=1")
+    with fake_world(world_size, rank):
+        grid = build_grid(config.parallel, world_size, rank)
+        settings = config.model_copy(update={"model": config.model.model_copy(update={"compile": False})})
+        stages = build_stages(settings, grid, MODES[config.parallel.tensor.mode], torch.device("meta"))
+        parameters = stages.parameters()
+        optimizer = ZeroOptimizer(parameters.items(), config.adam, config.hybrid_zero_optimizer, grid, stages.module)
+        batch = _batch(config)
+        scales = [1.0] * config.data.micro_num
+        schedule = stages.schedule
+        with count_traffic(grid) as traffic:
+            optimizer.expect(config.data.micro_num)
+            run = schedule.rehearse if isinstance(schedule, Pipeline) else schedule.train
+            run(batch, scales, config.loss.label_smoothing, lambda index, output: None)
+            passes = len(traffic.calls)
+            optimizer.exchange()
+        return Trace(
+            grid,
+            _bytes(list(parameters.values())),
+            sum(slot.local.numel() * slot.gradient_dtype.itemsize for slot in optimizer.slots),
+            _bytes(list(optimizer.state_tensors().values())),
+            traffic,
+            passes,
+        )
+
+
+@contextmanager
+def fake_world(world_size: int, rank: int) -> Iterator[None]:
+    """A default process group in which every collective returns at once and moves nothing."""
+    # torch has no public name for it; its own memory and trace tools use this one.
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise RuntimeError("a process that belongs to a group cannot trace another")
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _batch(config: Config) -> Batch:
+    """M micro-batches of documents of ``seq_len``; only the bounds are real."""
+    count, tokens = config.data.micro_num, config.data.packed_length
+    ids = torch.zeros(count, tokens, dtype=torch.long, device="meta")
+    bounds = torch.arange(0, tokens + 1, config.data.seq_len, dtype=torch.int32).expand(count, -1)
+    return Batch(ids, ids, ids, ids, bounds, config.data.seq_len)
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

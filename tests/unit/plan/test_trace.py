@@ -1,0 +1,87 @@
+"""A traced step against a real one, and a world that no machine here has."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from evomesh.cli.main import app
+from evomesh.config.loader import load_config
+from evomesh.errors import UserError
+from evomesh.plan.trace import trace
+from tests.dist.layouts import Layout, T
+from tests.dist.test_traffic import step_traffic
+from tests.support.pool import Pool
+
+SEVEN_B = str(Path(__file__).parents[3] / "configs/7B_sft.py")
+
+
+def without_loss(calls: Counter[tuple[str, str, int]]) -> dict[tuple[str, str, int], int]:
+    """On the CPU the loss leaves out tokens without a target, of which a trace knows nothing: 4 numbers a token."""
+    return {key: count for key, count in calls.items() if key[2] > T * 4 * 8}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(tensor=4, mode="mtp", packs=2),
+        Layout(tensor=2, mode="fsp", pipeline=2),
+        Layout(tensor=2, mode="mtp", pipeline=2, chunks=2),
+        Layout(tensor=4, mode="isp", packs=1),
+        Layout(pipeline=2, chunks=2, schedule="zbv", ranks=2),
+    ],
+    ids=str,
+)
+def test_a_trace_sends_what_a_real_step_sends(pool: Pool, layout: Layout) -> None:
+    for rank, (real, _) in enumerate(pool.run(step_traffic, layout, ranks=layout.ranks)):
+        found = trace(layout.config, layout.ranks, rank)
+        calls = Counter((call.operation, call.axis, call.nbytes) for call in found.traffic.calls[: found.passes])
+        assert without_loss(calls) == without_loss(real)
+
+
+def test_seven_billion_on_1024_ranks() -> None:
+    sizes = ["parallel.tensor=dict(size=8,mode='msp')", "parallel.pipeline.size=4", "parallel.zero1.size=8"]
+    config = load_config(SEVEN_B, sizes).config
+    start = time.monotonic()
+    found = trace(config, 1024, 517)
+    assert time.monotonic() - start < 60
+    grid = found.grid
+    assert [(axis.rank, axis.size) for axis in (grid.pp, grid.dp, grid.tp)] == [(2, 4), (0, 32), (5, 8)]
+    layer = 4 * 4096**2 + 3 * 4096 * 11008 + 3 * 4096  # products and the biases of q, k and v, all cut over tensor
+    whole = 3 * 4096  # norms and the bias of the output product
+    assert found.parameters == 2 * 8 * (layer // 8 + whole)
+    assert found.gradients == 2 * found.parameters
+    hidden = 2 * 4096 * config.data.packed_length
+    sent = [call.nbytes for call in found.traffic.calls if call.operation == "send"]
+    assert sent == [hidden // 8] * 2 * config.data.micro_num
+    blocks = Counter(call.operation for call in found.traffic.calls if call.axis == "tp" and call.nbytes == hidden)
+    assert blocks == {"all_gather": 4 * 8 * config.data.micro_num, "reduce_scatter": 4 * 8 * config.data.micro_num}
+
+
+def test_optimizer_bytes_are_the_formula() -> None:
+    config = load_config(SEVEN_B, ["parallel.zero1.size=8"]).config
+    found = trace(config, 8, 3)
+    vectors = 32 * (3 * 4096 + 3 * 4096) + 4096  # biases and norms, whole on every rank
+    matrices = 7_321_948_160 - vectors
+    assert found.parameters == 2 * (matrices + vectors)
+    assert found.optimizer == 12 * (matrices // 8 + vectors)  # master and two moments, float32
+
+
+def test_what_cannot_be_traced_is_refused() -> None:
+    config = load_config(SEVEN_B, ["parallel.tensor=dict(size=2,mode='isp')", "parallel.weight.size=4"]).config
+    with pytest.raises(UserError, match="weight sharding cannot be traced yet"):
+        trace(config, 8)
+    with pytest.raises(UserError, match="12 processes cannot be divided"):
+        trace(load_config(SEVEN_B, ["parallel.tensor.size=8"]).config, 12)
+
+
+def test_command() -> None:
+    result = CliRunner().invoke(app, ["plan", SEVEN_B, "--gpus", "1024", "--trace", "--set", "parallel.tensor.size=8"])
+    assert result.exit_code == 0, result.output
+    assert "rank 0 of 1024: pp 0 of 1, dp 0 of 128, tp 0 of 8" in result.output
+    assert math.isclose(float(result.output.split("parameters ")[1].split()[0]), 1748, rel_tol=0.01)
