@@ -1,12 +1,12 @@
 """Readers of foreign weights, by ``ckpt_type``: a table that users add to.
 
-A loader takes the path from the config and yields whole tensors under our global names; ``fill`` copies what this
-rank holds of each.
+A loader takes the path from the config and the run's model section, and yields whole tensors under our global names;
+``fill`` copies what this rank holds of each.
 
     from evomesh.checkpoint.loaders import checkpoint_loaders
 
     @checkpoint_loaders.register("numpy")
-    def load_numpy(path: str, config: dict[str, object]) -> Iterator[tuple[str, Tensor]]:
+    def load_numpy(path: str, model: dict[str, object]) -> Iterator[tuple[str, Tensor]]:
         for file in Path(path).glob("*.npy"):
             yield file.stem, torch.from_numpy(numpy.load(file))
 """
@@ -22,6 +22,7 @@ from torch import Tensor
 from evomesh.checkpoint import internevo
 from evomesh.checkpoint.boxes import Box
 from evomesh.checkpoint.format import CheckpointError
+from evomesh.checkpoint.hf_load import load_hf, load_llama
 from evomesh.checkpoint.plan import Local
 
 Loader = Callable[[str, dict[str, Any]], Iterator[tuple[str, Tensor]]]
@@ -66,7 +67,7 @@ def load_internevo(path: str, config: dict[str, Any]) -> Iterator[tuple[str, Ten
     return internevo.read_model(path, internevo.Heads(heads, int(section.get("num_kv_attention_heads") or heads)))
 
 
-checkpoint_loaders = LoaderTable({"internevo": load_internevo})
+checkpoint_loaders = LoaderTable({"internevo": load_internevo, "hf": load_hf, "hf_llama": load_hf, "llama": load_llama})
 
 
 def fill(local: Mapping[str, Local], source: Iterator[tuple[str, Tensor]], where: str) -> None:

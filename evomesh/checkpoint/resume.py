@@ -187,7 +187,9 @@ def restart_line(manager: CheckpointManager) -> str:
     return f"a restart goes on from step {found.step}: {found.folder}"
 
 
-def restore(start: Start, manager: CheckpointManager, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def restore(
+    start: Start, manager: CheckpointManager, tensors: Mapping[str, Tensor], model: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Loads what ``start`` wants of the tensors, in place, and returns the stored state ({} without a source).
 
     The caller applies the parts of the state that ``start.wants``. Masters come from the checkpoint only with both
@@ -195,6 +197,7 @@ def restore(start: Start, manager: CheckpointManager, tensors: Mapping[str, Tens
 
     Args:
         tensors: all live tensors by global name, parameters and optimizer state.
+        model: the run's model section, for loaders of foreign folders.
     """
     if start.found is not None:
         chosen = {name: t for name, t in tensors.items() if _chosen(name, start.content)}
@@ -204,9 +207,9 @@ def restore(start: Start, manager: CheckpointManager, tensors: Mapping[str, Tens
     if start.path:
         loader = checkpoint_loaders.get(start.ckpt_type)
         assert loader is not None
-        model = {name: t for name, t in tensors.items() if not name.startswith(OPTIMIZER)}
-        local = describe(model, manager.grid)
-        fill(local, loader(start.path, {}), start.path)
+        parameters = {name: t for name, t in tensors.items() if not name.startswith(OPTIMIZER)}
+        local = describe(parameters, manager.grid)
+        fill(local, loader(start.path, dict(model or {})), start.path)
     return {}
 
 

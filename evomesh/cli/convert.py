@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from evomesh.cli import convert_hf
 from evomesh.errors import UserError
 
 if TYPE_CHECKING:
     from evomesh.config.schema import Config
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
+app.command("to-hf")(convert_hf.to_hf)
+app.command("from-hf")(convert_hf.from_hf)
+app.command("check")(convert_hf.check)
 
 
 @app.callback()

@@ -227,8 +227,8 @@ ROWS: tuple[Row, ...] = (
     Row(
         "ckpt.load_ckpt_info.ckpt_type",
         "hf",
-        L,
-        "internevo, internlm, normal; hf and llama later",
+        E,
+        "internevo, internlm, normal; hf, hf_llama, llama; a registered loader of your own",
         ("ckpt.load_ckpt_info.path=x",),
     ),
     Row("ckpt.load_ckpt_folder", "x", E, "older name of load_ckpt_info; a string means content all"),

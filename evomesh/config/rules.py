@@ -19,11 +19,6 @@ CONTENT = ("model", "sampler", "optimizer", "scheduler", "all")
 PENDING: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("parallel.zero1.fsdp", lambda c: c.parallel.zero1.fsdp, "fully sharded data parallelism"),
     ("model.output_tf32", lambda c: c.model.output_tf32, "an output head in TF32"),
-    (
-        "ckpt.load_ckpt_info",
-        lambda c: c.ckpt.load_ckpt_info is not None and c.ckpt.load_ckpt_info.ckpt_type in ("hf", "llama"),
-        "starting from Hugging Face and Llama folders",
-    ),
     ("monitor.alert.enable_feishu_alert", lambda c: c.monitor.alert.enable_feishu_alert, "alerts"),
     ("monitor.alert.light_monitor_address", lambda c: c.monitor.alert.light_monitor_address is not None, "heartbeats"),
 )

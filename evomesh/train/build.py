@@ -83,7 +83,8 @@ def build_run(loaded: LoadedConfig, place: Launch) -> Run:
     start = decide(config.ckpt, manager)
     if not start.wants("model"):
         stages.initialize(config.run.seed, grid)
-    stored = restore(start, manager or CheckpointManager(start.path or ".", grid=grid), tensors)
+    source = manager or CheckpointManager(start.path or ".", grid=grid)
+    stored = restore(start, source, tensors, config.model.model_dump())
     if not (start.wants("model") and start.wants("optimizer")):
         optimizer.refresh_masters()
     state = TrainState()

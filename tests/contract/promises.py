@@ -149,7 +149,7 @@ PROMISES: tuple[Promise, ...] = (
         "ckpt_type internevo, internlm, normal",
         CHECKPOINT + "test_resume.py::test_without_auto_resume",
     ),
-    Promise("usage zh", "ckpt_type hf and llama", issue=6),
+    Promise("usage zh", "ckpt_type hf and llama", "tests/e2e/test_convert_hf.py::test_training_starts_from_a_folder"),
     Promise(
         "xtuner",
         "model_tp{i}_pp{j}.pt and model_config.pt are read",
@@ -159,10 +159,14 @@ PROMISES: tuple[Promise, ...] = (
     Promise("usage zh", "generate.py --config with a generation section", issue=6),
     Promise("usage", "use_dynamic_ntk_rope up to 16k", issue=6),
     Promise("usage", "web_demo", issue=6),
-    Promise("tutorial", "tools/transformers/convert2hf.py --src_folder --tgt_folder --tokenizer", issue=6),
+    Promise(
+        "tutorial",
+        "tools/transformers/convert2hf.py --src_folder --tgt_folder --tokenizer",
+        "tests/e2e/test_convert_hf.py::test_tools",
+    ),
     Promise("tutorial", "tensorboard --logdir", "tests/unit/monitor/test_tracker.py::*"),
     Promise("tokenized", "xtuner copy-cfg: evomesh config copy", CLI + "test_list_and_copy"),
-    Promise("tokenized", "pth_to_hf CONFIG SRC DST", issue=6),
+    Promise("tokenized", "pth_to_hf CONFIG SRC DST", "tests/e2e/test_convert_hf.py::test_tools"),
 )
 
 # Where this system differs from InternEvo on purpose.

@@ -1,0 +1,131 @@
+"""The hand-over checklist of docs/handover.md: what inference engines and evaluation harnesses need of a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from evomesh.checkpoint.hf_config import CLASSES, read_config
+from evomesh.checkpoint.hf_folder import HfFolder, local_folder, read_json
+from evomesh.checkpoint.hf_load import checked
+from evomesh.checkpoint.hf_names import NAMINGS
+from evomesh.checkpoint.hf_tokenizer import compare_tokenizers, refuse_larger
+from evomesh.checkpoint.hf_verify import has_transformers, transformers_logits
+from evomesh.data.chat import JinjaTemplate
+from evomesh.data.tokenizer import load_tokenizer
+from evomesh.errors import UserError
+
+SPELLINGS = ("torch_dtype", "dtype", "rope_theta", "rope_parameters", "rms_norm_eps", "max_position_embeddings")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One line of the checklist."""
+
+    name: str
+    good: bool
+    words: str
+
+
+def checklist(path: str) -> list[Point]:
+    """Every point, whatever the others say.
+
+    Raises:
+        CheckpointError: no such folder.
+    """
+    folder = local_folder(path)
+    points: list[tuple[str, Callable[[Path], str]]] = [
+        ("config.json", _config),
+        ("weights", _weights),
+        ("finite", _finite),
+        ("tokenizer", _tokenizer),
+        ("chat template", _template),
+        ("end of text", _eos),
+        ("transformers", _transformers),
+    ]
+    return [_try(name, test, folder) for name, test in points]
+
+
+def _try(name: str, test: Callable[[Path], str], folder: Path) -> Point:
+    try:
+        return Point(name, True, test(folder))
+    except UserError as error:
+        return Point(name, False, error.found)
+    except Exception as error:  # whatever another library says of the folder is a finding
+        return Point(name, False, f"{type(error).__name__}: {error}")
+
+
+def _config(folder: Path) -> str:
+    record = read_json(folder / "config.json")
+    model = read_config(record, "config.json")
+    absent = [key for key in ("architectures", *SPELLINGS) if record.get(key) is None]
+    if absent:
+        raise UserError(f"{', '.join(absent)} not given; some readers need it")
+    if record["dtype"] != record["torch_dtype"]:
+        raise UserError(f"dtype {record['dtype']} and torch_dtype {record['torch_dtype']} differ")
+    return f"{record['architectures'][0]}, {model.num_layers} layers, {record['dtype']}"
+
+
+def _weights(folder: Path) -> str:
+    record = read_json(folder / "config.json")
+    weights = HfFolder(folder)
+    tied = bool(record.get("tie_word_embeddings"))
+    checked(weights, NAMINGS[record["model_type"]], read_config(record, "config.json"), tied)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        said = read_json(index).get("metadata", {}).get("total_size")
+        real = sum(tensor.numel() * tensor.element_size() for tensor in map(weights.read, weights.files))
+        if said != real:
+            raise UserError(f"the index says {said} bytes, the shards hold {real}")
+    return f"{len(weights.files)} tensors in {len(set(weights.files.values()))} files"
+
+
+def _finite(folder: Path) -> str:
+    weights = HfFolder(folder)
+    bad = [name for name in weights.files if not bool(torch.isfinite(weights.read(name)).all())]
+    if bad:
+        raise UserError(f"NaN or infinity in {', '.join(bad[:8])} ({len(bad)} tensors)")
+    return "no NaN, no infinity"
+
+
+def _tokenizer(folder: Path) -> str:
+    tokenizer = load_tokenizer(folder, str(folder))
+    refuse_larger(tokenizer, int(read_json(folder / "config.json")["vocab_size"]))
+    if not (folder / "tokenizer_config.json").is_file():
+        raise UserError("no tokenizer_config.json")
+    if has_transformers():
+        compare_tokenizers(tokenizer, folder)
+    return f"{tokenizer.path.name}, {tokenizer.vocab_size} ids, bos {tokenizer.bos_id}, eos {tokenizer.eos_id}"
+
+
+def _template(folder: Path) -> str:
+    tokenizer = load_tokenizer(folder, str(folder))
+    if not tokenizer.chat_template:
+        return "none: a base model"
+    JinjaTemplate(tokenizer)
+    return "given, and it compiles"
+
+
+def _eos(folder: Path) -> str:
+    vocab_size = read_json(folder / "config.json")["vocab_size"]
+    given = read_json(folder / "generation_config.json").get("eos_token_id")
+    eos = given if isinstance(given, list) else [given]
+    wrong = [token for token in eos if not isinstance(token, int) or not 0 <= token < vocab_size]
+    if wrong:
+        raise UserError(f"generation_config.json: eos_token_id {wrong[0]!r}: generation would never stop")
+    return f"eos {eos}"
+
+
+def _transformers(folder: Path) -> str:
+    record = read_json(folder / "config.json")
+    if record["model_type"] != "llama":
+        return f"not tried: it has no {CLASSES.get(record['model_type'], record['model_type'])} of its own"
+    if not has_transformers():
+        return "not tried: it is not installed"
+    logits = transformers_logits(folder, int(record["vocab_size"]), str(record.get("dtype", "float32")))
+    if not bool(torch.isfinite(logits).all()):
+        raise UserError("its logits are not finite")
+    return "loads without remote code, logits are finite"

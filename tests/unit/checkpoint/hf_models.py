@@ -1,0 +1,64 @@
+"""Small checkpoints of every family for the converters' tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from evomesh.checkpoint.find import Found, resolve
+from evomesh.checkpoint.manager import CheckpointManager
+from evomesh.checkpoint.retention import check
+from evomesh.config.record import redacted
+from evomesh.config.schema import Config, DataConfig, GenerationConfig, ModelConfig
+from evomesh.models.language_model import LanguageModel
+from evomesh.models.registry import build_model, initialize_weights
+
+VOCAB = 61
+
+
+def model_config(model_type: str = "LLAMA2", dtype: str = "float64", **changes: object) -> ModelConfig:
+    values: dict[str, object] = dict(
+        model_type=model_type,
+        num_layers=2,
+        hidden_size=32,
+        vocab_size=VOCAB,
+        num_attention_heads=4,
+        num_kv_attention_heads=4 if model_type == "INTERNLM" else 2,
+        mlp_ratio=2.0,
+        multiple_of=8,
+        dtype=dtype,
+        no_bias=model_type != "INTERNLM",
+        layer_norm_epsilon=1e-5,
+        rope_base=500.0,
+        max_position_embeddings=64,
+    )
+    return ModelConfig(**(values | changes))  # type: ignore[arg-type]
+
+
+def random_model(config: ModelConfig) -> LanguageModel:
+    """Weights large enough that every one of them, each bias and norm too, shows in the logits."""
+    model = build_model(config)
+    initialize_weights(model, seed=3)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.add_((noise * 0.2).to(parameter.dtype))
+            else:
+                parameter.mul_(12 if config.model_type != "INTERNLM" else 40)
+    return model.eval()
+
+
+def save_model(
+    root: Path, config: ModelConfig, tokenizer: str | None = None, generation: GenerationConfig | None = None
+) -> tuple[LanguageModel, Found]:
+    model = random_model(config)
+    whole = Config(model=config, data=DataConfig(tokenizer_path=tokenizer, seq_len=48), generation=generation)
+    CheckpointManager(str(root)).save(7, dict(model.named_parameters()), {"train": {}}, redacted(whole))
+    return model, found_in(root)
+
+
+def found_in(root: Path) -> Found:
+    return resolve(str(root), lambda candidate: check(candidate, data=False), lambda line: None)
