@@ -33,6 +33,7 @@ VARIANTS = {
     "bfloat16": 'model["dtype"] = "torch.bfloat16"\n',
     "float16": """
 model["dtype"] = "torch.float16"
+data |= dict(rampup_batch_size="1 1 30", skip_batches="11,40-41")
 grad_scaler = dict(fp16=dict(initial_scale=2.0**33, min_scale=1, growth_interval=4), max_scale=2.0**34, hysteresis=1)
 """,
 }
