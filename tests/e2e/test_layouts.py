@@ -68,6 +68,25 @@ def test_layout_trains_like_one_process(
     assert metrics(tmp_path)[-1]["val/en_loss"] == pytest.approx(validation, rel=FLOAT32_RUN)
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("mtp 2", "isp 2, weights over 4, overlap"),
+        ("isp 2, weights over 2, zero1 2", "zbv 2"),
+        ("1F1B 2, mtp 2", "mtp 2"),
+    ],
+)
+def test_a_run_goes_on_in_another_layout(
+    first: str, second: str, tmp_path: Path, interpreter: Interpreter, reference: tuple[dict[int, float], float]
+) -> None:
+    for name, stop in ((first, "data.total_steps=2"), (second, "data.total_steps=4")):
+        write(tmp_path, *LAYOUTS[name])
+        command = ["evomesh", "train", "config.py", "--set", stop]
+        for finished in [rank.wait(120) for rank in interpreter.start_ranks(command, 4, cwd=tmp_path)]:
+            assert finished.returncode == 0, finished.stderr[-2000:]
+    assert losses(tmp_path) == {step: pytest.approx(loss, rel=FLOAT32_RUN) for step, loss in reference[0].items()}
+
+
 def test_torchrun(tmp_path: Path, reference: tuple[dict[int, float], float]) -> None:
     """The documents' own command line, with four real processes."""
     write(tmp_path, 'tensor=dict(size=2, mode="fsp"), pipeline=2', 1, "")
