@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,6 +48,14 @@ class TrainData(Protocol):
         self, step: int = 0, dp_rank: int = 0, dp_size: int = 1, state: dict[str, Any] | None = None
     ) -> BatchStream:
         """Batches of one rank from step ``step``, or from where ``state`` was taken."""
+        ...
+
+    def merge_states(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """One state for any layout from the states of all data-parallel ranks at the same step."""
+        ...
+
+    def table(self) -> str:
+        """What each file gives, as text."""
         ...
 
 
@@ -102,6 +111,12 @@ class PackedData:
         start = sampler.resume(state) if state is not None else sampler.seek(step)
         extra = {"manifest": self.manifest["hash"]}
         return PackStream(self.corpus.packs, sampler, dp_rank, dp_size, start, config.num_worker, extra)
+
+    def merge_states(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return states[0]  # the position is global
+
+    def table(self) -> str:
+        return self.corpus.table()
 
     def _sampler(self, global_batch: int, rampup: Rampup | None, dp_size: int) -> Sampler:
         config = self.config

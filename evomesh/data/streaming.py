@@ -236,6 +236,12 @@ class StreamingData:
     types: list[str] = field(default_factory=lambda: list(TYPES))
     num_packs: int = 0
 
+    def merge_states(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return merge_states(states)
+
+    def table(self) -> str:
+        return "\n".join(f"{row['file']}  tokenised on the fly" for row in self.report)
+
     def stream(
         self, step: int = 0, dp_rank: int = 0, dp_size: int = 1, state: dict[str, Any] | None = None
     ) -> StreamingBatches:

@@ -12,9 +12,10 @@ from evomesh.checkpoint.manager import CheckpointManager
 from evomesh.checkpoint.resume import decide, restore
 from evomesh.config.loader import LoadedConfig
 from evomesh.config.schema import CheckpointConfig, Config
-from evomesh.data.build import BatchStream, TrainData, ValidSet, build_train_data, build_valid_data
+from evomesh.data.build import BatchStream, TrainData, ValidSet, build_train_data, build_valid_data, check_manifest
 from evomesh.optim.scaler import LossScaler
 from evomesh.optim.zero import ZeroOptimizer
+from evomesh.parallel.collectives import gather_objects
 from evomesh.parallel.grid import Grid
 from evomesh.train.launch import Launch
 from evomesh.train.report import Reporter
@@ -57,7 +58,7 @@ class Run:
         """Everything else of a checkpoint, as JSON."""
         return {
             "train": self.state.state(),
-            "sampler": self.stream.state(),
+            "sampler": self.train_data.merge_states(gather_objects(self.stream.state(), self.grid.dp)),
             "data": self.train_data.manifest,
             "optimizer": self.optimizer.state(),
             "scaler": self.scaler.state(),
@@ -96,6 +97,8 @@ def build_run(loaded: LoadedConfig, place: Launch) -> Run:
     if start.wants("scheduler") and not start.resumes:
         state.step_count = int(stored["train"]["step_count"])
     sampler = stored["sampler"] if start.wants("sampler") else None
+    if sampler is not None:
+        check_manifest(stored["data"], train_data.manifest)
     stream = train_data.stream(0, grid.dp.rank, grid.dp.size, sampler)
     stream.check()
 

@@ -69,8 +69,7 @@ class Reporter:
                 self._board.text("cmd", " ".join(sys.argv))
                 self._board.text("config", self.text)
         logger.info("run folder: %s", self.folder)
-        for row in self.data.report:
-            logger.info("data: %s", ", ".join(f"{key} {value}" for key, value in row.items() if key != "hash"))
+        logger.info("training data:\n%s", self.data.table())
         for warning in self.data.warnings:
             logger.warning("%s", warning)
         self._progress = self._open.enter_context(Progress(self.config.data.total_steps, step, console))

@@ -36,7 +36,9 @@ class Trainer:
         """Returns the process's exit code; see ``train_from_config``."""
         total = self.config.data.total_steps
         if self.state.step >= total:
-            logger.info("nothing left to train: the run is complete at step %d of %d", self.state.step, total)
+            logger.info(
+                "nothing left to train: the run has made %d steps, data.total_steps is %d", self.state.step, total
+            )
             return 0
         with ExitStack() as stack:
             stop = stack.enter_context(StopRequest())

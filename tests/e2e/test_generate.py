@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,22 @@ def test_a_seed_means_the_same_draws(trained: Path, interpreter: Interpreter) ->
     drawn = ["--prompt", "abc", "--max-new-tokens", "20", "--temperature", "1.5", "--seed"]
     one, same, other = (generate(trained, interpreter, *drawn, seed).stdout for seed in ("1", "1", "2"))
     assert one == same != other
+
+
+def test_a_users_own_model_trains_and_writes(trained: Path, tmp_path: Path, interpreter: Interpreter) -> None:
+    example = Path(__file__).parents[2] / "examples/custom_model"
+    shutil.copytree(example, tmp_path / "mine")
+    small = ["--set", "data.total_steps=2", "--set", "ckpt.save_ckpt_folder=ck", "--set", "ckpt.enable_save_ckpt=True"]
+    done = interpreter.run(["evomesh", "train", "config.py", *small], cwd=tmp_path / "mine")
+    assert done.returncode == 0, done.stderr
+    write = ["evomesh", "generate", "--ckpt", "ck", "--prompt", "abc", "--max-new-tokens", "5"]
+    write += ["--tokenizer", str(trained / "tokenizer.json")]
+    alone = interpreter.run(write, cwd=tmp_path / "mine")
+    assert alone.returncode == 2
+    assert "PARALLEL_BLOCKS" in alone.stderr
+    registered = interpreter.run([*write, "--config", "config.py"], cwd=tmp_path / "mine")
+    assert registered.returncode == 0, registered.stderr
+    assert registered.stdout.startswith("abc")
 
 
 @pytest.mark.parametrize(

@@ -39,8 +39,11 @@ BAD = [
         ["zbv does not go with dtype", "would add up in 16 bits"],
     ),
     (
-        ["parallel.pipeline=dict(size=2,schedule='zbv')", "model.num_chunks=2"]
-        + ["hybrid_zero_optimizer.overlap_sync_grad=True"],
+        [
+            "parallel.pipeline=dict(size=2,schedule='zbv')",
+            "model.num_chunks=2",
+            "hybrid_zero_optimizer.overlap_sync_grad=True",
+        ],
         ["zbv does not go with overlap_sync_grad"],
     ),
 ]
