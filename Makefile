@@ -8,7 +8,7 @@ export DEMO_DATA := $(DEMO)
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: help env train test lint bench docs clean
+.PHONY: help env train test lint bench clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,7 +38,15 @@ lint: $(VENV)/.dev ## style, types, import layers
 	$(VENV)/bin/lint-imports
 
 test: $(VENV)/.dev ## all tests
-	$(PY) -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
+
+bench: $(VENV)/.dev ## what docs/performance.md says, measured here
+	$(PY) benchmarks/train_step.py
+	$(PY) benchmarks/train_step.py --compiled
+	$(PY) benchmarks/train_step.py --packed
+	$(PY) benchmarks/data.py
+	$(PY) benchmarks/tokenizing.py
+	$(PY) benchmarks/checkpoint.py
 
 clean: ## everything the two commands made, but for the environment
 	rm -rf $(DEMO) RUN llm_ckpts
