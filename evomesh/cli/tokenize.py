@@ -37,8 +37,8 @@ def tokenize(
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of these.")] = 0,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads [all cores].")] = None,
 ) -> None:
-    """Tokenise text (txt: a document a line; json: a list; jsonl, each also .gz, .zst; parquet; arrow) or conversations
-    into a .bin with its .meta."""
+    """Tokenise text (txt: a document a line; json: a list; jsonl, csv, each also .gz, .zst; parquet; arrow;
+    .tar, .tar.gz, .zip of these) or conversations into a .bin with its .meta."""
     from evomesh.data.sources import find_texts
     from evomesh.data.tokenize import TextOptions, set_workers, tokenize_files
     from evomesh.data.tokenizer import load_tokenizer
@@ -57,7 +57,7 @@ def tokenize(
         raise UserError(f"no format {format!r}", where="--format", expected="text, alpaca, messages or sharegpt")
     if split_ratio:
         raise UserError("--split-ratio is for conversations", fix="tokenise training and validation text apart")
-    total = sum(file.path.stat().st_size for file in files)
+    total = sum(file.size for file in files)
     with progress_bar(total) as progress:
         facts = tokenize_files(
             files,

@@ -1,81 +1,80 @@
-"""Rows of a Hugging Face style folder, read in order from any place: parquet, arrow, json, jsonl and txt files."""
+"""Rows of a Hugging Face style folder, read in order from any place: all files that ``sources`` reads."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from evomesh.data.folders import check_folder
-from evomesh.data.sources import Record, TextFile, field_text, find_texts, read_records
+from evomesh.data.sources import FORMATS, Record, TextFile, field_text, list_texts, open_files, read_records
 from evomesh.errors import UserError
 
 WINDOW = 1024  # rows that are shuffled among themselves
 TRAIN_WORDS = ("train", "training")
 VALID_WORDS = ("validation", "valid", "val", "dev", "test", "testing", "eval")
-ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip", ".7z", ".rar")
 
 
-def find_rows(folder: str, key: str, subset: str | None, split: str) -> list[TextFile]:
-    """Data files of a split, in sorted order.
+def find_rows(folder: str, key: str, subset: str | None, split: str) -> tuple[list[TextFile], list[str]]:
+    """Data files of a split, in sorted order, and what a user should know about the choice.
 
-    A file belongs to "train" or "valid" when a word of its path says so; files without such a word are training data.
-    All must be of one kind (parquet, arrow, jsonl, json, txt), else the user is asked which part is meant.
+    A file belongs to "train" or "valid" when a word of its path says so; files without such a word are training data,
+    if no file is named so.
 
     Args:
         folder: local folder.
         key: config key it came from.
-        subset: ``data.subset_name``: a folder or a kind (such as "parquet") inside.
+        subset: ``data.subset_name``: a folder or archive inside, or a kind (such as "parquet").
         split: "train" or "valid".
 
     Raises:
-        UserError: nothing found, or more than one kind.
+        UserError: nothing found, or an archive is broken.
     """
     root = check_folder(folder, key)
-    inside = root / subset if subset and (root / subset).is_dir() else root
-    archives = [path.name for path in sorted(inside.rglob("*")) if path.name.lower().endswith(ARCHIVES)]
-    try:
-        files = find_texts([str(inside)])
-    except UserError:
-        files = []
-    kinds = sorted({file.format for file in files})
-    if subset and inside == root:
-        files = [file for file in files if file.format == subset]
-        if not files:
-            raise UserError(
-                f"{root} has neither a folder nor files of the kind {subset!r}",
-                where="data.subset_name",
-                expected=f"a folder in it, or one of the kinds found: {', '.join(kinds) or 'none'}",
-            )
-    words = {file.path: _words(file.path.relative_to(root)) for file in files}
-    held = [file for file in files if words[file.path] & set(VALID_WORDS)]
-    named = [file for file in files if words[file.path] & set(TRAIN_WORDS) and file not in held]
-    other = [file for file in files if file not in held]
-    chosen = held if split == "valid" and held else named or other
+    every = list_texts(root)
+    names = {file: file.place.relative_to(root) for file in every}
+    files = [file for file in every if subset is None or _belongs(file, names[file], subset)]
+    if every and not files:
+        kinds = sorted({file.format for file in every})
+        parts = sorted({names[file].parts[0] for file in every if len(names[file].parts) > 1})
+        raise UserError(
+            f"{root} has no folder or archive {subset!r} and no files of that kind",
+            where="data.subset_name",
+            expected=f"one of the kinds {', '.join(kinds)}{' or of ' if parts else ''}{', '.join(parts[:8])}",
+        )
+    words = {file: set(re.split(r"[^a-z]+", str(names[file]).lower())) for file in files}
+    held = [file for file in files if words[file] & set(VALID_WORDS)]
+    rest = [file for file in files if file not in set(held)]
+    named = [file for file in rest if words[file] & set(TRAIN_WORDS)]
+    chosen = held if split == "valid" and held else named or rest
     if not chosen:
-        packed = f"; archives must be unpacked first: {', '.join(archives[:5])}" if archives else ""
         raise UserError(
-            f"no {split} file in {inside}{packed}", where=key, expected="parquet, arrow, jsonl, json or txt files"
-        )
-    kinds = sorted({file.format for file in chosen})
-    if len(kinds) > 1:
-        counts = ", ".join(f"{sum(file.format == kind for file in chosen)} {kind}" for kind in kinds)
-        raise UserError(
-            f"{inside} mixes kinds of data: {counts}",
+            f"no {split} file in {root}",
             where=key,
-            expected="one of them",
-            fix=f'name it: data.subset_name="{kinds[0]}" (or a folder inside)',
+            expected=f"{', '.join(FORMATS)} files, or .tar, .tar.gz or .zip archives of them",
         )
-    return chosen
+    warnings = []
+    counts = Counter(file.format for file in chosen)
+    if len(counts) > 1:
+        found = ", ".join(f"{counts[kind]} {kind}" for kind in sorted(counts))
+        warnings.append(f"{root} mixes kinds of files ({found}): all are read; data.subset_name chooses some")
+    if split == "train" and named and len(named) < len(rest):
+        unnamed = next(file for file in rest if file not in set(named))
+        warnings.append(
+            f"{len(rest) - len(named)} file(s) such as {names[unnamed]} are left out: others are named train"
+        )
+    return chosen, warnings
 
 
-def _words(path: Path) -> set[str]:
-    return set(re.split(r"[^a-z]+", str(path).lower()))
+def _belongs(file: TextFile, name: Path, subset: str) -> bool:
+    inside = Path(subset).parts
+    return file.format == subset or (name.parts[: len(inside)] == inside and len(name.parts) > len(inside))
 
 
 @dataclass(frozen=True)
@@ -143,9 +142,9 @@ class RowStream:
             filled = False
 
     def _rows(self, file: int, row: int) -> Iterator[tuple[Record, int, int]]:
-        for number in range(file, len(self.files)):
+        for number, (opened, stream, _) in enumerate(open_files(self.files[file:]), file):
             first = row if number == file else 0
-            for place, record in enumerate(read_from(self.files[number], first), first):
+            for place, record in enumerate(read_from(stream, opened, first), first):
                 yield record, number, place
 
     def _text(self, record: Record) -> str:
@@ -156,22 +155,21 @@ class RowStream:
             raise UserError(error.found, where=error.where, fix=error.fix) from None
 
 
-def read_from(file: TextFile, row: int) -> Iterator[Record]:
-    """Records of a file from number ``row`` on; row groups of parquet are skipped unread."""
-    with file.open() as (stream, _):
-        if file.format != "parquet" or row == 0:
-            yield from islice(read_records(stream, file), row, None)
-            return
-        import pyarrow.parquet
+def read_from(stream: IO[bytes], file: TextFile, row: int) -> Iterator[Record]:
+    """Records of an opened file from number ``row`` on; row groups of parquet are skipped unread."""
+    if file.format != "parquet" or row == 0:
+        yield from islice(read_records(stream, file), row, None)
+        return
+    import pyarrow.parquet
 
-        parquet: Any = pyarrow.parquet.ParquetFile(stream)
-        group, before = 0, 0
-        while group < parquet.num_row_groups and before + parquet.metadata.row_group(group).num_rows <= row:
-            before += parquet.metadata.row_group(group).num_rows
-            group += 1
-        number = before
-        for batch in parquet.iter_batches(WINDOW, row_groups=list(range(group, parquet.num_row_groups))):
-            for value in batch.to_pylist():
-                number += 1
-                if number > row:
-                    yield Record(value, f"{file.path} row {number}")
+    parquet: Any = pyarrow.parquet.ParquetFile(stream)
+    group, before = 0, 0
+    while group < parquet.num_row_groups and before + parquet.metadata.row_group(group).num_rows <= row:
+        before += parquet.metadata.row_group(group).num_rows
+        group += 1
+    number = before
+    for batch in parquet.iter_batches(WINDOW, row_groups=list(range(group, parquet.num_row_groups))):
+        for value in batch.to_pylist():
+            number += 1
+            if number > row:
+                yield Record(value, f"{file.place} row {number}")

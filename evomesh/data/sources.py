@@ -1,15 +1,21 @@
-"""Raw records one at a time, in flat memory: txt, jsonl and json (a list), plain, .gz or .zst; parquet and arrow."""
+"""Raw records one at a time, in flat memory: txt, jsonl, json (a list) and csv, plain, .gz or .zst; parquet and arrow;
+and archives of such files."""
 
 from __future__ import annotations
 
+import csv
 import glob
 import gzip
 import io
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -17,33 +23,80 @@ import ijson
 import orjson
 import zstandard
 
+from evomesh.data.archives import UNREAD, Member, archive_kind, list_members, open_members
 from evomesh.errors import UserError
 
-FORMATS = ("txt", "json", "jsonl", "parquet", "arrow")
+FORMATS = ("txt", "json", "jsonl", "csv", "parquet", "arrow")
+TABLES = ("parquet", "arrow")  # read from several places of the file
 PACKERS = ("gz", "zst")
 DESCRIPTIONS = ("dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json")  # of Hugging Face folders
 TABLE_ROWS = 1024  # rows decoded at once
+CSV_FIELD = 2**30  # bytes that one field may have
+BROKEN = (OSError, EOFError, zlib.error, zipfile.BadZipFile, zstandard.ZstdError)
 
 
 @dataclass(frozen=True)
 class TextFile:
-    """An input file. ``format`` is one of FORMATS, ``packer`` one of PACKERS or ""."""
+    """An input file. ``format`` is one of FORMATS, ``packer`` one of PACKERS or "".
+
+    ``member``: the part of the archive ``path`` that it is; None: ``path`` itself.
+    """
 
     path: Path
     format: str
     packer: str
+    member: Member | None = None
 
-    @contextmanager
-    def open(self) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-        """The unpacked bytes, and the file below them, whose position shows the progress."""
-        with self.path.open("rb") as raw:
-            if self.packer == "gz":
-                yield cast(IO[bytes], gzip.GzipFile(fileobj=raw)), raw
-            elif self.packer == "zst":
-                reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-                yield io.BufferedReader(reader, 1 << 20), raw
+    @property
+    def place(self) -> Path:
+        """Where it lies, an archive taken as a folder."""
+        return self.path / self.member.name if self.member else self.path
+
+    @property
+    def size(self) -> int:
+        """Bytes; of an archive's member those after unpacking."""
+        return self.member.size if self.member else self.path.stat().st_size
+
+
+def open_files(files: Sequence[TextFile]) -> Iterator[tuple[TextFile, IO[bytes], IO[bytes]]]:
+    """Each file in turn with its unpacked bytes, and the stream below them, whose position in ``size`` shows progress.
+
+    Members of one archive that follow one another are read in one pass through it.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    for (path, plain), group in groupby(files, key=lambda file: (file.path, file.member is None)):
+        inside = list(group)
+        if plain:
+            for file in inside:
+                with path.open("rb") as raw:
+                    yield file, _unpacked(raw, file.packer), raw
+            continue
+        members = [file.member for file in inside if file.member]
+        for file, raw in zip(inside, open_members(path, members), strict=True):
+            if file.format in TABLES and archive_kind(path) != "tar":  # going back in packed bytes is slow
+                with tempfile.TemporaryFile() as whole:
+                    _copy(raw, whole, file)
+                    yield file, cast(IO[bytes], whole), raw
             else:
-                yield raw, raw
+                yield file, _unpacked(raw, file.packer), raw
+
+
+def _copy(source: IO[bytes], target: IO[bytes], file: TextFile) -> None:
+    try:
+        shutil.copyfileobj(source, target, 1 << 20)
+    except BROKEN as error:
+        raise UserError(f"cannot read the file: {error}", where=str(file.place)) from None
+    target.seek(0)
+
+
+def _unpacked(raw: IO[bytes], packer: str) -> IO[bytes]:
+    if packer == "gz":
+        return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
+    if packer == "zst":
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True), 1 << 20)
+    return raw
 
 
 @dataclass(frozen=True)
@@ -56,46 +109,67 @@ class Record:
 
 
 def find_texts(inputs: list[str]) -> list[TextFile]:
-    """Files of paths, globs and folders (walked in sorted order), each once per mention.
+    """Files of paths, globs and folders (walked in sorted order), each once per mention; archives are taken as folders.
 
     Raises:
-        UserError: an input names nothing, or a file is of no known kind.
+        UserError: an input names nothing, a file is of no known kind, or an archive is broken.
     """
     found: list[TextFile] = []
     for item in inputs:
         path = Path(item).expanduser()
         if path.is_dir():
-            inside = [_classify(Path(folder) / name) for folder, name in _walk(path)]
-            known = [file for file in inside if file is not None]
-            if not known:
+            inside = list_texts(path)
+            if not inside:
                 raise UserError(f"no {', '.join(FORMATS)} file below {path}", where="input")
-            found += known
+            found += inside
             continue
         names = [path] if path.exists() else sorted(Path(name) for name in glob.glob(str(path), recursive=True))
         if not names:
             raise UserError(f"no such file: {item}", where="input", expected="a file, a folder or a glob that matches")
         for name in names:
-            file = _classify(name)
-            if file is None:
+            files = _files_of(name)
+            if not files:
+                what = "holds no such file" if archive_kind(name) else "is of no known kind"
                 raise UserError(
-                    f"{name.name!r} is of no known kind",
+                    f"{name.name!r} {what}",
                     where=str(name),
-                    expected=f"a name ending in .{', .'.join(FORMATS)}, or text with .gz or .zst behind",
+                    expected=f"a name ending in .{', .'.join(FORMATS)}, or text with .gz or .zst behind, "
+                    "or a .tar, .tar.gz, .tgz or .zip of such files",
                 )
-            found.append(file)
+            found += files
     return found
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, str]]:
+def list_texts(folder: Path) -> list[TextFile]:
+    """All files below a folder, in sorted order; other kinds are left out.
+
+    Raises:
+        UserError: an archive is broken, or of a kind that cannot be read.
+    """
+    found: list[TextFile] = []
     for directory, folders, names in os.walk(folder, followlinks=True):
         folders.sort()
-        yield from ((directory, name) for name in sorted(names) if name not in DESCRIPTIONS)
+        for name in sorted(names):
+            found += _files_of(Path(directory) / name)
+    return found
 
 
-def _classify(path: Path) -> TextFile | None:
-    parts = path.name.lower().split(".")
+def _files_of(path: Path) -> list[TextFile]:
+    """A file, the files in an archive, or nothing when it is of no known kind."""
+    if path.name.lower().endswith(UNREAD):
+        raise UserError("archives of this kind are not read", where=str(path), fix="unpack it, or make it a .tar.gz")
+    if not archive_kind(path):
+        return _classify(path)
+    return [file for member in list_members(path) for file in _classify(path, member)]
+
+
+def _classify(path: Path, member: Member | None = None) -> list[TextFile]:
+    name = Path(member.name).name if member else path.name
+    parts = name.lower().split(".")
     packer = parts.pop() if parts[-1] in PACKERS else ""
-    return TextFile(path, parts[-1], packer) if parts[-1] in FORMATS and len(parts) > 1 else None
+    # "._x" in archives holds what macOS knows about x
+    known = parts[-1] in FORMATS and len(parts) > 1 and name not in DESCRIPTIONS and not (member and name[:2] == "._")
+    return [TextFile(path, parts[-1], packer, member)] if known else []
 
 
 def read_records(stream: IO[bytes], file: TextFile) -> Iterator[Record]:
@@ -106,19 +180,19 @@ def read_records(stream: IO[bytes], file: TextFile) -> Iterator[Record]:
         UserError: the content is not what the name says; names file and line.
     """
     try:
-        if file.format in ("json", "parquet", "arrow"):
-            yield from _read_json(stream, file) if file.format == "json" else _read_table(stream, file)
+        if file.format in _READERS:
+            yield from _READERS[file.format](stream, file)
             return
         for number, line in enumerate(stream, 1):
-            where = f"{file.path} line {number}"
+            where = f"{file.place} line {number}"
             if not line.strip():
                 continue
             if file.format == "txt":
                 yield Record(_decode(line, where).strip(), where, line)
             else:
                 yield Record(_parse(line, where), where, line)
-    except (OSError, EOFError, zstandard.ZstdError) as error:
-        raise UserError(f"cannot read the file: {error}", where=str(file.path)) from None
+    except BROKEN as error:
+        raise UserError(f"cannot read the file: {error}", where=str(file.place)) from None
 
 
 def read_lines(stream: IO[bytes], file: TextFile) -> Iterator[Record]:
@@ -135,7 +209,7 @@ def read_lines(stream: IO[bytes], file: TextFile) -> Iterator[Record]:
             yield Record(_ascii_json(record.value), record.where)
     else:
         for number, line in enumerate(stream, 1):
-            where = f"{file.path} line {number}"
+            where = f"{file.place} line {number}"
             yield Record(_decode(line, where), where, line)
 
 
@@ -151,14 +225,33 @@ def _read_json(stream: IO[bytes], file: TextFile) -> Iterator[Record]:
         if start != b"[":
             raise UserError(
                 f"the file starts with {start.decode('utf-8', 'replace')!r}",
-                where=str(file.path),
+                where=str(file.place),
                 expected="a list of records; name the file .jsonl when it has one record a line",
             )
         rest = _Prefixed(b"[", stream)
         for number, value in enumerate(ijson.items(rest, "item", use_float=True), 1):
-            yield Record(value, f"{file.path} record {number}")
+            yield Record(value, f"{file.place} record {number}")
     except ijson.JSONError as error:
-        raise UserError(f"not JSON ({error})", where=str(file.path), expected="a list of records") from None
+        raise UserError(f"not JSON ({error})", where=str(file.place), expected="a list of records") from None
+
+
+def _read_csv(stream: IO[bytes], file: TextFile) -> Iterator[Record]:
+    """Rows of a csv file by the names in its first line."""
+    csv.field_size_limit(CSV_FIELD)
+    rows = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True)
+    try:
+        names = next(rows, [])
+        for row in rows:
+            where = f"{file.place} line {rows.line_num}"
+            if len(row) == len(names):
+                yield Record(dict(zip(names, row, strict=True)), where)
+            elif row:  # an empty line is none
+                raise UserError(f"the row has {len(row)} fields", where=where, expected=f"{len(names)}, as line 1 has")
+    except csv.Error as error:
+        raise UserError(f"not csv ({error})", where=f"{file.place} line {rows.line_num}") from None
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{error.object[error.start]:02x} is not UTF-8"
+        raise UserError(found, where=f"{file.place} after line {rows.line_num}") from None
 
 
 def _read_table(stream: IO[bytes], file: TextFile) -> Iterator[Record]:
@@ -168,7 +261,7 @@ def _read_table(stream: IO[bytes], file: TextFile) -> Iterator[Record]:
         import pyarrow.parquet
     except ImportError:
         raise UserError(
-            "reading it needs pyarrow", where=str(file.path), fix="pip install 'evomesh[streaming]'"
+            "reading it needs pyarrow", where=str(file.place), fix="pip install 'evomesh[streaming]'"
         ) from None
     try:
         if file.format == "parquet":
@@ -179,9 +272,9 @@ def _read_table(stream: IO[bytes], file: TextFile) -> Iterator[Record]:
         for batch in batches:
             for row in batch.to_pylist():
                 number += 1
-                yield Record(row, f"{file.path} row {number}")
+                yield Record(row, f"{file.place} row {number}")
     except pyarrow.ArrowInvalid as error:
-        raise UserError(f"not a {file.format} file ({error})", where=str(file.path)) from None
+        raise UserError(f"not a {file.format} file ({error})", where=str(file.place)) from None
 
 
 def _arrow_batches(stream: IO[bytes], pyarrow: Any) -> Iterator[Any]:
@@ -192,6 +285,9 @@ def _arrow_batches(stream: IO[bytes], pyarrow: Any) -> Iterator[Any]:
         reader = pyarrow.ipc.open_file(stream)
         for number in range(reader.num_record_batches):
             yield reader.get_batch(number)
+
+
+_READERS = {"json": _read_json, "csv": _read_csv, "parquet": _read_table, "arrow": _read_table}
 
 
 class _Prefixed:

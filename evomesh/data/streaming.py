@@ -302,12 +302,16 @@ def open_streaming(config: DataConfig, vocab_size: int) -> StreamingData:
             where="data.rampup_batch_size",
             fix="remove it, or tokenise the text first",
         )
-    files = find_rows(config.train_folder, "data.train_folder", config.subset_name, "train")
+    files, warnings = find_rows(config.train_folder, "data.train_folder", config.subset_name, "train")
     tokenizer = _tokenizer(config)
-    report = [{"file": str(file.path), "type": TYPES[0], "bytes": file.path.stat().st_size} for file in files]
-    text = repr([(file.path.name, file.path.stat().st_size) for file in files] + [tokenizer.hash, config.content_name])
+    report = [{"file": str(file.place), "type": TYPES[0], "bytes": file.size} for file in files]
+    text = repr([(_name(file), file.size) for file in files] + [tokenizer.hash, config.content_name])
     manifest = {"files": report, "types": TYPES, "hash": xxhash.xxh3_64_hexdigest(text.encode())}
-    return StreamingData(config, files, tokenizer, vocab_size, manifest, report)
+    return StreamingData(config, files, tokenizer, vocab_size, manifest, report, warnings)
+
+
+def _name(file: TextFile) -> str:
+    return str(file.place.relative_to(file.path.parent))
 
 
 def _tokenizer(config: DataConfig) -> Tokenizer:
@@ -338,7 +342,7 @@ def read_documents(config: DataConfig, vocab_size: int) -> MemoryDocuments:
         UserError: no file, no text, or an id outside the vocabulary.
     """
     assert config.valid_folder is not None
-    files = find_rows(config.valid_folder, "data.valid_folder", config.subset_name, "valid")
+    files, _ = find_rows(config.valid_folder, "data.valid_folder", config.subset_name, "valid")
     tokenizer = _tokenizer(config)
     head, tail = frame(tokenizer, TextOptions(eos=tokenizer.eos_id is not None))
     documents: list[list[int]] = []

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from evomesh.data.chat import Schema, Template, build_template, read_conversation
-from evomesh.data.sources import Record, TextFile, read_records
+from evomesh.data.sources import Record, TextFile, open_files, read_records
 from evomesh.data.tokenize import source_facts, tokenizer_facts
 from evomesh.data.tokenizer import Tokenizer
 from evomesh.data.writer import BinWriter
@@ -103,9 +103,8 @@ def tokenize_chats(
 
 
 def _records(files: list[TextFile]) -> Iterator[Record]:
-    for file in files:
-        with file.open() as (stream, _):
-            yield from read_records(stream, file)
+    for file, stream, _ in open_files(files):
+        yield from read_records(stream, file)
 
 
 def _held_out(files: list[TextFile], options: ChatOptions) -> np.ndarray[Any, np.dtype[np.bool_]]:

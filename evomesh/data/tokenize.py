@@ -8,10 +8,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
 
-from evomesh.data.sources import Record, TextFile, field_text, read_lines, read_records
+from evomesh.data.sources import Record, TextFile, field_text, open_files, read_lines, read_records
 from evomesh.data.tokenizer import Tokenizer
 from evomesh.data.writer import BinWriter
 from evomesh.errors import UserError
@@ -98,10 +99,10 @@ def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
 def source_facts(files: list[TextFile], previous: dict[str, Any] | None = None) -> list[dict[str, Any]]:
     """Names, sizes and hashes of the inputs, behind those of the file appended to."""
     facts = list((previous or {}).get("sources", []))
-    for file in files:
-        with file.path.open("rb") as raw:
+    for path, _ in groupby(file.path for file in files):  # an archive's members follow one another
+        with path.open("rb") as raw:
             digest = hashlib.file_digest(raw, "sha256").hexdigest()
-        facts.append({"file": file.path.name, "bytes": file.path.stat().st_size, "sha256": digest})
+        facts.append({"file": path.name, "bytes": path.stat().st_size, "sha256": digest})
     return facts
 
 
@@ -132,16 +133,15 @@ def _batches(files: list[TextFile], options: TextOptions) -> Iterator[tuple[list
     """Texts in batches, with the number of input bytes read so far (of packed files: packed bytes)."""
     texts: list[str] = []
     chars = done = position = 0
-    for file in files:
-        with file.open() as (stream, raw):
-            for text in _texts(stream, file, options):
-                texts.append(text)
-                chars += len(text)
-                if chars >= BATCH_CHARS or len(texts) >= BATCH_DOCUMENTS:
-                    position = done + raw.tell()
-                    yield texts, position
-                    texts, chars = [], 0
-        done += file.path.stat().st_size
+    for file, stream, raw in open_files(files):
+        for text in _texts(stream, file, options):
+            texts.append(text)
+            chars += len(text)
+            if chars >= BATCH_CHARS or len(texts) >= BATCH_DOCUMENTS:
+                position = done + raw.tell()
+                yield texts, position
+                texts, chars = [], 0
+        done += file.size
     if texts:
         yield texts, done
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
+import tarfile
+import zipfile
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -150,10 +154,8 @@ def test_all_kinds_of_files_give_the_same_rows(tmp_path: Path, kind: str) -> Non
     elif kind == "json":
         (folder / "a.json").write_text(json.dumps([{"text": text} for text in found]))
     else:
-        import gzip
-
         (folder / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(json.dumps({"text": t}) for t in found).encode()))
-    files = find_rows(str(folder), "data.train_folder", None, "train")
+    files, _ = find_rows(str(folder), "data.train_folder", None, "train")
     stream = RowStream(files, "text", 3)
     windows = []
     for window in stream.windows(Cursor()):
@@ -165,24 +167,161 @@ def test_all_kinds_of_files_give_the_same_rows(tmp_path: Path, kind: str) -> Non
     for before, window in pairwise(windows):
         assert next(stream.windows(before.behind)) == window
     if kind == "arrow":
-        assert len(find_rows(str(folder), "data.valid_folder", None, "valid")) == 1
+        assert len(find_rows(str(folder), "data.valid_folder", None, "valid")[0]) == 1
 
 
-def test_mixed_folders_ask_for_a_name(tmp_path: Path) -> None:
+def test_split_and_subset_are_chosen_by_name(tmp_path: Path) -> None:
+    def names(subset: str | None, split: str = "train") -> list[str]:
+        return [str(file.place.relative_to(folder)) for file in find_rows(str(folder), "k", subset, split)[0]]
+
     folder = write(tmp_path / "d", texts(9))
     (folder / "more.txt").write_text("w5\n")
-    (folder / "extra.zip").write_bytes(b"PK")
-    assert len(find_rows(str(folder), "k", None, "train")) == 3  # named train, the text is not
+    files, warnings = find_rows(str(folder), "k", None, "train")
+    assert len(files) == 3
+    assert warnings == ["1 file(s) such as more.txt are left out: others are named train"]
     (folder / "train.txt").write_text("w5\n")
-    with pytest.raises(UserError, match=r'3 jsonl, 1 txt.*\n.*\n.*subset_name="jsonl"'):
+    assert "(3 jsonl, 1 txt): all are read; data.subset_name" in find_rows(str(folder), "k", None, "train")[1][0]
+    with zipfile.ZipFile(folder / "books.zip", "w") as archive:
+        archive.writestr("old/train.txt", "w5\n")
+        archive.writestr("old/test.txt", "w6\n")
+        archive.writestr("new/train.txt", "w6\n")
+        archive.writestr("old/readme.md", "no data")
+    assert names("txt") == ["books.zip/new/train.txt", "books.zip/old/train.txt", "train.txt"]
+    assert names("books.zip") == names("txt")[:2]
+    assert names("books.zip/old") == names("txt")[1:2]
+    assert names(None, "valid") == ["books.zip/old/test.txt"]
+    with pytest.raises(UserError, match=r"no folder or archive 'arrow'(.|\n)*kinds jsonl, txt or of books.zip"):
+        names("arrow")
+
+
+def pack_members(path: Path, members: dict[str, bytes]) -> None:
+    """An archive of the kind its name says, members as listed."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in members.items():
+                archive.writestr(name, content)
+        return
+    mode: Any = "w" if path.suffix == ".tar" else "w:gz"
+    with tarfile.open(path, mode) as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def kinds_of_files(found: list[str]) -> dict[str, bytes]:
+    """The texts in one file of each kind, names in sorted order."""
+    datasets = pytest.importorskip("datasets")
+    parts = [list(part) for part in np.array_split(np.array(found, dtype=object), 7)]
+    table, arrow = io.BytesIO(), io.BytesIO()
+    datasets.Dataset.from_dict({"text": parts[0]}).to_parquet(table, batch_size=7)
+    pyarrow = pytest.importorskip("pyarrow")
+    rows = pyarrow.table({"text": parts[1]})
+    with pyarrow.ipc.new_stream(arrow, rows.schema) as writer:
+        writer.write_table(rows)
+    lines = ["\n".join(json.dumps({"text": text}) for text in part) for part in parts]
+    quoted = "id,text\r\n" + "".join(f'1,"{text}"\r\n' for text in parts[2])
+    return {
+        "a.parquet": table.getvalue(),
+        "b.arrow": arrow.getvalue(),
+        "c.csv": quoted.encode(),
+        "d.json": f"[{','.join(lines[3].splitlines())}]".encode(),
+        "e/f.jsonl": lines[4].encode(),
+        "e/g.jsonl.gz": gzip.compress(lines[5].encode()),
+        "h.txt": "\n".join(parts[6]).encode(),
+    }
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.tar.gz", "x.tgz", "x.zip"])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_an_archive_gives_the_rows_of_its_files_from_any_place(tmp_path: Path, name: str, backwards: bool) -> None:
+    found = [text for text in texts(150) if text]
+    members = kinds_of_files(found)
+    folder = tmp_path / "d"
+    folder.mkdir()
+    stored = dict(reversed(members.items())) if backwards else members
+    pack_members(folder / name, stored | {"notes.md": b"no data", "._h.txt": b"\xff"})
+    files, _ = find_rows(str(folder), "k", None, "train")
+    assert [str(file.place.relative_to(folder / name)) for file in files] == sorted(members)
+    stream = RowStream(files, "text", 3)
+    windows = []
+    for window in stream.windows(Cursor()):
+        if window.behind.epoch:
+            break
+        windows.append(window)
+    assert [text for window in windows for text in window.texts] != found
+    in_order = [record.value for record, _, _ in stream._rows(0, 0)]
+    assert [value if isinstance(value, str) else value["text"] for value in in_order] == found
+    for before, window in pairwise(windows):
+        assert next(stream.windows(before.behind)) == window
+
+
+def test_resume_in_the_middle_of_an_archive(tmp_path: Path, tokenizer: Path) -> None:
+    members = kinds_of_files([text for text in texts(120) if text])
+    folder = tmp_path / "d"
+    folder.mkdir()
+    pack_members(folder / "m.tar.gz", dict(list(members.items())[:4]))
+    pack_members(folder / "n.zip", dict(list(members.items())[4:6]))
+    (folder / "h.txt").write_bytes(members["h.txt"])
+    data = build_train_data(config(folder, tokenizer), WORDS)
+    stream = data.stream()
+    states, batches = [], []
+    for _ in range(40):  # more than a pass
+        states.append(json.loads(json.dumps(stream.state())))
+        batches.append(next(stream).input_ids.tolist())
+    stream.close()
+    assert len({(state["cursor"]["file"]) for state in states}) == 7
+    assert states[-1]["cursor"]["epoch"] > 0
+    for step in range(0, 37, 3):
+        assert take(data.stream(state=states[step]), 3) == batches[step : step + 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "part"),
+    [
+        ("x.zip", lambda whole: whole[:-40], "cannot read the archive: File is not a zip file"),
+        ("x.tar.gz", lambda whole: whole[:-40], "cannot read the archive: Compressed file ended"),
+        ("x.tar.gz", lambda whole: b"plain" + whole, "cannot read the archive: Not a gzipped file"),
+        ("x.tar", lambda whole: whole[:1600], "cannot read the archive: unexpected end of data"),
+        ("x.tar", lambda whole: whole[:1100], r"torn at byte 1024"),
+        ("x.tar", lambda whole: whole[:1024], r"torn at byte 1024 \(unpacked\), after 1 file"),
+        ("x.tar", lambda whole: whole[:1030] + b"?" + whole[1031:], r"damaged at byte 1024"),
+        ("x.tar", lambda whole: b"no tar" * 200, "cannot read the archive"),
+        ("x.7z", lambda whole: whole, "archives of this kind are not read"),
+    ],
+)
+def test_broken_archives(tmp_path: Path, name: str, spoil: Any, part: str) -> None:
+    pack_members(tmp_path / "x.tar", {"a.txt": b"w2\n", "b.txt": b"w3\n" * 300})
+    whole = tmp_path / name
+    if name != "x.7z":
+        pack_members(whole, {"a.txt": b"w2\n", "b.txt": b"w3\n" * 300})
+    folder = tmp_path / "d"
+    folder.mkdir()
+    (folder / name).write_bytes(spoil((whole if whole.exists() else tmp_path / "x.tar").read_bytes()))
+    with pytest.raises(UserError, match=part) as caught:
         find_rows(str(folder), "k", None, "train")
-    assert [file.path.name for file in find_rows(str(folder), "k", "txt", "train")] == ["train.txt"]
-    with pytest.raises(UserError, match="neither a folder nor files of the kind 'arrow'"):
-        find_rows(str(folder), "k", "arrow", "train")
-    (tmp_path / "zip").mkdir()
-    (tmp_path / "zip/a.zip").write_bytes(b"PK")
-    with pytest.raises(UserError, match=r"archives must be unpacked first: a\.zip"):
-        find_rows(str(tmp_path / "zip"), "k", None, "train")
+    assert str(folder / name) in str(caught.value)
+
+
+def test_broken_members(tmp_path: Path) -> None:
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.txt", "w2\n" * 100)
+    path.write_bytes(path.read_bytes().replace(b"w2\nw2", b"w2\nw3", 1))
+    with pytest.raises(UserError, match=r"x.zip/a.txt: cannot read the file: Bad CRC-32"):
+        list(RowStream(find_texts([str(path)]), "text", 0)._rows(0, 0))
+    for content, part in [
+        (b"text,id\nw2\n", "a.csv line 2: the row has 1 fields"),
+        (b'text\n"w2\n', "not csv"),
+        (b"text\n\xff\n", "byte 0xff is not UTF-8"),
+        (b"body\nw2\n", r"no field 'text' \(it has: body\)"),
+    ]:
+        (tmp_path / "a.csv").write_bytes(content)
+        with pytest.raises(UserError, match=part):
+            next(RowStream(find_texts([str(tmp_path / "a.csv")]), "text", 0).windows(Cursor()))
+    pack_members(path, {"a.md": b"x"})
+    with pytest.raises(UserError, match=r"'x\.zip' holds no such file"):
+        find_texts([str(path)])
 
 
 def test_validation_from_text(tmp_path: Path, tokenizer: Path) -> None:

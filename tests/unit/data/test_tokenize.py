@@ -6,6 +6,7 @@ import gzip
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,16 @@ def test_packed_inputs_globs_and_folders(tmp_path: Path, bpe: Path) -> None:
     assert documents(tmp_path / "b.bin") == expected(bpe, TEXTS)
 
 
+def test_archives(tmp_path: Path, bpe: Path) -> None:
+    raw = jsonl(tmp_path / "x.jsonl", TEXTS).read_bytes()
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("b/two.jsonl", raw)
+        archive.writestr("a.csv", "text,id\r\n" + "\r\n".join(f'"{text}",1' for text in TEXTS))
+    facts = run([str(tmp_path / "x.zip")], tmp_path / "a.bin", bpe)
+    assert documents(tmp_path / "a.bin") == expected(bpe, TEXTS * 2)
+    assert [source["file"] for source in facts["sources"]] == ["x.zip"]
+
+
 def test_raw_lines_are_the_documents_reading(tmp_path: Path, bpe: Path) -> None:
     source = tmp_path / "a.jsonl"
     source.write_text('{"text": "hello"}\n\n{"text": "world"}\n')
@@ -153,7 +164,7 @@ def test_fingerprint(tmp_path: Path, bpe: Path) -> None:
         ("a.json", b'{"text": "x"}', "the file starts with '{'"),
         ("a.json", b'[{"text": "x"}', "not JSON"),
         ("a.jsonl.gz", b"plain", "cannot read the file"),
-        ("a.csv", b"x", "of no known kind"),
+        ("a.md", b"x", "of no known kind"),
         ("a.txt", b"\n", "holds no document"),
     ],
 )
