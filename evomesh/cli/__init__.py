@@ -1,1 +1,1 @@
-"""cli"""
+"""The ``evomesh`` command: one file per verb, each parses arguments and calls one function."""

@@ -1,1 +1,1 @@
-"""layers"""
+"""Modules on local tensors: linear, embedding, norm, rotary, attention, mlp, loss, initial weights."""

@@ -1,1 +1,1 @@
-"""monitor"""
+"""What a run tells: log lines, metrics, TensorBoard, progress."""

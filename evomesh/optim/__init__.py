@@ -1,1 +1,1 @@
-"""optim"""
+"""How weights are updated: AdamW with divided state, schedules, loss scale, clipping."""

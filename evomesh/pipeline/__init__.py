@@ -1,1 +1,1 @@
-"""pipeline"""
+"""In which order micro-batches pass through the stages."""
