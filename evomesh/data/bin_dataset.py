@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +25,7 @@ MAGIC = {
 }
 
 BLOCK = 512  # documents that ``check`` reads at once
+LONG = 1 << 16  # tokens of a document that several packs are likely to read
 CHECKED_BYTES = 64 * 2**20  # read in a few seconds; whoever has more runs ``evomesh data verify`` once
 
 
@@ -39,6 +41,17 @@ class Documents(Protocol):
         ...
 
 
+@dataclass
+class LastLong:
+    """The long document that was parsed last, for the next pack inside it: one for all files, so that memory is flat.
+
+    Attributes:
+        found: file, row and tokens, replaced as one, since several threads read.
+    """
+
+    found: tuple[Path, int, Tokens] = field(default_factory=lambda: (Path(), -1, np.empty(0, np.int64)))
+
+
 class BinDataset:
     """The documents of one ``.bin`` file that have at least ``min_length`` tokens.
 
@@ -48,13 +61,21 @@ class BinDataset:
         type_id: index of its type folder.
         min_length: shorter documents are left out.
         vocab_size: an id at or past it is refused when it is read; None: not checked.
+        last_long: shared by the files that are read together; None: its own.
 
     Raises:
         UserError: file or meta is missing or broken; every message names file, row and byte.
     """
 
     def __init__(
-        self, path: str | Path, *, name: str = "", type_id: int = 0, min_length: int = 0, vocab_size: int | None = None
+        self,
+        path: str | Path,
+        *,
+        name: str = "",
+        type_id: int = 0,
+        min_length: int = 0,
+        vocab_size: int | None = None,
+        last_long: LastLong | None = None,
     ) -> None:
         self.path = Path(path)
         self.name = name or str(path)
@@ -66,6 +87,7 @@ class BinDataset:
         if min_length > 0 and len(self.rows) and int(self.lengths.min()) < min_length:
             self.kept = np.flatnonzero(self.lengths >= min_length).astype(np.int32)
             self.lengths = self.lengths[self.kept]
+        self._last_long = last_long or LastLong()
         self._mapped: mmap.mmap | None = None
         self._cache = open_cache(self.path, int(self.rows[:, 1].sum(dtype=np.int64)))
         self._cache_starts: NDArray[np.int64] | None = None
@@ -104,6 +126,26 @@ class BinDataset:
         return np.concatenate(parts).astype(np.int64)
 
     def _read_lines(self, rows: NDArray[np.integer]) -> Tokens:
+        long = np.flatnonzero(self.rows[rows, 1] >= LONG)
+        if not len(long):
+            return self._parse(rows)
+        borders = np.unique(np.concatenate([long, long + 1]))
+        parts = [
+            self._read_long(part) if int(self.rows[part[0], 1]) >= LONG else self._parse(part)
+            for part in np.split(rows, borders)
+            if len(part)
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _read_long(self, row: NDArray[np.integer]) -> Tokens:
+        path, last, tokens = self._last_long.found
+        if path != self.path or last != int(row[0]):
+            tokens = self._parse(row)
+            tokens.flags.writeable = False  # handed out more than once
+            self._last_long.found = self.path, int(row[0]), tokens
+        return tokens
+
+    def _parse(self, rows: NDArray[np.integer]) -> Tokens:
         starts = self.rows[rows, 0].tolist()
         ends = self.rows[np.minimum(rows + 1, len(self.rows) - 1), 0].tolist()
         for last in np.flatnonzero(rows == len(self.rows) - 1):

@@ -11,7 +11,7 @@ import numpy as np
 import xxhash
 
 from evomesh.config.schema import DataConfig
-from evomesh.data.bin_dataset import BinDataset, Documents
+from evomesh.data.bin_dataset import BinDataset, Documents, LastLong
 from evomesh.data.fingerprint import check_vocabulary
 from evomesh.data.folders import TokenFile, assign_types, check_folder, find_files
 from evomesh.data.mixture import group_packs
@@ -85,6 +85,7 @@ def open_corpus(config: DataConfig, vocab_size: int | None) -> Corpus:
     if vocab_size is not None:
         check_vocabulary(files, vocab_size)
     _raise_open_file_limit(len(files))
+    last_long = LastLong()
     sources = [
         BinDataset(
             file.path,
@@ -92,6 +93,7 @@ def open_corpus(config: DataConfig, vocab_size: int | None) -> Corpus:
             type_id=types.index(file.type),
             min_length=_min_length(file, config),
             vocab_size=vocab_size,
+            last_long=last_long,
         )
         for file in files
     ]

@@ -1,0 +1,34 @@
+"""Packs inside one very long document parse its line once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from evomesh.data import bin_dataset
+from evomesh.data.lines import parse_plain
+from evomesh.data.packed import PackPlan, PackRule
+from tests.unit.data.conftest import WriteBin
+
+
+def test_packs_inside_a_long_document_parse_it_once(write_bin: WriteBin, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bin_dataset, "LONG", 100)
+    documents = [list(range(1, 21)), list(range(100, 420)), list(range(30, 60)), list(range(500, 700))]
+    parsed: list[list[int]] = []
+
+    def count(lines: list[bytes], lengths: list[int]) -> Any:
+        parsed.append(lengths)
+        return parse_plain(lines, lengths)
+
+    monkeypatch.setattr(bin_dataset, "parse_plain", count)
+    last_long = bin_dataset.LastLong()  # of both files
+    for name, stored in (("train/en/a.bin", documents), ("train/en/b.bin", documents[::-1])):
+        plan = PackPlan([bin_dataset.BinDataset(write_bin(stored, name), last_long=last_long)], PackRule(16, 16))
+        stream = [token for place in plan.order for token in stored[place]]
+        parsed.clear()
+        for pack in range(len(plan)):
+            assert plan.read(pack).tokens.tolist() == stream[16 * pack : 16 * pack + 16]
+        long = [lengths for lengths in parsed if max(lengths) >= 100]
+        assert sorted(long) == [[200], [320]]
+        assert last_long.found[0].name == name[-5:]
