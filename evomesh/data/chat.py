@@ -139,6 +139,7 @@ LLAMA3 = Style(
     ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     eos=False,
 )
+MARKS = ("<|System|>", "<|User|>", "<|Bot|>")  # text to the documents' tokenizer, tokens to others
 STYLES = {"internlm": INTERNLM, "chatml": CHATML, "llama3": LLAMA3}
 # names of the same special tokens in published InternLM2 tokenizers
 ALIASES = {"<|im_start|>": ("[UNUSED_TOKEN_146]",), "<|im_end|>": ("[UNUSED_TOKEN_145]",)}
@@ -175,7 +176,7 @@ class StyleTemplate:
             turn = self.style.turns[message.role]
             if self.style is INTERNLM and message.role == "user":
                 # the documents' tool encodes the user's mark and text as one string
-                ids += masked(self.tokenizer.encode("".join(turn.opening) + message.text))
+                ids += masked(self._marked("".join(turn.opening) + message.text))
                 ids += masked(self._pieces(turn.closing))
                 continue
             ids += masked(self._pieces(turn.opening))
@@ -191,8 +192,20 @@ class StyleTemplate:
     def _pieces(self, pieces: Iterable[str]) -> list[int]:
         found: list[int] = []
         for piece in pieces:
-            found += [self.ids[piece]] if piece in self.ids else self.tokenizer.encode(piece)
+            found += [self.ids[piece]] if piece in self.ids else self._marked(piece)
         return found
+
+    def _marked(self, text: str) -> list[int]:
+        """Ids of text; a role's mark in front is one id where the tokenizer knows it by name.
+
+        Sentencepiece does not find its control symbols in text, so the name is looked up.
+        """
+        ids = self.tokenizer.encode(text)
+        mark = next((mark for mark in MARKS if text.startswith(mark)), None)
+        token = self.tokenizer.token_id(mark) if mark else None
+        if mark is None or token is None or token in ids[:2]:
+            return ids
+        return [token, *self.tokenizer.encode(text[len(mark) :])]
 
 
 class JinjaTemplate:

@@ -199,13 +199,35 @@ def test_missing_special_token_is_named(tmp_path: Path) -> None:
         build_template("tokenizer", load_tokenizer(path))
 
 
-def sentencepiece_model(tmp_path: Path, symbols: list[str]) -> Path:
+@pytest.mark.parametrize("kind", ["text", "symbol", "control"])
+def test_special_ids_are_looked_up_by_name(tmp_path: Path, kind: str) -> None:
+    """The role marks may be plain text, symbols found in text, or control symbols, which only their name finds."""
+    ends, marks = ["<eoh>", "<eoa>"], ["<|User|>", "<|Bot|>"]
+    symbols = ends if kind == "control" else marks if kind == "symbol" else []
+    control = marks if kind == "control" else ends
+    path = sentencepiece_model(tmp_path, symbols, control)
+    plain = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    name = {piece: int(plain.piece_to_id(piece)) for piece in (*ends, *marks)}
+
+    def mark(piece: str, text: str) -> list[int]:
+        return list(plain.encode(piece + text)) if kind == "text" else [name[piece], *plain.encode(text)]
+
+    ids = build_template("internlm", load_tokenizer(path)).encode(read_conversation(Record(ALPACA, ""), "alpaca"))
+    newline = plain.encode("\n")
+    expected = [-x for x in [*mark("<|User|>", ":Add.\n1 2"), name["<eoh>"], *newline, *mark("<|Bot|>", ":")]]
+    assert ids == [1, *expected, *plain.encode("3"), name["<eoa>"], *newline, 2]
+    assert len({name["<eoh>"], name["<eoa>"], 0}) == 3
+    assert 103166 not in ids
+
+
+def sentencepiece_model(tmp_path: Path, symbols: list[str], control: list[str] | None = None) -> Path:
     text = tmp_path / "text.txt"
     text.write_text("hello world, this is a line\nand another one\n" * 50)
+    control = control or []
     sentencepiece.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(tmp_path / "sp"), vocab_size=300 + len(symbols), model_type="bpe",
-        byte_fallback=True, user_defined_symbols=symbols, normalization_rule_name="identity", add_dummy_prefix=False,
-        minloglevel=2, hard_vocab_limit=False,
+        input=str(text), model_prefix=str(tmp_path / "sp"), vocab_size=300 + len(symbols) + len(control),
+        model_type="bpe", byte_fallback=True, user_defined_symbols=symbols, control_symbols=control,
+        normalization_rule_name="identity", add_dummy_prefix=False, minloglevel=2, hard_vocab_limit=False,
     )  # fmt: skip
     return tmp_path / "sp.model"
 
