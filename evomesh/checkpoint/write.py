@@ -5,19 +5,18 @@ from __future__ import annotations
 import datetime
 import errno
 import logging
-import platform
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import evomesh
 from evomesh.checkpoint import format as fmt
 from evomesh.checkpoint.boxes import Box, Ints, cut
 from evomesh.checkpoint.exchange import Exchange
 from evomesh.checkpoint.format import CheckpointError
 from evomesh.checkpoint.plan import Entry, Plan, check_cover
+from evomesh.checkpoint.software import software
 from evomesh.errors import UserError
 from evomesh.storage.base import Storage, join
 
@@ -119,7 +118,7 @@ def write_index(
     """Merges the ranks' rows into the index; rank 0 only.
 
     Returns:
-        the fields ``files``, ``index``, ``tensors`` and ``tensor_bytes`` of the commit body.
+        the fields ``software``, ``files``, ``index``, ``tensors`` and ``tensor_bytes`` of the commit body.
     """
     files: list[list[Any]] = []
     pieces: dict[str, list[fmt.Piece]] = {name: [] for name in tensors}
@@ -146,6 +145,7 @@ def write_index(
         writer.abort()
     storage.sync(folder)
     return {
+        "software": software(),  # here, since one rank comes here, and behind the training
         "files": files,
         "index": {"file": index, "bytes": len(data), "sha256": fmt.sha256(data)},
         "tensors": len(lines),
@@ -246,11 +246,6 @@ def body(step: int, attempt: str, state: dict[str, Any], config: dict[str, Any])
         "step": step,
         "attempt": attempt,
         "created": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "software": {
-            "evomesh": evomesh.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
         "hash": {"piece": fmt.PIECE_HASH, "record": fmt.RECORD_HASH},
         "config": encoded,
         "config_sha256": fmt.sha256(fmt.canonical(encoded)),

@@ -8,7 +8,7 @@ import logging
 import os
 import stat
 
-from evomesh.storage.base import Held, join
+from evomesh.storage.base import Held, StorageError, join
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +144,11 @@ class LocalStorage:
             self._calls.mkdir(folder)
         except FileExistsError:
             if not os.path.isdir(folder):
-                raise
+                raise StorageError(
+                    f"{folder} is a file",
+                    expected="a folder, or a name that is still free",
+                    fix="choose another folder (ckpt.save_ckpt_folder), or move the file away",
+                ) from None
         else:
             self.sync(parent or ".")
 

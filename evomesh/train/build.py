@@ -31,6 +31,8 @@ class Run:
         checkpoints: None when nothing is saved.
         resumed_step: step of the checkpoint this process started from, None for a fresh start.
         reason: one line that says what the run starts from.
+        stream_state: what a checkpoint holds instead of the stream's own state, once a step was broken off whose batch
+            the stream has already handed out.
     """
 
     config: Config
@@ -47,6 +49,7 @@ class Run:
     checkpoints: CheckpointManager | None
     resumed_step: int | None
     reason: str
+    stream_state: dict[str, Any] | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of a checkpoint, by global name."""
@@ -56,9 +59,10 @@ class Run:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything else of a checkpoint, as JSON."""
+        stream = self.stream_state or self.stream.state()
         return {
             "train": self.state.state(),
-            "sampler": self.train_data.merge_states(gather_objects(self.stream.state(), self.grid.dp)),
+            "sampler": self.train_data.merge_states(gather_objects(stream, self.grid.dp)),
             "data": self.train_data.manifest,
             "optimizer": self.optimizer.state(),
             "scaler": self.scaler.state(),

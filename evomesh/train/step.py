@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,10 @@ from evomesh.parallel.collectives import sum_over
 from evomesh.parallel.grid import Grid
 from evomesh.pipeline.schedule import Schedule
 from evomesh.train.tally import Tally
+
+
+class StepBrokenOff(Exception):
+    """A step ended between two micro-batches: its gradients are dropped, nothing else had changed."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +54,15 @@ def train_step(
     types: list[str],
     lr: float,
     beta2: float,
+    broken_off: Callable[[], bool] = lambda: False,
 ) -> StepOutput:
     """Accumulates the gradient of the mean loss over all target tokens of the global batch, and applies it.
 
     The one division is by the global count of targets (invariant 4); with ``loss.reduction="micro_batch"`` each
     micro-batch is first averaged on its own, which weighs tokens of sparse micro-batches more.
+
+    Raises:
+        StepBrokenOff: ``broken_off``, asked between micro-batches, said so. Only for a process alone.
     """
     started = time.perf_counter()
     tally = Tally(types, batch.input_ids.device)
@@ -64,6 +73,9 @@ def train_step(
     def count(index: int, output: LossOutput) -> None:
         objective.add_(output.scaled_sum.detach().double() / scaler.scale)
         tally.add(output, batch.labels[index], batch.type_ids[index])
+        if index + 1 < len(weights) and broken_off():
+            optimizer.zero_grad()
+            raise StepBrokenOff
 
     schedule.train(batch, [weight * scaler.scale for weight in weights], loss.label_smoothing, count)
     fwd_bwd_time = time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""Who may ask a run to save or to stop between two steps: a signal on any rank, or a number in the stop file."""
+"""Who may ask a run to save or to stop: a signal on any rank, or a number in the stop file."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Wish:
 
 
 class StopPoll:
-    """Asked once after each step, by all ranks together."""
+    """``ask`` after each step, all ranks together; ``in_step`` between micro-batches."""
 
     def __init__(self, request: StopRequest, path: str | None, exchange: Exchange) -> None:
         self._request, self._exchange = request, exchange
@@ -76,3 +76,11 @@ class StopPoll:
         if number_of_signal:
             self._request.signal = signal.Signals(number_of_signal)
         return Wish(steps_done == abs(number) != 0, bool(number_of_signal) or steps_done == number != 0)
+
+    def in_step(self) -> bool:
+        """Whether to break off the running step now, since a signal came.
+
+        Only a process alone may. Several would have to agree before every micro-batch, and none could queue work on
+        its device ahead of that; a rank that stopped by itself would leave the others in a collective.
+        """
+        return self._exchange.size == 1 and self._request.signal is not None

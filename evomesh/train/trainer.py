@@ -17,7 +17,7 @@ from evomesh.train.batches import to_device
 from evomesh.train.build import Run
 from evomesh.train.evaluate import evaluate
 from evomesh.train.signals import StopRequest
-from evomesh.train.step import seed_step, train_step
+from evomesh.train.step import StepBrokenOff, seed_step, train_step
 from evomesh.train.stop import StopPoll
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class Trainer:
             poll = self._poll(stop)
             wish = poll.ask(self.state.step)
             while self.state.step < total and not wish.stop:
-                self._one_step()
+                self._one_step(poll)
                 wish = poll.ask(self.state.step)
                 if wish.save:
                     self._save()
@@ -73,7 +73,7 @@ class Trainer:
         left = self.config.data.total_steps - self.state.step
         return 1 + int(left / self.config.ckpt.checkpoint_every)
 
-    def _one_step(self) -> None:
+    def _one_step(self, poll: StopPoll) -> None:
         run, state, config = self.run, self.state, self.config
         started = time.perf_counter()
         step, state.step = state.step, state.step + 1
@@ -81,7 +81,13 @@ class Trainer:
             run.stream.skip()
             logger.info("step %d skipped, as data.skip_batches asks", step)
             return
-        record = self._update(step, next(run.stream), started)
+        before = run.stream.state()
+        try:
+            record = self._update(step, next(run.stream), started, poll)
+        except StepBrokenOff:
+            state.step, run.stream_state = step, before
+            logger.info("step %d broken off between two micro-batches; a restart repeats it", step)
+            return
         if config.data.valid_every > 0 and state.step % config.data.valid_every == 0:
             record = run.reporter.validation(record, evaluate(run.stages, run.valid_sets, run.grid, run.device))
         run.reporter.write(record)
@@ -91,7 +97,7 @@ class Trainer:
         elif config.ckpt.oss_snapshot_freq > 1 and state.step % config.ckpt.oss_snapshot_freq == 0:
             self._save(snapshot=True)
 
-    def _update(self, step: int, batch: Batch, started: float) -> StepRecord:
+    def _update(self, step: int, batch: Batch, started: float, poll: StopPoll) -> StepRecord:
         run, state, config = self.run, self.state, self.config
         seed_step(config.run.seed, step, run.grid.dp.rank)
         lr = learning_rate(state.step_count, config.lr_scheduler, config.adam, config.data.total_steps)
@@ -107,6 +113,7 @@ class Trainer:
             run.train_data.types,
             lr,
             second,
+            poll.in_step,
         )
         state.record_step(batch.input_ids.numel() * run.grid.dp.size, applied=output.update.found == "ok")
         seconds = time.perf_counter() - started

@@ -70,7 +70,11 @@ def test_a_run_prints_the_documents_line_and_records_the_same_numbers(tmp_path: 
     assert list(tmp_path.glob("RUN/tiny/*/**/events.out.tfevents*"))
 
 
-@pytest.mark.parametrize("extra", ["", FLOAT16, BFLOAT16], ids=["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "extra",
+    ["", FLOAT16, BFLOAT16, 'model["dtype"] = "torch.float64"\n', 'model["dtype"] = "tf32"\n'],
+    ids=["float32", "float16", "bfloat16", "float64", "tf32"],
+)
 def test_stopped_and_resumed_equals_straight_to_the_bit(tmp_path: Path, interpreter: Interpreter, extra: str) -> None:
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     for folder in (straight, resumed):
@@ -236,3 +240,39 @@ def test_a_run_of_nan_steps_stops_with_its_own_exit_code(tmp_path: Path, interpr
     )
     output = train(interpreter, tmp_path, expect=6)
     assert "in the last 3 steps" in output
+
+
+def test_a_save_folder_that_is_a_file(tmp_path: Path, interpreter: Interpreter) -> None:
+    write_run(tmp_path, 'ckpt["save_ckpt_folder"] = "taken/ckpts"\n')
+    (tmp_path / "taken").touch()
+    output = train(interpreter, tmp_path, expect=2)
+    assert "taken is a file" in output
+    assert "a folder, or a name that is still free" in output
+    assert "ckpt.save_ckpt_folder" in output
+    assert "Traceback" not in output
+    output = train(interpreter, tmp_path, "--set", "ckpt.save_ckpt_folder=taken", expect=2)
+    assert "taken is a file" in output
+
+
+def test_a_signal_breaks_a_long_step_off_and_the_resumed_run_repeats_it(
+    tmp_path: Path, interpreter: Interpreter
+) -> None:
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    for folder in (straight, stopped):
+        write_run(folder, BFLOAT16 + 'data |= dict(total_steps=5, micro_num=70, rampup_batch_size="35 35 2")\n')
+    train(interpreter, straight)
+    running = interpreter.start(["evomesh", "train", "config.py"], cwd=stopped)
+    running.wait_for("step=0,")
+    running.signal(signal.SIGTERM)
+    finished = running.wait()
+    assert finished.returncode == 75, finished.stderr
+    off = re.search(r"step (\d) broken off between two micro-batches", finished.stdout + finished.stderr)
+    assert off is not None, "the step ran to its end"
+    step = int(off[1])
+    assert set(losses(stopped)) == set(range(step))
+    assert [path.parent.name for path in stopped.glob("ckpts/step-*/commit.json")] == [f"step-{step:08d}"]
+    train(interpreter, stopped)
+    assert losses(stopped) == losses(straight)
+    assert [row.get("grad_norm") for row in metrics(stopped)] == [row.get("grad_norm") for row in metrics(straight)]
+    last = "ckpts/step-00000005"
+    assert tensor_hashes(stopped / last) == tensor_hashes(straight / last)
