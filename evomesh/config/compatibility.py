@@ -236,6 +236,7 @@ ROWS: tuple[Row, ...] = (
     Row("ckpt.auto_resume", False, E, "go on from the newest good checkpoint; absent: True"),
     Row("ckpt.async_upload", True, W, "for remote folders only"),
     Row("ckpt.async_upload_tmp_folder", "/tmp/x", E, "staging for uploads"),
+    Row("ckpt.s3_endpoint", "http://h:9000", E, "where s3://BUCKET/KEY lies; else the environment says, else AWS"),
     Row("ckpt.oss_snapshot_freq", 25, W, "for remote folders only; there, default half of checkpoint_every"),
     Row("ckpt.snapshot_ckpt_folder", "x", E, "where snapshots go"),
     Row("ckpt.stop_file_path", "stop", E, "a file that ends the run at a step"),

@@ -232,6 +232,7 @@ def _rotary_order(draft: Draft, model: dict[str, Any], family: Any) -> None:
 def _checkpoint(draft: Draft) -> None:
     ckpt = draft.section("ckpt")
     _load_info(draft, ckpt)
+    _s3_endpoint(ckpt)
     folder = ckpt.get("save_ckpt_folder")
     if ckpt.get("enable_save_ckpt") is None:
         ckpt["enable_save_ckpt"] = bool(folder)
@@ -248,6 +249,22 @@ def _checkpoint(draft: Draft) -> None:
     if ckpt.get("async_upload") is True and remote and ckpt.get("async_upload_tmp_folder") is None:
         job = draft.section("run").get("job_name", "AnonymousJob")
         ckpt["async_upload_tmp_folder"] = f"/dev/shm/{job}_tmp_ckpt/"
+
+
+def _s3_endpoint(ckpt: dict[str, Any]) -> None:
+    """``s3://BUCKET/KEY`` as ``s3:ENDPOINT/BUCKET/KEY``, so that a path says by itself where it lies."""
+    endpoint = ckpt.get("s3_endpoint")
+    if not isinstance(endpoint, str):
+        return
+    info = ckpt.get("load_ckpt_info")
+    places = [(ckpt, "save_ckpt_folder"), (ckpt, "snapshot_ckpt_folder")]
+    if isinstance(info, dict):
+        ckpt["load_ckpt_info"] = info = dict(info)
+        places.append((info, "path"))
+    for section, key in places:
+        path = section.get(key)
+        if isinstance(path, str) and path.startswith("s3://"):
+            section[key] = f"s3:{endpoint.rstrip('/')}/{path.removeprefix('s3://')}"
 
 
 def _load_info(draft: Draft, ckpt: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ ERRORS = {
     "dict_type": "dict(key=value, ...)",
     "model_type": "dict(key=value, ...)",
     "tuple_type": "a list or tuple",
+    "string_pattern_mismatch": "a URL such as https://HOST:PORT",  # one key has a pattern
 }
 
 

@@ -251,6 +251,7 @@ class CheckpointConfig(Section):
     auto_resume: bool = True
     async_upload: bool = False
     async_upload_tmp_folder: str | None = None
+    s3_endpoint: str | None = Field(None, pattern=r"^https?://[^/\s]+/?$")  # of s3://BUCKET/KEY in this section
     oss_snapshot_freq: float = INF
     snapshot_ckpt_folder: str | None = None
     stop_file_path: str | None = None

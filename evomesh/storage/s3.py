@@ -1,7 +1,8 @@
 """Objects in an S3 store, by boto3.
 
-A URL is ``boto3:s3://BUCKET.ENDPOINT/KEY`` as in the documents (split at the first dot), or ``s3://BUCKET/KEY`` with
-the endpoint from ``AWS_ENDPOINT_URL_S3``, ``AWS_ENDPOINT_URL`` or AWS itself. An object appears whole or not at all;
+A URL is ``boto3:s3://BUCKET.ENDPOINT/KEY`` as in the documents (split at the first dot), ``s3:ENDPOINT/BUCKET/KEY``
+with an endpoint like ``https://HOST:PORT``, or ``s3://BUCKET/KEY`` with the endpoint from ``AWS_ENDPOINT_URL_S3``,
+``AWS_ENDPOINT_URL`` or AWS itself. An object appears whole or not at all;
 the commit record is put with ``If-None-Match: *``, so of two writers one wins.
 """
 
@@ -56,6 +57,13 @@ def parse(scheme: str, rest: str, env: Mapping[str, str] = os.environ) -> Addres
     Raises:
         UserError: no bucket or, in the documents' form, no endpoint.
     """
+    if scheme == "s3" and rest.startswith(("http://", "https://")):
+        protocol, _, text = rest.partition("://")
+        host, _, text = text.partition("/")
+        bucket, _, key = text.partition("/")
+        if not host or not bucket:
+            raise UserError(f"s3:{rest}: no bucket", expected="s3:https://HOST/BUCKET/KEY")
+        return Address(bucket, key.strip("/"), f"{protocol}://{host}")
     text = rest.removeprefix("s3:").lstrip("/")
     host, _, key = text.partition("/")
     if scheme == "s3":

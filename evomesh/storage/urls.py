@@ -10,7 +10,7 @@ from evomesh.storage.local import LocalStorage
 from evomesh.storage.s3 import open_s3
 
 PREFIX = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):")
-FORMS = "a plain path, local:PATH, boto3:s3://BUCKET.ENDPOINT/KEY or s3://BUCKET/KEY"
+FORMS = "a plain path, local:PATH, boto3:s3://BUCKET.ENDPOINT/KEY, s3:ENDPOINT/BUCKET/KEY or s3://BUCKET/KEY"
 
 
 def split_url(url: str) -> tuple[str, str]:

@@ -88,6 +88,7 @@ VALUES: list[tuple[list[str], list[str]]] = [
     (["ckpt.enable_save_ckpt=True"], ["no folder to save to", "save_ckpt_folder"]),
     (["ckpt.load_ckpt_info={'path': 'x', 'content': ('modle',)}"], ["modle", "model, sampler, optimizer"]),
     (["ckpt.load_ckpt_info={'content': ('model',)}"], ["ckpt.load_ckpt_info.path", "is missing", "add path=..."]),
+    (["ckpt.s3_endpoint=host"], ["ckpt.s3_endpoint", "found 'host'", "https://HOST:PORT"]),
     (["ckpt.load_ckpt_info=5"], ["ckpt.load_ckpt_info", "found 5", "dict(key=value, ...)"]),
     (["seed=4294967296"], ["seed", "< 4294967296"]),
     (["seed=abc"], ["seed", "'abc' (a string)", "an integer"]),

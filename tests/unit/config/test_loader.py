@@ -180,3 +180,17 @@ def test_torch_is_never_imported() -> None:
     )
     root = Path(__file__).parents[3]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+def test_s3_endpoint_of_the_config(tmp_path: Path) -> None:
+    """Paths then name their endpoint themselves; other forms stay, and the environment is not asked."""
+    sets = [
+        "ckpt.s3_endpoint=http://h:9000/",
+        "ckpt.save_ckpt_folder=s3://b/runs",
+        "ckpt.snapshot_ckpt_folder=local:x",
+        "ckpt.load_ckpt_folder=s3://b/old/49",
+    ]
+    found = load(tmp_path, BASE, *sets).config.ckpt
+    assert found.save_ckpt_folder == "s3:http://h:9000/b/runs"
+    assert found.snapshot_ckpt_folder == "local:x"
+    assert found.load_ckpt_info is not None and found.load_ckpt_info.path == "s3:http://h:9000/b/old/49"

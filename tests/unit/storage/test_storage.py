@@ -146,6 +146,8 @@ def test_two_writers_on_a_store_without_locks(endpoint: str, tmp_path: Path) -> 
         ("boto3:s3://model_weights.10.1.2.3/internlm/49", "model_weights", "internlm/49", "http://10.1.2.3"),
         ("boto3:s3://b.10.1.2.3:9000/k/", "b", "k", "http://10.1.2.3:9000"),
         ("boto3:s3://b.oss.example.org/snapshot/1/", "b", "snapshot/1", "https://oss.example.org"),
+        ("s3:http://h:9000/b.dots/k/1/", "b.dots", "k/1", "http://h:9000"),
+        ("s3:https://store.example.org/b", "b", "", "https://store.example.org"),
     ],
 )
 def test_urls(url: str, bucket: str, key: str, endpoint: str) -> None:
