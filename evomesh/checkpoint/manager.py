@@ -25,7 +25,7 @@ from evomesh.checkpoint.stage import Staging
 from evomesh.errors import UserError
 from evomesh.parallel.grid import Grid
 from evomesh.storage.base import Lock, Storage, StorageError, join
-from evomesh.storage.staged import StagedStorage
+from evomesh.storage.staged import staged
 from evomesh.storage.urls import open_storage
 
 log = logging.getLogger(__name__)
@@ -67,9 +67,10 @@ class CheckpointManager:
         self.snapshot_storage, self.snapshots = open_storage(snapshots or join(root, find.SNAPSHOTS))
         self.grid = grid or Grid()
         self.exchange = exchange or default_exchange()
-        if upload_folder is not None and self.storage.remote:
+        if upload_folder is not None:
             own = f"{fmt.sha256(root.encode())[:8]}-rank{self.exchange.rank}"
-            self.storage = StagedStorage(self.storage, upload_folder, own)
+            self.storage = staged(self.storage, upload_folder, own)
+            self.snapshot_storage = staged(self.snapshot_storage, upload_folder, f"{own}-snapshot")
         self._behind = self.exchange.twin()  # for the writer thread
         self._busy, self._max_failed_saves, self._failed_saves = busy, max_failed_saves, 0
         self._report = report if self.exchange.rank == 0 else log.debug

@@ -66,3 +66,8 @@ class StagedStorage:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.behind, name)
+
+
+def staged(storage: Storage, folder: str, name: str) -> Storage:
+    """``storage``, its new files made in ``folder`` first if it is far away."""
+    return StagedStorage(storage, folder, name) if storage.remote else storage

@@ -10,20 +10,27 @@ import os
 import random
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import pytest
+from moto.server import ThreadedMotoServer
 
 from evomesh.checkpoint import find
 from evomesh.checkpoint.retention import check
+from evomesh.storage import s3
+from evomesh.storage.base import Storage
 from evomesh.storage.local import LocalStorage
+from evomesh.storage.urls import open_storage
 from tests.support.interpreter import Interpreter, Running
 from tests.support.runs import losses, tensor_hashes, write_run
 
 KILLS = int(os.environ.get("EVOMESH_KILLS", "40"))
 KILLS_RANKS = int(os.environ.get("EVOMESH_KILLS_RANKS", "10"))
 SEED = int(os.environ.get("EVOMESH_SEED", "7"))
-STEPS = 120
+STEPS = 80
 COMMON = f"""
+model |= dict(num_layers=1, hidden_size=16, num_attention_heads=2, num_kv_attention_heads=1)
 data["total_steps"] = lr_scheduler["total_steps"] = {STEPS}
 data["valid_every"] = 25
 ckpt |= dict(checkpoint_every=4, oss_snapshot_freq=2, keep_last=2)
@@ -72,8 +79,11 @@ def rows(folder: Path) -> dict[int, str]:
 
 def verify_all(folder: Path) -> int:
     """Every committed checkpoint verifies; the newest step."""
-    storage = LocalStorage()
-    committed = [c for c in find.everything(storage, str(folder / "ckpts")) if c.committed]
+    return verify_in(LocalStorage(), str(folder / "ckpts"))
+
+
+def verify_in(storage: Storage, root: str) -> int:
+    committed = [c for c in find.everything(storage, root) if c.committed]
     for choice in committed:
         check(choice, data=True)
     return max((c.step for c in committed), default=0)
@@ -86,7 +96,7 @@ def killed_until_done(interpreter: Interpreter, folder: Path, ranks: int, kills:
         running = start(interpreter, folder, ranks)
         if draw.random() < 0.8:  # mostly while it trains and saves, sometimes while it starts
             running[0].wait_for("step=", timeout=120)
-        time.sleep(draw.uniform(0, 0.5))
+        time.sleep(draw.uniform(0, 0.3))
         try:
             running[draw.randrange(ranks)].signal(signal.SIGKILL)
         except ProcessLookupError:
@@ -125,9 +135,58 @@ def run_kills(tmp_path: Path, interpreter: Interpreter, ranks: int, kills: int, 
     print(f"{done} kills over {lives} runs on {ranks} ranks: 0 committed checkpoints lost, 0 losses different")
 
 
+@pytest.mark.timeout(900)
 def test_one_process(tmp_path: Path, interpreter: Interpreter) -> None:
     run_kills(tmp_path, interpreter, 1, KILLS, list(VARIANTS))
 
 
+@pytest.mark.timeout(900)
 def test_four_ranks(tmp_path: Path, interpreter: Interpreter) -> None:
     run_kills(tmp_path, interpreter, 4, KILLS_RANKS, ["bfloat16"])
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """URL of an empty bucket on a server in this process, which no kill reaches."""
+    for name in ("S3_ACCESS_KEY_ID", "S3_SECRET_ACCESS_KEY_ID"):
+        monkeypatch.setenv(name, "k")
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    s3.make_client(f"http://{host}:{port}").create_bucket(Bucket="runs")
+    yield f"s3:http://{host}:{port}/runs"
+    server.stop()
+
+
+@pytest.mark.timeout(900)
+def test_staged_upload(tmp_path: Path, interpreter: Interpreter, bucket: str) -> None:
+    """Killed while a file lies in ``async_upload_tmp_folder``, once for a checkpoint and once for a snapshot."""
+    straight, folder, stage = tmp_path / "straight", tmp_path / "killed", tmp_path / "stage"
+    short = COMMON + 'data["total_steps"] = lr_scheduler["total_steps"] = 24\nckpt["oss_snapshot_freq"] = 2\n'
+    write_run(straight, short)
+    finish(start(interpreter, straight, 1))
+    upload = f"save_ckpt_folder={f'{bucket}/one'!r}, async_upload=True, async_upload_tmp_folder={str(stage)!r}"
+    write_run(folder, f"{short}ckpt |= dict({upload})\n")
+    storage, root = open_storage(f"{bucket}/one")
+    keys = {"S3_ACCESS_KEY_ID": "k", "S3_SECRET_ACCESS_KEY_ID": "k"}
+    safe = 0
+    for place in ("rank0", "rank0-snapshot"):
+        running = interpreter.start(["evomesh", "train", "config.py"], cwd=folder, env=keys)
+        deadline = time.monotonic() + 120
+        running.wait_for("committed", timeout=120)
+        while not list(stage.glob(f"*-{place}/*.safetensors")):
+            assert time.monotonic() < deadline, f"nothing was ever staged in {place}\n{running.stderr[-3000:]}"
+        running.signal(signal.SIGKILL)
+        running.kill()
+        newest = verify_in(storage, root)
+        assert newest >= max(safe, 1), "a committed checkpoint was lost"
+        safe = newest
+    finished = interpreter.run(["evomesh", "train", "config.py"], cwd=folder, env=keys, timeout=300)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert verify_in(storage, root) == 24
+    assert rows(folder) == rows(straight)
+    assert not [path for path in stage.rglob("*") if path.is_file()]
+    (index,) = (name for name in storage.list(f"{root}/step-00000024") if name.endswith("-index.jsonl"))
+    entries = [json.loads(line) for line in storage.read(f"{root}/step-00000024/{index}").splitlines()]
+    found = {entry["name"]: [piece[-1] for piece in entry["pieces"]] for entry in entries}
+    assert found == tensor_hashes(straight / "ckpts/step-00000024")
