@@ -24,7 +24,23 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 VOCAB_SIZE = 4096
 HELD_OUT = {"code": 20, "en": 8}  # one document in this many
 SPECIAL = ["<unk>", "<s>", "</s>"]  # ids 0, 1, 2
-PACKAGES = (".", "asyncio", "collections", "concurrent", "email", "http", "importlib", "json", "logging", "urllib")
+PACKAGES = (
+    "asyncio",
+    "collections",
+    "concurrent",
+    "concurrent/futures",
+    "email",
+    "http",
+    "importlib",
+    "json",
+    "logging",
+    "multiprocessing",
+    "unittest",
+    "urllib",
+    "xml/dom",
+    "xml/etree",
+    "xml/sax",
+)
 
 Document = tuple[str, str, str]  # type, name, text
 
