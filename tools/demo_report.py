@@ -100,9 +100,9 @@ def main() -> None:
     console.print(table)
     if last >= first / 2 or not beaten:
         sys.exit("the demo did not learn what it should: see the table")
-    prompt = "def read_file(path):\n"
+    prompt = 'def read_file(path):\n    """'
     command = [sys.executable, "-m", "evomesh", "generate", "--ckpt", CHECKPOINTS, "--prompt", prompt]
-    subprocess.run([*command, "--max-new-tokens", "80", "--temperature", "0.7", "--seed", "1"], check=True)
+    subprocess.run([*command, "--max-new-tokens", "80", "--temperature", "0.5", "--seed", "1"], check=True)
 
 
 if __name__ == "__main__":
