@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from evomesh.parallel.grid import Axis, Grid
-from evomesh.parallel.spec import spec_of
+from evomesh.parallel.spec import local_part, spec_of
 
 Ints = tuple[int, ...]
 
@@ -96,9 +95,7 @@ def parts_of(tensor: Tensor, grid: Grid) -> tuple[Ints, list[Part]]:
     """
     spec = spec_of(tensor)
     parts: Sequence[Part] | None = getattr(tensor, "parts", None)
-    tensor = tensor.detach()
-    if isinstance(tensor, DTensor):  # weight sharding: its local storage, placed by the spec like any other
-        tensor = tensor.to_local()
+    tensor = local_part(tensor.detach())  # with weight sharding: its local storage, placed by the spec like any other
     if parts is not None:
         return spec.stored, [part for part in parts if part.box.numel]
     if tensor.dim() != len(spec.shape):

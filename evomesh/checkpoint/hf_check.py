@@ -9,14 +9,15 @@ from pathlib import Path
 import torch
 
 from evomesh.checkpoint.hf_config import CLASSES, read_config
-from evomesh.checkpoint.hf_folder import HfFolder, local_folder, read_json
+from evomesh.checkpoint.hf_folder import HfFolder, local_folder
 from evomesh.checkpoint.hf_load import checked
 from evomesh.checkpoint.hf_names import NAMINGS
 from evomesh.checkpoint.hf_tokenizer import compare_tokenizers, refuse_larger
-from evomesh.checkpoint.hf_verify import has_transformers, transformers_logits
+from evomesh.checkpoint.hf_verify import has_transformers, loaded_logits
 from evomesh.data.chat import JinjaTemplate
 from evomesh.data.tokenizer import load_tokenizer
 from evomesh.errors import UserError
+from evomesh.storage.local import LocalStorage
 
 SPELLINGS = ("torch_dtype", "dtype", "rope_theta", "rope_parameters", "rms_norm_eps", "max_position_embeddings")
 
@@ -36,8 +37,8 @@ def checklist(path: str) -> list[Point]:
     Raises:
         CheckpointError: no such folder.
     """
-    folder = local_folder(path)
-    points: list[tuple[str, Callable[[Path], str]]] = [
+    folder = HfFolder(LocalStorage(), str(local_folder(path)))
+    points: list[tuple[str, Callable[[HfFolder], str]]] = [
         ("config.json", _config),
         ("weights", _weights),
         ("finite", _finite),
@@ -49,7 +50,7 @@ def checklist(path: str) -> list[Point]:
     return [_try(name, test, folder) for name, test in points]
 
 
-def _try(name: str, test: Callable[[Path], str], folder: Path) -> Point:
+def _try(name: str, test: Callable[[HfFolder], str], folder: HfFolder) -> Point:
     try:
         return Point(name, True, test(folder))
     except UserError as error:
@@ -58,8 +59,8 @@ def _try(name: str, test: Callable[[Path], str], folder: Path) -> Point:
         return Point(name, False, f"{type(error).__name__}: {error}")
 
 
-def _config(folder: Path) -> str:
-    record = read_json(folder / "config.json")
+def _config(folder: HfFolder) -> str:
+    record = folder.json("config.json")
     model = read_config(record, "config.json")
     absent = [key for key in ("architectures", *SPELLINGS) if record.get(key) is None]
     if absent:
@@ -69,49 +70,47 @@ def _config(folder: Path) -> str:
     return f"{record['architectures'][0]}, {model.num_layers} layers, {record['dtype']}"
 
 
-def _weights(folder: Path) -> str:
-    record = read_json(folder / "config.json")
-    weights = HfFolder(folder)
+def _weights(folder: HfFolder) -> str:
+    record = folder.json("config.json")
     tied = bool(record.get("tie_word_embeddings"))
-    checked(weights, NAMINGS[record["model_type"]], read_config(record, "config.json"), tied)
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        said = read_json(index).get("metadata", {}).get("total_size")
-        real = sum(tensor.numel() * tensor.element_size() for tensor in map(weights.read, weights.files))
+    checked(folder, NAMINGS[record["model_type"]], read_config(record, "config.json"), tied)
+    index = "model.safetensors.index.json"
+    if index in folder.storage.list(folder.path):
+        said = folder.json(index).get("metadata", {}).get("total_size")
+        real = sum(tensor.nbytes for tensor in map(folder.read, folder.files))
         if said != real:
             raise UserError(f"the index says {said} bytes, the shards hold {real}")
-    return f"{len(weights.files)} tensors in {len(set(weights.files.values()))} files"
+    return f"{len(folder.files)} tensors in {len(set(folder.files.values()))} files"
 
 
-def _finite(folder: Path) -> str:
-    weights = HfFolder(folder)
-    bad = [name for name in weights.files if not bool(torch.isfinite(weights.read(name)).all())]
+def _finite(folder: HfFolder) -> str:
+    bad = [name for name in folder.files if not bool(torch.isfinite(folder.read(name)).all())]
     if bad:
         raise UserError(f"NaN or infinity in {', '.join(bad[:8])} ({len(bad)} tensors)")
     return "no NaN, no infinity"
 
 
-def _tokenizer(folder: Path) -> str:
-    tokenizer = load_tokenizer(folder, str(folder))
-    refuse_larger(tokenizer, int(read_json(folder / "config.json")["vocab_size"]))
-    if not (folder / "tokenizer_config.json").is_file():
+def _tokenizer(folder: HfFolder) -> str:
+    tokenizer = load_tokenizer(folder.path, folder.path)
+    refuse_larger(tokenizer, int(folder.json("config.json")["vocab_size"]))
+    if not Path(folder.path, "tokenizer_config.json").is_file():
         raise UserError("no tokenizer_config.json")
     if has_transformers():
-        compare_tokenizers(tokenizer, folder)
+        compare_tokenizers(tokenizer, Path(folder.path))
     return f"{tokenizer.path.name}, {tokenizer.vocab_size} ids, bos {tokenizer.bos_id}, eos {tokenizer.eos_id}"
 
 
-def _template(folder: Path) -> str:
-    tokenizer = load_tokenizer(folder, str(folder))
+def _template(folder: HfFolder) -> str:
+    tokenizer = load_tokenizer(folder.path, folder.path)
     if not tokenizer.chat_template:
         return "none: a base model"
     JinjaTemplate(tokenizer)
     return "given, and it compiles"
 
 
-def _eos(folder: Path) -> str:
-    vocab_size = read_json(folder / "config.json")["vocab_size"]
-    given = read_json(folder / "generation_config.json").get("eos_token_id")
+def _eos(folder: HfFolder) -> str:
+    vocab_size = folder.json("config.json")["vocab_size"]
+    given = folder.json("generation_config.json").get("eos_token_id")
     eos = given if isinstance(given, list) else [given]
     wrong = [token for token in eos if not isinstance(token, int) or not 0 <= token < vocab_size]
     if wrong:
@@ -119,13 +118,13 @@ def _eos(folder: Path) -> str:
     return f"eos {eos}"
 
 
-def _transformers(folder: Path) -> str:
-    record = read_json(folder / "config.json")
+def _transformers(folder: HfFolder) -> str:
+    record = folder.json("config.json")
     if record["model_type"] != "llama":
         return f"not tried: it has no {CLASSES.get(record['model_type'], record['model_type'])} of its own"
     if not has_transformers():
         return "not tried: it is not installed"
-    logits = transformers_logits(folder, int(record["vocab_size"]), str(record.get("dtype", "float32")))
+    logits = loaded_logits(Path(folder.path), int(record["vocab_size"]), str(record.get("dtype", "float32")))
     if not bool(torch.isfinite(logits).all()):
         raise UserError("its logits are not finite")
     return "loads without remote code, logits are finite"

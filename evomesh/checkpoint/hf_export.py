@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,20 +32,22 @@ from evomesh.checkpoint.hf_config import (
 )
 from evomesh.checkpoint.hf_folder import HfFolder
 from evomesh.checkpoint.hf_load import tensors
-from evomesh.checkpoint.hf_names import NAMINGS, Link, links, to_theirs
+from evomesh.checkpoint.hf_names import NAMINGS, Link, links, our_shapes, to_theirs
+from evomesh.checkpoint.hf_place import new_folder
 from evomesh.checkpoint.hf_tokenizer import compare_tokenizers, refuse_larger, special_ids, write_json, write_tokenizer
 from evomesh.checkpoint.hf_verify import (
+    folder_logits,
     has_transformers,
     largest_difference,
     native_logits,
     read_tensor,
-    transformers_logits,
 )
 from evomesh.checkpoint.write import as_bytes
 from evomesh.config.record import config_from_dict
 from evomesh.config.schema import Config, ModelConfig
 from evomesh.data.tokenizer import Tokenizer, load_tokenizer
 from evomesh.layers.dtype import promote
+from evomesh.storage.local import LocalStorage
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
@@ -74,8 +74,8 @@ class ExportOptions:
     compare: bool = True
 
 
-def export(found: Found, out: Path, options: ExportOptions, report: Callable[[str], None]) -> Path:
-    """Writes the folder ``out`` and returns it.
+def export(found: Found, out: str, options: ExportOptions, report: Callable[[str], None]) -> str:
+    """Writes the folder ``out``, a path or a place in a store, and returns it.
 
     Raises:
         CheckpointError: no such form of this model, wrong tensors, no space, or logits that differ; nothing is left.
@@ -89,12 +89,9 @@ def export(found: Found, out: Path, options: ExportOptions, report: Callable[[st
     tokenizer = _tokenizer(config, options.tokenizer, report)
     if tokenizer is not None:
         refuse_larger(tokenizer, config.model.vocab_size)
-    template = Path(options.chat_template).read_text(encoding="utf-8") if options.chat_template else None
+    template = _template(options.chat_template)
     job = _Export(found, config.model, options.arch, dtype)
-    _refuse_place(out, job.total_bytes)
-    work = out.parent / f".{out.name}.{secrets.token_hex(4)}.tmp"
-    try:
-        work.mkdir(parents=True)
+    with new_folder(out, job.total_bytes) as work:
         job.write_weights(work, options.max_shard_bytes)
         ids = special_ids(tokenizer, config.generation, config.model.vocab_size)
         record = write_config(config.model, options.arch, rotary, ids, dtype)
@@ -104,17 +101,17 @@ def export(found: Found, out: Path, options: ExportOptions, report: Callable[[st
             write_tokenizer(tokenizer, work, template, rotary.max_position)
         if options.compare:
             report(_compare(job, work, tokenizer, rotary))
-        if out.is_dir():
-            out.rmdir()  # empty, as checked
-        os.rename(work, out)
-    except OSError as error:
-        shutil.rmtree(work, ignore_errors=True)
-        raise CheckpointError(f"cannot be written: {error.strerror or error}", where=str(out)) from None
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
     report(f"wrote {out}: {options.arch}, {dtype}, {readable(job.total_bytes)}, rotary {rotary.type}")
     return out
+
+
+def _template(file: str | None) -> str | None:
+    if file is None:
+        return None
+    try:
+        return Path(file).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error})", where="--chat-template") from None
 
 
 def _tokenizer(config: Config, given: str | None, report: Callable[[str], None]) -> Tokenizer | None:
@@ -127,19 +124,6 @@ def _tokenizer(config: Config, given: str | None, report: Callable[[str], None])
         return load_tokenizer(path, "data.tokenizer_path")
     report(f"no tokenizer is exported: data.tokenizer_path is {path!r}; give one with --tokenizer PATH")
     return None
-
-
-def _refuse_place(out: Path, needed: int) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError("exists and is not empty", where=str(out), fix="give a new folder, or delete this one")
-    near = next(parent for parent in out.absolute().parents if parent.is_dir())
-    free = shutil.disk_usage(near).free
-    if free < needed:
-        raise CheckpointError(
-            f"the export needs {readable(needed)}, {near} has {readable(free)} free",
-            where=str(out),
-            fix="free space, or export a smaller --dtype",
-        )
 
 
 class _Export:
@@ -155,10 +139,11 @@ class _Export:
 
     def _check(self) -> None:
         wanted = {link.ours: sum(math.prod(shape) for shape in link.shapes) for link in self.links}
-        missing = sorted(set(wanted) - set(self.records))
+        shapes = our_shapes(self.model)
+        missing = [f"{name} {list(shapes[name])}" for name in wanted if name not in self.records]
         extra = sorted(name for name in self.records if name not in wanted and not name.startswith("optim."))
         wrong = [
-            self.records[name].described
+            f"{self.records[name].described} instead of {list(shapes[name])}"
             for name, count in wanted.items()
             if name in self.records and math.prod(self.records[name].shape) != count
         ]
@@ -176,9 +161,8 @@ class _Export:
     def _bytes(self, link: Link) -> int:
         return sum(math.prod(shape) for shape in link.shapes) * int(self.dtype.itemsize)
 
-    def native(self) -> Iterator[tuple[str, Tensor]]:
-        for link in self.links:
-            yield link.ours, read_tensor(self.found, self.records[link.ours])
+    def native(self, name: str) -> Tensor:
+        return read_tensor(self.found, self.records[name])
 
     def write_weights(self, folder: Path, limit: int) -> None:
         """Shards and, from two on, their index."""
@@ -233,23 +217,26 @@ class _Export:
 
 
 def _compare(job: _Export, folder: Path, tokenizer: Tokenizer | None, rotary: Rotary) -> str:
-    """Reloads the folder; one model is in memory at a time."""
+    """Reads the folder again; of either model one layer is in memory at a time."""
     dtype, model = job.dtype_name, job.model
     changes = {
         "use_dynamic_ntk_rope": rotary.type == "dynamic",
         "rope_scaling_factor": rotary.factor,
         "max_position_embeddings": rotary.max_position,
     }
-    ours = native_logits(model.model_copy(update=changes), job.native(), dtype)
-    if job.arch == "llama" and has_transformers():
+    native = model.model_copy(update=changes)
+    ours = native_logits(native, job.native, dtype)
+    written, halves = HfFolder(LocalStorage(), str(folder)), {"norm_head": False, "qk_interleaved": False}
+    back = native.model_copy(update=halves)  # what the folder describes
+    if has_transformers():
         by = "transformers"
-        theirs = transformers_logits(folder, model.vocab_size, dtype)
+        theirs = folder_logits(written, back, rotary, dtype)
         if tokenizer is not None:
             compare_tokenizers(tokenizer, folder)
     else:
-        by = "the exported folder read back"
-        back = model.model_copy(update={"norm_head": False})
-        theirs = native_logits(back, tensors(HfFolder(folder), job.naming, back), dtype)
+        by = "the exported folder read back (transformers is not installed)"
+        stored = dict(tensors(written, job.naming, back))
+        theirs = native_logits(back, lambda name: stored[name].read(), dtype)
     difference = largest_difference(ours, theirs, model, dtype, str(folder))
     return (
         f"largest difference of logits, native model and {by}: {difference:.3g} (largest logit {ours.abs().max():.3g})"

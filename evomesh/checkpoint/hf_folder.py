@@ -1,21 +1,23 @@
-"""Weights in a folder of another system, one tensor at a time: safetensors, or torch's pickles without running any."""
+"""Folders of other systems: where they lie, and which file holds which tensor."""
 
 from __future__ import annotations
 
 import json
 import os
-import pickle
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from evomesh.checkpoint.boxes import Box, Ints
 from evomesh.checkpoint.format import CheckpointError
-from evomesh.storage.urls import split_url
+from evomesh.checkpoint.hf_files import PickleFile, SafetensorsFile, WeightFile, load_pickle, whole
+from evomesh.storage.base import Storage, join
+from evomesh.storage.local import LocalStorage
+from evomesh.storage.urls import open_storage, split_url
 
 BUFFERS = ("rotary_emb.inv_freq", "rope.freqs")  # recomputed from the config wherever they turn up
 ROW_CUT = (".wo.weight", ".w2.weight")  # of Meta's files; all other matrices but the embedding are cut by rows
@@ -27,14 +29,28 @@ class WeightFolder(Protocol):
     shapes: every tensor, read from the headers alone.
     """
 
-    path: Path
+    path: str
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]: ...
+    def shapes(self) -> dict[str, Ints]: ...
 
-    def read(self, name: str) -> Tensor:
-        """One whole tensor, in the dtype it is stored in."""
+    def read(self, name: str, box: Box | None = None) -> Tensor:
+        """One tensor, or only a box of it, in the dtype it is stored in."""
         ...
+
+
+def open_folder(url: str) -> HfFolder:
+    """The folder at a path, in a store, or in the hub's local cache under that id.
+
+    Raises:
+        CheckpointError: none of them.
+    """
+    if split_url(url)[0] == "local":
+        return HfFolder(LocalStorage(), str(local_folder(url)))
+    storage, path = open_storage(url)
+    if not storage.list(path):
+        raise CheckpointError("no such folder", where=url, expected="a Hugging Face model folder")
+    return HfFolder(storage, path)
 
 
 def local_folder(url: str) -> Path:
@@ -51,137 +67,121 @@ def local_folder(url: str) -> Path:
     folder = Path(place).expanduser()
     if folder.is_dir():
         return folder
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")) / f"models--{place.replace('/', '--')}"
-    main = cache / "refs" / "main"
-    if main.is_file() and (cache / "snapshots" / main.read_text().strip()).is_dir():
-        return cache / "snapshots" / main.read_text().strip()
+    cached = cached_model(place)
+    if cached is not None:
+        return cached
     raise CheckpointError(
-        f"{url!r} is neither a folder nor a model in the local Hugging Face cache ({cache.parent})",
+        f"{url!r} is neither an existing folder nor a model in the local Hugging Face cache ({cache_folder()})",
         fix="give an existing folder, or download the model into the cache first",
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def cache_folder() -> Path:
+    """Where the hub's own tools keep what they downloaded."""
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    return Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+
+
+def cached_model(name: str) -> Path | None:
+    """The folder of the hub model ``name`` ("owner/model") in the local cache, its main revision; None: not there."""
+    cache = cache_folder() / f"models--{name.replace('/', '--')}"
+    main = cache / "refs" / "main"
+    if main.is_file() and (cache / "snapshots" / main.read_text().strip()).is_dir():
+        return cache / "snapshots" / main.read_text().strip()
+    return None
+
+
+def read_json(storage: Storage, folder: str, name: str) -> dict[str, Any]:
     """
     Raises:
         CheckpointError: absent, or no JSON object.
     """
+    path = join(folder, name)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(storage.read(path))
     except FileNotFoundError:
-        near = ", ".join(sorted(entry.name for entry in path.parent.iterdir())[:8]) or "nothing"
-        raise CheckpointError(f"no {path.name} (the folder holds: {near})", where=str(path.parent)) from None
+        near = ", ".join(storage.list(folder)[:8]) or "nothing"
+        raise CheckpointError(f"no {name} (the folder holds: {near})", where=folder) from None
     except (ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(f"not JSON ({error})", where=str(path)) from None
+        raise CheckpointError(f"not JSON ({error})", where=path) from None
     if not isinstance(record, dict):
-        raise CheckpointError(f"a JSON {type(record).__name__}", where=str(path), expected="a JSON object")
+        raise CheckpointError(f"a JSON {type(record).__name__}", where=path, expected="a JSON object")
     return record
 
 
 class HfFolder:
-    """``model.safetensors`` or ``pytorch_model.bin``, whole or in the shards that an index names."""
+    """``model.safetensors`` or ``pytorch_model.bin``, whole or in the shards that an index names, in any storage."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._open: dict[str, Any] = {}
+    def __init__(self, storage: Storage, path: str) -> None:
+        self.storage, self.path = storage, path
+        self._open: dict[str, WeightFile] = {}
+
+    def json(self, name: str) -> dict[str, Any]:
+        return read_json(self.storage, self.path, name)
 
     @cached_property
     def files(self) -> dict[str, str]:
         """Tensor name -> file name."""
+        names = self.storage.list(self.path)
         for stem in ("model.safetensors", "pytorch_model.bin"):
-            index = self.path / f"{stem}.index.json"
-            if index.is_file():
-                return self._indexed(index)
-            if (self.path / stem).is_file():
+            if f"{stem}.index.json" in names:
+                return self._indexed(f"{stem}.index.json", names)
+            if stem in names:
                 return dict.fromkeys(self._names(stem), stem)
-        near = ", ".join(sorted(entry.name for entry in self.path.iterdir())[:8]) or "nothing"
         raise CheckpointError(
-            f"no weights (the folder holds: {near})",
-            where=str(self.path),
+            f"no weights (the folder holds: {', '.join(names[:8]) or 'nothing'})",
+            where=self.path,
             expected="model.safetensors, pytorch_model.bin, or shards with an index",
         )
 
-    def _indexed(self, index: Path) -> dict[str, str]:
-        files = read_json(index).get("weight_map")
+    def _indexed(self, index: str, names: list[str]) -> dict[str, str]:
+        files, where = self.json(index).get("weight_map"), join(self.path, index)
         if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-            raise CheckpointError("no weight_map", where=str(index), expected="tensor names with their files")
+            raise CheckpointError("no weight_map", where=where, expected="tensor names with their files")
         for file in sorted(set(files.values())):
-            if Path(file).name != file or not (self.path / file).is_file():
-                raise CheckpointError(f"names the shard {file!r}, which is not in the folder", where=str(index))
+            if file not in names:
+                raise CheckpointError(f"names the shard {file!r}, which is not in the folder", where=where)
             absent = sorted({name for name, at in files.items() if at == file} - set(self._names(file)))
             if absent:
-                raise CheckpointError(f"says {file} holds {absent[0]!r}; it does not", where=str(index))
+                raise CheckpointError(f"says {file} holds {absent[0]!r}; it does not", where=where)
         return {name: file for name, file in files.items() if not name.endswith(BUFFERS)}
 
     @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: self._shape(name, file) for name, file in self.files.items()}
+    def shapes(self) -> dict[str, Ints]:
+        return {name: self._file(file).shapes[name] for name, file in self.files.items()}
 
-    def read(self, name: str) -> Tensor:
-        file = self.files[name]
-        source = self._source(file)
-        tensor: Tensor = source.get_tensor(name) if file.endswith(".safetensors") else source[name]
-        return tensor
+    def read(self, name: str, box: Box | None = None) -> Tensor:
+        return self._file(self.files[name]).read(name, box or whole(self.shapes[name]))
 
     def _names(self, file: str) -> list[str]:
-        return [name for name in self._source(file).keys() if not name.endswith(BUFFERS)]  # noqa: SIM118
+        return [name for name in self._file(file).shapes if not name.endswith(BUFFERS)]
 
-    def _shape(self, name: str, file: str) -> tuple[int, ...]:
-        source = self._source(file)
-        return tuple(source.get_slice(name).get_shape() if file.endswith(".safetensors") else source[name].shape)
-
-    def _source(self, file: str) -> Any:
+    def _file(self, file: str) -> WeightFile:
         if file not in self._open:
-            path = self.path / file
-            if file.endswith(".safetensors"):
-                try:
-                    self._open[file] = safe_open(str(path), "pt")
-                except (SafetensorError, OSError) as error:
-                    raise CheckpointError(f"not a whole safetensors file ({error})", where=str(path)) from None
-            else:
-                self._open[file] = load_pickle(path)
+            kind = SafetensorsFile if file.endswith(".safetensors") else PickleFile
+            self._open[file] = kind(self.storage, join(self.path, file))
         return self._open[file]
-
-
-def load_pickle(path: Path) -> dict[str, Tensor]:
-    """A state dict, left on disk until it is used; only tensors are unpickled, never code.
-
-    Raises:
-        CheckpointError: damaged, or it holds more than tensors.
-    """
-    try:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # written before torch 1.6: not a zip file
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, OSError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"cannot be read as tensors alone ({reason})", where=str(path)) from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError("holds more than named tensors", where=str(path), expected="a state dict")
-    return state
 
 
 class MetaFolder:
     """``consolidated.00.pth`` ...: one file a tensor-parallel rank, put together again tensor by tensor."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = str(path)
         files = sorted(path.glob("consolidated.*.pth"))
         if not files:
-            raise CheckpointError("no consolidated.*.pth", where=str(path))
+            raise CheckpointError("no consolidated.*.pth", where=self.path)
         numbers = [int(file.name.split(".")[1]) for file in files]
         if numbers != list(range(len(files))):
-            raise CheckpointError(f"files {numbers}: one is missing", where=str(path), expected="00, 01, ...")
-        self._parts = [load_pickle(file) for file in files]
+            raise CheckpointError(f"files {numbers}: one is missing", where=self.path, expected="00, 01, ...")
+        self._parts = [load_pickle(file, str(file)) for file in files]
         self._hidden = self._parts[0]["norm.weight"].numel() if "norm.weight" in self._parts[0] else 0
         for file, part in zip(files, self._parts, strict=True):
             if set(part) != set(self._parts[0]):
                 raise CheckpointError("holds other tensors than consolidated.00.pth", where=str(file))
 
     @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def shapes(self) -> dict[str, Ints]:
         return {name: tuple(self._shape(name)) for name in self._parts[0] if not name.endswith(BUFFERS)}
 
     def _dim(self, name: str) -> int | None:
@@ -197,6 +197,7 @@ class MetaFolder:
         for dim, size in enumerate(self._parts[0][name].shape):
             yield sum(part[name].shape[dim] for part in self._parts) if dim == cut else size
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, box: Box | None = None) -> Tensor:
         dim = self._dim(name)
-        return self._parts[0][name] if dim is None else torch.cat([part[name] for part in self._parts], dim)
+        value = self._parts[0][name] if dim is None else torch.cat([part[name] for part in self._parts], dim)
+        return value if box is None else value[box.within(whole(self.shapes[name]))]

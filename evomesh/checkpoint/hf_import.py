@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from evomesh.checkpoint import format as fmt
 from evomesh.checkpoint import write
@@ -16,17 +15,13 @@ from evomesh.checkpoint.boxes import Box, Part
 from evomesh.checkpoint.find import Found, open_checkpoint
 from evomesh.checkpoint.forecast import readable
 from evomesh.checkpoint.format import CheckpointError
-from evomesh.checkpoint.hf_config import read_config
-from evomesh.checkpoint.hf_folder import HfFolder, local_folder, read_json
-from evomesh.checkpoint.hf_load import checked
-from evomesh.checkpoint.hf_names import NAMINGS, Link, Naming, our_shapes, to_ours
-from evomesh.checkpoint.hf_verify import (
-    has_transformers,
-    largest_difference,
-    native_logits,
-    read_tensor,
-    transformers_logits,
-)
+from evomesh.checkpoint.hf_config import read_config, rotary_of
+from evomesh.checkpoint.hf_files import whole
+from evomesh.checkpoint.hf_folder import HfFolder, open_folder
+from evomesh.checkpoint.hf_load import Stored, tensors
+from evomesh.checkpoint.hf_names import NAMINGS, our_shapes
+from evomesh.checkpoint.hf_tokenizer import refuse_larger
+from evomesh.checkpoint.hf_verify import folder_logits, has_transformers, largest_difference, native_logits, read_tensor
 from evomesh.checkpoint.plan import Entry, in_file_order
 from evomesh.config.record import redacted
 from evomesh.config.schema import Config, DataConfig, GenerationConfig, ModelConfig
@@ -34,6 +29,7 @@ from evomesh.data.tokenizer import load_tokenizer
 from evomesh.errors import UserError
 from evomesh.layers.dtype import parameter_dtype
 from evomesh.storage.base import Storage, join
+from evomesh.storage.local import LocalStorage
 from evomesh.storage.urls import open_storage
 
 
@@ -43,28 +39,28 @@ def from_hf(source: str, target: str, dtype: str | None, compare: bool, report: 
     Raises:
         CheckpointError: not a folder of a known architecture, wrong tensors, no space; nothing is left then.
     """
-    folder = HfFolder(local_folder(source))
-    place = str(folder.path / "config.json")
-    record = read_json(folder.path / "config.json")
-    model = read_config(record, place, dtype)
+    folder = open_folder(source)
+    record = folder.json("config.json")
+    model = read_config(record, join(folder.path, "config.json"), dtype)
     naming = NAMINGS[record["model_type"]]
-    links = checked(folder, naming, model, tied=bool(record.get("tie_word_embeddings")))
+    weights = dict(tensors(folder, naming, model, tied=bool(record.get("tie_word_embeddings"))))
     config = Config(
         model=model,
-        data=DataConfig(seq_len=model.max_position_embeddings, tokenizer_path=_tokenizer(folder.path, model)),
-        generation=_generation(folder.path, record),
+        data=DataConfig(seq_len=model.max_position_embeddings, tokenizer_path=_tokenizer(folder, model, report)),
+        generation=_generation(folder, record),
     )
     storage, root = open_storage(target)
     step = join(root, fmt.folder_name(0))
     if storage.exists(join(step, fmt.COMMIT)):
         raise CheckpointError("step 0 is already committed there", where=target, fix="give another folder")
+    entries = _entries(model)
+    _refuse_full(storage, root, sum(entry.part.box.numel * fmt.DTYPES[entry.dtype].itemsize for entry in entries))
     attempt = secrets.token_hex(4)
     try:
-        body = _write(storage, root, step, attempt, _Source(folder, naming, model, links), config)
+        body = _write(storage, root, step, attempt, entries, weights, config)
         write.publish(storage, step, body)
-        found = open_checkpoint(storage, step)
         if compare:
-            report(_compare(found, model, folder.path, str(record["model_type"])))
+            report(_compare(open_checkpoint(storage, step), model, folder))
     except OSError as error:
         _clean(storage, step, attempt)
         raise write.refusal(error, step) from None
@@ -75,31 +71,38 @@ def from_hf(source: str, target: str, dtype: str | None, compare: bool, report: 
     return step
 
 
-class _Source:
-    """The bytes of our tensors, each made from theirs at the moment it is written."""
+def _entries(model: ModelConfig) -> list[Entry]:
+    word = fmt.DTYPE_NAMES[parameter_dtype(model.dtype)]
+    shapes = our_shapes(model).items()
+    return in_file_order([Entry(name, word, shape, Part(torch.empty(0), whole(shape))) for name, shape in shapes])
 
-    def __init__(self, folder: HfFolder, naming: Naming, model: ModelConfig, links: list[Link]) -> None:
-        self.folder, self.naming, self.model = folder, naming, model
-        self.links = {link.ours: link for link in links}
-        self.dtype = parameter_dtype(model.dtype)
 
-    def entries(self) -> list[Entry]:
-        word = fmt.DTYPE_NAMES[self.dtype]
-        shapes = our_shapes(self.model)
-        boxes = {name: Box((0,) * len(shape), shape) for name, shape in shapes.items()}
-        return in_file_order([Entry(n, word, shapes[n], Part(torch.empty(0), box)) for n, box in boxes.items()])
+def _refuse_full(storage: Storage, root: str, needed: int) -> None:
+    free = storage.free_bytes(root)
+    if free is not None and free < needed:
+        raise CheckpointError(
+            f"the checkpoint needs {readable(needed)}, {readable(free)} are free",
+            where=root,
+            fix="free space, or import a smaller --dtype",
+        )
 
-    def pieces(self, entry: Entry) -> Iterator[tuple[Box, memoryview]]:
-        link = self.links[entry.name]
-        values = [self.folder.read(name) for name in link.theirs]
-        tensor = to_ours(link, values, self.model, self.naming).to(self.dtype).contiguous()
+
+def _write(
+    storage: Storage,
+    root: str,
+    step: str,
+    attempt: str,
+    entries: list[Entry],
+    weights: Mapping[str, Stored],
+    config: Config,
+) -> dict[str, Any]:
+    def pieces(entry: Entry) -> Iterator[tuple[Box, memoryview]]:
+        """The bytes of one of our tensors, made from theirs at the moment it is written."""
+        tensor = weights[entry.name].read().to(fmt.DTYPES[entry.dtype]).contiguous()
         yield from write.live_pieces(Entry(entry.name, entry.dtype, entry.shape, Part(tensor, entry.part.box)))
 
-
-def _write(storage: Storage, root: str, step: str, attempt: str, source: _Source, config: Config) -> dict[str, Any]:
-    entries = source.entries()
     storage.make_folder(step)
-    message = write.write_data(storage, step, attempt, 0, entries, source.pieces)
+    message = write.write_data(storage, step, attempt, 0, entries, pieces)
     storage.sync(root)
     body = write.body(0, attempt, {}, redacted(config))
     body |= {"layout": dict.fromkeys(("world", "tp", "wp", "pp", "dp", "zero"), 1)}
@@ -114,22 +117,22 @@ def _clean(storage: Storage, step: str, attempt: str) -> None:
         storage.delete_folder(step)
 
 
-def _tokenizer(folder: Path, model: ModelConfig) -> str | None:
+def _tokenizer(folder: HfFolder, model: ModelConfig, report: Callable[[str], None]) -> str | None:
+    if not isinstance(folder.storage, LocalStorage):
+        report("the checkpoint names no tokenizer: copy the folder's here, and give it with --tokenizer PATH")
+        return None
+    path = Path(folder.path).resolve()
     try:
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(path)
     except UserError:
         return None
-    if tokenizer.vocab_size > model.vocab_size:
-        raise CheckpointError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the embedding {model.vocab_size} rows",
-            where=str(tokenizer.path),
-        )
-    return str(folder.resolve())
+    refuse_larger(tokenizer, model.vocab_size)
+    return str(path)
 
 
-def _generation(folder: Path, config: dict[str, Any]) -> GenerationConfig | None:
-    file = folder / "generation_config.json"
-    ids = config | (read_json(file) if file.is_file() else {})
+def _generation(folder: HfFolder, config: dict[str, Any]) -> GenerationConfig | None:
+    there = folder.storage.exists(join(folder.path, "generation_config.json"))
+    ids = config | (folder.json("generation_config.json") if there else {})
     eos, bos, pad = ids.get("eos_token_id"), ids.get("bos_token_id"), ids.get("pad_token_id")
     if eos is None:
         return None
@@ -140,17 +143,13 @@ def _generation(folder: Path, config: dict[str, Any]) -> GenerationConfig | None
     )
 
 
-def _compare(found: Found, model: ModelConfig, folder: Path, kind: str) -> str:
-    if kind != "llama" or not has_transformers():
-        missing = "is not installed" if kind == "llama" else f"has no {kind} of its own"
-        return f"logits were not compared: transformers {missing}"
-
-    def stored() -> Iterator[tuple[str, Tensor]]:
-        for record in found.records().values():
-            yield record.name, read_tensor(found, record)
-
+def _compare(found: Found, model: ModelConfig, folder: HfFolder) -> str:
+    if not has_transformers():
+        return "logits were not compared: transformers is not installed"
+    records = found.records()
     dtype = {"tf32": "float32"}.get(model.dtype, model.dtype)
-    theirs = transformers_logits(folder, model.vocab_size, dtype)
-    ours = native_logits(model, stored(), dtype)
-    difference = largest_difference(ours, theirs, model, dtype, str(folder))
+    rotary = rotary_of(Config(model=model))
+    theirs = folder_logits(folder, model, rotary, dtype)
+    ours = native_logits(model, lambda name: read_tensor(found, records[name]), dtype)
+    difference = largest_difference(ours, theirs, model, dtype, folder.path)
     return f"largest difference of logits, native model and transformers: {difference:.3g}"

@@ -7,44 +7,86 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from evomesh.checkpoint.boxes import Box, Ints
 from evomesh.checkpoint.format import CheckpointError
 from evomesh.checkpoint.hf_config import read_config
-from evomesh.checkpoint.hf_folder import HfFolder, MetaFolder, WeightFolder, local_folder, read_json
+from evomesh.checkpoint.hf_files import whole
+from evomesh.checkpoint.hf_folder import MetaFolder, WeightFolder, local_folder, open_folder, read_json
 from evomesh.checkpoint.hf_names import META, NAMINGS, Link, Naming, links, to_ours
 from evomesh.config.schema import ModelConfig
+from evomesh.storage.base import join
+from evomesh.storage.local import LocalStorage
+from evomesh.storage.urls import split_url
 
 log = logging.getLogger(__name__)
 
 
-def load_hf(path: str, model: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Whole tensors of a Hugging Face folder (InternLM, InternLM2 or Llama naming) under our names.
+@dataclass(frozen=True)
+class Stored:
+    """One of our tensors as it lies in a foreign folder. Nothing is read before ``read``."""
+
+    link: Link
+    folder: WeightFolder
+    naming: Naming
+    config: ModelConfig
+
+    @property
+    def shape(self) -> Ints:
+        return (sum(shape[0] for shape in self.link.shapes), *self.link.shapes[0][1:])
+
+    def read(self, box: Box | None = None) -> Tensor:
+        """The tensor, or a box of it: of their matrices only the rows and columns that hold its elements are read."""
+        if not self.link.fused:
+            return self.folder.read(self.link.theirs[0], box)
+        box = box or whole(self.shape)
+        parts = []
+        # The number of our row in their matrices, one after another: the same reordering, done to row numbers.
+        places = torch.split(torch.arange(self.shape[0]), [shape[0] for shape in self.link.shapes])
+        wanted = to_ours(self.link, places, self.config, self.naming)[box.offsets[0] : box.offsets[0] + box.shape[0]]
+        for name, place in zip(self.link.theirs, places, strict=True):
+            here = (wanted >= place[0]) & (wanted <= place[-1])
+            if bool(here.any()):
+                rows = wanted[here] - place[0]
+                first, last = int(rows.min()), int(rows.max())
+                read = Box((first, *box.offsets[1:]), (last - first + 1, *box.shape[1:]))
+                parts.append((here, self.folder.read(name, read)[rows - first]))
+        value = parts[0][1].new_empty(box.shape)
+        for here, rows in parts:
+            value[here] = rows
+        return value
+
+
+def load_hf(path: str, model: dict[str, Any]) -> Iterator[tuple[str, Stored]]:
+    """Tensors of a Hugging Face folder (InternLM, InternLM2 or Llama naming) under our names.
 
     Args:
         model: the model section of the run.
     Raises:
         CheckpointError: not such a folder, or of another model: every difference is named.
     """
-    folder = HfFolder(local_folder(path))
+    folder = open_folder(path)
     config = ModelConfig.model_validate(model, strict=False)
-    record = read_json(folder.path / "config.json")
-    theirs = read_config(record, str(folder.path / "config.json"))
-    compare_models(config, theirs, str(folder.path))
+    record = folder.json("config.json")
+    theirs = read_config(record, join(folder.path, "config.json"))
+    compare_models(config, theirs, folder.path)
     yield from tensors(folder, NAMINGS[record["model_type"]], config, tied=bool(record.get("tie_word_embeddings")))
 
 
-def load_llama(path: str, model: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """As ``load_hf``, from Meta's ``consolidated.*.pth``; a Hugging Face folder is read as such."""
-    folder = local_folder(path)
-    if not any(folder.glob("consolidated.*.pth")):
+def load_llama(path: str, model: dict[str, Any]) -> Iterator[tuple[str, Stored]]:
+    """As ``load_hf``, from Meta's ``consolidated.*.pth`` on a local disk; a Hugging Face folder is read as such."""
+    folder = local_folder(path) if split_url(path)[0] == "local" else None
+    if folder is None or not any(folder.glob("consolidated.*.pth")):
         yield from load_hf(path, model)
         return
     config = ModelConfig.model_validate(model, strict=False)
     if (folder / "params.json").is_file():
-        params = read_json(folder / "params.json")
+        params = read_json(LocalStorage(), str(folder), "params.json")
         heads = params.get("n_heads", config.num_attention_heads), config.num_attention_heads
         kv_heads = params.get("n_kv_heads") or heads[0], config.kv_heads
         wrong = [f"{n}={a}, the run's is {b}" for n, (a, b) in (("n_heads", heads), ("n_kv_heads", kv_heads)) if a != b]
@@ -76,10 +118,10 @@ def compare_models(ours: ModelConfig, theirs: ModelConfig, where: str) -> None:
 
 def tensors(
     folder: WeightFolder, naming: Naming, config: ModelConfig, tied: bool = False
-) -> Iterator[tuple[str, Tensor]]:
-    """(our name, whole tensor), one at a time."""
+) -> Iterator[tuple[str, Stored]]:
+    """(our name, where its tensor lies)."""
     for link in checked(folder, naming, config, tied):
-        yield link.ours, to_ours(link, [folder.read(name) for name in link.theirs], config, naming)
+        yield link.ours, Stored(link, folder, naming, config)
 
 
 def checked(folder: WeightFolder, naming: Naming, config: ModelConfig, tied: bool = False) -> list[Link]:
@@ -111,7 +153,7 @@ def checked(folder: WeightFolder, naming: Naming, config: ModelConfig, tied: boo
     if problems:
         raise CheckpointError(
             "the tensors are not those of this model:\n  " + "\n  ".join(problems),
-            where=str(folder.path),
+            where=folder.path,
             fix="compare the model section with the folder's config.json",
         )
     return wanted

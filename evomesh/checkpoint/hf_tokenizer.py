@@ -10,8 +10,10 @@ from typing import Any
 from evomesh.checkpoint.format import CheckpointError
 from evomesh.checkpoint.hf_config import Ids
 from evomesh.checkpoint.hf_folder import read_json
+from evomesh.checkpoint.hf_sentencepiece import fast_form, is_llamas, read_model
 from evomesh.config.schema import GenerationConfig
 from evomesh.data.tokenizer import HfTokenizer, Tokenizer
+from evomesh.storage.local import LocalStorage
 
 BESIDE = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
 TURN_ENDS = ("<|im_end|>", "<eoa>", "<|eot_id|>", "<|end|>", "<|eom_id|>")  # chat models end an answer with these
@@ -61,35 +63,37 @@ def write_tokenizer(tokenizer: Tokenizer, target: Path, template: str | None, ma
         if (beside / name).is_file():
             shutil.copyfile(beside / name, target / name)
     given = beside / "tokenizer_config.json"
-    settings = read_json(given) if given.is_file() else {}
+    settings = read_json(LocalStorage(), str(beside), given.name) if given.is_file() else {}
     if settings.pop("auto_map", None) is not None:
         settings.pop("tokenizer_class", None)
-    settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast" if fast else "LlamaTokenizer")
+    settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     settings.setdefault("model_max_length", max_length)
     settings.setdefault("clean_up_tokenization_spaces", False)
     for key, token in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
         if token is not None and not settings.get(key):
             settings[key] = _piece(tokenizer, token)
     if not fast:
-        settings |= _sentencepiece_settings(tokenizer, settings)
+        settings |= _sentencepiece_settings(tokenizer, target, settings)
     if template is not None:
         (target / "chat_template.jinja").write_text(template, encoding="utf-8")
         settings["chat_template"] = template
     write_json(target / "tokenizer_config.json", settings)
 
 
-def _sentencepiece_settings(tokenizer: Tokenizer, given: dict[str, Any]) -> dict[str, Any]:
-    """As a Llama tokenizer the model must not gain a space in front that it was not trained to put there."""
-    from sentencepiece import SentencePieceProcessor
-
-    backend = SentencePieceProcessor(model_file=str(tokenizer.path))
-    prefixed = backend.encode("a", out_type=str)[0].startswith("\u2581")
-    return {
-        "add_prefix_space": prefixed,
+def _sentencepiece_settings(tokenizer: Tokenizer, target: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """Settings for a Llama tokenizer where that cuts text as the model does; else for a tokenizer.json, written too."""
+    model = read_model(tokenizer.path)
+    unknown = next(piece.piece for piece in model.pieces if piece.type == piece.UNKNOWN)
+    common = {"unk_token": given.get("unk_token") or unknown}
+    if not is_llamas(model):
+        fast_form(model, tokenizer.add_bos).save(str(target / "tokenizer.json"))
+        return common | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    return common | {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_prefix_space": False,
         "legacy": False,
         "add_bos_token": given.get("add_bos_token", tokenizer.add_bos),
         "add_eos_token": given.get("add_eos_token", False),
-        "unk_token": given.get("unk_token") or backend.id_to_piece(backend.unk_id()),
     }
 
 

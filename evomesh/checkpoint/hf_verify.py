@@ -1,21 +1,28 @@
-"""Whether two folders hold one model: logits of a fixed batch, by two programs, with the same rounded weights."""
+"""Whether two folders hold one model: logits of a fixed batch, by two programs, with the same rounded weights.
+
+Memory: neither program ever holds more than one layer (or the embedding, or the head) of the model.
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from evomesh.checkpoint import format as fmt
 from evomesh.checkpoint import read
-from evomesh.checkpoint.boxes import Box, Part
+from evomesh.checkpoint.boxes import Part
 from evomesh.checkpoint.find import Found
 from evomesh.checkpoint.format import CheckpointError, TensorRecord
+from evomesh.checkpoint.hf_config import Ids, Rotary, write_config
+from evomesh.checkpoint.hf_files import whole as whole_box
+from evomesh.checkpoint.hf_folder import HfFolder
+from evomesh.checkpoint.hf_names import INTERNLM2, LLAMA, links, to_theirs
 from evomesh.config.schema import ModelConfig
 from evomesh.layers.documents import whole
 from evomesh.models.registry import build_model
@@ -23,6 +30,8 @@ from evomesh.models.registry import build_model
 TEXTS, LENGTH = 2, 32  # the fixed batch
 TOLERANCE = 1e-4  # of the largest logit: both compute in float32, the weights being equal
 NORM_HEAD = {"float16": 5e-3, "bfloat16": 4e-2}  # an exported head is rounded after its rows are normalised
+
+Weights = Callable[[str], Tensor]  # a whole tensor by its name
 
 
 def has_transformers() -> bool:
@@ -37,7 +46,7 @@ def fixed_batch(vocab_size: int) -> Tensor:
 def read_tensor(found: Found, record: TensorRecord) -> Tensor:
     """One whole tensor of a checkpoint; every piece is checked against its hash."""
     tensor = torch.empty(record.shape, dtype=fmt.DTYPES[record.dtype])
-    part = Part(tensor, Box((0,) * len(record.shape), record.shape))
+    part = Part(tensor, whole_box(record.shape))
     read.run(found, [read.Job(record, piece, (part,)) for piece in record.pieces])
     return tensor
 
@@ -48,21 +57,86 @@ def wide_dtype(dtype: str) -> str:
 
 
 @torch.inference_mode()
-def native_logits(config: ModelConfig, weights: Iterable[tuple[str, Tensor]], dtype: str) -> Tensor:
-    """[TEXTS, LENGTH, V] by our own model, its weights rounded to ``dtype``."""
+def native_logits(config: ModelConfig, weights: Weights, dtype: str) -> Tensor:
+    """[TEXTS, LENGTH, V] by our own model as a pipeline of one layer a stage, its weights rounded to ``dtype``."""
     changes = {"dtype": wide_dtype(dtype), "use_fp32_norm": False, "compile": False, "residual_in_fp32": False}
-    model = build_model(config.model_copy(update=changes))
-    parameters = dict(model.named_parameters())
-    for name, tensor in weights:
-        parameters[name].copy_(tensor.to(getattr(torch, dtype)))
-    model.eval()
-    rows = fixed_batch(config.vocab_size)
-    return torch.stack([model.logits(model(row, whole(LENGTH))) for row in rows])
+    config = config.model_copy(update=changes)
+    rows = list(fixed_batch(config.vocab_size))
+    for layer in range(config.num_layers):
+        stage = build_model(config, layer_range=range(layer, layer + 1)).eval()
+        for name, parameter in stage.named_parameters():
+            parameter.copy_(weights(name).to(getattr(torch, dtype)))
+        rows = [stage(row, whole(LENGTH)) for row in rows]
+        if layer == config.num_layers - 1:
+            rows = [stage.logits(row) for row in rows]
+        del stage  # before the next one is made
+    return torch.stack(rows)
 
 
 @torch.inference_mode()
-def transformers_logits(folder: Path, vocab_size: int, dtype: str) -> Tensor:
-    """[TEXTS, LENGTH, V] by ``transformers``, which runs no code of the folder."""
+def llama_logits(record: dict[str, Any], weights: Weights, dtype: str) -> Tensor:
+    """[TEXTS, LENGTH, V] by the Llama of ``transformers``; a module has its weights only while it runs.
+
+    Args:
+        record: content of a config.json.
+        weights: by the names of that Llama.
+    """
+    transformers: Any = importlib.import_module("transformers")
+    config = transformers.LlamaConfig.from_dict({**record, "dtype": wide_dtype(dtype), "tie_word_embeddings": False})
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config).eval()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its table is computed, not stored
+
+    def arrive(module: nn.Module, path: str, names: list[str]) -> None:
+        for name in names:
+            value = weights(f"{path}.{name}").to(getattr(torch, dtype)).to(getattr(torch, wide_dtype(dtype)))
+            setattr(module, name, nn.Parameter(value, requires_grad=False))
+
+    def leave(module: nn.Module, names: list[str]) -> None:
+        for name in names:
+            setattr(module, name, nn.Parameter(torch.empty(0, device="meta"), requires_grad=False))
+
+    for path, module in model.named_modules():
+        names = [name for name, _ in module.named_parameters(recurse=False)]
+        if names:
+            module.register_forward_pre_hook(lambda module, _, path=path, names=names: arrive(module, path, names))
+            module.register_forward_hook(lambda module, *_, names=names: leave(module, names))
+    logits: Tensor = model(fixed_batch(config.vocab_size), use_cache=False).logits
+    return logits
+
+
+def folder_logits(folder: HfFolder, model: ModelConfig, rotary: Rotary, dtype: str) -> Tensor:
+    """[TEXTS, LENGTH, V] of a folder by ``llama_logits``, which knows neither InternLM's nor InternLM2's name.
+
+    Args:
+        model: what the folder's config.json describes.
+    """
+    record = folder.json("config.json")
+    if record["model_type"] != "llama":
+        kind, record = record["model_type"], write_config(model, "llama", rotary, Ids(None, ()), dtype)
+        if kind == "internlm2":
+            return llama_logits(record, _llama_names(folder, model), dtype)
+    embedding, head = LLAMA.modules["embedding"][0] + ".weight", LLAMA.modules["head"][0] + ".weight"
+    tied = head not in folder.shapes
+    return llama_logits(record, lambda name: folder.read(embedding if tied and name == head else name), dtype)
+
+
+def _llama_names(folder: HfFolder, model: ModelConfig) -> Weights:
+    """InternLM2's tensors under Llama's names, its fused projection taken apart."""
+    halves = model.model_copy(update={"qk_interleaved": False})  # as both architectures have it
+    pairs = zip(links(halves, LLAMA), links(halves, INTERNLM2), strict=True)
+    places = {name: (link, fused.theirs[0], n) for link, fused in pairs for n, name in enumerate(link.theirs)}
+
+    def weights(name: str) -> Tensor:
+        link, source, number = places[name]
+        return to_theirs(link, folder.read(source), halves, LLAMA)[number]
+
+    return weights
+
+
+@torch.inference_mode()
+def loaded_logits(folder: Path, vocab_size: int, dtype: str) -> Tensor:
+    """[TEXTS, LENGTH, V] by ``transformers`` as its users load a folder: whole, without running code of the folder."""
     transformers: Any = importlib.import_module("transformers")
     transformers.utils.logging.disable_progress_bar()
     model, info = transformers.AutoModelForCausalLM.from_pretrained(

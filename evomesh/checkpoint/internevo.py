@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -136,11 +136,22 @@ def read_model(path: str, heads: Heads, w2: W2 = "auto") -> Iterator[tuple[str, 
     Raises:
         CheckpointError: missing files, unknown parameters, or w2 and w3 that shapes cannot tell apart.
     """
-    folder = find_folder(path)
+    yield from merge_folder(find_folder(path), heads, w2)
+
+
+def merge_folder(
+    folder: Folder, heads: Heads, w2: W2, states_of: Callable[[int], list[dict[str, Tensor]]] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """As ``read_model``.
+
+    Args:
+        states_of: what to put together of a stage, in the place of ``folder.states``: tensors of the same names and
+            shapes.
+    """
     family, offsets = family_of(folder), _layer_offsets(folder)
     for pp in range(folder.sizes[0]):
-        states = folder.states(pp)
-        down = _down(states[0], w2, path)
+        states = (states_of or folder.states)(pp)
+        down = _down(states[0], w2, folder.path)
         for chunk in sorted({_chunk(name)[0] for name in states[0]}):
             whole = {
                 rest: _merge(rest, [s[name] for s in states if name in s], folder, family, heads, down)
@@ -148,7 +159,7 @@ def read_model(path: str, heads: Heads, w2: W2 = "auto") -> Iterator[tuple[str, 
                 for number, rest in [_chunk(name)]
                 if number == chunk
             }
-            yield from _renamed(whole, offsets.get((chunk, pp), 0), heads, down, path)
+            yield from _renamed(whole, offsets.get((chunk, pp), 0), heads, down, folder.path)
 
 
 def _layer_offsets(folder: Folder) -> dict[tuple[int, int], int]:

@@ -1,7 +1,7 @@
 """Readers of foreign weights, by ``ckpt_type``: a table that users add to.
 
-A loader takes the path from the config and the run's model section, and yields whole tensors under our global names;
-``fill`` copies what this rank holds of each.
+A loader takes the path from the config and the run's model section, and yields tensors under our global names, whole
+ones or such as read a part when asked; ``fill`` copies what this rank holds of each.
 
     from evomesh.checkpoint.loaders import checkpoint_loaders
 
@@ -14,18 +14,30 @@ A loader takes the path from the config and the run's model section, and yields 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from evomesh.checkpoint import internevo
-from evomesh.checkpoint.boxes import Box
+from evomesh.checkpoint.boxes import Box, Ints
 from evomesh.checkpoint.format import CheckpointError
 from evomesh.checkpoint.hf_load import load_hf, load_llama
 from evomesh.checkpoint.plan import Local
 
-Loader = Callable[[str, dict[str, Any]], Iterator[tuple[str, Tensor]]]
+
+class Lazy(Protocol):
+    """A tensor that is still on disk."""
+
+    @property
+    def shape(self) -> Ints: ...
+
+    def read(self, box: Box | None = None) -> Tensor:
+        """The tensor, or a box of it."""
+        ...
+
+
+Loader = Callable[[str, dict[str, Any]], Iterator[tuple[str, Tensor | Lazy]]]
 
 
 class LoaderTable:
@@ -51,27 +63,22 @@ class LoaderTable:
 
 
 def load_internevo(path: str, config: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """InternEvo's model files; the heads are taken from model_config.pt.
+    """InternEvo's model files; the heads are those of model_config.pt, else of the run.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: files are missing or broken, or their shapes do not tell w2 from w3.
     """
-    section = internevo.model_section(path)
-    if section is None or "num_attention_heads" not in section:
-        raise CheckpointError(
-            "no model_config.pt to tell the number of heads",
-            where=path,
-            fix=f"evomesh convert from-internevo {path} OUT --config CONFIG, and load OUT",
-        )
-    heads = int(section["num_attention_heads"])
-    return internevo.read_model(path, internevo.Heads(heads, int(section.get("num_kv_attention_heads") or heads)))
+    section = internevo.model_section(path) or {}
+    known = {**config, **section}
+    heads = int(known["num_attention_heads"])
+    return internevo.read_model(path, internevo.Heads(heads, int(known.get("num_kv_attention_heads") or heads)))
 
 
 checkpoint_loaders = LoaderTable({"internevo": load_internevo, "hf": load_hf, "hf_llama": load_hf, "llama": load_llama})
 
 
-def fill(local: Mapping[str, Local], source: Iterator[tuple[str, Tensor]], where: str) -> None:
-    """Copies whole tensors into the parts this rank holds, casting to their dtype.
+def fill(local: Mapping[str, Local], source: Iterator[tuple[str, Tensor | Lazy]], where: str) -> None:
+    """Copies the parts this rank holds, casting to their dtype; of lazy tensors it reads no more.
 
     Raises:
         CheckpointError: a wanted tensor did not come, one came that nobody wants, or a shape differs.
@@ -86,10 +93,13 @@ def fill(local: Mapping[str, Local], source: Iterator[tuple[str, Tensor]], where
                 f"{name}: the checkpoint has {list(tensor.shape)}, the model wants {list(wanted.shape)}", where=where
             )
         missing.discard(name)
-        whole = Box((0,) * tensor.dim(), wanted.shape)
+        whole = Box((0,) * len(wanted.shape), wanted.shape)
         with torch.no_grad():
             for part in wanted.parts:
-                part.tensor.copy_(tensor[part.box.within(whole)])
+                if isinstance(tensor, Tensor):
+                    part.tensor.copy_(tensor[part.box.within(whole)])
+                else:
+                    part.tensor.copy_(tensor.read(part.box))
     if missing:
         first = sorted(missing)
         raise CheckpointError(

@@ -26,11 +26,26 @@ ALLOWED = {
     ("builtins", "slice"),
     ("_codecs", "encode"),  # how protocol 2 writes bytes; it changes text to bytes and does nothing else
 }
+ARRAYS = {
+    *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+}
 RATIO = 2  # unpacked bytes for each byte of the file; torch stores without compression
 
 
 class Record(dict[str, Any]):
     """Stands for the ``Config`` class of InternEvo's package, which is a dict."""
+
+
+class Opaque:
+    """Stands for NumPy's arrays (the state of a random generator, say): what they hold is thrown away."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        return
+
+    def __setstate__(self, state: Any) -> None:
+        return
 
 
 class _Unpickler(pickle.Unpickler):
@@ -41,6 +56,8 @@ class _Unpickler(pickle.Unpickler):
             return getattr(torch, name)
         if module.startswith(("internlm.", "internevo.")) and name == "Config":
             return Record
+        if (module, name) in ARRAYS:
+            return Opaque
         raise pickle.UnpicklingError(f"it names {module}.{name}, which is neither a tensor nor a plain container")
 
 

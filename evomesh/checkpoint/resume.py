@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 from evomesh.checkpoint import detect, find
 from evomesh.checkpoint.find import Found
 from evomesh.checkpoint.format import CheckpointError
+from evomesh.checkpoint.hf_folder import cached_model, local_folder
 from evomesh.checkpoint.loaders import checkpoint_loaders, fill
 from evomesh.checkpoint.manager import CheckpointManager
 from evomesh.checkpoint.plan import describe
@@ -106,6 +106,8 @@ def _given(info: LoadConfig, manager: CheckpointManager) -> Start:
     kind = info.ckpt_type.lower()
     loader = checkpoint_loaders.get(kind)
     actual = _kind_at(info.path)
+    if kind in OURS and actual is None and (hub := _hub_model(info.path)):
+        return _given(info.model_copy(update={"path": hub, "ckpt_type": "hf"}), manager)
     if kind in OURS and actual in (None, "evomesh"):
         if actual is None:
             _absent(info, manager)
@@ -129,7 +131,8 @@ def _given(info: LoadConfig, manager: CheckpointManager) -> Start:
     if content != {"model"}:
         raise CheckpointError(
             f"of {info.path} ({kind}) only the model can be read, but content asks for {named}",
-            fix='content=("model",)',
+            fix='content=("model",)'
+            + ("; for the rest: evomesh convert from-internevo" if kind == "internevo" else ""),
         )
     return Start(f"loading {named} from {info.path} ({kind}, load_ckpt_info)", None, info.path, kind, content)
 
@@ -142,23 +145,18 @@ def _kind_at(path: str) -> str | None:
     return kind
 
 
+def _hub_model(path: str) -> str:
+    """Folder of the hub model that ``path`` names in the local Hugging Face cache; "" when it names no such model."""
+    scheme, name = split_url(path)
+    cached = cached_model(name) if scheme == "local" and name.count("/") == 1 else None
+    return str(cached) if cached else ""
+
+
 def _absent(info: LoadConfig, manager: CheckpointManager) -> None:
-    """A path that is no folder may be the id of a hub model in the local cache."""
+    """Says what was looked for: a path that is no folder may have been meant as the id of a hub model."""
     storage, folder = open_storage(info.path)
     if split_url(info.path)[0] == "local" and not storage.list(folder) and folder.count("/") == 1:
-        cache = os.environ.get("HF_HUB_CACHE") or os.path.join(
-            os.environ.get("HF_HOME", os.path.expanduser("~/.cache/huggingface")), "hub"
-        )
-        cached = os.path.join(cache, "models--" + folder.replace("/", "--"))
-        if os.path.isdir(cached):
-            raise CheckpointError(
-                f"{info.path!r} is a model in the local Hugging Face cache, but ckpt_type={info.ckpt_type!r}",
-                fix="set load_ckpt_info ckpt_type='hf'",
-            )
-        raise CheckpointError(
-            f"{info.path!r} is neither an existing folder nor a model in the local Hugging Face cache ({cache})",
-            fix="give an existing checkpoint folder, or download the model into the cache first",
-        )
+        local_folder(info.path)
     manager.resolve(info.path)  # raises, and says what lies there
 
 

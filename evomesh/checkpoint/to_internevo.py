@@ -1,4 +1,4 @@
-"""Writes InternEvo's model files of any tensor x pipeline size from one of our checkpoints."""
+"""Writes InternEvo's model files of any tensor x pipeline (x weight) size from one of our checkpoints."""
 
 from __future__ import annotations
 
@@ -25,8 +25,13 @@ TOP_V1 = {"embedding": "embedding", "norm": "norm", "head": "head"}
 TOP_V2 = {"embedding": "tok_embeddings", "norm": "norm", "head": "output"}
 
 
-def write_model(found: Found, model: ModelConfig, target: str, tensor: int, pipeline: int) -> list[str]:
+def write_model(
+    found: Found, model: ModelConfig, target: str, tensor: int, pipeline: int, weight: int | None = None
+) -> list[str]:
     """Writes ``model_tp{t}_pp{p}.pt``, ``model_config.pt`` (a plain dict) and ``{step}.step``; returns the files.
+
+    Args:
+        weight: weight-parallel size of isp, whose files are ``model_tp{t}_wp{w}_pp{p}.pt``; None: not isp.
 
     Raises:
         CheckpointError: sizes that do not divide, a family InternEvo has not, or a target that exists.
@@ -36,29 +41,46 @@ def write_model(found: Found, model: ModelConfig, target: str, tensor: int, pipe
     for size, name in ((model.kv_heads, "key/value heads"), (model.vocab_size, "vocabulary"), (model.mlp_width, "mlp")):
         if size % tensor:
             raise CheckpointError(f"{name}: {size} cannot be divided by --tensor {tensor}", where=found.folder)
+    if weight and (wrong := [size for size in _block_rows(model) if size % weight]):
+        raise CheckpointError(f"matrices of {wrong[0]} rows cannot be divided by --weight {weight}", where=found.folder)
     if pipeline > model.num_layers:
         raise CheckpointError(f"{model.num_layers} layers cannot fill {pipeline} stages", where=found.folder)
     if os.path.isdir(target) and os.listdir(target):
         raise CheckpointError("the folder is not empty", where=target, fix="give a new one")
     os.makedirs(target, exist_ok=True)
+    weights = weight or 1
     heads = Heads(model.num_attention_heads, model.kv_heads)
     records = {name: record for name, record in found.records().items() if not name.startswith("optim.")}
     written = []
     for pp, layers in enumerate(layer_ranges(model.num_layers, pipeline)):
-        states: list[dict[str, Tensor]] = [{} for _ in range(tensor)]
+        states: dict[tuple[int, int], dict[str, Tensor]] = {(t, w): {} for t in range(tensor) for w in range(weights)}
         for name, record in records.items():
             for theirs, cut in _places(name, layers, model, heads):
-                whole = _whole(found, record)
-                for tp, part in enumerate(cut(whole, tensor)):
+                parts = cut(_whole(found, record), tensor if weight is None or not OURS.match(name) else 1)
+                for (t, w), state in states.items():
+                    part = parts[t % len(parts)]
                     if part is not None:
-                        states[tp][theirs] = part.contiguous().clone()
-        for tp, state in enumerate(states):
-            written.append(os.path.join(target, file_name(tp, None, pp)))
+                        here = part if _whole_in_isp(name, weight) else part.chunk(weights)[w]
+                        state[theirs] = here.contiguous().clone()
+        for (t, w), state in states.items():
+            written.append(os.path.join(target, file_name(t, None if weight is None else w, pp)))
             torch.save(state, written[-1])
     section: dict[str, Any] = {k: v for k, v in model.model_dump().items() if isinstance(v, bool | int | float | str)}
     torch.save(section, os.path.join(target, "model_config.pt"))
     torch.save({"step": found.step}, os.path.join(target, f"{found.step}.step"))
     return written
+
+
+def _block_rows(model: ModelConfig) -> tuple[int, ...]:
+    """Rows of a block's matrices: queries, keys and values together or apart, and the rest."""
+    keys = model.kv_heads * model.head_dim
+    qkv = (keys,) if model.model_type == "LLAMA2" else (model.hidden_size + 2 * keys,)
+    return (*qkv, model.hidden_size, model.mlp_width)
+
+
+def _whole_in_isp(name: str, weight: int | None) -> bool:
+    """Norms, and what lies outside the blocks, are not cut over the weight-parallel ranks."""
+    return weight is None or not OURS.match(name) or "norm" in name
 
 
 Cut = Callable[[Tensor, int], list[Tensor | None]]

@@ -31,9 +31,10 @@ def from_internevo(
     out: Annotated[str, typer.Argument(help="Save folder for the result.")],
     config: Annotated[str | None, typer.Option(help="Config of that run, for what model_config.pt lacks.")] = None,
     w2: Annotated[str, typer.Option(help="What w2 is where shapes are equal: down, or up (early 2023).")] = "auto",
+    weights_only: Annotated[bool, typer.Option(help="Leave optimizer, schedule and data position out.")] = False,
 ) -> None:
-    """Read InternEvo's model files of any tensor x pipeline (x weight) size."""
-    from evomesh.checkpoint import internevo
+    """Read InternEvo's checkpoint of any tensor x pipeline (x weight) size."""
+    from evomesh.checkpoint import internevo, internevo_state
     from evomesh.checkpoint.manager import CheckpointManager
     from evomesh.config.record import redacted
 
@@ -43,23 +44,23 @@ def from_internevo(
     model = resolved.model
     heads = internevo.Heads(model.num_attention_heads, model.kv_heads)
     tensors = dict(internevo.read_model(folder, heads, w2))  # type: ignore[arg-type]
-    left = [p.name for p in sorted(Path(folder).iterdir()) if not p.name.startswith("model_")]
+    left = [p.name for p in sorted(Path(folder).iterdir())]
     step = next((int(name.removesuffix(".step")) for name in left if name.removesuffix(".step").isdigit()), 0)
+    state: dict[str, Any] = {"source": "internevo"}
+    whole = not weights_only and any(name.startswith("optimizer_") for name in left)
+    if whole:
+        optimizer, scalars = internevo_state.read_optimizer(folder, heads, w2)  # type: ignore[arg-type]
+        tensors |= optimizer
+        state |= scalars | internevo_state.read_counters(folder)
     manager = CheckpointManager(out)
-    path = manager.save(step, tensors, {"source": "internevo"}, redacted(resolved), final=True)
+    path = manager.save(step, tensors, state, redacted(resolved), final=True)
     manager.close()
-    kinds = {
-        "optimizer": "optimizer state",
-        "schedulder": "schedule",
-        "sampler": "data position",
-        "context": "counters",
-    }
-    dropped = sorted({what for name in left for word, what in kinds.items() if name.startswith(word)})
-    print(f"wrote {path}: {len(tensors)} tensors, weights only")
-    if dropped:
-        print(
-            f"not converted: {', '.join(dropped)} (bound to InternEvo's own layout); start a new run from the weights"
-        )
+    if whole:
+        place = state["sampler"]["internevo"]
+        print(f"wrote {path}: {len(tensors)} tensors, weights and optimizer; a run with auto_resume goes on from it")
+        print(f"data position: step {place['step']} of data.seed={place['seed']}, {place['global_batch']} packs a step")
+    else:
+        print(f"wrote {path}: {len(tensors)} tensors, weights only")
 
 
 def _config(folder: str, config: str | None) -> Config:
@@ -86,13 +87,14 @@ def to_internevo(
     out: Annotated[str, typer.Argument(help="New folder for the .pt files.")],
     tensor: Annotated[int, typer.Option(min=1, help="Tensor-parallel size.")] = 1,
     pipeline: Annotated[int, typer.Option(min=1, help="Pipeline size.")] = 1,
+    weight: Annotated[int | None, typer.Option(min=1, help="Weight-parallel size: files of isp.")] = None,
 ) -> None:
-    """Write InternEvo's model files of a tensor x pipeline size."""
+    """Write InternEvo's model files of a tensor x pipeline (x weight) size."""
     from evomesh.checkpoint.find import resolve
     from evomesh.checkpoint.retention import check
     from evomesh.checkpoint.to_internevo import write_model
     from evomesh.config.record import config_from_dict
 
     found = resolve(ckpt, lambda choice: check(choice, data=False), print)
-    files = write_model(found, config_from_dict(found.config).model, out, tensor, pipeline)
+    files = write_model(found, config_from_dict(found.config).model, out, tensor, pipeline, weight)
     print(f"wrote {len(files)} model files to {out}")

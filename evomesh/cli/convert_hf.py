@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -40,12 +39,12 @@ def write_folder(ckpt: str, out: str, options: ExportOptions) -> None:
     if options.rotary_type is not None:
         choice(options.rotary_type, ROTARY, "--rotary-type")
     found = resolve(ckpt, lambda candidate: check(candidate, data=False), print)
-    export(found, Path(out).expanduser(), options, print)
+    export(found, out, options, print)
 
 
 def to_hf(
     ckpt: Annotated[str, typer.Argument(help="Save folder, step in it, or step folder; local or s3.")],
-    out: Annotated[str, typer.Argument(help="New folder for the model.")],
+    out: Annotated[str, typer.Argument(help="New folder for the model; local or s3.")],
     arch: Annotated[str, typer.Option(help="llama (stock transformers) or internlm2 (its own naming).")] = "llama",
     dtype: Annotated[str | None, typer.Option(help="float64|float32|bfloat16|float16 [default: as trained].")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 2GB.")] = "5GB",
@@ -76,8 +75,10 @@ def to_hf(
 
 
 def from_hf(
-    hf: Annotated[str, typer.Argument(help="Folder with config.json and weights, or an id in the local hub cache.")],
-    out: Annotated[str, typer.Argument(help="Save folder for the checkpoint (step 0).")],
+    hf: Annotated[
+        str, typer.Argument(help="Folder with config.json and weights, local or s3, or an id in the local hub cache.")
+    ],
+    out: Annotated[str, typer.Argument(help="Save folder for the checkpoint (step 0); local or s3.")],
     dtype: Annotated[str | None, typer.Option(help="Of the parameters [default: the folder's].")] = None,
     compare: Annotated[bool, typer.Option(help="Compare logits with transformers.")] = True,
 ) -> None:

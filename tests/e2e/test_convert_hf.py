@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evomesh.config.schema import GenerationConfig
 from evomesh.generate.decode import generate
+from evomesh.generate.options import Sampling
 from evomesh.layers.documents import whole
 from evomesh.models.language_model import LanguageModel
 from tests.support.runs import write_run
@@ -71,7 +73,8 @@ def test_greedy_text_is_that_of_transformers(exported: tuple[LanguageModel, Path
     ours, folder = exported
     theirs = AutoModelForCausalLM.from_pretrained(str(folder)).eval()
     assert theirs.dtype == torch.float32
-    for prompt, mine in zip(PROMPTS, generate(ours, PROMPTS, max_new_tokens=64), strict=True):
+    answers = generate(ours, PROMPTS, Sampling(do_sample=False, max_new_tokens=64))
+    for prompt, [mine] in zip(PROMPTS, answers, strict=True):
         out = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=64, eos_token_id=None)
         assert out[0, len(prompt) :].tolist() == mine
         assert len(set(mine)) > 5  # not one token over and over
@@ -82,10 +85,11 @@ def test_generation_stops_at_every_eos(exported: tuple[LanguageModel, Path]) -> 
     record = json.loads((folder / "generation_config.json").read_text())
     assert record["eos_token_id"] == [2, 3] and record["bos_token_id"] == 1  # 3: the chat template ends turns with it
     theirs = AutoModelForCausalLM.from_pretrained(str(folder)).eval()
-    free = generate(ours, PROMPTS[:1], max_new_tokens=20)[0]
+    greedy = Sampling(do_sample=False, max_new_tokens=20)
+    free = generate(ours, PROMPTS[:1], greedy)[0][0]
     theirs.generation_config.eos_token_id = [2, free[9]]
     out = theirs.generate(torch.tensor(PROMPTS[:1]), do_sample=False, max_new_tokens=20)[0, len(PROMPTS[0]) :].tolist()
-    assert out == generate(ours, PROMPTS[:1], max_new_tokens=20, eos_ids=[2, free[9]])[0]
+    assert out == generate(ours, PROMPTS[:1], replace(greedy, eos_ids=(2, free[9])))[0][0]
     assert len(out) <= 10
 
 
@@ -98,13 +102,12 @@ def test_tokenizer_of_the_folder(exported: tuple[LanguageModel, Path]) -> None:
     assert not list(folder.glob("*.py"))
 
 
-def test_logits_of_ctranslate2(tmp_path: Path) -> None:
-    """An engine that is not PyTorch; its Llama loader knows no attention biases."""
+@pytest.mark.parametrize("family", ["INTERNLM", "INTERNLM2_PUBLIC"])
+def test_logits_of_ctranslate2(family: str, tmp_path: Path) -> None:
+    """An engine that is not PyTorch."""
     ctranslate2 = pytest.importorskip("ctranslate2")
     size = make_tokenizer(tmp_path / "tok")
-    ours, _ = save_model(
-        tmp_path / "c", model_config("INTERNLM2_PUBLIC", "float32", vocab_size=size, qk_interleaved=True)
-    )
+    ours, _ = save_model(tmp_path / "c", model_config(family, "float32", vocab_size=size, qk_interleaved=True))
     run("-m", "evomesh", "convert", "to-hf", "c", "hf", "--tokenizer", "tok", cwd=tmp_path)
     ctranslate2.converters.TransformersConverter(str(tmp_path / "hf")).convert(str(tmp_path / "ct2"))
     engine = ctranslate2.Generator(str(tmp_path / "ct2"), device="cpu", inter_threads=1, intra_threads=1)
@@ -163,6 +166,6 @@ def test_a_users_mistakes(tmp_path: Path) -> None:
     said = run("-m", "evomesh", "convert", "to-hf", "c", "hf", "--arch", "mamba", cwd=tmp_path, code=2)
     assert "expected: one of llama, internlm2" in said
     said = run("-m", "evomesh", "convert", "from-hf", "nowhere/model", "out", cwd=tmp_path, code=2)
-    assert "neither a folder nor a model" in said
+    assert "neither an existing folder nor a model" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "tok"]
     assert found_in(tmp_path / "c").step == 7

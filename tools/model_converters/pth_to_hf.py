@@ -8,13 +8,14 @@ Without --fp32 the weights keep the dtype of the training; ``evomesh convert to-
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 
 from evomesh.checkpoint.hf_export import ExportOptions
 from evomesh.cli.convert_hf import shard_bytes, write_folder
 from evomesh.cli.run import run
 from evomesh.config.loader import load_config
+from evomesh.storage.base import join
+from evomesh.storage.urls import open_storage
 
 
 def main() -> None:
@@ -32,7 +33,10 @@ def main() -> None:
         tokenizer=tokenizer if tokenizer and Path(tokenizer).exists() else None,
     )
     write_folder(given.source, given.save_dir, options)
-    shutil.copyfile(given.config, Path(given.save_dir).expanduser() / "xtuner_config.py")
+    storage, folder = open_storage(given.save_dir)
+    writer = storage.create(join(folder, "xtuner_config.py"))
+    writer.write(Path(given.config).read_bytes())
+    writer.finish()
 
 
 if __name__ == "__main__":

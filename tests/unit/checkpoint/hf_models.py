@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from evomesh.checkpoint import hf_export
 from evomesh.checkpoint.find import Found, resolve
+from evomesh.checkpoint.hf_export import ExportOptions
 from evomesh.checkpoint.manager import CheckpointManager
 from evomesh.checkpoint.retention import check
 from evomesh.config.record import redacted
@@ -58,6 +61,10 @@ def save_model(
     whole = Config(model=config, data=DataConfig(tokenizer_path=tokenizer, seq_len=48), generation=generation)
     CheckpointManager(str(root)).save(7, dict(model.named_parameters()), {"train": {}}, redacted(whole))
     return model, found_in(root)
+
+
+def export(found: Found, out: Path, options: ExportOptions, report: Callable[[str], None]) -> Path:
+    return Path(hf_export.export(found, str(out), options, report))
 
 
 def found_in(root: Path) -> Found:

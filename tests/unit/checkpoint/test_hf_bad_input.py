@@ -15,11 +15,15 @@ from safetensors.torch import load_file, save_file
 
 from evomesh.checkpoint import hf_export
 from evomesh.checkpoint.hf_check import checklist
-from evomesh.checkpoint.hf_export import ExportOptions, export
+from evomesh.checkpoint.hf_export import ExportOptions
 from evomesh.checkpoint.hf_import import from_hf
 from evomesh.checkpoint.hf_load import load_hf
+from evomesh.checkpoint.manager import CheckpointManager
+from evomesh.config.record import redacted
+from evomesh.config.schema import Config
 from evomesh.errors import UserError
-from tests.unit.checkpoint.hf_models import model_config, save_model
+from tests.unit.checkpoint.hf_models import export, found_in, model_config, save_model
+from tests.unit.checkpoint.test_hf_tokenizer import train
 
 QUIET = ExportOptions(tokenizer="none", compare=False)
 
@@ -64,6 +68,7 @@ BAD: list[tuple[Callable[[Path], object], str]] = [
         "rotary scaling 'llama3' is not supported",
     ),
     (lambda f: edit_config(f, dtype="int8"), "dtype 'int8'"),
+    (lambda f: train(f, prefix=False), "the tokenizer has 3[0-9]+ ids, the embedding 61 rows"),
     (lambda f: (f / "config.json").write_text("{"), "not JSON"),
     (lambda f: (f / "config.json").write_text("[]"), "a JSON list"),
     (lambda f: (f / "config.json").unlink(), "no config.json"),
@@ -106,7 +111,7 @@ def test_a_folder_of_another_model_is_refused_before_training(folder: Path) -> N
 
 
 def test_no_such_folder(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="neither a folder nor a model in the local Hugging Face cache"):
+    with pytest.raises(UserError, match="neither an existing folder nor a model in the local Hugging Face cache"):
         from_hf("internlm/internlm2-7b", str(tmp_path / "out"), None, False, silent)
 
 
@@ -148,3 +153,17 @@ def test_places_that_cannot_be_written(folder: Path, tmp_path: Path, monkeypatch
     with pytest.raises(UserError, match=r"the export needs .* free"):
         export(found, tmp_path / "new", QUIET, silent)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_checkpoint_of_another_model(tmp_path: Path) -> None:
+    model, _ = save_model(tmp_path / "c", model_config())
+    tensors = dict(model.named_parameters())
+    tensors["own.weight"] = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+    tensors["norm.weight"] = torch.nn.Parameter(torch.ones(31, dtype=torch.float64))
+    del tensors["layers.1.feed_forward.w2.weight"]
+    config = redacted(Config(model=model_config()))
+    CheckpointManager(str(tmp_path / "d")).save(1, tensors, {}, config)
+    words = r"missing \['layers.1.feed_forward.w2.weight \[32, 64\]'\], unknown \['own.weight'\].*instead of \[32\]"
+    with pytest.raises(UserError, match=words):
+        export(found_in(tmp_path / "d"), tmp_path / "hf", QUIET, silent)
+    assert not (tmp_path / "hf").exists()

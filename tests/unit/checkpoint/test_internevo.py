@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from evomesh.checkpoint.internevo import Heads, find_folder, read_model
+from evomesh.checkpoint.loaders import checkpoint_loaders
 from evomesh.checkpoint.manager import CheckpointManager
 from evomesh.checkpoint.pickles import read_pickle
 from evomesh.checkpoint.to_internevo import write_model
@@ -40,9 +41,9 @@ def split_heads(family: str, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor
     return tuple(torch.randn(n, 2, H, generator=g) for n in (4, kv, kv))  # type: ignore[return-value]
 
 
-def make(root: Path, family: str, tp: int, pp: int, swap: bool = False) -> dict[str, Tensor]:
+def make(root: Path, family: str, tp: int, pp: int, swap: bool = False, seed: int = 0) -> dict[str, Tensor]:
     """Writes the files of a random model; returns what we must read."""
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator().manual_seed(seed)
     v1 = family == "INTERNLM"
     ours: dict[str, Tensor] = {
         "embedding.weight": torch.randn(V, H, generator=g),
@@ -228,7 +229,19 @@ def test_weight_parallel_files(tmp_path: Path, family: str) -> None:
                 else:
                     part[name] = tensor.chunk(4)[w].clone()
             torch.save(part, tmp_path / "isp" / f"model_tp{t}_wp{w}_pp0.pt")
-    assert equal(dict(read_model(str(tmp_path / "isp"), heads_of(family))), expected)
+    read = dict(read_model(str(tmp_path / "isp"), heads_of(family)))
+    assert equal(read, expected)
+    manager = CheckpointManager(str(tmp_path / "ours"))
+    manager.save(7, read, {}, {})
+    found = manager.resolve(str(tmp_path / "ours"))
+    write_model(found, model_of(family), str(tmp_path / "back"), 2, 1, weight=4)
+    for file in (tmp_path / "isp").iterdir():
+        assert equal(torch.load(tmp_path / "back" / file.name), torch.load(file)), file.name
+    write_model(found, model_of(family), str(tmp_path / "deep"), 1, 2, weight=2)
+    assert equal(dict(read_model(str(tmp_path / "deep"), heads_of(family))), expected)
+    with pytest.raises(UserError, match="rows cannot be divided by --weight 5"):
+        write_model(found, model_of(family), str(tmp_path / "no"), 1, 1, weight=5)
+    assert not (tmp_path / "no").exists()
 
 
 def test_interleaved_stages(tmp_path: Path) -> None:
@@ -240,3 +253,11 @@ def test_interleaved_stages(tmp_path: Path) -> None:
         state = {f"{c}.{name}": t for c in range(2) for name, t in parts[2 * c + p].items()}
         torch.save(state, tmp_path / "two" / f"model_tp0_pp{p}.pt")
     assert equal(dict(read_model(str(tmp_path / "two"), heads_of("INTERNLM2_PUBLIC"))), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_model_config_the_run_says_the_heads(tmp_path: Path, family: str) -> None:
+    expected = make(tmp_path, family, 2, 2)
+    loader = checkpoint_loaders.get("internevo")
+    assert loader is not None
+    assert equal(dict(loader(str(tmp_path), model_of(family).model_dump())), expected)

@@ -127,6 +127,14 @@ def test_a_hugging_face_folder_is_recognised(tmp_path: Path) -> None:
         decide(config(tmp_path, auto_resume=False, load_ckpt_info=info), CheckpointManager(str(tmp_path)))
 
 
+@pytest.mark.parametrize("kind", ["hf", "llama"])
+def test_a_folder_of_ours_given_as_another_kind(tmp_path: Path, kind: str) -> None:
+    manager = saved(tmp_path, 5)
+    info = LoadConfig(path=str(tmp_path), ckpt_type=kind)
+    with pytest.raises(UserError, match=f"is an evomesh checkpoint, but ckpt_type='{kind}'(.|\\n)*'internevo'"):
+        decide(config(tmp_path, auto_resume=False, load_ckpt_info=info), manager)
+
+
 def test_pickled_metadata_is_never_opened(tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
     info = LoadConfig(path=str(tmp_path), ckpt_type="internevo")

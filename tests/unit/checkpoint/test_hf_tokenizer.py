@@ -1,0 +1,93 @@
+"""Sentencepiece tokenizers in exported folders: the ids of ``transformers`` and of sentencepiece itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from transformers import AutoTokenizer
+
+from evomesh.checkpoint.hf_tokenizer import TEXTS, compare_tokenizers, write_json, write_tokenizer
+from evomesh.data.tokenizer import load_tokenizer
+from evomesh.errors import UserError
+
+CORPUS = ["the cat sat on the mat", "a dog saw the cat", "12345 + 6.7 = ?", "def f(x):\n    return x", "春眠不觉晓"]
+MORE = ["", " ", "  the cat", "the cat ", "\n\n x", "cat\u00a0dog", "the " * 20]
+
+
+def train(folder: Path, *, prefix: bool, **options: Any) -> Path:
+    """A model that leaves text as it is, as InternLM's do; the prefix is the space Llama's puts in front."""
+    given: dict[str, Any] = {
+        "model_type": "bpe",
+        "vocab_size": 320,
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+    }
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS * 9),
+        model_prefix=str(folder / "tokenizer"),
+        add_dummy_prefix=prefix,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **given | options,
+    )
+    return folder / "tokenizer.model"
+
+
+@pytest.mark.parametrize(
+    ("prefix", "options"),
+    [
+        (False, {}),
+        (True, {}),
+        (True, {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True}),
+        (True, {"model_type": "unigram", "vocab_size": 300}),
+        (False, {"user_defined_symbols": ["<eoa>"]}),
+    ],
+)
+def test_ids_of_sentencepiece(prefix: bool, options: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    path = train(tmp_path, prefix=prefix, **options)
+    write_tokenizer(load_tokenizer(path), tmp_path / "hf", None, 64)
+    theirs = AutoTokenizer.from_pretrained(str(tmp_path / "hf"), trust_remote_code=False)
+    truth = SentencePieceProcessor(model_file=str(path))
+    for text in (*TEXTS, *MORE, *CORPUS):
+        ids = truth.encode(text)
+        assert theirs.encode(text, add_special_tokens=False) == ids, text
+        assert load_tokenizer(tmp_path / "hf").encode(text) == ids, text
+        if text and not options:
+            assert theirs.decode(ids) == text
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (truth.bos_id(), truth.eos_id())
+    settings = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
+    if not prefix and not options:  # InternLM's form
+        assert (settings["tokenizer_class"], settings["add_prefix_space"], settings["legacy"]) == (
+            "LlamaTokenizer",
+            False,
+            False,
+        )
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_bos_where_the_tokenizer_adds_it(prefix: bool, tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    path = train(tmp_path, prefix=prefix)
+    write_json(tmp_path / "tokenizer_config.json", {"add_bos_token": True})
+    tokenizer = load_tokenizer(path)
+    write_tokenizer(tokenizer, tmp_path / "hf", "{{ messages[0].content }}", 64)
+    theirs = AutoTokenizer.from_pretrained(str(tmp_path / "hf"), trust_remote_code=False)
+    assert theirs.encode("the cat") == [1, *tokenizer.encode("the cat")]
+    assert theirs.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
+    assert load_tokenizer(tmp_path / "hf").add_bos
+
+
+def test_another_cut_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    tokenizer = load_tokenizer(train(tmp_path, prefix=False))
+    write_tokenizer(tokenizer, tmp_path / "hf", None, 64)
+    file = tmp_path / "hf/tokenizer_config.json"
+    file.write_text(file.read_text().replace('"add_prefix_space": false', '"add_prefix_space": true'))
+    with pytest.raises(UserError, match="transformers cuts 'Hello world' into"):
+        compare_tokenizers(tokenizer, tmp_path / "hf")
