@@ -1,78 +1,111 @@
 """Keys and values of the tokens seen so far, kept so that each new token costs one row of attention.
 
-Shapes: B sequences, C capacity in tokens, T packed tokens of one call, N query heads, G key/value heads, H head dim.
+Shapes: S slots, C capacity in tokens, B sequences in use, T packed tokens of one call, N query heads, G key/value
+heads, H head dim.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evomesh.layers.attention import Documents, attend
-from evomesh.layers.documents import whole
+from evomesh.layers.attention import Attend, Documents, attend
 
 
 class KeyValueCache:
-    """Rotated keys and values of B sequences of unequal length, one pair of [B, C, G, H] tensors a layer.
+    """Rotated keys and values of up to S sequences of unequal length, one pair of [S, G, C, H] tensors a layer.
 
-    ``attend`` is what ``Decoder.forward`` takes as its attention: the first call of a layer holds whole prompts as
-    packed documents, every later one exactly one token of each sequence.
-
-    Args:
-        lengths: tokens of each prompt.
-        capacity: most tokens a sequence may reach, prompt included.
+    Sequences in use lie in slots 0 .. B - 1, so that a decoding step reads one view of the cache and copies nothing.
+    A call of the model is opened with ``prompts`` (whole new sequences, packed) or ``step`` (one token of each
+    sequence); both give what ``Decoder.forward`` takes as documents and as its attention.
     """
 
-    def __init__(self, lengths: list[int], capacity: int) -> None:
-        self.lengths = list(lengths)
-        self.capacity = capacity
+    def __init__(self, slots: int, capacity: int) -> None:
+        self.slots, self.capacity = slots, capacity
+        self.lengths: list[int] = []
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def documents(self, device: torch.device) -> Documents:
-        """Positions of the next call's tokens: whole prompts at first, then one token a sequence."""
-        if not self._layers:
-            parts = [whole(length, device=device).position_ids for length in self.lengths]
-            bounds = torch.tensor([0, *self.lengths]).cumsum(0).to(device, torch.int32)
-            return Documents(torch.cat(parts), bounds, max(self.lengths))
-        positions = torch.tensor(self.lengths, device=device)
-        return Documents(positions, torch.arange(len(positions) + 1, dtype=torch.int32, device=device), 1)
+    def prompts(self, lengths: Sequence[int], device: torch.device) -> tuple[Documents, Attend]:
+        """Takes a slot for each of these prompts, behind those in use; the next call holds their tokens."""
+        first = len(self.lengths)
+        if first + len(lengths) > self.slots or max(lengths) > self.capacity:
+            raise ValueError(f"no room for prompts of {list(lengths)} tokens beside {first} sequences")
+        self.lengths += lengths
+        bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        docs = Documents(positions.to(device), bounds.to(device), max(lengths))
 
-    def advance(self) -> None:
-        """After one single-token call: every sequence is one token longer."""
+        def fill(layer: int, q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> Tensor:
+            for cached, new in zip(self._tensors(layer, k), (k, v), strict=True):
+                for slot, part in enumerate(torch.split(new, list(lengths)), first):
+                    cached[slot, :, : len(part)] = part.transpose(0, 1)
+            out: Tensor = attend(layer, q, k, v, docs)
+            return out
+
+        return docs, fill
+
+    def step(self, device: torch.device) -> tuple[Documents, Attend]:
+        """The next call holds one more token of each sequence in use."""
+        count, longest = len(self.lengths), max(self.lengths) + 1
+        if longest > self.capacity:
+            raise ValueError(f"a sequence is longer than the cache's {self.capacity} tokens")
+        positions = torch.tensor(self.lengths, device=device)
+        docs = Documents(positions, torch.arange(count + 1, dtype=torch.int32, device=device), 1)
+        even = min(self.lengths) + 1 == longest
+        seen = None if even else (torch.arange(longest, device=device) <= positions[:, None])[:, None, None]
+        rows = torch.arange(count, device=device)
         self.lengths = [length + 1 for length in self.lengths]
 
-    def keep(self, rows: list[int]) -> None:
-        """Drops all sequences but ``rows``, which take the places 0, 1, ..."""
+        def look_back(layer: int, q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> Tensor:
+            keys, values = self._tensors(layer, k)
+            if even:
+                keys[:count, :, longest - 1], values[:count, :, longest - 1] = k, v
+            else:
+                keys[rows, :, positions], values[rows, :, positions] = k, v
+            # The query heads of a group stand where SDPA has query positions: no key is repeated for them.
+            grouped = q.reshape(count, k.shape[1], -1, q.shape[2])
+            seen_keys, seen_values = keys[:count, :, :longest], values[:count, :, :longest]
+            return F.scaled_dot_product_attention(grouped, seen_keys, seen_values, attn_mask=seen).flatten(1, 2)
+
+        return docs, look_back
+
+    @torch.inference_mode()
+    def release(self, slot: int) -> None:
+        """Gives up a sequence: the last one in use moves into its slot, and no trace of it stays.
+
+        A masked product with a NaN that an earlier sequence left would still be NaN, hence the zeros.
+        """
+        last, end = len(self.lengths) - 1, max(self.lengths[slot], self.lengths[-1])
+        for tensors in self._layers.values():
+            for cached in tensors:
+                if slot != last:
+                    cached[slot, :, :end] = cached[last, :, :end]
+                cached[last, :, :end] = 0
+        self.lengths[slot] = self.lengths[last]
+        self.lengths.pop()
+
+    @torch.inference_mode()
+    def take(self, rows: Sequence[int]) -> None:
+        """The sequence in slot ``rows[i]`` is wanted in slot i; one may be wanted several times, or not at all."""
+        moves = [(i, row) for i, row in enumerate(rows) if i != row]
+        if moves:
+            end = max(self.lengths)
+            to, source = map(list, zip(*moves, strict=True))
+            for tensors in self._layers.values():
+                for cached in tensors:
+                    cached[to, :, :end] = cached[source, :, :end]
         self.lengths = [self.lengths[row] for row in rows]
-        self._layers = {layer: (k[rows], v[rows]) for layer, (k, v) in self._layers.items()}
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> Tensor:
-        """q [T, N, H], k and v [T, G, H] -> [T, N, H]."""
+    def bytes(self) -> int:
+        """Memory held by this rank's cache."""
+        return sum(t.numel() * t.element_size() for tensors in self._layers.values() for t in tensors)
+
+    def _tensors(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Zeros at first, since a masked product with uninitialised memory could be NaN."""
         if layer not in self._layers:
-            self._fill(layer, k, v)
-            prompt: Tensor = attend(layer, q, k, v, docs)
-            return prompt
-        keys, values = self._layers[layer]
-        rows = torch.arange(len(q), device=q.device)
-        keys[rows, docs.position_ids], values[rows, docs.position_ids] = k, v
-        longest = max(self.lengths) + 1
-        seen = torch.arange(longest, device=q.device) <= docs.position_ids[:, None]  # [B, longest]
-        out: Tensor = F.scaled_dot_product_attention(
-            q[:, :, None],
-            keys[:, :longest].transpose(1, 2),
-            values[:, :longest].transpose(1, 2),
-            attn_mask=seen[:, None, None],
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        return out[:, :, 0]
-
-    def _fill(self, layer: int, k: Tensor, v: Tensor) -> None:
-        room = (len(self.lengths), self.capacity, *k.shape[1:])
-        # Zeros, since a masked product with uninitialised memory could still be NaN.
-        keys, values = k.new_zeros(room), v.new_zeros(room)
-        for row, (key, value) in enumerate(
-            zip(torch.split(k, self.lengths), torch.split(v, self.lengths), strict=True)
-        ):
-            keys[row, : len(key)], values[row, : len(value)] = key, value
-        self._layers[layer] = (keys, values)
+            room = (self.slots, like.shape[1], self.capacity, like.shape[2])
+            self._layers[layer] = (like.new_zeros(room), like.new_zeros(room))
+        return self._layers[layer]

@@ -1,85 +1,100 @@
-"""The decoding loop: prompts in one packed call, then one token of every unfinished sequence a call."""
+"""All answers to a list of prompts, as they are made or at once."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
-
-import torch
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from evomesh.errors import UserError
-from evomesh.generate.cache import KeyValueCache
-from evomesh.generate.sample import Sampling, TokenSampler
+from evomesh.generate.beam import beam_search
+from evomesh.generate.engine import Engine, check_prompt
+from evomesh.generate.options import Sampling
 from evomesh.models.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
 class NewToken:
-    """One step of one sequence. ``end`` is "eos" or "length" with its last token, else ""."""
+    """One step of one answer. ``finish`` is "stop" or "length" with its last token, else ""."""
 
-    sequence: int
+    prompt: int
+    answer: int
     token: int
-    end: str = ""
+    finish: str = ""
 
 
-@torch.inference_mode()
 def stream(
     model: LanguageModel,
-    prompts: list[list[int]],
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
     *,
-    max_new_tokens: int,
-    sampling: Sampling | None = None,
-    eos_ids: Collection[int] = (),
-    device: torch.device | str = "cpu",
+    batch_size: int | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> Iterator[NewToken]:
     """Yields tokens as they are made; prompts of a batch need not be equally long and do not influence each other.
 
     Args:
         prompts: token ids of each prompt, none empty.
-        max_new_tokens: most tokens made for one prompt.
-        sampling: greedy when None.
-        eos_ids: a sequence ends with the first of these; it is yielded too.
+        sampling: with ``max_new_tokens`` or ``max_length``, and without beams.
+        batch_size: answers that are worked on at the same time; None: all.
+        numbers: of the prompts, 0, 1, ... when None: answer a of prompt number p draws from the random stream
+            (seed, p * num_return_sequences + a).
     Raises:
-        UserError: an empty prompt.
+        UserError: a prompt is empty or holds ids the model does not know.
     """
-    sampling = sampling or Sampling(temperature=0.0)
+    count = sampling.num_return_sequences
+    engine = Engine(model, slots=batch_size or max(len(prompts) * count, 1), max_tokens=room(prompts, sampling))
     for index, prompt in enumerate(prompts):
-        if not prompt:
-            raise UserError(
-                f"prompt {index} is empty", expected="at least one token", fix="give some text to go on from"
-            )
-    if max_new_tokens < 1:
-        return
-    device = torch.device(device)
-    samplers = [TokenSampler(sampling, index) for index in range(len(prompts))]
-    cache = KeyValueCache([len(prompt) for prompt in prompts], max(map(len, prompts)) + max_new_tokens)
-    active = list(range(len(prompts)))
-    ids = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-    last = torch.tensor(cache.lengths).cumsum(0) - 1  # the last token of each prompt within the packed call
-    for made in range(1, max_new_tokens + 1):
-        hidden = model(ids, cache.documents(device), cache.attend)
-        logits = model.logits(hidden[last.to(device)] if made == 1 else hidden)
-        if made > 1:
-            cache.advance()
-        going, tokens = [], []
-        for row, sequence in enumerate(active):
-            token = samplers[sequence].next(logits[row])
-            end = "eos" if token in eos_ids else "length" if made == max_new_tokens else ""
-            yield NewToken(sequence, token, end)
-            if not end:
-                going.append(row)
-                tokens.append(token)
-        if not going:
-            return
-        if len(going) < len(active):
-            cache.keep(going)
-            active = [active[row] for row in going]
-        ids = torch.tensor(tokens, device=device)
+        check_prompt(prompt, engine.max_tokens, engine.vocab_size, f"prompt {index}")
+    origin = {}
+    for index, prompt in enumerate(prompts):
+        for answer in range(count):
+            key = (sampling.seed, (numbers[index] if numbers else index) * count + answer)
+            origin[engine.add(prompt, replace(sampling, num_return_sequences=1), key)] = index, answer
+    while engine.active:
+        for token in engine.step():
+            yield NewToken(*origin[token.request], token.id, token.finish)
 
 
-def generate(model: LanguageModel, prompts: list[list[int]], **options: object) -> list[list[int]]:
-    """All new tokens of each prompt at once; options as in ``stream``."""
-    made: list[list[int]] = [[] for _ in prompts]
-    for new in stream(model, prompts, **options):  # type: ignore[arg-type]
-        made[new.sequence].append(new.token)
+def generate(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    batch_size: int | None = None,
+    numbers: Sequence[int] | None = None,
+) -> list[list[list[int]]]:
+    """[prompt][answer] -> new token ids, the one that ended the answer included. Arguments as of ``stream``.
+
+    With beams, ``batch_size`` prompts at a time are searched, and prompt number p draws from (seed, p).
+    """
+    if sampling.num_beams > 1:
+        return _beams(model, prompts, sampling, batch_size or max(len(prompts), 1), numbers or range(len(prompts)))
+    made: list[list[list[int]]] = [[[] for _ in range(sampling.num_return_sequences)] for _ in prompts]
+    for new in stream(model, prompts, sampling, batch_size=batch_size, numbers=numbers):
+        made[new.prompt][new.answer].append(new.token)
     return made
+
+
+def _beams(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    batch_size: int,
+    numbers: Sequence[int],
+) -> list[list[list[int]]]:
+    vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
+    for index, prompt in enumerate(prompts):
+        check_prompt(prompt, room(prompts, sampling), vocab_size, f"prompt {index}")
+    answers = []
+    for start in range(0, len(prompts), batch_size):
+        part = prompts[start : start + batch_size]
+        answers += beam_search(model, part, sampling, room(part, sampling), numbers[start : start + batch_size])
+    return answers
+
+
+def room(prompts: Sequence[Sequence[int]], sampling: Sampling) -> int:
+    """Most tokens that any prompt and its answer may have together."""
+    longest = max(map(len, prompts), default=1)
+    if sampling.max_new_tokens is None and sampling.max_length is None:
+        raise UserError("neither max_new_tokens nor max_length is given", fix="say how long an answer may be")
+    return max(sampling.limit(longest, 2**63 - 1), 2)

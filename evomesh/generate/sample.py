@@ -1,70 +1,77 @@
 """From logits to the next token.
 
-Shapes: V vocabulary.
+Shapes: B requests, V vocabulary, K candidates.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from evomesh.errors import UserError
+from evomesh.generate.options import Sampling
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn. Temperature scales first, then top-k, then top-p (Holtzman et al., 2020) cut the tail.
+def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits [V] with those of the ids in ``seen`` (int64, repeats count once) made less likely."""
+    if penalty == 1.0:
+        return logits
+    known = logits[seen]
+    return logits.index_put((seen,), torch.where(known < 0, known * penalty, known / penalty))
 
-    Attributes:
-        temperature: 0 is greedy.
-        top_k: only the k likeliest tokens; 0 is all.
-        top_p: only the likeliest tokens whose probabilities reach p together, the one that crosses p included.
-        seed: of the request's own random stream.
+
+def candidates(logits: Tensor, sampling: Sampling, keep: int = 1) -> tuple[Tensor, Tensor]:
+    """Logits [V] -> (ids [K], logits [K] over the temperature) of the tokens that top-k, top-p and min-p leave.
+
+    Args:
+        keep: at least so many tokens stay, whatever the cuts say.
     """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 1024
-
-    def __post_init__(self) -> None:
-        checks = {
-            "temperature": (self.temperature >= 0, "0 (greedy) or more"),
-            "top_k": (self.top_k >= 0, "0 (all) or more"),
-            "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
-        }
-        for name, (good, expected) in checks.items():
-            if not good:
-                raise UserError(f"{name} is {getattr(self, name)}", expected=expected)
-
-
-def candidates(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Logits [V] -> probabilities [V] after temperature, top-k and top-p; tokens cut away have probability 0."""
     logits = logits / sampling.temperature
+    ids = torch.arange(len(logits), device=logits.device)
     if 0 < sampling.top_k < len(logits):
-        kth = logits.topk(sampling.top_k).values[-1]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    probabilities = logits.softmax(-1)
+        logits, ids = logits.topk(max(sampling.top_k, keep))
     if sampling.top_p < 1:
-        ordered, order = probabilities.sort(descending=True, stable=True)
-        before = ordered.cumsum(-1) - ordered
-        probabilities = probabilities.index_fill(0, order[before >= sampling.top_p], 0.0)
-        probabilities = probabilities / probabilities.sum()
-    return probabilities
+        order = logits.sort(descending=True, stable=True)
+        logits, ids = order.values, ids[order.indices]
+        share = logits.softmax(-1)
+        left = share.cumsum(-1) - share < sampling.top_p
+        left[:keep] = True
+        logits, ids = logits[left], ids[left]
+    if sampling.min_p > 0:
+        likely = logits.softmax(-1)
+        left = likely >= sampling.min_p * likely.max()
+        left[likely.topk(min(keep, len(likely))).indices] = True
+        logits, ids = logits[left], ids[left]
+    return ids, logits
 
 
 class TokenSampler:
-    """One request's stream of draws: a function of (seed, request) and of nothing else in the batch."""
+    """Draws the tokens of one request: a function of ``stream`` = (seed, request) and of nothing else in the batch."""
 
-    def __init__(self, sampling: Sampling, request: int = 0) -> None:
+    def __init__(self, sampling: Sampling, stream: tuple[int, int]) -> None:
         self.sampling = sampling
-        self.generator = torch.Generator().manual_seed(sampling.seed * 1_000_003 + request)
+        self._draws = np.random.default_rng(stream)
 
     def next(self, logits: Tensor) -> int:
-        """The next token for logits [V]."""
-        if self.sampling.temperature == 0:
+        """The next token for logits [V]; every draw takes one uniform number from the stream."""
+        if self.sampling.greedy:
             return int(logits.argmax())
-        # Drawn on the CPU, so that a seed means the same tokens on every device.
-        return int(torch.multinomial(candidates(logits.cpu(), self.sampling), 1, generator=self.generator))
+        # On the CPU and in float64, so that a seed means the same tokens on every device.
+        ids, logits = candidates(logits.cpu().double(), self.sampling)
+        reached = logits.softmax(-1).cumsum(-1)
+        place = torch.searchsorted(reached, self._draws.random() * float(reached[-1]), right=True)
+        return int(ids[min(int(place), len(ids) - 1)])
+
+
+def report(logits: Tensor, token: int, top: int) -> tuple[float, list[tuple[int, float]]]:
+    """Log-probability of ``token`` under logits [V], and (id, log-probability) of the ``top`` likeliest tokens."""
+    logprobs = logits.log_softmax(-1)
+    best = logprobs.topk(min(top, len(logprobs)))
+    return float(logprobs[token]), list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+
+
+def plain_greedy(samplings: Sequence[Sampling]) -> bool:
+    """Whether one argmax over all rows answers all requests."""
+    return all(s.greedy and s.repetition_penalty == 1.0 and s.logprobs < 0 for s in samplings)

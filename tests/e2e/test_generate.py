@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from evomesh.generate.decode import generate as answers_of
+from evomesh.generate.options import Sampling
+from evomesh.train.restore import restore_model
+from tests.support.golden import write_bin
 from tests.support.interpreter import Finished, Interpreter
 from tests.support.runs import write_run
 
@@ -82,3 +88,112 @@ def test_bad_input_is_one_message_and_exit_2(
     assert done.returncode == 2
     assert part in done.stderr
     assert "Traceback" not in done.stderr
+
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = {
+    "math": [[5, 6, 7, 8], [9], list(range(60, 75))],
+    "words": [[30, 31, 32], [], list(range(40)), [-3, -5, 7, 9]],
+}
+SECTION = """
+generation = dict(
+    ckpt_folder="ckpts", output_folder="out", data_folder="prompts", batch_size=2, eos_id=[2, 0], bos_id=1,
+    max_length=24, do_sample=True, temperature=2.0, top_k=50, top_p=1.0, repetition_penalty=1, length_penalty=1.0,
+)
+"""
+WANTED = Sampling(temperature=2.0, top_k=50, max_length=24, seed=1024, eos_ids=(2, 0))
+
+
+@pytest.fixture
+def section(trained: Path, tmp_path: Path) -> Path:
+    """A folder with the trained model, prompts of two tasks and the documents' section."""
+    for name, prompts in PROMPTS.items():
+        write_bin(tmp_path / "prompts" / name / "a.bin", prompts)
+    write_bin(tmp_path / "wild" / "en" / "a.bin", [[1], [2, 999]])
+    (tmp_path / "ckpts").symlink_to(trained / "ckpts")
+    (tmp_path / "data").symlink_to(trained / "data")
+    shutil.copy(trained / "tokenizer.json", tmp_path)
+    (tmp_path / "config.py").write_text((trained / "config.py").read_text() + SECTION)
+    return tmp_path
+
+
+def results(folder: Path, name: str) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "out" / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_the_documents_section(section: Path, interpreter: Interpreter) -> None:
+    done = interpreter.run([str(ROOT / "generate.py"), "--config", "config.py"], cwd=section)
+    assert done.returncode == 0, done.stderr
+    assert "words: 4 prompts, 2 skipped" in done.stdout + done.stderr
+    model = restore_model(str(section / "ckpts")).model
+    for name, first in (("math", 0), ("words", 3)):
+        prompts = [[abs(token) for token in prompt] for prompt in PROMPTS[name]]
+        kept = [index for index, prompt in enumerate(prompts) if 0 < len(prompt) < 24]
+        numbers = [first + index for index in kept]
+        wanted = answers_of(model, [prompts[index] for index in kept], WANTED, numbers=numbers)
+        rows = results(section, name)
+        assert [row["line"] for row in rows] == [1, 2, 3, 4][: len(prompts)]
+        assert [row["answer_ids"] for row in rows if "skipped" not in row] == wanted
+        assert [index for index, row in enumerate(rows) if "skipped" not in row] == kept
+        for row in rows:
+            ends = ["stop" if new[-1] in (2, 0) else "length" for new in row["answer_ids"]]
+            assert row["finish"] == ends
+            assert len(row["answers"]) == len(row["answer_ids"])
+        records = [[*prompts[index], *new] for index, [new] in zip(kept, wanted, strict=True)]
+        raw = (section / "out" / f"{name}.bin").read_bytes()
+        meta = np.load(section / "out" / f"{name}.bin.meta")
+        assert [json.loads(raw[start:].split(b"\n")[0])["tokens"] for start, _ in meta] == records
+        assert [count for _, count in meta] == [len(record) for record in records]
+
+
+def test_any_layout_and_batch_size_gives_the_same_results(section: Path, interpreter: Interpreter) -> None:
+    command = [str(ROOT / "generate.py"), "--config", "config.py"]
+    done = interpreter.run([*command, "--set", "generation.batch_size=5"], cwd=section)
+    assert done.returncode == 0, done.stderr
+    alone = {name: (results(section, name), (section / f"out/{name}.bin").read_bytes()) for name in PROMPTS}
+    shutil.rmtree(section / "out")
+    for layout in ("parallel.pipeline=2", "parallel.tensor=1"):  # two stages; two data-parallel ranks
+        ranks = interpreter.start_ranks([*command, "--launcher", "torch", "--set", layout], 2, cwd=section)
+        finished = [rank.wait(120) for rank in ranks]
+        assert [one.returncode for one in finished] == [0, 0], finished[0].stderr + finished[1].stderr
+        assert {n: (results(section, n), (section / f"out/{n}.bin").read_bytes()) for n in PROMPTS} == alone
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        (["generation.data_folder=None", "data.valid_folder=None"], "neither generation.data_folder nor data.valid"),
+        (["generation.data_folder=nothing"], "generation.data_folder: cannot read the folder nothing"),
+        (["generation.output_folder=None"], "generation.output_folder"),
+        (["generation.output_folder=prompts/out"], "lies in the folder of the prompts"),
+        (["generation.ckpt_folder=None", "ckpt.save_ckpt_folder=None", "ckpt.enable_save_ckpt=False"], "no weights"),
+        (["generation.ckpt_folder=nowhere"], "nowhere"),
+        (["generation.num_return_sequences=3", "generation.num_beams=2"], "num_return_sequences is 3"),
+        (["generation.data_folder=wild"], "a.bin line 2"),
+        (["model.hidden_size=64"], "the model wants"),
+    ],
+)
+def test_a_section_that_cannot_be_done(section: Path, interpreter: Interpreter, settings: list[str], part: str) -> None:
+    sets = [word for setting in settings for word in ("--set", setting)]
+    done = interpreter.run(["evomesh", "generate", "config.py", *sets], cwd=section)
+    assert done.returncode == 2
+    assert part in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((section / "out").glob("*")) if (section / "out").exists() else True
+
+
+def test_the_validation_folder_is_the_default(section: Path, interpreter: Interpreter) -> None:
+    sets = ["--set", "generation.data_folder=None", "--set", "generation.max_new_tokens=2"]
+    sets += ["--set", "generation.ckpt_folder=None", "--set", "generation.num_beams=2"]
+    done = interpreter.run(["evomesh", "generate", "config.py", *sets], cwd=section)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (section / "out").glob("*.jsonl")) == ["code.jsonl", "en.jsonl"]
+    assert all(len(row["answer_ids"][0]) <= 2 for row in results(section, "en"))
+
+
+def test_several_answers_to_a_prompt(trained: Path, interpreter: Interpreter) -> None:
+    options = ["--prompt", "abc", "--num-beams", "3", "--num-return-sequences", "2", "--max-new-tokens", "5"]
+    done = generate(trained, interpreter, *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("--- answer 1 of 2\nabc")
+    assert "--- answer 2 of 2\nabc" in done.stdout

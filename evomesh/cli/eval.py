@@ -1,0 +1,72 @@
+"""``evomesh eval``: scores of a checkpoint on tasks of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from evomesh.errors import UserError
+
+
+def evaluate(
+    ckpt: Annotated[str, typer.Argument(help="Save folder, step in it, or step folder; local or s3.")],
+    tasks: Annotated[str, typer.Option(help="Task files (.yaml) or names of the harness's tasks, with commas.")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="tokenizer.json, .model or their folder [default: data.tokenizer_path].")
+    ] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before a question.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many questions of each task.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Most tokens read at once [default: as trained].")
+    ] = None,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens in one run of the model.")] = 8192,
+    output: Annotated[str | None, typer.Option(help="File for all results, as JSON.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ... [default: cuda where there is one].")] = "",
+    config: Annotated[
+        str | None, typer.Option(help="Config file to read first: it registers a model type of your own.")
+    ] = None,
+) -> None:
+    """Score a checkpoint with lm-evaluation-harness, through the native model."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("lm-evaluation-harness is not installed", fix="pip install 'evomesh[eval]'")
+    if output is not None and not Path(output).expanduser().absolute().parent.is_dir():
+        raise UserError(f"no folder for {output}", where="--output")
+    from evomesh.checkpoint.hf_config import rotary_of
+    from evomesh.checkpoint.hf_tokenizer import refuse_larger, special_ids
+    from evomesh.cli.device import choose_device
+    from evomesh.config.loader import load_config
+    from evomesh.data.tokenizer import load_tokenizer
+    from evomesh.evaluate.native import NativeModel
+    from evomesh.evaluate.run import evaluate as run
+    from evomesh.evaluate.run import find_tasks, table, write
+    from evomesh.train.restore import restore_model
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise UserError("no task", where="--tasks")
+    manager = find_tasks(names)
+    chosen = choose_device(device)
+    if config is not None:
+        load_config(config)
+    restored = restore_model(ckpt, chosen)
+    path = tokenizer or restored.config.data.tokenizer_path
+    if path is None:
+        raise UserError("the checkpoint's config names no tokenizer", where=ckpt, fix="give one with --tokenizer PATH")
+    text = load_tokenizer(path)
+    vocab_size = restored.config.model.vocab_size
+    refuse_larger(text, vocab_size)
+    model = NativeModel(
+        restored.model,
+        text,
+        eos_ids=special_ids(text, restored.config.generation, vocab_size).eos,
+        max_length=max_length or rotary_of(restored.config).max_position,
+        batch_tokens=batch_tokens,
+    )
+    results = run(model, names, manager, num_fewshot=num_fewshot, limit=limit)
+    print(f"step {restored.found.step} of {ckpt}")
+    print(table(results))
+    if output is not None:
+        write(results, output)

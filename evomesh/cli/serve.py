@@ -1,0 +1,155 @@
+"""``evomesh serve`` and ``evomesh chat``: a model over HTTP."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from evomesh.errors import UserError
+
+if TYPE_CHECKING:
+    from evomesh.serve.load import Choices
+
+Ckpt = Annotated[str, typer.Option(help="Checkpoint folder: a save folder (its newest) or one step in it.")]
+TokenizerPath = Annotated[
+    str | None, typer.Option("--tokenizer", help="tokenizer.json, .model or their folder [default: the config's].")
+]
+TemplateName = Annotated[
+    str,
+    typer.Option(
+        "--chat-template",
+        help="internlm, chatml, llama3, tokenizer (its own), none; auto: the tokenizer's own where it has one.",
+    ),
+]
+RotaryType = Annotated[
+    Literal["origin", "dynamic"] | None,
+    typer.Option("--rotary-type", help="dynamic: NTK scaling beyond the trained length [default: the config's]."),
+]
+Context = Annotated[int | None, typer.Option(min=2, help="Most tokens of prompt and answer together.")]
+Slots = Annotated[int, typer.Option(min=1, max=1024, help="Answers that are written at the same time.")]
+Queue = Annotated[int, typer.Option(min=0, max=65536, help="Answers that may wait; more are refused with 429.")]
+Host = Annotated[str, typer.Option(help="Address to listen on; one that others can reach needs a key.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")]
+KeyFile = Annotated[str | None, typer.Option(help="File with the key clients must bear [or: EVOMESH_API_KEY].")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, ... [default: cuda where there is one].")]
+Name = Annotated[str | None, typer.Option(help="What clients call the model [default: the job's name].")]
+ConfigFile = Annotated[
+    str | None, typer.Option(help="Config file to read first: it registers a model type of your own.")
+]
+
+
+def serve(
+    ckpt: Ckpt,
+    tokenizer: TokenizerPath = None,
+    chat_template: TemplateName = "auto",
+    rotary_type: RotaryType = None,
+    context: Context = None,
+    slots: Slots = 8,
+    queue: Queue = 64,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    key_file: KeyFile = None,
+    device: Device = "",
+    name: Name = None,
+    config: ConfigFile = None,
+) -> None:
+    """Answer OpenAI-style requests: /v1/models, /v1/completions, /v1/chat/completions."""
+    from evomesh.serve.load import Choices
+
+    choices = Choices(tokenizer, chat_template, rotary_type, name, context, slots, queue)
+    _run(ckpt, choices, host, port, key_file, device, config, page=False)
+
+
+def chat(
+    ckpt: Ckpt,
+    tokenizer: TokenizerPath = None,
+    chat_template: TemplateName = "auto",
+    rotary_type: RotaryType = None,
+    context: Context = None,
+    slots: Slots = 4,
+    queue: Queue = 64,
+    host: Host = "127.0.0.1",
+    port: Port = 7860,
+    key_file: KeyFile = None,
+    device: Device = "",
+    name: Name = None,
+    config: ConfigFile = None,
+    browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
+) -> None:
+    """Open a page to talk with a model; the API of `evomesh serve` answers at the same address."""
+    from evomesh.serve.load import Choices
+
+    choices = Choices(tokenizer, chat_template, rotary_type, name, context, slots, queue, roomy=True)
+    _run(ckpt, choices, host, port, key_file, device, config, page=True, browser=browser)
+
+
+def _run(
+    ckpt: str,
+    choices: Choices,
+    host: str,
+    port: int,
+    key_file: str | None,
+    device: str,
+    config: str | None,
+    *,
+    page: bool,
+    browser: bool = False,
+) -> None:
+    import torch
+
+    from evomesh.cli.generate import check_device
+    from evomesh.config.loader import load_config
+    from evomesh.serve.load import LOOPBACK, bind, load_service, read_key, run
+
+    key = read_key(host, key_file)
+    try:
+        from evomesh.serve.app import create_app
+
+        if page:
+            from evomesh.serve.page import mount_page
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("evomesh"):
+            raise
+        raise UserError(f"{error.name} is not installed", fix="pip install 'evomesh[serve]'") from None
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
+    listening = bind(host, port)
+    if config is not None:
+        load_config(config)
+    service = load_service(ckpt, device, choices)
+    local = host in LOOPBACK
+    app = create_app(service, key=key, local=local)
+    if page:
+        mount_page(app, service, key)
+    shown = f"[{host}]" if ":" in host else host
+    url = f"http://{shown}:{listening.getsockname()[1]}"
+    model, limits = service.model, service.limits
+    print(f"{model.name} ({model.fingerprint}): {limits.slots} answers of {limits.context} tokens at a time, {device}")
+    print(f"page: {url}/" if page else f"API: {url}/v1   health: {url}/healthz   metrics: {url}/metrics", flush=True)
+    if page and browser:
+        _open(url)
+    run(app, listening)
+
+
+def _open(url: str) -> None:
+    """Shows the page once the server is up, where there is a screen to show it on."""
+    import threading
+    import webbrowser
+
+    if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        return
+    timer = threading.Timer(1.0, webbrowser.open, [url])
+    timer.daemon = True
+    timer.start()
+
+
+def chat_shim() -> None:
+    """``python web_demo.py --ckpt DIR``: the documents' name for ``evomesh chat``."""
+    from evomesh.cli.run import run
+
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(chat)
+    run(app)

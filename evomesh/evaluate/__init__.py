@@ -1,0 +1,1 @@
+"""Scores on benchmark tasks, by lm-evaluation-harness through the native model."""

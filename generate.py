@@ -1,0 +1,6 @@
+"""``python generate.py --config CONFIG``: the documents' command for ``evomesh generate CONFIG``."""
+
+from evomesh.cli.generate import shim_main
+
+if __name__ == "__main__":
+    shim_main()

@@ -1,0 +1,118 @@
+"""``evomesh eval`` on local tasks of each kind, held to the harness's own backend on the exported folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evomesh.checkpoint.hf_export import ExportOptions
+from evomesh.config.schema import GenerationConfig
+from evomesh.errors import UserError
+from tests.e2e.test_convert_hf import make_tokenizer, run
+from tests.unit.checkpoint.hf_models import export, model_config, save_model
+
+pytest.importorskip("lm_eval")
+
+COMMON = """
+dataset_path: json
+dataset_kwargs: {data_files: {test: questions.jsonl}}
+test_split: test
+metadata: {version: 1}
+"""
+CHOICE = """
+task: animals
+output_type: multiple_choice
+doc_to_text: "Q: {{question}}\\nA:"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+num_fewshot: 1
+fewshot_split: test
+metric_list: [{metric: acc}, {metric: acc_norm}]
+"""
+ROLLING = """
+task: texts
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
+"""
+GENERATE = """
+task: answers
+output_type: generate_until
+doc_to_text: "{{question}} "
+doc_to_target: "{{said}}"
+generation_kwargs: {until: ["%s"], max_gen_toks: 12}
+metric_list: [{metric: exact_match}]
+"""
+
+
+def questions() -> list[dict[str, Any]]:
+    animals = ["cat", "dog", "cow", "mat", "naïve café", "春眠不觉晓"]
+    return [
+        {
+            "question": f"what sat on the {animals[n % 6]} number {n}",
+            "choices": [animals[n % 6], animals[(n + 1) % 6], "a dog saw the cat"],
+            "answer": n % 3,
+            "text": f"the {animals[n % 6]} sat on the mat " * (1 + 3 * (n % 4)),
+            "said": "",
+        }
+        for n in range(12)
+    ]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A checkpoint, its exported folder, and three task files; texts are longer than the model reads at once."""
+    place = tmp_path
+    size = make_tokenizer(place / "tok")
+    config = model_config("INTERNLM", "float32", vocab_size=size, max_position_embeddings=48)
+    _, found = save_model(place / "c", config, str(place / "tok"), GenerationConfig(eos_id=(2,), bos_id=1))
+    export(found, place / "hf", ExportOptions(compare=False), lambda line: None)
+    for name, text in (("choice", CHOICE), ("rolling", ROLLING), ("generate", GENERATE % " s")):
+        (place / f"{name}.yaml").write_text(text + COMMON)
+    (place / "questions.jsonl").write_text("\n".join(map(json.dumps, questions())))
+    return place
+
+
+def hf_results(place: Path, tasks: list[str]) -> dict[str, Any]:
+    from lm_eval.evaluator import simple_evaluate
+
+    results: dict[str, Any] | None = simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(place / "hf"), "dtype": "float32"},
+        tasks=tasks,
+        device="cpu",
+        batch_size=5,
+    )
+    assert results is not None
+    return results
+
+
+def test_scores_are_those_of_the_exported_folder(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    files = ["choice.yaml", "rolling.yaml", "generate.yaml"]
+    said = run("-m", "evomesh", "eval", "c", "--tasks", ",".join(files), "--output", "out.json", cwd=place)
+    assert "|animals|" in said and "word_perplexity" in said
+    ours = json.loads((place / "out.json").read_text())
+    theirs = hf_results(place, files)
+    for task in ("animals", "texts", "answers"):
+        scores = {key: value for key, value in theirs["results"][task].items() if isinstance(value, float)}
+        assert scores
+        for key, value in scores.items():
+            assert ours["results"][task][key] == pytest.approx(value, rel=1e-5), (task, key)
+
+
+def test_tasks_that_are_not_there(place: Path) -> None:
+    from lm_eval.tasks import TaskManager
+
+    from evomesh.evaluate.run import find_tasks, refuse_unknown
+
+    with pytest.raises(UserError, match="no task file"):
+        find_tasks([str(place / "no.yaml")])
+    known = TaskManager(include_path=str(place), include_defaults=False)
+    with pytest.raises(UserError, match="unknown task 'animal'") as caught:
+        refuse_unknown("animal", known)
+    assert caught.value.fix == "did you mean 'animals'?"

@@ -1,0 +1,98 @@
+"""The key/value cache against a forward pass over all tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from evomesh.generate.cache import KeyValueCache
+from evomesh.layers.documents import whole
+from evomesh.layers.linear import product
+from tests.support.decoders import VOCAB, tiny
+
+CPU = torch.device("cpu")
+
+
+def test_cached_logits_equal_uncached_logits_whatever_the_sequences_do() -> None:
+    """Two sequences; a third joins, the first leaves, the others are swapped: each goes on as if alone."""
+    model = tiny()
+    draw = torch.Generator().manual_seed(0)
+    rows = [torch.randint(VOCAB, (30,), generator=draw).tolist() for _ in range(3)]
+    with torch.inference_mode():
+        wanted = [model.logits(model(torch.tensor(row), whole(30))) for row in rows]
+        cache = KeyValueCache(3, 30)
+        slots, lengths = [0, 1], [5, 12, 8]
+
+        def read(new: list[int]) -> None:
+            docs, attend = cache.prompts([lengths[row] for row in new], CPU)
+            ids = torch.tensor([token for row in new for token in rows[row][: lengths[row]]])
+            got = model.logits(model(ids, docs, attend))
+            expected = torch.cat([wanted[row][: lengths[row]] for row in new])
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+        def go_on(steps: int) -> None:
+            for _ in range(steps):
+                docs, attend = cache.step(CPU)
+                ids = torch.tensor([rows[row][lengths[row]] for row in slots])
+                got = model.logits(model(ids, docs, attend))
+                expected = torch.stack([wanted[row][lengths[row]] for row in slots])
+                torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+                for row in slots:
+                    lengths[row] += 1
+
+        read([0, 1])
+        go_on(3)
+        read([2])
+        slots = [0, 1, 2]
+        go_on(3)
+        cache.release(0)
+        slots = [2, 1]  # the last one takes the free slot
+        go_on(3)
+        cache.take([1, 0])
+        slots = [1, 2]
+        go_on(3)
+        cache.take([1, 1])
+        lengths[2] = cache.lengths[0]
+        slots = [2, 2]
+        docs, attend = cache.step(CPU)
+        got = model.logits(model(torch.tensor([rows[2][lengths[2]]] * 2), docs, attend))
+        torch.testing.assert_close(got, wanted[2][lengths[2]].expand(2, -1), rtol=0, atol=1e-12)
+
+
+def test_a_released_slot_keeps_no_trace() -> None:
+    model = tiny()
+    cache = KeyValueCache(2, 8)
+    with torch.inference_mode():
+        docs, attend = cache.prompts([3, 6], CPU)
+        model(torch.arange(9), docs, attend)
+        cache.release(0)
+        cache.release(0)
+    assert cache.lengths == []
+    assert all(not part.any() for tensors in cache._layers.values() for part in tensors)
+
+
+def test_memory_is_that_of_all_slots() -> None:
+    model = tiny()
+    cache = KeyValueCache(3, 10)
+    with torch.inference_mode():
+        docs, attend = cache.prompts([2], CPU)
+        model(torch.arange(2), docs, attend)
+    assert cache.bytes() == 2 * 2 * 3 * 10 * 2 * 8 * 8  # k and v, layers, slots, tokens, heads, width, bytes
+
+
+@pytest.mark.parametrize(("slots", "lengths"), [(1, [2, 2]), (2, [2, 9])])
+def test_no_room(slots: int, lengths: list[int]) -> None:
+    with pytest.raises(ValueError, match="no room"):
+        KeyValueCache(slots, 8).prompts(lengths, CPU)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 8, 32, 33])
+@pytest.mark.parametrize("bias", [False, True])
+def test_decoding_products_are_those_of_training(rows: int, bias: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 12, dtype=torch.float64, generator=draw) for n in (rows, 7))
+    offset = torch.randn(7, dtype=torch.float64, generator=draw) if bias else None
+    with torch.no_grad():
+        got = product(x, weight, offset)
+    assert got.is_contiguous()
+    torch.testing.assert_close(got, torch.nn.functional.linear(x, weight, offset), rtol=0, atol=1e-14)

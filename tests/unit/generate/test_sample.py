@@ -1,0 +1,95 @@
+"""Choosing a token, against transformers' own rules and the distribution it should follow."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from evomesh.errors import UserError
+from evomesh.generate.options import Sampling
+from evomesh.generate.sample import TokenSampler, candidates, penalised
+
+VOCAB = 50
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+@pytest.mark.parametrize("min_p", [0.0, 0.05, 1.0])
+@pytest.mark.parametrize("top_k", [0, 1, 7])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3])
+def test_candidates_follow_transformers(top_k: int, top_p: float, min_p: float, keep: int) -> None:
+    logits = torch.randn(VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 3
+    scores = TemperatureLogitsWarper(0.7)(None, logits[None])
+    scores = TopKLogitsWarper(top_k, min_tokens_to_keep=keep)(None, scores) if top_k else scores
+    scores = TopPLogitsWarper(top_p, min_tokens_to_keep=keep)(None, scores) if top_p < 1 else scores
+    scores = MinPLogitsWarper(min_p, min_tokens_to_keep=keep)(None, scores) if min_p else scores
+    ids, ours = candidates(logits, Sampling(temperature=0.7, top_k=top_k, top_p=top_p, min_p=min_p), keep)
+    whole = torch.zeros(VOCAB, dtype=torch.float64).index_put((ids,), ours.softmax(-1))
+    torch.testing.assert_close(whole, scores[0].softmax(-1), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3, 0.8])
+def test_the_repetition_penalty_follows_transformers(penalty: float) -> None:
+    logits = torch.randn(VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    seen = torch.tensor([3, 9, 3, 3, 40, 41])
+    wanted = RepetitionPenaltyLogitsProcessor(penalty)(seen[None], logits[None].clone())[0]
+    before = logits.clone()
+    assert torch.equal(penalised(logits, seen, penalty), wanted)
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("options", [{"top_k": 3}, {"top_p": 0.8}, {}])
+def test_draws_follow_the_distribution(options: dict[str, float]) -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0], dtype=torch.float64)
+    sampling = Sampling(temperature=1.5, **options)
+    sampler = TokenSampler(sampling, (0, 0))
+    count = 4000
+    drawn = torch.bincount(torch.tensor([sampler.next(logits) for _ in range(count)]), minlength=4) / count
+    ids, left = candidates(logits, sampling)
+    wanted = torch.zeros(4, dtype=torch.float64).index_put((ids,), left.softmax(-1))
+    deviation = (wanted * (1 - wanted) / count).sqrt()
+    assert ((drawn - wanted).abs() <= 4 * deviation).all(), (drawn, wanted)
+
+
+def test_no_sampling_and_no_temperature_are_greedy() -> None:
+    logits = torch.tensor([0.0, 3.0, 2.9])
+    for sampling in (Sampling(do_sample=False), Sampling(temperature=0.0)):
+        assert {TokenSampler(sampling, (0, n)).next(logits) for n in range(20)} == {1}
+    assert {TokenSampler(Sampling(), (0, n)).next(logits) for n in range(20)} > {1}
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"top_k": -1},
+        {"min_p": 1.1},
+        {"repetition_penalty": 0.0},
+        {"num_beams": 0},
+        {"num_return_sequences": 0},
+        {"seed": -1},
+        {"max_new_tokens": 0},
+        {"max_length": 0},
+        {"logprobs": -2},
+    ],
+)
+def test_impossible_sampling_is_refused(bad: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=f"{next(iter(bad))} is {next(iter(bad.values()))}"):
+        Sampling(**bad)
+
+
+def test_more_answers_than_there_can_be_are_refused() -> None:
+    with pytest.raises(UserError, match="num_return_sequences is 3"):
+        Sampling(num_return_sequences=3, num_beams=2)
+    with pytest.raises(UserError, match="num_return_sequences is 2"):
+        Sampling(num_return_sequences=2, do_sample=False)
+    Sampling(num_return_sequences=3)

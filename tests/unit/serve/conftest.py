@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from evomesh.models.language_model import LanguageModel
+from evomesh.serve.service import Limits
+from tests.support.serving import Served, serving, tiny_model, tiny_service
+
+LIMITS = Limits(context=512, slots=4, queue=4, body=20_000)
+
+
+@pytest.fixture(scope="session")
+def model() -> LanguageModel:
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def served(model: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving(tiny_service(tmp_path_factory.mktemp("tokenizer"), model, LIMITS)) as served:
+        yield served
+
+
+@pytest.fixture
+def client(served: Served) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=served.url, timeout=30) as client:
+        yield client
