@@ -83,7 +83,7 @@ def inspect(
         for number in np.unique(np.linspace(0, len(files[0]) - 1, samples).astype(np.int64)) if samples else []:
             ids = files[0].read(np.array([number]))
             print(f"--- {files[0].name} line {files[0].row(int(number)) + 1}, {len(ids)} tokens")
-            print(dimmed(np.abs(ids[:400]), ids[:400] > 0, loaded) + (" ..." if len(ids) > 400 else ""))
+            typer.echo(dimmed(np.abs(ids[:400]), ids[:400] > 0, loaded) + (" ..." if len(ids) > 400 else ""))
 
 
 @app.command()
@@ -118,7 +118,7 @@ def show(
         print(orjson.dumps(pack_json(found)).decode())
     else:
         print(f"pack {pack} of {len(packs)}, {section.packed_length} tokens")
-        print(pack_text(found, load_tokenizer(tokenizer) if tokenizer else None))
+        typer.echo(pack_text(found, load_tokenizer(tokenizer) if tokenizer else None))
 
 
 @app.command()

@@ -6,11 +6,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from evomesh.data.tokenize import Progress
+if TYPE_CHECKING:
+    from evomesh.data.tokenize import Progress
 
 LOG_SECONDS = 10.0
 CHAT = "conversations: alpaca (instruction, input, output), messages (role, content), sharegpt (from, value)"

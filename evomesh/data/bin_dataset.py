@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from evomesh.data.cache import open_cache
 from evomesh.data.lines import BadLine, Tokens, largest_id, parse_line, parse_plain
 from evomesh.data.meta import read_meta, rebuild
+from evomesh.data.shared import digest, shared_array
 from evomesh.errors import UserError
 
 MAGIC = {
@@ -24,9 +25,10 @@ MAGIC = {
     b"\xfd7zXZ": "xz",
 }
 
-BLOCK = 512  # documents that ``check`` reads at once
+BLOCK, BLOCK_BYTES = 512, 2**18  # documents that ``check`` reads at once, and about how many bytes at most
+SHORT = 128  # tokens of a document, on average
 LONG = 1 << 16  # tokens of a document that several packs are likely to read
-CHECKED_BYTES = 64 * 2**20  # read in a few seconds; whoever has more runs ``evomesh data verify`` once
+CHECKED_BYTES = 64 * 2**20  # read in a few seconds; ``evomesh data verify`` reads all there is
 
 
 class Documents(Protocol):
@@ -62,6 +64,8 @@ class BinDataset:
         min_length: shorter documents are left out.
         vocab_size: an id at or past it is refused when it is read; None: not checked.
         last_long: shared by the files that are read together; None: its own.
+        shared: folder in which the processes of a node keep one copy of what has an entry a document; None: each its
+            own.
 
     Raises:
         UserError: file or meta is missing or broken; every message names file, row and byte.
@@ -76,21 +80,22 @@ class BinDataset:
         min_length: int = 0,
         vocab_size: int | None = None,
         last_long: LastLong | None = None,
+        shared: Path | None = None,
     ) -> None:
         self.path = Path(path)
         self.name = name or str(path)
         self.type_id, self.vocab_size = type_id, vocab_size
         self.size = check_file(self.path)
-        self.rows = read_meta(self.path)
+        self.rows = read_meta(self.path, mapped=shared is not None)
         self.kept: NDArray[np.int32] | None = None  # row of each kept document; None: all rows
         self.lengths: NDArray[np.integer] = self.rows[:, 1]
         if min_length > 0 and len(self.rows) and int(self.lengths.min()) < min_length:
-            self.kept = np.flatnonzero(self.lengths >= min_length).astype(np.int32)
-            self.lengths = self.lengths[self.kept]
+            self.kept, self.lengths = _keep(self.rows[:, 1], min_length, shared)
         self._last_long = last_long or LastLong()
         self._mapped: mmap.mmap | None = None
         self._cache = open_cache(self.path, int(self.rows[:, 1].sum(dtype=np.int64)))
         self._cache_starts: NDArray[np.int64] | None = None
+        self._shared = shared
         self._check_end()
 
     def __len__(self) -> int:
@@ -120,9 +125,15 @@ class BinDataset:
 
     def _read_cache(self, rows: NDArray[np.integer], cache: NDArray[np.int32]) -> Tokens:
         if self._cache_starts is None:
-            self._cache_starts = np.cumsum(self.rows[:, 1], dtype=np.int64) - self.rows[:, 1]
-        starts, lengths = self._cache_starts[rows].tolist(), self.rows[rows, 1].tolist()
-        parts = [cache[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+            lengths = self.rows[:, 1]
+            self._cache_starts = _kept_once(self._shared, lengths, "starts", lambda: _starts(lengths))
+        starts, lengths = self._cache_starts[rows], self.rows[rows, 1].astype(np.int64)
+        ends = np.cumsum(lengths)
+        if len(rows) * SHORT > int(ends[-1]):  # an index of every token is cheaper than a slice of every document
+            places = np.arange(int(ends[-1])) + np.repeat(starts - ends + lengths, lengths)
+            tokens: Tokens = cache[places].astype(np.int64)
+            return tokens
+        parts = [cache[a : a + n] for a, n in zip(starts.tolist(), lengths.tolist(), strict=True)]
         return np.concatenate(parts).astype(np.int64)
 
     def _read_lines(self, rows: NDArray[np.integer]) -> Tokens:
@@ -146,29 +157,40 @@ class BinDataset:
         return tokens
 
     def _parse(self, rows: NDArray[np.integer]) -> Tokens:
-        starts = self.rows[rows, 0].tolist()
+        found = self.rows[rows]
         ends = self.rows[np.minimum(rows + 1, len(self.rows) - 1), 0].tolist()
         for last in np.flatnonzero(rows == len(self.rows) - 1):
             ends[last] = self.size
-        lengths = self.rows[rows, 1].tolist()
         view = self._map()
-        lines = [view[start:end] for start, end in zip(starts, ends, strict=True)]
-        tokens = parse_plain(lines, lengths)
+        lines = [view[start:end] for start, end in zip(found[:, 0].tolist(), ends, strict=True)]
+        tokens = parse_plain(lines, found[:, 1].tolist())
         if tokens is None:
             tokens = np.concatenate(
                 [self._read_slowly(row, line) for row, line in zip(rows.tolist(), lines, strict=True)]
             )
         return tokens
 
-    def check(self) -> None:
-        """Reads every kept document once and keeps none, so that what ``read`` refuses is refused now."""
-        starts = self.rows[:, 0].astype(np.int64)
-        # Lines that are read together may hide a shifted border between them.
-        before = np.frombuffer(self._map(), np.uint8)[np.maximum(starts - 1, 0)]
-        for row in np.flatnonzero((before != ord("\n")) & (starts > 0))[:1].tolist():
-            self._refuse_offset(row, self.line(row))
-        for start in range(0, len(self), BLOCK):
-            self.read(np.arange(start, min(start + BLOCK, len(self))))
+    @property
+    def block(self) -> int:
+        """Documents that ``check`` reads at once."""
+        return max(1, min(BLOCK, BLOCK_BYTES * len(self) // self.size))
+
+    @property
+    def blocks(self) -> int:
+        return -(-len(self) // self.block)
+
+    def check(self, count: int) -> None:
+        """Reads ``count`` of the ``blocks``, spread evenly, and keeps none: what ``read`` refuses is refused now."""
+        step = self.block
+        for number in np.unique(np.linspace(0, self.blocks - 1, count).astype(np.int64)).tolist():
+            documents = np.arange(number * step, min((number + 1) * step, len(self)))
+            rows = documents if self.kept is None else self.kept[documents]
+            starts = self.rows[rows, 0].astype(np.int64)
+            # Lines that are read together may hide a shifted border between them.
+            before = np.frombuffer(self._map(), np.uint8)[np.maximum(starts - 1, 0)]
+            for row in rows[(before != ord("\n")) & (starts > 0)][:1].tolist():
+                self._refuse_offset(row, self.line(row))
+            self.read(documents)
 
     def _map(self) -> mmap.mmap:
         """The file in memory, mapped at first use: a run with many files opens only what it reads."""
@@ -261,16 +283,42 @@ class BinDataset:
             )
 
 
-def check_small(sources: Sequence[Documents]) -> None:
-    """Reads all token files of a set before anything else happens, if they are small together.
+def _keep(
+    lengths: NDArray[np.integer], min_length: int, shared: Path | None
+) -> tuple[NDArray[np.int32], NDArray[np.integer]]:
+    """Rows of the documents that are long enough, and their lengths."""
+    kept = _kept_once(shared, lengths, f"{min_length}.kept", lambda: _long_enough(lengths, min_length))
+    return kept, _kept_once(shared, lengths, f"{min_length}.lengths", lambda: lengths[kept])
+
+
+def _kept_once(
+    shared: Path | None, lengths: NDArray[np.integer], name: str, build: Callable[[], NDArray[Any]]
+) -> NDArray[Any]:
+    return build() if shared is None else shared_array(shared, f"{digest([lengths])}.{name}", build)
+
+
+def _long_enough(lengths: NDArray[np.integer], min_length: int) -> NDArray[np.int32]:
+    return np.flatnonzero(lengths >= min_length).astype(np.int32)
+
+
+def _starts(lengths: NDArray[np.integer]) -> NDArray[np.int64]:
+    return np.cumsum(lengths, dtype=np.int64) - lengths
+
+
+def check_sources(sources: Sequence[Documents]) -> None:
+    """Reads token files before anything else happens: all of them if they are small together, else as much as that,
+    in blocks spread evenly, which finds what is wrong everywhere (another vocabulary, a meta of another file).
 
     Raises:
         UserError: the first line or meta row that training would have stumbled on later.
     """
     files = [source for source in sources if isinstance(source, BinDataset)]
-    if sum(file.size for file in files) <= CHECKED_BYTES:
-        for file in files:
-            file.check()
+    share = min(1.0, CHECKED_BYTES / max(1, sum(file.size for file in files)))
+    owed = 0.0  # blocks still to be read, so that many small files are not all passed over
+    for file in files:
+        owed += file.blocks * share
+        file.check(int(owed))
+        owed -= int(owed)
 
 
 def check_file(path: Path) -> int:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from evomesh.config.schema import DataConfig
-from evomesh.data.bin_dataset import check_small
+from evomesh.data.bin_dataset import check_sources
 from evomesh.data.corpus import Corpus, check_manifest, open_corpus
 from evomesh.data.fingerprint import check_same_tokenizer, check_vocabulary
 from evomesh.data.folders import check_folder, find_files
 from evomesh.data.loader import BatchStream, PackStream, Sampler
 from evomesh.data.mixture import MixedSampler, group_packs
-from evomesh.data.sampler import PackSampler, Rampup
+from evomesh.data.sampler import PackSampler, Position, Rampup
 from evomesh.data.streaming import open_streaming, read_documents
 from evomesh.data.synthetic import VALID_DOCUMENTS, SyntheticDocuments
 from evomesh.data.valid import ValidSet, group_sets, open_set
@@ -108,7 +108,7 @@ class PackedData:
         sampler = self._sampler(needed, rampup, dp_size)
         if state is not None:
             check_manifest(state.get("manifest"), self.manifest)
-        start = sampler.resume(state) if state is not None else sampler.seek(step)
+        start = _start(sampler, state, needed) if state is not None else sampler.seek(step)
         extra = {"manifest": self.manifest["hash"]}
         return PackStream(self.corpus.packs, sampler, dp_rank, dp_size, start, config.num_worker, extra)
 
@@ -130,10 +130,30 @@ class PackedData:
         return PackSampler(self.num_packs, config.seed, global_batch, rampup, config.order, unit)
 
 
+def _start(sampler: Sampler, state: dict[str, Any], global_batch: int) -> Position:
+    """Where a saved state goes on: ours, or that of InternEvo, whose packs and order are the same by construction."""
+    theirs = state.get("internevo")
+    if theirs is None:
+        return sampler.resume(state)
+    found = sampler.seek(int(theirs["step"]))
+    seed = sampler.seed if isinstance(sampler, PackSampler) else None
+    here = {"seed": seed, "global_batch": global_batch, "offset": found.offset}
+    wrong = [f"{name} {theirs[name]}, here {value}" for name, value in here.items() if theirs[name] != value]
+    if wrong:
+        raise UserError(
+            f"InternEvo stood at another place of the data after {theirs['step']} steps: {'; '.join(wrong)}",
+            where="resuming the data position",
+            expected="its data, data.seed, micro_num x data-parallel size and rampup_batch_size",
+            fix="set them so, or leave the position out: "
+            'ckpt.load_ckpt_info=dict(path=..., content=("model", "optimizer", "scheduler")), auto_resume=False',
+        )
+    return found
+
+
 def build_train_data(config: DataConfig, vocab_size: int) -> TrainData:
     """Open every file of ``data.train_folder`` and plan its packs; synthetic data when there is no folder.
 
-    Small data is read whole, so that a bad line ends the run before it has begun.
+    Small data is read whole, large data in part, so that a bad line ends the run before it has begun.
 
     Raises:
         UserError: no usable file, a broken one, or not one pack in all of them.
@@ -141,7 +161,7 @@ def build_train_data(config: DataConfig, vocab_size: int) -> TrainData:
     if config.type == "streaming":
         return open_streaming(config, vocab_size)
     corpus = open_corpus(config, vocab_size)
-    check_small([source for plan in corpus.packs.plans for source in plan.sources])
+    check_sources([source for plan in corpus.packs.plans for source in plan.sources])
     return PackedData(config, corpus)
 
 
@@ -171,5 +191,5 @@ def build_valid_data(config: DataConfig, vocab_size: int) -> list[ValidSet]:
         for name in sorted(sets)
     ]
     found = [one for one in opened if one is not None]
-    check_small([source for one in found for source in one.sources])
+    check_sources([source for one in found for source in one.sources])
     return found

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evomesh.data.lines import parse_line
+from evomesh.data.lines import BadLine, Tokens, parse_line, parse_plain
 from evomesh.data.meta import read_meta
 from evomesh.errors import UserError
+
+BLOCK = 512  # lines parsed together
 
 
 def cache_path(bin_path: Path) -> Path:
@@ -42,15 +45,14 @@ def write_cache(bin_path: Path) -> int:
         flat = np.lib.format.open_memmap(part, mode="w+", dtype=np.int32, shape=(total,))
         place = 0
         with bin_path.open("rb") as file:
-            for number, (line, length) in enumerate(zip(file, lengths.tolist(), strict=False), 1):
-                tokens = parse_line(line)
-                if len(tokens) != length:
-                    raise UserError(
-                        f"the meta declares {length} tokens, the line has {len(tokens)}",
-                        where=f"{bin_path} line {number}",
-                    )
-                flat[place : place + length] = tokens
-                place += length
+            for first in range(0, len(lengths), BLOCK):
+                declared = lengths[first : first + BLOCK].tolist()
+                lines = list(islice(file, len(declared)))
+                tokens = parse_plain(lines, declared)
+                if tokens is None:
+                    tokens = _parse_one_by_one(lines, declared, bin_path, first)
+                flat[place : place + len(tokens)] = tokens
+                place += len(tokens)
         if place != total:
             raise UserError(f"the lines hold {place:,} tokens, the meta declares {total:,}", where=str(bin_path))
         flat.flush()
@@ -59,3 +61,17 @@ def write_cache(bin_path: Path) -> int:
     finally:
         part.unlink(missing_ok=True)
     return total
+
+
+def _parse_one_by_one(lines: list[bytes], declared: list[int], bin_path: Path, first: int) -> Tokens:
+    found: list[int] = []
+    for number, (line, length) in enumerate(zip(lines, declared, strict=False), first + 1):
+        where = f"{bin_path} line {number}"
+        try:
+            tokens = parse_line(line)
+        except BadLine as bad:
+            raise UserError(bad.found, where=where, expected=bad.expected) from None
+        if len(tokens) != length:
+            raise UserError(f"the meta declares {length} tokens, the line has {len(tokens)}", where=where)
+        found += tokens
+    return np.array(found, np.int64)

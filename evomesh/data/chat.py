@@ -31,6 +31,15 @@ class Template(Protocol):
     """Turns a conversation into ids with signs."""
 
     def encode(self, messages: Sequence[Message]) -> list[int]: ...
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """A conversation up to where the assistant is to speak."""
+        ...
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """Ids that end an answer."""
+        ...
+
     @property
     def ending(self) -> list[int]:
         """Ids that also a truncated conversation ends with."""
@@ -171,6 +180,16 @@ class StyleTemplate:
             self.ids[piece] = found
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
+        return self._turns(messages) + self.ending
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        return [abs(token) for token in self._turns(messages)] + self._pieces(self.style.turns["assistant"].opening)
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        return tuple(self.ids[piece] for piece in self.style.turns["assistant"].closing if piece in self.ids)
+
+    def _turns(self, messages: Sequence[Message]) -> list[int]:
         ids = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
         for message in messages:
             turn = self.style.turns[message.role]
@@ -183,7 +202,7 @@ class StyleTemplate:
             body = self.tokenizer.encode(message.text) + self._pieces(turn.closing)
             ids += body if message.train else masked(body)
             ids += masked(self._pieces(self.style.after))
-        return ids + self.ending
+        return ids
 
     @property
     def ending(self) -> list[int]:
@@ -228,7 +247,8 @@ class JinjaTemplate:
         self.tokenizer = tokenizer
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _raise
-        self._template = environment.from_string(tokenizer.chat_template)
+        self._source = tokenizer.chat_template
+        self._template = environment.from_string(self._source)
         names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
         self._names = {name: "" if token is None else tokenizer.decode([token]) for name, token in names.items()}
 
@@ -245,6 +265,21 @@ class JinjaTemplate:
             ids += part if message.train else masked(part)
             before = text
         return ids
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.encode(self._render(messages, "", prompt=True))
+        except (TemplateError, TypeError, ValueError) as error:  # a template may do anything with what it is given
+            raise UserError(f"the chat template refuses the conversation: {error}") from None
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        pieces = {piece for style in STYLES.values() for piece in style.turns["assistant"].closing}
+        names = [name for piece in pieces for name in (piece, *ALIASES.get(piece, ()))]
+        known = (self.tokenizer.token_id(name) for name in names if name.strip() and name in self._source)
+        return tuple(token for token in known if token is not None)
 
     @property
     def ending(self) -> list[int]:

@@ -20,6 +20,9 @@ from evomesh.data.shared import remove_stale
 from evomesh.data.synthetic import TRAIN_DOCUMENTS, TYPES, SyntheticDocuments
 from evomesh.errors import UserError
 
+MAPPED = 3  # files mapped for each token file: itself, its meta, its cache
+MAPPED_SHARED = 8  # and with use_shm: kept, lengths, starts, order, ends
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -84,7 +87,10 @@ def open_corpus(config: DataConfig, vocab_size: int | None) -> Corpus:
     types = assign_types(files, folder)
     if vocab_size is not None:
         check_vocabulary(files, vocab_size)
-    _raise_open_file_limit(len(files))
+    shared = Path(config.shm_path) if config.use_shm else None
+    if shared is not None:
+        remove_stale(shared)
+    _raise_open_file_limit(len(files) * (MAPPED_SHARED if shared else MAPPED))
     last_long = LastLong()
     sources = [
         BinDataset(
@@ -94,13 +100,11 @@ def open_corpus(config: DataConfig, vocab_size: int | None) -> Corpus:
             min_length=_min_length(file, config),
             vocab_size=vocab_size,
             last_long=last_long,
+            shared=shared,
         )
         for file in files
     ]
     streams: list[list[BinDataset]] = [sources] if config.remainder == "carry" else [[source] for source in sources]
-    shared = Path(config.shm_path) if config.use_shm else None
-    if shared is not None:
-        remove_stale(shared)
     plans = [PackPlan(stream, rule, config.remainder, shared) for stream in streams]
     report = [_file_row(source, types, plan) for plan, stream in zip(plans, streams, strict=True) for source in stream]
     corpus = PackedCorpus(plans)
@@ -242,10 +246,10 @@ def _refuse_empty(config: DataConfig, sources: list[BinDataset]) -> None:
     )
 
 
-def _raise_open_file_limit(files: int) -> None:
-    """Each token file keeps a handle or two: lift the soft limit where the system allows it."""
+def _raise_open_file_limit(handles: int) -> None:
+    """Each mapped file keeps a handle: lift the soft limit where the system allows it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * files + 256
+    wanted = handles + 256
     if soft < wanted and (hard == resource.RLIM_INFINITY or soft < hard):
         limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

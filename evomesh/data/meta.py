@@ -25,8 +25,8 @@ def rebuild(bin_path: str | Path) -> str:
     return f"rebuild it: evomesh data repair {bin_path}"
 
 
-def read_meta(bin_path: Path) -> MetaArray:
-    """Open and check the meta of ``bin_path``: [N, 2], int32 or int64, memory-mapped when large.
+def read_meta(bin_path: Path, mapped: bool = False) -> MetaArray:
+    """Open and check the meta of ``bin_path``: [N, 2], int32 or int64, memory-mapped when large or when ``mapped``.
 
     Only what the meta and the file size tell is checked here; a line is checked when it is read.
 
@@ -39,8 +39,8 @@ def read_meta(bin_path: Path) -> MetaArray:
             "the token file has no .meta beside it", where=str(bin_path), expected=str(path), fix=rebuild(bin_path)
         )
     _check_header(path, bin_path)
-    small = path.stat().st_size < MAP_BYTES
-    rows: MetaArray = np.load(path, mmap_mode=None if small else "r", allow_pickle=False)
+    whole = path.stat().st_size < MAP_BYTES and not mapped
+    rows: MetaArray = np.load(path, mmap_mode=None if whole else "r", allow_pickle=False)
     if rows.ndim != 2 or rows.shape[1] != 2:
         raise UserError(
             f"the meta has shape {rows.shape}",

@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from evomesh.data.batch import IGNORE
 from evomesh.data.bin_dataset import Documents
 from evomesh.data.lines import Tokens
-from evomesh.data.shared import shared_array
+from evomesh.data.shared import digest, shared_array
 
-DIGEST_ROWS = 1 << 20
 PACK_SEED = 1024  # of the order of documents inside a file; data.seed orders the packs
 
 Ints = NDArray[np.int64]
@@ -90,7 +88,7 @@ class PackPlan:
             self.order: NDArray[np.int32] = self._make_order()
             self.ends: Ints = self._make_ends()
         else:
-            key = _digest(self.sources)
+            key = digest(source.lengths for source in self.sources)
             self.order = shared_array(shared, f"{key}.order", self._make_order)
             self.ends = shared_array(shared, f"{key}.ends", self._make_ends)
         self.tokens = int(self.ends[-1]) if len(self.ends) else 0
@@ -144,16 +142,6 @@ class PackPlan:
             if high >= last:
                 break
         return (parts[0], types[0]) if len(parts) == 1 else (np.concatenate(parts), np.concatenate(types))
-
-
-def _digest(sources: Sequence[Documents]) -> str:
-    """Name of an index: a hash of all lengths, on which alone it depends."""
-    found = xxhash.xxh3_128()
-    for source in sources:
-        found.update(f"{len(source.lengths)}:".encode())
-        for start in range(0, len(source.lengths), DIGEST_ROWS):
-            found.update(np.ascontiguousarray(source.lengths[start : start + DIGEST_ROWS], np.int64).data)
-    return found.hexdigest()
 
 
 def _shuffled(count: int) -> NDArray[np.int32]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,27 +13,26 @@ import numpy as np
 
 from evomesh.data.folders import check_folder
 from evomesh.data.sources import FORMATS, Record, TextFile, field_text, list_texts, open_files, read_records
+from evomesh.data.splits import EVERY, choose_split, kind_of, read_split_folders, split_of
 from evomesh.errors import UserError
 
 WINDOW = 1024  # rows that are shuffled among themselves
-TRAIN_WORDS = ("train", "training")
-VALID_WORDS = ("validation", "valid", "val", "dev", "test", "testing", "eval")
 
 
-def find_rows(folder: str, key: str, subset: str | None, split: str) -> tuple[list[TextFile], list[str]]:
-    """Data files of a split, in sorted order, and what a user should know about the choice.
-
-    A file belongs to "train" or "valid" when a word of its path says so; files without such a word are training data,
-    if no file is named so.
+def find_rows(
+    folder: str, key: str, subset: str | None, use: str, split: str | None = None
+) -> tuple[list[TextFile], list[str]]:
+    """Data files of one split, in sorted order, and what a user should know about the choice.
 
     Args:
         folder: local folder.
         key: config key it came from.
         subset: ``data.subset_name``: a folder or archive inside, or a kind (such as "parquet").
-        split: "train" or "valid".
+        use: "train" or "valid".
+        split: name of the split; None: the one that ``use`` means, if that is clear.
 
     Raises:
-        UserError: nothing found, or an archive is broken.
+        UserError: nothing found, several splits may be meant, or an archive is broken.
     """
     root = check_folder(folder, key)
     every = list_texts(root)
@@ -48,26 +46,26 @@ def find_rows(folder: str, key: str, subset: str | None, split: str) -> tuple[li
             where="data.subset_name",
             expected=f"one of the kinds {', '.join(kinds)}{' or of ' if parts else ''}{', '.join(parts[:8])}",
         )
-    words = {file: set(re.split(r"[^a-z]+", str(names[file]).lower())) for file in files}
-    held = [file for file in files if words[file] & set(VALID_WORDS)]
-    rest = [file for file in files if file not in set(held)]
-    named = [file for file in rest if words[file] & set(TRAIN_WORDS)]
-    chosen = held if split == "valid" and held else named or rest
-    if not chosen:
+    if not files:
         raise UserError(
-            f"no {split} file in {root}",
+            f"no data file in {root}",
             where=key,
             expected=f"{', '.join(FORMATS)} files, or .tar, .tar.gz or .zip archives of them",
         )
+    saved = read_split_folders(root)
+    belongs = {file: split_of(names[file], saved) for file in files}
+    taken = choose_split(sorted(set(belongs.values())), split, use, root)
+    chosen = [file for file in files if taken in (belongs[file], EVERY)]
     warnings = []
     counts = Counter(file.format for file in chosen)
     if len(counts) > 1:
         found = ", ".join(f"{counts[kind]} {kind}" for kind in sorted(counts))
         warnings.append(f"{root} mixes kinds of files ({found}): all are read; data.subset_name chooses some")
-    if split == "train" and named and len(named) < len(rest):
-        unnamed = next(file for file in rest if file not in set(named))
+    unnamed = [file for file in files if not kind_of(belongs[file]) and belongs[file] != taken]
+    if use == "train" and split is None and unnamed:
         warnings.append(
-            f"{len(rest) - len(named)} file(s) such as {names[unnamed]} are left out: others are named train"
+            f"{len(unnamed)} file(s) such as {names[unnamed[0]]} are left out: others are named {taken}; "
+            f'data.split_name="{EVERY}" takes all'
         )
     return chosen, warnings
 

@@ -1,26 +1,39 @@
 """``use_shm``: the processes of a node share one copy of the packing index.
 
-The index of a file (order of its documents and where each ends) is written once into ``shm_path``, under a name made
-from what it depends on, and mapped by every process. A crash leaves files that the next run of the same data uses;
-a file that no run has used for a day is removed by the next one.
+All that has an entry a document is written once into ``shm_path`` (the order of a file's documents, where each ends,
+which ones are long enough), under a name made from what it depends on, and mapped by every process; so are the metas.
+A crash leaves files that the next run of the same data uses; a file that no run has used for a day is removed by the
+next one.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from evomesh.errors import UserError
 
 SUFFIX = ".index.npy"
 STALE_SECONDS = 24 * 3600.0
+DIGEST_ROWS = 1 << 20
+
+
+def digest(arrays: Iterable[NDArray[np.integer]]) -> str:
+    """A hash of arrays of lengths, in order, on which alone an index depends."""
+    found = xxhash.xxh3_128()
+    for lengths in arrays:
+        found.update(f"{len(lengths)}:".encode())
+        for start in range(0, len(lengths), DIGEST_ROWS):
+            found.update(np.ascontiguousarray(lengths[start : start + DIGEST_ROWS], np.int64).data)
+    return found.hexdigest()
 
 
 def shared_array(folder: Path, key: str, build: Callable[[], NDArray[Any]]) -> NDArray[Any]:

@@ -30,6 +30,7 @@ FORMATS = ("txt", "json", "jsonl", "csv", "parquet", "arrow")
 TABLES = ("parquet", "arrow")  # read from several places of the file
 PACKERS = ("gz", "zst")
 DESCRIPTIONS = ("dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json")  # of Hugging Face folders
+FINGERPRINT = ".bin.json"  # beside token files
 TABLE_ROWS = 1024  # rows decoded at once
 CSV_FIELD = 2**30  # bytes that one field may have
 BROKEN = (OSError, EOFError, zlib.error, zipfile.BadZipFile, zstandard.ZstdError)
@@ -168,7 +169,8 @@ def _classify(path: Path, member: Member | None = None) -> list[TextFile]:
     parts = name.lower().split(".")
     packer = parts.pop() if parts[-1] in PACKERS else ""
     # "._x" in archives holds what macOS knows about x
-    known = parts[-1] in FORMATS and len(parts) > 1 and name not in DESCRIPTIONS and not (member and name[:2] == "._")
+    described = name in DESCRIPTIONS or name.endswith(FINGERPRINT) or (member is not None and name[:2] == "._")
+    known = parts[-1] in FORMATS and len(parts) > 1 and not described
     return [TextFile(path, parts[-1], packer, member)] if known else []
 
 

@@ -302,7 +302,9 @@ def open_streaming(config: DataConfig, vocab_size: int) -> StreamingData:
             where="data.rampup_batch_size",
             fix="remove it, or tokenise the text first",
         )
-    files, warnings = find_rows(config.train_folder, "data.train_folder", config.subset_name, "train")
+    files, warnings = find_rows(
+        config.train_folder, "data.train_folder", config.subset_name, "train", config.split_name
+    )
     tokenizer = _tokenizer(config)
     report = [{"file": str(file.place), "type": TYPES[0], "bytes": file.size} for file in files]
     text = repr([(_name(file), file.size) for file in files] + [tokenizer.hash, config.content_name])
@@ -342,7 +344,7 @@ def read_documents(config: DataConfig, vocab_size: int) -> MemoryDocuments:
         UserError: no file, no text, or an id outside the vocabulary.
     """
     assert config.valid_folder is not None
-    files, _ = find_rows(config.valid_folder, "data.valid_folder", config.subset_name, "valid")
+    files, _ = find_rows(config.valid_folder, "data.valid_folder", config.subset_name, "valid", config.valid_split_name)
     tokenizer = _tokenizer(config)
     head, tail = frame(tokenizer, TextOptions(eos=tokenizer.eos_id is not None))
     documents: list[list[int]] = []

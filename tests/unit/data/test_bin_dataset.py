@@ -5,7 +5,10 @@ Numbers in the names are those of the list of bad data inputs.
 
 from __future__ import annotations
 
+import json
 import os
+import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,9 @@ import numpy as np
 import pytest
 
 from evomesh.data import bin_dataset
-from evomesh.data.bin_dataset import BinDataset
+from evomesh.data.bin_dataset import BinDataset, check_sources
 from evomesh.data.cache import write_cache
+from evomesh.data.lines import parse_plain
 from evomesh.data.repair import repair
 from evomesh.data.writer import BinWriter
 from evomesh.errors import UserError
@@ -251,9 +255,9 @@ def test_check_reads_every_document_of_a_small_set_only(write_bin: Any, monkeypa
     path = write_bin([[1]] * (bin_dataset.BLOCK + 1) + [[200], [1]])
     dataset = BinDataset(path, vocab_size=100)
     with pytest.raises(UserError, match=f"line {bin_dataset.BLOCK + 2}: token 0 is 200"):
-        bin_dataset.check_small([dataset])
+        check_sources([dataset])
     monkeypatch.setattr(bin_dataset, "CHECKED_BYTES", dataset.size - 1)
-    bin_dataset.check_small([dataset])
+    check_sources([dataset])
 
 
 def test_a_line_may_be_read_from_any_thread(write_bin: Any) -> None:
@@ -267,7 +271,7 @@ def test_a_line_may_be_read_from_any_thread(write_bin: Any) -> None:
 
 
 def test_cache_gives_the_same_tokens_until_the_file_changes(write_bin: Any) -> None:
-    found = [[i, -i - 1, 7] * (i % 4) for i in range(1, 60)]
+    found = [[i, -i - 1, 7] * (i % 4) for i in range(1, 60)] + [[6] * 1000]  # one read by slices, the rest by places
     path = write_bin(found)
     assert write_cache(path) == sum(map(len, found))
     dataset = BinDataset(path, min_length=4)
@@ -279,3 +283,70 @@ def test_cache_gives_the_same_tokens_until_the_file_changes(write_bin: Any) -> N
     os.utime(path, ns=(path.stat().st_mtime_ns + 10**9,) * 2)
     assert BinDataset(path)._cache is None
     assert read_all(path) == [[5] * 3] * 5
+
+
+def test_a_cache_is_not_made_of_a_broken_file(write_bin: Any) -> None:
+    path = write_bin([[1, 2]] * 3)
+    for spoil, part in (
+        (lambda text: text.replace(b"1, 2", b"1, x", 1), "line 1: the line is not JSON"),
+        (
+            lambda text: text.replace(b"1, 2", b"1, 23", 1)[:-5],
+            "line 1: the meta declares 2|line 3: the line is not JSON",
+        ),
+    ):
+        whole = path.read_bytes()
+        path.write_bytes(spoil(whole))
+        with pytest.raises(UserError, match=part):
+            write_cache(path)
+        path.write_bytes(whole)
+    assert sorted(file.name for file in path.parent.iterdir()) == ["a.bin", "a.bin.meta"]
+
+
+def test_the_fast_reader_never_differs_from_json() -> None:
+    draw = random.Random(0)
+    plain = 0
+    for _ in range(3000):
+        documents = [
+            [draw.randrange(-99, 99) for _ in range(draw.randrange(1, 5))] for _ in range(draw.randrange(1, 4))
+        ]
+        lines = [json.dumps({"tokens": tokens}).encode() + b"\n" for tokens in documents]
+        lengths = [len(tokens) for tokens in documents]
+        if draw.random() < 0.8:
+            which = draw.randrange(len(lines))
+            line = bytearray(lines[which])
+            place = draw.randrange(len(line))
+            line[place : place + draw.randrange(2)] = draw.choice(
+                [b"", b"1", b",", b" ", b"-", b"]", b"[", b'"', b"\n", b"}", b".5", b"1 2", b", 3", b"e1"]
+            )
+            lines[which] = bytes(line)
+        found = parse_plain(lines, lengths)
+        if found is None:
+            continue
+        plain += 1
+        text = [re.sub(rb"(?<![0-9])0+(?=[0-9])", b"", line) for line in lines]  # NumPy reads 07 as 7
+        assert [len(json.loads(line)["tokens"]) for line in text] == lengths
+        assert found.tolist() == [token for line in text for token in json.loads(line)["tokens"]]
+    assert plain > 500
+
+
+def test_large_data_is_checked_in_part(write_bin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong everywhere is found before a run begins; one bad line at its first use, by name."""
+    monkeypatch.setattr(bin_dataset, "BLOCK", 4)
+    monkeypatch.setattr(bin_dataset, "CHECKED_BYTES", 3000)
+    path = write_bin([[row % 50 + 1] * 10 for row in range(600)])  # 30 KB: a tenth is read
+    assert path.stat().st_size > 25_000
+    read: list[int] = []
+    one_pass = BinDataset.read
+    monkeypatch.setattr(BinDataset, "read", lambda self, rows: (read.extend(rows.tolist()), one_pass(self, rows))[1])
+    check_sources([BinDataset(path, vocab_size=60)])
+    assert 40 <= len(read) <= 80 and read[:4] == [0, 1, 2, 3] and read[-1] == 599
+    assert max(np.diff(read)) < 60
+    with pytest.raises(UserError, match="outside the vocabulary"):
+        check_sources([BinDataset(path, vocab_size=30)])
+    lines = path.read_bytes().splitlines(keepends=True)
+    bad = next(row for row in range(600) if row not in read)
+    path.write_bytes(b"".join([*lines[:bad], b"x" * (len(lines[bad]) - 1) + b"\n", *lines[bad + 1 :]]))
+    dataset = BinDataset(path, vocab_size=60)
+    check_sources([dataset])
+    with pytest.raises(UserError, match=f"line {bad + 1} byte .*not JSON"):
+        dataset.read(np.arange(bad - 3, bad + 1))

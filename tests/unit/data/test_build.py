@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from evomesh.config.schema import DataConfig
 from evomesh.data.build import PackedData, TrainData, build_train_data, check_manifest
 from evomesh.errors import UserError
+from tests.support.nobody import as_nobody
 
 VOCAB = 1000
 
@@ -171,6 +173,20 @@ def test_41_folder_missing_or_not_a_folder(tmp_path: Path) -> None:
     assert "No such file" in refused(str(tmp_path / "train"), config(tmp_path))
     (tmp_path / "file").write_text("")
     refused("Not a directory", config(tmp_path, train_folder=str(tmp_path / "file")))
+
+
+def test_41_folder_that_may_not_be_read() -> None:
+    with tempfile.TemporaryDirectory() as name:  # tmp_path cannot be entered by another user
+
+        def attempt() -> str:
+            with pytest.raises(UserError) as caught:
+                build_train_data(DataConfig(train_folder=name, seq_len=8), 100)
+            return str(caught.value)
+
+        Path(name).chmod(0o000)
+        text = as_nobody(attempt)
+        Path(name).chmod(0o700)
+    assert "Permission denied" in text and name in text and "user" in text
 
 
 def test_42_folder_without_bin(tmp_path: Path) -> None:

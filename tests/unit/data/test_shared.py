@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,31 @@ def test_batches_are_the_same_and_the_index_is_reused(write_bin: Any, tmp_path: 
     write_bin([rng.randint(1, 99, 6).tolist() for _ in range(50)])
     assert torch.equal(first_batch(tmp_path, **shm), first_batch(tmp_path))
     assert len(list(folder.iterdir())) == 4
+
+
+def test_a_process_holds_nothing_that_grows_with_the_documents(tmp_path: Path) -> None:
+    """Everything with an entry a document is a file that all processes of a node map."""
+    path = tmp_path / "train/en/a.bin"
+    path.parent.mkdir(parents=True)
+    lines = [b'{"tokens": [5]}\n', b'{"tokens": [7, 8]}\n'] * 20_000
+    path.write_bytes(b"".join(lines))
+    ends = np.cumsum([len(line) for line in lines])
+    np.save(path.with_suffix(".npy"), np.stack([ends - [len(line) for line in lines], [1, 2] * 20_000], axis=1))
+    path.with_suffix(".npy").rename(f"{path}.meta")
+    held = {}
+    for use_shm in (False, True):
+        options = {"use_shm": use_shm, "shm_path": str(tmp_path / "shm"), "min_length": 2, "num_worker": 0}
+        config = DataConfig(seq_len=8, train_folder=str(tmp_path / "train"), **options)
+        tracemalloc.start()
+        data = build_train_data(config, 100)
+        stream = data.stream()
+        next(stream)
+        held[use_shm] = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+    assert held[False] > 20_000 * (4 + 8 + 4 + 8)  # kept, lengths, order, ends
+    # what is left: the order of the packs, 8 bytes for each of 5,000, and Python's own
+    assert held[True] < 5_000 * 8 + 60_000
+    assert len(list((tmp_path / "shm").iterdir())) == 4
 
 
 def test_stale_indexes_and_halves_of_crashed_runs_are_swept(write_bin: Any, tmp_path: Path) -> None:

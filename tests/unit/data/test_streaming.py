@@ -175,10 +175,12 @@ def test_split_and_subset_are_chosen_by_name(tmp_path: Path) -> None:
         return [str(file.place.relative_to(folder)) for file in find_rows(str(folder), "k", subset, split)[0]]
 
     folder = write(tmp_path / "d", texts(9))
+    (folder / "train.bin.json").write_text("{}")  # says how a token file was made
     (folder / "more.txt").write_text("w5\n")
     files, warnings = find_rows(str(folder), "k", None, "train")
     assert len(files) == 3
-    assert warnings == ["1 file(s) such as more.txt are left out: others are named train"]
+    left_out = '1 file(s) such as more.txt are left out: others are named train; data.split_name="all" takes all'
+    assert warnings == [left_out]
     (folder / "train.txt").write_text("w5\n")
     assert "(3 jsonl, 1 txt): all are read; data.subset_name" in find_rows(str(folder), "k", None, "train")[1][0]
     with zipfile.ZipFile(folder / "books.zip", "w") as archive:
@@ -192,6 +194,18 @@ def test_split_and_subset_are_chosen_by_name(tmp_path: Path) -> None:
     assert names(None, "valid") == ["books.zip/old/test.txt"]
     with pytest.raises(UserError, match=r"no folder or archive 'arrow'(.|\n)*kinds jsonl, txt or of books.zip"):
         names("arrow")
+
+
+def test_the_split_is_what_training_reads(tmp_path: Path, tokenizer: Path) -> None:
+    (tmp_path / "train_a.txt").write_text("w5 w6 w7\n" * 40)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/extra-00000-of-00001.txt").write_text("w8 w9\n" * 40)
+    options = {"split_name": "extra", "valid_folder": str(tmp_path), "valid_split_name": "train"}
+    made = config(tmp_path, tokenizer, **options)
+    tokens = next(build_train_data(made, WORDS).stream()).input_ids
+    assert set(tokens.flatten().tolist()) == {8, 9, 1}
+    (valid,) = build_valid_data(made, WORDS)
+    assert {label for batch in valid.batches(0, 1) for label in batch.labels.flatten().tolist()} == {6, 7, 1, IGN}
 
 
 def pack_members(path: Path, members: dict[str, bytes]) -> None:
