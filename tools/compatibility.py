@@ -23,7 +23,8 @@ What the documents of InternEvo, of the XTuner migration and of the tutorial pro
 
 *effect*: the key does what it says. *warning*: accepted, and said once that it changes nothing. *later*: not available
 yet, refused where a config asks for it. *refused*: not part of this system. Every row is a case of
-`tests/unit/config/test_compatibility.py`, with the value shown.
+`tests/unit/config/test_compatibility.py`, with the value shown; `tests/contract/effects.py` names the test of
+each effect.
 
 Any key that is not in this table is an error that names the nearest one, but for the parameters of your own model
 in `model`. Names in capitals or with an underscore in front, modules, functions and classes are yours.

@@ -8,15 +8,14 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from evomesh.config.loader import LoadedConfig, check_world, load_config, redacted, written_key
-from evomesh.config.rules import leaves
-from evomesh.config.shipped import shipped_configs
-from evomesh.config.size import data_parallel_size, parameter_count, parameter_counts, tokens_per_step
-from evomesh.errors import UserError
+from evomesh.errors import ConfigError, UserError
+
+if TYPE_CHECKING:  # commands import what they need, so that `evomesh --help` is there at once
+    from evomesh.config.loader import LoadedConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -30,11 +29,26 @@ Gpus = Annotated[int | None, typer.Option("--gpus", min=1, help="Processes of th
 @app.command()
 def check(config: ConfigFile, overrides: Overrides = None, gpus: Gpus = None) -> None:
     """Apply every rule to CONFIG and print all problems, each with a fix; exit code 2 if there are any."""
+    from evomesh.config.loader import check_world, load_config
+    from evomesh.config.schema import ModelFamily
+
     loaded = load_config(config, overrides or [])
+    if loaded.config.model.model_type not in get_args(ModelFamily):
+        _check_own_model(loaded)
     warnings = loaded.warnings + (check_world(loaded.config, gpus) if gpus else [])
     for words in warnings:
         typer.echo(f"warning: {words}")
     typer.echo(f"{config}: ok" + (f", {len(warnings)} warning{'s' if len(warnings) != 1 else ''}" if warnings else ""))
+
+
+def _check_own_model(loaded: LoadedConfig) -> None:
+    """A registered model's own parameters; whoever registers one has imported torch already."""
+    from evomesh.models.registry import check_arguments
+
+    try:
+        check_arguments(loaded.config.model)
+    except ConfigError as error:
+        raise ConfigError(error.problems, path=loaded.path) from None
 
 
 @app.command()
@@ -47,6 +61,9 @@ def show(
     ] = False,
 ) -> None:
     """Print every resolved value of CONFIG with where it came from, and what follows from them."""
+    from evomesh.config.loader import check_world, load_config, redacted, written_key
+    from evomesh.config.rules import leaves
+
     loaded = load_config(config, overrides or [])
     warnings = loaded.warnings + (check_world(loaded.config, gpus) if gpus else [])
     figures = derived(loaded, gpus or 1)
@@ -74,6 +91,8 @@ def show(
 @app.command("list")
 def list_configs() -> None:
     """The configs that come along, one line each."""
+    from evomesh.config.shipped import shipped_configs
+
     rows = []
     for path in shipped_configs():
         lines = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").splitlines()
@@ -87,6 +106,8 @@ def copy(
     dest: Annotated[str, typer.Argument(help="New file, or a folder to put it in.")],
 ) -> None:
     """Copy a config that comes along, to edit it."""
+    from evomesh.config.shipped import shipped_configs
+
     known = {path.stem: path for path in shipped_configs()}
     source = known.get(name.removesuffix(".py"))
     if source is None:
@@ -104,6 +125,8 @@ def copy(
 
 def derived(loaded: LoadedConfig, gpus: int) -> dict[str, Any]:
     """What follows from the config for ``gpus`` processes."""
+    from evomesh.config.size import data_parallel_size, parameter_count, parameter_counts, tokens_per_step
+
     config = loaded.config
     dp = data_parallel_size(config, gpus)
     figures: dict[str, Any] = {

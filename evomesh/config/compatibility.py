@@ -34,7 +34,8 @@ NO_MOE = "mixture-of-experts models are not part of this system"
 ISP = ("parallel.tensor.mode=isp",)
 STAGES = ("parallel.pipeline.size=2", "model.num_chunks=2", "data.micro_num=2")
 FP16 = ("model.dtype=torch.float16",)
-GENERATION = "how `generate` works"
+GENERATION = "see generation.md"
+EXPORTED = "recorded and exported; prompts are taken as they are, and nothing is padded"
 
 ROWS: tuple[Row, ...] = (
     Row("JOB_NAME", "7b_train", E, "names the run's folder and log"),
@@ -90,6 +91,8 @@ ROWS: tuple[Row, ...] = (
     Row("data.tokenizer_path", "tok.json", E, "tokenizer of the data"),
     Row("data.content_name", "body", E, "text column of streaming data"),
     Row("data.subset_name", "en", E, "subset of streaming data"),
+    Row("data.split_name", "train_sft", E, "split of streaming data; default: the one named train"),
+    Row("data.valid_split_name", "test", E, "split of streaming data to validate on; default: validation, else test"),
     Row("data.allow_tokenizer_mismatch", True, E, "train although data and validation were tokenised differently"),
     Row("model.num_layers", 4, E, "layers"),
     Row("model.hidden_size", 1024, E, "width"),
@@ -150,7 +153,7 @@ ROWS: tuple[Row, ...] = (
     Row("model.moe_use_residual", True, R, NO_MOE),
     Row("parallel.zero1", 8, E, "int form of zero1.size"),
     Row("parallel.zero1.size", 8, E, "ranks over which optimizer state is cut; <= 0: all data-parallel ranks"),
-    Row("parallel.zero1.fsdp", True, L, "fully sharded data parallelism"),
+    Row("parallel.zero1.fsdp", True, E, "weights and gradients cut over the zero1 ranks too (ZeRO-3)"),
     Row("parallel.tensor", 2, E, "int form of tensor.size, mode mtp"),
     Row("parallel.tensor.size", 2, E, "ranks that share a layer or a sequence"),
     Row("parallel.tensor.mode", "msp", E, "mtp, msp, fsp or isp"),
@@ -169,7 +172,7 @@ ROWS: tuple[Row, ...] = (
     Row("parallel.weight", 2, E, "int form of weight.size", ISP),
     Row("parallel.weight.size", 2, E, "ranks over which weights are cut (isp)", ISP),
     Row("parallel.weight.overlap", True, E, "gathers behind computation"),
-    Row("parallel.weight.memory_pool", True, E, "gathered weights in buffers that are used again"),
+    Row("parallel.weight.memory_pool", True, W, "gathered weights are freed and their memory is used again anyway"),
     Row("parallel.expert", 2, W, NO_MOE),
     Row("parallel.expert_weight", 2, W, NO_MOE),
     Row("parallel.gqa", True, R, "model.num_kv_attention_heads says it"),
@@ -246,18 +249,18 @@ ROWS: tuple[Row, ...] = (
     Row("ckpt.generate_meta_data", True, W, "every checkpoint loads in any layout"),
     Row("ckpt.enable_internevo2hf_ckpt", True, R, "export a finished checkpoint"),
     Row("monitor.alert.enable_feishu_alert", True, L, "alerts"),
-    Row("monitor.alert.feishu_alert_address", "http://x", E, "webhook; never written to a log or a checkpoint"),
+    Row("monitor.alert.feishu_alert_address", "http://x", W, "webhook of alerts; never written to a log or checkpoint"),
     Row("monitor.alert.light_monitor_address", "http://x", L, "heartbeats"),
-    Row("monitor.alert.alert_file_path", "alert.log", E, "file of alerts"),
+    Row("monitor.alert.alert_file_path", "alert.log", W, "file of alerts, which are off"),
     Row("monitor.tensorboard", {"queue_max_length": 5}, E, "as the top-level tensorboard"),
     Row("monitor.tensorboard.queue_max_length", 5, E, "as tensorboard.queue_max_length"),
     Row("generation.output_folder", "x", E, GENERATION),
     Row("generation.ckpt_folder", "x", E, GENERATION),
     Row("generation.data_folder", "x", E, GENERATION),
     Row("generation.batch_size", 2, E, GENERATION),
-    Row("generation.bos_id", 3, E, GENERATION),
+    Row("generation.bos_id", 3, E, EXPORTED),
     Row("generation.eos_id", [2, 0], E, "one id or a list"),
-    Row("generation.pad_id", 0, E, GENERATION),
+    Row("generation.pad_id", 0, E, EXPORTED),
     Row("generation.additional_eos_token_list", [5], E, GENERATION),
     Row("generation.max_length", 50, E, "with the prompt"),
     Row("generation.max_new_tokens", 50, E, "without the prompt"),
@@ -269,5 +272,6 @@ ROWS: tuple[Row, ...] = (
     Row("generation.min_p", 0.5, E, GENERATION),
     Row("generation.repetition_penalty", 1.5, E, GENERATION),
     Row("generation.length_penalty", 2, E, GENERATION),
+    Row("generation.num_return_sequences", 2, E, "answers a prompt"),
     Row("generation.seed", 3, E, GENERATION),
 )

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import get_args
 
 from evomesh.config.finding import Finding, nearest
-from evomesh.config.schema import Config, DataConfig, ModelFamily
+from evomesh.config.schema import Config, DataConfig
 from evomesh.errors import ConfigError, UserError
+
+CUT_AGAIN = (
+    "FSDP2 cuts a block's weights again, and sums their gradients, when the gradients of its inputs are there; "
+    "zbv makes those of the weights only later"
+)
 
 
 def layout_findings(config: Config) -> Iterator[Finding]:
@@ -46,6 +50,12 @@ def _tensor(config: Config) -> Iterator[Finding]:
 def _weights(config: Config) -> Iterator[Finding]:
     model, parallel = config.model, config.parallel
     size = parallel.weight.size
+    if parallel.zero1.fsdp and parallel.tensor.mode == "isp":
+        yield Finding(
+            ("parallel.zero1.fsdp", "parallel.tensor.mode"),
+            "fsdp with tensor mode isp: two keys for one thing, since isp cuts weights over parallel.weight.size",
+            fix="remove parallel.zero1.fsdp and set parallel.weight=dict(size=...)",
+        )
     if size > 1 and parallel.tensor.mode != "isp":
         yield Finding(
             ("parallel.weight.size", "parallel.tensor.mode"),
@@ -71,12 +81,6 @@ def _stages(config: Config) -> Iterator[Finding]:
             ("parallel.pipeline.size", "model.num_chunks", "model.num_layers"),
             f"{pp} stages of {chunks} chunks need {pp * chunks} layers, num_layers={model.num_layers}",
             expected=f"pipeline.size at most {max(model.num_layers // chunks, 1)}",
-        )
-    if model.model_type not in get_args(ModelFamily):
-        yield Finding(
-            ("parallel.pipeline.size", "model_type"),
-            f"{model.model_type} is a model of your own, which has no pipeline stages",
-            fix="set parallel.pipeline.size=1",
         )
 
 
@@ -110,13 +114,10 @@ def _micro_batches(data: DataConfig, pp: int) -> Iterator[Finding]:
 
 
 def _zero_bubble(config: Config, key: tuple[str, ...]) -> Iterator[Finding]:
-    """zbv makes the gradients of inputs and of weights apart, and sums the latter itself, without autograd's hooks."""
+    """zbv makes the gradients of inputs and of weights apart."""
     reasons = {
-        "model.dtype": config.model.dtype in ("float16", "bfloat16")
-        and "gradients of 16-bit weights would add up in 16 bits",
-        "parallel.weight.size": config.parallel.weight.size > 1 and "sharded weights would be gathered at wrong times",
-        "hybrid_zero_optimizer.overlap_sync_grad": config.hybrid_zero_optimizer.overlap_sync_grad
-        and "it does not say when a gradient is complete",
+        "parallel.weight.size": config.parallel.weight.size > 1 and CUT_AGAIN,
+        "parallel.zero1.fsdp": config.parallel.zero1.fsdp and CUT_AGAIN,
         "model.compile": config.model.compile is True and "a compiled block has no separate gradients",
     }
     for other, reason in reasons.items():
@@ -165,4 +166,22 @@ def check_world(config: Config, world_size: int) -> list[str]:
         )
     if problems:
         raise ConfigError(problems)
-    return warnings
+    return warnings + _uncut(config, dp if zero <= 0 else min(zero, dp))
+
+
+def _uncut(config: Config, zero: int) -> list[str]:
+    """Says which weights ``parallel.zero1.fsdp`` leaves whole over ``zero`` ranks."""
+    model, tp = config.model, config.parallel.tensor.size
+    if not config.parallel.zero1.fsdp:
+        return []
+    if zero == 1:
+        return ["parallel.zero1.fsdp: has no effect with one rank to share the weights"]
+    qkv = (model.num_attention_heads + 2 * model.kv_heads) * model.head_dim
+    rows = {
+        "query, key and value": qkv // tp,
+        "output products": model.hidden_size,
+        "feed-forward inputs": model.mlp_width // tp,
+        "embedding and head": -(-model.vocab_size // tp),
+    }
+    whole = [f"{name} ({count} rows a tensor rank)" for name, count in rows.items() if count % zero]
+    return [f"parallel.zero1.fsdp: {zero} ranks do not divide {', '.join(whole)}; these stay whole"] if whole else []

@@ -17,7 +17,6 @@ CONTENT = ("model", "sampler", "optimizer", "scheduler", "all")
 
 # Not available yet: key, when a config asks for it, the feature. A room that delivers one deletes its row.
 PENDING: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
-    ("parallel.zero1.fsdp", lambda c: c.parallel.zero1.fsdp, "fully sharded data parallelism"),
     ("model.output_tf32", lambda c: c.model.output_tf32, "an output head in TF32"),
     ("monitor.alert.enable_feishu_alert", lambda c: c.monitor.alert.enable_feishu_alert, "alerts"),
     ("monitor.alert.light_monitor_address", lambda c: c.monitor.alert.light_monitor_address is not None, "heartbeats"),
@@ -232,8 +231,17 @@ def _warnings(config: Config, given: Callable[[str], bool]) -> Iterator[tuple[st
         )
     if given("grad_scaler") and config.model.dtype != "float16":
         yield "grad_scaler", f"has no effect with {config.model.dtype}: only float16 needs a loss scale"
-    if parallel.weight.overlap and parallel.weight.size == 1:
+    if parallel.weight.overlap and parallel.weight.size == 1 and not parallel.zero1.fsdp:
         yield "parallel.weight.overlap", "has no effect while parallel.weight.size is 1"
+    if parallel.weight.memory_pool:
+        yield (
+            "parallel.weight.memory_pool",
+            "has no effect: gathered weights are freed behind each block, and the next block's take the same memory",
+        )
+    alert = config.monitor.alert
+    for name in ("feishu_alert_address", "alert_file_path"):
+        if getattr(alert, name) is not None and not alert.enable_feishu_alert:
+            yield f"monitor.alert.{name}", "has no effect while monitor.alert.enable_feishu_alert is False"
     if parallel.pipeline.interleaved_overlap and config.model.num_chunks == 1:
         yield "parallel.pipeline.interleaved_overlap", "has no effect while model.num_chunks is 1"
     if config.model.num_chunks > 1 and parallel.pipeline.size == 1:

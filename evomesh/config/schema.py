@@ -73,6 +73,8 @@ class DataConfig(Section):
     tokenizer_path: str | None = None
     content_name: str = "text"
     subset_name: str | None = None
+    split_name: str | None = None  # None: the one named train, if it is clear which
+    valid_split_name: str | None = None  # None: the one named validation, else test
     allow_tokenizer_mismatch: bool = False
 
     @property
@@ -272,6 +274,8 @@ class MonitorConfig(Section):
 
 
 class GenerationConfig(Section):
+    """``generation``: what ``generate.py --config`` does, and the ids that an export hands on."""
+
     output_folder: str | None = None
     ckpt_folder: str | None = None
     data_folder: str | None = None
@@ -290,6 +294,7 @@ class GenerationConfig(Section):
     min_p: float = Field(0.0, ge=0, le=1)
     repetition_penalty: float = Field(1.0, gt=0)
     length_penalty: float = 1.0
+    num_return_sequences: int = Field(1, ge=1)
     seed: int = Field(1024, ge=0)
 
 

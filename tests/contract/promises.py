@@ -88,8 +88,9 @@ PROMISES: tuple[Promise, ...] = (
     Promise("tokenized", "save_optimizer=False", CHECKPOINT + "test_resume.py::test_weights_only_says_so"),
     Promise("tutorial", "a raw jsonl beside en/ is no type", DATA + "test_build.py::test_types_files_and_report"),
     # training
-    Promise("usage", "torchrun ... train.py --config C --launcher torch", issue=4),
-    Promise("usage", "srun ... python train.py --config C", issue=4),
+    Promise("usage", "torchrun ... train.py --config C --launcher torch", "tests/e2e/test_layouts.py::test_torchrun"),
+    Promise("usage", "srun ... python train.py --config C", "tests/e2e/test_layouts.py::test_srun"),
+    Promise("usage", "train.py --profiling", "tests/unit/monitor/test_profile.py::test_writes_trace_and_table_once"),
     Promise(
         "usage",
         "log line: tflops, step, loss, tgs, lr, loss_scale, grad_norm, micro_num ... fwd_bwd_time",
@@ -130,7 +131,7 @@ PROMISES: tuple[Promise, ...] = (
         "tests/dist/test_zero_overlap.py::*",
     ),
     Promise("usage", "monitor.alert: Feishu and light monitor", issue=8),
-    Promise("tokenized", "--deepspeed deepspeed_zero1|2|3", issue=4),
+    Promise("tokenized", "--deepspeed deepspeed_zero1|2|3", "tests/unit/config/test_deepspeed.py::*"),
     Promise("tokenized", "NPROC_PER_NODE and Aliyun DLC's variables", "tests/unit/train/test_launch.py::*"),
     # checkpoints
     Promise("usage", "save_ckpt_folder with local:, boto3: and no prefix", "tests/unit/storage/test_storage.py::*"),
@@ -156,9 +157,17 @@ PROMISES: tuple[Promise, ...] = (
         CHECKPOINT + "test_internevo.py::test_read_and_write_back",
     ),
     # generation and hand-over
-    Promise("usage zh", "generate.py --config with a generation section", issue=6),
-    Promise("usage", "use_dynamic_ntk_rope up to 16k", issue=6),
-    Promise("usage", "web_demo", issue=6),
+    Promise(
+        "usage zh",
+        "generate.py --config with a generation section",
+        "tests/e2e/test_generate.py::test_the_documents_section",
+    ),
+    Promise(
+        "usage",
+        "use_dynamic_ntk_rope up to 16k",
+        "tests/unit/generate/test_against_transformers.py::test_dynamic_ntk_beyond_the_trained_length",
+    ),
+    Promise("usage", "web_demo", "tests/e2e/test_serve.py::test_page_and_api_answer"),
     Promise(
         "tutorial",
         "tools/transformers/convert2hf.py --src_folder --tgt_folder --tokenizer",

@@ -120,6 +120,7 @@ def test_chinese_guide() -> None:
     keys = {words.partition(" ")[0] for words in loaded.warnings}
     assert keys == {
         "ckpt.load_ckpt_info",
+        "monitor.alert.alert_file_path",
         "ckpt.async_upload",
         "ckpt.oss_snapshot_freq",
         "data.train_folder",

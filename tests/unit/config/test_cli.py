@@ -26,9 +26,40 @@ def run(*arguments: str) -> str:
 
 def test_check() -> None:
     out = run("check", SEVEN_B, "--set", "data.train_folder=x")
-    assert out.endswith("7B_sft.py: ok, 6 warnings\n")
+    assert out.endswith("7B_sft.py: ok, 7 warnings\n")
     with pytest.raises(UserError, match=r"did you mean data\.seq_len"):
         run("check", SEVEN_B, "--set", "data.seq_le=1")
+
+
+OWN = """
+from evomesh.models.registry import model_initializer
+
+def build_mine(config, *, device, gain: float, sizes: tuple[int, ...] = (), name: str | None = None):
+    raise AssertionError("a check builds nothing")
+
+model_initializer.register_module("MINE", build_mine)
+model_type = "MINE"
+model = dict(num_layers=2, hidden_size=32, num_attention_heads=4, dtype="torch.float32")
+data = dict(train_folder="x")
+"""
+
+
+def test_check_of_a_model_of_ones_own(tmp_path: Path) -> None:
+    config = tmp_path / "own.py"
+    config.write_text(OWN + 'model |= dict(gain=1, sizes=[1, 2], name="x")\n')
+    assert ": ok" in run("check", str(config))
+    config.write_text(OWN + 'model |= dict(gian=1, sizes=[1, "2"], name=3)\n')
+    with pytest.raises(UserError) as caught:
+        run("check", str(config))
+    text = str(caught.value)
+    assert f"{config}: 4 problems in the config" in text
+    assert "model.gian: unknown key 'gian' for model type 'MINE'" in text and "did you mean 'gain'" in text
+    assert "needs 'gain'" in text
+    assert "model.sizes: found [1, '2']" in text and "tuple[int, ...]" in text
+    assert "model.name: found 3" in text
+    config.write_text(OWN.replace('model_type = "MINE"', 'model_type = "MINNE"'))
+    with pytest.raises(UserError, match=r"unknown model type 'MINNE'(.|\n)*did you mean 'MINE'"):
+        run("check", str(config))
 
 
 def test_show() -> None:

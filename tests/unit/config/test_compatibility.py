@@ -10,6 +10,7 @@ from evomesh.config.compatibility import ROWS, Row
 from evomesh.config.legacy import SECTIONS
 from evomesh.config.loader import known_keys, load_config, redacted
 from evomesh.errors import ConfigError
+from tests.contract.effects import EFFECTS
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,16 @@ def test_row(row: Row, base: Path) -> None:
         assert "no effect" in named[0]
     else:
         assert redacted(before.config) != redacted(loaded.config)
+
+
+def test_every_effect_names_a_test_that_exists() -> None:
+    wanted = {row.key for row in ROWS if row.outcome == "effect"}
+    assert wanted - set(EFFECTS) == set(), "add the test of its effect to tests/contract/effects.py"
+    assert set(EFFECTS) <= wanted
+    root = Path(__file__).resolve().parents[3]
+    for test in sorted(set(EFFECTS.values())):
+        path, _, name = test.partition("::")
+        assert f"def {name}(" in (root / path).read_text(), test
 
 
 def test_every_key_has_a_row() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from evomesh.config.layout import check_world
 from evomesh.config.loader import load_config
 from evomesh.errors import ConfigError
 
@@ -23,6 +24,7 @@ BAD = [
     (["parallel.tensor=dict(size=2,mode='2d')"], ["2d"]),
     (["parallel.weight=2"], ["weight.size=2 needs tensor mode isp"]),
     (["parallel.weight=5", "parallel.tensor.mode=isp"], ["5 does not divide the hidden_size, 48", "size=4 or 6"]),
+    (["parallel.zero1.fsdp=True", "parallel.tensor.mode=isp"], ["two keys for one thing", "parallel.weight=dict"]),
     (["parallel.pipeline=4", "model.num_chunks=3", "data.micro_num=4"], ["need 12 layers, num_layers=8", "at most 2"]),
     (["parallel.pipeline=4", "model.num_chunks=2", "data.micro_num=6"], ["micro_num=6", "4 or 8"]),
     (
@@ -35,16 +37,12 @@ BAD = [
         ["schedule 1f1b with num_chunks=2", "1f1b has num_chunks=1"],
     ),
     (
-        ["parallel.pipeline=dict(size=2,schedule='zbv')", "model.num_chunks=2", "model.dtype=torch.bfloat16"],
-        ["zbv does not go with dtype", "would add up in 16 bits"],
+        ["parallel.pipeline=dict(size=2,schedule='zbv')", "model.num_chunks=2", "model.compile=True"],
+        ["zbv does not go with compile", "no separate gradients"],
     ),
     (
-        [
-            "parallel.pipeline=dict(size=2,schedule='zbv')",
-            "model.num_chunks=2",
-            "hybrid_zero_optimizer.overlap_sync_grad=True",
-        ],
-        ["zbv does not go with overlap_sync_grad"],
+        ["parallel.pipeline=dict(size=2,schedule='zbv')", "model.num_chunks=2", "parallel.zero1.fsdp=True"],
+        ["zbv does not go with fsdp", "FSDP2 cuts a block's weights again"],
     ),
 ]
 
@@ -57,3 +55,13 @@ def test_bad_layout(sets: list[str], words: list[str], tmp_path: Path) -> None:
         load_config(str(path), sets)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_what_fsdp_leaves_whole_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "c.py"
+    path.write_text(f'model_type = "LLAMA2"\n{MODEL}\ndata = dict(train_folder="x", seq_len=96)\n')
+    config = load_config(str(path), ["parallel.zero1.fsdp=True", "parallel.tensor=2"]).config
+    assert check_world(config, 4) == []
+    (words,) = check_world(config, 6)
+    assert "embedding and head (32 rows a tensor rank)" in words and "attention" not in words
+    assert check_world(config, 2) == ["parallel.zero1.fsdp: has no effect with one rank to share the weights"]

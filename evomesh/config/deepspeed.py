@@ -1,0 +1,60 @@
+"""XTuner's ``--deepspeed``: which of this system's settings each DeepSpeed strategy asks for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from evomesh.errors import UserError
+
+NAMES = ("deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3")
+CUT = "the weights are cut over the data-parallel ranks (parallel.zero1.fsdp=True)"
+SAID = {
+    1: [],
+    2: [f"{CUT}, not the gradients alone: less memory, one more gather of them a micro-batch, the same numbers"],
+    3: [f"{CUT} by PyTorch, without the DeepSpeed package: the same numbers"],
+}
+
+
+def deepspeed_settings(flag: str) -> tuple[list[str], list[str]]:
+    """``deepspeed_zero1|2|3``, or a DeepSpeed JSON file whose stage is taken -> (overrides, warnings).
+
+    Stage 1 cuts the optimizer state, 2 the gradients too, 3 the weights too, over all data-parallel ranks.
+
+    Raises:
+        UserError: another name; offloading to host memory; a file without a stage.
+    """
+    stage, offloads = _stage(flag)
+    if offloads:
+        raise UserError(
+            "the optimizer state or the weights would be kept in host memory, which is not part of this system",
+            where=f"--deepspeed {flag}",
+            expected=" | ".join(NAMES),
+            fix="--deepspeed deepspeed_zero3 on more processes, or model.checkpoint=1.0",
+        )
+    warnings = [f"--deepspeed {flag}: {words}" for words in SAID[stage]]
+    return [f"parallel.zero1=dict(size=-1, fsdp={stage > 1})"], warnings
+
+
+def _stage(flag: str) -> tuple[int, bool]:
+    name = flag if flag.startswith("deepspeed_") else f"deepspeed_{flag}"
+    if name.removesuffix("_offload") in NAMES:
+        return int(name.removesuffix("_offload")[-1]), name.endswith("_offload")
+    if not flag.endswith(".json"):
+        raise UserError(
+            f"unknown strategy {flag!r}", where="--deepspeed", expected=f"{' | '.join(NAMES)}, or a .json file"
+        )
+    try:
+        zero: Any = json.loads(Path(flag).read_text())["zero_optimization"]
+        stage = int(zero["stage"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"no ZeRO stage can be read there: {type(error).__name__} {error}",
+            where=f"--deepspeed {flag}",
+            expected='{"zero_optimization": {"stage": 1, 2 or 3}}',
+        ) from None
+    if stage not in SAID:
+        raise UserError(f"stage {stage}", where=f"--deepspeed {flag}", expected="1, 2 or 3")
+    devices = [zero.get(key) or {} for key in ("offload_optimizer", "offload_param")]
+    return stage, any(device.get("device", "none") != "none" for device in devices)
