@@ -47,6 +47,7 @@ bench: $(VENV)/.dev ## what docs/performance.md says, measured here
 	$(PY) benchmarks/data.py
 	$(PY) benchmarks/tokenizing.py
 	$(PY) benchmarks/checkpoint.py
+	$(PY) benchmarks/serve.py
 
 clean: ## everything the two commands made, but for the environment
 	rm -rf $(DEMO) RUN llm_ckpts

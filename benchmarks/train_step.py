@@ -23,6 +23,7 @@ import torch
 from evomesh.config.schema import ModelConfig
 from evomesh.layers.attention import Documents
 from evomesh.models.registry import build_model, initialize_weights
+from evomesh.train.allocator import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ def serve(kind: str, args: argparse.Namespace, pipe: Connection) -> None:
     shape, lengths = problem(args)
     ids = torch.randint(0, shape.vocab, (sum(lengths),), generator=torch.Generator().manual_seed(0))
     if kind == "evomesh":
+        keep_freed_memory()  # as `evomesh train` does
         step = our_step(shape, lengths, ids, args.compiled_ours)
     else:
         step = their_step(shape, lengths, ids, args.compiled)

@@ -6,7 +6,7 @@ import os
 
 import typer
 
-from evomesh.cli import ckpt, config, convert, data, generate, plan, tokenize, train
+from evomesh.cli import ckpt, config, convert, data, eval, generate, plan, serve, tokenize, train
 from evomesh.cli.run import run
 
 app = typer.Typer(
@@ -15,12 +15,16 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # drawing help with rich takes longer than all the rest of `evomesh --help`
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train")(train.train)
 app.command("plan")(plan.plan)
 app.command("tokenize")(tokenize.tokenize)
 app.command("generate")(generate.generate)
+app.command("eval")(eval.evaluate)
+app.command("serve")(serve.serve)
+app.command("chat")(serve.chat)
 app.add_typer(config.app, name="config", help="Check, show, list and copy configs.")
 app.add_typer(data.app, name="data", help="Look at, verify and repair tokenised datasets.")
 app.add_typer(ckpt.app, name="ckpt", help="List, verify, compare, reshard and delete checkpoints.")

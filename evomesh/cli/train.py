@@ -15,7 +15,16 @@ Overrides = Annotated[
 Launcher = Annotated[str, typer.Option(help="Where rank information comes from: auto, torch or slurm.")]
 Port = Annotated[int, typer.Option(help="Rendezvous port of the slurm launcher.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the initial weights [default: the config's, else 1024].")]
-RunDir = Annotated[str | None, typer.Option(help="Folder for log, metrics.jsonl and TensorBoard.")]
+RunDir = Annotated[
+    str | None, typer.Option("--run-dir", "--work-dir", help="Folder for log, metrics.jsonl and TensorBoard.")
+]
+Profile = Annotated[
+    bool,
+    typer.Option("--profile", "--profiling", help="Trace a few steps: files and a table of where the time goes."),
+]
+Deepspeed = Annotated[
+    str | None, typer.Option(help="XTuner's flag: deepspeed_zero1, 2 or 3, by this system's own means.")
+]
 
 
 def train(
@@ -25,15 +34,20 @@ def train(
     port: Port = 8888,
     seed: Seed = None,
     run_dir: RunDir = None,
+    profile: Profile = False,
+    deepspeed: Deepspeed = None,
 ) -> None:
     """Train the model that CONFIG describes; resumes by itself from the newest good checkpoint."""
+    from evomesh.config.deepspeed import deepspeed_settings
     from evomesh.config.loader import load_config
     from evomesh.train.main import train_from_config
 
     extra = [f"seed={seed}"] if seed is not None else []
     extra += [f"run_dir={run_dir}"] if run_dir is not None else []
-    loaded = load_config(config, [*(overrides or []), *extra])
-    code = train_from_config(loaded, launcher=launcher, port=port)
+    zero, warnings = deepspeed_settings(deepspeed) if deepspeed is not None else ([], [])
+    loaded = load_config(config, [*zero, *(overrides or []), *extra])
+    loaded.warnings.extend(warnings)
+    code = train_from_config(loaded, launcher=launcher, port=port, profile=profile)
     if code:
         sys.exit(code)
 
@@ -45,9 +59,11 @@ def shim(
     port: Port = 8888,
     seed: Seed = None,
     run_dir: RunDir = None,
+    profile: Profile = False,
+    deepspeed: Deepspeed = None,
 ) -> None:
     """Train as the documents do: train.py --config CONFIG --launcher torch."""
-    train(config, overrides, launcher, port, seed, run_dir)
+    train(config, overrides, launcher, port, seed, run_dir, profile, deepspeed)
 
 
 def shim_main() -> None:

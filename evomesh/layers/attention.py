@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import cache
 from itertools import groupby
 from typing import Any
 
@@ -20,19 +21,25 @@ from evomesh.layers.placement import Placement
 from evomesh.layers.rotary import split_rotate
 from evomesh.parallel.collectives import all_to_all
 
-__all__ = ["Attend", "Attention", "Documents", "attend"]
+__all__ = ["Attend", "Attention", "Documents", "attend", "outside_graph"]
 
 # attend(layer, q [T, N, H], k [T, G, H], v [T, G, H], docs) -> [T, N, H]; generation passes one that keeps k and v.
 Attend = Callable[[int, Tensor, Tensor, Tensor, Documents], Tensor]
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # document lengths are data, each would be compiled anew
 def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> Tensor:
     """softmax(q k^T / sqrt(H)) v within each document, causal. ``layer`` is for callers that keep a cache."""
     del layer
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
         return _varlen(q, k, v, docs)
     return _per_document(q, k, v, docs)
+
+
+@cache
+def outside_graph(attend: Attend) -> Attend:
+    """``attend`` for compiled blocks, which are not to look into it: document lengths are data, and each would be
+    compiled anew. Made on demand, because torch takes 0.7 s to import its compiler."""
+    return torch.compiler.disable(attend)  # type: ignore[no-any-return, no-untyped-call, unused-ignore]
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> Tensor:

@@ -20,6 +20,16 @@ from evomesh.parallel.collectives import all_gather, all_reduce, broadcast, gath
 from evomesh.parallel.grid import Axis
 from evomesh.parallel.spec import ShardSpec
 
+FEW = range(5, 33)  # rows for which MKL is 1.1 to 1.7 times as fast with the weight as its left matrix
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, I], weight [O, I] -> x weight^T + bias, [T, O]; decoding a small batch on the CPU has its own way."""
+    if torch.is_grad_enabled() or not x.is_cpu or len(x) not in FEW:
+        return F.linear(x, weight, bias)
+    out = (weight @ x.T).T.contiguous()
+    return out if bias is None else out.add_(bias)
+
 
 class ColumnLinear(nn.Module):
     """[T, I] (mtp) or [S, I] (msp, fsp) -> [T, O / tp]: weight rows (output features) are cut, the bias with them."""
@@ -49,7 +59,7 @@ def column_products(x: Tensor, *layers: ColumnLinear) -> tuple[Tensor, ...]:
             outs: tuple[Tensor, ...] = _RegatherLinear.apply(x, axis, *weights, *biases)  # type: ignore[no-untyped-call]
             return outs
         x = all_gather(x, axis) if mode.sequence else broadcast(x, axis)
-    return tuple(F.linear(x, layer.weight, layer.bias) for layer in layers)
+    return tuple(product(x, layer.weight, layer.bias) for layer in layers)
 
 
 class _RegatherLinear(torch.autograd.Function):
@@ -98,7 +108,7 @@ class RowLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         axis, mode = self.at.axis, self.at.mode
         if axis.size == 1 or mode.storage == "wp":
-            return F.linear(x, self.weight, self.bias)
-        part = F.linear(x, self.weight)
+            return product(x, self.weight, self.bias)
+        part = product(x, self.weight)
         out = reduce_scatter(part, axis) if mode.sequence else all_reduce(part, axis)
         return out if self.bias is None else out + self.bias

@@ -9,12 +9,13 @@ axis cuts the vocabulary, two small all-reduces a chunk (a maximum; three sums a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from evomesh.layers.dtype import promote
+from evomesh.monitor.profile import region
 from evomesh.parallel.collectives import MAX, gathered, own_range, sum_over
 from evomesh.parallel.grid import Axis
 
@@ -22,9 +23,10 @@ IGNORE = -100
 CHUNK = 512  # tokens whose logits exist at one time
 
 
-@dataclass(frozen=True)
-class LossOutput:
-    """Attributes:
+class LossOutput(NamedTuple):
+    """A tuple, so that torch sees the tensors in it where a module returns one.
+
+    Attributes:
     scaled_sum: scalar, ``grad_scale`` times the sum of the token losses (smoothed, if asked for); call backward on it.
     nll: [T] negative log-likelihood of each label (never smoothed), at least float32, 0 where ignored; no gradient.
     correct: [T] bool, no logit is larger than the label's.
@@ -63,9 +65,10 @@ def linear_cross_entropy(
     """
     scale = torch.as_tensor(grad_scale, dtype=promote(hidden.dtype), device=hidden.device)
     with_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    scaled_sum, nll, correct = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, labels, scale, vocab_size, label_smoothing, chunk, with_grad, axis, parallel_output
-    )
+    with region("loss"):
+        scaled_sum, nll, correct = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            hidden, weight, labels, scale, vocab_size, label_smoothing, chunk, with_grad, axis, parallel_output
+        )
     return LossOutput(scaled_sum, nll, correct)
 
 
@@ -106,10 +109,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             token_loss = (1 - smoothing) * found.nll + smoothing * found.mean if smoothing else found.nll
             loss += token_loss.where(used, 0.0).sum()
             if grads is not None:
-                grad = view.minus_target(logits, target, found.exp_sum, smoothing)
+                logits = view.minus_target(logits, target, found.exp_sum, smoothing)  # now their gradient
                 if not parallel_output:
-                    grad = own_range(grad, axis, 1)
-                grads.add(part, grad, (scale * used)[:, None] / found.exp_sum)
+                    logits = own_range(logits, axis, 1)
+                grads.add(part, logits, (scale * used)[:, None] / found.exp_sum)
+            del logits  # or those of two chunks would live at one time
         nll_all = torch.zeros(labels.shape, dtype=wide, device=hidden.device)
         correct = torch.zeros(labels.shape, dtype=torch.bool, device=hidden.device)
         nll_all[kept], correct[kept] = nll_rows, correct_rows

@@ -100,5 +100,10 @@ def split_rotate(
 
     ``qkv`` is group-major: for each key/value head its R query heads, the key head, the value head.
     """
+    if qkv.is_cpu and not torch.is_grad_enabled():  # q and k in one pass, v as it lies
+        heads = qkv.view(qkv.shape[0], kv_heads, -1, head_dim)
+        rotated = torch.empty_like(heads[:, :, :-1])
+        _rotate(heads[:, :, :-1], cos[:, None, None], sin[:, None, None], rotated, interleaved)
+        return rotated[:, :, :-1].flatten(1, 2), rotated[:, :, -1], heads[:, :, -1]
     q, k, v = _SplitRotate.apply(qkv, cos, sin, kv_heads, head_dim, interleaved)  # type: ignore[no-untyped-call]
     return q, k, v

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from evomesh.config.schema import ModelConfig
-from evomesh.layers.attention import Attend, Attention, Documents, attend
+from evomesh.layers.attention import Attend, Attention, Documents, attend, outside_graph
 from evomesh.layers.dtype import parameter_dtype, promote
 from evomesh.layers.embedding import Embedding, scale_gradient
 from evomesh.layers.init import Initial
-from evomesh.layers.linear import ColumnLinear
+from evomesh.layers.linear import ColumnLinear, product
 from evomesh.layers.loss import LossOutput, linear_cross_entropy
 from evomesh.layers.mlp import FeedForward
 from evomesh.layers.norm import Norm
@@ -95,6 +95,41 @@ def make_norm(config: ModelConfig, at: Placement) -> Norm:
     )
 
 
+class Head(nn.Module):
+    """The output projection [V, D] and what is made with it.
+
+    Training reads the weight inside ``forward`` only: that is where weight sharding puts it together.
+    """
+
+    def __init__(self, config: ModelConfig, rows: int, at: Placement) -> None:
+        super().__init__()
+        self.config, self.at = config, at
+        self.weight = ColumnLinear(config.hidden_size, rows, bias=False, at=at).weight
+
+    def forward(self, hidden: Tensor, labels: Tensor, grad_scale: float | Tensor, label_smoothing: float) -> LossOutput:
+        return linear_cross_entropy(
+            self.at.whole_sequence(hidden.to(self.at.dtype)),
+            self._rows(),
+            labels,
+            vocab_size=self.config.vocab_size,
+            grad_scale=grad_scale,
+            label_smoothing=label_smoothing,
+            axis=self.at.axis,
+            parallel_output=self.config.parallel_output,
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits = product(self.at.whole_sequence(hidden.to(self.at.dtype)), self._rows())
+        return gather(logits, self.at.axis, dim=1)[:, : self.config.vocab_size].to(promote(self.at.dtype))
+
+    def _rows(self) -> Tensor:
+        """The weight as the products use it: rows normalised with ``norm_head``, gradient scaled as the embedding's."""
+        weight = scale_gradient(self.weight, self.config.embed_grad_scale)
+        if self.config.norm_head:
+            weight = F.normalize(weight.to(promote(self.at.dtype)), dim=1).to(self.at.dtype)
+        return weight
+
+
 class Decoder(LanguageModel):
     """Token ids [T] (or the previous stage's hidden [T, D]) -> hidden [T, D]; loss and logits from hidden.
 
@@ -140,14 +175,15 @@ class Decoder(LanguageModel):
             )
         self.layers = nn.ModuleDict({str(i): Block(i, config, post_norm=self.post_norm, at=at) for i in layers})
         self.norm: Norm | None = None
-        self.head: ColumnLinear | None = None
+        self.head: Head | None = None
         if layers.stop == config.num_layers:
             self.norm = None if self.post_norm else make_norm(config, at.on_tensor_axis())
-            self.head = ColumnLinear(config.hidden_size, rows, bias=False, at=at.on_tensor_axis())
+            self.head = Head(config, rows, at.on_tensor_axis())
         for padded in (self.embedding, self.head):
             if padded is not None:
                 with_spec(padded.weight, replace(spec_of(padded.weight), padding=rows - config.vocab_size))
-        if config.compile is True or (config.compile == "auto" and at.device.type == "cuda"):
+        self.compiled = config.compile is True or (config.compile == "auto" and at.device.type == "cuda")
+        if self.compiled:
             for block in self.layers.values():
                 block.compile()
 
@@ -163,6 +199,8 @@ class Decoder(LanguageModel):
             x = self.embedding(x)
             if self.config.residual_in_fp32:
                 x = x.to(promote(self.dtype))
+        if self.compiled:
+            attend = outside_graph(attend)
         tables = self.rotary.tables(docs, self.dtype)
         recomputed = self.recomputed_layers if torch.is_grad_enabled() else 0
         for i, block in enumerate(self.layers.values()):
@@ -173,34 +211,21 @@ class Decoder(LanguageModel):
                 x = block(x, tables, docs, attend)
         return x if self.norm is None else self.norm(x)
 
-    def head_weight(self) -> Tensor:
-        """[V, D] as the products use it: rows normalised with ``norm_head``, gradient scaled like the embedding's."""
-        if self.head is None:
-            raise ValueError("this pipeline stage has no output head")
-        weight = scale_gradient(self.head.weight, self.config.embed_grad_scale)
-        if self.config.norm_head:
-            weight = F.normalize(weight.to(promote(self.dtype)), dim=1).to(self.dtype)
-        return weight
-
     def loss(
         self, hidden: Tensor, labels: Tensor, grad_scale: float | Tensor = 1.0, label_smoothing: float = 0.0
     ) -> LossOutput:
         """Summed token loss of ``hidden`` [T, D] against ``labels`` [T] int64; see ``layers/loss.py``."""
-        return linear_cross_entropy(
-            self.at.whole_sequence(hidden.to(self.dtype)),
-            self.head_weight(),
-            labels,
-            vocab_size=self.config.vocab_size,
-            grad_scale=grad_scale,
-            label_smoothing=label_smoothing,
-            axis=self.at.axis,
-            parallel_output=self.config.parallel_output,
-        )
+        output: LossOutput = self._last_part()(hidden, labels, grad_scale, label_smoothing)
+        return output
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, D] -> [T, vocab_size] in at least float32, for generation: without the padded rows."""
-        logits = F.linear(self.at.whole_sequence(hidden.to(self.dtype)), self.head_weight())
-        return gather(logits, self.at.axis, dim=1)[:, : self.config.vocab_size].to(promote(self.dtype))
+        return self._last_part().logits(hidden)
+
+    def _last_part(self) -> Head:
+        if self.head is None:
+            raise ValueError("this pipeline stage has no output head")
+        return self.head
 
     def initial(self, name: str) -> Initial:
         """What the parameter of this global name starts as."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 from functools import partial
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 import torch
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from evomesh.config.schema import ModelConfig
 from evomesh.errors import ConfigError, UserError
@@ -21,7 +22,7 @@ from evomesh.models.language_model import LanguageModel
 from evomesh.models.llama import LLAMA
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import MODES, TensorMode
-from evomesh.parallel.spec import spec_of
+from evomesh.parallel.spec import local_part, spec_of
 
 _GIVEN = ("config", "grid", "mode", "device", "layer_range")
 
@@ -78,6 +79,15 @@ model_initializer = ModelInitializer(
 )
 
 
+def check_arguments(config: ModelConfig) -> None:
+    """Whether the registered builder of ``config.model_type`` takes what the config gives it; nothing is built.
+
+    Raises:
+        UserError: unknown model type; unknown, missing and wrongly typed keys, all at once.
+    """
+    _own_arguments(config, model_initializer.get_module(config.model_type))
+
+
 def _own_arguments(config: ModelConfig, builder: Any) -> dict[str, Any]:
     """``config.extra`` checked against the builder's own parameters; all problems at once."""
     parameters = inspect.signature(builder).parameters
@@ -95,7 +105,16 @@ def _own_arguments(config: ModelConfig, builder: Any) -> dict[str, Any]:
                     fix=f"did you mean {near[0]!r}?" if near else f"remove model.{key}",
                 )
             )
+    hints = _hints(builder)
     for key, parameter in own.items():
+        if key in config.extra and key in hints and not _fits(config.extra[key], hints[key]):
+            problems.append(
+                UserError(
+                    f"found {config.extra[key]!r}",
+                    where=f"model.{key}",
+                    expected=f"{inspect.formatannotation(hints[key])}, as {config.model_type!r} declares it",
+                )
+            )
         if parameter.default is parameter.empty and key not in config.extra:
             problems.append(
                 UserError(
@@ -107,6 +126,31 @@ def _own_arguments(config: ModelConfig, builder: Any) -> dict[str, Any]:
     if problems:
         raise ConfigError(problems)
     return dict(config.extra)
+
+
+def _hints(builder: Any) -> dict[str, Any]:
+    """Declared types of a builder's parameters; {} where they cannot be told."""
+    plain = builder.func if isinstance(builder, partial) else builder
+    try:
+        return get_type_hints(plain.__init__ if inspect.isclass(plain) else plain)
+    except Exception:  # a name in an annotation that exists for type checkers only
+        return {}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a config's value is of a type; a list is right for a tuple, what cannot be judged is right."""
+    try:
+        accepts = TypeAdapter(hint, config=ConfigDict(strict=True))
+    except PydanticUserError:  # a class of the model's own
+        return True
+    try:
+        accepts.validate_python(value)
+    except ValidationError:
+        try:
+            accepts.validate_json(json.dumps(value))
+        except (ValidationError, TypeError, ValueError):
+            return False
+    return True
 
 
 def build_model(
@@ -122,7 +166,8 @@ def build_model(
     Args:
         layer_range: the layers of one pipeline stage, by global index; None for all.
     Raises:
-        UserError: unknown model type; keys of ``config.extra`` that its builder does not take, or lacks.
+        UserError: unknown model type; keys of ``config.extra`` that its builder does not take, lacks, or declares
+            otherwise.
     """
     builder = model_initializer.get_module(config.model_type)
     given = {"grid": grid or Grid(), "mode": mode, "device": device, "layer_range": layer_range}
@@ -130,6 +175,7 @@ def build_model(
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     own = _own_arguments(config, builder)
     used = {key: value for key, value in given.items() if key in parameters or open_ended}
+    _check_layout(config.model_type, set(used), grid or Grid(), layer_range)
     if config.dtype == "tf32":
         # Process-wide, the only form torch has for it: products of float32 matrices may use TF32 on CUDA.
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -146,6 +192,23 @@ def build_model(
     return cast(LanguageModel, model)
 
 
+def _check_layout(name: str, used: set[str], grid: Grid, layer_range: range | None) -> None:
+    """Refuses to split what a user's own builder knows nothing of."""
+    needs = {
+        "parallel.pipeline.size": {"layer_range"} if layer_range is not None else set(),
+        "parallel.tensor.size": {"grid", "mode"} if grid.tp.size > 1 else set(),
+        "parallel.weight.size": {"device"} if grid.wp.size > 1 else set(),  # the meta device, to be cut on it
+    }
+    for key, wanted in needs.items():
+        if wanted - used:
+            raise UserError(
+                f"the builder of model type {name!r} takes no {' and no '.join(sorted(wanted - used))}",
+                where=key,
+                expected=f"a builder with the parameters {', '.join(sorted(wanted))}, as of evomesh.models.decoder",
+                fix=f"set {key}=1",
+            )
+
+
 def initialize_weights(model: nn.Module, seed: int, grid: Grid | None = None) -> None:
     """Initial weights as a function of (seed, global parameter name, global position), the same for every layout.
 
@@ -158,11 +221,9 @@ def initialize_weights(model: nn.Module, seed: int, grid: Grid | None = None) ->
     if initial is None:
         return
     grid = grid or Grid()
-    axes = {"tp": grid.tp, "wp": grid.wp}
     for name, parameter in model.named_parameters():
         wanted: Initial = initial(name)
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        fill_parameter(name, local, spec_of(parameter), axes, wanted, seed)
+        fill_parameter(name, local_part(parameter), spec_of(parameter), grid.cuts, wanted, seed)
     clear_padding(model, grid)
 
 
@@ -172,5 +233,5 @@ def clear_padding(model: nn.Module, grid: Grid) -> None:
     for parameter in model.parameters():
         spec = spec_of(parameter)
         if spec.padding and not parameter.is_meta:
-            rows = owned_range(spec, 0, {"tp": grid.tp, "wp": grid.wp})
-            parameter.detach()[max(spec.stored[0] - rows.start, 0) :].zero_()
+            rows = owned_range(spec, 0, grid.cuts)
+            local_part(parameter.detach())[max(spec.stored[0] - rows.start, 0) :].zero_()

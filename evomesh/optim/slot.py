@@ -6,11 +6,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from evomesh.optim.clip import counts_here
 from evomesh.parallel.grid import Axis, Grid
-from evomesh.parallel.spec import ShardSpec, spec_of, stage_axes
+from evomesh.parallel.spec import ShardSpec, local_part, spec_of, stage_axes
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -57,7 +56,7 @@ class Slot:
         """Takes over the gradient that backward has just finished."""
         if self.accumulated is not None:
             assert self.param.grad is not None
-            gradient = _local(self.param.grad)
+            gradient = local_part(self.param.grad)
             if self.micro_batches:
                 self.accumulated.add_(gradient)
             else:
@@ -69,7 +68,7 @@ class Slot:
         """The local gradient; zeros when no micro-batch used the parameter, so that all ranks can take part."""
         if self.accumulated is not None:
             return self.accumulated if self.micro_batches else self.accumulated.zero_()
-        return torch.zeros_like(self.local) if self.param.grad is None else _local(self.param.grad)
+        return torch.zeros_like(self.local) if self.param.grad is None else local_part(self.param.grad)
 
     def reset(self) -> None:
         self.param.grad = None
@@ -77,12 +76,14 @@ class Slot:
 
 
 def make_slot(name: str, param: nn.Parameter, grid: Grid) -> Slot:
-    local, spec = _local(param.detach()), spec_of(param)
+    local, spec = local_part(param.detach()), spec_of(param)
     zero, replica, inner = axes = stage_axes(spec, grid)
     # Vectors are small, and with rows that do not divide a state would not be one equal range of the tensor.
+    sharded = any(name == zero.name for name, _ in spec.shards)  # with fsdp parameter and gradient are cut as well
     divides = local.dim() > 1 and local.shape[0] % zero.size == 0
-    cut = zero if divides else Axis(zero.name)
-    partial = (zero, replica, inner) if inner.name in spec.partial else (zero, replica)
+    cut = zero if divides and not sharded else Axis(zero.name)
+    data = (replica,) if sharded else (zero, replica)
+    partial = (*data, inner) if inner.name in spec.partial else data
     shards = (*spec.shards, (cut.name, 0)) if cut.size > 1 else spec.shards
     state_spec = replace(spec, shards=shards, partial=frozenset())
     slot = Slot(
@@ -100,7 +101,3 @@ def make_slot(name: str, param: nn.Parameter, grid: Grid) -> Slot:
         slot.target = slot.own.to(torch.float32)
         slot.accumulated = torch.empty_like(local, dtype=torch.float32)
     return slot
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -15,14 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from evomesh.config.schema import AdamConfig, ZeroConfig
+from evomesh.optim.adamw import AdamW
 from evomesh.optim.buckets import GradientSync, ParameterSync, copy_back
 from evomesh.optim.clip import Found, clip_factor, found_in, global_norm
 from evomesh.optim.groups import decays
 from evomesh.optim.slot import Slot, make_slot
 from evomesh.parallel.grid import Grid
+from evomesh.parallel.spec import is_cut
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,8 @@ class ZeroOptimizer:
             bucket_size=zero.all_gather_size if zero.use_split_tensor_optim else 0,
             overlap=zero.overlap_sync_param and model is not None,
         )
-        self._adamw = _adamw(self.slots, adam)
+        decay = {slot.target: adam.weight_decay * decays(slot.name, adam.no_decay) for slot in self.slots}
+        self._adamw = AdamW(decay, adam.adam_beta1, adam.adam_eps)
         for slot in self.slots:
             if slot.accumulated is not None or zero.overlap_sync_grad:
                 hook = partial(self._accumulated, slot)
@@ -134,11 +136,12 @@ class ZeroOptimizer:
         self.wait()
         tensors: dict[str, Tensor] = {}
         for slot in self.slots:
-            kinds = {kind: self._adamw.state[slot.target][kind] for kind in ("exp_avg", "exp_avg_sq")}
+            moments = self._adamw.moments[slot.target]
+            kinds = {"exp_avg": moments.exp_avg, "exp_avg_sq": moments.exp_avg_sq}
             if slot.accumulated is not None:
                 kinds["master"] = slot.target
             for kind, tensor in kinds.items():
-                tensor.spec = slot.spec
+                tensor.spec = slot.spec  # type: ignore[attr-defined]
                 tensors[f"optim.{kind}.{slot.name}"] = tensor
         return tensors
 
@@ -147,8 +150,7 @@ class ZeroOptimizer:
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.steps = int(state["steps"])
-        for values in self._adamw.state.values():
-            values["step"].fill_(self.steps)
+        self._adamw.set_steps(self.steps)
 
     @property
     def _device(self) -> torch.device:
@@ -160,15 +162,13 @@ class ZeroOptimizer:
 
     def _update(self, lr: float, beta2: float, factor: float) -> None:
         gradients = [slot.target.grad for slot in self.slots if slot.target.grad is not None]
-        self._adamw.grad_scale = None  # type: ignore[attr-defined]
+        divisor = None
         if factor != 1.0 and all(gradient.dtype == torch.float32 for gradient in gradients):
             # The fused kernel divides on its way, which saves a pass over all gradients.
-            self._adamw.grad_scale = torch.full((), 1.0 / factor, dtype=torch.float32, device=self._device)  # type: ignore[attr-defined]
+            divisor = torch.full((), 1.0 / factor, dtype=torch.float32, device=self._device)
         elif factor != 1.0:
             torch._foreach_mul_(gradients, factor)
-        for group in self._adamw.param_groups:
-            group["lr"], group["betas"] = lr, (self.adam.adam_beta1, beta2)
-        self._adamw.step()
+        self._adamw.step(lr, beta2, divisor)
         self.steps += 1
         copy_back(self.slots)
         self._parameters.start()
@@ -184,38 +184,15 @@ class ZeroOptimizer:
             waits_in: dict[nn.Parameter, nn.Module] = dict.fromkeys(root.parameters(), root)
             for parent in root.modules():
                 for block in parent.children() if isinstance(parent, nn.ModuleList | nn.ModuleDict) else ():
-                    waits_in |= {p: block for p in block.parameters() if not isinstance(p, DTensor)}
+                    waits_in |= {p: block for p in block.parameters() if not is_cut(p)}
             for module in dict.fromkeys(waits_in.values()):
                 self._wait_before(module, [names[p] for p, at in waits_in.items() if at is module and p in names])
 
     def _wait_before(self, module: nn.Module, names: list[str]) -> None:
-        @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
         def wait(*_: Any) -> None:
             with torch.no_grad():
                 self._parameters.wait(names)
 
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            wait = torch.compiler.disable(wait)  # type: ignore[no-untyped-call, unused-ignore]  # handles and names are no part of a graph
         module.register_forward_pre_hook(wait, prepend=True)  # before FSDP2 looks at the shards
-
-
-def _adamw(slots: list[Slot], adam: AdamConfig) -> torch.optim.AdamW:
-    """The fused AdamW over all targets, its state made at once so that it can be saved and loaded before a step."""
-    groups = [
-        {
-            "params": [slot.target for slot in slots if decays(slot.name, adam.no_decay) is decayed],
-            "weight_decay": adam.weight_decay if decayed else 0.0,
-        }
-        for decayed in (True, False)
-    ]
-    adamw = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        betas=(adam.adam_beta1, adam.adam_beta2),
-        eps=adam.adam_eps,
-        fused=slots[0].target.device.type != "meta",
-    )
-    for slot in slots:
-        adamw.state[slot.target] = {
-            "step": torch.zeros((), dtype=torch.float32, device=slot.target.device),
-            "exp_avg": torch.zeros_like(slot.target),
-            "exp_avg_sq": torch.zeros_like(slot.target),
-        }
-    return adamw

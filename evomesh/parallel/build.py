@@ -7,7 +7,7 @@ neighbours, and the zero axis holds consecutive members of what is left.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch.distributed as dist
 
@@ -97,3 +97,19 @@ def build_grid(parallel: ParallelConfig, world_size: int, rank: int) -> Grid:
 
     members = axis_members(axis_sizes(parallel, world_size), rank)
     return Grid(**{name: axis(name, ranks) for name, ranks in members.items()})
+
+
+class Store(Protocol):
+    """What is needed of torch's stores: one atomic operation on a key that all ranks see."""
+
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+        """Writes ``desired`` where the value is ``expected`` ("" for none yet); returns the value afterwards."""
+
+
+def shared_store() -> Store | None:
+    """The key-value store through which the ranks met; None for a process alone."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    # torch has no public name for it; making a second one would need another port.
+    store: Store = dist.distributed_c10d._get_default_store()
+    return store

@@ -34,5 +34,10 @@ class Grid:
     replica: Axis = Axis("replica")
 
     @property
+    def cuts(self) -> dict[str, Axis]:
+        """The axes over which parameters may be cut, by name."""
+        return {"tp": self.tp, "wp": self.wp, "zero": self.zero}
+
+    @property
     def world_size(self) -> int:
         return self.pp.size * self.dp.size * self.tp.size

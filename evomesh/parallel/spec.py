@@ -45,6 +45,16 @@ def spec_of(parameter: torch.Tensor) -> ShardSpec:
     return spec
 
 
+def is_cut(tensor: torch.Tensor) -> bool:
+    """Whether FSDP2 has cut it (a DTensor). Told by a method: DTensor takes 0.7 s to import, and few runs have one."""
+    return hasattr(tensor, "to_local")
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor that FSDP2 has cut; any other as it is."""
+    return tensor.to_local() if is_cut(tensor) else tensor  # type: ignore[attr-defined]
+
+
 def state_axes(spec: ShardSpec, grid: Grid) -> tuple[Axis, Axis]:
     """The axes (zero, replica) over which a parameter's optimizer state is cut and repeated.
 
@@ -57,7 +67,9 @@ def state_axes(spec: ShardSpec, grid: Grid) -> tuple[Axis, Axis]:
 
 def stage_axes(spec: ShardSpec, grid: Grid) -> tuple[Axis, Axis, Axis]:
     """``state_axes`` and the axis inside them: together the ranks of a stage as this parameter sees them, each once."""
-    on_tp = "tp" in spec.partial or any(axis == "tp" for axis, _ in spec.shards)
+    cut_by = {axis for axis, _ in spec.shards}
+    # In isp whatever wp does not cut is whole there, on ranks that see different data.
+    on_tp = "wp" not in cut_by and ("tp" in spec.partial | cut_by or grid.wp.size > 1)
     views_agree = grid.zero.size * grid.replica.size == grid.dp.size
     if not on_tp:
         return grid.zero, grid.replica, grid.tp if views_agree and grid.wp.size == 1 else grid.wp

@@ -12,13 +12,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.pipelining import (
-    PipelineStage,
-    Schedule1F1B,
-    ScheduleGPipe,
-    ScheduleInterleaved1F1B,
-    ScheduleZBVZeroBubble,
-)
 
 from evomesh.data.batch import Batch
 from evomesh.layers.documents import Documents
@@ -233,11 +226,15 @@ class Pipeline:
                 module.work = None
 
     def _make(self, count: int, tokens: int) -> Any:
+        from torch.distributed import pipelining  # with FSDP and DTensor behind it 0.7 s, for pipelines only
+
+        from evomesh.pipeline.split import SplitStage
+
         between = torch.empty(self._between(tokens), dtype=self._dtype, device="meta")
         loss = torch.empty((), dtype=torch.promote_types(self._dtype, torch.float32), device="meta")
         index = torch.empty(1, 1, dtype=torch.long, device="meta")
         stages: Any = [  # invariant in a private base class
-            PipelineStage(
+            (SplitStage if self._kind == "zbv" else pipelining.PipelineStage)(
                 module,
                 stage,
                 self._count,
@@ -251,11 +248,12 @@ class Pipeline:
         # Sums, never means: the division by the number of targets is in the scales.
         options: dict[str, Any] = {"n_microbatches": count, "loss_fn": _take_loss, "scale_grads": False}
         if self._kind == "zbv":
-            return ScheduleZBVZeroBubble(stages, **options)
+            return pipelining.ScheduleZBVZeroBubble(stages, **options)
         if self._kind == "interleaved":
-            return ScheduleInterleaved1F1B(stages, **options)
+            return pipelining.ScheduleInterleaved1F1B(stages, **options)
         # With fewer micro-batches than stages 1F1B has no steady phase: all forwards, then all backwards.
-        return (Schedule1F1B if count >= self._count else ScheduleGPipe)(stages[0], **options)
+        kind = pipelining.Schedule1F1B if count >= self._count else pipelining.ScheduleGPipe
+        return kind(stages[0], **options)
 
 
 def _take_loss(output: Tensor, target: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import logging
 
 from evomesh.checkpoint.resume import restart_line
 from evomesh.config.loader import LoadedConfig
+from evomesh.train.allocator import keep_freed_memory
 from evomesh.train.build import build_run
 from evomesh.train.launch import launch, spawn_ranks
 from evomesh.train.trainer import Trainer
@@ -13,8 +14,11 @@ from evomesh.train.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 
-def train_from_config(loaded: LoadedConfig, launcher: str = "auto", port: int = 8888) -> int:
+def train_from_config(loaded: LoadedConfig, launcher: str = "auto", port: int = 8888, profile: bool = False) -> int:
     """Trains to ``data.total_steps``, resuming where a checkpoint allows it.
+
+    Args:
+        profile: see ``Trainer``.
 
     Returns:
         0 when the run is complete, 130 after Ctrl-C, 75 when a signal asked to stop and the same command goes on.
@@ -23,12 +27,14 @@ def train_from_config(loaded: LoadedConfig, launcher: str = "auto", port: int = 
     """
     spawn_ranks(launcher)
     with launch(loaded.config, launcher=launcher, port=port) as place:
+        if place.device.type == "cpu":
+            keep_freed_memory()
         if place.rank == 0:
             for warning in loaded.warnings:
                 logger.warning("%s", warning)
         run = build_run(loaded, place)
         try:
-            return Trainer(run).train()
+            return Trainer(run, profile).train()
         except Exception:
             if run.checkpoints is not None:
                 logger.error("%s", restart_line(run.checkpoints))

@@ -34,7 +34,8 @@ def restore_model(path: str, device: torch.device | str = "cpu", verify: bool = 
     manager = CheckpointManager(path)
     found = manager.resolve(path, verify=verify)
     config = config_from_dict(found.config)
-    model = build_model(config.model, device=device)
+    # Nothing is compiled: every call has another number of tokens.
+    model = build_model(config.model.model_copy(update={"compile": False}), device=device)
     manager.load(found, dict(model.named_parameters()), strict=False)
     model.eval()
     return Restored(model, config, found)

@@ -1,4 +1,4 @@
-"""Signals as a request that the loop answers between two steps, and alone also between two micro-batches."""
+"""Signals as a request that the loop answers between two steps and, but for pipelines, two micro-batches."""
 
 from __future__ import annotations
 

@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 from evomesh.config.schema import Config, ModelConfig
+from evomesh.errors import UserError
 from evomesh.layers.dtype import parameter_dtype, promote
+from evomesh.models.decoder import Decoder
 from evomesh.models.language_model import LanguageModel
-from evomesh.models.registry import build_model, initialize_weights
-from evomesh.parallel.grid import Grid
+from evomesh.models.registry import build_model, clear_padding, initialize_weights
+from evomesh.parallel.grid import Axis, Grid
 from evomesh.parallel.modes import TensorMode
 from evomesh.parallel.weights import shard_weights
 from evomesh.pipeline.schedule import OneStage, Pipeline, Schedule
@@ -78,12 +80,31 @@ def end_weights(model: ModelConfig) -> tuple[float, float]:
 
 
 def _build(config: Config, grid: Grid, mode: TensorMode, device: torch.device, layers: range | None) -> LanguageModel:
-    if grid.wp.size == 1:
+    axis = grid.zero if config.parallel.zero1.fsdp else grid.wp
+    if axis.size == 1:
         return build_model(config.model, grid=grid, mode=mode, device=device, layer_range=layers)
     # On the meta device first, so that no rank ever holds a whole block that is not in use.
     auto = config.model.compile == "auto"
     settings = config.model.model_copy(update={"compile": device.type == "cuda"}) if auto else config.model
     model = build_model(settings, grid=grid, mode=mode, device="meta", layer_range=layers)
-    blocks = list(model.layers.values())  # type: ignore[operator]
-    shard_weights(model, blocks, grid.wp, device, config.parallel.weight.overlap)
+    shard_weights(model, _units(model, axis), axis, device, overlap=config.parallel.weight.overlap)
+    clear_padding(model, grid)
     return model
+
+
+def _units(model: nn.Module, axis: Axis) -> list[nn.Module]:
+    """What is gathered as one: the blocks; and, where the axis cuts all weights, embedding and head too.
+
+    Of a user's own model only the blocks: whether other weights are read outside their module's forward, who knows.
+    """
+    layers = getattr(model, "layers", None)
+    if not isinstance(layers, nn.ModuleDict | nn.ModuleList) or not len(layers):
+        raise UserError(
+            f"{type(model).__name__} has no layers whose weights could be cut",
+            where="parallel.weight.size" if axis.name == "wp" else "parallel.zero1.fsdp",
+            expected="a model with its blocks in self.layers, an nn.ModuleDict or nn.ModuleList",
+        )
+    blocks = list(layers.values() if isinstance(layers, nn.ModuleDict) else layers)
+    if axis.name == "wp" or not isinstance(model, Decoder):
+        return blocks
+    return [part for part in (model.embedding, *blocks, model.head) if part is not None]

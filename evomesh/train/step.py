@@ -12,6 +12,7 @@ from torch import Tensor
 from evomesh.config.schema import LossConfig
 from evomesh.data.batch import IGNORE, Batch
 from evomesh.layers.loss import LossOutput
+from evomesh.monitor.profile import region
 from evomesh.optim.scaler import LossScaler
 from evomesh.optim.zero import StepResult, ZeroOptimizer
 from evomesh.parallel.collectives import sum_over
@@ -54,7 +55,7 @@ def train_step(
     types: list[str],
     lr: float,
     beta2: float,
-    broken_off: Callable[[], bool] = lambda: False,
+    broken_off: Callable[[int], bool] = lambda done: False,
 ) -> StepOutput:
     """Accumulates the gradient of the mean loss over all target tokens of the global batch, and applies it.
 
@@ -62,7 +63,8 @@ def train_step(
     micro-batch is first averaged on its own, which weighs tokens of sparse micro-batches more.
 
     Raises:
-        StepBrokenOff: ``broken_off``, asked between micro-batches, said so. Only for a process alone.
+        StepBrokenOff: ``broken_off``, asked between micro-batches with the number of those done, said so. It is not
+            asked in a pipeline, whose stages are never between the same two.
     """
     started = time.perf_counter()
     tally = Tally(types, batch.input_ids.device)
@@ -73,13 +75,14 @@ def train_step(
     def count(index: int, output: LossOutput) -> None:
         objective.add_(output.scaled_sum.detach().double() / scaler.scale)
         tally.add(output, batch.labels[index], batch.type_ids[index])
-        if index + 1 < len(weights) and broken_off():
+        if grid.pp.size == 1 and index + 1 < len(weights) and broken_off(index + 1):
             optimizer.zero_grad()
             raise StepBrokenOff
 
     schedule.train(batch, [weight * scaler.scale for weight in weights], loss.label_smoothing, count)
     fwd_bwd_time = time.perf_counter() - started
-    update = optimizer.step(lr, beta2, 1.0 / scaler.scale)
+    with region("optimizer"):
+        update = optimizer.step(lr, beta2, 1.0 / scaler.scale)
     scaler.update(update.found)
     optimizer.zero_grad()
     objective = sum_over(objective, grid.dp, grid.pp)  # every rank of the last stage counted, no other

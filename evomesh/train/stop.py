@@ -9,6 +9,7 @@ from pathlib import Path
 
 from evomesh.checkpoint.exchange import Exchange
 from evomesh.errors import UserError
+from evomesh.parallel.build import Store
 from evomesh.train.signals import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -56,12 +57,58 @@ class Wish:
     stop: bool = False
 
 
-class StopPoll:
-    """``ask`` after each step, all ranks together; ``in_step`` between micro-batches."""
+class StopPoint:
+    """Where between micro-batches all ranks break off: the first place that none has passed yet.
 
-    def __init__(self, request: StopRequest, path: str | None, exchange: Exchange) -> None:
+    One register in the store holds the farthest place that any rank has passed, or the place to stop at. A rank that
+    passes a place first moves the register there, one that was asked to stop puts the place behind into it, and each
+    is one atomic operation: so no rank passes a place at which another stops, and nobody waits for anybody. Hosts
+    talk, devices do not: work that is queued on them goes on.
+    """
+
+    KEY = "evomesh/stop"
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._seen = ""
+
+    def reached(self, step: int, micro_batches: int, wanted: bool) -> bool:
+        """Whether to stop here, with ``micro_batches`` of ``step`` done; ``wanted``: a signal came to this rank."""
+        here = (step, micro_batches)
+        while True:
+            passed, stop = _place(self._seen)
+            desired = self._seen
+            if stop is None and passed < here:
+                desired = f"{'stop' if wanted else 'passed'} {step} {micro_batches}"
+            elif stop is None and wanted:
+                desired = f"stop {passed[0]} {passed[1] + 1}"
+            found = self._store.compare_set(self.KEY, self._seen, desired).decode()
+            self._seen, agreed = found, found == desired
+            if agreed:
+                _, stop = _place(found)
+                return stop is not None and here >= stop
+
+
+def _place(register: str) -> tuple[tuple[int, int], tuple[int, int] | None]:
+    """(farthest place passed, place to stop at if any) of a register's text."""
+    if not register:
+        return (-1, 0), None
+    word, step, micro_batches = register.split()
+    place = int(step), int(micro_batches)
+    return (place, None) if word == "passed" else ((place[0], place[1] - 1), place)
+
+
+class StopPoll:
+    """``ask`` after each step, all ranks together; ``in_step`` between micro-batches, each when it gets there.
+
+    Args:
+        store: where several ranks agree about the latter; without one, they stop between steps only.
+    """
+
+    def __init__(self, request: StopRequest, path: str | None, exchange: Exchange, store: Store | None = None) -> None:
         self._request, self._exchange = request, exchange
         self._file = StopFile(path) if path is not None and exchange.rank == 0 else None
+        self._point = StopPoint(store) if store is not None else None
 
     def ask(self, steps_done: int) -> Wish:
         """The same answer on every rank; a signal that reached one rank is then noted on all."""
@@ -77,10 +124,9 @@ class StopPoll:
             self._request.signal = signal.Signals(number_of_signal)
         return Wish(steps_done == abs(number) != 0, bool(number_of_signal) or steps_done == number != 0)
 
-    def in_step(self) -> bool:
-        """Whether to break off the running step now, since a signal came.
-
-        Only a process alone may. Several would have to agree before every micro-batch, and none could queue work on
-        its device ahead of that; a rank that stopped by itself would leave the others in a collective.
-        """
-        return self._exchange.size == 1 and self._request.signal is not None
+    def in_step(self, step: int, micro_batches: int) -> bool:
+        """Whether to break off ``step`` now, with ``micro_batches`` of it done, since a signal came to some rank."""
+        wanted = self._request.signal is not None
+        if self._exchange.size == 1:
+            return wanted
+        return self._point is not None and self._point.reached(step, micro_batches, wanted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import ExitStack
+from functools import partial
 
 from evomesh.checkpoint.exchange import default_exchange
 from evomesh.config.loader import redacted
@@ -12,25 +13,34 @@ from evomesh.data.batch import Batch
 from evomesh.data.sampler import SkipBatches
 from evomesh.errors import EXIT_TRAINING_STOPPED, UserError
 from evomesh.monitor.metrics import StepRecord
+from evomesh.monitor.profile import StepProfile, region
 from evomesh.optim.schedule import beta2, learning_rate
+from evomesh.parallel.build import shared_store
 from evomesh.train.batches import to_device
 from evomesh.train.build import Run
 from evomesh.train.evaluate import evaluate
 from evomesh.train.signals import StopRequest
 from evomesh.train.step import StepBrokenOff, seed_step, train_step
 from evomesh.train.stop import StopPoll
+from evomesh.train.upkeep import Upkeep
 
 logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Trains a ``Run`` from where its state stands to ``data.total_steps``."""
+    """Trains a ``Run`` from where its state stands to ``data.total_steps``.
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    Args:
+        profile: write a trace of a few steps, and a table of where their time goes, into the run folder.
+    """
+
+    def __init__(self, run: Run, profile: bool = False) -> None:
+        self.run, self.profile = run, profile
         self.config, self.state = run.config, run.state
         self.skipped_steps = SkipBatches(self.config.data.skip_batches)
         self.saved_at = run.resumed_step
+        data = self.config.data
+        self.upkeep = Upkeep(data.empty_cache_and_diag_interval, data.diag_outlier_ratio, run.grid.dp)
 
     def train(self) -> int:
         """Returns the process's exit code; see ``train_from_config``."""
@@ -48,10 +58,15 @@ class Trainer:
                 self.run.checkpoints.prepare(self.run.tensors(), saves=self._saves_ahead(), blocking=False)
             stack.enter_context(self.run.reporter)
             logger.info("%s", self.run.reason)
+            profile = self._profile()
+            if profile is not None:
+                stack.enter_context(profile)
             poll = self._poll(stop)
             wish = poll.ask(self.state.step)
             while self.state.step < total and not wish.stop:
                 self._one_step(poll)
+                if profile is not None:
+                    profile.step()
                 wish = poll.ask(self.state.step)
                 if wish.save:
                     self._save()
@@ -64,10 +79,18 @@ class Trainer:
                 return stop.exit_code
         return 0
 
+    def _profile(self) -> StepProfile | None:
+        """Of the first rank of each pipeline stage, if at all."""
+        grid, reporter = self.run.grid, self.run.reporter
+        if not self.profile or grid.dp.rank or grid.tp.rank:
+            return None
+        return StepProfile(reporter.folder / "traces", reporter.name)
+
     def _poll(self, stop: StopRequest) -> StopPoll:
         saving = self.run.checkpoints
         path = self.config.ckpt.stop_file_path if saving is not None else None
-        return StopPoll(stop, path, saving.exchange if saving is not None else default_exchange())
+        exchange = saving.exchange if saving is not None else default_exchange()
+        return StopPoll(stop, path, exchange, shared_store())
 
     def _saves_ahead(self) -> int:
         left = self.config.data.total_steps - self.state.step
@@ -83,7 +106,9 @@ class Trainer:
             return
         before = run.stream.state()
         try:
-            record = self._update(step, next(run.stream), started, poll)
+            with region("data wait"):
+                batch = next(run.stream)
+            record = self._update(step, batch, started, poll)
         except StepBrokenOff:
             state.step, run.stream_state = step, before
             logger.info("step %d broken off between two micro-batches; a restart repeats it", step)
@@ -92,6 +117,7 @@ class Trainer:
             record = run.reporter.validation(record, evaluate(run.stages, run.valid_sets, run.grid, run.device))
         run.reporter.write(record)
         self._refuse_endless_skipping(step)
+        self.upkeep.after_step(record.fwd_bwd_time)
         if state.step % config.ckpt.checkpoint_every == 0:  # never for an infinite interval
             self._save()
         elif config.ckpt.oss_snapshot_freq > 1 and state.step % config.ckpt.oss_snapshot_freq == 0:
@@ -113,7 +139,7 @@ class Trainer:
             run.train_data.types,
             lr,
             second,
-            poll.in_step,
+            partial(poll.in_step, step),
         )
         state.record_step(batch.input_ids.numel() * run.grid.dp.size, applied=output.update.found == "ok")
         seconds = time.perf_counter() - started

@@ -201,17 +201,18 @@ def synchronise(stages: Stages, grid: Grid) -> None:
     for parameter in stages.parameters().values():
         spec = spec_of(parameter)
         zero, replica = state_axes(spec, grid)
+        if (zero.name, 0) in spec.shards:  # fsdp has summed over it
+            zero = Axis(zero.name)
         partial = [getattr(grid, name) for name in sorted(spec.partial)]
         assert parameter.grad is not None
         local(parameter.grad).copy_(sum_over(local(parameter.grad), *partial, zero, replica))
 
 
 def pieces(stages: Stages, grid: Grid, gradients: bool = False) -> dict[str, Piece]:
-    axes: dict[str, Axis] = {"tp": grid.tp, "wp": grid.wp}
     found = {}
     for name, parameter in stages.parameters().items():
         spec: ShardSpec = spec_of(parameter)
-        ranges = [owned_range(spec, dim, axes) for dim in range(len(spec.shape))]
+        ranges = [owned_range(spec, dim, grid.cuts) for dim in range(len(spec.shape))]
         tensor = parameter.grad if gradients else parameter.detach()
         assert tensor is not None
         found[name] = Piece(local(tensor).clone(), tuple((r.start, r.stop) for r in ranges), spec.shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,15 +13,14 @@ from evomesh.checkpoint.boxes import Box, parts_of
 from evomesh.checkpoint.exchange import GroupExchange
 from evomesh.checkpoint.manager import CheckpointManager
 from evomesh.checkpoint.reshard import reshard
-from evomesh.config.schema import AdamConfig, ModelConfig, ParallelConfig, ZeroConfig
-from evomesh.models.registry import build_model
+from evomesh.config.schema import AdamConfig, Config, ModelConfig, ParallelConfig, ZeroConfig
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import MODES
-from evomesh.pipeline.stages import layer_ranges
+from evomesh.train.stages import build_stages
 from tests.support.pool import Pool, grid_of
 
-LAYOUTS = (
+LAYOUTS: tuple[dict[str, Any], ...] = (
     {"tensor": 1, "zero1": 4},
     {"tensor": 1, "zero1": 2},
     {"tensor": 2, "zero1": 1},
@@ -28,6 +28,8 @@ LAYOUTS = (
     {"tensor": 4, "mode": "msp"},
     {"tensor": 2, "pipeline": 2},
     {"pipeline": 4},
+    {"mode": "isp", "tensor": 2, "weight": 2},
+    {"tensor": 2, "zero1": 2, "fsdp": True},
 )
 MODEL = ModelConfig(
     model_type="INTERNLM2_PUBLIC",
@@ -49,13 +51,18 @@ def truth(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor
     return torch.randn(shape, generator=generator).to(dtype)
 
 
-def tensors_of(grid: Grid, mode: str) -> dict[str, torch.Tensor]:
-    stage = layer_ranges(MODEL.num_layers, grid.pp.size)[grid.pp.rank]
-    model = build_model(MODEL, grid=grid, mode=MODES[mode], layer_range=stage)
-    for parameter in model.parameters():
+def grid_for(layout: dict[str, Any]) -> Grid:
+    return grid_of(**{key: value for key, value in layout.items() if key != "fsdp"})
+
+
+def tensors_of(grid: Grid, layout: dict[str, Any]) -> dict[str, torch.Tensor]:
+    parallel = {"pipeline": {"size": grid.pp.size}, "zero1": {"fsdp": layout.get("fsdp", False)}}
+    config = Config(model=MODEL, parallel=ParallelConfig.model_validate(parallel))
+    stages = build_stages(config, grid, MODES[layout.get("mode", "mtp")], torch.device("cpu"))
+    for parameter in stages.parameters().values():
         parameter.data.zero_()
-    optimizer = ZeroOptimizer(model.named_parameters(), AdamConfig(), ZeroConfig(), grid)
-    return dict(model.named_parameters()) | optimizer.state_tensors()
+    optimizer = ZeroOptimizer(stages.parameters().items(), AdamConfig(), ZeroConfig(), grid)
+    return stages.parameters() | optimizer.state_tensors()
 
 
 @torch.no_grad()
@@ -75,9 +82,9 @@ def set_or_check(tensors: dict[str, torch.Tensor], grid: Grid, write: bool) -> N
 def all_pairs(rank: int, root: str) -> int:
     managers, all_tensors, grids = [], [], []
     for number, layout in enumerate(LAYOUTS):
-        grid = grid_of(**layout)  # type: ignore[arg-type]
+        grid = grid_for(layout)
         manager = CheckpointManager(f"{root}/{number}", grid=grid, exchange=GroupExchange())
-        tensors = tensors_of(grid, str(layout.get("mode", "mtp")))
+        tensors = tensors_of(grid, layout)
         set_or_check(tensors, grid, write=True)
         manager.save(1, tensors, {"from": number}, {}, final=True)
         for tensor in tensors.values():
@@ -99,15 +106,15 @@ def test_every_pair_of_layouts(pool: Pool, tmp_path: Path) -> None:
     assert len(LAYOUTS) ** 2 >= 40
     for number in range(len(LAYOUTS)):  # and into one process, that is another world size
         manager = CheckpointManager(str(tmp_path / str(number)))
-        tensors = tensors_of(Grid(), "mtp")
+        tensors = tensors_of(Grid(), {})
         manager.load(manager.resolve(str(tmp_path / str(number))), tensors)
         set_or_check(tensors, Grid(), write=False)
 
 
 def load_resharded(rank: int, root: str, layout: dict[str, int]) -> int:
-    grid = grid_of(**layout)  # type: ignore[arg-type]
+    grid = grid_for(layout)
     manager = CheckpointManager(root, grid=grid, exchange=GroupExchange())
-    tensors = tensors_of(grid, "mtp")
+    tensors = tensors_of(grid, {})
     found = manager.resolve(root)
     manager.load(found, tensors)
     set_or_check(tensors, grid, write=False)
@@ -115,7 +122,7 @@ def load_resharded(rank: int, root: str, layout: dict[str, int]) -> int:
 
 
 def test_offline_reshard(pool: Pool, tmp_path: Path) -> None:
-    tensors = tensors_of(Grid(), "mtp")
+    tensors = tensors_of(Grid(), {})
     set_or_check(tensors, Grid(), write=True)
     manager = CheckpointManager(str(tmp_path / "one"))
     manager.save(1, tensors, {}, {})

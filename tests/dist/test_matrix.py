@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +13,10 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.modes import MODES as MODE_OF
 from evomesh.train.stages import build_stages
-from tests.dist.layouts import FAMILIES, SEED, Layout, Trained, join, packs, train
+from tests.dist.layouts import FAMILIES, SEED, Layout, Trained, forward_backward, join, packs, train
 from tests.support.pool import Pool, grid_of
 from tests.support.tolerances import FIRST_LOSS, LAYOUT, assert_close, assert_equal_bits
 
@@ -77,7 +80,22 @@ ZERO = [
     Layout(pipeline=2, tensor=2, mode="msp", chunks=2, adam=True),
     Layout(pipeline=2, chunks=2, schedule="zbv", adam=True),
 ]
-ALL = MODES + VARIANTS + PIPELINES + WEIGHTS + ZERO
+CUT = {"zero1": {"fsdp": True}}
+FSDP = [
+    Layout(parallel=CUT),
+    Layout(ranks=2, parallel=CUT, family="internlm"),
+    Layout(zero1=2, parallel=CUT, family="internlm2"),
+    *(Layout(tensor=2, mode=mode, parallel=CUT, family=family) for mode in ("mtp", "msp", "fsp")
+      for family in ("internlm", "internlm2")),
+    Layout(tensor=2, parallel=CUT, model={"embed_split_hidden": True}),
+    Layout(tensor=2, mode="msp", parallel=CUT, model={"checkpoint": 0.5}, family="post_norm"),
+    Layout(pipeline=2, parallel=CUT),
+    Layout(pipeline=2, chunks=2, parallel=CUT, packs=8),
+    Layout(zero1=2, parallel=CUT, adam=True),
+    Layout(tensor=2, mode="msp", parallel=CUT, adam=True, family="internlm2"),
+    Layout(pipeline=2, parallel=CUT, adam=True),
+]  # fmt: skip
+ALL = MODES + VARIANTS + PIPELINES + WEIGHTS + ZERO + FSDP
 
 
 @functools.cache
@@ -105,8 +123,11 @@ def test_trains_like_one_process(pool: Pool, layout: Layout) -> None:
         assert_close(found.final[name], tensor, LAYOUT, f"{name} after three steps")
 
 
-def test_the_matrix_is_large() -> None:
+def test_the_matrix_is_large_and_the_page_counts_it() -> None:
     assert len({str(layout) for layout in ALL}) == len(ALL) >= 40
+    page = (Path(__file__).parents[2] / "docs/parallelism.md").read_text()
+    for name, number in re.findall(r"^\| .*\(`([A-Z]+)`\) \| (\d+) \|", page, re.MULTILINE):
+        assert len(globals()[name]) == int(number), name
 
 
 @pytest.mark.parametrize(
@@ -133,6 +154,42 @@ def test_a_layout_repeats_to_the_bit(pool: Pool, layout: Layout) -> None:
     assert first.losses == second.losses
     for name, tensor in first.final.items():
         assert_equal_bits(second.final[name], tensor, name)
+
+
+SIXTEEN_BITS = [
+    {"schedule": "interleaved"},
+    {"schedule": "zbv"},
+    {"schedule": "zbv", "overlap": True},
+]
+
+
+def in_sixteen_bits(rank: int, schedule: str, overlap: bool = False) -> dict[str, torch.Tensor]:
+    """The float32 gradients of one step over two stages and two data ranks."""
+    layout = Layout(pipeline=2, chunks=2, schedule=schedule, packs=8, model={"dtype": "bfloat16"})
+    grid = grid_of(pipeline=2)
+    stages = build_stages(layout.config, grid, MODE_OF["mtp"], torch.device("cpu"))
+    stages.initialize(SEED, grid)
+    config = layout.config
+    zero = config.hybrid_zero_optimizer.model_copy(update={"overlap_sync_grad": overlap, "reduce_bucket_size": 4000})
+    optimizer = ZeroOptimizer(stages.parameters().items(), config.adam, zero, grid, stages.module)
+    optimizer.expect(layout.packs // grid.dp.size)
+    forward_backward(stages, layout, grid, 0)
+    assert all(parameter.grad is None for parameter in stages.parameters().values())
+    return {slot.name: slot.gradient().clone() for slot in optimizer.slots}
+
+
+def test_zbv_adds_up_16_bit_gradients_in_float32(pool: Pool) -> None:
+    """After every micro-batch: to the bit what the interleaved pipeline sums, whose hooks are autograd's own."""
+    found = []
+    for options in SIXTEEN_BITS:
+        ranks = pool.run(in_sixteen_bits, *options.values())
+        found.append({(rank % 2, name): g for rank, part in enumerate(ranks) for name, g in part.items()})
+    for one in found[1:]:
+        assert one.keys() == found[0].keys()
+        for key, gradient in one.items():
+            assert_equal_bits(gradient, found[0][key], str(key))
+    # in bfloat16 sums of four would have no more than 8 bits
+    assert any(not torch.equal(g, g.to(torch.bfloat16).float()) for g in found[1].values())
 
 
 def sharded_after_each(rank: int, layout: Layout) -> list[bool]:

@@ -54,6 +54,8 @@ def test_jsonl_to_training(text: Path, interpreter: Interpreter) -> None:
     growing = ("--set", "data.rampup_batch_size=1 1 5", "--set", "data.valid_every=10")
     output = command(interpreter, text, "train", "config.py", *folders, *growing)
     assert len(losses(text)) == 20
+    rows = [line.split() for line in output.splitlines() if line.startswith("en/")]
+    assert [row[:2] for row in rows] == [["en/pile.bin", "en"]]  # the raw file beside it is no type
     consumed = [row["num_consumed_tokens"] for row in metrics(text) if "loss" in row]
     assert consumed == [64 * (step + 1) if step < 5 else 64 * 5 + 128 * (step - 4) for step in range(20)]
     assert "val/en_loss" in output

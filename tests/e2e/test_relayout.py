@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,54 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path: Path, interp
     assert [one.wait(60).returncode for one in running] == [75, 75]
     last = max(losses(tmp_path))
     assert (tmp_path / f"ckpts/step-{last + 1:08d}/commit.json").exists()
+
+
+def long_steps(folder: Path, parallel: str, data_ranks: int) -> None:
+    more = 'ckpt["checkpoint_every"] = 50\n'
+    write_run(folder, COMMON.format(steps=3, micro=64 // data_ranks, parallel=parallel) + more)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, interpreter: Interpreter) -> dict[int, float]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    long_steps(folder, "", 1)
+    run(interpreter, folder, 1)
+    return losses(folder)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "ranks", "data_ranks"),
+    [
+        ("zero1=2", 2, 2),
+        ('tensor=dict(size=2, mode="isp"), weight=dict(size=4)', 4, 2),
+        ("zero1=dict(size=2, fsdp=True), tensor=2", 4, 2),
+        ("pipeline=2", 2, 1),  # stages are never between the same two micro-batches: the step is finished
+    ],
+)
+def test_a_signal_to_one_rank_breaks_a_long_step_off_on_all(
+    parallel: str,
+    ranks: int,
+    data_ranks: int,
+    tmp_path: Path,
+    interpreter: Interpreter,
+    uninterrupted: dict[int, float],
+) -> None:
+    long_steps(tmp_path, parallel, data_ranks)
+    running = interpreter.start_ranks(["evomesh", "train", "config.py"], ranks, cwd=tmp_path)
+    speaker = running[1 if "pipeline" in parallel else 0]  # the first rank of the last stage
+    speaker.wait_for("starting from scratch", timeout=120)
+    started = time.monotonic()
+    speaker.wait_for("step=0,", timeout=120)
+    time.sleep(0.3 * (time.monotonic() - started))  # into the middle of the next step
+    running[1].signal(signal.SIGTERM)
+    finished = [one.wait(60) for one in running]
+    assert [one.returncode for one in finished] == [75] * ranks, finished[0].stderr[-2000:]
+    output = "".join(one.stdout + one.stderr for one in finished)
+    off = re.search(r"step (\d) broken off between two micro-batches", output)
+    assert (off is None) == ("pipeline" in parallel), output[-3000:]
+    assert set(losses(tmp_path)) == set(range(int(off[1]) if off else max(losses(tmp_path)) + 1))
+    run(interpreter, tmp_path, ranks)
+    assert losses(tmp_path) == {step: pytest.approx(loss, rel=1e-10) for step, loss in uninterrupted.items()}
 
 
 def test_the_stop_file(tmp_path: Path, interpreter: Interpreter) -> None:

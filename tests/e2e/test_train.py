@@ -212,6 +212,26 @@ def test_bad_data_anywhere_in_a_file_ends_the_run_before_it_writes(
     assert not (tmp_path / "RUN").exists()
 
 
+def test_a_bad_line_of_large_data_ends_the_run_when_it_is_read_and_costs_nothing_else(
+    tmp_path: Path, interpreter: Interpreter
+) -> None:
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    for folder in (straight, stopped):  # no data is small now
+        write_run(folder, "from evomesh.data import bin_dataset\nbin_dataset.CHECKED_BYTES = 0\n")
+    train(interpreter, straight)
+    data = stopped / "data/train/en/data.bin"
+    whole = data.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    data.write_bytes(b"".join([*lines[:30], b"x" * (len(lines[30]) - 1) + b"\n", *lines[31:]]))
+    output = train(interpreter, stopped, expect=2)
+    assert "data/train/en/data.bin line 31 byte" in output and "the line is not JSON" in output
+    assert "Traceback" not in output
+    assert 0 < len(losses(stopped)) < 20
+    data.write_bytes(whole)
+    train(interpreter, stopped)
+    assert losses(stopped) == losses(straight)
+
+
 @pytest.mark.parametrize("key", ["run_dir", "tensorboard_folder"])
 def test_a_file_where_a_folder_should_be_made(tmp_path: Path, interpreter: Interpreter, key: str) -> None:
     write_run(tmp_path, f'{key} = "taken/here"\n')
@@ -228,7 +248,9 @@ def test_a_checkpoint_of_another_shape_names_the_first_tensor_and_both_shapes(
 ) -> None:
     write_run(tmp_path)
     train(interpreter, tmp_path, "--set", "data.total_steps=2")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     output = train(interpreter, tmp_path, "--set", "model.hidden_size=48", expect=2)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before  # nothing was written
     assert "embedding.weight" in output
     assert "256,32" in output.replace(" ", "")
     assert "256,48" in output.replace(" ", "")

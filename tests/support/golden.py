@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 
-def write_bin(path: Path, documents: Sequence[Sequence[int]], *, meta_dtype: type = np.int64) -> Path:
+def write_bin(path: Path, documents: Sequence[Sequence[int]], *, meta_dtype: str = "int64") -> Path:
     """Writes ``path`` (one ``{"tokens": [...]}`` a line) and ``path.meta`` (npy [N, 2]: byte offset, token count)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows, offset = [], 0

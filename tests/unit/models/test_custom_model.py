@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from evomesh.config.schema import ModelConfig
-from evomesh.errors import ConfigError
+from evomesh.errors import ConfigError, UserError
 from evomesh.layers.documents import whole
 from evomesh.models.registry import ModelInitializer, build_model, initialize_weights
+from evomesh.parallel.grid import Axis, Grid
 
 FOLDER = Path(__file__).parents[3] / "examples" / "custom_model"
 
@@ -57,3 +58,17 @@ def test_a_misspelt_own_parameter_is_refused(config: dict[str, Any]) -> None:
     config["extra"] = {"first_gian": 0.5}
     with pytest.raises(ConfigError, match=r"model\.first_gian.*\n.*\n.*did you mean 'first_gain'"):
         build_model(ModelConfig(**config))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"layer_range": range(2)}, "takes no layer_range"),
+        ({"grid": Grid(tp=Axis("tp", 2))}, "takes no grid and no mode"),
+    ],
+)
+def test_what_its_builder_knows_nothing_of_is_refused(
+    given: dict[str, Any], words: str, config: dict[str, Any]
+) -> None:
+    with pytest.raises(UserError, match=words):
+        build_model(ModelConfig(**config), **given)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from evomesh.cli.main import app
 from evomesh.config.loader import load_config
 from evomesh.errors import UserError
-from evomesh.plan.trace import trace
+from evomesh.plan.trace import hold, trace
 from tests.dist.layouts import Layout, T
 from tests.dist.test_traffic import step_traffic
 from tests.support.pool import Pool
@@ -34,6 +34,9 @@ def without_loss(calls: Counter[tuple[str, str, int]]) -> dict[tuple[str, str, i
         Layout(tensor=2, mode="mtp", pipeline=2, chunks=2),
         Layout(tensor=4, mode="isp", packs=1),
         Layout(pipeline=2, chunks=2, schedule="zbv", ranks=2),
+        Layout(tensor=2, mode="isp", weight=4, model={"checkpoint": 0.5}),
+        Layout(mode="isp", weight=2, ranks=2, parallel={"weight": {"overlap": True}}),
+        Layout(tensor=2, mode="msp", parallel={"zero1": {"fsdp": True}}),
     ],
     ids=str,
 )
@@ -72,10 +75,26 @@ def test_optimizer_bytes_are_the_formula() -> None:
     assert found.optimizer == 12 * (matrices // 8 + vectors)  # master and two moments, float32
 
 
-def test_what_cannot_be_traced_is_refused() -> None:
-    config = load_config(SEVEN_B, ["parallel.tensor=dict(size=2,mode='isp')", "parallel.weight.size=4"]).config
-    with pytest.raises(UserError, match="weight sharding cannot be traced yet"):
-        trace(config, 8)
+def test_cut_weights_are_a_part_of_the_whole() -> None:
+    sets = ["parallel.tensor=dict(size=2,mode='isp')", "parallel.weight.size=4", "data.micro_num=1"]
+    isp = load_config(SEVEN_B, sets).config
+    ends = 2 * 103168 * 4096 // 2 + 4096  # embedding and head over tensor; the last norm whole
+    blocks = 7_321_948_160 - 2 * 103168 * 4096 - 4096
+    found = trace(isp, 8, 3)
+    assert found.parameters == 2 * (blocks // 4 + ends)
+    sent = Counter((call.operation, call.nbytes) for call in found.traffic.calls if call.axis == "wp")
+    assert sent == {
+        ("all_gather", 2 * blocks // 32): 2 * 32,
+        ("reduce_scatter", 4 * blocks // 32): 32,  # in float32
+    }
+    fsdp = load_config(SEVEN_B, ["parallel.zero1.fsdp=True"]).config
+    held = hold(fsdp, 64, 63)
+    assert held.parameters == 2 * ((blocks + 2 * 103168 * 4096) // 64 + 4096)
+    assert (held.gradients, held.optimizer) == (2 * held.parameters, 6 * held.parameters)
+    assert held.layers == list(range(32))
+
+
+def test_a_layout_that_does_not_fit_is_refused() -> None:
     with pytest.raises(UserError, match="12 processes cannot be divided"):
         trace(load_config(SEVEN_B, ["parallel.tensor.size=8"]).config, 12)
 
@@ -84,4 +103,16 @@ def test_command() -> None:
     result = CliRunner().invoke(app, ["plan", SEVEN_B, "--gpus", "1024", "--trace", "--set", "parallel.tensor.size=8"])
     assert result.exit_code == 0, result.output
     assert "rank 0 of 1024: pp 0 of 1, dp 0 of 128, tp 0 of 8" in result.output
+    assert "one step of this rank" in result.output
     assert math.isclose(float(result.output.split("parameters ")[1].split()[0]), 1748, rel_tol=0.01)
+
+
+def test_command_without_a_trace_shows_sizes() -> None:
+    sets = ["--set", "parallel=dict(tensor=dict(size=8,mode='msp'),pipeline=4,zero1=8)"]
+    result = CliRunner().invoke(app, ["plan", SEVEN_B, "--gpus", "1024", "--rank", "517", *sets])
+    assert result.exit_code == 0, result.output
+    words = " ".join(result.output.split())
+    assert "rank 517 of 1024: pp 2 of 4, dp 0 of 32, tp 5 of 8" in words
+    assert "layers 16 to 23 of 32" in words
+    assert "7,321,948,160 parameters" in words and "524,288 tokens a step" in words
+    assert "one step of this rank" not in words and "--trace" in words

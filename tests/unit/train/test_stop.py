@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import random
 import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
+from torch.distributed import HashStore
 
 from evomesh.checkpoint.exchange import OneProcess
 from evomesh.train.signals import StopRequest
-from evomesh.train.stop import StopPoll, Wish
+from evomesh.train.stop import StopPoint, StopPoll, Wish
 from tests.unit.checkpoint.ranks import ThreadExchange, run_ranks
 
 
@@ -43,3 +47,59 @@ def test_a_signal_on_one_rank_stops_all(tmp_path: Path) -> None:
         return before, poll.ask(2), request.signal
 
     assert run_ranks(4, one) == [(Wish(), Wish(stop=True), signal.SIGTERM)] * 4
+
+
+STEPS, MICRO_BATCHES, RANKS = 4, 6, 4
+
+
+def stopped_at(seed: int) -> tuple[set[tuple[int, int]], tuple[int, int]]:
+    """Where each of four ranks stopped that run at their own pace but for the end of a step; and when one was asked."""
+    store, draw = HashStore(), random.Random(seed)
+    asked = (draw.randrange(STEPS), draw.randrange(1, MICRO_BATCHES))
+    asked_ranks = set(draw.sample(range(RANKS), draw.choice([1, 1, 2, 4])))
+    together = threading.Barrier(RANKS)
+    places: list[tuple[int, int]] = [(-1, -1)] * RANKS
+    signalled = threading.Event()
+
+    def run(rank: int) -> None:
+        point, pace = StopPoint(store), random.Random(seed * RANKS + rank)
+        for step in range(STEPS):
+            for done in range(1, MICRO_BATCHES):
+                time.sleep(pace.random() * 1e-4)
+                wanted = rank in asked_ranks and (step, done) >= asked
+                if wanted:
+                    signalled.set()
+                if point.reached(step, done, wanted):
+                    places[rank] = (step, done)
+                    return
+            together.wait()  # the end of a step: gradients are summed, and ranks ask each other about signals
+            if signalled.is_set():
+                places[rank] = (step, MICRO_BATCHES)
+                return
+            together.wait()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(RANKS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    return set(places), asked
+
+
+def test_all_ranks_break_off_at_the_same_micro_batch() -> None:
+    early = 0
+    for seed in range(60):
+        places, asked = stopped_at(seed)
+        (place,) = places
+        assert place[0] == asked[0] and place >= asked
+        early += place[1] < MICRO_BATCHES
+    assert early > 30, "hardly ever before the end of the step"
+
+
+def test_a_rank_behind_stops_where_the_first_one_may_not_pass() -> None:
+    store = HashStore()
+    ahead, behind = StopPoint(store), StopPoint(store)
+    assert [ahead.reached(0, done, False) for done in (1, 2, 3)] == [False] * 3
+    assert not behind.reached(0, 1, True)  # the other has passed 3: both stop at 4
+    assert [behind.reached(0, done, True) for done in (2, 3, 4)] == [False, False, True]
+    assert ahead.reached(0, 4, False)

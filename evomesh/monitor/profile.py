@@ -1,0 +1,128 @@
+"""Where a step's time goes: torch's profiler over a few steps, its trace, and a table that adds up to the step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.autograd.profiler import record_function
+from torch.profiler import ProfilerActivity, profile, schedule
+
+logger = logging.getLogger(__name__)
+
+SKIPPED, WARM_UP, STEPS = 3, 1, 3  # the first steps fill caches; the profiler's own start is no part of the figures
+KINDS = ("matrix", "attention", "loss", "optimizer", "data wait", "communication", "other", "idle")
+_REGION = "evomesh: "
+_STEP = "ProfilerStep"
+_OPERATIONS = {  # how the names of torch's operations begin or what they contain
+    "communication": ("c10d::", "gloo:", "nccl", "_c10d_functional::"),
+    "attention": ("scaled_dot_product", "varlen_attn", "flash_attention", "efficient_attention"),
+    "matrix": (
+        "aten::mm",
+        "aten::addmm",
+        "aten::bmm",
+        "aten::baddbmm",
+        "aten::matmul",
+        "aten::linear",
+        "aten::_grouped_mm",
+    ),
+}
+
+
+def region(kind: str) -> record_function:
+    """A ``with`` block whose operations all count as ``kind``; next to free while nothing is profiled."""
+    return record_function(_REGION + kind)
+
+
+class StepProfile:
+    """Profiles steps ``SKIPPED + WARM_UP`` to ``SKIPPED + WARM_UP + STEPS`` of a run; call ``step`` after each.
+
+    Args:
+        folder: where ``NAME.json``, for chrome://tracing or ui.perfetto.dev, and ``NAME.txt``, the table, are written.
+        name: of this rank.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = folder, name
+        self.done = False
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+        plan = schedule(skip_first=SKIPPED, wait=0, warmup=WARM_UP, active=STEPS, repeat=1)
+        self._profiler = profile(activities=activities, schedule=plan, on_trace_ready=self._write)
+
+    def __enter__(self) -> StepProfile:
+        self._profiler.__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._profiler.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        if not self.done and error is None:
+            logger.warning("nothing profiled: it takes %d steps", SKIPPED + WARM_UP + STEPS)
+
+    def step(self) -> None:
+        self._profiler.step()
+
+    def _write(self, profiler: Any) -> None:
+        events = profiler.events()
+        if self.done or not any(event.name.startswith(_STEP) for event in events):
+            return
+        self.done = True
+        self.folder.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(self.folder / f"{self.name}.json"))
+        text = table(*seconds_by_kind(events))
+        (self.folder / f"{self.name}.txt").write_text(text + "\n")
+        logger.info("profile of %d steps, trace in %s\n%s", STEPS, self.folder, text)
+
+
+def seconds_by_kind(events: Iterable[Any]) -> tuple[dict[str, float], float]:
+    """Of all profiled steps together: seconds of each of ``KINDS``, and of the steps.
+
+    On a device its kernels are counted, each under the operation that launched it, and idle is when none runs; where
+    kernels overlap the kinds add up to more than the step, and idle is 0. On the CPU operations are, and idle is when
+    none runs: Python, most of all.
+    """
+    events = list(events)
+    seconds = dict.fromkeys(KINDS, 0.0)
+    total = sum(event.cpu_time_total for event in events if event.name.startswith(_STEP)) / 1e6
+    on_device = any(event.kernels for event in events)
+    for event in events:
+        aside = not on_device and not _ancestors(event)  # a worker's, beside the step
+        if aside or event.name.startswith((_STEP, _REGION)):
+            continue
+        time = sum(kernel.duration for kernel in event.kernels) if on_device else event.self_cpu_time_total
+        seconds[_kind(event)] += time / 1e6
+    if on_device:  # the host's wait for data shows on the device as idling
+        waits = [event for event in events if event.name == _REGION + "data wait"]
+        seconds["data wait"] = sum(event.cpu_time_total for event in waits) / 1e6
+    seconds["idle"] = max(total - sum(seconds.values()), 0.0)
+    return seconds, total
+
+
+def table(seconds: dict[str, float], total: float) -> str:
+    rows = [f"{'kind':14s} {'ms a step':>10s} {'share':>7s}"]
+    for kind, spent in (seconds | {"step": total}).items():
+        rows.append(f"{kind:14s} {1e3 * spent / STEPS:10.2f} {spent / total:7.1%}")
+    return "\n".join(rows)
+
+
+def _ancestors(event: Any) -> list[Any]:
+    chain = []
+    while event.cpu_parent is not None:
+        event = event.cpu_parent
+        chain.append(event)
+    return chain
+
+
+def _kind(event: Any) -> str:
+    """Of the outermost region round the event, else by its name."""
+    names = [event.name, *(parent.name for parent in _ancestors(event))]
+    for name in reversed(names):
+        if name.startswith(_REGION):
+            return str(name.removeprefix(_REGION))
+    known = (kind for kind, parts in _OPERATIONS.items() if any(part in event.name for part in parts))
+    return next(known, "other")

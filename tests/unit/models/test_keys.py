@@ -1,0 +1,82 @@
+"""Values of the model section that other tests only use: each changes what the model computes or is made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from evomesh.config.draft import Draft
+from evomesh.config.legacy import resolve
+from evomesh.config.schema import ModelConfig
+from evomesh.layers.documents import whole
+from evomesh.models.registry import build_model, initialize_weights
+
+BASE: dict[str, Any] = dict(
+    model_type="INTERNLM2_PUBLIC",
+    num_layers=2,
+    hidden_size=32,
+    vocab_size=50,
+    num_attention_heads=4,
+    num_kv_attention_heads=2,
+    mlp_ratio=1.5,
+    multiple_of=8,
+    dtype="torch.float64",
+    max_position_embeddings=16,
+    use_dynamic_ntk_rope=True,
+)
+
+
+def logits(values: dict[str, Any]) -> Tensor:
+    draft = Draft({"model": {**BASE, **values}}, lambda key: "")
+    resolve(draft)
+    assert not draft.problems
+    config = ModelConfig.model_validate(draft.sections["model"], strict=False)
+    model = build_model(config)
+    initialize_weights(model, seed=1)
+    ids = torch.randint(50, (40,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found: Tensor = model.logits(model(ids, whole(len(ids))))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_layers", 3),
+        ("hidden_size", 64),
+        ("vocab_size", 60),
+        ("num_attention_heads", 8),
+        ("num_kv_attention_heads", 4),
+        ("mlp_ratio", 2.0),
+        ("multiple_of", 64),
+        ("norm_type", "layernorm"),
+        ("layer_norm_epsilon", 1e-3),
+        ("apply_post_layer_norm", True),
+        ("use_swiglu", False),
+        ("no_bias", False),
+        ("qk_interleaved", True),
+        ("adapt_hf", False),
+        ("rope_base", 500.0),
+        ("rope_scaling_factor", 2.0),
+        ("max_position_embeddings", 32),
+        ("use_scaled_init", False),
+        ("init_type", "uniform"),
+    ],
+)
+def test_a_value_reaches_the_model(key: str, value: Any) -> None:
+    base = dict(no_bias=True) if key != "adapt_hf" else dict(no_bias=True, adapt_hf=True)
+    before, after = logits(base), logits({**base, key: value})
+    assert torch.equal(before, logits(base))
+    if key == "no_bias":  # biases begin at zero: they show in the parameters
+        assert any("bias" in name for name in parameters({**base, key: value}))
+        assert not any("bias" in name for name in parameters(base))
+        return
+    assert before.shape != after.shape or not torch.equal(before, after)
+
+
+def parameters(values: dict[str, Any]) -> list[str]:
+    config = ModelConfig.model_validate({**BASE, **values, "dtype": "float64"}, strict=False)
+    return [name for name, _ in build_model(config).named_parameters()]

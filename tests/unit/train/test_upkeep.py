@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import gc
+import logging
+import weakref
+
+import pytest
+
+from evomesh.parallel.grid import Axis
+from evomesh.train import upkeep
+from evomesh.train.upkeep import Upkeep, slow_ranks
+
+
+def test_slow_is_above_the_ratio_times_the_median() -> None:
+    assert slow_ranks([1.0, 1.0, 1.2, 1.0], 1.1) == [(2, 1.2)]
+    assert slow_ranks([1.0, 1.0, 1.2, 1.0], 1.25) == []
+    assert slow_ranks([3.0], 1.0) == []
+
+
+@pytest.mark.parametrize(("interval", "every"), [(4, 4), (0, 50), (-1, 50)])
+def test_slow_ranks_are_named_every_interval(
+    interval: int, every: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(upkeep, "gather_objects", lambda value, axis: [value, 9.0, value])  # one peer takes 9 s
+    keeping = Upkeep(interval, 1.5, Axis("dp", 3, 0))
+    with caplog.at_level(logging.WARNING):
+        for step in range(1, 2 * every + 1):
+            keeping.after_step(2.0 if step % every else 4.0)
+            assert len(caplog.records) == step // every
+    mean = (2.0 * (every - 1) + 4.0) / every
+    assert caplog.messages[0] == (
+        f"data-parallel rank 1 is slow: 9.000 s in forward and backward, {mean:.3f} s is the median of 3 ranks"
+    )
+
+
+def test_memory_in_cycles_is_given_back() -> None:
+    class Cycle:
+        def __init__(self) -> None:
+            self.own = self
+
+    keeping = Upkeep(3, 1.1, Axis("dp"))
+    gc.disable()
+    try:
+        lost = weakref.ref(Cycle())
+        for _ in range(2):
+            keeping.after_step(1.0)
+        assert lost() is not None
+        keeping.after_step(1.0)
+        assert lost() is None
+    finally:
+        gc.enable()
