@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evomesh.layers.attention import Attend, Documents, attend
+from evomesh.layers.attention import Attend, Attention, Documents, attend
 
 
 class KeyValueCache:
@@ -38,11 +38,11 @@ class KeyValueCache:
         positions = torch.cat([torch.arange(length) for length in lengths])
         docs = Documents(positions.to(device), bounds.to(device), max(lengths))
 
-        def fill(layer: int, q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> Tensor:
-            for cached, new in zip(self._tensors(layer, k), (k, v), strict=True):
+        def fill(asking: Attention, q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> Tensor:
+            for cached, new in zip(self._tensors(asking.layer, k), (k, v), strict=True):
                 for slot, part in enumerate(torch.split(new, list(lengths)), first):
                     cached[slot, :, : len(part)] = part.transpose(0, 1)
-            out: Tensor = attend(layer, q, k, v, docs)
+            out: Tensor = attend(asking, q, k, v, docs)
             return out
 
         return docs, fill
@@ -59,8 +59,8 @@ class KeyValueCache:
         rows = torch.arange(count, device=device)
         self.lengths = [length + 1 for length in self.lengths]
 
-        def look_back(layer: int, q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> Tensor:
-            keys, values = self._tensors(layer, k)
+        def look_back(asking: Attention, q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> Tensor:
+            keys, values = self._tensors(asking.layer, k)
             if even:
                 keys[:count, :, longest - 1], values[:count, :, longest - 1] = k, v
             else:

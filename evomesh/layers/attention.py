@@ -23,36 +23,67 @@ from evomesh.parallel.collectives import all_to_all
 
 __all__ = ["Attend", "Attention", "Documents", "attend", "outside_graph"]
 
-# attend(layer, q [T, N, H], k [T, G, H], v [T, G, H], docs) -> [T, N, H]; generation passes one that keeps k and v.
-Attend = Callable[[int, Tensor, Tensor, Tensor, Documents], Tensor]
+# attend(asking, q [T, N, H], k [T, G, H], v [T, G, H], docs) -> [T, N, H]; generation passes one that keeps k and v,
+# by ``asking.layer``. It is handed the module, for a number that a compiled block reads is compiled into it.
+Attend = Callable[["Attention", Tensor, Tensor, Tensor, Documents], Tensor]
+FLASH_HEAD_DIM = 256  # the widest that the flash kernel takes
 
 
-def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> Tensor:
-    """softmax(q k^T / sqrt(H)) v within each document, causal. ``layer`` is for callers that keep a cache."""
-    del layer
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-        return _varlen(q, k, v, docs)
-    return _per_document(q, k, v, docs)
+def attend(asking: Attention, q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> Tensor:
+    """softmax(q k^T / sqrt(H)) v within each document, causal. ``asking`` is for callers that keep a cache."""
+    del asking
+    return _varlen(q, k, v, docs) if _flash_takes(q) else _per_document(q, k, v, docs)
+
+
+def outside_graph(attend: Attend) -> Attend:
+    """``attend`` for compiled blocks, which are not to look into it: document lengths are data, and each would be
+    compiled anew. All of them are objects of one class, so that a block compiled for one takes any other."""
+    return _outside_graph()(attend)
 
 
 @cache
-def outside_graph(attend: Attend) -> Attend:
-    """``attend`` for compiled blocks, which are not to look into it: document lengths are data, and each would be
-    compiled anew. Made on demand, because torch takes 0.7 s to import its compiler."""
-    return torch.compiler.disable(attend)  # type: ignore[no-any-return, no-untyped-call, unused-ignore]
+def _outside_graph() -> Callable[[Attend], Attend]:
+    """Made on demand, because torch takes 0.7 s to import its compiler."""
+
+    class OutsideGraph:
+        def __init__(self, attend: Attend) -> None:
+            self.attend = attend
+
+        @torch.compiler.disable  # type: ignore[misc, untyped-decorator, unused-ignore]
+        def __call__(self, asking: Attention, q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> Tensor:
+            return self.attend(asking, q, k, v, docs)
+
+    return OutsideGraph
+
+
+def _flash_takes(q: Tensor) -> bool:
+    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return q.shape[2] % 8 == 0 and q.shape[2] <= FLASH_HEAD_DIM and _has_flash(q.device)
+
+
+@cache
+def _has_flash(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@cache
+def _varlen_options(varlen_attn: Callable[..., Any], grouped: bool) -> dict[str, Any]:
+    """For causal attention by torch's ``varlen_attn``, whose signature changed after 2.11."""
+    known = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    return options | {"enable_gqa": True} if grouped and "enable_gqa" in known else options
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> Tensor:
-    """torch's variable-length flash kernel. Its signature changed after 2.11; what it lacks is made up for here."""
+    """torch's variable-length flash kernel; it is told the longest document, and waits for no value of the device."""
     from torch.nn.attention.varlen import varlen_attn
 
-    known = inspect.signature(varlen_attn).parameters
-    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    if k.shape[1] != q.shape[1]:
-        if "enable_gqa" in known:
-            options["enable_gqa"] = True
-        else:
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    grouped = k.shape[1] != q.shape[1]
+    options = _varlen_options(varlen_attn, grouped)
+    if grouped and "enable_gqa" not in options:
+        copies = q.shape[1] // k.shape[1]
+        k, v = (x.unsqueeze(2).expand(-1, -1, copies, -1).flatten(1, 2) for x in (k, v))
     bounds, longest = docs.cu_seqlens, docs.max_seqlen
     out = varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
     assert isinstance(out, Tensor)  # a tuple only on demand
@@ -86,7 +117,7 @@ class Attention(nn.Module):
     all of the sequence for the own part of the heads, and the attention's output through one back.
 
     Args:
-        layer: global layer index, handed to ``attend``.
+        layer: global layer index, for an ``attend`` that keeps keys and values.
         interleaved: rotary pairs are neighbouring columns (``qk_interleaved``).
     """
 
@@ -108,7 +139,7 @@ class Attention(nn.Module):
         q, k, v = split_rotate(
             qkv, *tables, kv_heads=self.kv_heads, head_dim=self.head_dim, interleaved=self.interleaved
         )
-        context = attend(self.layer, q, k, v, docs).flatten(1)
+        context = attend(self, q, k, v, docs).flatten(1)
         if self.at.exchanges:
             context = all_to_all(context, self.at.axis, split_dim=0, concat_dim=1)
         out: Tensor = self.wo(context)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from evomesh.config.schema import ModelConfig
-from evomesh.layers.attention import Documents, attend
+from evomesh.layers.attention import Attention, Documents, attend
 from evomesh.layers.documents import whole
 from evomesh.models.decoder import Decoder
 from evomesh.models.registry import build_model, initialize_weights
@@ -253,12 +253,13 @@ def test_generation_can_keep_keys_and_values() -> None:
     model, (ids, _) = make(tiny()), tokens()
     kept: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def cached(layer: int, q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> Tensor:
+    def cached(asking: Attention, q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> Tensor:
+        layer = asking.layer
         if layer in kept:
             k, v = torch.cat([kept[layer][0], k]), torch.cat([kept[layer][1], v])
         kept[layer] = k, v
         queries = torch.cat([q.new_zeros(len(k) - len(q), *q.shape[1:]), q])
-        return attend(layer, queries, k, v, whole(len(k)))[-len(q) :]
+        return attend(asking, queries, k, v, whole(len(k)))[-len(q) :]
 
     with torch.no_grad():
         expected = model.logits(model(ids, whole(T)))
