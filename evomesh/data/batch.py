@@ -22,6 +22,7 @@ class Batch:
         type_ids: [M, T] int64, index into the dataset's ``types``.
         cu_seqlens: [M, K] int32, piece bounds 0 .. T of each micro-batch, padded on the right by repeating T.
         max_seqlen: longest piece over all micro-batches (a Python int: no device sync).
+        host_bounds: ``cu_seqlens`` on the host, once the batch lies on a device.
     """
 
     input_ids: Tensor
@@ -30,3 +31,4 @@ class Batch:
     type_ids: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
+    host_bounds: Tensor | None = None

@@ -18,15 +18,17 @@ class Documents:
     position_ids: [T] int64, position of each token within its document.
     cu_seqlens: [K] int32, bounds 0 .. T, padded on the right by repeating T.
     max_seqlen: an upper bound of the document length, a Python int so that no kernel waits for the device.
+    host_bounds: ``cu_seqlens`` on the host, where the former lies on a device and somebody has kept the original.
     """
 
     position_ids: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
+    host_bounds: Tensor | None = None
 
     def lengths(self) -> list[int]:
-        """Lengths of the non-empty documents (waits for the device when the bounds live there)."""
-        bounds = self.cu_seqlens.tolist()
+        """Lengths of the non-empty documents (waits for the device when there are no bounds on the host)."""
+        bounds = (self.cu_seqlens if self.host_bounds is None else self.host_bounds).tolist()
         return [stop - start for start, stop in pairwise(bounds) if stop > start]
 
     def span(self) -> Tensor:

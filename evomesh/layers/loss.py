@@ -63,7 +63,7 @@ def linear_cross_entropy(
         axis: the tensor axis; each of its ranks gets the whole result.
         parallel_output: keep the logits cut; False gathers each chunk's logits to every rank first.
     """
-    scale = torch.as_tensor(grad_scale, dtype=promote(hidden.dtype), device=hidden.device)
+    scale = _scalar(grad_scale, promote(hidden.dtype), hidden.device)
     with_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     with region("loss"):
         scaled_sum, nll, correct = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
@@ -218,6 +218,13 @@ class _Vocabulary:
         if smoothing:
             exponentials[:, : self.real] -= exp_sum * (smoothing / self.size)
         return exponentials
+
+
+def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number is filled in by the device: a copy of it would make the host wait."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype)
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 def _kept(labels: Tensor) -> Tensor | slice:

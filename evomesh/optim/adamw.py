@@ -37,11 +37,12 @@ class AdamW:
             step = torch.zeros((), dtype=torch.float32, device=target.device)
             self.moments[target] = Moments(torch.zeros_like(target), torch.zeros_like(target), step)
 
-    def step(self, lr: float, beta2: float, grad_scale: Tensor | None = None) -> None:
+    def step(self, lr: float, beta2: float, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
         """One update of every tensor that has a gradient.
 
         Args:
             grad_scale: float32 scalar that float32 gradients are divided by on their way.
+            found_inf: float32 scalar; where it is 1 the kernel leaves tensors, moments and step counts as they are.
         """
         for decay in dict.fromkeys(self.decays.values()):
             group = [target for target, own in self.decays.items() if own == decay and target.grad is not None]
@@ -55,6 +56,7 @@ class AdamW:
                 [of.step for of in moments],
                 fused=True,
                 grad_scale=grad_scale,
+                found_inf=found_inf,
                 amsgrad=False,
                 beta1=self.beta1,
                 beta2=beta2,
@@ -63,6 +65,11 @@ class AdamW:
                 eps=self.eps,
                 maximize=False,
             )
+
+    @property
+    def steps(self) -> int:
+        """Updates made so far (waits for the device)."""
+        return int(torch.stack([moments.step for moments in self.moments.values()]).max())
 
     def set_steps(self, steps: int) -> None:
         for moments in self.moments.values():

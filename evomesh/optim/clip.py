@@ -1,4 +1,7 @@
-"""The global gradient norm: over all parameters and ranks, each element counted once."""
+"""The global gradient norm: over all parameters and ranks, each element counted once.
+
+Norm and clip factor stay scalars on the device, in float64: no host waits for them here.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +19,17 @@ from evomesh.parallel.spec import ShardSpec
 Found = Literal["ok", "inf", "nan"]
 
 
-def global_norm(grads: Sequence[Tensor], grid: Grid, device: torch.device) -> float:
+def global_norm(grads: Sequence[Tensor], grid: Grid, device: torch.device) -> Tensor:
     """The 2-norm over the gradients of all ranks: ``grads`` are those that this rank counts (see ``counts_here``).
 
-    The result is the same number on every rank; reading it is the one host synchronisation of a step.
+    The result is the same number on every rank.
     """
     total = torch.zeros((), dtype=torch.float64, device=device)
     if grads:
         # float64 across tensors: a square of a norm overflows float32 long before the norm does
         norms = torch._foreach_norm(list(grads), 2, dtype=torch.promote_types(grads[0].dtype, torch.float32))
         total = torch.stack([norm.double() for norm in norms]).square().sum()
-    return math.sqrt(float(sum_over(total, grid.dp, grid.tp, grid.pp)))
+    return sum_over(total, grid.dp, grid.tp, grid.pp).sqrt()
 
 
 def counts_here(spec: ShardSpec, axes: Sequence[Axis]) -> bool:
@@ -43,6 +46,8 @@ def found_in(norm: float) -> Found:
     return "nan" if math.isnan(norm) else "inf" if math.isinf(norm) else "ok"
 
 
-def clip_factor(norm: float, max_norm: float) -> float:
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
     """What the gradient is multiplied with so that its norm is at most ``max_norm``; 0 means no clipping."""
-    return min(1.0, max_norm / (norm + 1e-6)) if max_norm > 0 else 1.0
+    if max_norm == 0:
+        return torch.ones_like(norm)
+    return (torch.full_like(norm, max_norm) / (norm + 1e-6)).clamp(max=1.0)

@@ -31,12 +31,20 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class StepResult:
     """Attributes:
-    grad_norm: global norm of the unscaled gradient before clipping; inf or NaN when the step was skipped.
-    found: "ok", or what made the step be skipped.
+    norm: float64 scalar, global norm of the unscaled gradient before clipping; inf or NaN when the step was skipped.
     """
 
-    grad_norm: float
-    found: Found
+    norm: Tensor
+
+    @property
+    def grad_norm(self) -> float:
+        """``norm`` as a number: waits for the device that it lies on."""
+        return float(self.norm)
+
+    @property
+    def found(self) -> Found:
+        """ "ok", or what made the step be skipped: waits like ``grad_norm``."""
+        return found_in(self.grad_norm)
 
 
 class ZeroOptimizer:
@@ -63,7 +71,6 @@ class ZeroOptimizer:
     ) -> None:
         self.adam, self.zero, self.grid = adam, zero, grid
         self.slots = [make_slot(name, param, grid) for name, param in named_parameters if param.requires_grad]
-        self.steps = 0
         self._gradients = GradientSync(self.slots, zero.reduce_bucket_size, zero.overlap_sync_grad)
         self._parameters = ParameterSync(
             self.slots,
@@ -87,24 +94,22 @@ class ZeroOptimizer:
 
     @torch.no_grad()
     def step(self, lr: float, beta2: float, inv_scale: float) -> StepResult:
-        """One update with the gradients accumulated since ``zero_grad``.
+        """One update with the gradients accumulated since ``zero_grad``; waits for no device.
 
         Args:
             inv_scale: 1 / the loss scale that the gradients carry.
 
         Returns:
-            the norm, the same on every rank. When it is not finite nothing has changed.
+            the norm, the same on every rank. When it is not finite nothing changes.
         """
         self._parameters.wait()
         self._gradients.finish()
         counted = [slot.target.grad for slot in self.slots if slot.counted and slot.target.grad is not None]
-        norm = global_norm(counted, self.grid, self._device) * inv_scale
-        found = found_in(norm)
-        if found == "ok":
-            self._update(lr, beta2, inv_scale * clip_factor(norm, self.zero.clip_grad_norm))
+        norm = global_norm(counted, self.grid, self.device) * inv_scale
+        self._update(lr, beta2, inv_scale, norm)
         for slot in self.slots:
             slot.target.grad = None
-        return StepResult(norm, found)
+        return StepResult(norm)
 
     @torch.no_grad()
     def exchange(self) -> None:
@@ -146,30 +151,33 @@ class ZeroOptimizer:
         return tensors
 
     def state(self) -> dict[str, Any]:
-        return {"steps": self.steps}
+        """Waits for the device, which counts the steps."""
+        return {"steps": self._adamw.steps}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.steps = int(state["steps"])
-        self._adamw.set_steps(self.steps)
+        self._adamw.set_steps(int(state["steps"]))
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
+        """Where the parameters lie."""
         return self.slots[0].local.device
 
     def _accumulated(self, slot: Slot, _: Tensor) -> None:
         slot.accumulate()
         self._gradients.arrived(slot)
 
-    def _update(self, lr: float, beta2: float, factor: float) -> None:
+    def _update(self, lr: float, beta2: float, inv_scale: float, norm: Tensor) -> None:
+        """Everything behind the norm is done in any case, since only the device knows whether the step is skipped:
+        then AdamW's kernel changes no target, and what is rounded and gathered from the targets is what was there."""
         gradients = [slot.target.grad for slot in self.slots if slot.target.grad is not None]
         divisor = None
-        if factor != 1.0 and all(gradient.dtype == torch.float32 for gradient in gradients):
-            # The fused kernel divides on its way, which saves a pass over all gradients.
-            divisor = torch.full((), 1.0 / factor, dtype=torch.float32, device=self._device)
-        elif factor != 1.0:
-            torch._foreach_mul_(gradients, factor)
-        self._adamw.step(lr, beta2, divisor)
-        self.steps += 1
+        if inv_scale != 1.0 or self.zero.clip_grad_norm > 0:
+            factor = clip_factor(norm, self.zero.clip_grad_norm) * inv_scale
+            if all(gradient.dtype == torch.float32 for gradient in gradients):
+                divisor = factor.reciprocal().float()  # on the kernel's way: it saves a pass over all gradients
+            else:
+                torch._foreach_mul_(gradients, factor)
+        self._adamw.step(lr, beta2, divisor, found_inf=(~norm.isfinite()).float())
         copy_back(self.slots)
         self._parameters.start()
 

@@ -45,7 +45,8 @@ class Schedule(Protocol):
 
 
 def documents_of(batch: Batch, index: int) -> Documents:
-    return Documents(batch.position_ids[index], batch.cu_seqlens[index], batch.max_seqlen)
+    host_bounds = None if batch.host_bounds is None else batch.host_bounds[index]
+    return Documents(batch.position_ids[index], batch.cu_seqlens[index], batch.max_seqlen, host_bounds)
 
 
 class OneStage:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +17,8 @@ from evomesh.optim.zero import StepResult, ZeroOptimizer
 from evomesh.parallel.collectives import sum_over
 from evomesh.parallel.grid import Grid
 from evomesh.pipeline.schedule import Schedule
+from evomesh.train.batches import to_device
+from evomesh.train.stopwatch import Stopwatch
 from evomesh.train.tally import Tally
 
 
@@ -27,7 +28,9 @@ class StepBrokenOff(Exception):
 
 @dataclass(frozen=True)
 class StepOutput:
-    """Attributes:
+    """All figures are on the host.
+
+    Attributes:
     loss: the training objective, label smoothing included, per target token of the global batch.
     tally: sums over the global batch, by data type.
     update: gradient norm, and whether the update took place.
@@ -62,14 +65,22 @@ def train_step(
     The one division is by the global count of targets (invariant 4); with ``loss.reduction="micro_batch"`` each
     micro-batch is first averaged on its own, which weighs tokens of sparse micro-batches more.
 
+    The host waits for the device once, behind the optimizer, to read the step's figures: targets are counted before
+    the batch goes to the device, and whether the step is skipped is decided there.
+
+    Args:
+        batch: on the host; pinned, if there is a device to copy it to.
+
     Raises:
         StepBrokenOff: ``broken_off``, asked between micro-batches with the number of those done, said so. It is not
             asked in a pipeline, whose stages are never between the same two.
     """
-    started = time.perf_counter()
-    tally = Tally(types, batch.input_ids.device)
+    device = optimizer.device
+    watch = Stopwatch(device)
     weights = micro_batch_weights(batch.labels, grid, loss)
-    objective = torch.zeros((), dtype=torch.float64, device=batch.input_ids.device)
+    batch = to_device(batch, device)
+    tally = Tally(types, device)
+    objective = torch.zeros((), dtype=torch.float64, device=device)
     optimizer.expect(len(weights))
 
     def count(index: int, output: LossOutput) -> None:
@@ -80,17 +91,29 @@ def train_step(
             raise StepBrokenOff
 
     schedule.train(batch, [weight * scaler.scale for weight in weights], loss.label_smoothing, count)
-    fwd_bwd_time = time.perf_counter() - started
+    watch.stop()
     with region("optimizer"):
-        update = optimizer.step(lr, beta2, 1.0 / scaler.scale)
-    scaler.update(update.found)
+        norm = optimizer.step(lr, beta2, 1.0 / scaler.scale).norm
     optimizer.zero_grad()
     objective = sum_over(objective, grid.dp, grid.pp)  # every rank of the last stage counted, no other
-    return StepOutput(float(objective), tally.reduce(grid.dp, grid.pp), update, fwd_bwd_time)
+    sums = tally.reduce(grid.dp, grid.pp).sums
+    figures = on_host(torch.cat([norm[None], objective[None], sums.flatten()]))
+    update = StepResult(figures[0])
+    scaler.update(update.found)
+    counted = Tally(types, figures.device, figures[2:].view_as(sums))
+    return StepOutput(float(figures[1]), counted, update, watch.seconds())
+
+
+def on_host(figures: Tensor) -> Tensor:
+    """The one host synchronisation of a step."""
+    return figures.cpu()
 
 
 def micro_batch_weights(labels: Tensor, grid: Grid, loss: LossConfig) -> list[float]:
-    """What each micro-batch's sum of token losses is multiplied with; ``labels`` is [M, T] of this rank."""
+    """What each micro-batch's sum of token losses is multiplied with; ``labels`` is [M, T] of this rank.
+
+    They are counted, and summed over the ranks, where they lie: on the host no device has to wait for that.
+    """
     targets = (labels != IGNORE).sum(1)
     if loss.reduction == "micro_batch":
         count = len(targets) * grid.dp.size

@@ -20,11 +20,12 @@ class Tally:
     """Args:
     types: names of the data types; ``type_ids`` index into them.
     device: where the sums are kept.
+    sums: [3, types] float64 to start from: nll, correct, tokens; zeros otherwise.
     """
 
-    def __init__(self, types: list[str], device: torch.device) -> None:
+    def __init__(self, types: list[str], device: torch.device, sums: Tensor | None = None) -> None:
         self.types = types
-        self.sums = torch.zeros(3, len(types), dtype=torch.float64, device=device)  # nll, correct, tokens
+        self.sums = torch.zeros(3, len(types), dtype=torch.float64, device=device) if sums is None else sums
 
     def add(self, output: LossOutput, labels: Tensor, type_ids: Tensor) -> None:
         """Adds one packed sequence; ``labels`` and ``type_ids`` are [T]."""
@@ -37,9 +38,7 @@ class Tally:
 
     def reduce(self, *axes: Axis) -> Tally:
         """Sums over the ranks of ``axes``; every rank gets the result."""
-        total = Tally(self.types, self.sums.device)
-        total.sums = sum_over(self.sums, *axes)
-        return total
+        return Tally(self.types, self.sums.device, sum_over(self.sums, *axes))
 
     def summary(self) -> dict[str, float]:
         """``loss``, ``acc``, ``perplexity`` over all tokens and ``loss/TYPE``, ``acc/TYPE``, ``tokens/TYPE``,

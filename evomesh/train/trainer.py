@@ -16,7 +16,6 @@ from evomesh.monitor.metrics import StepRecord
 from evomesh.monitor.profile import StepProfile, region
 from evomesh.optim.schedule import beta2, learning_rate
 from evomesh.parallel.build import shared_store
-from evomesh.train.batches import to_device
 from evomesh.train.build import Run
 from evomesh.train.evaluate import evaluate
 from evomesh.train.signals import StopRequest
@@ -133,7 +132,7 @@ class Trainer:
             run.stages.schedule,
             run.optimizer,
             run.scaler,
-            to_device(batch, run.device),
+            batch,
             run.grid,
             config.loss,
             run.train_data.types,

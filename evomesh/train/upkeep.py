@@ -31,7 +31,7 @@ class Upkeep:
         self._seconds: list[float] = []
 
     def after_step(self, fwd_bwd_time: float) -> None:
-        """Called once a step on every rank, with the host's seconds in forward and backward."""
+        """Called once a step on every rank, with the seconds in forward and backward."""
         self._seconds.append(fwd_bwd_time)
         if len(self._seconds) < self.interval:
             return

@@ -40,7 +40,9 @@ def batch(bounds: list[list[int]]) -> Batch:
 
 
 def record(reporter: Reporter, seconds: float, **figures: Any) -> Any:
-    output = StepOutput(2.5, Tally(["en"], torch.device("cpu")), StepResult(0.7, "ok"), 0.3)
+    output = StepOutput(
+        2.5, Tally(["en"], torch.device("cpu")), StepResult(torch.tensor(0.7, dtype=torch.float64)), 0.3
+    )
     given = {"lr": 1e-3, "beta2": 0.95, "loss_scale": 1.0} | figures
     return reporter.step(0, batch([[0, 3, 8, 8], [0, 8, 8, 8]]), output, seconds=seconds, **given)
 

@@ -1,0 +1,147 @@
+"""The host waits for the device once a step, behind the optimizer: shown on the meta device, which has no values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from evomesh.config.schema import Config, LossConfig, ModelConfig, ZeroConfig
+from evomesh.data.batch import IGNORE, Batch
+from evomesh.layers import attention, loss
+from evomesh.optim.scaler import LossScaler
+from evomesh.optim.zero import ZeroOptimizer
+from evomesh.parallel.grid import Grid
+from evomesh.parallel.modes import MODES
+from evomesh.train import step
+from evomesh.train.stages import build_stages
+from tests.support.host_reads import HostWaits, no_host_waits
+
+META = torch.device("meta")
+T, VOCAB = 48, 64
+SHAPE = dict(
+    num_layers=2, hidden_size=32, num_attention_heads=4, num_kv_attention_heads=2, mlp_ratio=2.0, multiple_of=8
+)
+
+
+def model_config(dtype: str, **changes: Any) -> ModelConfig:
+    fixed = dict(model_type="LLAMA2", vocab_size=VOCAB, no_bias=True)
+    return ModelConfig(dtype=dtype, **(fixed | SHAPE | changes))  # type: ignore[arg-type]
+
+
+def host_batch(micro_num: int = 2) -> Batch:
+    ids = torch.zeros(micro_num, T, dtype=torch.long)
+    labels = ids.clone()
+    labels[:, :5] = IGNORE
+    positions = torch.cat([torch.arange(16), torch.arange(32)]).repeat(micro_num, 1)
+    bounds = torch.tensor([[0, 16, 48, 48]], dtype=torch.int32).repeat(micro_num, 1)
+    return Batch(ids, labels, positions, ids, bounds, 32)
+
+
+class Step:
+    """One step of a model on the meta device, whose figures are read as zeros."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, dtype: str, clip: float = 1.0, **changes: Any) -> None:
+        config = Config(model=model_config(dtype, **changes))
+        self.stages = build_stages(config, Grid(), MODES["mtp"], META)
+        self.optimizer = ZeroOptimizer(
+            self.stages.parameters().items(), config.adam, ZeroConfig(clip_grad_norm=clip), Grid(), self.stages.module
+        )
+        self.scaler = LossScaler(config.grad_scaler, dtype)  # type: ignore[arg-type]
+        self.read: list[tuple[int, ...]] = []
+        monkeypatch.setattr(step, "on_host", self.on_host)
+
+    def on_host(self, figures: Tensor) -> Tensor:
+        assert figures.device == META
+        self.read.append(tuple(figures.shape))
+        return torch.zeros(figures.shape, dtype=figures.dtype)
+
+    def __call__(self, reduction: str = "token") -> None:
+        settings = LossConfig(reduction=reduction, label_smoothing=0.1)  # type: ignore[arg-type]
+        step.train_step(
+            self.stages.schedule, self.optimizer, self.scaler, host_batch(), Grid(), settings, ["a", "b"], 1e-3, 0.95
+        )
+
+
+class TestOfAStep:
+    @pytest.mark.parametrize("clip", [0.0, 1.0])
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+    def test_is_one_and_the_batch_is_copied_without_any(
+        self, monkeypatch: pytest.MonkeyPatch, dtype: str, clip: float
+    ) -> None:
+        one = Step(monkeypatch, dtype, clip, checkpoint=0.5, use_fp32_norm=dtype != "float64")
+        for reduction in ("token", "micro_batch"):
+            with no_host_waits() as copies:
+                one(reduction)
+            assert copies.begun == len(fields(Batch)) - 2  # all tensors of a host batch
+        assert one.read == [(2 + 3 * 2,)] * 2  # norm, objective and the tally of two types
+
+    @pytest.mark.parametrize("kv_heads", [4, 2])
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    def test_is_one_with_the_kernel_for_variable_length(
+        self, monkeypatch: pytest.MonkeyPatch, dtype: str, kv_heads: int
+    ) -> None:
+        """torch knows shape and device of what its kernel gives, forward and backward, without running it."""
+        monkeypatch.setattr(attention, "_flash_takes", lambda q: True)
+        monkeypatch.setattr(attention, "_per_document", None)
+        one = Step(monkeypatch, dtype, num_kv_attention_heads=kv_heads, checkpoint=0.5)
+        with no_host_waits():
+            one()
+        assert len(one.read) == 1
+
+    @pytest.mark.parametrize("changes", [{"norm_head": True, "embed_grad_scale": 0.1}, {"use_dynamic_ntk_rope": True}])
+    def test_is_one_whatever_the_model(self, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+        one = Step(monkeypatch, "bfloat16", model_type="INTERNLM2_PUBLIC", no_bias=False, **changes)
+        with no_host_waits():
+            one()
+        assert len(one.read) == 1
+
+    @pytest.mark.parametrize("place", ["layer", "loss", "optimizer", "update"])
+    def test_would_be_noticed(self, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+        one = Step(monkeypatch, "bfloat16")
+
+        def reading(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                first = next(x for x in args if isinstance(x, Tensor))
+                return first.flatten()[0].item() and function(*args, **kwargs)
+
+            return call
+
+        if place == "layer":
+            monkeypatch.setattr(attention, "_causal", reading(attention._causal))
+        elif place == "loss":
+            monkeypatch.setattr(loss._Vocabulary, "_own", lambda self, target: target.tolist())
+        elif place == "optimizer":
+            monkeypatch.setattr("evomesh.optim.zero.clip_factor", reading(torch.square))
+        else:
+            monkeypatch.setattr("evomesh.optim.zero.copy_back", lambda slots: [slot.local.cpu() for slot in slots])
+        with no_host_waits(), pytest.raises((RuntimeError, NotImplementedError)):
+            one()
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: float(x.sum()),
+        lambda x: bool(x.any()),
+        lambda x: x.tolist(),
+        lambda x: x.cpu(),
+        lambda x: x.to("cpu", non_blocking=True),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: torch.equal(x, x),
+        lambda x: torch.as_tensor(0.5, device=x.device),
+        lambda x: torch.tensor([1, 2], device=x.device),
+        lambda x: torch.ones(3).to(x.device),
+        lambda x: x.copy_(torch.ones(3)),
+    ],
+)
+def test_waits_are_found(wait: Callable[[Tensor], Any]) -> None:
+    x = torch.ones(3, device=META)
+    with no_host_waits(), pytest.raises((HostWaits, RuntimeError, NotImplementedError, TypeError)):
+        wait(x)
