@@ -12,23 +12,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evomesh.layers.placement import Placement
+from evomesh.layers.products import product, times_transposed
 from evomesh.parallel.collectives import all_gather, all_reduce, broadcast, gathered, reduce_scatter, reduce_scattered
 from evomesh.parallel.grid import Axis
 from evomesh.parallel.spec import ShardSpec
-
-FEW = range(5, 33)  # rows for which MKL is 1.1 to 1.7 times as fast with the weight as its left matrix
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [T, I], weight [O, I] -> x weight^T + bias, [T, O]; decoding a small batch on the CPU has its own way."""
-    if torch.is_grad_enabled() or not x.is_cpu or len(x) not in FEW:
-        return F.linear(x, weight, bias)
-    out = (weight @ x.T).T.contiguous()
-    return out if bias is None else out.add_(bias)
 
 
 class ColumnLinear(nn.Module):
@@ -74,17 +64,17 @@ class _RegatherLinear(torch.autograd.Function):
         ctx.save_for_backward(x, *weights)
         ctx.axis, ctx.biased = axis, [bias is not None for bias in biases]
         whole = gathered(x, axis)
-        return tuple(F.linear(whole, w, b) for w, b in zip(weights, biases, strict=True) if w is not None)
+        return tuple(times_transposed(whole, w, bias=b) for w, b in zip(weights, biases, strict=True) if w is not None)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         whole = gathered(x, ctx.axis)
-        grad = grads[0] @ weights[0]
+        grad = times_transposed(grads[0], weights[0].T)
         for g, w in zip(grads[1:], weights[1:], strict=True):
-            grad.addmm_(g, w)
+            grad = times_transposed(g, w.T, plus=grad)
         bias_grads = [g.sum(0) if biased else None for g, biased in zip(grads, ctx.biased, strict=True)]
-        return reduce_scattered(grad, ctx.axis), None, *(g.T @ whole for g in grads), *bias_grads
+        return reduce_scattered(grad, ctx.axis), None, *(times_transposed(g.T, whole.T) for g in grads), *bias_grads
 
 
 class RowLinear(nn.Module):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from evomesh.layers.dtype import promote
+from evomesh.layers.products import by_one_dnn, times_transposed
 from evomesh.monitor.profile import region
 from evomesh.parallel.collectives import MAX, gathered, own_range, sum_over
 from evomesh.parallel.grid import Axis
@@ -99,7 +100,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for part in (slice(i, i + chunk) for i in range(0, len(targets), chunk)):
             used = targets[part] != IGNORE
             target = targets[part].clamp(min=0)[:, None]
-            logits = (rows[part] @ weight.T).to(wide)
+            logits = times_transposed(rows[part], weight).to(wide)
             if not parallel_output:
                 logits = gathered(logits, axis, dim=1).contiguous()
             view = _Vocabulary.of(logits, vocab_size, axis if parallel_output else Axis("tp"))
@@ -122,7 +123,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if isinstance(kept, Tensor):
                 grad_hidden = torch.zeros_like(hidden)
                 grad_hidden[kept] = grads.rows
-            ctx.save_for_backward(grad_hidden, grads.weight.to(weight.dtype))
+            ctx.save_for_backward(grad_hidden, grads.of_weight())
         ctx.mark_non_differentiable(nll_all, correct)
         return loss * scale, nll_all, correct
 
@@ -137,12 +138,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class _Gradients:
-    """Gradients of hidden rows and weight, growing chunk by chunk: the weight's in at least float32."""
+    """Gradients of hidden rows and weight, growing chunk by chunk: the weight's in at least float32.
+
+    oneDNN makes the weight's transposed, [D, V]: it then copies the hidden rows of a chunk and not its logits.
+    """
 
     def __init__(self, rows: Tensor, weight: Tensor) -> None:
         self.inputs, self.head = rows, weight
         self.rows = torch.empty_like(rows)
-        self.weight = torch.zeros_like(weight, dtype=promote(weight.dtype))
+        self.transposed = by_one_dnn(rows, weight)
+        self.weight: Tensor | None = None
 
     def add(self, part: slice, grad: Tensor, factor: Tensor) -> None:
         """Adds those of one chunk, whose d loss / d logits is ``grad`` [C, V] times ``factor`` [C, 1].
@@ -150,13 +155,27 @@ class _Gradients:
         The factor has the loss scale in it. For wide weights it is moved to the [C, D] side of both products, which
         saves a pass over the logits; a narrow ``grad`` must have it before it is rounded.
         """
+        inputs = self.inputs[part]
         if self.head.dtype == grad.dtype:
-            torch.mm(grad, self.head, out=self.rows[part]).mul_(factor)
-            self.weight.addmm_(grad.T, self.inputs[part] * factor)
+            self.rows[part] = times_transposed(grad, self.head.T).mul_(factor)
+            inputs = inputs * factor
         else:
             grad = grad.mul_(factor).to(self.head.dtype)
-            torch.mm(grad, self.head, out=self.rows[part])
-            self.weight += grad.T @ self.inputs[part]
+            self.rows[part] = times_transposed(grad, self.head.T)
+        a, b = (inputs.T, grad.T) if self.transposed else (grad.T, inputs.T)
+        if self.weight is None:
+            self.weight = times_transposed(a, b).to(promote(self.head.dtype))
+        elif self.transposed:
+            self.weight = times_transposed(a, b, plus=self.weight)
+        elif self.weight.dtype == grad.dtype:
+            self.weight.addmm_(a, b.T)
+        else:
+            self.weight += a @ b.T
+
+    def of_weight(self) -> Tensor:
+        if self.weight is None:  # no row has a target
+            return torch.zeros_like(self.head)
+        return (self.weight.T if self.transposed else self.weight).to(self.head.dtype)
 
 
 @dataclass(frozen=True)

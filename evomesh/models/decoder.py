@@ -22,11 +22,12 @@ from evomesh.layers.attention import Attend, Attention, Documents, attend, outsi
 from evomesh.layers.dtype import parameter_dtype, promote
 from evomesh.layers.embedding import Embedding, scale_gradient
 from evomesh.layers.init import Initial
-from evomesh.layers.linear import ColumnLinear, product
+from evomesh.layers.linear import ColumnLinear
 from evomesh.layers.loss import LossOutput, linear_cross_entropy
 from evomesh.layers.mlp import FeedForward
 from evomesh.layers.norm import Norm
 from evomesh.layers.placement import Placement
+from evomesh.layers.products import product
 from evomesh.layers.rotary import Rotary
 from evomesh.models.language_model import LanguageModel
 from evomesh.parallel.collectives import gather

@@ -29,6 +29,7 @@ _OPERATIONS = {  # how the names of torch's operations begin or what they contai
         "aten::matmul",
         "aten::linear",
         "aten::_grouped_mm",
+        "mkldnn::_linear",
     ),
 }
 
