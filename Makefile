@@ -44,6 +44,7 @@ bench: $(VENV)/.dev ## what docs/performance.md says, measured here
 	$(PY) benchmarks/train_step.py
 	$(PY) benchmarks/train_step.py --compiled
 	$(PY) benchmarks/train_step.py --packed
+	$(PY) benchmarks/gpu_step.py
 	$(PY) benchmarks/data.py
 	$(PY) benchmarks/tokenizing.py
 	$(PY) benchmarks/checkpoint.py

@@ -21,7 +21,8 @@ from evomesh.parallel.collectives import MAX, gathered, own_range, sum_over
 from evomesh.parallel.grid import Axis
 
 IGNORE = -100
-CHUNK = 512  # tokens whose logits exist at one time
+CHUNK = 512  # tokens whose logits exist at one time, at least
+CUDA_LOGITS = 2**26  # numbers in the logits of a chunk on CUDA: 256 MiB in float32
 
 
 class LossOutput(NamedTuple):
@@ -46,7 +47,7 @@ def linear_cross_entropy(
     vocab_size: int,
     grad_scale: float | Tensor = 1.0,
     label_smoothing: float = 0.0,
-    chunk: int = CHUNK,
+    chunk: int = 0,
     axis: Axis = Axis("tp"),  # noqa: B008  # frozen
     parallel_output: bool = True,
 ) -> LossOutput:
@@ -60,10 +61,11 @@ def linear_cross_entropy(
         grad_scale: factor of the loss; applied before gradients are cast to the weight's dtype, so that float16
             gradients can be lifted out of its underflow.
         label_smoothing: share of the target spread evenly over the vocabulary.
-        chunk: C.
+        chunk: C; 0: ``chunk_of``.
         axis: the tensor axis; each of its ranks gets the whole result.
         parallel_output: keep the logits cut; False gathers each chunk's logits to every rank first.
     """
+    chunk = chunk or chunk_of(weight.shape[0], hidden.is_cuda)
     scale = _scalar(grad_scale, promote(hidden.dtype), hidden.device)
     with_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     with region("loss"):
@@ -71,6 +73,12 @@ def linear_cross_entropy(
             hidden, weight, labels, scale, vocab_size, label_smoothing, chunk, with_grad, axis, parallel_output
         )
     return LossOutput(scaled_sum, nll, correct)
+
+
+def chunk_of(rows: int, on_cuda: bool) -> int:
+    """Tokens of a chunk. Each adds one gradient of the whole weight to the sum, in float32: on CUDA, where that is
+    bound by memory and the products are not, fewer and larger chunks of a small vocabulary cost less."""
+    return max(CUDA_LOGITS // rows // CHUNK, 1) * CHUNK if on_cuda else CHUNK
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

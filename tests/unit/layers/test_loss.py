@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from evomesh.layers.loss import IGNORE, LossOutput, linear_cross_entropy
+from evomesh.layers.loss import CHUNK, IGNORE, LossOutput, chunk_of, linear_cross_entropy
 
 T, D, V = 37, 12, 29
 
@@ -112,3 +112,9 @@ def test_scale_lifts_float16_gradients_out_of_underflow() -> None:
     assert not torch.autograd.grad(plain.scaled_sum, hidden)[0].any()
     scaled = linear_cross_entropy(hidden, weight, labels, vocab_size=V, grad_scale=torch.tensor(tokens / tokens))
     assert torch.autograd.grad(scaled.scaled_sum, hidden)[0].any()
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(8000, 8192), (32000, 2048), (100_000, 512), (500_000, 512)])
+def test_chunks_on_cuda_are_as_many_small_ones_as_the_budget_has_room_for(rows: int, tokens: int) -> None:
+    assert chunk_of(rows, on_cuda=True) == tokens
+    assert chunk_of(rows, on_cuda=False) == CHUNK

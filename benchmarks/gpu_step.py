@@ -1,0 +1,249 @@
+"""Speed and memory of whole training steps on one GPU: what `evomesh train` runs, from batch to figures.
+
+Run: python benchmarks/gpu_step.py [--shape 1.3B 7B-width] [--tokens 2048 4096 8192 32768] [--recompute 0 1] [--packed]
+
+Model, optimizer and step are the product's own, on made-up tokens that lie in pinned memory: bfloat16 weights with
+float32 masters, compiled blocks, variable-length attention. One row for each shape, pack length
+and share of recomputed layers; seconds are the median over steps, from one host synchronisation to the next.
+
+    TFLOPS  by the formula of the documents (attention counted as a full square, recomputation as one more forward),
+    exact   model TFLOP/s: 6 (parameters without embedding) tokens plus causal attention within documents counted
+            once, 6 layers hidden (sum of squared lengths), however much is recomputed,
+    product the share of exact in the best matrix product of the model's dtype, measured in the same run,
+    memory  largest sum of allocated bytes in a step; beside it the arithmetic of benchmarks/_memory.py, which knows
+            nothing of what the compiler keeps or does not.
+
+Without CUDA the same runs on the CPU, in float32, with shapes and packs that fit there, and says so: the figures then
+show that the script works, and nothing about a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from _memory import Sizes, bytes_in_16_bits
+from train_step import Shape, model_flops
+
+from evomesh.config.schema import Config, LossConfig, ModelConfig
+from evomesh.data.batch import Batch
+from evomesh.layers.loss import chunk_of
+from evomesh.monitor.metrics import model_tflops
+from evomesh.optim.scaler import LossScaler
+from evomesh.optim.zero import ZeroOptimizer
+from evomesh.parallel.grid import Grid
+from evomesh.parallel.modes import MODES
+from evomesh.train.allocator import keep_freed_memory
+from evomesh.train.stages import build_stages
+from evomesh.train.step import train_step
+
+SHAPES = {
+    "1.3B": Shape(24, 2048, 16, 5504, 32000, ()),
+    "7B-width": Shape(8, 4096, 32, 11008, 32000, ()),
+    "10M": Shape(4, 256, 4, 704, 16000, ()),
+}
+ON_CUDA, ON_CPU = (("1.3B", "7B-width"), (2048, 4096, 8192, 32768)), (("10M",), (256, 1024))
+LENGTHS = (0.29, 0.02, 0.17, 0.08, 0.25, 0.05, 0.11, 0.03)  # --packed: documents, as shares of a pack
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    tokens: int
+    micro_num: int
+    recompute: float
+    packed: bool
+    dtype: str
+    device: torch.device
+
+    @property
+    def shape(self) -> Shape:
+        return SHAPES[self.name]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        if not self.packed:
+            return (self.tokens,)
+        lengths = [max(int(share * self.tokens), 1) for share in LENGTHS]
+        return (*lengths[1:], self.tokens - sum(lengths[1:]))
+
+    def model(self, compiled: bool) -> ModelConfig:
+        shape = self.shape
+        return ModelConfig(
+            model_type="LLAMA2",
+            num_layers=shape.layers,
+            hidden_size=shape.hidden,
+            vocab_size=shape.vocab,
+            num_attention_heads=shape.heads,
+            mlp_ratio=shape.mlp / shape.hidden,
+            multiple_of=1,
+            dtype=self.dtype,  # type: ignore[arg-type]
+            no_bias=True,
+            checkpoint=self.recompute,
+            compile=compiled,
+        )
+
+    def batch(self) -> Batch:
+        """On the host, as the loader hands it out."""
+        pin = self.device.type == "cuda"
+        shape = (self.micro_num, self.tokens)
+        ids, labels = torch.randint(self.shape.vocab, (2, *shape), generator=torch.Generator().manual_seed(0))
+        positions = torch.cat([torch.arange(n) for n in self.lengths]).repeat(self.micro_num, 1)
+        bounds = torch.tensor((0, *self.lengths)).cumsum(0).int().repeat(self.micro_num, 1)
+        rows = (ids, labels, positions, torch.zeros_like(ids), bounds)
+        return Batch(*(row.pin_memory() if pin else row for row in rows), max_seqlen=max(self.lengths))
+
+    def bytes(self) -> int:
+        """By arithmetic, in 16 bits."""
+        shape = self.shape
+        sizes = Sizes(
+            shape.layers, shape.hidden, shape.heads, shape.mlp, shape.vocab, self.tokens, chunk_of(shape.vocab, True)
+        )
+        return bytes_in_16_bits(sizes, self.recompute)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Attributes:
+    seconds: of one step.
+    memory: bytes, 0 where nobody counts them.
+    """
+
+    seconds: float
+    memory: int
+
+
+def measure(case: Case, steps: int, compiled: bool) -> Measured:
+    config = Config(model=case.model(compiled))
+    grid = Grid()
+    stages = build_stages(config, grid, MODES["mtp"], case.device)
+    stages.initialize(1, grid)
+    optimizer = ZeroOptimizer(
+        stages.parameters().items(), config.adam, config.hybrid_zero_optimizer, grid, stages.module
+    )
+    optimizer.refresh_masters()
+    scaler, batch, on_cuda = (
+        LossScaler(config.grad_scaler, config.model.dtype),
+        case.batch(),
+        case.device.type == "cuda",
+    )
+    seconds = []
+    for step in range(-2, steps):  # two to warm up: compilation, the allocator
+        if step == 0 and on_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        output = train_step(stages.schedule, optimizer, scaler, batch, grid, LossConfig(), ["en"], 1e-4, 0.95)
+        if step >= 0:
+            seconds.append(time.perf_counter() - start)
+        assert output.update.found == "ok"
+    return Measured(statistics.median(seconds), torch.cuda.max_memory_allocated() if on_cuda else 0)
+
+
+def product_rate(device: torch.device, dtype: torch.dtype, repeats: int = 10) -> float:
+    """Best FLOP/s of a matrix product over a few shapes."""
+    best, shapes = 0.0, ((8192, 8192, 8192), (4096, 4096, 11008), (8192, 2048, 5504))
+    for m, k, n in shapes if device.type == "cuda" else ((1024, 1024, 1024), (1024, 256, 704)):
+        a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype)
+        for _ in range(3):
+            torch.mm(a, b)
+        _synchronize(device)
+        start = time.perf_counter()
+        for _ in range(repeats):
+            torch.mm(a, b)
+        _synchronize(device)
+        best = max(best, repeats * 2 * m * k * n / (time.perf_counter() - start))
+    return best
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def row(case: Case, found: Measured, rate: float) -> str:
+    shape, exact = case.shape, case.micro_num * model_flops(case.shape, case.lengths) / found.seconds
+    formula = model_tflops(
+        seconds=found.seconds,
+        sequences=case.micro_num,
+        seq_len=case.tokens,
+        hidden_size=shape.hidden,
+        num_layers=shape.layers,
+        vocab_size=shape.vocab,
+        mlp_ratio=shape.mlp / shape.hidden,
+        recompute=case.recompute > 0,
+        world_size=1,
+    )
+    memory = f"{found.memory / 2**30:.1f} ({case.bytes() / 2**30:.1f})" if found.memory else "not counted"
+    cells = (
+        case.name,
+        case.tokens,
+        len(case.lengths),
+        f"{case.recompute:g}",
+        f"{case.micro_num * case.tokens / found.seconds:.0f}",
+    )
+    return _line(*cells, f"{formula:.3g}", f"{exact / 1e12:.3g}", f"{exact / rate:.2f}", memory)
+
+
+def _line(*cells: object) -> str:
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def cases(args: argparse.Namespace, device: torch.device) -> Iterator[Case]:
+    names, tokens = ON_CUDA if device.type == "cuda" else ON_CPU
+    dtype = "bfloat16" if device.type == "cuda" else "float32"
+    for name in args.shape or names:
+        for count in args.tokens or tokens:
+            for recompute in args.recompute:
+                yield Case(name, count, args.micro_num, recompute, args.packed, dtype, device)
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", nargs="+", choices=SHAPES)
+    parser.add_argument("--tokens", nargs="+", type=int, help="tokens in a pack")
+    parser.add_argument("--micro-num", type=int, default=4, help="micro-batches of a step")
+    parser.add_argument("--recompute", nargs="+", type=float, default=[0.0, 1.0], help="share of recomputed layers")
+    parser.add_argument("--packed", action="store_true", help="eight documents in a pack instead of one")
+    parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    parser.add_argument("--steps", type=int, default=10)
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = arguments()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    else:
+        keep_freed_memory()
+        print(f"NO CUDA HERE: {torch.get_num_threads()} CPU threads, torch {torch.__version__}, float32, small shapes")
+    compiled = device.type == "cuda" and not args.eager
+    chosen = list(cases(args, device))
+    dtype = getattr(torch, chosen[0].dtype)
+    rate = product_rate(device, dtype)
+    found: list[tuple[Case, Measured | None]] = []
+    for case in chosen:
+        try:
+            found.append((case, measure(case, args.steps, compiled)))
+        except torch.OutOfMemoryError:
+            found.append((case, None))
+        rate = max(rate, product_rate(device, dtype))
+        gc.collect()
+        if device.type == "cuda":
+            torch.compiler.reset()
+            torch.cuda.empty_cache()
+    print(f"best {chosen[0].dtype} product: {rate / 1e12:.3g} TFLOP/s; blocks {'compiled' if compiled else 'eager'}\n")
+    heads = ("shape", "tokens", "documents", "recompute", "tokens/s", "TFLOPS", "exact", "of product")
+    print(_line(*heads, "memory GiB (arithmetic)"))
+    print(_line(*["---"] * 9))
+    for case, result in found:
+        print(row(case, result, rate) if result else _line(case.name, case.tokens, "out of memory", *[""] * 6))
+
+
+if __name__ == "__main__":
+    main()
