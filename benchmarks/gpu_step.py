@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 import torch
 from _memory import Sizes, bytes_in_16_bits
-from train_step import Shape, model_flops
+from train_step import Shape, model_flops, product_rates
 
 from evomesh.config.schema import Config, LossConfig, ModelConfig
 from evomesh.data.batch import Batch
@@ -146,23 +146,20 @@ def measure(case: Case, steps: int, compiled: bool) -> Measured:
 
 def product_rate(device: torch.device, dtype: torch.dtype, repeats: int = 10) -> float:
     """Best FLOP/s of a matrix product over a few shapes."""
-    best, shapes = 0.0, ((8192, 8192, 8192), (4096, 4096, 11008), (8192, 2048, 5504))
-    for m, k, n in shapes if device.type == "cuda" else ((1024, 1024, 1024), (1024, 256, 704)):
+    if device.type == "cpu":
+        return max(product_rates())
+    best = 0.0
+    for m, k, n in ((8192, 8192, 8192), (4096, 4096, 11008), (8192, 2048, 5504)):
         a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype)
         for _ in range(3):
             torch.mm(a, b)
-        _synchronize(device)
+        torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(repeats):
             torch.mm(a, b)
-        _synchronize(device)
+        torch.cuda.synchronize()
         best = max(best, repeats * 2 * m * k * n / (time.perf_counter() - start))
     return best
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def row(case: Case, found: Measured, rate: float) -> str:

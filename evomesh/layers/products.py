@@ -49,12 +49,12 @@ def times_transposed(a: Tensor, b: Tensor, *, bias: Tensor | None = None, plus: 
 def by_one_dnn(a: Tensor, b: Tensor) -> bool:
     """Whether the product of these matrices goes to oneDNN. Compiled code makes its own choice of kernels."""
     return (
-        a.dtype == b.dtype == torch.float32
+        not torch.compiler.is_compiling()  # first: a compiler that looked at the rest would break its graph there
+        and a.dtype == b.dtype == torch.float32
         and a.is_cpu
         and a.dim() == 2
         and one_dnn_is_faster()
         and bool(torch.backends.mkldnn.enabled)
-        and not torch.compiler.is_compiling()
     )
 
 
