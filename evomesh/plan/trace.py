@@ -89,7 +89,7 @@ def trace(config: Config, world_size: int, rank: int = 0) -> Trace:
 def _built(config: Config, world_size: int, rank: int) -> Iterator[tuple[Grid, Stages, ZeroOptimizer]]:
     """The rank's grid, model and optimizer, in a world that is not there."""
     check_world(config, world_size)
-    with fake_world(world_size, rank), _weights_on_meta():
+    with fake_world(world_size, rank), weights_on_meta():
         grid = build_grid(config.parallel, world_size, rank)
         settings = config.model_copy(update={"model": config.model.model_copy(update={"compile": False})})
         stages = build_stages(settings, grid, MODES[config.parallel.tensor.mode], torch.device("meta"))
@@ -109,7 +109,7 @@ def _held(stages: Stages, optimizer: ZeroOptimizer) -> tuple[int, int, int, list
 
 
 @contextmanager
-def _weights_on_meta() -> Iterator[None]:
+def weights_on_meta() -> Iterator[None]:
     """Lets FSDP2 run on the meta device: with the CPU's streams, which are none, and without asking for values."""
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 

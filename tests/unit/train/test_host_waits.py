@@ -10,18 +10,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from evomesh.config.schema import Config, LossConfig, ModelConfig, ZeroConfig
+from evomesh.config.schema import Config, LossConfig, ModelConfig, ParallelConfig, ZeroConfig
 from evomesh.data.batch import IGNORE, Batch
 from evomesh.layers import attention, loss
 from evomesh.optim.scaler import LossScaler
 from evomesh.optim.zero import ZeroOptimizer
+from evomesh.parallel.build import build_grid
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import MODES
+from evomesh.pipeline.schedule import Pipeline
+from evomesh.plan.trace import fake_world, weights_on_meta
 from evomesh.train import step
 from evomesh.train.stages import build_stages
 from tests.support.host_reads import HostWaits, no_host_waits
 
 META = torch.device("meta")
+ALONE, ONE = Grid(), ParallelConfig()
 T, VOCAB = 48, 64
 SHAPE = dict(
     num_layers=2, hidden_size=32, num_attention_heads=4, num_kv_attention_heads=2, mlp_ratio=2.0, multiple_of=8
@@ -45,12 +49,22 @@ def host_batch(micro_num: int = 2) -> Batch:
 class Step:
     """One step of a model on the meta device, whose figures are read as zeros."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, dtype: str, clip: float = 1.0, **changes: Any) -> None:
-        config = Config(model=model_config(dtype, **changes))
-        self.stages = build_stages(config, Grid(), MODES["mtp"], META)
-        self.optimizer = ZeroOptimizer(
-            self.stages.parameters().items(), config.adam, ZeroConfig(clip_grad_norm=clip), Grid(), self.stages.module
-        )
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        dtype: str,
+        clip: float = 1.0,
+        grid: Grid = ALONE,
+        parallel: ParallelConfig = ONE,
+        zero: dict[str, Any] | None = None,
+        **changes: Any,
+    ) -> None:
+        config = Config(model=model_config(dtype, **changes), parallel=parallel)
+        self.grid = grid
+        self.stages = build_stages(config, grid, MODES[parallel.tensor.mode], META)
+        settings = ZeroConfig(clip_grad_norm=clip, **(zero or {}))
+        named = self.stages.parameters().items()
+        self.optimizer = ZeroOptimizer(named, config.adam, settings, grid, self.stages.module)
         self.scaler = LossScaler(config.grad_scaler, dtype)  # type: ignore[arg-type]
         self.read: list[tuple[int, ...]] = []
         monkeypatch.setattr(step, "on_host", self.on_host)
@@ -63,7 +77,7 @@ class Step:
     def __call__(self, reduction: str = "token") -> None:
         settings = LossConfig(reduction=reduction, label_smoothing=0.1)  # type: ignore[arg-type]
         step.train_step(
-            self.stages.schedule, self.optimizer, self.scaler, host_batch(), Grid(), settings, ["a", "b"], 1e-3, 0.95
+            self.stages.schedule, self.optimizer, self.scaler, host_batch(), self.grid, settings, ["a", "b"], 1e-3, 0.95
         )
 
 
@@ -99,6 +113,33 @@ class TestOfAStep:
         with no_host_waits():
             one()
         assert len(one.read) == 1
+
+    @pytest.mark.parametrize(
+        "layout",
+        [
+            {"zero1": {"size": 4}},
+            {"zero1": {"size": 2}, "tensor": {"size": 2, "mode": "mtp"}},
+            {"tensor": {"size": 2, "mode": "msp"}, "zero1": {"size": 2}},
+            {"tensor": {"size": 2, "mode": "fsp"}},
+            {"zero1": {"fsdp": True}},
+            {"tensor": {"size": 2, "mode": "isp"}, "weight": {"size": 2, "overlap": True}},
+            {"pipeline": {"size": 2}},
+        ],
+        ids=str,
+    )
+    def test_is_one_in_every_layout(self, monkeypatch: pytest.MonkeyPatch, layout: dict[str, Any]) -> None:
+        """In a world of four that is not there: its collectives return at once. Of a pipeline the last stage, without
+        torch's own schedule, which cannot agree about shapes there."""
+        monkeypatch.setattr(Pipeline, "train", Pipeline.rehearse)
+        parallel = ParallelConfig.model_validate(layout)
+        with fake_world(4, 3), weights_on_meta():
+            overlap = {"overlap_sync_grad": True, "overlap_sync_param": True}
+            grid = build_grid(parallel, 4, 3)
+            one = Step(monkeypatch, "bfloat16", grid=grid, parallel=parallel, zero=overlap)
+            with no_host_waits():
+                one()
+                one()
+        assert len(one.read) == 2
 
     @pytest.mark.parametrize("place", ["layer", "loss", "optimizer", "update"])
     def test_would_be_noticed(self, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
