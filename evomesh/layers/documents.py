@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen, for torch 2.11's compiler looks into those, and compiles for a number of bounds
 class Documents:
-    """Attributes:
+    """Never changed once made.
+
+    Attributes:
     position_ids: [T] int64, position of each token within its document.
     cu_seqlens: [K] int32, bounds 0 .. T, padded on the right by repeating T.
     max_seqlen: an upper bound of the document length, a Python int so that no kernel waits for the device.

@@ -16,7 +16,11 @@ from evomesh.layers.placement import Placement
 
 
 class _SwiGlu(torch.autograd.Function):
-    """y = silu(gate) up. Keeps its two inputs only and makes silu(gate) again in backward: a third less memory."""
+    """y = silu(gate) up. Keeps its two inputs only and makes silu(gate) again in backward: a third less memory.
+
+    Not for compiled blocks: the compiler chooses by itself what to keep, and torch 2.11's makes wrong gradients of a
+    function whose forward writes in place (pytorch issue 180642).
+    """
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -48,7 +52,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.swiglu:
-            hidden: Tensor = _SwiGlu.apply(*column_products(x, self.w1, self.w3))  # type: ignore[no-untyped-call]
+            gate, up = column_products(x, self.w1, self.w3)
+            compiled = torch.compiler.is_compiling()
+            hidden: Tensor = F.silu(gate) * up if compiled else _SwiGlu.apply(gate, up)  # type: ignore[no-untyped-call]
         else:
             hidden = F.gelu(self.w1(x), approximate="tanh")
         out: Tensor = self.w2(hidden)

@@ -19,7 +19,7 @@ from evomesh.parallel.spec import ShardSpec
 class _RmsNorm(torch.autograd.Function):
     """y = w n, n = x r, r = 1 / sqrt(mean(x^2) + eps);  dx = r (w g - n mean(w g n)),  dw = sum over T of g n.
 
-    For the CPU, where torch's own is made of many passes; it keeps x and r only.
+    For the CPU, where torch's own is made of many passes; it keeps x and r only. Not for compiled blocks: see _SwiGlu.
     """
 
     @staticmethod
@@ -60,7 +60,7 @@ class Norm(nn.Module):
         wide = promote(self.at.dtype)
         weight = self.weight.to(wide)
         out: Tensor
-        if self.bias is None and x.is_cuda:
+        if self.bias is None and (x.is_cuda or torch.compiler.is_compiling()):
             out = F.rms_norm(x.to(wide), (self.size,), weight, self.eps)
         elif self.bias is None:
             out = _RmsNorm.apply(x.to(wide), weight, self.eps)  # type: ignore[no-untyped-call]
