@@ -48,7 +48,7 @@ def main() -> None:
     model, config = restored.model, restored.config.model
     assert isinstance(model, Decoder)
     trained = config.max_position_embeddings
-    print(f"{restored.found.folder}, trained at {trained} tokens")
+    print(f"{restored.source}, trained at {trained} tokens")
     for length in args.lengths:
         parts = windows(args.data, config.vocab_size, length, max(args.tokens // length, 1))
         for dynamic in (False, True):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from evomesh.checkpoint import find
 from evomesh.checkpoint import format as fmt
 from evomesh.storage.base import Storage
+from evomesh.storage.urls import open_storage
 
 KINDS = {
     "evomesh": "an evomesh checkpoint",
@@ -35,3 +36,12 @@ def kind_of(storage: Storage, folder: str) -> str | None:
         if any(pattern.search(name) for name in names):
             return kind
     return None
+
+
+def kind_at(url: str) -> str | None:
+    """``kind_of`` for the documents' path forms: ``ROOT/49`` and ``ROOT/snapshot/1`` are of the kind of their root."""
+    storage, folder = open_storage(url)
+    kind = kind_of(storage, folder)
+    if kind is None and folder.rpartition("/")[2].isdigit():
+        kind = kind_of(storage, folder.rpartition("/")[0] or ".")
+    return kind

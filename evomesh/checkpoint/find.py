@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from evomesh.storage.base import Storage, join
 from evomesh.storage.urls import open_storage
 
 SNAPSHOTS = "snapshot"  # folder of the snapshots inside the save folder
+NAMED = 8  # steps or names in a message
+LOOKED = 32  # neighbours of a wrong path that are searched for steps; in a store, each costs two requests
 
 
 @dataclass(frozen=True)
@@ -203,10 +206,32 @@ def locate(url: str) -> Place:
 def _or_nothing(storage: Storage, near: str, choices: list[Candidate], url: str) -> Place:
     if choices:
         return Place(choices)
-    steps = [str(c.step) for c in everything(storage, near) if c.committed]
-    names = ", ".join(storage.list(near)[:8]) or "nothing"
-    there = f"steps {', '.join(steps[:10])}" if steps else names
-    return Place([], f"no checkpoint at {url!r}; {near} has {there}", "give an existing step or folder")
+    there = f"{near} has {_steps(storage, near)}" if _steps(storage, near) else _beside(storage, near, url)
+    return Place([], f"no checkpoint at {url!r}; {there}", "give an existing step or folder")
+
+
+def _steps(storage: Storage, folder: str) -> str:
+    """ "steps 40, 30, 20", newest first; "" where none is committed."""
+    steps = [str(c.step) for c in everything(storage, folder) if c.committed]
+    more = f" and {len(steps) - NAMED} older" if len(steps) > NAMED else ""
+    return f"steps {', '.join(steps[:NAMED])}{more}" if steps else ""
+
+
+def _beside(storage: Storage, near: str, url: str) -> str:
+    """What lies in the folder itself; else the neighbours that may have been meant: save folders and like names."""
+    path, names = open_storage(url)[1], storage.list(near)
+    if near == path:
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        return f"it holds {', '.join(names[:NAMED])}{more}, but no step folder"
+    own = path.rpartition("/")[2]
+    folders = [name.rstrip("/") for name in names if name.endswith("/") and name != f"{own}/"]
+    close = difflib.get_close_matches(own, folders, n=3)
+    looked = [*close, *(folder for folder in folders if folder not in close)][:LOOKED]
+    saves = {folder: _steps(storage, join(near, folder)) for folder in looked}
+    meant = [f"{folder} with {saves[folder]}" if saves[folder] else folder for folder in looked]
+    meant = [words for folder, words in zip(looked, meant, strict=True) if saves[folder] or folder in close][:3]
+    state = "the folder is empty" if f"{own}/" in names else f"{near} has no such folder"
+    return f"{state}; beside it: {'; '.join(meant)}" if meant else state
 
 
 def resolve(url: str, verify: Callable[[Candidate], Found], report: Callable[[str], None]) -> Found:

@@ -91,6 +91,13 @@ def cached_model(name: str) -> Path | None:
     return None
 
 
+def hub_model(url: str) -> str:
+    """Folder of the hub model that ``url`` names ("owner/model") in the local cache; "" when it names no such model."""
+    scheme, name = split_url(url)
+    cached = cached_model(name) if scheme == "local" and name.count("/") == 1 else None
+    return str(cached) if cached else ""
+
+
 def read_json(storage: Storage, folder: str, name: str) -> dict[str, Any]:
     """
     Raises:

@@ -40,15 +40,8 @@ def from_hf(source: str, target: str, dtype: str | None, compare: bool, report: 
         CheckpointError: not a folder of a known architecture, wrong tensors, no space; nothing is left then.
     """
     folder = open_folder(source)
-    record = folder.json("config.json")
-    model = read_config(record, join(folder.path, "config.json"), dtype)
-    naming = NAMINGS[record["model_type"]]
-    weights = dict(tensors(folder, naming, model, tied=bool(record.get("tie_word_embeddings"))))
-    config = Config(
-        model=model,
-        data=DataConfig(seq_len=model.max_position_embeddings, tokenizer_path=_tokenizer(folder, model, report)),
-        generation=_generation(folder, record),
-    )
+    config, weights = read_folder(folder, dtype, report)
+    model = config.model
     storage, root = open_storage(target)
     step = join(root, fmt.folder_name(0))
     if storage.exists(join(step, fmt.COMMIT)):
@@ -69,6 +62,26 @@ def from_hf(source: str, target: str, dtype: str | None, compare: bool, report: 
         raise
     report(f"wrote {step}: {model.model_type}, {model.dtype}, {readable(body['tensor_bytes'])}")
     return step
+
+
+def read_folder(folder: HfFolder, dtype: str | None, report: Callable[[str], None]) -> tuple[Config, dict[str, Stored]]:
+    """The config that describes a folder's model, tokenizer and generation ids, and its weights, none read yet.
+
+    Args:
+        dtype: of the parameters; None: the folder's.
+    Raises:
+        CheckpointError: not a folder of a known architecture, wrong tensors, or a tokenizer larger than the embedding.
+    """
+    record = folder.json("config.json")
+    model = read_config(record, join(folder.path, "config.json"), dtype)
+    naming = NAMINGS[record["model_type"]]
+    weights = dict(tensors(folder, naming, model, tied=bool(record.get("tie_word_embeddings"))))
+    config = Config(
+        model=model,
+        data=DataConfig(seq_len=model.max_position_embeddings, tokenizer_path=_tokenizer(folder, model, report)),
+        generation=_generation(folder, record),
+    )
+    return config, weights
 
 
 def _entries(model: ModelConfig) -> list[Entry]:

@@ -21,7 +21,7 @@ from evomesh.checkpoint.pickles import read_pickle
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 HALF = (torch.float16, torch.bfloat16)
-FIX = "take the weights alone: --weights-only"
+FIX = 'take the weights alone: --weights-only, or load_ckpt_info content=("model",)'
 State = dict[str, Tensor]
 
 

@@ -1,7 +1,7 @@
 """Readers of foreign weights, by ``ckpt_type``: a table that users add to.
 
 A loader takes the path from the config and the run's model section, and yields tensors under our global names, whole
-ones or such as read a part when asked; ``fill`` copies what this rank holds of each.
+ones or such as read a part when asked; ``fill`` copies what this rank holds of each, and refuses names of no parameter.
 
     from evomesh.checkpoint.loaders import checkpoint_loaders
 
@@ -13,17 +13,18 @@ ones or such as read a part when asked; ``fill`` copies what this rank holds of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from evomesh.checkpoint import internevo
+from evomesh.checkpoint import internevo, internevo_state
 from evomesh.checkpoint.boxes import Box, Ints
 from evomesh.checkpoint.format import CheckpointError
 from evomesh.checkpoint.hf_load import load_hf, load_llama
 from evomesh.checkpoint.plan import Local
+from evomesh.checkpoint.read import listed, several
 
 
 class Lazy(Protocol):
@@ -68,40 +69,72 @@ def load_internevo(path: str, config: dict[str, Any]) -> Iterator[tuple[str, Ten
     Raises:
         CheckpointError: files are missing or broken, or their shapes do not tell w2 from w3.
     """
-    section = internevo.model_section(path) or {}
-    known = {**config, **section}
+    return internevo.read_model(path, _heads(path, config))
+
+
+def load_internevo_state(
+    path: str, config: dict[str, Any], optimizer: bool, counters: bool
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What else InternEvo's folder holds: whole optimizer tensors under our names, and the state beside them.
+
+    Args:
+        config: the run's model section, as ``load_internevo`` takes it.
+        optimizer: read the optimizer's files.
+        counters: read counters, schedule and data position.
+    Raises:
+        CheckpointError: a wanted file is missing, or what it holds cannot be proved to mean what ours does.
+    """
+    tensors, state = internevo_state.read_optimizer(path, _heads(path, config)) if optimizer else ({}, {})
+    return tensors, state | (internevo_state.read_counters(path) if counters else {})
+
+
+def _heads(path: str, config: dict[str, Any]) -> internevo.Heads:
+    known = {**config, **(internevo.model_section(path) or {})}
     heads = int(known["num_attention_heads"])
-    return internevo.read_model(path, internevo.Heads(heads, int(known.get("num_kv_attention_heads") or heads)))
+    return internevo.Heads(heads, int(known.get("num_kv_attention_heads") or heads))
 
 
 checkpoint_loaders = LoaderTable({"internevo": load_internevo, "hf": load_hf, "hf_llama": load_hf, "llama": load_llama})
 
 
-def fill(local: Mapping[str, Local], source: Iterator[tuple[str, Tensor | Lazy]], where: str) -> None:
+def fill(
+    local: Mapping[str, Local],
+    source: Iterable[tuple[str, Tensor | Lazy]],
+    where: str,
+    elsewhere: Collection[str] = (),
+) -> None:
     """Copies the parts this rank holds, casting to their dtype; of lazy tensors it reads no more.
 
+    Args:
+        elsewhere: names that other ranks hold, a pipeline's other stages; this rank leaves them alone.
     Raises:
-        CheckpointError: a wanted tensor did not come, one came that nobody wants, or a shape differs.
+        CheckpointError: wanted tensors did not come, some came that no rank wants, or shapes differ; all are named.
     """
-    missing = set(local)
+    missing, unknown, differing = set(local), [], []
     for name, tensor in source:
         wanted = local.get(name)
         if wanted is None:
+            unknown += [] if name in elsewhere else [name]
             continue
-        if tuple(tensor.shape) != wanted.shape:
-            raise CheckpointError(
-                f"{name}: the checkpoint has {list(tensor.shape)}, the model wants {list(wanted.shape)}", where=where
-            )
         missing.discard(name)
-        whole = Box((0,) * len(wanted.shape), wanted.shape)
-        with torch.no_grad():
-            for part in wanted.parts:
-                if isinstance(tensor, Tensor):
-                    part.tensor.copy_(tensor[part.box.within(whole)])
-                else:
-                    part.tensor.copy_(tensor.read(part.box))
+        if tuple(tensor.shape) != wanted.shape:
+            differing.append(f"{name}: the checkpoint has {list(tensor.shape)}, the model wants {list(wanted.shape)}")
+        elif not differing:
+            _copy(wanted, tensor)
+    if differing:
+        raise CheckpointError(several(differing), where=where)
     if missing:
-        first = sorted(missing)
+        raise CheckpointError(f"the checkpoint has no {listed(sorted(missing))}", where=where)
+    if unknown:
         raise CheckpointError(
-            f"the checkpoint has no {', '.join(map(repr, first[:4]))} ({len(first)} names)", where=where
+            f"the checkpoint holds {listed(sorted(unknown))} that this run has no place for",
+            where=where,
+            fix="use the model section of the run that wrote it",
         )
+
+
+def _copy(wanted: Local, tensor: Tensor | Lazy) -> None:
+    whole = Box((0,) * len(wanted.shape), wanted.shape)
+    with torch.no_grad():
+        for part in wanted.parts:
+            part.tensor.copy_(tensor[part.box.within(whole)] if isinstance(tensor, Tensor) else tensor.read(part.box))

@@ -17,6 +17,8 @@ from evomesh.checkpoint.plan import Local
 from evomesh.checkpoint.write import as_bytes
 from evomesh.storage.base import Reader, join
 
+SHOWN = 8  # differing tensors in a message
+
 
 @dataclass(frozen=True)
 class Job:
@@ -31,31 +33,43 @@ def match(records: Mapping[str, TensorRecord], local: Mapping[str, Local], cast:
     """Checks that every wanted tensor is there, with its shape and dtype.
 
     Raises:
-        CheckpointError: naming the missing tensors, or the first that differs with both shapes.
+        CheckpointError: naming the missing tensors, or those that differ with both shapes.
     """
     missing = [name for name in local if name not in records]
     if missing:
         near = difflib.get_close_matches(missing[0], records, n=1, cutoff=0.7)
         hint = f"; the closest name there is {near[0]!r}" if near else ""
         raise CheckpointError(
-            f"the checkpoint has no {_names(missing)}{hint}",
+            f"the checkpoint has no {listed(missing)}{hint}",
             where=where,
             expected="the tensors of this model",
             fix="use the model section of the run that wrote it, or leave that content out",
         )
-    for name, wanted in local.items():
-        record = records[name]
-        if record.shape != wanted.shape or (record.dtype != wanted.dtype and not cast):
-            wants = f"{wanted.dtype}[{','.join(map(str, wanted.shape))}]"
-            raise CheckpointError(
-                f"{name}: checkpoint has {record.described}, the model wants {wants}",
-                where=where,
-                expected="the same model shape and dtype as in the run that wrote it",
-                fix="compare the model section with the one stored in the checkpoint: evomesh ckpt ls",
-            )
+    differing = [
+        f"{name}: checkpoint has {record.described}, the model wants {wanted.dtype}[{','.join(map(str, wanted.shape))}]"
+        for name, wanted in local.items()
+        for record in [records[name]]
+        if record.shape != wanted.shape or (record.dtype != wanted.dtype and not cast)
+    ]
+    if differing:
+        raise CheckpointError(
+            several(differing),
+            where=where,
+            expected="the same model shape and dtype as in the run that wrote it",
+            fix="compare the model section with the one stored in the checkpoint: evomesh ckpt ls",
+        )
 
 
-def _names(names: list[str]) -> str:
+def several(problems: list[str]) -> str:
+    """The first few problems, a line each, and how many there are."""
+    if len(problems) == 1:
+        return problems[0]
+    more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    return f"{len(problems)} tensors differ:\n  " + "\n  ".join(problems[:SHOWN]) + more
+
+
+def listed(names: list[str]) -> str:
+    """The first few names, and how many there are."""
     shown = ", ".join(repr(name) for name in names[:4])
     return f"{shown}{', ...' if len(names) > 4 else ''} ({len(names)} name{'s' if len(names) > 1 else ''})"
 
@@ -65,7 +79,7 @@ def refuse_unwanted(records: Mapping[str, TensorRecord], wanted: Iterable[str], 
     extra = sorted(set(records) - set(wanted))
     if extra:
         raise CheckpointError(
-            f"the checkpoint holds {_names(extra)} that this run has no place for",
+            f"the checkpoint holds {listed(extra)} that this run has no place for",
             where=where,
             expected="a model and optimizer of the same layers",
             fix="load a part only (content), or use the model section of the run that wrote it",

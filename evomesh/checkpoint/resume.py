@@ -11,8 +11,8 @@ from torch import Tensor
 from evomesh.checkpoint import detect, find
 from evomesh.checkpoint.find import Found
 from evomesh.checkpoint.format import CheckpointError
-from evomesh.checkpoint.hf_folder import cached_model, local_folder
-from evomesh.checkpoint.loaders import checkpoint_loaders, fill
+from evomesh.checkpoint.hf_folder import hub_model, local_folder
+from evomesh.checkpoint.loaders import checkpoint_loaders, fill, load_internevo_state
 from evomesh.checkpoint.manager import CheckpointManager
 from evomesh.checkpoint.plan import describe
 from evomesh.checkpoint.retention import check
@@ -105,8 +105,8 @@ def _given(info: LoadConfig, manager: CheckpointManager) -> Start:
     named = ", ".join(part for part in CONTENTS if part in content)
     kind = info.ckpt_type.lower()
     loader = checkpoint_loaders.get(kind)
-    actual = _kind_at(info.path)
-    if kind in OURS and actual is None and (hub := _hub_model(info.path)):
+    actual = detect.kind_at(info.path)
+    if kind in OURS and actual is None and (hub := hub_model(info.path)):
         return _given(info.model_copy(update={"path": hub, "ckpt_type": "hf"}), manager)
     if kind in OURS and actual in (None, "evomesh"):
         if actual is None:
@@ -128,28 +128,12 @@ def _given(info: LoadConfig, manager: CheckpointManager) -> Start:
             expected=f"one of {', '.join(sorted({*OURS, *checkpoint_loaders.names()}))}",
             fix="register one of your own: evomesh.checkpoint.loaders.checkpoint_loaders.register",
         )
-    if content != {"model"}:
+    if content != {"model"} and kind != "internevo":
         raise CheckpointError(
             f"of {info.path} ({kind}) only the model can be read, but content asks for {named}",
-            fix='content=("model",)'
-            + ("; for the rest: evomesh convert from-internevo" if kind == "internevo" else ""),
+            fix='content=("model",)',
         )
     return Start(f"loading {named} from {info.path} ({kind}, load_ckpt_info)", None, info.path, kind, content)
-
-
-def _kind_at(path: str) -> str | None:
-    storage, folder = open_storage(path)
-    kind = detect.kind_of(storage, folder)
-    if kind is None and folder.rpartition("/")[2].isdigit():  # ROOT/49, ROOT/snapshot/1
-        kind = detect.kind_of(storage, folder.rpartition("/")[0] or ".")
-    return kind
-
-
-def _hub_model(path: str) -> str:
-    """Folder of the hub model that ``path`` names in the local Hugging Face cache; "" when it names no such model."""
-    scheme, name = split_url(path)
-    cached = cached_model(name) if scheme == "local" and name.count("/") == 1 else None
-    return str(cached) if cached else ""
 
 
 def _absent(info: LoadConfig, manager: CheckpointManager) -> None:
@@ -202,13 +186,31 @@ def restore(
         if chosen:
             return manager.load(start.found, chosen, strict=len(chosen) == len(tensors))
         return start.found.state
-    if start.path:
-        loader = checkpoint_loaders.get(start.ckpt_type)
-        assert loader is not None
-        parameters = {name: t for name, t in tensors.items() if not name.startswith(OPTIMIZER)}
-        local = describe(parameters, manager.grid)
-        fill(local, loader(start.path, dict(model or {})), start.path)
-    return {}
+    return _foreign(start, manager, tensors, dict(model or {})) if start.path else {}
+
+
+def _foreign(
+    start: Start, manager: CheckpointManager, tensors: Mapping[str, Tensor], model: dict[str, Any]
+) -> dict[str, Any]:
+    loader = checkpoint_loaders.get(start.ckpt_type)
+    assert loader is not None
+    local = describe({name: t for name, t in tensors.items() if _chosen(name, start.content)}, manager.grid)
+    names = manager.exchange.broadcast(manager.exchange.gather(list(local)))
+    everywhere = set().union(*names)
+    if start.wants("model"):
+        own = {name: wanted for name, wanted in local.items() if not name.startswith(OPTIMIZER)}
+        fill(own, loader(start.path, model), start.path, everywhere)
+    if start.content == {"model"}:
+        return {}
+    optimizer, state = load_internevo_state(
+        start.path, model, start.wants("optimizer"), start.wants("scheduler") or start.wants("sampler")
+    )
+    if start.wants("optimizer"):
+        # Of the masters, those of a run without the model part are made again from its own weights.
+        wanted = {name: t for name, t in optimizer.items() if _chosen(name, start.content)}
+        own = {name: place for name, place in local.items() if name.startswith(OPTIMIZER)}
+        fill(own, wanted.items(), start.path, everywhere)
+    return state
 
 
 def _chosen(name: str, content: frozenset[str]) -> bool:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from evomesh.errors import UserError
 
+if TYPE_CHECKING:
+    from evomesh.evaluate.native import NativeModel
+
 
 def evaluate(
-    ckpt: Annotated[str, typer.Argument(help="Save folder, step in it, or step folder; local or s3.")],
+    ckpt: Annotated[str, typer.Argument(help="Save folder, step in it, or Hugging Face model folder; local or s3.")],
     tasks: Annotated[str, typer.Option(help="Task files (.yaml) or names of the harness's tasks, with commas.")],
     tokenizer: Annotated[
         str | None, typer.Option(help="tokenizer.json, .model or their folder [default: data.tokenizer_path].")
@@ -23,6 +26,12 @@ def evaluate(
         int | None, typer.Option(min=2, help="Most tokens read at once [default: as trained].")
     ] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens in one run of the model.")] = 8192,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Ask as a user of the tokenizer's own chat template.")
+    ] = False,
+    system_instruction: Annotated[
+        str | None, typer.Option(help="Text before all; with the template, its system turn.")
+    ] = None,
     output: Annotated[str | None, typer.Option(help="File for all results, as JSON.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ... [default: cuda where there is one].")] = "",
     config: Annotated[
@@ -34,15 +43,10 @@ def evaluate(
         raise UserError("lm-evaluation-harness is not installed", fix="pip install 'evomesh[eval]'")
     if output is not None and not Path(output).expanduser().absolute().parent.is_dir():
         raise UserError(f"no folder for {output}", where="--output")
-    from evomesh.checkpoint.hf_config import rotary_of
-    from evomesh.checkpoint.hf_tokenizer import refuse_larger, special_ids
     from evomesh.cli.device import choose_device
     from evomesh.config.loader import load_config
-    from evomesh.data.tokenizer import load_tokenizer
-    from evomesh.evaluate.native import NativeModel
     from evomesh.evaluate.run import evaluate as run
     from evomesh.evaluate.run import find_tasks, table, write
-    from evomesh.train.restore import restore_model
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
@@ -51,13 +55,42 @@ def evaluate(
     chosen = choose_device(device)
     if config is not None:
         load_config(config)
-    restored = restore_model(ckpt, chosen)
+    source, model = _native(ckpt, chosen, tokenizer, max_length, batch_tokens, apply_chat_template)
+    results = run(
+        model,
+        names,
+        manager,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        chat=apply_chat_template,
+        system=system_instruction,
+    )
+    print(source)
+    print(table(results))
+    if output is not None:
+        write(results, output)
+
+
+def _native(
+    ckpt: str, device: str, tokenizer: str | None, max_length: int | None, batch_tokens: int, chat: bool
+) -> tuple[str, NativeModel]:
+    """Where the model comes from, in words, and the model as the harness sees it."""
+    from evomesh.checkpoint.hf_config import rotary_of
+    from evomesh.checkpoint.hf_tokenizer import refuse_larger, special_ids
+    from evomesh.data.chat import JinjaTemplate
+    from evomesh.data.tokenizer import load_tokenizer
+    from evomesh.evaluate.native import NativeModel
+    from evomesh.train.restore import restore_model
+
+    restored = restore_model(ckpt, device)
     path = tokenizer or restored.config.data.tokenizer_path
     if path is None:
         raise UserError("the checkpoint's config names no tokenizer", where=ckpt, fix="give one with --tokenizer PATH")
     text = load_tokenizer(path)
     vocab_size = restored.config.model.vocab_size
     refuse_larger(text, vocab_size)
+    if chat:
+        JinjaTemplate(text)  # says what is wrong with it before hours of work
     model = NativeModel(
         restored.model,
         text,
@@ -65,8 +98,4 @@ def evaluate(
         max_length=max_length or rotary_of(restored.config).max_position,
         batch_tokens=batch_tokens,
     )
-    results = run(model, names, manager, num_fewshot=num_fewshot, limit=limit)
-    print(f"step {restored.found.step} of {ckpt}")
-    print(table(results))
-    if output is not None:
-        write(results, output)
+    return restored.source, model

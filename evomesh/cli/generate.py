@@ -24,7 +24,7 @@ def generate(
         str | None, typer.Argument(metavar="CONFIG", help="A config whose generation section says what to do.")
     ] = None,
     ckpt: Annotated[
-        str | None, typer.Option(help="Checkpoint folder: a save folder (its newest) or one step in it.")
+        str | None, typer.Option(help="A save folder (its newest), one step in it, or a Hugging Face model folder.")
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="Text to go on from.")] = None,
     tokenizer: Annotated[
@@ -129,14 +129,12 @@ def shim_main() -> None:
 
 
 def _restore(ckpt: str, device: str, config: str | None, dynamic_ntk: bool | None) -> Restored:
-    import torch
-
+    from evomesh.cli.device import choose_device
     from evomesh.config.loader import load_config
     from evomesh.models.decoder import Decoder
     from evomesh.train.restore import restore_model
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_device(device)
+    device = choose_device(device)
     if config is not None:
         load_config(config)
     restored = restore_model(ckpt, device)
@@ -205,13 +203,3 @@ def _prompt_ids(text: Tokenizer, prompt: str, vocab_size: int) -> list[int]:
             expected="the tokenizer the model was trained with",
         )
     return ids
-
-
-def check_device(device: str) -> None:
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has one for each way to lack a device
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{device!r} cannot be used: {reason}", where="--device", expected="cpu or cuda") from None

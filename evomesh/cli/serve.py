@@ -13,7 +13,7 @@ from evomesh.errors import UserError
 if TYPE_CHECKING:
     from evomesh.serve.load import Choices
 
-Ckpt = Annotated[str, typer.Option(help="Checkpoint folder: a save folder (its newest) or one step in it.")]
+Ckpt = Annotated[str, typer.Option(help="A save folder (its newest), one step in it, or a Hugging Face model folder.")]
 TokenizerPath = Annotated[
     str | None, typer.Option("--tokenizer", help="tokenizer.json, .model or their folder [default: the config's].")
 ]
@@ -98,9 +98,7 @@ def _run(
     page: bool,
     browser: bool = False,
 ) -> None:
-    import torch
-
-    from evomesh.cli.generate import check_device
+    from evomesh.cli.device import choose_device
     from evomesh.config.loader import load_config
     from evomesh.serve.load import LOOPBACK, bind, load_service, read_key, run
 
@@ -114,8 +112,7 @@ def _run(
         if error.name is None or error.name.startswith("evomesh"):
             raise
         raise UserError(f"{error.name} is not installed", fix="pip install 'evomesh[serve]'") from None
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_device(device)
+    device = choose_device(device)
     listening = bind(host, port)
     if config is not None:
         load_config(config)

@@ -274,6 +274,19 @@ class JinjaTemplate:
         except (TemplateError, TypeError, ValueError) as error:  # a template may do anything with what it is given
             raise UserError(f"the chat template refuses the conversation: {error}") from None
 
+    def text(self, turns: Sequence[dict[str, str]], *, prompt: bool) -> str:
+        """Turns of role and content as the template writes them.
+
+        Args:
+            prompt: up to where the assistant is to speak; else up to the end of the last turn's content, to go on
+                from it.
+        """
+        text = self._render([Message(turn["role"], turn["content"], False) for turn in turns], "", prompt)
+        if prompt or not turns:
+            return text
+        last = turns[-1]["content"].strip()
+        return text[: text.rindex(last) + len(last)]
+
     @property
     def stops(self) -> tuple[int, ...]:
         pieces = {piece for style in STYLES.values() for piece in style.turns["assistant"].closing}

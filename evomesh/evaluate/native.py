@@ -19,6 +19,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 
+from evomesh.data.chat import JinjaTemplate
 from evomesh.data.tokenizer import Tokenizer
 from evomesh.errors import UserError
 from evomesh.generate.engine import Engine
@@ -73,6 +74,22 @@ class NativeModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
     @property
     def prefix_token_id(self) -> int:
         return self.eot_token_id if self.text.bos_id is None else self.text.bos_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.text.path)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The text of the template; there is one at most, so names of several mean nothing."""
+        return self.text.chat_template if chat_template else None
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Turns as the tokenizer's own template writes them; without the generation prompt the last one stays open.
+
+        Raises:
+            UserError: the tokenizer has no template, or the template refuses the turns.
+        """
+        return JinjaTemplate(self.text).text(chat_history, prompt=add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
         """Ids, with the tokenizer's own bos in front unless the text brings it or it is told not to."""

@@ -37,12 +37,16 @@ def evaluate(
     *,
     num_fewshot: int | None = None,
     limit: int | None = None,
+    chat: bool = False,
+    system: str | None = None,
 ) -> dict[str, Any]:
     """The harness's results of the tasks.
 
     Args:
         num_fewshot: examples before each question; None: as the task says.
         limit: only so many questions of each task.
+        chat: write questions, and examples as earlier turns, with the tokenizer's chat template.
+        system: what stands before them: the system turn of a chat.
     Raises:
         UserError: the data of a task cannot be had.
     """
@@ -54,6 +58,9 @@ def evaluate(
             limit=limit,
             task_manager=manager,
             log_samples=False,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+            system_instruction=system,
         )
     except (FileNotFoundError, ConnectionError) as error:
         raise UserError(

@@ -70,7 +70,7 @@ def load_service(ckpt: str, device: str, choices: Choices) -> Service:
     context = choices.context or trained * (4 if choices.roomy or rotary == "dynamic" else 1)
     model = Model(
         name=choices.name or config.run.job_name,
-        fingerprint=f"{restored.found.step}-{restored.found.attempt[:12]}",
+        fingerprint=restored.fingerprint,
         created=int(time.time()),
         tokenizer=tokenizer,
         template=template,

@@ -49,6 +49,21 @@ metric_list: [{metric: exact_match}]
 """
 
 
+LIKELY = """
+task: said
+output_type: loglikelihood
+doc_to_text: "{{question}}"
+doc_to_target: " the cat"
+num_fewshot: 2
+fewshot_split: test
+metric_list: [{metric: perplexity}]
+"""
+CHAT = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}[me]{% endif %}"
+)
+
+
 def questions() -> list[dict[str, Any]]:
     animals = ["cat", "dog", "cow", "mat", "naïve café", "春眠不觉晓"]
     return [
@@ -70,14 +85,17 @@ def place(tmp_path: Path) -> Path:
     size = make_tokenizer(place / "tok")
     config = model_config("INTERNLM", "float32", vocab_size=size, max_position_embeddings=48)
     _, found = save_model(place / "c", config, str(place / "tok"), GenerationConfig(eos_id=(2,), bos_id=1))
+    (place / "tok/chat_template.jinja").write_text(CHAT)
+    (place / "plain").mkdir()
+    (place / "plain/tokenizer.json").write_text((place / "tok/tokenizer.json").read_text())
     export(found, place / "hf", ExportOptions(compare=False), lambda line: None)
-    for name, text in (("choice", CHOICE), ("rolling", ROLLING), ("generate", GENERATE % " s")):
+    for name, text in (("choice", CHOICE), ("rolling", ROLLING), ("generate", GENERATE % " s"), ("likely", LIKELY)):
         (place / f"{name}.yaml").write_text(text + COMMON)
     (place / "questions.jsonl").write_text("\n".join(map(json.dumps, questions())))
     return place
 
 
-def hf_results(place: Path, tasks: list[str]) -> dict[str, Any]:
+def hf_results(place: Path, tasks: list[str], **how: Any) -> dict[str, Any]:
     from lm_eval.evaluator import simple_evaluate
 
     results: dict[str, Any] | None = simple_evaluate(
@@ -86,23 +104,43 @@ def hf_results(place: Path, tasks: list[str]) -> dict[str, Any]:
         tasks=tasks,
         device="cpu",
         batch_size=5,
+        **how,
     )
     assert results is not None
     return results
 
 
-def test_scores_are_those_of_the_exported_folder(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
-    files = ["choice.yaml", "rolling.yaml", "generate.yaml"]
-    said = run("-m", "evomesh", "eval", "c", "--tasks", ",".join(files), "--output", "out.json", cwd=place)
-    assert "|animals|" in said and "word_perplexity" in said
-    ours = json.loads((place / "out.json").read_text())
-    theirs = hf_results(place, files)
-    for task in ("animals", "texts", "answers"):
+FILES = ["choice.yaml", "rolling.yaml", "generate.yaml"]
+CHATS = ["choice.yaml", "likely.yaml", "generate.yaml"]
+
+
+def same_scores(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    assert len(theirs["results"]) == 3
+    for task in theirs["results"]:
         scores = {key: value for key, value in theirs["results"][task].items() if isinstance(value, float)}
         assert scores
         for key, value in scores.items():
             assert ours["results"][task][key] == pytest.approx(value, rel=1e-5), (task, key)
+
+
+def test_scores_are_those_of_the_exported_folder(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    said = run("-m", "evomesh", "eval", "c", "--tasks", ",".join(FILES), "--output", "out.json", cwd=place)
+    assert said.count("step 7 of c") == 1 and "|animals|" in said and "word_perplexity" in said
+    same_scores(json.loads((place / "out.json").read_text()), hf_results(place, FILES))
+
+
+def test_scores_of_a_folder_with_its_chat_template(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    command = ["-m", "evomesh", "eval", "hf", "--tasks", ",".join(CHATS), "--apply-chat-template"]
+    run(*command, "--system-instruction", "be short", "--output", "out.json", cwd=place)
+    chat = {"apply_chat_template": True, "fewshot_as_multiturn": True, "system_instruction": "be short"}
+    theirs = hf_results(place, CHATS, **chat)
+    same_scores(json.loads((place / "out.json").read_text()), theirs)
+    (before,) = hf_results(place, ["likely.yaml"])["results"].values()
+    assert before["perplexity,none"] != pytest.approx(theirs["results"]["said"]["perplexity,none"], rel=1e-3)
+    said = run(*command, "--tokenizer", "plain", cwd=place, code=2)
+    assert "no chat template" in said and "Traceback" not in said
 
 
 def test_tasks_that_are_not_there(place: Path) -> None:

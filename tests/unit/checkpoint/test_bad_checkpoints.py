@@ -80,8 +80,17 @@ def test_forms_of_paths(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_missing_and_empty_folders_say_what_lies_beside(root: Path) -> None:
     assert "steps 4" in resolve(root / "5")
     (root.parent / "empty").mkdir()
-    assert "ckpts/, empty/" in resolve(root.parent / "empty")
-    assert "ckpts/" in resolve(root.parent / "elsewhere")
+    (root.parent / "notes").mkdir()
+    (root.parent / "ckpts.txt").write_text("")
+    assert "the folder is empty; beside it: ckpts with steps 4\n" in resolve(root.parent / "empty")
+    assert "has no such folder; beside it: ckpts with steps 4\n" in resolve(root.parent / "elsewhere")
+    assert "beside it: notes; ckpts with steps 4\n" in resolve(root.parent / "note")
+    assert "has no such folder\n" in resolve(root / "step-00000004" / "49")
+    for number in range(12):
+        (root.parent / "notes" / f"page{number:02}").write_text("")
+    assert "it holds page00, page01, page02, page03, page04, page05, page06, page07 and 4 more, but" in resolve(
+        root.parent / "notes"
+    )
 
 
 def test_only_interrupted_saves(root: Path) -> None:

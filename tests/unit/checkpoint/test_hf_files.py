@@ -68,7 +68,7 @@ def test_a_rank_reads_the_bytes_it_holds(arch: Any, interleaved: bool, tmp_path:
         local = build_model(config, grid=grid, layer_range=layers)
         parts = describe(dict(local.named_parameters()), grid)
         read.clear()
-        fill(parts, load_hf(folder, config.model_dump()), folder)
+        fill(parts, load_hf(folder, config.model_dump()), folder, elsewhere=truth)
         held = sum(part.tensor.nbytes for tensor in parts.values() for part in tensor.parts)
         assert held <= sum(read) <= held + besides
         for name, tensor in parts.items():

@@ -136,21 +136,47 @@ def write_tokens(tmp_path: Path) -> Path:
     return write_folder(tmp_path / "data")
 
 
-def test_converted_and_trained_on(tmp_path: Path, interpreter: Interpreter) -> None:
+CONFIG = """
+model_type = "LLAMA2"
+model = dict(num_layers=5, hidden_size=8, vocab_size=20, num_attention_heads=4, num_kv_attention_heads=2,
+    mlp_ratio=1.5, multiple_of=4, no_bias=True, dtype="torch.bfloat16")
+data = dict(seq_len=8, micro_num=4, seed=7, total_steps=12, train_folder=None)
+ckpt = dict(save_ckpt_folder="local:out", checkpoint_every=100)
+enable_tb = False
+"""
+
+
+def train(place: Path, interpreter: Interpreter, name: str, *sets: str) -> list[dict[str, Any]]:
+    """The run's records of its steps."""
+    arguments = [word for text in sets for word in ("--set", text)]
+    run = interpreter.run(["evomesh", "train", "config.py", "--run-dir", name, *arguments], cwd=place)
+    assert run.returncode == 0, run.stderr
+    return [row for row in metrics(place / name) if "loss" in row]
+
+
+def test_trained_on_after_conversion_and_without(tmp_path: Path, interpreter: Interpreter) -> None:
     """The whole way on the command line: optimizer, counters and position arrive in a run that goes on."""
     make_training(tmp_path, "LLAMA2", 2, 1, 2, torch.bfloat16)
-    (tmp_path / "config.py").write_text(
-        'model_type = "LLAMA2"\n'
-        "model = dict(num_layers=5, hidden_size=8, vocab_size=20, num_attention_heads=4, num_kv_attention_heads=2,\n"
-        '    mlp_ratio=1.5, multiple_of=4, no_bias=True, dtype="torch.bfloat16")\n'
-        "data = dict(seq_len=8, micro_num=4, seed=7, total_steps=12, train_folder=None)\n"
-        'ckpt = dict(save_ckpt_folder="local:out", checkpoint_every=100)\nenable_tb = False\n'
-    )
+    (tmp_path / "config.py").write_text(CONFIG)
     made = interpreter.run(["evomesh", "convert", "from-internevo", "9", "out", "--config", "config.py"], cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     assert "data position: step 10 of data.seed=7, 4 packs a step" in made.stdout
-    run = interpreter.run(["evomesh", "train", "config.py", "--run-dir", "run"], cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    rows = [row for row in metrics(tmp_path / "run") if "loss" in row]
+    rows = train(tmp_path, interpreter, "run")
     assert [row["step"] for row in rows] == [10, 11]
     assert rows[0]["num_consumed_tokens"] == 999 + 4 * 8
+
+    given = "ckpt.load_ckpt_info=dict(path='9', ckpt_type='internevo', content=(%s,))"
+    start = ["ckpt.auto_resume=False", "ckpt.save_ckpt_folder='direct'"]
+    direct = train(tmp_path, interpreter, "direct_run", *start, given % "'all'")
+    same = ("step", "loss", "grad_norm", "num_consumed_tokens")
+    assert [[row[key] for key in same] for row in direct] == [[row[key] for key in same] for row in rows]
+
+    start[1] = "ckpt.save_ckpt_folder='parts'"
+    sets = [*start, "data.total_steps=2"]
+    weights, both = (train(tmp_path, interpreter, part[1:8], *sets, given % part) for part in PARTS)
+    assert [row["step"] for row in weights + both] == [0, 1, 0, 1]
+    assert weights[0]["loss"] == both[0]["loss"]
+    assert weights[1]["loss"] != both[1]["loss"]  # an update with moments of nine others
+
+
+PARTS = ("'model'", "'model', 'optimizer'")

@@ -97,6 +97,13 @@ def test_names_and_shapes(tmp_path: Path) -> None:
     assert found is not None
     with pytest.raises(UserError, match=r"a\.weight: checkpoint has F32\[2,3\], the model wants F32\[2,4\]"):
         manager.load(found, {"a.weight": torch.zeros(2, 4), "b": torch.zeros(1)})
+    with pytest.raises(UserError) as caught:
+        manager.load(found, {"a.weight": torch.zeros(2, 4), "b": torch.zeros(7)})
+    assert str(caught.value).splitlines()[:3] == [
+        f"{found.folder}: 2 tensors differ:",
+        "  a.weight: checkpoint has F32[2,3], the model wants F32[2,4]",
+        "  b: checkpoint has F32[1], the model wants F32[7]",
+    ]
     with pytest.raises(UserError, match=r"wants BF16\[2,3\]"):
         manager.load(found, {"a.weight": torch.zeros(2, 3, dtype=torch.bfloat16)}, strict=False)
     with pytest.raises(UserError, match=r"no 'a\.wieght' \(1 name\); the closest name there is 'a\.weight'"):

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from evomesh.checkpoint.loaders import checkpoint_loaders
+from evomesh.checkpoint.loaders import checkpoint_loaders, fill
 from evomesh.checkpoint.manager import CheckpointManager
+from evomesh.checkpoint.plan import describe
 from evomesh.checkpoint.resume import decide, parse_content, restart_line, restore
 from evomesh.config.schema import CheckpointConfig, LoadConfig
 from evomesh.errors import UserError
+from evomesh.parallel.grid import Grid
 
 NAMES = ("w", "optim.exp_avg.w", "optim.exp_avg_sq.w", "optim.master.w")
 
@@ -112,6 +114,20 @@ def test_a_users_own_loader(tmp_path: Path) -> None:
     tensors = run(0)
     restore(start, manager, tensors)
     assert tensors["w"].tolist() == [1, 2, 3]
+
+
+def test_foreign_tensors_that_do_not_fit_are_all_named() -> None:
+    def refused(source: dict[str, torch.Tensor], elsewhere: tuple[str, ...] = ()) -> str:
+        with pytest.raises(UserError) as caught:
+            fill(describe({"a": torch.zeros(2), "b": torch.zeros(3, 1)}, Grid()), source.items(), "there", elsewhere)
+        return str(caught.value)
+
+    a, b = torch.ones(2), torch.ones(3, 1)
+    text = refused({"a": torch.ones(3), "b": torch.ones(3)})
+    assert "2 tensors differ" in text and "a: the checkpoint has [3], the model wants [2]" in text
+    assert "b: the checkpoint has [3], the model wants [3, 1]" in text
+    assert "has no 'a', 'b' (2 names)" in refused({})
+    assert "holds 'c' (1 name) that this run has no place for" in refused({"a": a, "b": b, "c": a, "d": a}, ("d",))
 
 
 def test_unknown_type_names_the_known_ones(tmp_path: Path) -> None:

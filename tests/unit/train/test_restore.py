@@ -1,0 +1,89 @@
+"""A model back from a checkpoint of ours and from the Hugging Face folder made of it: the same function."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from evomesh.checkpoint.hf_export import ExportOptions
+from evomesh.config.schema import GenerationConfig
+from evomesh.errors import UserError
+from evomesh.layers.documents import whole
+from evomesh.serve.load import Choices, load_service
+from evomesh.train.restore import Restored, restore_model
+from tests.support.serving import byte_tokenizer
+from tests.unit.checkpoint.hf_models import export, model_config, save_model
+
+IDS = torch.tensor([3, 7, 11, 20, 5])
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """``ckpts``, and ``hf``, the folder made of it, with a tokenizer of single bytes."""
+    byte_tokenizer(tmp_path / "tok")
+    config = model_config("INTERNLM2_PUBLIC", vocab_size=256, qk_interleaved=True, use_dynamic_ntk_rope=True)
+    settings = GenerationConfig(eos_id=(2, 9), bos_id=1)
+    _, found = save_model(tmp_path / "ckpts", config, str(tmp_path / "tok"), settings)
+    export(found, tmp_path / "hf", ExportOptions(compare=False), lambda line: None)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def logits(restored: Restored) -> torch.Tensor:
+    with torch.inference_mode():
+        return restored.model.logits(restored.model(IDS, whole(len(IDS))))
+
+
+def test_a_hugging_face_folder_is_the_same_model(place: Path) -> None:
+    ours, theirs = restore_model("ckpts"), restore_model("hf")
+    torch.testing.assert_close(logits(theirs), logits(ours), rtol=1e-11, atol=1e-12)
+    assert not theirs.model.training
+    assert theirs.config.model.use_dynamic_ntk_rope
+    assert ours.source == "step 7 of ckpts" and theirs.source == "hf"
+
+
+def test_a_model_of_the_hubs_cache(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = place / "hub/models--some--model"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs/main").write_text("abc")
+    (cache / "snapshots").mkdir()
+    (place / "hf").rename(cache / "snapshots/abc")
+    monkeypatch.setenv("HF_HUB_CACHE", str(place / "hub"))
+    assert torch.isfinite(logits(restore_model("some/model"))).all()
+
+
+def test_the_fingerprint_tells_weights_apart(place: Path) -> None:
+    before = restore_model("hf").fingerprint
+    assert restore_model("hf").fingerprint == before
+    file = place / "hf/model.safetensors"
+    data = bytearray(file.read_bytes())
+    record = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    start = 8 + int.from_bytes(data[:8], "little") + record["model.norm.weight"]["data_offsets"][0]
+    data[start] ^= 1  # the last bit of a float64
+    file.write_bytes(data)
+    assert restore_model("hf").fingerprint != before
+
+
+def test_the_service_of_a_folder(place: Path) -> None:
+    ours, theirs = (load_service(name, "cpu", Choices()).model for name in ("ckpts", "hf"))
+    assert theirs.name == "hf"
+    assert theirs.fingerprint.startswith("hf-")
+    for key in ("vocab_size", "trained_length", "rotary"):
+        assert getattr(theirs, key) == getattr(ours, key)
+    assert set(theirs.eos_ids) == set(ours.eos_ids) == {2, 9}
+    assert theirs.tokenizer.encode("ab") == ours.tokenizer.encode("ab")
+
+
+def test_other_folders_are_named(place: Path) -> None:
+    for name, words in (("model_tp0_pp0.pt", "an InternEvo checkpoint"), ("weights.pth", "pickled PyTorch files")):
+        folder = place / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_bytes(b"")
+        with pytest.raises(UserError, match=f"is {words}(.|\n)*evomesh convert"):
+            restore_model(str(folder))
+    (place / "hf/model.safetensors").unlink()
+    with pytest.raises(UserError, match="no checkpoint at 'hf'"):
+        restore_model("hf")
