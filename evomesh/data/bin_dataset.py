@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomesh.data.cache import open_cache
-from evomesh.data.lines import BadLine, Tokens, largest_id, parse_line, parse_plain
+from evomesh.data.lines import BadLine, Tokens, largest_id, parse_line, parse_ranges
 from evomesh.data.meta import read_meta, rebuild
 from evomesh.data.shared import digest, shared_array
 from evomesh.errors import UserError
@@ -92,7 +92,7 @@ class BinDataset:
         if min_length > 0 and len(self.rows) and int(self.lengths.min()) < min_length:
             self.kept, self.lengths = _keep(self.rows[:, 1], min_length, shared)
         self._last_long = last_long or LastLong()
-        self._mapped: mmap.mmap | None = None
+        self._mapped: memoryview | None = None
         self._cache = open_cache(self.path, int(self.rows[:, 1].sum(dtype=np.int64)))
         self._cache_starts: NDArray[np.int64] | None = None
         self._shared = shared
@@ -109,7 +109,7 @@ class BinDataset:
         """The raw line of a meta row, up to where the next row starts."""
         start = int(self.rows[row, 0])
         end = int(self.rows[row + 1, 0]) if row + 1 < len(self.rows) else self.size
-        return self._map()[start:end]
+        return bytes(self._map()[start:end])
 
     def read(self, documents: NDArray[np.integer]) -> Tokens:
         """Tokens of the named kept documents, one after the other; negative ids are inputs that are no targets.
@@ -157,18 +157,11 @@ class BinDataset:
         return tokens
 
     def _parse(self, rows: NDArray[np.integer]) -> Tokens:
-        found = self.rows[rows]
-        ends = self.rows[np.minimum(rows + 1, len(self.rows) - 1), 0].tolist()
-        for last in np.flatnonzero(rows == len(self.rows) - 1):
-            ends[last] = self.size
-        view = self._map()
-        lines = [view[start:end] for start, end in zip(found[:, 0].tolist(), ends, strict=True)]
-        tokens = parse_plain(lines, found[:, 1].tolist())
-        if tokens is None:
-            tokens = np.concatenate(
-                [self._read_slowly(row, line) for row, line in zip(rows.tolist(), lines, strict=True)]
-            )
-        return tokens
+        starts, lengths = self.rows[rows].astype(np.int64).T
+        ends = self.rows[np.minimum(rows + 1, len(self.rows) - 1), 0].astype(np.int64)
+        ends[rows == len(self.rows) - 1] = self.size
+        tokens = parse_ranges(self._map(), starts, ends, lengths)
+        return np.concatenate([self._read_slowly(row) for row in rows.tolist()]) if tokens is None else tokens
 
     @property
     def block(self) -> int:
@@ -184,24 +177,18 @@ class BinDataset:
         step = self.block
         for number in np.unique(np.linspace(0, self.blocks - 1, count).astype(np.int64)).tolist():
             documents = np.arange(number * step, min((number + 1) * step, len(self)))
-            rows = documents if self.kept is None else self.kept[documents]
-            starts = self.rows[rows, 0].astype(np.int64)
-            # Lines that are read together may hide a shifted border between them.
-            before = np.frombuffer(self._map(), np.uint8)[np.maximum(starts - 1, 0)]
-            for row in rows[(before != ord("\n")) & (starts > 0)][:1].tolist():
-                self._refuse_offset(row, self.line(row))
             self.read(documents)
 
-    def _map(self) -> mmap.mmap:
+    def _map(self) -> memoryview:
         """The file in memory, mapped at first use: a run with many files opens only what it reads."""
         if self._mapped is None:
             with self.path.open("rb") as file:
-                self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self._mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         return self._mapped
 
-    def _read_slowly(self, row: int, line: bytes) -> Tokens:
+    def _read_slowly(self, row: int) -> Tokens:
         """One line with every check: the way to an exact message."""
-        start, declared = int(self.rows[row, 0]), int(self.rows[row, 1])
+        line, start, declared = self.line(row), int(self.rows[row, 0]), int(self.rows[row, 1])
         if line.count(b"\n", 0, len(line) - 1) or not line.startswith(b"{") or not line.endswith((b"\n", b"}")):
             self._refuse_offset(row, line)
         try:

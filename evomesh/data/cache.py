@@ -46,11 +46,11 @@ def write_cache(bin_path: Path) -> int:
         place = 0
         with bin_path.open("rb") as file:
             for first in range(0, len(lengths), BLOCK):
-                declared = lengths[first : first + BLOCK].tolist()
+                declared = lengths[first : first + BLOCK]
                 lines = list(islice(file, len(declared)))
                 tokens = parse_plain(lines, declared)
                 if tokens is None:
-                    tokens = _parse_one_by_one(lines, declared, bin_path, first)
+                    tokens = _parse_one_by_one(lines, declared.tolist(), bin_path, first)
                 flat[place : place + len(tokens)] = tokens
                 place += len(tokens)
         if place != total:

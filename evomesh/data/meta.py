@@ -40,7 +40,7 @@ def read_meta(bin_path: Path, mapped: bool = False) -> MetaArray:
         )
     _check_header(path, bin_path)
     whole = path.stat().st_size < MAP_BYTES and not mapped
-    rows: MetaArray = np.load(path, mmap_mode=None if whole else "r", allow_pickle=False)
+    rows: MetaArray = np.asarray(np.load(path, mmap_mode=None if whole else "r", allow_pickle=False))
     if rows.ndim != 2 or rows.shape[1] != 2:
         raise UserError(
             f"the meta has shape {rows.shape}",

@@ -130,7 +130,7 @@ def _files(path: str) -> list[Path]:
 
 
 def _tokens(line: bytes) -> Tokens:
-    plain = parse_plain([line], [line.count(b",") + 1])
+    plain = parse_plain([line], np.array([line.count(b",") + 1]))
     return np.array(parse_line(line), np.int64) if plain is None else plain
 
 

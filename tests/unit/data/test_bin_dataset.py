@@ -151,6 +151,39 @@ def test_51_declared_length_differs(write_bin: Any) -> None:
     refused(path, "line 2", "row 1", "declares 2 tokens", "has 3")
 
 
+@pytest.mark.parametrize(
+    ("row", "column", "by", "part"),
+    [
+        (1, 1, 1, "row 1, byte 19): the meta declares 3 tokens, the line has 2"),
+        (1, 0, 1, "row 1: offset 20 is not the start of a line"),
+        (2, 0, -1, "row 2: offset 37 is not the start of a line"),
+    ],
+)
+def test_50_51_among_documents_that_are_read_together(
+    write_bin: Any, row: int, column: int, by: int, part: str
+) -> None:
+    """Neither tokens that only change the document nor bytes that only change the line are lost among neighbours."""
+    path = write_bin([[1, 2], [3, 4], [5, 6], [7, 8]])
+    rows = np.load(f"{path}.meta")
+    rows[row, column] += by
+    if column == 1:
+        rows[row + 1, column] -= by
+    set_meta(path, rows)
+    with pytest.raises(UserError, match=re.escape(part)):
+        BinDataset(path).read(np.arange(4))
+
+
+def test_a_comma_too_many_is_no_token(write_bin: Any) -> None:
+    path = write_bin([[1, 2], [3, 4]])
+    for place in (0, 1):
+        lines = [b'{"tokens": [1, 2]}\n', b'{"tokens": [3, 4]}\n']
+        lines[place] = lines[place].replace(b"]", b",]")
+        path.write_bytes(b"".join(lines))
+        set_meta(path, np.array([[0, 2], [len(lines[0]), 2]]))
+        with pytest.raises(UserError, match=f"line {place + 1} byte .*not JSON"):
+            BinDataset(path).read(np.arange(2))
+
+
 def test_52_fewer_rows_than_lines(write_bin: Any) -> None:
     path = write_bin([[1], [2], [3]])
     set_meta(path, np.load(f"{path}.meta")[:2])
@@ -319,7 +352,7 @@ def test_the_fast_reader_never_differs_from_json() -> None:
                 [b"", b"1", b",", b" ", b"-", b"]", b"[", b'"', b"\n", b"}", b".5", b"1 2", b", 3", b"e1"]
             )
             lines[which] = bytes(line)
-        found = parse_plain(lines, lengths)
+        found = parse_plain(lines, np.array(lengths))
         if found is None:
             continue
         plain += 1
