@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from evomesh.data.lines import BadLine, Tokens, parse_line, parse_plain
 from evomesh.data.meta import read_meta
+from evomesh.data.parts import open_part, remove_dead_parts
 from evomesh.errors import UserError
 
 BLOCK = 512  # lines parsed together
@@ -40,7 +41,8 @@ def write_cache(bin_path: Path) -> int:
     """
     lengths = read_meta(bin_path)[:, 1]
     total = int(lengths.sum(dtype=np.int64))
-    part = bin_path.with_name(f".{bin_path.name}.cache.{os.getpid()}.part")
+    remove_dead_parts(cache_path(bin_path))
+    part, held = open_part(cache_path(bin_path))
     try:
         flat = np.lib.format.open_memmap(part, mode="w+", dtype=np.int32, shape=(total,))
         place = 0
@@ -60,6 +62,7 @@ def write_cache(bin_path: Path) -> int:
         os.replace(part, cache_path(bin_path))
     finally:
         part.unlink(missing_ok=True)
+        held.close()
     return total
 
 

@@ -11,6 +11,7 @@ from evomesh.data.bin_dataset import check_file
 from evomesh.data.folders import walk
 from evomesh.data.lines import BadLine, parse_line
 from evomesh.data.meta import meta_path, write_meta
+from evomesh.data.parts import open_part, remove_dead_parts
 from evomesh.errors import UserError
 
 
@@ -46,9 +47,11 @@ def repair(path: Path) -> str:
         path.with_name(path.name + ".torn").write_bytes(torn)
         os.truncate(path, size - len(torn))
     ends = np.cumsum(np.array(sizes, np.int64))
-    part = Path(f"{meta_path(path)}.{os.getpid()}.part")
-    write_meta(part, ends - sizes, np.array(lengths, np.int64))
-    os.replace(part, meta_path(path))
+    remove_dead_parts(meta_path(path))
+    part, held = open_part(meta_path(path))
+    with held:
+        write_meta(part, ends - sizes, np.array(lengths, np.int64))
+        os.replace(part, meta_path(path))
     cut = f"; its torn last line ({len(torn)} bytes) now lies in {path.name}.torn" if torn else ""
     return f"{path}: {len(lengths):,} documents, {sum(lengths):,} tokens{cut}"
 

@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import orjson
@@ -15,6 +15,7 @@ import xxhash
 from evomesh.data.fingerprint import fingerprint_path, read_fingerprint
 from evomesh.data.lines import format_lines
 from evomesh.data.meta import meta_path, read_meta, write_meta
+from evomesh.data.parts import open_part, remove_dead_parts
 from evomesh.errors import UserError
 
 
@@ -37,15 +38,14 @@ class BinWriter:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot create the folder: {error}", where=str(self.path.parent)) from None
-        _remove_dead_parts(self.path)
-        self._part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+        remove_dead_parts(self.path)
+        self._part, self._file = open_part(self.path)
         self._lengths: list[np.ndarray[Any, np.dtype[np.int64]]] = []
         self._sizes: list[np.ndarray[Any, np.dtype[np.int64]]] = []
         self._hash = xxhash.xxh3_128()
         self.documents = self.tokens = self.targets = 0
         self.max_id, self.max_id_line = -1, 0
         self.previous: dict[str, Any] = {}
-        self._file: IO[bytes] = self._part.open("wb")
         if append and self.path.exists():
             try:
                 self._begin_with_existing()
@@ -92,7 +92,6 @@ class BinWriter:
             raise UserError("the input holds no document", where=str(self.path))
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._file.close()
         lengths, sizes = np.concatenate(self._lengths), np.concatenate(self._sizes)
         record = facts | {
             "documents": self.documents,
@@ -110,6 +109,7 @@ class BinWriter:
         os.replace(self._part, self.path)
         os.replace(fingerprint, fingerprint_path(self.path))
         os.replace(meta, meta_path(self.path))
+        self._file.close()  # not before: a part that nobody holds is taken for a dead run's
         return record
 
     def abort(self) -> None:
@@ -132,15 +132,3 @@ class BinWriter:
         self.documents, self.tokens = len(rows), int(self._lengths[0].sum())
         self.max_id = int(self.previous.get("max_id", -1))
         self.max_id_line = int(self.previous.get("max_id_line", 0))
-
-
-def _remove_dead_parts(path: Path) -> None:
-    """What killed runs left beside ``path``; a part of a living process is another run's business."""
-    for part in path.parent.glob(f".{path.name}.*.part*"):
-        owner = part.name.removeprefix(f".{path.name}.").split(".")[0]
-        try:
-            os.kill(int(owner), 0)
-        except ProcessLookupError:
-            part.unlink(missing_ok=True)
-        except (ValueError, PermissionError):
-            continue

@@ -186,19 +186,3 @@ def test_no_tokenizer(tmp_path: Path) -> None:
 def test_starts_without_torch() -> None:
     code = "import sys, evomesh.cli.tokenize, evomesh.cli.data, evomesh.data.tokenize, evomesh.data.packed; "
     subprocess.run([sys.executable, "-c", code + "sys.exit('torch' in sys.modules)"], check=True)
-
-
-def test_a_killed_run_leaves_the_old_file_and_a_rerun_cleans_up(tmp_path: Path, bpe: Path) -> None:
-    source = str(jsonl(tmp_path / "a.jsonl", TEXTS))
-    run([source], tmp_path / "a.bin", bpe)
-    before = documents(tmp_path / "a.bin")
-    code = (
-        "import os, sys; from evomesh.data.writer import BinWriter; writer = BinWriter(sys.argv[1]); "
-        "writer.write([[1, 2]]); writer._file.flush(); os.kill(os.getpid(), 9)"
-    )
-    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.bin")], check=False)
-    assert killed.returncode == -9
-    assert len(list(tmp_path.glob(".a.bin.*.part"))) == 1
-    assert documents(tmp_path / "a.bin") == before
-    run([source], tmp_path / "a.bin", bpe)
-    assert list(tmp_path.glob(".a.bin.*")) == []
