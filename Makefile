@@ -40,15 +40,8 @@ lint: $(VENV)/.dev ## style, types, import layers
 test: $(VENV)/.dev ## all tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
 
-bench: $(VENV)/.dev ## what docs/performance.md says, measured here
-	$(PY) benchmarks/train_step.py
-	$(PY) benchmarks/train_step.py --compiled
-	$(PY) benchmarks/train_step.py --packed
-	$(PY) benchmarks/gpu_step.py
-	$(PY) benchmarks/data.py
-	$(PY) benchmarks/tokenizing.py
-	$(PY) benchmarks/checkpoint.py
-	$(PY) benchmarks/serve.py
+bench: $(VENV)/.dev ## measure here, and write docs/benchmarks.md
+	$(PY) benchmarks/report.py
 
 clean: ## everything the two commands made, but for the environment
 	rm -rf $(DEMO) RUN llm_ckpts

@@ -120,10 +120,10 @@ def _ancestors(event: Any) -> list[Any]:
 
 
 def _kind(event: Any) -> str:
-    """Of the outermost region round the event, else by its name."""
+    """Of the outermost region round the event, else by its name or that of the innermost operation round it."""
     names = [event.name, *(parent.name for parent in _ancestors(event))]
     for name in reversed(names):
         if name.startswith(_REGION):
             return str(name.removeprefix(_REGION))
-    known = (kind for kind, parts in _OPERATIONS.items() if any(part in event.name for part in parts))
+    known = (kind for name in names for kind, parts in _OPERATIONS.items() if any(part in name for part in parts))
     return next(known, "other")

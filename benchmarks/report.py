@@ -1,0 +1,100 @@
+"""Runs the benchmarks and writes docs/benchmarks.md: what each printed, under its command, with machine and versions.
+
+Run: python benchmarks/report.py [NAME ...]    the names are those of COMMANDS; without any, all of them
+
+A section whose benchmark is not run keeps its text; one that fails keeps it too, and the report ends with exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+TARGET = HERE.parent / "docs" / "benchmarks.md"
+INTRODUCTION = (
+    "# Benchmarks\n\nWritten by `make bench`: each section is what one command printed, on the machine that it names. "
+    "What the figures\nmean, and what was tried, stands in [performance.md](performance.md).\n"
+)
+COMMANDS = {
+    "CPU step, 10M": "train_step.py --shape 10M",
+    "CPU step, 10M, compiled reference": "train_step.py --shape 10M --compiled",
+    "CPU step, 10M, packed": "train_step.py --shape 10M --packed",
+    "CPU step, 60M": "train_step.py",
+    "CPU step, 60M, compiled reference": "train_step.py --compiled",
+    "CPU step, 60M, packed": "train_step.py --packed",
+    "CPU step, 200M": "train_step.py --shape 200M --rounds 4",
+    "CPU step, 200M, compiled reference": "train_step.py --shape 200M --compiled --rounds 4",
+    "CPU step, 200M, packed": "train_step.py --shape 200M --packed --rounds 4",
+    "CPU step, growth": "growth.py",
+    "GPU step": "gpu_step.py",
+    "Data": "data.py",
+    "Tokenizing": "tokenizing.py",
+    "Checkpoints": "checkpoint.py",
+    "Generation": "generate.py",
+    "Serving": "serve.py",
+}
+
+
+def machine() -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "numpy"))
+    return (
+        f"{processor()}, {os.cpu_count()} cores, {memory:.0f} GiB, {device}; Python {platform.python_version()}, "
+        f"{versions}; {time.strftime('%Y-%m-%d')}"
+    )
+
+
+def processor() -> str:
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.11
+    return str(capabilities.get("cpu_name") or platform.processor() or platform.machine())
+
+
+def section(name: str, command: str) -> str | None:
+    """The section's text, or None where the benchmark failed."""
+    print(f"== {name}: {command}", flush=True)
+    done = subprocess.run([sys.executable, *command.split()], cwd=HERE, stdout=subprocess.PIPE, text=True)
+    print(done.stdout, flush=True)
+    if done.returncode:
+        return None
+    return f"## {name}\n\n`python benchmarks/{command}` on {machine()}\n\n```\n{done.stdout.strip()}\n```\n"
+
+
+def kept(text: str) -> dict[str, str]:
+    """The sections of an earlier report, by name."""
+    parts = re.split(r"^(?=## )", text, flags=re.MULTILINE)[1:]
+    return {part.splitlines()[0].removeprefix("## "): part.strip() + "\n" for part in parts}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(COMMANDS))
+    names = parser.parse_args().names or list(COMMANDS)
+    unknown = [name for name in names if name not in COMMANDS]
+    if unknown:
+        parser.error(f"no such benchmark: {', '.join(unknown)}; known: {', '.join(COMMANDS)}")
+    failed = []
+    for name in names:
+        text = section(name, COMMANDS[name])
+        if text is None:
+            failed.append(name)
+            continue
+        sections = (kept(TARGET.read_text()) if TARGET.exists() else {}) | {name: text}
+        TARGET.write_text("\n".join([INTRODUCTION, *(sections[known] for known in COMMANDS if known in sections)]))
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
