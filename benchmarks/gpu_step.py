@@ -28,19 +28,14 @@ from dataclasses import dataclass
 
 import torch
 from _memory import Sizes, bytes_in_16_bits
+from _product import Training, made_up
 from train_step import Shape, model_flops, product_rates
 
-from evomesh.config.schema import Config, LossConfig, ModelConfig
+from evomesh.config.schema import ModelConfig
 from evomesh.data.batch import Batch
 from evomesh.layers.loss import chunk_of
 from evomesh.monitor.metrics import model_tflops
-from evomesh.optim.scaler import LossScaler
-from evomesh.optim.zero import ZeroOptimizer
-from evomesh.parallel.grid import Grid
-from evomesh.parallel.modes import MODES
 from evomesh.train.allocator import keep_freed_memory
-from evomesh.train.stages import build_stages
-from evomesh.train.step import train_step
 
 SHAPES = {
     "1.3B": Shape(24, 2048, 16, 5504, 32000, ()),
@@ -90,13 +85,8 @@ class Case:
 
     def batch(self) -> Batch:
         """On the host, as the loader hands it out."""
-        pin = self.device.type == "cuda"
-        shape = (self.micro_num, self.tokens)
-        ids, labels = torch.randint(self.shape.vocab, (2, *shape), generator=torch.Generator().manual_seed(0))
-        positions = torch.cat([torch.arange(n) for n in self.lengths]).repeat(self.micro_num, 1)
-        bounds = torch.tensor((0, *self.lengths)).cumsum(0).int().repeat(self.micro_num, 1)
-        rows = (ids, labels, positions, torch.zeros_like(ids), bounds)
-        return Batch(*(row.pin_memory() if pin else row for row in rows), max_seqlen=max(self.lengths))
+        ids = torch.randint(self.shape.vocab, (self.micro_num, self.tokens), generator=torch.Generator().manual_seed(0))
+        return made_up(ids, self.lengths, pin=self.device.type == "cuda")
 
     def bytes(self) -> int:
         """By arithmetic, in 16 bits."""
@@ -119,25 +109,13 @@ class Measured:
 
 
 def measure(case: Case, steps: int, compiled: bool) -> Measured:
-    config = Config(model=case.model(compiled))
-    grid = Grid()
-    stages = build_stages(config, grid, MODES["mtp"], case.device)
-    stages.initialize(1, grid)
-    optimizer = ZeroOptimizer(
-        stages.parameters().items(), config.adam, config.hybrid_zero_optimizer, grid, stages.module
-    )
-    optimizer.refresh_masters()
-    scaler, batch, on_cuda = (
-        LossScaler(config.grad_scaler, config.model.dtype),
-        case.batch(),
-        case.device.type == "cuda",
-    )
+    training, batch, on_cuda = Training(case.model(compiled), case.device), case.batch(), case.device.type == "cuda"
     seconds = []
     for step in range(-2, steps):  # two to warm up: compilation, the allocator
         if step == 0 and on_cuda:
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        output = train_step(stages.schedule, optimizer, scaler, batch, grid, LossConfig(), ["en"], 1e-4, 0.95)
+        output = training.step(batch)
         if step >= 0:
             seconds.append(time.perf_counter() - start)
         assert output.update.found == "ok"

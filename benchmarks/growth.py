@@ -19,7 +19,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
 import torch
-from train_step import SHAPES, WARM_UP, Shape, model_flops, our_step, product_rates
+from train_step import SHAPES, UNTIMED, Shape, model_flops, our_step, product_rates
 
 from evomesh.train.allocator import keep_freed_memory
 
@@ -33,7 +33,7 @@ def measure(shape: Shape, threads: int, steps: int, pipe: Connection) -> None:
     ids = torch.randint(0, shape.vocab, (sum(shape.documents),), generator=torch.Generator().manual_seed(0))
     step = our_step(shape, shape.documents, ids, compiled=False)
     seconds, memory = [], []
-    for _ in range(WARM_UP + steps):
+    for _ in range(UNTIMED + steps):
         start = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - start)
@@ -56,7 +56,7 @@ def table(title: str, shapes: dict[str, Shape], args: argparse.Namespace) -> Non
     print(f"\n{title:22s} {'s a step':>9s} {'tokens/s':>9s} {'GFLOP/s':>8s} {'of best':>8s} {'MiB':>6s}")
     for name, shape in shapes.items():
         seconds, memory = row(shape, args)
-        median = statistics.median(seconds[WARM_UP:])
+        median = statistics.median(seconds[UNTIMED:])
         rate = max(rate, *product_rates())
         speed, total = model_flops(shape, shape.documents) / median, sum(shape.documents)
         print(

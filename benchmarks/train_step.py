@@ -1,6 +1,6 @@
 """Tokens per second of one training step (forward, backward, AdamW), beside a same-shaped Llama of transformers.
 
-Run: python benchmarks/train_step.py [--shape 60M] [--compiled] [--packed] [--rounds 7] [--threads 2]
+Run: python benchmarks/train_step.py [--shape 60M] [--compiled] [--packed] [--profile] [--rounds 7] [--threads 2]
 
 The two take turns within one run, so that a busy machine slows both, each in a process of its own, so that neither
 lives in the other's memory; the figure to quote is the median of the ratios of neighbouring steps. Model FLOPs of a
@@ -17,12 +17,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from _product import Training, made_up
 
 from evomesh.config.schema import ModelConfig
-from evomesh.layers.attention import Documents
-from evomesh.models.registry import build_model, initialize_weights
+from evomesh.monitor.profile import SKIPPED, STEPS, WARM_UP, StepProfile
 from evomesh.train.allocator import keep_freed_memory
 
 
@@ -41,7 +43,7 @@ SHAPES = {
     "60M": Shape(8, 512, 8, 1408, 32000, (512,) * 4),
     "200M": Shape(12, 1024, 16, 2816, 32000, (512,) * 4),
 }
-WARM_UP = 5
+UNTIMED = 5  # steps, until compilation is done and the heap has grown to its final size
 RAGGED = (301, 23, 180, 64, 512, 7, 140, 285, 96, 33, 210, 197)  # --packed: 2048 tokens, cut to the shape's total
 
 
@@ -66,22 +68,8 @@ def our_step(shape: Shape, lengths: tuple[int, ...], ids: torch.Tensor, compiled
         no_bias=True,
         compile=compiled,
     )
-    model = build_model(config)
-    initialize_weights(model, seed=1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    bounds = torch.tensor((0, *lengths)).cumsum(0).int()
-    docs = Documents(torch.cat([torch.arange(n) for n in lengths]), bounds, max(lengths))
-    labels = torch.cat([torch.cat((part[1:], torch.tensor([-100]))) for part in ids.split(list(lengths))])
-    targets = int((labels >= 0).sum())
-
-    def step() -> float:
-        optimizer.zero_grad(set_to_none=True)
-        loss = model.loss(model(ids, docs), labels, grad_scale=1 / targets)
-        loss.scaled_sum.backward()
-        optimizer.step()
-        return loss.scaled_sum.item()
-
-    return step
+    training, batch = Training(config, torch.device("cpu")), made_up(ids[None], lengths)
+    return lambda: training.step(batch).loss
 
 
 def their_step(shape: Shape, lengths: tuple[int, ...], ids: torch.Tensor, compiled: bool) -> Callable[[], float]:
@@ -178,14 +166,32 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--compiled", action="store_true", help="torch.compile on their side (the whole model)")
     parser.add_argument("--compiled-ours", action="store_true", help="torch.compile on our side (each block)")
     parser.add_argument("--packed", action="store_true", help="documents of unequal length in one sequence")
+    parser.add_argument("--profile", action="store_true", help="instead: where the time of our step goes")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
 
 
+def profile(args: argparse.Namespace) -> None:
+    shape, lengths = problem(args)
+    keep_freed_memory()
+    ids = torch.randint(0, shape.vocab, (sum(lengths),), generator=torch.Generator().manual_seed(0))
+    step = our_step(shape, lengths, ids, args.compiled_ours)
+    for _ in range(UNTIMED):
+        step()
+    with TemporaryDirectory() as folder, StepProfile(Path(folder), "step") as profiled:
+        for _ in range(SKIPPED + WARM_UP + STEPS):
+            step()
+            profiled.step()
+        print((Path(folder) / "step.txt").read_text())
+
+
 def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
+    if args.profile:
+        profile(args)
+        return
     shape, lengths = problem(args)
     spawn, sides = get_context("spawn"), []
     for kind in ("evomesh", "transformers"):
@@ -198,8 +204,8 @@ def main() -> None:
         pipe.send(True)
         return float(pipe.recv())
 
-    for _, pipe in sides:  # compilation, and a heap that has grown to its final size
-        for _ in range(WARM_UP):
+    for _, pipe in sides:
+        for _ in range(UNTIMED):
             step(pipe)
     pairs, rates = [], [product_rates()]
     for _ in range(args.rounds):

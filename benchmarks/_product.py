@@ -1,0 +1,46 @@
+"""Whole training steps by the product's own code, on made-up tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from evomesh.config.schema import Config, LossConfig, ModelConfig
+from evomesh.data.batch import IGNORE, Batch
+from evomesh.optim.scaler import LossScaler
+from evomesh.optim.zero import ZeroOptimizer
+from evomesh.parallel.grid import Grid
+from evomesh.parallel.modes import MODES
+from evomesh.train.stages import build_stages
+from evomesh.train.step import StepOutput, train_step
+
+
+class Training:
+    """Model, optimizer and scaler as `evomesh train` builds them; ``step`` is what it does with a batch."""
+
+    def __init__(self, model: ModelConfig, device: torch.device) -> None:
+        config, self.grid = Config(model=model), Grid()
+        self.stages = build_stages(config, self.grid, MODES["mtp"], device)
+        self.stages.initialize(1, self.grid)
+        self.optimizer = ZeroOptimizer(
+            self.stages.parameters().items(), config.adam, config.hybrid_zero_optimizer, self.grid, self.stages.module
+        )
+        self.optimizer.refresh_masters()
+        self.scaler = LossScaler(config.grad_scaler, model.dtype)
+
+    def step(self, batch: Batch) -> StepOutput:
+        return train_step(
+            self.stages.schedule, self.optimizer, self.scaler, batch, self.grid, LossConfig(), ["en"], 1e-4, 0.95
+        )
+
+
+def made_up(ids: torch.Tensor, lengths: Sequence[int], *, pin: bool = False) -> Batch:
+    """A batch of ``ids`` [M, T] as the loader hands it out, each row cut into documents of these lengths."""
+    count = len(ids)
+    positions = torch.cat([torch.arange(n) for n in lengths]).repeat(count, 1)
+    bounds = torch.tensor((0, *lengths)).cumsum(0).int().repeat(count, 1)
+    labels = ids.roll(-1, 1)
+    labels[:, bounds[0, 1:].long() - 1] = IGNORE  # a document's last token has no next one
+    rows = (ids, labels, positions, torch.zeros_like(ids), bounds)
+    return Batch(*(row.pin_memory() if pin else row for row in rows), max_seqlen=max(lengths))
