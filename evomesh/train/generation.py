@@ -77,8 +77,9 @@ def generate_from_config(loaded: LoadedConfig, launcher: str = "auto", port: int
     config = inference_layout(loaded.config)
     with launch(config, launcher, port=port) as place:
         if place.rank == 0:
-            for warning in loaded.warnings:
-                logger.warning("%s", warning)
+            for warning in (*loaded.warnings, larger_share(loaded.config.parallel, config.parallel)):
+                if warning:
+                    logger.warning("%s", warning)
         model = load_model(config, place)
         first = 0
         for name, prompts in tasks.items():
@@ -150,18 +151,33 @@ def inference_layout(config: Config) -> Config:
     """The config with the layout that decoding uses: tensor mode mtp, contiguous stages, the rest data parallel.
 
     msp and fsp cut weights as mtp does, and what they save of activations is nothing for one token a sequence. isp's
-    weight axis becomes the tensor axis where heads and widths divide by it, so that no rank gathers whole blocks.
+    weight axis becomes the tensor axis, as far as heads and widths divide, so that no rank gathers whole blocks.
     """
     parallel, model = config.parallel, config.model
-    sizes = [parallel.tensor.size]
+    size = parallel.tensor.size
     if parallel.tensor.mode == "isp":
         parts = (model.num_attention_heads, model.kv_heads, model.mlp_width)
-        sizes = [
-            size for size in (parallel.weight.size, parallel.tensor.size, 1) if not any(part % size for part in parts)
-        ]
-    layout = ParallelConfig(tensor=TensorConfig(size=sizes[0]), pipeline=PipelineConfig(size=parallel.pipeline.size))
+        axes = (parallel.weight.size, parallel.tensor.size)
+        size = max(
+            size
+            for size in range(1, max(axes) + 1)
+            if any(axis % size == 0 for axis in axes) and not any(part % size for part in parts)
+        )
+    layout = ParallelConfig(tensor=TensorConfig(size=size), pipeline=PipelineConfig(size=parallel.pipeline.size))
     model = model.model_copy(update={"num_chunks": 1, "compile": False})
     return config.model_copy(update={"parallel": layout, "model": model})
+
+
+def larger_share(trained: ParallelConfig, used: ParallelConfig) -> str:
+    """A warning where decoding needs more memory for weights on a rank than training did, "" where it does not."""
+    before, now = trained.weight.size, used.tensor.size
+    if trained.tensor.mode != "isp" or now >= before:
+        return ""
+    return (
+        f"each rank holds 1/{now} of its layers' weights, not 1/{before} as parallel.weight.size={before} says: "
+        "heads, key/value heads and the feed-forward width have no larger divisor in common with it "
+        "(parallel.pipeline.size shares them further)"
+    )
 
 
 def load_model(config: Config, place: Launch) -> LanguageModel:

@@ -18,10 +18,11 @@ from evomesh.generate.staged import StagedModel
 from evomesh.models.language_model import LanguageModel
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import MODES
-from evomesh.train.generation import inference_layout
+from evomesh.train.generation import inference_layout, larger_share
 from evomesh.train.stages import build_stages
 from tests.dist.layouts import SEED, VOCAB, Layout
 from tests.support.decoders import enlarge
+from tests.support.own_model import register
 from tests.support.pool import Pool, grid_of
 
 PROMPTS = [[3, 7, 11], [20], [5, 4, 3, 2, 1, 9, 30, 66]]
@@ -64,6 +65,21 @@ def alone(family: str) -> tuple[list[Any], Held]:
     return decode(0, Layout(ranks=1, family=family).config)
 
 
+def decode_own(rank: int, config: Config) -> tuple[list[Any], Held]:
+    register()
+    return decode(rank, config)
+
+
+def test_a_pipelined_model_of_ones_own_decodes_like_one_process(pool: Pool) -> None:
+    """Nothing of it is the families' own decoder; a stage does the same sums as the whole, so the bits are equal."""
+    own = {"model_type": "STAGED_BLOCKS", "dtype": "bfloat16"}
+    wanted, whole = decode_own(0, Layout(ranks=1, model=own).config)
+    ranks = pool.run(decode_own, Layout(pipeline=4, model=own).config)
+    assert [answers for answers, _ in ranks] == [wanted] * 4
+    assert [held.cache for _, held in ranks] == [whole.cache // 4] * 4
+    assert len({token for answers in wanted[0] for token in answers[0]}) > 3
+
+
 LAYOUTS = [
     Layout(tensor=2, pipeline=2, mode="msp"),
     Layout(tensor=4, mode="fsp", family="internlm2"),
@@ -94,4 +110,11 @@ def test_isp_takes_the_largest_axis_that_divides_heads_and_widths() -> None:
 
     assert tensor_size() == 4
     assert tensor_size(num_kv_attention_heads=2) == 2
+    assert tensor_size(num_attention_heads=6, num_kv_attention_heads=6, hidden_size=48) == 2
     assert tensor_size(mlp_ratio=1.3, multiple_of=1) == 1  # a width of 41
+    wide = Layout(tensor=1, mode="isp", weight=4, model={"num_kv_attention_heads": 2}).config
+    used = inference_layout(wide).parallel
+    assert used.tensor.size == 2  # neither axis, but what it shares with the heads
+    assert "each rank holds 1/2 of its layers' weights, not 1/4" in larger_share(wide.parallel, used)
+    for whole in (Layout(tensor=2, mode="isp", weight=4), Layout(tensor=2, mode="fsp"), Layout()):
+        assert larger_share(whole.config.parallel, inference_layout(whole.config).parallel) == ""

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +20,7 @@ from evomesh.parallel.modes import MODES
 from evomesh.parallel.traffic import count_traffic
 from evomesh.train.stages import Stages, build_stages
 from tests.dist.layouts import SEED, VOCAB, Layout, Trained, forward_backward, join, local, packs, train
+from tests.support.own_model import register
 from tests.support.pool import Pool, grid_of
 from tests.support.tolerances import LAYOUT, assert_close
 
@@ -162,13 +160,7 @@ def test_evaluation_between_updates_sees_the_newest_weights(pool: Pool, layout: 
 
 def own_model(rank: int, layout: Layout) -> Trained:
     """The example's model, and one that can be cut into stages, as a user's config would register them."""
-    path = Path(__file__).parents[2] / "examples/custom_model/parallel_blocks.py"
-    spec = importlib.util.spec_from_file_location("parallel_blocks", path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules.setdefault("parallel_blocks", importlib.util.module_from_spec(spec))
-    if not hasattr(module, "build"):
-        spec.loader.exec_module(module)
-    model_initializer.register_module("PARALLEL_BLOCKS", module.build)
+    register()
     model_initializer.register_module("STAGED", staged)
     return train(rank, layout)
 
