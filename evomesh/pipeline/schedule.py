@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from evomesh.data.batch import Batch
+from evomesh.errors import UserError
 from evomesh.layers.documents import Documents
 from evomesh.layers.loss import LossOutput
 from evomesh.parallel.collectives import gather, receive, send, split
@@ -21,6 +22,7 @@ from evomesh.parallel.grid import Axis, Grid
 from evomesh.parallel.modes import TensorMode
 from evomesh.pipeline.stages import stages_of_rank
 
+ZBV_SINCE = "2.13"  # the first torch that it was seen to work with
 OnOutput = Callable[[int, LossOutput], None]  # index of the micro-batch, its loss
 
 
@@ -125,6 +127,8 @@ class Pipeline:
         schedule: "1f1b", "interleaved" or "zbv".
         hidden_size: D.
         dtype: of the hidden states between stages.
+    Raises:
+        UserError: zbv with a torch that cannot do it.
     """
 
     def __init__(
@@ -138,6 +142,8 @@ class Pipeline:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        if schedule == "zbv":
+            refuse_zbv(torch.__version__)
         pp, tp = grid.pp, grid.tp
         self._kind, self._pp, self._device = schedule, pp, device
         self._stages = stages_of_rank(pp.rank, pp.size, len(models), schedule)
@@ -255,6 +261,23 @@ class Pipeline:
         # With fewer micro-batches than stages 1F1B has no steady phase: all forwards, then all backwards.
         kind = pipelining.Schedule1F1B if count >= self._count else pipelining.ScheduleGPipe
         return kind(stages[0], **options)
+
+
+def refuse_zbv(version: str) -> None:
+    """
+    Args:
+        version: a ``TorchVersion``, which compares by its numbers.
+    Raises:
+        UserError: its backward that makes gradients of inputs first, as in 2.11, stops at autograd functions written in
+            Python, such as our losses and collectives.
+    """
+    if version < ZBV_SINCE:
+        raise UserError(
+            f"torch {version} cannot split the backward of this model in two",
+            where="parallel.pipeline.schedule",
+            expected=f"torch {ZBV_SINCE} or later for zbv",
+            fix='install it, or take schedule="interleaved"',
+        )
 
 
 def _take_loss(output: Tensor, target: Tensor) -> Tensor:
