@@ -4,13 +4,21 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from tests.support.runs import write_run
+
 COUNT = """
 import resource, sys, torch
+from evomesh.config.loader import load_config
 from evomesh.train.allocator import keep_freed_memory
-print(keep_freed_memory() if sys.argv[1] == "keep" else None)
+from evomesh.train.main import train_from_config
+if sys.argv[1] == "keep":
+    print("kept", keep_freed_memory())
+if sys.argv[1] == "train":
+    print("trained", train_from_config(load_config("config.py", ["data.total_steps=3"])))
 def step():
     for _ in range(4):
         torch.ones(48 << 20, dtype=torch.uint8)
@@ -18,16 +26,19 @@ for _ in range(8):  # until the heap has found its size
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print("faults", resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 PAGES = (48 << 20) // 4096
 
 
-def faults(how: str, **variables: str) -> tuple[str, int]:
+def faults(how: str, cwd: Path | None = None, **variables: str) -> tuple[str, int]:
+    """What a fresh process said of its preparation, and the faults of four large blocks after it."""
     env = {name: value for name, value in os.environ.items() if name not in ("GLIBC_TUNABLES",)} | variables
-    done = subprocess.run([sys.executable, "-c", COUNT, how], env=env, capture_output=True, text=True, check=True)
-    kept, count = done.stdout.split()
-    return kept, int(count)
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT, how], env=env, cwd=cwd, capture_output=True, text=True, check=True
+    )
+    said = dict(line.split() for line in done.stdout.splitlines() if line.startswith(("kept", "trained", "faults")))
+    return said.get("kept", ""), int(said["faults"])
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
@@ -37,6 +48,10 @@ class TestKeepFreedMemory:
         kept, count = faults("keep")
         assert kept == "True"
         assert count < PAGES / 10
+
+    def test_a_training_run_on_the_cpu_has_them_reused(self, tmp_path: Path) -> None:
+        write_run(tmp_path)
+        assert faults("train", tmp_path, PYTHONPATH=str(Path(__file__).parents[3]))[1] < PAGES / 10
 
     @pytest.mark.parametrize(
         "variable", [{"MALLOC_MMAP_THRESHOLD_": "1048576"}, {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=1048576"}]
