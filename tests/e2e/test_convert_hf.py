@@ -24,7 +24,7 @@ from tests.support.runs import write_run
 from tests.unit.checkpoint.hf_models import found_in, model_config, save_model
 
 ROOT = Path(__file__).parents[2]
-PROMPTS = [[3, 7, 11, 20], [5, 4, 60]]
+PROMPTS = [[3, 7, 11, 20], [5, 4, 60]]  # in whose greedy answers no two likeliest tokens lie within 1e-3
 TEXT = ["the cat sat on the mat", "a dog saw the cat", "春眠不觉晓 naïve café"] * 4
 
 

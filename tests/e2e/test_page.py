@@ -103,7 +103,7 @@ def test_stop_while_it_streams(page: sync_api.Page, served: Served) -> None:
     assert served.service.load == 1
     page.locator("#halt").click()
     assert int(status(page, r"(\d+) new tokens .* stopped")[1]) < 16000
-    assert served.idle(5)
+    assert served.idle()
 
 
 def test_greedy_seed_and_dynamic_ntk_change_what_is_written(page: sync_api.Page, served: Served) -> None:
@@ -134,7 +134,7 @@ def test_a_closed_tab_frees_its_slot(browser: sync_api.Browser, served: Served) 
     sync_api.expect(page.locator("#made textarea")).not_to_have_value("", timeout=60_000)
     assert served.service.load == 1
     page.close()
-    assert served.idle(20)
+    assert served.idle()
 
 
 def test_what_does_not_fit_is_said(page: sync_api.Page, served: Served, tmp_path: Path) -> None:

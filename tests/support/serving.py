@@ -92,7 +92,7 @@ class Served:
     url: str
     service: Service
 
-    def idle(self, seconds: float = 10.0) -> bool:
+    def idle(self, seconds: float = 30.0) -> bool:
         """Whether all slots are free within this time."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
