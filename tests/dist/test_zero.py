@@ -33,7 +33,7 @@ ISP = TP | {
     "layers.0.norm.weight": ShardSpec((8,), (("wp", 0),)),
     "layers.0.bias": ShardSpec((8,), (("wp", 0),)),
     "norm.weight": ShardSpec((6,), (), frozenset({"tp"})),
-    "gate.weight": ShardSpec((4, 4), (), frozenset({"wp"})),
+    "gate.weight": ShardSpec((4, 4), (), frozenset({"tp"})),
 }
 LAYOUTS: list[dict[str, Any]] = [
     *({"zero1": zero} for zero in (1, 2, 4)),
@@ -51,10 +51,15 @@ def specs_of(layout: dict[str, Any]) -> dict[str, ShardSpec]:
 
 
 def data_axes(spec: ShardSpec, grid: Grid, isp: bool) -> tuple[Axis, ...]:
-    """Independent of the optimizer: the axes on which ranks hold different summands of a parameter's gradient."""
-    if not isp or "tp" in {name for name, _ in spec.shards} | spec.partial:
-        return (grid.dp, *([grid.tp] if "tp" in spec.partial else []))
-    return (grid.replica, grid.zero, *([grid.wp] if "wp" in spec.partial else []))
+    """Independent of the optimizer: the axes on which ranks hold different summands of a parameter's gradient.
+
+    Weight sharding has summed over wp what it cuts; what it leaves whole saw the data of every data rank.
+    """
+    cut_by = {name for name, _ in spec.shards}
+    unshared = isp and grid.wp.size == 1 and "tp" not in cut_by | spec.partial
+    if "wp" in cut_by or unshared:
+        return (grid.replica, grid.zero)
+    return (grid.dp, *([grid.tp] if "tp" in spec.partial else []))
 
 
 def initial(name: str, spec: ShardSpec, dtype: torch.dtype) -> Tensor:
