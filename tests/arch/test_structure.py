@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,10 @@ def test_the_checks_can_fail() -> None:
         "line 1: cache",
     ]
     assert not list(mutable_globals(ast.parse("MODES = {}\n__all__ = ['x']\nlogger = f()\n")))
+
+
+def test_no_folder_of_tests_is_skipped(pytestconfig: pytest.Config) -> None:
+    """pytest walks past folders by name, "dist" among them unless told otherwise, and says nothing."""
+    folders = {parent for path in (ROOT / "tests").rglob("test_*.py") for parent in path.relative_to(ROOT).parents}
+    skipped = pytestconfig.getini("norecursedirs")
+    assert not [str(folder) for folder in folders if any(fnmatch(folder.name, pattern) for pattern in skipped)]
