@@ -22,6 +22,7 @@ from torch import Tensor
 from evomesh.checkpoint import internevo, internevo_state
 from evomesh.checkpoint.boxes import Box, Ints
 from evomesh.checkpoint.format import CheckpointError
+from evomesh.checkpoint.hf_folder import local_folder
 from evomesh.checkpoint.hf_load import load_hf, load_llama
 from evomesh.checkpoint.plan import Local
 from evomesh.checkpoint.read import listed, several
@@ -69,7 +70,8 @@ def load_internevo(path: str, config: dict[str, Any]) -> Iterator[tuple[str, Ten
     Raises:
         CheckpointError: files are missing or broken, or their shapes do not tell w2 from w3.
     """
-    return internevo.read_model(path, _heads(path, config))
+    folder = str(local_folder(path))
+    return internevo.read_model(folder, _heads(folder, config))
 
 
 def load_internevo_state(
@@ -84,12 +86,13 @@ def load_internevo_state(
     Raises:
         CheckpointError: a wanted file is missing, or what it holds cannot be proved to mean what ours does.
     """
-    tensors, state = internevo_state.read_optimizer(path, _heads(path, config)) if optimizer else ({}, {})
-    return tensors, state | (internevo_state.read_counters(path) if counters else {})
+    folder = str(local_folder(path))
+    tensors, state = internevo_state.read_optimizer(folder, _heads(folder, config)) if optimizer else ({}, {})
+    return tensors, state | (internevo_state.read_counters(folder) if counters else {})
 
 
-def _heads(path: str, config: dict[str, Any]) -> internevo.Heads:
-    known = {**config, **(internevo.model_section(path) or {})}
+def _heads(folder: str, config: dict[str, Any]) -> internevo.Heads:
+    known = {**config, **(internevo.model_section(folder) or {})}
     heads = int(known["num_attention_heads"])
     return internevo.Heads(heads, int(known.get("num_kv_attention_heads") or heads))
 

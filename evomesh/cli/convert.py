@@ -35,11 +35,13 @@ def from_internevo(
 ) -> None:
     """Read InternEvo's checkpoint of any tensor x pipeline (x weight) size."""
     from evomesh.checkpoint import internevo, internevo_state
+    from evomesh.checkpoint.hf_folder import local_folder
     from evomesh.checkpoint.manager import CheckpointManager
     from evomesh.config.record import redacted
 
     if w2 not in ("auto", "down", "up"):
         raise UserError(f"--w2 {w2!r}", expected="auto, down or up")
+    folder = str(local_folder(folder))
     resolved = _config(folder, config)
     model = resolved.model
     heads = internevo.Heads(model.num_attention_heads, model.kv_heads)

@@ -261,3 +261,6 @@ def test_without_model_config_the_run_says_the_heads(tmp_path: Path, family: str
     loader = checkpoint_loaders.get("internevo")
     assert loader is not None
     assert equal(dict(loader(str(tmp_path), model_of(family).model_dump())), expected)
+    assert equal(dict(loader(f"local:{tmp_path}", model_of(family).model_dump())), expected)
+    with pytest.raises(UserError, match="is not on a local disk"):
+        loader("s3://bucket/9", model_of(family).model_dump())

@@ -158,14 +158,16 @@ def test_trained_on_after_conversion_and_without(tmp_path: Path, interpreter: In
     """The whole way on the command line: optimizer, counters and position arrive in a run that goes on."""
     make_training(tmp_path, "LLAMA2", 2, 1, 2, torch.bfloat16)
     (tmp_path / "config.py").write_text(CONFIG)
-    made = interpreter.run(["evomesh", "convert", "from-internevo", "9", "out", "--config", "config.py"], cwd=tmp_path)
+    made = interpreter.run(
+        ["evomesh", "convert", "from-internevo", "local:9", "out", "--config", "config.py"], cwd=tmp_path
+    )
     assert made.returncode == 0, made.stderr
     assert "data position: step 10 of data.seed=7, 4 packs a step" in made.stdout
     rows = train(tmp_path, interpreter, "run")
     assert [row["step"] for row in rows] == [10, 11]
     assert rows[0]["num_consumed_tokens"] == 999 + 4 * 8
 
-    given = "ckpt.load_ckpt_info=dict(path='9', ckpt_type='internevo', content=(%s,))"
+    given = "ckpt.load_ckpt_info=dict(path='local:9', ckpt_type='internevo', content=(%s,))"
     start = ["ckpt.auto_resume=False", "ckpt.save_ckpt_folder='direct'"]
     direct = train(tmp_path, interpreter, "direct_run", *start, given % "'all'")
     same = ("step", "loss", "grad_norm", "num_consumed_tokens")
