@@ -52,7 +52,7 @@ def tokenize(
 
         roles = tuple(role.strip() for role in train_on.split(","))
         options = ChatOptions(format, chat_template, roles, max_length, split_ratio, seed)  # type: ignore[arg-type]
-        tokenize_conversations(inputs, output, tokenizer, options, workers)
+        tokenize_conversations(inputs, output, tokenizer, options, workers, append)
         return
     if format != "text":
         raise UserError(f"no format {format!r}", where="--format", expected="text, alpaca, messages or sharegpt")
@@ -72,7 +72,12 @@ def tokenize(
 
 
 def tokenize_conversations(
-    inputs: list[str], output: str, tokenizer: str, options: object, workers: int | None = None
+    inputs: list[str],
+    output: str,
+    tokenizer: str,
+    options: object,
+    workers: int | None = None,
+    append: bool = False,
 ) -> None:
     """``evomesh tokenize --format alpaca|messages|sharegpt``; ``options``: a ``ChatOptions``."""
     from evomesh.data.sources import find_texts
@@ -80,7 +85,11 @@ def tokenize_conversations(
     from evomesh.data.tokenizer import load_tokenizer
 
     assert isinstance(options, ChatOptions)
-    written, counts = tokenize_chats(find_texts(inputs), output, load_tokenizer(tokenizer), options, workers=workers)
+    files, loaded = find_texts(inputs), load_tokenizer(tokenizer)
+    with progress_bar(sum(file.size for file in files)) as progress:
+        written, counts = tokenize_chats(
+            files, output, loaded, options, workers=workers, append=append, progress=progress
+        )
     for path, facts in written.items():
         print(f"{path}: {facts['documents']:,} conversations, {facts['tokens']:,} tokens, largest id {facts['max_id']}")
     print(

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from evomesh.data.lines import json_kind
 from evomesh.data.sources import Record
 from evomesh.data.tokenizer import Tokenizer
 from evomesh.errors import UserError
@@ -84,7 +85,7 @@ def read_conversation(record: Record, schema: Schema, roles: Sequence[str] = ("a
 
 def _get(value: Any, key: str, record: Record) -> Any:
     if not isinstance(value, dict) or key not in value:
-        keys = ", ".join(value) if isinstance(value, dict) else type(value).__name__
+        keys = ", ".join(value) if isinstance(value, dict) else json_kind(value)
         raise UserError(f"the record has no key {key!r} (it has: {keys or 'none'})", where=record.where)
     return value[key]
 
@@ -92,7 +93,7 @@ def _get(value: Any, key: str, record: Record) -> Any:
 def _text(value: Any, key: str, record: Record) -> str:
     text = _get(value, key, record)
     if not isinstance(text, str):
-        raise UserError(f"{key} is a {type(text).__name__}", where=record.where, expected="a string")
+        raise UserError(f"{key} is of type {json_kind(text)}", where=record.where, expected="a string")
     return text
 
 

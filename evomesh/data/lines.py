@@ -108,13 +108,13 @@ def parse_line(line: bytes) -> list[int]:
     except orjson.JSONDecodeError:
         raise _not_json(line) from None
     if not isinstance(record, dict):
-        raise BadLine(f"the line is a JSON {_kind(record)}", 'an object {"tokens": [ids]}')
+        raise BadLine(f"the line is a JSON {json_kind(record)}", 'an object {"tokens": [ids]}')
     if "tokens" not in record:
         keys = ", ".join(sorted(record)) or "none"
         raise BadLine(f"the line has no key tokens (keys found: {keys})", 'an object {"tokens": [ids]}')
     tokens = record["tokens"]
     if not isinstance(tokens, list):
-        raise BadLine(f"tokens is a {_kind(tokens)}", "a list of integers")
+        raise BadLine(f"tokens is a {json_kind(tokens)}", "a list of integers")
     for position, token in enumerate(tokens):
         if type(token) is not int or abs(token) > MAX_ID:
             raise BadLine(f"token {position} is {json.dumps(token)}", f"an integer of at most {MAX_ID}")
@@ -136,6 +136,7 @@ def _refuse_constant(name: str) -> Any:
     raise BadLine(f"{name} is no JSON value", "integers only")
 
 
-def _kind(value: object) -> str:
+def json_kind(value: object) -> str:
+    """What JSON calls a value; of one that only tables have, its Python type."""
     names = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")
+    return names.get(type(value), "number" if isinstance(value, int | float) else type(value).__name__)

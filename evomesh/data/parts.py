@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import IO
 
+from evomesh.errors import UserError
+
 log = logging.getLogger(__name__)
 
 DEAD_SECONDS = 24 * 3600.0
@@ -25,10 +27,17 @@ MORE = (".meta", ".json")  # what a writer puts beside its part under the same n
 
 
 def open_part(path: Path) -> tuple[Path, IO[bytes]]:
-    """A new part beside ``path``, open for writing and held until it is closed."""
+    """A new part beside ``path``, open for writing and held until it is closed.
+
+    Raises:
+        UserError: the folder cannot be written to.
+    """
     while True:
         part = path.with_name(f".{path.name}.{_host()}.{secrets.token_hex(4)}.part")
-        file = part.open("xb")
+        try:
+            file = part.open("xb")
+        except OSError as error:
+            raise UserError(f"cannot write there: {error.strerror}", where=str(path)) from None
         _hold(file, wait=True)
         if os.fstat(file.fileno()).st_nlink:  # else another run took it for a dead one before it was held
             return part, file

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import csv
 import glob
-import gzip
 import io
 import json
 import os
@@ -15,7 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -24,6 +23,8 @@ import orjson
 import zstandard
 
 from evomesh.data.archives import UNREAD, Member, archive_kind, list_members, open_members
+from evomesh.data.lines import json_kind
+from evomesh.data.unpack import unpacked
 from evomesh.errors import UserError
 
 FORMATS = ("txt", "json", "jsonl", "csv", "parquet", "arrow")
@@ -31,6 +32,7 @@ TABLES = ("parquet", "arrow")  # read from several places of the file
 PACKERS = ("gz", "zst")
 DESCRIPTIONS = ("dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json")  # of Hugging Face folders
 FINGERPRINT = ".bin.json"  # beside token files
+MARK = b"\xef\xbb\xbf"  # of UTF-8, which some systems put in front of a text
 TABLE_ROWS = 1024  # rows decoded at once
 CSV_FIELD = 2**30  # bytes that one field may have
 BROKEN = (OSError, EOFError, zlib.error, zipfile.BadZipFile, zstandard.ZstdError)
@@ -71,8 +73,8 @@ def open_files(files: Sequence[TextFile]) -> Iterator[tuple[TextFile, IO[bytes],
         inside = list(group)
         if plain:
             for file in inside:
-                with path.open("rb") as raw:
-                    yield file, _unpacked(raw, file.packer), raw
+                with _open(path) as raw:
+                    yield file, unpacked(raw, file.packer), raw
             continue
         members = [file.member for file in inside if file.member]
         for file, raw in zip(inside, open_members(path, members), strict=True):
@@ -81,7 +83,16 @@ def open_files(files: Sequence[TextFile]) -> Iterator[tuple[TextFile, IO[bytes],
                     _copy(raw, whole, file)
                     yield file, cast(IO[bytes], whole), raw
             else:
-                yield file, _unpacked(raw, file.packer), raw
+                yield file, unpacked(raw, file.packer), raw
+
+
+def _open(path: Path) -> IO[bytes]:
+    try:
+        if not path.is_file():  # reading a pipe would wait for ever, and it is read twice
+            raise UserError("not a regular file", where=str(path), expected="a file, which may be packed")
+        return path.open("rb")
+    except OSError as error:
+        raise UserError(f"cannot read the file: {error.strerror}", where=str(path)) from None
 
 
 def _copy(source: IO[bytes], target: IO[bytes], file: TextFile) -> None:
@@ -90,14 +101,6 @@ def _copy(source: IO[bytes], target: IO[bytes], file: TextFile) -> None:
     except BROKEN as error:
         raise UserError(f"cannot read the file: {error}", where=str(file.place)) from None
     target.seek(0)
-
-
-def _unpacked(raw: IO[bytes], packer: str) -> IO[bytes]:
-    if packer == "gz":
-        return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
-    if packer == "zst":
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True), 1 << 20)
-    return raw
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,7 @@ def read_records(stream: IO[bytes], file: TextFile) -> Iterator[Record]:
         if file.format in _READERS:
             yield from _READERS[file.format](stream, file)
             return
-        for number, line in enumerate(stream, 1):
+        for number, line in enumerate(chain([stream.readline().removeprefix(MARK)], stream), 1):
             where = f"{file.place} line {number}"
             if not line.strip():
                 continue
@@ -208,20 +211,21 @@ def read_lines(stream: IO[bytes], file: TextFile) -> Iterator[Record]:
         yield from read_records(stream, file)
     elif file.format == "json":
         for record in read_records(stream, file):
-            yield Record(_ascii_json(record.value), record.where)
+            yield Record(json.dumps(record.value), record.where)
     else:
-        for number, line in enumerate(stream, 1):
-            where = f"{file.place} line {number}"
-            yield Record(_decode(line, where), where, line)
-
-
-def _ascii_json(value: Any) -> str:
-    return json.dumps(value)
+        try:
+            for number, line in enumerate(stream, 1):
+                where = f"{file.place} line {number}"
+                yield Record(_decode(line, where), where, line)
+        except BROKEN as error:
+            raise UserError(f"cannot read the file: {error}", where=str(file.place)) from None
 
 
 def _read_json(stream: IO[bytes], file: TextFile) -> Iterator[Record]:
     try:
         start = stream.read(1)
+        if start == MARK[:1] and stream.read(2) == MARK[1:]:
+            start = stream.read(1)
         while start.isspace():
             start = stream.read(1)
         if start != b"[":
@@ -328,7 +332,7 @@ def field_text(record: Record, field: str) -> str:
     if isinstance(record.value, str):
         return record.value
     if not isinstance(record.value, dict) or field not in record.value:
-        keys = ", ".join(record.value) if isinstance(record.value, dict) else type(record.value).__name__
+        keys = ", ".join(record.value) if isinstance(record.value, dict) else json_kind(record.value)
         raise UserError(
             f"the record has no field {field!r} (it has: {keys or 'none'})",
             where=record.where,
@@ -336,5 +340,5 @@ def field_text(record: Record, field: str) -> str:
         )
     text = record.value[field]
     if not isinstance(text, str):
-        raise UserError(f"the field {field!r} is a {type(text).__name__}", where=record.where, expected="a string")
+        raise UserError(f"the field {field!r} is of type {json_kind(text)}", where=record.where, expected="a string")
     return text

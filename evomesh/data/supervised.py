@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from evomesh.data.chat import Schema, Template, build_template, read_conversation
+from evomesh.data.chat import ROLES, Schema, Template, build_template, read_conversation
 from evomesh.data.sources import Record, TextFile, open_files, read_records
-from evomesh.data.tokenize import source_facts, tokenizer_facts
+from evomesh.data.tokenize import Progress, check_appended, source_facts, tokenizer_facts
 from evomesh.data.tokenizer import Tokenizer
 from evomesh.data.writer import BinWriter
 from evomesh.errors import UserError
@@ -61,7 +61,8 @@ def tokenize_chats(
     options: ChatOptions,
     *,
     workers: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    append: bool = False,
+    progress: Progress | None = None,
 ) -> tuple[dict[str, dict[str, Any]], ChatCounts]:
     """Tokenise conversations into ``output``: a ``.bin``, or with a split ratio a folder that gets ``SPLIT_FILES``.
 
@@ -71,6 +72,10 @@ def tokenize_chats(
     Raises:
         UserError: a record of another form, a tokenizer without the template's tokens, or nothing to write.
     """
+    if not options.roles or set(options.roles) - set(ROLES):
+        raise UserError(
+            f"no role {', '.join(options.roles)!r}", where="--train-on", expected=f"some of {', '.join(ROLES)}"
+        )
     template = build_template(options.template, tokenizer)
     if options.split_ratio and Path(output).suffix == ".bin":
         raise UserError(
@@ -80,16 +85,19 @@ def tokenize_chats(
         )
     paths = [Path(output) / name for name in SPLIT_FILES] if options.split_ratio else [Path(output)]
     held_out = _held_out(files, options)
-    facts = tokenizer_facts(tokenizer) | {"options": asdict(options), "sources": source_facts(files)}
+    sources, size = source_facts(files), sum(file.size for file in files)
+    facts = tokenizer_facts(tokenizer) | {"options": asdict(options)}
     counts = ChatCounts()
     with ExitStack() as stack:
-        writers = [stack.enter_context(BinWriter(path)) for path in paths]
+        writers = [stack.enter_context(BinWriter(path, append=append)) for path in paths]
+        for writer in writers:
+            check_appended(writer, tokenizer)
         start = 0
         for encoded in _encode(files, template, options, workers or os.cpu_count() or 1):
             kept: list[list[list[int]]] = [[] for _ in writers]
             for number, ids in enumerate(encoded, start):
                 document = _cut(ids, template.ending, options.max_length, counts)
-                if any(token > 0 for token in document[1:]):
+                if any(token > 0 for token in document[1 : len(document) - len(template.ending)]):
                     kept[int(held_out[number])].append(document)
                 else:
                     counts.without_target += 1
@@ -98,8 +106,12 @@ def tokenize_chats(
                     writer.write(documents, masked=True)
             start += len(encoded)
             if progress:
-                progress(start)
-        return {str(writer.path): writer.commit(facts | asdict(counts)) for writer in writers}, counts
+                progress(size * start // len(held_out), start, sum(writer.tokens for writer in writers))
+        facts |= asdict(counts)
+        return {
+            str(writer.path): writer.commit(facts | {"sources": [*writer.previous.get("sources", []), *sources]})
+            for writer in writers
+        }, counts
 
 
 def _records(files: list[TextFile]) -> Iterator[Record]:

@@ -57,12 +57,7 @@ def tokenize_files(
     """
     head, tail = frame(tokenizer, options)
     with BinWriter(output, append=append) as writer, ThreadPoolExecutor(AHEAD) as encoder:
-        if writer.previous and writer.previous.get("tokenizer_hash") not in (None, tokenizer.hash):
-            raise UserError(
-                "the existing file was made with another tokenizer",
-                where=str(writer.path),
-                fix="leave out --append to replace it",
-            )
+        check_appended(writer, tokenizer)
         waiting: deque[tuple[Future[list[list[int]]], int]] = deque()
 
         def write_oldest() -> None:
@@ -80,7 +75,7 @@ def tokenize_files(
             write_oldest()
         facts = tokenizer_facts(tokenizer) | {
             "options": asdict(options),
-            "sources": source_facts(files, writer.previous),
+            "sources": [*writer.previous.get("sources", []), *source_facts(files)],
         }
         return writer.commit(facts)
 
@@ -96,9 +91,19 @@ def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def source_facts(files: list[TextFile], previous: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-    """Names, sizes and hashes of the inputs, behind those of the file appended to."""
-    facts = list((previous or {}).get("sources", []))
+def check_appended(writer: BinWriter, tokenizer: Tokenizer) -> None:
+    """Refuse to add to a file of another tokenizer."""
+    if writer.previous.get("tokenizer_hash") not in (None, tokenizer.hash):
+        raise UserError(
+            "the existing file was made with another tokenizer",
+            where=str(writer.path),
+            fix="leave out --append to replace it",
+        )
+
+
+def source_facts(files: list[TextFile]) -> list[dict[str, Any]]:
+    """Names, sizes and hashes of the inputs."""
+    facts = []
     for path, _ in groupby(file.path for file in files):  # an archive's members follow one another
         with path.open("rb") as raw:
             digest = hashlib.file_digest(raw, "sha256").hexdigest()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,11 +13,14 @@ import numpy as np
 import orjson
 import xxhash
 
+from evomesh.data.bin_dataset import BinDataset
 from evomesh.data.fingerprint import fingerprint_path, read_fingerprint
 from evomesh.data.lines import format_lines
 from evomesh.data.meta import meta_path, read_meta, write_meta
 from evomesh.data.parts import open_part, remove_dead_parts
 from evomesh.errors import UserError
+
+COPIED = 1 << 22  # bytes of an existing file at once
 
 
 class BinWriter:
@@ -71,7 +75,8 @@ class BinWriter:
         self._lengths.append(np.array([len(tokens) for tokens in documents], np.int64))
         self._sizes.append(np.diff(newlines, prepend=-1))
         self._hash.update(blob)
-        self._file.write(blob)
+        with _disk(self.path):
+            self._file.write(blob)
         self.documents += len(documents)
         self.tokens += sum(map(len, documents))
 
@@ -90,8 +95,6 @@ class BinWriter:
         """Finish the three files and give them their names; returns the fingerprint: ``facts`` and the counts."""
         if not self.documents:
             raise UserError("the input holds no document", where=str(self.path))
-        self._file.flush()
-        os.fsync(self._file.fileno())
         lengths, sizes = np.concatenate(self._lengths), np.concatenate(self._sizes)
         record = facts | {
             "documents": self.documents,
@@ -101,8 +104,11 @@ class BinWriter:
             "bin_hash": f"xxh3_128:{self._hash.hexdigest()}",
         }
         meta, fingerprint = Path(f"{self._part}.meta"), Path(f"{self._part}.json")
-        write_meta(meta, np.cumsum(sizes) - sizes, lengths)
-        fingerprint.write_bytes(orjson.dumps(record, option=orjson.OPT_INDENT_2) + b"\n")
+        with _disk(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            write_meta(meta, np.cumsum(sizes) - sizes, lengths)
+            fingerprint.write_bytes(orjson.dumps(record, option=orjson.OPT_INDENT_2) + b"\n")
         # A reader between two of these renames finds an old meta with a new file, which it refuses; a crash there is
         # repaired by a rerun.
         meta_path(self.path).unlink(missing_ok=True)
@@ -114,21 +120,51 @@ class BinWriter:
 
     def abort(self) -> None:
         """Remove what was not committed."""
-        self._file.close()
+        with suppress(OSError):  # a full disk says so again when it closes
+            self._file.close()
         for suffix in ("", ".meta", ".json"):
             Path(f"{self._part}{suffix}").unlink(missing_ok=True)
 
     def _begin_with_existing(self) -> None:
         rows = read_meta(self.path)
         self.previous = read_fingerprint(self.path) or {}
+        last = b""
         with self.path.open("rb") as source:
-            shutil.copyfileobj(source, self._file, 1 << 22)
-        with self.path.open("rb") as source:
-            while block := source.read(1 << 22):
+            while block := source.read(COPIED):
                 self._hash.update(block)
-        offsets = rows[:, 0].astype(np.int64)
-        self._sizes.append(np.diff(offsets, append=self.path.stat().st_size))
+                with _disk(self.path):
+                    self._file.write(block)
+                last = block[-1:]
+        if last != b"\n":
+            self._hash.update(b"\n")
+            self._file.write(b"\n")
+        offsets, size = rows[:, 0].astype(np.int64), self._file.tell()
+        self._sizes.append(np.diff(offsets, append=size))
         self._lengths.append(rows[:, 1].astype(np.int64))
         self.documents, self.tokens = len(rows), int(self._lengths[0].sum())
-        self.max_id = int(self.previous.get("max_id", -1))
-        self.max_id_line = int(self.previous.get("max_id_line", 0))
+        if "max_id" in self.previous:
+            self.max_id, self.max_id_line = int(self.previous["max_id"]), int(self.previous["max_id_line"])
+        else:
+            self._read_largest()
+
+    def _read_largest(self) -> None:
+        """The largest id of a file of another tool, which left no fingerprint."""
+        existing = BinDataset(self.path)
+        ends = np.cumsum(self._lengths[0])
+        for start in range(0, len(existing), existing.block):
+            tokens = np.abs(existing.read(np.arange(start, min(start + existing.block, len(existing)))))
+            if len(tokens) and int(tokens.max()) > self.max_id:
+                place = int(ends[start] - self._lengths[0][start]) + int(tokens.argmax())
+                self.max_id = int(tokens.max())
+                self.max_id_line = int(np.searchsorted(ends, place, side="right")) + 1
+
+
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    """Turns what a disk refuses into a message."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write: {error.strerror}", where=str(path), fix="free room there, or write elsewhere"
+        ) from None

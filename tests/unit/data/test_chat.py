@@ -124,7 +124,7 @@ def test_sharegpt(folder: Path) -> None:
         ),
         ("messages", {"text": "a"}, "no key 'messages'"),
         ("messages", [{"role": "robot", "content": "a"}], "the role 'robot' is unknown"),
-        ("messages", [{"role": "user", "content": 1}], "content is a int"),
+        ("messages", [{"role": "user", "content": 1}], "content is of type number"),
         ("sharegpt", {"conversations": []}, "no turns"),
     ],
 )
@@ -173,6 +173,48 @@ def test_truncation_is_counted_and_keeps_the_ending(folder: Path, tmp_path: Path
     assert all(document[-1] == tokenizer.eos_id for document in cut)
     assert (counts.truncated, counts.lost_tokens) == (3, sum(len(document) - limit for document in whole))
     assert facts[str(tmp_path / "b.bin")]["truncated"] == 3
+
+
+def test_a_conversation_cut_before_its_answer_is_left_out(folder: Path, tmp_path: Path) -> None:
+    """The ending that it keeps is nothing to learn from."""
+    rows = [ALPACA, ALPACA | {"instruction": "long " * 50}, ALPACA]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    files, tokenizer = find_texts([str(tmp_path / "a.json")]), load_tokenizer(folder)
+    facts, counts = tokenize_chats(files, tmp_path / "a.bin", tokenizer, ChatOptions("alpaca", max_length=60))
+    assert (counts.truncated, counts.without_target) == (1, 1)
+    assert facts[str(tmp_path / "a.bin")]["documents"] == len(documents(tmp_path / "a.bin")) == 2
+
+
+def test_conversations_are_appended(folder: Path, tmp_path: Path) -> None:
+    files, tokenizer = find_texts([str(write_alpaca(tmp_path / "a.json", 20))]), load_tokenizer(folder)
+    for options, name in ((ChatOptions("alpaca"), "o.bin"), (ChatOptions("alpaca", split_ratio=0.1), "o")):
+        first, _ = tokenize_chats(files, tmp_path / name, tokenizer, options)
+        once = {path: documents(Path(path)) for path in first}
+        both, _ = tokenize_chats(files, tmp_path / name, tokenizer, options, append=True)
+        for path, found in once.items():
+            assert documents(Path(path)) == found * 2
+            assert both[path]["documents"] == 2 * len(found)
+            assert both[path]["sources"] == first[path]["sources"] * 2
+    other = load_tokenizer(sentencepiece_model(tmp_path, ["<eoh>", "<eoa>", "<|User|>", "<|Bot|>"]))
+    with pytest.raises(UserError, match="made with another tokenizer"):
+        tokenize_chats(files, tmp_path / "o.bin", other, ChatOptions("alpaca"), append=True)
+
+
+def test_progress_of_conversations_ends_at_the_size_of_the_input(folder: Path, tmp_path: Path) -> None:
+    files, tokenizer = find_texts([str(write_alpaca(tmp_path / "a.json", 300))]), load_tokenizer(folder)
+    seen: list[tuple[int, int, int]] = []
+    tokenize_chats(
+        files, tmp_path / "o.bin", tokenizer, ChatOptions("alpaca"), workers=1, progress=lambda *now: seen.append(now)
+    )
+    assert len(seen) > 2 and seen == sorted(seen)
+    assert seen[-1] == (files[0].size, 300, sum(map(len, documents(tmp_path / "o.bin"))))
+
+
+@pytest.mark.parametrize("roles", [("robot",), ("assistant", "gpt"), (), ("",)])
+def test_roles_that_are_none(folder: Path, tmp_path: Path, roles: tuple[str, ...]) -> None:
+    files = find_texts([str(write_alpaca(tmp_path / "a.json", 3))])
+    with pytest.raises(UserError, match=r"--train-on: no role .*\n.*system, user, assistant"):
+        tokenize_chats(files, tmp_path / "o.bin", load_tokenizer(folder), ChatOptions("alpaca", roles=roles))
 
 
 def test_records_of_a_hugging_face_folder(folder: Path, tmp_path: Path) -> None:

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 import zstandard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from evomesh.data.bin_dataset import BinDataset
+from evomesh.data.repair import repair
 from evomesh.data.sources import find_texts
 from evomesh.data.tokenize import TextOptions, tokenize_files
 from evomesh.data.tokenizer import load_tokenizer
+from evomesh.data.unpack import unpacked
 from evomesh.errors import UserError
 
 TEXTS = ["hello world, hello", "a second one\nwith two lines", "Ünïcödé 感恩生活", "x" * 50]
@@ -158,7 +163,8 @@ def test_fingerprint(tmp_path: Path, bpe: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "part"),
     [
-        ("a.jsonl", b'{"text": 3}\n', "line 1: the field 'text' is a int"),
+        ("a.jsonl", b'{"text": 3}\n', "line 1: the field 'text' is of type number"),
+        ("a.jsonl", b'{"text": null}\n', "line 1: the field 'text' is of type null"),
         ("a.jsonl", b"{]\n", "line 1: the line is not JSON"),
         ("a.txt", b"ok\n\xff\n", "line 2 byte 0: byte 0xff is not UTF-8"),
         ("a.json", b'{"text": "x"}', "the file starts with '{'"),
@@ -186,3 +192,70 @@ def test_no_tokenizer(tmp_path: Path) -> None:
 def test_starts_without_torch() -> None:
     code = "import sys, evomesh.cli.tokenize, evomesh.cli.data, evomesh.data.tokenize, evomesh.data.packed; "
     subprocess.run([sys.executable, "-c", code + "sys.exit('torch' in sys.modules)"], check=True)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, bpe: Path) -> None:
+    mark = b"\xef\xbb\xbf"
+    for name, content in (("a.txt", b"one\n"), ("a.jsonl", b'{"text": "one"}'), ("a.json", b' [{"text": "one"}]')):
+        (tmp_path / name).write_bytes(mark + content)
+        run([str(tmp_path / name)], tmp_path / "a.bin", bpe)
+        assert documents(tmp_path / "a.bin") == expected(bpe, ["one"])
+
+
+@pytest.mark.parametrize("raw_lines", [False, True])
+@pytest.mark.parametrize(
+    "pack",
+    [gzip.compress, zstandard.ZstdCompressor().compress, lambda raw: zstandard.ZstdCompressor().compress(raw) * 2],
+)
+def test_a_packed_file_that_is_cut_off_is_refused_at_any_place(
+    tmp_path: Path, bpe: Path, pack: Callable[[bytes], bytes], raw_lines: bool
+) -> None:
+    packed = pack(jsonl(tmp_path / "x.jsonl", TEXTS).read_bytes())
+    source = tmp_path / ("a.jsonl.gz" if packed[:1] == b"\x1f" else "a.jsonl.zst")
+    source.write_bytes(packed)
+    run([str(source)], tmp_path / "a.bin", bpe, raw_lines=raw_lines)
+    frames = 2 if packed[: len(packed) // 2] == packed[len(packed) // 2 :] else 1
+    for size in range(1, len(packed)):
+        if frames == 2 and size == len(packed) // 2:
+            continue  # a whole frame is a whole file
+        source.write_bytes(packed[:size])
+        with pytest.raises(UserError, match=r"a.jsonl.*cannot read the file"):
+            run([str(source)], tmp_path / "a.bin", bpe, raw_lines=raw_lines)
+
+
+def test_zstandard_frames_of_any_kind(tmp_path: Path, bpe: Path) -> None:
+    raw = jsonl(tmp_path / "x.jsonl", [f"{number} {text}" for number in range(3000) for text in TEXTS]).read_bytes()
+    compress = zstandard.ZstdCompressor().compress
+    skipped = b"\x50\x2a\x4d\x18\x03\x00\x00\x00abc"
+    packed = compress(b"") + skipped + compress(raw[:100_000]) + skipped + compress(raw[100_000:]) + skipped
+    (tmp_path / "a.jsonl.zst").write_bytes(packed)
+    with unpacked((tmp_path / "a.jsonl.zst").open("rb"), "zst") as stream:
+        assert stream.read() == raw
+
+
+def test_a_pipe_is_refused(tmp_path: Path, bpe: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match=r"a.jsonl: not a regular file"):
+        run([str(tmp_path / "a.jsonl")], tmp_path / "a.bin", bpe)
+
+
+def test_appending_to_a_file_of_another_tool(tmp_path: Path, bpe: Path) -> None:
+    """One without a fingerprint, and without a newline at its end."""
+    output = tmp_path / "a.bin"
+    output.write_bytes(b'{"tokens": [5, -9000]}\n{"tokens": [7]}')
+    repair(output)
+    facts = run([str(jsonl(tmp_path / "a.jsonl", TEXTS))], output, bpe, append=True)
+    assert documents(output) == [[5, -9000], [7], *expected(bpe, TEXTS)]
+    assert (facts["max_id"], facts["max_id_line"]) == (9000, 1)
+    assert facts["bin_hash"] == f"xxh3_128:{xxhash.xxh3_128_hexdigest(output.read_bytes())}"
+
+
+def test_a_full_disk_is_a_message(tmp_path: Path, bpe: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", TEXTS * 500)
+    code = "import resource, sys; from evomesh.cli.main import main; "
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)); main()"
+    command = ["tokenize", str(source), "-o", str(tmp_path / "out/a.bin"), "-t", str(bpe), "--no-eos"]
+    ended = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
+    assert ended.returncode == 2, ended.stderr
+    assert "out/a.bin: cannot write: File too large" in ended.stderr and "Traceback" not in ended.stderr
+    assert list((tmp_path / "out").iterdir()) == []
