@@ -67,6 +67,12 @@ def find_rows(
             f"{len(unnamed)} file(s) such as {names[unnamed[0]]} are left out: others are named {taken}; "
             f'data.split_name="{EVERY}" takes all'
         )
+    held = [file for file in files if kind_of(belongs[file]) in ("validation", "test") and belongs[file] != taken]
+    if use == "train" and split is None and held:
+        warnings.append(
+            f"{len(held)} file(s) such as {names[held[0]]} are left out: their names say {belongs[held[0]]}; "
+            f'data.split_name="{EVERY}" takes all'
+        )
     return chosen, warnings
 
 

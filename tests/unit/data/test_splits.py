@@ -55,3 +55,15 @@ def test_splits_that_datasets_saved(tmp_path: Path) -> None:
         find_rows(str(tmp_path), "k", None, "train")
     (found,), _ = find_rows(str(tmp_path), "k", None, "train", "fr")
     assert found.place.parent == tmp_path / "x/fr"
+
+
+def test_files_that_are_held_out_by_their_name_are_named(tmp_path: Path) -> None:
+    for name in ("a.txt", "sub/valid.txt", "sub/test.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("w5\n")
+    (found,), warnings = find_rows(str(tmp_path), "k", None, "train")
+    assert found.place.name == "a.txt"
+    said = '2 file(s) such as sub/test.txt are left out: their names say test; data.split_name="all" takes all'
+    assert warnings == [said]
+    assert find_rows(str(tmp_path), "k", None, "train", "all")[1] == []
+    assert find_rows(str(tmp_path), "k", None, "valid")[1] == []
