@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ from evomesh.errors import UserError
 SHOWN = 5  # problems of one kind that are listed; the rest is counted
 LEAK_SAMPLES = 200  # documents that are decoded to look for JSON text
 LEAK_SHARE = 0.5
+BLOCK_BYTES = 1 << 22  # of lines that are parsed together
+BROKEN, OUTSIDE = "broken lines", "lines with ids outside the vocabulary"
 
 
 @dataclass
@@ -57,46 +60,64 @@ def scan(path: Path, vocab_size: int | None = None) -> Scan:
     except UserError as error:
         found.problems.append(str(error))
         return found
-    offsets, lengths, hashes = [], [], []
-    bad = outside = position = 0
+    sizes: list[int] = []
+    hashes: list[int] = []
+    lengths = [np.empty(0, np.int64)]
+    refused: Counter[str] = Counter()
+    position = 0
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                tokens = _tokens(line)
-            except BadLine as error:
-                bad += 1
-                if bad <= SHOWN:
-                    place = f" byte {position + error.byte}" if error.byte is not None else ""
-                    torn = "; the file ends in the middle of it" if not line.endswith(b"\n") else ""
-                    found.problems.append(f"{path} line {number}{place}: {error.found}{torn}")
-                tokens = np.empty(0, np.int64)
+        while lines := file.readlines(BLOCK_BYTES):
+            counts = np.array([line.count(b",") + 1 for line in lines])
+            tokens = parse_plain(lines, counts)
+            if tokens is None or (vocab_size is not None and largest_id(tokens) >= vocab_size):
+                tokens, counts = _read_one_by_one(lines, len(sizes), position, vocab_size, found, refused)
             if len(tokens):
-                largest = largest_id(tokens)
-                found.max_id = max(found.max_id, largest)
-                found.zeros += int((tokens == 0).sum())
-                found.masked += int((tokens < 0).sum())
-                if vocab_size is not None and largest >= vocab_size:
-                    outside += 1
-                    if outside <= SHOWN:
-                        found.problems.append(
-                            f"{path} line {number}: id {largest} is outside the vocabulary of {vocab_size}"
-                        )
-            offsets.append(position)
-            lengths.append(len(tokens))
-            hashes.append(xxhash.xxh3_64_intdigest(line))
-            position += len(line)
-    for count, kind in ((bad, "broken lines"), (outside, "lines with ids outside the vocabulary")):
+                found.max_id = max(found.max_id, largest_id(tokens))
+            found.zeros += int((tokens == 0).sum())
+            found.masked += int((tokens < 0).sum())
+            lengths.append(counts)
+            sizes += map(len, lines)
+            position += sum(map(len, lines))
+            hashes += map(xxhash.xxh3_64_intdigest, lines)
+    for kind, count in refused.items():
         if count > SHOWN:
             found.problems.append(f"{path}: {count - SHOWN} more {kind}")
-    found.offsets, found.lengths = np.array(offsets, np.int64), np.array(lengths, np.int64)
+    found.offsets, found.lengths = np.cumsum([0, *sizes])[:-1], np.concatenate(lengths)
     found.hashes = np.array(hashes, np.uint64)
-    if not bad:
+    if not refused[BROKEN]:
         _compare_meta(found)
     _find_repeats(found)
     _compare_fingerprint(found)
     if found.zeros:
         found.notes.append(f"{path}: id 0 occurs {found.zeros:,} times; the format cannot make it a target")
     return found
+
+
+def _read_one_by_one(
+    lines: list[bytes], number: int, position: int, vocab_size: int | None, found: Scan, refused: Counter[str]
+) -> tuple[Tokens, NDArray[np.int64]]:
+    """Tokens of lines behind the first ``number`` and ``position`` bytes, and how many each has; notes defects."""
+    read: list[Tokens] = []
+    for line in lines:
+        number += 1
+        try:
+            read.append(_tokens(line))
+        except BadLine as error:
+            read.append(np.empty(0, np.int64))
+            refused[BROKEN] += 1
+            if refused[BROKEN] <= SHOWN:
+                place = f" byte {position + error.byte}" if error.byte is not None else ""
+                torn = "; the file ends in the middle of it" if not line.endswith(b"\n") else ""
+                found.problems.append(f"{found.path} line {number}{place}: {error.found}{torn}")
+        largest = largest_id(read[-1])
+        if vocab_size is not None and largest >= vocab_size:
+            refused[OUTSIDE] += 1
+            if refused[OUTSIDE] <= SHOWN:
+                found.problems.append(
+                    f"{found.path} line {number}: id {largest} is outside the vocabulary of {vocab_size}"
+                )
+        position += len(line)
+    return np.concatenate(read), np.array([len(tokens) for tokens in read])
 
 
 def verify(

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from evomesh.cli.data import app
+from evomesh.data import verify as verify_module
 from evomesh.data.repair import repair_path
 from evomesh.data.verify import verify
 from evomesh.errors import UserError
@@ -38,6 +39,29 @@ def test_a_good_file_has_none(write_bin: Any) -> None:
     result = CliRunner().invoke(app, ["verify", str(path)])
     assert result.exit_code == 0
     assert "no problem found" in result.output
+
+
+@pytest.mark.parametrize("block", [1, 100, 1 << 22])
+def test_what_is_found_does_not_depend_on_the_blocks(
+    write_bin: Any, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(verify_module, "BLOCK_BYTES", block)
+    stored = documents()
+    stored[11], stored[20] = [5, 99, 7], [0, -8, 0]
+    path = write_bin(stored)
+    (found,), said = verify(str(path), vocab_size=90)
+    assert said == [f"{path} line 12: id 99 is outside the vocabulary of 90"]
+    assert (found.max_id, found.zeros, found.masked) == (99, 2, 1)
+    assert found.lengths.tolist() == list(map(len, stored))
+    assert found.offsets.tolist() == np.load(f"{path}.meta")[:, 0].tolist()
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[30] = b"{}\n"
+    path.write_bytes(b"".join([*lines[:35], lines[35][:-9]]))
+    byte = sum(map(len, lines[:35])) + len(lines[35]) - 9
+    said = verify(str(path), vocab_size=90)[1]
+    assert said[0].endswith("line 12: id 99 is outside the vocabulary of 90")
+    assert said[1] == f"{path} line 31: the line has no key tokens (keys found: none)"
+    assert f"{path} line 36 byte {byte}: the line is not JSON" in said[2] and "ends in the middle of it" in said[2]
 
 
 def test_wrong_rows_are_listed_with_the_right_values(write_bin: Any) -> None:
