@@ -35,6 +35,8 @@ COMMANDS = {
     "CPU step, 200M": "train_step.py --shape 200M --rounds 4",
     "CPU step, 200M, compiled reference": "train_step.py --shape 200M --compiled --rounds 4",
     "CPU step, 200M, packed": "train_step.py --shape 200M --packed --rounds 4",
+    "CPU step, 60M, where the time goes": "train_step.py --profile",
+    "CPU step, 200M, where the time goes": "train_step.py --shape 200M --profile",
     "CPU step, growth": "growth.py",
     "GPU step": "gpu_step.py",
     "Data": "data.py",
