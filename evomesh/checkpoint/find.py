@@ -206,7 +206,8 @@ def locate(url: str) -> Place:
 def _or_nothing(storage: Storage, near: str, choices: list[Candidate], url: str) -> Place:
     if choices:
         return Place(choices)
-    there = f"{near} has {_steps(storage, near)}" if _steps(storage, near) else _beside(storage, near, url)
+    steps = _steps(storage, near)
+    there = f"{near} has {steps}" if steps else _beside(storage, near, url)
     return Place([], f"no checkpoint at {url!r}; {there}", "give an existing step or folder")
 
 
@@ -230,7 +231,8 @@ def _beside(storage: Storage, near: str, url: str) -> str:
     saves = {folder: _steps(storage, join(near, folder)) for folder in looked}
     meant = [f"{folder} with {saves[folder]}" if saves[folder] else folder for folder in looked]
     meant = [words for folder, words in zip(looked, meant, strict=True) if saves[folder] or folder in close][:3]
-    state = "the folder is empty" if f"{own}/" in names else f"{near} has no such folder"
+    where = "the current folder" if near == "." else near
+    state = "the folder is empty" if f"{own}/" in names else f"{where} has no such folder"
     return f"{state}; beside it: {'; '.join(meant)}" if meant else state
 
 

@@ -77,7 +77,7 @@ def test_forms_of_paths(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "unknown prefix 's4:'" in text and "local:PATH" in text and "boto3:" in text
 
 
-def test_missing_and_empty_folders_say_what_lies_beside(root: Path) -> None:
+def test_missing_and_empty_folders_say_what_lies_beside(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "steps 4" in resolve(root / "5")
     (root.parent / "empty").mkdir()
     (root.parent / "notes").mkdir()
@@ -86,6 +86,8 @@ def test_missing_and_empty_folders_say_what_lies_beside(root: Path) -> None:
     assert "has no such folder; beside it: ckpts with steps 4\n" in resolve(root.parent / "elsewhere")
     assert "beside it: notes; ckpts with steps 4\n" in resolve(root.parent / "note")
     assert "has no such folder\n" in resolve(root / "step-00000004" / "49")
+    monkeypatch.chdir(root.parent / "notes")
+    assert "'nowhere'; the current folder has no such folder\n" in resolve(Path("nowhere"))
     for number in range(12):
         (root.parent / "notes" / f"page{number:02}").write_text("")
     assert "it holds page00, page01, page02, page03, page04, page05, page06, page07 and 4 more, but" in resolve(
