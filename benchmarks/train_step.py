@@ -5,7 +5,9 @@ Run: python benchmarks/train_step.py [--shape 60M] [--compiled] [--packed] [--pr
 The two take turns within one run, so that a busy machine slows both, each in a process of its own, so that neither
 lives in the other's memory; the figure to quote is the median of the ratios of neighbouring steps. Model FLOPs of a
 step are 6 (parameters without embedding) tokens plus causal attention counted once, 6 layers hidden (sum of squared
-document lengths); the fraction is of the best float32 matrix product measured in the same run, by torch.mm or oneDNN.
+document lengths). The peak is the best float32 product, by torch.mm or oneDNN, kept up for as long as the clock and the
+neighbours of a busy machine allow: it is measured before and behind every pair of steps, and the fraction is the median
+over pairs of a step's speed by the mean of its two peaks.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -43,6 +46,8 @@ SHAPES = {
     "60M": Shape(8, 512, 8, 1408, 32000, (512,) * 4),
     "200M": Shape(12, 1024, 16, 2816, 32000, (512,) * 4),
 }
+PRODUCTS = ((2048, 2048, 2048), (2048, 512, 1408), (512, 512, 16000))  # rows, summed, columns
+KEPT_UP = 0.3  # seconds
 UNTIMED = 5  # steps, until compilation is done and the heap has grown to its final size
 RAGGED = (301, 23, 180, 64, 512, 7, 140, 285, 96, 33, 210, 197)  # --packed: 2048 tokens, cut to the shape's total
 
@@ -132,20 +137,21 @@ def problem(args: argparse.Namespace) -> tuple[Shape, tuple[int, ...]]:
     return shape, ragged(sum(shape.documents)) if args.packed else shape.documents
 
 
-def product_rates() -> tuple[float, float]:
-    """Best FLOP/s of a float32 matrix product over a few shapes: of torch.mm, and of oneDNN through torch."""
+def product_rates() -> list[float]:
+    """FLOP/s of float32 matrix products, kept up for a while, of the best of a few shapes: torch.mm, and oneDNN."""
     rates = []
     for multiply in (lambda a, b: torch.mm(a, b.T), one_dnn):
         best = 0.0
-        for m, k, n in ((2048, 2048, 2048), (2048, 512, 1408), (512, 512, 16000)):
+        for m, k, n in PRODUCTS:
             a, b = torch.randn(m, k), torch.randn(n, k)
             multiply(a, b)
-            for _ in range(3):
-                start = time.perf_counter()
+            start, count = time.perf_counter(), 0
+            while time.perf_counter() - start < KEPT_UP:
                 multiply(a, b)
-                best = max(best, 2 * m * k * n / (time.perf_counter() - start))
+                count += 1
+            best = max(best, 2 * m * k * n * count / (time.perf_counter() - start))
         rates.append(best)
-    return rates[0], rates[1]
+    return rates
 
 
 def one_dnn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -192,7 +198,6 @@ def main() -> None:
     if args.profile:
         profile(args)
         return
-    shape, lengths = problem(args)
     spawn, sides = get_context("spawn"), []
     for kind in ("evomesh", "transformers"):
         pipe, theirs = spawn.Pipe()
@@ -207,25 +212,30 @@ def main() -> None:
     for _, pipe in sides:
         for _ in range(UNTIMED):
             step(pipe)
-    pairs, rates = [], [product_rates()]
+    pairs, peaks = [], [product_rates()]
     for _ in range(args.rounds):
         pairs.append([step(pipe) for _, pipe in sides])
-        rates.append(product_rates())
+        peaks.append(product_rates())
     for worker, pipe in sides:
         pipe.send(False)
         worker.join()
-    total = sum(lengths)
-    flops = model_flops(shape, lengths)
-    mm, dnn = (max(rate) for rate in zip(*rates, strict=True))
+    report(args, pairs, peaks)
+
+
+def report(args: argparse.Namespace, pairs: list[list[float]], peaks: list[list[float]]) -> None:
+    """``pairs``: seconds of our step and of theirs; ``peaks``: FLOP/s of both products, before, between, behind them."""
+    shape, lengths = problem(args)
+    total, flops = sum(lengths), model_flops(shape, lengths)
+    around = [(max(before) + max(behind)) / 2 for before, behind in pairwise(peaks)]
     print(f"{args.shape}: {total} tokens in {len(lengths)} documents, float32, {args.threads} threads")
     names = ("evomesh" + args.compiled_ours * " compiled", "transformers" + args.compiled * " compiled")
     for name, times in zip(names, zip(*pairs, strict=True), strict=True):
         seconds = statistics.median(times)
-        speed = flops / seconds
-        share = speed / max(mm, dnn)
-        print(f"  {name:22s} {total / seconds:8.1f} tokens/s  {speed / 1e9:6.1f} GFLOP/s  {share:.2f} of best")
+        share = statistics.median(flops / own / peak for own, peak in zip(times, around, strict=True))
+        print(f"  {name:22s} {total / seconds:8.1f} tokens/s  {flops / seconds / 1e9:6.1f} GFLOP/s  {share:.2f} of best")
     ratio = statistics.median(b / a for a, b in pairs)
-    print(f"  best float32 product: torch.mm {mm / 1e9:.1f}, oneDNN {dnn / 1e9:.1f} GFLOP/s")
+    mm, dnn = (statistics.median(rates) / 1e9 for rates in zip(*peaks, strict=True))
+    print(f"  best float32 product: torch.mm {mm:.1f}, oneDNN {dnn:.1f} GFLOP/s")
     print(f"  median ratio of speeds {ratio:.3f}")
 
 

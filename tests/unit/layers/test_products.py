@@ -107,6 +107,21 @@ def test_what_one_dnn_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not products.by_one_dnn(x, weight)
 
 
+@pytest.mark.parametrize(
+    ("processor", "expected"),
+    [
+        ({"cpu_name": "AMD EPYC", "avx512_f": True}, True),
+        ({"cpu_name": "AMD EPYC", "avx512_f": False}, False),  # MKL is the faster one, both being held to AVX2
+        ({"cpu_name": "Intel(R) Xeon(R) Processor", "avx512_f": True}, False),  # where MKL uses AVX-512 too
+        ({"cpu_name": "Hygon C86 7490", "avx512_f": True}, True),
+        ({}, False),
+    ],
+)
+def test_the_rule(monkeypatch: pytest.MonkeyPatch, processor: dict[str, Any], expected: bool) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor, raising=False)
+    assert products.one_dnn_is_faster.__wrapped__() == (expected and torch.backends.mkldnn.is_available())
+
+
 def test_two_runs_are_the_same_to_the_bit(one_dnn: bool) -> None:
     x, weight = leaves((T, I), (O, I))
     runs = []
