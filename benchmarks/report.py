@@ -58,8 +58,10 @@ def machine() -> str:
 
 
 def processor() -> str:
+    """Its name, which can be that of a whole family, and the vectors that torch uses on it."""
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.11
-    return str(capabilities.get("cpu_name") or platform.processor() or platform.machine())
+    name = str(capabilities.get("cpu_name") or platform.processor() or platform.machine())
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def section(name: str, command: str) -> str | None:
