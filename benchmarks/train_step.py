@@ -223,7 +223,7 @@ def main() -> None:
 
 
 def report(args: argparse.Namespace, pairs: list[list[float]], peaks: list[list[float]]) -> None:
-    """``pairs``: seconds of our step and of theirs; ``peaks``: FLOP/s of both products, before, between, behind them."""
+    """``pairs``: seconds of our step and theirs; ``peaks``: FLOP/s of both products, before, between, behind them."""
     shape, lengths = problem(args)
     total, flops = sum(lengths), model_flops(shape, lengths)
     around = [(max(before) + max(behind)) / 2 for before, behind in pairwise(peaks)]
@@ -232,7 +232,8 @@ def report(args: argparse.Namespace, pairs: list[list[float]], peaks: list[list[
     for name, times in zip(names, zip(*pairs, strict=True), strict=True):
         seconds = statistics.median(times)
         share = statistics.median(flops / own / peak for own, peak in zip(times, around, strict=True))
-        print(f"  {name:22s} {total / seconds:8.1f} tokens/s  {flops / seconds / 1e9:6.1f} GFLOP/s  {share:.2f} of best")
+        speed = flops / seconds / 1e9
+        print(f"  {name:22s} {total / seconds:8.1f} tokens/s  {speed:6.1f} GFLOP/s  {share:.2f} of best")
     ratio = statistics.median(b / a for a, b in pairs)
     mm, dnn = (statistics.median(rates) / 1e9 for rates in zip(*peaks, strict=True))
     print(f"  best float32 product: torch.mm {mm:.1f}, oneDNN {dnn:.1f} GFLOP/s")
