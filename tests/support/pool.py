@@ -162,6 +162,7 @@ def _serve(rank: int, ranks: int, folder: str, connection: Connection) -> None:
     faulthandler.register(signal.SIGUSR1, all_threads=False)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    _share_groups()
     while True:
         try:
             job = connection.recv_bytes()
@@ -173,3 +174,22 @@ def _serve(rank: int, ranks: int, folder: str, connection: Connection) -> None:
         except BaseException:
             answer = pickle.dumps((False, traceback.format_exc()))
         connection.send_bytes(answer)
+
+
+def _share_groups() -> None:
+    """Lets all grids of this world have one group for the same members.
+
+    gloo wakes a thread of each group a hundred times a second: a group for each axis of each test's grid would take
+    a core by the end of a run.
+    """
+    make, made = dist.new_group, dict[tuple[int, ...], dist.ProcessGroup]()
+
+    def new_group(ranks: list[int] | None = None, **options: Any) -> Any:
+        if ranks is None:
+            return make(**options)
+        key = tuple(ranks)
+        if key not in made:
+            made[key] = make(ranks, **options)
+        return made[key]
+
+    dist.new_group = new_group
