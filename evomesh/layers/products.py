@@ -60,7 +60,7 @@ def by_one_dnn(a: Tensor, b: Tensor) -> bool:
 
 @cache
 def one_dnn_is_faster() -> bool:
-    """On processors with AVX-512 that are not Intel's. A rule, and no measurement: runs must repeat to the bit."""
+    """On AMD's processors with AVX-512, and Hygon's. A rule, and no measurement: runs must repeat to the bit."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # type: ignore[no-untyped-call]
         return False
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.11
