@@ -52,7 +52,7 @@ def measure(folder: Path) -> None:
     """In a fresh process: open ``folder``, then read packs one after the other; prints one row."""
     from evomesh.config.schema import DataConfig
     from evomesh.data.corpus import open_corpus
-    from evomesh.data.sampler import PackSampler, Position
+    from evomesh.data.sampler import PackSampler, SamplerPosition
 
     (path,) = folder.glob("en/*.bin")
     lengths = np.load(f"{path}.meta")[:, 1]
@@ -74,7 +74,7 @@ def measure(folder: Path) -> None:
     kept = status("RssAnon") - anonymous
     documents, tokens = corpus.report[0]["documents"], corpus.report[0]["tokens"]
     sampler = PackSampler(corpus.num_packs, 1024, 1)
-    position, read = Position(), 0
+    position, read = SamplerPosition(), 0
     start = time.process_time()
     while time.process_time() - start < READ_SECONDS:
         packs, position = sampler.take(position)

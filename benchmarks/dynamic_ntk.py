@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from evomesh.data.prompts import find_tasks, read_prompts
-from evomesh.layers.documents import whole
+from evomesh.layers.documents import single_sequence
 from evomesh.models.decoder import Decoder
 from evomesh.train.restore import restore_model
 
@@ -33,7 +33,7 @@ def windows(folder: str, vocab_size: int, length: int, count: int) -> list[Tenso
 @torch.inference_mode()
 def losses(model: Decoder, window: Tensor) -> Tensor:
     """[L] loss of each token of a window but its first."""
-    logits = model.logits(model(window[:-1], whole(len(window) - 1)))
+    logits = model.logits(model(window[:-1], single_sequence(len(window) - 1)))
     return torch.nn.functional.cross_entropy(logits, window[1:], reduction="none")
 
 

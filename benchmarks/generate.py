@@ -21,7 +21,7 @@ import torch
 from evomesh.checkpoint.hf_names import NAMINGS, links, to_theirs
 from evomesh.config.schema import ModelConfig
 from evomesh.generate.decode import generate
-from evomesh.generate.options import Sampling
+from evomesh.generate.options import SamplingParams
 from evomesh.models.language_model import LanguageModel
 from evomesh.models.registry import build_model, initialize_weights
 from evomesh.train.allocator import keep_freed_memory
@@ -58,7 +58,7 @@ def native(config: ModelConfig) -> LanguageModel:
 
 def ours(config: ModelConfig, prompts: list[list[int]], new: int) -> Turn:
     keep_freed_memory()
-    model, sampling = native(config), Sampling(do_sample=False, max_new_tokens=new)
+    model, sampling = native(config), SamplingParams(do_sample=False, max_new_tokens=new)
     return lambda: [answer for [answer] in generate(model, prompts, sampling)]
 
 

@@ -25,15 +25,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from evomesh.config.schema import ModelConfig
 from evomesh.data.tokenizer import load_tokenizer
-from evomesh.generate.engine import Engine
+from evomesh.generate.engine import GenerationEngine
 from evomesh.models.registry import build_model, initialize_weights
 from evomesh.serve.app import create_app
-from evomesh.serve.load import Choices, bind, load_service
+from evomesh.serve.load import ModelOptions, bind, load_service
 from evomesh.serve.loop import EngineLoop
-from evomesh.serve.service import Limits, Model, Service
+from evomesh.serve.service import ServiceLimits, ServedModel, GenerationService
 
 
-def random_service(hidden: int, layers: int, vocab: int, slots: int, folder: Path) -> Service:
+def random_service(hidden: int, layers: int, vocab: int, slots: int, folder: Path) -> GenerationService:
     config = ModelConfig(
         model_type="LLAMA2",
         num_layers=layers,
@@ -54,14 +54,14 @@ def random_service(hidden: int, layers: int, vocab: int, slots: int, folder: Pat
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(folder / "tokenizer.json"))
-    served = Model("model", "random", 0, load_tokenizer(folder), None, (), vocab, 1024)
-    limits = Limits(1024, slots)
-    engine = partial(Engine, model.eval(), slots=slots, max_tokens=limits.context)
-    return Service(served, EngineLoop({"origin": engine}), limits)
+    served = ServedModel("model", "random", 0, load_tokenizer(folder), None, (), vocab, 1024)
+    limits = ServiceLimits(1024, slots)
+    engine = partial(GenerationEngine, model.eval(), slots=slots, max_tokens=limits.context)
+    return GenerationService(served, EngineLoop({"origin": engine}), limits)
 
 
 @contextlib.contextmanager
-def running(service: Service) -> Iterator[str]:
+def running(service: GenerationService) -> Iterator[str]:
     listening = bind("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="error"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
@@ -111,7 +111,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder:
         if args.ckpt:
-            service = load_service(args.ckpt, device, Choices(args.tokenizer, template="none", slots=args.clients))
+            service = load_service(args.ckpt, device, ModelOptions(args.tokenizer, template="none", slots=args.clients))
         else:
             service = random_service(args.hidden, args.layers, args.vocab, args.clients, Path(folder))
         body = {

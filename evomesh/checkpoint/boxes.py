@@ -12,15 +12,15 @@ from torch import Tensor
 from evomesh.parallel.grid import Axis, Grid
 from evomesh.parallel.spec import local_part, spec_of
 
-Ints = tuple[int, ...]
+Coordinates = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Box:
     """An axis-aligned part of a global tensor: ``offsets`` of its first element and its ``shape``. 0-d: both ()."""
 
-    offsets: Ints
-    shape: Ints
+    offsets: Coordinates
+    shape: Coordinates
 
     @property
     def numel(self) -> int:
@@ -44,14 +44,14 @@ def _ends(box: Box) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Part:
+class LocalPart:
     """A local view and the global box it holds."""
 
     tensor: Tensor
     box: Box
 
 
-def cut(box: Box, item_size: int, limit: int) -> Iterator[Box]:
+def split_box(box: Box, item_size: int, limit: int) -> Iterator[Box]:
     """Pieces of at most ``limit`` bytes in row-major order, each contiguous in the bytes of ``box``.
 
     The cut goes along the first dimension longer than 1, deeper where one row is larger than the limit.
@@ -65,10 +65,10 @@ def cut(box: Box, item_size: int, limit: int) -> Iterator[Box]:
     for first in range(0, box.shape[dim], rows):
         count = min(rows, box.shape[dim] - first)
         offsets = (*box.offsets[:dim], box.offsets[dim] + first, *box.offsets[dim + 1 :])
-        yield from cut(Box(offsets, (*box.shape[:dim], count, *box.shape[dim + 1 :])), item_size, limit)
+        yield from split_box(Box(offsets, (*box.shape[:dim], count, *box.shape[dim + 1 :])), item_size, limit)
 
 
-def covers_once(shape: Ints, boxes: Sequence[Box]) -> bool:
+def covers_once(shape: Coordinates, boxes: Sequence[Box]) -> bool:
     """Whether the boxes hold every element of a tensor of ``shape`` exactly once."""
     if sum(box.numel for box in boxes) != math.prod(shape):
         return False
@@ -86,7 +86,7 @@ def covers_once(shape: Ints, boxes: Sequence[Box]) -> bool:
     return bool((count == 1).all())
 
 
-def parts_of(tensor: Tensor, grid: Grid) -> tuple[Ints, list[Part]]:
+def parts_of(tensor: Tensor, grid: Grid) -> tuple[Coordinates, list[LocalPart]]:
     """Global shape and the local parts of a tensor: usually one, none when this rank holds no element.
 
     A tensor says where it lies by its ``ShardSpec`` and the grid; one whose local elements form several boxes (a flat
@@ -94,7 +94,7 @@ def parts_of(tensor: Tensor, grid: Grid) -> tuple[Ints, list[Part]]:
     Rows that the spec calls padding are left out.
     """
     spec = spec_of(tensor)
-    parts: Sequence[Part] | None = getattr(tensor, "parts", None)
+    parts: Sequence[LocalPart] | None = getattr(tensor, "parts", None)
     tensor = local_part(tensor.detach())  # with weight sharding: its local storage, placed by the spec like any other
     if parts is not None:
         return spec.stored, [part for part in parts if part.box.numel]
@@ -114,7 +114,7 @@ def parts_of(tensor: Tensor, grid: Grid) -> tuple[Ints, list[Part]]:
     for dim, size in enumerate(sizes):
         if size < tensor.shape[dim]:
             tensor = tensor.narrow(dim, 0, size)
-    return spec.stored, [Part(tensor, box)]
+    return spec.stored, [LocalPart(tensor, box)]
 
 
 def grid_axis(grid: Grid, name: str) -> Axis:

@@ -9,15 +9,15 @@ import torch
 
 from evomesh.checkpoint import format as fmt
 from evomesh.checkpoint import read
-from evomesh.checkpoint.boxes import Box, Part, cut
-from evomesh.checkpoint.find import Found
+from evomesh.checkpoint.boxes import Box, LocalPart, split_box
+from evomesh.checkpoint.find import Checkpoint
 from evomesh.checkpoint.format import TensorRecord
 from evomesh.checkpoint.write import not_finite
 
 CHUNK = 16 << 20  # bytes of a tensor compared at a time
 
 
-def differences(a: Found, b: Found) -> Iterator[str]:
+def differences(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
     """One line for each difference; none when a run could not tell the two apart."""
     for part in ("config", "state"):
         for key in _changed(getattr(a, part), getattr(b, part)):
@@ -44,14 +44,14 @@ def _changed(a: Any, b: Any, path: str = "") -> Iterator[str]:
         yield f"{path}: {a!r:.60} -> {b!r:.60}"
 
 
-def _unequal(a: Found, first: TensorRecord, b: Found, second: TensorRecord) -> tuple[int, float]:
+def _unequal(a: Checkpoint, first: TensorRecord, b: Checkpoint, second: TensorRecord) -> tuple[int, float]:
     """Number of elements whose bits differ, and the largest difference."""
     same_cut = [(p.box, p.digest) for p in first.pieces] == [(p.box, p.digest) for p in second.pieces]
     if same_cut:
         return 0, 0.0
     count, largest = 0, 0.0
     whole = Box((0,) * len(first.shape), first.shape)
-    for box in cut(whole, first.item_size, CHUNK) if whole.numel else ():
+    for box in split_box(whole, first.item_size, CHUNK) if whole.numel else ():
         x, y = _read(a, first, box), _read(b, second, box)
         size = first.item_size
         bits = x.reshape(-1).view(torch.uint8).view(-1, size) != y.reshape(-1).view(torch.uint8).view(-1, size)
@@ -60,14 +60,14 @@ def _unequal(a: Found, first: TensorRecord, b: Found, second: TensorRecord) -> t
     return count, largest
 
 
-def _read(found: Found, record: TensorRecord, box: Box) -> torch.Tensor:
+def _read(found: Checkpoint, record: TensorRecord, box: Box) -> torch.Tensor:
     target = torch.empty(box.shape, dtype=fmt.DTYPES[record.dtype])
-    part = Part(target, box)
-    read.run(found, [read.Job(record, p, (part,)) for p in record.pieces if p.box.overlap(box) is not None])
+    part = LocalPart(target, box)
+    read.run(found, [read.ReadItem(record, p, (part,)) for p in record.pieces if p.box.overlap(box) is not None])
     return target
 
 
-def poisoned(found: Found) -> Iterator[str]:
+def poisoned(found: Checkpoint) -> Iterator[str]:
     """One line for each tensor with NaN or infinity in it."""
     for record in found.records().values():
         if not fmt.DTYPES[record.dtype].is_floating_point:

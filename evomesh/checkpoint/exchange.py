@@ -32,7 +32,7 @@ class Exchange(Protocol):
         """A second exchange of the same ranks whose messages cannot mix with this one's; all ranks call it."""
 
 
-class PeerLost(UserError):
+class PeerLostError(UserError):
     """Another rank died or fell silent: the group is of no use any more, only a restart helps."""
 
     def __init__(self, error: Exception) -> None:
@@ -43,7 +43,7 @@ class PeerLost(UserError):
         )
 
 
-class OneProcess:
+class SingleProcessExchange:
     """The exchange of a run without other ranks."""
 
     rank, size = 0, 1
@@ -54,7 +54,7 @@ class OneProcess:
     def broadcast(self, message: Any) -> Any:
         return message
 
-    def twin(self) -> OneProcess:
+    def twin(self) -> SingleProcessExchange:
         return self
 
 
@@ -74,13 +74,13 @@ class GroupExchange:
         try:
             return self._gather(message)
         except RuntimeError as error:
-            raise PeerLost(error) from error
+            raise PeerLostError(error) from error
 
     def broadcast(self, message: Any) -> Any:
         try:
             return self._broadcast(message)
         except RuntimeError as error:
-            raise PeerLost(error) from error
+            raise PeerLostError(error) from error
 
     def _gather(self, message: Any) -> list[Any] | None:
         data = _encode(message)
@@ -121,4 +121,4 @@ def default_exchange() -> Exchange:
     """All ranks of the job, or the one there is."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return GroupExchange()
-    return OneProcess()
+    return SingleProcessExchange()

@@ -29,7 +29,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Found:
+class Checkpoint:
     """A checkpoint whose records verify."""
 
     storage: Storage
@@ -96,7 +96,7 @@ def candidates(storage: Storage, root: str) -> list[Candidate]:
     return sorted(found, key=lambda c: (c.step, c.folder), reverse=True)
 
 
-def open_checkpoint(storage: Storage, folder: str) -> Found:
+def open_checkpoint(storage: Storage, folder: str) -> Checkpoint:
     """Verifies the commit record, and that every file it names is there with its size.
 
     Raises:
@@ -113,7 +113,7 @@ def open_checkpoint(storage: Storage, folder: str) -> Found:
         body = fmt.unseal(data)
     except CheckpointError as error:
         raise CheckpointError(error.found, where=folder) from None
-    found = Found(storage, folder, body)
+    found = Checkpoint(storage, folder, body)
     for name, size in [*found.files, (body["index"]["file"], body["index"]["bytes"])]:
         try:
             actual = storage.size(join(folder, name))
@@ -133,8 +133,8 @@ def _layout(body: dict[str, Any]) -> str:
 
 
 def newest(
-    choices: Iterable[Candidate], verify: Callable[[Candidate], Found], report: Callable[[str], None]
-) -> Found | None:
+    choices: Iterable[Candidate], verify: Callable[[Candidate], Checkpoint], report: Callable[[str], None]
+) -> Checkpoint | None:
     """The first choice that verifies; reports each one that does not.
 
     Raises:
@@ -165,7 +165,7 @@ def newest(
 
 
 @dataclass(frozen=True)
-class Place:
+class CheckpointLookup:
     """What a path means: candidate folders, newest first, and the text for an error."""
 
     choices: list[Candidate]
@@ -185,16 +185,16 @@ def in_order(normal: list[Candidate], snapshots: list[Candidate]) -> list[Candid
     return sorted([*normal, *snapshots], key=lambda c: c.step, reverse=True)
 
 
-def locate(url: str) -> Place:
+def locate(url: str) -> CheckpointLookup:
     """Understands the documents' path forms: ``ROOT``, ``ROOT/49``, ``ROOT/snapshot/1/`` and our own step folders."""
     storage, path = open_storage(url)
     parent, _, name = path.rpartition("/")
     match = fmt.FOLDER.match(name)
     if match and storage.list(path):
-        return Place([Candidate(storage, path, int(match[1]), storage.exists(join(path, fmt.COMMIT)))])
+        return CheckpointLookup([Candidate(storage, path, int(match[1]), storage.exists(join(path, fmt.COMMIT)))])
     inside = everything(storage, path)
     if inside:
-        return Place(inside)
+        return CheckpointLookup(inside)
     if name.isdigit():
         if parent.rpartition("/")[2] == SNAPSHOTS:
             return _or_nothing(storage, parent, candidates(storage, parent), url)
@@ -203,12 +203,12 @@ def locate(url: str) -> Place:
     return _or_nothing(storage, path if storage.list(path) else (parent or "."), [], url)
 
 
-def _or_nothing(storage: Storage, near: str, choices: list[Candidate], url: str) -> Place:
+def _or_nothing(storage: Storage, near: str, choices: list[Candidate], url: str) -> CheckpointLookup:
     if choices:
-        return Place(choices)
+        return CheckpointLookup(choices)
     steps = _steps(storage, near)
     there = f"{near} has {steps}" if steps else _beside(storage, near, url)
-    return Place([], f"no checkpoint at {url!r}; {there}", "give an existing step or folder")
+    return CheckpointLookup([], f"no checkpoint at {url!r}; {there}", "give an existing step or folder")
 
 
 def _steps(storage: Storage, folder: str) -> str:
@@ -236,7 +236,7 @@ def _beside(storage: Storage, near: str, url: str) -> str:
     return f"{state}; beside it: {'; '.join(meant)}" if meant else state
 
 
-def resolve(url: str, verify: Callable[[Candidate], Found], report: Callable[[str], None]) -> Found:
+def resolve(url: str, verify: Callable[[Candidate], Checkpoint], report: Callable[[str], None]) -> Checkpoint:
     """The newest checkpoint that ``url`` means and that verifies.
 
     Raises:
@@ -245,7 +245,7 @@ def resolve(url: str, verify: Callable[[Candidate], Found], report: Callable[[st
     return choose(url, locate(url), verify, report)
 
 
-def choose(url: str, place: Place, verify: Callable[[Candidate], Found], report: Callable[[str], None]) -> Found:
+def choose(url: str, place: CheckpointLookup, verify: Callable[[Candidate], Checkpoint], report: Callable[[str], None]) -> Checkpoint:
     """``resolve`` behind ``locate``."""
     if not place.choices:
         raise CheckpointError(place.problem, fix=place.fix)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import xxhash
 
-from evomesh.checkpoint.boxes import Box, Ints, covers_once
+from evomesh.checkpoint.boxes import Box, Coordinates, covers_once
 from evomesh.errors import UserError
 
 FORMAT, VERSION = "evomesh-checkpoint", 1
@@ -105,7 +105,7 @@ def decode_state(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Piece:
+class PieceRecord:
     """A hashed run of bytes: box ``box`` of a tensor, at byte ``start`` of data file number ``file``."""
 
     file: int
@@ -120,8 +120,8 @@ class TensorRecord:
 
     name: str
     dtype: str
-    shape: Ints
-    pieces: tuple[Piece, ...]
+    shape: Coordinates
+    pieces: tuple[PieceRecord, ...]
 
     @property
     def item_size(self) -> int:
@@ -145,7 +145,7 @@ class TensorRecord:
         try:
             entry = json.loads(line)
             name, dtype, shape = entry["name"], entry["dtype"], tuple(entry["shape"])
-            pieces = tuple(Piece(f, Box(tuple(o), tuple(s)), b, h) for f, o, s, b, h in entry["pieces"])
+            pieces = tuple(PieceRecord(f, Box(tuple(o), tuple(s)), b, h) for f, o, s, b, h in entry["pieces"])
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"an index line is not a tensor record: {line[:80]!r} ({error})") from None
         if dtype not in DTYPES:
@@ -158,7 +158,7 @@ class TensorRecord:
         return record
 
 
-def _check_piece(record: TensorRecord, piece: Piece, files: list[tuple[str, int]]) -> None:
+def _check_piece(record: TensorRecord, piece: PieceRecord, files: list[tuple[str, int]]) -> None:
     box = piece.box
     numbers = [piece.file, piece.start, *box.offsets, *box.shape, *record.shape]
     if not all(isinstance(n, int) and n >= 0 for n in numbers) or not len(box.offsets) == len(box.shape) == len(
@@ -188,7 +188,7 @@ def folder_name(step: int, attempt: str = "") -> str:
     return f"step-{step:08d}" + (f"-{attempt}" if attempt else "")
 
 
-def safetensors_header(entries: list[tuple[str, str, Ints, int]]) -> bytes:
+def safetensors_header(entries: list[tuple[str, str, Coordinates, int]]) -> bytes:
     """Length and header of a safetensors file, padded so that the data begins at a multiple of 64 bytes.
 
     Args:
@@ -204,7 +204,7 @@ def safetensors_header(entries: list[tuple[str, str, Ints, int]]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def entry_key(name: str, shape: Ints, box: Box) -> str:
+def entry_key(name: str, shape: Coordinates, box: Box) -> str:
     """The tensor's own name for a whole tensor, else with the offsets of the box behind an @."""
     return name if box.shape == shape else f"{name}@{','.join(map(str, box.offsets))}"
 

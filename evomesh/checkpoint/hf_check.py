@@ -23,7 +23,7 @@ SPELLINGS = ("torch_dtype", "dtype", "rope_theta", "rope_parameters", "rms_norm_
 
 
 @dataclass(frozen=True)
-class Point:
+class ChecklistItem:
     """One line of the checklist."""
 
     name: str
@@ -31,7 +31,7 @@ class Point:
     words: str
 
 
-def checklist(path: str) -> list[Point]:
+def checklist(path: str) -> list[ChecklistItem]:
     """Every point, whatever the others say.
 
     Raises:
@@ -50,13 +50,13 @@ def checklist(path: str) -> list[Point]:
     return [_try(name, test, folder) for name, test in points]
 
 
-def _try(name: str, test: Callable[[HfFolder], str], folder: HfFolder) -> Point:
+def _try(name: str, test: Callable[[HfFolder], str], folder: HfFolder) -> ChecklistItem:
     try:
-        return Point(name, True, test(folder))
+        return ChecklistItem(name, True, test(folder))
     except UserError as error:
-        return Point(name, False, error.found)
+        return ChecklistItem(name, False, error.found)
     except Exception as error:  # whatever another library says of the folder is a finding
-        return Point(name, False, f"{type(error).__name__}: {error}")
+        return ChecklistItem(name, False, f"{type(error).__name__}: {error}")
 
 
 def _config(folder: HfFolder) -> str:

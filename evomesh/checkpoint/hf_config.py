@@ -14,14 +14,14 @@ from typing import Any, Literal, cast, get_args
 from evomesh.checkpoint.format import CheckpointError
 from evomesh.config.schema import Config, DType, ModelConfig
 
-Arch = Literal["llama", "internlm2"]
+Architecture = Literal["llama", "internlm2"]
 RotaryType = Literal["origin", "dynamic"]
 CLASSES = {"llama": "LlamaForCausalLM", "internlm2": "InternLM2ForCausalLM"}
 FAMILIES = {"llama": "LLAMA2", "internlm": "INTERNLM", "internlm2": "INTERNLM2_PUBLIC"}
 
 
 @dataclass(frozen=True)
-class Ids:
+class SpecialTokenIds:
     """Ids of special tokens; ``eos`` may have several, the first is the one config.json names."""
 
     bos: int | None
@@ -30,7 +30,7 @@ class Ids:
 
 
 @dataclass(frozen=True)
-class Rotary:
+class RotaryScaling:
     """How positions beyond ``max_position`` are treated: "dynamic" stretches the base, "origin" does not."""
 
     type: RotaryType
@@ -40,17 +40,17 @@ class Rotary:
 
 def rotary_of(
     config: Config, type: RotaryType | None = None, factor: float | None = None, max_position: int | None = None
-) -> Rotary:
+) -> RotaryScaling:
     """As trained, unless told otherwise. Without dynamic NTK, the limit is at least the length of the training data."""
     model = config.model
     chosen: RotaryType = type or ("dynamic" if model.use_dynamic_ntk_rope else "origin")
     trained = model.max_position_embeddings
     if chosen == "origin":
         trained = max(trained, config.data.seq_len)
-    return Rotary(chosen, factor or model.rope_scaling_factor, max_position or trained)
+    return RotaryScaling(chosen, factor or model.rope_scaling_factor, max_position or trained)
 
 
-def refuse_unexportable(model: ModelConfig, arch: Arch) -> None:
+def refuse_unexportable(model: ModelConfig, arch: Architecture) -> None:
     """
     Raises:
         CheckpointError: a model that the architecture has no form for.
@@ -70,7 +70,7 @@ def refuse_unexportable(model: ModelConfig, arch: Arch) -> None:
             )
 
 
-def write_config(model: ModelConfig, arch: Arch, rotary: Rotary, ids: Ids, dtype: str) -> dict[str, Any]:
+def write_config(model: ModelConfig, arch: Architecture, rotary: RotaryScaling, ids: SpecialTokenIds, dtype: str) -> dict[str, Any]:
     """The content of config.json."""
     dynamic = rotary.type == "dynamic"
     scaling = {"rope_type": "dynamic", "type": "dynamic", "factor": float(rotary.factor)} if dynamic else None
@@ -104,7 +104,7 @@ def write_config(model: ModelConfig, arch: Arch, rotary: Rotary, ids: Ids, dtype
     }
 
 
-def write_generation_config(ids: Ids) -> dict[str, Any]:
+def write_generation_config(ids: SpecialTokenIds) -> dict[str, Any]:
     eos: int | list[int] | None = list(ids.eos) if len(ids.eos) > 1 else (ids.eos[0] if ids.eos else None)
     return {"bos_token_id": ids.bos, "eos_token_id": eos, "pad_token_id": ids.pad}
 
@@ -122,7 +122,7 @@ def read_config(record: dict[str, Any], where: str, dtype: str | None = None) ->
             where=where,
             expected=f"one of {', '.join(FAMILIES)}",
         )
-    reader = _Reader(record, where)
+    reader = _ConfigReader(record, where)
     hidden, heads = reader.whole("hidden_size"), reader.whole("num_attention_heads")
     width = reader.whole("intermediate_size")
     reader.refuse(hidden, heads)
@@ -156,7 +156,7 @@ def read_config(record: dict[str, Any], where: str, dtype: str | None = None) ->
 
 
 @dataclass(frozen=True)
-class _Reader:
+class _ConfigReader:
     record: dict[str, Any]
     where: str
 

@@ -18,12 +18,12 @@ from torch import Tensor
 
 import evomesh
 from evomesh.checkpoint import format as fmt
-from evomesh.checkpoint.find import Found
+from evomesh.checkpoint.find import Checkpoint
 from evomesh.checkpoint.forecast import readable
 from evomesh.checkpoint.format import CheckpointError, TensorRecord
 from evomesh.checkpoint.hf_config import (
-    Arch,
-    Rotary,
+    Architecture,
+    RotaryScaling,
     RotaryType,
     refuse_unexportable,
     rotary_of,
@@ -32,7 +32,7 @@ from evomesh.checkpoint.hf_config import (
 )
 from evomesh.checkpoint.hf_folder import HfFolder
 from evomesh.checkpoint.hf_load import tensors
-from evomesh.checkpoint.hf_names import NAMINGS, Link, links, our_shapes, to_theirs
+from evomesh.checkpoint.hf_names import NAMINGS, TensorLink, links, our_shapes, to_theirs
 from evomesh.checkpoint.hf_place import new_folder
 from evomesh.checkpoint.hf_tokenizer import compare_tokenizers, refuse_larger, special_ids, write_json, write_tokenizer
 from evomesh.checkpoint.hf_verify import (
@@ -63,7 +63,7 @@ class ExportOptions:
     compare: reload and compare logits.
     """
 
-    arch: Arch = "llama"
+    arch: Architecture = "llama"
     dtype: str | None = None
     max_shard_bytes: int = 5 * 10**9
     tokenizer: str | None = None
@@ -74,7 +74,7 @@ class ExportOptions:
     compare: bool = True
 
 
-def export(found: Found, out: str, options: ExportOptions, report: Callable[[str], None]) -> str:
+def export(found: Checkpoint, out: str, options: ExportOptions, report: Callable[[str], None]) -> str:
     """Writes the folder ``out``, a path or a place in a store, and returns it.
 
     Raises:
@@ -90,7 +90,7 @@ def export(found: Found, out: str, options: ExportOptions, report: Callable[[str
     if tokenizer is not None:
         refuse_larger(tokenizer, config.model.vocab_size)
     template = _template(options.chat_template)
-    job = _Export(found, config.model, options.arch, dtype)
+    job = _WeightExport(found, config.model, options.arch, dtype)
     with new_folder(out, job.total_bytes) as work:
         job.write_weights(work, options.max_shard_bytes)
         ids = special_ids(tokenizer, config.generation, config.model.vocab_size)
@@ -126,10 +126,10 @@ def _tokenizer(config: Config, given: str | None, report: Callable[[str], None])
     return None
 
 
-class _Export:
+class _WeightExport:
     """The weights of one checkpoint on their way to one folder."""
 
-    def __init__(self, found: Found, model: ModelConfig, arch: Arch, dtype: str) -> None:
+    def __init__(self, found: Checkpoint, model: ModelConfig, arch: Architecture, dtype: str) -> None:
         self.found, self.model, self.arch = found, model, arch
         self.dtype_name, self.dtype = dtype, getattr(torch, dtype)
         self.naming = NAMINGS[arch]
@@ -158,7 +158,7 @@ class _Export:
     def total_bytes(self) -> int:
         return sum(self._bytes(link) for link in self.links)
 
-    def _bytes(self, link: Link) -> int:
+    def _bytes(self, link: TensorLink) -> int:
         return sum(math.prod(shape) for shape in link.shapes) * int(self.dtype.itemsize)
 
     def native(self, name: str) -> Tensor:
@@ -166,7 +166,7 @@ class _Export:
 
     def write_weights(self, folder: Path, limit: int) -> None:
         """Shards and, from two on, their index."""
-        shards: list[list[Link]] = [[]]
+        shards: list[list[TensorLink]] = [[]]
         size = 0
         for link in self.links:
             if shards[-1] and size + self._bytes(link) > limit:
@@ -185,7 +185,7 @@ class _Export:
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
             write_json(folder / "model.safetensors.index.json", index)
 
-    def _write_shard(self, path: Path, shard: list[Link]) -> None:
+    def _write_shard(self, path: Path, shard: list[TensorLink]) -> None:
         word = fmt.DTYPE_NAMES[self.dtype]
         entries = [
             (name, word, shape, math.prod(shape) * self.dtype.itemsize)
@@ -200,7 +200,7 @@ class _Export:
             file.flush()
             os.fsync(file.fileno())
 
-    def _converted(self, link: Link, record: TensorRecord) -> list[Tensor]:
+    def _converted(self, link: TensorLink, record: TensorRecord) -> list[Tensor]:
         value = read_tensor(self.found, record)
         if link.ours == "head.weight" and self.model.norm_head:
             # What the model multiplies with, rounded as it is there: readers of the folder know no norm_head.
@@ -216,7 +216,7 @@ class _Export:
         return to_theirs(link, narrow, self.model, self.naming)
 
 
-def _compare(job: _Export, folder: Path, tokenizer: Tokenizer | None, rotary: Rotary) -> str:
+def _compare(job: _WeightExport, folder: Path, tokenizer: Tokenizer | None, rotary: RotaryScaling) -> str:
     """Reads the folder again; of either model one layer is in memory at a time."""
     dtype, model = job.dtype_name, job.model
     changes = {

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from evomesh.checkpoint import format as fmt
-from evomesh.checkpoint.boxes import Box, Ints
+from evomesh.checkpoint.boxes import Box, Coordinates
 from evomesh.checkpoint.format import CheckpointError
 from evomesh.checkpoint.write import as_bytes
 from evomesh.storage.base import Storage
@@ -23,7 +23,7 @@ from evomesh.storage.base import Storage
 LARGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
 
 
-def whole(shape: Ints) -> Box:
+def whole(shape: Coordinates) -> Box:
     return Box((0,) * len(shape), shape)
 
 
@@ -32,7 +32,7 @@ class WeightFile(Protocol):
     shapes: every tensor, read from the header alone.
     """
 
-    shapes: dict[str, Ints]
+    shapes: dict[str, Coordinates]
 
     def read(self, name: str, box: Box) -> Tensor:
         """A part of one tensor, in the dtype it is stored in."""
@@ -87,7 +87,7 @@ class SafetensorsFile:
         return tensor
 
 
-def _ranges(shape: Ints, box: Box, item_size: int, base: int) -> Iterator[tuple[int, int]]:
+def _ranges(shape: Coordinates, box: Box, item_size: int, base: int) -> Iterator[tuple[int, int]]:
     """(start, stop) of the box's bytes in the file, in the order of its elements."""
     inner = len(shape)  # dims from here on are taken whole
     while inner and box.shape[inner - 1] == shape[inner - 1]:

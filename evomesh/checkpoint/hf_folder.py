@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from evomesh.checkpoint.boxes import Box, Ints
+from evomesh.checkpoint.boxes import Box, Coordinates
 from evomesh.checkpoint.format import CheckpointError
 from evomesh.checkpoint.hf_files import PickleFile, SafetensorsFile, WeightFile, load_pickle, whole
 from evomesh.storage.base import Storage, join
@@ -32,7 +32,7 @@ class WeightFolder(Protocol):
     path: str
 
     @property
-    def shapes(self) -> dict[str, Ints]: ...
+    def shapes(self) -> dict[str, Coordinates]: ...
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
         """One tensor, or only a box of it, in the dtype it is stored in."""
@@ -154,7 +154,7 @@ class HfFolder:
         return {name: file for name, file in files.items() if not name.endswith(BUFFERS)}
 
     @cached_property
-    def shapes(self) -> dict[str, Ints]:
+    def shapes(self) -> dict[str, Coordinates]:
         return {name: self._file(file).shapes[name] for name, file in self.files.items()}
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
@@ -188,7 +188,7 @@ class MetaFolder:
                 raise CheckpointError("holds other tensors than consolidated.00.pth", where=str(file))
 
     @cached_property
-    def shapes(self) -> dict[str, Ints]:
+    def shapes(self) -> dict[str, Coordinates]:
         return {name: tuple(self._shape(name)) for name in self._parts[0] if not name.endswith(BUFFERS)}
 
     def _dim(self, name: str) -> int | None:

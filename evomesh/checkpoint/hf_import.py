@@ -11,18 +11,18 @@ import torch
 
 from evomesh.checkpoint import format as fmt
 from evomesh.checkpoint import write
-from evomesh.checkpoint.boxes import Box, Part
-from evomesh.checkpoint.find import Found, open_checkpoint
+from evomesh.checkpoint.boxes import Box, LocalPart
+from evomesh.checkpoint.find import Checkpoint, open_checkpoint
 from evomesh.checkpoint.forecast import readable
 from evomesh.checkpoint.format import CheckpointError
 from evomesh.checkpoint.hf_config import read_config, rotary_of
 from evomesh.checkpoint.hf_files import whole
 from evomesh.checkpoint.hf_folder import HfFolder, open_folder
-from evomesh.checkpoint.hf_load import Stored, tensors
+from evomesh.checkpoint.hf_load import ForeignTensor, tensors
 from evomesh.checkpoint.hf_names import NAMINGS, our_shapes
 from evomesh.checkpoint.hf_tokenizer import refuse_larger
 from evomesh.checkpoint.hf_verify import folder_logits, has_transformers, largest_difference, native_logits, read_tensor
-from evomesh.checkpoint.plan import Entry, in_file_order
+from evomesh.checkpoint.plan import WriteItem, in_file_order
 from evomesh.config.record import redacted
 from evomesh.config.schema import Config, DataConfig, GenerationConfig, ModelConfig
 from evomesh.data.tokenizer import load_tokenizer
@@ -64,7 +64,7 @@ def from_hf(source: str, target: str, dtype: str | None, compare: bool, report: 
     return step
 
 
-def read_folder(folder: HfFolder, dtype: str | None, report: Callable[[str], None]) -> tuple[Config, dict[str, Stored]]:
+def read_folder(folder: HfFolder, dtype: str | None, report: Callable[[str], None]) -> tuple[Config, dict[str, ForeignTensor]]:
     """The config that describes a folder's model, tokenizer and generation ids, and its weights, none read yet.
 
     Args:
@@ -84,10 +84,10 @@ def read_folder(folder: HfFolder, dtype: str | None, report: Callable[[str], Non
     return config, weights
 
 
-def _entries(model: ModelConfig) -> list[Entry]:
+def _entries(model: ModelConfig) -> list[WriteItem]:
     word = fmt.DTYPE_NAMES[parameter_dtype(model.dtype)]
     shapes = our_shapes(model).items()
-    return in_file_order([Entry(name, word, shape, Part(torch.empty(0), whole(shape))) for name, shape in shapes])
+    return in_file_order([WriteItem(name, word, shape, LocalPart(torch.empty(0), whole(shape))) for name, shape in shapes])
 
 
 def _refuse_full(storage: Storage, root: str, needed: int) -> None:
@@ -105,14 +105,14 @@ def _write(
     root: str,
     step: str,
     attempt: str,
-    entries: list[Entry],
-    weights: Mapping[str, Stored],
+    entries: list[WriteItem],
+    weights: Mapping[str, ForeignTensor],
     config: Config,
 ) -> dict[str, Any]:
-    def pieces(entry: Entry) -> Iterator[tuple[Box, memoryview]]:
+    def pieces(entry: WriteItem) -> Iterator[tuple[Box, memoryview]]:
         """The bytes of one of our tensors, made from theirs at the moment it is written."""
         tensor = weights[entry.name].read().to(fmt.DTYPES[entry.dtype]).contiguous()
-        yield from write.live_pieces(Entry(entry.name, entry.dtype, entry.shape, Part(tensor, entry.part.box)))
+        yield from write.live_pieces(WriteItem(entry.name, entry.dtype, entry.shape, LocalPart(tensor, entry.part.box)))
 
     storage.make_folder(step)
     message = write.write_data(storage, step, attempt, 0, entries, pieces)
@@ -156,7 +156,7 @@ def _generation(folder: HfFolder, config: dict[str, Any]) -> GenerationConfig | 
     )
 
 
-def _compare(found: Found, model: ModelConfig, folder: HfFolder) -> str:
+def _compare(found: Checkpoint, model: ModelConfig, folder: HfFolder) -> str:
     if not has_transformers():
         return "logits were not compared: transformers is not installed"
     records = found.records()

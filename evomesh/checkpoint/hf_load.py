@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evomesh.checkpoint.boxes import Box, Ints
+from evomesh.checkpoint.boxes import Box, Coordinates
 from evomesh.checkpoint.format import CheckpointError
 from evomesh.checkpoint.hf_config import read_config
 from evomesh.checkpoint.hf_files import whole
 from evomesh.checkpoint.hf_folder import MetaFolder, WeightFolder, local_folder, open_folder, read_json
-from evomesh.checkpoint.hf_names import META, NAMINGS, Link, Naming, links, to_ours
+from evomesh.checkpoint.hf_names import META, NAMINGS, TensorLink, NameMap, links, to_ours
 from evomesh.config.schema import ModelConfig
 from evomesh.storage.base import join
 from evomesh.storage.local import LocalStorage
@@ -28,16 +28,16 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Stored:
+class ForeignTensor:
     """One of our tensors as it lies in a foreign folder. Nothing is read before ``read``."""
 
-    link: Link
+    link: TensorLink
     folder: WeightFolder
-    naming: Naming
+    naming: NameMap
     config: ModelConfig
 
     @property
-    def shape(self) -> Ints:
+    def shape(self) -> Coordinates:
         return (sum(shape[0] for shape in self.link.shapes), *self.link.shapes[0][1:])
 
     def read(self, box: Box | None = None) -> Tensor:
@@ -62,7 +62,7 @@ class Stored:
         return value
 
 
-def load_hf(path: str, model: dict[str, Any]) -> Iterator[tuple[str, Stored]]:
+def load_hf(path: str, model: dict[str, Any]) -> Iterator[tuple[str, ForeignTensor]]:
     """Tensors of a Hugging Face folder (InternLM, InternLM2 or Llama naming) under our names.
 
     Args:
@@ -78,7 +78,7 @@ def load_hf(path: str, model: dict[str, Any]) -> Iterator[tuple[str, Stored]]:
     yield from tensors(folder, NAMINGS[record["model_type"]], config, tied=bool(record.get("tie_word_embeddings")))
 
 
-def load_llama(path: str, model: dict[str, Any]) -> Iterator[tuple[str, Stored]]:
+def load_llama(path: str, model: dict[str, Any]) -> Iterator[tuple[str, ForeignTensor]]:
     """As ``load_hf``, from Meta's ``consolidated.*.pth`` on a local disk; a Hugging Face folder is read as such."""
     folder = local_folder(path) if split_url(path)[0] == "local" else None
     if folder is None or not any(folder.glob("consolidated.*.pth")):
@@ -117,14 +117,14 @@ def compare_models(ours: ModelConfig, theirs: ModelConfig, where: str) -> None:
 
 
 def tensors(
-    folder: WeightFolder, naming: Naming, config: ModelConfig, tied: bool = False
-) -> Iterator[tuple[str, Stored]]:
+    folder: WeightFolder, naming: NameMap, config: ModelConfig, tied: bool = False
+) -> Iterator[tuple[str, ForeignTensor]]:
     """(our name, where its tensor lies)."""
     for link in checked(folder, naming, config, tied):
-        yield link.ours, Stored(link, folder, naming, config)
+        yield link.ours, ForeignTensor(link, folder, naming, config)
 
 
-def checked(folder: WeightFolder, naming: Naming, config: ModelConfig, tied: bool = False) -> list[Link]:
+def checked(folder: WeightFolder, naming: NameMap, config: ModelConfig, tied: bool = False) -> list[TensorLink]:
     """All links of the model, after comparing names and shapes with the folder's headers.
 
     Args:
@@ -136,7 +136,7 @@ def checked(folder: WeightFolder, naming: Naming, config: ModelConfig, tied: boo
     shapes = folder.shapes
     head, embedding = naming.modules["head"][0] + ".weight", naming.modules["embedding"][0] + ".weight"
     if tied and head not in shapes:
-        wanted = [Link(link.ours, (embedding,), link.shapes) if link.ours == "head.weight" else link for link in wanted]
+        wanted = [TensorLink(link.ours, (embedding,), link.shapes) if link.ours == "head.weight" else link for link in wanted]
     expected = {name: shape for link in wanted for name, shape in zip(link.theirs, link.shapes, strict=True)}
     missing = [f"{name} {list(expected[name])}" for name in expected if name not in shapes]
     extra = [f"{name} {list(shapes[name])}" for name in sorted(shapes) if name not in expected]

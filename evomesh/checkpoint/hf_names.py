@@ -19,7 +19,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Naming:
+class NameMap:
     """Attributes:
     modules: our module -> theirs, ``{}`` being the layer. Three names take the fused wqkv apart into q, k and v; one
         keeps our order, group by group.
@@ -38,7 +38,7 @@ def _blocks(layer: str, qkv: Sequence[str], rest: Sequence[str]) -> dict[str, tu
 
 
 INTERNLM2_REST = ("attention.wo", "feed_forward.w1", "feed_forward.w3", "feed_forward.w2", "attention_norm", "ffn_norm")
-LLAMA = Naming(
+LLAMA = NameMap(
     {
         "embedding": ("model.embed_tokens",),
         **_blocks(
@@ -57,7 +57,7 @@ LLAMA = Naming(
         "head": ("lm_head",),
     }
 )
-INTERNLM2 = Naming(
+INTERNLM2 = NameMap(
     {
         "embedding": ("model.tok_embeddings",),
         **_blocks("model.layers.{}.", ("attention.wqkv",), INTERNLM2_REST),
@@ -65,7 +65,7 @@ INTERNLM2 = Naming(
         "head": ("output",),
     }
 )
-META = Naming(  # Llama's consolidated files
+META = NameMap(  # Llama's consolidated files
     {
         "embedding": ("tok_embeddings",),
         **_blocks("layers.{}.", ("attention.wq", "attention.wk", "attention.wv"), INTERNLM2_REST),
@@ -78,7 +78,7 @@ NAMINGS = {"llama": LLAMA, "internlm": LLAMA, "internlm2": INTERNLM2}  # by mode
 
 
 @dataclass(frozen=True)
-class Link:
+class TensorLink:
     """One of our tensors and the one or three of theirs that hold the same numbers."""
 
     ours: str
@@ -95,7 +95,7 @@ def our_shapes(config: ModelConfig) -> dict[str, Shape]:
     return {name: spec_of(p).stored for name, p in build_model(config, device="meta").named_parameters()}
 
 
-def links(config: ModelConfig, naming: Naming) -> list[Link]:
+def links(config: ModelConfig, naming: NameMap) -> list[TensorLink]:
     """All tensors of the model, in the order of the layers.
 
     Raises:
@@ -111,11 +111,11 @@ def links(config: ModelConfig, naming: Naming) -> list[Link]:
         if len(theirs) == 3:
             rows = [n * config.head_dim for n in (config.num_attention_heads, config.kv_heads, config.kv_heads)]
             shapes = tuple((n, *shape[1:]) for n in rows)
-        found.append(Link(name, theirs, shapes))
+        found.append(TensorLink(name, theirs, shapes))
     return found
 
 
-def to_theirs(link: Link, value: Tensor, config: ModelConfig, naming: Naming) -> list[Tensor]:
+def to_theirs(link: TensorLink, value: Tensor, config: ModelConfig, naming: NameMap) -> list[Tensor]:
     """Our tensor as theirs: a fused weight [G (R + 2) H, D] taken apart, its rotary rows in their order."""
     if not link.fused:
         return [value]
@@ -128,7 +128,7 @@ def to_theirs(link: Link, value: Tensor, config: ModelConfig, naming: Naming) ->
     return [part.reshape(shape) for part, shape in zip(parts, link.shapes, strict=True)]
 
 
-def to_ours(link: Link, values: Sequence[Tensor], config: ModelConfig, naming: Naming) -> Tensor:
+def to_ours(link: TensorLink, values: Sequence[Tensor], config: ModelConfig, naming: NameMap) -> Tensor:
     """The inverse of ``to_theirs``."""
     if not link.fused:
         return values[0]

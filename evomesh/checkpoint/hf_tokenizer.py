@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evomesh.checkpoint.format import CheckpointError
-from evomesh.checkpoint.hf_config import Ids
+from evomesh.checkpoint.hf_config import SpecialTokenIds
 from evomesh.checkpoint.hf_folder import read_json
 from evomesh.checkpoint.hf_sentencepiece import fast_form, is_llamas, read_model
 from evomesh.config.schema import GenerationConfig
@@ -20,7 +20,7 @@ TURN_ENDS = ("<|im_end|>", "<eoa>", "<|eot_id|>", "<|end|>", "<|eom_id|>")  # ch
 TEXTS = ("Hello world", " a  b\tc\nd", "12345 + 6.7 = ?", "def f(x):\n    return x", "春眠不觉晓", "naïve café — ok")
 
 
-def special_ids(tokenizer: Tokenizer | None, generation: GenerationConfig | None, vocab_size: int) -> Ids:
+def special_ids(tokenizer: Tokenizer | None, generation: GenerationConfig | None, vocab_size: int) -> SpecialTokenIds:
     """Every id that ends a text: the tokenizer's, the config's, and what the chat template ends a turn with."""
     if tokenizer is None:
         generation = generation or GenerationConfig()
@@ -34,7 +34,7 @@ def special_ids(tokenizer: Tokenizer | None, generation: GenerationConfig | None
         pad = generation.pad_id
         eos += [*generation.eos_id, *generation.additional_eos_token_list]
     known = [token for token in eos if token is not None and 0 <= token < vocab_size]
-    return Ids(bos, tuple(dict.fromkeys(known)), pad)
+    return SpecialTokenIds(bos, tuple(dict.fromkeys(known)), pad)
 
 
 def refuse_larger(tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -16,22 +16,22 @@ from torch import Tensor, nn
 
 from evomesh.checkpoint import format as fmt
 from evomesh.checkpoint import read
-from evomesh.checkpoint.boxes import Part
-from evomesh.checkpoint.find import Found
+from evomesh.checkpoint.boxes import LocalPart
+from evomesh.checkpoint.find import Checkpoint
 from evomesh.checkpoint.format import CheckpointError, TensorRecord
-from evomesh.checkpoint.hf_config import Ids, Rotary, write_config
+from evomesh.checkpoint.hf_config import SpecialTokenIds, RotaryScaling, write_config
 from evomesh.checkpoint.hf_files import whole as whole_box
 from evomesh.checkpoint.hf_folder import HfFolder
 from evomesh.checkpoint.hf_names import INTERNLM2, LLAMA, links, to_theirs
 from evomesh.config.schema import ModelConfig
-from evomesh.layers.documents import whole
+from evomesh.layers.documents import single_sequence
 from evomesh.models.registry import build_model
 
 TEXTS, LENGTH = 2, 32  # the fixed batch
 TOLERANCE = 1e-4  # of the largest logit: both compute in float32, the weights being equal
 NORM_HEAD = {"float16": 5e-3, "bfloat16": 4e-2}  # an exported head is rounded after its rows are normalised
 
-Weights = Callable[[str], Tensor]  # a whole tensor by its name
+TensorReader = Callable[[str], Tensor]  # a whole tensor by its name
 
 
 def has_transformers() -> bool:
@@ -43,11 +43,11 @@ def fixed_batch(vocab_size: int) -> Tensor:
     return torch.randint(vocab_size, (TEXTS, LENGTH), generator=torch.Generator().manual_seed(20))
 
 
-def read_tensor(found: Found, record: TensorRecord) -> Tensor:
+def read_tensor(found: Checkpoint, record: TensorRecord) -> Tensor:
     """One whole tensor of a checkpoint; every piece is checked against its hash."""
     tensor = torch.empty(record.shape, dtype=fmt.DTYPES[record.dtype])
-    part = Part(tensor, whole_box(record.shape))
-    read.run(found, [read.Job(record, piece, (part,)) for piece in record.pieces])
+    part = LocalPart(tensor, whole_box(record.shape))
+    read.run(found, [read.ReadItem(record, piece, (part,)) for piece in record.pieces])
     return tensor
 
 
@@ -57,7 +57,7 @@ def wide_dtype(dtype: str) -> str:
 
 
 @torch.inference_mode()
-def native_logits(config: ModelConfig, weights: Weights, dtype: str) -> Tensor:
+def native_logits(config: ModelConfig, weights: TensorReader, dtype: str) -> Tensor:
     """[TEXTS, LENGTH, V] by our own model as a pipeline of one layer a stage, its weights rounded to ``dtype``."""
     changes = {"dtype": wide_dtype(dtype), "use_fp32_norm": False, "compile": False, "residual_in_fp32": False}
     config = config.model_copy(update=changes)
@@ -66,7 +66,7 @@ def native_logits(config: ModelConfig, weights: Weights, dtype: str) -> Tensor:
         stage = build_model(config, layer_range=range(layer, layer + 1)).eval()
         for name, parameter in stage.named_parameters():
             parameter.copy_(weights(name).to(getattr(torch, dtype)))
-        rows = [stage(row, whole(LENGTH)) for row in rows]
+        rows = [stage(row, single_sequence(LENGTH)) for row in rows]
         if layer == config.num_layers - 1:
             rows = [stage.logits(row) for row in rows]
         del stage  # before the next one is made
@@ -74,7 +74,7 @@ def native_logits(config: ModelConfig, weights: Weights, dtype: str) -> Tensor:
 
 
 @torch.inference_mode()
-def llama_logits(record: dict[str, Any], weights: Weights, dtype: str) -> Tensor:
+def llama_logits(record: dict[str, Any], weights: TensorReader, dtype: str) -> Tensor:
     """[TEXTS, LENGTH, V] by the Llama of ``transformers``; a module has its weights only while it runs.
 
     Args:
@@ -105,7 +105,7 @@ def llama_logits(record: dict[str, Any], weights: Weights, dtype: str) -> Tensor
     return logits
 
 
-def folder_logits(folder: HfFolder, model: ModelConfig, rotary: Rotary, dtype: str) -> Tensor:
+def folder_logits(folder: HfFolder, model: ModelConfig, rotary: RotaryScaling, dtype: str) -> Tensor:
     """[TEXTS, LENGTH, V] of a folder by ``llama_logits``, which knows neither InternLM's nor InternLM2's name.
 
     Args:
@@ -113,7 +113,7 @@ def folder_logits(folder: HfFolder, model: ModelConfig, rotary: Rotary, dtype: s
     """
     record = folder.json("config.json")
     if record["model_type"] != "llama":
-        kind, record = record["model_type"], write_config(model, "llama", rotary, Ids(None, ()), dtype)
+        kind, record = record["model_type"], write_config(model, "llama", rotary, SpecialTokenIds(None, ()), dtype)
         if kind == "internlm2":
             return llama_logits(record, _llama_names(folder, model), dtype)
     embedding, head = LLAMA.modules["embedding"][0] + ".weight", LLAMA.modules["head"][0] + ".weight"
@@ -121,7 +121,7 @@ def folder_logits(folder: HfFolder, model: ModelConfig, rotary: Rotary, dtype: s
     return llama_logits(record, lambda name: folder.read(embedding if tied and name == head else name), dtype)
 
 
-def _llama_names(folder: HfFolder, model: ModelConfig) -> Weights:
+def _llama_names(folder: HfFolder, model: ModelConfig) -> TensorReader:
     """InternLM2's tensors under Llama's names, its fused projection taken apart."""
     halves = model.model_copy(update={"qk_interleaved": False})  # as both architectures have it
     pairs = zip(links(halves, LLAMA), links(halves, INTERNLM2), strict=True)

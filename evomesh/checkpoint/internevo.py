@@ -40,12 +40,12 @@ TOP = {
     "head": "head",
     "output": "head",
 }
-Family = Literal["INTERNLM", "INTERNLM2_PUBLIC", "LLAMA2"]
+InternEvoFamily = Literal["INTERNLM", "INTERNLM2_PUBLIC", "LLAMA2"]
 W2 = Literal["auto", "down", "up"]  # what w2 is: by shape, or as said
 
 
 @dataclass(frozen=True)
-class Heads:
+class HeadCounts:
     """Attention heads of the whole model."""
 
     heads: int
@@ -53,7 +53,7 @@ class Heads:
 
 
 @dataclass(frozen=True)
-class Folder:
+class InternEvoFolder:
     """The model files of one checkpoint; ``files[pp][wp][tp]`` is a path."""
 
     path: str
@@ -67,7 +67,7 @@ class Folder:
         return [_state(self.files[pp, w, t]) for w in range(wp) for t in range(tp)]
 
 
-def find_folder(path: str) -> Folder:
+def find_folder(path: str) -> InternEvoFolder:
     """
     Raises:
         CheckpointError: no model files, or some of the tp x pp grid are missing: names them.
@@ -82,7 +82,7 @@ def find_folder(path: str) -> Folder:
     missing = [file_name(t, w if isp else None, p) for p, w, t in want if (p, w, t) not in files]
     if missing:
         raise CheckpointError(f"{', '.join(missing[:4])} of {len(want)} files are missing", where=path)
-    return Folder(path, files, (sizes[0], sizes[1], sizes[2]), isp)
+    return InternEvoFolder(path, files, (sizes[0], sizes[1], sizes[2]), isp)
 
 
 def file_name(tp: int, wp: int | None, pp: int) -> str:
@@ -115,7 +115,7 @@ def model_section(path: str) -> dict[str, Any] | None:
     return {k: v for k, v in plain.items() if v is None or isinstance(v, bool | int | float | str)}
 
 
-def family_of(folder: Folder) -> Family:
+def family_of(folder: InternEvoFolder) -> InternEvoFamily:
     """Told by the parameter names of the first file."""
     names = " ".join(_state(folder.files[0, 0, 0]))
     if "mixer.Wqkv" in names:
@@ -127,7 +127,7 @@ def family_of(folder: Folder) -> Family:
     raise CheckpointError("no known model family", where=folder.path, expected="INTERNLM, INTERNLM2_PUBLIC or LLAMA2")
 
 
-def read_model(path: str, heads: Heads, w2: W2 = "auto") -> Iterator[tuple[str, Tensor]]:
+def read_model(path: str, heads: HeadCounts, w2: W2 = "auto") -> Iterator[tuple[str, Tensor]]:
     """Whole tensors under our names, stage by stage.
 
     Args:
@@ -140,7 +140,7 @@ def read_model(path: str, heads: Heads, w2: W2 = "auto") -> Iterator[tuple[str, 
 
 
 def merge_folder(
-    folder: Folder, heads: Heads, w2: W2, states_of: Callable[[int], list[dict[str, Tensor]]] | None = None
+    folder: InternEvoFolder, heads: HeadCounts, w2: W2, states_of: Callable[[int], list[dict[str, Tensor]]] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """As ``read_model``.
 
@@ -162,7 +162,7 @@ def merge_folder(
             yield from _renamed(whole, offsets.get((chunk, pp), 0), heads, down, folder.path)
 
 
-def _layer_offsets(folder: Folder) -> dict[tuple[int, int], int]:
+def _layer_offsets(folder: InternEvoFolder) -> dict[tuple[int, int], int]:
     """(chunk, stage) -> global number of its first layer: chunk after chunk, in each stage after stage."""
     counts: dict[tuple[int, int], int] = {}
     for pp in range(folder.sizes[0]):
@@ -200,7 +200,7 @@ def _down(state: dict[str, Tensor], w2: W2, where: str) -> str:
     return "w3" if columns["2"] == columns["1"] else "w2"
 
 
-def _merge(name: str, parts: list[Tensor], folder: Folder, family: Family, heads: Heads, down: str) -> Tensor:
+def _merge(name: str, parts: list[Tensor], folder: InternEvoFolder, family: InternEvoFamily, heads: HeadCounts, down: str) -> Tensor:
     """One tensor from the ranks' parts of it; ``name`` is local."""
     tp = folder.sizes[2]
     block = LAYER.match(name)
@@ -225,7 +225,7 @@ def _merge(name: str, parts: list[Tensor], folder: Folder, family: Family, heads
 
 
 def _renamed(
-    whole: dict[str, Tensor], first_layer: int, heads: Heads, down: str, where: str
+    whole: dict[str, Tensor], first_layer: int, heads: HeadCounts, down: str, where: str
 ) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in whole.items():
         block = LAYER.match(name)

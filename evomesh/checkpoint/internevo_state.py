@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from evomesh.checkpoint.format import CheckpointError
-from evomesh.checkpoint.internevo import W2, Folder, Heads, find_folder, merge_folder
+from evomesh.checkpoint.internevo import W2, InternEvoFolder, HeadCounts, find_folder, merge_folder
 from evomesh.checkpoint.pickles import read_pickle
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 HALF = (torch.float16, torch.bfloat16)
 FIX = 'take the weights alone: --weights-only, or load_ckpt_info content=("model",)'
-State = dict[str, Tensor]
+StateDict = dict[str, Tensor]
 
 
-def read_optimizer(path: str, heads: Heads, w2: W2 = "auto") -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_optimizer(path: str, heads: HeadCounts, w2: W2 = "auto") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Whole optimizer tensors under our names, and {"optimizer": ..., "scaler": ...} as our checkpoints hold them.
 
     Raises:
@@ -34,7 +34,7 @@ def read_optimizer(path: str, heads: Heads, w2: W2 = "auto") -> tuple[dict[str, 
     folder = find_folder(path)
     if folder.isp:
         raise CheckpointError("optimizer files of isp are cut in ways that are not known", where=path, fix=FIX)
-    local: dict[str, dict[tuple[int, int], State]] = {kind: {} for kind in ("master", *MOMENTS)}
+    local: dict[str, dict[tuple[int, int], StateDict]] = {kind: {} for kind in ("master", *MOMENTS)}
     steps, scaler = set(), {}
     for pp in range(folder.sizes[0]):
         for tp, weights in enumerate(folder.states(pp)):
@@ -128,9 +128,9 @@ def _content(file: str) -> dict[str, Any]:
     return found
 
 
-def _unflatten(weights: State, contents: list[dict[str, Any]], files: list[str]) -> tuple[dict[str, State], set[int]]:
+def _unflatten(weights: StateDict, contents: list[dict[str, Any]], files: list[str]) -> tuple[dict[str, StateDict], set[int]]:
     """Local tensors by kind and name, in the order of ``weights``, and the steps that the moments have taken."""
-    found: dict[str, State] = {kind: {} for kind in ("master", *MOMENTS)}
+    found: dict[str, StateDict] = {kind: {} for kind in ("master", *MOMENTS)}
     steps = set()
     half = [name for name, tensor in weights.items() if tensor.dtype in HALF]
     groups = [names for names in (half, [name for name in weights if name not in set(half)]) if names]
@@ -166,7 +166,7 @@ def _unflatten(weights: State, contents: list[dict[str, Any]], files: list[str])
     return {kind: {name: tensors[name] for name in weights} for kind, tensors in found.items()}, steps
 
 
-def _assign(weights: State, names: list[str], ranks: int) -> list[list[str]]:
+def _assign(weights: StateDict, names: list[str], ranks: int) -> list[list[str]]:
     """Parameters of each zero rank, in the order in which it joins them."""
     found: list[list[str]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
@@ -190,8 +190,8 @@ def _flats(content: dict[str, Any], group: int, file: str) -> dict[str, Any]:
         raise CheckpointError(f"lacks AdamW's state of parameter group {group}", where=file, fix=FIX) from None
 
 
-def _merged(folder: Folder, parts: dict[tuple[int, int], State], heads: Heads, w2: W2) -> Iterator[tuple[str, Tensor]]:
-    def states(pp: int) -> list[State]:
+def _merged(folder: InternEvoFolder, parts: dict[tuple[int, int], StateDict], heads: HeadCounts, w2: W2) -> Iterator[tuple[str, Tensor]]:
+    def states(pp: int) -> list[StateDict]:
         return [parts[pp, tp] for tp in range(folder.sizes[2])]
 
     yield from merge_folder(folder, heads, w2, states)

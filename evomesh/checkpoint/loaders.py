@@ -20,29 +20,29 @@ import torch
 from torch import Tensor
 
 from evomesh.checkpoint import internevo, internevo_state
-from evomesh.checkpoint.boxes import Box, Ints
+from evomesh.checkpoint.boxes import Box, Coordinates
 from evomesh.checkpoint.format import CheckpointError
 from evomesh.checkpoint.hf_folder import local_folder
 from evomesh.checkpoint.hf_load import load_hf, load_llama
-from evomesh.checkpoint.plan import Local
+from evomesh.checkpoint.plan import LocalTensor
 from evomesh.checkpoint.read import listed, several
 
 
-class Lazy(Protocol):
+class LazyTensor(Protocol):
     """A tensor that is still on disk."""
 
     @property
-    def shape(self) -> Ints: ...
+    def shape(self) -> Coordinates: ...
 
     def read(self, box: Box | None = None) -> Tensor:
         """The tensor, or a box of it."""
         ...
 
 
-Loader = Callable[[str, dict[str, Any]], Iterator[tuple[str, Tensor | Lazy]]]
+Loader = Callable[[str, dict[str, Any]], Iterator[tuple[str, Tensor | LazyTensor]]]
 
 
-class LoaderTable:
+class LoaderRegistry:
     """Loaders by name."""
 
     def __init__(self, loaders: dict[str, Loader]) -> None:
@@ -91,18 +91,18 @@ def load_internevo_state(
     return tensors, state | (internevo_state.read_counters(folder) if counters else {})
 
 
-def _heads(folder: str, config: dict[str, Any]) -> internevo.Heads:
+def _heads(folder: str, config: dict[str, Any]) -> internevo.HeadCounts:
     known = {**config, **(internevo.model_section(folder) or {})}
     heads = int(known["num_attention_heads"])
-    return internevo.Heads(heads, int(known.get("num_kv_attention_heads") or heads))
+    return internevo.HeadCounts(heads, int(known.get("num_kv_attention_heads") or heads))
 
 
-checkpoint_loaders = LoaderTable({"internevo": load_internevo, "hf": load_hf, "hf_llama": load_hf, "llama": load_llama})
+checkpoint_loaders = LoaderRegistry({"internevo": load_internevo, "hf": load_hf, "hf_llama": load_hf, "llama": load_llama})
 
 
 def fill(
-    local: Mapping[str, Local],
-    source: Iterable[tuple[str, Tensor | Lazy]],
+    local: Mapping[str, LocalTensor],
+    source: Iterable[tuple[str, Tensor | LazyTensor]],
     where: str,
     elsewhere: Collection[str] = (),
 ) -> None:
@@ -136,7 +136,7 @@ def fill(
         )
 
 
-def _copy(wanted: Local, tensor: Tensor | Lazy) -> None:
+def _copy(wanted: LocalTensor, tensor: Tensor | LazyTensor) -> None:
     whole = Box((0,) * len(wanted.shape), wanted.shape)
     with torch.no_grad():
         for part in wanted.parts:

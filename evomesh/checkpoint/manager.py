@@ -16,15 +16,15 @@ from torch import Tensor
 from evomesh.checkpoint import find, read, write
 from evomesh.checkpoint import format as fmt
 from evomesh.checkpoint.exchange import Exchange, default_exchange
-from evomesh.checkpoint.find import Candidate, Found
+from evomesh.checkpoint.find import Candidate, Checkpoint
 from evomesh.checkpoint.forecast import check_space
 from evomesh.checkpoint.format import CheckpointError
-from evomesh.checkpoint.plan import Entry, Local, Plan, describe, make_plan, signature
+from evomesh.checkpoint.plan import WriteItem, LocalTensor, SavePlan, describe, make_plan, signature
 from evomesh.checkpoint.retention import Retention
-from evomesh.checkpoint.stage import Staging
+from evomesh.checkpoint.stage import StagingBuffers
 from evomesh.errors import UserError
 from evomesh.parallel.grid import Grid
-from evomesh.storage.base import Lock, Storage, StorageError, join
+from evomesh.storage.base import StorageLock, Storage, StorageError, join
 from evomesh.storage.staged import staged
 from evomesh.storage.urls import open_storage
 
@@ -76,11 +76,11 @@ class CheckpointManager:
         self._report = report if self.exchange.rank == 0 else log.debug
         self._retention = Retention(keep_last, keep_every)
         self._snapshot_retention = Retention(keep_last=2)
-        self._staging = Staging()
+        self._staging = StagingBuffers()
         self._writer: ThreadPoolExecutor | None = None
         self._running: Future[str] | None = None
-        self._lock: Lock | None = None
-        self._plan: tuple[str, Plan] | None = None
+        self._lock: StorageLock | None = None
+        self._plan: tuple[str, SavePlan] | None = None
         self._parent: dict[str, Any] | None = None  # step and attempt of the last one loaded or committed
         self._committed: dict[tuple[int, bool], str] = {}  # (step, snapshot) -> folder, of this process
 
@@ -118,7 +118,7 @@ class CheckpointManager:
                 expected="one folder shared by all nodes",
                 fix="use a shared file system or an object store as save_ckpt_folder",
             )
-        self._lock = self._lock or _Elsewhere()
+        self._lock = self._lock or _RemoteLock()
 
     def prepare(self, tensors: Mapping[str, Tensor], *, saves: int | None = None, blocking: bool = True) -> None:
         """At start-up: refuses a bad layout, a busy folder and a disk too small before any step is trained.
@@ -135,13 +135,13 @@ class CheckpointManager:
             self._staging.prepare(plan.entries(local))
         self._everywhere(lambda: self._forecast(plan, saves))
 
-    def _forecast(self, plan: Plan, saves: int | None) -> None:
+    def _forecast(self, plan: SavePlan, saves: int | None) -> None:
         if self.exchange.rank == 0:
             held = sum(1 for c in self.candidates() if c.committed)
             line = check_space(self.storage, self.root, plan.total_bytes, held, saves, self._retention.keep_last)
             self._report(line)
 
-    def _make_plan(self, local: Mapping[str, Local], plan: Plan) -> Plan:
+    def _make_plan(self, local: Mapping[str, LocalTensor], plan: SavePlan) -> SavePlan:
         self._plan = signature(local), plan
         return plan
 
@@ -201,7 +201,7 @@ class CheckpointManager:
         self._start(blocking, plan, plan.entries(local), folder, body)
         return self.wait(final=final) if blocking else folder
 
-    def _start(self, blocking: bool, plan: Plan, entries: list[Entry], folder: str, body: dict[str, Any]) -> None:
+    def _start(self, blocking: bool, plan: SavePlan, entries: list[WriteItem], folder: str, body: dict[str, Any]) -> None:
         """Commits here and now, or copies what this rank owns and commits behind the training."""
         if blocking:
             self._running = Future()
@@ -271,7 +271,7 @@ class CheckpointManager:
             raise CheckpointError(answer["error"], where=root)
         return answer
 
-    def _commit(self, plan: Plan, entries: list[Entry], folder: str, body: dict[str, Any]) -> str:
+    def _commit(self, plan: SavePlan, entries: list[WriteItem], folder: str, body: dict[str, Any]) -> str:
         """All that may run behind the training."""
         snapshot, step = body["snapshot"], body["step"]
         storage, root = self._place(snapshot)
@@ -299,7 +299,7 @@ class CheckpointManager:
         normal = find.candidates(self.storage, self.root)
         return find.in_order(normal, find.candidates(self.snapshot_storage, self.snapshots))
 
-    def newest(self, verify: bool = True) -> Found | None:
+    def newest(self, verify: bool = True) -> Checkpoint | None:
         """The newest checkpoint that verifies, None when there is none; reports what it skipped and why.
 
         Args:
@@ -308,10 +308,10 @@ class CheckpointManager:
         Raises:
             CheckpointError: there are checkpoints, and none verifies.
         """
-        place = self._agree(lambda: find.Place(self.candidates()))
+        place = self._agree(lambda: find.CheckpointLookup(self.candidates()))
         return find.newest(place.choices, lambda choice: self._check(choice, verify), self._report)
 
-    def resolve(self, path: str, verify: bool = True) -> Found:
+    def resolve(self, path: str, verify: bool = True) -> Checkpoint:
         """The checkpoint that a path of the documents means: ``llm_ckpts``, ``llm_ckpts/49``, ``.../snapshot/1/``.
 
         Raises:
@@ -320,19 +320,19 @@ class CheckpointManager:
         place = self._agree(lambda: find.locate(path))
         return find.choose(path, place, lambda choice: self._check(choice, verify), self._report)
 
-    def _agree(self, look: Callable[[], find.Place]) -> find.Place:
+    def _agree(self, look: Callable[[], find.CheckpointLookup]) -> find.CheckpointLookup:
         """Rank 0 looks; the others take its list, since a listing may differ between two moments."""
         place = look()
         rows = [[c.folder, c.step, c.committed] for c in place.choices]
         rows = self.exchange.broadcast(rows)
         stores = {c.folder: c.storage for c in place.choices}
         fallback = next(iter(stores.values()), self.storage)
-        return find.Place([Candidate(stores.get(f, fallback), f, s, c) for f, s, c in rows], place.problem, place.fix)
+        return find.CheckpointLookup([Candidate(stores.get(f, fallback), f, s, c) for f, s, c in rows], place.problem, place.fix)
 
-    def _check(self, choice: Candidate, data: bool) -> Found:
+    def _check(self, choice: Candidate, data: bool) -> Checkpoint:
         """Verifies one candidate together: each rank reads its share of the files."""
 
-        def mine() -> Found:
+        def mine() -> Checkpoint:
             found = find.open_checkpoint(choice.storage, choice.folder)
             found.index()
             if data:
@@ -342,7 +342,7 @@ class CheckpointManager:
         return self._everywhere(mine)
 
     def load(
-        self, found: Found, tensors: Mapping[str, Tensor], *, strict: bool = True, cast: bool = False
+        self, found: Checkpoint, tensors: Mapping[str, Tensor], *, strict: bool = True, cast: bool = False
     ) -> dict[str, Any]:
         """Fills the tensors in place, from whatever layout they were saved in, and returns the stored state.
 
@@ -392,7 +392,7 @@ class CheckpointManager:
         return result
 
 
-class _Elsewhere:
+class _RemoteLock:
     """Rank 0 holds the lock."""
 
     def release(self) -> None:

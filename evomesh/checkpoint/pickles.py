@@ -34,11 +34,11 @@ ARRAYS = {
 RATIO = 2  # unpacked bytes for each byte of the file; torch stores without compression
 
 
-class Record(dict[str, Any]):
+class ConfigStub(dict[str, Any]):
     """Stands for the ``Config`` class of InternEvo's package, which is a dict."""
 
 
-class Opaque:
+class OpaqueStub:
     """Stands for NumPy's arrays (the state of a random generator, say): what they hold is thrown away."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -55,9 +55,9 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | types.EllipsisType):
             return getattr(torch, name)
         if module.startswith(("internlm.", "internevo.")) and name == "Config":
-            return Record
+            return ConfigStub
         if (module, name) in ARRAYS:
-            return Opaque
+            return OpaqueStub
         raise pickle.UnpicklingError(f"it names {module}.{name}, which is neither a tensor nor a plain container")
 
 

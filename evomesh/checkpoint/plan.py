@@ -10,59 +10,59 @@ from typing import Any
 
 from torch import Tensor
 
-from evomesh.checkpoint.boxes import Box, Ints, Part, covers_once, parts_of
+from evomesh.checkpoint.boxes import Box, Coordinates, LocalPart, covers_once, parts_of
 from evomesh.checkpoint.exchange import Exchange
 from evomesh.checkpoint.format import DTYPE_NAMES, DTYPES, CheckpointError, canonical, sha256
 from evomesh.parallel.grid import Grid
 
 
 @dataclass(frozen=True)
-class Local:
+class LocalTensor:
     """A named tensor of this rank: global shape, dtype name and the parts held here."""
 
     name: str
     dtype: str
-    shape: Ints
-    parts: list[Part]
+    shape: Coordinates
+    parts: list[LocalPart]
 
 
 @dataclass(frozen=True)
-class Entry:
+class WriteItem:
     """One box that this rank writes."""
 
     name: str
     dtype: str
-    shape: Ints
-    part: Part
+    shape: Coordinates
+    part: LocalPart
 
 
 @dataclass(frozen=True)
-class Plan:
+class SavePlan:
     """``owned``: (name, number of the part) that this rank writes; ``tensors``: (dtype, shape) of all, on rank 0."""
 
     owned: list[tuple[str, int]]
-    tensors: dict[str, tuple[str, Ints]]
+    tensors: dict[str, tuple[str, Coordinates]]
 
     @property
     def total_bytes(self) -> int:
         """Of all tensors, on rank 0."""
         return sum(math.prod(shape) * DTYPES[dtype].itemsize for dtype, shape in self.tensors.values())
 
-    def entries(self, local: dict[str, Local]) -> list[Entry]:
+    def entries(self, local: dict[str, LocalTensor]) -> list[WriteItem]:
         """What to write, in the order of the file."""
         entries = []
         for name, number in self.owned:
             tensor = local[name]
-            entries.append(Entry(name, tensor.dtype, tensor.shape, tensor.parts[number]))
+            entries.append(WriteItem(name, tensor.dtype, tensor.shape, tensor.parts[number]))
         return in_file_order(entries)
 
 
-def in_file_order(entries: list[Entry]) -> list[Entry]:
+def in_file_order(entries: list[WriteItem]) -> list[WriteItem]:
     """Largest items first: so every offset in the file is a multiple of its item size."""
     return sorted(entries, key=lambda e: (-DTYPES[e.dtype].itemsize, e.name, e.part.box.offsets))
 
 
-def describe(tensors: Mapping[str, Tensor], grid: Grid) -> dict[str, Local]:
+def describe(tensors: Mapping[str, Tensor], grid: Grid) -> dict[str, LocalTensor]:
     """Places every tensor of this rank.
 
     Raises:
@@ -76,23 +76,23 @@ def describe(tensors: Mapping[str, Tensor], grid: Grid) -> dict[str, Local]:
             shape, parts = parts_of(tensor, grid)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        local[name] = Local(name, DTYPE_NAMES[tensor.dtype], shape, parts)
+        local[name] = LocalTensor(name, DTYPE_NAMES[tensor.dtype], shape, parts)
     return local
 
 
-def signature(local: Mapping[str, Local]) -> str:
+def signature(local: Mapping[str, LocalTensor]) -> str:
     """Changes when the layout of this rank's tensors does."""
     return sha256(canonical(_rows(local)))
 
 
-def _rows(local: Mapping[str, Local]) -> list[list[Any]]:
+def _rows(local: Mapping[str, LocalTensor]) -> list[list[Any]]:
     return [
         [t.name, t.dtype, list(t.shape), [[list(p.box.offsets), list(p.box.shape)] for p in t.parts]]
         for t in local.values()
     ]
 
 
-def make_plan(local: Mapping[str, Local], exchange: Exchange) -> Plan:
+def make_plan(local: Mapping[str, LocalTensor], exchange: Exchange) -> SavePlan:
     """Gives each distinct box to the least loaded rank that holds it.
 
     Raises:
@@ -100,7 +100,7 @@ def make_plan(local: Mapping[str, Local], exchange: Exchange) -> Plan:
     """
     gathered = exchange.gather(_rows(local))
     answer: dict[str, Any] | None = None
-    tensors: dict[str, tuple[str, Ints]] = {}
+    tensors: dict[str, tuple[str, Coordinates]] = {}
     if gathered is not None:
         try:
             owned, tensors = assign(gathered)
@@ -110,12 +110,12 @@ def make_plan(local: Mapping[str, Local], exchange: Exchange) -> Plan:
     answer = exchange.broadcast(answer)
     if "error" in answer:
         raise CheckpointError(answer["error"])
-    return Plan([(name, number) for name, number in answer["owned"][exchange.rank]], tensors)
+    return SavePlan([(name, number) for name, number in answer["owned"][exchange.rank]], tensors)
 
 
-def assign(gathered: list[Any]) -> tuple[list[list[Any]], dict[str, tuple[str, Ints]]]:
+def assign(gathered: list[Any]) -> tuple[list[list[Any]], dict[str, tuple[str, Coordinates]]]:
     """Owned parts by rank, and all tensors."""
-    tensors: dict[str, tuple[str, Ints]] = {}
+    tensors: dict[str, tuple[str, Coordinates]] = {}
     first: dict[str, int] = {}
     holders: dict[str, dict[Box, list[tuple[int, int]]]] = defaultdict(dict)
     for rank, rows in enumerate(gathered):
@@ -139,7 +139,7 @@ def assign(gathered: list[Any]) -> tuple[list[list[Any]], dict[str, tuple[str, I
     return owned, tensors
 
 
-def check_cover(name: str, shape: Ints, boxes: list[Box]) -> None:
+def check_cover(name: str, shape: Coordinates, boxes: list[Box]) -> None:
     if not covers_once(shape, boxes):
         places = ", ".join(f"{list(b.offsets)}+{list(b.shape)}" for b in boxes[:8])
         raise CheckpointError(f"{name}{list(shape)}: local boxes overlap or leave a hole: {places}")

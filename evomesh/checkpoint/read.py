@@ -10,26 +10,26 @@ import torch
 from torch import Tensor
 
 from evomesh.checkpoint import format as fmt
-from evomesh.checkpoint.boxes import Part
-from evomesh.checkpoint.find import Found
-from evomesh.checkpoint.format import CheckpointError, Piece, TensorRecord
-from evomesh.checkpoint.plan import Local
+from evomesh.checkpoint.boxes import LocalPart
+from evomesh.checkpoint.find import Checkpoint
+from evomesh.checkpoint.format import CheckpointError, PieceRecord, TensorRecord
+from evomesh.checkpoint.plan import LocalTensor
 from evomesh.checkpoint.write import as_bytes
-from evomesh.storage.base import Reader, join
+from evomesh.storage.base import StorageReader, join
 
 SHOWN = 8  # differing tensors in a message
 
 
 @dataclass(frozen=True)
-class Job:
+class ReadItem:
     """One piece to read and the local parts it goes to (none: only to verify)."""
 
     record: TensorRecord
-    piece: Piece
-    targets: tuple[Part, ...] = ()
+    piece: PieceRecord
+    targets: tuple[LocalPart, ...] = ()
 
 
-def match(records: Mapping[str, TensorRecord], local: Mapping[str, Local], cast: bool, where: str) -> None:
+def match(records: Mapping[str, TensorRecord], local: Mapping[str, LocalTensor], cast: bool, where: str) -> None:
     """Checks that every wanted tensor is there, with its shape and dtype.
 
     Raises:
@@ -86,7 +86,7 @@ def refuse_unwanted(records: Mapping[str, TensorRecord], wanted: Iterable[str], 
         )
 
 
-def jobs_for(records: Mapping[str, TensorRecord], local: Mapping[str, Local]) -> list[Job]:
+def jobs_for(records: Mapping[str, TensorRecord], local: Mapping[str, LocalTensor]) -> list[ReadItem]:
     """The pieces that hold any wanted element."""
     jobs = []
     for name, wanted in local.items():
@@ -94,11 +94,11 @@ def jobs_for(records: Mapping[str, TensorRecord], local: Mapping[str, Local]) ->
         for piece in record.pieces:
             targets = tuple(part for part in wanted.parts if piece.box.overlap(part.box) is not None)
             if targets:
-                jobs.append(Job(record, piece, targets))
+                jobs.append(ReadItem(record, piece, targets))
     return jobs
 
 
-def run(found: Found, jobs: list[Job]) -> int:
+def run(found: Checkpoint, jobs: list[ReadItem]) -> int:
     """Reads the jobs in file order through one buffer and returns the number of bytes read.
 
     Raises:
@@ -107,7 +107,7 @@ def run(found: Found, jobs: list[Job]) -> int:
     total = 0
     buffer = torch.empty(max((_size(job) for job in jobs), default=0), dtype=torch.uint8)
     memory = as_bytes(buffer)
-    reader: Reader | None = None
+    reader: StorageReader | None = None
     current = -1
     try:
         ordered = sorted(jobs, key=lambda job: (job.piece.file, job.piece.start))
@@ -129,7 +129,7 @@ def run(found: Found, jobs: list[Job]) -> int:
     return total
 
 
-def _open(found: Found, job: Job) -> Reader:
+def _open(found: Checkpoint, job: ReadItem) -> StorageReader:
     path = join(found.folder, found.files[job.piece.file][0])
     try:
         return found.storage.open(path)
@@ -140,7 +140,7 @@ def _open(found: Found, job: Job) -> Reader:
         ) from None
 
 
-def _fill(found: Found, job: Job, reader: Reader | None, memory: memoryview) -> None:
+def _fill(found: Checkpoint, job: ReadItem, reader: StorageReader | None, memory: memoryview) -> None:
     assert reader is not None
     name, start = found.files[job.piece.file][0], job.piece.start
     place = (
@@ -157,7 +157,7 @@ def _fill(found: Found, job: Job, reader: Reader | None, memory: memoryview) -> 
         )
 
 
-def _copy(job: Job, data: Tensor) -> None:
+def _copy(job: ReadItem, data: Tensor) -> None:
     if not job.targets:
         return
     source = data.view(fmt.DTYPES[job.record.dtype]).view(job.piece.box.shape)
@@ -168,17 +168,17 @@ def _copy(job: Job, data: Tensor) -> None:
             part.tensor[both.within(part.box)].copy_(source[both.within(job.piece.box)])
 
 
-def _size(job: Job) -> int:
+def _size(job: ReadItem) -> int:
     return job.piece.box.numel * job.record.item_size
 
 
-def verify_data(found: Found, share: int = 0, shares: int = 1) -> int:
+def verify_data(found: Checkpoint, share: int = 0, shares: int = 1) -> int:
     """Reads every piece of this share of the files and checks its hash; returns the bytes read.
 
     Raises:
         CheckpointError: as ``run``.
     """
-    jobs = [Job(r, p) for r in found.records().values() for p in r.pieces if p.file % shares == share]
+    jobs = [ReadItem(r, p) for r in found.records().values() for p in r.pieces if p.file % shares == share]
     first: dict[int, int] = {}
     for job in jobs:
         first[job.piece.file] = min(first.get(job.piece.file, job.piece.start), job.piece.start)

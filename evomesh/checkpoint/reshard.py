@@ -14,14 +14,14 @@ from torch import Tensor
 
 from evomesh.checkpoint import format as fmt
 from evomesh.checkpoint import read, write
-from evomesh.checkpoint.boxes import Box, Part, chunk, cut, grid_axis
-from evomesh.checkpoint.find import Found
-from evomesh.checkpoint.format import CheckpointError, Piece, TensorRecord
-from evomesh.checkpoint.plan import Entry, assign, in_file_order
+from evomesh.checkpoint.boxes import Box, LocalPart, chunk, split_box, grid_axis
+from evomesh.checkpoint.find import Checkpoint
+from evomesh.checkpoint.format import CheckpointError, PieceRecord, TensorRecord
+from evomesh.checkpoint.plan import WriteItem, assign, in_file_order
 from evomesh.config.schema import ModelConfig, ParallelConfig
 from evomesh.models.registry import build_model
 from evomesh.optim.slot import make_slot
-from evomesh.parallel.build import Sizes, axis_members, axis_sizes
+from evomesh.parallel.build import AxisSizes, axis_members, axis_sizes
 from evomesh.parallel.grid import Axis, Grid
 from evomesh.parallel.modes import MODES
 from evomesh.parallel.spec import ShardSpec, spec_of
@@ -33,7 +33,7 @@ KEPT_PIECES = 16  # read pieces kept for the next boxes: 64 MiB at most
 Boxes = dict[str, Box]  # of one rank: tensor -> where it lies
 
 
-def reshard(found: Found, target: str, model: ModelConfig, parallel: ParallelConfig, world: int) -> str:
+def reshard(found: Checkpoint, target: str, model: ModelConfig, parallel: ParallelConfig, world: int) -> str:
     """Writes ``found`` into the save folder ``target`` as ``world`` ranks of ``parallel`` would; returns the folder.
 
     Raises:
@@ -51,11 +51,11 @@ def reshard(found: Found, target: str, model: ModelConfig, parallel: ParallelCon
     owned, tensors = assign([[_row(records[name], box) for name, box in layout.items()] for layout in layouts])
     attempt = secrets.token_hex(4)
     storage.make_folder(folder)
-    source = _Source(found, records)
+    source = _ReshardSource(found, records)
     messages = []
     for rank, mine in enumerate(owned):
         places = [(records[name], layouts[rank][name]) for name, _ in mine]
-        entries = [Entry(r.name, r.dtype, r.shape, Part(torch.empty(0), box)) for r, box in places]
+        entries = [WriteItem(r.name, r.dtype, r.shape, LocalPart(torch.empty(0), box)) for r, box in places]
         messages.append(write.write_data(storage, folder, attempt, rank, in_file_order(entries), source.pieces))
     storage.sync(root)
     body = found.body | {"attempt": attempt, "parent": {"step": found.step, "attempt": found.attempt}}
@@ -72,7 +72,7 @@ def _row(record: TensorRecord, box: Box) -> list[object]:
 
 
 def _layout(
-    records: dict[str, TensorRecord], model: ModelConfig, parallel: ParallelConfig, sizes: Sizes, rank: int
+    records: dict[str, TensorRecord], model: ModelConfig, parallel: ParallelConfig, sizes: AxisSizes, rank: int
 ) -> Boxes:
     """Where the tensors of the model and its optimizer lie on one rank of the new layout."""
     members = axis_members(sizes, rank)
@@ -98,16 +98,16 @@ def _box(spec: ShardSpec, grid: Grid) -> Box:
     return Box(tuple(offsets), tuple(sizes))
 
 
-class _Source:
+class _ReshardSource:
     """Pieces of new boxes, put together from those of the old checkpoint, each of which is checked when it is read."""
 
-    def __init__(self, found: Found, records: dict[str, TensorRecord]) -> None:
+    def __init__(self, found: Checkpoint, records: dict[str, TensorRecord]) -> None:
         self._found, self._records = found, records
-        self._kept: OrderedDict[Piece, Tensor] = OrderedDict()
+        self._kept: OrderedDict[PieceRecord, Tensor] = OrderedDict()
 
-    def pieces(self, entry: Entry) -> Iterator[tuple[Box, memoryview]]:
+    def pieces(self, entry: WriteItem) -> Iterator[tuple[Box, memoryview]]:
         record = self._records[entry.name]
-        for box in cut(entry.part.box, record.item_size, fmt.PIECE_BYTES):
+        for box in split_box(entry.part.box, record.item_size, fmt.PIECE_BYTES):
             target = torch.empty(box.shape, dtype=fmt.DTYPES[record.dtype])
             for piece in record.pieces:
                 both = piece.box.overlap(box)
@@ -115,10 +115,10 @@ class _Source:
                     target[both.within(box)] = self._read(record, piece)[both.within(piece.box)]
             yield box, write.as_bytes(target)
 
-    def _read(self, record: TensorRecord, piece: Piece) -> Tensor:
+    def _read(self, record: TensorRecord, piece: PieceRecord) -> Tensor:
         if piece not in self._kept:
             tensor = torch.empty(piece.box.shape, dtype=fmt.DTYPES[record.dtype])
-            read.run(self._found, [read.Job(record, piece, (Part(tensor, piece.box),))])
+            read.run(self._found, [read.ReadItem(record, piece, (LocalPart(tensor, piece.box),))])
             self._kept[piece] = tensor
             while len(self._kept) > KEPT_PIECES:
                 self._kept.popitem(last=False)

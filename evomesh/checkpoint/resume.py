@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from evomesh.checkpoint import detect, find
-from evomesh.checkpoint.find import Found
+from evomesh.checkpoint.find import Checkpoint
 from evomesh.checkpoint.format import CheckpointError
 from evomesh.checkpoint.hf_folder import hub_model, local_folder
 from evomesh.checkpoint.loaders import checkpoint_loaders, fill, load_internevo_state
@@ -27,7 +27,7 @@ OURS = ("internevo", "internlm", "normal", "evomesh")  # types that mean "ours o
 
 
 @dataclass(frozen=True)
-class Start:
+class StartPoint:
     """What to start from.
 
     Attributes:
@@ -39,7 +39,7 @@ class Start:
     """
 
     reason: str
-    found: Found | None = None
+    found: Checkpoint | None = None
     path: str = ""
     ckpt_type: str = ""
     content: frozenset[str] = frozenset()
@@ -53,7 +53,7 @@ class Start:
         return part in self.content
 
 
-def decide(config: CheckpointConfig, manager: CheckpointManager | None) -> Start:
+def decide(config: CheckpointConfig, manager: CheckpointManager | None) -> StartPoint:
     """Chooses by the documents' rules.
 
     auto_resume (the default): the newest verified checkpoint in the save folder, even if saving is off; else from
@@ -67,20 +67,20 @@ def decide(config: CheckpointConfig, manager: CheckpointManager | None) -> Start
     """
     if not config.auto_resume:
         if config.load_ckpt_info is None:
-            return Start("starting from scratch: auto_resume=False and no load_ckpt_info")
+            return StartPoint("starting from scratch: auto_resume=False and no load_ckpt_info")
         if manager is None:
             manager = CheckpointManager(config.load_ckpt_info.path)
         return _given(config.load_ckpt_info, manager)
     ignored = f"; load_ckpt_info ({config.load_ckpt_info.path}) IGNORED" if config.load_ckpt_info else ""
     why = f" since auto_resume=True{ignored}: set auto_resume=False to use it" if ignored else ""
     if manager is None:
-        return Start(f"starting from scratch: no save_ckpt_folder to resume from{why}")
+        return StartPoint(f"starting from scratch: no save_ckpt_folder to resume from{why}")
     found = manager.newest()
     if found is None:
-        return Start(f"starting from scratch: no checkpoint in {manager.root}{why}")
+        return StartPoint(f"starting from scratch: no checkpoint in {manager.root}{why}")
     everything = frozenset(CONTENTS)
     require_optimizer(found, everything)
-    return Start(f"resuming step {found.step} from {found.folder} (auto_resume){why}", found, content=everything)
+    return StartPoint(f"resuming step {found.step} from {found.folder} (auto_resume){why}", found, content=everything)
 
 
 def parse_content(content: tuple[str, ...] | list[str] | str) -> frozenset[str]:
@@ -100,7 +100,7 @@ def parse_content(content: tuple[str, ...] | list[str] | str) -> frozenset[str]:
     return frozenset(CONTENTS) if "all" in parts else frozenset(parts)
 
 
-def _given(info: LoadConfig, manager: CheckpointManager) -> Start:
+def _given(info: LoadConfig, manager: CheckpointManager) -> StartPoint:
     content = parse_content(info.content)
     named = ", ".join(part for part in CONTENTS if part in content)
     kind = info.ckpt_type.lower()
@@ -113,7 +113,7 @@ def _given(info: LoadConfig, manager: CheckpointManager) -> Start:
             _absent(info, manager)
         found = manager.resolve(info.path)
         require_optimizer(found, content)
-        return Start(f"loading {named} from {found.folder} (load_ckpt_info)", found, content=content)
+        return StartPoint(f"loading {named} from {found.folder} (load_ckpt_info)", found, content=content)
     if kind in OURS and actual == "internevo":
         kind, loader = "internevo", checkpoint_loaders.get("internevo")
     elif kind in OURS or (actual in ("evomesh", "internevo") and kind in ("hf", "hf_llama", "llama")):
@@ -133,7 +133,7 @@ def _given(info: LoadConfig, manager: CheckpointManager) -> Start:
             f"of {info.path} ({kind}) only the model can be read, but content asks for {named}",
             fix='content=("model",)',
         )
-    return Start(f"loading {named} from {info.path} ({kind}, load_ckpt_info)", None, info.path, kind, content)
+    return StartPoint(f"loading {named} from {info.path} ({kind}, load_ckpt_info)", None, info.path, kind, content)
 
 
 def _absent(info: LoadConfig, manager: CheckpointManager) -> None:
@@ -144,7 +144,7 @@ def _absent(info: LoadConfig, manager: CheckpointManager) -> None:
     manager.resolve(info.path)  # raises, and says what lies there
 
 
-def require_optimizer(found: Found, content: frozenset[str]) -> None:
+def require_optimizer(found: Checkpoint, content: frozenset[str]) -> None:
     """
     Raises:
         CheckpointError: optimizer state is wanted and the checkpoint has weights only.
@@ -170,7 +170,7 @@ def restart_line(manager: CheckpointManager) -> str:
 
 
 def restore(
-    start: Start, manager: CheckpointManager, tensors: Mapping[str, Tensor], model: Mapping[str, Any] | None = None
+    start: StartPoint, manager: CheckpointManager, tensors: Mapping[str, Tensor], model: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Loads what ``start`` wants of the tensors, in place, and returns the stored state ({} without a source).
 
@@ -190,7 +190,7 @@ def restore(
 
 
 def _foreign(
-    start: Start, manager: CheckpointManager, tensors: Mapping[str, Tensor], model: dict[str, Any]
+    start: StartPoint, manager: CheckpointManager, tensors: Mapping[str, Tensor], model: dict[str, Any]
 ) -> dict[str, Any]:
     loader = checkpoint_loaders.get(start.ckpt_type)
     assert loader is not None

@@ -6,7 +6,7 @@ import logging
 
 from evomesh.checkpoint import find, read
 from evomesh.checkpoint import format as fmt
-from evomesh.checkpoint.find import Candidate, Found
+from evomesh.checkpoint.find import Candidate, Checkpoint
 from evomesh.errors import UserError
 from evomesh.storage.base import Storage, join
 
@@ -108,7 +108,7 @@ def drop(choice: Candidate) -> None:
         log.warning("%s: %s", folder, error)
 
 
-def check(choice: Candidate, *, data: bool) -> Found:
+def check(choice: Candidate, *, data: bool) -> Checkpoint:
     """Opens a candidate and verifies it: records and file sizes, and with ``data`` the hash of every piece.
 
     Raises:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from evomesh.checkpoint import format as fmt
 from evomesh.checkpoint import read
-from evomesh.checkpoint.boxes import Box, Part
-from evomesh.checkpoint.find import Found
+from evomesh.checkpoint.boxes import Box, LocalPart
+from evomesh.checkpoint.find import Checkpoint
 from evomesh.checkpoint.format import CheckpointError, TensorRecord
-from evomesh.checkpoint.internevo import NAMES, Heads, file_name, to_blocks
+from evomesh.checkpoint.internevo import NAMES, HeadCounts, file_name, to_blocks
 from evomesh.config.schema import ModelConfig
 from evomesh.pipeline.stages import layer_ranges
 
@@ -26,7 +26,7 @@ TOP_V2 = {"embedding": "tok_embeddings", "norm": "norm", "head": "output"}
 
 
 def write_model(
-    found: Found, model: ModelConfig, target: str, tensor: int, pipeline: int, weight: int | None = None
+    found: Checkpoint, model: ModelConfig, target: str, tensor: int, pipeline: int, weight: int | None = None
 ) -> list[str]:
     """Writes ``model_tp{t}_pp{p}.pt``, ``model_config.pt`` (a plain dict) and ``{step}.step``; returns the files.
 
@@ -49,7 +49,7 @@ def write_model(
         raise CheckpointError("the folder is not empty", where=target, fix="give a new one")
     os.makedirs(target, exist_ok=True)
     weights = weight or 1
-    heads = Heads(model.num_attention_heads, model.kv_heads)
+    heads = HeadCounts(model.num_attention_heads, model.kv_heads)
     records = {name: record for name, record in found.records().items() if not name.startswith("optim.")}
     written = []
     for pp, layers in enumerate(layer_ranges(model.num_layers, pipeline)):
@@ -83,7 +83,7 @@ def _whole_in_isp(name: str, weight: int | None) -> bool:
     return weight is None or not OURS.match(name) or "norm" in name
 
 
-Cut = Callable[[Tensor, int], list[Tensor | None]]
+ShardFunction = Callable[[Tensor, int], list[Tensor | None]]
 
 
 def _rows(whole: Tensor, ranks: int) -> list[Tensor | None]:
@@ -102,7 +102,7 @@ def _first(whole: Tensor, ranks: int) -> list[Tensor | None]:
     return [whole] + [None] * (ranks - 1)
 
 
-def _places(name: str, layers: range, model: ModelConfig, heads: Heads) -> list[tuple[str, Cut]]:
+def _places(name: str, layers: range, model: ModelConfig, heads: HeadCounts) -> list[tuple[str, ShardFunction]]:
     """Their names for one of our tensors in a stage, and how each is cut; [] when it lies in another stage."""
     v1 = model.model_type == "INTERNLM"
     match = OURS.match(name)
@@ -132,7 +132,7 @@ def _places(name: str, layers: range, model: ModelConfig, heads: Heads) -> list[
     return [(f"{prefix}{V1[leaf] if v1 else leaf}.{kind}", cut)]
 
 
-def _split(kv_heads: int, group: int, head_dim: int, which: str) -> Cut:
+def _split(kv_heads: int, group: int, head_dim: int, which: str) -> ShardFunction:
     """One of q, k and v out of the groups, then cut by rows."""
     place = {"q": slice(0, group), "k": slice(group, group + 1), "v": slice(group + 1, group + 2)}[which]
 
@@ -142,8 +142,8 @@ def _split(kv_heads: int, group: int, head_dim: int, which: str) -> Cut:
     return cut
 
 
-def _whole(found: Found, record: TensorRecord) -> Tensor:
+def _whole(found: Checkpoint, record: TensorRecord) -> Tensor:
     target = torch.empty(record.shape, dtype=fmt.DTYPES[record.dtype])
-    part = Part(target, Box((0,) * target.dim(), record.shape))
-    read.run(found, [read.Job(record, piece, (part,)) for piece in record.pieces])
+    part = LocalPart(target, Box((0,) * target.dim(), record.shape))
+    read.run(found, [read.ReadItem(record, piece, (part,)) for piece in record.pieces])
     return target

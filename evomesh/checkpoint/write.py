@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from evomesh.checkpoint import format as fmt
-from evomesh.checkpoint.boxes import Box, Ints, cut
+from evomesh.checkpoint.boxes import Box, Coordinates, split_box
 from evomesh.checkpoint.exchange import Exchange
 from evomesh.checkpoint.format import CheckpointError
-from evomesh.checkpoint.plan import Entry, Plan, check_cover
+from evomesh.checkpoint.plan import WriteItem, SavePlan, check_cover
 from evomesh.checkpoint.software import software
 from evomesh.errors import UserError
 from evomesh.storage.base import Storage, join
@@ -29,11 +29,11 @@ FIXES = {
 }
 
 
-Source = Callable[[Entry], Iterator[tuple[Box, memoryview]]]  # the pieces of an entry with their bytes, in order
+ItemReader = Callable[[WriteItem], Iterator[tuple[Box, memoryview]]]  # the pieces of an entry with their bytes, in order
 
 
 def write_data(
-    storage: Storage, folder: str, attempt: str, rank: int, entries: list[Entry], source: Source | None = None
+    storage: Storage, folder: str, attempt: str, rank: int, entries: list[WriteItem], source: ItemReader | None = None
 ) -> dict[str, Any]:
     """Writes this rank's file and returns what rank 0 must know; when it returns, the bytes are durable.
 
@@ -67,11 +67,11 @@ def write_data(
     return {"file": [name, position, fmt.piece_hash(header)], "rows": rows}
 
 
-def _bytes(entry: Entry) -> int:
+def _bytes(entry: WriteItem) -> int:
     return entry.part.box.numel * fmt.DTYPES[entry.dtype].itemsize
 
 
-def live_pieces(entry: Entry) -> Iterator[tuple[Box, memoryview]]:
+def live_pieces(entry: WriteItem) -> Iterator[tuple[Box, memoryview]]:
     """The pieces of a tensor in memory; only one piece is ever copied at a time.
 
     Raises:
@@ -81,7 +81,7 @@ def live_pieces(entry: Entry) -> Iterator[tuple[Box, memoryview]]:
     in_place = part.tensor.is_contiguous() and part.tensor.device.type == "cpu"
     whole = as_bytes(part.tensor) if in_place else None
     position = 0
-    for piece in cut(part.box, item_size, fmt.PIECE_BYTES):
+    for piece in split_box(part.box, item_size, fmt.PIECE_BYTES):
         size = piece.numel * item_size
         bad = not_finite(part.tensor[piece.within(part.box)])
         if bad:
@@ -113,7 +113,7 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 
 def write_index(
-    storage: Storage, folder: str, attempt: str, tensors: dict[str, tuple[str, Ints]], messages: list[dict[str, Any]]
+    storage: Storage, folder: str, attempt: str, tensors: dict[str, tuple[str, Coordinates]], messages: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Merges the ranks' rows into the index; rank 0 only.
 
@@ -121,10 +121,10 @@ def write_index(
         the fields ``software``, ``files``, ``index``, ``tensors`` and ``tensor_bytes`` of the commit body.
     """
     files: list[list[Any]] = []
-    pieces: dict[str, list[fmt.Piece]] = {name: [] for name in tensors}
+    pieces: dict[str, list[fmt.PieceRecord]] = {name: [] for name in tensors}
     for message in messages:
         for name, *found in message["rows"]:
-            pieces[name] += [fmt.Piece(len(files), Box(tuple(o), tuple(s)), b, h) for o, s, b, h in found]
+            pieces[name] += [fmt.PieceRecord(len(files), Box(tuple(o), tuple(s)), b, h) for o, s, b, h in found]
         if message["file"] is not None:
             files.append(message["file"])
     lines, total = [], 0
@@ -179,8 +179,8 @@ def attempt(
     exchange: Exchange,
     root: str,
     folder: str,
-    plan: Plan,
-    entries: list[Entry],
+    plan: SavePlan,
+    entries: list[WriteItem],
     record: dict[str, Any],
 ) -> None:
     """Data on every rank, then index and commit on rank 0; the same verdict everywhere.

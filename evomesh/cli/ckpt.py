@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
-Path = Annotated[str, typer.Argument(help="Save folder, step in it, or step folder; local or s3.")]
+PathArgument = Annotated[str, typer.Argument(help="Save folder, step in it, or step folder; local or s3.")]
 
 
 @app.callback()
@@ -31,7 +31,7 @@ def _choices(path: str) -> list[Candidate]:
 
 
 @app.command("ls")
-def list_(path: Path) -> None:
+def list_(path: PathArgument) -> None:
     """List checkpoints, newest first, with those that an interrupted save left behind."""
     from rich.console import Console
     from rich.table import Table
@@ -66,7 +66,7 @@ def list_(path: Path) -> None:
 
 @app.command()
 def verify(
-    path: Path,
+    path: PathArgument,
     quick: Annotated[bool, typer.Option("--quick", help="Records and file sizes only; read no data.")] = False,
     deep: Annotated[bool, typer.Option("--deep", help="Also look for NaN and infinity in every tensor.")] = False,
 ) -> None:
@@ -103,7 +103,7 @@ def verify(
 
 @app.command()
 def prune(
-    path: Path,
+    path: PathArgument,
     keep_last: Annotated[int, typer.Option(min=2, help="Newest checkpoints to keep.")],
     keep_every: Annotated[int | None, typer.Option(min=1, help="Also keep steps that this divides.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, delete nothing.")] = False,
@@ -128,7 +128,7 @@ def prune(
 
 
 @app.command()
-def pin(path: Path, undo: Annotated[bool, typer.Option("--undo", help="Let retention have it again.")] = False) -> None:
+def pin(path: PathArgument, undo: Annotated[bool, typer.Option("--undo", help="Let retention have it again.")] = False) -> None:
     """Keep a checkpoint for ever, whatever the retention says."""
     from evomesh.checkpoint.retention import PIN
 
@@ -141,7 +141,7 @@ def pin(path: Path, undo: Annotated[bool, typer.Option("--undo", help="Let reten
 
 
 @app.command()
-def diff(a: Path, b: Path) -> None:
+def diff(a: PathArgument, b: PathArgument) -> None:
     """What differs between two checkpoints: config, state and, element by element, tensors. Exit code 1 if anything."""
     from evomesh.checkpoint.compare import differences
     from evomesh.checkpoint.find import resolve
@@ -158,7 +158,7 @@ def diff(a: Path, b: Path) -> None:
 
 @app.command()
 def reshard(
-    path: Path,
+    path: PathArgument,
     out: Annotated[str, typer.Argument(help="Save folder for the result.")],
     gpus: Annotated[int, typer.Option(min=1, help="Processes of the new layout.")],
     tensor: Annotated[int, typer.Option(min=1)] = 1,

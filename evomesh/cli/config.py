@@ -19,15 +19,15 @@ if TYPE_CHECKING:  # commands import what they need, so that `evomesh --help` is
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
-ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="A Python config file, such as configs/7B_sft.py.")]
-Overrides = Annotated[
+ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A Python config file, such as configs/7B_sft.py.")]
+OverridesOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a value; repeatable.")
 ]
-Gpus = Annotated[int | None, typer.Option("--gpus", min=1, help="Processes of the whole run.")]
+GpusOption = Annotated[int | None, typer.Option("--gpus", min=1, help="Processes of the whole run.")]
 
 
 @app.command()
-def check(config: ConfigFile, overrides: Overrides = None, gpus: Gpus = None) -> None:
+def check(config: ConfigArgument, overrides: OverridesOption = None, gpus: GpusOption = None) -> None:
     """Apply every rule to CONFIG and print all problems, each with a fix; exit code 2 if there are any."""
     from evomesh.config.loader import check_world, load_config
     from evomesh.config.schema import ModelFamily
@@ -53,9 +53,9 @@ def _check_own_model(loaded: LoadedConfig) -> None:
 
 @app.command()
 def show(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    gpus: Gpus = None,
+    config: ConfigArgument,
+    overrides: OverridesOption = None,
+    gpus: GpusOption = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object: config, origins, derived, warnings.")
     ] = False,

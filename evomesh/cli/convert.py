@@ -44,7 +44,7 @@ def from_internevo(
     folder = str(local_folder(folder))
     resolved = _config(folder, config)
     model = resolved.model
-    heads = internevo.Heads(model.num_attention_heads, model.kv_heads)
+    heads = internevo.HeadCounts(model.num_attention_heads, model.kv_heads)
     tensors = dict(internevo.read_model(folder, heads, w2))  # type: ignore[arg-type]
     left = [p.name for p in sorted(Path(folder).iterdir())]
     step = next((int(name.removesuffix(".step")) for name in left if name.removesuffix(".step").isdigit()), 0)

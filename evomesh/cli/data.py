@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
-DataPath = Annotated[str, typer.Argument(metavar="PATH", help="A .bin, or a folder of them.")]
-Tokenizer = Annotated[str | None, typer.Option("--tokenizer", "-t", help="Decode samples with this tokenizer.")]
-ConfigFile = Annotated[str | None, typer.Option("--config", help="Take folder and packing from this config.")]
-SeqLen = Annotated[int, typer.Option(min=1, help="Longest attention segment, in tokens.")]
-MicroBsz = Annotated[int, typer.Option(min=1, help="A pack has seq-len x micro-bsz tokens.")]
-MinLength = Annotated[int, typer.Option(min=0, help="Leave out shorter documents, in tokens.")]
+DataPathArgument = Annotated[str, typer.Argument(metavar="PATH", help="A .bin, or a folder of them.")]
+TokenizerOption = Annotated[str | None, typer.Option("--tokenizer", "-t", help="Decode samples with this tokenizer.")]
+ConfigOption = Annotated[str | None, typer.Option("--config", help="Take folder and packing from this config.")]
+SeqLenOption = Annotated[int, typer.Option(min=1, help="Longest attention segment, in tokens.")]
+MicroBszOption = Annotated[int, typer.Option(min=1, help="A pack has seq-len x micro-bsz tokens.")]
+MinLengthOption = Annotated[int, typer.Option(min=0, help="Leave out shorter documents, in tokens.")]
 
 
 def _section(
@@ -46,12 +46,12 @@ def _section(
 
 @app.command()
 def inspect(
-    path: DataPath,
-    config: ConfigFile = None,
-    seq_len: SeqLen = 2048,
-    micro_bsz: MicroBsz = 1,
-    min_length: MinLength = 0,
-    tokenizer: Tokenizer = None,
+    path: DataPathArgument,
+    config: ConfigOption = None,
+    seq_len: SeqLenOption = 2048,
+    micro_bsz: MicroBszOption = 1,
+    min_length: MinLengthOption = 0,
+    tokenizer: TokenizerOption = None,
     samples: Annotated[int, typer.Option(min=0, help="Documents to decode.")] = 3,
 ) -> None:
     """Counts, lengths, ids, decoded samples (dim: not trained) and what packing will leave out."""
@@ -90,13 +90,13 @@ def inspect(
 def show(
     path: Annotated[str | None, typer.Argument(metavar="PATH", help="A .bin, or a training folder.")] = None,
     pack: Annotated[int, typer.Option("--pack", min=0, help="Number of the pack.")] = 0,
-    config: ConfigFile = None,
-    seq_len: SeqLen = 2048,
-    micro_bsz: MicroBsz = 1,
-    min_length: MinLength = 0,
+    config: ConfigOption = None,
+    seq_len: SeqLenOption = 2048,
+    micro_bsz: MicroBszOption = 1,
+    min_length: MinLengthOption = 0,
     one_sample: Annotated[bool, typer.Option("--pack-sample-into-one", help="Segments ignore documents.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
-    tokenizer: Tokenizer = None,
+    tokenizer: TokenizerOption = None,
 ) -> None:
     """Exactly what the model will see in pack N."""
     import orjson
@@ -123,8 +123,8 @@ def show(
 
 @app.command()
 def verify(
-    path: DataPath,
-    tokenizer: Tokenizer = None,
+    path: DataPathArgument,
+    tokenizer: TokenizerOption = None,
     vocab_size: Annotated[int | None, typer.Option(min=1, help="Ids at or past it are problems.")] = None,
     valid: Annotated[str | None, typer.Option(help="Validation data that must share no document with PATH.")] = None,
 ) -> None:
@@ -147,7 +147,7 @@ def verify(
 
 
 @app.command()
-def repair(path: DataPath) -> None:
+def repair(path: DataPathArgument) -> None:
     """Rebuild the meta from the lines; a torn last line is cut off and kept as .torn."""
     from evomesh.data.repair import repair_path
 
@@ -156,7 +156,7 @@ def repair(path: DataPath) -> None:
 
 
 @app.command()
-def cache(path: DataPath) -> None:
+def cache(path: DataPathArgument) -> None:
     """Write the tokens of each file as one binary array beside it, which training then reads instead of the lines."""
     from evomesh.data.cache import write_cache
     from evomesh.data.look import open_files

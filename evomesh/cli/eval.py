@@ -11,7 +11,7 @@ import typer
 from evomesh.errors import UserError
 
 if TYPE_CHECKING:
-    from evomesh.evaluate.native import NativeModel
+    from evomesh.evaluate.native import HarnessModel
 
 
 def evaluate(
@@ -73,13 +73,13 @@ def evaluate(
 
 def _native(
     ckpt: str, device: str, tokenizer: str | None, max_length: int | None, batch_tokens: int, chat: bool
-) -> tuple[str, NativeModel]:
+) -> tuple[str, HarnessModel]:
     """Where the model comes from, in words, and the model as the harness sees it."""
     from evomesh.checkpoint.hf_config import rotary_of
     from evomesh.checkpoint.hf_tokenizer import refuse_larger, special_ids
     from evomesh.data.chat import JinjaTemplate
     from evomesh.data.tokenizer import load_tokenizer
-    from evomesh.evaluate.native import NativeModel
+    from evomesh.evaluate.native import HarnessModel
     from evomesh.train.restore import restore_model
 
     restored = restore_model(ckpt, device)
@@ -91,7 +91,7 @@ def _native(
     refuse_larger(text, vocab_size)
     if chat:
         JinjaTemplate(text)  # says what is wrong with it before hours of work
-    model = NativeModel(
+    model = HarnessModel(
         restored.model,
         text,
         eos_ids=special_ids(text, restored.config.generation, vocab_size).eos,

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from evomesh.cli.run import run
-from evomesh.cli.train import Launcher, Overrides, Port
+from evomesh.cli.train import LauncherOption, OverrideOption, RendezvousPortOption
 from evomesh.errors import UserError
-from evomesh.generate.options import Sampling
+from evomesh.generate.options import SamplingParams
 
 if TYPE_CHECKING:
     from evomesh.data.tokenizer import Tokenizer
     from evomesh.models.language_model import LanguageModel
-    from evomesh.train.restore import Restored
+    from evomesh.train.restore import RestoredModel
 
 
 def generate(
@@ -50,9 +50,9 @@ def generate(
     config: Annotated[
         str | None, typer.Option(help="Config file to read first: it registers a model type of your own.")
     ] = None,
-    overrides: Overrides = None,
-    launcher: Launcher = "auto",
-    port: Port = 8888,
+    overrides: OverrideOption = None,
+    launcher: LauncherOption = "auto",
+    port: RendezvousPortOption = 8888,
 ) -> None:
     """Go on from a prompt (--ckpt, --prompt), or answer all prompts of CONFIG's generation section.
 
@@ -62,7 +62,7 @@ def generate(
     if file is not None:
         answer_config(file, overrides, launcher, port, alone=ckpt is None and prompt is None)
         return
-    sampling = Sampling(
+    sampling = SamplingParams(
         repetition_penalty=repetition_penalty,
         temperature=temperature,
         top_k=top_k,
@@ -81,7 +81,7 @@ def generate(
 def answer_prompt(
     ckpt: str | None,
     prompt: str | None,
-    sampling: Sampling,
+    sampling: SamplingParams,
     tokenizer: str | None,
     device: str,
     config: str | None,
@@ -113,9 +113,9 @@ def answer_config(config: str, overrides: list[str] | None, launcher: str, port:
 
 def shim(
     config: Annotated[str, typer.Option("--config", help="A Python config file.")],
-    overrides: Overrides = None,
-    launcher: Launcher = "auto",
-    port: Port = 8888,
+    overrides: OverrideOption = None,
+    launcher: LauncherOption = "auto",
+    port: RendezvousPortOption = 8888,
 ) -> None:
     """Answer the prompts of a config's generation section: generate.py --config CONFIG."""
     answer_config(config, overrides, launcher, port)
@@ -128,7 +128,7 @@ def shim_main() -> None:
     run(app)
 
 
-def _restore(ckpt: str, device: str, config: str | None, dynamic_ntk: bool | None) -> Restored:
+def _restore(ckpt: str, device: str, config: str | None, dynamic_ntk: bool | None) -> RestoredModel:
     from evomesh.cli.device import choose_device
     from evomesh.config.loader import load_config
     from evomesh.models.decoder import Decoder
@@ -145,7 +145,7 @@ def _restore(ckpt: str, device: str, config: str | None, dynamic_ntk: bool | Non
     return restored
 
 
-def _tokenizer(restored: Restored, given: str | None, ckpt: str) -> Tokenizer:
+def _tokenizer(restored: RestoredModel, given: str | None, ckpt: str) -> Tokenizer:
     from evomesh.data.tokenizer import load_tokenizer
 
     path = given or restored.config.data.tokenizer_path
@@ -154,7 +154,7 @@ def _tokenizer(restored: Restored, given: str | None, ckpt: str) -> Tokenizer:
     return load_tokenizer(path)
 
 
-def _ends(restored: Restored, text: Tokenizer) -> tuple[int, ...]:
+def _ends(restored: RestoredModel, text: Tokenizer) -> tuple[int, ...]:
     """Ids that end an answer: the tokenizer's, and those of the checkpoint's generation section."""
     section = restored.config.generation
     ids = [] if text.eos_id is None else [text.eos_id]
@@ -162,7 +162,7 @@ def _ends(restored: Restored, text: Tokenizer) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
-def _print_stream(model: LanguageModel, text: Tokenizer, ids: list[int], sampling: Sampling) -> None:
+def _print_stream(model: LanguageModel, text: Tokenizer, ids: list[int], sampling: SamplingParams) -> None:
     from evomesh.generate.decode import stream
 
     shown = text.decode(ids)
@@ -180,7 +180,7 @@ def _print_stream(model: LanguageModel, text: Tokenizer, ids: list[int], samplin
     sys.stdout.flush()
 
 
-def _print_answers(model: LanguageModel, text: Tokenizer, ids: list[int], sampling: Sampling) -> None:
+def _print_answers(model: LanguageModel, text: Tokenizer, ids: list[int], sampling: SamplingParams) -> None:
     from evomesh.generate.decode import generate
 
     (answers,) = generate(model, [ids], sampling)

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from evomesh.config.schema import Config
-    from evomesh.parallel.traffic import Traffic
-    from evomesh.plan.trace import Held
+    from evomesh.parallel.traffic import TrafficLog
+    from evomesh.plan.trace import RankMemory
 
 MIB = 2**20
 
@@ -50,7 +50,7 @@ def plan(
         console.print("activations are not counted; --trace adds what one step sends", highlight=False)
 
 
-def _sizes(config: Config, gpus: int, rank: int, held: Held) -> list[str]:
+def _sizes(config: Config, gpus: int, rank: int, held: RankMemory) -> list[str]:
     from evomesh.config.size import parameter_count, tokens_per_step
 
     grid, count = held.grid, parameter_count(config.model)
@@ -80,7 +80,7 @@ def _ranges(numbers: list[int]) -> str:
     return " and ".join(" to ".join(str(number) for number in run) for run in runs) or "none"
 
 
-def _table(traffic: Traffic) -> Table:
+def _table(traffic: TrafficLog) -> Table:
     from rich.table import Table
 
     table = Table(title="one step of this rank")

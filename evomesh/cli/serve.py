@@ -11,84 +11,84 @@ import typer
 from evomesh.errors import UserError
 
 if TYPE_CHECKING:
-    from evomesh.serve.load import Choices
+    from evomesh.serve.load import ModelOptions
 
-Ckpt = Annotated[str, typer.Option(help="A save folder (its newest), one step in it, or a Hugging Face model folder.")]
-TokenizerPath = Annotated[
+CheckpointOption = Annotated[str, typer.Option(help="A save folder (its newest), one step in it, or a Hugging Face model folder.")]
+TokenizerPathOption = Annotated[
     str | None, typer.Option("--tokenizer", help="tokenizer.json, .model or their folder [default: the config's].")
 ]
-TemplateName = Annotated[
+TemplateOption = Annotated[
     str,
     typer.Option(
         "--chat-template",
         help="internlm, chatml, llama3, tokenizer (its own), none; auto: the tokenizer's own where it has one.",
     ),
 ]
-RotaryType = Annotated[
+RotaryTypeOption = Annotated[
     Literal["origin", "dynamic"] | None,
     typer.Option("--rotary-type", help="dynamic: NTK scaling beyond the trained length [default: the config's]."),
 ]
-Context = Annotated[int | None, typer.Option(min=2, help="Most tokens of prompt and answer together.")]
-Slots = Annotated[int, typer.Option(min=1, max=1024, help="Answers that are written at the same time.")]
-Queue = Annotated[int, typer.Option(min=0, max=65536, help="Answers that may wait; more are refused with 429.")]
-Host = Annotated[str, typer.Option(help="Address to listen on; one that others can reach needs a key.")]
-Port = Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")]
-KeyFile = Annotated[str | None, typer.Option(help="File with the key clients must bear [or: EVOMESH_API_KEY].")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, ... [default: cuda where there is one].")]
-Name = Annotated[str | None, typer.Option(help="What clients call the model [default: the job's name].")]
-ConfigFile = Annotated[
+ContextOption = Annotated[int | None, typer.Option(min=2, help="Most tokens of prompt and answer together.")]
+SlotsOption = Annotated[int, typer.Option(min=1, max=1024, help="Answers that are written at the same time.")]
+QueueOption = Annotated[int, typer.Option(min=0, max=65536, help="Answers that may wait; more are refused with 429.")]
+HostOption = Annotated[str, typer.Option(help="Address to listen on; one that others can reach needs a key.")]
+PortOption = Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")]
+KeyFileOption = Annotated[str | None, typer.Option(help="File with the key clients must bear [or: EVOMESH_API_KEY].")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, ... [default: cuda where there is one].")]
+NameOption = Annotated[str | None, typer.Option(help="What clients call the model [default: the job's name].")]
+ConfigFileOption = Annotated[
     str | None, typer.Option(help="Config file to read first: it registers a model type of your own.")
 ]
 
 
 def serve(
-    ckpt: Ckpt,
-    tokenizer: TokenizerPath = None,
-    chat_template: TemplateName = "auto",
-    rotary_type: RotaryType = None,
-    context: Context = None,
-    slots: Slots = 8,
-    queue: Queue = 64,
-    host: Host = "127.0.0.1",
-    port: Port = 8000,
-    key_file: KeyFile = None,
-    device: Device = "",
-    name: Name = None,
-    config: ConfigFile = None,
+    ckpt: CheckpointOption,
+    tokenizer: TokenizerPathOption = None,
+    chat_template: TemplateOption = "auto",
+    rotary_type: RotaryTypeOption = None,
+    context: ContextOption = None,
+    slots: SlotsOption = 8,
+    queue: QueueOption = 64,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8000,
+    key_file: KeyFileOption = None,
+    device: DeviceOption = "",
+    name: NameOption = None,
+    config: ConfigFileOption = None,
 ) -> None:
     """Answer OpenAI-style requests: /v1/models, /v1/completions, /v1/chat/completions."""
-    from evomesh.serve.load import Choices
+    from evomesh.serve.load import ModelOptions
 
-    choices = Choices(tokenizer, chat_template, rotary_type, name, context, slots, queue)
+    choices = ModelOptions(tokenizer, chat_template, rotary_type, name, context, slots, queue)
     _run(ckpt, choices, host, port, key_file, device, config, page=False)
 
 
 def chat(
-    ckpt: Ckpt,
-    tokenizer: TokenizerPath = None,
-    chat_template: TemplateName = "auto",
-    rotary_type: RotaryType = None,
-    context: Context = None,
-    slots: Slots = 4,
-    queue: Queue = 64,
-    host: Host = "127.0.0.1",
-    port: Port = 7860,
-    key_file: KeyFile = None,
-    device: Device = "",
-    name: Name = None,
-    config: ConfigFile = None,
+    ckpt: CheckpointOption,
+    tokenizer: TokenizerPathOption = None,
+    chat_template: TemplateOption = "auto",
+    rotary_type: RotaryTypeOption = None,
+    context: ContextOption = None,
+    slots: SlotsOption = 4,
+    queue: QueueOption = 64,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 7860,
+    key_file: KeyFileOption = None,
+    device: DeviceOption = "",
+    name: NameOption = None,
+    config: ConfigFileOption = None,
     browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
 ) -> None:
     """Open a page to talk with a model; the API of `evomesh serve` answers at the same address."""
-    from evomesh.serve.load import Choices
+    from evomesh.serve.load import ModelOptions
 
-    choices = Choices(tokenizer, chat_template, rotary_type, name, context, slots, queue, roomy=True)
+    choices = ModelOptions(tokenizer, chat_template, rotary_type, name, context, slots, queue, roomy=True)
     _run(ckpt, choices, host, port, key_file, device, config, page=True, browser=browser)
 
 
 def _run(
     ckpt: str,
-    choices: Choices,
+    choices: ModelOptions,
     host: str,
     port: int,
     key_file: str | None,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from evomesh.data.tokenize import Progress
+    from evomesh.data.tokenize import ProgressCallback
 
 LOG_SECONDS = 10.0
 CHAT = "conversations: alpaca (instruction, input, output), messages (role, content), sharegpt (from, value)"
@@ -98,7 +98,7 @@ def tokenize_conversations(
     )
 
 
-def _log_lines(total: int) -> Progress:
+def _log_lines(total: int) -> ProgressCallback:
     start = last = time.monotonic()
 
     def update(position: int, documents: int, tokens: int) -> None:
@@ -119,7 +119,7 @@ def _log_lines(total: int) -> Progress:
 
 
 @contextmanager
-def progress_bar(total: int) -> Iterator[Progress]:
+def progress_bar(total: int) -> Iterator[ProgressCallback]:
     """A bar with rate and time left on a terminal; elsewhere a line every ``LOG_SECONDS``."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn

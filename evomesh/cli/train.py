@@ -9,33 +9,33 @@ import typer
 
 from evomesh.cli.run import run
 
-Overrides = Annotated[
+OverrideOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a config value; repeatable.")
 ]
-Launcher = Annotated[str, typer.Option(help="Where rank information comes from: auto, torch or slurm.")]
-Port = Annotated[int, typer.Option(help="Rendezvous port of the slurm launcher.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of the initial weights [default: the config's, else 1024].")]
-RunDir = Annotated[
+LauncherOption = Annotated[str, typer.Option(help="Where rank information comes from: auto, torch or slurm.")]
+RendezvousPortOption = Annotated[int, typer.Option(help="Rendezvous port of the slurm launcher.")]
+SeedOption = Annotated[int | None, typer.Option(help="Seed of the initial weights [default: the config's, else 1024].")]
+RunDirOption = Annotated[
     str | None, typer.Option("--run-dir", "--work-dir", help="Folder for log, metrics.jsonl and TensorBoard.")
 ]
-Profile = Annotated[
+ProfileOption = Annotated[
     bool,
     typer.Option("--profile", "--profiling", help="Trace a few steps: files and a table of where the time goes."),
 ]
-Deepspeed = Annotated[
+DeepspeedOption = Annotated[
     str | None, typer.Option(help="XTuner's flag: deepspeed_zero1, 2 or 3, by this system's own means.")
 ]
 
 
 def train(
     config: Annotated[str, typer.Argument(help="A Python config file, such as configs/demo.py.")],
-    overrides: Overrides = None,
-    launcher: Launcher = "auto",
-    port: Port = 8888,
-    seed: Seed = None,
-    run_dir: RunDir = None,
-    profile: Profile = False,
-    deepspeed: Deepspeed = None,
+    overrides: OverrideOption = None,
+    launcher: LauncherOption = "auto",
+    port: RendezvousPortOption = 8888,
+    seed: SeedOption = None,
+    run_dir: RunDirOption = None,
+    profile: ProfileOption = False,
+    deepspeed: DeepspeedOption = None,
 ) -> None:
     """Train the model that CONFIG describes; resumes by itself from the newest good checkpoint."""
     from evomesh.config.deepspeed import deepspeed_settings
@@ -54,13 +54,13 @@ def train(
 
 def shim(
     config: Annotated[str, typer.Option("--config", help="A Python config file.")],
-    overrides: Overrides = None,
-    launcher: Launcher = "auto",
-    port: Port = 8888,
-    seed: Seed = None,
-    run_dir: RunDir = None,
-    profile: Profile = False,
-    deepspeed: Deepspeed = None,
+    overrides: OverrideOption = None,
+    launcher: LauncherOption = "auto",
+    port: RendezvousPortOption = 8888,
+    seed: SeedOption = None,
+    run_dir: RunDirOption = None,
+    profile: ProfileOption = False,
+    deepspeed: DeepspeedOption = None,
 ) -> None:
     """Train as the documents do: train.py --config CONFIG --launcher torch."""
     train(config, overrides, launcher, port, seed, run_dir, profile, deepspeed)

@@ -10,7 +10,7 @@ from evomesh.errors import UserError
 
 
 @dataclass
-class Draft:
+class ConfigDraft:
     """Attributes:
     values: what the file and the overrides say: top-level name -> value, sections as plain dicts.
     place: dotted key, as written -> "FILE:LINE", "--set" or "".

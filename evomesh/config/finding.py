@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Finding:
+class ConfigFinding:
     """What is wrong with some keys (resolved names; the first is where it is reported)."""
 
     keys: tuple[str, ...]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from evomesh.config.draft import Draft
+from evomesh.config.draft import ConfigDraft
 
 # key -> (value that says what happens anyway, so that it needs no word; why another one has no effect)
 ABSENT = object()
@@ -51,7 +51,7 @@ FIELDS_KEPT = ("data.use_packed_dataset", "model.use_flash_attn", "model.paralle
                "model.dropout_selective_checkpoint", "lr_scheduler.last_epoch", "beta2_scheduler.cur_iter")  # fmt: skip
 
 
-def drop_inert(draft: Draft) -> None:
+def drop_inert(draft: ConfigDraft) -> None:
     """Warns of keys without effect and takes out those that the resolved config does not keep."""
     for key, (usual, why) in INERT.items():
         section, name = _holder(draft, key)
@@ -62,7 +62,7 @@ def drop_inert(draft: Draft) -> None:
             draft.warn(key, f"{value!r} has no effect: {why}")
 
 
-def refuse_foreign(draft: Draft) -> None:
+def refuse_foreign(draft: ConfigDraft) -> None:
     """Refuses what is not part of this system, and takes out the values that ask for nothing."""
     model = draft.section("model")
     if model.get("model_type") == "INTERNLM_MoE":
@@ -82,7 +82,7 @@ def refuse_foreign(draft: Draft) -> None:
             draft.problem(key, f"{value!r} is refused: {why}", fix=f"remove {key}")
 
 
-def _holder(draft: Draft, key: str) -> tuple[dict[str, Any], str]:
+def _holder(draft: ConfigDraft, key: str) -> tuple[dict[str, Any], str]:
     section, dot, name = key.rpartition(".")
     if not dot:
         return draft.values, key

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from evomesh.config.draft import Draft, shown
+from evomesh.config.draft import ConfigDraft, shown
 from evomesh.config.inert import drop_inert, refuse_foreign
 from evomesh.config.schema import Config, ModelConfig, ModelFamily
 
@@ -62,7 +62,7 @@ TUPLES = (
 )
 
 
-def resolve(draft: Draft) -> None:
+def resolve(draft: ConfigDraft) -> None:
     """Fills ``draft.sections`` from ``draft.values``; unknown keys are left in for the validation to name."""
     drop_inert(draft)
     for name in SECTIONS:
@@ -87,7 +87,7 @@ def written_key(key: str) -> str:
     return written.get(key, key.replace("model.extra.", "model."))
 
 
-def _top_level(draft: Draft) -> None:
+def _top_level(draft: ConfigDraft) -> None:
     for name, target in TOP_LEVEL.items():
         if name in draft.values:
             section, _, key = target.partition(".")
@@ -101,7 +101,7 @@ def _top_level(draft: Draft) -> None:
             draft.sources[f"run.{key}"] = f"environment variable {key}"
 
 
-def _tensorboard(draft: Draft) -> None:
+def _tensorboard(draft: ConfigDraft) -> None:
     """``tensorboard=dict(queue_max_length=)``, at the top or, as the documents show it, in ``monitor``."""
     monitor = draft.section("monitor") if "monitor" in draft.sections else {}
     for key, written in (
@@ -117,7 +117,7 @@ def _tensorboard(draft: Draft) -> None:
             draft.sources["run.tensorboard_queue"] = f"{key}.queue_max_length"
 
 
-def _parallel(draft: Draft) -> None:
+def _parallel(draft: ConfigDraft) -> None:
     """Int forms, ``sequence_parallel`` and ``pipeline.mode``."""
     parallel = draft.section("parallel")
     sequence = parallel.pop("sequence_parallel", None)
@@ -152,7 +152,7 @@ def _parallel(draft: Draft) -> None:
             draft.problem("parallel.pipeline.mode", f"unknown schedule {mode!r}", expected='"1F1B" or "ZBV"')
 
 
-def _zero(draft: Draft) -> None:
+def _zero(draft: ConfigDraft) -> None:
     zero = draft.section("hybrid_zero_optimizer")
     if "zero_overlap_communication" in zero:
         value = zero.pop("zero_overlap_communication")
@@ -167,7 +167,7 @@ def _zero(draft: Draft) -> None:
             )
 
 
-def _data(draft: Draft) -> None:
+def _data(draft: ConfigDraft) -> None:
     data = draft.section("data")
     for key in ("skip_batches", "rampup_batch_size"):
         if key in data and data[key] is None:
@@ -190,7 +190,7 @@ def _data(draft: Draft) -> None:
         draft.warn("data.packed_length", f"{packed} has no effect: it is seq_len * micro_bsz = {seq_len * bsz}")
 
 
-def _model(draft: Draft) -> None:
+def _model(draft: ConfigDraft) -> None:
     model = draft.section("model")
     family = model.get("model_type", ModelConfig.model_fields["model_type"].default)
     if "checkpoint" in model and isinstance(model["checkpoint"], bool):
@@ -209,7 +209,7 @@ def _model(draft: Draft) -> None:
             draft.sources[f"model.extra.{key}"] = f"model.{key}"
 
 
-def _rotary_order(draft: Draft, model: dict[str, Any], family: Any) -> None:
+def _rotary_order(draft: ConfigDraft, model: dict[str, Any], family: Any) -> None:
     """``adapt_hf`` says the opposite of ``qk_interleaved``; each family has its own default."""
     adapt = model.pop("adapt_hf", None)
     if adapt is not None and not isinstance(adapt, bool):
@@ -229,7 +229,7 @@ def _rotary_order(draft: Draft, model: dict[str, Any], family: Any) -> None:
         draft.families["model.qk_interleaved"] = str(family)
 
 
-def _checkpoint(draft: Draft) -> None:
+def _checkpoint(draft: ConfigDraft) -> None:
     ckpt = draft.section("ckpt")
     _load_info(draft, ckpt)
     _s3_endpoint(ckpt)
@@ -267,7 +267,7 @@ def _s3_endpoint(ckpt: dict[str, Any]) -> None:
             section[key] = f"s3:{endpoint.rstrip('/')}/{path.removeprefix('s3://')}"
 
 
-def _load_info(draft: Draft, ckpt: dict[str, Any]) -> None:
+def _load_info(draft: ConfigDraft, ckpt: dict[str, Any]) -> None:
     """``load_ckpt_info``, or its older names: a folder to go on from, or one to take the weights of."""
     info = ckpt.get("load_ckpt_info")
     for name, content in (("load_ckpt_folder", ("all",)), ("load_model_only_folder", ("model",))):
@@ -294,7 +294,7 @@ def _load_info(draft: Draft, ckpt: dict[str, Any]) -> None:
         )
 
 
-def _tuples(draft: Draft) -> None:
+def _tuples(draft: ConfigDraft) -> None:
     """Where one value or a list is written for what is a tuple inside."""
     for dotted in TUPLES:
         *above, key = dotted.split(".")

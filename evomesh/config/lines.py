@@ -9,16 +9,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-Lines = dict[str, str]
+AssignmentLines = dict[str, str]
 
 
-def config_lines(tree: ast.Module, shown: str, namespace: Mapping[str, Any]) -> Lines:
+def config_lines(tree: ast.Module, shown: str, namespace: Mapping[str, Any]) -> AssignmentLines:
     """Lines of ``NAME = value``, ``NAME = dict(key=value)`` or ``{...}`` at any depth, and ``NAME["key"] = value``.
 
     A later assignment wins; names that come from a module are looked up there. Values computed some other way are
     found by their section's line.
     """
-    lines: Lines = {}
+    lines: AssignmentLines = {}
     for node in _statements(tree.body):
         if isinstance(node, ast.Assign):
             for target in node.targets:
@@ -30,7 +30,7 @@ def config_lines(tree: ast.Module, shown: str, namespace: Mapping[str, Any]) -> 
     return lines
 
 
-def line_of(lines: Lines, key: str) -> str:
+def line_of(lines: AssignmentLines, key: str) -> str:
     """The place of ``key``, else of the nearest section above it; "" when the file does not name it."""
     while key:
         if key in lines:
@@ -57,7 +57,7 @@ def _target(node: ast.expr) -> str:
     return ""
 
 
-def _record(lines: Lines, key: str, value: ast.expr, shown: str) -> None:
+def _record(lines: AssignmentLines, key: str, value: ast.expr, shown: str) -> None:
     if not key:
         return
     for old in [k for k in lines if k.startswith(key + ".")]:
@@ -65,7 +65,7 @@ def _record(lines: Lines, key: str, value: ast.expr, shown: str) -> None:
     _set(lines, key, value, shown)
 
 
-def _set(lines: Lines, key: str, value: ast.expr, shown: str) -> None:
+def _set(lines: AssignmentLines, key: str, value: ast.expr, shown: str) -> None:
     lines[key] = f"{shown}:{value.lineno}"
     if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "dict":
         for keyword in value.keywords:
@@ -79,7 +79,7 @@ def _set(lines: Lines, key: str, value: ast.expr, shown: str) -> None:
                 lines[f"{key}.{name.value}"] = f"{shown}:{name.lineno}"
 
 
-def _record_import(lines: Lines, node: ast.ImportFrom, namespace: Mapping[str, Any]) -> None:
+def _record_import(lines: AssignmentLines, node: ast.ImportFrom, namespace: Mapping[str, Any]) -> None:
     """Follows an import into the module's own file while that module is still loaded."""
     name = "." * node.level + (node.module or "")
     try:

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from evomesh.config.draft import Draft, shown
-from evomesh.config.finding import Finding
+from evomesh.config.draft import ConfigDraft, shown
+from evomesh.config.finding import ConfigFinding
 from evomesh.config.inert import INERT, REFUSED
 from evomesh.config.layout import check_world
 from evomesh.config.legacy import SECTIONS, SPELLINGS, TOP_LEVEL, resolve, written_key
@@ -20,7 +20,7 @@ from evomesh.config.overrides import Override, apply_overrides, parse_overrides
 from evomesh.config.record import config_from_dict, redacted
 from evomesh.config.rules import check, leaves
 from evomesh.config.schema import Config
-from evomesh.config.source import Source, read_source
+from evomesh.config.source import ConfigSource, read_source
 from evomesh.errors import ConfigError, UserError
 
 __all__ = ["LoadedConfig", "check_world", "config_from_dict", "known_keys", "load_config", "redacted", "written_key"]
@@ -65,7 +65,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> LoadedConfig:
     """
     sets = parse_overrides(overrides)
     source = read_source(path, sets)
-    draft = Draft(dict(source.values), lambda key: _place(key, source, sets))
+    draft = ConfigDraft(dict(source.values), lambda key: _place(key, source, sets))
     apply_overrides(draft.values, [item for item in sets if not _consumed(item, source)], create=True)
     given = [key for key, _ in leaves(source.values | draft.values)] + list(draft.values)
     resolve(draft)
@@ -105,19 +105,19 @@ def _fields(annotation: Any, key: str) -> Iterator[str]:
             yield from _fields(field.annotation, f"{key}.{name}")
 
 
-def _consumed(override: Override, source: Source) -> bool:
+def _consumed(override: Override, source: ConfigSource) -> bool:
     """Whether the file's own execution took the override; an author's own name counts only if the file has it."""
     return override.keys[0] in source.names
 
 
-def _place(key: str, source: Source, sets: Sequence[Override]) -> str:
+def _place(key: str, source: ConfigSource, sets: Sequence[Override]) -> str:
     for item in sets:
         if key == item.dotted or key.startswith(item.dotted + ".") or item.dotted.startswith(key + "."):
             return "--set"
     return line_of(source.lines, key)
 
 
-def _unknown(draft: Draft, key: str) -> None:
+def _unknown(draft: ConfigDraft, key: str) -> None:
     known = known_keys()
     section, _, name = key.rpartition(".")
     siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == section]
@@ -131,7 +131,7 @@ def _unknown(draft: Draft, key: str) -> None:
     draft.problem(key, f"unknown key {name!r}", fix=fix)
 
 
-def _validated(draft: Draft) -> tuple[Config | None, set[str]]:
+def _validated(draft: ConfigDraft) -> tuple[Config | None, set[str]]:
     """The config, with the keys that are wrong left at their defaults, and those keys."""
     failed: set[str] = set()
     for _ in range(8):  # a section that loses its wrong keys may show others
@@ -176,7 +176,7 @@ def _is_field(node: Any, name: str) -> bool:
     return isinstance(node, type) and issubclass(node, BaseModel) and name in node.model_fields
 
 
-def _explain(draft: Draft, key: str, details: list[Any]) -> None:
+def _explain(draft: ConfigDraft, key: str, details: list[Any]) -> None:
     first = details[0]
     kind, value, context = first["type"], first["input"], first.get("ctx", {})
     key = written_key(key) if key not in draft.sources else key
@@ -221,7 +221,7 @@ def _remove(sections: dict[str, Any], key: str) -> None:
         _remove(sections, ".".join(above))
 
 
-def _report(draft: Draft, finding: Finding, failed: set[str]) -> None:
+def _report(draft: ConfigDraft, finding: ConfigFinding, failed: set[str]) -> None:
     if failed & set(finding.keys):
         return
     key = next((k for k in finding.keys if draft.place(draft.sources.get(k, written_key(k)))), finding.keys[0])

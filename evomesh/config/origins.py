@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from evomesh.config.draft import Draft
+from evomesh.config.draft import ConfigDraft
 from evomesh.config.legacy import written_key
 from evomesh.config.lines import line_of
 from evomesh.config.overrides import Override
 from evomesh.config.rules import leaves
 from evomesh.config.schema import Config
-from evomesh.config.source import Source
+from evomesh.config.source import ConfigSource
 
 ENVIRONMENT = "environment variable"
 
 
-def origins(config: Config, draft: Draft, source: Source, sets: Sequence[Override]) -> dict[str, str]:
+def origins(config: Config, draft: ConfigDraft, source: ConfigSource, sets: Sequence[Override]) -> dict[str, str]:
     """Key, as a config file writes it -> "default", "FILE:LINE", "--set", "legacy KEY FILE:LINE" and the like."""
     overridden = {key for item in sets for key, _ in leaves(item.value, item.dotted)}
     overridden |= {f"{key}.size" for key in overridden if key.startswith("parallel.")}  # its int form

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from evomesh.config.finding import Finding, nearest
+from evomesh.config.finding import ConfigFinding, nearest
 from evomesh.config.layout import layout_findings
 from evomesh.config.schema import Config
 
@@ -23,7 +23,7 @@ PENDING: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
 )
 
 
-def check(config: Config, given: Callable[[str], bool]) -> tuple[list[Finding], list[tuple[str, str]]]:
+def check(config: Config, given: Callable[[str], bool]) -> tuple[list[ConfigFinding], list[tuple[str, str]]]:
     """All problems of a validated config, and (key, words) of all warnings.
 
     Args:
@@ -38,7 +38,7 @@ def check(config: Config, given: Callable[[str], bool]) -> tuple[list[Finding], 
         *_ckpt(config),
     ]
     findings += [
-        Finding((key,), f"{feature}: not available yet", fix=f"remove {key} or give it its default")
+        ConfigFinding((key,), f"{feature}: not available yet", fix=f"remove {key} or give it its default")
         for key, asks, feature in PENDING
         if asks(config)
     ]
@@ -54,69 +54,69 @@ def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
-def _numbers(config: Config) -> Iterator[Finding]:
+def _numbers(config: Config) -> Iterator[ConfigFinding]:
     may_be_infinite = ("ckpt.checkpoint_every", "ckpt.oss_snapshot_freq")
     for key, value in leaves(config.model_dump()):
         if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and key not in may_be_infinite)):
-            yield Finding((key,), f"found {value}", expected="a finite number")
+            yield ConfigFinding((key,), f"found {value}", expected="a finite number")
         elif isinstance(value, int) and not isinstance(value, bool) and abs(value) > INT64:
-            yield Finding((key,), f"{value} is too large", expected=f"at most 2**63 - 1 = {INT64}")
+            yield ConfigFinding((key,), f"{value} is too large", expected=f"at most 2**63 - 1 = {INT64}")
 
 
-def _model(config: Config) -> Iterator[Finding]:
+def _model(config: Config) -> Iterator[ConfigFinding]:
     model = config.model
     heads, hidden, kv = model.num_attention_heads, model.hidden_size, model.kv_heads
     h, d = "model.num_attention_heads", "model.hidden_size"
     if hidden % heads:
-        yield Finding(
+        yield ConfigFinding(
             (d, h),
             f"hidden_size={hidden} cannot be divided by num_attention_heads={heads}",
             expected=f"hidden_size={nearest(hidden, multiples_of=heads)}, num_attention_heads={nearest(heads, hidden)}",
         )
     elif model.head_dim % 2:
-        yield Finding(
+        yield ConfigFinding(
             (d, h),
             f"heads of odd width {model.head_dim}",
             expected="an even hidden_size / num_attention_heads (rotary)",
         )
     elif model.use_dynamic_ntk_rope and model.head_dim == 2:
-        yield Finding(
+        yield ConfigFinding(
             ("model.use_dynamic_ntk_rope", h, d),
             "heads of width 2 have one rotary angle, which dynamic NTK leaves as it is",
             expected="hidden_size / num_attention_heads of at least 4",
             fix="set model.use_dynamic_ntk_rope=False or fewer heads",
         )
     if heads % kv:
-        yield Finding(
+        yield ConfigFinding(
             ("model.num_kv_attention_heads", h),
             f"num_attention_heads={heads} cannot be divided by num_kv_attention_heads={kv}",
             expected=f"num_kv_attention_heads={nearest(kv, heads)}",
         )
     if model.model_type == "INTERNLM":
         if model.no_bias:
-            yield Finding(
+            yield ConfigFinding(
                 ("model.no_bias",),
                 "INTERNLM always has attention biases",
                 fix='remove model.no_bias, or take model_type="LLAMA2" or "INTERNLM2_PUBLIC"',
             )
         if kv != heads:
-            yield Finding(
+            yield ConfigFinding(
                 ("model.num_kv_attention_heads",),
                 f"INTERNLM has one key/value head for each of its {heads} heads, found {kv}",
                 fix='remove model.num_kv_attention_heads, or take model_type="LLAMA2" or "INTERNLM2_PUBLIC"',
             )
 
 
-def _data(config: Config) -> Iterator[Finding]:
+def _data(config: Config) -> Iterator[ConfigFinding]:
     data = config.data
     if data.packed_length > INT32:
-        yield Finding(
+        yield ConfigFinding(
             ("data.seq_len", "data.micro_bsz"),
             f"seq_len * micro_bsz = {data.packed_length} tokens in one pack",
             expected=f"at most 2**31 - 1 = {INT32}",
         )
     if data.gradient_accumulation not in (None, data.micro_num) and config.parallel.pipeline.size == 1:
-        yield Finding(
+        yield ConfigFinding(
             ("data.gradient_accumulation", "data.micro_num"),
             f"gradient_accumulation={data.gradient_accumulation} but micro_num={data.micro_num}",
             expected="the same number: both are the micro-batches of one step",
@@ -126,48 +126,48 @@ def _data(config: Config) -> Iterator[Finding]:
     yield from _rampup(data.rampup_batch_size, data.micro_num)
 
 
-def _skips(text: str) -> Iterator[Finding]:
+def _skips(text: str) -> Iterator[ConfigFinding]:
     key, last = ("data.skip_batches",), -1
     expected = 'ascending step numbers and ranges, such as "3,10-20"'
     for number, item in enumerate(filter(None, text.split(",")), 1):
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", item)
         if not match:
-            yield Finding(key, f"item {number}, {item!r}, is not a step or a range", expected=expected)
+            yield ConfigFinding(key, f"item {number}, {item!r}, is not a step or a range", expected=expected)
             return
         first, end = int(match[1]), int(match[2] or match[1])
         if end < first:
-            yield Finding(key, f"item {number}, {item!r}, runs backwards", expected=f'"{end}-{first}"')
+            yield ConfigFinding(key, f"item {number}, {item!r}, runs backwards", expected=f'"{end}-{first}"')
         elif first <= last:
-            yield Finding(key, f"item {number}, {item!r}, comes after step {last}", expected=expected)
+            yield ConfigFinding(key, f"item {number}, {item!r}, comes after step {last}", expected=expected)
         last = max(last, end)
 
 
-def _rampup(text: str, micro_num: int) -> Iterator[Finding]:
+def _rampup(text: str, micro_num: int) -> Iterator[ConfigFinding]:
     key = ("data.rampup_batch_size", "data.micro_num")
     if not text.strip():
         return
     parts = text.split()
     expected = 'three positive integers "start increment every", such as "2 2 100"'
     if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
-        yield Finding(key, f"found {text!r}: {len(parts)} item{'s' if len(parts) != 1 else ''}", expected=expected)
+        yield ConfigFinding(key, f"found {text!r}: {len(parts)} item{'s' if len(parts) != 1 else ''}", expected=expected)
     elif int(parts[0]) > micro_num:
-        yield Finding(key, f"starts at {parts[0]} micro-batches, above micro_num={micro_num}", expected=expected)
+        yield ConfigFinding(key, f"starts at {parts[0]} micro-batches, above micro_num={micro_num}", expected=expected)
     elif (micro_num - int(parts[0])) % int(parts[1]):
-        yield Finding(
+        yield ConfigFinding(
             key,
             f"from {parts[0]} in steps of {parts[1]} never meets micro_num={micro_num}",
             expected=f"an increment of {nearest(int(parts[1]), micro_num - int(parts[0]))}",
         )
 
 
-def _training(config: Config) -> Iterator[Finding]:
+def _training(config: Config) -> Iterator[ConfigFinding]:
     scaler = config.grad_scaler
     start, low, high = scaler.fp16.initial_scale, scaler.fp16.min_scale, scaler.max_scale
     keys = ("grad_scaler.fp16.min_scale", "grad_scaler.max_scale", "grad_scaler.fp16.initial_scale")
     if low is not None and high is not None and low > high:
-        yield Finding(keys, f"min_scale={low:g} is above max_scale={high:g}", expected="min_scale <= max_scale")
+        yield ConfigFinding(keys, f"min_scale={low:g} is above max_scale={high:g}", expected="min_scale <= max_scale")
     elif (low is not None and start < low) or (high is not None and start > high):
-        yield Finding(
+        yield ConfigFinding(
             keys[2:] + keys[:2],
             f"initial_scale={start:g} is outside min_scale={low} .. max_scale={high}",
             expected="min_scale <= initial_scale <= max_scale",
@@ -176,7 +176,7 @@ def _training(config: Config) -> Iterator[Finding]:
     scheduled = lr.total_steps or steps
     warmup = lr.init_steps + int(scheduled * lr.warmup_ratio)
     if warmup > min(scheduled, steps):
-        yield Finding(
+        yield ConfigFinding(
             ("lr_scheduler.warmup_ratio", "lr_scheduler.init_steps", "lr_scheduler.total_steps", "data.total_steps"),
             f"{warmup} steps of warm-up (init_steps + total_steps * warmup_ratio) are longer than the training, "
             f"{min(scheduled, steps)} steps",
@@ -184,28 +184,28 @@ def _training(config: Config) -> Iterator[Finding]:
             fix=f"lower warmup_ratio, or set lr_scheduler.total_steps={steps} too",
         )
     if lr.eta_min > config.adam.lr:
-        yield Finding(
+        yield ConfigFinding(
             ("lr_scheduler.eta_min", "adam.lr"),
             f"eta_min={lr.eta_min:g} is above adam.lr={config.adam.lr:g}",
             expected="the rate at the end, at most the peak",
         )
     name = config.run.job_name
     if not name or name.startswith(".") or re.search(r"[/\\\x00-\x1f:]", name):
-        yield Finding(
+        yield ConfigFinding(
             ("run.job_name",), f"found {name!r}, which cannot name a folder", expected="no / \\ : and no dot in front"
         )
 
 
-def _ckpt(config: Config) -> Iterator[Finding]:
+def _ckpt(config: Config) -> Iterator[ConfigFinding]:
     ckpt, every = config.ckpt, config.ckpt.checkpoint_every
     if ckpt.enable_save_ckpt and not ckpt.save_ckpt_folder:
-        yield Finding(
+        yield ConfigFinding(
             ("ckpt.enable_save_ckpt", "ckpt.save_ckpt_folder"),
             "saving is on, but there is no folder to save to",
             fix='set ckpt.save_ckpt_folder="local:llm_ckpts", or ckpt.enable_save_ckpt=False',
         )
     if not math.isnan(every) and (every < 1 or (not math.isinf(every) and every != int(every))):
-        yield Finding(
+        yield ConfigFinding(
             ("ckpt.checkpoint_every",),
             f"found {every:g}",
             expected='a whole number of steps from 1 on, or float("inf") for one checkpoint at the end',
@@ -214,7 +214,7 @@ def _ckpt(config: Config) -> Iterator[Finding]:
     content = ckpt.load_ckpt_info.content if ckpt.load_ckpt_info else ()
     wrong = [word for word in content if word not in CONTENT]
     if wrong or (ckpt.load_ckpt_info and not content):
-        yield Finding(
+        yield ConfigFinding(
             ("ckpt.load_ckpt_info.content",), f"found {wrong or content!r}", expected=f"some of {', '.join(CONTENT)}"
         )
 

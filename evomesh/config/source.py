@@ -21,7 +21,7 @@ from types import CodeType, ModuleType
 from typing import Any
 
 from evomesh.config.legacy import SECTIONS, TOP_LEVEL
-from evomesh.config.lines import Lines, config_lines
+from evomesh.config.lines import AssignmentLines, config_lines
 from evomesh.config.overrides import Override, apply_overrides
 from evomesh.errors import ConfigError, UserError
 
@@ -30,7 +30,7 @@ PACKAGE = "evomesh_config_file"  # three levels of it, so that relative imports 
 
 
 @dataclass(frozen=True)
-class Source:
+class ConfigSource:
     """What a config file says.
 
     Attributes:
@@ -43,11 +43,11 @@ class Source:
     path: str
     values: dict[str, Any]
     names: frozenset[str]
-    lines: Lines
+    lines: AssignmentLines
     text: str
 
 
-def read_source(path: str, overrides: Sequence[Override] = ()) -> Source:
+def read_source(path: str, overrides: Sequence[Override] = ()) -> ConfigSource:
     """Executes the config file at ``path``.
 
     Raises:
@@ -74,7 +74,7 @@ def read_source(path: str, overrides: Sequence[Override] = ()) -> Source:
     if inherited:
         values = _merge(inherited, values)
         apply_overrides(values, overrides)
-    return Source(path, copy.deepcopy(values), frozenset(namespace), {**inherited_lines, **lines}, text)
+    return ConfigSource(path, copy.deepcopy(values), frozenset(namespace), {**inherited_lines, **lines}, text)
 
 
 def _find(path: str) -> Path:
@@ -127,7 +127,7 @@ def _parse(text: str, filename: str, shown: str) -> ast.Module:
         raise _problem(f"not valid Python: {error}", shown, fix="save it as a UTF-8 text file") from None
 
 
-class _Instrument(ast.NodeTransformer):
+class _StatementInstrumenter(ast.NodeTransformer):
     """Adds the call that applies overrides behind each statement, and takes ``read_base`` from us whoever offers it."""
 
     def __init__(self) -> None:
@@ -165,7 +165,7 @@ class _Instrument(ast.NodeTransformer):
 
 
 def _instrument(tree: ast.Module) -> ast.Module:
-    return ast.fix_missing_locations(_Instrument().visit_Module(copy.deepcopy(tree)))
+    return ast.fix_missing_locations(_StatementInstrumenter().visit_Module(copy.deepcopy(tree)))
 
 
 def _execute(code: CodeType, namespace: dict[str, Any], shown: str, text: str) -> None:

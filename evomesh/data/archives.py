@@ -24,7 +24,7 @@ BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
-class Member:
+class ArchiveMember:
     """A file in an archive. ``size``: unpacked bytes; ``offset``: of its content in the unpacked tar, 0 in a zip."""
 
     name: str
@@ -38,7 +38,7 @@ def archive_kind(path: Path) -> str:
     return next((kind for ending, kind in KINDS.items() if name.endswith(ending)), "")
 
 
-def list_members(path: Path) -> list[Member]:
+def list_members(path: Path) -> list[ArchiveMember]:
     """The files in an archive, sorted by name; of several with one name the last, as unpacking would leave.
 
     Raises:
@@ -52,7 +52,7 @@ def list_members(path: Path) -> list[Member]:
     return [found[name] for name in sorted(found)]
 
 
-def open_members(path: Path, members: Sequence[Member]) -> Iterator[IO[bytes]]:
+def open_members(path: Path, members: Sequence[ArchiveMember]) -> Iterator[IO[bytes]]:
     """A stream for each member in turn, good until the next is asked for.
 
     Raises:
@@ -88,9 +88,9 @@ def _open_tar(path: Path, in_order: bool) -> Iterator[tarfile.TarFile]:
         yield stack.enter_context(tarfile.open(fileobj=raw, mode="r:"))
 
 
-def _tar_members(path: Path) -> list[Member]:
+def _tar_members(path: Path) -> list[ArchiveMember]:
     with _open_tar(path, in_order=True) as tar:
-        found = [Member(info.name, info.size, info.offset_data) for info in tar if info.isreg()]
+        found = [ArchiveMember(info.name, info.size, info.offset_data) for info in tar if info.isreg()]
         # tarfile takes a damaged header for the end, and would lose what stands behind it
         assert tar.fileobj is not None
         tar.fileobj.seek(tar.offset)
@@ -107,13 +107,13 @@ def _tar_members(path: Path) -> list[Member]:
     return found
 
 
-def _zip_members(path: Path) -> list[Member]:
+def _zip_members(path: Path) -> list[ArchiveMember]:
     with zipfile.ZipFile(path) as archive:
         files = [info for info in archive.infolist() if not info.is_dir()]
     locked = [info.filename for info in files if info.flag_bits & 1]
     if locked:
         raise UserError(f"{locked[0]} in it is encrypted", where=str(path), fix="unpack it with its password first")
-    return [Member(info.filename, info.file_size) for info in files]
+    return [ArchiveMember(info.filename, info.file_size) for info in files]
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomesh.data.cache import open_cache
-from evomesh.data.lines import BadLine, Tokens, largest_id, parse_line, parse_ranges
+from evomesh.data.lines import BadLineError, TokenArray, largest_id, parse_line, parse_ranges
 from evomesh.data.meta import read_meta, rebuild
 from evomesh.data.shared import digest, shared_array
 from evomesh.errors import UserError
@@ -31,27 +31,27 @@ LONG = 1 << 16  # tokens of a document that several packs are likely to read
 CHECKED_BYTES = 64 * 2**20  # read in a few seconds; ``evomesh data verify`` reads all there is
 
 
-class Documents(Protocol):
+class DocumentSource(Protocol):
     """What can be packed: documents with known lengths that are read by number."""
 
     name: str
     type_id: int
     lengths: NDArray[np.integer]  # [n], of the documents that are kept
 
-    def read(self, documents: NDArray[np.integer]) -> Tokens:
+    def read(self, documents: NDArray[np.integer]) -> TokenArray:
         """Tokens of the named documents, one after the other, with their signs as stored."""
         ...
 
 
 @dataclass
-class LastLong:
+class LongLineCache:
     """The long document that was parsed last, for the next pack inside it: one for all files, so that memory is flat.
 
     Attributes:
         found: file, row and tokens, replaced as one, since several threads read.
     """
 
-    found: tuple[Path, int, Tokens] = field(default_factory=lambda: (Path(), -1, np.empty(0, np.int64)))
+    found: tuple[Path, int, TokenArray] = field(default_factory=lambda: (Path(), -1, np.empty(0, np.int64)))
 
 
 class BinDataset:
@@ -79,7 +79,7 @@ class BinDataset:
         type_id: int = 0,
         min_length: int = 0,
         vocab_size: int | None = None,
-        last_long: LastLong | None = None,
+        last_long: LongLineCache | None = None,
         shared: Path | None = None,
     ) -> None:
         self.path = Path(path)
@@ -91,7 +91,7 @@ class BinDataset:
         self.lengths: NDArray[np.integer] = self.rows[:, 1]
         if min_length > 0 and len(self.rows) and int(self.lengths.min()) < min_length:
             self.kept, self.lengths = _keep(self.rows[:, 1], min_length, shared)
-        self._last_long = last_long or LastLong()
+        self._last_long = last_long or LongLineCache()
         self._mapped: memoryview | None = None
         self._cache = open_cache(self.path, int(self.rows[:, 1].sum(dtype=np.int64)))
         self._cache_starts: NDArray[np.int64] | None = None
@@ -111,7 +111,7 @@ class BinDataset:
         end = int(self.rows[row + 1, 0]) if row + 1 < len(self.rows) else self.size
         return bytes(self._map()[start:end])
 
-    def read(self, documents: NDArray[np.integer]) -> Tokens:
+    def read(self, documents: NDArray[np.integer]) -> TokenArray:
         """Tokens of the named kept documents, one after the other; negative ids are inputs that are no targets.
 
         Raises:
@@ -123,7 +123,7 @@ class BinDataset:
             self._refuse_id(rows.tolist(), tokens)
         return tokens
 
-    def _read_cache(self, rows: NDArray[np.integer], cache: NDArray[np.int32]) -> Tokens:
+    def _read_cache(self, rows: NDArray[np.integer], cache: NDArray[np.int32]) -> TokenArray:
         if self._cache_starts is None:
             lengths = self.rows[:, 1]
             self._cache_starts = _kept_once(self._shared, lengths, "starts", lambda: _starts(lengths))
@@ -131,12 +131,12 @@ class BinDataset:
         ends = np.cumsum(lengths)
         if len(rows) * SHORT > int(ends[-1]):  # an index of every token is cheaper than a slice of every document
             places = np.arange(int(ends[-1])) + np.repeat(starts - ends + lengths, lengths)
-            tokens: Tokens = cache[places].astype(np.int64)
+            tokens: TokenArray = cache[places].astype(np.int64)
             return tokens
         parts = [cache[a : a + n] for a, n in zip(starts.tolist(), lengths.tolist(), strict=True)]
         return np.concatenate(parts).astype(np.int64)
 
-    def _read_lines(self, rows: NDArray[np.integer]) -> Tokens:
+    def _read_lines(self, rows: NDArray[np.integer]) -> TokenArray:
         long = np.flatnonzero(self.rows[rows, 1] >= LONG)
         if not len(long):
             return self._parse(rows)
@@ -148,7 +148,7 @@ class BinDataset:
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _read_long(self, row: NDArray[np.integer]) -> Tokens:
+    def _read_long(self, row: NDArray[np.integer]) -> TokenArray:
         path, last, tokens = self._last_long.found
         if path != self.path or last != int(row[0]):
             tokens = self._parse(row)
@@ -156,7 +156,7 @@ class BinDataset:
             self._last_long.found = self.path, int(row[0]), tokens
         return tokens
 
-    def _parse(self, rows: NDArray[np.integer]) -> Tokens:
+    def _parse(self, rows: NDArray[np.integer]) -> TokenArray:
         starts, lengths = self.rows[rows].astype(np.int64).T
         ends = self.rows[np.minimum(rows + 1, len(self.rows) - 1), 0].astype(np.int64)
         ends[rows == len(self.rows) - 1] = self.size
@@ -186,14 +186,14 @@ class BinDataset:
                 self._mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         return self._mapped
 
-    def _read_slowly(self, row: int) -> Tokens:
+    def _read_slowly(self, row: int) -> TokenArray:
         """One line with every check: the way to an exact message."""
         line, start, declared = self.line(row), int(self.rows[row, 0]), int(self.rows[row, 1])
         if line.count(b"\n", 0, len(line) - 1) or not line.startswith(b"{") or not line.endswith((b"\n", b"}")):
             self._refuse_offset(row, line)
         try:
             tokens = parse_line(line)
-        except BadLine as bad:
+        except BadLineError as bad:
             place = f" byte {start + bad.byte}" if bad.byte is not None else ""
             fix = f"see all of them: evomesh data verify {self.path}"
             raise UserError(
@@ -234,7 +234,7 @@ class BinDataset:
                 start, end = end, end + len(line)
         return start, end
 
-    def _refuse_id(self, rows: Sequence[int], tokens: Tokens) -> None:
+    def _refuse_id(self, rows: Sequence[int], tokens: TokenArray) -> None:
         assert self.vocab_size is not None
         place = int(np.flatnonzero(np.abs(tokens) >= self.vocab_size)[0])
         ends = np.cumsum([int(self.rows[row, 1]) for row in rows])
@@ -292,7 +292,7 @@ def _starts(lengths: NDArray[np.integer]) -> NDArray[np.int64]:
     return np.cumsum(lengths, dtype=np.int64) - lengths
 
 
-def check_sources(sources: Sequence[Documents]) -> None:
+def check_sources(sources: Sequence[DocumentSource]) -> None:
     """Reads token files before anything else happens: all of them if they are small together, else as much as that,
     in blocks spread evenly, which finds what is wrong everywhere (another vocabulary, a meta of another file).
 

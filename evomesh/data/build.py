@@ -12,12 +12,12 @@ from evomesh.data.bin_dataset import check_sources
 from evomesh.data.corpus import Corpus, check_manifest, open_corpus
 from evomesh.data.fingerprint import check_same_tokenizer, check_vocabulary
 from evomesh.data.folders import check_folder, find_files
-from evomesh.data.loader import BatchStream, PackStream, Sampler
+from evomesh.data.loader import BatchStream, PackStream, StepSampler
 from evomesh.data.mixture import MixedSampler, group_packs
-from evomesh.data.sampler import PackSampler, Position, Rampup
+from evomesh.data.sampler import PackSampler, SamplerPosition, BatchSizeRampup
 from evomesh.data.streaming import open_streaming, read_documents
 from evomesh.data.synthetic import VALID_DOCUMENTS, SyntheticDocuments
-from evomesh.data.valid import ValidSet, group_sets, open_set
+from evomesh.data.valid import ValidationSet, group_sets, open_set
 from evomesh.errors import UserError
 
 __all__ = ["BatchStream", "TrainData", "ValidSet", "build_train_data", "build_valid_data", "check_manifest"]
@@ -96,7 +96,7 @@ class PackedData:
         """
         config = self.config
         needed = config.micro_num * dp_size
-        rampup = Rampup.parse(config.rampup_batch_size, config.micro_num, dp_size)
+        rampup = BatchSizeRampup.parse(config.rampup_batch_size, config.micro_num, dp_size)
         first = rampup.start if rampup else needed
         if self.num_packs < first:
             raise UserError(
@@ -118,7 +118,7 @@ class PackedData:
     def table(self) -> str:
         return self.corpus.table()
 
-    def _sampler(self, global_batch: int, rampup: Rampup | None, dp_size: int) -> Sampler:
+    def _sampler(self, global_batch: int, rampup: BatchSizeRampup | None, dp_size: int) -> StepSampler:
         config = self.config
         if config.dataset_weights:
             rows = self.report
@@ -130,7 +130,7 @@ class PackedData:
         return PackSampler(self.num_packs, config.seed, global_batch, rampup, config.order, unit)
 
 
-def _start(sampler: Sampler, state: dict[str, Any], global_batch: int) -> Position:
+def _start(sampler: StepSampler, state: dict[str, Any], global_batch: int) -> SamplerPosition:
     """Where a saved state goes on: ours, or that of InternEvo, whose packs and order are the same by construction."""
     theirs = state.get("internevo")
     if theirs is None:
@@ -165,7 +165,7 @@ def build_train_data(config: DataConfig, vocab_size: int) -> TrainData:
     return PackedData(config, corpus)
 
 
-def build_valid_data(config: DataConfig, vocab_size: int) -> list[ValidSet]:
+def build_valid_data(config: DataConfig, vocab_size: int) -> list[ValidationSet]:
     """The sets of ``data.valid_folder``; the documents' synthetic set "val" when there is no folder.
 
     Raises:
@@ -176,10 +176,10 @@ def build_valid_data(config: DataConfig, vocab_size: int) -> list[ValidSet]:
         synthetic = SyntheticDocuments(
             VALID_DOCUMENTS, config.seq_len, fixed_length=config.fixed_random_dataset_seqlen, vocab_size=vocab_size
         )
-        return [ValidSet("val", [synthetic], *shape)]
+        return [ValidationSet("val", [synthetic], *shape)]
     if config.type == "streaming":
         documents = read_documents(config, vocab_size)
-        return [ValidSet(documents.name, [documents], *shape)] if len(documents.lengths) else []
+        return [ValidationSet(documents.name, [documents], *shape)] if len(documents.lengths) else []
     folder = check_folder(config.valid_folder, "data.valid_folder")
     files = find_files(folder, "data.valid_folder")
     check_vocabulary(files, vocab_size)

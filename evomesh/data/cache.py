@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from evomesh.data.lines import BadLine, Tokens, parse_line, parse_plain
+from evomesh.data.lines import BadLineError, TokenArray, parse_line, parse_plain
 from evomesh.data.meta import read_meta
 from evomesh.data.parts import open_part, remove_dead_parts
 from evomesh.errors import UserError
@@ -66,13 +66,13 @@ def write_cache(bin_path: Path) -> int:
     return total
 
 
-def _parse_one_by_one(lines: list[bytes], declared: list[int], bin_path: Path, first: int) -> Tokens:
+def _parse_one_by_one(lines: list[bytes], declared: list[int], bin_path: Path, first: int) -> TokenArray:
     found: list[int] = []
     for number, (line, length) in enumerate(zip(lines, declared, strict=False), first + 1):
         where = f"{bin_path} line {number}"
         try:
             tokens = parse_line(line)
-        except BadLine as bad:
+        except BadLineError as bad:
             raise UserError(bad.found, where=where, expected=bad.expected) from None
         if len(tokens) != length:
             raise UserError(f"the meta declares {length} tokens, the line has {len(tokens)}", where=where)

@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from evomesh.data.lines import json_kind
-from evomesh.data.sources import Record
+from evomesh.data.sources import SourceRecord
 from evomesh.data.tokenizer import Tokenizer
 from evomesh.errors import UserError
 
-Schema = Literal["alpaca", "messages", "sharegpt"]
+RecordSchema = Literal["alpaca", "messages", "sharegpt"]
 ROLES = ("system", "user", "assistant")
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 @dataclass(frozen=True)
-class Message:
+class ChatMessage:
     """One turn. ``train``: its text is a target."""
 
     role: str
@@ -28,11 +28,11 @@ class Message:
     train: bool
 
 
-class Template(Protocol):
+class ChatTemplate(Protocol):
     """Turns a conversation into ids with signs."""
 
-    def encode(self, messages: Sequence[Message]) -> list[int]: ...
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
+    def encode(self, messages: Sequence[ChatMessage]) -> list[int]: ...
+    def prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
         """A conversation up to where the assistant is to speak."""
         ...
 
@@ -47,7 +47,7 @@ class Template(Protocol):
         ...
 
 
-def read_conversation(record: Record, schema: Schema, roles: Sequence[str] = ("assistant",)) -> list[Message]:
+def read_conversation(record: SourceRecord, schema: RecordSchema, roles: Sequence[str] = ("assistant",)) -> list[ChatMessage]:
     """The turns of a record.
 
     Args:
@@ -62,7 +62,7 @@ def read_conversation(record: Record, schema: Schema, roles: Sequence[str] = ("a
     if schema == "alpaca":
         instruction, extra, output = (_text(value, key, record) for key in ("instruction", "input", "output"))
         question = f"{instruction}\n{extra}" if extra else instruction
-        return [Message("user", question, "user" in roles), Message("assistant", output, "assistant" in roles)]
+        return [ChatMessage("user", question, "user" in roles), ChatMessage("assistant", output, "assistant" in roles)]
     turns = (
         value
         if isinstance(value, list)
@@ -79,18 +79,18 @@ def read_conversation(record: Record, schema: Schema, roles: Sequence[str] = ("a
             role, text = SHAREGPT_ROLES.get(name, name), _text(turn, "value", record)
         if role not in ROLES:
             raise UserError(f"the role {role!r} is unknown", where=record.where, expected=", ".join(ROLES))
-        messages.append(Message(role, text, role in roles and turn.get("loss", True) is not False))
+        messages.append(ChatMessage(role, text, role in roles and turn.get("loss", True) is not False))
     return messages
 
 
-def _get(value: Any, key: str, record: Record) -> Any:
+def _get(value: Any, key: str, record: SourceRecord) -> Any:
     if not isinstance(value, dict) or key not in value:
         keys = ", ".join(value) if isinstance(value, dict) else json_kind(value)
         raise UserError(f"the record has no key {key!r} (it has: {keys or 'none'})", where=record.where)
     return value[key]
 
 
-def _text(value: Any, key: str, record: Record) -> str:
+def _text(value: Any, key: str, record: SourceRecord) -> str:
     text = _get(value, key, record)
     if not isinstance(text, str):
         raise UserError(f"{key} is of type {json_kind(text)}", where=record.where, expected="a string")
@@ -98,7 +98,7 @@ def _text(value: Any, key: str, record: Record) -> str:
 
 
 @dataclass(frozen=True)
-class Turn:
+class TurnStyle:
     """How one role's turn is written: what stands in front of its text, and what closes it.
 
     Attributes:
@@ -111,7 +111,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Style:
+class ChatStyle:
     """A template in pieces. A piece that is a token's exact name becomes that id; others are encoded as text.
 
     Attributes:
@@ -121,31 +121,31 @@ class Style:
         after: pieces behind every turn that are never targets.
     """
 
-    turns: dict[str, Turn]
+    turns: dict[str, TurnStyle]
     special: tuple[str, ...]
     eos: bool
     after: tuple[str, ...] = ()
 
 
 # InternLM: <|User|>:text<eoh>\n<|Bot|>:answer<eoa>\n and one eos at the end of the conversation
-INTERNLM = Style(
+INTERNLM = ChatStyle(
     {
-        "system": Turn(("<|System|>:",), ("\n",)),
-        "user": Turn(("<|User|>:",), ("<eoh>", "\n")),
-        "assistant": Turn(("<|Bot|>:",), ("<eoa>", "\n")),
+        "system": TurnStyle(("<|System|>:",), ("\n",)),
+        "user": TurnStyle(("<|User|>:",), ("<eoh>", "\n")),
+        "assistant": TurnStyle(("<|Bot|>:",), ("<eoa>", "\n")),
     },
     ("<eoh>", "<eoa>"),
     eos=True,
 )
 # ChatML, as InternLM2 has it
-CHATML = Style(
-    {role: Turn(("<|im_start|>", f"{role}\n"), ("<|im_end|>",)) for role in ROLES},
+CHATML = ChatStyle(
+    {role: TurnStyle(("<|im_start|>", f"{role}\n"), ("<|im_end|>",)) for role in ROLES},
     ("<|im_start|>", "<|im_end|>"),
     eos=False,
     after=("\n",),
 )
-LLAMA3 = Style(
-    {role: Turn(("<|start_header_id|>", role, "<|end_header_id|>", "\n\n"), ("<|eot_id|>",)) for role in ROLES},
+LLAMA3 = ChatStyle(
+    {role: TurnStyle(("<|start_header_id|>", role, "<|end_header_id|>", "\n\n"), ("<|eot_id|>",)) for role in ROLES},
     ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     eos=False,
 )
@@ -164,7 +164,7 @@ class StyleTemplate:
         UserError: the tokenizer lacks a special token of the style.
     """
 
-    def __init__(self, style: Style, name: str, tokenizer: Tokenizer) -> None:
+    def __init__(self, style: ChatStyle, name: str, tokenizer: Tokenizer) -> None:
         self.style, self.tokenizer = style, tokenizer
         self.ids: dict[str, int] = {}
         for piece in style.special:
@@ -180,17 +180,17 @@ class StyleTemplate:
                 )
             self.ids[piece] = found
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
+    def encode(self, messages: Sequence[ChatMessage]) -> list[int]:
         return self._turns(messages) + self.ending
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
+    def prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
         return [abs(token) for token in self._turns(messages)] + self._pieces(self.style.turns["assistant"].opening)
 
     @property
     def stops(self) -> tuple[int, ...]:
         return tuple(self.ids[piece] for piece in self.style.turns["assistant"].closing if piece in self.ids)
 
-    def _turns(self, messages: Sequence[Message]) -> list[int]:
+    def _turns(self, messages: Sequence[ChatMessage]) -> list[int]:
         ids = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
         for message in messages:
             turn = self.style.turns[message.role]
@@ -253,7 +253,7 @@ class JinjaTemplate:
         names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
         self._names = {name: "" if token is None else tokenizer.decode([token]) for name, token in names.items()}
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
+    def encode(self, messages: Sequence[ChatMessage]) -> list[int]:
         ids: list[int] = []
         before = ""
         for number, message in enumerate(messages, 1):
@@ -267,7 +267,7 @@ class JinjaTemplate:
             before = text
         return ids
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
+    def prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
         from jinja2 import TemplateError
 
         try:
@@ -282,7 +282,7 @@ class JinjaTemplate:
             prompt: up to where the assistant is to speak; else up to the end of the last turn's content, to go on
                 from it.
         """
-        text = self._render([Message(turn["role"], turn["content"], False) for turn in turns], "", prompt)
+        text = self._render([ChatMessage(turn["role"], turn["content"], False) for turn in turns], "", prompt)
         if prompt or not turns:
             return text
         last = turns[-1]["content"].strip()
@@ -299,7 +299,7 @@ class JinjaTemplate:
     def ending(self) -> list[int]:
         return []
 
-    def _render(self, messages: Sequence[Message], before: str, prompt: bool = False) -> str:
+    def _render(self, messages: Sequence[ChatMessage], before: str, prompt: bool = False) -> str:
         turns = [{"role": message.role, "content": message.text} for message in messages]
         text = self._template.render(messages=turns, add_generation_prompt=prompt, **self._names) if turns else before
         if not text.startswith(before):
@@ -320,7 +320,7 @@ def masked(ids: Sequence[int]) -> list[int]:
     return [-token for token in ids]
 
 
-def build_template(name: str, tokenizer: Tokenizer) -> Template:
+def build_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
     """A built-in style by name, or "tokenizer": the template of the tokenizer's folder.
 
     Raises:

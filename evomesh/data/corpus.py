@@ -11,7 +11,7 @@ import numpy as np
 import xxhash
 
 from evomesh.config.schema import DataConfig
-from evomesh.data.bin_dataset import BinDataset, Documents, LastLong
+from evomesh.data.bin_dataset import BinDataset, DocumentSource, LongLineCache
 from evomesh.data.fingerprint import check_vocabulary
 from evomesh.data.folders import TokenFile, assign_types, check_folder, find_files
 from evomesh.data.mixture import group_packs
@@ -91,7 +91,7 @@ def open_corpus(config: DataConfig, vocab_size: int | None) -> Corpus:
     if shared is not None:
         remove_stale(shared)
     _raise_open_file_limit(len(files) * (MAPPED_SHARED if shared else MAPPED))
-    last_long = LastLong()
+    last_long = LongLineCache()
     sources = [
         BinDataset(
             file.path,
@@ -156,7 +156,7 @@ def _min_length(file: TokenFile, config: DataConfig) -> int:
     return config.min_length_dict[keys[0]] if keys else config.min_length
 
 
-def _row(source: Documents, type_name: str, documents: int, tokens: int, plan: PackPlan) -> dict[str, Any]:
+def _row(source: DocumentSource, type_name: str, documents: int, tokens: int, plan: PackPlan) -> dict[str, Any]:
     return {
         "file": source.name,
         "type": type_name,

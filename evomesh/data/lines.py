@@ -9,8 +9,8 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-Tokens = NDArray[np.int64]
-Ints = NDArray[np.integer]
+TokenArray = NDArray[np.int64]
+IntArray = NDArray[np.integer]
 MAX_ID = 2**31 - 1  # ids travel as int64, but no vocabulary is larger
 
 _HEAD, _TAIL = b'{"tokens": [', b"]}\n"
@@ -21,7 +21,7 @@ _JOINT = b", %d, " % _BORDER
 _GAPS = (b",,", b"-,", b"--")  # a place without digits, spaces taken out
 
 
-class BadLine(Exception):
+class BadLineError(Exception):
     """What is wrong with a line, in one sentence; ``byte`` is relative to the line's start where one is known."""
 
     def __init__(self, found: str, expected: str = "", byte: int | None = None) -> None:
@@ -35,13 +35,13 @@ def format_lines(documents: list[list[int]]) -> bytes:
     return _HEAD + numbers + _TAIL
 
 
-def parse_plain(lines: list[bytes], lengths: Ints) -> Tokens | None:
+def parse_plain(lines: list[bytes], lengths: IntArray) -> TokenArray | None:
     """``parse_ranges`` of lines at hand."""
     ends = np.cumsum(np.fromiter(map(len, lines), np.int64, len(lines)))
     return parse_ranges(memoryview(b"".join(lines)), np.append(0, ends[:-1]), ends, lengths)
 
 
-def parse_ranges(file: memoryview, starts: Ints, ends: Ints, lengths: Ints) -> Tokens | None:
+def parse_ranges(file: memoryview, starts: IntArray, ends: IntArray, lengths: IntArray) -> TokenArray | None:
     """All tokens of lines in exactly the documents' form, one after the other.
 
     None when any line is otherwise: then ``parse_line`` finds out what it holds. Nothing but a view is made for each
@@ -63,7 +63,7 @@ def parse_ranges(file: memoryview, starts: Ints, ends: Ints, lengths: Ints) -> T
     if text.translate(None, _NUMBERS) or not text[-1:].isdigit() or (b"-" in text and b"- " in text):
         return None  # NumPy would take a comma at the end
     try:
-        found: Tokens = np.fromstring(text, dtype=np.int64, sep=",")
+        found: TokenArray = np.fromstring(text, dtype=np.int64, sep=",")
     except ValueError:
         return None
     borders = np.cumsum(lengths)[:-1] + np.arange(len(lengths) - 1)
@@ -86,7 +86,7 @@ def _everywhere(file: memoryview, size: int) -> NDArray[np.bytes_]:
     return np.ndarray((len(file) - size + 1,), f"S{size}", file, strides=(1,))
 
 
-def largest_id(tokens: Tokens) -> int:
+def largest_id(tokens: TokenArray) -> int:
     """The largest id without its sign, 0 of no tokens."""
     return max(int(tokens.max()), -int(tokens.min())) if len(tokens) else 0
 
@@ -98,42 +98,42 @@ def parse_line(line: bytes) -> list[int]:
         BadLine: the line is not such an object.
     """
     if b"\x00" in line:
-        raise BadLine("the line holds NUL bytes (a write that never reached the disk?)", byte=line.index(b"\x00"))
+        raise BadLineError("the line holds NUL bytes (a write that never reached the disk?)", byte=line.index(b"\x00"))
     try:
         line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise BadLine(f"byte 0x{line[error.start]:02x} is not UTF-8", byte=error.start) from None
+        raise BadLineError(f"byte 0x{line[error.start]:02x} is not UTF-8", byte=error.start) from None
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError:
         raise _not_json(line) from None
     if not isinstance(record, dict):
-        raise BadLine(f"the line is a JSON {json_kind(record)}", 'an object {"tokens": [ids]}')
+        raise BadLineError(f"the line is a JSON {json_kind(record)}", 'an object {"tokens": [ids]}')
     if "tokens" not in record:
         keys = ", ".join(sorted(record)) or "none"
-        raise BadLine(f"the line has no key tokens (keys found: {keys})", 'an object {"tokens": [ids]}')
+        raise BadLineError(f"the line has no key tokens (keys found: {keys})", 'an object {"tokens": [ids]}')
     tokens = record["tokens"]
     if not isinstance(tokens, list):
-        raise BadLine(f"tokens is a {json_kind(tokens)}", "a list of integers")
+        raise BadLineError(f"tokens is a {json_kind(tokens)}", "a list of integers")
     for position, token in enumerate(tokens):
         if type(token) is not int or abs(token) > MAX_ID:
-            raise BadLine(f"token {position} is {json.dumps(token)}", f"an integer of at most {MAX_ID}")
+            raise BadLineError(f"token {position} is {json.dumps(token)}", f"an integer of at most {MAX_ID}")
     return tokens
 
 
-def _not_json(line: bytes) -> BadLine:
+def _not_json(line: bytes) -> BadLineError:
     try:
         json.loads(line, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
-        return BadLine(f"the line is not JSON ({error.msg})", 'an object {"tokens": [ids]}', error.pos)
-    except BadLine as bad:
+        return BadLineError(f"the line is not JSON ({error.msg})", 'an object {"tokens": [ids]}', error.pos)
+    except BadLineError as bad:
         bad.byte = line.find(bad.found.split()[0].encode())
         return bad
-    return BadLine("the line is not JSON", 'an object {"tokens": [ids]}')
+    return BadLineError("the line is not JSON", 'an object {"tokens": [ids]}')
 
 
 def _refuse_constant(name: str) -> Any:
-    raise BadLine(f"{name} is no JSON value", "integers only")
+    raise BadLineError(f"{name} is no JSON value", "integers only")
 
 
 def json_kind(value: object) -> str:

@@ -13,24 +13,24 @@ from numpy.typing import NDArray
 
 from evomesh.data.batch import Batch
 from evomesh.data.packed import Pack
-from evomesh.data.sampler import Position
+from evomesh.data.sampler import SamplerPosition
 from evomesh.errors import UserError
 
 
-class Packs(Protocol):
+class PackReader(Protocol):
     """Packs that are read by global number, from any thread."""
 
     def __len__(self) -> int: ...
     def read(self, pack: int) -> Pack: ...
 
 
-class Sampler(Protocol):
+class StepSampler(Protocol):
     """Which packs make up a step: a ``PackSampler`` or a ``MixedSampler``."""
 
-    def take(self, position: Position) -> tuple[NDArray[np.int64], Position]: ...
-    def seek(self, step: int) -> Position: ...
-    def state(self, position: Position) -> dict[str, Any]: ...
-    def resume(self, state: dict[str, Any]) -> Position: ...
+    def take(self, position: SamplerPosition) -> tuple[NDArray[np.int64], SamplerPosition]: ...
+    def seek(self, step: int) -> SamplerPosition: ...
+    def state(self, position: SamplerPosition) -> dict[str, Any]: ...
+    def resume(self, state: dict[str, Any]) -> SamplerPosition: ...
 
 
 def collate(packs: Sequence[Pack]) -> Batch:
@@ -90,11 +90,11 @@ class PackStream:
 
     def __init__(
         self,
-        packs: Packs,
-        sampler: Sampler,
+        packs: PackReader,
+        sampler: StepSampler,
         dp_rank: int,
         dp_size: int,
-        start: Position,
+        start: SamplerPosition,
         workers: int = 1,
         extra_state: dict[str, Any] | None = None,
     ) -> None:
@@ -102,7 +102,7 @@ class PackStream:
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.position = start  # before the next batch
         self._ahead = start  # before the next batch to be handed to a worker
-        self._ready: deque[tuple[Callable[[], Batch], Position]] = deque()
+        self._ready: deque[tuple[Callable[[], Batch], SamplerPosition]] = deque()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="data") if workers else None
         self._depth = 1 + workers
         self._extra = extra_state or {}

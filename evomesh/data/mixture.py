@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evomesh.data.sampler import PackSampler, Position, Rampup
+from evomesh.data.sampler import PackSampler, SamplerPosition, BatchSizeRampup
 from evomesh.errors import UserError
 
 
-class Shares:
+class MixtureSchedule:
     """The order of sources: exact integer arithmetic, so it never drifts.
 
     Args:
@@ -85,11 +85,11 @@ class MixedSampler:
         sources: Sequence[tuple[str, float, NDArray[np.int64]]],
         seed: int,
         global_batch: int,
-        rampup: Rampup | None = None,
+        rampup: BatchSizeRampup | None = None,
     ) -> None:
         self.names = [name for name, _, _ in sources]
         self.packs = [packs for _, _, packs in sources]
-        self.shares = Shares([weight for _, weight, _ in sources])
+        self.shares = MixtureSchedule([weight for _, weight, _ in sources])
         self.seed, self.global_batch, self.rampup = seed, global_batch, rampup
         self._walks = [PackSampler(len(packs), seed, 1) for packs in self.packs]
 
@@ -97,7 +97,7 @@ class MixedSampler:
         """Global packs of step ``step``."""
         return self.global_batch if self.rampup is None else self.rampup.size(step, self.global_batch)
 
-    def take(self, position: Position) -> tuple[NDArray[np.int64], Position]:
+    def take(self, position: SamplerPosition) -> tuple[NDArray[np.int64], SamplerPosition]:
         """Global packs of the step at ``position``, and the position behind it (its epoch: the fewest passes)."""
         size = self.size(position.step)
         counts = self.shares.counts(position.consumed)
@@ -108,11 +108,11 @@ class MixedSampler:
             counts[source] += 1
         return packs, self._at(position.step + 1, position.consumed + size)
 
-    def seek(self, step: int) -> Position:
+    def seek(self, step: int) -> SamplerPosition:
         """Position before step ``step`` of a run that began at step 0."""
         return self._at(step, sum(map(self.size, range(step))) if self.rampup else step * self.global_batch)
 
-    def state(self, position: Position) -> dict[str, Any]:
+    def state(self, position: SamplerPosition) -> dict[str, Any]:
         """One small JSON object, from which ``resume`` goes on."""
         counts = self.shares.counts(position.consumed)
         return {
@@ -124,13 +124,13 @@ class MixedSampler:
             "counts": dict(zip(self.names, counts, strict=True)),
         }
 
-    def resume(self, state: dict[str, Any]) -> Position:
+    def resume(self, state: dict[str, Any]) -> SamplerPosition:
         """Position of a saved state, after checking that it belongs to these sources.
 
         Raises:
             UserError: other sources, weights or seed.
         """
-        own = self.state(Position())
+        own = self.state(SamplerPosition())
         for key in ("weights", "num_packs", "seed"):
             if state.get(key) != own[key]:
                 raise UserError(
@@ -139,15 +139,15 @@ class MixedSampler:
                     expected="the sources and weights that the checkpoint was trained with",
                 )
         if self.rampup is not None and state["rampup"] is not None:
-            self.rampup = Rampup(**state["rampup"])
-        position = Position(**state["position"])
+            self.rampup = BatchSizeRampup(**state["rampup"])
+        position = SamplerPosition(**state["position"])
         self.shares.restore(position.consumed, [state["counts"][name] for name in self.names])
         return position
 
-    def _at(self, step: int, consumed: int) -> Position:
+    def _at(self, step: int, consumed: int) -> SamplerPosition:
         counts = self.shares.counts(consumed)
         epoch = min(count // len(packs) for count, packs in zip(counts, self.packs, strict=True))
-        return Position(step, epoch, 0, consumed)
+        return SamplerPosition(step, epoch, 0, consumed)
 
 
 def group_packs(

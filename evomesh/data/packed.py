@@ -16,14 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomesh.data.batch import IGNORE
-from evomesh.data.bin_dataset import Documents
-from evomesh.data.lines import Tokens
+from evomesh.data.bin_dataset import DocumentSource
+from evomesh.data.lines import TokenArray
 from evomesh.data.shared import digest, shared_array
 
 PACK_SEED = 1024  # of the order of documents inside a file; data.seed orders the packs
 
-Ints = NDArray[np.int64]
-Order = Literal["internevo", "xtuner"]
+IndexArray = NDArray[np.int64]
+PackOrder = Literal["internevo", "xtuner"]
 Remainder = Literal["drop", "carry", "pad"]
 
 
@@ -39,10 +39,10 @@ class Pack:
         cu_seqlens: [segments + 1] int32 bounds 0 .. T: attention stays inside a segment.
     """
 
-    tokens: Tokens
-    labels: Tokens
-    indexes: Ints
-    type_ids: Ints
+    tokens: TokenArray
+    labels: TokenArray
+    indexes: IndexArray
+    type_ids: IndexArray
     cu_seqlens: NDArray[np.int32]
 
 
@@ -60,7 +60,7 @@ class PackRule:
     packed_length: int
     seq_len: int
     one_sample: bool = False
-    order: Order = "internevo"
+    order: PackOrder = "internevo"
 
 
 class PackPlan:
@@ -76,7 +76,7 @@ class PackPlan:
 
     def __init__(
         self,
-        sources: Sequence[Documents],
+        sources: Sequence[DocumentSource],
         rule: PackRule,
         remainder: Remainder = "drop",
         shared: Path | None = None,
@@ -86,7 +86,7 @@ class PackPlan:
         # order: which document of its source stands at a place of the stream; ends: where it ends
         if shared is None:
             self.order: NDArray[np.int32] = self._make_order()
-            self.ends: Ints = self._make_ends()
+            self.ends: IndexArray = self._make_ends()
         else:
             key = digest(source.lengths for source in self.sources)
             self.order = shared_array(shared, f"{key}.order", self._make_order)
@@ -103,7 +103,7 @@ class PackPlan:
         orders = [_shuffled(len(source.lengths)) for source in self.sources]
         return orders[0] if len(orders) == 1 else np.concatenate([*orders, np.empty(0, np.int32)])
 
-    def _make_ends(self) -> Ints:
+    def _make_ends(self) -> IndexArray:
         ends = np.empty(len(self.order), np.int64)
         for source, low, high in zip(self.sources, self.first[:-1], self.first[1:], strict=True):
             ends[low:high] = source.lengths[self.order[low:high]]
@@ -130,10 +130,10 @@ class PackPlan:
         stored = stored[len(stored) - int(ends[-1]) :]
         return assemble(stored, ends, types, self.rule)
 
-    def _read_stream(self, first: int, last: int) -> tuple[Tokens, Ints]:
+    def _read_stream(self, first: int, last: int) -> tuple[TokenArray, IndexArray]:
         """Tokens of stream places ``[first, last)`` and each of these documents' type."""
-        parts: list[Tokens] = []
-        types: list[Ints] = []
+        parts: list[TokenArray] = []
+        types: list[IndexArray] = []
         for number in range(int(np.searchsorted(self.first, first, side="right")) - 1, len(self.sources)):
             low, high = max(first, int(self.first[number])), min(last, int(self.first[number + 1]))
             if low < high:
@@ -150,7 +150,7 @@ def _shuffled(count: int) -> NDArray[np.int32]:
     return order
 
 
-def assemble(stored: Tokens, ends: Ints, types: Ints, rule: PackRule) -> Pack:
+def assemble(stored: TokenArray, ends: IndexArray, types: IndexArray, rule: PackRule) -> Pack:
     """One pack from its documents' tokens.
 
     Args:
@@ -191,7 +191,7 @@ def assemble(stored: Tokens, ends: Ints, types: Ints, rule: PackRule) -> Pack:
     )
 
 
-def split_bounds(bounds: Ints, seq_len: int) -> Ints:
+def split_bounds(bounds: IndexArray, seq_len: int) -> IndexArray:
     """Bounds with every piece longer than ``seq_len`` cut into ``seq_len`` segments from its start."""
     sizes = np.diff(bounds)
     if not len(sizes) or int(sizes.max()) <= seq_len:

@@ -14,7 +14,7 @@ from evomesh.data.valid import group_sets
 
 
 @dataclass(frozen=True)
-class Prompt:
+class TokenizedPrompt:
     """A document, the file it stands in (relative to its folder) and its line there, from 1."""
 
     ids: list[int]
@@ -37,7 +37,7 @@ def find_tasks(folder: str, key: str, vocab_size: int) -> dict[str, list[TokenFi
     return {name: sets[name] for name in sorted(sets)}
 
 
-def read_prompts(files: Sequence[TokenFile], vocab_size: int) -> list[Prompt]:
+def read_prompts(files: Sequence[TokenFile], vocab_size: int) -> list[TokenizedPrompt]:
     """All documents of a task, in file order. Inputs that are no training targets (negative ids) count as others do.
 
     Raises:
@@ -48,5 +48,5 @@ def read_prompts(files: Sequence[TokenFile], vocab_size: int) -> list[Prompt]:
         dataset = BinDataset(file.path, name=file.name, vocab_size=vocab_size)
         for row in range(len(dataset)):
             ids = np.abs(dataset.read(np.array([row]))).tolist() if dataset.lengths[row] else []
-            prompts.append(Prompt(ids, file.name, row + 1))
+            prompts.append(TokenizedPrompt(ids, file.name, row + 1))
     return prompts

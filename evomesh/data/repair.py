@@ -9,7 +9,7 @@ import numpy as np
 
 from evomesh.data.bin_dataset import check_file
 from evomesh.data.folders import walk
-from evomesh.data.lines import BadLine, parse_line
+from evomesh.data.lines import BadLineError, parse_line
 from evomesh.data.meta import meta_path, write_meta
 from evomesh.data.parts import open_part, remove_dead_parts
 from evomesh.errors import UserError
@@ -29,7 +29,7 @@ def repair(path: Path) -> str:
         for number, line in enumerate(file, 1):
             try:
                 tokens = parse_line(line)
-            except BadLine as bad:
+            except BadLineError as bad:
                 if sum(sizes) + len(line) == size and not line.endswith(b"\n"):
                     torn = line
                     break

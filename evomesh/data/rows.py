@@ -12,7 +12,7 @@ from typing import IO, Any
 import numpy as np
 
 from evomesh.data.folders import check_folder
-from evomesh.data.sources import FORMATS, Record, TextFile, field_text, list_texts, open_files, read_records
+from evomesh.data.sources import FORMATS, SourceRecord, SourceFile, field_text, list_texts, open_files, read_records
 from evomesh.data.splits import EVERY, choose_split, kind_of, read_split_folders, split_of
 from evomesh.errors import UserError
 
@@ -21,7 +21,7 @@ WINDOW = 1024  # rows that are shuffled among themselves
 
 def find_rows(
     folder: str, key: str, subset: str | None, use: str, split: str | None = None
-) -> tuple[list[TextFile], list[str]]:
+) -> tuple[list[SourceFile], list[str]]:
     """Data files of one split, in sorted order, and what a user should know about the choice.
 
     Args:
@@ -76,13 +76,13 @@ def find_rows(
     return chosen, warnings
 
 
-def _belongs(file: TextFile, name: Path, subset: str) -> bool:
+def _belongs(file: SourceFile, name: Path, subset: str) -> bool:
     inside = Path(subset).parts
     return file.format == subset or (name.parts[: len(inside)] == inside and len(name.parts) > len(inside))
 
 
 @dataclass(frozen=True)
-class Cursor:
+class RowCursor:
     """A place between two windows of the endless sequence of rows.
 
     Attributes:
@@ -100,13 +100,13 @@ class Cursor:
 
 
 @dataclass(frozen=True)
-class Window:
+class RowWindow:
     """Shuffled rows ``n, n + 1, ..``: their texts and where they stand; and the place behind them."""
 
     n: int
     texts: list[str]
     places: list[str]
-    behind: Cursor
+    behind: RowCursor
 
 
 class RowStream:
@@ -120,10 +120,10 @@ class RowStream:
         seed: of the shuffles.
     """
 
-    def __init__(self, files: list[TextFile], field: str, seed: int) -> None:
+    def __init__(self, files: list[SourceFile], field: str, seed: int) -> None:
         self.files, self.field, self.seed = files, field, seed
 
-    def windows(self, cursor: Cursor) -> Iterator[Window]:
+    def windows(self, cursor: RowCursor) -> Iterator[RowWindow]:
         """Windows from ``cursor`` on, without end.
 
         Raises:
@@ -138,20 +138,20 @@ class RowStream:
                 filled = filled or any(texts)
                 _, file, row = block[-1]
                 behind = replace(cursor, n=cursor.n + len(block), window=cursor.window + 1, file=file, row=row + 1)
-                yield Window(cursor.n, texts, [block[place][0].where for place in order], behind)
+                yield RowWindow(cursor.n, texts, [block[place][0].where for place in order], behind)
                 cursor = behind
             if not filled:
                 raise UserError("no row holds any text", where=str(self.files[0].path.parent))
-            cursor = Cursor(n=cursor.n, epoch=cursor.epoch + 1)
+            cursor = RowCursor(n=cursor.n, epoch=cursor.epoch + 1)
             filled = False
 
-    def _rows(self, file: int, row: int) -> Iterator[tuple[Record, int, int]]:
+    def _rows(self, file: int, row: int) -> Iterator[tuple[SourceRecord, int, int]]:
         for number, (opened, stream, _) in enumerate(open_files(self.files[file:]), file):
             first = row if number == file else 0
             for place, record in enumerate(read_from(stream, opened, first), first):
                 yield record, number, place
 
-    def _text(self, record: Record) -> str:
+    def _text(self, record: SourceRecord) -> str:
         try:
             return field_text(record, self.field)
         except UserError as error:
@@ -159,7 +159,7 @@ class RowStream:
             raise UserError(error.found, where=error.where, fix=error.fix) from None
 
 
-def read_from(stream: IO[bytes], file: TextFile, row: int) -> Iterator[Record]:
+def read_from(stream: IO[bytes], file: SourceFile, row: int) -> Iterator[SourceRecord]:
     """Records of an opened file from number ``row`` on; row groups of parquet are skipped unread."""
     if file.format != "parquet" or row == 0:
         yield from islice(read_records(stream, file), row, None)
@@ -176,4 +176,4 @@ def read_from(stream: IO[bytes], file: TextFile, row: int) -> Iterator[Record]:
         for value in batch.to_pylist():
             number += 1
             if number > row:
-                yield Record(value, f"{file.place} row {number}")
+                yield SourceRecord(value, f"{file.place} row {number}")

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evomesh.data.packed import Order
+from evomesh.data.packed import PackOrder
 from evomesh.errors import UserError
 
 
 @dataclass(frozen=True)
-class Rampup:
+class BatchSizeRampup:
     """Batch-size warm-up in global packs: ``min(start + (step // every) * increment, full)``."""
 
     start: int
@@ -27,7 +27,7 @@ class Rampup:
     every: int
 
     @staticmethod
-    def parse(text: str, micro_num: int, dp_size: int) -> Rampup | None:
+    def parse(text: str, micro_num: int, dp_size: int) -> BatchSizeRampup | None:
         """``"start increment every"`` in packs of one rank, as in the documents; "" is None.
 
         Raises:
@@ -56,14 +56,14 @@ class Rampup:
                 where=where,
                 expected=f"an increment that divides {micro_num - start}",
             )
-        return Rampup(start * dp_size, increment * dp_size, every)
+        return BatchSizeRampup(start * dp_size, increment * dp_size, every)
 
     def size(self, step: int, full: int) -> int:
         return min(self.start + step // self.every * self.increment, full)
 
 
 @dataclass(frozen=True)
-class Position:
+class SamplerPosition:
     """Where the data stands before a step; small enough for any checkpoint.
 
     Attributes:
@@ -100,8 +100,8 @@ class PackSampler:
         num_packs: int,
         seed: int,
         global_batch: int,
-        rampup: Rampup | None = None,
-        order: Order = "internevo",
+        rampup: BatchSizeRampup | None = None,
+        order: PackOrder = "internevo",
         unit: int = 1,
     ) -> None:
         self.num_packs, self.seed, self.global_batch = num_packs, seed, global_batch
@@ -117,7 +117,7 @@ class PackSampler:
         """Global packs of step ``step``."""
         return self.global_batch if self.rampup is None else self.rampup.size(step, self.global_batch)
 
-    def take(self, position: Position) -> tuple[NDArray[np.int64], Position]:
+    def take(self, position: SamplerPosition) -> tuple[NDArray[np.int64], SamplerPosition]:
         """Global packs of the step at ``position``, and the position behind it."""
         size = self.size(position.step)
         epoch, offset = position.epoch, position.offset
@@ -143,24 +143,24 @@ class PackSampler:
                 if offset == self.pass_packs and missing:
                     epoch, offset = epoch + 1, 0
             packs = np.concatenate(parts)
-        return packs, Position(position.step + 1, epoch, offset, position.consumed + size)
+        return packs, SamplerPosition(position.step + 1, epoch, offset, position.consumed + size)
 
-    def seek(self, step: int) -> Position:
+    def seek(self, step: int) -> SamplerPosition:
         """Position before step ``step`` of a run that began at step 0."""
-        position = Position()
+        position = SamplerPosition()
         if self.rampup is None and self.order == "internevo":
             epoch, inside = divmod(step, self.pass_packs // self.global_batch)
-            return Position(step, epoch, inside * self.global_batch, step * self.global_batch)
+            return SamplerPosition(step, epoch, inside * self.global_batch, step * self.global_batch)
         while position.step < step:
             size, epoch, offset = self.size(position.step), position.epoch, position.offset
             if self.order == "xtuner":
                 end = position.consumed + size
                 epoch, offset = divmod(end, self.pass_packs)
-                position = Position(position.step + 1, epoch, offset, end)
+                position = SamplerPosition(position.step + 1, epoch, offset, end)
             else:
                 if offset + size > self.pass_packs:
                     epoch, offset = epoch + 1, 0
-                position = Position(position.step + 1, epoch, offset + size, position.consumed + size)
+                position = SamplerPosition(position.step + 1, epoch, offset + size, position.consumed + size)
         return position
 
     def permutation(self, epoch: int) -> NDArray[np.int64]:
@@ -179,7 +179,7 @@ class PackSampler:
             self._epoch += 1
         return self._permutation
 
-    def state(self, position: Position) -> dict[str, Any]:
+    def state(self, position: SamplerPosition) -> dict[str, Any]:
         """One small JSON object, from which ``resume`` goes on."""
         return {
             "position": position.to_json(),
@@ -190,13 +190,13 @@ class PackSampler:
             "rampup": asdict(self.rampup) if self.rampup else None,
         }
 
-    def resume(self, state: dict[str, Any]) -> Position:
+    def resume(self, state: dict[str, Any]) -> SamplerPosition:
         """Position of a saved state, after checking that it belongs to this data.
 
         Raises:
             UserError: other data, seed or order: the remaining packs would not be the untrained ones.
         """
-        own = self.state(Position())
+        own = self.state(SamplerPosition())
         for key in ("num_packs", "seed", "order"):
             if state[key] != own[key]:
                 raise UserError(
@@ -206,11 +206,11 @@ class PackSampler:
                     fix='restore it, or take the weights only: ckpt.load_ckpt_info=dict(path=..., content=("model",))',
                 )
         if self.rampup is not None and state["rampup"] is not None:
-            self.rampup = Rampup(**state["rampup"])  # it is kept in global packs: another layout keeps the sizes
+            self.rampup = BatchSizeRampup(**state["rampup"])  # it is kept in global packs: another layout keeps the sizes
         self.unit = int(state["unit"])
         if self.order == "xtuner":
             self.pass_packs = self.num_packs // self.unit * self.unit
-        return replace(Position(), **state["position"])
+        return replace(SamplerPosition(), **state["position"])
 
 
 class SkipBatches:

@@ -22,7 +22,7 @@ import ijson
 import orjson
 import zstandard
 
-from evomesh.data.archives import UNREAD, Member, archive_kind, list_members, open_members
+from evomesh.data.archives import UNREAD, ArchiveMember, archive_kind, list_members, open_members
 from evomesh.data.lines import json_kind
 from evomesh.data.unpack import unpacked
 from evomesh.errors import UserError
@@ -39,7 +39,7 @@ BROKEN = (OSError, EOFError, zlib.error, zipfile.BadZipFile, zstandard.ZstdError
 
 
 @dataclass(frozen=True)
-class TextFile:
+class SourceFile:
     """An input file. ``format`` is one of FORMATS, ``packer`` one of PACKERS or "".
 
     ``member``: the part of the archive ``path`` that it is; None: ``path`` itself.
@@ -48,7 +48,7 @@ class TextFile:
     path: Path
     format: str
     packer: str
-    member: Member | None = None
+    member: ArchiveMember | None = None
 
     @property
     def place(self) -> Path:
@@ -61,7 +61,7 @@ class TextFile:
         return self.member.size if self.member else self.path.stat().st_size
 
 
-def open_files(files: Sequence[TextFile]) -> Iterator[tuple[TextFile, IO[bytes], IO[bytes]]]:
+def open_files(files: Sequence[SourceFile]) -> Iterator[tuple[SourceFile, IO[bytes], IO[bytes]]]:
     """Each file in turn with its unpacked bytes, and the stream below them, whose position in ``size`` shows progress.
 
     Members of one archive that follow one another are read in one pass through it.
@@ -95,7 +95,7 @@ def _open(path: Path) -> IO[bytes]:
         raise UserError(f"cannot read the file: {error.strerror}", where=str(path)) from None
 
 
-def _copy(source: IO[bytes], target: IO[bytes], file: TextFile) -> None:
+def _copy(source: IO[bytes], target: IO[bytes], file: SourceFile) -> None:
     try:
         shutil.copyfileobj(source, target, 1 << 20)
     except BROKEN as error:
@@ -104,7 +104,7 @@ def _copy(source: IO[bytes], target: IO[bytes], file: TextFile) -> None:
 
 
 @dataclass(frozen=True)
-class Record:
+class SourceRecord:
     """What a file holds at one place: text of a txt line, else a parsed JSON value. ``raw`` is a jsonl line as read."""
 
     value: Any
@@ -112,13 +112,13 @@ class Record:
     raw: bytes = b""
 
 
-def find_texts(inputs: list[str]) -> list[TextFile]:
+def find_texts(inputs: list[str]) -> list[SourceFile]:
     """Files of paths, globs and folders (walked in sorted order), each once per mention; archives are taken as folders.
 
     Raises:
         UserError: an input names nothing, a file is of no known kind, or an archive is broken.
     """
-    found: list[TextFile] = []
+    found: list[SourceFile] = []
     for item in inputs:
         path = Path(item).expanduser()
         if path.is_dir():
@@ -144,13 +144,13 @@ def find_texts(inputs: list[str]) -> list[TextFile]:
     return found
 
 
-def list_texts(folder: Path) -> list[TextFile]:
+def list_texts(folder: Path) -> list[SourceFile]:
     """All files below a folder, in sorted order; other kinds are left out.
 
     Raises:
         UserError: an archive is broken, or of a kind that cannot be read.
     """
-    found: list[TextFile] = []
+    found: list[SourceFile] = []
     for directory, folders, names in os.walk(folder, followlinks=True):
         folders.sort()
         for name in sorted(names):
@@ -158,7 +158,7 @@ def list_texts(folder: Path) -> list[TextFile]:
     return found
 
 
-def _files_of(path: Path) -> list[TextFile]:
+def _files_of(path: Path) -> list[SourceFile]:
     """A file, the files in an archive, or nothing when it is of no known kind."""
     if path.name.lower().endswith(UNREAD):
         raise UserError("archives of this kind are not read", where=str(path), fix="unpack it, or make it a .tar.gz")
@@ -167,17 +167,17 @@ def _files_of(path: Path) -> list[TextFile]:
     return [file for member in list_members(path) for file in _classify(path, member)]
 
 
-def _classify(path: Path, member: Member | None = None) -> list[TextFile]:
+def _classify(path: Path, member: ArchiveMember | None = None) -> list[SourceFile]:
     name = Path(member.name).name if member else path.name
     parts = name.lower().split(".")
     packer = parts.pop() if parts[-1] in PACKERS else ""
     # "._x" in archives holds what macOS knows about x
     described = name in DESCRIPTIONS or name.endswith(FINGERPRINT) or (member is not None and name[:2] == "._")
     known = parts[-1] in FORMATS and len(parts) > 1 and not described
-    return [TextFile(path, parts[-1], packer, member)] if known else []
+    return [SourceFile(path, parts[-1], packer, member)] if known else []
 
 
-def read_records(stream: IO[bytes], file: TextFile) -> Iterator[Record]:
+def read_records(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord]:
     """Records of an opened file: a txt line without the white space around it (blank ones are left out), a json list's
     element, a jsonl line (blank ones are left out).
 
@@ -193,14 +193,14 @@ def read_records(stream: IO[bytes], file: TextFile) -> Iterator[Record]:
             if not line.strip():
                 continue
             if file.format == "txt":
-                yield Record(_decode(line, where).strip(), where, line)
+                yield SourceRecord(_decode(line, where).strip(), where, line)
             else:
-                yield Record(_parse(line, where), where, line)
+                yield SourceRecord(_parse(line, where), where, line)
     except BROKEN as error:
         raise UserError(f"cannot read the file: {error}", where=str(file.place)) from None
 
 
-def read_lines(stream: IO[bytes], file: TextFile) -> Iterator[Record]:
+def read_lines(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord]:
     """The documents' literal reading: a txt line stripped, a json element as JSON text, a jsonl line as it stands,
     with its newline, blank or not.
 
@@ -211,17 +211,17 @@ def read_lines(stream: IO[bytes], file: TextFile) -> Iterator[Record]:
         yield from read_records(stream, file)
     elif file.format == "json":
         for record in read_records(stream, file):
-            yield Record(json.dumps(record.value), record.where)
+            yield SourceRecord(json.dumps(record.value), record.where)
     else:
         try:
             for number, line in enumerate(stream, 1):
                 where = f"{file.place} line {number}"
-                yield Record(_decode(line, where), where, line)
+                yield SourceRecord(_decode(line, where), where, line)
         except BROKEN as error:
             raise UserError(f"cannot read the file: {error}", where=str(file.place)) from None
 
 
-def _read_json(stream: IO[bytes], file: TextFile) -> Iterator[Record]:
+def _read_json(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord]:
     try:
         start = stream.read(1)
         if start == MARK[:1] and stream.read(2) == MARK[1:]:
@@ -234,14 +234,14 @@ def _read_json(stream: IO[bytes], file: TextFile) -> Iterator[Record]:
                 where=str(file.place),
                 expected="a list of records; name the file .jsonl when it has one record a line",
             )
-        rest = _Prefixed(b"[", stream)
+        rest = _PrefixedStream(b"[", stream)
         for number, value in enumerate(ijson.items(rest, "item", use_float=True), 1):
-            yield Record(value, f"{file.place} record {number}")
+            yield SourceRecord(value, f"{file.place} record {number}")
     except ijson.JSONError as error:
         raise UserError(f"not JSON ({error})", where=str(file.place), expected="a list of records") from None
 
 
-def _read_csv(stream: IO[bytes], file: TextFile) -> Iterator[Record]:
+def _read_csv(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord]:
     """Rows of a csv file by the names in its first line."""
     csv.field_size_limit(CSV_FIELD)
     rows = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True)
@@ -250,7 +250,7 @@ def _read_csv(stream: IO[bytes], file: TextFile) -> Iterator[Record]:
         for row in rows:
             where = f"{file.place} line {rows.line_num}"
             if len(row) == len(names):
-                yield Record(dict(zip(names, row, strict=True)), where)
+                yield SourceRecord(dict(zip(names, row, strict=True)), where)
             elif row:  # an empty line is none
                 raise UserError(f"the row has {len(row)} fields", where=where, expected=f"{len(names)}, as line 1 has")
     except csv.Error as error:
@@ -260,7 +260,7 @@ def _read_csv(stream: IO[bytes], file: TextFile) -> Iterator[Record]:
         raise UserError(found, where=f"{file.place} after line {rows.line_num}") from None
 
 
-def _read_table(stream: IO[bytes], file: TextFile) -> Iterator[Record]:
+def _read_table(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord]:
     """Rows of a Hugging Face dataset's files."""
     try:
         import pyarrow
@@ -278,7 +278,7 @@ def _read_table(stream: IO[bytes], file: TextFile) -> Iterator[Record]:
         for batch in batches:
             for row in batch.to_pylist():
                 number += 1
-                yield Record(row, f"{file.place} row {number}")
+                yield SourceRecord(row, f"{file.place} row {number}")
     except pyarrow.ArrowInvalid as error:
         raise UserError(f"not a {file.format} file ({error})", where=str(file.place)) from None
 
@@ -296,7 +296,7 @@ def _arrow_batches(stream: IO[bytes], pyarrow: Any) -> Iterator[Any]:
 _READERS = {"json": _read_json, "csv": _read_csv, "parquet": _read_table, "arrow": _read_table}
 
 
-class _Prefixed:
+class _PrefixedStream:
     """A stream with bytes put back in front."""
 
     def __init__(self, prefix: bytes, stream: IO[bytes]) -> None:
@@ -323,7 +323,7 @@ def _parse(line: bytes, where: str) -> Any:
         raise UserError(f"the line is not JSON ({error})", where=where, expected="one JSON object a line") from None
 
 
-def field_text(record: Record, field: str) -> str:
+def field_text(record: SourceRecord, field: str) -> str:
     """The text of a record: a txt line itself, else its field.
 
     Raises:

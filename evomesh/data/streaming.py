@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 
 from evomesh.config.schema import DataConfig
 from evomesh.data.batch import Batch
-from evomesh.data.lines import Tokens, largest_id
+from evomesh.data.lines import TokenArray, largest_id
 from evomesh.data.loader import collate
 from evomesh.data.packed import Pack, PackRule, assemble
-from evomesh.data.rows import Cursor, RowStream, find_rows
-from evomesh.data.sources import TextFile
+from evomesh.data.rows import RowCursor, RowStream, find_rows
+from evomesh.data.sources import SourceFile
 from evomesh.data.tokenize import TextOptions, frame
 from evomesh.data.tokenizer import Tokenizer, load_tokenizer
 from evomesh.errors import UserError
@@ -36,7 +36,7 @@ READY = 2  # batches kept ahead of the step
 
 
 @dataclass
-class Lane:
+class StreamingLane:
     """One pack's worth of a step.
 
     Attributes:
@@ -47,11 +47,11 @@ class Lane:
 
     n: int
     used: int = 0
-    waiting: deque[tuple[int, Tokens]] = field(default_factory=deque)
+    waiting: deque[tuple[int, TokenArray]] = field(default_factory=deque)
 
     def pack(self, rule: PackRule, num_lanes: int) -> Pack | None:
         """The next pack, or None when more documents are needed."""
-        parts: list[Tokens] = []
+        parts: list[TokenArray] = []
         ends: list[int] = []
         total = -self.used
         for _, tokens in self.waiting:
@@ -102,8 +102,8 @@ class StreamingPacks:
         options = TextOptions(eos=tokenizer.eos_id is not None)
         self._head, self._tail = frame(tokenizer, options)
         saved = (state or {}).get("lanes", {})
-        self.lanes = {lane: Lane(*saved.get(str(lane), (lane, 0))) for lane in lanes}
-        cursor = Cursor(**state["cursor"]) if state else Cursor()
+        self.lanes = {lane: StreamingLane(*saved.get(str(lane), (lane, 0))) for lane in lanes}
+        cursor = RowCursor(**state["cursor"]) if state else RowCursor()
         self._cursors = deque([cursor])  # starts of the windows that a lane may still need
         self._windows = rows.windows(cursor)
 
@@ -227,7 +227,7 @@ class StreamingData:
     """
 
     config: DataConfig
-    files: list[TextFile]
+    files: list[SourceFile]
     tokenizer: Tokenizer
     vocab_size: int
     manifest: dict[str, Any]
@@ -312,7 +312,7 @@ def open_streaming(config: DataConfig, vocab_size: int) -> StreamingData:
     return StreamingData(config, files, tokenizer, vocab_size, manifest, report, warnings)
 
 
-def _name(file: TextFile) -> str:
+def _name(file: SourceFile) -> str:
     return str(file.place.relative_to(file.path.parent))
 
 
@@ -333,7 +333,7 @@ class MemoryDocuments:
         self.name, self.documents = name, documents
         self.lengths: NDArray[np.integer] = np.array([len(document) for document in documents], np.int64)
 
-    def read(self, documents: NDArray[np.integer]) -> Tokens:
+    def read(self, documents: NDArray[np.integer]) -> TokenArray:
         return np.concatenate([np.array(self.documents[int(place)], np.int64) for place in documents])
 
 
@@ -348,7 +348,7 @@ def read_documents(config: DataConfig, vocab_size: int) -> MemoryDocuments:
     tokenizer = _tokenizer(config)
     head, tail = frame(tokenizer, TextOptions(eos=tokenizer.eos_id is not None))
     documents: list[list[int]] = []
-    for window in RowStream(files, config.content_name, config.seed).windows(Cursor()):
+    for window in RowStream(files, config.content_name, config.seed).windows(RowCursor()):
         if window.behind.epoch:
             break
         texts = [text for text in window.texts if text]

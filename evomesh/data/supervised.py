@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from evomesh.data.chat import ROLES, Schema, Template, build_template, read_conversation
-from evomesh.data.sources import Record, TextFile, open_files, read_records
-from evomesh.data.tokenize import Progress, check_appended, source_facts, tokenizer_facts
+from evomesh.data.chat import ROLES, RecordSchema, ChatTemplate, build_template, read_conversation
+from evomesh.data.sources import SourceRecord, SourceFile, open_files, read_records
+from evomesh.data.tokenize import ProgressCallback, check_appended, source_facts, tokenizer_facts
 from evomesh.data.tokenizer import Tokenizer
 from evomesh.data.writer import BinWriter
 from evomesh.errors import UserError
@@ -37,7 +37,7 @@ class ChatOptions:
         seed: of the choice of these.
     """
 
-    schema: Schema
+    schema: RecordSchema
     template: str = "internlm"
     roles: tuple[str, ...] = ("assistant",)
     max_length: int = 2048
@@ -55,14 +55,14 @@ class ChatCounts:
 
 
 def tokenize_chats(
-    files: list[TextFile],
+    files: list[SourceFile],
     output: str | Path,
     tokenizer: Tokenizer,
     options: ChatOptions,
     *,
     workers: int | None = None,
     append: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> tuple[dict[str, dict[str, Any]], ChatCounts]:
     """Tokenise conversations into ``output``: a ``.bin``, or with a split ratio a folder that gets ``SPLIT_FILES``.
 
@@ -114,12 +114,12 @@ def tokenize_chats(
         }, counts
 
 
-def _records(files: list[TextFile]) -> Iterator[Record]:
+def _records(files: list[SourceFile]) -> Iterator[SourceRecord]:
     for file, stream, _ in open_files(files):
         yield from read_records(stream, file)
 
 
-def _held_out(files: list[TextFile], options: ChatOptions) -> np.ndarray[Any, np.dtype[np.bool_]]:
+def _held_out(files: list[SourceFile], options: ChatOptions) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Whether each conversation belongs to validation; drawn without replacement, so that the share is exact."""
     total = sum(1 for _ in _records(files))
     if not total:
@@ -136,10 +136,10 @@ def _held_out(files: list[TextFile], options: ChatOptions) -> np.ndarray[Any, np
     return chosen
 
 
-def _encode(files: list[TextFile], template: Template, options: ChatOptions, workers: int) -> Iterator[list[list[int]]]:
+def _encode(files: list[SourceFile], template: ChatTemplate, options: ChatOptions, workers: int) -> Iterator[list[list[int]]]:
     """Conversations in order, encoded by threads (the tokenizer libraries release the interpreter lock)."""
 
-    def encode(records: Sequence[Record]) -> list[list[int]]:
+    def encode(records: Sequence[SourceRecord]) -> list[list[int]]:
         return [template.encode(read_conversation(record, options.schema, options.roles)) for record in records]
 
     records = _records(files)

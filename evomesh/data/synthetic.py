@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from evomesh.data.lines import Tokens
+from evomesh.data.lines import TokenArray
 
 SEED = 1999
 TRAIN_DOCUMENTS = 1_000_000
@@ -35,10 +35,10 @@ class SyntheticDocuments:
             self.repeats[short] *= 2
         self.lengths: NDArray[np.integer] = np.minimum(2 + self.period * self.repeats, seq_len)
 
-    def read(self, documents: NDArray[np.integer]) -> Tokens:
+    def read(self, documents: NDArray[np.integer]) -> TokenArray:
         return np.concatenate([self._document(int(document)) for document in documents])
 
-    def _document(self, document: int) -> Tokens:
+    def _document(self, document: int) -> TokenArray:
         period, repeats = int(self.period[document]), int(self.repeats[document])
         head = np.array([period, repeats])
         count = np.arange(max(0, int(self.lengths[document]) - 2)) % period

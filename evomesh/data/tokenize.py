@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
 
-from evomesh.data.sources import Record, TextFile, field_text, open_files, read_lines, read_records
+from evomesh.data.sources import SourceRecord, SourceFile, field_text, open_files, read_lines, read_records
 from evomesh.data.tokenizer import Tokenizer
 from evomesh.data.writer import BinWriter
 from evomesh.errors import UserError
@@ -21,7 +21,7 @@ BATCH_CHARS = 1 << 20  # text encoded in one call: enough to keep all cores busy
 BATCH_DOCUMENTS = 4096
 AHEAD = 2  # batches in the encoder: one's ids become Python lists while the next is encoded
 
-Progress = Callable[[int, int, int], None]  # bytes read, documents, tokens
+ProgressCallback = Callable[[int, int, int], None]  # bytes read, documents, tokens
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class TextOptions:
 
 
 def tokenize_files(
-    files: list[TextFile],
+    files: list[SourceFile],
     output: str | Path,
     tokenizer: Tokenizer,
     options: TextOptions,
     *,
     append: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
     """Tokenise ``files`` into one ``.bin`` with meta and fingerprint; returns the fingerprint.
 
@@ -101,7 +101,7 @@ def check_appended(writer: BinWriter, tokenizer: Tokenizer) -> None:
         )
 
 
-def source_facts(files: list[TextFile]) -> list[dict[str, Any]]:
+def source_facts(files: list[SourceFile]) -> list[dict[str, Any]]:
     """Names, sizes and hashes of the inputs."""
     facts = []
     for path, _ in groupby(file.path for file in files):  # an archive's members follow one another
@@ -134,7 +134,7 @@ def frame(tokenizer: Tokenizer, options: TextOptions) -> tuple[list[int], list[i
     return head, tail
 
 
-def _batches(files: list[TextFile], options: TextOptions) -> Iterator[tuple[list[str], int]]:
+def _batches(files: list[SourceFile], options: TextOptions) -> Iterator[tuple[list[str], int]]:
     """Texts in batches, with the number of input bytes read so far (of packed files: packed bytes)."""
     texts: list[str] = []
     chars = done = position = 0
@@ -151,7 +151,7 @@ def _batches(files: list[TextFile], options: TextOptions) -> Iterator[tuple[list
         yield texts, done
 
 
-def _texts(stream: IO[bytes], file: TextFile, options: TextOptions) -> Iterator[str]:
-    records: Iterator[Record] = read_lines(stream, file) if options.raw_lines else read_records(stream, file)
+def _texts(stream: IO[bytes], file: SourceFile, options: TextOptions) -> Iterator[str]:
+    records: Iterator[SourceRecord] = read_lines(stream, file) if options.raw_lines else read_records(stream, file)
     for record in records:
         yield record.value if options.raw_lines else field_text(record, options.text_field)

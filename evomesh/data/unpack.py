@@ -17,11 +17,11 @@ def unpacked(raw: IO[bytes], packer: str) -> IO[bytes]:
     if packer == "gz":
         return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
     if packer == "zst":
-        return io.BufferedReader(_Zstandard(raw), BUFFER)
+        return io.BufferedReader(_ZstandardStream(raw), BUFFER)
     return raw
 
 
-class _Zstandard(io.RawIOBase):
+class _ZstandardStream(io.RawIOBase):
     """Frame after frame. The library's own stream reader takes a file that is cut off for one that ends there."""
 
     def __init__(self, raw: IO[bytes]) -> None:

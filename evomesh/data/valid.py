@@ -9,13 +9,13 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from evomesh.data.batch import IGNORE, Batch
-from evomesh.data.bin_dataset import BinDataset, Documents
+from evomesh.data.bin_dataset import BinDataset, DocumentSource
 from evomesh.data.folders import TokenFile
 from evomesh.data.loader import collate
-from evomesh.data.packed import Ints, Pack, PackRule, assemble, split_bounds
+from evomesh.data.packed import IndexArray, Pack, PackRule, assemble, split_bounds
 
 
-class ValidSet:
+class ValidationSet:
     """A named set, read in file order: every token of every document but its first is a target exactly once.
 
     A document longer than ``seq_len`` is cut into pieces of ``seq_len`` tokens, counted from its start; each piece is
@@ -31,7 +31,7 @@ class ValidSet:
         micro_num: rows in a batch.
     """
 
-    def __init__(self, name: str, sources: Sequence[Documents], seq_len: int, micro_bsz: int, micro_num: int) -> None:
+    def __init__(self, name: str, sources: Sequence[DocumentSource], seq_len: int, micro_bsz: int, micro_num: int) -> None:
         self.name = name
         self.sources, self.micro_num = list(sources), micro_num
         self.rule = PackRule(seq_len * micro_bsz, seq_len)
@@ -39,7 +39,7 @@ class ValidSet:
         self.ends = np.cumsum(np.concatenate([np.asarray(source.lengths, np.int64) for source in sources]))
         self.cuts = split_bounds(np.unique(np.concatenate([[0], self.ends])), seq_len)
         self.bounds = _fill_rows(self.cuts, self.rule.packed_length)
-        self._last: tuple[int, Ints] = (-1, np.empty(0, np.int64))  # a long document serves many rows
+        self._last: tuple[int, IndexArray] = (-1, np.empty(0, np.int64))  # a long document serves many rows
 
     @property
     def num_rows(self) -> int:
@@ -71,7 +71,7 @@ class ValidSet:
             pack.labels[end - begin - 1] = following if following > 0 else IGNORE
         return pack
 
-    def _document(self, number: int) -> Ints:
+    def _document(self, number: int) -> IndexArray:
         if self._last[0] != number:
             which = int(np.searchsorted(self.first, number, side="right")) - 1
             self._last = number, self.sources[which].read(np.array([number - int(self.first[which])]))
@@ -82,7 +82,7 @@ class ValidSet:
         return assemble(nothing, nothing, nothing, self.rule)
 
 
-def _fill_rows(cuts: Ints, length: int) -> Ints:
+def _fill_rows(cuts: IndexArray, length: int) -> IndexArray:
     """First piece of each row, then the number of pieces: a row holds whole ones, at most ``length`` tokens."""
     bounds = [0]
     while bounds[-1] < len(cuts) - 1:
@@ -104,8 +104,8 @@ def group_sets(files: Sequence[TokenFile], root_name: str) -> dict[str, list[Tok
 
 def open_set(
     name: str, files: Sequence[TokenFile], *, min_length: int, vocab_size: int, shape: tuple[int, int, int]
-) -> ValidSet | None:
+) -> ValidationSet | None:
     """A set from its files, None when no document is left. ``shape``: seq_len, micro_bsz, micro_num."""
     sources = [BinDataset(file.path, name=file.name, min_length=min_length, vocab_size=vocab_size) for file in files]
     kept = [source for source in sources if len(source)]
-    return ValidSet(name, kept, *shape) if kept else None
+    return ValidationSet(name, kept, *shape) if kept else None

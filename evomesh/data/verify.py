@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from evomesh.data.bin_dataset import check_file
 from evomesh.data.fingerprint import read_fingerprint
 from evomesh.data.folders import walk
-from evomesh.data.lines import BadLine, Tokens, largest_id, parse_line, parse_plain
+from evomesh.data.lines import BadLineError, TokenArray, largest_id, parse_line, parse_plain
 from evomesh.data.meta import meta_path, read_meta
 from evomesh.data.tokenizer import Tokenizer
 from evomesh.errors import UserError
@@ -27,7 +27,7 @@ BROKEN, OUTSIDE = "broken lines", "lines with ids outside the vocabulary"
 
 
 @dataclass
-class Scan:
+class FileScan:
     """What the lines of one file hold.
 
     Attributes:
@@ -52,9 +52,9 @@ class Scan:
         return int(self.lengths.sum())
 
 
-def scan(path: Path, vocab_size: int | None = None) -> Scan:
+def scan(path: Path, vocab_size: int | None = None) -> FileScan:
     """Read every line of a token file."""
-    found = Scan(path)
+    found = FileScan(path)
     try:
         check_file(path)
     except UserError as error:
@@ -94,15 +94,15 @@ def scan(path: Path, vocab_size: int | None = None) -> Scan:
 
 
 def _read_one_by_one(
-    lines: list[bytes], number: int, position: int, vocab_size: int | None, found: Scan, refused: Counter[str]
-) -> tuple[Tokens, NDArray[np.int64]]:
+    lines: list[bytes], number: int, position: int, vocab_size: int | None, found: FileScan, refused: Counter[str]
+) -> tuple[TokenArray, NDArray[np.int64]]:
     """Tokens of lines behind the first ``number`` and ``position`` bytes, and how many each has; notes defects."""
-    read: list[Tokens] = []
+    read: list[TokenArray] = []
     for line in lines:
         number += 1
         try:
             read.append(_tokens(line))
-        except BadLine as error:
+        except BadLineError as error:
             read.append(np.empty(0, np.int64))
             refused[BROKEN] += 1
             if refused[BROKEN] <= SHOWN:
@@ -122,7 +122,7 @@ def _read_one_by_one(
 
 def verify(
     path: str, *, vocab_size: int | None = None, tokenizer: Tokenizer | None = None, valid: str | None = None
-) -> tuple[list[Scan], list[str]]:
+) -> tuple[list[FileScan], list[str]]:
     """Scan a file or every file of a folder; returns the scans and all problems.
 
     Args:
@@ -150,12 +150,12 @@ def _files(path: str) -> list[Path]:
     return files
 
 
-def _tokens(line: bytes) -> Tokens:
+def _tokens(line: bytes) -> TokenArray:
     plain = parse_plain([line], np.array([line.count(b",") + 1]))
     return np.array(parse_line(line), np.int64) if plain is None else plain
 
 
-def _compare_meta(found: Scan) -> None:
+def _compare_meta(found: FileScan) -> None:
     try:
         rows = read_meta(found.path)
     except UserError as error:
@@ -175,7 +175,7 @@ def _compare_meta(found: Scan) -> None:
         found.problems.append(f"{where}: {len(wrong) - SHOWN:,} more wrong rows")
 
 
-def _find_repeats(found: Scan) -> None:
+def _find_repeats(found: FileScan) -> None:
     """A block of lines right behind an equal block is a file that was appended twice; single repeats are only noted."""
     count = len(found.hashes)
     if count < 2:
@@ -201,7 +201,7 @@ def _find_repeats(found: Scan) -> None:
     found.notes.append(f"{found.path}: {repeated:,} documents occur more than once")
 
 
-def _compare_fingerprint(found: Scan) -> None:
+def _compare_fingerprint(found: FileScan) -> None:
     record = read_fingerprint(found.path)
     if record is None:
         return
@@ -210,7 +210,7 @@ def _compare_fingerprint(found: Scan) -> None:
             found.problems.append(f"{found.path}.json: {key} is {record[key]}, the token file has {value}")
 
 
-def _json_leak(found: Scan, tokenizer: Tokenizer) -> list[str]:
+def _json_leak(found: FileScan, tokenizer: Tokenizer) -> list[str]:
     """Samples that read like JSON records: whole lines were tokenised instead of their text."""
     picks = np.unique(np.linspace(0, len(found.offsets) - 1, LEAK_SAMPLES).astype(np.int64))
     leaks = []
@@ -230,7 +230,7 @@ def _json_leak(found: Scan, tokenizer: Tokenizer) -> list[str]:
     ]
 
 
-def _overlap(train: Sequence[Scan], valid: Sequence[Scan]) -> list[str]:
+def _overlap(train: Sequence[FileScan], valid: Sequence[FileScan]) -> list[str]:
     known = np.unique(np.concatenate([found.hashes for found in train]))
     problems = []
     for found in valid:

@@ -22,9 +22,9 @@ from tqdm import tqdm
 from evomesh.data.chat import JinjaTemplate
 from evomesh.data.tokenizer import Tokenizer
 from evomesh.errors import UserError
-from evomesh.generate.engine import Engine
-from evomesh.generate.options import Sampling
-from evomesh.layers.documents import Documents
+from evomesh.generate.engine import GenerationEngine
+from evomesh.generate.options import SamplingParams
+from evomesh.layers.documents import SequenceBounds
 from evomesh.models.language_model import LanguageModel
 
 LOGIT_ROWS = 512  # rows of V logits in memory at a time
@@ -33,7 +33,7 @@ SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_p
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoringRequest:
     """Token ids of one context with its continuation, ready to run: ``targets`` are predicted by the last inputs."""
 
     number: int
@@ -41,7 +41,7 @@ class Scored:
     targets: list[int]
 
 
-class NativeModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
+class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
     """
     Args:
         model: in evaluation mode.
@@ -112,7 +112,7 @@ class NativeModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
                     fix="--max-length N, where the model can read more (dynamic NTK)",
                 )
             ids = (context + continuation)[-(self.max_length + 1) :]
-            items.append(Scored(number, ids[:-1], continuation))
+            items.append(ScoringRequest(number, ids[:-1], continuation))
         answers: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(items), desc="texts", disable=disable_tqdm) as bar:
             for batch in self._packed(items):
@@ -120,9 +120,9 @@ class NativeModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
                 bar.update(len(batch))
         return [answers[number] for number in range(len(items))]
 
-    def _packed(self, items: list[Scored]) -> Iterator[list[Scored]]:
+    def _packed(self, items: list[ScoringRequest]) -> Iterator[list[ScoringRequest]]:
         """Longest first, so that what does not fit in memory is noticed at once."""
-        batch: list[Scored] = []
+        batch: list[ScoringRequest] = []
         total = 0
         for item in sorted(items, key=lambda item: -len(item.inputs)):
             if batch and total + len(item.inputs) > self.batch_tokens:
@@ -134,11 +134,11 @@ class NativeModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
             yield batch
 
     @torch.inference_mode()
-    def _score(self, batch: list[Scored]) -> Iterator[tuple[int, tuple[float, bool]]]:
+    def _score(self, batch: list[ScoringRequest]) -> Iterator[tuple[int, tuple[float, bool]]]:
         lengths = [len(item.inputs) for item in batch]
         bounds = torch.tensor([0, *lengths]).cumsum(0)
         positions = torch.cat([torch.arange(length) for length in lengths])
-        docs = Documents(positions.to(self._device), bounds.to(self._device, torch.int32), max(lengths))
+        docs = SequenceBounds(positions.to(self._device), bounds.to(self._device, torch.int32), max(lengths))
         ids = torch.tensor([token for item in batch for token in item.inputs], device=self._device)
         stops = bounds[1:].tolist()
         rows = [torch.arange(stop - len(item.targets), stop) for item, stop in zip(batch, stops, strict=True)]
@@ -178,7 +178,7 @@ class NativeModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Answers up to, and without, the first stop string or end-of-text token."""
-        engine = Engine(self.model, slots=max(1, self.batch_tokens // self.max_length), max_tokens=self.max_length)
+        engine = GenerationEngine(self.model, slots=max(1, self.batch_tokens // self.max_length), max_tokens=self.max_length)
         answers: list[list[int]] = [[] for _ in requests]
         stops: list[list[str]] = []
         running: dict[int, int] = {}
@@ -201,7 +201,7 @@ class NativeModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
                     bar.update(bool(stopped or token.finish))
         return [self._before(answer, until) for answer, until in zip(answers, stops, strict=True)]
 
-    def _sampling(self, options: dict[str, Any]) -> tuple[Sampling, list[str]]:
+    def _sampling(self, options: dict[str, Any]) -> tuple[SamplingParams, list[str]]:
         known = dict(normalize_gen_kwargs(options, ANSWER_TOKENS))
         until, most = [stop for stop in known.pop("until") if stop], known.pop("max_gen_toks")
         unknown = sorted(set(known) - set(SAMPLING))
@@ -212,7 +212,7 @@ class NativeModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
                 f"the task asks for {most} new tokens, the model reads {self.max_length} in all",
                 fix="set max_gen_toks in the task's generation_kwargs, or --max-length N",
             )
-        return Sampling(**known, max_new_tokens=most, eos_ids=self.eos_ids), until
+        return SamplingParams(**known, max_new_tokens=most, eos_ids=self.eos_ids), until
 
     def _before(self, answer: list[int], stops: list[str]) -> str:
         text = self.text.decode(answer)

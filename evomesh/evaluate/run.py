@@ -14,7 +14,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table
 
 from evomesh.errors import UserError
-from evomesh.evaluate.native import NativeModel
+from evomesh.evaluate.native import HarnessModel
 
 
 def find_tasks(tasks: Sequence[str]) -> TaskManager:
@@ -31,7 +31,7 @@ def find_tasks(tasks: Sequence[str]) -> TaskManager:
 
 
 def evaluate(
-    model: NativeModel,
+    model: HarnessModel,
     tasks: Sequence[str],
     manager: TaskManager,
     *,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from evomesh.generate.cache import KeyValueCache
-from evomesh.generate.options import Sampling
+from evomesh.generate.options import SamplingParams
 from evomesh.generate.sample import candidates, penalised
 from evomesh.models.language_model import LanguageModel
 
@@ -27,10 +27,10 @@ class _Beam:
 
 
 @dataclass
-class _Search:
+class _BeamSearch:
     """One prompt's search. ``running`` holds up to ``num_beams`` beams, best first; ``finished`` as many answers."""
 
-    sampling: Sampling
+    sampling: SamplingParams
     prompt: int
     limit: int
     draws: np.random.Generator
@@ -95,7 +95,7 @@ class _Search:
 
 @torch.inference_mode()
 def beam_search(
-    model: LanguageModel, prompts: Sequence[Sequence[int]], sampling: Sampling, room: int, numbers: Sequence[int]
+    model: LanguageModel, prompts: Sequence[Sequence[int]], sampling: SamplingParams, room: int, numbers: Sequence[int]
 ) -> list[list[list[int]]]:
     """[prompt][answer] -> new token ids, best answer first, ``num_return_sequences`` of them.
 
@@ -108,7 +108,7 @@ def beam_search(
     """
     device = next(model.parameters()).device
     searches = [
-        _Search(
+        _BeamSearch(
             sampling,
             len(prompt),
             sampling.limit(len(prompt), room),

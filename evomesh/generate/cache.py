@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evomesh.layers.attention import Attend, Attention, Documents, attend
+from evomesh.layers.attention import AttentionFunction, Attention, Documents, attend
 
 
 class KeyValueCache:
@@ -28,7 +28,7 @@ class KeyValueCache:
         self.lengths: list[int] = []
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def prompts(self, lengths: Sequence[int], device: torch.device) -> tuple[Documents, Attend]:
+    def prompts(self, lengths: Sequence[int], device: torch.device) -> tuple[Documents, AttentionFunction]:
         """Takes a slot for each of these prompts, behind those in use; the next call holds their tokens."""
         first = len(self.lengths)
         if first + len(lengths) > self.slots or max(lengths) > self.capacity:
@@ -47,7 +47,7 @@ class KeyValueCache:
 
         return docs, fill
 
-    def step(self, device: torch.device) -> tuple[Documents, Attend]:
+    def step(self, device: torch.device) -> tuple[Documents, AttentionFunction]:
         """The next call holds one more token of each sequence in use."""
         count, longest = len(self.lengths), max(self.lengths) + 1
         if longest > self.capacity:

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 
 from evomesh.errors import UserError
 from evomesh.generate.beam import beam_search
-from evomesh.generate.engine import Engine, check_prompt
-from evomesh.generate.options import Sampling
+from evomesh.generate.engine import GenerationEngine, check_prompt
+from evomesh.generate.options import SamplingParams
 from evomesh.models.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
-class NewToken:
+class StreamedToken:
     """One step of one answer. ``finish`` is "stop" or "length" with its last token, else ""."""
 
     prompt: int
@@ -25,11 +25,11 @@ class NewToken:
 def stream(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
+    sampling: SamplingParams,
     *,
     batch_size: int | None = None,
     numbers: Sequence[int] | None = None,
-) -> Iterator[NewToken]:
+) -> Iterator[StreamedToken]:
     """Yields tokens as they are made; prompts of a batch need not be equally long and do not influence each other.
 
     Args:
@@ -42,7 +42,7 @@ def stream(
         UserError: a prompt is empty or holds ids the model does not know.
     """
     count = sampling.num_return_sequences
-    engine = Engine(model, slots=batch_size or max(len(prompts) * count, 1), max_tokens=room(prompts, sampling))
+    engine = GenerationEngine(model, slots=batch_size or max(len(prompts) * count, 1), max_tokens=room(prompts, sampling))
     for index, prompt in enumerate(prompts):
         check_prompt(prompt, engine.max_tokens, engine.vocab_size, f"prompt {index}")
     origin = {}
@@ -52,13 +52,13 @@ def stream(
             origin[engine.add(prompt, replace(sampling, num_return_sequences=1), key)] = index, answer
     while engine.active:
         for token in engine.step():
-            yield NewToken(*origin[token.request], token.id, token.finish)
+            yield StreamedToken(*origin[token.request], token.id, token.finish)
 
 
 def generate(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
+    sampling: SamplingParams,
     *,
     batch_size: int | None = None,
     numbers: Sequence[int] | None = None,
@@ -78,7 +78,7 @@ def generate(
 def _beams(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
+    sampling: SamplingParams,
     batch_size: int,
     numbers: Sequence[int],
 ) -> list[list[list[int]]]:
@@ -92,7 +92,7 @@ def _beams(
     return answers
 
 
-def room(prompts: Sequence[Sequence[int]], sampling: Sampling) -> int:
+def room(prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> int:
     """Most tokens that any prompt and its answer may have together."""
     longest = max(map(len, prompts), default=1)
     if sampling.max_new_tokens is None and sampling.max_length is None:

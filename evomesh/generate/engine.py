@@ -14,13 +14,13 @@ from torch import Tensor
 
 from evomesh.errors import UserError
 from evomesh.generate.cache import KeyValueCache
-from evomesh.generate.options import Sampling
+from evomesh.generate.options import SamplingParams
 from evomesh.generate.sample import TokenSampler, penalised, plain_greedy, report
 from evomesh.models.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
-class Token:
+class GeneratedToken:
     """One step of one request.
 
     Attributes:
@@ -37,15 +37,15 @@ class Token:
 
 
 @dataclass
-class _Request:
+class _ActiveRequest:
     number: int
     ids: list[int]  # prompt, then answer
-    sampling: Sampling
+    sampling: SamplingParams
     sampler: TokenSampler
     limit: int
 
 
-class Engine:
+class GenerationEngine:
     """A model, its key/value cache, and the requests in it. Neither threads nor clocks: the caller drives ``step``.
 
     A request's tokens do not depend on what else is in the batch, up to the rounding of matrix products.
@@ -75,8 +75,8 @@ class Engine:
         self.vocab_size = vocab_size or getattr(getattr(model, "config", None), "vocab_size", None)
         self.device = next(model.parameters()).device
         self.cache = KeyValueCache(slots, max_tokens)
-        self._running: list[_Request] = []  # by slot
-        self._waiting: deque[_Request] = deque()
+        self._running: list[_ActiveRequest] = []  # by slot
+        self._waiting: deque[_ActiveRequest] = deque()
         self._next = 0
 
     @property
@@ -89,7 +89,7 @@ class Engine:
         """Requests that have no slot yet."""
         return len(self._waiting)
 
-    def add(self, prompt: Sequence[int], sampling: Sampling, stream: tuple[int, int]) -> int:
+    def add(self, prompt: Sequence[int], sampling: SamplingParams, stream: tuple[int, int]) -> int:
         """Queues a request and returns its number, which its tokens bear.
 
         Args:
@@ -108,7 +108,7 @@ class Engine:
             )
         number, self._next = self._next, self._next + 1
         limit = sampling.limit(len(prompt), self.max_tokens)
-        self._waiting.append(_Request(number, list(prompt), sampling, TokenSampler(sampling, stream), limit))
+        self._waiting.append(_ActiveRequest(number, list(prompt), sampling, TokenSampler(sampling, stream), limit))
         return number
 
     def cancel(self, request: int) -> None:
@@ -120,7 +120,7 @@ class Engine:
                 return
 
     @torch.inference_mode()
-    def step(self) -> list[Token]:
+    def step(self) -> list[GeneratedToken]:
         """One token of every running request; waiting ones that find a slot are read and get their first.
 
         A request whose token says ``finish`` has left its slot. After an exception the engine is not to be used again.
@@ -134,8 +134,8 @@ class Engine:
                 self._release(slot)
         return tokens
 
-    def _admit(self) -> list[_Request]:
-        new: list[_Request] = []
+    def _admit(self) -> list[_ActiveRequest]:
+        new: list[_ActiveRequest] = []
         total = 0
         while self._waiting and len(self._running) + len(new) < self.slots:
             total += len(self._waiting[0].ids)
@@ -144,7 +144,7 @@ class Engine:
             new.append(self._waiting.popleft())
         return new
 
-    def _prefill(self, new: list[_Request]) -> list[Token]:
+    def _prefill(self, new: list[_ActiveRequest]) -> list[GeneratedToken]:
         lengths = [len(request.ids) for request in new]
         ids = torch.tensor([token for request in new for token in request.ids], device=self.device)
         docs, attend = self.cache.prompts(lengths, self.device)
@@ -154,12 +154,12 @@ class Engine:
         self._running += new
         return self._choose(new, logits)
 
-    def _decode(self, requests: list[_Request]) -> list[Token]:
+    def _decode(self, requests: list[_ActiveRequest]) -> list[GeneratedToken]:
         ids = torch.tensor([request.ids[-1] for request in requests], device=self.device)
         docs, attend = self.cache.step(self.device)
         return self._choose(requests, self.model.logits(self.model(ids, docs, attend)))
 
-    def _choose(self, requests: list[_Request], logits: Tensor) -> list[Token]:
+    def _choose(self, requests: list[_ActiveRequest], logits: Tensor) -> list[GeneratedToken]:
         if plain_greedy([request.sampling for request in requests]):
             chosen = logits.argmax(-1).tolist()  # the device is waited for once, not once a request
             return [self._take(request, token) for request, token in zip(requests, chosen, strict=True)]
@@ -173,11 +173,11 @@ class Engine:
         return tokens
 
     def _take(
-        self, request: _Request, token: int, logprob: float | None = None, top: Sequence[tuple[int, float]] = ()
-    ) -> Token:
+        self, request: _ActiveRequest, token: int, logprob: float | None = None, top: Sequence[tuple[int, float]] = ()
+    ) -> GeneratedToken:
         request.ids.append(token)
         finish = "stop" if token in request.sampling.eos_ids else "length" if len(request.ids) >= request.limit else ""
-        return Token(request.number, token, logprob, list(top), finish)
+        return GeneratedToken(request.number, token, logprob, list(top), finish)
 
     def _release(self, slot: int) -> None:
         self.cache.release(slot)

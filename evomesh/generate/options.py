@@ -10,7 +10,7 @@ from evomesh.errors import UserError
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """The meanings are those of ``transformers.generate``; the order in which they apply is the order below.
 
     Attributes:

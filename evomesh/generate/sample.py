@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evomesh.generate.options import Sampling
+from evomesh.generate.options import SamplingParams
 
 
 def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -22,7 +22,7 @@ def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return logits.index_put((seen,), torch.where(known < 0, known * penalty, known / penalty))
 
 
-def candidates(logits: Tensor, sampling: Sampling, keep: int = 1) -> tuple[Tensor, Tensor]:
+def candidates(logits: Tensor, sampling: SamplingParams, keep: int = 1) -> tuple[Tensor, Tensor]:
     """Logits [V] -> (ids [K], logits [K] over the temperature) of the tokens that top-k, top-p and min-p leave.
 
     Args:
@@ -50,7 +50,7 @@ def candidates(logits: Tensor, sampling: Sampling, keep: int = 1) -> tuple[Tenso
 class TokenSampler:
     """Draws the tokens of one request: a function of ``stream`` = (seed, request) and of nothing else in the batch."""
 
-    def __init__(self, sampling: Sampling, stream: tuple[int, int]) -> None:
+    def __init__(self, sampling: SamplingParams, stream: tuple[int, int]) -> None:
         self.sampling = sampling
         self._draws = np.random.default_rng(stream)
 
@@ -72,6 +72,6 @@ def report(logits: Tensor, token: int, top: int) -> tuple[float, list[tuple[int,
     return float(logprobs[token]), list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
 
-def plain_greedy(samplings: Sequence[Sampling]) -> bool:
+def plain_greedy(samplings: Sequence[SamplingParams]) -> bool:
     """Whether one argmax over all rows answers all requests."""
     return all(s.greedy and s.repetition_penalty == 1.0 and s.logprobs < 0 for s in samplings)

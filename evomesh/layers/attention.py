@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evomesh.layers.documents import Documents
-from evomesh.layers.linear import ColumnLinear, RowLinear
+from evomesh.layers.documents import SequenceBounds
+from evomesh.layers.linear import ColumnParallelLinear, RowParallelLinear
 from evomesh.layers.placement import Placement
 from evomesh.layers.rotary import split_rotate
 from evomesh.parallel.collectives import all_to_all
@@ -25,32 +25,32 @@ __all__ = ["Attend", "Attention", "Documents", "attend", "outside_graph"]
 
 # attend(asking, q [T, N, H], k [T, G, H], v [T, G, H], docs) -> [T, N, H]; generation passes one that keeps k and v,
 # by ``asking.layer``. It is handed the module, for a number that a compiled block reads is compiled into it.
-Attend = Callable[["Attention", Tensor, Tensor, Tensor, Documents], Tensor]
+AttentionFunction = Callable[["Attention", Tensor, Tensor, Tensor, SequenceBounds], Tensor]
 FLASH_HEAD_DIM = 256  # the widest that the flash kernel takes
 
 
-def attend(asking: Attention, q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> Tensor:
+def attend(asking: Attention, q: Tensor, k: Tensor, v: Tensor, docs: SequenceBounds) -> Tensor:
     """softmax(q k^T / sqrt(H)) v within each document, causal. ``asking`` is for callers that keep a cache."""
     del asking
     return _varlen(q, k, v, docs) if _flash_takes(q) else _per_document(q, k, v, docs)
 
 
-def outside_graph(attend: Attend) -> Attend:
+def outside_graph(attend: AttentionFunction) -> AttentionFunction:
     """``attend`` for compiled blocks, which are not to look into it: document lengths are data, and each would be
     compiled anew. All of them are objects of one class, so that a block compiled for one takes any other."""
     return _outside_graph()(attend)
 
 
 @cache
-def _outside_graph() -> Callable[[Attend], Attend]:
+def _outside_graph() -> Callable[[AttentionFunction], AttentionFunction]:
     """Made on demand, because torch takes 0.7 s to import its compiler."""
 
     class OutsideGraph:
-        def __init__(self, attend: Attend) -> None:
+        def __init__(self, attend: AttentionFunction) -> None:
             self.attend = attend
 
         @torch.compiler.disable  # type: ignore[misc, untyped-decorator, unused-ignore]
-        def __call__(self, asking: Attention, q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> Tensor:
+        def __call__(self, asking: Attention, q: Tensor, k: Tensor, v: Tensor, docs: SequenceBounds) -> Tensor:
             return self.attend(asking, q, k, v, docs)
 
     return OutsideGraph
@@ -75,7 +75,7 @@ def _varlen_options(varlen_attn: Callable[..., Any], grouped: bool) -> dict[str,
     return options | {"enable_gqa": True} if grouped and "enable_gqa" in known else options
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> Tensor:
+def _varlen(q: Tensor, k: Tensor, v: Tensor, docs: SequenceBounds) -> Tensor:
     """torch's variable-length flash kernel; it is told the longest document, and waits for no value of the device."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -90,7 +90,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> Tensor:
     return out
 
 
-def _per_document(q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> Tensor:
+def _per_document(q: Tensor, k: Tensor, v: Tensor, docs: SequenceBounds) -> Tensor:
     """One call a run of equally long neighbours: work grows with the documents' lengths squared, not with T squared.
 
     ``split`` rather than slices, because its backward is one concatenation for all documents.
@@ -129,10 +129,10 @@ class Attention(nn.Module):
         self.head_dim = size // heads
         self.at = at
         self.kv_heads = kv_heads // at.axis.size  # attended to here, each with its group of query heads
-        self.wqkv = ColumnLinear(size, (heads + 2 * kv_heads) * self.head_dim, bias=bias, at=at)
-        self.wo = RowLinear(heads * self.head_dim, size, bias=bias, at=at)
+        self.wqkv = ColumnParallelLinear(size, (heads + 2 * kv_heads) * self.head_dim, bias=bias, at=at)
+        self.wo = RowParallelLinear(heads * self.head_dim, size, bias=bias, at=at)
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], docs: Documents, attend: Attend = attend) -> Tensor:
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], docs: SequenceBounds, attend: AttentionFunction = attend) -> Tensor:
         qkv = self.wqkv(x)
         if self.at.exchanges:  # q, k and v of a key/value head are neighbours, so that one exchange moves all three
             qkv = all_to_all(qkv, self.at.axis, split_dim=1, concat_dim=0)

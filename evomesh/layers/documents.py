@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 @dataclass(eq=False)  # not frozen, for torch 2.11's compiler looks into those, and compiles for a number of bounds
-class Documents:
+class SequenceBounds:
     """Never changed once made.
 
     Attributes:
@@ -41,7 +41,7 @@ class Documents:
         return self.position_ids[self.cu_seqlens[document].long() - 1] + 1
 
 
-def whole(length: int, *, start: int = 0, device: torch.device | str = "cpu") -> Documents:
+def single_sequence(length: int, *, start: int = 0, device: torch.device | str = "cpu") -> SequenceBounds:
     """One document of ``length`` tokens whose first token has position ``start``."""
     positions = torch.arange(start, start + length, device=device)
-    return Documents(positions, torch.tensor([0, length], dtype=torch.int32, device=device), length)
+    return SequenceBounds(positions, torch.tensor([0, length], dtype=torch.int32, device=device), length)

@@ -25,7 +25,7 @@ TILE = 256  # rows and columns; part of the numbers' definition, not a tuning kn
 
 
 @dataclass(frozen=True)
-class Initial:
+class InitialWeight:
     """What a parameter starts as. ``scale`` is the standard deviation (normal, uniform) or the value (constant)."""
 
     kind: Literal["normal", "uniform", "constant"]
@@ -44,7 +44,7 @@ def owned_range(spec: ShardSpec, dim: int, axes: Mapping[str, Axis]) -> range:
 
 
 def fill_parameter(
-    name: str, parameter: torch.Tensor, spec: ShardSpec, axes: Mapping[str, Axis], initial: Initial, seed: int
+    name: str, parameter: torch.Tensor, spec: ShardSpec, axes: Mapping[str, Axis], initial: InitialWeight, seed: int
 ) -> None:
     """Writes this rank's part of the global parameter ``name``.
 
@@ -73,7 +73,7 @@ def fill_parameter(
             local[first - rows.start : last - rows.start].copy_(drawn[first - band * TILE : last - band * TILE])
 
 
-def _band(name: str, band: int, rows: int, columns: range, width: int, initial: Initial, seed: int) -> torch.Tensor:
+def _band(name: str, band: int, rows: int, columns: range, width: int, initial: InitialWeight, seed: int) -> torch.Tensor:
     """[rows of the band, len(columns)] float32: one row of tiles, restricted to ``columns``."""
     height = min(TILE, rows - band * TILE)
     first = columns.start // TILE
@@ -86,7 +86,7 @@ def _band(name: str, band: int, rows: int, columns: range, width: int, initial: 
 
 
 def _draw(
-    name: str, tile: tuple[int, int], shape: tuple[int, int], initial: Initial, seed: int
+    name: str, tile: tuple[int, int], shape: tuple[int, int], initial: InitialWeight, seed: int
 ) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
     key = int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest(), "little")
     # The lower two of the four counter words count draws, the upper two name the tile.

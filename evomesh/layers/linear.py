@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from evomesh.layers.placement import Placement
-from evomesh.layers.products import product, times_transposed
-from evomesh.parallel.collectives import all_gather, all_reduce, broadcast, gathered, reduce_scatter, reduce_scattered
+from evomesh.layers.products import linear, matmul_nt
+from evomesh.parallel.collectives import all_gather, all_reduce, copy_to_axis, all_gather_no_grad, reduce_scatter, reduce_scatter_no_grad
 from evomesh.parallel.grid import Axis
 from evomesh.parallel.spec import ShardSpec
 
 
-class ColumnLinear(nn.Module):
+class ColumnParallelLinear(nn.Module):
     """[T, I] (mtp) or [S, I] (msp, fsp) -> [T, O / tp]: weight rows (output features) are cut, the bias with them."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, at: Placement) -> None:
@@ -36,7 +36,7 @@ class ColumnLinear(nn.Module):
         return column_products(x, self)[0]
 
 
-def column_products(x: Tensor, *layers: ColumnLinear) -> tuple[Tensor, ...]:
+def column_products(x: Tensor, *layers: ColumnParallelLinear) -> tuple[Tensor, ...]:
     """Products of one input with several column-cut weights, so that it is gathered once for all of them.
 
     mtp ``I -> S(1)``, msp and fsp ``S(0) -> S(1)``; backward the dual. msp keeps the gathered input for backward, fsp
@@ -48,8 +48,8 @@ def column_products(x: Tensor, *layers: ColumnLinear) -> tuple[Tensor, ...]:
             weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
             outs: tuple[Tensor, ...] = _RegatherLinear.apply(x, axis, *weights, *biases)  # type: ignore[no-untyped-call]
             return outs
-        x = all_gather(x, axis) if mode.sequence else broadcast(x, axis)
-    return tuple(product(x, layer.weight, layer.bias) for layer in layers)
+        x = all_gather(x, axis) if mode.sequence else copy_to_axis(x, axis)
+    return tuple(linear(x, layer.weight, layer.bias) for layer in layers)
 
 
 class _RegatherLinear(torch.autograd.Function):
@@ -63,21 +63,21 @@ class _RegatherLinear(torch.autograd.Function):
         weights, biases = parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]
         ctx.save_for_backward(x, *weights)
         ctx.axis, ctx.biased = axis, [bias is not None for bias in biases]
-        whole = gathered(x, axis)
-        return tuple(times_transposed(whole, w, bias=b) for w, b in zip(weights, biases, strict=True) if w is not None)
+        whole = all_gather_no_grad(x, axis)
+        return tuple(matmul_nt(whole, w, bias=b) for w, b in zip(weights, biases, strict=True) if w is not None)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
-        whole = gathered(x, ctx.axis)
-        grad = times_transposed(grads[0], weights[0].T)
+        whole = all_gather_no_grad(x, ctx.axis)
+        grad = matmul_nt(grads[0], weights[0].T)
         for g, w in zip(grads[1:], weights[1:], strict=True):
-            grad = times_transposed(g, w.T, plus=grad)
+            grad = matmul_nt(g, w.T, plus=grad)
         bias_grads = [g.sum(0) if biased else None for g, biased in zip(grads, ctx.biased, strict=True)]
-        return reduce_scattered(grad, ctx.axis), None, *(times_transposed(g.T, whole.T) for g in grads), *bias_grads
+        return reduce_scatter_no_grad(grad, ctx.axis), None, *(matmul_nt(g.T, whole.T) for g in grads), *bias_grads
 
 
-class RowLinear(nn.Module):
+class RowParallelLinear(nn.Module):
     """[T, I / tp] -> [T, O] (mtp) or [S, O]: weight columns (input features) are cut, all ranks' outputs add up.
 
     The bias is whole on every rank and is added once, after the sum.
@@ -98,7 +98,7 @@ class RowLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         axis, mode = self.at.axis, self.at.mode
         if axis.size == 1 or mode.storage == "wp":
-            return product(x, self.weight, self.bias)
-        part = product(x, self.weight)
+            return linear(x, self.weight, self.bias)
+        part = linear(x, self.weight)
         out = reduce_scatter(part, axis) if mode.sequence else all_reduce(part, axis)
         return out if self.bias is None else out + self.bias

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from evomesh.layers.dtype import promote
-from evomesh.layers.products import by_one_dnn, times_transposed
+from evomesh.layers.products import by_one_dnn, matmul_nt
 from evomesh.monitor.profile import region
-from evomesh.parallel.collectives import MAX, gathered, own_range, sum_over
+from evomesh.parallel.collectives import MAX, all_gather_no_grad, local_range, all_reduce_no_grad
 from evomesh.parallel.grid import Axis
 
 IGNORE = -100
@@ -104,14 +104,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         nll_rows = torch.zeros(len(targets), dtype=wide, device=hidden.device)
         correct_rows = torch.zeros(len(targets), dtype=torch.bool, device=hidden.device)
-        grads = _Gradients(rows, weight) if with_grad else None
+        grads = _GradientAccumulator(rows, weight) if with_grad else None
         for part in (slice(i, i + chunk) for i in range(0, len(targets), chunk)):
             used = targets[part] != IGNORE
             target = targets[part].clamp(min=0)[:, None]
-            logits = times_transposed(rows[part], weight).to(wide)
+            logits = matmul_nt(rows[part], weight).to(wide)
             if not parallel_output:
-                logits = gathered(logits, axis, dim=1).contiguous()
-            view = _Vocabulary.of(logits, vocab_size, axis if parallel_output else Axis("tp"))
+                logits = all_gather_no_grad(logits, axis, dim=1).contiguous()
+            view = _VocabularyShard.of(logits, vocab_size, axis if parallel_output else Axis("tp"))
             found = view.exponentials(logits, target, smoothing > 0)
             correct_rows[part] = found.correct & used
             nll_rows[part] = found.nll.where(used, 0.0)
@@ -120,7 +120,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grads is not None:
                 logits = view.minus_target(logits, target, found.exp_sum, smoothing)  # now their gradient
                 if not parallel_output:
-                    logits = own_range(logits, axis, 1)
+                    logits = local_range(logits, axis, 1)
                 grads.add(part, logits, (scale * used)[:, None] / found.exp_sum)
             del logits  # or those of two chunks would live at one time
         nll_all = torch.zeros(labels.shape, dtype=wide, device=hidden.device)
@@ -145,7 +145,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, *[None] * 8
 
 
-class _Gradients:
+class _GradientAccumulator:
     """Gradients of hidden rows and weight, growing chunk by chunk: the weight's in at least float32.
 
     oneDNN makes the weight's transposed, [D, V]: it then copies the hidden rows of a chunk and not its logits.
@@ -165,16 +165,16 @@ class _Gradients:
         """
         inputs = self.inputs[part]
         if self.head.dtype == grad.dtype:
-            self.rows[part] = times_transposed(grad, self.head.T).mul_(factor)
+            self.rows[part] = matmul_nt(grad, self.head.T).mul_(factor)
             inputs = inputs * factor
         else:
             grad = grad.mul_(factor).to(self.head.dtype)
-            self.rows[part] = times_transposed(grad, self.head.T)
+            self.rows[part] = matmul_nt(grad, self.head.T)
         a, b = (inputs.T, grad.T) if self.transposed else (grad.T, inputs.T)
         if self.weight is None:
-            self.weight = times_transposed(a, b).to(promote(self.head.dtype))
+            self.weight = matmul_nt(a, b).to(promote(self.head.dtype))
         elif self.transposed:
-            self.weight = times_transposed(a, b, plus=self.weight)
+            self.weight = matmul_nt(a, b, plus=self.weight)
         elif self.weight.dtype == grad.dtype:
             self.weight.addmm_(a, b.T)
         else:
@@ -187,7 +187,7 @@ class _Gradients:
 
 
 @dataclass(frozen=True)
-class _Found:
+class _ChunkLoss:
     """Of one chunk, the same on all ranks: ``exp_sum`` [C, 1] of the shifted exponentials; the rest [C].
 
     ``mean`` is that of -log p over the vocabulary (0 unless asked for).
@@ -200,7 +200,7 @@ class _Found:
 
 
 @dataclass(frozen=True)
-class _Vocabulary:
+class _VocabularyShard:
     """The columns of the logits at hand: ``first`` .. ``first + columns``, of which ``real`` are no padding."""
 
     first: int
@@ -210,27 +210,27 @@ class _Vocabulary:
     axis: Axis
 
     @classmethod
-    def of(cls, logits: Tensor, size: int, axis: Axis) -> _Vocabulary:
+    def of(cls, logits: Tensor, size: int, axis: Axis) -> _VocabularyShard:
         columns = logits.shape[1]
         first = axis.rank * columns
         return cls(first, columns, min(max(size - first, 0), columns), size, axis)
 
-    def exponentials(self, logits: Tensor, target: Tensor, with_mean: bool) -> _Found:
+    def exponentials(self, logits: Tensor, target: Tensor, with_mean: bool) -> _ChunkLoss:
         """Turns ``logits`` [C, V] into exp(logit - largest logit) in place; ``target`` [C, 1] are global columns.
 
         A target counts as correct if no logit is larger, so that equal ones count the same on every layout.
         """
         column, here = self._own(target)
         logits[:, self.real :] = -torch.inf
-        top = sum_over(logits.amax(dim=-1, keepdim=True), self.axis, op=MAX)
+        top = all_reduce_no_grad(logits.amax(dim=-1, keepdim=True), self.axis, op=MAX)
         picked = logits.gather(1, column).masked_fill(~here, 0.0)
         total = logits[:, : self.real].sum(dim=-1, keepdim=True) if with_mean else torch.zeros_like(picked)
         logits.sub_(top).exp_()
-        sums = sum_over(torch.cat([logits.sum(-1, keepdim=True), picked, total], dim=1), self.axis)
+        sums = all_reduce_no_grad(torch.cat([logits.sum(-1, keepdim=True), picked, total], dim=1), self.axis)
         exp_sum, picked, total = sums.chunk(3, dim=1)
         log_sum = top + exp_sum.log()
         mean = (log_sum - total / self.size).squeeze(1)
-        return _Found(exp_sum, (log_sum - picked).squeeze(1), mean, (picked == top).squeeze(1))
+        return _ChunkLoss(exp_sum, (log_sum - picked).squeeze(1), mean, (picked == top).squeeze(1))
 
     def _own(self, target: Tensor) -> tuple[Tensor, Tensor]:
         """Local column of each target (any, where it lies elsewhere), and whether it lies here."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evomesh.layers.linear import ColumnLinear, RowLinear, column_products
+from evomesh.layers.linear import ColumnParallelLinear, RowParallelLinear, column_products
 from evomesh.layers.placement import Placement
 
 
@@ -45,10 +45,10 @@ class FeedForward(nn.Module):
     def __init__(self, size: int, width: int, *, swiglu: bool, at: Placement) -> None:
         super().__init__()
         self.swiglu = swiglu
-        self.w1 = ColumnLinear(size, width, bias=False, at=at)
+        self.w1 = ColumnParallelLinear(size, width, bias=False, at=at)
         if swiglu:
-            self.w3 = ColumnLinear(size, width, bias=False, at=at)
-        self.w2 = RowLinear(width, size, bias=False, at=at)
+            self.w3 = ColumnParallelLinear(size, width, bias=False, at=at)
+        self.w2 = RowParallelLinear(width, size, bias=False, at=at)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.swiglu:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from evomesh.parallel.collectives import all_gather, broadcast
+from evomesh.parallel.collectives import all_gather, copy_to_axis
 from evomesh.parallel.grid import Axis
 from evomesh.parallel.modes import MODES, TensorMode
 from evomesh.parallel.spec import ShardSpec, with_spec
@@ -51,7 +51,7 @@ class Placement:
 
     def whole_sequence(self, x: Tensor) -> Tensor:
         """Activations between blocks -> [T, D] on every rank, for different uses there; ``backward P ->`` as before."""
-        return all_gather(x, self.axis) if self.mode.sequence else broadcast(x, self.axis)
+        return all_gather(x, self.axis) if self.mode.sequence else copy_to_axis(x, self.axis)
 
     def parameter(self, shape: tuple[int, ...], spec: ShardSpec, dtype: torch.dtype | None = None) -> nn.Parameter:
         """An uninitialised parameter of local ``shape``."""

@@ -20,7 +20,7 @@ from torch import Tensor
 FEW = range(5, 33)  # rows for which MKL is 1.1 to 1.7 times as fast with the weight as its left matrix
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [T, I], weight [O, I] -> x weight^T + bias, [T, O]."""
     if by_one_dnn(x, weight):
         out: Tensor = _OneDnnProduct.apply(x, weight, bias)  # type: ignore[no-untyped-call]
@@ -31,7 +31,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out if bias is None else out.add_(bias)
 
 
-def times_transposed(a: Tensor, b: Tensor, *, bias: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
+def matmul_nt(a: Tensor, b: Tensor, *, bias: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
     """a [M, K] times the transpose of b [N, K], plus a bias [N] or a matrix [M, N]; [M, N]. Not differentiable.
 
     A transposed view costs nothing as ``b``; as ``a`` oneDNN copies it first.
@@ -74,14 +74,14 @@ class _OneDnnProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return times_transposed(x, weight, bias=bias)
+        return matmul_nt(x, weight, bias=bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         grad, (for_x, for_weight, for_bias) = grads[0], ctx.needs_input_grad
         return (
-            times_transposed(grad, weight.T) if for_x else None,
-            times_transposed(grad.T, x.T) if for_weight else None,
+            matmul_nt(grad, weight.T) if for_x else None,
+            matmul_nt(grad.T, x.T) if for_weight else None,
             grad.sum(0) if for_bias else None,
         )

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evomesh.layers.documents import Documents
+from evomesh.layers.documents import SequenceBounds
 from evomesh.layers.dtype import promote
 
 
 @dataclass(frozen=True)
-class Rotary:
+class RotaryEmbedding:
     """Angles of the rotation: position * base^(-2i/H) for pair i.
 
     Attributes:
@@ -34,7 +34,7 @@ class Rotary:
     max_position: int = 2048
     factor: float = 1.0
 
-    def tables(self, docs: Documents, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def tables(self, docs: SequenceBounds, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines of one packed sequence, each [T, H/2] in at least float32."""
         positions = docs.position_ids.to(torch.float64)
         exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=positions.device) / self.head_dim

@@ -18,17 +18,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from evomesh.config.schema import ModelConfig
-from evomesh.layers.attention import Attend, Attention, Documents, attend, outside_graph
+from evomesh.layers.attention import AttentionFunction, Attention, Documents, attend, outside_graph
 from evomesh.layers.dtype import parameter_dtype, promote
 from evomesh.layers.embedding import Embedding, scale_gradient
-from evomesh.layers.init import Initial
-from evomesh.layers.linear import ColumnLinear
+from evomesh.layers.init import InitialWeight
+from evomesh.layers.linear import ColumnParallelLinear
 from evomesh.layers.loss import LossOutput, linear_cross_entropy
 from evomesh.layers.mlp import FeedForward
 from evomesh.layers.norm import Norm
 from evomesh.layers.placement import Placement
-from evomesh.layers.products import product
-from evomesh.layers.rotary import Rotary
+from evomesh.layers.products import linear
+from evomesh.layers.rotary import RotaryEmbedding
 from evomesh.models.language_model import LanguageModel
 from evomesh.parallel.collectives import gather
 from evomesh.parallel.grid import Grid
@@ -37,7 +37,7 @@ from evomesh.parallel.spec import spec_of, with_spec
 
 
 @dataclass(frozen=True)
-class Family:
+class DecoderFamily:
     """What tells the built-in families apart, besides their configs.
 
     Attributes:
@@ -58,7 +58,7 @@ class Family:
     post_norm: bool
 
 
-class Block(nn.Module):
+class DecoderBlock(nn.Module):
     """[T, D] -> [T, D]: x + attention(norm(x)), then x + feed_forward(norm(x)); or the norms behind the additions."""
 
     def __init__(self, layer: int, config: ModelConfig, *, post_norm: bool, at: Placement) -> None:
@@ -77,7 +77,7 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config.hidden_size, config.mlp_width, swiglu=config.use_swiglu, at=at)
         self.ffn_norm = make_norm(config, at)
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], docs: Documents, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], docs: Documents, attend: AttentionFunction) -> Tensor:
         after = self.post_norm
         h = self.attention(x if after else self.attention_norm(x), tables, docs, attend)
         x = self.attention_norm(x + h) if after else x + h
@@ -96,7 +96,7 @@ def make_norm(config: ModelConfig, at: Placement) -> Norm:
     )
 
 
-class Head(nn.Module):
+class OutputHead(nn.Module):
     """The output projection [V, D] and what is made with it.
 
     Training reads the weight inside ``forward`` only: that is where weight sharding puts it together.
@@ -105,7 +105,7 @@ class Head(nn.Module):
     def __init__(self, config: ModelConfig, rows: int, at: Placement) -> None:
         super().__init__()
         self.config, self.at = config, at
-        self.weight = ColumnLinear(config.hidden_size, rows, bias=False, at=at).weight
+        self.weight = ColumnParallelLinear(config.hidden_size, rows, bias=False, at=at).weight
 
     def forward(self, hidden: Tensor, labels: Tensor, grad_scale: float | Tensor, label_smoothing: float) -> LossOutput:
         return linear_cross_entropy(
@@ -120,7 +120,7 @@ class Head(nn.Module):
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        logits = product(self.at.whole_sequence(hidden.to(self.at.dtype)), self._rows())
+        logits = linear(self.at.whole_sequence(hidden.to(self.at.dtype)), self._rows())
         return gather(logits, self.at.axis, dim=1)[:, : self.config.vocab_size].to(promote(self.at.dtype))
 
     def _rows(self) -> Tensor:
@@ -143,7 +143,7 @@ class Decoder(LanguageModel):
     def __init__(
         self,
         config: ModelConfig,
-        family: Family,
+        family: DecoderFamily,
         *,
         grid: Grid | None = None,
         mode: TensorMode = MODES["mtp"],
@@ -155,7 +155,7 @@ class Decoder(LanguageModel):
         self.config, self.family = config, family
         self.dtype = parameter_dtype(config.dtype)
         self.post_norm = family.post_norm and config.apply_post_layer_norm
-        self.rotary = Rotary(
+        self.rotary = RotaryEmbedding(
             config.head_dim,
             config.rope_base,
             dynamic_ntk=config.use_dynamic_ntk_rope,
@@ -174,12 +174,12 @@ class Decoder(LanguageModel):
                 split_hidden=config.embed_split_hidden,
                 at=at.on_tensor_axis(),
             )
-        self.layers = nn.ModuleDict({str(i): Block(i, config, post_norm=self.post_norm, at=at) for i in layers})
+        self.layers = nn.ModuleDict({str(i): DecoderBlock(i, config, post_norm=self.post_norm, at=at) for i in layers})
         self.norm: Norm | None = None
-        self.head: Head | None = None
+        self.head: OutputHead | None = None
         if layers.stop == config.num_layers:
             self.norm = None if self.post_norm else make_norm(config, at.on_tensor_axis())
-            self.head = Head(config, rows, at.on_tensor_axis())
+            self.head = OutputHead(config, rows, at.on_tensor_axis())
         for padded in (self.embedding, self.head):
             if padded is not None:
                 with_spec(padded.weight, replace(spec_of(padded.weight), padding=rows - config.vocab_size))
@@ -195,7 +195,7 @@ class Decoder(LanguageModel):
         # Rounded first, so that 10 * 0.3 counts as 3 whatever its last binary digit.
         return rounding(round(len(self.layers) * self.config.checkpoint, 9))
 
-    def forward(self, x: Tensor, docs: Documents, attend: Attend = attend) -> Tensor:
+    def forward(self, x: Tensor, docs: Documents, attend: AttentionFunction = attend) -> Tensor:
         if self.embedding is not None:
             x = self.embedding(x)
             if self.config.residual_in_fp32:
@@ -223,18 +223,18 @@ class Decoder(LanguageModel):
         """[T, D] -> [T, vocab_size] in at least float32, for generation: without the padded rows."""
         return self._last_part().logits(hidden)
 
-    def _last_part(self) -> Head:
+    def _last_part(self) -> OutputHead:
         if self.head is None:
             raise ValueError("this pipeline stage has no output head")
         return self.head
 
-    def initial(self, name: str) -> Initial:
+    def initial(self, name: str) -> InitialWeight:
         """What the parameter of this global name starts as."""
         part = ".".join(name.split(".")[-2:])
         if part.endswith(".bias"):
-            return Initial("constant", 0.0)
+            return InitialWeight("constant", 0.0)
         if "norm." in part:
-            return Initial("constant", 1.0)
+            return InitialWeight("constant", 1.0)
         config, family = self.config, self.family
         std = {
             "embedding.weight": _first(config.embedding_init_std, family.embedding_std),
@@ -252,7 +252,7 @@ class Decoder(LanguageModel):
             else:
                 given = config.attn_other_init_std if part == "wo.weight" else config.ffn_other_init_std
                 std = _first(given, family.unscaled_std)
-        return Initial(config.init_type, std)
+        return InitialWeight(config.init_type, std)
 
 
 def _first(given: float | None, otherwise: float) -> float:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from evomesh.models.decoder import Family
+from evomesh.models.decoder import DecoderFamily
 
 # apply_post_layer_norm is accepted and has no effect in this family.
-INTERNLM = Family(
+INTERNLM = DecoderFamily(
     embedding_std=0.0052,
     wqkv_std=0.006,
     wo_std=0.006,

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from evomesh.layers.attention import Attend, Documents, attend
-from evomesh.layers.init import Initial
+from evomesh.layers.attention import AttentionFunction, Documents, attend
+from evomesh.layers.init import InitialWeight
 from evomesh.layers.loss import LossOutput
 
 
 class LanguageModel(nn.Module):
     """Base of all models. A user's own class need not inherit from it, as long as it has these methods."""
 
-    def forward(self, x: Tensor, docs: Documents, attend: Attend = attend) -> Tensor:
+    def forward(self, x: Tensor, docs: Documents, attend: AttentionFunction = attend) -> Tensor:
         """Token ids [T] int64 of one packed sequence -> hidden states [T, D].
 
         Args:
@@ -35,6 +35,6 @@ class LanguageModel(nn.Module):
         """[T, D] -> [T, vocab_size] in at least float32."""
         raise NotImplementedError
 
-    def initial(self, name: str) -> Initial:
+    def initial(self, name: str) -> InitialWeight:
         """What the parameter of this global name starts as. Without this method, it stays as the builder made it."""
         raise NotImplementedError

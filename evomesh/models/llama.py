@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from evomesh.models.decoder import Family
+from evomesh.models.decoder import DecoderFamily
 
-LLAMA = Family(
+LLAMA = DecoderFamily(
     embedding_std=0.02,
     wqkv_std=0.02,
     wo_std=0.02,

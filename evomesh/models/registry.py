@@ -14,7 +14,7 @@ from torch import nn
 
 from evomesh.config.schema import ModelConfig
 from evomesh.errors import ConfigError, UserError
-from evomesh.layers.init import Initial, fill_parameter, owned_range
+from evomesh.layers.init import InitialWeight, fill_parameter, owned_range
 from evomesh.models.decoder import Decoder
 from evomesh.models.internlm import INTERNLM
 from evomesh.models.internlm2 import INTERNLM2
@@ -222,7 +222,7 @@ def initialize_weights(model: nn.Module, seed: int, grid: Grid | None = None) ->
         return
     grid = grid or Grid()
     for name, parameter in model.named_parameters():
-        wanted: Initial = initial(name)
+        wanted: InitialWeight = initial(name)
         fill_parameter(name, local_part(parameter), spec_of(parameter), grid.cuts, wanted, seed)
     clear_padding(model, grid)
 

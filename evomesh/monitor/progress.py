@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 
 
-class Progress:
+class ProgressLine:
     """Step, loss, speed and time left, in place.
 
     Args:
@@ -39,7 +39,7 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, loss=loss, speed=speed)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressLine:
         if self._bar is not None:
             self._bar.start()
         return self

@@ -43,7 +43,7 @@ def check_folder(folder: Path, key: str) -> None:
         raise UserError(f"{there} {why}", where=f"{key} ({folder})", expected="a folder, existing or to be made")
 
 
-class TensorBoard:
+class TensorBoardWriter:
     """Scalars of one rank.
 
     Args:

@@ -11,7 +11,7 @@ from torch.optim.adamw import adamw
 
 
 @dataclass(frozen=True, eq=False)
-class Moments:
+class AdamMoments:
     """Of one tensor; ``step`` is a float32 scalar beside it, because the fused kernel counts on the device."""
 
     exp_avg: Tensor
@@ -30,12 +30,12 @@ class AdamW:
     decays: Mapping[Tensor, float]
     beta1: float
     eps: float
-    moments: dict[Tensor, Moments] = field(default_factory=dict)
+    moments: dict[Tensor, AdamMoments] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for target in self.decays:
             step = torch.zeros((), dtype=torch.float32, device=target.device)
-            self.moments[target] = Moments(torch.zeros_like(target), torch.zeros_like(target), step)
+            self.moments[target] = AdamMoments(torch.zeros_like(target), torch.zeros_like(target), step)
 
     def step(self, lr: float, beta2: float, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
         """One update of every tensor that has a gradient.

@@ -12,16 +12,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from evomesh.optim.slot import Slot
-from evomesh.parallel.collectives import Pending, all_gather_bucket, all_reduce_bucket, reduce_scatter_bucket
+from evomesh.optim.slot import ParameterSlot
+from evomesh.parallel.collectives import PendingCollective, all_gather_bucket, all_reduce_bucket, reduce_scatter_bucket
 
 
 @dataclass(eq=False)
 class GradientBucket:
     """Gradients summed together: same cut, same axes, same dtype."""
 
-    slots: list[Slot]
-    pending: Pending | None = None
+    slots: list[ParameterSlot]
+    pending: PendingCollective | None = None
     arrived: int = 0
 
     def launch(self) -> None:
@@ -52,11 +52,11 @@ class GradientSync:
     last micro-batch has filled it; otherwise one after the other at the end, at most one at a time in memory.
     """
 
-    def __init__(self, slots: Sequence[Slot], bucket_size: int, overlap: bool) -> None:
+    def __init__(self, slots: Sequence[ParameterSlot], bucket_size: int, overlap: bool) -> None:
         self.overlap = overlap
         self.local = [slot for slot in slots if slot.cut.size == 1 and not slot.sums]
         synced = [slot for slot in reversed(slots) if slot.cut.size > 1 or slot.sums]
-        kinds: dict[object, list[Slot]] = {}
+        kinds: dict[object, list[ParameterSlot]] = {}
         for slot in synced:
             kinds.setdefault((slot.cut, slot.sums, slot.gradient_dtype), []).append(slot)
         position = {slot: index for index, slot in enumerate(synced)}
@@ -69,7 +69,7 @@ class GradientSync:
     def expect(self, micro_batches: int) -> None:
         self._micro_batches = micro_batches
 
-    def arrived(self, slot: Slot) -> None:
+    def arrived(self, slot: ParameterSlot) -> None:
         """Notes that a micro-batch's gradient of ``slot`` is there. Buckets leave in the same order on every rank."""
         bucket = self._bucket_of.get(slot)
         if bucket is None or not self.overlap or slot.micro_batches != self._micro_batches:
@@ -98,8 +98,8 @@ class GradientSync:
 class ParameterBucket:
     """Updated rows gathered together: same cut, same dtype. A parameter alone is gathered in place."""
 
-    slots: list[Slot]
-    pending: Pending | None = None
+    slots: list[ParameterSlot]
+    pending: PendingCollective | None = None
     _alone: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -132,9 +132,9 @@ class ParameterSync:
         overlap: ``start`` returns with the gathers under way, and ``wait`` must precede each use of a parameter.
     """
 
-    def __init__(self, slots: Sequence[Slot], bucket_size: int, overlap: bool) -> None:
+    def __init__(self, slots: Sequence[ParameterSlot], bucket_size: int, overlap: bool) -> None:
         self.overlap = overlap
-        kinds: dict[object, list[Slot]] = {}
+        kinds: dict[object, list[ParameterSlot]] = {}
         for slot in slots:
             if slot.cut.size > 1:
                 kinds.setdefault((slot.cut, slot.local.dtype), []).append(slot)
@@ -153,9 +153,9 @@ class ParameterSync:
             bucket.finish()
 
 
-def packed(slots: Sequence[Slot], limit: int) -> list[list[Slot]]:
+def packed(slots: Sequence[ParameterSlot], limit: int) -> list[list[ParameterSlot]]:
     """Consecutive slots in lists of at most ``limit`` elements; a larger one stays whole, alone in its list."""
-    parts: list[list[Slot]] = []
+    parts: list[list[ParameterSlot]] = []
     size = 0
     for slot in slots:
         size += slot.local.numel()
@@ -166,7 +166,7 @@ def packed(slots: Sequence[Slot], limit: int) -> list[list[Slot]]:
     return parts
 
 
-def copy_back(slots: Sequence[Slot]) -> None:
+def copy_back(slots: Sequence[ParameterSlot]) -> None:
     """Rounds float32 masters to the parameters that this rank holds whole."""
     halves = [slot for slot in slots if slot.accumulated is not None and slot.cut.size == 1]
     sources: list[Tensor] = [slot.target for slot in halves]

@@ -12,11 +12,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from evomesh.parallel.collectives import sum_over
+from evomesh.parallel.collectives import all_reduce_no_grad
 from evomesh.parallel.grid import Axis, Grid
 from evomesh.parallel.spec import ShardSpec
 
-Found = Literal["ok", "inf", "nan"]
+GradientCheck = Literal["ok", "inf", "nan"]
 
 
 def global_norm(grads: Sequence[Tensor], grid: Grid, device: torch.device) -> Tensor:
@@ -29,7 +29,7 @@ def global_norm(grads: Sequence[Tensor], grid: Grid, device: torch.device) -> Te
         # float64 across tensors: a square of a norm overflows float32 long before the norm does
         norms = torch._foreach_norm(list(grads), 2, dtype=torch.promote_types(grads[0].dtype, torch.float32))
         total = torch.stack([norm.double() for norm in norms]).square().sum()
-    return sum_over(total, grid.dp, grid.tp, grid.pp).sqrt()
+    return all_reduce_no_grad(total, grid.dp, grid.tp, grid.pp).sqrt()
 
 
 def counts_here(spec: ShardSpec, axes: Sequence[Axis]) -> bool:
@@ -42,7 +42,7 @@ def counts_here(spec: ShardSpec, axes: Sequence[Axis]) -> bool:
     return all(axis.name in cut or axis.rank == 0 for axis in axes)
 
 
-def found_in(norm: float) -> Found:
+def found_in(norm: float) -> GradientCheck:
     return "nan" if math.isnan(norm) else "inf" if math.isinf(norm) else "ok"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from evomesh.config.schema import DType, ScalerConfig
-from evomesh.optim.clip import Found
+from evomesh.optim.clip import GradientCheck
 
 
 class LossScaler:
@@ -29,7 +29,7 @@ class LossScaler:
         floor = self.config.fp16.min_scale
         return self.active and floor is not None and self.scale <= floor
 
-    def update(self, found: Found) -> None:
+    def update(self, found: GradientCheck) -> None:
         if not self.active:
             return
         if found == "ok":

@@ -15,7 +15,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(eq=False)
-class Slot:
+class ParameterSlot:
     """Attributes:
     name: global name.
     param: the parameter; under FSDP2 a DTensor.
@@ -75,7 +75,7 @@ class Slot:
         self.micro_batches = 0
 
 
-def make_slot(name: str, param: nn.Parameter, grid: Grid) -> Slot:
+def make_slot(name: str, param: nn.Parameter, grid: Grid) -> ParameterSlot:
     local, spec = local_part(param.detach()), spec_of(param)
     zero, replica, inner = axes = stage_axes(spec, grid)
     # Vectors are small, and with rows that do not divide a state would not be one equal range of the tensor.
@@ -86,7 +86,7 @@ def make_slot(name: str, param: nn.Parameter, grid: Grid) -> Slot:
     partial = (*data, inner) if inner.name in spec.partial else data
     shards = (*spec.shards, (cut.name, 0)) if cut.size > 1 else spec.shards
     state_spec = replace(spec, shards=shards, partial=frozenset())
-    slot = Slot(
+    slot = ParameterSlot(
         name=name,
         param=param,
         local=local,

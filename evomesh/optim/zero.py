@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from evomesh.config.schema import AdamConfig, ZeroConfig
 from evomesh.optim.adamw import AdamW
 from evomesh.optim.buckets import GradientSync, ParameterSync, copy_back
-from evomesh.optim.clip import Found, clip_factor, found_in, global_norm
+from evomesh.optim.clip import GradientCheck, clip_factor, found_in, global_norm
 from evomesh.optim.groups import decays
-from evomesh.optim.slot import Slot, make_slot
+from evomesh.optim.slot import ParameterSlot, make_slot
 from evomesh.parallel.grid import Grid
-from evomesh.parallel.spec import is_cut
+from evomesh.parallel.spec import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class StepResult:
         return float(self.norm)
 
     @property
-    def found(self) -> Found:
+    def found(self) -> GradientCheck:
         """ "ok", or what made the step be skipped: waits like ``grad_norm``."""
         return found_in(self.grad_norm)
 
@@ -162,7 +162,7 @@ class ZeroOptimizer:
         """Where the parameters lie."""
         return self.slots[0].local.device
 
-    def _accumulated(self, slot: Slot, _: Tensor) -> None:
+    def _accumulated(self, slot: ParameterSlot, _: Tensor) -> None:
         slot.accumulate()
         self._gradients.arrived(slot)
 
@@ -192,7 +192,7 @@ class ZeroOptimizer:
             waits_in: dict[nn.Parameter, nn.Module] = dict.fromkeys(root.parameters(), root)
             for parent in root.modules():
                 for block in parent.children() if isinstance(parent, nn.ModuleList | nn.ModuleDict) else ():
-                    waits_in |= {p: block for p in block.parameters() if not is_cut(p)}
+                    waits_in |= {p: block for p in block.parameters() if not is_sharded(p)}
             for module in dict.fromkeys(waits_in.values()):
                 self._wait_before(module, [names[p] for p, at in waits_in.items() if at is module and p in names])
 

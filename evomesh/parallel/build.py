@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class AxisSizes:
     """Sizes of all axes; ``dp * tp == replica * zero * (wp or tp)`` ranks in each of ``pp`` stages."""
 
     pp: int
@@ -36,7 +36,7 @@ class Sizes:
         return self.dp * self.tp
 
 
-def axis_sizes(parallel: ParallelConfig, world_size: int) -> Sizes:
+def axis_sizes(parallel: ParallelConfig, world_size: int) -> AxisSizes:
     """The documents' rules: data parallel = world / pipeline / tensor; zero1 <= 0 is the whole data-parallel group
     (isp: world / pipeline / weight) and a larger one is cut to it.
 
@@ -60,10 +60,10 @@ def axis_sizes(parallel: ParallelConfig, world_size: int) -> Sizes:
             where="parallel.zero1",
             expected="one of " + ", ".join(str(n) for n in range(1, data + 1) if data % n == 0),
         )
-    return Sizes(pp, world_size // pp // tp, tp, wp, zero, data // zero, isp)
+    return AxisSizes(pp, world_size // pp // tp, tp, wp, zero, data // zero, isp)
 
 
-def axis_members(sizes: Sizes, rank: int) -> dict[str, list[int]]:
+def axis_members(sizes: AxisSizes, rank: int) -> dict[str, list[int]]:
     """The global ranks on each axis through ``rank``, in axis order."""
     first = rank - rank % sizes.stage  # first rank of this stage
     inner = sizes.wp if sizes.isp else sizes.tp  # neighbours that hold different parts of the weights
@@ -99,17 +99,17 @@ def build_grid(parallel: ParallelConfig, world_size: int, rank: int) -> Grid:
     return Grid(**{name: axis(name, ranks) for name, ranks in members.items()})
 
 
-class Store(Protocol):
+class SharedStore(Protocol):
     """What is needed of torch's stores: one atomic operation on a key that all ranks see."""
 
     def compare_set(self, key: str, expected: str, desired: str) -> bytes:
         """Writes ``desired`` where the value is ``expected`` ("" for none yet); returns the value afterwards."""
 
 
-def shared_store() -> Store | None:
+def shared_store() -> SharedStore | None:
     """The key-value store through which the ranks met; None for a process alone."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     # torch has no public name for it; making a second one would need another port.
-    store: Store = dist.distributed_c10d._get_default_store()
+    store: SharedStore = dist.distributed_c10d._get_default_store()
     return store

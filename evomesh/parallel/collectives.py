@@ -47,9 +47,9 @@ def all_reduce(x: Tensor, axis: Axis) -> Tensor:
     return _apply(_AllReduce, x, axis)
 
 
-def broadcast(x: Tensor, axis: Axis) -> Tensor:
+def copy_to_axis(x: Tensor, axis: Axis) -> Tensor:
     """``I -> R``, no communication; ``backward P -> I`` (all-reduce). Megatron's *f*: the dual of ``all_reduce``."""
-    return _apply(_Broadcast, x, axis)
+    return _apply(_CopyToAxis, x, axis)
 
 
 def gather(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
@@ -84,30 +84,30 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
         ctx.axis, ctx.dim = axis, dim
-        return gathered(x, axis, dim)
+        return all_gather_no_grad(x, axis, dim)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return reduce_scattered(grad, ctx.axis, ctx.dim), None, None
+        return reduce_scatter_no_grad(grad, ctx.axis, ctx.dim), None, None
 
 
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
         ctx.axis, ctx.dim = axis, dim
-        return reduce_scattered(x, axis, dim)
+        return reduce_scatter_no_grad(x, axis, dim)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return gathered(grad, ctx.axis, ctx.dim), None, None
+        return all_gather_no_grad(grad, ctx.axis, ctx.dim), None, None
 
 
 class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, axis: Axis) -> Tensor:
-        return sum_over(x, axis)
+        return all_reduce_no_grad(x, axis)
 
     @staticmethod
     @once_differentiable
@@ -115,7 +115,7 @@ class _AllReduce(torch.autograd.Function):
         return grad, None
 
 
-class _Broadcast(torch.autograd.Function):
+class _CopyToAxis(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
@@ -124,49 +124,49 @@ class _Broadcast(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return sum_over(grad, ctx.axis), None
+        return all_reduce_no_grad(grad, ctx.axis), None
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
         ctx.axis, ctx.dim = axis, dim
-        return gathered(x, axis, dim)
+        return all_gather_no_grad(x, axis, dim)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return own_range(grad, ctx.axis, ctx.dim).contiguous(), None, None
+        return local_range(grad, ctx.axis, ctx.dim).contiguous(), None, None
 
 
 class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
         ctx.axis, ctx.dim = axis, dim
-        return own_range(x, axis, dim).clone(
+        return local_range(x, axis, dim).clone(
             memory_format=torch.contiguous_format
         )  # a view would keep the whole input alive
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return gathered(grad, ctx.axis, ctx.dim), None, None
+        return all_gather_no_grad(grad, ctx.axis, ctx.dim), None, None
 
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, split_dim: int, concat_dim: int) -> Tensor:
         ctx.axis, ctx.dims = axis, (split_dim, concat_dim)
-        return exchanged(x, axis, split_dim, concat_dim)
+        return all_to_all_no_grad(x, axis, split_dim, concat_dim)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         split_dim, concat_dim = ctx.dims
-        return exchanged(grad, ctx.axis, concat_dim, split_dim), None, None, None
+        return all_to_all_no_grad(grad, ctx.axis, concat_dim, split_dim), None, None, None
 
 
-def own_range(x: Tensor, axis: Axis, dim: int) -> Tensor:
+def local_range(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """This rank's range of ``dim``, as a view."""
     if x.shape[dim] % axis.size:
         raise ValueError(f"dim {dim} of {tuple(x.shape)} does not divide by {axis.name}={axis.size}")
@@ -174,7 +174,7 @@ def own_range(x: Tensor, axis: Axis, dim: int) -> Tensor:
     return x.narrow(dim, axis.rank * length, length)
 
 
-def gathered(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
+def all_gather_no_grad(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     """All ranks' tensors joined along ``dim`` in rank order, without gradient."""
     if axis.size == 1:
         return x
@@ -184,7 +184,7 @@ def gathered(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     return whole.movedim(0, dim)
 
 
-def reduce_scattered(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
+def reduce_scatter_no_grad(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     """This rank's range of ``dim`` of the sum over the axis, without gradient."""
     if axis.size == 1:
         return x
@@ -196,7 +196,7 @@ def reduce_scattered(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     return own.movedim(0, dim)
 
 
-def sum_over(x: Tensor, *axes: Axis, op: dist.ReduceOp.RedOpType = SUM) -> Tensor:
+def all_reduce_no_grad(x: Tensor, *axes: Axis, op: dist.ReduceOp.RedOpType = SUM) -> Tensor:
     """The sum (or ``op``) over every one of ``axes``, in a new tensor, without gradient."""
     for axis in axes:
         if axis.size > 1:
@@ -205,7 +205,7 @@ def sum_over(x: Tensor, *axes: Axis, op: dist.ReduceOp.RedOpType = SUM) -> Tenso
     return x
 
 
-def exchanged(x: Tensor, axis: Axis, split_dim: int, concat_dim: int) -> Tensor:
+def all_to_all_no_grad(x: Tensor, axis: Axis, split_dim: int, concat_dim: int) -> Tensor:
     """Sends the j-th range of ``split_dim`` to rank j and joins what arrives along ``concat_dim``."""
     if axis.size == 1:
         return x
@@ -218,7 +218,7 @@ def exchanged(x: Tensor, axis: Axis, split_dim: int, concat_dim: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Pending:
+class PendingCollective:
     """A collective under way: ``wait()`` returns its result, once."""
 
     tensor: Tensor
@@ -232,7 +232,7 @@ class Pending:
 
 
 @dataclass(frozen=True)
-class _PendingRows(Pending):
+class _PendingRowSum(PendingCollective):
     """``tensor`` [size, chunk] is receiving every rank's summand of this rank's row.
 
     gloo's own sums go round a ring that starts elsewhere for each part of the message, so that the last bit of a sum
@@ -247,49 +247,49 @@ class _PendingRows(Pending):
         total = rows[0].clone()
         for row in rows[1:]:
             total += row
-        return total if self.shape is None else gathered(total, self.axis)[: self.shape.numel()].view(self.shape)
+        return total if self.shape is None else all_gather_no_grad(total, self.axis)[: self.shape.numel()].view(self.shape)
 
 
-def _exchange_rows(bucket: Tensor, axis: Axis, shape: torch.Size | None = None) -> Pending:
+def _exchange_rows(bucket: Tensor, axis: Axis, shape: torch.Size | None = None) -> PendingCollective:
     rows = torch.empty_like(bucket)
     work = dist.all_to_all_single(rows.view(-1), bucket.view(-1), group=axis.group, async_op=True)
-    return _PendingRows(rows, work, bucket, axis, shape)
+    return _PendingRowSum(rows, work, bucket, axis, shape)
 
 
-def reduce_scatter_bucket(bucket: Tensor, axis: Axis) -> Pending:
+def reduce_scatter_bucket(bucket: Tensor, axis: Axis) -> PendingCollective:
     """Starts summing ``bucket`` [size, chunk] over the axis; row ``axis.rank`` [chunk] is the result.
 
     The bucket must be contiguous and stay unchanged until ``wait()``. On the CPU the summands are added in rank order.
     """
     if axis.size == 1:
-        return Pending(bucket[0], None, bucket)
+        return PendingCollective(bucket[0], None, bucket)
     if bucket.is_cpu:
         return _exchange_rows(bucket, axis)
     own = bucket.new_empty(bucket.shape[1:])
-    return Pending(own, _reduce_scatter_single(own, bucket.view(-1), group=axis.group, async_op=True), bucket)
+    return PendingCollective(own, _reduce_scatter_single(own, bucket.view(-1), group=axis.group, async_op=True), bucket)
 
 
-def all_gather_bucket(chunk: Tensor, axis: Axis, out: Tensor | None = None) -> Pending:
+def all_gather_bucket(chunk: Tensor, axis: Axis, out: Tensor | None = None) -> PendingCollective:
     """Starts gathering every rank's ``chunk`` [chunk] into [size, chunk], the contiguous ``out`` if given."""
     if axis.size == 1:
-        return Pending(chunk.unsqueeze(0), None, chunk)
+        return PendingCollective(chunk.unsqueeze(0), None, chunk)
     bucket = chunk.new_empty((axis.size, *chunk.shape)) if out is None else out
-    return Pending(bucket, _gather_single(bucket.view(-1), chunk, group=axis.group, async_op=True), chunk)
+    return PendingCollective(bucket, _gather_single(bucket.view(-1), chunk, group=axis.group, async_op=True), chunk)
 
 
-def all_reduce_bucket(bucket: Tensor, axis: Axis) -> Pending:
+def all_reduce_bucket(bucket: Tensor, axis: Axis) -> PendingCollective:
     """Starts summing ``bucket`` over the axis, in a copy of it; on the CPU the summands are added in rank order."""
     if axis.size == 1:
-        return Pending(bucket, None, bucket)
+        return PendingCollective(bucket, None, bucket)
     if bucket.is_cpu:
         padding = -bucket.numel() % axis.size
         rows = torch.nn.functional.pad(bucket.reshape(-1), (0, padding)).view(axis.size, -1)
         return _exchange_rows(rows, axis, bucket.shape)
     total = bucket.clone()
-    return Pending(total, dist.all_reduce(total, group=axis.group, async_op=True), bucket)
+    return PendingCollective(total, dist.all_reduce(total, group=axis.group, async_op=True), bucket)
 
 
-def broadcast_(x: Tensor, axis: Axis, source: int = 0) -> None:
+def broadcast_from(x: Tensor, axis: Axis, source: int = 0) -> None:
     """Overwrites ``x`` with the tensor of axis rank ``source``: the one collective that writes to its argument."""
     if axis.size > 1:
         assert axis.group is not None

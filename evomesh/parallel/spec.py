@@ -45,14 +45,14 @@ def spec_of(parameter: torch.Tensor) -> ShardSpec:
     return spec
 
 
-def is_cut(tensor: torch.Tensor) -> bool:
+def is_sharded(tensor: torch.Tensor) -> bool:
     """Whether FSDP2 has cut it (a DTensor). Told by a method: DTensor takes 0.7 s to import, and few runs have one."""
     return hasattr(tensor, "to_local")
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a tensor that FSDP2 has cut; any other as it is."""
-    return tensor.to_local() if is_cut(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def state_axes(spec: ShardSpec, grid: Grid) -> tuple[Axis, Axis]:

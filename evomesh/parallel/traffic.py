@@ -35,7 +35,7 @@ _OPERATORS = {
 
 
 @dataclass(frozen=True)
-class Call:
+class CollectiveCall:
     """One collective: operation, axis, and the bytes of the value that it moves (on the axis as a whole, one copy)."""
 
     operation: str
@@ -44,10 +44,10 @@ class Call:
 
 
 @dataclass
-class Traffic:
+class TrafficLog:
     """What was sent, in the order of launch."""
 
-    calls: list[Call] = field(default_factory=list)
+    calls: list[CollectiveCall] = field(default_factory=list)
 
     def count(self) -> dict[tuple[str, str], int]:
         """(operation, axis) -> number of calls."""
@@ -62,7 +62,7 @@ class Traffic:
 
 
 @contextmanager
-def count_traffic(grid: Grid) -> Iterator[Traffic]:
+def count_traffic(grid: Grid) -> Iterator[TrafficLog]:
     """``with count_traffic(grid) as traffic: ...`` records every collective started inside.
 
     Args:
@@ -70,13 +70,13 @@ def count_traffic(grid: Grid) -> Iterator[Traffic]:
             ranks share a group, so each is given its first name in the order tp, wp, pp, dp, zero, replica.
     """
     names = group_names([grid.tp, grid.wp, grid.pp, grid.dp, grid.zero, grid.replica])
-    traffic = Traffic()
-    with _Recorder(traffic, names):
+    traffic = TrafficLog()
+    with _TrafficRecorder(traffic, names):
         yield traffic
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self, traffic: Traffic, names: dict[str, str]) -> None:
+class _TrafficRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self, traffic: TrafficLog, names: dict[str, str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._traffic, self._names = traffic, names
 
@@ -87,7 +87,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             operator = func._schema.name.removeprefix("c10d::")
             if operator in _OPERATORS:
                 name, position = _OPERATORS[operator]
-                self._traffic.calls.append(Call(name, self._axis(args), _bytes_of(args[position])))
+                self._traffic.calls.append(CollectiveCall(name, self._axis(args), _bytes_of(args[position])))
         return func(*args, **(kwargs or {}))
 
     def _axis(self, args: tuple[Any, ...]) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from evomesh.data.batch import Batch
 from evomesh.errors import UserError
-from evomesh.layers.documents import Documents
+from evomesh.layers.documents import SequenceBounds
 from evomesh.layers.loss import LossOutput
 from evomesh.parallel.collectives import gather, receive, send, split
 from evomesh.parallel.grid import Axis, Grid
@@ -26,10 +26,10 @@ ZBV_SINCE = "2.13"  # the first torch that it was seen to work with
 OnOutput = Callable[[int, LossOutput], None]  # index of the micro-batch, its loss
 
 
-class Model(Protocol):
+class StageModel(Protocol):
     """A whole model, or the part of it that one stage holds."""
 
-    def __call__(self, x: Tensor, docs: Documents) -> Tensor: ...
+    def __call__(self, x: Tensor, docs: SequenceBounds) -> Tensor: ...
 
     def loss(
         self, hidden: Tensor, labels: Tensor, grad_scale: float | Tensor = 1.0, label_smoothing: float = 0.0
@@ -46,15 +46,15 @@ class Schedule(Protocol):
         """Forward alone, without gradient."""
 
 
-def documents_of(batch: Batch, index: int) -> Documents:
+def documents_of(batch: Batch, index: int) -> SequenceBounds:
     host_bounds = None if batch.host_bounds is None else batch.host_bounds[index]
-    return Documents(batch.position_ids[index], batch.cu_seqlens[index], batch.max_seqlen, host_bounds)
+    return SequenceBounds(batch.position_ids[index], batch.cu_seqlens[index], batch.max_seqlen, host_bounds)
 
 
-class OneStage:
+class SingleStageSchedule:
     """The whole model on this rank: forward and backward of one micro-batch after the other."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: StageModel) -> None:
         self.model = model
 
     def train(self, batch: Batch, scales: Sequence[float], smoothing: float, on_output: OnOutput) -> None:
@@ -74,7 +74,7 @@ class OneStage:
 
 
 @dataclass
-class _Work:
+class _ScheduleInputs:
     """What the stages of this rank read while a schedule runs."""
 
     batch: Batch
@@ -83,7 +83,7 @@ class _Work:
     on_output: OnOutput
 
 
-class _Stage(nn.Module):
+class _StageModule(nn.Module):
     """A stage as the pipeline calls it, with hidden states alone.
 
     Every schedule runs the micro-batches of a stage in ascending order, so that a stage can count them, and look up
@@ -95,7 +95,7 @@ class _Stage(nn.Module):
     def __init__(self, model: nn.Module, first: bool, last: bool, pieces: Axis) -> None:
         super().__init__()
         self.model, self.first, self.last, self.pieces = model, first, last, pieces
-        self.work: _Work | None = None
+        self.work: _ScheduleInputs | None = None
         self.done = 0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class _Stage(nn.Module):
         return loss
 
 
-class Pipeline:
+class PipelineSchedule:
     """Several stages, this rank's ``models`` among them.
 
     Args:
@@ -150,7 +150,7 @@ class Pipeline:
         self._count = pp.size * len(models)
         pieces = Axis("tp") if mode.sequence else tp
         self._modules = [
-            _Stage(model, stage == 0, stage == self._count - 1, pieces)
+            _StageModule(model, stage == 0, stage == self._count - 1, pieces)
             for model, stage in zip(models, self._stages, strict=True)
         ]
         self._cut = (tp.size, 1) if mode.sequence else (1, tp.size)  # of hidden states [T, D] on their way
@@ -163,7 +163,7 @@ class Pipeline:
             self._made[count, tokens] = self._make(count, tokens)
         arguments = (torch.arange(count)[:, None],) if 0 in self._stages else ()
         target = batch.labels if self._count - 1 in self._stages else None
-        with self._reading(_Work(batch, scales, smoothing, on_output)):
+        with self._reading(_ScheduleInputs(batch, scales, smoothing, on_output)):
             self._made[count, tokens].step(*arguments, target=target, return_outputs=False)
 
     @torch.no_grad()
@@ -171,7 +171,7 @@ class Pipeline:
         """Every stage passes all micro-batches on, then the rank's next stage: torch's own eval knows no V."""
         count, tokens = batch.input_ids.shape
         here: list[Tensor] = []  # from the stage before, where that is on this rank
-        with self._reading(_Work(batch, [1.0] * count, 0.0, on_output)):
+        with self._reading(_ScheduleInputs(batch, [1.0] * count, 0.0, on_output)):
             for module, stage in zip(self._modules, self._stages, strict=True):
                 outputs = []
                 for index in range(count):
@@ -188,7 +188,7 @@ class Pipeline:
         For a trace on a fake process group, on which torch's schedules cannot agree about shapes.
         """
         tokens = batch.input_ids.shape[1]
-        with self._reading(_Work(batch, scales, smoothing, on_output)):
+        with self._reading(_ScheduleInputs(batch, scales, smoothing, on_output)):
             for module, stage in zip(self._modules, self._stages, strict=True):
                 for index in range(len(scales)):
                     x = self._from(stage - 1, index, tokens)
@@ -223,7 +223,7 @@ class Pipeline:
         return tokens // self._cut[0], self._hidden_size // self._cut[1]
 
     @contextmanager
-    def _reading(self, work: _Work) -> Iterator[None]:
+    def _reading(self, work: _ScheduleInputs) -> Iterator[None]:
         for module in self._modules:
             module.work, module.done = work, 0
         try:
@@ -235,13 +235,13 @@ class Pipeline:
     def _make(self, count: int, tokens: int) -> Any:
         from torch.distributed import pipelining  # with FSDP and DTensor behind it 0.7 s, for pipelines only
 
-        from evomesh.pipeline.split import SplitStage
+        from evomesh.pipeline.split import ZeroBubbleStage
 
         between = torch.empty(self._between(tokens), dtype=self._dtype, device="meta")
         loss = torch.empty((), dtype=torch.promote_types(self._dtype, torch.float32), device="meta")
         index = torch.empty(1, 1, dtype=torch.long, device="meta")
         stages: Any = [  # invariant in a private base class
-            (SplitStage if self._kind == "zbv" else pipelining.PipelineStage)(
+            (ZeroBubbleStage if self._kind == "zbv" else pipelining.PipelineStage)(
                 module,
                 stage,
                 self._count,

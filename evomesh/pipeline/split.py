@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.distributed.pipelining import PipelineStage
 
 
-class SplitStage(PipelineStage):
+class ZeroBubbleStage(PipelineStage):
     """A stage of zbv, which makes gradients of weights apart from those of inputs, and then without autograd's hooks.
 
     They are called here, so that 16-bit gradients are taken over into float32 after every micro-batch, and buckets of

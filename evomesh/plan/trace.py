@@ -24,13 +24,13 @@ from evomesh.parallel.build import build_grid
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import MODES
 from evomesh.parallel.spec import local_part
-from evomesh.parallel.traffic import Traffic, count_traffic
-from evomesh.pipeline.schedule import Pipeline
-from evomesh.train.stages import Stages, build_stages
+from evomesh.parallel.traffic import TrafficLog, count_traffic
+from evomesh.pipeline.schedule import PipelineSchedule
+from evomesh.train.stages import ModelStages, build_stages
 
 
 @dataclass(frozen=True)
-class Held:
+class RankMemory:
     """Attributes:
     grid: where the rank stands.
     parameters, gradients, optimizer: bytes that the rank holds; gradients as they accumulate.
@@ -45,27 +45,27 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Trace(Held):
+class StepTrace(RankMemory):
     """Attributes:
     traffic: every collective and send of one step, in order; the norm's one number is left out.
     passes: how many of them, the first, belong to forward and backward; the rest to the optimizer.
     """
 
-    traffic: Traffic
+    traffic: TrafficLog
     passes: int
 
 
-def hold(config: Config, world_size: int, rank: int = 0) -> Held:
+def hold(config: Config, world_size: int, rank: int = 0) -> RankMemory:
     """What ``rank`` holds between two steps.
 
     Raises:
         UserError: the layout does not fit.
     """
     with _built(config, world_size, rank) as (grid, stages, optimizer):
-        return Held(grid, *_held(stages, optimizer))
+        return RankMemory(grid, *_held(stages, optimizer))
 
 
-def trace(config: Config, world_size: int, rank: int = 0) -> Trace:
+def trace(config: Config, world_size: int, rank: int = 0) -> StepTrace:
     """Traces one optimizer step of ``rank``.
 
     Raises:
@@ -78,15 +78,15 @@ def trace(config: Config, world_size: int, rank: int = 0) -> Trace:
         held = _held(stages, optimizer)
         with count_traffic(grid) as traffic:
             optimizer.expect(config.data.micro_num)
-            run = schedule.rehearse if isinstance(schedule, Pipeline) else schedule.train
+            run = schedule.rehearse if isinstance(schedule, PipelineSchedule) else schedule.train
             run(batch, scales, config.loss.label_smoothing, lambda index, output: None)
             passes = len(traffic.calls)
             optimizer.exchange()
-        return Trace(grid, *held, traffic, passes)
+        return StepTrace(grid, *held, traffic, passes)
 
 
 @contextmanager
-def _built(config: Config, world_size: int, rank: int) -> Iterator[tuple[Grid, Stages, ZeroOptimizer]]:
+def _built(config: Config, world_size: int, rank: int) -> Iterator[tuple[Grid, ModelStages, ZeroOptimizer]]:
     """The rank's grid, model and optimizer, in a world that is not there."""
     check_world(config, world_size)
     with fake_world(world_size, rank), weights_on_meta():
@@ -98,7 +98,7 @@ def _built(config: Config, world_size: int, rank: int) -> Iterator[tuple[Grid, S
         yield grid, stages, optimizer
 
 
-def _held(stages: Stages, optimizer: ZeroOptimizer) -> tuple[int, int, int, list[int]]:
+def _held(stages: ModelStages, optimizer: ZeroOptimizer) -> tuple[int, int, int, list[int]]:
     parameters = stages.parameters()
     return (
         _bytes(list(parameters.values())),

@@ -8,28 +8,28 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from evomesh.serve.writer import Piece, Scored
+from evomesh.serve.writer import TextDelta, ScoredToken
 
 LOWEST = -9999.0  # JSON has no minus infinity; OpenAI writes this
 
 
 @dataclass
-class Choice:
+class AnswerChoice:
     """One answer while it grows."""
 
     text: str = ""
-    scored: list[Scored] = field(default_factory=list)
+    scored: list[ScoredToken] = field(default_factory=list)
     tokens: int = 0
     finish: str | None = None
 
-    def add(self, piece: Piece) -> None:
+    def add(self, piece: TextDelta) -> None:
         self.text += piece.text
         self.scored += piece.scored
         self.tokens = piece.tokens
         self.finish = piece.finish or None
 
 
-class Answer:
+class ApiAnswer:
     """The reply to one request, for both kinds of requests.
 
     Args:
@@ -39,7 +39,7 @@ class Answer:
 
     def __init__(self, *, chat: bool, model: str, fingerprint: str, prompt_tokens: int, choices: int, scored: bool):
         self.chat, self.scored, self.prompt_tokens = chat, scored, prompt_tokens
-        self.choices = [Choice() for _ in range(choices)]
+        self.choices = [AnswerChoice() for _ in range(choices)]
         self.head = {
             "id": ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12),
             "created": int(time.time()),
@@ -67,9 +67,9 @@ class Answer:
 
     def opening(self, index: int) -> dict[str, Any]:
         """The first event of a chat's choice: who speaks."""
-        return self._event([self._choice(index, {"delta": {"role": "assistant", "content": ""}}, [], Choice())])
+        return self._event([self._choice(index, {"delta": {"role": "assistant", "content": ""}}, [], AnswerChoice())])
 
-    def event(self, index: int, piece: Piece) -> dict[str, Any]:
+    def event(self, index: int, piece: TextDelta) -> dict[str, Any]:
         """What one piece adds to a choice."""
         delta = {"content": piece.text} if piece.text else {}
         text = {"delta": delta} if self.chat else {"text": piece.text}
@@ -82,14 +82,14 @@ class Answer:
     def _event(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self.head, "object": "chat.completion.chunk" if self.chat else "text_completion", "choices": choices}
 
-    def _choice(self, index: int, text: dict[str, Any], scored: list[Scored], choice: Choice) -> dict[str, Any]:
+    def _choice(self, index: int, text: dict[str, Any], scored: list[ScoredToken], choice: AnswerChoice) -> dict[str, Any]:
         logprobs = None
         if self.scored and (self.chat or scored):
             logprobs = _chat_logprobs(scored) if self.chat else _logprobs(scored)
         return {"index": index, **text, "logprobs": logprobs, "finish_reason": choice.finish}
 
 
-def _chat_logprobs(scored: list[Scored]) -> dict[str, Any]:
+def _chat_logprobs(scored: list[ScoredToken]) -> dict[str, Any]:
     content = [
         _named(one.text, one.logprob) | {"top_logprobs": [_named(*other) for other in one.top]} for one in scored
     ]
@@ -100,7 +100,7 @@ def _named(text: str, logprob: float) -> dict[str, Any]:
     return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
 
 
-def _logprobs(scored: list[Scored]) -> dict[str, Any]:
+def _logprobs(scored: list[ScoredToken]) -> dict[str, Any]:
     return {
         "tokens": [one.text for one in scored],
         "token_logprobs": [_finite(one.logprob) for one in scored],

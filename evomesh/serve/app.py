@@ -15,23 +15,23 @@ from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from evomesh.data.chat import Message
+from evomesh.data.chat import ChatMessage
 from evomesh.errors import UserError
-from evomesh.generate.options import Sampling
-from evomesh.serve.answers import Answer
+from evomesh.generate.options import SamplingParams
+from evomesh.serve.answers import ApiAnswer
 from evomesh.serve.errors import ApiError
-from evomesh.serve.loop import EngineFailure
-from evomesh.serve.metrics import Counted, Metrics
-from evomesh.serve.requests import LocalNames, check_key, gone, read_body
-from evomesh.serve.schema import Ask, ChatAsk, CompletionAsk, read
-from evomesh.serve.service import Busy, Service, TooLong
-from evomesh.serve.writer import Piece
+from evomesh.serve.loop import EngineError
+from evomesh.serve.metrics import MetricsMiddleware, ServerMetrics
+from evomesh.serve.requests import LocalHostMiddleware, check_key, gone, read_body
+from evomesh.serve.schema import ApiRequest, ChatRequest, CompletionRequest, read
+from evomesh.serve.service import QueueFullError, GenerationService, PromptTooLongError
+from evomesh.serve.writer import TextDelta
 
 T = TypeVar("T")
-Pieces = AsyncGenerator[tuple[int, Piece], None]
+DeltaStream = AsyncGenerator[tuple[int, TextDelta], None]
 
 
-class Events(StreamingResponse):
+class EventStream(StreamingResponse):
     """A stream whose source is closed with it: at once when the client goes, not when memory is next tidied."""
 
     def __init__(self, events: AsyncGenerator[bytes, None], **options: Any) -> None:
@@ -45,12 +45,12 @@ class Events(StreamingResponse):
             await self._events.aclose()
 
 
-class Api:
+class ApiRoutes:
     """The routes of one service."""
 
-    def __init__(self, service: Service, key: str | None) -> None:
+    def __init__(self, service: GenerationService, key: str | None) -> None:
         self.service, self.key = service, key
-        self.metrics = Metrics(service)
+        self.metrics = ServerMetrics(service)
 
     def mount(self, app: FastAPI) -> None:
         app.add_api_route("/healthz", self.health)
@@ -82,7 +82,7 @@ class Api:
 
     async def completions(self, request: Request) -> Response:
         check_key(request, self.key)
-        ask = read(CompletionAsk, await read_body(request, self.service.limits.body))
+        ask = read(CompletionRequest, await read_body(request, self.service.limits.body))
         self._known(ask.model)
         if ask.best_of not in (None, ask.n):
             raise ApiError(400, "best_of: only the value of n", param="best_of", code="invalid_value")
@@ -93,23 +93,23 @@ class Api:
 
     async def chat(self, request: Request) -> Response:
         check_key(request, self.key)
-        ask = read(ChatAsk, await read_body(request, self.service.limits.body))
+        ask = read(ChatRequest, await read_body(request, self.service.limits.body))
         self._known(ask.model)
         if ask.top_logprobs is not None and not ask.logprobs:
             raise ApiError(400, "top_logprobs: needs logprobs: true", param="top_logprobs", code="invalid_value")
         turns = [
-            Message("system" if turn.role == "developer" else turn.role, turn.text, False) for turn in ask.messages
+            ChatMessage("system" if turn.role == "developer" else turn.role, turn.text, False) for turn in ask.messages
         ]
         prompt = await asyncio.to_thread(self.service.chat_ids, turns)
         most = ask.max_completion_tokens or ask.max_tokens
         return await self._answer(request, ask, [prompt], most, (ask.top_logprobs or 0) if ask.logprobs else -1)
 
     async def _answer(
-        self, request: Request, ask: Ask, prompts: Sequence[Sequence[int]], most: int | None, logprobs: int
+        self, request: Request, ask: ApiRequest, prompts: Sequence[Sequence[int]], most: int | None, logprobs: int
     ) -> Response:
         service = self.service
         service.check(prompts, most, ask.n)
-        sampling = Sampling(
+        sampling = SamplingParams(
             temperature=ask.temperature,
             do_sample=ask.temperature > 0,
             top_k=ask.top_k,
@@ -120,8 +120,8 @@ class Api:
             eos_ids=service.model.eos_ids,
             logprobs=logprobs,
         )
-        answer = Answer(
-            chat=isinstance(ask, ChatAsk),
+        answer = ApiAnswer(
+            chat=isinstance(ask, ChatRequest),
             model=service.model.name,
             fingerprint=service.model.fingerprint,
             prompt_tokens=sum(map(len, prompts)),
@@ -143,11 +143,11 @@ class Api:
             return Response(status_code=499)  # nobody reads it; the log says what happened
         if ask.stream:
             events = self._events(answer, first, counted, ask.with_usage)
-            return Events(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+            return EventStream(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         finished = await _unless_gone(request, _drain(counted))
         return Response(status_code=499) if finished is None else json(answer.whole())
 
-    async def _count(self, answer: Answer, pieces: Pieces) -> Pieces:
+    async def _count(self, answer: ApiAnswer, pieces: DeltaStream) -> DeltaStream:
         """Passes pieces on, adds them to the answer and to the metrics."""
         start, metrics = time.perf_counter(), self.metrics
         metrics.prompt_tokens.inc(answer.prompt_tokens)
@@ -163,7 +163,7 @@ class Api:
         metrics.whole.observe(time.perf_counter() - start)
 
     async def _events(
-        self, answer: Answer, first: tuple[int, Piece], rest: Pieces, with_usage: bool
+        self, answer: ApiAnswer, first: tuple[int, TextDelta], rest: DeltaStream, with_usage: bool
     ) -> AsyncGenerator[bytes, None]:
         opened: set[int] = set()
         async with contextlib.aclosing(rest):
@@ -174,7 +174,7 @@ class Api:
                         yield event(answer.opening(index))
                     if piece.text or piece.finish or piece.scored:
                         yield event(answer.event(index, piece))
-            except EngineFailure as error:
+            except EngineError as error:
                 yield event(ApiError(503, str(error), code="engine_failed").body())
                 return
             if with_usage:
@@ -197,7 +197,7 @@ class Api:
         }
 
 
-def create_app(service: Service, *, key: str | None = None, local: bool = True) -> FastAPI:
+def create_app(service: GenerationService, *, key: str | None = None, local: bool = True) -> FastAPI:
     """The API of a service; its engines run while the app does.
 
     Args:
@@ -213,16 +213,16 @@ def create_app(service: Service, *, key: str | None = None, local: bool = True) 
         await asyncio.to_thread(service.engines.stop)
 
     app = FastAPI(title="evomesh", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
-    api = Api(service, key)
+    api = ApiRoutes(service, key)
     api.mount(app)
     if local:
-        app.add_middleware(LocalNames)
-    app.add_middleware(Counted, metrics=api.metrics)
+        app.add_middleware(LocalHostMiddleware)
+    app.add_middleware(MetricsMiddleware, metrics=api.metrics)
     app.add_exception_handler(ApiError, lambda _, error: refusal(error))
-    app.add_exception_handler(TooLong, lambda _, error: refuse(error, "context_length_exceeded"))
+    app.add_exception_handler(PromptTooLongError, lambda _, error: refuse(error, "context_length_exceeded"))
     app.add_exception_handler(UserError, lambda _, error: refuse(error, "invalid_value"))
-    app.add_exception_handler(Busy, lambda _, error: refusal(busy()))
-    app.add_exception_handler(EngineFailure, lambda _, error: refusal(ApiError(503, str(error), code="engine_failed")))
+    app.add_exception_handler(QueueFullError, lambda _, error: refusal(busy()))
+    app.add_exception_handler(EngineError, lambda _, error: refusal(ApiError(503, str(error), code="engine_failed")))
     app.add_exception_handler(HTTPException, _plain)
     app.add_exception_handler(
         Exception, lambda _, error: refusal(ApiError(500, "the server failed; its log says why", code="internal"))
@@ -260,13 +260,13 @@ def event(value: object) -> bytes:
     return b"data: " + orjson.dumps(value) + b"\n\n"
 
 
-async def _drain(pieces: Pieces) -> bool:
+async def _drain(pieces: DeltaStream) -> bool:
     async for _ in pieces:
         pass
     return True
 
 
-async def _chain(first: tuple[int, Piece], rest: Pieces) -> Pieces:
+async def _chain(first: tuple[int, TextDelta], rest: DeltaStream) -> DeltaStream:
     yield first
     async for one in rest:
         yield one

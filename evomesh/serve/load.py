@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomesh.config.schema import Config
-from evomesh.data.chat import Template, build_template
+from evomesh.data.chat import ChatTemplate, build_template
 from evomesh.data.tokenizer import Tokenizer, load_tokenizer
 from evomesh.errors import UserError
-from evomesh.generate.engine import Engine
+from evomesh.generate.engine import GenerationEngine
 from evomesh.models.language_model import LanguageModel
-from evomesh.serve.loop import EngineLoop, Rotary
-from evomesh.serve.service import Limits, Model, Service
-from evomesh.train.restore import Restored, restore_model
+from evomesh.serve.loop import EngineLoop, RotaryType
+from evomesh.serve.service import ServiceLimits, ServedModel, GenerationService
+from evomesh.train.restore import RestoredModel, restore_model
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -29,7 +29,7 @@ LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
 @dataclass(frozen=True)
-class Choices:
+class ModelOptions:
     """What the command line says about a model.
 
     Attributes:
@@ -42,7 +42,7 @@ class Choices:
 
     tokenizer: str | None = None
     template: str = "auto"
-    rotary: Rotary | None = None
+    rotary: RotaryType | None = None
     name: str | None = None
     context: int | None = None
     slots: int = 8
@@ -50,7 +50,7 @@ class Choices:
     roomy: bool = False
 
 
-def load_service(ckpt: str, device: str, choices: Choices) -> Service:
+def load_service(ckpt: str, device: str, choices: ModelOptions) -> GenerationService:
     """Raises: UserError: no such checkpoint, no tokenizer, or one that does not fit the model or the template."""
     restored = restore_model(ckpt, device)
     config = restored.config
@@ -65,10 +65,10 @@ def load_service(ckpt: str, device: str, choices: Choices) -> Service:
             expected="the tokenizer the model was trained with",
         )
     template = _template(choices.template, tokenizer)
-    rotary: Rotary = choices.rotary or ("dynamic" if config.model.use_dynamic_ntk_rope else "origin")
+    rotary: RotaryType = choices.rotary or ("dynamic" if config.model.use_dynamic_ntk_rope else "origin")
     trained = config.model.max_position_embeddings
     context = choices.context or trained * (4 if choices.roomy or rotary == "dynamic" else 1)
-    model = Model(
+    model = ServedModel(
         name=choices.name or config.run.job_name,
         fingerprint=restored.fingerprint,
         created=int(time.time()),
@@ -79,34 +79,34 @@ def load_service(ckpt: str, device: str, choices: Choices) -> Service:
         trained_length=trained,
         rotary=rotary,
     )
-    limits = Limits(context, choices.slots, choices.queue)
-    return Service(model, EngineLoop(_engines(restored, limits)), limits)
+    limits = ServiceLimits(context, choices.slots, choices.queue)
+    return GenerationService(model, EngineLoop(_engines(restored, limits)), limits)
 
 
-def _template(name: str, tokenizer: Tokenizer) -> Template | None:
+def _template(name: str, tokenizer: Tokenizer) -> ChatTemplate | None:
     if name == "none" or (name == "auto" and not tokenizer.chat_template):
         return None
     return build_template("tokenizer" if name == "auto" else name, tokenizer)
 
 
-def _eos(config: Config, tokenizer: Tokenizer, template: Template | None) -> tuple[int, ...]:
+def _eos(config: Config, tokenizer: Tokenizer, template: ChatTemplate | None) -> tuple[int, ...]:
     ids = {tokenizer.eos_id} if tokenizer.eos_id is not None else set()
     if config.generation is not None:
         ids |= {*config.generation.eos_id, *config.generation.additional_eos_token_list}
     return tuple(sorted(ids.union(template.stops if template else ())))
 
 
-def _engines(restored: Restored, limits: Limits) -> dict[Rotary, Callable[[], Engine]]:
+def _engines(restored: RestoredModel, limits: ServiceLimits) -> dict[RotaryType, Callable[[], GenerationEngine]]:
     """Both rotary types on the same weights; a model of one's own without ``rotary`` has but the one it has."""
     model = restored.model
     options = {"slots": limits.slots, "max_tokens": limits.context, "vocab_size": restored.config.model.vocab_size}
     rotary = getattr(model, "rotary", None)
     if rotary is None:
-        only: Rotary = "dynamic" if restored.config.model.use_dynamic_ntk_rope else "origin"
-        return {only: partial(Engine, model, **options)}
+        only: RotaryType = "dynamic" if restored.config.model.use_dynamic_ntk_rope else "origin"
+        return {only: partial(GenerationEngine, model, **options)}
     return {
-        "origin": partial(Engine, _with(model, replace(rotary, dynamic_ntk=False)), **options),
-        "dynamic": partial(Engine, _with(model, replace(rotary, dynamic_ntk=True)), **options),
+        "origin": partial(GenerationEngine, _with(model, replace(rotary, dynamic_ntk=False)), **options),
+        "dynamic": partial(GenerationEngine, _with(model, replace(rotary, dynamic_ntk=True)), **options),
     }
 
 

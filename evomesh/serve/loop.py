@@ -12,38 +12,38 @@ from threading import Thread
 from typing import Literal
 
 from evomesh.errors import UserError
-from evomesh.generate.engine import Engine, Token
-from evomesh.generate.options import Sampling
+from evomesh.generate.engine import GenerationEngine, GeneratedToken
+from evomesh.generate.options import SamplingParams
 
-Rotary = Literal["origin", "dynamic"]
+RotaryType = Literal["origin", "dynamic"]
 logger = logging.getLogger(__name__)
 
 
-class EngineFailure(Exception):
+class EngineError(Exception):
     """The engine broke while it worked on a request; a fresh one has taken its place."""
 
 
 @dataclass(frozen=True)
-class Job:
+class GenerationRequest:
     """One sequence to make. ``stream``: (seed, request), which key its random numbers."""
 
     prompt: Sequence[int]
-    sampling: Sampling
+    sampling: SamplingParams
     stream: tuple[int, int]
-    rotary: Rotary
+    rotary: RotaryType
 
 
-class Order:
+class Submission:
     """Jobs given together; ``next`` tells their tokens as they come. Made and used on one event loop."""
 
-    def __init__(self, engines: EngineLoop, jobs: Sequence[Job]) -> None:
+    def __init__(self, engines: EngineLoop, jobs: Sequence[GenerationRequest]) -> None:
         self.jobs = list(jobs)
         self.open = set(range(len(jobs)))
         self.home = asyncio.get_running_loop()
-        self.arrived: asyncio.Queue[tuple[int, Token | Exception]] = asyncio.Queue()
+        self.arrived: asyncio.Queue[tuple[int, GeneratedToken | Exception]] = asyncio.Queue()
         self._engines = engines
 
-    async def next(self) -> tuple[int, Token]:
+    async def next(self) -> tuple[int, GeneratedToken]:
         """(job, its next token). Raises what kept the engine from making it."""
         while True:
             index, token = await self.arrived.get()
@@ -67,12 +67,12 @@ class EngineLoop:
             failure.
     """
 
-    def __init__(self, make: Mapping[Rotary, Callable[[], Engine]]) -> None:
+    def __init__(self, make: Mapping[RotaryType, Callable[[], GenerationEngine]]) -> None:
         self.make = make
-        self.commands: SimpleQueue[tuple[bool, Order, int] | None] = SimpleQueue()
-        self._engines: dict[Rotary, Engine] = {}
-        self._owners: dict[tuple[Rotary, int], tuple[Order, int]] = {}
-        self._numbers: dict[tuple[Order, int], tuple[Rotary, int]] = {}
+        self.commands: SimpleQueue[tuple[bool, Submission, int] | None] = SimpleQueue()
+        self._engines: dict[RotaryType, GenerationEngine] = {}
+        self._owners: dict[tuple[RotaryType, int], tuple[Submission, int]] = {}
+        self._numbers: dict[tuple[Submission, int], tuple[RotaryType, int]] = {}
         self._thread = Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -93,9 +93,9 @@ class EngineLoop:
         """Sequences that the engines know, waiting ones included."""
         return len(self._owners)
 
-    def submit(self, jobs: Sequence[Job]) -> Order:
+    def submit(self, jobs: Sequence[GenerationRequest]) -> Submission:
         """Hands jobs to the engines; called on an event loop."""
-        order = Order(self, jobs)
+        order = Submission(self, jobs)
         for index in range(len(jobs)):
             self.commands.put((True, order, index))
         return order
@@ -117,7 +117,7 @@ class EngineLoop:
                 if engine.active:
                     self._step(rotary, engine)
 
-    def _obey(self, wanted: bool, order: Order, index: int) -> None:
+    def _obey(self, wanted: bool, order: Submission, index: int) -> None:
         if not wanted:
             self._forget(order, index)
             return
@@ -132,14 +132,14 @@ class EngineLoop:
         self._owners[job.rotary, number] = (order, index)
         self._numbers[order, index] = (job.rotary, number)
 
-    def _forget(self, order: Order, index: int) -> None:
+    def _forget(self, order: Submission, index: int) -> None:
         known = self._numbers.pop((order, index), None)
         if known is not None:
             rotary, number = known
             del self._owners[known]
             self._engines[rotary].cancel(number)
 
-    def _step(self, rotary: Rotary, engine: Engine) -> None:
+    def _step(self, rotary: RotaryType, engine: GenerationEngine) -> None:
         try:
             tokens = engine.step()
         except Exception:
@@ -148,9 +148,9 @@ class EngineLoop:
             for key, owner in lost:
                 del self._owners[key], self._numbers[owner]
             del self._engines[rotary]
-            self._deliver([(*owner, EngineFailure("the engine failed")) for _, owner in lost])
+            self._deliver([(*owner, EngineError("the engine failed")) for _, owner in lost])
             return
-        news: list[tuple[Order, int, Token | Exception]] = []
+        news: list[tuple[Submission, int, GeneratedToken | Exception]] = []
         for token in tokens:
             if (rotary, token.request) not in self._owners:
                 continue
@@ -160,7 +160,7 @@ class EngineLoop:
                 del self._owners[rotary, token.request], self._numbers[order, index]
         self._deliver(news)
 
-    def _deliver(self, news: Sequence[tuple[Order, int, Token | Exception]]) -> None:
+    def _deliver(self, news: Sequence[tuple[Submission, int, GeneratedToken | Exception]]) -> None:
         """One wake-up of an event loop for all its tokens of a step."""
         homes = defaultdict(list)
         for order, index, token in news:
@@ -173,6 +173,6 @@ class EngineLoop:
                     self._forget(order, index)
 
 
-def _arrive(mail: Sequence[tuple[Order, int, Token | Exception]]) -> None:
+def _arrive(mail: Sequence[tuple[Submission, int, GeneratedToken | Exception]]) -> None:
     for order, index, token in mail:
         order.arrived.put_nowait((index, token))

@@ -5,15 +5,15 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from evomesh.serve.service import Service
+from evomesh.serve.service import GenerationService
 
 SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)
 
 
-class Metrics:
+class ServerMetrics:
     """A registry of its own, so that two servers in one process do not meet."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: GenerationService) -> None:
         registry = self._registry = CollectorRegistry()
         self.requests = Counter("evomesh_requests", "Requests answered.", ["endpoint", "status"], registry=registry)
         self.prompt_tokens = Counter("evomesh_prompt_tokens", "Tokens of prompts.", registry=registry)
@@ -35,10 +35,10 @@ class Metrics:
         return generate_latest(self._registry)
 
 
-class Counted:
+class MetricsMiddleware:
     """Counts what the API answers. A plain ASGI layer, since a wrapped response would hide that its client has gone."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
         self.app, self.metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -12,11 +12,11 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from evomesh.data.chat import Message
+from evomesh.data.chat import ChatMessage
 from evomesh.errors import UserError
-from evomesh.generate.options import Sampling
-from evomesh.serve.loop import EngineFailure, Rotary
-from evomesh.serve.service import Busy, Service
+from evomesh.generate.options import SamplingParams
+from evomesh.serve.loop import EngineError, RotaryType
+from evomesh.serve.service import QueueFullError, GenerationService
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
 
@@ -33,7 +33,7 @@ EVERY = 0.03  # seconds between updates: a browser gains nothing from more
 
 
 @dataclass(frozen=True)
-class Settings:
+class PageSettings:
     """Values of the controls, in the order they stand on the page."""
 
     system: str
@@ -47,10 +47,10 @@ class Settings:
     dynamic: bool
 
 
-class Page:
+class ChatPage:
     """Handlers of the page. A session is one open tab."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: GenerationService) -> None:
         self.service = service
         self._stopped: set[str] = set()
 
@@ -61,12 +61,12 @@ class Page:
         self, history: list[dict[str, Any]], request: gr.Request, *controls: Any
     ) -> AsyncGenerator[tuple[list[dict[str, Any]], str], None]:
         """Streams the answer to the last message of the conversation."""
-        settings = Settings(*controls)
+        settings = PageSettings(*controls)
         if not history or history[-1]["role"] != "user":
             return
-        system = [Message("system", settings.system, False)] if settings.system.strip() else []
+        system = [ChatMessage("system", settings.system, False)] if settings.system.strip() else []
         try:
-            turns = [Message(turn["role"], text_of(turn["content"]), False) for turn in history]
+            turns = [ChatMessage(turn["role"], text_of(turn["content"]), False) for turn in history]
             prompt = self.service.chat_ids([*system, *turns])
             async with aclosing(self._write(prompt, settings, request)) as written:
                 async for text, status in written:
@@ -77,14 +77,14 @@ class Page:
     async def complete(self, text: str, request: gr.Request, *controls: Any) -> AsyncGenerator[tuple[str, str], None]:
         """Streams what goes on from a text."""
         try:
-            async with aclosing(self._write(self.service.text_ids(text), Settings(*controls), request)) as written:
+            async with aclosing(self._write(self.service.text_ids(text), PageSettings(*controls), request)) as written:
                 async for new, status in written:
                     yield new, status
         except UserError as error:
             yield "", f"⚠ {error}"
 
     async def _write(
-        self, prompt: Sequence[int], settings: Settings, request: gr.Request
+        self, prompt: Sequence[int], settings: PageSettings, request: gr.Request
     ) -> AsyncGenerator[tuple[str, str], None]:
         """(text so far, status line), at most every ``EVERY`` seconds and at the end."""
         session = str(request.session_hash)
@@ -93,7 +93,7 @@ class Page:
         room = service.limits.context - len(prompt)
         most = max(1, min(int(settings.max_new_tokens), room))
         service.check([prompt], most)
-        sampling = Sampling(
+        sampling = SamplingParams(
             temperature=settings.temperature,
             do_sample=settings.temperature > 0,
             top_k=int(settings.top_k),
@@ -104,7 +104,7 @@ class Page:
             eos_ids=service.model.eos_ids,
         )
         seed = int(settings.seed) if settings.seed >= 0 else secrets.randbits(63)
-        rotary: Rotary = "dynamic" if settings.dynamic else "origin"
+        rotary: RotaryType = "dynamic" if settings.dynamic else "origin"
         text, made, finish, shown = "", 0, "", 0.0
         start = first = time.perf_counter()
         yield "", f"{len(prompt)} prompt tokens"
@@ -120,9 +120,9 @@ class Page:
                     if now - shown > EVERY:
                         shown = now
                         yield text, status(len(prompt), made, first - start, now - first, "")
-        except Busy:
+        except QueueFullError:
             raise UserError("the queue is full", fix="try again in a moment") from None
-        except EngineFailure as error:
+        except EngineError as error:
             raise UserError(f"{error}; see the server's log") from None
         yield text, status(len(prompt), made, first - start, time.perf_counter() - first, finish)
 
@@ -152,7 +152,7 @@ def text_of(content: Any) -> str:
     return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
 
 
-def controls(service: Service) -> list[Any]:
+def controls(service: GenerationService) -> list[Any]:
     """The settings, in the order of ``Settings``."""
     can_chat = service.model.template is not None
     most = max(2, service.limits.context - 1)
@@ -174,9 +174,9 @@ def controls(service: Service) -> list[Any]:
     ]
 
 
-def build_page(service: Service) -> gr.Blocks:
+def build_page(service: GenerationService) -> gr.Blocks:
     """The page, with tabs for conversations (models with a chat template) and for going on with a text."""
-    page, model = Page(service), service.model
+    page, model = ChatPage(service), service.model
     blocks: gr.Blocks
     with gr.Blocks(title=f"evomesh · {model.name}", analytics_enabled=False) as blocks:
         gr.Markdown(f"## {model.name}\ncheckpoint {model.fingerprint} · trained for {model.trained_length} tokens")
@@ -213,7 +213,7 @@ def _chat_tab() -> tuple[gr.Chatbot, gr.Textbox, gr.Button, gr.Button, gr.Button
     return said, box, send, stop, clear
 
 
-def _completion_tab(page: Page) -> tuple[gr.Textbox, gr.Textbox, gr.Button, gr.Button]:
+def _completion_tab(page: ChatPage) -> tuple[gr.Textbox, gr.Textbox, gr.Button, gr.Button]:
     with gr.Tab("Completion"):
         prompt = gr.Textbox(label="Text", lines=8, max_lines=16, elem_id="prompt", placeholder="A text to go on from")
         with gr.Row():
@@ -230,7 +230,7 @@ def _say(message: str, history: list[dict[str, Any]]) -> tuple[str, list[dict[st
     return "", [*history, {"role": "user", "content": message}] if message.strip() else history
 
 
-def mount_page(app: FastAPI, service: Service, key: str | None) -> None:
+def mount_page(app: FastAPI, service: GenerationService, key: str | None) -> None:
     """Puts the page at ``/``, beside the API; with a key, a login asks for it.
 
     Fonts are the system's: the page needs nothing from outside.

@@ -59,7 +59,7 @@ async def gone(request: Request) -> None:
         pass
 
 
-class LocalNames:
+class LocalHostMiddleware:
     """Refuses requests for a host that is not this machine: a web page may have its own name point here."""
 
     def __init__(self, app: ASGIApp) -> None:

@@ -18,8 +18,8 @@ INT64 = 2**63 - 1
 MOST_TOKENS = 2**31 - 1  # the real limit is the model's context, and says so
 FORM = re.compile(r"(str|int|list\[.*|constrained-.*)$")  # pydantic names the member of a union among the keys
 
-Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-Unit = Annotated[float, Field(ge=0, le=1)]
+StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+UnitInterval = Annotated[float, Field(ge=0, le=1)]
 
 
 class StreamOptions(BaseModel):
@@ -28,7 +28,7 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool = False  # accepted: pads events against traffic analysis, which nobody needs here
 
 
-class Ask(BaseModel):
+class ApiRequest(BaseModel):
     """What both kinds of requests share. Unknown keys are refused; null is the default."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -38,11 +38,11 @@ class Ask(BaseModel):
     temperature: float = Field(1.0, ge=0, le=100)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, le=MOST_TOKENS)
-    min_p: Unit = 0.0
+    min_p: UnitInterval = 0.0
     repetition_penalty: float = Field(1.0, gt=0, le=100)
     n: int = Field(1, ge=1, le=128)
     seed: int | None = Field(None, ge=-INT64, le=INT64)
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     rotary_type: Literal["origin", "dynamic"] | None = None
@@ -67,7 +67,7 @@ class Ask(BaseModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class CompletionAsk(Ask):
+class CompletionRequest(ApiRequest):
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: int | None = Field(16, ge=1, le=MOST_TOKENS)
     logprobs: int | None = Field(None, ge=0, le=20)
@@ -93,16 +93,16 @@ class CompletionAsk(Ask):
         return [self.prompt] if _ids(self.prompt) else self.prompt  # type: ignore[return-value]
 
 
-class Part(BaseModel):
+class ContentPart(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     type: Literal["text"]
     text: str
 
 
-class Turn(BaseModel):
+class RequestMessage(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | list[ContentPart]
     name: str | None = None
 
     @property
@@ -110,22 +110,22 @@ class Turn(BaseModel):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class TextFormat(BaseModel):
+class ResponseFormat(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     type: Literal["text"]
 
 
-class ChatAsk(Ask):
-    messages: list[Turn] = Field(min_length=1)
+class ChatRequest(ApiRequest):
+    messages: list[RequestMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    response_format: TextFormat | None = None
+    response_format: ResponseFormat | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     store: bool = False
 
 
-A = TypeVar("A", bound=Ask)
+A = TypeVar("A", bound=ApiRequest)
 
 
 def read(kind: type[A], body: bytes) -> A:

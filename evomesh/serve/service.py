@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
-from evomesh.data.chat import Message, Template
+from evomesh.data.chat import ChatMessage, ChatTemplate
 from evomesh.data.tokenizer import Tokenizer
 from evomesh.errors import UserError
 from evomesh.generate.engine import check_prompt
-from evomesh.generate.options import Sampling
-from evomesh.serve.loop import EngineLoop, Job, Rotary
-from evomesh.serve.writer import Piece, Writer
+from evomesh.generate.options import SamplingParams
+from evomesh.serve.loop import EngineLoop, GenerationRequest, RotaryType
+from evomesh.serve.writer import TextDelta, Detokenizer
 
 
 @dataclass(frozen=True)
-class Limits:
+class ServiceLimits:
     """Attributes:
     context: most tokens of a prompt and its answer together.
     slots: sequences that are made at the same time.
@@ -29,16 +29,16 @@ class Limits:
     body: int = 4 * 2**20
 
 
-class Busy(Exception):
+class QueueFullError(Exception):
     """The queue is full."""
 
 
-class TooLong(UserError):
+class PromptTooLongError(UserError):
     """A prompt that leaves no room for its answer."""
 
 
 @dataclass(frozen=True)
-class Model:
+class ServedModel:
     """What is served.
 
     Attributes:
@@ -55,17 +55,17 @@ class Model:
     fingerprint: str
     created: int
     tokenizer: Tokenizer
-    template: Template | None
+    template: ChatTemplate | None
     eos_ids: tuple[int, ...]
     vocab_size: int
     trained_length: int
-    rotary: Rotary = "origin"
+    rotary: RotaryType = "origin"
 
 
-class Service:
+class GenerationService:
     """A model, its engines, and how much of them is in use. Used on one event loop."""
 
-    def __init__(self, model: Model, engines: EngineLoop, limits: Limits) -> None:
+    def __init__(self, model: ServedModel, engines: EngineLoop, limits: ServiceLimits) -> None:
         self.model, self.engines, self.limits = model, engines, limits
         self.load = 0  # sequences that somebody waits for
 
@@ -75,7 +75,7 @@ class Service:
         start = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
         return start + tokenizer.encode(text)
 
-    def chat_ids(self, messages: Sequence[Message]) -> list[int]:
+    def chat_ids(self, messages: Sequence[ChatMessage]) -> list[int]:
         """A conversation up to where the assistant is to speak.
 
         Raises:
@@ -96,7 +96,7 @@ class Service:
         context = self.limits.context
         for prompt in prompts:
             if len(prompt) + (max_new_tokens or 1) > context:
-                raise TooLong(
+                raise PromptTooLongError(
                     f"the prompt has {len(prompt)} tokens and the answer may have {max_new_tokens or 1}",
                     expected=f"at most {context} together",
                 )
@@ -110,12 +110,12 @@ class Service:
     async def answer(
         self,
         prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
+        sampling: SamplingParams,
         *,
         seed: int,
-        rotary: Rotary | None = None,
+        rotary: RotaryType | None = None,
         stops: Sequence[str] = (),
-    ) -> AsyncGenerator[tuple[int, Piece], None]:
+    ) -> AsyncGenerator[tuple[int, TextDelta], None]:
         """(index of the prompt, piece of its answer) as they are made; close it to free the slots.
 
         Raises:
@@ -123,12 +123,12 @@ class Service:
             EngineFailure: the engine broke.
         """
         if self.load + len(prompts) > self.limits.slots + self.limits.queue:
-            raise Busy
+            raise QueueFullError
         self.load += len(prompts)
         order = None
         try:
-            writers = [Writer(self.model.tokenizer, prompt, stops) for prompt in prompts]
-            jobs = [Job(ids, sampling, (seed, i), rotary or self.model.rotary) for i, ids in enumerate(prompts)]
+            writers = [Detokenizer(self.model.tokenizer, prompt, stops) for prompt in prompts]
+            jobs = [GenerationRequest(ids, sampling, (seed, i), rotary or self.model.rotary) for i, ids in enumerate(prompts)]
             order = self.engines.submit(jobs)
             while order.open:
                 index, token = await order.next()

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from evomesh.data.tokenizer import Tokenizer
-from evomesh.generate.engine import Token
+from evomesh.generate.engine import GeneratedToken
 
 CONTEXT = 6  # tokens before the new ones that are decoded with them, since a token's text may depend on the one before
 LONGEST_CHARACTER = 8  # tokens; what is not a character by then never will be one
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredToken:
     """One token of an answer with its log-probability. ``offset``: characters of the answer before it."""
 
     text: str
@@ -23,7 +23,7 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextDelta:
     """What one token added to an answer, held-back text of earlier ones included.
 
     Attributes:
@@ -33,11 +33,11 @@ class Piece:
 
     text: str
     tokens: int
-    scored: list[Scored] = field(default_factory=list)
+    scored: list[ScoredToken] = field(default_factory=list)
     finish: str = ""
 
 
-class Writer:
+class Detokenizer:
     """The text of one answer.
 
     Args:
@@ -52,16 +52,16 @@ class Writer:
         self._held = ""  # may be the beginning of a stop string
         self._told = 0  # characters given out
         self._made = 0
-        self._scored: list[Scored] = []
+        self._scored: list[ScoredToken] = []
 
-    def push(self, token: Token) -> Piece:
+    def push(self, token: GeneratedToken) -> TextDelta:
         """Takes the next token. After a piece with ``finish``, no more may come."""
         self._made += 1
         ends = token.finish == "stop"  # its token is a mark, not text
         before = self._told + len(self._held)
         if token.logprob is not None and not ends:
             names = [(self._tokenizer.decode([other]), logprob) for other, logprob in token.top]
-            self._scored.append(Scored(self._tokenizer.decode([token.id]), token.logprob, names, before))
+            self._scored.append(ScoredToken(self._tokenizer.decode([token.id]), token.logprob, names, before))
         if not ends:
             self._ids.append(token.id)
         self._held += self._decode(last=bool(token.finish))
@@ -82,12 +82,12 @@ class Writer:
         self._start, self._read = self._read, len(self._ids)
         return text[len(known) :]
 
-    def _give(self, text: str, finish: str, cut: bool = False) -> Piece:
+    def _give(self, text: str, finish: str, cut: bool = False) -> TextDelta:
         self._held = self._held[len(text) :]
         self._told += len(text)
         known = [one for one in self._scored if one.offset < self._told or (finish and not cut)]
         self._scored = self._scored[len(known) :]
-        return Piece(text, self._made, known, finish)
+        return TextDelta(text, self._made, known, finish)
 
 
 def _overlap(text: str, stop: str) -> int:

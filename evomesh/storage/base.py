@@ -15,7 +15,7 @@ class StorageError(UserError):
     """The store refused or failed: says which path and why."""
 
 
-class Held(StorageError):
+class LockTakenError(StorageError):
     """Another live process holds the lock; ``holder`` is the text it left."""
 
     def __init__(self, path: str, holder: str) -> None:
@@ -28,7 +28,7 @@ class Held(StorageError):
         )
 
 
-class Writer(Protocol):
+class StorageWriter(Protocol):
     """A new file being written; nobody may rely on it before ``finish`` has returned."""
 
     def write(self, data: memoryview | bytes) -> None: ...
@@ -40,7 +40,7 @@ class Writer(Protocol):
         """Closes without any promise; never raises."""
 
 
-class Reader(Protocol):
+class StorageReader(Protocol):
     """An open file."""
 
     def expect(self, ranges: list[tuple[int, int]]) -> None:
@@ -52,7 +52,7 @@ class Reader(Protocol):
     def close(self) -> None: ...
 
 
-class Lock(Protocol):
+class StorageLock(Protocol):
     """Held until ``release`` or the end of the process, however it ends."""
 
     def release(self) -> None: ...
@@ -66,7 +66,7 @@ class Storage(Protocol):
     def make_folder(self, folder: str) -> None:
         """Makes the folder and what lies above it; an existing one is fine."""
 
-    def create(self, path: str) -> Writer:
+    def create(self, path: str) -> StorageWriter:
         """Starts a new file; ``FileExistsError`` when there is one."""
 
     def publish(self, path: str, data: bytes, token: str) -> None:
@@ -78,7 +78,7 @@ class Storage(Protocol):
     def sync(self, folder: str) -> None:
         """Makes the names in the folder durable."""
 
-    def open(self, path: str) -> Reader: ...
+    def open(self, path: str) -> StorageReader: ...
 
     def read(self, path: str, start: int = 0, length: int | None = None) -> bytes: ...
 
@@ -99,7 +99,7 @@ class Storage(Protocol):
     def free_bytes(self, folder: str) -> int | None:
         """Space left for this user, None when there is no known limit."""
 
-    def lock(self, path: str, holder: str) -> Lock:
+    def lock(self, path: str, holder: str) -> StorageLock:
         """Takes the lock file and leaves ``holder`` in it, or raises ``Held``."""
 
 

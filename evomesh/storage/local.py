@@ -8,7 +8,7 @@ import logging
 import os
 import stat
 
-from evomesh.storage.base import Held, StorageError, join
+from evomesh.storage.base import LockTakenError, StorageError, join
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class LocalLock:
             other = os.pread(self._file, 1000, 0).decode(errors="replace").strip()
             os.close(self._file)
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise Held(path, other or "(it left no name)") from None
+                raise LockTakenError(path, other or "(it left no name)") from None
             log.warning("%s: this file system has no locks (%s); a second job would not be noticed", path, error)
             self._file = -1
             return

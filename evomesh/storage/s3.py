@@ -43,7 +43,7 @@ ADVICE = {
 
 
 @dataclass(frozen=True)
-class Address:
+class S3Address:
     """Where a URL points: ``endpoint`` None means AWS's own."""
 
     bucket: str
@@ -51,7 +51,7 @@ class Address:
     endpoint: str | None
 
 
-def parse(scheme: str, rest: str, env: Mapping[str, str] = os.environ) -> Address:
+def parse(scheme: str, rest: str, env: Mapping[str, str] = os.environ) -> S3Address:
     """Understands what stands behind ``boto3:`` or ``s3:``.
 
     Raises:
@@ -63,17 +63,17 @@ def parse(scheme: str, rest: str, env: Mapping[str, str] = os.environ) -> Addres
         bucket, _, key = text.partition("/")
         if not host or not bucket:
             raise UserError(f"s3:{rest}: no bucket", expected="s3:https://HOST/BUCKET/KEY")
-        return Address(bucket, key.strip("/"), f"{protocol}://{host}")
+        return S3Address(bucket, key.strip("/"), f"{protocol}://{host}")
     text = rest.removeprefix("s3:").lstrip("/")
     host, _, key = text.partition("/")
     if scheme == "s3":
         if not host:
             raise UserError(f"s3:{rest}: no bucket", expected="s3://BUCKET/KEY")
-        return Address(host, key.strip("/"), env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL"))
+        return S3Address(host, key.strip("/"), env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL"))
     bucket, _, endpoint = host.partition(".")
     if not bucket or not endpoint:
         raise UserError(f"boto3:{rest}: no bucket or no endpoint", expected="boto3:s3://BUCKET.ENDPOINT/KEY")
-    return Address(bucket, key.strip("/"), _endpoint_url(endpoint))
+    return S3Address(bucket, key.strip("/"), _endpoint_url(endpoint))
 
 
 def _endpoint_url(endpoint: str) -> str:
@@ -255,13 +255,13 @@ class S3Storage:
     def free_bytes(self, folder: str) -> int | None:
         return None
 
-    def lock(self, path: str, holder: str) -> NoLock:
+    def lock(self, path: str, holder: str) -> S3NoLock:
         """S3 has no locks; the conditional commit keeps a second writer out. Bucket and credentials are tried here."""
         self.list(path.rpartition("/")[0])
-        return NoLock()
+        return S3NoLock()
 
 
-class NoLock:
+class S3NoLock:
     def release(self) -> None:
         return
 

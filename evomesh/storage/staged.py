@@ -10,7 +10,7 @@ import os
 import shutil
 from typing import Any
 
-from evomesh.storage.base import Storage, StorageError, Writer, join
+from evomesh.storage.base import Storage, StorageError, StorageWriter, join
 
 READ = 8 << 20
 
@@ -59,7 +59,7 @@ class StagedStorage:
         except OSError as error:
             raise StorageError(f"{error.strerror}", where=self._folder, fix="set async_upload_tmp_folder") from None
 
-    def create(self, path: str) -> Writer:
+    def create(self, path: str) -> StorageWriter:
         if self.behind.exists(path):
             raise FileExistsError(17, "the object exists", path)
         return StagedWriter(self, path, join(self._folder, path.replace("/", "_")))

@@ -17,14 +17,14 @@ from evomesh.optim.scaler import LossScaler
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.collectives import gather_objects
 from evomesh.parallel.grid import Grid
-from evomesh.train.launch import Launch
-from evomesh.train.report import Reporter
-from evomesh.train.stages import Stages, build_stages
+from evomesh.train.launch import RunContext
+from evomesh.train.report import RunReporter
+from evomesh.train.stages import ModelStages, build_stages
 from evomesh.train.state import TrainState
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """All parts of one training run; ``build_run`` makes it, ``Trainer`` drives it.
 
     Attributes:
@@ -38,14 +38,14 @@ class Run:
     config: Config
     grid: Grid
     device: torch.device
-    stages: Stages
+    stages: ModelStages
     optimizer: ZeroOptimizer
     scaler: LossScaler
     train_data: TrainData
     stream: BatchStream
     valid_sets: list[ValidSet]
     state: TrainState
-    reporter: Reporter
+    reporter: RunReporter
     checkpoints: CheckpointManager | None
     resumed_step: int | None
     reason: str
@@ -69,7 +69,7 @@ class Run:
         }
 
 
-def build_run(loaded: LoadedConfig, place: Launch) -> Run:
+def build_run(loaded: LoadedConfig, place: RunContext) -> TrainingRun:
     """Data first, since it is what most often cannot be used; then model, optimizer, and what to start from.
 
     Raises:
@@ -84,7 +84,7 @@ def build_run(loaded: LoadedConfig, place: Launch) -> Run:
     scaler = LossScaler(config.grad_scaler, config.model.dtype)
     tensors = parameters | optimizer.state_tensors()
 
-    manager = save_folder(config.ckpt, grid)
+    manager = build_checkpoint_manager(config.ckpt, grid)
     start = decide(config.ckpt, manager)
     if not start.wants("model"):
         stages.initialize(config.run.seed, grid)
@@ -106,9 +106,9 @@ def build_run(loaded: LoadedConfig, place: Launch) -> Run:
     stream = train_data.stream(0, grid.dp.rank, grid.dp.size, sampler)
     stream.check()
 
-    reporter = Reporter(config, loaded.text, place, state, train_data)
+    reporter = RunReporter(config, loaded.text, place, state, train_data)
     saving = config.ckpt.enable_save_ckpt
-    return Run(
+    return TrainingRun(
         config,
         grid,
         device,
@@ -126,7 +126,7 @@ def build_run(loaded: LoadedConfig, place: Launch) -> Run:
     )
 
 
-def save_folder(config: CheckpointConfig, grid: Grid) -> CheckpointManager | None:
+def build_checkpoint_manager(config: CheckpointConfig, grid: Grid) -> CheckpointManager | None:
     """The save folder's checkpoints; auto_resume looks there even when saving is off."""
     if config.save_ckpt_folder is None:
         return None

@@ -9,17 +9,17 @@ from evomesh.data.build import ValidSet
 from evomesh.layers.loss import LossOutput
 from evomesh.parallel.grid import Grid
 from evomesh.train.batches import to_device
-from evomesh.train.stages import Stages
-from evomesh.train.tally import Tally
+from evomesh.train.stages import ModelStages
+from evomesh.train.tally import LossTally
 
 
-def evaluate(stages: Stages, sets: list[ValidSet], grid: Grid, device: torch.device) -> dict[str, float]:
+def validate(stages: ModelStages, sets: list[ValidSet], grid: Grid, device: torch.device) -> dict[str, float]:
     """``val/{name}_loss``, ``_acc`` and ``_plex`` of each set; a set without a single target token is absent."""
     was_training = stages.module.training
     stages.module.eval()
     results: dict[str, float] = {}
     for valid in sets:
-        tally = Tally([valid.name], device)
+        tally = LossTally([valid.name], device)
         for host_batch in valid.batches(grid.dp.rank, grid.dp.size):
             _count(stages, to_device(host_batch, device), tally)
         summary = tally.reduce(grid.dp, grid.pp).summary()
@@ -31,7 +31,7 @@ def evaluate(stages: Stages, sets: list[ValidSet], grid: Grid, device: torch.dev
     return results
 
 
-def _count(stages: Stages, batch: Batch, tally: Tally) -> None:
+def _count(stages: ModelStages, batch: Batch, tally: LossTally) -> None:
     def add(index: int, output: LossOutput) -> None:
         tally.add(output, batch.labels[index], torch.zeros_like(batch.type_ids[index]))
 

@@ -14,7 +14,7 @@ import orjson
 
 from evomesh.checkpoint.detect import kind_of
 from evomesh.checkpoint.manager import CheckpointManager
-from evomesh.checkpoint.resume import Start, decide, restore
+from evomesh.checkpoint.resume import StartPoint, decide, restore
 from evomesh.config.loader import LoadedConfig
 from evomesh.config.schema import (
     CheckpointConfig,
@@ -25,18 +25,18 @@ from evomesh.config.schema import (
     PipelineConfig,
     TensorConfig,
 )
-from evomesh.data.prompts import Prompt, find_tasks, read_prompts
+from evomesh.data.prompts import TokenizedPrompt, find_tasks, read_prompts
 from evomesh.data.tokenizer import Tokenizer, load_tokenizer
 from evomesh.data.writer import BinWriter
 from evomesh.errors import UserError
 from evomesh.generate.decode import generate
-from evomesh.generate.options import Sampling
+from evomesh.generate.options import SamplingParams
 from evomesh.generate.staged import StagedModel
 from evomesh.models.language_model import LanguageModel
 from evomesh.parallel.collectives import gather_objects
 from evomesh.parallel.grid import Axis
 from evomesh.storage.urls import open_storage
-from evomesh.train.launch import Launch, launch, spawn_ranks
+from evomesh.train.launch import RunContext, launch, spawn_ranks
 from evomesh.train.stages import build_stages
 
 logger = logging.getLogger(__name__)
@@ -49,10 +49,10 @@ SAME = (  # settings that change what given weights compute, and that no shape s
 
 
 @dataclass(frozen=True)
-class Answered:
+class PromptResult:
     """A prompt with its answers, none when it was skipped."""
 
-    prompt: Prompt
+    prompt: TokenizedPrompt
     answers: list[list[int]]
 
 
@@ -93,9 +93,9 @@ def generate_from_config(loaded: LoadedConfig, launcher: str = "auto", port: int
                 logger.info("%s", summary(name, answered, time.perf_counter() - started))
 
 
-def sampling_of(settings: GenerationConfig) -> Sampling:
+def sampling_of(settings: GenerationConfig) -> SamplingParams:
     """The section's keys as a request; ``max_length`` counts the prompt, ``max_new_tokens`` goes before it."""
-    return Sampling(
+    return SamplingParams(
         repetition_penalty=settings.repetition_penalty,
         temperature=settings.temperature,
         do_sample=settings.do_sample,
@@ -180,7 +180,7 @@ def larger_share(trained: ParallelConfig, used: ParallelConfig) -> str:
     )
 
 
-def load_model(config: Config, place: Launch) -> LanguageModel:
+def load_model(config: Config, place: RunContext) -> LanguageModel:
     """This rank's part of the model, filled from the checkpoint that the config names."""
     stages = build_stages(config, place.grid, place.mode, place.device)
     (model,) = stages.models
@@ -191,7 +191,7 @@ def load_model(config: Config, place: Launch) -> LanguageModel:
     return StagedModel(model, place.grid.pp, config.model)
 
 
-def fill_model(config: Config, parameters: dict[str, Any], place: Launch) -> None:
+def fill_model(config: Config, parameters: dict[str, Any], place: RunContext) -> None:
     """Reads ``generation.ckpt_folder``, else the newest of ``ckpt.save_ckpt_folder``: ours, InternEvo's or HF's.
 
     Raises:
@@ -220,7 +220,7 @@ def fill_model(config: Config, parameters: dict[str, Any], place: Launch) -> Non
             )
 
 
-def find_weights(path: str, place: Launch) -> Start:
+def find_weights(path: str, place: RunContext) -> StartPoint:
     kind = kind_of(*open_storage(path))
     info = LoadConfig(path=path, ckpt_type=kind if kind in ("hf", "llama") else "internevo")
     chosen = CheckpointConfig(auto_resume=False, load_ckpt_info=info)
@@ -229,12 +229,12 @@ def find_weights(path: str, place: Launch) -> Start:
 
 def answer(
     model: LanguageModel,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[TokenizedPrompt],
     settings: GenerationConfig,
-    sampling: Sampling,
+    sampling: SamplingParams,
     dp: Axis,
     first: int,
-) -> list[Answered]:
+) -> list[PromptResult]:
     """Every prompt of a task in order, on every rank; data-parallel ranks share the work.
 
     Args:
@@ -253,16 +253,16 @@ def answer(
     results: dict[int, list[list[int]]] = {}
     for part in gather_objects(dict(zip(mine, answers, strict=True)), dp):
         results |= part
-    return [Answered(prompt, results.get(index, [])) for index, prompt in enumerate(prompts)]
+    return [PromptResult(prompt, results.get(index, [])) for index, prompt in enumerate(prompts)]
 
 
-def fits(prompt: Prompt, sampling: Sampling) -> bool:
+def fits(prompt: TokenizedPrompt, sampling: SamplingParams) -> bool:
     """Whether there are tokens to go on from and, with ``max_length``, room for an answer behind them."""
     assert sampling.max_length is not None
     return bool(prompt.ids) and (sampling.max_new_tokens is not None or len(prompt.ids) < sampling.max_length)
 
 
-def ended(name: str, prompts: Sequence[Prompt], sampling: Sampling) -> str:
+def ended(name: str, prompts: Sequence[TokenizedPrompt], sampling: SamplingParams) -> str:
     """A warning where prompts end with what ends an answer, as documents made for training do."""
     count = sum(bool(prompt.ids) and prompt.ids[-1] in sampling.eos_ids for prompt in prompts)
     if not count:
@@ -271,7 +271,7 @@ def ended(name: str, prompts: Sequence[Prompt], sampling: Sampling) -> str:
     return f"{name}: {count} of {len(prompts)} prompts end with an id that ends an answer ({fix})"
 
 
-def write(output: Path, name: str, answered: Sequence[Answered], sampling: Sampling, text: Tokenizer | None) -> None:
+def write(output: Path, name: str, answered: Sequence[PromptResult], sampling: SamplingParams, text: Tokenizer | None) -> None:
     """``NAME.bin`` with its meta (prompt and answer as one document each) and ``NAME.jsonl`` (a prompt a line)."""
     documents = [[*one.prompt.ids, *new] for one in answered for new in one.answers]
     if documents:
@@ -285,7 +285,7 @@ def write(output: Path, name: str, answered: Sequence[Answered], sampling: Sampl
     os.replace(part, path)
 
 
-def record(one: Answered, sampling: Sampling, text: Tokenizer | None) -> dict[str, Any]:
+def record(one: PromptResult, sampling: SamplingParams, text: Tokenizer | None) -> dict[str, Any]:
     """One line of the readable results; texts where there is a tokenizer, without the token that ended the answer."""
     ends = ["stop" if new and new[-1] in sampling.eos_ids else "length" for new in one.answers]
     line: dict[str, Any] = {"file": one.prompt.file, "line": one.prompt.line}
@@ -297,7 +297,7 @@ def record(one: Answered, sampling: Sampling, text: Tokenizer | None) -> dict[st
     return line | {"finish": ends, "prompt_ids": one.prompt.ids, "answer_ids": one.answers}
 
 
-def summary(name: str, answered: Sequence[Answered], seconds: float) -> str:
+def summary(name: str, answered: Sequence[PromptResult], seconds: float) -> str:
     tokens = sum(len(new) for one in answered for new in one.answers)
     skipped = sum(not one.answers for one in answered)
     left = f", {skipped} skipped (no tokens, or no room within max_length)" if skipped else ""

@@ -36,7 +36,7 @@ LAUNCHERS = ("auto", "torch", "slurm")
 
 
 @dataclass(frozen=True)
-class Place:
+class Rank:
     """One process among ``world_size``; ``host:port`` is where they meet ("" for a single process)."""
 
     rank: int = 0
@@ -47,7 +47,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Launch:
+class RunContext:
     """Attributes:
     grid: the process groups that this rank is on.
     device: where this rank computes.
@@ -64,7 +64,7 @@ class Launch:
 
 
 @contextmanager
-def launch(config: Config, launcher: str = "auto", *, port: int = 8888, seed: int | None = None) -> Iterator[Launch]:
+def launch(config: Config, launcher: str = "auto", *, port: int = 8888, seed: int | None = None) -> Iterator[RunContext]:
     """Joins the other ranks, if any; leaving the context parts from them again.
 
     Raises:
@@ -97,7 +97,7 @@ def launch(config: Config, launcher: str = "auto", *, port: int = 8888, seed: in
             extra=ALL_RANKS,
         )
         mode = MODES[config.parallel.tensor.mode]
-        yield Launch(grid, device, mode, place.rank, place.world_size, started)
+        yield RunContext(grid, device, mode, place.rank, place.world_size, started)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -124,7 +124,7 @@ def choose_device(local_rank: int) -> torch.device:
     return device
 
 
-def detect(env: Mapping[str, str], launcher: str = "auto", port: int = 8888) -> Place:
+def detect(env: Mapping[str, str], launcher: str = "auto", port: int = 8888) -> Rank:
     """This process's place by the launcher's variables: torchrun first, then slurm, else one process.
 
     Args:
@@ -139,12 +139,12 @@ def detect(env: Mapping[str, str], launcher: str = "auto", port: int = 8888) -> 
         return _from_torchrun(env)
     if launcher == "slurm" or (launcher == "auto" and "SLURM_PROCID" in env and "SLURM_STEP_ID" in env):
         return _from_slurm(env, port)
-    return Place()
+    return Rank()
 
 
-def _from_torchrun(env: Mapping[str, str]) -> Place:
+def _from_torchrun(env: Mapping[str, str]) -> Rank:
     _require(env, TORCHRUN, "torchrun", "torchrun --nproc_per_node=N train.py --config C --launcher torch")
-    place = Place(
+    place = Rank(
         _number(env, "RANK"),
         _number(env, "WORLD_SIZE"),
         _number(env, "LOCAL_RANK"),
@@ -154,14 +154,14 @@ def _from_torchrun(env: Mapping[str, str]) -> Place:
     return _checked(place, "RANK", "WORLD_SIZE")
 
 
-def _from_slurm(env: Mapping[str, str], port: int) -> Place:
+def _from_slurm(env: Mapping[str, str], port: int) -> Rank:
     _require(env, SLURM, "slurm", "srun -n N --ntasks-per-node=G --gpus-per-task=1 python train.py --config C")
     nodes = env.get("SLURM_STEP_NODELIST", env["SLURM_JOB_NODELIST"])
     host = env.get("MASTER_ADDR") or node_address(first_node(nodes))
     number = _number(env, "MASTER_PORT") if "MASTER_PORT" in env else port
     world_size, local_rank = _number(env, "SLURM_NPROCS"), _number(env, "SLURM_LOCALID")
     return _checked(
-        Place(_number(env, "SLURM_PROCID"), world_size, local_rank, host, number), "SLURM_PROCID", "SLURM_NPROCS"
+        Rank(_number(env, "SLURM_PROCID"), world_size, local_rank, host, number), "SLURM_PROCID", "SLURM_NPROCS"
     )
 
 
@@ -186,7 +186,7 @@ def _number(env: Mapping[str, str], name: str) -> int:
     return value
 
 
-def _checked(place: Place, rank: str, world: str) -> Place:
+def _checked(place: Rank, rank: str, world: str) -> Rank:
     if place.rank >= place.world_size:
         raise UserError(
             f"{rank}={place.rank} with {world}={place.world_size}",
@@ -219,7 +219,7 @@ def node_address(node: str) -> str:
     return node
 
 
-def _join(place: Place, device: torch.device) -> None:
+def _join(place: Rank, device: torch.device) -> None:
     host = f"[{place.host}]" if ":" in place.host else place.host  # IPv6
     dist.init_process_group(
         backend(device),

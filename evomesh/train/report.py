@@ -15,16 +15,16 @@ from evomesh.data.build import TrainData
 from evomesh.errors import UserError
 from evomesh.monitor.log import setup_logging
 from evomesh.monitor.metrics import MetricsFile, StepRecord, model_tflops
-from evomesh.monitor.progress import Progress
-from evomesh.monitor.tracker import TensorBoard, check_folder, rank_name, run_folder, tensorboard_folder
-from evomesh.train.launch import Launch
+from evomesh.monitor.progress import ProgressLine
+from evomesh.monitor.tracker import TensorBoardWriter, check_folder, rank_name, run_folder, tensorboard_folder
+from evomesh.train.launch import RunContext
 from evomesh.train.state import TrainState
 from evomesh.train.step import StepOutput
 
 logger = logging.getLogger(__name__)
 
 
-class Reporter:
+class RunReporter:
     """Writes into the run folder while entered; the rank with the loss and no data-parallel brother before it does.
 
     Args:
@@ -32,7 +32,7 @@ class Reporter:
         state: its ``run_folder`` is kept when a run is resumed, and set when it is new.
     """
 
-    def __init__(self, config: Config, text: str, place: Launch, state: TrainState, data: TrainData) -> None:
+    def __init__(self, config: Config, text: str, place: RunContext, state: TrainState, data: TrainData) -> None:
         self.config, self.text, self.place, self.state, self.data = config, text, place, state, data
         grid = place.grid
         self.main = grid.dp.rank == 0 and grid.tp.rank == 0 and grid.pp.rank == grid.pp.size - 1
@@ -43,8 +43,8 @@ class Reporter:
         self._check_folders()
         self._open = ExitStack()
         self._metrics: MetricsFile | None = None
-        self._board: TensorBoard | None = None
-        self._progress: Progress | None = None
+        self._board: TensorBoardWriter | None = None
+        self._progress: ProgressLine | None = None
 
     def _check_folders(self) -> None:
         run = self.config.run
@@ -54,7 +54,7 @@ class Reporter:
             if run.resume_tb_folder and not Path(run.resume_tb_folder).is_dir():
                 raise UserError("no such folder", where=f"resume_tb_folder ({run.resume_tb_folder})")
 
-    def __enter__(self) -> Reporter:
+    def __enter__(self) -> RunReporter:
         console = setup_logging(self.folder, self.name, shows=self.main)
         if not self.main:
             return self
@@ -63,7 +63,7 @@ class Reporter:
         if run.enable_tb:
             earlier = Path(run.resume_tb_folder) if run.resume_tb_folder else None
             folder = tensorboard_folder(run, self.folder, self.name)
-            self._board = TensorBoard(folder, step, run.tensorboard_queue, earlier)
+            self._board = TensorBoardWriter(folder, step, run.tensorboard_queue, earlier)
             self._open.callback(self._board.close)
             if step == 0:
                 self._board.text("cmd", " ".join(sys.argv))
@@ -72,7 +72,7 @@ class Reporter:
         logger.info("training data:\n%s", self.data.table())
         for warning in self.data.warnings:
             logger.warning("%s", warning)
-        self._progress = self._open.enter_context(Progress(self.config.data.total_steps, step, console))
+        self._progress = self._open.enter_context(ProgressLine(self.config.data.total_steps, step, console))
         return self
 
     def __exit__(

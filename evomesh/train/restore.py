@@ -28,7 +28,7 @@ SAMPLED = 256  # elements of a parameter that its model's fingerprint sees
 
 
 @dataclass(frozen=True)
-class Restored:
+class RestoredModel:
     """A model in evaluation mode, and the config it was built from.
 
     Attributes:
@@ -42,7 +42,7 @@ class Restored:
     fingerprint: str
 
 
-def restore_model(path: str, device: torch.device | str = "cpu", verify: bool = True) -> Restored:
+def restore_model(path: str, device: torch.device | str = "cpu", verify: bool = True) -> RestoredModel:
     """Builds the model at ``path`` and fills it; optimizer state is left where it is.
 
     Args:
@@ -68,15 +68,15 @@ def restore_model(path: str, device: torch.device | str = "cpu", verify: bool = 
     config = config_from_dict(found.config)
     model = _build(config.model, device)
     manager.load(found, dict(model.named_parameters()), strict=False)
-    return Restored(model.eval(), config, f"step {found.step} of {path}", f"{found.step}-{found.attempt[:12]}")
+    return RestoredModel(model.eval(), config, f"step {found.step} of {path}", f"{found.step}-{found.attempt[:12]}")
 
 
-def _from_folder(folder: HfFolder, device: torch.device | str) -> Restored:
+def _from_folder(folder: HfFolder, device: torch.device | str) -> RestoredModel:
     config, weights = read_folder(folder, None, logger.info)
     config = config.model_copy(update={"run": RunConfig(job_name=PurePosixPath(folder.path).name)})
     model = _build(config.model, device)
     fill(describe(dict(model.named_parameters()), Grid()), iter(weights.items()), folder.path)
-    return Restored(model.eval(), config, folder.path, f"hf-{_digest(model)}")
+    return RestoredModel(model.eval(), config, folder.path, f"hf-{_digest(model)}")
 
 
 def _digest(model: LanguageModel) -> str:

@@ -16,12 +16,12 @@ from evomesh.models.registry import build_model, clear_padding, initialize_weigh
 from evomesh.parallel.grid import Axis, Grid
 from evomesh.parallel.modes import TensorMode
 from evomesh.parallel.weights import shard_weights
-from evomesh.pipeline.schedule import OneStage, Pipeline, Schedule
+from evomesh.pipeline.schedule import SingleStageSchedule, PipelineSchedule, Schedule
 from evomesh.pipeline.stages import layer_ranges, stages_of_rank
 
 
 @dataclass(frozen=True)
-class Stages:
+class ModelStages:
     """Attributes:
     models: one for each chunk that this rank holds; one in all without a pipeline.
     schedule: what runs them.
@@ -41,7 +41,7 @@ class Stages:
             initialize_weights(model, seed, grid)
 
 
-def build_stages(config: Config, grid: Grid, mode: TensorMode, device: torch.device) -> Stages:
+def build_stages(config: Config, grid: Grid, mode: TensorMode, device: torch.device) -> ModelStages:
     """Builds this rank's chunks with uninitialised parameters, weights sharded where the config says so."""
     ranges: list[range] | list[None] = [None]
     kind = schedule_name(config)
@@ -52,9 +52,9 @@ def build_stages(config: Config, grid: Grid, mode: TensorMode, device: torch.dev
         ranges = [table[stage] for stage in stages_of_rank(grid.pp.rank, grid.pp.size, chunks, kind)]
     models = [_build(config, grid, mode, device, layers) for layers in ranges]
     if grid.pp.size == 1:
-        return Stages(models, OneStage(models[0]), models[0])
+        return ModelStages(models, SingleStageSchedule(models[0]), models[0])
     dtype = parameter_dtype(config.model.dtype)
-    schedule = Pipeline(
+    schedule = PipelineSchedule(
         models,
         grid,
         mode,
@@ -63,7 +63,7 @@ def build_stages(config: Config, grid: Grid, mode: TensorMode, device: torch.dev
         dtype=promote(dtype) if config.model.residual_in_fp32 else dtype,
         device=device,
     )
-    return Stages(models, schedule, nn.ModuleList(models) if len(models) > 1 else models[0])
+    return ModelStages(models, schedule, nn.ModuleList(models) if len(models) > 1 else models[0])
 
 
 def schedule_name(config: Config) -> str:

@@ -14,15 +14,15 @@ from evomesh.layers.loss import LossOutput
 from evomesh.monitor.profile import region
 from evomesh.optim.scaler import LossScaler
 from evomesh.optim.zero import StepResult, ZeroOptimizer
-from evomesh.parallel.collectives import sum_over
+from evomesh.parallel.collectives import all_reduce_no_grad
 from evomesh.parallel.grid import Grid
 from evomesh.pipeline.schedule import Schedule
 from evomesh.train.batches import to_device
 from evomesh.train.stopwatch import Stopwatch
-from evomesh.train.tally import Tally
+from evomesh.train.tally import LossTally
 
 
-class StepBrokenOff(Exception):
+class StepInterruptedError(Exception):
     """A step ended between two micro-batches: its gradients are dropped, nothing else had changed."""
 
 
@@ -38,7 +38,7 @@ class StepOutput:
     """
 
     loss: float
-    tally: Tally
+    tally: LossTally
     update: StepResult
     fwd_bwd_time: float
 
@@ -79,7 +79,7 @@ def train_step(
     watch = Stopwatch(device)
     weights = micro_batch_weights(batch.labels, grid, loss)
     batch = to_device(batch, device)
-    tally = Tally(types, device)
+    tally = LossTally(types, device)
     objective = torch.zeros((), dtype=torch.float64, device=device)
     optimizer.expect(len(weights))
 
@@ -88,19 +88,19 @@ def train_step(
         tally.add(output, batch.labels[index], batch.type_ids[index])
         if grid.pp.size == 1 and index + 1 < len(weights) and broken_off(index + 1):
             optimizer.zero_grad()
-            raise StepBrokenOff
+            raise StepInterruptedError
 
     schedule.train(batch, [weight * scaler.scale for weight in weights], loss.label_smoothing, count)
     watch.stop()
     with region("optimizer"):
         norm = optimizer.step(lr, beta2, 1.0 / scaler.scale).norm
     optimizer.zero_grad()
-    objective = sum_over(objective, grid.dp, grid.pp)  # every rank of the last stage counted, no other
+    objective = all_reduce_no_grad(objective, grid.dp, grid.pp)  # every rank of the last stage counted, no other
     sums = tally.reduce(grid.dp, grid.pp).sums
     figures = on_host(torch.cat([norm[None], objective[None], sums.flatten()]))
     update = StepResult(figures[0])
     scaler.update(update.found)
-    counted = Tally(types, figures.device, figures[2:].view_as(sums))
+    counted = LossTally(types, figures.device, figures[2:].view_as(sums))
     return StepOutput(float(figures[1]), counted, update, watch.seconds())
 
 
@@ -118,5 +118,5 @@ def micro_batch_weights(labels: Tensor, grid: Grid, loss: LossConfig) -> list[fl
     if loss.reduction == "micro_batch":
         count = len(targets) * grid.dp.size
         return [1.0 / (max(n, 1) * count) for n in targets.tolist()]
-    total = int(sum_over(targets.sum(), grid.dp))
+    total = int(all_reduce_no_grad(targets.sum(), grid.dp))
     return [1.0 / max(total, 1)] * len(targets)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from evomesh.checkpoint.exchange import Exchange
 from evomesh.errors import UserError
-from evomesh.parallel.build import Store
+from evomesh.parallel.build import SharedStore
 from evomesh.train.signals import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class StopFile:
 
 
 @dataclass(frozen=True)
-class Wish:
+class StopDecision:
     """What all ranks do now."""
 
     save: bool = False
@@ -68,7 +68,7 @@ class StopPoint:
 
     KEY = "evomesh/stop"
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: SharedStore) -> None:
         self._store = store
         self._seen = ""
 
@@ -105,16 +105,16 @@ class StopPoll:
         store: where several ranks agree about the latter; without one, they stop between steps only.
     """
 
-    def __init__(self, request: StopRequest, path: str | None, exchange: Exchange, store: Store | None = None) -> None:
+    def __init__(self, request: StopRequest, path: str | None, exchange: Exchange, store: SharedStore | None = None) -> None:
         self._request, self._exchange = request, exchange
         self._file = StopFile(path) if path is not None and exchange.rank == 0 else None
         self._point = StopPoint(store) if store is not None else None
 
-    def ask(self, steps_done: int) -> Wish:
+    def ask(self, steps_done: int) -> StopDecision:
         """The same answer on every rank; a signal that reached one rank is then noted on all."""
         if self._exchange.size == 1:
             number = self._file.read() if self._file is not None else 0
-            return Wish(steps_done == abs(number) != 0, self._request.signal is not None or steps_done == number != 0)
+            return StopDecision(steps_done == abs(number) != 0, self._request.signal is not None or steps_done == number != 0)
         signals = self._exchange.gather(int(self._request.signal or 0))
         answer = None
         if signals is not None:
@@ -122,7 +122,7 @@ class StopPoll:
         number_of_signal, number = self._exchange.broadcast(answer)
         if number_of_signal:
             self._request.signal = signal.Signals(number_of_signal)
-        return Wish(steps_done == abs(number) != 0, bool(number_of_signal) or steps_done == number != 0)
+        return StopDecision(steps_done == abs(number) != 0, bool(number_of_signal) or steps_done == number != 0)
 
     def in_step(self, step: int, micro_batches: int) -> bool:
         """Whether to break off ``step`` now, with ``micro_batches`` of it done, since a signal came to some rank."""

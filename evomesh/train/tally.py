@@ -12,11 +12,11 @@ from torch import Tensor
 
 from evomesh.data.batch import IGNORE
 from evomesh.layers.loss import LossOutput
-from evomesh.parallel.collectives import sum_over
+from evomesh.parallel.collectives import all_reduce_no_grad
 from evomesh.parallel.grid import Axis
 
 
-class Tally:
+class LossTally:
     """Args:
     types: names of the data types; ``type_ids`` index into them.
     device: where the sums are kept.
@@ -36,9 +36,9 @@ class Tally:
         # 0 * inf would leak a type's overflow into the others
         self.sums += torch.where(member, rows[:, :, None], 0.0).sum(1)
 
-    def reduce(self, *axes: Axis) -> Tally:
+    def reduce(self, *axes: Axis) -> LossTally:
         """Sums over the ranks of ``axes``; every rank gets the result."""
-        return Tally(self.types, self.sums.device, sum_over(self.sums, *axes))
+        return LossTally(self.types, self.sums.device, all_reduce_no_grad(self.sums, *axes))
 
     def summary(self) -> dict[str, float]:
         """``loss``, ``acc``, ``perplexity`` over all tokens and ``loss/TYPE``, ``acc/TYPE``, ``tokens/TYPE``,

@@ -16,12 +16,12 @@ from evomesh.monitor.metrics import StepRecord
 from evomesh.monitor.profile import StepProfile, region
 from evomesh.optim.schedule import beta2, learning_rate
 from evomesh.parallel.build import shared_store
-from evomesh.train.build import Run
-from evomesh.train.evaluate import evaluate
+from evomesh.train.build import TrainingRun
+from evomesh.train.evaluate import validate
 from evomesh.train.signals import StopRequest
-from evomesh.train.step import StepBrokenOff, seed_step, train_step
+from evomesh.train.step import StepInterruptedError, seed_step, train_step
 from evomesh.train.stop import StopPoll
-from evomesh.train.upkeep import Upkeep
+from evomesh.train.upkeep import PeriodicUpkeep
 
 logger = logging.getLogger(__name__)
 
@@ -33,13 +33,13 @@ class Trainer:
         profile: write a trace of a few steps, and a table of where their time goes, into the run folder.
     """
 
-    def __init__(self, run: Run, profile: bool = False) -> None:
+    def __init__(self, run: TrainingRun, profile: bool = False) -> None:
         self.run, self.profile = run, profile
         self.config, self.state = run.config, run.state
         self.skipped_steps = SkipBatches(self.config.data.skip_batches)
         self.saved_at = run.resumed_step
         data = self.config.data
-        self.upkeep = Upkeep(data.empty_cache_and_diag_interval, data.diag_outlier_ratio, run.grid.dp)
+        self.upkeep = PeriodicUpkeep(data.empty_cache_and_diag_interval, data.diag_outlier_ratio, run.grid.dp)
 
     def train(self) -> int:
         """Returns the process's exit code; see ``train_from_config``."""
@@ -108,12 +108,12 @@ class Trainer:
             with region("data wait"):
                 batch = next(run.stream)
             record = self._update(step, batch, started, poll)
-        except StepBrokenOff:
+        except StepInterruptedError:
             state.step, run.stream_state = step, before
             logger.info("step %d broken off between two micro-batches; a restart repeats it", step)
             return
         if config.data.valid_every > 0 and state.step % config.data.valid_every == 0:
-            record = run.reporter.validation(record, evaluate(run.stages, run.valid_sets, run.grid, run.device))
+            record = run.reporter.validation(record, validate(run.stages, run.valid_sets, run.grid, run.device))
         run.reporter.write(record)
         self._refuse_endless_skipping(step)
         self.upkeep.after_step(record.fwd_bwd_time)

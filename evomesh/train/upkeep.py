@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 USUAL_INTERVAL = 50  # also what a documented interval of 0 or less means
 
 
-class Upkeep:
+class PeriodicUpkeep:
     """``data.empty_cache_and_diag_interval`` and ``data.diag_outlier_ratio``.
 
     Args:

@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evomesh.config.schema import ModelConfig
-from evomesh.layers.attention import Attend, Attention, Documents, attend
+from evomesh.layers.attention import AttentionFunction, Attention, Documents, attend
 from evomesh.layers.dtype import parameter_dtype, promote
 from evomesh.layers.embedding import Embedding
-from evomesh.layers.init import Initial
+from evomesh.layers.init import InitialWeight
 from evomesh.layers.loss import LossOutput, linear_cross_entropy
 from evomesh.layers.mlp import FeedForward
 from evomesh.layers.norm import Norm
 from evomesh.layers.placement import Placement
-from evomesh.layers.rotary import Rotary
+from evomesh.layers.rotary import RotaryEmbedding
 from evomesh.models.language_model import LanguageModel
 
 
@@ -42,7 +42,7 @@ class ParallelBlock(nn.Module):
         self.feed_forward = FeedForward(config.hidden_size, config.mlp_width, swiglu=config.use_swiglu, at=at)
         self.gain = nn.Parameter(torch.empty(config.hidden_size, dtype=at.dtype, device=at.device))
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], docs: Documents, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], docs: Documents, attend: AttentionFunction) -> Tensor:
         h = self.norm(x)
         return x + self.gain * (self.attention(h, tables, docs, attend) + self.feed_forward(h))
 
@@ -58,12 +58,12 @@ class ParallelBlocks(LanguageModel):
         super().__init__()
         at = Placement(dtype=parameter_dtype(config.dtype), device=torch.device(device))
         self.config, self.first_gain, self.dtype = config, first_gain, at.dtype
-        self.rotary = Rotary(config.head_dim, config.rope_base)
+        self.rotary = RotaryEmbedding(config.head_dim, config.rope_base)
         self.embedding = Embedding(config.vocab_size, config.hidden_size, grad_scale=1.0, split_hidden=False, at=at)
         self.layers = nn.ModuleDict({str(i): ParallelBlock(i, config, at) for i in range(config.num_layers)})
         self.norm = Norm("rmsnorm", config.hidden_size, eps=config.layer_norm_epsilon, fp32_weight=False, at=at)
 
-    def forward(self, x: Tensor, docs: Documents, attend: Attend = attend) -> Tensor:
+    def forward(self, x: Tensor, docs: Documents, attend: AttentionFunction = attend) -> Tensor:
         x = self.embedding(x)
         tables = self.rotary.tables(docs, self.dtype)
         for block in self.layers.values():
@@ -85,10 +85,10 @@ class ParallelBlocks(LanguageModel):
     def logits(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.embedding.weight).to(promote(self.dtype))
 
-    def initial(self, name: str) -> Initial:
+    def initial(self, name: str) -> InitialWeight:
         if name.endswith("gain"):
-            return Initial("constant", self.first_gain)
-        return Initial("constant", 1.0) if "norm" in name else Initial("normal", 0.02)
+            return InitialWeight("constant", self.first_gain)
+        return InitialWeight("constant", 1.0) if "norm" in name else InitialWeight("normal", 0.02)
 
 
 def build(config: ModelConfig, *, device: torch.device | str, first_gain: float = 1.0) -> ParallelBlocks:

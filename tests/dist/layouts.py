@@ -14,11 +14,11 @@ from evomesh.data.batch import IGNORE, Batch
 from evomesh.layers.init import owned_range
 from evomesh.layers.loss import LossOutput
 from evomesh.optim.zero import ZeroOptimizer
-from evomesh.parallel.collectives import sum_over
+from evomesh.parallel.collectives import all_reduce_no_grad
 from evomesh.parallel.grid import Axis, Grid
 from evomesh.parallel.modes import MODES
 from evomesh.parallel.spec import ShardSpec, spec_of, state_axes
-from evomesh.train.stages import Stages, build_stages
+from evomesh.train.stages import ModelStages, build_stages
 from tests.support.pool import grid_of
 
 T, STEPS, SEED, RATE = 32, 3, 7, 0.5
@@ -158,7 +158,7 @@ def train(rank: int, layout: Layout) -> Trained:
     return Trained(losses, initial, gradients, pieces(stages, grid))
 
 
-def adam(stages: Stages, layout: Layout, grid: Grid) -> list[float]:
+def adam(stages: ModelStages, layout: Layout, grid: Grid) -> list[float]:
     """Three steps of the real optimizer; a large epsilon, since Adam's division amplifies the order of sums."""
     config = layout.config
     settings = config.adam.model_copy(update={"adam_eps": 1.0})
@@ -176,7 +176,7 @@ def adam(stages: Stages, layout: Layout, grid: Grid) -> list[float]:
     return losses
 
 
-def forward_backward(stages: Stages, layout: Layout, grid: Grid, step: int) -> float:
+def forward_backward(stages: ModelStages, layout: Layout, grid: Grid, step: int) -> float:
     everything = packs(step, range(layout.packs))
     scale = 1.0 / int((everything.labels != IGNORE).sum())
     own = packs(step, range(grid.dp.rank, layout.packs, grid.dp.size))
@@ -189,14 +189,14 @@ def forward_backward(stages: Stages, layout: Layout, grid: Grid, step: int) -> f
 
     stages.schedule.train(own, [scale] * len(own.input_ids), layout.smoothing, add)
     assert seen in (([], list(range(len(own.input_ids)))) if grid.pp.size > 1 else (list(range(len(own.input_ids))),))
-    return float(sum_over(total, grid.dp, grid.pp))
+    return float(all_reduce_no_grad(total, grid.dp, grid.pp))
 
 
 def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def synchronise(stages: Stages, grid: Grid) -> None:
+def synchronise(stages: ModelStages, grid: Grid) -> None:
     """Sums every gradient over the axes on which its spec says it is partial, and over the data axes."""
     for parameter in stages.parameters().values():
         spec = spec_of(parameter)
@@ -205,10 +205,10 @@ def synchronise(stages: Stages, grid: Grid) -> None:
             zero = Axis(zero.name)
         partial = [getattr(grid, name) for name in sorted(spec.partial)]
         assert parameter.grad is not None
-        local(parameter.grad).copy_(sum_over(local(parameter.grad), *partial, zero, replica))
+        local(parameter.grad).copy_(all_reduce_no_grad(local(parameter.grad), *partial, zero, replica))
 
 
-def pieces(stages: Stages, grid: Grid, gradients: bool = False) -> dict[str, Piece]:
+def pieces(stages: ModelStages, grid: Grid, gradients: bool = False) -> dict[str, Piece]:
     found = {}
     for name, parameter in stages.parameters().items():
         spec: ShardSpec = spec_of(parameter)

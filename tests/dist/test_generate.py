@@ -12,8 +12,8 @@ from torch import nn
 
 from evomesh.config.schema import Config
 from evomesh.generate.decode import generate
-from evomesh.generate.engine import Engine
-from evomesh.generate.options import Sampling
+from evomesh.generate.engine import GenerationEngine
+from evomesh.generate.options import SamplingParams
 from evomesh.generate.staged import StagedModel
 from evomesh.models.language_model import LanguageModel
 from evomesh.parallel.grid import Grid
@@ -26,9 +26,9 @@ from tests.support.own_model import register
 from tests.support.pool import Pool, grid_of
 
 PROMPTS = [[3, 7, 11], [20], [5, 4, 3, 2, 1, 9, 30, 66]]
-GREEDY = Sampling(do_sample=False, max_new_tokens=12)
-DRAWN = Sampling(temperature=2.0, top_k=20, max_new_tokens=12, num_return_sequences=2)
-BEAMS = Sampling(do_sample=False, num_beams=3, num_return_sequences=2, eos_ids=(1, 4, 9), max_new_tokens=12)
+GREEDY = SamplingParams(do_sample=False, max_new_tokens=12)
+DRAWN = SamplingParams(temperature=2.0, top_k=20, max_new_tokens=12, num_return_sequences=2)
+BEAMS = SamplingParams(do_sample=False, num_beams=3, num_return_sequences=2, eos_ids=(1, 4, 9), max_new_tokens=12)
 SLOTS, ROOM = 2, 24
 
 
@@ -50,7 +50,7 @@ def decode(rank: int, config: Config) -> tuple[list[Any], Held]:
     enlarge(part)
     model: LanguageModel = StagedModel(part, grid.pp, config.model) if grid.pp.size > 1 else part
     answers = [generate(model, PROMPTS, sampling, batch_size=2) for sampling in (GREEDY, DRAWN, BEAMS)]
-    engine = Engine(model, slots=SLOTS, max_tokens=ROOM)
+    engine = GenerationEngine(model, slots=SLOTS, max_tokens=ROOM)
     engine.add([1, 2], GREEDY, (0, 0))
     engine.step()
     return answers, Held(matrices(part), engine.cache.bytes())

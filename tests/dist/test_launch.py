@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from evomesh.config.schema import Config
-from evomesh.parallel.collectives import sum_over
+from evomesh.parallel.collectives import all_reduce_no_grad
 from evomesh.train.launch import launch
 from tests.support.interpreter import Interpreter
 
@@ -14,7 +14,7 @@ def join_and_count() -> None:
 
     config = Config.model_validate({"parallel": {"tensor": {"size": 2}}})
     with launch(config) as place:
-        print("sum", int(sum_over(torch.tensor(place.rank), place.grid.tp, place.grid.dp)), place.started)
+        print("sum", int(all_reduce_no_grad(torch.tensor(place.rank), place.grid.tp, place.grid.dp)), place.started)
     assert not dist.is_initialized()
 
 

@@ -11,20 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from evomesh.parallel.collectives import sum_over
+from evomesh.parallel.collectives import all_reduce_no_grad
 from tests.support.golden import write_bin
 from tests.support.interpreter import Interpreter
 from tests.support.pool import Pool, RankError, grid_of
 
 
 def total(rank: int, offset: int, ranks: int) -> int:
-    return int(sum_over(torch.tensor(rank + offset), grid_of(tensor=ranks).tp))
+    return int(all_reduce_no_grad(torch.tensor(rank + offset), grid_of(tensor=ranks).tp))
 
 
 def fail_on_one(rank: int) -> None:
     if rank == 2:
         raise ValueError("this rank has a reason")
-    sum_over(torch.zeros(1), grid_of(tensor=4).tp)
+    all_reduce_no_grad(torch.zeros(1), grid_of(tensor=4).tp)
 
 
 def die_on_one(rank: int) -> None:
@@ -34,7 +34,7 @@ def die_on_one(rank: int) -> None:
 
 def hang(rank: int) -> None:
     if rank == 0:
-        sum_over(torch.zeros(1), grid_of(tensor=4).tp)
+        all_reduce_no_grad(torch.zeros(1), grid_of(tensor=4).tp)
 
 
 def test_pool_runs_on_all_or_on_some(pool: Pool) -> None:

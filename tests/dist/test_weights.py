@@ -18,7 +18,7 @@ from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import MODES
 from evomesh.parallel.traffic import count_traffic
-from evomesh.train.stages import Stages, build_stages
+from evomesh.train.stages import ModelStages, build_stages
 from tests.dist.layouts import SEED, VOCAB, Layout, Trained, forward_backward, join, local, packs, train
 from tests.support.own_model import register
 from tests.support.pool import Pool, grid_of
@@ -29,14 +29,14 @@ EVEN = {"vocab_size": 68}  # divides by 4; the packs' ids are below 67
 FLOAT64 = 8
 
 
-def built(layout: Layout) -> tuple[Stages, Grid]:
+def built(layout: Layout) -> tuple[ModelStages, Grid]:
     grid = grid_of(
         tensor=layout.tensor, mode=layout.mode, pipeline=layout.pipeline, weight=layout.weight, zero1=layout.zero1
     )
     return build_stages(layout.config, grid, MODES[layout.mode], torch.device("cpu")), grid
 
 
-def build_one(layout: Layout) -> Stages:
+def build_one(layout: Layout) -> ModelStages:
     return build_stages(layout.config, Grid(), MODES["mtp"], torch.device("cpu"))
 
 

@@ -15,7 +15,7 @@ from evomesh.layers.attention import Documents
 from evomesh.layers.init import owned_range
 from evomesh.models.registry import build_model, initialize_weights
 from evomesh.optim.zero import ZeroOptimizer
-from evomesh.parallel.collectives import sum_over
+from evomesh.parallel.collectives import all_reduce_no_grad
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import MODES
 from evomesh.parallel.spec import spec_of
@@ -66,7 +66,7 @@ def train(rank: int, layout: dict[str, Any] | None, zero: dict[str, Any]) -> tup
             output = model.loss(model(ids, docs), labels, 1.0 / (PACKS * (T - 1)))
             output.scaled_sum.backward()
             total += output.scaled_sum.detach()
-        losses.append(float(sum_over(total, grid.dp)))
+        losses.append(float(all_reduce_no_grad(total, grid.dp)))
         norms.append(optimizer.step(1e-2, 0.95, 1.0).grad_norm)
         optimizer.zero_grad()
     optimizer.wait()

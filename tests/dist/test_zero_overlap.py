@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from evomesh.config.schema import AdamConfig, ZeroConfig
 from evomesh.optim import buckets
 from evomesh.optim.zero import ZeroOptimizer
-from evomesh.parallel.collectives import Pending
+from evomesh.parallel.collectives import PendingCollective
 from tests.support.pool import Pool, grid_of
 
 WIDTH = 8
@@ -64,7 +64,7 @@ class Trace:
 
 
 class TracedPending:
-    def __init__(self, pending: Pending, trace: Trace, name: str, message: Tensor) -> None:
+    def __init__(self, pending: PendingCollective, trace: Trace, name: str, message: Tensor) -> None:
         self._pending, self._trace, self._name, self._message = pending, trace, name, message
         trace.events.append(("launch", name, message.numel()))
         trace._bytes += message.nbytes

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evomesh.config.schema import GenerationConfig
 from evomesh.generate.decode import generate
-from evomesh.generate.options import Sampling
-from evomesh.layers.documents import whole
+from evomesh.generate.options import SamplingParams
+from evomesh.layers.documents import single_sequence
 from evomesh.models.language_model import LanguageModel
 from tests.support.runs import write_run
 from tests.unit.checkpoint.hf_models import found_in, model_config, save_model
@@ -73,7 +73,7 @@ def test_greedy_text_is_that_of_transformers(exported: tuple[LanguageModel, Path
     ours, folder = exported
     theirs = AutoModelForCausalLM.from_pretrained(str(folder)).eval()
     assert theirs.dtype == torch.float32
-    answers = generate(ours, PROMPTS, Sampling(do_sample=False, max_new_tokens=64))
+    answers = generate(ours, PROMPTS, SamplingParams(do_sample=False, max_new_tokens=64))
     for prompt, [mine] in zip(PROMPTS, answers, strict=True):
         out = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=64, eos_token_id=None)
         assert out[0, len(prompt) :].tolist() == mine
@@ -85,7 +85,7 @@ def test_generation_stops_at_every_eos(exported: tuple[LanguageModel, Path]) -> 
     record = json.loads((folder / "generation_config.json").read_text())
     assert record["eos_token_id"] == [2, 3] and record["bos_token_id"] == 1  # 3: the chat template ends turns with it
     theirs = AutoModelForCausalLM.from_pretrained(str(folder)).eval()
-    greedy = Sampling(do_sample=False, max_new_tokens=20)
+    greedy = SamplingParams(do_sample=False, max_new_tokens=20)
     free = generate(ours, PROMPTS[:1], greedy)[0][0]
     theirs.generation_config.eos_token_id = [2, free[9]]
     out = theirs.generate(torch.tensor(PROMPTS[:1]), do_sample=False, max_new_tokens=20)[0, len(PROMPTS[0]) :].tolist()
@@ -113,7 +113,7 @@ def test_logits_of_ctranslate2(family: str, tmp_path: Path) -> None:
     engine = ctranslate2.Generator(str(tmp_path / "ct2"), device="cpu", inter_threads=1, intra_threads=1)
     theirs = torch.tensor(np.array(engine.forward_batch([PROMPTS[0]])))[0]
     with torch.inference_mode():
-        mine = ours.logits(ours(torch.tensor(PROMPTS[0]), whole(len(PROMPTS[0]))))
+        mine = ours.logits(ours(torch.tensor(PROMPTS[0]), single_sequence(len(PROMPTS[0]))))
     assert float((mine - theirs[:, :size]).abs().max() / mine.abs().max()) < 1e-5
 
 

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from evomesh.generate.decode import generate as answers_of
-from evomesh.generate.options import Sampling
+from evomesh.generate.options import SamplingParams
 from evomesh.train.restore import restore_model
 from tests.support.golden import write_bin
 from tests.support.interpreter import Finished, Interpreter
@@ -104,7 +104,7 @@ generation = dict(
     max_length=24, do_sample=True, temperature=2.0, top_k=50, top_p=1.0, repetition_penalty=1, length_penalty=1.0,
 )
 """
-WANTED = Sampling(temperature=2.0, top_k=50, max_length=24, seed=1024, eos_ids=(2, 0))
+WANTED = SamplingParams(temperature=2.0, top_k=50, max_length=24, seed=1024, eos_ids=(2, 0))
 
 
 @pytest.fixture

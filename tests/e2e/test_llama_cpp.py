@@ -14,7 +14,7 @@ import pytest
 from evomesh.checkpoint.hf_export import ExportOptions
 from evomesh.data.tokenizer import load_tokenizer
 from evomesh.generate.decode import generate
-from evomesh.generate.options import Sampling
+from evomesh.generate.options import SamplingParams
 from tests.support.gguf import write_gguf
 from tests.unit.checkpoint.hf_models import export, model_config, save_model
 from tests.unit.checkpoint.test_hf_tokenizer import train
@@ -44,7 +44,7 @@ def test_greedy_text_is_ours(family: str, changes: dict[str, Any], tmp_path: Pat
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     ids = [tokenizer.encode(text) for text in texts]
-    ours = [answers[0] for answers in generate(model, ids, Sampling(do_sample=False, max_new_tokens=64))]
+    ours = [answers[0] for answers in generate(model, ids, SamplingParams(do_sample=False, max_new_tokens=64))]
     answers = json.loads(done.stdout)
     assert [answer["made"] for answer in answers] == ours
     assert [(answer["ids"], answer["text"]) for answer in answers] == list(zip(ids, texts, strict=True))

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from evomesh.models.language_model import LanguageModel
-from evomesh.serve.service import Limits
+from evomesh.serve.service import ServiceLimits
 from tests.support.serving import TRAINED, Served, serving, tiny_model, tiny_service
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -28,7 +28,7 @@ def model() -> LanguageModel:
 def served(model: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     from evomesh.serve.page import mount_page
 
-    service = tiny_service(tmp_path_factory.mktemp("tokenizer"), model, Limits(context=16384, slots=2))
+    service = tiny_service(tmp_path_factory.mktemp("tokenizer"), model, ServiceLimits(context=16384, slots=2))
     with serving(service, extend=lambda app: mount_page(app, service, None)) as served:
         yield served
 
@@ -151,7 +151,7 @@ def test_what_does_not_fit_is_said(page: sync_api.Page, served: Served, tmp_path
 def test_with_a_key_the_page_asks_for_it(model: LanguageModel, tmp_path: Path) -> None:
     from evomesh.serve.page import mount_page
 
-    service = tiny_service(tmp_path, model, Limits(context=64))
+    service = tiny_service(tmp_path, model, ServiceLimits(context=64))
     extended = serving(service, key="s3cret", extend=lambda app: mount_page(app, service, "s3cret"))
     with extended as served, httpx.Client(base_url=served.url, timeout=60) as client:
         job = {"data": [], "fn_index": 0, "session_hash": "x"}

@@ -10,7 +10,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from benchmarks._memory import Sizes, bytes_in_16_bits, state_in_16_bits
 from evomesh.config.schema import Config, ModelConfig
 from evomesh.layers import attention
-from evomesh.layers.documents import Documents
+from evomesh.layers.documents import SequenceBounds
 from evomesh.layers.loss import chunk_of
 from evomesh.models.registry import build_model, initialize_weights
 from evomesh.optim.zero import ZeroOptimizer
@@ -43,7 +43,7 @@ class Training:
         self.optimizer.refresh_masters()
         self.ids = torch.zeros(sizes.tokens, dtype=torch.long, device=device)
         bounds = torch.tensor([0, sizes.tokens // 2, sizes.tokens], dtype=torch.int32)
-        self.documents = Documents(torch.zeros_like(self.ids), bounds.to(device), sizes.tokens, bounds)
+        self.documents = SequenceBounds(torch.zeros_like(self.ids), bounds.to(device), sizes.tokens, bounds)
 
     def step(self) -> None:
         self.optimizer.expect(1)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from evomesh.config.schema import ModelConfig
-from evomesh.layers.documents import whole
+from evomesh.layers.documents import single_sequence
 from evomesh.models.language_model import LanguageModel
 from evomesh.models.registry import build_model, initialize_weights
 
@@ -39,6 +39,6 @@ def uncached_greedy(model: LanguageModel, prompt: Sequence[int], count: int) -> 
     ids = list(prompt)
     with torch.no_grad():
         for _ in range(count):
-            hidden = model(torch.tensor(ids), whole(len(ids)))
+            hidden = model(torch.tensor(ids), single_sequence(len(ids)))
             ids.append(int(model.logits(hidden[-1:])[0].argmax()))
     return ids[len(prompt) :]

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from evomesh.config.schema import ModelConfig
-from evomesh.layers.attention import Attend, Documents, attend
+from evomesh.layers.attention import AttentionFunction, Documents, attend
 from evomesh.layers.dtype import parameter_dtype, promote
-from evomesh.layers.init import Initial
+from evomesh.layers.init import InitialWeight
 from evomesh.layers.placement import Placement
-from evomesh.layers.rotary import Rotary
+from evomesh.layers.rotary import RotaryEmbedding
 from evomesh.models.language_model import LanguageModel
 from evomesh.models.registry import model_initializer
 
@@ -37,14 +37,14 @@ class StagedBlocks(LanguageModel):
     def __init__(self, config: ModelConfig, device: torch.device | str, layers: range) -> None:
         super().__init__()
         at = Placement(dtype=parameter_dtype(config.dtype), device=torch.device(device))
-        self.rotary, self.dtype = Rotary(config.head_dim, config.rope_base), at.dtype
+        self.rotary, self.dtype = RotaryEmbedding(config.head_dim, config.rope_base), at.dtype
         shape = config.vocab_size, config.hidden_size
         first, last = layers.start == 0, layers.stop == config.num_layers
         self.embedding = nn.Embedding(*shape, dtype=at.dtype, device=at.device) if first else None
         self.layers = nn.ModuleDict({str(i): example().ParallelBlock(i, config, at) for i in layers})
         self.head = nn.Linear(*reversed(shape), bias=False, dtype=at.dtype, device=at.device) if last else None
 
-    def forward(self, x: Tensor, docs: Documents, attend: Attend = attend) -> Tensor:
+    def forward(self, x: Tensor, docs: Documents, attend: AttentionFunction = attend) -> Tensor:
         x = x if self.embedding is None else self.embedding(x)
         tables = self.rotary.tables(docs, self.dtype)
         for block in self.layers.values():
@@ -58,8 +58,8 @@ class StagedBlocks(LanguageModel):
         assert self.head is not None
         return self.head(hidden).to(promote(self.dtype))  # type: ignore[no-any-return]
 
-    def initial(self, name: str) -> Initial:
-        return Initial("constant", 1.0) if "gain" in name or "norm" in name else Initial("normal", 0.1)
+    def initial(self, name: str) -> InitialWeight:
+        return InitialWeight("constant", 1.0) if "gain" in name or "norm" in name else InitialWeight("normal", 0.1)
 
 
 def staged_blocks(config: ModelConfig, *, device: torch.device | str, layer_range: range | None) -> StagedBlocks:

@@ -18,13 +18,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from evomesh.config.schema import ModelConfig
 from evomesh.data.chat import build_template
 from evomesh.data.tokenizer import load_tokenizer
-from evomesh.generate.engine import Engine
+from evomesh.generate.engine import GenerationEngine
 from evomesh.models.language_model import LanguageModel
 from evomesh.models.registry import build_model, initialize_weights
 from evomesh.serve.app import create_app
 from evomesh.serve.load import _with, bind
 from evomesh.serve.loop import EngineLoop
-from evomesh.serve.service import Limits, Model, Service
+from evomesh.serve.service import ServiceLimits, ServedModel, GenerationService
 
 VOCAB = 256
 TRAINED = 64
@@ -66,9 +66,9 @@ def tiny_model() -> LanguageModel:
     return model.eval()
 
 
-def tiny_service(folder: Path, model: LanguageModel, limits: Limits, template: str = TEMPLATE) -> Service:
+def tiny_service(folder: Path, model: LanguageModel, limits: ServiceLimits, template: str = TEMPLATE) -> GenerationService:
     tokenizer = load_tokenizer(byte_tokenizer(folder, template))
-    served = Model(
+    served = ServedModel(
         name="tiny",
         fingerprint="20-abc",
         created=1,
@@ -80,17 +80,17 @@ def tiny_service(folder: Path, model: LanguageModel, limits: Limits, template: s
     )
     options = {"slots": limits.slots, "max_tokens": limits.context}
     dynamic = _with(model, replace(model.rotary, dynamic_ntk=True))
-    make: dict[str, Callable[[], Engine]] = {
-        "origin": partial(Engine, model, **options),
-        "dynamic": partial(Engine, dynamic, **options),
+    make: dict[str, Callable[[], GenerationEngine]] = {
+        "origin": partial(GenerationEngine, model, **options),
+        "dynamic": partial(GenerationEngine, dynamic, **options),
     }
-    return Service(served, EngineLoop(make), limits)
+    return GenerationService(served, EngineLoop(make), limits)
 
 
 @dataclass(frozen=True)
 class Served:
     url: str
-    service: Service
+    service: GenerationService
 
     def idle(self, seconds: float = 30.0) -> bool:
         """Whether all slots are free within this time."""
@@ -104,7 +104,7 @@ class Served:
 
 @contextlib.contextmanager
 def serving(
-    service: Service, key: str | None = None, extend: Callable[[FastAPI], None] = lambda app: None
+    service: GenerationService, key: str | None = None, extend: Callable[[FastAPI], None] = lambda app: None
 ) -> Iterator[Served]:
     """The service's API on a free port, until the block ends."""
     app = create_app(service, key=key)

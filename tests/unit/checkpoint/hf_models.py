@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from evomesh.checkpoint import hf_export
-from evomesh.checkpoint.find import Found, resolve
+from evomesh.checkpoint.find import Checkpoint, resolve
 from evomesh.checkpoint.hf_export import ExportOptions
 from evomesh.checkpoint.manager import CheckpointManager
 from evomesh.checkpoint.retention import check
@@ -56,16 +56,16 @@ def random_model(config: ModelConfig) -> LanguageModel:
 
 def save_model(
     root: Path, config: ModelConfig, tokenizer: str | None = None, generation: GenerationConfig | None = None
-) -> tuple[LanguageModel, Found]:
+) -> tuple[LanguageModel, Checkpoint]:
     model = random_model(config)
     whole = Config(model=config, data=DataConfig(tokenizer_path=tokenizer, seq_len=48), generation=generation)
     CheckpointManager(str(root)).save(7, dict(model.named_parameters()), {"train": {}}, redacted(whole))
     return model, found_in(root)
 
 
-def export(found: Found, out: Path, options: ExportOptions, report: Callable[[str], None]) -> Path:
+def export(found: Checkpoint, out: Path, options: ExportOptions, report: Callable[[str], None]) -> Path:
     return Path(hf_export.export(found, str(out), options, report))
 
 
-def found_in(root: Path) -> Found:
+def found_in(root: Path) -> Checkpoint:
     return resolve(str(root), lambda candidate: check(candidate, data=False), lambda line: None)

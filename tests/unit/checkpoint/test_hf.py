@@ -22,7 +22,7 @@ from evomesh.checkpoint.resume import decide, restore
 from evomesh.config.record import config_from_dict
 from evomesh.config.schema import CheckpointConfig, LoadConfig, ModelConfig
 from evomesh.errors import UserError
-from evomesh.layers.documents import whole
+from evomesh.layers.documents import single_sequence
 from evomesh.models.language_model import LanguageModel
 from evomesh.models.registry import build_model
 from tests.support.tolerances import TRANSFORMERS, TRANSFORMERS_FLOAT32
@@ -67,7 +67,7 @@ def float64_upcasts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @torch.inference_mode()
 def ours(model: LanguageModel, ids: Tensor = IDS) -> Tensor:
-    return model.logits(model(ids, whole(len(ids))))
+    return model.logits(model(ids, single_sequence(len(ids))))
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from evomesh.checkpoint.internevo import Heads, find_folder, read_model
+from evomesh.checkpoint.internevo import HeadCounts, find_folder, read_model
 from evomesh.checkpoint.loaders import checkpoint_loaders
 from evomesh.checkpoint.manager import CheckpointManager
 from evomesh.checkpoint.pickles import read_pickle
@@ -118,8 +118,8 @@ def make(root: Path, family: str, tp: int, pp: int, swap: bool = False, seed: in
 FAMILIES = ("INTERNLM", "INTERNLM2_PUBLIC", "LLAMA2")
 
 
-def heads_of(family: str) -> Heads:
-    return Heads(4, 4 if family == "INTERNLM" else 2)
+def heads_of(family: str) -> HeadCounts:
+    return HeadCounts(4, 4 if family == "INTERNLM" else 2)
 
 
 def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -147,8 +147,8 @@ def test_equal_shapes_need_a_word(tmp_path: Path) -> None:
     state = {f"layers.0.feed_forward.w{i}.weight": torch.full((4, 4), float(i)) for i in (1, 2, 3)}
     torch.save(state | {"layers.0.attention.wqkv.weight": torch.zeros(12, 4)}, tmp_path / "model_tp0_pp0.pt")
     with pytest.raises(UserError, match="--w2 down or --w2 up"):
-        dict(read_model(str(tmp_path), Heads(2, 2)))
-    up = dict(read_model(str(tmp_path), Heads(2, 2), "up"))
+        dict(read_model(str(tmp_path), HeadCounts(2, 2)))
+    up = dict(read_model(str(tmp_path), HeadCounts(2, 2), "up"))
     assert up["layers.0.feed_forward.w2.weight"][0, 0] == 3
 
 

@@ -13,7 +13,7 @@ import torch
 from evomesh.checkpoint.forecast import check_space, readable
 from evomesh.checkpoint.manager import CheckpointManager
 from evomesh.errors import UserError
-from evomesh.storage.base import Writer
+from evomesh.storage.base import StorageWriter
 from evomesh.storage.local import LocalStorage
 from tests.support.interpreter import Interpreter
 from tests.unit.checkpoint.disk import Quick
@@ -27,7 +27,7 @@ class Gate(LocalStorage):
         self.open_gate = threading.Event()
         self.arrived = threading.Event()
 
-    def create(self, path: str) -> Writer:  # type: ignore[override]
+    def create(self, path: str) -> StorageWriter:  # type: ignore[override]
         if path.endswith(".safetensors"):
             self.arrived.set()
             assert self.open_gate.wait(10)
@@ -86,7 +86,7 @@ def test_an_error_behind_the_training_comes_with_the_next_wait(tmp_path: Path) -
     manager = quick(tmp_path, max_failed_saves=2, report=said.append)
     manager.claim()
 
-    def full(path: str) -> Writer:
+    def full(path: str) -> StorageWriter:
         raise OSError(28, "No space left on device", path)
 
     manager.storage.create = full  # type: ignore[method-assign]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from evomesh.config.compatibility import ROWS, Row
+from evomesh.config.compatibility import ROWS, CompatibilityRow
 from evomesh.config.legacy import SECTIONS
 from evomesh.config.loader import known_keys, load_config, redacted
 from evomesh.errors import ConfigError
@@ -21,7 +21,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.key)
-def test_row(row: Row, base: Path) -> None:
+def test_row(row: CompatibilityRow, base: Path) -> None:
     sets = [*row.along, f"{row.key}={row.example!r}"]
     if row.outcome in ("refusal", "later"):
         with pytest.raises(ConfigError) as caught:

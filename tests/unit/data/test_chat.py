@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from evomesh.data.bin_dataset import BinDataset
 from evomesh.data.chat import build_template, read_conversation
-from evomesh.data.sources import Record, find_texts
+from evomesh.data.sources import SourceRecord, find_texts
 from evomesh.data.supervised import ChatOptions, tokenize_chats
 from evomesh.data.tokenizer import load_tokenizer
 from evomesh.errors import UserError
@@ -51,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def encode(folder: Path, template: str, turns: Any, schema: Any = "messages", **options: Any) -> tuple[str, str]:
     """Decoded (everything, targets only) of one conversation."""
     tokenizer = load_tokenizer(folder)
-    record = Record(turns, "here")
+    record = SourceRecord(turns, "here")
     ids = build_template(template, tokenizer).encode(read_conversation(record, schema, **options))
     return tokenizer.decode([abs(x) for x in ids]), tokenizer.decode([x for x in ids if x > 0])
 
@@ -68,7 +68,7 @@ TURNS = [
 
 def test_internlm_layout_of_the_documents(folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
-    ids = build_template("internlm", tokenizer).encode(read_conversation(Record(ALPACA, ""), "alpaca"))
+    ids = build_template("internlm", tokenizer).encode(read_conversation(SourceRecord(ALPACA, ""), "alpaca"))
     plain = tokenizer.encode
     name = tokenizer.token_id
     expected = [name("<s>")]
@@ -130,7 +130,7 @@ def test_sharegpt(folder: Path) -> None:
 )
 def test_bad_records(schema: Any, value: Any, part: str) -> None:
     with pytest.raises(UserError) as caught:
-        read_conversation(Record(value, "here"), schema)
+        read_conversation(SourceRecord(value, "here"), schema)
     assert part in str(caught.value)
 
 
@@ -254,7 +254,7 @@ def test_special_ids_are_looked_up_by_name(tmp_path: Path, kind: str) -> None:
     def mark(piece: str, text: str) -> list[int]:
         return list(plain.encode(piece + text)) if kind == "text" else [name[piece], *plain.encode(text)]
 
-    ids = build_template("internlm", load_tokenizer(path)).encode(read_conversation(Record(ALPACA, ""), "alpaca"))
+    ids = build_template("internlm", load_tokenizer(path)).encode(read_conversation(SourceRecord(ALPACA, ""), "alpaca"))
     newline = plain.encode("\n")
     expected = [-x for x in [*mark("<|User|>", ":Add.\n1 2"), name["<eoh>"], *newline, *mark("<|Bot|>", ":")]]
     assert ids == [1, *expected, *plain.encode("3"), name["<eoa>"], *newline, 2]

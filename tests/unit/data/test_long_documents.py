@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from evomesh.data import bin_dataset
-from evomesh.data.lines import Ints, parse_ranges
+from evomesh.data.lines import IntArray, parse_ranges
 from evomesh.data.packed import PackPlan, PackRule
 from tests.unit.data.conftest import WriteBin
 
@@ -17,12 +17,12 @@ def test_packs_inside_a_long_document_parse_it_once(write_bin: WriteBin, monkeyp
     documents = [list(range(1, 21)), list(range(100, 420)), list(range(30, 60)), list(range(500, 700))]
     parsed: list[list[int]] = []
 
-    def count(file: memoryview, starts: Ints, ends: Ints, lengths: Ints) -> Any:
+    def count(file: memoryview, starts: IntArray, ends: IntArray, lengths: IntArray) -> Any:
         parsed.append(lengths.tolist())
         return parse_ranges(file, starts, ends, lengths)
 
     monkeypatch.setattr(bin_dataset, "parse_ranges", count)
-    last_long = bin_dataset.LastLong()  # of both files
+    last_long = bin_dataset.LongLineCache()  # of both files
     for name, stored in (("train/en/a.bin", documents), ("train/en/b.bin", documents[::-1])):
         plan = PackPlan([bin_dataset.BinDataset(write_bin(stored, name), last_long=last_long)], PackRule(16, 16))
         stream = [token for place in plan.order for token in stored[place]]

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from evomesh.config.schema import DataConfig
 from evomesh.data.build import build_train_data
-from evomesh.data.mixture import MixedSampler, Shares
-from evomesh.data.sampler import Position, Rampup
+from evomesh.data.mixture import MixedSampler, MixtureSchedule
+from evomesh.data.sampler import SamplerPosition, BatchSizeRampup
 from evomesh.errors import UserError
 
 weights = st.lists(st.integers(1, 50).map(lambda n: n / 7 if n % 2 else float(n)), min_size=1, max_size=6)
@@ -24,7 +24,7 @@ weights = st.lists(st.integers(1, 50).map(lambda n: n / 7 if n % 2 else float(n)
 @given(weights, st.integers(0, 500))
 @settings(max_examples=150, deadline=None)
 def test_every_prefix_is_within_one_pack_of_its_share(found: list[float], start: int) -> None:
-    shares = Shares(found)
+    shares = MixtureSchedule(found)
     counts = shares.counts(start)
     exact = [Fraction(str(one)) / sum(Fraction(str(other)) for other in found) for one in found]
     for n, source in enumerate(shares.take(start, 60), start + 1):
@@ -35,23 +35,23 @@ def test_every_prefix_is_within_one_pack_of_its_share(found: list[float], start:
 @given(weights, st.integers(0, 400), st.integers(1, 30))
 @settings(max_examples=100, deadline=None)
 def test_any_place_is_reached_directly(found: list[float], start: int, size: int) -> None:
-    straight = Shares(found).take(0, start + size)
-    assert Shares(found).take(start, size) == straight[start:]
+    straight = MixtureSchedule(found).take(0, start + size)
+    assert MixtureSchedule(found).take(start, size) == straight[start:]
 
 
 def test_long_decimals_repeat_without_drift() -> None:
-    shares = Shares([0.7, 0.2, 0.1])
+    shares = MixtureSchedule([0.7, 0.2, 0.1])
     assert shares.period == 10
     assert shares.counts(10**9) == [700_000_000, 200_000_000, 100_000_000]
 
 
-def sampler(global_batch: int = 4, rampup: Rampup | None = None) -> MixedSampler:
+def sampler(global_batch: int = 4, rampup: BatchSizeRampup | None = None) -> MixedSampler:
     sources = [("a", 0.75, np.arange(0, 7)), ("b", 0.25, np.arange(7, 10))]
     return MixedSampler(sources, 5, global_batch, rampup)
 
 
-def walk(mixed: MixedSampler, steps: int, position: Position | None = None) -> list[list[int]]:
-    position, found = position or Position(), []
+def walk(mixed: MixedSampler, steps: int, position: SamplerPosition | None = None) -> list[list[int]]:
+    position, found = position or SamplerPosition(), []
     for _ in range(steps):
         packs, position = mixed.take(position)
         found.append(packs.tolist())
@@ -68,9 +68,9 @@ def test_a_spent_source_starts_its_next_pass() -> None:
         assert passes[0] != passes[1] or passes[1] != passes[2]
 
 
-@pytest.mark.parametrize("rampup", [None, Rampup(2, 1, 3)])
+@pytest.mark.parametrize("rampup", [None, BatchSizeRampup(2, 1, 3)])
 @pytest.mark.parametrize("stop", [0, 1, 9, 23])
-def test_resume(stop: int, rampup: Rampup | None) -> None:
+def test_resume(stop: int, rampup: BatchSizeRampup | None) -> None:
     straight = walk(sampler(rampup=rampup), stop + 8)
     one = sampler(rampup=rampup)
     state = json.loads(json.dumps(one.state(one.seek(stop))))

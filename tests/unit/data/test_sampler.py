@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evomesh.data.sampler import PackSampler, Position, Rampup, SkipBatches
+from evomesh.data.sampler import PackSampler, SamplerPosition, BatchSizeRampup, SkipBatches
 from evomesh.errors import UserError
 
 
@@ -28,8 +28,8 @@ def documents_order(num_packs: int, seed: int, micro_num: int, dp: int, steps: i
     return [[streams[rank][step] for rank in range(dp)] for step in range(steps)]
 
 
-def ours(sampler: PackSampler, dp: int, steps: int, start: Position | None = None) -> list[list[list[int]]]:
-    position, found = start or Position(), []
+def ours(sampler: PackSampler, dp: int, steps: int, start: SamplerPosition | None = None) -> list[list[list[int]]]:
+    position, found = start or SamplerPosition(), []
     for _ in range(steps):
         packs, position = sampler.take(position)
         found.append([packs[rank::dp].tolist() for rank in range(dp)])
@@ -55,11 +55,11 @@ def test_resume_in_another_split_of_the_same_global_batch(
     num_packs: int, stop: int, dp_before: int, dp_after: int, order: Any, ramp: bool
 ) -> None:
     def build(dp: int) -> PackSampler:
-        rampup = Rampup.parse("1 1 3", 12 // dp, dp) if ramp else None
+        rampup = BatchSizeRampup.parse("1 1 3", 12 // dp, dp) if ramp else None
         return PackSampler(num_packs, 7, 12, rampup, order, dp if order == "xtuner" else 1)
 
     straight = build(dp_before)
-    position = Position()
+    position = SamplerPosition()
     sets = []
     for _ in range(stop + 10):
         packs, position = straight.take(position)
@@ -76,11 +76,11 @@ def test_resume_in_another_split_of_the_same_global_batch(
 @given(st.integers(12, 90), st.integers(0, 60), st.booleans(), st.sampled_from(["internevo", "xtuner"]))
 @settings(max_examples=100, deadline=None)
 def test_seek_is_where_walking_leads(num_packs: int, step: int, ramp: bool, order: Any) -> None:
-    sampler = PackSampler(num_packs, 3, 8, Rampup(2, 2, 3) if ramp else None, order, 2 if order == "xtuner" else 1)
-    position = Position()
+    sampler = PackSampler(num_packs, 3, 8, BatchSizeRampup(2, 2, 3) if ramp else None, order, 2 if order == "xtuner" else 1)
+    position = SamplerPosition()
     for _ in range(step):
         _, position = sampler.take(position)
-    again = PackSampler(num_packs, 3, 8, Rampup(2, 2, 3) if ramp else None, order, 2 if order == "xtuner" else 1)
+    again = PackSampler(num_packs, 3, 8, BatchSizeRampup(2, 2, 3) if ramp else None, order, 2 if order == "xtuner" else 1)
     one, _ = sampler.take(position)
     two, _ = again.take(again.seek(step))
     assert one.tolist() == two.tolist()
@@ -106,7 +106,7 @@ def test_xtuner_order_is_seed_plus_epoch() -> None:
 
 
 def test_rampup_sizes() -> None:
-    ramp = Rampup.parse("1 1 5", 4, 2)
+    ramp = BatchSizeRampup.parse("1 1 5", 4, 2)
     assert ramp is not None
     assert [ramp.size(step, 8) for step in (0, 4, 5, 10, 15, 99)] == [2, 2, 4, 6, 8, 8]
 
@@ -122,7 +122,7 @@ def test_rampup_sizes() -> None:
 )
 def test_bad_rampup(text: str, part: str) -> None:
     with pytest.raises(UserError, match=part):
-        Rampup.parse(text, 4, 1)
+        BatchSizeRampup.parse(text, 4, 1)
 
 
 def test_skip_batches() -> None:
@@ -147,6 +147,6 @@ def test_bad_skip_batches(text: str, part: str) -> None:
 
 
 def test_state_of_other_data_is_refused() -> None:
-    state = PackSampler(20, 1, 4).state(Position())
+    state = PackSampler(20, 1, 4).state(SamplerPosition())
     with pytest.raises(UserError, match="num_packs 20, this run has 21"):
         PackSampler(21, 1, 4).resume(state)

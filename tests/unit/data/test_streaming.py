@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from evomesh.config.schema import DataConfig
 from evomesh.data import rows as rows_module
 from evomesh.data.build import build_train_data, build_valid_data
-from evomesh.data.rows import Cursor, RowStream, find_rows
+from evomesh.data.rows import RowCursor, RowStream, find_rows
 from evomesh.data.sources import find_texts
 from evomesh.data.streaming import merge_states
 from evomesh.errors import UserError
@@ -158,7 +158,7 @@ def test_all_kinds_of_files_give_the_same_rows(tmp_path: Path, kind: str) -> Non
     files, _ = find_rows(str(folder), "data.train_folder", None, "train")
     stream = RowStream(files, "text", 3)
     windows = []
-    for window in stream.windows(Cursor()):
+    for window in stream.windows(RowCursor()):
         if window.behind.epoch:
             break
         windows.append(window)
@@ -259,7 +259,7 @@ def test_an_archive_gives_the_rows_of_its_files_from_any_place(tmp_path: Path, n
     assert [str(file.place.relative_to(folder / name)) for file in files] == sorted(members)
     stream = RowStream(files, "text", 3)
     windows = []
-    for window in stream.windows(Cursor()):
+    for window in stream.windows(RowCursor()):
         if window.behind.epoch:
             break
         windows.append(window)
@@ -332,7 +332,7 @@ def test_broken_members(tmp_path: Path) -> None:
     ]:
         (tmp_path / "a.csv").write_bytes(content)
         with pytest.raises(UserError, match=part):
-            next(RowStream(find_texts([str(tmp_path / "a.csv")]), "text", 0).windows(Cursor()))
+            next(RowStream(find_texts([str(tmp_path / "a.csv")]), "text", 0).windows(RowCursor()))
     pack_members(path, {"a.md": b"x"})
     with pytest.raises(UserError, match=r"'x\.zip' holds no such file"):
         find_texts([str(path)])
@@ -369,5 +369,5 @@ def test_bad_input(tmp_path: Path, tokenizer: Path) -> None:
 def test_reading_does_not_run_far_ahead(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("w2\n" * 1000 + "\n")
-    windows = RowStream(find_texts([str(path)]), "text", 0).windows(Cursor())
-    assert next(windows).behind == Cursor(n=8, window=1, row=8)
+    windows = RowStream(find_texts([str(path)]), "text", 0).windows(RowCursor())
+    assert next(windows).behind == RowCursor(n=8, window=1, row=8)

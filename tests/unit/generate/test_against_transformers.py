@@ -10,8 +10,8 @@ import torch
 from transformers import GenerationConfig, LlamaForCausalLM
 
 from evomesh.generate.decode import generate
-from evomesh.generate.options import Sampling
-from evomesh.layers.documents import whole
+from evomesh.generate.options import SamplingParams
+from evomesh.layers.documents import single_sequence
 from evomesh.models.language_model import LanguageModel
 from tests.support.decoders import tiny, tiny_config
 from tests.support.stock import stock_llama
@@ -25,7 +25,7 @@ def pair() -> Pair:
     return tiny(), stock_llama(tiny(), tiny_config())
 
 
-def theirs(model: LlamaForCausalLM, prompt: list[int], sampling: Sampling) -> list[list[int]]:
+def theirs(model: LlamaForCausalLM, prompt: list[int], sampling: SamplingParams) -> list[list[int]]:
     """The answers of transformers, without the padding behind an end token."""
     wanted = asdict(sampling)
     del wanted["seed"], wanted["logprobs"]
@@ -49,7 +49,7 @@ def theirs(model: LlamaForCausalLM, prompt: list[int], sampling: Sampling) -> li
 )
 def test_greedy(pair: Pair, options: dict[str, float]) -> None:
     ours, stock = pair
-    sampling = Sampling(do_sample=False, **options)
+    sampling = SamplingParams(do_sample=False, **options)
     assert generate(ours, PROMPTS, sampling) == [theirs(stock, prompt, sampling) for prompt in PROMPTS]
 
 
@@ -65,7 +65,7 @@ def test_greedy(pair: Pair, options: dict[str, float]) -> None:
 )
 def test_beams(pair: Pair, options: dict[str, float], length_penalty: float) -> None:
     ours, stock = pair
-    sampling = Sampling(**{"do_sample": False, "max_new_tokens": 16, "length_penalty": length_penalty} | options)
+    sampling = SamplingParams(**{"do_sample": False, "max_new_tokens": 16, "length_penalty": length_penalty} | options)
     together = generate(ours, PROMPTS, sampling)
     assert together == [theirs(stock, prompt, sampling) for prompt in PROMPTS]
     assert generate(ours, PROMPTS, sampling, batch_size=2) == together
@@ -77,7 +77,7 @@ def test_dynamic_ntk_beyond_the_trained_length() -> None:
     for prompt in ([3, 7, 11], [n % 50 for n in range(88)]):  # grows past the trained length; goes on to 8 times it
         ours = tiny(max_position_embeddings=16, use_dynamic_ntk_rope=True, rope_scaling_factor=2.0)
         stock = stock_llama(ours, config, rope_type="dynamic", factor=2.0)
-        sampling = Sampling(do_sample=False, max_new_tokens=40)
+        sampling = SamplingParams(do_sample=False, max_new_tokens=40)
         made = generate(ours, [prompt, [9, 9]], sampling)[0]
         assert made == theirs(stock, prompt, sampling)
         assert made != generate(tiny(), [prompt], sampling)[0]
@@ -86,7 +86,7 @@ def test_dynamic_ntk_beyond_the_trained_length() -> None:
 def test_samples_follow_the_model_and_the_cuts(pair: Pair) -> None:
     """Two-token answers, counted, against the product of two distributions from plain forward passes."""
     ours, _ = pair
-    sampling = Sampling(temperature=2.0, top_k=4, top_p=0.9, max_new_tokens=2, num_return_sequences=2000)
+    sampling = SamplingParams(temperature=2.0, top_k=4, top_p=0.9, max_new_tokens=2, num_return_sequences=2000)
     counted = Counter(tuple(answer) for answer in generate(ours, [[3, 7, 11]], sampling)[0])
     wanted = {}
     for first, share in distribution(ours, [3, 7, 11], sampling).items():
@@ -98,10 +98,10 @@ def test_samples_follow_the_model_and_the_cuts(pair: Pair) -> None:
         assert abs(counted[pair_] / 2000 - share) <= 4 * deviation, (pair_, counted[pair_], share)
 
 
-def distribution(model: LanguageModel, ids: list[int], sampling: Sampling) -> dict[int, float]:
+def distribution(model: LanguageModel, ids: list[int], sampling: SamplingParams) -> dict[int, float]:
     """By the definition: the k likeliest, and of these the shortest head that reaches p."""
     with torch.no_grad():
-        logits = model.logits(model(torch.tensor(ids), whole(len(ids))))[-1] / sampling.temperature
+        logits = model.logits(model(torch.tensor(ids), single_sequence(len(ids))))[-1] / sampling.temperature
     best = sorted(((float(value), token) for token, value in enumerate(logits)), reverse=True)[: sampling.top_k]
     total = sum(2.718281828459045**value for value, _ in best)
     head: dict[int, float] = {}
@@ -114,11 +114,11 @@ def distribution(model: LanguageModel, ids: list[int], sampling: Sampling) -> di
 def test_drawn_beams(pair: Pair) -> None:
     """With as many beams as there are answers of one token, the best one always wins; else the seed decides."""
     ours, _ = pair
-    every = Sampling(num_beams=50, num_return_sequences=50, max_new_tokens=1, seed=1)
-    logits = ours.logits(ours(torch.tensor([3, 7]), whole(2)))[-1]
+    every = SamplingParams(num_beams=50, num_return_sequences=50, max_new_tokens=1, seed=1)
+    logits = ours.logits(ours(torch.tensor([3, 7]), single_sequence(2)))[-1]
     assert generate(ours, [[3, 7]], every)[0] == [[token] for token in logits.argsort(descending=True).tolist()]
     answers = [
-        generate(ours, [[3, 7]], Sampling(num_beams=2, temperature=3.0, max_new_tokens=8, seed=seed))[0][0]
+        generate(ours, [[3, 7]], SamplingParams(num_beams=2, temperature=3.0, max_new_tokens=8, seed=seed))[0][0]
         for seed in (1, 1, 2, 3)
     ]
     assert answers[0] == answers[1]

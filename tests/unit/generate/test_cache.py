@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from evomesh.generate.cache import KeyValueCache
-from evomesh.layers.documents import whole
+from evomesh.layers.documents import single_sequence
 from evomesh.layers.linear import product
 from tests.support.decoders import VOCAB, tiny
 
@@ -19,7 +19,7 @@ def test_cached_logits_equal_uncached_logits_whatever_the_sequences_do() -> None
     draw = torch.Generator().manual_seed(0)
     rows = [torch.randint(VOCAB, (30,), generator=draw).tolist() for _ in range(3)]
     with torch.inference_mode():
-        wanted = [model.logits(model(torch.tensor(row), whole(30))) for row in rows]
+        wanted = [model.logits(model(torch.tensor(row), single_sequence(30))) for row in rows]
         cache = KeyValueCache(3, 30)
         slots, lengths = [0, 1], [5, 12, 8]
 

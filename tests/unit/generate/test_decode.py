@@ -6,11 +6,11 @@ import pytest
 
 from evomesh.errors import UserError
 from evomesh.generate.decode import generate, stream
-from evomesh.generate.options import Sampling
+from evomesh.generate.options import SamplingParams
 from tests.support.decoders import tiny, uncached_greedy
 
 PROMPTS = [[3, 7, 11], [20], [5, 4, 3, 2, 1, 9, 30]]
-GREEDY = Sampling(do_sample=False, max_new_tokens=20)
+GREEDY = SamplingParams(do_sample=False, max_new_tokens=20)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -24,7 +24,7 @@ def test_cached_greedy_equals_uncached(interleaved: bool, batch_size: int | None
 
 def test_answers_of_a_prompt_differ_and_do_not_depend_on_the_batch() -> None:
     model = tiny()
-    drawn = Sampling(temperature=2.0, num_return_sequences=3, seed=5, max_new_tokens=15)
+    drawn = SamplingParams(temperature=2.0, num_return_sequences=3, seed=5, max_new_tokens=15)
     together = generate(model, PROMPTS, drawn)
     assert len({tuple(answer) for answer in together[0]}) == 3
     assert generate(model, PROMPTS, drawn, batch_size=2) == together
@@ -35,7 +35,7 @@ def test_answers_of_a_prompt_differ_and_do_not_depend_on_the_batch() -> None:
 def test_the_stream_says_how_an_answer_ended() -> None:
     model = tiny()
     free = uncached_greedy(model, PROMPTS[0], 12)
-    ends = Sampling(do_sample=False, max_new_tokens=12, eos_ids=(free[4],))
+    ends = SamplingParams(do_sample=False, max_new_tokens=12, eos_ids=(free[4],))
     mine = [new for new in stream(model, PROMPTS, ends) if new.prompt == 0]
     assert [new.token for new in mine] == free[: free.index(free[4]) + 1]
     assert [new.finish for new in mine][-1] == "stop"
@@ -47,7 +47,7 @@ def test_bad_prompts_are_named_before_anything_is_made() -> None:
     with pytest.raises(UserError, match="prompt 2 holds id 50"):
         generate(tiny(), [[1], [2], [3, 50]], GREEDY)
     with pytest.raises(UserError, match="neither max_new_tokens nor max_length"):
-        generate(tiny(), [[1]], Sampling())
+        generate(tiny(), [[1]], SamplingParams())
 
 
 def test_no_prompts_no_answers() -> None:

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from evomesh.errors import UserError
-from evomesh.generate.engine import Engine, Token
-from evomesh.generate.options import Sampling
-from evomesh.layers.documents import whole
+from evomesh.generate.engine import GenerationEngine, GeneratedToken
+from evomesh.generate.options import SamplingParams
+from evomesh.layers.documents import single_sequence
 from tests.support.decoders import VOCAB, tiny, uncached_greedy
 
-GREEDY = Sampling(do_sample=False, max_new_tokens=12)
+GREEDY = SamplingParams(do_sample=False, max_new_tokens=12)
 
 
-def drain(engine: Engine) -> dict[int, list[Token]]:
+def drain(engine: GenerationEngine) -> dict[int, list[GeneratedToken]]:
     made = defaultdict(list)
     while engine.active:
         for token in engine.step():
@@ -25,16 +25,16 @@ def drain(engine: Engine) -> dict[int, list[Token]]:
     return made
 
 
-def ids(tokens: list[Token]) -> list[int]:
+def ids(tokens: list[GeneratedToken]) -> list[int]:
     return [token.id for token in tokens]
 
 
 def test_requests_that_come_and_go_get_their_own_greedy_tokens() -> None:
     model = tiny()
-    engine = Engine(model, slots=2, max_tokens=40)
+    engine = GenerationEngine(model, slots=2, max_tokens=40)
     prompts = [[3, 7, 11], [20], [5, 4, 3, 2, 1, 9, 30], [8, 8], [1, 2, 3, 4]]
     lengths = [12, 3, 7, 9, 5]
-    made: dict[int, list[Token]] = defaultdict(list)
+    made: dict[int, list[GeneratedToken]] = defaultdict(list)
     numbers = []
     for prompt, length in zip(prompts, lengths, strict=True):  # more requests than slots, and not at once
         numbers.append(engine.add(prompt, replace(GREEDY, max_new_tokens=length), (0, 0)))
@@ -49,7 +49,7 @@ def test_requests_that_come_and_go_get_their_own_greedy_tokens() -> None:
 
 
 def test_each_active_request_gets_one_token_a_step_and_waiting_ones_wait() -> None:
-    engine = Engine(tiny(), slots=2, max_tokens=20)
+    engine = GenerationEngine(tiny(), slots=2, max_tokens=20)
     for _ in range(3):
         engine.add([1, 2], GREEDY, (0, 0))
     assert (engine.active, engine.waiting) == (3, 3)
@@ -64,7 +64,7 @@ def test_each_active_request_gets_one_token_a_step_and_waiting_ones_wait() -> No
 
 def test_cancelling_leaves_the_others_as_they_are() -> None:
     model = tiny()
-    engine = Engine(model, slots=3, max_tokens=20)
+    engine = GenerationEngine(model, slots=3, max_tokens=20)
     prompts = [[3, 7, 11], [20], [5, 4, 3]]
     numbers = [engine.add(prompt, GREEDY, (0, 0)) for prompt in prompts]
     made = defaultdict(list)
@@ -79,7 +79,7 @@ def test_cancelling_leaves_the_others_as_they_are() -> None:
 
 
 def test_long_prompts_are_not_all_read_in_one_step() -> None:
-    engine = Engine(tiny(), slots=4, max_tokens=20, prefill_tokens=10)
+    engine = GenerationEngine(tiny(), slots=4, max_tokens=20, prefill_tokens=10)
     for _ in range(4):
         engine.add([1] * 6, GREEDY, (0, 0))
     assert [len(engine.step()) for _ in range(4)] == [1, 2, 3, 4]
@@ -89,7 +89,7 @@ def test_every_end_token_stops() -> None:
     model = tiny()
     free = uncached_greedy(model, [3, 7, 11], 12)
     for stop in ((49, free[4]), (free[4], free[2])):
-        engine = Engine(model, slots=1, max_tokens=20)
+        engine = GenerationEngine(model, slots=1, max_tokens=20)
         engine.add([3, 7, 11], replace(GREEDY, eos_ids=stop), (0, 0))
         (tokens,) = drain(engine).values()
         place = min(free.index(token) for token in stop if token in free)
@@ -100,8 +100,8 @@ def test_every_end_token_stops() -> None:
 
 def test_limits_count_as_documented() -> None:
     def count(prompt: int, **options: int) -> int:
-        engine = Engine(tiny(), slots=1, max_tokens=16)
-        engine.add([1] * prompt, Sampling(do_sample=False, **options), (0, 0))
+        engine = GenerationEngine(tiny(), slots=1, max_tokens=16)
+        engine.add([1] * prompt, SamplingParams(do_sample=False, **options), (0, 0))
         (tokens,) = drain(engine).values()
         return len(tokens)
 
@@ -115,10 +115,10 @@ def test_limits_count_as_documented() -> None:
 
 def test_draws_depend_on_seed_and_request_number_alone() -> None:
     model = tiny()
-    drawn = Sampling(temperature=2.0, max_new_tokens=15)
+    drawn = SamplingParams(temperature=2.0, max_new_tokens=15)
 
     def answer(stream: tuple[int, int], beside: int) -> list[int]:
-        engine = Engine(model, slots=4, max_tokens=30)
+        engine = GenerationEngine(model, slots=4, max_tokens=30)
         others = [engine.add([9] * (2 + n), drawn, (7, 100 + n)) for n in range(beside)]
         number = engine.add([3, 7], drawn, stream)
         made = drain(engine)
@@ -132,15 +132,15 @@ def test_draws_depend_on_seed_and_request_number_alone() -> None:
 
 def test_logprobs_are_those_of_the_model() -> None:
     model = tiny()
-    engine = Engine(model, slots=2, max_tokens=30)
-    first = engine.add([3, 7], Sampling(temperature=0.5, logprobs=3, max_new_tokens=5), (1, 1))
+    engine = GenerationEngine(model, slots=2, max_tokens=30)
+    first = engine.add([3, 7], SamplingParams(temperature=0.5, logprobs=3, max_new_tokens=5), (1, 1))
     second = engine.add([3, 7, 8], replace(GREEDY, logprobs=0), (1, 1))
     third = engine.add([3], GREEDY, (1, 1))
     made = drain(engine)
     row = [3, 7]
     for token in made[first]:
         with torch.no_grad():
-            wanted = model.logits(model(torch.tensor(row), whole(len(row))))[-1].log_softmax(-1)
+            wanted = model.logits(model(torch.tensor(row), single_sequence(len(row))))[-1].log_softmax(-1)
         assert token.logprob == pytest.approx(float(wanted[token.id]), abs=1e-12)
         best = wanted.topk(3)
         assert [number for number, _ in token.top] == best.indices.tolist()
@@ -162,9 +162,9 @@ def test_logprobs_are_those_of_the_model() -> None:
     ],
 )
 def test_impossible_requests_are_refused(prompt: list[int], options: dict[str, int], words: str) -> None:
-    engine = Engine(tiny(), slots=1, max_tokens=20)
+    engine = GenerationEngine(tiny(), slots=1, max_tokens=20)
     with pytest.raises(UserError, match=words):
-        engine.add(prompt, Sampling(**options), (0, 0))
+        engine.add(prompt, SamplingParams(**options), (0, 0))
     assert engine.active == 0
 
 
@@ -172,8 +172,8 @@ def test_logits_that_are_no_numbers_end_nothing_else() -> None:
     model = tiny()
     with torch.no_grad():
         model.embedding.weight[9] = float("nan")
-    engine = Engine(model, slots=2, max_tokens=20)
-    bad = engine.add([9], Sampling(top_p=0.9, top_k=5, min_p=0.1, max_new_tokens=3), (0, 0))
+    engine = GenerationEngine(model, slots=2, max_tokens=20)
+    bad = engine.add([9], SamplingParams(top_p=0.9, top_k=5, min_p=0.1, max_new_tokens=3), (0, 0))
     good = engine.add([3, 7, 11], replace(GREEDY, max_new_tokens=6), (0, 0))
     after = engine.add([3], replace(GREEDY, max_new_tokens=6), (0, 0))  # in the slot of the bad one
     made = drain(engine)

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from evomesh.errors import UserError
-from evomesh.generate.options import Sampling
+from evomesh.generate.options import SamplingParams
 from evomesh.generate.sample import TokenSampler, candidates, penalised
 
 VOCAB = 50
@@ -29,7 +29,7 @@ def test_candidates_follow_transformers(top_k: int, top_p: float, min_p: float, 
     scores = TopKLogitsWarper(top_k, min_tokens_to_keep=keep)(None, scores) if top_k else scores
     scores = TopPLogitsWarper(top_p, min_tokens_to_keep=keep)(None, scores) if top_p < 1 else scores
     scores = MinPLogitsWarper(min_p, min_tokens_to_keep=keep)(None, scores) if min_p else scores
-    ids, ours = candidates(logits, Sampling(temperature=0.7, top_k=top_k, top_p=top_p, min_p=min_p), keep)
+    ids, ours = candidates(logits, SamplingParams(temperature=0.7, top_k=top_k, top_p=top_p, min_p=min_p), keep)
     whole = torch.zeros(VOCAB, dtype=torch.float64).index_put((ids,), ours.softmax(-1))
     torch.testing.assert_close(whole, scores[0].softmax(-1), rtol=1e-12, atol=1e-15)
 
@@ -47,7 +47,7 @@ def test_the_repetition_penalty_follows_transformers(penalty: float) -> None:
 @pytest.mark.parametrize("options", [{"top_k": 3}, {"top_p": 0.8}, {}])
 def test_draws_follow_the_distribution(options: dict[str, float]) -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0], dtype=torch.float64)
-    sampling = Sampling(temperature=1.5, **options)
+    sampling = SamplingParams(temperature=1.5, **options)
     sampler = TokenSampler(sampling, (0, 0))
     count = 4000
     drawn = torch.bincount(torch.tensor([sampler.next(logits) for _ in range(count)]), minlength=4) / count
@@ -59,9 +59,9 @@ def test_draws_follow_the_distribution(options: dict[str, float]) -> None:
 
 def test_no_sampling_and_no_temperature_are_greedy() -> None:
     logits = torch.tensor([0.0, 3.0, 2.9])
-    for sampling in (Sampling(do_sample=False), Sampling(temperature=0.0)):
+    for sampling in (SamplingParams(do_sample=False), SamplingParams(temperature=0.0)):
         assert {TokenSampler(sampling, (0, n)).next(logits) for n in range(20)} == {1}
-    assert {TokenSampler(Sampling(), (0, n)).next(logits) for n in range(20)} > {1}
+    assert {TokenSampler(SamplingParams(), (0, n)).next(logits) for n in range(20)} > {1}
 
 
 @pytest.mark.parametrize(
@@ -84,12 +84,12 @@ def test_no_sampling_and_no_temperature_are_greedy() -> None:
 )
 def test_impossible_sampling_is_refused(bad: dict[str, float]) -> None:
     with pytest.raises(UserError, match=f"{next(iter(bad))} is {next(iter(bad.values()))}"):
-        Sampling(**bad)
+        SamplingParams(**bad)
 
 
 def test_more_answers_than_there_can_be_are_refused() -> None:
     with pytest.raises(UserError, match="num_return_sequences is 3"):
-        Sampling(num_return_sequences=3, num_beams=2)
+        SamplingParams(num_return_sequences=3, num_beams=2)
     with pytest.raises(UserError, match="num_return_sequences is 2"):
-        Sampling(num_return_sequences=2, do_sample=False)
-    Sampling(num_return_sequences=3)
+        SamplingParams(num_return_sequences=2, do_sample=False)
+    SamplingParams(num_return_sequences=3)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from evomesh.layers.attention import Documents, _varlen, attend
-from evomesh.layers.documents import whole
+from evomesh.layers.documents import single_sequence
 
 
 def documents(lengths: list[int], padding: int = 0) -> Documents:
@@ -54,7 +54,7 @@ def test_lengths_skip_padding_and_empty_documents() -> None:
 
 
 def test_span_counts_positions_before_the_first_token() -> None:
-    assert whole(2, start=5).span().tolist() == [7, 7]
+    assert single_sequence(2, start=5).span().tolist() == [7, 7]
 
 
 @pytest.mark.parametrize("newer", [True, False])

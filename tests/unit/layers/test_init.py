@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from evomesh.layers.init import Initial, fill_parameter, owned_range
+from evomesh.layers.init import InitialWeight, fill_parameter, owned_range
 from evomesh.parallel.grid import Axis
 from evomesh.parallel.spec import ShardSpec
 
 SHAPE = (300, 520)  # neither dim a whole number of tiles
-NORMAL = Initial("normal", 1.0)
+NORMAL = InitialWeight("normal", 1.0)
 
 
 def drawn(
-    name: str = "layers.0.w", seed: int = 1, spec: ShardSpec | None = None, initial: Initial = NORMAL, **axes: Axis
+    name: str = "layers.0.w", seed: int = 1, spec: ShardSpec | None = None, initial: InitialWeight = NORMAL, **axes: Axis
 ) -> torch.Tensor:
     spec = spec or ShardSpec(SHAPE)
     shape = [len(owned_range(spec, dim, axes)) for dim in range(len(spec.shape))]
@@ -62,7 +62,7 @@ def test_no_two_tiles_are_alike() -> None:
 
 @pytest.mark.parametrize("kind", ["normal", "uniform"])
 def test_scale_is_the_standard_deviation(kind: str) -> None:
-    values = drawn(spec=ShardSpec((1000, 1000)), initial=Initial(kind, 0.02))  # type: ignore[arg-type]
+    values = drawn(spec=ShardSpec((1000, 1000)), initial=InitialWeight(kind, 0.02))  # type: ignore[arg-type]
     assert values.std().item() == pytest.approx(0.02, rel=5e-3)
     assert abs(values.mean().item()) < 5 * 0.02 / 1000
     if kind == "uniform":

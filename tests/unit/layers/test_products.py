@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from evomesh.layers import products
 from evomesh.layers.loss import IGNORE, linear_cross_entropy
-from evomesh.layers.products import product, times_transposed
+from evomesh.layers.products import linear, matmul_nt
 
 T, I, O = 70, 24, 40  # noqa: E741  # rows, input and output features
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}  # float32 sums of up to 70 terms of order 1
@@ -60,7 +60,7 @@ def test_a_product_and_its_gradients(one_dnn: bool, biased: bool, rows: int) -> 
     ours = leaves((rows, I), (O, I), (O,))[: 2 + biased]
     exact = wide(ours)
     with Kernels() as kernels:
-        out = product(*ours)
+        out = linear(*ours)
         grads = torch.autograd.grad(out, ours, torch.ones_like(out).cumsum(0) / rows)
     expected = exact[0] @ exact[1].T + (exact[2] if biased else 0)
     same(out, expected)
@@ -75,7 +75,7 @@ def test_a_product_and_its_gradients(one_dnn: bool, biased: bool, rows: int) -> 
 def test_only_the_wanted_gradients_are_made(one_dnn: bool) -> None:
     x, weight = leaves((T, I), (O, I))
     with Kernels() as kernels:
-        product(x.detach(), weight).sum().backward()
+        linear(x.detach(), weight).sum().backward()
     assert kernels.count("mkldnn::") + kernels.count("aten::mm") == 2 and weight.grad is not None
 
 
@@ -83,16 +83,16 @@ def test_only_the_wanted_gradients_are_made(one_dnn: bool) -> None:
 def test_without_gradients(one_dnn: bool) -> None:
     for rows in (1, 8, T):  # 8 rows have a way of their own in torch's kernels
         x, weight, bias = leaves((rows, I), (O, I), (O,))
-        same(product(x, weight, bias), x.double() @ weight.double().T + bias.double())
+        same(linear(x, weight, bias), x.double() @ weight.double().T + bias.double())
 
 
 @torch.no_grad()
 def test_transposed_views_and_sums(one_dnn: bool) -> None:
     a, b, total = leaves((I, T), (I, O), (T, O))
     exact = a.double().T @ b.double()
-    same(times_transposed(a.T, b.T), exact)
+    same(matmul_nt(a.T, b.T), exact)
     before = total.clone()
-    same(times_transposed(a.T, b.T, plus=total), exact + total.double())
+    same(matmul_nt(a.T, b.T, plus=total), exact + total.double())
     assert torch.equal(total, before)
 
 
@@ -126,7 +126,7 @@ def test_two_runs_are_the_same_to_the_bit(one_dnn: bool) -> None:
     x, weight = leaves((T, I), (O, I))
     runs = []
     for _ in range(2):
-        out = product(x, weight)
+        out = linear(x, weight)
         runs.append([out, *torch.autograd.grad(out.square().sum(), (x, weight))])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 

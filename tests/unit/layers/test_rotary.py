@@ -5,35 +5,35 @@ import math
 import pytest
 import torch
 
-from evomesh.layers.documents import Documents, whole
-from evomesh.layers.rotary import Rotary, split_rotate
+from evomesh.layers.documents import SequenceBounds, single_sequence
+from evomesh.layers.rotary import RotaryEmbedding, split_rotate
 
 
 def test_angles_by_hand_in_float64() -> None:
-    cos, sin = Rotary(head_dim=4, base=100.0).tables(whole(3), torch.float64)
+    cos, sin = RotaryEmbedding(head_dim=4, base=100.0).tables(single_sequence(3), torch.float64)
     expected = torch.tensor([[p, p * 0.1] for p in range(3)], dtype=torch.float64)
     torch.testing.assert_close(cos, expected.cos(), rtol=1e-15, atol=0)
     torch.testing.assert_close(sin, expected.sin(), rtol=1e-15, atol=0)
-    assert Rotary(4, 100.0).tables(whole(3), torch.bfloat16)[0].dtype is torch.float32
+    assert RotaryEmbedding(4, 100.0).tables(single_sequence(3), torch.bfloat16)[0].dtype is torch.float32
 
 
 @pytest.mark.parametrize("factor", [1.0, 2.0])
 def test_dynamic_ntk_stretches_the_base_beyond_the_trained_length(factor: float) -> None:
     length, trained, head_dim = 12, 8, 6
-    rotary = Rotary(head_dim, 10000.0, dynamic_ntk=True, max_position=trained, factor=factor)
+    rotary = RotaryEmbedding(head_dim, 10000.0, dynamic_ntk=True, max_position=trained, factor=factor)
     base = 10000.0 * (factor * length / trained - (factor - 1)) ** (head_dim / (head_dim - 2))
     angle = [math.cos(7 * base ** (-2 * i / head_dim)) for i in range(3)]
-    assert rotary.tables(whole(length), torch.float64)[0][7].tolist() == pytest.approx(angle, rel=1e-13)
-    plain = Rotary(head_dim, 10000.0).tables(whole(trained), torch.float64)[0]
-    assert torch.equal(rotary.tables(whole(trained), torch.float64)[0], plain)
+    assert rotary.tables(single_sequence(length), torch.float64)[0][7].tolist() == pytest.approx(angle, rel=1e-13)
+    plain = RotaryEmbedding(head_dim, 10000.0).tables(single_sequence(trained), torch.float64)[0]
+    assert torch.equal(rotary.tables(single_sequence(trained), torch.float64)[0], plain)
 
 
 def test_a_packed_document_is_stretched_by_its_own_length() -> None:
-    rotary = Rotary(6, 10000.0, dynamic_ntk=True, max_position=8)
-    packed = Documents(torch.cat([torch.arange(12), torch.arange(5)]), torch.tensor([0, 12, 17, 17]).int(), 12)
+    rotary = RotaryEmbedding(6, 10000.0, dynamic_ntk=True, max_position=8)
+    packed = SequenceBounds(torch.cat([torch.arange(12), torch.arange(5)]), torch.tensor([0, 12, 17, 17]).int(), 12)
     cos, _ = rotary.tables(packed, torch.float64)
-    assert torch.equal(cos[:12], rotary.tables(whole(12), torch.float64)[0])
-    assert torch.equal(cos[12:], rotary.tables(whole(5), torch.float64)[0])
+    assert torch.equal(cos[:12], rotary.tables(single_sequence(12), torch.float64)[0])
+    assert torch.equal(cos[12:], rotary.tables(single_sequence(5), torch.float64)[0])
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -42,7 +42,7 @@ def test_split_and_rotation_as_complex_numbers(interleaved: bool, queries: int) 
     torch.manual_seed(0)
     tokens, groups, head_dim = 5, 2, 8
     qkv = torch.randn(tokens, groups * (queries + 2) * head_dim, dtype=torch.float64, requires_grad=True)
-    cos, sin = Rotary(head_dim, 10000.0).tables(whole(tokens), torch.float64)
+    cos, sin = RotaryEmbedding(head_dim, 10000.0).tables(single_sequence(tokens), torch.float64)
     turn = torch.complex(cos, sin)[:, None, None]
 
     def rotated(x: torch.Tensor) -> torch.Tensor:

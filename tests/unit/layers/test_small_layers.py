@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from evomesh.layers.embedding import Embedding
-from evomesh.layers.linear import ColumnLinear, RowLinear
+from evomesh.layers.linear import ColumnParallelLinear, RowParallelLinear
 from evomesh.layers.mlp import FeedForward
 from evomesh.layers.norm import Norm
 from evomesh.layers.placement import Placement
@@ -105,8 +105,8 @@ def test_feed_forward(swiglu: bool) -> None:
 def test_specs_describe_the_local_shapes(mode: str) -> None:
     at = Placement(axis=Axis("tp", 2, 1), mode=MODES[mode])
     for layer in (
-        ColumnLinear(8, 12, bias=True, at=at),
-        RowLinear(8, 12, bias=True, at=at),
+        ColumnParallelLinear(8, 12, bias=True, at=at),
+        RowParallelLinear(8, 12, bias=True, at=at),
         Norm("layernorm", 8, eps=1e-5, fp32_weight=False, at=at),
         Embedding(10, 8, grad_scale=1.0, split_hidden=False, at=at.on_tensor_axis()),
         Embedding(10, 8, grad_scale=1.0, split_hidden=True, at=at.on_tensor_axis()),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from evomesh.config.schema import ModelConfig
-from evomesh.layers.documents import whole
+from evomesh.layers.documents import single_sequence
 from evomesh.models.decoder import Decoder
 from evomesh.models.registry import build_model, initialize_weights
 from tests.support.tolerances import TRANSFORMERS, TRANSFORMERS_FLOAT32
@@ -159,7 +159,7 @@ def worst_difference(ours: Decoder, theirs: torch.nn.Module) -> float:
     expected = theirs(ids[None]).logits[0]
     expected_loss = torch.nn.functional.cross_entropy(expected, labels, reduction="sum")
     expected_loss.backward()
-    hidden = ours(ids, whole(LENGTH))
+    hidden = ours(ids, single_sequence(LENGTH))
     loss = ours.loss(hidden, labels)
     loss.scaled_sum.backward()
     differences = [(ours.logits(hidden) - expected).abs().max(), (loss.scaled_sum - expected_loss).abs()]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from evomesh.layers.attention import Attend, attend
-from evomesh.layers.documents import Documents
+from evomesh.layers.attention import AttentionFunction, attend
+from evomesh.layers.documents import SequenceBounds
 from evomesh.models.language_model import LanguageModel
 from evomesh.models.registry import build_model, initialize_weights
 from tests.support.decoders import tiny_config
@@ -39,12 +39,12 @@ def model_of(**changes: Any) -> LanguageModel:
     return model
 
 
-def documents(lengths: Sequence[int]) -> Documents:
+def documents(lengths: Sequence[int]) -> SequenceBounds:
     bounds = torch.tensor((0, *lengths)).cumsum(0).int()
-    return Documents(torch.cat([torch.arange(n) for n in lengths]), bounds, max(lengths))
+    return SequenceBounds(torch.cat([torch.arange(n) for n in lengths]), bounds, max(lengths))
 
 
-def train(model: LanguageModel, lengths: Sequence[int], attend: Attend = attend) -> dict[str, Tensor]:
+def train(model: LanguageModel, lengths: Sequence[int], attend: AttentionFunction = attend) -> dict[str, Tensor]:
     """Gradients of one forward and backward."""
     model.zero_grad()
     ids = torch.arange(T) % model.config.vocab_size

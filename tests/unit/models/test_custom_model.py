@@ -12,7 +12,7 @@ import torch
 
 from evomesh.config.schema import ModelConfig
 from evomesh.errors import ConfigError, UserError
-from evomesh.layers.documents import whole
+from evomesh.layers.documents import single_sequence
 from evomesh.models.registry import ModelInitializer, build_model, initialize_weights
 from evomesh.parallel.grid import Axis, Grid
 
@@ -47,7 +47,7 @@ def test_its_own_parameter_arrives_and_it_learns(config: dict[str, Any]) -> None
     losses = []
     for _ in range(12):
         optimizer.zero_grad()
-        loss = model.loss(model(ids[:-1], whole(64)), ids[1:], 1 / 64).scaled_sum
+        loss = model.loss(model(ids[:-1], single_sequence(64)), ids[1:], 1 / 64).scaled_sum
         loss.backward()
         optimizer.step()
         losses.append(loss.item())

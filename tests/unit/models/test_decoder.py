@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from evomesh.config.schema import ModelConfig
 from evomesh.layers.attention import Attention, Documents, attend
-from evomesh.layers.documents import whole
+from evomesh.layers.documents import single_sequence
 from evomesh.models.decoder import Decoder
 from evomesh.models.registry import build_model, initialize_weights
 from evomesh.parallel.grid import Axis, Grid
@@ -97,7 +97,7 @@ def test_packed_documents_are_as_if_alone(ntk: bool) -> None:
     model.zero_grad()
     alone = []
     for start, stop in pairwise([0, *torch.tensor(LENGTHS).cumsum(0).tolist()]):
-        part = model.loss(model(ids[start:stop], whole(stop - start)), labels[start:stop])
+        part = model.loss(model(ids[start:stop], single_sequence(stop - start)), labels[start:stop])
         part.scaled_sum.backward()
         alone.append(part.nll)
     torch.testing.assert_close(packed.nll, torch.cat(alone), rtol=1e-12, atol=1e-12)
@@ -259,11 +259,11 @@ def test_generation_can_keep_keys_and_values() -> None:
             k, v = torch.cat([kept[layer][0], k]), torch.cat([kept[layer][1], v])
         kept[layer] = k, v
         queries = torch.cat([q.new_zeros(len(k) - len(q), *q.shape[1:]), q])
-        return attend(asking, queries, k, v, whole(len(k)))[-len(q) :]
+        return attend(asking, queries, k, v, single_sequence(len(k)))[-len(q) :]
 
     with torch.no_grad():
-        expected = model.logits(model(ids, whole(T)))
-        steps = [model.logits(model(ids[i : i + 1], whole(1, start=i), cached)) for i in range(T)]
+        expected = model.logits(model(ids, single_sequence(T)))
+        steps = [model.logits(model(ids[i : i + 1], single_sequence(1, start=i), cached)) for i in range(T)]
     torch.testing.assert_close(torch.cat(steps), expected, rtol=1e-11, atol=1e-11)
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from evomesh.config.draft import Draft
+from evomesh.config.draft import ConfigDraft
 from evomesh.config.legacy import resolve
 from evomesh.config.schema import ModelConfig
-from evomesh.layers.documents import whole
+from evomesh.layers.documents import single_sequence
 from evomesh.models.registry import build_model, initialize_weights
 
 BASE: dict[str, Any] = dict(
@@ -30,7 +30,7 @@ BASE: dict[str, Any] = dict(
 
 
 def logits(values: dict[str, Any]) -> Tensor:
-    draft = Draft({"model": {**BASE, **values}}, lambda key: "")
+    draft = ConfigDraft({"model": {**BASE, **values}}, lambda key: "")
     resolve(draft)
     assert not draft.problems
     config = ModelConfig.model_validate(draft.sections["model"], strict=False)
@@ -38,7 +38,7 @@ def logits(values: dict[str, Any]) -> Tensor:
     initialize_weights(model, seed=1)
     ids = torch.randint(50, (40,), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        found: Tensor = model.logits(model(ids, whole(len(ids))))
+        found: Tensor = model.logits(model(ids, single_sequence(len(ids))))
     return found
 
 

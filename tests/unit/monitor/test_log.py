@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from evomesh.monitor.log import ALL_RANKS, close_logging, redact, setup_logging
-from evomesh.monitor.progress import Progress
+from evomesh.monitor.progress import ProgressLine
 
 LOGGER = logging.getLogger("evomesh.somewhere")
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}\tINFO test_log\.py:\d+ in test_\w+ -- tflops=1\n")
@@ -74,7 +74,7 @@ def test_progress_is_live_on_a_terminal_and_silent_elsewhere() -> None:
     plain, live = io.StringIO(), io.StringIO()
     for console in (Console(file=plain), Console(file=live, force_terminal=True, width=100)):
         setup_logging(console=console)
-        with Progress(total=20, step=10, console=console) as progress:
+        with ProgressLine(total=20, step=10, console=console) as progress:
             progress.update(11, loss=2.5, speed=1234.0)
             LOGGER.info("a line")
     assert plain.getvalue().endswith("a line\n")

@@ -6,7 +6,7 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from evomesh.config.schema import RunConfig
-from evomesh.monitor.tracker import TensorBoard, rank_name, run_folder, tensorboard_folder
+from evomesh.monitor.tracker import TensorBoardWriter, rank_name, run_folder, tensorboard_folder
 
 NOW = datetime(2023, 7, 7, 12, 26, 58)
 
@@ -29,7 +29,7 @@ def test_folders_follow_the_documents() -> None:
 
 
 def test_scalars_and_texts_can_be_read_back(tmp_path: Path) -> None:
-    board = TensorBoard(tmp_path, queue=2)
+    board = TensorBoardWriter(tmp_path, queue=2)
     for step in range(3):
         board.scalars(step, {"loss": 2.0 - step, "val/en_loss": 0.5})
     board.text("config", "address http://user:secret@host/")
@@ -40,7 +40,7 @@ def test_scalars_and_texts_can_be_read_back(tmp_path: Path) -> None:
 
 
 def test_steps_are_buffered_up_to_the_queue(tmp_path: Path) -> None:
-    board = TensorBoard(tmp_path, queue=2)
+    board = TensorBoardWriter(tmp_path, queue=2)
     size = lambda: sum(path.stat().st_size for path in tmp_path.iterdir())  # noqa: E731
     board.flush()
     empty = size()
@@ -52,21 +52,21 @@ def test_steps_are_buffered_up_to_the_queue(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_hides_what_it_writes_again(tmp_path: Path) -> None:
-    first = TensorBoard(tmp_path)
+    first = TensorBoardWriter(tmp_path)
     for step in range(5):
         first.scalars(step, {"loss": 1.0})
     first.close()
-    second = TensorBoard(tmp_path, step=3)
+    second = TensorBoardWriter(tmp_path, step=3)
     second.scalars(3, {"loss": 7.0})
     second.close()
     assert scalars(tmp_path, "loss") == [(0, 1.0), (1, 1.0), (2, 1.0), (3, 7.0)]
 
 
 def test_curves_of_an_earlier_run_are_copied_in(tmp_path: Path) -> None:
-    old = TensorBoard(tmp_path / "old")
+    old = TensorBoardWriter(tmp_path / "old")
     old.scalars(0, {"loss": 1.0})
     old.close()
-    new = TensorBoard(tmp_path / "new", step=1, resume_from=tmp_path / "old")
+    new = TensorBoardWriter(tmp_path / "new", step=1, resume_from=tmp_path / "old")
     new.scalars(1, {"loss": 2.0})
     new.close()
     assert scalars(tmp_path / "new", "loss") == [(0, 1.0), (1, 2.0)]

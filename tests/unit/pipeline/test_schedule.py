@@ -9,7 +9,7 @@ from torch.torch_version import TorchVersion
 from evomesh.errors import UserError
 from evomesh.parallel.grid import Axis, Grid
 from evomesh.parallel.modes import MODES
-from evomesh.pipeline.schedule import Pipeline, refuse_zbv
+from evomesh.pipeline.schedule import PipelineSchedule, refuse_zbv
 
 
 def test_zbv_needs_a_torch_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,5 +19,5 @@ def test_zbv_needs_a_torch_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"hidden_size": 8, "dtype": torch.float32, "device": torch.device("cpu")}
     stages = [torch.nn.Linear(1, 1)] * 2, Grid(pp=Axis("pp", 2)), MODES["mtp"]
     with pytest.raises(UserError, match=r"torch 2\.11\.0\+cu130 cannot(.|\n)*torch 2\.13 or later(.|\n)*interleaved"):
-        Pipeline(*stages, schedule="zbv", **options)
-    Pipeline(*stages, schedule="interleaved", **options)
+        PipelineSchedule(*stages, schedule="zbv", **options)
+    PipelineSchedule(*stages, schedule="interleaved", **options)

@@ -6,10 +6,10 @@ import httpx
 import pytest
 
 from evomesh.models.language_model import LanguageModel
-from evomesh.serve.service import Limits
+from evomesh.serve.service import ServiceLimits
 from tests.support.serving import Served, serving, tiny_model, tiny_service
 
-LIMITS = Limits(context=512, slots=4, queue=4, body=20_000)
+LIMITS = ServiceLimits(context=512, slots=4, queue=4, body=20_000)
 
 
 @pytest.fixture(scope="session")

@@ -15,10 +15,10 @@ import httpx
 import pytest
 import torch
 
-from evomesh.layers.documents import whole
+from evomesh.layers.documents import single_sequence
 from evomesh.models.language_model import LanguageModel
 from evomesh.serve.load import _with
-from evomesh.serve.service import Limits
+from evomesh.serve.service import ServiceLimits
 from tests.support.serving import TRAINED, Served, serving, tiny_service
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -28,7 +28,7 @@ GREEDY = {"model": "tiny", "prompt": "abc", "max_tokens": 20, "temperature": 0}
 @pytest.fixture
 def long(model: LanguageModel, tmp_path: Path) -> Iterator[Served]:
     """Room for answers that take seconds, but one at a time and one waiting."""
-    with serving(tiny_service(tmp_path, model, Limits(context=8192, slots=1, queue=1))) as served:
+    with serving(tiny_service(tmp_path, model, ServiceLimits(context=8192, slots=1, queue=1))) as served:
         yield served
 
 
@@ -53,7 +53,7 @@ def expected(model: LanguageModel, prompt: list[int], count: int) -> tuple[list[
     ids, logprobs = list(prompt), []
     with torch.no_grad():
         for _ in range(count):
-            row = model.logits(model(torch.tensor(ids), whole(len(ids)))[-1:])[0].log_softmax(-1)
+            row = model.logits(model(torch.tensor(ids), single_sequence(len(ids)))[-1:])[0].log_softmax(-1)
             ids.append(int(row.argmax()))
             logprobs.append(float(row.max()))
     return ids[len(prompt) :], logprobs
@@ -149,7 +149,7 @@ def test_the_rotary_type_is_the_requests(client: httpx.Client, served: Served, m
 
 
 def test_a_short_request_does_not_wait_for_a_long_one(model: LanguageModel, tmp_path: Path) -> None:
-    with serving(tiny_service(tmp_path, model, Limits(context=8192, slots=2))) as served:
+    with serving(tiny_service(tmp_path, model, ServiceLimits(context=8192, slots=2))) as served:
         body = GREEDY | {"max_tokens": 8000, "stream": True}
         with httpx.Client(base_url=served.url) as client, client.stream("POST", COMPLETIONS, json=body) as long_one:
             lines = begin(long_one)
@@ -238,11 +238,11 @@ def test_a_full_queue_is_a_429(long: Served) -> None:
 def test_a_broken_engine_is_replaced(client: httpx.Client, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     from evomesh.generate import engine
 
-    def broken(self: engine.Engine) -> list[engine.Token]:
+    def broken(self: engine.GenerationEngine) -> list[engine.GeneratedToken]:
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.Engine, "step", broken)
+        patch.setattr(engine.GenerationEngine, "step", broken)
         answer = client.post(COMPLETIONS, json=GREEDY)
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_failed")
     assert served.idle()

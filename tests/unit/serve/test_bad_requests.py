@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from evomesh.models.language_model import LanguageModel
-from evomesh.serve.service import Limits
+from evomesh.serve.service import ServiceLimits
 from tests.support.serving import Served, serving, tiny_service
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -190,7 +190,7 @@ def test_the_server_goes_on_after_all_of_it(client: httpx.Client, served: Served
 
 
 def test_keys(model: LanguageModel, tmp_path: Path) -> None:
-    with serving(tiny_service(tmp_path, model, Limits(64)), key="s3cret") as served:
+    with serving(tiny_service(tmp_path, model, ServiceLimits(64)), key="s3cret") as served:
         for path in ("/v1/models", "/v1/models/tiny", "/metrics"):
             refused(httpx.get(served.url + path), 401, "invalid_api_key", "no key")
         for value in ("Bearer wrong", "Bearer s3cre", "Bearer s3crett", "Basic s3cret", "s3cret", "Bearer é"):
@@ -203,13 +203,13 @@ def test_keys(model: LanguageModel, tmp_path: Path) -> None:
 
 
 def test_a_model_without_chat_template_says_so(model: LanguageModel, tmp_path: Path) -> None:
-    with serving(tiny_service(tmp_path, model, Limits(64), template="")) as served:
+    with serving(tiny_service(tmp_path, model, ServiceLimits(64), template="")) as served:
         refused(httpx.post(served.url + CHAT, json=TALK), 400, "invalid_value", "no chat template")
 
 
 def test_a_template_that_refuses(model: LanguageModel, tmp_path: Path) -> None:
     template = "{{ raise_exception('roles must alternate') if messages | length > 1 else messages[0].nothing.x }}"
-    with serving(tiny_service(tmp_path, model, Limits(64), template=template)) as served:
+    with serving(tiny_service(tmp_path, model, ServiceLimits(64), template=template)) as served:
         refused(httpx.post(served.url + CHAT, json=TALK), 400, "invalid_value", "refuses the conversation")
         twice = TALK | {"messages": [{"role": "user", "content": "hi"}] * 2}
         refused(httpx.post(served.url + CHAT, json=twice), 400, "invalid_value", "roles must alternate")

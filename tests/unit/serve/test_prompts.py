@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
-from evomesh.data.chat import STYLES, Message, build_template
+from evomesh.data.chat import STYLES, ChatMessage, build_template
 from evomesh.data.tokenizer import Tokenizer, load_tokenizer
 from tests.support.serving import TEMPLATE, byte_tokenizer
 
@@ -27,8 +27,8 @@ def special_tokenizer(folder: Path, template: str = "") -> Tokenizer:
     return load_tokenizer(folder)
 
 
-def talk(turns: list[tuple[str, str]]) -> list[Message]:
-    return [Message(role, text, role == "assistant") for role, text in turns]
+def talk(turns: list[tuple[str, str]]) -> list[ChatMessage]:
+    return [ChatMessage(role, text, role == "assistant") for role, text in turns]
 
 
 @pytest.mark.parametrize("name", [*STYLES, "tokenizer"])

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evomesh.data.tokenizer import Tokenizer, load_tokenizer
-from evomesh.generate.engine import Token
-from evomesh.serve.writer import Piece, Writer
+from evomesh.generate.engine import GeneratedToken
+from evomesh.serve.writer import TextDelta, Detokenizer
 from tests.support.serving import byte_tokenizer
 
 
@@ -19,14 +19,14 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return load_tokenizer(byte_tokenizer(tmp_path_factory.mktemp("tokenizer"), ""))
 
 
-def write(tokenizer: Tokenizer, text: str, stops: list[str], end: str = "length", scored: bool = False) -> list[Piece]:
+def write(tokenizer: Tokenizer, text: str, stops: list[str], end: str = "length", scored: bool = False) -> list[TextDelta]:
     """Pieces of ``text`` told token by token, up to the one that finishes."""
     ids = tokenizer.encode(text)
-    writer = Writer(tokenizer, tokenizer.encode("prompt"), stops)
+    writer = Detokenizer(tokenizer, tokenizer.encode("prompt"), stops)
     pieces = []
     for place, token in enumerate(ids):
         finish = end if place == len(ids) - 1 else ""
-        pieces.append(writer.push(Token(0, token, -0.5 if scored else None, [(token, -0.5)] if scored else [], finish)))
+        pieces.append(writer.push(GeneratedToken(0, token, -0.5 if scored else None, [(token, -0.5)] if scored else [], finish)))
         if pieces[-1].finish:
             break
     return pieces
@@ -56,9 +56,9 @@ def test_nothing_is_held_back_without_need(tokenizer: Tokenizer) -> None:
 
 
 def test_a_broken_character_at_the_end_is_told(tokenizer: Tokenizer) -> None:
-    writer = Writer(tokenizer, [1, 2])
+    writer = Detokenizer(tokenizer, [1, 2])
     first = tokenizer.encode("é")[0]
-    assert writer.push(Token(0, first, finish="length")).text == "\ufffd"
+    assert writer.push(GeneratedToken(0, first, finish="length")).text == "\ufffd"
 
 
 def test_the_mark_that_ends_an_answer_is_no_text(tokenizer: Tokenizer) -> None:
@@ -87,5 +87,5 @@ def test_tokens_whose_text_depends_on_the_one_before(tmp_path: Path) -> None:
     backend.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
     assert tokenizer.decode([0, 1, 2]) == "big cats"
-    writer = Writer(tokenizer, [0])
-    assert [writer.push(Token(0, token)).text for token in (1, 2, 0)] == [" cat", "s", " big"]
+    writer = Detokenizer(tokenizer, [0])
+    assert [writer.push(GeneratedToken(0, token)).text for token in (1, 2, 0)] == [" cat", "s", " big"]

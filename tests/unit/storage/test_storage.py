@@ -152,12 +152,12 @@ def test_two_writers_on_a_store_without_locks(endpoint: str, tmp_path: Path) -> 
 )
 def test_urls(url: str, bucket: str, key: str, endpoint: str) -> None:
     scheme, _, rest = url.partition(":")
-    assert s3.parse(scheme, rest) == s3.Address(bucket, key, endpoint)
+    assert s3.parse(scheme, rest) == s3.S3Address(bucket, key, endpoint)
 
 
 def test_the_plain_form_takes_the_endpoint_from_the_environment() -> None:
-    assert s3.parse("s3", "//b/k/x", {"AWS_ENDPOINT_URL": "http://h:1"}) == s3.Address("b", "k/x", "http://h:1")
-    assert s3.parse("s3", "//b.with.dots/k", {}) == s3.Address("b.with.dots", "k", None)
+    assert s3.parse("s3", "//b/k/x", {"AWS_ENDPOINT_URL": "http://h:1"}) == s3.S3Address("b", "k/x", "http://h:1")
+    assert s3.parse("s3", "//b.with.dots/k", {}) == s3.S3Address("b.with.dots", "k", None)
     with pytest.raises(UserError, match="no bucket or no endpoint"):
         s3.parse("boto3", "s3://bucket/key")
 

@@ -18,7 +18,7 @@ from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.build import build_grid
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import MODES
-from evomesh.pipeline.schedule import Pipeline
+from evomesh.pipeline.schedule import PipelineSchedule
 from evomesh.plan.trace import fake_world, weights_on_meta
 from evomesh.train import step
 from evomesh.train.stages import build_stages
@@ -130,7 +130,7 @@ class TestOfAStep:
     def test_is_one_in_every_layout(self, monkeypatch: pytest.MonkeyPatch, layout: dict[str, Any]) -> None:
         """In a world of four that is not there: its collectives return at once. Of a pipeline the last stage, without
         torch's own schedule, which cannot agree about shapes there."""
-        monkeypatch.setattr(Pipeline, "train", Pipeline.rehearse)
+        monkeypatch.setattr(PipelineSchedule, "train", PipelineSchedule.rehearse)
         parallel = ParallelConfig.model_validate(layout)
         with fake_world(4, 3), weights_on_meta():
             overlap = {"overlap_sync_grad": True, "overlap_sync_param": True}
@@ -155,7 +155,7 @@ class TestOfAStep:
         if place == "layer":
             monkeypatch.setattr(attention, "_causal", reading(attention._causal))
         elif place == "loss":
-            monkeypatch.setattr(loss._Vocabulary, "_own", lambda self, target: target.tolist())
+            monkeypatch.setattr(loss._VocabularyShard, "_own", lambda self, target: target.tolist())
         elif place == "optimizer":
             monkeypatch.setattr("evomesh.optim.zero.clip_factor", reading(torch.square))
         else:

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from evomesh.errors import UserError
-from evomesh.train.launch import Place, detect, first_node, torchrun_command
+from evomesh.train.launch import Rank, detect, first_node, torchrun_command
 
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 SLURM = {
@@ -22,12 +22,12 @@ SLURM = {
 
 @pytest.mark.parametrize("launcher", ["auto", "torch"])
 def test_torchrun(launcher: str) -> None:
-    assert detect(TORCHRUN, launcher) == Place(5, 8, 1, "10.0.0.1", 29500)
+    assert detect(TORCHRUN, launcher) == Rank(5, 8, 1, "10.0.0.1", 29500)
 
 
 @pytest.mark.parametrize("launcher", ["auto", "slurm"])
 def test_slurm(launcher: str) -> None:
-    assert detect(SLURM, launcher, port=9999) == Place(3, 4, 1, "localhost", 9999)
+    assert detect(SLURM, launcher, port=9999) == Rank(3, 4, 1, "localhost", 9999)
     assert detect({**SLURM, "MASTER_ADDR": "10.0.0.9"}, launcher).host == "10.0.0.9"
 
 
@@ -37,9 +37,9 @@ def test_torchrun_inside_slurm_is_torchrun() -> None:
 
 
 def test_plain_python_is_one_process() -> None:
-    assert detect({}) == Place()
+    assert detect({}) == Rank()
     batch_script = {name: value for name, value in SLURM.items() if name != "SLURM_STEP_ID"}
-    assert detect(batch_script) == Place(), "a batch script that calls python without srun is one process"
+    assert detect(batch_script) == Rank(), "a batch script that calls python without srun is one process"
 
 
 @pytest.mark.parametrize(

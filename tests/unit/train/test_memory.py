@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from evomesh.config.schema import Config, ModelConfig
-from evomesh.layers.documents import Documents
+from evomesh.layers.documents import SequenceBounds
 from evomesh.layers.loss import CHUNK
 from evomesh.models.registry import build_model, initialize_weights
 from evomesh.optim.zero import ZeroOptimizer
@@ -47,7 +47,7 @@ class Training:
         )
         self.ids = torch.randint(V, (tokens + 1,), generator=torch.Generator().manual_seed(0))
         bounds = torch.arange(0, tokens + 1, DOCUMENT, dtype=torch.int32)
-        self.documents = Documents(torch.arange(DOCUMENT).repeat(tokens // DOCUMENT), bounds, DOCUMENT)
+        self.documents = SequenceBounds(torch.arange(DOCUMENT).repeat(tokens // DOCUMENT), bounds, DOCUMENT)
         self.labels = self.ids[1:].clone()
 
     def step(self) -> None:

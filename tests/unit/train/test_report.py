@@ -16,20 +16,20 @@ from evomesh.data.build import build_train_data
 from evomesh.optim.zero import StepResult
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import MODES
-from evomesh.train.launch import Launch
-from evomesh.train.report import Reporter
+from evomesh.train.launch import RunContext
+from evomesh.train.report import RunReporter
 from evomesh.train.state import TrainState
 from evomesh.train.step import StepOutput
-from evomesh.train.tally import Tally
+from evomesh.train.tally import LossTally
 
 
 @pytest.fixture
-def reporter(tmp_path: Path) -> Reporter:
+def reporter(tmp_path: Path) -> RunReporter:
     config = Config(run=RunConfig(run_dir=str(tmp_path)), data=DataConfig(seq_len=8, micro_num=2))
-    place = Launch(Grid(), torch.device("cpu"), MODES["mtp"], 0, 1, datetime(2026, 3, 1))
+    place = RunContext(Grid(), torch.device("cpu"), MODES["mtp"], 0, 1, datetime(2026, 3, 1))
     state = TrainState()
     state.record_step(16, applied=True)
-    return Reporter(config, "", place, state, build_train_data(config.data, 256))
+    return RunReporter(config, "", place, state, build_train_data(config.data, 256))
 
 
 def batch(bounds: list[list[int]]) -> Batch:
@@ -39,27 +39,27 @@ def batch(bounds: list[list[int]]) -> Batch:
     return Batch(zeros, zeros, zeros, zeros, torch.tensor(bounds, dtype=torch.int32), longest)
 
 
-def record(reporter: Reporter, seconds: float, **figures: Any) -> Any:
+def record(reporter: RunReporter, seconds: float, **figures: Any) -> Any:
     output = StepOutput(
-        2.5, Tally(["en"], torch.device("cpu")), StepResult(torch.tensor(0.7, dtype=torch.float64)), 0.3
+        2.5, LossTally(["en"], torch.device("cpu")), StepResult(torch.tensor(0.7, dtype=torch.float64)), 0.3
     )
     given = {"lr": 1e-3, "beta2": 0.95, "loss_scale": 1.0} | figures
     return reporter.step(0, batch([[0, 3, 8, 8], [0, 8, 8, 8]]), output, seconds=seconds, **given)
 
 
-def test_samples_are_document_pieces(reporter: Reporter) -> None:
+def test_samples_are_document_pieces(reporter: RunReporter) -> None:
     found = record(reporter, 0.5)
     assert (found.num_samples_in_batch, found.largest_length) == (3, 8)
     assert (found.largest_batch, found.smallest_batch) == (2, 1)
     assert (found.micro_num, found.num_consumed_tokens) == (2, 16)
 
 
-def test_speed_is_tokens_by_seconds(reporter: Reporter) -> None:
+def test_speed_is_tokens_by_seconds(reporter: RunReporter) -> None:
     assert record(reporter, 0.5).tgs == 32.0
     assert record(reporter, 0.25).tflops == 2 * record(reporter, 0.5).tflops
 
 
-def test_validation_results_join_the_step(reporter: Reporter) -> None:
+def test_validation_results_join_the_step(reporter: RunReporter) -> None:
     joined = reporter.validation(record(reporter, 0.5), {"val/en_loss": 3.0, "val/en_acc": 0.25})
     assert joined.values()["val/en_loss"] == 3.0
     assert "val/en_loss" not in joined.line()

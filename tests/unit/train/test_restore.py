@@ -11,9 +11,9 @@ import torch
 from evomesh.checkpoint.hf_export import ExportOptions
 from evomesh.config.schema import GenerationConfig
 from evomesh.errors import UserError
-from evomesh.layers.documents import whole
-from evomesh.serve.load import Choices, load_service
-from evomesh.train.restore import Restored, restore_model
+from evomesh.layers.documents import single_sequence
+from evomesh.serve.load import ModelOptions, load_service
+from evomesh.train.restore import RestoredModel, restore_model
 from tests.support.serving import byte_tokenizer
 from tests.unit.checkpoint.hf_models import export, model_config, save_model
 
@@ -32,9 +32,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def logits(restored: Restored) -> torch.Tensor:
+def logits(restored: RestoredModel) -> torch.Tensor:
     with torch.inference_mode():
-        return restored.model.logits(restored.model(IDS, whole(len(IDS))))
+        return restored.model.logits(restored.model(IDS, single_sequence(len(IDS))))
 
 
 def test_a_hugging_face_folder_is_the_same_model(place: Path) -> None:
@@ -68,7 +68,7 @@ def test_the_fingerprint_tells_weights_apart(place: Path) -> None:
 
 
 def test_the_service_of_a_folder(place: Path) -> None:
-    ours, theirs = (load_service(name, "cpu", Choices()).model for name in ("ckpts", "hf"))
+    ours, theirs = (load_service(name, "cpu", ModelOptions()).model for name in ("ckpts", "hf"))
     assert theirs.name == "hf"
     assert theirs.fingerprint.startswith("hf-")
     for key in ("vocab_size", "trained_length", "rotary"):

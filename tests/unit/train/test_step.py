@@ -14,13 +14,13 @@ from torch import Tensor
 from evomesh.config.schema import Config, DataConfig, LossConfig, ModelConfig, ScalerConfig
 from evomesh.data.batch import IGNORE, Batch
 from evomesh.data.build import build_valid_data
-from evomesh.layers.documents import whole
+from evomesh.layers.documents import single_sequence
 from evomesh.optim.scaler import LossScaler
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import MODES
-from evomesh.train.evaluate import evaluate
-from evomesh.train.stages import Stages, build_stages
+from evomesh.train.evaluate import validate
+from evomesh.train.stages import ModelStages, build_stages
 from evomesh.train.step import StepOutput, train_step
 from tests.support.golden import write_folder
 from tests.support.tolerances import ACCUMULATION, distance
@@ -31,7 +31,7 @@ SHAPE = dict(num_layers=2, hidden_size=16, num_attention_heads=2, mlp_ratio=2.0,
 MODEL = ModelConfig(model_type="LLAMA2", dtype="float64", no_bias=True, **SHAPE)  # type: ignore[arg-type]
 
 
-def stages_of(model: ModelConfig = MODEL) -> Stages:
+def stages_of(model: ModelConfig = MODEL) -> ModelStages:
     stages = build_stages(Config(model=model), Grid(), MODES["mtp"], CPU)
     stages.initialize(3, Grid())
     with torch.no_grad():  # large enough for the tokens' losses to differ
@@ -52,7 +52,7 @@ def batch_of(micro_num: int) -> Batch:
     return Batch(*rows, bounds.repeat(micro_num, 1), LENGTH)
 
 
-def step(stages: Stages, batch: Batch, loss: LossConfig, scaler: ScalerConfig | None = None) -> StepOutput:
+def step(stages: ModelStages, batch: Batch, loss: LossConfig, scaler: ScalerConfig | None = None) -> StepOutput:
     config = Config()
     optimizer = ZeroOptimizer(
         stages.parameters().items(), config.adam, config.hybrid_zero_optimizer, Grid(), stages.module
@@ -62,11 +62,11 @@ def step(stages: Stages, batch: Batch, loss: LossConfig, scaler: ScalerConfig | 
     return train_step(stages.schedule, optimizer, with_scale, batch, Grid(), loss, ["en"], 1e-2, 0.95)
 
 
-def token_losses(stages: Stages, ids: Tensor, labels: Tensor) -> Tensor:
+def token_losses(stages: ModelStages, ids: Tensor, labels: Tensor) -> Tensor:
     """Of the targets of one document, from whole logits."""
     (model,) = stages.models
     with torch.no_grad():
-        logits = model.logits(model(ids, whole(len(ids))))
+        logits = model.logits(model(ids, single_sequence(len(ids))))
     return torch.nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE)[labels != IGNORE]
 
 
@@ -118,7 +118,7 @@ def test_validation_is_the_mean_over_all_targets_of_a_set(tmp_path: Path) -> Non
     options: dict[str, Any] = dict(seq_len=64, micro_bsz=1, micro_num=3, valid_folder=str(tmp_path))
     stages = stages_of()
     stages.module.train()
-    found = evaluate(stages, build_valid_data(DataConfig(**options), VOCAB), Grid(), CPU)
+    found = validate(stages, build_valid_data(DataConfig(**options), VOCAB), Grid(), CPU)
     assert stages.module.training
     assert set(found) == {f"val/{name}_{figure}" for name in ("en", "code") for figure in ("loss", "acc", "plex")}
     for name in ("en", "code"):

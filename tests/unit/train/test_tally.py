@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from evomesh.layers.loss import LossOutput
-from evomesh.train.tally import Tally
+from evomesh.train.tally import LossTally
 
 NLL = torch.tensor([0.5, 2.0, 0.0, 1.0, 4.0])
 CORRECT = torch.tensor([True, False, True, True, False])
@@ -16,8 +16,8 @@ LABELS = torch.tensor([7, 7, -100, 7, 7])
 TYPES = torch.tensor([0, 0, 0, 2, 2])
 
 
-def tally_of(*parts: slice) -> Tally:
-    tally = Tally(["cn", "code", "en"], torch.device("cpu"))
+def tally_of(*parts: slice) -> LossTally:
+    tally = LossTally(["cn", "code", "en"], torch.device("cpu"))
     for part in parts:
         tally.add(LossOutput(torch.tensor(0.0), NLL[part], CORRECT[part]), LABELS[part], TYPES[part])
     return tally
@@ -48,7 +48,7 @@ def test_nothing_but_ignored_labels_gives_nothing() -> None:
 
 
 def test_an_overflow_in_one_type_stays_there() -> None:
-    tally = Tally(["cn", "code", "en"], torch.device("cpu"))
+    tally = LossTally(["cn", "code", "en"], torch.device("cpu"))
     nll = NLL.clone()
     nll[0] = math.inf
     tally.add(LossOutput(torch.tensor(0.0), nll, CORRECT), LABELS, TYPES)

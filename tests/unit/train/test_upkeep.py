@@ -8,7 +8,7 @@ import pytest
 
 from evomesh.parallel.grid import Axis
 from evomesh.train import upkeep
-from evomesh.train.upkeep import Upkeep, slow_ranks
+from evomesh.train.upkeep import PeriodicUpkeep, slow_ranks
 
 
 def test_slow_is_above_the_ratio_times_the_median() -> None:
@@ -22,7 +22,7 @@ def test_slow_ranks_are_named_every_interval(
     interval: int, every: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(upkeep, "gather_objects", lambda value, axis: [value, 9.0, value])  # one peer takes 9 s
-    keeping = Upkeep(interval, 1.5, Axis("dp", 3, 0))
+    keeping = PeriodicUpkeep(interval, 1.5, Axis("dp", 3, 0))
     with caplog.at_level(logging.WARNING):
         for step in range(1, 2 * every + 1):
             keeping.after_step(2.0 if step % every else 4.0)
@@ -38,7 +38,7 @@ def test_memory_in_cycles_is_given_back() -> None:
         def __init__(self) -> None:
             self.own = self
 
-    keeping = Upkeep(3, 1.1, Axis("dp"))
+    keeping = PeriodicUpkeep(3, 1.1, Axis("dp"))
     gc.disable()
     try:
         lost = weakref.ref(Cycle())
