@@ -20,8 +20,8 @@ from collections.abc import Callable
 
 import torch
 
-from evomesh.checkpoint.manager import CheckpointManager
-from evomesh.checkpoint.retention import check
+from evomesh.checkpoint.native.manager import CheckpointManager
+from evomesh.checkpoint.native.retention import check
 from evomesh.config.schema import ModelConfig, ParallelConfig
 
 
@@ -113,7 +113,7 @@ def _ratio(ours: list[float], reference: list[float]) -> str:
 
 
 def _reshard(folder: str, manager: CheckpointManager) -> None:
-    from evomesh.checkpoint.reshard import reshard
+    from evomesh.checkpoint.native.reshard import reshard
 
     found = manager.newest(verify=False)
     assert found is not None

@@ -51,8 +51,8 @@ def status(name: str) -> float:
 def measure(folder: Path) -> None:
     """In a fresh process: open ``folder``, then read packs one after the other; prints one row."""
     from evomesh.config.schema import DataConfig
-    from evomesh.data.corpus import open_corpus
-    from evomesh.data.sampler import PackSampler, SamplerPosition
+    from evomesh.data.packing.corpus import open_corpus
+    from evomesh.data.packing.sampler import PackSampler, SamplerPosition
 
     (path,) = folder.glob("en/*.bin")
     lengths = np.load(f"{path}.meta")[:, 1]

@@ -16,10 +16,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from evomesh.checkpoint.restore import restore_model
 from evomesh.data.prompts import find_tasks, read_prompts
 from evomesh.layers.documents import single_sequence
 from evomesh.models.decoder import Decoder
-from evomesh.train.restore import restore_model
 
 
 def windows(folder: str, vocab_size: int, length: int, count: int) -> list[Tensor]:

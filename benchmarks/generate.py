@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from evomesh.checkpoint.hf_names import NAMINGS, links, to_theirs
+from evomesh.checkpoint.huggingface.names import NAMINGS, links, to_theirs
 from evomesh.config.schema import ModelConfig
 from evomesh.generate.decode import generate
 from evomesh.generate.options import SamplingParams

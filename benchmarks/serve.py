@@ -30,7 +30,7 @@ from evomesh.models.registry import build_model, initialize_weights
 from evomesh.serve.app import create_app
 from evomesh.serve.load import ModelOptions, bind, load_service
 from evomesh.serve.loop import EngineLoop
-from evomesh.serve.service import ServiceLimits, ServedModel, GenerationService
+from evomesh.serve.service import GenerationService, ServedModel, ServiceLimits
 
 
 def random_service(hidden: int, layers: int, vocab: int, slots: int, folder: Path) -> GenerationService:

@@ -71,7 +71,7 @@ def train_tokenizer(path: Path) -> None:
 
 def library(source: str, tokenizer_path: str) -> None:
     """The library alone, in this process; prints seconds and tokens."""
-    from evomesh.data.tokenize import BATCH_CHARS
+    from evomesh.data.prepare.tokenize import BATCH_CHARS
     from evomesh.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_path)
@@ -92,8 +92,8 @@ def library(source: str, tokenizer_path: str) -> None:
 
 def ours(source: str, tokenizer_path: str, output: str) -> None:
     """The whole command, in this process; prints seconds, tokens and the peak of its memory."""
-    from evomesh.data.sources import find_texts
-    from evomesh.data.tokenize import TextOptions, set_workers, tokenize_files
+    from evomesh.data.prepare.tokenize import TextOptions, set_workers, tokenize_files
+    from evomesh.data.records.reader import find_texts
     from evomesh.data.tokenizer import load_tokenizer
 
     set_workers(None)

@@ -12,7 +12,7 @@ import argparse
 
 from evomesh.cli.run import run
 from evomesh.cli.tokenize import tokenize_conversations
-from evomesh.data.supervised import ChatOptions
+from evomesh.data.prepare.conversations import ChatOptions
 
 
 def main() -> None:

@@ -20,14 +20,14 @@ from rich.table import Table
 
 from evomesh.config.loader import load_config
 from evomesh.data.batch import IGNORE
-from evomesh.data.build import ValidSet, build_train_data, build_valid_data
+from evomesh.data.build import ValidationSet, build_train_data, build_valid_data
 
 CONFIG = "configs/demo.py"
 CHECKPOINTS = "llm_ckpts/demo"
 Pairs = tuple[np.ndarray, np.ndarray]  # a token and the one that follows it
 
 
-def held_out_pairs(valid: ValidSet) -> Pairs:
+def held_out_pairs(valid: ValidationSet) -> Pairs:
     tokens, targets = [], []
     for batch in valid.batches(0, 1):
         real = batch.labels != IGNORE

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from evomesh.cli.run import run
-from evomesh.data.folders import write_order
+from evomesh.data.token_files.folders import write_order
 
 
 def main() -> None:

@@ -11,8 +11,8 @@ import argparse
 from pathlib import Path
 
 from evomesh.cli.run import run
-from evomesh.data.sources import find_texts
-from evomesh.data.tokenize import TextOptions, tokenize_files
+from evomesh.data.prepare.tokenize import TextOptions, tokenize_files
+from evomesh.data.records.reader import find_texts
 from evomesh.data.tokenizer import load_tokenizer
 from evomesh.errors import UserError
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from evomesh.checkpoint import find
-from evomesh.checkpoint import format as fmt
+from evomesh.checkpoint.native import find
+from evomesh.checkpoint.native import format as fmt
 from evomesh.storage.base import Storage
 from evomesh.storage.urls import open_storage
 

@@ -19,13 +19,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from evomesh.checkpoint import internevo, internevo_state
-from evomesh.checkpoint.boxes import Box, Coordinates
-from evomesh.checkpoint.format import CheckpointError
-from evomesh.checkpoint.hf_folder import local_folder
-from evomesh.checkpoint.hf_load import load_hf, load_llama
-from evomesh.checkpoint.plan import LocalTensor
-from evomesh.checkpoint.read import listed, several
+from evomesh.checkpoint.huggingface.folder import local_folder
+from evomesh.checkpoint.huggingface.load import load_hf, load_llama
+from evomesh.checkpoint.internevo import model as internevo
+from evomesh.checkpoint.internevo import optimizer as internevo_state
+from evomesh.checkpoint.native.boxes import Box, Coordinates
+from evomesh.checkpoint.native.format import CheckpointError
+from evomesh.checkpoint.native.plan import LocalTensor
+from evomesh.checkpoint.native.read import listed, several
 
 
 class LazyTensor(Protocol):
@@ -97,7 +98,9 @@ def _heads(folder: str, config: dict[str, Any]) -> internevo.HeadCounts:
     return internevo.HeadCounts(heads, int(known.get("num_kv_attention_heads") or heads))
 
 
-checkpoint_loaders = LoaderRegistry({"internevo": load_internevo, "hf": load_hf, "hf_llama": load_hf, "llama": load_llama})
+checkpoint_loaders = LoaderRegistry(
+    {"internevo": load_internevo, "hf": load_hf, "hf_llama": load_hf, "llama": load_llama}
+)
 
 
 def fill(

@@ -8,14 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from evomesh.checkpoint import detect, find
-from evomesh.checkpoint.find import Checkpoint
-from evomesh.checkpoint.format import CheckpointError
-from evomesh.checkpoint.hf_folder import hub_model, local_folder
+from evomesh.checkpoint import detect
+from evomesh.checkpoint.huggingface.folder import hub_model, local_folder
 from evomesh.checkpoint.loaders import checkpoint_loaders, fill, load_internevo_state
-from evomesh.checkpoint.manager import CheckpointManager
-from evomesh.checkpoint.plan import describe
-from evomesh.checkpoint.retention import check
+from evomesh.checkpoint.native import find
+from evomesh.checkpoint.native.find import Checkpoint
+from evomesh.checkpoint.native.format import CheckpointError
+from evomesh.checkpoint.native.manager import CheckpointManager
+from evomesh.checkpoint.native.plan import describe
+from evomesh.checkpoint.native.retention import check
 from evomesh.config.schema import CheckpointConfig, LoadConfig
 from evomesh.errors import UserError
 from evomesh.storage.urls import open_storage, split_url

@@ -9,7 +9,7 @@ import typer
 from evomesh.errors import UserError
 
 if TYPE_CHECKING:
-    from evomesh.checkpoint.find import Candidate
+    from evomesh.checkpoint.native.find import Candidate
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -22,7 +22,7 @@ def ckpt() -> None:
 
 
 def _choices(path: str) -> list[Candidate]:
-    from evomesh.checkpoint.find import locate
+    from evomesh.checkpoint.native.find import locate
 
     place = locate(path)
     if not place.choices:
@@ -36,8 +36,8 @@ def list_(path: PathArgument) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from evomesh.checkpoint.forecast import readable
-    from evomesh.checkpoint.retention import PIN, check
+    from evomesh.checkpoint.native.disk_space import readable
+    from evomesh.checkpoint.native.retention import PIN, check
 
     table = Table(box=None, pad_edge=False)
     for column in ("step", "kind", "size", "tensors", "layout", "written", "state", "folder"):
@@ -71,9 +71,9 @@ def verify(
     deep: Annotated[bool, typer.Option("--deep", help="Also look for NaN and infinity in every tensor.")] = False,
 ) -> None:
     """Read every byte of every checkpoint at PATH and check it against its hash. Exit code 2 when one is damaged."""
-    from evomesh.checkpoint.compare import poisoned
-    from evomesh.checkpoint.forecast import readable
-    from evomesh.checkpoint.retention import check
+    from evomesh.checkpoint.native.compare import poisoned
+    from evomesh.checkpoint.native.disk_space import readable
+    from evomesh.checkpoint.native.retention import check
 
     damaged, finite = [], None
     for choice in _choices(path):
@@ -109,8 +109,8 @@ def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, delete nothing.")] = False,
 ) -> None:
     """Delete old checkpoints; pinned ones and the newest two that verify always stay."""
-    from evomesh.checkpoint.find import candidates
-    from evomesh.checkpoint.retention import Retention, drop
+    from evomesh.checkpoint.native.find import candidates
+    from evomesh.checkpoint.native.retention import Retention, drop
     from evomesh.storage.base import join
     from evomesh.storage.urls import open_storage
 
@@ -128,9 +128,11 @@ def prune(
 
 
 @app.command()
-def pin(path: PathArgument, undo: Annotated[bool, typer.Option("--undo", help="Let retention have it again.")] = False) -> None:
+def pin(
+    path: PathArgument, undo: Annotated[bool, typer.Option("--undo", help="Let retention have it again.")] = False
+) -> None:
     """Keep a checkpoint for ever, whatever the retention says."""
-    from evomesh.checkpoint.retention import PIN
+    from evomesh.checkpoint.native.retention import PIN
 
     choice = _choices(path)[0]
     if undo:
@@ -143,9 +145,9 @@ def pin(path: PathArgument, undo: Annotated[bool, typer.Option("--undo", help="L
 @app.command()
 def diff(a: PathArgument, b: PathArgument) -> None:
     """What differs between two checkpoints: config, state and, element by element, tensors. Exit code 1 if anything."""
-    from evomesh.checkpoint.compare import differences
-    from evomesh.checkpoint.find import resolve
-    from evomesh.checkpoint.retention import check
+    from evomesh.checkpoint.native.compare import differences
+    from evomesh.checkpoint.native.find import resolve
+    from evomesh.checkpoint.native.retention import check
 
     first, second = (resolve(path, lambda choice: check(choice, data=False), print) for path in (a, b))
     lines = list(differences(first, second))
@@ -168,9 +170,9 @@ def reshard(
     mode: Annotated[str, typer.Option(help="mtp, msp, fsp or isp.")] = "mtp",
 ) -> None:
     """Rewrite a checkpoint so that each rank of another layout reads one file. Loading works without it too."""
-    from evomesh.checkpoint.find import resolve
-    from evomesh.checkpoint.reshard import reshard as rewrite
-    from evomesh.checkpoint.retention import check
+    from evomesh.checkpoint.native.find import resolve
+    from evomesh.checkpoint.native.reshard import reshard as rewrite
+    from evomesh.checkpoint.native.retention import check
     from evomesh.config.record import config_from_dict
     from evomesh.config.schema import ParallelConfig
 

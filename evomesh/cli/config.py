@@ -19,7 +19,9 @@ if TYPE_CHECKING:  # commands import what they need, so that `evomesh --help` is
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
-ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A Python config file, such as configs/7B_sft.py.")]
+ConfigArgument = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A Python config file, such as configs/7B_sft.py.")
+]
 OverridesOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a value; repeatable.")
 ]

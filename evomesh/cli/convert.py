@@ -34,9 +34,10 @@ def from_internevo(
     weights_only: Annotated[bool, typer.Option(help="Leave optimizer, schedule and data position out.")] = False,
 ) -> None:
     """Read InternEvo's checkpoint of any tensor x pipeline (x weight) size."""
-    from evomesh.checkpoint import internevo, internevo_state
-    from evomesh.checkpoint.hf_folder import local_folder
-    from evomesh.checkpoint.manager import CheckpointManager
+    from evomesh.checkpoint.huggingface.folder import local_folder
+    from evomesh.checkpoint.internevo import model as internevo
+    from evomesh.checkpoint.internevo import optimizer as internevo_state
+    from evomesh.checkpoint.native.manager import CheckpointManager
     from evomesh.config.record import redacted
 
     if w2 not in ("auto", "down", "up"):
@@ -67,7 +68,7 @@ def from_internevo(
 
 def _config(folder: str, config: str | None) -> Config:
     """The run's config from its own file, or from model_config.pt and the names in the model files."""
-    from evomesh.checkpoint import internevo
+    from evomesh.checkpoint.internevo import model as internevo
     from evomesh.config.loader import load_config
 
     if config is not None:
@@ -92,9 +93,9 @@ def to_internevo(
     weight: Annotated[int | None, typer.Option(min=1, help="Weight-parallel size: files of isp.")] = None,
 ) -> None:
     """Write InternEvo's model files of a tensor x pipeline (x weight) size."""
-    from evomesh.checkpoint.find import resolve
-    from evomesh.checkpoint.retention import check
-    from evomesh.checkpoint.to_internevo import write_model
+    from evomesh.checkpoint.internevo.export import write_model
+    from evomesh.checkpoint.native.find import resolve
+    from evomesh.checkpoint.native.retention import check
     from evomesh.config.record import config_from_dict
 
     found = resolve(ckpt, lambda choice: check(choice, data=False), print)

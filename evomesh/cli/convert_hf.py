@@ -10,7 +10,7 @@ import typer
 from evomesh.errors import UserError
 
 if TYPE_CHECKING:
-    from evomesh.checkpoint.hf_export import ExportOptions
+    from evomesh.checkpoint.huggingface.export import ExportOptions
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 ARCHS, ROTARY = ("llama", "internlm2"), ("origin", "dynamic")
@@ -31,9 +31,9 @@ def choice(value: str, allowed: tuple[str, ...], where: str) -> None:
 
 def write_folder(ckpt: str, out: str, options: ExportOptions) -> None:
     """Exports the newest checkpoint that ``ckpt`` means and that verifies."""
-    from evomesh.checkpoint.find import resolve
-    from evomesh.checkpoint.hf_export import export
-    from evomesh.checkpoint.retention import check
+    from evomesh.checkpoint.huggingface.export import export
+    from evomesh.checkpoint.native.find import resolve
+    from evomesh.checkpoint.native.retention import check
 
     choice(options.arch, ARCHS, "--arch")
     if options.rotary_type is not None:
@@ -58,7 +58,7 @@ def to_hf(
     compare: Annotated[bool, typer.Option(help="Reload the folder and compare logits with the native model.")] = True,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder, reload it and compare its logits with the native model's."""
-    from evomesh.checkpoint.hf_export import ExportOptions
+    from evomesh.checkpoint.huggingface.export import ExportOptions
 
     options = ExportOptions(
         arch=arch,  # type: ignore[arg-type]  # checked in write_folder
@@ -83,7 +83,7 @@ def from_hf(
     compare: Annotated[bool, typer.Option(help="Compare logits with transformers.")] = True,
 ) -> None:
     """Read a Hugging Face folder (Llama, InternLM, InternLM2) as a checkpoint with weights only."""
-    from evomesh.checkpoint.hf_import import from_hf as convert
+    from evomesh.checkpoint.huggingface.to_native import from_hf as convert
 
     convert(hf, out, dtype, compare, print)
 
@@ -92,7 +92,7 @@ def check(
     folder: Annotated[str, typer.Argument(help="Hugging Face folder.")],
 ) -> None:
     """Run the hand-over checklist of docs/handover.md on a folder. Exit code 2 when a point fails."""
-    from evomesh.checkpoint.hf_check import checklist
+    from evomesh.checkpoint.huggingface.checklist import checklist
 
     failed = 0
     for point in checklist(folder):

@@ -57,7 +57,7 @@ def inspect(
     """Counts, lengths, ids, decoded samples (dim: not trained) and what packing will leave out."""
     import numpy as np
 
-    from evomesh.data.look import dimmed, histogram, id_summary, open_files, open_packs, summary
+    from evomesh.data.inspect import dimmed, histogram, id_summary, open_files, open_packs, summary
     from evomesh.data.tokenizer import load_tokenizer
 
     section, _ = _section(config, path, seq_len, micro_bsz, min_length, False)
@@ -101,7 +101,7 @@ def show(
     """Exactly what the model will see in pack N."""
     import orjson
 
-    from evomesh.data.look import open_packs, pack_json, pack_text
+    from evomesh.data.inspect import open_packs, pack_json, pack_text
     from evomesh.data.tokenizer import load_tokenizer
     from evomesh.errors import UserError
 
@@ -129,8 +129,8 @@ def verify(
     valid: Annotated[str | None, typer.Option(help="Validation data that must share no document with PATH.")] = None,
 ) -> None:
     """Read every line: offsets, counts, ids, repeats, JSON text, validation within training. Exit 1 with a list."""
+    from evomesh.data.token_files.verify import verify as run
     from evomesh.data.tokenizer import load_tokenizer
-    from evomesh.data.verify import verify as run
 
     loaded = load_tokenizer(tokenizer) if tokenizer else None
     scans, problems = run(path, vocab_size=vocab_size, tokenizer=loaded, valid=valid)
@@ -149,7 +149,7 @@ def verify(
 @app.command()
 def repair(path: DataPathArgument) -> None:
     """Rebuild the meta from the lines; a torn last line is cut off and kept as .torn."""
-    from evomesh.data.repair import repair_path
+    from evomesh.data.token_files.repair import repair_path
 
     for message in repair_path(path):
         print(message)
@@ -158,8 +158,8 @@ def repair(path: DataPathArgument) -> None:
 @app.command()
 def cache(path: DataPathArgument) -> None:
     """Write the tokens of each file as one binary array beside it, which training then reads instead of the lines."""
-    from evomesh.data.cache import write_cache
-    from evomesh.data.look import open_files
+    from evomesh.data.inspect import open_files
+    from evomesh.data.token_files.cache import write_cache
 
     for file in open_files(path):
         print(f"{file.path}.cache: {write_cache(file.path):,} tokens")
@@ -172,7 +172,7 @@ def order(
     file_type: Annotated[str, typer.Option(help="End of the file names to list.")] = ".bin",
 ) -> None:
     """Write the files' order, one relative path a line, for data.data_order_path."""
-    from evomesh.data.folders import write_order
+    from evomesh.data.token_files.folders import write_order
 
     count = write_order(folder, Path(output), file_type)
     print(f"{output}: {count} files")

@@ -75,12 +75,12 @@ def _native(
     ckpt: str, device: str, tokenizer: str | None, max_length: int | None, batch_tokens: int, chat: bool
 ) -> tuple[str, HarnessModel]:
     """Where the model comes from, in words, and the model as the harness sees it."""
-    from evomesh.checkpoint.hf_config import rotary_of
-    from evomesh.checkpoint.hf_tokenizer import refuse_larger, special_ids
+    from evomesh.checkpoint.huggingface.config import rotary_of
+    from evomesh.checkpoint.huggingface.tokenizer import refuse_larger, special_ids
+    from evomesh.checkpoint.restore import restore_model
     from evomesh.data.chat import JinjaTemplate
     from evomesh.data.tokenizer import load_tokenizer
     from evomesh.evaluate.native import HarnessModel
-    from evomesh.train.restore import restore_model
 
     restored = restore_model(ckpt, device)
     path = tokenizer or restored.config.data.tokenizer_path

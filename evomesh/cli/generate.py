@@ -14,9 +14,9 @@ from evomesh.errors import UserError
 from evomesh.generate.options import SamplingParams
 
 if TYPE_CHECKING:
+    from evomesh.checkpoint.restore import RestoredModel
     from evomesh.data.tokenizer import Tokenizer
     from evomesh.models.language_model import LanguageModel
-    from evomesh.train.restore import RestoredModel
 
 
 def generate(
@@ -129,10 +129,10 @@ def shim_main() -> None:
 
 
 def _restore(ckpt: str, device: str, config: str | None, dynamic_ntk: bool | None) -> RestoredModel:
+    from evomesh.checkpoint.restore import restore_model
     from evomesh.cli.device import choose_device
     from evomesh.config.loader import load_config
     from evomesh.models.decoder import Decoder
-    from evomesh.train.restore import restore_model
 
     device = choose_device(device)
     if config is not None:

@@ -13,7 +13,9 @@ from evomesh.errors import UserError
 if TYPE_CHECKING:
     from evomesh.serve.load import ModelOptions
 
-CheckpointOption = Annotated[str, typer.Option(help="A save folder (its newest), one step in it, or a Hugging Face model folder.")]
+CheckpointOption = Annotated[
+    str, typer.Option(help="A save folder (its newest), one step in it, or a Hugging Face model folder.")
+]
 TokenizerPathOption = Annotated[
     str | None, typer.Option("--tokenizer", help="tokenizer.json, .model or their folder [default: the config's].")
 ]

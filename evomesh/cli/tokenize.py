@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from evomesh.data.tokenize import ProgressCallback
+    from evomesh.data.prepare.tokenize import ProgressCallback
 
 LOG_SECONDS = 10.0
 CHAT = "conversations: alpaca (instruction, input, output), messages (role, content), sharegpt (from, value)"
@@ -40,15 +40,15 @@ def tokenize(
 ) -> None:
     """Tokenise text (txt: a document a line; json: a list; jsonl, csv, each also .gz, .zst; parquet; arrow;
     .tar, .tar.gz, .zip of these) or conversations into a .bin with its .meta."""
-    from evomesh.data.sources import find_texts
-    from evomesh.data.tokenize import TextOptions, set_workers, tokenize_files
+    from evomesh.data.prepare.tokenize import TextOptions, set_workers, tokenize_files
+    from evomesh.data.records.reader import find_texts
     from evomesh.data.tokenizer import load_tokenizer
     from evomesh.errors import UserError
 
     set_workers(workers)
     files = find_texts(inputs)
     if format in ("alpaca", "messages", "sharegpt"):
-        from evomesh.data.supervised import ChatOptions
+        from evomesh.data.prepare.conversations import ChatOptions
 
         roles = tuple(role.strip() for role in train_on.split(","))
         options = ChatOptions(format, chat_template, roles, max_length, split_ratio, seed)  # type: ignore[arg-type]
@@ -80,8 +80,8 @@ def tokenize_conversations(
     append: bool = False,
 ) -> None:
     """``evomesh tokenize --format alpaca|messages|sharegpt``; ``options``: a ``ChatOptions``."""
-    from evomesh.data.sources import find_texts
-    from evomesh.data.supervised import ChatOptions, tokenize_chats
+    from evomesh.data.prepare.conversations import ChatOptions, tokenize_chats
+    from evomesh.data.records.reader import find_texts
     from evomesh.data.tokenizer import load_tokenizer
 
     assert isinstance(options, ChatOptions)

@@ -44,7 +44,9 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("cudnn_benchmark", True, E, "forwarded to torch"),
     CompatibilityRow("enable_tb", False, E, "TensorBoard files on or off"),
     CompatibilityRow("tensorboard_folder", "tb", E, "where they go; also the environment variable of this name"),
-    CompatibilityRow("resume_tb_folder", "tb", E, "earlier files to go on from; also the environment variable of this name"),
+    CompatibilityRow(
+        "resume_tb_folder", "tb", E, "earlier files to go on from; also the environment variable of this name"
+    ),
     CompatibilityRow("tensorboard", {"queue_max_length": 5}, E, "see tensorboard.queue_max_length"),
     CompatibilityRow("tensorboard.queue_max_length", 5, E, "steps buffered before a write"),
     CompatibilityRow("run_dir", "out", E, "folder of log, metrics and TensorBoard files"),
@@ -68,7 +70,9 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("data.valid_micro_num", 2, E, "micro-batches of a validation step"),
     CompatibilityRow("data.valid_every", 10, E, "steps between validations; <= 0: never"),
     CompatibilityRow("data.valid_min_length", 10, E, "shorter validation samples are left out"),
-    CompatibilityRow("data.min_length", 50, E, "shorter samples, in tokens, are left out (the documents' text says rows)"),
+    CompatibilityRow(
+        "data.min_length", 50, E, "shorter samples, in tokens, are left out (the documents' text says rows)"
+    ),
     CompatibilityRow("data.min_length_dict", {"code": 10}, E, "the same by part of the path"),
     CompatibilityRow("data.pack_sample_into_one", True, E, "attention across the samples of a pack"),
     CompatibilityRow("data.remainder", "pad", E, "what happens to tokens that fill no pack"),
@@ -84,7 +88,9 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("data.gradient_accumulation", 3, R, "must be micro_num, which it means"),
     CompatibilityRow("data.use_packed_dataset", False, W, "data is always packed"),
     CompatibilityRow("data.fixed_random_dataset_seqlen", False, E, "synthetic samples fill seq_len"),
-    CompatibilityRow("data.empty_cache_and_diag_interval", 10, E, "steps between freeing caches and looking for slow ranks"),
+    CompatibilityRow(
+        "data.empty_cache_and_diag_interval", 10, E, "steps between freeing caches and looking for slow ranks"
+    ),
     CompatibilityRow("data.diag_outlier_ratio", 1.5, E, "how much slower than the median is slow"),
     CompatibilityRow("data.use_shm", True, E, "one copy of the packing index a node"),
     CompatibilityRow("data.shm_path", "/tmp/x", E, "where use_shm keeps it"),
@@ -92,8 +98,12 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("data.content_name", "body", E, "text column of streaming data"),
     CompatibilityRow("data.subset_name", "en", E, "subset of streaming data"),
     CompatibilityRow("data.split_name", "train_sft", E, "split of streaming data; default: the one named train"),
-    CompatibilityRow("data.valid_split_name", "test", E, "split of streaming data to validate on; default: validation, else test"),
-    CompatibilityRow("data.allow_tokenizer_mismatch", True, E, "train although data and validation were tokenised differently"),
+    CompatibilityRow(
+        "data.valid_split_name", "test", E, "split of streaming data to validate on; default: validation, else test"
+    ),
+    CompatibilityRow(
+        "data.allow_tokenizer_mismatch", True, E, "train although data and validation were tokenised differently"
+    ),
     CompatibilityRow("model.num_layers", 4, E, "layers"),
     CompatibilityRow("model.hidden_size", 1024, E, "width"),
     CompatibilityRow("model.vocab_size", 1000, E, "vocabulary"),
@@ -105,7 +115,9 @@ ROWS: tuple[CompatibilityRow, ...] = (
         "key/value heads; INTERNLM has as many as query heads",
         ("model_type=LLAMA2",),
     ),
-    CompatibilityRow("model.mlp_ratio", 2.5, E, "feed-forward width = int(hidden_size * mlp_ratio), rounded up to multiple_of"),
+    CompatibilityRow(
+        "model.mlp_ratio", 2.5, E, "feed-forward width = int(hidden_size * mlp_ratio), rounded up to multiple_of"
+    ),
     CompatibilityRow("model.multiple_of", 64, E, "see mlp_ratio"),
     CompatibilityRow(
         "model.dtype",
@@ -113,13 +125,19 @@ ROWS: tuple[CompatibilityRow, ...] = (
         E,
         "torch.float16|half|bfloat16|float32|tf32|float64; absent: float16, said once",
     ),
-    CompatibilityRow("model.checkpoint", 0.5, E, "True, False or the fraction of layers whose activations are recomputed"),
+    CompatibilityRow(
+        "model.checkpoint", 0.5, E, "True, False or the fraction of layers whose activations are recomputed"
+    ),
     CompatibilityRow("model.norm_type", "layernorm", E, "rmsnorm or layernorm"),
     CompatibilityRow("model.layer_norm_epsilon", 1e-6, E, "epsilon of the norms"),
     CompatibilityRow("model.apply_post_layer_norm", True, E, "norms behind the additions (INTERNLM2_PUBLIC)"),
     CompatibilityRow("model.use_swiglu", False, E, "SwiGLU, or GELU"),
-    CompatibilityRow("model.no_bias", True, E, "attention without biases; INTERNLM always has them", ("model_type=LLAMA2",)),
-    CompatibilityRow("model.qk_interleaved", True, E, "rotary pairs are neighbours, or first and second half; default by family"),
+    CompatibilityRow(
+        "model.no_bias", True, E, "attention without biases; INTERNLM always has them", ("model_type=LLAMA2",)
+    ),
+    CompatibilityRow(
+        "model.qk_interleaved", True, E, "rotary pairs are neighbours, or first and second half; default by family"
+    ),
     CompatibilityRow("model.adapt_hf", False, E, "the opposite of qk_interleaved"),
     CompatibilityRow("model.rope_base", 1e6, E, "rotary base"),
     CompatibilityRow("model.rope_scaling_factor", 2.0, E, "of dynamic NTK"),
@@ -152,7 +170,9 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("model.num_experts", 4, R, NO_MOE),
     CompatibilityRow("model.moe_use_residual", True, R, NO_MOE),
     CompatibilityRow("parallel.zero1", 8, E, "int form of zero1.size"),
-    CompatibilityRow("parallel.zero1.size", 8, E, "ranks over which optimizer state is cut; <= 0: all data-parallel ranks"),
+    CompatibilityRow(
+        "parallel.zero1.size", 8, E, "ranks over which optimizer state is cut; <= 0: all data-parallel ranks"
+    ),
     CompatibilityRow("parallel.zero1.fsdp", True, E, "weights and gradients cut over the zero1 ranks too (ZeRO-3)"),
     CompatibilityRow("parallel.tensor", 2, E, "int form of tensor.size, mode mtp"),
     CompatibilityRow("parallel.tensor.size", 2, E, "ranks that share a layer or a sequence"),
@@ -167,22 +187,30 @@ ROWS: tuple[CompatibilityRow, ...] = (
         "both ways the same: sends and receives are always asynchronous",
     ),
     CompatibilityRow("parallel.pipeline.mode", "ZBV", E, "older name of pipeline.schedule", STAGES),
-    CompatibilityRow("parallel.pipeline.schedule", "zbv", E, "order of the stages' work: 1f1b, interleaved or zbv", STAGES),
+    CompatibilityRow(
+        "parallel.pipeline.schedule", "zbv", E, "order of the stages' work: 1f1b, interleaved or zbv", STAGES
+    ),
     CompatibilityRow("parallel.pipeline.balance", True, E, "stages weigh embedding and head"),
     CompatibilityRow("parallel.weight", 2, E, "int form of weight.size", ISP),
     CompatibilityRow("parallel.weight.size", 2, E, "ranks over which weights are cut (isp)", ISP),
     CompatibilityRow("parallel.weight.overlap", True, E, "gathers behind computation"),
-    CompatibilityRow("parallel.weight.memory_pool", True, W, "gathered weights are freed and their memory is used again anyway"),
+    CompatibilityRow(
+        "parallel.weight.memory_pool", True, W, "gathered weights are freed and their memory is used again anyway"
+    ),
     CompatibilityRow("parallel.expert", 2, W, NO_MOE),
     CompatibilityRow("parallel.expert_weight", 2, W, NO_MOE),
     CompatibilityRow("parallel.gqa", True, R, "model.num_kv_attention_heads says it"),
     CompatibilityRow("parallel.sequence_2D", {"enable": True}, R, "not part of this system"),
     CompatibilityRow("hybrid_zero_optimizer.overlap_sync_grad", True, E, "gradients reduced behind the backward pass"),
-    CompatibilityRow("hybrid_zero_optimizer.overlap_sync_param", True, E, "parameters gathered behind the next forward pass"),
+    CompatibilityRow(
+        "hybrid_zero_optimizer.overlap_sync_param", True, E, "parameters gathered behind the next forward pass"
+    ),
     CompatibilityRow("hybrid_zero_optimizer.zero_overlap_communication", True, E, "older name of overlap_sync_grad"),
     CompatibilityRow("hybrid_zero_optimizer.reduce_bucket_size", 1000, E, "elements of one reduction"),
     CompatibilityRow("hybrid_zero_optimizer.clip_grad_norm", 0.5, E, "largest global gradient norm; 0: any"),
-    CompatibilityRow("hybrid_zero_optimizer.use_split_tensor_optim", True, E, "optimizer state cut evenly through tensors"),
+    CompatibilityRow(
+        "hybrid_zero_optimizer.use_split_tensor_optim", True, E, "optimizer state cut evenly through tensors"
+    ),
     CompatibilityRow("hybrid_zero_optimizer.all_gather_size", 1000, E, "elements of one gather"),
     CompatibilityRow("grad_scaler.fp16.initial_scale", 2.0**10, E, "first loss scale (float16 only)", FP16),
     CompatibilityRow("grad_scaler.fp16.min_scale", 2.0, E, "lowest loss scale", FP16),
@@ -197,7 +225,9 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("adam.adam_beta2_c", 0.8, E, "exponent of the beta2 schedule; 0: constant"),
     CompatibilityRow("adam.adam_eps", 1e-6, E, "AdamW"),
     CompatibilityRow("adam.weight_decay", 0.1, E, "AdamW, decoupled"),
-    CompatibilityRow("adam.no_decay", ["bias", "norm"], E, "what is left out of weight decay; default as documented: nothing"),
+    CompatibilityRow(
+        "adam.no_decay", ["bias", "norm"], E, "what is left out of weight decay; default as documented: nothing"
+    ),
     CompatibilityRow("lr_scheduler.total_steps", 50, E, "length of the schedule; default data.total_steps"),
     CompatibilityRow("lr_scheduler.init_steps", 10, E, "steps before the warm-up"),
     CompatibilityRow("lr_scheduler.warmup_ratio", 0.1, E, "share of the steps that warm up"),
@@ -207,10 +237,14 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("beta2_scheduler.c", 0.8, E, "default adam.adam_beta2_c"),
     CompatibilityRow("beta2_scheduler.cur_iter", 5, W, "a resume goes on from the checkpoint"),
     CompatibilityRow("loss.label_smoothing", 0.1, E, "label smoothing"),
-    CompatibilityRow("loss.reduction", "micro_batch", E, "mean over all tokens of a step, or InternEvo's mean of means"),
+    CompatibilityRow(
+        "loss.reduction", "micro_batch", E, "mean over all tokens of a step, or InternEvo's mean of means"
+    ),
     CompatibilityRow("loss.op_type", "flash_vocab_parallel", W, "there is one loss"),
     CompatibilityRow("loss.moe_loss_coeff", 0.1, W, NO_MOE),
-    CompatibilityRow("ckpt.enable_save_ckpt", False, E, "save; absent: if there is a folder", ("ckpt.save_ckpt_folder=x",)),
+    CompatibilityRow(
+        "ckpt.enable_save_ckpt", False, E, "save; absent: if there is a folder", ("ckpt.save_ckpt_folder=x",)
+    ),
     CompatibilityRow(
         "ckpt.save_ckpt_folder",
         "local:x",
@@ -239,8 +273,12 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("ckpt.auto_resume", False, E, "go on from the newest good checkpoint; absent: True"),
     CompatibilityRow("ckpt.async_upload", True, W, "for remote folders only"),
     CompatibilityRow("ckpt.async_upload_tmp_folder", "/tmp/x", E, "staging for uploads"),
-    CompatibilityRow("ckpt.s3_endpoint", "http://h:9000", E, "where s3://BUCKET/KEY lies; else the environment says, else AWS"),
-    CompatibilityRow("ckpt.oss_snapshot_freq", 25, W, "for remote folders only; there, default half of checkpoint_every"),
+    CompatibilityRow(
+        "ckpt.s3_endpoint", "http://h:9000", E, "where s3://BUCKET/KEY lies; else the environment says, else AWS"
+    ),
+    CompatibilityRow(
+        "ckpt.oss_snapshot_freq", 25, W, "for remote folders only; there, default half of checkpoint_every"
+    ),
     CompatibilityRow("ckpt.snapshot_ckpt_folder", "x", E, "where snapshots go"),
     CompatibilityRow("ckpt.stop_file_path", "stop", E, "a file that ends the run at a step"),
     CompatibilityRow("ckpt.save_optimizer", False, E, "checkpoints of weights alone"),
@@ -249,7 +287,9 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("ckpt.generate_meta_data", True, W, "every checkpoint loads in any layout"),
     CompatibilityRow("ckpt.enable_internevo2hf_ckpt", True, R, "export a finished checkpoint"),
     CompatibilityRow("monitor.alert.enable_feishu_alert", True, L, "alerts"),
-    CompatibilityRow("monitor.alert.feishu_alert_address", "http://x", W, "webhook of alerts; never written to a log or checkpoint"),
+    CompatibilityRow(
+        "monitor.alert.feishu_alert_address", "http://x", W, "webhook of alerts; never written to a log or checkpoint"
+    ),
     CompatibilityRow("monitor.alert.light_monitor_address", "http://x", L, "heartbeats"),
     CompatibilityRow("monitor.alert.alert_file_path", "alert.log", W, "file of alerts, which are off"),
     CompatibilityRow("monitor.tensorboard", {"queue_max_length": 5}, E, "as the top-level tensorboard"),

@@ -149,7 +149,9 @@ def _rampup(text: str, micro_num: int) -> Iterator[ConfigFinding]:
     parts = text.split()
     expected = 'three positive integers "start increment every", such as "2 2 100"'
     if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
-        yield ConfigFinding(key, f"found {text!r}: {len(parts)} item{'s' if len(parts) != 1 else ''}", expected=expected)
+        yield ConfigFinding(
+            key, f"found {text!r}: {len(parts)} item{'s' if len(parts) != 1 else ''}", expected=expected
+        )
     elif int(parts[0]) > micro_num:
         yield ConfigFinding(key, f"starts at {parts[0]} micro-batches, above micro_num={micro_num}", expected=expected)
     elif (micro_num - int(parts[0])) % int(parts[1]):

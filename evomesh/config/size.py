@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from evomesh.config.legacy import BUILT_IN
+from evomesh.config.reading.spellings import BUILT_IN
 from evomesh.config.schema import Config, ModelConfig
 
 

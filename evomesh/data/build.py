@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from evomesh.config.schema import DataConfig
-from evomesh.data.bin_dataset import check_sources
-from evomesh.data.corpus import Corpus, check_manifest, open_corpus
-from evomesh.data.fingerprint import check_same_tokenizer, check_vocabulary
-from evomesh.data.folders import check_folder, find_files
-from evomesh.data.loader import BatchStream, PackStream, StepSampler
-from evomesh.data.mixture import MixedSampler, group_packs
-from evomesh.data.sampler import PackSampler, SamplerPosition, BatchSizeRampup
-from evomesh.data.streaming import open_streaming, read_documents
-from evomesh.data.synthetic import VALID_DOCUMENTS, SyntheticDocuments
-from evomesh.data.valid import ValidationSet, group_sets, open_set
+from evomesh.data.packing.corpus import Corpus, check_manifest, open_corpus
+from evomesh.data.packing.loader import BatchStream, PackStream, StepSampler
+from evomesh.data.packing.mixture import MixedSampler, group_packs
+from evomesh.data.packing.sampler import BatchSizeRampup, PackSampler, SamplerPosition
+from evomesh.data.packing.streaming import open_streaming, read_documents
+from evomesh.data.packing.synthetic import VALID_DOCUMENTS, SyntheticDocuments
+from evomesh.data.packing.validation import ValidationSet, group_sets, open_set
+from evomesh.data.token_files.bin_dataset import check_sources
+from evomesh.data.token_files.fingerprint import check_same_tokenizer, check_vocabulary
+from evomesh.data.token_files.folders import check_folder, find_files
 from evomesh.errors import UserError
 
-__all__ = ["BatchStream", "TrainData", "ValidSet", "build_train_data", "build_valid_data", "check_manifest"]
+__all__ = ["BatchStream", "TrainData", "ValidationSet", "build_train_data", "build_valid_data", "check_manifest"]
 
 
 class TrainData(Protocol):

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from evomesh.data.lines import json_kind
-from evomesh.data.sources import SourceRecord
+from evomesh.data.records.reader import SourceRecord
+from evomesh.data.token_files.lines import json_kind
 from evomesh.data.tokenizer import Tokenizer
 from evomesh.errors import UserError
 
@@ -47,7 +47,9 @@ class ChatTemplate(Protocol):
         ...
 
 
-def read_conversation(record: SourceRecord, schema: RecordSchema, roles: Sequence[str] = ("assistant",)) -> list[ChatMessage]:
+def read_conversation(
+    record: SourceRecord, schema: RecordSchema, roles: Sequence[str] = ("assistant",)
+) -> list[ChatMessage]:
     """The turns of a record.
 
     Args:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evomesh.data.bin_dataset import BinDataset
-from evomesh.data.fingerprint import check_vocabulary
-from evomesh.data.folders import TokenFile, check_folder, find_files
-from evomesh.data.valid import group_sets
+from evomesh.data.packing.validation import group_sets
+from evomesh.data.token_files.bin_dataset import BinDataset
+from evomesh.data.token_files.fingerprint import check_vocabulary
+from evomesh.data.token_files.folders import TokenFile, check_folder, find_files
 
 
 @dataclass(frozen=True)

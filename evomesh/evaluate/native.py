@@ -178,7 +178,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Answers up to, and without, the first stop string or end-of-text token."""
-        engine = GenerationEngine(self.model, slots=max(1, self.batch_tokens // self.max_length), max_tokens=self.max_length)
+        engine = GenerationEngine(
+            self.model, slots=max(1, self.batch_tokens // self.max_length), max_tokens=self.max_length
+        )
         answers: list[list[int]] = [[] for _ in requests]
         stops: list[list[str]] = []
         running: dict[int, int] = {}

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evomesh.layers.attention import AttentionFunction, Attention, Documents, attend
+from evomesh.layers.attention import Attention, AttentionFunction, SequenceBounds, attend
 
 
 class KeyValueCache:
@@ -28,7 +28,7 @@ class KeyValueCache:
         self.lengths: list[int] = []
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def prompts(self, lengths: Sequence[int], device: torch.device) -> tuple[Documents, AttentionFunction]:
+    def prompts(self, lengths: Sequence[int], device: torch.device) -> tuple[SequenceBounds, AttentionFunction]:
         """Takes a slot for each of these prompts, behind those in use; the next call holds their tokens."""
         first = len(self.lengths)
         if first + len(lengths) > self.slots or max(lengths) > self.capacity:
@@ -36,9 +36,9 @@ class KeyValueCache:
         self.lengths += lengths
         bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
         positions = torch.cat([torch.arange(length) for length in lengths])
-        docs = Documents(positions.to(device), bounds.to(device), max(lengths))
+        docs = SequenceBounds(positions.to(device), bounds.to(device), max(lengths))
 
-        def fill(asking: Attention, q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> Tensor:
+        def fill(asking: Attention, q: Tensor, k: Tensor, v: Tensor, docs: SequenceBounds) -> Tensor:
             for cached, new in zip(self._tensors(asking.layer, k), (k, v), strict=True):
                 for slot, part in enumerate(torch.split(new, list(lengths)), first):
                     cached[slot, :, : len(part)] = part.transpose(0, 1)
@@ -47,19 +47,19 @@ class KeyValueCache:
 
         return docs, fill
 
-    def step(self, device: torch.device) -> tuple[Documents, AttentionFunction]:
+    def step(self, device: torch.device) -> tuple[SequenceBounds, AttentionFunction]:
         """The next call holds one more token of each sequence in use."""
         count, longest = len(self.lengths), max(self.lengths) + 1
         if longest > self.capacity:
             raise ValueError(f"a sequence is longer than the cache's {self.capacity} tokens")
         positions = torch.tensor(self.lengths, device=device)
-        docs = Documents(positions, torch.arange(count + 1, dtype=torch.int32, device=device), 1)
+        docs = SequenceBounds(positions, torch.arange(count + 1, dtype=torch.int32, device=device), 1)
         even = min(self.lengths) + 1 == longest
         seen = None if even else (torch.arange(longest, device=device) <= positions[:, None])[:, None, None]
         rows = torch.arange(count, device=device)
         self.lengths = [length + 1 for length in self.lengths]
 
-        def look_back(asking: Attention, q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> Tensor:
+        def look_back(asking: Attention, q: Tensor, k: Tensor, v: Tensor, docs: SequenceBounds) -> Tensor:
             keys, values = self._tensors(asking.layer, k)
             if even:
                 keys[:count, :, longest - 1], values[:count, :, longest - 1] = k, v

@@ -42,7 +42,9 @@ def stream(
         UserError: a prompt is empty or holds ids the model does not know.
     """
     count = sampling.num_return_sequences
-    engine = GenerationEngine(model, slots=batch_size or max(len(prompts) * count, 1), max_tokens=room(prompts, sampling))
+    engine = GenerationEngine(
+        model, slots=batch_size or max(len(prompts) * count, 1), max_tokens=room(prompts, sampling)
+    )
     for index, prompt in enumerate(prompts):
         check_prompt(prompt, engine.max_tokens, engine.vocab_size, f"prompt {index}")
     origin = {}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from evomesh.config.schema import ModelConfig
-from evomesh.layers.attention import AttentionFunction, Documents, attend
+from evomesh.layers.attention import AttentionFunction, SequenceBounds, attend
 from evomesh.layers.dtype import parameter_dtype, promote
 from evomesh.models.language_model import LanguageModel
 from evomesh.parallel.collectives import broadcast_from, receive, send
@@ -33,7 +33,7 @@ class StagedModel(LanguageModel):
     def last(self) -> bool:
         return self.axis.rank == self.axis.size - 1
 
-    def forward(self, x: Tensor, docs: Documents, attend: AttentionFunction = attend) -> Tensor:
+    def forward(self, x: Tensor, docs: SequenceBounds, attend: AttentionFunction = attend) -> Tensor:
         """[T] ids -> [T, D]: final hidden states on the last rank, this stage's own on the others."""
         if self.axis.rank > 0:
             dtype = promote(self.dtype) if self.config.residual_in_fp32 else self.dtype

@@ -21,7 +21,7 @@ from evomesh.layers.placement import Placement
 from evomesh.layers.rotary import split_rotate
 from evomesh.parallel.collectives import all_to_all
 
-__all__ = ["Attend", "Attention", "Documents", "attend", "outside_graph"]
+__all__ = ["Attention", "AttentionFunction", "SequenceBounds", "attend", "outside_graph"]
 
 # attend(asking, q [T, N, H], k [T, G, H], v [T, G, H], docs) -> [T, N, H]; generation passes one that keeps k and v,
 # by ``asking.layer``. It is handed the module, for a number that a compiled block reads is compiled into it.
@@ -132,7 +132,9 @@ class Attention(nn.Module):
         self.wqkv = ColumnParallelLinear(size, (heads + 2 * kv_heads) * self.head_dim, bias=bias, at=at)
         self.wo = RowParallelLinear(heads * self.head_dim, size, bias=bias, at=at)
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], docs: SequenceBounds, attend: AttentionFunction = attend) -> Tensor:
+    def forward(
+        self, x: Tensor, tables: tuple[Tensor, Tensor], docs: SequenceBounds, attend: AttentionFunction = attend
+    ) -> Tensor:
         qkv = self.wqkv(x)
         if self.at.exchanges:  # q, k and v of a key/value head are neighbours, so that one exchange moves all three
             qkv = all_to_all(qkv, self.at.axis, split_dim=1, concat_dim=0)

@@ -73,7 +73,9 @@ def fill_parameter(
             local[first - rows.start : last - rows.start].copy_(drawn[first - band * TILE : last - band * TILE])
 
 
-def _band(name: str, band: int, rows: int, columns: range, width: int, initial: InitialWeight, seed: int) -> torch.Tensor:
+def _band(
+    name: str, band: int, rows: int, columns: range, width: int, initial: InitialWeight, seed: int
+) -> torch.Tensor:
     """[rows of the band, len(columns)] float32: one row of tiles, restricted to ``columns``."""
     height = min(TILE, rows - band * TILE)
     first = columns.start // TILE

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from evomesh.layers.placement import Placement
 from evomesh.layers.products import linear, matmul_nt
-from evomesh.parallel.collectives import all_gather, all_reduce, copy_to_axis, all_gather_no_grad, reduce_scatter, reduce_scatter_no_grad
+from evomesh.parallel.collectives import (
+    all_gather,
+    all_gather_no_grad,
+    all_reduce,
+    copy_to_axis,
+    reduce_scatter,
+    reduce_scatter_no_grad,
+)
 from evomesh.parallel.grid import Axis
 from evomesh.parallel.spec import ShardSpec
 

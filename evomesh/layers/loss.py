@@ -17,7 +17,7 @@ from torch import Tensor
 from evomesh.layers.dtype import promote
 from evomesh.layers.products import by_one_dnn, matmul_nt
 from evomesh.monitor.profile import region
-from evomesh.parallel.collectives import MAX, all_gather_no_grad, local_range, all_reduce_no_grad
+from evomesh.parallel.collectives import MAX, all_gather_no_grad, all_reduce_no_grad, local_range
 from evomesh.parallel.grid import Axis
 
 IGNORE = -100

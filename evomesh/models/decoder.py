@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from evomesh.config.schema import ModelConfig
-from evomesh.layers.attention import AttentionFunction, Attention, Documents, attend, outside_graph
+from evomesh.layers.attention import Attention, AttentionFunction, SequenceBounds, attend, outside_graph
 from evomesh.layers.dtype import parameter_dtype, promote
 from evomesh.layers.embedding import Embedding, scale_gradient
 from evomesh.layers.init import InitialWeight
@@ -77,7 +77,9 @@ class DecoderBlock(nn.Module):
         self.feed_forward = FeedForward(config.hidden_size, config.mlp_width, swiglu=config.use_swiglu, at=at)
         self.ffn_norm = make_norm(config, at)
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], docs: Documents, attend: AttentionFunction) -> Tensor:
+    def forward(
+        self, x: Tensor, tables: tuple[Tensor, Tensor], docs: SequenceBounds, attend: AttentionFunction
+    ) -> Tensor:
         after = self.post_norm
         h = self.attention(x if after else self.attention_norm(x), tables, docs, attend)
         x = self.attention_norm(x + h) if after else x + h
@@ -195,7 +197,7 @@ class Decoder(LanguageModel):
         # Rounded first, so that 10 * 0.3 counts as 3 whatever its last binary digit.
         return rounding(round(len(self.layers) * self.config.checkpoint, 9))
 
-    def forward(self, x: Tensor, docs: Documents, attend: AttentionFunction = attend) -> Tensor:
+    def forward(self, x: Tensor, docs: SequenceBounds, attend: AttentionFunction = attend) -> Tensor:
         if self.embedding is not None:
             x = self.embedding(x)
             if self.config.residual_in_fp32:

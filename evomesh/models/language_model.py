@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from evomesh.layers.attention import AttentionFunction, Documents, attend
+from evomesh.layers.attention import AttentionFunction, SequenceBounds, attend
 from evomesh.layers.init import InitialWeight
 from evomesh.layers.loss import LossOutput
 
@@ -15,7 +15,7 @@ from evomesh.layers.loss import LossOutput
 class LanguageModel(nn.Module):
     """Base of all models. A user's own class need not inherit from it, as long as it has these methods."""
 
-    def forward(self, x: Tensor, docs: Documents, attend: AttentionFunction = attend) -> Tensor:
+    def forward(self, x: Tensor, docs: SequenceBounds, attend: AttentionFunction = attend) -> Tensor:
         """Token ids [T] int64 of one packed sequence -> hidden states [T, D].
 
         Args:

@@ -247,7 +247,9 @@ class _PendingRowSum(PendingCollective):
         total = rows[0].clone()
         for row in rows[1:]:
             total += row
-        return total if self.shape is None else all_gather_no_grad(total, self.axis)[: self.shape.numel()].view(self.shape)
+        return (
+            total if self.shape is None else all_gather_no_grad(total, self.axis)[: self.shape.numel()].view(self.shape)
+        )
 
 
 def _exchange_rows(bucket: Tensor, axis: Axis, shape: torch.Size | None = None) -> PendingCollective:

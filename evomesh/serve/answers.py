@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from evomesh.serve.writer import TextDelta, ScoredToken
+from evomesh.serve.writer import ScoredToken, TextDelta
 
 LOWEST = -9999.0  # JSON has no minus infinity; OpenAI writes this
 
@@ -82,7 +82,9 @@ class ApiAnswer:
     def _event(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self.head, "object": "chat.completion.chunk" if self.chat else "text_completion", "choices": choices}
 
-    def _choice(self, index: int, text: dict[str, Any], scored: list[ScoredToken], choice: AnswerChoice) -> dict[str, Any]:
+    def _choice(
+        self, index: int, text: dict[str, Any], scored: list[ScoredToken], choice: AnswerChoice
+    ) -> dict[str, Any]:
         logprobs = None
         if self.scored and (self.chat or scored):
             logprobs = _chat_logprobs(scored) if self.chat else _logprobs(scored)

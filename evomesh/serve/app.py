@@ -24,7 +24,7 @@ from evomesh.serve.loop import EngineError
 from evomesh.serve.metrics import MetricsMiddleware, ServerMetrics
 from evomesh.serve.requests import LocalHostMiddleware, check_key, gone, read_body
 from evomesh.serve.schema import ApiRequest, ChatRequest, CompletionRequest, read
-from evomesh.serve.service import QueueFullError, GenerationService, PromptTooLongError
+from evomesh.serve.service import GenerationService, PromptTooLongError, QueueFullError
 from evomesh.serve.writer import TextDelta
 
 T = TypeVar("T")

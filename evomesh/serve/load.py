@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evomesh.checkpoint.restore import RestoredModel, restore_model
 from evomesh.config.schema import Config
 from evomesh.data.chat import ChatTemplate, build_template
 from evomesh.data.tokenizer import Tokenizer, load_tokenizer
@@ -19,8 +20,7 @@ from evomesh.errors import UserError
 from evomesh.generate.engine import GenerationEngine
 from evomesh.models.language_model import LanguageModel
 from evomesh.serve.loop import EngineLoop, RotaryType
-from evomesh.serve.service import ServiceLimits, ServedModel, GenerationService
-from evomesh.train.restore import RestoredModel, restore_model
+from evomesh.serve.service import GenerationService, ServedModel, ServiceLimits
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

@@ -12,7 +12,7 @@ from threading import Thread
 from typing import Literal
 
 from evomesh.errors import UserError
-from evomesh.generate.engine import GenerationEngine, GeneratedToken
+from evomesh.generate.engine import GeneratedToken, GenerationEngine
 from evomesh.generate.options import SamplingParams
 
 RotaryType = Literal["origin", "dynamic"]

@@ -16,7 +16,7 @@ from evomesh.data.chat import ChatMessage
 from evomesh.errors import UserError
 from evomesh.generate.options import SamplingParams
 from evomesh.serve.loop import EngineError, RotaryType
-from evomesh.serve.service import QueueFullError, GenerationService
+from evomesh.serve.service import GenerationService, QueueFullError
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
 

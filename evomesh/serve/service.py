@@ -11,7 +11,7 @@ from evomesh.errors import UserError
 from evomesh.generate.engine import check_prompt
 from evomesh.generate.options import SamplingParams
 from evomesh.serve.loop import EngineLoop, GenerationRequest, RotaryType
-from evomesh.serve.writer import TextDelta, Detokenizer
+from evomesh.serve.writer import Detokenizer, TextDelta
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,10 @@ class GenerationService:
         order = None
         try:
             writers = [Detokenizer(self.model.tokenizer, prompt, stops) for prompt in prompts]
-            jobs = [GenerationRequest(ids, sampling, (seed, i), rotary or self.model.rotary) for i, ids in enumerate(prompts)]
+            jobs = [
+                GenerationRequest(ids, sampling, (seed, i), rotary or self.model.rotary)
+                for i, ids in enumerate(prompts)
+            ]
             order = self.engines.submit(jobs)
             while order.open:
                 index, token = await order.next()

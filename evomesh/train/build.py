@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evomesh.checkpoint.manager import CheckpointManager
+from evomesh.checkpoint.native.manager import CheckpointManager
 from evomesh.checkpoint.resume import decide, restore
 from evomesh.config.loader import LoadedConfig
 from evomesh.config.schema import CheckpointConfig, Config
-from evomesh.data.build import BatchStream, TrainData, ValidSet, build_train_data, build_valid_data, check_manifest
+from evomesh.data.build import BatchStream, TrainData, ValidationSet, build_train_data, build_valid_data, check_manifest
 from evomesh.optim.scaler import LossScaler
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.collectives import gather_objects
@@ -43,7 +43,7 @@ class TrainingRun:
     scaler: LossScaler
     train_data: TrainData
     stream: BatchStream
-    valid_sets: list[ValidSet]
+    valid_sets: list[ValidationSet]
     state: TrainState
     reporter: RunReporter
     checkpoints: CheckpointManager | None

@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 from evomesh.checkpoint.detect import kind_of
-from evomesh.checkpoint.manager import CheckpointManager
+from evomesh.checkpoint.native.manager import CheckpointManager
 from evomesh.checkpoint.resume import StartPoint, decide, restore
 from evomesh.config.loader import LoadedConfig
 from evomesh.config.schema import (
@@ -26,8 +26,8 @@ from evomesh.config.schema import (
     TensorConfig,
 )
 from evomesh.data.prompts import TokenizedPrompt, find_tasks, read_prompts
+from evomesh.data.token_files.writer import BinWriter
 from evomesh.data.tokenizer import Tokenizer, load_tokenizer
-from evomesh.data.writer import BinWriter
 from evomesh.errors import UserError
 from evomesh.generate.decode import generate
 from evomesh.generate.options import SamplingParams
@@ -271,7 +271,9 @@ def ended(name: str, prompts: Sequence[TokenizedPrompt], sampling: SamplingParam
     return f"{name}: {count} of {len(prompts)} prompts end with an id that ends an answer ({fix})"
 
 
-def write(output: Path, name: str, answered: Sequence[PromptResult], sampling: SamplingParams, text: Tokenizer | None) -> None:
+def write(
+    output: Path, name: str, answered: Sequence[PromptResult], sampling: SamplingParams, text: Tokenizer | None
+) -> None:
     """``NAME.bin`` with its meta (prompt and answer as one document each) and ``NAME.jsonl`` (a prompt a line)."""
     documents = [[*one.prompt.ids, *new] for one in answered for new in one.answers]
     if documents:

@@ -64,7 +64,9 @@ class RunContext:
 
 
 @contextmanager
-def launch(config: Config, launcher: str = "auto", *, port: int = 8888, seed: int | None = None) -> Iterator[RunContext]:
+def launch(
+    config: Config, launcher: str = "auto", *, port: int = 8888, seed: int | None = None
+) -> Iterator[RunContext]:
     """Joins the other ranks, if any; leaving the context parts from them again.
 
     Raises:

@@ -16,7 +16,7 @@ from evomesh.models.registry import build_model, clear_padding, initialize_weigh
 from evomesh.parallel.grid import Axis, Grid
 from evomesh.parallel.modes import TensorMode
 from evomesh.parallel.weights import shard_weights
-from evomesh.pipeline.schedule import SingleStageSchedule, PipelineSchedule, Schedule
+from evomesh.pipeline.schedule import PipelineSchedule, Schedule, SingleStageSchedule
 from evomesh.pipeline.stages import layer_ranges, stages_of_rank
 
 

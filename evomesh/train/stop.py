@@ -7,9 +7,9 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-from evomesh.checkpoint.exchange import Exchange
 from evomesh.errors import UserError
 from evomesh.parallel.build import SharedStore
+from evomesh.parallel.exchange import Exchange
 from evomesh.train.signals import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,9 @@ class StopPoll:
         store: where several ranks agree about the latter; without one, they stop between steps only.
     """
 
-    def __init__(self, request: StopRequest, path: str | None, exchange: Exchange, store: SharedStore | None = None) -> None:
+    def __init__(
+        self, request: StopRequest, path: str | None, exchange: Exchange, store: SharedStore | None = None
+    ) -> None:
         self._request, self._exchange = request, exchange
         self._file = StopFile(path) if path is not None and exchange.rank == 0 else None
         self._point = StopPoint(store) if store is not None else None
@@ -114,7 +116,9 @@ class StopPoll:
         """The same answer on every rank; a signal that reached one rank is then noted on all."""
         if self._exchange.size == 1:
             number = self._file.read() if self._file is not None else 0
-            return StopDecision(steps_done == abs(number) != 0, self._request.signal is not None or steps_done == number != 0)
+            return StopDecision(
+                steps_done == abs(number) != 0, self._request.signal is not None or steps_done == number != 0
+            )
         signals = self._exchange.gather(int(self._request.signal or 0))
         answer = None
         if signals is not None:

@@ -7,21 +7,21 @@ import time
 from contextlib import ExitStack
 from functools import partial
 
-from evomesh.checkpoint.exchange import default_exchange
 from evomesh.config.loader import redacted
 from evomesh.data.batch import Batch
-from evomesh.data.sampler import SkipBatches
+from evomesh.data.packing.sampler import SkipBatches
 from evomesh.errors import EXIT_TRAINING_STOPPED, UserError
 from evomesh.monitor.metrics import StepRecord
 from evomesh.monitor.profile import StepProfile, region
 from evomesh.optim.schedule import beta2, learning_rate
 from evomesh.parallel.build import shared_store
+from evomesh.parallel.exchange import default_exchange
 from evomesh.train.build import TrainingRun
-from evomesh.train.evaluate import validate
 from evomesh.train.signals import StopRequest
 from evomesh.train.step import StepInterruptedError, seed_step, train_step
 from evomesh.train.stop import StopPoll
 from evomesh.train.upkeep import PeriodicUpkeep
+from evomesh.train.validate import validate
 
 logger = logging.getLogger(__name__)
 

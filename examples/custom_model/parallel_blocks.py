@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evomesh.config.schema import ModelConfig
-from evomesh.layers.attention import AttentionFunction, Attention, Documents, attend
+from evomesh.layers.attention import Attention, AttentionFunction, SequenceBounds, attend
 from evomesh.layers.dtype import parameter_dtype, promote
 from evomesh.layers.embedding import Embedding
 from evomesh.layers.init import InitialWeight
@@ -42,7 +42,9 @@ class ParallelBlock(nn.Module):
         self.feed_forward = FeedForward(config.hidden_size, config.mlp_width, swiglu=config.use_swiglu, at=at)
         self.gain = nn.Parameter(torch.empty(config.hidden_size, dtype=at.dtype, device=at.device))
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], docs: Documents, attend: AttentionFunction) -> Tensor:
+    def forward(
+        self, x: Tensor, tables: tuple[Tensor, Tensor], docs: SequenceBounds, attend: AttentionFunction
+    ) -> Tensor:
         h = self.norm(x)
         return x + self.gain * (self.attention(h, tables, docs, attend) + self.feed_forward(h))
 
@@ -63,7 +65,7 @@ class ParallelBlocks(LanguageModel):
         self.layers = nn.ModuleDict({str(i): ParallelBlock(i, config, at) for i in range(config.num_layers)})
         self.norm = Norm("rmsnorm", config.hidden_size, eps=config.layer_norm_epsilon, fp32_weight=False, at=at)
 
-    def forward(self, x: Tensor, docs: Documents, attend: AttentionFunction = attend) -> Tensor:
+    def forward(self, x: Tensor, docs: SequenceBounds, attend: AttentionFunction = attend) -> Tensor:
         x = self.embedding(x)
         tables = self.rotary.tables(docs, self.dtype)
         for block in self.layers.values():

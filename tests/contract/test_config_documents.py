@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from evomesh.config.legacy import TOP_LEVEL
 from evomesh.config.loader import LoadedConfig, load_config
+from evomesh.config.reading.spellings import TOP_LEVEL
 from evomesh.config.rules import leaves
 from evomesh.config.size import data_parallel_size, parameter_count, tokens_per_step
 

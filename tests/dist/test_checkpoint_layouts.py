@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from evomesh.checkpoint.boxes import Box, parts_of
-from evomesh.checkpoint.exchange import GroupExchange
-from evomesh.checkpoint.manager import CheckpointManager
-from evomesh.checkpoint.reshard import reshard
+from evomesh.checkpoint.native.boxes import Box, parts_of
+from evomesh.parallel.exchange import GroupExchange
+from evomesh.checkpoint.native.manager import CheckpointManager
+from evomesh.checkpoint.native.reshard import reshard
 from evomesh.config.schema import AdamConfig, Config, ModelConfig, ParallelConfig, ZeroConfig
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.grid import Grid

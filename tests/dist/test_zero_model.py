@@ -11,7 +11,7 @@ from torch import Tensor
 
 from evomesh.config.schema import AdamConfig, ModelConfig, ZeroConfig
 from evomesh.data.batch import IGNORE
-from evomesh.layers.attention import Documents
+from evomesh.layers.attention import SequenceBounds
 from evomesh.layers.init import owned_range
 from evomesh.models.registry import build_model, initialize_weights
 from evomesh.optim.zero import ZeroOptimizer
@@ -44,10 +44,10 @@ LAYOUTS: list[dict[str, Any]] = [
 ]
 
 
-def pack(step: int, index: int) -> tuple[Tensor, Tensor, Documents]:
+def pack(step: int, index: int) -> tuple[Tensor, Tensor, SequenceBounds]:
     ids = torch.randint(0, VOCAB, (T,), generator=torch.Generator().manual_seed(100 * step + index))
     labels = torch.cat([ids[1:], torch.tensor([IGNORE])])
-    return ids, labels, Documents(torch.arange(T), torch.tensor([0, T], dtype=torch.int32), T)
+    return ids, labels, SequenceBounds(torch.arange(T), torch.tensor([0, T], dtype=torch.int32), T)
 
 
 def train(rank: int, layout: dict[str, Any] | None, zero: dict[str, Any]) -> tuple[list[float], list[float], Any]:

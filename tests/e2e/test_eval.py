@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from evomesh.checkpoint.hf_export import ExportOptions
+from evomesh.checkpoint.huggingface.export import ExportOptions
 from evomesh.config.schema import GenerationConfig
 from evomesh.errors import UserError
 from tests.e2e.test_convert_hf import make_tokenizer, run

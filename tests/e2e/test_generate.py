@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from evomesh.checkpoint.restore import restore_model
 from evomesh.generate.decode import generate as answers_of
 from evomesh.generate.options import SamplingParams
-from evomesh.train.restore import restore_model
 from tests.support.golden import write_bin
 from tests.support.interpreter import Finished, Interpreter
 from tests.support.runs import write_run

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from moto.server import ThreadedMotoServer
 
-from evomesh.checkpoint import find
-from evomesh.checkpoint.retention import check
+from evomesh.checkpoint.native import find
+from evomesh.checkpoint.native.retention import check
 from evomesh.storage import s3
 from evomesh.storage.base import Storage
 from evomesh.storage.local import LocalStorage

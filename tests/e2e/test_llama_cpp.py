@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from evomesh.checkpoint.hf_export import ExportOptions
+from evomesh.checkpoint.huggingface.export import ExportOptions
 from evomesh.data.tokenizer import load_tokenizer
 from evomesh.generate.decode import generate
 from evomesh.generate.options import SamplingParams

@@ -12,7 +12,7 @@ import pytest
 
 SCRIPT = """
 import sys, torch
-from evomesh.checkpoint.manager import CheckpointManager
+from evomesh.checkpoint.native.manager import CheckpointManager
 from evomesh.storage import local
 made = []
 class Calls(local.SystemCalls):

@@ -16,7 +16,9 @@ BOUND = 2e-2  # a few roundings of bfloat16, relative to the largest element
 
 def documents(lengths: list[int], device: torch.device) -> SequenceBounds:
     bounds = torch.tensor([0, *lengths, 0, 0]).cumsum(0).int()
-    return SequenceBounds(torch.cat([torch.arange(n) for n in lengths]).to(device), bounds.to(device), max(lengths), bounds)
+    return SequenceBounds(
+        torch.cat([torch.arange(n) for n in lengths]).to(device), bounds.to(device), max(lengths), bounds
+    )
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:

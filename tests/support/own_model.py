@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from evomesh.config.schema import ModelConfig
-from evomesh.layers.attention import AttentionFunction, Documents, attend
+from evomesh.layers.attention import AttentionFunction, SequenceBounds, attend
 from evomesh.layers.dtype import parameter_dtype, promote
 from evomesh.layers.init import InitialWeight
 from evomesh.layers.placement import Placement
@@ -44,7 +44,7 @@ class StagedBlocks(LanguageModel):
         self.layers = nn.ModuleDict({str(i): example().ParallelBlock(i, config, at) for i in layers})
         self.head = nn.Linear(*reversed(shape), bias=False, dtype=at.dtype, device=at.device) if last else None
 
-    def forward(self, x: Tensor, docs: Documents, attend: AttentionFunction = attend) -> Tensor:
+    def forward(self, x: Tensor, docs: SequenceBounds, attend: AttentionFunction = attend) -> Tensor:
         x = x if self.embedding is None else self.embedding(x)
         tables = self.rotary.tables(docs, self.dtype)
         for block in self.layers.values():

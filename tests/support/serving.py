@@ -24,7 +24,7 @@ from evomesh.models.registry import build_model, initialize_weights
 from evomesh.serve.app import create_app
 from evomesh.serve.load import _with, bind
 from evomesh.serve.loop import EngineLoop
-from evomesh.serve.service import ServiceLimits, ServedModel, GenerationService
+from evomesh.serve.service import GenerationService, ServedModel, ServiceLimits
 
 VOCAB = 256
 TRAINED = 64
@@ -66,7 +66,9 @@ def tiny_model() -> LanguageModel:
     return model.eval()
 
 
-def tiny_service(folder: Path, model: LanguageModel, limits: ServiceLimits, template: str = TEMPLATE) -> GenerationService:
+def tiny_service(
+    folder: Path, model: LanguageModel, limits: ServiceLimits, template: str = TEMPLATE
+) -> GenerationService:
     tokenizer = load_tokenizer(byte_tokenizer(folder, template))
     served = ServedModel(
         name="tiny",

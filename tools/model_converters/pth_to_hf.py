@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from evomesh.checkpoint.hf_export import ExportOptions
+from evomesh.checkpoint.huggingface.export import ExportOptions
 from evomesh.cli.convert_hf import shard_bytes, write_folder
 from evomesh.cli.run import run
 from evomesh.config.loader import load_config

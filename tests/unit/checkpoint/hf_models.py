@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from evomesh.checkpoint import hf_export
-from evomesh.checkpoint.find import Checkpoint, resolve
-from evomesh.checkpoint.hf_export import ExportOptions
-from evomesh.checkpoint.manager import CheckpointManager
-from evomesh.checkpoint.retention import check
+from evomesh.checkpoint.huggingface import export as hf_export
+from evomesh.checkpoint.huggingface.export import ExportOptions
+from evomesh.checkpoint.native.find import Checkpoint, resolve
+from evomesh.checkpoint.native.manager import CheckpointManager
+from evomesh.checkpoint.native.retention import check
 from evomesh.config.record import redacted
 from evomesh.config.schema import Config, DataConfig, GenerationConfig, ModelConfig
 from evomesh.models.language_model import LanguageModel

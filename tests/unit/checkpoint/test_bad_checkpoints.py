@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-from evomesh.checkpoint import format as fmt
-from evomesh.checkpoint.compare import poisoned
-from evomesh.checkpoint.find import Candidate
-from evomesh.checkpoint.manager import CheckpointManager
-from evomesh.checkpoint.retention import check
+from evomesh.checkpoint.native import format as fmt
+from evomesh.checkpoint.native.compare import poisoned
+from evomesh.checkpoint.native.find import Candidate
+from evomesh.checkpoint.native.manager import CheckpointManager
+from evomesh.checkpoint.native.retention import check
 from evomesh.errors import UserError
 from evomesh.storage.local import LocalStorage
 from tests.support.nobody import as_nobody
@@ -164,7 +164,7 @@ def test_nan_is_neither_saved_nor_overlooked(root: Path, monkeypatch: pytest.Mon
     assert "w[0, 0]: 1 of 12 values are NaN or infinite" in text
     huge = torch.full((4, 3), 3e38)  # finite, though its sum is not
     assert manager.save(6, {"w": huge}, {}, {}, final=True)
-    monkeypatch.setattr("evomesh.checkpoint.write.not_finite", lambda tensor: 0)
+    monkeypatch.setattr("evomesh.checkpoint.native.write.not_finite", lambda tensor: 0)
     manager.save(7, {"w": bad}, {}, {})
     found = check(Candidate(LocalStorage(), str(root / "step-00000007"), 7, True), data=True)
     monkeypatch.undo()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from evomesh.checkpoint.manager import CheckpointManager
+from evomesh.checkpoint.native.manager import CheckpointManager
 from evomesh.cli.ckpt import app
 from evomesh.errors import UserError
 from tests.unit.storage.test_storage import BUCKET, endpoint, keys  # noqa: F401

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from evomesh.checkpoint import manager as manager_module
-from evomesh.checkpoint.manager import CheckpointManager
+from evomesh.checkpoint.native import manager as manager_module
+from evomesh.checkpoint.native.manager import CheckpointManager
 from evomesh.storage.local import LocalStorage, SystemCalls
 from tests.unit.checkpoint.disk import MODELS, Crash, Disk, Quick, digest, images
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from evomesh.checkpoint.hf_check import checklist
-from evomesh.checkpoint.hf_export import ExportOptions
-from evomesh.checkpoint.hf_folder import open_folder
-from evomesh.checkpoint.hf_import import from_hf
-from evomesh.checkpoint.hf_load import load_hf, load_llama
-from evomesh.checkpoint.manager import CheckpointManager
+from evomesh.checkpoint.huggingface.checklist import checklist
+from evomesh.checkpoint.huggingface.export import ExportOptions
+from evomesh.checkpoint.huggingface.folder import open_folder
+from evomesh.checkpoint.huggingface.load import load_hf, load_llama
+from evomesh.checkpoint.huggingface.to_native import from_hf
+from evomesh.checkpoint.native.manager import CheckpointManager
 from evomesh.checkpoint.resume import decide, restore
 from evomesh.config.record import config_from_dict
 from evomesh.config.schema import CheckpointConfig, LoadConfig, ModelConfig
@@ -226,7 +226,7 @@ def test_rounded_exports_hold_the_rounded_weights(dtype: str, norm_head: bool, t
 def test_float16_overflow_is_refused(tmp_path: Path) -> None:
     config = model_config()
     model, _ = save_model(tmp_path / "c", config)
-    from evomesh.checkpoint.manager import CheckpointManager
+    from evomesh.checkpoint.native.manager import CheckpointManager
     from evomesh.config.record import redacted
     from evomesh.config.schema import Config
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from evomesh.checkpoint import hf_export
-from evomesh.checkpoint.hf_check import checklist
-from evomesh.checkpoint.hf_export import ExportOptions
-from evomesh.checkpoint.hf_import import from_hf
-from evomesh.checkpoint.hf_load import load_hf
-from evomesh.checkpoint.manager import CheckpointManager
+from evomesh.checkpoint.huggingface import export as hf_export
+from evomesh.checkpoint.huggingface.checklist import checklist
+from evomesh.checkpoint.huggingface.export import ExportOptions
+from evomesh.checkpoint.huggingface.load import load_hf
+from evomesh.checkpoint.huggingface.to_native import from_hf
+from evomesh.checkpoint.native.manager import CheckpointManager
 from evomesh.config.record import redacted
 from evomesh.config.schema import Config
 from evomesh.errors import UserError
@@ -140,7 +140,7 @@ def test_export_that_differs_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
 
 def _unturned(link: Any, value: torch.Tensor, config: Any) -> list[torch.Tensor]:
     """The mistake: rotary rows keep their order."""
-    from evomesh.checkpoint.hf_names import LLAMA, to_theirs
+    from evomesh.checkpoint.huggingface.names import LLAMA, to_theirs
 
     return to_theirs(link, value, config.model_copy(update={"qk_interleaved": False}), LLAMA)
 

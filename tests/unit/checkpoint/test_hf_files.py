@@ -13,14 +13,15 @@ import pytest
 import torch
 from moto.server import ThreadedMotoServer
 
-from evomesh.checkpoint import hf_place, hf_verify
-from evomesh.checkpoint.boxes import Box
-from evomesh.checkpoint.hf_export import ExportOptions
-from evomesh.checkpoint.hf_files import SafetensorsFile
-from evomesh.checkpoint.hf_import import from_hf
-from evomesh.checkpoint.hf_load import load_hf
+from evomesh.checkpoint.huggingface import compare_logits as hf_verify
+from evomesh.checkpoint.huggingface import output_folder as hf_place
+from evomesh.checkpoint.huggingface.export import ExportOptions
+from evomesh.checkpoint.huggingface.files import SafetensorsFile
+from evomesh.checkpoint.huggingface.load import load_hf
+from evomesh.checkpoint.huggingface.to_native import from_hf
 from evomesh.checkpoint.loaders import fill
-from evomesh.checkpoint.plan import describe
+from evomesh.checkpoint.native.boxes import Box
+from evomesh.checkpoint.native.plan import describe
 from evomesh.errors import UserError
 from evomesh.models.registry import build_model
 from evomesh.parallel.grid import Axis, Grid
@@ -133,7 +134,7 @@ def store() -> Iterator[str]:
 def test_folders_in_a_store(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("S3_ACCESS_KEY_ID", "k")
     monkeypatch.setenv("S3_SECRET_ACCESS_KEY_ID", "s")
-    from evomesh.checkpoint import hf_export
+    from evomesh.checkpoint.huggingface import export as hf_export
 
     model, found = save_model(tmp_path / "c", model_config("INTERNLM", "float32"))
     lines: list[str] = []

@@ -10,7 +10,7 @@ import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoTokenizer
 
-from evomesh.checkpoint.hf_tokenizer import TEXTS, compare_tokenizers, write_json, write_tokenizer
+from evomesh.checkpoint.huggingface.tokenizer import TEXTS, compare_tokenizers, write_json, write_tokenizer
 from evomesh.data.tokenizer import load_tokenizer
 from evomesh.errors import UserError
 

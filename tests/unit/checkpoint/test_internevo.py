@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from evomesh.checkpoint.internevo import HeadCounts, find_folder, read_model
+from evomesh.checkpoint.internevo.export import write_model
+from evomesh.checkpoint.internevo.model import HeadCounts, find_folder, read_model
+from evomesh.checkpoint.internevo.pickles import read_pickle
 from evomesh.checkpoint.loaders import checkpoint_loaders
-from evomesh.checkpoint.manager import CheckpointManager
-from evomesh.checkpoint.pickles import read_pickle
-from evomesh.checkpoint.to_internevo import write_model
+from evomesh.checkpoint.native.manager import CheckpointManager
 from evomesh.config.schema import ModelConfig
 from evomesh.errors import UserError
 

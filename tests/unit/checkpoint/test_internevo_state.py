@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from evomesh.checkpoint.internevo_state import read_counters, read_optimizer
+from evomesh.checkpoint.internevo.optimizer import read_counters, read_optimizer
 from evomesh.config.schema import DataConfig
 from evomesh.data.build import build_train_data
 from evomesh.errors import UserError

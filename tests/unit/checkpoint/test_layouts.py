@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from evomesh.checkpoint.manager import CheckpointManager
+from evomesh.checkpoint.native.manager import CheckpointManager
 from evomesh.errors import UserError
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.spec import ShardSpec

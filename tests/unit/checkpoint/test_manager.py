@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from evomesh.checkpoint.manager import CheckpointManager
+from evomesh.checkpoint.native.manager import CheckpointManager
 from evomesh.errors import UserError
 
 

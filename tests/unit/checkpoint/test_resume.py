@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from evomesh.checkpoint.loaders import checkpoint_loaders, fill
-from evomesh.checkpoint.manager import CheckpointManager
-from evomesh.checkpoint.plan import describe
+from evomesh.checkpoint.native.manager import CheckpointManager
+from evomesh.checkpoint.native.plan import describe
 from evomesh.checkpoint.resume import decide, parse_content, restart_line, restore
 from evomesh.config.schema import CheckpointConfig, LoadConfig
 from evomesh.errors import UserError

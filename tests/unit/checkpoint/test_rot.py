@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from evomesh.checkpoint.find import Candidate
-from evomesh.checkpoint.manager import CheckpointManager
-from evomesh.checkpoint.retention import check
+from evomesh.checkpoint.native.find import Candidate
+from evomesh.checkpoint.native.manager import CheckpointManager
+from evomesh.checkpoint.native.retention import check
 from evomesh.errors import UserError
 from evomesh.parallel.spec import ShardSpec
 from evomesh.storage.local import LocalStorage

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from evomesh.checkpoint.forecast import check_space, readable
-from evomesh.checkpoint.manager import CheckpointManager
+from evomesh.checkpoint.native.disk_space import check_space, readable
+from evomesh.checkpoint.native.manager import CheckpointManager
 from evomesh.errors import UserError
 from evomesh.storage.base import StorageWriter
 from evomesh.storage.local import LocalStorage

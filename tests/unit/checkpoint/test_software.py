@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import evomesh
-from evomesh.checkpoint.manager import CheckpointManager
-from evomesh.checkpoint.software import software, source_revision
+from evomesh.checkpoint.native.manager import CheckpointManager
+from evomesh.checkpoint.native.software import software, source_revision
 
 
 def git(folder: Path, *arguments: str) -> str:

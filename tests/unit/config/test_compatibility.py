@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from evomesh.config.compatibility import ROWS, CompatibilityRow
-from evomesh.config.legacy import SECTIONS
 from evomesh.config.loader import known_keys, load_config, redacted
+from evomesh.config.reading.spellings import SECTIONS
 from evomesh.errors import ConfigError
 from tests.contract.effects import EFFECTS
 

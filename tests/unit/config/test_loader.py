@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from evomesh.config.loader import LoadedConfig, config_from_dict, load_config, redacted
-from evomesh.config.overrides import parse_value
+from evomesh.config.reading.overrides import parse_value
 
 BASE = 'data = dict(train_folder="x")\nmodel = dict(dtype="torch.float32")\n'
 

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evomesh.data import bin_dataset
-from evomesh.data.bin_dataset import BinDataset, check_sources
-from evomesh.data.cache import write_cache
-from evomesh.data.lines import parse_plain
-from evomesh.data.repair import repair
-from evomesh.data.writer import BinWriter
+from evomesh.data.token_files import bin_dataset
+from evomesh.data.token_files.bin_dataset import BinDataset, check_sources
+from evomesh.data.token_files.cache import write_cache
+from evomesh.data.token_files.lines import parse_plain
+from evomesh.data.token_files.repair import repair
+from evomesh.data.token_files.writer import BinWriter
 from evomesh.errors import UserError
 
 DOCUMENTED = [

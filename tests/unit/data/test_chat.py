@@ -14,10 +14,10 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from evomesh.data.bin_dataset import BinDataset
 from evomesh.data.chat import build_template, read_conversation
-from evomesh.data.sources import SourceRecord, find_texts
-from evomesh.data.supervised import ChatOptions, tokenize_chats
+from evomesh.data.prepare.conversations import ChatOptions, tokenize_chats
+from evomesh.data.records.reader import SourceRecord, find_texts
+from evomesh.data.token_files.bin_dataset import BinDataset
 from evomesh.data.tokenizer import load_tokenizer
 from evomesh.errors import UserError
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from evomesh.data import bin_dataset
-from evomesh.data.lines import IntArray, parse_ranges
-from evomesh.data.packed import PackPlan, PackRule
+from evomesh.data.packing.packs import PackPlan, PackRule
+from evomesh.data.token_files import bin_dataset
+from evomesh.data.token_files.lines import IntArray, parse_ranges
 from tests.unit.data.conftest import WriteBin
 
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evomesh.data.bin_dataset import BinDataset
-from evomesh.data.packed import PackedCorpus, PackPlan, PackRule
+from evomesh.data.packing.packs import PackedCorpus, PackPlan, PackRule
+from evomesh.data.token_files.bin_dataset import BinDataset
 
 IGN = -100
 

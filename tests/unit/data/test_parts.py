@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from evomesh.data import parts
-from evomesh.data.writer import BinWriter
+from evomesh.data.token_files import part_files as parts
+from evomesh.data.token_files.writer import BinWriter
 
 WORDS = [[1, 2], [3]]
 

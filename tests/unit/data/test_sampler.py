@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evomesh.data.sampler import PackSampler, SamplerPosition, BatchSizeRampup, SkipBatches
+from evomesh.data.packing.sampler import BatchSizeRampup, PackSampler, SamplerPosition, SkipBatches
 from evomesh.errors import UserError
 
 
@@ -76,11 +76,15 @@ def test_resume_in_another_split_of_the_same_global_batch(
 @given(st.integers(12, 90), st.integers(0, 60), st.booleans(), st.sampled_from(["internevo", "xtuner"]))
 @settings(max_examples=100, deadline=None)
 def test_seek_is_where_walking_leads(num_packs: int, step: int, ramp: bool, order: Any) -> None:
-    sampler = PackSampler(num_packs, 3, 8, BatchSizeRampup(2, 2, 3) if ramp else None, order, 2 if order == "xtuner" else 1)
+    sampler = PackSampler(
+        num_packs, 3, 8, BatchSizeRampup(2, 2, 3) if ramp else None, order, 2 if order == "xtuner" else 1
+    )
     position = SamplerPosition()
     for _ in range(step):
         _, position = sampler.take(position)
-    again = PackSampler(num_packs, 3, 8, BatchSizeRampup(2, 2, 3) if ramp else None, order, 2 if order == "xtuner" else 1)
+    again = PackSampler(
+        num_packs, 3, 8, BatchSizeRampup(2, 2, 3) if ramp else None, order, 2 if order == "xtuner" else 1
+    )
     one, _ = sampler.take(position)
     two, _ = again.take(again.seek(step))
     assert one.tolist() == two.tolist()

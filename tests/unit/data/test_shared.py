@@ -14,7 +14,7 @@ import torch
 
 from evomesh.config.schema import DataConfig
 from evomesh.data.build import build_train_data
-from evomesh.data.shared import shared_array
+from evomesh.data.token_files.shared_index import shared_array
 from evomesh.errors import UserError
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from evomesh.data.rows import find_rows
+from evomesh.data.records.rows import find_rows
 from evomesh.errors import UserError
 
 

@@ -17,11 +17,11 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from evomesh.config.schema import DataConfig
-from evomesh.data import rows as rows_module
 from evomesh.data.build import build_train_data, build_valid_data
-from evomesh.data.rows import RowCursor, RowStream, find_rows
-from evomesh.data.sources import find_texts
-from evomesh.data.streaming import merge_states
+from evomesh.data.packing.streaming import merge_states
+from evomesh.data.records import rows as rows_module
+from evomesh.data.records.reader import find_texts
+from evomesh.data.records.rows import RowCursor, RowStream, find_rows
 from evomesh.errors import UserError
 
 WORDS = 4000

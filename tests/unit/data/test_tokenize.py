@@ -18,12 +18,12 @@ import xxhash
 import zstandard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from evomesh.data.bin_dataset import BinDataset
-from evomesh.data.repair import repair
-from evomesh.data.sources import find_texts
-from evomesh.data.tokenize import TextOptions, tokenize_files
+from evomesh.data.prepare.tokenize import TextOptions, tokenize_files
+from evomesh.data.records.decompress import unpacked
+from evomesh.data.records.reader import find_texts
+from evomesh.data.token_files.bin_dataset import BinDataset
+from evomesh.data.token_files.repair import repair
 from evomesh.data.tokenizer import load_tokenizer
-from evomesh.data.unpack import unpacked
 from evomesh.errors import UserError
 
 TEXTS = ["hello world, hello", "a second one\nwith two lines", "Ünïcödé 感恩生活", "x" * 50]
@@ -190,7 +190,7 @@ def test_no_tokenizer(tmp_path: Path) -> None:
 
 
 def test_starts_without_torch() -> None:
-    code = "import sys, evomesh.cli.tokenize, evomesh.cli.data, evomesh.data.tokenize, evomesh.data.packed; "
+    code = "import sys, evomesh.cli.tokenize, evomesh.cli.data, evomesh.data.prepare.tokenize, evomesh.data.packing.packs; "
     subprocess.run([sys.executable, "-c", code + "sys.exit('torch' in sys.modules)"], check=True)
 
 

@@ -11,9 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from evomesh.cli.data import app
-from evomesh.data import verify as verify_module
-from evomesh.data.repair import repair_path
-from evomesh.data.verify import verify
+from evomesh.data.token_files import verify as verify_module
+from evomesh.data.token_files.repair import repair_path
+from evomesh.data.token_files.verify import verify
 from evomesh.errors import UserError
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from evomesh.errors import UserError
-from evomesh.generate.engine import GenerationEngine, GeneratedToken
+from evomesh.generate.engine import GeneratedToken, GenerationEngine
 from evomesh.generate.options import SamplingParams
 from evomesh.layers.documents import single_sequence
 from tests.support.decoders import VOCAB, tiny, uncached_greedy

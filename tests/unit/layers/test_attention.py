@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from evomesh.layers.attention import Documents, _varlen, attend
+from evomesh.layers.attention import SequenceBounds, _varlen, attend
 from evomesh.layers.documents import single_sequence
 
 
-def documents(lengths: list[int], padding: int = 0) -> Documents:
+def documents(lengths: list[int], padding: int = 0) -> SequenceBounds:
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     bounds = torch.cat([bounds, bounds[-1:].expand(padding)]).int()
-    return Documents(torch.cat([torch.arange(n) for n in lengths]), bounds, max(lengths))
+    return SequenceBounds(torch.cat([torch.arange(n) for n in lengths]), bounds, max(lengths))
 
 
 def oracle(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
@@ -48,7 +48,7 @@ def test_equals_dense_oracle_in_value_and_gradient(lengths: list[int], kv_heads:
 
 
 def test_lengths_skip_padding_and_empty_documents() -> None:
-    docs = Documents(torch.tensor([0, 1, 0, 1, 2]), torch.tensor([0, 2, 2, 5, 5, 5], dtype=torch.int32), 3)
+    docs = SequenceBounds(torch.tensor([0, 1, 0, 1, 2]), torch.tensor([0, 2, 2, 5, 5, 5], dtype=torch.int32), 3)
     assert docs.lengths() == [2, 3]
     assert docs.span().tolist() == [2, 2, 3, 3, 3]
 

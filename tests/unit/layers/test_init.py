@@ -15,7 +15,11 @@ NORMAL = InitialWeight("normal", 1.0)
 
 
 def drawn(
-    name: str = "layers.0.w", seed: int = 1, spec: ShardSpec | None = None, initial: InitialWeight = NORMAL, **axes: Axis
+    name: str = "layers.0.w",
+    seed: int = 1,
+    spec: ShardSpec | None = None,
+    initial: InitialWeight = NORMAL,
+    **axes: Axis,
 ) -> torch.Tensor:
     spec = spec or ShardSpec(SHAPE)
     shape = [len(owned_range(spec, dim, axes)) for dim in range(len(spec.shape))]

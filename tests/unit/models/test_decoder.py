@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from evomesh.config.schema import ModelConfig
-from evomesh.layers.attention import Attention, Documents, attend
+from evomesh.layers.attention import Attention, SequenceBounds, attend
 from evomesh.layers.documents import single_sequence
 from evomesh.models.decoder import Decoder
 from evomesh.models.registry import build_model, initialize_weights
@@ -47,9 +47,9 @@ def make(config: ModelConfig, **layout: Any) -> Decoder:
     return model
 
 
-def pack(lengths: list[int]) -> Documents:
+def pack(lengths: list[int]) -> SequenceBounds:
     bounds = torch.tensor([0, *lengths, 0]).cumsum(0).int()
-    return Documents(torch.cat([torch.arange(n) for n in lengths]), bounds, max(lengths))
+    return SequenceBounds(torch.cat([torch.arange(n) for n in lengths]), bounds, max(lengths))
 
 
 def tokens() -> tuple[Tensor, Tensor]:
@@ -253,7 +253,7 @@ def test_generation_can_keep_keys_and_values() -> None:
     model, (ids, _) = make(tiny()), tokens()
     kept: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def cached(asking: Attention, q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> Tensor:
+    def cached(asking: Attention, q: Tensor, k: Tensor, v: Tensor, docs: SequenceBounds) -> Tensor:
         layer = asking.layer
         if layer in kept:
             k, v = torch.cat([kept[layer][0], k]), torch.cat([kept[layer][1], v])

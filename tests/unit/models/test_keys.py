@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from evomesh.config.draft import ConfigDraft
-from evomesh.config.legacy import resolve
+from evomesh.config.reading.draft import ConfigDraft
+from evomesh.config.reading.spellings import resolve
 from evomesh.config.schema import ModelConfig
 from evomesh.layers.documents import single_sequence
 from evomesh.models.registry import build_model, initialize_weights

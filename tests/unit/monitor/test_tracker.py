@@ -6,7 +6,7 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from evomesh.config.schema import RunConfig
-from evomesh.monitor.tracker import TensorBoardWriter, rank_name, run_folder, tensorboard_folder
+from evomesh.monitor.tensorboard import TensorBoardWriter, rank_name, run_folder, tensorboard_folder
 
 NOW = datetime(2023, 7, 7, 12, 26, 58)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from evomesh.data.tokenizer import Tokenizer, load_tokenizer
 from evomesh.generate.engine import GeneratedToken
-from evomesh.serve.writer import TextDelta, Detokenizer
+from evomesh.serve.writer import Detokenizer, TextDelta
 from tests.support.serving import byte_tokenizer
 
 
@@ -19,14 +19,18 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return load_tokenizer(byte_tokenizer(tmp_path_factory.mktemp("tokenizer"), ""))
 
 
-def write(tokenizer: Tokenizer, text: str, stops: list[str], end: str = "length", scored: bool = False) -> list[TextDelta]:
+def write(
+    tokenizer: Tokenizer, text: str, stops: list[str], end: str = "length", scored: bool = False
+) -> list[TextDelta]:
     """Pieces of ``text`` told token by token, up to the one that finishes."""
     ids = tokenizer.encode(text)
     writer = Detokenizer(tokenizer, tokenizer.encode("prompt"), stops)
     pieces = []
     for place, token in enumerate(ids):
         finish = end if place == len(ids) - 1 else ""
-        pieces.append(writer.push(GeneratedToken(0, token, -0.5 if scored else None, [(token, -0.5)] if scored else [], finish)))
+        pieces.append(
+            writer.push(GeneratedToken(0, token, -0.5 if scored else None, [(token, -0.5)] if scored else [], finish))
+        )
         if pieces[-1].finish:
             break
     return pieces

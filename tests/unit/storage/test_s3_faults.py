@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from evomesh.checkpoint.manager import CheckpointManager
+from evomesh.checkpoint.native.manager import CheckpointManager
 from evomesh.errors import UserError
 from evomesh.storage.s3 import S3Storage, make_client
 from tests.support.fault_proxy import FAULTS, FaultProxy

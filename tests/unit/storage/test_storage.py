@@ -9,7 +9,7 @@ import pytest
 import torch
 from moto.server import ThreadedMotoServer
 
-from evomesh.checkpoint.manager import CheckpointManager
+from evomesh.checkpoint.native.manager import CheckpointManager
 from evomesh.errors import UserError
 from evomesh.storage import s3
 from evomesh.storage.base import Storage, join

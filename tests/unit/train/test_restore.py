@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from evomesh.checkpoint.hf_export import ExportOptions
+from evomesh.checkpoint.huggingface.export import ExportOptions
+from evomesh.checkpoint.restore import RestoredModel, restore_model
 from evomesh.config.schema import GenerationConfig
 from evomesh.errors import UserError
 from evomesh.layers.documents import single_sequence
 from evomesh.serve.load import ModelOptions, load_service
-from evomesh.train.restore import RestoredModel, restore_model
 from tests.support.serving import byte_tokenizer
 from tests.unit.checkpoint.hf_models import export, model_config, save_model
 

@@ -19,9 +19,9 @@ from evomesh.optim.scaler import LossScaler
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import MODES
-from evomesh.train.evaluate import validate
 from evomesh.train.stages import ModelStages, build_stages
 from evomesh.train.step import StepOutput, train_step
+from evomesh.train.validate import validate
 from tests.support.golden import write_folder
 from tests.support.tolerances import ACCUMULATION, distance
 

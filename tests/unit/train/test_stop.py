@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from torch.distributed import HashStore
 
-from evomesh.checkpoint.exchange import SingleProcessExchange
+from evomesh.parallel.exchange import SingleProcessExchange
 from evomesh.train.signals import StopRequest
-from evomesh.train.stop import StopPoint, StopPoll, StopDecision
+from evomesh.train.stop import StopDecision, StopPoint, StopPoll
 from tests.unit.checkpoint.ranks import ThreadExchange, run_ranks
 
 
@@ -22,7 +22,11 @@ def test_the_documents_meaning(tmp_path: Path) -> None:
     poll = StopPoll(StopRequest(), str(path), SingleProcessExchange())
     assert path.read_text().strip() == "0" and poll.ask(0) == poll.ask(5) == StopDecision()
     path.write_text("7")
-    assert poll.ask(6) == StopDecision() and poll.ask(7) == StopDecision(save=True, stop=True) and poll.ask(8) == StopDecision()
+    assert (
+        poll.ask(6) == StopDecision()
+        and poll.ask(7) == StopDecision(save=True, stop=True)
+        and poll.ask(8) == StopDecision()
+    )
     path.write_text("-9\n")
     assert poll.ask(8) == StopDecision() and poll.ask(9) == StopDecision(save=True)
 

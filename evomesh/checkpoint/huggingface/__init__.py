@@ -1,0 +1,1 @@
+"""Read and write model folders in the Hugging Face layout."""

@@ -1,0 +1,130 @@
+"""The hand-over checklist of docs/handover.md: what inference engines and evaluation harnesses need of a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from evomesh.checkpoint.huggingface.compare_logits import has_transformers, loaded_logits
+from evomesh.checkpoint.huggingface.config import CLASSES, read_config
+from evomesh.checkpoint.huggingface.folder import HfFolder, local_folder
+from evomesh.checkpoint.huggingface.load import checked
+from evomesh.checkpoint.huggingface.names import NAMINGS
+from evomesh.checkpoint.huggingface.tokenizer import compare_tokenizers, refuse_larger
+from evomesh.data.chat import JinjaTemplate
+from evomesh.data.tokenizer import load_tokenizer
+from evomesh.errors import UserError
+from evomesh.storage.local import LocalStorage
+
+SPELLINGS = ("torch_dtype", "dtype", "rope_theta", "rope_parameters", "rms_norm_eps", "max_position_embeddings")
+
+
+@dataclass(frozen=True)
+class ChecklistItem:
+    """One line of the checklist."""
+
+    name: str
+    good: bool
+    words: str
+
+
+def checklist(path: str) -> list[ChecklistItem]:
+    """Every point, whatever the others say.
+
+    Raises:
+        CheckpointError: no such folder.
+    """
+    folder = HfFolder(LocalStorage(), str(local_folder(path)))
+    points: list[tuple[str, Callable[[HfFolder], str]]] = [
+        ("config.json", _config),
+        ("weights", _weights),
+        ("finite", _finite),
+        ("tokenizer", _tokenizer),
+        ("chat template", _template),
+        ("end of text", _eos),
+        ("transformers", _transformers),
+    ]
+    return [_try(name, test, folder) for name, test in points]
+
+
+def _try(name: str, test: Callable[[HfFolder], str], folder: HfFolder) -> ChecklistItem:
+    try:
+        return ChecklistItem(name, True, test(folder))
+    except UserError as error:
+        return ChecklistItem(name, False, error.found)
+    except Exception as error:  # whatever another library says of the folder is a finding
+        return ChecklistItem(name, False, f"{type(error).__name__}: {error}")
+
+
+def _config(folder: HfFolder) -> str:
+    record = folder.json("config.json")
+    model = read_config(record, "config.json")
+    absent = [key for key in ("architectures", *SPELLINGS) if record.get(key) is None]
+    if absent:
+        raise UserError(f"{', '.join(absent)} not given; some readers need it")
+    if record["dtype"] != record["torch_dtype"]:
+        raise UserError(f"dtype {record['dtype']} and torch_dtype {record['torch_dtype']} differ")
+    return f"{record['architectures'][0]}, {model.num_layers} layers, {record['dtype']}"
+
+
+def _weights(folder: HfFolder) -> str:
+    record = folder.json("config.json")
+    tied = bool(record.get("tie_word_embeddings"))
+    checked(folder, NAMINGS[record["model_type"]], read_config(record, "config.json"), tied)
+    index = "model.safetensors.index.json"
+    if index in folder.storage.list(folder.path):
+        said = folder.json(index).get("metadata", {}).get("total_size")
+        real = sum(tensor.nbytes for tensor in map(folder.read, folder.files))
+        if said != real:
+            raise UserError(f"the index says {said} bytes, the shards hold {real}")
+    return f"{len(folder.files)} tensors in {len(set(folder.files.values()))} files"
+
+
+def _finite(folder: HfFolder) -> str:
+    bad = [name for name in folder.files if not bool(torch.isfinite(folder.read(name)).all())]
+    if bad:
+        raise UserError(f"NaN or infinity in {', '.join(bad[:8])} ({len(bad)} tensors)")
+    return "no NaN, no infinity"
+
+
+def _tokenizer(folder: HfFolder) -> str:
+    tokenizer = load_tokenizer(folder.path, folder.path)
+    refuse_larger(tokenizer, int(folder.json("config.json")["vocab_size"]))
+    if not Path(folder.path, "tokenizer_config.json").is_file():
+        raise UserError("no tokenizer_config.json")
+    if has_transformers():
+        compare_tokenizers(tokenizer, Path(folder.path))
+    return f"{tokenizer.path.name}, {tokenizer.vocab_size} ids, bos {tokenizer.bos_id}, eos {tokenizer.eos_id}"
+
+
+def _template(folder: HfFolder) -> str:
+    tokenizer = load_tokenizer(folder.path, folder.path)
+    if not tokenizer.chat_template:
+        return "none: a base model"
+    JinjaTemplate(tokenizer)
+    return "given, and it compiles"
+
+
+def _eos(folder: HfFolder) -> str:
+    vocab_size = folder.json("config.json")["vocab_size"]
+    given = folder.json("generation_config.json").get("eos_token_id")
+    eos = given if isinstance(given, list) else [given]
+    wrong = [token for token in eos if not isinstance(token, int) or not 0 <= token < vocab_size]
+    if wrong:
+        raise UserError(f"generation_config.json: eos_token_id {wrong[0]!r}: generation would never stop")
+    return f"eos {eos}"
+
+
+def _transformers(folder: HfFolder) -> str:
+    record = folder.json("config.json")
+    if record["model_type"] != "llama":
+        return f"not tried: it has no {CLASSES.get(record['model_type'], record['model_type'])} of its own"
+    if not has_transformers():
+        return "not tried: it is not installed"
+    logits = loaded_logits(Path(folder.path), int(record["vocab_size"]), str(record.get("dtype", "float32")))
+    if not bool(torch.isfinite(logits).all()):
+        raise UserError("its logits are not finite")
+    return "loads without remote code, logits are finite"

@@ -1,0 +1,249 @@
+"""``to-hf``: a checkpoint of ours, saved in any layout, as a folder that ``transformers`` loads without remote code.
+
+Tensors pass one by one from the checkpoint's pieces to the shards. The folder is written beside its place, compared
+with the native model, and renamed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import evomesh
+from evomesh.checkpoint.huggingface.compare_logits import (
+    folder_logits,
+    has_transformers,
+    largest_difference,
+    native_logits,
+    read_tensor,
+)
+from evomesh.checkpoint.huggingface.config import (
+    Architecture,
+    RotaryScaling,
+    RotaryType,
+    refuse_unexportable,
+    rotary_of,
+    write_config,
+    write_generation_config,
+)
+from evomesh.checkpoint.huggingface.folder import HfFolder
+from evomesh.checkpoint.huggingface.load import tensors
+from evomesh.checkpoint.huggingface.names import NAMINGS, TensorLink, links, our_shapes, to_theirs
+from evomesh.checkpoint.huggingface.output_folder import new_folder
+from evomesh.checkpoint.huggingface.tokenizer import (
+    compare_tokenizers,
+    refuse_larger,
+    special_ids,
+    write_json,
+    write_tokenizer,
+)
+from evomesh.checkpoint.native import format as fmt
+from evomesh.checkpoint.native.disk_space import readable
+from evomesh.checkpoint.native.find import Checkpoint
+from evomesh.checkpoint.native.format import CheckpointError, TensorRecord
+from evomesh.checkpoint.native.write import as_bytes
+from evomesh.config.record import config_from_dict
+from evomesh.config.schema import Config, ModelConfig
+from evomesh.data.tokenizer import Tokenizer, load_tokenizer
+from evomesh.layers.dtype import promote
+from evomesh.storage.local import LocalStorage
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Attributes:
+    dtype: None: that of the training.
+    max_shard_bytes: of one weight file; a larger tensor has a file of its own.
+    tokenizer: path; None: the training's ``data.tokenizer_path`` where it exists; "none": no tokenizer.
+    rotary_type, scaling_factor, max_position: None: as trained.
+    chat_template: jinja file, None: the tokenizer's own.
+    compare: reload and compare logits.
+    """
+
+    arch: Architecture = "llama"
+    dtype: str | None = None
+    max_shard_bytes: int = 5 * 10**9
+    tokenizer: str | None = None
+    rotary_type: RotaryType | None = None
+    scaling_factor: float | None = None
+    max_position: int | None = None
+    chat_template: str | None = None
+    compare: bool = True
+
+
+def export(found: Checkpoint, out: str, options: ExportOptions, report: Callable[[str], None]) -> str:
+    """Writes the folder ``out``, a path or a place in a store, and returns it.
+
+    Raises:
+        CheckpointError: no such form of this model, wrong tensors, no space, or logits that differ; nothing is left.
+    """
+    config = config_from_dict(found.config)
+    refuse_unexportable(config.model, options.arch)
+    dtype = options.dtype or {"tf32": "float32"}.get(config.model.dtype, config.model.dtype)
+    if dtype not in DTYPES:
+        raise CheckpointError(f"dtype {dtype!r}", where="--dtype", expected=f"one of {', '.join(DTYPES)}")
+    rotary = rotary_of(config, options.rotary_type, options.scaling_factor, options.max_position)
+    tokenizer = _tokenizer(config, options.tokenizer, report)
+    if tokenizer is not None:
+        refuse_larger(tokenizer, config.model.vocab_size)
+    template = _template(options.chat_template)
+    job = _WeightExport(found, config.model, options.arch, dtype)
+    with new_folder(out, job.total_bytes) as work:
+        job.write_weights(work, options.max_shard_bytes)
+        ids = special_ids(tokenizer, config.generation, config.model.vocab_size)
+        record = write_config(config.model, options.arch, rotary, ids, dtype)
+        write_json(work / "config.json", record | {"evomesh_version": evomesh.__version__})
+        write_json(work / "generation_config.json", write_generation_config(ids))
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, work, template, rotary.max_position)
+        if options.compare:
+            report(_compare(job, work, tokenizer, rotary))
+    report(f"wrote {out}: {options.arch}, {dtype}, {readable(job.total_bytes)}, rotary {rotary.type}")
+    return out
+
+
+def _template(file: str | None) -> str | None:
+    if file is None:
+        return None
+    try:
+        return Path(file).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error})", where="--chat-template") from None
+
+
+def _tokenizer(config: Config, given: str | None, report: Callable[[str], None]) -> Tokenizer | None:
+    if given == "none":
+        return None
+    if given is not None:
+        return load_tokenizer(given)
+    path = config.data.tokenizer_path
+    if path is not None and Path(path).expanduser().exists():
+        return load_tokenizer(path, "data.tokenizer_path")
+    report(f"no tokenizer is exported: data.tokenizer_path is {path!r}; give one with --tokenizer PATH")
+    return None
+
+
+class _WeightExport:
+    """The weights of one checkpoint on their way to one folder."""
+
+    def __init__(self, found: Checkpoint, model: ModelConfig, arch: Architecture, dtype: str) -> None:
+        self.found, self.model, self.arch = found, model, arch
+        self.dtype_name, self.dtype = dtype, getattr(torch, dtype)
+        self.naming = NAMINGS[arch]
+        self.links = links(model, self.naming)
+        self.records = found.records()
+        self._check()
+
+    def _check(self) -> None:
+        wanted = {link.ours: sum(math.prod(shape) for shape in link.shapes) for link in self.links}
+        shapes = our_shapes(self.model)
+        missing = [f"{name} {list(shapes[name])}" for name in wanted if name not in self.records]
+        extra = sorted(name for name in self.records if name not in wanted and not name.startswith("optim."))
+        wrong = [
+            f"{self.records[name].described} instead of {list(shapes[name])}"
+            for name, count in wanted.items()
+            if name in self.records and math.prod(self.records[name].shape) != count
+        ]
+        if missing or extra or wrong:
+            raise CheckpointError(
+                f"the checkpoint does not hold its own config's model: missing {missing}, unknown {extra}, "
+                f"of another shape {wrong}",
+                where=self.found.folder,
+            )
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self._bytes(link) for link in self.links)
+
+    def _bytes(self, link: TensorLink) -> int:
+        return sum(math.prod(shape) for shape in link.shapes) * int(self.dtype.itemsize)
+
+    def native(self, name: str) -> Tensor:
+        return read_tensor(self.found, self.records[name])
+
+    def write_weights(self, folder: Path, limit: int) -> None:
+        """Shards and, from two on, their index."""
+        shards: list[list[TensorLink]] = [[]]
+        size = 0
+        for link in self.links:
+            if shards[-1] and size + self._bytes(link) > limit:
+                shards.append([])
+                size = 0
+            shards[-1].append(link)
+            size += self._bytes(link)
+        count = len(shards)
+        names = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+        if count == 1:
+            names = ["model.safetensors"]
+        for name, shard in zip(names, shards, strict=True):
+            self._write_shard(folder / name, shard)
+        if count > 1:
+            weight_map = {t: name for name, shard in zip(names, shards, strict=True) for ln in shard for t in ln.theirs}
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+            write_json(folder / "model.safetensors.index.json", index)
+
+    def _write_shard(self, path: Path, shard: list[TensorLink]) -> None:
+        word = fmt.DTYPE_NAMES[self.dtype]
+        entries = [
+            (name, word, shape, math.prod(shape) * self.dtype.itemsize)
+            for link in shard
+            for name, shape in zip(link.theirs, link.shapes, strict=True)
+        ]
+        with open(path, "xb") as file:
+            file.write(fmt.safetensors_header(entries))
+            for link in shard:
+                for tensor in self._converted(link, self.records[link.ours]):
+                    file.write(as_bytes(tensor.contiguous()))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _converted(self, link: TensorLink, record: TensorRecord) -> list[Tensor]:
+        value = read_tensor(self.found, record)
+        if link.ours == "head.weight" and self.model.norm_head:
+            # What the model multiplies with, rounded as it is there: readers of the folder know no norm_head.
+            value = F.normalize(value.to(promote(value.dtype)), dim=1).to(value.dtype)
+        narrow = value.to(self.dtype)
+        if not bool(torch.isfinite(narrow).all()):
+            bad = int((~torch.isfinite(narrow)).sum())
+            raise CheckpointError(
+                f"{link.ours}: {bad} of {narrow.numel()} values are not finite as {self.dtype_name}",
+                where=self.found.folder,
+                fix="export another --dtype, such as bfloat16" if bool(torch.isfinite(value).all()) else "",
+            )
+        return to_theirs(link, narrow, self.model, self.naming)
+
+
+def _compare(job: _WeightExport, folder: Path, tokenizer: Tokenizer | None, rotary: RotaryScaling) -> str:
+    """Reads the folder again; of either model one layer is in memory at a time."""
+    dtype, model = job.dtype_name, job.model
+    changes = {
+        "use_dynamic_ntk_rope": rotary.type == "dynamic",
+        "rope_scaling_factor": rotary.factor,
+        "max_position_embeddings": rotary.max_position,
+    }
+    native = model.model_copy(update=changes)
+    ours = native_logits(native, job.native, dtype)
+    written, halves = HfFolder(LocalStorage(), str(folder)), {"norm_head": False, "qk_interleaved": False}
+    back = native.model_copy(update=halves)  # what the folder describes
+    if has_transformers():
+        by = "transformers"
+        theirs = folder_logits(written, back, rotary, dtype)
+        if tokenizer is not None:
+            compare_tokenizers(tokenizer, folder)
+    else:
+        by = "the exported folder read back (transformers is not installed)"
+        stored = dict(tensors(written, job.naming, back))
+        theirs = native_logits(back, lambda name: stored[name].read(), dtype)
+    difference = largest_difference(ours, theirs, model, dtype, str(folder))
+    return (
+        f"largest difference of logits, native model and {by}: {difference:.3g} (largest logit {ours.abs().max():.3g})"
+    )

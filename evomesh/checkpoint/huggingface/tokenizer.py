@@ -1,0 +1,128 @@
+"""The tokenizer's files beside exported weights, so that other systems cut text as the training did."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from evomesh.checkpoint.huggingface.config import SpecialTokenIds
+from evomesh.checkpoint.huggingface.folder import read_json
+from evomesh.checkpoint.huggingface.spm import fast_form, is_llamas, read_model
+from evomesh.checkpoint.native.format import CheckpointError
+from evomesh.config.schema import GenerationConfig
+from evomesh.data.tokenizer import HfTokenizer, Tokenizer
+from evomesh.storage.local import LocalStorage
+
+BESIDE = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
+TURN_ENDS = ("<|im_end|>", "<eoa>", "<|eot_id|>", "<|end|>", "<|eom_id|>")  # chat models end an answer with these
+TEXTS = ("Hello world", " a  b\tc\nd", "12345 + 6.7 = ?", "def f(x):\n    return x", "春眠不觉晓", "naïve café — ok")
+
+
+def special_ids(tokenizer: Tokenizer | None, generation: GenerationConfig | None, vocab_size: int) -> SpecialTokenIds:
+    """Every id that ends a text: the tokenizer's, the config's, and what the chat template ends a turn with."""
+    if tokenizer is None:
+        generation = generation or GenerationConfig()
+    bos = tokenizer.bos_id if tokenizer is not None else None
+    pad, eos = None, []
+    if tokenizer is not None:
+        eos = [tokenizer.eos_id]
+        eos += [tokenizer.token_id(token) for token in TURN_ENDS if token in tokenizer.chat_template]
+    if generation is not None:
+        bos = generation.bos_id if bos is None else bos
+        pad = generation.pad_id
+        eos += [*generation.eos_id, *generation.additional_eos_token_list]
+    known = [token for token in eos if token is not None and 0 <= token < vocab_size]
+    return SpecialTokenIds(bos, tuple(dict.fromkeys(known)), pad)
+
+
+def refuse_larger(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """
+    Raises:
+        CheckpointError: ids that the embedding has no row for.
+    """
+    if tokenizer.vocab_size > vocab_size:
+        raise CheckpointError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the embedding {vocab_size} rows",
+            where=str(tokenizer.path),
+            expected="the tokenizer the model was trained with",
+        )
+
+
+def write_tokenizer(tokenizer: Tokenizer, target: Path, template: str | None, max_length: int) -> None:
+    """Copies the tokenizer and the settings beside it; remote code and references to it stay behind.
+
+    Args:
+        template: jinja text of the chat template, None for the tokenizer's own.
+    """
+    fast = isinstance(tokenizer, HfTokenizer)
+    beside = tokenizer.path.parent
+    shutil.copyfile(tokenizer.path, target / ("tokenizer.json" if fast else "tokenizer.model"))
+    for name in BESIDE:
+        if (beside / name).is_file():
+            shutil.copyfile(beside / name, target / name)
+    given = beside / "tokenizer_config.json"
+    settings = read_json(LocalStorage(), str(beside), given.name) if given.is_file() else {}
+    if settings.pop("auto_map", None) is not None:
+        settings.pop("tokenizer_class", None)
+    settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+    settings.setdefault("model_max_length", max_length)
+    settings.setdefault("clean_up_tokenization_spaces", False)
+    for key, token in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
+        if token is not None and not settings.get(key):
+            settings[key] = _piece(tokenizer, token)
+    if not fast:
+        settings |= _sentencepiece_settings(tokenizer, target, settings)
+    if template is not None:
+        (target / "chat_template.jinja").write_text(template, encoding="utf-8")
+        settings["chat_template"] = template
+    write_json(target / "tokenizer_config.json", settings)
+
+
+def _sentencepiece_settings(tokenizer: Tokenizer, target: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """Settings for a Llama tokenizer where that cuts text as the model does; else for a tokenizer.json, written too."""
+    model = read_model(tokenizer.path)
+    unknown = next(piece.piece for piece in model.pieces if piece.type == piece.UNKNOWN)
+    common = {"unk_token": given.get("unk_token") or unknown}
+    if not is_llamas(model):
+        fast_form(model, tokenizer.add_bos).save(str(target / "tokenizer.json"))
+        return common | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    return common | {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_prefix_space": False,
+        "legacy": False,
+        "add_bos_token": given.get("add_bos_token", tokenizer.add_bos),
+        "add_eos_token": given.get("add_eos_token", False),
+    }
+
+
+def _piece(tokenizer: Tokenizer, token: int) -> str:
+    if isinstance(tokenizer, HfTokenizer):
+        return tokenizer.decode([token])
+    from sentencepiece import SentencePieceProcessor
+
+    return str(SentencePieceProcessor(model_file=str(tokenizer.path)).id_to_piece(token))
+
+
+def compare_tokenizers(ours: Tokenizer, folder: Path) -> None:
+    """Ids of a few texts by the tokenizer of the training and by ``transformers`` from the exported folder.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    for text in TEXTS:
+        wanted, found = ours.encode(text), list(theirs.encode(text, add_special_tokens=False))
+        if wanted != found:
+            raise CheckpointError(
+                f"transformers cuts {text!r} into {found[:12]}, the tokenizer of the training into {wanted[:12]}",
+                where=str(ours.path),
+                fix="export without a tokenizer (--tokenizer none) and add one that agrees",
+            )
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

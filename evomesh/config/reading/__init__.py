@@ -1,0 +1,1 @@
+"""Read a config file: execute it, apply overrides, and record where each value came from."""

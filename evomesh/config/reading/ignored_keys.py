@@ -1,0 +1,90 @@
+"""Keys that other systems know and that change nothing here (said once), or that cannot be had at all (refused)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from evomesh.config.reading.draft import ConfigDraft
+
+# key -> (value that says what happens anyway, so that it needs no word; why another one has no effect)
+ABSENT = object()
+INERT: dict[str, tuple[Any, str]] = {
+    "metric_dtype": ("fp32", "metrics are always accumulated in at least float32"),
+    "batch_count": (0, "the step is counted by the training state"),
+    "alert_address": (None, "use monitor.alert.feishu_alert_address"),
+    "moe": (ABSENT, "there are no mixture-of-experts layers here"),
+    "data.batch_size": (ABSENT, "it is data.micro_num"),
+    "data.use_packed_dataset": (True, "data is always packed, whatever computes the attention"),
+    "model.use_flash_attn": (True, "attention is by document on every device; the fastest kernel at hand is taken"),
+    "model.parallel_output": (True, "the loss never builds the whole logits, split or not"),
+    "model.dropout_selective_checkpoint": (True, "there is no dropout"),
+    "model.enable_qkv_fusion": (True, "query, key and value are always one matrix"),
+    "model.mlp_layer_fusion": (False, "the two input matrices of the feed-forward network are always multiplied apart"),
+    "model.selective_checkpoint": (False, "model.checkpoint recomputes whole layers"),
+    "loss.op_type": ("py_vocab_parallel", "there is one loss, fused with the output head"),
+    "loss.moe_loss_coeff": (ABSENT, "there are no mixture-of-experts layers here"),
+    "ckpt.generate_meta_data": (ABSENT, "every checkpoint loads in any layout"),
+    "parallel.expert": (ABSENT, "there are no mixture-of-experts layers here"),
+    "parallel.expert_weight": (ABSENT, "there are no mixture-of-experts layers here"),
+    "lr_scheduler.last_epoch": (
+        -1,
+        "the learning rate is a function of the step; a resume goes on from the checkpoint",
+    ),
+    "beta2_scheduler.cur_iter": (-1, "beta2 is a function of the step; a resume goes on from the checkpoint"),
+}
+# key -> (values that are accepted because they ask for nothing, why any other is refused)
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "model.drop_rate": ((0, None), "dropout is not part of this system: train on more text, or use weight decay"),
+    "model.attn_drop_rate": ((0, None), "dropout is not part of this system: train on more text, or use weight decay"),
+    "model.is_reward": ((False, None), "reward models are not part of this system"),
+    "model.deepnorm": ((False, None), "DeepNorm is not part of this system"),
+    "model.moe_use_residual": ((False, None), "mixture-of-experts models are not part of this system"),
+    "model.num_experts": ((1, 0, None), "mixture-of-experts models are not part of this system"),
+    "parallel.gqa": ((False, None), "set model.num_kv_attention_heads instead"),
+    "parallel.sequence_2D": (
+        ({"enable": False}, False, None),
+        "two-dimensional sequence parallelism is not part of this system",
+    ),
+    "ckpt.enable_internevo2hf_ckpt": ((False, None), "export a finished checkpoint instead"),
+}
+FIELDS_KEPT = ("data.use_packed_dataset", "model.use_flash_attn", "model.parallel_output",
+               "model.dropout_selective_checkpoint", "lr_scheduler.last_epoch", "beta2_scheduler.cur_iter")  # fmt: skip
+
+
+def drop_inert(draft: ConfigDraft) -> None:
+    """Warns of keys without effect and takes out those that the resolved config does not keep."""
+    for key, (usual, why) in INERT.items():
+        section, name = _holder(draft, key)
+        if name not in section:
+            continue
+        value = section[name] if key in FIELDS_KEPT else section.pop(name)
+        if value != usual:
+            draft.warn(key, f"{value!r} has no effect: {why}")
+
+
+def refuse_foreign(draft: ConfigDraft) -> None:
+    """Refuses what is not part of this system, and takes out the values that ask for nothing."""
+    model = draft.section("model")
+    if model.get("model_type") == "INTERNLM_MoE":
+        draft.problem(
+            "model_type",
+            "INTERNLM_MoE: mixture-of-experts models are not part of this system",
+            expected="INTERNLM, INTERNLM2_PUBLIC, LLAMA2 or a model type of your own",
+            fix="use a dense model",
+        )
+        model.update(model_type="INTERNLM", extra={})
+    for key, (accepted, why) in REFUSED.items():
+        section, name = _holder(draft, key)
+        if name not in section:
+            continue
+        value = section.pop(name)
+        if not any(value == usual for usual in accepted):
+            draft.problem(key, f"{value!r} is refused: {why}", fix=f"remove {key}")
+
+
+def _holder(draft: ConfigDraft, key: str) -> tuple[dict[str, Any], str]:
+    section, dot, name = key.rpartition(".")
+    if not dot:
+        return draft.values, key
+    known = section in draft.values or section in draft.sections
+    return (draft.section(section) if known else {}), name

@@ -1,0 +1,315 @@
+"""From the documents' spellings, old and new, to the one resolved form of ``schema.py``."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from evomesh.config.reading.draft import ConfigDraft, shown
+from evomesh.config.reading.ignored_keys import drop_inert, refuse_foreign
+from evomesh.config.schema import Config, ModelConfig, ModelFamily
+
+BUILT_IN = get_args(ModelFamily)
+REMOTE = ("boto3:", "volc:", "oss2:", "s3:")
+
+# Top-level names of a config file -> where the resolved config keeps them.
+TOP_LEVEL = {
+    "JOB_NAME": "run.job_name",
+    "seed": "run.seed",
+    "cudnn_deterministic": "run.cudnn_deterministic",
+    "cudnn_benchmark": "run.cudnn_benchmark",
+    "enable_tb": "run.enable_tb",
+    "tensorboard_folder": "run.tensorboard_folder",
+    "resume_tb_folder": "run.resume_tb_folder",
+    "run_dir": "run.run_dir",
+    "max_consecutive_skips": "run.max_consecutive_skips",
+    "model_type": "model.model_type",
+    "use_fp32_norm": "model.use_fp32_norm",
+    "output_tf32": "model.output_tf32",
+}
+SECTIONS = tuple(name for name in Config.model_fields if name != "run")
+# Keys that exist in config files only: read here, absent from the resolved form.
+SPELLINGS = (
+    "tensorboard",
+    "tensorboard.queue_max_length",
+    "monitor.tensorboard",
+    "monitor.tensorboard.queue_max_length",
+    "parallel.sequence_parallel",
+    "parallel.pipeline.mode",
+    "hybrid_zero_optimizer.zero_overlap_communication",
+    "ckpt.load_ckpt_folder",
+    "ckpt.load_model_only_folder",
+    "data.packed_length",
+    "model.adapt_hf",
+)
+DTYPES = {
+    "torch.float16": "float16",
+    "torch.half": "float16",
+    "torch.bfloat16": "bfloat16",
+    "torch.float32": "float32",
+    "torch.float": "float32",
+    "torch.tf32": "tf32",
+    "torch.float64": "float64",
+    "torch.double": "float64",
+}
+TUPLES = (
+    "ckpt.load_ckpt_info.content",
+    "generation.eos_id",
+    "generation.additional_eos_token_list",
+    "adam.no_decay",
+)
+
+
+def resolve(draft: ConfigDraft) -> None:
+    """Fills ``draft.sections`` from ``draft.values``; unknown keys are left in for the validation to name."""
+    drop_inert(draft)
+    for name in SECTIONS:
+        if name in draft.values and (name != "generation" or draft.values[name] is not None):
+            draft.section(name)
+    _top_level(draft)
+    _tensorboard(draft)
+    _parallel(draft)
+    _zero(draft)
+    _data(draft)
+    _model(draft)
+    refuse_foreign(draft)
+    _checkpoint(draft)
+    _tuples(draft)
+
+
+def written_key(key: str) -> str:
+    """A resolved key as a config file writes it: ``run.job_name`` -> ``JOB_NAME``."""
+    written = {target: name for name, target in TOP_LEVEL.items()} | {
+        "run.tensorboard_queue": "tensorboard.queue_max_length"
+    }
+    return written.get(key, key.replace("model.extra.", "model."))
+
+
+def _top_level(draft: ConfigDraft) -> None:
+    for name, target in TOP_LEVEL.items():
+        if name in draft.values:
+            section, _, key = target.partition(".")
+            draft.section(section)[key] = draft.values.pop(name)
+            draft.sources[target] = name
+        elif target.startswith("model.") and name in draft.section("model"):
+            draft.sources[target] = target
+    for key in ("tensorboard_folder", "resume_tb_folder"):
+        if os.environ.get(key) and not draft.section("run").get(key):
+            draft.section("run")[key] = os.environ[key]
+            draft.sources[f"run.{key}"] = f"environment variable {key}"
+
+
+def _tensorboard(draft: ConfigDraft) -> None:
+    """``tensorboard=dict(queue_max_length=)``, at the top or, as the documents show it, in ``monitor``."""
+    monitor = draft.section("monitor") if "monitor" in draft.sections else {}
+    for key, written in (
+        ("monitor.tensorboard", monitor.pop("tensorboard", None)),
+        ("tensorboard", draft.values.pop("tensorboard", None)),
+    ):
+        if written is None:
+            continue
+        if not isinstance(written, Mapping) or set(written) - {"queue_max_length"}:
+            draft.problem(key, f"found {shown(written)}", expected="dict(queue_max_length=10)")
+        elif "queue_max_length" in written:
+            draft.section("run")["tensorboard_queue"] = written["queue_max_length"]
+            draft.sources["run.tensorboard_queue"] = f"{key}.queue_max_length"
+
+
+def _parallel(draft: ConfigDraft) -> None:
+    """Int forms, ``sequence_parallel`` and ``pipeline.mode``."""
+    parallel = draft.section("parallel")
+    sequence = parallel.pop("sequence_parallel", None)
+    for name in ("zero1", "tensor", "pipeline", "weight"):
+        value = parallel.get(name)
+        if isinstance(value, int) and not isinstance(value, bool):
+            parallel[name] = {"size": value}
+            draft.sources[f"parallel.{name}.size"] = f"parallel.{name}"
+        elif name in parallel and value is None:
+            del parallel[name]
+    if sequence is not None and not isinstance(sequence, bool):
+        draft.problem("parallel.sequence_parallel", f"found {shown(sequence)}", expected="True or False")
+    elif sequence is not None:
+        tensor = parallel.setdefault("tensor", {})
+        if isinstance(tensor, dict) and "mode" in tensor:
+            if sequence != (tensor["mode"] != "mtp"):
+                draft.warn(
+                    "parallel.sequence_parallel",
+                    f"{sequence} has no effect: parallel.tensor.mode decides, and it is set",
+                )
+        elif isinstance(tensor, dict):
+            tensor["mode"] = "msp" if sequence else "mtp"
+            draft.sources["parallel.tensor.mode"] = "parallel.sequence_parallel"
+    pipeline = parallel.get("pipeline")
+    if isinstance(pipeline, dict) and "mode" in pipeline:
+        mode = pipeline.pop("mode")
+        known = {"1f1b": None, "zbv": "zbv"}
+        if str(mode).lower() in known:
+            pipeline.setdefault("schedule", known[str(mode).lower()])
+            draft.sources["parallel.pipeline.schedule"] = "parallel.pipeline.mode"
+        else:
+            draft.problem("parallel.pipeline.mode", f"unknown schedule {mode!r}", expected='"1F1B" or "ZBV"')
+
+
+def _zero(draft: ConfigDraft) -> None:
+    zero = draft.section("hybrid_zero_optimizer")
+    if "zero_overlap_communication" in zero:
+        value = zero.pop("zero_overlap_communication")
+        if "overlap_sync_grad" not in zero:
+            zero["overlap_sync_grad"] = value
+            draft.sources["hybrid_zero_optimizer.overlap_sync_grad"] = (
+                "hybrid_zero_optimizer.zero_overlap_communication"
+            )
+        elif value != zero["overlap_sync_grad"]:
+            draft.warn(
+                "hybrid_zero_optimizer.zero_overlap_communication", "has no effect: overlap_sync_grad is its newer name"
+            )
+
+
+def _data(draft: ConfigDraft) -> None:
+    data = draft.section("data")
+    for key in ("skip_batches", "rampup_batch_size"):
+        if key in data and data[key] is None:
+            data[key] = ""
+    packed = data.pop("packed_length", None)
+    if packed is None:
+        return
+    seq_len, bsz = data.get("seq_len", 2048), data.get("micro_bsz")
+    if not isinstance(packed, int) or not isinstance(seq_len, int) or seq_len < 1 or packed < 1 or packed % seq_len:
+        draft.problem(
+            "data.packed_length",
+            f"found {packed!r}, which is not a multiple of seq_len={seq_len!r}",
+            expected="seq_len * micro_bsz",
+            fix="remove packed_length and set data.micro_bsz",
+        )
+    elif bsz is None:
+        data["micro_bsz"] = packed // seq_len
+        draft.sources["data.micro_bsz"] = "data.packed_length"
+    elif packed != seq_len * bsz:
+        draft.warn("data.packed_length", f"{packed} has no effect: it is seq_len * micro_bsz = {seq_len * bsz}")
+
+
+def _model(draft: ConfigDraft) -> None:
+    model = draft.section("model")
+    family = model.get("model_type", ModelConfig.model_fields["model_type"].default)
+    if "checkpoint" in model and isinstance(model["checkpoint"], bool):
+        model["checkpoint"] = float(model["checkpoint"])
+    if model.get("dtype") is None:
+        model.pop("dtype", None)
+        draft.warn("model.dtype", 'is not set: float16 as documented; dtype="torch.bfloat16" needs no loss scale')
+    elif type(model["dtype"]).__name__ == "dtype":
+        model["dtype"] = str(model["dtype"])
+    model["dtype"] = DTYPES.get(dtype, dtype) if isinstance(dtype := model.get("dtype", "float16"), str) else dtype
+    _rotary_order(draft, model, family)
+    if family not in BUILT_IN:
+        extra = model.setdefault("extra", {})
+        for key in [key for key in model if key not in ModelConfig.model_fields]:
+            extra[key] = model.pop(key)
+            draft.sources[f"model.extra.{key}"] = f"model.{key}"
+
+
+def _rotary_order(draft: ConfigDraft, model: dict[str, Any], family: Any) -> None:
+    """``adapt_hf`` says the opposite of ``qk_interleaved``; each family has its own default."""
+    adapt = model.pop("adapt_hf", None)
+    if adapt is not None and not isinstance(adapt, bool):
+        draft.problem("model.adapt_hf", f"found {shown(adapt)}", expected="True or False")
+    elif adapt is not None and model.get("qk_interleaved", not adapt) is adapt:
+        draft.problem(
+            "model.adapt_hf",
+            f"adapt_hf={adapt} and qk_interleaved={adapt} contradict each other",
+            expected="opposites: both name the order of the rotary columns",
+            fix="remove model.adapt_hf",
+        )
+    elif adapt is not None and "qk_interleaved" not in model:
+        model["qk_interleaved"] = not adapt
+        draft.sources["model.qk_interleaved"] = "model.adapt_hf"
+    if "qk_interleaved" not in model:
+        model["qk_interleaved"] = family == "LLAMA2"
+        draft.families["model.qk_interleaved"] = str(family)
+
+
+def _checkpoint(draft: ConfigDraft) -> None:
+    ckpt = draft.section("ckpt")
+    _load_info(draft, ckpt)
+    _s3_endpoint(ckpt)
+    folder = ckpt.get("save_ckpt_folder")
+    if ckpt.get("enable_save_ckpt") is None:
+        ckpt["enable_save_ckpt"] = bool(folder)
+        draft.sources["ckpt.enable_save_ckpt"] = "ckpt.save_ckpt_folder"
+    remote = isinstance(folder, str) and folder.startswith(REMOTE)
+    if ckpt.get("async_upload") is True and not remote:
+        draft.warn("ckpt.async_upload", "True has no effect: it is for remote folders (boto3:...), this one is local")
+        ckpt["async_upload"] = False
+    every = ckpt.get("checkpoint_every", math.inf)
+    if remote and "oss_snapshot_freq" not in ckpt and isinstance(every, int) and every > 1:
+        ckpt["oss_snapshot_freq"] = every // 2
+    elif "oss_snapshot_freq" in ckpt and not remote:
+        draft.warn("ckpt.oss_snapshot_freq", "has no effect: snapshots between checkpoints are for remote folders")
+    if ckpt.get("async_upload") is True and remote and ckpt.get("async_upload_tmp_folder") is None:
+        job = draft.section("run").get("job_name", "AnonymousJob")
+        ckpt["async_upload_tmp_folder"] = f"/dev/shm/{job}_tmp_ckpt/"
+
+
+def _s3_endpoint(ckpt: dict[str, Any]) -> None:
+    """``s3://BUCKET/KEY`` as ``s3:ENDPOINT/BUCKET/KEY``, so that a path says by itself where it lies."""
+    endpoint = ckpt.get("s3_endpoint")
+    if not isinstance(endpoint, str):
+        return
+    info = ckpt.get("load_ckpt_info")
+    places = [(ckpt, "save_ckpt_folder"), (ckpt, "snapshot_ckpt_folder")]
+    if isinstance(info, dict):
+        ckpt["load_ckpt_info"] = info = dict(info)
+        places.append((info, "path"))
+    for section, key in places:
+        path = section.get(key)
+        if isinstance(path, str) and path.startswith("s3://"):
+            section[key] = f"s3:{endpoint.rstrip('/')}/{path.removeprefix('s3://')}"
+
+
+def _load_info(draft: ConfigDraft, ckpt: dict[str, Any]) -> None:
+    """``load_ckpt_info``, or its older names: a folder to go on from, or one to take the weights of."""
+    info = ckpt.get("load_ckpt_info")
+    for name, content in (("load_ckpt_folder", ("all",)), ("load_model_only_folder", ("model",))):
+        value = ckpt.pop(name, None)
+        if value is None:
+            continue
+        if info is not None:
+            draft.warn(f"ckpt.{name}", "has no effect: ckpt.load_ckpt_info is its newer name, and it is set")
+            continue
+        info = {"path": value, "content": content} if isinstance(value, str) else value
+        ckpt["load_ckpt_info"] = info
+        keys = ("path", "content", "ckpt_type")
+        inner = {f"ckpt.load_ckpt_info.{key}": f"ckpt.{name}.{key}" for key in keys}
+        draft.sources.update(
+            {
+                "ckpt.load_ckpt_info": f"ckpt.{name}",
+                **(inner if isinstance(value, dict) else dict.fromkeys(inner, f"ckpt.{name}")),
+            }
+        )
+    if isinstance(info, dict) and ckpt.get("auto_resume", True) is True:
+        draft.warn(
+            "ckpt.load_ckpt_info",
+            "is not used: ckpt.auto_resume is True, which is also its default; set it to False to start from this",
+        )
+
+
+def _tuples(draft: ConfigDraft) -> None:
+    """Where one value or a list is written for what is a tuple inside."""
+    for dotted in TUPLES:
+        *above, key = dotted.split(".")
+        node: Any = draft.sections
+        for name in above:
+            node = node.get(name) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or key not in node:
+            continue
+        value = node[key]
+        if value is None:
+            del node[key]
+        elif isinstance(value, list | set):
+            node[key] = tuple(value)
+        elif isinstance(value, int | str) and not isinstance(value, bool):
+            node[key] = (value,)
+    smoothing = draft.sections.get("loss", {})
+    if "label_smoothing" in smoothing and smoothing["label_smoothing"] is None:
+        smoothing["label_smoothing"] = 0.0

@@ -1,0 +1,1 @@
+"""Read, write, verify and repair token files (``.bin``, ``.bin.meta``, ``.bin.json``)."""

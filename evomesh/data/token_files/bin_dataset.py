@@ -1,0 +1,329 @@
+"""Reading one ``.bin`` file of token lines through its meta, with random access and an exact word for every defect."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomesh.data.token_files.cache import open_cache
+from evomesh.data.token_files.lines import BadLineError, TokenArray, largest_id, parse_line, parse_ranges
+from evomesh.data.token_files.meta import read_meta, rebuild
+from evomesh.data.token_files.shared_index import digest, shared_array
+from evomesh.errors import UserError
+
+MAGIC = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstandard",
+    b"BZh": "bzip2",
+    b"PK\x03\x04": "zip",
+    b"\xfd7zXZ": "xz",
+}
+
+BLOCK, BLOCK_BYTES = 512, 2**18  # documents that ``check`` reads at once, and about how many bytes at most
+SHORT = 128  # tokens of a document, on average
+LONG = 1 << 16  # tokens of a document that several packs are likely to read
+CHECKED_BYTES = 64 * 2**20  # read in a few seconds; ``evomesh data verify`` reads all there is
+
+
+class DocumentSource(Protocol):
+    """What can be packed: documents with known lengths that are read by number."""
+
+    name: str
+    type_id: int
+    lengths: NDArray[np.integer]  # [n], of the documents that are kept
+
+    def read(self, documents: NDArray[np.integer]) -> TokenArray:
+        """Tokens of the named documents, one after the other, with their signs as stored."""
+        ...
+
+
+@dataclass
+class LongLineCache:
+    """The long document that was parsed last, for the next pack inside it: one for all files, so that memory is flat.
+
+    Attributes:
+        found: file, row and tokens, replaced as one, since several threads read.
+    """
+
+    found: tuple[Path, int, TokenArray] = field(default_factory=lambda: (Path(), -1, np.empty(0, np.int64)))
+
+
+class BinDataset:
+    """The documents of one ``.bin`` file that have at least ``min_length`` tokens.
+
+    Args:
+        path: the token file; its ``.meta`` lies beside it.
+        name: what reports and messages call it ("" : the path).
+        type_id: index of its type folder.
+        min_length: shorter documents are left out.
+        vocab_size: an id at or past it is refused when it is read; None: not checked.
+        last_long: shared by the files that are read together; None: its own.
+        shared: folder in which the processes of a node keep one copy of what has an entry a document; None: each its
+            own.
+
+    Raises:
+        UserError: file or meta is missing or broken; every message names file, row and byte.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        name: str = "",
+        type_id: int = 0,
+        min_length: int = 0,
+        vocab_size: int | None = None,
+        last_long: LongLineCache | None = None,
+        shared: Path | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self.name = name or str(path)
+        self.type_id, self.vocab_size = type_id, vocab_size
+        self.size = check_file(self.path)
+        self.rows = read_meta(self.path, mapped=shared is not None)
+        self.kept: NDArray[np.int32] | None = None  # row of each kept document; None: all rows
+        self.lengths: NDArray[np.integer] = self.rows[:, 1]
+        if min_length > 0 and len(self.rows) and int(self.lengths.min()) < min_length:
+            self.kept, self.lengths = _keep(self.rows[:, 1], min_length, shared)
+        self._last_long = last_long or LongLineCache()
+        self._mapped: memoryview | None = None
+        self._cache = open_cache(self.path, int(self.rows[:, 1].sum(dtype=np.int64)))
+        self._cache_starts: NDArray[np.int64] | None = None
+        self._shared = shared
+        self._check_end()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def row(self, document: int) -> int:
+        """Row in the meta (line number from 0) of a kept document."""
+        return int(document if self.kept is None else self.kept[document])
+
+    def line(self, row: int) -> bytes:
+        """The raw line of a meta row, up to where the next row starts."""
+        start = int(self.rows[row, 0])
+        end = int(self.rows[row + 1, 0]) if row + 1 < len(self.rows) else self.size
+        return bytes(self._map()[start:end])
+
+    def read(self, documents: NDArray[np.integer]) -> TokenArray:
+        """Tokens of the named kept documents, one after the other; negative ids are inputs that are no targets.
+
+        Raises:
+            UserError: a line is not what the meta says, or an id is outside the vocabulary.
+        """
+        rows = np.asarray(documents) if self.kept is None else self.kept[documents]
+        tokens = self._read_lines(rows) if self._cache is None else self._read_cache(rows, self._cache)
+        if self.vocab_size is not None and largest_id(tokens) >= self.vocab_size:
+            self._refuse_id(rows.tolist(), tokens)
+        return tokens
+
+    def _read_cache(self, rows: NDArray[np.integer], cache: NDArray[np.int32]) -> TokenArray:
+        if self._cache_starts is None:
+            lengths = self.rows[:, 1]
+            self._cache_starts = _kept_once(self._shared, lengths, "starts", lambda: _starts(lengths))
+        starts, lengths = self._cache_starts[rows], self.rows[rows, 1].astype(np.int64)
+        ends = np.cumsum(lengths)
+        if len(rows) * SHORT > int(ends[-1]):  # an index of every token is cheaper than a slice of every document
+            places = np.arange(int(ends[-1])) + np.repeat(starts - ends + lengths, lengths)
+            tokens: TokenArray = cache[places].astype(np.int64)
+            return tokens
+        parts = [cache[a : a + n] for a, n in zip(starts.tolist(), lengths.tolist(), strict=True)]
+        return np.concatenate(parts).astype(np.int64)
+
+    def _read_lines(self, rows: NDArray[np.integer]) -> TokenArray:
+        long = np.flatnonzero(self.rows[rows, 1] >= LONG)
+        if not len(long):
+            return self._parse(rows)
+        borders = np.unique(np.concatenate([long, long + 1]))
+        parts = [
+            self._read_long(part) if int(self.rows[part[0], 1]) >= LONG else self._parse(part)
+            for part in np.split(rows, borders)
+            if len(part)
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _read_long(self, row: NDArray[np.integer]) -> TokenArray:
+        path, last, tokens = self._last_long.found
+        if path != self.path or last != int(row[0]):
+            tokens = self._parse(row)
+            tokens.flags.writeable = False  # handed out more than once
+            self._last_long.found = self.path, int(row[0]), tokens
+        return tokens
+
+    def _parse(self, rows: NDArray[np.integer]) -> TokenArray:
+        starts, lengths = self.rows[rows].astype(np.int64).T
+        ends = self.rows[np.minimum(rows + 1, len(self.rows) - 1), 0].astype(np.int64)
+        ends[rows == len(self.rows) - 1] = self.size
+        tokens = parse_ranges(self._map(), starts, ends, lengths)
+        return np.concatenate([self._read_slowly(row) for row in rows.tolist()]) if tokens is None else tokens
+
+    @property
+    def block(self) -> int:
+        """Documents that ``check`` reads at once."""
+        return max(1, min(BLOCK, BLOCK_BYTES * len(self) // self.size))
+
+    @property
+    def blocks(self) -> int:
+        return -(-len(self) // self.block)
+
+    def check(self, count: int) -> None:
+        """Reads ``count`` of the ``blocks``, spread evenly, and keeps none: what ``read`` refuses is refused now."""
+        step = self.block
+        for number in np.unique(np.linspace(0, self.blocks - 1, count).astype(np.int64)).tolist():
+            documents = np.arange(number * step, min((number + 1) * step, len(self)))
+            self.read(documents)
+
+    def _map(self) -> memoryview:
+        """The file in memory, mapped at first use: a run with many files opens only what it reads."""
+        if self._mapped is None:
+            with self.path.open("rb") as file:
+                self._mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        return self._mapped
+
+    def _read_slowly(self, row: int) -> TokenArray:
+        """One line with every check: the way to an exact message."""
+        line, start, declared = self.line(row), int(self.rows[row, 0]), int(self.rows[row, 1])
+        if line.count(b"\n", 0, len(line) - 1) or not line.startswith(b"{") or not line.endswith((b"\n", b"}")):
+            self._refuse_offset(row, line)
+        try:
+            tokens = parse_line(line)
+        except BadLineError as bad:
+            place = f" byte {start + bad.byte}" if bad.byte is not None else ""
+            fix = f"see all of them: evomesh data verify {self.path}"
+            raise UserError(
+                bad.found, where=f"{self.path} line {row + 1}{place}", expected=bad.expected, fix=fix
+            ) from None
+        if len(tokens) != declared:
+            raise UserError(
+                f"the meta declares {declared} tokens, the line has {len(tokens)}",
+                where=f"{self.path} line {row + 1} (meta row {row}, byte {start})",
+                fix=rebuild(self.path),
+            )
+        return np.array(tokens, dtype=np.int64)
+
+    def _refuse_offset(self, row: int, line: bytes) -> None:
+        """Say which row's offset is no line start, or that rows are missing; return when the line is at fault."""
+        start = int(self.rows[row, 0])
+        for wrong, offset in ((row, start), (row + 1, start + len(line))):
+            before, after = self._line_around(offset)
+            if offset not in (before, self.size):
+                raise UserError(
+                    f"offset {offset} is not the start of a line",
+                    where=f"{self.path}.meta row {wrong}",
+                    expected=f"nearest line starts: byte {before} and byte {after}",
+                    fix=rebuild(self.path),
+                )
+        if inner := line.count(b"\n", 0, len(line) - 1):
+            raise UserError(
+                f"{inner + 1} lines lie between this row and the next: the meta lacks rows",
+                where=f"{self.path}.meta row {row} (byte {start})",
+                fix=rebuild(self.path),
+            )
+
+    def _line_around(self, offset: int) -> tuple[int, int]:
+        """Start and end of the line that holds byte ``offset``."""
+        start = end = 0
+        with self.path.open("rb") as file:
+            while end <= offset and (line := file.readline()):
+                start, end = end, end + len(line)
+        return start, end
+
+    def _refuse_id(self, rows: Sequence[int], tokens: TokenArray) -> None:
+        assert self.vocab_size is not None
+        place = int(np.flatnonzero(np.abs(tokens) >= self.vocab_size)[0])
+        ends = np.cumsum([int(self.rows[row, 1]) for row in rows])
+        which = int(np.searchsorted(ends, place, side="right"))
+        position = place - (int(ends[which - 1]) if which else 0)
+        raise UserError(
+            f"token {position} is {int(tokens[place])}, outside the vocabulary",
+            where=f"{self.path} line {rows[which] + 1}",
+            expected=f"ids below model.vocab_size={self.vocab_size}",
+            fix="set model.vocab_size to the tokenizer's size, or tokenise with the model's tokenizer",
+        )
+
+    def _check_end(self) -> None:
+        """The last row's line must be the last of the file: catches a torn file and a meta that lacks rows, cheaply."""
+        if not len(self.rows):
+            raise UserError("the meta has no rows", where=f"{self.path}.meta", fix=rebuild(self.path))
+        last = len(self.rows) - 1
+        line = self.line(last)
+        extra = line.rstrip(b"\n").count(b"\n")
+        if extra:
+            raise UserError(
+                f"the meta has {len(self.rows)} rows, the token file has {extra} more line(s) behind the last of them",
+                where=f"{self.path}.meta",
+                fix=rebuild(self.path),
+            )
+        if not line.rstrip().endswith(b"}"):
+            start = int(self.rows[last, 0])
+            raise UserError(
+                f"the token file ends at byte {self.size} in the middle of a line",
+                where=f"{self.path} line {last + 1} (starts at byte {start})",
+                expected=f"a complete line; the last good one is line {last}" if last else "a complete line",
+                fix=f"drop the torn line: evomesh data repair {self.path}",
+            )
+
+
+def _keep(
+    lengths: NDArray[np.integer], min_length: int, shared: Path | None
+) -> tuple[NDArray[np.int32], NDArray[np.integer]]:
+    """Rows of the documents that are long enough, and their lengths."""
+    kept = _kept_once(shared, lengths, f"{min_length}.kept", lambda: _long_enough(lengths, min_length))
+    return kept, _kept_once(shared, lengths, f"{min_length}.lengths", lambda: lengths[kept])
+
+
+def _kept_once(
+    shared: Path | None, lengths: NDArray[np.integer], name: str, build: Callable[[], NDArray[Any]]
+) -> NDArray[Any]:
+    return build() if shared is None else shared_array(shared, f"{digest([lengths])}.{name}", build)
+
+
+def _long_enough(lengths: NDArray[np.integer], min_length: int) -> NDArray[np.int32]:
+    return np.flatnonzero(lengths >= min_length).astype(np.int32)
+
+
+def _starts(lengths: NDArray[np.integer]) -> NDArray[np.int64]:
+    return np.cumsum(lengths, dtype=np.int64) - lengths
+
+
+def check_sources(sources: Sequence[DocumentSource]) -> None:
+    """Reads token files before anything else happens: all of them if they are small together, else as much as that,
+    in blocks spread evenly, which finds what is wrong everywhere (another vocabulary, a meta of another file).
+
+    Raises:
+        UserError: the first line or meta row that training would have stumbled on later.
+    """
+    files = [source for source in sources if isinstance(source, BinDataset)]
+    share = min(1.0, CHECKED_BYTES / max(1, sum(file.size for file in files)))
+    owed = 0.0  # blocks still to be read, so that many small files are not all passed over
+    for file in files:
+        owed += file.blocks * share
+        file.check(int(owed))
+        owed -= int(owed)
+
+
+def check_file(path: Path) -> int:
+    """Size in bytes of a token file that is there, not empty and not compressed."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(6)
+    except OSError as error:
+        raise UserError(f"cannot read the token file: {error.strerror}", where=str(path)) from None
+    if size == 0:
+        raise UserError("the token file is empty (0 bytes)", where=str(path), fix="delete it or tokenise again")
+    for magic, kind in MAGIC.items():
+        if start.startswith(magic):
+            raise UserError(
+                f"the token file is {kind}-compressed (it starts with bytes {magic.hex(' ')})",
+                where=str(path),
+                expected="plain lines",
+                fix=f"unpack it first, then: evomesh data repair {path}",
+            )
+    return size

@@ -1,0 +1,80 @@
+"""``X.bin.cache``: the tokens of a token file as one flat int32 array, so that reading parses nothing."""
+
+from __future__ import annotations
+
+import os
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomesh.data.token_files.lines import BadLineError, TokenArray, parse_line, parse_plain
+from evomesh.data.token_files.meta import read_meta
+from evomesh.data.token_files.part_files import open_part, remove_dead_parts
+from evomesh.errors import UserError
+
+BLOCK = 512  # lines parsed together
+
+
+def cache_path(bin_path: Path) -> Path:
+    return Path(f"{bin_path}.cache")
+
+
+def open_cache(bin_path: Path, tokens: int) -> NDArray[np.int32] | None:
+    """The mapped cache, None when there is none or it is older than the token file or of another size."""
+    path = cache_path(bin_path)
+    try:
+        if path.stat().st_mtime_ns < bin_path.stat().st_mtime_ns:
+            return None
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError):
+        return None
+    return found if found.dtype == np.int32 and found.shape == (tokens,) else None
+
+
+def write_cache(bin_path: Path) -> int:
+    """Read every line of a token file and write its cache; returns the number of tokens.
+
+    Raises:
+        UserError: the meta does not fit the lines.
+    """
+    lengths = read_meta(bin_path)[:, 1]
+    total = int(lengths.sum(dtype=np.int64))
+    remove_dead_parts(cache_path(bin_path))
+    part, held = open_part(cache_path(bin_path))
+    try:
+        flat = np.lib.format.open_memmap(part, mode="w+", dtype=np.int32, shape=(total,))
+        place = 0
+        with bin_path.open("rb") as file:
+            for first in range(0, len(lengths), BLOCK):
+                declared = lengths[first : first + BLOCK]
+                lines = list(islice(file, len(declared)))
+                tokens = parse_plain(lines, declared)
+                if tokens is None:
+                    tokens = _parse_one_by_one(lines, declared.tolist(), bin_path, first)
+                flat[place : place + len(tokens)] = tokens
+                place += len(tokens)
+        if place != total:
+            raise UserError(f"the lines hold {place:,} tokens, the meta declares {total:,}", where=str(bin_path))
+        flat.flush()
+        del flat
+        os.replace(part, cache_path(bin_path))
+    finally:
+        part.unlink(missing_ok=True)
+        held.close()
+    return total
+
+
+def _parse_one_by_one(lines: list[bytes], declared: list[int], bin_path: Path, first: int) -> TokenArray:
+    found: list[int] = []
+    for number, (line, length) in enumerate(zip(lines, declared, strict=False), first + 1):
+        where = f"{bin_path} line {number}"
+        try:
+            tokens = parse_line(line)
+        except BadLineError as bad:
+            raise UserError(bad.found, where=where, expected=bad.expected) from None
+        if len(tokens) != length:
+            raise UserError(f"the meta declares {length} tokens, the line has {len(tokens)}", where=where)
+        found += tokens
+    return np.array(found, np.int64)

@@ -1,0 +1,73 @@
+"""``X.bin.json``: how a token file was made, written by ``evomesh tokenize``; absent for files of other tools."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from evomesh.data.token_files.folders import TokenFile
+from evomesh.errors import UserError
+
+
+def fingerprint_path(bin_path: str | Path) -> Path:
+    return Path(f"{bin_path}.json")
+
+
+def read_fingerprint(bin_path: str | Path) -> dict[str, Any] | None:
+    """The fingerprint beside a token file, None when there is none.
+
+    Raises:
+        UserError: it is no JSON object.
+    """
+    path = fingerprint_path(bin_path)
+    if not path.exists():
+        return None
+    try:
+        record = orjson.loads(path.read_bytes())
+    except orjson.JSONDecodeError as error:
+        raise UserError(f"not JSON ({error})", where=str(path), fix="delete it or tokenise again") from None
+    if not isinstance(record, dict):
+        raise UserError("not a JSON object", where=str(path), fix="delete it or tokenise again")
+    return record
+
+
+def check_vocabulary(files: Sequence[TokenFile], vocab_size: int) -> None:
+    """Refuse a file whose recorded largest id the model does not have (the others are checked while reading).
+
+    Raises:
+        UserError: naming file, line and id.
+    """
+    for file in files:
+        record = read_fingerprint(file.path)
+        if record and record.get("max_id", -1) >= vocab_size:
+            raise UserError(
+                f"token id {record['max_id']} is outside the model's vocabulary",
+                where=f"{file.path} line {record.get('max_id_line', '?')}",
+                expected=f"ids below model.vocab_size={vocab_size}",
+                fix=f"set model.vocab_size to at least {record.get('vocab_size', record['max_id'] + 1)}, "
+                "or tokenise with the model's tokenizer",
+            )
+
+
+def check_same_tokenizer(files: Sequence[TokenFile], allow: bool) -> None:
+    """Refuse files that were made with different tokenizers, unless ``data.allow_tokenizer_mismatch``.
+
+    Raises:
+        UserError: naming two files and their tokenizers.
+    """
+    seen: dict[str, TokenFile] = {}
+    for file in files:
+        record = read_fingerprint(file.path)
+        if record and "tokenizer_hash" in record:
+            seen.setdefault(record["tokenizer_hash"], file)
+    if len(seen) > 1 and not allow:
+        (one, first), (two, second) = list(seen.items())[:2]
+        raise UserError(
+            f"two tokenizers made these files: {first.path} with {one[:12]}, {second.path} with {two[:12]}",
+            where="data.train_folder and data.valid_folder",
+            expected="one tokenizer",
+            fix="tokenise one of them again, or set data.allow_tokenizer_mismatch=True",
+        )

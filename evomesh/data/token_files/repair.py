@@ -1,0 +1,65 @@
+"""Rebuilding the meta of a token file from its lines."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from evomesh.data.token_files.bin_dataset import check_file
+from evomesh.data.token_files.folders import walk
+from evomesh.data.token_files.lines import BadLineError, parse_line
+from evomesh.data.token_files.meta import meta_path, write_meta
+from evomesh.data.token_files.part_files import open_part, remove_dead_parts
+from evomesh.errors import UserError
+
+
+def repair(path: Path) -> str:
+    """Write a new int64 meta for one file; a torn last line is cut off and kept as ``X.bin.torn``.
+
+    Raises:
+        UserError: a line before the last is broken (which one, and why).
+    """
+    size = check_file(path)
+    lengths: list[int] = []
+    sizes: list[int] = []
+    torn = b""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                tokens = parse_line(line)
+            except BadLineError as bad:
+                if sum(sizes) + len(line) == size and not line.endswith(b"\n"):
+                    torn = line
+                    break
+                raise UserError(
+                    bad.found,
+                    where=f"{path} line {number}",
+                    expected=bad.expected,
+                    fix="no meta can mend a broken line: tokenise the source again, or delete this line",
+                ) from None
+            lengths.append(len(tokens))
+            sizes.append(len(line))
+    if not lengths:
+        raise UserError("the file has no complete line", where=str(path), fix="tokenise the source again")
+    if torn:
+        path.with_name(path.name + ".torn").write_bytes(torn)
+        os.truncate(path, size - len(torn))
+    ends = np.cumsum(np.array(sizes, np.int64))
+    remove_dead_parts(meta_path(path))
+    part, held = open_part(meta_path(path))
+    with held:
+        write_meta(part, ends - sizes, np.array(lengths, np.int64))
+        os.replace(part, meta_path(path))
+    cut = f"; its torn last line ({len(torn)} bytes) now lies in {path.name}.torn" if torn else ""
+    return f"{path}: {len(lengths):,} documents, {sum(lengths):,} tokens{cut}"
+
+
+def repair_path(path: str) -> list[str]:
+    """Repair one file, or each below a folder; one message for each."""
+    found = Path(path).expanduser()
+    files = [file.path for file in walk(found, ".bin")] if found.is_dir() else [found]
+    if not files:
+        raise UserError("no .bin file below the folder", where=str(found))
+    return [repair(file) for file in files]

@@ -1,0 +1,38 @@
+"""Validation: every set under ``valid_folder``, token-weighted over all of it."""
+
+from __future__ import annotations
+
+import torch
+
+from evomesh.data.batch import Batch
+from evomesh.data.build import ValidationSet
+from evomesh.layers.loss import LossOutput
+from evomesh.parallel.grid import Grid
+from evomesh.train.batches import to_device
+from evomesh.train.stages import ModelStages
+from evomesh.train.tally import LossTally
+
+
+def validate(stages: ModelStages, sets: list[ValidationSet], grid: Grid, device: torch.device) -> dict[str, float]:
+    """``val/{name}_loss``, ``_acc`` and ``_plex`` of each set; a set without a single target token is absent."""
+    was_training = stages.module.training
+    stages.module.eval()
+    results: dict[str, float] = {}
+    for valid in sets:
+        tally = LossTally([valid.name], device)
+        for host_batch in valid.batches(grid.dp.rank, grid.dp.size):
+            _count(stages, to_device(host_batch, device), tally)
+        summary = tally.reduce(grid.dp, grid.pp).summary()
+        if summary:
+            results[f"val/{valid.name}_loss"] = summary["loss"]
+            results[f"val/{valid.name}_acc"] = summary["acc"]
+            results[f"val/{valid.name}_plex"] = summary["perplexity"]
+    stages.module.train(was_training)
+    return results
+
+
+def _count(stages: ModelStages, batch: Batch, tally: LossTally) -> None:
+    def add(index: int, output: LossOutput) -> None:
+        tally.add(output, batch.labels[index], torch.zeros_like(batch.type_ids[index]))
+
+    stages.schedule.evaluate(batch, add)
