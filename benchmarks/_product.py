@@ -24,14 +24,26 @@ class Training:
         self.stages = build_stages(config, self.grid, MODES["mtp"], device)
         self.stages.initialize(1, self.grid)
         self.optimizer = ZeroOptimizer(
-            self.stages.parameters().items(), config.adam, config.hybrid_zero_optimizer, self.grid, self.stages.module
+            self.stages.parameters().items(),
+            config.adam,
+            config.hybrid_zero_optimizer,
+            self.grid,
+            self.stages.module,
         )
         self.optimizer.refresh_masters()
         self.scaler = LossScaler(config.grad_scaler, model.dtype)
 
     def step(self, batch: Batch) -> StepOutput:
         return train_step(
-            self.stages.schedule, self.optimizer, self.scaler, batch, self.grid, LossConfig(), ["en"], 1e-4, 0.95
+            self.stages.schedule,
+            self.optimizer,
+            self.scaler,
+            batch,
+            self.grid,
+            LossConfig(),
+            ["en"],
+            1e-4,
+            0.95,
         )
 
 

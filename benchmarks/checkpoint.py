@@ -54,7 +54,9 @@ def step(weight: torch.Tensor, x: torch.Tensor) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--mib", type=int, default=512)
     parser.add_argument("--folder", default=None)
     parser.add_argument("--repeat", type=int, default=5)
@@ -93,7 +95,10 @@ def measure(folder: str, mib: int, repeat: int) -> None:
     rows = [
         ("state", f"{size / 2**20:.0f} MiB in {len(tensors)} tensors"),
         ("stall", f"{_ratio(stalls, copied)} of one memory copy ({statistics.median(copied):.3f} s)"),
-        ("slowdown", f"{statistics.median(busy) / quiet:.2f}x while a save is written" if busy else "too short to see"),
+        (
+            "slowdown",
+            f"{statistics.median(busy) / quiet:.2f}x while a save is written" if busy else "too short to see",
+        ),
         (
             "write",
             f"{_ratio(writes, plain)} of a plain synced file ({size / statistics.median(writes) / 1e9:.2f} GB/s)",
@@ -117,7 +122,9 @@ def _reshard(folder: str, manager: CheckpointManager) -> None:
 
     found = manager.newest(verify=False)
     assert found is not None
-    model = ModelConfig(model_type="LLAMA2", num_layers=1, hidden_size=64, num_attention_heads=4, vocab_size=64)
+    model = ModelConfig(
+        model_type="LLAMA2", num_layers=1, hidden_size=64, num_attention_heads=4, vocab_size=64
+    )
     reshard(found, f"{folder}/r", model, ParallelConfig(), 1)
 
 

@@ -19,7 +19,10 @@ from pathlib import Path
 import numpy as np
 import orjson
 
-SHORT, LONG = 16, 512  # tokens of a document: many short ones show what a document costs, long ones what a token costs
+SHORT, LONG = (
+    16,
+    512,
+)  # tokens of a document: many short ones show what a document costs, long ones what a token costs
 LONG_UP_TO = 100_000  # documents of LONG tokens beyond this would only fill the disk
 SEQ_LEN = 4096
 READ_SECONDS = 3.0
@@ -93,7 +96,9 @@ def measure(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--counts", default="10000,100000,1000000,10000000")
     parser.add_argument("--folder", help="where the datasets are made [a temporary folder]")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
@@ -101,7 +106,10 @@ def main() -> None:
     if options.measure:
         measure(Path(options.measure))
         return
-    print("  documents tokens/d    open s   floor s   ratio  kept MB   peak MB  Mtokens/s/core   parser", flush=True)
+    print(
+        "  documents tokens/d    open s   floor s   ratio  kept MB   peak MB  Mtokens/s/core   parser",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for count in map(int, options.counts.split(",")):
             for tokens in (SHORT, LONG) if count <= LONG_UP_TO else (SHORT,):

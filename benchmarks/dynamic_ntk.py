@@ -25,7 +25,12 @@ from evomesh.models.decoder import Decoder
 def windows(folder: str, vocab_size: int, length: int, count: int) -> list[Tensor]:
     """Up to ``count`` windows of ``length`` + 1 tokens."""
     tasks = find_tasks(folder, "--data", vocab_size)
-    ids = [token for files in tasks.values() for prompt in read_prompts(files, vocab_size) for token in prompt.ids]
+    ids = [
+        token
+        for files in tasks.values()
+        for prompt in read_prompts(files, vocab_size)
+        for token in prompt.ids
+    ]
     starts = range(0, len(ids) - length, length)[:count]
     return [torch.tensor(ids[start : start + length + 1]) for start in starts]
 
@@ -38,7 +43,9 @@ def losses(model: Decoder, window: Tensor) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ckpt", required=True)
     parser.add_argument("--data", required=True, help="folder of token files")
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 2048])

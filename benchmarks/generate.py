@@ -110,7 +110,9 @@ def serve(
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="60M")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
@@ -127,7 +129,9 @@ def main() -> None:
         pipe, other = spawn.Pipe()
         spawn.Process(target=serve, args=(side, args, other), daemon=True).start()
         pipes.append(pipe)
-    print(f"{args.shape}: prompts of {args.prompt} tokens, {args.new} new ones, float32, {args.threads} threads")
+    print(
+        f"{args.shape}: prompts of {args.prompt} tokens, {args.new} new ones, float32, {args.threads} threads"
+    )
     for batch in args.batch:
         pairs = []
         for _ in range(args.rounds + 1):

@@ -85,14 +85,22 @@ class Case:
 
     def batch(self) -> Batch:
         """On the host, as the loader hands it out."""
-        ids = torch.randint(self.shape.vocab, (self.micro_num, self.tokens), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(
+            self.shape.vocab, (self.micro_num, self.tokens), generator=torch.Generator().manual_seed(0)
+        )
         return made_up(ids, self.lengths, pin=self.device.type == "cuda")
 
     def bytes(self) -> int:
         """By arithmetic, in 16 bits."""
         shape = self.shape
         sizes = Sizes(
-            shape.layers, shape.hidden, shape.heads, shape.mlp, shape.vocab, self.tokens, chunk_of(shape.vocab, True)
+            shape.layers,
+            shape.hidden,
+            shape.heads,
+            shape.mlp,
+            shape.vocab,
+            self.tokens,
+            chunk_of(shape.vocab, True),
         )
         return bytes_in_16_bits(sizes, self.recompute)
 
@@ -109,7 +117,11 @@ class Measured:
 
 
 def measure(case: Case, steps: int, compiled: bool) -> Measured:
-    training, batch, on_cuda = Training(case.model(compiled), case.device), case.batch(), case.device.type == "cuda"
+    training, batch, on_cuda = (
+        Training(case.model(compiled), case.device),
+        case.batch(),
+        case.device.type == "cuda",
+    )
     seconds = []
     for step in range(-2, steps):  # two to warm up: compilation, the allocator
         if step == 0 and on_cuda:
@@ -178,11 +190,15 @@ def cases(args: argparse.Namespace, device: torch.device) -> Iterator[Case]:
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", nargs="+", choices=SHAPES)
     parser.add_argument("--tokens", nargs="+", type=int, help="tokens in a pack")
     parser.add_argument("--micro-num", type=int, default=4, help="micro-batches of a step")
-    parser.add_argument("--recompute", nargs="+", type=float, default=[0.0, 1.0], help="share of recomputed layers")
+    parser.add_argument(
+        "--recompute", nargs="+", type=float, default=[0.0, 1.0], help="share of recomputed layers"
+    )
     parser.add_argument("--packed", action="store_true", help="eight documents in a pack instead of one")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--steps", type=int, default=10)
@@ -196,7 +212,9 @@ def main() -> None:
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     else:
         keep_freed_memory()
-        print(f"NO CUDA HERE: {torch.get_num_threads()} CPU threads, torch {torch.__version__}, float32, small shapes")
+        print(
+            f"NO CUDA HERE: {torch.get_num_threads()} CPU threads, torch {torch.__version__}, float32, small shapes"
+        )
     compiled = device.type == "cuda" and not args.eager
     chosen = list(cases(args, device))
     dtype = getattr(torch, chosen[0].dtype)
@@ -212,12 +230,16 @@ def main() -> None:
         if device.type == "cuda":
             torch.compiler.reset()
             torch.cuda.empty_cache()
-    print(f"best {chosen[0].dtype} product: {rate / 1e12:.3g} TFLOP/s; blocks {'compiled' if compiled else 'eager'}\n")
+    print(
+        f"best {chosen[0].dtype} product: {rate / 1e12:.3g} TFLOP/s; blocks {'compiled' if compiled else 'eager'}\n"
+    )
     heads = ("shape", "tokens", "documents", "recompute", "tokens/s", "TFLOPS", "exact", "of product")
     print(_line(*heads, "memory GiB (arithmetic)"))
     print(_line(*["---"] * 9))
     for case, result in found:
-        print(row(case, result, rate) if result else _line(case.name, case.tokens, "out of memory", *[""] * 6))
+        print(
+            row(case, result, rate) if result else _line(case.name, case.tokens, "out of memory", *[""] * 6)
+        )
 
 
 if __name__ == "__main__":

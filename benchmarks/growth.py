@@ -71,11 +71,15 @@ def steps_table(args: argparse.Namespace) -> None:
     seconds, memory = row(replace(SHAPES["10M"], documents=(64,) * 4), args, 1000)
     print(f"\n{'steps':22s} {'s a step':>9s} {'MiB':>6s}")
     for stop in (10, 30, 100, 300, 1000):
-        print(f"{f'up to {stop}':22s} {statistics.median(seconds[stop // 3 : stop]):9.3f} {memory[stop - 1]:6.0f}")
+        print(
+            f"{f'up to {stop}':22s} {statistics.median(seconds[stop // 3 : stop]):9.3f} {memory[stop - 1]:6.0f}"
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5)
     args = parser.parse_args()
@@ -84,7 +88,11 @@ def main() -> None:
     table("model size", dict(SHAPES), args)
     lengths = (128, 256, 512, 1024, 2048)
     table("sequence length", {str(n): replace(base, documents=(n,) * (TOKENS // n)) for n in lengths}, args)
-    table("tokens a step", {str(n): replace(base, documents=(512,) * (n // 512)) for n in (512, 1024, 4096)}, args)
+    table(
+        "tokens a step",
+        {str(n): replace(base, documents=(512,) * (n // 512)) for n in (512, 1024, 4096)},
+        args,
+    )
     counts = (1, 2, 4, 16, 64, 256)
     table("documents in a pack", {str(n): replace(base, documents=uneven(TOKENS, n)) for n in counts}, args)
     steps_table(args)
@@ -92,7 +100,9 @@ def main() -> None:
 
 def uneven(total: int, count: int) -> tuple[int, ...]:
     """``count`` lengths of about the same size that add up to ``total``."""
-    lengths = [total // count + (1 if i % 2 else -1) * (i % (total // count // 2 + 1)) // 2 for i in range(count)]
+    lengths = [
+        total // count + (1 if i % 2 else -1) * (i % (total // count // 2 + 1)) // 2 for i in range(count)
+    ]
     lengths[-1] += total - sum(lengths)
     return tuple(lengths)
 

@@ -73,7 +73,9 @@ def batch(seed: int, step: int, grid: Grid) -> Batch:
 
 def curve(layout: dict[str, Any], dtype: str, seed: int, steps: int) -> list[float]:
     """The losses of one run."""
-    config = Config.model_validate({"model": {**MODEL, "dtype": dtype}, "parallel": layout, "data": {"seq_len": T}})
+    config = Config.model_validate(
+        {"model": {**MODEL, "dtype": dtype}, "parallel": layout, "data": {"seq_len": T}}
+    )
     grid = build_grid(config.parallel, dist.get_world_size(), dist.get_rank())
     stages = build_stages(config, grid, MODES[config.parallel.tensor.mode], torch.device("cpu"))
     stages.initialize(seed, grid)

@@ -67,7 +67,9 @@ def processor() -> str:
 def section(name: str, command: str) -> str | None:
     """The section's text, or None where the benchmark failed."""
     print(f"== {name}: {command}", flush=True)
-    done = subprocess.run([sys.executable, *command.split()], check=False, cwd=HERE, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, *command.split()], check=False, cwd=HERE, stdout=subprocess.PIPE, text=True
+    )
     print(done.stdout, flush=True)
     if done.returncode:
         return None
@@ -81,7 +83,9 @@ def kept(text: str) -> dict[str, str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(COMMANDS))
     names = parser.parse_args().names or list(COMMANDS)
     unknown = [name for name in names if name not in COMMANDS]
@@ -94,7 +98,9 @@ def main() -> int:
             failed.append(name)
             continue
         sections = (kept(TARGET.read_text()) if TARGET.exists() else {}) | {name: text}
-        TARGET.write_text("\n".join([INTRODUCTION, *(sections[known] for known in COMMANDS if known in sections)]))
+        TARGET.write_text(
+            "\n".join([INTRODUCTION, *(sections[known] for known in COMMANDS if known in sections)])
+        )
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

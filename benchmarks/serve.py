@@ -98,7 +98,9 @@ def measure(url: str, clients: int, body: dict[str, object]) -> tuple[float, flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ckpt")
     parser.add_argument("--tokenizer")
     parser.add_argument("--clients", type=int, default=8)
@@ -111,7 +113,9 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder:
         if args.ckpt:
-            service = load_service(args.ckpt, device, ModelOptions(args.tokenizer, template="none", slots=args.clients))
+            service = load_service(
+                args.ckpt, device, ModelOptions(args.tokenizer, template="none", slots=args.clients)
+            )
         else:
             service = random_service(args.hidden, args.layers, args.vocab, args.clients, Path(folder))
         body = {

@@ -107,13 +107,17 @@ def ours(source: str, tokenizer_path: str, output: str) -> None:
 
 
 def call(*arguments: str) -> dict[str, float]:
-    output = subprocess.run([sys.executable, __file__, *arguments], check=True, capture_output=True, text=True).stdout
+    output = subprocess.run(
+        [sys.executable, __file__, *arguments], check=True, capture_output=True, text=True
+    ).stdout
     found: dict[str, float] = json.loads(output)
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--megabytes", type=float, default=40)
     parser.add_argument("--large-megabytes", type=float, default=2000)
     parser.add_argument("--tokenizer", help="tokenizer.json or .model [a byte-level BPE trained here]")
@@ -134,18 +138,24 @@ def main() -> None:
             alone.append(call("--part", "library", str(source), tokenizer))
             whole.append(call("--part", "ours", str(source), tokenizer, output))
         for what, key in (("elapsed", "seconds"), ("processor", "used")):
-            rates = [statistics.median(run["tokens"] / run[key] / 1e6 for run in runs) for runs in (alone, whole)]
+            rates = [
+                statistics.median(run["tokens"] / run[key] / 1e6 for run in runs) for runs in (alone, whole)
+            ]
             print(
                 f"Mtokens per {what} second: library alone {rates[0]:.2f}, evomesh tokenize {rates[1]:.2f}, "
                 f"ratio {rates[1] / rates[0]:.2f}",
                 flush=True,
             )
         print("input               peak memory")
-        for kind, megabytes in itertools.product(("jsonl", "json"), (options.megabytes, options.large_megabytes)):
+        for kind, megabytes in itertools.product(
+            ("jsonl", "json"), (options.megabytes, options.large_megabytes)
+        ):
             source = folder / f"large.{kind}"
             write(source, megabytes)
             run = call("--part", "ours", str(source), tokenizer, output)
-            print(f"{megabytes:>7.0f} MB {kind:<6} {run['peak']:>8.0f} MB  {run['seconds']:.1f} s", flush=True)
+            print(
+                f"{megabytes:>7.0f} MB {kind:<6} {run['peak']:>8.0f} MB  {run['seconds']:.1f} s", flush=True
+            )
             source.unlink()
 
 

@@ -49,7 +49,20 @@ SHAPES = {
 PRODUCTS = ((2048, 2048, 2048), (2048, 512, 1408), (512, 512, 16000))  # rows, summed, columns
 KEPT_UP = 0.3  # seconds
 UNTIMED = 5  # steps, until compilation is done and the heap has grown to its final size
-RAGGED = (301, 23, 180, 64, 512, 7, 140, 285, 96, 33, 210, 197)  # --packed: 2048 tokens, cut to the shape's total
+RAGGED = (
+    301,
+    23,
+    180,
+    64,
+    512,
+    7,
+    140,
+    285,
+    96,
+    33,
+    210,
+    197,
+)  # --packed: 2048 tokens, cut to the shape's total
 
 
 def ragged(total: int) -> tuple[int, ...]:
@@ -60,7 +73,9 @@ def ragged(total: int) -> tuple[int, ...]:
     return tuple(lengths)
 
 
-def our_step(shape: Shape, lengths: tuple[int, ...], ids: torch.Tensor, compiled: bool) -> Callable[[], float]:
+def our_step(
+    shape: Shape, lengths: tuple[int, ...], ids: torch.Tensor, compiled: bool
+) -> Callable[[], float]:
     config = ModelConfig(
         model_type="LLAMA2",
         num_layers=shape.layers,
@@ -77,7 +92,9 @@ def our_step(shape: Shape, lengths: tuple[int, ...], ids: torch.Tensor, compiled
     return lambda: training.step(batch).loss
 
 
-def their_step(shape: Shape, lengths: tuple[int, ...], ids: torch.Tensor, compiled: bool) -> Callable[[], float]:
+def their_step(
+    shape: Shape, lengths: tuple[int, ...], ids: torch.Tensor, compiled: bool
+) -> Callable[[], float]:
     """Equal documents as a batch; ragged ones the way it packs them: position ids that restart, which make a mask."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -167,9 +184,13 @@ def model_flops(shape: Shape, lengths: tuple[int, ...]) -> float:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="60M")
-    parser.add_argument("--compiled", action="store_true", help="torch.compile on their side (the whole model)")
+    parser.add_argument(
+        "--compiled", action="store_true", help="torch.compile on their side (the whole model)"
+    )
     parser.add_argument("--compiled-ours", action="store_true", help="torch.compile on our side (each block)")
     parser.add_argument("--packed", action="store_true", help="documents of unequal length in one sequence")
     parser.add_argument("--profile", action="store_true", help="instead: where the time of our step goes")

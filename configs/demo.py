@@ -52,4 +52,6 @@ ckpt = dict(
     auto_resume=True,
 )
 
-parallel = dict(zero1=dict(size=-1), tensor=dict(size=1, mode="mtp"), pipeline=dict(size=1), weight=dict(size=1))
+parallel = dict(
+    zero1=dict(size=-1), tensor=dict(size=1, mode="mtp"), pipeline=dict(size=1), weight=dict(size=1)
+)

@@ -16,7 +16,9 @@ from evomesh.data.prepare.conversations import ChatOptions
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("dataset_path", help="JSON list of instruction, input and output")
     parser.add_argument("output_path", help="folder to write into")
     parser.add_argument("tokenizer_path", help="sentencepiece .model or tokenizer.json")

@@ -87,19 +87,27 @@ def write_raw(folder: Path, found: list[Document]) -> list[Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     folder: Path = parser.parse_args().folder
 
     found = list(documents())
-    source = hashlib.sha256(Path(__file__).read_bytes() + "".join(text for *_, text in found).encode()).hexdigest()
+    source = hashlib.sha256(
+        Path(__file__).read_bytes() + "".join(text for *_, text in found).encode()
+    ).hexdigest()
     done = folder / "source.sha256"
     if done.exists() and done.read_text() == source:
         print(f"{folder}: already made from the same text")
         return
-    print(f"{folder}: {len(found)} documents, {sum(len(text) for *_, text in found) / 1e6:.1f} million characters")
+    print(
+        f"{folder}: {len(found)} documents, {sum(len(text) for *_, text in found) / 1e6:.1f} million characters"
+    )
     folder.mkdir(parents=True, exist_ok=True)
-    train_tokenizer([text for kind, name, text in found if not held_out(kind, name)], folder / "tokenizer.json")
+    train_tokenizer(
+        [text for kind, name, text in found if not held_out(kind, name)], folder / "tokenizer.json"
+    )
     print(f"{folder}/tokenizer.json: byte-level BPE of {VOCAB_SIZE} tokens")
     for raw in write_raw(folder, found):
         output = folder / raw.parent.name / raw.stem / "stdlib.bin"

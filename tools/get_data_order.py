@@ -13,7 +13,9 @@ from evomesh.data.token_files.folders import write_order
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data-folder", required=True)
     parser.add_argument("--save-folder", required=True, type=Path)
     parser.add_argument("--file-type", default=".bin")

@@ -20,10 +20,14 @@ TOKENIZER_PATH = Path(__file__).parent / "V7_sft.model"  # edit this to use anot
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--text_input_path", required=True, help="a .txt, .json or .jsonl file")
     parser.add_argument("--bin_output_path", required=True, help="the .bin to write")
-    parser.add_argument("--tokenizer_path", default=str(TOKENIZER_PATH), help="sentencepiece .model or tokenizer.json")
+    parser.add_argument(
+        "--tokenizer_path", default=str(TOKENIZER_PATH), help="sentencepiece .model or tokenizer.json"
+    )
     options = parser.parse_args()
     if not Path(options.tokenizer_path).expanduser().exists():
         raise UserError(

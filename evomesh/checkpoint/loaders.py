@@ -124,7 +124,9 @@ def fill(
             continue
         missing.discard(name)
         if tuple(tensor.shape) != wanted.shape:
-            differing.append(f"{name}: the checkpoint has {list(tensor.shape)}, the model wants {list(wanted.shape)}")
+            differing.append(
+                f"{name}: the checkpoint has {list(tensor.shape)}, the model wants {list(wanted.shape)}"
+            )
         elif not differing:
             _copy(wanted, tensor)
     if differing:
@@ -143,4 +145,6 @@ def _copy(wanted: LocalTensor, tensor: Tensor | LazyTensor) -> None:
     whole = Box((0,) * len(wanted.shape), wanted.shape)
     with torch.no_grad():
         for part in wanted.parts:
-            part.tensor.copy_(tensor[part.box.within(whole)] if isinstance(tensor, Tensor) else tensor.read(part.box))
+            part.tensor.copy_(
+                tensor[part.box.within(whole)] if isinstance(tensor, Tensor) else tensor.read(part.box)
+            )

@@ -68,7 +68,9 @@ def restore_model(path: str, device: torch.device | str = "cpu", verify: bool = 
     config = config_from_dict(found.config)
     model = _build(config.model, device)
     manager.load(found, dict(model.named_parameters()), strict=False)
-    return RestoredModel(model.eval(), config, f"step {found.step} of {path}", f"{found.step}-{found.attempt[:12]}")
+    return RestoredModel(
+        model.eval(), config, f"step {found.step} of {path}", f"{found.step}-{found.attempt[:12]}"
+    )
 
 
 def _from_folder(folder: HfFolder, device: torch.device | str) -> RestoredModel:

@@ -24,7 +24,12 @@ from evomesh.storage.urls import open_storage, split_url
 OPTIMIZER = "optim."  # prefix of the optimizer's tensors
 MASTER = "optim.master."
 CONTENTS = ("model", "optimizer", "scheduler", "sampler")
-OURS = ("internevo", "internlm", "normal", "evomesh")  # types that mean "ours or InternEvo's, look for yourself"
+OURS = (
+    "internevo",
+    "internlm",
+    "normal",
+    "evomesh",
+)  # types that mean "ours or InternEvo's, look for yourself"
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,9 @@ def decide(config: CheckpointConfig, manager: CheckpointManager | None) -> Start
         return StartPoint(f"starting from scratch: no checkpoint in {manager.root}{why}")
     everything = frozenset(CONTENTS)
     require_optimizer(found, everything)
-    return StartPoint(f"resuming step {found.step} from {found.folder} (auto_resume){why}", found, content=everything)
+    return StartPoint(
+        f"resuming step {found.step} from {found.folder} (auto_resume){why}", found, content=everything
+    )
 
 
 def parse_content(content: tuple[str, ...] | list[str] | str) -> frozenset[str]:
@@ -121,7 +128,9 @@ def _given(info: LoadConfig, manager: CheckpointManager) -> StartPoint:
         right = {"evomesh": "internevo", "dcp": "", "torch": ""}.get(actual or "", actual)
         raise CheckpointError(
             f"{info.path} is {detect.KINDS[actual or 'torch']}, but ckpt_type={info.ckpt_type!r} was given",
-            fix=f"set load_ckpt_info ckpt_type={right!r}" if right else "convert it first: evomesh convert --help",
+            fix=f"set load_ckpt_info ckpt_type={right!r}"
+            if right
+            else "convert it first: evomesh convert --help",
         )
     if loader is None:
         raise CheckpointError(
@@ -134,7 +143,9 @@ def _given(info: LoadConfig, manager: CheckpointManager) -> StartPoint:
             f"of {info.path} ({kind}) only the model can be read, but content asks for {named}",
             fix='content=("model",)',
         )
-    return StartPoint(f"loading {named} from {info.path} ({kind}, load_ckpt_info)", None, info.path, kind, content)
+    return StartPoint(
+        f"loading {named} from {info.path} ({kind}, load_ckpt_info)", None, info.path, kind, content
+    )
 
 
 def _absent(info: LoadConfig, manager: CheckpointManager) -> None:
@@ -171,7 +182,10 @@ def restart_line(manager: CheckpointManager) -> str:
 
 
 def restore(
-    start: StartPoint, manager: CheckpointManager, tensors: Mapping[str, Tensor], model: Mapping[str, Any] | None = None
+    start: StartPoint,
+    manager: CheckpointManager,
+    tensors: Mapping[str, Tensor],
+    model: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Loads what ``start`` wants of the tensors, in place, and returns the stored state ({} without a source).
 

@@ -46,7 +46,9 @@ def list_(path: PathArgument) -> None:
         try:
             body = check(choice, data=False).body
         except UserError as error:
-            table.add_row(str(choice.step), "", "", "", "", "", "DAMAGED" if choice.committed else "interrupted", "")
+            table.add_row(
+                str(choice.step), "", "", "", "", "", "DAMAGED" if choice.committed else "interrupted", ""
+            )
             table.add_row("", "", "", "", "", "", "", f"{choice.folder}: {error.found}")
             continue
         layout = " ".join(f"{axis}{size}" for axis, size in body["layout"].items() if size > 1) or "1 process"
@@ -67,8 +69,12 @@ def list_(path: PathArgument) -> None:
 @app.command()
 def verify(
     path: PathArgument,
-    quick: Annotated[bool, typer.Option("--quick", help="Records and file sizes only; read no data.")] = False,
-    deep: Annotated[bool, typer.Option("--deep", help="Also look for NaN and infinity in every tensor.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Records and file sizes only; read no data.")
+    ] = False,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also look for NaN and infinity in every tensor.")
+    ] = False,
 ) -> None:
     """Read every byte of every checkpoint at PATH and check it against its hash. Exit code 2 when one is damaged."""
     from evomesh.checkpoint.native.compare import poisoned
@@ -86,7 +92,9 @@ def verify(
             damaged.append(choice.folder)
             print(f"{choice.folder}: DAMAGED: {error.found}")
             continue
-        print(f"{choice.folder}: good, {found.body['tensors']} tensors, {readable(found.body['tensor_bytes'])}")
+        print(
+            f"{choice.folder}: good, {found.body['tensors']} tensors, {readable(found.body['tensor_bytes'])}"
+        )
         lines = list(poisoned(found)) if deep else []
         for line in lines:
             print(f"  {line}")
@@ -129,7 +137,8 @@ def prune(
 
 @app.command()
 def pin(
-    path: PathArgument, undo: Annotated[bool, typer.Option("--undo", help="Let retention have it again.")] = False
+    path: PathArgument,
+    undo: Annotated[bool, typer.Option("--undo", help="Let retention have it again.")] = False,
 ) -> None:
     """Keep a checkpoint for ever, whatever the retention says."""
     from evomesh.checkpoint.native.retention import PIN

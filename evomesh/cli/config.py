@@ -40,7 +40,10 @@ def check(config: ConfigArgument, overrides: OverridesOption = None, gpus: GpusO
     warnings = loaded.warnings + (check_world(loaded.config, gpus) if gpus else [])
     for words in warnings:
         typer.echo(f"warning: {words}")
-    typer.echo(f"{config}: ok" + (f", {len(warnings)} warning{'s' if len(warnings) != 1 else ''}" if warnings else ""))
+    typer.echo(
+        f"{config}: ok"
+        + (f", {len(warnings)} warning{'s' if len(warnings) != 1 else ''}" if warnings else "")
+    )
 
 
 def _check_own_model(loaded: LoadedConfig) -> None:
@@ -143,18 +146,30 @@ def derived(loaded: LoadedConfig, gpus: int) -> dict[str, Any]:
     total = parameter_count(config.model)
     if total is None:
         return figures | {"parameters": "known to the model's builder only"}
-    return figures | {"parameters": total} | {f"  {part}": n for part, n in parameter_counts(config.model).items()}
+    return (
+        figures
+        | {"parameters": total}
+        | {f"  {part}": n for part, n in parameter_counts(config.model).items()}
+    )
 
 
 def _printable(value: Any) -> Any:
     """Stored infinity as a word."""
     if isinstance(value, dict):
-        return value["$float"] if set(value) == {"$float"} else {key: _printable(item) for key, item in value.items()}
+        return (
+            value["$float"]
+            if set(value) == {"$float"}
+            else {key: _printable(item) for key, item in value.items()}
+        )
     return value
 
 
 def _value(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) and value >= 10**6 else str(value)
+    return (
+        f"{value:,}"
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 10**6
+        else str(value)
+    )
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:

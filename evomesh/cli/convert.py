@@ -27,11 +27,19 @@ def convert() -> None:
 
 @app.command("from-internevo")
 def from_internevo(
-    folder: Annotated[str, typer.Argument(help="One step of an InternEvo run: the folder with model_tp*_pp*.pt.")],
+    folder: Annotated[
+        str, typer.Argument(help="One step of an InternEvo run: the folder with model_tp*_pp*.pt.")
+    ],
     out: Annotated[str, typer.Argument(help="Save folder for the result.")],
-    config: Annotated[str | None, typer.Option(help="Config of that run, for what model_config.pt lacks.")] = None,
-    w2: Annotated[str, typer.Option(help="What w2 is where shapes are equal: down, or up (early 2023).")] = "auto",
-    weights_only: Annotated[bool, typer.Option(help="Leave optimizer, schedule and data position out.")] = False,
+    config: Annotated[
+        str | None, typer.Option(help="Config of that run, for what model_config.pt lacks.")
+    ] = None,
+    w2: Annotated[
+        str, typer.Option(help="What w2 is where shapes are equal: down, or up (early 2023).")
+    ] = "auto",
+    weights_only: Annotated[
+        bool, typer.Option(help="Leave optimizer, schedule and data position out.")
+    ] = False,
 ) -> None:
     """Read InternEvo's checkpoint of any tensor x pipeline (x weight) size."""
     from evomesh.checkpoint.huggingface.folder import local_folder
@@ -60,8 +68,12 @@ def from_internevo(
     manager.close()
     if whole:
         place = state["sampler"]["internevo"]
-        print(f"wrote {path}: {len(tensors)} tensors, weights and optimizer; a run with auto_resume goes on from it")
-        print(f"data position: step {place['step']} of data.seed={place['seed']}, {place['global_batch']} packs a step")
+        print(
+            f"wrote {path}: {len(tensors)} tensors, weights and optimizer; a run with auto_resume goes on from it"
+        )
+        print(
+            f"data position: step {place['step']} of data.seed={place['seed']}, {place['global_batch']} packs a step"
+        )
     else:
         print(f"wrote {path}: {len(tensors)} tensors, weights only")
 
@@ -75,7 +87,9 @@ def _config(folder: str, config: str | None) -> Config:
         return load_config(config).config
     section: dict[str, Any] | None = internevo.model_section(folder)
     if section is None:
-        raise UserError("no model_config.pt in the folder", where=folder, fix="give that run's config: --config FILE")
+        raise UserError(
+            "no model_config.pt in the folder", where=folder, fix="give that run's config: --config FILE"
+        )
     family = section.pop("model_type", None) or internevo.family_of(internevo.find_folder(folder))
     text = f"model_type = {family!r}\nmodel = {section!r}\nckpt = dict(enable_save_ckpt=False)\n"
     with tempfile.TemporaryDirectory() as temporary:

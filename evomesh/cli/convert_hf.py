@@ -45,17 +45,27 @@ def write_folder(ckpt: str, out: str, options: ExportOptions) -> None:
 def to_hf(
     ckpt: Annotated[str, typer.Argument(help="Save folder, step in it, or step folder; local or s3.")],
     out: Annotated[str, typer.Argument(help="New folder for the model; local or s3.")],
-    arch: Annotated[str, typer.Option(help="llama (stock transformers) or internlm2 (its own naming).")] = "llama",
-    dtype: Annotated[str | None, typer.Option(help="float64|float32|bfloat16|float16 [default: as trained].")] = None,
+    arch: Annotated[
+        str, typer.Option(help="llama (stock transformers) or internlm2 (its own naming).")
+    ] = "llama",
+    dtype: Annotated[
+        str | None, typer.Option(help="float64|float32|bfloat16|float16 [default: as trained].")
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 2GB.")] = "5GB",
     tokenizer: Annotated[
         str | None, typer.Option(help="Tokenizer file or folder, or none [default: data.tokenizer_path].")
     ] = None,
     rotary_type: Annotated[str | None, typer.Option(help="origin or dynamic [default: as trained].")] = None,
     scaling_factor: Annotated[float | None, typer.Option(min=1.0, help="Of dynamic NTK.")] = None,
-    max_pos: Annotated[int | None, typer.Option(min=1, help="max_position_embeddings [default: as trained].")] = None,
-    chat_template: Annotated[str | None, typer.Option(help="Jinja file [default: the tokenizer's own].")] = None,
-    compare: Annotated[bool, typer.Option(help="Reload the folder and compare logits with the native model.")] = True,
+    max_pos: Annotated[
+        int | None, typer.Option(min=1, help="max_position_embeddings [default: as trained].")
+    ] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="Jinja file [default: the tokenizer's own].")
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option(help="Reload the folder and compare logits with the native model.")
+    ] = True,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder, reload it and compare its logits with the native model's."""
     from evomesh.checkpoint.huggingface.export import ExportOptions
@@ -76,7 +86,10 @@ def to_hf(
 
 def from_hf(
     hf: Annotated[
-        str, typer.Argument(help="Folder with config.json and weights, local or s3, or an id in the local hub cache.")
+        str,
+        typer.Argument(
+            help="Folder with config.json and weights, local or s3, or an id in the local hub cache."
+        ),
     ],
     out: Annotated[str, typer.Argument(help="Save folder for the checkpoint (step 0); local or s3.")],
     dtype: Annotated[str | None, typer.Option(help="Of the parameters [default: the folder's].")] = None,

@@ -14,8 +14,12 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 DataPathArgument = Annotated[str, typer.Argument(metavar="PATH", help="A .bin, or a folder of them.")]
-TokenizerOption = Annotated[str | None, typer.Option("--tokenizer", "-t", help="Decode samples with this tokenizer.")]
-ConfigOption = Annotated[str | None, typer.Option("--config", help="Take folder and packing from this config.")]
+TokenizerOption = Annotated[
+    str | None, typer.Option("--tokenizer", "-t", help="Decode samples with this tokenizer.")
+]
+ConfigOption = Annotated[
+    str | None, typer.Option("--config", help="Take folder and packing from this config.")
+]
 SeqLenOption = Annotated[int, typer.Option(min=1, help="Longest attention segment, in tokens.")]
 MicroBszOption = Annotated[int, typer.Option(min=1, help="A pack has seq-len x micro-bsz tokens.")]
 MinLengthOption = Annotated[int, typer.Option(min=0, help="Leave out shorter documents, in tokens.")]
@@ -39,7 +43,11 @@ def _section(
     if path is None:
         raise UserError("nothing to look at", expected="a PATH, or --config CONFIG")
     section = DataConfig(
-        seq_len=seq_len, micro_bsz=micro_bsz, min_length=min_length, pack_sample_into_one=one_sample, train_folder=path
+        seq_len=seq_len,
+        micro_bsz=micro_bsz,
+        min_length=min_length,
+        pack_sample_into_one=one_sample,
+        train_folder=path,
     )
     return section, path
 
@@ -80,7 +88,9 @@ def inspect(
     )
     if tokenizer is not None:
         loaded = load_tokenizer(tokenizer)
-        for number in np.unique(np.linspace(0, len(files[0]) - 1, samples).astype(np.int64)) if samples else []:
+        for number in (
+            np.unique(np.linspace(0, len(files[0]) - 1, samples).astype(np.int64)) if samples else []
+        ):
             ids = files[0].read(np.array([number]))
             print(f"--- {files[0].name} line {files[0].row(int(number)) + 1}, {len(ids)} tokens")
             typer.echo(dimmed(np.abs(ids[:400]), ids[:400] > 0, loaded) + (" ..." if len(ids) > 400 else ""))
@@ -94,7 +104,9 @@ def show(
     seq_len: SeqLenOption = 2048,
     micro_bsz: MicroBszOption = 1,
     min_length: MinLengthOption = 0,
-    one_sample: Annotated[bool, typer.Option("--pack-sample-into-one", help="Segments ignore documents.")] = False,
+    one_sample: Annotated[
+        bool, typer.Option("--pack-sample-into-one", help="Segments ignore documents.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
     tokenizer: TokenizerOption = None,
 ) -> None:
@@ -126,7 +138,9 @@ def verify(
     path: DataPathArgument,
     tokenizer: TokenizerOption = None,
     vocab_size: Annotated[int | None, typer.Option(min=1, help="Ids at or past it are problems.")] = None,
-    valid: Annotated[str | None, typer.Option(help="Validation data that must share no document with PATH.")] = None,
+    valid: Annotated[
+        str | None, typer.Option(help="Validation data that must share no document with PATH.")
+    ] = None,
 ) -> None:
     """Read every line: offsets, counts, ids, repeats, JSON text, validation within training. Exit 1 with a list."""
     from evomesh.data.token_files.verify import verify as run
@@ -135,7 +149,9 @@ def verify(
     loaded = load_tokenizer(tokenizer) if tokenizer else None
     scans, problems = run(path, vocab_size=vocab_size, tokenizer=loaded, valid=valid)
     for found in scans:
-        print(f"{found.path}: {len(found.offsets):,} documents, {found.tokens:,} tokens, largest id {found.max_id}")
+        print(
+            f"{found.path}: {len(found.offsets):,} documents, {found.tokens:,} tokens, largest id {found.max_id}"
+        )
         for note in found.notes:
             print(f"note: {note}")
     for problem in problems:

@@ -16,7 +16,13 @@ def choose_device(device: str) -> str:
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has one for each way to lack a device
+    except (
+        RuntimeError,
+        AssertionError,
+        NotImplementedError,
+    ) as error:  # torch has one for each way to lack a device
         reason = str(error).partition("\n")[0]
-        raise UserError(f"{chosen!r} cannot be used: {reason}", where="--device", expected="cpu or cuda") from None
+        raise UserError(
+            f"{chosen!r} cannot be used: {reason}", where="--device", expected="cpu or cuda"
+        ) from None
     return chosen

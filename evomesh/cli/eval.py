@@ -15,10 +15,15 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    ckpt: Annotated[str, typer.Argument(help="Save folder, step in it, or Hugging Face model folder; local or s3.")],
-    tasks: Annotated[str, typer.Option(help="Task files (.yaml) or names of the harness's tasks, with commas.")],
+    ckpt: Annotated[
+        str, typer.Argument(help="Save folder, step in it, or Hugging Face model folder; local or s3.")
+    ],
+    tasks: Annotated[
+        str, typer.Option(help="Task files (.yaml) or names of the harness's tasks, with commas.")
+    ],
     tokenizer: Annotated[
-        str | None, typer.Option(help="tokenizer.json, .model or their folder [default: data.tokenizer_path].")
+        str | None,
+        typer.Option(help="tokenizer.json, .model or their folder [default: data.tokenizer_path]."),
     ] = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before a question.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many questions of each task.")] = None,
@@ -27,7 +32,8 @@ def evaluate(
     ] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens in one run of the model.")] = 8192,
     apply_chat_template: Annotated[
-        bool, typer.Option("--apply-chat-template", help="Ask as a user of the tokenizer's own chat template.")
+        bool,
+        typer.Option("--apply-chat-template", help="Ask as a user of the tokenizer's own chat template."),
     ] = False,
     system_instruction: Annotated[
         str | None, typer.Option(help="Text before all; with the template, its system turn.")
@@ -85,7 +91,9 @@ def _native(
     restored = restore_model(ckpt, device)
     path = tokenizer or restored.config.data.tokenizer_path
     if path is None:
-        raise UserError("the checkpoint's config names no tokenizer", where=ckpt, fix="give one with --tokenizer PATH")
+        raise UserError(
+            "the checkpoint's config names no tokenizer", where=ckpt, fix="give one with --tokenizer PATH"
+        )
     text = load_tokenizer(path)
     vocab_size = restored.config.model.vocab_size
     refuse_larger(text, vocab_size)

@@ -21,21 +21,30 @@ if TYPE_CHECKING:
 
 def generate(
     file: Annotated[
-        str | None, typer.Argument(metavar="CONFIG", help="A config whose generation section says what to do.")
+        str | None,
+        typer.Argument(metavar="CONFIG", help="A config whose generation section says what to do."),
     ] = None,
     ckpt: Annotated[
-        str | None, typer.Option(help="A save folder (its newest), one step in it, or a Hugging Face model folder.")
+        str | None,
+        typer.Option(help="A save folder (its newest), one step in it, or a Hugging Face model folder."),
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="Text to go on from.")] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="tokenizer.json, .model or their folder [default: data.tokenizer_path].")
+        str | None,
+        typer.Option(help="tokenizer.json, .model or their folder [default: data.tokenizer_path]."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to make.")] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="Only the k likeliest tokens; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Only the likeliest tokens up to this mass.")] = 1.0,
-    min_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Only tokens this likely beside the likeliest.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens seen before are less likely.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Only the likeliest tokens up to this mass.")
+    ] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Only tokens this likely beside the likeliest.")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: tokens seen before are less likely.")
+    ] = 1.0,
     num_beams: Annotated[int, typer.Option(min=1, help="Search so many sequences side by side.")] = 1,
     length_penalty: Annotated[float, typer.Option(help="Of beams: above 0 favours long answers.")] = 1.0,
     num_return_sequences: Annotated[int, typer.Option(min=1, help="Answers.")] = 1,
@@ -102,7 +111,9 @@ def answer_prompt(
         _print_stream(restored.model, text, ids, sampling)
 
 
-def answer_config(config: str, overrides: list[str] | None, launcher: str, port: int, alone: bool = True) -> None:
+def answer_config(
+    config: str, overrides: list[str] | None, launcher: str, port: int, alone: bool = True
+) -> None:
     if not alone:
         raise UserError("CONFIG and --ckpt or --prompt", expected="one of the two ways", fix="leave one out")
     from evomesh.config.loader import load_config
@@ -150,7 +161,9 @@ def _tokenizer(restored: RestoredModel, given: str | None, ckpt: str) -> Tokeniz
 
     path = given or restored.config.data.tokenizer_path
     if path is None:
-        raise UserError("the checkpoint's config names no tokenizer", where=ckpt, fix="give one with --tokenizer PATH")
+        raise UserError(
+            "the checkpoint's config names no tokenizer", where=ckpt, fix="give one with --tokenizer PATH"
+        )
     return load_tokenizer(path)
 
 
@@ -195,7 +208,9 @@ def _prompt_ids(text: Tokenizer, prompt: str, vocab_size: int) -> list[int]:
     if text.add_bos and text.bos_id is not None:
         ids = [text.bos_id, *ids]
     if not ids:
-        raise UserError(f"the prompt {prompt!r} has no tokens", where="--prompt", expected="some text to go on from")
+        raise UserError(
+            f"the prompt {prompt!r} has no tokens", where="--prompt", expected="some text to go on from"
+        )
     if max(ids) >= vocab_size:
         raise UserError(
             f"the tokenizer gives id {max(ids)}, the model knows {vocab_size} tokens",

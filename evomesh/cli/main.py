@@ -33,7 +33,9 @@ app.add_typer(convert.app, name="convert", help="Convert checkpoints of other sy
 
 @app.callback()
 def options(
-    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error (also EVOMESH_DEBUG=1)."),
+    debug: bool = typer.Option(
+        False, "--debug", help="Show the traceback of an error (also EVOMESH_DEBUG=1)."
+    ),
 ) -> None:
     if debug:
         os.environ["EVOMESH_DEBUG"] = "1"

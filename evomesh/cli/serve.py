@@ -17,7 +17,8 @@ CheckpointOption = Annotated[
     str, typer.Option(help="A save folder (its newest), one step in it, or a Hugging Face model folder.")
 ]
 TokenizerPathOption = Annotated[
-    str | None, typer.Option("--tokenizer", help="tokenizer.json, .model or their folder [default: the config's].")
+    str | None,
+    typer.Option("--tokenizer", help="tokenizer.json, .model or their folder [default: the config's]."),
 ]
 TemplateOption = Annotated[
     str,
@@ -28,16 +29,24 @@ TemplateOption = Annotated[
 ]
 RotaryTypeOption = Annotated[
     Literal["origin", "dynamic"] | None,
-    typer.Option("--rotary-type", help="dynamic: NTK scaling beyond the trained length [default: the config's]."),
+    typer.Option(
+        "--rotary-type", help="dynamic: NTK scaling beyond the trained length [default: the config's]."
+    ),
 ]
 ContextOption = Annotated[int | None, typer.Option(min=2, help="Most tokens of prompt and answer together.")]
 SlotsOption = Annotated[int, typer.Option(min=1, max=1024, help="Answers that are written at the same time.")]
-QueueOption = Annotated[int, typer.Option(min=0, max=65536, help="Answers that may wait; more are refused with 429.")]
+QueueOption = Annotated[
+    int, typer.Option(min=0, max=65536, help="Answers that may wait; more are refused with 429.")
+]
 HostOption = Annotated[str, typer.Option(help="Address to listen on; one that others can reach needs a key.")]
 PortOption = Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")]
-KeyFileOption = Annotated[str | None, typer.Option(help="File with the key clients must bear [or: EVOMESH_API_KEY].")]
+KeyFileOption = Annotated[
+    str | None, typer.Option(help="File with the key clients must bear [or: EVOMESH_API_KEY].")
+]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, ... [default: cuda where there is one].")]
-NameOption = Annotated[str | None, typer.Option(help="What clients call the model [default: the job's name].")]
+NameOption = Annotated[
+    str | None, typer.Option(help="What clients call the model [default: the job's name].")
+]
 ConfigFileOption = Annotated[
     str | None, typer.Option(help="Config file to read first: it registers a model type of your own.")
 ]
@@ -126,8 +135,13 @@ def _run(
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{listening.getsockname()[1]}"
     model, limits = service.model, service.limits
-    print(f"{model.name} ({model.fingerprint}): {limits.slots} answers of {limits.context} tokens at a time, {device}")
-    print(f"page: {url}/" if page else f"API: {url}/v1   health: {url}/healthz   metrics: {url}/metrics", flush=True)
+    print(
+        f"{model.name} ({model.fingerprint}): {limits.slots} answers of {limits.context} tokens at a time, {device}"
+    )
+    print(
+        f"page: {url}/" if page else f"API: {url}/v1   health: {url}/healthz   metrics: {url}/metrics",
+        flush=True,
+    )
     if page and browser:
         _open(url)
     run(app, listening)

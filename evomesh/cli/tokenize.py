@@ -19,20 +19,30 @@ CHAT = "conversations: alpaca (instruction, input, output), messages (role, cont
 
 def tokenize(
     inputs: Annotated[list[str], typer.Argument(metavar="IN...", help="Text files, folders or globs.")],
-    output: Annotated[str, typer.Option("--output", "-o", help="The .bin to write; a folder with --split-ratio.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="The .bin to write; a folder with --split-ratio.")
+    ],
     tokenizer: Annotated[
         str, typer.Option("--tokenizer", "-t", help="tokenizer.json, sentencepiece .model, or folder.")
     ],
     format: Annotated[str, typer.Option("--format", help=f"text, or {CHAT}.")] = "text",
     text_field: Annotated[str, typer.Option(help="Key of the text in a record.")] = "text",
-    raw_lines: Annotated[bool, typer.Option("--raw-lines", help="Encode whole lines, as the documents' tool.")] = False,
-    bos: Annotated[bool | None, typer.Option("--bos/--no-bos", help="Bos in front [as the tokenizer says].")] = None,
+    raw_lines: Annotated[
+        bool, typer.Option("--raw-lines", help="Encode whole lines, as the documents' tool.")
+    ] = False,
+    bos: Annotated[
+        bool | None, typer.Option("--bos/--no-bos", help="Bos in front [as the tokenizer says].")
+    ] = None,
     eos: Annotated[bool, typer.Option("--eos/--no-eos", help="Eos behind every document.")] = True,
-    append: Annotated[bool, typer.Option("--append", help="Add to an existing file instead of replacing it.")] = False,
-    chat_template: Annotated[str, typer.Option(help="internlm, chatml, llama3, or tokenizer (its folder's own).")] = (
-        "internlm"
-    ),
-    train_on: Annotated[str, typer.Option(help="Roles whose turns are targets, comma-separated.")] = "assistant",
+    append: Annotated[
+        bool, typer.Option("--append", help="Add to an existing file instead of replacing it.")
+    ] = False,
+    chat_template: Annotated[
+        str, typer.Option(help="internlm, chatml, llama3, or tokenizer (its folder's own).")
+    ] = ("internlm"),
+    train_on: Annotated[
+        str, typer.Option(help="Roles whose turns are targets, comma-separated.")
+    ] = "assistant",
     max_length: Annotated[int, typer.Option(min=2, help="Conversations are cut to this many tokens.")] = 2048,
     split_ratio: Annotated[float, typer.Option(min=0, max=1, help="Share of conversations held out.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of these.")] = 0,
@@ -55,9 +65,13 @@ def tokenize(
         tokenize_conversations(inputs, output, tokenizer, options, workers, append)
         return
     if format != "text":
-        raise UserError(f"no format {format!r}", where="--format", expected="text, alpaca, messages or sharegpt")
+        raise UserError(
+            f"no format {format!r}", where="--format", expected="text, alpaca, messages or sharegpt"
+        )
     if split_ratio:
-        raise UserError("--split-ratio is for conversations", fix="tokenise training and validation text apart")
+        raise UserError(
+            "--split-ratio is for conversations", fix="tokenise training and validation text apart"
+        )
     total = sum(file.size for file in files)
     with progress_bar(total) as progress:
         facts = tokenize_files(
@@ -68,7 +82,9 @@ def tokenize(
             append=append,
             progress=progress,
         )
-    print(f"{output}: {facts['documents']:,} documents, {facts['tokens']:,} tokens, largest id {facts['max_id']}")
+    print(
+        f"{output}: {facts['documents']:,} documents, {facts['tokens']:,} tokens, largest id {facts['max_id']}"
+    )
 
 
 def tokenize_conversations(
@@ -91,7 +107,9 @@ def tokenize_conversations(
             files, output, loaded, options, workers=workers, append=append, progress=progress
         )
     for path, facts in written.items():
-        print(f"{path}: {facts['documents']:,} conversations, {facts['tokens']:,} tokens, largest id {facts['max_id']}")
+        print(
+            f"{path}: {facts['documents']:,} conversations, {facts['tokens']:,} tokens, largest id {facts['max_id']}"
+        )
     print(
         f"cut to {options.max_length} tokens: {counts.truncated:,} conversations, {counts.lost_tokens:,} tokens lost; "
         f"left out for having no target: {counts.without_target:,}"
@@ -122,7 +140,14 @@ def _log_lines(total: int) -> ProgressCallback:
 def progress_bar(total: int) -> Iterator[ProgressCallback]:
     """A bar with rate and time left on a terminal; elsewhere a line every ``LOG_SECONDS``."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     console = Console(stderr=True)
     if not console.is_terminal:

@@ -10,17 +10,22 @@ import typer
 from evomesh.cli.run import run
 
 OverrideOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a config value; repeatable.")
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a config value; repeatable."),
 ]
 LauncherOption = Annotated[str, typer.Option(help="Where rank information comes from: auto, torch or slurm.")]
 RendezvousPortOption = Annotated[int, typer.Option(help="Rendezvous port of the slurm launcher.")]
-SeedOption = Annotated[int | None, typer.Option(help="Seed of the initial weights [default: the config's, else 1024].")]
+SeedOption = Annotated[
+    int | None, typer.Option(help="Seed of the initial weights [default: the config's, else 1024].")
+]
 RunDirOption = Annotated[
     str | None, typer.Option("--run-dir", "--work-dir", help="Folder for log, metrics.jsonl and TensorBoard.")
 ]
 ProfileOption = Annotated[
     bool,
-    typer.Option("--profile", "--profiling", help="Trace a few steps: files and a table of where the time goes."),
+    typer.Option(
+        "--profile", "--profiling", help="Trace a few steps: files and a table of where the time goes."
+    ),
 ]
 DeepspeedOption = Annotated[
     str | None, typer.Option(help="XTuner's flag: deepspeed_zero1, 2 or 3, by this system's own means.")

@@ -43,7 +43,9 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("cudnn_deterministic", True, E, "forwarded to torch"),
     CompatibilityRow("cudnn_benchmark", True, E, "forwarded to torch"),
     CompatibilityRow("enable_tb", False, E, "TensorBoard files on or off"),
-    CompatibilityRow("tensorboard_folder", "tb", E, "where they go; also the environment variable of this name"),
+    CompatibilityRow(
+        "tensorboard_folder", "tb", E, "where they go; also the environment variable of this name"
+    ),
     CompatibilityRow(
         "resume_tb_folder", "tb", E, "earlier files to go on from; also the environment variable of this name"
     ),
@@ -51,18 +53,26 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("tensorboard.queue_max_length", 5, E, "steps buffered before a write"),
     CompatibilityRow("run_dir", "out", E, "folder of log, metrics and TensorBoard files"),
     CompatibilityRow("max_consecutive_skips", 5, E, "so many steps with inf or NaN in a row end the run"),
-    CompatibilityRow("model_type", "LLAMA2", E, "INTERNLM, INTERNLM2_PUBLIC, LLAMA2 or a registered model of your own"),
+    CompatibilityRow(
+        "model_type", "LLAMA2", E, "INTERNLM, INTERNLM2_PUBLIC, LLAMA2 or a registered model of your own"
+    ),
     CompatibilityRow("use_fp32_norm", True, E, "norms in float32"),
     CompatibilityRow("output_tf32", True, L, "output head in TF32"),
     CompatibilityRow("metric_dtype", "bf16", W, "metrics are always accumulated in at least float32"),
     CompatibilityRow("batch_count", 5, W, "the training state counts"),
-    CompatibilityRow("alert_address", "x", W, "older name without effect; monitor.alert.feishu_alert_address"),
+    CompatibilityRow(
+        "alert_address", "x", W, "older name without effect; monitor.alert.feishu_alert_address"
+    ),
     CompatibilityRow("moe", {"top_k": 2}, W, NO_MOE),
-    CompatibilityRow("data.type", "streaming", E, "tokenized, or streaming: text tokenised while training reads it"),
+    CompatibilityRow(
+        "data.type", "streaming", E, "tokenized, or streaming: text tokenised while training reads it"
+    ),
     CompatibilityRow("data.seq_len", 1024, E, "longest attention segment, in tokens"),
     CompatibilityRow("data.micro_num", 2, E, "micro-batches of one step"),
     CompatibilityRow("data.micro_bsz", 2, E, "packed length = micro_bsz * seq_len"),
-    CompatibilityRow("data.packed_length", 8192, E, "sets micro_bsz where that is absent; else it must agree"),
+    CompatibilityRow(
+        "data.packed_length", 8192, E, "sets micro_bsz where that is absent; else it must agree"
+    ),
     CompatibilityRow("data.batch_size", 4, W, "is micro_num"),
     CompatibilityRow("data.total_steps", 100, E, "steps of the training"),
     CompatibilityRow("data.train_folder", "data", E, "tokenised data; None is synthetic data, said once"),
@@ -81,7 +91,11 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("data.dataset_weights", {"cn": 2.0}, E, "shares of the packs, by part of the path"),
     CompatibilityRow("data.skip_batches", "1,3-5", E, "steps whose data is consumed and not trained on"),
     CompatibilityRow(
-        "data.rampup_batch_size", "1 1 10", E, "micro_num grows: start, increment, steps between", ("data.micro_num=4",)
+        "data.rampup_batch_size",
+        "1 1 10",
+        E,
+        "micro_num grows: start, increment, steps between",
+        ("data.micro_num=4",),
     ),
     CompatibilityRow("data.seed", 3, E, "order of the packs"),
     CompatibilityRow("data.num_worker", 2, E, "background readers"),
@@ -97,12 +111,20 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("data.tokenizer_path", "tok.json", E, "tokenizer of the data"),
     CompatibilityRow("data.content_name", "body", E, "text column of streaming data"),
     CompatibilityRow("data.subset_name", "en", E, "subset of streaming data"),
-    CompatibilityRow("data.split_name", "train_sft", E, "split of streaming data; default: the one named train"),
     CompatibilityRow(
-        "data.valid_split_name", "test", E, "split of streaming data to validate on; default: validation, else test"
+        "data.split_name", "train_sft", E, "split of streaming data; default: the one named train"
     ),
     CompatibilityRow(
-        "data.allow_tokenizer_mismatch", True, E, "train although data and validation were tokenised differently"
+        "data.valid_split_name",
+        "test",
+        E,
+        "split of streaming data to validate on; default: validation, else test",
+    ),
+    CompatibilityRow(
+        "data.allow_tokenizer_mismatch",
+        True,
+        E,
+        "train although data and validation were tokenised differently",
     ),
     CompatibilityRow("model.num_layers", 4, E, "layers"),
     CompatibilityRow("model.hidden_size", 1024, E, "width"),
@@ -116,7 +138,10 @@ ROWS: tuple[CompatibilityRow, ...] = (
         ("model_type=LLAMA2",),
     ),
     CompatibilityRow(
-        "model.mlp_ratio", 2.5, E, "feed-forward width = int(hidden_size * mlp_ratio), rounded up to multiple_of"
+        "model.mlp_ratio",
+        2.5,
+        E,
+        "feed-forward width = int(hidden_size * mlp_ratio), rounded up to multiple_of",
     ),
     CompatibilityRow("model.multiple_of", 64, E, "see mlp_ratio"),
     CompatibilityRow(
@@ -136,7 +161,10 @@ ROWS: tuple[CompatibilityRow, ...] = (
         "model.no_bias", True, E, "attention without biases; INTERNLM always has them", ("model_type=LLAMA2",)
     ),
     CompatibilityRow(
-        "model.qk_interleaved", True, E, "rotary pairs are neighbours, or first and second half; default by family"
+        "model.qk_interleaved",
+        True,
+        E,
+        "rotary pairs are neighbours, or first and second half; default by family",
     ),
     CompatibilityRow("model.adapt_hf", False, E, "the opposite of qk_interleaved"),
     CompatibilityRow("model.rope_base", 1e6, E, "rotary base"),
@@ -173,7 +201,9 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow(
         "parallel.zero1.size", 8, E, "ranks over which optimizer state is cut; <= 0: all data-parallel ranks"
     ),
-    CompatibilityRow("parallel.zero1.fsdp", True, E, "weights and gradients cut over the zero1 ranks too (ZeRO-3)"),
+    CompatibilityRow(
+        "parallel.zero1.fsdp", True, E, "weights and gradients cut over the zero1 ranks too (ZeRO-3)"
+    ),
     CompatibilityRow("parallel.tensor", 2, E, "int form of tensor.size, mode mtp"),
     CompatibilityRow("parallel.tensor.size", 2, E, "ranks that share a layer or a sequence"),
     CompatibilityRow("parallel.tensor.mode", "msp", E, "mtp, msp, fsp or isp"),
@@ -195,17 +225,27 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("parallel.weight.size", 2, E, "ranks over which weights are cut (isp)", ISP),
     CompatibilityRow("parallel.weight.overlap", True, E, "gathers behind computation"),
     CompatibilityRow(
-        "parallel.weight.memory_pool", True, W, "gathered weights are freed and their memory is used again anyway"
+        "parallel.weight.memory_pool",
+        True,
+        W,
+        "gathered weights are freed and their memory is used again anyway",
     ),
     CompatibilityRow("parallel.expert", 2, W, NO_MOE),
     CompatibilityRow("parallel.expert_weight", 2, W, NO_MOE),
     CompatibilityRow("parallel.gqa", True, R, "model.num_kv_attention_heads says it"),
     CompatibilityRow("parallel.sequence_2D", {"enable": True}, R, "not part of this system"),
-    CompatibilityRow("hybrid_zero_optimizer.overlap_sync_grad", True, E, "gradients reduced behind the backward pass"),
     CompatibilityRow(
-        "hybrid_zero_optimizer.overlap_sync_param", True, E, "parameters gathered behind the next forward pass"
+        "hybrid_zero_optimizer.overlap_sync_grad", True, E, "gradients reduced behind the backward pass"
     ),
-    CompatibilityRow("hybrid_zero_optimizer.zero_overlap_communication", True, E, "older name of overlap_sync_grad"),
+    CompatibilityRow(
+        "hybrid_zero_optimizer.overlap_sync_param",
+        True,
+        E,
+        "parameters gathered behind the next forward pass",
+    ),
+    CompatibilityRow(
+        "hybrid_zero_optimizer.zero_overlap_communication", True, E, "older name of overlap_sync_grad"
+    ),
     CompatibilityRow("hybrid_zero_optimizer.reduce_bucket_size", 1000, E, "elements of one reduction"),
     CompatibilityRow("hybrid_zero_optimizer.clip_grad_norm", 0.5, E, "largest global gradient norm; 0: any"),
     CompatibilityRow(
@@ -226,7 +266,10 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("adam.adam_eps", 1e-6, E, "AdamW"),
     CompatibilityRow("adam.weight_decay", 0.1, E, "AdamW, decoupled"),
     CompatibilityRow(
-        "adam.no_decay", ["bias", "norm"], E, "what is left out of weight decay; default as documented: nothing"
+        "adam.no_decay",
+        ["bias", "norm"],
+        E,
+        "what is left out of weight decay; default as documented: nothing",
     ),
     CompatibilityRow("lr_scheduler.total_steps", 50, E, "length of the schedule; default data.total_steps"),
     CompatibilityRow("lr_scheduler.init_steps", 10, E, "steps before the warm-up"),
@@ -268,13 +311,20 @@ ROWS: tuple[CompatibilityRow, ...] = (
         "internevo, internlm, normal; hf, hf_llama, llama; a registered loader of your own",
         ("ckpt.load_ckpt_info.path=x",),
     ),
-    CompatibilityRow("ckpt.load_ckpt_folder", "x", E, "older name of load_ckpt_info; a string means content all"),
-    CompatibilityRow("ckpt.load_model_only_folder", "x", E, "older name of load_ckpt_info with content model"),
+    CompatibilityRow(
+        "ckpt.load_ckpt_folder", "x", E, "older name of load_ckpt_info; a string means content all"
+    ),
+    CompatibilityRow(
+        "ckpt.load_model_only_folder", "x", E, "older name of load_ckpt_info with content model"
+    ),
     CompatibilityRow("ckpt.auto_resume", False, E, "go on from the newest good checkpoint; absent: True"),
     CompatibilityRow("ckpt.async_upload", True, W, "for remote folders only"),
     CompatibilityRow("ckpt.async_upload_tmp_folder", "/tmp/x", E, "staging for uploads"),
     CompatibilityRow(
-        "ckpt.s3_endpoint", "http://h:9000", E, "where s3://BUCKET/KEY lies; else the environment says, else AWS"
+        "ckpt.s3_endpoint",
+        "http://h:9000",
+        E,
+        "where s3://BUCKET/KEY lies; else the environment says, else AWS",
     ),
     CompatibilityRow(
         "ckpt.oss_snapshot_freq", 25, W, "for remote folders only; there, default half of checkpoint_every"
@@ -288,7 +338,10 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("ckpt.enable_internevo2hf_ckpt", True, R, "export a finished checkpoint"),
     CompatibilityRow("monitor.alert.enable_feishu_alert", True, L, "alerts"),
     CompatibilityRow(
-        "monitor.alert.feishu_alert_address", "http://x", W, "webhook of alerts; never written to a log or checkpoint"
+        "monitor.alert.feishu_alert_address",
+        "http://x",
+        W,
+        "webhook of alerts; never written to a log or checkpoint",
     ),
     CompatibilityRow("monitor.alert.light_monitor_address", "http://x", L, "heartbeats"),
     CompatibilityRow("monitor.alert.alert_file_path", "alert.log", W, "file of alerts, which are off"),

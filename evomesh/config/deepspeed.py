@@ -12,7 +12,9 @@ NAMES = ("deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3")
 CUT = "the weights are cut over the data-parallel ranks (parallel.zero1.fsdp=True)"
 SAID = {
     1: [],
-    2: [f"{CUT}, not the gradients alone: less memory, one more gather of them a micro-batch, the same numbers"],
+    2: [
+        f"{CUT}, not the gradients alone: less memory, one more gather of them a micro-batch, the same numbers"
+    ],
     3: [f"{CUT} by PyTorch, without the DeepSpeed package: the same numbers"],
 }
 
@@ -43,7 +45,9 @@ def _stage(flag: str) -> tuple[int, bool]:
         return int(name.removesuffix("_offload")[-1]), name.endswith("_offload")
     if not flag.endswith(".json"):
         raise UserError(
-            f"unknown strategy {flag!r}", where="--deepspeed", expected=f"{' | '.join(NAMES)}, or a .json file"
+            f"unknown strategy {flag!r}",
+            where="--deepspeed",
+            expected=f"{' | '.join(NAMES)}, or a .json file",
         )
     try:
         zero: Any = json.loads(Path(flag).read_text())["zero_optimization"]

@@ -28,10 +28,15 @@ def _tensor(config: Config) -> Iterator[ConfigFinding]:
     model, data, parallel = config.model, config.data, config.parallel
     tp, mode = parallel.tensor.size, parallel.tensor.mode
     t = "parallel.tensor.size"
-    for heads, key in ((model.num_attention_heads, "num_attention_heads"), (model.kv_heads, "num_kv_attention_heads")):
+    for heads, key in (
+        (model.num_attention_heads, "num_attention_heads"),
+        (model.kv_heads, "num_kv_attention_heads"),
+    ):
         if heads % tp:
             yield ConfigFinding(
-                (t, f"model.{key}"), f"{tp} does not divide {key}={heads}", expected=f"size={nearest(tp, heads)}"
+                (t, f"model.{key}"),
+                f"{tp} does not divide {key}={heads}",
+                expected=f"size={nearest(tp, heads)}",
             )
     if mode != "mtp" and data.packed_length % tp:
         yield ConfigFinding(
@@ -64,7 +69,11 @@ def _weights(config: Config) -> Iterator[ConfigFinding]:
         )
         return
     qkv = (model.num_attention_heads + 2 * model.kv_heads) * model.head_dim
-    rows = {"hidden_size": model.hidden_size, "width of q, k and v": qkv, "feed-forward width": model.mlp_width}
+    rows = {
+        "hidden_size": model.hidden_size,
+        "width of q, k and v": qkv,
+        "feed-forward width": model.mlp_width,
+    }
     for name, length in rows.items():
         if length % size:
             yield ConfigFinding(
@@ -90,7 +99,9 @@ def _schedule(config: Config) -> Iterator[ConfigFinding]:
     key = ("parallel.pipeline.schedule", "model.num_chunks")
     wanted = {"1f1b": chunks == 1, "interleaved": chunks > 1, "zbv": chunks == 2}
     if not wanted[kind]:
-        number = {"1f1b": "num_chunks=1", "interleaved": "num_chunks of 2 or more", "zbv": "num_chunks=2"}[kind]
+        number = {"1f1b": "num_chunks=1", "interleaved": "num_chunks of 2 or more", "zbv": "num_chunks=2"}[
+            kind
+        ]
         yield ConfigFinding(key, f"schedule {kind} with num_chunks={chunks}", expected=f"{kind} has {number}")
     elif kind == "interleaved":
         yield from _micro_batches(data, pp)
@@ -155,7 +166,9 @@ def check_world(config: Config, world_size: int) -> list[str]:
     dp = world_size // pp // (wp if isp else tp)
     warnings = []
     if not problems and zero > dp:
-        warnings.append(f"parallel.zero1.size: {zero} is more than the {dp} data-parallel ranks; {dp} is used")
+        warnings.append(
+            f"parallel.zero1.size: {zero} is more than the {dp} data-parallel ranks; {dp} is used"
+        )
     elif not problems and zero > 1 and dp % zero:
         problems.append(
             UserError(
@@ -184,4 +197,8 @@ def _uncut(config: Config, zero: int) -> list[str]:
         "embedding and head": -(-model.vocab_size // tp),
     }
     whole = [f"{name} ({count} rows a tensor rank)" for name, count in rows.items() if count % zero]
-    return [f"parallel.zero1.fsdp: {zero} ranks do not divide {', '.join(whole)}; these stay whole"] if whole else []
+    return (
+        [f"parallel.zero1.fsdp: {zero} ranks do not divide {', '.join(whole)}; these stay whole"]
+        if whole
+        else []
+    )

@@ -23,7 +23,15 @@ from evomesh.config.rules import check, leaves
 from evomesh.config.schema import Config
 from evomesh.errors import ConfigError, UserError
 
-__all__ = ["LoadedConfig", "check_world", "config_from_dict", "known_keys", "load_config", "redacted", "written_key"]
+__all__ = [
+    "LoadedConfig",
+    "check_world",
+    "config_from_dict",
+    "known_keys",
+    "load_config",
+    "redacted",
+    "written_key",
+]
 
 ERRORS = {
     "int_type": "an integer",
@@ -74,7 +82,9 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> LoadedConfig:
         del draft.values[name]
     config, failed = _validated(draft)
     if config is not None:
-        findings, warnings = check(config, lambda key: any(k == key or k.startswith(key + ".") for k in given))
+        findings, warnings = check(
+            config, lambda key: any(k == key or k.startswith(key + ".") for k in given)
+        )
         for finding in findings:
             _report(draft, finding, failed)
         for key, words in warnings:
@@ -188,14 +198,18 @@ def _explain(draft: ConfigDraft, key: str, details: list[Any]) -> None:
         return
     bounds = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     limits = [f"{sign} {context[name]}" for name, sign in bounds.items() if name in context]
-    expected = " or ".join(dict.fromkeys(ERRORS.get(d["type"], d.get("ctx", {}).get("expected", "")) for d in details))
+    expected = " or ".join(
+        dict.fromkeys(ERRORS.get(d["type"], d.get("ctx", {}).get("expected", "")) for d in details)
+    )
     if limits:
         expected = f"a number {limits[0]}"
     fix = ""
     if kind == "literal_error" and isinstance(value, str):
         allowed = [word.strip("' ") for word in context["expected"].replace(" or ", ", ").split(",")]
         allowed += [f"torch.{word}" for word in allowed] if key == "model.dtype" else []
-        near = difflib.get_close_matches(value, allowed, n=1) or [w for w in allowed if w.startswith(value[:2])]
+        near = difflib.get_close_matches(value, allowed, n=1) or [
+            w for w in allowed if w.startswith(value[:2])
+        ]
         fix = f"did you mean {near[0]!r}?" if near else ""
     if kind in ("float_type", "int_type") and isinstance(value, str) and _is_number(value):
         fix = "remove the quotes"
@@ -224,7 +238,9 @@ def _remove(sections: dict[str, Any], key: str) -> None:
 def _report(draft: ConfigDraft, finding: ConfigFinding, failed: set[str]) -> None:
     if failed & set(finding.keys):
         return
-    key = next((k for k in finding.keys if draft.place(draft.sources.get(k, written_key(k)))), finding.keys[0])
+    key = next(
+        (k for k in finding.keys if draft.place(draft.sources.get(k, written_key(k)))), finding.keys[0]
+    )
     draft.problems.append(
         UserError(
             finding.found,

@@ -60,7 +60,9 @@ def _encode(value: Any, key: str) -> Any:
 def _without_credentials(text: str) -> str:
     """``scheme://user:password@host`` and query strings that carry keys."""
     text = re.sub(r"(?<=://)[^/@\s]+@", f"{HIDDEN}@", text)
-    return re.sub(r"(?i)((?:key|token|secret|password|signature|credential)[\w-]*=)[^&\s]+", rf"\1{HIDDEN}", text)
+    return re.sub(
+        r"(?i)((?:key|token|secret|password|signature|credential)[\w-]*=)[^&\s]+", rf"\1{HIDDEN}", text
+    )
 
 
 def _decode(value: Any) -> Any:

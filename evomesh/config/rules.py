@@ -19,7 +19,11 @@ CONTENT = ("model", "sampler", "optimizer", "scheduler", "all")
 PENDING: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("model.output_tf32", lambda c: c.model.output_tf32, "an output head in TF32"),
     ("monitor.alert.enable_feishu_alert", lambda c: c.monitor.alert.enable_feishu_alert, "alerts"),
-    ("monitor.alert.light_monitor_address", lambda c: c.monitor.alert.light_monitor_address is not None, "heartbeats"),
+    (
+        "monitor.alert.light_monitor_address",
+        lambda c: c.monitor.alert.light_monitor_address is not None,
+        "heartbeats",
+    ),
 )
 
 
@@ -57,7 +61,9 @@ def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 def _numbers(config: Config) -> Iterator[ConfigFinding]:
     may_be_infinite = ("ckpt.checkpoint_every", "ckpt.oss_snapshot_freq")
     for key, value in leaves(config.model_dump()):
-        if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and key not in may_be_infinite)):
+        if isinstance(value, float) and (
+            math.isnan(value) or (math.isinf(value) and key not in may_be_infinite)
+        ):
             yield ConfigFinding((key,), f"found {value}", expected="a finite number")
         elif isinstance(value, int) and not isinstance(value, bool) and abs(value) > INT64:
             yield ConfigFinding((key,), f"{value} is too large", expected=f"at most 2**63 - 1 = {INT64}")
@@ -153,7 +159,9 @@ def _rampup(text: str, micro_num: int) -> Iterator[ConfigFinding]:
             key, f"found {text!r}: {len(parts)} item{'s' if len(parts) != 1 else ''}", expected=expected
         )
     elif int(parts[0]) > micro_num:
-        yield ConfigFinding(key, f"starts at {parts[0]} micro-batches, above micro_num={micro_num}", expected=expected)
+        yield ConfigFinding(
+            key, f"starts at {parts[0]} micro-batches, above micro_num={micro_num}", expected=expected
+        )
     elif (micro_num - int(parts[0])) % int(parts[1]):
         yield ConfigFinding(
             key,
@@ -167,7 +175,9 @@ def _training(config: Config) -> Iterator[ConfigFinding]:
     start, low, high = scaler.fp16.initial_scale, scaler.fp16.min_scale, scaler.max_scale
     keys = ("grad_scaler.fp16.min_scale", "grad_scaler.max_scale", "grad_scaler.fp16.initial_scale")
     if low is not None and high is not None and low > high:
-        yield ConfigFinding(keys, f"min_scale={low:g} is above max_scale={high:g}", expected="min_scale <= max_scale")
+        yield ConfigFinding(
+            keys, f"min_scale={low:g} is above max_scale={high:g}", expected="min_scale <= max_scale"
+        )
     elif (low is not None and start < low) or (high is not None and start > high):
         yield ConfigFinding(
             keys[2:] + keys[:2],
@@ -179,7 +189,12 @@ def _training(config: Config) -> Iterator[ConfigFinding]:
     warmup = lr.init_steps + int(scheduled * lr.warmup_ratio)
     if warmup > min(scheduled, steps):
         yield ConfigFinding(
-            ("lr_scheduler.warmup_ratio", "lr_scheduler.init_steps", "lr_scheduler.total_steps", "data.total_steps"),
+            (
+                "lr_scheduler.warmup_ratio",
+                "lr_scheduler.init_steps",
+                "lr_scheduler.total_steps",
+                "data.total_steps",
+            ),
             f"{warmup} steps of warm-up (init_steps + total_steps * warmup_ratio) are longer than the training, "
             f"{min(scheduled, steps)} steps",
             expected="a warm-up shorter than data.total_steps",
@@ -194,7 +209,9 @@ def _training(config: Config) -> Iterator[ConfigFinding]:
     name = config.run.job_name
     if not name or name.startswith(".") or re.search(r"[/\\\x00-\x1f:]", name):
         yield ConfigFinding(
-            ("run.job_name",), f"found {name!r}, which cannot name a folder", expected="no / \\ : and no dot in front"
+            ("run.job_name",),
+            f"found {name!r}, which cannot name a folder",
+            expected="no / \\ : and no dot in front",
         )
 
 
@@ -217,7 +234,9 @@ def _ckpt(config: Config) -> Iterator[ConfigFinding]:
     wrong = [word for word in content if word not in CONTENT]
     if wrong or (ckpt.load_ckpt_info and not content):
         yield ConfigFinding(
-            ("ckpt.load_ckpt_info.content",), f"found {wrong or content!r}", expected=f"some of {', '.join(CONTENT)}"
+            ("ckpt.load_ckpt_info.content",),
+            f"found {wrong or content!r}",
+            expected=f"some of {', '.join(CONTENT)}",
         )
 
 
@@ -251,4 +270,7 @@ def _warnings(config: Config, given: Callable[[str], bool]) -> Iterator[tuple[st
     if ckpt.oss_snapshot_freq <= 1:
         yield "ckpt.oss_snapshot_freq", f"{ckpt.oss_snapshot_freq:g} means no snapshots"
     elif ckpt.oss_snapshot_freq >= ckpt.checkpoint_every and not math.isinf(ckpt.oss_snapshot_freq):
-        yield "ckpt.oss_snapshot_freq", "not below checkpoint_every: no snapshot comes between two checkpoints"
+        yield (
+            "ckpt.oss_snapshot_freq",
+            "not below checkpoint_every: no snapshot comes between two checkpoints",
+        )

@@ -23,21 +23,27 @@ Mode = Literal["mtp", "msp", "fsp", "isp"]
 class Section(BaseModel):
     """Base of all sections: unknown keys, wrong types and later mutation are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=(), allow_inf_nan=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, protected_namespaces=(), allow_inf_nan=True
+    )
 
 
 class RunConfig(Section):
     """Top-level scalars of a config file."""
 
     job_name: str = "AnonymousJob"  # JOB_NAME
-    seed: int = Field(1024, ge=0, lt=2**32)  # initial weights and sampling; the data order has its own, data.seed
+    seed: int = Field(
+        1024, ge=0, lt=2**32
+    )  # initial weights and sampling; the data order has its own, data.seed
     cudnn_deterministic: bool = False
     cudnn_benchmark: bool = False
     enable_tb: bool = True
     tensorboard_folder: str | None = None
     resume_tb_folder: str | None = None
     tensorboard_queue: int = Field(10, ge=1)  # tensorboard.queue_max_length: steps buffered before a write
-    run_dir: str | None = None  # --run-dir: where log, metrics.jsonl and TensorBoard go; None: RUN/{JOB_NAME}/{time}
+    run_dir: str | None = (
+        None  # --run-dir: where log, metrics.jsonl and TensorBoard go; None: RUN/{JOB_NAME}/{time}
+    )
     max_consecutive_skips: int = Field(100, ge=1)  # stop when this many steps in a row had inf or NaN
 
 
@@ -253,7 +259,9 @@ class CheckpointConfig(Section):
     auto_resume: bool = True
     async_upload: bool = False
     async_upload_tmp_folder: str | None = None
-    s3_endpoint: str | None = Field(None, pattern=r"^https?://[^/\s]+/?$")  # of s3://BUCKET/KEY in this section
+    s3_endpoint: str | None = Field(
+        None, pattern=r"^https?://[^/\s]+/?$"
+    )  # of s3://BUCKET/KEY in this section
     oss_snapshot_freq: float = INF
     snapshot_ckpt_folder: str | None = None
     stop_file_path: str | None = None

@@ -8,7 +8,10 @@ from pathlib import Path
 
 def shipped_configs() -> list[Path]:
     """Their files, by name."""
-    for folder in (Path(__file__).resolve().parents[2] / "configs", Path(sys.prefix) / "share" / "evomesh" / "configs"):
+    for folder in (
+        Path(__file__).resolve().parents[2] / "configs",
+        Path(sys.prefix) / "share" / "evomesh" / "configs",
+    ):
         if (folder / "7B_sft.py").exists():
             return sorted(path for path in folder.glob("*.py") if not path.stem.startswith("_"))
     return []

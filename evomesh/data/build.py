@@ -20,7 +20,14 @@ from evomesh.data.token_files.fingerprint import check_same_tokenizer, check_voc
 from evomesh.data.token_files.folders import check_folder, find_files
 from evomesh.errors import UserError
 
-__all__ = ["BatchStream", "TrainData", "ValidationSet", "build_train_data", "build_valid_data", "check_manifest"]
+__all__ = [
+    "BatchStream",
+    "TrainData",
+    "ValidationSet",
+    "build_train_data",
+    "build_valid_data",
+    "check_manifest",
+]
 
 
 class TrainData(Protocol):
@@ -174,7 +181,10 @@ def build_valid_data(config: DataConfig, vocab_size: int) -> list[ValidationSet]
     shape = (config.seq_len, config.micro_bsz, config.validation_micro_num)
     if config.valid_folder is None:
         synthetic = SyntheticDocuments(
-            VALID_DOCUMENTS, config.seq_len, fixed_length=config.fixed_random_dataset_seqlen, vocab_size=vocab_size
+            VALID_DOCUMENTS,
+            config.seq_len,
+            fixed_length=config.fixed_random_dataset_seqlen,
+            vocab_size=vocab_size,
         )
         return [ValidationSet("val", [synthetic], *shape)]
     if config.type == "streaming":

@@ -16,7 +16,13 @@ from evomesh.errors import UserError
 
 RecordSchema = Literal["alpaca", "messages", "sharegpt"]
 ROLES = ("system", "user", "assistant")
-SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,10 @@ def read_conversation(
     if schema == "alpaca":
         instruction, extra, output = (_text(value, key, record) for key in ("instruction", "input", "output"))
         question = f"{instruction}\n{extra}" if extra else instruction
-        return [ChatMessage("user", question, "user" in roles), ChatMessage("assistant", output, "assistant" in roles)]
+        return [
+            ChatMessage("user", question, "user" in roles),
+            ChatMessage("assistant", output, "assistant" in roles),
+        ]
     turns = (
         value
         if isinstance(value, list)
@@ -147,7 +156,10 @@ CHATML = ChatStyle(
     after=("\n",),
 )
 LLAMA3 = ChatStyle(
-    {role: TurnStyle(("<|start_header_id|>", role, "<|end_header_id|>", "\n\n"), ("<|eot_id|>",)) for role in ROLES},
+    {
+        role: TurnStyle(("<|start_header_id|>", role, "<|end_header_id|>", "\n\n"), ("<|eot_id|>",))
+        for role in ROLES
+    },
     ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     eos=False,
 )
@@ -186,7 +198,9 @@ class StyleTemplate:
         return self._turns(messages) + self.ending
 
     def prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
-        return [abs(token) for token in self._turns(messages)] + self._pieces(self.style.turns["assistant"].opening)
+        return [abs(token) for token in self._turns(messages)] + self._pieces(
+            self.style.turns["assistant"].opening
+        )
 
     @property
     def stops(self) -> tuple[int, ...]:
@@ -253,7 +267,9 @@ class JinjaTemplate:
         self._source = tokenizer.chat_template
         self._template = environment.from_string(self._source)
         names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-        self._names = {name: "" if token is None else tokenizer.decode([token]) for name, token in names.items()}
+        self._names = {
+            name: "" if token is None else tokenizer.decode([token]) for name, token in names.items()
+        }
 
     def encode(self, messages: Sequence[ChatMessage]) -> list[int]:
         ids: list[int] = []
@@ -274,7 +290,11 @@ class JinjaTemplate:
 
         try:
             return self.tokenizer.encode(self._render(messages, "", prompt=True))
-        except (TemplateError, TypeError, ValueError) as error:  # a template may do anything with what it is given
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+        ) as error:  # a template may do anything with what it is given
             raise UserError(f"the chat template refuses the conversation: {error}") from None
 
     def text(self, turns: Sequence[dict[str, str]], *, prompt: bool) -> str:
@@ -303,7 +323,11 @@ class JinjaTemplate:
 
     def _render(self, messages: Sequence[ChatMessage], before: str, prompt: bool = False) -> str:
         turns = [{"role": message.role, "content": message.text} for message in messages]
-        text = self._template.render(messages=turns, add_generation_prompt=prompt, **self._names) if turns else before
+        text = (
+            self._template.render(messages=turns, add_generation_prompt=prompt, **self._names)
+            if turns
+            else before
+        )
         if not text.startswith(before):
             raise UserError(
                 "the chat template changes earlier turns when a later one is added, so targets cannot be told apart",

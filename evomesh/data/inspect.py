@@ -50,11 +50,15 @@ def pack_text(pack: Pack, tokenizer: Tokenizer | None) -> str:
     lines = []
     for number, (low, high) in enumerate(zip(pack.cu_seqlens[:-1], pack.cu_seqlens[1:], strict=True)):
         targets = int((pack.labels[low:high] != IGNORE).sum())
-        lines.append(f"segment {number}: tokens {low} .. {high - 1}, {targets} targets, type {int(pack.type_ids[low])}")
+        lines.append(
+            f"segment {number}: tokens {low} .. {high - 1}, {targets} targets, type {int(pack.type_ids[low])}"
+        )
         ids = pack.tokens[low:high]
         if tokenizer is None:
             lines.append("  tokens " + " ".join(map(str, ids.tolist())))
-            lines.append("  labels " + " ".join("." if x == IGNORE else str(x) for x in pack.labels[low:high].tolist()))
+            lines.append(
+                "  labels " + " ".join("." if x == IGNORE else str(x) for x in pack.labels[low:high].tolist())
+            )
         else:
             # A token is trained when the position before it has it as label; the first one never is.
             trained = np.concatenate([[False], pack.labels[low : high - 1] != IGNORE])
@@ -101,7 +105,9 @@ def histogram(lengths: NDArray[Any]) -> str:
             low, high = (0, 0) if place == 0 else (int(bounds[place - 1]), int(bounds[place - 1]) * 2 - 1)
             bar = "#" * max(1, round(BAR * documents[place] / documents.max()))
             share = tokens[place] / max(1, tokens.sum())
-            rows.append(f"  {low:>9,} .. {high:<9,} {documents[place]:>11,} documents {share:6.1%} of tokens  {bar}")
+            rows.append(
+                f"  {low:>9,} .. {high:<9,} {documents[place]:>11,} documents {share:6.1%} of tokens  {bar}"
+            )
     return "\n".join(rows)
 
 

@@ -123,7 +123,11 @@ class SentencePieceTokenizer:
 
     def token_id(self, token: str) -> int | None:
         found = int(self._backend.piece_to_id(token))
-        return None if found == int(self._backend.unk_id()) and token != self._backend.id_to_piece(found) else found
+        return (
+            None
+            if found == int(self._backend.unk_id()) and token != self._backend.id_to_piece(found)
+            else found
+        )
 
 
 def load_tokenizer(path: str | Path, where: str = "--tokenizer") -> Tokenizer:

@@ -83,7 +83,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         """The text of the template; there is one at most, so names of several mean nothing."""
         return self.text.chat_template if chat_template else None
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
         """Turns as the tokenizer's own template writes them; without the generation prompt the last one stays open.
 
         Raises:
@@ -146,13 +148,17 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         targets = torch.tensor([token for item in batch for token in item.targets], device=self._device)
         logprobs, greedy = self._targets(hidden, targets)
         sizes = [len(item.targets) for item in batch]
-        for item, own, right in zip(batch, torch.split(logprobs, sizes), torch.split(greedy, sizes), strict=True):
+        for item, own, right in zip(
+            batch, torch.split(logprobs, sizes), torch.split(greedy, sizes), strict=True
+        ):
             yield item.number, (float(own.sum()), bool(right.all()))
 
     def _targets(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """From [T, D] and [T]: log-probability of each target, and whether it is the likeliest token; [T] both."""
         logprobs, greedy = [], []
-        for part, wanted in zip(torch.split(hidden, LOGIT_ROWS), torch.split(targets, LOGIT_ROWS), strict=True):
+        for part, wanted in zip(
+            torch.split(hidden, LOGIT_ROWS), torch.split(targets, LOGIT_ROWS), strict=True
+        ):
             logits = self.model.logits(part)
             logprobs.append(logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0])
             greedy.append(logits.argmax(-1) == wanted)
@@ -172,7 +178,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
                 windows.append((None, context, continuation))
                 owners.append(number)
         sums = [0.0] * len(requests)
-        for owner, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+        for owner, (logprob, _) in zip(
+            owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True
+        ):
             sums[owner] += logprob
         return sums
 

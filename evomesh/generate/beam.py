@@ -73,7 +73,9 @@ class _BeamSearch:
                 logprobs[row] = penalised(logprobs[row], seen, self.sampling.repetition_penalty)
         if not self.sampling.greedy:
             logprobs = self._cut(logprobs.cpu().double())
-        scores = torch.tensor([beam.score for beam in self.running], dtype=logprobs.dtype, device=logprobs.device)
+        scores = torch.tensor(
+            [beam.score for beam in self.running], dtype=logprobs.dtype, device=logprobs.device
+        )
         summed = (logprobs + scores[:, None]).flatten()
         order = summed
         if not self.sampling.greedy:
@@ -95,7 +97,11 @@ class _BeamSearch:
 
 @torch.inference_mode()
 def beam_search(
-    model: LanguageModel, prompts: Sequence[Sequence[int]], sampling: SamplingParams, room: int, numbers: Sequence[int]
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingParams,
+    room: int,
+    numbers: Sequence[int],
 ) -> list[list[list[int]]]:
     """[prompt][answer] -> new token ids, best answer first, ``num_return_sequences`` of them.
 

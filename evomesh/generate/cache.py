@@ -28,7 +28,9 @@ class KeyValueCache:
         self.lengths: list[int] = []
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def prompts(self, lengths: Sequence[int], device: torch.device) -> tuple[SequenceBounds, AttentionFunction]:
+    def prompts(
+        self, lengths: Sequence[int], device: torch.device
+    ) -> tuple[SequenceBounds, AttentionFunction]:
         """Takes a slot for each of these prompts, behind those in use; the next call holds their tokens."""
         first = len(self.lengths)
         if first + len(lengths) > self.slots or max(lengths) > self.capacity:
@@ -68,7 +70,9 @@ class KeyValueCache:
             # The query heads of a group stand where SDPA has query positions: no key is repeated for them.
             grouped = q.reshape(count, k.shape[1], -1, q.shape[2])
             seen_keys, seen_values = keys[:count, :, :longest], values[:count, :, :longest]
-            return F.scaled_dot_product_attention(grouped, seen_keys, seen_values, attn_mask=seen).flatten(1, 2)
+            return F.scaled_dot_product_attention(grouped, seen_keys, seen_values, attn_mask=seen).flatten(
+                1, 2
+            )
 
         return docs, look_back
 

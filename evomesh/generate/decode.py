@@ -70,7 +70,9 @@ def generate(
     With beams, ``batch_size`` prompts at a time are searched, and prompt number p draws from (seed, p).
     """
     if sampling.num_beams > 1:
-        return _beams(model, prompts, sampling, batch_size or max(len(prompts), 1), numbers or range(len(prompts)))
+        return _beams(
+            model, prompts, sampling, batch_size or max(len(prompts), 1), numbers or range(len(prompts))
+        )
     made: list[list[list[int]]] = [[[] for _ in range(sampling.num_return_sequences)] for _ in prompts]
     for new in stream(model, prompts, sampling, batch_size=batch_size, numbers=numbers):
         made[new.prompt][new.answer].append(new.token)
@@ -90,7 +92,9 @@ def _beams(
     answers = []
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
-        answers += beam_search(model, part, sampling, room(part, sampling), numbers[start : start + batch_size])
+        answers += beam_search(
+            model, part, sampling, room(part, sampling), numbers[start : start + batch_size]
+        )
     return answers
 
 

@@ -71,7 +71,12 @@ class GenerationEngine:
     ) -> None:
         if slots < 1 or max_tokens < 2:
             raise UserError(f"slots={slots}, max_tokens={max_tokens}", expected="at least 1 slot of 2 tokens")
-        self.model, self.slots, self.max_tokens, self.prefill_tokens = model, slots, max_tokens, prefill_tokens
+        self.model, self.slots, self.max_tokens, self.prefill_tokens = (
+            model,
+            slots,
+            max_tokens,
+            prefill_tokens,
+        )
         self.vocab_size = vocab_size or getattr(getattr(model, "config", None), "vocab_size", None)
         self.device = next(model.parameters()).device
         self.cache = KeyValueCache(slots, max_tokens)
@@ -108,7 +113,9 @@ class GenerationEngine:
             )
         number, self._next = self._next, self._next + 1
         limit = sampling.limit(len(prompt), self.max_tokens)
-        self._waiting.append(_ActiveRequest(number, list(prompt), sampling, TokenSampler(sampling, stream), limit))
+        self._waiting.append(
+            _ActiveRequest(number, list(prompt), sampling, TokenSampler(sampling, stream), limit)
+        )
         return number
 
     def cancel(self, request: int) -> None:
@@ -173,10 +180,20 @@ class GenerationEngine:
         return tokens
 
     def _take(
-        self, request: _ActiveRequest, token: int, logprob: float | None = None, top: Sequence[tuple[int, float]] = ()
+        self,
+        request: _ActiveRequest,
+        token: int,
+        logprob: float | None = None,
+        top: Sequence[tuple[int, float]] = (),
     ) -> GeneratedToken:
         request.ids.append(token)
-        finish = "stop" if token in request.sampling.eos_ids else "length" if len(request.ids) >= request.limit else ""
+        finish = (
+            "stop"
+            if token in request.sampling.eos_ids
+            else "length"
+            if len(request.ids) >= request.limit
+            else ""
+        )
         return GeneratedToken(request.number, token, logprob, list(top), finish)
 
     def _release(self, slot: int) -> None:
@@ -185,7 +202,9 @@ class GenerationEngine:
         self._running.pop()
 
 
-def check_prompt(prompt: Sequence[int], max_tokens: int, vocab_size: int | None, name: str = "the prompt") -> None:
+def check_prompt(
+    prompt: Sequence[int], max_tokens: int, vocab_size: int | None, name: str = "the prompt"
+) -> None:
     """Raises:
     UserError: the prompt is empty, leaves no room for an answer, or holds ids the model does not know.
     """

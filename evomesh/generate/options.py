@@ -65,7 +65,9 @@ class SamplingParams:
         yield "num_beams", self.num_beams >= 1, "at least 1"
         yield "num_return_sequences", self.num_return_sequences >= 1, "at least 1"
         most = self.num_beams if self.num_beams > 1 else 1 if self.greedy else self.num_return_sequences
-        what = f"at most {most}: " + ("one of each beam" if self.num_beams > 1 else "greedy answers are all the same")
+        what = f"at most {most}: " + (
+            "one of each beam" if self.num_beams > 1 else "greedy answers are all the same"
+        )
         yield "num_return_sequences", self.num_return_sequences <= most, what
         yield "seed", 0 <= self.seed < 2**64, "from 0 to 2**64 - 1"
         yield "max_new_tokens", self.max_new_tokens is None or self.max_new_tokens >= 1, "at least 1"

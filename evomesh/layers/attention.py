@@ -50,7 +50,9 @@ def _outside_graph() -> Callable[[AttentionFunction], AttentionFunction]:
             self.attend = attend
 
         @torch.compiler.disable  # type: ignore[misc, untyped-decorator, unused-ignore]
-        def __call__(self, asking: Attention, q: Tensor, k: Tensor, v: Tensor, docs: SequenceBounds) -> Tensor:
+        def __call__(
+            self, asking: Attention, q: Tensor, k: Tensor, v: Tensor, docs: SequenceBounds
+        ) -> Tensor:
             return self.attend(asking, q, k, v, docs)
 
     return OutsideGraph
@@ -122,7 +124,15 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self, layer: int, size: int, *, heads: int, kv_heads: int, bias: bool, interleaved: bool, at: Placement
+        self,
+        layer: int,
+        size: int,
+        *,
+        heads: int,
+        kv_heads: int,
+        bias: bool,
+        interleaved: bool,
+        at: Placement,
     ) -> None:
         super().__init__()
         self.layer, self.interleaved = layer, interleaved
@@ -133,10 +143,16 @@ class Attention(nn.Module):
         self.wo = RowParallelLinear(heads * self.head_dim, size, bias=bias, at=at)
 
     def forward(
-        self, x: Tensor, tables: tuple[Tensor, Tensor], docs: SequenceBounds, attend: AttentionFunction = attend
+        self,
+        x: Tensor,
+        tables: tuple[Tensor, Tensor],
+        docs: SequenceBounds,
+        attend: AttentionFunction = attend,
     ) -> Tensor:
         qkv = self.wqkv(x)
-        if self.at.exchanges:  # q, k and v of a key/value head are neighbours, so that one exchange moves all three
+        if (
+            self.at.exchanges
+        ):  # q, k and v of a key/value head are neighbours, so that one exchange moves all three
             qkv = all_to_all(qkv, self.at.axis, split_dim=1, concat_dim=0)
         q, k, v = split_rotate(
             qkv, *tables, kv_heads=self.kv_heads, head_dim=self.head_dim, interleaved=self.interleaved

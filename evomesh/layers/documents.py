@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 
-@dataclass(eq=False)  # not frozen, for torch 2.11's compiler looks into those, and compiles for a number of bounds
+@dataclass(
+    eq=False
+)  # not frozen, for torch 2.11's compiler looks into those, and compiles for a number of bounds
 class SequenceBounds:
     """Never changed once made.
 
@@ -36,7 +38,9 @@ class SequenceBounds:
     def span(self) -> Tensor:
         """[T] int64: for each token, one more than the last position of its own document."""
         # The index of a token's document counts the bounds at or before it; padded bounds lie behind every token.
-        tokens = torch.arange(self.position_ids.shape[0], device=self.position_ids.device, dtype=self.cu_seqlens.dtype)
+        tokens = torch.arange(
+            self.position_ids.shape[0], device=self.position_ids.device, dtype=self.cu_seqlens.dtype
+        )
         document = torch.searchsorted(self.cu_seqlens, tokens, right=True)
         return self.position_ids[self.cu_seqlens[document].long() - 1] + 1
 

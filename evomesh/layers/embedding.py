@@ -61,7 +61,9 @@ class Embedding(nn.Module):
         grad_scale: factor on the gradient that reaches the weight (``embed_grad_scale``).
     """
 
-    def __init__(self, rows: int, hidden_size: int, *, grad_scale: float, split_hidden: bool, at: Placement) -> None:
+    def __init__(
+        self, rows: int, hidden_size: int, *, grad_scale: float, split_hidden: bool, at: Placement
+    ) -> None:
         super().__init__()
         self.at, self.grad_scale, self.split_hidden = at, grad_scale, split_hidden
         dim = 1 if split_hidden else 0

@@ -44,7 +44,12 @@ def owned_range(spec: ShardSpec, dim: int, axes: Mapping[str, Axis]) -> range:
 
 
 def fill_parameter(
-    name: str, parameter: torch.Tensor, spec: ShardSpec, axes: Mapping[str, Axis], initial: InitialWeight, seed: int
+    name: str,
+    parameter: torch.Tensor,
+    spec: ShardSpec,
+    axes: Mapping[str, Axis],
+    initial: InitialWeight,
+    seed: int,
 ) -> None:
     """Writes this rank's part of the global parameter ``name``.
 
@@ -62,7 +67,9 @@ def fill_parameter(
             rows, columns = range(1), owned_range(spec, 0, axes)
         else:
             if any(dim > 1 for _, dim in spec.shards):
-                raise ValueError(f"{name}: only the first two dims of a parameter may be cut, not {spec.shards}")
+                raise ValueError(
+                    f"{name}: only the first two dims of a parameter may be cut, not {spec.shards}"
+                )
             inner = math.prod(shape[2:])
             rows, second = owned_range(spec, 0, axes), owned_range(spec, 1, axes)
             columns = range(second.start * inner, second.stop * inner)
@@ -70,7 +77,9 @@ def fill_parameter(
         for band in range(rows.start // TILE, -(-rows.stop // TILE)):
             drawn = _band(name, band, shape[0], columns, math.prod(shape[1:]), initial, seed)
             first, last = max(rows.start, band * TILE), min(rows.stop, (band + 1) * TILE)
-            local[first - rows.start : last - rows.start].copy_(drawn[first - band * TILE : last - band * TILE])
+            local[first - rows.start : last - rows.start].copy_(
+                drawn[first - band * TILE : last - band * TILE]
+            )
 
 
 def _band(

@@ -71,7 +71,9 @@ class _RegatherLinear(torch.autograd.Function):
         ctx.save_for_backward(x, *weights)
         ctx.axis, ctx.biased = axis, [bias is not None for bias in biases]
         whole = all_gather_no_grad(x, axis)
-        return tuple(matmul_nt(whole, w, bias=b) for w, b in zip(weights, biases, strict=True) if w is not None)
+        return tuple(
+            matmul_nt(whole, w, bias=b) for w, b in zip(weights, biases, strict=True) if w is not None
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -81,7 +83,12 @@ class _RegatherLinear(torch.autograd.Function):
         for g, w in zip(grads[1:], weights[1:], strict=True):
             grad = matmul_nt(g, w.T, plus=grad)
         bias_grads = [g.sum(0) if biased else None for g, biased in zip(grads, ctx.biased, strict=True)]
-        return reduce_scatter_no_grad(grad, ctx.axis), None, *(matmul_nt(g.T, whole.T) for g in grads), *bias_grads
+        return (
+            reduce_scatter_no_grad(grad, ctx.axis),
+            None,
+            *(matmul_nt(g.T, whole.T) for g in grads),
+            *bias_grads,
+        )
 
 
 class RowParallelLinear(nn.Module):

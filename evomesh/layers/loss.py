@@ -70,7 +70,16 @@ def linear_cross_entropy(
     with_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     with region("loss"):
         scaled_sum, nll, correct = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            hidden, weight, labels, scale, vocab_size, label_smoothing, chunk, with_grad, axis, parallel_output
+            hidden,
+            weight,
+            labels,
+            scale,
+            vocab_size,
+            label_smoothing,
+            chunk,
+            with_grad,
+            axis,
+            parallel_output,
         )
     return LossOutput(scaled_sum, nll, correct)
 

@@ -53,7 +53,9 @@ class Placement:
         """Activations between blocks -> [T, D] on every rank, for different uses there; ``backward P ->`` as before."""
         return all_gather(x, self.axis) if self.mode.sequence else copy_to_axis(x, self.axis)
 
-    def parameter(self, shape: tuple[int, ...], spec: ShardSpec, dtype: torch.dtype | None = None) -> nn.Parameter:
+    def parameter(
+        self, shape: tuple[int, ...], spec: ShardSpec, dtype: torch.dtype | None = None
+    ) -> nn.Parameter:
         """An uninitialised parameter of local ``shape``."""
         values = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
         return with_spec(nn.Parameter(values), spec)

@@ -37,7 +37,9 @@ class RotaryEmbedding:
     def tables(self, docs: SequenceBounds, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines of one packed sequence, each [T, H/2] in at least float32."""
         positions = docs.position_ids.to(torch.float64)
-        exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=positions.device) / self.head_dim
+        exponent = (
+            torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=positions.device) / self.head_dim
+        )
         base = torch.full((1,), self.base, dtype=torch.float64, device=positions.device)
         if self.dynamic_ntk:
             length = docs.span().to(torch.float64).clamp(min=self.max_position)

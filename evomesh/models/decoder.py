@@ -109,7 +109,9 @@ class OutputHead(nn.Module):
         self.config, self.at = config, at
         self.weight = ColumnParallelLinear(config.hidden_size, rows, bias=False, at=at).weight
 
-    def forward(self, hidden: Tensor, labels: Tensor, grad_scale: float | Tensor, label_smoothing: float) -> LossOutput:
+    def forward(
+        self, hidden: Tensor, labels: Tensor, grad_scale: float | Tensor, label_smoothing: float
+    ) -> LossOutput:
         return linear_cross_entropy(
             self.at.whole_sequence(hidden.to(self.at.dtype)),
             self._rows(),
@@ -176,7 +178,9 @@ class Decoder(LanguageModel):
                 split_hidden=config.embed_split_hidden,
                 at=at.on_tensor_axis(),
             )
-        self.layers = nn.ModuleDict({str(i): DecoderBlock(i, config, post_norm=self.post_norm, at=at) for i in layers})
+        self.layers = nn.ModuleDict(
+            {str(i): DecoderBlock(i, config, post_norm=self.post_norm, at=at) for i in layers}
+        )
         self.norm: Norm | None = None
         self.head: OutputHead | None = None
         if layers.stop == config.num_layers:
@@ -193,7 +197,9 @@ class Decoder(LanguageModel):
     @property
     def recomputed_layers(self) -> int:
         """How many of this stage's first layers throw their activations away and compute them again in backward."""
-        rounding: Callable[[float], int] = math.ceil if self.family.recompute_rounding == "ceil" else math.floor
+        rounding: Callable[[float], int] = (
+            math.ceil if self.family.recompute_rounding == "ceil" else math.floor
+        )
         # Rounded first, so that 10 * 0.3 counts as 3 whatever its last binary digit.
         return rounding(round(len(self.layers) * self.config.checkpoint, 9))
 

@@ -58,7 +58,9 @@ class ModelInitializer:
                 f"unknown model type {name!r}",
                 where="model_type",
                 expected=f"one of {', '.join(self.names())}",
-                fix=f"did you mean {near[0]!r}?" if near else "register it with model_initializer.register_module",
+                fix=f"did you mean {near[0]!r}?"
+                if near
+                else "register it with model_initializer.register_module",
             )
         return self._builders[name]
 
@@ -91,7 +93,9 @@ def check_arguments(config: ModelConfig) -> None:
 def _own_arguments(config: ModelConfig, builder: Any) -> dict[str, Any]:
     """``config.extra`` checked against the builder's own parameters; all problems at once."""
     parameters = inspect.signature(builder).parameters
-    own = {k: p for k, p in parameters.items() if k not in (*_GIVEN, "family") and p.kind is not p.VAR_KEYWORD}
+    own = {
+        k: p for k, p in parameters.items() if k not in (*_GIVEN, "family") and p.kind is not p.VAR_KEYWORD
+    }
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     problems = []
     for key in config.extra:
@@ -101,7 +105,9 @@ def _own_arguments(config: ModelConfig, builder: Any) -> dict[str, Any]:
                 UserError(
                     f"unknown key {key!r} for model type {config.model_type!r}",
                     where=f"model.{key}",
-                    expected=f"one of {', '.join(own)}" if own else "none: this model has no parameters of its own",
+                    expected=f"one of {', '.join(own)}"
+                    if own
+                    else "none: this model has no parameters of its own",
                     fix=f"did you mean {near[0]!r}?" if near else f"remove model.{key}",
                 )
             )

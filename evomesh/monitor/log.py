@@ -14,7 +14,9 @@ from rich.console import Console
 LINE = "%(asctime)s\t%(levelname)s %(filename)s:%(lineno)s in %(funcName)s -- %(message)s"
 ALL_RANKS = {"all_ranks": True}  # logger.info(message, extra=ALL_RANKS): shown on the terminal by every rank
 _ROOT = logging.getLogger("evomesh")
-_SECRET_NAME = re.compile(r"(^|_)(SECRET|TOKEN|PASSWORD|PASSWD|API_KEY|ACCESS_KEY|ACCESS_KEY_ID)(_|$)", re.IGNORECASE)
+_SECRET_NAME = re.compile(
+    r"(^|_)(SECRET|TOKEN|PASSWORD|PASSWD|API_KEY|ACCESS_KEY|ACCESS_KEY_ID)(_|$)", re.IGNORECASE
+)
 _SECRET_IN_URL = re.compile(r"(?<=://)[^/@\s]+:[^/@\s]+(?=@)|(?<=/hook/)[\w-]+")
 _HIDDEN = "***"
 
@@ -32,8 +34,12 @@ def setup_logging(
         console: where a terminal is; shared with ``Progress``, so that lines are printed above the live line.
     """
     console = console or Console(file=sys.stdout)
-    terminal: logging.Handler = ConsoleHandler(console) if console.is_terminal else logging.StreamHandler(console.file)
-    terminal.addFilter(lambda record: shows or record.levelno >= logging.WARNING or hasattr(record, "all_ranks"))
+    terminal: logging.Handler = (
+        ConsoleHandler(console) if console.is_terminal else logging.StreamHandler(console.file)
+    )
+    terminal.addFilter(
+        lambda record: shows or record.levelno >= logging.WARNING or hasattr(record, "all_ranks")
+    )
     handlers = [terminal]
     if folder is not None:
         path = folder / "logs" / f"{rank_name}.log"

@@ -53,7 +53,11 @@ class StepRecord:
 
     def values(self) -> dict[str, float]:
         """All figures under the names of the log line, in full precision."""
-        own = {TGS if f.name == "tgs" else f.name: getattr(self, f.name) for f in fields(self) if f.name != "extras"}
+        own = {
+            TGS if f.name == "tgs" else f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name != "extras"
+        }
         return own | self.extras
 
     def line(self) -> str:

@@ -14,7 +14,11 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 logger = logging.getLogger(__name__)
 
-SKIPPED, WARM_UP, STEPS = 3, 1, 3  # the first steps fill caches; the profiler's own start is no part of the figures
+SKIPPED, WARM_UP, STEPS = (
+    3,
+    1,
+    3,
+)  # the first steps fill caches; the profiler's own start is no part of the figures
 KINDS = ("matrix", "attention", "loss", "optimizer", "data wait", "communication", "other", "idle")
 _REGION = "evomesh: "
 _STEP = "ProfilerStep"
@@ -125,5 +129,7 @@ def _kind(event: Any) -> str:
     for name in reversed(names):
         if name.startswith(_REGION):
             return str(name.removeprefix(_REGION))
-    known = (kind for name in names for kind, parts in _OPERATIONS.items() if any(part in name for part in parts))
+    known = (
+        kind for name in names for kind, parts in _OPERATIONS.items() if any(part in name for part in parts)
+    )
     return next(known, "other")

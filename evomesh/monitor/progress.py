@@ -32,7 +32,9 @@ class ProgressLine:
                 redirect_stdout=False,
                 redirect_stderr=False,
             )
-            self._task = self._bar.add_task("train", total=total, completed=step, loss=float("nan"), speed=0.0)
+            self._task = self._bar.add_task(
+                "train", total=total, completed=step, loss=float("nan"), speed=0.0
+            )
 
     def update(self, step: int, loss: float, speed: float) -> None:
         """``step`` steps are done; ``speed`` is tokens per second."""

@@ -40,7 +40,9 @@ def check_folder(folder: Path, key: str) -> None:
         there = there.parent
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         why = "cannot be written into" if there.is_dir() else "is a file"
-        raise UserError(f"{there} {why}", where=f"{key} ({folder})", expected="a folder, existing or to be made")
+        raise UserError(
+            f"{there} {why}", where=f"{key} ({folder})", expected="a folder, existing or to be made"
+        )
 
 
 class TensorBoardWriter:
@@ -54,13 +56,17 @@ class TensorBoardWriter:
     """
 
     def __init__(self, folder: Path, step: int = 0, queue: int = 10, resume_from: Path | None = None) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and many runs have it switched off
+        from torch.utils.tensorboard import (
+            SummaryWriter,
+        )  # slow to import, and many runs have it switched off
 
         if resume_from is not None and resume_from.resolve() != folder.resolve():
             shutil.copytree(resume_from, folder, dirs_exist_ok=True)
         self._writer = SummaryWriter(str(folder), purge_step=step or None)
         self._queue = queue
-        self._waiting: list[tuple[int, dict[str, float]]] = []  # the writer's own queue counts values, not steps
+        self._waiting: list[
+            tuple[int, dict[str, float]]
+        ] = []  # the writer's own queue counts values, not steps
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._waiting.append((step, dict(values)))

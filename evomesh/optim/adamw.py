@@ -37,7 +37,9 @@ class AdamW:
             step = torch.zeros((), dtype=torch.float32, device=target.device)
             self.moments[target] = AdamMoments(torch.zeros_like(target), torch.zeros_like(target), step)
 
-    def step(self, lr: float, beta2: float, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+    def step(
+        self, lr: float, beta2: float, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
+    ) -> None:
         """One update of every tensor that has a gradient.
 
         Args:
@@ -45,7 +47,9 @@ class AdamW:
             found_inf: float32 scalar; where it is 1 the kernel leaves tensors, moments and step counts as they are.
         """
         for decay in dict.fromkeys(self.decays.values()):
-            group = [target for target, own in self.decays.items() if own == decay and target.grad is not None]
+            group = [
+                target for target, own in self.decays.items() if own == decay and target.grad is not None
+            ]
             moments = [self.moments[target] for target in group]
             adamw(
                 group,

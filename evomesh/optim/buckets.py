@@ -13,7 +13,12 @@ import torch
 from torch import Tensor
 
 from evomesh.optim.slot import ParameterSlot
-from evomesh.parallel.collectives import PendingCollective, all_gather_bucket, all_reduce_bucket, reduce_scatter_bucket
+from evomesh.parallel.collectives import (
+    PendingCollective,
+    all_gather_bucket,
+    all_reduce_bucket,
+    reduce_scatter_bucket,
+)
 
 
 @dataclass(eq=False)
@@ -29,7 +34,9 @@ class GradientBucket:
         cut, sums = self.slots[0].cut, self.slots[0].sums
         rows = [slot.gradient().reshape(cut.size, -1) for slot in self.slots]
         bucket = rows[0].contiguous() if len(rows) == 1 else torch.cat(rows, dim=1)
-        self.pending = reduce_scatter_bucket(bucket, cut) if cut.size > 1 else all_reduce_bucket(bucket, sums[0])
+        self.pending = (
+            reduce_scatter_bucket(bucket, cut) if cut.size > 1 else all_reduce_bucket(bucket, sums[0])
+        )
 
     def finish(self) -> None:
         """Completes all sums and gives each target its gradient."""
@@ -138,7 +145,9 @@ class ParameterSync:
         for slot in slots:
             if slot.cut.size > 1:
                 kinds.setdefault((slot.cut, slot.local.dtype), []).append(slot)
-        self.buckets = [ParameterBucket(part) for kind in kinds.values() for part in packed(kind, bucket_size)]
+        self.buckets = [
+            ParameterBucket(part) for kind in kinds.values() for part in packed(kind, bucket_size)
+        ]
         self._bucket_of = {slot.name: bucket for bucket in self.buckets for slot in bucket.slots}
 
     def start(self) -> None:
@@ -149,7 +158,9 @@ class ParameterSync:
 
     def wait(self, names: Iterable[str] | None = None) -> None:
         """Blocks until the named parameters, or all, hold their new values."""
-        for bucket in self.buckets if names is None else [self._bucket_of[n] for n in names if n in self._bucket_of]:
+        for bucket in (
+            self.buckets if names is None else [self._bucket_of[n] for n in names if n in self._bucket_of]
+        ):
             bucket.finish()
 
 

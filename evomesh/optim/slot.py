@@ -79,7 +79,9 @@ def make_slot(name: str, param: nn.Parameter, grid: Grid) -> ParameterSlot:
     local, spec = local_part(param.detach()), spec_of(param)
     zero, replica, inner = axes = stage_axes(spec, grid)
     # Vectors are small, and with rows that do not divide a state would not be one equal range of the tensor.
-    sharded = any(name == zero.name for name, _ in spec.shards)  # with fsdp parameter and gradient are cut as well
+    sharded = any(
+        name == zero.name for name, _ in spec.shards
+    )  # with fsdp parameter and gradient are cut as well
     divides = local.dim() > 1 and local.shape[0] % zero.size == 0
     cut = zero if divides and not sharded else Axis(zero.name)
     data = (replica,) if sharded else (zero, replica)

@@ -174,7 +174,9 @@ class ZeroOptimizer:
         if inv_scale != 1.0 or self.zero.clip_grad_norm > 0:
             factor = clip_factor(norm, self.zero.clip_grad_norm) * inv_scale
             if all(gradient.dtype == torch.float32 for gradient in gradients):
-                divisor = factor.reciprocal().float()  # on the kernel's way: it saves a pass over all gradients
+                divisor = (
+                    factor.reciprocal().float()
+                )  # on the kernel's way: it saves a pass over all gradients
             else:
                 torch._foreach_mul_(gradients, factor)
         self._adamw.step(lr, beta2, divisor, found_inf=(~norm.isfinite()).float())
@@ -188,13 +190,17 @@ class ZeroOptimizer:
         block that they belong to.
         """
         names = {slot.param: slot.name for slot in self.slots}
-        for root in model.children() if isinstance(model, nn.ModuleList) else (model,):  # a list has no forward itself
+        for root in (
+            model.children() if isinstance(model, nn.ModuleList) else (model,)
+        ):  # a list has no forward itself
             waits_in: dict[nn.Parameter, nn.Module] = dict.fromkeys(root.parameters(), root)
             for parent in root.modules():
                 for block in parent.children() if isinstance(parent, nn.ModuleList | nn.ModuleDict) else ():
                     waits_in |= {p: block for p in block.parameters() if not is_sharded(p)}
             for module in dict.fromkeys(waits_in.values()):
-                self._wait_before(module, [names[p] for p, at in waits_in.items() if at is module and p in names])
+                self._wait_before(
+                    module, [names[p] for p, at in waits_in.items() if at is module and p in names]
+                )
 
     def _wait_before(self, module: nn.Module, names: list[str]) -> None:
         def wait(*_: Any) -> None:

@@ -75,7 +75,9 @@ def axis_members(sizes: AxisSizes, rank: int) -> dict[str, list[int]]:
         "tp": [rank - local % sizes.tp + i for i in range(sizes.tp)],
         "wp": [rank - local % sizes.wp + i for i in range(sizes.wp)],
         "zero": [first + group_of_zero + local % inner + i * inner for i in range(sizes.zero)],
-        "replica": [first + local % (sizes.zero * inner) + i * sizes.zero * inner for i in range(sizes.replica)],
+        "replica": [
+            first + local % (sizes.zero * inner) + i * sizes.zero * inner for i in range(sizes.replica)
+        ],
     }
 
 

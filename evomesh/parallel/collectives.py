@@ -75,7 +75,9 @@ def _apply(function: Any, x: Tensor, axis: Axis, *dims: int) -> Tensor:
         return x
     for dim in dims:
         if not 0 <= dim < x.dim():
-            raise ValueError(f"dim {dim} of a tensor with {x.dim()} dims")  # negative dims break the duals' moves
+            raise ValueError(
+                f"dim {dim} of a tensor with {x.dim()} dims"
+            )  # negative dims break the duals' moves
     y: Tensor = function.apply(x, axis, *dims)
     return y
 
@@ -248,7 +250,9 @@ class _PendingRowSum(PendingCollective):
         for row in rows[1:]:
             total += row
         return (
-            total if self.shape is None else all_gather_no_grad(total, self.axis)[: self.shape.numel()].view(self.shape)
+            total
+            if self.shape is None
+            else all_gather_no_grad(total, self.axis)[: self.shape.numel()].view(self.shape)
         )
 
 
@@ -268,7 +272,9 @@ def reduce_scatter_bucket(bucket: Tensor, axis: Axis) -> PendingCollective:
     if bucket.is_cpu:
         return _exchange_rows(bucket, axis)
     own = bucket.new_empty(bucket.shape[1:])
-    return PendingCollective(own, _reduce_scatter_single(own, bucket.view(-1), group=axis.group, async_op=True), bucket)
+    return PendingCollective(
+        own, _reduce_scatter_single(own, bucket.view(-1), group=axis.group, async_op=True), bucket
+    )
 
 
 def all_gather_bucket(chunk: Tensor, axis: Axis, out: Tensor | None = None) -> PendingCollective:
@@ -276,7 +282,9 @@ def all_gather_bucket(chunk: Tensor, axis: Axis, out: Tensor | None = None) -> P
     if axis.size == 1:
         return PendingCollective(chunk.unsqueeze(0), None, chunk)
     bucket = chunk.new_empty((axis.size, *chunk.shape)) if out is None else out
-    return PendingCollective(bucket, _gather_single(bucket.view(-1), chunk, group=axis.group, async_op=True), chunk)
+    return PendingCollective(
+        bucket, _gather_single(bucket.view(-1), chunk, group=axis.group, async_op=True), chunk
+    )
 
 
 def all_reduce_bucket(bucket: Tensor, axis: Axis) -> PendingCollective:

@@ -81,7 +81,11 @@ class _TrafficRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._traffic, self._names = traffic, names
 
     def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func.namespace == "c10d":
             operator = func._schema.name.removeprefix("c10d::")

@@ -37,13 +37,19 @@ def shard_weights(
     """
     if axis.size == 1:
         return
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard  # slow to import, seldom used
+    from torch.distributed.fsdp import (
+        FSDPModule,
+        MixedPrecisionPolicy,
+        fully_shard,
+    )  # slow to import, seldom used
 
     assert axis.group is not None
     # Nothing here works in place on what a module returns, which FSDP2 fears for views.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = DeviceMesh.from_group(axis.group, device.type)
-    cut = {parameter for unit in units for parameter in unit.parameters() if parameter.shape[0] % axis.size == 0}
+    cut = {
+        parameter for unit in units for parameter in unit.parameters() if parameter.shape[0] % axis.size == 0
+    }
     if axis.name == "wp":
         _check(model, {parameter for unit in units for parameter in unit.parameters()} - cut, axis)
     specs = {name: _cut_spec(p, axis) if p in cut else spec_of(p) for name, p in model.named_parameters()}

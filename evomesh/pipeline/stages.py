@@ -7,7 +7,9 @@ from functools import cache
 from itertools import accumulate
 
 
-def layer_ranges(num_layers: int, pp: int, chunks: int = 1, ends: tuple[float, float] | None = None) -> list[range]:
+def layer_ranges(
+    num_layers: int, pp: int, chunks: int = 1, ends: tuple[float, float] | None = None
+) -> list[range]:
     """The layers of each of ``pp * chunks`` stages, in the order in which tokens pass through them.
 
     Args:

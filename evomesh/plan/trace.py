@@ -94,7 +94,9 @@ def _built(config: Config, world_size: int, rank: int) -> Iterator[tuple[Grid, M
         settings = config.model_copy(update={"model": config.model.model_copy(update={"compile": False})})
         stages = build_stages(settings, grid, MODES[config.parallel.tensor.mode], torch.device("meta"))
         parameters = stages.parameters()
-        optimizer = ZeroOptimizer(parameters.items(), config.adam, config.hybrid_zero_optimizer, grid, stages.module)
+        optimizer = ZeroOptimizer(
+            parameters.items(), config.adam, config.hybrid_zero_optimizer, grid, stages.module
+        )
         yield grid, stages, optimizer
 
 

@@ -37,7 +37,9 @@ class ApiAnswer:
         scored: log-probabilities are wanted.
     """
 
-    def __init__(self, *, chat: bool, model: str, fingerprint: str, prompt_tokens: int, choices: int, scored: bool):
+    def __init__(
+        self, *, chat: bool, model: str, fingerprint: str, prompt_tokens: int, choices: int, scored: bool
+    ):
         self.chat, self.scored, self.prompt_tokens = chat, scored, prompt_tokens
         self.choices = [AnswerChoice() for _ in range(choices)]
         self.head = {
@@ -61,13 +63,17 @@ class ApiAnswer:
         choices = []
         for index, choice in enumerate(self.choices):
             text = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
-            choices.append(self._choice(index, text if self.chat else {"text": choice.text}, choice.scored, choice))
+            choices.append(
+                self._choice(index, text if self.chat else {"text": choice.text}, choice.scored, choice)
+            )
         kind = "chat.completion" if self.chat else "text_completion"
         return {**self.head, "object": kind, "choices": choices, "usage": self.usage}
 
     def opening(self, index: int) -> dict[str, Any]:
         """The first event of a chat's choice: who speaks."""
-        return self._event([self._choice(index, {"delta": {"role": "assistant", "content": ""}}, [], AnswerChoice())])
+        return self._event(
+            [self._choice(index, {"delta": {"role": "assistant", "content": ""}}, [], AnswerChoice())]
+        )
 
     def event(self, index: int, piece: TextDelta) -> dict[str, Any]:
         """What one piece adds to a choice."""
@@ -80,7 +86,11 @@ class ApiAnswer:
         return self._event([]) | {"usage": self.usage}
 
     def _event(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self.head, "object": "chat.completion.chunk" if self.chat else "text_completion", "choices": choices}
+        return {
+            **self.head,
+            "object": "chat.completion.chunk" if self.chat else "text_completion",
+            "choices": choices,
+        }
 
     def _choice(
         self, index: int, text: dict[str, Any], scored: list[ScoredToken], choice: AnswerChoice
@@ -93,7 +103,8 @@ class ApiAnswer:
 
 def _chat_logprobs(scored: list[ScoredToken]) -> dict[str, Any]:
     content = [
-        _named(one.text, one.logprob) | {"top_logprobs": [_named(*other) for other in one.top]} for one in scored
+        _named(one.text, one.logprob) | {"top_logprobs": [_named(*other) for other in one.top]}
+        for one in scored
     ]
     return {"content": content, "refusal": None}
 

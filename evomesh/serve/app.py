@@ -89,23 +89,35 @@ class ApiRoutes:
         prompts = await asyncio.to_thread(
             lambda: [self.service.text_ids(p) if isinstance(p, str) else p for p in ask.prompts]
         )
-        return await self._answer(request, ask, prompts, ask.max_tokens, -1 if ask.logprobs is None else ask.logprobs)
+        return await self._answer(
+            request, ask, prompts, ask.max_tokens, -1 if ask.logprobs is None else ask.logprobs
+        )
 
     async def chat(self, request: Request) -> Response:
         check_key(request, self.key)
         ask = read(ChatRequest, await read_body(request, self.service.limits.body))
         self._known(ask.model)
         if ask.top_logprobs is not None and not ask.logprobs:
-            raise ApiError(400, "top_logprobs: needs logprobs: true", param="top_logprobs", code="invalid_value")
+            raise ApiError(
+                400, "top_logprobs: needs logprobs: true", param="top_logprobs", code="invalid_value"
+            )
         turns = [
-            ChatMessage("system" if turn.role == "developer" else turn.role, turn.text, False) for turn in ask.messages
+            ChatMessage("system" if turn.role == "developer" else turn.role, turn.text, False)
+            for turn in ask.messages
         ]
         prompt = await asyncio.to_thread(self.service.chat_ids, turns)
         most = ask.max_completion_tokens or ask.max_tokens
-        return await self._answer(request, ask, [prompt], most, (ask.top_logprobs or 0) if ask.logprobs else -1)
+        return await self._answer(
+            request, ask, [prompt], most, (ask.top_logprobs or 0) if ask.logprobs else -1
+        )
 
     async def _answer(
-        self, request: Request, ask: ApiRequest, prompts: Sequence[Sequence[int]], most: int | None, logprobs: int
+        self,
+        request: Request,
+        ask: ApiRequest,
+        prompts: Sequence[Sequence[int]],
+        most: int | None,
+        logprobs: int,
     ) -> Response:
         service = self.service
         service.check(prompts, most, ask.n)
@@ -222,10 +234,13 @@ def create_app(service: GenerationService, *, key: str | None = None, local: boo
     app.add_exception_handler(PromptTooLongError, lambda _, error: refuse(error, "context_length_exceeded"))
     app.add_exception_handler(UserError, lambda _, error: refuse(error, "invalid_value"))
     app.add_exception_handler(QueueFullError, lambda _, error: refusal(busy()))
-    app.add_exception_handler(EngineError, lambda _, error: refusal(ApiError(503, str(error), code="engine_failed")))
+    app.add_exception_handler(
+        EngineError, lambda _, error: refusal(ApiError(503, str(error), code="engine_failed"))
+    )
     app.add_exception_handler(HTTPException, _plain)
     app.add_exception_handler(
-        Exception, lambda _, error: refusal(ApiError(500, "the server failed; its log says why", code="internal"))
+        Exception,
+        lambda _, error: refusal(ApiError(500, "the server failed; its log says why", code="internal")),
     )
     return app
 
@@ -244,7 +259,9 @@ def _plain(_: Request, error: Exception) -> Response:
     codes = {404: "not_found", 405: "method_not_allowed"}
     headers = dict(error.headers or {})
     return refusal(
-        ApiError(error.status_code, error.detail, code=codes.get(error.status_code, "http_error"), headers=headers)
+        ApiError(
+            error.status_code, error.detail, code=codes.get(error.status_code, "http_error"), headers=headers
+        )
     )
 
 

@@ -56,7 +56,9 @@ def load_service(ckpt: str, device: str, choices: ModelOptions) -> GenerationSer
     config = restored.config
     path = choices.tokenizer or config.data.tokenizer_path
     if path is None:
-        raise UserError("the checkpoint's config names no tokenizer", where=ckpt, fix="give one with --tokenizer PATH")
+        raise UserError(
+            "the checkpoint's config names no tokenizer", where=ckpt, fix="give one with --tokenizer PATH"
+        )
     tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
@@ -96,10 +98,16 @@ def _eos(config: Config, tokenizer: Tokenizer, template: ChatTemplate | None) ->
     return tuple(sorted(ids.union(template.stops if template else ())))
 
 
-def _engines(restored: RestoredModel, limits: ServiceLimits) -> dict[RotaryType, Callable[[], GenerationEngine]]:
+def _engines(
+    restored: RestoredModel, limits: ServiceLimits
+) -> dict[RotaryType, Callable[[], GenerationEngine]]:
     """Both rotary types on the same weights; a model of one's own without ``rotary`` has but the one it has."""
     model = restored.model
-    options = {"slots": limits.slots, "max_tokens": limits.context, "vocab_size": restored.config.model.vocab_size}
+    options = {
+        "slots": limits.slots,
+        "max_tokens": limits.context,
+        "vocab_size": restored.config.model.vocab_size,
+    }
     rotary = getattr(model, "rotary", None)
     if rotary is None:
         only: RotaryType = "dynamic" if restored.config.model.use_dynamic_ntk_rope else "origin"
@@ -149,7 +157,9 @@ def bind(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=512)
     except (OSError, OverflowError) as error:
         raise UserError(
-            f"cannot listen on {host} port {port} ({error})", where="--port", fix="take another, or 0 for any free one"
+            f"cannot listen on {host} port {port} ({error})",
+            where="--port",
+            fix="take another, or 0 for any free one",
         ) from None
 
 
@@ -158,6 +168,11 @@ def run(app: FastAPI, listening: socket.socket) -> None:
     import uvicorn
 
     settings = uvicorn.Config(
-        app, log_level="warning", access_log=False, limit_concurrency=1024, timeout_graceful_shutdown=5, lifespan="on"
+        app,
+        log_level="warning",
+        access_log=False,
+        limit_concurrency=1024,
+        timeout_graceful_shutdown=5,
+        lifespan="on",
     )
     uvicorn.Server(settings).run(sockets=[listening])

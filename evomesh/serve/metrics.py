@@ -15,7 +15,9 @@ class ServerMetrics:
 
     def __init__(self, service: GenerationService) -> None:
         registry = self._registry = CollectorRegistry()
-        self.requests = Counter("evomesh_requests", "Requests answered.", ["endpoint", "status"], registry=registry)
+        self.requests = Counter(
+            "evomesh_requests", "Requests answered.", ["endpoint", "status"], registry=registry
+        )
         self.prompt_tokens = Counter("evomesh_prompt_tokens", "Tokens of prompts.", registry=registry)
         self.new_tokens = Counter("evomesh_completion_tokens", "Tokens made.", registry=registry)
         self.first = Histogram(

@@ -74,10 +74,14 @@ class ChatPage:
         except UserError as error:
             yield history, f"⚠ {error}"
 
-    async def complete(self, text: str, request: gr.Request, *controls: Any) -> AsyncGenerator[tuple[str, str], None]:
+    async def complete(
+        self, text: str, request: gr.Request, *controls: Any
+    ) -> AsyncGenerator[tuple[str, str], None]:
         """Streams what goes on from a text."""
         try:
-            async with aclosing(self._write(self.service.text_ids(text), PageSettings(*controls), request)) as written:
+            async with aclosing(
+                self._write(self.service.text_ids(text), PageSettings(*controls), request)
+            ) as written:
                 async for new, status in written:
                     yield new, status
         except UserError as error:
@@ -179,7 +183,9 @@ def build_page(service: GenerationService) -> gr.Blocks:
     page, model = ChatPage(service), service.model
     blocks: gr.Blocks
     with gr.Blocks(title=f"evomesh · {model.name}", analytics_enabled=False) as blocks:
-        gr.Markdown(f"## {model.name}\ncheckpoint {model.fingerprint} · trained for {model.trained_length} tokens")
+        gr.Markdown(
+            f"## {model.name}\ncheckpoint {model.fingerprint} · trained for {model.trained_length} tokens"
+        )
         with gr.Row():
             with gr.Column(scale=3):
                 with gr.Tabs():
@@ -188,7 +194,11 @@ def build_page(service: GenerationService) -> gr.Blocks:
                 line = gr.Markdown("", elem_id="status", elem_classes="status", container=False)
             with gr.Column(scale=1, min_width=260):
                 settings = controls(service)
-        options: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
+        options: dict[str, Any] = {
+            "show_progress": "hidden",
+            "concurrency_limit": None,
+            "api_visibility": "private",
+        }
         go.click(page.complete, [prompt, *settings], [made, line], **options)
         halt.click(page.stop, None, None, queue=False, api_visibility="private")
         if chat is not None:
@@ -204,8 +214,12 @@ def build_page(service: GenerationService) -> gr.Blocks:
 
 def _chat_tab() -> tuple[gr.Chatbot, gr.Textbox, gr.Button, gr.Button, gr.Button]:
     with gr.Tab("Chat"):
-        said = gr.Chatbot(height=460, label="Conversation", elem_id="conversation", buttons=["copy"], allow_tags=False)
-        box = gr.Textbox(placeholder="Ask something", label="Message", elem_id="message", lines=1, max_lines=12)
+        said = gr.Chatbot(
+            height=460, label="Conversation", elem_id="conversation", buttons=["copy"], allow_tags=False
+        )
+        box = gr.Textbox(
+            placeholder="Ask something", label="Message", elem_id="message", lines=1, max_lines=12
+        )
         with gr.Row():
             send = gr.Button("Send", variant="primary", elem_id="send", scale=2)
             stop = gr.Button("Stop", elem_id="stop")
@@ -215,7 +229,9 @@ def _chat_tab() -> tuple[gr.Chatbot, gr.Textbox, gr.Button, gr.Button, gr.Button
 
 def _completion_tab(page: ChatPage) -> tuple[gr.Textbox, gr.Textbox, gr.Button, gr.Button]:
     with gr.Tab("Completion"):
-        prompt = gr.Textbox(label="Text", lines=8, max_lines=16, elem_id="prompt", placeholder="A text to go on from")
+        prompt = gr.Textbox(
+            label="Text", lines=8, max_lines=16, elem_id="prompt", placeholder="A text to go on from"
+        )
         with gr.Row():
             go = gr.Button("Go on", variant="primary", elem_id="go", scale=2)
             halt = gr.Button("Stop", elem_id="halt")

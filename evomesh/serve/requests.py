@@ -71,6 +71,8 @@ class LocalHostMiddleware:
             name = host if host.endswith("]") else host.rpartition(":")[0] or host
             if name.lower() not in LOCAL_NAMES:
                 error = ApiError(400, "this server answers to localhost only", code="wrong_host")
-                await Response(orjson.dumps(error.body()), 400, media_type="application/json")(scope, receive, send)
+                await Response(orjson.dumps(error.body()), 400, media_type="application/json")(
+                    scope, receive, send
+                )
                 return
         await self.app(scope, receive, send)

@@ -16,7 +16,9 @@ from evomesh.serve.errors import ApiError
 
 INT64 = 2**63 - 1
 MOST_TOKENS = 2**31 - 1  # the real limit is the model's context, and says so
-FORM = re.compile(r"(str|int|list\[.*|constrained-.*)$")  # pydantic names the member of a union among the keys
+FORM = re.compile(
+    r"(str|int|list\[.*|constrained-.*)$"
+)  # pydantic names the member of a union among the keys
 
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
@@ -25,7 +27,9 @@ UnitInterval = Annotated[float, Field(ge=0, le=1)]
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     include_usage: bool = False
-    include_obfuscation: bool = False  # accepted: pads events against traffic analysis, which nobody needs here
+    include_obfuscation: bool = (
+        False  # accepted: pads events against traffic analysis, which nobody needs here
+    )
 
 
 class ApiRequest(BaseModel):
@@ -84,7 +88,9 @@ class CompletionRequest(ApiRequest):
             return value
         if isinstance(value, list) and value and all(_ids(x) for x in value):
             return value
-        raise ValueError("expected a text, a list of texts, a list of token ids or a list of such lists, not empty")
+        raise ValueError(
+            "expected a text, a list of texts, a list of token ids or a list of such lists, not empty"
+        )
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -146,7 +152,9 @@ def read(kind: type[A], body: bytes) -> A:
         if first["type"] == "extra_forbidden":
             message = "this server does not know it"
         code = {"missing": "missing_parameter", "extra_forbidden": "unknown_parameter"}
-        raise ApiError(400, f"{place}: {message}", param=place, code=code.get(first["type"], "invalid_value")) from None
+        raise ApiError(
+            400, f"{place}: {message}", param=place, code=code.get(first["type"], "invalid_value")
+        ) from None
 
 
 def _ids(value: object) -> bool:

@@ -48,7 +48,10 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str] = ()) -> None:
         self._tokenizer, self._stops = tokenizer, [stop for stop in stops if stop]
         self._ids = list(prompt[-CONTEXT:])
-        self._start, self._read = 0, len(self._ids)  # decoded together: [start, ...]; told already: [start, read)
+        self._start, self._read = (
+            0,
+            len(self._ids),
+        )  # decoded together: [start, ...]; told already: [start, read)
         self._held = ""  # may be the beginning of a stop string
         self._told = 0  # characters given out
         self._made = 0

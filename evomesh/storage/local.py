@@ -93,7 +93,9 @@ class LocalReader:
         while done < len(buffer):
             count = os.preadv(self._file, [buffer[done:]], start + done)
             if count == 0:
-                raise EOFError(f"{self._path} ends at byte {start + done}, wanted {start}..{start + len(buffer)}")
+                raise EOFError(
+                    f"{self._path} ends at byte {start + done}, wanted {start}..{start + len(buffer)}"
+                )
             done += count
 
     def close(self) -> None:
@@ -112,7 +114,9 @@ class LocalLock:
             os.close(self._file)
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise LockTakenError(path, other or "(it left no name)") from None
-            log.warning("%s: this file system has no locks (%s); a second job would not be noticed", path, error)
+            log.warning(
+                "%s: this file system has no locks (%s); a second job would not be noticed", path, error
+            )
             self._file = -1
             return
         os.ftruncate(self._file, 0)
@@ -184,7 +188,9 @@ class LocalStorage:
                 raise
             if not self._warned:
                 log.warning(
-                    "%s: this file system cannot sync folders (%s); a power loss may lose new names", folder, error
+                    "%s: this file system cannot sync folders (%s); a power loss may lose new names",
+                    folder,
+                    error,
                 )
                 self._warned = True
 

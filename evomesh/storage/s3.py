@@ -166,7 +166,13 @@ class S3Storage:
                 if code in EXISTS:
                     raise FileExistsError(17, "the object exists", place) from None
                 reason = f"{operation}: {code or 'error'} (HTTP {status})"
-                if status < 500 and code not in ("SlowDown", "RequestTimeout", "Throttling", "TooManyRequests", "429"):
+                if status < 500 and code not in (
+                    "SlowDown",
+                    "RequestTimeout",
+                    "Throttling",
+                    "TooManyRequests",
+                    "429",
+                ):
                     fix = ADVICE.get(code, "")
                     raise StorageError(f"the store refuses: {reason}", where=place, fix=fix) from None
             except (BotoCoreError, OSError, EOFError) as error:
@@ -179,7 +185,9 @@ class S3Storage:
                     ) from None
             if attempt < self._attempts:
                 pause = min(20.0, self._wait * 2 ** (attempt - 1))
-                log.warning("%s: %s; try %d of %d in %.1f s", place, reason, attempt + 1, self._attempts, pause)
+                log.warning(
+                    "%s: %s; try %d of %d in %.1f s", place, reason, attempt + 1, self._attempts, pause
+                )
                 time.sleep(pause)
         raise StorageError(f"gave up after {self._attempts} tries: {reason}", where=place)
 
@@ -241,7 +249,9 @@ class S3Storage:
         while True:
             answer = self.call("list_objects_v2", "", Prefix=prefix, Delimiter="/", **more)
             names += [entry["Prefix"][len(prefix) :] for entry in answer.get("CommonPrefixes", [])]
-            names += [entry["Key"][len(prefix) :] for entry in answer.get("Contents", []) if entry["Key"] != prefix]
+            names += [
+                entry["Key"][len(prefix) :] for entry in answer.get("Contents", []) if entry["Key"] != prefix
+            ]
             if not answer.get("IsTruncated"):
                 return sorted(names)
             more = {"ContinuationToken": answer["NextContinuationToken"]}
@@ -315,7 +325,10 @@ class S3Writer:
             tags = [{"PartNumber": i + 1, "ETag": part.result()} for i, part in enumerate(self._parts)]
             try:
                 self._storage.call(
-                    "complete_multipart_upload", self._key, UploadId=self._upload, MultipartUpload={"Parts": tags}
+                    "complete_multipart_upload",
+                    self._key,
+                    UploadId=self._upload,
+                    MultipartUpload={"Parts": tags},
                 )
             except StorageError:
                 # A lost answer to a completion that took place looks like an unknown upload when asked again.
@@ -364,7 +377,9 @@ class S3Reader:
         for ahead in range(number, min(number + IN_FLIGHT, len(self._blocks))):
             if ahead not in self._ahead:
                 first, last = self._blocks[ahead]
-                self._ahead[ahead] = self._storage.pool.submit(self._storage.read, self._key, first, last - first)
+                self._ahead[ahead] = self._storage.pool.submit(
+                    self._storage.read, self._key, first, last - first
+                )
         return self._ahead[number].result()
 
     def close(self) -> None:

@@ -57,7 +57,9 @@ class StagedStorage:
         try:
             os.makedirs(self._folder, mode=0o700)
         except OSError as error:
-            raise StorageError(f"{error.strerror}", where=self._folder, fix="set async_upload_tmp_folder") from None
+            raise StorageError(
+                f"{error.strerror}", where=self._folder, fix="set async_upload_tmp_folder"
+            ) from None
 
     def create(self, path: str) -> StorageWriter:
         if self.behind.exists(path):

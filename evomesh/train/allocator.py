@@ -20,7 +20,9 @@ def keep_freed_memory() -> bool:
 
     Only glibc has the call. The process keeps what it used at its peak; the peak itself grew by 5 % in a 60M model.
     """
-    chosen = any(name in os.environ for name in _NAMES) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    chosen = any(name in os.environ for name in _NAMES) or "glibc.malloc" in os.environ.get(
+        "GLIBC_TUNABLES", ""
+    )
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if chosen or mallopt is None:
         return False

@@ -12,7 +12,14 @@ from evomesh.checkpoint.native.manager import CheckpointManager
 from evomesh.checkpoint.resume import decide, restore
 from evomesh.config.loader import LoadedConfig
 from evomesh.config.schema import CheckpointConfig, Config
-from evomesh.data.build import BatchStream, TrainData, ValidationSet, build_train_data, build_valid_data, check_manifest
+from evomesh.data.build import (
+    BatchStream,
+    TrainData,
+    ValidationSet,
+    build_train_data,
+    build_valid_data,
+    check_manifest,
+)
 from evomesh.optim.scaler import LossScaler
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.collectives import gather_objects
@@ -80,7 +87,9 @@ def build_run(loaded: LoadedConfig, place: RunContext) -> TrainingRun:
     valid_sets = build_valid_data(config.data, config.model.vocab_size) if config.data.valid_every > 0 else []
     stages = build_stages(config, grid, place.mode, device)
     parameters = stages.parameters()
-    optimizer = ZeroOptimizer(parameters.items(), config.adam, config.hybrid_zero_optimizer, grid, stages.module)
+    optimizer = ZeroOptimizer(
+        parameters.items(), config.adam, config.hybrid_zero_optimizer, grid, stages.module
+    )
     scaler = LossScaler(config.grad_scaler, config.model.dtype)
     tensors = parameters | optimizer.state_tensors()
 

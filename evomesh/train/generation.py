@@ -43,7 +43,14 @@ logger = logging.getLogger(__name__)
 
 BATCH = 8  # answers worked on at the same time, where the config does not say
 SAME = (  # settings that change what given weights compute, and that no shape shows
-    *("model_type", "num_attention_heads", "layer_norm_epsilon", "norm_type", "apply_post_layer_norm", "use_swiglu"),
+    *(
+        "model_type",
+        "num_attention_heads",
+        "layer_norm_epsilon",
+        "norm_type",
+        "apply_post_layer_norm",
+        "use_swiglu",
+    ),
     *("qk_interleaved", "rope_base", "norm_head"),
 )
 
@@ -65,13 +72,17 @@ def generate_from_config(loaded: LoadedConfig, launcher: str = "auto", port: int
     spawn_ranks(launcher)
     settings = loaded.config.generation
     if settings is None:
-        raise UserError("the config has no generation section", where="generation", fix="add generation = dict(...)")
+        raise UserError(
+            "the config has no generation section", where="generation", fix="add generation = dict(...)"
+        )
     sampling = sampling_of(settings)
     folder, key = prompt_folder(loaded.config)
     output = output_folder(settings, folder)
     vocab_size = loaded.config.model.vocab_size
     # All of them before the first is answered, so that a broken file ends the run while nothing is done.
-    tasks = {name: read_prompts(files, vocab_size) for name, files in find_tasks(folder, key, vocab_size).items()}
+    tasks = {
+        name: read_prompts(files, vocab_size) for name, files in find_tasks(folder, key, vocab_size).items()
+    }
     path = loaded.config.data.tokenizer_path
     text = load_tokenizer(path, "data.tokenizer_path") if path else None
     config = inference_layout(loaded.config)
@@ -163,7 +174,9 @@ def inference_layout(config: Config) -> Config:
             for size in range(1, max(axes) + 1)
             if any(axis % size == 0 for axis in axes) and not any(part % size for part in parts)
         )
-    layout = ParallelConfig(tensor=TensorConfig(size=size), pipeline=PipelineConfig(size=parallel.pipeline.size))
+    layout = ParallelConfig(
+        tensor=TensorConfig(size=size), pipeline=PipelineConfig(size=parallel.pipeline.size)
+    )
     model = model.model_copy(update={"num_chunks": 1, "compile": False})
     return config.model_copy(update={"parallel": layout, "model": model})
 
@@ -216,7 +229,10 @@ def fill_model(config: Config, parameters: dict[str, Any], place: RunContext) ->
     for key in SAME:
         if key in theirs and theirs[key] != getattr(config.model, key):
             logger.warning(
-                "model.%s is %s, the checkpoint was trained with %s", key, getattr(config.model, key), theirs[key]
+                "model.%s is %s, the checkpoint was trained with %s",
+                key,
+                getattr(config.model, key),
+                theirs[key],
             )
 
 
@@ -272,7 +288,11 @@ def ended(name: str, prompts: Sequence[TokenizedPrompt], sampling: SamplingParam
 
 
 def write(
-    output: Path, name: str, answered: Sequence[PromptResult], sampling: SamplingParams, text: Tokenizer | None
+    output: Path,
+    name: str,
+    answered: Sequence[PromptResult],
+    sampling: SamplingParams,
+    text: Tokenizer | None,
 ) -> None:
     """``NAME.bin`` with its meta (prompt and answer as one document each) and ``NAME.jsonl`` (a prompt a line)."""
     documents = [[*one.prompt.ids, *new] for one in answered for new in one.answers]

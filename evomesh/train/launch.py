@@ -157,13 +157,17 @@ def _from_torchrun(env: Mapping[str, str]) -> Rank:
 
 
 def _from_slurm(env: Mapping[str, str], port: int) -> Rank:
-    _require(env, SLURM, "slurm", "srun -n N --ntasks-per-node=G --gpus-per-task=1 python train.py --config C")
+    _require(
+        env, SLURM, "slurm", "srun -n N --ntasks-per-node=G --gpus-per-task=1 python train.py --config C"
+    )
     nodes = env.get("SLURM_STEP_NODELIST", env["SLURM_JOB_NODELIST"])
     host = env.get("MASTER_ADDR") or node_address(first_node(nodes))
     number = _number(env, "MASTER_PORT") if "MASTER_PORT" in env else port
     world_size, local_rank = _number(env, "SLURM_NPROCS"), _number(env, "SLURM_LOCALID")
     return _checked(
-        Rank(_number(env, "SLURM_PROCID"), world_size, local_rank, host, number), "SLURM_PROCID", "SLURM_NPROCS"
+        Rank(_number(env, "SLURM_PROCID"), world_size, local_rank, host, number),
+        "SLURM_PROCID",
+        "SLURM_NPROCS",
     )
 
 
@@ -184,7 +188,9 @@ def _number(env: Mapping[str, str], name: str) -> int:
     except ValueError:
         value = -1
     if value < 0:
-        raise UserError(f"{name}={env[name]!r} is not a number", where="environment", expected="a whole number >= 0")
+        raise UserError(
+            f"{name}={env[name]!r} is not a number", where="environment", expected="a whole number >= 0"
+        )
     return value
 
 
@@ -202,7 +208,9 @@ def first_node(nodes: str) -> str:
     """The first name of a slurm node list: ``gpu[03-05,9],x1`` -> ``gpu03``."""
     match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", nodes)
     if match is None:
-        raise UserError(f"cannot read the node list {nodes!r}", where="SLURM_JOB_NODELIST", expected="such as n[1-4]")
+        raise UserError(
+            f"cannot read the node list {nodes!r}", where="SLURM_JOB_NODELIST", expected="such as n[1-4]"
+        )
     return "".join(part or "" for part in match.groups())
 
 
@@ -212,11 +220,15 @@ def node_address(node: str) -> str:
         socket.getaddrinfo(node, None)
     except OSError:
         if shutil.which("scontrol"):
-            shown = subprocess.run(["scontrol", "show", "node", node], capture_output=True, text=True, check=False)
+            shown = subprocess.run(
+                ["scontrol", "show", "node", node], capture_output=True, text=True, check=False
+            )
             if match := re.search(r"NodeAddr=(\S+)", shown.stdout):
                 return match[1]
         raise UserError(
-            f"the first node {node!r} has no address here", where="SLURM_JOB_NODELIST", fix="export MASTER_ADDR=ADDRESS"
+            f"the first node {node!r} has no address here",
+            where="SLURM_JOB_NODELIST",
+            fix="export MASTER_ADDR=ADDRESS",
         ) from None
     return node
 
@@ -258,14 +270,25 @@ def torchrun_command(env: Mapping[str, str], argv: list[str], launcher: str = "a
     on_dlc = "KUBERNETES_CONTAINER_RESOURCE_GPU" in env
     if launcher == "slurm" or "LOCAL_RANK" in env or not (on_dlc or "NPROC_PER_NODE" in env):
         return None
-    processes = _number(env, "NPROC_PER_NODE" if "NPROC_PER_NODE" in env else "KUBERNETES_CONTAINER_RESOURCE_GPU")
-    nodes_name, rank_name = ("WORLD_SIZE", "RANK") if on_dlc and "NNODES" not in env else ("NNODES", "NODE_RANK")
+    processes = _number(
+        env, "NPROC_PER_NODE" if "NPROC_PER_NODE" in env else "KUBERNETES_CONTAINER_RESOURCE_GPU"
+    )
+    nodes_name, rank_name = (
+        ("WORLD_SIZE", "RANK") if on_dlc and "NNODES" not in env else ("NNODES", "NODE_RANK")
+    )
     nodes = _number(env, nodes_name) if nodes_name in env else 1
     node_rank = _number(env, rank_name) if rank_name in env else 0
     if processes * nodes <= 1 and not on_dlc:
         return None
     where = ["--standalone"] if nodes == 1 else _rendezvous(env, nodes, node_rank)
-    return [sys.executable, "-m", "torch.distributed.run", *where, f"--nproc_per_node={max(processes, 1)}", *argv]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *where,
+        f"--nproc_per_node={max(processes, 1)}",
+        *argv,
+    ]
 
 
 def _rendezvous(env: Mapping[str, str], nodes: int, node_rank: int) -> list[str]:
@@ -276,7 +299,12 @@ def _rendezvous(env: Mapping[str, str], nodes: int, node_rank: int) -> list[str]
             where="environment",
             expected="MASTER_ADDR (or ADDR) and MASTER_PORT (or PORT), the same on every node",
         )
-    return [f"--nnodes={nodes}", f"--node_rank={node_rank}", f"--master_addr={address}", f"--master_port={port}"]
+    return [
+        f"--nnodes={nodes}",
+        f"--node_rank={node_rank}",
+        f"--master_addr={address}",
+        f"--master_port={port}",
+    ]
 
 
 def spawn_ranks(launcher: str = "auto") -> None:

@@ -14,7 +14,9 @@ from evomesh.train.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 
-def train_from_config(loaded: LoadedConfig, launcher: str = "auto", port: int = 8888, profile: bool = False) -> int:
+def train_from_config(
+    loaded: LoadedConfig, launcher: str = "auto", port: int = 8888, profile: bool = False
+) -> int:
     """Trains to ``data.total_steps``, resuming where a checkpoint allows it.
 
     Args:

@@ -16,7 +16,13 @@ from evomesh.errors import UserError
 from evomesh.monitor.log import setup_logging
 from evomesh.monitor.metrics import MetricsFile, StepRecord, model_tflops
 from evomesh.monitor.progress import ProgressLine
-from evomesh.monitor.tensorboard import TensorBoardWriter, check_folder, rank_name, run_folder, tensorboard_folder
+from evomesh.monitor.tensorboard import (
+    TensorBoardWriter,
+    check_folder,
+    rank_name,
+    run_folder,
+    tensorboard_folder,
+)
 from evomesh.train.launch import RunContext
 from evomesh.train.state import TrainState
 from evomesh.train.step import StepOutput
@@ -32,7 +38,9 @@ class RunReporter:
         state: its ``run_folder`` is kept when a run is resumed, and set when it is new.
     """
 
-    def __init__(self, config: Config, text: str, place: RunContext, state: TrainState, data: TrainData) -> None:
+    def __init__(
+        self, config: Config, text: str, place: RunContext, state: TrainState, data: TrainData
+    ) -> None:
         self.config, self.text, self.place, self.state, self.data = config, text, place, state, data
         grid = place.grid
         self.main = grid.dp.rank == 0 and grid.tp.rank == 0 and grid.pp.rank == grid.pp.size - 1
@@ -81,7 +89,15 @@ class RunReporter:
         self._open.close()
 
     def step(
-        self, step: int, batch: Batch, output: StepOutput, *, lr: float, beta2: float, loss_scale: float, seconds: float
+        self,
+        step: int,
+        batch: Batch,
+        output: StepOutput,
+        *,
+        lr: float,
+        beta2: float,
+        loss_scale: float,
+        seconds: float,
     ) -> StepRecord:
         """Logs one step's line and returns its record for ``write``."""
         record = self._record(step, batch, output, lr, beta2, loss_scale, seconds)
@@ -103,7 +119,9 @@ class RunReporter:
         """Logs one line a validation set and returns the record with the results in it."""
         names = dict.fromkeys(key.removeprefix("val/").rpartition("_")[0] for key in results)
         for name in names:
-            values = " ".join(f"{key}={results[key]}" for key in results if key.rpartition("_")[0] == f"val/{name}")
+            values = " ".join(
+                f"{key}={results[key]}" for key in results if key.rpartition("_")[0] == f"val/{name}"
+            )
             if self.main:
                 logger.info("Validation on %s: step=%d %s", name, record.step, values)
         return replace(record, extras=record.extras | results)
@@ -116,7 +134,14 @@ class RunReporter:
             self._board.scalars(record.step, record.values())
 
     def _record(
-        self, step: int, batch: Batch, output: StepOutput, lr: float, beta2: float, loss_scale: float, seconds: float
+        self,
+        step: int,
+        batch: Batch,
+        output: StepOutput,
+        lr: float,
+        beta2: float,
+        loss_scale: float,
+        seconds: float,
     ) -> StepRecord:
         data, model, dp = self.config.data, self.config.model, self.place.grid.dp.size
         lengths = batch.cu_seqlens.diff(dim=1)

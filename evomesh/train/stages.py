@@ -74,12 +74,16 @@ def end_weights(model: ModelConfig) -> tuple[float, float]:
     """Embedding and head by their parameters, in units of one layer."""
     query_and_output = 2 * model.hidden_size
     key_and_value = 2 * model.kv_heads * model.head_dim
-    layer = model.hidden_size * (query_and_output + key_and_value + (3 if model.use_swiglu else 2) * model.mlp_width)
+    layer = model.hidden_size * (
+        query_and_output + key_and_value + (3 if model.use_swiglu else 2) * model.mlp_width
+    )
     end = model.vocab_size * model.hidden_size / layer
     return end, end
 
 
-def _build(config: Config, grid: Grid, mode: TensorMode, device: torch.device, layers: range | None) -> LanguageModel:
+def _build(
+    config: Config, grid: Grid, mode: TensorMode, device: torch.device, layers: range | None
+) -> LanguageModel:
     axis = grid.zero if config.parallel.zero1.fsdp else grid.wp
     if axis.size == 1:
         return build_model(config.model, grid=grid, mode=mode, device=device, layer_range=layers)

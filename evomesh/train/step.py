@@ -95,7 +95,9 @@ def train_step(
     with region("optimizer"):
         norm = optimizer.step(lr, beta2, 1.0 / scaler.scale).norm
     optimizer.zero_grad()
-    objective = all_reduce_no_grad(objective, grid.dp, grid.pp)  # every rank of the last stage counted, no other
+    objective = all_reduce_no_grad(
+        objective, grid.dp, grid.pp
+    )  # every rank of the last stage counted, no other
     sums = tally.reduce(grid.dp, grid.pp).sums
     figures = on_host(torch.cat([norm[None], objective[None], sums.flatten()]))
     update = StepResult(figures[0])

@@ -126,7 +126,9 @@ class StopPoll:
         number_of_signal, number = self._exchange.broadcast(answer)
         if number_of_signal:
             self._request.signal = signal.Signals(number_of_signal)
-        return StopDecision(steps_done == abs(number) != 0, bool(number_of_signal) or steps_done == number != 0)
+        return StopDecision(
+            steps_done == abs(number) != 0, bool(number_of_signal) or steps_done == number != 0
+        )
 
     def in_step(self, step: int, micro_batches: int) -> bool:
         """Whether to break off ``step`` now, with ``micro_batches`` of it done, since a signal came to some rank."""

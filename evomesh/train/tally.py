@@ -30,7 +30,9 @@ class LossTally:
     def add(self, output: LossOutput, labels: Tensor, type_ids: Tensor) -> None:
         """Adds one packed sequence; ``labels`` and ``type_ids`` are [T]."""
         target = labels != IGNORE
-        rows = torch.stack([output.nll.double() * target, (output.correct & target).double(), target.double()])
+        rows = torch.stack(
+            [output.nll.double() * target, (output.correct & target).double(), target.double()]
+        )
         # A product with the membership matrix, since scattered adds have no fixed order on CUDA.
         member = type_ids[:, None] == torch.arange(len(self.types), device=type_ids.device)
         # 0 * inf would leak a type's overflow into the others

@@ -46,7 +46,9 @@ class Trainer:
         total = self.config.data.total_steps
         if self.state.step >= total:
             logger.info(
-                "nothing left to train: the run has made %d steps, data.total_steps is %d", self.state.step, total
+                "nothing left to train: the run has made %d steps, data.total_steps is %d",
+                self.state.step,
+                total,
             )
             return 0
         with ExitStack() as stack:
@@ -73,8 +75,12 @@ class Trainer:
             if self.state.step < total and stop.signal is None:
                 logger.warning("stopped by the stop file after %d steps", self.state.step)
             if self.state.step < total and stop.signal is not None:
-                where = "start the same command again to go on" if self.run.checkpoints else "nothing is saved"
-                logger.warning("stopped by %s after step %d: %s", stop.signal.name, self.state.step - 1, where)
+                where = (
+                    "start the same command again to go on" if self.run.checkpoints else "nothing is saved"
+                )
+                logger.warning(
+                    "stopped by %s after step %d: %s", stop.signal.name, self.state.step - 1, where
+                )
                 return stop.exit_code
         return 0
 
@@ -113,7 +119,9 @@ class Trainer:
             logger.info("step %d broken off between two micro-batches; a restart repeats it", step)
             return
         if config.data.valid_every > 0 and state.step % config.data.valid_every == 0:
-            record = run.reporter.validation(record, validate(run.stages, run.valid_sets, run.grid, run.device))
+            record = run.reporter.validation(
+                record, validate(run.stages, run.valid_sets, run.grid, run.device)
+            )
         run.reporter.write(record)
         self._refuse_endless_skipping(step)
         self.upkeep.after_step(record.fwd_bwd_time)

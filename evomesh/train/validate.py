@@ -13,7 +13,9 @@ from evomesh.train.stages import ModelStages
 from evomesh.train.tally import LossTally
 
 
-def validate(stages: ModelStages, sets: list[ValidationSet], grid: Grid, device: torch.device) -> dict[str, float]:
+def validate(
+    stages: ModelStages, sets: list[ValidationSet], grid: Grid, device: torch.device
+) -> dict[str, float]:
     """``val/{name}_loss``, ``_acc`` and ``_plex`` of each set; a set without a single target token is absent."""
     was_training = stages.module.training
     stages.module.eval()

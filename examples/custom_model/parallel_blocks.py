@@ -29,7 +29,9 @@ class ParallelBlock(nn.Module):
 
     def __init__(self, layer: int, config: ModelConfig, at: Placement) -> None:
         super().__init__()
-        self.norm = Norm("rmsnorm", config.hidden_size, eps=config.layer_norm_epsilon, fp32_weight=False, at=at)
+        self.norm = Norm(
+            "rmsnorm", config.hidden_size, eps=config.layer_norm_epsilon, fp32_weight=False, at=at
+        )
         self.attention = Attention(
             layer,
             config.hidden_size,
@@ -61,9 +63,13 @@ class ParallelBlocks(LanguageModel):
         at = Placement(dtype=parameter_dtype(config.dtype), device=torch.device(device))
         self.config, self.first_gain, self.dtype = config, first_gain, at.dtype
         self.rotary = RotaryEmbedding(config.head_dim, config.rope_base)
-        self.embedding = Embedding(config.vocab_size, config.hidden_size, grad_scale=1.0, split_hidden=False, at=at)
+        self.embedding = Embedding(
+            config.vocab_size, config.hidden_size, grad_scale=1.0, split_hidden=False, at=at
+        )
         self.layers = nn.ModuleDict({str(i): ParallelBlock(i, config, at) for i in range(config.num_layers)})
-        self.norm = Norm("rmsnorm", config.hidden_size, eps=config.layer_norm_epsilon, fp32_weight=False, at=at)
+        self.norm = Norm(
+            "rmsnorm", config.hidden_size, eps=config.layer_norm_epsilon, fp32_weight=False, at=at
+        )
 
     def forward(self, x: Tensor, docs: SequenceBounds, attend: AttentionFunction = attend) -> Tensor:
         x = self.embedding(x)

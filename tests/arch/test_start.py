@@ -29,7 +29,9 @@ def imported(*arguments: str, cwd: Path = Path()) -> tuple[str, set[str]]:
 
 
 class TestStart:
-    @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["config", "--help"]], ids=" ".join)
+    @pytest.mark.parametrize(
+        "arguments", [["--help"], ["train", "--help"], ["config", "--help"]], ids=" ".join
+    )
     def test_help_imports_none_of_the_large_packages(self, arguments: list[str]) -> None:
         text, names = imported(*arguments)
         assert "Usage:" in text
@@ -43,6 +45,13 @@ class TestStart:
     def test_a_run_on_one_process_brings_in_neither_compiler_nor_dtensor(self, tmp_path: Path) -> None:
         config = write_run(tmp_path)
         settings = ["data.total_steps=1", "lr_scheduler.warmup_ratio=0", "enable_tb=False"]
-        _, names = imported("train", str(config), *[part for one in settings for part in ("--set", one)], cwd=tmp_path)
+        _, names = imported(
+            "train", str(config), *[part for one in settings for part in ("--set", one)], cwd=tmp_path
+        )
         assert len(metrics(tmp_path)) == 1
-        assert not names & {"torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp", "transformers"}
+        assert not names & {
+            "torch._dynamo",
+            "torch.distributed.tensor",
+            "torch.distributed.fsdp",
+            "transformers",
+        }

@@ -48,7 +48,9 @@ def mutable_globals(module: ast.Module) -> Iterator[str]:
         names = [target.id for target in targets if isinstance(target, ast.Name)]
         for name in names:
             constant = name.strip("_").isupper() or name.startswith("__")
-            if not constant and isinstance(node.value, ast.List | ast.Dict | ast.Set | ast.ListComp | ast.DictComp):
+            if not constant and isinstance(
+                node.value, ast.List | ast.Dict | ast.Set | ast.ListComp | ast.DictComp
+            ):
                 yield f"line {node.lineno}: {name}"
 
 
@@ -97,7 +99,9 @@ def test_collectives_live_in_parallel(path: Path) -> None:
             imported = [alias.name for alias in node.names]
         else:
             continue
-        assert not [found for found in imported if found.startswith("torch.distributed")], f"line {node.lineno}"
+        assert not [found for found in imported if found.startswith("torch.distributed")], (
+            f"line {node.lineno}"
+        )
 
 
 def test_names() -> None:
@@ -115,6 +119,10 @@ def test_the_checks_can_fail() -> None:
 
 def test_no_folder_of_tests_is_skipped(pytestconfig: pytest.Config) -> None:
     """pytest walks past folders by name, "dist" among them unless told otherwise, and says nothing."""
-    folders = {parent for path in (ROOT / "tests").rglob("test_*.py") for parent in path.relative_to(ROOT).parents}
+    folders = {
+        parent for path in (ROOT / "tests").rglob("test_*.py") for parent in path.relative_to(ROOT).parents
+    }
     skipped = pytestconfig.getini("norecursedirs")
-    assert not [str(folder) for folder in folders if any(fnmatch(folder.name, pattern) for pattern in skipped)]
+    assert not [
+        str(folder) for folder in folders if any(fnmatch(folder.name, pattern) for pattern in skipped)
+    ]

@@ -43,19 +43,29 @@ PROMISES: tuple[Promise, ...] = (
         DOCUMENTS + "test_english_guide",
     ),
     Promise("usage", "documented defaults", DOCUMENTS + "test_default"),
-    Promise("usage", "the 7B example has 7,321,948,160 parameters", DOCUMENTS + "test_parameters_of_the_7b_example"),
+    Promise(
+        "usage",
+        "the 7B example has 7,321,948,160 parameters",
+        DOCUMENTS + "test_parameters_of_the_7b_example",
+    ),
     Promise("usage", "131,072 tokens a step on 8 GPUs", DOCUMENTS + "test_tokens_per_step"),
     Promise("usage", "data parallel = GPUs / pipeline / tensor", DOCUMENTS + "test_data_parallel_size"),
     Promise("usage", "packed_length = micro_bsz * seq_len", DOCUMENTS + "test_tokens_per_step"),
     Promise("usage", "zero1 <= 0, 1 and more than 1", "tests/unit/config/test_bad_configs.py::test_world"),
     Promise("usage", "auto_resume absent means True", DOCUMENTS + "test_default"),
-    Promise("usage", "load_ckpt_info is not used while auto_resume is True", DOCUMENTS + "test_chinese_guide"),
+    Promise(
+        "usage", "load_ckpt_info is not used while auto_resume is True", DOCUMENTS + "test_chinese_guide"
+    ),
     Promise("usage", "checkpoint: True, False or a fraction", DOCUMENTS + "test_recompute_forms"),
     Promise("usage", "dtype: torch.float16, half, bfloat16, float32, tf32", DOCUMENTS + "test_dtypes"),
     Promise("usage zh", "eos_id: one id or a list", DOCUMENTS + "test_generation_block"),
     Promise("usage zh", 'data.type="streaming" with tokenizer_path', DATA + "test_streaming.py::*"),
     Promise("xtuner", "data.dataset_weights", DATA + "test_mixture.py::test_weights_of_a_config"),
-    Promise("xtuner", "micro_num and gradient_accumulation mean the same", DOCUMENTS + "test_gradient_accumulation"),
+    Promise(
+        "xtuner",
+        "micro_num and gradient_accumulation mean the same",
+        DOCUMENTS + "test_gradient_accumulation",
+    ),
     Promise("usage", "reading a config leaves nothing behind", CONFIG + "test_files_of_one_name_do_not_meet"),
     Promise("usage", "config check in under a second, without torch", CLI + "test_check_is_fast"),
     # data
@@ -69,7 +79,9 @@ PROMISES: tuple[Promise, ...] = (
         "the three example lines and their meta (0, 11), (90, 15), (208, 13)",
         DATA + "test_bin_dataset.py::test_documented_example_is_written",
     ),
-    Promise("usage", "type folders cn, en, code, ja, ar, kaoshi", DATA + "test_build.py::test_documented_types"),
+    Promise(
+        "usage", "type folders cn, en, code, ja, ar, kaoshi", DATA + "test_build.py::test_documented_types"
+    ),
     Promise(
         "usage",
         "tools/alpaca_tokenizer.py DATASET OUT TOKENIZER --split_ratio 0.1",
@@ -77,7 +89,9 @@ PROMISES: tuple[Promise, ...] = (
     ),
     Promise("usage", "pack_sample_into_one: both ways of attention", DATA + "test_packed.py::*"),
     Promise("usage", "train_folder None: synthetic data", TRAIN + "test_synthetic_data_and_no_checkpoint"),
-    Promise("usage", "rampup_batch_size: start, increment, interval", DATA + "test_sampler.py::test_rampup_sizes"),
+    Promise(
+        "usage", "rampup_batch_size: start, increment, interval", DATA + "test_sampler.py::test_rampup_sizes"
+    ),
     Promise("usage", "skip_batches", TRAIN + "test_stopped_and_resumed_equals_straight_to_the_bit"),
     Promise("usage zh", "use_shm and shm_path", DATA + "test_shared.py::*"),
     Promise(
@@ -86,11 +100,21 @@ PROMISES: tuple[Promise, ...] = (
         DATA + "test_look.py::test_order_and_the_documents_tool_agree",
     ),
     Promise("tokenized", "save_optimizer=False", CHECKPOINT + "test_resume.py::test_weights_only_says_so"),
-    Promise("tutorial", "a raw jsonl beside en/ is no type", DATA + "test_build.py::test_types_files_and_report"),
+    Promise(
+        "tutorial", "a raw jsonl beside en/ is no type", DATA + "test_build.py::test_types_files_and_report"
+    ),
     # training
-    Promise("usage", "torchrun ... train.py --config C --launcher torch", "tests/e2e/test_layouts.py::test_torchrun"),
+    Promise(
+        "usage",
+        "torchrun ... train.py --config C --launcher torch",
+        "tests/e2e/test_layouts.py::test_torchrun",
+    ),
     Promise("usage", "srun ... python train.py --config C", "tests/e2e/test_layouts.py::test_srun"),
-    Promise("usage", "train.py --profiling", "tests/unit/monitor/test_profile.py::test_writes_trace_and_table_once"),
+    Promise(
+        "usage",
+        "train.py --profiling",
+        "tests/unit/monitor/test_profile.py::test_writes_trace_and_table_once",
+    ),
     Promise(
         "usage",
         "log line: tflops, step, loss, tgs, lr, loss_scale, grad_norm, micro_num ... fwd_bwd_time",
@@ -134,7 +158,9 @@ PROMISES: tuple[Promise, ...] = (
     Promise("tokenized", "--deepspeed deepspeed_zero1|2|3", "tests/unit/config/test_deepspeed.py::*"),
     Promise("tokenized", "NPROC_PER_NODE and Aliyun DLC's variables", "tests/unit/train/test_launch.py::*"),
     # checkpoints
-    Promise("usage", "save_ckpt_folder with local:, boto3: and no prefix", "tests/unit/storage/test_storage.py::*"),
+    Promise(
+        "usage", "save_ckpt_folder with local:, boto3: and no prefix", "tests/unit/storage/test_storage.py::*"
+    ),
     Promise(
         "usage",
         "async_upload, async_upload_tmp_folder, oss_snapshot_freq",
@@ -150,7 +176,11 @@ PROMISES: tuple[Promise, ...] = (
         "ckpt_type internevo, internlm, normal",
         CHECKPOINT + "test_resume.py::test_without_auto_resume",
     ),
-    Promise("usage zh", "ckpt_type hf and llama", "tests/e2e/test_convert_hf.py::test_training_starts_from_a_folder"),
+    Promise(
+        "usage zh",
+        "ckpt_type hf and llama",
+        "tests/e2e/test_convert_hf.py::test_training_starts_from_a_folder",
+    ),
     Promise(
         "xtuner",
         "model_tp{i}_pp{j}.pt and model_config.pt are read",
@@ -180,7 +210,10 @@ PROMISES: tuple[Promise, ...] = (
 
 # Where this system differs from InternEvo on purpose.
 DIFFERENCES: tuple[tuple[str, str], ...] = (
-    ("loss", "mean over all target tokens of a step, not mean of micro-batch means; loss.reduction brings that back"),
+    (
+        "loss",
+        "mean over all target tokens of a step, not mean of micro-batch means; loss.reduction brings that back",
+    ),
     ("gradient norm", "one norm over all parameters is clipped, and printed as one number"),
     ("NaN", "counts as a failed step, as inf does; too many in a row end the run"),
     ("lr in the log", "the rate that this step used; InternEvo prints the next one"),

@@ -108,7 +108,12 @@ def test_chinese_guide() -> None:
     config = loaded.config
     assert config.run.job_name == "7b_train"
     assert config.run.tensorboard_queue == 10
-    assert (config.data.micro_num, config.data.micro_bsz, config.data.valid_every, config.data.min_length) == (
+    assert (
+        config.data.micro_num,
+        config.data.micro_bsz,
+        config.data.valid_every,
+        config.data.min_length,
+    ) == (
         4,
         2,
         50,
@@ -150,7 +155,12 @@ monitor = dict(alert=dict(enable_feishu_alert=False, feishu_alert_address=None, 
 def test_english_guide(load: Load) -> None:
     loaded = load(text=ENGLISH)
     parallel = loaded.config.parallel
-    assert (parallel.zero1.size, parallel.tensor.size, parallel.tensor.mode, parallel.pipeline.size) == (8, 1, "mtp", 1)
+    assert (parallel.zero1.size, parallel.tensor.size, parallel.tensor.mode, parallel.pipeline.size) == (
+        8,
+        1,
+        "mtp",
+        1,
+    )
     assert loaded.config.model.dtype == "float16"
     assert loaded.config.ckpt.load_ckpt_info is not None
     assert loaded.config.ckpt.load_ckpt_info.path == "local:b"
@@ -181,7 +191,13 @@ def test_recompute_forms(form: str, fraction: float, load: Load) -> None:
 
 
 def test_dtypes(load: Load) -> None:
-    forms = {"float16": "float16", "half": "float16", "bfloat16": "bfloat16", "float32": "float32", "tf32": "tf32"}
+    forms = {
+        "float16": "float16",
+        "half": "float16",
+        "bfloat16": "bfloat16",
+        "float32": "float32",
+        "tf32": "tf32",
+    }
     assert {form: load(f"model.dtype=torch.{form}").config.model.dtype for form in forms} == forms
 
 

@@ -20,7 +20,11 @@ def test_row(promise: Promise) -> None:
         return
     file, _, name = promise.test.partition("::")
     tree = ast.parse((ROOT / file).read_text())
-    tests = [node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name.startswith("test")]
+    tests = [
+        node.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test")
+    ]
     assert tests if name == "*" else name in tests
 
 

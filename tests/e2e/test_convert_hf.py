@@ -31,7 +31,13 @@ TEXT = ["the cat sat on the mat", "a dog saw the cat", "春眠不觉晓 naïve c
 def run(*arguments: str, cwd: Path, code: int = 0) -> str:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=200
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -47,12 +53,21 @@ def make_tokenizer(folder: Path) -> int:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
         TEXT,
-        trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "auto_map": {"AutoTokenizer": "evil.py"}}
+    settings = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "auto_map": {"AutoTokenizer": "evil.py"},
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    )
     (folder / "evil.py").write_text("raise SystemExit('ran')")
     return int(tokenizer.get_vocab_size())
 
@@ -62,7 +77,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[LanguageModel, P
     """An InternLM model with biases and its folder, made by the command."""
     place = tmp_path_factory.mktemp("export")
     size = make_tokenizer(place / "tok")
-    config = model_config("INTERNLM", "float32", vocab_size=size, rope_base=10000.0, max_position_embeddings=256)
+    config = model_config(
+        "INTERNLM", "float32", vocab_size=size, rope_base=10000.0, max_position_embeddings=256
+    )
     model, _ = save_model(place / "c", config, str(place / "tok"), GenerationConfig(eos_id=(2,), bos_id=1))
     said = run("-m", "evomesh", "convert", "to-hf", "c", "hf", "--max-shard-size", "100KB", cwd=place)
     assert "largest difference of logits, native model and transformers" in said
@@ -83,12 +100,16 @@ def test_greedy_text_is_that_of_transformers(exported: tuple[LanguageModel, Path
 def test_generation_stops_at_every_eos(exported: tuple[LanguageModel, Path]) -> None:
     ours, folder = exported
     record = json.loads((folder / "generation_config.json").read_text())
-    assert record["eos_token_id"] == [2, 3] and record["bos_token_id"] == 1  # 3: the chat template ends turns with it
+    assert (
+        record["eos_token_id"] == [2, 3] and record["bos_token_id"] == 1
+    )  # 3: the chat template ends turns with it
     theirs = AutoModelForCausalLM.from_pretrained(str(folder)).eval()
     greedy = SamplingParams(do_sample=False, max_new_tokens=20)
     free = generate(ours, PROMPTS[:1], greedy)[0][0]
     theirs.generation_config.eos_token_id = [2, free[9]]
-    out = theirs.generate(torch.tensor(PROMPTS[:1]), do_sample=False, max_new_tokens=20)[0, len(PROMPTS[0]) :].tolist()
+    out = theirs.generate(torch.tensor(PROMPTS[:1]), do_sample=False, max_new_tokens=20)[
+        0, len(PROMPTS[0]) :
+    ].tolist()
     assert out == generate(ours, PROMPTS[:1], replace(greedy, eos_ids=(2, free[9])))[0][0]
     assert len(out) <= 10
 
@@ -107,7 +128,9 @@ def test_logits_of_ctranslate2(family: str, tmp_path: Path) -> None:
     """An engine that is not PyTorch."""
     ctranslate2 = pytest.importorskip("ctranslate2")
     size = make_tokenizer(tmp_path / "tok")
-    ours, _ = save_model(tmp_path / "c", model_config(family, "float32", vocab_size=size, qk_interleaved=True))
+    ours, _ = save_model(
+        tmp_path / "c", model_config(family, "float32", vocab_size=size, qk_interleaved=True)
+    )
     run("-m", "evomesh", "convert", "to-hf", "c", "hf", "--tokenizer", "tok", cwd=tmp_path)
     ctranslate2.converters.TransformersConverter(str(tmp_path / "hf")).convert(str(tmp_path / "ct2"))
     engine = ctranslate2.Generator(str(tmp_path / "ct2"), device="cpu", inter_threads=1, intra_threads=1)
@@ -133,7 +156,9 @@ def test_training_starts_from_a_folder(tmp_path: Path) -> None:
         chosen = start % kind if kind != "internevo" else start.replace('"hf"', '"ckpts"') % kind
         sets = ["ckpt.auto_resume=False", "ckpt.save_ckpt_folder=local:new", chosen]
         arguments = [word for text in sets for word in ("--set", text)]
-        said = run("-m", "evomesh", "train", "config.py", *arguments, "--run-dir", f"run-{kind}", cwd=tmp_path)
+        said = run(
+            "-m", "evomesh", "train", "config.py", *arguments, "--run-dir", f"run-{kind}", cwd=tmp_path
+        )
         assert f"loading model from {'ckpts/step' if kind == 'internevo' else 'hf'}" in said
         metrics = next((tmp_path / f"run-{kind}").rglob("metrics.jsonl")).read_text().splitlines()
         losses[kind] = json.loads(metrics[0])["loss"]
@@ -145,7 +170,15 @@ def test_tools(tmp_path: Path) -> None:
     save_model(tmp_path / "c", model_config("INTERNLM2_PUBLIC", "float32", vocab_size=size))
     tool = str(ROOT / "tools/transformers/convert2hf.py")
     run(tool, "--src_folder", "c", "--tgt_folder", "a", "--tokenizer", "tok/tokenizer.json", cwd=tmp_path)
-    run(tool, "--src=c", "--tgt=b", "--dtype=bfloat16", "--rotary_type=dynamic", "--scaling_factor=2.0", cwd=tmp_path)
+    run(
+        tool,
+        "--src=c",
+        "--tgt=b",
+        "--dtype=bfloat16",
+        "--rotary_type=dynamic",
+        "--scaling_factor=2.0",
+        cwd=tmp_path,
+    )
     record = json.loads((tmp_path / "b/config.json").read_text())
     assert (record["dtype"], record["rope_scaling"]["factor"]) == ("bfloat16", 2.0)
     assert AutoTokenizer.from_pretrained(str(tmp_path / "a")).vocab_size == size
@@ -154,7 +187,9 @@ def test_tools(tmp_path: Path) -> None:
     run(other, str(config), "c", "d", "--fp32", "--max-shard-size", "50KB", cwd=tmp_path)
     assert (tmp_path / "d/xtuner_config.py").read_text() == config.read_text()
     assert len(list((tmp_path / "d").glob("*.safetensors"))) > 1
-    found = run("-c", "import sys; sys.path.insert(0, 'tools'); import transformers as t; print(t.__file__)", cwd=ROOT)
+    found = run(
+        "-c", "import sys; sys.path.insert(0, 'tools'); import transformers as t; print(t.__file__)", cwd=ROOT
+    )
     assert "site-packages" in found
 
 

@@ -44,11 +44,17 @@ def text(tmp_path: Path) -> Path:
 def test_jsonl_to_training(text: Path, interpreter: Interpreter) -> None:
     for part in ("train", "val"):
         source = f"raw/{part}/pile.jsonl"
-        said = command(interpreter, text, "tokenize", source, "-o", f"raw/{part}/en/pile.bin", "-t", "tokenizer.json")
+        said = command(
+            interpreter, text, "tokenize", source, "-o", f"raw/{part}/en/pile.bin", "-t", "tokenizer.json"
+        )
         assert f"{30 if part == 'train' else 4} documents" in said
-    said = command(interpreter, text, "data", "verify", "raw/train", "--valid", "raw/val", "-t", "tokenizer.json")
+    said = command(
+        interpreter, text, "data", "verify", "raw/train", "--valid", "raw/val", "-t", "tokenizer.json"
+    )
     assert "no problem found" in said
-    said = command(interpreter, text, "data", "inspect", "raw/train", "--seq-len", "64", "-t", "tokenizer.json")
+    said = command(
+        interpreter, text, "data", "inspect", "raw/train", "--seq-len", "64", "-t", "tokenizer.json"
+    )
     assert "packs of 64 tokens" in said
     folders = ("--set", "data.train_folder=raw/train", "--set", "data.valid_folder=raw/val")
     growing = ("--set", "data.rampup_batch_size=1 1 5", "--set", "data.valid_every=10")
@@ -67,7 +73,15 @@ def test_jsonl_to_training(text: Path, interpreter: Interpreter) -> None:
 
 def test_refused_before_anything_is_written(text: Path, interpreter: Interpreter) -> None:
     said = command(
-        interpreter, text, "tokenize", "raw/train/no.jsonl", "-o", "x/en/a.bin", "-t", "tokenizer.json", expect=2
+        interpreter,
+        text,
+        "tokenize",
+        "raw/train/no.jsonl",
+        "-o",
+        "x/en/a.bin",
+        "-t",
+        "tokenizer.json",
+        expect=2,
     )
     assert "no such file: raw/train/no.jsonl" in said
     assert not (text / "x").exists()

@@ -89,7 +89,12 @@ def place(tmp_path: Path) -> Path:
     (place / "plain").mkdir()
     (place / "plain/tokenizer.json").write_text((place / "tok/tokenizer.json").read_text())
     export(found, place / "hf", ExportOptions(compare=False), lambda line: None)
-    for name, text in (("choice", CHOICE), ("rolling", ROLLING), ("generate", GENERATE % " s"), ("likely", LIKELY)):
+    for name, text in (
+        ("choice", CHOICE),
+        ("rolling", ROLLING),
+        ("generate", GENERATE % " s"),
+        ("likely", LIKELY),
+    ):
         (place / f"{name}.yaml").write_text(text + COMMON)
     (place / "questions.jsonl").write_text("\n".join(map(json.dumps, questions())))
     return place

@@ -46,7 +46,17 @@ def test_text_goes_on_from_the_prompt(trained: Path, interpreter: Interpreter) -
 
 def test_an_earlier_step_is_another_model(trained: Path, interpreter: Interpreter) -> None:
     """Drawn, not greedy: of two distributions, 60 equal random numbers make other texts on any machine."""
-    command = ["evomesh", "generate", "--prompt", "abc", "--max-new-tokens", "60", "--temperature", "1", "--ckpt"]
+    command = [
+        "evomesh",
+        "generate",
+        "--prompt",
+        "abc",
+        "--max-new-tokens",
+        "60",
+        "--temperature",
+        "1",
+        "--ckpt",
+    ]
     older, newer = (interpreter.run([*command, path], cwd=trained) for path in ("ckpts/5", "ckpts"))
     assert older.returncode == newer.returncode == 0, older.stderr + newer.stderr
     assert older.stdout != newer.stdout
@@ -61,7 +71,14 @@ def test_a_seed_means_the_same_draws(trained: Path, interpreter: Interpreter) ->
 def test_a_users_own_model_trains_and_writes(trained: Path, tmp_path: Path, interpreter: Interpreter) -> None:
     example = Path(__file__).parents[2] / "examples/custom_model"
     shutil.copytree(example, tmp_path / "mine")
-    small = ["--set", "data.total_steps=2", "--set", "ckpt.save_ckpt_folder=ck", "--set", "ckpt.enable_save_ckpt=True"]
+    small = [
+        "--set",
+        "data.total_steps=2",
+        "--set",
+        "ckpt.save_ckpt_folder=ck",
+        "--set",
+        "ckpt.enable_save_ckpt=True",
+    ]
     done = interpreter.run(["evomesh", "train", "config.py", *small], cwd=tmp_path / "mine")
     assert done.returncode == 0, done.stderr
     write = ["evomesh", "generate", "--ckpt", "ck", "--prompt", "abc", "--max-new-tokens", "5"]
@@ -165,18 +182,26 @@ def test_any_layout_and_batch_size_gives_the_same_results(section: Path, interpr
 @pytest.mark.parametrize(
     ("settings", "part"),
     [
-        (["generation.data_folder=None", "data.valid_folder=None"], "neither generation.data_folder nor data.valid"),
+        (
+            ["generation.data_folder=None", "data.valid_folder=None"],
+            "neither generation.data_folder nor data.valid",
+        ),
         (["generation.data_folder=nothing"], "generation.data_folder: cannot read the folder nothing"),
         (["generation.output_folder=None"], "generation.output_folder"),
         (["generation.output_folder=prompts/out"], "lies in the folder of the prompts"),
-        (["generation.ckpt_folder=None", "ckpt.save_ckpt_folder=None", "ckpt.enable_save_ckpt=False"], "no weights"),
+        (
+            ["generation.ckpt_folder=None", "ckpt.save_ckpt_folder=None", "ckpt.enable_save_ckpt=False"],
+            "no weights",
+        ),
         (["generation.ckpt_folder=nowhere"], "nowhere"),
         (["generation.num_return_sequences=3", "generation.num_beams=2"], "num_return_sequences is 3"),
         (["generation.data_folder=wild"], "a.bin line 2"),
         (["model.hidden_size=64"], "the model wants"),
     ],
 )
-def test_a_section_that_cannot_be_done(section: Path, interpreter: Interpreter, settings: list[str], part: str) -> None:
+def test_a_section_that_cannot_be_done(
+    section: Path, interpreter: Interpreter, settings: list[str], part: str
+) -> None:
     sets = [word for setting in settings for word in ("--set", setting)]
     done = interpreter.run(["evomesh", "generate", "config.py", *sets], cwd=section)
     assert done.returncode == 2

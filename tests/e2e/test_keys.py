@@ -15,7 +15,12 @@ from tests.support.runs import losses, tensor_hashes, write_run
 
 def test_switches_of_a_run(tmp_path: Path, interpreter: Interpreter) -> None:
     write_run(tmp_path)
-    options = ("data.total_steps=4", "enable_tb=False", "ckpt.save_optimizer=False", "ckpt.checkpoint_every=3")
+    options = (
+        "data.total_steps=4",
+        "enable_tb=False",
+        "ckpt.save_optimizer=False",
+        "ckpt.checkpoint_every=3",
+    )
     sets = [word for option in options for word in ("--set", option)]
     finished = interpreter.run(["evomesh", "train", "config.py", *sets], cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr

@@ -71,9 +71,13 @@ def rows(folder: Path) -> dict[int, str]:
                 row = json.loads(line)
             except ValueError:
                 continue
-            kept = {key: row.get(key) for key in ("loss", "grad_norm", "lr", "loss_scale", "num_consumed_tokens")}
+            kept = {
+                key: row.get(key) for key in ("loss", "grad_norm", "lr", "loss_scale", "num_consumed_tokens")
+            }
             text = json.dumps(kept)
-            assert found.setdefault(row["step"], text) == text, f"step {row['step']} differs between two lives"
+            assert found.setdefault(row["step"], text) == text, (
+                f"step {row['step']} differs between two lives"
+            )
     return found
 
 
@@ -89,7 +93,9 @@ def verify_in(storage: Storage, root: str) -> int:
     return max((c.step for c in committed), default=0)
 
 
-def killed_until_done(interpreter: Interpreter, folder: Path, ranks: int, kills: int, draw: random.Random) -> int:
+def killed_until_done(
+    interpreter: Interpreter, folder: Path, ranks: int, kills: int, draw: random.Random
+) -> int:
     """Kills the run up to ``kills`` times at random moments and lets it finish; the number of kills that hit."""
     hits, safe = 0, 0
     while hits < kills:
@@ -112,7 +118,9 @@ def killed_until_done(interpreter: Interpreter, folder: Path, ranks: int, kills:
     return hits
 
 
-def run_kills(tmp_path: Path, interpreter: Interpreter, ranks: int, kills: int, variants: Sequence[str]) -> None:
+def run_kills(
+    tmp_path: Path, interpreter: Interpreter, ranks: int, kills: int, variants: Sequence[str]
+) -> None:
     draw = random.Random(SEED)
     references: dict[str, tuple[dict[int, str], object]] = {}
     done = lives = 0
@@ -132,7 +140,9 @@ def run_kills(tmp_path: Path, interpreter: Interpreter, ranks: int, kills: int, 
         assert rows(folder) == curve
         assert tensor_hashes(folder / f"ckpts/step-{STEPS:08d}") == weights
         lives += 1
-    print(f"{done} kills over {lives} runs on {ranks} ranks: 0 committed checkpoints lost, 0 losses different")
+    print(
+        f"{done} kills over {lives} runs on {ranks} ranks: 0 committed checkpoints lost, 0 losses different"
+    )
 
 
 @pytest.mark.timeout(900)
@@ -165,7 +175,9 @@ def test_staged_upload(tmp_path: Path, interpreter: Interpreter, bucket: str) ->
     short = COMMON + 'data["total_steps"] = lr_scheduler["total_steps"] = 24\nckpt["oss_snapshot_freq"] = 2\n'
     write_run(straight, short)
     finish(start(interpreter, straight, 1))
-    upload = f"save_ckpt_folder={f'{bucket}/one'!r}, async_upload=True, async_upload_tmp_folder={str(stage)!r}"
+    upload = (
+        f"save_ckpt_folder={f'{bucket}/one'!r}, async_upload=True, async_upload_tmp_folder={str(stage)!r}"
+    )
     write_run(folder, f"{short}ckpt |= dict({upload})\n")
     storage, root = open_storage(f"{bucket}/one")
     keys = {"S3_ACCESS_KEY_ID": "k", "S3_SECRET_ACCESS_KEY_ID": "k"}
@@ -175,7 +187,9 @@ def test_staged_upload(tmp_path: Path, interpreter: Interpreter, bucket: str) ->
         deadline = time.monotonic() + 120
         running.wait_for("committed", timeout=120)
         while not list(stage.glob(f"*-{place}/*.safetensors")):
-            assert time.monotonic() < deadline, f"nothing was ever staged in {place}\n{running.stderr[-3000:]}"
+            assert time.monotonic() < deadline, (
+                f"nothing was ever staged in {place}\n{running.stderr[-3000:]}"
+            )
         running.signal(signal.SIGKILL)
         running.kill()
         newest = verify_in(storage, root)

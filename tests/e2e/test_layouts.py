@@ -30,11 +30,23 @@ LAYOUTS = {
     "mtp 2": ("tensor=2", 2, ""),
     "msp 2, zero1 off": ('tensor=dict(size=2, mode="msp"), zero1=1', 2, ""),
     "fsp 2, recompute": ('tensor=dict(size=2, mode="fsp")', 2, 'model["checkpoint"] = 0.5\n'),
-    "isp 2, weights over 4, overlap": ('tensor=dict(size=2, mode="isp"), weight=dict(size=4, overlap=True)', 2, ""),
-    "isp 2, weights over 2, zero1 2": ('tensor=dict(size=2, mode="isp"), weight=dict(size=2), zero1=2', 2, ""),
+    "isp 2, weights over 4, overlap": (
+        'tensor=dict(size=2, mode="isp"), weight=dict(size=4, overlap=True)',
+        2,
+        "",
+    ),
+    "isp 2, weights over 2, zero1 2": (
+        'tensor=dict(size=2, mode="isp"), weight=dict(size=2), zero1=2',
+        2,
+        "",
+    ),
     "1F1B 2": ("pipeline=2", 2, ""),
     "1F1B 2, mtp 2": ("pipeline=2, tensor=2", 1, ""),
-    "interleaved 2, msp 2": ('pipeline=2, tensor=dict(size=2, mode="msp")', 1, "model |= dict(num_chunks=2)\n"),
+    "interleaved 2, msp 2": (
+        'pipeline=2, tensor=dict(size=2, mode="msp")',
+        1,
+        "model |= dict(num_chunks=2)\n",
+    ),
     "isp 2 over 2 stages": ('pipeline=2, tensor=dict(size=2, mode="isp"), weight=dict(size=2)', 1, ""),
     "zbv 2": ('pipeline=dict(size=2, schedule="zbv")', 2, "model |= dict(num_chunks=2)\n"),
 }
@@ -76,7 +88,13 @@ def test_layout_trains_like_one_process(
     name: str, tmp_path: Path, interpreter: Interpreter, demo: Path, reference: tuple[dict[int, float], float]
 ) -> None:
     write(tmp_path, demo, *LAYOUTS[name])
-    command = [str(ROOT / "train.py"), "--config", "config.py", "--launcher", "torch"]  # with torchrun's variables
+    command = [
+        str(ROOT / "train.py"),
+        "--config",
+        "config.py",
+        "--launcher",
+        "torch",
+    ]  # with torchrun's variables
     ranks = interpreter.start_ranks(command, 4, cwd=tmp_path)
     finished = [rank.wait(120) for rank in ranks]
     assert [one.returncode for one in finished] == [0] * 4, "\n".join(one.stderr[-2000:] for one in finished)
@@ -110,12 +128,16 @@ def test_a_run_goes_on_in_another_layout(
         command = ["evomesh", "train", "config.py", "--set", stop]
         for finished in [rank.wait(120) for rank in interpreter.start_ranks(command, 4, cwd=tmp_path)]:
             assert finished.returncode == 0, finished.stderr[-2000:]
-    assert losses(tmp_path) == {step: pytest.approx(loss, rel=FLOAT32_RUN) for step, loss in reference[0].items()}
+    assert losses(tmp_path) == {
+        step: pytest.approx(loss, rel=FLOAT32_RUN) for step, loss in reference[0].items()
+    }
 
 
 def test_ramp_up_in_an_interleaved_pipeline(tmp_path: Path, interpreter: Interpreter, demo: Path) -> None:
     """Each number of micro-batches has its own schedule over the same stages."""
-    more = 'model |= dict(num_chunks=2)\ndata |= dict(micro_num=6, rampup_batch_size="2 2 2", total_steps=6)\n'
+    more = (
+        'model |= dict(num_chunks=2)\ndata |= dict(micro_num=6, rampup_batch_size="2 2 2", total_steps=6)\n'
+    )
     for name, parallel, ranks in (("one", "", 1), ("two", "pipeline=2", 2)):
         (tmp_path / name).mkdir()
         write(tmp_path / name, demo, parallel, 1, more)
@@ -131,10 +153,21 @@ def test_deepspeed_flag(
     tmp_path: Path, interpreter: Interpreter, demo: Path, reference: tuple[dict[int, float], float]
 ) -> None:
     write(tmp_path, demo, "", 2, "")
-    command = ["evomesh", "train", "config.py", "--deepspeed", "deepspeed_zero3", "--work-dir", "work_dirs/here"]
+    command = [
+        "evomesh",
+        "train",
+        "config.py",
+        "--deepspeed",
+        "deepspeed_zero3",
+        "--work-dir",
+        "work_dirs/here",
+    ]
     finished = [rank.wait(120) for rank in interpreter.start_ranks(command, 2, cwd=tmp_path)]
     assert [one.returncode for one in finished] == [0] * 2, finished[0].stderr[-2000:]
-    assert "".join(one.stdout + one.stderr for one in finished).count("--deepspeed deepspeed_zero3: the weights") == 1
+    assert (
+        "".join(one.stdout + one.stderr for one in finished).count("--deepspeed deepspeed_zero3: the weights")
+        == 1
+    )
     found = losses(tmp_path / "work_dirs/here")
     assert found == {step: pytest.approx(loss, rel=FLOAT32_RUN) for step, loss in reference[0].items()}
 
@@ -145,42 +178,59 @@ def test_torchrun(tmp_path: Path, demo: Path, reference: tuple[dict[int, float],
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
     command += [str(ROOT / "train.py"), "--config", "config.py", "--launcher", "torch"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    finished = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240, check=False)
+    finished = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240, check=False
+    )
     output = finished.stdout + finished.stderr
     assert finished.returncode == 0, output[-3000:]
     printed = dict(re.findall(r"step=(\d+),loss=([\d.]+),", output))
-    assert {int(step): pytest.approx(float(loss), rel=FLOAT32_RUN) for step, loss in printed.items()} == reference[0]
+    assert {
+        int(step): pytest.approx(float(loss), rel=FLOAT32_RUN) for step, loss in printed.items()
+    } == reference[0]
     assert "data parallel size: 1, pipeline parallel size: 2, tensor parallel size: 2" in output
     for tp in range(2):
         for pp in range(2):
             assert f"tp:{tp},pp={pp},dp=0====" in output
 
 
-def test_srun(tmp_path: Path, interpreter: Interpreter, demo: Path, reference: tuple[dict[int, float], float]) -> None:
+def test_srun(
+    tmp_path: Path, interpreter: Interpreter, demo: Path, reference: tuple[dict[int, float], float]
+) -> None:
     """The documents' other command line: two tasks with the variables that srun gives each, on one node."""
     write(tmp_path, demo, "tensor=2", 1, "")
     command = [str(ROOT / "train.py"), "--config", "config.py", "--port", str(free_port())]
     step = {"SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7", "SLURM_NPROCS": "2", "SLURM_JOB_NODELIST": "localhost"}
     tasks = [
-        interpreter.start(command, cwd=tmp_path, env=step | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)})
+        interpreter.start(
+            command, cwd=tmp_path, env=step | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)}
+        )
         for task in range(2)
     ]
     finished = [task.wait(120) for task in tasks]
     assert [one.returncode for one in finished] == [0, 0], "\n".join(one.stderr[-2000:] for one in finished)
     assert "tensor parallel size: 2" in finished[0].stdout + finished[0].stderr
-    assert losses(tmp_path) == {step: pytest.approx(loss, rel=FLOAT32_RUN) for step, loss in reference[0].items()}
+    assert losses(tmp_path) == {
+        step: pytest.approx(loss, rel=FLOAT32_RUN) for step, loss in reference[0].items()
+    }
 
 
-def test_nproc_per_node_starts_its_ranks(tmp_path: Path, demo: Path, reference: tuple[dict[int, float], float]) -> None:
+def test_nproc_per_node_starts_its_ranks(
+    tmp_path: Path, demo: Path, reference: tuple[dict[int, float], float]
+) -> None:
     write(tmp_path, demo, "", 2, "")
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NPROC_PER_NODE": "2"}
     command = [sys.executable, str(ROOT / "train.py"), "--config", "config.py"]
-    finished = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240, check=False)
+    finished = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240, check=False
+    )
     assert finished.returncode == 0, (finished.stdout + finished.stderr)[-3000:]
     assert (
-        "data parallel size: 2, pipeline parallel size: 1, tensor parallel size: 1" in finished.stdout + finished.stderr
+        "data parallel size: 2, pipeline parallel size: 1, tensor parallel size: 1"
+        in finished.stdout + finished.stderr
     )
-    assert losses(tmp_path) == {step: pytest.approx(loss, rel=FLOAT32_RUN) for step, loss in reference[0].items()}
+    assert losses(tmp_path) == {
+        step: pytest.approx(loss, rel=FLOAT32_RUN) for step, loss in reference[0].items()
+    }
 
 
 @pytest.mark.parametrize(

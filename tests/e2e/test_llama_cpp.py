@@ -34,17 +34,24 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("family", "changes"), CASES)
 def test_greedy_text_is_ours(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
     tokenizer = load_tokenizer(train(tmp_path, prefix=False))
-    config = model_config(family, "float32", vocab_size=tokenizer.vocab_size, max_position_embeddings=256, **changes)
+    config = model_config(
+        family, "float32", vocab_size=tokenizer.vocab_size, max_position_embeddings=256, **changes
+    )
     model, found = save_model(tmp_path / "c", config, str(tokenizer.path))
     folder = export(found, tmp_path / "hf", ExportOptions(max_shard_bytes=100000), lambda line: None)
     write_gguf(folder, tmp_path / "x.gguf")
-    texts = ["the cat sat on", "def f(x):"]  # no two likeliest tokens within 1e-3: llama.cpp rounds its exponentials
+    texts = [
+        "the cat sat on",
+        "def f(x):",
+    ]  # no two likeliest tokens within 1e-3: llama.cpp rounds its exponentials
     script = str(ROOT / "tests/support/llama_cpp.mjs")
     command = ["node", script, str(MODULES), str(tmp_path / "x.gguf"), json.dumps(texts), "64"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     ids = [tokenizer.encode(text) for text in texts]
-    ours = [answers[0] for answers in generate(model, ids, SamplingParams(do_sample=False, max_new_tokens=64))]
+    ours = [
+        answers[0] for answers in generate(model, ids, SamplingParams(do_sample=False, max_new_tokens=64))
+    ]
     answers = json.loads(done.stdout)
     assert [answer["made"] for answer in answers] == ours
     assert [(answer["ids"], answer["text"]) for answer in answers] == list(zip(ids, texts, strict=True))

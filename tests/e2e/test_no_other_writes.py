@@ -49,7 +49,9 @@ def test_strace_sees_no_other_writes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     opened = re.findall(r'open(?:at)?\((?:[^"]*)"([^"]+)", ([A-Z_|]+)', log.read_text())
     written = {
-        path for path, flags in opened if path.startswith(str(root)) and re.search("O_WRONLY|O_RDWR|O_CREAT", flags)
+        path
+        for path, flags in opened
+        if path.startswith(str(root)) and re.search("O_WRONLY|O_RDWR|O_CREAT", flags)
     }
     assert written - {f"{root}/.writer"} == set(done.stdout.split())
     assert len(written) > 6

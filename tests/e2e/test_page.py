@@ -46,7 +46,10 @@ def page(browser: sync_api.Browser, served: Served) -> Iterator[sync_api.Page]:
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.set_default_timeout(60_000)
     outside: list[str] = []
-    page.on("request", lambda request: outside.append(request.url) if is_outside(request.url, served.url) else None)
+    page.on(
+        "request",
+        lambda request: outside.append(request.url) if is_outside(request.url, served.url) else None,
+    )
     page.goto(served.url)
     page.locator("#message textarea").wait_for()
     yield page
@@ -99,7 +102,9 @@ def test_stop_while_it_streams(page: sync_api.Page, served: Served) -> None:
     made = page.locator("#made textarea")
     sync_api.expect(made).not_to_have_value("", timeout=60_000)
     early = len(made.input_value())
-    page.wait_for_function("early => document.querySelector('#made textarea').value.length > early", arg=early)
+    page.wait_for_function(
+        "early => document.querySelector('#made textarea').value.length > early", arg=early
+    )
     assert served.service.load == 1
     page.locator("#halt").click()
     assert int(status(page, r"(\d+) new tokens .* stopped")[1]) < 16000
@@ -114,7 +119,11 @@ def test_greedy_seed_and_dynamic_ntk_change_what_is_written(page: sync_api.Page,
     sync_api.expect(prompt).to_have_value(re.compile("The pass key is$"), timeout=60_000)
     assert len(prompt.input_value()) > TRAINED
     texts = []
-    for dynamic, count in ((False, 40), (True, 41), (False, 42)):  # so that each answer's line tells it is its own
+    for dynamic, count in (
+        (False, 40),
+        (True, 41),
+        (False, 42),
+    ):  # so that each answer's line tells it is its own
         choose(page, "Max new tokens", count)
         page.get_by_label("Dynamic NTK").set_checked(dynamic)
         page.locator("#go").click()

@@ -29,10 +29,14 @@ def write(folder: Path, parallel: str, data_ranks: int, steps: int = STEPS) -> N
 def run(interpreter: Interpreter, folder: Path, ranks: int) -> str:
     command = ["evomesh", "train", "config.py"]
     running = (
-        interpreter.start_ranks(command, ranks, cwd=folder) if ranks > 1 else [interpreter.start(command, cwd=folder)]
+        interpreter.start_ranks(command, ranks, cwd=folder)
+        if ranks > 1
+        else [interpreter.start(command, cwd=folder)]
     )
     finished = [one.wait(200) for one in running]
-    assert [one.returncode for one in finished] == [0] * ranks, "\n".join(one.stderr[-2000:] for one in finished)
+    assert [one.returncode for one in finished] == [0] * ranks, "\n".join(
+        one.stderr[-2000:] for one in finished
+    )
     return "".join(one.stdout + one.stderr for one in finished)
 
 
@@ -64,7 +68,8 @@ def test_killed_and_resumed_in_other_layouts(tmp_path: Path, interpreter: Interp
 
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path: Path, interpreter: Interpreter) -> None:
     write_run(
-        tmp_path, COMMON.format(steps=2000, micro=PACKS // 2, parallel="zero1=2").replace("checkpoint_every=2", "")
+        tmp_path,
+        COMMON.format(steps=2000, micro=PACKS // 2, parallel="zero1=2").replace("checkpoint_every=2", ""),
     )
     running = interpreter.start_ranks(["evomesh", "train", "config.py"], 2, cwd=tmp_path)
     running[0].wait_for("step=3,", timeout=120)

@@ -31,7 +31,9 @@ def write(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))
     draw = random.Random(3)
-    texts = [" ".join(f"w{draw.randrange(2, 256)}" for _ in range(draw.randrange(1, 20))) for _ in range(ROWS)]
+    texts = [
+        " ".join(f"w{draw.randrange(2, 256)}" for _ in range(draw.randrange(1, 20))) for _ in range(ROWS)
+    ]
     (folder / "text").mkdir()
     (folder / "text/b.txt").write_text("\n".join(texts[:500]))
     with zipfile.ZipFile(folder / "text/a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -48,7 +50,9 @@ def rows(folder: Path) -> dict[int, Any]:
             row = json.loads(line)
             if "loss" in row:
                 kept = [row[key] for key in ("loss", "grad_norm", "lr", "num_consumed_tokens")]
-                assert found.setdefault(row["step"], kept) == kept, f"step {row['step']} differs between two lives"
+                assert found.setdefault(row["step"], kept) == kept, (
+                    f"step {row['step']} differs between two lives"
+                )
     return found
 
 

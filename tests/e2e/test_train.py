@@ -32,7 +32,9 @@ STEP_KEYS = [
     "adam_beta2",
     "fwd_bwd_time",
 ]
-LINE = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3})\t(\w+) (\S+\.py):(\d+) in (\w+) -- (tflops=.*)$", re.M)
+LINE = re.compile(
+    r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3})\t(\w+) (\S+\.py):(\d+) in (\w+) -- (tflops=.*)$", re.M
+)
 FLOAT16 = """
 model["dtype"] = "torch.float16"
 grad_scaler = dict(fp16=dict(initial_scale=2.0**33, min_scale=1, growth_interval=4), max_scale=2.0**34, hysteresis=1)
@@ -46,7 +48,9 @@ def train(interpreter: Interpreter, folder: Path, *options: str, expect: int = 0
     return finished.stdout + finished.stderr
 
 
-def test_a_run_prints_the_documents_line_and_records_the_same_numbers(tmp_path: Path, interpreter: Interpreter) -> None:
+def test_a_run_prints_the_documents_line_and_records_the_same_numbers(
+    tmp_path: Path, interpreter: Interpreter
+) -> None:
     write_run(tmp_path, 'data["valid_every"] = 10\n')
     output = train(interpreter, tmp_path)
     lines = [match.group(6) for match in LINE.finditer(output)]
@@ -75,7 +79,9 @@ def test_a_run_prints_the_documents_line_and_records_the_same_numbers(tmp_path: 
     ["", FLOAT16, BFLOAT16, 'model["dtype"] = "torch.float64"\n', 'model["dtype"] = "tf32"\n'],
     ids=["float32", "float16", "bfloat16", "float64", "tf32"],
 )
-def test_stopped_and_resumed_equals_straight_to_the_bit(tmp_path: Path, interpreter: Interpreter, extra: str) -> None:
+def test_stopped_and_resumed_equals_straight_to_the_bit(
+    tmp_path: Path, interpreter: Interpreter, extra: str
+) -> None:
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     for folder in (straight, resumed):
         write_run(folder, extra + 'data["valid_every"] = 7\ndata["skip_batches"] = "3,12-13"\n')
@@ -109,7 +115,10 @@ def test_a_signal_ends_with_a_checkpoint_and_the_resumed_run_is_the_same(
 ) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     for folder in (straight, stopped):
-        write_run(folder, 'data["total_steps"] = lr_scheduler["total_steps"] = 400\nckpt["checkpoint_every"] = 1000\n')
+        write_run(
+            folder,
+            'data["total_steps"] = lr_scheduler["total_steps"] = 400\nckpt["checkpoint_every"] = 1000\n',
+        )
     train(interpreter, straight)
     running = interpreter.start(["evomesh", "train", "config.py"], cwd=stopped)
     running.wait_for("step=7,")
@@ -133,7 +142,9 @@ def test_the_documents_train_py(tmp_path: Path, interpreter: Interpreter) -> Non
 
 
 def test_synthetic_data_and_no_checkpoint(tmp_path: Path, interpreter: Interpreter) -> None:
-    write_run(tmp_path, 'data["train_folder"] = data["valid_folder"] = None\nckpt = dict(enable_save_ckpt=False)\n')
+    write_run(
+        tmp_path, 'data["train_folder"] = data["valid_folder"] = None\nckpt = dict(enable_save_ckpt=False)\n'
+    )
     output = train(interpreter, tmp_path)
     assert "synthetic" in output
     assert not (tmp_path / "ckpts").exists()
@@ -150,7 +161,12 @@ def test_synthetic_data_and_no_checkpoint(tmp_path: Path, interpreter: Interpret
         (["--set", "data.micro_bzs=1"], ["micro_bzs", "micro_bsz"]),
         (["--launcher", "slrum"], ["slrum", "slurm"]),
         (
-            ["--set", "ckpt.auto_resume=False", "--set", 'ckpt.load_ckpt_info={"path": "none", "content": ["model"]}'],
+            [
+                "--set",
+                "ckpt.auto_resume=False",
+                "--set",
+                'ckpt.load_ckpt_info={"path": "none", "content": ["model"]}',
+            ],
             ["none"],
         ),
     ],
@@ -258,7 +274,8 @@ def test_a_checkpoint_of_another_shape_names_the_first_tensor_and_both_shapes(
 
 def test_a_run_of_nan_steps_stops_with_its_own_exit_code(tmp_path: Path, interpreter: Interpreter) -> None:
     write_run(
-        tmp_path, "adam['lr'] = 1e30\nhybrid_zero_optimizer = dict(clip_grad_norm=0.0)\nmax_consecutive_skips = 3\n"
+        tmp_path,
+        "adam['lr'] = 1e30\nhybrid_zero_optimizer = dict(clip_grad_norm=0.0)\nmax_consecutive_skips = 3\n",
     )
     output = train(interpreter, tmp_path, expect=6)
     assert "in the last 3 steps" in output
@@ -281,7 +298,9 @@ def test_a_signal_breaks_a_long_step_off_and_the_resumed_run_repeats_it(
 ) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     for folder in (straight, stopped):
-        write_run(folder, BFLOAT16 + 'data |= dict(total_steps=5, micro_num=70, rampup_batch_size="35 35 2")\n')
+        write_run(
+            folder, BFLOAT16 + 'data |= dict(total_steps=5, micro_num=70, rampup_batch_size="35 35 2")\n'
+        )
     train(interpreter, straight)
     running = interpreter.start(["evomesh", "train", "config.py"], cwd=stopped)
     running.wait_for("step=0,")
@@ -295,6 +314,8 @@ def test_a_signal_breaks_a_long_step_off_and_the_resumed_run_repeats_it(
     assert [path.parent.name for path in stopped.glob("ckpts/step-*/commit.json")] == [f"step-{step:08d}"]
     train(interpreter, stopped)
     assert losses(stopped) == losses(straight)
-    assert [row.get("grad_norm") for row in metrics(stopped)] == [row.get("grad_norm") for row in metrics(straight)]
+    assert [row.get("grad_norm") for row in metrics(stopped)] == [
+        row.get("grad_norm") for row in metrics(straight)
+    ]
     last = "ckpts/step-00000005"
     assert tensor_hashes(stopped / last) == tensor_hashes(straight / last)

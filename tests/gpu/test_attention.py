@@ -52,7 +52,8 @@ def test_equals_dense_attention_in_value_and_gradient(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize(
-    ("head_dim", "dtype", "takes"), [(128, "bfloat16", True), (20, "bfloat16", False), (128, "float32", False)]
+    ("head_dim", "dtype", "takes"),
+    [(128, "bfloat16", True), (20, "bfloat16", False), (128, "float32", False)],
 )
 def test_which_heads_go_to_the_kernel(head_dim: int, dtype: str, takes: bool) -> None:
     q = torch.empty(3, 2, head_dim, dtype=getattr(torch, dtype), device="cuda")

@@ -23,7 +23,9 @@ def group(device: torch.device, tmp_path: Path) -> Iterator[dist.ProcessGroup]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_buckets_of_an_optimizer_go_round(device: torch.device, group: dist.ProcessGroup, dtype: torch.dtype) -> None:
+def test_buckets_of_an_optimizer_go_round(
+    device: torch.device, group: dist.ProcessGroup, dtype: torch.dtype
+) -> None:
     """The very functions of torch that the collectives call; an axis of one rank would call none."""
     x = torch.arange(8, device=device).to(dtype)
     total = x.clone()

@@ -103,7 +103,9 @@ def test_peak_of_the_allocator_on_cuda(shape: tuple[int, ...], recompute: float)
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_nothing_grows_on_cuda() -> None:
-    training = Training(Sizes(1, 64, 4, 192, 1000, 64, chunk_of(1000, on_cuda=True)), 0.0, torch.device("cuda"))
+    training = Training(
+        Sizes(1, 64, 4, 192, 1000, 64, chunk_of(1000, on_cuda=True)), 0.0, torch.device("cuda")
+    )
     held = {}
     for step in range(1000):
         training.step()

@@ -38,7 +38,9 @@ class Training:
         model = ModelConfig(**(fixed | SHAPE | changes), dtype=dtype)  # type: ignore[arg-type]
         self.device, self.config = device, Config(model=model, adam=AdamConfig(adam_eps=1e-3))
         self.stages = build_stages(self.config, Grid(), MODES["mtp"], device)
-        drawn = build_stages(self.config.model_copy(update={"model": _wide(model)}), Grid(), MODES["mtp"], CPU)
+        drawn = build_stages(
+            self.config.model_copy(update={"model": _wide(model)}), Grid(), MODES["mtp"], CPU
+        )
         drawn.initialize(5, Grid())
         with torch.no_grad():
             for name, parameter in self.stages.parameters().items():
@@ -86,7 +88,11 @@ def host_batch(number: int, pinned: bool) -> Batch:
 @pytest.mark.parametrize("recompute", [0.0, 1.0])
 @pytest.mark.parametrize(
     ("dtype", "loss", "norm"),
-    [("float32", FLOAT32_RUN, FLOAT32_RUN), ("bfloat16", HALF_LOSS, HALF_NORM), ("float16", HALF_LOSS, HALF_NORM)],
+    [
+        ("float32", FLOAT32_RUN, FLOAT32_RUN),
+        ("bfloat16", HALF_LOSS, HALF_NORM),
+        ("float16", HALF_LOSS, HALF_NORM),
+    ],
 )
 def test_losses_and_norms_are_those_of_float64_on_the_cpu(
     device: torch.device, dtype: str, loss: float, norm: float, recompute: float, compiled: bool

@@ -15,7 +15,9 @@ VOCAB = 50
 
 
 def tiny_config(**changes: object) -> ModelConfig:
-    shape = dict(num_layers=2, hidden_size=32, num_attention_heads=4, num_kv_attention_heads=2, vocab_size=VOCAB)
+    shape = dict(
+        num_layers=2, hidden_size=32, num_attention_heads=4, num_kv_attention_heads=2, vocab_size=VOCAB
+    )
     fixed = dict(model_type="LLAMA2", dtype="float64", mlp_ratio=2.0, multiple_of=8, no_bias=True)
     return ModelConfig(**(fixed | shape | changes))
 

@@ -11,7 +11,13 @@ import multiprocessing
 import os
 from multiprocessing.context import ForkServerContext
 
-_PRELOAD = ("torch", "torch.distributed", "torch.distributed.fsdp", "torch.distributed.pipelining", "evomesh.cli.main")
+_PRELOAD = (
+    "torch",
+    "torch.distributed",
+    "torch.distributed.fsdp",
+    "torch.distributed.pipelining",
+    "evomesh.cli.main",
+)
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 

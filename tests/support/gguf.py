@@ -57,7 +57,9 @@ def _tokens(file: Path) -> dict[str, Any]:
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": [model.id_to_piece(n) for n in ids],
         "tokenizer.ggml.scores": [float(model.get_score(n)) for n in ids],
-        "tokenizer.ggml.token_type": [next((kind for kind, is_one in kinds.items() if is_one(n)), 1) for n in ids],
+        "tokenizer.ggml.token_type": [
+            next((kind for kind, is_one in kinds.items() if is_one(n)), 1) for n in ids
+        ],
         "tokenizer.ggml.bos_token_id": model.bos_id(),
         "tokenizer.ggml.eos_token_id": model.eos_id(),
         "tokenizer.ggml.add_bos_token": False,

@@ -42,7 +42,9 @@ class _Copies(TorchDispatchMode):
 
 
 class _Numbers(TorchFunctionMode):
-    def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         if function in FROM_NUMBERS and not result.is_cpu and not isinstance(args[0], Tensor):
             raise HostWaits(f"{args[0]!r} is copied to the device")

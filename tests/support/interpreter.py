@@ -72,7 +72,9 @@ class Running:
             ended = not self._process.is_alive()
             if (ended and text not in self.stdout + self.stderr) or time.monotonic() > deadline:
                 why = f"exit code {self._process.exitcode}" if ended else f"{timeout:g} s passed"
-                raise AssertionError(f"{text!r} never came ({why})\n{self.stdout[-3000:]}\n{self.stderr[-3000:]}")
+                raise AssertionError(
+                    f"{text!r} never came ({why})\n{self.stdout[-3000:]}\n{self.stderr[-3000:]}"
+                )
             time.sleep(0.01)
 
     def wait(self, timeout: float = 120.0) -> Finished:
@@ -80,7 +82,9 @@ class Running:
         self._process.join(timeout)
         if self._process.exitcode is None:
             self.kill()
-            raise AssertionError(f"still running after {timeout:g} s\n{self.stdout[-3000:]}\n{self.stderr[-3000:]}")
+            raise AssertionError(
+                f"still running after {timeout:g} s\n{self.stdout[-3000:]}\n{self.stderr[-3000:]}"
+            )
         return Finished(self._process.exitcode, self.stdout, self.stderr)
 
     def kill(self) -> None:
@@ -99,7 +103,12 @@ class Interpreter:
         self._running: list[Running] = []
 
     def start(
-        self, command: Command, *, cwd: str | Path = ".", env: Mapping[str, str | None] | None = None, threads: int = 1
+        self,
+        command: Command,
+        *,
+        cwd: str | Path = ".",
+        env: Mapping[str, str | None] | None = None,
+        threads: int = 1,
     ) -> Running:
         """Args:
         command: ``["script.py", ...]`` (a script), ``["evomesh", ...]`` (the command line), or a module-level function.

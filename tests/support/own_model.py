@@ -42,7 +42,9 @@ class StagedBlocks(LanguageModel):
         first, last = layers.start == 0, layers.stop == config.num_layers
         self.embedding = nn.Embedding(*shape, dtype=at.dtype, device=at.device) if first else None
         self.layers = nn.ModuleDict({str(i): example().ParallelBlock(i, config, at) for i in layers})
-        self.head = nn.Linear(*reversed(shape), bias=False, dtype=at.dtype, device=at.device) if last else None
+        self.head = (
+            nn.Linear(*reversed(shape), bias=False, dtype=at.dtype, device=at.device) if last else None
+        )
 
     def forward(self, x: Tensor, docs: SequenceBounds, attend: AttentionFunction = attend) -> Tensor:
         x = x if self.embedding is None else self.embedding(x)
@@ -59,10 +61,16 @@ class StagedBlocks(LanguageModel):
         return self.head(hidden).to(promote(self.dtype))  # type: ignore[no-any-return]
 
     def initial(self, name: str) -> InitialWeight:
-        return InitialWeight("constant", 1.0) if "gain" in name or "norm" in name else InitialWeight("normal", 0.1)
+        return (
+            InitialWeight("constant", 1.0)
+            if "gain" in name or "norm" in name
+            else InitialWeight("normal", 0.1)
+        )
 
 
-def staged_blocks(config: ModelConfig, *, device: torch.device | str, layer_range: range | None) -> StagedBlocks:
+def staged_blocks(
+    config: ModelConfig, *, device: torch.device | str, layer_range: range | None
+) -> StagedBlocks:
     return StagedBlocks(config, device, layer_range or range(config.num_layers))
 
 

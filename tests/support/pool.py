@@ -42,7 +42,9 @@ class RankError(AssertionError):
 
 
 @functools.cache
-def grid_of(*, tensor: int = 1, mode: str = "mtp", pipeline: int = 1, weight: int = 1, zero1: int = -1) -> Grid:
+def grid_of(
+    *, tensor: int = 1, mode: str = "mtp", pipeline: int = 1, weight: int = 1, zero1: int = -1
+) -> Grid:
     """In a rank: the grid of these sizes over its world; made once, then kept."""
     parallel = ParallelConfig.model_validate(
         {
@@ -69,7 +71,9 @@ class Pool:
         self._worlds: dict[int, list[_Rank]] = {}
         self._folder = Path(tempfile.mkdtemp(prefix="ranks"))
 
-    def run(self, function: Callable[..., Any], *args: Any, ranks: int = RANKS, timeout: float = 60.0) -> list[Any]:
+    def run(
+        self, function: Callable[..., Any], *args: Any, ranks: int = RANKS, timeout: float = 60.0
+    ) -> list[Any]:
         """Calls ``function(rank, *args)`` on ranks 0 .. ``ranks`` - 1 and returns their results in order.
 
         Args:
@@ -149,7 +153,9 @@ class Pool:
         lines = []
         for index, worker in enumerate(workers):
             if index in silent:
-                lines.append(f"--- rank {index}: no answer (limit {timeout:g} s)\n{worker.stderr.read_text()[-4000:]}")
+                lines.append(
+                    f"--- rank {index}: no answer (limit {timeout:g} s)\n{worker.stderr.read_text()[-4000:]}"
+                )
             elif not answers[index][0]:
                 lines.append(f"--- rank {index}: {answers[index][1]}\n{worker.stderr.read_text()[-2000:]}")
         return "\n".join(lines)

@@ -103,11 +103,25 @@ def _start(folder: Path, port: int) -> None:
 
     def call(*command: str) -> None:
         done = subprocess.run(
-            command, check=False, capture_output=True, text=True, timeout=120, env=os.environ | {"CEPH_CONF": conf}
+            command,
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env=os.environ | {"CEPH_CONF": conf},
         )
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-1000:]}{done.stderr[-2000:]}"
 
-    call("monmaptool", "--create", "--fsid", fsid, "--addv", "a", f"[v1:127.0.0.1:{mon_port}]", f"{folder}/monmap")
+    call(
+        "monmaptool",
+        "--create",
+        "--fsid",
+        fsid,
+        "--addv",
+        "a",
+        f"[v1:127.0.0.1:{mon_port}]",
+        f"{folder}/monmap",
+    )
     call("ceph-mon", "-i", "a", "--mkfs", "--monmap", f"{folder}/monmap", "-c", conf)
     call("ceph-mon", "-i", "a", "-c", conf)
     call("ceph", "-c", conf, "osd", "new", osd, "0")
@@ -122,4 +136,12 @@ def _start(folder: Path, port: int) -> None:
                 break
         time.sleep(0.2)
     admin = ("radosgw-admin", "-n", "client.rgw", "-c", conf)
-    call(*admin, "user", "create", "--uid=t", "--display-name=t", f"--access-key={KEY}", f"--secret-key={SECRET}")
+    call(
+        *admin,
+        "user",
+        "create",
+        "--uid=t",
+        "--display-name=t",
+        f"--access-key={KEY}",
+        f"--secret-key={SECRET}",
+    )

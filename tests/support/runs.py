@@ -36,7 +36,9 @@ def write_run(folder: Path, extra: str = "") -> Path:
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """All rows of the run's metrics.jsonl; ``folder`` is the working folder of the command, or the run folder."""
     (path,) = (
-        [folder / "metrics.jsonl"] if (folder / "metrics.jsonl").exists() else folder.glob("RUN/*/*/metrics.jsonl")
+        [folder / "metrics.jsonl"]
+        if (folder / "metrics.jsonl").exists()
+        else folder.glob("RUN/*/*/metrics.jsonl")
     )
     return [json.loads(line) for line in path.read_text().splitlines()]
 

@@ -8,7 +8,9 @@ from torch import Tensor
 LAYOUT = 1e-10  # float64, max|a-b| / max|b| per tensor: another layout sums in another order
 FIRST_LOSS = 1e-14  # float64, relative: data, ZeRO and pipeline splits change no sum inside a token's loss
 ACCUMULATION = 1e-12  # float64: micro-batches added up against one large batch
-FLOAT32_RUN = 2e-5  # relative, losses of a few AdamW steps in another layout: Adam amplifies the order of sums
+FLOAT32_RUN = (
+    2e-5  # relative, losses of a few AdamW steps in another layout: Adam amplifies the order of sums
+)
 TRANSFORMERS = 1e-9  # float64, logits and gradients against transformers with its upcasts patched
 TRANSFORMERS_FLOAT32 = 1e-5  # the same unpatched: it drops to float32 inside
 
@@ -30,4 +32,6 @@ def assert_close(a: Tensor, b: Tensor, tolerance: float, what: str = "") -> None
 
 
 def assert_equal_bits(a: Tensor, b: Tensor, what: str = "") -> None:
-    assert a.dtype == b.dtype and torch.equal(a, b), f"{what}: {distance(a, b):.3e} apart, expected equal bits"
+    assert a.dtype == b.dtype and torch.equal(a, b), (
+        f"{what}: {distance(a, b):.3e} apart, expected equal bits"
+    )

@@ -19,7 +19,9 @@ from evomesh.storage.urls import open_storage
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", help="the training's config: checked, and copied to xtuner_config.py")
     parser.add_argument("source", help="save folder, or one checkpoint in it")
     parser.add_argument("save_dir", help="new folder")

@@ -16,11 +16,15 @@ from evomesh.cli.run import run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--src_folder", "--src", required=True, help="save folder, or one checkpoint in it")
     parser.add_argument("--tgt_folder", "--tgt", required=True, help="new folder")
     parser.add_argument("--tokenizer", help="sentencepiece .model, tokenizer.json or their folder")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: that of the training")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="default: that of the training"
+    )
     parser.add_argument("--max_shard", default="10GB", help="largest weight file")
     parser.add_argument("--max_pos", type=int, help="max_position_embeddings; default: as trained")
     parser.add_argument("--rotary_type", choices=("origin", "dynamic"), help="default: as trained")

@@ -19,7 +19,14 @@ from evomesh.data.tokenizer import load_tokenizer
 from evomesh.errors import UserError
 from evomesh.storage.local import LocalStorage
 
-SPELLINGS = ("torch_dtype", "dtype", "rope_theta", "rope_parameters", "rms_norm_eps", "max_position_embeddings")
+SPELLINGS = (
+    "torch_dtype",
+    "dtype",
+    "rope_theta",
+    "rope_parameters",
+    "rms_norm_eps",
+    "max_position_embeddings",
+)
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,9 @@ def _tokenizer(folder: HfFolder) -> str:
         raise UserError("no tokenizer_config.json")
     if has_transformers():
         compare_tokenizers(tokenizer, Path(folder.path))
-    return f"{tokenizer.path.name}, {tokenizer.vocab_size} ids, bos {tokenizer.bos_id}, eos {tokenizer.eos_id}"
+    return (
+        f"{tokenizer.path.name}, {tokenizer.vocab_size} ids, bos {tokenizer.bos_id}, eos {tokenizer.eos_id}"
+    )
 
 
 def _template(folder: HfFolder) -> str:

@@ -59,7 +59,12 @@ def wide_dtype(dtype: str) -> str:
 @torch.inference_mode()
 def native_logits(config: ModelConfig, weights: TensorReader, dtype: str) -> Tensor:
     """[TEXTS, LENGTH, V] by our own model as a pipeline of one layer a stage, its weights rounded to ``dtype``."""
-    changes = {"dtype": wide_dtype(dtype), "use_fp32_norm": False, "compile": False, "residual_in_fp32": False}
+    changes = {
+        "dtype": wide_dtype(dtype),
+        "use_fp32_norm": False,
+        "compile": False,
+        "residual_in_fp32": False,
+    }
     config = config.model_copy(update=changes)
     rows = list(fixed_batch(config.vocab_size))
     for layer in range(config.num_layers):
@@ -82,7 +87,9 @@ def llama_logits(record: dict[str, Any], weights: TensorReader, dtype: str) -> T
         weights: by the names of that Llama.
     """
     transformers: Any = importlib.import_module("transformers")
-    config = transformers.LlamaConfig.from_dict({**record, "dtype": wide_dtype(dtype), "tie_word_embeddings": False})
+    config = transformers.LlamaConfig.from_dict(
+        {**record, "dtype": wide_dtype(dtype), "tie_word_embeddings": False}
+    )
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config).eval()
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its table is computed, not stored
@@ -99,7 +106,9 @@ def llama_logits(record: dict[str, Any], weights: TensorReader, dtype: str) -> T
     for path, module in model.named_modules():
         names = [name for name, _ in module.named_parameters(recurse=False)]
         if names:
-            module.register_forward_pre_hook(lambda module, _, path=path, names=names: arrive(module, path, names))
+            module.register_forward_pre_hook(
+                lambda module, _, path=path, names=names: arrive(module, path, names)
+            )
             module.register_forward_hook(lambda module, *_, names=names: leave(module, names))
     logits: Tensor = model(fixed_batch(config.vocab_size), use_cache=False).logits
     return logits
@@ -113,7 +122,10 @@ def folder_logits(folder: HfFolder, model: ModelConfig, rotary: RotaryScaling, d
     """
     record = folder.json("config.json")
     if record["model_type"] != "llama":
-        kind, record = record["model_type"], write_config(model, "llama", rotary, SpecialTokenIds(None, ()), dtype)
+        kind, record = (
+            record["model_type"],
+            write_config(model, "llama", rotary, SpecialTokenIds(None, ()), dtype),
+        )
         if kind == "internlm2":
             return llama_logits(record, _llama_names(folder, model), dtype)
     embedding, head = LLAMA.modules["embedding"][0] + ".weight", LLAMA.modules["head"][0] + ".weight"

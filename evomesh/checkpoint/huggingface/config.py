@@ -39,7 +39,10 @@ class RotaryScaling:
 
 
 def rotary_of(
-    config: Config, type: RotaryType | None = None, factor: float | None = None, max_position: int | None = None
+    config: Config,
+    type: RotaryType | None = None,
+    factor: float | None = None,
+    max_position: int | None = None,
 ) -> RotaryScaling:
     """As trained, unless told otherwise. Without dynamic NTK, the limit is at least the length of the training data."""
     model = config.model
@@ -56,10 +59,16 @@ def refuse_unexportable(model: ModelConfig, arch: Architecture) -> None:
         CheckpointError: a model that the architecture has no form for.
     """
     reasons = [
-        (model.model_type not in FAMILIES.values(), f"model_type {model.model_type!r} is a model of your own"),
+        (
+            model.model_type not in FAMILIES.values(),
+            f"model_type {model.model_type!r} is a model of your own",
+        ),
         (model.norm_type != "rmsnorm", f"norm_type {model.norm_type!r}"),
         (not model.use_swiglu, "use_swiglu=False"),
-        (model.apply_post_layer_norm and model.model_type == "INTERNLM2_PUBLIC", "apply_post_layer_norm=True"),
+        (
+            model.apply_post_layer_norm and model.model_type == "INTERNLM2_PUBLIC",
+            "apply_post_layer_norm=True",
+        ),
     ]
     for wrong, words in reasons:
         if wrong:
@@ -76,7 +85,11 @@ def write_config(
     """The content of config.json."""
     dynamic = rotary.type == "dynamic"
     scaling = {"rope_type": "dynamic", "type": "dynamic", "factor": float(rotary.factor)} if dynamic else None
-    bias = {"attention_bias": not model.no_bias, "mlp_bias": False} if arch == "llama" else {"bias": not model.no_bias}
+    bias = (
+        {"attention_bias": not model.no_bias, "mlp_bias": False}
+        if arch == "llama"
+        else {"bias": not model.no_bias}
+    )
     return {
         "architectures": [CLASSES[arch]],
         "model_type": arch,
@@ -165,17 +178,26 @@ class _ConfigReader:
     def whole(self, key: str) -> int:
         value = self.record.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise CheckpointError(f"{key} is {value!r}", where=self.where, expected="a whole number from 1 on")
+            raise CheckpointError(
+                f"{key} is {value!r}", where=self.where, expected="a whole number from 1 on"
+            )
         return value
 
     def refuse(self, hidden: int, heads: int) -> None:
         record = self.record
         wrong = [
-            (record.get("hidden_act", "silu") not in ("silu", "swish"), f"hidden_act {record.get('hidden_act')!r}"),
+            (
+                record.get("hidden_act", "silu") not in ("silu", "swish"),
+                f"hidden_act {record.get('hidden_act')!r}",
+            ),
             (bool(record.get("mlp_bias")), "mlp_bias"),
             (hidden % heads != 0, f"{heads} heads in a width of {hidden}"),
             (record.get("head_dim") not in (None, hidden // heads), f"head_dim {record.get('head_dim')}"),
-            (record.get("model_type") == "internlm" and record.get("num_key_value_heads") not in (None, heads), "GQA"),
+            (
+                record.get("model_type") == "internlm"
+                and record.get("num_key_value_heads") not in (None, heads),
+                "GQA",
+            ),
         ]
         for found, words in wrong:
             if found:
@@ -205,8 +227,14 @@ class _ConfigReader:
 
     def rope_base(self) -> float:
         rotary = self.record.get("rotary") or {}
-        return float(self._rope().get("rope_theta") or self.record.get("rope_theta") or rotary.get("base") or 10000.0)
+        return float(
+            self._rope().get("rope_theta") or self.record.get("rope_theta") or rotary.get("base") or 10000.0
+        )
 
 
 def _listed(value: object) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, Sequence) and not isinstance(value, str) else str(value)
+    return (
+        ", ".join(map(str, value))
+        if isinstance(value, Sequence) and not isinstance(value, str)
+        else str(value)
+    )

@@ -187,8 +187,13 @@ class _WeightExport:
         for name, shard in zip(names, shards, strict=True):
             self._write_shard(folder / name, shard)
         if count > 1:
-            weight_map = {t: name for name, shard in zip(names, shards, strict=True) for ln in shard for t in ln.theirs}
-            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+            weight_map = {
+                t: name for name, shard in zip(names, shards, strict=True) for ln in shard for t in ln.theirs
+            }
+            index = {
+                "metadata": {"total_size": self.total_bytes},
+                "weight_map": dict(sorted(weight_map.items())),
+            }
             write_json(folder / "model.safetensors.index.json", index)
 
     def _write_shard(self, path: Path, shard: list[TensorLink]) -> None:
@@ -244,6 +249,5 @@ def _compare(job: _WeightExport, folder: Path, tokenizer: Tokenizer | None, rota
         stored = dict(tensors(written, job.naming, back))
         theirs = native_logits(back, lambda name: stored[name].read(), dtype)
     difference = largest_difference(ours, theirs, model, dtype, str(folder))
-    return (
-        f"largest difference of logits, native model and {by}: {difference:.3g} (largest logit {ours.abs().max():.3g})"
-    )
+    largest = f"(largest logit {ours.abs().max():.3g})"
+    return f"largest logit difference between the native model and {by}: {difference:.3g} {largest}"

@@ -57,12 +57,22 @@ class SafetensorsFile:
             header.pop("__metadata__", None)
             self.shapes = {name: tuple(map(int, entry["shape"])) for name, entry in header.items()}
             self._dtypes = {name: fmt.DTYPES[entry["dtype"]] for name, entry in header.items()}
-            self._starts = {name: 8 + length + int(entry["data_offsets"][0]) for name, entry in header.items()}
+            self._starts = {
+                name: 8 + length + int(entry["data_offsets"][0]) for name, entry in header.items()
+            }
             for name, entry in header.items():
                 first, last = entry["data_offsets"]
                 if last - first != self._bytes(name) or first < 0 or 8 + length + last > size:
                     raise ValueError(f"{name}: bytes {first} to {last} of {size - length - 8}")
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError, RecursionError) as error:
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            IndexError,
+            EOFError,
+            RecursionError,
+        ) as error:
             raise CheckpointError(f"not a whole safetensors file ({error})", where=path) from None
 
     def _bytes(self, name: str) -> int:
@@ -120,7 +130,9 @@ def load_pickle(source: str | os.PathLike[str] | io.BytesIO, where: str) -> dict
     """
     try:
         try:
-            state = torch.load(source, map_location="cpu", weights_only=True, mmap=not isinstance(source, io.BytesIO))
+            state = torch.load(
+                source, map_location="cpu", weights_only=True, mmap=not isinstance(source, io.BytesIO)
+            )
         except RuntimeError:  # written before torch 1.6: not a zip file
             if isinstance(source, io.BytesIO):
                 source.seek(0)

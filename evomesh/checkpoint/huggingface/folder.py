@@ -20,7 +20,10 @@ from evomesh.storage.local import LocalStorage
 from evomesh.storage.urls import open_storage, split_url
 
 BUFFERS = ("rotary_emb.inv_freq", "rope.freqs")  # recomputed from the config wherever they turn up
-ROW_CUT = (".wo.weight", ".w2.weight")  # of Meta's files; all other matrices but the embedding are cut by rows
+ROW_CUT = (
+    ".wo.weight",
+    ".w2.weight",
+)  # of Meta's files; all other matrices but the embedding are cut by rows
 
 
 class WeightFolder(Protocol):
@@ -62,7 +65,9 @@ def local_folder(url: str) -> Path:
     scheme, place = split_url(url)
     if scheme != "local":
         raise CheckpointError(
-            f"{url!r} is not on a local disk", expected="a local folder", fix="copy the model folder here first"
+            f"{url!r} is not on a local disk",
+            expected="a local folder",
+            fix="copy the model folder here first",
         )
     folder = Path(place).expanduser()
     if folder.is_dir():

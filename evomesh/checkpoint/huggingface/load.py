@@ -15,7 +15,13 @@ from torch import Tensor
 
 from evomesh.checkpoint.huggingface.config import read_config
 from evomesh.checkpoint.huggingface.files import whole
-from evomesh.checkpoint.huggingface.folder import MetaFolder, WeightFolder, local_folder, open_folder, read_json
+from evomesh.checkpoint.huggingface.folder import (
+    MetaFolder,
+    WeightFolder,
+    local_folder,
+    open_folder,
+    read_json,
+)
 from evomesh.checkpoint.huggingface.names import META, NAMINGS, NameMap, TensorLink, links, to_ours
 from evomesh.checkpoint.native.boxes import Box, Coordinates
 from evomesh.checkpoint.native.format import CheckpointError
@@ -48,7 +54,9 @@ class ForeignTensor:
         parts = []
         # The number of our row in their matrices, one after another: the same reordering, done to row numbers.
         places = torch.split(torch.arange(self.shape[0]), [shape[0] for shape in self.link.shapes])
-        wanted = to_ours(self.link, places, self.config, self.naming)[box.offsets[0] : box.offsets[0] + box.shape[0]]
+        wanted = to_ours(self.link, places, self.config, self.naming)[
+            box.offsets[0] : box.offsets[0] + box.shape[0]
+        ]
         for name, place in zip(self.link.theirs, places, strict=True):
             here = (wanted >= place[0]) & (wanted <= place[-1])
             if bool(here.any()):
@@ -75,7 +83,9 @@ def load_hf(path: str, model: dict[str, Any]) -> Iterator[tuple[str, ForeignTens
     record = folder.json("config.json")
     theirs = read_config(record, join(folder.path, "config.json"))
     compare_models(config, theirs, folder.path)
-    yield from tensors(folder, NAMINGS[record["model_type"]], config, tied=bool(record.get("tie_word_embeddings")))
+    yield from tensors(
+        folder, NAMINGS[record["model_type"]], config, tied=bool(record.get("tie_word_embeddings"))
+    )
 
 
 def load_llama(path: str, model: dict[str, Any]) -> Iterator[tuple[str, ForeignTensor]]:
@@ -89,7 +99,11 @@ def load_llama(path: str, model: dict[str, Any]) -> Iterator[tuple[str, ForeignT
         params = read_json(LocalStorage(), str(folder), "params.json")
         heads = params.get("n_heads", config.num_attention_heads), config.num_attention_heads
         kv_heads = params.get("n_kv_heads") or heads[0], config.kv_heads
-        wrong = [f"{n}={a}, the run's is {b}" for n, (a, b) in (("n_heads", heads), ("n_kv_heads", kv_heads)) if a != b]
+        wrong = [
+            f"{n}={a}, the run's is {b}"
+            for n, (a, b) in (("n_heads", heads), ("n_kv_heads", kv_heads))
+            if a != b
+        ]
         if wrong:
             raise CheckpointError("; ".join(wrong), where=str(folder / "params.json"))
     yield from tensors(MetaFolder(folder), META, config)
@@ -101,7 +115,15 @@ def compare_models(ours: ModelConfig, theirs: ModelConfig, where: str) -> None:
     Raises:
         CheckpointError: head counts or biases differ. Other rotary bases and epsilons only warn.
     """
-    strict = ("num_layers", "num_attention_heads", "kv_heads", "hidden_size", "vocab_size", "mlp_width", "no_bias")
+    strict = (
+        "num_layers",
+        "num_attention_heads",
+        "kv_heads",
+        "hidden_size",
+        "vocab_size",
+        "mlp_width",
+        "no_bias",
+    )
     wrong = [
         f"{key}={getattr(theirs, key)}, the run's is {getattr(ours, key)}"
         for key in strict
@@ -109,11 +131,15 @@ def compare_models(ours: ModelConfig, theirs: ModelConfig, where: str) -> None:
     ]
     if wrong:
         raise CheckpointError(
-            f"the folder's model is another one: {'; '.join(wrong)}", where=where, fix="change the model section"
+            f"the folder's model is another one: {'; '.join(wrong)}",
+            where=where,
+            fix="change the model section",
         )
     for key in ("rope_base", "layer_norm_epsilon"):
         if getattr(ours, key) != getattr(theirs, key):
-            log.warning("%s: %s was %s there, this run uses %s", where, key, getattr(theirs, key), getattr(ours, key))
+            log.warning(
+                "%s: %s was %s there, this run uses %s", where, key, getattr(theirs, key), getattr(ours, key)
+            )
 
 
 def tensors(
@@ -124,7 +150,9 @@ def tensors(
         yield link.ours, ForeignTensor(link, folder, naming, config)
 
 
-def checked(folder: WeightFolder, naming: NameMap, config: ModelConfig, tied: bool = False) -> list[TensorLink]:
+def checked(
+    folder: WeightFolder, naming: NameMap, config: ModelConfig, tied: bool = False
+) -> list[TensorLink]:
     """All links of the model, after comparing names and shapes with the folder's headers.
 
     Args:
@@ -137,7 +165,8 @@ def checked(folder: WeightFolder, naming: NameMap, config: ModelConfig, tied: bo
     head, embedding = naming.modules["head"][0] + ".weight", naming.modules["embedding"][0] + ".weight"
     if tied and head not in shapes:
         wanted = [
-            TensorLink(link.ours, (embedding,), link.shapes) if link.ours == "head.weight" else link for link in wanted
+            TensorLink(link.ours, (embedding,), link.shapes) if link.ours == "head.weight" else link
+            for link in wanted
         ]
     expected = {name: shape for link in wanted for name, shape in zip(link.theirs, link.shapes, strict=True)}
     missing = [f"{name} {list(expected[name])}" for name in expected if name not in shapes]

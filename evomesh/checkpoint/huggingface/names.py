@@ -32,12 +32,26 @@ class NameMap:
 
 def _blocks(layer: str, qkv: Sequence[str], rest: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """The modules of one block; ``rest``: output projection, gate, up, down, and the two norms."""
-    ours = ("attention.wo", "feed_forward.w1", "feed_forward.w3", "feed_forward.w2", "attention_norm", "ffn_norm")
+    ours = (
+        "attention.wo",
+        "feed_forward.w1",
+        "feed_forward.w3",
+        "feed_forward.w2",
+        "attention_norm",
+        "ffn_norm",
+    )
     blocks = {"layers.{}.attention.wqkv": tuple(layer + name for name in qkv)}
     return blocks | {f"layers.{{}}.{mine}": (layer + name,) for mine, name in zip(ours, rest, strict=True)}
 
 
-INTERNLM2_REST = ("attention.wo", "feed_forward.w1", "feed_forward.w3", "feed_forward.w2", "attention_norm", "ffn_norm")
+INTERNLM2_REST = (
+    "attention.wo",
+    "feed_forward.w1",
+    "feed_forward.w3",
+    "feed_forward.w2",
+    "attention_norm",
+    "ffn_norm",
+)
 LLAMA = NameMap(
     {
         "embedding": ("model.embed_tokens",),
@@ -109,7 +123,9 @@ def links(config: ModelConfig, naming: NameMap) -> list[TensorLink]:
         theirs = tuple(f"{name.format(layer)}.{kind}" for name in naming.modules[pattern])
         shapes: tuple[Shape, ...] = (shape,)
         if len(theirs) == 3:
-            rows = [n * config.head_dim for n in (config.num_attention_heads, config.kv_heads, config.kv_heads)]
+            rows = [
+                n * config.head_dim for n in (config.num_attention_heads, config.kv_heads, config.kv_heads)
+            ]
             shapes = tuple((n, *shape[1:]) for n in rows)
         found.append(TensorLink(name, theirs, shapes))
     return found

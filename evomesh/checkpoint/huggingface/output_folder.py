@@ -49,9 +49,13 @@ def new_folder(target: str, needed: int) -> Iterator[Path]:
 
 
 def _refuse(place: Path | None, storage: Storage, path: str, target: str) -> None:
-    taken = place.exists() and (not place.is_dir() or any(place.iterdir())) if place else bool(storage.list(path))
+    taken = (
+        place.exists() and (not place.is_dir() or any(place.iterdir())) if place else bool(storage.list(path))
+    )
     if taken:
-        raise CheckpointError("exists and is not empty", where=target, fix="give a new folder, or delete this one")
+        raise CheckpointError(
+            "exists and is not empty", where=target, fix="give a new folder, or delete this one"
+        )
 
 
 def _refuse_full(folder: Path, needed: int, target: str) -> None:

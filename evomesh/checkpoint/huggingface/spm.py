@@ -38,12 +38,18 @@ def fast_form(model: Any, add_bos: bool) -> Any:
     if trainer.model_type == trainer.BPE:
         vocab = {piece: number for number, (piece, _) in enumerate(pieces)}
         core: Any = models.BPE(
-            vocab, merges(model), unk_token=pieces[unknown][0], fuse_unk=True, byte_fallback=trainer.byte_fallback
+            vocab,
+            merges(model),
+            unk_token=pieces[unknown][0],
+            fuse_unk=True,
+            byte_fallback=trainer.byte_fallback,
         )
     else:
         core = models.Unigram(pieces, unk_id=unknown, byte_fallback=trainer.byte_fallback)
     tokenizer = Tokenizer(core)
-    steps: list[Any] = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
+    steps: list[Any] = (
+        [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
+    )
     if spec.remove_extra_whitespaces:
         from tokenizers import Regex
 

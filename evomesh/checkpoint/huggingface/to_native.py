@@ -53,7 +53,9 @@ def from_hf(source: str, target: str, dtype: str | None, compare: bool, report: 
     if storage.exists(join(step, fmt.COMMIT)):
         raise CheckpointError("step 0 is already committed there", where=target, fix="give another folder")
     entries = _entries(model)
-    _refuse_full(storage, root, sum(entry.part.box.numel * fmt.DTYPES[entry.dtype].itemsize for entry in entries))
+    _refuse_full(
+        storage, root, sum(entry.part.box.numel * fmt.DTYPES[entry.dtype].itemsize for entry in entries)
+    )
     attempt = secrets.token_hex(4)
     try:
         body = _write(storage, root, step, attempt, entries, weights, config)
@@ -86,7 +88,9 @@ def read_folder(
     weights = dict(tensors(folder, naming, model, tied=bool(record.get("tie_word_embeddings"))))
     config = Config(
         model=model,
-        data=DataConfig(seq_len=model.max_position_embeddings, tokenizer_path=_tokenizer(folder, model, report)),
+        data=DataConfig(
+            seq_len=model.max_position_embeddings, tokenizer_path=_tokenizer(folder, model, report)
+        ),
         generation=_generation(folder, record),
     )
     return config, weights
@@ -122,7 +126,9 @@ def _write(
     def pieces(entry: WriteItem) -> Iterator[tuple[Box, memoryview]]:
         """The bytes of one of our tensors, made from theirs at the moment it is written."""
         tensor = weights[entry.name].read().to(fmt.DTYPES[entry.dtype]).contiguous()
-        yield from write.live_pieces(WriteItem(entry.name, entry.dtype, entry.shape, LocalPart(tensor, entry.part.box)))
+        yield from write.live_pieces(
+            WriteItem(entry.name, entry.dtype, entry.shape, LocalPart(tensor, entry.part.box))
+        )
 
     storage.make_folder(step)
     message = write.write_data(storage, step, attempt, 0, entries, pieces)
@@ -130,7 +136,9 @@ def _write(
     body = write.body(0, attempt, {}, redacted(config))
     body |= {"layout": dict.fromkeys(("world", "tp", "wp", "pp", "dp", "zero"), 1)}
     body |= {"parent": None, "snapshot": False}
-    return body | write.write_index(storage, step, attempt, {e.name: (e.dtype, e.shape) for e in entries}, [message])
+    return body | write.write_index(
+        storage, step, attempt, {e.name: (e.dtype, e.shape) for e in entries}, [message]
+    )
 
 
 def _clean(storage: Storage, step: str, attempt: str) -> None:

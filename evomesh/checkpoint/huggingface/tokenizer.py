@@ -16,11 +16,26 @@ from evomesh.data.tokenizer import HfTokenizer, Tokenizer
 from evomesh.storage.local import LocalStorage
 
 BESIDE = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
-TURN_ENDS = ("<|im_end|>", "<eoa>", "<|eot_id|>", "<|end|>", "<|eom_id|>")  # chat models end an answer with these
-TEXTS = ("Hello world", " a  b\tc\nd", "12345 + 6.7 = ?", "def f(x):\n    return x", "春眠不觉晓", "naïve café — ok")
+TURN_ENDS = (
+    "<|im_end|>",
+    "<eoa>",
+    "<|eot_id|>",
+    "<|end|>",
+    "<|eom_id|>",
+)  # chat models end an answer with these
+TEXTS = (
+    "Hello world",
+    " a  b\tc\nd",
+    "12345 + 6.7 = ?",
+    "def f(x):\n    return x",
+    "春眠不觉晓",
+    "naïve café — ok",
+)
 
 
-def special_ids(tokenizer: Tokenizer | None, generation: GenerationConfig | None, vocab_size: int) -> SpecialTokenIds:
+def special_ids(
+    tokenizer: Tokenizer | None, generation: GenerationConfig | None, vocab_size: int
+) -> SpecialTokenIds:
     """Every id that ends a text: the tokenizer's, the config's, and what the chat template ends a turn with."""
     if tokenizer is None:
         generation = generation or GenerationConfig()

@@ -38,11 +38,19 @@ def write_model(
     """
     if model.model_type not in ("INTERNLM", "INTERNLM2_PUBLIC", "LLAMA2"):
         raise CheckpointError(f"InternEvo has no model type {model.model_type!r}", where=found.folder)
-    for size, name in ((model.kv_heads, "key/value heads"), (model.vocab_size, "vocabulary"), (model.mlp_width, "mlp")):
+    for size, name in (
+        (model.kv_heads, "key/value heads"),
+        (model.vocab_size, "vocabulary"),
+        (model.mlp_width, "mlp"),
+    ):
         if size % tensor:
-            raise CheckpointError(f"{name}: {size} cannot be divided by --tensor {tensor}", where=found.folder)
+            raise CheckpointError(
+                f"{name}: {size} cannot be divided by --tensor {tensor}", where=found.folder
+            )
     if weight and (wrong := [size for size in _block_rows(model) if size % weight]):
-        raise CheckpointError(f"matrices of {wrong[0]} rows cannot be divided by --weight {weight}", where=found.folder)
+        raise CheckpointError(
+            f"matrices of {wrong[0]} rows cannot be divided by --weight {weight}", where=found.folder
+        )
     if pipeline > model.num_layers:
         raise CheckpointError(f"{model.num_layers} layers cannot fill {pipeline} stages", where=found.folder)
     if os.path.isdir(target) and os.listdir(target):
@@ -53,7 +61,9 @@ def write_model(
     records = {name: record for name, record in found.records().items() if not name.startswith("optim.")}
     written = []
     for pp, layers in enumerate(layer_ranges(model.num_layers, pipeline)):
-        states: dict[tuple[int, int], dict[str, Tensor]] = {(t, w): {} for t in range(tensor) for w in range(weights)}
+        states: dict[tuple[int, int], dict[str, Tensor]] = {
+            (t, w): {} for t in range(tensor) for w in range(weights)
+        }
         for name, record in records.items():
             for theirs, cut in _places(name, layers, model, heads):
                 parts = cut(_whole(found, record), tensor if weight is None or not OURS.match(name) else 1)
@@ -65,7 +75,9 @@ def write_model(
         for (t, w), state in states.items():
             written.append(os.path.join(target, file_name(t, None if weight is None else w, pp)))
             torch.save(state, written[-1])
-    section: dict[str, Any] = {k: v for k, v in model.model_dump().items() if isinstance(v, bool | int | float | str)}
+    section: dict[str, Any] = {
+        k: v for k, v in model.model_dump().items() if isinstance(v, bool | int | float | str)
+    }
     torch.save(section, os.path.join(target, "model_config.pt"))
     torch.save({"step": found.step}, os.path.join(target, f"{found.step}.step"))
     return written
@@ -102,7 +114,9 @@ def _first(whole: Tensor, ranks: int) -> list[Tensor | None]:
     return [whole] + [None] * (ranks - 1)
 
 
-def _places(name: str, layers: range, model: ModelConfig, heads: HeadCounts) -> list[tuple[str, ShardFunction]]:
+def _places(
+    name: str, layers: range, model: ModelConfig, heads: HeadCounts
+) -> list[tuple[str, ShardFunction]]:
     """Their names for one of our tensors in a stage, and how each is cut; [] when it lies in another stage."""
     v1 = model.model_type == "INTERNLM"
     match = OURS.match(name)
@@ -117,7 +131,10 @@ def _places(name: str, layers: range, model: ModelConfig, heads: HeadCounts) -> 
     prefix = f"{'blocks' if v1 else 'layers'}.{number - layers.start}."
     if leaf == "attention.wqkv" and model.model_type == "LLAMA2":
         group = heads.heads // heads.kv_heads
-        return [(f"{prefix}attention.w{x}.{kind}", _split(heads.kv_heads, group, model.head_dim, x)) for x in "qkv"]
+        return [
+            (f"{prefix}attention.w{x}.{kind}", _split(heads.kv_heads, group, model.head_dim, x))
+            for x in "qkv"
+        ]
     if leaf == "attention.wqkv" and v1:
 
         def blocks(whole: Tensor, ranks: int) -> list[Tensor | None]:
@@ -137,7 +154,11 @@ def _split(kv_heads: int, group: int, head_dim: int, which: str) -> ShardFunctio
     place = {"q": slice(0, group), "k": slice(group, group + 1), "v": slice(group + 1, group + 2)}[which]
 
     def cut(whole: Tensor, ranks: int) -> list[Tensor | None]:
-        return list(whole.reshape(kv_heads, group + 2, head_dim, *whole.shape[1:])[:, place].flatten(0, 2).chunk(ranks))
+        return list(
+            whole.reshape(kv_heads, group + 2, head_dim, *whole.shape[1:])[:, place]
+            .flatten(0, 2)
+            .chunk(ranks)
+        )
 
     return cut
 

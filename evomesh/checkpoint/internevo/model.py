@@ -20,7 +20,9 @@ from evomesh.checkpoint.internevo.pickles import read_pickle
 from evomesh.checkpoint.native.format import CheckpointError
 
 FILE = re.compile(r"^model_tp(\d+)(?:_wp(\d+))?_pp(\d+)\.pt$")
-CHUNK = re.compile(r"^(\d+)\.(?:model\.)?(?=blocks\.|layers\.|embedding\.|tok_embeddings\.|norm\.|head\.|output\.)")
+CHUNK = re.compile(
+    r"^(\d+)\.(?:model\.)?(?=blocks\.|layers\.|embedding\.|tok_embeddings\.|norm\.|head\.|output\.)"
+)
 LAYER = re.compile(r"^(?:blocks|layers)\.(\d+)\.(.+)$")
 NAMES = {  # theirs -> ours, below "layers.{i}."
     "mixer.Wqkv": "attention.wqkv",
@@ -74,7 +76,9 @@ def find_folder(path: str) -> InternEvoFolder:
     """
     found = {name: match for name in sorted(_listing(path)) if (match := FILE.match(name))}
     if not found:
-        raise CheckpointError("no model_tp*_pp*.pt in it", where=path, expected="an InternEvo checkpoint of one step")
+        raise CheckpointError(
+            "no model_tp*_pp*.pt in it", where=path, expected="an InternEvo checkpoint of one step"
+        )
     files = {(int(m[3]), int(m[2] or 0), int(m[1])): os.path.join(path, name) for name, m in found.items()}
     isp = any(m[2] for m in found.values())
     sizes = tuple(1 + max(key[axis] for key in files) for axis in range(3))
@@ -124,7 +128,9 @@ def family_of(folder: InternEvoFolder) -> InternEvoFamily:
         return "INTERNLM2_PUBLIC"
     if "attention.wq" in names:
         return "LLAMA2"
-    raise CheckpointError("no known model family", where=folder.path, expected="INTERNLM, INTERNLM2_PUBLIC or LLAMA2")
+    raise CheckpointError(
+        "no known model family", where=folder.path, expected="INTERNLM, INTERNLM2_PUBLIC or LLAMA2"
+    )
 
 
 def read_model(path: str, heads: HeadCounts, w2: W2 = "auto") -> Iterator[tuple[str, Tensor]]:
@@ -204,7 +210,12 @@ def _down(state: dict[str, Tensor], w2: W2, where: str) -> str:
 
 
 def _merge(
-    name: str, parts: list[Tensor], folder: InternEvoFolder, family: InternEvoFamily, heads: HeadCounts, down: str
+    name: str,
+    parts: list[Tensor],
+    folder: InternEvoFolder,
+    family: InternEvoFamily,
+    heads: HeadCounts,
+    down: str,
 ) -> Tensor:
     """One tensor from the ranks' parts of it; ``name`` is local."""
     tp = folder.sizes[2]
@@ -219,7 +230,9 @@ def _merge(
         whole = torch.cat(parts)
     elif leaf.endswith(("out_proj.bias", "wo.bias")):
         whole = parts[0]  # added after the sum over ranks
-    elif leaf.endswith(("embedding.weight", "tok_embeddings.weight", "out_proj.weight", "wo.weight", f"{down}.weight")):
+    elif leaf.endswith(
+        ("embedding.weight", "tok_embeddings.weight", "out_proj.weight", "wo.weight", f"{down}.weight")
+    ):
         whole = torch.cat(parts, 1)
     else:
         whole = torch.cat(parts)

@@ -33,7 +33,9 @@ def read_optimizer(path: str, heads: HeadCounts, w2: W2 = "auto") -> tuple[dict[
     """
     folder = find_folder(path)
     if folder.isp:
-        raise CheckpointError("optimizer files of isp are cut in ways that are not known", where=path, fix=FIX)
+        raise CheckpointError(
+            "optimizer files of isp are cut in ways that are not known", where=path, fix=FIX
+        )
     local: dict[str, dict[tuple[int, int], StateDict]] = {kind: {} for kind in ("master", *MOMENTS)}
     steps, scaler = set(), {}
     for pp in range(folder.sizes[0]):
@@ -53,7 +55,9 @@ def read_optimizer(path: str, heads: HeadCounts, w2: W2 = "auto") -> tuple[dict[
             tensors[f"optim.{kind}.{name}"] = tensor
     half = {name for name, tensor in merge_folder(folder, heads, w2) if tensor.dtype in HALF}
     tensors = {
-        k: v for k, v in tensors.items() if not k.startswith("optim.master.") or k[len("optim.master.") :] in half
+        k: v
+        for k, v in tensors.items()
+        if not k.startswith("optim.master.") or k[len("optim.master.") :] in half
     }
     scale = {
         "scale": float(scaler.get("_scale", 1.0)),
@@ -69,7 +73,9 @@ def read_counters(path: str) -> dict[str, Any]:
     Raises:
         CheckpointError: one of them is missing, or they contradict one another; names it.
     """
-    context, sampler, schedule = (_plain(path, name) for name in ("context.pt", "sampler.pt", "schedulder.pt"))
+    context, sampler, schedule = (
+        _plain(path, name) for name in ("context.pt", "sampler.pt", "schedulder.pt")
+    )
     step = _number(context, "batch_count", path, "context.pt") + 1  # theirs is the number of the last one
     done = int(context.get("step_count", step))
     if "last_epoch" in schedule and int(schedule["last_epoch"]) != done:
@@ -102,7 +108,9 @@ def _plain(path: str, name: str) -> dict[str, Any]:
 def _number(record: dict[str, Any], name: str, path: str, file: str) -> int:
     value = record.get(name)
     if not isinstance(value, int):
-        raise CheckpointError(f"{name} is {value!r}", where=os.path.join(path, file), expected="a number", fix=FIX)
+        raise CheckpointError(
+            f"{name} is {value!r}", where=os.path.join(path, file), expected="a number", fix=FIX
+        )
     return value
 
 
@@ -113,7 +121,10 @@ def _files(path: str, tp: int, pp: int) -> list[str]:
     if sorted(found) != list(range(len(found))) or not found:
         have = ", ".join(sorted(found.values())) or "none"
         raise CheckpointError(
-            f"of optimizer_tp{tp}_pp{pp}_zo*.pt there are: {have}", where=path, expected="zo0, zo1, ...", fix=FIX
+            f"of optimizer_tp{tp}_pp{pp}_zo*.pt there are: {have}",
+            where=path,
+            expected="zo0, zo1, ...",
+            fix=FIX,
         )
     return [os.path.join(path, found[zero]) for zero in sorted(found)]
 
@@ -121,9 +132,13 @@ def _files(path: str, tp: int, pp: int) -> list[str]:
 def _content(file: str) -> dict[str, Any]:
     content = read_pickle(file)
     wanted = ("base_optim_states", "flat_fp32_weights")
-    missing = [key for key in wanted if not isinstance(content, dict) or not isinstance(content.get(key), dict)]
+    missing = [
+        key for key in wanted if not isinstance(content, dict) or not isinstance(content.get(key), dict)
+    ]
     if missing:
-        raise CheckpointError(f"has no {missing[0]}", where=file, expected="InternEvo's optimizer state", fix=FIX)
+        raise CheckpointError(
+            f"has no {missing[0]}", where=file, expected="InternEvo's optimizer state", fix=FIX
+        )
     found: dict[str, Any] = content
     return found
 
@@ -189,7 +204,9 @@ def _flats(content: dict[str, Any], group: int, file: str) -> dict[str, Any]:
             k: moments[k] for k in MOMENTS
         }
     except (KeyError, IndexError, TypeError, ValueError):
-        raise CheckpointError(f"lacks AdamW's state of parameter group {group}", where=file, fix=FIX) from None
+        raise CheckpointError(
+            f"lacks AdamW's state of parameter group {group}", where=file, fix=FIX
+        ) from None
 
 
 def _merged(

@@ -27,7 +27,11 @@ ALLOWED = {
     ("_codecs", "encode"),  # how protocol 2 writes bytes; it changes text to bytes and does nothing else
 }
 ARRAYS = {
-    *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+    *(
+        (f"numpy.{core}.multiarray", name)
+        for core in ("core", "_core")
+        for name in ("_reconstruct", "scalar")
+    ),
     ("numpy", "ndarray"),
     ("numpy", "dtype"),
 }
@@ -58,7 +62,9 @@ class _Unpickler(pickle.Unpickler):
             return ConfigStub
         if (module, name) in ARRAYS:
             return OpaqueStub
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which is neither a tensor nor a plain container")
+        raise pickle.UnpicklingError(
+            f"it names {module}.{name}, which is neither a tensor nor a plain container"
+        )
 
 
 def _load(file: Any, **options: Any) -> Any:
@@ -79,7 +85,9 @@ def read_pickle(path: str) -> Any:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 entries = archive.infolist()
-                if sum(e.file_size for e in entries) > RATIO * sum(e.compress_size for e in entries) + (1 << 20):
+                if sum(e.file_size for e in entries) > RATIO * sum(e.compress_size for e in entries) + (
+                    1 << 20
+                ):
                     raise CheckpointError("unpacks to more than twice its size: refused", where=path)
         return torch.load(path, map_location="cpu", pickle_module=restricted, weights_only=False)
     except CheckpointError:
@@ -87,4 +95,6 @@ def read_pickle(path: str) -> Any:
     except FileNotFoundError:
         raise CheckpointError("no such file", where=path) from None
     except Exception as error:  # a damaged file can make the reader raise nearly anything
-        raise CheckpointError(f"cannot be read: {error}", where=path, expected="tensors in plain containers") from None
+        raise CheckpointError(
+            f"cannot be read: {error}", where=path, expected="tensors in plain containers"
+        ) from None

@@ -72,12 +72,19 @@ def covers_once(shape: Coordinates, boxes: Sequence[Box]) -> bool:
     """Whether the boxes hold every element of a tensor of ``shape`` exactly once."""
     if sum(box.numel for box in boxes) != math.prod(shape):
         return False
-    if any(o < 0 or o + n > size for box in boxes for o, n, size in zip(box.offsets, box.shape, shape, strict=True)):
+    if any(
+        o < 0 or o + n > size
+        for box in boxes
+        for o, n, size in zip(box.offsets, box.shape, shape, strict=True)
+    ):
         return False
     if len(boxes) <= 1:
         return True
     # Coordinates are compressed to the box edges; then each cell of that small grid must be counted once.
-    edges = [sorted({e for b in boxes for e in (b.offsets[d], b.offsets[d] + b.shape[d])}) for d in range(len(shape))]
+    edges = [
+        sorted({e for b in boxes for e in (b.offsets[d], b.offsets[d] + b.shape[d])})
+        for d in range(len(shape))
+    ]
     place = [{edge: i for i, edge in enumerate(along)} for along in edges]
     count = np.zeros([len(along) - 1 for along in edges], dtype=np.int32)
     for box in boxes:
@@ -95,7 +102,9 @@ def parts_of(tensor: Tensor, grid: Grid) -> tuple[Coordinates, list[LocalPart]]:
     """
     spec = spec_of(tensor)
     parts: Sequence[LocalPart] | None = getattr(tensor, "parts", None)
-    tensor = local_part(tensor.detach())  # with weight sharding: its local storage, placed by the spec like any other
+    tensor = local_part(
+        tensor.detach()
+    )  # with weight sharding: its local storage, placed by the spec like any other
     if parts is not None:
         return spec.stored, [part for part in parts if part.box.numel]
     if tensor.dim() != len(spec.shape):
@@ -105,7 +114,9 @@ def parts_of(tensor: Tensor, grid: Grid) -> tuple[Coordinates, list[LocalPart]]:
         axes = [grid_axis(grid, name) for name, along in spec.shards if along == dim]
         start, size = chunk(length, axes)
         if size != tensor.shape[dim] and tensor.numel():
-            raise ValueError(f"{tensor.shape[dim]} local rows in dim {dim}, but its share of {length} is {size}")
+            raise ValueError(
+                f"{tensor.shape[dim]} local rows in dim {dim}, but its share of {length} is {size}"
+            )
         offsets.append(start)
         sizes.append(max(0, min(size, spec.stored[dim] - start)))
     box = Box(tuple(offsets), tuple(sizes))

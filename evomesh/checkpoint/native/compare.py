@@ -54,7 +54,9 @@ def _unequal(a: Checkpoint, first: TensorRecord, b: Checkpoint, second: TensorRe
     for box in split_box(whole, first.item_size, CHUNK) if whole.numel else ():
         x, y = _read(a, first, box), _read(b, second, box)
         size = first.item_size
-        bits = x.reshape(-1).view(torch.uint8).view(-1, size) != y.reshape(-1).view(torch.uint8).view(-1, size)
+        bits = x.reshape(-1).view(torch.uint8).view(-1, size) != y.reshape(-1).view(torch.uint8).view(
+            -1, size
+        )
         count += int(bits.any(1).sum())
         largest = max(largest, float((x.double() - y.double()).abs().max()))
     return count, largest
@@ -63,7 +65,9 @@ def _unequal(a: Checkpoint, first: TensorRecord, b: Checkpoint, second: TensorRe
 def _read(found: Checkpoint, record: TensorRecord, box: Box) -> torch.Tensor:
     target = torch.empty(box.shape, dtype=fmt.DTYPES[record.dtype])
     part = LocalPart(target, box)
-    read.run(found, [read.ReadItem(record, p, (part,)) for p in record.pieces if p.box.overlap(box) is not None])
+    read.run(
+        found, [read.ReadItem(record, p, (part,)) for p in record.pieces if p.box.overlap(box) is not None]
+    )
     return target
 
 

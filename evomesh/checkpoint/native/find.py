@@ -108,7 +108,9 @@ def open_checkpoint(storage: Storage, folder: str) -> Checkpoint:
         left = ", ".join(storage.list(folder)) or "no files"
         raise CheckpointError(f"no {fmt.COMMIT}: an interrupted save ({left})", where=folder) from None
     except OSError as error:
-        raise CheckpointError(f"{fmt.COMMIT} cannot be read: {error.strerror or error}", where=folder) from None
+        raise CheckpointError(
+            f"{fmt.COMMIT} cannot be read: {error.strerror or error}", where=folder
+        ) from None
     try:
         body = fmt.unseal(data)
     except CheckpointError as error:
@@ -191,7 +193,9 @@ def locate(url: str) -> CheckpointLookup:
     parent, _, name = path.rpartition("/")
     match = fmt.FOLDER.match(name)
     if match and storage.list(path):
-        return CheckpointLookup([Candidate(storage, path, int(match[1]), storage.exists(join(path, fmt.COMMIT)))])
+        return CheckpointLookup(
+            [Candidate(storage, path, int(match[1]), storage.exists(join(path, fmt.COMMIT)))]
+        )
     inside = everything(storage, path)
     if inside:
         return CheckpointLookup(inside)
@@ -230,7 +234,9 @@ def _beside(storage: Storage, near: str, url: str) -> str:
     looked = [*close, *(folder for folder in folders if folder not in close)][:LOOKED]
     saves = {folder: _steps(storage, join(near, folder)) for folder in looked}
     meant = [f"{folder} with {saves[folder]}" if saves[folder] else folder for folder in looked]
-    meant = [words for folder, words in zip(looked, meant, strict=True) if saves[folder] or folder in close][:3]
+    meant = [words for folder, words in zip(looked, meant, strict=True) if saves[folder] or folder in close][
+        :3
+    ]
     where = "the current folder" if near == "." else near
     state = "the folder is empty" if f"{own}/" in names else f"{where} has no such folder"
     return f"{state}; beside it: {'; '.join(meant)}" if meant else state
@@ -246,14 +252,19 @@ def resolve(url: str, verify: Callable[[Candidate], Checkpoint], report: Callabl
 
 
 def choose(
-    url: str, place: CheckpointLookup, verify: Callable[[Candidate], Checkpoint], report: Callable[[str], None]
+    url: str,
+    place: CheckpointLookup,
+    verify: Callable[[Candidate], Checkpoint],
+    report: Callable[[str], None],
 ) -> Checkpoint:
     """``resolve`` behind ``locate``."""
     if not place.choices:
         raise CheckpointError(place.problem, fix=place.fix)
     found = newest(place.choices, verify, report)
     if found is None:
-        lines = "".join(f"\n  {c.folder}: {', '.join(c.storage.list(c.folder)) or 'empty'}" for c in place.choices)
+        lines = "".join(
+            f"\n  {c.folder}: {', '.join(c.storage.list(c.folder)) or 'empty'}" for c in place.choices
+        )
         raise CheckpointError(
             f"{url!r} holds only interrupted saves, none with a {fmt.COMMIT}:{lines}",
             fix="give an older checkpoint, or start from scratch without a load path",

@@ -57,7 +57,9 @@ class CheckpointError(UserError):
 
 def canonical(value: Any) -> bytes:
     """JSON with sorted keys and no spaces; the same value always gives the same bytes. NaN and infinity are refused."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
 
 
 def sha256(data: bytes) -> str:
@@ -87,7 +89,9 @@ def encode_state(value: Any) -> Any:
             return dict(value)  # a config's record comes encoded
         for key in value:
             if not isinstance(key, str) or key.startswith("$"):
-                raise TypeError(f"checkpoint state: the key {key!r} must be a string that does not begin with $")
+                raise TypeError(
+                    f"checkpoint state: the key {key!r} must be a string that does not begin with $"
+                )
         return {key: encode_state(item) for key, item in value.items()}
     raise TypeError(f"checkpoint state: a {type(value).__name__} cannot be stored: {value!r}")
 
@@ -133,7 +137,10 @@ class TensorRecord:
 
     def to_line(self) -> bytes:
         pieces = [[p.file, list(p.box.offsets), list(p.box.shape), p.start, p.digest] for p in self.pieces]
-        return canonical({"name": self.name, "dtype": self.dtype, "shape": list(self.shape), "pieces": pieces}) + b"\n"
+        return (
+            canonical({"name": self.name, "dtype": self.dtype, "shape": list(self.shape), "pieces": pieces})
+            + b"\n"
+        )
 
     @staticmethod
     def from_line(line: bytes, files: list[tuple[str, int]]) -> TensorRecord:
@@ -154,21 +161,27 @@ class TensorRecord:
         for piece in pieces:
             _check_piece(record, piece, files)
         if not covers_once(record.shape, [piece.box for piece in pieces]):
-            raise CheckpointError(f"{name}: its {len(pieces)} pieces do not cover {record.described} exactly once")
+            raise CheckpointError(
+                f"{name}: its {len(pieces)} pieces do not cover {record.described} exactly once"
+            )
         return record
 
 
 def _check_piece(record: TensorRecord, piece: PieceRecord, files: list[tuple[str, int]]) -> None:
     box = piece.box
     numbers = [piece.file, piece.start, *box.offsets, *box.shape, *record.shape]
-    if not all(isinstance(n, int) and n >= 0 for n in numbers) or not len(box.offsets) == len(box.shape) == len(
-        record.shape
-    ):
+    if not all(isinstance(n, int) and n >= 0 for n in numbers) or not len(box.offsets) == len(
+        box.shape
+    ) == len(record.shape):
         raise CheckpointError(f"{record.name}: a piece has an impossible place {piece}")
     if any(o + n > size for o, n, size in zip(box.offsets, box.shape, record.shape, strict=True)):
-        raise CheckpointError(f"{record.name}: the piece at {list(box.offsets)} reaches outside {record.described}")
+        raise CheckpointError(
+            f"{record.name}: the piece at {list(box.offsets)} reaches outside {record.described}"
+        )
     if piece.file >= len(files):
-        raise CheckpointError(f"{record.name}: file number {piece.file}, but the commit names {len(files)} files")
+        raise CheckpointError(
+            f"{record.name}: file number {piece.file}, but the commit names {len(files)} files"
+        )
     name, size = files[piece.file]
     end = piece.start + box.numel * record.item_size
     if end > size:

@@ -120,7 +120,9 @@ class CheckpointManager:
             )
         self._lock = self._lock or _RemoteLock()
 
-    def prepare(self, tensors: Mapping[str, Tensor], *, saves: int | None = None, blocking: bool = True) -> None:
+    def prepare(
+        self, tensors: Mapping[str, Tensor], *, saves: int | None = None, blocking: bool = True
+    ) -> None:
         """At start-up: refuses a bad layout, a busy folder and a disk too small before any step is trained.
 
         Args:
@@ -138,7 +140,9 @@ class CheckpointManager:
     def _forecast(self, plan: SavePlan, saves: int | None) -> None:
         if self.exchange.rank == 0:
             held = sum(1 for c in self.candidates() if c.committed)
-            line = check_space(self.storage, self.root, plan.total_bytes, held, saves, self._retention.keep_last)
+            line = check_space(
+                self.storage, self.root, plan.total_bytes, held, saves, self._retention.keep_last
+            )
             self._report(line)
 
     def _make_plan(self, local: Mapping[str, LocalTensor], plan: SavePlan) -> SavePlan:
@@ -179,7 +183,9 @@ class CheckpointManager:
             return None
         self.wait()
         if (step, snapshot) in self._committed:
-            self._report(f"step {step} is already committed in {self._committed[step, snapshot]}, not rewritten")
+            self._report(
+                f"step {step} is already committed in {self._committed[step, snapshot]}, not rewritten"
+            )
             return self._committed[step, snapshot]
         local = describe(tensors, self.grid)
         storage, root = self._place(snapshot)
@@ -265,7 +271,9 @@ class CheckpointManager:
             order = {"attempt": attempt, "folder": folder, "replan": any(changed)}
             try:
                 if storage.exists(join(root, folder, fmt.COMMIT)):
-                    order["folder"] = fmt.folder_name(step, attempt)  # a committed folder is never written again
+                    order["folder"] = fmt.folder_name(
+                        step, attempt
+                    )  # a committed folder is never written again
             except (OSError, UserError) as error:
                 order["error"] = write.refusal(error, root).found
         answer: dict[str, Any] = self.exchange.broadcast(order)

@@ -29,7 +29,9 @@ class ReadItem:
     targets: tuple[LocalPart, ...] = ()
 
 
-def match(records: Mapping[str, TensorRecord], local: Mapping[str, LocalTensor], cast: bool, where: str) -> None:
+def match(
+    records: Mapping[str, TensorRecord], local: Mapping[str, LocalTensor], cast: bool, where: str
+) -> None:
     """Checks that every wanted tensor is there, with its shape and dtype.
 
     Raises:
@@ -117,7 +119,9 @@ def run(found: Checkpoint, jobs: list[ReadItem]) -> int:
                     reader.close()
                 current, reader = job.piece.file, None
                 reader = _open(found, job)
-                starts = [(j.piece.start, j.piece.start + _size(j)) for j in ordered if j.piece.file == current]
+                starts = [
+                    (j.piece.start, j.piece.start + _size(j)) for j in ordered if j.piece.file == current
+                ]
                 reader.expect(starts)
             size = _size(job)
             _fill(found, job, reader, memory[:size])
@@ -143,9 +147,8 @@ def _open(found: Checkpoint, job: ReadItem) -> StorageReader:
 def _fill(found: Checkpoint, job: ReadItem, reader: StorageReader | None, memory: memoryview) -> None:
     assert reader is not None
     name, start = found.files[job.piece.file][0], job.piece.start
-    place = (
-        f"{job.record.name}: piece at {list(job.piece.box.offsets)} in {name} (bytes {start}..{start + len(memory)})"
-    )
+    span = f"bytes {start}..{start + len(memory)}"
+    place = f"{job.record.name}: piece at {list(job.piece.box.offsets)} in {name} ({span})"
     try:
         reader.read_into(start, memory)
     except (OSError, EOFError) as error:

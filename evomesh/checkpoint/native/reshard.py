@@ -43,12 +43,16 @@ def reshard(found: Checkpoint, target: str, model: ModelConfig, parallel: Parall
     storage, root = open_storage(target)
     folder = join(root, fmt.folder_name(found.step))
     if storage.exists(join(folder, fmt.COMMIT)):
-        raise CheckpointError(f"step {found.step} is already committed there", where=folder, fix="give another folder")
+        raise CheckpointError(
+            f"step {found.step} is already committed there", where=folder, fix="give another folder"
+        )
     records, sizes = found.records(), axis_sizes(parallel, world)
     layouts = [_layout(records, model, parallel, sizes, rank) for rank in range(world)]
     homeless = set(records).difference(*layouts)  # tensors of no model we know: whole, on rank 0
     layouts[0] |= {name: Box((0,) * len(records[name].shape), records[name].shape) for name in homeless}
-    owned, tensors = assign([[_row(records[name], box) for name, box in layout.items()] for layout in layouts])
+    owned, tensors = assign(
+        [[_row(records[name], box) for name, box in layout.items()] for layout in layouts]
+    )
     attempt = secrets.token_hex(4)
     storage.make_folder(folder)
     source = _ReshardSource(found, records)
@@ -56,7 +60,9 @@ def reshard(found: Checkpoint, target: str, model: ModelConfig, parallel: Parall
     for rank, mine in enumerate(owned):
         places = [(records[name], layouts[rank][name]) for name, _ in mine]
         entries = [WriteItem(r.name, r.dtype, r.shape, LocalPart(torch.empty(0), box)) for r, box in places]
-        messages.append(write.write_data(storage, folder, attempt, rank, in_file_order(entries), source.pieces))
+        messages.append(
+            write.write_data(storage, folder, attempt, rank, in_file_order(entries), source.pieces)
+        )
     storage.sync(root)
     body = found.body | {"attempt": attempt, "parent": {"step": found.step, "attempt": found.attempt}}
     names = ("tp", "wp", "pp", "dp", "zero")
@@ -72,7 +78,11 @@ def _row(record: TensorRecord, box: Box) -> list[object]:
 
 
 def _layout(
-    records: dict[str, TensorRecord], model: ModelConfig, parallel: ParallelConfig, sizes: AxisSizes, rank: int
+    records: dict[str, TensorRecord],
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    sizes: AxisSizes,
+    rank: int,
 ) -> Boxes:
     """Where the tensors of the model and its optimizer lie on one rank of the new layout."""
     members = axis_members(sizes, rank)

@@ -35,7 +35,12 @@ ItemReader = Callable[
 
 
 def write_data(
-    storage: Storage, folder: str, attempt: str, rank: int, entries: list[WriteItem], source: ItemReader | None = None
+    storage: Storage,
+    folder: str,
+    attempt: str,
+    rank: int,
+    entries: list[WriteItem],
+    source: ItemReader | None = None,
 ) -> dict[str, Any]:
     """Writes this rank's file and returns what rank 0 must know; when it returns, the bytes are durable.
 
@@ -48,7 +53,9 @@ def write_data(
     if not entries:
         return {"file": None, "rows": []}
     name = fmt.file_name(attempt, rank)
-    sizes = [(fmt.entry_key(e.name, e.shape, e.part.box), e.dtype, e.part.box.shape, _bytes(e)) for e in entries]
+    sizes = [
+        (fmt.entry_key(e.name, e.shape, e.part.box), e.dtype, e.part.box.shape, _bytes(e)) for e in entries
+    ]
     header = fmt.safetensors_header(sizes)
     position = len(header)
     rows: list[list[Any]] = []
@@ -130,7 +137,9 @@ def write_index(
     pieces: dict[str, list[fmt.PieceRecord]] = {name: [] for name in tensors}
     for message in messages:
         for name, *found in message["rows"]:
-            pieces[name] += [fmt.PieceRecord(len(files), Box(tuple(o), tuple(s)), b, h) for o, s, b, h in found]
+            pieces[name] += [
+                fmt.PieceRecord(len(files), Box(tuple(o), tuple(s)), b, h) for o, s, b, h in found
+            ]
         if message["file"] is not None:
             files.append(message["file"])
     lines, total = [], 0
@@ -239,7 +248,9 @@ def refusal(error: Exception, path: str) -> CheckpointError:
     if isinstance(error, OSError):
         place = error.filename or path
         name = errno.errorcode.get(error.errno or 0, "unknown")
-        return CheckpointError(f"{place}: {error.strerror or error} ({name})", fix=FIXES.get(error.errno or 0, ""))
+        return CheckpointError(
+            f"{place}: {error.strerror or error} ({name})", fix=FIXES.get(error.errno or 0, "")
+        )
     return CheckpointError(f"{path}: {error}")
 
 

@@ -63,7 +63,14 @@ def plain(value: Any) -> Any:
 
 def shown(value: Any) -> str:
     """A value with its kind in plain words, cut to a readable length."""
-    kinds = {bool: "a bool", int: "an integer", float: "a float", str: "a string", dict: "a dict", list: "a list"}
+    kinds = {
+        bool: "a bool",
+        int: "an integer",
+        float: "a float",
+        str: "a string",
+        dict: "a dict",
+        list: "a list",
+    }
     text = repr(value)
     text = text if len(text) <= 80 else text[:77] + "..."
     return text if value is None else f"{text} ({kinds.get(type(value), 'a ' + type(value).__name__)})"

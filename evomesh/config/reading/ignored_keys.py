@@ -15,11 +15,17 @@ INERT: dict[str, tuple[Any, str]] = {
     "moe": (ABSENT, "there are no mixture-of-experts layers here"),
     "data.batch_size": (ABSENT, "it is data.micro_num"),
     "data.use_packed_dataset": (True, "data is always packed, whatever computes the attention"),
-    "model.use_flash_attn": (True, "attention is by document on every device; the fastest kernel at hand is taken"),
+    "model.use_flash_attn": (
+        True,
+        "attention is by document on every device; the fastest kernel at hand is taken",
+    ),
     "model.parallel_output": (True, "the loss never builds the whole logits, split or not"),
     "model.dropout_selective_checkpoint": (True, "there is no dropout"),
     "model.enable_qkv_fusion": (True, "query, key and value are always one matrix"),
-    "model.mlp_layer_fusion": (False, "the two input matrices of the feed-forward network are always multiplied apart"),
+    "model.mlp_layer_fusion": (
+        False,
+        "the two input matrices of the feed-forward network are always multiplied apart",
+    ),
     "model.selective_checkpoint": (False, "model.checkpoint recomputes whole layers"),
     "loss.op_type": ("py_vocab_parallel", "there is one loss, fused with the output head"),
     "loss.moe_loss_coeff": (ABSENT, "there are no mixture-of-experts layers here"),
@@ -34,8 +40,14 @@ INERT: dict[str, tuple[Any, str]] = {
 }
 # key -> (values that are accepted because they ask for nothing, why any other is refused)
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "model.drop_rate": ((0, None), "dropout is not part of this system: train on more text, or use weight decay"),
-    "model.attn_drop_rate": ((0, None), "dropout is not part of this system: train on more text, or use weight decay"),
+    "model.drop_rate": (
+        (0, None),
+        "dropout is not part of this system: train on more text, or use weight decay",
+    ),
+    "model.attn_drop_rate": (
+        (0, None),
+        "dropout is not part of this system: train on more text, or use weight decay",
+    ),
     "model.is_reward": ((False, None), "reward models are not part of this system"),
     "model.deepnorm": ((False, None), "DeepNorm is not part of this system"),
     "model.moe_use_residual": ((False, None), "mixture-of-experts models are not part of this system"),

@@ -15,7 +15,9 @@ from evomesh.config.schema import Config
 ENVIRONMENT = "environment variable"
 
 
-def origins(config: Config, draft: ConfigDraft, source: ConfigSource, sets: Sequence[Override]) -> dict[str, str]:
+def origins(
+    config: Config, draft: ConfigDraft, source: ConfigSource, sets: Sequence[Override]
+) -> dict[str, str]:
     """Key, as a config file writes it -> "default", "FILE:LINE", "--set", "legacy KEY FILE:LINE" and the like."""
     overridden = {key for item in sets for key, _ in leaves(item.value, item.dotted)}
     overridden |= {f"{key}.size" for key in overridden if key.startswith("parallel.")}  # its int form

@@ -70,7 +70,9 @@ def _literal(node: ast.expr) -> Any:
     return ast.literal_eval(node)
 
 
-def apply_overrides(namespace: dict[str, Any], overrides: Sequence[Override], *, create: bool = False) -> None:
+def apply_overrides(
+    namespace: dict[str, Any], overrides: Sequence[Override], *, create: bool = False
+) -> None:
     """Puts each override into ``namespace``; those whose top-level name is absent wait, unless ``create``."""
     for override in overrides:
         top = override.keys[0]
@@ -82,7 +84,10 @@ def _placed(old: Any, keys: tuple[str, ...], value: Any) -> Any:
     """``old`` with ``value`` at ``keys``; what is there already is not changed in place."""
     if not keys:
         if isinstance(old, dict) and "size" in old and isinstance(value, int) and not isinstance(value, bool):
-            return {**old, "size": value}  # the int form of a parallel size, over the dict form: the mode stays
+            return {
+                **old,
+                "size": value,
+            }  # the int form of a parallel size, over the dict form: the mode stays
         return value
     if isinstance(old, Mapping):
         base = dict(old)

@@ -57,7 +57,9 @@ def read_source(path: str, overrides: Sequence[Override] = ()) -> ConfigSource:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise _problem(f"cannot be read: {error}", str(path), fix="give a readable UTF-8 Python file") from None
+        raise _problem(
+            f"cannot be read: {error}", str(path), fix="give a readable UTF-8 Python file"
+        ) from None
     tree = _parse(text, str(file), path)
     namespace: dict[str, Any] = {
         "__name__": f"{PACKAGE}.parent.here.config",
@@ -82,7 +84,10 @@ def _find(path: str) -> Path:
     if file.is_dir():
         near = _near(file / "x.py")
         raise _problem(
-            "is a folder", path, expected="a Python config file", fix=f"give a file in it: {near}" if near else ""
+            "is a folder",
+            path,
+            expected="a Python config file",
+            fix=f"give a file in it: {near}" if near else "",
         )
     if not file.exists():
         near = _near(file)

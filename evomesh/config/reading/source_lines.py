@@ -51,7 +51,11 @@ def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 def _target(node: ast.expr) -> str:
     if isinstance(node, ast.Name):
         return node.id
-    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str):
+    if (
+        isinstance(node, ast.Subscript)
+        and isinstance(node.slice, ast.Constant)
+        and isinstance(node.slice.value, str)
+    ):
         above = _target(node.value)
         return f"{above}.{node.slice.value}" if above else ""
     return ""
@@ -87,7 +91,11 @@ def _record_import(lines: AssignmentLines, node: ast.ImportFrom, namespace: Mapp
     except ImportError:
         return
     file = getattr(sys.modules.get(full), "__file__", None)
-    if file is None or full.partition(".")[0] in sys.stdlib_module_names or "site-packages" in Path(file).parts:
+    if (
+        file is None
+        or full.partition(".")[0] in sys.stdlib_module_names
+        or "site-packages" in Path(file).parts
+    ):
         return
     try:
         tree = ast.parse(Path(file).read_text(encoding="utf-8"))

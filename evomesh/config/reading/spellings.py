@@ -163,7 +163,8 @@ def _zero(draft: ConfigDraft) -> None:
             )
         elif value != zero["overlap_sync_grad"]:
             draft.warn(
-                "hybrid_zero_optimizer.zero_overlap_communication", "has no effect: overlap_sync_grad is its newer name"
+                "hybrid_zero_optimizer.zero_overlap_communication",
+                "has no effect: overlap_sync_grad is its newer name",
             )
 
 
@@ -176,7 +177,13 @@ def _data(draft: ConfigDraft) -> None:
     if packed is None:
         return
     seq_len, bsz = data.get("seq_len", 2048), data.get("micro_bsz")
-    if not isinstance(packed, int) or not isinstance(seq_len, int) or seq_len < 1 or packed < 1 or packed % seq_len:
+    if (
+        not isinstance(packed, int)
+        or not isinstance(seq_len, int)
+        or seq_len < 1
+        or packed < 1
+        or packed % seq_len
+    ):
         draft.problem(
             "data.packed_length",
             f"found {packed!r}, which is not a multiple of seq_len={seq_len!r}",
@@ -187,7 +194,9 @@ def _data(draft: ConfigDraft) -> None:
         data["micro_bsz"] = packed // seq_len
         draft.sources["data.micro_bsz"] = "data.packed_length"
     elif packed != seq_len * bsz:
-        draft.warn("data.packed_length", f"{packed} has no effect: it is seq_len * micro_bsz = {seq_len * bsz}")
+        draft.warn(
+            "data.packed_length", f"{packed} has no effect: it is seq_len * micro_bsz = {seq_len * bsz}"
+        )
 
 
 def _model(draft: ConfigDraft) -> None:
@@ -197,10 +206,14 @@ def _model(draft: ConfigDraft) -> None:
         model["checkpoint"] = float(model["checkpoint"])
     if model.get("dtype") is None:
         model.pop("dtype", None)
-        draft.warn("model.dtype", 'is not set: float16 as documented; dtype="torch.bfloat16" needs no loss scale')
+        draft.warn(
+            "model.dtype", 'is not set: float16 as documented; dtype="torch.bfloat16" needs no loss scale'
+        )
     elif type(model["dtype"]).__name__ == "dtype":
         model["dtype"] = str(model["dtype"])
-    model["dtype"] = DTYPES.get(dtype, dtype) if isinstance(dtype := model.get("dtype", "float16"), str) else dtype
+    model["dtype"] = (
+        DTYPES.get(dtype, dtype) if isinstance(dtype := model.get("dtype", "float16"), str) else dtype
+    )
     _rotary_order(draft, model, family)
     if family not in BUILT_IN:
         extra = model.setdefault("extra", {})
@@ -239,13 +252,17 @@ def _checkpoint(draft: ConfigDraft) -> None:
         draft.sources["ckpt.enable_save_ckpt"] = "ckpt.save_ckpt_folder"
     remote = isinstance(folder, str) and folder.startswith(REMOTE)
     if ckpt.get("async_upload") is True and not remote:
-        draft.warn("ckpt.async_upload", "True has no effect: it is for remote folders (boto3:...), this one is local")
+        draft.warn(
+            "ckpt.async_upload", "True has no effect: it is for remote folders (boto3:...), this one is local"
+        )
         ckpt["async_upload"] = False
     every = ckpt.get("checkpoint_every", math.inf)
     if remote and "oss_snapshot_freq" not in ckpt and isinstance(every, int) and every > 1:
         ckpt["oss_snapshot_freq"] = every // 2
     elif "oss_snapshot_freq" in ckpt and not remote:
-        draft.warn("ckpt.oss_snapshot_freq", "has no effect: snapshots between checkpoints are for remote folders")
+        draft.warn(
+            "ckpt.oss_snapshot_freq", "has no effect: snapshots between checkpoints are for remote folders"
+        )
     if ckpt.get("async_upload") is True and remote and ckpt.get("async_upload_tmp_folder") is None:
         job = draft.section("run").get("job_name", "AnonymousJob")
         ckpt["async_upload_tmp_folder"] = f"/dev/shm/{job}_tmp_ckpt/"

@@ -104,9 +104,15 @@ def open_corpus(config: DataConfig, vocab_size: int | None) -> Corpus:
         )
         for file in files
     ]
-    streams: list[list[BinDataset]] = [sources] if config.remainder == "carry" else [[source] for source in sources]
+    streams: list[list[BinDataset]] = (
+        [sources] if config.remainder == "carry" else [[source] for source in sources]
+    )
     plans = [PackPlan(stream, rule, config.remainder, shared) for stream in streams]
-    report = [_file_row(source, types, plan) for plan, stream in zip(plans, streams, strict=True) for source in stream]
+    report = [
+        _file_row(source, types, plan)
+        for plan, stream in zip(plans, streams, strict=True)
+        for source in stream
+    ]
     corpus = PackedCorpus(plans)
     if not len(corpus):
         _refuse_empty(config, sources)
@@ -156,7 +162,9 @@ def _min_length(file: TokenFile, config: DataConfig) -> int:
     return config.min_length_dict[keys[0]] if keys else config.min_length
 
 
-def _row(source: DocumentSource, type_name: str, documents: int, tokens: int, plan: PackPlan) -> dict[str, Any]:
+def _row(
+    source: DocumentSource, type_name: str, documents: int, tokens: int, plan: PackPlan
+) -> dict[str, Any]:
     return {
         "file": source.name,
         "type": type_name,
@@ -173,9 +181,14 @@ def _file_row(source: BinDataset, types: list[str], plan: PackPlan) -> dict[str,
     row = _row(source, types[source.type_id], len(source.rows), tokens, plan)
     if len(plan.sources) > 1:  # one stream of all files: a pack counts for the file in which it ends
         number = plan.sources.index(source)
-        before, after = (int(plan.ends[place - 1]) if place else 0 for place in plan.first[number : number + 2])
+        before, after = (
+            int(plan.ends[place - 1]) if place else 0 for place in plan.first[number : number + 2]
+        )
         length = plan.rule.packed_length
-        row |= {"packs": after // length - before // length, "dropped": plan.dropped if after == plan.tokens else 0}
+        row |= {
+            "packs": after // length - before // length,
+            "dropped": plan.dropped if after == plan.tokens else 0,
+        }
     row["bytes"] = source.size
     row["hash"] = xxhash.xxh3_64_hexdigest(np.ascontiguousarray(source.rows).data)
     return row
@@ -226,7 +239,9 @@ def _refuse_empty(config: DataConfig, sources: list[BinDataset]) -> None:
     kept = sum(int(source.lengths.sum(dtype=np.int64)) for source in sources)
     if kept == 0 and tokens:
         lengths = np.concatenate([source.rows[:, 1] for source in sources])
-        marks = ", ".join(f"{name} {int(np.percentile(lengths, q))}" for name, q in (("median", 50), ("90 %", 90)))
+        marks = ", ".join(
+            f"{name} {int(np.percentile(lengths, q))}" for name, q in (("median", 50), ("90 %", 90))
+        )
         raise UserError(
             f"all {documents:,} documents are shorter than the minimum length",
             where="data.min_length",

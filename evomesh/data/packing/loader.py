@@ -36,7 +36,9 @@ class StepSampler(Protocol):
 def collate(packs: Sequence[Pack]) -> Batch:
     """M packs as one batch [M, T]; bounds are padded on the right by repeating T."""
     width = max(len(pack.cu_seqlens) for pack in packs)
-    bounds = np.stack([np.pad(pack.cu_seqlens, (0, width - len(pack.cu_seqlens)), mode="edge") for pack in packs])
+    bounds = np.stack(
+        [np.pad(pack.cu_seqlens, (0, width - len(pack.cu_seqlens)), mode="edge") for pack in packs]
+    )
     longest = max(int(np.diff(pack.cu_seqlens).max()) for pack in packs)
 
     def stack(rows: list[NDArray[Any]]) -> torch.Tensor:

@@ -119,7 +119,9 @@ class MixedSampler:
             "position": position.to_json(),
             "seed": self.seed,
             "rampup": vars(self.rampup) if self.rampup else None,
-            "weights": {name: str(weight) for name, weight in zip(self.names, self.shares.weights, strict=True)},
+            "weights": {
+                name: str(weight) for name, weight in zip(self.names, self.shares.weights, strict=True)
+            },
             "num_packs": {name: len(packs) for name, packs in zip(self.names, self.packs, strict=True)},
             "counts": dict(zip(self.names, counts, strict=True)),
         }

@@ -82,7 +82,9 @@ class PackPlan:
         shared: Path | None = None,
     ) -> None:
         self.sources, self.rule = list(sources), rule
-        self.first = np.cumsum([0] + [len(source.lengths) for source in sources])  # of each source in the stream
+        self.first = np.cumsum(
+            [0] + [len(source.lengths) for source in sources]
+        )  # of each source in the stream
         # order: which document of its source stands at a place of the stream; ends: where it ends
         if shared is None:
             self.order: NDArray[np.int32] = self._make_order()
@@ -171,7 +173,9 @@ def assemble(stored: TokenArray, ends: IndexArray, types: IndexArray, rule: Pack
         targets[ends[ends <= length] - 1] = IGNORE
     if rule.one_sample or rule.order == "xtuner":
         targets[length - 1] = IGNORE  # these two do not look past the end of the pack
-    np.putmask(targets, targets <= 0, IGNORE)  # negative: input only; 0: the documents' format cannot train it
+    np.putmask(
+        targets, targets <= 0, IGNORE
+    )  # negative: input only; 0: the documents' format cannot train it
     edges = np.empty(len(ends) + 2, np.int64)  # bounds of the documents' pieces and of the padding
     edges[0], edges[-1] = 0, length
     np.minimum(ends, length, out=edges[1:-1])

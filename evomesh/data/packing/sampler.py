@@ -231,13 +231,17 @@ class SkipBatches:
             first, _, last = (field.strip() for field in item.partition("-"))
             where = f"data.skip_batches item {number}"
             if not first.isdigit() or not (last.isdigit() if "-" in item else True):
-                raise UserError(f"{item!r} is no batch number", where=where, expected="like 5 or 7-9, comma-separated")
+                raise UserError(
+                    f"{item!r} is no batch number", where=where, expected="like 5 or 7-9, comma-separated"
+                )
             low, high = int(first), int(last or first)
             if low > high:
                 raise UserError(f"the range {item} is reversed", where=where, expected=f"{high}-{low}")
             if self.ranges and low <= self.ranges[-1][1]:
                 raise UserError(
-                    f"{item} comes after {self.ranges[-1][1]}", where=where, expected="ascending items without overlap"
+                    f"{item} comes after {self.ranges[-1][1]}",
+                    where=where,
+                    expected="ascending items without overlap",
                 )
             self.ranges.append((low, high))
 

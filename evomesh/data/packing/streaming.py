@@ -295,7 +295,9 @@ def open_streaming(config: DataConfig, vocab_size: int) -> StreamingData:
         UserError: one of them is missing.
     """
     if config.train_folder is None:
-        raise UserError('data.type="streaming" needs data.train_folder', where="data.train_folder", expected="a folder")
+        raise UserError(
+            'data.type="streaming" needs data.train_folder', where="data.train_folder", expected="a folder"
+        )
     if config.rampup_batch_size.strip():
         raise UserError(
             'data.type="streaming" deals rows to a fixed number of packs a step',
@@ -319,7 +321,9 @@ def _name(file: SourceFile) -> str:
 def _tokenizer(config: DataConfig) -> Tokenizer:
     if config.tokenizer_path is None:
         raise UserError(
-            'data.type="streaming" needs data.tokenizer_path', where="data.tokenizer_path", expected="a tokenizer"
+            'data.type="streaming" needs data.tokenizer_path',
+            where="data.tokenizer_path",
+            expected="a tokenizer",
         )
     return load_tokenizer(config.tokenizer_path, "data.tokenizer_path")
 
@@ -344,7 +348,9 @@ def read_documents(config: DataConfig, vocab_size: int) -> MemoryDocuments:
         UserError: no file, no text, or an id outside the vocabulary.
     """
     assert config.valid_folder is not None
-    files, _ = find_rows(config.valid_folder, "data.valid_folder", config.subset_name, "valid", config.valid_split_name)
+    files, _ = find_rows(
+        config.valid_folder, "data.valid_folder", config.subset_name, "valid", config.valid_split_name
+    )
     tokenizer = _tokenizer(config)
     head, tail = frame(tokenizer, TextOptions(eos=tokenizer.eos_id is not None))
     documents: list[list[int]] = []

@@ -26,7 +26,9 @@ class SyntheticDocuments:
     name = "synthetic"
     type_id = 0
 
-    def __init__(self, count: int, seq_len: int, *, fixed_length: bool = True, vocab_size: int = 2**31) -> None:
+    def __init__(
+        self, count: int, seq_len: int, *, fixed_length: bool = True, vocab_size: int = 2**31
+    ) -> None:
         rng = np.random.RandomState(SEED)
         self.seq_len, self.vocab_size = seq_len, vocab_size
         self.period = rng.randint(1, 30, size=count).astype(np.int64)

@@ -108,6 +108,8 @@ def open_set(
     name: str, files: Sequence[TokenFile], *, min_length: int, vocab_size: int, shape: tuple[int, int, int]
 ) -> ValidationSet | None:
     """A set from its files, None when no document is left. ``shape``: seq_len, micro_bsz, micro_num."""
-    sources = [BinDataset(file.path, name=file.name, min_length=min_length, vocab_size=vocab_size) for file in files]
+    sources = [
+        BinDataset(file.path, name=file.name, min_length=min_length, vocab_size=vocab_size) for file in files
+    ]
     kept = [source for source in sources if len(source)]
     return ValidationSet(name, kept, *shape) if kept else None

@@ -74,7 +74,9 @@ def tokenize_chats(
     """
     if not options.roles or set(options.roles) - set(ROLES):
         raise UserError(
-            f"no role {', '.join(options.roles)!r}", where="--train-on", expected=f"some of {', '.join(ROLES)}"
+            f"no role {', '.join(options.roles)!r}",
+            where="--train-on",
+            expected=f"some of {', '.join(ROLES)}",
         )
     template = build_template(options.template, tokenizer)
     if options.split_ratio and Path(output).suffix == ".bin":
@@ -109,7 +111,9 @@ def tokenize_chats(
                 progress(size * start // len(held_out), start, sum(writer.tokens for writer in writers))
         facts |= asdict(counts)
         return {
-            str(writer.path): writer.commit(facts | {"sources": [*writer.previous.get("sources", []), *sources]})
+            str(writer.path): writer.commit(
+                facts | {"sources": [*writer.previous.get("sources", []), *sources]}
+            )
             for writer in writers
         }, counts
 
@@ -142,7 +146,9 @@ def _encode(
     """Conversations in order, encoded by threads (the tokenizer libraries release the interpreter lock)."""
 
     def encode(records: Sequence[SourceRecord]) -> list[list[int]]:
-        return [template.encode(read_conversation(record, options.schema, options.roles)) for record in records]
+        return [
+            template.encode(read_conversation(record, options.schema, options.roles)) for record in records
+        ]
 
     records = _records(files)
     with ThreadPoolExecutor(workers) as pool:

@@ -12,12 +12,21 @@ from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
 
-from evomesh.data.records.reader import SourceFile, SourceRecord, field_text, open_files, read_lines, read_records
+from evomesh.data.records.reader import (
+    SourceFile,
+    SourceRecord,
+    field_text,
+    open_files,
+    read_lines,
+    read_records,
+)
 from evomesh.data.token_files.writer import BinWriter
 from evomesh.data.tokenizer import Tokenizer
 from evomesh.errors import UserError
 
-BATCH_CHARS = 1 << 20  # text encoded in one call: enough to keep all cores busy, little enough to keep memory flat
+BATCH_CHARS = (
+    1 << 20
+)  # text encoded in one call: enough to keep all cores busy, little enough to keep memory flat
 BATCH_DOCUMENTS = 4096
 AHEAD = 2  # batches in the encoder: one's ids become Python lists while the next is encoded
 
@@ -152,6 +161,8 @@ def _batches(files: list[SourceFile], options: TextOptions) -> Iterator[tuple[li
 
 
 def _texts(stream: IO[bytes], file: SourceFile, options: TextOptions) -> Iterator[str]:
-    records: Iterator[SourceRecord] = read_lines(stream, file) if options.raw_lines else read_records(stream, file)
+    records: Iterator[SourceRecord] = (
+        read_lines(stream, file) if options.raw_lines else read_records(stream, file)
+    )
     for record in records:
         yield record.value if options.raw_lines else field_text(record, options.text_field)

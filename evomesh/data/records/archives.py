@@ -112,7 +112,9 @@ def _zip_members(path: Path) -> list[ArchiveMember]:
         files = [info for info in archive.infolist() if not info.is_dir()]
     locked = [info.filename for info in files if info.flag_bits & 1]
     if locked:
-        raise UserError(f"{locked[0]} in it is encrypted", where=str(path), fix="unpack it with its password first")
+        raise UserError(
+            f"{locked[0]} in it is encrypted", where=str(path), fix="unpack it with its password first"
+        )
     return [ArchiveMember(info.filename, info.file_size) for info in files]
 
 

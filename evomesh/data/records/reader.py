@@ -30,7 +30,12 @@ from evomesh.errors import UserError
 FORMATS = ("txt", "json", "jsonl", "csv", "parquet", "arrow")
 TABLES = ("parquet", "arrow")  # read from several places of the file
 PACKERS = ("gz", "zst")
-DESCRIPTIONS = ("dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json")  # of Hugging Face folders
+DESCRIPTIONS = (
+    "dataset_info.json",
+    "dataset_dict.json",
+    "dataset_infos.json",
+    "state.json",
+)  # of Hugging Face folders
 FINGERPRINT = ".bin.json"  # beside token files
 MARK = b"\xef\xbb\xbf"  # of UTF-8, which some systems put in front of a text
 TABLE_ROWS = 1024  # rows decoded at once
@@ -127,9 +132,13 @@ def find_texts(inputs: list[str]) -> list[SourceFile]:
                 raise UserError(f"no {', '.join(FORMATS)} file below {path}", where="input")
             found += inside
             continue
-        names = [path] if path.exists() else sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+        names = (
+            [path] if path.exists() else sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+        )
         if not names:
-            raise UserError(f"no such file: {item}", where="input", expected="a file, a folder or a glob that matches")
+            raise UserError(
+                f"no such file: {item}", where="input", expected="a file, a folder or a glob that matches"
+            )
         for name in names:
             files = _files_of(name)
             if not files:
@@ -161,7 +170,9 @@ def list_texts(folder: Path) -> list[SourceFile]:
 def _files_of(path: Path) -> list[SourceFile]:
     """A file, the files in an archive, or nothing when it is of no known kind."""
     if path.name.lower().endswith(UNREAD):
-        raise UserError("archives of this kind are not read", where=str(path), fix="unpack it, or make it a .tar.gz")
+        raise UserError(
+            "archives of this kind are not read", where=str(path), fix="unpack it, or make it a .tar.gz"
+        )
     if not archive_kind(path):
         return _classify(path)
     return [file for member in list_members(path) for file in _classify(path, member)]
@@ -172,7 +183,9 @@ def _classify(path: Path, member: ArchiveMember | None = None) -> list[SourceFil
     parts = name.lower().split(".")
     packer = parts.pop() if parts[-1] in PACKERS else ""
     # "._x" in archives holds what macOS knows about x
-    described = name in DESCRIPTIONS or name.endswith(FINGERPRINT) or (member is not None and name[:2] == "._")
+    described = (
+        name in DESCRIPTIONS or name.endswith(FINGERPRINT) or (member is not None and name[:2] == "._")
+    )
     known = parts[-1] in FORMATS and len(parts) > 1 and not described
     return [SourceFile(path, parts[-1], packer, member)] if known else []
 
@@ -252,7 +265,9 @@ def _read_csv(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord]:
             if len(row) == len(names):
                 yield SourceRecord(dict(zip(names, row, strict=True)), where)
             elif row:  # an empty line is none
-                raise UserError(f"the row has {len(row)} fields", where=where, expected=f"{len(names)}, as line 1 has")
+                raise UserError(
+                    f"the row has {len(row)} fields", where=where, expected=f"{len(names)}, as line 1 has"
+                )
     except csv.Error as error:
         raise UserError(f"not csv ({error})", where=f"{file.place} line {rows.line_num}") from None
     except UnicodeDecodeError as error:
@@ -313,14 +328,18 @@ def _decode(line: bytes, where: str) -> str:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"byte 0x{line[error.start]:02x} is not UTF-8", where=f"{where} byte {error.start}") from None
+        raise UserError(
+            f"byte 0x{line[error.start]:02x} is not UTF-8", where=f"{where} byte {error.start}"
+        ) from None
 
 
 def _parse(line: bytes, where: str) -> Any:
     try:
         return orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        raise UserError(f"the line is not JSON ({error})", where=where, expected="one JSON object a line") from None
+        raise UserError(
+            f"the line is not JSON ({error})", where=where, expected="one JSON object a line"
+        ) from None
 
 
 def field_text(record: SourceRecord, field: str) -> str:
@@ -340,5 +359,7 @@ def field_text(record: SourceRecord, field: str) -> str:
         )
     text = record.value[field]
     if not isinstance(text, str):
-        raise UserError(f"the field {field!r} is of type {json_kind(text)}", where=record.where, expected="a string")
+        raise UserError(
+            f"the field {field!r} is of type {json_kind(text)}", where=record.where, expected="a string"
+        )
     return text

@@ -75,7 +75,9 @@ def find_rows(
             f"{len(unnamed)} file(s) such as {names[unnamed[0]]} are left out: others are named {taken}; "
             f'data.split_name="{EVERY}" takes all'
         )
-    held = [file for file in files if kind_of(belongs[file]) in ("validation", "test") and belongs[file] != taken]
+    held = [
+        file for file in files if kind_of(belongs[file]) in ("validation", "test") and belongs[file] != taken
+    ]
     if use == "train" and split is None and held:
         warnings.append(
             f"{len(held)} file(s) such as {names[held[0]]} are left out: their names say {belongs[held[0]]}; "
@@ -141,11 +143,15 @@ class RowStream:
         while True:
             rows = self._rows(cursor.file, cursor.row)
             while block := list(islice(rows, WINDOW)):
-                order = np.random.RandomState([self.seed, cursor.epoch, cursor.window]).permutation(len(block))
+                order = np.random.RandomState([self.seed, cursor.epoch, cursor.window]).permutation(
+                    len(block)
+                )
                 texts = [self._text(block[place][0]) for place in order]
                 filled = filled or any(texts)
                 _, file, row = block[-1]
-                behind = replace(cursor, n=cursor.n + len(block), window=cursor.window + 1, file=file, row=row + 1)
+                behind = replace(
+                    cursor, n=cursor.n + len(block), window=cursor.window + 1, file=file, row=row + 1
+                )
                 yield RowWindow(cursor.n, texts, [block[place][0].where for place in order], behind)
                 cursor = behind
             if not filled:

@@ -65,7 +65,9 @@ def choose_split(splits: Sequence[str], wanted: str | None, use: str, folder: Pa
         if known in names or wanted == EVERY:
             return known
         has = f"one of {', '.join(names)}" if names else "none: no file's path names a split"
-        raise UserError(f"{folder} has no split {wanted!r}", where=key, expected=f"{has}, or {EVERY!r} for every file")
+        raise UserError(
+            f"{folder} has no split {wanted!r}", where=key, expected=f"{has}, or {EVERY!r} for every file"
+        )
     held = [name for name in splits if kind_of(name) in ("validation", "test")]
     training = [name for name in splits if kind_of(name) == "train"]
     other = [name for name in splits if name not in (*held, *training)]
@@ -77,7 +79,11 @@ def choose_split(splits: Sequence[str], wanted: str | None, use: str, folder: Pa
     if len(choices) == 1:
         return choices[0]
     found = ", ".join(name or "files without one" for name in choices or held)
-    what = f"{folder} has several splits that may be meant: {found}" if choices else f"{folder} has held-out files only"
+    what = (
+        f"{folder} has several splits that may be meant: {found}"
+        if choices
+        else f"{folder} has held-out files only"
+    )
     raise UserError(
         what,
         where=key,

@@ -129,7 +129,9 @@ class BinDataset:
             self._cache_starts = _kept_once(self._shared, lengths, "starts", lambda: _starts(lengths))
         starts, lengths = self._cache_starts[rows], self.rows[rows, 1].astype(np.int64)
         ends = np.cumsum(lengths)
-        if len(rows) * SHORT > int(ends[-1]):  # an index of every token is cheaper than a slice of every document
+        if len(rows) * SHORT > int(
+            ends[-1]
+        ):  # an index of every token is cheaper than a slice of every document
             places = np.arange(int(ends[-1])) + np.repeat(starts - ends + lengths, lengths)
             tokens: TokenArray = cache[places].astype(np.int64)
             return tokens
@@ -189,7 +191,11 @@ class BinDataset:
     def _read_slowly(self, row: int) -> TokenArray:
         """One line with every check: the way to an exact message."""
         line, start, declared = self.line(row), int(self.rows[row, 0]), int(self.rows[row, 1])
-        if line.count(b"\n", 0, len(line) - 1) or not line.startswith(b"{") or not line.endswith((b"\n", b"}")):
+        if (
+            line.count(b"\n", 0, len(line) - 1)
+            or not line.startswith(b"{")
+            or not line.endswith((b"\n", b"}"))
+        ):
             self._refuse_offset(row, line)
         try:
             tokens = parse_line(line)
@@ -317,7 +323,9 @@ def check_file(path: Path) -> int:
     except OSError as error:
         raise UserError(f"cannot read the token file: {error.strerror}", where=str(path)) from None
     if size == 0:
-        raise UserError("the token file is empty (0 bytes)", where=str(path), fix="delete it or tokenise again")
+        raise UserError(
+            "the token file is empty (0 bytes)", where=str(path), fix="delete it or tokenise again"
+        )
     for magic, kind in MAGIC.items():
         if start.startswith(magic):
             raise UserError(

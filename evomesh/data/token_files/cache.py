@@ -56,7 +56,9 @@ def write_cache(bin_path: Path) -> int:
                 flat[place : place + len(tokens)] = tokens
                 place += len(tokens)
         if place != total:
-            raise UserError(f"the lines hold {place:,} tokens, the meta declares {total:,}", where=str(bin_path))
+            raise UserError(
+                f"the lines hold {place:,} tokens, the meta declares {total:,}", where=str(bin_path)
+            )
         flat.flush()
         del flat
         os.replace(part, cache_path(bin_path))

@@ -10,7 +10,9 @@ from pathlib import Path, PurePosixPath
 
 from evomesh.errors import UserError
 
-TREE = "folder/TYPE/.../NAME.bin with NAME.bin.meta beside it (TYPE: cn, en, code, ja, ar, kaoshi or any name)"
+TREE = (
+    "folder/TYPE/.../NAME.bin with NAME.bin.meta beside it (TYPE: cn, en, code, ja, ar, kaoshi or any name)"
+)
 
 
 @dataclass(frozen=True)

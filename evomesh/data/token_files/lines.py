@@ -53,7 +53,12 @@ def parse_ranges(file: memoryview, starts: IntArray, ends: IntArray, lengths: In
         ends: [n] byte behind its newline.
         lengths: [n] tokens that it has to have.
     """
-    if not len(starts) or int((ends - starts).min()) <= _FRAME or int(starts.min()) < 0 or int(ends.max()) > len(file):
+    if (
+        not len(starts)
+        or int((ends - starts).min()) <= _FRAME
+        or int(starts.min()) < 0
+        or int(ends.max()) > len(file)
+    ):
         return None
     heads, tails = _everywhere(file, len(_HEAD))[starts], _everywhere(file, len(_TAIL))[ends - len(_TAIL)]
     if not ((heads == _HEAD).all() and (tails == _TAIL).all()):
@@ -98,7 +103,9 @@ def parse_line(line: bytes) -> list[int]:
         BadLine: the line is not such an object.
     """
     if b"\x00" in line:
-        raise BadLineError("the line holds NUL bytes (a write that never reached the disk?)", byte=line.index(b"\x00"))
+        raise BadLineError(
+            "the line holds NUL bytes (a write that never reached the disk?)", byte=line.index(b"\x00")
+        )
     try:
         line.decode("utf-8")
     except UnicodeDecodeError as error:

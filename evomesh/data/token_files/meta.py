@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from evomesh.errors import UserError
 
 CHECK_ROWS = 1 << 20  # rows looked at in one go: bounds the memory of the checks
-MAP_BYTES = 1 << 20  # smaller metas are read, so that a tree of many small files does not hold a handle for each
+MAP_BYTES = (
+    1 << 20
+)  # smaller metas are read, so that a tree of many small files does not hold a handle for each
 
 MetaArray = NDArray[np.int32] | NDArray[np.int64]
 
@@ -36,7 +38,10 @@ def read_meta(bin_path: Path, mapped: bool = False) -> MetaArray:
     path = meta_path(bin_path)
     if not path.exists():
         raise UserError(
-            "the token file has no .meta beside it", where=str(bin_path), expected=str(path), fix=rebuild(bin_path)
+            "the token file has no .meta beside it",
+            where=str(bin_path),
+            expected=str(path),
+            fix=rebuild(bin_path),
         )
     _check_header(path, bin_path)
     whole = path.stat().st_size < MAP_BYTES and not mapped
@@ -84,7 +89,11 @@ def _check_header(path: Path, bin_path: Path) -> None:
         file.seek(0)
         try:
             version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            read = (
+                np.lib.format.read_array_header_1_0
+                if version == (1, 0)
+                else np.lib.format.read_array_header_2_0
+            )
             shape, _, dtype = read(file)
         except ValueError as error:
             raise UserError(
@@ -117,7 +126,9 @@ def _check_rows(rows: MetaArray, size: int, path: Path, bin_path: Path) -> None:
         return
     if rows[0, 0] != 0:
         first = int(rows[0, 0])
-        raise refuse(0, f"the first line starts at byte {first}", "byte 0 (a negative offset or a missing row)")
+        raise refuse(
+            0, f"the first line starts at byte {first}", "byte 0 (a negative offset or a missing row)"
+        )
     for start in range(0, len(rows), CHECK_ROWS):
         part = rows[start : start + CHECK_ROWS + 1]
         wrong = np.flatnonzero(part[1:, 0] <= part[:-1, 0])

@@ -62,7 +62,9 @@ def shared_array(folder: Path, key: str, build: Callable[[], NDArray[Any]]) -> N
             ) from None
     with suppress(OSError):  # marks it as used; another user's file cannot be marked
         os.utime(path)
-    mapped: NDArray[Any] = np.asarray(np.load(path, mmap_mode="r"))  # a plain view: np.memmap is slow to index
+    mapped: NDArray[Any] = np.asarray(
+        np.load(path, mmap_mode="r")
+    )  # a plain view: np.memmap is slow to index
     return mapped
 
 

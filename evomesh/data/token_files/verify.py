@@ -94,7 +94,12 @@ def scan(path: Path, vocab_size: int | None = None) -> FileScan:
 
 
 def _read_one_by_one(
-    lines: list[bytes], number: int, position: int, vocab_size: int | None, found: FileScan, refused: Counter[str]
+    lines: list[bytes],
+    number: int,
+    position: int,
+    vocab_size: int | None,
+    found: FileScan,
+    refused: Counter[str],
 ) -> tuple[TokenArray, NDArray[np.int64]]:
     """Tokens of lines behind the first ``number`` and ``position`` bytes, and how many each has; notes defects."""
     read: list[TokenArray] = []
@@ -218,7 +223,9 @@ def _json_leak(found: FileScan, tokenizer: Tokenizer) -> list[str]:
         for pick in picks:
             file.seek(int(found.offsets[pick]))
             ids = np.abs(_tokens(file.readline())[:64])
-            text = tokenizer.decode([token for token in ids.tolist() if token < tokenizer.vocab_size]).lstrip("<s> \n")
+            text = tokenizer.decode([token for token in ids.tolist() if token < tokenizer.vocab_size]).lstrip(
+                "<s> \n"
+            )
             if text.startswith(('{"', "{ '", '[{"')) and '":' in text:
                 leaks.append((int(pick) + 1, text[:60]))
     if len(leaks) < LEAK_SHARE * len(picks):

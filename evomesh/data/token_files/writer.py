@@ -37,7 +37,9 @@ class BinWriter:
     def __init__(self, path: str | Path, *, append: bool = False) -> None:
         self.path = Path(path).expanduser()
         if self.path.suffix != ".bin":
-            raise UserError(f"{self.path.name!r} does not end in .bin", where="output", expected="DIR/TYPE/NAME.bin")
+            raise UserError(
+                f"{self.path.name!r} does not end in .bin", where="output", expected="DIR/TYPE/NAME.bin"
+            )
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:

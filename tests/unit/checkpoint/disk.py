@@ -47,7 +47,9 @@ class Disk(Quick):
 
     def _note(self, *call: Any) -> None:
         number = len(self.calls)
-        if self._fail_at is not None and (number == self._fail_at or (self._sticky and number > self._fail_at)):
+        if self._fail_at is not None and (
+            number == self._fail_at or (self._sticky and number > self._fail_at)
+        ):
             if call[0] == "write" and self._error is None:
                 half = bytes(call[2])[: len(call[2]) // 2]  # a process dies in the middle of a write
                 os.write(call[3], half)

@@ -90,8 +90,9 @@ def test_missing_and_empty_folders_say_what_lies_beside(root: Path, monkeypatch:
     assert "'nowhere'; the current folder has no such folder\n" in resolve(Path("nowhere"))
     for number in range(12):
         (root.parent / "notes" / f"page{number:02}").write_text("")
-    assert "it holds page00, page01, page02, page03, page04, page05, page06, page07 and 4 more, but" in resolve(
-        root.parent / "notes"
+    assert (
+        "it holds page00, page01, page02, page03, page04, page05, page06, page07 and 4 more, but"
+        in resolve(root.parent / "notes")
     )
 
 

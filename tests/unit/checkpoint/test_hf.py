@@ -32,7 +32,10 @@ IDS = torch.randint(VOCAB, (20,), generator=torch.Generator().manual_seed(1))
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("LLAMA2", {}),
     ("LLAMA2", {"qk_interleaved": True}),
-    ("LLAMA2", {"rope_base": 500000.0, "num_kv_attention_heads": 1, "vocab_size": 97}),  # Llama 3's kind of shape
+    (
+        "LLAMA2",
+        {"rope_base": 500000.0, "num_kv_attention_heads": 1, "vocab_size": 97},
+    ),  # Llama 3's kind of shape
     ("INTERNLM", {}),
     ("INTERNLM2_PUBLIC", {}),
     ("INTERNLM2_PUBLIC", {"qk_interleaved": True, "no_bias": False, "norm_head": True}),
@@ -50,14 +53,18 @@ def float64_upcasts(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.llama import modeling_llama
 
     def norm(self: Any, x: Tensor) -> Tensor:
-        scaled: Tensor = self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+        scaled: Tensor = self.weight * (
+            x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        )
         return scaled
 
     def rotary(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
         dim = config.hidden_size // config.num_attention_heads
         base = config.rope_parameters["rope_theta"]
-        angles = position_ids[..., None].double() * base ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        angles = position_ids[..., None].double() * base ** -(
+            torch.arange(0, dim, 2, dtype=torch.float64) / dim
+        )
         both = torch.cat((angles, angles), dim=-1)
         return both.cos(), both.sin()
 
@@ -72,7 +79,9 @@ def ours(model: LanguageModel, ids: Tensor = IDS) -> Tensor:
 
 @torch.inference_mode()
 def theirs(folder: Path, ids: Tensor = IDS) -> Tensor:
-    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float64, attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=torch.float64, attn_implementation="sdpa"
+    ).eval()
     logits: Tensor = model(ids[None]).logits[0]
     return logits
 
@@ -156,7 +165,9 @@ def test_a_folder_of_transformers_own(binary: bool, tmp_path: Path, float64_upca
         halves = [dict(list(state.items())[::2]), dict(list(state.items())[1::2])]
         for number, half in enumerate(halves):
             torch.save(half, folder / f"pytorch_model-{number}.bin")
-        index = {"weight_map": {name: f"pytorch_model-{n}.bin" for n, half in enumerate(halves) for name in half}}
+        index = {
+            "weight_map": {name: f"pytorch_model-{n}.bin" for n, half in enumerate(halves) for name in half}
+        }
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     from_hf(str(folder), str(tmp_path / "c"), None, not binary, silent)
     found = found_in(tmp_path / "c")
@@ -202,7 +213,9 @@ def test_dynamic_rotary_in_both_spellings(tmp_path: Path) -> None:
     long = torch.randint(VOCAB, (70,), generator=torch.Generator().manual_seed(2))
     assert relative(theirs(folder, long), ours(model, long)) < TRANSFORMERS_FLOAT32
     record = json.loads((folder / "config.json").read_text())
-    assert record["rotary"]["type"] == record["rope_scaling"]["type"] == record["rope_parameters"]["rope_type"]
+    assert (
+        record["rotary"]["type"] == record["rope_scaling"]["type"] == record["rope_parameters"]["rope_type"]
+    )
     plain = export(found, tmp_path / "plain", replace(QUIET, rotary_type="origin"), silent)
     still = build_model(config.model_copy(update={"use_dynamic_ntk_rope": False}))
     still.load_state_dict(model.state_dict())
@@ -232,8 +245,12 @@ def test_float16_overflow_is_refused(tmp_path: Path) -> None:
 
     with torch.no_grad():
         dict(model.named_parameters())["layers.1.feed_forward.w2.weight"][0, 0] = 1e6
-    CheckpointManager(str(tmp_path / "big")).save(1, dict(model.named_parameters()), {}, redacted(Config(model=config)))
-    with pytest.raises(UserError, match=r"layers\.1\.feed_forward\.w2\.weight: 1 of 2048 values are not finite as flo"):
+    CheckpointManager(str(tmp_path / "big")).save(
+        1, dict(model.named_parameters()), {}, redacted(Config(model=config))
+    )
+    with pytest.raises(
+        UserError, match=r"layers\.1\.feed_forward\.w2\.weight: 1 of 2048 values are not finite as flo"
+    ):
         export(found_in(tmp_path / "big"), tmp_path / "hf", replace(QUIET, dtype="float16"), silent)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["big", "c"]
 

@@ -53,7 +53,10 @@ def drop_two(state: dict[str, torch.Tensor]) -> None:
 
 
 BAD: list[tuple[Callable[[Path], object], str]] = [
-    (lambda f: edit_weights(f, drop_two), r"(?s)missing \(2\): .*layers.1.mlp.up_proj.weight \[64, 32\].*lm_head"),
+    (
+        lambda f: edit_weights(f, drop_two),
+        r"(?s)missing \(2\): .*layers.1.mlp.up_proj.weight \[64, 32\].*lm_head",
+    ),
     (lambda f: edit_weights(f, lambda s: s.update(x=torch.ones(2))), r"unknown \(1\): x \[2\]"),
     (
         lambda f: edit_weights(f, lambda s: s.update({"model.norm.weight": torch.ones(31)})),
@@ -75,7 +78,9 @@ BAD: list[tuple[Callable[[Path], object], str]] = [
     (lambda f: (f / "model.safetensors").unlink(), "no weights"),
     (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64), "not a whole safetensors file"),
     (
-        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}'),
+        lambda f: (f / "model.safetensors.index.json").write_text(
+            '{"weight_map": {"a": "../x.safetensors"}}'
+        ),
         "names the shard '../x.safetensors'",
     ),
 ]
@@ -106,12 +111,16 @@ def test_no_code_in_a_pickle_is_run(folder: Path, tmp_path: Path) -> None:
 
 def test_a_folder_of_another_model_is_refused_before_training(folder: Path) -> None:
     other = model_config(num_attention_heads=8, num_layers=3)  # head counts show in no shape
-    with pytest.raises(UserError, match="num_layers=2, the run's is 3; num_attention_heads=4, the run's is 8"):
+    with pytest.raises(
+        UserError, match="num_layers=2, the run's is 3; num_attention_heads=4, the run's is 8"
+    ):
         list(load_hf(str(folder), other.model_dump()))
 
 
 def test_no_such_folder(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="neither an existing folder nor a model in the local Hugging Face cache"):
+    with pytest.raises(
+        UserError, match="neither an existing folder nor a model in the local Hugging Face cache"
+    ):
         from_hf("internlm/internlm2-7b", str(tmp_path / "out"), None, False, silent)
 
 
@@ -132,7 +141,9 @@ def test_models_without_a_form_there(changes: dict[str, Any], words: str, tmp_pa
 
 def test_export_that_differs_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, found = save_model(tmp_path / "c", model_config(qk_interleaved=True))
-    monkeypatch.setattr(hf_export, "to_theirs", lambda link, value, config, naming: _unturned(link, value, config))
+    monkeypatch.setattr(
+        hf_export, "to_theirs", lambda link, value, config, naming: _unturned(link, value, config)
+    )
     with pytest.raises(UserError, match="logits differ by up to"):
         export(found, tmp_path / "hf", replace(QUIET, compare=True), silent)
     assert [p.name for p in tmp_path.iterdir()] == ["c"]

@@ -55,14 +55,18 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("arch", ["llama", "internlm2"])
-def test_a_rank_reads_the_bytes_it_holds(arch: Any, interleaved: bool, tmp_path: Path, read: list[int]) -> None:
+def test_a_rank_reads_the_bytes_it_holds(
+    arch: Any, interleaved: bool, tmp_path: Path, read: list[int]
+) -> None:
     config = model_config("INTERNLM2_PUBLIC", qk_interleaved=interleaved, no_bias=False, vocab_size=61)
     model, found = save_model(tmp_path / "c", config)
     folder = str(export(found, tmp_path / "hf", replace(QUIET, arch=arch, max_shard_bytes=30000), silent))
     truth = {name: value.detach() for name, value in model.named_parameters()}
     records = [*(tmp_path / "hf").glob("*.json"), *(tmp_path / "hf").glob("*.safetensors")]
     besides = sum(file.stat().st_size for file in records if file.suffix == ".json")
-    besides += sum(8 + int.from_bytes(file.read_bytes()[:8], "little") for file in records if file.suffix != ".json")
+    besides += sum(
+        8 + int.from_bytes(file.read_bytes()[:8], "little") for file in records if file.suffix != ".json"
+    )
     for rank in range(4):
         grid = Grid(tp=Axis("tp", 2, rank % 2), pp=Axis("pp", 2, rank // 2))
         layers = range(rank // 2, rank // 2 + 1)
@@ -116,8 +120,13 @@ def test_one_layer_at_a_time_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyP
         export(found, tmp_path / "hf", replace(QUIET, compare=True), silent)
     finally:
         handle.remove()
-    assert len(sizes) == 4 and max(sizes) < sum(map(math.prod, (r.shape for r in found.records().values()))) / 2
-    assert len([module for module in theirs if next(module.parameters(recurse=False), None) is not None]) == 4 * 9 + 3
+    assert (
+        len(sizes) == 4 and max(sizes) < sum(map(math.prod, (r.shape for r in found.records().values()))) / 2
+    )
+    assert (
+        len([module for module in theirs if next(module.parameters(recurse=False), None) is not None])
+        == 4 * 9 + 3
+    )
 
 
 @pytest.fixture(scope="module")
@@ -145,13 +154,17 @@ def test_folders_in_a_store(store: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert sum("largest difference" in line for line in lines) == 2
     records = found_in(tmp_path / "back").records()
     for name, parameter in model.named_parameters():
-        assert torch.equal(hf_verify.read_tensor(found_in(tmp_path / "back"), records[name]), parameter.detach())
+        assert torch.equal(
+            hf_verify.read_tensor(found_in(tmp_path / "back"), records[name]), parameter.detach()
+        )
     with pytest.raises(UserError, match="exists and is not empty"):
         hf_export.export(found, url, QUIET, silent)
 
     def broken(storage: Any, work: Path, target: str) -> None:
         (work / "zz").write_bytes(b"x")
-        monkeypatch.setattr(s3.S3Writer, "finish", lambda self: (_ for _ in ()).throw(OSError(5, "link down")))
+        monkeypatch.setattr(
+            s3.S3Writer, "finish", lambda self: (_ for _ in ()).throw(OSError(5, "link down"))
+        )
         upload(storage, work, target)
 
     upload = hf_place._upload

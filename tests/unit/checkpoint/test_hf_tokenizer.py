@@ -14,7 +14,13 @@ from evomesh.checkpoint.huggingface.tokenizer import TEXTS, compare_tokenizers, 
 from evomesh.data.tokenizer import load_tokenizer
 from evomesh.errors import UserError
 
-CORPUS = ["the cat sat on the mat", "a dog saw the cat", "12345 + 6.7 = ?", "def f(x):\n    return x", "春眠不觉晓"]
+CORPUS = [
+    "the cat sat on the mat",
+    "a dog saw the cat",
+    "12345 + 6.7 = ?",
+    "def f(x):\n    return x",
+    "春眠不觉晓",
+]
 MORE = ["", " ", "  the cat", "the cat ", "\n\n x", "cat\u00a0dog", "the " * 20]
 
 

@@ -57,7 +57,9 @@ def make(root: Path, family: str, tp: int, pp: int, swap: bool = False, seed: in
         for t in range(tp):
             file = files[p][t]
             if p == 0:
-                file["embedding.weight" if v1 else "tok_embeddings.weight"] = ours["embedding.weight"].chunk(tp, 1)[t]
+                file["embedding.weight" if v1 else "tok_embeddings.weight"] = ours["embedding.weight"].chunk(
+                    tp, 1
+                )[t]
             if p == pp - 1:
                 file["norm.weight"] = ours["norm.weight"]
                 file["head.weight" if v1 else "output.weight"] = ours["head.weight"].chunk(tp)[t]
@@ -170,7 +172,12 @@ def test_model_config_without_their_package(tmp_path: Path, monkeypatch: pytest.
     import sys
     import types
 
-    for name in ("internlm", "internlm.core", "internlm.core.context", "internlm.core.context.parallel_context"):
+    for name in (
+        "internlm",
+        "internlm.core",
+        "internlm.core.context",
+        "internlm.core.context.parallel_context",
+    ):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     sys.modules["internlm.core.context.parallel_context"].Config = Config  # type: ignore[attr-defined]
     torch.save(Config(num_layers=4, dtype=torch.bfloat16), tmp_path / "model_config.pt")

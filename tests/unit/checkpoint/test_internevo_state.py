@@ -22,7 +22,9 @@ from tests.unit.checkpoint.test_internevo import FAMILIES, equal, heads_of, make
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 
 
-def make_training(root: Path, family: str, tp: int, pp: int, zero: int, norms: torch.dtype) -> dict[str, Tensor]:
+def make_training(
+    root: Path, family: str, tp: int, pp: int, zero: int, norms: torch.dtype
+) -> dict[str, Tensor]:
     """A checkpoint with optimizer after 9 updates; returns the optimizer tensors that we must read."""
     expected = {}
     local: dict[str, dict[str, dict[str, Tensor]]] = {}

@@ -14,7 +14,16 @@ from evomesh.parallel.grid import Grid
 from evomesh.parallel.spec import ShardSpec
 from tests.unit.checkpoint.ranks import ThreadExchange, grids, run_ranks
 
-LAYOUTS = [{}, {"tp": 2}, {"tp": 4}, {"zero": 2}, {"zero": 3}, {"tp": 2, "zero": 2}, {"tp": 2, "pp": 2}, {"replica": 2}]
+LAYOUTS = [
+    {},
+    {"tp": 2},
+    {"tp": 4},
+    {"zero": 2},
+    {"zero": 3},
+    {"tp": 2, "zero": 2},
+    {"tp": 2, "pp": 2},
+    {"replica": 2},
+]
 GLOBAL = {
     "embedding.weight": torch.randn(12, 8).to(torch.bfloat16),
     "layers.0.w": torch.randn(8, 12),
@@ -81,7 +90,9 @@ def test_padding_rows_are_not_stored(tmp_path: Path) -> None:
 
     def save(exchange: ThreadExchange) -> None:
         grid = grids(tp=4)[exchange.rank]
-        CheckpointManager(str(tmp_path), grid=grid, exchange=exchange).save(1, {"v": padded(grid, 9.0)}, {}, {})
+        CheckpointManager(str(tmp_path), grid=grid, exchange=exchange).save(
+            1, {"v": padded(grid, 9.0)}, {}, {}
+        )
 
     run_ranks(4, save)
     target = torch.zeros(10, 3)

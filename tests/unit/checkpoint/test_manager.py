@@ -34,7 +34,13 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(bits(a[k]), bits(b[k])) for k in a)
 
 
-STATE = {"step": 3, "scaler": {"scale": math.inf, "bad": math.nan}, "rng": b"\x00\xff", "text": "中文", "big": 2**60}
+STATE = {
+    "step": 3,
+    "scaler": {"scale": math.inf, "bad": math.nan},
+    "rng": b"\x00\xff",
+    "text": "中文",
+    "big": 2**60,
+}
 
 
 def test_round_trip_is_bit_equal(tmp_path: Path) -> None:

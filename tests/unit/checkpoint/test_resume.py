@@ -47,7 +47,9 @@ def test_auto_resume_is_the_default_and_takes_the_newest_even_if_saving_is_off(t
 
 def test_auto_resume_ignores_load_info_loudly(tmp_path: Path) -> None:
     info = LoadConfig(path=str(tmp_path / "other"))
-    start = decide(config(tmp_path / "empty", load_ckpt_info=info), CheckpointManager(str(tmp_path / "empty")))
+    start = decide(
+        config(tmp_path / "empty", load_ckpt_info=info), CheckpointManager(str(tmp_path / "empty"))
+    )
     assert not start.resumes and start.found is None
     assert "starting from scratch" in start.reason and f"({tmp_path}/other) IGNORED" in start.reason
 
@@ -62,7 +64,9 @@ def test_without_auto_resume(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has steps 10, 5"):
         decide(config(tmp_path, auto_resume=False, load_ckpt_info=missing), manager)
     nowhere = LoadConfig(path="some/model")
-    with pytest.raises(UserError, match="neither an existing folder nor a model in the local Hugging Face cache"):
+    with pytest.raises(
+        UserError, match="neither an existing folder nor a model in the local Hugging Face cache"
+    ):
         decide(config(tmp_path, auto_resume=False, load_ckpt_info=nowhere), manager)
 
 
@@ -119,7 +123,12 @@ def test_a_users_own_loader(tmp_path: Path) -> None:
 def test_foreign_tensors_that_do_not_fit_are_all_named() -> None:
     def refused(source: dict[str, torch.Tensor], elsewhere: tuple[str, ...] = ()) -> str:
         with pytest.raises(UserError) as caught:
-            fill(describe({"a": torch.zeros(2), "b": torch.zeros(3, 1)}, Grid()), source.items(), "there", elsewhere)
+            fill(
+                describe({"a": torch.zeros(2), "b": torch.zeros(3, 1)}, Grid()),
+                source.items(),
+                "there",
+                elsewhere,
+            )
         return str(caught.value)
 
     a, b = torch.ones(2), torch.ones(3, 1)
@@ -127,7 +136,9 @@ def test_foreign_tensors_that_do_not_fit_are_all_named() -> None:
     assert "2 tensors differ" in text and "a: the checkpoint has [3], the model wants [2]" in text
     assert "b: the checkpoint has [3], the model wants [3, 1]" in text
     assert "has no 'a', 'b' (2 names)" in refused({})
-    assert "holds 'c' (1 name) that this run has no place for" in refused({"a": a, "b": b, "c": a, "d": a}, ("d",))
+    assert "holds 'c' (1 name) that this run has no place for" in refused(
+        {"a": a, "b": b, "c": a, "d": a}, ("d",)
+    )
 
 
 def test_unknown_type_names_the_known_ones(tmp_path: Path) -> None:
@@ -147,7 +158,9 @@ def test_a_hugging_face_folder_is_recognised(tmp_path: Path) -> None:
 def test_a_folder_of_ours_given_as_another_kind(tmp_path: Path, kind: str) -> None:
     manager = saved(tmp_path, 5)
     info = LoadConfig(path=str(tmp_path), ckpt_type=kind)
-    with pytest.raises(UserError, match=f"is an evomesh checkpoint, but ckpt_type='{kind}'(.|\\n)*'internevo'"):
+    with pytest.raises(
+        UserError, match=f"is an evomesh checkpoint, but ckpt_type='{kind}'(.|\\n)*'internevo'"
+    ):
         decide(config(tmp_path, auto_resume=False, load_ckpt_info=info), manager)
 
 

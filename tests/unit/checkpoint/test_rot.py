@@ -97,7 +97,9 @@ def test_swapped_renamed_missing_and_extra_files(root: Path) -> None:
     first.write_bytes(next(iter(sorted(old.glob("*r00000*")))).read_bytes())  # from another step
     assert "does not match its hash" in verify(new)
     first.unlink()
-    assert re.search(r"r00000.safetensors is missing \(written by rank 0 of layout dp=1 pp=1 tp=2 world=2", verify(new))
+    assert re.search(
+        r"r00000.safetensors is missing \(written by rank 0 of layout dp=1 pp=1 tp=2 world=2", verify(new)
+    )
     first.write_bytes(keep[0])
     (new / "notes.txt").write_text("extra files do no harm")
     check(Candidate(LocalStorage(), str(new), 2, True), data=True)

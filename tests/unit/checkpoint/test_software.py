@@ -18,7 +18,9 @@ from evomesh.checkpoint.native.software import software, source_revision
 def git(folder: Path, *arguments: str) -> str:
     who = {f"GIT_{role}_{part}": "test" for role in ("AUTHOR", "COMMITTER") for part in ("NAME", "EMAIL")}
     command = ["git", "-C", str(folder), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | who).stdout.strip()
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, env=os.environ | who
+    ).stdout.strip()
 
 
 def test_revision_and_dirty_flag_of_a_source_tree(tmp_path: Path) -> None:

@@ -32,7 +32,10 @@ VALUES: list[tuple[list[str], list[str]]] = [
     (["data.micro_bzs=2"], ["data.micro_bzs", "did you mean data.micro_bsz?"]),
     (["adam.betas=1"], ["adam.betas (--set)", "unknown key 'betas'"]),
     (["SEQLEN=2"], ["SEQLEN", "unknown key"]),
-    (["data.seq_len='2048'"], ["data.seq_len (--set)", "'2048' (a string)", "an integer", "remove the quotes"]),
+    (
+        ["data.seq_len='2048'"],
+        ["data.seq_len (--set)", "'2048' (a string)", "an integer", "remove the quotes"],
+    ),
     (["data.seq_len=0"], ["found 0", ">= 1"]),
     (["data.seq_len=-5"], ["found -5", ">= 1"]),
     (["data.seq_len=3.5"], ["found 3.5", "an integer"]),
@@ -47,7 +50,10 @@ VALUES: list[tuple[list[str], list[str]]] = [
     (["model.no_bias=True"], ["INTERNLM always has attention biases"]),
     (["model_type=INTERNLM_MoE"], ["mixture-of-experts"]),
     (["parallel.tensor=3"], ["3 does not divide num_attention_heads=32", "2 or 4"]),
-    (["parallel.tensor=8", "model_type=LLAMA2", "model.num_kv_attention_heads=4"], ["num_kv_attention_heads=4"]),
+    (
+        ["parallel.tensor=8", "model_type=LLAMA2", "model.num_kv_attention_heads=4"],
+        ["num_kv_attention_heads=4"],
+    ),
     (["parallel.tensor={'size': 2, 'mode': 'fsp'}", "data.seq_len=2049"], ["packed length 2049", "fsp"]),
     (["parallel.tensor.mode=mps"], ["'mps'", "'mtp'", "did you mean"]),
     (["parallel.weight=4"], ["needs tensor mode isp, found mtp"]),
@@ -87,7 +93,10 @@ VALUES: list[tuple[list[str], list[str]]] = [
     (["ckpt.checkpoint_every=2.5"], ["found 2.5"]),
     (["ckpt.enable_save_ckpt=True"], ["no folder to save to", "save_ckpt_folder"]),
     (["ckpt.load_ckpt_info={'path': 'x', 'content': ('modle',)}"], ["modle", "model, sampler, optimizer"]),
-    (["ckpt.load_ckpt_info={'content': ('model',)}"], ["ckpt.load_ckpt_info.path", "is missing", "add path=..."]),
+    (
+        ["ckpt.load_ckpt_info={'content': ('model',)}"],
+        ["ckpt.load_ckpt_info.path", "is missing", "add path=..."],
+    ),
     (["ckpt.s3_endpoint=host"], ["ckpt.s3_endpoint", "found 'host'", "https://HOST:PORT"]),
     (["ckpt.load_ckpt_info=5"], ["ckpt.load_ckpt_info", "found 5", "dict(key=value, ...)"]),
     (["seed=4294967296"], ["seed", "< 4294967296"]),
@@ -134,7 +143,11 @@ def test_all_at_once_with_file_and_line(tmp_path: Path) -> None:
         ("missing", None, ["no such config file", "looked in"]),
         ("a.yaml", "x: 1", ["configs are Python files", ".yaml"]),
         ("a.py", "data = dict(\n  seq_len=1\nmodel = 3\n", ["not valid Python", "a.py:1", "data = dict("]),
-        ("a.py", "x = 1\ndata = dict(seq_len=1 / 0)\n", ["ZeroDivisionError", "a.py:2", "data = dict(seq_len=1 / 0)"]),
+        (
+            "a.py",
+            "x = 1\ndata = dict(seq_len=1 / 0)\n",
+            ["ZeroDivisionError", "a.py:2", "data = dict(seq_len=1 / 0)"],
+        ),
         ("a.py", "import sys\nsys.exit(3)\n", ["SystemExit", "a.py:2"]),
         ("a.py", "def f():\n    return nothing\n\nx = f()\n", ["NameError", "a.py:2", "return nothing"]),
         ("a.py", "from nowhere_at_all import x\n", ["ModuleNotFoundError", "a.py:1"]),
@@ -171,5 +184,7 @@ def test_world(base: Path) -> None:
             )
         }
     )
-    with pytest.raises(ConfigError, match=r"6 processes cannot be divided by pipeline.size \* tensor.size = 4"):
+    with pytest.raises(
+        ConfigError, match=r"6 processes cannot be divided by pipeline.size \* tensor.size = 4"
+    ):
         check_world(split, 6)

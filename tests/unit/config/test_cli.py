@@ -63,7 +63,9 @@ def test_check_of_a_model_of_ones_own(tmp_path: Path) -> None:
 
 
 def test_show() -> None:
-    rows = [line.split() for line in run("show", SEVEN_B, "--gpus", "8", "--set", "adam.lr=3e-4").splitlines()]
+    rows = [
+        line.split() for line in run("show", SEVEN_B, "--gpus", "8", "--set", "adam.lr=3e-4").splitlines()
+    ]
     cells = {row[0]: row[1:] for row in rows if row}
     assert cells["adam.lr"] == ["0.0003", "--set"]
     assert cells["seed"] == ["1024", "default"]
@@ -87,7 +89,11 @@ def test_list_and_copy(tmp_path: Path) -> None:
     run("copy", "7B_sft", str(tmp_path))
     assert (tmp_path / "7B_sft.py").read_bytes() == Path(SEVEN_B).read_bytes()
     run("copy", "7B_sft", str(tmp_path / "mine.py"))
-    for name, dest in (("7B_sft", str(tmp_path)), ("7B_sff", "x.py"), ("7B_sft", str(tmp_path / "no" / "x.py"))):
+    for name, dest in (
+        ("7B_sft", str(tmp_path)),
+        ("7B_sff", "x.py"),
+        ("7B_sft", str(tmp_path / "no" / "x.py")),
+    ):
         with pytest.raises(UserError):
             run("copy", name, dest)
 

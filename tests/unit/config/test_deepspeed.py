@@ -17,7 +17,9 @@ from evomesh.errors import UserError
 @pytest.fixture
 def config(tmp_path: Path) -> str:
     path = tmp_path / "c.py"
-    path.write_text('data = dict(train_folder="x")\nmodel = dict(dtype="torch.float32")\nparallel = dict(zero1=8)\n')
+    path.write_text(
+        'data = dict(train_folder="x")\nmodel = dict(dtype="torch.float32")\nparallel = dict(zero1=8)\n'
+    )
     return str(path)
 
 
@@ -33,7 +35,13 @@ def test_the_stage_of_a_json_file_is_taken(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_param": {"device": "none"}}}))
     assert deepspeed_settings(str(path))[0] == ["parallel.zero1=dict(size=-1, fsdp=True)"]
-    for text in ("{", "{}", "[]", '{"zero_optimization": {"stage": 0}}', '{"zero_optimization": {"stage": "x"}}'):
+    for text in (
+        "{",
+        "{}",
+        "[]",
+        '{"zero_optimization": {"stage": 0}}',
+        '{"zero_optimization": {"stage": "x"}}',
+    ):
         path.write_text(text)
         with pytest.raises(UserError, match="stage"):
             deepspeed_settings(str(path))

@@ -23,15 +23,27 @@ BAD = [
     ),
     (["parallel.tensor=dict(size=2,mode='2d')"], ["2d"]),
     (["parallel.weight=2"], ["weight.size=2 needs tensor mode isp"]),
-    (["parallel.weight=5", "parallel.tensor.mode=isp"], ["5 does not divide the hidden_size, 48", "size=4 or 6"]),
-    (["parallel.zero1.fsdp=True", "parallel.tensor.mode=isp"], ["two keys for one thing", "parallel.weight=dict"]),
-    (["parallel.pipeline=4", "model.num_chunks=3", "data.micro_num=4"], ["need 12 layers, num_layers=8", "at most 2"]),
+    (
+        ["parallel.weight=5", "parallel.tensor.mode=isp"],
+        ["5 does not divide the hidden_size, 48", "size=4 or 6"],
+    ),
+    (
+        ["parallel.zero1.fsdp=True", "parallel.tensor.mode=isp"],
+        ["two keys for one thing", "parallel.weight=dict"],
+    ),
+    (
+        ["parallel.pipeline=4", "model.num_chunks=3", "data.micro_num=4"],
+        ["need 12 layers, num_layers=8", "at most 2"],
+    ),
     (["parallel.pipeline=4", "model.num_chunks=2", "data.micro_num=6"], ["micro_num=6", "4 or 8"]),
     (
         ["parallel.pipeline=2", "model.num_chunks=2", "data.micro_num=4", "data.rampup_batch_size=1 1 10"],
         ["rampup_batch_size=1 1 10 is not a multiple of the 2 stages", "start and increment multiples of 2"],
     ),
-    (["parallel.pipeline=dict(size=2,schedule='zbv')"], ["schedule zbv with num_chunks=1", "zbv has num_chunks=2"]),
+    (
+        ["parallel.pipeline=dict(size=2,schedule='zbv')"],
+        ["schedule zbv with num_chunks=1", "zbv has num_chunks=2"],
+    ),
     (
         ["parallel.pipeline=dict(size=2,schedule='1f1b')", "model.num_chunks=2", "data.micro_num=2"],
         ["schedule 1f1b with num_chunks=2", "1f1b has num_chunks=1"],

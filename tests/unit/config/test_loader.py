@@ -38,7 +38,12 @@ def test_an_override_reaches_what_is_computed_from_it(tmp_path: Path) -> None:
     )
     config = load(tmp_path, text, "data.total_steps=7", "SEQ=32", "EVERY=8").config
     assert (config.lr_scheduler.total_steps, config.data.seq_len, config.ckpt.checkpoint_every) == (7, 32, 4)
-    assert load(tmp_path, text, "data.total_steps=7", "lr_scheduler.total_steps=9").config.lr_scheduler.total_steps == 9
+    assert (
+        load(
+            tmp_path, text, "data.total_steps=7", "lr_scheduler.total_steps=9"
+        ).config.lr_scheduler.total_steps
+        == 9
+    )
 
 
 def test_overrides_of_int_and_dict_forms(tmp_path: Path) -> None:
@@ -112,7 +117,9 @@ def test_family_defaults(tmp_path: Path) -> None:
     for family, interleaved in (("INTERNLM", False), ("INTERNLM2_PUBLIC", False), ("LLAMA2", True)):
         model = load(tmp_path, BASE, f"model_type={family}").config.model
         assert (model.qk_interleaved, model.no_bias) == (interleaved, False)
-        assert load(tmp_path, BASE, f"model_type={family}", "model.adapt_hf=False").config.model.qk_interleaved
+        assert load(
+            tmp_path, BASE, f"model_type={family}", "model.adapt_hf=False"
+        ).config.model.qk_interleaved
 
 
 def test_own_model_type_keeps_its_own_keys(tmp_path: Path) -> None:
@@ -138,7 +145,9 @@ def test_load_folder_forms(tmp_path: Path) -> None:
 
 def test_warnings_are_said_once(tmp_path: Path) -> None:
     text = BASE + "lr_scheduler = dict(total_steps=100)\ngrad_scaler = dict(hysteresis=2)\n"
-    warnings = load(tmp_path, text, "data.total_steps=50", "data.train_folder=None", "model.dtype=None").warnings
+    warnings = load(
+        tmp_path, text, "data.total_steps=50", "data.train_folder=None", "model.dtype=None"
+    ).warnings
     assert len(warnings) == len(set(warnings))
     text = "\n".join(warnings)
     assert "100 differs from data.total_steps=50: training ends after 50 steps" in text

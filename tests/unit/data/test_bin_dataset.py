@@ -62,14 +62,18 @@ def test_documented_example_is_written(tmp_path: Path) -> None:
         writer.write(DOCUMENTED)
         writer.commit({})
     lines = path.read_text().splitlines()
-    assert lines[0] == ('{"tokens": [73075, 75302, 69522, 69022, 98899, 67713, 68015, 81269, 74637, 75445, 99157]}')
+    assert lines[0] == (
+        '{"tokens": [73075, 75302, 69522, 69022, 98899, 67713, 68015, 81269, 74637, 75445, 99157]}'
+    )
     assert np.load(f"{path}.meta").tolist() == [[0, 11], [90, 15], [208, 13]]
     assert read_all(path) == DOCUMENTED
 
 
 def test_other_json_forms_are_read_too(tmp_path: Path) -> None:
     path = tmp_path / "x.bin"
-    path.write_bytes(b'{"tokens":[1,2]}\n{"type": "en", "tokens": [ -3 ,4 ]}\n{"tokens": []}\r\n{"tokens": [5]}')
+    path.write_bytes(
+        b'{"tokens":[1,2]}\n{"type": "en", "tokens": [ -3 ,4 ]}\n{"tokens": []}\r\n{"tokens": [5]}'
+    )
     repair(path)
     assert read_all(path) == [[1, 2], [-3, 4], [], [5]]
 
@@ -94,7 +98,9 @@ def test_45_meta_is_text(write_bin: Any) -> None:
 def test_46_meta_truncated(write_bin: Any, cut: int) -> None:
     path = write_bin([[1], [2]])
     os.truncate(f"{path}.meta", cut)
-    refused(path, ".meta", "empty (0 bytes)" if cut == 0 else "broken .npy header" if cut == 40 else "130 bytes")
+    refused(
+        path, ".meta", "empty (0 bytes)" if cut == 0 else "broken .npy header" if cut == 40 else "130 bytes"
+    )
 
 
 def test_46_meta_with_objects(write_bin: Any) -> None:
@@ -120,7 +126,9 @@ def test_48_meta_of_another_dtype(write_bin: Any, dtype: str) -> None:
 def test_49_offsets_not_increasing(write_bin: Any) -> None:
     path = write_bin([[1], [2], [3]])
     set_meta(path, np.array([[0, 1], [30, 1], [15, 1]]))
-    refused(path, "row 2", "offset 15 does not increase", "45 bytes" if path.stat().st_size == 45 else "bytes")
+    refused(
+        path, "row 2", "offset 15 does not increase", "45 bytes" if path.stat().st_size == 45 else "bytes"
+    )
 
 
 def test_49_negative_offset(write_bin: Any) -> None:
@@ -140,7 +148,9 @@ def test_50_offset_not_at_a_line_start(write_bin: Any) -> None:
     rows = np.load(f"{path}.meta")
     rows[1, 0] += 4
     set_meta(path, rows)
-    refused(path, "row 1", f"offset {rows[1, 0]} is not the start of a line", f"byte {rows[1, 0] - 4}", "repair")
+    refused(
+        path, "row 1", f"offset {rows[1, 0]} is not the start of a line", f"byte {rows[1, 0] - 4}", "repair"
+    )
 
 
 def test_51_declared_length_differs(write_bin: Any) -> None:
@@ -271,7 +281,9 @@ def test_59_int32_meta_of_a_large_file(write_bin: Any) -> None:
     refused(path, "int32", "2,147,483,658 bytes", "int64")
 
 
-@pytest.mark.parametrize(("magic", "kind"), [(b"\x1f\x8b\x08\x00", "gzip"), (b"\x28\xb5\x2f\xfd", "zstandard")])
+@pytest.mark.parametrize(
+    ("magic", "kind"), [(b"\x1f\x8b\x08\x00", "gzip"), (b"\x28\xb5\x2f\xfd", "zstandard")]
+)
 def test_63_compressed_file(write_bin: Any, magic: bytes, kind: str) -> None:
     path = write_bin([[1]])
     path.write_bytes(magic + b"data")
@@ -284,7 +296,9 @@ def test_min_length_counts_tokens(write_bin: Any) -> None:
     assert BinDataset(path, min_length=2).row(0) == 1
 
 
-def test_check_reads_every_document_of_a_small_set_only(write_bin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_reads_every_document_of_a_small_set_only(
+    write_bin: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_bin([[1]] * (bin_dataset.BLOCK + 1) + [[200], [1]])
     dataset = BinDataset(path, vocab_size=100)
     with pytest.raises(UserError, match=f"line {bin_dataset.BLOCK + 2}: token 0 is 200"):
@@ -304,7 +318,9 @@ def test_a_line_may_be_read_from_any_thread(write_bin: Any) -> None:
 
 
 def test_cache_gives_the_same_tokens_until_the_file_changes(write_bin: Any) -> None:
-    found = [[i, -i - 1, 7] * (i % 4) for i in range(1, 60)] + [[6] * 1000]  # one read by slices, the rest by places
+    found = [[i, -i - 1, 7] * (i % 4) for i in range(1, 60)] + [
+        [6] * 1000
+    ]  # one read by slices, the rest by places
     path = write_bin(found)
     assert write_cache(path) == sum(map(len, found))
     dataset = BinDataset(path, min_length=4)
@@ -340,7 +356,8 @@ def test_the_fast_reader_never_differs_from_json() -> None:
     plain = 0
     for _ in range(3000):
         documents = [
-            [draw.randrange(-99, 99) for _ in range(draw.randrange(1, 5))] for _ in range(draw.randrange(1, 4))
+            [draw.randrange(-99, 99) for _ in range(draw.randrange(1, 5))]
+            for _ in range(draw.randrange(1, 4))
         ]
         lines = [json.dumps({"tokens": tokens}).encode() + b"\n" for tokens in documents]
         lengths = [len(tokens) for tokens in documents]
@@ -370,7 +387,9 @@ def test_large_data_is_checked_in_part(write_bin: Any, monkeypatch: pytest.Monke
     assert path.stat().st_size > 25_000
     read: list[int] = []
     one_pass = BinDataset.read
-    monkeypatch.setattr(BinDataset, "read", lambda self, rows: (read.extend(rows.tolist()), one_pass(self, rows))[1])
+    monkeypatch.setattr(
+        BinDataset, "read", lambda self, rows: (read.extend(rows.tolist()), one_pass(self, rows))[1]
+    )
     check_sources([BinDataset(path, vocab_size=60)])
     assert 40 <= len(read) <= 80 and read[:4] == [0, 1, 2, 3] and read[-1] == 599
     assert max(np.diff(read)) < 60

@@ -22,7 +22,13 @@ VOCAB = 1000
 
 
 def config(tmp_path: Path, **values: Any) -> DataConfig:
-    options = {"seq_len": 8, "micro_num": 2, "micro_bsz": 2, "num_worker": 0, "train_folder": str(tmp_path / "train")}
+    options = {
+        "seq_len": 8,
+        "micro_num": 2,
+        "micro_bsz": 2,
+        "num_worker": 0,
+        "train_folder": str(tmp_path / "train"),
+    }
     return DataConfig(**(options | values))
 
 
@@ -41,7 +47,9 @@ def tree(write_bin: Any, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def rows(data: TrainData, dp_rank: int = 0, dp_size: int = 1, steps: int = 3, **start: Any) -> list[list[int]]:
+def rows(
+    data: TrainData, dp_rank: int = 0, dp_size: int = 1, steps: int = 3, **start: Any
+) -> list[list[int]]:
     stream = data.stream(dp_rank=dp_rank, dp_size=dp_size, **start)
     found = [row for _ in range(steps) for row in next(stream).input_ids.tolist()]
     stream.close()
@@ -72,7 +80,13 @@ def test_documented_types(write_bin: Any, tmp_path: Path) -> None:
 
 def test_batch_shapes_and_padding_of_bounds(tree: Path) -> None:
     batch = next(build_train_data(config(tree), VOCAB).stream())
-    assert batch.input_ids.shape == batch.labels.shape == batch.position_ids.shape == batch.type_ids.shape == (2, 16)
+    assert (
+        batch.input_ids.shape
+        == batch.labels.shape
+        == batch.position_ids.shape
+        == batch.type_ids.shape
+        == (2, 16)
+    )
     assert batch.input_ids.dtype == torch.int64
     assert batch.cu_seqlens.dtype == torch.int32
     longest = 0
@@ -284,7 +298,9 @@ def test_min_length_dict_by_path(tree: Path) -> None:
     data = build_train_data(config(tree, min_length=5, min_length_dict={"en/b": 10, "cn": 0}), VOCAB)
     kept = {row["file"]: row["documents"] - row["filtered"] for row in data.report}
     limits = {"en/b/x.bin": (1, 10), "cn/deep/er/z.bin": (3, 0), "en/a.bin": (2, 5)}
-    assert kept == {name: sum(len(one) >= low for one in documents(seed)) for name, (seed, low) in limits.items()}
+    assert kept == {
+        name: sum(len(one) >= low for one in documents(seed)) for name, (seed, low) in limits.items()
+    }
     refused("several keys: en, en/b", config(tree, min_length_dict={"en": 1, "en/b": 10}))
 
 

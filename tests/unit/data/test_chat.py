@@ -48,7 +48,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def encode(folder: Path, template: str, turns: Any, schema: Any = "messages", **options: Any) -> tuple[str, str]:
+def encode(
+    folder: Path, template: str, turns: Any, schema: Any = "messages", **options: Any
+) -> tuple[str, str]:
     """Decoded (everything, targets only) of one conversation."""
     tokenizer = load_tokenizer(folder)
     record = SourceRecord(turns, "here")
@@ -72,7 +74,9 @@ def test_internlm_layout_of_the_documents(folder: Path) -> None:
     plain = tokenizer.encode
     name = tokenizer.token_id
     expected = [name("<s>")]
-    expected += [-x for x in [*plain("<|User|>:Add.\n1 2"), name("<eoh>") or -1, *plain("\n"), *plain("<|Bot|>:")]]
+    expected += [
+        -x for x in [*plain("<|User|>:Add.\n1 2"), name("<eoh>") or -1, *plain("\n"), *plain("<|Bot|>:")]
+    ]
     expected += [*plain("3"), name("<eoa>"), *plain("\n"), name("</s>")]
     assert ids == expected
     whole, targets = encode(folder, "internlm", ALPACA | {"input": ""}, "alpaca")
@@ -105,13 +109,16 @@ def test_loss_of_single_turns_and_other_roles(folder: Path) -> None:
     muted = [*TURNS[:2], TURNS[2] | {"loss": False}, *TURNS[3:]]
     assert encode(folder, "chatml", {"messages": muted})[1] == "world<|im_end|>"
     assert (
-        encode(folder, "chatml", TURNS, roles=("user", "system"))[1] == "Be brief.<|im_end|>hi<|im_end|>bye<|im_end|>"
+        encode(folder, "chatml", TURNS, roles=("user", "system"))[1]
+        == "Be brief.<|im_end|>hi<|im_end|>bye<|im_end|>"
     )
 
 
 def test_sharegpt(folder: Path) -> None:
     turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
-    assert encode(folder, "chatml", {"conversations": turns}, "sharegpt") == encode(folder, "chatml", TURNS[1:3])
+    assert encode(folder, "chatml", {"conversations": turns}, "sharegpt") == encode(
+        folder, "chatml", TURNS[1:3]
+    )
 
 
 @pytest.mark.parametrize(
@@ -167,7 +174,9 @@ def test_truncation_is_counted_and_keeps_the_ending(folder: Path, tmp_path: Path
     tokenize_chats(files, tmp_path / "a.bin", tokenizer, ChatOptions("alpaca"))
     whole = documents(tmp_path / "a.bin")
     limit = len(whole[0]) - 3
-    facts, counts = tokenize_chats(files, tmp_path / "b.bin", tokenizer, ChatOptions("alpaca", max_length=limit))
+    facts, counts = tokenize_chats(
+        files, tmp_path / "b.bin", tokenizer, ChatOptions("alpaca", max_length=limit)
+    )
     cut = documents(tmp_path / "b.bin")
     assert [document[:-1] for document in cut] == [document[: limit - 1] for document in whole]
     assert all(document[-1] == tokenizer.eos_id for document in cut)
@@ -204,7 +213,12 @@ def test_progress_of_conversations_ends_at_the_size_of_the_input(folder: Path, t
     files, tokenizer = find_texts([str(write_alpaca(tmp_path / "a.json", 300))]), load_tokenizer(folder)
     seen: list[tuple[int, int, int]] = []
     tokenize_chats(
-        files, tmp_path / "o.bin", tokenizer, ChatOptions("alpaca"), workers=1, progress=lambda *now: seen.append(now)
+        files,
+        tmp_path / "o.bin",
+        tokenizer,
+        ChatOptions("alpaca"),
+        workers=1,
+        progress=lambda *now: seen.append(now),
     )
     assert len(seen) > 2 and seen == sorted(seen)
     assert seen[-1] == (files[0].size, 300, sum(map(len, documents(tmp_path / "o.bin"))))
@@ -226,7 +240,9 @@ def test_records_of_a_hugging_face_folder(folder: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(folder)
     found = []
     for name in ("a.json", "disk", "x.parquet"):
-        tokenize_chats(find_texts([str(tmp_path / name)]), tmp_path / "o.bin", tokenizer, ChatOptions("alpaca"))
+        tokenize_chats(
+            find_texts([str(tmp_path / name)]), tmp_path / "o.bin", tokenizer, ChatOptions("alpaca")
+        )
         found.append(documents(tmp_path / "o.bin"))
     assert found[0] == found[1] == found[2]
 
@@ -254,7 +270,9 @@ def test_special_ids_are_looked_up_by_name(tmp_path: Path, kind: str) -> None:
     def mark(piece: str, text: str) -> list[int]:
         return list(plain.encode(piece + text)) if kind == "text" else [name[piece], *plain.encode(text)]
 
-    ids = build_template("internlm", load_tokenizer(path)).encode(read_conversation(SourceRecord(ALPACA, ""), "alpaca"))
+    ids = build_template("internlm", load_tokenizer(path)).encode(
+        read_conversation(SourceRecord(ALPACA, ""), "alpaca")
+    )
     newline = plain.encode("\n")
     expected = [-x for x in [*mark("<|User|>", ":Add.\n1 2"), name["<eoh>"], *newline, *mark("<|Bot|>", ":")]]
     assert ids == [1, *expected, *plain.encode("3"), name["<eoa>"], *newline, 2]

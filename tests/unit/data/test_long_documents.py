@@ -12,7 +12,9 @@ from evomesh.data.token_files.lines import IntArray, parse_ranges
 from tests.unit.data.conftest import WriteBin
 
 
-def test_packs_inside_a_long_document_parse_it_once(write_bin: WriteBin, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packs_inside_a_long_document_parse_it_once(
+    write_bin: WriteBin, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(bin_dataset, "LONG", 100)
     documents = [list(range(1, 21)), list(range(100, 420)), list(range(30, 60)), list(range(500, 700))]
     parsed: list[list[int]] = []
@@ -24,7 +26,9 @@ def test_packs_inside_a_long_document_parse_it_once(write_bin: WriteBin, monkeyp
     monkeypatch.setattr(bin_dataset, "parse_ranges", count)
     last_long = bin_dataset.LongLineCache()  # of both files
     for name, stored in (("train/en/a.bin", documents), ("train/en/b.bin", documents[::-1])):
-        plan = PackPlan([bin_dataset.BinDataset(write_bin(stored, name), last_long=last_long)], PackRule(16, 16))
+        plan = PackPlan(
+            [bin_dataset.BinDataset(write_bin(stored, name), last_long=last_long)], PackRule(16, 16)
+        )
         stream = [token for place in plan.order for token in stored[place]]
         parsed.clear()
         for pack in range(len(plan)):

@@ -49,7 +49,9 @@ def test_show_is_what_the_model_sees(write_bin: Any) -> None:
         "cu_seqlens": [0, 1, 4, 6],
         "type_ids": [0] * 6,
     }
-    pack = json.loads(run("show", path, "--seq-len", "3", "--micro-bsz", "2", "--pack-sample-into-one", "--json"))
+    pack = json.loads(
+        run("show", path, "--seq-len", "3", "--micro-bsz", "2", "--pack-sample-into-one", "--json")
+    )
     assert pack["cu_seqlens"] == [0, 3, 6]
     assert pack["labels"][-1] == IGN
     text = run("show", path, "--seq-len", "3")
@@ -74,7 +76,12 @@ def test_inspect_counts_and_forecast(write_bin: Any, tmp_path: Path) -> None:
 
 
 def test_order_and_the_documents_tool_agree(write_bin: Any, tmp_path: Path) -> None:
-    for name in ("data/train/en/b.bin", "data/train/en/a/x.bin", "data/cn/train/data/y.bin", "data/cn/a b.bin"):
+    for name in (
+        "data/train/en/b.bin",
+        "data/train/en/a/x.bin",
+        "data/cn/train/data/y.bin",
+        "data/cn/a b.bin",
+    ):
         write_bin([[1]], name)
     run("order", str(tmp_path / "data"), "--output", str(tmp_path / "o.txt"))
     expected = ["cn/a b.bin", "cn/train/data/y.bin", "train/en/b.bin", "train/en/a/x.bin"]

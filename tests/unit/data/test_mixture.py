@@ -85,12 +85,21 @@ def test_weights_of_a_config(write_bin: Any, tmp_path: Path) -> None:
     write_bin([[2] * 400], "train/en/b.bin")
     write_bin([[3] * 100], "train/code/c.bin")
     write_bin([[4] * 100], "train/cn/d.bin")
-    options: dict[str, Any] = {"seq_len": 4, "micro_num": 2, "num_worker": 1, "train_folder": str(tmp_path / "train")}
+    options: dict[str, Any] = {
+        "seq_len": 4,
+        "micro_num": 2,
+        "num_worker": 1,
+        "train_folder": str(tmp_path / "train"),
+    }
     data = build_train_data(DataConfig(**options, dataset_weights={"en/": 3.0, "code/": 1.0}), 10)
     assert data.warnings == ["cn/d.bin matches no key of data.dataset_weights: it is not trained on"]
     stream = data.stream()
     first = [int(token) for _ in range(50) for token in next(stream).input_ids[:, 0]]
-    assert {token: first.count(token) for token in set(first)} == {1: first.count(1), 2: 75 - first.count(1), 3: 25}
+    assert {token: first.count(token) for token in set(first)} == {
+        1: first.count(1),
+        2: 75 - first.count(1),
+        3: 25,
+    }
     state = json.loads(json.dumps(stream.state()))
     following = next(stream).input_ids.tolist()
     stream.close()

@@ -151,7 +151,9 @@ def test_xtuner_trains_across_documents_but_not_past_the_pack() -> None:
 documents = st.lists(st.lists(st.integers(-9, 9), max_size=12), min_size=1, max_size=9)
 
 
-@given(documents, st.integers(1, 4), st.integers(1, 3), st.booleans(), st.sampled_from(["internevo", "xtuner"]))
+@given(
+    documents, st.integers(1, 4), st.integers(1, 3), st.booleans(), st.sampled_from(["internevo", "xtuner"])
+)
 @settings(max_examples=200, deadline=None)
 @pytest.mark.parametrize("remainder", ["drop", "pad"])
 def test_any_documents_pack_as_the_oracle_says(
@@ -165,7 +167,9 @@ def test_any_documents_pack_as_the_oracle_says(
 
 @given(documents, documents, st.integers(1, 6))
 @settings(max_examples=100, deadline=None)
-def test_carry_is_one_stream_of_all_files(first: list[list[int]], second: list[list[int]], length: int) -> None:
+def test_carry_is_one_stream_of_all_files(
+    first: list[list[int]], second: list[list[int]], length: int
+) -> None:
     plan = PackPlan([Listed(first, 3), Listed(second, 5)], PackRule(length, length), "carry")
     alone = [PackPlan([Listed(one)], PackRule(1, 1)) for one in (first, second)]
     stream = [int(plan.read(k).tokens[0]) for plan in alone for k in range(len(plan))]
@@ -191,4 +195,6 @@ def test_pack_of_a_file_reads_the_same_with_min_length(write_bin: Any) -> None:
     kept = [document for document in found if len(document) >= 8]
     one = PackPlan([BinDataset(path, min_length=8)], PackRule(16, 16))
     other = PackPlan([Listed(kept)], PackRule(16, 16))
-    assert [as_dict(one.read(k)) for k in range(len(one))] == [as_dict(other.read(k)) for k in range(len(other))]
+    assert [as_dict(one.read(k)) for k in range(len(one))] == [
+        as_dict(other.read(k)) for k in range(len(other))
+    ]

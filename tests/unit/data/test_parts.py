@@ -51,7 +51,17 @@ def tokenise_under_way(output: Path, tokenizer: Path) -> Iterator[subprocess.Pop
     source = tokenizer.with_name("long.jsonl")
     line = json.dumps({"text": "hello " * 10_000}).encode() + b"\n"
     source.write_bytes(line * 2000)  # 120 MB
-    command = [sys.executable, "-m", "evomesh", "tokenize", str(source), "-o", str(output), "-t", str(tokenizer)]
+    command = [
+        sys.executable,
+        "-m",
+        "evomesh",
+        "tokenize",
+        str(source),
+        "-o",
+        str(output),
+        "-t",
+        str(tokenizer),
+    ]
     process = subprocess.Popen([*command, "--workers", "1"], stderr=subprocess.DEVNULL)
     try:
         while not any(path.stat().st_size for path in output.parent.glob(".*.part")):

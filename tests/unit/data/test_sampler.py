@@ -28,7 +28,9 @@ def documents_order(num_packs: int, seed: int, micro_num: int, dp: int, steps: i
     return [[streams[rank][step] for rank in range(dp)] for step in range(steps)]
 
 
-def ours(sampler: PackSampler, dp: int, steps: int, start: SamplerPosition | None = None) -> list[list[list[int]]]:
+def ours(
+    sampler: PackSampler, dp: int, steps: int, start: SamplerPosition | None = None
+) -> list[list[list[int]]]:
     position, found = start or SamplerPosition(), []
     for _ in range(steps):
         packs, position = sampler.take(position)

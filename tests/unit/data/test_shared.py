@@ -46,7 +46,9 @@ def test_a_process_holds_nothing_that_grows_with_the_documents(tmp_path: Path) -
     lines = [b'{"tokens": [5]}\n', b'{"tokens": [7, 8]}\n'] * 20_000
     path.write_bytes(b"".join(lines))
     ends = np.cumsum([len(line) for line in lines])
-    np.save(path.with_suffix(".npy"), np.stack([ends - [len(line) for line in lines], [1, 2] * 20_000], axis=1))
+    np.save(
+        path.with_suffix(".npy"), np.stack([ends - [len(line) for line in lines], [1, 2] * 20_000], axis=1)
+    )
     path.with_suffix(".npy").rename(f"{path}.meta")
     held = {}
     for use_shm in (False, True):

@@ -43,7 +43,9 @@ def test_splits(tmp_path: Path, files: str, use: str, split: str | None, expecte
             find_rows(str(tmp_path), "k", None, use, split)
         assert caught.value.where == ("data.split_name" if use == "train" else "data.valid_split_name")
         return
-    found = {str(file.place.relative_to(tmp_path)) for file in find_rows(str(tmp_path), "k", None, use, split)[0]}
+    found = {
+        str(file.place.relative_to(tmp_path)) for file in find_rows(str(tmp_path), "k", None, use, split)[0]
+    }
     assert found == {files.split()[number] for number in expected}
 
 
@@ -63,7 +65,9 @@ def test_files_that_are_held_out_by_their_name_are_named(tmp_path: Path) -> None
         (tmp_path / name).write_text("w5\n")
     (found,), warnings = find_rows(str(tmp_path), "k", None, "train")
     assert found.place.name == "a.txt"
-    said = '2 file(s) such as sub/test.txt are left out: their names say test; data.split_name="all" takes all'
+    said = (
+        '2 file(s) such as sub/test.txt are left out: their names say test; data.split_name="all" takes all'
+    )
     assert warnings == [said]
     assert find_rows(str(tmp_path), "k", None, "train", "all")[1] == []
     assert find_rows(str(tmp_path), "k", None, "valid")[1] == []

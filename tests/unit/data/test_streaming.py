@@ -154,7 +154,9 @@ def test_all_kinds_of_files_give_the_same_rows(tmp_path: Path, kind: str) -> Non
     elif kind == "json":
         (folder / "a.json").write_text(json.dumps([{"text": text} for text in found]))
     else:
-        (folder / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(json.dumps({"text": t}) for t in found).encode()))
+        (folder / "a.jsonl.gz").write_bytes(
+            gzip.compress("\n".join(json.dumps({"text": t}) for t in found).encode())
+        )
     files, _ = find_rows(str(folder), "data.train_folder", None, "train")
     stream = RowStream(files, "text", 3)
     windows = []
@@ -179,10 +181,14 @@ def test_split_and_subset_are_chosen_by_name(tmp_path: Path) -> None:
     (folder / "more.txt").write_text("w5\n")
     files, warnings = find_rows(str(folder), "k", None, "train")
     assert len(files) == 3
-    left_out = '1 file(s) such as more.txt are left out: others are named train; data.split_name="all" takes all'
+    left_out = (
+        '1 file(s) such as more.txt are left out: others are named train; data.split_name="all" takes all'
+    )
     assert warnings == [left_out]
     (folder / "train.txt").write_text("w5\n")
-    assert "(3 jsonl, 1 txt): all are read; data.subset_name" in find_rows(str(folder), "k", None, "train")[1][0]
+    assert (
+        "(3 jsonl, 1 txt): all are read; data.subset_name" in find_rows(str(folder), "k", None, "train")[1][0]
+    )
     with zipfile.ZipFile(folder / "books.zip", "w") as archive:
         archive.writestr("old/train.txt", "w5\n")
         archive.writestr("old/test.txt", "w6\n")
@@ -192,7 +198,9 @@ def test_split_and_subset_are_chosen_by_name(tmp_path: Path) -> None:
     assert names("books.zip") == names("txt")[:2]
     assert names("books.zip/old") == names("txt")[1:2]
     assert names(None, "valid") == ["books.zip/old/test.txt"]
-    with pytest.raises(UserError, match=r"no folder or archive 'arrow'(.|\n)*kinds jsonl, txt or of books.zip"):
+    with pytest.raises(
+        UserError, match=r"no folder or archive 'arrow'(.|\n)*kinds jsonl, txt or of books.zip"
+    ):
         names("arrow")
 
 
@@ -205,7 +213,12 @@ def test_the_split_is_what_training_reads(tmp_path: Path, tokenizer: Path) -> No
     tokens = next(build_train_data(made, WORDS).stream()).input_ids
     assert set(tokens.flatten().tolist()) == {8, 9, 1}
     (valid,) = build_valid_data(made, WORDS)
-    assert {label for batch in valid.batches(0, 1) for label in batch.labels.flatten().tolist()} == {6, 7, 1, IGN}
+    assert {label for batch in valid.batches(0, 1) for label in batch.labels.flatten().tolist()} == {
+        6,
+        7,
+        1,
+        IGN,
+    }
 
 
 def pack_members(path: Path, members: dict[str, bytes]) -> None:
@@ -248,7 +261,9 @@ def kinds_of_files(found: list[str]) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", ["x.tar", "x.tar.gz", "x.tgz", "x.zip"])
 @pytest.mark.parametrize("backwards", [False, True])
-def test_an_archive_gives_the_rows_of_its_files_from_any_place(tmp_path: Path, name: str, backwards: bool) -> None:
+def test_an_archive_gives_the_rows_of_its_files_from_any_place(
+    tmp_path: Path, name: str, backwards: bool
+) -> None:
     found = [text for text in texts(150) if text]
     members = kinds_of_files(found)
     folder = tmp_path / "d"
@@ -344,7 +359,12 @@ def test_validation_from_text(tmp_path: Path, tokenizer: Path) -> None:
     found = [text for text in texts(40, 1) if text]
     (folder / "validation.txt").write_text("\n".join(found) + "\n")
     (valid,) = build_valid_data(config(folder, tokenizer, valid_folder=str(folder)), WORDS)
-    got = [label for batch in valid.batches(0, 1) for label in batch.labels.flatten().tolist() if label not in (IGN, 1)]
+    got = [
+        label
+        for batch in valid.batches(0, 1)
+        for label in batch.labels.flatten().tolist()
+        if label not in (IGN, 1)
+    ]
     expected = [int(word[1:]) for text in found for word in text.split()[1:]]
     assert sorted(got) == sorted(expected)
     assert valid.name == "v"

@@ -48,7 +48,9 @@ def bpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(inputs: list[str], output: Path, bpe: Path, append: bool = False, **options: Any) -> dict[str, Any]:
-    return tokenize_files(find_texts(inputs), output, load_tokenizer(bpe), TextOptions(**options), append=append)
+    return tokenize_files(
+        find_texts(inputs), output, load_tokenizer(bpe), TextOptions(**options), append=append
+    )
 
 
 def documents(path: Path) -> list[list[int]]:
@@ -62,7 +64,9 @@ def expected(bpe: Path, texts: list[str]) -> list[list[int]]:
 
 
 def jsonl(path: Path, texts: list[str]) -> Path:
-    path.write_text("\n".join(json.dumps({"id": 1, "text": text}) for text in texts) + "\n\n", encoding="utf-8")
+    path.write_text(
+        "\n".join(json.dumps({"id": 1, "text": text}) for text in texts) + "\n\n", encoding="utf-8"
+    )
     return path
 
 
@@ -106,7 +110,9 @@ def test_raw_lines_are_the_documents_reading(tmp_path: Path, bpe: Path) -> None:
     source = tmp_path / "a.jsonl"
     source.write_text('{"text": "hello"}\n\n{"text": "world"}\n')
     run([str(source)], tmp_path / "a.bin", bpe, raw_lines=True)
-    assert documents(tmp_path / "a.bin") == expected(bpe, ['{"text": "hello"}\n', "\n", '{"text": "world"}\n'])
+    assert documents(tmp_path / "a.bin") == expected(
+        bpe, ['{"text": "hello"}\n', "\n", '{"text": "world"}\n']
+    )
     (tmp_path / "a.json").write_text('[{"text": "感"}]')
     run([str(tmp_path / "a.json")], tmp_path / "b.bin", bpe, raw_lines=True)
     assert documents(tmp_path / "b.bin") == expected(bpe, ['{"text": "\\u611f"}'])
@@ -124,7 +130,9 @@ def test_bos_and_eos(tmp_path: Path, bpe: Path) -> None:
         assert documents(tmp_path / "a.bin") == [tokens]
     (tmp_path / "own").mkdir()
     (tmp_path / "own/tokenizer.json").write_bytes(bpe.read_bytes())
-    (tmp_path / "own/tokenizer_config.json").write_text('{"add_bos_token": true, "bos_token": "<s>", "eos_token": "h"}')
+    (tmp_path / "own/tokenizer_config.json").write_text(
+        '{"add_bos_token": true, "bos_token": "<s>", "eos_token": "h"}'
+    )
     run([source], tmp_path / "a.bin", tmp_path / "own")
     assert documents(tmp_path / "a.bin") == [[0, *plain, Tokenizer.from_file(str(bpe)).token_to_id("h")]]
 
@@ -137,7 +145,12 @@ def test_rerun_replaces_and_append_adds(tmp_path: Path, bpe: Path) -> None:
     both = run([source], tmp_path / "a.bin", bpe, append=True)
     assert documents(tmp_path / "a.bin") == expected(bpe, TEXTS * 2)
     assert (both["documents"], both["tokens"], len(both["sources"])) == (8, 2 * first["tokens"], 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.bin.json", "a.bin.meta", "a.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "a.bin",
+        "a.bin.json",
+        "a.bin.meta",
+        "a.jsonl",
+    ]
 
 
 def test_a_failed_run_leaves_the_old_file(tmp_path: Path, bpe: Path) -> None:
@@ -190,13 +203,20 @@ def test_no_tokenizer(tmp_path: Path) -> None:
 
 
 def test_starts_without_torch() -> None:
-    code = "import sys, evomesh.cli.tokenize, evomesh.cli.data, evomesh.data.prepare.tokenize, evomesh.data.packing.packs; "
+    modules = (
+        "evomesh.cli.tokenize, evomesh.cli.data, evomesh.data.prepare.tokenize, evomesh.data.packing.packs"
+    )
+    code = f"import sys, {modules}; "
     subprocess.run([sys.executable, "-c", code + "sys.exit('torch' in sys.modules)"], check=True)
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path, bpe: Path) -> None:
     mark = b"\xef\xbb\xbf"
-    for name, content in (("a.txt", b"one\n"), ("a.jsonl", b'{"text": "one"}'), ("a.json", b' [{"text": "one"}]')):
+    for name, content in (
+        ("a.txt", b"one\n"),
+        ("a.jsonl", b'{"text": "one"}'),
+        ("a.json", b' [{"text": "one"}]'),
+    ):
         (tmp_path / name).write_bytes(mark + content)
         run([str(tmp_path / name)], tmp_path / "a.bin", bpe)
         assert documents(tmp_path / "a.bin") == expected(bpe, ["one"])
@@ -205,7 +225,11 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path, bpe: Path) -> None:
 @pytest.mark.parametrize("raw_lines", [False, True])
 @pytest.mark.parametrize(
     "pack",
-    [gzip.compress, zstandard.ZstdCompressor().compress, lambda raw: zstandard.ZstdCompressor().compress(raw) * 2],
+    [
+        gzip.compress,
+        zstandard.ZstdCompressor().compress,
+        lambda raw: zstandard.ZstdCompressor().compress(raw) * 2,
+    ],
 )
 def test_a_packed_file_that_is_cut_off_is_refused_at_any_place(
     tmp_path: Path, bpe: Path, pack: Callable[[bytes], bytes], raw_lines: bool
@@ -224,7 +248,9 @@ def test_a_packed_file_that_is_cut_off_is_refused_at_any_place(
 
 
 def test_zstandard_frames_of_any_kind(tmp_path: Path, bpe: Path) -> None:
-    raw = jsonl(tmp_path / "x.jsonl", [f"{number} {text}" for number in range(3000) for text in TEXTS]).read_bytes()
+    raw = jsonl(
+        tmp_path / "x.jsonl", [f"{number} {text}" for number in range(3000) for text in TEXTS]
+    ).read_bytes()
     compress = zstandard.ZstdCompressor().compress
     skipped = b"\x50\x2a\x4d\x18\x03\x00\x00\x00abc"
     packed = compress(b"") + skipped + compress(raw[:100_000]) + skipped + compress(raw[100_000:]) + skipped
@@ -255,7 +281,9 @@ def test_a_full_disk_is_a_message(tmp_path: Path, bpe: Path) -> None:
     code = "import resource, sys; from evomesh.cli.main import main; "
     code += "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)); main()"
     command = ["tokenize", str(source), "-o", str(tmp_path / "out/a.bin"), "-t", str(bpe), "--no-eos"]
-    ended = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *command], capture_output=True, text=True, check=False
+    )
     assert ended.returncode == 2, ended.stderr
     assert "out/a.bin: cannot write: File too large" in ended.stderr and "Traceback" not in ended.stderr
     assert list((tmp_path / "out").iterdir()) == []

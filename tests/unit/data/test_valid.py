@@ -70,7 +70,12 @@ def test_each_piece_is_its_own_segment_and_predicts_on(write_bin: Any, tmp_path:
 def test_sets_are_folders(write_bin: Any, tmp_path: Path) -> None:
     for name in ("valid/en/a.bin", "valid/code/x/a.bin", "valid/code/y/a.bin", "valid/more/x/b.bin"):
         write_bin([[1, 2, 3]], name)
-    assert [found.name for found in build_valid_data(config(tmp_path), 100)] == ["code/x", "en", "more/x", "y"]
+    assert [found.name for found in build_valid_data(config(tmp_path), 100)] == [
+        "code/x",
+        "en",
+        "more/x",
+        "y",
+    ]
 
 
 def test_no_default_minimum_length(write_bin: Any, tmp_path: Path) -> None:

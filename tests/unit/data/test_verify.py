@@ -61,7 +61,10 @@ def test_what_is_found_does_not_depend_on_the_blocks(
     said = verify(str(path), vocab_size=90)[1]
     assert said[0].endswith("line 12: id 99 is outside the vocabulary of 90")
     assert said[1] == f"{path} line 31: the line has no key tokens (keys found: none)"
-    assert f"{path} line 36 byte {byte}: the line is not JSON" in said[2] and "ends in the middle of it" in said[2]
+    assert (
+        f"{path} line 36 byte {byte}: the line is not JSON" in said[2]
+        and "ends in the middle of it" in said[2]
+    )
 
 
 def test_wrong_rows_are_listed_with_the_right_values(write_bin: Any) -> None:

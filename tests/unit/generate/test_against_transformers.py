@@ -32,7 +32,9 @@ def theirs(model: LlamaForCausalLM, prompt: list[int], sampling: SamplingParams)
     ends = list(wanted.pop("eos_ids"))
     options = {key: value for key, value in wanted.items() if value is not None}
     config = GenerationConfig(**options, eos_token_id=ends or None, pad_token_id=0)
-    out = model.generate(torch.tensor([prompt]), generation_config=config, attention_mask=torch.ones(1, len(prompt)))
+    out = model.generate(
+        torch.tensor([prompt]), generation_config=config, attention_mask=torch.ones(1, len(prompt))
+    )
     rows = [row[len(prompt) :].tolist() for row in out]
     ended = [[i for i, token in enumerate(row) if token in ends] for row in rows]
     return [row[: end[0] + 1] if end else row for row, end in zip(rows, ended, strict=True)]
@@ -60,12 +62,20 @@ def test_greedy(pair: Pair, options: dict[str, float]) -> None:
         {"num_beams": 4, "num_return_sequences": 4, "eos_ids": (6, 21, 40)},
         {"num_beams": 3, "num_return_sequences": 2, "eos_ids": tuple(range(0, 50, 2))},
         {"num_beams": 2, "repetition_penalty": 1.3},
-        {"num_beams": 5, "num_return_sequences": 5, "eos_ids": (6, 21), "max_length": 12, "max_new_tokens": None},
+        {
+            "num_beams": 5,
+            "num_return_sequences": 5,
+            "eos_ids": (6, 21),
+            "max_length": 12,
+            "max_new_tokens": None,
+        },
     ],
 )
 def test_beams(pair: Pair, options: dict[str, float], length_penalty: float) -> None:
     ours, stock = pair
-    sampling = SamplingParams(**{"do_sample": False, "max_new_tokens": 16, "length_penalty": length_penalty} | options)
+    sampling = SamplingParams(
+        **{"do_sample": False, "max_new_tokens": 16, "length_penalty": length_penalty} | options
+    )
     together = generate(ours, PROMPTS, sampling)
     assert together == [theirs(stock, prompt, sampling) for prompt in PROMPTS]
     assert generate(ours, PROMPTS, sampling, batch_size=2) == together
@@ -74,7 +84,10 @@ def test_beams(pair: Pair, options: dict[str, float], length_penalty: float) -> 
 def test_dynamic_ntk_beyond_the_trained_length() -> None:
     """Cached keys keep the base of the length they were made at, as in transformers."""
     config = tiny_config(max_position_embeddings=16, use_dynamic_ntk_rope=True, rope_scaling_factor=2.0)
-    for prompt in ([3, 7, 11], [n % 50 for n in range(88)]):  # grows past the trained length; goes on to 8 times it
+    for prompt in (
+        [3, 7, 11],
+        [n % 50 for n in range(88)],
+    ):  # grows past the trained length; goes on to 8 times it
         ours = tiny(max_position_embeddings=16, use_dynamic_ntk_rope=True, rope_scaling_factor=2.0)
         stock = stock_llama(ours, config, rope_type="dynamic", factor=2.0)
         sampling = SamplingParams(do_sample=False, max_new_tokens=40)
@@ -86,7 +99,9 @@ def test_dynamic_ntk_beyond_the_trained_length() -> None:
 def test_samples_follow_the_model_and_the_cuts(pair: Pair) -> None:
     """Two-token answers, counted, against the product of two distributions from plain forward passes."""
     ours, _ = pair
-    sampling = SamplingParams(temperature=2.0, top_k=4, top_p=0.9, max_new_tokens=2, num_return_sequences=2000)
+    sampling = SamplingParams(
+        temperature=2.0, top_k=4, top_p=0.9, max_new_tokens=2, num_return_sequences=2000
+    )
     counted = Counter(tuple(answer) for answer in generate(ours, [[3, 7, 11]], sampling)[0])
     wanted = {}
     for first, share in distribution(ours, [3, 7, 11], sampling).items():
@@ -102,7 +117,9 @@ def distribution(model: LanguageModel, ids: list[int], sampling: SamplingParams)
     """By the definition: the k likeliest, and of these the shortest head that reaches p."""
     with torch.no_grad():
         logits = model.logits(model(torch.tensor(ids), single_sequence(len(ids))))[-1] / sampling.temperature
-    best = sorted(((float(value), token) for token, value in enumerate(logits)), reverse=True)[: sampling.top_k]
+    best = sorted(((float(value), token) for token, value in enumerate(logits)), reverse=True)[
+        : sampling.top_k
+    ]
     total = sum(2.718281828459045**value for value, _ in best)
     head: dict[int, float] = {}
     for value, token in best:
@@ -116,9 +133,13 @@ def test_drawn_beams(pair: Pair) -> None:
     ours, _ = pair
     every = SamplingParams(num_beams=50, num_return_sequences=50, max_new_tokens=1, seed=1)
     logits = ours.logits(ours(torch.tensor([3, 7]), single_sequence(2)))[-1]
-    assert generate(ours, [[3, 7]], every)[0] == [[token] for token in logits.argsort(descending=True).tolist()]
+    assert generate(ours, [[3, 7]], every)[0] == [
+        [token] for token in logits.argsort(descending=True).tolist()
+    ]
     answers = [
-        generate(ours, [[3, 7]], SamplingParams(num_beams=2, temperature=3.0, max_new_tokens=8, seed=seed))[0][0]
+        generate(ours, [[3, 7]], SamplingParams(num_beams=2, temperature=3.0, max_new_tokens=8, seed=seed))[
+            0
+        ][0]
         for seed in (1, 1, 2, 3)
     ]
     assert answers[0] == answers[1]

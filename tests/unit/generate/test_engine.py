@@ -75,7 +75,9 @@ def test_cancelling_leaves_the_others_as_they_are() -> None:
     for request, tokens in drain(engine).items():
         made[request] += tokens
     assert len(made[numbers[0]]) == 4
-    assert [ids(made[n]) for n in numbers[1:]] == [uncached_greedy(model, prompt, 12) for prompt in prompts[1:]]
+    assert [ids(made[n]) for n in numbers[1:]] == [
+        uncached_greedy(model, prompt, 12) for prompt in prompts[1:]
+    ]
 
 
 def test_long_prompts_are_not_all_read_in_one_step() -> None:

@@ -29,7 +29,9 @@ def test_candidates_follow_transformers(top_k: int, top_p: float, min_p: float, 
     scores = TopKLogitsWarper(top_k, min_tokens_to_keep=keep)(None, scores) if top_k else scores
     scores = TopPLogitsWarper(top_p, min_tokens_to_keep=keep)(None, scores) if top_p < 1 else scores
     scores = MinPLogitsWarper(min_p, min_tokens_to_keep=keep)(None, scores) if min_p else scores
-    ids, ours = candidates(logits, SamplingParams(temperature=0.7, top_k=top_k, top_p=top_p, min_p=min_p), keep)
+    ids, ours = candidates(
+        logits, SamplingParams(temperature=0.7, top_k=top_k, top_p=top_p, min_p=min_p), keep
+    )
     whole = torch.zeros(VOCAB, dtype=torch.float64).index_put((ids,), ours.softmax(-1))
     torch.testing.assert_close(whole, scores[0].softmax(-1), rtol=1e-12, atol=1e-15)
 

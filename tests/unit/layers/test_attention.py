@@ -42,13 +42,17 @@ def test_equals_dense_oracle_in_value_and_gradient(lengths: list[int], kv_heads:
     expected = oracle(q, k, v, lengths)
     torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-12)
     for a, b in zip(
-        torch.autograd.grad(ours, [q, k, v], seen), torch.autograd.grad(expected, [q, k, v], seen), strict=True
+        torch.autograd.grad(ours, [q, k, v], seen),
+        torch.autograd.grad(expected, [q, k, v], seen),
+        strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
 
 
 def test_lengths_skip_padding_and_empty_documents() -> None:
-    docs = SequenceBounds(torch.tensor([0, 1, 0, 1, 2]), torch.tensor([0, 2, 2, 5, 5, 5], dtype=torch.int32), 3)
+    docs = SequenceBounds(
+        torch.tensor([0, 1, 0, 1, 2]), torch.tensor([0, 2, 2, 5, 5, 5], dtype=torch.int32), 3
+    )
     assert docs.lengths() == [2, 3]
     assert docs.span().tolist() == [2, 2, 3, 3, 3]
 
@@ -58,7 +62,9 @@ def test_span_counts_positions_before_the_first_token() -> None:
 
 
 @pytest.mark.parametrize("newer", [True, False])
-def test_variable_length_kernel_gets_what_its_signature_knows(newer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variable_length_kernel_gets_what_its_signature_knows(
+    newer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def signature_now(
         query: Tensor,
         key: Tensor,

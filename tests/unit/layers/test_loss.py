@@ -26,7 +26,9 @@ def reference(
     return loss, F.cross_entropy(logits, labels, reduction="none"), logits.argmax(-1) == labels
 
 
-def check(out: LossOutput, leaves: list[torch.Tensor], expected: torch.Tensor, like: list[torch.Tensor]) -> None:
+def check(
+    out: LossOutput, leaves: list[torch.Tensor], expected: torch.Tensor, like: list[torch.Tensor]
+) -> None:
     ours = torch.autograd.grad(out.scaled_sum, leaves)
     theirs = torch.autograd.grad(expected, like)
     torch.testing.assert_close(out.scaled_sum, expected, rtol=1e-13, atol=1e-13)
@@ -64,7 +66,12 @@ def test_gradient_follows_the_factor_behind_it() -> None:
     hidden, weight, labels = inputs()
     out = linear_cross_entropy(hidden, weight, labels, vocab_size=V)
     expected, *_ = reference(hidden, weight, labels)
-    check(LossOutput(out.scaled_sum * -2.5, out.nll, out.correct), [hidden, weight], expected * -2.5, [hidden, weight])
+    check(
+        LossOutput(out.scaled_sum * -2.5, out.nll, out.correct),
+        [hidden, weight],
+        expected * -2.5,
+        [hidden, weight],
+    )
 
 
 def test_all_ignored_is_zero_with_zero_gradients() -> None:
@@ -110,7 +117,9 @@ def test_scale_lifts_float16_gradients_out_of_underflow() -> None:
     tokens = 10.0**9  # a loss averaged over so many tokens has gradients below float16's smallest number
     plain = linear_cross_entropy(hidden, weight, labels, vocab_size=V, grad_scale=1 / tokens)
     assert not torch.autograd.grad(plain.scaled_sum, hidden)[0].any()
-    scaled = linear_cross_entropy(hidden, weight, labels, vocab_size=V, grad_scale=torch.tensor(tokens / tokens))
+    scaled = linear_cross_entropy(
+        hidden, weight, labels, vocab_size=V, grad_scale=torch.tensor(tokens / tokens)
+    )
     assert torch.autograd.grad(scaled.scaled_sum, hidden)[0].any()
 
 

@@ -23,14 +23,18 @@ def test_dynamic_ntk_stretches_the_base_beyond_the_trained_length(factor: float)
     rotary = RotaryEmbedding(head_dim, 10000.0, dynamic_ntk=True, max_position=trained, factor=factor)
     base = 10000.0 * (factor * length / trained - (factor - 1)) ** (head_dim / (head_dim - 2))
     angle = [math.cos(7 * base ** (-2 * i / head_dim)) for i in range(3)]
-    assert rotary.tables(single_sequence(length), torch.float64)[0][7].tolist() == pytest.approx(angle, rel=1e-13)
+    assert rotary.tables(single_sequence(length), torch.float64)[0][7].tolist() == pytest.approx(
+        angle, rel=1e-13
+    )
     plain = RotaryEmbedding(head_dim, 10000.0).tables(single_sequence(trained), torch.float64)[0]
     assert torch.equal(rotary.tables(single_sequence(trained), torch.float64)[0], plain)
 
 
 def test_a_packed_document_is_stretched_by_its_own_length() -> None:
     rotary = RotaryEmbedding(6, 10000.0, dynamic_ntk=True, max_position=8)
-    packed = SequenceBounds(torch.cat([torch.arange(12), torch.arange(5)]), torch.tensor([0, 12, 17, 17]).int(), 12)
+    packed = SequenceBounds(
+        torch.cat([torch.arange(12), torch.arange(5)]), torch.tensor([0, 12, 17, 17]).int(), 12
+    )
     cos, _ = rotary.tables(packed, torch.float64)
     assert torch.equal(cos[:12], rotary.tables(single_sequence(12), torch.float64)[0])
     assert torch.equal(cos[12:], rotary.tables(single_sequence(5), torch.float64)[0])
@@ -47,7 +51,9 @@ def test_split_and_rotation_as_complex_numbers(interleaved: bool, queries: int) 
 
     def rotated(x: torch.Tensor) -> torch.Tensor:
         if interleaved:
-            return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
+            return torch.view_as_real(
+                torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turn
+            ).flatten(-2)
         both = torch.complex(x[..., : head_dim // 2], x[..., head_dim // 2 :]) * turn
         return torch.cat([both.real, both.imag], dim=-1)
 

@@ -97,7 +97,9 @@ def test_feed_forward(swiglu: bool) -> None:
     leaves = [x, *layer.parameters()]
     ours = layer(x)
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
-    for a, b in zip(torch.autograd.grad(ours, leaves, seen), torch.autograd.grad(expected, leaves, seen), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(ours, leaves, seen), torch.autograd.grad(expected, leaves, seen), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 

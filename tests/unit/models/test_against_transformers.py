@@ -70,7 +70,10 @@ def named_pairs(ours: Decoder, theirs: torch.nn.Module, of) -> list[tuple[str, T
             for name, part in zip("qkv", parts, strict=True):
                 reorder = name != "v" and ours.config.qk_interleaved
                 pairs.append(
-                    (f"{prefix}self_attn.{name}_proj.{kind}", halves(part, ours.config.head_dim) if reorder else part)
+                    (
+                        f"{prefix}self_attn.{name}_proj.{kind}",
+                        halves(part, ours.config.head_dim) if reorder else part,
+                    )
                 )
             pairs.append((f"{prefix}self_attn.o_proj.{kind}", of(getattr(block.attention.wo, kind))))
         pairs.append((prefix + "input_layernorm.weight", of(block.attention_norm.weight)))

@@ -44,7 +44,9 @@ def documents(lengths: Sequence[int]) -> SequenceBounds:
     return SequenceBounds(torch.cat([torch.arange(n) for n in lengths]), bounds, max(lengths))
 
 
-def train(model: LanguageModel, lengths: Sequence[int], attend: AttentionFunction = attend) -> dict[str, Tensor]:
+def train(
+    model: LanguageModel, lengths: Sequence[int], attend: AttentionFunction = attend
+) -> dict[str, Tensor]:
     """Gradients of one forward and backward."""
     model.zero_grad()
     ids = torch.arange(T) % model.config.vocab_size

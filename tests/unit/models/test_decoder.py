@@ -173,7 +173,10 @@ def test_post_norm_blocks_have_no_final_norm() -> None:
     x = block.attention_norm(x + block.attention(x, tables, pack(LENGTHS)))
     x = block.ffn_norm(x + block.feed_forward(x))
     assert torch.equal(model(ids, pack(LENGTHS)), x)
-    assert make(tiny(model_type="INTERNLM", num_kv_attention_heads=None, apply_post_layer_norm=True)).norm is not None
+    assert (
+        make(tiny(model_type="INTERNLM", num_kv_attention_heads=None, apply_post_layer_norm=True)).norm
+        is not None
+    )
 
 
 def test_norm_head_has_rows_of_length_one_and_their_gradient() -> None:
@@ -283,7 +286,9 @@ def test_generation_can_keep_keys_and_values() -> None:
 )
 def test_initial_deviations(family: str, changes: dict[str, Any], expected: dict[str, float]) -> None:
     """Of global layer 1: scaled by 1 / sqrt(2 (1 + 1))."""
-    model = build_model(ModelConfig(model_type=family, num_layers=2, hidden_size=64, vocab_size=64, **changes))
+    model = build_model(
+        ModelConfig(model_type=family, num_layers=2, hidden_size=64, vocab_size=64, **changes)
+    )
     for part, std in expected.items():
         prefix = {"wqkv": "layers.1.attention.", "wo": "layers.1.attention.", "embedding": "", "head": ""}
         initial = model.initial(f"{prefix.get(part, 'layers.1.feed_forward.')}{part}.weight")

@@ -11,7 +11,12 @@ from evomesh.models.registry import ModelInitializer, build_model, model_initial
 
 def test_parameter_count_of_the_documents_7b_config() -> None:
     config = ModelConfig(
-        num_layers=32, hidden_size=4096, vocab_size=103168, num_attention_heads=32, mlp_ratio=8 / 3, dtype="bfloat16"
+        num_layers=32,
+        hidden_size=4096,
+        vocab_size=103168,
+        num_attention_heads=32,
+        mlp_ratio=8 / 3,
+        dtype="bfloat16",
     )
     model = build_model(config, device="meta")
     assert sum(p.numel() for p in model.parameters()) == 7_321_948_160
@@ -23,7 +28,9 @@ def test_unknown_model_type_names_the_nearest() -> None:
 
 
 def test_own_parameters_are_checked_against_the_builder(monkeypatch: pytest.MonkeyPatch) -> None:
-    def builder(config: ModelConfig, window: int, *, device: torch.device | str, gain: float = 1.0) -> Decoder:
+    def builder(
+        config: ModelConfig, window: int, *, device: torch.device | str, gain: float = 1.0
+    ) -> Decoder:
         raise AssertionError("not reached")
 
     registry = ModelInitializer({"MINE": builder})

@@ -56,7 +56,11 @@ def test_a_second_setup_replaces_the_first(tmp_path: Path) -> None:
 
 
 def test_secrets_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    environment = {"S3_SECRET_ACCESS_KEY_ID": "abcdefgh123", "TOKENIZERS_PARALLELISM": "sometimes", "HF_TOKEN": "short"}
+    environment = {
+        "S3_SECRET_ACCESS_KEY_ID": "abcdefgh123",
+        "TOKENIZERS_PARALLELISM": "sometimes",
+        "HF_TOKEN": "short",
+    }
     assert redact("key abcdefgh123 sometimes short", environment) == "key *** sometimes short"
     assert (
         redact("https://open.feishu.cn/open-apis/bot/v2/hook/1-a-2", {})

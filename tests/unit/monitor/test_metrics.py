@@ -70,7 +70,9 @@ def test_values_read_back_exactly(tmp_path: Path) -> None:
     with MetricsFile(tmp_path / "run" / "metrics.jsonl") as metrics:
         metrics.write(RECORD)
         metrics.write(replace(RECORD, step=1, grad_norm=math.nan, loss=math.inf, extras={"acc/代码": 1 / 3}))
-        first, second = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        first, second = [
+            json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        ]
     assert first == RECORD.values()
     assert list(first) == list(RECORD.values())
     assert (second["grad_norm"], second["loss"], second["acc/代码"]) == ("NaN", "Infinity", 1 / 3)

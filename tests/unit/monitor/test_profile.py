@@ -64,7 +64,12 @@ class TestSecondsByKind:
 
     @pytest.mark.parametrize(
         ("work", "kind"),
-        [(product, "matrix"), (attention, "attention"), (inside("loss"), "loss"), (inside("optimizer"), "optimizer")],
+        [
+            (product, "matrix"),
+            (attention, "attention"),
+            (inside("loss"), "loss"),
+            (inside("optimizer"), "optimizer"),
+        ],
     )
     def test_every_operation_counts_once(self, work: Any, kind: str) -> None:
         seconds, _ = profiled(work)
@@ -82,7 +87,9 @@ class TestStepProfile:
                 steps.step()
         assert {path.name for path in (tmp_path / "traces").iterdir()} == {"rank.json", "rank.txt"}
         trace = json.loads((tmp_path / "traces/rank.json").read_text())
-        assert sum(event["name"] == "aten::mm" for event in trace["traceEvents"] if event["ph"] == "X") == STEPS
+        assert (
+            sum(event["name"] == "aten::mm" for event in trace["traceEvents"] if event["ph"] == "X") == STEPS
+        )
         rows = (tmp_path / "traces/rank.txt").read_text().splitlines()[1:]
         assert [row[:14].strip() for row in rows] == [*KINDS, "step"]
 

@@ -15,7 +15,10 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_norm_is_torchs(dtype: torch.dtype) -> None:
-    grads = [torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype) for shape in ((7, 3), (5,), ())]
+    grads = [
+        torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+        for shape in ((7, 3), (5,), ())
+    ]
     expected = float(nn.utils.get_total_norm([grad.double() for grad in grads]))
     assert float(global_norm(grads, Grid(), CPU)) == pytest.approx(
         expected, rel=1e-12 if dtype == torch.float64 else 1e-6
@@ -28,7 +31,9 @@ def test_squares_of_several_tensors_may_leave_float32() -> None:
     assert float(global_norm(grads, Grid(), CPU)) == pytest.approx(6 * 0.7e19, rel=1e-6)
 
 
-@pytest.mark.parametrize(("values", "found"), [([1.0], "ok"), ([math.inf, 1.0], "inf"), ([-math.inf, math.nan], "nan")])
+@pytest.mark.parametrize(
+    ("values", "found"), [([1.0], "ok"), ([math.inf, 1.0], "inf"), ([-math.inf, math.nan], "nan")]
+)
 def test_what_is_found(values: list[float], found: str) -> None:
     assert found_in(float(global_norm([torch.ones(3), torch.tensor(values)], Grid(), CPU))) == found
 

@@ -121,7 +121,8 @@ def test_a_step_with_a_gradient_that_is_not_finite_touches_nothing(
     optimizer, other = make_optimizer(model, clip), make_optimizer(clean, clip)
     run(model, optimizer, range(2))
     before = {
-        name: tensor.clone() for name, tensor in (optimizer.state_tensors() | dict(model.named_parameters())).items()
+        name: tensor.clone()
+        for name, tensor in (optimizer.state_tensors() | dict(model.named_parameters())).items()
     }
     backward(model, 2)
     slot = optimizer.slots[0]

@@ -13,7 +13,9 @@ from evomesh.parallel.grid import Axis, Grid
 from evomesh.parallel.spec import ShardSpec, state_axes
 
 
-def parallel(tensor: int = 1, mode: str = "mtp", pipeline: int = 1, weight: int = 1, zero1: int = -1) -> ParallelConfig:
+def parallel(
+    tensor: int = 1, mode: str = "mtp", pipeline: int = 1, weight: int = 1, zero1: int = -1
+) -> ParallelConfig:
     return ParallelConfig.model_validate(
         {
             "tensor": {"size": tensor, "mode": mode},
@@ -59,7 +61,9 @@ def test_isp_cuts_weights_and_sequence_independently() -> None:
 @pytest.mark.parametrize(
     ("tensor", "weight", "pipeline", "zero1"), itertools.product((1, 2, 4), (1, 2, 4), (1, 2), (1, 2, -1))
 )
-def test_every_axis_partitions_the_world(mode: str, tensor: int, weight: int, pipeline: int, zero1: int) -> None:
+def test_every_axis_partitions_the_world(
+    mode: str, tensor: int, weight: int, pipeline: int, zero1: int
+) -> None:
     sizes = axis_sizes(parallel(tensor, mode, pipeline, weight if mode == "isp" else 1, zero1), 16)
     for name in ("pp", "dp", "tp", "wp", "zero", "replica"):
         groups = {tuple(axis_members(sizes, rank)[name]) for rank in range(16)}

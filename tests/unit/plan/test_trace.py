@@ -43,7 +43,9 @@ def without_loss(calls: Counter[tuple[str, str, int]]) -> dict[tuple[str, str, i
 def test_a_trace_sends_what_a_real_step_sends(pool: Pool, layout: Layout) -> None:
     for rank, (real, _) in enumerate(pool.run(step_traffic, layout, ranks=layout.ranks)):
         found = trace(layout.config, layout.ranks, rank)
-        calls = Counter((call.operation, call.axis, call.nbytes) for call in found.traffic.calls[: found.passes])
+        calls = Counter(
+            (call.operation, call.axis, call.nbytes) for call in found.traffic.calls[: found.passes]
+        )
         assert without_loss(calls) == without_loss(real)
 
 
@@ -55,15 +57,22 @@ def test_seven_billion_on_1024_ranks() -> None:
     assert time.monotonic() - start < 60
     grid = found.grid
     assert [(axis.rank, axis.size) for axis in (grid.pp, grid.dp, grid.tp)] == [(2, 4), (0, 32), (5, 8)]
-    layer = 4 * 4096**2 + 3 * 4096 * 11008 + 3 * 4096  # products and the biases of q, k and v, all cut over tensor
+    layer = (
+        4 * 4096**2 + 3 * 4096 * 11008 + 3 * 4096
+    )  # products and the biases of q, k and v, all cut over tensor
     whole = 3 * 4096  # norms and the bias of the output product
     assert found.parameters == 2 * 8 * (layer // 8 + whole)
     assert found.gradients == 2 * found.parameters
     hidden = 2 * 4096 * config.data.packed_length
     sent = [call.nbytes for call in found.traffic.calls if call.operation == "send"]
     assert sent == [hidden // 8] * 2 * config.data.micro_num
-    blocks = Counter(call.operation for call in found.traffic.calls if call.axis == "tp" and call.nbytes == hidden)
-    assert blocks == {"all_gather": 4 * 8 * config.data.micro_num, "reduce_scatter": 4 * 8 * config.data.micro_num}
+    blocks = Counter(
+        call.operation for call in found.traffic.calls if call.axis == "tp" and call.nbytes == hidden
+    )
+    assert blocks == {
+        "all_gather": 4 * 8 * config.data.micro_num,
+        "reduce_scatter": 4 * 8 * config.data.micro_num,
+    }
 
 
 def test_optimizer_bytes_are_the_formula() -> None:
@@ -100,7 +109,9 @@ def test_a_layout_that_does_not_fit_is_refused() -> None:
 
 
 def test_command() -> None:
-    result = CliRunner().invoke(app, ["plan", SEVEN_B, "--gpus", "1024", "--trace", "--set", "parallel.tensor.size=8"])
+    result = CliRunner().invoke(
+        app, ["plan", SEVEN_B, "--gpus", "1024", "--trace", "--set", "parallel.tensor.size=8"]
+    )
     assert result.exit_code == 0, result.output
     assert "rank 0 of 1024: pp 0 of 1, dp 0 of 128, tp 0 of 8" in result.output
     assert "one step of this rank" in result.output

@@ -70,10 +70,13 @@ def test_greedy_text_logprobs_and_usage(client: httpx.Client, served: Served, mo
     assert choice["logprobs"]["token_logprobs"] == pytest.approx(logprobs, abs=1e-9)
     assert all(
         max(top.values()) == own
-        for top, own in zip(choice["logprobs"]["top_logprobs"], choice["logprobs"]["token_logprobs"], strict=True)
+        for top, own in zip(
+            choice["logprobs"]["top_logprobs"], choice["logprobs"]["token_logprobs"], strict=True
+        )
     )
     assert (
-        post(client, COMPLETIONS, GREEDY | {"prompt": tokenizer.encode("abc")})["choices"][0]["text"] == choice["text"]
+        post(client, COMPLETIONS, GREEDY | {"prompt": tokenizer.encode("abc")})["choices"][0]["text"]
+        == choice["text"]
     )
 
 
@@ -151,7 +154,10 @@ def test_the_rotary_type_is_the_requests(client: httpx.Client, served: Served, m
 def test_a_short_request_does_not_wait_for_a_long_one(model: LanguageModel, tmp_path: Path) -> None:
     with serving(tiny_service(tmp_path, model, ServiceLimits(context=8192, slots=2))) as served:
         body = GREEDY | {"max_tokens": 8000, "stream": True}
-        with httpx.Client(base_url=served.url) as client, client.stream("POST", COMPLETIONS, json=body) as long_one:
+        with (
+            httpx.Client(base_url=served.url) as client,
+            client.stream("POST", COMPLETIONS, json=body) as long_one,
+        ):
             lines = begin(long_one)
             post(client, COMPLETIONS, GREEDY)
             assert served.service.load == 1  # the long one still runs
@@ -216,9 +222,13 @@ def talk(**more: Any) -> dict[str, Any]:
 
 def test_a_full_queue_is_a_429(long: Served) -> None:
     with httpx.Client(base_url=long.url, timeout=30) as client:
-        with client.stream("POST", COMPLETIONS, json=GREEDY | {"max_tokens": 8000, "stream": True}) as running:
+        with client.stream(
+            "POST", COMPLETIONS, json=GREEDY | {"max_tokens": 8000, "stream": True}
+        ) as running:
             kept = begin(running)
-            waiting = threading.Thread(target=lambda: httpx.post(long.url + COMPLETIONS, json=GREEDY, timeout=30))
+            waiting = threading.Thread(
+                target=lambda: httpx.post(long.url + COMPLETIONS, json=GREEDY, timeout=30)
+            )
             waiting.start()
             assert reached(long, 2)
             for stream in (False, True):
@@ -235,7 +245,9 @@ def test_a_full_queue_is_a_429(long: Served) -> None:
         assert long.idle(3)
 
 
-def test_a_broken_engine_is_replaced(client: httpx.Client, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_engine_is_replaced(
+    client: httpx.Client, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from evomesh.generate import engine
 
     def broken(self: engine.GenerationEngine) -> list[engine.GeneratedToken]:
@@ -253,7 +265,11 @@ def test_a_broken_engine_is_replaced(client: httpx.Client, served: Served, monke
 def test_metrics_count(client: httpx.Client) -> None:
     def values() -> dict[str, float]:
         lines = client.get("/metrics").text.splitlines()
-        return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if not line.startswith("#")}
+        return {
+            line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1])
+            for line in lines
+            if not line.startswith("#")
+        }
 
     before = values()
     post(client, COMPLETIONS, GREEDY | {"n": 2, "temperature": 1})
@@ -279,16 +295,22 @@ def test_the_official_client(served: Served, tmp_path: Path) -> None:
         done = client.completions.create(model="tiny", prompt="abc", max_tokens=20, temperature=0, logprobs=1)
         assert done.usage.completion_tokens == 20
         assert len(done.choices[0].logprobs.tokens) == 20
-        pieces = client.completions.create(model="tiny", prompt="abc", max_tokens=20, temperature=0, stream=True)
+        pieces = client.completions.create(
+            model="tiny", prompt="abc", max_tokens=20, temperature=0, stream=True
+        )
         assert "".join(piece.choices[0].text for piece in pieces) == done.choices[0].text
         messages = [{"role": "user", "content": "hi"}]
         options = dict(model="tiny", messages=messages, max_tokens=9, seed=3, n=2, extra_body={"top_k": 40})
         said = client.chat.completions.create(**options, logprobs=True, top_logprobs=2)
         assert [len(choice.logprobs.content) for choice in said.choices] == [9, 9]
-        chunks = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+        chunks = list(
+            client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True})
+        )
         assert chunks[-1].usage == said.usage
         for choice in said.choices:
-            parts = [c.choices[0].delta.content or "" for c in chunks[:-1] if c.choices[0].index == choice.index]
+            parts = [
+                c.choices[0].delta.content or "" for c in chunks[:-1] if c.choices[0].index == choice.index
+            ]
             assert "".join(parts) == choice.message.content
         with pytest.raises(openai.NotFoundError, match="no model"):
             client.completions.create(model="other", prompt="a")

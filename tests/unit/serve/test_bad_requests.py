@@ -45,7 +45,9 @@ def refused(answer: httpx.Response, status: int, code: str, part: str = "") -> N
 )
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 def test_what_is_not_a_json_object(client: httpx.Client, path: str, body: bytes) -> None:
-    refused(client.post(path, content=body, headers={"content-type": "application/json"}), 400, "invalid_json")
+    refused(
+        client.post(path, content=body, headers={"content-type": "application/json"}), 400, "invalid_json"
+    )
 
 
 @pytest.mark.parametrize(
@@ -208,7 +210,9 @@ def test_a_model_without_chat_template_says_so(model: LanguageModel, tmp_path: P
 
 
 def test_a_template_that_refuses(model: LanguageModel, tmp_path: Path) -> None:
-    template = "{{ raise_exception('roles must alternate') if messages | length > 1 else messages[0].nothing.x }}"
+    template = (
+        "{{ raise_exception('roles must alternate') if messages | length > 1 else messages[0].nothing.x }}"
+    )
     with serving(tiny_service(tmp_path, model, ServiceLimits(64), template=template)) as served:
         refused(httpx.post(served.url + CHAT, json=TALK), 400, "invalid_value", "refuses the conversation")
         twice = TALK | {"messages": [{"role": "user", "content": "hi"}] * 2}

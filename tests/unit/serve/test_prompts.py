@@ -22,7 +22,9 @@ TURNS = [("system", "be short"), ("user", "hi"), ("assistant", "yes"), ("user", 
 def special_tokenizer(folder: Path, template: str = "") -> Tokenizer:
     byte_tokenizer(folder, template)
     backend = Backend.from_file(str(folder / "tokenizer.json"))
-    backend.add_special_tokens(["<s>", "</s>", *{piece for style in STYLES.values() for piece in style.special}])
+    backend.add_special_tokens(
+        ["<s>", "</s>", *{piece for style in STYLES.values() for piece in style.special}]
+    )
     backend.save(str(folder / "tokenizer.json"))
     return load_tokenizer(folder)
 

@@ -29,7 +29,9 @@ def write(
     for place, token in enumerate(ids):
         finish = end if place == len(ids) - 1 else ""
         pieces.append(
-            writer.push(GeneratedToken(0, token, -0.5 if scored else None, [(token, -0.5)] if scored else [], finish))
+            writer.push(
+                GeneratedToken(0, token, -0.5 if scored else None, [(token, -0.5)] if scored else [], finish)
+            )
         )
         if pieces[-1].finish:
             break

@@ -37,7 +37,9 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(params=["local", "boto3", "s3", "staged"])
-def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Storage, str]:
+def place(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Storage, str]:
     if request.param == "local":
         return open_storage(f"local:{tmp_path}/root")
     address = request.getfixturevalue("endpoint")
@@ -66,7 +68,9 @@ def test_contract(place: tuple[Storage, str]) -> None:
     storage.sync(join(root, "f"))
     assert storage.exists(path) and storage.size(path) == 11
     assert (
-        storage.read(path) == b"hello world" and storage.read(path, 6, 3) == b"wor" and storage.read(path, 0, 0) == b""
+        storage.read(path) == b"hello world"
+        and storage.read(path, 6, 3) == b"wor"
+        and storage.read(path, 0, 0) == b""
     )
     buffer = bytearray(5)
     reader = storage.open(path)
@@ -156,7 +160,9 @@ def test_urls(url: str, bucket: str, key: str, endpoint: str) -> None:
 
 
 def test_the_plain_form_takes_the_endpoint_from_the_environment() -> None:
-    assert s3.parse("s3", "//b/k/x", {"AWS_ENDPOINT_URL": "http://h:1"}) == s3.S3Address("b", "k/x", "http://h:1")
+    assert s3.parse("s3", "//b/k/x", {"AWS_ENDPOINT_URL": "http://h:1"}) == s3.S3Address(
+        "b", "k/x", "http://h:1"
+    )
     assert s3.parse("s3", "//b.with.dots/k", {}) == s3.S3Address("b.with.dots", "k", None)
     with pytest.raises(UserError, match="no bucket or no endpoint"):
         s3.parse("boto3", "s3://bucket/key")

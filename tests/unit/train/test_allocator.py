@@ -37,7 +37,9 @@ def faults(how: str, cwd: Path | None = None, **variables: str) -> tuple[str, in
     done = subprocess.run(
         [sys.executable, "-c", COUNT, how], env=env, cwd=cwd, capture_output=True, text=True, check=True
     )
-    said = dict(line.split() for line in done.stdout.splitlines() if line.startswith(("kept", "trained", "faults")))
+    said = dict(
+        line.split() for line in done.stdout.splitlines() if line.startswith(("kept", "trained", "faults"))
+    )
     return said.get("kept", ""), int(said["faults"])
 
 
@@ -54,7 +56,8 @@ class TestKeepFreedMemory:
         assert faults("train", tmp_path, PYTHONPATH=str(Path(__file__).parents[3]))[1] < PAGES / 10
 
     @pytest.mark.parametrize(
-        "variable", [{"MALLOC_MMAP_THRESHOLD_": "1048576"}, {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=1048576"}]
+        "variable",
+        [{"MALLOC_MMAP_THRESHOLD_": "1048576"}, {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=1048576"}],
     )
     def test_the_users_choice_stands(self, variable: dict[str, str]) -> None:
         kept, count = faults("keep", **variable)

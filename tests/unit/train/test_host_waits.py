@@ -28,7 +28,12 @@ META = torch.device("meta")
 ALONE, ONE = Grid(), ParallelConfig()
 T, VOCAB = 48, 64
 SHAPE = dict(
-    num_layers=2, hidden_size=32, num_attention_heads=4, num_kv_attention_heads=2, mlp_ratio=2.0, multiple_of=8
+    num_layers=2,
+    hidden_size=32,
+    num_attention_heads=4,
+    num_kv_attention_heads=2,
+    mlp_ratio=2.0,
+    multiple_of=8,
 )
 
 
@@ -77,7 +82,15 @@ class Step:
     def __call__(self, reduction: str = "token") -> None:
         settings = LossConfig(reduction=reduction, label_smoothing=0.1)  # type: ignore[arg-type]
         step.train_step(
-            self.stages.schedule, self.optimizer, self.scaler, host_batch(), self.grid, settings, ["a", "b"], 1e-3, 0.95
+            self.stages.schedule,
+            self.optimizer,
+            self.scaler,
+            host_batch(),
+            self.grid,
+            settings,
+            ["a", "b"],
+            1e-3,
+            0.95,
         )
 
 
@@ -107,8 +120,12 @@ class TestOfAStep:
             one()
         assert len(one.read) == 1
 
-    @pytest.mark.parametrize("changes", [{"norm_head": True, "embed_grad_scale": 0.1}, {"use_dynamic_ntk_rope": True}])
-    def test_is_one_whatever_the_model(self, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    @pytest.mark.parametrize(
+        "changes", [{"norm_head": True, "embed_grad_scale": 0.1}, {"use_dynamic_ntk_rope": True}]
+    )
+    def test_is_one_whatever_the_model(
+        self, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+    ) -> None:
         one = Step(monkeypatch, "bfloat16", model_type="INTERNLM2_PUBLIC", no_bias=False, **changes)
         with no_host_waits():
             one()
@@ -159,7 +176,9 @@ class TestOfAStep:
         elif place == "optimizer":
             monkeypatch.setattr("evomesh.optim.zero.clip_factor", reading(torch.square))
         else:
-            monkeypatch.setattr("evomesh.optim.zero.copy_back", lambda slots: [slot.local.cpu() for slot in slots])
+            monkeypatch.setattr(
+                "evomesh.optim.zero.copy_back", lambda slots: [slot.local.cpu() for slot in slots]
+            )
         with no_host_waits(), pytest.raises((RuntimeError, NotImplementedError)):
             one()
 

@@ -9,7 +9,13 @@ import pytest
 from evomesh.errors import UserError
 from evomesh.train.launch import Rank, detect, first_node, torchrun_command
 
-TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+TORCHRUN = {
+    "RANK": "5",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "8",
+    "MASTER_ADDR": "10.0.0.1",
+    "MASTER_PORT": "29500",
+}
 SLURM = {
     "SLURM_PROCID": "3",
     "SLURM_LOCALID": "1",
@@ -45,15 +51,27 @@ def test_plain_python_is_one_process() -> None:
 @pytest.mark.parametrize(
     ("env", "launcher", "message"),
     [
-        ({}, "torch", "torchrun variables are missing: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
-        ({}, "slurm", "slurm variables are missing: SLURM_PROCID, SLURM_LOCALID, SLURM_NPROCS, SLURM_JOB_NODELIST"),
+        (
+            {},
+            "torch",
+            "torchrun variables are missing: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT",
+        ),
+        (
+            {},
+            "slurm",
+            "slurm variables are missing: SLURM_PROCID, SLURM_LOCALID, SLURM_NPROCS, SLURM_JOB_NODELIST",
+        ),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "auto", "missing: LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
         ({**TORCHRUN, "RANK": "x"}, "auto", "RANK='x' is not a number"),
         ({**TORCHRUN, "RANK": "-1"}, "auto", "RANK='-1' is not a number"),
         ({**TORCHRUN, "RANK": "8"}, "auto", "RANK=8 with WORLD_SIZE=8"),
         ({**TORCHRUN, "MASTER_PORT": "http"}, "auto", "MASTER_PORT='http' is not a number"),
         ({**SLURM, "SLURM_PROCID": "4"}, "auto", "SLURM_PROCID=4 with SLURM_NPROCS=4"),
-        ({**SLURM, "SLURM_JOB_NODELIST": "no-such-node.invalid"}, "auto", "'no-such-node.invalid' has no address here"),
+        (
+            {**SLURM, "SLURM_JOB_NODELIST": "no-such-node.invalid"},
+            "auto",
+            "'no-such-node.invalid' has no address here",
+        ),
         (TORCHRUN, "mpi", "unknown launcher 'mpi'"),
     ],
 )
@@ -64,7 +82,13 @@ def test_wrong_variables_give_one_message(env: dict[str, str], launcher: str, me
 
 @pytest.mark.parametrize(
     ("nodes", "first"),
-    [("n1", "n1"), ("n1,n2", "n1"), ("gpu[03-05,9],x1", "gpu03"), ("a[7]", "a7"), ("rack[1-2]-node", "rack1-node")],
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("gpu[03-05,9],x1", "gpu03"),
+        ("a[7]", "a7"),
+        ("rack[1-2]-node", "rack1-node"),
+    ],
 )
 def test_first_node(nodes: str, first: str) -> None:
     assert first_node(nodes) == first
@@ -78,10 +102,20 @@ def options(command: list[str] | None) -> list[str]:
 
 def test_nproc_per_node_spawns() -> None:
     argv = ["evomesh", "train", "c.py"]
-    assert options(torchrun_command({"NPROC_PER_NODE": "4"}, argv)) == ["--standalone", "--nproc_per_node=4", *argv]
+    assert options(torchrun_command({"NPROC_PER_NODE": "4"}, argv)) == [
+        "--standalone",
+        "--nproc_per_node=4",
+        *argv,
+    ]
     env = {"NPROC_PER_NODE": "4", "NNODES": "2", "NODE_RANK": "1", "ADDR": "10.0.0.1", "PORT": "29400"}
     assert options(torchrun_command(env, argv)) == [
-        *("--nnodes=2", "--node_rank=1", "--master_addr=10.0.0.1", "--master_port=29400", "--nproc_per_node=4"),
+        *(
+            "--nnodes=2",
+            "--node_rank=1",
+            "--master_addr=10.0.0.1",
+            "--master_port=29400",
+            "--nproc_per_node=4",
+        ),
         *argv,
     ]
     with pytest.raises(UserError, match="no place for them to meet"):
@@ -92,7 +126,13 @@ def test_aliyun_counts_nodes() -> None:
     env = {"KUBERNETES_CONTAINER_RESOURCE_GPU": "8", "WORLD_SIZE": "2", "RANK": "1"}
     env |= {"MASTER_ADDR": "dlc-master-0", "MASTER_PORT": "23456"}
     assert options(torchrun_command(env, ["train.py"])) == [
-        *("--nnodes=2", "--node_rank=1", "--master_addr=dlc-master-0", "--master_port=23456", "--nproc_per_node=8"),
+        *(
+            "--nnodes=2",
+            "--node_rank=1",
+            "--master_addr=dlc-master-0",
+            "--master_port=23456",
+            "--nproc_per_node=8",
+        ),
         "train.py",
     ]
 

@@ -78,7 +78,10 @@ def test_the_service_of_a_folder(place: Path) -> None:
 
 
 def test_other_folders_are_named(place: Path) -> None:
-    for name, words in (("model_tp0_pp0.pt", "an InternEvo checkpoint"), ("weights.pth", "pickled PyTorch files")):
+    for name, words in (
+        ("model_tp0_pp0.pt", "an InternEvo checkpoint"),
+        ("weights.pth", "pickled PyTorch files"),
+    ):
         folder = place / name.partition(".")[0]
         folder.mkdir()
         (folder / name).write_bytes(b"")

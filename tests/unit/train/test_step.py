@@ -27,7 +27,9 @@ from tests.support.tolerances import ACCUMULATION, distance
 
 CPU = torch.device("cpu")
 VOCAB, LENGTH, DOCUMENTS = 256, 12, 6
-SHAPE = dict(num_layers=2, hidden_size=16, num_attention_heads=2, mlp_ratio=2.0, multiple_of=8, vocab_size=VOCAB)
+SHAPE = dict(
+    num_layers=2, hidden_size=16, num_attention_heads=2, mlp_ratio=2.0, multiple_of=8, vocab_size=VOCAB
+)
 MODEL = ModelConfig(model_type="LLAMA2", dtype="float64", no_bias=True, **SHAPE)  # type: ignore[arg-type]
 
 
@@ -52,7 +54,9 @@ def batch_of(micro_num: int) -> Batch:
     return Batch(*rows, bounds.repeat(micro_num, 1), LENGTH)
 
 
-def step(stages: ModelStages, batch: Batch, loss: LossConfig, scaler: ScalerConfig | None = None) -> StepOutput:
+def step(
+    stages: ModelStages, batch: Batch, loss: LossConfig, scaler: ScalerConfig | None = None
+) -> StepOutput:
     config = Config()
     optimizer = ZeroOptimizer(
         stages.parameters().items(), config.adam, config.hybrid_zero_optimizer, Grid(), stages.module
@@ -67,14 +71,21 @@ def token_losses(stages: ModelStages, ids: Tensor, labels: Tensor) -> Tensor:
     (model,) = stages.models
     with torch.no_grad():
         logits = model.logits(model(ids, single_sequence(len(ids))))
-    return torch.nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE)[labels != IGNORE]
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE)[
+        labels != IGNORE
+    ]
 
 
 def losses_of(batch: Batch) -> list[Tensor]:
     """Of each micro-batch's targets, before the step."""
     stages = stages_of()
     return [
-        torch.cat([token_losses(stages, *parts) for parts in zip(ids.split(LENGTH), labels.split(LENGTH), strict=True)])
+        torch.cat(
+            [
+                token_losses(stages, *parts)
+                for parts in zip(ids.split(LENGTH), labels.split(LENGTH), strict=True)
+            ]
+        )
         for ids, labels in zip(batch.input_ids, batch.labels, strict=True)
     ]
 
@@ -120,7 +131,9 @@ def test_validation_is_the_mean_over_all_targets_of_a_set(tmp_path: Path) -> Non
     stages.module.train()
     found = validate(stages, build_valid_data(DataConfig(**options), VOCAB), Grid(), CPU)
     assert stages.module.training
-    assert set(found) == {f"val/{name}_{figure}" for name in ("en", "code") for figure in ("loss", "acc", "plex")}
+    assert set(found) == {
+        f"val/{name}_{figure}" for name in ("en", "code") for figure in ("loss", "acc", "plex")
+    }
     for name in ("en", "code"):
         lines = (tmp_path / name / "data.bin").read_text().splitlines()
         documents = [torch.tensor(json.loads(line)["tokens"]) for line in lines]
