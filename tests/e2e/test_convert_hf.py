@@ -82,7 +82,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[LanguageModel, P
     )
     model, _ = save_model(place / "c", config, str(place / "tok"), GenerationConfig(eos_id=(2,), bos_id=1))
     said = run("-m", "evomesh", "convert", "to-hf", "c", "hf", "--max-shard-size", "100KB", cwd=place)
-    assert "largest difference of logits, native model and transformers" in said
+    assert "largest logit difference between the native model and transformers" in said
     return model, place / "hf"
 
 

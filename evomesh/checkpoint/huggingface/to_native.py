@@ -183,4 +183,4 @@ def _compare(found: Checkpoint, model: ModelConfig, folder: HfFolder) -> str:
     theirs = folder_logits(folder, model, rotary, dtype)
     ours = native_logits(model, lambda name: read_tensor(found, records[name]), dtype)
     difference = largest_difference(ours, theirs, model, dtype, folder.path)
-    return f"largest difference of logits, native model and transformers: {difference:.3g}"
+    return f"largest logit difference between the native model and transformers: {difference:.3g}"

@@ -109,7 +109,7 @@ def test_export_computes_the_same_in_transformers(
     folder = export(found, tmp_path / "hf", replace(QUIET, max_shard_bytes=20000), lines.append)
     assert len(list(folder.glob("model-*.safetensors"))) > 2
     assert relative(theirs(folder), ours(model)) < TRANSFORMERS
-    assert any("largest difference of logits, native model and transformers" in line for line in lines)
+    assert any("largest logit difference between the native model and transformers" in line for line in lines)
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
     assert {point.name: point.words for point in checklist(str(folder)) if not point.good}.keys() == {
         "tokenizer",
@@ -139,7 +139,7 @@ def test_there_and_back_in_any_pairing(
     second = export(stored, tmp_path / "hf2", QUIET, silent)
     assert relative(theirs(second), ours(model)) < TRANSFORMERS
     assert config_from_dict(stored.config).model.mlp_width == config.mlp_width
-    assert "largest difference of logits, native model and transformers" in lines[0]
+    assert "largest logit difference between the native model and transformers" in lines[0]
 
 
 @pytest.mark.parametrize("binary", [False, True])
