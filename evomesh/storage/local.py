@@ -10,7 +10,7 @@ import stat
 
 from evomesh.storage.base import LockTakenError, StorageError, join
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # some network file systems cannot sync a folder
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)
@@ -75,7 +75,7 @@ class LocalWriter:
             try:
                 self._calls.close(file)
             except OSError as error:
-                log.warning("closing %s: %s", self._path, error)
+                logger.warning("closing %s: %s", self._path, error)
 
 
 class LocalReader:
@@ -114,7 +114,7 @@ class LocalLock:
             os.close(self._file)
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise LockTakenError(path, other or "(it left no name)") from None
-            log.warning(
+            logger.warning(
                 "%s: this file system has no locks (%s); a second job would not be noticed", path, error
             )
             self._file = -1
@@ -187,7 +187,7 @@ class LocalStorage:
             if error.errno not in NO_FOLDER_SYNC:
                 raise
             if not self._warned:
-                log.warning(
+                logger.warning(
                     "%s: this file system cannot sync folders (%s); a power loss may lose new names",
                     folder,
                     error,

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from evomesh.errors import UserError
 from evomesh.storage.base import StorageError, join
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PART = 16 << 20  # bytes of a multipart upload's part, and most of one merged read
@@ -83,7 +83,7 @@ def _endpoint_url(endpoint: str) -> str:
         ipaddress.ip_address(name.strip("[]"))
     except ValueError:
         return f"https://{endpoint}"
-    log.warning("the endpoint %s is an IP address: bytes and keys travel unencrypted (http)", endpoint)
+    logger.warning("the endpoint %s is an IP address: bytes and keys travel unencrypted (http)", endpoint)
     return f"http://{endpoint}"
 
 
@@ -185,7 +185,7 @@ class S3Storage:
                     ) from None
             if attempt < self._attempts:
                 pause = min(20.0, self._wait * 2 ** (attempt - 1))
-                log.warning(
+                logger.warning(
                     "%s: %s; try %d of %d in %.1f s", place, reason, attempt + 1, self._attempts, pause
                 )
                 time.sleep(pause)
@@ -348,7 +348,7 @@ class S3Writer:
                         wait([part])  # a part that arrives after the abort would stay in the bucket
                 self._storage.call("abort_multipart_upload", self._key, UploadId=upload)
             except (StorageError, OSError) as error:
-                log.warning("%s: an unfinished upload may be left in the bucket: %s", self._key, error)
+                logger.warning("%s: an unfinished upload may be left in the bucket: %s", self._key, error)
 
 
 class S3Reader:

@@ -30,7 +30,7 @@ from evomesh.storage.base import join
 from evomesh.storage.local import LocalStorage
 from evomesh.storage.urls import split_url
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def compare_models(ours: ModelConfig, theirs: ModelConfig, where: str) -> None:
         )
     for key in ("rope_base", "layer_norm_epsilon"):
         if getattr(ours, key) != getattr(theirs, key):
-            log.warning(
+            logger.warning(
                 "%s: %s was %s there, this run uses %s", where, key, getattr(theirs, key), getattr(ours, key)
             )
 

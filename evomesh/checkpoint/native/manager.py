@@ -28,7 +28,7 @@ from evomesh.storage.base import Storage, StorageError, StorageLock, join
 from evomesh.storage.staged import staged
 from evomesh.storage.urls import open_storage
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
@@ -61,7 +61,7 @@ class CheckpointManager:
         upload_folder: str | None = None,
         busy: Literal["wait", "skip"] = "wait",
         max_failed_saves: int = 3,
-        report: Callable[[str], None] = log.info,
+        report: Callable[[str], None] = logger.info,
     ) -> None:
         self.storage, self.root = open_storage(root)
         self.snapshot_storage, self.snapshots = open_storage(snapshots or join(root, find.SNAPSHOTS))
@@ -73,7 +73,7 @@ class CheckpointManager:
             self.snapshot_storage = staged(self.snapshot_storage, upload_folder, f"{own}-snapshot")
         self._behind = self.exchange.twin()  # for the writer thread
         self._busy, self._max_failed_saves, self._failed_saves = busy, max_failed_saves, 0
-        self._report = report if self.exchange.rank == 0 else log.debug
+        self._report = report if self.exchange.rank == 0 else logger.debug
         self._retention = Retention(keep_last, keep_every)
         self._snapshot_retention = Retention(keep_last=2)
         self._staging = StagingBuffers()

@@ -10,7 +10,7 @@ from evomesh.checkpoint.native.find import Candidate, Checkpoint
 from evomesh.errors import UserError
 from evomesh.storage.base import Storage, join
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 ALWAYS_KEPT = 2  # the newest verified ones
 PIN = ".pin"  # {folder}.pin beside a step folder keeps it for ever
 
@@ -67,7 +67,7 @@ class Retention:
         try:
             find.open_checkpoint(choice.storage, choice.folder)
         except UserError as error:
-            log.warning("%s is damaged (%s); it is kept for repair", choice.folder, error.found)
+            logger.warning("%s is damaged (%s); it is kept for repair", choice.folder, error.found)
             return False
         return True
 
@@ -77,7 +77,7 @@ class Retention:
                 check(choice, data=True)
                 self._verified[choice.folder] = True
             except UserError as error:
-                log.warning("%s is damaged (%s); it is kept for repair", choice.folder, error.found)
+                logger.warning("%s is damaged (%s); it is kept for repair", choice.folder, error.found)
                 self._verified[choice.folder] = False
         return self._verified[choice.folder]
 
@@ -105,7 +105,7 @@ def drop(choice: Candidate) -> None:
     try:
         storage.delete_folder(folder)
     except OSError as error:  # somebody put another file there
-        log.warning("%s: %s", folder, error)
+        logger.warning("%s: %s", folder, error)
 
 
 def check(choice: Candidate, *, data: bool) -> Checkpoint:

@@ -20,7 +20,7 @@ from evomesh.errors import UserError
 from evomesh.parallel.exchange import Exchange
 from evomesh.storage.base import Storage, join
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 FIXES = {
     errno.ENOSPC: "free space, or keep fewer checkpoints with ckpt.keep_last",
     errno.EDQUOT: "free space within the quota, or keep fewer checkpoints with ckpt.keep_last",
@@ -238,7 +238,7 @@ def _clean(storage: Storage, folder: str, names: list[str]) -> None:
         if not storage.list(folder):
             storage.delete_folder(folder)
     except OSError as error:
-        log.warning("%s: cleaning up a failed save: %s", folder, error)
+        logger.warning("%s: cleaning up a failed save: %s", folder, error)
 
 
 def refusal(error: Exception, path: str) -> CheckpointError:

@@ -20,7 +20,7 @@ from typing import IO
 
 from evomesh.errors import UserError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 DEAD_SECONDS = 24 * 3600.0
 MORE = (".meta", ".json")  # what a writer puts beside its part under the same name
@@ -63,7 +63,7 @@ def remove_dead_parts(path: Path) -> None:
                     file.unlink(missing_ok=True)
         except OSError:  # gone meanwhile, or another user's
             continue
-        log.warning("removed %s (%s bytes), left by a run that was killed", part, f"{size:,}")
+        logger.warning("removed %s (%s bytes), left by a run that was killed", part, f"{size:,}")
 
 
 def _hold(file: IO[bytes], *, wait: bool) -> bool | None:
