@@ -233,7 +233,7 @@ def test_a_bad_line_of_large_data_ends_the_run_when_it_is_read_and_costs_nothing
 ) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     for folder in (straight, stopped):  # no data is small now
-        write_run(folder, "from evomesh.data import bin_dataset\nbin_dataset.CHECKED_BYTES = 0\n")
+        write_run(folder, "from evomesh.data.token_files import bin_dataset\nbin_dataset.CHECKED_BYTES = 0\n")
     train(interpreter, straight)
     data = stopped / "data/train/en/data.bin"
     whole = data.read_bytes()

@@ -122,7 +122,7 @@ def test_without_locks_a_part_has_to_be_a_day_old(tmp_path: Path, monkeypatch: p
 
 def test_killed_between_two_renames(tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys; from evomesh.data import writer; replace = os.replace\n"
+        "import os, signal, sys; from evomesh.data.token_files import writer; replace = os.replace\n"
         "def last(source, target): replace(source, target); os.kill(os.getpid(), signal.SIGKILL)\n"
         "writer.os.replace = last\n"
         "with writer.BinWriter(sys.argv[1]) as out: out.write([[1]]); out.commit({})"

@@ -7,7 +7,7 @@ import torch
 
 from evomesh.generate.cache import KeyValueCache
 from evomesh.layers.documents import single_sequence
-from evomesh.layers.linear import product
+from evomesh.layers.products import linear
 from tests.support.decoders import VOCAB, tiny
 
 CPU = torch.device("cpu")
@@ -93,6 +93,6 @@ def test_decoding_products_are_those_of_training(rows: int, bias: bool) -> None:
     x, weight = (torch.randn(n, 12, dtype=torch.float64, generator=draw) for n in (rows, 7))
     offset = torch.randn(7, dtype=torch.float64, generator=draw) if bias else None
     with torch.no_grad():
-        got = product(x, weight, offset)
+        got = linear(x, weight, offset)
     assert got.is_contiguous()
     torch.testing.assert_close(got, torch.nn.functional.linear(x, weight, offset), rtol=0, atol=1e-14)
