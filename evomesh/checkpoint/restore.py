@@ -16,7 +16,7 @@ from evomesh.checkpoint.loaders import fill
 from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.checkpoint.native.manager import CheckpointManager
 from evomesh.checkpoint.native.plan import describe
-from evomesh.config.loader import config_from_dict
+from evomesh.config.record import config_from_dict
 from evomesh.config.schema import Config, ModelConfig, RunConfig
 from evomesh.models.language_model import LanguageModel
 from evomesh.models.registry import build_model

@@ -31,7 +31,8 @@ GpusOption = Annotated[int | None, typer.Option("--gpus", min=1, help="Processes
 @app.command()
 def check(config: ConfigArgument, overrides: OverridesOption = None, gpus: GpusOption = None) -> None:
     """Apply every rule to CONFIG and print all problems, each with a fix; exit code 2 if there are any."""
-    from evomesh.config.loader import check_world, load_config
+    from evomesh.config.layout import check_world
+    from evomesh.config.loader import load_config
     from evomesh.config.schema import ModelFamily
 
     loaded = load_config(config, overrides or [])
@@ -66,7 +67,11 @@ def show(
     ] = False,
 ) -> None:
     """Print every resolved value of CONFIG with where it came from, and what follows from them."""
-    from evomesh.config.loader import check_world, load_config, redacted, written_key
+    from evomesh.config.json_codec import encode_json
+    from evomesh.config.layout import check_world
+    from evomesh.config.loader import load_config
+    from evomesh.config.reading.spellings import written_key
+    from evomesh.config.record import config_to_dict
     from evomesh.config.rules import leaves
 
     loaded = load_config(config, overrides or [])
@@ -74,7 +79,7 @@ def show(
     figures = derived(loaded, gpus or 1)
     if as_json:
         document = {
-            "config": redacted(loaded.config),
+            "config": encode_json(config_to_dict(loaded.config)),
             "origins": loaded.origins,
             "derived": figures,
             "warnings": warnings,
@@ -83,7 +88,7 @@ def show(
         return
     rows = [
         (key, _value(value), loaded.origins.get(key, "default"))
-        for resolved, value in leaves(_printable(redacted(loaded.config)))
+        for resolved, value in leaves(config_to_dict(loaded.config))
         for key in [written_key(resolved)]
     ]
     _table(("key", "value", "from"), rows)
@@ -151,17 +156,6 @@ def derived(loaded: LoadedConfig, gpus: int) -> dict[str, Any]:
         | {"parameters": total}
         | {f"  {part}": n for part, n in parameter_counts(config.model).items()}
     )
-
-
-def _printable(value: Any) -> Any:
-    """Stored infinity as a word."""
-    if isinstance(value, dict):
-        return (
-            value["$float"]
-            if set(value) == {"$float"}
-            else {key: _printable(item) for key, item in value.items()}
-        )
-    return value
 
 
 def _value(value: Any) -> str:

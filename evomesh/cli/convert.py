@@ -46,7 +46,7 @@ def from_internevo(
     from evomesh.checkpoint.internevo import model as internevo
     from evomesh.checkpoint.internevo import optimizer as internevo_state
     from evomesh.checkpoint.native.manager import CheckpointManager
-    from evomesh.config.record import redacted
+    from evomesh.config.record import config_to_dict
 
     if w2 not in ("auto", "down", "up"):
         raise UserError(f"--w2 {w2!r}", expected="auto, down or up")
@@ -64,7 +64,7 @@ def from_internevo(
         tensors |= optimizer
         state |= scalars | internevo_state.read_counters(folder)
     manager = CheckpointManager(out)
-    path = manager.save(step, tensors, state, redacted(resolved), final=True)
+    path = manager.save(step, tensors, state, config_to_dict(resolved), final=True)
     manager.close()
     if whole:
         place = state["sampler"]["internevo"]

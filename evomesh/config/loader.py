@@ -10,7 +10,6 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from evomesh.config.finding import ConfigFinding
-from evomesh.config.layout import check_world
 from evomesh.config.reading.draft import ConfigDraft, shown
 from evomesh.config.reading.ignored_keys import INERT, REFUSED
 from evomesh.config.reading.origins import origins
@@ -18,20 +17,9 @@ from evomesh.config.reading.overrides import Override, apply_overrides, parse_ov
 from evomesh.config.reading.source import ConfigSource, read_source
 from evomesh.config.reading.source_lines import line_of
 from evomesh.config.reading.spellings import SECTIONS, SPELLINGS, TOP_LEVEL, resolve, written_key
-from evomesh.config.record import config_from_dict, redacted
 from evomesh.config.rules import check, leaves
 from evomesh.config.schema import Config
 from evomesh.errors import ConfigError, UserError
-
-__all__ = [
-    "LoadedConfig",
-    "check_world",
-    "config_from_dict",
-    "known_keys",
-    "load_config",
-    "redacted",
-    "written_key",
-]
 
 ERRORS = {
     "int_type": "an integer",

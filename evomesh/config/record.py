@@ -1,38 +1,34 @@
-"""A resolved config as JSON: for checkpoints and logs, without what is secret."""
+"""A resolved config as plain values without secrets, for checkpoints and logs; and back."""
 
 from __future__ import annotations
 
-import math
-import re
 from typing import Any
 
 from pydantic import ValidationError
 
+from evomesh.config.redact import redact_setting
 from evomesh.config.schema import Config
 from evomesh.errors import UserError
 
-HIDDEN = "<redacted>"
-SECRETS = ("monitor.alert.feishu_alert_address", "monitor.alert.light_monitor_address")
-INFINITE = {"inf": math.inf, "-inf": -math.inf}
 
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """Return the config as nested dicts of plain values, secrets hidden, tuples as lists.
 
-def redacted(config: Config) -> dict[str, Any]:
-    """The config as strict JSON: infinity as ``{"$float": "inf"}``, tuples as lists, secrets hidden."""
-    out = _encode(config.model_dump(mode="python"), "")
-    assert isinstance(out, dict)
-    return out
+    Infinities stay floats; ``encode_json`` makes strict JSON of the result.
+    """
+    record = _plain(config.model_dump(mode="python"), "")
+    assert isinstance(record, dict)
+    return record
 
 
 def config_from_dict(record: dict[str, Any]) -> Config:
-    """The config that ``redacted`` wrote; what was hidden stays hidden.
+    """Return the config that ``config_to_dict`` recorded; what was hidden stays hidden.
 
     Raises:
-        UserError: not such a record, or one of a version with other keys.
+        UserError: the record has keys or values that this version does not know.
     """
-    values = _decode(record)
-    values.setdefault("generation", None)
     try:
-        return Config.model_validate(values, strict=False)
+        return Config.model_validate({"generation": None} | record, strict=False)
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(
@@ -43,31 +39,13 @@ def config_from_dict(record: dict[str, Any]) -> Config:
         ) from None
 
 
-def _encode(value: Any, key: str) -> Any:
+def _plain(value: Any, key: str) -> Any:
     if isinstance(value, dict):
-        return {name: _encode(item, f"{key}.{name}" if key else name) for name, item in value.items()}
+        return {name: _plain(item, f"{key}.{name}" if key else name) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_encode(item, key) for item in value]
-    if isinstance(value, float) and math.isinf(value):
-        return {"$float": str(value)}
+        return [_plain(item, key) for item in value]
     if isinstance(value, str):
-        return HIDDEN if key in SECRETS and value else _without_credentials(value)
+        return redact_setting(key, value)
     if value is None or isinstance(value, bool | int | float):
         return value
-    return str(value)  # a parameter of a user's own model that JSON has no word for
-
-
-def _without_credentials(text: str) -> str:
-    """``scheme://user:password@host`` and query strings that carry keys."""
-    text = re.sub(r"(?<=://)[^/@\s]+@", f"{HIDDEN}@", text)
-    return re.sub(
-        r"(?i)((?:key|token|secret|password|signature|credential)[\w-]*=)[^&\s]+", rf"\1{HIDDEN}", text
-    )
-
-
-def _decode(value: Any) -> Any:
-    if isinstance(value, dict):
-        if set(value) == {"$float"}:
-            return INFINITE[value["$float"]]
-        return {key: _decode(item) for key, item in value.items()}
-    return [_decode(item) for item in value] if isinstance(value, list) else value
+    return str(value)  # a parameter of a custom model that JSON cannot express

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import logging
-import os
-import re
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
 
+from evomesh.config.redact import redact_log
+
 LINE = "%(asctime)s\t%(levelname)s %(filename)s:%(lineno)s in %(funcName)s -- %(message)s"
 ALL_RANKS = {"all_ranks": True}  # logger.info(message, extra=ALL_RANKS): shown on the terminal by every rank
 _ROOT = logging.getLogger("evomesh")
-_SECRET_NAME = re.compile(
-    r"(^|_)(SECRET|TOKEN|PASSWORD|PASSWD|API_KEY|ACCESS_KEY|ACCESS_KEY_ID)(_|$)", re.IGNORECASE
-)
-_SECRET_IN_URL = re.compile(r"(?<=://)[^/@\s]+:[^/@\s]+(?=@)|(?<=/hook/)[\w-]+")
-_HIDDEN = "***"
 
 
 def setup_logging(
@@ -77,12 +71,4 @@ class ConsoleHandler(logging.Handler):
 
 class SecretFreeFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
-
-
-def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """Hides the values of secret environment variables, ``user:password@`` in addresses, and webhook keys."""
-    for name, value in environment.items():
-        if len(value) >= 8 and _SECRET_NAME.search(name):
-            text = text.replace(value, _HIDDEN)
-    return _SECRET_IN_URL.sub(_HIDDEN, text)
+        return redact_log(super().format(record))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+
+from evomesh.config.json_codec import float_word
 
 TGS = "tgs (tokens/gpu/second)"
 
@@ -90,7 +90,7 @@ class MetricsFile:
         self._file.truncate(end)
 
     def write(self, record: StepRecord) -> None:
-        values = {name: _json_value(value) for name, value in record.values().items()}
+        values = {name: float_word(value) for name, value in record.values().items()}
         self._file.write(json.dumps(values, ensure_ascii=False, allow_nan=False).encode() + b"\n")
         self._file.flush()
 
@@ -111,12 +111,6 @@ def _step_of(line: bytes) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):
         return -1  # not one of ours: it stays where it is
-
-
-def _json_value(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
 
 
 def model_tflops(

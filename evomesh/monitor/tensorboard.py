@@ -9,9 +9,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from evomesh.config.redact import redact_log
 from evomesh.config.schema import RunConfig
 from evomesh.errors import UserError
-from evomesh.monitor.log import redact
 
 
 def run_folder(run: RunConfig, now: datetime) -> Path:
@@ -75,7 +75,7 @@ class TensorBoardWriter:
 
     def text(self, name: str, value: Any) -> None:
         """A text, for example the config; secrets in it are hidden."""
-        self._writer.add_text(name, redact(str(value)))
+        self._writer.add_text(name, redact_log(str(value)))
 
     def flush(self) -> None:
         for step, values in self._waiting:

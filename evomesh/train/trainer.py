@@ -7,7 +7,7 @@ import time
 from contextlib import ExitStack
 from functools import partial
 
-from evomesh.config.loader import redacted
+from evomesh.config.record import config_to_dict
 from evomesh.data.batch import Batch
 from evomesh.data.packing.sampler import SkipBatches
 from evomesh.errors import EXIT_TRAINING_STOPPED, UserError
@@ -173,7 +173,7 @@ class Trainer:
                 state.step,
                 run.tensors(),
                 run.state_dict(),
-                redacted(self.config),
+                config_to_dict(self.config),
                 blocking=final,
                 snapshot=snapshot,
                 final=final,

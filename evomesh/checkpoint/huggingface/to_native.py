@@ -29,7 +29,7 @@ from evomesh.checkpoint.native.disk_space import readable
 from evomesh.checkpoint.native.find import Checkpoint, open_checkpoint
 from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.checkpoint.native.plan import WriteItem, in_file_order
-from evomesh.config.record import redacted
+from evomesh.config.record import config_to_dict
 from evomesh.config.schema import Config, DataConfig, GenerationConfig, ModelConfig
 from evomesh.data.tokenizer import load_tokenizer
 from evomesh.errors import UserError
@@ -133,7 +133,7 @@ def _write(
     storage.make_folder(step)
     message = write.write_data(storage, step, attempt, 0, entries, pieces)
     storage.sync(root)
-    body = write.body(0, attempt, {}, redacted(config))
+    body = write.body(0, attempt, {}, config_to_dict(config))
     body |= {"layout": dict.fromkeys(("world", "tp", "wp", "pp", "dp", "zero"), 1)}
     body |= {"parent": None, "snapshot": False}
     return body | write.write_index(

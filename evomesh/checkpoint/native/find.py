@@ -10,6 +10,7 @@ from typing import Any
 
 from evomesh.checkpoint.native import format as fmt
 from evomesh.checkpoint.native.format import CheckpointError
+from evomesh.config.json_codec import decode_json
 from evomesh.storage.base import Storage, join
 from evomesh.storage.urls import open_storage
 
@@ -50,12 +51,12 @@ class Checkpoint:
 
     @property
     def state(self) -> dict[str, Any]:
-        state: dict[str, Any] = fmt.decode_state(self.body["state"])
+        state: dict[str, Any] = decode_json(self.body["state"])
         return state
 
     @property
     def config(self) -> dict[str, Any]:
-        config: dict[str, Any] = fmt.decode_state(self.body["config"])
+        config: dict[str, Any] = decode_json(self.body["config"])
         return config
 
     def index(self) -> bytes:

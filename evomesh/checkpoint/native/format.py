@@ -10,12 +10,10 @@ docs/checkpoints.md describes every field; this module is the only one that know
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
-import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,44 +66,6 @@ def sha256(data: bytes) -> str:
 
 def piece_hash(data: memoryview | bytes) -> str:
     return xxhash.xxh3_128_hexdigest(data)
-
-
-def encode_state(value: Any) -> Any:
-    """A JSON value that ``decode_state`` turns back: NaN, infinities and bytes survive; tuples become lists.
-
-    Raises:
-        TypeError: for a value that would not come back as it was.
-    """
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"$float": repr(value)}
-    if isinstance(value, bytes):
-        return {"$bytes": base64.b64encode(value).decode()}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, list | tuple):
-        return [encode_state(item) for item in value]
-    if isinstance(value, Mapping):
-        if set(value) == {"$float"}:
-            return dict(value)  # a config's record comes encoded
-        for key in value:
-            if not isinstance(key, str) or key.startswith("$"):
-                raise TypeError(
-                    f"checkpoint state: the key {key!r} must be a string that does not begin with $"
-                )
-        return {key: encode_state(item) for key, item in value.items()}
-    raise TypeError(f"checkpoint state: a {type(value).__name__} cannot be stored: {value!r}")
-
-
-def decode_state(value: Any) -> Any:
-    if isinstance(value, dict):
-        if "$float" in value:
-            return float(value["$float"])
-        if "$bytes" in value:
-            return base64.b64decode(value["$bytes"])
-        return {key: decode_state(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [decode_state(item) for item in value]
-    return value
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from evomesh.checkpoint.native.boxes import Box, Coordinates, split_box
 from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.checkpoint.native.plan import SavePlan, WriteItem, check_cover
 from evomesh.checkpoint.native.software import software
+from evomesh.config.json_codec import encode_json
 from evomesh.errors import UserError
 from evomesh.parallel.exchange import Exchange
 from evomesh.storage.base import Storage, join
@@ -256,7 +257,7 @@ def refusal(error: Exception, path: str) -> CheckpointError:
 
 def body(step: int, attempt: str, state: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """The fields of the commit body that do not depend on the data files."""
-    encoded = fmt.encode_state(config)
+    encoded = encode_json(config)
     return {
         "format": fmt.FORMAT,
         "version": fmt.VERSION,
@@ -266,5 +267,5 @@ def body(step: int, attempt: str, state: dict[str, Any], config: dict[str, Any])
         "hash": {"piece": fmt.PIECE_HASH, "record": fmt.RECORD_HASH},
         "config": encoded,
         "config_sha256": fmt.sha256(fmt.canonical(encoded)),
-        "state": fmt.encode_state(state),
+        "state": encode_json(state),
     }

@@ -12,7 +12,7 @@ from evomesh.checkpoint.huggingface.export import ExportOptions
 from evomesh.checkpoint.native.find import Checkpoint, resolve
 from evomesh.checkpoint.native.manager import CheckpointManager
 from evomesh.checkpoint.native.retention import check
-from evomesh.config.record import redacted
+from evomesh.config.record import config_to_dict
 from evomesh.config.schema import Config, DataConfig, GenerationConfig, ModelConfig
 from evomesh.models.language_model import LanguageModel
 from evomesh.models.registry import build_model, initialize_weights
@@ -59,7 +59,7 @@ def save_model(
 ) -> tuple[LanguageModel, Checkpoint]:
     model = random_model(config)
     whole = Config(model=config, data=DataConfig(tokenizer_path=tokenizer, seq_len=48), generation=generation)
-    CheckpointManager(str(root)).save(7, dict(model.named_parameters()), {"train": {}}, redacted(whole))
+    CheckpointManager(str(root)).save(7, dict(model.named_parameters()), {"train": {}}, config_to_dict(whole))
     return model, found_in(root)
 
 

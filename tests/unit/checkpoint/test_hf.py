@@ -240,13 +240,13 @@ def test_float16_overflow_is_refused(tmp_path: Path) -> None:
     config = model_config()
     model, _ = save_model(tmp_path / "c", config)
     from evomesh.checkpoint.native.manager import CheckpointManager
-    from evomesh.config.record import redacted
+    from evomesh.config.record import config_to_dict
     from evomesh.config.schema import Config
 
     with torch.no_grad():
         dict(model.named_parameters())["layers.1.feed_forward.w2.weight"][0, 0] = 1e6
     CheckpointManager(str(tmp_path / "big")).save(
-        1, dict(model.named_parameters()), {}, redacted(Config(model=config))
+        1, dict(model.named_parameters()), {}, config_to_dict(Config(model=config))
     )
     with pytest.raises(
         UserError, match=r"layers\.1\.feed_forward\.w2\.weight: 1 of 2048 values are not finite as flo"

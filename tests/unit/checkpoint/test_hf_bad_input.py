@@ -19,7 +19,7 @@ from evomesh.checkpoint.huggingface.export import ExportOptions
 from evomesh.checkpoint.huggingface.load import load_hf
 from evomesh.checkpoint.huggingface.to_native import from_hf
 from evomesh.checkpoint.native.manager import CheckpointManager
-from evomesh.config.record import redacted
+from evomesh.config.record import config_to_dict
 from evomesh.config.schema import Config
 from evomesh.errors import UserError
 from tests.unit.checkpoint.hf_models import export, found_in, model_config, save_model
@@ -172,7 +172,7 @@ def test_a_checkpoint_of_another_model(tmp_path: Path) -> None:
     tensors["own.weight"] = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
     tensors["norm.weight"] = torch.nn.Parameter(torch.ones(31, dtype=torch.float64))
     del tensors["layers.1.feed_forward.w2.weight"]
-    config = redacted(Config(model=model_config()))
+    config = config_to_dict(Config(model=model_config()))
     CheckpointManager(str(tmp_path / "d")).save(1, tensors, {}, config)
     words = r"missing \['layers.1.feed_forward.w2.weight \[32, 64\]'\], unknown \['own.weight'\].*instead of \[32\]"
     with pytest.raises(UserError, match=words):

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from evomesh.config.loader import check_world, load_config
+from evomesh.config.layout import check_world
+from evomesh.config.loader import load_config
 from evomesh.errors import ConfigError
 
 BASE = 'data = dict(train_folder="x")\nmodel = dict(dtype="torch.float32")\n'

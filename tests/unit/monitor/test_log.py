@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from evomesh.monitor.log import ALL_RANKS, close_logging, redact, setup_logging
+from evomesh.config.redact import redact_log
+from evomesh.monitor.log import ALL_RANKS, close_logging, setup_logging
 from evomesh.monitor.progress import ProgressLine
 
 LOGGER = logging.getLogger("evomesh.somewhere")
@@ -61,12 +62,15 @@ def test_secrets_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
         "TOKENIZERS_PARALLELISM": "sometimes",
         "HF_TOKEN": "short",
     }
-    assert redact("key abcdefgh123 sometimes short", environment) == "key *** sometimes short"
+    assert redact_log("key abcdefgh123 sometimes short", environment) == "key <redacted> sometimes short"
     assert (
-        redact("https://open.feishu.cn/open-apis/bot/v2/hook/1-a-2", {})
-        == "https://open.feishu.cn/open-apis/bot/v2/hook/***"
+        redact_log("https://open.feishu.cn/open-apis/bot/v2/hook/1-a-2", {})
+        == "https://open.feishu.cn/open-apis/bot/v2/hook/<redacted>"
     )
-    assert redact("http://user:pass@host/x http://host:80/y", {}) == "http://***@host/x http://host:80/y"
+    assert (
+        redact_log("http://user:pass@host/x http://host:80/y", {})
+        == "http://<redacted>@host/x http://host:80/y"
+    )
     out = io.StringIO()
     setup_logging(console=Console(file=out))
     monkeypatch.setenv("MY_API_KEY", "0123456789")

@@ -1,0 +1,62 @@
+"""The one JSON form of values that JSON has no word for: NaN, infinities and bytes.
+
+Checkpoints and ``config show --json`` tag such a value (``{"$float": "inf"}``), so that it comes back as it was.
+``metrics.jsonl`` is read by other tools, whose ``float()`` understands plain words; see ``float_word``.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def encode_json(value: Any) -> Any:
+    """Return a strict JSON value from which ``decode_json`` restores ``value``; tuples become lists.
+
+    Raises:
+        TypeError: for a value that would not come back as it was.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"$float": repr(value)}
+    if isinstance(value, bytes):
+        return {"$bytes": base64.b64encode(value).decode()}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [encode_json(item) for item in value]
+    if isinstance(value, Mapping):
+        _check_keys(value)
+        return {key: encode_json(item) for key, item in value.items()}
+    raise TypeError(f"a {type(value).__name__} cannot be stored as JSON: {value!r}")
+
+
+def decode_json(value: Any) -> Any:
+    """Return what ``encode_json`` was given, with lists in place of tuples."""
+    if isinstance(value, list):
+        return [decode_json(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "$float" in value:
+        return float(value["$float"])
+    if "$bytes" in value:
+        return base64.b64decode(value["$bytes"])
+    return {key: decode_json(item) for key, item in value.items()}
+
+
+def float_word(value: Any) -> Any:
+    """Return "NaN", "Infinity" or "-Infinity" for a float that JSON cannot express, any other value as it is."""
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    if math.isnan(value):
+        return "NaN"
+    return "Infinity" if value > 0 else "-Infinity"
+
+
+def _check_keys(value: Mapping[Any, Any]) -> None:
+    for key in value:
+        if not isinstance(key, str) or key.startswith("$"):
+            raise TypeError(
+                f"the key {key!r} cannot be stored as JSON: it must be a string without a leading $"
+            )
