@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from evomesh.config.schema import Config, LossConfig, ModelConfig
-from evomesh.data.batch import IGNORE, Batch
+from evomesh.config.schema import IGNORE, Config, LossConfig, ModelConfig
+from evomesh.data.batch import Batch
 from evomesh.optim.scaler import LossScaler
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.grid import Grid

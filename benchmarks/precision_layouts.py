@@ -19,8 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from evomesh.config.schema import Config
-from evomesh.data.batch import IGNORE, Batch
+from evomesh.config.schema import IGNORE, Config
+from evomesh.data.batch import Batch
 from evomesh.optim.scaler import LossScaler
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.build import build_grid

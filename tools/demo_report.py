@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from evomesh.config.loader import load_config
-from evomesh.data.batch import IGNORE
+from evomesh.config.schema import IGNORE
 from evomesh.data.build import ValidationSet, build_train_data, build_valid_data
 
 CONFIG = "configs/demo.py"
@@ -31,7 +31,7 @@ def held_out_pairs(valid: ValidationSet) -> Pairs:
     tokens, targets = [], []
     for batch in valid.batches(0, 1):
         real = batch.labels != IGNORE
-        tokens.append(batch.input_ids[real].numpy())
+        tokens.append(batch.tokens[real].numpy())
         targets.append(batch.labels[real].numpy())
     return np.concatenate(tokens), np.concatenate(targets)
 

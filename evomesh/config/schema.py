@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 PositiveInt = Field(ge=1)
 INF = math.inf
+IGNORE = -100  # label of a position that is an input but not a target (torch's ignore_index)
 
 DType = Literal["float64", "float32", "tf32", "bfloat16", "float16"]
 ModelFamily = Literal["INTERNLM", "INTERNLM2_PUBLIC", "LLAMA2"]

@@ -2,33 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # IGNORE is used by the command line's data verbs, which must start without torch
+if TYPE_CHECKING:  # packing imports this module, and ``evomesh data`` must start without torch
+    import torch
     from torch import Tensor
-
-IGNORE = -100  # label of a position that is input but not target
 
 
 @dataclass(frozen=True)
 class Batch:
-    """M micro-batches of T packed tokens.
+    """M micro-batches of one pack each: T tokens in K - 1 segments.
 
     Attributes:
-        input_ids: [M, T] int64, never negative.
+        tokens: [M, T] int64, never negative.
         labels: [M, T] int64, the token to predict at each position, ``IGNORE`` where there is none.
-        position_ids: [M, T] int64, position within the document piece, restarting at 0.
+        position_ids: [M, T] int64, position within the segment, restarting at 0.
         type_ids: [M, T] int64, index into the dataset's ``types``.
-        cu_seqlens: [M, K] int32, piece bounds 0 .. T of each micro-batch, padded on the right by repeating T.
-        max_seqlen: longest piece over all micro-batches (a Python int: no device sync).
-        host_bounds: ``cu_seqlens`` on the host, once the batch lies on a device.
+        cu_seqlens: [M, K] int32, segment bounds 0 .. T of each micro-batch, padded on the right by repeating T.
+        max_seqlen: longest segment over all micro-batches (a Python int: reading it never syncs with the device).
+        host_bounds: ``cu_seqlens`` on the host, set once the batch is on a device.
     """
 
-    input_ids: Tensor
+    tokens: Tensor
     labels: Tensor
     position_ids: Tensor
     type_ids: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
     host_bounds: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on ``device``, with its bounds also kept on the host.
+
+        Copies from pinned memory are asynchronous: the host does not wait for them.
+        """
+        if device.type == "cpu":
+            return self
+        return replace(
+            self,
+            tokens=self.tokens.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            position_ids=self.position_ids.to(device, non_blocking=True),
+            type_ids=self.type_ids.to(device, non_blocking=True),
+            cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
+            host_bounds=self.cu_seqlens,
+        )

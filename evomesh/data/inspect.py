@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evomesh.config.schema import DataConfig
-from evomesh.data.batch import IGNORE
+from evomesh.config.schema import IGNORE, DataConfig
 from evomesh.data.packing.corpus import open_corpus
 from evomesh.data.packing.packs import Pack, PackedCorpus, PackPlan, PackRule
 from evomesh.data.token_files.bin_dataset import BinDataset

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -43,6 +44,25 @@ class SequenceBounds:
         )
         document = torch.searchsorted(self.cu_seqlens, tokens, right=True)
         return self.position_ids[self.cu_seqlens[document].long() - 1] + 1
+
+
+class PackedSequences(Protocol):
+    """M packs side by side: the arrays of a batch from which sequence bounds are made."""
+
+    @property
+    def position_ids(self) -> Tensor: ...
+    @property
+    def cu_seqlens(self) -> Tensor: ...
+    @property
+    def max_seqlen(self) -> int: ...
+    @property
+    def host_bounds(self) -> Tensor | None: ...
+
+
+def micro_batch_bounds(batch: PackedSequences, index: int) -> SequenceBounds:
+    """Return the sequence bounds of micro-batch ``index`` of a batch."""
+    host_bounds = None if batch.host_bounds is None else batch.host_bounds[index]
+    return SequenceBounds(batch.position_ids[index], batch.cu_seqlens[index], batch.max_seqlen, host_bounds)
 
 
 def single_sequence(length: int, *, start: int = 0, device: torch.device | str = "cpu") -> SequenceBounds:

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from evomesh.config.schema import IGNORE
 from evomesh.layers.dtype import promote
 from evomesh.layers.products import by_one_dnn, matmul_nt
 from evomesh.monitor.profile import region
 from evomesh.parallel.collectives import MAX, all_gather_no_grad, all_reduce_no_grad, local_range
 from evomesh.parallel.grid import Axis
 
-IGNORE = -100
 CHUNK = 512  # tokens whose logits exist at one time, at least
 CUDA_LOGITS = 2**26  # numbers in the logits of a chunk on CUDA: 256 MiB in float32
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from evomesh.data.batch import Batch
 from evomesh.errors import UserError
-from evomesh.layers.documents import SequenceBounds
+from evomesh.layers.documents import SequenceBounds, micro_batch_bounds
 from evomesh.layers.loss import LossOutput
 from evomesh.parallel.collectives import gather, receive, send, split
 from evomesh.parallel.grid import Axis, Grid
@@ -46,11 +46,6 @@ class Schedule(Protocol):
         """Forward alone, without gradient."""
 
 
-def documents_of(batch: Batch, index: int) -> SequenceBounds:
-    host_bounds = None if batch.host_bounds is None else batch.host_bounds[index]
-    return SequenceBounds(batch.position_ids[index], batch.cu_seqlens[index], batch.max_seqlen, host_bounds)
-
-
 class SingleStageSchedule:
     """The whole model on this rank: forward and backward of one micro-batch after the other."""
 
@@ -65,11 +60,11 @@ class SingleStageSchedule:
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, on_output: OnOutput) -> None:
-        for index in range(len(batch.input_ids)):
+        for index in range(len(batch.tokens)):
             on_output(index, self._loss(batch, index, 1.0, 0.0))
 
     def _loss(self, batch: Batch, index: int, scale: float, smoothing: float) -> LossOutput:
-        hidden = self.model(batch.input_ids[index], documents_of(batch, index))
+        hidden = self.model(batch.tokens[index], micro_batch_bounds(batch, index))
         return self.model.loss(hidden, batch.labels[index], scale, smoothing)
 
 
@@ -107,8 +102,8 @@ class _StageModule(nn.Module):
         micro_batch, batch = self.done, self.work.batch
         self.done += 1
         # In mtp all tp ranks hold the same hidden states: each sends its columns, and the receivers gather them.
-        x = batch.input_ids[micro_batch] if self.first else gather(x, self.pieces, dim=1)
-        hidden = self.model(x, documents_of(batch, micro_batch))
+        x = batch.tokens[micro_batch] if self.first else gather(x, self.pieces, dim=1)
+        hidden = self.model(x, micro_batch_bounds(batch, micro_batch))
         if not self.last:
             return split(hidden, self.pieces, dim=1)
         model: Any = self.model
@@ -158,7 +153,7 @@ class PipelineSchedule:
         self._made: dict[tuple[int, int], Any] = {}
 
     def train(self, batch: Batch, scales: Sequence[float], smoothing: float, on_output: OnOutput) -> None:
-        count, tokens = batch.input_ids.shape
+        count, tokens = batch.tokens.shape
         if (count, tokens) not in self._made:  # a schedule is made for one number of micro-batches
             self._made[count, tokens] = self._make(count, tokens)
         arguments = (torch.arange(count)[:, None],) if 0 in self._stages else ()
@@ -169,7 +164,7 @@ class PipelineSchedule:
     @torch.no_grad()
     def evaluate(self, batch: Batch, on_output: OnOutput) -> None:
         """Every stage passes all micro-batches on, then the rank's next stage: torch's own eval knows no V."""
-        count, tokens = batch.input_ids.shape
+        count, tokens = batch.tokens.shape
         here: list[Tensor] = []  # from the stage before, where that is on this rank
         with self._reading(_ScheduleInputs(batch, [1.0] * count, 0.0, on_output)):
             for module, stage in zip(self._modules, self._stages, strict=True):
@@ -187,7 +182,7 @@ class PipelineSchedule:
 
         For a trace on a fake process group, on which torch's schedules cannot agree about shapes.
         """
-        tokens = batch.input_ids.shape[1]
+        tokens = batch.tokens.shape[1]
         with self._reading(_ScheduleInputs(batch, scales, smoothing, on_output)):
             for module, stage in zip(self._modules, self._stages, strict=True):
                 for index in range(len(scales)):

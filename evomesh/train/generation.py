@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from evomesh.generate.staged import StagedModel
 from evomesh.models.language_model import LanguageModel
 from evomesh.parallel.collectives import gather_objects
 from evomesh.parallel.grid import Axis
+from evomesh.storage.atomic_file import write_atomically
 from evomesh.storage.urls import open_storage
 from evomesh.train.launch import RunContext, launch, spawn_ranks
 from evomesh.train.stages import build_stages
@@ -301,10 +301,8 @@ def write(
             writer.write(documents)
             writer.commit({"made_by": "evomesh generate"})
     path = output / f"{name}.jsonl"
-    part = path.with_name(f".{path.name}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    part.write_bytes(b"".join(orjson.dumps(record(one, sampling, text)) + b"\n" for one in answered))
-    os.replace(part, path)
+    with write_atomically(path) as file:
+        file.writelines(orjson.dumps(record(one, sampling, text)) + b"\n" for one in answered)
 
 
 def record(one: PromptResult, sampling: SamplingParams, text: Tokenizer | None) -> dict[str, Any]:

@@ -146,11 +146,11 @@ class RunReporter:
         data, model, dp = self.config.data, self.config.model, self.place.grid.dp.size
         lengths = batch.cu_seqlens.diff(dim=1)
         pieces = (lengths > 0).sum(1)
-        tokens = batch.input_ids.numel() * dp
+        tokens = batch.tokens.numel() * dp
         return StepRecord(
             tflops=model_tflops(
                 seconds=seconds,
-                sequences=data.micro_bsz * len(batch.input_ids) * dp,
+                sequences=data.micro_bsz * len(batch.tokens) * dp,
                 seq_len=data.seq_len,
                 hidden_size=model.hidden_size,
                 num_layers=model.num_layers,
@@ -165,7 +165,7 @@ class RunReporter:
             lr=lr,
             loss_scale=loss_scale,
             grad_norm=output.update.grad_norm,
-            micro_num=len(batch.input_ids),
+            micro_num=len(batch.tokens),
             num_consumed_tokens=self.state.num_consumed_tokens,
             inf_nan_skip_batches=self.state.inf_nan_skip_batches,
             num_samples_in_batch=int(pieces.sum()),

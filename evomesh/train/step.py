@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from evomesh.config.schema import LossConfig
-from evomesh.data.batch import IGNORE, Batch
+from evomesh.config.schema import IGNORE, LossConfig
+from evomesh.data.batch import Batch
 from evomesh.layers.loss import LossOutput
 from evomesh.monitor.profile import region
 from evomesh.optim.scaler import LossScaler
@@ -17,7 +17,6 @@ from evomesh.optim.zero import StepResult, ZeroOptimizer
 from evomesh.parallel.collectives import all_reduce_no_grad
 from evomesh.parallel.grid import Grid
 from evomesh.pipeline.schedule import Schedule
-from evomesh.train.batches import to_device
 from evomesh.train.stopwatch import Stopwatch
 from evomesh.train.tally import LossTally
 
@@ -78,7 +77,7 @@ def train_step(
     device = optimizer.device
     watch = Stopwatch(device)
     weights = micro_batch_weights(batch.labels, grid, loss)
-    batch = to_device(batch, device)
+    batch = batch.to(device)
     tally = LossTally(types, device)
     objective = torch.zeros((), dtype=torch.float64, device=device)
     optimizer.expect(len(weights))

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from evomesh.data.batch import IGNORE
+from evomesh.config.schema import IGNORE
 from evomesh.layers.loss import LossOutput
 from evomesh.parallel.collectives import all_reduce_no_grad
 from evomesh.parallel.grid import Axis

@@ -8,7 +8,6 @@ from evomesh.data.batch import Batch
 from evomesh.data.build import ValidationSet
 from evomesh.layers.loss import LossOutput
 from evomesh.parallel.grid import Grid
-from evomesh.train.batches import to_device
 from evomesh.train.stages import ModelStages
 from evomesh.train.tally import LossTally
 
@@ -23,7 +22,7 @@ def validate(
     for valid in sets:
         tally = LossTally([valid.name], device)
         for host_batch in valid.batches(grid.dp.rank, grid.dp.size):
-            _count(stages, to_device(host_batch, device), tally)
+            _count(stages, host_batch.to(device), tally)
         summary = tally.reduce(grid.dp, grid.pp).summary()
         if summary:
             results[f"val/{valid.name}_loss"] = summary["loss"]

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from evomesh.config.schema import Config
-from evomesh.data.batch import IGNORE, Batch
+from evomesh.config.schema import IGNORE
+from evomesh.data.batch import Batch
 from evomesh.layers.init import owned_range
 from evomesh.layers.loss import LossOutput
 from evomesh.optim.zero import ZeroOptimizer
@@ -187,8 +188,8 @@ def forward_backward(stages: ModelStages, layout: Layout, grid: Grid, step: int)
         total.add_(output.scaled_sum.detach())
         seen.append(index)
 
-    stages.schedule.train(own, [scale] * len(own.input_ids), layout.smoothing, add)
-    assert seen in (([], list(range(len(own.input_ids)))) if grid.pp.size > 1 else (list(range(len(own.input_ids))),))
+    stages.schedule.train(own, [scale] * len(own.tokens), layout.smoothing, add)
+    assert seen in (([], list(range(len(own.tokens)))) if grid.pp.size > 1 else (list(range(len(own.tokens))),))
     return float(all_reduce_no_grad(total, grid.dp, grid.pp))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from evomesh.config.schema import AdamConfig, ModelConfig, ZeroConfig
-from evomesh.data.batch import IGNORE
+from evomesh.config.schema import IGNORE
 from evomesh.layers.attention import SequenceBounds
 from evomesh.layers.init import owned_range
 from evomesh.models.registry import build_model, initialize_weights

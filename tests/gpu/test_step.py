@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from evomesh.config.schema import AdamConfig, Config, LossConfig, ModelConfig, ZeroConfig
-from evomesh.data.batch import IGNORE, Batch
+from evomesh.config.schema import IGNORE, AdamConfig, Config, LossConfig, ModelConfig, ZeroConfig
+from evomesh.data.batch import Batch
 from evomesh.optim.scaler import LossScaler
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.grid import Grid

@@ -46,7 +46,7 @@ def collate(packs: Sequence[Pack]) -> Batch:
         return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
     return Batch(
-        input_ids=stack([pack.tokens for pack in packs]),
+        tokens=stack([pack.tokens for pack in packs]),
         labels=stack([pack.labels for pack in packs]),
         position_ids=stack([pack.indexes for pack in packs]),
         type_ids=stack([pack.type_ids for pack in packs]),

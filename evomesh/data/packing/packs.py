@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from evomesh.data.batch import IGNORE
+from evomesh.config.schema import IGNORE
 from evomesh.data.token_files.bin_dataset import DocumentSource
 from evomesh.data.token_files.lines import TokenArray
 from evomesh.data.token_files.shared_index import digest, shared_array

@@ -8,7 +8,8 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from evomesh.data.batch import IGNORE, Batch
+from evomesh.config.schema import IGNORE
+from evomesh.data.batch import Batch
 from evomesh.data.packing.loader import collate
 from evomesh.data.packing.packs import IndexArray, Pack, PackRule, assemble, split_bounds
 from evomesh.data.token_files.bin_dataset import BinDataset, DocumentSource

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from evomesh.errors import UserError
+from evomesh.storage.atomic_file import write_atomically
 
 TREE = (
     "folder/TYPE/.../NAME.bin with NAME.bin.meta beside it (TYPE: cn, en, code, ja, ar, kaoshi or any name)"
@@ -163,8 +164,6 @@ def write_order(folder: str | Path, output: Path, suffix: str = ".bin") -> int:
     names = [file.name for file in walk(check_folder(folder, "data folder"), suffix)]
     if not names:
         raise UserError(f"no file ending in {suffix!r} below {folder}", where="data folder")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    part = output.with_name(f".{output.name}.{os.getpid()}.part")
-    part.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-    os.replace(part, output)
+    with write_atomically(output) as file:
+        file.writelines(f"{name}\n".encode() for name in names)
     return len(names)

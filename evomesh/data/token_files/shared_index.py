@@ -20,6 +20,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from evomesh.errors import UserError
+from evomesh.storage.atomic_file import write_atomically
 
 SUFFIX = ".index.npy"
 STALE_SECONDS = 24 * 3600.0
@@ -46,15 +47,10 @@ def shared_array(folder: Path, key: str, build: Callable[[], NDArray[Any]]) -> N
     """
     path = folder / f"{key}{SUFFIX}"
     if not path.exists():
-        part = folder / f".{key}.{os.getpid()}.part"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
+            with write_atomically(path) as file:
                 np.save(file, build())
-            os.replace(part, path)
         except OSError as error:
-            with suppress(OSError):
-                part.unlink()
             raise UserError(
                 f"cannot write the shared index: {error.strerror}",
                 where=str(folder),

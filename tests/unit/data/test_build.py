@@ -51,7 +51,7 @@ def rows(
     data: TrainData, dp_rank: int = 0, dp_size: int = 1, steps: int = 3, **start: Any
 ) -> list[list[int]]:
     stream = data.stream(dp_rank=dp_rank, dp_size=dp_size, **start)
-    found = [row for _ in range(steps) for row in next(stream).input_ids.tolist()]
+    found = [row for _ in range(steps) for row in next(stream).tokens.tolist()]
     stream.close()
     return found
 
@@ -75,19 +75,19 @@ def test_documented_types(write_bin: Any, tmp_path: Path) -> None:
     data = build_train_data(config(tmp_path, micro_num=6), VOCAB)
     assert data.types == names
     batch = next(data.stream())
-    assert torch.equal(batch.type_ids + 1, batch.input_ids)
+    assert torch.equal(batch.type_ids + 1, batch.tokens)
 
 
 def test_batch_shapes_and_padding_of_bounds(tree: Path) -> None:
     batch = next(build_train_data(config(tree), VOCAB).stream())
     assert (
-        batch.input_ids.shape
+        batch.tokens.shape
         == batch.labels.shape
         == batch.position_ids.shape
         == batch.type_ids.shape
         == (2, 16)
     )
-    assert batch.input_ids.dtype == torch.int64
+    assert batch.tokens.dtype == torch.int64
     assert batch.cu_seqlens.dtype == torch.int32
     longest = 0
     for micro in range(2):
@@ -133,12 +133,12 @@ def test_resume_from_state_and_from_step(tree: Path, workers: int) -> None:
     for _ in range(40):  # into the second pass
         next(stream)
     state = json.loads(json.dumps(stream.state()))
-    straight = [next(stream).input_ids.tolist() for _ in range(5)]
+    straight = [next(stream).tokens.tolist() for _ in range(5)]
     stream.close()
     again = build_train_data(config(tree, num_worker=workers), VOCAB)
     for start in ({"state": state}, {"step": 40}):
         resumed = again.stream(**start)
-        assert [next(resumed).input_ids.tolist() for _ in range(5)] == straight
+        assert [next(resumed).tokens.tolist() for _ in range(5)] == straight
         resumed.close()
     assert len(json.dumps(state)) < 500
 
@@ -147,7 +147,7 @@ def test_skip_consumes_a_batch(tree: Path) -> None:
     data = build_train_data(config(tree, num_worker=1), VOCAB)
     one, two = data.stream(), data.stream(step=1)
     one.skip()
-    assert torch.equal(next(one).input_ids, next(two).input_ids)
+    assert torch.equal(next(one).tokens, next(two).tokens)
     assert one.state() == two.state()
     one.close()
     two.close()
@@ -172,7 +172,7 @@ def test_synthetic_data_of_the_documents() -> None:
 def test_synthetic_data_of_any_length_go_through_packing() -> None:
     data = build_train_data(DataConfig(seq_len=512, fixed_random_dataset_seqlen=False, num_worker=0), VOCAB)
     batch = next(data.stream())
-    assert batch.input_ids.shape == (1, 512)
+    assert batch.tokens.shape == (1, 512)
     assert batch.cu_seqlens.shape[1] >= 2
 
 

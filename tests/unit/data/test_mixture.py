@@ -94,17 +94,17 @@ def test_weights_of_a_config(write_bin: Any, tmp_path: Path) -> None:
     data = build_train_data(DataConfig(**options, dataset_weights={"en/": 3.0, "code/": 1.0}), 10)
     assert data.warnings == ["cn/d.bin matches no key of data.dataset_weights: it is not trained on"]
     stream = data.stream()
-    first = [int(token) for _ in range(50) for token in next(stream).input_ids[:, 0]]
+    first = [int(token) for _ in range(50) for token in next(stream).tokens[:, 0]]
     assert {token: first.count(token) for token in set(first)} == {
         1: first.count(1),
         2: 75 - first.count(1),
         3: 25,
     }
     state = json.loads(json.dumps(stream.state()))
-    following = next(stream).input_ids.tolist()
+    following = next(stream).tokens.tolist()
     stream.close()
     again = data.stream(state=state)
-    assert next(again).input_ids.tolist() == following
+    assert next(again).tokens.tolist() == following
     again.close()
     for bad, part in (
         ({"en": 1.0, "en/a": 1.0}, "several keys"),

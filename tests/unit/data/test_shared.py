@@ -20,7 +20,7 @@ from evomesh.errors import UserError
 
 def first_batch(tmp_path: Path, **values: Any) -> torch.Tensor:
     options: dict[str, Any] = {"seq_len": 8, "num_worker": 0, "train_folder": str(tmp_path / "train")}
-    return next(build_train_data(DataConfig(**options, **values), 100).stream()).input_ids
+    return next(build_train_data(DataConfig(**options, **values), 100).stream()).tokens
 
 
 def test_batches_are_the_same_and_the_index_is_reused(write_bin: Any, tmp_path: Path) -> None:

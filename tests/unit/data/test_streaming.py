@@ -70,7 +70,7 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def take(stream: Any, steps: int) -> list[list[list[int]]]:
-    found = [next(stream).input_ids.tolist() for _ in range(steps)]
+    found = [next(stream).tokens.tolist() for _ in range(steps)]
     stream.close()
     return found
 
@@ -97,7 +97,7 @@ def test_packs_are_cut_by_the_rules_of_tokenised_data(tmp_path: Path, tokenizer:
     folder = write(tmp_path / "d", texts(100))
     batch = next(build_train_data(config(folder, tokenizer), WORDS).stream())
     for lane in range(2):
-        ids, labels = batch.input_ids[lane].tolist(), batch.labels[lane].tolist()
+        ids, labels = batch.tokens[lane].tolist(), batch.labels[lane].tolist()
         bounds = batch.cu_seqlens[lane].tolist()
         for place in range(15):
             assert labels[place] == (IGN if ids[place] == 1 else ids[place + 1])
@@ -123,7 +123,7 @@ def test_resume_at_every_step_in_every_layout(tmp_path: Path, tokenizer: Path) -
     states, rows = [], []
     for _ in range(30):
         states.append(json.loads(json.dumps(merge_states([stream.state() for stream in streams]))))
-        rows.append(sorted(row for stream in streams for row in next(stream).input_ids.tolist()))
+        rows.append(sorted(row for stream in streams for row in next(stream).tokens.tolist()))
     for stream in streams:
         stream.close()
     one = build_train_data(config(folder, tokenizer, micro_num=4), WORDS)
@@ -210,7 +210,7 @@ def test_the_split_is_what_training_reads(tmp_path: Path, tokenizer: Path) -> No
     (tmp_path / "data/extra-00000-of-00001.txt").write_text("w8 w9\n" * 40)
     options = {"split_name": "extra", "valid_folder": str(tmp_path), "valid_split_name": "train"}
     made = config(tmp_path, tokenizer, **options)
-    tokens = next(build_train_data(made, WORDS).stream()).input_ids
+    tokens = next(build_train_data(made, WORDS).stream()).tokens
     assert set(tokens.flatten().tolist()) == {8, 9, 1}
     (valid,) = build_valid_data(made, WORDS)
     assert {label for batch in valid.batches(0, 1) for label in batch.labels.flatten().tolist()} == {
@@ -297,7 +297,7 @@ def test_resume_in_the_middle_of_an_archive(tmp_path: Path, tokenizer: Path) -> 
     states, batches = [], []
     for _ in range(40):  # more than a pass
         states.append(json.loads(json.dumps(stream.state())))
-        batches.append(next(stream).input_ids.tolist())
+        batches.append(next(stream).tokens.tolist())
     stream.close()
     assert len({(state["cursor"]["file"]) for state in states}) == 7
     assert states[-1]["cursor"]["epoch"] > 0

@@ -44,12 +44,12 @@ def test_every_target_is_seen_once(write_bin: Any, tmp_path: Path, dp_size: int,
         batches = list(found.batches(rank, dp_size))
         counts.append(len(batches))
         for batch in batches:
-            assert batch.input_ids.shape == (micro_num, 16)
+            assert batch.tokens.shape == (micro_num, 16)
             used = batch.labels != IGN
             got += list(
                 zip(
                     batch.position_ids[used].tolist(),
-                    batch.input_ids[used].tolist(),
+                    batch.tokens[used].tolist(),
                     batch.labels[used].tolist(),
                     strict=True,
                 )

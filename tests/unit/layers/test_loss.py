@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from evomesh.layers.loss import CHUNK, IGNORE, LossOutput, chunk_of, linear_cross_entropy
+from evomesh.config.schema import IGNORE
+from evomesh.layers.loss import CHUNK, LossOutput, chunk_of, linear_cross_entropy
 
 T, D, V = 37, 12, 29
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from evomesh.config.schema import IGNORE
 from evomesh.layers import products
-from evomesh.layers.loss import IGNORE, linear_cross_entropy
+from evomesh.layers.loss import linear_cross_entropy
 from evomesh.layers.products import linear, matmul_nt
 
 T, I, O = 70, 24, 40  # noqa: E741  # rows, input and output features

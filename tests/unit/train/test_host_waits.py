@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from evomesh.config.schema import Config, LossConfig, ModelConfig, ParallelConfig, ZeroConfig
-from evomesh.data.batch import IGNORE, Batch
+from evomesh.config.schema import IGNORE, Config, LossConfig, ModelConfig, ParallelConfig, ZeroConfig
+from evomesh.data.batch import Batch
 from evomesh.layers import attention, loss
 from evomesh.optim.scaler import LossScaler
 from evomesh.optim.zero import ZeroOptimizer

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from evomesh.config.schema import Config, DataConfig, LossConfig, ModelConfig, ScalerConfig
-from evomesh.data.batch import IGNORE, Batch
+from evomesh.config.schema import IGNORE, Config, DataConfig, LossConfig, ModelConfig, ScalerConfig
+from evomesh.data.batch import Batch
 from evomesh.data.build import build_valid_data
 from evomesh.layers.documents import single_sequence
 from evomesh.optim.scaler import LossScaler
@@ -86,7 +86,7 @@ def losses_of(batch: Batch) -> list[Tensor]:
                 for parts in zip(ids.split(LENGTH), labels.split(LENGTH), strict=True)
             ]
         )
-        for ids, labels in zip(batch.input_ids, batch.labels, strict=True)
+        for ids, labels in zip(batch.tokens, batch.labels, strict=True)
     ]
 
 
