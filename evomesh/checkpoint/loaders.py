@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from evomesh.checkpoint.huggingface.folder import local_folder
+from evomesh.checkpoint.hub_cache import local_folder
 from evomesh.checkpoint.huggingface.load import load_hf, load_llama
 from evomesh.checkpoint.internevo import model as internevo
 from evomesh.checkpoint.internevo import optimizer as internevo_state

@@ -10,7 +10,8 @@ from pathlib import PurePosixPath
 import torch
 
 from evomesh.checkpoint.detect import KINDS, kind_at
-from evomesh.checkpoint.huggingface.folder import HfFolder, hub_model, open_folder
+from evomesh.checkpoint.hub_cache import hub_model
+from evomesh.checkpoint.huggingface.folder import HfFolder, open_folder
 from evomesh.checkpoint.huggingface.to_native import read_folder
 from evomesh.checkpoint.loaders import fill
 from evomesh.checkpoint.native.format import CheckpointError

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from evomesh.checkpoint import detect
-from evomesh.checkpoint.huggingface.folder import hub_model, local_folder
+from evomesh.checkpoint.hub_cache import hub_model, local_folder
 from evomesh.checkpoint.loaders import checkpoint_loaders, fill, load_internevo_state
 from evomesh.checkpoint.native import find
 from evomesh.checkpoint.native.find import Checkpoint

@@ -42,7 +42,7 @@ def from_internevo(
     ] = False,
 ) -> None:
     """Read InternEvo's checkpoint of any tensor x pipeline (x weight) size."""
-    from evomesh.checkpoint.huggingface.folder import local_folder
+    from evomesh.checkpoint.hub_cache import local_folder
     from evomesh.checkpoint.internevo import model as internevo
     from evomesh.checkpoint.internevo import optimizer as internevo_state
     from evomesh.checkpoint.native.manager import CheckpointManager

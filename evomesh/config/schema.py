@@ -18,6 +18,7 @@ IGNORE = -100  # label of a position that is an input but not a target (torch's 
 
 DType = Literal["float64", "float32", "tf32", "bfloat16", "float16"]
 ModelFamily = Literal["INTERNLM", "INTERNLM2_PUBLIC", "LLAMA2"]
+RotaryType = Literal["origin", "dynamic"]  # beyond the trained length: unscaled, or with dynamic NTK
 Mode = Literal["mtp", "msp", "fsp", "isp"]
 
 
@@ -147,6 +148,11 @@ class ModelConfig(Section):
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary_type(self) -> RotaryType:
+        """Return what the rotary embedding does beyond the trained length."""
+        return "dynamic" if self.use_dynamic_ntk_rope else "origin"
 
     @property
     def mlp_width(self) -> int:

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomesh.checkpoint.restore import RestoredModel, restore_model
-from evomesh.config.schema import Config
+from evomesh.config.schema import Config, RotaryType
 from evomesh.data.chat import ChatTemplate, build_template
 from evomesh.data.tokenizer import Tokenizer, load_tokenizer
 from evomesh.errors import UserError
 from evomesh.generate.engine import GenerationEngine
 from evomesh.models.language_model import LanguageModel
-from evomesh.serve.loop import EngineLoop, RotaryType
+from evomesh.serve.loop import EngineLoop
 from evomesh.serve.service import GenerationService, ServedModel, ServiceLimits
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def load_service(ckpt: str, device: str, choices: ModelOptions) -> GenerationSer
             expected="the tokenizer the model was trained with",
         )
     template = _template(choices.template, tokenizer)
-    rotary: RotaryType = choices.rotary or ("dynamic" if config.model.use_dynamic_ntk_rope else "origin")
+    rotary: RotaryType = choices.rotary or config.model.rotary_type
     trained = config.model.max_position_embeddings
     context = choices.context or trained * (4 if choices.roomy or rotary == "dynamic" else 1)
     model = ServedModel(
@@ -110,8 +110,7 @@ def _engines(
     }
     rotary = getattr(model, "rotary", None)
     if rotary is None:
-        only: RotaryType = "dynamic" if restored.config.model.use_dynamic_ntk_rope else "origin"
-        return {only: partial(GenerationEngine, model, **options)}
+        return {restored.config.model.rotary_type: partial(GenerationEngine, model, **options)}
     return {
         "origin": partial(GenerationEngine, _with(model, replace(rotary, dynamic_ntk=False)), **options),
         "dynamic": partial(GenerationEngine, _with(model, replace(rotary, dynamic_ntk=True)), **options),

@@ -9,13 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import Literal
 
+from evomesh.config.schema import RotaryType
 from evomesh.errors import UserError
 from evomesh.generate.engine import GeneratedToken, GenerationEngine
 from evomesh.generate.options import SamplingParams
 
-RotaryType = Literal["origin", "dynamic"]
 logger = logging.getLogger(__name__)
 
 

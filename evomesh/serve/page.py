@@ -12,10 +12,11 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from evomesh.config.schema import RotaryType
 from evomesh.data.chat import ChatMessage
 from evomesh.errors import UserError
 from evomesh.generate.options import SamplingParams
-from evomesh.serve.loop import EngineError, RotaryType
+from evomesh.serve.loop import EngineError
 from evomesh.serve.service import GenerationService, QueueFullError
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported

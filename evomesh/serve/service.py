@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
+from evomesh.config.schema import RotaryType
 from evomesh.data.chat import ChatMessage, ChatTemplate
 from evomesh.data.tokenizer import Tokenizer
 from evomesh.errors import UserError
 from evomesh.generate.engine import check_prompt
 from evomesh.generate.options import SamplingParams
-from evomesh.serve.loop import EngineLoop, GenerationRequest, RotaryType
+from evomesh.serve.loop import EngineLoop, GenerationRequest
 from evomesh.serve.writer import Detokenizer, TextDelta
 
 

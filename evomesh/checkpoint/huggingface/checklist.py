@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
+from evomesh.checkpoint.hub_cache import local_folder
 from evomesh.checkpoint.huggingface.compare_logits import has_transformers, loaded_logits
 from evomesh.checkpoint.huggingface.config import CLASSES, read_config
-from evomesh.checkpoint.huggingface.folder import HfFolder, local_folder
+from evomesh.checkpoint.huggingface.folder import HfFolder
 from evomesh.checkpoint.huggingface.load import checked
 from evomesh.checkpoint.huggingface.names import NAMINGS
 from evomesh.checkpoint.huggingface.tokenizer import compare_tokenizers, refuse_larger

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
 from evomesh.checkpoint.native.format import CheckpointError
-from evomesh.config.schema import Config, DType, ModelConfig
+from evomesh.config.schema import Config, DType, ModelConfig, RotaryType
 
 Architecture = Literal["llama", "internlm2"]
-RotaryType = Literal["origin", "dynamic"]
 CLASSES = {"llama": "LlamaForCausalLM", "internlm2": "InternLM2ForCausalLM"}
 FAMILIES = {"llama": "LLAMA2", "internlm": "INTERNLM", "internlm2": "INTERNLM2_PUBLIC"}
 
@@ -46,7 +45,7 @@ def rotary_of(
 ) -> RotaryScaling:
     """As trained, unless told otherwise. Without dynamic NTK, the limit is at least the length of the training data."""
     model = config.model
-    chosen: RotaryType = type or ("dynamic" if model.use_dynamic_ntk_rope else "origin")
+    chosen = type or model.rotary_type
     trained = model.max_position_embeddings
     if chosen == "origin":
         trained = max(trained, config.data.seq_len)

@@ -27,7 +27,6 @@ from evomesh.checkpoint.huggingface.compare_logits import (
 from evomesh.checkpoint.huggingface.config import (
     Architecture,
     RotaryScaling,
-    RotaryType,
     refuse_unexportable,
     rotary_of,
     write_config,
@@ -50,7 +49,7 @@ from evomesh.checkpoint.native.find import Checkpoint
 from evomesh.checkpoint.native.format import CheckpointError, TensorRecord
 from evomesh.checkpoint.native.write import as_bytes
 from evomesh.config.record import config_from_dict
-from evomesh.config.schema import Config, ModelConfig
+from evomesh.config.schema import Config, ModelConfig, RotaryType
 from evomesh.data.tokenizer import Tokenizer, load_tokenizer
 from evomesh.layers.dtype import promote
 from evomesh.storage.local import LocalStorage

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from evomesh.checkpoint.hub_cache import local_folder
 from evomesh.checkpoint.huggingface.files import PickleFile, SafetensorsFile, WeightFile, load_pickle, whole
 from evomesh.checkpoint.native.boxes import Box, Coordinates
 from evomesh.checkpoint.native.format import CheckpointError
@@ -54,53 +54,6 @@ def open_folder(url: str) -> HfFolder:
     if not storage.list(path):
         raise CheckpointError("no such folder", where=url, expected="a Hugging Face model folder")
     return HfFolder(storage, path)
-
-
-def local_folder(url: str) -> Path:
-    """The local folder that a path names, or the one in which the hub's cache holds the model of that id.
-
-    Raises:
-        CheckpointError: neither, or a store that is not local.
-    """
-    scheme, place = split_url(url)
-    if scheme != "local":
-        raise CheckpointError(
-            f"{url!r} is not on a local disk",
-            expected="a local folder",
-            fix="copy the model folder here first",
-        )
-    folder = Path(place).expanduser()
-    if folder.is_dir():
-        return folder
-    cached = cached_model(place)
-    if cached is not None:
-        return cached
-    raise CheckpointError(
-        f"{url!r} is neither an existing folder nor a model in the local Hugging Face cache ({cache_folder()})",
-        fix="give an existing folder, or download the model into the cache first",
-    )
-
-
-def cache_folder() -> Path:
-    """Where the hub's own tools keep what they downloaded."""
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    return Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
-
-
-def cached_model(name: str) -> Path | None:
-    """The folder of the hub model ``name`` ("owner/model") in the local cache, its main revision; None: not there."""
-    cache = cache_folder() / f"models--{name.replace('/', '--')}"
-    main = cache / "refs" / "main"
-    if main.is_file() and (cache / "snapshots" / main.read_text().strip()).is_dir():
-        return cache / "snapshots" / main.read_text().strip()
-    return None
-
-
-def hub_model(url: str) -> str:
-    """Folder of the hub model that ``url`` names ("owner/model") in the local cache; "" when it names no such model."""
-    scheme, name = split_url(url)
-    cached = cached_model(name) if scheme == "local" and name.count("/") == 1 else None
-    return str(cached) if cached else ""
 
 
 def read_json(storage: Storage, folder: str, name: str) -> dict[str, Any]:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evomesh.checkpoint.hub_cache import local_folder
 from evomesh.checkpoint.huggingface.config import read_config
 from evomesh.checkpoint.huggingface.files import whole
 from evomesh.checkpoint.huggingface.folder import (
     MetaFolder,
     WeightFolder,
-    local_folder,
     open_folder,
     read_json,
 )

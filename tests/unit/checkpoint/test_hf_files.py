@@ -151,7 +151,7 @@ def test_folders_in_a_store(store: str, tmp_path: Path, monkeypatch: pytest.Monk
     hf_export.export(found, url, replace(QUIET, compare=True, max_shard_bytes=20000), lines.append)
     from_hf(url, f"{store}/ckpts", None, True, lines.append)
     from_hf(url, str(tmp_path / "back"), None, False, lines.append)
-    assert sum("largest difference" in line for line in lines) == 2
+    assert sum("largest logit difference" in line for line in lines) == 2
     records = found_in(tmp_path / "back").records()
     for name, parameter in model.named_parameters():
         assert torch.equal(
