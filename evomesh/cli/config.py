@@ -135,10 +135,11 @@ def copy(
 
 def derived(loaded: LoadedConfig, gpus: int) -> dict[str, Any]:
     """What follows from the config for ``gpus`` processes."""
-    from evomesh.config.size import data_parallel_size, parameter_count, parameter_counts, tokens_per_step
+    from evomesh.config.layout import data_parallel_size
+    from evomesh.config.size import parameter_count, parameter_counts, tokens_per_step
 
     config = loaded.config
-    dp = data_parallel_size(config, gpus)
+    dp = data_parallel_size(config.parallel, gpus)
     figures: dict[str, Any] = {
         "gpus": gpus,
         "data-parallel size": dp,

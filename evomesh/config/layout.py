@@ -1,64 +1,182 @@
-"""Which parallel sizes fit the model, the data and each other, and which fit a number of processes."""
+"""The layout of a run: the sizes of all axes, and which sizes fit the model, the data and each other."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from evomesh.config.finding import ConfigFinding, nearest
-from evomesh.config.schema import Config, DataConfig
+from evomesh.config.schema import Config, DataConfig, ParallelConfig
 from evomesh.errors import ConfigError, UserError
 
-CUT_AGAIN = (
-    "FSDP2 cuts a block's weights again, and sums their gradients, when the gradients of its inputs are there; "
-    "zbv makes those of the weights only later"
+RESHARDS_EARLY = (
+    "FSDP2 reshards a block and reduces its gradients as soon as the input gradients are ready, "
+    "but zbv computes weight gradients later"
 )
+CHUNKS = {"1f1b": "num_chunks=1", "interleaved": "num_chunks of 2 or more", "zbv": "num_chunks=2"}
+
+
+@dataclass(frozen=True)
+class AxisSizes:
+    """Sizes of all axes; ``dp * tp == replica * zero * (wp or tp)`` ranks in each of ``pp`` stages."""
+
+    pp: int
+    dp: int
+    tp: int
+    wp: int
+    zero: int
+    replica: int
+    isp: bool
+
+    @property
+    def ranks_per_stage(self) -> int:
+        return self.dp * self.tp
+
+
+def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
+    """Return how many ranks see different data: world / pipeline / tensor, as InternEvo documents it."""
+    return world_size // parallel.pipeline.size // parallel.tensor.size
+
+
+def axis_sizes(parallel: ParallelConfig, world_size: int) -> AxisSizes:
+    """Return the sizes of all axes for ``world_size`` processes.
+
+    ``zero1.size`` <= 0 is the whole data-parallel group (for isp: world / pipeline / weight), and so is a larger one.
+
+    Raises:
+        UserError: the sizes do not divide; with the nearest that do.
+    """
+    for problem in _size_problems(parallel, world_size):
+        raise problem
+    isp = parallel.tensor.mode == "isp"
+    pp = parallel.pipeline.size
+    wp = parallel.weight.size if isp else 1
+    dp = data_parallel_size(parallel, world_size)
+    group = _zero_group(parallel, world_size)
+    zero = group if parallel.zero1.size <= 0 else min(parallel.zero1.size, group)
+    return AxisSizes(pp, dp, parallel.tensor.size, wp, zero, group // zero, isp)
+
+
+def check_world(config: Config, world_size: int) -> list[str]:
+    """Check that the layout fits ``world_size`` processes, and return warnings.
+
+    Raises:
+        ConfigError: the sizes do not divide; with the nearest that do.
+    """
+    problems = list(_size_problems(config.parallel, world_size))
+    if problems:
+        raise ConfigError(problems)
+    asked = config.parallel.zero1.size
+    group = _zero_group(config.parallel, world_size)
+    warnings = []
+    if asked > group:
+        warnings.append(
+            f"parallel.zero1.size: {asked} is more than the {group} data-parallel ranks; {group} is used"
+        )
+    return warnings + _unsharded(config, axis_sizes(config.parallel, world_size).zero)
+
+
+def pipeline_schedule(config: Config) -> str:
+    """Return the schedule's name: the one that is set, else by the number of chunks a rank holds."""
+    if config.parallel.pipeline.schedule is not None:
+        return config.parallel.pipeline.schedule
+    return "interleaved" if config.model.num_chunks > 1 else "1f1b"
 
 
 def layout_findings(config: Config) -> Iterator[ConfigFinding]:
-    """Every problem of the parallel sizes that needs no number of processes."""
-    yield from _tensor(config)
-    yield from _weights(config)
+    """Yield every problem of the parallel sizes that does not depend on the number of processes."""
+    yield from _tensor_findings(config)
+    yield from _weight_findings(config)
     if config.parallel.pipeline.size > 1:
-        yield from _stages(config)
-        yield from _schedule(config)
+        yield from _stage_findings(config)
+        yield from _schedule_findings(config)
 
 
-def _tensor(config: Config) -> Iterator[ConfigFinding]:
-    model, data, parallel = config.model, config.data, config.parallel
-    tp, mode = parallel.tensor.size, parallel.tensor.mode
-    t = "parallel.tensor.size"
-    for heads, key in (
-        (model.num_attention_heads, "num_attention_heads"),
-        (model.kv_heads, "num_kv_attention_heads"),
-    ):
-        if heads % tp:
+def _zero_group(parallel: ParallelConfig, world_size: int) -> int:
+    """Return the largest zero axis: the ranks of a stage that hold the same shard of the weights."""
+    same_stage = world_size // parallel.pipeline.size
+    return same_stage // (parallel.weight.size if parallel.tensor.mode == "isp" else parallel.tensor.size)
+
+
+def _size_problems(parallel: ParallelConfig, world_size: int) -> Iterator[UserError]:
+    pp, zero = parallel.pipeline.size, parallel.zero1.size
+    products = {"pipeline.size * tensor.size": pp * parallel.tensor.size}
+    if parallel.tensor.mode == "isp":
+        products["pipeline.size * weight.size"] = pp * parallel.weight.size
+    fits = True
+    for name, size in products.items():
+        if world_size % size:
+            fits = False
+            processes, sizes = nearest(world_size, multiples_of=size), nearest(size, world_size)
+            yield UserError(
+                f"{world_size} processes cannot be divided by {name} = {size}",
+                where="parallel",
+                expected=f"{processes} processes, or a product of {sizes}",
+            )
+    group = _zero_group(parallel, world_size)
+    if fits and 1 < zero <= group and group % zero:
+        yield UserError(
+            f"zero1.size = {zero} does not divide the {group} data-parallel ranks",
+            where="parallel.zero1.size",
+            expected=nearest(zero, group),
+        )
+
+
+def _unsharded(config: Config, zero: int) -> list[str]:
+    """Return a warning of the weights that ``parallel.zero1.fsdp`` cannot shard over ``zero`` ranks."""
+    model, tp = config.model, config.parallel.tensor.size
+    if not config.parallel.zero1.fsdp:
+        return []
+    if zero == 1:
+        return ["parallel.zero1.fsdp: has no effect, because there is only one rank to share the weights"]
+    rows_per_tensor_rank = {
+        "query, key and value": model.qkv_width // tp,
+        "output projections": model.hidden_size,
+        "feed-forward inputs": model.mlp_width // tp,
+        "embedding and head": math.ceil(model.vocab_size / tp),
+    }
+    uneven = [
+        f"{name} ({rows} rows per tensor rank)" for name, rows in rows_per_tensor_rank.items() if rows % zero
+    ]
+    if not uneven:
+        return []
+    return [f"parallel.zero1.fsdp: {zero} ranks do not divide {', '.join(uneven)}; these stay replicated"]
+
+
+def _tensor_findings(config: Config) -> Iterator[ConfigFinding]:
+    model, data = config.model, config.data
+    tp, mode = config.parallel.tensor.size, config.parallel.tensor.mode
+    key = "parallel.tensor.size"
+    heads = {"num_attention_heads": model.num_attention_heads, "num_kv_attention_heads": model.kv_heads}
+    for name, count in heads.items():
+        if count % tp:
             yield ConfigFinding(
-                (t, f"model.{key}"),
-                f"{tp} does not divide {key}={heads}",
-                expected=f"size={nearest(tp, heads)}",
+                (key, f"model.{name}"),
+                f"{tp} does not divide {name}={count}",
+                expected=f"size={nearest(tp, count)}",
             )
     if mode != "mtp" and data.packed_length % tp:
         yield ConfigFinding(
-            (t, "data.seq_len", "data.micro_bsz"),
-            f"{tp} does not divide the packed length {data.packed_length}, which {mode} splits",
+            (key, "data.seq_len", "data.micro_bsz"),
+            f"{tp} does not divide the packed length {data.packed_length}, which {mode} shards",
             expected=f"size={nearest(tp, data.packed_length)}",
         )
     if mode != "isp" and model.mlp_width % tp:
         yield ConfigFinding(
-            (t, "model.mlp_ratio", "model.multiple_of"),
+            (key, "model.mlp_ratio", "model.multiple_of"),
             f"{tp} does not divide the feed-forward width {model.mlp_width}",
             expected=f"size={nearest(tp, model.mlp_width)}",
         )
 
 
-def _weights(config: Config) -> Iterator[ConfigFinding]:
+def _weight_findings(config: Config) -> Iterator[ConfigFinding]:
     model, parallel = config.model, config.parallel
     size = parallel.weight.size
     if parallel.zero1.fsdp and parallel.tensor.mode == "isp":
         yield ConfigFinding(
             ("parallel.zero1.fsdp", "parallel.tensor.mode"),
-            "fsdp with tensor mode isp: two keys for one thing, since isp cuts weights over parallel.weight.size",
+            "zero1.fsdp is redundant with tensor mode isp, which shards the weights over parallel.weight.size",
             fix="remove parallel.zero1.fsdp and set parallel.weight=dict(size=...)",
         )
     if size > 1 and parallel.tensor.mode != "isp":
@@ -68,10 +186,9 @@ def _weights(config: Config) -> Iterator[ConfigFinding]:
             fix='set parallel.tensor=dict(size=..., mode="isp"), or weight.size=1',
         )
         return
-    qkv = (model.num_attention_heads + 2 * model.kv_heads) * model.head_dim
     rows = {
         "hidden_size": model.hidden_size,
-        "width of q, k and v": qkv,
+        "width of q, k and v": model.qkv_width,
         "feed-forward width": model.mlp_width,
     }
     for name, length in rows.items():
@@ -83,7 +200,7 @@ def _weights(config: Config) -> Iterator[ConfigFinding]:
             )
 
 
-def _stages(config: Config) -> Iterator[ConfigFinding]:
+def _stage_findings(config: Config) -> Iterator[ConfigFinding]:
     model, pp, chunks = config.model, config.parallel.pipeline.size, config.model.num_chunks
     if pp * chunks > model.num_layers:
         yield ConfigFinding(
@@ -93,112 +210,51 @@ def _stages(config: Config) -> Iterator[ConfigFinding]:
         )
 
 
-def _schedule(config: Config) -> Iterator[ConfigFinding]:
-    data, chunks, pp = config.data, config.model.num_chunks, config.parallel.pipeline.size
-    kind = config.parallel.pipeline.schedule or ("interleaved" if chunks > 1 else "1f1b")
+def _schedule_findings(config: Config) -> Iterator[ConfigFinding]:
+    chunks, schedule = config.model.num_chunks, pipeline_schedule(config)
     key = ("parallel.pipeline.schedule", "model.num_chunks")
-    wanted = {"1f1b": chunks == 1, "interleaved": chunks > 1, "zbv": chunks == 2}
-    if not wanted[kind]:
-        number = {"1f1b": "num_chunks=1", "interleaved": "num_chunks of 2 or more", "zbv": "num_chunks=2"}[
-            kind
-        ]
-        yield ConfigFinding(key, f"schedule {kind} with num_chunks={chunks}", expected=f"{kind} has {number}")
-    elif kind == "interleaved":
-        yield from _micro_batches(data, pp)
-    elif kind == "zbv":
-        yield from _zero_bubble(config, key)
-
-
-def _micro_batches(data: DataConfig, pp: int) -> Iterator[ConfigFinding]:
-    counts: dict[str, int] = {"micro_num": data.micro_num}
-    if len(parts := data.rampup_batch_size.split()) == 3 and all(part.isdigit() for part in parts):
-        counts |= {"rampup_batch_size": math.gcd(int(parts[0]), int(parts[1]))}  # start and increment
-    for name, count in counts.items():
-        if count % pp:
-            yield ConfigFinding(
-                (f"data.{name}", "parallel.pipeline.size", "model.num_chunks"),
-                f"{name}={getattr(data, name)} is not a multiple of the {pp} stages of an interleaved pipeline",
-                expected=f"{name}={nearest(count, multiples_of=pp)}"
-                if name != "rampup_batch_size"
-                else f"start and increment multiples of {pp}",
-            )
-
-
-def _zero_bubble(config: Config, key: tuple[str, ...]) -> Iterator[ConfigFinding]:
-    """zbv makes the gradients of inputs and of weights apart."""
-    reasons = {
-        "parallel.weight.size": config.parallel.weight.size > 1 and CUT_AGAIN,
-        "parallel.zero1.fsdp": config.parallel.zero1.fsdp and CUT_AGAIN,
-        "model.compile": config.model.compile is True and "a compiled block has no separate gradients",
-    }
-    for other, reason in reasons.items():
-        if reason:
-            yield ConfigFinding(
-                (key[0], other),
-                f"schedule zbv does not go with {other.split('.')[-1]}: {reason}",
-                fix='set parallel.pipeline.schedule="interleaved"',
-            )
-
-
-def check_world(config: Config, world_size: int) -> list[str]:
-    """Whether the layout fits so many processes.
-
-    Returns:
-        Warnings.
-    Raises:
-        ConfigError: the sizes do not divide; with the nearest that do.
-    """
-    parallel = config.parallel
-    isp = parallel.tensor.mode == "isp"
-    pp, tp, wp, zero = parallel.pipeline.size, parallel.tensor.size, parallel.weight.size, parallel.zero1.size
-    problems = [
-        UserError(
-            f"{world_size} processes cannot be divided by {name} = {size}",
-            where="parallel",
-            expected=f"{nearest(world_size, multiples_of=size)} processes, or a product of {nearest(size, world_size)}",
+    fits = {"1f1b": chunks == 1, "interleaved": chunks > 1, "zbv": chunks == 2}
+    if not fits[schedule]:
+        yield ConfigFinding(
+            key,
+            f"schedule {schedule} with num_chunks={chunks}",
+            expected=f"{schedule} has {CHUNKS[schedule]}",
         )
-        for size, name in (
-            (pp * tp, "pipeline.size * tensor.size"),
-            (pp * wp if isp else 1, "pipeline.size * weight.size"),
-        )
-        if world_size % size
-    ]
-    dp = world_size // pp // (wp if isp else tp)
-    warnings = []
-    if not problems and zero > dp:
-        warnings.append(
-            f"parallel.zero1.size: {zero} is more than the {dp} data-parallel ranks; {dp} is used"
-        )
-    elif not problems and zero > 1 and dp % zero:
-        problems.append(
-            UserError(
-                f"{zero} does not divide the {dp} data-parallel ranks",
-                where="parallel.zero1.size",
-                expected=nearest(zero, dp),
-            )
-        )
-    if problems:
-        raise ConfigError(problems)
-    return warnings + _uncut(config, dp if zero <= 0 else min(zero, dp))
+    elif schedule == "interleaved":
+        yield from _interleaved_findings(config.data, config.parallel.pipeline.size)
+    elif schedule == "zbv":
+        yield from _zero_bubble_findings(config, key)
 
 
-def _uncut(config: Config, zero: int) -> list[str]:
-    """Says which weights ``parallel.zero1.fsdp`` leaves whole over ``zero`` ranks."""
-    model, tp = config.model, config.parallel.tensor.size
-    if not config.parallel.zero1.fsdp:
-        return []
-    if zero == 1:
-        return ["parallel.zero1.fsdp: has no effect with one rank to share the weights"]
-    qkv = (model.num_attention_heads + 2 * model.kv_heads) * model.head_dim
-    rows = {
-        "query, key and value": qkv // tp,
-        "output products": model.hidden_size,
-        "feed-forward inputs": model.mlp_width // tp,
-        "embedding and head": -(-model.vocab_size // tp),
-    }
-    whole = [f"{name} ({count} rows a tensor rank)" for name, count in rows.items() if count % zero]
-    return (
-        [f"parallel.zero1.fsdp: {zero} ranks do not divide {', '.join(whole)}; these stay whole"]
-        if whole
-        else []
-    )
+def _interleaved_findings(data: DataConfig, pp: int) -> Iterator[ConfigFinding]:
+    """An interleaved pipeline takes micro-batches in groups of one per stage, in every step of a ramp too."""
+    if data.micro_num % pp:
+        yield ConfigFinding(
+            ("data.micro_num", "parallel.pipeline.size", "model.num_chunks"),
+            f"micro_num={data.micro_num} is not a multiple of the {pp} stages of an interleaved pipeline",
+            expected=f"micro_num={nearest(data.micro_num, multiples_of=pp)}",
+        )
+    rampup = data.rampup_batch_size
+    if rampup is not None and math.gcd(rampup.start, rampup.increment) % pp:
+        yield ConfigFinding(
+            ("data.rampup_batch_size", "parallel.pipeline.size", "model.num_chunks"),
+            f"rampup_batch_size={rampup} is not a multiple of the {pp} stages of an interleaved pipeline",
+            expected=f"start and increment multiples of {pp}",
+        )
+
+
+def _zero_bubble_findings(config: Config, key: tuple[str, ...]) -> Iterator[ConfigFinding]:
+    """zbv computes the gradients of inputs and of weights at different times."""
+    obstacles = {}
+    if config.parallel.weight.size > 1:
+        obstacles["parallel.weight.size"] = RESHARDS_EARLY
+    if config.parallel.zero1.fsdp:
+        obstacles["parallel.zero1.fsdp"] = RESHARDS_EARLY
+    if config.model.compile is True:
+        obstacles["model.compile"] = "a compiled block computes both together"
+    for other, reason in obstacles.items():
+        yield ConfigFinding(
+            (key[0], other),
+            f"schedule zbv cannot be combined with {other.split('.')[-1]}: {reason}",
+            fix='set parallel.pipeline.schedule="interleaved"',
+        )

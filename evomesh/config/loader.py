@@ -19,6 +19,7 @@ from evomesh.config.reading.source_lines import line_of
 from evomesh.config.reading.spellings import SECTIONS, SPELLINGS, TOP_LEVEL, resolve, written_key
 from evomesh.config.rules import check, leaves
 from evomesh.config.schema import Config
+from evomesh.config.step_values import SettingError
 from evomesh.errors import ConfigError, UserError
 
 ERRORS = {
@@ -183,6 +184,9 @@ def _explain(draft: ConfigDraft, key: str, details: list[Any]) -> None:
         return
     if kind == "missing":
         draft.problem(key, "is missing", fix=f"add {key.rpartition('.')[2]}=... to {key.rpartition('.')[0]}")
+        return
+    if isinstance(context.get("error"), SettingError):
+        draft.problem(key, context["error"].found, expected=context["error"].expected)
         return
     bounds = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     limits = [f"{sign} {context[name]}" for name, sign in bounds.items() if name in context]

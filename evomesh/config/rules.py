@@ -10,6 +10,7 @@ from typing import Any
 from evomesh.config.finding import ConfigFinding, nearest
 from evomesh.config.layout import layout_findings
 from evomesh.config.schema import Config
+from evomesh.config.step_values import RAMPUP_FORM, BatchSizeRampup
 
 INT32, INT64 = 2**31 - 1, 2**63 - 1
 CONTENT = ("model", "sampler", "optimizer", "scheduler", "all")
@@ -128,45 +129,21 @@ def _data(config: Config) -> Iterator[ConfigFinding]:
             expected="the same number: both are the micro-batches of one step",
             fix="remove data.gradient_accumulation",
         )
-    yield from _skips(data.skip_batches)
-    yield from _rampup(data.rampup_batch_size, data.micro_num)
+    if data.rampup_batch_size is not None:
+        yield from _rampup(data.rampup_batch_size, data.micro_num)
 
 
-def _skips(text: str) -> Iterator[ConfigFinding]:
-    key, last = ("data.skip_batches",), -1
-    expected = 'ascending step numbers and ranges, such as "3,10-20"'
-    for number, item in enumerate(filter(None, text.split(",")), 1):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", item)
-        if not match:
-            yield ConfigFinding(key, f"item {number}, {item!r}, is not a step or a range", expected=expected)
-            return
-        first, end = int(match[1]), int(match[2] or match[1])
-        if end < first:
-            yield ConfigFinding(key, f"item {number}, {item!r}, runs backwards", expected=f'"{end}-{first}"')
-        elif first <= last:
-            yield ConfigFinding(key, f"item {number}, {item!r}, comes after step {last}", expected=expected)
-        last = max(last, end)
-
-
-def _rampup(text: str, micro_num: int) -> Iterator[ConfigFinding]:
+def _rampup(ramp: BatchSizeRampup, micro_num: int) -> Iterator[ConfigFinding]:
     key = ("data.rampup_batch_size", "data.micro_num")
-    if not text.strip():
-        return
-    parts = text.split()
-    expected = 'three positive integers "start increment every", such as "2 2 100"'
-    if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
+    if ramp.start > micro_num:
         yield ConfigFinding(
-            key, f"found {text!r}: {len(parts)} item{'s' if len(parts) != 1 else ''}", expected=expected
+            key, f"starts at {ramp.start} micro-batches, above micro_num={micro_num}", expected=RAMPUP_FORM
         )
-    elif int(parts[0]) > micro_num:
-        yield ConfigFinding(
-            key, f"starts at {parts[0]} micro-batches, above micro_num={micro_num}", expected=expected
-        )
-    elif (micro_num - int(parts[0])) % int(parts[1]):
+    elif (micro_num - ramp.start) % ramp.increment:
         yield ConfigFinding(
             key,
-            f"from {parts[0]} in steps of {parts[1]} never meets micro_num={micro_num}",
-            expected=f"an increment of {nearest(int(parts[1]), micro_num - int(parts[0]))}",
+            f"from {ramp.start} in steps of {ramp.increment} never reaches micro_num={micro_num}",
+            expected=f"an increment of {nearest(ramp.increment, micro_num - ramp.start)}",
         )
 
 

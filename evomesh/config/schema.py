@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-PositiveInt = Field(ge=1)
+from evomesh.config.step_values import RampupSetting, StepRanges, StepsSetting
+
 INF = math.inf
 IGNORE = -100  # label of a position that is an input but not a target (torch's ignore_index)
 
@@ -67,8 +68,8 @@ class DataConfig(Section):
     order: Literal["internevo", "xtuner"] = "internevo"
     data_order_path: str | None = None
     dataset_weights: dict[str, float] | None = None
-    skip_batches: str = ""
-    rampup_batch_size: str = ""
+    skip_batches: StepsSetting = StepRanges()
+    rampup_batch_size: RampupSetting = None
     seed: int = Field(1024, ge=0, lt=2**32)
     num_worker: int = Field(1, ge=0)
     gradient_accumulation: int | None = Field(None, ge=1)
@@ -153,6 +154,11 @@ class ModelConfig(Section):
     def rotary_type(self) -> RotaryType:
         """Return what the rotary embedding does beyond the trained length."""
         return "dynamic" if self.use_dynamic_ntk_rope else "origin"
+
+    @property
+    def qkv_width(self) -> int:
+        """Output width of the fused query, key and value projection."""
+        return (self.num_attention_heads + 2 * self.kv_heads) * self.head_dim
 
     @property
     def mlp_width(self) -> int:

@@ -13,8 +13,8 @@ def parameter_counts(model: ModelConfig) -> dict[str, int]:
     """
     if model.model_type not in BUILT_IN:
         return {}
-    hidden, head = model.hidden_size, model.head_dim
-    qkv = (model.num_attention_heads + 2 * model.kv_heads) * head
+    hidden = model.hidden_size
+    qkv = model.qkv_width
     biases = 0 if model.no_bias else qkv + hidden
     norm = hidden * (2 if model.norm_type == "layernorm" else 1)
     post_norm = model.apply_post_layer_norm and model.model_type == "INTERNLM2_PUBLIC"
@@ -36,8 +36,3 @@ def parameter_count(model: ModelConfig) -> int | None:
 def tokens_per_step(config: Config, data_parallel: int = 1) -> int:
     """Tokens of one optimizer step over ``data_parallel`` ranks."""
     return config.data.packed_length * config.data.micro_num * data_parallel
-
-
-def data_parallel_size(config: Config, world_size: int) -> int:
-    """Ranks that see different data: world / pipeline / tensor, as documented."""
-    return world_size // config.parallel.pipeline.size // config.parallel.tensor.size

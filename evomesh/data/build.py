@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from evomesh.config.schema import DataConfig
+from evomesh.config.step_values import BatchSizeRampup
 from evomesh.data.packing.corpus import Corpus, check_manifest, open_corpus
 from evomesh.data.packing.loader import BatchStream, PackStream, StepSampler
 from evomesh.data.packing.mixture import MixedSampler, group_packs
-from evomesh.data.packing.sampler import BatchSizeRampup, PackSampler, SamplerPosition
+from evomesh.data.packing.sampler import PackSampler, SamplerPosition
 from evomesh.data.packing.streaming import open_streaming, read_documents
 from evomesh.data.packing.synthetic import VALID_DOCUMENTS, SyntheticDocuments
 from evomesh.data.packing.validation import ValidationSet, group_sets, open_set
@@ -103,7 +104,8 @@ class PackedData:
         """
         config = self.config
         needed = config.micro_num * dp_size
-        rampup = BatchSizeRampup.parse(config.rampup_batch_size, config.micro_num, dp_size)
+        ramp_of_one_rank = config.rampup_batch_size
+        rampup = ramp_of_one_rank.times(dp_size) if ramp_of_one_rank is not None else None
         first = rampup.start if rampup else needed
         if self.num_packs < first:
             raise UserError(

@@ -6,71 +6,26 @@ neighbours, and the zero axis holds consecutive members of what is left.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch.distributed as dist
 
+from evomesh.config.layout import AxisSizes, axis_sizes
 from evomesh.config.schema import ParallelConfig
-from evomesh.errors import UserError
 from evomesh.parallel.grid import Axis, Grid
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-@dataclass(frozen=True)
-class AxisSizes:
-    """Sizes of all axes; ``dp * tp == replica * zero * (wp or tp)`` ranks in each of ``pp`` stages."""
-
-    pp: int
-    dp: int
-    tp: int
-    wp: int
-    zero: int
-    replica: int
-    isp: bool
-
-    @property
-    def stage(self) -> int:
-        return self.dp * self.tp
-
-
-def axis_sizes(parallel: ParallelConfig, world_size: int) -> AxisSizes:
-    """The documents' rules: data parallel = world / pipeline / tensor; zero1 <= 0 is the whole data-parallel group
-    (isp: world / pipeline / weight) and a larger one is cut to it.
-
-    Raises:
-        UserError: the sizes do not divide. ``config/rules.py`` says so earlier, with the nearest that do.
-    """
-    isp = parallel.tensor.mode == "isp"
-    pp, tp, wp = parallel.pipeline.size, parallel.tensor.size, parallel.weight.size if isp else 1
-    for size, name in ((pp * tp, "pipeline.size * tensor.size"), (pp * wp, "pipeline.size * weight.size")):
-        if world_size % size:
-            raise UserError(
-                f"{world_size} processes cannot be divided by {name} = {size}",
-                where="parallel",
-                expected=f"a multiple of {size} processes",
-            )
-    data = world_size // pp // (wp if isp else tp)
-    zero = data if parallel.zero1.size <= 0 else min(parallel.zero1.size, data)
-    if data % zero:
-        raise UserError(
-            f"zero1.size = {zero} does not divide the {data} data-parallel ranks",
-            where="parallel.zero1",
-            expected="one of " + ", ".join(str(n) for n in range(1, data + 1) if data % n == 0),
-        )
-    return AxisSizes(pp, world_size // pp // tp, tp, wp, zero, data // zero, isp)
-
-
 def axis_members(sizes: AxisSizes, rank: int) -> dict[str, list[int]]:
     """The global ranks on each axis through ``rank``, in axis order."""
-    first = rank - rank % sizes.stage  # first rank of this stage
+    first = rank - rank % sizes.ranks_per_stage  # first rank of this stage
     inner = sizes.wp if sizes.isp else sizes.tp  # neighbours that hold different parts of the weights
     local = rank - first
     group_of_zero = local - local % (sizes.zero * inner)
     return {
-        "pp": [local + stage * sizes.stage for stage in range(sizes.pp)],
+        "pp": [local + stage * sizes.ranks_per_stage for stage in range(sizes.pp)],
         "dp": [first + local % sizes.tp + i * sizes.tp for i in range(sizes.dp)],
         "tp": [rank - local % sizes.tp + i for i in range(sizes.tp)],
         "wp": [rank - local % sizes.wp + i for i in range(sizes.wp)],

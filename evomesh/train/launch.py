@@ -20,11 +20,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from evomesh.config.layout import check_world
+from evomesh.config.layout import axis_sizes, check_world
 from evomesh.config.schema import Config
 from evomesh.errors import UserError
 from evomesh.monitor.log import ALL_RANKS, setup_logging
-from evomesh.parallel.build import axis_sizes, build_grid
+from evomesh.parallel.build import build_grid
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import MODES, TensorMode
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from evomesh.config.layout import pipeline_schedule
 from evomesh.config.schema import Config, ModelConfig
 from evomesh.errors import UserError
 from evomesh.layers.dtype import parameter_dtype, promote
@@ -44,7 +45,7 @@ class ModelStages:
 def build_stages(config: Config, grid: Grid, mode: TensorMode, device: torch.device) -> ModelStages:
     """Builds this rank's chunks with uninitialised parameters, weights sharded where the config says so."""
     ranges: list[range] | list[None] = [None]
-    kind = schedule_name(config)
+    kind = pipeline_schedule(config)
     if grid.pp.size > 1:
         chunks = config.model.num_chunks
         ends = end_weights(config.model) if config.parallel.pipeline.balance else None
@@ -64,10 +65,6 @@ def build_stages(config: Config, grid: Grid, mode: TensorMode, device: torch.dev
         device=device,
     )
     return ModelStages(models, schedule, nn.ModuleList(models) if len(models) > 1 else models[0])
-
-
-def schedule_name(config: Config) -> str:
-    return config.parallel.pipeline.schedule or ("interleaved" if config.model.num_chunks > 1 else "1f1b")
 
 
 def end_weights(model: ModelConfig) -> tuple[float, float]:

@@ -9,7 +9,6 @@ from functools import partial
 
 from evomesh.config.record import config_to_dict
 from evomesh.data.batch import Batch
-from evomesh.data.packing.sampler import SkipBatches
 from evomesh.errors import EXIT_TRAINING_STOPPED, UserError
 from evomesh.monitor.metrics import StepRecord
 from evomesh.monitor.profile import StepProfile, region
@@ -36,7 +35,7 @@ class Trainer:
     def __init__(self, run: TrainingRun, profile: bool = False) -> None:
         self.run, self.profile = run, profile
         self.config, self.state = run.config, run.state
-        self.skipped_steps = SkipBatches(self.config.data.skip_batches)
+        self.skipped_steps = self.config.data.skip_batches
         self.saved_at = run.resumed_step
         data = self.config.data
         self.upkeep = PeriodicUpkeep(data.empty_cache_and_diag_interval, data.diag_outlier_ratio, run.grid.dp)

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from evomesh.config.layout import data_parallel_size
 from evomesh.config.loader import LoadedConfig, load_config
 from evomesh.config.reading.spellings import TOP_LEVEL
 from evomesh.config.rules import leaves
-from evomesh.config.size import data_parallel_size, parameter_count, tokens_per_step
+from evomesh.config.size import parameter_count, tokens_per_step
 
 SEVEN_B = str(Path(__file__).parents[2] / "configs" / "7B_sft.py")
 Load = Callable[..., LoadedConfig]
@@ -217,7 +218,7 @@ def test_tokens_per_step() -> None:
 
 def test_data_parallel_size() -> None:
     config = load_config(SEVEN_B).config
-    assert data_parallel_size(config, 8) == 8
+    assert data_parallel_size(config.parallel, 8) == 8
     parallel = config.parallel
     split = parallel.model_copy(
         update={
@@ -225,4 +226,4 @@ def test_data_parallel_size() -> None:
             "pipeline": parallel.pipeline.model_copy(update={"size": 2}),
         }
     )
-    assert data_parallel_size(config.model_copy(update={"parallel": split}), 64) == 16
+    assert data_parallel_size(split, 64) == 16

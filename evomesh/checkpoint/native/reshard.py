@@ -18,10 +18,11 @@ from evomesh.checkpoint.native.boxes import Box, LocalPart, chunk, grid_axis, sp
 from evomesh.checkpoint.native.find import Checkpoint
 from evomesh.checkpoint.native.format import CheckpointError, PieceRecord, TensorRecord
 from evomesh.checkpoint.native.plan import WriteItem, assign, in_file_order
+from evomesh.config.layout import AxisSizes, axis_sizes
 from evomesh.config.schema import ModelConfig, ParallelConfig
 from evomesh.models.registry import build_model
 from evomesh.optim.slot import make_slot
-from evomesh.parallel.build import AxisSizes, axis_members, axis_sizes
+from evomesh.parallel.build import axis_members
 from evomesh.parallel.grid import Axis, Grid
 from evomesh.parallel.modes import MODES
 from evomesh.parallel.spec import ShardSpec, spec_of

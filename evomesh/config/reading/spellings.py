@@ -170,9 +170,6 @@ def _zero(draft: ConfigDraft) -> None:
 
 def _data(draft: ConfigDraft) -> None:
     data = draft.section("data")
-    for key in ("skip_batches", "rampup_batch_size"):
-        if key in data and data[key] is None:
-            data[key] = ""
     packed = data.pop("packed_length", None)
     if packed is None:
         return

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evomesh.data.packing.sampler import BatchSizeRampup, PackSampler, SamplerPosition
+from evomesh.config.step_values import BatchSizeRampup
+from evomesh.data.packing.sampler import PackSampler, SamplerPosition
 from evomesh.errors import UserError
 
 

@@ -14,52 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evomesh.config.step_values import BatchSizeRampup
 from evomesh.data.packing.packs import PackOrder
 from evomesh.errors import UserError
-
-
-@dataclass(frozen=True)
-class BatchSizeRampup:
-    """Batch-size warm-up in global packs: ``min(start + (step // every) * increment, full)``."""
-
-    start: int
-    increment: int
-    every: int
-
-    @staticmethod
-    def parse(text: str, micro_num: int, dp_size: int) -> BatchSizeRampup | None:
-        """``"start increment every"`` in packs of one rank, as in the documents; "" is None.
-
-        Raises:
-            UserError: not three integers, or a ramp that cannot end at ``micro_num``.
-        """
-        if not text.strip():
-            return None
-        where = "data.rampup_batch_size"
-        fields = text.split()
-        if len(fields) != 3 or not all(field.lstrip("-").isdigit() for field in fields):
-            raise UserError(
-                f"{text!r} has {len(fields)} field(s)",
-                where=where,
-                expected="three integers: start increment every (in micro-batches, micro-batches, steps)",
-            )
-        start, increment, every = map(int, fields)
-        if start < 1 or increment < 1 or every < 1 or start > micro_num:
-            raise UserError(
-                f"start {start}, increment {increment}, every {every} with micro_num {micro_num}",
-                where=where,
-                expected="positive numbers and a start of at most data.micro_num",
-            )
-        if (micro_num - start) % increment:
-            raise UserError(
-                f"from {start} in steps of {increment} the ramp does not reach micro_num {micro_num}",
-                where=where,
-                expected=f"an increment that divides {micro_num - start}",
-            )
-        return BatchSizeRampup(start * dp_size, increment * dp_size, every)
-
-    def size(self, step: int, full: int) -> int:
-        return min(self.start + step // self.every * self.increment, full)
 
 
 @dataclass(frozen=True)
@@ -213,37 +170,3 @@ class PackSampler:
         if self.order == "xtuner":
             self.pass_packs = self.num_packs // self.unit * self.unit
         return replace(SamplerPosition(), **state["position"])
-
-
-class SkipBatches:
-    """``data.skip_batches``: steps that are consumed, neither trained nor counted.
-
-    Args:
-        text: ascending comma-separated items, each ``5`` or ``7-9`` (inclusive), counted in batches from 0.
-
-    Raises:
-        UserError: an item is no such number or range, reversed or out of order.
-    """
-
-    def __init__(self, text: str) -> None:
-        self.ranges: list[tuple[int, int]] = []
-        for number, item in enumerate(filter(None, (part.strip() for part in (text or "").split(","))), 1):
-            first, _, last = (field.strip() for field in item.partition("-"))
-            where = f"data.skip_batches item {number}"
-            if not first.isdigit() or not (last.isdigit() if "-" in item else True):
-                raise UserError(
-                    f"{item!r} is no batch number", where=where, expected="like 5 or 7-9, comma-separated"
-                )
-            low, high = int(first), int(last or first)
-            if low > high:
-                raise UserError(f"the range {item} is reversed", where=where, expected=f"{high}-{low}")
-            if self.ranges and low <= self.ranges[-1][1]:
-                raise UserError(
-                    f"{item} comes after {self.ranges[-1][1]}",
-                    where=where,
-                    expected="ascending items without overlap",
-                )
-            self.ranges.append((low, high))
-
-    def __contains__(self, step: int) -> bool:
-        return any(low <= step <= high for low, high in self.ranges)

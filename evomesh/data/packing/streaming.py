@@ -298,7 +298,7 @@ def open_streaming(config: DataConfig, vocab_size: int) -> StreamingData:
         raise UserError(
             'data.type="streaming" needs data.train_folder', where="data.train_folder", expected="a folder"
         )
-    if config.rampup_batch_size.strip():
+    if config.rampup_batch_size is not None:
         raise UserError(
             'data.type="streaming" deals rows to a fixed number of packs a step',
             where="data.rampup_batch_size",

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evomesh.config.schema import DataConfig
+from evomesh.config.step_values import BatchSizeRampup
 from evomesh.data.build import build_train_data
 from evomesh.data.packing.mixture import MixedSampler, MixtureSchedule
-from evomesh.data.packing.sampler import BatchSizeRampup, SamplerPosition
+from evomesh.data.packing.sampler import SamplerPosition
 from evomesh.errors import UserError
 
 weights = st.lists(st.integers(1, 50).map(lambda n: n / 7 if n % 2 else float(n)), min_size=1, max_size=6)

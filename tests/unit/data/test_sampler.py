@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evomesh.data.packing.sampler import BatchSizeRampup, PackSampler, SamplerPosition, SkipBatches
+from evomesh.config.step_values import BatchSizeRampup
+from evomesh.data.packing.sampler import PackSampler, SamplerPosition
 from evomesh.errors import UserError
 
 
@@ -57,7 +58,7 @@ def test_resume_in_another_split_of_the_same_global_batch(
     num_packs: int, stop: int, dp_before: int, dp_after: int, order: Any, ramp: bool
 ) -> None:
     def build(dp: int) -> PackSampler:
-        rampup = BatchSizeRampup.parse("1 1 3", 12 // dp, dp) if ramp else None
+        rampup = BatchSizeRampup(1, 1, 3).times(dp) if ramp else None
         return PackSampler(num_packs, 7, 12, rampup, order, dp if order == "xtuner" else 1)
 
     straight = build(dp_before)
@@ -112,44 +113,8 @@ def test_xtuner_order_is_seed_plus_epoch() -> None:
 
 
 def test_rampup_sizes() -> None:
-    ramp = BatchSizeRampup.parse("1 1 5", 4, 2)
-    assert ramp is not None
+    ramp = BatchSizeRampup(1, 1, 5).times(2)
     assert [ramp.size(step, 8) for step in (0, 4, 5, 10, 15, 99)] == [2, 2, 4, 6, 8, 8]
-
-
-@pytest.mark.parametrize(
-    ("text", "part"),
-    [
-        ("192 24", "three integers"),
-        ("5 1 1", "at most data.micro_num"),
-        ("1 2 3", "does not reach"),
-        ("0 1 1", "positive"),
-    ],
-)
-def test_bad_rampup(text: str, part: str) -> None:
-    with pytest.raises(UserError, match=part):
-        BatchSizeRampup.parse(text, 4, 1)
-
-
-def test_skip_batches() -> None:
-    skip = SkipBatches("1, 3-5,9")
-    assert [step for step in range(12) if step in skip] == [1, 3, 4, 5, 9]
-    assert 0 not in SkipBatches("")
-
-
-@pytest.mark.parametrize(
-    ("text", "part"),
-    [
-        ("10-5", "item 1.*reversed"),
-        ("5,3", "item 2.*ascending"),
-        ("a-b", "item 1.*no batch number"),
-        ("1,2-", "item 2"),
-    ],
-)
-def test_bad_skip_batches(text: str, part: str) -> None:
-    with pytest.raises(UserError) as caught:
-        SkipBatches(text)
-    assert __import__("re").search(part, str(caught.value), flags=16)
 
 
 def test_state_of_other_data_is_refused() -> None:

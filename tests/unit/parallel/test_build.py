@@ -6,9 +6,10 @@ import itertools
 
 import pytest
 
+from evomesh.config.layout import axis_sizes
 from evomesh.config.schema import ParallelConfig
 from evomesh.errors import UserError
-from evomesh.parallel.build import axis_members, axis_sizes, build_grid
+from evomesh.parallel.build import axis_members, build_grid
 from evomesh.parallel.grid import Axis, Grid
 from evomesh.parallel.spec import ShardSpec, state_axes
 
@@ -74,8 +75,8 @@ def test_every_axis_partitions_the_world(
         reached = {rank}
         for name in (inner, "zero", "replica"):
             reached = {other for one in reached for other in axis_members(sizes, one)[name]}
-        first = rank - rank % sizes.stage
-        assert reached == set(range(first, first + sizes.stage))
+        first = rank - rank % sizes.ranks_per_stage
+        assert reached == set(range(first, first + sizes.ranks_per_stage))
 
 
 @pytest.mark.parametrize(("zero1", "size"), [(-1, 8), (0, 8), (-5, 8), (1, 1), (4, 4), (64, 8)])
