@@ -21,8 +21,8 @@ from torch import Tensor
 
 from evomesh.checkpoint.hub_cache import local_folder
 from evomesh.checkpoint.huggingface.load import load_hf, load_llama
-from evomesh.checkpoint.internevo import model as internevo
-from evomesh.checkpoint.internevo import optimizer as internevo_state
+from evomesh.checkpoint.internevo.model import HeadCounts, read_model, read_model_section
+from evomesh.checkpoint.internevo.optimizer import read_counters, read_optimizer
 from evomesh.checkpoint.native.boxes import Box, Coordinates
 from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.checkpoint.native.plan import LocalTensor
@@ -72,7 +72,7 @@ def load_internevo(path: str, config: dict[str, Any]) -> Iterator[tuple[str, Ten
         CheckpointError: files are missing or broken, or their shapes do not tell w2 from w3.
     """
     folder = str(local_folder(path))
-    return internevo.read_model(folder, _heads(folder, config))
+    return read_model(folder, _head_counts(folder, config))
 
 
 def load_internevo_state(
@@ -88,14 +88,19 @@ def load_internevo_state(
         CheckpointError: a wanted file is missing, or what it holds cannot be proved to mean what ours does.
     """
     folder = str(local_folder(path))
-    tensors, state = internevo_state.read_optimizer(folder, _heads(folder, config)) if optimizer else ({}, {})
-    return tensors, state | (internevo_state.read_counters(folder) if counters else {})
+    tensors: dict[str, Tensor] = {}
+    state: dict[str, Any] = {}
+    if optimizer:
+        tensors, state = read_optimizer(folder, _head_counts(folder, config))
+    if counters:
+        state |= read_counters(folder)
+    return tensors, state
 
 
-def _heads(folder: str, config: dict[str, Any]) -> internevo.HeadCounts:
-    known = {**config, **(internevo.model_section(folder) or {})}
+def _head_counts(folder: str, config: dict[str, Any]) -> HeadCounts:
+    known = {**config, **(read_model_section(folder) or {})}
     heads = int(known["num_attention_heads"])
-    return internevo.HeadCounts(heads, int(known.get("num_kv_attention_heads") or heads))
+    return HeadCounts(heads, int(known.get("num_kv_attention_heads") or heads))
 
 
 checkpoint_loaders = LoaderRegistry(

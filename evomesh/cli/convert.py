@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -12,6 +12,7 @@ from evomesh.cli import convert_hf
 from evomesh.errors import UserError
 
 if TYPE_CHECKING:
+    from evomesh.checkpoint.internevo.model import W2Role
     from evomesh.config.schema import Config
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -22,7 +23,7 @@ app.command("check")(convert_hf.check)
 
 @app.callback()
 def convert() -> None:
-    """Convert checkpoints of other systems into ours and back."""
+    """Convert checkpoints from and to the formats of other systems."""
 
 
 @app.command("from-internevo")
@@ -30,67 +31,75 @@ def from_internevo(
     folder: Annotated[
         str, typer.Argument(help="One step of an InternEvo run: the folder with model_tp*_pp*.pt.")
     ],
-    out: Annotated[str, typer.Argument(help="Save folder for the result.")],
+    out: Annotated[str, typer.Argument(help="Save folder for the converted checkpoint.")],
     config: Annotated[
-        str | None, typer.Option(help="Config of that run, for what model_config.pt lacks.")
+        str | None, typer.Option(help="Config file of that run, used when there is no model_config.pt.")
     ] = None,
     w2: Annotated[
-        str, typer.Option(help="What w2 is where shapes are equal: down, or up (early 2023).")
+        str,
+        typer.Option(help="What w2 is when shapes do not show it: down, or up (checkpoints of early 2023)."),
     ] = "auto",
     weights_only: Annotated[
-        bool, typer.Option(help="Leave optimizer, schedule and data position out.")
+        bool, typer.Option(help="Skip the optimizer, the schedule and the data position.")
     ] = False,
 ) -> None:
-    """Read InternEvo's checkpoint of any tensor x pipeline (x weight) size."""
+    """Import an InternEvo checkpoint of any tensor x pipeline (x weight) size."""
     from evomesh.checkpoint.hub_cache import local_folder
-    from evomesh.checkpoint.internevo import model as internevo
-    from evomesh.checkpoint.internevo import optimizer as internevo_state
+    from evomesh.checkpoint.internevo.model import HeadCounts, read_model
+    from evomesh.checkpoint.internevo.optimizer import read_counters, read_optimizer
     from evomesh.checkpoint.native.manager import CheckpointManager
     from evomesh.config.record import config_to_dict
 
     if w2 not in ("auto", "down", "up"):
         raise UserError(f"--w2 {w2!r}", expected="auto, down or up")
+    role = cast("W2Role", w2)
     folder = str(local_folder(folder))
-    resolved = _config(folder, config)
-    model = resolved.model
-    heads = internevo.HeadCounts(model.num_attention_heads, model.kv_heads)
-    tensors = dict(internevo.read_model(folder, heads, w2))  # type: ignore[arg-type]
-    left = [p.name for p in sorted(Path(folder).iterdir())]
-    step = next((int(name.removesuffix(".step")) for name in left if name.removesuffix(".step").isdigit()), 0)
+    resolved = _resolve_config(folder, config)
+    heads = HeadCounts(resolved.model.num_attention_heads, resolved.model.kv_heads)
+    tensors = dict(read_model(folder, heads, role))
     state: dict[str, Any] = {"source": "internevo"}
-    whole = not weights_only and any(name.startswith("optimizer_") for name in left)
-    if whole:
-        optimizer, scalars = internevo_state.read_optimizer(folder, heads, w2)  # type: ignore[arg-type]
+    files = sorted(path.name for path in Path(folder).iterdir())
+    with_optimizer = not weights_only and any(name.startswith("optimizer_") for name in files)
+    if with_optimizer:
+        optimizer, scalars = read_optimizer(folder, heads, role)
         tensors |= optimizer
-        state |= scalars | internevo_state.read_counters(folder)
+        state |= scalars | read_counters(folder)
     manager = CheckpointManager(out)
-    path = manager.save(step, tensors, state, config_to_dict(resolved), final=True)
+    path = manager.save(_step_number(files), tensors, state, config_to_dict(resolved), final=True)
     manager.close()
-    if whole:
-        place = state["sampler"]["internevo"]
+    if with_optimizer:
+        position = state["sampler"]["internevo"]
+        print(f"wrote {path}: {len(tensors)} tensors, weights and optimizer; auto_resume continues from it")
         print(
-            f"wrote {path}: {len(tensors)} tensors, weights and optimizer; a run with auto_resume goes on from it"
-        )
-        print(
-            f"data position: step {place['step']} of data.seed={place['seed']}, {place['global_batch']} packs a step"
+            f"data position: step {position['step']} with data.seed={position['seed']}, "
+            f"{position['global_batch']} packs per step"
         )
     else:
         print(f"wrote {path}: {len(tensors)} tensors, weights only")
 
 
-def _config(folder: str, config: str | None) -> Config:
-    """The run's config from its own file, or from model_config.pt and the names in the model files."""
-    from evomesh.checkpoint.internevo import model as internevo
+def _step_number(files: list[str]) -> int:
+    """Return the number in the name of ``{number}.step``, 0 without such a file."""
+    for name in files:
+        number = name.removesuffix(".step")
+        if number.isdigit():
+            return int(number)
+    return 0
+
+
+def _resolve_config(folder: str, config: str | None) -> Config:
+    """Return the run's config: of its file, else from model_config.pt and the names in the model files."""
+    from evomesh.checkpoint.internevo.model import family_of, find_model_files, read_model_section
     from evomesh.config.loader import load_config
 
     if config is not None:
         return load_config(config).config
-    section: dict[str, Any] | None = internevo.model_section(folder)
+    section = read_model_section(folder)
     if section is None:
         raise UserError(
-            "no model_config.pt in the folder", where=folder, fix="give that run's config: --config FILE"
+            "no model_config.pt in the folder", where=folder, fix="give the run's config: --config FILE"
         )
-    family = section.pop("model_type", None) or internevo.family_of(internevo.find_folder(folder))
+    family = section.pop("model_type", None) or family_of(find_model_files(folder))
     text = f"model_type = {family!r}\nmodel = {section!r}\nckpt = dict(enable_save_ckpt=False)\n"
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary, "model_config.py")
@@ -100,13 +109,15 @@ def _config(folder: str, config: str | None) -> Config:
 
 @app.command("to-internevo")
 def to_internevo(
-    ckpt: Annotated[str, typer.Argument(help="Checkpoint of ours: save folder, step in it, or step folder.")],
+    ckpt: Annotated[str, typer.Argument(help="evomesh checkpoint: save folder, step in it, or step folder.")],
     out: Annotated[str, typer.Argument(help="New folder for the .pt files.")],
     tensor: Annotated[int, typer.Option(min=1, help="Tensor-parallel size.")] = 1,
-    pipeline: Annotated[int, typer.Option(min=1, help="Pipeline size.")] = 1,
-    weight: Annotated[int | None, typer.Option(min=1, help="Weight-parallel size: files of isp.")] = None,
+    pipeline: Annotated[int, typer.Option(min=1, help="Pipeline-parallel size.")] = 1,
+    weight: Annotated[
+        int | None, typer.Option(min=1, help="Weight-parallel size: write isp's files.")
+    ] = None,
 ) -> None:
-    """Write InternEvo's model files of a tensor x pipeline (x weight) size."""
+    """Export a checkpoint as InternEvo's model files, for a tensor x pipeline (x weight) size."""
     from evomesh.checkpoint.internevo.export import write_model
     from evomesh.checkpoint.native.find import resolve
     from evomesh.checkpoint.native.retention import check

@@ -1,16 +1,19 @@
-"""Writes InternEvo's model files of any tensor x pipeline (x weight) size from one of our checkpoints."""
+"""Write InternEvo's model files of any tensor x pipeline (x weight) size from one of our checkpoints.
+
+Shapes: N attention heads, G key/value heads, R = N / G query heads per key/value head, H head dim, D model.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from itertools import product
 
 import torch
 from torch import Tensor
 
-from evomesh.checkpoint.internevo.model import NAMES, HeadCounts, file_name, to_blocks
+from evomesh.checkpoint.internevo.model import BLOCK_MODULES, file_name, groups_to_blocks
 from evomesh.checkpoint.native import format as fmt
 from evomesh.checkpoint.native import read
 from evomesh.checkpoint.native.boxes import Box, LocalPart
@@ -19,148 +22,204 @@ from evomesh.checkpoint.native.format import CheckpointError, TensorRecord
 from evomesh.config.schema import ModelConfig
 from evomesh.pipeline.stages import layer_ranges
 
-OURS = re.compile(r"^layers\.(\d+)\.(.+)\.(weight|bias)$")
-V1 = {ours: theirs for theirs, ours in NAMES.items()}
-TOP_V1 = {"embedding": "embedding", "norm": "norm", "head": "head"}
-TOP_V2 = {"embedding": "tok_embeddings", "norm": "norm", "head": "output"}
+LAYER_PARAMETER = re.compile(r"^layers\.(\d+)\.(.+)\.(weight|bias)$")
+V1_MODULES = {ours: theirs for theirs, ours in BLOCK_MODULES.items()}  # of INTERNLM
+V1_TOP = {"embedding": "embedding", "norm": "norm", "head": "head"}
+V2_TOP = {"embedding": "tok_embeddings", "norm": "norm", "head": "output"}
+
+# Returns the shard of each tensor-parallel rank, None for a rank whose file lacks the parameter.
+ShardFunction = Callable[[Tensor, int], list[Tensor | None]]
 
 
 def write_model(
     found: Checkpoint, model: ModelConfig, target: str, tensor: int, pipeline: int, weight: int | None = None
 ) -> list[str]:
-    """Writes ``model_tp{t}_pp{p}.pt``, ``model_config.pt`` (a plain dict) and ``{step}.step``; returns the files.
+    """Write ``model_tp{t}_pp{p}.pt``, ``model_config.pt`` (a plain dict) and ``{step}.step``; return the model files.
 
     Args:
         weight: weight-parallel size of isp, whose files are ``model_tp{t}_wp{w}_pp{p}.pt``; None: not isp.
 
     Raises:
-        CheckpointError: sizes that do not divide, a family InternEvo has not, or a target that exists.
+        CheckpointError: sizes that do not divide, a family that InternEvo does not have, or a target that is in use.
     """
-    if model.model_type not in ("INTERNLM", "INTERNLM2_PUBLIC", "LLAMA2"):
-        raise CheckpointError(f"InternEvo has no model type {model.model_type!r}", where=found.folder)
-    for size, name in (
-        (model.kv_heads, "key/value heads"),
-        (model.vocab_size, "vocabulary"),
-        (model.mlp_width, "mlp"),
-    ):
-        if size % tensor:
-            raise CheckpointError(
-                f"{name}: {size} cannot be divided by --tensor {tensor}", where=found.folder
-            )
-    if weight and (wrong := [size for size in _block_rows(model) if size % weight]):
-        raise CheckpointError(
-            f"matrices of {wrong[0]} rows cannot be divided by --weight {weight}", where=found.folder
-        )
-    if pipeline > model.num_layers:
-        raise CheckpointError(f"{model.num_layers} layers cannot fill {pipeline} stages", where=found.folder)
+    _refuse_sizes(model, tensor, pipeline, weight, found.folder)
     if os.path.isdir(target) and os.listdir(target):
-        raise CheckpointError("the folder is not empty", where=target, fix="give a new one")
+        raise CheckpointError("the folder is not empty", where=target, fix="give a new folder")
     os.makedirs(target, exist_ok=True)
-    weights = weight or 1
-    heads = HeadCounts(model.num_attention_heads, model.kv_heads)
-    records = {name: record for name, record in found.records().items() if not name.startswith("optim.")}
+    stages = layer_ranges(model.num_layers, pipeline)
     written = []
-    for pp, layers in enumerate(layer_ranges(model.num_layers, pipeline)):
-        states: dict[tuple[int, int], dict[str, Tensor]] = {
-            (t, w): {} for t in range(tensor) for w in range(weights)
-        }
-        for name, record in records.items():
-            for theirs, cut in _places(name, layers, model, heads):
-                parts = cut(_whole(found, record), tensor if weight is None or not OURS.match(name) else 1)
-                for (t, w), state in states.items():
-                    part = parts[t % len(parts)]
-                    if part is not None:
-                        here = part if _whole_in_isp(name, weight) else part.chunk(weights)[w]
-                        state[theirs] = here.contiguous().clone()
-        for (t, w), state in states.items():
-            written.append(os.path.join(target, file_name(t, None if weight is None else w, pp)))
-            torch.save(state, written[-1])
-    section: dict[str, Any] = {
-        k: v for k, v in model.model_dump().items() if isinstance(v, bool | int | float | str)
-    }
-    torch.save(section, os.path.join(target, "model_config.pt"))
+    for pp, layers in enumerate(stages):
+        states = _stage_states(found, model, layers, tensor, weight)
+        for (tp, wp), state in states.items():
+            name = file_name(tp, None if weight is None else wp, pp)
+            file = os.path.join(target, name)
+            torch.save(state, file)
+            written.append(file)
+    torch.save(_plain_section(model), os.path.join(target, "model_config.pt"))
     torch.save({"step": found.step}, os.path.join(target, f"{found.step}.step"))
     return written
 
 
+def _stage_states(
+    found: Checkpoint, model: ModelConfig, layers: range, tensor: int, weight: int | None
+) -> dict[tuple[int, int], dict[str, Tensor]]:
+    """Return the state dict of each (tp, wp) rank of one stage. Memory: the weights of the stage, once per replica."""
+    states: dict[tuple[int, int], dict[str, Tensor]] = {
+        position: {} for position in product(range(tensor), range(weight or 1))
+    }
+    for name, record in found.records().items():
+        if name.startswith("optim."):
+            continue
+        parameters = _foreign_parameters(name, layers, model)
+        if not parameters:
+            continue
+        whole = _whole(found, record)
+        for their_name, shard in parameters:
+            for position, part in _rank_shards(name, whole, shard, tensor, weight):
+                states[position][their_name] = part
+    return states
+
+
+def _rank_shards(
+    name: str, whole: Tensor, shard: ShardFunction, tensor: int, weight: int | None
+) -> Iterator[tuple[tuple[int, int], Tensor]]:
+    """Yield ((tp, wp), shard) of one parameter for each rank that holds it.
+
+    isp replicates a block over tp and shards its matrices over wp; all else is sharded over tp and replicated over wp.
+    """
+    in_isp_block = weight is not None and LAYER_PARAMETER.match(name) is not None
+    shards = shard(whole, 1 if in_isp_block else tensor)
+    for tp, wp in product(range(tensor), range(weight or 1)):
+        part = shards[tp % len(shards)]
+        if part is None:
+            continue
+        if in_isp_block and "norm" not in name:
+            part = part.chunk(weight or 1)[wp]
+        yield (tp, wp), part.contiguous().clone()
+
+
+def _plain_section(model: ModelConfig) -> dict[str, bool | int | float | str]:
+    return {
+        key: value for key, value in model.model_dump().items() if isinstance(value, bool | int | float | str)
+    }
+
+
+def _refuse_sizes(model: ModelConfig, tensor: int, pipeline: int, weight: int | None, where: str) -> None:
+    """Check that InternEvo has the family, and that every sharded dim of it divides by the sizes.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    if model.model_type not in ("INTERNLM", "INTERNLM2_PUBLIC", "LLAMA2"):
+        raise CheckpointError(f"InternEvo has no model type {model.model_type!r}", where=where)
+    sharded = {
+        "the number of key/value heads": model.kv_heads,
+        "the vocabulary": model.vocab_size,
+        "the width of the mlp": model.mlp_width,
+    }
+    for described, size in sharded.items():
+        if size % tensor:
+            raise CheckpointError(f"{described}, {size}, is not divisible by --tensor {tensor}", where=where)
+    if weight:
+        for rows in _block_rows(model):
+            if rows % weight:
+                raise CheckpointError(
+                    f"matrices of {rows} rows are not divisible by --weight {weight}", where=where
+                )
+    if pipeline > model.num_layers:
+        raise CheckpointError(f"{model.num_layers} layers are too few for --pipeline {pipeline}", where=where)
+
+
 def _block_rows(model: ModelConfig) -> tuple[int, ...]:
-    """Rows of a block's matrices: queries, keys and values together or apart, and the rest."""
-    keys = model.kv_heads * model.head_dim
-    qkv = (keys,) if model.model_type == "LLAMA2" else (model.hidden_size + 2 * keys,)
-    return (*qkv, model.hidden_size, model.mlp_width)
+    """Return the rows of a block's matrices: those of queries, keys and values, merged or not, and of the rest."""
+    kv_rows = model.kv_heads * model.head_dim
+    qkv_rows = kv_rows if model.model_type == "LLAMA2" else model.hidden_size + 2 * kv_rows
+    return (qkv_rows, model.hidden_size, model.mlp_width)
 
 
-def _whole_in_isp(name: str, weight: int | None) -> bool:
-    """Norms, and what lies outside the blocks, are not cut over the weight-parallel ranks."""
-    return weight is None or not OURS.match(name) or "norm" in name
-
-
-ShardFunction = Callable[[Tensor, int], list[Tensor | None]]
-
-
-def _rows(whole: Tensor, ranks: int) -> list[Tensor | None]:
+def _shard_rows(whole: Tensor, ranks: int) -> list[Tensor | None]:
     return list(whole.chunk(ranks))
 
 
-def _columns(whole: Tensor, ranks: int) -> list[Tensor | None]:
+def _shard_columns(whole: Tensor, ranks: int) -> list[Tensor | None]:
     return list(whole.chunk(ranks, 1))
 
 
-def _all(whole: Tensor, ranks: int) -> list[Tensor | None]:
+def _replicate(whole: Tensor, ranks: int) -> list[Tensor | None]:
     return [whole] * ranks
 
 
-def _first(whole: Tensor, ranks: int) -> list[Tensor | None]:
+def _first_rank_only(whole: Tensor, ranks: int) -> list[Tensor | None]:
     return [whole] + [None] * (ranks - 1)
 
 
-def _places(
-    name: str, layers: range, model: ModelConfig, heads: HeadCounts
-) -> list[tuple[str, ShardFunction]]:
-    """Their names for one of our tensors in a stage, and how each is cut; [] when it lies in another stage."""
+def _foreign_parameters(name: str, layers: range, model: ModelConfig) -> list[tuple[str, ShardFunction]]:
+    """Return their names for one of our tensors in a stage, and how each is sharded; [] if another stage holds it."""
     v1 = model.model_type == "INTERNLM"
-    match = OURS.match(name)
+    match = LAYER_PARAMETER.match(name)
     if match is None:
-        top, kind = name.rsplit(".", 1)
-        here = layers.start == 0 if top == "embedding" else layers.stop == model.num_layers
-        cut = {"embedding": _columns, "norm": _all, "head": _rows}[top]
-        return [(f"{(TOP_V1 if v1 else TOP_V2)[top]}.{kind}", cut)] if here else []
-    number, leaf, kind = int(match[1]), match[2], match[3]
+        return _foreign_top(name, layers, model)
+    number, module, kind = int(match[1]), match[2], match[3]
     if number not in layers:
         return []
     prefix = f"{'blocks' if v1 else 'layers'}.{number - layers.start}."
-    if leaf == "attention.wqkv" and model.model_type == "LLAMA2":
-        group = heads.heads // heads.kv_heads
-        return [
-            (f"{prefix}attention.w{x}.{kind}", _split(heads.kv_heads, group, model.head_dim, x))
-            for x in "qkv"
-        ]
-    if leaf == "attention.wqkv" and v1:
-
-        def blocks(whole: Tensor, ranks: int) -> list[Tensor | None]:
-            return [to_blocks(part, heads.heads // ranks) for part in whole.chunk(ranks)]
-
-        return [(f"{prefix}mixer.Wqkv.{kind}", blocks)]
-    cut = _rows
-    if "norm" in leaf:
-        cut = _all
-    elif leaf in ("attention.wo", "feed_forward.w2"):
-        cut = _columns if kind == "weight" else (_first if v1 else _all)
-    return [(f"{prefix}{V1[leaf] if v1 else leaf}.{kind}", cut)]
+    if module == "attention.wqkv" and model.model_type == "LLAMA2":
+        return [(f"{prefix}attention.w{letter}.{kind}", _shard_one_of_qkv(model, letter)) for letter in "qkv"]
+    if module == "attention.wqkv" and v1:
+        return [(f"{prefix}mixer.Wqkv.{kind}", _shard_blocks(model))]
+    their_module = V1_MODULES[module] if v1 else module
+    return [(f"{prefix}{their_module}.{kind}", _block_shard(module, kind, v1))]
 
 
-def _split(kv_heads: int, group: int, head_dim: int, which: str) -> ShardFunction:
-    """One of q, k and v out of the groups, then cut by rows."""
-    place = {"q": slice(0, group), "k": slice(group, group + 1), "v": slice(group + 1, group + 2)}[which]
+def _foreign_top(name: str, layers: range, model: ModelConfig) -> list[tuple[str, ShardFunction]]:
+    """``_foreign_parameters`` outside the blocks: embedding in the first stage, norm and head in the last."""
+    module, kind = name.rsplit(".", 1)
+    in_stage = layers.start == 0 if module == "embedding" else layers.stop == model.num_layers
+    if not in_stage:
+        return []
+    names = V1_TOP if model.model_type == "INTERNLM" else V2_TOP
+    shard = {"embedding": _shard_columns, "norm": _replicate, "head": _shard_rows}[module]
+    return [(f"{names[module]}.{kind}", shard)]
 
-    def cut(whole: Tensor, ranks: int) -> list[Tensor | None]:
-        return list(
-            whole.reshape(kv_heads, group + 2, head_dim, *whole.shape[1:])[:, place]
-            .flatten(0, 2)
-            .chunk(ranks)
-        )
 
-    return cut
+def _block_shard(module: str, kind: str, v1: bool) -> ShardFunction:
+    """Return how a parameter of a block is sharded whose layout is ours."""
+    if "norm" in module:
+        return _replicate
+    if module not in ("attention.wo", "feed_forward.w2"):
+        return _shard_rows
+    if kind == "weight":
+        return _shard_columns
+    return _first_rank_only if v1 else _replicate  # a bias, added after the sum over ranks
+
+
+def _shard_blocks(model: ModelConfig) -> ShardFunction:
+    """Return a function that shards wqkv by heads and reorders each shard to INTERNLM's [q; k; v]."""
+
+    def shard(whole: Tensor, ranks: int) -> list[Tensor | None]:
+        heads = model.num_attention_heads // ranks
+        return [groups_to_blocks(part, heads) for part in whole.chunk(ranks)]
+
+    return shard
+
+
+def _shard_one_of_qkv(model: ModelConfig, letter: str) -> ShardFunction:
+    """Return a function that takes q, k or v out of wqkv and shards it by rows."""
+    queries = model.num_attention_heads // model.kv_heads  # R
+    positions = {
+        "q": slice(0, queries),
+        "k": slice(queries, queries + 1),
+        "v": slice(queries + 1, queries + 2),
+    }
+
+    def shard(whole: Tensor, ranks: int) -> list[Tensor | None]:
+        groups = whole.reshape(
+            model.kv_heads, queries + 2, model.head_dim, *whole.shape[1:]
+        )  # [G, R + 2, H, D]
+        rows = groups[:, positions[letter]].flatten(0, 2)  # [N H, D], [G H, D] for k and v
+        return list(rows.chunk(ranks))
+
+    return shard
 
 
 def _whole(found: Checkpoint, record: TensorRecord) -> Tensor:

@@ -1,8 +1,15 @@
-"""InternEvo's model files, ``model_tp{t}_pp{p}.pt`` (isp: ``model_tp{t}_wp{w}_pp{p}.pt``), read into our names.
+"""Read InternEvo's model files, ``model_tp{t}_pp{p}.pt`` (isp: ``model_tp{t}_wp{w}_pp{p}.pt``), under our names.
 
-Their layout, by family: INTERNLM keeps ``[q; k; v]`` of its own heads on each tensor rank, INTERNLM2_PUBLIC one
-``[q..q, k, v]`` group a key/value head, LLAMA2 wq, wk and wv apart. Column-cut matrices lie in parts along dim 0,
-row-cut ones along dim 1; isp cuts every matrix of a block along dim 0 over wp. Layer numbers are local to a stage.
+How each family stores attention, N heads in all and n of them on a tensor rank:
+
+- INTERNLM: ``mixer.Wqkv`` [3 n H, D], on each tensor rank the ``[q; k; v]`` of its own heads;
+- INTERNLM2_PUBLIC: ``attention.wqkv``, one ``[q..q, k, v]`` group per key/value head, which is our order too;
+- LLAMA2: ``attention.wq``, ``wk`` and ``wv``, three tensors.
+
+Column-parallel matrices are sharded along dim 0, row-parallel ones along dim 1; isp shards every matrix of a block
+along dim 0 over wp. Layer numbers count from 0 in each stage.
+
+Shapes: N attention heads, H head dim, D model.
 """
 
 from __future__ import annotations
@@ -11,6 +18,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal
 
 import torch
@@ -19,12 +27,12 @@ from torch import Tensor
 from evomesh.checkpoint.internevo.pickles import read_pickle
 from evomesh.checkpoint.native.format import CheckpointError
 
-FILE = re.compile(r"^model_tp(\d+)(?:_wp(\d+))?_pp(\d+)\.pt$")
-CHUNK = re.compile(
+MODEL_FILE = re.compile(r"^model_tp(?P<tp>\d+)(?:_wp(?P<wp>\d+))?_pp(?P<pp>\d+)\.pt$")
+CHUNK_PREFIX = re.compile(
     r"^(\d+)\.(?:model\.)?(?=blocks\.|layers\.|embedding\.|tok_embeddings\.|norm\.|head\.|output\.)"
 )
-LAYER = re.compile(r"^(?:blocks|layers)\.(\d+)\.(.+)$")
-NAMES = {  # theirs -> ours, below "layers.{i}."
+LAYER_NAME = re.compile(r"^(?:blocks|layers)\.(\d+)\.(.+)$")
+BLOCK_MODULES = {  # theirs -> ours, below "layers.{i}."
     "mixer.Wqkv": "attention.wqkv",
     "mixer.out_proj": "attention.wo",
     "norm1": "attention_norm",
@@ -33,7 +41,7 @@ NAMES = {  # theirs -> ours, below "layers.{i}."
     "mlp.w2": "feed_forward.w2",
     "mlp.w3": "feed_forward.w3",
 }
-TOP = {
+TOP_MODULES = {  # theirs -> ours, outside the blocks
     "embedding": "embedding",
     "embedding.word_embeddings": "embedding",
     "tok_embeddings": "embedding",
@@ -42,13 +50,18 @@ TOP = {
     "head": "head",
     "output": "head",
 }
+OUTPUT_BIASES = ("out_proj.bias", "wo.bias")  # added after the sum over ranks, so not sharded
+ROW_PARALLEL = ("embedding.weight", "tok_embeddings.weight", "out_proj.weight", "wo.weight")
+EXCHANGED = {"feed_forward.w2": "feed_forward.w3", "feed_forward.w3": "feed_forward.w2"}
+
 InternEvoFamily = Literal["INTERNLM", "INTERNLM2_PUBLIC", "LLAMA2"]
-W2 = Literal["auto", "down", "up"]  # what w2 is: by shape, or as said
+W2Role = Literal["auto", "down", "up"]  # what w2 is: "auto" judges by the shapes
+DownProjection = Literal["w2", "w3"]
 
 
 @dataclass(frozen=True)
 class HeadCounts:
-    """Attention heads of the whole model."""
+    """Numbers of attention heads in the whole model."""
 
     heads: int
     kv_heads: int
@@ -56,72 +69,107 @@ class HeadCounts:
 
 @dataclass(frozen=True)
 class InternEvoFolder:
-    """The model files of one checkpoint; ``files[pp][wp][tp]`` is a path."""
+    """The model files of one checkpoint: a path per (pp, wp, tp), and the size of each axis.
+
+    Without isp there is no weight-parallel axis: ``wp_size`` is 1.
+    """
 
     path: str
-    files: dict[tuple[int, int, int], str]  # (pp, wp, tp)
-    sizes: tuple[int, int, int]
+    files: dict[tuple[int, int, int], str]
+    pp_size: int
+    wp_size: int
+    tp_size: int
     isp: bool
 
-    def states(self, pp: int) -> list[dict[str, Tensor]]:
-        """State dicts of a stage: over tp, or over (wp, tp) in isp with tp fastest."""
-        _, wp, tp = self.sizes
-        return [_state(self.files[pp, w, t]) for w in range(wp) for t in range(tp)]
+    def stage_states(self, pp: int) -> list[dict[str, Tensor]]:
+        """Read the state dicts of a stage: one per tp rank, or in isp one per (wp, tp) with tp fastest."""
+        return [
+            _read_state(self.files[pp, wp, tp]) for wp in range(self.wp_size) for tp in range(self.tp_size)
+        ]
 
 
-def find_folder(path: str) -> InternEvoFolder:
-    """
+def find_model_files(path: str) -> InternEvoFolder:
+    """Find the model files in the folder ``path`` and check that the grid is complete.
+
     Raises:
         CheckpointError: no model files, or some of the tp x pp grid are missing: names them.
     """
-    found = {name: match for name in sorted(_listing(path)) if (match := FILE.match(name))}
-    if not found:
+    isp = False
+    files: dict[tuple[int, int, int], str] = {}
+    for name in sorted(_list_folder(path)):
+        match = MODEL_FILE.match(name)
+        if match is None:
+            continue
+        if match["wp"] is not None:
+            isp = True
+        position = int(match["pp"]), int(match["wp"] or 0), int(match["tp"])
+        files[position] = os.path.join(path, name)
+    if not files:
         raise CheckpointError(
-            "no model_tp*_pp*.pt in it", where=path, expected="an InternEvo checkpoint of one step"
+            "there is no model_tp*_pp*.pt in the folder",
+            where=path,
+            expected="an InternEvo checkpoint of one step",
         )
-    files = {(int(m[3]), int(m[2] or 0), int(m[1])): os.path.join(path, name) for name, m in found.items()}
-    isp = any(m[2] for m in found.values())
-    sizes = tuple(1 + max(key[axis] for key in files) for axis in range(3))
-    want = [(p, w, t) for p in range(sizes[0]) for w in range(sizes[1]) for t in range(sizes[2])]
-    missing = [file_name(t, w if isp else None, p) for p, w, t in want if (p, w, t) not in files]
+    # The largest rank on each axis gives the size of the grid.
+    pp_size, wp_size, tp_size = (1 + max(ranks) for ranks in zip(*files, strict=True))
+    folder = InternEvoFolder(path, files, pp_size, wp_size, tp_size, isp)
+    _refuse_incomplete(folder)
+    return folder
+
+
+def _refuse_incomplete(folder: InternEvoFolder) -> None:
+    grid = list(product(range(folder.pp_size), range(folder.wp_size), range(folder.tp_size)))
+    missing = [
+        file_name(tp, wp if folder.isp else None, pp)
+        for pp, wp, tp in grid
+        if (pp, wp, tp) not in folder.files
+    ]
     if missing:
-        raise CheckpointError(f"{', '.join(missing[:4])} of {len(want)} files are missing", where=path)
-    return InternEvoFolder(path, files, (sizes[0], sizes[1], sizes[2]), isp)
+        raise CheckpointError(
+            f"{', '.join(missing[:4])} of {len(grid)} files are missing",
+            where=folder.path,
+        )
 
 
 def file_name(tp: int, wp: int | None, pp: int) -> str:
+    """Return the name of one model file; ``wp`` None: not of isp."""
     return f"model_tp{tp}_pp{pp}.pt" if wp is None else f"model_tp{tp}_wp{wp}_pp{pp}.pt"
 
 
-def _listing(path: str) -> list[str]:
+def _list_folder(path: str) -> list[str]:
     try:
         return os.listdir(path)
     except OSError as error:
-        raise CheckpointError(f"cannot be listed: {error.strerror}", where=path) from None
+        raise CheckpointError(f"cannot list the folder: {error.strerror}", where=path) from None
 
 
-def _state(path: str) -> dict[str, Tensor]:
+def _read_state(path: str) -> dict[str, Tensor]:
     state = read_pickle(path)
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError("is not a state dict of tensors", where=path)
     return {str(name).removeprefix("model."): tensor for name, tensor in state.items()}
 
 
-def model_section(path: str) -> dict[str, Any] | None:
-    """``model_config.pt`` as plain values; None when absent."""
+def read_model_section(path: str) -> dict[str, Any] | None:
+    """Return the plain values of ``model_config.pt`` in the folder ``path``, None if there is no such file."""
     file = os.path.join(path, "model_config.pt")
     if not os.path.exists(file):
         return None
     section = read_pickle(file)
     if not isinstance(section, dict):
         raise CheckpointError("is not a model section", where=file)
-    plain = {str(k): str(v) if isinstance(v, torch.dtype) else v for k, v in section.items()}
-    return {k: v for k, v in plain.items() if v is None or isinstance(v, bool | int | float | str)}
+    plain: dict[str, Any] = {}
+    for key, value in section.items():
+        if isinstance(value, torch.dtype):
+            plain[str(key)] = str(value)
+        elif value is None or isinstance(value, bool | int | float | str):
+            plain[str(key)] = value
+    return plain
 
 
 def family_of(folder: InternEvoFolder) -> InternEvoFamily:
-    """Told by the parameter names of the first file."""
-    names = " ".join(_state(folder.files[0, 0, 0]))
+    """Return the model family, which the parameter names of the first file show."""
+    names = " ".join(_read_state(folder.files[0, 0, 0]))
     if "mixer.Wqkv" in names:
         return "INTERNLM"
     if "attention.wqkv" in names:
@@ -129,12 +177,14 @@ def family_of(folder: InternEvoFolder) -> InternEvoFamily:
     if "attention.wq" in names:
         return "LLAMA2"
     raise CheckpointError(
-        "no known model family", where=folder.path, expected="INTERNLM, INTERNLM2_PUBLIC or LLAMA2"
+        "the parameter names are of no known model family",
+        where=folder.path,
+        expected="INTERNLM, INTERNLM2_PUBLIC or LLAMA2",
     )
 
 
-def read_model(path: str, heads: HeadCounts, w2: W2 = "auto") -> Iterator[tuple[str, Tensor]]:
-    """Whole tensors under our names, stage by stage.
+def read_model(path: str, heads: HeadCounts, w2: W2Role = "auto") -> Iterator[tuple[str, Tensor]]:
+    """Yield unsharded tensors under our names, stage by stage.
 
     Args:
         w2: what their w2 is; checkpoints of early 2023 have w2 and w3 exchanged.
@@ -142,142 +192,159 @@ def read_model(path: str, heads: HeadCounts, w2: W2 = "auto") -> Iterator[tuple[
     Raises:
         CheckpointError: missing files, unknown parameters, or w2 and w3 that shapes cannot tell apart.
     """
-    yield from merge_folder(find_folder(path), heads, w2)
+    yield from merge_folder(find_model_files(path), heads, w2)
 
 
 def merge_folder(
     folder: InternEvoFolder,
     heads: HeadCounts,
-    w2: W2,
-    states_of: Callable[[int], list[dict[str, Tensor]]] | None = None,
+    w2: W2Role,
+    stage_states: Callable[[int], list[dict[str, Tensor]]] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """As ``read_model``.
+    """Merge the shards of a folder like ``read_model``.
 
     Args:
-        states_of: what to put together of a stage, in the place of ``folder.states``: tensors of the same names and
-            shapes.
+        stage_states: returns what to merge of a stage instead of ``folder.stage_states``, tensors of the same names and
+            shapes: optimizer state, say.
     """
-    family, offsets = family_of(folder), _layer_offsets(folder)
-    for pp in range(folder.sizes[0]):
-        states = (states_of or folder.states)(pp)
-        down = _down(states[0], w2, folder.path)
-        for chunk in sorted({_chunk(name)[0] for name in states[0]}):
-            whole = {
-                rest: _merge(rest, [s[name] for s in states if name in s], folder, family, heads, down)
-                for name in states[0]
-                for number, rest in [_chunk(name)]
-                if number == chunk
-            }
-            yield from _renamed(whole, offsets.get((chunk, pp), 0), heads, down, folder.path)
+    family = family_of(folder)
+    first_layers = _first_layers(folder)
+    for pp in range(folder.pp_size):
+        states = (stage_states or folder.stage_states)(pp)
+        down = _down_projection(states[0], w2, folder.path)
+        # With interleaved stages a file holds several model chunks, whose number precedes the names.
+        for chunk in sorted({_split_chunk(name)[0] for name in states[0]}):
+            merged: dict[str, Tensor] = {}
+            for name in states[0]:
+                number, local_name = _split_chunk(name)
+                if number == chunk:
+                    shards = [state[name] for state in states if name in state]
+                    merged[local_name] = _merge_shards(local_name, shards, folder, family, heads, down)
+            yield from _rename(merged, first_layers.get((chunk, pp), 0), heads, down, folder.path)
 
 
-def _layer_offsets(folder: InternEvoFolder) -> dict[tuple[int, int], int]:
-    """(chunk, stage) -> global number of its first layer: chunk after chunk, in each stage after stage."""
+def _first_layers(folder: InternEvoFolder) -> dict[tuple[int, int], int]:
+    """Return (chunk, stage) -> global number of its first layer.
+
+    Layers run through all stages of the first chunk, then through all stages of the second, and so on.
+    """
     counts: dict[tuple[int, int], int] = {}
-    for pp in range(folder.sizes[0]):
-        for name in _state(folder.files[pp, 0, 0]):
-            chunk, rest = _chunk(name)
-            layer = LAYER.match(rest)
+    for pp in range(folder.pp_size):
+        for name in _read_state(folder.files[pp, 0, 0]):
+            chunk, local_name = _split_chunk(name)
+            layer = LAYER_NAME.match(local_name)
             if layer:
                 counts[chunk, pp] = max(counts.get((chunk, pp), 0), int(layer[1]) + 1)
-    offsets, total = {}, 0
+    first_layers: dict[tuple[int, int], int] = {}
+    total = 0
     for key in sorted(counts):
-        offsets[key], total = total, total + counts[key]
-    return offsets
+        first_layers[key] = total
+        total += counts[key]
+    return first_layers
 
 
-def _chunk(name: str) -> tuple[int, str]:
-    match = CHUNK.match(name)
+def _split_chunk(name: str) -> tuple[int, str]:
+    """Split a parameter name into the number of its model chunk, 0 if it has none, and the name in the chunk."""
+    match = CHUNK_PREFIX.match(name)
     return (int(match[1]), name[match.end() :]) if match else (0, name)
 
 
-def _down(state: dict[str, Tensor], w2: W2, where: str) -> str:
-    """Which of w2 and w3 is the down projection: the one whose columns are not those of w1."""
+def _down_projection(state: dict[str, Tensor], w2: W2Role, where: str) -> DownProjection:
+    """Return which of w2 and w3 is the down projection: the one whose columns are not those of w1."""
     columns: dict[str, int] = {}
     for name, tensor in state.items():
-        if match := re.search(r"\.w([123])\.weight$", name):
+        match = re.search(r"\.w([123])\.weight$", name)
+        if match:
             columns.setdefault(match[1], tensor.shape[1])
     if w2 != "auto" or not columns:
         return "w3" if w2 == "up" else "w2"
     if columns["2"] == columns["3"]:
         raise CheckpointError(
-            "the shapes of w2 and w3 are equal: they do not tell which is the down projection",
+            "w2 and w3 have equal shapes, which do not show which one is the down projection",
             where=where,
             expected="down for checkpoints of InternEvo, up for those of early 2023",
-            fix="say it: --w2 down or --w2 up",
+            fix="choose one: --w2 down or --w2 up",
         )
     return "w3" if columns["2"] == columns["1"] else "w2"
 
 
-def _merge(
+def _merge_shards(
     name: str,
-    parts: list[Tensor],
+    shards: list[Tensor],
     folder: InternEvoFolder,
     family: InternEvoFamily,
     heads: HeadCounts,
-    down: str,
+    down: DownProjection,
 ) -> Tensor:
-    """One tensor from the ranks' parts of it; ``name`` is local."""
-    tp = folder.sizes[2]
-    block = LAYER.match(name)
-    leaf = block[2] if block else name
+    """Return the unsharded tensor ``name`` of a stage."""
+    layer = LAYER_NAME.match(name)
+    leaf = layer[2] if layer else name
     if folder.isp:
-        # Blocks are cut over wp and repeated over tp; embedding and head are cut over tp and repeated over wp.
-        parts = parts[::tp] if block else parts[:tp]
-    if len(parts) == 1 or "norm" in leaf:
-        whole = parts[0]
-    elif folder.isp and block:
-        whole = torch.cat(parts)
-    elif leaf.endswith(("out_proj.bias", "wo.bias")):
-        whole = parts[0]  # added after the sum over ranks
-    elif leaf.endswith(
-        ("embedding.weight", "tok_embeddings.weight", "out_proj.weight", "wo.weight", f"{down}.weight")
-    ):
-        whole = torch.cat(parts, 1)
-    else:
-        whole = torch.cat(parts)
+        # Blocks are sharded over wp and replicated over tp; embedding and head are sharded over tp and replicated
+        # over wp. ``shards`` has tp fastest.
+        shards = shards[:: folder.tp_size] if layer else shards[: folder.tp_size]
+    dim = _shard_dim(leaf, in_isp_block=folder.isp and layer is not None, down=down)
+    replicated = dim is None or len(shards) == 1
+    whole = shards[0] if replicated else torch.cat(shards, dim or 0)
     if family == "INTERNLM" and "Wqkv" in leaf:
-        ranks = 1 if folder.isp else tp
-        return torch.cat([_from_blocks(part, heads.heads // ranks) for part in whole.chunk(ranks)])
+        # [q; k; v] of the heads of rank 0, then of rank 1, ...: reordered rank by rank.
+        ranks = 1 if folder.isp else folder.tp_size
+        blocks = whole.chunk(ranks)
+        whole = torch.cat([_blocks_to_groups(block, heads.heads // ranks) for block in blocks])
     return whole
 
 
-def _renamed(
-    whole: dict[str, Tensor], first_layer: int, heads: HeadCounts, down: str, where: str
+def _shard_dim(leaf: str, *, in_isp_block: bool, down: DownProjection) -> int | None:
+    """Return the dim along which a parameter is sharded, None when it is replicated."""
+    if "norm" in leaf:
+        return None
+    if in_isp_block:
+        return 0
+    if leaf.endswith(OUTPUT_BIASES):
+        return None
+    return 1 if leaf.endswith((*ROW_PARALLEL, f"{down}.weight")) else 0
+
+
+def _rename(
+    tensors: dict[str, Tensor], first_layer: int, heads: HeadCounts, down: DownProjection, where: str
 ) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in whole.items():
-        block = LAYER.match(name)
-        leaf, kind = (block[2] if block else name).rsplit(".", 1)
-        if block is None and leaf in TOP:
-            yield f"{TOP[leaf]}.{kind}", tensor
+    """Yield the unsharded tensors of a model chunk under our names, wq, wk and wv as one wqkv."""
+    for name, tensor in tensors.items():
+        layer = LAYER_NAME.match(name)
+        module, kind = (layer[2] if layer else name).rsplit(".", 1)
+        if layer is None:
+            if module not in TOP_MODULES:
+                raise CheckpointError(f"unknown parameter {name!r}", where=where)
+            yield f"{TOP_MODULES[module]}.{kind}", tensor
             continue
-        if block is None:
-            raise CheckpointError(f"unknown parameter {name!r}", where=where)
-        prefix = f"layers.{first_layer + int(block[1])}."
-        leaf = NAMES.get(leaf, leaf)
-        if down == "w3" and leaf.endswith((".w2", ".w3")):
-            leaf = leaf[:-1] + ("3" if leaf.endswith("2") else "2")
-        if leaf in ("attention.wk", "attention.wv"):
-            continue
-        if leaf == "attention.wq":
-            q, k, v = (whole[name.replace("attention.wq", f"attention.w{x}")] for x in "qkv")
-            yield f"{prefix}attention.wqkv.{kind}", _grouped(q, k, v, heads.kv_heads)
-            continue
-        if leaf not in NAMES.values():
-            raise CheckpointError(f"unknown parameter {name!r}", where=where)
-        yield f"{prefix}{leaf}.{kind}", tensor
+        prefix = f"layers.{first_layer + int(layer[1])}."
+        if module == "attention.wq":
+            qkv = [tensors[name.replace("attention.wq", f"attention.w{letter}")] for letter in "qkv"]
+            yield f"{prefix}attention.wqkv.{kind}", _group_qkv(qkv, heads.kv_heads)
+        elif module not in ("attention.wk", "attention.wv"):
+            ours = BLOCK_MODULES.get(module, module)
+            if down == "w3":
+                ours = EXCHANGED.get(ours, ours)
+            if ours not in BLOCK_MODULES.values():
+                raise CheckpointError(f"unknown parameter {name!r}", where=where)
+            yield f"{prefix}{ours}.{kind}", tensor
 
 
-def _grouped(q: Tensor, k: Tensor, v: Tensor, kv_heads: int) -> Tensor:
-    """One [q..q, k, v] group a key/value head, along dim 0."""
-    return torch.cat([t.reshape(kv_heads, -1, *t.shape[1:]) for t in (q, k, v)], 1).flatten(0, 1)
+def _group_qkv(qkv: list[Tensor], kv_heads: int) -> Tensor:
+    """Merge q, k and v along dim 0 into one [q..q, k, v] group per key/value head."""
+    groups = [
+        rows.reshape(kv_heads, -1, *rows.shape[1:]) for rows in qkv
+    ]  # each [kv_heads, rows of a group, ...]
+    return torch.cat(groups, dim=1).flatten(0, 1)
 
 
-def _from_blocks(rows: Tensor, heads: int) -> Tensor:
-    """[q; k; v] of some heads (dim 0) to one [q, k, v] group a head."""
-    return rows.reshape(3, heads, -1, *rows.shape[1:]).transpose(0, 1).flatten(0, 2)
+def _blocks_to_groups(rows: Tensor, heads: int) -> Tensor:
+    """Reorder the [q; k; v] of some heads along dim 0 to one [q, k, v] group per head."""
+    blocks = rows.reshape(3, heads, -1, *rows.shape[1:])  # [3, n, H, ...]
+    return blocks.transpose(0, 1).flatten(0, 2)
 
 
-def to_blocks(rows: Tensor, heads: int) -> Tensor:
-    """The way back of what INTERNLM's [q; k; v] went through."""
-    return rows.reshape(heads, 3, -1, *rows.shape[1:]).transpose(0, 1).flatten(0, 2)
+def groups_to_blocks(rows: Tensor, heads: int) -> Tensor:
+    """Reorder one [q, k, v] group per head along dim 0 to INTERNLM's [q; k; v] of all of them."""
+    groups = rows.reshape(heads, 3, -1, *rows.shape[1:])  # [n, 3, H, ...]
+    return groups.transpose(0, 1).flatten(0, 2)

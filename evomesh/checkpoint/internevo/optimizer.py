@@ -1,8 +1,9 @@
-"""InternEvo's optimizer, counters and data position, brought into ours where what they mean can be proved.
+"""Convert InternEvo's optimizer, counters and data position where it can be proved what they mean.
 
-A rank's optimizer file holds one flat float32 tensor a parameter group, with its two moments. Which parameters it joins
-follows from InternEvo's rule: whole parameters, largest first, each to the rank with the fewest elements so far. The
-masters prove it: rounded to the weights' dtype they must be the weights, bit for bit, else nothing is converted.
+A rank's optimizer file holds one flat float32 tensor per parameter group, with its two moments. InternEvo's rule tells
+which parameters were joined in it: whole parameters, the largest first, each to the rank with the fewest elements so
+far. The master weights prove it: rounded to the dtype of the weights they must be the weights, bit for bit; otherwise
+nothing is converted.
 """
 
 from __future__ import annotations
@@ -15,89 +16,111 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evomesh.checkpoint.internevo.model import W2, HeadCounts, InternEvoFolder, find_folder, merge_folder
+from evomesh.checkpoint.internevo.model import (
+    HeadCounts,
+    InternEvoFolder,
+    W2Role,
+    find_model_files,
+    merge_folder,
+)
 from evomesh.checkpoint.internevo.pickles import read_pickle
 from evomesh.checkpoint.native.format import CheckpointError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = ("master", *MOMENTS)
 HALF = (torch.float16, torch.bfloat16)
-FIX = 'take the weights alone: --weights-only, or load_ckpt_info content=("model",)'
+FIX = 'load the weights alone: --weights-only, or load_ckpt_info content=("model",)'
 StateDict = dict[str, Tensor]
 
 
-def read_optimizer(path: str, heads: HeadCounts, w2: W2 = "auto") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Whole optimizer tensors under our names, and {"optimizer": ..., "scaler": ...} as our checkpoints hold them.
+def read_optimizer(
+    path: str, heads: HeadCounts, w2: W2Role = "auto"
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return unsharded optimizer tensors under our names, and {"optimizer": ..., "scaler": ...} as we save them.
 
     Raises:
-        CheckpointError: a file is missing, of isp, or holds something else than the rule above says; it is named.
+        CheckpointError: a file is missing, is of isp, or contradicts the rule in the module's docstring; names it.
     """
-    folder = find_folder(path)
+    folder = find_model_files(path)
     if folder.isp:
-        raise CheckpointError(
-            "optimizer files of isp are cut in ways that are not known", where=path, fix=FIX
-        )
-    local: dict[str, dict[tuple[int, int], StateDict]] = {kind: {} for kind in ("master", *MOMENTS)}
-    steps, scaler = set(), {}
-    for pp in range(folder.sizes[0]):
-        for tp, weights in enumerate(folder.states(pp)):
-            files = _files(path, tp, pp)
-            contents = [_content(file) for file in files]
-            found, step = _unflatten(weights, contents, files)
-            for kind, tensors in found.items():
-                local[kind][pp, tp] = tensors
-            steps |= step
-            scaler = contents[0].get("grad_scaler", {})
+        raise CheckpointError("how the optimizer files of isp are sharded is not known", where=path, fix=FIX)
+    # 1. Split the flat tensors of every rank of the tp x pp grid into local tensors.
+    local, steps, scaler = _read_local(folder)
     if len(steps) != 1:
-        raise CheckpointError(f"the optimizer's files stand at steps {sorted(steps)}", where=path, fix=FIX)
-    tensors = {}
-    for kind, parts in local.items():
-        for name, tensor in _merged(folder, parts, heads, w2):
-            tensors[f"optim.{kind}.{name}"] = tensor
+        raise CheckpointError(f"the optimizer files are of steps {sorted(steps)}", where=path, fix=FIX)
+
+    # 2. Merge them over the grid like the weights. Our checkpoints have masters of half-precision weights only.
     half = {name for name, tensor in merge_folder(folder, heads, w2) if tensor.dtype in HALF}
-    tensors = {
-        k: v
-        for k, v in tensors.items()
-        if not k.startswith("optim.master.") or k[len("optim.master.") :] in half
-    }
+    merged: dict[str, Tensor] = {}
+    for kind, states in local.items():
+        for name, tensor in _merge_kind(folder, states, heads, w2):
+            if kind != "master" or name in half:
+                merged[f"optim.{kind}.{name}"] = tensor
+
+    # 3. Translate the scalars.
     scale = {
         "scale": float(scaler.get("_scale", 1.0)),
         "good_steps": int(scaler.get("_growth_step", 0)),
         "overflows": int(scaler.get("_hysteresis_step", 0)),
     }
-    return tensors, {"optimizer": {"steps": steps.pop()}, "scaler": scale}
+    return merged, {"optimizer": {"steps": steps.pop()}, "scaler": scale}
+
+
+def _read_local(
+    folder: InternEvoFolder,
+) -> tuple[dict[str, dict[tuple[int, int], StateDict]], set[int], dict[str, Any]]:
+    """Return local optimizer tensors by kind and (pp, tp), the step counts of all files, and the scaler's state."""
+    local: dict[str, dict[tuple[int, int], StateDict]] = {kind: {} for kind in KINDS}
+    steps: set[int] = set()
+    scaler: dict[str, Any] = {}
+    for pp in range(folder.pp_size):
+        for tp, weights in enumerate(folder.stage_states(pp)):
+            files = _zero_files(folder.path, tp, pp)
+            contents = [_read_content(file) for file in files]
+            by_kind, rank_steps = _unflatten(weights, contents, files)
+            for kind, tensors in by_kind.items():
+                local[kind][pp, tp] = tensors
+            steps |= rank_steps
+            scaler = contents[0].get("grad_scaler", {})
+    return local, steps, scaler
 
 
 def read_counters(path: str) -> dict[str, Any]:
-    """{"train": ..., "sampler": ...} of context.pt, schedulder.pt (its name there) and sampler.pt.
+    """Return {"train": ..., "sampler": ...} of context.pt, schedulder.pt (InternEvo's spelling) and sampler.pt.
 
     Raises:
         CheckpointError: one of them is missing, or they contradict one another; names it.
     """
-    context, sampler, schedule = (
-        _plain(path, name) for name in ("context.pt", "sampler.pt", "schedulder.pt")
-    )
-    step = _number(context, "batch_count", path, "context.pt") + 1  # theirs is the number of the last one
-    done = int(context.get("step_count", step))
-    if "last_epoch" in schedule and int(schedule["last_epoch"]) != done:
+    context = _read_dict(path, "context.pt")
+    sampler = _read_dict(path, "sampler.pt")
+    schedule = _read_dict(path, "schedulder.pt")
+    step = _integer(context, "batch_count", path, "context.pt") + 1  # theirs is the number of the last batch
+    updates = int(context.get("step_count", step))
+    if "last_epoch" in schedule and int(schedule["last_epoch"]) != updates:
         raise CheckpointError(
-            f"the schedule stands at {schedule['last_epoch']}, the counters at {done} updates",
+            f"the schedule is at {schedule['last_epoch']} updates, the counters at {updates}",
             where=os.path.join(path, "schedulder.pt"),
             fix=FIX,
         )
-    counted = ("num_consumed_tokens", "inf_nan_skip_batches")
-    train: dict[str, Any] = {name: _number(context, name, path, "context.pt") for name in counted}
-    world = _number(sampler, "data_world_size", path, "sampler.pt")
-    place = {
+    train: dict[str, Any] = {
+        "num_consumed_tokens": _integer(context, "num_consumed_tokens", path, "context.pt"),
+        "inf_nan_skip_batches": _integer(context, "inf_nan_skip_batches", path, "context.pt"),
         "step": step,
-        "seed": _number(sampler, "seed", path, "sampler.pt"),
-        "global_batch": _number(sampler, "batch_size", path, "sampler.pt") * world,
-        "offset": _number(sampler, "num_consumed_samples_in_epoch", path, "sampler.pt") * world,
+        "step_count": updates,
+        "consecutive_skips": 0,
+        "run_folder": "",
     }
-    train |= {"step": step, "step_count": done, "consecutive_skips": 0, "run_folder": ""}
-    return {"train": train, "sampler": {"internevo": place}, "data": None}
+    data_ranks = _integer(sampler, "data_world_size", path, "sampler.pt")
+    position = {
+        "step": step,
+        "seed": _integer(sampler, "seed", path, "sampler.pt"),
+        "global_batch": _integer(sampler, "batch_size", path, "sampler.pt") * data_ranks,
+        "offset": _integer(sampler, "num_consumed_samples_in_epoch", path, "sampler.pt") * data_ranks,
+    }
+    return {"train": train, "sampler": {"internevo": position}, "data": None}
 
 
-def _plain(path: str, name: str) -> dict[str, Any]:
+def _read_dict(path: str, name: str) -> dict[str, Any]:
     file = os.path.join(path, name)
     content = read_pickle(file)
     if not isinstance(content, dict):
@@ -105,114 +128,145 @@ def _plain(path: str, name: str) -> dict[str, Any]:
     return content
 
 
-def _number(record: dict[str, Any], name: str, path: str, file: str) -> int:
+def _integer(record: dict[str, Any], name: str, path: str, file: str) -> int:
     value = record.get(name)
     if not isinstance(value, int):
         raise CheckpointError(
-            f"{name} is {value!r}", where=os.path.join(path, file), expected="a number", fix=FIX
+            f"{name} is {value!r}", where=os.path.join(path, file), expected="an integer", fix=FIX
         )
     return value
 
 
-def _files(path: str, tp: int, pp: int) -> list[str]:
-    """The zero ranks' files of one place in the tensor x pipeline grid."""
+def _zero_files(path: str, tp: int, pp: int) -> list[str]:
+    """Return the optimizer files of all ZeRO ranks at one position of the tensor x pipeline grid."""
     pattern = re.compile(rf"^optimizer_tp{tp}_pp{pp}_zo(\d+)\.pt$")
-    found = {int(match[1]): match[0] for name in os.listdir(path) if (match := pattern.match(name))}
-    if sorted(found) != list(range(len(found))) or not found:
-        have = ", ".join(sorted(found.values())) or "none"
+    names: dict[int, str] = {}
+    for name in os.listdir(path):
+        match = pattern.match(name)
+        if match:
+            names[int(match[1])] = name
+    if not names or sorted(names) != list(range(len(names))):
+        have = ", ".join(sorted(names.values())) or "none"
         raise CheckpointError(
-            f"of optimizer_tp{tp}_pp{pp}_zo*.pt there are: {have}",
+            f"optimizer_tp{tp}_pp{pp}_zo*.pt is incomplete; the folder has: {have}",
             where=path,
             expected="zo0, zo1, ...",
             fix=FIX,
         )
-    return [os.path.join(path, found[zero]) for zero in sorted(found)]
+    return [os.path.join(path, names[zero]) for zero in sorted(names)]
 
 
-def _content(file: str) -> dict[str, Any]:
+def _read_content(file: str) -> dict[str, Any]:
     content = read_pickle(file)
-    wanted = ("base_optim_states", "flat_fp32_weights")
-    missing = [
-        key for key in wanted if not isinstance(content, dict) or not isinstance(content.get(key), dict)
-    ]
-    if missing:
-        raise CheckpointError(
-            f"has no {missing[0]}", where=file, expected="InternEvo's optimizer state", fix=FIX
-        )
-    found: dict[str, Any] = content
-    return found
+    for key in ("base_optim_states", "flat_fp32_weights"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), dict):
+            raise CheckpointError(
+                f"has no {key}", where=file, expected="InternEvo's optimizer state", fix=FIX
+            )
+    checked: dict[str, Any] = content
+    return checked
 
 
 def _unflatten(
     weights: StateDict, contents: list[dict[str, Any]], files: list[str]
 ) -> tuple[dict[str, StateDict], set[int]]:
-    """Local tensors by kind and name, in the order of ``weights``, and the steps that the moments have taken."""
-    found: dict[str, StateDict] = {kind: {} for kind in ("master", *MOMENTS)}
-    steps = set()
-    half = [name for name, tensor in weights.items() if tensor.dtype in HALF]
-    groups = [names for names in (half, [name for name in weights if name not in set(half)]) if names]
-    present = sorted({int(number) for content in contents for number in content["flat_fp32_weights"]})
-    if len(present) != len(groups):
+    """Split the flat tensors of all ZeRO ranks at one grid position.
+
+    Returns:
+        Local tensors by kind and name, in the order of ``weights``; and the step counts of the moments.
+    """
+    groups = _parameter_groups(weights)
+    numbers = sorted({int(number) for content in contents for number in content["flat_fp32_weights"]})
+    if len(numbers) != len(groups):
         raise CheckpointError(
-            f"holds parameter groups {present}, the weights make {len(groups)}", where=files[0], fix=FIX
+            f"holds parameter groups {numbers}, but the weights form {len(groups)}", where=files[0], fix=FIX
         )
-    for group, names in zip(present, groups, strict=True):
-        for content, file, own in zip(contents, files, _assign(weights, names, len(files)), strict=True):
-            if not own:
+    tensors: dict[str, StateDict] = {kind: {} for kind in KINDS}
+    steps: set[int] = set()
+    for number, names in zip(numbers, groups, strict=True):
+        assigned = _assign_to_ranks(weights, names, len(files))
+        for content, file, owned in zip(contents, files, assigned, strict=True):
+            if not owned:  # a group with fewer parameters than there are ranks
                 continue
-            flats = _flats(content, group, file)
-            steps.add(int(flats.pop("step")))
-            sizes = [weights[name].numel() for name in own]
+            flats, step = _flat_tensors(content, number, file)
+            steps.add(step)
+            own_weights = {name: weights[name] for name in owned}
             for kind, flat in flats.items():
-                if not isinstance(flat, Tensor) or flat.numel() != sum(sizes):
-                    raise CheckpointError(
-                        f"{kind} of group {group} has {getattr(flat, 'numel', lambda: 0)()} elements, "
-                        f"its parameters have {sum(sizes)}",
-                        where=file,
-                        fix=FIX,
-                    )
-                for name, part in zip(own, torch.split(flat.flatten(), sizes), strict=True):
-                    found[kind][name] = part.view(weights[name].shape)
-            for name in own:
-                if not torch.equal(found["master"][name].to(weights[name].dtype), weights[name]):
-                    raise CheckpointError(
-                        f"the master of {name} is not its weight: the parameters lie in another order than known",
-                        where=file,
-                        fix=FIX,
-                    )
-    return {kind: {name: tensors[name] for name in weights} for kind, tensors in found.items()}, steps
+                tensors[kind] |= _split_flat(flat, own_weights, f"{kind} of group {number}", file)
+            _prove_masters(tensors["master"], own_weights, file)
+    in_order = {kind: {name: found[name] for name in weights} for kind, found in tensors.items()}
+    return in_order, steps
 
 
-def _assign(weights: StateDict, names: list[str], ranks: int) -> list[list[str]]:
-    """Parameters of each zero rank, in the order in which it joins them."""
-    found: list[list[str]] = [[] for _ in range(ranks)]
+def _parameter_groups(weights: StateDict) -> list[list[str]]:
+    """Return the parameter names of each group: half precision first, then what stays in float32 (norms)."""
+    half = [name for name, tensor in weights.items() if tensor.dtype in HALF]
+    wide = [name for name, tensor in weights.items() if tensor.dtype not in HALF]
+    return [names for names in (half, wide) if names]
+
+
+def _assign_to_ranks(weights: StateDict, names: list[str], ranks: int) -> list[list[str]]:
+    """Return the parameters of each ZeRO rank, in the order in which it joins them: InternEvo's greedy rule."""
+    assigned: list[list[str]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
-    for name in sorted(names, key=lambda name: -weights[name].numel()):
-        rank = loads.index(min(loads))
-        found[rank].append(name)
-        loads[rank] += weights[name].numel()
-    return found
+    largest_first = sorted(names, key=lambda name: -weights[name].numel())
+    for name in largest_first:
+        lightest = loads.index(min(loads))
+        assigned[lightest].append(name)
+        loads[lightest] += weights[name].numel()
+    return assigned
 
 
-def _flats(content: dict[str, Any], group: int, file: str) -> dict[str, Any]:
-    """Master, moments and step of a parameter group."""
+def _flat_tensors(content: dict[str, Any], group: int, file: str) -> tuple[dict[str, Any], int]:
+    """Return the flat master and moments of a parameter group by kind, and the step of the moments."""
     base = content["base_optim_states"]
     try:
         (number,) = base["param_groups"][group]["params"]
         moments = base["state"][number]
-        return {"master": content["flat_fp32_weights"][group], "step": moments["step"]} | {
-            k: moments[k] for k in MOMENTS
-        }
+        flats = {"master": content["flat_fp32_weights"][group]}
+        flats |= {kind: moments[kind] for kind in MOMENTS}
+        return flats, int(moments["step"])
     except (KeyError, IndexError, TypeError, ValueError):
         raise CheckpointError(
             f"lacks AdamW's state of parameter group {group}", where=file, fix=FIX
         ) from None
 
 
-def _merged(
-    folder: InternEvoFolder, parts: dict[tuple[int, int], StateDict], heads: HeadCounts, w2: W2
-) -> Iterator[tuple[str, Tensor]]:
-    def states(pp: int) -> list[StateDict]:
-        return [parts[pp, tp] for tp in range(folder.sizes[2])]
+def _split_flat(flat: object, weights: StateDict, described: str, file: str) -> StateDict:
+    """Split one flat tensor into tensors of the names and shapes of ``weights``, which it joins in this order."""
+    sizes = [weight.numel() for weight in weights.values()]
+    elements = flat.numel() if isinstance(flat, Tensor) else 0
+    if not isinstance(flat, Tensor) or elements != sum(sizes):
+        raise CheckpointError(
+            f"{described} has {elements} elements, its parameters have {sum(sizes)}", where=file, fix=FIX
+        )
+    parts = torch.split(flat.flatten(), sizes)
+    return {
+        name: part.view(weight.shape) for (name, weight), part in zip(weights.items(), parts, strict=True)
+    }
 
-    yield from merge_folder(folder, heads, w2, states)
+
+def _prove_masters(masters: StateDict, weights: StateDict, file: str) -> None:
+    """Check that the rounded masters are the weights, which proves the order in which parameters were joined.
+
+    Raises:
+        CheckpointError: one is not.
+    """
+    for name, weight in weights.items():
+        if not torch.equal(masters[name].to(weight.dtype), weight):
+            raise CheckpointError(
+                f"the master of {name} is not its weight: the parameters were not joined in the known order",
+                where=file,
+                fix=FIX,
+            )
+
+
+def _merge_kind(
+    folder: InternEvoFolder, states: dict[tuple[int, int], StateDict], heads: HeadCounts, w2: W2Role
+) -> Iterator[tuple[str, Tensor]]:
+    """Merge the local tensors of one kind, by (pp, tp), like the weights."""
+
+    def stage_states(pp: int) -> list[StateDict]:
+        return [states[pp, tp] for tp in range(folder.tp_size)]
+
+    yield from merge_folder(folder, heads, w2, stage_states)

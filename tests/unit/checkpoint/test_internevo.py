@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from evomesh.checkpoint.internevo.export import write_model
-from evomesh.checkpoint.internevo.model import HeadCounts, find_folder, read_model
+from evomesh.checkpoint.internevo.model import HeadCounts, find_model_files, read_model
 from evomesh.checkpoint.internevo.pickles import read_pickle
 from evomesh.checkpoint.loaders import checkpoint_loaders
 from evomesh.checkpoint.native.manager import CheckpointManager
@@ -158,7 +158,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     make(tmp_path, "INTERNLM", 2, 2)
     (tmp_path / "model_tp1_pp0.pt").unlink()
     with pytest.raises(UserError, match=r"model_tp1_pp0\.pt of 4 files are missing"):
-        find_folder(str(tmp_path))
+        find_model_files(str(tmp_path))
 
 
 class Config(dict):  # type: ignore[type-arg]
@@ -246,7 +246,7 @@ def test_weight_parallel_files(tmp_path: Path, family: str) -> None:
         assert equal(torch.load(tmp_path / "back" / file.name), torch.load(file)), file.name
     write_model(found, model_of(family), str(tmp_path / "deep"), 1, 2, weight=2)
     assert equal(dict(read_model(str(tmp_path / "deep"), heads_of(family))), expected)
-    with pytest.raises(UserError, match="rows cannot be divided by --weight 5"):
+    with pytest.raises(UserError, match=r"matrices of \d+ rows are not divisible by --weight 5"):
         write_model(found, model_of(family), str(tmp_path / "no"), 1, 1, weight=5)
     assert not (tmp_path / "no").exists()
 

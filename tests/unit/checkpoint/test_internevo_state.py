@@ -107,11 +107,11 @@ def test_what_cannot_be_proved_is_refused_by_name(tmp_path: Path) -> None:
     torch.save({"flat_fp32_weights": {}}, file)
     refused("optimizer_tp0_pp0_zo1.pt: has no base_optim_states")
     (folder / "optimizer_tp0_pp0_zo0.pt").unlink()
-    refused("there are: optimizer_tp0_pp0_zo1.pt")
+    refused("is incomplete; the folder has: optimizer_tp0_pp0_zo1.pt")
     (folder / "model_tp0_pp0.pt").rename(folder / "model_tp0_wp0_pp0.pt")
     refused("optimizer files of isp")
     torch.save({"last_epoch": 8}, folder / "schedulder.pt")
-    with pytest.raises(UserError, match=r"schedulder.pt: the schedule stands at 8, the counters at 9"):
+    with pytest.raises(UserError, match=r"schedulder.pt: the schedule is at 8 updates, the counters at 9"):
         read_counters(str(folder))
 
 
@@ -164,7 +164,7 @@ def test_trained_on_after_conversion_and_without(tmp_path: Path, interpreter: In
         ["evomesh", "convert", "from-internevo", "local:9", "out", "--config", "config.py"], cwd=tmp_path
     )
     assert made.returncode == 0, made.stderr
-    assert "data position: step 10 of data.seed=7, 4 packs a step" in made.stdout
+    assert "data position: step 10 with data.seed=7, 4 packs per step" in made.stdout
     rows = train(tmp_path, interpreter, "run")
     assert [row["step"] for row in rows] == [10, 11]
     assert rows[0]["num_consumed_tokens"] == 999 + 4 * 8
