@@ -18,7 +18,7 @@ from torch import Tensor
 
 from evomesh.checkpoint.restore import restore_model
 from evomesh.data.prompts import find_tasks, read_prompts
-from evomesh.layers.documents import single_sequence
+from evomesh.layers.sequence_bounds import single_sequence
 from evomesh.models.decoder import Decoder
 
 

@@ -33,7 +33,7 @@ from train_step import Shape, model_flops, product_rates
 
 from evomesh.config.schema import ModelConfig
 from evomesh.data.batch import Batch
-from evomesh.layers.loss import chunk_of
+from evomesh.layers.loss import tokens_per_chunk
 from evomesh.monitor.metrics import model_tflops
 from evomesh.train.allocator import keep_freed_memory
 
@@ -100,7 +100,7 @@ class Case:
             shape.mlp,
             shape.vocab,
             self.tokens,
-            chunk_of(shape.vocab, True),
+            tokens_per_chunk(shape.vocab, True),
         )
         return bytes_in_16_bits(sizes, self.recompute)
 
@@ -130,7 +130,7 @@ def measure(case: Case, steps: int, compiled: bool) -> Measured:
         output = training.step(batch)
         if step >= 0:
             seconds.append(time.perf_counter() - start)
-        assert output.update.found == "ok"
+        assert output.update.check == "ok"
     return Measured(statistics.median(seconds), torch.cuda.max_memory_allocated() if on_cuda else 0)
 
 

@@ -24,7 +24,7 @@ from evomesh.data.tokenizer import Tokenizer
 from evomesh.errors import UserError
 from evomesh.generate.engine import GenerationEngine
 from evomesh.generate.options import SamplingParams
-from evomesh.layers.documents import SequenceBounds
+from evomesh.layers.sequence_bounds import SequenceBounds
 from evomesh.models.language_model import LanguageModel
 
 LOGIT_ROWS = 512  # rows of V logits in memory at a time

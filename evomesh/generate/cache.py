@@ -40,11 +40,11 @@ class KeyValueCache:
         positions = torch.cat([torch.arange(length) for length in lengths])
         docs = SequenceBounds(positions.to(device), bounds.to(device), max(lengths))
 
-        def fill(asking: Attention, q: Tensor, k: Tensor, v: Tensor, docs: SequenceBounds) -> Tensor:
-            for cached, new in zip(self._tensors(asking.layer, k), (k, v), strict=True):
+        def fill(q: Tensor, k: Tensor, v: Tensor, bounds: SequenceBounds, module: Attention) -> Tensor:
+            for cached, new in zip(self._tensors(module.layer, k), (k, v), strict=True):
                 for slot, part in enumerate(torch.split(new, list(lengths)), first):
                     cached[slot, :, : len(part)] = part.transpose(0, 1)
-            out: Tensor = attend(asking, q, k, v, docs)
+            out: Tensor = attend(q, k, v, bounds, module)
             return out
 
         return docs, fill
@@ -61,8 +61,8 @@ class KeyValueCache:
         rows = torch.arange(count, device=device)
         self.lengths = [length + 1 for length in self.lengths]
 
-        def look_back(asking: Attention, q: Tensor, k: Tensor, v: Tensor, docs: SequenceBounds) -> Tensor:
-            keys, values = self._tensors(asking.layer, k)
+        def look_back(q: Tensor, k: Tensor, v: Tensor, bounds: SequenceBounds, module: Attention) -> Tensor:
+            keys, values = self._tensors(module.layer, k)
             if even:
                 keys[:count, :, longest - 1], values[:count, :, longest - 1] = k, v
             else:

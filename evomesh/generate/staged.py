@@ -12,7 +12,7 @@ from evomesh.config.schema import ModelConfig
 from evomesh.layers.attention import AttentionFunction, SequenceBounds, attend
 from evomesh.layers.dtype import parameter_dtype, promote
 from evomesh.models.language_model import LanguageModel
-from evomesh.parallel.collectives import broadcast_from, receive, send
+from evomesh.parallel.collectives import broadcast_from, launch_send, receive
 from evomesh.parallel.grid import Axis
 
 
@@ -40,7 +40,10 @@ class StagedModel(LanguageModel):
             room = torch.empty(len(x), self.config.hidden_size, dtype=dtype, device=x.device)
             x = receive(room, self.axis, self.axis.rank - 1)
         hidden: Tensor = self.stage(x, docs, attend)
-        if not self.last and (work := send(hidden.contiguous(), self.axis, self.axis.rank + 1)) is not None:
+        if (
+            not self.last
+            and (work := launch_send(hidden.contiguous(), self.axis, self.axis.rank + 1)) is not None
+        ):
             work.wait()
         return hidden
 

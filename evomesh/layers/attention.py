@@ -15,24 +15,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evomesh.layers.documents import SequenceBounds
 from evomesh.layers.linear import ColumnParallelLinear, RowParallelLinear
 from evomesh.layers.placement import Placement
-from evomesh.layers.rotary import split_rotate
+from evomesh.layers.rotary import split_and_rotate
+from evomesh.layers.sequence_bounds import SequenceBounds
 from evomesh.parallel.collectives import all_to_all
 
 __all__ = ["Attention", "AttentionFunction", "SequenceBounds", "attend", "outside_graph"]
 
-# attend(asking, q [T, N, H], k [T, G, H], v [T, G, H], docs) -> [T, N, H]; generation passes one that keeps k and v,
-# by ``asking.layer``. It is handed the module, for a number that a compiled block reads is compiled into it.
-AttentionFunction = Callable[["Attention", Tensor, Tensor, Tensor, SequenceBounds], Tensor]
+# (q [T, N, H], k [T, G, H], v [T, G, H], bounds, module) -> [T, N, H]. Generation passes one that keeps k and v by
+# ``module.layer``. It takes the module rather than the layer number: a compiled block specializes on a number it reads.
+AttentionFunction = Callable[[Tensor, Tensor, Tensor, SequenceBounds, "Attention"], Tensor]
 FLASH_HEAD_DIM = 256  # the widest that the flash kernel takes
 
 
-def attend(asking: Attention, q: Tensor, k: Tensor, v: Tensor, docs: SequenceBounds) -> Tensor:
-    """softmax(q k^T / sqrt(H)) v within each document, causal. ``asking`` is for callers that keep a cache."""
-    del asking
-    return _varlen(q, k, v, docs) if _flash_takes(q) else _per_document(q, k, v, docs)
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, bounds: SequenceBounds, module: Attention | None = None
+) -> Tensor:
+    """Compute causal softmax(q k^T / sqrt(H)) v within each segment.
+
+    Args:
+        q: [T, N, H]; k and v: [T, G, H].
+        module: unused here; attention functions that keep a key/value cache look it up by ``module.layer``.
+    """
+    return _varlen(q, k, v, bounds) if _flash_takes(q) else _per_document(q, k, v, bounds)
 
 
 def outside_graph(attend: AttentionFunction) -> AttentionFunction:
@@ -51,9 +57,9 @@ def _outside_graph() -> Callable[[AttentionFunction], AttentionFunction]:
 
         @torch.compiler.disable  # type: ignore[misc, untyped-decorator, unused-ignore]
         def __call__(
-            self, asking: Attention, q: Tensor, k: Tensor, v: Tensor, docs: SequenceBounds
+            self, q: Tensor, k: Tensor, v: Tensor, bounds: SequenceBounds, module: Attention
         ) -> Tensor:
-            return self.attend(asking, q, k, v, docs)
+            return self.attend(q, k, v, bounds, module)
 
     return OutsideGraph
 
@@ -77,7 +83,7 @@ def _varlen_options(varlen_attn: Callable[..., Any], grouped: bool) -> dict[str,
     return options | {"enable_gqa": True} if grouped and "enable_gqa" in known else options
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, docs: SequenceBounds) -> Tensor:
+def _varlen(q: Tensor, k: Tensor, v: Tensor, bounds: SequenceBounds) -> Tensor:
     """torch's variable-length flash kernel; it is told the longest document, and waits for no value of the device."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -86,18 +92,18 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, docs: SequenceBounds) -> Tensor:
     if grouped and "enable_gqa" not in options:
         copies = q.shape[1] // k.shape[1]
         k, v = (x.unsqueeze(2).expand(-1, -1, copies, -1).flatten(1, 2) for x in (k, v))
-    bounds, longest = docs.cu_seqlens, docs.max_seqlen
-    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
+    cu_seqlens, longest = bounds.cu_seqlens, bounds.max_seqlen
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
     assert isinstance(out, Tensor)  # a tuple only on demand
     return out
 
 
-def _per_document(q: Tensor, k: Tensor, v: Tensor, docs: SequenceBounds) -> Tensor:
+def _per_document(q: Tensor, k: Tensor, v: Tensor, bounds: SequenceBounds) -> Tensor:
     """One call a run of equally long neighbours: work grows with the documents' lengths squared, not with T squared.
 
     ``split`` rather than slices, because its backward is one concatenation for all documents.
     """
-    runs = [(length, len(list(same))) for length, same in groupby(docs.lengths())]
+    runs = [(length, len(list(same))) for length, same in groupby(bounds.lengths())]
     tokens = [length * count for length, count in runs]
     outs = []
     parts = (torch.split(x, tokens) for x in (q, k, v))
@@ -132,33 +138,37 @@ class Attention(nn.Module):
         kv_heads: int,
         bias: bool,
         interleaved: bool,
-        at: Placement,
+        placement: Placement,
     ) -> None:
         super().__init__()
         self.layer, self.interleaved = layer, interleaved
         self.head_dim = size // heads
-        self.at = at
-        self.kv_heads = kv_heads // at.axis.size  # attended to here, each with its group of query heads
-        self.wqkv = ColumnParallelLinear(size, (heads + 2 * kv_heads) * self.head_dim, bias=bias, at=at)
-        self.wo = RowParallelLinear(heads * self.head_dim, size, bias=bias, at=at)
+        self.placement = placement
+        self.kv_heads = (
+            kv_heads // placement.axis.size
+        )  # attended to here, each with its group of query heads
+        self.wqkv = ColumnParallelLinear(
+            size, (heads + 2 * kv_heads) * self.head_dim, bias=bias, placement=placement
+        )
+        self.wo = RowParallelLinear(heads * self.head_dim, size, bias=bias, placement=placement)
 
     def forward(
         self,
         x: Tensor,
         tables: tuple[Tensor, Tensor],
-        docs: SequenceBounds,
+        bounds: SequenceBounds,
         attend: AttentionFunction = attend,
     ) -> Tensor:
         qkv = self.wqkv(x)
         if (
-            self.at.exchanges
+            self.placement.exchanges_heads
         ):  # q, k and v of a key/value head are neighbours, so that one exchange moves all three
-            qkv = all_to_all(qkv, self.at.axis, split_dim=1, concat_dim=0)
-        q, k, v = split_rotate(
+            qkv = all_to_all(qkv, self.placement.axis, split_dim=1, concat_dim=0)
+        q, k, v = split_and_rotate(
             qkv, *tables, kv_heads=self.kv_heads, head_dim=self.head_dim, interleaved=self.interleaved
         )
-        context = attend(self, q, k, v, docs).flatten(1)
-        if self.at.exchanges:
-            context = all_to_all(context, self.at.axis, split_dim=0, concat_dim=1)
+        context = attend(q, k, v, bounds, self).flatten(1)
+        if self.placement.exchanges_heads:
+            context = all_to_all(context, self.placement.axis, split_dim=0, concat_dim=1)
         out: Tensor = self.wo(context)
         return out

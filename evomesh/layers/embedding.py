@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from evomesh.layers.dtype import promote
 from evomesh.layers.placement import Placement
-from evomesh.parallel.collectives import all_reduce, all_to_all, gather, reduce_scatter
+from evomesh.parallel.collectives import all_reduce, all_to_all, gather_from_axis, reduce_scatter
 from evomesh.parallel.spec import ShardSpec
 
 
@@ -62,23 +62,27 @@ class Embedding(nn.Module):
     """
 
     def __init__(
-        self, rows: int, hidden_size: int, *, grad_scale: float, split_hidden: bool, at: Placement
+        self, rows: int, hidden_size: int, *, grad_scale: float, split_hidden: bool, placement: Placement
     ) -> None:
         super().__init__()
-        self.at, self.grad_scale, self.split_hidden = at, grad_scale, split_hidden
+        self.placement, self.grad_scale, self.split_hidden = placement, grad_scale, split_hidden
         dim = 1 if split_hidden else 0
         local = [rows, hidden_size]
-        local[dim] //= at.cut
-        spec = ShardSpec((rows, hidden_size), ((at.mode.storage, dim),))
-        self.weight = at.parameter((local[0], local[1]), spec)
+        local[dim] //= placement.weight_shards
+        spec = ShardSpec((rows, hidden_size), ((placement.mode.weight_axis, dim),))
+        self.weight = placement.make_parameter((local[0], local[1]), spec)
 
     def forward(self, ids: Tensor) -> Tensor:
-        axis, sequence = self.at.axis, self.at.mode.sequence
+        axis, sequence = self.placement.axis, self.placement.mode.sequence_parallel
         if axis.size == 1:
             out = self._look_up(ids)
         elif self.split_hidden:  # S(1) -> I, or S(1) -> S(0)
             out = self._look_up(ids)
-            out = all_to_all(out, axis, split_dim=0, concat_dim=1) if sequence else gather(out, axis, dim=1)
+            out = (
+                all_to_all(out, axis, split_dim=0, concat_dim=1)
+                if sequence
+                else gather_from_axis(out, axis, dim=1)
+            )
         else:  # P -> I, or P -> S(0): of the summands one is the row, all others are zero
             row = ids - axis.rank * self.weight.shape[0]
             elsewhere = (row < 0) | (row >= self.weight.shape[0])

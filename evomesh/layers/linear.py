@@ -31,31 +31,31 @@ from evomesh.parallel.spec import ShardSpec
 class ColumnParallelLinear(nn.Module):
     """[T, I] (mtp) or [S, I] (msp, fsp) -> [T, O / tp]: weight rows (output features) are cut, the bias with them."""
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool, at: Placement) -> None:
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, placement: Placement) -> None:
         super().__init__()
-        self.at = at
-        shape, storage = (out_features, in_features), ((at.mode.storage, 0),)
-        rows = out_features // at.cut
-        self.weight = at.parameter((rows, in_features), ShardSpec(shape, storage))
-        self.bias = at.parameter((rows,), ShardSpec(shape[:1], storage)) if bias else None
+        self.placement = placement
+        shape, storage = (out_features, in_features), ((placement.mode.weight_axis, 0),)
+        rows = out_features // placement.weight_shards
+        self.weight = placement.make_parameter((rows, in_features), ShardSpec(shape, storage))
+        self.bias = placement.make_parameter((rows,), ShardSpec(shape[:1], storage)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return column_products(x, self)[0]
+        return column_parallel_linears(x, self)[0]
 
 
-def column_products(x: Tensor, *layers: ColumnParallelLinear) -> tuple[Tensor, ...]:
+def column_parallel_linears(x: Tensor, *layers: ColumnParallelLinear) -> tuple[Tensor, ...]:
     """Products of one input with several column-cut weights, so that it is gathered once for all of them.
 
     mtp ``I -> S(1)``, msp and fsp ``S(0) -> S(1)``; backward the dual. msp keeps the gathered input for backward, fsp
     its own part, and gathers it again.
     """
-    axis, mode = layers[0].at.axis, layers[0].at.mode
-    if axis.size > 1 and mode.storage == "tp":
-        if mode.regather:
+    axis, mode = layers[0].placement.axis, layers[0].placement.mode
+    if axis.size > 1 and mode.weight_axis == "tp":
+        if mode.regather_input:
             weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
             outs: tuple[Tensor, ...] = _RegatherLinear.apply(x, axis, *weights, *biases)  # type: ignore[no-untyped-call]
             return outs
-        x = all_gather(x, axis) if mode.sequence else copy_to_axis(x, axis)
+        x = all_gather(x, axis) if mode.sequence_parallel else copy_to_axis(x, axis)
     return tuple(linear(x, layer.weight, layer.bias) for layer in layers)
 
 
@@ -97,22 +97,22 @@ class RowParallelLinear(nn.Module):
     The bias is whole on every rank and is added once, after the sum.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool, at: Placement) -> None:
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, placement: Placement) -> None:
         super().__init__()
-        self.at = at
-        shape, storage = (out_features, in_features), at.mode.storage
+        self.placement = placement
+        shape, storage = (out_features, in_features), placement.mode.weight_axis
         # Weight sharding (wp) cuts every parameter on dim 0; tensor parallelism cuts the summed dimension.
         spec = ShardSpec(shape, ((storage, 1 if storage == "tp" else 0),))
-        self.weight = at.parameter((out_features, in_features // at.cut), spec)
+        self.weight = placement.make_parameter((out_features, in_features // placement.weight_shards), spec)
         self.bias = None
         if bias:
-            bias_spec = ShardSpec(shape[:1], () if storage == "tp" else ((storage, 0),), at.partial)
-            self.bias = at.parameter((out_features,), bias_spec)
+            bias_spec = ShardSpec(shape[:1], () if storage == "tp" else ((storage, 0),), placement.partial)
+            self.bias = placement.make_parameter((out_features,), bias_spec)
 
     def forward(self, x: Tensor) -> Tensor:
-        axis, mode = self.at.axis, self.at.mode
-        if axis.size == 1 or mode.storage == "wp":
+        axis, mode = self.placement.axis, self.placement.mode
+        if axis.size == 1 or mode.weight_axis == "wp":
             return linear(x, self.weight, self.bias)
         part = linear(x, self.weight)
-        out = reduce_scatter(part, axis) if mode.sequence else all_reduce(part, axis)
+        out = reduce_scatter(part, axis) if mode.sequence_parallel else all_reduce(part, axis)
         return out if self.bias is None else out + self.bias

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from evomesh.config.schema import IGNORE
 from evomesh.layers.dtype import promote
-from evomesh.layers.products import by_one_dnn, matmul_nt
+from evomesh.layers.products import matmul_nt, uses_onednn
 from evomesh.monitor.profile import region
 from evomesh.parallel.collectives import MAX, all_gather_no_grad, all_reduce_no_grad, local_range
 from evomesh.parallel.grid import Axis
 
-CHUNK = 512  # tokens whose logits exist at one time, at least
-CUDA_LOGITS = 2**26  # numbers in the logits of a chunk on CUDA: 256 MiB in float32
+MIN_CHUNK_TOKENS = 512  # tokens whose logits exist at one time, at least
+CUDA_CHUNK_LOGITS = 2**26  # numbers in the logits of a chunk on CUDA: 256 MiB in float32
 
 
 class LossOutput(NamedTuple):
@@ -61,11 +61,11 @@ def linear_cross_entropy(
         grad_scale: factor of the loss; applied before gradients are cast to the weight's dtype, so that float16
             gradients can be lifted out of its underflow.
         label_smoothing: share of the target spread evenly over the vocabulary.
-        chunk: C; 0: ``chunk_of``.
+        chunk: C; 0: ``tokens_per_chunk``.
         axis: the tensor axis; each of its ranks gets the whole result.
         parallel_output: keep the logits cut; False gathers each chunk's logits to every rank first.
     """
-    chunk = chunk or chunk_of(weight.shape[0], hidden.is_cuda)
+    chunk = chunk or tokens_per_chunk(weight.shape[0], hidden.is_cuda)
     scale = _scalar(grad_scale, promote(hidden.dtype), hidden.device)
     with_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     with region("loss"):
@@ -84,10 +84,10 @@ def linear_cross_entropy(
     return LossOutput(scaled_sum, nll, correct)
 
 
-def chunk_of(rows: int, on_cuda: bool) -> int:
+def tokens_per_chunk(rows: int, on_cuda: bool) -> int:
     """Tokens of a chunk. Each adds one gradient of the whole weight to the sum, in float32: on CUDA, where that is
     bound by memory and the products are not, fewer and larger chunks of a small vocabulary cost less."""
-    return max(CUDA_LOGITS // rows // CHUNK, 1) * CHUNK if on_cuda else CHUNK
+    return max(CUDA_CHUNK_LOGITS // rows // MIN_CHUNK_TOKENS, 1) * MIN_CHUNK_TOKENS if on_cuda else MIN_CHUNK_TOKENS
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -163,7 +163,7 @@ class _GradientAccumulator:
     def __init__(self, rows: Tensor, weight: Tensor) -> None:
         self.inputs, self.head = rows, weight
         self.rows = torch.empty_like(rows)
-        self.transposed = by_one_dnn(rows, weight)
+        self.transposed = uses_onednn(rows, weight)
         self.weight: Tensor | None = None
 
     def add(self, part: slice, grad: Tensor, factor: Tensor) -> None:

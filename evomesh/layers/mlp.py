@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evomesh.layers.linear import ColumnParallelLinear, RowParallelLinear, column_products
+from evomesh.layers.linear import ColumnParallelLinear, RowParallelLinear, column_parallel_linears
 from evomesh.layers.placement import Placement
 
 
@@ -42,17 +42,17 @@ class FeedForward(nn.Module):
         swiglu: False for the GELU network, which has no ``w3``.
     """
 
-    def __init__(self, size: int, width: int, *, swiglu: bool, at: Placement) -> None:
+    def __init__(self, size: int, width: int, *, swiglu: bool, placement: Placement) -> None:
         super().__init__()
         self.swiglu = swiglu
-        self.w1 = ColumnParallelLinear(size, width, bias=False, at=at)
+        self.w1 = ColumnParallelLinear(size, width, bias=False, placement=placement)
         if swiglu:
-            self.w3 = ColumnParallelLinear(size, width, bias=False, at=at)
-        self.w2 = RowParallelLinear(width, size, bias=False, at=at)
+            self.w3 = ColumnParallelLinear(size, width, bias=False, placement=placement)
+        self.w2 = RowParallelLinear(width, size, bias=False, placement=placement)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.swiglu:
-            gate, up = column_products(x, self.w1, self.w3)
+            gate, up = column_parallel_linears(x, self.w1, self.w3)
             compiled = torch.compiler.is_compiling()
             hidden: Tensor = F.silu(gate) * up if compiled else _SwiGlu.apply(gate, up)  # type: ignore[no-untyped-call]
         else:

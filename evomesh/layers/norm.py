@@ -48,16 +48,20 @@ class Norm(nn.Module):
         fp32_weight: keep the parameters in at least float32 (``use_fp32_norm``).
     """
 
-    def __init__(self, kind: str, size: int, *, eps: float, fp32_weight: bool, at: Placement) -> None:
+    def __init__(self, kind: str, size: int, *, eps: float, fp32_weight: bool, placement: Placement) -> None:
         super().__init__()
-        self.size, self.eps, self.at = size, eps, at
-        spec = ShardSpec((size,), ((at.mode.storage, 0),) if at.mode.storage == "wp" else (), at.partial)
-        dtype = promote(at.dtype) if fp32_weight else at.dtype
-        self.weight = at.parameter((size,), spec, dtype)
-        self.bias = at.parameter((size,), spec, dtype) if kind == "layernorm" else None
+        self.size, self.eps, self.placement = size, eps, placement
+        spec = ShardSpec(
+            (size,),
+            ((placement.mode.weight_axis, 0),) if placement.mode.weight_axis == "wp" else (),
+            placement.partial,
+        )
+        dtype = promote(placement.dtype) if fp32_weight else placement.dtype
+        self.weight = placement.make_parameter((size,), spec, dtype)
+        self.bias = placement.make_parameter((size,), spec, dtype) if kind == "layernorm" else None
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = promote(self.at.dtype)
+        wide = promote(self.placement.dtype)
         weight = self.weight.to(wide)
         out: Tensor
         if self.bias is None and (x.is_cuda or torch.compiler.is_compiling()):
@@ -66,4 +70,4 @@ class Norm(nn.Module):
             out = _RmsNorm.apply(x.to(wide), weight, self.eps)  # type: ignore[no-untyped-call]
         else:
             out = F.layer_norm(x.to(wide), (self.size,), weight, self.bias.to(wide), self.eps)
-        return out.to(self.at.dtype)
+        return out.to(self.placement.dtype)

@@ -28,9 +28,9 @@ class Placement:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
-    def cut(self) -> int:
+    def weight_shards(self) -> int:
         """In how many parts a layer cuts its weights itself; with ``wp`` storage, weight sharding does it later."""
-        return self.axis.size if self.mode.storage == "tp" else 1
+        return self.axis.size if self.mode.weight_axis == "tp" else 1
 
     @property
     def partial(self) -> frozenset[str]:
@@ -38,22 +38,26 @@ class Placement:
 
         With ``wp`` storage the sum is made by weight sharding and over the rest of the weight view, not over ``tp``.
         """
-        return frozenset({"tp"}) if self.mode.sequence and self.mode.storage == "tp" else frozenset()
+        return (
+            frozenset({"tp"})
+            if self.mode.sequence_parallel and self.mode.weight_axis == "tp"
+            else frozenset()
+        )
 
     def on_tensor_axis(self) -> Placement:
         """For embedding, last norm and head, whose weights stay on the tensor axis in every mode."""
-        return replace(self, mode=replace(self.mode, storage="tp"))
+        return replace(self, mode=replace(self.mode, weight_axis="tp"))
 
     @property
-    def exchanges(self) -> bool:
+    def exchanges_heads(self) -> bool:
         """Whether attention swaps its cut of the sequence for a cut of the heads (isp; Jacobs et al., 2309.14509)."""
-        return self.mode.storage == "wp" and self.axis.size > 1
+        return self.mode.weight_axis == "wp" and self.axis.size > 1
 
-    def whole_sequence(self, x: Tensor) -> Tensor:
+    def gather_sequence(self, x: Tensor) -> Tensor:
         """Activations between blocks -> [T, D] on every rank, for different uses there; ``backward P ->`` as before."""
-        return all_gather(x, self.axis) if self.mode.sequence else copy_to_axis(x, self.axis)
+        return all_gather(x, self.axis) if self.mode.sequence_parallel else copy_to_axis(x, self.axis)
 
-    def parameter(
+    def make_parameter(
         self, shape: tuple[int, ...], spec: ShardSpec, dtype: torch.dtype | None = None
     ) -> nn.Parameter:
         """An uninitialised parameter of local ``shape``."""

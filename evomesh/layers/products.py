@@ -17,15 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FEW = range(5, 33)  # rows for which MKL is 1.1 to 1.7 times as fast with the weight as its left matrix
+FEW_ROWS = range(5, 33)  # rows for which MKL is 1.1 to 1.7 times as fast with the weight as its left matrix
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [T, I], weight [O, I] -> x weight^T + bias, [T, O]."""
-    if by_one_dnn(x, weight):
-        out: Tensor = _OneDnnProduct.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    if uses_onednn(x, weight):
+        out: Tensor = _OneDnnLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return out
-    if torch.is_grad_enabled() or not x.is_cpu or len(x) not in FEW:
+    if torch.is_grad_enabled() or not x.is_cpu or len(x) not in FEW_ROWS:
         return F.linear(x, weight, bias)
     out = (weight @ x.T).T.contiguous()
     return out if bias is None else out.add_(bias)
@@ -37,7 +37,7 @@ def matmul_nt(a: Tensor, b: Tensor, *, bias: Tensor | None = None, plus: Tensor 
     A transposed view costs nothing as ``b``; as ``a`` oneDNN copies it first.
     """
     out: Tensor
-    if not by_one_dnn(a, b):
+    if not uses_onednn(a, b):
         out = F.linear(a, b, bias) if plus is None else torch.addmm(plus, a, b.T)
     elif plus is None:
         out = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
@@ -46,20 +46,20 @@ def matmul_nt(a: Tensor, b: Tensor, *, bias: Tensor | None = None, plus: Tensor 
     return out
 
 
-def by_one_dnn(a: Tensor, b: Tensor) -> bool:
+def uses_onednn(a: Tensor, b: Tensor) -> bool:
     """Whether the product of these matrices goes to oneDNN. Compiled code makes its own choice of kernels."""
     return (
         not torch.compiler.is_compiling()  # first: a compiler that looked at the rest would break its graph there
         and a.dtype == b.dtype == torch.float32
         and a.is_cpu
         and a.dim() == 2
-        and one_dnn_is_faster()
+        and onednn_is_faster()
         and bool(torch.backends.mkldnn.enabled)
     )
 
 
 @cache
-def one_dnn_is_faster() -> bool:
+def onednn_is_faster() -> bool:
     """On AMD's processors with AVX-512, and Hygon's. A rule, and no measurement: runs must repeat to the bit."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # type: ignore[no-untyped-call]
         return False
@@ -68,7 +68,7 @@ def one_dnn_is_faster() -> bool:
     return maker.startswith(("AMD", "Hygon")) and bool(capabilities.get("avx512_f"))
 
 
-class _OneDnnProduct(torch.autograd.Function):
+class _OneDnnLinear(torch.autograd.Function):
     """y = x W^T + b;  dx = g W;  dW = g^T x;  db = sum of g."""
 
     @staticmethod

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evomesh.layers.documents import SequenceBounds
 from evomesh.layers.dtype import promote
+from evomesh.layers.sequence_bounds import SequenceBounds
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,15 @@ class RotaryEmbedding:
     max_position: int = 2048
     factor: float = 1.0
 
-    def tables(self, docs: SequenceBounds, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def tables(self, bounds: SequenceBounds, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines of one packed sequence, each [T, H/2] in at least float32."""
-        positions = docs.position_ids.to(torch.float64)
+        positions = bounds.position_ids.to(torch.float64)
         exponent = (
             torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=positions.device) / self.head_dim
         )
         base = torch.full((1,), self.base, dtype=torch.float64, device=positions.device)
         if self.dynamic_ntk:
-            length = docs.span().to(torch.float64).clamp(min=self.max_position)
+            length = bounds.span().to(torch.float64).clamp(min=self.max_position)
             stretch = self.factor * length / self.max_position - (self.factor - 1)
             stretch = torch.where(length > self.max_position, stretch, 1.0)
             base = base * stretch ** (self.head_dim / (self.head_dim - 2))
@@ -95,7 +95,7 @@ class _SplitRotate(torch.autograd.Function):
         return grad.view(tokens, -1), None, None, None, None, None
 
 
-def split_rotate(
+def split_and_rotate(
     qkv: Tensor, cos: Tensor, sin: Tensor, *, kv_heads: int, head_dim: int, interleaved: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cuts a fused projection [T, G (R + 2) H] into q [T, G R, H], k and v [T, G, H]; rotates q and k.

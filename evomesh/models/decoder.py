@@ -30,7 +30,7 @@ from evomesh.layers.placement import Placement
 from evomesh.layers.products import linear
 from evomesh.layers.rotary import RotaryEmbedding
 from evomesh.models.language_model import LanguageModel
-from evomesh.parallel.collectives import gather
+from evomesh.parallel.collectives import gather_from_axis
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import MODES, TensorMode
 from evomesh.parallel.spec import spec_of, with_spec
@@ -61,7 +61,7 @@ class DecoderFamily:
 class DecoderBlock(nn.Module):
     """[T, D] -> [T, D]: x + attention(norm(x)), then x + feed_forward(norm(x)); or the norms behind the additions."""
 
-    def __init__(self, layer: int, config: ModelConfig, *, post_norm: bool, at: Placement) -> None:
+    def __init__(self, layer: int, config: ModelConfig, *, post_norm: bool, placement: Placement) -> None:
         super().__init__()
         self.post_norm = post_norm
         self.attention = Attention(
@@ -71,30 +71,32 @@ class DecoderBlock(nn.Module):
             kv_heads=config.kv_heads,
             bias=not config.no_bias,
             interleaved=config.qk_interleaved,
-            at=at,
+            placement=placement,
         )
-        self.attention_norm = make_norm(config, at)
-        self.feed_forward = FeedForward(config.hidden_size, config.mlp_width, swiglu=config.use_swiglu, at=at)
-        self.ffn_norm = make_norm(config, at)
+        self.attention_norm = make_norm(config, placement)
+        self.feed_forward = FeedForward(
+            config.hidden_size, config.mlp_width, swiglu=config.use_swiglu, placement=placement
+        )
+        self.ffn_norm = make_norm(config, placement)
 
     def forward(
-        self, x: Tensor, tables: tuple[Tensor, Tensor], docs: SequenceBounds, attend: AttentionFunction
+        self, x: Tensor, tables: tuple[Tensor, Tensor], bounds: SequenceBounds, attend: AttentionFunction
     ) -> Tensor:
         after = self.post_norm
-        h = self.attention(x if after else self.attention_norm(x), tables, docs, attend)
+        h = self.attention(x if after else self.attention_norm(x), tables, bounds, attend)
         x = self.attention_norm(x + h) if after else x + h
         h = self.feed_forward(x if after else self.ffn_norm(x))
         out: Tensor = self.ffn_norm(x + h) if after else x + h
         return out
 
 
-def make_norm(config: ModelConfig, at: Placement) -> Norm:
+def make_norm(config: ModelConfig, placement: Placement) -> Norm:
     return Norm(
         config.norm_type,
         config.hidden_size,
         eps=config.layer_norm_epsilon,
         fp32_weight=config.use_fp32_norm,
-        at=at,
+        placement=placement,
     )
 
 
@@ -104,34 +106,36 @@ class OutputHead(nn.Module):
     Training reads the weight inside ``forward`` only: that is where weight sharding puts it together.
     """
 
-    def __init__(self, config: ModelConfig, rows: int, at: Placement) -> None:
+    def __init__(self, config: ModelConfig, rows: int, placement: Placement) -> None:
         super().__init__()
-        self.config, self.at = config, at
-        self.weight = ColumnParallelLinear(config.hidden_size, rows, bias=False, at=at).weight
+        self.config, self.placement = config, placement
+        self.weight = ColumnParallelLinear(config.hidden_size, rows, bias=False, placement=placement).weight
 
     def forward(
         self, hidden: Tensor, labels: Tensor, grad_scale: float | Tensor, label_smoothing: float
     ) -> LossOutput:
         return linear_cross_entropy(
-            self.at.whole_sequence(hidden.to(self.at.dtype)),
+            self.placement.gather_sequence(hidden.to(self.placement.dtype)),
             self._rows(),
             labels,
             vocab_size=self.config.vocab_size,
             grad_scale=grad_scale,
             label_smoothing=label_smoothing,
-            axis=self.at.axis,
+            axis=self.placement.axis,
             parallel_output=self.config.parallel_output,
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        logits = linear(self.at.whole_sequence(hidden.to(self.at.dtype)), self._rows())
-        return gather(logits, self.at.axis, dim=1)[:, : self.config.vocab_size].to(promote(self.at.dtype))
+        logits = linear(self.placement.gather_sequence(hidden.to(self.placement.dtype)), self._rows())
+        return gather_from_axis(logits, self.placement.axis, dim=1)[:, : self.config.vocab_size].to(
+            promote(self.placement.dtype)
+        )
 
     def _rows(self) -> Tensor:
         """The weight as the products use it: rows normalised with ``norm_head``, gradient scaled as the embedding's."""
         weight = scale_gradient(self.weight, self.config.embed_grad_scale)
         if self.config.norm_head:
-            weight = F.normalize(weight.to(promote(self.at.dtype)), dim=1).to(self.at.dtype)
+            weight = F.normalize(weight.to(promote(self.placement.dtype)), dim=1).to(self.placement.dtype)
         return weight
 
 
@@ -167,7 +171,7 @@ class Decoder(LanguageModel):
             factor=config.rope_scaling_factor,
         )
         axis = (grid or Grid()).tp
-        self.at = at = Placement(axis, mode, self.dtype, torch.device(device))
+        self.placement = placement = Placement(axis, mode, self.dtype, torch.device(device))
         rows = -(-config.vocab_size // axis.size) * axis.size  # padded, because matrices must divide
         self.embedding: Embedding | None = None
         if layers.start == 0:
@@ -176,20 +180,22 @@ class Decoder(LanguageModel):
                 config.hidden_size,
                 grad_scale=config.embed_grad_scale,
                 split_hidden=config.embed_split_hidden,
-                at=at.on_tensor_axis(),
+                placement=placement.on_tensor_axis(),
             )
         self.layers = nn.ModuleDict(
-            {str(i): DecoderBlock(i, config, post_norm=self.post_norm, at=at) for i in layers}
+            {str(i): DecoderBlock(i, config, post_norm=self.post_norm, placement=placement) for i in layers}
         )
         self.norm: Norm | None = None
         self.head: OutputHead | None = None
         if layers.stop == config.num_layers:
-            self.norm = None if self.post_norm else make_norm(config, at.on_tensor_axis())
-            self.head = OutputHead(config, rows, at.on_tensor_axis())
+            self.norm = None if self.post_norm else make_norm(config, placement.on_tensor_axis())
+            self.head = OutputHead(config, rows, placement.on_tensor_axis())
         for padded in (self.embedding, self.head):
             if padded is not None:
                 with_spec(padded.weight, replace(spec_of(padded.weight), padding=rows - config.vocab_size))
-        self.compiled = config.compile is True or (config.compile == "auto" and at.device.type == "cuda")
+        self.compiled = config.compile is True or (
+            config.compile == "auto" and placement.device.type == "cuda"
+        )
         if self.compiled:
             for block in self.layers.values():
                 block.compile()
@@ -203,21 +209,23 @@ class Decoder(LanguageModel):
         # Rounded first, so that 10 * 0.3 counts as 3 whatever its last binary digit.
         return rounding(round(len(self.layers) * self.config.checkpoint, 9))
 
-    def forward(self, x: Tensor, docs: SequenceBounds, attend: AttentionFunction = attend) -> Tensor:
+    def forward(self, x: Tensor, bounds: SequenceBounds, attend: AttentionFunction = attend) -> Tensor:
         if self.embedding is not None:
             x = self.embedding(x)
             if self.config.residual_in_fp32:
                 x = x.to(promote(self.dtype))
         if self.compiled:
             attend = outside_graph(attend)
-        tables = self.rotary.tables(docs, self.dtype)
+        tables = self.rotary.tables(bounds, self.dtype)
         recomputed = self.recomputed_layers if torch.is_grad_enabled() else 0
         for i, block in enumerate(self.layers.values()):
             if i < recomputed:
                 # No dropout anywhere, so there is no random state to restore.
-                x = checkpoint(block, x, tables, docs, attend, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(
+                    block, x, tables, bounds, attend, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                x = block(x, tables, docs, attend)
+                x = block(x, tables, bounds, attend)
         return x if self.norm is None else self.norm(x)
 
     def loss(

@@ -15,12 +15,12 @@ from evomesh.layers.loss import LossOutput
 class LanguageModel(nn.Module):
     """Base of all models. A user's own class need not inherit from it, as long as it has these methods."""
 
-    def forward(self, x: Tensor, docs: SequenceBounds, attend: AttentionFunction = attend) -> Tensor:
+    def forward(self, x: Tensor, bounds: SequenceBounds, attend: AttentionFunction = attend) -> Tensor:
         """Token ids [T] int64 of one packed sequence -> hidden states [T, D].
 
         Args:
             x: on a later pipeline stage, the previous stage's hidden states [T, D] instead.
-            docs: positions and bounds of the packed documents.
+            bounds: positions and bounds of the packed documents.
             attend: attention itself, given rotated q, k and v; generation passes one that keeps keys and values.
         """
         raise NotImplementedError

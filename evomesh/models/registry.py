@@ -22,7 +22,7 @@ from evomesh.models.language_model import LanguageModel
 from evomesh.models.llama import LLAMA
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import MODES, TensorMode
-from evomesh.parallel.spec import local_part, spec_of
+from evomesh.parallel.spec import local_shard, spec_of
 
 _GIVEN = ("config", "grid", "mode", "device", "layer_range")
 
@@ -229,7 +229,7 @@ def initialize_weights(model: nn.Module, seed: int, grid: Grid | None = None) ->
     grid = grid or Grid()
     for name, parameter in model.named_parameters():
         wanted: InitialWeight = initial(name)
-        fill_parameter(name, local_part(parameter), spec_of(parameter), grid.cuts, wanted, seed)
+        fill_parameter(name, local_shard(parameter), spec_of(parameter), grid.shard_axes, wanted, seed)
     clear_padding(model, grid)
 
 
@@ -239,5 +239,5 @@ def clear_padding(model: nn.Module, grid: Grid) -> None:
     for parameter in model.parameters():
         spec = spec_of(parameter)
         if spec.padding and not parameter.is_meta:
-            rows = owned_range(spec, 0, grid.cuts)
-            local_part(parameter.detach())[max(spec.stored[0] - rows.start, 0) :].zero_()
+            rows = owned_range(spec, 0, grid.shard_axes)
+            local_shard(parameter.detach())[max(spec.stored_shape[0] - rows.start, 0) :].zero_()

@@ -15,9 +15,9 @@ from torch import Tensor
 from evomesh.optim.slot import ParameterSlot
 from evomesh.parallel.collectives import (
     PendingCollective,
-    all_gather_bucket,
-    all_reduce_bucket,
-    reduce_scatter_bucket,
+    launch_all_gather,
+    launch_all_reduce,
+    launch_reduce_scatter,
 )
 
 
@@ -31,11 +31,11 @@ class GradientBucket:
 
     def launch(self) -> None:
         """Starts the first sum. The gradients must stay as they are until ``finish``."""
-        cut, sums = self.slots[0].cut, self.slots[0].sums
+        cut, sums = self.slots[0].shard_axis, self.slots[0].sum_axes
         rows = [slot.gradient().reshape(cut.size, -1) for slot in self.slots]
         bucket = rows[0].contiguous() if len(rows) == 1 else torch.cat(rows, dim=1)
         self.pending = (
-            reduce_scatter_bucket(bucket, cut) if cut.size > 1 else all_reduce_bucket(bucket, sums[0])
+            launch_reduce_scatter(bucket, cut) if cut.size > 1 else launch_all_reduce(bucket, sums[0])
         )
 
     def finish(self) -> None:
@@ -44,12 +44,12 @@ class GradientBucket:
             self.launch()
         assert self.pending is not None
         total, self.pending, self.arrived = self.pending.wait(), None, 0
-        cut, sums = self.slots[0].cut, self.slots[0].sums
+        cut, sums = self.slots[0].shard_axis, self.slots[0].sum_axes
         for axis in sums if cut.size > 1 else sums[1:]:
-            total = all_reduce_bucket(total, axis).wait()
-        pieces = torch.split(total.view(-1), [slot.target.numel() for slot in self.slots])
+            total = launch_all_reduce(total, axis).wait()
+        pieces = torch.split(total.view(-1), [slot.master.numel() for slot in self.slots])
         for slot, piece in zip(self.slots, pieces, strict=True):
-            slot.target.grad = piece.view(slot.target.shape)
+            slot.master.grad = piece.view(slot.master.shape)
 
 
 class GradientSync:
@@ -61,19 +61,21 @@ class GradientSync:
 
     def __init__(self, slots: Sequence[ParameterSlot], bucket_size: int, overlap: bool) -> None:
         self.overlap = overlap
-        self.local = [slot for slot in slots if slot.cut.size == 1 and not slot.sums]
-        synced = [slot for slot in reversed(slots) if slot.cut.size > 1 or slot.sums]
+        self.local = [slot for slot in slots if slot.shard_axis.size == 1 and not slot.sum_axes]
+        synced = [slot for slot in reversed(slots) if slot.shard_axis.size > 1 or slot.sum_axes]
         kinds: dict[object, list[ParameterSlot]] = {}
         for slot in synced:
-            kinds.setdefault((slot.cut, slot.sums, slot.gradient_dtype), []).append(slot)
+            kinds.setdefault((slot.shard_axis, slot.sum_axes, slot.gradient_dtype), []).append(slot)
         position = {slot: index for index, slot in enumerate(synced)}
-        self.buckets = [GradientBucket(part) for kind in kinds.values() for part in packed(kind, bucket_size)]
+        self.buckets = [
+            GradientBucket(part) for kind in kinds.values() for part in pack_into_buckets(kind, bucket_size)
+        ]
         self.buckets.sort(key=lambda bucket: position[bucket.slots[-1]])  # by when backward fills them
         self._bucket_of = {slot: bucket for bucket in self.buckets for slot in bucket.slots}
         self._micro_batches = 0
         self._launched = 0
 
-    def expect(self, micro_batches: int) -> None:
+    def expect_micro_batches(self, micro_batches: int) -> None:
         self._micro_batches = micro_batches
 
     def arrived(self, slot: ParameterSlot) -> None:
@@ -97,7 +99,7 @@ class GradientSync:
         for bucket in self.buckets:
             bucket.finish()
         for slot in self.local:
-            slot.target.grad = slot.gradient()
+            slot.master.grad = slot.gradient()
         self._launched = self._micro_batches = 0
 
 
@@ -113,21 +115,21 @@ class ParameterBucket:
         self._alone = len(self.slots) == 1
 
     def launch(self) -> None:
-        cut, dtype = self.slots[0].cut, self.slots[0].local.dtype
+        cut, dtype = self.slots[0].shard_axis, self.slots[0].local.dtype
         rows = torch.cat(
-            [slot.target.reshape(-1).to(dtype) for slot in self.slots]
+            [slot.master.reshape(-1).to(dtype) for slot in self.slots]
         )  # also a copy: out must not alias it
         out = self.slots[0].local.view(cut.size, -1) if self._alone else None
-        self.pending = all_gather_bucket(rows, cut, out)
+        self.pending = launch_all_gather(rows, cut, out)
 
     def finish(self) -> None:
         if self.pending is None:
             return
         bucket, self.pending = self.pending.wait(), None
         if not self._alone:
-            pieces = torch.split(bucket, [slot.target.numel() for slot in self.slots], dim=1)
+            pieces = torch.split(bucket, [slot.master.numel() for slot in self.slots], dim=1)
             for slot, piece in zip(self.slots, pieces, strict=True):
-                slot.local.view(slot.cut.size, -1).copy_(piece)
+                slot.local.view(slot.shard_axis.size, -1).copy_(piece)
 
 
 class ParameterSync:
@@ -143,10 +145,10 @@ class ParameterSync:
         self.overlap = overlap
         kinds: dict[object, list[ParameterSlot]] = {}
         for slot in slots:
-            if slot.cut.size > 1:
-                kinds.setdefault((slot.cut, slot.local.dtype), []).append(slot)
+            if slot.shard_axis.size > 1:
+                kinds.setdefault((slot.shard_axis, slot.local.dtype), []).append(slot)
         self.buckets = [
-            ParameterBucket(part) for kind in kinds.values() for part in packed(kind, bucket_size)
+            ParameterBucket(part) for kind in kinds.values() for part in pack_into_buckets(kind, bucket_size)
         ]
         self._bucket_of = {slot.name: bucket for bucket in self.buckets for slot in bucket.slots}
 
@@ -164,7 +166,7 @@ class ParameterSync:
             bucket.finish()
 
 
-def packed(slots: Sequence[ParameterSlot], limit: int) -> list[list[ParameterSlot]]:
+def pack_into_buckets(slots: Sequence[ParameterSlot], limit: int) -> list[list[ParameterSlot]]:
     """Consecutive slots in lists of at most ``limit`` elements; a larger one stays whole, alone in its list."""
     parts: list[list[ParameterSlot]] = []
     size = 0
@@ -177,9 +179,9 @@ def packed(slots: Sequence[ParameterSlot], limit: int) -> list[list[ParameterSlo
     return parts
 
 
-def copy_back(slots: Sequence[ParameterSlot]) -> None:
+def copy_masters_to_parameters(slots: Sequence[ParameterSlot]) -> None:
     """Rounds float32 masters to the parameters that this rank holds whole."""
-    halves = [slot for slot in slots if slot.accumulated is not None and slot.cut.size == 1]
-    sources: list[Tensor] = [slot.target for slot in halves]
+    halves = [slot for slot in slots if slot.accumulated_grad is not None and slot.shard_axis.size == 1]
+    sources: list[Tensor] = [slot.master for slot in halves]
     if halves:
         torch._foreach_copy_([slot.local for slot in halves], sources)

@@ -20,7 +20,7 @@ GradientCheck = Literal["ok", "inf", "nan"]
 
 
 def global_norm(grads: Sequence[Tensor], grid: Grid, device: torch.device) -> Tensor:
-    """The 2-norm over the gradients of all ranks: ``grads`` are those that this rank counts (see ``counts_here``).
+    """The 2-norm over the gradients of all ranks: ``grads`` are those that this rank counts (see ``counts_in_norm``).
 
     The result is the same number on every rank.
     """
@@ -32,7 +32,7 @@ def global_norm(grads: Sequence[Tensor], grid: Grid, device: torch.device) -> Te
     return all_reduce_no_grad(total, grid.dp, grid.tp, grid.pp).sqrt()
 
 
-def counts_here(spec: ShardSpec, axes: Sequence[Axis]) -> bool:
+def counts_in_norm(spec: ShardSpec, axes: Sequence[Axis]) -> bool:
     """Of all ranks that hold the same elements exactly one counts them: the first on each axis that does not cut them.
 
     Args:
@@ -42,7 +42,7 @@ def counts_here(spec: ShardSpec, axes: Sequence[Axis]) -> bool:
     return all(axis.name in cut or axis.rank == 0 for axis in axes)
 
 
-def found_in(norm: float) -> GradientCheck:
+def check_norm(norm: float) -> GradientCheck:
     return "nan" if math.isnan(norm) else "inf" if math.isinf(norm) else "ok"
 
 

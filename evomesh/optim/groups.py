@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def decays(name: str, no_decay: Sequence[str]) -> bool:
+def has_weight_decay(name: str, no_decay: Sequence[str]) -> bool:
     """Whether the parameter with this global name is decayed.
 
     The default, an empty ``no_decay``, decays everything, biases, norms and embedding included, as InternEvo does.

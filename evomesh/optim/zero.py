@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from evomesh.config.schema import AdamConfig, ZeroConfig
 from evomesh.optim.adamw import AdamW
-from evomesh.optim.buckets import GradientSync, ParameterSync, copy_back
-from evomesh.optim.clip import GradientCheck, clip_factor, found_in, global_norm
-from evomesh.optim.groups import decays
+from evomesh.optim.buckets import GradientSync, ParameterSync, copy_masters_to_parameters
+from evomesh.optim.clip import GradientCheck, check_norm, clip_factor, global_norm
+from evomesh.optim.groups import has_weight_decay
 from evomesh.optim.slot import ParameterSlot, make_slot
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.spec import is_sharded
@@ -42,9 +42,9 @@ class StepResult:
         return float(self.norm)
 
     @property
-    def found(self) -> GradientCheck:
+    def check(self) -> GradientCheck:
         """ "ok", or what made the step be skipped: waits like ``grad_norm``."""
-        return found_in(self.grad_norm)
+        return check_norm(self.grad_norm)
 
 
 class ZeroOptimizer:
@@ -77,20 +77,22 @@ class ZeroOptimizer:
             bucket_size=zero.all_gather_size if zero.use_split_tensor_optim else 0,
             overlap=zero.overlap_sync_param and model is not None,
         )
-        decay = {slot.target: adam.weight_decay * decays(slot.name, adam.no_decay) for slot in self.slots}
+        decay = {
+            slot.master: adam.weight_decay * has_weight_decay(slot.name, adam.no_decay) for slot in self.slots
+        }
         self._adamw = AdamW(decay, adam.adam_beta1, adam.adam_eps)
         for slot in self.slots:
-            if slot.accumulated is not None or zero.overlap_sync_grad:
+            if slot.accumulated_grad is not None or zero.overlap_sync_grad:
                 hook = partial(self._accumulated, slot)
                 slot.param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
         if model is not None and self._parameters.overlap:
             self._await_in_forward(model)
-        elements = sum(slot.target.numel() for slot in self.slots)  # the same on every rank, rows being equal
+        elements = sum(slot.master.numel() for slot in self.slots)  # the same on every rank, rows being equal
         logger.info("Number of elements on ranks: %s, rank:%d", [elements] * grid.zero.size, grid.zero.rank)
 
-    def expect(self, micro_batches: int) -> None:
+    def expect_micro_batches(self, micro_batches: int) -> None:
         """Says, before the first backward of a step, how many there will be: ``overlap_sync_grad`` needs to know."""
-        self._gradients.expect(micro_batches)
+        self._gradients.expect_micro_batches(micro_batches)
 
     @torch.no_grad()
     def step(self, lr: float, beta2: float, inv_scale: float) -> StepResult:
@@ -104,15 +106,17 @@ class ZeroOptimizer:
         """
         self._parameters.wait()
         self._gradients.finish()
-        counted = [slot.target.grad for slot in self.slots if slot.counted and slot.target.grad is not None]
+        counted = [
+            slot.master.grad for slot in self.slots if slot.counts_in_norm and slot.master.grad is not None
+        ]
         norm = global_norm(counted, self.grid, self.device) * inv_scale
         self._update(lr, beta2, inv_scale, norm)
         for slot in self.slots:
-            slot.target.grad = None
+            slot.master.grad = None
         return StepResult(norm)
 
     @torch.no_grad()
-    def exchange(self) -> None:
+    def communicate_only(self) -> None:
         """Sends what a step sends, but for the norm, and updates nothing: for a trace without numbers."""
         self._gradients.finish()
         self._parameters.start()
@@ -122,7 +126,7 @@ class ZeroOptimizer:
         for slot in self.slots:
             slot.reset()
 
-    def wait(self) -> None:
+    def wait_for_parameters(self) -> None:
         """Blocks until every parameter holds its new value; call it before reading weights outside forward."""
         self._parameters.wait()
 
@@ -130,21 +134,21 @@ class ZeroOptimizer:
     def refresh_masters(self) -> None:
         """Takes the masters from the parameters: after weights were loaded without an optimizer state."""
         for slot in self.slots:
-            if slot.accumulated is not None:
-                slot.target.copy_(slot.own)
+            if slot.accumulated_grad is not None:
+                slot.master.copy_(slot.own_rows)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The live tensors of the state, each with its ``ShardSpec``: write into them to load.
 
         ``optim.exp_avg.NAME``, ``optim.exp_avg_sq.NAME`` and, for float16 and bfloat16, ``optim.master.NAME``.
         """
-        self.wait()
+        self.wait_for_parameters()
         tensors: dict[str, Tensor] = {}
         for slot in self.slots:
-            moments = self._adamw.moments[slot.target]
+            moments = self._adamw.moments[slot.master]
             kinds = {"exp_avg": moments.exp_avg, "exp_avg_sq": moments.exp_avg_sq}
-            if slot.accumulated is not None:
-                kinds["master"] = slot.target
+            if slot.accumulated_grad is not None:
+                kinds["master"] = slot.master
             for kind, tensor in kinds.items():
                 tensor.spec = slot.spec  # type: ignore[attr-defined]
                 tensors[f"optim.{kind}.{slot.name}"] = tensor
@@ -169,7 +173,7 @@ class ZeroOptimizer:
     def _update(self, lr: float, beta2: float, inv_scale: float, norm: Tensor) -> None:
         """Everything behind the norm is done in any case, since only the device knows whether the step is skipped:
         then AdamW's kernel changes no target, and what is rounded and gathered from the targets is what was there."""
-        gradients = [slot.target.grad for slot in self.slots if slot.target.grad is not None]
+        gradients = [slot.master.grad for slot in self.slots if slot.master.grad is not None]
         divisor = None
         if inv_scale != 1.0 or self.zero.clip_grad_norm > 0:
             factor = clip_factor(norm, self.zero.clip_grad_norm) * inv_scale
@@ -180,7 +184,7 @@ class ZeroOptimizer:
             else:
                 torch._foreach_mul_(gradients, factor)
         self._adamw.step(lr, beta2, divisor, found_inf=(~norm.isfinite()).float())
-        copy_back(self.slots)
+        copy_masters_to_parameters(self.slots)
         self._parameters.start()
 
     def _await_in_forward(self, model: nn.Module) -> None:

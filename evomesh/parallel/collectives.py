@@ -52,14 +52,14 @@ def copy_to_axis(x: Tensor, axis: Axis) -> Tensor:
     return _apply(_CopyToAxis, x, axis)
 
 
-def gather(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
+def gather_from_axis(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     """``S(dim) -> I; backward I -> S(dim)`` (own range, no communication)."""
-    return _apply(_Gather, x, axis, dim)
+    return _apply(_GatherFromAxis, x, axis, dim)
 
 
-def split(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
+def shard_to_axis(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     """``I -> S(dim)`` (own range, no communication); ``backward S(dim) -> I`` (all-gather)."""
-    return _apply(_Split, x, axis, dim)
+    return _apply(_ShardToAxis, x, axis, dim)
 
 
 def all_to_all(x: Tensor, axis: Axis, split_dim: int, concat_dim: int) -> Tensor:
@@ -129,7 +129,7 @@ class _CopyToAxis(torch.autograd.Function):
         return all_reduce_no_grad(grad, ctx.axis), None
 
 
-class _Gather(torch.autograd.Function):
+class _GatherFromAxis(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
         ctx.axis, ctx.dim = axis, dim
@@ -141,7 +141,7 @@ class _Gather(torch.autograd.Function):
         return local_range(grad, ctx.axis, ctx.dim).contiguous(), None, None
 
 
-class _Split(torch.autograd.Function):
+class _ShardToAxis(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
         ctx.axis, ctx.dim = axis, dim
@@ -256,13 +256,13 @@ class _PendingRowSum(PendingCollective):
         )
 
 
-def _exchange_rows(bucket: Tensor, axis: Axis, shape: torch.Size | None = None) -> PendingCollective:
+def _launch_row_exchange(bucket: Tensor, axis: Axis, shape: torch.Size | None = None) -> PendingCollective:
     rows = torch.empty_like(bucket)
     work = dist.all_to_all_single(rows.view(-1), bucket.view(-1), group=axis.group, async_op=True)
     return _PendingRowSum(rows, work, bucket, axis, shape)
 
 
-def reduce_scatter_bucket(bucket: Tensor, axis: Axis) -> PendingCollective:
+def launch_reduce_scatter(bucket: Tensor, axis: Axis) -> PendingCollective:
     """Starts summing ``bucket`` [size, chunk] over the axis; row ``axis.rank`` [chunk] is the result.
 
     The bucket must be contiguous and stay unchanged until ``wait()``. On the CPU the summands are added in rank order.
@@ -270,14 +270,14 @@ def reduce_scatter_bucket(bucket: Tensor, axis: Axis) -> PendingCollective:
     if axis.size == 1:
         return PendingCollective(bucket[0], None, bucket)
     if bucket.is_cpu:
-        return _exchange_rows(bucket, axis)
+        return _launch_row_exchange(bucket, axis)
     own = bucket.new_empty(bucket.shape[1:])
     return PendingCollective(
         own, _reduce_scatter_single(own, bucket.view(-1), group=axis.group, async_op=True), bucket
     )
 
 
-def all_gather_bucket(chunk: Tensor, axis: Axis, out: Tensor | None = None) -> PendingCollective:
+def launch_all_gather(chunk: Tensor, axis: Axis, out: Tensor | None = None) -> PendingCollective:
     """Starts gathering every rank's ``chunk`` [chunk] into [size, chunk], the contiguous ``out`` if given."""
     if axis.size == 1:
         return PendingCollective(chunk.unsqueeze(0), None, chunk)
@@ -287,14 +287,14 @@ def all_gather_bucket(chunk: Tensor, axis: Axis, out: Tensor | None = None) -> P
     )
 
 
-def all_reduce_bucket(bucket: Tensor, axis: Axis) -> PendingCollective:
+def launch_all_reduce(bucket: Tensor, axis: Axis) -> PendingCollective:
     """Starts summing ``bucket`` over the axis, in a copy of it; on the CPU the summands are added in rank order."""
     if axis.size == 1:
         return PendingCollective(bucket, None, bucket)
     if bucket.is_cpu:
         padding = -bucket.numel() % axis.size
         rows = torch.nn.functional.pad(bucket.reshape(-1), (0, padding)).view(axis.size, -1)
-        return _exchange_rows(rows, axis, bucket.shape)
+        return _launch_row_exchange(rows, axis, bucket.shape)
     total = bucket.clone()
     return PendingCollective(total, dist.all_reduce(total, group=axis.group, async_op=True), bucket)
 
@@ -306,7 +306,7 @@ def broadcast_from(x: Tensor, axis: Axis, source: int = 0) -> None:
         dist.broadcast(x, src=dist.get_global_rank(axis.group, source), group=axis.group)
 
 
-def send(x: Tensor, axis: Axis, to: int) -> dist.Work | None:
+def launch_send(x: Tensor, axis: Axis, to: int) -> dist.Work | None:
     """Starts sending ``x`` to axis rank ``to``; keep it unchanged until the work is done."""
     assert axis.group is not None
     return dist.isend(x, group=axis.group, group_dst=to)
@@ -319,7 +319,7 @@ def receive(x: Tensor, axis: Axis, source: int) -> Tensor:
     return x
 
 
-def gather_objects(value: Any, axis: Axis) -> list[Any]:
+def all_gather_objects(value: Any, axis: Axis) -> list[Any]:
     """Every rank's picklable ``value``, in axis order; for start-up and log lines, not for the step."""
     if axis.size == 1:
         return [value]

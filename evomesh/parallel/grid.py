@@ -34,7 +34,7 @@ class Grid:
     replica: Axis = Axis("replica")
 
     @property
-    def cuts(self) -> dict[str, Axis]:
+    def shard_axes(self) -> dict[str, Axis]:
         """The axes over which parameters may be cut, by name."""
         return {"tp": self.tp, "wp": self.wp, "zero": self.zero}
 

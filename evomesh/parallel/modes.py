@@ -8,14 +8,14 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class TensorMode:
-    sequence: bool  # activations between blocks are split along the sequence
-    regather: bool  # backward gathers the input again instead of keeping it
-    storage: Literal["tp", "wp"]  # axis on which weights are cut
+    sequence_parallel: bool  # activations between blocks are split along the sequence
+    regather_input: bool  # backward gathers the input again instead of keeping it
+    weight_axis: Literal["tp", "wp"]  # axis on which weights are cut
 
 
 MODES = {
-    "mtp": TensorMode(sequence=False, regather=False, storage="tp"),
-    "msp": TensorMode(sequence=True, regather=False, storage="tp"),
-    "fsp": TensorMode(sequence=True, regather=True, storage="tp"),
-    "isp": TensorMode(sequence=True, regather=False, storage="wp"),
+    "mtp": TensorMode(sequence_parallel=False, regather_input=False, weight_axis="tp"),
+    "msp": TensorMode(sequence_parallel=True, regather_input=False, weight_axis="tp"),
+    "fsp": TensorMode(sequence_parallel=True, regather_input=True, weight_axis="tp"),
+    "isp": TensorMode(sequence_parallel=True, regather_input=False, weight_axis="wp"),
 }

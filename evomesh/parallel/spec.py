@@ -28,7 +28,7 @@ class ShardSpec:
     padding: int = 0
 
     @property
-    def stored(self) -> tuple[int, ...]:
+    def stored_shape(self) -> tuple[int, ...]:
         """The shape in checkpoints, the same in every layout."""
         return (self.shape[0] - self.padding, *self.shape[1:]) if self.padding else self.shape
 
@@ -50,7 +50,7 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "to_local")
 
 
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
+def local_shard(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a tensor that FSDP2 has cut; any other as it is."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
@@ -62,10 +62,10 @@ def state_axes(spec: ShardSpec, grid: Grid) -> tuple[Axis, Axis]:
     on the tensor axis (embedding, last norm, head): ranks of the weight view's zero axis may lie on different tp ranks
     there, so its state is cut over the whole data axis of the activation view, if at all.
     """
-    return stage_axes(spec, grid)[:2]
+    return optimizer_axes(spec, grid)[:2]
 
 
-def stage_axes(spec: ShardSpec, grid: Grid) -> tuple[Axis, Axis, Axis]:
+def optimizer_axes(spec: ShardSpec, grid: Grid) -> tuple[Axis, Axis, Axis]:
     """``state_axes`` and the axis inside them: together the ranks of a stage as this parameter sees them, each once."""
     cut_by = {axis for axis, _ in spec.shards}
     # In isp whatever wp does not cut is whole there, on ranks that see different data.

@@ -1,4 +1,4 @@
-"""Counts what is sent: every c10d call under ``count_traffic``, also those of FSDP2 and of the pipeline."""
+"""Counts what is sent: every c10d call under ``record_traffic``, also those of FSDP2 and of the pipeline."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class TrafficLog:
 
 
 @contextmanager
-def count_traffic(grid: Grid) -> Iterator[TrafficLog]:
-    """``with count_traffic(grid) as traffic: ...`` records every collective started inside.
+def record_traffic(grid: Grid) -> Iterator[TrafficLog]:
+    """``with record_traffic(grid) as traffic: ...`` records every collective started inside.
 
     Args:
         grid: names the groups; a group that is on no axis is called "world". Axes of the two views that have the same

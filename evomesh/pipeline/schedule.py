@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from evomesh.data.batch import Batch
 from evomesh.errors import UserError
-from evomesh.layers.documents import SequenceBounds, micro_batch_bounds
 from evomesh.layers.loss import LossOutput
-from evomesh.parallel.collectives import gather, receive, send, split
+from evomesh.layers.sequence_bounds import SequenceBounds, micro_batch_bounds
+from evomesh.parallel.collectives import gather_from_axis, launch_send, receive, shard_to_axis
 from evomesh.parallel.grid import Axis, Grid
 from evomesh.parallel.modes import TensorMode
 from evomesh.pipeline.stages import stages_of_rank
@@ -102,10 +102,10 @@ class _StageModule(nn.Module):
         micro_batch, batch = self.done, self.work.batch
         self.done += 1
         # In mtp all tp ranks hold the same hidden states: each sends its columns, and the receivers gather them.
-        x = batch.tokens[micro_batch] if self.first else gather(x, self.pieces, dim=1)
+        x = batch.tokens[micro_batch] if self.first else gather_from_axis(x, self.pieces, dim=1)
         hidden = self.model(x, micro_batch_bounds(batch, micro_batch))
         if not self.last:
-            return split(hidden, self.pieces, dim=1)
+            return shard_to_axis(hidden, self.pieces, dim=1)
         model: Any = self.model
         scale, smoothing = self.work.scales[micro_batch], self.work.smoothing
         output = model.loss(hidden, batch.labels[micro_batch], scale, smoothing)
@@ -143,12 +143,12 @@ class PipelineSchedule:
         self._kind, self._pp, self._device = schedule, pp, device
         self._stages = stages_of_rank(pp.rank, pp.size, len(models), schedule)
         self._count = pp.size * len(models)
-        pieces = Axis("tp") if mode.sequence else tp
+        pieces = Axis("tp") if mode.sequence_parallel else tp
         self._modules = [
             _StageModule(model, stage == 0, stage == self._count - 1, pieces)
             for model, stage in zip(models, self._stages, strict=True)
         ]
-        self._cut = (tp.size, 1) if mode.sequence else (1, tp.size)  # of hidden states [T, D] on their way
+        self._cut = (tp.size, 1) if mode.sequence_parallel else (1, tp.size)  # of hidden states [T, D] on their way
         self._hidden_size, self._dtype = hidden_size, dtype
         self._made: dict[tuple[int, int], Any] = {}
 
@@ -207,7 +207,7 @@ class PipelineSchedule:
 
     def _to(self, stage: int, output: Tensor) -> Any:
         rank = self._rank_of(stage)
-        return None if rank == self._pp.rank else send(output.contiguous(), self._pp, rank)
+        return None if rank == self._pp.rank else launch_send(output.contiguous(), self._pp, rank)
 
     def _rank_of(self, stage: int) -> int:
         round_, position = divmod(stage, self._pp.size)

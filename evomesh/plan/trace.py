@@ -23,8 +23,8 @@ from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.build import build_grid
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import MODES
-from evomesh.parallel.spec import local_part
-from evomesh.parallel.traffic import TrafficLog, count_traffic
+from evomesh.parallel.spec import local_shard
+from evomesh.parallel.traffic import TrafficLog, record_traffic
 from evomesh.pipeline.schedule import PipelineSchedule
 from evomesh.train.stages import ModelStages, build_stages
 
@@ -76,12 +76,12 @@ def trace(config: Config, world_size: int, rank: int = 0) -> StepTrace:
         scales = [1.0] * config.data.micro_num
         schedule = stages.schedule
         held = _held(stages, optimizer)
-        with count_traffic(grid) as traffic:
-            optimizer.expect(config.data.micro_num)
+        with record_traffic(grid) as traffic:
+            optimizer.expect_micro_batches(config.data.micro_num)
             run = schedule.rehearse if isinstance(schedule, PipelineSchedule) else schedule.train
             run(batch, scales, config.loss.label_smoothing, lambda index, output: None)
             passes = len(traffic.calls)
-            optimizer.exchange()
+            optimizer.communicate_only()
         return StepTrace(grid, *held, traffic, passes)
 
 
@@ -148,5 +148,5 @@ def _batch(config: Config) -> Batch:
 
 
 def _bytes(tensors: list[Tensor]) -> int:
-    here = [local_part(tensor) for tensor in tensors]
+    here = [local_shard(tensor) for tensor in tensors]
     return sum(tensor.numel() * tensor.element_size() for tensor in here)

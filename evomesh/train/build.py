@@ -22,7 +22,7 @@ from evomesh.data.build import (
 )
 from evomesh.optim.scaler import LossScaler
 from evomesh.optim.zero import ZeroOptimizer
-from evomesh.parallel.collectives import gather_objects
+from evomesh.parallel.collectives import all_gather_objects
 from evomesh.parallel.grid import Grid
 from evomesh.train.launch import RunContext
 from evomesh.train.report import RunReporter
@@ -60,7 +60,7 @@ class TrainingRun:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of a checkpoint, by global name."""
-        self.optimizer.wait()
+        self.optimizer.wait_for_parameters()
         state = self.optimizer.state_tensors() if self.config.ckpt.save_optimizer else {}
         return self.stages.parameters() | state
 
@@ -69,7 +69,7 @@ class TrainingRun:
         stream = self.stream_state or self.stream.state()
         return {
             "train": self.state.state(),
-            "sampler": self.train_data.merge_states(gather_objects(stream, self.grid.dp)),
+            "sampler": self.train_data.merge_states(all_gather_objects(stream, self.grid.dp)),
             "data": self.train_data.manifest,
             "optimizer": self.optimizer.state(),
             "scaler": self.scaler.state(),

@@ -32,7 +32,7 @@ from evomesh.generate.decode import generate
 from evomesh.generate.options import SamplingParams
 from evomesh.generate.staged import StagedModel
 from evomesh.models.language_model import LanguageModel
-from evomesh.parallel.collectives import gather_objects
+from evomesh.parallel.collectives import all_gather_objects
 from evomesh.parallel.grid import Axis
 from evomesh.storage.atomic_file import write_atomically
 from evomesh.storage.urls import open_storage
@@ -267,7 +267,7 @@ def answer(
         numbers=[first + index for index in mine],
     )
     results: dict[int, list[list[int]]] = {}
-    for part in gather_objects(dict(zip(mine, answers, strict=True)), dp):
+    for part in all_gather_objects(dict(zip(mine, answers, strict=True)), dp):
         results |= part
     return [PromptResult(prompt, results.get(index, [])) for index, prompt in enumerate(prompts)]
 

@@ -102,13 +102,13 @@ class RunReporter:
         """Logs one step's line and returns its record for ``write``."""
         record = self._record(step, batch, output, lr, beta2, loss_scale, seconds)
         if self.main:
-            if output.update.found == "ok":
+            if output.update.check == "ok":
                 logger.info("%s", replace(record, extras={}).line())
             else:
                 logger.warning(
                     "step %d skipped: the gradient is %s (%s)",
                     step,
-                    output.update.found,
+                    output.update.check,
                     replace(record, extras={}).line(),
                 )
         if self._progress is not None:

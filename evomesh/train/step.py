@@ -80,7 +80,7 @@ def train_step(
     batch = batch.to(device)
     tally = LossTally(types, device)
     objective = torch.zeros((), dtype=torch.float64, device=device)
-    optimizer.expect(len(weights))
+    optimizer.expect_micro_batches(len(weights))
 
     def count(index: int, output: LossOutput) -> None:
         objective.add_(output.scaled_sum.detach().double() / scaler.scale)
@@ -100,7 +100,7 @@ def train_step(
     sums = tally.reduce(grid.dp, grid.pp).sums
     figures = on_host(torch.cat([norm[None], objective[None], sums.flatten()]))
     update = StepResult(figures[0])
-    scaler.update(update.found)
+    scaler.update(update.check)
     counted = LossTally(types, figures.device, figures[2:].view_as(sums))
     return StepOutput(float(figures[1]), counted, update, watch.seconds())
 

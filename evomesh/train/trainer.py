@@ -147,7 +147,7 @@ class Trainer:
             second,
             partial(poll.in_step, step),
         )
-        state.record_step(batch.tokens.numel() * run.grid.dp.size, applied=output.update.found == "ok")
+        state.record_step(batch.tokens.numel() * run.grid.dp.size, applied=output.update.check == "ok")
         seconds = time.perf_counter() - started
         return run.reporter.step(step, batch, output, lr=lr, beta2=second, loss_scale=scale, seconds=seconds)
 

@@ -8,7 +8,7 @@ from statistics import median
 
 import torch
 
-from evomesh.parallel.collectives import gather_objects
+from evomesh.parallel.collectives import all_gather_objects
 from evomesh.parallel.grid import Axis
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class PeriodicUpkeep:
         self._seconds.append(fwd_bwd_time)
         if len(self._seconds) < self.interval:
             return
-        times = gather_objects(sum(self._seconds) / self.interval, self.peers)
+        times = all_gather_objects(sum(self._seconds) / self.interval, self.peers)
         self._seconds.clear()
         if self.peers.rank == 0:
             for rank, seconds in slow_ranks(times, self.ratio):

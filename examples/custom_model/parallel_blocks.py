@@ -27,10 +27,14 @@ from evomesh.models.language_model import LanguageModel
 class ParallelBlock(nn.Module):
     """[T, D] -> [T, D]: x + gain * (attention(norm(x)) + feed_forward(norm(x)))."""
 
-    def __init__(self, layer: int, config: ModelConfig, at: Placement) -> None:
+    def __init__(self, layer: int, config: ModelConfig, placement: Placement) -> None:
         super().__init__()
         self.norm = Norm(
-            "rmsnorm", config.hidden_size, eps=config.layer_norm_epsilon, fp32_weight=False, at=at
+            "rmsnorm",
+            config.hidden_size,
+            eps=config.layer_norm_epsilon,
+            fp32_weight=False,
+            placement=placement,
         )
         self.attention = Attention(
             layer,
@@ -39,16 +43,20 @@ class ParallelBlock(nn.Module):
             kv_heads=config.kv_heads,
             bias=False,
             interleaved=False,
-            at=at,
+            placement=placement,
         )
-        self.feed_forward = FeedForward(config.hidden_size, config.mlp_width, swiglu=config.use_swiglu, at=at)
-        self.gain = nn.Parameter(torch.empty(config.hidden_size, dtype=at.dtype, device=at.device))
+        self.feed_forward = FeedForward(
+            config.hidden_size, config.mlp_width, swiglu=config.use_swiglu, placement=placement
+        )
+        self.gain = nn.Parameter(
+            torch.empty(config.hidden_size, dtype=placement.dtype, device=placement.device)
+        )
 
     def forward(
-        self, x: Tensor, tables: tuple[Tensor, Tensor], docs: SequenceBounds, attend: AttentionFunction
+        self, x: Tensor, tables: tuple[Tensor, Tensor], bounds: SequenceBounds, attend: AttentionFunction
     ) -> Tensor:
         h = self.norm(x)
-        return x + self.gain * (self.attention(h, tables, docs, attend) + self.feed_forward(h))
+        return x + self.gain * (self.attention(h, tables, bounds, attend) + self.feed_forward(h))
 
 
 class ParallelBlocks(LanguageModel):
@@ -60,22 +68,28 @@ class ParallelBlocks(LanguageModel):
 
     def __init__(self, config: ModelConfig, first_gain: float, device: torch.device | str) -> None:
         super().__init__()
-        at = Placement(dtype=parameter_dtype(config.dtype), device=torch.device(device))
-        self.config, self.first_gain, self.dtype = config, first_gain, at.dtype
+        placement = Placement(dtype=parameter_dtype(config.dtype), device=torch.device(device))
+        self.config, self.first_gain, self.dtype = config, first_gain, placement.dtype
         self.rotary = RotaryEmbedding(config.head_dim, config.rope_base)
         self.embedding = Embedding(
-            config.vocab_size, config.hidden_size, grad_scale=1.0, split_hidden=False, at=at
+            config.vocab_size, config.hidden_size, grad_scale=1.0, split_hidden=False, placement=placement
         )
-        self.layers = nn.ModuleDict({str(i): ParallelBlock(i, config, at) for i in range(config.num_layers)})
+        self.layers = nn.ModuleDict(
+            {str(i): ParallelBlock(i, config, placement) for i in range(config.num_layers)}
+        )
         self.norm = Norm(
-            "rmsnorm", config.hidden_size, eps=config.layer_norm_epsilon, fp32_weight=False, at=at
+            "rmsnorm",
+            config.hidden_size,
+            eps=config.layer_norm_epsilon,
+            fp32_weight=False,
+            placement=placement,
         )
 
-    def forward(self, x: Tensor, docs: SequenceBounds, attend: AttentionFunction = attend) -> Tensor:
+    def forward(self, x: Tensor, bounds: SequenceBounds, attend: AttentionFunction = attend) -> Tensor:
         x = self.embedding(x)
-        tables = self.rotary.tables(docs, self.dtype)
+        tables = self.rotary.tables(bounds, self.dtype)
         for block in self.layers.values():
-            x = block(x, tables, docs, attend)
+            x = block(x, tables, bounds, attend)
         return self.norm(x)
 
     def loss(

@@ -167,13 +167,13 @@ def adam(stages: ModelStages, layout: Layout, grid: Grid) -> list[float]:
     optimizer = ZeroOptimizer(stages.parameters().items(), settings, zero, grid, stages.module)
     losses = []
     for step in range(STEPS):
-        optimizer.expect(layout.packs // grid.dp.size)
+        optimizer.expect_micro_batches(layout.packs // grid.dp.size)
         losses.append(forward_backward(stages, layout, grid, step))
         result = optimizer.step(RATE, 0.95, 1.0)
-        assert result.found == "ok" and result.grad_norm > 0.3
+        assert result.check == "ok" and result.grad_norm > 0.3
         optimizer.zero_grad()
         losses.append(result.grad_norm)
-    optimizer.wait()
+    optimizer.wait_for_parameters()
     return losses
 
 
@@ -213,7 +213,7 @@ def pieces(stages: ModelStages, grid: Grid, gradients: bool = False) -> dict[str
     found = {}
     for name, parameter in stages.parameters().items():
         spec: ShardSpec = spec_of(parameter)
-        ranges = [owned_range(spec, dim, grid.cuts) for dim in range(len(spec.shape))]
+        ranges = [owned_range(spec, dim, grid.shard_axes) for dim in range(len(spec.shape))]
         tensor = parameter.grad if gradients else parameter.detach()
         assert tensor is not None
         found[name] = Piece(local(tensor).clone(), tuple((r.start, r.stop) for r in ranges), spec.shape)

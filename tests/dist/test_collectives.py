@@ -10,7 +10,7 @@ from torch import Tensor
 
 from evomesh.parallel import collectives as c
 from evomesh.parallel.grid import Axis
-from evomesh.parallel.traffic import count_traffic
+from evomesh.parallel.traffic import record_traffic
 from tests.support.pool import Pool, grid_of
 
 SHAPE = (8, 12, 4)
@@ -20,7 +20,9 @@ def seeded(rank: int, shape: tuple[int, ...] = SHAPE) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
 
 
-def forward_and_backward(rank: int, ranks: int, name: str, dims: tuple[int, ...], shape: tuple[int, ...]) -> object:
+def forward_and_backward(
+    rank: int, ranks: int, name: str, dims: tuple[int, ...], shape: tuple[int, ...]
+) -> object:
     """This rank's output, its gradient for a seeded output gradient, and whether the input stayed as it was."""
     axis = grid_of(tensor=ranks).tp
     function: Callable[..., Tensor] = getattr(c, name)
@@ -28,44 +30,58 @@ def forward_and_backward(rank: int, ranks: int, name: str, dims: tuple[int, ...]
     y = function(x, axis, *dims)
     grad = seeded(100 + rank, tuple(y.shape))
     y.backward(grad)
-    kept = torch.equal(x.detach(), seeded(rank, shape)) and torch.equal(grad, seeded(100 + rank, tuple(y.shape)))
+    kept = torch.equal(x.detach(), seeded(rank, shape)) and torch.equal(
+        grad, seeded(100 + rank, tuple(y.shape))
+    )
     return y.detach(), x.grad, kept
 
 
 def expected(name: str, tensors: list[Tensor], dims: tuple[int, ...]) -> list[Tensor]:
     """The same move, on the list of all ranks' tensors."""
     size = len(tensors)
-    if name in ("all_gather", "gather"):
+    if name in ("all_gather", "gather_from_axis"):
         return [torch.cat(tensors, dims[0])] * size
     if name == "reduce_scatter":
         return list(torch.stack(tensors).sum(0).chunk(size, dims[0]))
     if name == "all_reduce":
         return [torch.stack(tensors).sum(0)] * size
-    if name == "broadcast":
+    if name == "copy_to_axis":
         return tensors
-    if name == "split":
+    if name == "shard_to_axis":
         return [t.chunk(size, dims[0])[rank] for rank, t in enumerate(tensors)]
     parts = [t.chunk(size, dims[0]) for t in tensors]
     return [torch.cat([parts[sender][rank] for sender in range(size)], dims[1]) for rank in range(size)]
 
 
-# forward -> backward; all_reduce and broadcast need no communication in one direction
+# forward -> backward; all_reduce and copy_to_axis need no communication in one direction
 DUALS = {
     "all_gather": "reduce_scatter",
     "reduce_scatter": "all_gather",
-    "all_reduce": "broadcast",
-    "broadcast": "all_reduce",
-    "gather": "split",
-    "split": "gather",
+    "all_reduce": "copy_to_axis",
+    "copy_to_axis": "all_reduce",
+    "gather_from_axis": "shard_to_axis",
+    "shard_to_axis": "gather_from_axis",
     "all_to_all": "all_to_all",
 }
-CASES = [(name, (dim,)) for name in ("all_gather", "reduce_scatter", "gather", "split") for dim in (0, 1)]
-CASES += [("all_reduce", ()), ("broadcast", ()), ("all_to_all", (0, 1)), ("all_to_all", (1, 0)), ("all_to_all", (2, 0))]
+CASES = [
+    (name, (dim,))
+    for name in ("all_gather", "reduce_scatter", "gather_from_axis", "shard_to_axis")
+    for dim in (0, 1)
+]
+CASES += [
+    ("all_reduce", ()),
+    ("copy_to_axis", ()),
+    ("all_to_all", (0, 1)),
+    ("all_to_all", (1, 0)),
+    ("all_to_all", (2, 0)),
+]
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize(("name", "dims"), CASES, ids=lambda case: str(case).replace(" ", ""))
-def test_forward_is_the_move_and_backward_its_dual(pool: Pool, name: str, dims: tuple[int, ...], ranks: int) -> None:
+def test_forward_is_the_move_and_backward_its_dual(
+    pool: Pool, name: str, dims: tuple[int, ...], ranks: int
+) -> None:
     results = pool.run(forward_and_backward, ranks, name, dims, SHAPE, ranks=ranks)
     outputs = expected(name, [seeded(rank) for rank in range(ranks)], dims)
     grads = [seeded(100 + rank, tuple(output.shape)) for rank, output in enumerate(outputs)]
@@ -85,9 +101,9 @@ def test_axis_of_one_rank_is_the_identity(name: str, dims: tuple[int, ...]) -> N
 def buckets(rank: int) -> object:
     axis = grid_of(tensor=4).tp
     bucket = seeded(rank, (4, 6))
-    scattered = c.reduce_scatter_bucket(bucket, axis)
-    total = c.all_reduce_bucket(bucket, axis)
-    gathered = c.all_gather_bucket(scattered.wait(), axis)
+    scattered = c.launch_reduce_scatter(bucket, axis)
+    total = c.launch_all_reduce(bucket, axis)
+    gathered = c.launch_all_gather(scattered.wait(), axis)
     return scattered.wait(), gathered.wait(), total.wait(), torch.equal(bucket, seeded(rank, (4, 6)))
 
 
@@ -103,7 +119,7 @@ def test_buckets_in_flight(pool: Pool) -> None:
 def counted(rank: int) -> object:
     grid = grid_of(tensor=2, pipeline=2)
     x = torch.zeros(4, 8).requires_grad_()
-    with count_traffic(grid) as traffic:
+    with record_traffic(grid) as traffic:
         c.reduce_scatter(c.all_gather(x, grid.tp), grid.tp).sum().backward()
         c.all_reduce_no_grad(torch.zeros(3, dtype=torch.float64), grid.pp)
     return traffic.count(), traffic.nbytes()

@@ -39,7 +39,11 @@ VARIANTS = [
 
 
 PIPELINES = [
-    *(Layout(pipeline=pp, ranks=ranks, family=family) for pp, ranks in ((2, 2), (2, 4), (4, 4)) for family in FAMILIES),
+    *(
+        Layout(pipeline=pp, ranks=ranks, family=family)
+        for pp, ranks in ((2, 2), (2, 4), (4, 4))
+        for family in FAMILIES
+    ),
     Layout(pipeline=4, packs=2),
     Layout(pipeline=4, packs=1),
     Layout(pipeline=2, ranks=2, model={"num_layers": 5}),
@@ -50,8 +54,11 @@ PIPELINES = [
     Layout(pipeline=4, chunks=2, model={"num_layers": 8}),
     Layout(pipeline=2, ranks=2, chunks=2, schedule="zbv"),
     Layout(pipeline=4, chunks=2, schedule="zbv", model={"num_layers": 8}, family="internlm2"),
-    *(Layout(tensor=2, mode=mode, pipeline=2, family=family) for mode in ("mtp", "msp", "fsp", "isp")
-      for family in ("internlm", "internlm2")),
+    *(
+        Layout(tensor=2, mode=mode, pipeline=2, family=family)
+        for mode in ("mtp", "msp", "fsp", "isp")
+        for family in ("internlm", "internlm2")
+    ),
     *(Layout(tensor=2, mode=mode, pipeline=2, chunks=2) for mode in ("mtp", "msp", "fsp", "isp")),
     *(Layout(tensor=2, mode=mode, pipeline=2, chunks=2, schedule="zbv") for mode in ("mtp", "msp")),
     Layout(tensor=2, mode="mtp", pipeline=2, model={"checkpoint": 1.0}),
@@ -99,7 +106,9 @@ ALL = MODES + VARIANTS + PIPELINES + WEIGHTS + ZERO + FSDP
 
 
 @functools.cache
-def reference(family: str, smoothing: float, packs: int, adam: bool, model: tuple[tuple[str, Any], ...]) -> Trained:
+def reference(
+    family: str, smoothing: float, packs: int, adam: bool, model: tuple[tuple[str, Any], ...]
+) -> Trained:
     layout = Layout(ranks=1, family=family, smoothing=smoothing, packs=packs, adam=adam, model=dict(model))
     return join([train(0, layout)])
 
@@ -116,7 +125,9 @@ def test_trains_like_one_process(pool: Pool, layout: Layout) -> None:
     for name, tensor in whole.initial.items():
         assert_equal_bits(found.initial[name], tensor, f"initial {name}")
     for step, (a, b) in enumerate(zip(found.losses, whole.losses, strict=True)):
-        assert_close(torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64), LAYOUT, f"loss {step}")
+        assert_close(
+            torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64), LAYOUT, f"loss {step}"
+        )
     for name, tensor in whole.gradients.items():
         assert_close(found.gradients[name], tensor, LAYOUT, f"gradient of {name}")
     for name, tensor in whole.final.items():
@@ -132,7 +143,14 @@ def test_the_matrix_is_large_and_the_page_counts_it() -> None:
 
 @pytest.mark.parametrize(
     "layout",
-    [Layout(), Layout(zero1=2), Layout(ranks=2), Layout(pipeline=2), Layout(pipeline=4), Layout(pipeline=2, chunks=2)],
+    [
+        Layout(),
+        Layout(zero1=2),
+        Layout(ranks=2),
+        Layout(pipeline=2),
+        Layout(pipeline=4),
+        Layout(pipeline=2, chunks=2),
+    ],
     ids=str,
 )
 def test_first_loss_without_a_tensor_split_moves_in_the_last_bit_only(pool: Pool, layout: Layout) -> None:
@@ -170,9 +188,11 @@ def in_sixteen_bits(rank: int, schedule: str, overlap: bool = False) -> dict[str
     stages = build_stages(layout.config, grid, MODE_OF["mtp"], torch.device("cpu"))
     stages.initialize(SEED, grid)
     config = layout.config
-    zero = config.hybrid_zero_optimizer.model_copy(update={"overlap_sync_grad": overlap, "reduce_bucket_size": 4000})
+    zero = config.hybrid_zero_optimizer.model_copy(
+        update={"overlap_sync_grad": overlap, "reduce_bucket_size": 4000}
+    )
     optimizer = ZeroOptimizer(stages.parameters().items(), config.adam, zero, grid, stages.module)
-    optimizer.expect(layout.packs // grid.dp.size)
+    optimizer.expect_micro_batches(layout.packs // grid.dp.size)
     forward_backward(stages, layout, grid, 0)
     assert all(parameter.grad is None for parameter in stages.parameters().values())
     return {slot.name: slot.gradient().clone() for slot in optimizer.slots}

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from evomesh.parallel.modes import MODES
-from evomesh.parallel.traffic import count_traffic
+from evomesh.parallel.traffic import record_traffic
 from evomesh.train.stages import build_stages
 from tests.dist.layouts import SEED, Layout, T, packs
 from tests.support.pool import Pool, grid_of
@@ -45,8 +45,10 @@ def step_traffic(rank: int, layout: Layout) -> tuple[Counter[tuple[str, str, int
     stages = build_stages(layout.config, grid, MODES[layout.mode], torch.device("cpu"))
     stages.initialize(SEED, grid)
     batch = packs(0, range(layout.packs))
-    stages.schedule.train(batch, [1.0] * layout.packs, 0.0, lambda index, output: None)  # torch agrees on shapes once
-    with count_traffic(grid) as traffic:
+    stages.schedule.train(
+        batch, [1.0] * layout.packs, 0.0, lambda index, output: None
+    )  # torch agrees on shapes once
+    with record_traffic(grid) as traffic:
         stages.schedule.train(batch, [1.0] * layout.packs, 0.0, lambda index, output: None)
     return Counter((call.operation, call.axis, call.nbytes) for call in traffic.calls), grid.pp.rank
 
@@ -81,7 +83,9 @@ def test_recompute_adds_the_forward_again(pool: Pool) -> None:
     plain = of_one_block(pool, tensor=2, mode="mtp", ranks=2)[("all_reduce", "tp")]
     layouts = [Layout(packs=1, tensor=2, ranks=2, model={"num_layers": n, "checkpoint": 1.0}) for n in (2, 3)]
     two, three = (pool.run(step_traffic, layout, ranks=2)[0][0] for layout in layouts)
-    assert (three - two)[("all_reduce", "tp", A)] == len(plain) + 1  # the block's last product is not needed again
+    assert (three - two)[("all_reduce", "tp", A)] == len(
+        plain
+    ) + 1  # the block's last product is not needed again
 
 
 @pytest.mark.parametrize(("mode", "piece"), [("mtp", A // 2), ("msp", A // 2), ("isp", A // 2)])
@@ -93,7 +97,10 @@ def test_the_pipeline_sends_each_tensor_rank_s_piece_only(pool: Pool, mode: str,
 
 
 def test_overlap_moves_gathers_and_sends_no_more(pool: Pool) -> None:
-    layouts = [Layout(mode="isp", weight=2, ranks=2, parallel={"weight": {"overlap": overlap}}) for overlap in (False, True)]
+    layouts = [
+        Layout(mode="isp", weight=2, ranks=2, parallel={"weight": {"overlap": overlap}})
+        for overlap in (False, True)
+    ]
     off, on = (pool.run(step_traffic, layout, ranks=2)[0][0] for layout in layouts)
     assert off == on
 

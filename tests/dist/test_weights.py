@@ -17,7 +17,7 @@ from evomesh.models.registry import model_initializer
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import MODES
-from evomesh.parallel.traffic import count_traffic
+from evomesh.parallel.traffic import record_traffic
 from evomesh.train.stages import ModelStages, build_stages
 from tests.dist.layouts import SEED, VOCAB, Layout, Trained, forward_backward, join, local, packs, train
 from tests.support.own_model import register
@@ -31,7 +31,11 @@ FLOAT64 = 8
 
 def built(layout: Layout) -> tuple[ModelStages, Grid]:
     grid = grid_of(
-        tensor=layout.tensor, mode=layout.mode, pipeline=layout.pipeline, weight=layout.weight, zero1=layout.zero1
+        tensor=layout.tensor,
+        mode=layout.mode,
+        pipeline=layout.pipeline,
+        weight=layout.weight,
+        zero1=layout.zero1,
     )
     return build_stages(layout.config, grid, MODES[layout.mode], torch.device("cpu")), grid
 
@@ -55,14 +59,15 @@ def held(rank: int, layout: Layout) -> Held:
     stages.initialize(SEED, grid)
     config = layout.config
     optimizer = ZeroOptimizer(stages.parameters().items(), config.adam, config.hybrid_zero_optimizer, grid)
-    with count_traffic(grid) as traffic:
+    with record_traffic(grid) as traffic:
         forward_backward(stages, layout, grid, 0)
     parameters = stages.parameters().values()
     gradients = [local(p.grad) for p in parameters if p.grad is not None]
     state = sum(tensor.numel() for name, tensor in optimizer.state_tensors().items() if ".exp_avg." in name)
     return Held(
         sum(local(p).numel() for p in parameters),
-        sum({g.untyped_storage().data_ptr(): g.untyped_storage().nbytes() for g in gradients}.values()) // FLOAT64,
+        sum({g.untyped_storage().data_ptr(): g.untyped_storage().nbytes() for g in gradients}.values())
+        // FLOAT64,
         state,
         traffic.count(),
     )
@@ -105,7 +110,8 @@ def padding_is_clean(rank: int, layout: Layout) -> tuple[bool, Counter[bool]]:
         parameter = stages.parameters()[name]
         weight, spec = local(parameter.detach()), parameter.spec  # type: ignore[attr-defined]
         first = sum(
-            {"tp": grid.tp, "zero": grid.zero}[axis].rank * (spec.shape[0] // (grid.tp.size if axis == "tp" else 4))
+            {"tp": grid.tp, "zero": grid.zero}[axis].rank
+            * (spec.shape[0] // (grid.tp.size if axis == "tp" else 4))
             for axis, _ in spec.shards
         )
         rows.update((row == 0).all().item() for i, row in enumerate(weight) if first + i >= VOCAB)

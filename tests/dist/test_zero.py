@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from evomesh.config.schema import AdamConfig, ZeroConfig
 from evomesh.optim.zero import StepResult, ZeroOptimizer
-from evomesh.parallel.collectives import gather_objects
+from evomesh.parallel.collectives import all_gather_objects
 from evomesh.parallel.grid import Axis, Grid
 from evomesh.parallel.spec import ShardSpec, with_spec
 from tests.support.pool import Pool, grid_of
@@ -63,7 +63,9 @@ def data_axes(spec: ShardSpec, grid: Grid, isp: bool) -> tuple[Axis, ...]:
 
 
 def initial(name: str, spec: ShardSpec, dtype: torch.dtype) -> Tensor:
-    return torch.randn(spec.shape, generator=torch.Generator().manual_seed(len(name)), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        spec.shape, generator=torch.Generator().manual_seed(len(name)), dtype=torch.float64
+    ).to(dtype)
 
 
 def summand(name: str, spec: ShardSpec, step: int, place: tuple[int, ...]) -> Tensor:
@@ -78,7 +80,9 @@ def part(whole: Tensor, shards: tuple[tuple[str, int], ...], grid: Grid) -> Tens
     return whole.clone()
 
 
-def build(layout: dict[str, Any], dtype: torch.dtype, **zero: Any) -> tuple[dict[str, nn.Parameter], ZeroOptimizer]:
+def build(
+    layout: dict[str, Any], dtype: torch.dtype, **zero: Any
+) -> tuple[dict[str, nn.Parameter], ZeroOptimizer]:
     grid = grid_of(**layout)
     parameters = {
         name: with_spec(nn.Parameter(part(initial(name, spec, dtype), spec.shards, grid)), spec)
@@ -137,7 +141,9 @@ def reference(
 
 def check_layout(rank: int, layout: dict[str, Any]) -> None:
     grid = grid_of(**layout)
-    parameters, optimizer, results = train(layout, torch.float64, range(3), reduce_bucket_size=100, clip_grad_norm=5.0)
+    parameters, optimizer, results = train(
+        layout, torch.float64, range(3), reduce_bucket_size=100, clip_grad_norm=5.0
+    )
     whole, norms, adamw = reference(layout, grid, range(3), clip=5.0)
     assert [result.grad_norm for result in results] == pytest.approx(norms, rel=LAYOUT)
     tensors = optimizer.state_tensors()
@@ -148,7 +154,9 @@ def check_layout(rank: int, layout: dict[str, Any]) -> None:
             expected = adamw.state[adamw.param_groups[0]["params"][list(parameters).index(name)]][kind]
             assert_close(state, part(expected, state.spec.shards, grid), LAYOUT, f"{kind} {name}")
     # whoever holds the same part of a parameter holds the same bits
-    held = gather_objects({name: (p.detach(), _place(p, grid)) for name, p in parameters.items()}, _world(grid))
+    held = all_gather_objects(
+        {name: (p.detach(), _place(p, grid)) for name, p in parameters.items()}, _world(grid)
+    )
     for other in held:
         for name, (tensor, place) in other.items():
             if place == held[rank][name][1]:
@@ -206,7 +214,7 @@ def check_overflow(rank: int, layout: dict[str, Any], bad: float) -> StepResult:
 def test_an_overflow_on_one_rank_skips_the_step_on_all(
     pool: Pool, layout: dict[str, Any], bad: float, found: str
 ) -> None:
-    assert [result.found for result in pool.run(check_overflow, layout, bad)] == [found] * 4
+    assert [result.check for result in pool.run(check_overflow, layout, bad)] == [found] * 4
 
 
 def bits(rank: int, layout: dict[str, Any], dtype: torch.dtype, zero: dict[str, Any]) -> dict[str, Tensor]:

@@ -45,7 +45,9 @@ def train(rank: int, layout: dict[str, Any], dtype: torch.dtype, zero: dict[str,
     mesh = DeviceMesh.from_group(grid.wp.group, "cpu")
     for layer in model.layers:
         fully_shard(
-            layer, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.promote_types(dtype, torch.float32))
+            layer,
+            mesh=mesh,
+            mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.promote_types(dtype, torch.float32)),
         )
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -55,12 +57,12 @@ def train(rank: int, layout: dict[str, Any], dtype: torch.dtype, zero: dict[str,
         with_spec(parameter, ShardSpec(tuple(parameter.shape), (("wp", 0),)))
     optimizer = ZeroOptimizer(model.named_parameters(), ADAM, ZeroConfig.model_validate(zero), grid, model)
     for step in range(3):
-        optimizer.expect(MICRO_BATCHES)
+        optimizer.expect_micro_batches(MICRO_BATCHES)
         for index in range(MICRO_BATCHES):
             model(inputs(rank, step, index, dtype)).square().sum().backward()
-        assert optimizer.step(1e-2, 0.9, 1.0).found == "ok"
+        assert optimizer.step(1e-2, 0.9, 1.0).check == "ok"
         optimizer.zero_grad()
-    optimizer.wait()
+    optimizer.wait_for_parameters()
     whole = {}
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
@@ -80,7 +82,9 @@ LAYOUTS = [
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_equals_one_process(pool: Pool, layout: dict[str, Any]) -> None:
     model = Model(torch.float64)
-    adamw = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.9), eps=1e-2, weight_decay=0.01, foreach=False)
+    adamw = torch.optim.AdamW(
+        model.parameters(), lr=1e-2, betas=(0.9, 0.9), eps=1e-2, weight_decay=0.01, foreach=False
+    )
     for step in range(3):
         for rank in range(4):
             for index in range(MICRO_BATCHES):

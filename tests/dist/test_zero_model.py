@@ -50,7 +50,9 @@ def pack(step: int, index: int) -> tuple[Tensor, Tensor, SequenceBounds]:
     return ids, labels, SequenceBounds(torch.arange(T), torch.tensor([0, T], dtype=torch.int32), T)
 
 
-def train(rank: int, layout: dict[str, Any] | None, zero: dict[str, Any]) -> tuple[list[float], list[float], Any]:
+def train(
+    rank: int, layout: dict[str, Any] | None, zero: dict[str, Any]
+) -> tuple[list[float], list[float], Any]:
     """Losses, gradient norms, and (where it lies, tensor) of each parameter."""
     grid = Grid() if layout is None else grid_of(**layout)
     model = build_model(MODEL, grid=grid, mode=MODES[(layout or {}).get("mode", "mtp")])
@@ -61,7 +63,7 @@ def train(rank: int, layout: dict[str, Any] | None, zero: dict[str, Any]) -> tup
     for step in range(STEPS):
         total = torch.zeros((), dtype=torch.float64)
         own = range(grid.dp.rank, PACKS, grid.dp.size)
-        optimizer.expect(len(own))
+        optimizer.expect_micro_batches(len(own))
         for ids, labels, docs in (pack(step, index) for index in own):
             output = model.loss(model(ids, docs), labels, 1.0 / (PACKS * (T - 1)))
             output.scaled_sum.backward()
@@ -69,7 +71,7 @@ def train(rank: int, layout: dict[str, Any] | None, zero: dict[str, Any]) -> tup
         losses.append(float(all_reduce_no_grad(total, grid.dp)))
         norms.append(optimizer.step(1e-2, 0.95, 1.0).grad_norm)
         optimizer.zero_grad()
-    optimizer.wait()
+    optimizer.wait_for_parameters()
     found = {}
     for name, parameter in model.named_parameters():
         spec = spec_of(parameter)
@@ -94,7 +96,9 @@ def test_trains_like_one_process(pool: Pool, layout: dict[str, Any], overlap: bo
         assert found_norms == pytest.approx(norms, rel=LAYOUT)
         for name, (where, tensor) in found.items():
             expected = whole[name][1]
-            rows = slice(where[0][0], min(where[0][1], len(expected)))  # rows behind are the layout's own padding
+            rows = slice(
+                where[0][0], min(where[0][1], len(expected))
+            )  # rows behind are the layout's own padding
             part = expected[(rows, *(slice(*place) for place in where[1:]))]
             assert_close(tensor[: len(part)], part, LAYOUT, name)
             assert not tensor[len(part) :].any()

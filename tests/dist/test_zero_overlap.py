@@ -84,25 +84,31 @@ def traced() -> Iterator[Trace]:
         function = getattr(buckets, name)
 
         def call(message: Tensor, *args: Any) -> Any:
-            return TracedPending(function(message, *args), trace, name.removesuffix("_bucket"), message)
+            return TracedPending(function(message, *args), trace, name.removeprefix("launch_"), message)
 
         return call
 
-    names = ("reduce_scatter_bucket", "all_reduce_bucket", "all_gather_bucket")
+    names = ("launch_reduce_scatter", "launch_all_reduce", "launch_all_gather")
     with mock.patch.multiple(buckets, **{name: wrap(name) for name in names}):
         yield trace
 
 
 def train(
-    dtype: torch.dtype, zero: dict[str, Any], layout: dict[str, Any], trace: Trace | None = None, steps: int = 3
+    dtype: torch.dtype,
+    zero: dict[str, Any],
+    layout: dict[str, Any],
+    trace: Trace | None = None,
+    steps: int = 3,
 ) -> tuple[Model, ZeroOptimizer]:
     grid, trace = grid_of(**layout), trace or Trace()
     model = Model(dtype)
-    optimizer = ZeroOptimizer(model.named_parameters(), AdamConfig(), ZeroConfig.model_validate(zero), grid, model)
+    optimizer = ZeroOptimizer(
+        model.named_parameters(), AdamConfig(), ZeroConfig.model_validate(zero), grid, model
+    )
     for layer in model.layers.values():
         layer.register_forward_hook(lambda *_: trace.mark("block"))
     for step in range(steps):
-        optimizer.expect(MICRO_BATCHES)
+        optimizer.expect_micro_batches(MICRO_BATCHES)
         for index in range(MICRO_BATCHES):
             generator = torch.Generator().manual_seed(step * 100 + index * 10 + grid.dp.rank)
             trace.mark("forward")
@@ -119,7 +125,9 @@ def train(
 def bits(rank: int, dtype: torch.dtype, zero: dict[str, Any], layout: dict[str, Any]) -> dict[str, Tensor]:
     model, optimizer = train(dtype, zero, layout)
     state = optimizer.state_tensors()  # waits
-    return {name: tensor.detach().clone() for name, tensor in (dict(model.named_parameters()) | state).items()}
+    return {
+        name: tensor.detach().clone() for name, tensor in (dict(model.named_parameters()) | state).items()
+    }
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -144,7 +152,7 @@ def test_overlap_changes_no_bit(pool: Pool, layout: dict[str, Any], dtype: torch
 def trace_one_step(rank: int, zero: dict[str, Any], layout: dict[str, Any]) -> Trace:
     with traced() as trace:
         _, optimizer = train(torch.float32, zero, layout, trace, steps=2)
-        optimizer.wait()
+        optimizer.wait_for_parameters()
     return trace
 
 
@@ -184,7 +192,9 @@ def test_reduce_bucket_size_bounds_the_buckets(pool: Pool, size: int) -> None:
     trace = pool.run(trace_one_step, {"reduce_bucket_size": size}, {"zero1": 4})[0]
     per_bucket = min(max(size // MATRIX, 1), 4)
     full, rest = divmod(4, per_bucket)
-    assert trace.launches("reduce_scatter") == ([per_bucket * MATRIX] * full + [rest * MATRIX] * bool(rest)) * 2
+    assert (
+        trace.launches("reduce_scatter") == ([per_bucket * MATRIX] * full + [rest * MATRIX] * bool(rest)) * 2
+    )
 
 
 def test_replicas_sum_only_the_rows_they_own(pool: Pool) -> None:
@@ -211,7 +221,16 @@ def test_with_overlap_each_block_awaits_its_own_parameters_in_forward(pool: Pool
     second = trace.events[trace.events.index("end") + 1 :]
     wait = ("wait", "all_gather", MATRIX // 4)
     # the head, which has no forward, before all; then each block before it runs
-    assert second[: second.index("last backward")][:8] == ["forward", wait, wait, "block", wait, "block", wait, "block"]
+    assert second[: second.index("last backward")][:8] == [
+        "forward",
+        wait,
+        wait,
+        "block",
+        wait,
+        "block",
+        wait,
+        "block",
+    ]
     plain = pool.run(trace_one_step, {}, {"zero1": 4})[0]
     assert [e[0] for e in plain.between("step", "end") if e[1] == "all_gather"] == ["launch", "wait"] * 4
 
@@ -227,7 +246,9 @@ def chunks_in_a_list(rank: int) -> list[str]:
         for chunk in chunks:
             chunk.loss(torch.ones(1, WIDTH))
             trace.mark("chunk")
-    return [event if isinstance(event, str) else event[0] for event in trace.events if event[1] != "all_reduce"]
+    return [
+        event if isinstance(event, str) else event[0] for event in trace.events if event[1] != "all_reduce"
+    ]
 
 
 def test_every_chunk_of_a_pipeline_stage_awaits_its_own_parameters(pool: Pool) -> None:
@@ -241,7 +262,10 @@ def tensor_bytes() -> int:
     storages = {}
     for thing in gc.get_objects():
         if type(thing) in (Tensor, nn.Parameter):
-            for tensor in (thing, thing.grad if thing.is_leaf else None):  # a gradient is no Python object by itself
+            for tensor in (
+                thing,
+                thing.grad if thing.is_leaf else None,
+            ):  # a gradient is no Python object by itself
                 if tensor is not None:
                     storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     return sum(storages.values())

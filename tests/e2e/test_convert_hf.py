@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evomesh.config.schema import GenerationConfig
 from evomesh.generate.decode import generate
 from evomesh.generate.options import SamplingParams
-from evomesh.layers.documents import single_sequence
+from evomesh.layers.sequence_bounds import single_sequence
 from evomesh.models.language_model import LanguageModel
 from tests.support.runs import write_run
 from tests.unit.checkpoint.hf_models import found_in, model_config, save_model

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from evomesh.layers import attention
 from evomesh.layers.attention import attend
-from evomesh.layers.documents import SequenceBounds
+from evomesh.layers.sequence_bounds import SequenceBounds
 from tests.support.tolerances import distance
 
 BOUND = 2e-2  # a few roundings of bfloat16, relative to the largest element
@@ -40,7 +40,7 @@ def test_equals_dense_attention_in_value_and_gradient(
     values = [torch.randn(shape, generator=random, dtype=torch.float64).to(dtype) for shape in shapes]
     ours = [x.to(device).requires_grad_() for x in values[:3]]
     theirs = [x.double().requires_grad_() for x in values[:3]]
-    found = attend(None, *ours, documents(lengths, device))  # type: ignore[arg-type]
+    found = attend(*ours, documents(lengths, device))
     expected = dense(*theirs, lengths)
     assert found.dtype == dtype and distance(found.cpu(), expected) <= BOUND
     gradients = torch.autograd.grad(found, ours, values[3].to(device))

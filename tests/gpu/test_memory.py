@@ -10,8 +10,8 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from benchmarks._memory import Sizes, bytes_in_16_bits, state_in_16_bits
 from evomesh.config.schema import Config, ModelConfig
 from evomesh.layers import attention
-from evomesh.layers.documents import SequenceBounds
-from evomesh.layers.loss import chunk_of
+from evomesh.layers.loss import tokens_per_chunk
+from evomesh.layers.sequence_bounds import SequenceBounds
 from evomesh.models.registry import build_model, initialize_weights
 from evomesh.optim.zero import ZeroOptimizer
 
@@ -46,7 +46,7 @@ class Training:
         self.documents = SequenceBounds(torch.zeros_like(self.ids), bounds.to(device), sizes.tokens, bounds)
 
     def step(self) -> None:
-        self.optimizer.expect(1)
+        self.optimizer.expect_micro_batches(1)
         loss = self.model.loss(self.model(self.ids, self.documents), self.ids, grad_scale=1 / len(self.ids))
         loss.scaled_sum.backward()  # type: ignore[no-untyped-call]
         del loss
@@ -55,7 +55,9 @@ class Training:
 
     def peak_of_tensors(self) -> int:
         tracker, documents = MemTracker(), self.documents
-        accumulated = [slot.accumulated for slot in self.optimizer.slots if slot.accumulated is not None]
+        accumulated = [
+            slot.accumulated_grad for slot in self.optimizer.slots if slot.accumulated_grad is not None
+        ]
         held = (self.ids, documents.position_ids, documents.cu_seqlens, *accumulated)
         tracker.track_external(self.model, *self.optimizer.state_tensors().values(), *held)
         with tracker:
@@ -80,7 +82,7 @@ def test_peak_of_tensors_on_the_meta_device(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], recompute: float
 ) -> None:
     monkeypatch.setattr(attention, "_flash_takes", lambda q: True)
-    of = Sizes(*shape, chunk=chunk_of(shape[4], on_cuda=False))
+    of = Sizes(*shape, chunk=tokens_per_chunk(shape[4], on_cuda=False))
     training = Training(of, recompute, META)
     assert sum(parameter.numel() for parameter in training.model.parameters()) == of.parameters
     training.step()  # the second step is like all others
@@ -93,7 +95,7 @@ def test_peak_of_tensors_on_the_meta_device(
 @pytest.mark.parametrize("shape", [(8, 1024, 8, 2816, 32000, 8192), (4, 2048, 16, 5504, 32000, 4096)])
 def test_peak_of_the_allocator_on_cuda(shape: tuple[int, ...], recompute: float) -> None:
     """Shapes so large that the libraries' workspaces, tens of MiB, are within the bound."""
-    of = Sizes(*shape, chunk=chunk_of(shape[4], on_cuda=True))
+    of = Sizes(*shape, chunk=tokens_per_chunk(shape[4], on_cuda=True))
     before = torch.cuda.memory_allocated()
     training = Training(of, recompute, torch.device("cuda"))
     training.step()
@@ -104,7 +106,7 @@ def test_peak_of_the_allocator_on_cuda(shape: tuple[int, ...], recompute: float)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_nothing_grows_on_cuda() -> None:
     training = Training(
-        Sizes(1, 64, 4, 192, 1000, 64, chunk_of(1000, on_cuda=True)), 0.0, torch.device("cuda")
+        Sizes(1, 64, 4, 192, 1000, 64, tokens_per_chunk(1000, on_cuda=True)), 0.0, torch.device("cuda")
     )
     held = {}
     for step in range(1000):

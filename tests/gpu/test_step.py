@@ -103,7 +103,7 @@ def test_losses_and_norms_are_those_of_float64_on_the_cpu(
     theirs = Training(CPU, "float64")
     for number in range(STEPS):
         found, expected = ours.step(number), theirs.step(number)
-        assert found.update.found == "ok"
+        assert found.update.check == "ok"
         assert found.loss == pytest.approx(expected.loss, rel=loss)
         assert found.update.grad_norm == pytest.approx(expected.update.grad_norm, rel=norm)
         tally, reference = found.tally.summary(), expected.tally.summary()
@@ -169,14 +169,14 @@ def test_an_overflow_is_skipped_without_a_trace(device: torch.device, dtype: str
     before, scale = ours.state(), ours.scaler.scale
     slot = ours.optimizer.slots[-1]
     hook = slot.param.register_hook(lambda gradient: torch.full_like(gradient, bad))
-    assert ours.step(1).update.found == ("inf" if bad == float("inf") else "nan")
+    assert ours.step(1).update.check == ("inf" if bad == float("inf") else "nan")
     hook.remove()
     after = ours.state()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert ours.optimizer.state() == {"steps": 1}
     ours.scaler.scale = scale  # back where the clean run is
     for training in (ours, clean):
-        assert training.step(2).update.found == "ok"
+        assert training.step(2).update.check == "ok"
     assert ours.optimizer.state() == {"steps": 2}
     expected = clean.state()
     for name, tensor in ours.state().items():

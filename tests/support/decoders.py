@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from evomesh.config.schema import ModelConfig
-from evomesh.layers.documents import single_sequence
+from evomesh.layers.sequence_bounds import single_sequence
 from evomesh.models.language_model import LanguageModel
 from evomesh.models.registry import build_model, initialize_weights
 

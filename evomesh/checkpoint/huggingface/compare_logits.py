@@ -24,7 +24,7 @@ from evomesh.checkpoint.native.boxes import LocalPart
 from evomesh.checkpoint.native.find import Checkpoint
 from evomesh.checkpoint.native.format import CheckpointError, TensorRecord
 from evomesh.config.schema import ModelConfig
-from evomesh.layers.documents import single_sequence
+from evomesh.layers.sequence_bounds import single_sequence
 from evomesh.models.registry import build_model
 
 TEXTS, LENGTH = 2, 32  # the fixed batch

@@ -106,7 +106,9 @@ class TensorLink:
 
 def our_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Every parameter of the model by global name, without the padding of the vocabulary."""
-    return {name: spec_of(p).stored for name, p in build_model(config, device="meta").named_parameters()}
+    return {
+        name: spec_of(p).stored_shape for name, p in build_model(config, device="meta").named_parameters()
+    }
 
 
 def links(config: ModelConfig, naming: NameMap) -> list[TensorLink]:

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from evomesh.parallel.grid import Axis, Grid
-from evomesh.parallel.spec import local_part, spec_of
+from evomesh.parallel.spec import local_shard, spec_of
 
 Coordinates = tuple[int, ...]
 
@@ -102,11 +102,11 @@ def parts_of(tensor: Tensor, grid: Grid) -> tuple[Coordinates, list[LocalPart]]:
     """
     spec = spec_of(tensor)
     parts: Sequence[LocalPart] | None = getattr(tensor, "parts", None)
-    tensor = local_part(
+    tensor = local_shard(
         tensor.detach()
     )  # with weight sharding: its local storage, placed by the spec like any other
     if parts is not None:
-        return spec.stored, [part for part in parts if part.box.numel]
+        return spec.stored_shape, [part for part in parts if part.box.numel]
     if tensor.dim() != len(spec.shape):
         raise ValueError(f"a local tensor of shape {tuple(tensor.shape)} cannot be part of {spec.shape}")
     offsets, sizes = [], []
@@ -118,14 +118,14 @@ def parts_of(tensor: Tensor, grid: Grid) -> tuple[Coordinates, list[LocalPart]]:
                 f"{tensor.shape[dim]} local rows in dim {dim}, but its share of {length} is {size}"
             )
         offsets.append(start)
-        sizes.append(max(0, min(size, spec.stored[dim] - start)))
+        sizes.append(max(0, min(size, spec.stored_shape[dim] - start)))
     box = Box(tuple(offsets), tuple(sizes))
     if not box.numel:
-        return spec.stored, []
+        return spec.stored_shape, []
     for dim, size in enumerate(sizes):
         if size < tensor.shape[dim]:
             tensor = tensor.narrow(dim, 0, size)
-    return spec.stored, [LocalPart(tensor, box)]
+    return spec.stored_shape, [LocalPart(tensor, box)]
 
 
 def grid_axis(grid: Grid, name: str) -> Axis:

@@ -96,7 +96,9 @@ def _layout(
         state = make_slot(name, parameter, grid).spec
         specs = {name: spec_of(parameter)}
         specs |= {f"optim.{kind}.{name}": state for kind in ("exp_avg", "exp_avg_sq", "master")}
-        boxes |= {n: _box(s, grid) for n, s in specs.items() if n in records and s.stored == records[n].shape}
+        boxes |= {
+            n: _box(s, grid) for n, s in specs.items() if n in records and s.stored_shape == records[n].shape
+        }
     return boxes
 
 
@@ -105,7 +107,7 @@ def _box(spec: ShardSpec, grid: Grid) -> Box:
     for dim, length in enumerate(spec.shape):
         start, size = chunk(length, [grid_axis(grid, name) for name, along in spec.shards if along == dim])
         offsets.append(start)
-        sizes.append(max(0, min(size, spec.stored[dim] - start)))
+        sizes.append(max(0, min(size, spec.stored_shape[dim] - start)))
     return Box(tuple(offsets), tuple(sizes))
 
 

@@ -22,7 +22,7 @@ from evomesh.checkpoint.resume import decide, restore
 from evomesh.config.record import config_from_dict
 from evomesh.config.schema import CheckpointConfig, LoadConfig, ModelConfig
 from evomesh.errors import UserError
-from evomesh.layers.documents import single_sequence
+from evomesh.layers.sequence_bounds import single_sequence
 from evomesh.models.language_model import LanguageModel
 from evomesh.models.registry import build_model
 from tests.support.tolerances import TRANSFORMERS, TRANSFORMERS_FLOAT32

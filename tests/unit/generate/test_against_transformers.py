@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LlamaForCausalLM
 
 from evomesh.generate.decode import generate
 from evomesh.generate.options import SamplingParams
-from evomesh.layers.documents import single_sequence
+from evomesh.layers.sequence_bounds import single_sequence
 from evomesh.models.language_model import LanguageModel
 from tests.support.decoders import tiny, tiny_config
 from tests.support.stock import stock_llama

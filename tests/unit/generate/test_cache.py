@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from evomesh.generate.cache import KeyValueCache
-from evomesh.layers.documents import single_sequence
 from evomesh.layers.products import linear
+from evomesh.layers.sequence_bounds import single_sequence
 from tests.support.decoders import VOCAB, tiny
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ import torch
 from evomesh.errors import UserError
 from evomesh.generate.engine import GeneratedToken, GenerationEngine
 from evomesh.generate.options import SamplingParams
-from evomesh.layers.documents import single_sequence
+from evomesh.layers.sequence_bounds import single_sequence
 from tests.support.decoders import VOCAB, tiny, uncached_greedy
 
 GREEDY = SamplingParams(do_sample=False, max_new_tokens=12)

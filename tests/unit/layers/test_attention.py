@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from evomesh.layers.attention import SequenceBounds, _varlen, attend
-from evomesh.layers.documents import single_sequence
+from evomesh.layers.sequence_bounds import single_sequence
 
 
 def documents(lengths: list[int], padding: int = 0) -> SequenceBounds:
@@ -38,7 +38,7 @@ def test_equals_dense_oracle_in_value_and_gradient(lengths: list[int], kv_heads:
     q = torch.randn(total, 4, 6, dtype=torch.float64, requires_grad=True)
     k, v = (torch.randn(total, kv_heads, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
     seen = torch.randn(total, 4, 6, dtype=torch.float64)
-    ours = attend(0, q, k, v, documents(lengths, padding=2))
+    ours = attend(q, k, v, documents(lengths, padding=2))
     expected = oracle(q, k, v, lengths)
     torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-12)
     for a, b in zip(

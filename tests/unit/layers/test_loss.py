@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from evomesh.config.schema import IGNORE
-from evomesh.layers.loss import CHUNK, LossOutput, chunk_of, linear_cross_entropy
+from evomesh.layers.loss import MIN_CHUNK_TOKENS, LossOutput, linear_cross_entropy, tokens_per_chunk
 
 T, D, V = 37, 12, 29
 
@@ -126,5 +126,5 @@ def test_scale_lifts_float16_gradients_out_of_underflow() -> None:
 
 @pytest.mark.parametrize(("rows", "tokens"), [(8000, 8192), (32000, 2048), (100_000, 512), (500_000, 512)])
 def test_chunks_on_cuda_are_as_many_small_ones_as_the_budget_has_room_for(rows: int, tokens: int) -> None:
-    assert chunk_of(rows, on_cuda=True) == tokens
-    assert chunk_of(rows, on_cuda=False) == CHUNK
+    assert tokens_per_chunk(rows, on_cuda=True) == tokens
+    assert tokens_per_chunk(rows, on_cuda=False) == MIN_CHUNK_TOKENS

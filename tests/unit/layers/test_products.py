@@ -38,7 +38,7 @@ class Kernels(TorchDispatchMode):
 def one_dnn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
     if request.param and not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(products, "one_dnn_is_faster", lambda: request.param)
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: request.param)
     yield request.param
 
 
@@ -98,14 +98,14 @@ def test_transposed_views_and_sums(one_dnn: bool) -> None:
 
 
 def test_what_one_dnn_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "one_dnn_is_faster", lambda: True)
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
     x, weight = leaves((T, I), (O, I))
-    assert products.by_one_dnn(x, weight) == torch.backends.mkldnn.is_available()
-    assert not products.by_one_dnn(x.double(), weight.double())
-    assert not products.by_one_dnn(x.bfloat16(), weight.bfloat16())
-    assert not products.by_one_dnn(x.to("meta"), weight.to("meta"))
+    assert products.uses_onednn(x, weight) == torch.backends.mkldnn.is_available()
+    assert not products.uses_onednn(x.double(), weight.double())
+    assert not products.uses_onednn(x.bfloat16(), weight.bfloat16())
+    assert not products.uses_onednn(x.to("meta"), weight.to("meta"))
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    assert not products.by_one_dnn(x, weight)
+    assert not products.uses_onednn(x, weight)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_what_one_dnn_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_the_rule(monkeypatch: pytest.MonkeyPatch, processor: dict[str, Any], expected: bool) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor, raising=False)
-    assert products.one_dnn_is_faster.__wrapped__() == (expected and torch.backends.mkldnn.is_available())
+    assert products.onednn_is_faster.__wrapped__() == (expected and torch.backends.mkldnn.is_available())
 
 
 def test_two_runs_are_the_same_to_the_bit(one_dnn: bool) -> None:

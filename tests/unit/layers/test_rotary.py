@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from evomesh.layers.documents import SequenceBounds, single_sequence
-from evomesh.layers.rotary import RotaryEmbedding, split_rotate
+from evomesh.layers.rotary import RotaryEmbedding, split_and_rotate
+from evomesh.layers.sequence_bounds import SequenceBounds, single_sequence
 
 
 def test_angles_by_hand_in_float64() -> None:
@@ -63,7 +63,7 @@ def test_split_and_rotation_as_complex_numbers(interleaved: bool, queries: int) 
         rotated(heads[:, :, queries : queries + 1]).squeeze(2),
         heads[:, :, -1],
     )
-    ours = split_rotate(qkv, cos, sin, kv_heads=groups, head_dim=head_dim, interleaved=interleaved)
+    ours = split_and_rotate(qkv, cos, sin, kv_heads=groups, head_dim=head_dim, interleaved=interleaved)
     seen = [torch.randn_like(x) for x in expected]
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-14)

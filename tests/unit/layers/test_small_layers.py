@@ -26,7 +26,7 @@ def randomise(module: torch.nn.Module) -> None:
 
 
 def test_embedding_gradient_adds_up_and_is_scaled() -> None:
-    layer = Embedding(7, 3, grad_scale=0.1, split_hidden=False, at=F64)
+    layer = Embedding(7, 3, grad_scale=0.1, split_hidden=False, placement=F64)
     randomise(layer)
     ids = torch.tensor([1, 2, 1, 6, 1])
     seen = torch.randn(5, 3, dtype=torch.float64)
@@ -38,7 +38,7 @@ def test_embedding_gradient_adds_up_and_is_scaled() -> None:
 
 
 def test_embedding_gradient_of_a_frequent_token_is_summed_in_float32() -> None:
-    layer = Embedding(2, 1, grad_scale=1.0, split_hidden=False, at=Placement(dtype=torch.bfloat16))
+    layer = Embedding(2, 1, grad_scale=1.0, split_hidden=False, placement=Placement(dtype=torch.bfloat16))
     randomise(layer)
     (grad,) = torch.autograd.grad(
         layer(torch.zeros(1000, dtype=torch.long)), layer.weight, torch.ones(1000, 1, dtype=torch.bfloat16)
@@ -49,7 +49,7 @@ def test_embedding_gradient_of_a_frequent_token_is_summed_in_float32() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
 def test_norm_against_the_formula(kind: str, dtype: torch.dtype) -> None:
-    layer = Norm(kind, 16, eps=1e-3, fp32_weight=False, at=Placement(dtype=dtype))
+    layer = Norm(kind, 16, eps=1e-3, fp32_weight=False, placement=Placement(dtype=dtype))
     randomise(layer)
     x = torch.randn(5, 16, dtype=torch.float64).to(dtype).requires_grad_()
     seen = torch.randn(5, 16, dtype=torch.float64)
@@ -73,16 +73,16 @@ def test_norm_against_the_formula(kind: str, dtype: torch.dtype) -> None:
 
 
 def test_fp32_norm_keeps_its_weight_wide_and_its_output_narrow() -> None:
-    layer = Norm("rmsnorm", 8, eps=1e-5, fp32_weight=True, at=Placement(dtype=torch.bfloat16))
+    layer = Norm("rmsnorm", 8, eps=1e-5, fp32_weight=True, placement=Placement(dtype=torch.bfloat16))
     randomise(layer)
     assert layer.weight.dtype is torch.float32
     assert layer(torch.randn(2, 8)).dtype is torch.bfloat16
-    assert Norm("rmsnorm", 8, eps=1e-5, fp32_weight=True, at=F64).weight.dtype is torch.float64
+    assert Norm("rmsnorm", 8, eps=1e-5, fp32_weight=True, placement=F64).weight.dtype is torch.float64
 
 
 @pytest.mark.parametrize("swiglu", [True, False])
 def test_feed_forward(swiglu: bool) -> None:
-    layer = FeedForward(6, 10, swiglu=swiglu, at=F64)
+    layer = FeedForward(6, 10, swiglu=swiglu, placement=F64)
     randomise(layer)
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     seen = torch.randn(4, 6, dtype=torch.float64)
@@ -105,13 +105,13 @@ def test_feed_forward(swiglu: bool) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_specs_describe_the_local_shapes(mode: str) -> None:
-    at = Placement(axis=Axis("tp", 2, 1), mode=MODES[mode])
+    placement = Placement(axis=Axis("tp", 2, 1), mode=MODES[mode])
     for layer in (
-        ColumnParallelLinear(8, 12, bias=True, at=at),
-        RowParallelLinear(8, 12, bias=True, at=at),
-        Norm("layernorm", 8, eps=1e-5, fp32_weight=False, at=at),
-        Embedding(10, 8, grad_scale=1.0, split_hidden=False, at=at.on_tensor_axis()),
-        Embedding(10, 8, grad_scale=1.0, split_hidden=True, at=at.on_tensor_axis()),
+        ColumnParallelLinear(8, 12, bias=True, placement=placement),
+        RowParallelLinear(8, 12, bias=True, placement=placement),
+        Norm("layernorm", 8, eps=1e-5, fp32_weight=False, placement=placement),
+        Embedding(10, 8, grad_scale=1.0, split_hidden=False, placement=placement.on_tensor_axis()),
+        Embedding(10, 8, grad_scale=1.0, split_hidden=True, placement=placement.on_tensor_axis()),
     ):
         for parameter in layer.parameters():
             spec = spec_of(parameter)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from evomesh.config.schema import ModelConfig
-from evomesh.layers.documents import single_sequence
+from evomesh.layers.sequence_bounds import single_sequence
 from evomesh.models.decoder import Decoder
 from evomesh.models.registry import build_model, initialize_weights
 from tests.support.tolerances import TRANSFORMERS, TRANSFORMERS_FLOAT32

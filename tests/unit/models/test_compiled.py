@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from evomesh.layers.attention import AttentionFunction, attend
-from evomesh.layers.documents import SequenceBounds
+from evomesh.layers.sequence_bounds import SequenceBounds
 from evomesh.models.language_model import LanguageModel
 from evomesh.models.registry import build_model, initialize_weights
 from tests.support.decoders import tiny_config

@@ -12,7 +12,7 @@ import torch
 
 from evomesh.config.schema import ModelConfig
 from evomesh.errors import ConfigError, UserError
-from evomesh.layers.documents import single_sequence
+from evomesh.layers.sequence_bounds import single_sequence
 from evomesh.models.registry import ModelInitializer, build_model, initialize_weights
 from evomesh.parallel.grid import Axis, Grid
 

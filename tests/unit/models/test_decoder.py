@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from evomesh.config.schema import ModelConfig
 from evomesh.layers.attention import Attention, SequenceBounds, attend
-from evomesh.layers.documents import single_sequence
+from evomesh.layers.sequence_bounds import single_sequence
 from evomesh.models.decoder import Decoder
 from evomesh.models.registry import build_model, initialize_weights
 from evomesh.parallel.grid import Axis, Grid
@@ -256,13 +256,13 @@ def test_generation_can_keep_keys_and_values() -> None:
     model, (ids, _) = make(tiny()), tokens()
     kept: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def cached(asking: Attention, q: Tensor, k: Tensor, v: Tensor, docs: SequenceBounds) -> Tensor:
-        layer = asking.layer
+    def cached(q: Tensor, k: Tensor, v: Tensor, bounds: SequenceBounds, module: Attention) -> Tensor:
+        layer = module.layer
         if layer in kept:
             k, v = torch.cat([kept[layer][0], k]), torch.cat([kept[layer][1], v])
         kept[layer] = k, v
         queries = torch.cat([q.new_zeros(len(k) - len(q), *q.shape[1:]), q])
-        return attend(asking, queries, k, v, single_sequence(len(k)))[-len(q) :]
+        return attend(queries, k, v, single_sequence(len(k)), module)[-len(q) :]
 
     with torch.no_grad():
         expected = model.logits(model(ids, single_sequence(T)))

@@ -11,7 +11,7 @@ from torch import Tensor
 from evomesh.config.reading.draft import ConfigDraft
 from evomesh.config.reading.spellings import resolve
 from evomesh.config.schema import ModelConfig
-from evomesh.layers.documents import single_sequence
+from evomesh.layers.sequence_bounds import single_sequence
 from evomesh.models.registry import build_model, initialize_weights
 
 BASE: dict[str, Any] = dict(

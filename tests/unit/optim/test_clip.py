@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from evomesh.optim.clip import clip_factor, counts_here, found_in, global_norm
+from evomesh.optim.clip import check_norm, clip_factor, counts_in_norm, global_norm
 from evomesh.parallel.grid import Axis, Grid
 from evomesh.parallel.spec import ShardSpec
 
@@ -35,7 +35,7 @@ def test_squares_of_several_tensors_may_leave_float32() -> None:
     ("values", "found"), [([1.0], "ok"), ([math.inf, 1.0], "inf"), ([-math.inf, math.nan], "nan")]
 )
 def test_what_is_found(values: list[float], found: str) -> None:
-    assert found_in(float(global_norm([torch.ones(3), torch.tensor(values)], Grid(), CPU))) == found
+    assert check_norm(float(global_norm([torch.ones(3), torch.tensor(values)], Grid(), CPU))) == found
 
 
 def test_clip_factor_is_torchs() -> None:
@@ -56,6 +56,6 @@ def test_each_element_is_counted_by_exactly_one_rank() -> None:
         for zero in range(2)
         for replica in range(2)
         for tp in range(2)
-        if counts_here(spec, (Axis("zero", 2, zero), Axis("replica", 2, replica), Axis("tp", 2, tp)))
+        if counts_in_norm(spec, (Axis("zero", 2, zero), Axis("replica", 2, replica), Axis("tp", 2, tp)))
     ]
     assert counted == [(0, 0, 0), (0, 0, 1), (1, 0, 0), (1, 0, 1)]

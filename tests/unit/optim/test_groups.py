@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from evomesh.optim.groups import decays
+from evomesh.optim.groups import has_weight_decay
 
 NAMES = [
     "embedding.weight",
@@ -14,7 +14,7 @@ NAMES = [
 
 
 def kept(*no_decay: str) -> list[str]:
-    return [name for name in NAMES if not decays(name, no_decay)]
+    return [name for name in NAMES if not has_weight_decay(name, no_decay)]
 
 
 def test_everything_is_decayed_by_default() -> None:

@@ -75,7 +75,7 @@ def test_equals_torch_adamw(dtype: torch.dtype, bound: float, clip: float, scale
     ours, theirs = make_model(dtype), make_model(dtype)
     results = run(ours, make_optimizer(ours, clip), range(5), scale)
     norms = reference(theirs, range(5), clip)
-    assert [result.found for result in results] == ["ok"] * 5
+    assert [result.check for result in results] == ["ok"] * 5
     assert [result.grad_norm for result in results] == pytest.approx(norms, rel=bound)
     assert distance(make_model(dtype), ours) > 0
     assert distance(ours, theirs) <= bound
@@ -129,7 +129,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_touches_nothing(
     slot.gradient()[1, 1] = bad
     result = optimizer.step(1e-2, 0.9, inv_scale=1.0)
     optimizer.zero_grad()
-    assert result.found == found
+    assert result.check == found
     after = optimizer.state_tensors() | dict(model.named_parameters())
     assert all(torch.equal(before[name], after[name]) for name in before)
     run(model, optimizer, range(2, 4))

@@ -15,7 +15,7 @@ import httpx
 import pytest
 import torch
 
-from evomesh.layers.documents import single_sequence
+from evomesh.layers.sequence_bounds import single_sequence
 from evomesh.models.language_model import LanguageModel
 from evomesh.serve.load import _with
 from evomesh.serve.service import ServiceLimits

@@ -177,7 +177,8 @@ class TestOfAStep:
             monkeypatch.setattr("evomesh.optim.zero.clip_factor", reading(torch.square))
         else:
             monkeypatch.setattr(
-                "evomesh.optim.zero.copy_back", lambda slots: [slot.local.cpu() for slot in slots]
+                "evomesh.optim.zero.copy_masters_to_parameters",
+                lambda slots: [slot.local.cpu() for slot in slots],
             )
         with no_host_waits(), pytest.raises((RuntimeError, NotImplementedError)):
             one()

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from evomesh.config.schema import Config, ModelConfig
-from evomesh.layers.documents import SequenceBounds
-from evomesh.layers.loss import CHUNK
+from evomesh.layers.loss import MIN_CHUNK_TOKENS
+from evomesh.layers.sequence_bounds import SequenceBounds
 from evomesh.models.registry import build_model, initialize_weights
 from evomesh.optim.zero import ZeroOptimizer
 
-T, D, F, V, N, L = 2 * CHUNK, 64, 192, 2000, 4, 6
+T, D, F, V, N, L = 2 * MIN_CHUNK_TOKENS, 64, 192, 2000, 4, 6
 DOCUMENT = 64
 BYTES = 4  # float32
 
@@ -51,7 +51,7 @@ class Training:
         self.labels = self.ids[1:].clone()
 
     def step(self) -> None:
-        self.optimizer.expect(1)
+        self.optimizer.expect_micro_batches(1)
         hidden = self.model(self.ids[:-1], self.documents)
         loss: Tensor = self.model.loss(hidden, self.labels, grad_scale=1 / len(self.labels)).scaled_sum
         loss.backward()  # type: ignore[no-untyped-call]
@@ -79,7 +79,7 @@ def kept_by_a_layer() -> int:
 
 def held_by_the_loss() -> int:
     """The last sum and its norm, the gradient of the hidden rows and of the head, one chunk of logits."""
-    return BYTES * (3 * T * D + V * D + CHUNK * V)
+    return BYTES * (3 * T * D + V * D + MIN_CHUNK_TOKENS * V)
 
 
 class TestPeakOfAStep:

@@ -12,7 +12,7 @@ from evomesh.checkpoint.huggingface.export import ExportOptions
 from evomesh.checkpoint.restore import RestoredModel, restore_model
 from evomesh.config.schema import GenerationConfig
 from evomesh.errors import UserError
-from evomesh.layers.documents import single_sequence
+from evomesh.layers.sequence_bounds import single_sequence
 from evomesh.serve.load import ModelOptions, load_service
 from tests.support.serving import byte_tokenizer
 from tests.unit.checkpoint.hf_models import export, model_config, save_model

@@ -14,7 +14,7 @@ from torch import Tensor
 from evomesh.config.schema import IGNORE, Config, DataConfig, LossConfig, ModelConfig, ScalerConfig
 from evomesh.data.batch import Batch
 from evomesh.data.build import build_valid_data
-from evomesh.layers.documents import single_sequence
+from evomesh.layers.sequence_bounds import single_sequence
 from evomesh.optim.scaler import LossScaler
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.grid import Grid
@@ -120,7 +120,7 @@ def test_the_loss_scale_leaves_loss_and_norm_alone_and_an_overflow_leaves_the_we
     with torch.no_grad():
         stages.parameters()["norm.weight"].fill_(math.inf)
     before = {name: parameter.detach().clone() for name, parameter in stages.parameters().items()}
-    assert step(stages, batch_of(2), LossConfig()).update.found != "ok"
+    assert step(stages, batch_of(2), LossConfig()).update.check != "ok"
     assert all(torch.equal(parameter, before[name]) for name, parameter in stages.parameters().items())
 
 

@@ -22,7 +22,7 @@ def test_slow_ranks_are_named_every_interval(
     interval: int, every: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(
-        upkeep, "gather_objects", lambda value, axis: [value, 9.0, value]
+        upkeep, "all_gather_objects", lambda value, axis: [value, 9.0, value]
     )  # one peer takes 9 s
     keeping = PeriodicUpkeep(interval, 1.5, Axis("dp", 3, 0))
     with caplog.at_level(logging.WARNING):
