@@ -81,7 +81,7 @@ def measure(folder: Path) -> None:
     start = time.process_time()
     while time.process_time() - start < READ_SECONDS:
         packs, position = sampler.take(position)
-        corpus.packs.read(int(packs[0]))
+        corpus.read(int(packs[0]))
         read += SEQ_LEN
     speed = read / (time.process_time() - start) / 1e6
     with path.open("rb") as file:

@@ -87,7 +87,11 @@ def linear_cross_entropy(
 def tokens_per_chunk(rows: int, on_cuda: bool) -> int:
     """Tokens of a chunk. Each adds one gradient of the whole weight to the sum, in float32: on CUDA, where that is
     bound by memory and the products are not, fewer and larger chunks of a small vocabulary cost less."""
-    return max(CUDA_CHUNK_LOGITS // rows // MIN_CHUNK_TOKENS, 1) * MIN_CHUNK_TOKENS if on_cuda else MIN_CHUNK_TOKENS
+    return (
+        max(CUDA_CHUNK_LOGITS // rows // MIN_CHUNK_TOKENS, 1) * MIN_CHUNK_TOKENS
+        if on_cuda
+        else MIN_CHUNK_TOKENS
+    )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -148,7 +148,9 @@ class PipelineSchedule:
             _StageModule(model, stage == 0, stage == self._count - 1, pieces)
             for model, stage in zip(models, self._stages, strict=True)
         ]
-        self._cut = (tp.size, 1) if mode.sequence_parallel else (1, tp.size)  # of hidden states [T, D] on their way
+        self._cut = (
+            (tp.size, 1) if mode.sequence_parallel else (1, tp.size)
+        )  # of hidden states [T, D] on their way
         self._hidden_size, self._dtype = hidden_size, dtype
         self._made: dict[tuple[int, int], Any] = {}
 

@@ -112,7 +112,7 @@ def build_run(loaded: LoadedConfig, place: RunContext) -> TrainingRun:
     sampler = stored["sampler"] if start.wants("sampler") else None
     if sampler is not None:
         check_manifest(stored["data"], train_data.manifest)
-    stream = train_data.stream(0, grid.dp.rank, grid.dp.size, sampler)
+    stream = train_data.stream(grid.dp.rank, grid.dp.size, sampler)
     stream.check()
 
     reporter = RunReporter(config, loaded.text, place, state, train_data)

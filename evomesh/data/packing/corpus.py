@@ -1,67 +1,154 @@
-"""All packs of the training files: what they are, in which order, what was left out, and what to refuse."""
+"""All packs of the training files, and the stream of batches that a rank reads from them."""
 
 from __future__ import annotations
 
 import resource
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from evomesh.config.schema import DataConfig
-from evomesh.data.packing.mixture import group_packs
-from evomesh.data.packing.packs import PackedCorpus, PackPlan, PackRule
+from evomesh.config.step_values import BatchSizeRampup
+from evomesh.data.packing.loader import PackStream, StepSampler
+from evomesh.data.packing.mixture import MixedSampler, group_packs
+from evomesh.data.packing.packs import Pack, PackPlan, PackRule
+from evomesh.data.packing.report import (
+    check_manifest,
+    file_row,
+    find_warnings,
+    make_manifest,
+    refuse_empty,
+    report_table,
+    source_row,
+)
+from evomesh.data.packing.sampler import PackSampler, SamplerPosition
 from evomesh.data.packing.synthetic import TRAIN_DOCUMENTS, TYPES, SyntheticDocuments
-from evomesh.data.token_files.bin_dataset import BinDataset, DocumentSource, LongLineCache
+from evomesh.data.token_files.bin_dataset import BinDataset, LongLineCache
 from evomesh.data.token_files.fingerprint import check_vocabulary
 from evomesh.data.token_files.folders import TokenFile, assign_types, check_folder, find_files
 from evomesh.data.token_files.shared_index import remove_stale
 from evomesh.errors import UserError
 
-MAPPED = 3  # files mapped for each token file: itself, its meta, its cache
-MAPPED_SHARED = 8  # and with use_shm: kept, lengths, starts, order, ends
+MAPPED_FILES = 3  # maps per token file: the file, its meta, its cache
+MAPPED_FILES_SHARED = 8  # with use_shm also: kept rows, lengths, starts, order, ends
 
 
-@dataclass(frozen=True)
 class Corpus:
-    """All packs of a run.
+    """The packs of all streams, numbered in file order.
 
-    Attributes:
-        packs: read by global number.
-        types: type names; ``Batch.type_ids`` are places in it.
-        manifest: what the data consists of, as JSON: files with sizes, documents, tokens and hashes, in order.
-        report: one row a file: name, type, documents, tokens, filtered (documents), dropped (tokens), packs.
+    Args:
+        config: how to go through the packs: seed, batch, order, workers.
+        plans: one per stream.
+        types: type names; ``Batch.type_ids`` index into it.
+        report: one row per file: name, type, documents, tokens, filtered (documents), dropped (tokens), packs.
         warnings: what a user should know before the run starts.
     """
 
-    packs: PackedCorpus
-    types: list[str]
-    manifest: dict[str, Any]
-    report: list[dict[str, Any]]
-    warnings: list[str] = field(default_factory=list)
+    def __init__(
+        self,
+        config: DataConfig,
+        plans: Sequence[PackPlan],
+        types: Sequence[str] = (),
+        report: Sequence[dict[str, Any]] = (),
+        warnings: Sequence[str] = (),
+    ) -> None:
+        self.config = config
+        self.plans = list(plans)
+        self.types = list(types)
+        self.report = list(report)
+        self.warnings = list(warnings)
+        self._first_pack = np.cumsum([0, *map(len, plans)])
+
+    def __len__(self) -> int:
+        return self.num_packs
 
     @property
     def num_packs(self) -> int:
-        return len(self.packs)
+        return int(self._first_pack[-1])
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """What the data consists of, as JSON: files with sizes, documents, tokens and hashes, in order."""
+        return make_manifest(self.report, self.types)
+
+    def read(self, pack: int) -> Pack:
+        """Read a pack by its number in the corpus; any thread may call this."""
+        number = int(np.searchsorted(self._first_pack, pack, side="right")) - 1
+        return self.plans[number].read(pack - int(self._first_pack[number]))
+
+    def stream(self, dp_rank: int = 0, dp_size: int = 1, state: dict[str, Any] | None = None) -> PackStream:
+        """Return the batches of one rank, from the first step or from where ``state`` was taken.
+
+        Raises:
+            UserError: there is less data than one step needs, or the state belongs to other data.
+        """
+        config = self.config
+        global_batch = config.micro_num * dp_size
+        rampup = config.rampup_batch_size.times(dp_size) if config.rampup_batch_size else None
+        first_step = rampup.start if rampup else global_batch
+        if self.num_packs < first_step:
+            raise UserError(
+                f"the data gives {self.num_packs} pack(s) of {config.packed_length} tokens, "
+                f"one step needs {first_step}",
+                where="data.train_folder",
+                expected=f"micro_num {config.micro_num} x {dp_size} data-parallel rank(s) = {global_batch} packs",
+                fix="add data, or lower data.micro_num, data.micro_bsz or data.seq_len",
+            )
+        sampler = self._make_sampler(global_batch, rampup, dp_size)
+        start = SamplerPosition()
+        if state is not None:
+            check_manifest(state.get("manifest"), self.manifest)
+            start = _resume_position(sampler, state, global_batch)
+        return PackStream(
+            self,
+            sampler,
+            dp_rank=dp_rank,
+            dp_size=dp_size,
+            start=start,
+            workers=config.num_worker,
+            extra_state={"manifest": self.manifest["hash"]},
+        )
+
+    def merge_states(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return one state for all ranks: each of theirs holds the global position."""
+        return states[0]
 
     def table(self) -> str:
-        """The report as text, with a line of totals."""
-        numbers = ("documents", "tokens", "filtered", "dropped", "packs")
-        total = {name: sum(row[name] for row in self.report) for name in numbers}
-        cells = [["file", "type", *numbers]]
-        cells += [[row["file"], row["type"], *(f"{row[name]:,}" for name in numbers)] for row in self.report]
-        if len(self.report) > 1:
-            cells.append([f"{len(self.report)} files", "", *(f"{total[name]:,}" for name in numbers)])
-        widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if n < 2 else cell.rjust(width)
-                for n, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in cells
+        """Return the report as text, with a line of totals."""
+        return report_table(self.report)
+
+    def _make_sampler(self, global_batch: int, rampup: BatchSizeRampup | None, dp_size: int) -> StepSampler:
+        config = self.config
+        if config.dataset_weights:
+            files = [row["file"] for row in self.report]
+            packs = [row["packs"] for row in self.report]
+            sources, _ = group_packs(files, packs, config.dataset_weights)
+            return MixedSampler(sources, config.seed, global_batch, rampup)
+        unit = dp_size if config.order == "xtuner" else 1
+        return PackSampler(self.num_packs, config.seed, global_batch, rampup, config.order, unit)
+
+
+def _resume_position(sampler: StepSampler, state: dict[str, Any], global_batch: int) -> SamplerPosition:
+    """Return where a saved state continues: our own, or InternEvo's, which has the same packs in the same order."""
+    theirs = state.get("internevo")
+    if theirs is None:
+        return sampler.resume(state)
+    position = sampler.seek(int(theirs["step"]))
+    seed = sampler.seed if isinstance(sampler, PackSampler) else None
+    ours = {"seed": seed, "global_batch": global_batch, "offset": position.offset}
+    wrong = [f"{name} {theirs[name]}, here {value}" for name, value in ours.items() if theirs[name] != value]
+    if wrong:
+        raise UserError(
+            f"InternEvo was at another position of the data after {theirs['step']} steps: {'; '.join(wrong)}",
+            where="resuming the data position",
+            expected="InternEvo's data, data.seed, micro_num x data-parallel size and rampup_batch_size",
+            fix="set them to InternEvo's values, or do not load the position: "
+            'ckpt.load_ckpt_info=dict(path=..., content=("model", "optimizer", "scheduler")), auto_resume=False',
         )
+    return position
 
 
 def open_corpus(config: DataConfig, vocab_size: int | None) -> Corpus:
@@ -70,18 +157,10 @@ def open_corpus(config: DataConfig, vocab_size: int | None) -> Corpus:
     Raises:
         UserError: no usable file, a broken one, or not one pack in all of them.
     """
-    rule = PackRule(config.packed_length, config.seq_len, config.pack_sample_into_one, config.order)
     if config.train_folder is None:
-        documents = SyntheticDocuments(
-            TRAIN_DOCUMENTS,
-            config.seq_len,
-            fixed_length=config.fixed_random_dataset_seqlen,
-            vocab_size=vocab_size or 2**31,
-        )
-        plan = PackPlan([documents], rule)
-        row = _row(documents, "en", len(documents.lengths), plan.tokens, plan)
-        warning = "data.train_folder is None: training on synthetic counting sequences"
-        return Corpus(PackedCorpus([plan]), TYPES, _manifest([row], TYPES), [row], [warning])
+        return _synthetic_corpus(config, vocab_size)
+
+    # 1. Find the files and open them.
     folder = check_folder(config.train_folder, "data.train_folder")
     files = find_files(folder, "data.train_folder", config.data_order_path)
     types = assign_types(files, folder)
@@ -90,9 +169,54 @@ def open_corpus(config: DataConfig, vocab_size: int | None) -> Corpus:
     shared = Path(config.shm_path) if config.use_shm else None
     if shared is not None:
         remove_stale(shared)
-    _raise_open_file_limit(len(files) * (MAPPED_SHARED if shared else MAPPED))
+    _raise_open_file_limit(len(files) * (MAPPED_FILES_SHARED if shared else MAPPED_FILES))
+    sources = _open_sources(config, files, types, vocab_size, shared)
+
+    # 2. Plan the packs: each file is a stream of its own, or all files are one stream.
+    streams = [sources] if config.remainder == "carry" else [[source] for source in sources]
+    rule = PackRule.from_config(config)
+    plans = [PackPlan(stream, rule, config.remainder, shared) for stream in streams]
+    if not any(map(len, plans)):
+        refuse_empty(config, sources)
+
+    # 3. Report what each file gives.
+    report = [
+        file_row(source, types, plan)
+        for plan, stream in zip(plans, streams, strict=True)
+        for source in stream
+    ]
+    warnings = find_warnings(report, sources, config)
+    if config.dataset_weights:
+        packs = [row["packs"] for row in report]
+        _, unmatched = group_packs([file.name for file in files], packs, config.dataset_weights)
+        warnings += [
+            f"{name} matches no key of data.dataset_weights and is not trained on" for name in unmatched
+        ]
+    return Corpus(config, plans, types, report, warnings)
+
+
+def _synthetic_corpus(config: DataConfig, vocab_size: int | None) -> Corpus:
+    documents = SyntheticDocuments(
+        TRAIN_DOCUMENTS,
+        config.seq_len,
+        fixed_length=config.fixed_random_dataset_seqlen,
+        vocab_size=vocab_size or 2**31,
+    )
+    plan = PackPlan([documents], PackRule.from_config(config))
+    row = source_row(documents, TYPES[0], documents=len(documents.lengths), tokens=plan.tokens, plan=plan)
+    warning = "data.train_folder is None: training on synthetic counting sequences"
+    return Corpus(config, [plan], TYPES, [row], [warning])
+
+
+def _open_sources(
+    config: DataConfig,
+    files: Sequence[TokenFile],
+    types: Sequence[str],
+    vocab_size: int | None,
+    shared: Path | None,
+) -> list[BinDataset]:
     last_long = LongLineCache()
-    sources = [
+    return [
         BinDataset(
             file.path,
             name=file.name,
@@ -104,51 +228,6 @@ def open_corpus(config: DataConfig, vocab_size: int | None) -> Corpus:
         )
         for file in files
     ]
-    streams: list[list[BinDataset]] = (
-        [sources] if config.remainder == "carry" else [[source] for source in sources]
-    )
-    plans = [PackPlan(stream, rule, config.remainder, shared) for stream in streams]
-    report = [
-        _file_row(source, types, plan)
-        for plan, stream in zip(plans, streams, strict=True)
-        for source in stream
-    ]
-    corpus = PackedCorpus(plans)
-    if not len(corpus):
-        _refuse_empty(config, sources)
-    warnings = _warnings(report, sources, config)
-    if config.dataset_weights:
-        names, packs = [row["file"] for row in report], [row["packs"] for row in report]
-        _, alone = group_packs(names, packs, config.dataset_weights)
-        warnings += [f"{name} matches no key of data.dataset_weights: it is not trained on" for name in alone]
-    return Corpus(corpus, types, _manifest(report, types), report, warnings)
-
-
-def check_manifest(saved: dict[str, Any] | str | None, current: dict[str, Any]) -> None:
-    """Compare the data of a checkpoint (its manifest, or only the manifest's hash) with the data at hand.
-
-    Raises:
-        UserError: listing each file that was added, removed or changed, and the choices.
-    """
-    saved_hash = saved.get("hash") if isinstance(saved, dict) else saved
-    if saved is None or saved_hash == current["hash"]:
-        return
-    lines = []
-    if isinstance(saved, dict):
-        old = {file["file"]: file for file in saved["files"]}
-        new = {file["file"]: file for file in current["files"]}
-        lines += [f"  removed: {name} ({old[name]['hash']})" for name in old if name not in new]
-        lines += [f"  added: {name} ({new[name]['hash']})" for name in new if name not in old]
-        changed = [name for name in old if name in new and old[name] != new[name]]
-        lines += [f"  changed: {name} ({old[name]['hash']} -> {new[name]['hash']})" for name in changed]
-        if not lines:
-            lines = ["  the files are the same, their order is not"]
-    raise UserError(
-        "\n".join([f"the data changed since the checkpoint ({saved_hash} -> {current['hash']})", *lines]),
-        where="data.train_folder",
-        fix="restore the old files to go on with the same order, or start a new pass over the new ones with the "
-        'checkpoint\'s weights: ckpt.load_ckpt_info=dict(path=..., content=("model",)), auto_resume=False',
-    )
 
 
 def _min_length(file: TokenFile, config: DataConfig) -> int:
@@ -157,114 +236,16 @@ def _min_length(file: TokenFile, config: DataConfig) -> int:
         raise UserError(
             f"the file matches several keys: {', '.join(keys)}",
             where=f"data.min_length_dict, {file.path}",
-            expected="one key in the path",
+            expected="at most one key that is part of the path",
         )
     return config.min_length_dict[keys[0]] if keys else config.min_length
 
 
-def _row(
-    source: DocumentSource, type_name: str, documents: int, tokens: int, plan: PackPlan
-) -> dict[str, Any]:
-    return {
-        "file": source.name,
-        "type": type_name,
-        "documents": documents,
-        "tokens": tokens,
-        "filtered": documents - len(source.lengths),
-        "dropped": plan.dropped,
-        "packs": len(plan),
-    }
-
-
-def _file_row(source: BinDataset, types: list[str], plan: PackPlan) -> dict[str, Any]:
-    tokens = int(source.rows[:, 1].sum(dtype=np.int64))
-    row = _row(source, types[source.type_id], len(source.rows), tokens, plan)
-    if len(plan.sources) > 1:  # one stream of all files: a pack counts for the file in which it ends
-        number = plan.sources.index(source)
-        before, after = (
-            int(plan.ends[place - 1]) if place else 0 for place in plan.first[number : number + 2]
-        )
-        length = plan.rule.packed_length
-        row |= {
-            "packs": after // length - before // length,
-            "dropped": plan.dropped if after == plan.tokens else 0,
-        }
-    row["bytes"] = source.size
-    row["hash"] = xxhash.xxh3_64_hexdigest(np.ascontiguousarray(source.rows).data)
-    return row
-
-
-def _manifest(report: list[dict[str, Any]], types: list[str]) -> dict[str, Any]:
-    keys = ("file", "type", "documents", "tokens", "bytes", "hash")
-    files = [{key: row[key] for key in keys if key in row} for row in report]
-    text = repr([(file["file"], file["type"], file.get("bytes"), file.get("hash")) for file in files])
-    return {"files": files, "types": types, "hash": xxhash.xxh3_64_hexdigest(text.encode())}
-
-
-def _warnings(report: list[dict[str, Any]], sources: list[BinDataset], config: DataConfig) -> list[str]:
-    found = []
-    for row, source in zip(report, sources, strict=True):
-        if row["packs"] == 0 and config.remainder != "carry":
-            kept = int(source.lengths.sum(dtype=np.int64))
-            found.append(
-                f"{row['file']} yields nothing: {kept:,} tokens after filtering, a pack needs {config.packed_length:,}"
-            )
-        if 0 < len(source.rows) < config.min_length:
-            found.append(
-                f"{row['file']} has {len(source.rows)} documents, fewer than min_length {config.min_length}, which "
-                "counts the tokens of a document here, not the documents of a file"
-            )
-        if doubled := _doubled(source):
-            found.append(
-                f"{row['file']}: rows {doubled} .. {2 * doubled - 1} repeat rows 0 .. {doubled - 1} in size: "
-                f"was it written twice in append mode? check: evomesh data verify {source.path}"
-            )
-    return found
-
-
-def _doubled(source: BinDataset) -> int:
-    """Rows of a file that looks like one content twice, else 0: judged by the meta alone."""
-    half, odd = divmod(len(source.rows), 2)
-    if odd or half < 2:
-        return 0
-    same_lengths = np.array_equal(source.rows[:half, 1], source.rows[half:, 1])
-    middle = int(source.rows[half, 0])
-    same = same_lengths and 2 * middle == source.size
-    return half if same and np.array_equal(source.rows[:half, 0], source.rows[half:, 0] - middle) else 0
-
-
-def _refuse_empty(config: DataConfig, sources: list[BinDataset]) -> None:
-    documents = sum(len(source.rows) for source in sources)
-    tokens = sum(int(source.rows[:, 1].sum(dtype=np.int64)) for source in sources)
-    kept = sum(int(source.lengths.sum(dtype=np.int64)) for source in sources)
-    if kept == 0 and tokens:
-        lengths = np.concatenate([source.rows[:, 1] for source in sources])
-        marks = ", ".join(
-            f"{name} {int(np.percentile(lengths, q))}" for name, q in (("median", 50), ("90 %", 90))
-        )
-        raise UserError(
-            f"all {documents:,} documents are shorter than the minimum length",
-            where="data.min_length",
-            expected=f"at most the longest document's {int(lengths.max())} tokens "
-            f"(shortest {int(lengths.min())}, {marks}); min_length is {config.min_length}",
-            fix=f"set data.min_length to {int(np.percentile(lengths, 10))} or less",
-        )
-    best = max(sources, key=lambda source: int(source.lengths.sum(dtype=np.int64)))
-    most = int(best.lengths.sum(dtype=np.int64))
-    raise UserError(
-        f"no file holds a whole pack: {kept:,} tokens in {len(sources)} file(s), "
-        f"the largest, {best.name}, has {most:,}, one pack needs {config.packed_length:,}",
-        where="data.train_folder",
-        expected=f"at least {config.packed_length:,} tokens (seq_len {config.seq_len} x micro_bsz {config.micro_bsz}) "
-        "in one file",
-        fix='add data, lower data.seq_len or data.micro_bsz, or keep tails with data.remainder="carry"',
-    )
-
-
 def _raise_open_file_limit(handles: int) -> None:
-    """Each mapped file keeps a handle: lift the soft limit where the system allows it."""
+    """Raise the soft limit of open files where the system allows it: each mapped file keeps a handle."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = hard == resource.RLIM_INFINITY
     wanted = handles + 256
-    if soft < wanted and (hard == resource.RLIM_INFINITY or soft < hard):
-        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft < wanted and (unlimited or soft < hard):
+        limit = wanted if unlimited else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

@@ -1,10 +1,11 @@
-"""Batches ready before the step asks: read, packed and (with CUDA) pinned by background threads."""
+"""Prepare batches before the step asks for them: background threads read, pack and (with CUDA) pin them."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,14 +19,14 @@ from evomesh.errors import UserError
 
 
 class PackReader(Protocol):
-    """Packs that are read by global number, from any thread."""
+    """Packs that are read by number, from any thread: a ``Corpus``."""
 
     def __len__(self) -> int: ...
     def read(self, pack: int) -> Pack: ...
 
 
 class StepSampler(Protocol):
-    """Which packs make up a step: a ``PackSampler`` or a ``MixedSampler``."""
+    """Decides which packs make up a step: a ``PackSampler`` or a ``MixedSampler``."""
 
     def take(self, position: SamplerPosition) -> tuple[NDArray[np.int64], SamplerPosition]: ...
     def seek(self, step: int) -> SamplerPosition: ...
@@ -34,47 +35,52 @@ class StepSampler(Protocol):
 
 
 def collate(packs: Sequence[Pack]) -> Batch:
-    """M packs as one batch [M, T]; bounds are padded on the right by repeating T."""
+    """Stack M packs into a batch [M, T]; cu_seqlens are padded on the right by repeating T."""
     width = max(len(pack.cu_seqlens) for pack in packs)
-    bounds = np.stack(
-        [np.pad(pack.cu_seqlens, (0, width - len(pack.cu_seqlens)), mode="edge") for pack in packs]
-    )
-    longest = max(int(np.diff(pack.cu_seqlens).max()) for pack in packs)
-
-    def stack(rows: list[NDArray[Any]]) -> torch.Tensor:
-        tensor = torch.from_numpy(np.stack(rows))
-        return tensor.pin_memory() if torch.cuda.is_available() else tensor
-
+    bounds = [np.pad(pack.cu_seqlens, (0, width - len(pack.cu_seqlens)), mode="edge") for pack in packs]
     return Batch(
-        tokens=stack([pack.tokens for pack in packs]),
-        labels=stack([pack.labels for pack in packs]),
-        position_ids=stack([pack.indexes for pack in packs]),
-        type_ids=stack([pack.type_ids for pack in packs]),
-        cu_seqlens=stack(list(bounds)),
-        max_seqlen=longest,
+        tokens=_stack([pack.tokens for pack in packs]),
+        labels=_stack([pack.labels for pack in packs]),
+        position_ids=_stack([pack.position_ids for pack in packs]),
+        type_ids=_stack([pack.type_ids for pack in packs]),
+        cu_seqlens=_stack(bounds),
+        max_seqlen=max(int(np.diff(pack.cu_seqlens).max()) for pack in packs),
     )
+
+
+def _stack(rows: Sequence[NDArray[Any]]) -> torch.Tensor:
+    tensor = torch.from_numpy(np.stack(rows))
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
 
 class BatchStream(Protocol):
-    """One data-parallel rank's batches, step after step without end."""
+    """The endless batches of one data-parallel rank, one per step."""
 
     def __iter__(self) -> Iterator[Batch]: ...
     def __next__(self) -> Batch: ...
     def check(self) -> None:
-        """Read the next batch without taking it: data that cannot be used is refused before a run writes anything."""
+        """Read the next batch without taking it, so that bad data is refused before a run writes anything."""
         ...
 
     def skip(self) -> None:
-        """Consume the next batch without handing it out (``data.skip_batches``)."""
+        """Consume the next batch without returning it (``data.skip_batches``)."""
         ...
 
     def state(self) -> dict[str, Any]:
-        """State before the next batch: one small JSON object for ``TrainData.stream(state=...)``."""
+        """Return the state before the next batch: one small JSON object for ``TrainData.stream(state=...)``."""
         ...
 
     def close(self) -> None:
-        """Stop the workers; batches under way are dropped."""
+        """Stop the workers and drop prefetched batches."""
         ...
+
+
+@dataclass(frozen=True)
+class PrefetchedBatch:
+    """A batch that is being read, and the position after it."""
+
+    get: Callable[[], Batch]
+    position_after: SamplerPosition
 
 
 class PackStream:
@@ -83,10 +89,10 @@ class PackStream:
     Args:
         packs: where packs are read.
         sampler: which packs make up a step.
-        dp_rank: this rank holds ``step[dp_rank::dp_size]``.
+        dp_rank: this rank reads ``packs_of_step[dp_rank::dp_size]``.
         dp_size: data-parallel size.
         start: position before the first batch.
-        workers: background threads, each working on one step ahead; 0 reads when asked.
+        workers: background threads, each prefetching one step; 0 reads on demand.
         extra_state: added to every state.
     """
 
@@ -94,64 +100,69 @@ class PackStream:
         self,
         packs: PackReader,
         sampler: StepSampler,
+        *,
         dp_rank: int,
         dp_size: int,
         start: SamplerPosition,
-        workers: int = 1,
-        extra_state: dict[str, Any] | None = None,
+        workers: int,
+        extra_state: dict[str, Any],
     ) -> None:
-        self.packs, self.sampler = packs, sampler
-        self.dp_rank, self.dp_size = dp_rank, dp_size
+        self.packs = packs
+        self.sampler = sampler
+        self.dp_rank = dp_rank
+        self.dp_size = dp_size
         self.position = start  # before the next batch
-        self._ahead = start  # before the next batch to be handed to a worker
-        self._ready: deque[tuple[Callable[[], Batch], SamplerPosition]] = deque()
+        self._prefetch_position = start  # before the next batch to prefetch
+        self._prefetched: deque[PrefetchedBatch] = deque()
+        self._prefetch_depth = 1 + workers
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="data") if workers else None
-        self._depth = 1 + workers
-        self._extra = extra_state or {}
+        self._extra_state = extra_state
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        self._fill()
-        batch, after = self._ready[0]
-        result = batch()
-        self._ready.popleft()
-        self.position = after
-        return result
+        self._prefetch()
+        # A batch that fails stays in the queue: asking again fails again.
+        batch = self._prefetched[0].get()
+        self.position = self._prefetched.popleft().position_after
+        return batch
 
     def check(self) -> None:
-        self._fill()
-        self._ready[0][0]()
+        self._prefetch()
+        self._prefetched[0].get()
 
     def skip(self) -> None:
-        self._fill()
-        self.position = self._ready.popleft()[1]
+        self._prefetch()
+        self.position = self._prefetched.popleft().position_after
 
     def state(self) -> dict[str, Any]:
-        return {**self.sampler.state(self.position), **self._extra}
+        return {**self.sampler.state(self.position), **self._extra_state}
 
     def close(self) -> None:
-        self._ready.clear()
+        self._prefetched.clear()
         if self._pool:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _fill(self) -> None:
-        while len(self._ready) < self._depth:
-            numbers, after = self.sampler.take(self._ahead)
-            if len(numbers) % self.dp_size:
+    def _prefetch(self) -> None:
+        while len(self._prefetched) < self._prefetch_depth:
+            position = self._prefetch_position
+            packs, after = self.sampler.take(position)
+            if len(packs) % self.dp_size:
                 raise UserError(
-                    f"step {self._ahead.step} has {len(numbers)} packs, which {self.dp_size} ranks cannot share",
+                    f"step {position.step} has {len(packs)} packs, not a multiple of {self.dp_size} ranks",
                     where="data.rampup_batch_size",
-                    expected="sizes that the data-parallel size divides",
+                    expected="sizes that are multiples of the data-parallel size",
                 )
-            own = numbers[self.dp_rank :: self.dp_size]
-            self._ready.append((self._submit(own), after))
-            self._ahead = after
+            own_packs = packs[self.dp_rank :: self.dp_size]
+            self._prefetched.append(PrefetchedBatch(self._submit(own_packs), after))
+            self._prefetch_position = after
 
-    def _submit(self, numbers: NDArray[np.int64]) -> Callable[[], Batch]:
+    def _submit(self, packs: NDArray[np.int64]) -> Callable[[], Batch]:
+        """Start reading a batch on a worker; return what waits for it (without workers: what reads it)."""
+
         def read() -> Batch:
-            return collate([self.packs.read(int(number)) for number in numbers])
+            return collate([self.packs.read(int(pack)) for pack in packs])
 
         if self._pool is None:
             return read

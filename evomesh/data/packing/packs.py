@@ -1,8 +1,10 @@
-"""Cutting documents into packs of equal length, by the documents' rules.
+"""Pack documents into sequences of equal length, by InternEvo's rules.
 
 A file (or, with ``remainder="carry"``, all files one after the other) is one stream of tokens: its documents in the
-order of NumPy's ``RandomState(1024)`` shuffle, the same in every epoch. Pack ``k`` is tokens ``[kL, (k+1)L)`` of that
-stream. Nothing is done per document in Python when a plan is made: a shuffle, a gather and a cumulative sum.
+order of NumPy's ``RandomState(1024)`` shuffle, the same in every epoch. Pack k is tokens ``[kT, (k+1)T)`` of that
+stream. Planning never loops over documents in Python: it is a shuffle, a gather and a cumulative sum.
+
+Shapes: T tokens of a pack, n documents that it touches.
 """
 
 from __future__ import annotations
@@ -15,12 +17,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from evomesh.config.schema import IGNORE
+from evomesh.config.schema import IGNORE, DataConfig
 from evomesh.data.token_files.bin_dataset import DocumentSource
 from evomesh.data.token_files.lines import TokenArray
 from evomesh.data.token_files.shared_index import digest, shared_array
 
-PACK_SEED = 1024  # of the order of documents inside a file; data.seed orders the packs
+PACK_SEED = 1024  # shuffles the documents inside a file; data.seed orders the packs
 
 IndexArray = NDArray[np.int64]
 PackOrder = Literal["internevo", "xtuner"]
@@ -34,26 +36,26 @@ class Pack:
     Attributes:
         tokens: [T] int64 inputs, never negative.
         labels: [T] int64, the token to predict, ``IGNORE`` where there is none.
-        indexes: [T] int64 position within the segment.
+        position_ids: [T] int64, position within the segment.
         type_ids: [T] int64.
-        cu_seqlens: [segments + 1] int32 bounds 0 .. T: attention stays inside a segment.
+        cu_seqlens: [segments + 1] int32, segment bounds 0 .. T: attention stays inside a segment.
     """
 
     tokens: TokenArray
     labels: TokenArray
-    indexes: IndexArray
+    position_ids: IndexArray
     type_ids: IndexArray
     cu_seqlens: NDArray[np.int32]
 
 
 @dataclass(frozen=True)
 class PackRule:
-    """How a stretch of tokens becomes inputs, targets and segments.
+    """How a range of the stream becomes inputs, targets and segments.
 
     Attributes:
         packed_length: T.
-        seq_len: longest segment ("internevo"; longer pieces are split, their targets go on across the split).
-        one_sample: ``pack_sample_into_one``: segments are every ``seq_len`` tokens whatever the documents' borders.
+        seq_len: longest segment with order "internevo"; longer ones are split, and targets cross the split.
+        one_sample: ``pack_sample_into_one``: a segment is every ``seq_len`` tokens, whatever the documents.
         order: "internevo": a document's last token has no target; "xtuner": it predicts the next document's first.
     """
 
@@ -62,16 +64,28 @@ class PackRule:
     one_sample: bool = False
     order: PackOrder = "internevo"
 
+    @staticmethod
+    def from_config(config: DataConfig) -> PackRule:
+        """Return the rule that the ``data`` section asks for."""
+        return PackRule(config.packed_length, config.seq_len, config.pack_sample_into_one, config.order)
+
 
 class PackPlan:
-    """Which documents make up each pack of a stream.
+    """Which documents make up each pack of one stream.
 
     Args:
-        sources: files of the stream, each shuffled on its own.
-        rule: packed length and the rest.
-        remainder: what happens to the stream's last tokens: "drop" leaves them out, "pad" fills a last pack with
-            ignored zeros ("carry" is "drop" for the one stream of all files).
-        shared: folder in which the processes of a node keep one copy of the index; None: each its own.
+        sources: files of the stream; each is shuffled separately.
+        rule: packed length, segments and targets.
+        remainder: what happens to the stream's last tokens: "drop" leaves them out, "pad" fills the last pack with
+            ignored zeros, "carry" is "drop" for the one stream of all files.
+        shared: folder in which the processes of a node keep one copy of the index; None: each process has its own.
+
+    Attributes:
+        first_document: [sources + 1] position in the stream of each source's first document.
+        document_order: [documents] number, within its source, of the document at each position of the stream.
+        document_ends: [documents] token of the stream at which that document ends.
+        tokens: tokens of the whole stream.
+        dropped: tokens at its end that are in no pack.
     """
 
     def __init__(
@@ -81,69 +95,81 @@ class PackPlan:
         remainder: Remainder = "drop",
         shared: Path | None = None,
     ) -> None:
-        self.sources, self.rule = list(sources), rule
-        self.first = np.cumsum(
-            [0] + [len(source.lengths) for source in sources]
-        )  # of each source in the stream
-        # order: which document of its source stands at a place of the stream; ends: where it ends
+        self.sources = list(sources)
+        self.rule = rule
+        counts = [len(source.lengths) for source in sources]
+        self.first_document = np.cumsum([0, *counts])
+        self.document_order: NDArray[np.int32]
+        self.document_ends: IndexArray
         if shared is None:
-            self.order: NDArray[np.int32] = self._make_order()
-            self.ends: IndexArray = self._make_ends()
+            self.document_order = self._make_order()
+            self.document_ends = self._make_ends()
         else:
             key = digest(source.lengths for source in self.sources)
-            self.order = shared_array(shared, f"{key}.order", self._make_order)
-            self.ends = shared_array(shared, f"{key}.ends", self._make_ends)
-        self.tokens = int(self.ends[-1]) if len(self.ends) else 0
-        whole, rest = divmod(self.tokens, rule.packed_length)
-        self.num_packs = whole + (1 if rest and remainder == "pad" else 0)
-        self.dropped = 0 if remainder == "pad" else rest
+            self.document_order = shared_array(shared, f"{key}.order", self._make_order)
+            self.document_ends = shared_array(shared, f"{key}.ends", self._make_ends)
+        self.tokens = int(self.document_ends[-1]) if len(self.document_ends) else 0
+        self.num_packs, left_over = divmod(self.tokens, rule.packed_length)
+        self.dropped = left_over
+        if remainder == "pad":
+            self.num_packs += 1 if left_over else 0
+            self.dropped = 0
 
     def __len__(self) -> int:
         return self.num_packs
 
     def _make_order(self) -> NDArray[np.int32]:
         orders = [_shuffled(len(source.lengths)) for source in self.sources]
-        return orders[0] if len(orders) == 1 else np.concatenate([*orders, np.empty(0, np.int32)])
+        if len(orders) == 1:
+            return orders[0]
+        return np.concatenate([*orders, np.empty(0, np.int32)])
 
     def _make_ends(self) -> IndexArray:
-        ends = np.empty(len(self.order), np.int64)
-        for source, low, high in zip(self.sources, self.first[:-1], self.first[1:], strict=True):
-            ends[low:high] = source.lengths[self.order[low:high]]
-        return np.cumsum(ends, out=ends)
+        lengths = np.empty(len(self.document_order), np.int64)
+        for number, source in enumerate(self.sources):
+            start, stop = self.first_document[number : number + 2]
+            lengths[start:stop] = source.lengths[self.document_order[start:stop]]
+        return np.cumsum(lengths, out=lengths)
 
-    def documents(self, pack: int) -> tuple[int, int]:
-        """First and last-plus-one place in the stream of the documents that pack ``pack`` touches."""
+    def document_range(self, pack: int) -> tuple[int, int]:
+        """Return positions in the stream of the first document that ``pack`` touches, and of the one after the last."""
         start = pack * self.rule.packed_length
         stop = min(start + self.rule.packed_length, self.tokens)
-        first = int(np.searchsorted(self.ends, start, side="right"))
-        return first, int(np.searchsorted(self.ends, stop, side="left")) + 1
+        first = np.searchsorted(self.document_ends, start, side="right")
+        last = np.searchsorted(self.document_ends, stop, side="left")
+        return int(first), int(last) + 1
 
     def read(self, pack: int) -> Pack:
-        """Read pack ``pack``: its documents' lines, nothing else.
+        """Read the lines of the documents that ``pack`` touches and assemble it.
 
         Raises:
             UserError: a line of a file is broken.
         """
-        first, last = self.documents(pack)
         start = pack * self.rule.packed_length
-        ends = self.ends[first:last] - start
-        stored, types = self._read_stream(first, last)
-        # The first document may begin in the pack before: bring its head to negative places and cut it off.
-        stored = stored[len(stored) - int(ends[-1]) :]
-        return assemble(stored, ends, types, self.rule)
+        first, stop = self.document_range(pack)
+        ends = self.document_ends[first:stop] - start
+        stored, types = self._read_documents(first, stop)
+        # The first document may begin in an earlier pack: drop its tokens before this pack's start.
+        before = len(stored) - int(ends[-1])
+        return assemble(stored[before:], ends, types, self.rule)
 
-    def _read_stream(self, first: int, last: int) -> tuple[TokenArray, IndexArray]:
-        """Tokens of stream places ``[first, last)`` and each of these documents' type."""
-        parts: list[TokenArray] = []
+    def _read_documents(self, first: int, stop: int) -> tuple[TokenArray, IndexArray]:
+        """Return tokens and types of the documents at positions ``[first, stop)``, which may span several sources."""
+        tokens: list[TokenArray] = []
         types: list[IndexArray] = []
-        for number in range(int(np.searchsorted(self.first, first, side="right")) - 1, len(self.sources)):
-            low, high = max(first, int(self.first[number])), min(last, int(self.first[number + 1]))
-            if low < high:
-                parts.append(self.sources[number].read(self.order[low:high]))
-                types.append(np.full(high - low, self.sources[number].type_id, np.int64))
-            if high >= last:
-                break
-        return (parts[0], types[0]) if len(parts) == 1 else (np.concatenate(parts), np.concatenate(types))
+        number = int(np.searchsorted(self.first_document, first, side="right")) - 1
+        while first < stop:
+            source = self.sources[number]
+            source_stop = min(stop, int(self.first_document[number + 1]))
+            if first < source_stop:
+                documents = self.document_order[first:source_stop]
+                tokens.append(source.read(documents))
+                types.append(np.full(len(documents), source.type_id, np.int64))
+            first = source_stop
+            number += 1
+        if len(tokens) == 1:
+            return tokens[0], types[0]
+        return np.concatenate(tokens), np.concatenate(types)
 
 
 def _shuffled(count: int) -> NDArray[np.int32]:
@@ -153,12 +179,12 @@ def _shuffled(count: int) -> NDArray[np.int32]:
 
 
 def assemble(stored: TokenArray, ends: IndexArray, types: IndexArray, rule: PackRule) -> Pack:
-    """One pack from its documents' tokens.
+    """Make one pack from its documents' tokens.
 
     Args:
-        stored: tokens from the pack's start to the end of the last document it touches, signs as stored. Shorter
-            than the packed length: the rest is padding. Longer: the surplus only gives the last target.
-        ends: [n] where each document ends, from the pack's start; above 0, not decreasing.
+        stored: tokens from the pack's start to the end of the last document it touches, signs as stored. When they
+            are fewer than T, the rest is padding; those past T only give the last target.
+        ends: [n] where each document ends, counted from the pack's start; positive, not decreasing.
         types: [n] type of each document.
         rule: packed length T, segments and targets.
     """
@@ -166,60 +192,59 @@ def assemble(stored: TokenArray, ends: IndexArray, types: IndexArray, rule: Pack
     filled = min(len(stored), length)
     tokens = np.zeros(length, np.int64)
     np.abs(stored[:filled], out=tokens[:filled])
-    targets = np.full(length, IGNORE, np.int64)
-    following = stored[1 : length + 1]
-    targets[: len(following)] = following
-    if rule.order == "internevo":
-        targets[ends[ends <= length] - 1] = IGNORE
-    if rule.one_sample or rule.order == "xtuner":
-        targets[length - 1] = IGNORE  # these two do not look past the end of the pack
-    np.putmask(
-        targets, targets <= 0, IGNORE
-    )  # negative: input only; 0: the documents' format cannot train it
-    edges = np.empty(len(ends) + 2, np.int64)  # bounds of the documents' pieces and of the padding
-    edges[0], edges[-1] = 0, length
+
+    # Edges of the documents inside the pack, then of the padding: 0 .. T, some of them equal.
+    edges = np.empty(len(ends) + 2, np.int64)
+    edges[0] = 0
+    edges[-1] = length
     np.minimum(ends, length, out=edges[1:-1])
-    pieces = edges[1:] - edges[:-1]
-    if rule.one_sample:
-        bounds = np.arange(0, length + 1, rule.seq_len)
-    else:
-        bounds = np.append(edges[:-1][pieces > 0], length)
-        if rule.order == "internevo":
-            bounds = split_bounds(bounds, rule.seq_len)
+
+    bounds = _segment_bounds(edges, rule)
+    segment_start = np.repeat(bounds[:-1], np.diff(bounds))
     return Pack(
         tokens=tokens,
-        labels=targets,
-        indexes=np.arange(length) - np.repeat(bounds[:-1], bounds[1:] - bounds[:-1]),
-        type_ids=np.repeat(np.append(types, 0), pieces),
+        labels=_labels(stored, ends, rule),
+        position_ids=np.arange(length) - segment_start,
+        type_ids=np.repeat(np.append(types, 0), np.diff(edges)),
         cu_seqlens=bounds.astype(np.int32),
     )
 
 
+def _labels(stored: TokenArray, ends: IndexArray, rule: PackRule) -> TokenArray:
+    """Return the target of each of the T positions: the next stored token, where it may be one."""
+    length = rule.packed_length
+    labels = np.full(length, IGNORE, np.int64)
+    following = stored[1 : length + 1]
+    labels[: len(following)] = following
+    if rule.order == "internevo":
+        last_tokens = ends[ends <= length] - 1
+        labels[last_tokens] = IGNORE
+    if rule.one_sample or rule.order == "xtuner":
+        labels[length - 1] = IGNORE  # these two do not look past the end of the pack
+    # A negative id is an input only. 0 is never a target: InternEvo's format cannot tell it from a masked 0.
+    np.putmask(labels, labels <= 0, IGNORE)
+    return labels
+
+
+def _segment_bounds(edges: IndexArray, rule: PackRule) -> IndexArray:
+    """Return the bounds 0 .. T of the attention segments, from the edges of documents and padding."""
+    length = rule.packed_length
+    if rule.one_sample:
+        return np.arange(0, length + 1, rule.seq_len)
+    starts = edges[:-1]
+    not_empty = np.diff(edges) > 0
+    bounds = np.append(starts[not_empty], length)
+    return split_bounds(bounds, rule.seq_len) if rule.order == "internevo" else bounds
+
+
 def split_bounds(bounds: IndexArray, seq_len: int) -> IndexArray:
-    """Bounds with every piece longer than ``seq_len`` cut into ``seq_len`` segments from its start."""
+    """Split every segment longer than ``seq_len`` into parts of ``seq_len`` tokens, counted from its start."""
     sizes = np.diff(bounds)
     if not len(sizes) or int(sizes.max()) <= seq_len:
         return bounds
+    # Segment i becomes counts[i] parts; its part j starts at bounds[i] + j * seq_len.
     counts = -(-sizes // seq_len)
-    number = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
-    return np.append(np.repeat(bounds[:-1], counts) + number * seq_len, bounds[-1])
-
-
-class PackedCorpus:
-    """All packs of all streams, numbered through in file order."""
-
-    def __init__(self, plans: Sequence[PackPlan]) -> None:
-        self.plans = list(plans)
-        self.starts = np.cumsum([0] + [len(plan) for plan in plans])
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def locate(self, pack: int) -> tuple[PackPlan, int]:
-        """Plan of a global pack number, and the pack's number in it."""
-        which = int(np.searchsorted(self.starts, pack, side="right")) - 1
-        return self.plans[which], pack - int(self.starts[which])
-
-    def read(self, pack: int) -> Pack:
-        plan, local = self.locate(pack)
-        return plan.read(local)
+    parts_before = np.cumsum(counts) - counts
+    part = np.arange(int(counts.sum())) - np.repeat(parts_before, counts)
+    starts = np.repeat(bounds[:-1], counts) + part * seq_len
+    return np.append(starts, bounds[-1])

@@ -1,14 +1,14 @@
-"""Which packs make up step s: a function of the number of packs, the seed, s and the global batch, of nothing else.
+"""Decide which packs make up step s: a function of the number of packs, the seed, s and the global batch only.
 
-The documents' rule is: rank ``r`` of ``dp`` takes every dp-th index of one global permutation and ``micro_num`` of
-those a step. All ranks together then consume contiguous slices of the permutation, ``G = micro_num * dp`` packs a
-step, and rank ``r`` holds ``slice[r::dp]``. Slices of G depend on G alone, so a run can resume with another split of
-the same G and see the same packs in the same steps.
+InternEvo's rule: rank r of dp takes every dp-th index of one global permutation, ``micro_num`` of them per step. All
+ranks together then consume contiguous slices of the permutation, ``G = micro_num * dp`` packs per step, and rank r
+holds ``slice[r::dp]``. The slices depend on G alone, so a run can resume in another layout with the same G and see the
+same packs in the same steps.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ class SamplerPosition:
     """Where the data stands before a step; small enough for any checkpoint.
 
     Attributes:
-        step: batches taken so far (also skipped ones).
+        step: batches taken so far, skipped ones included.
         epoch: passes finished.
         offset: packs taken from the current pass.
         consumed: packs taken in all.
@@ -40,16 +40,18 @@ class SamplerPosition:
 
 
 class PackSampler:
-    """Walks the permutations. Random access needs one index shuffle per finished pass, never a batch.
+    """Walks through one permutation of all packs per pass.
+
+    Random access costs one shuffle of indices per finished pass and never reads a batch.
 
     Args:
         num_packs: packs in one pass.
         seed: of the permutations.
         global_batch: G, packs in a step of full size.
-        rampup: batch-size warm-up; it counts steps over the whole run, not in each pass.
-        order: "internevo": one generator goes on from pass to pass, a pass ends where no whole step fits;
-            "xtuner": pass ``e`` is shuffled by ``seed + e``, steps go on across passes.
-        unit: "xtuner" cuts a pass to a multiple of this many packs (the data-parallel size).
+        rampup: batch-size ramp-up; it counts steps over the whole run, not in each pass.
+        order: "internevo": one generator is used for all passes, and a pass ends where no whole step is left;
+            "xtuner": pass e is shuffled by ``seed + e``, and steps cross the end of a pass.
+        unit: "xtuner" shortens a pass to a multiple of this many packs (the data-parallel size).
     """
 
     def __init__(
@@ -61,83 +63,105 @@ class PackSampler:
         order: PackOrder = "internevo",
         unit: int = 1,
     ) -> None:
-        self.num_packs, self.seed, self.global_batch = num_packs, seed, global_batch
-        self.rampup, self.order, self.unit = rampup, order, unit
-        self._epoch = -1
+        self.num_packs = num_packs
+        self.seed = seed
+        self.global_batch = global_batch
+        self.rampup = rampup
+        self.order = order
+        self.unit = unit
+        self._epoch = -1  # of the permutation at hand
         self._rng = np.random.RandomState(seed)
         self._permutation: NDArray[np.int64] = np.empty(0, np.int64)
         self.pass_packs = num_packs // unit * unit if order == "xtuner" else num_packs
-        if self.pass_packs < (1 if order == "xtuner" else self.size(0)):
+        fewest = 1 if order == "xtuner" else self.size(0)
+        if self.pass_packs < fewest:
             raise ValueError(f"{num_packs} packs do not fill one step of {self.size(0)}")
 
     def size(self, step: int) -> int:
-        """Global packs of step ``step``."""
+        """Return the global batch of step ``step``, in packs."""
         return self.global_batch if self.rampup is None else self.rampup.size(step, self.global_batch)
 
     def take(self, position: SamplerPosition) -> tuple[NDArray[np.int64], SamplerPosition]:
-        """Global packs of the step at ``position``, and the position behind it."""
+        """Return the packs of all ranks for the step at ``position``, and the position after it."""
         size = self.size(position.step)
-        epoch, offset = position.epoch, position.offset
-        if self.order == "internevo":
-            if offset + size > self.pass_packs:
-                epoch, offset = epoch + 1, 0
-            if size > self.pass_packs:
-                raise UserError(
-                    f"step {position.step} needs {size} packs, the data has {self.pass_packs}",
-                    where="data.rampup_batch_size",
-                    fix="add data, or lower data.micro_num",
-                )
-            packs = self.permutation(epoch)[offset : offset + size]
-            offset += size
+        if self.order == "xtuner":
+            packs, epoch, offset = self._take_across_passes(position, size)
         else:
-            parts = []
-            missing = size
-            while missing:
-                part = self.permutation(epoch)[offset : min(offset + missing, self.pass_packs)]
-                parts.append(part)
-                missing -= len(part)
-                offset += len(part)
-                if offset == self.pass_packs and missing:
-                    epoch, offset = epoch + 1, 0
-            packs = np.concatenate(parts)
+            packs, epoch, offset = self._take_within_pass(position, size)
         return packs, SamplerPosition(position.step + 1, epoch, offset, position.consumed + size)
 
+    def _take_within_pass(self, position: SamplerPosition, size: int) -> tuple[NDArray[np.int64], int, int]:
+        if size > self.pass_packs:
+            raise UserError(
+                f"step {position.step} needs {size} packs, the data has {self.pass_packs}",
+                where="data.rampup_batch_size",
+                fix="add data, or lower data.micro_num",
+            )
+        epoch, offset = self._start_of_step(position, size)
+        return self.permutation(epoch)[offset : offset + size], epoch, offset + size
+
+    def _take_across_passes(self, position: SamplerPosition, size: int) -> tuple[NDArray[np.int64], int, int]:
+        epoch = position.epoch
+        offset = position.offset
+        parts = []
+        missing = size
+        while missing:
+            stop = min(offset + missing, self.pass_packs)
+            part = self.permutation(epoch)[offset:stop]
+            parts.append(part)
+            missing -= len(part)
+            offset = stop
+            if missing:
+                epoch += 1
+                offset = 0
+        return np.concatenate(parts), epoch, offset
+
+    def _start_of_step(self, position: SamplerPosition, size: int) -> tuple[int, int]:
+        """Return epoch and offset of a step: the next pass starts where this one has fewer than ``size`` packs left."""
+        if position.offset + size > self.pass_packs:
+            return position.epoch + 1, 0
+        return position.epoch, position.offset
+
     def seek(self, step: int) -> SamplerPosition:
-        """Position before step ``step`` of a run that began at step 0."""
-        position = SamplerPosition()
+        """Return the position before step ``step`` of a run that began at step 0."""
         if self.rampup is None and self.order == "internevo":
-            epoch, inside = divmod(step, self.pass_packs // self.global_batch)
-            return SamplerPosition(step, epoch, inside * self.global_batch, step * self.global_batch)
+            steps_in_pass = self.pass_packs // self.global_batch
+            epoch, steps_taken = divmod(step, steps_in_pass)
+            return SamplerPosition(step, epoch, steps_taken * self.global_batch, step * self.global_batch)
+        position = SamplerPosition()
         while position.step < step:
-            size, epoch, offset = self.size(position.step), position.epoch, position.offset
+            size = self.size(position.step)
+            consumed = position.consumed + size
             if self.order == "xtuner":
-                end = position.consumed + size
-                epoch, offset = divmod(end, self.pass_packs)
-                position = SamplerPosition(position.step + 1, epoch, offset, end)
+                epoch, offset = divmod(consumed, self.pass_packs)
             else:
-                if offset + size > self.pass_packs:
-                    epoch, offset = epoch + 1, 0
-                position = SamplerPosition(position.step + 1, epoch, offset + size, position.consumed + size)
+                epoch, start = self._start_of_step(position, size)
+                offset = start + size
+            position = SamplerPosition(position.step + 1, epoch, offset, consumed)
         return position
 
     def permutation(self, epoch: int) -> NDArray[np.int64]:
-        """Order of all packs in pass ``epoch``."""
-        if self.order == "xtuner":
-            if epoch != self._epoch:
-                self._permutation = np.arange(self.num_packs)
-                np.random.RandomState(self.seed + epoch).shuffle(self._permutation)
-                self._epoch = epoch
+        """Return the order of all packs in pass ``epoch``."""
+        if epoch == self._epoch:
             return self._permutation
-        if epoch < self._epoch:
-            self._epoch, self._rng = -1, np.random.RandomState(self.seed)
+        if self.order == "xtuner":
+            self._shuffle(np.random.RandomState(self.seed + epoch))
+            self._epoch = epoch
+            return self._permutation
+        if epoch < self._epoch:  # the generator cannot go back: start over
+            self._rng = np.random.RandomState(self.seed)
+            self._epoch = -1
         while self._epoch < epoch:
-            self._permutation = np.arange(self.num_packs)
-            self._rng.shuffle(self._permutation)
+            self._shuffle(self._rng)
             self._epoch += 1
         return self._permutation
 
+    def _shuffle(self, rng: np.random.RandomState) -> None:
+        self._permutation = np.arange(self.num_packs)
+        rng.shuffle(self._permutation)
+
     def state(self, position: SamplerPosition) -> dict[str, Any]:
-        """One small JSON object, from which ``resume`` goes on."""
+        """Return one small JSON object that ``resume`` takes."""
         return {
             "position": position.to_json(),
             "num_packs": self.num_packs,
@@ -148,7 +172,7 @@ class PackSampler:
         }
 
     def resume(self, state: dict[str, Any]) -> SamplerPosition:
-        """Position of a saved state, after checking that it belongs to this data.
+        """Return the position of a saved state, after checking that it belongs to this data.
 
         Raises:
             UserError: other data, seed or order: the remaining packs would not be the untrained ones.
@@ -160,13 +184,13 @@ class PackSampler:
                     f"the checkpoint's data has {key} {state[key]}, this run has {own[key]}",
                     where="resuming the data position",
                     expected="the data that the checkpoint was trained on",
-                    fix='restore it, or take the weights only: ckpt.load_ckpt_info=dict(path=..., content=("model",))',
+                    fix="restore it, or load only the weights: "
+                    'ckpt.load_ckpt_info=dict(path=..., content=("model",))',
                 )
         if self.rampup is not None and state["rampup"] is not None:
-            self.rampup = BatchSizeRampup(
-                **state["rampup"]
-            )  # it is kept in global packs: another layout keeps the sizes
+            # It counts packs of the global batch, so that another layout keeps the sizes.
+            self.rampup = BatchSizeRampup(**state["rampup"])
         self.unit = int(state["unit"])
         if self.order == "xtuner":
             self.pass_packs = self.num_packs // self.unit * self.unit
-        return replace(SamplerPosition(), **state["position"])
+        return SamplerPosition(**state["position"])

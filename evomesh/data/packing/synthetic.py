@@ -1,4 +1,4 @@
-"""Counting sequences for runs without data (``train_folder=None``), the documents' random dataset drawn lazily."""
+"""Counting sequences for runs without data (``train_folder=None``): InternEvo's random dataset, drawn lazily."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from evomesh.data.token_files.lines import TokenArray
 SEED = 1999
 TRAIN_DOCUMENTS = 1_000_000
 VALID_DOCUMENTS = 500
-TYPES = ["en", "cn", "code"]  # names that the documents report; every document is of type 0
+TYPES = ["en", "cn", "code"]  # names that InternEvo reports; every document is of type 0
 
 
 class SyntheticDocuments:
@@ -20,7 +20,7 @@ class SyntheticDocuments:
         count: number of documents; their n in [1, 30) and r in [10, 200) are drawn at once, their tokens when read.
         seq_len: longest document.
         fixed_length: double r until the document fills ``seq_len``.
-        vocab_size: ids are taken modulo this (only a vocabulary below r notices).
+        vocab_size: ids are taken modulo this (only a vocabulary smaller than r notices).
     """
 
     name = "synthetic"
@@ -30,18 +30,25 @@ class SyntheticDocuments:
         self, count: int, seq_len: int, *, fixed_length: bool = True, vocab_size: int = 2**31
     ) -> None:
         rng = np.random.RandomState(SEED)
-        self.seq_len, self.vocab_size = seq_len, vocab_size
+        self.seq_len = seq_len
+        self.vocab_size = vocab_size
         self.period = rng.randint(1, 30, size=count).astype(np.int64)
         self.repeats = rng.randint(10, 200, size=count).astype(np.int64)
-        while fixed_length and (short := self.period * self.repeats < seq_len).any():
+        short = self.period * self.repeats < seq_len
+        while fixed_length and short.any():
             self.repeats[short] *= 2
-        self.lengths: NDArray[np.integer] = np.minimum(2 + self.period * self.repeats, seq_len)
+            short = self.period * self.repeats < seq_len
+        full_lengths = 2 + self.period * self.repeats
+        self.lengths: NDArray[np.integer] = np.minimum(full_lengths, seq_len)
 
     def read(self, documents: NDArray[np.integer]) -> TokenArray:
+        """Return the tokens of the given documents, one after the other."""
         return np.concatenate([self._document(int(document)) for document in documents])
 
     def _document(self, document: int) -> TokenArray:
-        period, repeats = int(self.period[document]), int(self.repeats[document])
-        head = np.array([period, repeats])
-        count = np.arange(max(0, int(self.lengths[document]) - 2)) % period
-        return np.concatenate([head, count])[: self.seq_len] % self.vocab_size
+        period = int(self.period[document])
+        repeats = int(self.repeats[document])
+        length = max(0, int(self.lengths[document]) - 2)
+        counting = np.arange(length) % period
+        tokens = np.append([period, repeats], counting)
+        return tokens[: self.seq_len] % self.vocab_size

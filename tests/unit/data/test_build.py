@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from evomesh.config.schema import DataConfig
-from evomesh.data.build import PackedData, TrainData, build_train_data, check_manifest
+from evomesh.data.build import TrainData, build_train_data, check_manifest
+from evomesh.data.packing.corpus import Corpus
 from evomesh.errors import UserError
 from tests.support.nobody import as_nobody
 
@@ -39,7 +40,7 @@ def documents(seed: int, count: int = 60, low: int = 1) -> list[list[int]]:
 
 @pytest.fixture
 def tree(write_bin: Any, tmp_path: Path) -> Path:
-    """Three files of two types, and files that are no data."""
+    """Three files of two types, and a file that is not data."""
     write_bin(documents(1), "train/en/b/x.bin")
     write_bin(documents(2), "train/en/a.bin")
     write_bin(documents(3), "train/cn/deep/er/z.bin", dtype="int32")
@@ -47,10 +48,8 @@ def tree(write_bin: Any, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def rows(
-    data: TrainData, dp_rank: int = 0, dp_size: int = 1, steps: int = 3, **start: Any
-) -> list[list[int]]:
-    stream = data.stream(dp_rank=dp_rank, dp_size=dp_size, **start)
+def rows(data: TrainData, dp_rank: int = 0, dp_size: int = 1, steps: int = 3) -> list[list[int]]:
+    stream = data.stream(dp_rank=dp_rank, dp_size=dp_size)
     found = [row for _ in range(steps) for row in next(stream).tokens.tolist()]
     stream.close()
     return found
@@ -116,18 +115,18 @@ def test_all_layouts_of_a_global_batch_see_the_same_packs(tree: Path, workers: i
         expected = steps
 
 
-def test_a_rank_holds_the_packs_that_the_documents_give_it(tree: Path) -> None:
+def test_a_rank_reads_the_packs_that_internevo_gives_it(tree: Path) -> None:
     data = build_train_data(config(tree, micro_num=2), VOCAB)
-    assert isinstance(data, PackedData)
+    assert isinstance(data, Corpus)
     indices = np.arange(data.num_packs)
     np.random.RandomState(1024).shuffle(indices)
     for rank in range(3):
-        own = [data.corpus.packs.read(int(pack)).tokens.tolist() for pack in indices[rank::3][:8]]
+        own = [data.read(int(pack)).tokens.tolist() for pack in indices[rank::3][:8]]
         assert rows(data, rank, 3, steps=4) == own
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_resume_from_state_and_from_step(tree: Path, workers: int) -> None:
+def test_resume_in_the_second_pass(tree: Path, workers: int) -> None:
     data = build_train_data(config(tree, num_worker=workers), VOCAB)
     stream = data.stream()
     for _ in range(40):  # into the second pass
@@ -136,26 +135,27 @@ def test_resume_from_state_and_from_step(tree: Path, workers: int) -> None:
     straight = [next(stream).tokens.tolist() for _ in range(5)]
     stream.close()
     again = build_train_data(config(tree, num_worker=workers), VOCAB)
-    for start in ({"state": state}, {"step": 40}):
-        resumed = again.stream(**start)
-        assert [next(resumed).tokens.tolist() for _ in range(5)] == straight
-        resumed.close()
+    resumed = again.stream(state=state)
+    assert [next(resumed).tokens.tolist() for _ in range(5)] == straight
+    resumed.close()
     assert len(json.dumps(state)) < 500
 
 
 def test_skip_consumes_a_batch(tree: Path) -> None:
     data = build_train_data(config(tree, num_worker=1), VOCAB)
-    one, two = data.stream(), data.stream(step=1)
-    one.skip()
-    assert torch.equal(next(one).tokens, next(two).tokens)
-    assert one.state() == two.state()
-    one.close()
-    two.close()
+    skipping, reading = data.stream(), data.stream()
+    skipping.skip()
+    next(reading)
+    assert skipping.state() == reading.state()
+    assert torch.equal(next(skipping).tokens, next(reading).tokens)
+    assert skipping.state() == reading.state()
+    skipping.close()
+    reading.close()
 
 
-def test_synthetic_data_of_the_documents() -> None:
+def test_synthetic_data_is_internevos() -> None:
     data = build_train_data(DataConfig(seq_len=64, num_worker=0), VOCAB)
-    assert isinstance(data, PackedData)
+    assert isinstance(data, Corpus)
     rng = np.random.RandomState(1999)
     period, repeats = rng.randint(1, 30, size=1_000_000), rng.randint(10, 200, size=1_000_000)
     order = np.arange(1_000_000)
@@ -164,12 +164,12 @@ def test_synthetic_data_of_the_documents() -> None:
         n, r = int(period[order[pack]]), int(repeats[order[pack]])
         while n * r < 64:
             r *= 2
-        assert data.corpus.packs.read(pack).tokens.tolist() == ([n, r] + list(range(n)) * r)[:64]
+        assert data.read(pack).tokens.tolist() == ([n, r] + list(range(n)) * r)[:64]
     assert data.types == ["en", "cn", "code"]
     assert data.warnings
 
 
-def test_synthetic_data_of_any_length_go_through_packing() -> None:
+def test_synthetic_data_of_any_length_is_packed() -> None:
     data = build_train_data(DataConfig(seq_len=512, fixed_random_dataset_seqlen=False, num_worker=0), VOCAB)
     batch = next(data.stream())
     assert batch.tokens.shape == (1, 512)
@@ -222,9 +222,12 @@ def test_56_id_outside_the_vocabulary_names_file_and_line(write_bin: Any, tmp_pa
     assert "at least 1001" in refused(f"{path} line 2", config(tmp_path))
 
 
-def test_58_doubled_file_is_warned_of(write_bin: Any, tmp_path: Path) -> None:
+def test_58_a_file_written_twice_gives_a_warning(write_bin: Any, tmp_path: Path) -> None:
     write_bin(documents(1) * 2)
-    assert "rows 60 .. 119 repeat rows 0 .. 59" in build_train_data(config(tmp_path), VOCAB).warnings[0]
+    assert (
+        "rows 60 .. 119 have the same sizes as rows 0 .. 59"
+        in build_train_data(config(tmp_path), VOCAB).warnings[0]
+    )
     write_bin(documents(1, 120))
     assert build_train_data(config(tmp_path), VOCAB).warnings == []
 
@@ -275,21 +278,21 @@ def test_64_data_changed_since_the_checkpoint(tree: Path, write_bin: Any) -> Non
         assert line in str(caught.value)
 
 
-def test_a_file_that_yields_nothing_is_named(tree: Path, write_bin: Any) -> None:
+def test_a_file_that_yields_no_pack_gives_a_warning(tree: Path, write_bin: Any) -> None:
     write_bin([[1, 2]], "train/en/tiny.bin")
     assert build_train_data(config(tree), VOCAB).warnings == [
-        "en/tiny.bin yields nothing: 2 tokens after filtering, a pack needs 16"
+        "en/tiny.bin yields no pack: 2 tokens after filtering, a pack needs 16"
     ]
 
 
-def test_fewer_documents_than_min_length_is_said(write_bin: Any, tmp_path: Path) -> None:
+def test_fewer_documents_than_min_length_gives_a_warning(write_bin: Any, tmp_path: Path) -> None:
     write_bin([[1] * 30] * 10)
     assert (
         "has 10 documents, fewer than min_length 20"
         in build_train_data(config(tmp_path, min_length=20), VOCAB).warnings[0]
     )
     assert build_train_data(config(tmp_path, min_length=10), VOCAB).warnings == [
-        "en/a.bin: rows 5 .. 9 repeat rows 0 .. 4 in size: was it written twice in append mode? "
+        "en/a.bin: rows 5 .. 9 have the same sizes as rows 0 .. 4: was the file written twice in append mode? "
         f"check: evomesh data verify {tmp_path}/train/en/a.bin"
     ]
 

@@ -29,7 +29,7 @@ def test_packs_inside_a_long_document_parse_it_once(
         plan = PackPlan(
             [bin_dataset.BinDataset(write_bin(stored, name), last_long=last_long)], PackRule(16, 16)
         )
-        stream = [token for place in plan.order for token in stored[place]]
+        stream = [token for document in plan.document_order for token in stored[document]]
         parsed.clear()
         for pack in range(len(plan)):
             assert plan.read(pack).tokens.tolist() == stream[16 * pack : 16 * pack + 16]

@@ -72,7 +72,7 @@ def test_inspect_counts_and_forecast(write_bin: Any, tmp_path: Path) -> None:
     text = run("inspect", str(tmp_path / "train"), "--seq-len", "4")
     assert "en/a.bin: 3 documents, 13 tokens (shortest 1, median 3, longest 9)" in text
     assert "packs of 4 tokens: 3; tails left out: 1 tokens (7.7%" in text
-    assert "ids of 13 tokens looked at: 5 distinct, 1 .. 5, 7.7% masked" in text
+    assert "ids of 13 sampled tokens: 5 distinct, 1 .. 5, 7.7% masked" in text
 
 
 def test_order_and_the_documents_tool_agree(write_bin: Any, tmp_path: Path) -> None:

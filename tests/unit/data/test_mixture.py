@@ -93,7 +93,7 @@ def test_weights_of_a_config(write_bin: Any, tmp_path: Path) -> None:
         "train_folder": str(tmp_path / "train"),
     }
     data = build_train_data(DataConfig(**options, dataset_weights={"en/": 3.0, "code/": 1.0}), 10)
-    assert data.warnings == ["cn/d.bin matches no key of data.dataset_weights: it is not trained on"]
+    assert data.warnings == ["cn/d.bin matches no key of data.dataset_weights and is not trained on"]
     stream = data.stream()
     first = [int(token) for _ in range(50) for token in next(stream).tokens[:, 0]]
     assert {token: first.count(token) for token in set(first)} == {

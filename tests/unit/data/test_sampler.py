@@ -1,4 +1,4 @@
-"""Order of packs against the documents' per-rank procedure, and its independence of the layout."""
+"""Order of packs compared with InternEvo's per-rank procedure, and its independence of the layout."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from evomesh.data.packing.sampler import PackSampler, SamplerPosition
 from evomesh.errors import UserError
 
 
-def documents_order(num_packs: int, seed: int, micro_num: int, dp: int, steps: int) -> list[list[list[int]]]:
-    """The documents' sampler, rank by rank: a strided share of one permutation, cut into batches, again and again."""
+def internevo_order(num_packs: int, seed: int, micro_num: int, dp: int, steps: int) -> list[list[list[int]]]:
+    """InternEvo's sampler, rank by rank: in each pass a strided share of one permutation, dealt out in batches."""
     generators = [np.random.RandomState(seed) for _ in range(dp)]
     streams: list[list[list[int]]] = [[] for _ in range(dp)]
     while len(streams[0]) < steps:
@@ -29,7 +29,7 @@ def documents_order(num_packs: int, seed: int, micro_num: int, dp: int, steps: i
     return [[streams[rank][step] for rank in range(dp)] for step in range(steps)]
 
 
-def ours(
+def our_order(
     sampler: PackSampler, dp: int, steps: int, start: SamplerPosition | None = None
 ) -> list[list[list[int]]]:
     position, found = start or SamplerPosition(), []
@@ -44,17 +44,17 @@ layouts = st.tuples(st.integers(1, 4), st.integers(1, 4))
 
 @given(st.integers(0, 60), layouts, st.integers(0, 2**32 - 1), st.integers(1, 30))
 @settings(max_examples=100, deadline=None)
-def test_order_is_the_documents(surplus: int, layout: tuple[int, int], seed: int, steps: int) -> None:
+def test_order_is_internevos(surplus: int, layout: tuple[int, int], seed: int, steps: int) -> None:
     micro_num, dp = layout
     num_packs = micro_num * dp + surplus
     sampler = PackSampler(num_packs, seed, micro_num * dp)
-    assert ours(sampler, dp, steps) == documents_order(num_packs, seed, micro_num, dp, steps)
+    assert our_order(sampler, dp, steps) == internevo_order(num_packs, seed, micro_num, dp, steps)
 
 
 @given(st.integers(24, 90), st.integers(0, 25), st.sampled_from([1, 2, 3, 4, 6, 12]), st.sampled_from([1, 2, 6, 12]),
        st.sampled_from(["internevo", "xtuner"]), st.booleans())  # fmt: skip
 @settings(max_examples=100, deadline=None)
-def test_resume_in_another_split_of_the_same_global_batch(
+def test_resume_in_another_layout_of_the_same_global_batch(
     num_packs: int, stop: int, dp_before: int, dp_after: int, order: Any, ramp: bool
 ) -> None:
     def build(dp: int) -> PackSampler:
@@ -78,7 +78,9 @@ def test_resume_in_another_split_of_the_same_global_batch(
 
 @given(st.integers(12, 90), st.integers(0, 60), st.booleans(), st.sampled_from(["internevo", "xtuner"]))
 @settings(max_examples=100, deadline=None)
-def test_seek_is_where_walking_leads(num_packs: int, step: int, ramp: bool, order: Any) -> None:
+def test_seek_finds_the_position_of_a_run_from_the_start(
+    num_packs: int, step: int, ramp: bool, order: Any
+) -> None:
     sampler = PackSampler(
         num_packs, 3, 8, BatchSizeRampup(2, 2, 3) if ramp else None, order, 2 if order == "xtuner" else 1
     )
@@ -93,17 +95,17 @@ def test_seek_is_where_walking_leads(num_packs: int, step: int, ramp: bool, orde
     assert one.tolist() == two.tolist()
 
 
-def test_a_pass_holds_each_pack_once_and_the_next_is_another_order() -> None:
+def test_a_pass_has_each_pack_once_and_the_next_another_order() -> None:
     sampler = PackSampler(20, 1024, 5)
-    steps = ours(sampler, 1, 8)
+    steps = our_order(sampler, 1, 8)
     first, second = ([pack for step in half for pack in step[0]] for half in (steps[:4], steps[4:]))
     assert sorted(first) == sorted(second) == list(range(20))
     assert first != second
 
 
-def test_xtuner_order_is_seed_plus_epoch() -> None:
+def test_xtuner_shuffles_pass_e_with_seed_plus_e() -> None:
     sampler = PackSampler(10, 1024, 4, order="xtuner", unit=1)
-    got = [pack for step in ours(sampler, 1, 5) for pack in step[0]]
+    got = [pack for step in our_order(sampler, 1, 5) for pack in step[0]]
     expected = []
     for epoch in range(2):
         indices = np.arange(10)

@@ -129,7 +129,10 @@ def test_resume_at_every_step_in_every_layout(tmp_path: Path, tokenizer: Path) -
     one = build_train_data(config(folder, tokenizer, micro_num=4), WORDS)
     for step in range(0, 27, 2):
         assert [sorted(batch) for batch in take(one.stream(state=states[step]), 3)] == rows[step : step + 3]
-    assert [sorted(batch) for batch in take(one.stream(step=5), 2)] == rows[5:7]
+    from_the_start = one.stream()
+    for _ in range(5):
+        from_the_start.skip()
+    assert [sorted(batch) for batch in take(from_the_start, 2)] == rows[5:7]
     assert len(json.dumps(states[-1])) < 500
     with pytest.raises(UserError, match="this run's have 6"):
         data.stream(dp_size=3, state=states[3])

@@ -1,4 +1,4 @@
-"""Validation sets: every document once, in every layout."""
+"""Validation sets: every target once, in every layout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from evomesh.config.schema import DataConfig
 from evomesh.data.build import build_valid_data
 from evomesh.errors import UserError
 
-IGN = -100
+IGNORED = -100
 
 
 def config(tmp_path: Path, **values: Any) -> DataConfig:
@@ -21,12 +21,12 @@ def config(tmp_path: Path, **values: Any) -> DataConfig:
 
 
 def pairs_of(found: list[list[int]], seq_len: int) -> list[tuple[int, int, int]]:
-    """(position in its piece, input, target) of every token that has a next one in its document."""
+    """(position in its segment, input, target) of every token that has a next one in its document."""
     return sorted(
-        (place % seq_len, abs(document[place]), document[place + 1])
+        (position % seq_len, abs(document[position]), document[position + 1])
         for document in found
-        for place in range(len(document) - 1)
-        if document[place + 1] > 0
+        for position in range(len(document) - 1)
+        if document[position + 1] > 0
     )
 
 
@@ -45,7 +45,7 @@ def test_every_target_is_seen_once(write_bin: Any, tmp_path: Path, dp_size: int,
         counts.append(len(batches))
         for batch in batches:
             assert batch.tokens.shape == (micro_num, 16)
-            used = batch.labels != IGN
+            used = batch.labels != IGNORED
             got += list(
                 zip(
                     batch.position_ids[used].tolist(),
@@ -58,16 +58,18 @@ def test_every_target_is_seen_once(write_bin: Any, tmp_path: Path, dp_size: int,
     assert counts == [found.num_batches(dp_size)] * dp_size
 
 
-def test_each_piece_is_its_own_segment_and_predicts_on(write_bin: Any, tmp_path: Path) -> None:
+def test_a_long_document_is_split_into_segments_that_predict_the_next_one(
+    write_bin: Any, tmp_path: Path
+) -> None:
     write_bin([[1, 2, 3], [4, 5], [6] * 19 + [7]], "valid/en/a.bin")
     (found,) = build_valid_data(config(tmp_path, valid_micro_num=2), 100)
     batch = next(found.batches(0, 1))
     assert batch.cu_seqlens.tolist() == [[0, 3, 5, 13, 16], [0, 8, 12, 16, 16]]
-    assert batch.labels[0].tolist() == [2, 3, IGN, 5, IGN] + [6] * 8 + [IGN] * 3
-    assert batch.labels[1].tolist() == [6] * 10 + [7, IGN] + [IGN] * 4
+    assert batch.labels[0].tolist() == [2, 3, IGNORED, 5, IGNORED] + [6] * 8 + [IGNORED] * 3
+    assert batch.labels[1].tolist() == [6] * 10 + [7, IGNORED] + [IGNORED] * 4
 
 
-def test_sets_are_folders(write_bin: Any, tmp_path: Path) -> None:
+def test_every_folder_is_a_set(write_bin: Any, tmp_path: Path) -> None:
     for name in ("valid/en/a.bin", "valid/code/x/a.bin", "valid/code/y/a.bin", "valid/more/x/b.bin"):
         write_bin([[1, 2, 3]], name)
     assert [found.name for found in build_valid_data(config(tmp_path), 100)] == [
@@ -78,7 +80,7 @@ def test_sets_are_folders(write_bin: Any, tmp_path: Path) -> None:
     ]
 
 
-def test_no_default_minimum_length(write_bin: Any, tmp_path: Path) -> None:
+def test_documents_have_no_minimum_length_by_default(write_bin: Any, tmp_path: Path) -> None:
     write_bin([[1, 2]] * 5, "valid/en/a.bin")
     write_bin([[1, 2]] * 5, "valid/cn/a.bin")
     write_bin([[1, 2, 3]] * 5, "valid/ar/a.bin")
@@ -88,7 +90,7 @@ def test_no_default_minimum_length(write_bin: Any, tmp_path: Path) -> None:
 
 def test_synthetic_set_without_a_folder() -> None:
     (found,) = build_valid_data(DataConfig(seq_len=64), 100)
-    assert (found.name, found.num_rows) == ("val", 500)
+    assert (found.name, found.num_packs) == ("val", 500)
 
 
 def test_tokenizers_must_agree(write_bin: Any, tmp_path: Path) -> None:
