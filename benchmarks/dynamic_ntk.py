@@ -5,13 +5,12 @@
     python benchmarks/dynamic_ntk.py --ckpt ntk --data demo_data/valid --lengths 256 1024 2048
 
 The documents of the validation folder are cut into windows of each length; documents shorter than a window follow one
-another in it. Printed is the mean loss of all tokens of the windows, and of the tokens behind the trained length.
+another in it. Printed is the mean loss of all tokens of the windows, and of the tokens beyond the trained length.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from torch import Tensor
 from evomesh.checkpoint.restore import restore_model
 from evomesh.data.prompts import find_tasks, read_prompts
 from evomesh.layers.sequence_bounds import single_sequence
-from evomesh.models.decoder import Decoder
+from evomesh.models.language_model import LanguageModel, with_rotary_type
 
 
 def windows(folder: str, vocab_size: int, length: int, count: int) -> list[Tensor]:
@@ -36,7 +35,7 @@ def windows(folder: str, vocab_size: int, length: int, count: int) -> list[Tenso
 
 
 @torch.inference_mode()
-def losses(model: Decoder, window: Tensor) -> Tensor:
+def losses(model: LanguageModel, window: Tensor) -> Tensor:
     """[L] loss of each token of a window but its first."""
     logits = model.logits(model(window[:-1], single_sequence(len(window) - 1)))
     return torch.nn.functional.cross_entropy(logits, window[1:], reduction="none")
@@ -53,16 +52,15 @@ def main() -> None:
     args = parser.parse_args()
     restored = restore_model(args.ckpt)
     model, config = restored.model, restored.config.model
-    assert isinstance(model, Decoder)
     trained = config.max_position_embeddings
     print(f"{restored.source}, trained at {trained} tokens")
     for length in args.lengths:
         parts = windows(args.data, config.vocab_size, length, max(args.tokens // length, 1))
-        for dynamic in (False, True):
-            model.rotary = replace(model.rotary, dynamic_ntk=dynamic)
-            found = torch.stack([losses(model, part) for part in parts])
-            beyond = f", behind {trained}: {found[:, trained:].mean():.3f}" if length > trained else ""
-            name = "dynamic NTK" if dynamic else "plain      "
+        for rotary_type in ("origin", "dynamic"):
+            rotated = with_rotary_type(model, rotary_type)
+            found = torch.stack([losses(rotated, part) for part in parts])
+            beyond = f", after token {trained}: {found[:, trained:].mean():.3f}" if length > trained else ""
+            name = "dynamic NTK" if rotary_type == "dynamic" else "plain      "
             print(f"  {length:5d} tokens, {name}: {found.mean():.3f}{beyond}   ({len(parts)} windows)")
 
 

@@ -56,7 +56,7 @@ def random_service(hidden: int, layers: int, vocab: int, slots: int, folder: Pat
     tokenizer.save(str(folder / "tokenizer.json"))
     served = ServedModel("model", "random", 0, load_tokenizer(folder), None, (), vocab, 1024)
     limits = ServiceLimits(1024, slots)
-    engine = partial(GenerationEngine, model.eval(), slots=slots, max_tokens=limits.context)
+    engine = partial(GenerationEngine, model.eval(), slots=slots, context_length=limits.context_length)
     return GenerationService(served, EngineLoop({"origin": engine}), limits)
 
 

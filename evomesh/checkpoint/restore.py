@@ -1,4 +1,4 @@
-"""A trained model back from its checkpoint, for everything but going on with the training."""
+"""A trained model, read back from its checkpoint for anything but resuming the training."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ from evomesh.checkpoint.native.manager import CheckpointManager
 from evomesh.checkpoint.native.plan import describe
 from evomesh.config.record import config_from_dict
 from evomesh.config.schema import Config, ModelConfig, RunConfig
+from evomesh.data.chat import ChatTemplate, choose_template, end_of_answer_ids
+from evomesh.data.tokenizer import Tokenizer, check_tokenizer_fits, load_tokenizer
+from evomesh.errors import UserError
 from evomesh.models.language_model import LanguageModel
 from evomesh.models.registry import build_model
 from evomesh.parallel.grid import Grid
 
 logger = logging.getLogger(__name__)
 
-SAMPLED = 256  # elements of a parameter that its model's fingerprint sees
+FINGERPRINT_ELEMENTS = 256  # of each parameter, hashed into the fingerprint of a Hugging Face folder
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class RestoredModel:
 
     Attributes:
         source: where it comes from, in words for the user.
-        fingerprint: tells two states of a model apart.
+        fingerprint: differs between two states of a model.
     """
 
     model: LanguageModel
@@ -43,12 +46,65 @@ class RestoredModel:
     fingerprint: str
 
 
-def restore_model(path: str, device: torch.device | str = "cpu", verify: bool = True) -> RestoredModel:
-    """Builds the model at ``path`` and fills it; optimizer state is left where it is.
+@dataclass(frozen=True)
+class LoadedModel(RestoredModel):
+    """A restored model with all that turns text into token ids and back: what generate, serve and eval need.
+
+    Attributes:
+        tokenizer: has no id that the model does not know.
+        template: renders conversations; None for a model that completes text only.
+        eos_ids: each of them ends an answer (``evomesh.data.chat.end_of_answer_ids``).
+    """
+
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    eos_ids: tuple[int, ...]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.model.vocab_size
+
+
+def load_model(
+    path: str, device: torch.device | str = "cpu", *, tokenizer: str | None = None, template: str = "none"
+) -> LoadedModel:
+    """Restore the model at ``path`` and load the tokenizer and the chat template that go with it.
 
     Args:
-        path: a checkpoint, in any path form of the documents (``llm_ckpts``, ``llm_ckpts/49``, ``local:llm_ckpts``);
-            or a Hugging Face folder of a known architecture, local, in a store, or the id of one in the hub's cache.
+        path: as for ``restore_model``.
+        tokenizer: file or folder; None: the config's ``data.tokenizer_path``.
+        template: a built-in style, "tokenizer" (the tokenizer's own), "none", or "auto": the tokenizer's own if it
+            has one.
+    Raises:
+        UserError: no model there, no tokenizer, or one that does not fit the model or the template.
+    """
+    restored = restore_model(path, device)
+    config = restored.config
+    tokenizer_path = tokenizer or config.data.tokenizer_path
+    if tokenizer_path is None:
+        raise UserError(
+            "the checkpoint's config names no tokenizer", where=path, fix="pass one with --tokenizer PATH"
+        )
+    loaded = load_tokenizer(tokenizer_path)
+    check_tokenizer_fits(loaded, config.model.vocab_size)
+    chosen = choose_template(template, loaded)
+    return LoadedModel(
+        restored.model,
+        config,
+        restored.source,
+        restored.fingerprint,
+        tokenizer=loaded,
+        template=chosen,
+        eos_ids=end_of_answer_ids(loaded, config.generation, config.model.vocab_size, chosen),
+    )
+
+
+def restore_model(path: str, device: torch.device | str = "cpu", verify: bool = True) -> RestoredModel:
+    """Build the model at ``path`` and read its weights; optimizer state is not read.
+
+    Args:
+        path: a checkpoint, in any of InternEvo's path forms (``llm_ckpts``, ``llm_ckpts/49``, ``local:llm_ckpts``);
+            or a Hugging Face folder of a known architecture, local or in a store, or the id of one in the hub's cache.
         verify: hash a checkpoint's bytes first. Hugging Face folders hold no hashes.
     Raises:
         UserError: no model there, a checkpoint that does not verify, or one that does not fit its own config.
@@ -56,7 +112,7 @@ def restore_model(path: str, device: torch.device | str = "cpu", verify: bool = 
     kind = kind_at(path)
     hub = hub_model(path) if kind is None else ""
     if kind == "hf" or hub:
-        return _from_folder(open_folder(hub or path), device)
+        return _restore_hf(open_folder(hub or path), device)
     if kind not in (None, "evomesh"):
         raise CheckpointError(
             f"is {KINDS[kind]}",
@@ -67,30 +123,29 @@ def restore_model(path: str, device: torch.device | str = "cpu", verify: bool = 
     manager = CheckpointManager(path)
     found = manager.resolve(path, verify=verify)
     config = config_from_dict(found.config)
-    model = _build(config.model, device)
+    model = _build_uncompiled(config.model, device)
     manager.load(found, dict(model.named_parameters()), strict=False)
-    return RestoredModel(
-        model.eval(), config, f"step {found.step} of {path}", f"{found.step}-{found.attempt[:12]}"
-    )
+    source = f"step {found.step} of {path}"
+    return RestoredModel(model.eval(), config, source, f"{found.step}-{found.attempt[:12]}")
 
 
-def _from_folder(folder: HfFolder, device: torch.device | str) -> RestoredModel:
+def _restore_hf(folder: HfFolder, device: torch.device | str) -> RestoredModel:
     config, weights = read_folder(folder, None, logger.info)
     config = config.model_copy(update={"run": RunConfig(job_name=PurePosixPath(folder.path).name)})
-    model = _build(config.model, device)
+    model = _build_uncompiled(config.model, device)
     fill(describe(dict(model.named_parameters()), Grid()), iter(weights.items()), folder.path)
-    return RestoredModel(model.eval(), config, folder.path, f"hf-{_digest(model)}")
+    return RestoredModel(model.eval(), config, folder.path, f"hf-{_hash_of_weights(model)}")
 
 
-def _digest(model: LanguageModel) -> str:
-    """Of the first elements of every parameter: any step of a training changes some of them."""
+def _hash_of_weights(model: LanguageModel) -> str:
+    """Return a hash of the first elements of every parameter: any training step changes some of them."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        start = parameter.detach().flatten()[:SAMPLED].contiguous().view(torch.uint8)
+        start = parameter.detach().flatten()[:FINGERPRINT_ELEMENTS].contiguous().view(torch.uint8)
         digest.update(name.encode() + bytes(start.cpu().numpy()))
     return digest.hexdigest()[:12]
 
 
-def _build(config: ModelConfig, device: torch.device | str) -> LanguageModel:
-    # Nothing is compiled: every call has another number of tokens.
+def _build_uncompiled(config: ModelConfig, device: torch.device | str) -> LanguageModel:
+    # Compiling does not pay off: nearly every call has a different number of tokens.
     return build_model(config.model_copy(update={"compile": False}), device=device)

@@ -8,23 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from evomesh.cli.options import CheckpointOption, ConfigFileOption, DeviceOption, TokenizerPathOption
 from evomesh.errors import UserError
 
 if TYPE_CHECKING:
     from evomesh.serve.load import ModelOptions
 
-CheckpointOption = Annotated[
-    str, typer.Option(help="A save folder (its newest), one step in it, or a Hugging Face model folder.")
-]
-TokenizerPathOption = Annotated[
-    str | None,
-    typer.Option("--tokenizer", help="tokenizer.json, .model or their folder [default: the config's]."),
-]
 TemplateOption = Annotated[
     str,
     typer.Option(
         "--chat-template",
-        help="internlm, chatml, llama3, tokenizer (its own), none; auto: the tokenizer's own where it has one.",
+        help="internlm, chatml, llama3, tokenizer (its own), none; auto: the tokenizer's own if it has one.",
     ),
 ]
 RotaryTypeOption = Annotated[
@@ -33,22 +27,21 @@ RotaryTypeOption = Annotated[
         "--rotary-type", help="dynamic: NTK scaling beyond the trained length [default: the config's]."
     ),
 ]
-ContextOption = Annotated[int | None, typer.Option(min=2, help="Most tokens of prompt and answer together.")]
-SlotsOption = Annotated[int, typer.Option(min=1, max=1024, help="Answers that are written at the same time.")]
+ContextOption = Annotated[
+    int | None, typer.Option(min=2, help="Context length: maximum number of tokens of prompt and answer.")
+]
+SlotsOption = Annotated[int, typer.Option(min=1, max=1024, help="Maximum number of concurrent sequences.")]
 QueueOption = Annotated[
-    int, typer.Option(min=0, max=65536, help="Answers that may wait; more are refused with 429.")
+    int,
+    typer.Option(min=0, max=65536, help="Maximum number of waiting sequences; more are refused with 429."),
 ]
-HostOption = Annotated[str, typer.Option(help="Address to listen on; one that others can reach needs a key.")]
-PortOption = Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")]
+HostOption = Annotated[str, typer.Option(help="Bind address; any non-loopback address requires an API key.")]
+PortOption = Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one.")]
 KeyFileOption = Annotated[
-    str | None, typer.Option(help="File with the key clients must bear [or: EVOMESH_API_KEY].")
+    str | None, typer.Option(help="File with the key that clients must send [or: EVOMESH_API_KEY].")
 ]
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, ... [default: cuda where there is one].")]
 NameOption = Annotated[
-    str | None, typer.Option(help="What clients call the model [default: the job's name].")
-]
-ConfigFileOption = Annotated[
-    str | None, typer.Option(help="Config file to read first: it registers a model type of your own.")
+    str | None, typer.Option(help="Model name in requests [default: the config's JOB_NAME].")
 ]
 
 
@@ -67,11 +60,19 @@ def serve(
     name: NameOption = None,
     config: ConfigFileOption = None,
 ) -> None:
-    """Answer OpenAI-style requests: /v1/models, /v1/completions, /v1/chat/completions."""
+    """Serve the OpenAI API: /v1/models, /v1/completions, /v1/chat/completions."""
     from evomesh.serve.load import ModelOptions
 
-    choices = ModelOptions(tokenizer, chat_template, rotary_type, name, context, slots, queue)
-    _run(ckpt, choices, host, port, key_file, device, config, page=False)
+    options = ModelOptions(
+        tokenizer=tokenizer,
+        template=chat_template,
+        rotary_type=rotary_type,
+        name=name,
+        context_length=context,
+        slots=slots,
+        queue=queue,
+    )
+    _run(ckpt, options, host=host, port=port, key_file=key_file, device=device, config=config)
 
 
 def chat(
@@ -90,29 +91,49 @@ def chat(
     config: ConfigFileOption = None,
     browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
 ) -> None:
-    """Open a page to talk with a model; the API of `evomesh serve` answers at the same address."""
+    """Serve a page to chat with a model; the API of `evomesh serve` is at the same address."""
     from evomesh.serve.load import ModelOptions
 
-    choices = ModelOptions(tokenizer, chat_template, rotary_type, name, context, slots, queue, roomy=True)
-    _run(ckpt, choices, host, port, key_file, device, config, page=True, browser=browser)
+    options = ModelOptions(
+        tokenizer=tokenizer,
+        template=chat_template,
+        rotary_type=rotary_type,
+        name=name,
+        context_length=context,
+        slots=slots,
+        queue=queue,
+        extended_context=True,
+    )
+    _run(
+        ckpt,
+        options,
+        host=host,
+        port=port,
+        key_file=key_file,
+        device=device,
+        config=config,
+        page=True,
+        browser=browser,
+    )
 
 
 def _run(
     ckpt: str,
-    choices: ModelOptions,
+    options: ModelOptions,
+    *,
     host: str,
     port: int,
     key_file: str | None,
     device: str,
     config: str | None,
-    *,
-    page: bool,
+    page: bool = False,
     browser: bool = False,
 ) -> None:
-    from evomesh.cli.device import choose_device
     from evomesh.config.loader import load_config
-    from evomesh.serve.load import LOOPBACK, bind, load_service, read_key, run
+    from evomesh.parallel.device import device_by_name
+    from evomesh.serve.load import LOOPBACK, bind, load_service, read_key, run_server
 
+    # 1. What can be refused before the model is loaded: key, packages, device, address.
     key = read_key(host, key_file)
     try:
         from evomesh.serve.app import create_app
@@ -123,32 +144,36 @@ def _run(
         if error.name is None or error.name.startswith("evomesh"):
             raise
         raise UserError(f"{error.name} is not installed", fix="pip install 'evomesh[serve]'") from None
-    device = choose_device(device)
+    chosen_device = device_by_name(device)
     listening = bind(host, port)
+
+    # 2. The model and its routes.
     if config is not None:
         load_config(config)
-    service = load_service(ckpt, device, choices)
-    local = host in LOOPBACK
-    app = create_app(service, key=key, local=local)
+    service = load_service(ckpt, chosen_device, options)
+    app = create_app(service, key=key, local=host in LOOPBACK)
     if page:
         mount_page(app, service, key)
-    shown = f"[{host}]" if ":" in host else host
-    url = f"http://{shown}:{listening.getsockname()[1]}"
+
+    # 3. Serve.
+    url_host = f"[{host}]" if ":" in host else host
+    url = f"http://{url_host}:{listening.getsockname()[1]}"
     model, limits = service.model, service.limits
     print(
-        f"{model.name} ({model.fingerprint}): {limits.slots} answers of {limits.context} tokens at a time, {device}"
+        f"{model.name} ({model.fingerprint}) on {chosen_device}: {limits.slots} concurrent sequences of up to "
+        f"{limits.context_length} tokens"
     )
-    print(
-        f"page: {url}/" if page else f"API: {url}/v1   health: {url}/healthz   metrics: {url}/metrics",
-        flush=True,
-    )
+    if page:
+        print(f"page: {url}/", flush=True)
+    else:
+        print(f"API: {url}/v1   health: {url}/healthz   metrics: {url}/metrics", flush=True)
     if page and browser:
-        _open(url)
-    run(app, listening)
+        _open_browser(url)
+    run_server(app, listening)
 
 
-def _open(url: str) -> None:
-    """Shows the page once the server is up, where there is a screen to show it on."""
+def _open_browser(url: str) -> None:
+    """Open the page once the server is up, if there is a screen to show it on."""
     import threading
     import webbrowser
 
@@ -160,7 +185,7 @@ def _open(url: str) -> None:
 
 
 def chat_shim() -> None:
-    """``python web_demo.py --ckpt DIR``: the documents' name for ``evomesh chat``."""
+    """Run ``python web_demo.py --ckpt DIR``, InternEvo's name for ``evomesh chat``."""
     from evomesh.cli.run import run
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from evomesh.config.schema import GenerationConfig
 from evomesh.data.records.reader import SourceRecord
 from evomesh.data.token_files.lines import json_kind
 from evomesh.data.tokenizer import Tokenizer
@@ -171,6 +172,10 @@ ALIASES = {"<|im_start|>": ("[UNUSED_TOKEN_146]",), "<|im_end|>": ("[UNUSED_TOKE
 DOCUMENTED = {103168: {"<eoh>": 103167, "<eoa>": 103166}}
 
 
+# tokens with which published chat models end an answer
+TURN_ENDS = ("<|im_end|>", *ALIASES["<|im_end|>"], "<eoa>", "<|eot_id|>", "<|end|>", "<|eom_id|>")
+
+
 class StyleTemplate:
     """One of ``STYLES`` for a tokenizer.
 
@@ -312,10 +317,7 @@ class JinjaTemplate:
 
     @property
     def stops(self) -> tuple[int, ...]:
-        pieces = {piece for style in STYLES.values() for piece in style.turns["assistant"].closing}
-        names = [name for piece in pieces for name in (piece, *ALIASES.get(piece, ()))]
-        known = (self.tokenizer.token_id(name) for name in names if name.strip() and name in self._source)
-        return tuple(token for token in known if token is not None)
+        return turn_end_ids(self.tokenizer)
 
     @property
     def ending(self) -> list[int]:
@@ -359,3 +361,46 @@ def build_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
             f"no chat template {name!r}", where="--chat-template", expected=", ".join([*STYLES, "tokenizer"])
         )
     return StyleTemplate(STYLES[name], name, tokenizer)
+
+
+def choose_template(name: str, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """Return the template that ``name`` asks for; None for "none", and for "auto" where the tokenizer has none.
+
+    Raises:
+        UserError: unknown name, or the tokenizer does not fit.
+    """
+    if name == "none" or (name == "auto" and not tokenizer.chat_template):
+        return None
+    return build_template("tokenizer" if name == "auto" else name, tokenizer)
+
+
+def turn_end_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the ids that end an assistant's turn in the tokenizer's own chat template."""
+    known = [tokenizer.token_id(name) for name in TURN_ENDS if name in tokenizer.chat_template]
+    return tuple(token for token in known if token is not None)
+
+
+def end_of_answer_ids(
+    tokenizer: Tokenizer | None,
+    generation: GenerationConfig | None,
+    vocab_size: int,
+    template: ChatTemplate | None = None,
+) -> tuple[int, ...]:
+    """Return every id that ends a generated answer: the one rule for generate, serve, eval and export.
+
+    In this order, without repetition: the tokenizer's eos, the turn ends of the chat template, and the ids of the
+    config's ``generation`` section (``eos_id``, ``additional_eos_token_list``).
+
+    Args:
+        tokenizer: None where there is none; its eos and its template then contribute nothing.
+        generation: the config's section, None where it has none.
+        vocab_size: ids that the model cannot generate are left out.
+        template: the template in use; None: the tokenizer's own, if it has one.
+    """
+    ids: list[int] = []
+    if tokenizer is not None:
+        ids += [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+        ids += turn_end_ids(tokenizer) if template is None else template.stops
+    if generation is not None:
+        ids += [*generation.eos_id, *generation.additional_eos_token_list]
+    return tuple(dict.fromkeys(token for token in ids if 0 <= token < vocab_size))

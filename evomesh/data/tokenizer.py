@@ -158,6 +158,30 @@ def load_tokenizer(path: str | Path, where: str = "--tokenizer") -> Tokenizer:
     return HfTokenizer(found) if found.suffix == ".json" else SentencePieceTokenizer(found)
 
 
+def check_tokenizer_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Refuse a tokenizer with ids that a model of ``vocab_size`` embedding rows does not know.
+
+    Raises:
+        UserError: the tokenizer has more ids than the embedding has rows.
+    """
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the embedding {vocab_size} rows",
+            where=str(tokenizer.path),
+            expected="the tokenizer the model was trained with",
+        )
+
+
+def leading_bos(tokenizer: Tokenizer) -> list[int]:
+    """Return the ids that the tokenizer puts in front of a text: [bos], or nothing."""
+    return [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the ids of a text to complete, after the bos that the tokenizer puts in front of texts."""
+    return leading_bos(tokenizer) + tokenizer.encode(text)
+
+
 def _hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 

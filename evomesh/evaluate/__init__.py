@@ -1,1 +1,1 @@
-"""Scores on benchmark tasks, by lm-evaluation-harness through the native model."""
+"""Benchmark scores: tasks of lm-evaluation-harness, run on the native model."""

@@ -1,9 +1,9 @@
-"""A native model as lm-evaluation-harness sees one: text in, log-likelihoods or text out.
+"""A native model behind the interface of lm-evaluation-harness: text in, log-likelihoods or text out.
 
-Texts are cut, prefixed and truncated as the harness's own ``hf`` backend does it with the exported folder, so that the
-scores are the same.
+Texts are tokenized, prefixed and truncated as the harness's own ``hf`` backend does with the exported folder, so that
+the scores are the same.
 
-Shapes: T packed tokens, D model, V vocabulary.
+Shapes: T packed tokens, N targets, D model, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from evomesh.data.chat import JinjaTemplate
-from evomesh.data.tokenizer import Tokenizer
+from evomesh.data.tokenizer import Tokenizer, leading_bos
 from evomesh.errors import UserError
 from evomesh.generate.engine import GenerationEngine
 from evomesh.generate.options import SamplingParams
@@ -28,27 +28,36 @@ from evomesh.layers.sequence_bounds import SequenceBounds
 from evomesh.models.language_model import LanguageModel
 
 LOGIT_ROWS = 512  # rows of V logits in memory at a time
-ANSWER_TOKENS = 256  # of tasks that do not say
-SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+DEFAULT_NEW_TOKENS = 256  # maximum for tasks that do not set one
+SAMPLING_KEYS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True)
 class ScoringRequest:
-    """Token ids of one context with its continuation, ready to run: ``targets`` are predicted by the last inputs."""
+    """A context with its continuation as token ids: ``targets`` are what the last ``inputs`` predict."""
 
     number: int
     inputs: list[int]
     targets: list[int]
 
 
+@dataclass(frozen=True)
+class TextScore:
+    """Summed log-probability of a continuation, and whether greedy decoding would give it."""
+
+    logprob: float
+    is_greedy: bool
+
+
 class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
-    """
+    """A native model with the methods that lm-evaluation-harness calls.
+
     Args:
         model: in evaluation mode.
         eos_ids: generated answers end with the first of these.
-        max_length: most tokens the model reads at once; longer texts lose their beginning, as everywhere in the
+        context_length: maximum number of tokens read at once; longer texts lose their beginning, as everywhere in the
             harness.
-        batch_tokens: tokens packed into one run of the model.
+        batch_tokens: tokens packed into one forward pass.
     """
 
     def __init__(
@@ -57,175 +66,204 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         tokenizer: Tokenizer,
         *,
         eos_ids: Sequence[int],
-        max_length: int,
+        context_length: int,
         batch_tokens: int = 8192,
     ) -> None:
         super().__init__()
-        self.model, self.text = model, tokenizer
-        self.eos_ids, self.max_length, self.batch_tokens = tuple(eos_ids), max_length, batch_tokens
+        self.model = model
+        self.text_tokenizer = tokenizer
+        self.eos_ids = tuple(eos_ids)
+        self.context_length = context_length
+        self.batch_tokens = batch_tokens
         self._device = next(model.parameters()).device
 
     @property
     def eot_token_id(self) -> int:
         if not self.eos_ids:
-            raise UserError("the tokenizer has no end-of-text token", where=str(self.text.path))
+            raise UserError("the tokenizer has no end-of-text token", where=str(self.text_tokenizer.path))
         return self.eos_ids[0]
 
     @property
     def prefix_token_id(self) -> int:
-        return self.eot_token_id if self.text.bos_id is None else self.text.bos_id
+        bos_id = self.text_tokenizer.bos_id
+        return self.eot_token_id if bos_id is None else bos_id
 
     @property
     def tokenizer_name(self) -> str:
-        return str(self.text.path)
+        return str(self.text_tokenizer.path)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The text of the template; there is one at most, so names of several mean nothing."""
-        return self.text.chat_template if chat_template else None
+        """Return the source of the template; there is at most one, so the name of one of several is ignored."""
+        return self.text_tokenizer.chat_template if chat_template else None
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Turns as the tokenizer's own template writes them; without the generation prompt the last one stays open.
+        """Render messages with the tokenizer's own template; without a generation prompt the last one stays open.
 
         Raises:
-            UserError: the tokenizer has no template, or the template refuses the turns.
+            UserError: the tokenizer has no template, or the template refuses the messages.
         """
-        return JinjaTemplate(self.text).text(chat_history, prompt=add_generation_prompt)
+        return JinjaTemplate(self.text_tokenizer).text(chat_history, prompt=add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
-        """Ids, with the tokenizer's own bos in front unless the text brings it or it is told not to."""
-        ids = self.text.encode(string)
-        bos = self.text.bos_id
-        if bos is None or not self.text.add_bos or add_special_tokens is False:
+        """Return ids, with the tokenizer's bos in front unless the text starts with it or the caller forbids it."""
+        ids = self.text_tokenizer.encode(string)
+        bos = leading_bos(self.text_tokenizer)
+        if not bos or add_special_tokens is False:
             return ids
-        brought = add_special_tokens is None and ids[:1] == [bos]
-        return ids if brought else [bos, *ids]
-
-    def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: object
-    ) -> list[tuple[float, bool]]:
-        """(summed log-probability of the continuation, whether it is what greedy decoding gives) of each request."""
-        items = []
-        for number, (_text, context, continuation) in enumerate(requests):
-            if len(continuation) > self.max_length:
-                raise UserError(
-                    f"a text of {len(continuation)} tokens is to be scored, the model reads {self.max_length}",
-                    fix="--max-length N, where the model can read more (dynamic NTK)",
-                )
-            ids = (context + continuation)[-(self.max_length + 1) :]
-            items.append(ScoringRequest(number, ids[:-1], continuation))
-        answers: dict[int, tuple[float, bool]] = {}
-        with tqdm(total=len(items), desc="texts", disable=disable_tqdm) as bar:
-            for batch in self._packed(items):
-                answers.update(self._score(batch))
-                bar.update(len(batch))
-        return [answers[number] for number in range(len(items))]
-
-    def _packed(self, items: list[ScoringRequest]) -> Iterator[list[ScoringRequest]]:
-        """Longest first, so that what does not fit in memory is noticed at once."""
-        batch: list[ScoringRequest] = []
-        total = 0
-        for item in sorted(items, key=lambda item: -len(item.inputs)):
-            if batch and total + len(item.inputs) > self.batch_tokens:
-                yield batch
-                batch, total = [], 0
-            batch.append(item)
-            total += len(item.inputs)
-        if batch:
-            yield batch
-
-    @torch.inference_mode()
-    def _score(self, batch: list[ScoringRequest]) -> Iterator[tuple[int, tuple[float, bool]]]:
-        lengths = [len(item.inputs) for item in batch]
-        bounds = torch.tensor([0, *lengths]).cumsum(0)
-        positions = torch.cat([torch.arange(length) for length in lengths])
-        docs = SequenceBounds(positions.to(self._device), bounds.to(self._device, torch.int32), max(lengths))
-        ids = torch.tensor([token for item in batch for token in item.inputs], device=self._device)
-        stops = bounds[1:].tolist()
-        rows = [torch.arange(stop - len(item.targets), stop) for item, stop in zip(batch, stops, strict=True)]
-        hidden = self.model(ids, docs)[torch.cat(rows).to(self._device)]
-        targets = torch.tensor([token for item in batch for token in item.targets], device=self._device)
-        logprobs, greedy = self._targets(hidden, targets)
-        sizes = [len(item.targets) for item in batch]
-        for item, own, right in zip(
-            batch, torch.split(logprobs, sizes), torch.split(greedy, sizes), strict=True
-        ):
-            yield item.number, (float(own.sum()), bool(right.all()))
-
-    def _targets(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """From [T, D] and [T]: log-probability of each target, and whether it is the likeliest token; [T] both."""
-        logprobs, greedy = [], []
-        for part, wanted in zip(
-            torch.split(hidden, LOGIT_ROWS), torch.split(targets, LOGIT_ROWS), strict=True
-        ):
-            logits = self.model.logits(part)
-            logprobs.append(logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0])
-            greedy.append(logits.argmax(-1) == wanted)
-        return torch.cat(logprobs), torch.cat(greedy)
+        has_bos = add_special_tokens is None and ids[:1] == bos
+        return ids if has_bos else bos + ids
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, cut into windows of the model's length; each token is scored once."""
-        windows, owners = [], []
+        """Return the log-likelihood of whole texts, in windows of the context length; each token is scored once."""
+        windows: list[tuple[None, list[int], list[int]]] = []
+        owners: list[int] = []  # number of the request that each window belongs to
         for number, request in enumerate(requests):
             rolling = get_rolling_token_windows(
                 self.tok_encode(request.args[0]),
                 prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length,
+                max_seq_len=self.context_length,
                 context_len=1,
             )
             for context, continuation in map(make_disjoint_window, rolling):
                 windows.append((None, context, continuation))
                 owners.append(number)
-        sums = [0.0] * len(requests)
-        for owner, (logprob, _) in zip(
-            owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True
-        ):
-            sums[owner] += logprob
-        return sums
+        scores = self._loglikelihood_tokens(windows, disable_tqdm)
+        totals = [0.0] * len(requests)
+        for owner, (logprob, _) in zip(owners, scores, strict=True):
+            totals[owner] += logprob
+        return totals
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: object
+    ) -> list[tuple[float, bool]]:
+        """Return the log-probability of each continuation, and whether greedy decoding would give it."""
+        scoring = [
+            self._scoring_request(number, context, continuation)
+            for number, (_text, context, continuation) in enumerate(requests)
+        ]
+        scores: dict[int, TextScore] = {}
+        with tqdm(total=len(scoring), desc="texts", disable=disable_tqdm) as progress:
+            for batch in self._batches(scoring):
+                scores |= self._score(batch)
+                progress.update(len(batch))
+        in_order = [scores[number] for number in range(len(scoring))]
+        return [(score.logprob, score.is_greedy) for score in in_order]
+
+    def _scoring_request(self, number: int, context: list[int], continuation: list[int]) -> ScoringRequest:
+        if len(continuation) > self.context_length:
+            raise UserError(
+                f"a text of {len(continuation)} tokens is to be scored, but the model reads {self.context_length}",
+                fix="pass --max-length N if the model can read more (dynamic NTK)",
+            )
+        ids = (context + continuation)[-(self.context_length + 1) :]
+        return ScoringRequest(number, ids[:-1], continuation)
+
+    def _batches(self, requests: list[ScoringRequest]) -> Iterator[list[ScoringRequest]]:
+        """Yield batches of ``batch_tokens``, longest requests first: running out of memory is noticed at once."""
+        batch: list[ScoringRequest] = []
+        total_tokens = 0
+        for request in sorted(requests, key=lambda request: -len(request.inputs)):
+            if batch and total_tokens + len(request.inputs) > self.batch_tokens:
+                yield batch
+                batch = []
+                total_tokens = 0
+            batch.append(request)
+            total_tokens += len(request.inputs)
+        if batch:
+            yield batch
+
+    @torch.inference_mode()
+    def _score(self, batch: list[ScoringRequest]) -> dict[int, TextScore]:
+        """Score packed requests in one forward pass; the result is keyed by request number."""
+        # 1. Pack the inputs.
+        lengths = [len(request.inputs) for request in batch]
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        bounds = SequenceBounds(
+            positions.to(self._device), cu_seqlens.to(self._device, torch.int32), max(lengths)
+        )
+        packed = [token for request in batch for token in request.inputs]
+        ids = torch.tensor(packed, device=self._device)
+
+        # 2. The rows that predict targets are the last ones of each request.
+        counts = [len(request.targets) for request in batch]
+        ends = cu_seqlens[1:].tolist()
+        rows = torch.cat([torch.arange(end - count, end) for end, count in zip(ends, counts, strict=True)])
+        targets = [token for request in batch for token in request.targets]
+        hidden = self.model(ids, bounds)[rows.to(self._device)]
+        logprobs, is_top = self._score_targets(hidden, torch.tensor(targets, device=self._device))
+
+        # 3. Sum over the targets of each request.
+        scores: dict[int, TextScore] = {}
+        logprobs_by_request = torch.split(logprobs, counts)
+        is_top_by_request = torch.split(is_top, counts)
+        for request, its_logprobs, its_top in zip(batch, logprobs_by_request, is_top_by_request, strict=True):
+            scores[request.number] = TextScore(float(its_logprobs.sum()), bool(its_top.all()))
+        return scores
+
+    def _score_targets(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return for [N, D] and [N] each target's log-probability and whether it is the top token; both [N]."""
+        logprobs: list[Tensor] = []
+        is_top: list[Tensor] = []
+        # In chunks, because N rows of V logits may not fit into memory.
+        chunks = zip(torch.split(hidden, LOGIT_ROWS), torch.split(targets, LOGIT_ROWS), strict=True)
+        for hidden_chunk, target_chunk in chunks:
+            logits = self.model.logits(hidden_chunk)
+            logprobs.append(logits.log_softmax(-1).gather(1, target_chunk[:, None])[:, 0])
+            is_top.append(logits.argmax(-1) == target_chunk)
+        return torch.cat(logprobs), torch.cat(is_top)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Answers up to, and without, the first stop string or end-of-text token."""
-        engine = GenerationEngine(
-            self.model, slots=max(1, self.batch_tokens // self.max_length), max_tokens=self.max_length
-        )
+        """Return the answers up to the first stop string or end-of-answer id, which is left out."""
+        slots = max(1, self.batch_tokens // self.context_length)
+        engine = GenerationEngine(self.model, slots=slots, context_length=self.context_length)
         answers: list[list[int]] = [[] for _ in requests]
         stops: list[list[str]] = []
-        running: dict[int, int] = {}
+        numbers: dict[int, int] = {}  # the engine's request -> ours
         for number, request in enumerate(requests):
             prompt, options = request.args
-            sampling, until = self._sampling(options)
+            sampling, until = self._sampling_params(options)
             assert sampling.max_new_tokens is not None
-            ids = self.tok_encode(prompt)[-(self.max_length - sampling.max_new_tokens) :]
+            ids = self.tok_encode(prompt)[-(self.context_length - sampling.max_new_tokens) :]
             stops.append(until)
-            running[engine.add(ids, sampling, (sampling.seed, number))] = number
-        with tqdm(total=len(requests), desc="answers", disable=disable_tqdm) as bar:
+            numbers[engine.add(ids, sampling, (sampling.seed, number))] = number
+        with tqdm(total=len(requests), desc="answers", disable=disable_tqdm) as progress:
             while engine.active:
                 for token in engine.step():
-                    number = running[token.request]
+                    number = numbers[token.request]
                     if token.finish != "stop":
                         answers[number].append(token.id)
-                    stopped = any(stop in self.text.decode(answers[number]) for stop in stops[number])
+                    stopped = self._has_stop(answers[number], stops[number])
                     if stopped:
                         engine.cancel(token.request)
-                    bar.update(bool(stopped or token.finish))
-        return [self._before(answer, until) for answer, until in zip(answers, stops, strict=True)]
+                    progress.update(bool(stopped or token.finish))
+        return [self._text_before(answer, until) for answer, until in zip(answers, stops, strict=True)]
 
-    def _sampling(self, options: dict[str, Any]) -> tuple[SamplingParams, list[str]]:
-        known = dict(normalize_gen_kwargs(options, ANSWER_TOKENS))
-        until, most = [stop for stop in known.pop("until") if stop], known.pop("max_gen_toks")
-        unknown = sorted(set(known) - set(SAMPLING))
+    def _sampling_params(self, options: dict[str, Any]) -> tuple[SamplingParams, list[str]]:
+        """Return the sampling parameters and the stop strings of a task's ``generation_kwargs``."""
+        given = dict(normalize_gen_kwargs(options, DEFAULT_NEW_TOKENS))
+        until = [stop for stop in given.pop("until") if stop]
+        max_new_tokens = given.pop("max_gen_toks")
+        unknown = sorted(set(given) - set(SAMPLING_KEYS))
         if unknown:
-            raise UserError(f"generation_kwargs has {unknown[0]!r}", expected=", ".join(SAMPLING))
-        if most >= self.max_length:
+            raise UserError(f"generation_kwargs has {unknown[0]!r}", expected=", ".join(SAMPLING_KEYS))
+        if max_new_tokens >= self.context_length:
             raise UserError(
-                f"the task asks for {most} new tokens, the model reads {self.max_length} in all",
-                fix="set max_gen_toks in the task's generation_kwargs, or --max-length N",
+                f"the task asks for {max_new_tokens} new tokens, but prompt and answer have {self.context_length}",
+                fix="set max_gen_toks in the task's generation_kwargs, or pass --max-length N",
             )
-        return SamplingParams(**known, max_new_tokens=most, eos_ids=self.eos_ids), until
+        return SamplingParams(**given, max_new_tokens=max_new_tokens, eos_ids=self.eos_ids), until
 
-    def _before(self, answer: list[int], stops: list[str]) -> str:
-        text = self.text.decode(answer)
+    def _has_stop(self, answer: list[int], stops: list[str]) -> bool:
+        if not stops:
+            return False
+        text = self.text_tokenizer.decode(answer)
+        return any(stop in text for stop in stops)
+
+    def _text_before(self, answer: list[int], stops: list[str]) -> str:
+        text = self.text_tokenizer.decode(answer)
         for stop in stops:
             text = text.split(stop)[0]
         return text

@@ -1,4 +1,4 @@
-"""Runs tasks on a model and gives back the harness's table."""
+"""Run tasks of lm-evaluation-harness on a model, and show or write its results."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from evomesh.evaluate.native import HarnessModel
 
 
 def find_tasks(tasks: Sequence[str]) -> TaskManager:
-    """What knows these tasks: files (.yaml, in the harness's form) and names of the harness's own tasks.
+    """Return a task manager that knows these tasks: files (.yaml, in the harness's format) or names of its own tasks.
 
     Raises:
-        UserError: no such task.
+        UserError: a task does not exist.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it speaks of its own defaults at length
-    manager = TaskManager(include_defaults=any(not _is_file(task) for task in tasks))
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it logs its defaults verbosely
+    task_manager = TaskManager(include_defaults=any(not _is_file(task) for task in tasks))
     for task in tasks:
-        refuse_unknown(task, manager)
-    return manager
+        refuse_unknown(task, task_manager)
+    return task_manager
 
 
-def evaluate(
+def run_tasks(
     model: HarnessModel,
     tasks: Sequence[str],
-    manager: TaskManager,
+    task_manager: TaskManager,
     *,
     num_fewshot: int | None = None,
     limit: int | None = None,
     chat: bool = False,
     system: str | None = None,
 ) -> dict[str, Any]:
-    """The harness's results of the tasks.
+    """Return the harness's results of the tasks.
 
     Args:
         num_fewshot: examples before each question; None: as the task says.
-        limit: only so many questions of each task.
-        chat: write questions, and examples as earlier turns, with the tokenizer's chat template.
-        system: what stands before them: the system turn of a chat.
+        limit: maximum number of examples per task; None: all.
+        chat: render questions as messages, and few-shot examples as earlier turns, with the tokenizer's chat template.
+        system: text before every question; in a chat, the system message.
     Raises:
-        UserError: the data of a task cannot be had.
+        UserError: the data of a task cannot be loaded.
     """
     try:
         results: dict[str, Any] | None = simple_evaluate(
@@ -56,7 +56,7 @@ def evaluate(
             tasks=list(tasks),
             num_fewshot=num_fewshot,
             limit=limit,
-            task_manager=manager,
+            task_manager=task_manager,
             log_samples=False,
             apply_chat_template=chat,
             fewshot_as_multiturn=chat,
@@ -66,37 +66,42 @@ def evaluate(
         raise UserError(
             f"the data of {', '.join(tasks)} cannot be loaded ({str(error).splitlines()[0]})",
             where="--tasks",
-            fix="name local files in the task's dataset_kwargs: data_files (relative to where the command runs)",
+            fix="name local files in the task's dataset_kwargs: data_files (relative to the current folder)",
         ) from None
-    assert results is not None  # None only on further ranks
+    assert results is not None  # None on other ranks only
     return results
 
 
-def table(results: dict[str, Any]) -> str:
-    """As the harness prints it."""
+def format_table(results: dict[str, Any]) -> str:
+    """Return the results as the harness's table."""
     return str(make_table(results))
 
 
-def write(results: dict[str, Any], path: str) -> None:
-    """All the harness says, as JSON."""
+def write_results(results: dict[str, Any], path: str) -> None:
+    """Write everything the harness returned as JSON."""
     text = json.dumps(results, indent=2, ensure_ascii=False, default=handle_non_serializable)
     Path(path).expanduser().write_text(text + "\n", encoding="utf-8")
 
 
-def _is_file(task: str) -> bool:
-    return task.endswith((".yaml", ".yml"))
+def refuse_unknown(task: str, task_manager: TaskManager) -> None:
+    """Refuse a task file that does not exist, or a name that the harness does not know.
 
-
-def refuse_unknown(task: str, manager: TaskManager) -> None:
+    Raises:
+        UserError: with the most similar name, if there is one.
+    """
     if _is_file(task):
         if not Path(task).expanduser().is_file():
             raise UserError(f"no task file {task}", where="--tasks")
         return
-    if not manager.match_tasks([task]):
-        near = difflib.get_close_matches(task, manager.all_tasks, n=1)
+    if not task_manager.match_tasks([task]):
+        similar = difflib.get_close_matches(task, task_manager.all_tasks, n=1)
         raise UserError(
             f"unknown task {task!r}",
             where="--tasks",
             expected="a task file (.yaml), or a task of lm-evaluation-harness",
-            fix=f"did you mean {near[0]!r}?" if near else "",
+            fix=f"did you mean {similar[0]!r}?" if similar else "",
         )
+
+
+def _is_file(task: str) -> bool:
+    return task.endswith((".yaml", ".yml"))

@@ -1,1 +1,1 @@
-"""Text from a trained model: a key/value cache, sampling, and the loop between them."""
+"""Text from a trained model: sampling parameters, the key/value cache, continuous batching, and beam search."""

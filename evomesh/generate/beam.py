@@ -1,7 +1,7 @@
-"""Beam search: several continuations of a prompt side by side, and the best finished ones as answers.
+"""Beam search: follow several continuations of a prompt at once, and answer with the best finished ones.
 
 The rules are those of ``transformers.generate`` with its default ``early_stopping=False``.
-Shapes: B prompts, R running beams, V vocabulary, K candidates.
+Shapes: P prompts, R running beams, V vocabulary, K candidates.
 """
 
 from __future__ import annotations
@@ -16,83 +16,117 @@ from torch import Tensor
 
 from evomesh.generate.cache import KeyValueCache
 from evomesh.generate.options import SamplingParams
-from evomesh.generate.sample import candidates, penalised
+from evomesh.generate.sample import candidates, penalize
 from evomesh.models.language_model import LanguageModel
 
 
 @dataclass
 class _Beam:
+    """``score``: summed log-probability; of a finished beam, after the length penalty."""
+
     ids: list[int]  # prompt and answer
     score: float = 0.0
 
 
 @dataclass
+class _BeamCandidate:
+    """A running beam with one more token. ``parent``: index of the running beam."""
+
+    parent: int
+    token: int
+    score: float
+
+
+@dataclass
 class _BeamSearch:
-    """One prompt's search. ``running`` holds up to ``num_beams`` beams, best first; ``finished`` as many answers."""
+    """The search of one prompt.
+
+    Attributes:
+        max_total_length: of prompt and answer together.
+        running: up to ``num_beams`` beams that can still grow, best first.
+        finished: up to ``num_beams`` answers, best first.
+    """
 
     sampling: SamplingParams
-    prompt: int
-    limit: int
-    draws: np.random.Generator
+    prompt_length: int
+    max_total_length: int
+    random: np.random.Generator
     running: list[_Beam]
     finished: list[_Beam] = field(default_factory=list)
 
-    def step(self, logits: Tensor) -> list[int]:
-        """Goes on from logits [R, V] of the running beams; returns which of them each of the new ones continues."""
-        beams, eos = self.sampling.num_beams, self.sampling.eos_ids
-        values, rows, tokens = self._candidates(logits, max(2, 1 + len(eos)) * beams)
+    def advance(self, logits: Tensor) -> list[int]:
+        """Extend every beam by one token; return the index of the former beam that each running one extends.
+
+        Args:
+            logits: [R, V] of the running beams.
+        """
+        num_beams = self.sampling.num_beams
+        eos_ids = self.sampling.eos_ids
         length = len(self.running[0].ids) + 1
-        going, parents = [], []
-        for rank, (value, row, token) in enumerate(zip(values, rows, tokens, strict=True)):
-            beam = _Beam([*self.running[row].ids, token], value)
-            if token not in eos and length < self.limit:
-                going.append(beam)
-                parents.append(row)
-            elif rank < beams:  # a candidate behind these is kept only for the beams to go on with
-                self.finished.append(_Beam(beam.ids, self._finished(value, length)))
-        self.finished = sorted(self.finished, key=lambda beam: -beam.score)[:beams]
-        best = sorted(range(len(going)), key=lambda i: -going[i].score)[:beams]
-        self.running = [going[i] for i in best]
-        # What the best running one would be worth, did it end here. It may still get better with a positive length
-        # penalty; transformers stops all the same.
-        promise = self._finished(self.running[0].score, length) if self.running else -math.inf
-        if len(self.finished) == beams and promise <= self.finished[-1].score:
+
+        # 1. Enough candidates that `num_beams` of them can grow even if every end token is among the best.
+        found = self._candidates(logits, max(2, 1 + len(eos_ids)) * num_beams)
+
+        # 2. A candidate that ends is an answer if it ranks among the best; the others are there to grow.
+        growing: list[tuple[int, _Beam]] = []  # (parent, beam)
+        for rank, candidate in enumerate(found):
+            beam = _Beam([*self.running[candidate.parent].ids, candidate.token], candidate.score)
+            ends = candidate.token in eos_ids or length >= self.max_total_length
+            if not ends:
+                growing.append((candidate.parent, beam))
+            elif rank < num_beams:
+                self.finished.append(_Beam(beam.ids, self._final_score(beam.score, length)))
+
+        # 3. Keep the best of each kind.
+        self.finished = sorted(self.finished, key=lambda beam: -beam.score)[:num_beams]
+        growing = sorted(growing, key=lambda item: -item[1].score)[:num_beams]
+        self.running = [beam for _, beam in growing]
+
+        # 4. Stop once the best running beam, if it ended here, would not beat the worst answer. With a positive
+        #    length penalty it could still improve; transformers stops all the same.
+        best_possible = self._final_score(self.running[0].score, length) if self.running else -math.inf
+        if len(self.finished) == num_beams and best_possible <= self.finished[-1].score:
             self.running = []
-        return [parents[i] for i in best[: len(self.running)]]
+            return []
+        return [parent for parent, _ in growing]
 
-    def _finished(self, score: float, length: int) -> float:
-        return score / float((length - self.prompt) ** self.sampling.length_penalty)
+    def _final_score(self, score: float, length: int) -> float:
+        return score / float((length - self.prompt_length) ** self.sampling.length_penalty)
 
-    def _candidates(self, logits: Tensor, count: int) -> tuple[list[float], list[int], list[int]]:
-        """Summed log-probabilities, rows and tokens of the K best continuations, or of K drawn ones."""
+    def _candidates(self, logits: Tensor, count: int) -> list[_BeamCandidate]:
+        """Return the ``count`` best extensions of the running beams, or as many sampled ones."""
         logprobs = logits.log_softmax(-1)
-        vocab = logprobs.shape[1]
-        if self.sampling.repetition_penalty != 1.0:
+        vocab_size = logprobs.shape[1]
+        penalty = self.sampling.repetition_penalty
+        if penalty != 1.0:
             for row, beam in enumerate(self.running):
                 seen = torch.tensor(beam.ids, device=logprobs.device)
-                logprobs[row] = penalised(logprobs[row], seen, self.sampling.repetition_penalty)
+                logprobs[row] = penalize(logprobs[row], seen, penalty)
         if not self.sampling.greedy:
-            logprobs = self._cut(logprobs.cpu().double())
+            logprobs = self._without_unlikely(logprobs.cpu().double())
         scores = torch.tensor(
             [beam.score for beam in self.running], dtype=logprobs.dtype, device=logprobs.device
         )
-        summed = (logprobs + scores[:, None]).flatten()
-        order = summed
-        if not self.sampling.greedy:
-            # The largest of perturbed log-probabilities are a draw without replacement (Kool et al., 1903.06059).
-            order = summed + torch.from_numpy(self.draws.gumbel(size=len(summed)))
-        places = order.topk(min(count, len(order))).indices
-        values = summed[places]
-        places, values = places[values.isfinite()], values[values.isfinite()]
-        return values.tolist(), (places // vocab).tolist(), (places % vocab).tolist()
+        summed = (logprobs + scores[:, None]).flatten()  # [R * V]
 
-    def _cut(self, logprobs: Tensor) -> Tensor:
-        """[R, V] -> [R, V], with -inf where top-k, top-p or min-p leave a token out."""
-        left = torch.full_like(logprobs, -math.inf)
+        # The largest of perturbed log-probabilities are a sample without replacement (Kool et al., 1903.06059).
+        ranking = summed
+        if not self.sampling.greedy:
+            ranking = summed + torch.from_numpy(self.random.gumbel(size=len(summed)))
+        best = ranking.topk(min(count, len(ranking))).indices  # [K]
+        best = best[summed[best].isfinite()]
+        return [
+            _BeamCandidate(index // vocab_size, index % vocab_size, score)
+            for index, score in zip(best.tolist(), summed[best].tolist(), strict=True)
+        ]
+
+    def _without_unlikely(self, logprobs: Tensor) -> Tensor:
+        """[R, V] -> [R, V], with -inf for the tokens that top-k, top-p or min-p drops."""
+        remaining = torch.full_like(logprobs, -math.inf)
         for row, values in enumerate(logprobs):
             ids, kept = candidates(values, self.sampling, keep=len(self.sampling.eos_ids) + 1)
-            left[row, ids] = kept
-        return left
+            remaining[row, ids] = kept
+        return remaining
 
 
 @torch.inference_mode()
@@ -100,48 +134,67 @@ def beam_search(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     sampling: SamplingParams,
-    room: int,
+    context_length: int,
     numbers: Sequence[int],
 ) -> list[list[list[int]]]:
-    """[prompt][answer] -> new token ids, best answer first, ``num_return_sequences`` of them.
+    """Return the new token ids as [prompt][answer]: the ``num_return_sequences`` best answers, best first.
 
-    All prompts are searched at the same time, ``num_beams`` sequences each.
+    All prompts are searched at the same time, with ``num_beams`` sequences each.
 
     Args:
         prompts: token ids, checked.
-        room: most tokens of a prompt and its answer.
-        numbers: of the prompts: number p draws, if at all, from the stream (seed, p).
+        context_length: maximum number of tokens of a prompt and its answer.
+        numbers: number of each prompt; prompt number p samples, if at all, from the random stream (seed, p).
     """
     device = next(model.parameters()).device
-    searches = [
+    searches = _start_searches(prompts, sampling, context_length, numbers)
+    cache = KeyValueCache(len(prompts) * sampling.num_beams, context_length)
+
+    # 1. The prompts: one beam each, whose last token gives the first logits [P, V].
+    lengths = [len(prompt) for prompt in prompts]
+    bounds, attend = cache.prefill(lengths, device)
+    ids = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+    last_tokens = torch.tensor(lengths, device=device).cumsum(0) - 1
+    logits = model.logits(model(ids, bounds, attend)[last_tokens])
+
+    # 2. One token of every running beam at a time, until no search has one left.
+    active = searches
+    while True:
+        parents = _advance_all(active, logits)
+        active = [search for search in active if search.running]
+        if not active:
+            break
+        cache.reorder(parents)
+        bounds, attend = cache.decode_step(device)
+        new_tokens = [beam.ids[-1] for search in active for beam in search.running]
+        logits = model.logits(model(torch.tensor(new_tokens, device=device), bounds, attend))
+
+    # 3. The best answers, without the prompt.
+    count = sampling.num_return_sequences
+    return [[beam.ids[search.prompt_length :] for beam in search.finished[:count]] for search in searches]
+
+
+def _start_searches(
+    prompts: Sequence[Sequence[int]], sampling: SamplingParams, context_length: int, numbers: Sequence[int]
+) -> list[_BeamSearch]:
+    return [
         _BeamSearch(
             sampling,
             len(prompt),
-            sampling.limit(len(prompt), room),
+            sampling.max_total_length(len(prompt), context_length),
             np.random.default_rng((sampling.seed, number)),
             [_Beam(list(prompt))],
         )
         for number, prompt in zip(numbers, prompts, strict=True)
     ]
-    cache = KeyValueCache(len(prompts) * sampling.num_beams, room)
-    lengths = [len(prompt) for prompt in prompts]
-    docs, attend = cache.prompts(lengths, device)
-    ids = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-    last = torch.tensor(lengths, device=device).cumsum(0) - 1
-    logits = model.logits(model(ids, docs, attend)[last])
-    active = searches
-    while True:
-        rows, start = [], 0
-        for search in active:
-            held = len(search.running)
-            rows += [start + parent for parent in search.step(logits[start : start + held])]
-            start += held
-        active = [search for search in active if search.running]
-        if not active:
-            break
-        cache.take(rows)
-        docs, attend = cache.step(device)
-        ids = torch.tensor([beam.ids[-1] for search in active for beam in search.running], device=device)
-        logits = model.logits(model(ids, docs, attend))
-    answers = sampling.num_return_sequences
-    return [[beam.ids[search.prompt :] for beam in search.finished[:answers]] for search in searches]
+
+
+def _advance_all(searches: Sequence[_BeamSearch], logits: Tensor) -> list[int]:
+    """Advance each search by its rows of the logits [sum of R, V]; return the row that each running beam extends."""
+    parents: list[int] = []
+    first_row = 0
+    for search in searches:
+        end_row = first_row + len(search.running)
+        parents += [first_row + parent for parent in search.advance(logits[first_row:end_row])]
+        first_row = end_row
+    return parents

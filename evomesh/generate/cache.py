@@ -1,7 +1,7 @@
-"""Keys and values of the tokens seen so far, kept so that each new token costs one row of attention.
+"""The key/value cache: each new token costs one row of attention instead of a pass over all tokens.
 
-Shapes: S slots, C capacity in tokens, B sequences in use, T packed tokens of one call, N query heads, G key/value
-heads, H head dim.
+Shapes: S slots, C context length, B sequences in use, T packed tokens of one call, N query heads, G key/value
+heads, H head dim, L longest sequence in use.
 """
 
 from __future__ import annotations
@@ -16,73 +16,105 @@ from evomesh.layers.attention import Attention, AttentionFunction, SequenceBound
 
 
 class KeyValueCache:
-    """Rotated keys and values of up to S sequences of unequal length, one pair of [S, G, C, H] tensors a layer.
+    """Rotated keys and values of up to S sequences of unequal length: two tensors [S, G, C, H] for each layer.
 
-    Sequences in use lie in slots 0 .. B - 1, so that a decoding step reads one view of the cache and copies nothing.
-    A call of the model is opened with ``prompts`` (whole new sequences, packed) or ``step`` (one token of each
-    sequence); both give what ``Decoder.forward`` takes as documents and as its attention.
+    Sequences in use occupy slots 0 .. B - 1, so that a decoding step reads a view of the cache and copies nothing.
+    Before each call of the model comes ``prefill`` (whole new sequences, packed) or ``decode_step`` (one token of
+    each sequence); both return the sequence bounds and the attention function that ``Decoder.forward`` takes.
+
+    Args:
+        context_length: maximum number of tokens of one sequence.
     """
 
-    def __init__(self, slots: int, capacity: int) -> None:
-        self.slots, self.capacity = slots, capacity
-        self.lengths: list[int] = []
+    def __init__(self, slots: int, context_length: int) -> None:
+        self.slots, self.context_length = slots, context_length
+        self.lengths: list[int] = []  # tokens of the sequence in each slot in use
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def prompts(
+    def prefill(
         self, lengths: Sequence[int], device: torch.device
     ) -> tuple[SequenceBounds, AttentionFunction]:
-        """Takes a slot for each of these prompts, behind those in use; the next call holds their tokens."""
-        first = len(self.lengths)
-        if first + len(lengths) > self.slots or max(lengths) > self.capacity:
-            raise ValueError(f"no room for prompts of {list(lengths)} tokens beside {first} sequences")
-        self.lengths += lengths
-        bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-        positions = torch.cat([torch.arange(length) for length in lengths])
-        docs = SequenceBounds(positions.to(device), bounds.to(device), max(lengths))
+        """Assign the next free slots to prompts of these lengths; the next call of the model has their tokens.
 
-        def fill(q: Tensor, k: Tensor, v: Tensor, bounds: SequenceBounds, module: Attention) -> Tensor:
-            for cached, new in zip(self._tensors(module.layer, k), (k, v), strict=True):
-                for slot, part in enumerate(torch.split(new, list(lengths)), first):
-                    cached[slot, :, : len(part)] = part.transpose(0, 1)
+        Raises:
+            ValueError: too few free slots, or a prompt longer than the context length.
+        """
+        first_slot = len(self.lengths)
+        if first_slot + len(lengths) > self.slots or max(lengths) > self.context_length:
+            raise ValueError(
+                f"no room for prompts of {list(lengths)} tokens beside {first_slot} sequences: the cache has "
+                f"{self.slots} slots of {self.context_length} tokens"
+            )
+        self.lengths += lengths
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        bounds = SequenceBounds(positions.to(device), cu_seqlens.to(device), max(lengths))
+
+        def store_and_attend(
+            q: Tensor, k: Tensor, v: Tensor, bounds: SequenceBounds, module: Attention
+        ) -> Tensor:
+            cached_keys, cached_values = self._tensors(module.layer, k)
+            for cached, packed in ((cached_keys, k), (cached_values, v)):
+                sequences = torch.split(packed, list(lengths))  # each [length, G, H]
+                for slot, sequence in enumerate(sequences, first_slot):
+                    cached[slot, :, : len(sequence)] = sequence.transpose(0, 1)
             out: Tensor = attend(q, k, v, bounds, module)
             return out
 
-        return docs, fill
+        return bounds, store_and_attend
 
-    def step(self, device: torch.device) -> tuple[SequenceBounds, AttentionFunction]:
-        """The next call holds one more token of each sequence in use."""
-        count, longest = len(self.lengths), max(self.lengths) + 1
-        if longest > self.capacity:
-            raise ValueError(f"a sequence is longer than the cache's {self.capacity} tokens")
+    def decode_step(self, device: torch.device) -> tuple[SequenceBounds, AttentionFunction]:
+        """Make room for one more token of each sequence in use; the next call of the model has these tokens.
+
+        Raises:
+            ValueError: a sequence has reached the context length.
+        """
+        count = len(self.lengths)
+        longest = max(self.lengths) + 1  # L, with the new token
+        if longest > self.context_length:
+            raise ValueError(f"a sequence is longer than the cache's {self.context_length} tokens")
         positions = torch.tensor(self.lengths, device=device)
-        docs = SequenceBounds(positions, torch.arange(count + 1, dtype=torch.int32, device=device), 1)
-        even = min(self.lengths) + 1 == longest
-        seen = None if even else (torch.arange(longest, device=device) <= positions[:, None])[:, None, None]
+        one_token_each = torch.arange(count + 1, dtype=torch.int32, device=device)
+        bounds = SequenceBounds(positions, one_token_each, 1)
+
+        # Sequences of equal length need no mask, and one slice takes all new keys. Otherwise each sequence sees its
+        # own positions only: [B, 1, 1, L], one row for all heads.
+        equally_long = min(self.lengths) + 1 == longest
+        visible: Tensor | None = None
+        if not equally_long:
+            visible = torch.arange(longest, device=device) <= positions[:, None]
+            visible = visible[:, None, None]
         rows = torch.arange(count, device=device)
         self.lengths = [length + 1 for length in self.lengths]
 
-        def look_back(q: Tensor, k: Tensor, v: Tensor, bounds: SequenceBounds, module: Attention) -> Tensor:
+        def store_and_look_back(
+            q: Tensor, k: Tensor, v: Tensor, bounds: SequenceBounds, module: Attention
+        ) -> Tensor:
             keys, values = self._tensors(module.layer, k)
-            if even:
-                keys[:count, :, longest - 1], values[:count, :, longest - 1] = k, v
+            if equally_long:
+                keys[:count, :, longest - 1] = k
+                values[:count, :, longest - 1] = v
             else:
-                keys[rows, :, positions], values[rows, :, positions] = k, v
-            # The query heads of a group stand where SDPA has query positions: no key is repeated for them.
-            grouped = q.reshape(count, k.shape[1], -1, q.shape[2])
-            seen_keys, seen_values = keys[:count, :, :longest], values[:count, :, :longest]
-            return F.scaled_dot_product_attention(grouped, seen_keys, seen_values, attn_mask=seen).flatten(
-                1, 2
-            )
+                keys[rows, :, positions] = k
+                values[rows, :, positions] = v
+            # The query heads of a group take the place of SDPA's query positions, so that no key is repeated:
+            # q [B, N, H] -> [B, G, N / G, H], keys and values [B, G, L, H].
+            grouped_q = q.reshape(count, k.shape[1], -1, q.shape[2])
+            seen_keys = keys[:count, :, :longest]
+            seen_values = values[:count, :, :longest]
+            context = F.scaled_dot_product_attention(grouped_q, seen_keys, seen_values, attn_mask=visible)
+            return context.flatten(1, 2)
 
-        return docs, look_back
+        return bounds, store_and_look_back
 
     @torch.inference_mode()
     def release(self, slot: int) -> None:
-        """Gives up a sequence: the last one in use moves into its slot, and no trace of it stays.
+        """Drop a sequence and erase it: the last one in use moves into its slot.
 
-        A masked product with a NaN that an earlier sequence left would still be NaN, hence the zeros.
+        Erased with zeros, because a masked product with a NaN that an earlier sequence left would still be NaN.
         """
-        last, end = len(self.lengths) - 1, max(self.lengths[slot], self.lengths[-1])
+        last = len(self.lengths) - 1
+        end = max(self.lengths[slot], self.lengths[last])
         for tensors in self._layers.values():
             for cached in tensors:
                 if slot != last:
@@ -92,24 +124,29 @@ class KeyValueCache:
         self.lengths.pop()
 
     @torch.inference_mode()
-    def take(self, rows: Sequence[int]) -> None:
-        """The sequence in slot ``rows[i]`` is wanted in slot i; one may be wanted several times, or not at all."""
-        moves = [(i, row) for i, row in enumerate(rows) if i != row]
+    def reorder(self, sources: Sequence[int]) -> None:
+        """Move the sequence of slot ``sources[i]`` to slot i; a sequence may be copied to several slots, or dropped."""
+        moves = [(slot, source) for slot, source in enumerate(sources) if slot != source]
         if moves:
             end = max(self.lengths)
-            to, source = map(list, zip(*moves, strict=True))
+            target_slots = [slot for slot, _ in moves]
+            source_slots = [source for _, source in moves]
             for tensors in self._layers.values():
                 for cached in tensors:
-                    cached[to, :, :end] = cached[source, :, :end]
-        self.lengths = [self.lengths[row] for row in rows]
+                    cached[target_slots, :, :end] = cached[source_slots, :, :end]
+        self.lengths = [self.lengths[source] for source in sources]
 
-    def bytes(self) -> int:
-        """Memory held by this rank's cache."""
+    def size_in_bytes(self) -> int:
+        """Return the memory that this rank's cache occupies."""
         return sum(t.numel() * t.element_size() for tensors in self._layers.values() for t in tensors)
 
     def _tensors(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Zeros at first, since a masked product with uninitialised memory could be NaN."""
+        """Return the keys and values of a layer; zeros at first, since masked uninitialized memory could be NaN.
+
+        Args:
+            like: [T, G, H], of the wanted type and device.
+        """
         if layer not in self._layers:
-            room = (self.slots, like.shape[1], self.capacity, like.shape[2])
-            self._layers[layer] = (like.new_zeros(room), like.new_zeros(room))
+            shape = (self.slots, like.shape[1], self.context_length, like.shape[2])
+            self._layers[layer] = (like.new_zeros(shape), like.new_zeros(shape))
         return self._layers[layer]

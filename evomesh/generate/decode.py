@@ -1,4 +1,4 @@
-"""All answers to a list of prompts, as they are made or at once."""
+"""Completions of a list of prompts, streamed token by token or returned at once."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from evomesh.generate.engine import GenerationEngine, check_prompt
 from evomesh.generate.options import SamplingParams
 from evomesh.models.language_model import LanguageModel
 
+UNLIMITED = 2**63 - 1
+
 
 @dataclass(frozen=True)
 class StreamedToken:
-    """One step of one answer. ``finish`` is "stop" or "length" with its last token, else ""."""
+    """One token of one answer. ``finish`` is "stop" or "length" for the answer's last token, else ""."""
 
     prompt: int
     answer: int
@@ -30,31 +32,34 @@ def stream(
     batch_size: int | None = None,
     numbers: Sequence[int] | None = None,
 ) -> Iterator[StreamedToken]:
-    """Yields tokens as they are made; prompts of a batch need not be equally long and do not influence each other.
+    """Yield tokens as they are generated; prompts of a batch may differ in length and do not affect each other.
 
     Args:
         prompts: token ids of each prompt, none empty.
         sampling: with ``max_new_tokens`` or ``max_length``, and without beams.
-        batch_size: answers that are worked on at the same time; None: all.
-        numbers: of the prompts, 0, 1, ... when None: answer a of prompt number p draws from the random stream
+        batch_size: answers that are generated at the same time; None: all.
+        numbers: numbers of the prompts, 0, 1, ... if None: answer a of prompt number p draws from the random stream
             (seed, p * num_return_sequences + a).
     Raises:
-        UserError: a prompt is empty or holds ids the model does not know.
+        UserError: a prompt is empty or contains ids that the model does not know.
     """
-    count = sampling.num_return_sequences
-    engine = GenerationEngine(
-        model, slots=batch_size or max(len(prompts) * count, 1), max_tokens=room(prompts, sampling)
-    )
+    answers_per_prompt = sampling.num_return_sequences
+    slots = batch_size or max(len(prompts) * answers_per_prompt, 1)
+    engine = GenerationEngine(model, slots=slots, context_length=_context_length(prompts, sampling))
     for index, prompt in enumerate(prompts):
-        check_prompt(prompt, engine.max_tokens, engine.vocab_size, f"prompt {index}")
-    origin = {}
+        check_prompt(prompt, engine.context_length, engine.vocab_size, f"prompt {index}")
+    one_answer = replace(sampling, num_return_sequences=1)
+    origins: dict[int, tuple[int, int]] = {}  # request -> (prompt, answer)
     for index, prompt in enumerate(prompts):
-        for answer in range(count):
-            key = (sampling.seed, (numbers[index] if numbers else index) * count + answer)
-            origin[engine.add(prompt, replace(sampling, num_return_sequences=1), key)] = index, answer
+        number = index if numbers is None else numbers[index]
+        for answer in range(answers_per_prompt):
+            random_stream = (sampling.seed, number * answers_per_prompt + answer)
+            request = engine.add(prompt, one_answer, random_stream)
+            origins[request] = (index, answer)
     while engine.active:
         for token in engine.step():
-            yield StreamedToken(*origin[token.request], token.id, token.finish)
+            index, answer = origins[token.request]
+            yield StreamedToken(index, answer, token.id, token.finish)
 
 
 def generate(
@@ -65,21 +70,20 @@ def generate(
     batch_size: int | None = None,
     numbers: Sequence[int] | None = None,
 ) -> list[list[list[int]]]:
-    """[prompt][answer] -> new token ids, the one that ended the answer included. Arguments as of ``stream``.
+    """Return the new token ids as [prompt][answer], with the id that ended the answer; arguments as for ``stream``.
 
     With beams, ``batch_size`` prompts at a time are searched, and prompt number p draws from (seed, p).
     """
     if sampling.num_beams > 1:
-        return _beams(
-            model, prompts, sampling, batch_size or max(len(prompts), 1), numbers or range(len(prompts))
-        )
-    made: list[list[list[int]]] = [[[] for _ in range(sampling.num_return_sequences)] for _ in prompts]
+        batch_size = batch_size or max(len(prompts), 1)
+        return _search_in_batches(model, prompts, sampling, batch_size, numbers or range(len(prompts)))
+    answers: list[list[list[int]]] = [[[] for _ in range(sampling.num_return_sequences)] for _ in prompts]
     for new in stream(model, prompts, sampling, batch_size=batch_size, numbers=numbers):
-        made[new.prompt][new.answer].append(new.token)
-    return made
+        answers[new.prompt][new.answer].append(new.token)
+    return answers
 
 
-def _beams(
+def _search_in_batches(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     sampling: SamplingParams,
@@ -87,20 +91,26 @@ def _beams(
     numbers: Sequence[int],
 ) -> list[list[list[int]]]:
     vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
+    context_length = _context_length(prompts, sampling)
     for index, prompt in enumerate(prompts):
-        check_prompt(prompt, room(prompts, sampling), vocab_size, f"prompt {index}")
+        check_prompt(prompt, context_length, vocab_size, f"prompt {index}")
     answers = []
     for start in range(0, len(prompts), batch_size):
-        part = prompts[start : start + batch_size]
-        answers += beam_search(
-            model, part, sampling, room(part, sampling), numbers[start : start + batch_size]
-        )
+        batch = prompts[start : start + batch_size]
+        batch_numbers = numbers[start : start + batch_size]
+        answers += beam_search(model, batch, sampling, _context_length(batch, sampling), batch_numbers)
     return answers
 
 
-def room(prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> int:
-    """Most tokens that any prompt and its answer may have together."""
-    longest = max(map(len, prompts), default=1)
+def _context_length(prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> int:
+    """Return the length that the longest of these prompts may reach with its answer.
+
+    Raises:
+        UserError: the sampling parameters set no maximum.
+    """
     if sampling.max_new_tokens is None and sampling.max_length is None:
-        raise UserError("neither max_new_tokens nor max_length is given", fix="say how long an answer may be")
-    return max(sampling.limit(longest, 2**63 - 1), 2)
+        raise UserError(
+            "neither max_new_tokens nor max_length is given", fix="set the maximum length of an answer"
+        )
+    longest_prompt = max(map(len, prompts), default=1)
+    return max(sampling.max_total_length(longest_prompt, UNLIMITED), 2)

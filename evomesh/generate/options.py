@@ -1,35 +1,44 @@
-"""What a request asks for: how its tokens are chosen and when it ends."""
+"""Sampling parameters of a request: how its tokens are chosen and when it ends."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 from evomesh.errors import UserError
+
+if TYPE_CHECKING:
+    from evomesh.config.schema import GenerationConfig
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """The meanings are those of ``transformers.generate``; the order in which they apply is the order below.
+    """How the tokens of a request are chosen, and when it ends.
+
+    The meanings are those of ``transformers.generate``; the parameters apply in the order below.
 
     Attributes:
-        repetition_penalty: logits of tokens that stand in the prompt or the answer are divided by it (negative ones
-            multiplied), greedy or not; 1 is none. (Keskar et al., 1909.05858)
+        repetition_penalty: logits of tokens in the prompt or the completion are divided by it (negative ones
+            multiplied), greedy or not; 1 is no penalty. (Keskar et al., 1909.05858)
         temperature: logits are divided by it; 0 is greedy.
-        do_sample: draw; False is greedy.
-        top_k: only the k likeliest tokens; 0 is all.
-        top_p: only the likeliest tokens whose probabilities reach p together, the one that crosses p included.
+        do_sample: sample; False is greedy.
+        top_k: sample from the k most probable tokens only; 0 is all.
+        top_p: nucleus sampling: the smallest set of most probable tokens whose probability reaches p.
             (Holtzman et al., 1904.09751)
-        min_p: only tokens at least this share as likely as the likeliest. (Nguyen et al., 2407.01082)
-        num_beams: sequences searched side by side; 1 is no beam search.
+        min_p: drop tokens below this fraction of the top token's probability. (Nguyen et al., 2407.01082)
+        num_beams: sequences of a beam search; 1 is no beam search.
         length_penalty: a finished beam's summed log-probability is divided by (new tokens)^length_penalty.
-        num_return_sequences: answers a prompt; greedy gives one, a beam search at most ``num_beams``.
-        seed: of the random draws.
-        max_new_tokens: most tokens of an answer; when given, ``max_length`` is not looked at.
-        max_length: most tokens of prompt and answer together. Neither given: as many as there is room for.
-        eos_ids: the answer ends with the first of these.
-        logprobs: how many of the likeliest tokens to report with each token; 0: the token's own only; -1: none.
+        num_return_sequences: completions per prompt; greedy gives one, a beam search at most ``num_beams``.
+        seed: sampling seed.
+        max_new_tokens: maximum length of a completion; takes precedence over ``max_length``.
+        max_length: maximum length of prompt and completion together. If neither is given, the context length.
+        eos_ids: the completion ends with the first of these ids.
+        logprobs: how many of the most probable tokens to report with each token; 0: only the token's own
+            log-probability; -1: none.
+    Raises:
+        UserError: a value is out of range.
     """
 
     repetition_penalty: float = 1.0
@@ -47,16 +56,37 @@ class SamplingParams:
     eos_ids: tuple[int, ...] = ()
     logprobs: int = -1
 
+    @classmethod
+    def from_config(cls, section: GenerationConfig) -> SamplingParams:
+        """Return the parameters of a config's ``generation`` section."""
+        return cls.from_settings(section, eos_ids=(*section.eos_id, *section.additional_eos_token_list))
+
+    @classmethod
+    def from_settings(cls, settings: object, **given: Any) -> SamplingParams:
+        """Return the parameters of anything that has some of them as attributes of the same names.
+
+        Args:
+            settings: a config section, an API request, the controls of the page, ...
+            given: parameters that ``settings`` lacks, or means differently.
+        """
+        taken = {
+            field.name: getattr(settings, field.name)
+            for field in fields(cls)
+            if hasattr(settings, field.name)
+        }
+        return cls(**taken | given)
+
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{field.name} is {value}", where=field.name, expected="a finite number")
-        for name, good, expected in self._rules():
-            if not good:
+        for name, holds, expected in self._rules():
+            if not holds:
                 raise UserError(f"{name} is {getattr(self, name)}", where=name, expected=expected)
 
     def _rules(self) -> Iterator[tuple[str, bool, str]]:
+        """Yield (parameter, whether its value is allowed, what would be) in the order in which they are checked."""
         yield "repetition_penalty", self.repetition_penalty > 0, "above 0"
         yield "temperature", self.temperature >= 0, "0 (greedy) or more"
         yield "top_k", self.top_k >= 0, "0 (all) or more"
@@ -64,11 +94,12 @@ class SamplingParams:
         yield "min_p", 0 <= self.min_p <= 1, "from 0 to 1"
         yield "num_beams", self.num_beams >= 1, "at least 1"
         yield "num_return_sequences", self.num_return_sequences >= 1, "at least 1"
-        most = self.num_beams if self.num_beams > 1 else 1 if self.greedy else self.num_return_sequences
-        what = f"at most {most}: " + (
-            "one of each beam" if self.num_beams > 1 else "greedy answers are all the same"
-        )
-        yield "num_return_sequences", self.num_return_sequences <= most, what
+        if self.num_beams > 1:
+            expected = f"at most {self.num_beams}: one for each beam"
+            yield "num_return_sequences", self.num_return_sequences <= self.num_beams, expected
+        elif self.greedy:
+            expected = "at most 1: greedy completions are all the same"
+            yield "num_return_sequences", self.num_return_sequences == 1, expected
         yield "seed", 0 <= self.seed < 2**64, "from 0 to 2**64 - 1"
         yield "max_new_tokens", self.max_new_tokens is None or self.max_new_tokens >= 1, "at least 1"
         yield "max_length", self.max_length is None or self.max_length >= 1, "at least 1"
@@ -78,10 +109,15 @@ class SamplingParams:
     def greedy(self) -> bool:
         return not self.do_sample or self.temperature == 0
 
-    def limit(self, prompt: int, room: int) -> int:
-        """Tokens that prompt and answer may reach together, at most ``room``; a full prompt still gets one token."""
+    def max_total_length(self, prompt_length: int, context_length: int) -> int:
+        """Return how long prompt and completion may get together: at most ``context_length``.
+
+        A prompt that fills ``max_length`` still gets one token.
+        """
         if self.max_new_tokens is not None:
-            wanted = prompt + self.max_new_tokens
+            wanted = prompt_length + self.max_new_tokens
+        elif self.max_length is not None:
+            wanted = self.max_length
         else:
-            wanted = room if self.max_length is None else self.max_length
-        return min(max(wanted, prompt + 1), room)
+            wanted = context_length
+        return min(max(wanted, prompt_length + 1), context_length)

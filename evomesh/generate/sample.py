@@ -1,4 +1,4 @@
-"""From logits to the next token.
+"""Choose the next token from logits.
 
 Shapes: B requests, V vocabulary, K candidates.
 """
@@ -14,64 +14,75 @@ from torch import Tensor
 from evomesh.generate.options import SamplingParams
 
 
-def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Logits [V] with those of the ids in ``seen`` (int64, repeats count once) made less likely."""
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Return logits [V] with those of the ids in ``seen`` lowered (int64; a repeated id counts once)."""
     if penalty == 1.0:
         return logits
-    known = logits[seen]
-    return logits.index_put((seen,), torch.where(known < 0, known * penalty, known / penalty))
+    of_seen = logits[seen]
+    return logits.index_put((seen,), torch.where(of_seen < 0, of_seen * penalty, of_seen / penalty))
 
 
 def candidates(logits: Tensor, sampling: SamplingParams, keep: int = 1) -> tuple[Tensor, Tensor]:
-    """Logits [V] -> (ids [K], logits [K] over the temperature) of the tokens that top-k, top-p and min-p leave.
+    """Return the tokens that top-k, top-p and min-p leave: ids [K], and their logits [K] over the temperature.
 
     Args:
-        keep: at least so many tokens stay, whatever the cuts say.
+        logits: [V].
+        keep: at least this many tokens remain, whatever the settings.
     """
     logits = logits / sampling.temperature
     ids = torch.arange(len(logits), device=logits.device)
+
+    # top-k: the k largest logits
     if 0 < sampling.top_k < len(logits):
         logits, ids = logits.topk(max(sampling.top_k, keep))
+
+    # top-p: in descending order, every token before which less than p of the probability is reached
     if sampling.top_p < 1:
         order = logits.sort(descending=True, stable=True)
-        logits, ids = order.values, ids[order.indices]
-        share = logits.softmax(-1)
-        left = share.cumsum(-1) - share < sampling.top_p
-        left[:keep] = True
-        logits, ids = logits[left], ids[left]
+        logits = order.values
+        ids = ids[order.indices]
+        probability = logits.softmax(-1)
+        before = probability.cumsum(-1) - probability
+        remaining = before < sampling.top_p
+        remaining[:keep] = True
+        logits, ids = logits[remaining], ids[remaining]
+
+    # min-p: every token at least this fraction as probable as the top one
     if sampling.min_p > 0:
-        likely = logits.softmax(-1)
-        left = likely >= sampling.min_p * likely.max()
-        left[likely.topk(min(keep, len(likely))).indices] = True
-        logits, ids = logits[left], ids[left]
+        probability = logits.softmax(-1)
+        remaining = probability >= sampling.min_p * probability.max()
+        top = probability.topk(min(keep, len(probability))).indices
+        remaining[top] = True
+        logits, ids = logits[remaining], ids[remaining]
     return ids, logits
 
 
 class TokenSampler:
-    """Draws the tokens of one request: a function of ``stream`` = (seed, request) and of nothing else in the batch."""
+    """Chooses the tokens of one request; they depend on ``stream`` = (seed, request) and nothing else in the batch."""
 
     def __init__(self, sampling: SamplingParams, stream: tuple[int, int]) -> None:
         self.sampling = sampling
-        self._draws = np.random.default_rng(stream)
+        self._random = np.random.default_rng(stream)
 
-    def next(self, logits: Tensor) -> int:
-        """The next token for logits [V]; every draw takes one uniform number from the stream."""
+    def next_token(self, logits: Tensor) -> int:
+        """Return the next token for logits [V]; unless greedy, this takes one uniform number from the stream."""
         if self.sampling.greedy:
             return int(logits.argmax())
-        # On the CPU and in float64, so that a seed means the same tokens on every device.
+        # On the CPU and in float64, so that a seed gives the same tokens on every device.
         ids, logits = candidates(logits.cpu().double(), self.sampling)
-        reached = logits.softmax(-1).cumsum(-1)
-        place = torch.searchsorted(reached, self._draws.random() * float(reached[-1]), right=True)
-        return int(ids[min(int(place), len(ids) - 1)])
+        cumulative = logits.softmax(-1).cumsum(-1)
+        threshold = self._random.random() * float(cumulative[-1])
+        index = int(torch.searchsorted(cumulative, threshold, right=True))
+        return int(ids[min(index, len(ids) - 1)])
 
 
-def report(logits: Tensor, token: int, top: int) -> tuple[float, list[tuple[int, float]]]:
-    """Log-probability of ``token`` under logits [V], and (id, log-probability) of the ``top`` likeliest tokens."""
+def top_logprobs(logits: Tensor, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:
+    """Return the log-probability of ``token`` under logits [V], and (id, log-probability) of the ``count`` best."""
     logprobs = logits.log_softmax(-1)
-    best = logprobs.topk(min(top, len(logprobs)))
+    best = logprobs.topk(min(count, len(logprobs)))
     return float(logprobs[token]), list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
 
-def plain_greedy(samplings: Sequence[SamplingParams]) -> bool:
-    """Whether one argmax over all rows answers all requests."""
+def argmax_suffices(samplings: Sequence[SamplingParams]) -> bool:
+    """Return whether one argmax over all rows gives the next token of every request."""
     return all(s.greedy and s.repetition_penalty == 1.0 and s.logprobs < 0 for s in samplings)

@@ -1,4 +1,4 @@
-"""A model whose layers are spread over the ranks of a pipeline, to be called like a whole one.
+"""A model whose layers are distributed over the stages of a pipeline, called like a model in one piece.
 
 Shapes: T packed tokens of one call, D model, V vocabulary.
 """
@@ -17,10 +17,10 @@ from evomesh.parallel.grid import Axis
 
 
 class StagedModel(LanguageModel):
-    """Every rank of ``axis`` calls it with the same tokens and gets the same logits, so all choose the same next ones.
+    """A pipelined model: every rank of ``axis`` passes the same tokens, gets the same logits, chooses the same token.
 
     Args:
-        stage: the layers of this rank, stages in rank order; tensor mode mtp, in which all tensor ranks hold the same
+        stage: the layers of this rank, stages in rank order; in tensor mode mtp, where all tensor ranks hold the same
             hidden states.
     """
 
@@ -30,26 +30,25 @@ class StagedModel(LanguageModel):
         self.dtype = parameter_dtype(config.dtype)
 
     @property
-    def last(self) -> bool:
+    def is_last(self) -> bool:
         return self.axis.rank == self.axis.size - 1
 
     def forward(self, x: Tensor, docs: SequenceBounds, attend: AttentionFunction = attend) -> Tensor:
-        """[T] ids -> [T, D]: final hidden states on the last rank, this stage's own on the others."""
+        """Return hidden states [T, D] for ids [T]: the final ones on the last rank, this stage's output on others."""
         if self.axis.rank > 0:
             dtype = promote(self.dtype) if self.config.residual_in_fp32 else self.dtype
-            room = torch.empty(len(x), self.config.hidden_size, dtype=dtype, device=x.device)
-            x = receive(room, self.axis, self.axis.rank - 1)
+            buffer = torch.empty(len(x), self.config.hidden_size, dtype=dtype, device=x.device)
+            x = receive(buffer, self.axis, self.axis.rank - 1)
         hidden: Tensor = self.stage(x, docs, attend)
-        if (
-            not self.last
-            and (work := launch_send(hidden.contiguous(), self.axis, self.axis.rank + 1)) is not None
-        ):
-            work.wait()
+        if not self.is_last:
+            pending = launch_send(hidden.contiguous(), self.axis, self.axis.rank + 1)
+            if pending is not None:
+                pending.wait()
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[T, D] -> [T, V] of the last rank, on every rank."""
-        if self.last:
+        """Return the last rank's logits [T, V] on every rank."""
+        if self.is_last:
             logits = self.stage.logits(hidden).contiguous()
         else:
             shape = (len(hidden), self.config.vocab_size)

@@ -5,11 +5,16 @@ Shapes: T packed tokens, D model.
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 from torch import Tensor, nn
 
+from evomesh.config.schema import RotaryType
 from evomesh.layers.attention import AttentionFunction, SequenceBounds, attend
 from evomesh.layers.init import InitialWeight
 from evomesh.layers.loss import LossOutput
+from evomesh.layers.rotary import RotaryEmbedding
 
 
 class LanguageModel(nn.Module):
@@ -38,3 +43,21 @@ class LanguageModel(nn.Module):
     def initial(self, name: str) -> InitialWeight:
         """What the parameter of this global name starts as. Without this method, it stays as the builder made it."""
         raise NotImplementedError
+
+
+def has_rotary_embedding(model: nn.Module) -> bool:
+    """Return whether ``model.rotary`` is a ``RotaryEmbedding``; a custom model may rotate in another way, or not."""
+    return isinstance(getattr(model, "rotary", None), RotaryEmbedding)
+
+
+def with_rotary_type(model: LanguageModel, rotary_type: RotaryType) -> LanguageModel:
+    """Return a model that rotates positions in this way and shares every parameter with ``model``.
+
+    Args:
+        model: one with a rotary embedding (``has_rotary_embedding``); it stays as it is.
+    """
+    rotary = model.rotary
+    assert isinstance(rotary, RotaryEmbedding)
+    other = copy.copy(model)
+    other.rotary = replace(rotary, dynamic_ntk=rotary_type == "dynamic")
+    return other

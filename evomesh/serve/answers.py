@@ -1,4 +1,4 @@
-"""Answers in the form that OpenAI's clients read: whole ones, and the events of a stream."""
+"""Answers in the format of OpenAI's API: whole responses, and the events of a stream."""
 
 from __future__ import annotations
 
@@ -8,41 +8,50 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from evomesh.serve.writer import ScoredToken, TextDelta
+from evomesh.serve.detokenizer import ScoredToken, TextDelta
 
-LOWEST = -9999.0  # JSON has no minus infinity; OpenAI writes this
+LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity; OpenAI's API writes this
 
 
 @dataclass
 class AnswerChoice:
-    """One answer while it grows."""
+    """One of the answers to a request, as far as it has been generated."""
 
     text: str = ""
     scored: list[ScoredToken] = field(default_factory=list)
     tokens: int = 0
     finish: str | None = None
 
-    def add(self, piece: TextDelta) -> None:
-        self.text += piece.text
-        self.scored += piece.scored
-        self.tokens = piece.tokens
-        self.finish = piece.finish or None
+    def add(self, delta: TextDelta) -> None:
+        self.text += delta.text
+        self.scored += delta.scored
+        self.tokens = delta.tokens
+        self.finish = delta.finish or None
 
 
 class ApiAnswer:
-    """The reply to one request, for both kinds of requests.
+    """The response to one request of either kind.
 
     Args:
         chat: a chat completion, else a completion.
-        scored: log-probabilities are wanted.
+        with_logprobs: the client asked for log-probabilities.
     """
 
     def __init__(
-        self, *, chat: bool, model: str, fingerprint: str, prompt_tokens: int, choices: int, scored: bool
-    ):
-        self.chat, self.scored, self.prompt_tokens = chat, scored, prompt_tokens
+        self,
+        *,
+        chat: bool,
+        model: str,
+        fingerprint: str,
+        prompt_tokens: int,
+        choices: int,
+        with_logprobs: bool,
+    ) -> None:
+        self.chat = chat
+        self.with_logprobs = with_logprobs
+        self.prompt_tokens = prompt_tokens
         self.choices = [AnswerChoice() for _ in range(choices)]
-        self.head = {
+        self._header = {
             "id": ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12),
             "created": int(time.time()),
             "model": model,
@@ -51,77 +60,81 @@ class ApiAnswer:
 
     @property
     def usage(self) -> dict[str, int]:
-        made = sum(choice.tokens for choice in self.choices)
+        completion_tokens = sum(choice.tokens for choice in self.choices)
         return {
             "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": made,
-            "total_tokens": self.prompt_tokens + made,
+            "completion_tokens": completion_tokens,
+            "total_tokens": self.prompt_tokens + completion_tokens,
         }
 
-    def whole(self) -> dict[str, Any]:
-        """The answer at once."""
+    def response(self) -> dict[str, Any]:
+        """Return the whole response, for a client that does not stream."""
         choices = []
         for index, choice in enumerate(self.choices):
-            text = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
-            choices.append(
-                self._choice(index, text if self.chat else {"text": choice.text}, choice.scored, choice)
-            )
+            content: dict[str, Any] = {"text": choice.text}
+            if self.chat:
+                content = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
+            choices.append(self._choice_record(index, content, choice.scored, choice.finish))
         kind = "chat.completion" if self.chat else "text_completion"
-        return {**self.head, "object": kind, "choices": choices, "usage": self.usage}
+        return {**self._header, "object": kind, "choices": choices, "usage": self.usage}
 
-    def opening(self, index: int) -> dict[str, Any]:
-        """The first event of a chat's choice: who speaks."""
-        return self._event(
-            [self._choice(index, {"delta": {"role": "assistant", "content": ""}}, [], AnswerChoice())]
-        )
+    def opening_event(self, index: int) -> dict[str, Any]:
+        """Return the first event of a choice in a chat, which names the role."""
+        content = {"delta": {"role": "assistant", "content": ""}}
+        return self._event([self._choice_record(index, content, [], None)])
 
-    def event(self, index: int, piece: TextDelta) -> dict[str, Any]:
-        """What one piece adds to a choice."""
-        delta = {"content": piece.text} if piece.text else {}
-        text = {"delta": delta} if self.chat else {"text": piece.text}
-        return self._event([self._choice(index, text, piece.scored, self.choices[index])])
+    def delta_event(self, index: int, delta: TextDelta) -> dict[str, Any]:
+        """Return the event that adds a text delta to a choice."""
+        content: dict[str, Any] = {"text": delta.text}
+        if self.chat:
+            content = {"delta": {"content": delta.text} if delta.text else {}}
+        return self._event([self._choice_record(index, content, delta.scored, self.choices[index].finish)])
 
-    def closing(self) -> dict[str, Any]:
-        """The event with the usage."""
+    def usage_event(self) -> dict[str, Any]:
+        """Return the last event, with the usage."""
         return self._event([]) | {"usage": self.usage}
 
     def _event(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            **self.head,
-            "object": "chat.completion.chunk" if self.chat else "text_completion",
-            "choices": choices,
-        }
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        return {**self._header, "object": kind, "choices": choices}
 
-    def _choice(
-        self, index: int, text: dict[str, Any], scored: list[ScoredToken], choice: AnswerChoice
+    def _choice_record(
+        self, index: int, content: dict[str, Any], scored: list[ScoredToken], finish: str | None
     ) -> dict[str, Any]:
         logprobs = None
-        if self.scored and (self.chat or scored):
-            logprobs = _chat_logprobs(scored) if self.chat else _logprobs(scored)
-        return {"index": index, **text, "logprobs": logprobs, "finish_reason": choice.finish}
+        if self.with_logprobs and self.chat:
+            logprobs = _chat_logprobs(scored)
+        elif self.with_logprobs and scored:
+            logprobs = _completion_logprobs(scored)
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish}
 
 
 def _chat_logprobs(scored: list[ScoredToken]) -> dict[str, Any]:
-    content = [
-        _named(one.text, one.logprob) | {"top_logprobs": [_named(*other) for other in one.top]}
-        for one in scored
-    ]
+    content = []
+    for token in scored:
+        top = [_token_record(text, logprob) for text, logprob in token.top]
+        content.append(_token_record(token.text, token.logprob) | {"top_logprobs": top})
     return {"content": content, "refusal": None}
 
 
-def _named(text: str, logprob: float) -> dict[str, Any]:
+def _token_record(text: str, logprob: float) -> dict[str, Any]:
     return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
 
 
-def _logprobs(scored: list[ScoredToken]) -> dict[str, Any]:
+def _completion_logprobs(scored: list[ScoredToken]) -> dict[str, Any]:
     return {
-        "tokens": [one.text for one in scored],
-        "token_logprobs": [_finite(one.logprob) for one in scored],
-        # Tokens that are parts of a character share a text: the likeliest of them is told, which comes first.
-        "top_logprobs": [{text: _finite(logprob) for text, logprob in reversed(one.top)} for one in scored],
-        "text_offset": [one.offset for one in scored],
+        "tokens": [token.text for token in scored],
+        "token_logprobs": [_finite(token.logprob) for token in scored],
+        "top_logprobs": [_top_by_text(token.top) for token in scored],
+        "text_offset": [token.offset for token in scored],
     }
 
 
+def _top_by_text(top: list[tuple[str, float]]) -> dict[str, float]:
+    # Tokens that are parts of a character share a text. The most probable of them, which comes first, is reported:
+    # in reverse order it is the last to be written.
+    return {text: _finite(logprob) for text, logprob in reversed(top)}
+
+
 def _finite(logprob: float) -> float:
-    return logprob if math.isfinite(logprob) else LOWEST
+    return logprob if math.isfinite(logprob) else LOWEST_LOGPROB

@@ -1,10 +1,16 @@
-"""The HTTP side: routes, refusals, streams."""
+"""The HTTP side: routes, error responses, and streams.
+
+An answer passes through three asynchronous generators, each of which closes the one before it:
+
+    GenerationService.answer   text deltas of the engines
+    ApiRoutes._record          adds them to the answer and to the metrics
+    ApiRoutes._events          turns them into server-sent events (for a client that streams)
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from typing import Any, TypeVar
@@ -17,22 +23,30 @@ from starlette.types import Receive, Scope, Send
 
 from evomesh.data.chat import ChatMessage
 from evomesh.errors import UserError
-from evomesh.generate.options import SamplingParams
 from evomesh.serve.answers import ApiAnswer
-from evomesh.serve.errors import ApiError
+from evomesh.serve.detokenizer import TextDelta
 from evomesh.serve.loop import EngineError
 from evomesh.serve.metrics import MetricsMiddleware, ServerMetrics
-from evomesh.serve.requests import LocalHostMiddleware, check_key, gone, read_body
-from evomesh.serve.schema import ApiRequest, ChatRequest, CompletionRequest, read
+from evomesh.serve.requests import (
+    ApiError,
+    LocalHostMiddleware,
+    check_key,
+    read_body,
+    wait_until_disconnected,
+)
+from evomesh.serve.schema import ApiRequest, ChatRequest, CompletionRequest, parse_request
 from evomesh.serve.service import GenerationService, PromptTooLongError, QueueFullError
-from evomesh.serve.writer import TextDelta
 
 T = TypeVar("T")
 DeltaStream = AsyncGenerator[tuple[int, TextDelta], None]
+CLIENT_CLOSED_REQUEST = 499  # nobody reads this response; the metrics count it
 
 
 class EventStream(StreamingResponse):
-    """A stream whose source is closed with it: at once when the client goes, not when memory is next tidied."""
+    """A streaming response that closes its generator as soon as the client disconnects.
+
+    Otherwise the generator would hold its slots until garbage collection.
+    """
 
     def __init__(self, events: AsyncGenerator[bytes, None], **options: Any) -> None:
         super().__init__(events, **options)
@@ -46,7 +60,11 @@ class EventStream(StreamingResponse):
 
 
 class ApiRoutes:
-    """The routes of one service."""
+    """The routes of one service.
+
+    Args:
+        key: clients must send it; None: no key.
+    """
 
     def __init__(self, service: GenerationService, key: str | None) -> None:
         self.service, self.key = service, key
@@ -54,168 +72,159 @@ class ApiRoutes:
 
     def mount(self, app: FastAPI) -> None:
         app.add_api_route("/healthz", self.health)
-        for path, call, methods in (
-            ("/metrics", self.show_metrics, ["GET"]),
-            ("/v1/models", self.models, ["GET"]),
-            ("/v1/models/{name:path}", self.one_model, ["GET"]),
-            ("/v1/completions", self.completions, ["POST"]),
-            ("/v1/chat/completions", self.chat, ["POST"]),
+        for path, handler, method in (
+            ("/metrics", self.show_metrics, "GET"),
+            ("/v1/models", self.list_models, "GET"),
+            ("/v1/models/{name:path}", self.show_model, "GET"),
+            ("/v1/completions", self.completions, "POST"),
+            ("/v1/chat/completions", self.chat, "POST"),
         ):
-            app.add_api_route(path, call, methods=methods, response_model=None)
+            app.add_api_route(path, handler, methods=[method], response_model=None)
 
     async def health(self) -> Response:
-        alive = self.service.engines.alive
-        return json({"status": "ok" if alive else "the engine has stopped"}, 200 if alive else 503)
+        if self.service.engines.alive:
+            return json_response({"status": "ok"})
+        return json_response({"status": "the engine has stopped"}, 503)
 
     async def show_metrics(self, request: Request) -> Response:
         check_key(request, self.key)
         return PlainTextResponse(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    async def models(self, request: Request) -> Response:
+    async def list_models(self, request: Request) -> Response:
         check_key(request, self.key)
-        return json({"object": "list", "data": [self._model()]})
+        return json_response({"object": "list", "data": [self._model_record()]})
 
-    async def one_model(self, request: Request, name: str) -> Response:
+    async def show_model(self, request: Request, name: str) -> Response:
         check_key(request, self.key)
-        self._known(name)
-        return json(self._model())
+        self._check_model(name)
+        return json_response(self._model_record())
 
     async def completions(self, request: Request) -> Response:
         check_key(request, self.key)
-        ask = read(CompletionRequest, await read_body(request, self.service.limits.body))
-        self._known(ask.model)
-        if ask.best_of not in (None, ask.n):
-            raise ApiError(400, "best_of: only the value of n", param="best_of", code="invalid_value")
+        body = await read_body(request, self.service.limits.body_bytes)
+        completion = parse_request(CompletionRequest, body)
+        self._check_model(completion.model)
+        if completion.best_of not in (None, completion.n):
+            raise ApiError(400, "best_of: must equal n", param="best_of", code="invalid_value")
+        # Tokenizing a long text takes time in which the event loop would stand still.
         prompts = await asyncio.to_thread(
-            lambda: [self.service.text_ids(p) if isinstance(p, str) else p for p in ask.prompts]
+            lambda: [self.service.text_ids(p) if isinstance(p, str) else p for p in completion.prompts]
         )
-        return await self._answer(
-            request, ask, prompts, ask.max_tokens, -1 if ask.logprobs is None else ask.logprobs
-        )
+        return await self._answer(request, completion, prompts)
 
     async def chat(self, request: Request) -> Response:
         check_key(request, self.key)
-        ask = read(ChatRequest, await read_body(request, self.service.limits.body))
-        self._known(ask.model)
-        if ask.top_logprobs is not None and not ask.logprobs:
+        body = await read_body(request, self.service.limits.body_bytes)
+        chat = parse_request(ChatRequest, body)
+        self._check_model(chat.model)
+        if chat.top_logprobs is not None and not chat.logprobs:
             raise ApiError(
                 400, "top_logprobs: needs logprobs: true", param="top_logprobs", code="invalid_value"
             )
-        turns = [
-            ChatMessage("system" if turn.role == "developer" else turn.role, turn.text, False)
-            for turn in ask.messages
-        ]
-        prompt = await asyncio.to_thread(self.service.chat_ids, turns)
-        most = ask.max_completion_tokens or ask.max_tokens
-        return await self._answer(
-            request, ask, [prompt], most, (ask.top_logprobs or 0) if ask.logprobs else -1
-        )
+        messages = []
+        for message in chat.messages:
+            role = "system" if message.role == "developer" else message.role
+            messages.append(ChatMessage(role, message.text, False))
+        prompt = await asyncio.to_thread(self.service.chat_ids, messages)
+        return await self._answer(request, chat, [prompt])
 
     async def _answer(
-        self,
-        request: Request,
-        ask: ApiRequest,
-        prompts: Sequence[Sequence[int]],
-        most: int | None,
-        logprobs: int,
+        self, request: Request, api_request: ApiRequest, prompts: Sequence[Sequence[int]]
     ) -> Response:
+        # 1. Refuse what can never be answered.
         service = self.service
-        service.check(prompts, most, ask.n)
-        sampling = SamplingParams(
-            temperature=ask.temperature,
-            do_sample=ask.temperature > 0,
-            top_k=ask.top_k,
-            top_p=ask.top_p,
-            min_p=ask.min_p,
-            repetition_penalty=ask.repetition_penalty,
-            max_new_tokens=most,
-            eos_ids=service.model.eos_ids,
-            logprobs=logprobs,
-        )
+        service.check(prompts, api_request.max_new_tokens, api_request.n)
+        sampling = api_request.sampling_params(service.model.eos_ids)
+
+        # 2. Submit; each prompt is answered n times.
         answer = ApiAnswer(
-            chat=isinstance(ask, ChatRequest),
+            chat=isinstance(api_request, ChatRequest),
             model=service.model.name,
             fingerprint=service.model.fingerprint,
             prompt_tokens=sum(map(len, prompts)),
-            choices=len(prompts) * ask.n,
-            scored=logprobs >= 0,
+            choices=len(prompts) * api_request.n,
+            with_logprobs=sampling.logprobs >= 0,
         )
-        pieces = service.answer(
-            [prompt for prompt in prompts for _ in range(ask.n)],
-            sampling,
-            seed=secrets.randbits(63) if ask.seed is None else ask.seed % 2**64,
-            rotary=ask.rotary_type,
-            stops=ask.stops,
+        repeated = [prompt for prompt in prompts for _ in range(api_request.n)]
+        deltas = service.answer(
+            repeated, sampling, rotary_type=api_request.rotary_type, stops=api_request.stops
         )
-        counted = self._count(answer, pieces)
-        # Waited for here, so that a full queue is a status and not a broken stream.
-        first = await _unless_gone(request, anext(counted))
-        if first is None:
-            await counted.aclose()
-            return Response(status_code=499)  # nobody reads it; the log says what happened
-        if ask.stream:
-            events = self._events(answer, first, counted, ask.with_usage)
-            return EventStream(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        finished = await _unless_gone(request, _drain(counted))
-        return Response(status_code=499) if finished is None else json(answer.whole())
+        recorded = self._record(answer, deltas)
 
-    async def _count(self, answer: ApiAnswer, pieces: DeltaStream) -> DeltaStream:
-        """Passes pieces on, adds them to the answer and to the metrics."""
-        start, metrics = time.perf_counter(), self.metrics
+        # 3. Wait for the first token here, so that a full queue is a status and not a broken stream.
+        first = await _unless_disconnected(request, anext(recorded))
+        if first is None:
+            await recorded.aclose()
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+        # 4. Stream the rest, or collect it.
+        if api_request.stream:
+            events = self._events(answer, first, recorded, api_request.with_usage)
+            return EventStream(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        completed = await _unless_disconnected(request, _drain(recorded))
+        if completed is None:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        return json_response(answer.response())
+
+    async def _record(self, answer: ApiAnswer, deltas: DeltaStream) -> DeltaStream:
+        """Pass deltas through, and add them to the answer and to the metrics."""
+        started = time.perf_counter()
+        metrics = self.metrics
         metrics.prompt_tokens.inc(answer.prompt_tokens)
-        made = 0
-        async with contextlib.aclosing(pieces):
-            async for index, piece in pieces:
-                if not made:
-                    metrics.first.observe(time.perf_counter() - start)
-                made += 1
-                metrics.new_tokens.inc()
-                answer.choices[index].add(piece)
-                yield index, piece
-        metrics.whole.observe(time.perf_counter() - start)
+        is_first = True
+        async with contextlib.aclosing(deltas):
+            async for index, delta in deltas:
+                if is_first:
+                    metrics.first_token_seconds.observe(time.perf_counter() - started)
+                    is_first = False
+                metrics.completion_tokens.inc()
+                answer.choices[index].add(delta)
+                yield index, delta
+        metrics.request_seconds.observe(time.perf_counter() - started)
 
     async def _events(
         self, answer: ApiAnswer, first: tuple[int, TextDelta], rest: DeltaStream, with_usage: bool
     ) -> AsyncGenerator[bytes, None]:
+        """Yield the server-sent events of a stream: deltas, the usage if requested, and the end mark."""
         opened: set[int] = set()
         async with contextlib.aclosing(rest):
             try:
-                async for index, piece in _chain(first, rest):
+                async for index, delta in _chain(first, rest):
                     if answer.chat and index not in opened:
                         opened.add(index)
-                        yield event(answer.opening(index))
-                    if piece.text or piece.finish or piece.scored:
-                        yield event(answer.event(index, piece))
+                        yield encode_event(answer.opening_event(index))
+                    if delta.text or delta.finish or delta.scored:
+                        yield encode_event(answer.delta_event(index, delta))
             except EngineError as error:
-                yield event(ApiError(503, str(error), code="engine_failed").body())
+                yield encode_event(ApiError(503, str(error), code="engine_failed").body())
                 return
             if with_usage:
-                yield event(answer.closing())
+                yield encode_event(answer.usage_event())
             yield b"data: [DONE]\n\n"
 
-    def _known(self, name: str) -> None:
+    def _check_model(self, name: str) -> None:
         if name != self.service.model.name:
             message = f"no model {name[:100]!r}; this server has {self.service.model.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    def _model(self) -> dict[str, Any]:
+    def _model_record(self) -> dict[str, Any]:
         model = self.service.model
         return {
             "id": model.name,
             "object": "model",
             "created": model.created,
             "owned_by": "evomesh",
-            "max_model_len": self.service.limits.context,
+            "max_model_len": self.service.limits.context_length,
         }
 
 
 def create_app(service: GenerationService, *, key: str | None = None, local: bool = True) -> FastAPI:
-    """The API of a service; its engines run while the app does.
+    """Create the API of a service; its engines run while the app does.
 
     Args:
-        key: what requests must bear; None: nothing.
-        local: bound to this machine only: requests for any other host name are refused, since a web page may have
-            its own name point here.
+        key: clients must send it; None: no key.
+        local: bound to this machine only: requests for any other host name are refused, since a web page may point
+            its own host name here.
     """
 
     @contextlib.asynccontextmanager
@@ -230,73 +239,65 @@ def create_app(service: GenerationService, *, key: str | None = None, local: boo
     if local:
         app.add_middleware(LocalHostMiddleware)
     app.add_middleware(MetricsMiddleware, metrics=api.metrics)
-    app.add_exception_handler(ApiError, lambda _, error: refusal(error))
-    app.add_exception_handler(PromptTooLongError, lambda _, error: refuse(error, "context_length_exceeded"))
-    app.add_exception_handler(UserError, lambda _, error: refuse(error, "invalid_value"))
-    app.add_exception_handler(QueueFullError, lambda _, error: refusal(busy()))
-    app.add_exception_handler(
-        EngineError, lambda _, error: refusal(ApiError(503, str(error), code="engine_failed"))
-    )
-    app.add_exception_handler(HTTPException, _plain)
-    app.add_exception_handler(
-        Exception,
-        lambda _, error: refusal(ApiError(500, "the server failed; its log says why", code="internal")),
-    )
+    for error_type in (ApiError, UserError, QueueFullError, EngineError, HTTPException, Exception):
+        app.add_exception_handler(error_type, lambda _, error: error_response(as_api_error(error)))
     return app
 
 
-def busy() -> ApiError:
-    return ApiError(429, "the queue is full; try again", code="queue_full", headers={"Retry-After": "1"})
+def as_api_error(error: Exception) -> ApiError:
+    """Return the error that the client gets for an exception in a route."""
+    match error:
+        case ApiError():
+            return error
+        case PromptTooLongError():
+            return ApiError(400, str(error), code="context_length_exceeded")
+        case UserError():
+            return ApiError(400, str(error), code="invalid_value")
+        case QueueFullError():
+            message = "the queue is full; try again later"
+            return ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})
+        case EngineError():
+            return ApiError(503, str(error), code="engine_failed")
+        case HTTPException(status_code=status):  # unknown path, wrong method
+            code = {404: "not_found", 405: "method_not_allowed"}.get(status, "http_error")
+            return ApiError(status, error.detail, code=code, headers=dict(error.headers or {}))
+        case _:
+            return ApiError(500, "internal server error; see the server's log", code="internal")
 
 
-def refuse(error: Exception, code: str) -> Response:
-    return refusal(ApiError(400, str(error), code=code))
+def error_response(error: ApiError) -> Response:
+    return json_response(error.body(), error.status, error.headers)
 
 
-def _plain(_: Request, error: Exception) -> Response:
-    """Unknown path, wrong method: in the same form as everything else."""
-    assert isinstance(error, HTTPException)
-    codes = {404: "not_found", 405: "method_not_allowed"}
-    headers = dict(error.headers or {})
-    return refusal(
-        ApiError(
-            error.status_code, error.detail, code=codes.get(error.status_code, "http_error"), headers=headers
-        )
-    )
-
-
-def refusal(error: ApiError) -> Response:
-    return json(error.body(), error.status, error.headers)
-
-
-def json(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+def json_response(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(orjson.dumps(value), status, headers, media_type="application/json")
 
 
-def event(value: object) -> bytes:
+def encode_event(value: object) -> bytes:
     return b"data: " + orjson.dumps(value) + b"\n\n"
 
 
-async def _drain(pieces: DeltaStream) -> bool:
-    async for _ in pieces:
+async def _drain(deltas: DeltaStream) -> bool:
+    async for _ in deltas:
         pass
     return True
 
 
 async def _chain(first: tuple[int, TextDelta], rest: DeltaStream) -> DeltaStream:
     yield first
-    async for one in rest:
-        yield one
+    async for item in rest:
+        yield item
 
 
-async def _unless_gone(request: Request, work: Awaitable[T]) -> T | None:
-    """What ``work`` gives, or None when the client hangs up before it does; then ``work`` is cancelled."""
-    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone(request))
+async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T | None:
+    """Return the result of ``work``; or cancel it and return None if the client disconnects first."""
+    task = asyncio.ensure_future(work)
+    disconnected = asyncio.ensure_future(wait_until_disconnected(request))
     try:
-        await asyncio.wait([task, leaving], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([task, disconnected], return_when=asyncio.FIRST_COMPLETED)
         return task.result() if task.done() else None
     finally:
-        leaving.cancel()
+        disconnected.cancel()
         if not task.done():
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):

@@ -1,4 +1,8 @@
-"""One thread that drives the engines; requests come from an event loop and their tokens go back to it."""
+"""The engine thread: event loops submit requests to it, and it posts their tokens back.
+
+event loop: submit() -> Submission      commands        engine thread: engine.add()
+            Submission.next()      <----  events  ----                 engine.step()
+"""
 
 from __future__ import annotations
 
@@ -19,68 +23,118 @@ logger = logging.getLogger(__name__)
 
 
 class EngineError(Exception):
-    """The engine broke while it worked on a request; a fresh one has taken its place."""
+    """The engine failed while it worked on a request; a new one replaces it."""
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One sequence to make. ``stream``: (seed, request), which key its random numbers."""
+    """One sequence to generate. ``stream``: (seed, number), which keys its random numbers."""
 
     prompt: Sequence[int]
     sampling: SamplingParams
     stream: tuple[int, int]
-    rotary: RotaryType
+    rotary_type: RotaryType
 
 
 class Submission:
-    """Jobs given together; ``next`` tells their tokens as they come. Made and used on one event loop."""
+    """Requests that were submitted together; ``next`` returns their tokens. Belongs to one event loop.
 
-    def __init__(self, engines: EngineLoop, jobs: Sequence[GenerationRequest]) -> None:
-        self.jobs = list(jobs)
-        self.open = set(range(len(jobs)))
-        self.home = asyncio.get_running_loop()
-        self.arrived: asyncio.Queue[tuple[int, GeneratedToken | Exception]] = asyncio.Queue()
+    Attributes:
+        open: indices of the requests from which more tokens are wanted.
+    """
+
+    def __init__(self, engines: EngineLoop, requests: Sequence[GenerationRequest]) -> None:
+        self.requests = list(requests)
+        self.open = set(range(len(requests)))
+        self.event_loop = asyncio.get_running_loop()
+        self.events: asyncio.Queue[_TokenEvent] = asyncio.Queue()
         self._engines = engines
 
     async def next(self) -> tuple[int, GeneratedToken]:
-        """(job, its next token). Raises what kept the engine from making it."""
+        """Wait for the next token and return it with the index of its request.
+
+        Raises:
+            EngineError: the engine failed.
+            UserError: the engine rejected a request.
+        """
         while True:
-            index, token = await self.arrived.get()
-            if isinstance(token, Exception):
-                raise token
-            if index in self.open:
-                return index, token
+            event = await self.events.get()
+            if isinstance(event.token, Exception):
+                raise event.token
+            if event.index in self.open:
+                return event.index, event.token
 
     def close(self, index: int) -> None:
-        """No more tokens of this job are wanted: its slot is free before the next step."""
+        """Ask for no more tokens of a request; its slot is free before the next step."""
         if index in self.open:
             self.open.remove(index)
-            self._engines.commands.put((False, self, index))
+            self._engines.commands.put(_CancelCommand(self, index))
+
+    def close_all(self) -> None:
+        for index in list(self.open):
+            self.close(index)
+
+
+@dataclass(frozen=True)
+class _SubmitCommand:
+    submission: Submission
+    index: int
+
+
+@dataclass(frozen=True)
+class _CancelCommand:
+    submission: Submission
+    index: int
+
+
+@dataclass(frozen=True)
+class _StopCommand:
+    pass
+
+
+_Command = _SubmitCommand | _CancelCommand | _StopCommand
+
+
+@dataclass(frozen=True)
+class _TokenEvent:
+    """A token of one request of a submission, or what kept the engine from generating it."""
+
+    submission: Submission
+    index: int
+    token: GeneratedToken | Exception
+
+
+@dataclass(frozen=True)
+class _EngineHandle:
+    """A request as its engine knows it."""
+
+    rotary_type: RotaryType
+    number: int
 
 
 class EngineLoop:
-    """Runs one engine for each way to rotate positions, all on the same weights, in a thread of its own.
+    """Runs one engine per rotary type, all on the same weights, in a dedicated thread.
 
     Args:
-        make: what builds the engine of each rotary type; called in the thread, at its first request and after a
+        builders: build the engine of each rotary type; called in the thread, for its first request and after a
             failure.
     """
 
-    def __init__(self, make: Mapping[RotaryType, Callable[[], GenerationEngine]]) -> None:
-        self.make = make
-        self.commands: SimpleQueue[tuple[bool, Submission, int] | None] = SimpleQueue()
+    def __init__(self, builders: Mapping[RotaryType, Callable[[], GenerationEngine]]) -> None:
+        self.builders = builders
+        self.commands: SimpleQueue[_Command] = SimpleQueue()
         self._engines: dict[RotaryType, GenerationEngine] = {}
-        self._owners: dict[tuple[RotaryType, int], tuple[Submission, int]] = {}
-        self._numbers: dict[tuple[Submission, int], tuple[RotaryType, int]] = {}
+        self._owners: dict[_EngineHandle, tuple[Submission, int]] = {}
+        self._handles: dict[tuple[Submission, int], _EngineHandle] = {}
         self._thread = Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread after the step in hand; open orders get no more tokens."""
+        """End the thread after the current step; open submissions get no more tokens."""
         if self._thread.is_alive():
-            self.commands.put(None)
+            self.commands.put(_StopCommand())
             self._thread.join()
 
     @property
@@ -89,89 +143,106 @@ class EngineLoop:
 
     @property
     def active(self) -> int:
-        """Sequences that the engines know, waiting ones included."""
+        """The number of unfinished sequences, waiting ones included."""
         return len(self._owners)
 
-    def submit(self, jobs: Sequence[GenerationRequest]) -> Submission:
-        """Hands jobs to the engines; called on an event loop."""
-        order = Submission(self, jobs)
-        for index in range(len(jobs)):
-            self.commands.put((True, order, index))
-        return order
+    def submit(self, requests: Sequence[GenerationRequest]) -> Submission:
+        """Hand requests to the engines; call it on an event loop."""
+        submission = Submission(self, requests)
+        for index in range(len(requests)):
+            self.commands.put(_SubmitCommand(submission, index))
+        return submission
+
+    # All that follows runs in the engine thread.
 
     def _run(self) -> None:
         while True:
-            # With nothing to do, the thread sleeps until a command comes.
-            commands = [] if self._owners else [self.commands.get()]
-            try:
-                while True:
-                    commands.append(self.commands.get_nowait())
-            except Empty:
-                pass
-            for command in commands:
-                if command is None:
+            for command in self._take_commands():
+                if isinstance(command, _StopCommand):
                     return
-                self._obey(*command)
-            for rotary, engine in list(self._engines.items()):
+                if isinstance(command, _SubmitCommand):
+                    self._add(command.submission, command.index)
+                else:
+                    self._cancel(command.submission, command.index)
+            for rotary_type, engine in list(self._engines.items()):
                 if engine.active:
-                    self._step(rotary, engine)
+                    self._step(rotary_type, engine)
 
-    def _obey(self, wanted: bool, order: Submission, index: int) -> None:
-        if not wanted:
-            self._forget(order, index)
-            return
-        job = order.jobs[index]
+    def _take_commands(self) -> list[_Command]:
+        """Return all queued commands; with no sequence to work on, sleep until there is one."""
+        commands = [] if self._owners else [self.commands.get()]
+        while True:
+            try:
+                commands.append(self.commands.get_nowait())
+            except Empty:
+                return commands
+
+    def _add(self, submission: Submission, index: int) -> None:
+        request = submission.requests[index]
         try:
-            if job.rotary not in self._engines:
-                self._engines[job.rotary] = self.make[job.rotary]()
-            number = self._engines[job.rotary].add(job.prompt, job.sampling, job.stream)
+            if request.rotary_type not in self._engines:
+                self._engines[request.rotary_type] = self.builders[request.rotary_type]()
+            engine = self._engines[request.rotary_type]
+            number = engine.add(request.prompt, request.sampling, request.stream)
         except UserError as error:
-            self._deliver([(order, index, error)])
+            self._post([_TokenEvent(submission, index, error)])
             return
-        self._owners[job.rotary, number] = (order, index)
-        self._numbers[order, index] = (job.rotary, number)
+        handle = _EngineHandle(request.rotary_type, number)
+        self._owners[handle] = (submission, index)
+        self._handles[submission, index] = handle
 
-    def _forget(self, order: Submission, index: int) -> None:
-        known = self._numbers.pop((order, index), None)
-        if known is not None:
-            rotary, number = known
-            del self._owners[known]
-            self._engines[rotary].cancel(number)
+    def _cancel(self, submission: Submission, index: int) -> None:
+        handle = self._handles.get((submission, index))
+        if handle is not None:
+            self._forget(handle)
+            self._engines[handle.rotary_type].cancel(handle.number)
 
-    def _step(self, rotary: RotaryType, engine: GenerationEngine) -> None:
+    def _forget(self, handle: _EngineHandle) -> None:
+        owner = self._owners.pop(handle)
+        del self._handles[owner]
+
+    def _step(self, rotary_type: RotaryType, engine: GenerationEngine) -> None:
         try:
             tokens = engine.step()
         except Exception:
-            logger.exception("the engine failed; a new one takes its place")
-            lost = [(key, owner) for key, owner in self._owners.items() if key[0] == rotary]
-            for key, owner in lost:
-                del self._owners[key], self._numbers[owner]
-            del self._engines[rotary]
-            self._deliver([(*owner, EngineError("the engine failed")) for _, owner in lost])
+            logger.exception("the engine failed; a new one replaces it")
+            self._discard_engine(rotary_type)
             return
-        news: list[tuple[Submission, int, GeneratedToken | Exception]] = []
+        events: list[_TokenEvent] = []
         for token in tokens:
-            if (rotary, token.request) not in self._owners:
+            handle = _EngineHandle(rotary_type, token.request)
+            if handle not in self._owners:
                 continue
-            order, index = self._owners[rotary, token.request]
-            news.append((order, index, token))
+            submission, index = self._owners[handle]
+            events.append(_TokenEvent(submission, index, token))
             if token.finish:
-                del self._owners[rotary, token.request], self._numbers[order, index]
-        self._deliver(news)
+                self._forget(handle)
+        self._post(events)
 
-    def _deliver(self, news: Sequence[tuple[Submission, int, GeneratedToken | Exception]]) -> None:
-        """One wake-up of an event loop for all its tokens of a step."""
-        homes = defaultdict(list)
-        for order, index, token in news:
-            homes[order.home].append((order, index, token))
-        for home, mail in homes.items():
+    def _discard_engine(self, rotary_type: RotaryType) -> None:
+        """Drop an engine and tell everyone who waits for it that it failed."""
+        del self._engines[rotary_type]
+        events: list[_TokenEvent] = []
+        for handle, (submission, index) in list(self._owners.items()):
+            if handle.rotary_type == rotary_type:
+                self._forget(handle)
+                events.append(_TokenEvent(submission, index, EngineError("the engine failed")))
+        self._post(events)
+
+    def _post(self, events: Sequence[_TokenEvent]) -> None:
+        """Pass events to their event loops; each loop is woken once for all its events of a step."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[_TokenEvent]] = defaultdict(list)
+        for event in events:
+            by_loop[event.submission.event_loop].append(event)
+        for event_loop, its_events in by_loop.items():
             try:
-                home.call_soon_threadsafe(_arrive, mail)
-            except RuntimeError:  # that event loop is closed: nobody waits any more
-                for order, index, _ in mail:
-                    self._forget(order, index)
+                event_loop.call_soon_threadsafe(_enqueue, its_events)
+            except RuntimeError:  # the event loop is closed: nobody waits for these any more
+                for event in its_events:
+                    self._cancel(event.submission, event.index)
 
 
-def _arrive(mail: Sequence[tuple[Submission, int, GeneratedToken | Exception]]) -> None:
-    for order, index, token in mail:
-        order.arrived.put_nowait((index, token))
+def _enqueue(events: Sequence[_TokenEvent]) -> None:
+    """Put each event into the queue of its submission; runs on the event loop."""
+    for event in events:
+        event.submission.events.put_nowait(event)

@@ -95,7 +95,7 @@ class ChatPage:
         session = str(request.session_hash)
         self._stopped.discard(session)
         service = self.service
-        room = service.limits.context - len(prompt)
+        room = service.limits.context_length - len(prompt)
         most = max(1, min(int(settings.max_new_tokens), room))
         service.check([prompt], most)
         sampling = SamplingParams(
@@ -105,16 +105,16 @@ class ChatPage:
             top_p=settings.top_p,
             min_p=settings.min_p,
             repetition_penalty=settings.repetition_penalty,
+            seed=int(settings.seed) if settings.seed >= 0 else secrets.randbits(63),
             max_new_tokens=most,
             eos_ids=service.model.eos_ids,
         )
-        seed = int(settings.seed) if settings.seed >= 0 else secrets.randbits(63)
         rotary: RotaryType = "dynamic" if settings.dynamic else "origin"
         text, made, finish, shown = "", 0, "", 0.0
         start = first = time.perf_counter()
         yield "", f"{len(prompt)} prompt tokens"
         try:
-            async with aclosing(service.answer([prompt], sampling, seed=seed, rotary=rotary)) as pieces:
+            async with aclosing(service.answer([prompt], sampling, rotary_type=rotary)) as pieces:
                 async for _, piece in pieces:
                     now = time.perf_counter()
                     first = first if made else now
@@ -134,7 +134,7 @@ class ChatPage:
     def long_text(self) -> str:
         """Half as long again as the model's trained length, with something to find near its beginning."""
         service = self.service
-        wanted = min(service.model.trained_length * 3 // 2, service.limits.context - 32)
+        wanted = min(service.model.trained_length * 3 // 2, service.limits.context_length - 32)
         key = f"{10000 + secrets.randbelow(90000)}"
         count = len(service.text_ids(HAY))
         frame = len(service.text_ids(NEEDLE.format(key=key) + QUESTION))
@@ -160,8 +160,8 @@ def text_of(content: Any) -> str:
 def controls(service: GenerationService) -> list[Any]:
     """The settings, in the order of ``Settings``."""
     can_chat = service.model.template is not None
-    most = max(2, service.limits.context - 1)
-    trained = service.model.trained_length
+    most = max(2, service.limits.context_length - 1)
+    trained, longest = service.model.trained_length, service.limits.context_length
     return [
         gr.Textbox(label="System prompt", lines=2, visible=can_chat),
         gr.Slider(0, 2, 0.8, step=0.05, label="Temperature", info="0 is greedy"),
@@ -172,9 +172,9 @@ def controls(service: GenerationService) -> list[Any]:
         gr.Slider(1, most, min(256, most), step=1, label="Max new tokens"),
         gr.Number(-1, precision=0, minimum=-1, label="Seed", info="-1: another one each time"),
         gr.Checkbox(
-            service.model.rotary == "dynamic",
+            service.model.rotary_type == "dynamic",
             label="Dynamic NTK",
-            info=f"stretches positions beyond the trained {trained} tokens; up to {service.limits.context} fit here",
+            info=f"stretches positions beyond the trained {trained} tokens; up to {longest} fit here",
         ),
     ]
 

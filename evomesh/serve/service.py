@@ -1,4 +1,4 @@
-"""What the API and the page have in common: prompts from text, limits, and answers as they are written."""
+"""The core that API and page share: prompts from text, limits, and answers as streams of text deltas."""
 
 from __future__ import annotations
 
@@ -7,31 +7,38 @@ from dataclasses import dataclass
 
 from evomesh.config.schema import RotaryType
 from evomesh.data.chat import ChatMessage, ChatTemplate
-from evomesh.data.tokenizer import Tokenizer
+from evomesh.data.tokenizer import Tokenizer, encode_prompt
 from evomesh.errors import UserError
 from evomesh.generate.engine import check_prompt
 from evomesh.generate.options import SamplingParams
+from evomesh.serve.detokenizer import Detokenizer, TextDelta
 from evomesh.serve.loop import EngineLoop, GenerationRequest
-from evomesh.serve.writer import Detokenizer, TextDelta
 
 
 @dataclass(frozen=True)
 class ServiceLimits:
-    """Attributes:
-    context: most tokens of a prompt and its answer together.
-    slots: sequences that are made at the same time.
-    queue: sequences that may wait for a slot.
-    body: bytes of a request.
+    """How much a service takes on.
+
+    Attributes:
+        context_length: maximum number of tokens of a prompt and its answer together.
+        slots: sequences that are generated at the same time.
+        queue: sequences that may wait for a slot.
+        body_bytes: maximum size of a request.
     """
 
-    context: int
+    context_length: int
     slots: int = 8
     queue: int = 64
-    body: int = 4 * 2**20
+    body_bytes: int = 4 * 2**20
+
+    @property
+    def max_sequences(self) -> int:
+        """Sequences that may be open at the same time, in a slot or waiting."""
+        return self.slots + self.queue
 
 
 class QueueFullError(Exception):
-    """The queue is full."""
+    """More sequences would wait than the queue holds."""
 
 
 class PromptTooLongError(UserError):
@@ -40,16 +47,16 @@ class PromptTooLongError(UserError):
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What is served.
+    """A model with its tokenizer, as clients see it.
 
     Attributes:
         name: by which clients ask for it.
         fingerprint: equal for equal weights.
-        created: Unix time of its checkpoint.
-        template: None for a model that only goes on with text.
-        eos_ids: any of them ends an answer.
-        trained_length: tokens of the longest text it was trained for.
-        rotary: the type it was trained with or is wanted to run with.
+        created: Unix time at which it was loaded.
+        template: None for a model that only completes text.
+        eos_ids: each of them ends an answer.
+        trained_length: tokens of the longest text it was trained on.
+        rotary_type: the one used unless a request names another.
     """
 
     name: str
@@ -60,52 +67,58 @@ class ServedModel:
     eos_ids: tuple[int, ...]
     vocab_size: int
     trained_length: int
-    rotary: RotaryType = "origin"
+    rotary_type: RotaryType = "origin"
 
 
 class GenerationService:
-    """A model, its engines, and how much of them is in use. Used on one event loop."""
+    """A model, its engines, and how many of their slots are in use. Belongs to one event loop.
+
+    Attributes:
+        open_sequences: sequences that somebody waits for.
+    """
 
     def __init__(self, model: ServedModel, engines: EngineLoop, limits: ServiceLimits) -> None:
         self.model, self.engines, self.limits = model, engines, limits
-        self.load = 0  # sequences that somebody waits for
+        self.open_sequences = 0
 
     def text_ids(self, text: str) -> list[int]:
-        """A text to go on from, with the bos that the tokenizer puts in front of texts."""
-        tokenizer = self.model.tokenizer
-        start = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
-        return start + tokenizer.encode(text)
+        """Return the ids of a text to complete."""
+        return encode_prompt(self.model.tokenizer, text)
 
     def chat_ids(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """A conversation up to where the assistant is to speak.
+        """Return the ids of a conversation, up to where the assistant's answer begins.
 
         Raises:
             UserError: the model has no chat template, or the template refuses the conversation.
         """
         if self.model.template is None:
             raise UserError(
-                f"{self.model.name} has no chat template, it goes on with text",
+                f"{self.model.name} has no chat template: it only completes text",
                 fix="use completions, or start the server with --chat-template",
             )
         return self.model.template.prompt(messages)
 
     def check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int | None, copies: int = 1) -> None:
-        """Raises:
-        TooLong: prompt and answer need more than the context.
-        UserError: a prompt is empty or holds ids the model does not know, or there are more than can ever be queued.
+        """Refuse what can never be answered, before it is queued.
+
+        Raises:
+            PromptTooLongError: prompt and answer exceed the context length.
+            UserError: a prompt is empty or has ids that the model does not know, or there are more answers than the
+                queue can ever hold.
         """
-        context = self.limits.context
+        context_length = self.limits.context_length
+        answer_tokens = max_new_tokens or 1
         for prompt in prompts:
-            if len(prompt) + (max_new_tokens or 1) > context:
+            if len(prompt) + answer_tokens > context_length:
                 raise PromptTooLongError(
-                    f"the prompt has {len(prompt)} tokens and the answer may have {max_new_tokens or 1}",
-                    expected=f"at most {context} together",
+                    f"the prompt has {len(prompt)} tokens and the answer may have {answer_tokens}",
+                    expected=f"at most {context_length} together",
                 )
-            check_prompt(prompt, context, self.model.vocab_size)
-        if len(prompts) * copies > self.limits.slots + self.limits.queue:
+            check_prompt(prompt, context_length, self.model.vocab_size)
+        if len(prompts) * copies > self.limits.max_sequences:
             raise UserError(
                 f"{len(prompts)} prompts with {copies} answers each",
-                expected=f"at most {self.limits.slots + self.limits.queue} answers a request",
+                expected=f"at most {self.limits.max_sequences} answers per request",
             )
 
     async def answer(
@@ -113,35 +126,37 @@ class GenerationService:
         prompts: Sequence[Sequence[int]],
         sampling: SamplingParams,
         *,
-        seed: int,
-        rotary: RotaryType | None = None,
+        rotary_type: RotaryType | None = None,
         stops: Sequence[str] = (),
     ) -> AsyncGenerator[tuple[int, TextDelta], None]:
-        """(index of the prompt, piece of its answer) as they are made; close it to free the slots.
+        """Yield (index of the prompt, text delta of its answer) as they are generated; close it to free the slots.
+
+        Prompt i draws from the random stream (``sampling.seed``, i).
 
         Raises:
-            Busy: more would wait than the queue holds.
-            EngineFailure: the engine broke.
+            QueueFullError: more sequences would wait than the queue holds.
+            EngineError: the engine failed.
         """
-        if self.load + len(prompts) > self.limits.slots + self.limits.queue:
+        if self.open_sequences + len(prompts) > self.limits.max_sequences:
             raise QueueFullError
-        self.load += len(prompts)
-        order = None
+        self.open_sequences += len(prompts)
+        submission = None
         try:
-            writers = [Detokenizer(self.model.tokenizer, prompt, stops) for prompt in prompts]
-            jobs = [
-                GenerationRequest(ids, sampling, (seed, i), rotary or self.model.rotary)
-                for i, ids in enumerate(prompts)
-            ]
-            order = self.engines.submit(jobs)
-            while order.open:
-                index, token = await order.next()
-                piece = writers[index].push(token)
-                if piece.finish:
-                    order.close(index)
-                yield index, piece
+            rotary_type = rotary_type or self.model.rotary_type
+            detokenizers = [Detokenizer(self.model.tokenizer, prompt, stops) for prompt in prompts]
+            submission = self.engines.submit(
+                [
+                    GenerationRequest(prompt, sampling, (sampling.seed, index), rotary_type)
+                    for index, prompt in enumerate(prompts)
+                ]
+            )
+            while submission.open:
+                index, token = await submission.next()
+                delta = detokenizers[index].push(token)
+                if delta.finish:
+                    submission.close(index)
+                yield index, delta
         finally:
-            self.load -= len(prompts)
-            if order is not None:
-                for index in list(order.open):
-                    order.close(index)
+            self.open_sequences -= len(prompts)
+            if submission is not None:
+                submission.close_all()

@@ -25,6 +25,7 @@ from evomesh.config.schema import Config
 from evomesh.errors import UserError
 from evomesh.monitor.log import ALL_RANKS, setup_logging
 from evomesh.parallel.build import build_grid
+from evomesh.parallel.device import device_of_rank
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import MODES, TensorMode
 
@@ -77,7 +78,7 @@ def launch(
     setup_logging(shows=place.rank == 0)  # until the run folder is known
     warnings = check_world(config, place.world_size)
     sizes = axis_sizes(config.parallel, place.world_size)
-    device = choose_device(place.local_rank)
+    device = device_of_rank(place.local_rank)
     torch.backends.cudnn.benchmark = config.run.cudnn_benchmark
     torch.backends.cudnn.deterministic = config.run.cudnn_deterministic
     if place.world_size > 1:
@@ -115,15 +116,6 @@ def set_seed(seed: int, rank: int) -> None:
             f"initialized seed on rank {rank}, numpy: {seed}, python random: {seed}, ParallelMode.DATA: {seed}, "
             f"ParallelMode.TENSOR: {seed},the default parallel seed is ParallelMode.DATA."
         )
-
-
-def choose_device(local_rank: int) -> torch.device:
-    """CUDA device ``local_rank`` modulo the devices seen (srun may show each task one device only), else the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
 
 
 def detect(env: Mapping[str, str], launcher: str = "auto", port: int = 8888) -> Rank:

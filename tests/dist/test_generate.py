@@ -18,7 +18,7 @@ from evomesh.generate.staged import StagedModel
 from evomesh.models.language_model import LanguageModel
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import MODES
-from evomesh.train.generation import inference_layout, larger_share
+from evomesh.train.generation import inference_layout, warn_of_larger_shards
 from evomesh.train.stages import build_stages
 from tests.dist.layouts import SEED, VOCAB, Layout
 from tests.support.decoders import enlarge
@@ -29,7 +29,7 @@ PROMPTS = [[3, 7, 11], [20], [5, 4, 3, 2, 1, 9, 30, 66]]
 GREEDY = SamplingParams(do_sample=False, max_new_tokens=12)
 DRAWN = SamplingParams(temperature=2.0, top_k=20, max_new_tokens=12, num_return_sequences=2)
 BEAMS = SamplingParams(do_sample=False, num_beams=3, num_return_sequences=2, eos_ids=(1, 4, 9), max_new_tokens=12)
-SLOTS, ROOM = 2, 24
+SLOTS, CONTEXT_LENGTH = 2, 24
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ def decode(rank: int, config: Config) -> tuple[list[Any], Held]:
     enlarge(part)
     model: LanguageModel = StagedModel(part, grid.pp, config.model) if grid.pp.size > 1 else part
     answers = [generate(model, PROMPTS, sampling, batch_size=2) for sampling in (GREEDY, DRAWN, BEAMS)]
-    engine = GenerationEngine(model, slots=SLOTS, max_tokens=ROOM)
+    engine = GenerationEngine(model, slots=SLOTS, context_length=CONTEXT_LENGTH)
     engine.add([1, 2], GREEDY, (0, 0))
     engine.step()
-    return answers, Held(matrices(part), engine.cache.bytes())
+    return answers, Held(matrices(part), engine.cache.size_in_bytes())
 
 
 def matrices(model: nn.Module) -> dict[str, int]:
@@ -115,6 +115,6 @@ def test_isp_takes_the_largest_axis_that_divides_heads_and_widths() -> None:
     wide = Layout(tensor=1, mode="isp", weight=4, model={"num_kv_attention_heads": 2}).config
     used = inference_layout(wide).parallel
     assert used.tensor.size == 2  # neither axis, but what it shares with the heads
-    assert "each rank holds 1/2 of its layers' weights, not 1/4" in larger_share(wide.parallel, used)
+    assert "each rank holds 1/2 of its layers' weights, not 1/4" in warn_of_larger_shards(wide.parallel, used)
     for whole in (Layout(tensor=2, mode="isp", weight=4), Layout(tensor=2, mode="fsp"), Layout()):
-        assert larger_share(whole.config.parallel, inference_layout(whole.config).parallel) == ""
+        assert warn_of_larger_shards(whole.config.parallel, inference_layout(whole.config).parallel) == ""

@@ -28,7 +28,9 @@ def model() -> LanguageModel:
 def served(model: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     from evomesh.serve.page import mount_page
 
-    service = tiny_service(tmp_path_factory.mktemp("tokenizer"), model, ServiceLimits(context=16384, slots=2))
+    service = tiny_service(
+        tmp_path_factory.mktemp("tokenizer"), model, ServiceLimits(context_length=16384, slots=2)
+    )
     with serving(service, extend=lambda app: mount_page(app, service, None)) as served:
         yield served
 
@@ -105,7 +107,7 @@ def test_stop_while_it_streams(page: sync_api.Page, served: Served) -> None:
     page.wait_for_function(
         "early => document.querySelector('#made textarea').value.length > early", arg=early
     )
-    assert served.service.load == 1
+    assert served.service.open_sequences == 1
     page.locator("#halt").click()
     assert int(status(page, r"(\d+) new tokens .* stopped")[1]) < 16000
     assert served.idle()
@@ -141,7 +143,7 @@ def test_a_closed_tab_frees_its_slot(browser: sync_api.Browser, served: Served) 
     page.locator("#prompt textarea").fill("abc")
     page.locator("#go").click()
     sync_api.expect(page.locator("#made textarea")).not_to_have_value("", timeout=60_000)
-    assert served.service.load == 1
+    assert served.service.open_sequences == 1
     page.close()
     assert served.idle()
 
@@ -160,7 +162,7 @@ def test_what_does_not_fit_is_said(page: sync_api.Page, served: Served, tmp_path
 def test_with_a_key_the_page_asks_for_it(model: LanguageModel, tmp_path: Path) -> None:
     from evomesh.serve.page import mount_page
 
-    service = tiny_service(tmp_path, model, ServiceLimits(context=64))
+    service = tiny_service(tmp_path, model, ServiceLimits(context_length=64))
     extended = serving(service, key="s3cret", extend=lambda app: mount_page(app, service, "s3cret"))
     with extended as served, httpx.Client(base_url=served.url, timeout=60) as client:
         job = {"data": [], "fn_index": 0, "session_hash": "x"}

@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -15,14 +15,14 @@ import uvicorn
 from fastapi import FastAPI
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from evomesh.config.schema import ModelConfig
+from evomesh.config.schema import ModelConfig, RotaryType
 from evomesh.data.chat import build_template
 from evomesh.data.tokenizer import load_tokenizer
 from evomesh.generate.engine import GenerationEngine
-from evomesh.models.language_model import LanguageModel
+from evomesh.models.language_model import LanguageModel, with_rotary_type
 from evomesh.models.registry import build_model, initialize_weights
 from evomesh.serve.app import create_app
-from evomesh.serve.load import _with, bind
+from evomesh.serve.load import bind
 from evomesh.serve.loop import EngineLoop
 from evomesh.serve.service import GenerationService, ServedModel, ServiceLimits
 
@@ -80,13 +80,12 @@ def tiny_service(
         vocab_size=VOCAB,
         trained_length=TRAINED,
     )
-    options = {"slots": limits.slots, "max_tokens": limits.context}
-    dynamic = _with(model, replace(model.rotary, dynamic_ntk=True))
-    make: dict[str, Callable[[], GenerationEngine]] = {
-        "origin": partial(GenerationEngine, model, **options),
-        "dynamic": partial(GenerationEngine, dynamic, **options),
+    build = partial(GenerationEngine, slots=limits.slots, context_length=limits.context_length)
+    builders: dict[RotaryType, Callable[[], GenerationEngine]] = {
+        "origin": partial(build, model),
+        "dynamic": partial(build, with_rotary_type(model, "dynamic")),
     }
-    return GenerationService(served, EngineLoop(make), limits)
+    return GenerationService(served, EngineLoop(builders), limits)
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class Served:
         """Whether all slots are free within this time."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            if self.service.load == 0 and self.service.engines.active == 0:
+            if self.service.open_sequences == 0 and self.service.engines.active == 0:
                 return True
             time.sleep(0.01)
         return False

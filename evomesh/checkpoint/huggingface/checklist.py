@@ -14,9 +14,9 @@ from evomesh.checkpoint.huggingface.config import CLASSES, read_config
 from evomesh.checkpoint.huggingface.folder import HfFolder
 from evomesh.checkpoint.huggingface.load import checked
 from evomesh.checkpoint.huggingface.names import NAMINGS
-from evomesh.checkpoint.huggingface.tokenizer import compare_tokenizers, refuse_larger
+from evomesh.checkpoint.huggingface.tokenizer import compare_tokenizers
 from evomesh.data.chat import JinjaTemplate
-from evomesh.data.tokenizer import load_tokenizer
+from evomesh.data.tokenizer import check_tokenizer_fits, load_tokenizer
 from evomesh.errors import UserError
 from evomesh.storage.local import LocalStorage
 
@@ -100,7 +100,7 @@ def _finite(folder: HfFolder) -> str:
 
 def _tokenizer(folder: HfFolder) -> str:
     tokenizer = load_tokenizer(folder.path, folder.path)
-    refuse_larger(tokenizer, int(folder.json("config.json")["vocab_size"]))
+    check_tokenizer_fits(tokenizer, int(folder.json("config.json")["vocab_size"]))
     if not Path(folder.path, "tokenizer_config.json").is_file():
         raise UserError("no tokenizer_config.json")
     if has_transformers():

@@ -38,7 +38,6 @@ from evomesh.checkpoint.huggingface.names import NAMINGS, TensorLink, links, our
 from evomesh.checkpoint.huggingface.output_folder import new_folder
 from evomesh.checkpoint.huggingface.tokenizer import (
     compare_tokenizers,
-    refuse_larger,
     special_ids,
     write_json,
     write_tokenizer,
@@ -50,7 +49,7 @@ from evomesh.checkpoint.native.format import CheckpointError, TensorRecord
 from evomesh.checkpoint.native.write import as_bytes
 from evomesh.config.record import config_from_dict
 from evomesh.config.schema import Config, ModelConfig, RotaryType
-from evomesh.data.tokenizer import Tokenizer, load_tokenizer
+from evomesh.data.tokenizer import Tokenizer, check_tokenizer_fits, load_tokenizer
 from evomesh.layers.dtype import promote
 from evomesh.storage.local import LocalStorage
 
@@ -93,7 +92,7 @@ def export(found: Checkpoint, out: str, options: ExportOptions, report: Callable
     rotary = rotary_of(config, options.rotary_type, options.scaling_factor, options.max_position)
     tokenizer = _tokenizer(config, options.tokenizer, report)
     if tokenizer is not None:
-        refuse_larger(tokenizer, config.model.vocab_size)
+        check_tokenizer_fits(tokenizer, config.model.vocab_size)
     template = _template(options.chat_template)
     job = _WeightExport(found, config.model, options.arch, dtype)
     with new_folder(out, job.total_bytes) as work:

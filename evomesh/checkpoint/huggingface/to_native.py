@@ -21,7 +21,6 @@ from evomesh.checkpoint.huggingface.files import whole
 from evomesh.checkpoint.huggingface.folder import HfFolder, open_folder
 from evomesh.checkpoint.huggingface.load import ForeignTensor, tensors
 from evomesh.checkpoint.huggingface.names import NAMINGS, our_shapes
-from evomesh.checkpoint.huggingface.tokenizer import refuse_larger
 from evomesh.checkpoint.native import format as fmt
 from evomesh.checkpoint.native import write
 from evomesh.checkpoint.native.boxes import Box, LocalPart
@@ -31,7 +30,7 @@ from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.checkpoint.native.plan import WriteItem, in_file_order
 from evomesh.config.record import config_to_dict
 from evomesh.config.schema import Config, DataConfig, GenerationConfig, ModelConfig
-from evomesh.data.tokenizer import load_tokenizer
+from evomesh.data.tokenizer import check_tokenizer_fits, load_tokenizer
 from evomesh.errors import UserError
 from evomesh.layers.dtype import parameter_dtype
 from evomesh.storage.base import Storage, join
@@ -157,7 +156,7 @@ def _tokenizer(folder: HfFolder, model: ModelConfig, report: Callable[[str], Non
         tokenizer = load_tokenizer(path)
     except UserError:
         return None
-    refuse_larger(tokenizer, model.vocab_size)
+    check_tokenizer_fits(tokenizer, model.vocab_size)
     return str(path)
 
 

@@ -12,17 +12,11 @@ from evomesh.checkpoint.huggingface.folder import read_json
 from evomesh.checkpoint.huggingface.spm import fast_form, is_llamas, read_model
 from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.config.schema import GenerationConfig
+from evomesh.data.chat import end_of_answer_ids
 from evomesh.data.tokenizer import HfTokenizer, Tokenizer
 from evomesh.storage.local import LocalStorage
 
 BESIDE = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
-TURN_ENDS = (
-    "<|im_end|>",
-    "<eoa>",
-    "<|eot_id|>",
-    "<|end|>",
-    "<|eom_id|>",
-)  # chat models end an answer with these
 TEXTS = (
     "Hello world",
     " a  b\tc\nd",
@@ -36,33 +30,15 @@ TEXTS = (
 def special_ids(
     tokenizer: Tokenizer | None, generation: GenerationConfig | None, vocab_size: int
 ) -> SpecialTokenIds:
-    """Every id that ends a text: the tokenizer's, the config's, and what the chat template ends a turn with."""
+    """Return bos, the ids that end an answer, and pad; without a tokenizer, those of the config or its defaults."""
     if tokenizer is None:
         generation = generation or GenerationConfig()
-    bos = tokenizer.bos_id if tokenizer is not None else None
-    pad, eos = None, []
-    if tokenizer is not None:
-        eos = [tokenizer.eos_id]
-        eos += [tokenizer.token_id(token) for token in TURN_ENDS if token in tokenizer.chat_template]
+    bos = None if tokenizer is None else tokenizer.bos_id
+    pad = None
     if generation is not None:
         bos = generation.bos_id if bos is None else bos
         pad = generation.pad_id
-        eos += [*generation.eos_id, *generation.additional_eos_token_list]
-    known = [token for token in eos if token is not None and 0 <= token < vocab_size]
-    return SpecialTokenIds(bos, tuple(dict.fromkeys(known)), pad)
-
-
-def refuse_larger(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """
-    Raises:
-        CheckpointError: ids that the embedding has no row for.
-    """
-    if tokenizer.vocab_size > vocab_size:
-        raise CheckpointError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the embedding {vocab_size} rows",
-            where=str(tokenizer.path),
-            expected="the tokenizer the model was trained with",
-        )
+    return SpecialTokenIds(bos, end_of_answer_ids(tokenizer, generation, vocab_size), pad)
 
 
 def write_tokenizer(tokenizer: Tokenizer, target: Path, template: str | None, max_length: int) -> None:

@@ -24,7 +24,7 @@ def test_cached_logits_equal_uncached_logits_whatever_the_sequences_do() -> None
         slots, lengths = [0, 1], [5, 12, 8]
 
         def read(new: list[int]) -> None:
-            docs, attend = cache.prompts([lengths[row] for row in new], CPU)
+            docs, attend = cache.prefill([lengths[row] for row in new], CPU)
             ids = torch.tensor([token for row in new for token in rows[row][: lengths[row]]])
             got = model.logits(model(ids, docs, attend))
             expected = torch.cat([wanted[row][: lengths[row]] for row in new])
@@ -32,7 +32,7 @@ def test_cached_logits_equal_uncached_logits_whatever_the_sequences_do() -> None
 
         def go_on(steps: int) -> None:
             for _ in range(steps):
-                docs, attend = cache.step(CPU)
+                docs, attend = cache.decode_step(CPU)
                 ids = torch.tensor([rows[row][lengths[row]] for row in slots])
                 got = model.logits(model(ids, docs, attend))
                 expected = torch.stack([wanted[row][lengths[row]] for row in slots])
@@ -48,13 +48,13 @@ def test_cached_logits_equal_uncached_logits_whatever_the_sequences_do() -> None
         cache.release(0)
         slots = [2, 1]  # the last one takes the free slot
         go_on(3)
-        cache.take([1, 0])
+        cache.reorder([1, 0])
         slots = [1, 2]
         go_on(3)
-        cache.take([1, 1])
+        cache.reorder([1, 1])
         lengths[2] = cache.lengths[0]
         slots = [2, 2]
-        docs, attend = cache.step(CPU)
+        docs, attend = cache.decode_step(CPU)
         got = model.logits(model(torch.tensor([rows[2][lengths[2]]] * 2), docs, attend))
         torch.testing.assert_close(got, wanted[2][lengths[2]].expand(2, -1), rtol=0, atol=1e-12)
 
@@ -63,7 +63,7 @@ def test_a_released_slot_keeps_no_trace() -> None:
     model = tiny()
     cache = KeyValueCache(2, 8)
     with torch.inference_mode():
-        docs, attend = cache.prompts([3, 6], CPU)
+        docs, attend = cache.prefill([3, 6], CPU)
         model(torch.arange(9), docs, attend)
         cache.release(0)
         cache.release(0)
@@ -75,15 +75,17 @@ def test_memory_is_that_of_all_slots() -> None:
     model = tiny()
     cache = KeyValueCache(3, 10)
     with torch.inference_mode():
-        docs, attend = cache.prompts([2], CPU)
+        docs, attend = cache.prefill([2], CPU)
         model(torch.arange(2), docs, attend)
-    assert cache.bytes() == 2 * 2 * 3 * 10 * 2 * 8 * 8  # k and v, layers, slots, tokens, heads, width, bytes
+    assert (
+        cache.size_in_bytes() == 2 * 2 * 3 * 10 * 2 * 8 * 8
+    )  # k and v, layers, slots, tokens, heads, width, bytes
 
 
 @pytest.mark.parametrize(("slots", "lengths"), [(1, [2, 2]), (2, [2, 9])])
 def test_no_room(slots: int, lengths: list[int]) -> None:
     with pytest.raises(ValueError, match="no room"):
-        KeyValueCache(slots, 8).prompts(lengths, CPU)
+        KeyValueCache(slots, 8).prefill(lengths, CPU)
 
 
 @pytest.mark.parametrize("rows", [1, 4, 5, 8, 32, 33])

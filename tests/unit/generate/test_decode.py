@@ -44,7 +44,7 @@ def test_the_stream_says_how_an_answer_ended() -> None:
 def test_bad_prompts_are_named_before_anything_is_made() -> None:
     with pytest.raises(UserError, match="prompt 1 is empty"):
         generate(tiny(), [[1], []], GREEDY)
-    with pytest.raises(UserError, match="prompt 2 holds id 50"):
+    with pytest.raises(UserError, match="prompt 2 contains id 50"):
         generate(tiny(), [[1], [2], [3, 50]], GREEDY)
     with pytest.raises(UserError, match="neither max_new_tokens nor max_length"):
         generate(tiny(), [[1]], SamplingParams())

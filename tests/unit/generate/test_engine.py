@@ -31,7 +31,7 @@ def ids(tokens: list[GeneratedToken]) -> list[int]:
 
 def test_requests_that_come_and_go_get_their_own_greedy_tokens() -> None:
     model = tiny()
-    engine = GenerationEngine(model, slots=2, max_tokens=40)
+    engine = GenerationEngine(model, slots=2, context_length=40)
     prompts = [[3, 7, 11], [20], [5, 4, 3, 2, 1, 9, 30], [8, 8], [1, 2, 3, 4]]
     lengths = [12, 3, 7, 9, 5]
     made: dict[int, list[GeneratedToken]] = defaultdict(list)
@@ -49,7 +49,7 @@ def test_requests_that_come_and_go_get_their_own_greedy_tokens() -> None:
 
 
 def test_each_active_request_gets_one_token_a_step_and_waiting_ones_wait() -> None:
-    engine = GenerationEngine(tiny(), slots=2, max_tokens=20)
+    engine = GenerationEngine(tiny(), slots=2, context_length=20)
     for _ in range(3):
         engine.add([1, 2], GREEDY, (0, 0))
     assert (engine.active, engine.waiting) == (3, 3)
@@ -64,7 +64,7 @@ def test_each_active_request_gets_one_token_a_step_and_waiting_ones_wait() -> No
 
 def test_cancelling_leaves_the_others_as_they_are() -> None:
     model = tiny()
-    engine = GenerationEngine(model, slots=3, max_tokens=20)
+    engine = GenerationEngine(model, slots=3, context_length=20)
     prompts = [[3, 7, 11], [20], [5, 4, 3]]
     numbers = [engine.add(prompt, GREEDY, (0, 0)) for prompt in prompts]
     made = defaultdict(list)
@@ -81,7 +81,7 @@ def test_cancelling_leaves_the_others_as_they_are() -> None:
 
 
 def test_long_prompts_are_not_all_read_in_one_step() -> None:
-    engine = GenerationEngine(tiny(), slots=4, max_tokens=20, prefill_tokens=10)
+    engine = GenerationEngine(tiny(), slots=4, context_length=20, prefill_tokens=10)
     for _ in range(4):
         engine.add([1] * 6, GREEDY, (0, 0))
     assert [len(engine.step()) for _ in range(4)] == [1, 2, 3, 4]
@@ -91,7 +91,7 @@ def test_every_end_token_stops() -> None:
     model = tiny()
     free = uncached_greedy(model, [3, 7, 11], 12)
     for stop in ((49, free[4]), (free[4], free[2])):
-        engine = GenerationEngine(model, slots=1, max_tokens=20)
+        engine = GenerationEngine(model, slots=1, context_length=20)
         engine.add([3, 7, 11], replace(GREEDY, eos_ids=stop), (0, 0))
         (tokens,) = drain(engine).values()
         place = min(free.index(token) for token in stop if token in free)
@@ -102,7 +102,7 @@ def test_every_end_token_stops() -> None:
 
 def test_limits_count_as_documented() -> None:
     def count(prompt: int, **options: int) -> int:
-        engine = GenerationEngine(tiny(), slots=1, max_tokens=16)
+        engine = GenerationEngine(tiny(), slots=1, context_length=16)
         engine.add([1] * prompt, SamplingParams(do_sample=False, **options), (0, 0))
         (tokens,) = drain(engine).values()
         return len(tokens)
@@ -120,7 +120,7 @@ def test_draws_depend_on_seed_and_request_number_alone() -> None:
     drawn = SamplingParams(temperature=2.0, max_new_tokens=15)
 
     def answer(stream: tuple[int, int], beside: int) -> list[int]:
-        engine = GenerationEngine(model, slots=4, max_tokens=30)
+        engine = GenerationEngine(model, slots=4, context_length=30)
         others = [engine.add([9] * (2 + n), drawn, (7, 100 + n)) for n in range(beside)]
         number = engine.add([3, 7], drawn, stream)
         made = drain(engine)
@@ -134,7 +134,7 @@ def test_draws_depend_on_seed_and_request_number_alone() -> None:
 
 def test_logprobs_are_those_of_the_model() -> None:
     model = tiny()
-    engine = GenerationEngine(model, slots=2, max_tokens=30)
+    engine = GenerationEngine(model, slots=2, context_length=30)
     first = engine.add([3, 7], SamplingParams(temperature=0.5, logprobs=3, max_new_tokens=5), (1, 1))
     second = engine.add([3, 7, 8], replace(GREEDY, logprobs=0), (1, 1))
     third = engine.add([3], GREEDY, (1, 1))
@@ -164,7 +164,7 @@ def test_logprobs_are_those_of_the_model() -> None:
     ],
 )
 def test_impossible_requests_are_refused(prompt: list[int], options: dict[str, int], words: str) -> None:
-    engine = GenerationEngine(tiny(), slots=1, max_tokens=20)
+    engine = GenerationEngine(tiny(), slots=1, context_length=20)
     with pytest.raises(UserError, match=words):
         engine.add(prompt, SamplingParams(**options), (0, 0))
     assert engine.active == 0
@@ -174,7 +174,7 @@ def test_logits_that_are_no_numbers_end_nothing_else() -> None:
     model = tiny()
     with torch.no_grad():
         model.embedding.weight[9] = float("nan")
-    engine = GenerationEngine(model, slots=2, max_tokens=20)
+    engine = GenerationEngine(model, slots=2, context_length=20)
     bad = engine.add([9], SamplingParams(top_p=0.9, top_k=5, min_p=0.1, max_new_tokens=3), (0, 0))
     good = engine.add([3, 7, 11], replace(GREEDY, max_new_tokens=6), (0, 0))
     after = engine.add([3], replace(GREEDY, max_new_tokens=6), (0, 0))  # in the slot of the bad one

@@ -14,7 +14,7 @@ from transformers import (
 
 from evomesh.errors import UserError
 from evomesh.generate.options import SamplingParams
-from evomesh.generate.sample import TokenSampler, candidates, penalised
+from evomesh.generate.sample import TokenSampler, candidates, penalize
 
 VOCAB = 50
 
@@ -42,7 +42,7 @@ def test_the_repetition_penalty_follows_transformers(penalty: float) -> None:
     seen = torch.tensor([3, 9, 3, 3, 40, 41])
     wanted = RepetitionPenaltyLogitsProcessor(penalty)(seen[None], logits[None].clone())[0]
     before = logits.clone()
-    assert torch.equal(penalised(logits, seen, penalty), wanted)
+    assert torch.equal(penalize(logits, seen, penalty), wanted)
     assert torch.equal(logits, before)
 
 
@@ -52,7 +52,9 @@ def test_draws_follow_the_distribution(options: dict[str, float]) -> None:
     sampling = SamplingParams(temperature=1.5, **options)
     sampler = TokenSampler(sampling, (0, 0))
     count = 4000
-    drawn = torch.bincount(torch.tensor([sampler.next(logits) for _ in range(count)]), minlength=4) / count
+    drawn = (
+        torch.bincount(torch.tensor([sampler.next_token(logits) for _ in range(count)]), minlength=4) / count
+    )
     ids, left = candidates(logits, sampling)
     wanted = torch.zeros(4, dtype=torch.float64).index_put((ids,), left.softmax(-1))
     deviation = (wanted * (1 - wanted) / count).sqrt()
@@ -62,8 +64,8 @@ def test_draws_follow_the_distribution(options: dict[str, float]) -> None:
 def test_no_sampling_and_no_temperature_are_greedy() -> None:
     logits = torch.tensor([0.0, 3.0, 2.9])
     for sampling in (SamplingParams(do_sample=False), SamplingParams(temperature=0.0)):
-        assert {TokenSampler(sampling, (0, n)).next(logits) for n in range(20)} == {1}
-    assert {TokenSampler(SamplingParams(), (0, n)).next(logits) for n in range(20)} > {1}
+        assert {TokenSampler(sampling, (0, n)).next_token(logits) for n in range(20)} == {1}
+    assert {TokenSampler(SamplingParams(), (0, n)).next_token(logits) for n in range(20)} > {1}
 
 
 @pytest.mark.parametrize(

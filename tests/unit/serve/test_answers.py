@@ -7,7 +7,6 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,7 @@ import pytest
 import torch
 
 from evomesh.layers.sequence_bounds import single_sequence
-from evomesh.models.language_model import LanguageModel
-from evomesh.serve.load import _with
+from evomesh.models.language_model import LanguageModel, with_rotary_type
 from evomesh.serve.service import ServiceLimits
 from tests.support.serving import TRAINED, Served, serving, tiny_service
 
@@ -28,7 +26,9 @@ GREEDY = {"model": "tiny", "prompt": "abc", "max_tokens": 20, "temperature": 0}
 @pytest.fixture
 def long(model: LanguageModel, tmp_path: Path) -> Iterator[Served]:
     """Room for answers that take seconds, but one at a time and one waiting."""
-    with serving(tiny_service(tmp_path, model, ServiceLimits(context=8192, slots=1, queue=1))) as served:
+    with serving(
+        tiny_service(tmp_path, model, ServiceLimits(context_length=8192, slots=1, queue=1))
+    ) as served:
         yield served
 
 
@@ -144,7 +144,7 @@ def test_the_rotary_type_is_the_requests(client: httpx.Client, served: Served, m
     tokenizer = served.service.model.tokenizer
     found = {}
     for kind in ("origin", "dynamic"):
-        rotated = _with(model, replace(model.rotary, dynamic_ntk=kind == "dynamic"))
+        rotated = with_rotary_type(model, kind)
         found[kind] = expected(rotated, tokenizer.encode(prompt), 1)[1][0]
         answer = post(client, COMPLETIONS, body | {"rotary_type": kind})
         assert answer["choices"][0]["logprobs"]["token_logprobs"][0] == pytest.approx(found[kind], abs=1e-9)
@@ -152,7 +152,7 @@ def test_the_rotary_type_is_the_requests(client: httpx.Client, served: Served, m
 
 
 def test_a_short_request_does_not_wait_for_a_long_one(model: LanguageModel, tmp_path: Path) -> None:
-    with serving(tiny_service(tmp_path, model, ServiceLimits(context=8192, slots=2))) as served:
+    with serving(tiny_service(tmp_path, model, ServiceLimits(context_length=8192, slots=2))) as served:
         body = GREEDY | {"max_tokens": 8000, "stream": True}
         with (
             httpx.Client(base_url=served.url) as client,
@@ -160,7 +160,7 @@ def test_a_short_request_does_not_wait_for_a_long_one(model: LanguageModel, tmp_
         ):
             lines = begin(long_one)
             post(client, COMPLETIONS, GREEDY)
-            assert served.service.load == 1  # the long one still runs
+            assert served.service.open_sequences == 1  # the long one still runs
             assert next(lines) == ""
         assert served.idle()
 
@@ -176,7 +176,7 @@ def test_a_client_that_hangs_up_frees_its_slot(long: Served) -> None:
         before = made(long)
         with client.stream("POST", COMPLETIONS, json=body | {"stream": True}) as answer:
             kept = begin(answer)
-            assert long.service.load == 1
+            assert long.service.open_sequences == 1
             assert next(kept) == ""
         assert freed(before)
         before = made(long)
@@ -204,9 +204,9 @@ def made(served: Served) -> int:
 
 def reached(served: Served, load: int) -> bool:
     end = time.monotonic() + 30
-    while served.service.load != load and time.monotonic() < end:
+    while served.service.open_sequences != load and time.monotonic() < end:
         time.sleep(0.005)
-    return served.service.load == load
+    return served.service.open_sequences == load
 
 
 def begin(answer: httpx.Response) -> Iterator[str]:

@@ -168,7 +168,7 @@ def test_prompts_that_do_not_fit(client: httpx.Client, change: dict[str, Any], c
 
 
 def test_bodies_too_large_or_of_another_type(client: httpx.Client, served: Served) -> None:
-    limit = served.service.limits.body
+    limit = served.service.limits.body_bytes
     refused(client.post(COMPLETIONS, json=GOOD | {"prompt": "a" * limit}), 413, "body_too_large")
     parts = (b" " * 1000 for _ in range(limit // 1000 + 2))  # sent in chunks, without a length
     refused(client.post(COMPLETIONS, content=parts, headers=JSON), 413, "body_too_large")

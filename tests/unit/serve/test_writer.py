@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from evomesh.data.tokenizer import Tokenizer, load_tokenizer
 from evomesh.generate.engine import GeneratedToken
-from evomesh.serve.writer import Detokenizer, TextDelta
+from evomesh.serve.detokenizer import Detokenizer, TextDelta
 from tests.support.serving import byte_tokenizer
 
 

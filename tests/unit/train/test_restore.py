@@ -71,7 +71,7 @@ def test_the_service_of_a_folder(place: Path) -> None:
     ours, theirs = (load_service(name, "cpu", ModelOptions()).model for name in ("ckpts", "hf"))
     assert theirs.name == "hf"
     assert theirs.fingerprint.startswith("hf-")
-    for key in ("vocab_size", "trained_length", "rotary"):
+    for key in ("vocab_size", "trained_length", "rotary_type"):
         assert getattr(theirs, key) == getattr(ours, key)
     assert set(theirs.eos_ids) == set(ours.eos_ids) == {2, 9}
     assert theirs.tokenizer.encode("ab") == ours.tokenizer.encode("ab")
