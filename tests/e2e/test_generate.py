@@ -188,7 +188,7 @@ def test_any_layout_and_batch_size_gives_the_same_results(section: Path, interpr
         ),
         (["generation.data_folder=nothing"], "generation.data_folder: cannot read the folder nothing"),
         (["generation.output_folder=None"], "generation.output_folder"),
-        (["generation.output_folder=prompts/out"], "lies in the folder of the prompts"),
+        (["generation.output_folder=prompts/out"], "is inside the folder of the prompts"),
         (
             ["generation.ckpt_folder=None", "ckpt.save_ckpt_folder=None", "ckpt.enable_save_ckpt=False"],
             "no weights",
