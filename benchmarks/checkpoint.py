@@ -20,8 +20,9 @@ from collections.abc import Callable
 
 import torch
 
-from evomesh.checkpoint.native.manager import CheckpointManager
-from evomesh.checkpoint.native.retention import check
+from evomesh.checkpoint.native.load import CheckpointReader
+from evomesh.checkpoint.native.save import CheckpointWriter
+from evomesh.checkpoint.native.verify import verify
 from evomesh.config.schema import ModelConfig, ParallelConfig
 
 
@@ -73,25 +74,25 @@ def measure(folder: str, mib: int, repeat: int) -> None:
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     copies = {name: torch.empty_like(t).zero_() for name, t in tensors.items()}
     flat = memoryview(torch.randint(0, 256, (size,), dtype=torch.uint8).numpy().data)
-    manager = CheckpointManager(f"{folder}/c", keep_last=2)
-    manager.prepare(tensors, blocking=False)
+    writer = CheckpointWriter(f"{folder}/c", keep_last=2)
+    writer.prepare(tensors, blocking=False)
     weight, x = torch.randn(512, 512), torch.randn(512, 512)
     quiet = statistics.median(timed(lambda: step(weight, x)) for _ in range(50))
     stalls, copied, busy, writes, plain = [], [], [], [], []
     for number in range(1, repeat + 1):
         copied.append(timed(lambda: [copies[n].copy_(t) for n, t in tensors.items()]))
-        stalls.append(timed(lambda n=number: manager.save(2 * n, tensors, {}, {}, blocking=False)))
-        while manager.saving:
+        stalls.append(timed(lambda n=number: writer.save(2 * n, tensors, {}, {}, blocking=False)))
+        while writer.saving:
             busy.append(timed(lambda: step(weight, x)))
-        manager.wait()
+        writer.wait()
         plain.append(timed(lambda: plain_write(f"{folder}/plain", flat)))
-        writes.append(timed(lambda n=number: manager.save(2 * n + 1, tensors, {}, {})))
-    found = manager.newest(verify=False)
+        writes.append(timed(lambda n=number: writer.save(2 * n + 1, tensors, {}, {})))
+    found = CheckpointReader().newest(writer.folder, verify="record")
     assert found is not None
-    choice = manager.candidates()[0]
-    verifying = statistics.median(timed(lambda: check(choice, data=True)) for _ in range(3))
-    loading = statistics.median(timed(lambda: manager.load(found, copies)) for _ in range(3))
-    resharding = timed(lambda: _reshard(folder, manager))
+    choice = writer.folder.candidates()[0]
+    verifying = statistics.median(timed(lambda: verify(choice, "data")) for _ in range(3))
+    loading = statistics.median(timed(lambda: CheckpointReader().load(found, copies)) for _ in range(3))
+    resharding = timed(lambda: _reshard(folder, writer))
     rows = [
         ("state", f"{size / 2**20:.0f} MiB in {len(tensors)} tensors"),
         ("stall", f"{_ratio(stalls, copied)} of one memory copy ({statistics.median(copied):.3f} s)"),
@@ -109,7 +110,7 @@ def measure(folder: str, mib: int, repeat: int) -> None:
     ]
     for name, text in rows:
         print(f"{name:10}{text}")
-    manager.close()
+    writer.close()
 
 
 def _ratio(ours: list[float], reference: list[float]) -> str:
@@ -117,10 +118,10 @@ def _ratio(ours: list[float], reference: list[float]) -> str:
     return f"{statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f})"
 
 
-def _reshard(folder: str, manager: CheckpointManager) -> None:
+def _reshard(folder: str, writer: CheckpointWriter) -> None:
     from evomesh.checkpoint.native.reshard import reshard
 
-    found = manager.newest(verify=False)
+    found = CheckpointReader().newest(writer.folder, verify="record")
     assert found is not None
     model = ModelConfig(
         model_type="LLAMA2", num_layers=1, hidden_size=64, num_attention_heads=4, vocab_size=64

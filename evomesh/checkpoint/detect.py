@@ -1,12 +1,12 @@
-"""What kind of checkpoint a folder holds, told by its file names alone: nothing is opened."""
+"""Tell the kind of checkpoint in a folder by its file names alone: no file is opened."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
-from evomesh.checkpoint.native import find
 from evomesh.checkpoint.native import format as fmt
+from evomesh.checkpoint.native.find import all_candidates
 from evomesh.storage.base import Storage
 from evomesh.storage.urls import open_storage
 
@@ -28,9 +28,9 @@ PATTERNS: Sequence[tuple[str, re.Pattern[str]]] = (
 
 
 def kind_of(storage: Storage, folder: str) -> str | None:
-    """A key of ``KINDS``, None when the folder is absent or holds nothing known."""
+    """Return a key of ``KINDS``, None if the folder is absent or holds nothing known."""
     names = storage.list(folder)
-    if fmt.COMMIT in names or find.everything(storage, folder):
+    if fmt.COMMIT in names or all_candidates(storage, folder):
         return "evomesh"
     for kind, pattern in PATTERNS:
         if any(pattern.search(name) for name in names):
@@ -39,7 +39,7 @@ def kind_of(storage: Storage, folder: str) -> str | None:
 
 
 def kind_at(url: str) -> str | None:
-    """``kind_of`` for the documents' path forms: ``ROOT/49`` and ``ROOT/snapshot/1`` are of the kind of their root."""
+    """Return ``kind_of`` a path in any form: ``ROOT/49`` and ``ROOT/snapshot/1`` are of the kind of their root."""
     storage, folder = open_storage(url)
     kind = kind_of(storage, folder)
     if kind is None and folder.rpartition("/")[2].isdigit():

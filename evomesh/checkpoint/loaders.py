@@ -1,7 +1,7 @@
-"""Readers of foreign weights, by ``ckpt_type``: a table that users add to.
+"""Loaders of foreign weights by ``ckpt_type``: a registry to which users add custom ones.
 
-A loader takes the path from the config and the run's model section, and yields tensors under our global names, whole
-ones or such as read a part when asked; ``fill`` copies what this rank holds of each, and refuses names of no parameter.
+A loader takes the path from the config and the run's model section. It yields tensors under the global names of
+evomesh, in memory or lazy; ``fill`` copies what this rank holds of each and refuses names of no parameter.
 
     from evomesh.checkpoint.loaders import checkpoint_loaders
 
@@ -24,9 +24,8 @@ from evomesh.checkpoint.huggingface.load import load_hf, load_llama
 from evomesh.checkpoint.internevo.model import HeadCounts, read_model, read_model_section
 from evomesh.checkpoint.internevo.optimizer import read_counters, read_optimizer
 from evomesh.checkpoint.native.boxes import Box, Coordinates
-from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.checkpoint.native.plan import LocalTensor
-from evomesh.checkpoint.native.read import listed, several
+from evomesh.checkpoint.native.read import refuse_differing, refuse_missing, refuse_unwanted
 
 
 class LazyTensor(Protocol):
@@ -36,7 +35,7 @@ class LazyTensor(Protocol):
     def shape(self) -> Coordinates: ...
 
     def read(self, box: Box | None = None) -> Tensor:
-        """The tensor, or a box of it."""
+        """Return the tensor, or a box of it."""
         ...
 
 
@@ -44,13 +43,13 @@ Loader = Callable[[str, dict[str, Any]], Iterator[tuple[str, Tensor | LazyTensor
 
 
 class LoaderRegistry:
-    """Loaders by name."""
+    """Loaders by ``ckpt_type``."""
 
     def __init__(self, loaders: dict[str, Loader]) -> None:
         self._loaders = loaders
 
     def register(self, name: str) -> Callable[[Loader], Loader]:
-        """Decorator: adds a loader under a ``ckpt_type`` of its own."""
+        """Return a decorator that adds a loader under the ``ckpt_type`` ``name``."""
 
         def add(loader: Loader) -> Loader:
             self._loaders[name.lower()] = loader
@@ -66,7 +65,7 @@ class LoaderRegistry:
 
 
 def load_internevo(path: str, config: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """InternEvo's model files; the heads are those of model_config.pt, else of the run.
+    """Yield the tensors of InternEvo's model files; the heads are those of model_config.pt, else of the run.
 
     Raises:
         CheckpointError: files are missing or broken, or their shapes do not tell w2 from w3.
@@ -78,14 +77,14 @@ def load_internevo(path: str, config: dict[str, Any]) -> Iterator[tuple[str, Ten
 def load_internevo_state(
     path: str, config: dict[str, Any], optimizer: bool, counters: bool
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What else InternEvo's folder holds: whole optimizer tensors under our names, and the state beside them.
+    """Return what else InternEvo's folder holds: whole optimizer tensors under evomesh's names, and the state.
 
     Args:
         config: the run's model section, as ``load_internevo`` takes it.
         optimizer: read the optimizer's files.
         counters: read counters, schedule and data position.
     Raises:
-        CheckpointError: a wanted file is missing, or what it holds cannot be proved to mean what ours does.
+        CheckpointError: a wanted file is missing, or its content cannot be proved to mean what evomesh's does.
     """
     folder = str(local_folder(path))
     tensors: dict[str, Tensor] = {}
@@ -114,42 +113,39 @@ def fill(
     where: str,
     elsewhere: Collection[str] = (),
 ) -> None:
-    """Copies the parts this rank holds, casting to their dtype; of lazy tensors it reads no more.
+    """Copy the parts that this rank holds, cast to their dtype; of a lazy tensor nothing else is read.
 
     Args:
-        elsewhere: names that other ranks hold, a pipeline's other stages; this rank leaves them alone.
+        where: the folder, for errors.
+        elsewhere: names that other ranks want, those of other pipeline stages; this rank ignores them.
+
     Raises:
-        CheckpointError: wanted tensors did not come, some came that no rank wants, or shapes differ; all are named.
+        CheckpointError: wanted tensors are missing, some are wanted by no rank, or shapes differ; all are named.
     """
-    missing, unknown, differing = set(local), [], []
+    missing = set(local)
+    unknown: list[str] = []
+    differing: list[str] = []
     for name, tensor in source:
         wanted = local.get(name)
         if wanted is None:
-            unknown += [] if name in elsewhere else [name]
+            unknown.append(name)
             continue
         missing.discard(name)
         if tuple(tensor.shape) != wanted.shape:
-            differing.append(
-                f"{name}: the checkpoint has {list(tensor.shape)}, the model wants {list(wanted.shape)}"
-            )
+            shapes = f"the checkpoint has {list(tensor.shape)}, the model wants {list(wanted.shape)}"
+            differing.append(f"{name}: {shapes}")
         elif not differing:
             _copy(wanted, tensor)
-    if differing:
-        raise CheckpointError(several(differing), where=where)
-    if missing:
-        raise CheckpointError(f"the checkpoint has no {listed(sorted(missing))}", where=where)
-    if unknown:
-        raise CheckpointError(
-            f"the checkpoint holds {listed(sorted(unknown))} that this run has no place for",
-            where=where,
-            fix="use the model section of the run that wrote it",
-        )
+    refuse_differing(differing, where)
+    refuse_missing(sorted(missing), unknown, where)
+    refuse_unwanted(unknown, elsewhere, where)
 
 
 def _copy(wanted: LocalTensor, tensor: Tensor | LazyTensor) -> None:
-    whole = Box((0,) * len(wanted.shape), wanted.shape)
+    whole = Box.whole(wanted.shape)
     with torch.no_grad():
         for part in wanted.parts:
-            part.tensor.copy_(
-                tensor[part.box.within(whole)] if isinstance(tensor, Tensor) else tensor.read(part.box)
-            )
+            if isinstance(tensor, Tensor):
+                part.tensor.copy_(tensor[part.box.within(whole)])
+            else:
+                part.tensor.copy_(tensor.read(part.box))

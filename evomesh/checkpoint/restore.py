@@ -15,7 +15,7 @@ from evomesh.checkpoint.huggingface.folder import HfFolder, open_folder
 from evomesh.checkpoint.huggingface.to_native import read_folder
 from evomesh.checkpoint.loaders import fill
 from evomesh.checkpoint.native.format import CheckpointError
-from evomesh.checkpoint.native.manager import CheckpointManager
+from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.native.plan import describe
 from evomesh.config.record import config_from_dict
 from evomesh.config.schema import Config, ModelConfig, RunConfig
@@ -120,11 +120,11 @@ def restore_model(path: str, device: torch.device | str = "cpu", verify: bool = 
             expected="an evomesh checkpoint or a Hugging Face model folder",
             fix="convert it first: evomesh convert --help",
         )
-    manager = CheckpointManager(path)
-    found = manager.resolve(path, verify=verify)
+    reader = CheckpointReader()
+    found = reader.resolve(path, "data" if verify else "record")
     config = config_from_dict(found.config)
     model = _build_uncompiled(config.model, device)
-    manager.load(found, dict(model.named_parameters()), strict=False)
+    reader.load(found, dict(model.named_parameters()), strict=False)
     source = f"step {found.step} of {path}"
     return RestoredModel(model.eval(), config, source, f"{found.step}-{found.attempt[:12]}")
 

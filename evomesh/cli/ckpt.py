@@ -1,4 +1,4 @@
-"""``evomesh ckpt``: look at, verify, compare, rewrite and delete checkpoints."""
+"""``evomesh ckpt``: list, verify, compare, rewrite and delete checkpoints."""
 
 from __future__ import annotations
 
@@ -21,91 +21,103 @@ def ckpt() -> None:
     """List, verify, compare, reshard and delete checkpoints."""
 
 
-def _choices(path: str) -> list[Candidate]:
+def _candidates(path: str) -> list[Candidate]:
     from evomesh.checkpoint.native.find import locate
 
-    place = locate(path)
-    if not place.choices:
-        raise UserError(place.problem, fix=place.fix)
-    return place.choices
+    lookup = locate(path)
+    if not lookup.candidates:
+        raise UserError(lookup.problem, fix=lookup.fix)
+    return lookup.candidates
 
 
 @app.command("ls")
 def list_(path: PathArgument) -> None:
-    """List checkpoints, newest first, with those that an interrupted save left behind."""
+    """List checkpoints, newest first, including what interrupted saves left."""
     from rich.console import Console
     from rich.table import Table
-
-    from evomesh.checkpoint.native.disk_space import readable
-    from evomesh.checkpoint.native.retention import PIN, check
 
     table = Table(box=None, pad_edge=False)
     for column in ("step", "kind", "size", "tensors", "layout", "written", "state", "folder"):
         table.add_column(column, overflow="fold", no_wrap=column != "folder")
-    for choice in _choices(path):
-        try:
-            body = check(choice, data=False).body
-        except UserError as error:
-            table.add_row(
-                str(choice.step), "", "", "", "", "", "DAMAGED" if choice.committed else "interrupted", ""
-            )
-            table.add_row("", "", "", "", "", "", "", f"{choice.folder}: {error.found}")
-            continue
-        layout = " ".join(f"{axis}{size}" for axis, size in body["layout"].items() if size > 1) or "1 process"
-        pinned = " pinned" if choice.storage.exists(choice.folder + PIN) else ""
-        table.add_row(
-            str(choice.step),
-            "snapshot" if body.get("snapshot") else "normal",
-            readable(body["tensor_bytes"]),
-            str(body["tensors"]),
-            layout,
-            body["created"],
-            f"committed{pinned}",
-            choice.folder,
-        )
+    for candidate in _candidates(path):
+        for row in _rows(candidate):
+            table.add_row(*row)
     Console(width=None if Console().is_terminal else 200).print(table)
+
+
+def _rows(candidate: Candidate) -> list[list[str]]:
+    """Return the table rows of one step folder: a damaged one has a second row with the reason."""
+    from evomesh.checkpoint.native.disk_space import readable
+    from evomesh.checkpoint.native.retention import PIN
+    from evomesh.checkpoint.native.verify import verify
+
+    step = str(candidate.step)
+    try:
+        record = verify(candidate).record
+    except UserError as error:
+        state = "DAMAGED" if candidate.committed else "interrupted"
+        reason = f"{candidate.folder}: {error.found}"
+        return [[step, "", "", "", "", "", state, ""], ["", "", "", "", "", "", "", reason]]
+    layout = " ".join(f"{axis}{size}" for axis, size in record.layout.items() if size > 1) or "1 process"
+    pinned = " pinned" if candidate.storage.exists(candidate.folder + PIN) else ""
+    return [
+        [
+            step,
+            "snapshot" if record.snapshot else "normal",
+            readable(record.tensor_bytes),
+            str(record.tensors),
+            layout,
+            record.created,
+            f"committed{pinned}",
+            candidate.folder,
+        ]
+    ]
 
 
 @app.command()
 def verify(
     path: PathArgument,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Records and file sizes only; read no data.")
+        bool, typer.Option("--quick", help="Check records and file sizes only; read no data.")
     ] = False,
     deep: Annotated[
         bool, typer.Option("--deep", help="Also look for NaN and infinity in every tensor.")
     ] = False,
 ) -> None:
-    """Read every byte of every checkpoint at PATH and check it against its hash. Exit code 2 when one is damaged."""
-    from evomesh.checkpoint.native.compare import poisoned
+    """Check every byte of every checkpoint at PATH against its hash. Exit code 2 if one is damaged."""
+    from evomesh.checkpoint.native import verify as verification
+    from evomesh.checkpoint.native.compare import tensors_not_finite
     from evomesh.checkpoint.native.disk_space import readable
-    from evomesh.checkpoint.native.retention import check
 
-    damaged, finite = [], None
-    for choice in _choices(path):
-        if not choice.committed:
-            print(f"{choice.folder}: interrupted save, not a checkpoint")
+    damaged: list[str] = []
+    newest_finite: int | None = None
+    for candidate in _candidates(path):
+        folder = candidate.folder
+        if not candidate.committed:
+            print(f"{folder}: interrupted save, not a checkpoint")
             continue
         try:
-            found = check(choice, data=not quick)
+            checkpoint = verification.verify(candidate, "record" if quick else "data")
         except UserError as error:
-            damaged.append(choice.folder)
-            print(f"{choice.folder}: DAMAGED: {error.found}")
+            damaged.append(folder)
+            print(f"{folder}: DAMAGED: {error.found}")
             continue
-        print(
-            f"{choice.folder}: good, {found.body['tensors']} tensors, {readable(found.body['tensor_bytes'])}"
-        )
-        lines = list(poisoned(found)) if deep else []
-        for line in lines:
+        record = checkpoint.record
+        print(f"{folder}: good, {record.tensors} tensors, {readable(record.tensor_bytes)}")
+        if not deep:
+            continue
+        bad_tensors = list(tensors_not_finite(checkpoint))
+        for line in bad_tensors:
             print(f"  {line}")
-        if lines:
-            damaged.append(choice.folder)
-        elif deep and finite is None:
-            finite = found.step
-            print(f"  all values are finite; the newest such step is {finite}")
+        if bad_tensors:
+            damaged.append(folder)
+        elif newest_finite is None:
+            newest_finite = checkpoint.step
+            print(f"  all values are finite; the newest such step is {newest_finite}")
     if damaged:
         raise UserError(
-            f"{len(damaged)} damaged: {', '.join(damaged)}", fix="resume takes the newest good one by itself"
+            f"{len(damaged)} damaged: {', '.join(damaged)}",
+            fix="none needed to resume: it uses the newest intact checkpoint",
         )
 
 
@@ -114,23 +126,23 @@ def prune(
     path: PathArgument,
     keep_last: Annotated[int, typer.Option(min=2, help="Newest checkpoints to keep.")],
     keep_every: Annotated[int | None, typer.Option(min=1, help="Also keep steps that this divides.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, delete nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be deleted.")] = False,
 ) -> None:
-    """Delete old checkpoints; pinned ones and the newest two that verify always stay."""
+    """Delete old checkpoints, except pinned ones and the newest two that verify."""
     from evomesh.checkpoint.native.find import candidates
-    from evomesh.checkpoint.native.retention import Retention, drop
+    from evomesh.checkpoint.native.retention import Retention, delete_checkpoint
     from evomesh.storage.base import join
     from evomesh.storage.urls import open_storage
 
     storage, root = open_storage(path)
     lock = None if dry_run else storage.lock(join(root, ".writer"), "evomesh ckpt prune")
-    choices = [c for c in candidates(storage, root) if c.committed]
-    gone = Retention(keep_last, keep_every).to_drop(choices)
-    for choice in gone:
+    committed = [candidate for candidate in candidates(storage, root) if candidate.committed]
+    unneeded = Retention(keep_last, keep_every).to_delete(committed)
+    for candidate in unneeded:
         if not dry_run:
-            drop(choice)
-        print(f"{'would delete' if dry_run else 'deleted'} {choice.folder}")
-    print(f"{len(choices) - len(gone)} checkpoints stay in {path}")
+            delete_checkpoint(candidate)
+        print(f"{'would delete' if dry_run else 'deleted'} {candidate.folder}")
+    print(f"{len(committed) - len(unneeded)} checkpoints stay in {path}")
     if lock is not None:
         lock.release()
 
@@ -138,28 +150,27 @@ def prune(
 @app.command()
 def pin(
     path: PathArgument,
-    undo: Annotated[bool, typer.Option("--undo", help="Let retention have it again.")] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Unpin: retention may delete it again.")] = False,
 ) -> None:
-    """Keep a checkpoint for ever, whatever the retention says."""
+    """Exempt a checkpoint from retention."""
     from evomesh.checkpoint.native.retention import PIN
 
-    choice = _choices(path)[0]
+    candidate = _candidates(path)[0]
+    marker = candidate.folder + PIN
     if undo:
-        choice.storage.delete(choice.folder + PIN)
-    elif not choice.storage.exists(choice.folder + PIN):
-        choice.storage.create(choice.folder + PIN).finish()
-    print(f"{'no longer pinned' if undo else 'pinned'}: {choice.folder}")
+        candidate.storage.delete(marker)
+    elif not candidate.storage.exists(marker):
+        candidate.storage.create(marker).finish()
+    print(f"{'no longer pinned' if undo else 'pinned'}: {candidate.folder}")
 
 
 @app.command()
 def diff(a: PathArgument, b: PathArgument) -> None:
-    """What differs between two checkpoints: config, state and, element by element, tensors. Exit code 1 if anything."""
+    """Compare config, state and every element of two checkpoints. Exit code 1 if they differ."""
     from evomesh.checkpoint.native.compare import differences
-    from evomesh.checkpoint.native.find import resolve
-    from evomesh.checkpoint.native.retention import check
+    from evomesh.checkpoint.native.load import resolve
 
-    first, second = (resolve(path, lambda choice: check(choice, data=False), print) for path in (a, b))
-    lines = list(differences(first, second))
+    lines = list(differences(resolve(a, report=print), resolve(b, report=print)))
     for line in lines:
         print(line)
     if lines:
@@ -170,22 +181,21 @@ def diff(a: PathArgument, b: PathArgument) -> None:
 @app.command()
 def reshard(
     path: PathArgument,
-    out: Annotated[str, typer.Argument(help="Save folder for the result.")],
-    gpus: Annotated[int, typer.Option(min=1, help="Processes of the new layout.")],
-    tensor: Annotated[int, typer.Option(min=1)] = 1,
-    pipeline: Annotated[int, typer.Option(min=1)] = 1,
-    weight: Annotated[int, typer.Option(min=1, help="With --mode isp.")] = 1,
-    zero1: Annotated[int, typer.Option(help="<= 0: over all data-parallel ranks.")] = -1,
-    mode: Annotated[str, typer.Option(help="mtp, msp, fsp or isp.")] = "mtp",
+    out: Annotated[str, typer.Argument(help="Save folder to write to.")],
+    gpus: Annotated[int, typer.Option(min=1, help="Number of processes of the new layout.")],
+    tensor: Annotated[int, typer.Option(min=1, help="Tensor-parallel size.")] = 1,
+    pipeline: Annotated[int, typer.Option(min=1, help="Pipeline size.")] = 1,
+    weight: Annotated[int, typer.Option(min=1, help="Weight-parallel size, with --mode isp.")] = 1,
+    zero1: Annotated[int, typer.Option(help="ZeRO size; <= 0: all data-parallel ranks.")] = -1,
+    mode: Annotated[str, typer.Option(help="Tensor mode: mtp, msp, fsp or isp.")] = "mtp",
 ) -> None:
-    """Rewrite a checkpoint so that each rank of another layout reads one file. Loading works without it too."""
-    from evomesh.checkpoint.native.find import resolve
+    """Rewrite a checkpoint so that each rank of another layout reads one file. Loading does not require it."""
+    from evomesh.checkpoint.native.load import resolve
     from evomesh.checkpoint.native.reshard import reshard as rewrite
-    from evomesh.checkpoint.native.retention import check
     from evomesh.config.record import config_from_dict
     from evomesh.config.schema import ParallelConfig
 
-    found = resolve(path, lambda choice: check(choice, data=False), print)
+    source = resolve(path, report=print)
     layout = ParallelConfig.model_validate(
         {
             "tensor": {"size": tensor, "mode": mode},
@@ -194,4 +204,5 @@ def reshard(
             "zero1": {"size": zero1},
         }
     )
-    print(f"wrote {rewrite(found, out, config_from_dict(found.config).model, layout, gpus)}")
+    model = config_from_dict(source.config).model
+    print(f"wrote {rewrite(source, out, model, layout, gpus)}")

@@ -47,7 +47,7 @@ def from_internevo(
     from evomesh.checkpoint.hub_cache import local_folder
     from evomesh.checkpoint.internevo.model import HeadCounts, read_model
     from evomesh.checkpoint.internevo.optimizer import read_counters, read_optimizer
-    from evomesh.checkpoint.native.manager import CheckpointManager
+    from evomesh.checkpoint.native.commit import commit_tensors
     from evomesh.config.record import config_to_dict
 
     if w2 not in ("auto", "down", "up"):
@@ -64,9 +64,7 @@ def from_internevo(
         optimizer, scalars = read_optimizer(folder, heads, role)
         tensors |= optimizer
         state |= scalars | read_counters(folder)
-    manager = CheckpointManager(out)
-    path = manager.save(_step_number(files), tensors, state, config_to_dict(resolved), final=True)
-    manager.close()
+    path = commit_tensors(out, _step_number(files), tensors, state, config_to_dict(resolved))
     if with_optimizer:
         position = state["sampler"]["internevo"]
         print(f"wrote {path}: {len(tensors)} tensors, weights and optimizer; auto_resume continues from it")
@@ -119,10 +117,9 @@ def to_internevo(
 ) -> None:
     """Export a checkpoint as InternEvo's model files, for a tensor x pipeline (x weight) size."""
     from evomesh.checkpoint.internevo.export import write_model
-    from evomesh.checkpoint.native.find import resolve
-    from evomesh.checkpoint.native.retention import check
+    from evomesh.checkpoint.native.load import resolve
     from evomesh.config.record import config_from_dict
 
-    found = resolve(ckpt, lambda choice: check(choice, data=False), print)
+    found = resolve(ckpt, report=print)
     files = write_model(found, config_from_dict(found.config).model, out, tensor, pipeline, weight)
     print(f"wrote {len(files)} model files to {out}")

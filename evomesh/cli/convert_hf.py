@@ -32,13 +32,12 @@ def choice(value: str, allowed: tuple[str, ...], where: str) -> None:
 def write_folder(ckpt: str, out: str, options: ExportOptions) -> None:
     """Exports the newest checkpoint that ``ckpt`` means and that verifies."""
     from evomesh.checkpoint.huggingface.export import export
-    from evomesh.checkpoint.native.find import resolve
-    from evomesh.checkpoint.native.retention import check
+    from evomesh.checkpoint.native.load import resolve
 
     choice(options.arch, ARCHS, "--arch")
     if options.rotary_type is not None:
         choice(options.rotary_type, ROTARY, "--rotary-type")
-    found = resolve(ckpt, lambda candidate: check(candidate, data=False), print)
+    found = resolve(ckpt, report=print)
     export(found, out, options, print)
 
 

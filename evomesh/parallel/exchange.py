@@ -1,7 +1,7 @@
-"""How the ranks of one save or load agree: small JSON messages to rank 0 and back.
+"""How ranks agree on a save or a load: small JSON messages to rank 0 and back.
 
-JSON bytes travel, never pickles. The group is the checkpoint's own (gloo), so that a save that runs behind the
-training loop cannot mix its messages with the gradients'.
+Messages are JSON, never pickles. They have a process group of their own (gloo), so that those of a save in the
+background cannot mix with gradients.
 """
 
 from __future__ import annotations
@@ -17,34 +17,37 @@ from evomesh.errors import EXIT_RESTART, UserError
 
 
 class Exchange(Protocol):
-    """The ranks that save and load together; every rank calls every method, in the same order."""
+    """The ranks that save and load together; every rank calls every method in the same order."""
 
     rank: int
     size: int
 
     def gather(self, message: Any) -> list[Any] | None:
-        """The messages of all ranks by rank on rank 0, None elsewhere."""
+        """Return the messages of all ranks, by rank, on rank 0; None elsewhere."""
 
     def broadcast(self, message: Any) -> Any:
-        """Rank 0's message, everywhere."""
+        """Return rank 0's message on every rank."""
 
     def twin(self) -> Exchange:
-        """A second exchange of the same ranks whose messages cannot mix with this one's; all ranks call it."""
+        """Return a second exchange of the same ranks whose messages cannot mix with those of this one."""
+
+    def close(self) -> None:
+        """Give up the process group; no method may be called afterwards."""
 
 
 class PeerLostError(UserError):
-    """Another rank died or fell silent: the group is of no use any more, only a restart helps."""
+    """A rank died or stopped answering: the process group cannot be used any more, only a restart helps."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(
             f"another rank was lost while a checkpoint was saved or loaded: {error}",
-            fix="start the same command again; it resumes from the last committed checkpoint",
+            fix="rerun the same command; it resumes from the last committed checkpoint",
             exit_code=EXIT_RESTART,
         )
 
 
 class SingleProcessExchange:
-    """The exchange of a run without other ranks."""
+    """The exchange of a process without other ranks."""
 
     rank, size = 0, 1
 
@@ -57,12 +60,15 @@ class SingleProcessExchange:
     def twin(self) -> SingleProcessExchange:
         return self
 
+    def close(self) -> None:
+        return
+
 
 class GroupExchange:
-    """Over a process group of its own.
+    """An exchange over all ranks of the job, with a process group of its own.
 
     Args:
-        timeout_s: seconds after which a silent peer counts as dead.
+        timeout_s: seconds after which a rank that does not answer counts as dead.
     """
 
     def __init__(self, timeout_s: float = 1800.0) -> None:
@@ -84,6 +90,7 @@ class GroupExchange:
 
     def _gather(self, message: Any) -> list[Any] | None:
         data = _encode(message)
+        # Gloo gathers tensors of one size: every message is padded to the longest.
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(sizes, torch.tensor([len(data)]), group=self._group)
         longest = int(max(sizes))
@@ -92,9 +99,9 @@ class GroupExchange:
         if self.rank:
             dist.gather(padded, None, dst=0, group=self._group)
             return None
-        parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
-        dist.gather(padded, parts, dst=0, group=self._group)
-        return [_decode(part[: int(size)]) for part, size in zip(parts, sizes, strict=True)]
+        gathered = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
+        dist.gather(padded, gathered, dst=0, group=self._group)
+        return [_decode(data[: int(size)]) for data, size in zip(gathered, sizes, strict=True)]
 
     def _broadcast(self, message: Any) -> Any:
         data = _encode(message) if self.rank == 0 else torch.zeros(0, dtype=torch.uint8)
@@ -108,6 +115,10 @@ class GroupExchange:
     def twin(self) -> GroupExchange:
         return GroupExchange(self._timeout_s)
 
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group(self._group)
+
 
 def _encode(message: Any) -> torch.Tensor:
     return torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
@@ -118,7 +129,7 @@ def _decode(data: torch.Tensor) -> Any:
 
 
 def default_exchange() -> Exchange:
-    """All ranks of the job, or the one there is."""
+    """Return an exchange over all ranks of the job, or of this process alone."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return GroupExchange()
     return SingleProcessExchange()

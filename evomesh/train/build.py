@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evomesh.checkpoint.native.manager import CheckpointManager
+from evomesh.checkpoint.native.find import SaveFolder
+from evomesh.checkpoint.native.load import CheckpointReader
+from evomesh.checkpoint.native.save import CheckpointWriter
 from evomesh.checkpoint.resume import decide, restore
 from evomesh.config.loader import LoadedConfig
 from evomesh.config.schema import CheckpointConfig, Config
@@ -23,6 +25,7 @@ from evomesh.data.build import (
 from evomesh.optim.scaler import LossScaler
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.collectives import all_gather_objects
+from evomesh.parallel.exchange import Exchange, default_exchange
 from evomesh.parallel.grid import Grid
 from evomesh.train.launch import RunContext
 from evomesh.train.report import RunReporter
@@ -53,7 +56,7 @@ class TrainingRun:
     valid_sets: list[ValidationSet]
     state: TrainState
     reporter: RunReporter
-    checkpoints: CheckpointManager | None
+    checkpoints: CheckpointWriter | None
     resumed_step: int | None
     reason: str
     stream_state: dict[str, Any] | None = None
@@ -93,12 +96,13 @@ def build_run(loaded: LoadedConfig, place: RunContext) -> TrainingRun:
     scaler = LossScaler(config.grad_scaler, config.model.dtype)
     tensors = parameters | optimizer.state_tensors()
 
-    manager = build_checkpoint_manager(config.ckpt, grid)
-    start = decide(config.ckpt, manager)
+    exchange = default_exchange()
+    reader = CheckpointReader(grid, exchange)
+    folder = save_folder(config.ckpt)
+    start = decide(config.ckpt, reader, folder)
     if not start.wants("model"):
         stages.initialize(config.run.seed, grid)
-    source = manager or CheckpointManager(start.path or ".", grid=grid)
-    stored = restore(start, source, tensors, config.model.model_dump())
+    stored = restore(start, reader, tensors, config.model.model_dump())
     if not (start.wants("model") and start.wants("optimizer")):
         optimizer.refresh_masters()
     state = TrainState()
@@ -116,7 +120,9 @@ def build_run(loaded: LoadedConfig, place: RunContext) -> TrainingRun:
     stream.check()
 
     reporter = RunReporter(config, loaded.text, place, state, train_data)
-    saving = config.ckpt.enable_save_ckpt
+    writer = build_checkpoint_writer(config.ckpt, folder, grid, exchange)
+    if writer is not None and start.checkpoint is not None:
+        writer.continue_from(start.checkpoint)
     return TrainingRun(
         config,
         grid,
@@ -129,20 +135,29 @@ def build_run(loaded: LoadedConfig, place: RunContext) -> TrainingRun:
         valid_sets,
         state,
         reporter,
-        manager if saving else None,
-        start.found.step if start.found is not None and start.resumes else None,
+        writer,
+        start.checkpoint.step if start.checkpoint is not None and start.resumes else None,
         start.reason,
     )
 
 
-def build_checkpoint_manager(config: CheckpointConfig, grid: Grid) -> CheckpointManager | None:
-    """The save folder's checkpoints; auto_resume looks there even when saving is off."""
+def save_folder(config: CheckpointConfig) -> SaveFolder | None:
+    """Return the save folder; auto_resume reads it even if saving is off."""
     if config.save_ckpt_folder is None:
         return None
-    return CheckpointManager(
-        config.save_ckpt_folder,
-        snapshots=config.snapshot_ckpt_folder,
+    return SaveFolder.open(config.save_ckpt_folder, config.snapshot_ckpt_folder)
+
+
+def build_checkpoint_writer(
+    config: CheckpointConfig, folder: SaveFolder | None, grid: Grid, exchange: Exchange
+) -> CheckpointWriter | None:
+    """Return the writer of the save folder, None if nothing is saved."""
+    if folder is None or not config.enable_save_ckpt:
+        return None
+    return CheckpointWriter(
+        folder,
         grid=grid,
+        exchange=exchange,
         keep_last=config.keep_last,
         keep_every=config.keep_every,
         upload_folder=config.async_upload_tmp_folder if config.async_upload else None,

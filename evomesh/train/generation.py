@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from typing import Any
 
 from evomesh.checkpoint.detect import kind_of
-from evomesh.checkpoint.native.manager import CheckpointManager
+from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.resume import StartPoint, decide, restore
 from evomesh.config.loader import LoadedConfig
 from evomesh.config.schema import (
@@ -33,6 +34,7 @@ from evomesh.generate.prompt_folder import (
 )
 from evomesh.generate.staged import StagedModel
 from evomesh.models.language_model import LanguageModel
+from evomesh.parallel.exchange import default_exchange
 from evomesh.storage.urls import open_storage
 from evomesh.train.launch import RunContext, launch, spawn_ranks
 from evomesh.train.stages import build_stages
@@ -181,14 +183,15 @@ def load_weights(config: Config, parameters: dict[str, Any], context: RunContext
             where="generation.ckpt_folder",
             expected="a checkpoint folder",
         )
-    start = _find_weights(path, context)
-    logger.info("%s", start.reason)
-    manager = CheckpointManager(path, grid=context.grid)
-    if start.found is None:
-        restore(start, manager, parameters, config.model.model_dump())
-        return
-    manager.load(start.found, parameters, strict=False, cast=True)
-    trained_with = start.found.config.get("model", {})
+    with contextlib.closing(default_exchange()) as exchange:
+        reader = CheckpointReader(context.grid, exchange)
+        start = _find_weights(path, reader)
+        logger.info("%s", start.reason)
+        if start.checkpoint is None:
+            restore(start, reader, parameters, config.model.model_dump())
+            return
+        reader.load(start.checkpoint, parameters, strict=False, cast=True)
+    trained_with = start.checkpoint.config.get("model", {})
     for key in MODEL_SETTINGS_WITHOUT_SHAPE:
         value = getattr(config.model, key)
         if key in trained_with and trained_with[key] != value:
@@ -197,8 +200,9 @@ def load_weights(config: Config, parameters: dict[str, Any], context: RunContext
             )
 
 
-def _find_weights(path: str, context: RunContext) -> StartPoint:
+def _find_weights(path: str, reader: CheckpointReader) -> StartPoint:
+    """Decide what the weights of a model are read from."""
     kind = kind_of(*open_storage(path))
     info = LoadConfig(path=path, ckpt_type=kind if kind in ("hf", "llama") else "internevo")
     chosen = CheckpointConfig(auto_resume=False, load_ckpt_info=info)
-    return decide(chosen, CheckpointManager(path, grid=context.grid))
+    return decide(chosen, reader, folder=None)

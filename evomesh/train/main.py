@@ -39,5 +39,5 @@ def train_from_config(
             return Trainer(run, profile).train()
         except Exception:
             if run.checkpoints is not None:
-                logger.error("%s", restart_line(run.checkpoints))
+                logger.error("%s", restart_line(run.checkpoints.folder))
             raise

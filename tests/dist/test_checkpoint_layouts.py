@@ -11,7 +11,9 @@ import torch
 
 from evomesh.checkpoint.native.boxes import Box, parts_of
 from evomesh.parallel.exchange import GroupExchange
-from evomesh.checkpoint.native.manager import CheckpointManager
+from evomesh.checkpoint.native.find import SaveFolder
+from evomesh.checkpoint.native.load import CheckpointReader
+from evomesh.checkpoint.native.save import CheckpointWriter
 from evomesh.checkpoint.native.reshard import reshard
 from evomesh.config.schema import AdamConfig, Config, ModelConfig, ParallelConfig, ZeroConfig
 from evomesh.optim.zero import ZeroOptimizer
@@ -80,22 +82,24 @@ def set_or_check(tensors: dict[str, torch.Tensor], grid: Grid, write: bool) -> N
 
 
 def all_pairs(rank: int, root: str) -> int:
-    managers, all_tensors, grids = [], [], []
+    all_tensors, grids = [], []
+    exchange = GroupExchange()
     for number, layout in enumerate(LAYOUTS):
         grid = grid_for(layout)
-        manager = CheckpointManager(f"{root}/{number}", grid=grid, exchange=GroupExchange())
+        writer = CheckpointWriter(f"{root}/{number}", grid=grid, exchange=exchange)
         tensors = tensors_of(grid, layout)
         set_or_check(tensors, grid, write=True)
-        manager.save(1, tensors, {"from": number}, {}, final=True)
+        writer.save(1, tensors, {"from": number}, {}, final=True)
         for tensor in tensors.values():
             tensor.detach().zero_()
-        managers.append(manager)
+        writer.close()
         all_tensors.append(tensors)
         grids.append(grid)
     pairs = 0
     for source, target in itertools.product(range(len(LAYOUTS)), repeat=2):
-        found = managers[target].resolve(f"{root}/{source}", verify=False)
-        assert managers[target].load(found, all_tensors[target]) == {"from": source}
+        reader = CheckpointReader(grids[target], exchange)
+        found = reader.resolve(f"{root}/{source}", verify="record")
+        assert reader.load(found, all_tensors[target]) == {"from": source}
         set_or_check(all_tensors[target], grids[target], write=False)
         pairs += 1
     return pairs
@@ -105,18 +109,17 @@ def test_every_pair_of_layouts(pool: Pool, tmp_path: Path) -> None:
     assert pool.run(all_pairs, str(tmp_path), timeout=120) == [len(LAYOUTS) ** 2] * 4
     assert len(LAYOUTS) ** 2 >= 40
     for number in range(len(LAYOUTS)):  # and into one process, that is another world size
-        manager = CheckpointManager(str(tmp_path / str(number)))
         tensors = tensors_of(Grid(), {})
-        manager.load(manager.resolve(str(tmp_path / str(number))), tensors)
+        CheckpointReader().load(CheckpointReader().resolve(str(tmp_path / str(number))), tensors)
         set_or_check(tensors, Grid(), write=False)
 
 
 def load_resharded(rank: int, root: str, layout: dict[str, int]) -> int:
     grid = grid_for(layout)
-    manager = CheckpointManager(root, grid=grid, exchange=GroupExchange())
+    reader = CheckpointReader(grid, GroupExchange())
     tensors = tensors_of(grid, {})
-    found = manager.resolve(root)
-    manager.load(found, tensors)
+    found = reader.resolve(root)
+    reader.load(found, tensors)
     set_or_check(tensors, grid, write=False)
     return len(found.files)
 
@@ -124,16 +127,16 @@ def load_resharded(rank: int, root: str, layout: dict[str, int]) -> int:
 def test_offline_reshard(pool: Pool, tmp_path: Path) -> None:
     tensors = tensors_of(Grid(), {})
     set_or_check(tensors, Grid(), write=True)
-    manager = CheckpointManager(str(tmp_path / "one"))
-    manager.save(1, tensors, {}, {})
+    writer = CheckpointWriter(str(tmp_path / "one"))
+    writer.save(1, tensors, {}, {})
     layout = {"tensor": {"size": 2}, "pipeline": {"size": 2}}
     reshard(
-        manager.resolve(str(tmp_path / "one")), str(tmp_path / "four"), MODEL, ParallelConfig.model_validate(layout), 4
+        CheckpointReader().resolve(str(tmp_path / "one")), str(tmp_path / "four"), MODEL, ParallelConfig.model_validate(layout), 4
     )
     assert pool.run(load_resharded, str(tmp_path / "four"), {"tensor": 2, "pipeline": 2}) == [4] * 4
-    reshard(manager.resolve(str(tmp_path / "four")), str(tmp_path / "back"), MODEL, ParallelConfig(), 1)
-    back = CheckpointManager(str(tmp_path / "back"))
+    reshard(CheckpointReader().resolve(str(tmp_path / "four")), str(tmp_path / "back"), MODEL, ParallelConfig(), 1)
+    back = CheckpointWriter(str(tmp_path / "back"))
     for tensor in tensors.values():
         tensor.detach().zero_()
-    back.load(back.resolve(str(tmp_path / "back")), tensors)
+    CheckpointReader().load(CheckpointReader().resolve(str(tmp_path / "back")), tensors)
     set_or_check(tensors, Grid(), write=False)

@@ -17,7 +17,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from evomesh.checkpoint.native import find
-from evomesh.checkpoint.native.retention import check
+from evomesh.checkpoint.native.verify import verify
 from evomesh.storage import s3
 from evomesh.storage.base import Storage
 from evomesh.storage.local import LocalStorage
@@ -87,9 +87,9 @@ def verify_all(folder: Path) -> int:
 
 
 def verify_in(storage: Storage, root: str) -> int:
-    committed = [c for c in find.everything(storage, root) if c.committed]
+    committed = [c for c in find.all_candidates(storage, root) if c.committed]
     for choice in committed:
-        check(choice, data=True)
+        verify(choice, "data")
     return max((c.step for c in committed), default=0)
 
 

@@ -12,14 +12,16 @@ import pytest
 
 SCRIPT = """
 import sys, torch
-from evomesh.checkpoint.native.manager import CheckpointManager
+from evomesh.checkpoint.native.find import SaveFolder
+from evomesh.checkpoint.native.load import CheckpointReader
+from evomesh.checkpoint.native.save import CheckpointWriter
 from evomesh.storage import local
 made = []
 class Calls(local.SystemCalls):
     def create(self, path):
         made.append(path)
         return super().create(path)
-manager = CheckpointManager(sys.argv[1])
+manager = CheckpointWriter(sys.argv[1])
 manager.storage = manager.snapshot_storage = local.LocalStorage(Calls())
 manager.save(1, {"w": torch.ones(300, 300)}, {"a": 1}, {})
 manager.save(2, {"w": torch.ones(300, 300)}, {"a": 1}, {}, snapshot=True)

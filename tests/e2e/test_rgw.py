@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from evomesh.checkpoint.native.manager import CheckpointManager
+from evomesh.checkpoint.native.load import CheckpointReader
+from evomesh.checkpoint.native.save import CheckpointWriter
 from evomesh.errors import UserError
 from evomesh.storage.s3 import S3Storage, make_client
 from tests.support import rgw
@@ -48,13 +49,13 @@ def test_contract(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_checkpoints(address: str) -> None:
     url = f"boto3:s3://{BUCKET}.{address}/runs"
-    manager = CheckpointManager(url, keep_last=2)
+    writer = CheckpointWriter(url, keep_last=2)
     for step in (1, 2, 3):
-        manager.save(step, {"w": torch.full((3000, 2000), float(step))}, {"step": step}, {}, final=True)
+        writer.save(step, {"w": torch.full((3000, 2000), float(step))}, {"step": step}, {}, final=True)
     target = torch.zeros(3000, 2000)
-    found = manager.resolve(f"{url}/3")
-    assert manager.load(found, {"w": target}) == {"step": 3} and bool((target == 3).all())
-    assert [c.step for c in manager.candidates()] == [3, 2]
+    found = CheckpointReader().resolve(f"{url}/3")
+    assert CheckpointReader().load(found, {"w": target}) == {"step": 3} and bool((target == 3).all())
+    assert [c.step for c in writer.folder.candidates()] == [3, 2]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +65,7 @@ def test_checkpoints(address: str) -> None:
 def test_wrong_credentials(address: str, monkeypatch: pytest.MonkeyPatch, name: str, words: str) -> None:
     monkeypatch.setenv(name, "wrong")
     with pytest.raises(UserError, match=words) as error:
-        CheckpointManager(f"boto3:s3://{BUCKET}.{address}/x").claim()
+        CheckpointWriter(f"boto3:s3://{BUCKET}.{address}/x").claim()
     assert "set S3_" in str(error.value)
 
 
@@ -73,12 +74,12 @@ def test_faults_on_the_line(address: str, tmp_path: Path) -> None:
     kinds = [fault for fault in FAULTS if fault != "hang"]
     with FaultProxy(address, lambda *_: draw.choice(kinds) if draw.random() < 0.3 else None) as proxy:
         for step in (1, 2, 3):
-            manager = CheckpointManager(f"boto3:s3://{BUCKET}.{proxy.address}/faults")
-            manager.storage = manager.snapshot_storage = store(proxy.address, attempts=12, wait=0.01)
+            writer = CheckpointWriter(f"boto3:s3://{BUCKET}.{proxy.address}/faults")
+            writer.storage = writer.snapshot_storage = store(proxy.address, attempts=12, wait=0.01)
             source, target = torch.full((100, 30), float(step)), torch.zeros(100, 30)
-            assert manager.save(step, {"w": source}, {}, {}, final=True)
-            found = manager.newest()
+            assert writer.save(step, {"w": source}, {}, {}, final=True)
+            found = CheckpointReader().newest(writer.folder)
             assert found is not None and found.step == step
-            manager.load(found, {"w": target})
+            CheckpointReader().load(found, {"w": target})
             assert torch.equal(source, target)
         assert len(proxy.faults) > 10

@@ -15,14 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from evomesh.checkpoint.huggingface.config import RotaryScaling, SpecialTokenIds, write_config
-from evomesh.checkpoint.huggingface.files import whole as whole_box
 from evomesh.checkpoint.huggingface.folder import HfFolder
 from evomesh.checkpoint.huggingface.names import INTERNLM2, LLAMA, links, to_theirs
-from evomesh.checkpoint.native import format as fmt
-from evomesh.checkpoint.native import read
-from evomesh.checkpoint.native.boxes import LocalPart
-from evomesh.checkpoint.native.find import Checkpoint
-from evomesh.checkpoint.native.format import CheckpointError, TensorRecord
+from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.config.schema import ModelConfig
 from evomesh.layers.sequence_bounds import single_sequence
 from evomesh.models.registry import build_model
@@ -41,14 +36,6 @@ def has_transformers() -> bool:
 def fixed_batch(vocab_size: int) -> Tensor:
     """[TEXTS, LENGTH] token ids, always the same."""
     return torch.randint(vocab_size, (TEXTS, LENGTH), generator=torch.Generator().manual_seed(20))
-
-
-def read_tensor(found: Checkpoint, record: TensorRecord) -> Tensor:
-    """One whole tensor of a checkpoint; every piece is checked against its hash."""
-    tensor = torch.empty(record.shape, dtype=fmt.DTYPES[record.dtype])
-    part = LocalPart(tensor, whole_box(record.shape))
-    read.run(found, [read.ReadItem(record, piece, (part,)) for piece in record.pieces])
-    return tensor
 
 
 def wide_dtype(dtype: str) -> str:

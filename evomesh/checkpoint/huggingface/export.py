@@ -22,7 +22,6 @@ from evomesh.checkpoint.huggingface.compare_logits import (
     has_transformers,
     largest_difference,
     native_logits,
-    read_tensor,
 )
 from evomesh.checkpoint.huggingface.config import (
     Architecture,
@@ -46,6 +45,7 @@ from evomesh.checkpoint.native import format as fmt
 from evomesh.checkpoint.native.disk_space import readable
 from evomesh.checkpoint.native.find import Checkpoint
 from evomesh.checkpoint.native.format import CheckpointError, TensorRecord
+from evomesh.checkpoint.native.read import read_tensor
 from evomesh.checkpoint.native.write import as_bytes
 from evomesh.config.record import config_from_dict
 from evomesh.config.schema import Config, ModelConfig, RotaryType

@@ -23,10 +23,6 @@ from evomesh.storage.base import Storage
 LARGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
 
 
-def whole(shape: Coordinates) -> Box:
-    return Box((0,) * len(shape), shape)
-
-
 class WeightFile(Protocol):
     """Attributes:
     shapes: every tensor, read from the header alone.
@@ -119,7 +115,7 @@ class PickleFile:
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._state.items()}
 
     def read(self, name: str, box: Box) -> Tensor:
-        return self._state[name][box.within(whole(self.shapes[name]))]
+        return self._state[name][box.within(Box.whole(self.shapes[name]))]
 
 
 def load_pickle(source: str | os.PathLike[str] | io.BytesIO, where: str) -> dict[str, Tensor]:

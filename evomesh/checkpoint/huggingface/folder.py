@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from evomesh.checkpoint.hub_cache import local_folder
-from evomesh.checkpoint.huggingface.files import PickleFile, SafetensorsFile, WeightFile, load_pickle, whole
+from evomesh.checkpoint.huggingface.files import PickleFile, SafetensorsFile, WeightFile, load_pickle
 from evomesh.checkpoint.native.boxes import Box, Coordinates
 from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.storage.base import Storage, join
@@ -116,7 +116,7 @@ class HfFolder:
         return {name: self._file(file).shapes[name] for name, file in self.files.items()}
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
-        return self._file(self.files[name]).read(name, box or whole(self.shapes[name]))
+        return self._file(self.files[name]).read(name, box or Box.whole(self.shapes[name]))
 
     def _names(self, file: str) -> list[str]:
         return [name for name in self._file(file).shapes if not name.endswith(BUFFERS)]
@@ -165,4 +165,4 @@ class MetaFolder:
     def read(self, name: str, box: Box | None = None) -> Tensor:
         dim = self._dim(name)
         value = self._parts[0][name] if dim is None else torch.cat([part[name] for part in self._parts], dim)
-        return value if box is None else value[box.within(whole(self.shapes[name]))]
+        return value if box is None else value[box.within(Box.whole(self.shapes[name]))]

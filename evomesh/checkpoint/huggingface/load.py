@@ -15,7 +15,6 @@ from torch import Tensor
 
 from evomesh.checkpoint.hub_cache import local_folder
 from evomesh.checkpoint.huggingface.config import read_config
-from evomesh.checkpoint.huggingface.files import whole
 from evomesh.checkpoint.huggingface.folder import (
     MetaFolder,
     WeightFolder,
@@ -50,7 +49,7 @@ class ForeignTensor:
         """The tensor, or a box of it: of their matrices only the rows and columns that hold its elements are read."""
         if not self.link.fused:
             return self.folder.read(self.link.theirs[0], box)
-        box = box or whole(self.shape)
+        box = box or Box.whole(self.shape)
         parts = []
         # The number of our row in their matrices, one after another: the same reordering, done to row numbers.
         places = torch.split(torch.arange(self.shape[0]), [shape[0] for shape in self.link.shapes])

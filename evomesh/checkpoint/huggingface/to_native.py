@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,26 +13,33 @@ from evomesh.checkpoint.huggingface.compare_logits import (
     has_transformers,
     largest_difference,
     native_logits,
-    read_tensor,
 )
 from evomesh.checkpoint.huggingface.config import read_config, rotary_of
-from evomesh.checkpoint.huggingface.files import whole
 from evomesh.checkpoint.huggingface.folder import HfFolder, open_folder
 from evomesh.checkpoint.huggingface.load import ForeignTensor, tensors
 from evomesh.checkpoint.huggingface.names import NAMINGS, our_shapes
 from evomesh.checkpoint.native import format as fmt
-from evomesh.checkpoint.native import write
 from evomesh.checkpoint.native.boxes import Box, LocalPart
+from evomesh.checkpoint.native.commit import (
+    as_checkpoint_error,
+    commit,
+    discard,
+    new_attempt,
+    new_record,
+    refuse_committed,
+)
 from evomesh.checkpoint.native.disk_space import readable
 from evomesh.checkpoint.native.find import Checkpoint, open_checkpoint
-from evomesh.checkpoint.native.format import CheckpointError
-from evomesh.checkpoint.native.plan import WriteItem, in_file_order
+from evomesh.checkpoint.native.format import layout_record
+from evomesh.checkpoint.native.plan import TensorType, WriteItem, in_file_order
+from evomesh.checkpoint.native.read import read_tensor
+from evomesh.checkpoint.native.write import PieceSource, live_pieces
 from evomesh.config.record import config_to_dict
 from evomesh.config.schema import Config, DataConfig, GenerationConfig, ModelConfig
 from evomesh.data.tokenizer import check_tokenizer_fits, load_tokenizer
 from evomesh.errors import UserError
 from evomesh.layers.dtype import parameter_dtype
-from evomesh.storage.base import Storage, join
+from evomesh.storage.base import join
 from evomesh.storage.local import LocalStorage
 from evomesh.storage.urls import open_storage
 
@@ -48,26 +54,19 @@ def from_hf(source: str, target: str, dtype: str | None, compare: bool, report: 
     config, weights = read_folder(folder, dtype, report)
     model = config.model
     storage, root = open_storage(target)
-    step = join(root, fmt.folder_name(0))
-    if storage.exists(join(step, fmt.COMMIT)):
-        raise CheckpointError("step 0 is already committed there", where=target, fix="give another folder")
-    entries = _entries(model)
-    _refuse_full(
-        storage, root, sum(entry.part.box.numel * fmt.DTYPES[entry.dtype].itemsize for entry in entries)
-    )
-    attempt = secrets.token_hex(4)
-    try:
-        body = _write(storage, root, step, attempt, entries, weights, config)
-        write.publish(storage, step, body)
-        if compare:
+    step = refuse_committed(storage, root, 0)
+    tensors = _tensor_types(model)
+    record = new_record(0, new_attempt(), config=config_to_dict(config), state={}, layout=layout_record(1))
+    record = commit(storage, step, [_write_items(tensors)], tensors, record, _converted(weights))
+    if compare:
+        try:
             report(_compare(open_checkpoint(storage, step), model, folder))
-    except OSError as error:
-        _clean(storage, step, attempt)
-        raise write.refusal(error, step) from None
-    except BaseException:
-        _clean(storage, step, attempt)
-        raise
-    report(f"wrote {step}: {model.model_type}, {model.dtype}, {readable(body['tensor_bytes'])}")
+        except BaseException as error:
+            discard(storage, step, record.attempt)
+            if isinstance(error, OSError):
+                raise as_checkpoint_error(error, step) from None
+            raise
+    report(f"wrote {step}: {model.model_type}, {model.dtype}, {readable(record.tensor_bytes)}")
     return step
 
 
@@ -95,56 +94,28 @@ def read_folder(
     return config, weights
 
 
-def _entries(model: ModelConfig) -> list[WriteItem]:
-    word = fmt.DTYPE_NAMES[parameter_dtype(model.dtype)]
-    shapes = our_shapes(model).items()
+def _tensor_types(model: ModelConfig) -> dict[str, TensorType]:
+    dtype = fmt.DTYPE_NAMES[parameter_dtype(model.dtype)]
+    return {name: TensorType(dtype, shape) for name, shape in our_shapes(model).items()}
+
+
+def _write_items(tensors: Mapping[str, TensorType]) -> list[WriteItem]:
+    """Return the items of whole tensors whose bytes are not read yet."""
     return in_file_order(
-        [WriteItem(name, word, shape, LocalPart(torch.empty(0), whole(shape))) for name, shape in shapes]
+        WriteItem(name, dtype, shape, LocalPart(torch.empty(0), Box.whole(shape)))
+        for name, (dtype, shape) in tensors.items()
     )
 
 
-def _refuse_full(storage: Storage, root: str, needed: int) -> None:
-    free = storage.free_bytes(root)
-    if free is not None and free < needed:
-        raise CheckpointError(
-            f"the checkpoint needs {readable(needed)}, {readable(free)} are free",
-            where=root,
-            fix="free space, or import a smaller --dtype",
-        )
+def _converted(weights: Mapping[str, ForeignTensor]) -> PieceSource:
+    """Return a source that converts each tensor when it is written, so that only one is in memory."""
 
+    def pieces(item: WriteItem) -> Iterator[tuple[Box, memoryview]]:
+        tensor = weights[item.name].read().to(fmt.DTYPES[item.dtype]).contiguous()
+        part = LocalPart(tensor, item.part.box)
+        yield from live_pieces(WriteItem(item.name, item.dtype, item.shape, part))
 
-def _write(
-    storage: Storage,
-    root: str,
-    step: str,
-    attempt: str,
-    entries: list[WriteItem],
-    weights: Mapping[str, ForeignTensor],
-    config: Config,
-) -> dict[str, Any]:
-    def pieces(entry: WriteItem) -> Iterator[tuple[Box, memoryview]]:
-        """The bytes of one of our tensors, made from theirs at the moment it is written."""
-        tensor = weights[entry.name].read().to(fmt.DTYPES[entry.dtype]).contiguous()
-        yield from write.live_pieces(
-            WriteItem(entry.name, entry.dtype, entry.shape, LocalPart(tensor, entry.part.box))
-        )
-
-    storage.make_folder(step)
-    message = write.write_data(storage, step, attempt, 0, entries, pieces)
-    storage.sync(root)
-    body = write.body(0, attempt, {}, config_to_dict(config))
-    body |= {"layout": dict.fromkeys(("world", "tp", "wp", "pp", "dp", "zero"), 1)}
-    body |= {"parent": None, "snapshot": False}
-    return body | write.write_index(
-        storage, step, attempt, {e.name: (e.dtype, e.shape) for e in entries}, [message]
-    )
-
-
-def _clean(storage: Storage, step: str, attempt: str) -> None:
-    for name in (fmt.COMMIT, fmt.index_name(attempt), fmt.file_name(attempt, 0)):
-        storage.delete(join(step, name))
-    if not storage.list(step):
-        storage.delete_folder(step)
+    return pieces
 
 
 def _tokenizer(folder: HfFolder, model: ModelConfig, report: Callable[[str], None]) -> str | None:

@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 
 from evomesh.checkpoint.internevo.model import BLOCK_MODULES, file_name, groups_to_blocks
-from evomesh.checkpoint.native import format as fmt
-from evomesh.checkpoint.native import read
-from evomesh.checkpoint.native.boxes import Box, LocalPart
 from evomesh.checkpoint.native.find import Checkpoint
-from evomesh.checkpoint.native.format import CheckpointError, TensorRecord
+from evomesh.checkpoint.native.format import CheckpointError
+from evomesh.checkpoint.native.read import read_tensor
 from evomesh.config.schema import ModelConfig
 from evomesh.pipeline.stages import layer_ranges
 
@@ -73,7 +71,7 @@ def _stage_states(
         parameters = _foreign_parameters(name, layers, model)
         if not parameters:
             continue
-        whole = _whole(found, record)
+        whole = read_tensor(found, record)
         for their_name, shard in parameters:
             for position, part in _rank_shards(name, whole, shard, tensor, weight):
                 states[position][their_name] = part
@@ -220,10 +218,3 @@ def _shard_one_of_qkv(model: ModelConfig, letter: str) -> ShardFunction:
         return list(rows.chunk(ranks))
 
     return shard
-
-
-def _whole(found: Checkpoint, record: TensorRecord) -> Tensor:
-    target = torch.empty(record.shape, dtype=fmt.DTYPES[record.dtype])
-    part = LocalPart(target, Box((0,) * target.dim(), record.shape))
-    read.run(found, [read.ReadItem(record, piece, (part,)) for piece in record.pieces])
-    return target

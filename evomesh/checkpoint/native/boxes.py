@@ -1,4 +1,4 @@
-"""Where a local tensor lies in the global one: axis-aligned boxes, their cuts and overlaps."""
+"""Axis-aligned boxes of global tensors: overlaps, pieces, and whether they cover a tensor exactly once."""
 
 from __future__ import annotations
 
@@ -17,79 +17,95 @@ Coordinates = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Box:
-    """An axis-aligned part of a global tensor: ``offsets`` of its first element and its ``shape``. 0-d: both ()."""
+    """An axis-aligned region of a global tensor.
+
+    Attributes:
+        offsets: index of its first element in every dim; () for a 0-d tensor.
+        shape: its length in every dim.
+    """
 
     offsets: Coordinates
     shape: Coordinates
+
+    @staticmethod
+    def whole(shape: Sequence[int]) -> Box:
+        """Return the box that holds all of a tensor of ``shape``."""
+        return Box((0,) * len(shape), tuple(shape))
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def ends(self) -> Coordinates:
+        """Index after the last element in every dim."""
+        return tuple(offset + length for offset, length in zip(self.offsets, self.shape, strict=True))
+
     def overlap(self, other: Box) -> Box | None:
-        """What both contain, None when that is nothing."""
+        """Return the region that both boxes contain, None if it is empty."""
         start = tuple(map(max, self.offsets, other.offsets))
-        stop = map(min, _ends(self), _ends(other))
-        shape = tuple(e - s for s, e in zip(start, stop, strict=True))
-        return None if any(n <= 0 for n in shape) else Box(start, shape)
+        stop = map(min, self.ends, other.ends)
+        shape = tuple(last - first for first, last in zip(start, stop, strict=True))
+        return None if any(length <= 0 for length in shape) else Box(start, shape)
 
     def within(self, outer: Box) -> tuple[slice, ...]:
-        """Slices that pick this box out of a tensor that holds ``outer``."""
-        pairs = zip(self.offsets, self.shape, outer.offsets, strict=True)
-        return tuple(slice(o - base, o - base + n) for o, n, base in pairs)
-
-
-def _ends(box: Box) -> list[int]:
-    return [o + n for o, n in zip(box.offsets, box.shape, strict=True)]
+        """Return the slices that select this box from a tensor that holds ``outer``."""
+        dims = zip(self.offsets, self.shape, outer.offsets, strict=True)
+        return tuple(slice(offset - base, offset - base + length) for offset, length, base in dims)
 
 
 @dataclass(frozen=True)
 class LocalPart:
-    """A local view and the global box it holds."""
+    """A view of local memory and the box of the global tensor that it holds."""
 
     tensor: Tensor
     box: Box
 
 
 def split_box(box: Box, item_size: int, limit: int) -> Iterator[Box]:
-    """Pieces of at most ``limit`` bytes in row-major order, each contiguous in the bytes of ``box``.
+    """Yield sub-boxes of at most ``limit`` bytes in row-major order, each contiguous in the bytes of ``box``.
 
-    The cut goes along the first dimension longer than 1, deeper where one row is larger than the limit.
+    The box is split along its first dim longer than 1; where one row of it is larger than the limit, the row is split
+    along the next dim.
     """
     if box.numel * item_size <= limit or box.numel <= 1:
         yield box
         return
-    dim = next(d for d, n in enumerate(box.shape) if n > 1)
+    dim = next(dim for dim, length in enumerate(box.shape) if length > 1)
     row_bytes = math.prod(box.shape[dim + 1 :]) * item_size
-    rows = max(1, limit // row_bytes)
-    for first in range(0, box.shape[dim], rows):
-        count = min(rows, box.shape[dim] - first)
+    step = max(1, limit // row_bytes)
+    for first in range(0, box.shape[dim], step):
+        rows = min(step, box.shape[dim] - first)
         offsets = (*box.offsets[:dim], box.offsets[dim] + first, *box.offsets[dim + 1 :])
-        yield from split_box(Box(offsets, (*box.shape[:dim], count, *box.shape[dim + 1 :])), item_size, limit)
+        shape = (*box.shape[:dim], rows, *box.shape[dim + 1 :])
+        yield from split_box(Box(offsets, shape), item_size, limit)
 
 
 def covers_once(shape: Coordinates, boxes: Sequence[Box]) -> bool:
-    """Whether the boxes hold every element of a tensor of ``shape`` exactly once."""
+    """Return whether the boxes hold every element of a tensor of ``shape`` exactly once."""
     if sum(box.numel for box in boxes) != math.prod(shape):
         return False
-    if any(
-        o < 0 or o + n > size
-        for box in boxes
-        for o, n, size in zip(box.offsets, box.shape, shape, strict=True)
-    ):
+    if not all(_is_inside(box, shape) for box in boxes):
         return False
-    if len(boxes) <= 1:
-        return True
-    # Coordinates are compressed to the box edges; then each cell of that small grid must be counted once.
-    edges = [
-        sorted({e for b in boxes for e in (b.offsets[d], b.offsets[d] + b.shape[d])})
-        for d in range(len(shape))
-    ]
-    place = [{edge: i for i, edge in enumerate(along)} for along in edges]
+    return len(boxes) <= 1 or _all_disjoint(boxes)
+
+
+def _is_inside(box: Box, shape: Coordinates) -> bool:
+    positive = all(offset >= 0 for offset in box.offsets)
+    return positive and all(end <= length for end, length in zip(box.ends, shape, strict=True))
+
+
+def _all_disjoint(boxes: Sequence[Box]) -> bool:
+    """Return whether no element is in two boxes, given that they are as large as the tensor they lie in."""
+    # The edges of all boxes divide the tensor into a small grid of cells, each of which is inside a box or outside it.
+    # A cell that is not counted exactly once is a hole or an overlap.
+    corners = [corner for box in boxes for corner in (box.offsets, box.ends)]
+    edges = [sorted(set(along)) for along in zip(*corners, strict=True)]
+    cell_of = [{edge: number for number, edge in enumerate(along)} for along in edges]
     count = np.zeros([len(along) - 1 for along in edges], dtype=np.int32)
     for box in boxes:
-        ends = _ends(box)
-        count[tuple(slice(place[d][o], place[d][ends[d]]) for d, o in enumerate(box.offsets))] += 1
+        bounds = zip(cell_of, box.offsets, box.ends, strict=True)
+        count[tuple(slice(cells[first], cells[last]) for cells, first, last in bounds)] += 1
     return bool((count == 1).all())
 
 

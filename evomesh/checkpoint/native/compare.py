@@ -1,4 +1,4 @@
-"""What differs between two checkpoints, and whether one is fit to go on from: for people, not for the training."""
+"""What differs between two checkpoints, and whether all values of one are finite; for inspection only."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from evomesh.checkpoint.native import format as fmt
-from evomesh.checkpoint.native import read
-from evomesh.checkpoint.native.boxes import Box, LocalPart, split_box
+from evomesh.checkpoint.native.boxes import Box, split_box
 from evomesh.checkpoint.native.find import Checkpoint
 from evomesh.checkpoint.native.format import TensorRecord
+from evomesh.checkpoint.native.read import read_tensor
 from evomesh.checkpoint.native.write import not_finite
 
-CHUNK = 16 << 20  # bytes of a tensor compared at a time
+COMPARED_BYTES = 16 << 20  # of a tensor at a time
 
 
 def differences(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
-    """One line for each difference; none when a run could not tell the two apart."""
-    for part in ("config", "state"):
-        for key in _changed(getattr(a, part), getattr(b, part)):
-            yield f"{part}.{key}"
+    """Yield one line for each difference; none if a run could not tell the two apart."""
+    for section, before, after in (("config", a.config, b.config), ("state", a.state, b.state)):
+        for line in _changed_values(before, after):
+            yield f"{section}.{line}"
     first, second = a.records(), b.records()
     for name in sorted(set(first) | set(second)):
         if name not in second:
@@ -31,51 +32,49 @@ def differences(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
         elif first[name].described != second[name].described:
             yield f"{name}: {first[name].described} -> {second[name].described}"
         else:
-            count, largest = _unequal(a, first[name], b, second[name])
+            count, largest = _unequal_elements(a, first[name], b, second[name])
             if count:
-                yield f"{name}: {count} elements differ, by {largest:.3g} at most"
+                yield f"{name}: {count} elements differ by up to {largest:.3g}"
 
 
-def _changed(a: Any, b: Any, path: str = "") -> Iterator[str]:
+def _changed_values(a: Any, b: Any, path: str = "") -> Iterator[str]:
+    """Yield ``KEY.KEY: before -> after`` for each value that differs."""
     if isinstance(a, dict) and isinstance(b, dict):
         for key in sorted(set(a) | set(b)):
-            yield from _changed(a.get(key), b.get(key), f"{path}.{key}" if path else key)
-    elif a != b and repr(a) != repr(b):
+            yield from _changed_values(a.get(key), b.get(key), f"{path}.{key}" if path else key)
+    elif a != b and repr(a) != repr(b):  # NaN is not equal to itself
         yield f"{path}: {a!r:.60} -> {b!r:.60}"
 
 
-def _unequal(a: Checkpoint, first: TensorRecord, b: Checkpoint, second: TensorRecord) -> tuple[int, float]:
-    """Number of elements whose bits differ, and the largest difference."""
-    same_cut = [(p.box, p.digest) for p in first.pieces] == [(p.box, p.digest) for p in second.pieces]
-    if same_cut:
+def _unequal_elements(
+    a: Checkpoint, first: TensorRecord, b: Checkpoint, second: TensorRecord
+) -> tuple[int, float]:
+    """Count the elements whose bits differ, and find the largest difference."""
+    # Equal hashes of equal boxes prove equality without reading any data.
+    hashes = [[(piece.box, piece.digest) for piece in record.pieces] for record in (first, second)]
+    whole = Box.whole(first.shape)
+    if hashes[0] == hashes[1] or not whole.numel:
         return 0, 0.0
     count, largest = 0, 0.0
-    whole = Box((0,) * len(first.shape), first.shape)
-    for box in split_box(whole, first.item_size, CHUNK) if whole.numel else ():
-        x, y = _read(a, first, box), _read(b, second, box)
-        size = first.item_size
-        bits = x.reshape(-1).view(torch.uint8).view(-1, size) != y.reshape(-1).view(torch.uint8).view(
-            -1, size
-        )
-        count += int(bits.any(1).sum())
+    for box in split_box(whole, first.item_size, COMPARED_BYTES):
+        x = read_tensor(a, first, box)
+        y = read_tensor(b, second, box)
+        differs = (_element_bytes(x) != _element_bytes(y)).any(1)
+        count += int(differs.sum())
         largest = max(largest, float((x.double() - y.double()).abs().max()))
     return count, largest
 
 
-def _read(found: Checkpoint, record: TensorRecord, box: Box) -> torch.Tensor:
-    target = torch.empty(box.shape, dtype=fmt.DTYPES[record.dtype])
-    part = LocalPart(target, box)
-    read.run(
-        found, [read.ReadItem(record, p, (part,)) for p in record.pieces if p.box.overlap(box) is not None]
-    )
-    return target
+def _element_bytes(tensor: Tensor) -> Tensor:
+    """Return the bytes of a tensor, one row for each element."""
+    return tensor.reshape(-1).view(torch.uint8).view(-1, tensor.element_size())
 
 
-def poisoned(found: Checkpoint) -> Iterator[str]:
-    """One line for each tensor with NaN or infinity in it."""
-    for record in found.records().values():
+def tensors_not_finite(checkpoint: Checkpoint) -> Iterator[str]:
+    """Yield one line for each tensor with NaN or infinity in it."""
+    for record in checkpoint.records().values():
         if not fmt.DTYPES[record.dtype].is_floating_point:
             continue
-        bad = sum(not_finite(_read(found, record, piece.box)) for piece in record.pieces)
+        bad = sum(not_finite(read_tensor(checkpoint, record, piece.box)) for piece in record.pieces)
         if bad:
             yield f"{record.name}: {bad} values are NaN or infinite"

@@ -1,27 +1,28 @@
-"""Which checkpoints there are, and which one a path means."""
+"""Which checkpoints there are, and which of them a path means."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from evomesh.checkpoint.native import format as fmt
-from evomesh.checkpoint.native.format import CheckpointError
+from evomesh.checkpoint.native.format import CheckpointError, CommitRecord, FileRecord, TensorRecord
 from evomesh.config.json_codec import decode_json
 from evomesh.storage.base import Storage, join
 from evomesh.storage.urls import open_storage
 
-SNAPSHOTS = "snapshot"  # folder of the snapshots inside the save folder
-NAMED = 8  # steps or names in a message
-LOOKED = 32  # neighbours of a wrong path that are searched for steps; in a store, each costs two requests
+SNAPSHOTS = "snapshot"  # folder of the snapshots in the save folder
+SHOWN = 8  # steps or names in an error message
+SEARCHED = 32  # folders next to a wrong path that are searched for steps; in a store, each costs two requests
+SUGGESTED = 3  # of them in an error message
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A step folder; without a commit record it is what an interrupted save left behind."""
+    """A step folder; one that is not committed is what an interrupted save left."""
 
     storage: Storage
     folder: str
@@ -35,42 +36,44 @@ class Checkpoint:
 
     storage: Storage
     folder: str
-    body: dict[str, Any]
+    record: CommitRecord
 
     @property
     def step(self) -> int:
-        return int(self.body["step"])
+        return self.record.step
 
     @property
     def attempt(self) -> str:
-        return str(self.body["attempt"])
+        return self.record.attempt
 
     @property
-    def files(self) -> list[tuple[str, int]]:
-        return [(name, size) for name, size, _ in self.body["files"]]
+    def files(self) -> tuple[FileRecord, ...]:
+        return self.record.files
 
     @property
     def state(self) -> dict[str, Any]:
-        state: dict[str, Any] = decode_json(self.body["state"])
+        """What the run stored besides tensors and config."""
+        state: dict[str, Any] = decode_json(self.record.state)
         return state
 
     @property
     def config(self) -> dict[str, Any]:
-        config: dict[str, Any] = decode_json(self.body["config"])
+        """The resolved config of the run, without secrets."""
+        config: dict[str, Any] = decode_json(self.record.config)
         return config
 
     def index(self) -> bytes:
-        """The index's bytes, checked against the commit record."""
-        name, size = self.body["index"]["file"], self.body["index"]["bytes"]
-        data = _read(self.storage, self.folder, name, size)
-        if fmt.sha256(data) != self.body["index"]["sha256"]:
-            raise CheckpointError(f"{name} does not match the hash in {fmt.COMMIT}", where=self.folder)
+        """Read the index and check it against the commit record."""
+        index = self.record.index
+        data = _read(self.storage, self.folder, index.file, index.size)
+        if fmt.sha256(data) != index.sha256:
+            raise CheckpointError(f"{index.file} does not match the hash in {fmt.COMMIT}", where=self.folder)
         return data
 
-    def records(self) -> dict[str, fmt.TensorRecord]:
-        """All tensors by name."""
+    def records(self) -> dict[str, TensorRecord]:
+        """Read the index and return all tensors by name."""
         try:
-            return {record.name: record for record in fmt.iter_records(self.index(), self.files)}
+            return {record.name: record for record in fmt.parse_index(self.index(), self.files)}
         except CheckpointError as error:
             raise CheckpointError(error.found, where=self.folder) from None
 
@@ -82,23 +85,12 @@ def _read(storage: Storage, folder: str, name: str, size: int) -> bytes:
     except FileNotFoundError:
         raise CheckpointError(f"{name} is missing", where=folder) from None
     if actual != size:
-        raise CheckpointError(f"{name} has {actual} bytes, the commit record says {size}", where=folder)
+        raise CheckpointError(f"{name} has {actual} bytes, but the commit record says {size}", where=folder)
     return storage.read(path, 0, size)
 
 
-def candidates(storage: Storage, root: str) -> list[Candidate]:
-    """Step folders directly in ``root``, newest step first."""
-    found = []
-    for name in storage.list(root):
-        match = fmt.FOLDER.match(name.rstrip("/"))
-        if match and name.endswith("/"):
-            folder = join(root, name)
-            found.append(Candidate(storage, folder, int(match[1]), storage.exists(join(folder, fmt.COMMIT))))
-    return sorted(found, key=lambda c: (c.step, c.folder), reverse=True)
-
-
 def open_checkpoint(storage: Storage, folder: str) -> Checkpoint:
-    """Verifies the commit record, and that every file it names is there with its size.
+    """Verify the commit record, and that every file it names is there with its size.
 
     Raises:
         CheckpointError: naming the file and what is wrong with it.
@@ -106,168 +98,168 @@ def open_checkpoint(storage: Storage, folder: str) -> Checkpoint:
     try:
         data = storage.read(join(folder, fmt.COMMIT))
     except FileNotFoundError:
-        left = ", ".join(storage.list(folder)) or "no files"
-        raise CheckpointError(f"no {fmt.COMMIT}: an interrupted save ({left})", where=folder) from None
+        names = ", ".join(storage.list(folder)) or "no files"
+        raise CheckpointError(f"no {fmt.COMMIT}: an interrupted save ({names})", where=folder) from None
     except OSError as error:
         raise CheckpointError(
             f"{fmt.COMMIT} cannot be read: {error.strerror or error}", where=folder
         ) from None
     try:
-        body = fmt.unseal(data)
+        record = CommitRecord.from_bytes(data)
     except CheckpointError as error:
         raise CheckpointError(error.found, where=folder) from None
-    found = Checkpoint(storage, folder, body)
-    for name, size in [*found.files, (body["index"]["file"], body["index"]["bytes"])]:
-        try:
-            actual = storage.size(join(folder, name))
-        except FileNotFoundError:
-            rank = re.search(r"-r(\d+)\.", name)
-            whose = f" (written by rank {int(rank[1])} of layout {_layout(body)})" if rank else ""
-            raise CheckpointError(f"{name} is missing{whose}", where=folder) from None
-        except OSError as error:
-            raise CheckpointError(f"{name} cannot be read: {error.strerror or error}", where=folder) from None
-        if actual != size:
-            raise CheckpointError(f"{name} has {actual} bytes, the commit record says {size}", where=folder)
-    return found
+    for file in record.files:
+        _check_size(storage, folder, file.name, file.size, record)
+    _check_size(storage, folder, record.index.file, record.index.size, record)
+    return Checkpoint(storage, folder, record)
 
 
-def _layout(body: dict[str, Any]) -> str:
-    return " ".join(f"{axis}={size}" for axis, size in body.get("layout", {}).items())
+def _check_size(storage: Storage, folder: str, name: str, size: int, record: CommitRecord) -> None:
+    try:
+        actual = storage.size(join(folder, name))
+    except FileNotFoundError:
+        rank = re.search(r"-r(\d+)\.", name)
+        layout = " ".join(f"{axis}={length}" for axis, length in record.layout.items())
+        writer = f" (written by rank {int(rank[1])} of layout {layout})" if rank else ""
+        raise CheckpointError(f"{name} is missing{writer}", where=folder) from None
+    except OSError as error:
+        raise CheckpointError(f"{name} cannot be read: {error.strerror or error}", where=folder) from None
+    if actual != size:
+        raise CheckpointError(f"{name} has {actual} bytes, but the commit record says {size}", where=folder)
 
 
-def newest(
-    choices: Iterable[Candidate], verify: Callable[[Candidate], Checkpoint], report: Callable[[str], None]
-) -> Checkpoint | None:
-    """The first choice that verifies; reports each one that does not.
+def candidates(storage: Storage, root: str) -> list[Candidate]:
+    """List the step folders directly in ``root``, newest step first."""
+    found = []
+    for name in storage.list(root):
+        match = fmt.FOLDER.match(name.rstrip("/"))
+        if match and name.endswith("/"):
+            found.append(_candidate(storage, join(root, name), int(match[1])))
+    return sorted(found, key=lambda candidate: (candidate.step, candidate.folder), reverse=True)
 
-    Raises:
-        CheckpointError: there are committed checkpoints and none of them verifies (never a silent fresh start).
-    """
-    skipped: list[str] = []
-    refused = False
-    for choice in choices:
-        try:
-            found = verify(choice)
-        except CheckpointError as error:
-            refused = refused or choice.committed
-            skipped.append(f"{choice.folder}: {error.found}")
-            continue
-        for reason in skipped:
-            report(f"skipped {reason}")
-        if skipped:
-            report(f"using {found.folder}")
-        return found
-    if refused:
-        raise CheckpointError(
-            "no checkpoint verifies:\n  " + "\n  ".join(skipped),
-            fix="repair one of them, or train into another save_ckpt_folder to start from scratch",
-        )
-    for reason in skipped:
-        report(f"ignored {reason}")
-    return None
+
+def _candidate(storage: Storage, folder: str, step: int) -> Candidate:
+    return Candidate(storage, folder, step, committed=storage.exists(join(folder, fmt.COMMIT)))
+
+
+@dataclass(frozen=True)
+class SaveFolder:
+    """Where a run saves: checkpoints in ``root``, snapshots in a folder of their own, maybe in another store."""
+
+    storage: Storage
+    root: str
+    snapshot_storage: Storage
+    snapshot_root: str
+
+    @staticmethod
+    def open(url: str, snapshots: str | None = None) -> SaveFolder:
+        """Return the folder that the user typed.
+
+        Args:
+            url: ``llm_ckpts``, ``local:llm_ckpts`` or a folder in a store.
+            snapshots: of the snapshots, by default ``{url}/snapshot``.
+
+        Raises:
+            UserError: an unknown prefix, or a store that cannot be used.
+        """
+        storage, root = open_storage(url)
+        snapshot_storage, snapshot_root = open_storage(snapshots or join(url, SNAPSHOTS))
+        return SaveFolder(storage, root, snapshot_storage, snapshot_root)
+
+    def candidates(self) -> list[Candidate]:
+        """List the step folders of checkpoints and snapshots, newest step first, interrupted saves included."""
+        normal = candidates(self.storage, self.root)
+        snapshots = candidates(self.snapshot_storage, self.snapshot_root)
+        # Of the same step a normal checkpoint comes first, because sorting keeps the order of equals.
+        return sorted([*normal, *snapshots], key=lambda candidate: candidate.step, reverse=True)
+
+
+def all_candidates(storage: Storage, root: str) -> list[Candidate]:
+    """List checkpoints and snapshots of a save folder, newest step first."""
+    return SaveFolder(storage, root, storage, join(root, SNAPSHOTS)).candidates()
 
 
 @dataclass(frozen=True)
 class CheckpointLookup:
-    """What a path means: candidate folders, newest first, and the text for an error."""
+    """What a path means: candidates, newest first, or the text of an error if there are none."""
 
-    choices: list[Candidate]
+    storage: Storage
+    candidates: list[Candidate]
     problem: str = ""
     fix: str = ""
 
 
-def everything(storage: Storage, root: str) -> list[Candidate]:
-    """Normal checkpoints and snapshots of a save folder, newest step first."""
-    normal = candidates(storage, root)
-    extra = candidates(storage, join(root, SNAPSHOTS))
-    return in_order(normal, extra)
-
-
-def in_order(normal: list[Candidate], snapshots: list[Candidate]) -> list[Candidate]:
-    """Newest step first; a normal checkpoint wins a tie, since a sort keeps the order of equals."""
-    return sorted([*normal, *snapshots], key=lambda c: c.step, reverse=True)
-
-
 def locate(url: str) -> CheckpointLookup:
-    """Understands the documents' path forms: ``ROOT``, ``ROOT/49``, ``ROOT/snapshot/1/`` and our own step folders."""
+    """Find the candidates that a path means.
+
+    Args:
+        url: a save folder ``ROOT``, a step in it ``ROOT/49``, its newest snapshot ``ROOT/snapshot/1/`` (the forms of
+            InternEvo's guide), or a step folder ``ROOT/step-00000049``.
+    """
     storage, path = open_storage(url)
     parent, _, name = path.rpartition("/")
+    parent = parent or "."
     match = fmt.FOLDER.match(name)
     if match and storage.list(path):
-        return CheckpointLookup(
-            [Candidate(storage, path, int(match[1]), storage.exists(join(path, fmt.COMMIT)))]
-        )
-    inside = everything(storage, path)
+        return CheckpointLookup(storage, [_candidate(storage, path, int(match[1]))])
+    inside = all_candidates(storage, path)
     if inside:
-        return CheckpointLookup(inside)
-    if name.isdigit():
-        if parent.rpartition("/")[2] == SNAPSHOTS:
-            return _or_nothing(storage, parent, candidates(storage, parent), url)
-        choices = [c for c in everything(storage, parent or ".") if c.step == int(name)]
-        return _or_nothing(storage, parent or ".", choices, url)
-    return _or_nothing(storage, path if storage.list(path) else (parent or "."), [], url)
+        return CheckpointLookup(storage, inside)
+    if not name.isdigit():
+        near = path if storage.list(path) else parent
+        return _nothing_found(storage, near, url)
+    if parent.rpartition("/")[2] == SNAPSHOTS:
+        found = candidates(storage, parent)
+    else:
+        found = [candidate for candidate in all_candidates(storage, parent) if candidate.step == int(name)]
+    return CheckpointLookup(storage, found) if found else _nothing_found(storage, parent, url)
 
 
-def _or_nothing(storage: Storage, near: str, choices: list[Candidate], url: str) -> CheckpointLookup:
-    if choices:
-        return CheckpointLookup(choices)
-    steps = _steps(storage, near)
-    there = f"{near} has {steps}" if steps else _beside(storage, near, url)
-    return CheckpointLookup([], f"no checkpoint at {url!r}; {there}", "give an existing step or folder")
+def _nothing_found(storage: Storage, near: str, url: str) -> CheckpointLookup:
+    """Return a lookup whose error says what is in or next to the folder ``near``."""
+    steps = _steps_in(storage, near)
+    found = f"{near} has {steps}" if steps else _contents_or_neighbors(storage, near, url)
+    return CheckpointLookup(
+        storage, [], f"no checkpoint at {url!r}; {found}", "give an existing step or folder"
+    )
 
 
-def _steps(storage: Storage, folder: str) -> str:
-    """ "steps 40, 30, 20", newest first; "" where none is committed."""
-    steps = [str(c.step) for c in everything(storage, folder) if c.committed]
-    more = f" and {len(steps) - NAMED} older" if len(steps) > NAMED else ""
-    return f"steps {', '.join(steps[:NAMED])}{more}" if steps else ""
+def _steps_in(storage: Storage, folder: str) -> str:
+    """Return "steps 40, 30, 20", newest first; "" if none is committed."""
+    steps = [str(candidate.step) for candidate in all_candidates(storage, folder) if candidate.committed]
+    return f"steps {_shortened(steps, 'older')}" if steps else ""
 
 
-def _beside(storage: Storage, near: str, url: str) -> str:
-    """What lies in the folder itself; else the neighbours that may have been meant: save folders and like names."""
-    path, names = open_storage(url)[1], storage.list(near)
+def _shortened(names: Sequence[str], rest: str) -> str:
+    more = f" and {len(names) - SHOWN} {rest}" if len(names) > SHOWN else ""
+    return f"{', '.join(names[:SHOWN])}{more}"
+
+
+def _contents_or_neighbors(storage: Storage, near: str, url: str) -> str:
+    """Return what the folder holds; for an absent or empty one, the folders next to it that may have been meant."""
+    path = open_storage(url)[1]
+    names = storage.list(near)
     if near == path:
-        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-        return f"it holds {', '.join(names[:NAMED])}{more}, but no step folder"
-    own = path.rpartition("/")[2]
-    folders = [name.rstrip("/") for name in names if name.endswith("/") and name != f"{own}/"]
-    close = difflib.get_close_matches(own, folders, n=3)
-    looked = [*close, *(folder for folder in folders if folder not in close)][:LOOKED]
-    saves = {folder: _steps(storage, join(near, folder)) for folder in looked}
-    meant = [f"{folder} with {saves[folder]}" if saves[folder] else folder for folder in looked]
-    meant = [words for folder, words in zip(looked, meant, strict=True) if saves[folder] or folder in close][
-        :3
-    ]
-    where = "the current folder" if near == "." else near
-    state = "the folder is empty" if f"{own}/" in names else f"{where} has no such folder"
-    return f"{state}; beside it: {'; '.join(meant)}" if meant else state
+        return f"it holds {_shortened(names, 'more')}, but no step folder"
+    wrong = path.rpartition("/")[2]
+    if f"{wrong}/" in names:
+        state = "the folder is empty"
+    else:
+        state = f"{'the current folder' if near == '.' else near} has no such folder"
+    folders = [name.rstrip("/") for name in names if name.endswith("/") and name != f"{wrong}/"]
+    suggested = _suggested(storage, near, wrong, folders)
+    return f"{state}; next to it: {'; '.join(suggested)}" if suggested else state
 
 
-def resolve(url: str, verify: Callable[[Candidate], Checkpoint], report: Callable[[str], None]) -> Checkpoint:
-    """The newest checkpoint that ``url`` means and that verifies.
-
-    Raises:
-        CheckpointError: nothing there (says what lies beside it), only interrupted saves, or none that verifies.
-    """
-    return choose(url, locate(url), verify, report)
-
-
-def choose(
-    url: str,
-    place: CheckpointLookup,
-    verify: Callable[[Candidate], Checkpoint],
-    report: Callable[[str], None],
-) -> Checkpoint:
-    """``resolve`` behind ``locate``."""
-    if not place.choices:
-        raise CheckpointError(place.problem, fix=place.fix)
-    found = newest(place.choices, verify, report)
-    if found is None:
-        lines = "".join(
-            f"\n  {c.folder}: {', '.join(c.storage.list(c.folder)) or 'empty'}" for c in place.choices
-        )
-        raise CheckpointError(
-            f"{url!r} holds only interrupted saves, none with a {fmt.COMMIT}:{lines}",
-            fix="give an older checkpoint, or start from scratch without a load path",
-        )
-    return found
+def _suggested(storage: Storage, parent: str, wrong: str, folders: Sequence[str]) -> list[str]:
+    """Return the folders of a similar name, then those with checkpoints in them."""
+    similar = difflib.get_close_matches(wrong, folders, n=SUGGESTED)
+    others = [folder for folder in folders if folder not in similar]
+    suggested = []
+    for folder in [*similar, *others][:SEARCHED]:
+        steps = _steps_in(storage, join(parent, folder))
+        if steps:
+            suggested.append(f"{folder} with {steps}")
+        elif folder in similar:
+            suggested.append(folder)
+    return suggested[:SUGGESTED]

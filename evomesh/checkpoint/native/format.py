@@ -5,7 +5,7 @@
         3f9c21ab-index.jsonl            one line per global tensor: shape, dtype, pieces with their hashes
         commit.json                     written last; without it the folder is not a checkpoint
 
-docs/checkpoints.md describes every field; this module is the only one that knows them.
+docs/checkpoints.md describes every field; only this module knows how they are written.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ COMMIT = "commit.json"
 FOLDER = re.compile(r"^step-(\d{8,})(?:-([0-9a-f]{8}))?$")
 FILE_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # a plain name: no folder, nothing hidden, no ".."
 ALIGNMENT = 64
-MAX_INDEX_LINE = 64 << 20
+LAYOUT_AXES = ("tp", "wp", "pp", "dp", "zero")
 
 DTYPES: dict[str, torch.dtype] = {  # safetensors' names
     "F64": torch.float64,
@@ -50,11 +50,15 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class CheckpointError(UserError):
-    """A checkpoint cannot be used: says which file or tensor, and why."""
+    """A checkpoint that cannot be used; the message names the file or tensor and the reason."""
 
 
 def canonical(value: Any) -> bytes:
-    """JSON with sorted keys and no spaces; the same value always gives the same bytes. NaN and infinity are refused."""
+    """Return JSON with sorted keys and no spaces, so that equal values give equal bytes.
+
+    Raises:
+        ValueError: NaN or infinity, which JSON does not have.
+    """
     return json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     ).encode()
@@ -69,18 +73,204 @@ def piece_hash(data: memoryview | bytes) -> str:
 
 
 @dataclass(frozen=True)
+class FileRecord:
+    """A data file of a checkpoint: its name, its size in bytes and the hash of its safetensors header."""
+
+    name: str
+    size: int
+    header_digest: str
+
+    def to_json(self) -> list[Any]:
+        return [self.name, self.size, self.header_digest]
+
+    @staticmethod
+    def from_json(value: list[Any]) -> FileRecord:
+        name, size, digest = value
+        return FileRecord(_checked_name(name), int(size), str(digest))
+
+
+@dataclass(frozen=True)
+class IndexRecord:
+    """The index of a checkpoint: its file, size in bytes and hash."""
+
+    file: str
+    size: int
+    sha256: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"file": self.file, "bytes": self.size, "sha256": self.sha256}
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> IndexRecord:
+        return IndexRecord(_checked_name(value["file"]), int(value["bytes"]), str(value["sha256"]))
+
+
+@dataclass(frozen=True)
+class ParentRecord:
+    """The checkpoint that a run continued from."""
+
+    step: int
+    attempt: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"step": self.step, "attempt": self.attempt}
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> ParentRecord:
+        return ParentRecord(int(value["step"]), str(value["attempt"]))
+
+
+@dataclass(frozen=True)
+class CommitRecord:
+    """The content of ``commit.json``: what a checkpoint is, and which files it consists of.
+
+    A save begins with a record without files (``commit.new_record``) and completes it once they are written.
+
+    Attributes:
+        attempt: random name of the try at saving that succeeded; the names of its files begin with it.
+        created: UTC time, ``2026-01-31T12:00:00Z``.
+        config: resolved config without secrets, as strict JSON (``encode_json``).
+        state: everything that is neither tensor nor config, as strict JSON (``encode_json``).
+        layout: ``world`` (number of processes) and the sizes of ``LAYOUT_AXES``; for information only.
+        parent: None for a run that started from scratch.
+        software: versions of the code that wrote it.
+        tensors: number of tensors.
+        tensor_bytes: size of all tensors together, without headers.
+    """
+
+    step: int
+    attempt: str
+    created: str
+    config: dict[str, Any]
+    state: dict[str, Any]
+    layout: dict[str, int]
+    parent: ParentRecord | None = None
+    snapshot: bool = False
+    software: dict[str, Any] = field(default_factory=dict)
+    files: tuple[FileRecord, ...] = ()
+    index: IndexRecord = IndexRecord("", 0, "")
+    tensors: int = 0
+    tensor_bytes: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the body of ``commit.json``."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": self.step,
+            "attempt": self.attempt,
+            "created": self.created,
+            "hash": {"piece": PIECE_HASH, "record": RECORD_HASH},
+            "config": self.config,
+            "config_sha256": sha256(canonical(self.config)),
+            "state": self.state,
+            "layout": self.layout,
+            "parent": None if self.parent is None else self.parent.to_json(),
+            "snapshot": self.snapshot,
+            "software": self.software,
+            "files": [file.to_json() for file in self.files],
+            "index": self.index.to_json(),
+            "tensors": self.tensors,
+            "tensor_bytes": self.tensor_bytes,
+        }
+
+    @staticmethod
+    def from_json(body: dict[str, Any]) -> CommitRecord:
+        """Parse the body of ``commit.json``.
+
+        Raises:
+            CheckpointError: a field is missing or of the wrong kind, or a file name leaves the folder.
+        """
+        try:
+            parent = body.get("parent")
+            return CommitRecord(
+                step=int(body["step"]),
+                attempt=str(body["attempt"]),
+                created=str(body["created"]),
+                config=dict(body["config"]),
+                state=dict(body["state"]),
+                layout=dict(body.get("layout", {})),
+                parent=None if parent is None else ParentRecord.from_json(parent),
+                snapshot=bool(body.get("snapshot", False)),
+                software=dict(body.get("software", {})),
+                files=tuple(FileRecord.from_json(file) for file in body["files"]),
+                index=IndexRecord.from_json(body["index"]),
+                tensors=int(body["tensors"]),
+                tensor_bytes=int(body["tensor_bytes"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{COMMIT} has a bad field ({type(error).__name__}: {error})") from None
+
+    def to_bytes(self) -> bytes:
+        """Return the content of ``commit.json``: the body and the hash of its canonical form."""
+        return seal(self.to_json())
+
+    @staticmethod
+    def from_bytes(data: bytes) -> CommitRecord:
+        """Parse and verify the content of ``commit.json``.
+
+        Raises:
+            CheckpointError: damaged, of another format, or of a newer version.
+        """
+        return CommitRecord.from_json(_unseal(data))
+
+
+def _checked_name(name: Any) -> str:
+    if not isinstance(name, str) or not FILE_NAME.match(name):
+        raise CheckpointError(f"{COMMIT} names the file {name!r}, which is not a plain file name")
+    return name
+
+
+def seal(body: dict[str, Any]) -> bytes:
+    """Return a body and the hash of its canonical form as the content of ``commit.json``."""
+    return canonical({"body": body, "sha256": sha256(canonical(body))})
+
+
+def _unseal(data: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(data)
+        body, digest = content["body"], content["sha256"]
+        intact = sha256(canonical(body)) == digest
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{COMMIT} is not a commit record ({type(error).__name__}: {error})") from None
+    if not intact:
+        raise CheckpointError(f"{COMMIT} does not match its own hash")
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        raise CheckpointError(f"{COMMIT} is not of format {FORMAT}")
+    if body.get("version") != VERSION:
+        raise CheckpointError(
+            f"{COMMIT} has format version {body.get('version')}, but this evomesh reads version {VERSION}; "
+            f"it was written by evomesh {body.get('software', {}).get('evomesh')}"
+        )
+    return body
+
+
+def layout_record(world: int, **sizes: int) -> dict[str, int]:
+    """Return the ``layout`` of a commit record for ``world`` processes; axes that are not named have size 1."""
+    return {"world": world} | {axis: sizes.get(axis, 1) for axis in LAYOUT_AXES}
+
+
+@dataclass(frozen=True)
 class PieceRecord:
-    """A hashed run of bytes: box ``box`` of a tensor, at byte ``start`` of data file number ``file``."""
+    """A hashed run of bytes: a box of a tensor, at byte ``start`` of data file number ``file``."""
 
     file: int
     box: Box
     start: int
     digest: str
 
+    def to_json(self) -> list[Any]:
+        return [self.file, list(self.box.offsets), list(self.box.shape), self.start, self.digest]
+
+    @staticmethod
+    def from_json(value: list[Any]) -> PieceRecord:
+        file, offsets, shape, start, digest = value
+        return PieceRecord(file, Box(tuple(offsets), tuple(shape)), start, digest)
+
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """One line of the index."""
+    """One line of the index: a global tensor and the pieces that its bytes are stored in."""
 
     name: str
     dtype: str
@@ -93,76 +283,93 @@ class TensorRecord:
 
     @property
     def described(self) -> str:
-        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+        """Dtype and shape for messages: ``BF16[16,43]``."""
+        return describe_type(self.dtype, self.shape)
 
     def to_line(self) -> bytes:
-        pieces = [[p.file, list(p.box.offsets), list(p.box.shape), p.start, p.digest] for p in self.pieces]
-        return (
-            canonical({"name": self.name, "dtype": self.dtype, "shape": list(self.shape), "pieces": pieces})
-            + b"\n"
-        )
+        """Return the line of the index, newline included."""
+        line = {
+            "name": self.name,
+            "dtype": self.dtype,
+            "shape": list(self.shape),
+            "pieces": [piece.to_json() for piece in self.pieces],
+        }
+        return canonical(line) + b"\n"
 
     @staticmethod
-    def from_line(line: bytes, files: list[tuple[str, int]]) -> TensorRecord:
-        """Parses one line and checks that each piece lies inside its tensor and its file.
+    def from_line(line: bytes, files: Sequence[FileRecord]) -> TensorRecord:
+        """Parse one line and check that each piece is inside its tensor and its file.
 
         Raises:
             CheckpointError: naming the tensor and the field.
         """
         try:
-            entry = json.loads(line)
-            name, dtype, shape = entry["name"], entry["dtype"], tuple(entry["shape"])
-            pieces = tuple(PieceRecord(f, Box(tuple(o), tuple(s)), b, h) for f, o, s, b, h in entry["pieces"])
+            value = json.loads(line)
+            pieces = tuple(PieceRecord.from_json(piece) for piece in value["pieces"])
+            record = TensorRecord(value["name"], value["dtype"], tuple(value["shape"]), pieces)
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"an index line is not a tensor record: {line[:80]!r} ({error})") from None
-        if dtype not in DTYPES:
-            raise CheckpointError(f"{name}: unknown dtype {dtype!r}")
-        record = TensorRecord(name, dtype, shape, pieces)
+        if record.dtype not in DTYPES:
+            raise CheckpointError(f"{record.name}: unknown dtype {record.dtype!r}")
         for piece in pieces:
             _check_piece(record, piece, files)
         if not covers_once(record.shape, [piece.box for piece in pieces]):
             raise CheckpointError(
-                f"{name}: its {len(pieces)} pieces do not cover {record.described} exactly once"
+                f"{record.name}: its {len(pieces)} pieces do not cover {record.described} exactly once"
             )
         return record
 
 
-def _check_piece(record: TensorRecord, piece: PieceRecord, files: list[tuple[str, int]]) -> None:
+def describe_type(dtype: str, shape: Sequence[int]) -> str:
+    """Return ``BF16[16,43]``."""
+    return f"{dtype}[{','.join(map(str, shape))}]"
+
+
+def _check_piece(record: TensorRecord, piece: PieceRecord, files: Sequence[FileRecord]) -> None:
     box = piece.box
+    same_dims = len(box.offsets) == len(box.shape) == len(record.shape)
     numbers = [piece.file, piece.start, *box.offsets, *box.shape, *record.shape]
-    if not all(isinstance(n, int) and n >= 0 for n in numbers) or not len(box.offsets) == len(
-        box.shape
-    ) == len(record.shape):
-        raise CheckpointError(f"{record.name}: a piece has an impossible place {piece}")
-    if any(o + n > size for o, n, size in zip(box.offsets, box.shape, record.shape, strict=True)):
+    if not same_dims or not all(isinstance(number, int) and number >= 0 for number in numbers):
+        raise CheckpointError(f"{record.name}: a piece has impossible coordinates: {piece}")
+    if any(end > length for end, length in zip(box.ends, record.shape, strict=True)):
         raise CheckpointError(
             f"{record.name}: the piece at {list(box.offsets)} reaches outside {record.described}"
         )
     if piece.file >= len(files):
         raise CheckpointError(
-            f"{record.name}: file number {piece.file}, but the commit names {len(files)} files"
+            f"{record.name}: file number {piece.file}, but the commit record names {len(files)} files"
         )
-    name, size = files[piece.file]
+    file = files[piece.file]
     end = piece.start + box.numel * record.item_size
-    if end > size:
-        raise CheckpointError(f"{record.name}: bytes {piece.start}..{end} of {name}, which has {size}")
+    if end > file.size:
+        raise CheckpointError(
+            f"{record.name}: a piece at bytes {piece.start}..{end} of {file.name}, which has {file.size} bytes"
+        )
+
+
+def parse_index(index: bytes, files: Sequence[FileRecord]) -> Iterator[TensorRecord]:
+    """Yield the tensor records of an index, line by line."""
+    for line in index.splitlines():
+        yield TensorRecord.from_line(line, files)
 
 
 def file_name(attempt: str, rank: int) -> str:
+    """Return the name of a rank's data file."""
     return f"{attempt}-r{rank:05d}.safetensors"
 
 
 def index_name(attempt: str) -> str:
+    """Return the name of the index."""
     return f"{attempt}-index.jsonl"
 
 
 def folder_name(step: int, attempt: str = "") -> str:
-    """``step-00000040``; with the attempt behind when a folder of that step is already committed."""
+    """Return ``step-00000040``, or ``step-00000040-ATTEMPT`` where that step is already committed."""
     return f"step-{step:08d}" + (f"-{attempt}" if attempt else "")
 
 
 def safetensors_header(entries: list[tuple[str, str, Coordinates, int]]) -> bytes:
-    """Length and header of a safetensors file, padded so that the data begins at a multiple of 64 bytes.
+    """Return length and header of a safetensors file, padded so that the data begins at a multiple of 64 bytes.
 
     Args:
         entries: (key, dtype name, shape, bytes) in the order of the data.
@@ -177,44 +384,6 @@ def safetensors_header(entries: list[tuple[str, str, Coordinates, int]]) -> byte
     return len(text).to_bytes(8, "little") + text
 
 
-def entry_key(name: str, shape: Coordinates, box: Box) -> str:
-    """The tensor's own name for a whole tensor, else with the offsets of the box behind an @."""
+def item_key(name: str, shape: Coordinates, box: Box) -> str:
+    """Return the key of a box in a safetensors file: ``NAME`` for a whole tensor, else ``NAME@first,element``."""
     return name if box.shape == shape else f"{name}@{','.join(map(str, box.offsets))}"
-
-
-def seal(body: dict[str, Any]) -> bytes:
-    """The content of ``commit.json``: the body and the hash of its canonical form."""
-    return canonical({"body": body, "sha256": sha256(canonical(body))})
-
-
-def unseal(data: bytes) -> dict[str, Any]:
-    """The body of a commit record.
-
-    Raises:
-        CheckpointError: damaged, of another format, or of a newer version.
-    """
-    try:
-        record = json.loads(data)
-        body, digest = record["body"], record["sha256"]
-        good = sha256(canonical(body)) == digest
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{COMMIT} is not a commit record ({type(error).__name__}: {error})") from None
-    if not good:
-        raise CheckpointError(f"{COMMIT} does not match its own hash")
-    if not isinstance(body, dict) or body.get("format") != FORMAT:
-        raise CheckpointError(f"{COMMIT} is not of format {FORMAT}")
-    if body.get("version") != VERSION:
-        raise CheckpointError(
-            f"{COMMIT} has format version {body.get('version')}, this evomesh reads version {VERSION}: "
-            f"it was written by evomesh {body.get('software', {}).get('evomesh')}"
-        )
-    for name, *_ in [*body["files"], [body["index"]["file"]]]:
-        if not FILE_NAME.match(name):
-            raise CheckpointError(f"{COMMIT} names the file {name!r}, which is not a plain file name")
-    return body
-
-
-def iter_records(index: bytes, files: list[tuple[str, int]]) -> Iterator[TensorRecord]:
-    """The tensor records of an index, line by line."""
-    for line in index.splitlines():
-        yield TensorRecord.from_line(line, files)

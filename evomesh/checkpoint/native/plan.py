@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -15,10 +15,24 @@ from evomesh.checkpoint.native.format import DTYPE_NAMES, DTYPES, CheckpointErro
 from evomesh.parallel.exchange import Exchange
 from evomesh.parallel.grid import Grid
 
+SHOWN_BOXES = 8  # in an error message
+
+
+class TensorType(NamedTuple):
+    """Dtype name and global shape of a tensor."""
+
+    dtype: str
+    shape: Coordinates
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole tensor."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
 
 @dataclass(frozen=True)
 class LocalTensor:
-    """A named tensor of this rank: global shape, dtype name and the parts held here."""
+    """A named tensor of this rank: dtype name, global shape and the parts held here."""
 
     name: str
     dtype: str
@@ -27,46 +41,85 @@ class LocalTensor:
 
 
 @dataclass(frozen=True)
+class TensorBoxes:
+    """Which boxes of a tensor a rank holds; what the ranks tell rank 0 so that it can plan a save."""
+
+    name: str
+    type: TensorType
+    boxes: tuple[Box, ...]
+
+    @staticmethod
+    def of(tensor: LocalTensor) -> TensorBoxes:
+        boxes = tuple(part.box for part in tensor.parts)
+        return TensorBoxes(tensor.name, TensorType(tensor.dtype, tensor.shape), boxes)
+
+    def to_json(self) -> list[Any]:
+        boxes = [[list(box.offsets), list(box.shape)] for box in self.boxes]
+        return [self.name, self.type.dtype, list(self.type.shape), boxes]
+
+    @staticmethod
+    def from_json(value: list[Any]) -> TensorBoxes:
+        name, dtype, shape, boxes = value
+        return TensorBoxes(
+            name,
+            TensorType(dtype, tuple(shape)),
+            tuple(Box(tuple(offsets), tuple(lengths)) for offsets, lengths in boxes),
+        )
+
+
+@dataclass(frozen=True)
 class WriteItem:
-    """One box that this rank writes."""
+    """One box of a tensor that this rank writes."""
 
     name: str
     dtype: str
     shape: Coordinates
     part: LocalPart
 
+    @property
+    def size(self) -> int:
+        """Bytes of the box."""
+        return self.part.box.numel * DTYPES[self.dtype].itemsize
+
+
+class OwnedPart(NamedTuple):
+    """A part that a rank writes: tensor, and which of the rank's parts of it."""
+
+    name: str
+    number: int
+
 
 @dataclass(frozen=True)
 class SavePlan:
-    """``owned``: (name, number of the part) that this rank writes; ``tensors``: (dtype, shape) of all, on rank 0."""
+    """What this rank writes (``owned``) and, on rank 0, the types of all tensors (``tensors``)."""
 
-    owned: list[tuple[str, int]]
-    tensors: dict[str, tuple[str, Coordinates]]
+    owned: list[OwnedPart]
+    tensors: dict[str, TensorType]
 
     @property
     def total_bytes(self) -> int:
-        """Of all tensors, on rank 0."""
-        return sum(math.prod(shape) * DTYPES[dtype].itemsize for dtype, shape in self.tensors.values())
+        """Bytes of all tensors; on rank 0 only."""
+        return sum(tensor.size for tensor in self.tensors.values())
 
-    def entries(self, local: dict[str, LocalTensor]) -> list[WriteItem]:
-        """What to write, in the order of the file."""
-        entries = []
+    def items(self, local: Mapping[str, LocalTensor]) -> list[WriteItem]:
+        """Return what this rank writes, in the order of the data file."""
+        items = []
         for name, number in self.owned:
             tensor = local[name]
-            entries.append(WriteItem(name, tensor.dtype, tensor.shape, tensor.parts[number]))
-        return in_file_order(entries)
+            items.append(WriteItem(name, tensor.dtype, tensor.shape, tensor.parts[number]))
+        return in_file_order(items)
 
 
-def in_file_order(entries: list[WriteItem]) -> list[WriteItem]:
-    """Largest items first: so every offset in the file is a multiple of its item size."""
-    return sorted(entries, key=lambda e: (-DTYPES[e.dtype].itemsize, e.name, e.part.box.offsets))
+def in_file_order(items: Iterable[WriteItem]) -> list[WriteItem]:
+    """Sort items by element size, largest first, so that every offset in the file is a multiple of its item size."""
+    return sorted(items, key=lambda item: (-DTYPES[item.dtype].itemsize, item.name, item.part.box.offsets))
 
 
 def describe(tensors: Mapping[str, Tensor], grid: Grid) -> dict[str, LocalTensor]:
-    """Places every tensor of this rank.
+    """Find which parts of its global tensor each tensor of this rank holds.
 
     Raises:
-        ValueError: a tensor without a place in its global shape, or of a dtype that the format has not.
+        ValueError: a tensor that does not fit its spec, or of a dtype that the format does not have.
     """
     local = {}
     for name, tensor in tensors.items():
@@ -81,65 +134,83 @@ def describe(tensors: Mapping[str, Tensor], grid: Grid) -> dict[str, LocalTensor
 
 
 def signature(local: Mapping[str, LocalTensor]) -> str:
-    """Changes when the layout of this rank's tensors does."""
-    return sha256(canonical(_rows(local)))
-
-
-def _rows(local: Mapping[str, LocalTensor]) -> list[list[Any]]:
-    return [
-        [t.name, t.dtype, list(t.shape), [[list(p.box.offsets), list(p.box.shape)] for p in t.parts]]
-        for t in local.values()
-    ]
+    """Return a hash that changes when the layout of this rank's tensors does."""
+    return sha256(canonical([TensorBoxes.of(tensor).to_json() for tensor in local.values()]))
 
 
 def make_plan(local: Mapping[str, LocalTensor], exchange: Exchange) -> SavePlan:
-    """Gives each distinct box to the least loaded rank that holds it.
+    """Assign each distinct box to the least loaded rank that holds it.
 
     Raises:
-        CheckpointError: on every rank, when ranks disagree about a tensor or their boxes do not cover it exactly once.
+        CheckpointError: on every rank, if ranks disagree about a tensor or their boxes do not cover it exactly once.
     """
-    gathered = exchange.gather(_rows(local))
+    gathered = exchange.gather([TensorBoxes.of(tensor).to_json() for tensor in local.values()])
     answer: dict[str, Any] | None = None
-    tensors: dict[str, tuple[str, Coordinates]] = {}
+    tensors: dict[str, TensorType] = {}
     if gathered is not None:
+        held = [[TensorBoxes.from_json(value) for value in rows] for rows in gathered]
         try:
-            owned, tensors = assign(gathered)
+            owned, tensors = assign(held)
             answer = {"owned": owned}
         except CheckpointError as error:
             answer = {"error": error.found}
     answer = exchange.broadcast(answer)
     if "error" in answer:
         raise CheckpointError(answer["error"])
-    return SavePlan([(name, number) for name, number in answer["owned"][exchange.rank]], tensors)
+    return SavePlan([OwnedPart(*owned) for owned in answer["owned"][exchange.rank]], tensors)
 
 
-def assign(gathered: list[Any]) -> tuple[list[list[Any]], dict[str, tuple[str, Coordinates]]]:
-    """Owned parts by rank, and all tensors."""
-    tensors: dict[str, tuple[str, Coordinates]] = {}
-    first: dict[str, int] = {}
-    holders: dict[str, dict[Box, list[tuple[int, int]]]] = defaultdict(dict)
-    for rank, rows in enumerate(gathered):
-        for name, dtype, shape, boxes in rows:
-            known = tensors.setdefault(name, (dtype, tuple(shape)))
-            first.setdefault(name, rank)
-            if known != (dtype, tuple(shape)):
-                raise CheckpointError(
-                    f"{name}: rank {rank} has {dtype}{shape}, rank {first[name]} has {known[0]}{list(known[1])}"
-                )
-            for number, (offsets, size) in enumerate(boxes):
-                holders[name].setdefault(Box(tuple(offsets), tuple(size)), []).append((rank, number))
-    load = [0] * len(gathered)
-    owned: list[list[Any]] = [[] for _ in gathered]
-    for name, (dtype, shape) in tensors.items():
-        check_cover(name, shape, list(holders[name]))
-        for box, ranks in holders[name].items():
-            rank, number = min(ranks, key=lambda holder: load[holder[0]])
-            load[rank] += box.numel * DTYPES[dtype].itemsize
-            owned[rank].append([name, number])
+def assign(held: Sequence[Sequence[TensorBoxes]]) -> tuple[list[list[OwnedPart]], dict[str, TensorType]]:
+    """Choose a rank for each distinct box.
+
+    Args:
+        held: the boxes that each rank holds.
+
+    Returns:
+        the parts that each rank writes, and the types of all tensors.
+
+    Raises:
+        CheckpointError: ranks disagree about a tensor, or the boxes do not cover it exactly once.
+    """
+    tensors = _agreed_types(held)
+    holders: dict[str, dict[Box, list[tuple[int, int]]]] = {name: defaultdict(list) for name in tensors}
+    for rank, rows in enumerate(held):
+        for row in rows:
+            for number, box in enumerate(row.boxes):
+                holders[row.name][box].append((rank, number))
+    load = [0] * len(held)
+    owned: list[list[OwnedPart]] = [[] for _ in held]
+    for name, tensor in tensors.items():
+        check_cover(name, tensor.shape, list(holders[name]))
+        for box, candidates in holders[name].items():
+            rank, number = min(candidates, key=lambda holder: load[holder[0]])
+            load[rank] += box.numel * DTYPES[tensor.dtype].itemsize
+            owned[rank].append(OwnedPart(name, number))
     return owned, tensors
 
 
-def check_cover(name: str, shape: Coordinates, boxes: list[Box]) -> None:
+def _agreed_types(held: Sequence[Sequence[TensorBoxes]]) -> dict[str, TensorType]:
+    """Collect the types of all tensors; every rank must name the same one."""
+    types: dict[str, TensorType] = {}
+    first_rank: dict[str, int] = {}
+    for rank, rows in enumerate(held):
+        for row in rows:
+            known = types.setdefault(row.name, row.type)
+            first = first_rank.setdefault(row.name, rank)
+            if known != row.type:
+                raise CheckpointError(
+                    f"{row.name}: rank {rank} has {row.type.dtype}{list(row.type.shape)}, "
+                    f"rank {first} has {known.dtype}{list(known.shape)}"
+                )
+    return types
+
+
+def check_cover(name: str, shape: Coordinates, boxes: Sequence[Box]) -> None:
+    """Refuse boxes that do not cover a tensor exactly once.
+
+    Raises:
+        CheckpointError: naming the tensor and its boxes.
+    """
     if not covers_once(shape, boxes):
-        places = ", ".join(f"{list(b.offsets)}+{list(b.shape)}" for b in boxes[:8])
-        raise CheckpointError(f"{name}{list(shape)}: local boxes overlap or leave a hole: {places}")
+        shown = ", ".join(f"{list(box.offsets)}+{list(box.shape)}" for box in boxes[:SHOWN_BOXES])
+        raise CheckpointError(f"{name}{list(shape)}: local boxes overlap or leave a hole: {shown}")

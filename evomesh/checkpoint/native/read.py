@@ -1,195 +1,216 @@
-"""Reads pieces by byte range, checks each against its hash, and copies what is wanted."""
+"""Read pieces by byte range, check each against its hash, and copy what is wanted."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from evomesh.checkpoint.native import format as fmt
-from evomesh.checkpoint.native.boxes import LocalPart
+from evomesh.checkpoint.native.boxes import Box, LocalPart
 from evomesh.checkpoint.native.find import Checkpoint
-from evomesh.checkpoint.native.format import CheckpointError, PieceRecord, TensorRecord
+from evomesh.checkpoint.native.format import CheckpointError, PieceRecord, TensorRecord, describe_type
 from evomesh.checkpoint.native.plan import LocalTensor
 from evomesh.checkpoint.native.write import as_bytes
 from evomesh.storage.base import StorageReader, join
 
 SHOWN = 8  # differing tensors in a message
+SHOWN_NAMES = 4  # missing or unexpected tensors in a message
 
 
 @dataclass(frozen=True)
 class ReadItem:
-    """One piece to read and the local parts it goes to (none: only to verify)."""
+    """One piece to read and the local parts to copy it into; without any it is only verified."""
 
     record: TensorRecord
     piece: PieceRecord
     targets: tuple[LocalPart, ...] = ()
 
+    @property
+    def size(self) -> int:
+        """Bytes of the piece."""
+        return self.piece.box.numel * self.record.item_size
+
 
 def match(
     records: Mapping[str, TensorRecord], local: Mapping[str, LocalTensor], cast: bool, where: str
 ) -> None:
-    """Checks that every wanted tensor is there, with its shape and dtype.
+    """Check that every wanted tensor is in the checkpoint, with its shape and dtype.
+
+    Args:
+        cast: the dtype may differ.
 
     Raises:
         CheckpointError: naming the missing tensors, or those that differ with both shapes.
     """
-    missing = [name for name in local if name not in records]
+    refuse_missing([name for name in local if name not in records], records, where)
+    differing = []
+    for name, wanted in local.items():
+        record = records[name]
+        same_dtype = cast or record.dtype == wanted.dtype
+        if record.shape != wanted.shape or not same_dtype:
+            expected = describe_type(wanted.dtype, wanted.shape)
+            differing.append(f"{name}: checkpoint has {record.described}, the model wants {expected}")
+    refuse_differing(differing, where)
+
+
+def refuse_missing(missing: Sequence[str], available: Iterable[str], where: str) -> None:
+    """Refuse a checkpoint that lacks wanted tensors.
+
+    Raises:
+        CheckpointError: naming some of the missing tensors and the closest name there is.
+    """
     if missing:
-        near = difflib.get_close_matches(missing[0], records, n=1, cutoff=0.7)
-        hint = f"; the closest name there is {near[0]!r}" if near else ""
+        close = difflib.get_close_matches(missing[0], available, n=1, cutoff=0.7)
+        hint = f"; the closest name there is {close[0]!r}" if close else ""
         raise CheckpointError(
-            f"the checkpoint has no {listed(missing)}{hint}",
+            f"the checkpoint has no {_listed(missing)}{hint}",
             where=where,
             expected="the tensors of this model",
             fix="use the model section of the run that wrote it, or leave that content out",
         )
-    differing = [
-        f"{name}: checkpoint has {record.described}, the model wants {wanted.dtype}[{','.join(map(str, wanted.shape))}]"
-        for name, wanted in local.items()
-        for record in [records[name]]
-        if record.shape != wanted.shape or (record.dtype != wanted.dtype and not cast)
-    ]
-    if differing:
-        raise CheckpointError(
-            several(differing),
-            where=where,
-            expected="the same model shape and dtype as in the run that wrote it",
-            fix="compare the model section with the one stored in the checkpoint: evomesh ckpt ls",
-        )
 
 
-def several(problems: list[str]) -> str:
-    """The first few problems, a line each, and how many there are."""
-    if len(problems) == 1:
-        return problems[0]
-    more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-    return f"{len(problems)} tensors differ:\n  " + "\n  ".join(problems[:SHOWN]) + more
+def refuse_differing(differing: Sequence[str], where: str) -> None:
+    """Refuse tensors of another shape or dtype.
+
+    Args:
+        differing: one line for each such tensor.
+
+    Raises:
+        CheckpointError: with the first few lines, and how many there are.
+    """
+    if not differing:
+        return
+    found = differing[0]
+    if len(differing) > 1:
+        more = f"\n  and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
+        found = f"{len(differing)} tensors differ:\n  " + "\n  ".join(differing[:SHOWN]) + more
+    raise CheckpointError(
+        found,
+        where=where,
+        expected="the same model shape and dtype as in the run that wrote it",
+        fix="compare the model section with the one stored in the checkpoint: evomesh ckpt ls",
+    )
 
 
-def listed(names: list[str]) -> str:
-    """The first few names, and how many there are."""
-    shown = ", ".join(repr(name) for name in names[:4])
-    return f"{shown}{', ...' if len(names) > 4 else ''} ({len(names)} name{'s' if len(names) > 1 else ''})"
+def refuse_unwanted(names: Iterable[str], wanted: Collection[str], where: str) -> None:
+    """Refuse a checkpoint with tensors that this run does not want.
 
+    Args:
+        wanted: names over all ranks, since no pipeline stage wants all.
 
-def refuse_unwanted(records: Mapping[str, TensorRecord], wanted: Iterable[str], where: str) -> None:
-    """``wanted``: names over all ranks, since a pipeline stage never wants all."""
-    extra = sorted(set(records) - set(wanted))
+    Raises:
+        CheckpointError: naming some of them.
+    """
+    extra = sorted(set(names) - set(wanted))
     if extra:
         raise CheckpointError(
-            f"the checkpoint holds {listed(extra)} that this run has no place for",
+            f"unexpected tensors in the checkpoint: {_listed(extra)}",
             where=where,
             expected="a model and optimizer of the same layers",
             fix="load a part only (content), or use the model section of the run that wrote it",
         )
 
 
-def jobs_for(records: Mapping[str, TensorRecord], local: Mapping[str, LocalTensor]) -> list[ReadItem]:
-    """The pieces that hold any wanted element."""
-    jobs = []
+def _listed(names: Sequence[str]) -> str:
+    """Return the first few names, and how many there are."""
+    shown = ", ".join(repr(name) for name in names[:SHOWN_NAMES])
+    more = ", ..." if len(names) > SHOWN_NAMES else ""
+    unit = "name" if len(names) == 1 else "names"
+    return f"{shown}{more} ({len(names)} {unit})"
+
+
+def items_for(records: Mapping[str, TensorRecord], local: Mapping[str, LocalTensor]) -> list[ReadItem]:
+    """Return the pieces that hold any wanted element."""
+    items = []
     for name, wanted in local.items():
         record = records[name]
         for piece in record.pieces:
             targets = tuple(part for part in wanted.parts if piece.box.overlap(part.box) is not None)
             if targets:
-                jobs.append(ReadItem(record, piece, targets))
-    return jobs
+                items.append(ReadItem(record, piece, targets))
+    return items
 
 
-def run(found: Checkpoint, jobs: list[ReadItem]) -> int:
-    """Reads the jobs in file order through one buffer and returns the number of bytes read.
+def read_tensor(checkpoint: Checkpoint, record: TensorRecord, box: Box | None = None) -> Tensor:
+    """Read a whole tensor, or a box of it, into memory; every piece is checked against its hash."""
+    box = Box.whole(record.shape) if box is None else box
+    tensor = torch.empty(box.shape, dtype=fmt.DTYPES[record.dtype])
+    part = LocalPart(tensor, box)
+    pieces = [piece for piece in record.pieces if piece.box.overlap(box) is not None]
+    read_items(checkpoint, [ReadItem(record, piece, (part,)) for piece in pieces])
+    return tensor
+
+
+def read_items(checkpoint: Checkpoint, items: Iterable[ReadItem]) -> int:
+    """Read items in file order through one buffer and return the number of bytes read.
 
     Raises:
-        CheckpointError: a piece is damaged: names the tensor, the file and the bytes.
+        CheckpointError: a piece is damaged; names the tensor, the file and the bytes.
     """
-    total = 0
-    buffer = torch.empty(max((_size(job) for job in jobs), default=0), dtype=torch.uint8)
+    by_file: dict[int, list[ReadItem]] = {}
+    for item in sorted(items, key=lambda item: (item.piece.file, item.piece.start)):
+        by_file.setdefault(item.piece.file, []).append(item)
+    largest = max((item.size for in_file in by_file.values() for item in in_file), default=0)
+    buffer = torch.empty(largest, dtype=torch.uint8)
+    return sum(_read_file(checkpoint, in_file, buffer) for in_file in by_file.values())
+
+
+def _read_file(checkpoint: Checkpoint, items: Sequence[ReadItem], buffer: Tensor) -> int:
+    """Read items of one file."""
     memory = as_bytes(buffer)
-    reader: StorageReader | None = None
-    current = -1
+    reader = _open(checkpoint, items[0])
     try:
-        ordered = sorted(jobs, key=lambda job: (job.piece.file, job.piece.start))
-        for job in ordered:
-            if job.piece.file != current:
-                if reader is not None:
-                    reader.close()
-                current, reader = job.piece.file, None
-                reader = _open(found, job)
-                starts = [
-                    (j.piece.start, j.piece.start + _size(j)) for j in ordered if j.piece.file == current
-                ]
-                reader.expect(starts)
-            size = _size(job)
-            _fill(found, job, reader, memory[:size])
-            _copy(job, buffer[:size])
-            total += size
+        reader.expect([(item.piece.start, item.piece.start + item.size) for item in items])
+        for item in items:
+            _read_piece(checkpoint, item, reader, memory[: item.size])
+            _copy(item, buffer[: item.size])
     finally:
-        if reader is not None:
-            reader.close()
-    return total
+        reader.close()
+    return sum(item.size for item in items)
 
 
-def _open(found: Checkpoint, job: ReadItem) -> StorageReader:
-    path = join(found.folder, found.files[job.piece.file][0])
+def _open(checkpoint: Checkpoint, item: ReadItem) -> StorageReader:
+    name = checkpoint.files[item.piece.file].name
     try:
-        return found.storage.open(path)
+        return checkpoint.storage.open(join(checkpoint.folder, name))
     except OSError as error:
         raise CheckpointError(
-            f"{job.record.name}: {found.files[job.piece.file][0]} cannot be opened: {error.strerror or error}",
-            where=found.folder,
+            f"{item.record.name}: {name} cannot be opened: {error.strerror or error}",
+            where=checkpoint.folder,
         ) from None
 
 
-def _fill(found: Checkpoint, job: ReadItem, reader: StorageReader | None, memory: memoryview) -> None:
-    assert reader is not None
-    name, start = found.files[job.piece.file][0], job.piece.start
-    span = f"bytes {start}..{start + len(memory)}"
-    place = f"{job.record.name}: piece at {list(job.piece.box.offsets)} in {name} ({span})"
+def _read_piece(checkpoint: Checkpoint, item: ReadItem, reader: StorageReader, memory: memoryview) -> None:
+    """Read a piece into ``memory`` and check its hash."""
+    piece = item.piece
+    name = checkpoint.files[piece.file].name
+    span = f"bytes {piece.start}..{piece.start + len(memory)}"
+    described = f"{item.record.name}: piece at {list(piece.box.offsets)} in {name} ({span})"
     try:
-        reader.read_into(start, memory)
+        reader.read_into(piece.start, memory)
     except (OSError, EOFError) as error:
-        raise CheckpointError(f"{place} cannot be read: {error}", where=found.folder) from None
+        raise CheckpointError(f"{described} cannot be read: {error}", where=checkpoint.folder) from None
     digest = fmt.piece_hash(memory)
-    if digest != job.piece.digest:
+    if digest != piece.digest:
         raise CheckpointError(
-            f"{place} does not match its hash: {digest}, recorded {job.piece.digest}", where=found.folder
+            f"{described} does not match its hash: {digest}, recorded {piece.digest}",
+            where=checkpoint.folder,
         )
 
 
-def _copy(job: ReadItem, data: Tensor) -> None:
-    if not job.targets:
+def _copy(item: ReadItem, data: Tensor) -> None:
+    """Copy the elements that the targets want from the bytes of a piece."""
+    if not item.targets:
         return
-    source = data.view(fmt.DTYPES[job.record.dtype]).view(job.piece.box.shape)
-    for part in job.targets:
-        both = job.piece.box.overlap(part.box)
-        assert both is not None
-        with torch.no_grad():
-            part.tensor[both.within(part.box)].copy_(source[both.within(job.piece.box)])
-
-
-def _size(job: ReadItem) -> int:
-    return job.piece.box.numel * job.record.item_size
-
-
-def verify_data(found: Checkpoint, share: int = 0, shares: int = 1) -> int:
-    """Reads every piece of this share of the files and checks its hash; returns the bytes read.
-
-    Raises:
-        CheckpointError: as ``run``.
-    """
-    jobs = [ReadItem(r, p) for r in found.records().values() for p in r.pieces if p.file % shares == share]
-    first: dict[int, int] = {}
-    for job in jobs:
-        first[job.piece.file] = min(first.get(job.piece.file, job.piece.start), job.piece.start)
-    for number, size in first.items():
-        name, _, digest = found.body["files"][number]
-        if fmt.piece_hash(found.storage.read(join(found.folder, name), 0, size)) != digest:
-            raise CheckpointError(
-                f"{name}: its header (bytes 0..{size}) does not match its hash; the tensors behind may still be whole",
-                where=found.folder,
-            )
-    return run(found, jobs)
+    piece = item.piece.box
+    source = data.view(fmt.DTYPES[item.record.dtype]).view(piece.shape)
+    with torch.no_grad():
+        for part in item.targets:
+            both = piece.overlap(part.box)
+            assert both is not None
+            part.tensor[both.within(part.box)].copy_(source[both.within(piece)])

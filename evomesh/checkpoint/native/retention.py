@@ -1,102 +1,124 @@
-"""Which old checkpoints go, and in which order their files do."""
+"""Which old checkpoints are deleted, and in which order their files are."""
 
 from __future__ import annotations
 
 import logging
 
-from evomesh.checkpoint.native import find, read
 from evomesh.checkpoint.native import format as fmt
-from evomesh.checkpoint.native.find import Candidate, Checkpoint
+from evomesh.checkpoint.native.find import Candidate, candidates, open_checkpoint
+from evomesh.checkpoint.native.verify import verify
 from evomesh.errors import UserError
 from evomesh.storage.base import Storage, join
 
 logger = logging.getLogger(__name__)
-ALWAYS_KEPT = 2  # the newest verified ones
-PIN = ".pin"  # {folder}.pin beside a step folder keeps it for ever
+ALWAYS_KEPT = 2  # the newest that verify
+PIN = ".pin"  # the file {folder}.pin next to a step folder exempts it from retention
 
 
 class Retention:
-    """Keeps the newest ``keep_last`` checkpoints, each whose step is a multiple of ``keep_every``, pinned ones, and
-    always the newest two that verify. ``keep_last=None`` keeps all. A damaged checkpoint is never counted as kept and
-    never deleted: it may be the user's last hope.
+    """Decides which checkpoints are kept: the newest ``keep_last``, steps that ``keep_every`` divides, pinned ones.
+
+    The newest two that verify are always kept. A damaged checkpoint is neither counted nor deleted: it may be the only
+    copy left.
+
+    Args:
+        keep_last: None keeps everything.
     """
 
     def __init__(self, keep_last: int | None = None, keep_every: int | None = None) -> None:
-        self.keep_last, self._keep_every = keep_last, keep_every
+        self.keep_last = keep_last
+        self._keep_every = keep_every
         self._verified: dict[str, bool] = {}
 
     def trust(self, folder: str) -> None:
-        """A checkpoint that this process committed: its hashes were taken from memory, its files synced."""
+        """Take a checkpoint that this process committed as verified: its hashes were computed from memory."""
         self._verified[folder] = True
 
     def apply(self, storage: Storage, root: str) -> list[str]:
-        """Deletes what may go and returns the folders. Call only after a commit, on one rank."""
-        choices = find.candidates(storage, root)
-        committed = [c for c in choices if c.committed]
-        dropped = []
-        for choice in self.to_drop(committed) if self.keep_last is not None else []:
-            drop(choice)
-            dropped.append(choice.folder)
-        for choice in choices:
-            if not choice.committed and committed and choice.step < committed[0].step:
-                drop(choice)  # an interrupted save; newer ones may still be somebody's running save
-                dropped.append(choice.folder)
+        """Delete what no rule keeps and return the folders. Call it after a commit only, on one rank."""
+        found = candidates(storage, root)
+        committed = [candidate for candidate in found if candidate.committed]
+        deleted = self.to_delete(committed) if self.keep_last is not None else []
         if committed:
-            self._sweep(committed[0])
-        return dropped
+            # An older interrupted save is garbage; a newer one may be a save that another job is still writing.
+            newest = committed[0].step
+            deleted += [
+                candidate for candidate in found if not candidate.committed and candidate.step < newest
+            ]
+        for candidate in deleted:
+            delete_checkpoint(candidate)
+        if committed:
+            self._delete_foreign_files(committed[0])
+        return [candidate.folder for candidate in deleted]
 
-    def to_drop(self, committed: list[Candidate]) -> list[Candidate]:
-        """Of committed checkpoints, newest first, those that no rule keeps."""
-        good = [c for c in committed if self._opens(c)]
-        kept = {c.folder for c in good[: self.keep_last]}
-        kept |= {c.folder for c in good if self._keep_every and c.step % self._keep_every == 0}
-        kept |= {c.folder for c in good if c.storage.exists(c.folder + PIN)}
-        if len(kept) < len(good):
-            safe = 0
-            for choice in good:  # only now read data: as few as are needed to know two safe ones
-                if safe == ALWAYS_KEPT:
-                    break
-                if self._verifies(choice):
-                    safe += 1
-                    kept.add(choice.folder)
-            if safe < ALWAYS_KEPT:
+    def to_delete(self, committed: list[Candidate]) -> list[Candidate]:
+        """Return those of the committed checkpoints, newest first, that no rule keeps."""
+        intact = [candidate for candidate in committed if self._opens(candidate)]
+        kept = {
+            candidate.folder
+            for position, candidate in enumerate(intact)
+            if self._is_kept(position, candidate)
+        }
+        if len(kept) < len(intact):
+            # Only now is data read, and only until two safe checkpoints are known.
+            safe = self._newest_that_verify(intact)
+            if len(safe) < ALWAYS_KEPT:
                 return []
-        return [c for c in good if c.folder not in kept]
+            kept |= safe
+        return [candidate for candidate in intact if candidate.folder not in kept]
 
-    def _opens(self, choice: Candidate) -> bool:
+    def _is_kept(self, position: int, candidate: Candidate) -> bool:
+        """Return whether a rule keeps a candidate, ``position`` being 0 for the newest."""
+        if self.keep_last is None or position < self.keep_last:
+            return True
+        if self._keep_every is not None and candidate.step % self._keep_every == 0:
+            return True
+        return candidate.storage.exists(candidate.folder + PIN)
+
+    def _newest_that_verify(self, committed: list[Candidate]) -> set[str]:
+        safe: set[str] = set()
+        for candidate in committed:
+            if len(safe) == ALWAYS_KEPT:
+                break
+            if self._verifies(candidate):
+                safe.add(candidate.folder)
+        return safe
+
+    def _opens(self, candidate: Candidate) -> bool:
         try:
-            find.open_checkpoint(choice.storage, choice.folder)
+            open_checkpoint(candidate.storage, candidate.folder)
         except UserError as error:
-            logger.warning("%s is damaged (%s); it is kept for repair", choice.folder, error.found)
+            logger.warning("%s is damaged (%s); it is kept for repair", candidate.folder, error.found)
             return False
         return True
 
-    def _verifies(self, choice: Candidate) -> bool:
-        if choice.folder not in self._verified:
+    def _verifies(self, candidate: Candidate) -> bool:
+        """Return whether every byte verifies; each checkpoint is read once."""
+        if candidate.folder not in self._verified:
             try:
-                check(choice, data=True)
-                self._verified[choice.folder] = True
+                verify(candidate, "data")
+                self._verified[candidate.folder] = True
             except UserError as error:
-                logger.warning("%s is damaged (%s); it is kept for repair", choice.folder, error.found)
-                self._verified[choice.folder] = False
-        return self._verified[choice.folder]
+                logger.warning("%s is damaged (%s); it is kept for repair", candidate.folder, error.found)
+                self._verified[candidate.folder] = False
+        return self._verified[candidate.folder]
 
-    def _sweep(self, choice: Candidate) -> None:
-        """Files that other attempts left in a committed folder."""
+    def _delete_foreign_files(self, candidate: Candidate) -> None:
+        """Delete files that other attempts left in a committed folder."""
         try:
-            body = find.open_checkpoint(choice.storage, choice.folder).body
+            record = open_checkpoint(candidate.storage, candidate.folder).record
         except UserError:
             return
-        named = {fmt.COMMIT, body["index"]["file"], *(name for name, *_ in body["files"])}
-        for name in choice.storage.list(choice.folder):
+        named = {fmt.COMMIT, record.index.file, *(file.name for file in record.files)}
+        for name in candidate.storage.list(candidate.folder):
             if name not in named and not name.endswith("/"):
-                choice.storage.delete(join(choice.folder, name))
+                candidate.storage.delete(join(candidate.folder, name))
 
 
-def drop(choice: Candidate) -> None:
-    """Deletes a checkpoint; killed at any point, what is left is no checkpoint or the whole one."""
-    storage, folder = choice.storage, choice.folder
-    if choice.committed:
+def delete_checkpoint(candidate: Candidate) -> None:
+    """Delete a checkpoint, its commit record first: killed at any point, it leaves no checkpoint or a whole one."""
+    storage, folder = candidate.storage, candidate.folder
+    if candidate.committed:
         storage.delete(join(folder, fmt.COMMIT))
         storage.sync(folder)
     for name in storage.list(folder):
@@ -104,18 +126,5 @@ def drop(choice: Candidate) -> None:
             storage.delete(join(folder, name))
     try:
         storage.delete_folder(folder)
-    except OSError as error:  # somebody put another file there
+    except OSError as error:  # someone else put a file there
         logger.warning("%s: %s", folder, error)
-
-
-def check(choice: Candidate, *, data: bool) -> Checkpoint:
-    """Opens a candidate and verifies it: records and file sizes, and with ``data`` the hash of every piece.
-
-    Raises:
-        CheckpointError: naming the file, and the tensor where the damage lies in one.
-    """
-    found = find.open_checkpoint(choice.storage, choice.folder)
-    found.index()
-    if data:
-        read.verify_data(found)
-    return found

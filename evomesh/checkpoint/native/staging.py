@@ -1,4 +1,4 @@
-"""Kept host buffers: the training step waits for one copy of what its rank owns, and for nothing else."""
+"""Staging buffers: host memory that a background save copies into, so that training waits for one copy only."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from evomesh.checkpoint.native.plan import WriteItem
 
 
 class StagingBuffers:
-    """Copies entries into buffers that are made once and used for every save (pinned when the source is on a GPU)."""
+    """Host buffers that are allocated once and used for every save; pinned if the source is on a GPU."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, Coordinates], torch.Tensor] = {}
 
-    def prepare(self, entries: list[WriteItem]) -> None:
-        """Makes the buffers and touches their pages, so that the first save does not pay for that."""
-        for entry in entries:
-            self._buffer(entry).zero_()
+    def prepare(self, items: list[WriteItem]) -> None:
+        """Allocate the buffers and touch their pages, so that the first save does not have to."""
+        for item in items:
+            self._buffer(item).zero_()
 
-    def copy(self, entries: list[WriteItem]) -> list[WriteItem]:
-        """The same entries over copies that nobody changes until the next call."""
+    def copy(self, items: list[WriteItem]) -> list[WriteItem]:
+        """Return the same items over copies that stay unchanged until the next call."""
         copies = []
-        for entry in entries:
-            buffer = self._buffer(entry)
-            buffer.copy_(entry.part.tensor, non_blocking=True)
-            copies.append(WriteItem(entry.name, entry.dtype, entry.shape, LocalPart(buffer, entry.part.box)))
-        if any(entry.part.tensor.is_cuda for entry in entries):
+        for item in items:
+            buffer = self._buffer(item)
+            buffer.copy_(item.part.tensor, non_blocking=True)
+            copies.append(WriteItem(item.name, item.dtype, item.shape, LocalPart(buffer, item.part.box)))
+        if any(item.part.tensor.is_cuda for item in items):
             torch.cuda.current_stream().synchronize()
         return copies
 
-    def _buffer(self, entry: WriteItem) -> torch.Tensor:
-        key, source = (entry.name, entry.part.box.offsets), entry.part.tensor
+    def _buffer(self, item: WriteItem) -> torch.Tensor:
+        key, source = (item.name, item.part.box.offsets), item.part.tensor
         buffer = self._buffers.get(key)
         if buffer is None or buffer.shape != source.shape or buffer.dtype != source.dtype:
             buffer = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)

@@ -9,9 +9,9 @@ import torch
 
 from evomesh.checkpoint.huggingface import export as hf_export
 from evomesh.checkpoint.huggingface.export import ExportOptions
-from evomesh.checkpoint.native.find import Checkpoint, resolve
-from evomesh.checkpoint.native.manager import CheckpointManager
-from evomesh.checkpoint.native.retention import check
+from evomesh.checkpoint.native.find import Checkpoint
+from evomesh.checkpoint.native.load import resolve
+from evomesh.checkpoint.native.save import CheckpointWriter
 from evomesh.config.record import config_to_dict
 from evomesh.config.schema import Config, DataConfig, GenerationConfig, ModelConfig
 from evomesh.models.language_model import LanguageModel
@@ -59,7 +59,7 @@ def save_model(
 ) -> tuple[LanguageModel, Checkpoint]:
     model = random_model(config)
     whole = Config(model=config, data=DataConfig(tokenizer_path=tokenizer, seq_len=48), generation=generation)
-    CheckpointManager(str(root)).save(7, dict(model.named_parameters()), {"train": {}}, config_to_dict(whole))
+    CheckpointWriter(str(root)).save(7, dict(model.named_parameters()), {"train": {}}, config_to_dict(whole))
     return model, found_in(root)
 
 
@@ -68,4 +68,4 @@ def export(found: Checkpoint, out: Path, options: ExportOptions, report: Callabl
 
 
 def found_in(root: Path) -> Checkpoint:
-    return resolve(str(root), lambda candidate: check(candidate, data=False), lambda line: None)
+    return resolve(str(root))

@@ -36,6 +36,9 @@ class ThreadExchange:
         self._barrier.wait()
         return ThreadExchange(self.rank, self.size, *twin)
 
+    def close(self) -> None:
+        return
+
 
 def grids(**sizes: int) -> list[Grid]:
     """One grid per rank; axes vary fastest in the order of ``AXES``. The activation axes are left as given."""

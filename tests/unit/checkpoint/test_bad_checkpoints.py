@@ -18,10 +18,11 @@ import pytest
 import torch
 
 from evomesh.checkpoint.native import format as fmt
-from evomesh.checkpoint.native.compare import poisoned
-from evomesh.checkpoint.native.find import Candidate
-from evomesh.checkpoint.native.manager import CheckpointManager
-from evomesh.checkpoint.native.retention import check
+from evomesh.checkpoint.native.compare import tensors_not_finite
+from evomesh.checkpoint.native.find import Candidate, SaveFolder
+from evomesh.checkpoint.native.load import CheckpointReader
+from evomesh.checkpoint.native.save import CheckpointWriter
+from evomesh.checkpoint.native.verify import verify
 from evomesh.errors import UserError
 from evomesh.storage.local import LocalStorage
 from tests.support.nobody import as_nobody
@@ -29,7 +30,7 @@ from tests.support.nobody import as_nobody
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    manager = CheckpointManager(str(tmp_path / "ckpts"))
+    manager = CheckpointWriter(str(tmp_path / "ckpts"))
     manager.save(4, {"w": torch.ones(4, 3), "v": torch.ones(2)}, {"step": 4}, {"lr": 1.0})
     return tmp_path / "ckpts"
 
@@ -62,18 +63,18 @@ def reindex(root: Path, old: bytes, new: bytes) -> None:
 
 
 def newest(root: Path) -> str:
-    return complaint(lambda: CheckpointManager(str(root)).newest())
+    return complaint(lambda: CheckpointReader().newest(SaveFolder.open(str(root))))
 
 
 def resolve(path: object) -> str:
-    return complaint(lambda: CheckpointManager(str(path)).resolve(str(path)))
+    return complaint(lambda: CheckpointReader().resolve(str(path)))
 
 
 def test_forms_of_paths(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(root.parent)
     for form in ("ckpts", "./ckpts", "local:ckpts", "local:./ckpts/", "ckpts/4", "local:ckpts/4/", str(root)):
-        assert CheckpointManager("ckpts").resolve(form).step == 4
-    text = complaint(lambda: CheckpointManager("s4:bucket/x"))
+        assert CheckpointReader().resolve(form).step == 4
+    text = complaint(lambda: CheckpointWriter("s4:bucket/x"))
     assert "unknown prefix 's4:'" in text and "local:PATH" in text and "boto3:" in text
 
 
@@ -82,9 +83,9 @@ def test_missing_and_empty_folders_say_what_lies_beside(root: Path, monkeypatch:
     (root.parent / "empty").mkdir()
     (root.parent / "notes").mkdir()
     (root.parent / "ckpts.txt").write_text("")
-    assert "the folder is empty; beside it: ckpts with steps 4\n" in resolve(root.parent / "empty")
-    assert "has no such folder; beside it: ckpts with steps 4\n" in resolve(root.parent / "elsewhere")
-    assert "beside it: notes; ckpts with steps 4\n" in resolve(root.parent / "note")
+    assert "the folder is empty; next to it: ckpts with steps 4\n" in resolve(root.parent / "empty")
+    assert "has no such folder; next to it: ckpts with steps 4\n" in resolve(root.parent / "elsewhere")
+    assert "next to it: notes; ckpts with steps 4\n" in resolve(root.parent / "note")
     assert "has no such folder\n" in resolve(root / "step-00000004" / "49")
     monkeypatch.chdir(root.parent / "notes")
     assert "'nowhere'; the current folder has no such folder\n" in resolve(Path("nowhere"))
@@ -100,7 +101,9 @@ def test_only_interrupted_saves(root: Path) -> None:
     (root / "step-00000004/commit.json").unlink()
     text = resolve(root)
     assert "only interrupted saves" in text and "step-00000004" in text and "from scratch" in text
-    assert CheckpointManager(str(root)).newest() is None  # for auto_resume that is a fresh start, said aloud
+    assert (
+        CheckpointReader().newest(SaveFolder.open(str(root))) is None
+    )  # for auto_resume that is a fresh start, said aloud
 
 
 def test_a_newer_format(root: Path) -> None:
@@ -128,7 +131,7 @@ def test_symlinks_out_of_the_folder_do_no_harm(root: Path) -> None:
     ("old", "new", "words"),
     [
         (b'"shape":[4,3]', b'"shape":[400000000000,3]', "do not cover F32[400000000000,3]"),
-        (b"[0,[0,0],[4,3],", b"[0,[0,-1],[4,3],", "impossible place"),
+        (b"[0,[0,0],[4,3],", b"[0,[0,-1],[4,3],", "impossible coordinates"),
         (b"[0,[0,0],[4,3],", b"[0,[1,0],[4,3],", "reaches outside"),
         (b"[0,[0,0],[4,3],", b"[7,[0,0],[4,3],", "file number 7"),
         (b"[0,[0,0],[4,3],", b"[0,[0,0],[4,3],99", "bytes 99"),
@@ -158,7 +161,7 @@ def test_a_record_that_is_no_record(root: Path) -> None:
 
 
 def test_nan_is_neither_saved_nor_overlooked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    manager = CheckpointManager(str(root))
+    manager = CheckpointWriter(str(root))
     bad = torch.ones(4, 3)
     bad[1, 2] = torch.nan
     text = complaint(lambda: manager.save(5, {"w": bad}, {}, {}, final=True))
@@ -167,15 +170,15 @@ def test_nan_is_neither_saved_nor_overlooked(root: Path, monkeypatch: pytest.Mon
     assert manager.save(6, {"w": huge}, {}, {}, final=True)
     monkeypatch.setattr("evomesh.checkpoint.native.write.not_finite", lambda tensor: 0)
     manager.save(7, {"w": bad}, {}, {})
-    found = check(Candidate(LocalStorage(), str(root / "step-00000007"), 7, True), data=True)
+    found = verify(Candidate(LocalStorage(), str(root / "step-00000007"), 7, True), "data")
     monkeypatch.undo()
-    assert list(poisoned(found)) == ["w: 1 values are NaN or infinite"]
+    assert list(tensors_not_finite(found)) == ["w: 1 values are NaN or infinite"]
 
 
 def test_a_folder_that_cannot_be_written() -> None:
     with tempfile.TemporaryDirectory() as name:  # tmp_path cannot be entered by another user
         Path(name).chmod(0o555)
-        text = as_nobody(lambda: complaint(lambda: CheckpointManager(name).claim()))
+        text = as_nobody(lambda: complaint(lambda: CheckpointWriter(name).claim()))
         Path(name).chmod(0o755)
         assert "EACCES" in text and name in text
         assert os.listdir(name) == []
@@ -183,5 +186,5 @@ def test_a_folder_that_cannot_be_written() -> None:
 
 def test_a_file_where_the_folder_should_be(root: Path) -> None:
     (root.parent / "file").write_text("")
-    text = complaint(lambda: CheckpointManager(str(root.parent / "file")).claim())
+    text = complaint(lambda: CheckpointWriter(str(root.parent / "file")).claim())
     assert "file is a file" in text and "expected: a folder" in text and "ckpt.save_ckpt_folder" in text

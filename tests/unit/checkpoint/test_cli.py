@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from evomesh.checkpoint.native.manager import CheckpointManager
+from evomesh.checkpoint.native.save import CheckpointWriter
 from evomesh.cli.ckpt import app
 from evomesh.errors import UserError
 from tests.unit.storage.test_storage import BUCKET, endpoint, keys  # noqa: F401
@@ -22,8 +22,8 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"s3:http://{request.getfixturevalue('endpoint')}/{BUCKET}/cli/{tmp_path.name}"
 
 
-def save(root: str, *steps: int, value: float = 0.0) -> CheckpointManager:
-    manager = CheckpointManager(root)
+def save(root: str, *steps: int, value: float = 0.0) -> CheckpointWriter:
+    manager = CheckpointWriter(root)
     for step in steps:
         manager.save(step, {"w": torch.full((50, 40), step + value), "b": torch.ones(3)}, {"n": step}, {})
     manager.close()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import itertools
+import logging
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from evomesh.checkpoint.native import manager as manager_module
-from evomesh.checkpoint.native.manager import CheckpointManager
+from evomesh.checkpoint.native.find import SaveFolder
+from evomesh.checkpoint.native.format import CheckpointError
+from evomesh.checkpoint.native.load import CheckpointReader
+from evomesh.checkpoint.native.save import MAX_FAILED_SAVES, CheckpointWriter
 from evomesh.storage.local import LocalStorage, SystemCalls
 from tests.unit.checkpoint.disk import MODELS, Crash, Disk, Quick, digest, images
 
@@ -22,38 +25,37 @@ def tensors(step: int) -> dict[str, torch.Tensor]:
     return {"w": torch.full((40, 3), float(step)), "optim.exp_avg.w": torch.full((40, 3), step + 0.5)}
 
 
-def on(disk: SystemCalls, root: Path, **options: int) -> CheckpointManager:
-    manager = CheckpointManager(str(root), **options)  # type: ignore[arg-type]
-    manager.storage = LocalStorage(disk)
-    manager.snapshot_storage = manager.storage
-    return manager
+def on(disk: SystemCalls, root: Path, **options: int) -> CheckpointWriter:
+    writer = CheckpointWriter(str(root), **options)  # type: ignore[arg-type]
+    writer.storage = LocalStorage(disk)
+    writer.snapshot_storage = writer.storage
+    return writer
 
 
 def newest_step(root: Path) -> int:
     """Loads the newest checkpoint and checks that its tensors are those of its step."""
-    manager = CheckpointManager(str(root))
-    found = manager.newest()
+    found = CheckpointReader().newest(SaveFolder.open(str(root)))
     if found is None:
         return 0
     target = tensors(0)
-    assert manager.load(found, target) == {"step": found.step}
+    assert CheckpointReader().load(found, target) == {"step": found.step}
     for name, expected in tensors(found.step).items():
         assert torch.equal(target[name], expected)
     return found.step
 
 
-def save(manager: CheckpointManager, step: int) -> str | None:
-    return manager.save(step, tensors(step), {"step": step}, {}, snapshot=step % 2 == 0 and step > 2)
+def save(writer: CheckpointWriter, step: int) -> str | None:
+    return writer.save(step, tensors(step), {"step": step}, {}, snapshot=step % 2 == 0 and step > 2)
 
 
 def test_power_loss_after_every_call(tmp_path: Path) -> None:
     root = tmp_path / "live" / "ckpts"
     root.parent.mkdir()
     disk = Disk()
-    manager = on(disk, root, keep_last=2)
+    writer = on(disk, root, keep_last=2)
     returned = []  # (calls done when save came back, step)
     for step in range(1, 7):
-        assert save(manager, step)
+        assert save(writer, step)
         returned.append((len(disk.calls), step))
     cases, seen = 0, {}
     for done, model, image in images(str(root.parent), disk.calls, tmp_path / "images"):
@@ -73,30 +75,30 @@ def test_the_power_loss_test_can_fail(tmp_path: Path, skipped: str) -> None:
     root = tmp_path / "live" / "ckpts"
     root.parent.mkdir()
     disk = Disk()
-    manager = on(disk, root)
+    writer = on(disk, root)
     for step in (1, 2):
-        save(manager, step)
+        save(writer, step)
     kept = [call for call in disk.calls if call[0] != skipped]
     steps = []
     for done, _, image in images(str(root.parent), kept, tmp_path / "images"):
         if done == len(kept):
             try:
                 steps.append(newest_step(image / "ckpts"))
-            except manager_module.CheckpointError:
+            except CheckpointError:
                 steps.append(-1)
     assert min(steps) < 2
 
 
 def calls_of_a_save(root: Path) -> int:
     disk = Disk()
-    manager = on(disk, root)
-    save(manager, 1)
+    writer = on(disk, root)
+    save(writer, 1)
     before = len(disk.calls)
-    save(manager, 2)
+    save(writer, 2)
     return len(disk.calls) - before
 
 
-def test_the_process_dies_in_every_call_and_the_next_one_goes_on(tmp_path: Path) -> None:
+def test_the_process_dies_in_every_call_and_the_next_one_resumes(tmp_path: Path) -> None:
     count = calls_of_a_save(tmp_path / "count")
     for number in range(count):
         root = tmp_path / str(number)
@@ -111,40 +113,44 @@ def test_the_process_dies_in_every_call_and_the_next_one_goes_on(tmp_path: Path)
         assert newest_step(root) == 3
 
 
-def test_every_call_returns_an_error_and_training_goes_on(tmp_path: Path) -> None:
+def test_every_call_returns_an_error_and_training_continues(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     count = calls_of_a_save(tmp_path / "count")
     for (number, code), sticky in itertools.product(itertools.product(range(count), ERRNOS), (False, True)):
         root = tmp_path / f"{number}-{code}-{sticky}"
-        said: list[str] = []
         save(on(Quick(), root), 1)
-        manager = on(Quick(), root)
-        manager.claim()
+        writer = on(Quick(), root)
+        writer.claim()
         disk = Disk(fail_at=number, error=code, sticky=sticky)
-        manager.storage = LocalStorage(disk)
-        manager._report = said.append
-        folder = save(manager, 2)
+        writer.storage = LocalStorage(disk)
+        caplog.clear()
+        folder = save(writer, 2)
         assert disk.failed
         if folder is None:
-            assert errno.errorcode[code] in said[-1] and str(root) in said[-1], said
+            said = caplog.messages[-1]
+            assert errno.errorcode[code] in said and str(root) in said, caplog.messages
         assert newest_step(root) in ((2,) if folder else (1, 2))
-        manager.storage = LocalStorage(Quick())
-        assert save(manager, 3) and newest_step(root) == 3
+        writer.storage = LocalStorage(Quick())
+        assert save(writer, 3) and newest_step(root) == 3
         shutil.rmtree(root)
 
 
 def test_a_full_disk_gets_its_space_back(tmp_path: Path) -> None:
     disk = Disk(fail_at=7, error=errno.ENOSPC)
-    manager = on(disk, tmp_path / "ckpts")
-    assert save(manager, 1) is None
+    writer = on(disk, tmp_path / "ckpts")
+    assert save(writer, 1) is None
     assert not list((tmp_path / "ckpts").glob("step-*"))
 
 
 def test_refusals_in_a_row_end_the_run(tmp_path: Path) -> None:
-    manager = on(Quick(), tmp_path / "ckpts", max_failed_saves=2)
-    save(manager, 1)
-    manager.storage = LocalStorage(Disk(fail_at=0, error=errno.ENOSPC, sticky=True))
-    assert save(manager, 3) is None
-    with pytest.raises(manager_module.CheckpointError, match="ENOSPC"):
-        save(manager, 5)
-    with pytest.raises(manager_module.CheckpointError, match="ENOSPC"):
-        manager.save(7, tensors(7), {}, {}, final=True)
+    writer = on(Quick(), tmp_path / "ckpts")
+    save(writer, 1)
+    writer.storage = LocalStorage(Disk(fail_at=0, error=errno.ENOSPC, sticky=True))
+    for step in range(MAX_FAILED_SAVES - 1):
+        assert save(writer, 3 + 2 * step) is None
+    with pytest.raises(CheckpointError, match="ENOSPC"):
+        save(writer, 9)
+    with pytest.raises(CheckpointError, match="ENOSPC"):
+        writer.save(11, tensors(11), {}, {}, final=True)

@@ -17,7 +17,8 @@ from evomesh.checkpoint.huggingface.export import ExportOptions
 from evomesh.checkpoint.huggingface.folder import open_folder
 from evomesh.checkpoint.huggingface.load import load_hf, load_llama
 from evomesh.checkpoint.huggingface.to_native import from_hf
-from evomesh.checkpoint.native.manager import CheckpointManager
+from evomesh.checkpoint.native.load import CheckpointReader
+from evomesh.checkpoint.native.save import CheckpointWriter
 from evomesh.checkpoint.resume import decide, restore
 from evomesh.config.record import config_from_dict
 from evomesh.config.schema import CheckpointConfig, LoadConfig, ModelConfig
@@ -239,13 +240,12 @@ def test_rounded_exports_hold_the_rounded_weights(dtype: str, norm_head: bool, t
 def test_float16_overflow_is_refused(tmp_path: Path) -> None:
     config = model_config()
     model, _ = save_model(tmp_path / "c", config)
-    from evomesh.checkpoint.native.manager import CheckpointManager
     from evomesh.config.record import config_to_dict
     from evomesh.config.schema import Config
 
     with torch.no_grad():
         dict(model.named_parameters())["layers.1.feed_forward.w2.weight"][0, 0] = 1e6
-    CheckpointManager(str(tmp_path / "big")).save(
+    CheckpointWriter(str(tmp_path / "big")).save(
         1, dict(model.named_parameters()), {}, config_to_dict(Config(model=config))
     )
     with pytest.raises(
@@ -264,13 +264,12 @@ def test_a_hub_id_is_found_in_the_local_cache(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "hub/models--some--model/refs/main").write_text("abc")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.chdir(tmp_path)
-    manager = CheckpointManager(str(tmp_path / "save"))
     info = LoadConfig(path="some/model")
-    start = decide(CheckpointConfig(auto_resume=False, load_ckpt_info=info), manager)
+    start = decide(CheckpointConfig(auto_resume=False, load_ckpt_info=info), CheckpointReader(), None)
     assert start.reason == f"loading model from {snapshot} (hf, load_ckpt_info)"
     fresh = dict(build_model(model_config()).named_parameters())
-    restore(start, manager, fresh, model_config().model_dump())
+    restore(start, CheckpointReader(), fresh, model_config().model_dump())
     assert all(torch.equal(fresh[name], tensor) for name, tensor in model.named_parameters())
     with pytest.raises(UserError, match='content=\\("model",\\)'):
         everything = LoadConfig(path="some/model", content=("all",))
-        decide(CheckpointConfig(auto_resume=False, load_ckpt_info=everything), manager)
+        decide(CheckpointConfig(auto_resume=False, load_ckpt_info=everything), CheckpointReader(), None)

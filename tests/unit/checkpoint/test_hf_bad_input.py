@@ -18,7 +18,7 @@ from evomesh.checkpoint.huggingface.checklist import checklist
 from evomesh.checkpoint.huggingface.export import ExportOptions
 from evomesh.checkpoint.huggingface.load import load_hf
 from evomesh.checkpoint.huggingface.to_native import from_hf
-from evomesh.checkpoint.native.manager import CheckpointManager
+from evomesh.checkpoint.native.save import CheckpointWriter
 from evomesh.config.record import config_to_dict
 from evomesh.config.schema import Config
 from evomesh.errors import UserError
@@ -173,7 +173,7 @@ def test_a_checkpoint_of_another_model(tmp_path: Path) -> None:
     tensors["norm.weight"] = torch.nn.Parameter(torch.ones(31, dtype=torch.float64))
     del tensors["layers.1.feed_forward.w2.weight"]
     config = config_to_dict(Config(model=model_config()))
-    CheckpointManager(str(tmp_path / "d")).save(1, tensors, {}, config)
+    CheckpointWriter(str(tmp_path / "d")).save(1, tensors, {}, config)
     words = r"missing \['layers.1.feed_forward.w2.weight \[32, 64\]'\], unknown \['own.weight'\].*instead of \[32\]"
     with pytest.raises(UserError, match=words):
         export(found_in(tmp_path / "d"), tmp_path / "hf", QUIET, silent)

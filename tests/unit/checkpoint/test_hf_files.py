@@ -22,6 +22,7 @@ from evomesh.checkpoint.huggingface.to_native import from_hf
 from evomesh.checkpoint.loaders import fill
 from evomesh.checkpoint.native.boxes import Box
 from evomesh.checkpoint.native.plan import describe
+from evomesh.checkpoint.native.read import read_tensor
 from evomesh.errors import UserError
 from evomesh.models.registry import build_model
 from evomesh.parallel.grid import Axis, Grid
@@ -154,9 +155,7 @@ def test_folders_in_a_store(store: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert sum("largest logit difference" in line for line in lines) == 2
     records = found_in(tmp_path / "back").records()
     for name, parameter in model.named_parameters():
-        assert torch.equal(
-            hf_verify.read_tensor(found_in(tmp_path / "back"), records[name]), parameter.detach()
-        )
+        assert torch.equal(read_tensor(found_in(tmp_path / "back"), records[name]), parameter.detach())
     with pytest.raises(UserError, match="exists and is not empty"):
         hf_export.export(found, url, QUIET, silent)
 

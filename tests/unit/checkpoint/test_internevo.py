@@ -15,7 +15,8 @@ from evomesh.checkpoint.internevo.export import write_model
 from evomesh.checkpoint.internevo.model import HeadCounts, find_model_files, read_model
 from evomesh.checkpoint.internevo.pickles import read_pickle
 from evomesh.checkpoint.loaders import checkpoint_loaders
-from evomesh.checkpoint.native.manager import CheckpointManager
+from evomesh.checkpoint.native.load import CheckpointReader
+from evomesh.checkpoint.native.save import CheckpointWriter
 from evomesh.config.schema import ModelConfig
 from evomesh.errors import UserError
 
@@ -137,9 +138,11 @@ def test_read_and_write_back(tmp_path: Path, family: str, tp: int, pp: int, swap
     assert equal(read, expected)
     if swap:
         return
-    manager = CheckpointManager(str(tmp_path / "ours"))
+    manager = CheckpointWriter(str(tmp_path / "ours"))
     manager.save(7, read, {}, {})
-    write_model(manager.resolve(str(tmp_path / "ours")), model_of(family), str(tmp_path / "back"), tp, pp)
+    write_model(
+        CheckpointReader().resolve(str(tmp_path / "ours")), model_of(family), str(tmp_path / "back"), tp, pp
+    )
     for file in (tmp_path / "theirs").iterdir():
         assert equal(torch.load(tmp_path / "back" / file.name), torch.load(file)), file.name
     assert (tmp_path / "back" / "7.step").exists()
@@ -238,9 +241,9 @@ def test_weight_parallel_files(tmp_path: Path, family: str) -> None:
             torch.save(part, tmp_path / "isp" / f"model_tp{t}_wp{w}_pp0.pt")
     read = dict(read_model(str(tmp_path / "isp"), heads_of(family)))
     assert equal(read, expected)
-    manager = CheckpointManager(str(tmp_path / "ours"))
+    manager = CheckpointWriter(str(tmp_path / "ours"))
     manager.save(7, read, {}, {})
-    found = manager.resolve(str(tmp_path / "ours"))
+    found = CheckpointReader().resolve(str(tmp_path / "ours"))
     write_model(found, model_of(family), str(tmp_path / "back"), 2, 1, weight=4)
     for file in (tmp_path / "isp").iterdir():
         assert equal(torch.load(tmp_path / "back" / file.name), torch.load(file)), file.name

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from evomesh.checkpoint.loaders import checkpoint_loaders, fill
-from evomesh.checkpoint.native.manager import CheckpointManager
+from evomesh.checkpoint.native.find import SaveFolder
+from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.native.plan import describe
+from evomesh.checkpoint.native.save import CheckpointWriter
 from evomesh.checkpoint.resume import decide, parse_content, restart_line, restore
 from evomesh.config.schema import CheckpointConfig, LoadConfig
 from evomesh.errors import UserError
@@ -24,11 +26,11 @@ def run(value: float, names: tuple[str, ...] = NAMES) -> dict[str, torch.Tensor]
     return {name: torch.full((3,), value) for name in names}
 
 
-def saved(root: Path, *steps: int, names: tuple[str, ...] = NAMES) -> CheckpointManager:
-    manager = CheckpointManager(str(root))
+def saved(root: Path, *steps: int, names: tuple[str, ...] = NAMES) -> CheckpointWriter:
+    writer = CheckpointWriter(str(root))
     for step in steps:
-        manager.save(step, run(step, names), {"step": step}, {})
-    return manager
+        writer.save(step, run(step, names), {"step": step}, {})
+    return writer
 
 
 def config(root: Path, **values: Any) -> CheckpointConfig:
@@ -36,38 +38,42 @@ def config(root: Path, **values: Any) -> CheckpointConfig:
 
 
 def test_auto_resume_is_the_default_and_takes_the_newest_even_if_saving_is_off(tmp_path: Path) -> None:
-    manager = saved(tmp_path, 5, 10)
-    start = decide(config(tmp_path, enable_save_ckpt=False), manager)
-    assert start.resumes and start.found is not None and start.found.step == 10
+    writer = saved(tmp_path, 5, 10)
+    start = decide(config(tmp_path, enable_save_ckpt=False), CheckpointReader(), writer.folder)
+    assert start.resumes and start.checkpoint is not None and start.checkpoint.step == 10
     assert start.reason == f"resuming step 10 from {tmp_path}/step-00000010 (auto_resume)"
     tensors = run(0)
-    assert restore(start, manager, tensors) == {"step": 10}
+    assert restore(start, CheckpointReader(), tensors) == {"step": 10}
     assert all(torch.equal(t, torch.full((3,), 10.0)) for t in tensors.values())
 
 
 def test_auto_resume_ignores_load_info_loudly(tmp_path: Path) -> None:
     info = LoadConfig(path=str(tmp_path / "other"))
     start = decide(
-        config(tmp_path / "empty", load_ckpt_info=info), CheckpointManager(str(tmp_path / "empty"))
+        config(tmp_path / "empty", load_ckpt_info=info),
+        CheckpointReader(),
+        SaveFolder.open(str(tmp_path / "empty")),
     )
-    assert not start.resumes and start.found is None
+    assert not start.resumes and start.checkpoint is None
     assert "starting from scratch" in start.reason and f"({tmp_path}/other) IGNORED" in start.reason
 
 
 def test_without_auto_resume(tmp_path: Path) -> None:
-    manager = saved(tmp_path, 5, 10)
-    assert decide(config(tmp_path, auto_resume=False), manager).found is None
+    writer = saved(tmp_path, 5, 10)
+    assert decide(config(tmp_path, auto_resume=False), CheckpointReader(), writer.folder).checkpoint is None
     info = LoadConfig(path=f"local:{tmp_path}/5", content=("all",), ckpt_type="internlm")
-    start = decide(config(tmp_path, auto_resume=False, load_ckpt_info=info), manager)
-    assert start.found is not None and start.found.step == 5 and start.resumes
+    start = decide(
+        config(tmp_path, auto_resume=False, load_ckpt_info=info), CheckpointReader(), writer.folder
+    )
+    assert start.checkpoint is not None and start.checkpoint.step == 5 and start.resumes
     missing = LoadConfig(path=f"local:{tmp_path}/6")
     with pytest.raises(UserError, match="has steps 10, 5"):
-        decide(config(tmp_path, auto_resume=False, load_ckpt_info=missing), manager)
+        decide(config(tmp_path, auto_resume=False, load_ckpt_info=missing), CheckpointReader(), writer.folder)
     nowhere = LoadConfig(path="some/model")
     with pytest.raises(
         UserError, match="neither an existing folder nor a model in the local Hugging Face cache"
     ):
-        decide(config(tmp_path, auto_resume=False, load_ckpt_info=nowhere), manager)
+        decide(config(tmp_path, auto_resume=False, load_ckpt_info=nowhere), CheckpointReader(), writer.folder)
 
 
 @pytest.mark.parametrize(
@@ -81,11 +87,13 @@ def test_without_auto_resume(tmp_path: Path) -> None:
     ],
 )
 def test_content_mixtures(tmp_path: Path, content: tuple[str, ...], loaded: set[str]) -> None:
-    manager = saved(tmp_path, 5)
+    writer = saved(tmp_path, 5)
     info = LoadConfig(path=str(tmp_path), content=content)
-    start = decide(config(tmp_path, auto_resume=False, load_ckpt_info=info), manager)
+    start = decide(
+        config(tmp_path, auto_resume=False, load_ckpt_info=info), CheckpointReader(), writer.folder
+    )
     tensors = run(0)
-    restore(start, manager, tensors)
+    restore(start, CheckpointReader(), tensors)
     assert {name for name, t in tensors.items() if t[0] == 5} == loaded
 
 
@@ -96,13 +104,15 @@ def test_unknown_content() -> None:
 
 
 def test_weights_only_says_so(tmp_path: Path) -> None:
-    manager = saved(tmp_path, 5, names=("w",))
-    with pytest.raises(UserError, match=r"holds weights only .*cannot resume"):
-        decide(config(tmp_path), manager)
+    writer = saved(tmp_path, 5, names=("w",))
+    with pytest.raises(UserError, match=r"has weights only .*cannot resume"):
+        decide(config(tmp_path), CheckpointReader(), writer.folder)
     info = LoadConfig(path=str(tmp_path), content=("model",))
-    start = decide(config(tmp_path, auto_resume=False, load_ckpt_info=info), manager)
+    start = decide(
+        config(tmp_path, auto_resume=False, load_ckpt_info=info), CheckpointReader(), writer.folder
+    )
     tensors = run(0)
-    restore(start, manager, tensors)
+    restore(start, CheckpointReader(), tensors)
     assert tensors["w"][0] == 5 and tensors["optim.master.w"][0] == 0
 
 
@@ -113,10 +123,12 @@ def test_a_users_own_loader(tmp_path: Path) -> None:
 
     (tmp_path / "w.txt").write_text("1 2 3")
     info = LoadConfig(path=str(tmp_path), content=("model",), ckpt_type="my_format")
-    manager = CheckpointManager(str(tmp_path / "save"))
-    start = decide(config(tmp_path / "save", auto_resume=False, load_ckpt_info=info), manager)
+    writer = CheckpointWriter(str(tmp_path / "save"))
+    start = decide(
+        config(tmp_path / "save", auto_resume=False, load_ckpt_info=info), CheckpointReader(), writer.folder
+    )
     tensors = run(0)
-    restore(start, manager, tensors)
+    restore(start, CheckpointReader(), tensors)
     assert tensors["w"].tolist() == [1, 2, 3]
 
 
@@ -136,7 +148,7 @@ def test_foreign_tensors_that_do_not_fit_are_all_named() -> None:
     assert "2 tensors differ" in text and "a: the checkpoint has [3], the model wants [2]" in text
     assert "b: the checkpoint has [3], the model wants [3, 1]" in text
     assert "has no 'a', 'b' (2 names)" in refused({})
-    assert "holds 'c' (1 name) that this run has no place for" in refused(
+    assert "unexpected tensors in the checkpoint: 'c' (1 name)" in refused(
         {"a": a, "b": b, "c": a, "d": a}, ("d",)
     )
 
@@ -144,37 +156,49 @@ def test_foreign_tensors_that_do_not_fit_are_all_named() -> None:
 def test_unknown_type_names_the_known_ones(tmp_path: Path) -> None:
     info = LoadConfig(path=str(tmp_path), ckpt_type="mystery")
     with pytest.raises(UserError, match="no loader for ckpt_type='mystery'"):
-        decide(config(tmp_path, auto_resume=False, load_ckpt_info=info), CheckpointManager(str(tmp_path)))
+        decide(
+            config(tmp_path, auto_resume=False, load_ckpt_info=info),
+            CheckpointReader(),
+            SaveFolder.open(str(tmp_path)),
+        )
 
 
 def test_a_hugging_face_folder_is_recognised(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     info = LoadConfig(path=str(tmp_path), ckpt_type="internevo")
     with pytest.raises(UserError, match="is a Hugging Face model folder, but ckpt_type='internevo'"):
-        decide(config(tmp_path, auto_resume=False, load_ckpt_info=info), CheckpointManager(str(tmp_path)))
+        decide(
+            config(tmp_path, auto_resume=False, load_ckpt_info=info),
+            CheckpointReader(),
+            SaveFolder.open(str(tmp_path)),
+        )
 
 
 @pytest.mark.parametrize("kind", ["hf", "llama"])
 def test_a_folder_of_ours_given_as_another_kind(tmp_path: Path, kind: str) -> None:
-    manager = saved(tmp_path, 5)
+    writer = saved(tmp_path, 5)
     info = LoadConfig(path=str(tmp_path), ckpt_type=kind)
     with pytest.raises(
         UserError, match=f"is an evomesh checkpoint, but ckpt_type='{kind}'(.|\\n)*'internevo'"
     ):
-        decide(config(tmp_path, auto_resume=False, load_ckpt_info=info), manager)
+        decide(config(tmp_path, auto_resume=False, load_ckpt_info=info), CheckpointReader(), writer.folder)
 
 
 def test_pickled_metadata_is_never_opened(tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
     info = LoadConfig(path=str(tmp_path), ckpt_type="internevo")
     with pytest.raises(UserError, match="never opened"):
-        decide(config(tmp_path, auto_resume=False, load_ckpt_info=info), CheckpointManager(str(tmp_path)))
+        decide(
+            config(tmp_path, auto_resume=False, load_ckpt_info=info),
+            CheckpointReader(),
+            SaveFolder.open(str(tmp_path)),
+        )
 
 
 def test_a_crash_says_what_a_restart_uses(tmp_path: Path) -> None:
-    assert "from scratch" in restart_line(CheckpointManager(str(tmp_path)))
-    manager = saved(tmp_path, 5, 10)
+    assert "from scratch" in restart_line(SaveFolder.open(str(tmp_path)))
+    writer = saved(tmp_path, 5, 10)
     (tmp_path / "step-00000010/commit.json").unlink()
-    assert restart_line(manager) == f"a restart goes on from step 5: {tmp_path}/step-00000005"
+    assert restart_line(writer.folder) == f"a restart resumes from step 5: {tmp_path}/step-00000005"
     (tmp_path / "step-00000005/commit.json").write_text("{}")
-    assert "finds no checkpoint" in restart_line(manager)
+    assert "finds no checkpoint" in restart_line(writer.folder)

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from evomesh.checkpoint.native.find import Candidate
-from evomesh.checkpoint.native.manager import CheckpointManager
-from evomesh.checkpoint.native.retention import check
+from evomesh.checkpoint.native.find import Candidate, SaveFolder
+from evomesh.checkpoint.native.load import CheckpointReader
+from evomesh.checkpoint.native.save import CheckpointWriter
+from evomesh.checkpoint.native.verify import verify
 from evomesh.errors import UserError
 from evomesh.parallel.spec import ShardSpec
 from evomesh.storage.local import LocalStorage
@@ -24,11 +25,11 @@ CASES = 400
 def save(root: Path, *steps: int) -> None:
     def one(exchange: ThreadExchange) -> None:
         grid = grids(tp=2)[exchange.rank]
-        manager = CheckpointManager(str(root), grid=grid, exchange=exchange)
+        writer = CheckpointWriter(str(root), grid=grid, exchange=exchange)
         for step in steps:
             part = torch.full((20, 9), float(step))
             part.spec = ShardSpec((40, 9), (("tp", 0),))
-            manager.save(step, {"layers.0.w": part, "optim.exp_avg.layers.0.w": part}, {"step": step}, {})
+            writer.save(step, {"layers.0.w": part, "optim.exp_avg.layers.0.w": part}, {"step": step}, {})
 
     run_ranks(2, one)
 
@@ -39,10 +40,10 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def verify(folder: Path) -> str:
-    """The complaint."""
+def complaint(folder: Path) -> str:
+    """Verify a damaged checkpoint and return the error."""
     with pytest.raises(UserError) as error:
-        check(Candidate(LocalStorage(), str(folder), 2, True), data=True)
+        verify(Candidate(LocalStorage(), str(folder), 2, True), "data")
     return str(error.value)
 
 
@@ -68,12 +69,12 @@ def test_every_flip_and_cut_is_found_and_named(root: Path) -> None:
             file.write_bytes(data[:at] + bytes([data[at] ^ 1 << draw.randrange(8)]) + data[at + 1 :])
         if file.read_bytes() == data:
             continue  # zeros over zeros
-        text = verify(folder)
+        text = complaint(folder)
         assert file.name in text, (case, text)
         named += bool(re.search(r"layers\.0\.w: piece at \[\d+, 0\] in .* does not match its hash", text))
         file.write_bytes(data)
     assert named > CASES // 6
-    check(Candidate(LocalStorage(), str(folder), 2, True), data=True)
+    verify(Candidate(LocalStorage(), str(folder), 2, True), "data")
 
 
 def test_the_one_before_is_taken(root: Path) -> None:
@@ -81,7 +82,7 @@ def test_the_one_before_is_taken(root: Path) -> None:
         data = file.read_bytes()
         file.write_bytes(data[:-9] + bytes([data[-9] ^ 4]) + data[-8:])
         said: list[str] = []
-        found = CheckpointManager(str(root), report=said.append).newest()
+        found = CheckpointReader(report=said.append).newest(SaveFolder.open(str(root)))
         assert found is not None and found.step == 1 and file.name in said[0]
         file.write_bytes(data)
 
@@ -92,16 +93,16 @@ def test_swapped_renamed_missing_and_extra_files(root: Path) -> None:
     keep = first.read_bytes(), second.read_bytes()
     first.write_bytes(keep[1])
     second.write_bytes(keep[0])  # ranks swapped
-    assert "does not match its hash" in verify(new)
+    assert "does not match its hash" in complaint(new)
     second.write_bytes(keep[1])
     first.write_bytes(next(iter(sorted(old.glob("*r00000*")))).read_bytes())  # from another step
-    assert "does not match its hash" in verify(new)
+    assert "does not match its hash" in complaint(new)
     first.unlink()
     assert re.search(
-        r"r00000.safetensors is missing \(written by rank 0 of layout dp=1 pp=1 tp=2 world=2", verify(new)
+        r"r00000.safetensors is missing \(written by rank 0 of layout dp=1 pp=1 tp=2 world=2", complaint(new)
     )
     first.write_bytes(keep[0])
     (new / "notes.txt").write_text("extra files do no harm")
-    check(Candidate(LocalStorage(), str(new), 2, True), data=True)
+    verify(Candidate(LocalStorage(), str(new), 2, True), "data")
     shutil.copy(old / "commit.json", new / "commit.json")  # a record that names files of another attempt
-    assert "is missing" in verify(new)
+    assert "is missing" in complaint(new)

@@ -1,8 +1,9 @@
-"""Saves behind the training, snapshots, retention, forecast, and the one-writer rule."""
+"""Saves in the background, snapshots, retention, forecast of disk need, and the one-writer rule."""
 
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import threading
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from evomesh.checkpoint.native.disk_space import check_space, readable
-from evomesh.checkpoint.native.manager import CheckpointManager
+from evomesh.checkpoint.native.load import CheckpointReader
+from evomesh.checkpoint.native.save import MAX_FAILED_SAVES, CheckpointWriter
 from evomesh.errors import UserError
 from evomesh.storage.base import StorageWriter
 from evomesh.storage.local import LocalStorage
@@ -38,84 +40,85 @@ def tensors(value: float) -> dict[str, torch.Tensor]:
     return {"w": torch.full((1000,), value)}
 
 
-def loaded(manager: CheckpointManager) -> tuple[int, float]:
-    found = manager.newest()
+def loaded(writer: CheckpointWriter) -> tuple[int, float]:
+    found = CheckpointReader().newest(writer.folder)
     assert found is not None
     target = tensors(-1)
-    manager.load(found, target)
+    CheckpointReader().load(found, target)
     return found.step, float(target["w"][0])
 
 
-def quick(root: Path, **options: object) -> CheckpointManager:
-    manager = CheckpointManager(str(root), **options)  # type: ignore[arg-type]
-    manager.storage = manager.snapshot_storage = LocalStorage(Quick())
-    return manager
+def quick(root: Path, **options: object) -> CheckpointWriter:
+    writer = CheckpointWriter(str(root), **options)  # type: ignore[arg-type]
+    writer.storage = writer.snapshot_storage = LocalStorage(Quick())
+    return writer
 
 
-def test_a_save_behind_the_training_holds_the_moment_it_was_asked_for(tmp_path: Path) -> None:
-    manager = CheckpointManager(str(tmp_path))
-    gate = manager.storage = Gate()
+def test_a_background_save_holds_the_values_at_the_call(tmp_path: Path) -> None:
+    writer = CheckpointWriter(str(tmp_path))
+    gate = writer.storage = Gate()
     live = tensors(1)
-    manager.prepare(live, blocking=False)
-    manager.save(1, live, {}, {}, blocking=False)
+    writer.prepare(live, blocking=False)
+    writer.save(1, live, {}, {}, blocking=False)
     gate.arrived.wait(10)
-    live["w"].fill_(99)  # the training goes on
-    assert manager.newest() is None
+    live["w"].fill_(99)  # training continues
+    assert CheckpointReader().newest(writer.folder) is None
     gate.open_gate.set()
-    assert manager.wait() == f"{tmp_path}/step-00000001"
-    assert loaded(manager) == (1, 1.0)
+    assert writer.wait() == f"{tmp_path}/step-00000001"
+    assert loaded(writer) == (1, 1.0)
 
 
-@pytest.mark.parametrize(("busy", "steps"), [("skip", [1]), ("wait", [1, 2])])
-def test_a_second_save_waits_or_skips(tmp_path: Path, busy: str, steps: list[int]) -> None:
-    manager = CheckpointManager(str(tmp_path), busy=busy)  # type: ignore[arg-type]
-    gate = manager.storage = Gate()
-    manager.save(1, tensors(1), {}, {}, blocking=False)
+def test_a_second_save_waits_for_the_first(tmp_path: Path) -> None:
+    writer = CheckpointWriter(str(tmp_path))
+    gate = writer.storage = Gate()
+    writer.save(1, tensors(1), {}, {}, blocking=False)
     gate.arrived.wait(10)
     timer = threading.Timer(0.2, gate.open_gate.set)
     timer.start()
-    answer = manager.save(2, tensors(2), {}, {}, blocking=False)
-    assert (answer is None) == (busy == "skip")
-    manager.wait()
-    assert sorted(c.step for c in manager.candidates() if c.committed) == steps
+    assert writer.save(2, tensors(2), {}, {}, blocking=False)
+    writer.wait()
+    assert sorted(c.step for c in writer.folder.candidates() if c.committed) == [1, 2]
     timer.join()
 
 
-def test_an_error_behind_the_training_comes_with_the_next_wait(tmp_path: Path) -> None:
-    said: list[str] = []
-    manager = quick(tmp_path, max_failed_saves=2, report=said.append)
-    manager.claim()
+def test_an_error_in_the_background_comes_with_the_next_wait(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    writer = quick(tmp_path)
+    writer.claim()
 
     def full(path: str) -> StorageWriter:
         raise OSError(28, "No space left on device", path)
 
-    manager.storage.create = full  # type: ignore[method-assign]
-    manager.save(1, tensors(1), {}, {}, blocking=False)
-    assert manager.wait() is None and "No space left" in said[-1]
-    manager.save(2, tensors(1), {}, {}, blocking=False)
+    writer.storage.create = full  # type: ignore[method-assign]
+    for step in range(1, MAX_FAILED_SAVES):
+        writer.save(step, tensors(1), {}, {}, blocking=False)
+        assert writer.wait() is None and "No space left" in caplog.messages[-1]
+    writer.save(9, tensors(1), {}, {}, blocking=False)
     with pytest.raises(UserError, match="No space left"):
-        manager.wait()
+        writer.wait()
 
 
 def test_snapshots_keep_two_and_never_lose_the_newest(tmp_path: Path) -> None:
-    manager = quick(tmp_path)
-    manager.save(1, tensors(1), {}, {})
+    writer = quick(tmp_path)
+    writer.save(1, tensors(1), {}, {})
     for step in range(2, 7):
-        manager.save(step, tensors(step), {}, {}, snapshot=True)
-        assert loaded(manager) == (step, step)
-    assert [c.step for c in manager.candidates()] == [6, 5, 1]
-    assert manager.resolve(f"local:{tmp_path}/snapshot/1/").step == 6
-    manager.save(6, tensors(60), {}, {})
-    assert loaded(manager) == (6, 60.0)  # the normal one wins a tie
+        writer.save(step, tensors(step), {}, {}, snapshot=True)
+        assert loaded(writer) == (step, step)
+    assert [c.step for c in writer.folder.candidates()] == [6, 5, 1]
+    assert CheckpointReader().resolve(f"local:{tmp_path}/snapshot/1/").step == 6
+    writer.save(6, tensors(60), {}, {})
+    assert loaded(writer) == (6, 60.0)  # the normal one wins a tie
 
 
 def test_retention(tmp_path: Path) -> None:
-    manager = quick(tmp_path, keep_last=3, keep_every=10)
+    writer = quick(tmp_path, keep_last=3, keep_every=10)
     for step in range(1, 31):
-        manager.save(step, tensors(step), {}, {})
+        writer.save(step, tensors(step), {}, {})
         if step == 5:
             (tmp_path / "step-00000005.pin").touch()
-    assert [c.step for c in manager.candidates()] == [30, 29, 28, 20, 10, 5]
+    assert [c.step for c in writer.folder.candidates()] == [30, 29, 28, 20, 10, 5]
 
 
 def test_retention_never_deletes_the_last_two_that_verify(tmp_path: Path) -> None:
@@ -128,29 +131,29 @@ def test_retention_never_deletes_the_last_two_that_verify(tmp_path: Path) -> Non
         data[-1] ^= 1
         file.write_bytes(data)
     first.close()
-    manager = quick(tmp_path, keep_last=1)
-    manager.save(5, tensors(5), {}, {})
-    assert {2, 5} <= {c.step for c in manager.candidates()}
-    manager.save(6, tensors(6), {}, {})
-    assert {5, 6} <= {c.step for c in manager.candidates()}
+    writer = quick(tmp_path, keep_last=1)
+    writer.save(5, tensors(5), {}, {})
+    assert {2, 5} <= {c.step for c in writer.folder.candidates()}
+    writer.save(6, tensors(6), {}, {})
+    assert {5, 6} <= {c.step for c in writer.folder.candidates()}
 
 
 def test_leftovers_of_interrupted_saves_go_after_the_next_commit(tmp_path: Path) -> None:
-    manager = quick(tmp_path)
+    writer = quick(tmp_path)
     for step in (3, 9):
         (tmp_path / f"step-0000000{step}").mkdir()
         (tmp_path / f"step-0000000{step}" / "0badc0de-r00000.safetensors").write_bytes(b"x")
-    manager.save(5, tensors(5), {}, {})
+    writer.save(5, tensors(5), {}, {})
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000005", "step-00000009"]
-    manager.save(9, tensors(9), {}, {})
+    writer.save(9, tensors(9), {}, {})
     assert len(list((tmp_path / "step-00000009").iterdir())) == 3
 
 
 def test_ten_saves_need_the_space_of_three(tmp_path: Path) -> None:
-    manager = quick(tmp_path, keep_last=2)
+    writer = quick(tmp_path, keep_last=2)
     most = 0
     for step in range(1, 201):
-        manager.save(step, tensors(step), {}, {})
+        writer.save(step, tensors(step), {}, {})
         most = max(most, len(list(tmp_path.glob("step-*"))))
     assert most == 2
 
@@ -176,15 +179,15 @@ def test_forecast() -> None:
 
 
 def hold(root: str) -> None:
-    manager = CheckpointManager(root)
-    manager.claim()
+    writer = CheckpointWriter(root)
+    writer.claim()
     print(f"holding as {os.getpid()}", flush=True)
     threading.Event().wait()
 
 
 def try_to_save(root: str) -> None:
     try:
-        CheckpointManager(root).save(1, tensors(1), {}, {})
+        CheckpointWriter(root).save(1, tensors(1), {}, {})
     except UserError as error:
         print(error, flush=True)
 
@@ -200,7 +203,7 @@ def test_two_writers_one_wins_the_other_says_why(tmp_path: Path) -> None:
         assert interpreter.run(functools.partial(try_to_save, str(tmp_path))).stdout == ""
     finally:
         interpreter.close()
-    assert loaded(CheckpointManager(str(tmp_path))) == (1, 1.0)
+    assert loaded(CheckpointWriter(str(tmp_path))) == (1, 1.0)
 
 
 def test_a_writer_past_the_lock_cannot_replace_a_commit(tmp_path: Path) -> None:
@@ -213,4 +216,4 @@ def test_a_writer_past_the_lock_cannot_replace_a_commit(tmp_path: Path) -> None:
     gate.open_gate.set()
     with pytest.raises(UserError, match="another job committed step 1"):
         two.wait(final=True)
-    assert loaded(CheckpointManager(str(tmp_path))) == (1, 1.0)
+    assert loaded(CheckpointWriter(str(tmp_path))) == (1, 1.0)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import evomesh
-from evomesh.checkpoint.native.manager import CheckpointManager
+from evomesh.checkpoint.native.save import CheckpointWriter
 from evomesh.checkpoint.native.software import software, source_revision
 
 
@@ -52,7 +52,7 @@ def test_without_git_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_commit_record_holds_it(tmp_path: Path) -> None:
-    CheckpointManager(str(tmp_path / "ckpts")).save(1, {"w": torch.ones(3)}, {}, {})
+    CheckpointWriter(str(tmp_path / "ckpts")).save(1, {"w": torch.ones(3)}, {}, {})
     body = json.loads((tmp_path / "ckpts/step-00000001/commit.json").read_text())["body"]
     assert body["software"] == software()
     assert set(software()) == {"evomesh", "revision", "dirty", "torch", "python"}

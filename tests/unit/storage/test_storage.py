@@ -9,7 +9,9 @@ import pytest
 import torch
 from moto.server import ThreadedMotoServer
 
-from evomesh.checkpoint.native.manager import CheckpointManager
+from evomesh.checkpoint.native.find import SaveFolder
+from evomesh.checkpoint.native.load import CheckpointReader
+from evomesh.checkpoint.native.save import CheckpointWriter
 from evomesh.errors import UserError
 from evomesh.storage import s3
 from evomesh.storage.base import Storage, join
@@ -115,31 +117,29 @@ def test_many_parts(place: tuple[Storage, str], monkeypatch: pytest.MonkeyPatch)
 
 def test_checkpoints(endpoint: str, tmp_path: Path) -> None:
     url = f"boto3:s3://{BUCKET}.{endpoint}/internlm/{tmp_path.name}"
-    said: list[str] = []
-    manager = CheckpointManager(url, keep_last=2, report=said.append)
+    manager = CheckpointWriter(url, keep_last=2)
     manager.prepare({"w": torch.ones(300, 5000)}, saves=5)
     for step in (10, 20, 30):
         manager.save(step, {"w": torch.full((300, 5000), float(step))}, {"step": step}, {})
     manager.save(35, {"w": torch.full((300, 5000), 35.0)}, {"step": 35}, {}, snapshot=True)
-    assert [c.step for c in manager.candidates()] == [35, 30, 20]
-    assert manager.resolve(f"{url}/snapshot/1/").step == 35
-    assert manager.resolve(f"{url}/30").step == 30
-    found = manager.newest()
+    assert [c.step for c in manager.folder.candidates()] == [35, 30, 20]
+    assert CheckpointReader().resolve(f"{url}/snapshot/1/").step == 35
+    assert CheckpointReader().resolve(f"{url}/30").step == 30
+    found = CheckpointReader().newest(manager.folder)
     assert found is not None
     target = torch.zeros(300, 5000)
-    assert manager.load(found, {"w": target}) == {"step": 35}
+    assert CheckpointReader().load(found, {"w": target}) == {"step": 35}
     assert bool((target == 35).all())
-    other = CheckpointManager(url, report=said.append)
     manager.storage.delete(f"{manager.root}/snapshot/step-00000035/commit.json")
-    again = other.newest()
+    again = CheckpointReader().newest(SaveFolder.open(url))
     assert again is not None and again.step == 30
 
 
 def test_two_writers_on_a_store_without_locks(endpoint: str, tmp_path: Path) -> None:
     url = f"boto3:s3://{BUCKET}.{endpoint}/two/{tmp_path.name}"
-    one, two = CheckpointManager(url), CheckpointManager(url)
-    order = two._order
-    two._order = lambda *a: (order(*a), one.save(1, {"w": torch.ones(3)}, {}, {}))[0]  # type: ignore[method-assign]
+    one, two = CheckpointWriter(url), CheckpointWriter(url)
+    decide = two._decide_attempt
+    two._decide_attempt = lambda *a: (decide(*a), one.save(1, {"w": torch.ones(3)}, {}, {}))[0]  # type: ignore[method-assign]
     with pytest.raises(UserError, match="another job committed step 1"):
         two.save(1, {"w": torch.zeros(3)}, {}, {}, final=True)
 
@@ -172,10 +172,10 @@ def test_a_missing_bucket_and_missing_credentials(
     endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match=r"NoSuchBucket.*\n.*make the bucket"):
-        CheckpointManager(f"boto3:s3://nowhere.{endpoint}/x").claim()
+        CheckpointWriter(f"boto3:s3://nowhere.{endpoint}/x").claim()
     for name in ("S3_ACCESS_KEY_ID", "S3_SECRET_ACCESS_KEY_ID", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(UserError, match="no credentials"):
-        CheckpointManager(f"boto3:s3://{BUCKET}.{endpoint}/x").claim()
+        CheckpointWriter(f"boto3:s3://{BUCKET}.{endpoint}/x").claim()

@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from evomesh.checkpoint.native.manager import CheckpointManager
+from evomesh.checkpoint.native.find import SaveFolder
+from evomesh.checkpoint.native.load import CheckpointReader
+from evomesh.checkpoint.native.save import CheckpointWriter
 from evomesh.errors import UserError
 
 
@@ -44,14 +46,14 @@ STATE = {
 
 
 def test_round_trip_is_bit_equal(tmp_path: Path) -> None:
-    manager = CheckpointManager(f"local:{tmp_path}/ckpts")
+    writer = CheckpointWriter(f"local:{tmp_path}/ckpts")
     source = tensors()
-    folder = manager.save(3, source, STATE, {"lr": 0.1})
+    folder = writer.save(3, source, STATE, {"lr": 0.1})
     assert folder == f"{tmp_path}/ckpts/step-00000003"
-    found = CheckpointManager(str(tmp_path / "ckpts")).newest()
+    found = CheckpointReader().newest(SaveFolder.open(str(tmp_path / "ckpts")))
     assert found is not None and found.step == 3 and found.config == {"lr": 0.1}
     target = {name: torch.zeros_like(t) for name, t in source.items()}
-    state = manager.load(found, target)
+    state = CheckpointReader().load(found, target)
     assert same(source, target)
     assert state["scaler"]["scale"] == math.inf and math.isnan(state["scaler"]["bad"])
     assert state["rng"] == b"\x00\xff" and state["text"] == "中文" and state["big"] == 2**60
@@ -59,7 +61,7 @@ def test_round_trip_is_bit_equal(tmp_path: Path) -> None:
 
 def test_any_safetensors_reader_opens_the_data_file(tmp_path: Path) -> None:
     source = tensors()
-    folder = CheckpointManager(str(tmp_path)).save(1, source, {}, {})
+    folder = CheckpointWriter(str(tmp_path)).save(1, source, {}, {})
     (file,) = Path(str(folder)).glob("*.safetensors")
     loaded = load_file(file)
     assert same({k: v for k, v in source.items() if v.numel()}, loaded)
@@ -69,15 +71,15 @@ def test_any_safetensors_reader_opens_the_data_file(tmp_path: Path) -> None:
 
 def test_falls_back_and_says_why(tmp_path: Path) -> None:
     said: list[str] = []
-    manager = CheckpointManager(str(tmp_path), report=said.append)
+    writer = CheckpointWriter(str(tmp_path))
     for step in (1, 2, 3):
-        manager.save(step, tensors(step), {"step": step}, {})
+        writer.save(step, tensors(step), {"step": step}, {})
     (tmp_path / "step-00000003" / "commit.json").unlink()
     (data,) = (tmp_path / "step-00000002").glob("*.safetensors")
     raw = bytearray(data.read_bytes())
     raw[-1] ^= 1
     data.write_bytes(raw)
-    found = manager.newest()
+    found = CheckpointReader(report=said.append).newest(writer.folder)
     assert found is not None and found.step == 1
     text = "\n".join(said)
     assert "step-00000003: no commit.json: an interrupted save" in text
@@ -85,61 +87,61 @@ def test_falls_back_and_says_why(tmp_path: Path) -> None:
 
 
 def test_all_damaged_is_an_error_not_a_fresh_start(tmp_path: Path) -> None:
-    manager = CheckpointManager(str(tmp_path))
-    manager.save(1, tensors(), {}, {})
+    writer = CheckpointWriter(str(tmp_path))
+    writer.save(1, tensors(), {}, {})
     (tmp_path / "step-00000001" / "commit.json").write_text("{}")
     with pytest.raises(UserError, match="no checkpoint verifies"):
-        manager.newest()
+        CheckpointReader().newest(writer.folder)
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    assert CheckpointManager(str(tmp_path / "none")).newest() is None
+    assert CheckpointReader().newest(SaveFolder.open(str(tmp_path / "none"))) is None
 
 
 def test_names_and_shapes(tmp_path: Path) -> None:
-    manager = CheckpointManager(str(tmp_path))
-    manager.save(1, {"a.weight": torch.zeros(2, 3), "b": torch.zeros(1)}, {}, {})
-    found = manager.newest()
+    writer = CheckpointWriter(str(tmp_path))
+    writer.save(1, {"a.weight": torch.zeros(2, 3), "b": torch.zeros(1)}, {}, {})
+    found = CheckpointReader().newest(writer.folder)
     assert found is not None
     with pytest.raises(UserError, match=r"a\.weight: checkpoint has F32\[2,3\], the model wants F32\[2,4\]"):
-        manager.load(found, {"a.weight": torch.zeros(2, 4), "b": torch.zeros(1)})
+        CheckpointReader().load(found, {"a.weight": torch.zeros(2, 4), "b": torch.zeros(1)})
     with pytest.raises(UserError) as caught:
-        manager.load(found, {"a.weight": torch.zeros(2, 4), "b": torch.zeros(7)})
+        CheckpointReader().load(found, {"a.weight": torch.zeros(2, 4), "b": torch.zeros(7)})
     assert str(caught.value).splitlines()[:3] == [
         f"{found.folder}: 2 tensors differ:",
         "  a.weight: checkpoint has F32[2,3], the model wants F32[2,4]",
         "  b: checkpoint has F32[1], the model wants F32[7]",
     ]
     with pytest.raises(UserError, match=r"wants BF16\[2,3\]"):
-        manager.load(found, {"a.weight": torch.zeros(2, 3, dtype=torch.bfloat16)}, strict=False)
+        CheckpointReader().load(found, {"a.weight": torch.zeros(2, 3, dtype=torch.bfloat16)}, strict=False)
     with pytest.raises(UserError, match=r"no 'a\.wieght' \(1 name\); the closest name there is 'a\.weight'"):
-        manager.load(found, {"a.wieght": torch.zeros(2, 3), "b": torch.zeros(1)})
-    with pytest.raises(UserError, match=r"holds 'b' \(1 name\) that this run has no place for"):
-        manager.load(found, {"a.weight": torch.zeros(2, 3)})
-    manager.load(found, {"a.weight": torch.zeros(2, 3)}, strict=False)
+        CheckpointReader().load(found, {"a.wieght": torch.zeros(2, 3), "b": torch.zeros(1)})
+    with pytest.raises(UserError, match=r"unexpected tensors in the checkpoint: 'b' \(1 name\)"):
+        CheckpointReader().load(found, {"a.weight": torch.zeros(2, 3)})
+    CheckpointReader().load(found, {"a.weight": torch.zeros(2, 3)}, strict=False)
 
 
 @pytest.mark.parametrize("form", ["", "/", "/2", "/2/", "/step-00000002", "/step-00000002/"])
 def test_path_forms(tmp_path: Path, form: str) -> None:
-    manager = CheckpointManager(str(tmp_path))
+    writer = CheckpointWriter(str(tmp_path))
     for step in (1, 2):
-        manager.save(step, {"a": torch.ones(2) * step}, {}, {})
+        writer.save(step, {"a": torch.ones(2) * step}, {}, {})
     for prefix in ("", "local:"):
-        assert manager.resolve(f"{prefix}{tmp_path}{form}").step == 2
-    assert manager.resolve(f"{tmp_path}/1").step == 1
+        assert CheckpointReader().resolve(f"{prefix}{tmp_path}{form}").step == 2
+    assert CheckpointReader().resolve(f"{tmp_path}/1").step == 1
     with pytest.raises(UserError, match="has steps 2, 1"):
-        manager.resolve(f"{tmp_path}/7")
+        CheckpointReader().resolve(f"{tmp_path}/7")
     with pytest.raises(UserError, match="no checkpoint at"):
-        manager.resolve(f"{tmp_path}/other")
+        CheckpointReader().resolve(f"{tmp_path}/other")
 
 
 def test_a_committed_step_is_not_rewritten(tmp_path: Path) -> None:
-    manager = CheckpointManager(str(tmp_path))
-    first = manager.save(1, {"a": torch.ones(2)}, {}, {})
+    writer = CheckpointWriter(str(tmp_path))
+    first = writer.save(1, {"a": torch.ones(2)}, {}, {})
     before = json.loads((tmp_path / "step-00000001" / "commit.json").read_text())
-    assert manager.save(1, {"a": torch.zeros(2)}, {}, {}) == first
-    again = CheckpointManager(str(tmp_path))  # another run, which did not resume from it
-    manager.close()
+    assert writer.save(1, {"a": torch.zeros(2)}, {}, {}) == first
+    again = CheckpointWriter(str(tmp_path))  # another run, which did not resume from it
+    writer.close()
     second = again.save(1, {"a": torch.zeros(2)}, {}, {})
     assert second != first
     assert json.loads((tmp_path / "step-00000001" / "commit.json").read_text()) == before
@@ -148,18 +150,18 @@ def test_a_committed_step_is_not_rewritten(tmp_path: Path) -> None:
 @pytest.mark.parametrize("url", ["s4:bucket/x", "volc:vc://b.e/k", "local:"])
 def test_prefixes(url: str) -> None:
     with pytest.raises(UserError):
-        CheckpointManager(url)
+        CheckpointWriter(url)
 
 
 def test_large_tensors_are_cut_into_pieces(tmp_path: Path) -> None:
-    manager = CheckpointManager(str(tmp_path))
+    writer = CheckpointWriter(str(tmp_path))
     big = torch.randn(3, 1100, 1000)  # 13.2 MB, rows of 4.4 MB
-    manager.save(1, {"big": big, "t": big.transpose(0, 2)}, {}, {})
-    found = manager.newest()
+    writer.save(1, {"big": big, "t": big.transpose(0, 2)}, {}, {})
+    found = CheckpointReader().newest(writer.folder)
     assert found is not None
     records = found.records()
     assert len(records["big"].pieces) == 6
     assert max(p.box.numel * 4 for r in records.values() for p in r.pieces) <= 4 << 20
     target = {"big": torch.zeros_like(big), "t": torch.zeros(1000, 1100, 3)}
-    manager.load(found, target)
+    CheckpointReader().load(found, target)
     assert torch.equal(target["big"], big) and torch.equal(target["t"], big.transpose(0, 2))

@@ -1,0 +1,409 @@
+"""One attempt at saving, in the order that makes every crash harmless: data, index, then the commit record."""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import logging
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from evomesh.checkpoint.native import format as fmt
+from evomesh.checkpoint.native.agreement import ErrorMessage
+from evomesh.checkpoint.native.disk_space import readable
+from evomesh.checkpoint.native.format import (
+    CheckpointError,
+    CommitRecord,
+    FileRecord,
+    IndexRecord,
+    ParentRecord,
+    PieceRecord,
+    TensorRecord,
+    layout_record,
+)
+from evomesh.checkpoint.native.plan import TensorType, WriteItem, check_cover, describe, in_file_order
+from evomesh.checkpoint.native.software import software
+from evomesh.checkpoint.native.write import PieceSource, WrittenFile, live_pieces, write_data
+from evomesh.config.json_codec import encode_json
+from evomesh.errors import UserError
+from evomesh.parallel.exchange import Exchange, SingleProcessExchange
+from evomesh.parallel.grid import Grid
+from evomesh.storage.base import Storage, join
+from evomesh.storage.urls import open_storage
+
+logger = logging.getLogger(__name__)
+FIXES = {
+    errno.ENOSPC: "free space, or keep fewer checkpoints with ckpt.keep_last",
+    errno.EDQUOT: "free space within the quota, or keep fewer checkpoints with ckpt.keep_last",
+    errno.EACCES: "make the folder writable for this user, or choose another save_ckpt_folder",
+    errno.EROFS: "choose a save_ckpt_folder on a writable file system",
+}
+SHOWN_RANKS = 4  # failed ranks in an error message
+
+
+def new_attempt() -> str:
+    """Return a random name for one try at saving; the names of its files begin with it."""
+    return secrets.token_hex(4)
+
+
+def new_record(
+    step: int,
+    attempt: str,
+    *,
+    config: dict[str, Any],
+    state: dict[str, Any],
+    layout: dict[str, int],
+    parent: ParentRecord | None = None,
+    snapshot: bool = False,
+) -> CommitRecord:
+    """Return a commit record that names no files yet; ``commit`` completes it.
+
+    Args:
+        config: resolved config without secrets.
+        state: JSON values, NaN, infinities and bytes.
+        layout: see ``format.layout_record``.
+    """
+    return CommitRecord(
+        step=step,
+        attempt=attempt,
+        created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        config=encode_json(config),
+        state=encode_json(state),
+        layout=layout,
+        parent=parent,
+        snapshot=snapshot,
+    )
+
+
+def choose_folder(storage: Storage, root: str, step: int, attempt: str) -> str:
+    """Return the folder for a checkpoint of ``step``; a committed folder is never written again."""
+    folder = join(root, fmt.folder_name(step))
+    if storage.exists(join(folder, fmt.COMMIT)):
+        return join(root, fmt.folder_name(step, attempt))
+    return folder
+
+
+def refuse_committed(storage: Storage, root: str, step: int) -> str:
+    """Return the folder for a checkpoint of ``step``.
+
+    Raises:
+        CheckpointError: the step is already committed there.
+    """
+    folder = join(root, fmt.folder_name(step))
+    if storage.exists(join(folder, fmt.COMMIT)):
+        raise CheckpointError(
+            f"step {step} is already committed there", where=folder, fix="choose another folder"
+        )
+    return folder
+
+
+def commit(
+    storage: Storage,
+    folder: str,
+    files: Sequence[Sequence[WriteItem]],
+    tensors: Mapping[str, TensorType],
+    record: CommitRecord,
+    source: PieceSource = live_pieces,
+) -> CommitRecord:
+    """Commit a checkpoint from a single process.
+
+    Args:
+        folder: step folder, see ``choose_folder`` and ``refuse_committed``.
+        files: the items of each data file; an empty file is not written.
+        tensors: the types of all tensors; the items must cover each of them exactly once.
+        record: from ``new_record``.
+        source: where the bytes of the items come from, by default their own tensors.
+
+    Returns:
+        the complete record.
+
+    Raises:
+        CheckpointError: the disk is too small, a write failed, or the items leave a hole; nothing is left then.
+    """
+    _refuse_full_disk(storage, folder, sum(tensor.size for tensor in tensors.values()))
+    numbered = dict(enumerate(files))
+    try:
+        return commit_together(storage, SingleProcessExchange(), folder, numbered, tensors, record, source)
+    except BaseException:  # a failure, or Ctrl-C
+        discard(storage, folder, record.attempt, len(files))
+        raise
+
+
+def commit_tensors(
+    root: str, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], config: dict[str, Any]
+) -> str:
+    """Commit whole tensors of this process to a save folder and return the step folder.
+
+    Raises:
+        CheckpointError: see ``commit``.
+    """
+    storage, path = open_storage(root)
+    attempt = new_attempt()
+    folder = choose_folder(storage, path, step, attempt)
+    local = describe(tensors, Grid())
+    items = [
+        WriteItem(tensor.name, tensor.dtype, tensor.shape, part)
+        for tensor in local.values()
+        for part in tensor.parts
+    ]
+    types = {name: TensorType(tensor.dtype, tensor.shape) for name, tensor in local.items()}
+    record = new_record(step, attempt, config=config, state=state, layout=layout_record(1))
+    commit(storage, folder, [in_file_order(items)], types, record)
+    return folder
+
+
+def _refuse_full_disk(storage: Storage, folder: str, needed: int) -> None:
+    free = storage.free_bytes(parent_folder(folder))
+    if free is not None and free < needed:
+        raise CheckpointError(
+            f"the checkpoint needs {readable(needed)}, but only {readable(free)} are free",
+            where=folder,
+            fix="free space, or choose another folder",
+        )
+
+
+@dataclass(frozen=True)
+class _RankReport:
+    """What a rank tells rank 0 after writing: its files, or why it could not write them."""
+
+    written: list[WrittenFile]
+    error: ErrorMessage | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        error = None if self.error is None else asdict(self.error)
+        return {"written": [file.to_json() for file in self.written], "error": error}
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> _RankReport:
+        error = None if value["error"] is None else ErrorMessage(**value["error"])
+        return _RankReport([WrittenFile.from_json(file) for file in value["written"]], error)
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """What rank 0 tells all ranks at the end of an attempt.
+
+    Attributes:
+        error: None for success.
+        removable: the commit record cannot be visible, so the files of the attempt may be deleted.
+    """
+
+    error: ErrorMessage | None = None
+    removable: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return {"error": None if self.error is None else asdict(self.error), "removable": self.removable}
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> _Verdict:
+        error = None if value["error"] is None else ErrorMessage(**value["error"])
+        return _Verdict(error, value["removable"])
+
+
+def commit_together(
+    storage: Storage,
+    exchange: Exchange,
+    folder: str,
+    files: Mapping[int, Sequence[WriteItem]],
+    tensors: Mapping[str, TensorType],
+    record: CommitRecord,
+    source: PieceSource = live_pieces,
+) -> CommitRecord:
+    """Commit a checkpoint from all ranks of ``exchange``; every rank calls it and gets the same verdict.
+
+    Args:
+        files: the items of this rank's data files by file number; numbers are unique over all ranks.
+        tensors: the types of all tensors; used on rank 0 only.
+        record: the same on every rank, from ``new_record``.
+
+    Returns:
+        the complete record on rank 0, ``record`` elsewhere.
+
+    Raises:
+        CheckpointError: on every rank, naming the ranks that failed; the files of the attempt are deleted again.
+    """
+    # 1. Every rank writes its data files and waits until they are durable.
+    report = _write_files(storage, folder, files, record.attempt, source)
+
+    # 2. Rank 0 collects what was written, writes the index, and publishes the commit record.
+    gathered = exchange.gather(report.to_json())
+    verdict = _Verdict()
+    if gathered is not None:
+        reports = [_RankReport.from_json(value) for value in gathered]
+        verdict, record = _finish(storage, folder, tensors, record, reports)
+
+    # 3. All ranks learn the outcome; after a failure before the commit each deletes its own files.
+    verdict = _Verdict.from_json(exchange.broadcast(verdict.to_json()))
+    if verdict.error is not None:
+        if verdict.removable:
+            names = [fmt.file_name(record.attempt, number) for number in files]
+            if exchange.rank == 0:
+                names.append(fmt.index_name(record.attempt))
+            _delete(storage, folder, names)
+        raise verdict.error.to_error()
+    return record
+
+
+def _write_files(
+    storage: Storage,
+    folder: str,
+    files: Mapping[int, Sequence[WriteItem]],
+    attempt: str,
+    source: PieceSource,
+) -> _RankReport:
+    written = []
+    try:
+        storage.make_folder(folder)
+        for number, items in files.items():
+            if items:
+                written.append(write_data(storage, folder, fmt.file_name(attempt, number), items, source))
+        storage.sync(parent_folder(folder))
+    except (OSError, UserError) as error:
+        return _RankReport([], ErrorMessage.of(as_checkpoint_error(error, folder)))
+    return _RankReport(written)
+
+
+def _finish(
+    storage: Storage,
+    folder: str,
+    tensors: Mapping[str, TensorType],
+    record: CommitRecord,
+    reports: Sequence[_RankReport],
+) -> tuple[_Verdict, CommitRecord]:
+    """Write the index and publish the record, if no rank failed; rank 0 only."""
+    if any(report.error for report in reports):
+        return _Verdict(_merged([report.error for report in reports], folder), removable=True), record
+    written = [file for report in reports for file in report.written]
+    removable = True
+    try:
+        record = write_index(storage, folder, tensors, written, record)
+        removable = False  # from here on the commit may be visible even if the call fails
+        publish(storage, folder, record)
+    except (OSError, UserError) as error:
+        failure = ErrorMessage.of(as_checkpoint_error(error, folder))
+        others = [None] * (len(reports) - 1)
+        return _Verdict(_merged([failure, *others], folder), removable), record
+    return _Verdict(), record
+
+
+def _merged(errors: Sequence[ErrorMessage | None], folder: str) -> ErrorMessage:
+    """Return one error for those of the ranks: the error of a process alone as it is, else the ranks by name."""
+    failed = [(rank, error) for rank, error in enumerate(errors) if error is not None]
+    first = failed[0][1]
+    if len(errors) == 1:
+        return replace(first, where=first.where or folder)
+    found = "; ".join(f"rank {rank}: {error.found}" for rank, error in failed[:SHOWN_RANKS])
+    return ErrorMessage(found, folder, first.expected, first.fix)
+
+
+def write_index(
+    storage: Storage,
+    folder: str,
+    tensors: Mapping[str, TensorType],
+    written: Sequence[WrittenFile],
+    record: CommitRecord,
+) -> CommitRecord:
+    """Write the index of the data files and return the record that names them all.
+
+    Raises:
+        CheckpointError: a tensor is not covered exactly once.
+    """
+    files: list[FileRecord] = []
+    pieces: dict[str, list[PieceRecord]] = {name: [] for name in tensors}
+    for number, file in enumerate(written):
+        files.append(file.file)
+        for name, piece in file.pieces:
+            pieces[name].append(replace(piece, file=number))
+    lines = []
+    tensor_bytes = 0
+    for name in sorted(tensors):
+        dtype, shape = tensors[name]
+        in_order = tuple(sorted(pieces[name], key=lambda piece: piece.box.offsets))
+        check_cover(name, shape, [piece.box for piece in in_order])
+        lines.append(TensorRecord(name, dtype, shape, in_order).to_line())
+        tensor_bytes += tensors[name].size
+    data = b"".join(lines)
+    index = fmt.index_name(record.attempt)
+    writer = storage.create(join(folder, index))
+    try:
+        writer.write(data)
+        writer.finish()
+    finally:
+        writer.abort()
+    storage.sync(folder)
+    return replace(
+        record,
+        software=software(),  # it asks git: here it runs once, and in the background
+        files=tuple(files),
+        index=IndexRecord(index, len(data), fmt.sha256(data)),
+        tensors=len(lines),
+        tensor_bytes=tensor_bytes,
+    )
+
+
+def publish(storage: Storage, folder: str, record: CommitRecord) -> None:
+    """Make the commit record appear; one that another job published there is never replaced.
+
+    Raises:
+        CheckpointError: another job committed here.
+    """
+    path = join(folder, fmt.COMMIT)
+    try:
+        storage.publish(path, record.to_bytes(), record.attempt)
+    except FileExistsError:
+        other = CommitRecord.from_bytes(storage.read(path))
+        if other.attempt == record.attempt:
+            return  # our own write, repeated because its answer was lost
+        raise CheckpointError(
+            f"another job committed step {other.step} (attempt {other.attempt}, {other.created})",
+            where=folder,
+            expected="one job per save folder",
+            fix="stop one of the two jobs, or give each its own save_ckpt_folder",
+        ) from None
+
+
+def discard(storage: Storage, folder: str, attempt: str, files: int = 1) -> None:
+    """Delete everything that an attempt has written, its commit record first."""
+    path = join(folder, fmt.COMMIT)
+    try:
+        if storage.exists(path) and CommitRecord.from_bytes(storage.read(path)).attempt != attempt:
+            return  # another job committed here
+        storage.delete(path)
+    except (OSError, UserError) as error:
+        logger.warning("%s: cleaning up a failed save: %s", folder, error)
+        return
+    names = [fmt.file_name(attempt, number) for number in range(files)]
+    _delete(storage, folder, [fmt.index_name(attempt), *names])
+
+
+def _delete(storage: Storage, folder: str, names: list[str]) -> None:
+    """Delete files, and the folder if it is empty then; what cannot be deleted now is left to the next retention."""
+    try:
+        for name in names:
+            storage.delete(join(folder, name))
+        if not storage.list(folder):
+            storage.delete_folder(folder)
+    except (OSError, UserError) as error:
+        logger.warning("%s: cleaning up a failed save: %s", folder, error)
+
+
+def parent_folder(folder: str) -> str:
+    """Return the folder that a step folder is in."""
+    return folder.rpartition("/")[0] or "/"
+
+
+def as_checkpoint_error(error: Exception, path: str) -> CheckpointError:
+    """Return whatever a store raised as an error of one sentence with a fix."""
+    if isinstance(error, UserError):
+        return CheckpointError(error.found, where=error.where, expected=error.expected, fix=error.fix)
+    if isinstance(error, OSError):
+        code = error.errno or 0
+        name = errno.errorcode.get(code, "unknown")
+        return CheckpointError(
+            f"{error.filename or path}: {error.strerror or error} ({name})", fix=FIXES.get(code, "")
+        )
+    return CheckpointError(f"{path}: {error}")

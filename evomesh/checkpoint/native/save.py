@@ -1,0 +1,372 @@
+"""Save the state of a run, on one process or many."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from evomesh.checkpoint.native import format as fmt
+from evomesh.checkpoint.native.agreement import ErrorMessage, run_on_all_ranks
+from evomesh.checkpoint.native.commit import (
+    as_checkpoint_error,
+    choose_folder,
+    commit_together,
+    new_attempt,
+    new_record,
+    parent_folder,
+)
+from evomesh.checkpoint.native.disk_space import check_space
+from evomesh.checkpoint.native.find import Checkpoint, SaveFolder
+from evomesh.checkpoint.native.format import CheckpointError, CommitRecord, ParentRecord, layout_record
+from evomesh.checkpoint.native.plan import LocalTensor, SavePlan, WriteItem, describe, make_plan, signature
+from evomesh.checkpoint.native.retention import Retention
+from evomesh.checkpoint.native.staging import StagingBuffers
+from evomesh.errors import UserError
+from evomesh.parallel.exchange import Exchange, SingleProcessExchange
+from evomesh.parallel.grid import Grid
+from evomesh.storage.base import Storage, StorageLock, join
+from evomesh.storage.staged import staged
+
+logger = logging.getLogger(__name__)
+MAX_FAILED_SAVES = 3  # in a row that the store may refuse before a save raises
+SNAPSHOTS_KEPT = 2
+
+
+@dataclass(frozen=True)
+class _SaveDecision:
+    """What rank 0 decides before a save.
+
+    Attributes:
+        folder: step folder.
+        replan: the tensors of some rank changed their layout, so the plan must be made again.
+        error: why the store cannot be used, None if it can.
+    """
+
+    attempt: str
+    folder: str
+    replan: bool
+    error: ErrorMessage | None = None
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> _SaveDecision:
+        error = value.pop("error")
+        return _SaveDecision(**value, error=None if error is None else ErrorMessage(**error))
+
+
+class CheckpointWriter:
+    """The one writer of a save folder.
+
+    Every rank of ``exchange`` makes one with the same arguments and calls every method in the same order.
+
+    Args:
+        folder: save folder as the user typed it (``llm_ckpts``, ``local:llm_ckpts``), or an open one.
+        grid: where this rank is; with a tensor's ``ShardSpec`` it determines which box of it is here.
+        exchange: how the ranks agree; by default this process saves alone.
+        keep_last, keep_every: see ``Retention``; None keeps everything.
+        upload_folder: local folder in which files for an object store are written first (``async_upload_tmp_folder``).
+    """
+
+    def __init__(
+        self,
+        folder: str | SaveFolder,
+        *,
+        grid: Grid | None = None,
+        exchange: Exchange | None = None,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        upload_folder: str | None = None,
+    ) -> None:
+        opened = SaveFolder.open(folder) if isinstance(folder, str) else folder
+        self.root, self.snapshot_root = opened.root, opened.snapshot_root
+        self.storage, self.snapshot_storage = opened.storage, opened.snapshot_storage
+        self.grid = grid or Grid()
+        self.exchange = exchange or SingleProcessExchange()
+        if upload_folder is not None:
+            name = f"{fmt.sha256(opened.root.encode())[:8]}-rank{self.exchange.rank}"
+            self.storage = staged(self.storage, upload_folder, name)
+            self.snapshot_storage = staged(self.snapshot_storage, upload_folder, f"{name}-snapshot")
+        self._background_exchange = self.exchange.twin()  # for the thread that writes while training runs
+        self._retention = Retention(keep_last, keep_every)
+        self._snapshot_retention = Retention(keep_last=SNAPSHOTS_KEPT)
+        self._staging = StagingBuffers()
+        self._thread: ThreadPoolExecutor | None = None
+        self._pending: Future[str] | None = None
+        self._failed_saves = 0
+        self._lock: StorageLock | None = None
+        self._plan: tuple[str, SavePlan] | None = None  # signature of the layout that it was made for, plan
+        self._parent: ParentRecord | None = None  # last one loaded or committed
+        self._committed: dict[tuple[int, bool], str] = {}  # (step, snapshot) -> folder, of this process
+
+    @property
+    def folder(self) -> SaveFolder:
+        """The save folder, for a reader."""
+        return SaveFolder(self.storage, self.root, self.snapshot_storage, self.snapshot_root)
+
+    def claim(self) -> None:
+        """Make this job the one writer of the folder, until ``close`` or its end; ``save`` does it if need be.
+
+        Raises:
+            UserError: another running job holds the folder, it cannot be written, or not all ranks see it.
+        """
+        if self._lock is not None:
+            return
+        probe = self.exchange.broadcast(f".probe-{secrets.token_hex(4)}")
+        run_on_all_ranks(self.exchange, lambda: self._lock_folder(probe))
+        run_on_all_ranks(self.exchange, lambda: self._check_shared_folder(probe))
+        if self.exchange.rank == 0:
+            with contextlib.suppress(OSError):  # an empty file that stays does no harm
+                self.storage.delete(join(self.root, probe))
+
+    def _lock_folder(self, probe: str) -> None:
+        """Take the lock and write the probe file; rank 0 only."""
+        if self.exchange.rank:
+            return
+        holder = f"process {os.getpid()} on {socket.gethostname()}"
+        try:
+            self._lock = self.storage.lock(join(self.root, ".writer"), holder)
+            self.storage.create(join(self.root, probe)).finish()
+        except OSError as error:
+            self._release_lock()
+            raise as_checkpoint_error(error, self.root) from None
+
+    def _check_shared_folder(self, probe: str) -> None:
+        """Refuse a folder in which this rank does not see the probe file of rank 0."""
+        if not self.storage.exists(join(self.root, probe)):
+            raise CheckpointError(
+                f"rank {self.exchange.rank} on {socket.gethostname()} does not see what rank 0 writes",
+                where=self.root,
+                expected="one folder shared by all nodes",
+                fix="use a shared file system or an object store as save_ckpt_folder",
+            )
+        self._lock = self._lock or _RemoteLock()
+
+    def prepare(
+        self, tensors: Mapping[str, Tensor], *, saves: int | None = None, blocking: bool = True
+    ) -> None:
+        """Refuse a bad layout, a busy folder and a disk that is too small, before any step is trained.
+
+        Args:
+            tensors: as in ``save``.
+            saves: how many the run will make, for the forecast of disk need.
+            blocking: False: also allocate the staging buffers for saves in the background.
+        """
+        self.claim()
+        local = describe(tensors, self.grid)
+        plan = self._replan(local)
+        if not blocking:
+            self._staging.prepare(plan.items(local))
+        run_on_all_ranks(self.exchange, lambda: self._forecast(plan, saves))
+
+    def _forecast(self, plan: SavePlan, saves: int | None) -> None:
+        if self.exchange.rank == 0:
+            committed = sum(candidate.committed for candidate in self.folder.candidates())
+            keep_last = self._retention.keep_last
+            self._report(check_space(self.storage, self.root, plan.total_bytes, committed, saves, keep_last))
+
+    def _replan(self, local: Mapping[str, LocalTensor]) -> SavePlan:
+        """Make a plan for this layout and remember it for the next saves."""
+        plan = make_plan(local, self.exchange)
+        self._plan = signature(local), plan
+        return plan
+
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        state: dict[str, Any],
+        config: dict[str, Any],
+        *,
+        blocking: bool = True,
+        snapshot: bool = False,
+        final: bool = False,
+    ) -> str | None:
+        """Commit a checkpoint of ``step`` and return its folder.
+
+        Args:
+            tensors: live tensors by global name; those of other ranks complete them.
+            state: JSON values (NaN, infinities and bytes allowed) that do not depend on the layout.
+            config: the resolved config without secrets.
+            blocking: False: return as soon as the tensors may change again; ``wait`` returns the outcome.
+            snapshot: into the snapshot folder.
+            final: raise even the first refusal of the store.
+
+        Returns:
+            None if the store refused (disk full, ...): the reason is logged and training may continue.
+
+        Raises:
+            UserError: a second writer, or too many refusals in a row.
+        """
+        # 1. One save at a time, and one checkpoint of a step.
+        self.claim()
+        self.wait()
+        if (step, snapshot) in self._committed:
+            folder = self._committed[step, snapshot]
+            self._report(f"step {step} is already committed in {folder}, not rewritten")
+            return folder
+
+        # 2. Rank 0 names the attempt and its folder; a changed layout needs another plan of who writes what.
+        local = describe(tensors, self.grid)
+        try:
+            decision = self._decide_attempt(step, snapshot, signature(local))
+        except CheckpointError as error:
+            self._on_failed_save(error, final)
+            return None
+        if decision.replan or self._plan is None:
+            self._replan(local)
+        assert self._plan is not None
+        plan = self._plan[1]
+
+        # 3. What the record says besides the files.
+        record = new_record(
+            step,
+            decision.attempt,
+            config=config,
+            state=state,
+            layout=self._layout(),
+            parent=self._parent,
+            snapshot=snapshot,
+        )
+
+        # 4. Write, index and commit: now, or on the background thread from a copy of what this rank owns.
+        items = plan.items(local)
+        if blocking:
+            self._run_now(plan, items, decision.folder, record)
+            return self.wait(final=final)
+        self._run_in_background(plan, self._staging.copy(items), decision.folder, record)
+        return decision.folder
+
+    def _decide_attempt(self, step: int, snapshot: bool, layout: str) -> _SaveDecision:
+        """Let rank 0 choose the attempt and folder of a save, and whether any rank needs another plan.
+
+        Args:
+            layout: the signature of this rank's tensors.
+        """
+        storage, root = self._target(snapshot)
+        changed = self.exchange.gather(self._plan is None or self._plan[0] != layout)
+        message = None
+        if changed is not None:
+            attempt = new_attempt()
+            folder, failure = "", None
+            try:
+                folder = choose_folder(storage, root, step, attempt)
+            except (OSError, UserError) as error:
+                failure = ErrorMessage.of(as_checkpoint_error(error, root))
+            message = asdict(_SaveDecision(attempt, folder, any(changed), failure))
+        decision = _SaveDecision.from_json(dict(self.exchange.broadcast(message)))
+        if decision.error is not None:
+            raise CheckpointError(decision.error.found, where=root, fix=decision.error.fix)
+        return decision
+
+    def _run_now(self, plan: SavePlan, items: Sequence[WriteItem], folder: str, record: CommitRecord) -> None:
+        done: Future[str] = Future()
+        try:
+            done.set_result(self._commit(plan, items, folder, record))
+        except CheckpointError as error:
+            done.set_exception(error)
+        self._pending = done
+
+    def _run_in_background(
+        self, plan: SavePlan, items: Sequence[WriteItem], folder: str, record: CommitRecord
+    ) -> None:
+        self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending = self._thread.submit(self._commit, plan, items, folder, record)
+
+    def _commit(self, plan: SavePlan, items: Sequence[WriteItem], folder: str, record: CommitRecord) -> str:
+        """Do the part of a save that can run in the background: write, commit, delete old checkpoints."""
+        exchange = self._background_exchange
+        storage, _ = self._target(record.snapshot)
+        commit_together(storage, exchange, folder, {exchange.rank: items}, plan.tensors, record)
+        self._parent = ParentRecord(record.step, record.attempt)
+        self._committed[record.step, record.snapshot] = folder
+        kind = "snapshot" if record.snapshot else "checkpoint"
+        self._report(f"{kind} of step {record.step} committed: {folder}")
+        if exchange.rank == 0:
+            self._delete_old(folder, record.snapshot)
+        return folder
+
+    def _delete_old(self, committed: str, snapshot: bool) -> None:
+        """Apply retention after a commit; a failure to delete does not fail the save."""
+        storage, root = self._target(snapshot)
+        retention = self._snapshot_retention if snapshot else self._retention
+        retention.trust(committed)
+        try:
+            for folder in retention.apply(storage, root):
+                self._report(f"deleted {folder}")
+        except OSError as error:
+            self._report(f"deleting old checkpoints: {error}")
+
+    @property
+    def saving(self) -> bool:
+        """Whether a save is still being written in the background."""
+        return self._pending is not None and not self._pending.done()
+
+    def wait(self, *, final: bool = False) -> str | None:
+        """Wait for the pending save and return its folder; None if there is none or the store refused it.
+
+        Raises:
+            UserError: as ``save``.
+        """
+        if self._pending is None:
+            return None
+        pending, self._pending = self._pending, None
+        try:
+            folder = pending.result()
+        except CheckpointError as error:
+            self._on_failed_save(error, final)
+            return None
+        self._failed_saves = 0
+        return folder
+
+    def _on_failed_save(self, error: CheckpointError, final: bool) -> None:
+        """Log the failure, or raise it if the save was final or too many failed in a row."""
+        self._failed_saves += 1
+        if final or self._failed_saves >= MAX_FAILED_SAVES:
+            raise error
+        self._report(f"checkpoint not saved ({error.found}); continuing to train")
+
+    def continue_from(self, checkpoint: Checkpoint) -> None:
+        """Record what the run was resumed from: the parent of its next checkpoint, and not to be saved again."""
+        self._parent = ParentRecord(checkpoint.step, checkpoint.attempt)
+        for snapshot in (False, True):
+            if parent_folder(checkpoint.folder) == self._target(snapshot)[1]:
+                self._committed[checkpoint.step, snapshot] = checkpoint.folder
+
+    def close(self) -> None:
+        """Wait for the pending save, release the folder and the background exchange."""
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
+        self._release_lock()
+        self._background_exchange.close()
+
+    def _release_lock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _target(self, snapshot: bool) -> tuple[Storage, str]:
+        """Return the storage and root that a save goes to."""
+        return (self.snapshot_storage, self.snapshot_root) if snapshot else (self.storage, self.root)
+
+    def _layout(self) -> dict[str, int]:
+        sizes = {axis: getattr(self.grid, axis).size for axis in fmt.LAYOUT_AXES}
+        return layout_record(self.exchange.size, **sizes)
+
+    def _report(self, line: str) -> None:
+        logger.log(logging.INFO if self.exchange.rank == 0 else logging.DEBUG, "%s", line)
+
+
+class _RemoteLock:
+    """The lock that rank 0 holds, as the other ranks see it."""
+
+    def release(self) -> None:
+        return
