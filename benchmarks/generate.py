@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from evomesh.checkpoint.huggingface.names import NAMINGS, links, to_theirs
+from evomesh.checkpoint.huggingface.names import NAME_MAPS, native_to_foreign, tensor_links
 from evomesh.config.schema import ModelConfig
 from evomesh.generate.decode import generate
 from evomesh.generate.options import SamplingParams
@@ -78,10 +78,12 @@ def theirs(config: ModelConfig, prompts: list[list[int]], new: int) -> Turn:
             attn_implementation="sdpa",
         )
     ).eval()
-    weights, naming = dict(native(config).named_parameters()), NAMINGS["llama"]
+    weights, naming = dict(native(config).named_parameters()), NAME_MAPS["llama"]
     state = {}
-    for link in links(config, naming):
-        state |= zip(link.theirs, to_theirs(link, weights[link.ours].detach(), config, naming), strict=True)
+    for link in tensor_links(config, naming):
+        state |= zip(
+            link.foreign, native_to_foreign(link, weights[link.native].detach(), config, naming), strict=True
+        )
     model.load_state_dict(state)
     ids = torch.tensor(prompts)
     options = {"do_sample": False, "max_new_tokens": new, "eos_token_id": None, "pad_token_id": 0}

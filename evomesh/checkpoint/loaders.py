@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from evomesh.checkpoint.hub_cache import local_folder
-from evomesh.checkpoint.huggingface.load import load_hf, load_llama
+from evomesh.checkpoint.huggingface.load import load_huggingface, load_llama
 from evomesh.checkpoint.internevo.model import HeadCounts, read_model, read_model_section
 from evomesh.checkpoint.internevo.optimizer import read_counters, read_optimizer
 from evomesh.checkpoint.native.boxes import Box, Coordinates
@@ -103,7 +103,7 @@ def _head_counts(folder: str, config: dict[str, Any]) -> HeadCounts:
 
 
 checkpoint_loaders = LoaderRegistry(
-    {"internevo": load_internevo, "hf": load_hf, "hf_llama": load_hf, "llama": load_llama}
+    {"internevo": load_internevo, "hf": load_huggingface, "hf_llama": load_huggingface, "llama": load_llama}
 )
 
 

@@ -58,7 +58,7 @@ def evaluate(
         raise UserError("lm-evaluation-harness is not installed", fix="pip install 'evomesh[eval]'")
     if output is not None and not Path(output).expanduser().absolute().parent.is_dir():
         raise UserError(f"the folder of {output} does not exist", where="--output")
-    from evomesh.checkpoint.huggingface.config import rotary_of
+    from evomesh.checkpoint.huggingface.config import rotary_scaling
     from evomesh.config.loader import load_config
     from evomesh.evaluate.native import HarnessModel
     from evomesh.evaluate.run import find_tasks, format_table, run_tasks, write_results
@@ -76,7 +76,8 @@ def evaluate(
         loaded.model,
         loaded.tokenizer,
         eos_ids=loaded.eos_ids,
-        context_length=max_length or rotary_of(loaded.config).max_position,
+        context_length=max_length
+        or rotary_scaling(loaded.config.model, loaded.config.data.seq_len).max_position,
         batch_tokens=batch_tokens,
     )
     results = run_tasks(

@@ -320,7 +320,10 @@ class GenerationConfig(Section):
 
 
 class Config(Section):
-    """A whole run, resolved. Only ``train``, ``plan``, ``serve`` and ``cli`` see this object."""
+    """A whole run, resolved.
+
+    ``train``, ``plan``, ``serve`` and ``cli`` read it; ``checkpoint`` records it, and builds one for a foreign model.
+    """
 
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()

@@ -12,8 +12,8 @@ from evomesh.checkpoint.hub_cache import local_folder
 from evomesh.checkpoint.huggingface.compare_logits import has_transformers, loaded_logits
 from evomesh.checkpoint.huggingface.config import CLASSES, read_config
 from evomesh.checkpoint.huggingface.folder import HfFolder
-from evomesh.checkpoint.huggingface.load import checked
-from evomesh.checkpoint.huggingface.names import NAMINGS
+from evomesh.checkpoint.huggingface.load import match_tensors
+from evomesh.checkpoint.huggingface.names import NAME_MAPS
 from evomesh.checkpoint.huggingface.tokenizer import compare_tokenizers
 from evomesh.data.chat import JinjaTemplate
 from evomesh.data.tokenizer import check_tokenizer_fits, load_tokenizer
@@ -81,7 +81,7 @@ def _config(folder: HfFolder) -> str:
 def _weights(folder: HfFolder) -> str:
     record = folder.json("config.json")
     tied = bool(record.get("tie_word_embeddings"))
-    checked(folder, NAMINGS[record["model_type"]], read_config(record, "config.json"), tied)
+    match_tensors(folder, NAME_MAPS[record["model_type"]], read_config(record, "config.json"), tied)
     index = "model.safetensors.index.json"
     if index in folder.storage.list(folder.path):
         said = folder.json(index).get("metadata", {}).get("total_size")

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evomesh.checkpoint.huggingface.config import RotaryScaling, SpecialTokenIds, write_config
+from evomesh.checkpoint.huggingface.config import RotaryScaling, SpecialTokenIds, build_config
 from evomesh.checkpoint.huggingface.folder import HfFolder
-from evomesh.checkpoint.huggingface.names import INTERNLM2, LLAMA, links, to_theirs
+from evomesh.checkpoint.huggingface.names import INTERNLM2, LLAMA, native_to_foreign, tensor_links
 from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.config.schema import ModelConfig
 from evomesh.layers.sequence_bounds import single_sequence
@@ -111,11 +111,11 @@ def folder_logits(folder: HfFolder, model: ModelConfig, rotary: RotaryScaling, d
     if record["model_type"] != "llama":
         kind, record = (
             record["model_type"],
-            write_config(model, "llama", rotary, SpecialTokenIds(None, ()), dtype),
+            build_config(model, "llama", rotary, SpecialTokenIds(None, ()), dtype),
         )
         if kind == "internlm2":
             return llama_logits(record, _llama_names(folder, model), dtype)
-    embedding, head = LLAMA.modules["embedding"][0] + ".weight", LLAMA.modules["head"][0] + ".weight"
+    embedding, head = LLAMA.weight("embedding"), LLAMA.weight("head")
     tied = head not in folder.shapes
     return llama_logits(record, lambda name: folder.read(embedding if tied and name == head else name), dtype)
 
@@ -123,12 +123,14 @@ def folder_logits(folder: HfFolder, model: ModelConfig, rotary: RotaryScaling, d
 def _llama_names(folder: HfFolder, model: ModelConfig) -> TensorReader:
     """InternLM2's tensors under Llama's names, its fused projection taken apart."""
     halves = model.model_copy(update={"qk_interleaved": False})  # as both architectures have it
-    pairs = zip(links(halves, LLAMA), links(halves, INTERNLM2), strict=True)
-    places = {name: (link, fused.theirs[0], n) for link, fused in pairs for n, name in enumerate(link.theirs)}
+    pairs = zip(tensor_links(halves, LLAMA), tensor_links(halves, INTERNLM2), strict=True)
+    places = {
+        name: (link, fused.foreign[0], n) for link, fused in pairs for n, name in enumerate(link.foreign)
+    }
 
     def weights(name: str) -> Tensor:
         link, source, number = places[name]
-        return to_theirs(link, folder.read(source), halves, LLAMA)[number]
+        return native_to_foreign(link, folder.read(source), halves, LLAMA)[number]
 
     return weights
 
@@ -153,7 +155,9 @@ def loaded_logits(folder: Path, vocab_size: int, dtype: str) -> Tensor:
     return logits
 
 
-def largest_difference(ours: Tensor, theirs: Tensor, config: ModelConfig, dtype: str, where: str) -> float:
+def largest_logit_difference(
+    ours: Tensor, theirs: Tensor, config: ModelConfig, dtype: str, where: str
+) -> float:
     """
     Raises:
         CheckpointError: not finite, or more apart than rounding explains.

@@ -1,7 +1,7 @@
-"""``config.json`` and ``generation_config.json`` from the config of a training, and back.
+"""Convert between ``config.json`` with ``generation_config.json`` and our config sections.
 
 Newer readers look at ``dtype`` and ``rope_parameters``, older ones at ``torch_dtype``, ``rope_theta`` and
-``rope_scaling``: both spellings are written, either is read. ``rotary.type`` is InternLM's word for the same.
+``rope_scaling``: both spellings are written, and either is read. ``rotary.type`` is InternLM's word for the same.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
 from evomesh.checkpoint.native.format import CheckpointError
-from evomesh.config.schema import Config, DType, ModelConfig, RotaryType
+from evomesh.config.schema import DType, ModelConfig, RotaryType
 
 Architecture = Literal["llama", "internlm2"]
 CLASSES = {"llama": "LlamaForCausalLM", "internlm2": "InternLM2ForCausalLM"}
@@ -21,7 +21,7 @@ FAMILIES = {"llama": "LLAMA2", "internlm": "INTERNLM", "internlm2": "INTERNLM2_P
 
 @dataclass(frozen=True)
 class SpecialTokenIds:
-    """Ids of special tokens; ``eos`` may have several, the first is the one config.json names."""
+    """Ids of special tokens; ``eos`` may have several, of which config.json gets the first."""
 
     bos: int | None
     eos: tuple[int, ...]
@@ -30,65 +30,67 @@ class SpecialTokenIds:
 
 @dataclass(frozen=True)
 class RotaryScaling:
-    """How positions beyond ``max_position`` are treated: "dynamic" stretches the base, "origin" does not."""
+    """The treatment of positions from ``max_position`` on: "dynamic" stretches the rotary base, "origin" does not."""
 
     type: RotaryType
     factor: float
     max_position: int
 
 
-def rotary_of(
-    config: Config,
+def rotary_scaling(
+    model: ModelConfig,
+    seq_len: int,
+    *,
     type: RotaryType | None = None,
     factor: float | None = None,
     max_position: int | None = None,
 ) -> RotaryScaling:
-    """As trained, unless told otherwise. Without dynamic NTK, the limit is at least the length of the training data."""
-    model = config.model
+    """Return the scaling the model was trained with, unless an argument overrides it.
+
+    Args:
+        seq_len: length of the training data, the least ``max_position`` without dynamic NTK.
+    """
     chosen = type or model.rotary_type
     trained = model.max_position_embeddings
     if chosen == "origin":
-        trained = max(trained, config.data.seq_len)
+        trained = max(trained, seq_len)
     return RotaryScaling(chosen, factor or model.rope_scaling_factor, max_position or trained)
 
 
 def refuse_unexportable(model: ModelConfig, arch: Architecture) -> None:
-    """
+    """Check that the architecture can represent the model.
+
     Raises:
-        CheckpointError: a model that the architecture has no form for.
+        CheckpointError: it cannot.
     """
-    reasons = [
-        (
-            model.model_type not in FAMILIES.values(),
-            f"model_type {model.model_type!r} is a model of your own",
-        ),
-        (model.norm_type != "rmsnorm", f"norm_type {model.norm_type!r}"),
-        (not model.use_swiglu, "use_swiglu=False"),
-        (
-            model.apply_post_layer_norm and model.model_type == "INTERNLM2_PUBLIC",
-            "apply_post_layer_norm=True",
-        ),
-    ]
-    for wrong, words in reasons:
-        if wrong:
-            raise CheckpointError(
-                f"{words} has no form in the {arch} architecture",
-                where="the checkpoint's model section",
-                expected=f"{', '.join(FAMILIES.values())} with rmsnorm, use_swiglu and norms before the blocks",
-            )
+    setting = None
+    if model.model_type not in FAMILIES.values():
+        setting = f"the custom model_type {model.model_type!r}"
+    elif model.norm_type != "rmsnorm":
+        setting = f"norm_type {model.norm_type!r}"
+    elif not model.use_swiglu:
+        setting = "use_swiglu=False"
+    elif model.apply_post_layer_norm and model.model_type == "INTERNLM2_PUBLIC":
+        setting = "apply_post_layer_norm=True"
+    if setting:
+        raise CheckpointError(
+            f"{setting} cannot be represented in the {arch} architecture",
+            where="the checkpoint's model section",
+            expected=f"{', '.join(FAMILIES.values())} with rmsnorm, use_swiglu and norms before the blocks",
+        )
 
 
-def write_config(
+def build_config(
     model: ModelConfig, arch: Architecture, rotary: RotaryScaling, ids: SpecialTokenIds, dtype: str
 ) -> dict[str, Any]:
-    """The content of config.json."""
-    dynamic = rotary.type == "dynamic"
-    scaling = {"rope_type": "dynamic", "type": "dynamic", "factor": float(rotary.factor)} if dynamic else None
-    bias = (
-        {"attention_bias": not model.no_bias, "mlp_bias": False}
-        if arch == "llama"
-        else {"bias": not model.no_bias}
-    )
+    """Return the content of config.json."""
+    scaling = None
+    if rotary.type == "dynamic":
+        scaling = {"rope_type": "dynamic", "type": "dynamic", "factor": float(rotary.factor)}
+    if arch == "llama":
+        biases = {"attention_bias": not model.no_bias, "mlp_bias": False}
+    else:
+        biases = {"bias": not model.no_bias}
     return {
         "architectures": [CLASSES[arch]],
         "model_type": arch,
@@ -107,7 +109,7 @@ def write_config(
         "rope_scaling": scaling,
         "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": model.rope_base},
         "rotary": {"type": rotary.type, "base": model.rope_base, "scaling_factor": rotary.factor},
-        **bias,
+        **biases,
         "tie_word_embeddings": False,
         "use_cache": True,
         "bos_token_id": ids.bos,
@@ -118,47 +120,52 @@ def write_config(
     }
 
 
-def write_generation_config(ids: SpecialTokenIds) -> dict[str, Any]:
-    eos: int | list[int] | None = list(ids.eos) if len(ids.eos) > 1 else (ids.eos[0] if ids.eos else None)
+def build_generation_config(ids: SpecialTokenIds) -> dict[str, Any]:
+    """Return the content of generation_config.json: one eos id is a number, several are a list."""
+    eos: int | list[int] | None = list(ids.eos) or None
+    if len(ids.eos) == 1:
+        eos = ids.eos[0]
     return {"bos_token_id": ids.bos, "eos_token_id": eos, "pad_token_id": ids.pad}
 
 
 def read_config(record: dict[str, Any], where: str, dtype: str | None = None) -> ModelConfig:
-    """The model section that computes what ``config.json`` describes; rotary pairs are halves, as in such folders.
+    """Return the model section that computes what ``config.json`` describes; rotary pairs are in halves there.
 
+    Args:
+        record: the content of config.json.
+        dtype: of the parameters; None: the folder's.
     Raises:
-        CheckpointError: an architecture or a setting that has no form here, or a key that is absent.
+        CheckpointError: an architecture or a setting that cannot be represented here, or a key that is absent.
     """
     kind = record.get("model_type")
     if kind not in FAMILIES:
         raise CheckpointError(
-            f"unknown architecture: model_type {kind!r} ({_listed(record.get('architectures'))})",
+            f"unknown architecture: model_type {kind!r} ({_joined(record.get('architectures'))})",
             where=where,
             expected=f"one of {', '.join(FAMILIES)}",
         )
     reader = _ConfigReader(record, where)
-    hidden, heads = reader.whole("hidden_size"), reader.whole("num_attention_heads")
-    width = reader.whole("intermediate_size")
-    reader.refuse(hidden, heads)
-    scaling = reader.scaling()
+    hidden = reader.positive_integer("hidden_size")
+    heads = reader.positive_integer("num_attention_heads")
+    width = reader.positive_integer("intermediate_size")
+    reader.refuse_unsupported(hidden, heads)
+    scaling = reader.dynamic_factor()
     bias = bool(record.get("attention_bias" if kind == "llama" else "bias", kind == "internlm"))
-    family = FAMILIES[kind] if bias or kind != "internlm" else "LLAMA2"  # ours always has biases in INTERNLM
-    found = dtype or record.get("dtype") or record.get("torch_dtype") or "float32"
-    if found not in get_args(DType):
-        raise CheckpointError(f"dtype {found!r}", where=where, expected=", ".join(get_args(DType)))
-    multiple = math.gcd(width, 256)
+    family = FAMILIES[kind]
+    if family == "INTERNLM" and not bias:  # our INTERNLM always has biases
+        family = "LLAMA2"
     kv_heads = record.get("num_key_value_heads") or heads
+    mlp_ratio, multiple_of = _mlp_ratio(width, hidden)
     return ModelConfig(
         model_type=family,
-        num_layers=reader.whole("num_hidden_layers"),
+        num_layers=reader.positive_integer("num_hidden_layers"),
         hidden_size=hidden,
-        vocab_size=reader.whole("vocab_size"),
+        vocab_size=reader.positive_integer("vocab_size"),
         num_attention_heads=heads,
         num_kv_attention_heads=None if family == "INTERNLM" else kv_heads,
-        # Half a unit up where nothing rounds up: int(hidden * ratio) must not fall below the width.
-        mlp_ratio=width / hidden if multiple > 1 else (width + 0.5) / hidden,
-        multiple_of=multiple,
-        dtype=cast(DType, found),
+        mlp_ratio=mlp_ratio,
+        multiple_of=multiple_of,
+        dtype=reader.dtype(dtype),
         layer_norm_epsilon=float(record.get("rms_norm_eps", 1e-6)),
         no_bias=not bias,
         qk_interleaved=False,
@@ -169,51 +176,74 @@ def read_config(record: dict[str, Any], where: str, dtype: str | None = None) ->
     )
 
 
+def _mlp_ratio(width: int, hidden: int) -> tuple[float, int]:
+    """Return ``mlp_ratio`` and ``multiple_of`` that give an mlp of exactly this width."""
+    multiple = math.gcd(width, 256)
+    if multiple > 1:
+        return width / hidden, multiple
+    # Nothing rounds up then, and int(hidden * ratio) must not fall below the width: half a unit more.
+    return (width + 0.5) / hidden, multiple
+
+
 @dataclass(frozen=True)
 class _ConfigReader:
+    """Reads and checks settings of a config.json."""
+
     record: dict[str, Any]
     where: str
 
-    def whole(self, key: str) -> int:
+    def positive_integer(self, key: str) -> int:
         value = self.record.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise CheckpointError(
-                f"{key} is {value!r}", where=self.where, expected="a whole number from 1 on"
-            )
+            raise CheckpointError(f"{key} is {value!r}", where=self.where, expected="a positive integer")
         return value
 
-    def refuse(self, hidden: int, heads: int) -> None:
+    def dtype(self, override: str | None) -> DType:
         record = self.record
-        wrong = [
-            (
-                record.get("hidden_act", "silu") not in ("silu", "swish"),
-                f"hidden_act {record.get('hidden_act')!r}",
-            ),
-            (bool(record.get("mlp_bias")), "mlp_bias"),
-            (hidden % heads != 0, f"{heads} heads in a width of {hidden}"),
-            (record.get("head_dim") not in (None, hidden // heads), f"head_dim {record.get('head_dim')}"),
-            (
-                record.get("model_type") == "internlm"
-                and record.get("num_key_value_heads") not in (None, heads),
-                "GQA",
-            ),
-        ]
-        for found, words in wrong:
-            if found:
-                raise CheckpointError(f"{words} is not supported", where=self.where)
+        found = override or record.get("dtype") or record.get("torch_dtype") or "float32"
+        if found not in get_args(DType):
+            raise CheckpointError(f"dtype {found!r}", where=self.where, expected=", ".join(get_args(DType)))
+        return cast(DType, found)
+
+    def refuse_unsupported(self, hidden: int, heads: int) -> None:
+        """Check the settings that have no counterpart here.
+
+        Raises:
+            CheckpointError: one of them is in use.
+        """
+        activation = self.record.get("hidden_act", "silu")
+        head_dim = self.record.get("head_dim")
+        kv_heads = self.record.get("num_key_value_heads")
+        setting = None
+        if activation not in ("silu", "swish"):
+            setting = f"hidden_act {activation!r}"
+        elif self.record.get("mlp_bias"):
+            setting = "mlp_bias"
+        elif hidden % heads != 0:
+            setting = f"hidden_size {hidden} with {heads} heads"
+        elif head_dim not in (None, hidden // heads):
+            setting = f"head_dim {head_dim}"
+        elif self.record.get("model_type") == "internlm" and kv_heads not in (None, heads):
+            setting = "GQA"
+        if setting:
+            raise CheckpointError(f"{setting} is not supported", where=self.where)
 
     def _rope(self) -> dict[str, Any]:
-        both = {**(self.record.get("rope_scaling") or {}), **(self.record.get("rope_parameters") or {})}
-        rotary = self.record.get("rotary") or {}
-        known = self.record.keys() & {"rope_scaling", "rope_parameters"}
-        if rotary.get("type") and (not known or rotary["type"] == "origin"):
-            # The documents' switch: editing rotary.type alone must turn dynamic scaling off.
-            factor = rotary.get("scaling_factor", both.get("factor", 1.0))
-            both = {**both, "rope_type": rotary["type"], "factor": factor}
-        return both
+        """Return the rotary settings: the newer spelling before the older one, InternLM's last.
 
-    def scaling(self) -> float | None:
-        """The factor of dynamic NTK, None without it."""
+        But InternLM's ``rotary.type`` "origin" comes first: editing this one word must turn dynamic scaling off, as
+        InternEvo's guide describes.
+        """
+        rope = {**(self.record.get("rope_scaling") or {}), **(self.record.get("rope_parameters") or {})}
+        rotary = self.record.get("rotary") or {}
+        has_other_spelling = self.record.keys() & {"rope_scaling", "rope_parameters"}
+        if rotary.get("type") and (not has_other_spelling or rotary["type"] == "origin"):
+            factor = rotary.get("scaling_factor", rope.get("factor", 1.0))
+            rope |= {"rope_type": rotary["type"], "factor": factor}
+        return rope
+
+    def dynamic_factor(self) -> float | None:
+        """Return the factor of dynamic NTK scaling, None without scaling."""
         rope = self._rope()
         kind = rope.get("rope_type") or rope.get("type") or "default"
         if kind in ("default", "origin"):
@@ -226,14 +256,11 @@ class _ConfigReader:
 
     def rope_base(self) -> float:
         rotary = self.record.get("rotary") or {}
-        return float(
-            self._rope().get("rope_theta") or self.record.get("rope_theta") or rotary.get("base") or 10000.0
-        )
+        base = self._rope().get("rope_theta") or self.record.get("rope_theta") or rotary.get("base")
+        return float(base or 10000.0)
 
 
-def _listed(value: object) -> str:
-    return (
-        ", ".join(map(str, value))
-        if isinstance(value, Sequence) and not isinstance(value, str)
-        else str(value)
-    )
+def _joined(value: object) -> str:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(map(str, value))
+    return str(value)

@@ -20,20 +20,20 @@ import evomesh
 from evomesh.checkpoint.huggingface.compare_logits import (
     folder_logits,
     has_transformers,
-    largest_difference,
+    largest_logit_difference,
     native_logits,
 )
 from evomesh.checkpoint.huggingface.config import (
     Architecture,
     RotaryScaling,
+    build_config,
+    build_generation_config,
     refuse_unexportable,
-    rotary_of,
-    write_config,
-    write_generation_config,
+    rotary_scaling,
 )
 from evomesh.checkpoint.huggingface.folder import HfFolder
-from evomesh.checkpoint.huggingface.load import tensors
-from evomesh.checkpoint.huggingface.names import NAMINGS, TensorLink, links, our_shapes, to_theirs
+from evomesh.checkpoint.huggingface.load import foreign_tensors
+from evomesh.checkpoint.huggingface.names import NAME_MAPS, TensorLink, native_to_foreign, tensor_links
 from evomesh.checkpoint.huggingface.output_folder import new_folder
 from evomesh.checkpoint.huggingface.tokenizer import (
     compare_tokenizers,
@@ -89,7 +89,13 @@ def export(found: Checkpoint, out: str, options: ExportOptions, report: Callable
     dtype = options.dtype or {"tf32": "float32"}.get(config.model.dtype, config.model.dtype)
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype {dtype!r}", where="--dtype", expected=f"one of {', '.join(DTYPES)}")
-    rotary = rotary_of(config, options.rotary_type, options.scaling_factor, options.max_position)
+    rotary = rotary_scaling(
+        config.model,
+        config.data.seq_len,
+        type=options.rotary_type,
+        factor=options.scaling_factor,
+        max_position=options.max_position,
+    )
     tokenizer = _tokenizer(config, options.tokenizer, report)
     if tokenizer is not None:
         check_tokenizer_fits(tokenizer, config.model.vocab_size)
@@ -98,9 +104,9 @@ def export(found: Checkpoint, out: str, options: ExportOptions, report: Callable
     with new_folder(out, job.total_bytes) as work:
         job.write_weights(work, options.max_shard_bytes)
         ids = special_ids(tokenizer, config.generation, config.model.vocab_size)
-        record = write_config(config.model, options.arch, rotary, ids, dtype)
+        record = build_config(config.model, options.arch, rotary, ids, dtype)
         write_json(work / "config.json", record | {"evomesh_version": evomesh.__version__})
-        write_json(work / "generation_config.json", write_generation_config(ids))
+        write_json(work / "generation_config.json", build_generation_config(ids))
         if tokenizer is not None:
             write_tokenizer(tokenizer, work, template, rotary.max_position)
         if options.compare:
@@ -136,20 +142,19 @@ class _WeightExport:
     def __init__(self, found: Checkpoint, model: ModelConfig, arch: Architecture, dtype: str) -> None:
         self.found, self.model, self.arch = found, model, arch
         self.dtype_name, self.dtype = dtype, getattr(torch, dtype)
-        self.naming = NAMINGS[arch]
-        self.links = links(model, self.naming)
+        self.naming = NAME_MAPS[arch]
+        self.links = tensor_links(model, self.naming)
         self.records = found.records()
         self._check()
 
     def _check(self) -> None:
-        wanted = {link.ours: sum(math.prod(shape) for shape in link.shapes) for link in self.links}
-        shapes = our_shapes(self.model)
-        missing = [f"{name} {list(shapes[name])}" for name in wanted if name not in self.records]
+        wanted = {link.native: link.native_shape for link in self.links}
+        missing = [f"{name} {list(shape)}" for name, shape in wanted.items() if name not in self.records]
         extra = sorted(name for name in self.records if name not in wanted and not name.startswith("optim."))
         wrong = [
-            f"{self.records[name].described} instead of {list(shapes[name])}"
-            for name, count in wanted.items()
-            if name in self.records and math.prod(self.records[name].shape) != count
+            f"{self.records[name].described} instead of {list(shape)}"
+            for name, shape in wanted.items()
+            if name in self.records and math.prod(self.records[name].shape) != math.prod(shape)
         ]
         if missing or extra or wrong:
             raise CheckpointError(
@@ -186,7 +191,7 @@ class _WeightExport:
             self._write_shard(folder / name, shard)
         if count > 1:
             weight_map = {
-                t: name for name, shard in zip(names, shards, strict=True) for ln in shard for t in ln.theirs
+                t: name for name, shard in zip(names, shards, strict=True) for ln in shard for t in ln.foreign
             }
             index = {
                 "metadata": {"total_size": self.total_bytes},
@@ -199,30 +204,30 @@ class _WeightExport:
         entries = [
             (name, word, shape, math.prod(shape) * self.dtype.itemsize)
             for link in shard
-            for name, shape in zip(link.theirs, link.shapes, strict=True)
+            for name, shape in zip(link.foreign, link.shapes, strict=True)
         ]
         with open(path, "xb") as file:
             file.write(fmt.safetensors_header(entries))
             for link in shard:
-                for tensor in self._converted(link, self.records[link.ours]):
+                for tensor in self._converted(link, self.records[link.native]):
                     file.write(as_bytes(tensor.contiguous()))
             file.flush()
             os.fsync(file.fileno())
 
     def _converted(self, link: TensorLink, record: TensorRecord) -> list[Tensor]:
         value = read_tensor(self.found, record)
-        if link.ours == "head.weight" and self.model.norm_head:
+        if link.native == "head.weight" and self.model.norm_head:
             # What the model multiplies with, rounded as it is there: readers of the folder know no norm_head.
             value = F.normalize(value.to(promote(value.dtype)), dim=1).to(value.dtype)
         narrow = value.to(self.dtype)
         if not bool(torch.isfinite(narrow).all()):
             bad = int((~torch.isfinite(narrow)).sum())
             raise CheckpointError(
-                f"{link.ours}: {bad} of {narrow.numel()} values are not finite as {self.dtype_name}",
+                f"{link.native}: {bad} of {narrow.numel()} values are not finite as {self.dtype_name}",
                 where=self.found.folder,
                 fix="export another --dtype, such as bfloat16" if bool(torch.isfinite(value).all()) else "",
             )
-        return to_theirs(link, narrow, self.model, self.naming)
+        return native_to_foreign(link, narrow, self.model, self.naming)
 
 
 def _compare(job: _WeightExport, folder: Path, tokenizer: Tokenizer | None, rotary: RotaryScaling) -> str:
@@ -244,8 +249,8 @@ def _compare(job: _WeightExport, folder: Path, tokenizer: Tokenizer | None, rota
             compare_tokenizers(tokenizer, folder)
     else:
         by = "the exported folder read back (transformers is not installed)"
-        stored = dict(tensors(written, job.naming, back))
+        stored = dict(foreign_tensors(written, job.naming, back))
         theirs = native_logits(back, lambda name: stored[name].read(), dtype)
-    difference = largest_difference(ours, theirs, model, dtype, str(folder))
+    difference = largest_logit_difference(ours, theirs, model, dtype, str(folder))
     largest = f"(largest logit {ours.abs().max():.3g})"
     return f"largest logit difference between the native model and {by}: {difference:.3g} {largest}"

@@ -1,4 +1,4 @@
-"""One weight file of another system: safetensors in any storage, or torch's pickles without running any."""
+"""Read one weight file: safetensors in any storage, or PyTorch pickles without running code that they name."""
 
 from __future__ import annotations
 
@@ -20,116 +20,140 @@ from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.checkpoint.native.write import as_bytes
 from evomesh.storage.base import Storage
 
-LARGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
+LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError, RecursionError)
 
 
 class WeightFile(Protocol):
-    """Attributes:
-    shapes: every tensor, read from the header alone.
+    """A file of named tensors.
+
+    Attributes:
+        shapes: those of all tensors, read from the header alone.
     """
 
     shapes: dict[str, Coordinates]
 
     def read(self, name: str, box: Box) -> Tensor:
-        """A part of one tensor, in the dtype it is stored in."""
+        """Read a box of one tensor in its stored dtype."""
         ...
 
 
 class SafetensorsFile:
-    """Reads exactly the bytes of the boxes asked for.
+    """A safetensors file, of which exactly the bytes of the requested boxes are read.
 
     Raises:
-        CheckpointError: not a whole safetensors file.
+        CheckpointError: not a complete safetensors file.
     """
 
     def __init__(self, storage: Storage, path: str) -> None:
-        self._storage, self._path = storage, path
+        self._storage = storage
+        self._path = path
+        self.shapes: dict[str, Coordinates] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._starts: dict[str, int] = {}  # of each tensor's bytes in the file
         try:
-            size = storage.size(path)
-            length = int.from_bytes(storage.read(path, 0, 8), "little")
-            if length > min(size - 8, LARGEST_HEADER):
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header: dict[str, Any] = json.loads(storage.read(path, 8, length))
-            header.pop("__metadata__", None)
-            self.shapes = {name: tuple(map(int, entry["shape"])) for name, entry in header.items()}
-            self._dtypes = {name: fmt.DTYPES[entry["dtype"]] for name, entry in header.items()}
-            self._starts = {
-                name: 8 + length + int(entry["data_offsets"][0]) for name, entry in header.items()
-            }
-            for name, entry in header.items():
-                first, last = entry["data_offsets"]
-                if last - first != self._bytes(name) or first < 0 or 8 + length + last > size:
-                    raise ValueError(f"{name}: bytes {first} to {last} of {size - length - 8}")
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            IndexError,
-            EOFError,
-            RecursionError,
-        ) as error:
-            raise CheckpointError(f"not a whole safetensors file ({error})", where=path) from None
+            self._read_header()
+        except MALFORMED as error:
+            raise CheckpointError(f"not a complete safetensors file ({error})", where=path) from None
 
-    def _bytes(self, name: str) -> int:
-        return math.prod(self.shapes[name]) * self._dtypes[name].itemsize
+    def _read_header(self) -> None:
+        """Read the header: its length (8 bytes), then JSON; offsets in it count from the end of the header."""
+        file_size = self._storage.size(self._path)
+        length = int.from_bytes(self._storage.read(self._path, 0, 8), "little")
+        if length > min(file_size - 8, LARGEST_HEADER):
+            raise ValueError(f"a header of {length} bytes in a file of {file_size}")
+        header: dict[str, Any] = json.loads(self._storage.read(self._path, 8, length))
+        header.pop("__metadata__", None)
+        data_start = 8 + length
+        data_size = file_size - data_start
+        for name, entry in header.items():
+            shape = tuple(map(int, entry["shape"]))
+            dtype = fmt.DTYPES[entry["dtype"]]
+            first, last = entry["data_offsets"]
+            expected = math.prod(shape) * dtype.itemsize
+            if first < 0 or last > data_size or last - first != expected:
+                raise ValueError(f"{name}: bytes {first} to {last} of {data_size}")
+            self.shapes[name] = shape
+            self._dtypes[name] = dtype
+            self._starts[name] = data_start + int(first)
 
     def read(self, name: str, box: Box) -> Tensor:
+        """Read a box of one tensor in its stored dtype.
+
+        Raises:
+            CheckpointError: the file has been truncated.
+        """
         tensor = torch.empty(box.shape, dtype=self._dtypes[name])
         if not box.numel:
             return tensor
-        ranges = list(_ranges(self.shapes[name], box, tensor.itemsize, self._starts[name]))
-        target, filled = as_bytes(tensor), 0
+        ranges = list(_byte_ranges(self.shapes[name], box, tensor.itemsize, self._starts[name]))
+        target = as_bytes(tensor)
+        filled = 0
         reader = self._storage.open(self._path)
         try:
             reader.expect(ranges)
             for start, stop in ranges:
-                reader.read_into(start, target[filled : filled + stop - start])
-                filled += stop - start
+                size = stop - start
+                reader.read_into(start, target[filled : filled + size])
+                filled += size
         except EOFError as error:
-            raise CheckpointError(f"{name} ends early ({error})", where=self._path) from None
+            raise CheckpointError(f"{name} is truncated ({error})", where=self._path) from None
         finally:
             reader.close()
         return tensor
 
 
-def _ranges(shape: Coordinates, box: Box, item_size: int, base: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of the box's bytes in the file, in the order of its elements."""
-    inner = len(shape)  # dims from here on are taken whole
-    while inner and box.shape[inner - 1] == shape[inner - 1]:
-        inner -= 1
-    cut = max(inner - 1, 0)
+def _byte_ranges(shape: Coordinates, box: Box, item_size: int, base: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of the box's bytes in the file, in the order of its elements.
+
+    Trailing dims that the box takes in full are contiguous, together with the box's extent of the dim before them. So
+    one range is needed for each index into the dims before that.
+
+    Args:
+        shape: of the whole tensor.
+        base: where the tensor's bytes start in the file.
+    """
+    first_full = len(shape)
+    while first_full and box.shape[first_full - 1] == shape[first_full - 1]:
+        first_full -= 1
+    contiguous = max(first_full - 1, 0)  # dims from here on form one range
+    length = math.prod(box.shape[contiguous:]) * item_size
     strides = [math.prod(shape[dim + 1 :]) * item_size for dim in range(len(shape))]
-    length = math.prod(box.shape[cut:]) * item_size
-    for index in product(*(range(o, o + n) for o, n in zip(box.offsets[:cut], box.shape[:cut], strict=True))):
-        place = (*index, *box.offsets[cut:])
-        start = base + sum(i * stride for i, stride in zip(place, strides, strict=True))
+    outer = [
+        range(offset, offset + size)
+        for offset, size in zip(box.offsets[:contiguous], box.shape[:contiguous], strict=True)
+    ]
+    for index in product(*outer):
+        position = (*index, *box.offsets[contiguous:])
+        offset = sum(index * stride for index, stride in zip(position, strides, strict=True))
+        start = base + offset
         yield start, start + length
 
 
 class PickleFile:
-    """``pytorch_model.bin`` and its like: a local one stays on disk until its tensors are used."""
+    """A file like ``pytorch_model.bin``; a local one is mapped, so tensors stay on disk until they are used."""
 
     def __init__(self, storage: Storage, path: str) -> None:
-        self._state = load_pickle(io.BytesIO(storage.read(path)) if storage.remote else path, path)
+        source = io.BytesIO(storage.read(path)) if storage.remote else path
+        self._state = load_pickle(source, path)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._state.items()}
 
     def read(self, name: str, box: Box) -> Tensor:
+        """Read a box of one tensor in its stored dtype."""
         return self._state[name][box.within(Box.whole(self.shapes[name]))]
 
 
 def load_pickle(source: str | os.PathLike[str] | io.BytesIO, where: str) -> dict[str, Tensor]:
-    """A state dict; only tensors are unpickled, never code.
+    """Load a state dict; only tensors are unpickled, never code.
 
     Raises:
         CheckpointError: damaged, or it holds more than tensors.
     """
+    in_memory = isinstance(source, io.BytesIO)
     try:
         try:
-            state = torch.load(
-                source, map_location="cpu", weights_only=True, mmap=not isinstance(source, io.BytesIO)
-            )
-        except RuntimeError:  # written before torch 1.6: not a zip file
+            state = torch.load(source, map_location="cpu", weights_only=True, mmap=not in_memory)
+        except RuntimeError:  # written before torch 1.6: not a zip file, which cannot be mapped
             if isinstance(source, io.BytesIO):
                 source.seek(0)
             state = torch.load(source, map_location="cpu", weights_only=True)

@@ -1,9 +1,8 @@
-"""Folders of other systems: where they lie, and which file holds which tensor."""
+"""Read model folders of other systems: find out which file holds which tensor."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,34 +18,32 @@ from evomesh.storage.base import Storage, join
 from evomesh.storage.local import LocalStorage
 from evomesh.storage.urls import open_storage, split_url
 
-BUFFERS = ("rotary_emb.inv_freq", "rope.freqs")  # recomputed from the config wherever they turn up
-ROW_CUT = (
-    ".wo.weight",
-    ".w2.weight",
-)  # of Meta's files; all other matrices but the embedding are cut by rows
+# Not parameters: ignored wherever they occur, since the config determines them.
+BUFFERS = ("rotary_emb.inv_freq", "rope.freqs")
+# Meta's files shard these matrices along dim 1, all others but the embedding along dim 0.
+META_ROW_PARALLEL = (".wo.weight", ".w2.weight")
 
 
 class WeightFolder(Protocol):
-    """Attributes:
-    path: the folder.
-    shapes: every tensor, read from the headers alone.
-    """
+    """A folder of named tensors."""
 
     path: str
 
     @property
-    def shapes(self) -> dict[str, Coordinates]: ...
+    def shapes(self) -> dict[str, Coordinates]:
+        """Return the shapes of all tensors, read from the headers alone."""
+        ...
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
-        """One tensor, or only a box of it, in the dtype it is stored in."""
+        """Read one tensor, or only a box of it, in its stored dtype."""
         ...
 
 
 def open_folder(url: str) -> HfFolder:
-    """The folder at a path, in a store, or in the hub's local cache under that id.
+    """Open the folder at a path, in a store, or in the hub's local cache under the id ``url``.
 
     Raises:
-        CheckpointError: none of them.
+        CheckpointError: there is none.
     """
     if split_url(url)[0] == "local":
         return HfFolder(LocalStorage(), str(local_folder(url)))
@@ -57,16 +54,18 @@ def open_folder(url: str) -> HfFolder:
 
 
 def read_json(storage: Storage, folder: str, name: str) -> dict[str, Any]:
-    """
+    """Read the JSON object in the file ``name`` of a folder.
+
     Raises:
-        CheckpointError: absent, or no JSON object.
+        CheckpointError: the file is absent, or not a JSON object.
     """
     path = join(folder, name)
     try:
         record = json.loads(storage.read(path))
     except FileNotFoundError:
-        near = ", ".join(storage.list(folder)[:8]) or "nothing"
-        raise CheckpointError(f"no {name} (the folder holds: {near})", where=folder) from None
+        raise CheckpointError(
+            f"no {name} (the folder holds: {_listed_files(storage.list(folder))})", where=folder
+        ) from None
     except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"not JSON ({error})", where=path) from None
     if not isinstance(record, dict):
@@ -74,62 +73,82 @@ def read_json(storage: Storage, folder: str, name: str) -> dict[str, Any]:
     return record
 
 
+def _listed_files(names: list[str]) -> str:
+    return ", ".join(names[:8]) or "nothing"
+
+
 class HfFolder:
-    """``model.safetensors`` or ``pytorch_model.bin``, whole or in the shards that an index names, in any storage."""
+    """A Hugging Face folder in any storage: ``model.safetensors`` or ``pytorch_model.bin``, or shards with an index."""
 
     def __init__(self, storage: Storage, path: str) -> None:
-        self.storage, self.path = storage, path
-        self._open: dict[str, WeightFile] = {}
+        self.storage = storage
+        self.path = path
+        self._open_files: dict[str, WeightFile] = {}
 
     def json(self, name: str) -> dict[str, Any]:
+        """Read the JSON object in one file of the folder."""
         return read_json(self.storage, self.path, name)
 
     @cached_property
     def files(self) -> dict[str, str]:
-        """Tensor name -> file name."""
+        """Return tensor name -> file name."""
         names = self.storage.list(self.path)
         for stem in ("model.safetensors", "pytorch_model.bin"):
-            if f"{stem}.index.json" in names:
-                return self._indexed(f"{stem}.index.json", names)
+            index = f"{stem}.index.json"
+            if index in names:
+                return self._read_index(index, names)
             if stem in names:
-                return dict.fromkeys(self._names(stem), stem)
+                return dict.fromkeys(self._tensor_names(stem), stem)
         raise CheckpointError(
-            f"no weights (the folder holds: {', '.join(names[:8]) or 'nothing'})",
+            f"no weights (the folder holds: {_listed_files(names)})",
             where=self.path,
             expected="model.safetensors, pytorch_model.bin, or shards with an index",
         )
 
-    def _indexed(self, index: str, names: list[str]) -> dict[str, str]:
-        files, where = self.json(index).get("weight_map"), join(self.path, index)
-        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-            raise CheckpointError("no weight_map", where=where, expected="tensor names with their files")
-        for file in sorted(set(files.values())):
+    def _read_index(self, index: str, names: list[str]) -> dict[str, str]:
+        """Read tensor name -> file name from an index, after checking that the shards agree with it.
+
+        Args:
+            names: of all files in the folder; no other file is opened, whatever path the index gives.
+        """
+        where = join(self.path, index)
+        weight_map = self.json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise CheckpointError(
+                "has no weight_map", where=where, expected="a file name for each tensor name"
+            )
+        listed: dict[str, set[str]] = {}
+        for name, file in weight_map.items():
+            listed.setdefault(file, set()).add(name)
+        for file in sorted(listed):
             if file not in names:
-                raise CheckpointError(f"names the shard {file!r}, which is not in the folder", where=where)
-            absent = sorted({name for name, at in files.items() if at == file} - set(self._names(file)))
+                raise CheckpointError(f"lists the shard {file!r}, which is not in the folder", where=where)
+            absent = sorted(listed[file] - set(self._tensor_names(file)))
             if absent:
-                raise CheckpointError(f"says {file} holds {absent[0]!r}; it does not", where=where)
-        return {name: file for name, file in files.items() if not name.endswith(BUFFERS)}
+                raise CheckpointError(f"lists {absent[0]!r} in {file}, which does not hold it", where=where)
+        return {name: file for name, file in weight_map.items() if not name.endswith(BUFFERS)}
 
     @cached_property
     def shapes(self) -> dict[str, Coordinates]:
+        """Return the shapes of all tensors, read from the headers alone."""
         return {name: self._file(file).shapes[name] for name, file in self.files.items()}
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
+        """Read one tensor, or only a box of it, in its stored dtype."""
         return self._file(self.files[name]).read(name, box or Box.whole(self.shapes[name]))
 
-    def _names(self, file: str) -> list[str]:
+    def _tensor_names(self, file: str) -> list[str]:
         return [name for name in self._file(file).shapes if not name.endswith(BUFFERS)]
 
     def _file(self, file: str) -> WeightFile:
-        if file not in self._open:
+        if file not in self._open_files:
             kind = SafetensorsFile if file.endswith(".safetensors") else PickleFile
-            self._open[file] = kind(self.storage, join(self.path, file))
-        return self._open[file]
+            self._open_files[file] = kind(self.storage, join(self.path, file))
+        return self._open_files[file]
 
 
 class MetaFolder:
-    """``consolidated.00.pth`` ...: one file a tensor-parallel rank, put together again tensor by tensor."""
+    """``consolidated.00.pth`` ...: one file per tensor-parallel rank, merged tensor by tensor."""
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)
@@ -139,30 +158,37 @@ class MetaFolder:
         numbers = [int(file.name.split(".")[1]) for file in files]
         if numbers != list(range(len(files))):
             raise CheckpointError(f"files {numbers}: one is missing", where=self.path, expected="00, 01, ...")
-        self._parts = [load_pickle(file, str(file)) for file in files]
-        self._hidden = self._parts[0]["norm.weight"].numel() if "norm.weight" in self._parts[0] else 0
-        for file, part in zip(files, self._parts, strict=True):
-            if set(part) != set(self._parts[0]):
+        self._ranks = [load_pickle(file, str(file)) for file in files]
+        first = self._ranks[0]
+        for file, state in zip(files, self._ranks, strict=True):
+            if set(state) != set(first):
                 raise CheckpointError("holds other tensors than consolidated.00.pth", where=str(file))
+        self._hidden_size = first["norm.weight"].numel() if "norm.weight" in first else 0
 
     @cached_property
     def shapes(self) -> dict[str, Coordinates]:
-        return {name: tuple(self._shape(name)) for name in self._parts[0] if not name.endswith(BUFFERS)}
+        """Return the shapes of all unsharded tensors."""
+        return {name: self._unsharded_shape(name) for name in self._ranks[0] if not name.endswith(BUFFERS)}
 
-    def _dim(self, name: str) -> int | None:
-        first = self._parts[0][name]
-        if first.dim() < 2 or len(self._parts) == 1:
+    def _shard_dim(self, name: str) -> int | None:
+        """Return the dim along which a tensor is sharded, None when it is replicated."""
+        first = self._ranks[0][name]
+        if first.dim() < 2 or len(self._ranks) == 1:
             return None
-        if name == "tok_embeddings.weight":  # Llama 1 and 2 cut its columns, Llama 3 its rows
-            return 0 if first.shape[1] == self._hidden else 1
-        return 1 if name.endswith(ROW_CUT) else 0
+        if name == "tok_embeddings.weight":  # Llama 1 and 2 shard its columns, Llama 3 its rows
+            return 0 if first.shape[1] == self._hidden_size else 1
+        return 1 if name.endswith(META_ROW_PARALLEL) else 0
 
-    def _shape(self, name: str) -> Iterator[int]:
-        cut = self._dim(name)
-        for dim, size in enumerate(self._parts[0][name].shape):
-            yield sum(part[name].shape[dim] for part in self._parts) if dim == cut else size
+    def _unsharded_shape(self, name: str) -> Coordinates:
+        dim = self._shard_dim(name)
+        shape = list(self._ranks[0][name].shape)
+        if dim is not None:
+            shape[dim] = sum(state[name].shape[dim] for state in self._ranks)
+        return tuple(shape)
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
-        dim = self._dim(name)
-        value = self._parts[0][name] if dim is None else torch.cat([part[name] for part in self._parts], dim)
+        """Read one tensor, or only a box of it, in its stored dtype."""
+        dim = self._shard_dim(name)
+        shards = [state[name] for state in self._ranks]
+        value = shards[0] if dim is None else torch.cat(shards, dim)
         return value if box is None else value[box.within(Box.whole(self.shapes[name]))]

@@ -1,4 +1,4 @@
-"""Weights of a foreign folder under our names, checked before the first is read.
+"""Load the weights of a foreign folder under our names, checked before the first tensor is read.
 
 These are the loaders of ``ckpt_type`` "hf", "hf_llama" and "llama".
 """
@@ -15,13 +15,16 @@ from torch import Tensor
 
 from evomesh.checkpoint.hub_cache import local_folder
 from evomesh.checkpoint.huggingface.config import read_config
-from evomesh.checkpoint.huggingface.folder import (
-    MetaFolder,
-    WeightFolder,
-    open_folder,
-    read_json,
+from evomesh.checkpoint.huggingface.folder import MetaFolder, WeightFolder, open_folder, read_json
+from evomesh.checkpoint.huggingface.names import (
+    META,
+    NAME_MAPS,
+    NameMap,
+    Shape,
+    TensorLink,
+    foreign_to_native,
+    tensor_links,
 )
-from evomesh.checkpoint.huggingface.names import META, NAMINGS, NameMap, TensorLink, links, to_ours
 from evomesh.checkpoint.native.boxes import Box, Coordinates
 from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.config.schema import ModelConfig
@@ -31,46 +34,64 @@ from evomesh.storage.urls import split_url
 
 logger = logging.getLogger(__name__)
 
+# Settings that change what the weights compute; shapes do not show all of them.
+COMPARED_STRICTLY = (
+    "num_layers",
+    "num_attention_heads",
+    "kv_heads",
+    "hidden_size",
+    "vocab_size",
+    "mlp_width",
+    "no_bias",
+)
+COMPARED_WITH_A_WARNING = ("rope_base", "layer_norm_epsilon")
+
 
 @dataclass(frozen=True)
 class ForeignTensor:
-    """One of our tensors as it lies in a foreign folder. Nothing is read before ``read``."""
+    """One of our tensors as a foreign folder holds it. Nothing is read before ``read``."""
 
     link: TensorLink
     folder: WeightFolder
-    naming: NameMap
+    name_map: NameMap
     config: ModelConfig
 
     @property
     def shape(self) -> Coordinates:
-        return (sum(shape[0] for shape in self.link.shapes), *self.link.shapes[0][1:])
+        return self.link.native_shape
 
     def read(self, box: Box | None = None) -> Tensor:
-        """The tensor, or a box of it: of their matrices only the rows and columns that hold its elements are read."""
+        """Read the tensor, or a box of it: only the foreign rows and columns that hold its elements are read."""
         if not self.link.fused:
-            return self.folder.read(self.link.theirs[0], box)
+            return self.folder.read(self.link.foreign[0], box)
         box = box or Box.whole(self.shape)
+        first_row = box.offsets[0]
+        # Number the rows of the foreign matrices one after another. The conversion, done to these numbers, tells which
+        # foreign row each of our rows is.
+        row_counts = [shape[0] for shape in self.link.shapes]
+        numbers = torch.split(torch.arange(self.shape[0]), row_counts)
+        sources = foreign_to_native(self.link, numbers, self.config, self.name_map)
+        wanted = sources[first_row : first_row + box.shape[0]]
         parts = []
-        # The number of our row in their matrices, one after another: the same reordering, done to row numbers.
-        places = torch.split(torch.arange(self.shape[0]), [shape[0] for shape in self.link.shapes])
-        wanted = to_ours(self.link, places, self.config, self.naming)[
-            box.offsets[0] : box.offsets[0] + box.shape[0]
-        ]
-        for name, place in zip(self.link.theirs, places, strict=True):
-            here = (wanted >= place[0]) & (wanted <= place[-1])
-            if bool(here.any()):
-                rows = wanted[here] - place[0]
-                first, last = int(rows.min()), int(rows.max())
-                read = Box((first, *box.offsets[1:]), (last - first + 1, *box.shape[1:]))
-                parts.append((here, self.folder.read(name, read)[rows - first]))
+        for name, numbered in zip(self.link.foreign, numbers, strict=True):
+            in_this = (wanted >= numbered[0]) & (wanted <= numbered[-1])
+            if bool(in_this.any()):
+                rows = wanted[in_this] - numbered[0]
+                parts.append((in_this, self._read_rows(name, rows, box)))
         value = parts[0][1].new_empty(box.shape)
-        for here, rows in parts:
-            value[here] = rows
+        for in_this, values in parts:
+            value[in_this] = values
         return value
 
+    def _read_rows(self, name: str, rows: Tensor, box: Box) -> Tensor:
+        """Read some rows of a foreign matrix, only the columns of ``box``, in one read that spans the rows."""
+        first, last = int(rows.min()), int(rows.max())
+        span = Box((first, *box.offsets[1:]), (last - first + 1, *box.shape[1:]))
+        return self.folder.read(name, span)[rows - first]
 
-def load_hf(path: str, model: dict[str, Any]) -> Iterator[tuple[str, ForeignTensor]]:
-    """Tensors of a Hugging Face folder (InternLM, InternLM2 or Llama naming) under our names.
+
+def load_huggingface(path: str, model: dict[str, Any]) -> Iterator[tuple[str, ForeignTensor]]:
+    """Yield the tensors of a Hugging Face folder (InternLM, InternLM2 or Llama naming) under our names.
 
     Args:
         model: the model section of the run.
@@ -80,110 +101,108 @@ def load_hf(path: str, model: dict[str, Any]) -> Iterator[tuple[str, ForeignTens
     folder = open_folder(path)
     config = ModelConfig.model_validate(model, strict=False)
     record = folder.json("config.json")
-    theirs = read_config(record, join(folder.path, "config.json"))
-    compare_models(config, theirs, folder.path)
-    yield from tensors(
-        folder, NAMINGS[record["model_type"]], config, tied=bool(record.get("tie_word_embeddings"))
-    )
+    compare_models(config, read_config(record, join(folder.path, "config.json")), folder.path)
+    tied = bool(record.get("tie_word_embeddings"))
+    yield from foreign_tensors(folder, NAME_MAPS[record["model_type"]], config, tied)
 
 
 def load_llama(path: str, model: dict[str, Any]) -> Iterator[tuple[str, ForeignTensor]]:
-    """As ``load_hf``, from Meta's ``consolidated.*.pth`` on a local disk; a Hugging Face folder is read as such."""
+    """Yield like ``load_huggingface`` the tensors of Meta's ``consolidated.*.pth``, which must be on a local disk.
+
+    A Hugging Face folder is read as such.
+    """
     folder = local_folder(path) if split_url(path)[0] == "local" else None
     if folder is None or not any(folder.glob("consolidated.*.pth")):
-        yield from load_hf(path, model)
+        yield from load_huggingface(path, model)
         return
     config = ModelConfig.model_validate(model, strict=False)
     if (folder / "params.json").is_file():
         params = read_json(LocalStorage(), str(folder), "params.json")
-        heads = params.get("n_heads", config.num_attention_heads), config.num_attention_heads
-        kv_heads = params.get("n_kv_heads") or heads[0], config.kv_heads
-        wrong = [
-            f"{n}={a}, the run's is {b}"
-            for n, (a, b) in (("n_heads", heads), ("n_kv_heads", kv_heads))
-            if a != b
-        ]
-        if wrong:
-            raise CheckpointError("; ".join(wrong), where=str(folder / "params.json"))
-    yield from tensors(MetaFolder(folder), META, config)
+        heads = params.get("n_heads", config.num_attention_heads)
+        kv_heads = params.get("n_kv_heads") or heads
+        differing = []
+        if heads != config.num_attention_heads:
+            differing.append(f"n_heads={heads}, the run's is {config.num_attention_heads}")
+        if kv_heads != config.kv_heads:
+            differing.append(f"n_kv_heads={kv_heads}, the run's is {config.kv_heads}")
+        if differing:
+            raise CheckpointError("; ".join(differing), where=str(folder / "params.json"))
+    yield from foreign_tensors(MetaFolder(folder), META, config)
 
 
-def compare_models(ours: ModelConfig, theirs: ModelConfig, where: str) -> None:
-    """Settings that change what the weights compute and that no shape shows.
+def compare_models(run: ModelConfig, folder: ModelConfig, where: str) -> None:
+    """Compare the settings of the run with those of the folder; a different rotary base or epsilon is only a warning.
 
     Raises:
-        CheckpointError: head counts or biases differ. Other rotary bases and epsilons only warn.
+        CheckpointError: sizes, head counts or biases differ.
     """
-    strict = (
-        "num_layers",
-        "num_attention_heads",
-        "kv_heads",
-        "hidden_size",
-        "vocab_size",
-        "mlp_width",
-        "no_bias",
-    )
-    wrong = [
-        f"{key}={getattr(theirs, key)}, the run's is {getattr(ours, key)}"
-        for key in strict
-        if getattr(theirs, key) != getattr(ours, key)
+    differing = [
+        f"{key}={getattr(folder, key)}, the run's is {getattr(run, key)}"
+        for key in COMPARED_STRICTLY
+        if getattr(folder, key) != getattr(run, key)
     ]
-    if wrong:
+    if differing:
         raise CheckpointError(
-            f"the folder's model is another one: {'; '.join(wrong)}",
+            f"the folder contains a different model: {'; '.join(differing)}",
             where=where,
             fix="change the model section",
         )
-    for key in ("rope_base", "layer_norm_epsilon"):
-        if getattr(ours, key) != getattr(theirs, key):
-            logger.warning(
-                "%s: %s was %s there, this run uses %s", where, key, getattr(theirs, key), getattr(ours, key)
-            )
+    for key in COMPARED_WITH_A_WARNING:
+        ours = getattr(run, key)
+        theirs = getattr(folder, key)
+        if ours != theirs:
+            logger.warning("%s: %s is %s there; this run uses %s", where, key, theirs, ours)
 
 
-def tensors(
-    folder: WeightFolder, naming: NameMap, config: ModelConfig, tied: bool = False
+def foreign_tensors(
+    folder: WeightFolder, name_map: NameMap, config: ModelConfig, tied: bool = False
 ) -> Iterator[tuple[str, ForeignTensor]]:
-    """(our name, where its tensor lies)."""
-    for link in checked(folder, naming, config, tied):
-        yield link.ours, ForeignTensor(link, folder, naming, config)
+    """Yield (our name, tensor) for all tensors of the model, after ``match_tensors``."""
+    for link in match_tensors(folder, name_map, config, tied):
+        yield link.native, ForeignTensor(link, folder, name_map, config)
 
 
-def checked(
-    folder: WeightFolder, naming: NameMap, config: ModelConfig, tied: bool = False
+def match_tensors(
+    folder: WeightFolder, name_map: NameMap, config: ModelConfig, tied: bool = False
 ) -> list[TensorLink]:
-    """All links of the model, after comparing names and shapes with the folder's headers.
+    """Return all links of the model, after comparing names and shapes with the folder's headers.
 
     Args:
-        tied: the folder may leave the head out, which then is the embedding.
+        tied: the folder may lack the head, which then is the embedding.
     Raises:
-        CheckpointError: names every tensor that is missing, not wanted, or of another shape.
+        CheckpointError: names every tensor that is missing, unexpected, or of another shape.
     """
-    wanted = links(config, naming)
-    shapes = folder.shapes
-    head, embedding = naming.modules["head"][0] + ".weight", naming.modules["embedding"][0] + ".weight"
-    if tied and head not in shapes:
-        wanted = [
-            TensorLink(link.ours, (embedding,), link.shapes) if link.ours == "head.weight" else link
-            for link in wanted
-        ]
-    expected = {name: shape for link in wanted for name, shape in zip(link.theirs, link.shapes, strict=True)}
-    missing = [f"{name} {list(expected[name])}" for name in expected if name not in shapes]
-    extra = [f"{name} {list(shapes[name])}" for name in sorted(shapes) if name not in expected]
-    wrong = [
-        f"{name} is {list(shapes[name])}, not {list(shape)}"
-        for name, shape in expected.items()
-        if name in shapes and shapes[name] != shape
-    ]
-    problems = [
-        f"{words} ({len(names)}): {'; '.join(names)}"
-        for words, names in (("missing", missing), ("of another shape", wrong), ("unknown", extra))
-        if names
-    ]
+    links = tensor_links(config, name_map)
+    if tied and name_map.weight("head") not in folder.shapes:
+        links = [_tied(link, name_map) for link in links]
+    expected: dict[str, Shape] = {}
+    for link in links:
+        expected.update(zip(link.foreign, link.shapes, strict=True))
+    problems = _differences(expected, folder.shapes)
     if problems:
         raise CheckpointError(
             "the tensors are not those of this model:\n  " + "\n  ".join(problems),
             where=folder.path,
             fix="compare the model section with the folder's config.json",
         )
-    return wanted
+    return links
+
+
+def _tied(link: TensorLink, name_map: NameMap) -> TensorLink:
+    """Return the link, for the head one to the foreign embedding."""
+    if link.native != "head.weight":
+        return link
+    return TensorLink(link.native, (name_map.weight("embedding"),), link.shapes)
+
+
+def _differences(expected: dict[str, Shape], found: dict[str, Coordinates]) -> list[str]:
+    """Describe the differences between the expected tensors and those of a folder, one line per kind."""
+    missing = [f"{name} {list(shape)}" for name, shape in expected.items() if name not in found]
+    unexpected = [f"{name} {list(found[name])}" for name in sorted(found) if name not in expected]
+    wrong = [
+        f"{name} is {list(found[name])}, not {list(shape)}"
+        for name, shape in expected.items()
+        if found.get(name, shape) != shape
+    ]
+    kinds = {"missing": missing, "of another shape": wrong, "unexpected": unexpected}
+    return [f"{kind} ({len(names)}): {'; '.join(names)}" for kind, names in kinds.items() if names]

@@ -1,4 +1,6 @@
-"""Names and layouts of the weights in other systems' folders: one table a family, read in both directions.
+"""Map the names and layouts of weights in other systems' folders: one table per family, read in both directions.
+
+"Native" are our names and layouts, "foreign" those of the folder.
 
 Shapes: G key/value heads, R query heads per key/value head, H head dim, D model.
 """
@@ -16,35 +18,7 @@ from evomesh.models.registry import build_model
 from evomesh.parallel.spec import spec_of
 
 Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class NameMap:
-    """Attributes:
-    modules: our module -> theirs, ``{}`` being the layer. Three names take the fused wqkv apart into q, k and v; one
-        keeps our order, group by group.
-    interleaved: their rotary pairs are neighbouring rows of a head, not its first and second half.
-    """
-
-    modules: dict[str, tuple[str, ...]]
-    interleaved: bool = False
-
-
-def _blocks(layer: str, qkv: Sequence[str], rest: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """The modules of one block; ``rest``: output projection, gate, up, down, and the two norms."""
-    ours = (
-        "attention.wo",
-        "feed_forward.w1",
-        "feed_forward.w3",
-        "feed_forward.w2",
-        "attention_norm",
-        "ffn_norm",
-    )
-    blocks = {"layers.{}.attention.wqkv": tuple(layer + name for name in qkv)}
-    return blocks | {f"layers.{{}}.{mine}": (layer + name,) for mine, name in zip(ours, rest, strict=True)}
-
-
-INTERNLM2_REST = (
+BLOCK_MODULES = (  # of a block beside attention.wqkv; a table lists the foreign names in this order
     "attention.wo",
     "feed_forward.w1",
     "feed_forward.w3",
@@ -52,115 +26,168 @@ INTERNLM2_REST = (
     "attention_norm",
     "ffn_norm",
 )
-LLAMA = NameMap(
-    {
-        "embedding": ("model.embed_tokens",),
-        **_blocks(
-            "model.layers.{}.",
-            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            (
-                "self_attn.o_proj",
-                "mlp.gate_proj",
-                "mlp.up_proj",
-                "mlp.down_proj",
-                "input_layernorm",
-                "post_attention_layernorm",
-            ),
-        ),
-        "norm": ("model.norm",),
-        "head": ("lm_head",),
-    }
+
+
+@dataclass(frozen=True)
+class NameMap:
+    """The foreign module names of one family, and how it pairs rotary dims.
+
+    Attributes:
+        modules: native module -> foreign ones; ``{}`` stands for the layer. Three names for wqkv mean that q, k and v
+            are separate, one that they are fused in our order, group by group.
+        interleaved: rotary pairs are neighboring rows of a head, not row i of its first and of its second half.
+    """
+
+    modules: dict[str, tuple[str, ...]]
+    interleaved: bool = False
+
+    def weight(self, module: str) -> str:
+        """Return the foreign name of the weight of a module outside the blocks."""
+        return f"{self.modules[module][0]}.weight"
+
+
+def _name_map(
+    embedding: str,
+    layer: str,
+    qkv: Sequence[str],
+    block: Sequence[str],
+    norm: str,
+    head: str,
+    interleaved: bool = False,
+) -> NameMap:
+    """Build a table; ``block`` has the foreign names of ``BLOCK_MODULES``, which like ``qkv`` follow ``layer``."""
+    modules: dict[str, tuple[str, ...]] = {"embedding": (embedding,)}
+    modules["layers.{}.attention.wqkv"] = tuple(layer + name for name in qkv)
+    for native, foreign in zip(BLOCK_MODULES, block, strict=True):
+        modules[f"layers.{{}}.{native}"] = (layer + foreign,)
+    modules |= {"norm": (norm,), "head": (head,)}
+    return NameMap(modules, interleaved)
+
+
+LLAMA = _name_map(
+    embedding="model.embed_tokens",
+    layer="model.layers.{}.",
+    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    block=(
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+        "input_layernorm",
+        "post_attention_layernorm",
+    ),
+    norm="model.norm",
+    head="lm_head",
 )
-INTERNLM2 = NameMap(
-    {
-        "embedding": ("model.tok_embeddings",),
-        **_blocks("model.layers.{}.", ("attention.wqkv",), INTERNLM2_REST),
-        "norm": ("model.norm",),
-        "head": ("output",),
-    }
+INTERNLM2 = _name_map(
+    embedding="model.tok_embeddings",
+    layer="model.layers.{}.",
+    qkv=("attention.wqkv",),
+    block=BLOCK_MODULES,
+    norm="model.norm",
+    head="output",
 )
-META = NameMap(  # Llama's consolidated files
-    {
-        "embedding": ("tok_embeddings",),
-        **_blocks("layers.{}.", ("attention.wq", "attention.wk", "attention.wv"), INTERNLM2_REST),
-        "norm": ("norm",),
-        "head": ("output",),
-    },
+META = _name_map(  # Llama's consolidated files
+    embedding="tok_embeddings",
+    layer="layers.{}.",
+    qkv=("attention.wq", "attention.wk", "attention.wv"),
+    block=BLOCK_MODULES,
+    norm="norm",
+    head="output",
     interleaved=True,
 )
-NAMINGS = {"llama": LLAMA, "internlm": LLAMA, "internlm2": INTERNLM2}  # by model_type of a config.json
+NAME_MAPS = {"llama": LLAMA, "internlm": LLAMA, "internlm2": INTERNLM2}  # by model_type of a config.json
 
 
 @dataclass(frozen=True)
 class TensorLink:
-    """One of our tensors and the one or three of theirs that hold the same numbers."""
+    """A native tensor and the one or three foreign ones that hold the same numbers, with the shapes of those."""
 
-    ours: str
-    theirs: tuple[str, ...]
+    native: str
+    foreign: tuple[str, ...]
     shapes: tuple[Shape, ...]
 
     @property
     def fused(self) -> bool:
-        return ".wqkv." in self.ours
+        return ".wqkv." in self.native
+
+    @property
+    def native_shape(self) -> Shape:
+        rows = sum(shape[0] for shape in self.shapes)
+        return (rows, *self.shapes[0][1:])
 
 
-def our_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Every parameter of the model by global name, without the padding of the vocabulary."""
-    return {
-        name: spec_of(p).stored_shape for name, p in build_model(config, device="meta").named_parameters()
-    }
+def native_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Return the shape of every parameter by its global name, without the padding of the vocabulary."""
+    model = build_model(config, device="meta")
+    return {name: spec_of(parameter).stored_shape for name, parameter in model.named_parameters()}
 
 
-def links(config: ModelConfig, naming: NameMap) -> list[TensorLink]:
-    """All tensors of the model, in the order of the layers.
+def tensor_links(config: ModelConfig, name_map: NameMap) -> list[TensorLink]:
+    """Return the links of all parameters of the model, in the order of the layers.
 
     Raises:
-        KeyError: a parameter of ours that the family has no word for.
+        KeyError: the family has no name for a parameter.
     """
-    found = []
-    for name, shape in our_shapes(config).items():
-        module, _, kind = name.rpartition(".")
-        layer = next((part for part in module.split(".") if part.isdigit()), "")
-        pattern = module.replace(f".{layer}.", ".{}.", 1) if layer else module
-        theirs = tuple(f"{name.format(layer)}.{kind}" for name in naming.modules[pattern])
-        shapes: tuple[Shape, ...] = (shape,)
-        if len(theirs) == 3:
-            rows = [
-                n * config.head_dim for n in (config.num_attention_heads, config.kv_heads, config.kv_heads)
-            ]
-            shapes = tuple((n, *shape[1:]) for n in rows)
-        found.append(TensorLink(name, theirs, shapes))
-    return found
+    return [_link(name, shape, config, name_map) for name, shape in native_shapes(config).items()]
 
 
-def to_theirs(link: TensorLink, value: Tensor, config: ModelConfig, naming: NameMap) -> list[Tensor]:
-    """Our tensor as theirs: a fused weight [G (R + 2) H, D] taken apart, its rotary rows in their order."""
+def _link(name: str, shape: Shape, config: ModelConfig, name_map: NameMap) -> TensorLink:
+    module, _, kind = name.rpartition(".")  # kind: weight or bias
+    layer = next((part for part in module.split(".") if part.isdigit()), "")
+    pattern = module.replace(f".{layer}.", ".{}.", 1) if layer else module
+    foreign = tuple(f"{name.format(layer)}.{kind}" for name in name_map.modules[pattern])
+    if len(foreign) == 1:
+        return TensorLink(name, foreign, (shape,))
+    heads = (config.num_attention_heads, config.kv_heads, config.kv_heads)
+    shapes = tuple((count * config.head_dim, *shape[1:]) for count in heads)
+    return TensorLink(name, foreign, shapes)
+
+
+def native_to_foreign(
+    link: TensorLink, value: Tensor, config: ModelConfig, name_map: NameMap
+) -> list[Tensor]:
+    """Convert a native tensor to the foreign ones: a fused weight is split, its rotary rows are reordered.
+
+    Args:
+        value: the native tensor; a fused weight is [G (R + 2) H, D], a fused bias [G (R + 2) H].
+    """
     if not link.fused:
         return [value]
-    groups = value.view(config.kv_heads, -1, config.head_dim, *value.shape[1:])
-    if config.qk_interleaved != naming.interleaved:
-        groups = _reorder(groups, to_halves=config.qk_interleaved)
-    if len(link.theirs) == 1:
+    groups = value.view(config.kv_heads, -1, config.head_dim, *value.shape[1:])  # [G, R + 2, H, D]
+    if config.qk_interleaved != name_map.interleaved:
+        groups = _reorder_rotary(groups, to_halves=config.qk_interleaved)
+    if len(link.foreign) == 1:
         return [groups.reshape(value.shape)]
-    parts = torch.split(groups, [groups.shape[1] - 2, 1, 1], dim=1)
-    return [part.reshape(shape) for part, shape in zip(parts, link.shapes, strict=True)]
+    queries = groups.shape[1] - 2  # R
+    q, k, v = torch.split(groups, [queries, 1, 1], dim=1)
+    return [part.reshape(shape) for part, shape in zip((q, k, v), link.shapes, strict=True)]
 
 
-def to_ours(link: TensorLink, values: Sequence[Tensor], config: ModelConfig, naming: NameMap) -> Tensor:
-    """The inverse of ``to_theirs``."""
+def foreign_to_native(
+    link: TensorLink, values: Sequence[Tensor], config: ModelConfig, name_map: NameMap
+) -> Tensor:
+    """Convert foreign tensors to the native one: the inverse of ``native_to_foreign``."""
     if not link.fused:
         return values[0]
-    rest = values[0].shape[1:]
-    groups = torch.cat([value.view(config.kv_heads, -1, config.head_dim, *rest) for value in values], dim=1)
-    if config.qk_interleaved != naming.interleaved:
-        groups = _reorder(groups, to_halves=naming.interleaved)
-    return groups.reshape(-1, *rest)
+    columns = values[0].shape[1:]
+    parts = [value.view(config.kv_heads, -1, config.head_dim, *columns) for value in values]
+    groups = torch.cat(parts, dim=1)  # [G, R + 2, H, D]
+    if config.qk_interleaved != name_map.interleaved:
+        groups = _reorder_rotary(groups, to_halves=name_map.interleaved)
+    return groups.reshape(-1, *columns)
 
 
-def _reorder(groups: Tensor, *, to_halves: bool) -> Tensor:
-    """Rotary rows of the query and key heads in [G, R + 2, H, ...] between the two pairings; values stay."""
+def _reorder_rotary(groups: Tensor, *, to_halves: bool) -> Tensor:
+    """Reorder the rows of the query and key heads in [G, R + 2, H, ...] from one rotary pairing to the other.
+
+    Interleaved, pair i of a head is rows 2 i and 2 i + 1; in halves, it is rows i and i + H / 2. Values stay.
+    """
     half = groups.shape[2] // 2
-    heads = groups[:, :-1]
-    pairs = heads.reshape(*heads.shape[:2], *((half, 2) if to_halves else (2, half)), *heads.shape[3:])
-    turned = pairs.transpose(2, 3).flatten(2, 3)
-    return torch.cat((turned, groups[:, -1:]), dim=1)
+    queries_and_keys = groups[:, :-1]  # [G, R + 1, H, ...]
+    values = groups[:, -1:]
+    split = (half, 2) if to_halves else (2, half)
+    heads, columns = queries_and_keys.shape[:2], queries_and_keys.shape[3:]
+    pairs = queries_and_keys.reshape(*heads, *split, *columns)
+    reordered = pairs.transpose(2, 3).flatten(2, 3)
+    return torch.cat((reordered, values), dim=1)

@@ -15,7 +15,7 @@ def read_model(path: Path) -> Any:
     return records.ModelProto.FromString(path.read_bytes())  # type: ignore[attr-defined]  # made at run time
 
 
-def is_llamas(model: Any) -> bool:
+def fits_llama_tokenizer(model: Any) -> bool:
     """Whether a Llama tokenizer without ``add_prefix_space`` and ``legacy`` cuts text as this model does.
 
     InternLM's do: byte-pair merges on the text as it is, without a space in front.
@@ -25,7 +25,7 @@ def is_llamas(model: Any) -> bool:
     return model.trainer_spec.model_type == model.trainer_spec.BPE and not changes
 
 
-def fast_form(model: Any, add_bos: bool) -> Any:
+def build_fast_tokenizer(model: Any, add_bos: bool) -> Any:
     """A ``tokenizers.Tokenizer`` of the same pieces and the same treatment of spaces.
 
     A Llama tokenizer of ``transformers`` would not do: it puts no space in front of a text that begins with one.

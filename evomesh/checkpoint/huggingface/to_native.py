@@ -11,13 +11,13 @@ import torch
 from evomesh.checkpoint.huggingface.compare_logits import (
     folder_logits,
     has_transformers,
-    largest_difference,
+    largest_logit_difference,
     native_logits,
 )
-from evomesh.checkpoint.huggingface.config import read_config, rotary_of
+from evomesh.checkpoint.huggingface.config import read_config, rotary_scaling
 from evomesh.checkpoint.huggingface.folder import HfFolder, open_folder
-from evomesh.checkpoint.huggingface.load import ForeignTensor, tensors
-from evomesh.checkpoint.huggingface.names import NAMINGS, our_shapes
+from evomesh.checkpoint.huggingface.load import ForeignTensor, foreign_tensors
+from evomesh.checkpoint.huggingface.names import NAME_MAPS
 from evomesh.checkpoint.native import format as fmt
 from evomesh.checkpoint.native.boxes import Box, LocalPart
 from evomesh.checkpoint.native.commit import (
@@ -55,7 +55,7 @@ def from_hf(source: str, target: str, dtype: str | None, compare: bool, report: 
     model = config.model
     storage, root = open_storage(target)
     step = refuse_committed(storage, root, 0)
-    tensors = _tensor_types(model)
+    tensors = _tensor_types(model, weights)
     record = new_record(0, new_attempt(), config=config_to_dict(config), state={}, layout=layout_record(1))
     record = commit(storage, step, [_write_items(tensors)], tensors, record, _converted(weights))
     if compare:
@@ -82,8 +82,8 @@ def read_folder(
     """
     record = folder.json("config.json")
     model = read_config(record, join(folder.path, "config.json"), dtype)
-    naming = NAMINGS[record["model_type"]]
-    weights = dict(tensors(folder, naming, model, tied=bool(record.get("tie_word_embeddings"))))
+    naming = NAME_MAPS[record["model_type"]]
+    weights = dict(foreign_tensors(folder, naming, model, tied=bool(record.get("tie_word_embeddings"))))
     config = Config(
         model=model,
         data=DataConfig(
@@ -94,9 +94,9 @@ def read_folder(
     return config, weights
 
 
-def _tensor_types(model: ModelConfig) -> dict[str, TensorType]:
+def _tensor_types(model: ModelConfig, weights: Mapping[str, ForeignTensor]) -> dict[str, TensorType]:
     dtype = fmt.DTYPE_NAMES[parameter_dtype(model.dtype)]
-    return {name: TensorType(dtype, shape) for name, shape in our_shapes(model).items()}
+    return {name: TensorType(dtype, tensor.shape) for name, tensor in weights.items()}
 
 
 def _write_items(tensors: Mapping[str, TensorType]) -> list[WriteItem]:
@@ -149,8 +149,8 @@ def _compare(found: Checkpoint, model: ModelConfig, folder: HfFolder) -> str:
         return "logits were not compared: transformers is not installed"
     records = found.records()
     dtype = {"tf32": "float32"}.get(model.dtype, model.dtype)
-    rotary = rotary_of(Config(model=model))
+    rotary = rotary_scaling(model, model.max_position_embeddings)
     theirs = folder_logits(folder, model, rotary, dtype)
     ours = native_logits(model, lambda name: read_tensor(found, records[name]), dtype)
-    difference = largest_difference(ours, theirs, model, dtype, folder.path)
+    difference = largest_logit_difference(ours, theirs, model, dtype, folder.path)
     return f"largest logit difference between the native model and transformers: {difference:.3g}"

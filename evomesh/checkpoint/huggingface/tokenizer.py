@@ -9,7 +9,7 @@ from typing import Any
 
 from evomesh.checkpoint.huggingface.config import SpecialTokenIds
 from evomesh.checkpoint.huggingface.folder import read_json
-from evomesh.checkpoint.huggingface.spm import fast_form, is_llamas, read_model
+from evomesh.checkpoint.huggingface.spm import build_fast_tokenizer, fits_llama_tokenizer, read_model
 from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.config.schema import GenerationConfig
 from evomesh.data.chat import end_of_answer_ids
@@ -76,8 +76,8 @@ def _sentencepiece_settings(tokenizer: Tokenizer, target: Path, given: dict[str,
     model = read_model(tokenizer.path)
     unknown = next(piece.piece for piece in model.pieces if piece.type == piece.UNKNOWN)
     common = {"unk_token": given.get("unk_token") or unknown}
-    if not is_llamas(model):
-        fast_form(model, tokenizer.add_bos).save(str(target / "tokenizer.json"))
+    if not fits_llama_tokenizer(model):
+        build_fast_tokenizer(model, tokenizer.add_bos).save(str(target / "tokenizer.json"))
         return common | {"tokenizer_class": "PreTrainedTokenizerFast"}
     return common | {
         "tokenizer_class": "LlamaTokenizer",

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from evomesh.checkpoint.huggingface.checklist import checklist
 from evomesh.checkpoint.huggingface.export import ExportOptions
 from evomesh.checkpoint.huggingface.folder import open_folder
-from evomesh.checkpoint.huggingface.load import load_hf, load_llama
+from evomesh.checkpoint.huggingface.load import load_huggingface, load_llama
 from evomesh.checkpoint.huggingface.to_native import from_hf
 from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.native.save import CheckpointWriter
@@ -132,7 +132,7 @@ def test_there_and_back_in_any_pairing(
     model, found = save_model(tmp_path / "c", config)
     folder = export(found, tmp_path / "hf", replace(QUIET, arch=arch), silent)
     for interleaved in (False, True):
-        back = loaded(load_hf, folder, config.model_copy(update={"qk_interleaved": interleaved}))
+        back = loaded(load_huggingface, folder, config.model_copy(update={"qk_interleaved": interleaved}))
         assert relative(ours(back), ours(model)) < 1e-12
     lines: list[str] = []
     from_hf(str(folder), str(tmp_path / "back"), None, True, lines.append)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from evomesh.checkpoint.huggingface import export as hf_export
 from evomesh.checkpoint.huggingface.checklist import checklist
 from evomesh.checkpoint.huggingface.export import ExportOptions
-from evomesh.checkpoint.huggingface.load import load_hf
+from evomesh.checkpoint.huggingface.load import load_huggingface
 from evomesh.checkpoint.huggingface.to_native import from_hf
 from evomesh.checkpoint.native.save import CheckpointWriter
 from evomesh.config.record import config_to_dict
@@ -57,7 +57,7 @@ BAD: list[tuple[Callable[[Path], object], str]] = [
         lambda f: edit_weights(f, drop_two),
         r"(?s)missing \(2\): .*layers.1.mlp.up_proj.weight \[64, 32\].*lm_head",
     ),
-    (lambda f: edit_weights(f, lambda s: s.update(x=torch.ones(2))), r"unknown \(1\): x \[2\]"),
+    (lambda f: edit_weights(f, lambda s: s.update(x=torch.ones(2))), r"unexpected \(1\): x \[2\]"),
     (
         lambda f: edit_weights(f, lambda s: s.update({"model.norm.weight": torch.ones(31)})),
         r"model.norm.weight is \[31\], not \[32\]",
@@ -76,12 +76,12 @@ BAD: list[tuple[Callable[[Path], object], str]] = [
     (lambda f: (f / "config.json").write_text("[]"), "a JSON list"),
     (lambda f: (f / "config.json").unlink(), "no config.json"),
     (lambda f: (f / "model.safetensors").unlink(), "no weights"),
-    (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64), "not a whole safetensors file"),
+    (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64), "not a complete safetensors file"),
     (
         lambda f: (f / "model.safetensors.index.json").write_text(
             '{"weight_map": {"a": "../x.safetensors"}}'
         ),
-        "names the shard '../x.safetensors'",
+        "lists the shard '../x.safetensors'",
     ),
 ]
 
@@ -114,7 +114,7 @@ def test_a_folder_of_another_model_is_refused_before_training(folder: Path) -> N
     with pytest.raises(
         UserError, match="num_layers=2, the run's is 3; num_attention_heads=4, the run's is 8"
     ):
-        list(load_hf(str(folder), other.model_dump()))
+        list(load_huggingface(str(folder), other.model_dump()))
 
 
 def test_no_such_folder(tmp_path: Path) -> None:
@@ -127,9 +127,9 @@ def test_no_such_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"norm_type": "layernorm"}, "norm_type 'layernorm' has no form"),
-        ({"use_swiglu": False}, "use_swiglu=False has no form"),
-        ({"apply_post_layer_norm": True}, "apply_post_layer_norm=True has no form"),
+        ({"norm_type": "layernorm"}, "norm_type 'layernorm' cannot be represented"),
+        ({"use_swiglu": False}, "use_swiglu=False cannot be represented"),
+        ({"apply_post_layer_norm": True}, "apply_post_layer_norm=True cannot be represented"),
     ],
 )
 def test_models_without_a_form_there(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_models_without_a_form_there(changes: dict[str, Any], words: str, tmp_pa
 def test_export_that_differs_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, found = save_model(tmp_path / "c", model_config(qk_interleaved=True))
     monkeypatch.setattr(
-        hf_export, "to_theirs", lambda link, value, config, naming: _unturned(link, value, config)
+        hf_export, "native_to_foreign", lambda link, value, config, naming: _unturned(link, value, config)
     )
     with pytest.raises(UserError, match="logits differ by up to"):
         export(found, tmp_path / "hf", replace(QUIET, compare=True), silent)
@@ -151,9 +151,9 @@ def test_export_that_differs_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
 
 def _unturned(link: Any, value: torch.Tensor, config: Any) -> list[torch.Tensor]:
     """The mistake: rotary rows keep their order."""
-    from evomesh.checkpoint.huggingface.names import LLAMA, to_theirs
+    from evomesh.checkpoint.huggingface.names import LLAMA, native_to_foreign
 
-    return to_theirs(link, value, config.model_copy(update={"qk_interleaved": False}), LLAMA)
+    return native_to_foreign(link, value, config.model_copy(update={"qk_interleaved": False}), LLAMA)
 
 
 def test_places_that_cannot_be_written(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

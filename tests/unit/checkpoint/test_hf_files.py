@@ -17,7 +17,7 @@ from evomesh.checkpoint.huggingface import compare_logits as hf_verify
 from evomesh.checkpoint.huggingface import output_folder as hf_place
 from evomesh.checkpoint.huggingface.export import ExportOptions
 from evomesh.checkpoint.huggingface.files import SafetensorsFile
-from evomesh.checkpoint.huggingface.load import load_hf
+from evomesh.checkpoint.huggingface.load import load_huggingface
 from evomesh.checkpoint.huggingface.to_native import from_hf
 from evomesh.checkpoint.loaders import fill
 from evomesh.checkpoint.native.boxes import Box
@@ -74,7 +74,7 @@ def test_a_rank_reads_the_bytes_it_holds(
         local = build_model(config, grid=grid, layer_range=layers)
         parts = describe(dict(local.named_parameters()), grid)
         read.clear()
-        fill(parts, load_hf(folder, config.model_dump()), folder, elsewhere=truth)
+        fill(parts, load_huggingface(folder, config.model_dump()), folder, elsewhere=truth)
         held = sum(part.tensor.nbytes for tensor in parts.values() for part in tensor.parts)
         assert held <= sum(read) <= held + besides
         for name, tensor in parts.items():
