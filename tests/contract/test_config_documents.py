@@ -14,6 +14,7 @@ from evomesh.config.loader import LoadedConfig, load_config
 from evomesh.config.reading.spellings import TOP_LEVEL
 from evomesh.config.rules import leaves
 from evomesh.config.size import parameter_count, tokens_per_step
+from tests.support.covers import covers
 
 SEVEN_B = str(Path(__file__).parents[2] / "configs" / "7B_sft.py")
 Load = Callable[..., LoadedConfig]
@@ -91,6 +92,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+@covers("promise:defaults", "promise:auto-resume-default")
 @pytest.mark.parametrize("key", DEFAULTS)
 def test_default(key: str, load: Load) -> None:
     values = dict(leaves(load().config.model_dump()))
@@ -104,6 +106,7 @@ def test_defaults_that_follow_others(load: Load) -> None:
     assert config.lr_scheduler.total_steps is None  # data.total_steps
 
 
+@covers("promise:7b-example", "promise:load-ckpt-info-unused")
 def test_chinese_guide() -> None:
     loaded = load_config(SEVEN_B)
     config = loaded.config
@@ -128,7 +131,6 @@ def test_chinese_guide() -> None:
         "ckpt.load_ckpt_info",
         "monitor.alert.alert_file_path",
         "ckpt.async_upload",
-        "ckpt.oss_snapshot_freq",
         "data.train_folder",
         "grad_scaler",
         "parallel.weight.overlap",
@@ -153,6 +155,7 @@ monitor = dict(alert=dict(enable_feishu_alert=False, feishu_alert_address=None, 
 """
 
 
+@covers("promise:english-example")
 def test_english_guide(load: Load) -> None:
     loaded = load(text=ENGLISH)
     parallel = loaded.config.parallel
@@ -169,6 +172,7 @@ def test_english_guide(load: Load) -> None:
     assert load("parallel.sequence_parallel=True", text=ENGLISH).config.parallel.tensor.mode == "msp"
 
 
+@covers("promise:eos-ids")
 def test_generation_block(load: Load) -> None:
     text = (
         'generation = dict(ckpt_folder="a", output_folder="b", batch_size=1, eos_id=[2, 0], bos_id=1, max_length=100,\n'
@@ -182,15 +186,18 @@ def test_generation_block(load: Load) -> None:
     assert generation.eos_id == (5,)
 
 
+@covers("promise:gradient-accumulation")
 def test_gradient_accumulation(load: Load) -> None:
     assert load("data.micro_num=4", "data.gradient_accumulation=4").config.data.micro_num == 4
 
 
+@covers("promise:recompute-forms")
 @pytest.mark.parametrize(("form", "fraction"), [("True", 1.0), ("False", 0.0), ("0.2", 0.2), ("1", 1.0)])
 def test_recompute_forms(form: str, fraction: float, load: Load) -> None:
     assert load(f"model.checkpoint={form}").config.model.checkpoint == fraction
 
 
+@covers("promise:dtypes")
 def test_dtypes(load: Load) -> None:
     forms = {
         "float16": "float16",
@@ -202,6 +209,7 @@ def test_dtypes(load: Load) -> None:
     assert {form: load(f"model.dtype=torch.{form}").config.model.dtype for form in forms} == forms
 
 
+@covers("promise:7b-parameters")
 def test_parameters_of_the_7b_example() -> None:
     assert parameter_count(load_config(SEVEN_B).config.model) == 7_321_948_160
     by_name = {"7B_llama2": 7_241_732_096, "7B_internlm2": 7_737_708_544}
@@ -209,6 +217,7 @@ def test_parameters_of_the_7b_example() -> None:
         assert parameter_count(load_config(SEVEN_B.replace("7B_sft", name)).config.model) == count
 
 
+@covers("promise:7b-tokens-per-step", "promise:packed-length")
 def test_tokens_per_step() -> None:
     config = load_config(SEVEN_B).config
     assert config.data.packed_length == 4096
@@ -216,6 +225,7 @@ def test_tokens_per_step() -> None:
     assert tokens_per_step(config, 8) == 131_072
 
 
+@covers("promise:data-parallel-size")
 def test_data_parallel_size() -> None:
     config = load_config(SEVEN_B).config
     assert data_parallel_size(config.parallel, 8) == 8

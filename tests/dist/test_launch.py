@@ -6,6 +6,9 @@ from evomesh.config.schema import Config
 from evomesh.parallel.collectives import all_reduce_no_grad
 from evomesh.train.launch import launch
 from tests.support.interpreter import Interpreter
+from tests.support.covers import covers
+
+pytestmark = covers("promise:start-lines")
 
 
 def join_and_count() -> None:

@@ -19,6 +19,9 @@ from evomesh.train.stages import build_stages
 from tests.dist.layouts import FAMILIES, SEED, Layout, Trained, forward_backward, join, packs, train
 from tests.support.pool import Pool, grid_of
 from tests.support.tolerances import FIRST_LOSS, LAYOUT, assert_close, assert_equal_bits
+from tests.support.covers import covers
+
+pytestmark = covers("promise:tensor-modes", "promise:weight-overlap")
 
 MODES = [
     Layout(tensor=tensor, mode=mode, ranks=ranks, family=family)
@@ -119,6 +122,7 @@ def one_process(layout: Layout) -> Trained:
     return reference(layout.family, layout.smoothing, layout.packs, layout.adam, model)
 
 
+@covers("model.embed_split_hidden", "parallel.pipeline.balance", "parallel.weight.overlap", "parallel.pipeline.schedule", "parallel.pipeline.mode", "parallel.pipeline.interleaved_overlap")
 @pytest.mark.parametrize("layout", ALL, ids=str)
 def test_trains_like_one_process(pool: Pool, layout: Layout) -> None:
     whole, found = one_process(layout), join(pool.run(train, layout, ranks=layout.ranks))

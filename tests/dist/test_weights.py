@@ -23,6 +23,7 @@ from tests.dist.layouts import SEED, VOCAB, Layout, Trained, forward_backward, j
 from tests.support.own_model import register
 from tests.support.pool import Pool, grid_of
 from tests.support.tolerances import LAYOUT, assert_close
+from tests.support.covers import covers
 
 CUT = {"zero1": {"fsdp": True}}
 EVEN = {"vocab_size": 68}  # divides by 4; the packs' ids are below 67
@@ -73,6 +74,7 @@ def held(rank: int, layout: Layout) -> Held:
     )
 
 
+@covers("parallel.zero1.fsdp")
 def test_fsdp_leaves_each_rank_its_part_of_everything(pool: Pool) -> None:
     whole = sum(p.numel() for p in build_one(Layout(ranks=1, model=EVEN)).parameters().values())
     norm = 32  # the last one, whole on every rank

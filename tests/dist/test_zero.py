@@ -17,6 +17,7 @@ from evomesh.parallel.grid import Axis, Grid
 from evomesh.parallel.spec import ShardSpec, with_spec
 from tests.support.pool import Pool, grid_of
 from tests.support.tolerances import LAYOUT, assert_close
+from tests.support.covers import covers
 
 ADAM = AdamConfig(weight_decay=0.1, adam_eps=1e-2)  # large, since Adam's division amplifies the order of sums
 TP = {
@@ -236,6 +237,7 @@ def test_bucket_sizes_change_no_bit(pool: Pool, layout: dict[str, Any], dtype: t
             assert all(torch.equal(ours[name], theirs[name]) for name in theirs), zero
 
 
+@covers("hybrid_zero_optimizer.use_split_tensor_optim")
 def test_dividing_the_state_changes_no_bit(pool: Pool) -> None:
     """On the CPU a sum over ranks has one order, and AdamW does not see where its rows lie."""
     whole, divided = (pool.run(bits, {"zero1": zero}, torch.float32, {}) for zero in (1, 4))

@@ -18,6 +18,9 @@ from evomesh.optim import buckets
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.collectives import PendingCollective
 from tests.support.pool import Pool, grid_of
+from tests.support.covers import covers
+
+pytestmark = covers("promise:buckets-and-overlap")
 
 WIDTH = 8
 MATRIX = WIDTH * WIDTH
@@ -169,6 +172,7 @@ def test_without_overlap_gradients_travel_after_backward_one_bucket_at_a_time(po
     assert trace.most_bytes == 2 * MATRIX * 4
 
 
+@covers("hybrid_zero_optimizer.overlap_sync_grad", "hybrid_zero_optimizer.zero_overlap_communication")
 def test_with_overlap_each_bucket_leaves_when_the_last_micro_batch_has_filled_it(pool: Pool) -> None:
     zero = {"reduce_bucket_size": MATRIX, "overlap_sync_grad": True}
     traces = pool.run(trace_one_step, zero, {"zero1": 4})
@@ -187,6 +191,7 @@ def test_with_overlap_each_bucket_leaves_when_the_last_micro_batch_has_filled_it
     assert all(other.events == trace.events for other in traces)
 
 
+@covers("hybrid_zero_optimizer.reduce_bucket_size")
 @pytest.mark.parametrize("size", [1, MATRIX, 3 * MATRIX, 10**9])
 def test_reduce_bucket_size_bounds_the_buckets(pool: Pool, size: int) -> None:
     trace = pool.run(trace_one_step, {"reduce_bucket_size": size}, {"zero1": 4})[0]
@@ -204,6 +209,7 @@ def test_replicas_sum_only_the_rows_they_own(pool: Pool) -> None:
     assert sorted(trace.launches("all_reduce")) == sorted([3 * VECTOR, 3 * VECTOR, 4 * MATRIX // 2] * 2)
 
 
+@covers("hybrid_zero_optimizer.all_gather_size")
 def test_parameters_are_gathered_alone_or_up_to_all_gather_size(pool: Pool) -> None:
     own = MATRIX // 4
     for zero, expected in (
@@ -214,6 +220,7 @@ def test_parameters_are_gathered_alone_or_up_to_all_gather_size(pool: Pool) -> N
         assert pool.run(trace_one_step, zero, {"zero1": 4})[0].launches("all_gather") == expected * 2
 
 
+@covers("hybrid_zero_optimizer.overlap_sync_param")
 def test_with_overlap_each_block_awaits_its_own_parameters_in_forward(pool: Pool) -> None:
     trace = pool.run(trace_one_step, {"overlap_sync_param": True}, {"zero1": 4})[0]
     gathers = [event for event in trace.between("step", "end") if event[1] == "all_gather"]

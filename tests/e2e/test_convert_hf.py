@@ -20,6 +20,7 @@ from evomesh.generate.decode import generate
 from evomesh.generate.options import SamplingParams
 from evomesh.layers.sequence_bounds import single_sequence
 from evomesh.models.language_model import LanguageModel
+from tests.support.covers import covers
 from tests.support.runs import write_run
 from tests.unit.checkpoint.hf_models import found_in, model_config, save_model
 
@@ -146,6 +147,7 @@ def test_checklist(exported: tuple[LanguageModel, Path], tmp_path: Path) -> None
     assert said.count("good") == 7 and "BAD" not in said
 
 
+@covers("promise:ckpt-types-hf")
 def test_training_starts_from_a_folder(tmp_path: Path) -> None:
     write_run(tmp_path, "data['total_steps'] = lr_scheduler['total_steps'] = 3\n")
     run("-m", "evomesh", "train", "config.py", cwd=tmp_path)
@@ -165,6 +167,7 @@ def test_training_starts_from_a_folder(tmp_path: Path) -> None:
     assert len(set(losses.values())) == 1
 
 
+@covers("promise:convert2hf", "promise:pth-to-hf")
 def test_tools(tmp_path: Path) -> None:
     size = make_tokenizer(tmp_path / "tok")
     save_model(tmp_path / "c", model_config("INTERNLM2_PUBLIC", "float32", vocab_size=size))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from tests.support.covers import covers
 from tests.support.interpreter import Interpreter
 from tests.support.runs import losses, metrics, write_run
 
@@ -41,6 +42,7 @@ def text(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@covers("data.rampup_batch_size")
 def test_jsonl_to_training(text: Path, interpreter: Interpreter) -> None:
     for part in ("train", "val"):
         source = f"raw/{part}/pile.jsonl"
@@ -90,6 +92,7 @@ def test_refused_before_anything_is_written(text: Path, interpreter: Interpreter
     assert not (text / "RUN").exists()
 
 
+@covers("data.type", "data.tokenizer_path")
 def test_streaming_stops_and_resumes_to_the_bit(text: Path, interpreter: Interpreter) -> None:
     options = ["--set", "data.type=streaming", "--set", "data.train_folder=raw/train"]
     options += ["--set", "data.tokenizer_path=tokenizer.json", "--set", "data.valid_every=0"]

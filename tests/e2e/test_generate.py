@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from evomesh.checkpoint.restore import restore_model
 from evomesh.generate.decode import generate as answers_of
 from evomesh.generate.options import SamplingParams
+from tests.support.covers import covers
 from tests.support.golden import write_bin
 from tests.support.interpreter import Finished, Interpreter
 from tests.support.runs import write_run
@@ -141,6 +142,14 @@ def results(folder: Path, name: str) -> list[dict[str, object]]:
     return [json.loads(line) for line in (folder / "out" / f"{name}.jsonl").read_text().splitlines()]
 
 
+@covers(
+    "generation.output_folder",
+    "generation.ckpt_folder",
+    "generation.data_folder",
+    "generation.bos_id",
+    "generation.pad_id",
+    "promise:generation-section",
+)
 def test_the_documents_section(section: Path, interpreter: Interpreter) -> None:
     done = interpreter.run([str(ROOT / "generate.py"), "--config", "config.py"], cwd=section)
     assert done.returncode == 0, done.stderr
@@ -166,6 +175,7 @@ def test_the_documents_section(section: Path, interpreter: Interpreter) -> None:
         assert [count for _, count in meta] == [len(record) for record in records]
 
 
+@covers("generation.batch_size")
 def test_any_layout_and_batch_size_gives_the_same_results(section: Path, interpreter: Interpreter) -> None:
     command = [str(ROOT / "generate.py"), "--config", "config.py"]
     done = interpreter.run([*command, "--set", "generation.batch_size=5"], cwd=section)
@@ -219,6 +229,7 @@ def test_the_validation_folder_is_the_default(section: Path, interpreter: Interp
     assert all(len(row["answer_ids"][0]) <= 2 for row in results(section, "en"))
 
 
+@covers("generation.num_return_sequences")
 def test_several_answers_to_a_prompt(trained: Path, interpreter: Interpreter) -> None:
     options = ["--prompt", "abc", "--num-beams", "3", "--num-return-sequences", "2", "--max-new-tokens", "5"]
     done = generate(trained, interpreter, *options)

@@ -9,10 +9,12 @@ import torch
 
 from evomesh.config.schema import Config, RunConfig
 from evomesh.train.launch import launch
+from tests.support.covers import covers
 from tests.support.interpreter import Interpreter
 from tests.support.runs import losses, tensor_hashes, write_run
 
 
+@covers("enable_tb", "ckpt.save_optimizer", "ckpt.checkpoint_every")
 def test_switches_of_a_run(tmp_path: Path, interpreter: Interpreter) -> None:
     write_run(tmp_path)
     options = (
@@ -31,6 +33,7 @@ def test_switches_of_a_run(tmp_path: Path, interpreter: Interpreter) -> None:
     assert names and not any(name.startswith("optim.") for name in names)
 
 
+@covers("cudnn_deterministic", "cudnn_benchmark")
 @pytest.mark.parametrize("flag", [True, False])
 def test_cudnn_flags_reach_torch(monkeypatch: pytest.MonkeyPatch, flag: bool) -> None:
     cudnn = torch.backends.cudnn

@@ -22,6 +22,7 @@ from evomesh.storage import s3
 from evomesh.storage.base import Storage
 from evomesh.storage.local import LocalStorage
 from evomesh.storage.urls import open_storage
+from tests.support.covers import covers
 from tests.support.interpreter import Interpreter, Running
 from tests.support.runs import losses, tensor_hashes, write_run
 
@@ -145,6 +146,7 @@ def run_kills(
     )
 
 
+@covers("ckpt.oss_snapshot_freq")
 @pytest.mark.timeout(900)
 def test_one_process(tmp_path: Path, interpreter: Interpreter) -> None:
     run_kills(tmp_path, interpreter, 1, KILLS, list(VARIANTS))
@@ -168,6 +170,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.stop()
 
 
+@covers("ckpt.async_upload_tmp_folder")
 @pytest.mark.timeout(900)
 def test_staged_upload(tmp_path: Path, interpreter: Interpreter, bucket: str) -> None:
     """Killed while a file lies in ``async_upload_tmp_folder``, once for a checkpoint and once for a snapshot."""

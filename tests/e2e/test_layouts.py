@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.covers import covers
 from tests.support.interpreter import Finished, Interpreter, free_port
 from tests.support.runs import losses, metrics, write_run
 from tests.support.tolerances import FLOAT32_RUN
+
+pytestmark = covers("promise:interleaved")
 
 ROOT = Path(__file__).parents[2]
 STEPS, PACKS = 4, 8  # optimizer steps, and packs in each of them over all data-parallel ranks
@@ -83,6 +86,17 @@ def reference(
     yield losses(folder), metrics(folder)[-1]["val/en_loss"]
 
 
+@covers(
+    "model.num_chunks",
+    "parallel.tensor",
+    "parallel.tensor.size",
+    "parallel.tensor.mode",
+    "parallel.sequence_parallel",
+    "parallel.pipeline",
+    "parallel.pipeline.size",
+    "parallel.weight",
+    "parallel.weight.size",
+)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_trains_like_one_process(
     name: str, tmp_path: Path, interpreter: Interpreter, demo: Path, reference: tuple[dict[int, float], float]
@@ -172,6 +186,7 @@ def test_deepspeed_flag(
     assert found == {step: pytest.approx(loss, rel=FLOAT32_RUN) for step, loss in reference[0].items()}
 
 
+@covers("promise:torchrun")
 def test_torchrun(tmp_path: Path, demo: Path, reference: tuple[dict[int, float], float]) -> None:
     """The documents' own command line, with four real processes."""
     write(tmp_path, demo, 'tensor=dict(size=2, mode="fsp"), pipeline=2', 1, "")
@@ -193,6 +208,7 @@ def test_torchrun(tmp_path: Path, demo: Path, reference: tuple[dict[int, float],
             assert f"tp:{tp},pp={pp},dp=0====" in output
 
 
+@covers("promise:srun")
 def test_srun(
     tmp_path: Path, interpreter: Interpreter, demo: Path, reference: tuple[dict[int, float], float]
 ) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.covers import covers
 from tests.support.interpreter import Interpreter
 from tests.support.runs import losses, write_run
 
@@ -127,6 +128,7 @@ def test_a_signal_to_one_rank_breaks_a_long_step_off_on_all(
     assert losses(tmp_path) == {step: pytest.approx(loss, rel=1e-10) for step, loss in uninterrupted.items()}
 
 
+@covers("ckpt.stop_file_path")
 def test_the_stop_file(tmp_path: Path, interpreter: Interpreter) -> None:
     write(tmp_path, "", 1)
     with (tmp_path / "config.py").open("a") as file:

@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.support.covers import covers
 from tests.support.interpreter import Interpreter
 from tests.support.runs import write_run
 from tests.support.serving import byte_tokenizer
@@ -26,6 +27,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, interpreter: Interpreter) 
     return folder
 
 
+@covers("promise:web-demo")
 def test_page_and_api_answer(trained: Path, interpreter: Interpreter) -> None:
     root = Path(__file__).parents[2]
     command = [str(root / "web_demo.py"), "--ckpt", "ckpts", "--port", "0", "--no-browser"]

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.support.covers import covers
 from tests.support.interpreter import Interpreter
 from tests.support.runs import losses, metrics, tensor_hashes, write_run
 
@@ -48,6 +49,7 @@ def train(interpreter: Interpreter, folder: Path, *options: str, expect: int = 0
     return finished.stdout + finished.stderr
 
 
+@covers("JOB_NAME", "data.total_steps", "data.train_folder", "data.valid_folder", "data.valid_every")
 def test_a_run_prints_the_documents_line_and_records_the_same_numbers(
     tmp_path: Path, interpreter: Interpreter
 ) -> None:
@@ -74,6 +76,7 @@ def test_a_run_prints_the_documents_line_and_records_the_same_numbers(
     assert list(tmp_path.glob("RUN/tiny/*/**/events.out.tfevents*"))
 
 
+@covers("data.skip_batches", "promise:skip-batches")
 @pytest.mark.parametrize(
     "extra",
     ["", FLOAT16, BFLOAT16, 'model["dtype"] = "torch.float64"\n', 'model["dtype"] = "tf32"\n'],
@@ -133,6 +136,7 @@ def test_a_signal_ends_with_a_checkpoint_and_the_resumed_run_is_the_same(
     assert losses(stopped) == losses(straight)
 
 
+@covers("run_dir")
 def test_the_documents_train_py(tmp_path: Path, interpreter: Interpreter) -> None:
     write_run(tmp_path)
     script = str(Path(__file__).parents[2] / "train.py")
@@ -141,6 +145,7 @@ def test_the_documents_train_py(tmp_path: Path, interpreter: Interpreter) -> Non
     assert set(losses(tmp_path / "here")) == set(range(20))
 
 
+@covers("ckpt.enable_save_ckpt", "promise:synthetic-data")
 def test_synthetic_data_and_no_checkpoint(tmp_path: Path, interpreter: Interpreter) -> None:
     write_run(
         tmp_path, 'data["train_folder"] = data["valid_folder"] = None\nckpt = dict(enable_save_ckpt=False)\n'
@@ -272,6 +277,7 @@ def test_a_checkpoint_of_another_shape_names_the_first_tensor_and_both_shapes(
     assert "256,48" in output.replace(" ", "")
 
 
+@covers("max_consecutive_skips")
 def test_a_run_of_nan_steps_stops_with_its_own_exit_code(tmp_path: Path, interpreter: Interpreter) -> None:
     write_run(
         tmp_path,

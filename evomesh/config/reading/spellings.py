@@ -256,10 +256,6 @@ def _checkpoint(draft: ConfigDraft) -> None:
     every = ckpt.get("checkpoint_every", math.inf)
     if remote and "oss_snapshot_freq" not in ckpt and isinstance(every, int) and every > 1:
         ckpt["oss_snapshot_freq"] = every // 2
-    elif "oss_snapshot_freq" in ckpt and not remote:
-        draft.warn(
-            "ckpt.oss_snapshot_freq", "has no effect: snapshots between checkpoints are for remote folders"
-        )
     if ckpt.get("async_upload") is True and remote and ckpt.get("async_upload_tmp_folder") is None:
         job = draft.section("run").get("job_name", "AnonymousJob")
         ckpt["async_upload_tmp_folder"] = f"/dev/shm/{job}_tmp_ckpt/"

@@ -19,6 +19,7 @@ from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.native.save import CheckpointWriter
 from evomesh.config.schema import ModelConfig
 from evomesh.errors import UserError
+from tests.support.covers import covers
 
 H, F, V, LAYERS = 8, 12, 20, 5
 
@@ -129,6 +130,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@covers("promise:internevo-files")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 3)])
 @pytest.mark.parametrize("swap", [False, True])

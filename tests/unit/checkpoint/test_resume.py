@@ -18,6 +18,7 @@ from evomesh.checkpoint.resume import decide, parse_content, restart_line, resto
 from evomesh.config.schema import CheckpointConfig, LoadConfig
 from evomesh.errors import UserError
 from evomesh.parallel.grid import Grid
+from tests.support.covers import covers
 
 NAMES = ("w", "optim.exp_avg.w", "optim.exp_avg_sq.w", "optim.master.w")
 
@@ -58,6 +59,14 @@ def test_auto_resume_ignores_load_info_loudly(tmp_path: Path) -> None:
     assert "starting from scratch" in start.reason and f"({tmp_path}/other) IGNORED" in start.reason
 
 
+@covers(
+    "ckpt.load_ckpt_info",
+    "ckpt.load_ckpt_info.path",
+    "ckpt.auto_resume",
+    "ckpt.load_ckpt_folder",
+    "ckpt.load_model_only_folder",
+    "promise:ckpt-types",
+)
 def test_without_auto_resume(tmp_path: Path) -> None:
     writer = saved(tmp_path, 5, 10)
     assert decide(config(tmp_path, auto_resume=False), CheckpointReader(), writer.folder).checkpoint is None
@@ -76,6 +85,7 @@ def test_without_auto_resume(tmp_path: Path) -> None:
         decide(config(tmp_path, auto_resume=False, load_ckpt_info=nowhere), CheckpointReader(), writer.folder)
 
 
+@covers("ckpt.load_ckpt_info.content", "promise:content")
 @pytest.mark.parametrize(
     ("content", "loaded"),
     [
@@ -103,6 +113,7 @@ def test_unknown_content() -> None:
     assert parse_content("all") == parse_content(("model", "sampler", "optimizer", "scheduler"))
 
 
+@covers("promise:save-optimizer")
 def test_weights_only_says_so(tmp_path: Path) -> None:
     writer = saved(tmp_path, 5, names=("w",))
     with pytest.raises(UserError, match=r"has weights only .*cannot resume"):
@@ -116,6 +127,7 @@ def test_weights_only_says_so(tmp_path: Path) -> None:
     assert tensors["w"][0] == 5 and tensors["optim.master.w"][0] == 0
 
 
+@covers("ckpt.load_ckpt_info.ckpt_type")
 def test_a_users_own_loader(tmp_path: Path) -> None:
     @checkpoint_loaders.register("my_format")
     def load(path: str, config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:

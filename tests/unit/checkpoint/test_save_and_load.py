@@ -14,6 +14,7 @@ from evomesh.checkpoint.native.find import SaveFolder
 from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.native.save import CheckpointWriter
 from evomesh.errors import UserError
+from tests.support.covers import covers
 
 
 def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -121,6 +122,7 @@ def test_names_and_shapes(tmp_path: Path) -> None:
     CheckpointReader().load(found, {"a.weight": torch.zeros(2, 3)}, strict=False)
 
 
+@covers("ckpt.save_ckpt_folder")
 @pytest.mark.parametrize("form", ["", "/", "/2", "/2/", "/step-00000002", "/step-00000002/"])
 def test_path_forms(tmp_path: Path, form: str) -> None:
     writer = CheckpointWriter(str(tmp_path))

@@ -17,6 +17,7 @@ from evomesh.checkpoint.native.save import MAX_FAILED_SAVES, CheckpointWriter
 from evomesh.errors import UserError
 from evomesh.storage.base import StorageWriter
 from evomesh.storage.local import LocalStorage
+from tests.support.covers import covers
 from tests.support.interpreter import Interpreter
 from tests.unit.checkpoint.disk import Quick
 
@@ -100,6 +101,7 @@ def test_an_error_in_the_background_comes_with_the_next_wait(
         writer.wait()
 
 
+@covers("ckpt.snapshot_ckpt_folder")
 def test_snapshots_keep_two_and_never_lose_the_newest(tmp_path: Path) -> None:
     writer = quick(tmp_path)
     writer.save(1, tensors(1), {}, {})
@@ -112,6 +114,7 @@ def test_snapshots_keep_two_and_never_lose_the_newest(tmp_path: Path) -> None:
     assert loaded(writer) == (6, 60.0)  # the normal one wins a tie
 
 
+@covers("ckpt.keep_last", "ckpt.keep_every")
 def test_retention(tmp_path: Path) -> None:
     writer = quick(tmp_path, keep_last=3, keep_every=10)
     for step in range(1, 31):

@@ -9,6 +9,7 @@ import pytest
 from evomesh.config.layout import check_world
 from evomesh.config.loader import load_config
 from evomesh.errors import ConfigError
+from tests.support.covers import covers
 
 BASE = 'data = dict(train_folder="x")\nmodel = dict(dtype="torch.float32")\n'
 
@@ -177,6 +178,7 @@ def test_override_that_cannot_be_read(base: Path, text: str) -> None:
     assert "expected: section.key=value" in message(base, text)
 
 
+@covers("promise:zero1-sizes")
 def test_world(base: Path) -> None:
     config = load_config(str(base), ["parallel.zero1=8"]).config
     assert check_world(config, 16) == []

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from evomesh.cli.config import app
 from evomesh.errors import UserError
+from tests.support.covers import covers
 
 ROOT = Path(__file__).parents[3]
 SEVEN_B = str(ROOT / "configs" / "7B_sft.py")
@@ -26,7 +27,7 @@ def run(*arguments: str) -> str:
 
 def test_check() -> None:
     out = run("check", SEVEN_B, "--set", "data.train_folder=x")
-    assert out.endswith("7B_sft.py: ok, 7 warnings\n")
+    assert out.endswith("7B_sft.py: ok, 6 warnings\n")
     with pytest.raises(UserError, match=r"did you mean data\.seq_len"):
         run("check", SEVEN_B, "--set", "data.seq_le=1")
 
@@ -84,6 +85,7 @@ def test_show_json() -> None:
     assert document["origins"]["adam.no_decay"] == "default"
 
 
+@covers("promise:copy-cfg")
 def test_list_and_copy(tmp_path: Path) -> None:
     assert "7B_sft" in run("list")
     run("copy", "7B_sft", str(tmp_path))
@@ -98,6 +100,7 @@ def test_list_and_copy(tmp_path: Path) -> None:
             run("copy", name, dest)
 
 
+@covers("promise:config-check-is-fast")
 def test_check_is_fast() -> None:
     """Processor time, best of three, interpreter start included: what the wall shows on a machine at rest."""
     code = f"from evomesh.cli.config import app; app(['check', {SEVEN_B!r}])"

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from evomesh.config.compatibility import ROWS, CompatibilityRow
 from evomesh.config.loader import known_keys, load_config
 from evomesh.config.reading.spellings import SECTIONS
 from evomesh.config.record import config_to_dict
 from evomesh.errors import ConfigError
-from tests.contract.effects import EFFECTS
+from tests.contract.config_keys import ROWS, CompatibilityRow
 
 
 @pytest.fixture(scope="module")
@@ -39,16 +38,6 @@ def test_row(row: CompatibilityRow, base: Path) -> None:
         assert "no effect" in named[0]
     else:
         assert config_to_dict(before.config) != config_to_dict(loaded.config)
-
-
-def test_every_effect_names_a_test_that_exists() -> None:
-    wanted = {row.key for row in ROWS if row.outcome == "effect"}
-    assert wanted - set(EFFECTS) == set(), "add the test of its effect to tests/contract/effects.py"
-    assert set(EFFECTS) <= wanted
-    root = Path(__file__).resolve().parents[3]
-    for test in sorted(set(EFFECTS.values())):
-        path, _, name = test.partition("::")
-        assert f"def {name}(" in (root / path).read_text(), test
 
 
 def test_every_key_has_a_row() -> None:

@@ -12,6 +12,9 @@ from evomesh.cli.main import app
 from evomesh.config.deepspeed import deepspeed_settings
 from evomesh.config.loader import load_config
 from evomesh.errors import UserError
+from tests.support.covers import covers
+
+pytestmark = covers("promise:deepspeed")
 
 
 @pytest.fixture

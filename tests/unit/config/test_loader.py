@@ -14,6 +14,7 @@ from evomesh.config.json_codec import decode_json, encode_json
 from evomesh.config.loader import LoadedConfig, load_config
 from evomesh.config.reading.overrides import parse_value
 from evomesh.config.record import config_from_dict, config_to_dict
+from tests.support.covers import covers
 
 BASE = 'data = dict(train_folder="x")\nmodel = dict(dtype="torch.float32")\n'
 
@@ -84,6 +85,7 @@ def test_read_base_and_relative_imports(tmp_path: Path) -> None:
     assert not [name for name in sys.modules if name.startswith(("_base_", "evomesh_config_file"))]
 
 
+@covers("promise:config-leaves-nothing")
 def test_files_of_one_name_do_not_meet(tmp_path: Path) -> None:
     before = list(sys.path)
     for name, seed in (("a", 1), ("b", 2)):

@@ -22,6 +22,7 @@ from evomesh.data.token_files.lines import parse_plain
 from evomesh.data.token_files.repair import repair
 from evomesh.data.token_files.writer import BinWriter
 from evomesh.errors import UserError
+from tests.support.covers import covers
 
 DOCUMENTED = [
     [73075, 75302, 69522, 69022, 98899, 67713, 68015, 81269, 74637, 75445, 99157],
@@ -56,6 +57,7 @@ def test_documented_example(write_bin: Any, dtype: str) -> None:
     assert BinDataset(path).read(np.array([2, 0])).tolist() == DOCUMENTED[2] + DOCUMENTED[0]
 
 
+@covers("promise:example-lines")
 def test_documented_example_is_written(tmp_path: Path) -> None:
     path = tmp_path / "cn" / "output.bin"
     with BinWriter(path) as writer:
@@ -290,6 +292,7 @@ def test_63_compressed_file(write_bin: Any, magic: bytes, kind: str) -> None:
     refused(path, str(path), kind, magic[:2].hex(" "))
 
 
+@covers("data.min_length")
 def test_min_length_counts_tokens(write_bin: Any) -> None:
     path = write_bin([[1], [2, 3], [4, 5, 6]])
     assert read_all(path, min_length=2) == [[2, 3], [4, 5, 6]]

@@ -17,6 +17,7 @@ from evomesh.config.schema import DataConfig
 from evomesh.data.build import TrainData, build_train_data, check_manifest
 from evomesh.data.packing.corpus import Corpus
 from evomesh.errors import UserError
+from tests.support.covers import covers
 from tests.support.nobody import as_nobody
 
 VOCAB = 1000
@@ -55,6 +56,7 @@ def rows(data: TrainData, dp_rank: int = 0, dp_size: int = 1, steps: int = 3) ->
     return found
 
 
+@covers("promise:raw-jsonl-beside-types")
 def test_types_files_and_report(tree: Path) -> None:
     data = build_train_data(config(tree), VOCAB)
     assert data.types == ["cn", "en"]
@@ -67,6 +69,7 @@ def test_types_files_and_report(tree: Path) -> None:
     assert json.loads(json.dumps(data.manifest)) == data.manifest
 
 
+@covers("promise:type-folders")
 def test_documented_types(write_bin: Any, tmp_path: Path) -> None:
     names = ["ar", "cn", "code", "en", "ja", "kaoshi"]
     for number, name in enumerate(names, 1):
@@ -77,6 +80,7 @@ def test_documented_types(write_bin: Any, tmp_path: Path) -> None:
     assert torch.equal(batch.type_ids + 1, batch.tokens)
 
 
+@covers("data.micro_num", "data.micro_bsz", "data.packed_length")
 def test_batch_shapes_and_padding_of_bounds(tree: Path) -> None:
     batch = next(build_train_data(config(tree), VOCAB).stream())
     assert (
@@ -125,6 +129,7 @@ def test_a_rank_reads_the_packs_that_internevo_gives_it(tree: Path) -> None:
         assert rows(data, rank, 3, steps=4) == own
 
 
+@covers("data.num_worker")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resume_in_the_second_pass(tree: Path, workers: int) -> None:
     data = build_train_data(config(tree, num_worker=workers), VOCAB)
@@ -169,6 +174,7 @@ def test_synthetic_data_is_internevos() -> None:
     assert data.warnings
 
 
+@covers("data.fixed_random_dataset_seqlen")
 def test_synthetic_data_of_any_length_is_packed() -> None:
     data = build_train_data(DataConfig(seq_len=512, fixed_random_dataset_seqlen=False, num_worker=0), VOCAB)
     batch = next(data.stream())
@@ -297,6 +303,7 @@ def test_fewer_documents_than_min_length_gives_a_warning(write_bin: Any, tmp_pat
     ]
 
 
+@covers("data.min_length_dict")
 def test_min_length_dict_by_path(tree: Path) -> None:
     data = build_train_data(config(tree, min_length=5, min_length_dict={"en/b": 10, "cn": 0}), VOCAB)
     kept = {row["file"]: row["documents"] - row["filtered"] for row in data.report}
@@ -307,6 +314,7 @@ def test_min_length_dict_by_path(tree: Path) -> None:
     refused("several keys: en, en/b", config(tree, min_length_dict={"en": 1, "en/b": 10}))
 
 
+@covers("data.data_order_path")
 def test_order_file(tree: Path) -> None:
     order = tree / "data_order.txt"
     order.write_bytes(b"en/b/x.bin\r\n\r\ncn/deep/er/z.bin\nen/a.bin\n")

@@ -20,6 +20,7 @@ from evomesh.data.records.reader import SourceRecord, find_texts
 from evomesh.data.token_files.bin_dataset import BinDataset
 from evomesh.data.tokenizer import load_tokenizer
 from evomesh.errors import UserError
+from tests.support.covers import covers
 
 ROOT = Path(__file__).parents[3]
 SPECIAL = ["<s>", "</s>", "<eoh>", "<eoa>", "<|im_start|>", "<|im_end|>",
@@ -292,6 +293,7 @@ def sentencepiece_model(tmp_path: Path, symbols: list[str], control: list[str] |
     return tmp_path / "sp.model"
 
 
+@covers("promise:tokenizer-tool", "promise:alpaca-tool")
 def test_the_documents_tools(tmp_path: Path) -> None:
     model = str(sentencepiece_model(tmp_path, ["<eoh>", "<eoa>"]))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

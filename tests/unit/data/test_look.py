@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from evomesh.cli.data import app
 from evomesh.errors import UserError
+from tests.support.covers import covers
 
 ROOT = Path(__file__).parents[3]
 IGN = -100
@@ -75,6 +76,7 @@ def test_inspect_counts_and_forecast(write_bin: Any, tmp_path: Path) -> None:
     assert "ids of 13 sampled tokens: 5 distinct, 1 .. 5, 7.7% masked" in text
 
 
+@covers("promise:data-order")
 def test_order_and_the_documents_tool_agree(write_bin: Any, tmp_path: Path) -> None:
     for name in (
         "data/train/en/b.bin",

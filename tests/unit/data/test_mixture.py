@@ -18,6 +18,7 @@ from evomesh.data.build import build_train_data
 from evomesh.data.packing.mixture import MixedSampler, MixtureSchedule
 from evomesh.data.packing.sampler import SamplerPosition
 from evomesh.errors import UserError
+from tests.support.covers import covers
 
 weights = st.lists(st.integers(1, 50).map(lambda n: n / 7 if n % 2 else float(n)), min_size=1, max_size=6)
 
@@ -81,6 +82,7 @@ def test_resume(stop: int, rampup: BatchSizeRampup | None) -> None:
         sampler().resume(state | {"num_packs": {"a": 1}})
 
 
+@covers("data.dataset_weights", "promise:dataset-weights")
 def test_weights_of_a_config(write_bin: Any, tmp_path: Path) -> None:
     write_bin([[1] * 400], "train/en/a.bin")
     write_bin([[2] * 400], "train/en/b.bin")

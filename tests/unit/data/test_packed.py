@@ -14,6 +14,9 @@ from evomesh.config.schema import DataConfig
 from evomesh.data.packing.corpus import Corpus
 from evomesh.data.packing.packs import PackPlan, PackRule
 from evomesh.data.token_files.bin_dataset import BinDataset
+from tests.support.covers import covers
+
+pytestmark = covers("promise:pack-sample-into-one")
 
 IGNORED = -100
 PADDING = -1
@@ -129,6 +132,7 @@ def test_one_sample_has_no_target_at_the_pack_end_and_ignores_document_borders()
     }
 
 
+@covers("data.seq_len")
 def test_a_long_segment_is_split_and_its_labels_cross_the_split() -> None:
     plan = PackPlan([MemorySource([list(range(1, 11))])], PackRule(packed_length=8, seq_len=3))
     assert as_dict(plan.read(0)) == {
@@ -154,6 +158,7 @@ def test_xtuner_trains_across_documents_but_not_past_the_pack() -> None:
 documents = st.lists(st.lists(st.integers(-9, 9), max_size=12), min_size=1, max_size=9)
 
 
+@covers("data.pack_sample_into_one", "data.remainder", "data.order")
 @given(
     documents, st.integers(1, 4), st.integers(1, 3), st.booleans(), st.sampled_from(["internevo", "xtuner"])
 )

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from evomesh.config.step_values import BatchSizeRampup
 from evomesh.data.packing.sampler import PackSampler, SamplerPosition
 from evomesh.errors import UserError
+from tests.support.covers import covers
 
 
 def internevo_order(num_packs: int, seed: int, micro_num: int, dp: int, steps: int) -> list[list[list[int]]]:
@@ -42,6 +43,7 @@ def our_order(
 layouts = st.tuples(st.integers(1, 4), st.integers(1, 4))
 
 
+@covers("data.seed")
 @given(st.integers(0, 60), layouts, st.integers(0, 2**32 - 1), st.integers(1, 30))
 @settings(max_examples=100, deadline=None)
 def test_order_is_internevos(surplus: int, layout: tuple[int, int], seed: int, steps: int) -> None:
@@ -114,6 +116,7 @@ def test_xtuner_shuffles_pass_e_with_seed_plus_e() -> None:
     assert got == expected
 
 
+@covers("promise:rampup")
 def test_rampup_sizes() -> None:
     ramp = BatchSizeRampup(1, 1, 5).times(2)
     assert [ramp.size(step, 8) for step in (0, 4, 5, 10, 15, 99)] == [2, 2, 4, 6, 8, 8]

@@ -16,6 +16,9 @@ from evomesh.config.schema import DataConfig
 from evomesh.data.build import build_train_data
 from evomesh.data.token_files.shared_index import shared_array
 from evomesh.errors import UserError
+from tests.support.covers import covers
+
+pytestmark = covers("promise:shared-memory")
 
 
 def first_batch(tmp_path: Path, **values: Any) -> torch.Tensor:
@@ -23,6 +26,7 @@ def first_batch(tmp_path: Path, **values: Any) -> torch.Tensor:
     return next(build_train_data(DataConfig(**options, **values), 100).stream()).tokens
 
 
+@covers("data.use_shm", "data.shm_path")
 def test_batches_are_the_same_and_the_index_is_reused(write_bin: Any, tmp_path: Path) -> None:
     rng = np.random.RandomState(0)
     write_bin([rng.randint(1, 99, 5).tolist() for _ in range(50)])

@@ -23,6 +23,9 @@ from evomesh.data.records import rows as rows_module
 from evomesh.data.records.reader import find_texts
 from evomesh.data.records.rows import RowCursor, RowStream, find_rows
 from evomesh.errors import UserError
+from tests.support.covers import covers
+
+pytestmark = covers("promise:streaming")
 
 WORDS = 4000
 IGN = -100
@@ -175,6 +178,7 @@ def test_all_kinds_of_files_give_the_same_rows(tmp_path: Path, kind: str) -> Non
         assert len(find_rows(str(folder), "data.valid_folder", None, "valid")[0]) == 1
 
 
+@covers("data.subset_name")
 def test_split_and_subset_are_chosen_by_name(tmp_path: Path) -> None:
     def names(subset: str | None, split: str = "train") -> list[str]:
         return [str(file.place.relative_to(folder)) for file in find_rows(str(folder), "k", subset, split)[0]]
@@ -207,6 +211,7 @@ def test_split_and_subset_are_chosen_by_name(tmp_path: Path) -> None:
         names("arrow")
 
 
+@covers("data.split_name", "data.valid_split_name")
 def test_the_split_is_what_training_reads(tmp_path: Path, tokenizer: Path) -> None:
     (tmp_path / "train_a.txt").write_text("w5 w6 w7\n" * 40)
     (tmp_path / "data").mkdir()
@@ -373,6 +378,7 @@ def test_validation_from_text(tmp_path: Path, tokenizer: Path) -> None:
     assert valid.name == "v"
 
 
+@covers("data.content_name")
 def test_bad_input(tmp_path: Path, tokenizer: Path) -> None:
     folder = write(tmp_path / "d", texts(30))
 

@@ -11,6 +11,7 @@ import pytest
 from evomesh.config.schema import DataConfig
 from evomesh.data.build import build_valid_data
 from evomesh.errors import UserError
+from tests.support.covers import covers
 
 IGNORED = -100
 
@@ -30,6 +31,7 @@ def pairs_of(found: list[list[int]], seq_len: int) -> list[tuple[int, int, int]]
     )
 
 
+@covers("data.valid_micro_num")
 @pytest.mark.parametrize("dp_size", [1, 2, 5])
 @pytest.mark.parametrize("micro_num", [1, 3])
 def test_every_target_is_seen_once(write_bin: Any, tmp_path: Path, dp_size: int, micro_num: int) -> None:
@@ -80,6 +82,7 @@ def test_every_folder_is_a_set(write_bin: Any, tmp_path: Path) -> None:
     ]
 
 
+@covers("data.valid_min_length")
 def test_documents_have_no_minimum_length_by_default(write_bin: Any, tmp_path: Path) -> None:
     write_bin([[1, 2]] * 5, "valid/en/a.bin")
     write_bin([[1, 2]] * 5, "valid/cn/a.bin")
@@ -93,6 +96,7 @@ def test_synthetic_set_without_a_folder() -> None:
     assert (found.name, found.num_packs) == ("val", 500)
 
 
+@covers("data.allow_tokenizer_mismatch")
 def test_tokenizers_must_agree(write_bin: Any, tmp_path: Path) -> None:
     for part, digest in (("train", "a"), ("valid", "b")):
         path = write_bin([[1, 2, 3]], f"{part}/en/a.bin")

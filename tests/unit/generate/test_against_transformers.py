@@ -13,6 +13,7 @@ from evomesh.generate.decode import generate
 from evomesh.generate.options import SamplingParams
 from evomesh.layers.sequence_bounds import single_sequence
 from evomesh.models.language_model import LanguageModel
+from tests.support.covers import covers
 from tests.support.decoders import tiny, tiny_config
 from tests.support.stock import stock_llama
 
@@ -55,6 +56,7 @@ def test_greedy(pair: Pair, options: dict[str, float]) -> None:
     assert generate(ours, PROMPTS, sampling) == [theirs(stock, prompt, sampling) for prompt in PROMPTS]
 
 
+@covers("generation.num_beams", "generation.length_penalty")
 @pytest.mark.parametrize("length_penalty", [1.0, 0.0, -1.5, 2.5])
 @pytest.mark.parametrize(
     "options",
@@ -81,6 +83,7 @@ def test_beams(pair: Pair, options: dict[str, float], length_penalty: float) -> 
     assert generate(ours, PROMPTS, sampling, batch_size=2) == together
 
 
+@covers("promise:dynamic-ntk")
 def test_dynamic_ntk_beyond_the_trained_length() -> None:
     """Cached keys keep the base of the length they were made at, as in transformers."""
     config = tiny_config(max_position_embeddings=16, use_dynamic_ntk_rope=True, rope_scaling_factor=2.0)

@@ -12,6 +12,7 @@ from evomesh.errors import UserError
 from evomesh.generate.engine import GeneratedToken, GenerationEngine
 from evomesh.generate.options import SamplingParams
 from evomesh.layers.sequence_bounds import single_sequence
+from tests.support.covers import covers
 from tests.support.decoders import VOCAB, tiny, uncached_greedy
 
 GREEDY = SamplingParams(do_sample=False, max_new_tokens=12)
@@ -87,6 +88,7 @@ def test_long_prompts_are_not_all_read_in_one_step() -> None:
     assert [len(engine.step()) for _ in range(4)] == [1, 2, 3, 4]
 
 
+@covers("generation.eos_id", "generation.additional_eos_token_list")
 def test_every_end_token_stops() -> None:
     model = tiny()
     free = uncached_greedy(model, [3, 7, 11], 12)
@@ -100,6 +102,7 @@ def test_every_end_token_stops() -> None:
         assert not any(token.finish for token in tokens[:-1])
 
 
+@covers("generation.max_length", "generation.max_new_tokens")
 def test_limits_count_as_documented() -> None:
     def count(prompt: int, **options: int) -> int:
         engine = GenerationEngine(tiny(), slots=1, context_length=16)
@@ -115,6 +118,7 @@ def test_limits_count_as_documented() -> None:
     assert count(12, max_length=8) == 1
 
 
+@covers("generation.seed")
 def test_draws_depend_on_seed_and_request_number_alone() -> None:
     model = tiny()
     drawn = SamplingParams(temperature=2.0, max_new_tokens=15)

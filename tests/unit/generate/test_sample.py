@@ -15,10 +15,12 @@ from transformers import (
 from evomesh.errors import UserError
 from evomesh.generate.options import SamplingParams
 from evomesh.generate.sample import TokenSampler, candidates, penalize
+from tests.support.covers import covers
 
 VOCAB = 50
 
 
+@covers("generation.top_k", "generation.top_p", "generation.min_p")
 @pytest.mark.parametrize("keep", [1, 3])
 @pytest.mark.parametrize("min_p", [0.0, 0.05, 1.0])
 @pytest.mark.parametrize("top_k", [0, 1, 7])
@@ -36,6 +38,7 @@ def test_candidates_follow_transformers(top_k: int, top_p: float, min_p: float, 
     torch.testing.assert_close(whole, scores[0].softmax(-1), rtol=1e-12, atol=1e-15)
 
 
+@covers("generation.repetition_penalty")
 @pytest.mark.parametrize("penalty", [1.0, 1.3, 0.8])
 def test_the_repetition_penalty_follows_transformers(penalty: float) -> None:
     logits = torch.randn(VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -61,6 +64,7 @@ def test_draws_follow_the_distribution(options: dict[str, float]) -> None:
     assert ((drawn - wanted).abs() <= 4 * deviation).all(), (drawn, wanted)
 
 
+@covers("generation.do_sample", "generation.temperature")
 def test_no_sampling_and_no_temperature_are_greedy() -> None:
     logits = torch.tensor([0.0, 3.0, 2.9])
     for sampling in (SamplingParams(do_sample=False), SamplingParams(temperature=0.0)):

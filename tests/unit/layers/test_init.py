@@ -9,6 +9,7 @@ from torch import nn
 from evomesh.layers.init import InitialWeight, fill_parameter, owned_range
 from evomesh.parallel.grid import Axis
 from evomesh.parallel.spec import ShardSpec
+from tests.support.covers import covers
 
 SHAPE = (300, 520)  # neither dim a whole number of tiles
 NORMAL = InitialWeight("normal", 1.0)
@@ -50,6 +51,7 @@ def test_vectors_and_stacked_matrices_can_be_cut() -> None:
         assert torch.equal(torch.cat(parts, len(shape) // 3), whole)
 
 
+@covers("seed")
 def test_seed_and_name_select_the_stream() -> None:
     same, other_seed, other_name = drawn(), drawn(seed=2), drawn(name="layers.1.w")
     assert torch.equal(same, drawn())

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from evomesh.config.schema import IGNORE
 from evomesh.layers.loss import MIN_CHUNK_TOKENS, LossOutput, linear_cross_entropy, tokens_per_chunk
+from tests.support.covers import covers
 
 T, D, V = 37, 12, 29
 
@@ -37,6 +38,7 @@ def check(
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
 
 
+@covers("loss.label_smoothing")
 @pytest.mark.parametrize("chunk", [1, 7, 37, 512])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_equals_torch(chunk: int, smoothing: float) -> None:

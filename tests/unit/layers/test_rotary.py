@@ -7,6 +7,7 @@ import torch
 
 from evomesh.layers.rotary import RotaryEmbedding, split_and_rotate
 from evomesh.layers.sequence_bounds import SequenceBounds, single_sequence
+from tests.support.covers import covers
 
 
 def test_angles_by_hand_in_float64() -> None:
@@ -17,6 +18,7 @@ def test_angles_by_hand_in_float64() -> None:
     assert RotaryEmbedding(4, 100.0).tables(single_sequence(3), torch.bfloat16)[0].dtype is torch.float32
 
 
+@covers("model.use_dynamic_ntk_rope")
 @pytest.mark.parametrize("factor", [1.0, 2.0])
 def test_dynamic_ntk_stretches_the_base_beyond_the_trained_length(factor: float) -> None:
     length, trained, head_dim = 12, 8, 6

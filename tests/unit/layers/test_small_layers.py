@@ -14,6 +14,7 @@ from evomesh.layers.placement import Placement
 from evomesh.parallel.grid import Axis
 from evomesh.parallel.modes import MODES
 from evomesh.parallel.spec import spec_of
+from tests.support.covers import covers
 
 F64 = Placement(dtype=torch.float64)
 
@@ -72,6 +73,7 @@ def test_norm_against_the_formula(kind: str, dtype: torch.dtype) -> None:
         assert (a.double() - b.double()).abs().max() <= tolerance * b.double().abs().max()
 
 
+@covers("use_fp32_norm")
 def test_fp32_norm_keeps_its_weight_wide_and_its_output_narrow() -> None:
     layer = Norm("rmsnorm", 8, eps=1e-5, fp32_weight=True, placement=Placement(dtype=torch.bfloat16))
     randomise(layer)

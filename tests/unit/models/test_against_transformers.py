@@ -10,6 +10,7 @@ from evomesh.config.schema import ModelConfig
 from evomesh.layers.sequence_bounds import single_sequence
 from evomesh.models.decoder import Decoder
 from evomesh.models.registry import build_model, initialize_weights
+from tests.support.covers import covers
 from tests.support.tolerances import TRANSFORMERS, TRANSFORMERS_FLOAT32
 
 transformers = pytest.importorskip("transformers")
@@ -180,6 +181,7 @@ CASES = [
 ]
 
 
+@covers("model_type")
 @pytest.mark.parametrize(("model_type", "kv_heads", "interleaved", "bias"), CASES)
 def test_float64_equals_transformers(
     model_type: str, kv_heads: int, interleaved: bool, bias: bool, float64_upcasts: None

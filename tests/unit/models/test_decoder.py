@@ -14,6 +14,7 @@ from evomesh.models.decoder import Decoder
 from evomesh.models.registry import build_model, initialize_weights
 from evomesh.parallel.grid import Axis, Grid
 from evomesh.parallel.spec import spec_of
+from tests.support.covers import covers
 
 LENGTHS = [5, 1, 9, 9, 3]
 T, V = sum(LENGTHS), 50
@@ -130,6 +131,7 @@ def test_recompute_changes_no_bit(dtype: str) -> None:
     assert all(torch.equal(results[0][1][n], g) for n, g in results[1][1].items())
 
 
+@covers("model.checkpoint")
 @pytest.mark.parametrize(
     ("family", "fraction", "layers", "expected"),
     [
@@ -179,6 +181,7 @@ def test_post_norm_blocks_have_no_final_norm() -> None:
     )
 
 
+@covers("model.norm_head")
 def test_norm_head_has_rows_of_length_one_and_their_gradient() -> None:
     model = make(tiny(norm_head=True))
     hidden = torch.randn(T, 24, dtype=torch.float64, requires_grad=True)
@@ -193,6 +196,7 @@ def test_norm_head_has_rows_of_length_one_and_their_gradient() -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
+@covers("model.embed_grad_scale")
 def test_embed_grad_scale_scales_embedding_and_head_only() -> None:
     found = []
     for scale in (1.0, 0.25):
@@ -205,6 +209,7 @@ def test_embed_grad_scale_scales_embedding_and_head_only() -> None:
         assert torch.equal(found[1][name], plain * factor), name
 
 
+@covers("model.residual_in_fp32")
 def test_residual_in_fp32_keeps_the_stream_wide() -> None:
     ids, _ = tokens()
     exact = make(tiny())
@@ -219,6 +224,7 @@ def test_residual_in_fp32_keeps_the_stream_wide() -> None:
     assert exact(ids, pack(LENGTHS)).dtype is torch.float64
 
 
+@covers("model.dtype")
 @pytest.mark.parametrize("dtype", ["float32", "tf32", "bfloat16", "float16"])
 @pytest.mark.parametrize("fp32_norm", [False, True])
 def test_narrow_dtypes_train_near_float64(dtype: str, fp32_norm: bool) -> None:
@@ -270,6 +276,14 @@ def test_generation_can_keep_keys_and_values() -> None:
     torch.testing.assert_close(torch.cat(steps), expected, rtol=1e-11, atol=1e-11)
 
 
+@covers(
+    "model.embedding_init_std",
+    "model.attn_wqkv_init_std",
+    "model.attn_other_init_std",
+    "model.ffn_uplayer_init_std",
+    "model.ffn_other_init_std",
+    "model.out_head_init_std",
+)
 @pytest.mark.parametrize(
     ("family", "changes", "expected"),
     [
@@ -317,6 +331,7 @@ def test_start_is_independent_of_the_cut() -> None:
         assert torch.equal(joined, parameter), name
 
 
+@covers("model.compile")
 def test_compiled_blocks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced and differentiated as for a device, but run by torch's own operations: no C++ compiler is needed."""
     compile_module = nn.Module.compile

@@ -13,6 +13,7 @@ from evomesh.config.reading.spellings import resolve
 from evomesh.config.schema import ModelConfig
 from evomesh.layers.sequence_bounds import single_sequence
 from evomesh.models.registry import build_model, initialize_weights
+from tests.support.covers import covers
 
 BASE: dict[str, Any] = dict(
     model_type="INTERNLM2_PUBLIC",
@@ -42,6 +43,27 @@ def logits(values: dict[str, Any]) -> Tensor:
     return found
 
 
+@covers(
+    "model.num_layers",
+    "model.hidden_size",
+    "model.vocab_size",
+    "model.num_attention_heads",
+    "model.num_kv_attention_heads",
+    "model.mlp_ratio",
+    "model.multiple_of",
+    "model.norm_type",
+    "model.layer_norm_epsilon",
+    "model.apply_post_layer_norm",
+    "model.use_swiglu",
+    "model.no_bias",
+    "model.qk_interleaved",
+    "model.adapt_hf",
+    "model.rope_base",
+    "model.rope_scaling_factor",
+    "model.max_position_embeddings",
+    "model.use_scaled_init",
+    "model.init_type",
+)
 @pytest.mark.parametrize(
     ("key", "value"),
     [

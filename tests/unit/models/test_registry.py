@@ -7,6 +7,9 @@ from evomesh.config.schema import ModelConfig
 from evomesh.errors import ConfigError, UserError
 from evomesh.models.decoder import Decoder
 from evomesh.models.registry import ModelInitializer, build_model, model_initializer
+from tests.support.covers import covers
+
+pytestmark = covers("promise:register-module")
 
 
 def test_parameter_count_of_the_documents_7b_config() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from evomesh.monitor.metrics import MetricsFile, StepRecord, model_tflops
+from tests.support.covers import covers
 
 # The first step of the documented 7B run on 8 GPUs.
 RECORD = StepRecord(
@@ -39,6 +40,7 @@ def steps(path: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
+@covers("promise:log-line")
 def test_line_is_the_documented_one() -> None:
     assert RECORD.line() == DOCUMENTED
 
@@ -49,6 +51,7 @@ def test_extras_follow_and_validation_has_its_own_line() -> None:
     assert record.values()["val/en_loss"] == 3.0
 
 
+@covers("promise:tflops")
 def test_tflops_of_the_documented_step() -> None:
     seconds = 16384 / 1424.64
     tflops = model_tflops(

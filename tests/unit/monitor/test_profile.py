@@ -12,6 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from evomesh.monitor.profile import KINDS, SKIPPED, STEPS, WARM_UP, StepProfile, region, seconds_by_kind
+from tests.support.covers import covers
 
 
 def profiled(*work: Any) -> tuple[dict[str, float], float]:
@@ -80,6 +81,7 @@ class TestSecondsByKind:
 
 
 class TestStepProfile:
+    @covers("promise:profiling")
     def test_writes_trace_and_table_once(self, tmp_path: Path) -> None:
         with StepProfile(tmp_path / "traces", "rank") as steps:
             for _ in range(SKIPPED + WARM_UP + STEPS + 5):

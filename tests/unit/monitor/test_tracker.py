@@ -7,6 +7,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from evomesh.config.schema import RunConfig
 from evomesh.monitor.tensorboard import TensorBoardWriter, rank_name, run_folder, tensorboard_folder
+from tests.support.covers import covers
+
+pytestmark = covers("promise:tensorboard")
 
 NOW = datetime(2023, 7, 7, 12, 26, 58)
 
@@ -17,6 +20,7 @@ def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in accumulator.Scalars(name)]
 
 
+@covers("tensorboard_folder")
 def test_folders_follow_the_documents() -> None:
     run = RunConfig(job_name="7b_train")
     folder = run_folder(run, NOW)
@@ -39,6 +43,12 @@ def test_scalars_and_texts_can_be_read_back(tmp_path: Path) -> None:
     assert b"secret" not in b"".join(path.read_bytes() for path in tmp_path.iterdir())
 
 
+@covers(
+    "tensorboard",
+    "tensorboard.queue_max_length",
+    "monitor.tensorboard",
+    "monitor.tensorboard.queue_max_length",
+)
 def test_steps_are_buffered_up_to_the_queue(tmp_path: Path) -> None:
     board = TensorBoardWriter(tmp_path, queue=2)
     size = lambda: sum(path.stat().st_size for path in tmp_path.iterdir())  # noqa: E731
@@ -62,6 +72,7 @@ def test_a_resumed_run_hides_what_it_writes_again(tmp_path: Path) -> None:
     assert scalars(tmp_path, "loss") == [(0, 1.0), (1, 1.0), (2, 1.0), (3, 7.0)]
 
 
+@covers("resume_tb_folder")
 def test_curves_of_an_earlier_run_are_copied_in(tmp_path: Path) -> None:
     old = TensorBoardWriter(tmp_path / "old")
     old.scalars(0, {"loss": 1.0})

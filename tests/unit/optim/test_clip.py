@@ -9,6 +9,7 @@ from torch import nn
 from evomesh.optim.clip import check_norm, clip_factor, counts_in_norm, global_norm
 from evomesh.parallel.grid import Axis, Grid
 from evomesh.parallel.spec import ShardSpec
+from tests.support.covers import covers
 
 CPU = torch.device("cpu")
 
@@ -38,6 +39,7 @@ def test_what_is_found(values: list[float], found: str) -> None:
     assert check_norm(float(global_norm([torch.ones(3), torch.tensor(values)], Grid(), CPU))) == found
 
 
+@covers("hybrid_zero_optimizer.clip_grad_norm")
 def test_clip_factor_is_torchs() -> None:
     for norm, most in ((0.5, 1.0), (2.0, 1.0), (0.0, 1.0), (1e-3, 1e-4)):
         gradient = torch.tensor([norm], dtype=torch.float64)

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 from evomesh.config.schema import Fp16Config, ScalerConfig
 from evomesh.optim.scaler import LossScaler
+from tests.support.covers import covers
+
+pytestmark = covers("promise:loss-scale")
 
 
 def make(**keys: object) -> LossScaler:
@@ -19,10 +22,17 @@ def scales(scaler: LossScaler, found: str) -> list[float]:
     return result
 
 
+@covers(
+    "grad_scaler.fp16.initial_scale",
+    "grad_scaler.fp16.growth_interval",
+    "grad_scaler.growth_factor",
+    "grad_scaler.max_scale",
+)
 def test_grows_after_the_interval_up_to_the_maximum() -> None:
     assert scales(make(), "ooooooooo") == [16, 16, 32, 32, 32, 64, 64, 64, 64]
 
 
+@covers("grad_scaler.fp16.min_scale", "grad_scaler.backoff_factor", "grad_scaler.hysteresis")
 def test_backs_off_at_the_second_overflow_and_then_at_each_down_to_the_minimum() -> None:
     scaler = make()
     assert scales(scaler, "iiii") == [16, 8, 4, 4]

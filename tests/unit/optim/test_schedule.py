@@ -5,10 +5,12 @@ import torch
 
 from evomesh.config.schema import AdamConfig, Beta2Config, LrConfig
 from evomesh.optim.schedule import beta2, learning_rate
+from tests.support.covers import covers
 
 PAPER = (LrConfig(warmup_ratio=0.01, eta_min=1e-5), AdamConfig(lr=1e-4), 50000)
 
 
+@covers("promise:lr-schedule")
 @pytest.mark.parametrize(
     ("step", "expected"),
     [(0, 2e-7), (1, 4e-7), (499, 1e-4), (500, 1e-4), (25250, 5.5e-5), (50000, 1e-5), (60000, 1e-5)],
@@ -17,6 +19,7 @@ def test_documented_table(step: int, expected: float) -> None:
     assert learning_rate(step, *PAPER) == pytest.approx(expected, rel=1e-12)
 
 
+@covers("lr_scheduler.total_steps", "lr_scheduler.eta_min")
 def test_cosine_is_torchs() -> None:
     parameter = torch.zeros(1, requires_grad=True)
     sgd = torch.optim.SGD([parameter], lr=1e-4)
@@ -27,6 +30,7 @@ def test_cosine_is_torchs() -> None:
         cosine.step()
 
 
+@covers("lr_scheduler.init_steps", "lr_scheduler.warmup_ratio")
 def test_init_steps_come_before_the_warm_up() -> None:
     config = LrConfig(init_steps=3, warmup_ratio=0.2, total_steps=20)
     rates = [learning_rate(step, config, AdamConfig(lr=1.0), 999) for step in range(9)]
@@ -38,6 +42,7 @@ def test_a_warm_up_as_long_as_the_run_does_not_divide_by_zero() -> None:
     assert learning_rate(10, LrConfig(warmup_ratio=1.0, eta_min=0.1), AdamConfig(lr=1.0), 10) == 0.1
 
 
+@covers("adam.adam_beta2_c", "beta2_scheduler.init_beta2", "beta2_scheduler.c")
 def test_beta2() -> None:
     adam = AdamConfig(adam_beta2=0.95)
     assert [beta2(step, Beta2Config(), adam) for step in (0, 1000)] == [0.95, 0.95]

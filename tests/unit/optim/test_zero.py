@@ -12,6 +12,7 @@ from evomesh.config.schema import AdamConfig, ZeroConfig
 from evomesh.optim.zero import StepResult, ZeroOptimizer
 from evomesh.parallel.spec import ShardSpec, spec_of, with_spec
 from tests.support import tolerances
+from tests.support.covers import covers
 
 ADAM = AdamConfig(adam_beta1=0.9, weight_decay=0.1, adam_eps=1e-8)
 
@@ -68,6 +69,7 @@ def distance(a: nn.Module, b: nn.Module) -> float:
     return max(tolerances.distance(p.detach(), q.detach()) for p, q in pairs)
 
 
+@covers("adam.lr", "adam.adam_beta1", "adam.adam_beta2", "adam.adam_eps", "adam.weight_decay")
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
 @pytest.mark.parametrize("clip", [0.0, 0.5, 1e6])
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
@@ -191,6 +193,7 @@ def test_masters_can_be_taken_from_loaded_weights() -> None:
     assert distance(model, loaded) == 0
 
 
+@covers("adam.no_decay")
 def test_weight_decay_of_what_no_decay_names_is_zero() -> None:
     model = make_model(torch.float32)
     optimizer = make_optimizer(model, adam=AdamConfig(weight_decay=0.5, no_decay=("bias",)))

@@ -12,6 +12,7 @@ from evomesh.errors import UserError
 from evomesh.parallel.build import axis_members, build_grid
 from evomesh.parallel.grid import Axis, Grid
 from evomesh.parallel.spec import ShardSpec, state_axes
+from tests.support.covers import covers
 
 
 def parallel(
@@ -79,6 +80,7 @@ def test_every_axis_partitions_the_world(
         assert reached == set(range(first, first + sizes.ranks_per_stage))
 
 
+@covers("parallel.zero1", "parallel.zero1.size")
 @pytest.mark.parametrize(("zero1", "size"), [(-1, 8), (0, 8), (-5, 8), (1, 1), (4, 4), (64, 8)])
 def test_zero1_rules(zero1: int, size: int) -> None:
     assert axis_sizes(parallel(zero1=zero1), 8).zero == size

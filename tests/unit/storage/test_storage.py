@@ -17,6 +17,9 @@ from evomesh.storage import s3
 from evomesh.storage.base import Storage, join
 from evomesh.storage.staged import StagedStorage
 from evomesh.storage.urls import open_storage
+from tests.support.covers import covers
+
+pytestmark = covers("promise:path-forms")
 
 BUCKET = "model_weights"
 
@@ -115,6 +118,7 @@ def test_many_parts(place: tuple[Storage, str], monkeypatch: pytest.MonkeyPatch)
     assert storage.read(join(root, "big")) == data
 
 
+@covers("promise:uploads-and-snapshots")
 def test_checkpoints(endpoint: str, tmp_path: Path) -> None:
     url = f"boto3:s3://{BUCKET}.{endpoint}/internlm/{tmp_path.name}"
     manager = CheckpointWriter(url, keep_last=2)
@@ -144,6 +148,7 @@ def test_two_writers_on_a_store_without_locks(endpoint: str, tmp_path: Path) -> 
         two.save(1, {"w": torch.zeros(3)}, {}, {}, final=True)
 
 
+@covers("ckpt.s3_endpoint")
 @pytest.mark.parametrize(
     ("url", "bucket", "key", "endpoint"),
     [

@@ -8,6 +8,9 @@ import pytest
 
 from evomesh.errors import UserError
 from evomesh.train.launch import Rank, detect, first_node, torchrun_command
+from tests.support.covers import covers
+
+pytestmark = covers("promise:nproc-per-node")
 
 TORCHRUN = {
     "RANK": "5",

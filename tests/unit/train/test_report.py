@@ -21,6 +21,7 @@ from evomesh.train.report import RunReporter
 from evomesh.train.state import TrainState
 from evomesh.train.step import StepOutput
 from evomesh.train.tally import LossTally
+from tests.support.covers import covers
 
 
 @pytest.fixture
@@ -47,6 +48,7 @@ def record(reporter: RunReporter, seconds: float, **figures: Any) -> Any:
     return reporter.step(0, batch([[0, 3, 8, 8], [0, 8, 8, 8]]), output, seconds=seconds, **given)
 
 
+@covers("promise:batch-figures")
 def test_samples_are_document_pieces(reporter: RunReporter) -> None:
     found = record(reporter, 0.5)
     assert (found.num_samples_in_batch, found.largest_length) == (3, 8)

@@ -22,6 +22,7 @@ from evomesh.parallel.modes import MODES
 from evomesh.train.stages import ModelStages, build_stages
 from evomesh.train.step import StepOutput, train_step
 from evomesh.train.validate import validate
+from tests.support.covers import covers
 from tests.support.golden import write_folder
 from tests.support.tolerances import ACCUMULATION, distance
 
@@ -100,6 +101,7 @@ def test_many_micro_batches_are_one_large_batch(micro_num: int) -> None:
         assert distance(a, b) <= ACCUMULATION, name
 
 
+@covers("loss.reduction")
 def test_reduction_weighs_tokens_or_micro_batches_equally() -> None:
     batch = batch_of(3)
     losses = losses_of(batch)

@@ -9,14 +9,17 @@ import pytest
 from evomesh.parallel.grid import Axis
 from evomesh.train import upkeep
 from evomesh.train.upkeep import PeriodicUpkeep, slow_ranks
+from tests.support.covers import covers
 
 
+@covers("data.diag_outlier_ratio")
 def test_slow_is_above_the_ratio_times_the_median() -> None:
     assert slow_ranks([1.0, 1.0, 1.2, 1.0], 1.1) == [(2, 1.2)]
     assert slow_ranks([1.0, 1.0, 1.2, 1.0], 1.25) == []
     assert slow_ranks([3.0], 1.0) == []
 
 
+@covers("data.empty_cache_and_diag_interval")
 @pytest.mark.parametrize(("interval", "every"), [(4, 4), (0, 50), (-1, 50)])
 def test_slow_ranks_are_named_every_interval(
     interval: int, every: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

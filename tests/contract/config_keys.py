@@ -327,7 +327,10 @@ ROWS: tuple[CompatibilityRow, ...] = (
         "where s3://BUCKET/KEY lies; else the environment says, else AWS",
     ),
     CompatibilityRow(
-        "ckpt.oss_snapshot_freq", 25, W, "for remote folders only; there, default half of checkpoint_every"
+        "ckpt.oss_snapshot_freq",
+        25,
+        E,
+        "steps between snapshots; default half of checkpoint_every in a remote folder, else none",
     ),
     CompatibilityRow("ckpt.snapshot_ckpt_folder", "x", E, "where snapshots go"),
     CompatibilityRow("ckpt.stop_file_path", "stop", E, "a file that ends the run at a step"),
