@@ -1,4 +1,4 @@
-"""Reading one ``.bin`` file of token lines through its meta, with random access and an exact word for every defect."""
+"""Read one token file through its meta, with random access and an exact message for every defect."""
 
 from __future__ import annotations
 
@@ -25,30 +25,31 @@ MAGIC = {
     b"\xfd7zXZ": "xz",
 }
 
-BLOCK, BLOCK_BYTES = 512, 2**18  # documents that ``check`` reads at once, and about how many bytes at most
-SHORT = 128  # tokens of a document, on average
-LONG = 1 << 16  # tokens of a document that several packs are likely to read
-CHECKED_BYTES = 64 * 2**20  # read in a few seconds; ``evomesh data verify`` reads all there is
+BLOCK = 512  # documents that ``check`` reads at once
+BLOCK_BYTES = 2**18  # and about how many bytes at most
+SHORT = 128  # average tokens per document below which a cache is read by one gather
+LONG = 1 << 16  # tokens from which a document is likely to be in several packs
+CHECKED_BYTES = 64 * 2**20  # read in a few seconds; ``evomesh data verify`` reads everything
 
 
 class DocumentSource(Protocol):
-    """What can be packed: documents with known lengths that are read by number."""
+    """A source of documents with known lengths, which are read by number."""
 
     name: str
     type_id: int
-    lengths: NDArray[np.integer]  # [n], of the documents that are kept
+    lengths: NDArray[np.integer]  # [n], of the documents that are long enough
 
     def read(self, documents: NDArray[np.integer]) -> TokenArray:
-        """Tokens of the named documents, one after the other, with their signs as stored."""
+        """Return the tokens of the given documents, one after the other, with their signs as stored."""
         ...
 
 
 @dataclass
 class LongLineCache:
-    """The long document that was parsed last, for the next pack inside it: one for all files, so that memory is flat.
+    """The long document that was parsed last, for the next pack inside it; one for all files, to bound memory.
 
     Attributes:
-        found: file, row and tokens, replaced as one, since several threads read.
+        found: file, row and tokens, replaced together because several threads read.
     """
 
     found: tuple[Path, int, TokenArray] = field(default_factory=lambda: (Path(), -1, np.empty(0, np.int64)))
@@ -58,17 +59,17 @@ class BinDataset:
     """The documents of one ``.bin`` file that have at least ``min_length`` tokens.
 
     Args:
-        path: the token file; its ``.meta`` lies beside it.
-        name: what reports and messages call it ("" : the path).
+        path: the token file; its ``.meta`` is beside it.
+        name: used in reports and messages; "": the path.
         type_id: index of its type folder.
         min_length: shorter documents are left out.
-        vocab_size: an id at or past it is refused when it is read; None: not checked.
-        last_long: shared by the files that are read together; None: its own.
-        shared: folder in which the processes of a node keep one copy of what has an entry a document; None: each its
-            own.
+        vocab_size: an id at or above it is refused when it is read; None: not checked.
+        last_long: shared by the files that are read together; None: a new one.
+        shared: folder in which the processes of a node keep one copy of every array with an entry per document;
+            None: each process has its own.
 
     Raises:
-        UserError: file or meta is missing or broken; every message names file, row and byte.
+        UserError: the file or its meta is missing or broken; every message names file, row and byte.
     """
 
     def __init__(
@@ -84,13 +85,14 @@ class BinDataset:
     ) -> None:
         self.path = Path(path)
         self.name = name or str(path)
-        self.type_id, self.vocab_size = type_id, vocab_size
+        self.type_id = type_id
+        self.vocab_size = vocab_size
         self.size = check_file(self.path)
         self.rows = read_meta(self.path, mapped=shared is not None)
         self.kept: NDArray[np.int32] | None = None  # row of each kept document; None: all rows
         self.lengths: NDArray[np.integer] = self.rows[:, 1]
         if min_length > 0 and len(self.rows) and int(self.lengths.min()) < min_length:
-            self.kept, self.lengths = _keep(self.rows[:, 1], min_length, shared)
+            self.kept, self.lengths = _filter_short(self.rows[:, 1], min_length, shared)
         self._last_long = last_long or LongLineCache()
         self._mapped: memoryview | None = None
         self._cache = open_cache(self.path, int(self.rows[:, 1].sum(dtype=np.int64)))
@@ -102,20 +104,20 @@ class BinDataset:
         return len(self.lengths)
 
     def row(self, document: int) -> int:
-        """Row in the meta (line number from 0) of a kept document."""
+        """Return the row in the meta (line number from 0) of a kept document."""
         return int(document if self.kept is None else self.kept[document])
 
     def line(self, row: int) -> bytes:
-        """The raw line of a meta row, up to where the next row starts."""
+        """Return the raw line of a meta row, up to where the next row starts."""
         start = int(self.rows[row, 0])
         end = int(self.rows[row + 1, 0]) if row + 1 < len(self.rows) else self.size
         return bytes(self._map()[start:end])
 
     def read(self, documents: NDArray[np.integer]) -> TokenArray:
-        """Tokens of the named kept documents, one after the other; negative ids are inputs that are no targets.
+        """Return the tokens of the given kept documents, one after the other; negative ids are inputs but not targets.
 
         Raises:
-            UserError: a line is not what the meta says, or an id is outside the vocabulary.
+            UserError: a line does not match the meta, or an id is outside the vocabulary.
         """
         rows = np.asarray(documents) if self.kept is None else self.kept[documents]
         tokens = self._read_lines(rows) if self._cache is None else self._read_cache(rows, self._cache)
@@ -125,30 +127,38 @@ class BinDataset:
 
     def _read_cache(self, rows: NDArray[np.integer], cache: NDArray[np.int32]) -> TokenArray:
         if self._cache_starts is None:
-            lengths = self.rows[:, 1]
-            self._cache_starts = _kept_once(self._shared, lengths, "starts", lambda: _starts(lengths))
-        starts, lengths = self._cache_starts[rows], self.rows[rows, 1].astype(np.int64)
+            all_lengths = self.rows[:, 1]
+            self._cache_starts = _shared_once(
+                self._shared, all_lengths, "starts", lambda: _starts(all_lengths)
+            )
+        starts = self._cache_starts[rows]
+        lengths = self.rows[rows, 1].astype(np.int64)
         ends = np.cumsum(lengths)
-        if len(rows) * SHORT > int(
-            ends[-1]
-        ):  # an index of every token is cheaper than a slice of every document
-            places = np.arange(int(ends[-1])) + np.repeat(starts - ends + lengths, lengths)
-            tokens: TokenArray = cache[places].astype(np.int64)
+        total = int(ends[-1])
+        if total < len(rows) * SHORT:
+            # Short documents: an index of every token is cheaper than a slice of every document.
+            cache_minus_result = starts - (ends - lengths)  # how far each document moves
+            index = np.arange(total) + np.repeat(cache_minus_result, lengths)
+            tokens: TokenArray = cache[index].astype(np.int64)
             return tokens
-        parts = [cache[a : a + n] for a, n in zip(starts.tolist(), lengths.tolist(), strict=True)]
+        stops = starts + lengths
+        parts = [cache[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
         return np.concatenate(parts).astype(np.int64)
 
     def _read_lines(self, rows: NDArray[np.integer]) -> TokenArray:
-        long = np.flatnonzero(self.rows[rows, 1] >= LONG)
-        if not len(long):
+        is_long = self.rows[rows, 1] >= LONG
+        if not is_long.any():
             return self._parse(rows)
+        # Each long document is a group of its own; the rows between two of them are parsed together.
+        long = np.flatnonzero(is_long)
         borders = np.unique(np.concatenate([long, long + 1]))
-        parts = [
-            self._read_long(part) if int(self.rows[part[0], 1]) >= LONG else self._parse(part)
-            for part in np.split(rows, borders)
-            if len(part)
-        ]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        tokens = []
+        for group in np.split(rows, borders):
+            if not len(group):
+                continue
+            group_is_long = int(self.rows[group[0], 1]) >= LONG
+            tokens.append(self._read_long(group) if group_is_long else self._parse(group))
+        return tokens[0] if len(tokens) == 1 else np.concatenate(tokens)
 
     def _read_long(self, row: NDArray[np.integer]) -> TokenArray:
         path, last, tokens = self._last_long.found
@@ -160,42 +170,45 @@ class BinDataset:
 
     def _parse(self, rows: NDArray[np.integer]) -> TokenArray:
         starts, lengths = self.rows[rows].astype(np.int64).T
-        ends = self.rows[np.minimum(rows + 1, len(self.rows) - 1), 0].astype(np.int64)
-        ends[rows == len(self.rows) - 1] = self.size
+        # A line ends where the next one starts, the last one at the end of the file.
+        last = len(self.rows) - 1
+        ends = self.rows[np.minimum(rows + 1, last), 0].astype(np.int64)
+        ends[rows == last] = self.size
         tokens = parse_ranges(self._map(), starts, ends, lengths)
-        return np.concatenate([self._read_slowly(row) for row in rows.tolist()]) if tokens is None else tokens
+        if tokens is not None:
+            return tokens
+        return np.concatenate([self._parse_with_checks(row) for row in rows.tolist()])
 
     @property
     def block(self) -> int:
-        """Documents that ``check`` reads at once."""
+        """Number of documents that ``check`` reads at once."""
         return max(1, min(BLOCK, BLOCK_BYTES * len(self) // self.size))
 
     @property
     def blocks(self) -> int:
+        """Number of blocks of the file."""
         return -(-len(self) // self.block)
 
     def check(self, count: int) -> None:
-        """Reads ``count`` of the ``blocks``, spread evenly, and keeps none: what ``read`` refuses is refused now."""
+        """Read ``count`` of the ``blocks``, evenly spaced, so that what ``read`` refuses is refused now."""
         step = self.block
         for number in np.unique(np.linspace(0, self.blocks - 1, count).astype(np.int64)).tolist():
             documents = np.arange(number * step, min((number + 1) * step, len(self)))
             self.read(documents)
 
     def _map(self) -> memoryview:
-        """The file in memory, mapped at first use: a run with many files opens only what it reads."""
+        """Return the mapped file; it is mapped at first use, so that a run opens only the files it reads."""
         if self._mapped is None:
             with self.path.open("rb") as file:
                 self._mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         return self._mapped
 
-    def _read_slowly(self, row: int) -> TokenArray:
-        """One line with every check: the way to an exact message."""
-        line, start, declared = self.line(row), int(self.rows[row, 0]), int(self.rows[row, 1])
-        if (
-            line.count(b"\n", 0, len(line) - 1)
-            or not line.startswith(b"{")
-            or not line.endswith((b"\n", b"}"))
-        ):
+    def _parse_with_checks(self, row: int) -> TokenArray:
+        """Parse one line with every check, for an exact message."""
+        line = self.line(row)
+        start, declared = self.rows[row].tolist()
+        has_frame = line.startswith(b"{") and line.endswith((b"\n", b"}"))
+        if not has_frame or line.count(b"\n", 0, len(line) - 1):
             self._refuse_offset(row, line)
         try:
             tokens = parse_line(line)
@@ -214,7 +227,7 @@ class BinDataset:
         return np.array(tokens, dtype=np.int64)
 
     def _refuse_offset(self, row: int, line: bytes) -> None:
-        """Say which row's offset is no line start, or that rows are missing; return when the line is at fault."""
+        """Refuse an offset that is not the start of a line, or missing rows; return when the line is at fault."""
         start = int(self.rows[row, 0])
         for wrong, offset in ((row, start), (row + 1, start + len(line))):
             before, after = self._line_around(offset)
@@ -227,13 +240,13 @@ class BinDataset:
                 )
         if inner := line.count(b"\n", 0, len(line) - 1):
             raise UserError(
-                f"{inner + 1} lines lie between this row and the next: the meta lacks rows",
+                f"there are {inner + 1} lines between this row and the next: the meta lacks rows",
                 where=f"{self.path}.meta row {row} (byte {start})",
                 fix=rebuild(self.path),
             )
 
     def _line_around(self, offset: int) -> tuple[int, int]:
-        """Start and end of the line that holds byte ``offset``."""
+        """Return start and end of the line that contains byte ``offset``."""
         start = end = 0
         with self.path.open("rb") as file:
             while end <= offset and (line := file.readline()):
@@ -242,19 +255,20 @@ class BinDataset:
 
     def _refuse_id(self, rows: Sequence[int], tokens: TokenArray) -> None:
         assert self.vocab_size is not None
-        place = int(np.flatnonzero(np.abs(tokens) >= self.vocab_size)[0])
-        ends = np.cumsum([int(self.rows[row, 1]) for row in rows])
-        which = int(np.searchsorted(ends, place, side="right"))
-        position = place - (int(ends[which - 1]) if which else 0)
+        first_bad = int(np.flatnonzero(np.abs(tokens) >= self.vocab_size)[0])
+        lengths = self.rows[list(rows), 1].astype(np.int64)
+        ends = np.cumsum(lengths)
+        document = int(np.searchsorted(ends, first_bad, side="right"))
+        position = first_bad - int(ends[document] - lengths[document])
         raise UserError(
-            f"token {position} is {int(tokens[place])}, outside the vocabulary",
-            where=f"{self.path} line {rows[which] + 1}",
+            f"token {position} is {int(tokens[first_bad])}, outside the vocabulary",
+            where=f"{self.path} line {rows[document] + 1}",
             expected=f"ids below model.vocab_size={self.vocab_size}",
-            fix="set model.vocab_size to the tokenizer's size, or tokenise with the model's tokenizer",
+            fix="set model.vocab_size to the tokenizer's size, or tokenize with the model's tokenizer",
         )
 
     def _check_end(self) -> None:
-        """The last row's line must be the last of the file: catches a torn file and a meta that lacks rows, cheaply."""
+        """Check that the last row's line is the last of the file: a cheap test for a torn file and for missing rows."""
         if not len(self.rows):
             raise UserError("the meta has no rows", where=f"{self.path}.meta", fix=rebuild(self.path))
         last = len(self.rows) - 1
@@ -262,7 +276,7 @@ class BinDataset:
         extra = line.rstrip(b"\n").count(b"\n")
         if extra:
             raise UserError(
-                f"the meta has {len(self.rows)} rows, the token file has {extra} more line(s) behind the last of them",
+                f"the meta has {len(self.rows)} rows, the token file has {extra} more line(s) after the last of them",
                 where=f"{self.path}.meta",
                 fix=rebuild(self.path),
             )
@@ -276,15 +290,15 @@ class BinDataset:
             )
 
 
-def _keep(
+def _filter_short(
     lengths: NDArray[np.integer], min_length: int, shared: Path | None
 ) -> tuple[NDArray[np.int32], NDArray[np.integer]]:
-    """Rows of the documents that are long enough, and their lengths."""
-    kept = _kept_once(shared, lengths, f"{min_length}.kept", lambda: _long_enough(lengths, min_length))
-    return kept, _kept_once(shared, lengths, f"{min_length}.lengths", lambda: lengths[kept])
+    """Return the rows of the documents that are long enough, and their lengths."""
+    kept = _shared_once(shared, lengths, f"{min_length}.kept", lambda: _long_enough(lengths, min_length))
+    return kept, _shared_once(shared, lengths, f"{min_length}.lengths", lambda: lengths[kept])
 
 
-def _kept_once(
+def _shared_once(
     shared: Path | None, lengths: NDArray[np.integer], name: str, build: Callable[[], NDArray[Any]]
 ) -> NDArray[Any]:
     return build() if shared is None else shared_array(shared, f"{digest([lengths])}.{name}", build)
@@ -299,15 +313,16 @@ def _starts(lengths: NDArray[np.integer]) -> NDArray[np.int64]:
 
 
 def check_sources(sources: Sequence[DocumentSource]) -> None:
-    """Reads token files before anything else happens: all of them if they are small together, else as much as that,
-    in blocks spread evenly, which finds what is wrong everywhere (another vocabulary, a meta of another file).
+    """Read token files before a run starts: completely if they are small together, else in evenly spaced blocks.
+
+    The blocks find what is wrong everywhere, such as another vocabulary or the meta of another file.
 
     Raises:
-        UserError: the first line or meta row that training would have stumbled on later.
+        UserError: the first bad line or meta row that was read; training would have failed on it later.
     """
     files = [source for source in sources if isinstance(source, BinDataset)]
     share = min(1.0, CHECKED_BYTES / max(1, sum(file.size for file in files)))
-    owed = 0.0  # blocks still to be read, so that many small files are not all passed over
+    owed = 0.0  # fraction carried over, so that many small files are not all skipped
     for file in files:
         owed += file.blocks * share
         file.check(int(owed))
@@ -315,7 +330,7 @@ def check_sources(sources: Sequence[DocumentSource]) -> None:
 
 
 def check_file(path: Path) -> int:
-    """Size in bytes of a token file that is there, not empty and not compressed."""
+    """Return the size in bytes of a token file, after checking that it exists and is neither empty nor compressed."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -324,7 +339,7 @@ def check_file(path: Path) -> int:
         raise UserError(f"cannot read the token file: {error.strerror}", where=str(path)) from None
     if size == 0:
         raise UserError(
-            "the token file is empty (0 bytes)", where=str(path), fix="delete it or tokenise again"
+            "the token file is empty (0 bytes)", where=str(path), fix="delete it or tokenize again"
         )
     for magic, kind in MAGIC.items():
         if start.startswith(magic):
@@ -332,6 +347,6 @@ def check_file(path: Path) -> int:
                 f"the token file is {kind}-compressed (it starts with bytes {magic.hex(' ')})",
                 where=str(path),
                 expected="plain lines",
-                fix=f"unpack it first, then: evomesh data repair {path}",
+                fix=f"decompress it first, then: evomesh data repair {path}",
             )
     return size

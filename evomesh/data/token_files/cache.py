@@ -1,4 +1,4 @@
-"""``X.bin.cache``: the tokens of a token file as one flat int32 array, so that reading parses nothing."""
+"""``X.bin.cache``: the tokens of a token file as one flat int32 array, so that reading needs no parsing."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ BLOCK = 512  # lines parsed together
 
 
 def cache_path(bin_path: Path) -> Path:
+    """Return the path of a token file's cache."""
     return Path(f"{bin_path}.cache")
 
 
 def open_cache(bin_path: Path, tokens: int) -> NDArray[np.int32] | None:
-    """The mapped cache, None when there is none or it is older than the token file or of another size."""
+    """Map the cache; None when there is none, or it is older than the token file or has another size."""
     path = cache_path(bin_path)
     try:
         if path.stat().st_mtime_ns < bin_path.stat().st_mtime_ns:
@@ -30,22 +31,23 @@ def open_cache(bin_path: Path, tokens: int) -> NDArray[np.int32] | None:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError):
         return None
-    return found if found.dtype == np.int32 and found.shape == (tokens,) else None
+    fits = found.dtype == np.int32 and found.shape == (tokens,)
+    return found if fits else None
 
 
 def write_cache(bin_path: Path) -> int:
-    """Read every line of a token file and write its cache; returns the number of tokens.
+    """Read every line of a token file and write its cache; return the number of tokens.
 
     Raises:
-        UserError: the meta does not fit the lines.
+        UserError: the meta does not match the lines.
     """
     lengths = read_meta(bin_path)[:, 1]
     total = int(lengths.sum(dtype=np.int64))
     remove_dead_parts(cache_path(bin_path))
-    part, held = open_part(cache_path(bin_path))
+    part, locked = open_part(cache_path(bin_path))
     try:
         flat = np.lib.format.open_memmap(part, mode="w+", dtype=np.int32, shape=(total,))
-        place = 0
+        filled = 0
         with bin_path.open("rb") as file:
             for first in range(0, len(lengths), BLOCK):
                 declared = lengths[first : first + BLOCK]
@@ -53,23 +55,23 @@ def write_cache(bin_path: Path) -> int:
                 tokens = parse_plain(lines, declared)
                 if tokens is None:
                     tokens = _parse_one_by_one(lines, declared.tolist(), bin_path, first)
-                flat[place : place + len(tokens)] = tokens
-                place += len(tokens)
-        if place != total:
+                flat[filled : filled + len(tokens)] = tokens
+                filled += len(tokens)
+        if filled != total:
             raise UserError(
-                f"the lines hold {place:,} tokens, the meta declares {total:,}", where=str(bin_path)
+                f"the lines hold {filled:,} tokens, the meta declares {total:,}", where=str(bin_path)
             )
         flat.flush()
         del flat
         os.replace(part, cache_path(bin_path))
     finally:
         part.unlink(missing_ok=True)
-        held.close()
+        locked.close()
     return total
 
 
 def _parse_one_by_one(lines: list[bytes], declared: list[int], bin_path: Path, first: int) -> TokenArray:
-    found: list[int] = []
+    parsed: list[int] = []
     for number, (line, length) in enumerate(zip(lines, declared, strict=False), first + 1):
         where = f"{bin_path} line {number}"
         try:
@@ -78,5 +80,5 @@ def _parse_one_by_one(lines: list[bytes], declared: list[int], bin_path: Path, f
             raise UserError(bad.found, where=where, expected=bad.expected) from None
         if len(tokens) != length:
             raise UserError(f"the meta declares {length} tokens, the line has {len(tokens)}", where=where)
-        found += tokens
-    return np.array(found, np.int64)
+        parsed += tokens
+    return np.array(parsed, np.int64)

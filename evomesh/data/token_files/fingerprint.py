@@ -13,14 +13,15 @@ from evomesh.errors import UserError
 
 
 def fingerprint_path(bin_path: str | Path) -> Path:
+    """Return the path of a token file's fingerprint."""
     return Path(f"{bin_path}.json")
 
 
 def read_fingerprint(bin_path: str | Path) -> dict[str, Any] | None:
-    """The fingerprint beside a token file, None when there is none.
+    """Read the fingerprint beside a token file; None when there is none.
 
     Raises:
-        UserError: it is no JSON object.
+        UserError: it is not a JSON object.
     """
     path = fingerprint_path(bin_path)
     if not path.exists():
@@ -28,17 +29,17 @@ def read_fingerprint(bin_path: str | Path) -> dict[str, Any] | None:
     try:
         record = orjson.loads(path.read_bytes())
     except orjson.JSONDecodeError as error:
-        raise UserError(f"not JSON ({error})", where=str(path), fix="delete it or tokenise again") from None
+        raise UserError(f"not JSON ({error})", where=str(path), fix="delete it or tokenize again") from None
     if not isinstance(record, dict):
-        raise UserError("not a JSON object", where=str(path), fix="delete it or tokenise again")
+        raise UserError("not a JSON object", where=str(path), fix="delete it or tokenize again")
     return record
 
 
 def check_vocabulary(files: Sequence[TokenFile], vocab_size: int) -> None:
-    """Refuse a file whose recorded largest id the model does not have (the others are checked while reading).
+    """Refuse a file whose recorded largest id is outside the vocabulary; files without a record are checked when read.
 
     Raises:
-        UserError: naming file, line and id.
+        UserError: names file, line and id.
     """
     for file in files:
         record = read_fingerprint(file.path)
@@ -48,7 +49,7 @@ def check_vocabulary(files: Sequence[TokenFile], vocab_size: int) -> None:
                 where=f"{file.path} line {record.get('max_id_line', '?')}",
                 expected=f"ids below model.vocab_size={vocab_size}",
                 fix=f"set model.vocab_size to at least {record.get('vocab_size', record['max_id'] + 1)}, "
-                "or tokenise with the model's tokenizer",
+                "or tokenize with the model's tokenizer",
             )
 
 
@@ -56,7 +57,7 @@ def check_same_tokenizer(files: Sequence[TokenFile], allow: bool) -> None:
     """Refuse files that were made with different tokenizers, unless ``data.allow_tokenizer_mismatch``.
 
     Raises:
-        UserError: naming two files and their tokenizers.
+        UserError: names two files and their tokenizers.
     """
     seen: dict[str, TokenFile] = {}
     for file in files:
@@ -69,5 +70,5 @@ def check_same_tokenizer(files: Sequence[TokenFile], allow: bool) -> None:
             f"two tokenizers made these files: {first.path} with {one[:12]}, {second.path} with {two[:12]}",
             where="data.train_folder and data.valid_folder",
             expected="one tokenizer",
-            fix="tokenise one of them again, or set data.allow_tokenizer_mismatch=True",
+            fix="tokenize one of them again, or set data.allow_tokenizer_mismatch=True",
         )

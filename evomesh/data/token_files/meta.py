@@ -1,39 +1,40 @@
-"""The index beside a token file: ``X.bin.meta``, an .npy array of (byte offset of the line, tokens in it) rows."""
+"""The index beside a token file: ``X.bin.meta``, an .npy array of rows (byte offset of the line, tokens in it)."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evomesh.errors import UserError
 
-CHECK_ROWS = 1 << 20  # rows looked at in one go: bounds the memory of the checks
-MAP_BYTES = (
-    1 << 20
-)  # smaller metas are read, so that a tree of many small files does not hold a handle for each
+CHECK_ROWS = 1 << 20  # rows checked at once: bounds memory
+# Smaller metas are read, not mapped, so that a tree of many small files does not keep a handle for each.
+MAP_BYTES = 1 << 20
 
 MetaArray = NDArray[np.int32] | NDArray[np.int64]
 
 
 def meta_path(bin_path: str | Path) -> Path:
+    """Return the path of a token file's meta."""
     return Path(f"{bin_path}.meta")
 
 
 def rebuild(bin_path: str | Path) -> str:
-    """The command that repairs a meta."""
+    """Return the hint with the command that repairs a meta."""
     return f"rebuild it: evomesh data repair {bin_path}"
 
 
 def read_meta(bin_path: Path, mapped: bool = False) -> MetaArray:
     """Open and check the meta of ``bin_path``: [N, 2], int32 or int64, memory-mapped when large or when ``mapped``.
 
-    Only what the meta and the file size tell is checked here; a line is checked when it is read.
+    Checks only what follows from the meta and the file size; a line is checked when it is read.
 
     Raises:
-        UserError: the meta is missing, is no such array, or its rows cannot belong to this file.
+        UserError: the meta is missing, is not such an array, or its rows cannot belong to this file.
     """
     path = meta_path(bin_path)
     if not path.exists():
@@ -44,8 +45,9 @@ def read_meta(bin_path: Path, mapped: bool = False) -> MetaArray:
             fix=rebuild(bin_path),
         )
     _check_header(path, bin_path)
-    whole = path.stat().st_size < MAP_BYTES and not mapped
-    rows: MetaArray = np.asarray(np.load(path, mmap_mode=None if whole else "r", allow_pickle=False))
+    is_small = path.stat().st_size < MAP_BYTES
+    mmap_mode: Literal["r"] | None = None if is_small and not mapped else "r"
+    rows: MetaArray = np.asarray(np.load(path, mmap_mode=mmap_mode, allow_pickle=False))
     if rows.ndim != 2 or rows.shape[1] != 2:
         raise UserError(
             f"the meta has shape {rows.shape}",
@@ -108,16 +110,16 @@ def _check_header(path: Path, bin_path: Path) -> None:
             )
         expected = file.tell() + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if size != expected:
-        kind = "truncated" if size < expected else "longer than its header says"
+        kind = "truncated" if size < expected else "longer than its header declares"
         raise UserError(
-            f"the meta is {kind}: {size:,} bytes, its header announces {expected:,} (shape {shape})",
+            f"the meta is {kind}: {size:,} bytes, its header declares {expected:,} (shape {shape})",
             where=str(path),
             fix=rebuild(bin_path),
         )
 
 
 def _check_rows(rows: MetaArray, size: int, path: Path, bin_path: Path) -> None:
-    """Offsets start at 0, increase and end inside the file; counts are not negative."""
+    """Check that offsets start at 0, increase and end inside the file, and that counts are not negative."""
 
     def refuse(row: int, found: str, expected: str) -> UserError:
         return UserError(found, where=f"{path} row {row}", expected=expected, fix=rebuild(bin_path))
@@ -148,8 +150,8 @@ def _check_rows(rows: MetaArray, size: int, path: Path, bin_path: Path) -> None:
         row = int(np.searchsorted(rows[:, 0], size))
         raise refuse(
             row,
-            f"offset {int(rows[row, 0]):,} lies past the end of the token file ({size:,} bytes); "
-            f"the meta has {len(rows) - row} row(s) too many or the token file was cut",
+            f"offset {int(rows[row, 0]):,} is past the end of the token file ({size:,} bytes); "
+            f"the meta has {len(rows) - row} row(s) too many or the token file was truncated",
             f"an offset below {size:,}",
         )
 

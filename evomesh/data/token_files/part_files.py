@@ -1,8 +1,8 @@
-"""Files that are written under a hidden name, ``.NAME.HOST.RANDOM.part``, until they are whole.
+"""Part files: a large file grows under a hidden name, ``.NAME.HOST.RANDOM.part``, until it is complete.
 
-A living writer holds a lock on its part, which the kernel drops when the process ends, however it ends: so what nobody
-holds was left by a killed run. Not every shared file system carries locks from one machine to another: the part of
-another host is taken for dead only when besides nothing was written to it for a day.
+A running writer holds a lock on its part, which the kernel releases when the process ends for whatever reason. So a
+part that nobody holds was left by a killed run. Not every shared file system passes locks between machines: a part of
+another host counts as dead only if, in addition, nothing was written to it for a day.
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ import secrets
 import socket
 import time
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 from evomesh.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 DEAD_SECONDS = 24 * 3600.0
-MORE = (".meta", ".json")  # what a writer puts beside its part under the same name
+COMPANIONS = (".meta", ".json")  # suffixes of the files that a writer puts beside its part
+
+LockState = Literal["taken", "held", "unsupported"]
 
 
 def open_part(path: Path) -> tuple[Path, IO[bytes]]:
-    """A new part beside ``path``, open for writing and held until it is closed.
+    """Create a new part beside ``path``, open for writing and locked until it is closed.
 
     Raises:
         UserError: the folder cannot be written to.
@@ -38,41 +40,53 @@ def open_part(path: Path) -> tuple[Path, IO[bytes]]:
             file = part.open("xb")
         except OSError as error:
             raise UserError(f"cannot write there: {error.strerror}", where=str(path)) from None
-        _hold(file, wait=True)
-        if os.fstat(file.fileno()).st_nlink:  # else another run took it for a dead one before it was held
+        _lock(file, wait=True)
+        if os.fstat(file.fileno()).st_nlink:
             return part, file
-        file.close()
+        file.close()  # another run removed it before it was locked
 
 
 def remove_dead_parts(path: Path) -> None:
-    """Remove the parts of ``path`` that killed runs left, and say so."""
-    form = re.compile(rf"(\.{re.escape(path.name)}\.([A-Za-z0-9-]+)\.[0-9a-f]{{8}}\.part)(\.meta|\.json)?")
-    found = {match.groups()[:2] for name in os.listdir(path.parent) if (match := form.fullmatch(name))}
-    for name, host in sorted(found):
-        part = path.with_name(name)
+    """Remove the parts of ``path`` that killed runs left, and log each."""
+    name = re.escape(path.name)
+    pattern = re.compile(rf"(\.{name}\.([A-Za-z0-9-]+)\.[0-9a-f]{{8}}\.part)(\.meta|\.json)?")
+    matches = [match for entry in os.listdir(path.parent) if (match := pattern.fullmatch(entry))]
+    for part_name, host in sorted({match.group(1, 2) for match in matches}):
+        part = path.with_name(part_name)
         try:
-            # A run that is killed while it renames leaves what lies beside a part that has its final name already.
-            with (part if part.exists() else path).open("r+b") as raw:
-                held = _hold(raw, wait=False)
-                idle = time.time() - os.fstat(raw.fileno()).st_mtime
-                if held is False or ((held is None or host != _host()) and idle < DEAD_SECONDS):
-                    continue
-                left = [file for suffix in ("", *MORE) if (file := Path(f"{part}{suffix}")).exists()]
-                size = sum(file.stat().st_size for file in left)
-                for file in left:
-                    file.unlink(missing_ok=True)
-        except OSError:  # gone meanwhile, or another user's
+            size = _remove_if_dead(part, path, host)
+        except OSError:  # removed by another run, or another user's
             continue
-        logger.warning("removed %s (%s bytes), left by a run that was killed", part, f"{size:,}")
+        if size is not None:
+            logger.warning("removed %s (%s bytes), left by a run that was killed", part, f"{size:,}")
 
 
-def _hold(file: IO[bytes], *, wait: bool) -> bool | None:
-    """Lock a file: False when another process holds it, None when the file system has no locks."""
+def _remove_if_dead(part: Path, path: Path, host: str) -> int | None:
+    """Remove a dead part with its companions; return their bytes, None when it may still be written."""
+    # A run that was killed between two renames left companions of a part that already has its final name.
+    with (part if part.exists() else path).open("r+b") as file:
+        lock = _lock(file, wait=False)
+        if lock == "held":
+            return None
+        idle = time.time() - os.fstat(file.fileno()).st_mtime
+        lock_is_proof = lock == "taken" and host == _host()
+        if not lock_is_proof and idle < DEAD_SECONDS:
+            return None
+        candidates = [Path(f"{part}{suffix}") for suffix in ("", *COMPANIONS)]
+        left = [candidate for candidate in candidates if candidate.exists()]
+        size = sum(candidate.stat().st_size for candidate in left)
+        for candidate in left:
+            candidate.unlink(missing_ok=True)
+    return size
+
+
+def _lock(file: IO[bytes], *, wait: bool) -> LockState:
+    """Lock a file; return "held" when another process has it, "unsupported" when the file system has no locks."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return False if error.errno in (errno.EACCES, errno.EAGAIN) else None
-    return True
+        return "held" if error.errno in (errno.EACCES, errno.EAGAIN) else "unsupported"
+    return "taken"
 
 
 def _host() -> str:

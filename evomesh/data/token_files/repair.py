@@ -1,4 +1,4 @@
-"""Rebuilding the meta of a token file from its lines."""
+"""Rebuild the meta of a token file from its lines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from evomesh.errors import UserError
 
 
 def repair(path: Path) -> str:
-    """Write a new int64 meta for one file; a torn last line is cut off and kept as ``X.bin.torn``.
+    """Write a new int64 meta for one file; a torn last line is moved to ``X.bin.torn``.
 
     Raises:
         UserError: a line before the last is broken (which one, and why).
@@ -37,27 +37,27 @@ def repair(path: Path) -> str:
                     bad.found,
                     where=f"{path} line {number}",
                     expected=bad.expected,
-                    fix="no meta can mend a broken line: tokenise the source again, or delete this line",
+                    fix="a broken line cannot be repaired: tokenize the source again, or delete this line",
                 ) from None
             lengths.append(len(tokens))
             sizes.append(len(line))
     if not lengths:
-        raise UserError("the file has no complete line", where=str(path), fix="tokenise the source again")
+        raise UserError("the file has no complete line", where=str(path), fix="tokenize the source again")
     if torn:
         path.with_name(path.name + ".torn").write_bytes(torn)
         os.truncate(path, size - len(torn))
     ends = np.cumsum(np.array(sizes, np.int64))
     remove_dead_parts(meta_path(path))
-    part, held = open_part(meta_path(path))
-    with held:
+    part, locked = open_part(meta_path(path))
+    with locked:
         write_meta(part, ends - sizes, np.array(lengths, np.int64))
         os.replace(part, meta_path(path))
-    cut = f"; its torn last line ({len(torn)} bytes) now lies in {path.name}.torn" if torn else ""
-    return f"{path}: {len(lengths):,} documents, {sum(lengths):,} tokens{cut}"
+    moved = f"; the torn last line ({len(torn)} bytes) was moved to {path.name}.torn" if torn else ""
+    return f"{path}: {len(lengths):,} documents, {sum(lengths):,} tokens{moved}"
 
 
 def repair_path(path: str) -> list[str]:
-    """Repair one file, or each below a folder; one message for each."""
+    """Repair one file, or each below a folder; return one message per file."""
     found = Path(path).expanduser()
     files = [file.path for file in walk(found, ".bin")] if found.is_dir() else [found]
     if not files:

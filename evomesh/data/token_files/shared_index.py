@@ -1,9 +1,8 @@
 """``use_shm``: the processes of a node share one copy of the packing index.
 
-All that has an entry a document is written once into ``shm_path`` (the order of a file's documents, where each ends,
-which ones are long enough), under a name made from what it depends on, and mapped by every process; so are the metas.
-A crash leaves files that the next run of the same data uses; a file that no run has used for a day is removed by the
-next one.
+Every array with an entry per document (their order, where each ends, which are long enough) is written once into
+``shm_path``, under a name derived from what it depends on, and mapped by every process; so are the metas. The files of
+a crashed run are used by the next run of the same data; a file that no run has used for a day is removed.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ DIGEST_ROWS = 1 << 20
 
 
 def digest(arrays: Iterable[NDArray[np.integer]]) -> str:
-    """A hash of arrays of lengths, in order, on which alone an index depends."""
+    """Return a hash of arrays of lengths, in order: an index depends on nothing else."""
     found = xxhash.xxh3_128()
     for lengths in arrays:
         found.update(f"{len(lengths)}:".encode())
@@ -38,12 +37,12 @@ def digest(arrays: Iterable[NDArray[np.integer]]) -> str:
 
 
 def shared_array(folder: Path, key: str, build: Callable[[], NDArray[Any]]) -> NDArray[Any]:
-    """The array of ``key``, mapped from ``folder``; built and written there when it is not yet.
+    """Map the array of ``key`` from ``folder``; build and write it first if it is not there.
 
-    Processes that build at the same time write the same bytes, each beside the name and renamed onto it.
+    Processes that build it at the same time write the same bytes.
 
     Raises:
-        UserError: the folder cannot be written, as when memory is full.
+        UserError: the folder cannot be written, for instance because memory is full.
     """
     path = folder / f"{key}{SUFFIX}"
     if not path.exists():
@@ -54,9 +53,9 @@ def shared_array(folder: Path, key: str, build: Callable[[], NDArray[Any]]) -> N
             raise UserError(
                 f"cannot write the shared index: {error.strerror}",
                 where=str(folder),
-                fix="free room there, set data.shm_path to another folder, or data.use_shm=False",
+                fix="free space there, set data.shm_path to another folder, or data.use_shm=False",
             ) from None
-    with suppress(OSError):  # marks it as used; another user's file cannot be marked
+    with suppress(OSError):  # mark it as used; another user's file cannot be marked
         os.utime(path)
     mapped: NDArray[Any] = np.asarray(
         np.load(path, mmap_mode="r")
@@ -65,12 +64,11 @@ def shared_array(folder: Path, key: str, build: Callable[[], NDArray[Any]]) -> N
 
 
 def remove_stale(folder: Path) -> list[str]:
-    """Remove indexes and half-written files that no run has touched for a day; returns their names."""
+    """Remove indexes and partial files that no run has used for a day; return their names."""
     removed = []
-    for path in sorted(folder.glob("*")) + sorted(folder.glob(".*.part")) if folder.is_dir() else []:
-        if path.name.endswith((SUFFIX, ".part")):
-            with suppress(OSError):
-                if time.time() - path.stat().st_mtime > STALE_SECONDS:
-                    path.unlink()
-                    removed.append(path.name)
+    for path in [*sorted(folder.glob(f"*{SUFFIX}")), *sorted(folder.glob(".*.part"))]:
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                path.unlink()
+                removed.append(path.name)
     return removed
