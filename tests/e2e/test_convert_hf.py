@@ -144,7 +144,7 @@ def test_logits_of_ctranslate2(family: str, tmp_path: Path) -> None:
 def test_checklist(exported: tuple[LanguageModel, Path], tmp_path: Path) -> None:
     _, folder = exported
     said = run("-m", "evomesh", "convert", "check", str(folder), cwd=tmp_path)
-    assert said.count("good") == 7 and "BAD" not in said
+    assert said.count("passed  ") == 7 and "FAILED" not in said
 
 
 @covers("promise:ckpt-types-hf")

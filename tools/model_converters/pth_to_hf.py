@@ -1,8 +1,8 @@
-"""XTuner's command: writes the checkpoint of a training as a Hugging Face folder, with the config beside it.
+"""XTuner's command: write the checkpoint of a run as a Hugging Face folder, with the config beside it.
 
 python tools/model_converters/pth_to_hf.py CONFIG SRC DST [--fp32] [--max-shard-size 2GB]
 
-Without --fp32 the weights keep the dtype of the training; ``evomesh convert to-hf`` has more options.
+Without --fp32 the weights keep the dtype they were trained in; ``evomesh convert to-hf`` has more options.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("source", help="save folder, or one checkpoint in it")
     parser.add_argument("save_dir", help="new folder")
     parser.add_argument("--fp32", action="store_true", help="weights in float32")
-    parser.add_argument("--max-shard-size", default="2GB", help="largest weight file")
+    parser.add_argument("--max-shard-size", default="2GB", help="maximum size of a weight file")
     given = parser.parse_args()
     tokenizer = load_config(given.config).config.data.tokenizer_path
     options = ExportOptions(

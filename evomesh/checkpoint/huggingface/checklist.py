@@ -1,4 +1,4 @@
-"""The hand-over checklist of docs/handover.md: what inference engines and evaluation harnesses need of a folder."""
+"""Run the checklist of docs/handover.md: what inference engines and evaluation harnesses need of a folder."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ class ChecklistItem:
     """One line of the checklist."""
 
     name: str
-    good: bool
-    words: str
+    passed: bool
+    detail: str
 
 
 def checklist(path: str) -> list[ChecklistItem]:
-    """Every point, whatever the others say.
+    """Run all checks; a failed one does not stop the others.
 
     Raises:
         CheckpointError: no such folder.
     """
     folder = HfFolder(LocalStorage(), str(local_folder(path)))
-    points: list[tuple[str, Callable[[HfFolder], str]]] = [
+    checks: list[tuple[str, Callable[[HfFolder], str]]] = [
         ("config.json", _config),
         ("weights", _weights),
         ("finite", _finite),
@@ -55,15 +55,15 @@ def checklist(path: str) -> list[ChecklistItem]:
         ("end of text", _eos),
         ("transformers", _transformers),
     ]
-    return [_try(name, test, folder) for name, test in points]
+    return [_run_check(name, check, folder) for name, check in checks]
 
 
-def _try(name: str, test: Callable[[HfFolder], str], folder: HfFolder) -> ChecklistItem:
+def _run_check(name: str, check: Callable[[HfFolder], str], folder: HfFolder) -> ChecklistItem:
     try:
-        return ChecklistItem(name, True, test(folder))
+        return ChecklistItem(name, True, check(folder))
     except UserError as error:
         return ChecklistItem(name, False, error.found)
-    except Exception as error:  # whatever another library says of the folder is a finding
+    except Exception as error:  # whatever another library raises is a finding
         return ChecklistItem(name, False, f"{type(error).__name__}: {error}")
 
 
@@ -72,7 +72,7 @@ def _config(folder: HfFolder) -> str:
     model = read_config(record, "config.json")
     absent = [key for key in ("architectures", *SPELLINGS) if record.get(key) is None]
     if absent:
-        raise UserError(f"{', '.join(absent)} not given; some readers need it")
+        raise UserError(f"{', '.join(absent)} missing from config.json; some readers need it")
     if record["dtype"] != record["torch_dtype"]:
         raise UserError(f"dtype {record['dtype']} and torch_dtype {record['torch_dtype']} differ")
     return f"{record['architectures'][0]}, {model.num_layers} layers, {record['dtype']}"
@@ -84,10 +84,10 @@ def _weights(folder: HfFolder) -> str:
     match_tensors(folder, NAME_MAPS[record["model_type"]], read_config(record, "config.json"), tied)
     index = "model.safetensors.index.json"
     if index in folder.storage.list(folder.path):
-        said = folder.json(index).get("metadata", {}).get("total_size")
-        real = sum(tensor.nbytes for tensor in map(folder.read, folder.files))
-        if said != real:
-            raise UserError(f"the index says {said} bytes, the shards hold {real}")
+        indexed = folder.json(index).get("metadata", {}).get("total_size")
+        stored = sum(tensor.nbytes for tensor in map(folder.read, folder.files))
+        if indexed != stored:
+            raise UserError(f"the index gives {indexed} bytes, the shards hold {stored}")
     return f"{len(folder.files)} tensors in {len(set(folder.files.values()))} files"
 
 
@@ -95,7 +95,7 @@ def _finite(folder: HfFolder) -> str:
     bad = [name for name in folder.files if not bool(torch.isfinite(folder.read(name)).all())]
     if bad:
         raise UserError(f"NaN or infinity in {', '.join(bad[:8])} ({len(bad)} tensors)")
-    return "no NaN, no infinity"
+    return "no NaN or infinity"
 
 
 def _tokenizer(folder: HfFolder) -> str:
@@ -115,7 +115,7 @@ def _template(folder: HfFolder) -> str:
     if not tokenizer.chat_template:
         return "none: a base model"
     JinjaTemplate(tokenizer)
-    return "given, and it compiles"
+    return "present, and it compiles"
 
 
 def _eos(folder: HfFolder) -> str:
@@ -131,9 +131,9 @@ def _eos(folder: HfFolder) -> str:
 def _transformers(folder: HfFolder) -> str:
     record = folder.json("config.json")
     if record["model_type"] != "llama":
-        return f"not tried: it has no {CLASSES.get(record['model_type'], record['model_type'])} of its own"
+        return f"skipped: it has no {CLASSES.get(record['model_type'], record['model_type'])} built in"
     if not has_transformers():
-        return "not tried: it is not installed"
+        return "skipped: transformers is not installed"
     logits = loaded_logits(Path(folder.path), int(record["vocab_size"]), str(record.get("dtype", "float32")))
     if not bool(torch.isfinite(logits).all()):
         raise UserError("its logits are not finite")

@@ -1,4 +1,4 @@
-"""Where an export goes: a folder that appears whole or not at all."""
+"""Write an export to a folder that appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ BLOCK = 8 << 20  # bytes read at a time while copying
 
 @contextmanager
 def new_folder(target: str, needed: int) -> Iterator[Path]:
-    """A local folder to fill. Left without an error it becomes ``target``, on disk or in a store; else it vanishes.
+    """Yield a local folder to fill. Without an error it becomes ``target``, on disk or in a store; else it is deleted.
 
     Args:
         needed: bytes that will be written.
     Raises:
-        CheckpointError: the target is in use, has no room, or cannot be written.
+        CheckpointError: the target is in use, the disk is too full, or it cannot be written.
     """
     local = split_url(target)[0] == "local"
     storage, path = open_storage(target)
-    place = Path(path).expanduser() if local else Path(tempfile.gettempdir(), "export")
-    _refuse(place if local else None, storage, path, target)
-    _refuse_full(place.absolute().parent, needed, target)
-    work = place.parent / f".{place.name}.{secrets.token_hex(4)}.tmp"
+    local_path = Path(path).expanduser() if local else Path(tempfile.gettempdir(), "export")
+    _refuse_in_use(local_path if local else None, storage, path, target)
+    _refuse_full(local_path.absolute().parent, needed, target)
+    work = local_path.parent / f".{local_path.name}.{secrets.token_hex(4)}.tmp"
     try:
         work.mkdir(parents=True)
         yield work
         if local:
-            if place.is_dir():
-                place.rmdir()  # empty, as checked
-            os.rename(work, place)
+            if local_path.is_dir():
+                local_path.rmdir()  # empty, as checked
+            os.rename(work, local_path)
         else:
             _upload(storage, work, path)
     except OSError as error:
@@ -48,11 +48,14 @@ def new_folder(target: str, needed: int) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _refuse(place: Path | None, storage: Storage, path: str, target: str) -> None:
-    taken = (
-        place.exists() and (not place.is_dir() or any(place.iterdir())) if place else bool(storage.list(path))
-    )
-    if taken:
+def _refuse_in_use(local_path: Path | None, storage: Storage, path: str, target: str) -> None:
+    if local_path is None:
+        in_use = bool(storage.list(path))
+    elif local_path.is_dir():
+        in_use = any(local_path.iterdir())
+    else:
+        in_use = local_path.exists()
+    if in_use:
         raise CheckpointError(
             "exists and is not empty", where=target, fix="give a new folder, or delete this one"
         )
@@ -70,7 +73,7 @@ def _refuse_full(folder: Path, needed: int, target: str) -> None:
 
 
 def _upload(storage: Storage, work: Path, target: str) -> None:
-    """Copies every file; config.json, without which no reader takes the folder for a model, comes last."""
+    """Upload every file, config.json last: without it no reader takes the folder for a model."""
     files = sorted(work.iterdir(), key=lambda file: (file.name == "config.json", file.name))
     try:
         for file in files:

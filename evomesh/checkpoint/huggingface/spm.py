@@ -1,24 +1,24 @@
-"""A sentencepiece model for readers of Hugging Face folders."""
+"""Convert a sentencepiece model for readers of Hugging Face folders."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-SPACE = "\u2581"  # sentencepiece's sign for a space
+SPACE = "\u2581"  # what sentencepiece writes for a space
 
 
 def read_model(path: Path) -> Any:
-    """The model's own record of itself."""
+    """Read the protocol buffer that a sentencepiece ``.model`` file holds."""
     from sentencepiece import sentencepiece_model_pb2 as records
 
     return records.ModelProto.FromString(path.read_bytes())  # type: ignore[attr-defined]  # made at run time
 
 
 def fits_llama_tokenizer(model: Any) -> bool:
-    """Whether a Llama tokenizer without ``add_prefix_space`` and ``legacy`` cuts text as this model does.
+    """Return whether a Llama tokenizer without ``add_prefix_space`` and ``legacy`` tokenizes text as this model does.
 
-    InternLM's do: byte-pair merges on the text as it is, without a space in front.
+    InternLM's models are of this kind: byte-pair merges on the text as it is, without a space in front.
     """
     spec = model.normalizer_spec
     changes = spec.add_dummy_prefix or spec.remove_extra_whitespaces or spec.precompiled_charsmap
@@ -26,59 +26,81 @@ def fits_llama_tokenizer(model: Any) -> bool:
 
 
 def build_fast_tokenizer(model: Any, add_bos: bool) -> Any:
-    """A ``tokenizers.Tokenizer`` of the same pieces and the same treatment of spaces.
+    """Build a ``tokenizers.Tokenizer`` with the same pieces and the same treatment of spaces.
 
-    A Llama tokenizer of ``transformers`` would not do: it puts no space in front of a text that begins with one.
+    A Llama tokenizer of ``transformers`` is not an option: it adds no space in front of a text that begins with one.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+    from tokenizers import AddedToken, Tokenizer, processors
 
-    pieces = [(piece.piece, piece.score) for piece in model.pieces]
-    unknown = next(n for n, piece in enumerate(model.pieces) if piece.type == piece.UNKNOWN)
-    trainer, spec = model.trainer_spec, model.normalizer_spec
-    if trainer.model_type == trainer.BPE:
-        vocab = {piece: number for number, (piece, _) in enumerate(pieces)}
-        core: Any = models.BPE(
-            vocab,
-            merges(model),
-            unk_token=pieces[unknown][0],
-            fuse_unk=True,
-            byte_fallback=trainer.byte_fallback,
-        )
-    else:
-        core = models.Unigram(pieces, unk_id=unknown, byte_fallback=trainer.byte_fallback)
-    tokenizer = Tokenizer(core)
-    steps: list[Any] = (
-        [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
-    )
-    if spec.remove_extra_whitespaces:
-        from tokenizers import Regex
-
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    steps += [normalizers.Prepend(SPACE)] if spec.add_dummy_prefix else []
-    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
-    strip = [decoders.Strip(content=" ", left=1)] if spec.add_dummy_prefix else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
+    tokenizer = Tokenizer(_tokenizer_model(model))
+    tokenizer.normalizer = _normalizer(model.normalizer_spec)
+    tokenizer.decoder = _decoder(model.normalizer_spec)
     for piece in model.pieces:
-        if piece.type in (piece.CONTROL, piece.USER_DEFINED):
-            token = AddedToken(piece.piece, special=piece.type == piece.CONTROL, normalized=False)
-            (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
+        if piece.type == piece.CONTROL:
+            tokenizer.add_special_tokens([AddedToken(piece.piece, special=True, normalized=False)])
+        elif piece.type == piece.USER_DEFINED:
+            tokenizer.add_tokens([AddedToken(piece.piece, special=False, normalized=False)])
     if add_bos:
         bos = model.trainer_spec.bos_piece
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+            single=f"{bos} $A",
+            pair=f"{bos} $A {bos} $B",
+            special_tokens=[(bos, tokenizer.token_to_id(bos))],
         )
     return tokenizer
 
 
+def _tokenizer_model(model: Any) -> Any:
+    """Build the algorithm: byte-pair merges, or unigram."""
+    from tokenizers import models
+
+    trainer = model.trainer_spec
+    scores = [(piece.piece, piece.score) for piece in model.pieces]
+    unknown = next(number for number, piece in enumerate(model.pieces) if piece.type == piece.UNKNOWN)
+    if trainer.model_type != trainer.BPE:
+        return models.Unigram(scores, unk_id=unknown, byte_fallback=trainer.byte_fallback)
+    return models.BPE(
+        {piece: number for number, (piece, _) in enumerate(scores)},
+        merges(model),
+        unk_token=scores[unknown][0],
+        fuse_unk=True,
+        byte_fallback=trainer.byte_fallback,
+    )
+
+
+def _normalizer(spec: Any) -> Any:
+    """Build the steps before tokenizing, in sentencepiece's order."""
+    from tokenizers import Regex, normalizers
+
+    steps: list[Any] = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend(SPACE))
+    steps.append(normalizers.Replace(" ", SPACE))
+    return normalizers.Sequence(steps)
+
+
+def _decoder(spec: Any) -> Any:
+    """Build the inverse, which removes the space that was added in front."""
+    from tokenizers import decoders
+
+    steps: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if spec.add_dummy_prefix:
+        steps.append(decoders.Strip(content=" ", left=1))
+    return decoders.Sequence(steps)
+
+
 def merges(model: Any) -> list[tuple[str, str]]:
-    """Every way a piece is made of two others, the earliest merges first."""
+    """Return every pair of pieces that joins to a piece, the earliest merges first."""
+    # Pieces are learned by decreasing score, so a score gives the time of a merge; the id breaks ties.
     ranks = {piece.piece: (-piece.score, number) for number, piece in enumerate(model.pieces)}
     found = []
     for piece, rank in ranks.items():
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
+        for middle in range(1, len(piece)):
+            left, right = piece[:middle], piece[middle:]
             if left in ranks and right in ranks:
                 found.append((rank, ranks[left], ranks[right], left, right))
     return [(left, right) for *_, left, right in sorted(found)]

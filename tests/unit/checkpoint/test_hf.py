@@ -112,7 +112,7 @@ def test_export_computes_the_same_in_transformers(
     assert relative(theirs(folder), ours(model)) < TRANSFORMERS
     assert any("largest logit difference between the native model and transformers" in line for line in lines)
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
-    assert {point.name: point.words for point in checklist(str(folder)) if not point.good}.keys() == {
+    assert {item.name: item.detail for item in checklist(str(folder)) if not item.passed}.keys() == {
         "tokenizer",
         "chat template",
     }

@@ -93,7 +93,7 @@ def test_bad_folder_leaves_no_checkpoint(spoil: Callable[[Path], object], words:
     with pytest.raises(UserError, match=words):
         from_hf(str(folder), str(out), None, False, silent)
     assert not list(out.rglob("*")) if out.exists() else True
-    assert not all(point.good for point in checklist(str(folder)))
+    assert not all(item.passed for item in checklist(str(folder)))
 
 
 def test_no_code_in_a_pickle_is_run(folder: Path, tmp_path: Path) -> None:
