@@ -92,14 +92,14 @@ def library(source: str, tokenizer_path: str) -> None:
 
 def ours(source: str, tokenizer_path: str, output: str) -> None:
     """The whole command, in this process; prints seconds, tokens and the peak of its memory."""
-    from evomesh.data.prepare.tokenize import TextOptions, set_workers, tokenize_files
-    from evomesh.data.records.reader import find_texts
+    from evomesh.data.prepare.tokenize import TextOptions, set_encoder_threads, tokenize_files
+    from evomesh.data.records.source_files import find_source_files
     from evomesh.data.tokenizer import load_tokenizer
 
-    set_workers(None)
+    set_encoder_threads(None)
     tokenizer = load_tokenizer(tokenizer_path)
     start, used = time.perf_counter(), time.process_time()
-    facts = tokenize_files(find_texts([source]), output, tokenizer, TextOptions(eos=False))
+    facts = tokenize_files(find_source_files([source]), output, tokenizer, TextOptions(eos=False))
     seconds, used = time.perf_counter() - start, time.process_time() - used
     status = Path("/proc/self/status").read_text().splitlines()
     peak = next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))

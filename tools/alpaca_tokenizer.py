@@ -1,9 +1,9 @@
-"""The documents' command: tokenises the Alpaca dataset and holds out a share of it.
+"""InternEvo's command: tokenize the Alpaca dataset and hold out a share of it for validation.
 
-python tools/alpaca_tokenizer.py alpaca_data.json OUT TOKENIZER [--split_ratio 0.1]
+    python tools/alpaca_tokenizer.py alpaca_data.json OUT TOKENIZER [--split_ratio 0.1]
 
-writes OUT/train/en/dataset.bin and OUT/valid/en/dataset.bin, each with .meta; ``evomesh tokenize --format alpaca`` has
-other templates and lengths.
+writes OUT/train/en/dataset.bin and OUT/valid/en/dataset.bin, each with .meta. `evomesh tokenize --format alpaca`
+also offers other templates and lengths.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("dataset_path", help="JSON list of instruction, input and output")
+    parser.add_argument("dataset_path", help="JSON list of records with instruction, input and output")
     parser.add_argument("output_path", help="folder to write into")
     parser.add_argument("tokenizer_path", help="sentencepiece .model or tokenizer.json")
-    parser.add_argument("--split_ratio", type=float, default=0.1, help="share held out for validation")
+    parser.add_argument(
+        "--split_ratio", type=float, default=0.1, help="share of the records held out for validation"
+    )
     options = parser.parse_args()
     chat = ChatOptions("alpaca", "internlm", split_ratio=options.split_ratio)
     tokenize_conversations([options.dataset_path], options.output_path, options.tokenizer_path, chat)

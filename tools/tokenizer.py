@@ -1,8 +1,8 @@
-"""The documents' command: tokenises one text file, a document a line, whole lines of json and jsonl as they stand.
+"""InternEvo's command: tokenize one text file, one document per line; lines of json and jsonl are encoded verbatim.
 
-python tools/tokenizer.py --text_input_path IN --bin_output_path OUT.bin [--tokenizer_path MODEL]
+    python tools/tokenizer.py --text_input_path IN --bin_output_path OUT.bin [--tokenizer_path MODEL]
 
-It adds neither bos nor eos and reads no text field; ``evomesh tokenize`` does both.
+It adds neither bos nor eos and does not look for a text field; `evomesh tokenize` does both.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from pathlib import Path
 
 from evomesh.cli.run import run
 from evomesh.data.prepare.tokenize import TextOptions, tokenize_files
-from evomesh.data.records.reader import find_texts
+from evomesh.data.records.source_files import find_source_files
 from evomesh.data.tokenizer import load_tokenizer
 from evomesh.errors import UserError
 
-TOKENIZER_PATH = Path(__file__).parent / "V7_sft.model"  # edit this to use another model by default
+TOKENIZER_PATH = Path(__file__).parent / "V7_sft.model"  # edit this to change the default model
 
 
 def main() -> None:
@@ -33,16 +33,16 @@ def main() -> None:
         raise UserError(
             f"no tokenizer at {options.tokenizer_path}",
             where="tools/tokenizer.py",
-            fix="name one: --tokenizer_path MODEL, or edit TOKENIZER_PATH in this file",
+            fix="pass --tokenizer_path MODEL, or edit TOKENIZER_PATH in this file",
         )
-    facts = tokenize_files(
-        find_texts([options.text_input_path]),
+    fingerprint = tokenize_files(
+        find_source_files([options.text_input_path]),
         options.bin_output_path,
         load_tokenizer(options.tokenizer_path, "--tokenizer_path"),
         TextOptions(raw_lines=True, bos=False, eos=False),
     )
     print(f"Successfully converted {options.text_input_path} to {options.bin_output_path}")
-    print(f"Successfully generated {options.bin_output_path}.meta ({facts['documents']} documents)")
+    print(f"Successfully generated {options.bin_output_path}.meta ({fingerprint['documents']} documents)")
 
 
 if __name__ == "__main__":

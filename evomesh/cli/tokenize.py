@@ -1,4 +1,4 @@
-"""``evomesh tokenize`` and the documents' ``tools/tokenizer.py``."""
+"""``evomesh tokenize``; ``tools/alpaca_tokenizer.py`` calls it too."""
 
 from __future__ import annotations
 
@@ -13,51 +13,76 @@ import typer
 if TYPE_CHECKING:
     from evomesh.data.prepare.tokenize import ProgressCallback
 
-LOG_SECONDS = 10.0
-CHAT = "conversations: alpaca (instruction, input, output), messages (role, content), sharegpt (from, value)"
+PRINT_SECONDS = 10.0
+CHAT_FORMATS = ("alpaca", "messages", "sharegpt")
+
+InputsArgument = Annotated[list[str], typer.Argument(metavar="IN...", help="Files, folders or globs.")]
+OutputOption = Annotated[
+    str, typer.Option("--output", "-o", help="The .bin to write, or a folder with --split-ratio.")
+]
+TokenizerOption = Annotated[
+    str,
+    typer.Option("--tokenizer", "-t", help="A tokenizer.json, a sentencepiece .model, or a folder with one."),
+]
+FormatOption = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        help="text, or conversations: alpaca (instruction, input, output), messages (role, content), "
+        "sharegpt (from, value).",
+    ),
+]
+TextFieldOption = Annotated[str, typer.Option(help="Key of the text in each record.")]
+RawLinesOption = Annotated[
+    bool, typer.Option("--raw-lines", help="Encode each line verbatim, like InternEvo's tokenizer.py.")
+]
+BosOption = Annotated[
+    bool | None,
+    typer.Option("--bos/--no-bos", help="Prepend bos [default: as the tokenizer's config specifies]."),
+]
+EosOption = Annotated[bool, typer.Option("--eos/--no-eos", help="Append eos to every document.")]
+AppendOption = Annotated[
+    bool, typer.Option("--append", help="Append to an existing file instead of replacing it.")
+]
+ChatTemplateOption = Annotated[
+    str, typer.Option(help="internlm, chatml, llama3, or tokenizer (the template in the tokenizer's folder).")
+]
+TrainOnOption = Annotated[str, typer.Option(help="Roles whose messages are targets, comma-separated.")]
+MaxLengthOption = Annotated[int, typer.Option(min=2, help="Truncate conversations to this many tokens.")]
+SplitRatioOption = Annotated[
+    float, typer.Option(min=0, max=1, help="Share of conversations held out for validation.")
+]
+SplitSeedOption = Annotated[int, typer.Option(min=0, help="Seed of the train/validation split.")]
+WorkersOption = Annotated[int | None, typer.Option(min=1, help="Number of threads [default: all cores].")]
 
 
 def tokenize(
-    inputs: Annotated[list[str], typer.Argument(metavar="IN...", help="Text files, folders or globs.")],
-    output: Annotated[
-        str, typer.Option("--output", "-o", help="The .bin to write; a folder with --split-ratio.")
-    ],
-    tokenizer: Annotated[
-        str, typer.Option("--tokenizer", "-t", help="tokenizer.json, sentencepiece .model, or folder.")
-    ],
-    format: Annotated[str, typer.Option("--format", help=f"text, or {CHAT}.")] = "text",
-    text_field: Annotated[str, typer.Option(help="Key of the text in a record.")] = "text",
-    raw_lines: Annotated[
-        bool, typer.Option("--raw-lines", help="Encode whole lines, as the documents' tool.")
-    ] = False,
-    bos: Annotated[
-        bool | None, typer.Option("--bos/--no-bos", help="Bos in front [as the tokenizer says].")
-    ] = None,
-    eos: Annotated[bool, typer.Option("--eos/--no-eos", help="Eos behind every document.")] = True,
-    append: Annotated[
-        bool, typer.Option("--append", help="Add to an existing file instead of replacing it.")
-    ] = False,
-    chat_template: Annotated[
-        str, typer.Option(help="internlm, chatml, llama3, or tokenizer (its folder's own).")
-    ] = ("internlm"),
-    train_on: Annotated[
-        str, typer.Option(help="Roles whose turns are targets, comma-separated.")
-    ] = "assistant",
-    max_length: Annotated[int, typer.Option(min=2, help="Conversations are cut to this many tokens.")] = 2048,
-    split_ratio: Annotated[float, typer.Option(min=0, max=1, help="Share of conversations held out.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the choice of these.")] = 0,
-    workers: Annotated[int | None, typer.Option(min=1, help="Threads [all cores].")] = None,
+    inputs: InputsArgument,
+    output: OutputOption,
+    tokenizer: TokenizerOption,
+    format: FormatOption = "text",
+    text_field: TextFieldOption = "text",
+    raw_lines: RawLinesOption = False,
+    bos: BosOption = None,
+    eos: EosOption = True,
+    append: AppendOption = False,
+    chat_template: ChatTemplateOption = "internlm",
+    train_on: TrainOnOption = "assistant",
+    max_length: MaxLengthOption = 2048,
+    split_ratio: SplitRatioOption = 0.0,
+    seed: SplitSeedOption = 0,
+    workers: WorkersOption = None,
 ) -> None:
-    """Tokenise text (txt: a document a line; json: a list; jsonl, csv, each also .gz, .zst; parquet; arrow;
-    .tar, .tar.gz, .zip of these) or conversations into a .bin with its .meta."""
-    from evomesh.data.prepare.tokenize import TextOptions, set_workers, tokenize_files
-    from evomesh.data.records.reader import find_texts
+    """Tokenize text or conversations into a .bin with its .meta. Inputs are txt (one document per line), json (a list),
+    jsonl and csv, each also as .gz or .zst; parquet and arrow; and .tar, .tar.gz and .zip archives of them."""
+    from evomesh.data.prepare.tokenize import TextOptions, set_encoder_threads, tokenize_files
+    from evomesh.data.records.source_files import find_source_files
     from evomesh.data.tokenizer import load_tokenizer
     from evomesh.errors import UserError
 
-    set_workers(workers)
-    files = find_texts(inputs)
-    if format in ("alpaca", "messages", "sharegpt"):
+    set_encoder_threads(workers)
+    files = find_source_files(inputs)
+    if format in CHAT_FORMATS:
         from evomesh.data.prepare.conversations import ChatOptions
 
         roles = tuple(role.strip() for role in train_on.split(","))
@@ -70,11 +95,11 @@ def tokenize(
         )
     if split_ratio:
         raise UserError(
-            "--split-ratio is for conversations", fix="tokenise training and validation text apart"
+            "--split-ratio only applies to conversations",
+            fix="tokenize training and validation text separately",
         )
-    total = sum(file.size for file in files)
-    with progress_bar(total) as progress:
-        facts = tokenize_files(
+    with progress_bar(sum(file.size for file in files)) as progress:
+        fingerprint = tokenize_files(
             files,
             output,
             load_tokenizer(tokenizer),
@@ -83,7 +108,8 @@ def tokenize(
             progress=progress,
         )
     print(
-        f"{output}: {facts['documents']:,} documents, {facts['tokens']:,} tokens, largest id {facts['max_id']}"
+        f"{output}: {fingerprint['documents']:,} documents, {fingerprint['tokens']:,} tokens, "
+        f"largest id {fingerprint['max_id']}"
     )
 
 
@@ -95,34 +121,41 @@ def tokenize_conversations(
     workers: int | None = None,
     append: bool = False,
 ) -> None:
-    """``evomesh tokenize --format alpaca|messages|sharegpt``; ``options``: a ``ChatOptions``."""
+    """Run ``evomesh tokenize --format alpaca|messages|sharegpt``.
+
+    Args:
+        options: a ``ChatOptions``, which this module imports only when it is used.
+    """
     from evomesh.data.prepare.conversations import ChatOptions, tokenize_chats
-    from evomesh.data.records.reader import find_texts
+    from evomesh.data.records.source_files import find_source_files
     from evomesh.data.tokenizer import load_tokenizer
 
     assert isinstance(options, ChatOptions)
-    files, loaded = find_texts(inputs), load_tokenizer(tokenizer)
+    files = find_source_files(inputs)
+    loaded = load_tokenizer(tokenizer)
     with progress_bar(sum(file.size for file in files)) as progress:
-        written, counts = tokenize_chats(
+        fingerprints, counts = tokenize_chats(
             files, output, loaded, options, workers=workers, append=append, progress=progress
         )
-    for path, facts in written.items():
+    for path, fingerprint in fingerprints.items():
         print(
-            f"{path}: {facts['documents']:,} conversations, {facts['tokens']:,} tokens, largest id {facts['max_id']}"
+            f"{path}: {fingerprint['documents']:,} conversations, {fingerprint['tokens']:,} tokens, "
+            f"largest id {fingerprint['max_id']}"
         )
     print(
-        f"cut to {options.max_length} tokens: {counts.truncated:,} conversations, {counts.lost_tokens:,} tokens lost; "
-        f"left out for having no target: {counts.without_target:,}"
+        f"truncated to {options.max_length} tokens: {counts.truncated:,} conversations "
+        f"({counts.lost_tokens:,} tokens lost); left out because no target remained: {counts.without_target:,}"
     )
 
 
-def _log_lines(total: int) -> ProgressCallback:
+def _print_progress(total: int) -> ProgressCallback:
+    """Return a callback that prints a line every ``PRINT_SECONDS``."""
     start = last = time.monotonic()
 
     def update(position: int, documents: int, tokens: int) -> None:
         nonlocal last
         now = time.monotonic()
-        if now - last > LOG_SECONDS and position:
+        if now - last > PRINT_SECONDS and position:
             last = now
             left = (now - start) * (total - position) / position
             rate = tokens / (now - start)
@@ -138,7 +171,7 @@ def _log_lines(total: int) -> ProgressCallback:
 
 @contextmanager
 def progress_bar(total: int) -> Iterator[ProgressCallback]:
-    """A bar with rate and time left on a terminal; elsewhere a line every ``LOG_SECONDS``."""
+    """Show a bar with rate and remaining time on a terminal; elsewhere print a line every ``PRINT_SECONDS``."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -151,7 +184,7 @@ def progress_bar(total: int) -> Iterator[ProgressCallback]:
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _log_lines(total)
+        yield _print_progress(total)
         return
     columns = (
         BarColumn(),

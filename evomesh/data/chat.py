@@ -1,34 +1,31 @@
-"""Conversations to tokens in which only the answers are targets.
+"""Encode conversations as token ids in which only the answers are targets.
 
-Masked tokens are stored as negative ids: input, but no target. A first bos keeps its sign, as in the documents' tool.
+Masked tokens are stored as negative ids: input, but not targets. A leading bos keeps its sign, as in InternEvo's
+alpaca_tokenizer.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import NoReturn, Protocol
 
 from evomesh.config.schema import GenerationConfig
-from evomesh.data.records.reader import SourceRecord
-from evomesh.data.token_files.lines import json_kind
 from evomesh.data.tokenizer import Tokenizer
 from evomesh.errors import UserError
 
-RecordSchema = Literal["alpaca", "messages", "sharegpt"]
 ROLES = ("system", "user", "assistant")
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
 
 
 @dataclass(frozen=True)
 class ChatMessage:
-    """One turn. ``train``: its text is a target."""
+    """A message of a conversation.
+
+    Attributes:
+        role: one of ``ROLES``.
+        text: its content.
+        train: whether its text is a target.
+    """
 
     role: str
     text: str
@@ -36,86 +33,34 @@ class ChatMessage:
 
 
 class ChatTemplate(Protocol):
-    """Turns a conversation into ids with signs."""
+    """A rule that renders conversations as token ids."""
 
-    def encode(self, messages: Sequence[ChatMessage]) -> list[int]: ...
-    def prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """A conversation up to where the assistant is to speak."""
+    def encode(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """Return the ids of a conversation; those of tokens that are not targets are negative."""
+        ...
+
+    def encode_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """Return the ids of a conversation up to where the assistant's answer starts; all are positive."""
         ...
 
     @property
-    def stops(self) -> tuple[int, ...]:
-        """Ids that end an answer."""
+    def eos_ids(self) -> tuple[int, ...]:
+        """Return the ids that end a generated answer."""
         ...
 
     @property
     def ending(self) -> list[int]:
-        """Ids that also a truncated conversation ends with."""
+        """Return the ids that every conversation ends with, even a truncated one."""
         ...
-
-
-def read_conversation(
-    record: SourceRecord, schema: RecordSchema, roles: Sequence[str] = ("assistant",)
-) -> list[ChatMessage]:
-    """The turns of a record.
-
-    Args:
-        schema: "alpaca": instruction, input, output; "messages": a list (or its key ``messages``) of role and content,
-            a turn with ``"loss": false`` is no target; "sharegpt": ``conversations`` of from and value.
-        roles: whose turns are targets.
-
-    Raises:
-        UserError: a key or role is missing or unknown; names the record.
-    """
-    value = record.value
-    if schema == "alpaca":
-        instruction, extra, output = (_text(value, key, record) for key in ("instruction", "input", "output"))
-        question = f"{instruction}\n{extra}" if extra else instruction
-        return [
-            ChatMessage("user", question, "user" in roles),
-            ChatMessage("assistant", output, "assistant" in roles),
-        ]
-    turns = (
-        value
-        if isinstance(value, list)
-        else _get(value, "messages" if schema == "messages" else "conversations", record)
-    )
-    if not isinstance(turns, list) or not turns:
-        raise UserError("the record has no turns", where=record.where, expected="a list of them")
-    messages = []
-    for turn in turns:
-        if schema == "messages":
-            role, text = _text(turn, "role", record), _text(turn, "content", record)
-        else:
-            name = _text(turn, "from", record)
-            role, text = SHAREGPT_ROLES.get(name, name), _text(turn, "value", record)
-        if role not in ROLES:
-            raise UserError(f"the role {role!r} is unknown", where=record.where, expected=", ".join(ROLES))
-        messages.append(ChatMessage(role, text, role in roles and turn.get("loss", True) is not False))
-    return messages
-
-
-def _get(value: Any, key: str, record: SourceRecord) -> Any:
-    if not isinstance(value, dict) or key not in value:
-        keys = ", ".join(value) if isinstance(value, dict) else json_kind(value)
-        raise UserError(f"the record has no key {key!r} (it has: {keys or 'none'})", where=record.where)
-    return value[key]
-
-
-def _text(value: Any, key: str, record: SourceRecord) -> str:
-    text = _get(value, key, record)
-    if not isinstance(text, str):
-        raise UserError(f"{key} is of type {json_kind(text)}", where=record.where, expected="a string")
-    return text
 
 
 @dataclass(frozen=True)
 class TurnStyle:
-    """How one role's turn is written: what stands in front of its text, and what closes it.
+    """The rendering of one role's messages.
 
     Attributes:
-        opening: pieces in front, never targets.
-        closing: pieces behind; targets when the turn is one.
+        opening: fragments before the text; never targets.
+        closing: fragments after the text; targets if the message is one.
     """
 
     opening: tuple[str, ...]
@@ -124,19 +69,21 @@ class TurnStyle:
 
 @dataclass(frozen=True)
 class ChatStyle:
-    """A template in pieces. A piece that is a token's exact name becomes that id; others are encoded as text.
+    """A built-in chat template, made of fragments.
+
+    A fragment that is the exact name of a special token becomes that token's id; other fragments are encoded as text.
 
     Attributes:
         turns: by role.
-        special: pieces that must be single tokens of the tokenizer.
-        bos, eos: put in front of the conversation, behind it (a target).
-        after: pieces behind every turn that are never targets.
+        special: fragments that must be single tokens of the tokenizer.
+        eos: whether the conversation ends with eos (a target).
+        separator: fragments after every message; never targets.
     """
 
     turns: dict[str, TurnStyle]
     special: tuple[str, ...]
     eos: bool
-    after: tuple[str, ...] = ()
+    separator: tuple[str, ...] = ()
 
 
 # InternLM: <|User|>:text<eoh>\n<|Bot|>:answer<eoa>\n and one eos at the end of the conversation
@@ -149,12 +96,12 @@ INTERNLM = ChatStyle(
     ("<eoh>", "<eoa>"),
     eos=True,
 )
-# ChatML, as InternLM2 has it
+# ChatML in InternLM2's version
 CHATML = ChatStyle(
     {role: TurnStyle(("<|im_start|>", f"{role}\n"), ("<|im_end|>",)) for role in ROLES},
     ("<|im_start|>", "<|im_end|>"),
     eos=False,
-    after=("\n",),
+    separator=("\n",),
 )
 LLAMA3 = ChatStyle(
     {
@@ -164,96 +111,110 @@ LLAMA3 = ChatStyle(
     ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     eos=False,
 )
-MARKS = ("<|System|>", "<|User|>", "<|Bot|>")  # text to the documents' tokenizer, tokens to others
 STYLES = {"internlm": INTERNLM, "chatml": CHATML, "llama3": LLAMA3}
-# names of the same special tokens in published InternLM2 tokenizers
-ALIASES = {"<|im_start|>": ("[UNUSED_TOKEN_146]",), "<|im_end|>": ("[UNUSED_TOKEN_145]",)}
-# ids that the documents' tool writes with the documents' tokenizer, known by its size, when it does not name them
-DOCUMENTED = {103168: {"<eoh>": 103167, "<eoa>": 103166}}
-
-
-# tokens with which published chat models end an answer
-TURN_ENDS = ("<|im_end|>", *ALIASES["<|im_end|>"], "<eoa>", "<|eot_id|>", "<|end|>", "<|eom_id|>")
+# Text to InternEvo's tokenizer, special tokens of others.
+ROLE_MARKS = ("<|System|>", "<|User|>", "<|Bot|>")
+# Names of the same special tokens in published InternLM2 tokenizers.
+TOKEN_ALIASES = {"<|im_start|>": ("[UNUSED_TOKEN_146]",), "<|im_end|>": ("[UNUSED_TOKEN_145]",)}
+# InternEvo's tokenizer does not name these tokens; alpaca_tokenizer.py writes their ids. It is known by its size.
+INTERNEVO_TOKEN_IDS = {103168: {"<eoh>": 103167, "<eoa>": 103166}}
+# Tokens with which published chat models end an answer.
+TURN_ENDS = ("<|im_end|>", *TOKEN_ALIASES["<|im_end|>"], "<eoa>", "<|eot_id|>", "<|end|>", "<|eom_id|>")
 
 
 class StyleTemplate:
-    """One of ``STYLES`` for a tokenizer.
+    """One of ``STYLES`` with the ids of a tokenizer.
 
     Raises:
         UserError: the tokenizer lacks a special token of the style.
     """
 
     def __init__(self, style: ChatStyle, name: str, tokenizer: Tokenizer) -> None:
-        self.style, self.tokenizer = style, tokenizer
-        self.ids: dict[str, int] = {}
-        for piece in style.special:
-            names = (piece, *ALIASES.get(piece, ()))
-            found = next((token for one in names if (token := tokenizer.token_id(one)) is not None), None)
-            if found is None:
-                found = DOCUMENTED.get(tokenizer.vocab_size, {}).get(piece)
-            if found is None:
+        self.style = style
+        self.tokenizer = tokenizer
+        self.special_ids: dict[str, int] = {}
+        for token in style.special:
+            token_id = _find_special_id(token, tokenizer)
+            if token_id is None:
+                token_names = " or ".join((token, *TOKEN_ALIASES.get(token, ())))
+                others = "|".join(sorted(set(STYLES) - {name}))
                 raise UserError(
-                    f"the tokenizer has no token {' or '.join(names)}, which the chat template {name!r} needs",
+                    f"the tokenizer has no token {token_names}, which the chat template {name!r} needs",
                     where=str(tokenizer.path),
-                    fix=f"take another template: --chat-template {'|'.join(sorted(set(STYLES) - {name}))}|tokenizer",
+                    fix=f"use another template: --chat-template {others}|tokenizer",
                 )
-            self.ids[piece] = found
+            self.special_ids[token] = token_id
 
     def encode(self, messages: Sequence[ChatMessage]) -> list[int]:
-        return self._turns(messages) + self.ending
+        return self._encode_turns(messages) + self.ending
 
-    def prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
-        return [abs(token) for token in self._turns(messages)] + self._pieces(
-            self.style.turns["assistant"].opening
-        )
+    def encode_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
+        ids = [abs(token) for token in self._encode_turns(messages)]
+        return ids + self._encode_fragments(self.style.turns["assistant"].opening)
 
     @property
-    def stops(self) -> tuple[int, ...]:
-        return tuple(self.ids[piece] for piece in self.style.turns["assistant"].closing if piece in self.ids)
+    def eos_ids(self) -> tuple[int, ...]:
+        closing = self.style.turns["assistant"].closing
+        return tuple(self.special_ids[token] for token in closing if token in self.special_ids)
 
-    def _turns(self, messages: Sequence[ChatMessage]) -> list[int]:
+    @property
+    def ending(self) -> list[int]:
+        if self.style.eos and self.tokenizer.eos_id is not None:
+            return [self.tokenizer.eos_id]
+        return []
+
+    def _encode_turns(self, messages: Sequence[ChatMessage]) -> list[int]:
         ids = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
         for message in messages:
             turn = self.style.turns[message.role]
             if self.style is INTERNLM and message.role == "user":
-                # the documents' tool encodes the user's mark and text as one string
-                ids += masked(self._marked("".join(turn.opening) + message.text))
-                ids += masked(self._pieces(turn.closing))
+                # alpaca_tokenizer.py encodes the user's role mark and text as one string
+                ids += mask(self._encode_text("".join(turn.opening) + message.text))
+                ids += mask(self._encode_fragments(turn.closing))
                 continue
-            ids += masked(self._pieces(turn.opening))
-            body = self.tokenizer.encode(message.text) + self._pieces(turn.closing)
-            ids += body if message.train else masked(body)
-            ids += masked(self._pieces(self.style.after))
+            ids += mask(self._encode_fragments(turn.opening))
+            body = self.tokenizer.encode(message.text) + self._encode_fragments(turn.closing)
+            ids += body if message.train else mask(body)
+            ids += mask(self._encode_fragments(self.style.separator))
         return ids
 
-    @property
-    def ending(self) -> list[int]:
-        return [self.tokenizer.eos_id] if self.style.eos and self.tokenizer.eos_id is not None else []
+    def _encode_fragments(self, fragments: Iterable[str]) -> list[int]:
+        ids: list[int] = []
+        for fragment in fragments:
+            if fragment in self.special_ids:
+                ids.append(self.special_ids[fragment])
+            else:
+                ids += self._encode_text(fragment)
+        return ids
 
-    def _pieces(self, pieces: Iterable[str]) -> list[int]:
-        found: list[int] = []
-        for piece in pieces:
-            found += [self.ids[piece]] if piece in self.ids else self._marked(piece)
-        return found
+    def _encode_text(self, text: str) -> list[int]:
+        """Return the ids of text; a leading role mark becomes one id if the tokenizer has a token of that name.
 
-    def _marked(self, text: str) -> list[int]:
-        """Ids of text; a role's mark in front is one id where the tokenizer knows it by name.
-
-        Sentencepiece does not find its control symbols in text, so the name is looked up.
+        Sentencepiece does not recognize its control symbols in text, so the token is looked up by name.
         """
         ids = self.tokenizer.encode(text)
-        mark = next((mark for mark in MARKS if text.startswith(mark)), None)
-        token = self.tokenizer.token_id(mark) if mark else None
-        if mark is None or token is None or token in ids[:2]:
+        mark = next((mark for mark in ROLE_MARKS if text.startswith(mark)), None)
+        mark_id = None if mark is None else self.tokenizer.token_id(mark)
+        if mark is None or mark_id is None or mark_id in ids[:2]:
             return ids
-        return [token, *self.tokenizer.encode(text[len(mark) :])]
+        return [mark_id, *self.tokenizer.encode(text[len(mark) :])]
+
+
+def _find_special_id(token: str, tokenizer: Tokenizer) -> int | None:
+    for name in (token, *TOKEN_ALIASES.get(token, ())):
+        token_id = tokenizer.token_id(name)
+        if token_id is not None:
+            return token_id
+    return INTERNEVO_TOKEN_IDS.get(tokenizer.vocab_size, {}).get(token)
 
 
 class JinjaTemplate:
-    """A tokenizer folder's own template: what rendering a trained turn adds behind its generation prompt is target.
+    """The template in a tokenizer's folder.
+
+    The target of a trained message is what its rendering appends to the generation prompt.
 
     Raises:
-        UserError: the folder has no template, or a trained turn changes what was rendered before it.
+        UserError: the folder has no template, or a trained message changes what was rendered before it.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -264,102 +225,103 @@ class JinjaTemplate:
                 "no chat template",
                 where=str(tokenizer.path.parent),
                 expected="chat_template.jinja, or chat_template in tokenizer_config.json",
-                fix=f"take a built-in one: --chat-template {'|'.join(STYLES)}",
+                fix=f"use a built-in one: --chat-template {'|'.join(STYLES)}",
             )
         self.tokenizer = tokenizer
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _raise
-        self._source = tokenizer.chat_template
-        self._template = environment.from_string(self._source)
-        names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-        self._names = {
-            name: "" if token is None else tokenizer.decode([token]) for name, token in names.items()
+        environment.globals["raise_exception"] = _raise_template_error
+        self._template = environment.from_string(tokenizer.chat_template)
+        special_ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+        self._special_tokens = {
+            name: "" if token_id is None else tokenizer.decode([token_id])
+            for name, token_id in special_ids.items()
         }
 
     def encode(self, messages: Sequence[ChatMessage]) -> list[int]:
+        # The conversation is rendered once per message; what a rendering adds to the one before is the message.
         ids: list[int] = []
-        before = ""
-        for number, message in enumerate(messages, 1):
+        rendered = ""
+        for number, message in enumerate(messages):
             if message.train:
-                prompt = self._render(messages[: number - 1], before, prompt=True)
-                ids += masked(self.tokenizer.encode(prompt[len(before) :]))
-                before = prompt
-            text = self._render(messages[:number], before)
-            part = self.tokenizer.encode(text[len(before) :])
-            ids += part if message.train else masked(part)
-            before = text
+                prompt = self._render(messages[:number], rendered, add_generation_prompt=True)
+                ids += mask(self.tokenizer.encode(prompt[len(rendered) :]))
+                rendered = prompt
+            text = self._render(messages[: number + 1], rendered)
+            added = self.tokenizer.encode(text[len(rendered) :])
+            ids += added if message.train else mask(added)
+            rendered = text
         return ids
 
-    def prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
+    def encode_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
         from jinja2 import TemplateError
 
         try:
-            return self.tokenizer.encode(self._render(messages, "", prompt=True))
-        except (
-            TemplateError,
-            TypeError,
-            ValueError,
-        ) as error:  # a template may do anything with what it is given
-            raise UserError(f"the chat template refuses the conversation: {error}") from None
+            return self.tokenizer.encode(self._render(messages, "", add_generation_prompt=True))
+        # Templates are programs: they can raise anything on input that they do not expect.
+        except (TemplateError, TypeError, ValueError) as error:
+            raise UserError(f"the chat template rejects the conversation: {error}") from None
 
-    def text(self, turns: Sequence[dict[str, str]], *, prompt: bool) -> str:
-        """Turns of role and content as the template writes them.
+    def render(self, turns: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        """Return the text of turns of role and content.
 
         Args:
-            prompt: up to where the assistant is to speak; else up to the end of the last turn's content, to go on
-                from it.
+            add_generation_prompt: render up to where the assistant's answer starts; else up to the end of the last
+                turn's content, so that a model can continue it.
         """
-        text = self._render([ChatMessage(turn["role"], turn["content"], False) for turn in turns], "", prompt)
-        if prompt or not turns:
+        messages = [ChatMessage(turn["role"], turn["content"], train=False) for turn in turns]
+        text = self._render(messages, "", add_generation_prompt)
+        if add_generation_prompt or not turns:
             return text
         last = turns[-1]["content"].strip()
         return text[: text.rindex(last) + len(last)]
 
     @property
-    def stops(self) -> tuple[int, ...]:
+    def eos_ids(self) -> tuple[int, ...]:
         return turn_end_ids(self.tokenizer)
 
     @property
     def ending(self) -> list[int]:
         return []
 
-    def _render(self, messages: Sequence[ChatMessage], before: str, prompt: bool = False) -> str:
-        turns = [{"role": message.role, "content": message.text} for message in messages]
-        text = (
-            self._template.render(messages=turns, add_generation_prompt=prompt, **self._names)
-            if turns
-            else before
-        )
-        if not text.startswith(before):
+    def _render(
+        self, messages: Sequence[ChatMessage], rendered: str, add_generation_prompt: bool = False
+    ) -> str:
+        """Return the text of messages, of which ``rendered`` is the beginning."""
+        text = rendered
+        if messages:
+            turns = [{"role": message.role, "content": message.text} for message in messages]
+            text = self._template.render(
+                messages=turns, add_generation_prompt=add_generation_prompt, **self._special_tokens
+            )
+        if not text.startswith(rendered):
             raise UserError(
-                "the chat template changes earlier turns when a later one is added, so targets cannot be told apart",
+                "the chat template changes earlier messages when a later one is added, so targets are ambiguous",
                 where=str(self.tokenizer.path.parent),
-                fix=f"take a built-in one: --chat-template {'|'.join(STYLES)}",
+                fix=f"use a built-in one: --chat-template {'|'.join(STYLES)}",
             )
         return text
 
 
-def _raise(message: str) -> None:
-    raise UserError(f"the chat template refuses the conversation: {message}")
+def _raise_template_error(message: str) -> NoReturn:
+    raise UserError(f"the chat template rejects the conversation: {message}")
 
 
-def masked(ids: Sequence[int]) -> list[int]:
-    """Ids as inputs that are no targets."""
+def mask(ids: Sequence[int]) -> list[int]:
+    """Return ids as inputs that are not targets."""
     return [-token for token in ids]
 
 
 def build_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
-    """A built-in style by name, or "tokenizer": the template of the tokenizer's folder.
+    """Return a built-in template by name, or the one of the tokenizer's folder ("tokenizer").
 
     Raises:
-        UserError: unknown name, or the tokenizer does not fit.
+        UserError: the name is unknown, or the template and the tokenizer do not match.
     """
     if name == "tokenizer":
         return JinjaTemplate(tokenizer)
     if name not in STYLES:
-        raise UserError(
-            f"no chat template {name!r}", where="--chat-template", expected=", ".join([*STYLES, "tokenizer"])
-        )
+        choices = ", ".join([*STYLES, "tokenizer"])
+        raise UserError(f"no chat template {name!r}", where="--chat-template", expected=f"one of {choices}")
     return StyleTemplate(STYLES[name], name, tokenizer)
 
 
@@ -400,7 +362,7 @@ def end_of_answer_ids(
     ids: list[int] = []
     if tokenizer is not None:
         ids += [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-        ids += turn_end_ids(tokenizer) if template is None else template.stops
+        ids += turn_end_ids(tokenizer) if template is None else template.eos_ids
     if generation is not None:
         ids += [*generation.eos_id, *generation.additional_eos_token_list]
     return tuple(dict.fromkeys(token for token in ids if 0 <= token < vocab_size))

@@ -1,4 +1,4 @@
-"""Tokenised prompts: the documents of every folder with token files, one task a folder."""
+"""Read tokenized prompts: the documents of every folder of token files; each folder is a task."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from evomesh.data.token_files.folders import TokenFile, check_folder, find_files
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """A document, the file it stands in (relative to its folder) and its line there, from 1."""
+    """A document used as a prompt.
+
+    Attributes:
+        ids: its tokens.
+        file: name of its file, relative to the folder.
+        line: its line in the file, from 1.
+    """
 
     ids: list[int]
     file: str
@@ -23,12 +29,13 @@ class TokenizedPrompt:
 
 
 def find_tasks(folder: str, key: str, vocab_size: int) -> dict[str, list[TokenFile]]:
-    """Token files by task: their folder's name, or its path where two folders share a name.
+    """Return the token files of each task, named after their folder, or its path if two folders share a name.
 
     Args:
-        key: the config key that named the folder, for messages.
+        key: the config key that names the folder, for messages.
+
     Raises:
-        UserError: no folder, no token file in it, or one with ids the model does not know.
+        UserError: there is no folder, no token file in it, or a file has ids outside the vocabulary.
     """
     root = check_folder(folder, key)
     files = find_files(root, key)
@@ -38,10 +45,10 @@ def find_tasks(folder: str, key: str, vocab_size: int) -> dict[str, list[TokenFi
 
 
 def read_prompts(files: Sequence[TokenFile], vocab_size: int) -> list[TokenizedPrompt]:
-    """All documents of a task, in file order. Inputs that are no training targets (negative ids) count as others do.
+    """Read all documents of a task, in file order; masked tokens (negative ids) are tokens like others here.
 
     Raises:
-        UserError: a broken file: names file, row and byte.
+        UserError: a file is damaged; names file, row and byte.
     """
     prompts = []
     for file in files:

@@ -1,6 +1,6 @@
-"""Tokenizers: a Hugging Face ``tokenizer.json`` (or a folder with one) or a sentencepiece ``.model``.
+"""Load tokenizers: a Hugging Face ``tokenizer.json`` (or a folder with one) or a sentencepiece ``.model``.
 
-A folder's Python files are never run.
+Python files in a tokenizer's folder are never executed.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ EOS_NAMES = ("</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|endoftext|>")
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back, whatever library does it.
+    """A tokenizer of any library.
 
     Attributes:
         path: file it was loaded from.
-        hash: SHA-256 of that file: equal hashes give equal ids.
-        vocab_size: ids are below this.
-        bos_id, eos_id: None when the tokenizer has none.
-        add_bos: whether the tokenizer itself says that texts begin with bos.
-        chat_template: jinja text of the tokenizer's folder, "" when it has none.
+        hash: SHA-256 of that file; equal hashes give equal ids.
+        vocab_size: all ids are less than this.
+        bos_id, eos_id: None if the tokenizer has none.
+        add_bos: whether the tokenizer's config puts bos at the start of texts.
+        chat_template: jinja text from the tokenizer's folder, "" if there is none.
     """
 
     path: Path
@@ -38,37 +38,45 @@ class Tokenizer(Protocol):
     chat_template: str
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, without bos and eos, on all cores."""
+        """Return the ids of each text, without bos and eos; uses all cores."""
         ...
 
-    def encode(self, text: str) -> list[int]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without bos and eos."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, special tokens included."""
+        ...
+
     def token_id(self, token: str) -> int | None:
-        """Id of a special or ordinary token by its exact name."""
+        """Return the id of a special or ordinary token by its exact name, or None."""
         ...
 
 
 class HfTokenizer:
-    """``tokenizers.Tokenizer`` with the bos, eos and chat template that the files beside it name."""
+    """A ``tokenizers.Tokenizer`` with the bos, eos and chat template that the files beside it define."""
 
     def __init__(self, path: Path) -> None:
         from tokenizers import Tokenizer as Backend
 
         try:
             self._backend = Backend.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
+        except Exception as error:  # the library raises plain Exception
             raise UserError(f"not a tokenizer.json ({error})", where=str(path)) from None
         self._backend.no_truncation()
         self._backend.no_padding()
-        self.path, self.hash = path, _hash(path)
+        self.path = path
+        self.hash = _sha256(path)
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        settings = _read_json(path.parent / "special_tokens_map.json") | _read_json(
-            path.parent / "tokenizer_config.json"
-        )
-        self.bos_id = self._special(settings.get("bos_token"), BOS_NAMES)
-        self.eos_id = self._special(settings.get("eos_token"), EOS_NAMES)
+        special_tokens = _read_json(path.parent / "special_tokens_map.json")
+        settings = special_tokens | _read_json(path.parent / "tokenizer_config.json")
+        self.bos_id = self._special_id(settings.get("bos_token"), BOS_NAMES)
+        self.eos_id = self._special_id(settings.get("eos_token"), EOS_NAMES)
+        # Without an explicit setting, encode an empty text and see whether it starts with bos.
         first = self._backend.encode("", add_special_tokens=True).ids[:1]
-        self.add_bos = bool(settings.get("add_bos_token", self.bos_id is not None and first == [self.bos_id]))
+        starts_with_bos = self.bos_id is not None and first == [self.bos_id]
+        self.add_bos = bool(settings.get("add_bos_token", starts_with_bos))
         self.chat_template = _chat_template(path.parent, settings)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -81,19 +89,21 @@ class HfTokenizer:
         return str(self._backend.decode(list(ids), skip_special_tokens=False))
 
     def token_id(self, token: str) -> int | None:
-        found = self._backend.token_to_id(token)
-        return None if found is None else int(found)
+        token_id = self._backend.token_to_id(token)
+        return None if token_id is None else int(token_id)
 
-    def _special(self, named: Any, candidates: Sequence[str]) -> int | None:
-        name = named.get("content") if isinstance(named, dict) else named
-        for candidate in [name] if name else candidates:
-            if (found := self.token_id(candidate)) is not None:
-                return found
+    def _special_id(self, setting: Any, common_names: Sequence[str]) -> int | None:
+        """Return the id of the token that a setting names; without a setting, of the first common name that exists."""
+        name = setting.get("content") if isinstance(setting, dict) else setting
+        for candidate in [name] if name else common_names:
+            token_id = self.token_id(candidate)
+            if token_id is not None:
+                return token_id
         return None
 
 
 class SentencePieceTokenizer:
-    """``sentencepiece`` model; bos is added only where a tokenizer_config.json beside it says so."""
+    """A ``sentencepiece`` model; bos is prepended only if a tokenizer_config.json beside it enables it."""
 
     def __init__(self, path: Path) -> None:
         import sentencepiece
@@ -102,11 +112,15 @@ class SentencePieceTokenizer:
             self._backend = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
             raise UserError(f"not a sentencepiece model ({error})", where=str(path)) from None
-        self.path, self.hash = path, _hash(path)
+        self.path = path
+        self.hash = _sha256(path)
         self.vocab_size = int(self._backend.vocab_size())
         settings = _read_json(path.parent / "tokenizer_config.json")
-        bos, eos = int(self._backend.bos_id()), int(self._backend.eos_id())
-        self.bos_id, self.eos_id = (bos if bos >= 0 else None), (eos if eos >= 0 else None)
+        # sentencepiece returns -1 for a token that the model does not have
+        bos_id = int(self._backend.bos_id())
+        eos_id = int(self._backend.eos_id())
+        self.bos_id = bos_id if bos_id >= 0 else None
+        self.eos_id = eos_id if eos_id >= 0 else None
         self.add_bos = bool(settings.get("add_bos_token", False))
         self.chat_template = _chat_template(path.parent, settings)
 
@@ -122,40 +136,51 @@ class SentencePieceTokenizer:
         return str(self._backend.decode([int(token) for token in ids]))
 
     def token_id(self, token: str) -> int | None:
-        found = int(self._backend.piece_to_id(token))
-        return (
-            None
-            if found == int(self._backend.unk_id()) and token != self._backend.id_to_piece(found)
-            else found
-        )
+        token_id = int(self._backend.piece_to_id(token))
+        # Unknown names get the id of the unknown token.
+        is_unknown = token_id == int(self._backend.unk_id())
+        if is_unknown and token != self._backend.id_to_piece(token_id):
+            return None
+        return token_id
 
 
 def load_tokenizer(path: str | Path, where: str = "--tokenizer") -> Tokenizer:
-    """The tokenizer of a file, or of a folder: ``tokenizer.json``, else ``tokenizer.model``, else its one ``.model``.
+    """Load the tokenizer of a file or folder.
+
+    In a folder it is ``tokenizer.json``, else ``tokenizer.model``, else its only ``.model``.
+
+    Args:
+        where: the option or config key that names the path, for messages.
 
     Raises:
-        UserError: nothing there that is a tokenizer.
+        UserError: there is no tokenizer at the path.
     """
-    found = Path(path).expanduser()
-    if found.is_dir():
-        models = sorted(found.glob("*.model"))
-        named = [found / "tokenizer.json", found / "tokenizer.model", *(models if len(models) == 1 else [])]
-        file = next((candidate for candidate in named if candidate.is_file()), None)
-        if file is None:
-            listing = ", ".join(sorted(entry.name for entry in found.iterdir())[:8]) or "nothing"
-            raise UserError(
-                f"no tokenizer in {found} (it holds: {listing})",
-                where=where,
-                expected="tokenizer.json or tokenizer.model",
-            )
-        found = file
-    if not found.is_file():
+    file = Path(path).expanduser()
+    if file.is_dir():
+        file = _find_tokenizer(file, where)
+    if not file.is_file():
         raise UserError(
-            f"no tokenizer at {found}",
+            f"no tokenizer at {file}",
             where=where,
-            expected="a tokenizer.json, a sentencepiece .model, or their folder",
+            expected="a tokenizer.json, a sentencepiece .model, or a folder with one of them",
         )
-    return HfTokenizer(found) if found.suffix == ".json" else SentencePieceTokenizer(found)
+    return HfTokenizer(file) if file.suffix == ".json" else SentencePieceTokenizer(file)
+
+
+def _find_tokenizer(folder: Path, where: str) -> Path:
+    candidates = [folder / "tokenizer.json", folder / "tokenizer.model"]
+    models = sorted(folder.glob("*.model"))
+    if len(models) == 1:
+        candidates += models
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    listing = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+    raise UserError(
+        f"no tokenizer in {folder} (it contains: {listing})",
+        where=where,
+        expected="tokenizer.json or tokenizer.model",
+    )
 
 
 def check_tokenizer_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -182,7 +207,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     return leading_bos(tokenizer) + tokenizer.encode(text)
 
 
-def _hash(path: Path) -> str:
+def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -201,7 +226,7 @@ def _chat_template(folder: Path, settings: dict[str, Any]) -> str:
     if file.is_file():
         return file.read_text(encoding="utf-8")
     template = settings.get("chat_template") or ""
-    if isinstance(template, list):  # several named ones
+    if isinstance(template, list):  # several named templates
         named = {entry.get("name"): entry.get("template", "") for entry in template}
         template = named.get("default", "")
     return str(template)

@@ -104,7 +104,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         Raises:
             UserError: the tokenizer has no template, or the template refuses the messages.
         """
-        return JinjaTemplate(self.text_tokenizer).text(chat_history, prompt=add_generation_prompt)
+        return JinjaTemplate(self.text_tokenizer).render(
+            chat_history, add_generation_prompt=add_generation_prompt
+        )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
         """Return ids, with the tokenizer's bos in front unless the text starts with it or the caller forbids it."""

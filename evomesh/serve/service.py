@@ -96,7 +96,7 @@ class GenerationService:
                 f"{self.model.name} has no chat template: it only completes text",
                 fix="use completions, or start the server with --chat-template",
             )
-        return self.model.template.prompt(messages)
+        return self.model.template.encode_prompt(messages)
 
     def check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int | None, copies: int = 1) -> None:
         """Refuse what can never be answered, before it is queued.

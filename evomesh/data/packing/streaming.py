@@ -24,9 +24,9 @@ from evomesh.config.schema import DataConfig
 from evomesh.data.batch import Batch
 from evomesh.data.packing.loader import collate
 from evomesh.data.packing.packs import Pack, PackRule, assemble
-from evomesh.data.prepare.tokenize import TextOptions, frame
-from evomesh.data.records.reader import SourceFile
-from evomesh.data.records.rows import RowCursor, RowStream, RowWindow, find_rows
+from evomesh.data.prepare.tokenize import TextOptions, boundary_ids
+from evomesh.data.records.rows import RowCursor, RowStream, RowWindow, find_split_files
+from evomesh.data.records.source_files import SourceFile
 from evomesh.data.token_files.lines import TokenArray, largest_id
 from evomesh.data.tokenizer import Tokenizer, load_tokenizer
 from evomesh.errors import UserError
@@ -110,7 +110,7 @@ class StreamingPacks:
         self.num_lanes = num_lanes
         self.min_length = min_length
         self.vocab_size = vocab_size
-        self._head, self._tail = frame(tokenizer, TextOptions(eos=tokenizer.eos_id is not None))
+        self._head, self._tail = boundary_ids(tokenizer, TextOptions(eos=tokenizer.eos_id is not None))
         if state is None:
             cursor = RowCursor()
             self.lanes = {lane: StreamingLane(n=lane) for lane in lanes}
@@ -140,9 +140,13 @@ class StreamingPacks:
     def _read_window(self) -> None:
         """Read the next window of rows and hand this rank's documents in it to their lanes."""
         window = next(self._windows)
-        self._cursors.append(window.behind)
-        rows = [row for row in range(window.n, window.n + len(window.texts)) if self._needs(row, window)]
-        encoded = self.tokenizer.encode_batch([window.texts[row - window.n] for row in rows])
+        self._cursors.append(window.next_cursor)
+        rows = [
+            row
+            for row in range(window.first_row, window.first_row + len(window.texts))
+            if self._needs(row, window)
+        ]
+        encoded = self.tokenizer.encode_batch([window.texts[row - window.first_row] for row in rows])
         for row, ids in zip(rows, encoded, strict=True):
             tokens = np.array(self._head + ids + self._tail, np.int64)
             if len(tokens) < max(1, self.min_length):
@@ -151,7 +155,7 @@ class StreamingPacks:
             if largest >= self.vocab_size:
                 raise UserError(
                     f"token id {largest} is outside the model's vocabulary",
-                    where=window.places[row - window.n],
+                    where=window.locations[row - window.first_row],
                     expected=f"ids below model.vocab_size={self.vocab_size}",
                     fix=f"set model.vocab_size to at least {self.tokenizer.vocab_size}, the tokenizer's",
                 )
@@ -160,7 +164,7 @@ class StreamingPacks:
     def _needs(self, row: int, window: RowWindow) -> bool:
         """Return whether a row has text and belongs to a lane of this rank that has not used it yet."""
         lane = self.lanes.get(row % self.num_lanes)
-        return lane is not None and row >= lane.n and bool(window.texts[row - window.n])
+        return lane is not None and row >= lane.n and bool(window.texts[row - window.first_row])
 
 
 class StreamingBatches:
@@ -322,11 +326,11 @@ def open_streaming(config: DataConfig, vocab_size: int) -> StreamingData:
             where="data.rampup_batch_size",
             fix="remove it, or tokenize the text first",
         )
-    files, warnings = find_rows(
+    files, warnings = find_split_files(
         config.train_folder, "data.train_folder", config.subset_name, "train", config.split_name
     )
     tokenizer = _load_tokenizer(config)
-    report = [{"file": str(file.place), "type": TYPES[0], "bytes": file.size} for file in files]
+    report = [{"file": str(file.full_path), "type": TYPES[0], "bytes": file.size} for file in files]
     identity = [(_relative_name(file), file.size) for file in files] + [tokenizer.hash, config.content_name]
     digest = xxhash.xxh3_64_hexdigest(repr(identity).encode())
     manifest = {"files": report, "types": TYPES, "hash": digest}
@@ -334,7 +338,7 @@ def open_streaming(config: DataConfig, vocab_size: int) -> StreamingData:
 
 
 def _relative_name(file: SourceFile) -> str:
-    return str(file.place.relative_to(file.path.parent))
+    return str(file.full_path.relative_to(file.path.parent))
 
 
 def _load_tokenizer(config: DataConfig) -> Tokenizer:
@@ -369,15 +373,15 @@ def read_documents(config: DataConfig, vocab_size: int) -> MemoryDocuments:
         UserError: no file, no text, or an id outside the vocabulary.
     """
     assert config.valid_folder is not None
-    files, _ = find_rows(
+    files, _ = find_split_files(
         config.valid_folder, "data.valid_folder", config.subset_name, "valid", config.valid_split_name
     )
     tokenizer = _load_tokenizer(config)
-    head, tail = frame(tokenizer, TextOptions(eos=tokenizer.eos_id is not None))
+    head, tail = boundary_ids(tokenizer, TextOptions(eos=tokenizer.eos_id is not None))
     min_length = max(1, config.valid_min_length)
     documents: list[list[int]] = []
     for window in RowStream(files, config.content_name, config.seed).windows(RowCursor()):
-        if window.behind.epoch:
+        if window.next_cursor.epoch:
             break
         for ids in tokenizer.encode_batch([text for text in window.texts if text]):
             document = head + ids + tail

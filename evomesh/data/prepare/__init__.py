@@ -1,1 +1,5 @@
-"""Turn raw records into token files."""
+"""Turn raw records into token files.
+
+tokenize: text records -> token ids -> one .bin
+conversations: records -> messages (read_conversation) -> token ids (evomesh.data.chat) -> .bin, held-out .bin
+"""

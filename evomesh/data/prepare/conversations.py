@@ -1,4 +1,4 @@
-"""Conversations to token files, with a share held out for validation."""
+"""Tokenize conversations into token files, with a share held out for validation."""
 
 from __future__ import annotations
 
@@ -13,28 +13,38 @@ from typing import Any
 
 import numpy as np
 
-from evomesh.data.chat import ROLES, ChatTemplate, RecordSchema, build_template, read_conversation
-from evomesh.data.prepare.tokenize import ProgressCallback, check_appended, source_facts, tokenizer_facts
-from evomesh.data.records.reader import SourceFile, SourceRecord, open_files, read_records
+from evomesh.data.chat import ROLES, ChatTemplate, build_template
+from evomesh.data.prepare.read_conversation import RecordSchema, read_conversation
+from evomesh.data.prepare.tokenize import (
+    ProgressCallback,
+    check_same_tokenizer,
+    describe_sources,
+    describe_tokenizer,
+)
+from evomesh.data.records.reader import SourceRecord, read_records
+from evomesh.data.records.source_files import SourceFile, open_files
 from evomesh.data.token_files.writer import BinWriter
 from evomesh.data.tokenizer import Tokenizer
 from evomesh.errors import UserError
 
-CHUNK = 64  # conversations a thread encodes at a time
-SPLIT_FILES = ("train/en/dataset.bin", "valid/en/dataset.bin")  # the tree of the documents' tool
+CHUNK = 64  # conversations that a thread encodes at a time
+SPLIT_FILES = (
+    "train/en/dataset.bin",
+    "valid/en/dataset.bin",
+)  # as InternEvo's alpaca_tokenizer.py names them
 
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """What becomes of a conversation.
+    """Options of tokenizing conversations; stored in the fingerprint.
 
     Attributes:
         schema: form of the records.
         template: a name of ``chat.STYLES``, or "tokenizer".
-        roles: whose turns are targets.
-        max_length: longer conversations lose their tail; an ending the template always has is kept.
+        roles: the roles whose messages are targets.
+        max_length: longer conversations are truncated to this many tokens; the template's ending is kept.
         split_ratio: share of the conversations that is held out; 0: none, and one file is written.
-        seed: of the choice of these.
+        seed: seed of the train/validation split.
     """
 
     schema: RecordSchema
@@ -47,7 +57,13 @@ class ChatOptions:
 
 @dataclass
 class ChatCounts:
-    """What was cut: conversations and tokens, and conversations that were left out for having no target."""
+    """Counts of what was lost.
+
+    Attributes:
+        truncated: conversations that were truncated.
+        lost_tokens: tokens that this removed.
+        without_target: conversations that were left out because no target remained.
+    """
 
     truncated: int = 0
     lost_tokens: int = 0
@@ -64,101 +80,135 @@ def tokenize_chats(
     append: bool = False,
     progress: ProgressCallback | None = None,
 ) -> tuple[dict[str, dict[str, Any]], ChatCounts]:
-    """Tokenise conversations into ``output``: a ``.bin``, or with a split ratio a folder that gets ``SPLIT_FILES``.
+    """Tokenize conversations into ``output``: a ``.bin``, or with a split ratio a folder that gets ``SPLIT_FILES``.
 
     Returns:
         the fingerprint of each file by its path, and the counts.
 
     Raises:
-        UserError: a record of another form, a tokenizer without the template's tokens, or nothing to write.
+        UserError: a record has another form, the tokenizer lacks the template's tokens, or there is nothing to write.
     """
-    if not options.roles or set(options.roles) - set(ROLES):
-        raise UserError(
-            f"no role {', '.join(options.roles)!r}",
-            where="--train-on",
-            expected=f"some of {', '.join(ROLES)}",
-        )
+    # 1. Reject bad options before the input is read.
+    _check_roles(options.roles)
     template = build_template(options.template, tokenizer)
-    if options.split_ratio and Path(output).suffix == ".bin":
-        raise UserError(
-            f"{output} is one file, --split-ratio makes two",
-            where="output",
-            expected=f"a folder, which gets {' and '.join(SPLIT_FILES)}",
-        )
-    paths = [Path(output) / name for name in SPLIT_FILES] if options.split_ratio else [Path(output)]
-    held_out = _held_out(files, options)
-    sources, size = source_facts(files), sum(file.size for file in files)
-    facts = tokenizer_facts(tokenizer) | {"options": asdict(options)}
+    paths = _output_paths(Path(output), options.split_ratio)
+
+    # 2. First pass over the input: count the conversations and draw the held-out ones.
+    held_out = _draw_held_out(files, options)
+    sources = describe_sources(files)
+    input_size = sum(file.size for file in files)
+
+    # 3. Second pass: encode every conversation and write it to its file.
     counts = ChatCounts()
     with ExitStack() as stack:
         writers = [stack.enter_context(BinWriter(path, append=append)) for path in paths]
         for writer in writers:
-            check_appended(writer, tokenizer)
-        start = 0
-        for encoded in _encode(files, template, options, workers or os.cpu_count() or 1):
-            kept: list[list[list[int]]] = [[] for _ in writers]
-            for number, ids in enumerate(encoded, start):
-                document = _cut(ids, template.ending, options.max_length, counts)
-                if any(token > 0 for token in document[1 : len(document) - len(template.ending)]):
-                    kept[int(held_out[number])].append(document)
-                else:
-                    counts.without_target += 1
-            for writer, documents in zip(writers, kept, strict=True):
-                if documents:
-                    writer.write(documents, masked=True)
-            start += len(encoded)
+            check_same_tokenizer(writer, tokenizer)
+        done = 0
+        for chunk in _encode(files, template, options, workers or os.cpu_count() or 1):
+            documents = [_truncate(ids, template.ending, options.max_length, counts) for ids in chunk]
+            _write(documents, held_out[done : done + len(chunk)], writers, template.ending, counts)
+            done += len(chunk)
             if progress:
-                progress(size * start // len(held_out), start, sum(writer.tokens for writer in writers))
-        facts |= asdict(counts)
-        return {
-            str(writer.path): writer.commit(
-                facts | {"sources": [*writer.previous.get("sources", []), *sources]}
-            )
-            for writer in writers
-        }, counts
+                written = sum(writer.tokens for writer in writers)
+                progress(input_size * done // len(held_out), done, written)
+
+        # 4. All files are complete: give them their names.
+        facts = describe_tokenizer(tokenizer) | {"options": asdict(options)} | asdict(counts)
+        fingerprints = {}
+        for writer in writers:
+            all_sources = [*writer.previous.get("sources", []), *sources]
+            fingerprints[str(writer.path)] = writer.commit(facts | {"sources": all_sources})
+    return fingerprints, counts
 
 
-def _records(files: list[SourceFile]) -> Iterator[SourceRecord]:
+def _check_roles(roles: Sequence[str]) -> None:
+    if not roles or set(roles) - set(ROLES):
+        raise UserError(
+            f"no role {', '.join(roles)!r}",
+            where="--train-on",
+            expected=f"one or more of {', '.join(ROLES)}",
+        )
+
+
+def _output_paths(output: Path, split_ratio: float) -> list[Path]:
+    if not split_ratio:
+        return [output]
+    if output.suffix == ".bin":
+        raise UserError(
+            f"{output} is one file, but --split-ratio writes two",
+            where="output",
+            expected=f"a folder, in which {' and '.join(SPLIT_FILES)} are written",
+        )
+    return [output / name for name in SPLIT_FILES]
+
+
+def _read_all(files: list[SourceFile]) -> Iterator[SourceRecord]:
     for file, stream, _ in open_files(files):
         yield from read_records(stream, file)
 
 
-def _held_out(files: list[SourceFile], options: ChatOptions) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Whether each conversation belongs to validation; drawn without replacement, so that the share is exact."""
-    total = sum(1 for _ in _records(files))
+def _draw_held_out(files: list[SourceFile], options: ChatOptions) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Return whether each conversation is held out; drawn without replacement, so that the share is exact."""
+    total = sum(1 for _ in _read_all(files))
     if not total:
-        raise UserError("the input holds no conversation", where=str(files[0].path))
-    chosen = np.zeros(total, np.bool_)
+        raise UserError("the input contains no conversation", where=str(files[0].path))
     count = int(total * options.split_ratio)
     if options.split_ratio and not 0 < count < total:
         raise UserError(
-            f"a ratio of {options.split_ratio} of {total} conversations leaves one part empty",
+            f"a ratio of {options.split_ratio} leaves one of the two sets empty ({total} conversations)",
             where="--split-ratio",
-            expected="a ratio that gives each part at least one conversation",
+            expected="a ratio that puts at least one conversation in each set",
         )
-    chosen[np.random.RandomState(options.seed).choice(total, count, replace=False)] = True
-    return chosen
+    chosen = np.random.RandomState(options.seed).choice(total, count, replace=False)
+    held_out = np.zeros(total, np.bool_)
+    held_out[chosen] = True
+    return held_out
 
 
 def _encode(
     files: list[SourceFile], template: ChatTemplate, options: ChatOptions, workers: int
 ) -> Iterator[list[list[int]]]:
-    """Conversations in order, encoded by threads (the tokenizer libraries release the interpreter lock)."""
+    """Yield the ids of conversations in order, in chunks.
+
+    Threads encode them: the tokenizer libraries release the interpreter lock.
+    """
 
     def encode(records: Sequence[SourceRecord]) -> list[list[int]]:
         return [
             template.encode(read_conversation(record, options.schema, options.roles)) for record in records
         ]
 
-    records = _records(files)
+    records = _read_all(files)
     with ThreadPoolExecutor(workers) as pool:
         while chunks := [chunk for _ in range(workers) if (chunk := list(islice(records, CHUNK)))]:
             yield from pool.map(encode, chunks)
 
 
-def _cut(ids: list[int], ending: list[int], limit: int, counts: ChatCounts) -> list[int]:
-    if len(ids) <= limit:
+def _truncate(ids: list[int], ending: list[int], max_length: int, counts: ChatCounts) -> list[int]:
+    if len(ids) <= max_length:
         return ids
     counts.truncated += 1
-    counts.lost_tokens += len(ids) - limit
-    return ids[: limit - len(ending)] + ending
+    counts.lost_tokens += len(ids) - max_length
+    return ids[: max_length - len(ending)] + ending
+
+
+def _write(
+    documents: Sequence[list[int]],
+    held_out: np.ndarray[Any, np.dtype[np.bool_]],
+    writers: Sequence[BinWriter],
+    ending: list[int],
+    counts: ChatCounts,
+) -> None:
+    """Write each document to the training file (the first) or the held-out file; one without a target to neither."""
+    kept: list[list[list[int]]] = [[] for _ in writers]
+    for document, is_held_out in zip(documents, held_out, strict=True):
+        # The first token has no predecessor, and the ending alone teaches nothing.
+        answers = document[1 : len(document) - len(ending)]
+        if any(token > 0 for token in answers):
+            kept[int(is_held_out)].append(document)
+        else:
+            counts.without_target += 1
+    for writer, chosen in zip(writers, kept, strict=True):
+        if chosen:
+            writer.write(chosen, masked=True)

@@ -1,4 +1,4 @@
-"""Text files to a token file."""
+"""Tokenize text files into a token file."""
 
 from __future__ import annotations
 
@@ -12,36 +12,28 @@ from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
 
-from evomesh.data.records.reader import (
-    SourceFile,
-    SourceRecord,
-    field_text,
-    open_files,
-    read_lines,
-    read_records,
-)
+from evomesh.data.records.reader import read_raw_lines, read_records, record_text
+from evomesh.data.records.source_files import SourceFile, open_files
 from evomesh.data.token_files.writer import BinWriter
 from evomesh.data.tokenizer import Tokenizer
 from evomesh.errors import UserError
 
-BATCH_CHARS = (
-    1 << 20
-)  # text encoded in one call: enough to keep all cores busy, little enough to keep memory flat
+BATCH_CHARS = 1 << 20  # encoded in one call: enough to keep all cores busy, while memory stays constant
 BATCH_DOCUMENTS = 4096
-AHEAD = 2  # batches in the encoder: one's ids become Python lists while the next is encoded
+BATCHES_PENDING = 2  # in the encoder: the ids of one become Python lists while the next is encoded
 
 ProgressCallback = Callable[[int, int, int], None]  # bytes read, documents, tokens
 
 
 @dataclass(frozen=True)
 class TextOptions:
-    """What becomes of a record's text.
+    """Options of tokenizing text records; stored in the fingerprint.
 
     Attributes:
         text_field: key of the text in a JSON record.
-        raw_lines: encode whole lines as they stand (the documents' tool).
-        bos: put the tokenizer's bos in front; None: as the tokenizer says.
-        eos: put its eos behind.
+        raw_lines: encode lines verbatim, as InternEvo's tokenizer.py does.
+        bos: prepend the tokenizer's bos; None: as the tokenizer's config specifies.
+        eos: append its eos.
     """
 
     text_field: str = "text"
@@ -59,38 +51,40 @@ def tokenize_files(
     append: bool = False,
     progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
-    """Tokenise ``files`` into one ``.bin`` with meta and fingerprint; returns the fingerprint.
+    """Tokenize ``files`` into one ``.bin`` with its meta and fingerprint, and return the fingerprint.
 
     Raises:
-        UserError: a record without the field, a broken file, no document at all, a missing bos or eos.
+        UserError: a record lacks the field, a file is damaged, there is no document, or bos or eos is missing.
     """
-    head, tail = frame(tokenizer, options)
-    with BinWriter(output, append=append) as writer, ThreadPoolExecutor(AHEAD) as encoder:
-        check_appended(writer, tokenizer)
-        waiting: deque[tuple[Future[list[list[int]]], int]] = deque()
+    prefix, suffix = boundary_ids(tokenizer, options)
+    with BinWriter(output, append=append) as writer, ThreadPoolExecutor(BATCHES_PENDING) as encoder:
+        check_same_tokenizer(writer, tokenizer)
+        pending: deque[tuple[Future[list[list[int]]], int]] = deque()
 
         def write_oldest() -> None:
-            encoded, position = waiting.popleft()
-            ids = encoded.result()
-            writer.write([head + document + tail for document in ids] if head or tail else ids)
+            encoded, position = pending.popleft()
+            documents = encoded.result()
+            if prefix or suffix:
+                documents = [prefix + ids + suffix for ids in documents]
+            writer.write(documents)
             if progress:
                 progress(position, writer.documents, writer.tokens)
 
         for texts, position in _batches(files, options):
-            waiting.append((encoder.submit(tokenizer.encode_batch, texts), position))
-            if len(waiting) > AHEAD:
+            pending.append((encoder.submit(tokenizer.encode_batch, texts), position))
+            if len(pending) > BATCHES_PENDING:
                 write_oldest()
-        while waiting:
+        while pending:
             write_oldest()
-        facts = tokenizer_facts(tokenizer) | {
+        facts = describe_tokenizer(tokenizer) | {
             "options": asdict(options),
-            "sources": [*writer.previous.get("sources", []), *source_facts(files)],
+            "sources": [*writer.previous.get("sources", []), *describe_sources(files)],
         }
         return writer.commit(facts)
 
 
-def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
-    """A tokenizer's part of a fingerprint."""
+def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the fields of a fingerprint that identify the tokenizer."""
     return {
         "tokenizer": tokenizer.path.name,
         "tokenizer_hash": tokenizer.hash,
@@ -100,69 +94,78 @@ def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def check_appended(writer: BinWriter, tokenizer: Tokenizer) -> None:
-    """Refuse to add to a file of another tokenizer."""
+def describe_sources(files: list[SourceFile]) -> list[dict[str, Any]]:
+    """Return the names, sizes and hashes of the inputs, as a fingerprint stores them."""
+    sources = []
+    for path, _ in groupby(file.path for file in files):  # the members of an archive are consecutive
+        with path.open("rb") as raw:
+            digest = hashlib.file_digest(raw, "sha256").hexdigest()
+        sources.append({"file": path.name, "bytes": path.stat().st_size, "sha256": digest})
+    return sources
+
+
+def check_same_tokenizer(writer: BinWriter, tokenizer: Tokenizer) -> None:
+    """Refuse to append to a file that another tokenizer made."""
     if writer.previous.get("tokenizer_hash") not in (None, tokenizer.hash):
         raise UserError(
             "the existing file was made with another tokenizer",
             where=str(writer.path),
-            fix="leave out --append to replace it",
+            fix="omit --append to replace it",
         )
 
 
-def source_facts(files: list[SourceFile]) -> list[dict[str, Any]]:
-    """Names, sizes and hashes of the inputs."""
-    facts = []
-    for path, _ in groupby(file.path for file in files):  # an archive's members follow one another
-        with path.open("rb") as raw:
-            digest = hashlib.file_digest(raw, "sha256").hexdigest()
-        facts.append({"file": path.name, "bytes": path.stat().st_size, "sha256": digest})
-    return facts
-
-
-def set_workers(workers: int | None) -> None:
-    """Threads that the tokenizer library uses; must be called before the first text is encoded."""
+def set_encoder_threads(workers: int | None) -> None:
+    """Set how many threads the tokenizer library uses; must be called before the first text is encoded."""
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     if workers:
         os.environ["RAYON_NUM_THREADS"] = str(workers)
 
 
-def frame(tokenizer: Tokenizer, options: TextOptions) -> tuple[list[int], list[int]]:
-    """Ids before and behind every text."""
-    bos = tokenizer.add_bos if options.bos is None else options.bos
-    for wanted, name, token in ((bos, "bos", tokenizer.bos_id), (options.eos, "eos", tokenizer.eos_id)):
-        if wanted and token is None:
-            raise UserError(
-                f"the tokenizer names no {name} token",
-                where=str(tokenizer.path),
-                expected=f"{name}_token in the tokenizer_config.json beside it",
-                fix=f"add it there, or tokenise with --no-{name}",
-            )
-    head = [tokenizer.bos_id] if bos and tokenizer.bos_id is not None else []
-    tail = [tokenizer.eos_id] if options.eos and tokenizer.eos_id is not None else []
-    return head, tail
+def boundary_ids(tokenizer: Tokenizer, options: TextOptions) -> tuple[list[int], list[int]]:
+    """Return the ids before and after every text.
+
+    Raises:
+        UserError: bos or eos is wanted, and the tokenizer has none.
+    """
+    add_bos = tokenizer.add_bos if options.bos is None else options.bos
+    prefix = [_require_token(tokenizer, "bos", tokenizer.bos_id)] if add_bos else []
+    suffix = [_require_token(tokenizer, "eos", tokenizer.eos_id)] if options.eos else []
+    return prefix, suffix
+
+
+def _require_token(tokenizer: Tokenizer, name: str, token_id: int | None) -> int:
+    if token_id is None:
+        raise UserError(
+            f"the tokenizer defines no {name} token",
+            where=str(tokenizer.path),
+            expected=f"{name}_token in the tokenizer_config.json beside it",
+            fix=f"add it there, or tokenize with --no-{name}",
+        )
+    return token_id
 
 
 def _batches(files: list[SourceFile], options: TextOptions) -> Iterator[tuple[list[str], int]]:
-    """Texts in batches, with the number of input bytes read so far (of packed files: packed bytes)."""
+    """Yield batches of texts, with the number of input bytes read so far (compressed bytes of compressed files)."""
     texts: list[str] = []
-    chars = done = position = 0
+    chars = 0
+    finished_bytes = 0
     for file, stream, raw in open_files(files):
         for text in _texts(stream, file, options):
             texts.append(text)
             chars += len(text)
             if chars >= BATCH_CHARS or len(texts) >= BATCH_DOCUMENTS:
-                position = done + raw.tell()
-                yield texts, position
-                texts, chars = [], 0
-        done += file.size
+                yield texts, finished_bytes + raw.tell()
+                texts = []
+                chars = 0
+        finished_bytes += file.size
     if texts:
-        yield texts, done
+        yield texts, finished_bytes
 
 
 def _texts(stream: IO[bytes], file: SourceFile, options: TextOptions) -> Iterator[str]:
-    records: Iterator[SourceRecord] = (
-        read_lines(stream, file) if options.raw_lines else read_records(stream, file)
-    )
-    for record in records:
-        yield record.value if options.raw_lines else field_text(record, options.text_field)
+    if options.raw_lines:
+        for line in read_raw_lines(stream, file):
+            yield line.value
+    else:
+        for record in read_records(stream, file):
+            yield record_text(record, options.text_field)

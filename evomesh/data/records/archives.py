@@ -1,4 +1,4 @@
-"""Members of .tar, .tar.gz (.tgz) and .zip archives as files, read without unpacking them to a folder."""
+"""Read the members of .tar, .tar.gz (.tgz) and .zip archives as files, without unpacking the archive to a folder."""
 
 from __future__ import annotations
 
@@ -17,15 +17,28 @@ from typing import IO, cast
 
 from evomesh.errors import UserError
 
-KINDS = {".tar": "tar", ".tar.gz": "tar.gz", ".tgz": "tar.gz", ".zip": "zip"}
-UNREAD = (".7z", ".rar", ".tar.bz2", ".tar.xz", ".tar.zst")  # users must unpack these
-BROKEN = (OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile, NotImplementedError)
-BLOCK = 1 << 20
+ARCHIVE_SUFFIXES = {".tar": "tar", ".tar.gz": "tar.gz", ".tgz": "tar.gz", ".zip": "zip"}
+UNSUPPORTED_SUFFIXES = (".7z", ".rar", ".tar.bz2", ".tar.xz", ".tar.zst")
+COPY_SIZE = 1 << 20  # bytes read at once
+READ_ERRORS = (
+    OSError,
+    EOFError,
+    zlib.error,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    NotImplementedError,  # zipfile raises it for compression methods that it does not know
+)
 
 
 @dataclass(frozen=True)
 class ArchiveMember:
-    """A file in an archive. ``size``: unpacked bytes; ``offset``: of its content in the unpacked tar, 0 in a zip."""
+    """A file in an archive.
+
+    Attributes:
+        name: path inside the archive.
+        size: unpacked bytes.
+        offset: where its content starts in the unpacked tar; 0 in a zip.
+    """
 
     name: str
     size: int
@@ -33,87 +46,102 @@ class ArchiveMember:
 
 
 def archive_kind(path: Path) -> str:
-    """One of the values of ``KINDS``, "" for anything else."""
+    """Return one of the values of ``ARCHIVE_SUFFIXES``, or "" if ``path`` is not named like an archive."""
     name = path.name.lower()
-    return next((kind for ending, kind in KINDS.items() if name.endswith(ending)), "")
+    return next((kind for suffix, kind in ARCHIVE_SUFFIXES.items() if name.endswith(suffix)), "")
 
 
 def list_members(path: Path) -> list[ArchiveMember]:
-    """The files in an archive, sorted by name; of several with one name the last, as unpacking would leave.
+    """List the files in an archive, sorted by name; of several with the same name, the last, as unpacking does.
 
     Raises:
-        UserError: it is broken, torn or encrypted.
+        UserError: the archive is damaged, truncated or encrypted.
     """
     try:
         members = _zip_members(path) if archive_kind(path) == "zip" else _tar_members(path)
-    except BROKEN as error:
+    except READ_ERRORS as error:
         raise _unreadable(path, error) from None
-    found = {member.name: member for member in members}
-    return [found[name] for name in sorted(found)]
+    by_name = {member.name: member for member in members}
+    return [by_name[name] for name in sorted(by_name)]
 
 
 def open_members(path: Path, members: Sequence[ArchiveMember]) -> Iterator[IO[bytes]]:
-    """A stream for each member in turn, good until the next is asked for.
+    """Yield a stream for each member in turn; a stream is valid until the next one is requested.
 
     Raises:
         UserError: the archive cannot be read.
     """
     try:
         if archive_kind(path) == "zip":
-            with zipfile.ZipFile(path) as archive:
-                for member in members:
-                    with archive.open(member.name) as stream:
-                        yield stream
+            yield from _open_zip_members(path, members)
         else:
-            with _open_tar(path, all(a.offset < b.offset for a, b in pairwise(members))) as tar:
-                for member in members:
-                    info = tarfile.TarInfo(member.name)
-                    info.size, info.offset_data = member.size, member.offset
-                    yield cast(IO[bytes], tar.extractfile(info))
-    except BROKEN as error:
+            yield from _open_tar_members(path, members)
+    except READ_ERRORS as error:
         raise _unreadable(path, error) from None
 
 
+def _open_zip_members(path: Path, members: Sequence[ArchiveMember]) -> Iterator[IO[bytes]]:
+    with zipfile.ZipFile(path) as archive:
+        for member in members:
+            with archive.open(member.name) as stream:
+                yield stream
+
+
+def _open_tar_members(path: Path, members: Sequence[ArchiveMember]) -> Iterator[IO[bytes]]:
+    in_stored_order = all(first.offset < second.offset for first, second in pairwise(members))
+    with _open_tar(path, in_stored_order) as tar:
+        for member in members:
+            info = tarfile.TarInfo(member.name)
+            info.size = member.size
+            info.offset_data = member.offset
+            yield cast(IO[bytes], tar.extractfile(info))
+
+
 @contextmanager
-def _open_tar(path: Path, in_order: bool) -> Iterator[tarfile.TarFile]:
+def _open_tar(path: Path, in_stored_order: bool) -> Iterator[tarfile.TarFile]:
     with ExitStack() as stack:
-        raw: IO[bytes] = stack.enter_context(path.open("rb"))
+        stream: IO[bytes] = stack.enter_context(path.open("rb"))
         if archive_kind(path) == "tar.gz":
-            raw = stack.enter_context(cast(IO[bytes], gzip.GzipFile(fileobj=raw)))
-            if not in_order:  # each step back would unpack all from the start again
+            stream = stack.enter_context(cast(IO[bytes], gzip.GzipFile(fileobj=stream)))
+            if not in_stored_order:
+                # Every step back in a gzip stream decompresses it from the start again, so decompress it once.
                 unpacked = stack.enter_context(tempfile.TemporaryFile())
-                shutil.copyfileobj(raw, unpacked, BLOCK)
+                shutil.copyfileobj(stream, unpacked, COPY_SIZE)
                 unpacked.seek(0)
-                raw = cast(IO[bytes], unpacked)
-        yield stack.enter_context(tarfile.open(fileobj=raw, mode="r:"))
+                stream = cast(IO[bytes], unpacked)
+        yield stack.enter_context(tarfile.open(fileobj=stream, mode="r:"))
 
 
 def _tar_members(path: Path) -> list[ArchiveMember]:
-    with _open_tar(path, in_order=True) as tar:
-        found = [ArchiveMember(info.name, info.size, info.offset_data) for info in tar if info.isreg()]
-        # tarfile takes a damaged header for the end, and would lose what stands behind it
+    with _open_tar(path, in_stored_order=True) as tar:
+        members = [ArchiveMember(info.name, info.size, info.offset_data) for info in tar if info.isreg()]
+        # tarfile takes a damaged header for the end of the archive and would drop every member after it,
+        # so check that it stopped at a real end, which is a block of zeros.
         assert tar.fileobj is not None
         tar.fileobj.seek(tar.offset)
-        end = tar.fileobj.read(tarfile.BLOCKSIZE)
-        if end != bytes(tarfile.BLOCKSIZE):
-            state = "damaged" if len(end) == tarfile.BLOCKSIZE else "torn"
+        end_block = tar.fileobj.read(tarfile.BLOCKSIZE)
+        if end_block != bytes(tarfile.BLOCKSIZE):
+            state = "damaged" if len(end_block) == tarfile.BLOCKSIZE else "truncated"
             raise UserError(
-                f"the archive is {state} at byte {tar.offset} (unpacked), after {len(found)} file(s)",
+                f"the archive is {state} at byte {tar.offset} (unpacked), after {len(members)} file(s)",
                 where=str(path),
                 fix="copy or download it again",
             )
-        while tar.fileobj.read(BLOCK):  # a compressed tar has its checksum at the end
+        # Read to the end: a compressed tar stores its checksum there.
+        while tar.fileobj.read(COPY_SIZE):
             pass
-    return found
+    return members
 
 
 def _zip_members(path: Path) -> list[ArchiveMember]:
     with zipfile.ZipFile(path) as archive:
         files = [info for info in archive.infolist() if not info.is_dir()]
-    locked = [info.filename for info in files if info.flag_bits & 1]
-    if locked:
+    encrypted = [info.filename for info in files if info.flag_bits & 1]
+    if encrypted:
         raise UserError(
-            f"{locked[0]} in it is encrypted", where=str(path), fix="unpack it with its password first"
+            f"the member {encrypted[0]} is encrypted",
+            where=str(path),
+            fix="unpack the archive with its password first",
         )
     return [ArchiveMember(info.filename, info.file_size) for info in files]
 

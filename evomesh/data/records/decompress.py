@@ -1,4 +1,4 @@
-"""Reading .gz and .zst as streams, with an error where one ends too early."""
+"""Read .gz and .zst files as streams, raising an error where one is truncated."""
 
 from __future__ import annotations
 
@@ -8,27 +8,30 @@ from typing import IO, Any, cast
 
 import zstandard
 
-CHUNK = 1 << 14  # packed bytes handed to zstandard at once: bounds what comes out of well-packed ones
-BUFFER = 1 << 20
+COMPRESSED_CHUNK = 1 << 14  # bytes passed to zstandard at once: bounds the output of highly compressed files
+BUFFER_SIZE = 1 << 20
 
 
-def unpacked(raw: IO[bytes], packer: str) -> IO[bytes]:
-    """The bytes of ``raw``, packed with ``packer``: "gz", "zst" or "" (as they are)."""
-    if packer == "gz":
+def decompress(raw: IO[bytes], compression: str) -> IO[bytes]:
+    """Return a stream of the decompressed bytes of ``raw``; ``compression`` is "gz", "zst" or "" (none)."""
+    if compression == "gz":
         return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
-    if packer == "zst":
-        return io.BufferedReader(_ZstandardStream(raw), BUFFER)
+    if compression == "zst":
+        return io.BufferedReader(_ZstandardStream(raw), BUFFER_SIZE)
     return raw
 
 
 class _ZstandardStream(io.RawIOBase):
-    """Frame after frame. The library's own stream reader takes a file that is cut off for one that ends there."""
+    """Decompressed bytes of a zstandard file, frame after frame.
+
+    The library's own stream reader cannot tell a truncated file from one that ends there.
+    """
 
     def __init__(self, raw: IO[bytes]) -> None:
         self._raw = raw
-        self._library = zstandard.ZstdDecompressor()
+        self._decompressor = zstandard.ZstdDecompressor()
         self._frame: zstandard.ZstdDecompressionObj | None = None
-        self._ready = memoryview(b"")
+        self._ready = memoryview(b"")  # decompressed bytes that were not yet read
 
     def readable(self) -> bool:
         return True
@@ -36,17 +39,24 @@ class _ZstandardStream(io.RawIOBase):
     def readinto(self, buffer: Any, /) -> int:
         target = memoryview(buffer)
         while not self._ready:
-            if self._frame is not None and not self._frame.eof:
-                packed = self._raw.read(CHUNK)
-                if not packed:
-                    raise EOFError("the file ends in the middle of a zstandard frame")
-            else:
-                packed = (self._frame.unused_data if self._frame else b"") or self._raw.read(CHUNK)
-                if not packed:
-                    return 0
-                self._frame = self._library.decompressobj()
-            self._ready = memoryview(self._frame.decompress(packed))
+            if not self._decompress_chunk():
+                return 0
         count = min(len(target), len(self._ready))
         target[:count] = self._ready[:count]
         self._ready = self._ready[count:]
         return count
+
+    def _decompress_chunk(self) -> bool:
+        """Decompress the next chunk into ``_ready``; return False at the end of the file."""
+        inside_frame = self._frame is not None and not self._frame.eof
+        # A finished frame may have been given bytes of the next one.
+        unused = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
+        chunk = unused or self._raw.read(COMPRESSED_CHUNK)
+        if not chunk:
+            if inside_frame:
+                raise EOFError("the file ends in the middle of a zstandard frame")
+            return False
+        if self._frame is None or not inside_frame:
+            self._frame = self._decompressor.decompressobj()
+        self._ready = memoryview(self._frame.decompress(chunk))
+        return True

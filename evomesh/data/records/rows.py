@@ -1,9 +1,9 @@
-"""Rows of a Hugging Face style folder, read in order from any place: all files that ``sources`` reads."""
+"""Read the rows of a Hugging Face style folder in order, from any position."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -11,93 +11,121 @@ from typing import IO, Any
 
 import numpy as np
 
-from evomesh.data.records.reader import (
-    FORMATS,
-    SourceFile,
-    SourceRecord,
-    field_text,
-    list_texts,
-    open_files,
-    read_records,
+from evomesh.data.records.reader import SourceRecord, read_records, record_text
+from evomesh.data.records.source_files import FORMATS, SourceFile, list_source_files, open_files
+from evomesh.data.records.splits import (
+    ALL_SPLITS,
+    HELD_OUT_KINDS,
+    choose_split,
+    read_saved_splits,
+    split_kind,
+    split_of,
 )
-from evomesh.data.records.splits import EVERY, choose_split, kind_of, read_split_folders, split_of
 from evomesh.data.token_files.folders import check_folder
 from evomesh.errors import UserError
 
 WINDOW = 1024  # rows that are shuffled among themselves
 
 
-def find_rows(
-    folder: str, key: str, subset: str | None, use: str, split: str | None = None
+def find_split_files(
+    folder: str, key: str, subset: str | None, purpose: str, split: str | None = None
 ) -> tuple[list[SourceFile], list[str]]:
-    """Data files of one split, in sorted order, and what a user should know about the choice.
+    """Find the data files of one split, in sorted order, and the warnings that a user should read.
 
     Args:
         folder: local folder.
-        key: config key it came from.
-        subset: ``data.subset_name``: a folder or archive inside, or a kind (such as "parquet").
-        use: "train" or "valid".
-        split: name of the split; None: the one that ``use`` means, if that is clear.
+        key: the config key that names the folder, for messages.
+        subset: ``data.subset_name``: a folder or archive inside, or a format (such as "parquet").
+        purpose: "train" or "valid".
+        split: name of the split; None: the one that ``purpose`` implies, if that is unambiguous.
 
     Raises:
-        UserError: nothing found, several splits may be meant, or an archive is broken.
+        UserError: there are no files, the choice of the split is ambiguous, or an archive is damaged.
     """
+    # 1. The files below the folder that belong to the subset.
     root = check_folder(folder, key)
-    every = list_texts(root)
-    names = {file: file.place.relative_to(root) for file in every}
-    files = [file for file in every if subset is None or _belongs(file, names[file], subset)]
-    if every and not files:
-        kinds = sorted({file.format for file in every})
-        parts = sorted({names[file].parts[0] for file in every if len(names[file].parts) > 1})
-        raise UserError(
-            f"{root} has no folder or archive {subset!r} and no files of that kind",
-            where="data.subset_name",
-            expected=f"one of the kinds {', '.join(kinds)}{' or of ' if parts else ''}{', '.join(parts[:8])}",
-        )
-    if not files:
+    names = {file: file.full_path.relative_to(root) for file in list_source_files(root)}
+    if not names:
         raise UserError(
             f"no data file in {root}",
             where=key,
             expected=f"{', '.join(FORMATS)} files, or .tar, .tar.gz or .zip archives of them",
         )
-    saved = read_split_folders(root)
-    belongs = {file: split_of(names[file], saved) for file in files}
-    taken = choose_split(sorted(set(belongs.values())), split, use, root)
-    chosen = [file for file in files if taken in (belongs[file], EVERY)]
+    files = list(names) if subset is None else _select_subset(names, subset, root)
+
+    # 2. Those of the split.
+    saved = read_saved_splits(root)
+    split_of_file = {file: split_of(names[file], saved) for file in files}
+    chosen = choose_split(sorted(set(split_of_file.values())), split, purpose, root)
+    selected = [file for file in files if chosen in (split_of_file[file], ALL_SPLITS)]
+
+    # 3. What a user might not expect of the choice.
+    warnings = _warn_mixed_formats(selected, root)
+    if purpose == "train" and split is None:
+        left_out = {names[file]: split_of_file[file] for file in files if split_of_file[file] != chosen}
+        warnings += _warn_left_out(left_out, chosen)
+    return selected, warnings
+
+
+def _select_subset(names: Mapping[SourceFile, Path], subset: str, root: Path) -> list[SourceFile]:
+    """Return the files of a format, or inside a folder or archive."""
+    wanted = Path(subset).parts
+
+    def is_inside(name: Path) -> bool:
+        return len(name.parts) > len(wanted) and name.parts[: len(wanted)] == wanted
+
+    files = [file for file, name in names.items() if file.format == subset or is_inside(name)]
+    if files:
+        return files
+    choices = f"one of the formats {', '.join(sorted({file.format for file in names}))}"
+    folders = sorted({name.parts[0] for name in names.values() if len(name.parts) > 1})
+    if folders:
+        choices += f", or one of {', '.join(folders[:8])}"
+    raise UserError(
+        f"{root} has no folder or archive {subset!r} and no files of that format",
+        where="data.subset_name",
+        expected=choices,
+    )
+
+
+def _warn_mixed_formats(files: Sequence[SourceFile], root: Path) -> list[str]:
+    counts = Counter(file.format for file in files)
+    if len(counts) < 2:
+        return []
+    listed = ", ".join(f"{counts[format]} {format}" for format in sorted(counts))
+    return [f"{root} mixes formats ({listed}); all of them are read; set data.subset_name to choose one"]
+
+
+def _warn_left_out(left_out: Mapping[Path, str], chosen: str) -> list[str]:
+    """Name the files that training does not read.
+
+    Args:
+        left_out: split of each of these files.
+        chosen: the split that is read.
+    """
     warnings = []
-    counts = Counter(file.format for file in chosen)
-    if len(counts) > 1:
-        found = ", ".join(f"{counts[kind]} {kind}" for kind in sorted(counts))
-        warnings.append(f"{root} mixes kinds of files ({found}): all are read; data.subset_name chooses some")
-    unnamed = [file for file in files if not kind_of(belongs[file]) and belongs[file] != taken]
-    if use == "train" and split is None and unnamed:
+    unnamed = [name for name, split in left_out.items() if not split_kind(split)]
+    if unnamed:
         warnings.append(
-            f"{len(unnamed)} file(s) such as {names[unnamed[0]]} are left out: others are named {taken}; "
-            f'data.split_name="{EVERY}" takes all'
+            f"{len(unnamed)} file(s) such as {unnamed[0]} are left out because other files are named {chosen}; "
+            f'data.split_name="{ALL_SPLITS}" reads all files'
         )
-    held = [
-        file for file in files if kind_of(belongs[file]) in ("validation", "test") and belongs[file] != taken
-    ]
-    if use == "train" and split is None and held:
+    held_out = [name for name, split in left_out.items() if split_kind(split) in HELD_OUT_KINDS]
+    if held_out:
         warnings.append(
-            f"{len(held)} file(s) such as {names[held[0]]} are left out: their names say {belongs[held[0]]}; "
-            f'data.split_name="{EVERY}" takes all'
+            f"{len(held_out)} file(s) such as {held_out[0]} are left out because their names contain "
+            f'{left_out[held_out[0]]}; data.split_name="{ALL_SPLITS}" reads all files'
         )
-    return chosen, warnings
-
-
-def _belongs(file: SourceFile, name: Path, subset: str) -> bool:
-    inside = Path(subset).parts
-    return file.format == subset or (name.parts[: len(inside)] == inside and len(name.parts) > len(inside))
+    return warnings
 
 
 @dataclass(frozen=True)
 class RowCursor:
-    """A place between two windows of the endless sequence of rows.
+    """A position between two windows of the endless sequence of rows; stored in checkpoints.
 
     Attributes:
         n: rows before it, over all passes.
-        epoch: passes finished.
+        epoch: finished passes.
         window: windows before it in this pass.
         file, row: of the next row.
     """
@@ -111,83 +139,109 @@ class RowCursor:
 
 @dataclass(frozen=True)
 class RowWindow:
-    """Shuffled rows ``n, n + 1, ..``: their texts and where they stand; and the place behind them."""
+    """A window of shuffled rows.
 
-    n: int
+    Attributes:
+        first_row: number of rows before the window, over all passes.
+        texts: text of each row.
+        locations: file and line of each row, for messages.
+        next_cursor: the position after the window.
+    """
+
+    first_row: int
     texts: list[str]
-    places: list[str]
-    behind: RowCursor
+    locations: list[str]
+    next_cursor: RowCursor
 
 
 class RowStream:
-    """All rows of all files, pass after pass, shuffled inside windows by a generator of (seed, pass, window).
+    """All rows of all files, pass after pass, shuffled inside windows.
 
-    The shuffle buffer needs no state of its own: a window is a function of its cursor.
+    The shuffle is stateless: its generator is seeded with (seed, pass, window), so that a window is a function of its
+    cursor.
 
     Args:
         files: in order.
         field: column of the text.
-        seed: of the shuffles.
+        seed: seed of the shuffles.
     """
 
     def __init__(self, files: list[SourceFile], field: str, seed: int) -> None:
-        self.files, self.field, self.seed = files, field, seed
+        self.files = files
+        self.field = field
+        self.seed = seed
 
     def windows(self, cursor: RowCursor) -> Iterator[RowWindow]:
-        """Windows from ``cursor`` on, without end.
+        """Yield windows from ``cursor`` on, endlessly.
 
         Raises:
-            UserError: a file cannot be read, a row lacks the field, or a whole pass holds no text.
+            UserError: a file cannot be read, a row lacks the field, or a whole pass contains no text.
         """
-        filled = cursor.window > 0
+        found_text = cursor.window > 0
         while True:
             rows = self._rows(cursor.file, cursor.row)
             while block := list(islice(rows, WINDOW)):
-                order = np.random.RandomState([self.seed, cursor.epoch, cursor.window]).permutation(
-                    len(block)
-                )
-                texts = [self._text(block[place][0]) for place in order]
-                filled = filled or any(texts)
-                _, file, row = block[-1]
-                behind = replace(
-                    cursor, n=cursor.n + len(block), window=cursor.window + 1, file=file, row=row + 1
-                )
-                yield RowWindow(cursor.n, texts, [block[place][0].where for place in order], behind)
-                cursor = behind
-            if not filled:
-                raise UserError("no row holds any text", where=str(self.files[0].path.parent))
+                window = self._shuffle(block, cursor)
+                found_text = found_text or any(window.texts)
+                yield window
+                cursor = window.next_cursor
+            if not found_text:
+                raise UserError("no row contains any text", where=str(self.files[0].path.parent))
             cursor = RowCursor(n=cursor.n, epoch=cursor.epoch + 1)
-            filled = False
+            found_text = False
+
+    def _shuffle(self, block: Sequence[tuple[SourceRecord, int, int]], cursor: RowCursor) -> RowWindow:
+        """Return the window at ``cursor``, which has the rows of ``block``."""
+        generator = np.random.RandomState([self.seed, cursor.epoch, cursor.window])
+        records = [block[index][0] for index in generator.permutation(len(block))]
+        _, last_file, last_row = block[-1]
+        next_cursor = replace(
+            cursor,
+            n=cursor.n + len(block),
+            window=cursor.window + 1,
+            file=last_file,
+            row=last_row + 1,
+        )
+        return RowWindow(
+            first_row=cursor.n,
+            texts=[self._text(record) for record in records],
+            locations=[record.where for record in records],
+            next_cursor=next_cursor,
+        )
 
     def _rows(self, file: int, row: int) -> Iterator[tuple[SourceRecord, int, int]]:
-        for number, (opened, stream, _) in enumerate(open_files(self.files[file:]), file):
-            first = row if number == file else 0
-            for place, record in enumerate(read_from(stream, opened, first), first):
-                yield record, number, place
+        """Yield each record from a position on, with the numbers of its file and row."""
+        for file_number, (opened, stream, _) in enumerate(open_files(self.files[file:]), file):
+            first = row if file_number == file else 0
+            for row_number, record in enumerate(read_records_from(stream, opened, first), first):
+                yield record, file_number, row_number
 
     def _text(self, record: SourceRecord) -> str:
         try:
-            return field_text(record, self.field)
+            return record_text(record, self.field)
         except UserError as error:
-            error.fix = 'name the column of the text: data.content_name="..."'
-            raise UserError(error.found, where=error.where, fix=error.fix) from None
+            fix = 'name the text column: data.content_name="..."'
+            raise UserError(error.found, where=error.where, fix=fix) from None
 
 
-def read_from(stream: IO[bytes], file: SourceFile, row: int) -> Iterator[SourceRecord]:
-    """Records of an opened file from number ``row`` on; row groups of parquet are skipped unread."""
+def read_records_from(stream: IO[bytes], file: SourceFile, row: int) -> Iterator[SourceRecord]:
+    """Yield the records of an opened file from number ``row`` on; row groups of parquet are skipped unread."""
     if file.format != "parquet" or row == 0:
         yield from islice(read_records(stream, file), row, None)
         return
     import pyarrow.parquet
 
     parquet: Any = pyarrow.parquet.ParquetFile(stream)
-    group, before = 0, 0
-    while group < parquet.num_row_groups and before + parquet.metadata.row_group(group).num_rows <= row:
-        before += parquet.metadata.row_group(group).num_rows
+    group = 0
+    number = 0  # rows before the group, then rows read so far
+    while group < parquet.num_row_groups:
+        group_rows = parquet.metadata.row_group(group).num_rows
+        if number + group_rows > row:
+            break
+        number += group_rows
         group += 1
-    number = before
     for batch in parquet.iter_batches(WINDOW, row_groups=list(range(group, parquet.num_row_groups))):
         for value in batch.to_pylist():
             number += 1
             if number > row:
-                yield SourceRecord(value, f"{file.place} row {number}")
+                yield SourceRecord(value, f"{file.full_path} row {number}")

@@ -1,4 +1,4 @@
-"""Which files of a Hugging Face style folder are training data, and which are held out."""
+"""Tell which files of a Hugging Face style folder are training data and which are held out."""
 
 from __future__ import annotations
 
@@ -9,84 +9,115 @@ from pathlib import Path
 
 from evomesh.errors import UserError
 
-EVERY = "all"  # the name that takes every file, whatever split it belongs to
-WORDS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
-         "dev": "validation", "eval": "validation", "test": "test", "testing": "test"}  # fmt: skip
-SHARD = re.compile(r"^(\w+(?:\.\w+)*)-\d{5,}-of-\d{5,}")  # SPLIT-00000-of-00004.parquet, below data/
+ALL_SPLITS = "all"  # the name that selects every file, whatever split it belongs to
+HELD_OUT_KINDS = ("validation", "test")
+SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "eval": "validation",
+    "test": "test",
+    "testing": "test",
+}
+SHARD_NAME = re.compile(r"^(\w+(?:\.\w+)*)-\d{5,}-of-\d{5,}")  # SPLIT-00000-of-00004.parquet, inside data/
 
 
-def read_split_folders(root: Path) -> dict[Path, list[str]]:
-    """Folders below ``root`` that ``datasets`` saved with splits, and the names of these, which are their folders."""
-    found = {}
+def read_saved_splits(root: Path) -> dict[Path, list[str]]:
+    """Return the split names of each folder below ``root`` that ``datasets`` saved; each split is a subfolder."""
+    saved = {}
     for path in sorted(root.rglob("dataset_dict.json")):
         try:
             names = json.loads(path.read_bytes())["splits"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        found[path.parent.relative_to(root)] = [str(name) for name in names]
-    return found
+        saved[path.parent.relative_to(root)] = [str(name) for name in names]
+    return saved
 
 
 def split_of(name: Path, saved: dict[Path, list[str]]) -> str:
-    """The split that a file's path says it belongs to: "train", "validation", "test", a name of its own, or ""."""
+    """Return the split that a file's path names: "train", "validation", "test", a custom name, or "" for none."""
+    # 1. A folder that `datasets` saved lists its splits.
     for folder, splits in saved.items():
-        if name.is_relative_to(folder) and (inside := name.relative_to(folder).parts)[0] in splits:
-            return inside[0]
-    shard = SHARD.match(name.name)
+        if name.is_relative_to(folder):
+            first = name.relative_to(folder).parts[0]
+            if first in splits:
+                return first
+    # 2. Hugging Face repositories name the shards of a split after it.
+    shard = SHARD_NAME.match(name.name)
     if shard and "data" in name.parts[:-1]:
-        return WORDS.get(shard[1].lower(), shard[1])
+        return SPLIT_WORDS.get(shard[1].lower(), shard[1])
+    # 3. Otherwise a word in the path decides, the innermost first.
     for part in reversed(name.parts):
-        if kind := kind_of(part):
+        kind = split_kind(part)
+        if kind:
             return kind
     return ""
 
 
-def kind_of(text: str) -> str:
-    """ "train", "validation" or "test" by the words in ``text``, held-out ones first; "" when none is among them."""
-    kinds = {WORDS.get(word, "") for word in re.split(r"[^a-z]+", text.lower())}
-    return next((kind for kind in ("validation", "test", "train") if kind in kinds), "")
+def split_kind(text: str) -> str:
+    """Return "validation", "test" or "train", the first of these that a word in ``text`` means; "" for none."""
+    words = re.split(r"[^a-z]+", text.lower())
+    kinds = {SPLIT_WORDS.get(word, "") for word in words}
+    return next((kind for kind in (*HELD_OUT_KINDS, "train") if kind in kinds), "")
 
 
-def choose_split(splits: Sequence[str], wanted: str | None, use: str, folder: Path) -> str:
-    """The split to read, out of those that a folder has ("" for files that name none).
+def choose_split(splits: Sequence[str], wanted: str | None, purpose: str, folder: Path) -> str:
+    """Return the split to read, out of those that a folder has ("" for files that name none).
 
     Args:
         wanted: ``data.split_name`` or ``data.valid_split_name``.
-        use: "train" or "valid".
+        purpose: "train" or "valid".
         folder: for the message.
 
     Raises:
-        UserError: no such split, or several could be meant: names them.
+        UserError: there is no such split, or the choice is ambiguous; lists the splits.
     """
-    key = "data.split_name" if use == "train" else "data.valid_split_name"
+    key = "data.split_name" if purpose == "train" else "data.valid_split_name"
     names = [name for name in splits if name]
     if wanted is not None:
-        known = wanted if wanted in names else WORDS.get(wanted.lower(), wanted)
-        if known in names or wanted == EVERY:
-            return known
-        has = f"one of {', '.join(names)}" if names else "none: no file's path names a split"
-        raise UserError(
-            f"{folder} has no split {wanted!r}", where=key, expected=f"{has}, or {EVERY!r} for every file"
-        )
-    held = [name for name in splits if kind_of(name) in ("validation", "test")]
-    training = [name for name in splits if kind_of(name) == "train"]
-    other = [name for name in splits if name not in (*held, *training)]
-    if use == "valid":
-        validation = [name for name in held if kind_of(name) == "validation"]
-        choices = validation or held or training or other
+        return _find_split(names, wanted, key, folder)
+    candidates = _candidates(splits, purpose)
+    if len(candidates) == 1:
+        return candidates[0]
+
+    # No candidate is left where training finds nothing but held-out files.
+    if candidates:
+        listed = ", ".join(name or "files that name no split" for name in candidates)
+        found = f"{folder} has several candidate splits: {listed}"
     else:
-        choices = training or other
-    if len(choices) == 1:
-        return choices[0]
-    found = ", ".join(name or "files without one" for name in choices or held)
-    what = (
-        f"{folder} has several splits that may be meant: {found}"
-        if choices
-        else f"{folder} has held-out files only"
-    )
+        found = f"{folder} has only held-out files"
+    examples = [name for name in (*candidates, *names) if name]
+    example = examples[0] if examples else ALL_SPLITS
     raise UserError(
-        what,
+        found,
         where=key,
-        expected=f"one of {', '.join(names)}, or {EVERY!r} for every file",
-        fix=f"name it: {key}={next(iter([n for n in (*choices, *held) if n]), EVERY)!r}",
+        expected=f"one of {', '.join(names)}, or {ALL_SPLITS!r} for every file",
+        fix=f"choose one: {key}={example!r}",
     )
+
+
+def _find_split(names: Sequence[str], wanted: str, key: str, folder: Path) -> str:
+    """Return the split that a user named, possibly by another word for it ("dev" for "validation")."""
+    name = wanted if wanted in names else SPLIT_WORDS.get(wanted.lower(), wanted)
+    if name in names or wanted == ALL_SPLITS:
+        return name
+    choices = f"one of {', '.join(names)}" if names else "none: no file's path names a split"
+    raise UserError(
+        f"{folder} has no split {wanted!r}",
+        where=key,
+        expected=f"{choices}, or {ALL_SPLITS!r} for every file",
+    )
+
+
+def _candidates(splits: Sequence[str], purpose: str) -> list[str]:
+    """Return the splits that ``purpose`` can mean, of the first kind that the folder has any of."""
+    by_kind: dict[str, list[str]] = {"validation": [], "test": [], "train": [], "": []}
+    for name in splits:
+        by_kind[split_kind(name)].append(name)
+    training = by_kind["train"] or by_kind[""]
+    if purpose == "train":
+        return training
+    return by_kind["validation"] or by_kind["test"] or training

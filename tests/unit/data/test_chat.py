@@ -1,4 +1,4 @@
-"""Conversations: which tokens are written, and which of them are targets."""
+"""Conversations become token ids: which tokens are written, and which of them are targets."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from evomesh.data.chat import build_template, read_conversation
+from evomesh.data.chat import build_template
 from evomesh.data.prepare.conversations import ChatOptions, tokenize_chats
-from evomesh.data.records.reader import SourceRecord, find_texts
+from evomesh.data.prepare.read_conversation import read_conversation
+from evomesh.data.records.reader import SourceRecord
+from evomesh.data.records.source_files import find_source_files
 from evomesh.data.token_files.bin_dataset import BinDataset
 from evomesh.data.tokenizer import load_tokenizer
 from evomesh.errors import UserError
@@ -69,7 +71,7 @@ TURNS = [
 ]
 
 
-def test_internlm_layout_of_the_documents(folder: Path) -> None:
+def test_internlm_style_matches_internevo(folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
     ids = build_template("internlm", tokenizer).encode(read_conversation(SourceRecord(ALPACA, ""), "alpaca"))
     plain = tokenizer.encode
@@ -85,7 +87,7 @@ def test_internlm_layout_of_the_documents(folder: Path) -> None:
     assert targets == "3<eoa>\n</s>"  # bos has id 0 here, whose sign cannot show
 
 
-def test_styles_and_multi_turn_targets(folder: Path) -> None:
+def test_only_answers_are_targets_in_every_style(folder: Path) -> None:
     whole, targets = encode(folder, "chatml", TURNS)
     assert whole == (
         "<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello"
@@ -100,13 +102,13 @@ def test_styles_and_multi_turn_targets(folder: Path) -> None:
     assert targets == "hello<|eot_id|>"
 
 
-def test_template_of_the_tokenizer_folder(folder: Path) -> None:
+def test_template_of_the_tokenizer_folder_gives_the_same_ids_and_targets(folder: Path) -> None:
     whole, targets = encode(folder, "tokenizer", TURNS)
     assert whole == encode(folder, "chatml", TURNS)[0].removeprefix("<s>")
     assert targets == "hello<|im_end|>\nworld<|im_end|>\n"
 
 
-def test_loss_of_single_turns_and_other_roles(folder: Path) -> None:
+def test_loss_key_and_roles_choose_the_targets(folder: Path) -> None:
     muted = [*TURNS[:2], TURNS[2] | {"loss": False}, *TURNS[3:]]
     assert encode(folder, "chatml", {"messages": muted})[1] == "world<|im_end|>"
     assert (
@@ -115,7 +117,7 @@ def test_loss_of_single_turns_and_other_roles(folder: Path) -> None:
     )
 
 
-def test_sharegpt(folder: Path) -> None:
+def test_sharegpt_records_are_read_like_messages(folder: Path) -> None:
     turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
     assert encode(folder, "chatml", {"conversations": turns}, "sharegpt") == encode(
         folder, "chatml", TURNS[1:3]
@@ -133,10 +135,10 @@ def test_sharegpt(folder: Path) -> None:
         ("messages", {"text": "a"}, "no key 'messages'"),
         ("messages", [{"role": "robot", "content": "a"}], "the role 'robot' is unknown"),
         ("messages", [{"role": "user", "content": 1}], "content is of type number"),
-        ("sharegpt", {"conversations": []}, "no turns"),
+        ("sharegpt", {"conversations": []}, "conversations has no messages"),
     ],
 )
-def test_bad_records(schema: Any, value: Any, part: str) -> None:
+def test_bad_records_are_rejected(schema: Any, value: Any, part: str) -> None:
     with pytest.raises(UserError) as caught:
         read_conversation(SourceRecord(value, "here"), schema)
     assert part in str(caught.value)
@@ -147,13 +149,13 @@ def write_alpaca(path: Path, count: int) -> Path:
     return path
 
 
-def documents(path: Path) -> list[list[int]]:
+def read_documents(path: Path) -> list[list[int]]:
     dataset = BinDataset(path)
     return [dataset.read(np.array([i])).tolist() for i in range(len(dataset))]
 
 
 def test_split_is_disjoint_complete_and_repeatable(folder: Path, tmp_path: Path) -> None:
-    files = find_texts([str(write_alpaca(tmp_path / "a.json", 150))])
+    files = find_source_files([str(write_alpaca(tmp_path / "a.json", 150))])
     tokenizer = load_tokenizer(folder)
     tokenize_chats(files, tmp_path / "all.bin", tokenizer, ChatOptions("alpaca"), workers=2)
     for seed in (0, 0, 1):
@@ -161,48 +163,48 @@ def test_split_is_disjoint_complete_and_repeatable(folder: Path, tmp_path: Path)
             files, tmp_path / f"o{seed}", tokenizer, ChatOptions("alpaca", split_ratio=0.1, seed=seed)
         )
         assert counts.truncated == 0
-    every = documents(tmp_path / "all.bin")
-    train, valid = (documents(tmp_path / "o0" / part / "en/dataset.bin") for part in ("train", "valid"))
+    every = read_documents(tmp_path / "all.bin")
+    train, valid = (read_documents(tmp_path / "o0" / part / "en/dataset.bin") for part in ("train", "valid"))
     assert (len(train), len(valid)) == (135, 15)
     assert sorted(train + valid) == sorted(every)
     assert [document for document in every if document in train] == train  # order is kept
-    assert documents(tmp_path / "o1/valid/en/dataset.bin") != valid
+    assert read_documents(tmp_path / "o1/valid/en/dataset.bin") != valid
 
 
 def test_truncation_is_counted_and_keeps_the_ending(folder: Path, tmp_path: Path) -> None:
-    files = find_texts([str(write_alpaca(tmp_path / "a.json", 3))])
+    files = find_source_files([str(write_alpaca(tmp_path / "a.json", 3))])
     tokenizer = load_tokenizer(folder)
     tokenize_chats(files, tmp_path / "a.bin", tokenizer, ChatOptions("alpaca"))
-    whole = documents(tmp_path / "a.bin")
+    whole = read_documents(tmp_path / "a.bin")
     limit = len(whole[0]) - 3
     facts, counts = tokenize_chats(
         files, tmp_path / "b.bin", tokenizer, ChatOptions("alpaca", max_length=limit)
     )
-    cut = documents(tmp_path / "b.bin")
+    cut = read_documents(tmp_path / "b.bin")
     assert [document[:-1] for document in cut] == [document[: limit - 1] for document in whole]
     assert all(document[-1] == tokenizer.eos_id for document in cut)
     assert (counts.truncated, counts.lost_tokens) == (3, sum(len(document) - limit for document in whole))
     assert facts[str(tmp_path / "b.bin")]["truncated"] == 3
 
 
-def test_a_conversation_cut_before_its_answer_is_left_out(folder: Path, tmp_path: Path) -> None:
-    """The ending that it keeps is nothing to learn from."""
+def test_conversation_truncated_before_its_answer_is_left_out(folder: Path, tmp_path: Path) -> None:
+    """Its ending alone is not worth learning."""
     rows = [ALPACA, ALPACA | {"instruction": "long " * 50}, ALPACA]
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    files, tokenizer = find_texts([str(tmp_path / "a.json")]), load_tokenizer(folder)
+    files, tokenizer = find_source_files([str(tmp_path / "a.json")]), load_tokenizer(folder)
     facts, counts = tokenize_chats(files, tmp_path / "a.bin", tokenizer, ChatOptions("alpaca", max_length=60))
     assert (counts.truncated, counts.without_target) == (1, 1)
-    assert facts[str(tmp_path / "a.bin")]["documents"] == len(documents(tmp_path / "a.bin")) == 2
+    assert facts[str(tmp_path / "a.bin")]["documents"] == len(read_documents(tmp_path / "a.bin")) == 2
 
 
-def test_conversations_are_appended(folder: Path, tmp_path: Path) -> None:
-    files, tokenizer = find_texts([str(write_alpaca(tmp_path / "a.json", 20))]), load_tokenizer(folder)
+def test_append_adds_conversations_to_every_file(folder: Path, tmp_path: Path) -> None:
+    files, tokenizer = find_source_files([str(write_alpaca(tmp_path / "a.json", 20))]), load_tokenizer(folder)
     for options, name in ((ChatOptions("alpaca"), "o.bin"), (ChatOptions("alpaca", split_ratio=0.1), "o")):
         first, _ = tokenize_chats(files, tmp_path / name, tokenizer, options)
-        once = {path: documents(Path(path)) for path in first}
+        once = {path: read_documents(Path(path)) for path in first}
         both, _ = tokenize_chats(files, tmp_path / name, tokenizer, options, append=True)
         for path, found in once.items():
-            assert documents(Path(path)) == found * 2
+            assert read_documents(Path(path)) == found * 2
             assert both[path]["documents"] == 2 * len(found)
             assert both[path]["sources"] == first[path]["sources"] * 2
     other = load_tokenizer(sentencepiece_model(tmp_path, ["<eoh>", "<eoa>", "<|User|>", "<|Bot|>"]))
@@ -211,7 +213,10 @@ def test_conversations_are_appended(folder: Path, tmp_path: Path) -> None:
 
 
 def test_progress_of_conversations_ends_at_the_size_of_the_input(folder: Path, tmp_path: Path) -> None:
-    files, tokenizer = find_texts([str(write_alpaca(tmp_path / "a.json", 300))]), load_tokenizer(folder)
+    files, tokenizer = (
+        find_source_files([str(write_alpaca(tmp_path / "a.json", 300))]),
+        load_tokenizer(folder),
+    )
     seen: list[tuple[int, int, int]] = []
     tokenize_chats(
         files,
@@ -222,17 +227,17 @@ def test_progress_of_conversations_ends_at_the_size_of_the_input(folder: Path, t
         progress=lambda *now: seen.append(now),
     )
     assert len(seen) > 2 and seen == sorted(seen)
-    assert seen[-1] == (files[0].size, 300, sum(map(len, documents(tmp_path / "o.bin"))))
+    assert seen[-1] == (files[0].size, 300, sum(map(len, read_documents(tmp_path / "o.bin"))))
 
 
 @pytest.mark.parametrize("roles", [("robot",), ("assistant", "gpt"), (), ("",)])
-def test_roles_that_are_none(folder: Path, tmp_path: Path, roles: tuple[str, ...]) -> None:
-    files = find_texts([str(write_alpaca(tmp_path / "a.json", 3))])
+def test_unknown_roles_are_rejected(folder: Path, tmp_path: Path, roles: tuple[str, ...]) -> None:
+    files = find_source_files([str(write_alpaca(tmp_path / "a.json", 3))])
     with pytest.raises(UserError, match=r"--train-on: no role .*\n.*system, user, assistant"):
         tokenize_chats(files, tmp_path / "o.bin", load_tokenizer(folder), ChatOptions("alpaca", roles=roles))
 
 
-def test_records_of_a_hugging_face_folder(folder: Path, tmp_path: Path) -> None:
+def test_parquet_and_saved_datasets_are_read_like_json(folder: Path, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     rows = [ALPACA | {"output": str(n)} for n in range(5)]
     datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "disk"))
@@ -242,13 +247,13 @@ def test_records_of_a_hugging_face_folder(folder: Path, tmp_path: Path) -> None:
     found = []
     for name in ("a.json", "disk", "x.parquet"):
         tokenize_chats(
-            find_texts([str(tmp_path / name)]), tmp_path / "o.bin", tokenizer, ChatOptions("alpaca")
+            find_source_files([str(tmp_path / name)]), tmp_path / "o.bin", tokenizer, ChatOptions("alpaca")
         )
-        found.append(documents(tmp_path / "o.bin"))
+        found.append(read_documents(tmp_path / "o.bin"))
     assert found[0] == found[1] == found[2]
 
 
-def test_missing_special_token_is_named(tmp_path: Path) -> None:
+def test_missing_template_or_special_token_is_rejected(tmp_path: Path) -> None:
     path = sentencepiece_model(tmp_path, [])
     with pytest.raises(UserError, match="no token <eoh>, which the chat template 'internlm' needs"):
         build_template("internlm", load_tokenizer(path))
@@ -259,8 +264,8 @@ def test_missing_special_token_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["text", "symbol", "control"])
-def test_special_ids_are_looked_up_by_name(tmp_path: Path, kind: str) -> None:
-    """The role marks may be plain text, symbols found in text, or control symbols, which only their name finds."""
+def test_special_tokens_are_looked_up_by_name(tmp_path: Path, kind: str) -> None:
+    """Role marks may be plain text, symbols recognized in text, or control symbols, found by name only."""
     ends, marks = ["<eoh>", "<eoa>"], ["<|User|>", "<|Bot|>"]
     symbols = ends if kind == "control" else marks if kind == "symbol" else []
     control = marks if kind == "control" else ends
@@ -294,7 +299,7 @@ def sentencepiece_model(tmp_path: Path, symbols: list[str], control: list[str] |
 
 
 @covers("promise:tokenizer-tool", "promise:alpaca-tool")
-def test_the_documents_tools(tmp_path: Path) -> None:
+def test_tools_tokenize_like_internevo(tmp_path: Path) -> None:
     model = str(sentencepiece_model(tmp_path, ["<eoh>", "<eoa>"]))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
 
@@ -305,8 +310,8 @@ def test_the_documents_tools(tmp_path: Path) -> None:
     source = str(write_alpaca(tmp_path / "a.json", 20))
     result = tool("alpaca_tokenizer.py", source, str(tmp_path / "out"), model, "--split_ratio", "0.2")
     assert result.returncode == 0, result.stderr
-    assert len(documents(tmp_path / "out/train/en/dataset.bin")) == 16
-    valid = documents(tmp_path / "out/valid/en/dataset.bin")
+    assert len(read_documents(tmp_path / "out/train/en/dataset.bin")) == 16
+    valid = read_documents(tmp_path / "out/valid/en/dataset.bin")
     assert len(valid) == 4
     assert {document[0] for document in valid} == {1}
     assert {document[-1] for document in valid} == {2}
@@ -319,7 +324,7 @@ def test_the_documents_tools(tmp_path: Path) -> None:
     assert "--tokenizer_path" in result.stderr
     assert tool("tokenizer.py", *arguments, "--tokenizer_path", model).returncode == 0
     processor = sentencepiece.SentencePieceProcessor(model_file=model)
-    assert documents(Path(output)) == [processor.encode("hello world"), processor.encode("this is")]
+    assert read_documents(Path(output)) == [processor.encode("hello world"), processor.encode("this is")]
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "tokenizer.model").write_bytes(Path(model).read_bytes())

@@ -20,8 +20,8 @@ from evomesh.config.schema import DataConfig
 from evomesh.data.build import build_train_data, build_valid_data
 from evomesh.data.packing.streaming import merge_states
 from evomesh.data.records import rows as rows_module
-from evomesh.data.records.reader import find_texts
-from evomesh.data.records.rows import RowCursor, RowStream, find_rows
+from evomesh.data.records.rows import RowCursor, RowStream, find_split_files
+from evomesh.data.records.source_files import find_source_files
 from evomesh.errors import UserError
 from tests.support.covers import covers
 
@@ -163,38 +163,42 @@ def test_all_kinds_of_files_give_the_same_rows(tmp_path: Path, kind: str) -> Non
         (folder / "a.jsonl.gz").write_bytes(
             gzip.compress("\n".join(json.dumps({"text": t}) for t in found).encode())
         )
-    files, _ = find_rows(str(folder), "data.train_folder", None, "train")
+    files, _ = find_split_files(str(folder), "data.train_folder", None, "train")
     stream = RowStream(files, "text", 3)
     windows = []
     for window in stream.windows(RowCursor()):
-        if window.behind.epoch:
+        if window.next_cursor.epoch:
             break
         windows.append(window)
     assert sorted(text for window in windows for text in window.texts) == sorted(found)
     assert [text for window in windows for text in window.texts] != found
     for before, window in pairwise(windows):
-        assert next(stream.windows(before.behind)) == window
+        assert next(stream.windows(before.next_cursor)) == window
     if kind == "arrow":
-        assert len(find_rows(str(folder), "data.valid_folder", None, "valid")[0]) == 1
+        assert len(find_split_files(str(folder), "data.valid_folder", None, "valid")[0]) == 1
 
 
 @covers("data.subset_name")
 def test_split_and_subset_are_chosen_by_name(tmp_path: Path) -> None:
     def names(subset: str | None, split: str = "train") -> list[str]:
-        return [str(file.place.relative_to(folder)) for file in find_rows(str(folder), "k", subset, split)[0]]
+        return [
+            str(file.full_path.relative_to(folder))
+            for file in find_split_files(str(folder), "k", subset, split)[0]
+        ]
 
     folder = write(tmp_path / "d", texts(9))
     (folder / "train.bin.json").write_text("{}")  # says how a token file was made
     (folder / "more.txt").write_text("w5\n")
-    files, warnings = find_rows(str(folder), "k", None, "train")
+    files, warnings = find_split_files(str(folder), "k", None, "train")
     assert len(files) == 3
-    left_out = (
-        '1 file(s) such as more.txt are left out: others are named train; data.split_name="all" takes all'
-    )
-    assert warnings == [left_out]
+    assert warnings == [
+        "1 file(s) such as more.txt are left out because other files are named train; "
+        'data.split_name="all" reads all files'
+    ]
     (folder / "train.txt").write_text("w5\n")
     assert (
-        "(3 jsonl, 1 txt): all are read; data.subset_name" in find_rows(str(folder), "k", None, "train")[1][0]
+        "(3 jsonl, 1 txt); all of them are read; set data.subset_name"
+        in find_split_files(str(folder), "k", None, "train")[1][0]
     )
     with zipfile.ZipFile(folder / "books.zip", "w") as archive:
         archive.writestr("old/train.txt", "w5\n")
@@ -206,7 +210,7 @@ def test_split_and_subset_are_chosen_by_name(tmp_path: Path) -> None:
     assert names("books.zip/old") == names("txt")[1:2]
     assert names(None, "valid") == ["books.zip/old/test.txt"]
     with pytest.raises(
-        UserError, match=r"no folder or archive 'arrow'(.|\n)*kinds jsonl, txt or of books.zip"
+        UserError, match=r"no folder or archive 'arrow'(.|\n)*formats jsonl, txt, or one of books.zip"
     ):
         names("arrow")
 
@@ -278,19 +282,19 @@ def test_an_archive_gives_the_rows_of_its_files_from_any_place(
     folder.mkdir()
     stored = dict(reversed(members.items())) if backwards else members
     pack_members(folder / name, stored | {"notes.md": b"no data", "._h.txt": b"\xff"})
-    files, _ = find_rows(str(folder), "k", None, "train")
-    assert [str(file.place.relative_to(folder / name)) for file in files] == sorted(members)
+    files, _ = find_split_files(str(folder), "k", None, "train")
+    assert [str(file.full_path.relative_to(folder / name)) for file in files] == sorted(members)
     stream = RowStream(files, "text", 3)
     windows = []
     for window in stream.windows(RowCursor()):
-        if window.behind.epoch:
+        if window.next_cursor.epoch:
             break
         windows.append(window)
     assert [text for window in windows for text in window.texts] != found
     in_order = [record.value for record, _, _ in stream._rows(0, 0)]
     assert [value if isinstance(value, str) else value["text"] for value in in_order] == found
     for before, window in pairwise(windows):
-        assert next(stream.windows(before.behind)) == window
+        assert next(stream.windows(before.next_cursor)) == window
 
 
 def test_resume_in_the_middle_of_an_archive(tmp_path: Path, tokenizer: Path) -> None:
@@ -320,11 +324,11 @@ def test_resume_in_the_middle_of_an_archive(tmp_path: Path, tokenizer: Path) -> 
         ("x.tar.gz", lambda whole: whole[:-40], "cannot read the archive: Compressed file ended"),
         ("x.tar.gz", lambda whole: b"plain" + whole, "cannot read the archive: Not a gzipped file"),
         ("x.tar", lambda whole: whole[:1600], "cannot read the archive: unexpected end of data"),
-        ("x.tar", lambda whole: whole[:1100], r"torn at byte 1024"),
-        ("x.tar", lambda whole: whole[:1024], r"torn at byte 1024 \(unpacked\), after 1 file"),
+        ("x.tar", lambda whole: whole[:1100], r"truncated at byte 1024"),
+        ("x.tar", lambda whole: whole[:1024], r"truncated at byte 1024 \(unpacked\), after 1 file"),
         ("x.tar", lambda whole: whole[:1030] + b"?" + whole[1031:], r"damaged at byte 1024"),
         ("x.tar", lambda whole: b"no tar" * 200, "cannot read the archive"),
-        ("x.7z", lambda whole: whole, "archives of this kind are not read"),
+        ("x.7z", lambda whole: whole, "archives of this kind are not supported"),
     ],
 )
 def test_broken_archives(tmp_path: Path, name: str, spoil: Any, part: str) -> None:
@@ -336,7 +340,7 @@ def test_broken_archives(tmp_path: Path, name: str, spoil: Any, part: str) -> No
     folder.mkdir()
     (folder / name).write_bytes(spoil((whole if whole.exists() else tmp_path / "x.tar").read_bytes()))
     with pytest.raises(UserError, match=part) as caught:
-        find_rows(str(folder), "k", None, "train")
+        find_split_files(str(folder), "k", None, "train")
     assert str(folder / name) in str(caught.value)
 
 
@@ -346,7 +350,7 @@ def test_broken_members(tmp_path: Path) -> None:
         archive.writestr("a.txt", "w2\n" * 100)
     path.write_bytes(path.read_bytes().replace(b"w2\nw2", b"w2\nw3", 1))
     with pytest.raises(UserError, match=r"x.zip/a.txt: cannot read the file: Bad CRC-32"):
-        list(RowStream(find_texts([str(path)]), "text", 0)._rows(0, 0))
+        list(RowStream(find_source_files([str(path)]), "text", 0)._rows(0, 0))
     for content, part in [
         (b"text,id\nw2\n", "a.csv line 2: the row has 1 fields"),
         (b'text\n"w2\n', "not csv"),
@@ -355,10 +359,10 @@ def test_broken_members(tmp_path: Path) -> None:
     ]:
         (tmp_path / "a.csv").write_bytes(content)
         with pytest.raises(UserError, match=part):
-            next(RowStream(find_texts([str(tmp_path / "a.csv")]), "text", 0).windows(RowCursor()))
+            next(RowStream(find_source_files([str(tmp_path / "a.csv")]), "text", 0).windows(RowCursor()))
     pack_members(path, {"a.md": b"x"})
-    with pytest.raises(UserError, match=r"'x\.zip' holds no such file"):
-        find_texts([str(path)])
+    with pytest.raises(UserError, match=r"'x\.zip' contains no such file"):
+        find_source_files([str(path)])
 
 
 def test_validation_from_text(tmp_path: Path, tokenizer: Path) -> None:
@@ -392,11 +396,11 @@ def test_bad_input(tmp_path: Path, tokenizer: Path) -> None:
     refused("fixed number of packs", rampup_batch_size="1 1 1")
     refused("No such file", train_folder=str(tmp_path / "no"))
     write(folder, [""] * 30)
-    refused("no row holds any text")
+    refused("no row contains any text")
 
 
 def test_reading_does_not_run_far_ahead(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("w2\n" * 1000 + "\n")
-    windows = RowStream(find_texts([str(path)]), "text", 0).windows(RowCursor())
-    assert next(windows).behind == RowCursor(n=8, window=1, row=8)
+    windows = RowStream(find_source_files([str(path)]), "text", 0).windows(RowCursor())
+    assert next(windows).next_cursor == RowCursor(n=8, window=1, row=8)

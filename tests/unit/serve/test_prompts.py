@@ -38,11 +38,11 @@ def test_a_prompt_is_the_beginning_of_the_training_text(tmp_path: Path, name: st
     tokenizer = special_tokenizer(tmp_path, CHATML if name == "tokenizer" else "")
     template = build_template(name, tokenizer)
     whole = [abs(token) for token in template.encode(talk([*TURNS, ("assistant", "well")]))]
-    prompt = template.prompt(talk(TURNS))
+    prompt = template.encode_prompt(talk(TURNS))
     answer = tokenizer.encode("well")
     assert whole[: len(prompt)] == prompt
     assert whole[len(prompt) : len(prompt) + len(answer)] == answer
-    assert whole[len(prompt) + len(answer)] in template.stops
+    assert whole[len(prompt) + len(answer)] in template.eos_ids
 
 
 @pytest.mark.parametrize("source", [CHATML, TEMPLATE])
@@ -51,4 +51,4 @@ def test_jinja_prompts_equal_transformers(tmp_path: Path, source: str) -> None:
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), chat_template=source)
     turns = [{"role": role, "content": text} for role, text in TURNS]
     wanted = theirs.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
-    assert build_template("tokenizer", tokenizer).prompt(talk(TURNS)) == list(wanted)
+    assert build_template("tokenizer", tokenizer).encode_prompt(talk(TURNS)) == list(wanted)

@@ -1,4 +1,4 @@
-"""Text to token files, against direct calls of the tokenizer library."""
+"""Text files become token files; the oracle is the tokenizer library, called directly."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ import zstandard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from evomesh.data.prepare.tokenize import TextOptions, tokenize_files
-from evomesh.data.records.decompress import unpacked
-from evomesh.data.records.reader import find_texts
+from evomesh.data.records.decompress import decompress
+from evomesh.data.records.source_files import find_source_files
 from evomesh.data.token_files.bin_dataset import BinDataset
 from evomesh.data.token_files.repair import repair
 from evomesh.data.tokenizer import load_tokenizer
@@ -47,103 +47,105 @@ def bpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(inputs: list[str], output: Path, bpe: Path, append: bool = False, **options: Any) -> dict[str, Any]:
+def tokenize(
+    inputs: list[str], output: Path, bpe: Path, append: bool = False, **options: Any
+) -> dict[str, Any]:
     return tokenize_files(
-        find_texts(inputs), output, load_tokenizer(bpe), TextOptions(**options), append=append
+        find_source_files(inputs), output, load_tokenizer(bpe), TextOptions(**options), append=append
     )
 
 
-def documents(path: Path) -> list[list[int]]:
+def read_documents(path: Path) -> list[list[int]]:
     dataset = BinDataset(path)
     return [dataset.read(np.array([i])).tolist() for i in range(len(dataset))]
 
 
-def expected(bpe: Path, texts: list[str]) -> list[list[int]]:
+def encode(bpe: Path, texts: list[str]) -> list[list[int]]:
     tokenizer = Tokenizer.from_file(str(bpe))
     return [[*tokenizer.encode(text).ids, 1] for text in texts]
 
 
-def jsonl(path: Path, texts: list[str]) -> Path:
+def write_jsonl(path: Path, texts: list[str]) -> Path:
     path.write_text(
         "\n".join(json.dumps({"id": 1, "text": text}) for text in texts) + "\n\n", encoding="utf-8"
     )
     return path
 
 
-def test_jsonl_json_and_txt(tmp_path: Path, bpe: Path) -> None:
-    run([str(jsonl(tmp_path / "a.jsonl", TEXTS))], tmp_path / "out/en/a.bin", bpe)
-    assert documents(tmp_path / "out/en/a.bin") == expected(bpe, TEXTS)
+def test_txt_json_and_jsonl_become_the_same_documents(tmp_path: Path, bpe: Path) -> None:
+    tokenize([str(write_jsonl(tmp_path / "a.jsonl", TEXTS))], tmp_path / "out/en/a.bin", bpe)
+    assert read_documents(tmp_path / "out/en/a.bin") == encode(bpe, TEXTS)
     assert np.load(tmp_path / "out/en/a.bin.meta").dtype == np.int64
     (tmp_path / "a.json").write_text("  " + json.dumps([{"text": text} for text in TEXTS]))
-    run([str(tmp_path / "a.json")], tmp_path / "b.bin", bpe)
-    assert documents(tmp_path / "b.bin") == expected(bpe, TEXTS)
+    tokenize([str(tmp_path / "a.json")], tmp_path / "b.bin", bpe)
+    assert read_documents(tmp_path / "b.bin") == encode(bpe, TEXTS)
     (tmp_path / "a.txt").write_text("  one \n\n\t two\n")
-    run([str(tmp_path / "a.txt")], tmp_path / "c.bin", bpe)
-    assert documents(tmp_path / "c.bin") == expected(bpe, ["one", "two"])
+    tokenize([str(tmp_path / "a.txt")], tmp_path / "c.bin", bpe)
+    assert read_documents(tmp_path / "c.bin") == encode(bpe, ["one", "two"])
 
 
-def test_packed_inputs_globs_and_folders(tmp_path: Path, bpe: Path) -> None:
-    raw = jsonl(tmp_path / "x.jsonl", TEXTS).read_bytes()
+def test_compressed_files_folders_and_globs_are_read(tmp_path: Path, bpe: Path) -> None:
+    raw = write_jsonl(tmp_path / "x.jsonl", TEXTS).read_bytes()
     folder = tmp_path / "in" / "sub"
     folder.mkdir(parents=True)
     (folder / "a.jsonl.gz").write_bytes(gzip.compress(raw))
     half = zstandard.ZstdCompressor().compress
     (folder / "b.jsonl.zst").write_bytes(half(raw[:20]) + half(raw[20:]))  # two frames
     (folder / "notes.md").write_text("not data")
-    run([str(tmp_path / "in")], tmp_path / "a.bin", bpe)
-    assert documents(tmp_path / "a.bin") == expected(bpe, TEXTS * 2)
-    run([str(tmp_path / "in/**/*.gz")], tmp_path / "b.bin", bpe)
-    assert documents(tmp_path / "b.bin") == expected(bpe, TEXTS)
+    tokenize([str(tmp_path / "in")], tmp_path / "a.bin", bpe)
+    assert read_documents(tmp_path / "a.bin") == encode(bpe, TEXTS * 2)
+    tokenize([str(tmp_path / "in/**/*.gz")], tmp_path / "b.bin", bpe)
+    assert read_documents(tmp_path / "b.bin") == encode(bpe, TEXTS)
 
 
-def test_archives(tmp_path: Path, bpe: Path) -> None:
-    raw = jsonl(tmp_path / "x.jsonl", TEXTS).read_bytes()
+def test_archives_are_read_as_folders(tmp_path: Path, bpe: Path) -> None:
+    raw = write_jsonl(tmp_path / "x.jsonl", TEXTS).read_bytes()
     with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("b/two.jsonl", raw)
         archive.writestr("a.csv", "text,id\r\n" + "\r\n".join(f'"{text}",1' for text in TEXTS))
-    facts = run([str(tmp_path / "x.zip")], tmp_path / "a.bin", bpe)
-    assert documents(tmp_path / "a.bin") == expected(bpe, TEXTS * 2)
+    facts = tokenize([str(tmp_path / "x.zip")], tmp_path / "a.bin", bpe)
+    assert read_documents(tmp_path / "a.bin") == encode(bpe, TEXTS * 2)
     assert [source["file"] for source in facts["sources"]] == ["x.zip"]
 
 
-def test_raw_lines_are_the_documents_reading(tmp_path: Path, bpe: Path) -> None:
+def test_raw_lines_are_encoded_verbatim(tmp_path: Path, bpe: Path) -> None:
     source = tmp_path / "a.jsonl"
     source.write_text('{"text": "hello"}\n\n{"text": "world"}\n')
-    run([str(source)], tmp_path / "a.bin", bpe, raw_lines=True)
-    assert documents(tmp_path / "a.bin") == expected(
+    tokenize([str(source)], tmp_path / "a.bin", bpe, raw_lines=True)
+    assert read_documents(tmp_path / "a.bin") == encode(
         bpe, ['{"text": "hello"}\n', "\n", '{"text": "world"}\n']
     )
     (tmp_path / "a.json").write_text('[{"text": "感"}]')
-    run([str(tmp_path / "a.json")], tmp_path / "b.bin", bpe, raw_lines=True)
-    assert documents(tmp_path / "b.bin") == expected(bpe, ['{"text": "\\u611f"}'])
+    tokenize([str(tmp_path / "a.json")], tmp_path / "b.bin", bpe, raw_lines=True)
+    assert read_documents(tmp_path / "b.bin") == encode(bpe, ['{"text": "\\u611f"}'])
 
 
-def test_bos_and_eos(tmp_path: Path, bpe: Path) -> None:
-    source = str(jsonl(tmp_path / "a.jsonl", ["hello"]))
-    plain = expected(bpe, ["hello"])[0][:-1]
+def test_bos_and_eos_follow_options_and_tokenizer_config(tmp_path: Path, bpe: Path) -> None:
+    source = str(write_jsonl(tmp_path / "a.jsonl", ["hello"]))
+    plain = encode(bpe, ["hello"])[0][:-1]
     for options, tokens in (
         ({}, [*plain, 1]),
         ({"bos": True}, [0, *plain, 1]),
         ({"bos": False, "eos": False}, plain),
     ):
-        run([source], tmp_path / "a.bin", bpe, **options)
-        assert documents(tmp_path / "a.bin") == [tokens]
-    (tmp_path / "own").mkdir()
-    (tmp_path / "own/tokenizer.json").write_bytes(bpe.read_bytes())
-    (tmp_path / "own/tokenizer_config.json").write_text(
+        tokenize([source], tmp_path / "a.bin", bpe, **options)
+        assert read_documents(tmp_path / "a.bin") == [tokens]
+    (tmp_path / "custom").mkdir()
+    (tmp_path / "custom/tokenizer.json").write_bytes(bpe.read_bytes())
+    (tmp_path / "custom/tokenizer_config.json").write_text(
         '{"add_bos_token": true, "bos_token": "<s>", "eos_token": "h"}'
     )
-    run([source], tmp_path / "a.bin", tmp_path / "own")
-    assert documents(tmp_path / "a.bin") == [[0, *plain, Tokenizer.from_file(str(bpe)).token_to_id("h")]]
+    tokenize([source], tmp_path / "a.bin", tmp_path / "custom")
+    assert read_documents(tmp_path / "a.bin") == [[0, *plain, Tokenizer.from_file(str(bpe)).token_to_id("h")]]
 
 
 def test_rerun_replaces_and_append_adds(tmp_path: Path, bpe: Path) -> None:
-    source = str(jsonl(tmp_path / "a.jsonl", TEXTS))
-    first = run([source], tmp_path / "a.bin", bpe)
-    again = run([source], tmp_path / "a.bin", bpe)
+    source = str(write_jsonl(tmp_path / "a.jsonl", TEXTS))
+    first = tokenize([source], tmp_path / "a.bin", bpe)
+    again = tokenize([source], tmp_path / "a.bin", bpe)
     assert first == again
-    both = run([source], tmp_path / "a.bin", bpe, append=True)
-    assert documents(tmp_path / "a.bin") == expected(bpe, TEXTS * 2)
+    both = tokenize([source], tmp_path / "a.bin", bpe, append=True)
+    assert read_documents(tmp_path / "a.bin") == encode(bpe, TEXTS * 2)
     assert (both["documents"], both["tokens"], len(both["sources"])) == (8, 2 * first["tokens"], 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "a.bin",
@@ -153,20 +155,20 @@ def test_rerun_replaces_and_append_adds(tmp_path: Path, bpe: Path) -> None:
     ]
 
 
-def test_a_failed_run_leaves_the_old_file(tmp_path: Path, bpe: Path) -> None:
-    source = jsonl(tmp_path / "a.jsonl", TEXTS)
-    run([str(source)], tmp_path / "a.bin", bpe)
+def test_failed_run_keeps_the_old_file(tmp_path: Path, bpe: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    tokenize([str(source)], tmp_path / "a.bin", bpe)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix != ".jsonl"}
     source.write_text(source.read_text() + '{"txt": "no"}\n')
     with pytest.raises(UserError, match=r"a.jsonl line 6.*no field 'text' \(it has: txt\)"):
-        run([str(source)], tmp_path / "a.bin", bpe)
+        tokenize([str(source)], tmp_path / "a.bin", bpe)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix != ".jsonl"} == before
 
 
-def test_fingerprint(tmp_path: Path, bpe: Path) -> None:
-    facts = run([str(jsonl(tmp_path / "a.jsonl", TEXTS))], tmp_path / "a.bin", bpe)
+def test_fingerprint_describes_the_file(tmp_path: Path, bpe: Path) -> None:
+    facts = tokenize([str(write_jsonl(tmp_path / "a.jsonl", TEXTS))], tmp_path / "a.bin", bpe)
     assert json.loads((tmp_path / "a.bin.json").read_text()) == facts
-    found = documents(tmp_path / "a.bin")
+    found = read_documents(tmp_path / "a.bin")
     assert facts["max_id"] == max(map(max, found))
     assert facts["max_id"] in found[facts["max_id_line"] - 1]
     assert facts["tokens"] == sum(map(len, found))
@@ -183,26 +185,28 @@ def test_fingerprint(tmp_path: Path, bpe: Path) -> None:
         ("a.json", b'{"text": "x"}', "the file starts with '{'"),
         ("a.json", b'[{"text": "x"}', "not JSON"),
         ("a.jsonl.gz", b"plain", "cannot read the file"),
-        ("a.md", b"x", "of no known kind"),
+        ("a.md", b"x", "has an unknown format"),
         ("a.txt", b"\n", "holds no document"),
     ],
 )
-def test_bad_input(tmp_path: Path, bpe: Path, name: str, content: bytes, part: str) -> None:
+def test_bad_input_is_rejected_and_nothing_is_written(
+    tmp_path: Path, bpe: Path, name: str, content: bytes, part: str
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as caught:
-        run([str(tmp_path / name)], tmp_path / "out" / "a.bin", bpe)
+        tokenize([str(tmp_path / name)], tmp_path / "out" / "a.bin", bpe)
     assert part in str(caught.value)
     assert list((tmp_path / "out").glob("*") if (tmp_path / "out").exists() else []) == []
 
 
-def test_no_tokenizer(tmp_path: Path) -> None:
+def test_missing_tokenizer_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no tokenizer at"):
         load_tokenizer(tmp_path / "no.json")
-    with pytest.raises(UserError, match="it holds: nothing"):
+    with pytest.raises(UserError, match="it contains: nothing"):
         load_tokenizer(tmp_path)
 
 
-def test_starts_without_torch() -> None:
+def test_tokenizing_does_not_import_torch() -> None:
     modules = (
         "evomesh.cli.tokenize, evomesh.cli.data, evomesh.data.prepare.tokenize, evomesh.data.packing.packs"
     )
@@ -210,7 +214,7 @@ def test_starts_without_torch() -> None:
     subprocess.run([sys.executable, "-c", code + "sys.exit('torch' in sys.modules)"], check=True)
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path: Path, bpe: Path) -> None:
+def test_byte_order_mark_is_not_text(tmp_path: Path, bpe: Path) -> None:
     mark = b"\xef\xbb\xbf"
     for name, content in (
         ("a.txt", b"one\n"),
@@ -218,66 +222,68 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path, bpe: Path) -> None:
         ("a.json", b' [{"text": "one"}]'),
     ):
         (tmp_path / name).write_bytes(mark + content)
-        run([str(tmp_path / name)], tmp_path / "a.bin", bpe)
-        assert documents(tmp_path / "a.bin") == expected(bpe, ["one"])
+        tokenize([str(tmp_path / name)], tmp_path / "a.bin", bpe)
+        assert read_documents(tmp_path / "a.bin") == encode(bpe, ["one"])
 
 
 @pytest.mark.parametrize("raw_lines", [False, True])
 @pytest.mark.parametrize(
-    "pack",
+    "compress",
     [
         gzip.compress,
         zstandard.ZstdCompressor().compress,
         lambda raw: zstandard.ZstdCompressor().compress(raw) * 2,
     ],
 )
-def test_a_packed_file_that_is_cut_off_is_refused_at_any_place(
-    tmp_path: Path, bpe: Path, pack: Callable[[bytes], bytes], raw_lines: bool
+def test_compressed_file_truncated_anywhere_is_rejected(
+    tmp_path: Path, bpe: Path, compress: Callable[[bytes], bytes], raw_lines: bool
 ) -> None:
-    packed = pack(jsonl(tmp_path / "x.jsonl", TEXTS).read_bytes())
-    source = tmp_path / ("a.jsonl.gz" if packed[:1] == b"\x1f" else "a.jsonl.zst")
-    source.write_bytes(packed)
-    run([str(source)], tmp_path / "a.bin", bpe, raw_lines=raw_lines)
-    frames = 2 if packed[: len(packed) // 2] == packed[len(packed) // 2 :] else 1
-    for size in range(1, len(packed)):
-        if frames == 2 and size == len(packed) // 2:
-            continue  # a whole frame is a whole file
-        source.write_bytes(packed[:size])
+    compressed = compress(write_jsonl(tmp_path / "x.jsonl", TEXTS).read_bytes())
+    source = tmp_path / ("a.jsonl.gz" if compressed[:1] == b"\x1f" else "a.jsonl.zst")
+    source.write_bytes(compressed)
+    tokenize([str(source)], tmp_path / "a.bin", bpe, raw_lines=raw_lines)
+    frames = 2 if compressed[: len(compressed) // 2] == compressed[len(compressed) // 2 :] else 1
+    for size in range(1, len(compressed)):
+        if frames == 2 and size == len(compressed) // 2:
+            continue  # ends after a complete frame, and so is a complete file
+        source.write_bytes(compressed[:size])
         with pytest.raises(UserError, match=r"a.jsonl.*cannot read the file"):
-            run([str(source)], tmp_path / "a.bin", bpe, raw_lines=raw_lines)
+            tokenize([str(source)], tmp_path / "a.bin", bpe, raw_lines=raw_lines)
 
 
-def test_zstandard_frames_of_any_kind(tmp_path: Path, bpe: Path) -> None:
-    raw = jsonl(
+def test_empty_and_skippable_zstandard_frames_are_read(tmp_path: Path, bpe: Path) -> None:
+    raw = write_jsonl(
         tmp_path / "x.jsonl", [f"{number} {text}" for number in range(3000) for text in TEXTS]
     ).read_bytes()
     compress = zstandard.ZstdCompressor().compress
     skipped = b"\x50\x2a\x4d\x18\x03\x00\x00\x00abc"
-    packed = compress(b"") + skipped + compress(raw[:100_000]) + skipped + compress(raw[100_000:]) + skipped
-    (tmp_path / "a.jsonl.zst").write_bytes(packed)
-    with unpacked((tmp_path / "a.jsonl.zst").open("rb"), "zst") as stream:
+    compressed = (
+        compress(b"") + skipped + compress(raw[:100_000]) + skipped + compress(raw[100_000:]) + skipped
+    )
+    (tmp_path / "a.jsonl.zst").write_bytes(compressed)
+    with decompress((tmp_path / "a.jsonl.zst").open("rb"), "zst") as stream:
         assert stream.read() == raw
 
 
-def test_a_pipe_is_refused(tmp_path: Path, bpe: Path) -> None:
+def test_pipe_is_rejected(tmp_path: Path, bpe: Path) -> None:
     os.mkfifo(tmp_path / "a.jsonl")
     with pytest.raises(UserError, match=r"a.jsonl: not a regular file"):
-        run([str(tmp_path / "a.jsonl")], tmp_path / "a.bin", bpe)
+        tokenize([str(tmp_path / "a.jsonl")], tmp_path / "a.bin", bpe)
 
 
-def test_appending_to_a_file_of_another_tool(tmp_path: Path, bpe: Path) -> None:
-    """One without a fingerprint, and without a newline at its end."""
+def test_append_to_a_file_without_fingerprint(tmp_path: Path, bpe: Path) -> None:
+    """Such files come from other tools; this one also lacks a newline at its end."""
     output = tmp_path / "a.bin"
     output.write_bytes(b'{"tokens": [5, -9000]}\n{"tokens": [7]}')
     repair(output)
-    facts = run([str(jsonl(tmp_path / "a.jsonl", TEXTS))], output, bpe, append=True)
-    assert documents(output) == [[5, -9000], [7], *expected(bpe, TEXTS)]
+    facts = tokenize([str(write_jsonl(tmp_path / "a.jsonl", TEXTS))], output, bpe, append=True)
+    assert read_documents(output) == [[5, -9000], [7], *encode(bpe, TEXTS)]
     assert (facts["max_id"], facts["max_id_line"]) == (9000, 1)
     assert facts["bin_hash"] == f"xxh3_128:{xxhash.xxh3_128_hexdigest(output.read_bytes())}"
 
 
-def test_a_full_disk_is_a_message(tmp_path: Path, bpe: Path) -> None:
-    source = jsonl(tmp_path / "a.jsonl", TEXTS * 500)
+def test_full_disk_is_reported_without_traceback(tmp_path: Path, bpe: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS * 500)
     code = "import resource, sys; from evomesh.cli.main import main; "
     code += "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)); main()"
     command = ["tokenize", str(source), "-o", str(tmp_path / "out/a.bin"), "-t", str(bpe), "--no-eos"]
