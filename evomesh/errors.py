@@ -1,12 +1,12 @@
 """The one exception type that a user is meant to read.
 
-It lies below every other package, so that each of them can refuse bad input in the same form.
+It is below every other package, so that each of them can refuse bad input in the same form.
 """
 
 from __future__ import annotations
 
 EXIT_USER_ERROR = 2
-EXIT_TRAINING_STOPPED = 6  # numbers went wrong: too many skipped steps, loss scale at its floor
+EXIT_TRAINING_STOPPED = 6  # numbers went wrong: too many skipped steps in a row
 EXIT_RESTART = 75  # EX_TEMPFAIL: state is saved, start the same command again
 
 

@@ -65,8 +65,14 @@ def show(
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object: config, origins, derived, warnings.")
     ] = False,
+    explain_key: Annotated[
+        str | None,
+        typer.Option(
+            "--explain", metavar="KEY", help="Print what one key means and where its value comes from."
+        ),
+    ] = None,
 ) -> None:
-    """Print every resolved value of CONFIG with where it came from, and what follows from them."""
+    """Print every resolved value of CONFIG, where it came from, and the sizes derived from them."""
     from evomesh.config.json_codec import encode_json
     from evomesh.config.layout import check_world
     from evomesh.config.loader import load_config
@@ -75,6 +81,12 @@ def show(
     from evomesh.config.rules import leaves
 
     loaded = load_config(config, overrides or [])
+    if explain_key is not None:
+        from evomesh.config.explain import explain
+
+        for label, text in explain(loaded, explain_key):
+            typer.echo(f"{label:<12} {text}")
+        return
     warnings = loaded.warnings + (check_world(loaded.config, gpus) if gpus else [])
     figures = derived(loaded, gpus or 1)
     if as_json:

@@ -16,7 +16,7 @@ from evomesh.config.reading.origins import origins
 from evomesh.config.reading.overrides import Override, apply_overrides, parse_overrides
 from evomesh.config.reading.source import ConfigSource, read_source
 from evomesh.config.reading.source_lines import line_of
-from evomesh.config.reading.spellings import SECTIONS, SPELLINGS, TOP_LEVEL, resolve, written_key
+from evomesh.config.reading.spellings import QUEUE, SECTIONS, SPELLINGS, TOP_LEVEL, resolve, written_key
 from evomesh.config.rules import check, leaves
 from evomesh.config.schema import Config
 from evomesh.config.step_values import SettingError
@@ -86,7 +86,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> LoadedConfig:
 
 def known_keys() -> list[str]:
     """Every key a config file may have, dotted, as written there."""
-    keys = [*TOP_LEVEL, *SPELLINGS, *INERT, *REFUSED]
+    keys = [*TOP_LEVEL, QUEUE, *SPELLINGS, *INERT, *REFUSED]
     for name in SECTIONS:
         keys += [written_key(key) for key in _fields(Config.model_fields[name].annotation, name)]
     return list(dict.fromkeys(key for key in keys if key != "model.extra"))

@@ -1,6 +1,6 @@
 """Every section of a config as one frozen pydantic model; nothing here imports torch.
 
-Field names are the documents' words. A value has its documented default here and nowhere else.
+Field names are InternEvo's. A field has its documented default and its description here and nowhere else.
 The loader (``loader.py``) brings older spellings into this form before validation (``legacy.py``), so these
 models hold the resolved form only. Rules that need more than one section live in ``rules.py``.
 """
@@ -34,57 +34,101 @@ class Section(BaseModel):
 class RunConfig(Section):
     """Top-level scalars of a config file."""
 
-    job_name: str = "AnonymousJob"  # JOB_NAME
+    job_name: str = Field("AnonymousJob", description="Name of the run: its folder and its log.")
     seed: int = Field(
-        1024, ge=0, lt=2**32
-    )  # initial weights and sampling; the data order has its own, data.seed
-    cudnn_deterministic: bool = False
-    cudnn_benchmark: bool = False
-    enable_tb: bool = True
-    tensorboard_folder: str | None = None
-    resume_tb_folder: str | None = None
-    tensorboard_queue: int = Field(10, ge=1)  # tensorboard.queue_max_length: steps buffered before a write
-    run_dir: str | None = (
-        None  # --run-dir: where log, metrics.jsonl and TensorBoard go; None: RUN/{JOB_NAME}/{time}
+        1024,
+        ge=0,
+        lt=2**32,
+        description="Seed of the initial weights and of sampling; the data order has its own, data.seed.",
     )
-    max_consecutive_skips: int = Field(100, ge=1)  # stop when this many steps in a row had inf or NaN
+    cudnn_deterministic: bool = Field(False, description="Passed on to torch.backends.cudnn.")
+    cudnn_benchmark: bool = Field(False, description="Passed on to torch.backends.cudnn.")
+    enable_tb: bool = Field(True, description="Write TensorBoard files.")
+    tensorboard_folder: str | None = Field(
+        None, description="Where TensorBoard files go; also the environment variable of this name."
+    )
+    resume_tb_folder: str | None = Field(
+        None, description="Earlier TensorBoard files to continue; also the environment variable of this name."
+    )
+    tensorboard_queue: int = Field(
+        10, ge=1, description="TensorBoard steps that are buffered before a write."
+    )
+    run_dir: str | None = Field(
+        None,
+        description="Folder of the log, metrics.jsonl and TensorBoard files; None: RUN/{JOB_NAME}/{time}.",
+    )
+    max_consecutive_skips: int = Field(
+        100, ge=1, description="Stop when this many steps in a row had inf or NaN."
+    )
 
 
 class DataConfig(Section):
-    type: Literal["tokenized", "streaming"] = "tokenized"
-    seq_len: int = Field(2048, ge=1)
-    micro_num: int = Field(1, ge=1)
-    micro_bsz: int = Field(1, ge=1)
-    total_steps: int = Field(50000, ge=1)
-    train_folder: str | None = None  # None: synthetic data
-    valid_folder: str | None = None
-    valid_micro_num: int | None = Field(None, ge=1)  # None: micro_num
-    valid_every: int = 0  # <= 0: never
-    valid_min_length: int = Field(0, ge=0)
-    min_length: int = Field(0, ge=0)  # in tokens
-    min_length_dict: dict[str, int] = {}
-    pack_sample_into_one: bool = False
-    remainder: Literal["drop", "carry", "pad"] = "drop"
-    order: Literal["internevo", "xtuner"] = "internevo"
-    data_order_path: str | None = None
-    dataset_weights: dict[str, float] | None = None
-    skip_batches: StepsSetting = StepRanges()
-    rampup_batch_size: RampupSetting = None
-    seed: int = Field(1024, ge=0, lt=2**32)
-    num_worker: int = Field(1, ge=0)
-    gradient_accumulation: int | None = Field(None, ge=1)
-    use_packed_dataset: bool = True
-    fixed_random_dataset_seqlen: bool = True
-    empty_cache_and_diag_interval: int = 50
-    diag_outlier_ratio: float = Field(1.1, ge=1.0)
-    use_shm: bool = False
-    shm_path: str = "/dev/shm/metacache"
-    tokenizer_path: str | None = None
-    content_name: str = "text"
-    subset_name: str | None = None
-    split_name: str | None = None  # None: the one named train, if it is clear which
-    valid_split_name: str | None = None  # None: the one named validation, else test
-    allow_tokenizer_mismatch: bool = False
+    type: Literal["tokenized", "streaming"] = Field(
+        "tokenized", description="Token files, or streaming: text is tokenized while training reads it."
+    )
+    seq_len: int = Field(2048, ge=1, description="Longest attention segment, in tokens.")
+    micro_num: int = Field(1, ge=1, description="Micro-batches per step.")
+    micro_bsz: int = Field(1, ge=1, description="Packed length = micro_bsz * seq_len.")
+    total_steps: int = Field(50000, ge=1, description="Training ends after this many steps.")
+    train_folder: str | None = Field(
+        None, description="Folder of tokenized data; None: synthetic data, with a warning."
+    )
+    valid_folder: str | None = Field(None, description="Folder of validation sets.")
+    valid_micro_num: int | None = Field(
+        None, ge=1, description="Micro-batches of a validation step; None: micro_num."
+    )
+    valid_every: int = Field(0, description="Steps between validations; <= 0: never.")
+    valid_min_length: int = Field(0, ge=0, description="Validation samples with fewer tokens are left out.")
+    min_length: int = Field(
+        0, ge=0, description="Samples with fewer tokens are left out (InternEvo's guide says rows)."
+    )
+    min_length_dict: dict[str, int] = Field({}, description="min_length by part of the path.")
+    pack_sample_into_one: bool = Field(False, description="Attend across the samples of a pack.")
+    remainder: Literal["drop", "carry", "pad"] = Field(
+        "drop", description="What happens to tokens that do not fill a pack."
+    )
+    order: Literal["internevo", "xtuner"] = Field(
+        "internevo", description="Shuffle and label as InternEvo or as XTuner does."
+    )
+    data_order_path: str | None = Field(
+        None, description="File with the order of the data files, in XTuner's format."
+    )
+    dataset_weights: dict[str, float] | None = Field(
+        None, description="Shares of the packs, by part of the path."
+    )
+    skip_batches: StepsSetting = Field(
+        StepRanges(), description="Steps whose data is consumed without training on it."
+    )
+    rampup_batch_size: RampupSetting = Field(
+        None, description="Growing micro_num: start, increment, steps between increments."
+    )
+    seed: int = Field(1024, ge=0, lt=2**32, description="Seed of the order of the packs.")
+    num_worker: int = Field(1, ge=0, description="Background reader threads.")
+    gradient_accumulation: int | None = Field(
+        None, ge=1, description="Must equal micro_num, which means the same."
+    )
+    use_packed_dataset: bool = Field(True, description="Accepted for InternEvo; data is always packed.")
+    fixed_random_dataset_seqlen: bool = Field(True, description="Synthetic samples fill seq_len.")
+    empty_cache_and_diag_interval: int = Field(
+        50, description="Steps between freeing caches and looking for slow ranks."
+    )
+    diag_outlier_ratio: float = Field(
+        1.1, ge=1.0, description="How many times slower than the median counts as slow."
+    )
+    use_shm: bool = Field(False, description="Keep one copy of the packing index per node.")
+    shm_path: str = Field("/dev/shm/metacache", description="Where use_shm keeps the packing index.")
+    tokenizer_path: str | None = Field(None, description="Tokenizer of the data.")
+    content_name: str = Field("text", description="Text column of streaming data.")
+    subset_name: str | None = Field(None, description="Subset of streaming data.")
+    split_name: str | None = Field(
+        None, description="Split of streaming data; None: the one named train, if that is unambiguous."
+    )
+    valid_split_name: str | None = Field(
+        None, description="Split of streaming data to validate on; None: the one named validation, else test."
+    )
+    allow_tokenizer_mismatch: bool = Field(
+        False, description="Train even if training and validation data were tokenized differently."
+    )
 
     @property
     def packed_length(self) -> int:
@@ -99,48 +143,94 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """Shape and numerics of the decoder. ``model_type`` and ``use_fp32_norm`` are top-level keys in a config file."""
 
-    model_type: str = "INTERNLM"
-    num_layers: int = Field(48, ge=1)
-    hidden_size: int = Field(2048, ge=1)
-    vocab_size: int = Field(50304, ge=2)
-    num_attention_heads: int = Field(32, ge=1)
-    num_kv_attention_heads: int | None = Field(None, ge=1)  # None: num_attention_heads
-    mlp_ratio: float = Field(4.0, gt=0)
-    multiple_of: int = Field(256, ge=1)  # mlp width is rounded up to this
-    dtype: DType = "float16"
-    checkpoint: float = Field(0.0, ge=0, le=1)  # fraction of layers whose activations are recomputed
-    norm_type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    layer_norm_epsilon: float = Field(1e-5, gt=0)
-    apply_post_layer_norm: bool = False
-    use_swiglu: bool = True
-    no_bias: bool = False  # False: attention projections have biases
-    qk_interleaved: bool = False  # True: rotary pairs are neighbouring columns; False: first and second half
-    rope_base: float = Field(10000.0, gt=0)
-    rope_scaling_factor: float = Field(1.0, ge=1)
-    max_position_embeddings: int = Field(2048, ge=1)
-    use_dynamic_ntk_rope: bool = False
-    embed_grad_scale: float = 1.0
-    embed_split_hidden: bool = False
-    parallel_output: bool = True
-    norm_head: bool = False
-    residual_in_fp32: bool = False
-    use_scaled_init: bool = True
-    init_type: Literal["normal", "uniform"] = "normal"
-    embedding_init_std: float | None = None  # None: the family's own value
-    attn_wqkv_init_std: float | None = None
-    attn_other_init_std: float | None = None
-    ffn_uplayer_init_std: float | None = None
-    ffn_other_init_std: float | None = None
-    out_head_init_std: float | None = None
-    drop_rate: float = 0.0
-    attn_drop_rate: float = 0.0
-    dropout_selective_checkpoint: bool = True
-    num_chunks: int = Field(1, ge=1)
-    use_flash_attn: bool = True
-    use_fp32_norm: bool = False
-    output_tf32: bool = False
-    compile: bool | Literal["auto"] = "auto"  # auto: on CUDA only
-    extra: dict[str, Any] = {}  # parameters of a user's own registered model
+    model_type: str = Field(
+        "INTERNLM", description="INTERNLM, INTERNLM2_PUBLIC, LLAMA2 or a registered custom model."
+    )
+    num_layers: int = Field(48, ge=1, description="Number of decoder layers.")
+    hidden_size: int = Field(2048, ge=1, description="Width of the residual stream.")
+    vocab_size: int = Field(50304, ge=2, description="Number of token ids.")
+    num_attention_heads: int = Field(32, ge=1, description="Number of query heads.")
+    num_kv_attention_heads: int | None = Field(
+        None, ge=1, description="Number of key/value heads; None: num_attention_heads, as INTERNLM requires."
+    )
+    mlp_ratio: float = Field(
+        4.0, gt=0, description="Feed-forward width = int(hidden_size * mlp_ratio), rounded up to multiple_of."
+    )
+    multiple_of: int = Field(
+        256, ge=1, description="The feed-forward width is rounded up to a multiple of this."
+    )
+    dtype: DType = Field(
+        "float16",
+        description="torch.float16, half, bfloat16, float32, tf32 or float64; unset: float16, with a warning.",
+    )
+    checkpoint: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Fraction of layers whose activations are recomputed; also True or False.",
+    )
+    norm_type: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="Kind of the norms.")
+    layer_norm_epsilon: float = Field(1e-5, gt=0, description="Epsilon of the norms.")
+    apply_post_layer_norm: bool = Field(
+        False, description="Norms after the residual additions (INTERNLM2_PUBLIC)."
+    )
+    use_swiglu: bool = Field(True, description="SwiGLU, or GELU.")
+    no_bias: bool = Field(
+        False, description="Attention projections without biases; INTERNLM always has them."
+    )
+    qk_interleaved: bool = Field(
+        False,
+        description="True: rotary pairs are adjacent columns; False: first and second half. Default by family.",
+    )
+    rope_base: float = Field(10000.0, gt=0, description="Base of the rotary angles.")
+    rope_scaling_factor: float = Field(1.0, ge=1, description="Factor of dynamic NTK.")
+    max_position_embeddings: int = Field(2048, ge=1, description="Trained length, for dynamic NTK.")
+    use_dynamic_ntk_rope: bool = Field(False, description="Dynamic NTK beyond the trained length.")
+    embed_grad_scale: float = Field(1.0, description="Scale of the embedding's gradient.")
+    embed_split_hidden: bool = Field(False, description="Shard the embedding by columns instead of rows.")
+    parallel_output: bool = Field(
+        True, description="Accepted for InternEvo; the loss never materializes the full logits."
+    )
+    norm_head: bool = Field(False, description="Normalize the rows of the output head.")
+    residual_in_fp32: bool = Field(False, description="Keep the residual stream in float32.")
+    use_scaled_init: bool = Field(True, description="Initial wo and w2 shrink with depth.")
+    init_type: Literal["normal", "uniform"] = Field(
+        "normal", description="Distribution of the initial weights."
+    )
+    embedding_init_std: float | None = Field(
+        None, description="Initial standard deviation of the embedding; None: by family."
+    )
+    attn_wqkv_init_std: float | None = Field(
+        None,
+        description="Initial standard deviation of the query, key and value projection; None: by family.",
+    )
+    attn_other_init_std: float | None = Field(
+        None, description="Initial standard deviation of the attention output; None: by family."
+    )
+    ffn_uplayer_init_std: float | None = Field(
+        None, description="Initial standard deviation of the feed-forward inputs; None: by family."
+    )
+    ffn_other_init_std: float | None = Field(
+        None, description="Initial standard deviation of the feed-forward output; None: by family."
+    )
+    out_head_init_std: float | None = Field(
+        None, description="Initial standard deviation of the output head; None: by family."
+    )
+    drop_rate: float = Field(0.0, description="Dropout, which evomesh does not have.")
+    attn_drop_rate: float = Field(0.0, description="Dropout of the attention, which evomesh does not have.")
+    dropout_selective_checkpoint: bool = Field(
+        True, description="Accepted for InternEvo; there is no dropout."
+    )
+    num_chunks: int = Field(1, ge=1, description="Model chunks per rank in an interleaved pipeline.")
+    use_flash_attn: bool = Field(
+        True, description="Accepted for InternEvo; the fastest available kernel is used on every device."
+    )
+    use_fp32_norm: bool = Field(False, description="Compute norms in float32.")
+    output_tf32: bool = Field(False, description="Output head in TF32.")
+    compile: bool | Literal["auto"] = Field(
+        "auto", description="torch.compile the blocks; auto: on CUDA only."
+    )
+    extra: dict[str, Any] = Field({}, description="Parameters of a registered custom model.")
 
     @property
     def kv_heads(self) -> int:
@@ -167,26 +257,37 @@ class ModelConfig(Section):
 
 
 class Zero1Config(Section):
-    size: int = -1  # <= 0: the whole data-parallel group
-    fsdp: bool = False
+    size: int = Field(
+        -1, description="Ranks that optimizer state is sharded over; <= 0: all data-parallel ranks."
+    )
+    fsdp: bool = Field(False, description="Shard weights and gradients over the zero1 ranks too (ZeRO-3).")
 
 
 class TensorConfig(Section):
-    size: int = Field(1, ge=1)
-    mode: Mode = "mtp"
+    size: int = Field(1, ge=1, description="Ranks that share a layer or a sequence.")
+    mode: Mode = Field(
+        "mtp",
+        description="What tensor ranks share: layers (mtp), activations too (msp, fsp), or sequences (isp).",
+    )
 
 
 class PipelineConfig(Section):
-    size: int = Field(1, ge=1)
-    interleaved_overlap: bool = False
-    schedule: Literal["1f1b", "interleaved", "zbv"] | None = None  # None: by num_chunks
-    balance: bool = False
+    size: int = Field(1, ge=1, description="Number of pipeline stages.")
+    interleaved_overlap: bool = Field(
+        False, description="Accepted for InternEvo: sends and receives are always asynchronous."
+    )
+    schedule: Literal["1f1b", "interleaved", "zbv"] | None = Field(
+        None, description="Order of the stages' work; None: interleaved if num_chunks > 1, else 1f1b."
+    )
+    balance: bool = Field(False, description="Count embedding and head when layers are assigned to stages.")
 
 
 class WeightConfig(Section):
-    size: int = Field(1, ge=1)
-    overlap: bool = False
-    memory_pool: bool = False
+    size: int = Field(1, ge=1, description="Ranks that weights are sharded over (isp).")
+    overlap: bool = Field(False, description="Gather weights while the device computes.")
+    memory_pool: bool = Field(
+        False, description="Accepted for InternEvo; memory of gathered weights is reused anyway."
+    )
 
 
 class ParallelConfig(Section):
@@ -199,95 +300,128 @@ class ParallelConfig(Section):
 class ZeroConfig(Section):
     """``hybrid_zero_optimizer``."""
 
-    overlap_sync_grad: bool = False
-    overlap_sync_param: bool = False
-    reduce_bucket_size: int = Field(512 * 1024 * 1024, ge=1)  # elements
-    clip_grad_norm: float = Field(1.0, ge=0)  # 0: no clipping
-    use_split_tensor_optim: bool = False
-    all_gather_size: int = Field(512 * 1024 * 1024, ge=1)  # elements
+    overlap_sync_grad: bool = Field(False, description="Reduce gradients during the backward pass.")
+    overlap_sync_param: bool = Field(False, description="Gather parameters during the next forward pass.")
+    reduce_bucket_size: int = Field(512 * 1024 * 1024, ge=1, description="Elements per reduction.")
+    clip_grad_norm: float = Field(1.0, ge=0, description="Largest global gradient norm; 0: no clipping.")
+    use_split_tensor_optim: bool = Field(False, description="Shard optimizer state evenly, through tensors.")
+    all_gather_size: int = Field(512 * 1024 * 1024, ge=1, description="Elements per gather.")
 
 
 class Fp16Config(Section):
-    initial_scale: float = Field(2.0**16, gt=0)
-    min_scale: float | None = Field(1.0, gt=0)
-    growth_interval: int = Field(1000, ge=1)
+    initial_scale: float = Field(2.0**16, gt=0, description="Initial loss scale (float16 only).")
+    min_scale: float | None = Field(1.0, gt=0, description="Lowest loss scale.")
+    growth_interval: int = Field(
+        1000, ge=1, description="Steps without overflow before the loss scale grows."
+    )
 
 
 class ScalerConfig(Section):
     """``grad_scaler``: dynamic loss scale, used for float16 only."""
 
     fp16: Fp16Config = Fp16Config()
-    growth_factor: float = Field(2.0, gt=1)
-    backoff_factor: float = Field(0.5, gt=0, lt=1)
-    max_scale: float | None = Field(2.0**24, gt=0)
-    hysteresis: int = Field(2, ge=1)
+    growth_factor: float = Field(2.0, gt=1, description="Factor by which the loss scale grows.")
+    backoff_factor: float = Field(0.5, gt=0, lt=1, description="Factor by which the loss scale backs off.")
+    max_scale: float | None = Field(2.0**24, gt=0, description="Highest loss scale.")
+    hysteresis: int = Field(2, ge=1, description="Overflows before the loss scale backs off.")
 
 
 class AdamConfig(Section):
-    lr: float = Field(1e-4, ge=0)
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.95, ge=0, lt=1)
-    adam_beta2_c: float = 0.0
-    adam_eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    no_decay: tuple[Literal["bias", "norm", "embedding"], ...] = ()  # what is left out of weight decay
+    lr: float = Field(1e-4, ge=0, description="Peak learning rate.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of AdamW's first moment.")
+    adam_beta2: float = Field(0.95, ge=0, lt=1, description="Decay of AdamW's second moment.")
+    adam_beta2_c: float = Field(0.0, description="Exponent of the beta2 schedule; 0: constant.")
+    adam_eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay.")
+    no_decay: tuple[Literal["bias", "norm", "embedding"], ...] = Field(
+        (), description="Parameters exempt from weight decay; by default none, as InternEvo documents it."
+    )
 
 
 class LrConfig(Section):
     """``lr_scheduler``: linear warm-up, then cosine."""
 
-    total_steps: int | None = Field(None, ge=1)  # None: data.total_steps
-    init_steps: int = Field(0, ge=0)
-    warmup_ratio: float = Field(0.0, ge=0, le=1)
-    eta_min: float = Field(0.0, ge=0)
-    last_epoch: int = -1
+    total_steps: int | None = Field(
+        None, ge=1, description="Length of the learning-rate schedule; None: data.total_steps."
+    )
+    init_steps: int = Field(0, ge=0, description="Steps before the warm-up.")
+    warmup_ratio: float = Field(0.0, ge=0, le=1, description="Fraction of the steps that warm up.")
+    eta_min: float = Field(0.0, ge=0, description="Learning rate at the end.")
+    last_epoch: int = Field(
+        -1, description="Accepted for InternEvo; a resumed run takes the step from its checkpoint."
+    )
 
 
 class Beta2Config(Section):
-    init_beta2: float | None = Field(None, ge=0, lt=1)  # None: adam.adam_beta2
-    c: float | None = None  # None: adam.adam_beta2_c; <= 0: constant
-    cur_iter: int = -1
+    init_beta2: float | None = Field(None, ge=0, lt=1, description="Initial beta2; None: adam.adam_beta2.")
+    c: float | None = Field(
+        None, description="Exponent of the beta2 schedule; None: adam.adam_beta2_c; <= 0: constant."
+    )
+    cur_iter: int = Field(
+        -1, description="Accepted for InternEvo; a resumed run takes the step from its checkpoint."
+    )
 
 
 class LossConfig(Section):
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    reduction: Literal["token", "micro_batch"] = "token"
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing.")
+    reduction: Literal["token", "micro_batch"] = Field(
+        "token", description="Mean over all tokens of a step, or InternEvo's mean of micro-batch means."
+    )
 
 
 class LoadConfig(Section):
     """``ckpt.load_ckpt_info``."""
 
-    path: str
-    content: tuple[str, ...] = ("model",)
-    ckpt_type: str = "internevo"
+    path: str = Field(description="Folder of the checkpoint to start from.")
+    content: tuple[str, ...] = Field(
+        ("model",), description="What is loaded: model, sampler, optimizer, scheduler, all."
+    )
+    ckpt_type: str = Field(
+        "internevo",
+        description="internevo, internlm, normal; hf, hf_llama, llama; or a registered custom loader.",
+    )
 
 
 class CheckpointConfig(Section):
     """``ckpt``."""
 
-    enable_save_ckpt: bool = False
-    save_ckpt_folder: str | None = None
-    checkpoint_every: float = INF  # successful steps; inf: at the end only
-    load_ckpt_info: LoadConfig | None = None
-    auto_resume: bool = True
-    async_upload: bool = False
-    async_upload_tmp_folder: str | None = None
+    enable_save_ckpt: bool = Field(False, description="Save checkpoints; unset: if save_ckpt_folder is set.")
+    save_ckpt_folder: str | None = Field(
+        None,
+        description="Where checkpoints go: a local: or plain path, boto3:s3://BUCKET.ENDPOINT/KEY or s3://BUCKET/KEY.",
+    )
+    checkpoint_every: float = Field(INF, description="Steps between checkpoints; inf: one at the end.")
+    load_ckpt_info: LoadConfig | None = Field(
+        None, description="Checkpoint to start from; used with auto_resume=False."
+    )
+    auto_resume: bool = Field(True, description="Resume from the newest good checkpoint in save_ckpt_folder.")
+    async_upload: bool = Field(False, description="Upload in the background; for remote folders only.")
+    async_upload_tmp_folder: str | None = Field(None, description="Local upload folder.")
     s3_endpoint: str | None = Field(
-        None, pattern=r"^https?://[^/\s]+/?$"
-    )  # of s3://BUCKET/KEY in this section
-    oss_snapshot_freq: float = INF
-    snapshot_ckpt_folder: str | None = None
-    stop_file_path: str | None = None
-    save_optimizer: bool = True
-    keep_last: int | None = Field(None, ge=1)
-    keep_every: int | None = Field(None, ge=1)
+        None,
+        pattern=r"^https?://[^/\s]+/?$",
+        description="Endpoint of s3://BUCKET/KEY; None: from the environment, else AWS.",
+    )
+    oss_snapshot_freq: float = Field(
+        INF,
+        description="Steps between snapshots; unset: half of checkpoint_every in a remote folder, else none.",
+    )
+    snapshot_ckpt_folder: str | None = Field(None, description="Where snapshots go.")
+    stop_file_path: str | None = Field(None, description="A file that ends the run at a given step.")
+    save_optimizer: bool = Field(True, description="Save the optimizer state; False: weights only.")
+    keep_last: int | None = Field(None, ge=1, description="How many of the newest checkpoints are kept.")
+    keep_every: int | None = Field(
+        None, ge=1, description="Checkpoints of multiples of this step are kept forever."
+    )
 
 
 class AlertConfig(Section):
-    enable_feishu_alert: bool = False
-    feishu_alert_address: str | None = None
-    light_monitor_address: str | None = None
-    alert_file_path: str | None = None
+    enable_feishu_alert: bool = Field(False, description="Send alerts.")
+    feishu_alert_address: str | None = Field(
+        None, description="Webhook of alerts; never written to a log or checkpoint."
+    )
+    light_monitor_address: str | None = Field(None, description="Address of heartbeats.")
+    alert_file_path: str | None = Field(None, description="File of alerts.")
 
 
 class MonitorConfig(Section):
@@ -297,26 +431,38 @@ class MonitorConfig(Section):
 class GenerationConfig(Section):
     """``generation``: what ``generate.py --config`` does, and the ids that an export hands on."""
 
-    output_folder: str | None = None
-    ckpt_folder: str | None = None
-    data_folder: str | None = None
-    batch_size: int | None = Field(None, ge=1)
-    bos_id: int = 1
-    eos_id: tuple[int, ...] = (2,)
-    pad_id: int | None = None
-    additional_eos_token_list: tuple[int, ...] = ()
-    max_length: int = Field(100, ge=1)
-    max_new_tokens: int | None = Field(None, ge=1)
-    do_sample: bool = True
-    temperature: float = Field(1.0, ge=0)
-    num_beams: int = Field(1, ge=1)
-    top_k: int = Field(50, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0)
-    length_penalty: float = 1.0
-    num_return_sequences: int = Field(1, ge=1)
-    seed: int = Field(1024, ge=0)
+    output_folder: str | None = Field(None, description="Folder of the answers.")
+    ckpt_folder: str | None = Field(None, description="Checkpoint to generate with.")
+    data_folder: str | None = Field(None, description="Folder of the prompts.")
+    batch_size: int | None = Field(None, ge=1, description="Prompts per batch.")
+    bos_id: int = Field(1, description="Recorded and exported; prompts are taken as they are.")
+    eos_id: tuple[int, ...] = Field((2,), description="One id, or a list, that ends an answer.")
+    pad_id: int | None = Field(None, description="Recorded and exported; nothing is padded.")
+    additional_eos_token_list: tuple[int, ...] = Field((), description="Further ids that end an answer.")
+    max_length: int = Field(100, ge=1, description="Most tokens of prompt and answer together.")
+    max_new_tokens: int | None = Field(None, ge=1, description="Most tokens of an answer.")
+    do_sample: bool = Field(True, description="Sample; False: greedy.")
+    temperature: float = Field(1.0, ge=0, description="Temperature of sampling; 0: greedy.")
+    num_beams: int = Field(1, ge=1, description="Width of beam search; 1: no beam search.")
+    top_k: int = Field(50, ge=0, description="Sample from this many of the most likely tokens; 0: all.")
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Sample from the smallest set of top tokens whose probability reaches this.",
+    )
+    min_p: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Sample from tokens with at least this fraction of the highest probability.",
+    )
+    repetition_penalty: float = Field(
+        1.0, gt=0, description="Penalty of tokens that already occurred; 1: none."
+    )
+    length_penalty: float = Field(1.0, description="Exponent of the length in the score of a beam.")
+    num_return_sequences: int = Field(1, ge=1, description="Answers per prompt.")
+    seed: int = Field(1024, ge=0, description="Seed of sampling.")
 
 
 class Config(Section):

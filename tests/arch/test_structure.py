@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "evomesh").rglob("*.py"))
-MAX_FILE, MAX_FUNCTION = 400, 60  # lines
+MAX_FILE, MAX_FUNCTION = 500, 60  # lines
 
 
 def ids(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""From the documents' spellings, old and new, to the one resolved form of ``schema.py``."""
+"""From InternEvo's spellings, old and new, to the one resolved form of ``schema.py``."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ TOP_LEVEL = {
 }
 SECTIONS = tuple(name for name in Config.model_fields if name != "run")
 # Keys that exist in config files only: read here, absent from the resolved form.
-SPELLINGS = (
-    "tensorboard",
-    "tensorboard.queue_max_length",
-    "monitor.tensorboard",
-    "monitor.tensorboard.queue_max_length",
-    "parallel.sequence_parallel",
-    "parallel.pipeline.mode",
-    "hybrid_zero_optimizer.zero_overlap_communication",
-    "ckpt.load_ckpt_folder",
-    "ckpt.load_model_only_folder",
-    "data.packed_length",
-    "model.adapt_hf",
-)
+SPELLINGS = {
+    "tensorboard": "Settings of TensorBoard: dict(queue_max_length=...).",
+    "monitor.tensorboard": "Settings of TensorBoard, as the top-level tensorboard.",
+    "monitor.tensorboard.queue_max_length": "As tensorboard.queue_max_length.",
+    "parallel.sequence_parallel": "With the int form of parallel.tensor: True is mode msp, False is mode mtp.",
+    "parallel.pipeline.mode": "Older name of parallel.pipeline.schedule.",
+    "hybrid_zero_optimizer.zero_overlap_communication": "Older name of overlap_sync_grad.",
+    "ckpt.load_ckpt_folder": "Older name of ckpt.load_ckpt_info; a string means content all.",
+    "ckpt.load_model_only_folder": "Older name of ckpt.load_ckpt_info with content model.",
+    "data.packed_length": "Sets data.micro_bsz if that is absent; otherwise it must agree.",
+    "model.adapt_hf": "The opposite of model.qk_interleaved.",
+}
+QUEUE = "tensorboard.queue_max_length"
 DTYPES = {
     "torch.float16": "float16",
     "torch.half": "float16",
@@ -81,9 +81,7 @@ def resolve(draft: ConfigDraft) -> None:
 
 def written_key(key: str) -> str:
     """A resolved key as a config file writes it: ``run.job_name`` -> ``JOB_NAME``."""
-    written = {target: name for name, target in TOP_LEVEL.items()} | {
-        "run.tensorboard_queue": "tensorboard.queue_max_length"
-    }
+    written = {target: name for name, target in TOP_LEVEL.items()} | {"run.tensorboard_queue": QUEUE}
     return written.get(key, key.replace("model.extra.", "model."))
 
 
