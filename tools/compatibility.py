@@ -11,6 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from evomesh.config.explain import describe  # noqa: E402
 from tests.contract.config_keys import ROWS  # noqa: E402
 from tests.contract.promises import DIFFERENCES, PROMISES, Promise  # noqa: E402
 from tests.support.covers import covered  # noqa: E402
@@ -49,12 +50,12 @@ def held_by(promise: Promise) -> str:
 
 
 def page() -> str:
-    keys = [(f"`{r.key}`", f"`{r.example!r}`", WORDS[r.outcome], r.words) for r in ROWS]
+    keys = [(f"`{r.key}`", f"`{r.example!r}`", WORDS[r.outcome], describe(r.key)) for r in ROWS]
     promises = [(promise.source, promise.words, held_by(promise)) for promise in PROMISES]
     kept = sum(not promise.issue for promise in PROMISES)
     return (
         HEAD
-        + table(("key", "for example", "here", "what it does, or why not"), keys)
+        + table(("key", "for example", "here", "what it does, or why it does nothing"), keys)
         + "\n## Promises of InternEvo\n\n"
         + f"{kept} of {len(PROMISES)} are kept; the table is in `tests/contract/promises.py`.\n\n"
         + table(("source", "promise", "tests"), promises)
