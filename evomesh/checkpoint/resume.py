@@ -17,6 +17,7 @@ from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.native.plan import describe
 from evomesh.config.schema import CheckpointConfig, LoadConfig
 from evomesh.errors import UserError
+from evomesh.parallel.spec import LocalShard
 from evomesh.storage.urls import open_storage, split_url
 
 OPTIMIZER = "optim."  # prefix of the optimizer's tensors
@@ -216,7 +217,7 @@ def restart_line(folder: SaveFolder) -> str:
 def restore(
     start: StartPoint,
     reader: CheckpointReader,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | LocalShard],
     model: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Load the tensors that ``start`` wants, in place, and return the stored state ({} without a source).
@@ -237,7 +238,10 @@ def restore(
 
 
 def _load_foreign(
-    start: StartPoint, reader: CheckpointReader, tensors: Mapping[str, Tensor], model: dict[str, Any]
+    start: StartPoint,
+    reader: CheckpointReader,
+    tensors: Mapping[str, Tensor | LocalShard],
+    model: dict[str, Any],
 ) -> dict[str, Any]:
     loader = checkpoint_loaders.get(start.ckpt_type)
     assert loader is not None

@@ -32,17 +32,6 @@ class InitialWeight:
     scale: float
 
 
-def owned_range(spec: ShardSpec, dim: int, axes: Mapping[str, Axis]) -> range:
-    """The indices of ``dim`` that this rank holds."""
-    start, size = 0, spec.shape[dim]
-    for name, cut_dim in spec.shards:
-        axis = axes.get(name)
-        if cut_dim == dim and axis is not None:
-            size //= axis.size
-            start += axis.rank * size
-    return range(start, start + size)
-
-
 def fill_parameter(
     name: str,
     parameter: torch.Tensor,
@@ -64,14 +53,14 @@ def fill_parameter(
             return
         shape = spec.shape if len(spec.shape) > 1 else (1, *spec.shape)
         if len(spec.shape) == 1:
-            rows, columns = range(1), owned_range(spec, 0, axes)
+            rows, columns = range(1), spec.local_ranges(axes)[0]
         else:
             if any(dim > 1 for _, dim in spec.shards):
                 raise ValueError(
                     f"{name}: only the first two dims of a parameter may be cut, not {spec.shards}"
                 )
             inner = math.prod(shape[2:])
-            rows, second = owned_range(spec, 0, axes), owned_range(spec, 1, axes)
+            rows, second = spec.local_ranges(axes)[:2]
             columns = range(second.start * inner, second.stop * inner)
         local = parameter.view(len(rows), len(columns))
         for band in range(rows.start // TILE, -(-rows.stop // TILE)):

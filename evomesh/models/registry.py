@@ -14,7 +14,7 @@ from torch import nn
 
 from evomesh.config.schema import ModelConfig
 from evomesh.errors import ConfigError, UserError
-from evomesh.layers.init import InitialWeight, fill_parameter, owned_range
+from evomesh.layers.init import InitialWeight, fill_parameter
 from evomesh.models.decoder import Decoder
 from evomesh.models.internlm import INTERNLM
 from evomesh.models.internlm2 import INTERNLM2
@@ -239,5 +239,5 @@ def clear_padding(model: nn.Module, grid: Grid) -> None:
     for parameter in model.parameters():
         spec = spec_of(parameter)
         if spec.padding and not parameter.is_meta:
-            rows = owned_range(spec, 0, grid.shard_axes)
+            rows = spec.local_ranges(grid.axes)[0]
             local_shard(parameter.detach())[max(spec.stored_shape[0] - rows.start, 0) :].zero_()

@@ -23,7 +23,7 @@ from evomesh.optim.clip import GradientCheck, check_norm, clip_factor, global_no
 from evomesh.optim.groups import has_weight_decay
 from evomesh.optim.slot import ParameterSlot, make_slot
 from evomesh.parallel.grid import Grid
-from evomesh.parallel.spec import is_sharded
+from evomesh.parallel.spec import LocalShard, is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -138,21 +138,24 @@ class ZeroOptimizer:
                 slot.master.copy_(slot.own_rows)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The live tensors of the state, each with its ``ShardSpec``: write into them to load.
+        """Return the live tensors of the state by checkpoint name; see ``state_shards``."""
+        return {name: shard.tensor for name, shard in self.state_shards().items()}
+
+    def state_shards(self) -> dict[str, LocalShard]:
+        """Return the live tensors of the state with their specs, for checkpoints: write into them to load.
 
         ``optim.exp_avg.NAME``, ``optim.exp_avg_sq.NAME`` and, for float16 and bfloat16, ``optim.master.NAME``.
         """
         self.wait_for_parameters()
-        tensors: dict[str, Tensor] = {}
+        shards: dict[str, LocalShard] = {}
         for slot in self.slots:
             moments = self._adamw.moments[slot.master]
             kinds = {"exp_avg": moments.exp_avg, "exp_avg_sq": moments.exp_avg_sq}
             if slot.accumulated_grad is not None:
                 kinds["master"] = slot.master
             for kind, tensor in kinds.items():
-                tensor.spec = slot.spec  # type: ignore[attr-defined]
-                tensors[f"optim.{kind}.{slot.name}"] = tensor
-        return tensors
+                shards[f"optim.{kind}.{slot.name}"] = LocalShard(tensor, slot.spec)
+        return shards
 
     def state(self) -> dict[str, Any]:
         """Waits for the device, which counts the steps."""

@@ -172,8 +172,8 @@ def local_range(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """This rank's range of ``dim``, as a view."""
     if x.shape[dim] % axis.size:
         raise ValueError(f"dim {dim} of {tuple(x.shape)} does not divide by {axis.name}={axis.size}")
-    length = x.shape[dim] // axis.size
-    return x.narrow(dim, axis.rank * length, length)
+    local = axis.shard(range(x.shape[dim]))
+    return x.narrow(dim, local.start, len(local))
 
 
 def all_gather_no_grad(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,6 +17,16 @@ class Axis:
     size: int = 1
     rank: int = 0
     group: ProcessGroup | None = field(default=None, compare=False)
+
+    def shard(self, whole: range) -> range:
+        """Return this rank's part of a range.
+
+        The one rounding rule, that of ``torch.chunk``: the length over the size is rounded up, so the last ranks may
+        get less or nothing.
+        """
+        length = -(-len(whole) // self.size)
+        start = min(whole.start + self.rank * length, whole.stop)
+        return range(start, min(start + length, whole.stop))
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,11 @@ class Grid:
     def shard_axes(self) -> dict[str, Axis]:
         """The axes over which parameters may be cut, by name."""
         return {"tp": self.tp, "wp": self.wp, "zero": self.zero}
+
+    @property
+    def axes(self) -> dict[str, Axis]:
+        """All axes by name."""
+        return {axis.name: getattr(self, axis.name) for axis in fields(self)}
 
     @property
     def world_size(self) -> int:

@@ -5,6 +5,7 @@ Slicing, gradient sync, norm de-duplication, checkpoints, export and the planner
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,31 @@ class ShardSpec:
     def stored_shape(self) -> tuple[int, ...]:
         """The shape in checkpoints, the same in every layout."""
         return (self.shape[0] - self.padding, *self.shape[1:]) if self.padding else self.shape
+
+    def local_ranges(self, axes: Mapping[str, Axis]) -> tuple[range, ...]:
+        """Return the indices of each dim that this rank holds, padding included.
+
+        Args:
+            axes: by name (``Grid.axes``); an axis that is missing counts as not sharded.
+        """
+        ranges = [range(length) for length in self.shape]
+        for name, dim in self.shards:
+            if name in axes:
+                ranges[dim] = axes[name].shard(ranges[dim])
+        return tuple(ranges)
+
+    def stored_ranges(self, grid: Grid) -> tuple[range, ...]:
+        """Return the part of ``local_ranges`` that checkpoints store: without padding."""
+        ranges = zip(self.local_ranges(grid.axes), self.stored_shape, strict=True)
+        return tuple(range(min(local.start, end), min(local.stop, end)) for local, end in ranges)
+
+
+@dataclass(frozen=True)
+class LocalShard:
+    """What this rank holds of a global tensor, with the spec that says which part it is."""
+
+    tensor: torch.Tensor
+    spec: ShardSpec
 
 
 def with_spec(parameter: nn.Parameter, spec: ShardSpec) -> nn.Parameter:

@@ -27,6 +27,7 @@ from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.collectives import all_gather_objects
 from evomesh.parallel.exchange import Exchange, default_exchange
 from evomesh.parallel.grid import Grid
+from evomesh.parallel.spec import LocalShard
 from evomesh.train.launch import RunContext
 from evomesh.train.report import RunReporter
 from evomesh.train.stages import ModelStages, build_stages
@@ -61,11 +62,11 @@ class TrainingRun:
     reason: str
     stream_state: dict[str, Any] | None = None
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor | LocalShard]:
         """Every tensor of a checkpoint, by global name."""
         self.optimizer.wait_for_parameters()
-        state = self.optimizer.state_tensors() if self.config.ckpt.save_optimizer else {}
-        return self.stages.parameters() | state
+        state = self.optimizer.state_shards() if self.config.ckpt.save_optimizer else {}
+        return {**self.stages.parameters(), **state}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything else of a checkpoint, as JSON."""
@@ -94,7 +95,7 @@ def build_run(loaded: LoadedConfig, place: RunContext) -> TrainingRun:
         parameters.items(), config.adam, config.hybrid_zero_optimizer, grid, stages.module
     )
     scaler = LossScaler(config.grad_scaler, config.model.dtype)
-    tensors = parameters | optimizer.state_tensors()
+    tensors = parameters | optimizer.state_shards()
 
     exchange = default_exchange()
     reader = CheckpointReader(grid, exchange)

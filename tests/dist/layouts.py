@@ -12,7 +12,6 @@ from torch.distributed.tensor import DTensor
 from evomesh.config.schema import Config
 from evomesh.config.schema import IGNORE
 from evomesh.data.batch import Batch
-from evomesh.layers.init import owned_range
 from evomesh.layers.loss import LossOutput
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.collectives import all_reduce_no_grad
@@ -138,7 +137,12 @@ def pack(step: int, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def train(rank: int, layout: Layout) -> Trained:
     grid = Grid()
     if layout.ranks > 1:
-        sizes = {"tensor": layout.tensor, "pipeline": layout.pipeline, "weight": layout.weight, "zero1": layout.zero1}
+        sizes = {
+            "tensor": layout.tensor,
+            "pipeline": layout.pipeline,
+            "weight": layout.weight,
+            "zero1": layout.zero1,
+        }
         grid = grid_of(mode=layout.mode, **sizes)
     stages = build_stages(layout.config, grid, MODES[layout.mode], torch.device("cpu"))
     stages.initialize(SEED, grid)
@@ -189,7 +193,9 @@ def forward_backward(stages: ModelStages, layout: Layout, grid: Grid, step: int)
         seen.append(index)
 
     stages.schedule.train(own, [scale] * len(own.tokens), layout.smoothing, add)
-    assert seen in (([], list(range(len(own.tokens)))) if grid.pp.size > 1 else (list(range(len(own.tokens))),))
+    assert seen in (
+        ([], list(range(len(own.tokens)))) if grid.pp.size > 1 else (list(range(len(own.tokens))),)
+    )
     return float(all_reduce_no_grad(total, grid.dp, grid.pp))
 
 
@@ -213,7 +219,7 @@ def pieces(stages: ModelStages, grid: Grid, gradients: bool = False) -> dict[str
     found = {}
     for name, parameter in stages.parameters().items():
         spec: ShardSpec = spec_of(parameter)
-        ranges = [owned_range(spec, dim, grid.shard_axes) for dim in range(len(spec.shape))]
+        ranges = spec.local_ranges(grid.axes)
         tensor = parameter.grad if gradients else parameter.detach()
         assert tensor is not None
         found[name] = Piece(local(tensor).clone(), tuple((r.start, r.stop) for r in ranges), spec.shape)

@@ -9,15 +9,18 @@ from typing import Any
 
 import torch
 
-from evomesh.checkpoint.native.boxes import Box, parts_of
+from evomesh.checkpoint.native.boxes import Box
 from evomesh.parallel.exchange import GroupExchange
 from evomesh.checkpoint.native.find import SaveFolder
+from evomesh.checkpoint.native.format import DTYPES
 from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.native.save import CheckpointWriter
+from evomesh.checkpoint.native.plan import describe
 from evomesh.checkpoint.native.reshard import reshard
 from evomesh.config.schema import AdamConfig, Config, ModelConfig, ParallelConfig, ZeroConfig
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.grid import Grid
+from evomesh.parallel.spec import LocalShard
 from evomesh.parallel.modes import MODES
 from evomesh.train.stages import build_stages
 from tests.support.pool import Pool, grid_of
@@ -57,23 +60,27 @@ def grid_for(layout: dict[str, Any]) -> Grid:
     return grid_of(**{key: value for key, value in layout.items() if key != "fsdp"})
 
 
-def tensors_of(grid: Grid, layout: dict[str, Any]) -> dict[str, torch.Tensor]:
+def tensors_of(grid: Grid, layout: dict[str, Any]) -> dict[str, torch.Tensor | LocalShard]:
     parallel = {"pipeline": {"size": grid.pp.size}, "zero1": {"fsdp": layout.get("fsdp", False)}}
     config = Config(model=MODEL, parallel=ParallelConfig.model_validate(parallel))
     stages = build_stages(config, grid, MODES[layout.get("mode", "mtp")], torch.device("cpu"))
     for parameter in stages.parameters().values():
         parameter.data.zero_()
     optimizer = ZeroOptimizer(stages.parameters().items(), AdamConfig(), ZeroConfig(), grid)
-    return stages.parameters() | optimizer.state_tensors()
+    return stages.parameters() | optimizer.state_shards()
+
+
+def memory_of(tensor: torch.Tensor | LocalShard) -> torch.Tensor:
+    return (tensor.tensor if isinstance(tensor, LocalShard) else tensor).detach()
 
 
 @torch.no_grad()
-def set_or_check(tensors: dict[str, torch.Tensor], grid: Grid, write: bool) -> None:
+def set_or_check(tensors: dict[str, torch.Tensor | LocalShard], grid: Grid, write: bool) -> None:
     for name, tensor in tensors.items():
-        shape, parts = parts_of(tensor, grid)
-        whole = truth(name, shape, tensor.dtype)
-        for part in parts:
-            expected = whole[part.box.within(Box((0,) * len(shape), shape))]
+        (described,) = describe({name: tensor}, grid).values()
+        whole = truth(name, described.shape, DTYPES[described.dtype])
+        for part in described.parts:
+            expected = whole[part.box.within(Box.whole(described.shape))]
             if write:
                 part.tensor.copy_(expected)
             else:
@@ -91,7 +98,7 @@ def all_pairs(rank: int, root: str) -> int:
         set_or_check(tensors, grid, write=True)
         writer.save(1, tensors, {"from": number}, {}, final=True)
         for tensor in tensors.values():
-            tensor.detach().zero_()
+            memory_of(tensor).zero_()
         writer.close()
         all_tensors.append(tensors)
         grids.append(grid)
@@ -131,12 +138,18 @@ def test_offline_reshard(pool: Pool, tmp_path: Path) -> None:
     writer.save(1, tensors, {}, {})
     layout = {"tensor": {"size": 2}, "pipeline": {"size": 2}}
     reshard(
-        CheckpointReader().resolve(str(tmp_path / "one")), str(tmp_path / "four"), MODEL, ParallelConfig.model_validate(layout), 4
+        CheckpointReader().resolve(str(tmp_path / "one")),
+        str(tmp_path / "four"),
+        MODEL,
+        ParallelConfig.model_validate(layout),
+        4,
     )
     assert pool.run(load_resharded, str(tmp_path / "four"), {"tensor": 2, "pipeline": 2}) == [4] * 4
-    reshard(CheckpointReader().resolve(str(tmp_path / "four")), str(tmp_path / "back"), MODEL, ParallelConfig(), 1)
+    reshard(
+        CheckpointReader().resolve(str(tmp_path / "four")), str(tmp_path / "back"), MODEL, ParallelConfig(), 1
+    )
     back = CheckpointWriter(str(tmp_path / "back"))
     for tensor in tensors.values():
-        tensor.detach().zero_()
+        memory_of(tensor).zero_()
     CheckpointReader().load(CheckpointReader().resolve(str(tmp_path / "back")), tensors)
     set_or_check(tensors, Grid(), write=False)

@@ -28,7 +28,9 @@ from tests.support.pool import Pool, grid_of
 PROMPTS = [[3, 7, 11], [20], [5, 4, 3, 2, 1, 9, 30, 66]]
 GREEDY = SamplingParams(do_sample=False, max_new_tokens=12)
 DRAWN = SamplingParams(temperature=2.0, top_k=20, max_new_tokens=12, num_return_sequences=2)
-BEAMS = SamplingParams(do_sample=False, num_beams=3, num_return_sequences=2, eos_ids=(1, 4, 9), max_new_tokens=12)
+BEAMS = SamplingParams(
+    do_sample=False, num_beams=3, num_return_sequences=2, eos_ids=(1, 4, 9), max_new_tokens=12
+)
 SLOTS, CONTEXT_LENGTH = 2, 24
 
 
@@ -100,7 +102,9 @@ def test_ranks_decode_like_one_process_and_hold_their_share(layout: Layout, pool
         parts = [held.matrices.get(name, 0) for _, held in ranks]
         assert sum(parts) >= elements
         rows = sum(parts) - elements
-        assert rows == 0 or (name in ("embedding.weight", "head.weight") and rows < 4 * elements // VOCAB), name
+        assert rows == 0 or (name in ("embedding.weight", "head.weight") and rows < 4 * elements // VOCAB), (
+            name
+        )
 
 
 def test_isp_takes_the_largest_axis_that_divides_heads_and_widths() -> None:

@@ -17,7 +17,11 @@ def join_and_count() -> None:
 
     config = Config.model_validate({"parallel": {"tensor": {"size": 2}}})
     with launch(config) as place:
-        print("sum", int(all_reduce_no_grad(torch.tensor(place.rank), place.grid.tp, place.grid.dp)), place.started)
+        print(
+            "sum",
+            int(all_reduce_no_grad(torch.tensor(place.rank), place.grid.tp, place.grid.dp)),
+            place.started,
+        )
     assert not dist.is_initialized()
 
 
@@ -30,5 +34,7 @@ def test_two_data_by_two_tensor_ranks(interpreter: Interpreter) -> None:
         " in launch -- Distributed environment is initialized, data parallel size: 2, "
         "pipeline parallel size: 1, tensor parallel size: 2\n"
     ) in finished[0].stdout
-    assert " in set_seed -- initialized seed on rank 0, numpy: 1024, python random: 1024" in finished[0].stdout
+    assert (
+        " in set_seed -- initialized seed on rank 0, numpy: 1024, python random: 1024" in finished[0].stdout
+    )
     assert [",tp:1,pp=0,dp=0====" in one.stdout for one in finished] == [False, True, False, False]

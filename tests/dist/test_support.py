@@ -55,7 +55,9 @@ def test_pool_shows_the_failing_rank_and_starts_again(pool: Pool) -> None:
 
 def test_interpreter_runs_a_script(interpreter: Interpreter, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
-    script.write_text("import os, sys, torch\nprint(sys.argv[1], os.environ['X'], os.getcwd())\nsys.exit(3)\n")
+    script.write_text(
+        "import os, sys, torch\nprint(sys.argv[1], os.environ['X'], os.getcwd())\nsys.exit(3)\n"
+    )
     finished = interpreter.run([str(script), "argument"], env={"X": "value"}, cwd=tmp_path)
     assert (finished.returncode, finished.stdout) == (3, f"argument value {tmp_path}\n")
 
@@ -70,7 +72,9 @@ def test_interpreter_shows_a_traceback(interpreter: Interpreter, tmp_path: Path)
 
 def test_interpreter_can_be_killed_at_a_moment(interpreter: Interpreter, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
-    script.write_text("import time\nfor i in range(1000):\n    print(f'step={i},', flush=True)\n    time.sleep(0.01)\n")
+    script.write_text(
+        "import time\nfor i in range(1000):\n    print(f'step={i},', flush=True)\n    time.sleep(0.01)\n"
+    )
     running = interpreter.start([str(script)])
     running.wait_for("step=3,")
     running.signal(signal.SIGKILL)
@@ -80,7 +84,9 @@ def test_interpreter_can_be_killed_at_a_moment(interpreter: Interpreter, tmp_pat
 
 def test_interpreter_starts_with_torch_imported(interpreter: Interpreter, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
-    script.write_text("import sys\nprint(sys.modules.keys() >= {'torch.distributed.fsdp', 'evomesh.cli.main'})\n")
+    script.write_text(
+        "import sys\nprint(sys.modules.keys() >= {'torch.distributed.fsdp', 'evomesh.cli.main'})\n"
+    )
     assert interpreter.run([str(script)]).stdout == "True\n"
 
 

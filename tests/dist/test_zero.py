@@ -147,13 +147,13 @@ def check_layout(rank: int, layout: dict[str, Any]) -> None:
     )
     whole, norms, adamw = reference(layout, grid, range(3), clip=5.0)
     assert [result.grad_norm for result in results] == pytest.approx(norms, rel=LAYOUT)
-    tensors = optimizer.state_tensors()
+    shards = optimizer.state_shards()
     for name, parameter in parameters.items():
         assert_close(parameter.detach(), part(whole[name], parameter.spec.shards, grid), LAYOUT, name)
         for kind in ("exp_avg", "exp_avg_sq"):
-            state = tensors[f"optim.{kind}.{name}"]
+            state = shards[f"optim.{kind}.{name}"]
             expected = adamw.state[adamw.param_groups[0]["params"][list(parameters).index(name)]][kind]
-            assert_close(state, part(expected, state.spec.shards, grid), LAYOUT, f"{kind} {name}")
+            assert_close(state.tensor, part(expected, state.spec.shards, grid), LAYOUT, f"{kind} {name}")
     # whoever holds the same part of a parameter holds the same bits
     held = all_gather_objects(
         {name: (p.detach(), _place(p, grid)) for name, p in parameters.items()}, _world(grid)
@@ -181,15 +181,15 @@ def test_every_layout_equals_one_process(pool: Pool, layout: dict[str, Any]) -> 
 def check_half(rank: int, layout: dict[str, Any]) -> None:
     grid = grid_of(**layout)
     parameters, optimizer, _ = train(layout, torch.bfloat16, range(3), clip_grad_norm=0.0)
-    tensors = optimizer.state_tensors()
+    shards = optimizer.state_shards()
     for name, parameter in parameters.items():
-        master = tensors[f"optim.master.{name}"]
-        assert master.dtype == torch.float32
+        master = shards[f"optim.master.{name}"]
+        assert master.tensor.dtype == torch.float32
         rows = parameter.detach()
         if len(master.spec.shards) > len(parameter.spec.shards):
             axis = getattr(grid, master.spec.shards[-1][0])
             rows = rows.chunk(axis.size)[axis.rank]
-        assert torch.equal(rows, master.bfloat16()), name
+        assert torch.equal(rows, master.tensor.bfloat16()), name
 
 
 @pytest.mark.parametrize("layout", [{"zero1": 4}, {"zero1": 2}, {"tensor": 2}], ids=str)

@@ -12,7 +12,6 @@ from torch import Tensor
 from evomesh.config.schema import AdamConfig, ModelConfig, ZeroConfig
 from evomesh.config.schema import IGNORE
 from evomesh.layers.attention import SequenceBounds
-from evomesh.layers.init import owned_range
 from evomesh.models.registry import build_model, initialize_weights
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.collectives import all_reduce_no_grad
@@ -75,7 +74,7 @@ def train(
     found = {}
     for name, parameter in model.named_parameters():
         spec = spec_of(parameter)
-        ranges = [owned_range(spec, dim, {"tp": grid.tp, "wp": grid.wp}) for dim in range(len(spec.shape))]
+        ranges = spec.local_ranges({"tp": grid.tp, "wp": grid.wp})
         found[name] = (tuple((r.start, r.stop) for r in ranges), parameter.detach().clone())
     return losses, norms, found
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from evomesh.parallel.grid import Axis, Grid
-from evomesh.parallel.spec import local_shard, spec_of
+from evomesh.parallel.grid import Grid
+from evomesh.parallel.spec import LocalShard, ShardSpec, local_shard
 
 Coordinates = tuple[int, ...]
 
@@ -109,51 +109,33 @@ def _all_disjoint(boxes: Sequence[Box]) -> bool:
     return bool((count == 1).all())
 
 
-def parts_of(tensor: Tensor, grid: Grid) -> tuple[Coordinates, list[LocalPart]]:
-    """Global shape and the local parts of a tensor: usually one, none when this rank holds no element.
+def local_box(spec: ShardSpec, grid: Grid) -> Box:
+    """Return the box of the stored tensor that this rank holds; it may be empty."""
+    ranges = spec.stored_ranges(grid)
+    return Box(tuple(held.start for held in ranges), tuple(len(held) for held in ranges))
 
-    A tensor says where it lies by its ``ShardSpec`` and the grid; one whose local elements form several boxes (a flat
-    optimizer chunk, a fused weight) carries a tuple of ``Part`` as ``tensor.parts`` beside its spec.
-    Rows that the spec calls padding are left out.
+
+def local_part(shard: LocalShard, grid: Grid) -> LocalPart | None:
+    """Return what a checkpoint stores of a tensor of this rank: a view without padding rows, and its box.
+
+    None if this rank holds no element.
+
+    Raises:
+        ValueError: the tensor is not of the shape that its spec says.
     """
-    spec = spec_of(tensor)
-    parts: Sequence[LocalPart] | None = getattr(tensor, "parts", None)
-    tensor = local_shard(
-        tensor.detach()
-    )  # with weight sharding: its local storage, placed by the spec like any other
-    if parts is not None:
-        return spec.stored_shape, [part for part in parts if part.box.numel]
+    spec = shard.spec
+    # With weight sharding this is the local storage; the spec describes it like any other.
+    tensor = local_shard(shard.tensor.detach())
     if tensor.dim() != len(spec.shape):
         raise ValueError(f"a local tensor of shape {tuple(tensor.shape)} cannot be part of {spec.shape}")
-    offsets, sizes = [], []
-    for dim, length in enumerate(spec.shape):
-        axes = [grid_axis(grid, name) for name, along in spec.shards if along == dim]
-        start, size = chunk(length, axes)
-        if size != tensor.shape[dim] and tensor.numel():
+    for dim, held in enumerate(spec.local_ranges(grid.axes)):
+        if len(held) != tensor.shape[dim] and tensor.numel():
             raise ValueError(
-                f"{tensor.shape[dim]} local rows in dim {dim}, but its share of {length} is {size}"
+                f"{tensor.shape[dim]} local rows in dim {dim}, but its share of {spec.shape[dim]} is {len(held)}"
             )
-        offsets.append(start)
-        sizes.append(max(0, min(size, spec.stored_shape[dim] - start)))
-    box = Box(tuple(offsets), tuple(sizes))
+    box = local_box(spec, grid)
     if not box.numel:
-        return spec.stored_shape, []
-    for dim, size in enumerate(sizes):
-        if size < tensor.shape[dim]:
-            tensor = tensor.narrow(dim, 0, size)
-    return spec.stored_shape, [LocalPart(tensor, box)]
-
-
-def grid_axis(grid: Grid, name: str) -> Axis:
-    axis: Axis = getattr(grid, name)
-    return axis
-
-
-def chunk(length: int, axes: Sequence[Axis]) -> tuple[int, int]:
-    """Start and size of one rank's share by torch.chunk's rule: the rounded-up mean for all but the last."""
-    start = 0
-    for axis in axes:
-        share = -(-length // axis.size)
-        first = min(axis.rank * share, length)
-        start, length = start + first, min(share, length - first)
-    return start, length
+        return None
+    for dim, length in enumerate(box.shape):
+        tensor = tensor.narrow(dim, 0, length)
+    return LocalPart(tensor, box)

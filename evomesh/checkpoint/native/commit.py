@@ -58,7 +58,6 @@ def new_record(
     state: dict[str, Any],
     layout: dict[str, int],
     parent: ParentRecord | None = None,
-    snapshot: bool = False,
 ) -> CommitRecord:
     """Return a commit record that names no files yet; ``commit`` completes it.
 
@@ -75,7 +74,6 @@ def new_record(
         state=encode_json(state),
         layout=layout,
         parent=parent,
-        snapshot=snapshot,
     )
 
 

@@ -17,6 +17,7 @@ from evomesh.checkpoint.native.read import items_for, match, read_items, refuse_
 from evomesh.checkpoint.native.verify import Depth, verify
 from evomesh.parallel.exchange import Exchange, SingleProcessExchange
 from evomesh.parallel.grid import Grid
+from evomesh.parallel.spec import LocalShard
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class CheckpointReader:
     def load(
         self,
         checkpoint: Checkpoint,
-        tensors: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor | LocalShard],
         *,
         strict: bool = True,
         cast: bool = False,

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from evomesh.checkpoint.native.boxes import Box, Coordinates, LocalPart, covers_once, parts_of
+from evomesh.checkpoint.native.boxes import Box, Coordinates, LocalPart, covers_once, local_part
 from evomesh.checkpoint.native.format import DTYPE_NAMES, DTYPES, CheckpointError, canonical, sha256
 from evomesh.parallel.exchange import Exchange
 from evomesh.parallel.grid import Grid
+from evomesh.parallel.spec import LocalShard, spec_of
 
 SHOWN_BOXES = 8  # in an error message
 
@@ -115,21 +116,26 @@ def in_file_order(items: Iterable[WriteItem]) -> list[WriteItem]:
     return sorted(items, key=lambda item: (-DTYPES[item.dtype].itemsize, item.name, item.part.box.offsets))
 
 
-def describe(tensors: Mapping[str, Tensor], grid: Grid) -> dict[str, LocalTensor]:
-    """Find which parts of its global tensor each tensor of this rank holds.
+def describe(tensors: Mapping[str, Tensor | LocalShard], grid: Grid) -> dict[str, LocalTensor]:
+    """Find which part of its global tensor each tensor of this rank holds.
+
+    Args:
+        tensors: parameters, whose spec is their attribute, and other tensors with theirs; a plain tensor is whole.
 
     Raises:
         ValueError: a tensor that does not fit its spec, or of a dtype that the format does not have.
     """
     local = {}
     for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPE_NAMES:
-            raise ValueError(f"{name}: a checkpoint cannot hold {tensor.dtype}")
+        shard = tensor if isinstance(tensor, LocalShard) else LocalShard(tensor, spec_of(tensor))
+        dtype = shard.tensor.dtype
+        if dtype not in DTYPE_NAMES:
+            raise ValueError(f"{name}: a checkpoint cannot hold {dtype}")
         try:
-            shape, parts = parts_of(tensor, grid)
+            part = local_part(shard, grid)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        local[name] = LocalTensor(name, DTYPE_NAMES[tensor.dtype], shape, parts)
+        local[name] = LocalTensor(name, DTYPE_NAMES[dtype], shard.spec.stored_shape, [part] if part else [])
     return local
 
 

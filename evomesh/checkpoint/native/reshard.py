@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from evomesh.checkpoint.native import format as fmt
-from evomesh.checkpoint.native.boxes import Box, LocalPart, chunk, grid_axis, split_box
+from evomesh.checkpoint.native.boxes import Box, LocalPart, local_box, split_box
 from evomesh.checkpoint.native.commit import commit, new_attempt, refuse_committed
 from evomesh.checkpoint.native.find import Checkpoint
 from evomesh.checkpoint.native.format import ParentRecord, PieceRecord, TensorRecord, layout_record
@@ -101,19 +101,10 @@ def _boxes_of_rank(
         for kind in ("exp_avg", "exp_avg_sq", "master"):
             specs[f"optim.{kind}.{name}"] = state
     return {
-        name: _box(spec, grid)
+        name: local_box(spec, grid)
         for name, spec in specs.items()
         if name in records and spec.stored_shape == records[name].shape
     }
-
-
-def _box(spec: ShardSpec, grid: Grid) -> Box:
-    offsets, sizes = [], []
-    for dim, length in enumerate(spec.shape):
-        start, size = chunk(length, [grid_axis(grid, name) for name, along in spec.shards if along == dim])
-        offsets.append(start)
-        sizes.append(max(0, min(size, spec.stored_shape[dim] - start)))
-    return Box(tuple(offsets), tuple(sizes))
 
 
 class _ReshardSource:

@@ -9,7 +9,7 @@ import secrets
 import socket
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -33,6 +33,7 @@ from evomesh.checkpoint.native.staging import StagingBuffers
 from evomesh.errors import UserError
 from evomesh.parallel.exchange import Exchange, SingleProcessExchange
 from evomesh.parallel.grid import Grid
+from evomesh.parallel.spec import LocalShard
 from evomesh.storage.base import Storage, StorageLock, join
 from evomesh.storage.staged import staged
 
@@ -150,7 +151,7 @@ class CheckpointWriter:
         self._lock = self._lock or _RemoteLock()
 
     def prepare(
-        self, tensors: Mapping[str, Tensor], *, saves: int | None = None, blocking: bool = True
+        self, tensors: Mapping[str, Tensor | LocalShard], *, saves: int | None = None, blocking: bool = True
     ) -> None:
         """Refuse a bad layout, a busy folder and a disk that is too small, before any step is trained.
 
@@ -181,7 +182,7 @@ class CheckpointWriter:
     def save(
         self,
         step: int,
-        tensors: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor | LocalShard],
         state: dict[str, Any],
         config: dict[str, Any],
         *,
@@ -193,14 +194,13 @@ class CheckpointWriter:
 
         Args:
             tensors: live tensors by global name; those of other ranks complete them.
-            state: JSON values (NaN, infinities and bytes allowed) that do not depend on the layout.
-            config: the resolved config without secrets.
+            state, config: see ``new_record``; they must not depend on the layout.
             blocking: False: return as soon as the tensors may change again; ``wait`` returns the outcome.
             snapshot: into the snapshot folder.
             final: raise even the first refusal of the store.
 
         Returns:
-            None if the store refused (disk full, ...): the reason is logged and training may continue.
+            None if the store refused (disk full, ...): that is logged and training may continue.
 
         Raises:
             UserError: a second writer, or too many refusals in a row.
@@ -208,10 +208,10 @@ class CheckpointWriter:
         # 1. One save at a time, and one checkpoint of a step.
         self.claim()
         self.wait()
-        if (step, snapshot) in self._committed:
-            folder = self._committed[step, snapshot]
-            self._report(f"step {step} is already committed in {folder}, not rewritten")
-            return folder
+        earlier = self._committed.get((step, snapshot))
+        if earlier is not None:
+            self._report(f"step {step} is already committed in {earlier}, not rewritten")
+            return earlier
 
         # 2. Rank 0 names the attempt and its folder; a changed layout needs another plan of who writes what.
         local = describe(tensors, self.grid)
@@ -220,23 +220,15 @@ class CheckpointWriter:
         except CheckpointError as error:
             self._on_failed_save(error, final)
             return None
-        if decision.replan or self._plan is None:
-            self._replan(local)
-        assert self._plan is not None
-        plan = self._plan[1]
+        plan = self._replan(local) if decision.replan or self._plan is None else self._plan[1]
 
         # 3. What the record says besides the files.
         record = new_record(
-            step,
-            decision.attempt,
-            config=config,
-            state=state,
-            layout=self._layout(),
-            parent=self._parent,
-            snapshot=snapshot,
+            step, decision.attempt, config=config, state=state, layout=self._layout(), parent=self._parent
         )
+        record = replace(record, snapshot=snapshot)
 
-        # 4. Write, index and commit: now, or on the background thread from a copy of what this rank owns.
+        # 4. Write, index and commit: now, or in the background from a copy of what this rank owns.
         items = plan.items(local)
         if blocking:
             self._run_now(plan, items, decision.folder, record)

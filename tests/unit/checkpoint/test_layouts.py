@@ -14,7 +14,7 @@ from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.native.save import CheckpointWriter
 from evomesh.errors import UserError
 from evomesh.parallel.grid import Grid
-from evomesh.parallel.spec import ShardSpec
+from evomesh.parallel.spec import LocalShard, ShardSpec
 from tests.unit.checkpoint.ranks import ThreadExchange, grids, run_ranks
 
 LAYOUTS = [
@@ -42,7 +42,7 @@ CUTS = {  # parameter -> (axis, dim), outer to inner
 STAGE = {"embedding.weight": 0, "layers.0.w": 0, "layers.1.w": -1, "norm.weight": -1}
 
 
-def local(grid: Grid, fill: bool) -> dict[str, torch.Tensor]:
+def local(grid: Grid, fill: bool) -> dict[str, LocalShard]:
     out = {}
     for name, whole in GLOBAL.items():
         if STAGE[name] % grid.pp.size != grid.pp.rank:
@@ -53,8 +53,7 @@ def local(grid: Grid, fill: bool) -> dict[str, torch.Tensor]:
             chunks = part.chunk(axis.size, dim)  # torch's own rule is the oracle
             part = chunks[axis.rank] if axis.rank < len(chunks) else part.narrow(dim, 0, 0)
         part = part.clone() if fill else torch.zeros_like(part)
-        part.spec = ShardSpec(tuple(whole.shape), CUTS[name])
-        out[name] = part
+        out[name] = LocalShard(part, ShardSpec(tuple(whole.shape), CUTS[name]))
     return out
 
 
@@ -72,7 +71,7 @@ def test_bit_identical(tmp_path: Path, source: dict[str, int], target: dict[str,
         assert found is not None
         wanted, expected = local(grid, fill=False), local(grid, fill=True)
         assert reader.load(found, wanted) == {"a": 1}
-        assert all(torch.equal(wanted[name], expected[name]) for name in expected)
+        assert all(torch.equal(wanted[name].tensor, expected[name].tensor) for name in expected)
         return found.record.tensor_bytes
 
     run_ranks(len(grids(**source)), save)
@@ -83,13 +82,12 @@ def test_bit_identical(tmp_path: Path, source: dict[str, int], target: dict[str,
 def test_padding_rows_are_not_stored(tmp_path: Path) -> None:
     whole = torch.randn(10, 3)
 
-    def padded(grid: Grid, value: float) -> torch.Tensor:
+    def padded(grid: Grid, value: float) -> LocalShard:
         full = torch.full((16, 3), value)
         if value:
             full[:10] = whole
         part = full.chunk(grid.tp.size)[grid.tp.rank].clone()
-        part.spec = ShardSpec((16, 3), (("tp", 0),), padding=6)
-        return part
+        return LocalShard(part, ShardSpec((16, 3), (("tp", 0),), padding=6))
 
     def save(exchange: ThreadExchange) -> None:
         grid = grids(tp=4)[exchange.rank]
@@ -123,8 +121,7 @@ def test_a_failed_rank_is_named_everywhere_and_nothing_is_committed(
 
     def save(exchange: ThreadExchange) -> None:
         writer = CheckpointWriter(str(tmp_path), exchange=exchange, grid=grids(tp=2)[exchange.rank])
-        part = torch.zeros(2, 2)
-        part.spec = ShardSpec((4, 2), (("tp", 0),))
+        part = LocalShard(torch.zeros(2, 2), ShardSpec((4, 2), (("tp", 0),)))
         if exchange.rank == 1:
 
             def full(path: str) -> None:

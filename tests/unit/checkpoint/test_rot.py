@@ -15,7 +15,7 @@ from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.native.save import CheckpointWriter
 from evomesh.checkpoint.native.verify import verify
 from evomesh.errors import UserError
-from evomesh.parallel.spec import ShardSpec
+from evomesh.parallel.spec import LocalShard, ShardSpec
 from evomesh.storage.local import LocalStorage
 from tests.unit.checkpoint.ranks import ThreadExchange, grids, run_ranks
 
@@ -27,8 +27,7 @@ def save(root: Path, *steps: int) -> None:
         grid = grids(tp=2)[exchange.rank]
         writer = CheckpointWriter(str(root), grid=grid, exchange=exchange)
         for step in steps:
-            part = torch.full((20, 9), float(step))
-            part.spec = ShardSpec((40, 9), (("tp", 0),))
+            part = LocalShard(torch.full((20, 9), float(step)), ShardSpec((40, 9), (("tp", 0),)))
             writer.save(step, {"layers.0.w": part, "optim.exp_avg.layers.0.w": part}, {"step": step}, {})
 
     run_ranks(2, one)

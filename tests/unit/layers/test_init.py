@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from evomesh.layers.init import InitialWeight, fill_parameter, owned_range
+from evomesh.layers.init import InitialWeight, fill_parameter
 from evomesh.parallel.grid import Axis
 from evomesh.parallel.spec import ShardSpec
 from tests.support.covers import covers
@@ -23,7 +23,7 @@ def drawn(
     **axes: Axis,
 ) -> torch.Tensor:
     spec = spec or ShardSpec(SHAPE)
-    shape = [len(owned_range(spec, dim, axes)) for dim in range(len(spec.shape))]
+    shape = [len(held) for held in spec.local_ranges(axes)]
     parameter = nn.Parameter(torch.full(shape, torch.nan))
     fill_parameter(name, parameter, spec, axes, initial, seed)
     return parameter.detach()
