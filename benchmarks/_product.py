@@ -34,17 +34,19 @@ class Training:
         self.scaler = LossScaler(config.grad_scaler, model.dtype)
 
     def step(self, batch: Batch) -> StepOutput:
-        return train_step(
-            self.stages.schedule,
-            self.optimizer,
-            self.scaler,
+        output = train_step(
             batch,
-            self.grid,
-            LossConfig(),
-            ["en"],
-            1e-4,
-            0.95,
+            schedule=self.stages.schedule,
+            optimizer=self.optimizer,
+            scaler=self.scaler,
+            grid=self.grid,
+            loss_config=LossConfig(),
+            data_types=["en"],
+            lr=1e-4,
+            beta2=0.95,
         )
+        assert output is not None
+        return output
 
 
 def made_up(ids: torch.Tensor, lengths: Sequence[int], *, pin: bool = False) -> Batch:

@@ -87,7 +87,18 @@ def curve(layout: dict[str, Any], dtype: str, seed: int, steps: int) -> list[flo
     for step in range(steps):
         rate = RATE * min(1.0, (step + 1) / WARMUP)
         data = batch(seed, step, grid)
-        output = train_step(stages.schedule, optimizer, scaler, data, grid, config.loss, ["x"], rate, 0.95)
+        output = train_step(
+            data,
+            schedule=stages.schedule,
+            optimizer=optimizer,
+            scaler=scaler,
+            grid=grid,
+            loss_config=config.loss,
+            data_types=["x"],
+            lr=rate,
+            beta2=0.95,
+        )
+        assert output is not None
         losses.append(output.loss)
     return losses
 

@@ -1,1 +1,1 @@
-"""In which order micro-batches pass through the stages."""
+"""Pipeline parallelism: which layers a stage holds, and the order in which micro-batches run through the stages."""

@@ -1,4 +1,4 @@
-"""In which order micro-batches pass through the stages: one stage, or torch.distributed.pipelining over several.
+"""Schedules: the order in which micro-batches run, on one stage or by torch.distributed.pipelining over several.
 
 Shapes: M micro-batches, T packed tokens, S = T / tp, D model.
 """
@@ -22,8 +22,9 @@ from evomesh.parallel.grid import Axis, Grid
 from evomesh.parallel.modes import TensorMode
 from evomesh.pipeline.stages import stages_of_rank
 
-ZBV_SINCE = "2.13"  # the first torch that it was seen to work with
+ZBV_SINCE = "2.13"  # the first version of torch that it is known to work with
 OnOutput = Callable[[int, LossOutput], None]  # index of the micro-batch, its loss
+ShouldStop = Callable[[int], bool]  # number of finished micro-batches
 
 
 class StageModel(Protocol):
@@ -39,24 +40,45 @@ class StageModel(Protocol):
 class Schedule(Protocol):
     """Runs all micro-batches of a batch; ``on_output`` is called on the ranks of the last stage, in order."""
 
-    def train(self, batch: Batch, scales: Sequence[float], smoothing: float, on_output: OnOutput) -> None:
-        """Forward and backward: adds the gradient of sum over m of ``scales[m]`` times the summed loss of m."""
+    def train(
+        self,
+        batch: Batch,
+        scales: Sequence[float],
+        smoothing: float,
+        on_output: OnOutput,
+        should_stop: ShouldStop | None = None,
+    ) -> bool:
+        """Run forward and backward: add the gradient of the sum over m of ``scales[m]`` times the summed loss of m.
+
+        Returns:
+            False when ``should_stop`` was true between two micro-batches, which ends the step there.
+        """
 
     def evaluate(self, batch: Batch, on_output: OnOutput) -> None:
-        """Forward alone, without gradient."""
+        """Run forward only, without gradient."""
 
 
 class SingleStageSchedule:
-    """The whole model on this rank: forward and backward of one micro-batch after the other."""
+    """Schedule of a whole model on one rank: forward and backward of one micro-batch at a time."""
 
     def __init__(self, model: StageModel) -> None:
         self.model = model
 
-    def train(self, batch: Batch, scales: Sequence[float], smoothing: float, on_output: OnOutput) -> None:
+    def train(
+        self,
+        batch: Batch,
+        scales: Sequence[float],
+        smoothing: float,
+        on_output: OnOutput,
+        should_stop: ShouldStop | None = None,
+    ) -> bool:
         for index, scale in enumerate(scales):
+            if index > 0 and should_stop is not None and should_stop(index):
+                return False
             output = self._loss(batch, index, scale, smoothing)
             torch.autograd.backward(output.scaled_sum)
             on_output(index, output)
+        return True
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, on_output: OnOutput) -> None:
@@ -79,51 +101,53 @@ class _ScheduleInputs:
 
 
 class _StageModule(nn.Module):
-    """A stage as the pipeline calls it, with hidden states alone.
+    """A stage as torch's pipeline calls it: hidden states in, hidden states (or the loss) out.
 
-    Every schedule runs the micro-batches of a stage in ascending order, so that a stage can count them, and look up
-    ids, ragged documents and labels: every rank has the batch anyway, and torch's splitting never meets them. It is
-    also the plain module round an FSDP root: handed an FSDP root itself, PipelineStage would keep the weights whole
+    Every schedule runs the micro-batches of a stage in ascending order. So a stage counts them and looks up token
+    ids, sequence bounds and labels in the batch, which every rank has anyway; torch's splitting never sees these.
+
+    It is also a plain module around an FSDP root: PipelineStage would keep the weights of an FSDP root unsharded
     until the last micro-batch.
     """
 
-    def __init__(self, model: nn.Module, first: bool, last: bool, pieces: Axis) -> None:
+    def __init__(self, model: nn.Module, first: bool, last: bool, column_axis: Axis) -> None:
         super().__init__()
-        self.model, self.first, self.last, self.pieces = model, first, last, pieces
-        self.work: _ScheduleInputs | None = None
-        self.done = 0
+        self.model, self.first, self.last, self.column_axis = model, first, last, column_axis
+        self.inputs: _ScheduleInputs | None = None
+        self.num_done = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """Hidden states [S, D] (mtp: the tp rank's columns of them) -> the same, or the scaled loss, a scalar.
+        """Map hidden states [S, D] (mtp: this tp rank's columns of them) to the same, or to the scaled loss, a scalar.
 
         The first stage is given the number of the micro-batch, [1, 1] int64.
         """
-        assert self.work is not None
-        micro_batch, batch = self.done, self.work.batch
-        self.done += 1
+        assert self.inputs is not None
+        batch, micro_batch = self.inputs.batch, self.num_done
+        self.num_done += 1
         # In mtp all tp ranks hold the same hidden states: each sends its columns, and the receivers gather them.
-        x = batch.tokens[micro_batch] if self.first else gather_from_axis(x, self.pieces, dim=1)
+        x = batch.tokens[micro_batch] if self.first else gather_from_axis(x, self.column_axis, dim=1)
         hidden = self.model(x, micro_batch_bounds(batch, micro_batch))
         if not self.last:
-            return shard_to_axis(hidden, self.pieces, dim=1)
+            return shard_to_axis(hidden, self.column_axis, dim=1)
         model: Any = self.model
-        scale, smoothing = self.work.scales[micro_batch], self.work.smoothing
+        scale, smoothing = self.inputs.scales[micro_batch], self.inputs.smoothing
         output = model.loss(hidden, batch.labels[micro_batch], scale, smoothing)
-        self.work.on_output(micro_batch, output)
+        self.inputs.on_output(micro_batch, output)
         loss: Tensor = output.scaled_sum
         return loss
 
 
 class PipelineSchedule:
-    """Several stages, this rank's ``models`` among them.
+    """Schedule of several stages, of which this rank holds ``models``.
 
     Args:
         models: this rank's chunks, in the order of ``stages_of_rank``.
         schedule: "1f1b", "interleaved" or "zbv".
         hidden_size: D.
         dtype: of the hidden states between stages.
+
     Raises:
-        UserError: zbv with a torch that cannot do it.
+        UserError: zbv with a version of torch that does not support it.
     """
 
     def __init__(
@@ -142,142 +166,189 @@ class PipelineSchedule:
         pp, tp = grid.pp, grid.tp
         self._kind, self._pp, self._device = schedule, pp, device
         self._stages = stages_of_rank(pp.rank, pp.size, len(models), schedule)
-        self._count = pp.size * len(models)
-        pieces = Axis("tp") if mode.sequence_parallel else tp
+        self._num_stages = pp.size * len(models)
+        # Sequence-parallel modes send [T / tp, D], mtp sends [T, D / tp].
+        column_axis = Axis("tp") if mode.sequence_parallel else tp
+        self._row_shards, self._column_shards = (tp.size, 1) if mode.sequence_parallel else (1, tp.size)
         self._modules = [
-            _StageModule(model, stage == 0, stage == self._count - 1, pieces)
+            _StageModule(model, stage == 0, stage == self._num_stages - 1, column_axis)
             for model, stage in zip(models, self._stages, strict=True)
         ]
-        self._cut = (
-            (tp.size, 1) if mode.sequence_parallel else (1, tp.size)
-        )  # of hidden states [T, D] on their way
         self._hidden_size, self._dtype = hidden_size, dtype
-        self._made: dict[tuple[int, int], Any] = {}
+        self._torch_schedules: dict[tuple[int, int], Any] = {}
 
-    def train(self, batch: Batch, scales: Sequence[float], smoothing: float, on_output: OnOutput) -> None:
-        count, tokens = batch.tokens.shape
-        if (count, tokens) not in self._made:  # a schedule is made for one number of micro-batches
-            self._made[count, tokens] = self._make(count, tokens)
-        arguments = (torch.arange(count)[:, None],) if 0 in self._stages else ()
-        target = batch.labels if self._count - 1 in self._stages else None
-        with self._reading(_ScheduleInputs(batch, scales, smoothing, on_output)):
-            self._made[count, tokens].step(*arguments, target=target, return_outputs=False)
+    def train(
+        self,
+        batch: Batch,
+        scales: Sequence[float],
+        smoothing: float,
+        on_output: OnOutput,
+        should_stop: ShouldStop | None = None,
+    ) -> bool:
+        """Run forward and backward; ``should_stop`` is not called (see ``train_step``)."""
+        del should_stop
+        num_micro_batches, tokens = batch.tokens.shape
+        key = num_micro_batches, tokens  # torch's schedules are built for a fixed number of micro-batches
+        if key not in self._torch_schedules:
+            self._torch_schedules[key] = self._build_torch_schedule(num_micro_batches, tokens)
+        arguments = (torch.arange(num_micro_batches)[:, None],) if 0 in self._stages else ()
+        target = batch.labels if self._num_stages - 1 in self._stages else None
+        with self._stage_inputs(_ScheduleInputs(batch, scales, smoothing, on_output)):
+            self._torch_schedules[key].step(*arguments, target=target, return_outputs=False)
+        return True
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, on_output: OnOutput) -> None:
-        """Every stage passes all micro-batches on, then the rank's next stage: torch's own eval knows no V."""
-        count, tokens = batch.tokens.shape
-        here: list[Tensor] = []  # from the stage before, where that is on this rank
-        with self._reading(_ScheduleInputs(batch, [1.0] * count, 0.0, on_output)):
-            for module, stage in zip(self._modules, self._stages, strict=True):
-                outputs = []
-                for index in range(count):
-                    output = module(here[index] if here else self._from(stage - 1, index, tokens))
-                    outputs.append((output, None if module.last else self._to(stage + 1, output)))
-                for _, work in outputs:
-                    if work is not None:
-                        work.wait()
-                here = [output for output, _ in outputs] if stage + 1 in self._stages else []
+        """Run forward only: all micro-batches through one stage of this rank, then through its next stage.
 
-    def rehearse(self, batch: Batch, scales: Sequence[float], smoothing: float, on_output: OnOutput) -> None:
-        """Forward and backward of this rank's stages with all they would send, in an order that suits no other rank.
-
-        For a trace on a fake process group, on which torch's schedules cannot agree about shapes.
+        Written out because torch's own evaluation does not support a V-shaped stage order.
         """
+        num_micro_batches, tokens = batch.tokens.shape
+        from_previous: list[Tensor] = []  # outputs of the previous stage, where that is on this rank
+        inputs = _ScheduleInputs(batch, [1.0] * num_micro_batches, 0.0, on_output)
+        with self._stage_inputs(inputs):
+            for module, stage in zip(self._modules, self._stages, strict=True):
+                outputs, sends = [], []
+                for index in range(num_micro_batches):
+                    x = from_previous[index] if from_previous else self._receive(stage - 1, index, tokens)
+                    outputs.append(module(x))
+                    if not module.last:
+                        sends.append(self._send(stage + 1, outputs[-1]))
+                for pending in sends:
+                    if pending is not None:
+                        pending.wait()
+                from_previous = outputs if stage + 1 in self._stages else []
+
+    def rehearse(
+        self,
+        batch: Batch,
+        scales: Sequence[float],
+        smoothing: float,
+        on_output: OnOutput,
+        should_stop: ShouldStop | None = None,
+    ) -> bool:
+        """Run forward and backward of this rank's stages with all sends and receives, for a trace of one rank.
+
+        The order suits no other rank. It is meant for a fake process group, on which torch's schedules cannot agree
+        on shapes.
+        """
+        del should_stop
         tokens = batch.tokens.shape[1]
-        with self._reading(_ScheduleInputs(batch, scales, smoothing, on_output)):
+        with self._stage_inputs(_ScheduleInputs(batch, scales, smoothing, on_output)):
             for module, stage in zip(self._modules, self._stages, strict=True):
                 for index in range(len(scales)):
-                    x = self._from(stage - 1, index, tokens)
-                    output = module(x if module.first else x.requires_grad_())
-                    if module.last:
-                        torch.autograd.backward(output)
-                    else:
-                        self._to(stage + 1, output)
-                        torch.autograd.backward(output, self._from(stage + 1, index, tokens))
-                    if not module.first:
-                        assert x.grad is not None
-                        self._to(stage - 1, x.grad)
+                    self._rehearse_micro_batch(module, stage, index, tokens)
+        return True
 
-    def _from(self, stage: int, index: int, tokens: int) -> Tensor:
+    def _rehearse_micro_batch(self, module: _StageModule, stage: int, index: int, tokens: int) -> None:
+        x = self._receive(stage - 1, index, tokens)
+        output = module(x if module.first else x.requires_grad_())
+        if module.last:
+            torch.autograd.backward(output)
+        else:
+            self._send(stage + 1, output)
+            torch.autograd.backward(output, self._receive(stage + 1, index, tokens))
+        if not module.first:
+            assert x.grad is not None
+            self._send(stage - 1, x.grad)
+
+    def _receive(self, stage: int, index: int, tokens: int) -> Tensor:
+        """Receive hidden states from ``stage``; the first stage gets the number of the micro-batch instead."""
         if stage < 0:
             return torch.tensor([[index]])
-        buffer = torch.empty(self._between(tokens), dtype=self._dtype, device=self._device)
+        buffer = torch.empty(self._message_shape(tokens), dtype=self._dtype, device=self._device)
         if self._rank_of(stage) == self._pp.rank:  # in a rehearsal, at the turn of a V
             return buffer
         return receive(buffer, self._pp, self._rank_of(stage))
 
-    def _to(self, stage: int, output: Tensor) -> Any:
+    def _send(self, stage: int, output: Tensor) -> Any:
+        """Send to ``stage`` and return the pending send; None where that stage is on this rank."""
         rank = self._rank_of(stage)
         return None if rank == self._pp.rank else launch_send(output.contiguous(), self._pp, rank)
 
     def _rank_of(self, stage: int) -> int:
-        round_, position = divmod(stage, self._pp.size)
-        return self._pp.size - 1 - position if self._kind == "zbv" and round_ else position
+        chunk, position = divmod(stage, self._pp.size)
+        on_way_back = self._kind == "zbv" and chunk == 1
+        return self._pp.size - 1 - position if on_way_back else position
 
-    def _between(self, tokens: int) -> tuple[int, int]:
-        """Shape of the hidden states on their way between ranks."""
-        return tokens // self._cut[0], self._hidden_size // self._cut[1]
+    def _message_shape(self, tokens: int) -> tuple[int, int]:
+        """Return the shape of the hidden states that ranks send to each other."""
+        return tokens // self._row_shards, self._hidden_size // self._column_shards
 
     @contextmanager
-    def _reading(self, work: _ScheduleInputs) -> Iterator[None]:
+    def _stage_inputs(self, inputs: _ScheduleInputs) -> Iterator[None]:
         for module in self._modules:
-            module.work, module.done = work, 0
+            module.inputs, module.num_done = inputs, 0
         try:
             yield
         finally:
             for module in self._modules:
-                module.work = None
+                module.inputs = None
 
-    def _make(self, count: int, tokens: int) -> Any:
-        from torch.distributed import pipelining  # with FSDP and DTensor behind it 0.7 s, for pipelines only
+    def _build_torch_schedule(self, num_micro_batches: int, tokens: int) -> Any:
+        from torch.distributed import pipelining  # imports FSDP and DTensor, 0.7 s that only pipelines pay
 
-        from evomesh.pipeline.split import ZeroBubbleStage
-
-        between = torch.empty(self._between(tokens), dtype=self._dtype, device="meta")
-        loss = torch.empty((), dtype=torch.promote_types(self._dtype, torch.float32), device="meta")
-        index = torch.empty(1, 1, dtype=torch.long, device="meta")
-        stages: Any = [  # invariant in a private base class
-            (ZeroBubbleStage if self._kind == "zbv" else pipelining.PipelineStage)(
-                module,
-                stage,
-                self._count,
-                self._device,
-                input_args=index if module.first else between.detach().requires_grad_(),
-                output_args=(loss if module.last else between).detach().requires_grad_(),
-                group=self._pp.group,
-            )
-            for module, stage in zip(self._modules, self._stages, strict=True)
-        ]
+        stages = self._build_torch_stages(tokens)
         # Sums, never means: the division by the number of targets is in the scales.
-        options: dict[str, Any] = {"n_microbatches": count, "loss_fn": _take_loss, "scale_grads": False}
+        options: dict[str, Any] = {
+            "n_microbatches": num_micro_batches,
+            "loss_fn": _pass_loss_through,
+            "scale_grads": False,
+        }
         if self._kind == "zbv":
             return pipelining.ScheduleZBVZeroBubble(stages, **options)
         if self._kind == "interleaved":
             return pipelining.ScheduleInterleaved1F1B(stages, **options)
         # With fewer micro-batches than stages 1F1B has no steady phase: all forwards, then all backwards.
-        kind = pipelining.Schedule1F1B if count >= self._count else pipelining.ScheduleGPipe
-        return kind(stages[0], **options)
+        enough = num_micro_batches >= self._num_stages
+        return (pipelining.Schedule1F1B if enough else pipelining.ScheduleGPipe)(stages[0], **options)
+
+    def _build_torch_stages(self, tokens: int) -> Any:
+        """Build torch's stages with the shapes of their inputs and outputs, so that ranks need not exchange them."""
+        from torch.distributed.pipelining import PipelineStage
+
+        from evomesh.pipeline.split import ZeroBubbleStage
+
+        stage_type = ZeroBubbleStage if self._kind == "zbv" else PipelineStage
+        hidden = torch.empty(self._message_shape(tokens), dtype=self._dtype, device="meta")
+        loss = torch.empty((), dtype=torch.promote_types(self._dtype, torch.float32), device="meta")
+        micro_batch = torch.empty(1, 1, dtype=torch.long, device="meta")
+        return [
+            stage_type(
+                module,
+                stage,
+                self._num_stages,
+                self._device,
+                input_args=micro_batch if module.first else hidden.detach().requires_grad_(),
+                output_args=(loss if module.last else hidden).detach().requires_grad_(),
+                group=self._pp.group,
+            )
+            for module, stage in zip(self._modules, self._stages, strict=True)
+        ]
 
 
 def refuse_zbv(version: str) -> None:
-    """
+    """Refuse the zbv schedule with a version of torch that does not support it.
+
+    Before 2.13, the backward that computes input gradients first stops at autograd functions written in Python,
+    such as our losses and collectives.
+
     Args:
         version: a ``TorchVersion``, which compares by its numbers.
+
     Raises:
-        UserError: its backward that makes gradients of inputs first, as in 2.11, stops at autograd functions written in
-            Python, such as our losses and collectives.
+        UserError: ``version`` is too old.
     """
     if version < ZBV_SINCE:
         raise UserError(
-            f"torch {version} cannot split the backward of this model in two",
+            f"torch {version} cannot compute input and weight gradients of this model separately",
             where="parallel.pipeline.schedule",
             expected=f"torch {ZBV_SINCE} or later for zbv",
-            fix='install it, or take schedule="interleaved"',
+            fix='install it, or use schedule="interleaved"',
         )
 
 
-def _take_loss(output: Tensor, target: Tensor) -> Tensor:
-    """The last stage has made the loss already, because what it needs is not in ``target`` alone."""
+def _pass_loss_through(output: Tensor, target: Tensor) -> Tensor:
+    """Return the loss that the last stage has computed itself, because it needs more than ``target``."""
     del target
     return output.clone()

@@ -1,4 +1,4 @@
-"""The stage of a zbv pipeline."""
+"""The pipeline stage of a zbv (zero-bubble, V-shaped) schedule."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ from torch.distributed.pipelining import PipelineStage
 
 
 class ZeroBubbleStage(PipelineStage):
-    """A stage of zbv, which makes gradients of weights apart from those of inputs, and then without autograd's hooks.
+    """A stage whose weight gradients are computed separately from, and later than, its input gradients.
 
-    They are called here, so that 16-bit gradients are taken over into float32 after every micro-batch, and buckets of
-    gradients set off when they are full.
+    torch does not call autograd's post-accumulate hooks then. They are called here, so that 16-bit gradients are
+    accumulated in float32 after every micro-batch and full gradient buckets are launched.
     """
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
-        if self.stage_index == 0:  # which has no inputs to tell apart: torch went through it as usual
+        if (
+            self.stage_index == 0
+        ):  # it has no input gradients, so torch ran its backward in one pass, with hooks
             return
         for parameter in self.submod.parameters():
-            if parameter.grad is not None:
-                for hook in (parameter._post_accumulate_grad_hooks or {}).values():
-                    hook(parameter)
+            if parameter.grad is None:
+                continue
+            for hook in (parameter._post_accumulate_grad_hooks or {}).values():
+                hook(parameter)

@@ -1,4 +1,4 @@
-"""Which layers each pipeline stage holds."""
+"""The layers that each pipeline stage holds."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from itertools import accumulate
 def layer_ranges(
     num_layers: int, pp: int, chunks: int = 1, ends: tuple[float, float] | None = None
 ) -> list[range]:
-    """The layers of each of ``pp * chunks`` stages, in the order in which tokens pass through them.
+    """Return the layers of each of ``pp * chunks`` stages, in the order in which tokens pass through them.
 
     Args:
-        chunks: stages that each rank holds. Each run of ``num_layers / chunks`` layers is shared out evenly, the
-            remainder to its last stages, as InternEvo does; layers that do not divide are shared out over all stages.
-        ends: what embedding and head weigh, in layers (``pipeline.balance``): even weights then. None: they weigh
-            nothing.
+        chunks: stages per rank. Every ``num_layers / chunks`` consecutive layers are distributed evenly over pp
+            stages, the remainder to the last ones, as InternEvo does. If ``num_layers`` is not divisible by
+            ``chunks``, all layers are distributed over all stages at once.
+        ends: weights of embedding and head, in layers (``pipeline.balance``); layers are then distributed so that
+            the heaviest stage is as light as possible. None: embedding and head are ignored.
+
     Raises:
         ValueError: more stages than layers.
     """
@@ -25,9 +27,11 @@ def layer_ranges(
         raise ValueError(f"{stages} stages need at least as many layers, there are {num_layers}")
     if ends is not None:
         return _balanced(num_layers, stages, ends)
-    runs = chunks if num_layers % chunks == 0 else 1
-    base, extra = divmod(num_layers // runs, stages // runs)
-    return _ranges([base + (position >= stages // runs - extra) for position in range(stages // runs)] * runs)
+    rounds = chunks if num_layers % chunks == 0 else 1
+    stages_per_round = stages // rounds
+    base, remainder = divmod(num_layers // rounds, stages_per_round)
+    counts = [base + (position >= stages_per_round - remainder) for position in range(stages_per_round)]
+    return _ranges(counts * rounds)
 
 
 def _ranges(counts: Sequence[int]) -> list[range]:
@@ -36,7 +40,10 @@ def _ranges(counts: Sequence[int]) -> list[range]:
 
 
 def _balanced(num_layers: int, stages: int, ends: tuple[float, float]) -> list[range]:
-    """Contiguous stages of at least one layer whose heaviest is as light as can be; of equals, the more even one."""
+    """Return contiguous stages of at least one layer with the lightest heaviest stage; of equals, the most even.
+
+    Dynamic programming over the stages: the best distribution of the remaining layers over the remaining stages.
+    """
     first, last = ends
 
     def weight(stage: int, count: int) -> float:
@@ -44,21 +51,21 @@ def _balanced(num_layers: int, stages: int, ends: tuple[float, float]) -> list[r
 
     @cache
     def best(stage: int, left: int) -> tuple[float, float, tuple[int, ...]]:
-        """(heaviest, sum of squares, layer counts) of the stages from ``stage`` on, which share ``left`` layers."""
+        """Return (heaviest, sum of squares, layer counts) of ``stage`` and later ones, which share ``left`` layers."""
         if stage == stages - 1:
             return weight(stage, left), weight(stage, left) ** 2, (left,)
         choices = []
         for count in range(1, left - (stages - 1 - stage) + 1):
             heaviest, squares, counts = best(stage + 1, left - count)
-            own = weight(stage, count)
-            choices.append((max(own, heaviest), squares + own**2, (count, *counts)))
+            this_stage = weight(stage, count)
+            choices.append((max(this_stage, heaviest), squares + this_stage**2, (count, *counts)))
         return min(choices)
 
     return _ranges(best(0, num_layers)[2])
 
 
 def stages_of_rank(rank: int, pp: int, chunks: int, schedule: str) -> list[int]:
-    """The stages that pipeline rank ``rank`` holds: in a loop over the ranks, or in a V there and back (zbv)."""
+    """Return the stages of pipeline rank ``rank``: round-robin, or down and up again in a V (zbv)."""
     if schedule == "zbv":
         return [rank, 2 * pp - 1 - rank]
     return [rank + chunk * pp for chunk in range(chunks)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from evomesh.checkpoint.native.save import CheckpointWriter
 from evomesh.checkpoint.resume import decide, restore
 from evomesh.config.loader import LoadedConfig
 from evomesh.config.schema import CheckpointConfig, Config
+from evomesh.data.batch import Batch
 from evomesh.data.build import (
     BatchStream,
     TrainData,
@@ -42,8 +43,7 @@ class TrainingRun:
         checkpoints: None when nothing is saved.
         resumed_step: step of the checkpoint this process started from, None for a fresh start.
         reason: one line that says what the run starts from.
-        stream_state: what a checkpoint holds instead of the stream's own state, once a step was broken off whose batch
-            the stream has already handed out.
+        stream: the batches; taken by ``take_batch``.
     """
 
     config: Config
@@ -60,7 +60,17 @@ class TrainingRun:
     checkpoints: CheckpointWriter | None
     resumed_step: int | None
     reason: str
-    stream_state: dict[str, Any] | None = None
+    _state_before_batch: dict[str, Any] | None = field(default=None, repr=False)
+    _batch_was_returned: bool = field(default=False, repr=False)
+
+    def take_batch(self) -> Batch:
+        """Return the next batch of the stream."""
+        self._state_before_batch = self.stream.state()
+        return next(self.stream)
+
+    def return_batch(self) -> None:
+        """Undo the last ``take_batch`` for ``state_dict``: a resumed run takes that batch again. This one is over."""
+        self._batch_was_returned = True
 
     def tensors(self) -> dict[str, Tensor | LocalShard]:
         """Every tensor of a checkpoint, by global name."""
@@ -70,7 +80,7 @@ class TrainingRun:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything else of a checkpoint, as JSON."""
-        stream = self.stream_state or self.stream.state()
+        stream = self._state_before_batch if self._batch_was_returned else self.stream.state()
         return {
             "train": self.state.state(),
             "sampler": self.train_data.merge_states(all_gather_objects(stream, self.grid.dp)),

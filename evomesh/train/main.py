@@ -1,4 +1,4 @@
-"""From a loaded config to a finished run and its exit code."""
+"""Training from a loaded config, to a finished run and its exit code."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ logger = logging.getLogger(__name__)
 def train_from_config(
     loaded: LoadedConfig, launcher: str = "auto", port: int = 8888, profile: bool = False
 ) -> int:
-    """Trains to ``data.total_steps``, resuming where a checkpoint allows it.
+    """Train to ``data.total_steps``, resuming from a checkpoint if there is one.
 
     Args:
         profile: see ``Trainer``.
 
     Returns:
-        0 when the run is complete, 130 after Ctrl-C, 75 when a signal asked to stop and the same command goes on.
+        0 when the run is complete, 130 after Ctrl-C, 75 when a signal stopped it and the same command resumes it.
+
     Raises:
         UserError: anything in the config, the data or the checkpoints that cannot be used.
     """
     spawn_ranks(launcher)
-    with launch(loaded.config, launcher=launcher, port=port) as place:
-        if place.device.type == "cpu":
+    with launch(loaded.config, launcher=launcher, port=port) as context:
+        if context.device.type == "cpu":
             keep_freed_memory()
-        if place.rank == 0:
+        if context.rank == 0:
             for warning in loaded.warnings:
                 logger.warning("%s", warning)
-        run = build_run(loaded, place)
+        run = build_run(loaded, context)
         try:
             return Trainer(run, profile).train()
         except Exception:

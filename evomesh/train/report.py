@@ -1,4 +1,4 @@
-"""What a run tells about itself: log lines, ``metrics.jsonl``, TensorBoard and the live progress line."""
+"""Reports of a run: log lines, ``metrics.jsonl``, TensorBoard and the live progress line."""
 
 from __future__ import annotations
 
@@ -31,25 +31,29 @@ logger = logging.getLogger(__name__)
 
 
 class RunReporter:
-    """Writes into the run folder while entered; the rank with the loss and no data-parallel brother before it does.
+    """Context manager that writes logs and metrics into the run folder.
+
+    Only the main rank writes metrics and TensorBoard: the first data-parallel rank of the last pipeline stage, which
+    has the loss.
 
     Args:
         text: the config file's text, for TensorBoard.
-        state: its ``run_folder`` is kept when a run is resumed, and set when it is new.
+        state: its ``run_folder`` is kept when a run resumes, and set when the run is new.
     """
 
     def __init__(
-        self, config: Config, text: str, place: RunContext, state: TrainState, data: TrainData
+        self, config: Config, text: str, context: RunContext, state: TrainState, data: TrainData
     ) -> None:
-        self.config, self.text, self.place, self.state, self.data = config, text, place, state, data
-        grid = place.grid
+        self.config, self.text, self.state, self.data = config, text, state, data
+        self.world_size, self.dp_size = context.world_size, context.grid.dp.size
+        grid = context.grid
         self.main = grid.dp.rank == 0 and grid.tp.rank == 0 and grid.pp.rank == grid.pp.size - 1
         self.name = rank_name(grid.dp.rank, grid.tp.rank, grid.pp.rank, self.main)
         if config.run.run_dir or not state.run_folder:
-            state.run_folder = str(run_folder(config.run, place.started))
+            state.run_folder = str(run_folder(config.run, context.started))
         self.folder = Path(state.run_folder)
         self._check_folders()
-        self._open = ExitStack()
+        self._open_files = ExitStack()
         self._metrics: MetricsFile | None = None
         self._board: TensorBoardWriter | None = None
         self._progress: ProgressLine | None = None
@@ -67,12 +71,12 @@ class RunReporter:
         if not self.main:
             return self
         run, step = self.config.run, self.state.step
-        self._metrics = self._open.enter_context(MetricsFile(self.folder / "metrics.jsonl", step))
+        self._metrics = self._open_files.enter_context(MetricsFile(self.folder / "metrics.jsonl", step))
         if run.enable_tb:
             earlier = Path(run.resume_tb_folder) if run.resume_tb_folder else None
             folder = tensorboard_folder(run, self.folder, self.name)
             self._board = TensorBoardWriter(folder, step, run.tensorboard_queue, earlier)
-            self._open.callback(self._board.close)
+            self._open_files.callback(self._board.close)
             if step == 0:
                 self._board.text("cmd", " ".join(sys.argv))
                 self._board.text("config", self.text)
@@ -80,13 +84,15 @@ class RunReporter:
         logger.info("training data:\n%s", self.data.table())
         for warning in self.data.warnings:
             logger.warning("%s", warning)
-        self._progress = self._open.enter_context(ProgressLine(self.config.data.total_steps, step, console))
+        self._progress = self._open_files.enter_context(
+            ProgressLine(self.config.data.total_steps, step, console)
+        )
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._open.close()
+        self._open_files.close()
 
     def step(
         self,
@@ -99,8 +105,8 @@ class RunReporter:
         loss_scale: float,
         seconds: float,
     ) -> StepRecord:
-        """Logs one step's line and returns its record for ``write``."""
-        record = self._record(step, batch, output, lr, beta2, loss_scale, seconds)
+        """Log the line of one step and return its record for ``write``."""
+        record = self._record(step, batch, output, lr=lr, beta2=beta2, loss_scale=loss_scale, seconds=seconds)
         if self.main:
             if output.update.check == "ok":
                 logger.info("%s", replace(record, extras={}).line())
@@ -112,11 +118,11 @@ class RunReporter:
                     replace(record, extras={}).line(),
                 )
         if self._progress is not None:
-            self._progress.update(step + 1, record.loss, record.tgs * self.place.world_size)
+            self._progress.update(step + 1, record.loss, record.tgs * self.world_size)
         return record
 
     def validation(self, record: StepRecord, results: dict[str, float]) -> StepRecord:
-        """Logs one line a validation set and returns the record with the results in it."""
+        """Log one line per validation set and return the record with the results added."""
         names = dict.fromkeys(key.removeprefix("val/").rpartition("_")[0] for key in results)
         for name in names:
             values = " ".join(
@@ -127,7 +133,7 @@ class RunReporter:
         return replace(record, extras=record.extras | results)
 
     def write(self, record: StepRecord) -> None:
-        """One object in ``metrics.jsonl`` and its scalars in TensorBoard."""
+        """Write one object to ``metrics.jsonl`` and its scalars to TensorBoard."""
         if self._metrics is not None:
             self._metrics.write(record)
         if self._board is not None:
@@ -138,40 +144,41 @@ class RunReporter:
         step: int,
         batch: Batch,
         output: StepOutput,
+        *,
         lr: float,
         beta2: float,
         loss_scale: float,
         seconds: float,
     ) -> StepRecord:
-        data, model, dp = self.config.data, self.config.model, self.place.grid.dp.size
-        lengths = batch.cu_seqlens.diff(dim=1)
-        pieces = (lengths > 0).sum(1)
-        tokens = batch.tokens.numel() * dp
+        data, model = self.config.data, self.config.model
+        segment_lengths = batch.cu_seqlens.diff(dim=1)  # [M, K - 1]; 0 where the bounds are padded
+        segments_per_micro_batch = (segment_lengths > 0).sum(1)
+        tokens = batch.tokens.numel() * self.dp_size
         return StepRecord(
             tflops=model_tflops(
                 seconds=seconds,
-                sequences=data.micro_bsz * len(batch.tokens) * dp,
+                sequences=data.micro_bsz * len(batch.tokens) * self.dp_size,
                 seq_len=data.seq_len,
                 hidden_size=model.hidden_size,
                 num_layers=model.num_layers,
                 vocab_size=model.vocab_size,
                 mlp_ratio=model.mlp_ratio,
                 recompute=model.checkpoint > 0,
-                world_size=self.place.world_size,
+                world_size=self.world_size,
             ),
             step=step,
             loss=output.loss,
-            tgs=tokens / self.place.world_size / seconds,
+            tgs=tokens / self.world_size / seconds,
             lr=lr,
             loss_scale=loss_scale,
             grad_norm=output.update.grad_norm,
             micro_num=len(batch.tokens),
             num_consumed_tokens=self.state.num_consumed_tokens,
             inf_nan_skip_batches=self.state.inf_nan_skip_batches,
-            num_samples_in_batch=int(pieces.sum()),
-            largest_length=int(lengths.max()),
-            largest_batch=int(pieces.max()),
-            smallest_batch=int(pieces.min()),
+            num_samples_in_batch=int(segments_per_micro_batch.sum()),
+            largest_length=int(segment_lengths.max()),
+            largest_batch=int(segments_per_micro_batch.max()),
+            smallest_batch=int(segments_per_micro_batch.min()),
             adam_beta2=beta2,
             fwd_bwd_time=output.fwd_bwd_time,
             extras={key: value for key, value in output.tally.summary().items() if key != "loss"},

@@ -1,4 +1,4 @@
-"""Signals as a request that the loop answers between two steps and, but for pipelines, two micro-batches."""
+"""Signals as requests that the training loop answers after a step or, without a pipeline, between micro-batches."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 
 class StopRequest:
-    """While entered, the first Ctrl-C, SIGTERM or SIGUSR1 is only noted; a second Ctrl-C interrupts at once."""
+    """Context manager that records the first Ctrl-C, SIGTERM or SIGUSR1; a second Ctrl-C interrupts immediately."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self._before: dict[signal.Signals, Any] = {}
+        self._previous_handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
         for number in WATCHED:
-            self._before[number] = signal.signal(number, self._note)
+            self._previous_handlers[number] = signal.signal(number, self._record)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
 
     @property
     def exit_code(self) -> int:
-        """130 after Ctrl-C; 75, "start me again", when a scheduler took the machine away."""
+        """The exit code: 130 after Ctrl-C, 75 ("start me again") after a signal of a scheduler."""
         return EXIT_INTERRUPTED if self.signal == signal.SIGINT else EXIT_RESTART

@@ -1,4 +1,4 @@
-"""This rank's part of the model, and the schedule that runs micro-batches through all parts."""
+"""This rank's part of the model, and the schedule that runs micro-batches through it."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ from evomesh.pipeline.stages import layer_ranges, stages_of_rank
 
 @dataclass(frozen=True)
 class ModelStages:
-    """Attributes:
-    models: one for each chunk that this rank holds; one in all without a pipeline.
-    schedule: what runs them.
-    module: all of them as one module.
+    """This rank's part of the model.
+
+    Attributes:
+        models: one per chunk that this rank holds; a single one without a pipeline.
+        schedule: runs micro-batches through them.
+        module: all of them as one module.
     """
 
     models: list[LanguageModel]
@@ -34,24 +36,22 @@ class ModelStages:
     module: nn.Module
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """By global name: layer indices are global, so no two chunks share one."""
+        """Return all parameters by global name: layer indices are global, so no two chunks share a name."""
         return {name: parameter for model in self.models for name, parameter in model.named_parameters()}
 
     def initialize(self, seed: int, grid: Grid) -> None:
+        """Fill the weights with their initial values."""
         for model in self.models:
             initialize_weights(model, seed, grid)
 
 
 def build_stages(config: Config, grid: Grid, mode: TensorMode, device: torch.device) -> ModelStages:
-    """Builds this rank's chunks with uninitialised parameters, weights sharded where the config says so."""
-    ranges: list[range] | list[None] = [None]
+    """Build this rank's chunks with uninitialized parameters, weights sharded where the config asks for it."""
     kind = pipeline_schedule(config)
-    if grid.pp.size > 1:
-        chunks = config.model.num_chunks
-        ends = end_weights(config.model) if config.parallel.pipeline.balance else None
-        table = layer_ranges(config.model.num_layers, grid.pp.size, chunks, ends)
-        ranges = [table[stage] for stage in stages_of_rank(grid.pp.rank, grid.pp.size, chunks, kind)]
-    models = [_build(config, grid, mode, device, layers) for layers in ranges]
+    models = [
+        _build_chunk(config, grid, mode, device, layer_range)
+        for layer_range in _layer_ranges(config, grid, kind)
+    ]
     if grid.pp.size == 1:
         return ModelStages(models, SingleStageSchedule(models[0]), models[0])
     dtype = parameter_dtype(config.model.dtype)
@@ -64,48 +64,61 @@ def build_stages(config: Config, grid: Grid, mode: TensorMode, device: torch.dev
         dtype=promote(dtype) if config.model.residual_in_fp32 else dtype,
         device=device,
     )
-    return ModelStages(models, schedule, nn.ModuleList(models) if len(models) > 1 else models[0])
+    module = nn.ModuleList(models) if len(models) > 1 else models[0]
+    return ModelStages(models, schedule, module)
+
+
+def _layer_ranges(config: Config, grid: Grid, kind: str) -> list[range] | list[None]:
+    """Return the layers of each chunk of this rank; one None, which means all layers, without a pipeline."""
+    if grid.pp.size == 1:
+        return [None]
+    chunks = config.model.num_chunks
+    ends = end_weights(config.model) if config.parallel.pipeline.balance else None
+    ranges = layer_ranges(config.model.num_layers, grid.pp.size, chunks, ends)
+    return [ranges[stage] for stage in stages_of_rank(grid.pp.rank, grid.pp.size, chunks, kind)]
 
 
 def end_weights(model: ModelConfig) -> tuple[float, float]:
-    """Embedding and head by their parameters, in units of one layer."""
-    query_and_output = 2 * model.hidden_size
-    key_and_value = 2 * model.kv_heads * model.head_dim
-    layer = model.hidden_size * (
-        query_and_output + key_and_value + (3 if model.use_swiglu else 2) * model.mlp_width
-    )
+    """Return the sizes of embedding and head, in parameters of one layer."""
+    attention_width = (
+        2 * model.hidden_size + 2 * model.kv_heads * model.head_dim
+    )  # wqkv and wo, over hidden_size
+    mlp_matrices = 3 if model.use_swiglu else 2
+    layer = model.hidden_size * (attention_width + mlp_matrices * model.mlp_width)
     end = model.vocab_size * model.hidden_size / layer
     return end, end
 
 
-def _build(
-    config: Config, grid: Grid, mode: TensorMode, device: torch.device, layers: range | None
+def _build_chunk(
+    config: Config, grid: Grid, mode: TensorMode, device: torch.device, layer_range: range | None
 ) -> LanguageModel:
     axis = grid.zero if config.parallel.zero1.fsdp else grid.wp
     if axis.size == 1:
-        return build_model(config.model, grid=grid, mode=mode, device=device, layer_range=layers)
-    # On the meta device first, so that no rank ever holds a whole block that is not in use.
-    auto = config.model.compile == "auto"
-    settings = config.model.model_copy(update={"compile": device.type == "cuda"}) if auto else config.model
-    model = build_model(settings, grid=grid, mode=mode, device="meta", layer_range=layers)
-    shard_weights(model, _units(model, axis), axis, device, overlap=config.parallel.weight.overlap)
+        return build_model(config.model, grid=grid, mode=mode, device=device, layer_range=layer_range)
+    # Built on the meta device first, so that no rank ever holds the unsharded weights of a block it is not using.
+    # "auto" compiles where the training device is CUDA, which build_model cannot see from the meta device.
+    settings = config.model
+    if settings.compile == "auto":
+        settings = settings.model_copy(update={"compile": device.type == "cuda"})
+    model = build_model(settings, grid=grid, mode=mode, device="meta", layer_range=layer_range)
+    shard_weights(model, _sharding_units(model, axis), axis, device, overlap=config.parallel.weight.overlap)
     clear_padding(model, grid)
     return model
 
 
-def _units(model: nn.Module, axis: Axis) -> list[nn.Module]:
-    """What is gathered as one: the blocks; and, where the axis cuts all weights, embedding and head too.
+def _sharding_units(model: nn.Module, axis: Axis) -> list[nn.Module]:
+    """Return the modules whose weights are gathered together: the blocks and, under fsdp, embedding and head.
 
-    Of a user's own model only the blocks: whether other weights are read outside their module's forward, who knows.
+    For a custom model only the blocks, because other weights might be read outside their module's forward.
     """
     layers = getattr(model, "layers", None)
     if not isinstance(layers, nn.ModuleDict | nn.ModuleList) or not len(layers):
         raise UserError(
-            f"{type(model).__name__} has no layers whose weights could be cut",
+            f"{type(model).__name__} has no layers whose weights can be sharded",
             where="parallel.weight.size" if axis.name == "wp" else "parallel.zero1.fsdp",
             expected="a model with its blocks in self.layers, an nn.ModuleDict or nn.ModuleList",
         )
     blocks = list(layers.values() if isinstance(layers, nn.ModuleDict) else layers)
     if axis.name == "wp" or not isinstance(model, Decoder):
         return blocks
-    return [part for part in (model.embedding, *blocks, model.head) if part is not None]
+    return [module for module in (model.embedding, *blocks, model.head) if module is not None]

@@ -21,19 +21,15 @@ from evomesh.train.stopwatch import Stopwatch
 from evomesh.train.tally import LossTally
 
 
-class StepInterruptedError(Exception):
-    """A step ended between two micro-batches: its gradients are dropped, nothing else had changed."""
-
-
 @dataclass(frozen=True)
 class StepOutput:
-    """All figures are on the host.
+    """What one step computed; every value is on the host.
 
     Attributes:
-    loss: the training objective, label smoothing included, per target token of the global batch.
-    tally: sums over the global batch, by data type.
-    update: gradient norm, and whether the update took place.
-    fwd_bwd_time: seconds in forward and backward.
+        loss: the training objective, label smoothing included, per target token of the global batch.
+        tally: sums over the global batch, by data type.
+        update: gradient norm, and whether the update was applied.
+        fwd_bwd_time: seconds in forward and backward.
     """
 
     loss: float
@@ -43,81 +39,95 @@ class StepOutput:
 
 
 def seed_step(seed: int, step: int, dp_rank: int) -> None:
-    """Random draws of a step (a user's own dropout, say) depend on nothing before it, so a resume needs no state."""
+    """Seed torch's generator for one step, so that random draws (a custom model's dropout) resume without state."""
     torch.manual_seed((seed * 1_000_003 + step) * 1_000_003 + dp_rank)
 
 
 def train_step(
+    batch: Batch,
+    *,
     schedule: Schedule,
     optimizer: ZeroOptimizer,
     scaler: LossScaler,
-    batch: Batch,
     grid: Grid,
-    loss: LossConfig,
-    types: list[str],
+    loss_config: LossConfig,
+    data_types: list[str],
     lr: float,
     beta2: float,
-    broken_off: Callable[[int], bool] = lambda done: False,
-) -> StepOutput:
-    """Accumulates the gradient of the mean loss over all target tokens of the global batch, and applies it.
+    should_stop: Callable[[int], bool] | None = None,
+) -> StepOutput | None:
+    """Accumulate the gradient of the mean loss over all target tokens of the global batch, and apply it.
 
-    The one division is by the global count of targets (invariant 4); with ``loss.reduction="micro_batch"`` each
-    micro-batch is first averaged on its own, which weighs tokens of sparse micro-batches more.
+    The one division is by the global count of targets (invariant 4 in docs/architecture.md). With
+    ``loss.reduction="micro_batch"`` each micro-batch is averaged separately first, which gives more weight to the
+    tokens of sparse micro-batches.
 
-    The host waits for the device once, behind the optimizer, to read the step's figures: targets are counted before
-    the batch goes to the device, and whether the step is skipped is decided there.
+    The host waits for the device once, after the optimizer, to read the results of the step: targets are counted
+    before the batch goes to the device, and the device decides whether the update is skipped.
 
     Args:
         batch: on the host; pinned, if there is a device to copy it to.
+        should_stop: called between micro-batches with the number of finished ones; True interrupts the step. Never
+            called in a pipeline, whose stages are not all between the same two micro-batches at any time.
 
-    Raises:
-        StepBrokenOff: ``broken_off``, asked between micro-batches with the number of those done, said so. It is not
-            asked in a pipeline, whose stages are never between the same two.
+    Returns:
+        None when ``should_stop`` interrupted the step: its gradients are dropped and nothing else has changed.
     """
     device = optimizer.device
     watch = Stopwatch(device)
-    weights = micro_batch_weights(batch.labels, grid, loss)
-    batch = batch.to(device)
-    tally = LossTally(types, device)
-    objective = torch.zeros((), dtype=torch.float64, device=device)
-    optimizer.expect_micro_batches(len(weights))
 
-    def count(index: int, output: LossOutput) -> None:
+    # 1. Weights of the micro-batches: counted on the host, before anything is queued on the device.
+    weights = micro_batch_weights(batch.labels, grid, loss_config)
+    scales = [weight * scaler.scale for weight in weights]
+    batch = batch.to(device)
+
+    # 2. Forward and backward. The sums stay on the device.
+    tally = LossTally(data_types, device)
+    objective = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add_loss(index: int, output: LossOutput) -> None:
         objective.add_(output.scaled_sum.detach().double() / scaler.scale)
         tally.add(output, batch.labels[index], batch.type_ids[index])
-        if grid.pp.size == 1 and index + 1 < len(weights) and broken_off(index + 1):
-            optimizer.zero_grad()
-            raise StepInterruptedError
 
-    schedule.train(batch, [weight * scaler.scale for weight in weights], loss.label_smoothing, count)
+    optimizer.expect_micro_batches(len(weights))
+    finished = schedule.train(batch, scales, loss_config.label_smoothing, add_loss, should_stop)
+    if not finished:
+        optimizer.zero_grad()
+        return None
     watch.stop()
+
+    # 3. Update: clips, skips a gradient that is not finite, applies AdamW.
     with region("optimizer"):
         norm = optimizer.step(lr, beta2, 1.0 / scaler.scale).norm
     optimizer.zero_grad()
-    objective = all_reduce_no_grad(
-        objective, grid.dp, grid.pp
-    )  # every rank of the last stage counted, no other
+
+    # 4. One copy to the host brings the norm, the objective and the tally. Only ranks of the last pipeline stage
+    # have added losses, so the sum over pp counts each once.
+    objective = all_reduce_no_grad(objective, grid.dp, grid.pp)
     sums = tally.reduce(grid.dp, grid.pp).sums
-    figures = on_host(torch.cat([norm[None], objective[None], sums.flatten()]))
-    update = StepResult(figures[0])
+    results = copy_to_host(torch.cat([norm[None], objective[None], sums.flatten()]))
+    update = StepResult(results[0])
     scaler.update(update.check)
-    counted = LossTally(types, figures.device, figures[2:].view_as(sums))
-    return StepOutput(float(figures[1]), counted, update, watch.seconds())
+    host_tally = LossTally(data_types, results.device, results[2:].view_as(sums))
+    return StepOutput(float(results[1]), host_tally, update, watch.seconds())
 
 
-def on_host(figures: Tensor) -> Tensor:
-    """The one host synchronisation of a step."""
-    return figures.cpu()
+def copy_to_host(results: Tensor) -> Tensor:
+    """Copy to the host: the one place where a step waits for the device."""
+    return results.cpu()
 
 
-def micro_batch_weights(labels: Tensor, grid: Grid, loss: LossConfig) -> list[float]:
-    """What each micro-batch's sum of token losses is multiplied with; ``labels`` is [M, T] of this rank.
+def micro_batch_weights(labels: Tensor, grid: Grid, loss_config: LossConfig) -> list[float]:
+    """Return the factor of each micro-batch's summed token losses.
 
-    They are counted, and summed over the ranks, where they lie: on the host no device has to wait for that.
+    Targets are counted, and summed over the data-parallel ranks, on the host, so no device has to be waited for.
+
+    Args:
+        labels: [M, T] of this rank, on the host.
     """
     targets = (labels != IGNORE).sum(1)
-    if loss.reduction == "micro_batch":
-        count = len(targets) * grid.dp.size
-        return [1.0 / (max(n, 1) * count) for n in targets.tolist()]
+    if loss_config.reduction == "micro_batch":
+        num_micro_batches = len(targets) * grid.dp.size
+        return [1.0 / (max(count, 1) * num_micro_batches) for count in targets.tolist()]
     total = int(all_reduce_no_grad(targets.sum(), grid.dp))
     return [1.0 / max(total, 1)] * len(targets)

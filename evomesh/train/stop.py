@@ -1,4 +1,4 @@
-"""Who may ask a run to save or to stop: a signal on any rank, or a number in the stop file."""
+"""Requests to save or to stop a run: a signal on any rank, or a number in the stop file."""
 
 from __future__ import annotations
 
@@ -16,93 +16,113 @@ logger = logging.getLogger(__name__)
 
 
 class StopFile:
-    """``ckpt.stop_file_path``: N > 0 saves and stops after step N, N < 0 only saves after step |N|, 0 asks nothing.
+    """The file ``ckpt.stop_file_path`` with one number N.
 
-    Made with a 0 in it when absent.
+    N > 0: save and stop after step N. N < 0: save after step |N|. 0: no request. Created with a 0 when absent.
     """
 
     def __init__(self, path: str) -> None:
-        self._path, self._said = Path(path), "0"
+        self._path = Path(path)
+        self._last_reported = "0"
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             if not self._path.exists():
                 self._path.write_text("0\n")
         except OSError as error:
-            raise UserError(f"the stop file cannot be made: {error.strerror}", where=path) from None
+            raise UserError(f"cannot create the stop file: {error.strerror}", where=path) from None
 
     def read(self) -> int:
-        """The number in it; what is no number asks nothing and is said once."""
+        """Return the requested step. Anything that is not a number is ignored with one warning."""
         try:
             text = self._path.read_text().strip()
             number = int(text or "0")
         except FileNotFoundError:
             return 0
         except (OSError, ValueError) as error:
-            if str(error) != self._said:
-                logger.warning("stop file %s: %s; write the number of a step, or 0", self._path, error)
-            self._said = str(error)
+            if str(error) != self._last_reported:
+                logger.warning("stop file %s: %s; write a step number, or 0", self._path, error)
+            self._last_reported = str(error)
             return 0
-        if text != self._said and number:
+        if text != self._last_reported and number:
             what = "save and stop" if number > 0 else "save"
-            logger.warning("stop file %s asks to %s after %d steps", self._path, what, abs(number))
-        self._said = text
+            logger.warning("stop file %s requests to %s after %d steps", self._path, what, abs(number))
+        self._last_reported = text
         return number
 
 
 @dataclass(frozen=True)
 class StopDecision:
-    """What all ranks do now."""
+    """What all ranks do after this step."""
 
     save: bool = False
     stop: bool = False
 
 
-class StopPoint:
-    """Where between micro-batches all ranks break off: the first place that none has passed yet.
+Boundary = tuple[int, int]  # (step, finished micro-batches of it)
 
-    One register in the store holds the farthest place that any rank has passed, or the place to stop at. A rank that
-    passes a place first moves the register there, one that was asked to stop puts the place behind into it, and each
-    is one atomic operation: so no rank passes a place at which another stops, and nobody waits for anybody. Hosts
-    talk, devices do not: work that is queued on them goes on.
+
+class StopBoundary:
+    """Agrees on the boundary between micro-batches at which all ranks stop: the first that no rank has passed yet.
+
+    One register in the store holds either the farthest boundary that any rank has passed, or the boundary to stop
+    at. A rank that is the first at a boundary records it as passed; a rank that wants to stop records the boundary
+    after the farthest one. Each is one atomic compare-and-set, so no rank passes a boundary at which another stops,
+    and no rank waits for another. Only hosts communicate: work that is queued on devices keeps running.
     """
 
     KEY = "evomesh/stop"
 
     def __init__(self, store: SharedStore) -> None:
         self._store = store
-        self._seen = ""
+        self._last_seen = ""
 
-    def reached(self, step: int, micro_batches: int, wanted: bool) -> bool:
-        """Whether to stop here, with ``micro_batches`` of ``step`` done; ``wanted``: a signal came to this rank."""
+    def reached(self, step: int, micro_batches: int, stop_requested: bool) -> bool:
+        """Return whether to stop here, with ``micro_batches`` of ``step`` finished.
+
+        Args:
+            stop_requested: this rank has received a signal.
+        """
         here = (step, micro_batches)
         while True:
-            passed, stop = _place(self._seen)
-            desired = self._seen
-            if stop is None and passed < here:
-                desired = f"{'stop' if wanted else 'passed'} {step} {micro_batches}"
-            elif stop is None and wanted:
-                desired = f"stop {passed[0]} {passed[1] + 1}"
-            found = self._store.compare_set(self.KEY, self._seen, desired).decode()
-            self._seen, agreed = found, found == desired
-            if agreed:
-                _, stop = _place(found)
-                return stop is not None and here >= stop
+            expected = self._last_seen
+            wanted = self._next_register(expected, here, stop_requested)
+            actual = self._store.compare_set(self.KEY, expected, wanted).decode()
+            self._last_seen = actual
+            if actual == wanted:
+                _, stop_at = _parse_register(actual)
+                return stop_at is not None and here >= stop_at
+
+    @staticmethod
+    def _next_register(register: str, here: Boundary, stop_requested: bool) -> str:
+        """Return the register as this rank wants it, given what it holds."""
+        farthest, stop_at = _parse_register(register)
+        if stop_at is not None:
+            return register
+        if farthest < here:
+            word = "stop" if stop_requested else "passed"
+            return f"{word} {here[0]} {here[1]}"
+        if stop_requested:
+            return f"stop {farthest[0]} {farthest[1] + 1}"
+        return register
 
 
-def _place(register: str) -> tuple[tuple[int, int], tuple[int, int] | None]:
-    """(farthest place passed, place to stop at if any) of a register's text."""
+def _parse_register(register: str) -> tuple[Boundary, Boundary | None]:
+    """Return (farthest boundary passed, boundary to stop at if any)."""
     if not register:
         return (-1, 0), None
     word, step, micro_batches = register.split()
-    place = int(step), int(micro_batches)
-    return (place, None) if word == "passed" else ((place[0], place[1] - 1), place)
+    boundary = int(step), int(micro_batches)
+    if word == "passed":
+        return boundary, None
+    return (boundary[0], boundary[1] - 1), boundary
 
 
 class StopPoll:
-    """``ask`` after each step, all ranks together; ``in_step`` between micro-batches, each when it gets there.
+    """Asks all sources of stop requests: ``after_step`` on all ranks together, ``between_micro_batches`` on each.
 
     Args:
-        store: where several ranks agree about the latter; without one, they stop between steps only.
+        path: of the stop file.
+        store: where several ranks agree on a boundary between micro-batches; without one they stop after steps only.
     """
 
     def __init__(
@@ -110,29 +130,33 @@ class StopPoll:
     ) -> None:
         self._request, self._exchange = request, exchange
         self._file = StopFile(path) if path is not None and exchange.rank == 0 else None
-        self._point = StopPoint(store) if store is not None else None
+        self._boundary = StopBoundary(store) if store is not None else None
 
-    def ask(self, steps_done: int) -> StopDecision:
-        """The same answer on every rank; a signal that reached one rank is then noted on all."""
-        if self._exchange.size == 1:
-            number = self._file.read() if self._file is not None else 0
-            return StopDecision(
-                steps_done == abs(number) != 0, self._request.signal is not None or steps_done == number != 0
-            )
-        signals = self._exchange.gather(int(self._request.signal or 0))
-        answer = None
-        if signals is not None:
-            answer = [max(signals), self._file.read() if self._file is not None else 0]
-        number_of_signal, number = self._exchange.broadcast(answer)
-        if number_of_signal:
-            self._request.signal = signal.Signals(number_of_signal)
-        return StopDecision(
-            steps_done == abs(number) != 0, bool(number_of_signal) or steps_done == number != 0
-        )
+    def after_step(self, steps_done: int) -> StopDecision:
+        """Return the same decision on every rank; a signal that reached one rank is then recorded on all."""
+        signal_number, file_number = self._requests()
+        if signal_number:
+            self._request.signal = signal.Signals(signal_number)
+        save = file_number != 0 and steps_done == abs(file_number)
+        stop = file_number != 0 and steps_done == file_number
+        return StopDecision(save, stop or bool(signal_number))
 
-    def in_step(self, step: int, micro_batches: int) -> bool:
-        """Whether to break off ``step`` now, with ``micro_batches`` of it done, since a signal came to some rank."""
-        wanted = self._request.signal is not None
+    def _requests(self) -> tuple[int, int]:
+        """Return (number of a signal that some rank received, number in the stop file), 0 for none."""
+        own_signal = int(self._request.signal or 0)
         if self._exchange.size == 1:
-            return wanted
-        return self._point is not None and self._point.reached(step, micro_batches, wanted)
+            return own_signal, self._read_file()
+        signals = self._exchange.gather(own_signal)
+        requests = [max(signals), self._read_file()] if signals is not None else None
+        signal_number, file_number = self._exchange.broadcast(requests)
+        return signal_number, file_number
+
+    def _read_file(self) -> int:
+        return self._file.read() if self._file is not None else 0
+
+    def between_micro_batches(self, step: int, micro_batches: int) -> bool:
+        """Return whether to interrupt ``step`` now, with ``micro_batches`` of it finished."""
+        requested = self._request.signal is not None
+        if self._exchange.size == 1:
+            return requested
+        return self._boundary is not None and self._boundary.reached(step, micro_batches, requested)

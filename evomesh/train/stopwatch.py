@@ -1,4 +1,4 @@
-"""Seconds of work that a device may still be doing when the host has moved on."""
+"""Timing of work that may still run on a device after the host has queued it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class Stopwatch:
-    """Runs from where it is made to ``stop``, on ``device``'s own clock where that is CUDA."""
+    """Measures from its creation to ``stop``, with CUDA events where ``device`` is a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_cuda = device.type == "cuda"
@@ -20,7 +20,7 @@ class Stopwatch:
         self._stopped = self._now()
 
     def seconds(self) -> float:
-        """Read it behind the step's host synchronisation: on CUDA it needs the device to have passed ``stop``."""
+        """Return the seconds. On CUDA, call it after the step's host sync, when the device has passed ``stop``."""
         assert self._stopped is not None
         if isinstance(self._started, float):
             return float(self._stopped - self._started)

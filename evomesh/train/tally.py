@@ -17,10 +17,12 @@ from evomesh.parallel.grid import Axis
 
 
 class LossTally:
-    """Args:
-    types: names of the data types; ``type_ids`` index into them.
-    device: where the sums are kept.
-    sums: [3, types] float64 to start from: nll, correct, tokens; zeros otherwise.
+    """Sums of negative log-likelihood, correct predictions and tokens, per data type.
+
+    Args:
+        types: names of the data types; ``type_ids`` index into them.
+        device: where the sums are kept.
+        sums: [3, types] float64 to start from (nll, correct, tokens); zeros when None.
     """
 
     def __init__(self, types: list[str], device: torch.device, sums: Tensor | None = None) -> None:
@@ -28,23 +30,26 @@ class LossTally:
         self.sums = torch.zeros(3, len(types), dtype=torch.float64, device=device) if sums is None else sums
 
     def add(self, output: LossOutput, labels: Tensor, type_ids: Tensor) -> None:
-        """Adds one packed sequence; ``labels`` and ``type_ids`` are [T]."""
-        target = labels != IGNORE
-        rows = torch.stack(
-            [output.nll.double() * target, (output.correct & target).double(), target.double()]
-        )
-        # A product with the membership matrix, since scattered adds have no fixed order on CUDA.
-        member = type_ids[:, None] == torch.arange(len(self.types), device=type_ids.device)
-        # 0 * inf would leak a type's overflow into the others
-        self.sums += torch.where(member, rows[:, :, None], 0.0).sum(1)
+        """Add one packed sequence; ``labels`` and ``type_ids`` are [T]."""
+        is_target = labels != IGNORE
+        nll = output.nll.double() * is_target
+        correct = (output.correct & is_target).double()
+        per_token = torch.stack([nll, correct, is_target.double()])  # [3, T]
+        # Sums over a [T, types] membership mask, because scattered adds have no fixed order on CUDA. ``where`` instead
+        # of a product, because 0 * inf would leak one type's overflow into the others.
+        is_of_type = type_ids[:, None] == torch.arange(len(self.types), device=type_ids.device)
+        self.sums += torch.where(is_of_type, per_token[:, :, None], 0.0).sum(1)
 
     def reduce(self, *axes: Axis) -> LossTally:
-        """Sums over the ranks of ``axes``; every rank gets the result."""
+        """Sum over the ranks of ``axes``; every rank gets the result."""
         return LossTally(self.types, self.sums.device, all_reduce_no_grad(self.sums, *axes))
 
     def summary(self) -> dict[str, float]:
-        """``loss``, ``acc``, ``perplexity`` over all tokens and ``loss/TYPE``, ``acc/TYPE``, ``tokens/TYPE``,
-        ``perplexity/TYPE`` for each type that has tokens; a type without any is absent."""
+        """Return the means over all tokens and over each data type.
+
+        Keys: ``loss``, ``acc``, ``perplexity``; and ``loss/TYPE``, ``acc/TYPE``, ``perplexity/TYPE``, ``tokens/TYPE``
+        of each type that has tokens.
+        """
         nll, correct, tokens = self.sums.tolist()
         result = _means("", sum(nll), sum(correct), sum(tokens))
         for name, *sums in zip(self.types, nll, correct, tokens, strict=True):

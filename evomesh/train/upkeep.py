@@ -1,4 +1,4 @@
-"""What is done every so many steps beside training: freeing caches, and naming ranks that lag behind."""
+"""Periodic work between steps: freeing caches, and reporting slow ranks."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from evomesh.parallel.grid import Axis
 
 logger = logging.getLogger(__name__)
 
-USUAL_INTERVAL = 50  # also what a documented interval of 0 or less means
+DEFAULT_INTERVAL = 50  # also for an interval of 0 or less, as in InternEvo
 
 
 class PeriodicUpkeep:
-    """``data.empty_cache_and_diag_interval`` and ``data.diag_outlier_ratio``.
+    """Implements ``data.empty_cache_and_diag_interval`` and ``data.diag_outlier_ratio``.
 
     Args:
-        interval: steps from one time to the next.
-        ratio: a rank is slow whose forward and backward took more than this times the median of its peers.
-        peers: ranks that do equal work: the data-parallel axis.
+        interval: steps between two rounds.
+        ratio: a rank is slow when its forward and backward took more than this times the median of its peers.
+        peers: the axis whose ranks do equal work (data parallel).
     """
 
     def __init__(self, interval: int, ratio: float, peers: Axis) -> None:
-        self.interval = interval if interval > 0 else USUAL_INTERVAL
+        self.interval = interval if interval > 0 else DEFAULT_INTERVAL
         self.ratio, self.peers = ratio, peers
         self._seconds: list[float] = []
 
     def after_step(self, fwd_bwd_time: float) -> None:
-        """Called once a step on every rank, with the seconds in forward and backward."""
+        """Count one step; every rank calls it with the seconds it spent in forward and backward."""
         self._seconds.append(fwd_bwd_time)
         if len(self._seconds) < self.interval:
             return
@@ -40,11 +40,11 @@ class PeriodicUpkeep:
         if self.peers.rank == 0:
             for rank, seconds in slow_ranks(times, self.ratio):
                 logger.warning(
-                    "data-parallel rank %d is slow: %.3f s in forward and backward, %.3f s is the median of %d ranks",
+                    "data-parallel rank %d is slow: forward and backward took %.3f s (median of %d ranks: %.3f s)",
                     rank,
                     seconds,
-                    median(times),
                     len(times),
+                    median(times),
                 )
         gc.collect()
         if torch.cuda.is_available():
@@ -52,6 +52,6 @@ class PeriodicUpkeep:
 
 
 def slow_ranks(times: list[float], ratio: float) -> list[tuple[int, float]]:
-    """(rank, seconds) of those above ``ratio`` times the median."""
-    usual = median(times)
-    return [(rank, seconds) for rank, seconds in enumerate(times) if seconds > ratio * usual]
+    """Return (rank, seconds) of the ranks above ``ratio`` times the median."""
+    limit = ratio * median(times)
+    return [(rank, seconds) for rank, seconds in enumerate(times) if seconds > limit]

@@ -1,4 +1,4 @@
-"""Validation: every set under ``valid_folder``, token-weighted over all of it."""
+"""Validation: the token-weighted loss of every set under ``valid_folder``."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from evomesh.train.tally import LossTally
 def validate(
     stages: ModelStages, sets: list[ValidationSet], grid: Grid, device: torch.device
 ) -> dict[str, float]:
-    """``val/{name}_loss``, ``_acc`` and ``_plex`` of each set; a set without a single target token is absent."""
+    """Return ``val/{name}_loss``, ``_acc`` and ``_plex`` of each set; a set without target tokens is absent."""
     was_training = stages.module.training
     stages.module.eval()
     results: dict[str, float] = {}
     for valid in sets:
         tally = LossTally([valid.name], device)
         for host_batch in valid.batches(grid.dp.rank, grid.dp.size):
-            _count(stages, host_batch.to(device), tally)
+            _tally_batch(stages, host_batch.to(device), tally)
         summary = tally.reduce(grid.dp, grid.pp).summary()
         if summary:
             results[f"val/{valid.name}_loss"] = summary["loss"]
@@ -32,7 +32,7 @@ def validate(
     return results
 
 
-def _count(stages: ModelStages, batch: Batch, tally: LossTally) -> None:
+def _tally_batch(stages: ModelStages, batch: Batch, tally: LossTally) -> None:
     def add(index: int, output: LossOutput) -> None:
         tally.add(output, batch.labels[index], torch.zeros_like(batch.type_ids[index]))
 

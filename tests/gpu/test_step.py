@@ -51,17 +51,19 @@ class Training:
         self.scaler = LossScaler(self.config.grad_scaler, dtype)  # type: ignore[arg-type]
 
     def step(self, number: int) -> StepOutput:
-        return step.train_step(
-            self.stages.schedule,
-            self.optimizer,
-            self.scaler,
+        output = step.train_step(
             host_batch(number, pinned=self.device.type == "cuda"),
-            Grid(),
-            LossConfig(label_smoothing=0.05),
-            ["a", "b"],
-            1e-2,
-            0.95,
+            schedule=self.stages.schedule,
+            optimizer=self.optimizer,
+            scaler=self.scaler,
+            grid=Grid(),
+            loss_config=LossConfig(label_smoothing=0.05),
+            data_types=["a", "b"],
+            lr=1e-2,
+            beta2=0.95,
         )
+        assert output is not None
+        return output
 
     def state(self) -> dict[str, Tensor]:
         tensors = self.stages.parameters() | self.optimizer.state_tensors()
@@ -114,7 +116,7 @@ def test_losses_and_norms_are_those_of_float64_on_the_cpu(
 
 
 @contextmanager
-def no_synchronisation(device: torch.device) -> Iterator[None]:
+def no_synchronization(device: torch.device) -> Iterator[None]:
     """Within, CUDA raises where the host would wait for it."""
     if device.type != "cuda":
         yield
@@ -134,19 +136,19 @@ def test_the_host_waits_once_a_step(
     if compiled and device.type == "cpu":
         pytest.skip("needs a device that could be waited for")
     training, reads = Training(device, dtype, checkpoint=0.5, compile=compiled), []
-    on_host = step.on_host
+    copy_to_host = step.copy_to_host
 
-    def read(figures: Tensor) -> Tensor:
-        reads.append(figures.device.type)
+    def read(results: Tensor) -> Tensor:
+        reads.append(results.device.type)
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
-        return on_host(figures)
+        return copy_to_host(results)
 
     for number in range(len(PACKS)):  # libraries start, blocks are compiled
         training.step(number)
-    monkeypatch.setattr(step, "on_host", read)
+    monkeypatch.setattr(step, "copy_to_host", read)
     for number in range(len(PACKS)):
-        with no_synchronisation(device):
+        with no_synchronization(device):
             training.step(number)
     assert reads == [device.type] * len(PACKS)
 
@@ -156,7 +158,7 @@ def test_the_host_waits_once_a_step(
 def test_cuda_says_when_the_host_waits() -> None:
     x = torch.ones(3, device="cuda")
     for wait in (x.sum().item, x.nonzero, lambda: torch.as_tensor(0.5, device="cuda"), x.cpu):
-        with no_synchronisation(x.device), pytest.raises(RuntimeError):
+        with no_synchronization(x.device), pytest.raises(RuntimeError):
             wait()
 
 

@@ -51,8 +51,8 @@ def host_batch(micro_num: int = 2) -> Batch:
     return Batch(ids, labels, positions, ids, bounds, 32)
 
 
-class Step:
-    """One step of a model on the meta device, whose figures are read as zeros."""
+class CountedStep:
+    """One step of a model on the meta device, whose results are read as zeros."""
 
     def __init__(
         self,
@@ -71,65 +71,65 @@ class Step:
         named = self.stages.parameters().items()
         self.optimizer = ZeroOptimizer(named, config.adam, settings, grid, self.stages.module)
         self.scaler = LossScaler(config.grad_scaler, dtype)  # type: ignore[arg-type]
-        self.read: list[tuple[int, ...]] = []
-        monkeypatch.setattr(step, "on_host", self.on_host)
+        self.reads: list[tuple[int, ...]] = []
+        monkeypatch.setattr(step, "copy_to_host", self.copy_to_host)
 
-    def on_host(self, figures: Tensor) -> Tensor:
-        assert figures.device == META
-        self.read.append(tuple(figures.shape))
-        return torch.zeros(figures.shape, dtype=figures.dtype)
+    def copy_to_host(self, results: Tensor) -> Tensor:
+        assert results.device == META
+        self.reads.append(tuple(results.shape))
+        return torch.zeros(results.shape, dtype=results.dtype)
 
     def __call__(self, reduction: str = "token") -> None:
         settings = LossConfig(reduction=reduction, label_smoothing=0.1)  # type: ignore[arg-type]
         step.train_step(
-            self.stages.schedule,
-            self.optimizer,
-            self.scaler,
             host_batch(),
-            self.grid,
-            settings,
-            ["a", "b"],
-            1e-3,
-            0.95,
+            schedule=self.stages.schedule,
+            optimizer=self.optimizer,
+            scaler=self.scaler,
+            grid=self.grid,
+            loss_config=settings,
+            data_types=["a", "b"],
+            lr=1e-3,
+            beta2=0.95,
         )
 
 
-class TestOfAStep:
+class TestHostWaitsOfAStep:
     @pytest.mark.parametrize("clip", [0.0, 1.0])
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
-    def test_is_one_and_the_batch_is_copied_without_any(
+    def test_one_wait_and_none_for_copying_the_batch(
         self, monkeypatch: pytest.MonkeyPatch, dtype: str, clip: float
     ) -> None:
-        one = Step(monkeypatch, dtype, clip, checkpoint=0.5, use_fp32_norm=dtype != "float64")
+        counted_step = CountedStep(monkeypatch, dtype, clip, checkpoint=0.5, use_fp32_norm=dtype != "float64")
         for reduction in ("token", "micro_batch"):
             with no_host_waits() as copies:
-                one(reduction)
+                counted_step(reduction)
             assert copies.begun == len(fields(Batch)) - 2  # all tensors of a host batch
-        assert one.read == [(2 + 3 * 2,)] * 2  # norm, objective and the tally of two types
+        assert counted_step.reads == [(2 + 3 * 2,)] * 2  # norm, objective and the tally of two types
 
     @pytest.mark.parametrize("kv_heads", [4, 2])
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-    def test_is_one_with_the_kernel_for_variable_length(
+    def test_one_wait_with_the_variable_length_kernel(
         self, monkeypatch: pytest.MonkeyPatch, dtype: str, kv_heads: int
     ) -> None:
-        """torch knows shape and device of what its kernel gives, forward and backward, without running it."""
+        """torch knows shape and device of the kernel's outputs, forward and backward, without running it."""
         monkeypatch.setattr(attention, "_flash_takes", lambda q: True)
         monkeypatch.setattr(attention, "_per_document", None)
-        one = Step(monkeypatch, dtype, num_kv_attention_heads=kv_heads, checkpoint=0.5)
+        counted_step = CountedStep(monkeypatch, dtype, num_kv_attention_heads=kv_heads, checkpoint=0.5)
         with no_host_waits():
-            one()
-        assert len(one.read) == 1
+            counted_step()
+        assert len(counted_step.reads) == 1
 
     @pytest.mark.parametrize(
         "changes", [{"norm_head": True, "embed_grad_scale": 0.1}, {"use_dynamic_ntk_rope": True}]
     )
-    def test_is_one_whatever_the_model(
-        self, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
-    ) -> None:
-        one = Step(monkeypatch, "bfloat16", model_type="INTERNLM2_PUBLIC", no_bias=False, **changes)
+    def test_one_wait_for_every_model(self, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+        counted_step = CountedStep(
+            monkeypatch, "bfloat16", model_type="INTERNLM2_PUBLIC", no_bias=False, **changes
+        )
         with no_host_waits():
-            one()
-        assert len(one.read) == 1
+            counted_step()
+        assert len(counted_step.reads) == 1
 
     @pytest.mark.parametrize(
         "layout",
@@ -144,23 +144,25 @@ class TestOfAStep:
         ],
         ids=str,
     )
-    def test_is_one_in_every_layout(self, monkeypatch: pytest.MonkeyPatch, layout: dict[str, Any]) -> None:
-        """In a world of four that is not there: its collectives return at once. Of a pipeline the last stage, without
-        torch's own schedule, which cannot agree about shapes there."""
+    def test_one_wait_in_every_layout(self, monkeypatch: pytest.MonkeyPatch, layout: dict[str, Any]) -> None:
+        """In a fake world of four ranks, whose collectives return immediately.
+
+        A pipeline runs its last stage only, without torch's schedule, which cannot agree on shapes there.
+        """
         monkeypatch.setattr(PipelineSchedule, "train", PipelineSchedule.rehearse)
         parallel = ParallelConfig.model_validate(layout)
         with fake_world(4, 3), weights_on_meta():
             overlap = {"overlap_sync_grad": True, "overlap_sync_param": True}
             grid = build_grid(parallel, 4, 3)
-            one = Step(monkeypatch, "bfloat16", grid=grid, parallel=parallel, zero=overlap)
+            counted_step = CountedStep(monkeypatch, "bfloat16", grid=grid, parallel=parallel, zero=overlap)
             with no_host_waits():
-                one()
-                one()
-        assert len(one.read) == 2
+                counted_step()
+                counted_step()
+        assert len(counted_step.reads) == 2
 
     @pytest.mark.parametrize("place", ["layer", "loss", "optimizer", "update"])
-    def test_would_be_noticed(self, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
-        one = Step(monkeypatch, "bfloat16")
+    def test_a_second_wait_fails_this_test(self, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+        counted_step = CountedStep(monkeypatch, "bfloat16")
 
         def reading(function: Callable[..., Any]) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:
@@ -181,7 +183,7 @@ class TestOfAStep:
                 lambda slots: [slot.local.cpu() for slot in slots],
             )
         with no_host_waits(), pytest.raises((RuntimeError, NotImplementedError)):
-            one()
+            counted_step()
 
 
 @pytest.mark.parametrize(
@@ -202,7 +204,7 @@ class TestOfAStep:
         lambda x: x.copy_(torch.ones(3)),
     ],
 )
-def test_waits_are_found(wait: Callable[[Tensor], Any]) -> None:
+def test_every_kind_of_wait_is_detected(wait: Callable[[Tensor], Any]) -> None:
     x = torch.ones(3, device=META)
     with no_host_waits(), pytest.raises((HostWaits, RuntimeError, NotImplementedError, TypeError)):
         wait(x)

@@ -1,4 +1,4 @@
-"""The figures of a step's line that come from its batch."""
+"""Values of a step's line that are derived from its batch."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from tests.support.covers import covers
 @pytest.fixture
 def reporter(tmp_path: Path) -> RunReporter:
     config = Config(run=RunConfig(run_dir=str(tmp_path)), data=DataConfig(seq_len=8, micro_num=2))
-    place = RunContext(Grid(), torch.device("cpu"), MODES["mtp"], 0, 1, datetime(2026, 3, 1))
+    context = RunContext(Grid(), torch.device("cpu"), MODES["mtp"], 0, 1, datetime(2026, 3, 1))
     state = TrainState()
     state.record_step(16, applied=True)
-    return RunReporter(config, "", place, state, build_train_data(config.data, 256))
+    return RunReporter(config, "", context, state, build_train_data(config.data, 256))
 
 
 def batch(bounds: list[list[int]]) -> Batch:
@@ -49,7 +49,7 @@ def record(reporter: RunReporter, seconds: float, **figures: Any) -> Any:
 
 
 @covers("promise:batch-figures")
-def test_samples_are_document_pieces(reporter: RunReporter) -> None:
+def test_samples_are_counted_as_segments(reporter: RunReporter) -> None:
     found = record(reporter, 0.5)
     assert (found.num_samples_in_batch, found.largest_length) == (3, 8)
     assert (found.largest_batch, found.smallest_batch) == (2, 1)

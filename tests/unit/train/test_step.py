@@ -64,11 +64,23 @@ def step(
     )
     dtype = "float16" if scaler else "float64"
     with_scale = LossScaler(scaler or config.grad_scaler, dtype)
-    return train_step(stages.schedule, optimizer, with_scale, batch, Grid(), loss, ["en"], 1e-2, 0.95)
+    output = train_step(
+        batch,
+        schedule=stages.schedule,
+        optimizer=optimizer,
+        scaler=with_scale,
+        grid=Grid(),
+        loss_config=loss,
+        data_types=["en"],
+        lr=1e-2,
+        beta2=0.95,
+    )
+    assert output is not None
+    return output
 
 
 def token_losses(stages: ModelStages, ids: Tensor, labels: Tensor) -> Tensor:
-    """Of the targets of one document, from whole logits."""
+    """Return the losses of the targets of one document, from whole logits."""
     (model,) = stages.models
     with torch.no_grad():
         logits = model.logits(model(ids, single_sequence(len(ids))))
@@ -78,7 +90,7 @@ def token_losses(stages: ModelStages, ids: Tensor, labels: Tensor) -> Tensor:
 
 
 def losses_of(batch: Batch) -> list[Tensor]:
-    """Of each micro-batch's targets, before the step."""
+    """Return the losses of each micro-batch's targets, before the step."""
     stages = stages_of()
     return [
         torch.cat(
@@ -142,3 +154,32 @@ def test_validation_is_the_mean_over_all_targets_of_a_set(tmp_path: Path) -> Non
         losses = torch.cat([token_losses(stages, ids[:-1], ids[1:]) for ids in documents])
         assert found[f"val/{name}_loss"] == pytest.approx(float(losses.mean()), rel=1e-12)
         assert found[f"val/{name}_plex"] == pytest.approx(math.exp(float(losses.mean())), rel=1e-12)
+
+
+def test_an_interrupted_step_changes_nothing() -> None:
+    stages, config = stages_of(), Config()
+    optimizer = ZeroOptimizer(
+        stages.parameters().items(), config.adam, config.hybrid_zero_optimizer, Grid(), stages.module
+    )
+    before = {name: parameter.detach().clone() for name, parameter in stages.parameters().items()}
+    asked: list[int] = []
+
+    def stop_after_two(finished_micro_batches: int) -> bool:
+        asked.append(finished_micro_batches)
+        return finished_micro_batches == 2
+
+    output = train_step(
+        batch_of(6),
+        schedule=stages.schedule,
+        optimizer=optimizer,
+        scaler=LossScaler(config.grad_scaler, "float64"),
+        grid=Grid(),
+        loss_config=LossConfig(),
+        data_types=["en"],
+        lr=1e-2,
+        beta2=0.95,
+        should_stop=stop_after_two,
+    )
+    assert output is None and asked == [1, 2]
+    assert all(torch.equal(parameter, before[name]) for name, parameter in stages.parameters().items())
+    assert all(parameter.grad is None for parameter in stages.parameters().values())

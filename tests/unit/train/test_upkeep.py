@@ -34,11 +34,11 @@ def test_slow_ranks_are_named_every_interval(
             assert len(caplog.records) == step // every
     mean = (2.0 * (every - 1) + 4.0) / every
     assert caplog.messages[0] == (
-        f"data-parallel rank 1 is slow: 9.000 s in forward and backward, {mean:.3f} s is the median of 3 ranks"
+        f"data-parallel rank 1 is slow: forward and backward took 9.000 s (median of 3 ranks: {mean:.3f} s)"
     )
 
 
-def test_memory_in_cycles_is_given_back() -> None:
+def test_memory_in_reference_cycles_is_freed() -> None:
     class Cycle:
         def __init__(self) -> None:
             self.own = self
