@@ -38,7 +38,7 @@ def check(config: ConfigArgument, overrides: OverridesOption = None, gpus: GpusO
     loaded = load_config(config, overrides or [])
     if loaded.config.model.model_type not in get_args(ModelFamily):
         _check_own_model(loaded)
-    warnings = loaded.warnings + (check_world(loaded.config, gpus) if gpus else [])
+    warnings = [*loaded.warnings, *(check_world(loaded.config, gpus) if gpus else [])]
     for words in warnings:
         typer.echo(f"warning: {words}")
     typer.echo(
@@ -76,9 +76,9 @@ def show(
     from evomesh.config.json_codec import encode_json
     from evomesh.config.layout import check_world
     from evomesh.config.loader import load_config
+    from evomesh.config.reading.draft import leaves
     from evomesh.config.reading.spellings import written_key
     from evomesh.config.record import config_to_dict
-    from evomesh.config.rules import leaves
 
     loaded = load_config(config, overrides or [])
     if explain_key is not None:
@@ -87,7 +87,7 @@ def show(
         for label, text in explain(loaded, explain_key):
             typer.echo(f"{label:<12} {text}")
         return
-    warnings = loaded.warnings + (check_world(loaded.config, gpus) if gpus else [])
+    warnings = [*loaded.warnings, *(check_world(loaded.config, gpus) if gpus else [])]
     figures = derived(loaded, gpus or 1)
     if as_json:
         document = {

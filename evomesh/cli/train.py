@@ -43,6 +43,8 @@ def train(
     deepspeed: DeepspeedOption = None,
 ) -> None:
     """Train the model that CONFIG describes; resumes by itself from the newest good checkpoint."""
+    from dataclasses import replace
+
     from evomesh.config.deepspeed import deepspeed_settings
     from evomesh.config.loader import load_config
     from evomesh.train.main import train_from_config
@@ -51,7 +53,7 @@ def train(
     extra += [f"run_dir={run_dir}"] if run_dir is not None else []
     zero, warnings = deepspeed_settings(deepspeed) if deepspeed is not None else ([], [])
     loaded = load_config(config, [*zero, *(overrides or []), *extra])
-    loaded.warnings.extend(warnings)
+    loaded = replace(loaded, warnings=(*loaded.warnings, *warnings))
     code = train_from_config(loaded, launcher=launcher, port=port, profile=profile)
     if code:
         sys.exit(code)

@@ -10,14 +10,14 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from evomesh.config.finding import ConfigFinding
-from evomesh.config.reading.draft import ConfigDraft, shown
+from evomesh.config.reading.draft import ConfigDraft, leaves, shown
 from evomesh.config.reading.ignored_keys import INERT, REFUSED
 from evomesh.config.reading.origins import origins
 from evomesh.config.reading.overrides import Override, apply_overrides, parse_overrides
 from evomesh.config.reading.source import ConfigSource, read_source
 from evomesh.config.reading.source_lines import line_of
 from evomesh.config.reading.spellings import QUEUE, SECTIONS, SPELLINGS, TOP_LEVEL, resolve, written_key
-from evomesh.config.rules import check, leaves
+from evomesh.config.rules import check
 from evomesh.config.schema import Config
 from evomesh.config.step_values import SettingError
 from evomesh.errors import ConfigError, UserError
@@ -37,23 +37,25 @@ ERRORS = {
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """Attributes:
-    config: everything resolved.
-    origins: key as written in a config file -> "default", "FILE:LINE", "--set", "legacy KEY FILE:LINE" ...
-    warnings: each said once, with key and place.
-    text: the config file as it is on disk.
-    path: where it is.
+    """A config that passed every rule, and where its values came from.
+
+    Attributes:
+        config: everything resolved.
+        origins: key as written in a config file -> "default", "FILE:LINE", "--set", "legacy KEY FILE:LINE" ...
+        warnings: each once, with its key, file and line.
+        text: the config file as it is on disk.
+        path: where it is.
     """
 
     config: Config
     origins: dict[str, str]
-    warnings: list[str]
+    warnings: tuple[str, ...]
     text: str
     path: str = ""
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> LoadedConfig:
-    """Reads the config file at ``path``.
+    """Read the config file at ``path``.
 
     Args:
         overrides: ``section.key=value`` each; they win over the file, also where the file computes with them.
@@ -71,21 +73,30 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> LoadedConfig:
         del draft.values[name]
     config, failed = _validated(draft)
     if config is not None:
-        findings, warnings = check(
-            config, lambda key: any(k == key or k.startswith(key + ".") for k in given)
-        )
-        for finding in findings:
-            _report(draft, finding, failed)
-        for key, words in warnings:
-            draft.warn(written_key(draft.sources.get(key, key)), words)
+        _check_rules(draft, config, given, failed)
     if draft.problems:
         raise ConfigError(draft.problems, path=path)
     assert config is not None
-    return LoadedConfig(config, origins(config, draft, source, sets), draft.warnings, source.text, path)
+    return LoadedConfig(
+        config, origins(config, draft, source, sets), tuple(draft.warnings), source.text, path
+    )
+
+
+def _check_rules(draft: ConfigDraft, config: Config, given: Sequence[str], failed: set[str]) -> None:
+    """Add what the rules find to the draft; ``given`` are the keys that the user set."""
+
+    def is_given(key: str) -> bool:
+        return any(other == key or other.startswith(key + ".") for other in given)
+
+    findings, warnings = check(config, is_given)
+    for finding in findings:
+        _report(draft, finding, failed)
+    for key, words in warnings:
+        draft.warn(written_key(draft.sources.get(key, key)), words)
 
 
 def known_keys() -> list[str]:
-    """Every key a config file may have, dotted, as written there."""
+    """Return every key a config file may have, dotted, as written there."""
     keys = [*TOP_LEVEL, QUEUE, *SPELLINGS, *INERT, *REFUSED]
     for name in SECTIONS:
         keys += [written_key(key) for key in _fields(Config.model_fields[name].annotation, name)]
@@ -122,7 +133,7 @@ def _unknown(draft: ConfigDraft, key: str) -> None:
     siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == section]
     near = difflib.get_close_matches(name, siblings, n=1)
     elsewhere = [k for k in known if k.rpartition(".")[2] == name and k != key]
-    fix = "remove it; a name of your own starts with _ or is in capitals" if not section else "remove it"
+    fix = "remove it; names of your own start with _ or are in capitals" if not section else "remove it"
     if elsewhere and not near:
         fix = f"did you mean {elsewhere[0]}?"
     if near:
@@ -188,24 +199,36 @@ def _explain(draft: ConfigDraft, key: str, details: list[Any]) -> None:
     if isinstance(context.get("error"), SettingError):
         draft.problem(key, context["error"].found, expected=context["error"].expected)
         return
-    bounds = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    limits = [f"{sign} {context[name]}" for name, sign in bounds.items() if name in context]
-    expected = " or ".join(
-        dict.fromkeys(ERRORS.get(d["type"], d.get("ctx", {}).get("expected", "")) for d in details)
+    draft.problem(
+        key, f"found {shown(value)}", expected=_expected(details) or first["msg"], fix=_fix(key, first)
     )
-    if limits:
-        expected = f"a number {limits[0]}"
-    fix = ""
-    if kind == "literal_error" and isinstance(value, str):
-        allowed = [word.strip("' ") for word in context["expected"].replace(" or ", ", ").split(",")]
-        allowed += [f"torch.{word}" for word in allowed] if key == "model.dtype" else []
-        near = difflib.get_close_matches(value, allowed, n=1) or [
-            w for w in allowed if w.startswith(value[:2])
-        ]
-        fix = f"did you mean {near[0]!r}?" if near else ""
-    if kind in ("float_type", "int_type") and isinstance(value, str) and _is_number(value):
-        fix = "remove the quotes"
-    draft.problem(key, f"found {shown(value)}", expected=expected or first["msg"], fix=fix)
+
+
+def _expected(details: list[Any]) -> str:
+    """Return what the validation wanted: a bound, else the accepted types and values."""
+    context = details[0].get("ctx", {})
+    for name, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<")):
+        if name in context:
+            return f"a number {sign} {context[name]}"
+    wanted = [ERRORS.get(detail["type"], detail.get("ctx", {}).get("expected", "")) for detail in details]
+    return " or ".join(dict.fromkeys(wanted))
+
+
+def _fix(key: str, detail: Any) -> str:
+    """Return the nearest allowed word for a misspelled one, or advice on quoted numbers."""
+    value = detail["input"]
+    if not isinstance(value, str):
+        return ""
+    if detail["type"] in ("float_type", "int_type"):
+        return "remove the quotes" if _is_number(value) else ""
+    if detail["type"] != "literal_error":
+        return ""
+    allowed = [word.strip("' ") for word in detail["ctx"]["expected"].replace(" or ", ", ").split(",")]
+    if key == "model.dtype":
+        allowed += [f"torch.{word}" for word in allowed]
+    near = difflib.get_close_matches(value, allowed, n=1)
+    near = near or [word for word in allowed if word.startswith(value[:2])]
+    return f"did you mean {near[0]!r}?" if near else ""
 
 
 def _is_number(text: str) -> bool:

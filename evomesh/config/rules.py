@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from evomesh.config.finding import ConfigFinding, nearest
 from evomesh.config.layout import layout_findings
+from evomesh.config.reading.draft import leaves
 from evomesh.config.schema import Config
 from evomesh.config.step_values import RAMPUP_FORM, BatchSizeRampup
 
@@ -16,7 +16,7 @@ INT32, INT64 = 2**31 - 1, 2**63 - 1
 CONTENT = ("model", "sampler", "optimizer", "scheduler", "all")
 
 
-# Not available yet: key, when a config asks for it, the feature. A room that delivers one deletes its row.
+# Not available yet: key, when a config asks for it, the feature.
 PENDING: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("model.output_tf32", lambda c: c.model.output_tf32, "an output head in TF32"),
     ("monitor.alert.enable_feishu_alert", lambda c: c.monitor.alert.enable_feishu_alert, "alerts"),
@@ -38,7 +38,9 @@ def check(config: Config, given: Callable[[str], bool]) -> tuple[list[ConfigFind
         *_numbers(config),
         *_model(config),
         *_data(config),
-        *_training(config),
+        *_loss_scale(config),
+        *_learning_rate(config),
+        *_job_name(config),
         *layout_findings(config),
         *_ckpt(config),
     ]
@@ -48,15 +50,6 @@ def check(config: Config, given: Callable[[str], bool]) -> tuple[list[ConfigFind
         if asks(config)
     ]
     return findings, list(_warnings(config, given))
-
-
-def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of everything in nested dicts that is not itself a non-empty dict."""
-    if isinstance(value, dict) and value:
-        for name, item in value.items():
-            yield from leaves(item, f"{key}.{name}" if key else str(name))
-    elif key:
-        yield key, value
 
 
 def _numbers(config: Config) -> Iterator[ConfigFinding]:
@@ -147,7 +140,7 @@ def _rampup(ramp: BatchSizeRampup, micro_num: int) -> Iterator[ConfigFinding]:
         )
 
 
-def _training(config: Config) -> Iterator[ConfigFinding]:
+def _loss_scale(config: Config) -> Iterator[ConfigFinding]:
     scaler = config.grad_scaler
     start, low, high = scaler.fp16.initial_scale, scaler.fp16.min_scale, scaler.max_scale
     keys = ("grad_scaler.fp16.min_scale", "grad_scaler.max_scale", "grad_scaler.fp16.initial_scale")
@@ -161,6 +154,9 @@ def _training(config: Config) -> Iterator[ConfigFinding]:
             f"initial_scale={start:g} is outside min_scale={low} .. max_scale={high}",
             expected="min_scale <= initial_scale <= max_scale",
         )
+
+
+def _learning_rate(config: Config) -> Iterator[ConfigFinding]:
     lr, steps = config.lr_scheduler, config.data.total_steps
     scheduled = lr.total_steps or steps
     warmup = lr.init_steps + int(scheduled * lr.warmup_ratio)
@@ -183,6 +179,9 @@ def _training(config: Config) -> Iterator[ConfigFinding]:
             f"eta_min={lr.eta_min:g} is above adam.lr={config.adam.lr:g}",
             expected="the rate at the end, at most the peak",
         )
+
+
+def _job_name(config: Config) -> Iterator[ConfigFinding]:
     name = config.run.job_name
     if not name or name.startswith(".") or re.search(r"[/\\\x00-\x1f:]", name):
         yield ConfigFinding(
@@ -200,16 +199,21 @@ def _ckpt(config: Config) -> Iterator[ConfigFinding]:
             "saving is on, but there is no folder to save to",
             fix='set ckpt.save_ckpt_folder="local:llm_ckpts", or ckpt.enable_save_ckpt=False',
         )
-    if not math.isnan(every) and (every < 1 or (not math.isinf(every) and every != int(every))):
+    whole = math.isinf(every) or every == int(every) if not math.isnan(every) else True
+    if every < 1 or not whole:
         yield ConfigFinding(
             ("ckpt.checkpoint_every",),
             f"found {every:g}",
             expected='a whole number of steps from 1 on, or float("inf") for one checkpoint at the end',
             fix="set ckpt.enable_save_ckpt=False to save none",
         )
-    content = ckpt.load_ckpt_info.content if ckpt.load_ckpt_info else ()
+    if ckpt.load_ckpt_info is not None:
+        yield from _load_content(ckpt.load_ckpt_info.content)
+
+
+def _load_content(content: tuple[str, ...]) -> Iterator[ConfigFinding]:
     wrong = [word for word in content if word not in CONTENT]
-    if wrong or (ckpt.load_ckpt_info and not content):
+    if wrong or not content:
         yield ConfigFinding(
             ("ckpt.load_ckpt_info.content",),
             f"found {wrong or content!r}",
@@ -218,7 +222,14 @@ def _ckpt(config: Config) -> Iterator[ConfigFinding]:
 
 
 def _warnings(config: Config, given: Callable[[str], bool]) -> Iterator[tuple[str, str]]:
-    data, lr, ckpt, parallel = config.data, config.lr_scheduler, config.ckpt, config.parallel
+    yield from _training_warnings(config, given)
+    yield from _parallel_warnings(config)
+    yield from _alert_warnings(config)
+    yield from _snapshot_warnings(config)
+
+
+def _training_warnings(config: Config, given: Callable[[str], bool]) -> Iterator[tuple[str, str]]:
+    data, lr = config.data, config.lr_scheduler
     if data.train_folder is None and data.type == "tokenized":
         yield "data.train_folder", "None: training on SYNTHETIC data, as documented; set it to train on text"
     if lr.total_steps is not None and lr.total_steps != data.total_steps:
@@ -229,24 +240,36 @@ def _warnings(config: Config, given: Callable[[str], bool]) -> Iterator[tuple[st
         )
     if given("grad_scaler") and config.model.dtype != "float16":
         yield "grad_scaler", f"has no effect with {config.model.dtype}: only float16 needs a loss scale"
-    if parallel.weight.overlap and parallel.weight.size == 1 and not parallel.zero1.fsdp:
+
+
+def _parallel_warnings(config: Config) -> Iterator[tuple[str, str]]:
+    parallel, chunks = config.parallel, config.model.num_chunks
+    sharded = parallel.weight.size > 1 or parallel.zero1.fsdp
+    if parallel.weight.overlap and not sharded:
         yield "parallel.weight.overlap", "has no effect while parallel.weight.size is 1"
     if parallel.weight.memory_pool:
         yield (
             "parallel.weight.memory_pool",
-            "has no effect: gathered weights are freed behind each block, and the next block's take the same memory",
+            "has no effect: gathered weights are freed after each block, and the next block reuses the memory",
         )
+    if parallel.pipeline.interleaved_overlap and chunks == 1:
+        yield "parallel.pipeline.interleaved_overlap", "has no effect while model.num_chunks is 1"
+    if chunks > 1 and parallel.pipeline.size == 1:
+        yield "model.num_chunks", "has no effect while parallel.pipeline.size is 1"
+
+
+def _alert_warnings(config: Config) -> Iterator[tuple[str, str]]:
     alert = config.monitor.alert
     for name in ("feishu_alert_address", "alert_file_path"):
         if getattr(alert, name) is not None and not alert.enable_feishu_alert:
             yield f"monitor.alert.{name}", "has no effect while monitor.alert.enable_feishu_alert is False"
-    if parallel.pipeline.interleaved_overlap and config.model.num_chunks == 1:
-        yield "parallel.pipeline.interleaved_overlap", "has no effect while model.num_chunks is 1"
-    if config.model.num_chunks > 1 and parallel.pipeline.size == 1:
-        yield "model.num_chunks", "has no effect while parallel.pipeline.size is 1"
-    if ckpt.oss_snapshot_freq <= 1:
-        yield "ckpt.oss_snapshot_freq", f"{ckpt.oss_snapshot_freq:g} means no snapshots"
-    elif ckpt.oss_snapshot_freq >= ckpt.checkpoint_every and not math.isinf(ckpt.oss_snapshot_freq):
+
+
+def _snapshot_warnings(config: Config) -> Iterator[tuple[str, str]]:
+    interval = config.ckpt.oss_snapshot_freq
+    if interval <= 1:
+        yield "ckpt.oss_snapshot_freq", f"{interval:g} means no snapshots"
+    elif interval >= config.ckpt.checkpoint_every and not math.isinf(interval):
         yield (
             "ckpt.oss_snapshot_freq",
             "not below checkpoint_every: no snapshot comes between two checkpoints",

@@ -11,8 +11,8 @@ import pytest
 
 from evomesh.config.layout import data_parallel_size
 from evomesh.config.loader import LoadedConfig, load_config
+from evomesh.config.reading.draft import leaves
 from evomesh.config.reading.spellings import TOP_LEVEL
-from evomesh.config.rules import leaves
 from evomesh.config.size import parameter_count, tokens_per_step
 from tests.support.covers import covers
 

@@ -1,8 +1,8 @@
-"""A config on its way from the file's words to the resolved sections, with everything there is to say about it."""
+"""A config on its way from what the file says to the resolved sections, with the warnings and problems found."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +11,10 @@ from evomesh.errors import UserError
 
 @dataclass
 class ConfigDraft:
-    """Attributes:
-    values: what the file and the overrides say: top-level name -> value, sections as plain dicts.
+    """A config between reading and validation.
+
+    Attributes:
+        values: what the file and the overrides say: top-level name -> value, sections as plain dicts.
     place: dotted key, as written -> "FILE:LINE", "--set" or "".
     sections: the resolved form, to be validated.
     sources: resolved key -> the key as written, where they differ.
@@ -27,8 +29,11 @@ class ConfigDraft:
     warnings: list[str] = field(default_factory=list)
     problems: list[UserError] = field(default_factory=list)
 
-    def section(self, name: str) -> dict[str, Any]:
-        """The section as written, a plain dict of its own; {} (and a problem, once) when it is something else."""
+    def take_section(self, name: str) -> dict[str, Any]:
+        """Move a section from ``values`` to ``sections`` the first time, and return it, a plain dict that may change.
+
+        What is not a mapping is one problem, and {}.
+        """
         value = self.sections.setdefault(name, {})
         if not value and name in self.values:
             written = self.values.pop(name)
@@ -48,21 +53,30 @@ class ConfigDraft:
         self.problems.append(UserError(found, where=self.where(key), expected=expected, fix=fix))
 
     def where(self, key: str) -> str:
-        """The key as the user wrote it, with its place."""
+        """Return the key as the user wrote it, with its file and line."""
         key = self.sources.get(key, key)
         place = self.place(key)
         return f"{key} ({place})" if place else key
 
 
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of everything in nested dicts that is not itself a non-empty dict."""
+    if isinstance(value, dict) and value:
+        for name, item in value.items():
+            yield from leaves(item, f"{key}.{name}" if key else str(name))
+    elif key:
+        yield key, value
+
+
 def plain(value: Any) -> Any:
-    """Nested mappings as dicts of their own."""
+    """Copy nested mappings into plain dicts."""
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     return value
 
 
 def shown(value: Any) -> str:
-    """A value with its kind in plain words, cut to a readable length."""
+    """Return a value and its type in plain words, shortened to a readable length."""
     kinds = {
         bool: "a bool",
         int: "an integer",

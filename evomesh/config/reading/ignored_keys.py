@@ -76,7 +76,7 @@ def drop_inert(draft: ConfigDraft) -> None:
 
 def refuse_foreign(draft: ConfigDraft) -> None:
     """Refuses what is not part of this system, and takes out the values that ask for nothing."""
-    model = draft.section("model")
+    model = draft.take_section("model")
     if model.get("model_type") == "INTERNLM_MoE":
         draft.problem(
             "model_type",
@@ -99,4 +99,4 @@ def _holder(draft: ConfigDraft, key: str) -> tuple[dict[str, Any], str]:
     if not dot:
         return draft.values, key
     known = section in draft.values or section in draft.sections
-    return (draft.section(section) if known else {}), name
+    return (draft.take_section(section) if known else {}), name

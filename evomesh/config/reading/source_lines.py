@@ -90,12 +90,8 @@ def _record_import(lines: AssignmentLines, node: ast.ImportFrom, namespace: Mapp
         full = importlib.util.resolve_name(name, namespace["__package__"]) if node.level else name
     except ImportError:
         return
-    file = getattr(sys.modules.get(full), "__file__", None)
-    if (
-        file is None
-        or full.partition(".")[0] in sys.stdlib_module_names
-        or "site-packages" in Path(file).parts
-    ):
+    file = _authors_file(full)
+    if file is None:
         return
     try:
         tree = ast.parse(Path(file).read_text(encoding="utf-8"))
@@ -107,6 +103,14 @@ def _record_import(lines: AssignmentLines, node: ast.ImportFrom, namespace: Mapp
         top, dot, rest = key.partition(".")
         if "*" in renamed or top in renamed:
             lines[renamed.get(top, top) + dot + rest] = place
+
+
+def _authors_file(module: str) -> str | None:
+    """Return the file of a loaded module that is part of the config, neither installed nor of Python itself."""
+    file: str | None = getattr(sys.modules.get(module), "__file__", None)
+    if file is None or module.partition(".")[0] in sys.stdlib_module_names:
+        return None
+    return None if "site-packages" in Path(file).parts else file
 
 
 def _shorter(file: str) -> str:

@@ -67,7 +67,7 @@ def resolve(draft: ConfigDraft) -> None:
     drop_inert(draft)
     for name in SECTIONS:
         if name in draft.values and (name != "generation" or draft.values[name] is not None):
-            draft.section(name)
+            draft.take_section(name)
     _top_level(draft)
     _tensorboard(draft)
     _parallel(draft)
@@ -89,19 +89,19 @@ def _top_level(draft: ConfigDraft) -> None:
     for name, target in TOP_LEVEL.items():
         if name in draft.values:
             section, _, key = target.partition(".")
-            draft.section(section)[key] = draft.values.pop(name)
+            draft.take_section(section)[key] = draft.values.pop(name)
             draft.sources[target] = name
-        elif target.startswith("model.") and name in draft.section("model"):
+        elif target.startswith("model.") and name in draft.take_section("model"):
             draft.sources[target] = target
     for key in ("tensorboard_folder", "resume_tb_folder"):
-        if os.environ.get(key) and not draft.section("run").get(key):
-            draft.section("run")[key] = os.environ[key]
+        if os.environ.get(key) and not draft.take_section("run").get(key):
+            draft.take_section("run")[key] = os.environ[key]
             draft.sources[f"run.{key}"] = f"environment variable {key}"
 
 
 def _tensorboard(draft: ConfigDraft) -> None:
     """``tensorboard=dict(queue_max_length=)``, at the top or, as the documents show it, in ``monitor``."""
-    monitor = draft.section("monitor") if "monitor" in draft.sections else {}
+    monitor = draft.take_section("monitor") if "monitor" in draft.sections else {}
     for key, written in (
         ("monitor.tensorboard", monitor.pop("tensorboard", None)),
         ("tensorboard", draft.values.pop("tensorboard", None)),
@@ -111,13 +111,13 @@ def _tensorboard(draft: ConfigDraft) -> None:
         if not isinstance(written, Mapping) or set(written) - {"queue_max_length"}:
             draft.problem(key, f"found {shown(written)}", expected="dict(queue_max_length=10)")
         elif "queue_max_length" in written:
-            draft.section("run")["tensorboard_queue"] = written["queue_max_length"]
+            draft.take_section("run")["tensorboard_queue"] = written["queue_max_length"]
             draft.sources["run.tensorboard_queue"] = f"{key}.queue_max_length"
 
 
 def _parallel(draft: ConfigDraft) -> None:
-    """Int forms, ``sequence_parallel`` and ``pipeline.mode``."""
-    parallel = draft.section("parallel")
+    """Resolve int forms, ``sequence_parallel`` and ``pipeline.mode``."""
+    parallel = draft.take_section("parallel")
     sequence = parallel.pop("sequence_parallel", None)
     for name in ("zero1", "tensor", "pipeline", "weight"):
         value = parallel.get(name)
@@ -126,32 +126,43 @@ def _parallel(draft: ConfigDraft) -> None:
             draft.sources[f"parallel.{name}.size"] = f"parallel.{name}"
         elif name in parallel and value is None:
             del parallel[name]
-    if sequence is not None and not isinstance(sequence, bool):
-        draft.problem("parallel.sequence_parallel", f"found {shown(sequence)}", expected="True or False")
-    elif sequence is not None:
-        tensor = parallel.setdefault("tensor", {})
-        if isinstance(tensor, dict) and "mode" in tensor:
-            if sequence != (tensor["mode"] != "mtp"):
-                draft.warn(
-                    "parallel.sequence_parallel",
-                    f"{sequence} has no effect: parallel.tensor.mode decides, and it is set",
-                )
-        elif isinstance(tensor, dict):
-            tensor["mode"] = "msp" if sequence else "mtp"
-            draft.sources["parallel.tensor.mode"] = "parallel.sequence_parallel"
+    if sequence is not None:
+        _sequence_parallel(draft, parallel, sequence)
     pipeline = parallel.get("pipeline")
     if isinstance(pipeline, dict) and "mode" in pipeline:
-        mode = pipeline.pop("mode")
-        known = {"1f1b": None, "zbv": "zbv"}
-        if str(mode).lower() in known:
-            pipeline.setdefault("schedule", known[str(mode).lower()])
-            draft.sources["parallel.pipeline.schedule"] = "parallel.pipeline.mode"
-        else:
-            draft.problem("parallel.pipeline.mode", f"unknown schedule {mode!r}", expected='"1F1B" or "ZBV"')
+        _pipeline_mode(draft, pipeline)
+
+
+def _sequence_parallel(draft: ConfigDraft, parallel: dict[str, Any], sequence: Any) -> None:
+    """``sequence_parallel`` chooses the tensor mode, unless ``tensor.mode`` is set too."""
+    key = "parallel.sequence_parallel"
+    if not isinstance(sequence, bool):
+        draft.problem(key, f"found {shown(sequence)}", expected="True or False")
+        return
+    tensor = parallel.setdefault("tensor", {})
+    if not isinstance(tensor, dict):
+        return  # the validation reports it
+    if "mode" not in tensor:
+        tensor["mode"] = "msp" if sequence else "mtp"
+        draft.sources["parallel.tensor.mode"] = key
+    elif sequence != (tensor["mode"] != "mtp"):
+        draft.warn(key, f"{sequence} has no effect: parallel.tensor.mode decides, and it is set")
+
+
+def _pipeline_mode(draft: ConfigDraft, pipeline: dict[str, Any]) -> None:
+    """``pipeline.mode`` is the older name of ``pipeline.schedule``."""
+    mode = pipeline.pop("mode")
+    schedules = {"1f1b": None, "zbv": "zbv"}
+    name = str(mode).lower()
+    if name not in schedules:
+        draft.problem("parallel.pipeline.mode", f"unknown schedule {mode!r}", expected='"1F1B" or "ZBV"')
+        return
+    pipeline.setdefault("schedule", schedules[name])
+    draft.sources["parallel.pipeline.schedule"] = "parallel.pipeline.mode"
 
 
 def _zero(draft: ConfigDraft) -> None:
-    zero = draft.section("hybrid_zero_optimizer")
+    zero = draft.take_section("hybrid_zero_optimizer")
     if "zero_overlap_communication" in zero:
         value = zero.pop("zero_overlap_communication")
         if "overlap_sync_grad" not in zero:
@@ -167,7 +178,7 @@ def _zero(draft: ConfigDraft) -> None:
 
 
 def _data(draft: ConfigDraft) -> None:
-    data = draft.section("data")
+    data = draft.take_section("data")
     packed = data.pop("packed_length", None)
     if packed is None:
         return
@@ -195,7 +206,7 @@ def _data(draft: ConfigDraft) -> None:
 
 
 def _model(draft: ConfigDraft) -> None:
-    model = draft.section("model")
+    model = draft.take_section("model")
     family = model.get("model_type", ModelConfig.model_fields["model_type"].default)
     if "checkpoint" in model and isinstance(model["checkpoint"], bool):
         model["checkpoint"] = float(model["checkpoint"])
@@ -238,7 +249,7 @@ def _rotary_order(draft: ConfigDraft, model: dict[str, Any], family: Any) -> Non
 
 
 def _checkpoint(draft: ConfigDraft) -> None:
-    ckpt = draft.section("ckpt")
+    ckpt = draft.take_section("ckpt")
     _load_info(draft, ckpt)
     _s3_endpoint(ckpt)
     folder = ckpt.get("save_ckpt_folder")
@@ -255,7 +266,7 @@ def _checkpoint(draft: ConfigDraft) -> None:
     if remote and "oss_snapshot_freq" not in ckpt and isinstance(every, int) and every > 1:
         ckpt["oss_snapshot_freq"] = every // 2
     if ckpt.get("async_upload") is True and remote and ckpt.get("async_upload_tmp_folder") is None:
-        job = draft.section("run").get("job_name", "AnonymousJob")
+        job = draft.take_section("run").get("job_name", "AnonymousJob")
         ckpt["async_upload_tmp_folder"] = f"/dev/shm/{job}_tmp_ckpt/"
 
 
