@@ -14,7 +14,7 @@ from evomesh.checkpoint.loaders import checkpoint_loaders, fill, load_internevo_
 from evomesh.checkpoint.native.find import Checkpoint, SaveFolder
 from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.checkpoint.native.load import CheckpointReader
-from evomesh.checkpoint.native.plan import describe
+from evomesh.checkpoint.native.plan import LocalTensor, describe
 from evomesh.config.schema import CheckpointConfig, LoadConfig
 from evomesh.errors import UserError
 from evomesh.parallel.spec import LocalShard
@@ -29,7 +29,7 @@ DETECTED_TYPES = (
     "internlm",
     "normal",
     "evomesh",
-)  # evomesh's or InternEvo's: found out from the folder
+)  # evomesh's or InternEvo's, detected from the folder
 WEIGHT_TYPES = ("hf", "hf_llama", "llama")  # weights of other programs
 RIGHT_TYPES = {
     "evomesh": "internevo",
@@ -41,7 +41,7 @@ RIGHT_TYPES = {
 
 @dataclass(frozen=True)
 class StartPoint:
-    """What a run starts from.
+    """The source that a run starts from.
 
     Attributes:
         reason: one line for the log.
@@ -59,7 +59,7 @@ class StartPoint:
 
     @property
     def resumes(self) -> bool:
-        """Whether it continues a run: counters, data position, schedules and random streams too."""
+        """True if it continues a run: counters, data position, schedules and random streams too."""
         return self.content == EVERYTHING
 
     def wants(self, part: str) -> bool:
@@ -76,7 +76,7 @@ def decide(config: CheckpointConfig, reader: CheckpointReader, folder: SaveFolde
         folder: save folder, None if the config names none.
 
     Raises:
-        CheckpointError: nothing usable where the config says there is, or a weights-only checkpoint to resume from.
+        CheckpointError: nothing usable where the config names something, or a weights-only checkpoint to resume from.
     """
     info = config.load_ckpt_info
     if not config.auto_resume:
@@ -248,12 +248,20 @@ def _load_foreign(
     chosen = {name: tensor for name, tensor in tensors.items() if _is_chosen(name, start.content)}
     local = describe(chosen, reader.grid)
     names = reader.exchange.broadcast(reader.exchange.gather(list(local)))
-    wanted_anywhere = set().union(*names)
+    wanted_anywhere: set[str] = set().union(*names)
+    states = {name: tensor for name, tensor in local.items() if name.startswith(OPTIMIZER)}
     if start.wants("model"):
-        parameters = {name: tensor for name, tensor in local.items() if not name.startswith(OPTIMIZER)}
+        parameters = {name: tensor for name, tensor in local.items() if name not in states}
         fill(parameters, loader(start.path, model), start.path, wanted_anywhere)
     if start.content == {"model"}:
         return {}
+    return _load_foreign_state(start, states, model, wanted_anywhere)
+
+
+def _load_foreign_state(
+    start: StartPoint, states: Mapping[str, LocalTensor], model: dict[str, Any], wanted_anywhere: set[str]
+) -> dict[str, Any]:
+    """Fill the optimizer's tensors if they are wanted, and return the stored counters and data position."""
     optimizer, state = load_internevo_state(
         start.path,
         model,
@@ -263,7 +271,6 @@ def _load_foreign(
     if start.wants("optimizer"):
         # A run that does not take the model makes its masters from its own weights, so those of the file are left out.
         stored = {name: tensor for name, tensor in optimizer.items() if _is_chosen(name, start.content)}
-        states = {name: tensor for name, tensor in local.items() if name.startswith(OPTIMIZER)}
         fill(states, stored.items(), start.path, wanted_anywhere)
     return state
 

@@ -1,6 +1,6 @@
-"""How ranks agree on a save or a load: small JSON messages to rank 0 and back.
+"""Let ranks agree on a save or a load through small JSON messages to rank 0 and back.
 
-Messages are JSON, never pickles. They have a process group of their own (gloo), so that those of a save in the
+Messages are JSON, never pickles. They have a separate process group (gloo), so that those of a save in the
 background cannot mix with gradients.
 """
 
@@ -65,7 +65,7 @@ class SingleProcessExchange:
 
 
 class GroupExchange:
-    """An exchange over all ranks of the job, with a process group of its own.
+    """An exchange over all ranks of the job, with a separate process group.
 
     Args:
         timeout_s: seconds after which a rank that does not answer counts as dead.

@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class ErrorMessage:
-    """A UserError on its way to another rank; ``dataclasses.asdict`` makes it JSON.
+    """A UserError as a message to another rank; ``dataclasses.asdict`` turns it into JSON.
 
     Attributes:
         of_store: a ``StorageError``: a store out of reach is not damage, so a resume must not fall back to an older

@@ -96,7 +96,7 @@ def _is_inside(box: Box, shape: Coordinates) -> bool:
 
 
 def _all_disjoint(boxes: Sequence[Box]) -> bool:
-    """Return whether no element is in two boxes, given that they are as large as the tensor they lie in."""
+    """Return whether no element is in two boxes, given that together they are as large as their tensor."""
     # The edges of all boxes divide the tensor into a small grid of cells, each of which is inside a box or outside it.
     # A cell that is not counted exactly once is a hole or an overlap.
     corners = [corner for box in boxes for corner in (box.offsets, box.ends)]
@@ -121,7 +121,7 @@ def local_part(shard: LocalShard, grid: Grid) -> LocalPart | None:
     None if this rank holds no element.
 
     Raises:
-        ValueError: the tensor is not of the shape that its spec says.
+        ValueError: the tensor does not have the shape that follows from its spec.
     """
     spec = shard.spec
     # With weight sharding this is the local storage; the spec describes it like any other.

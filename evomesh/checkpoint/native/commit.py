@@ -166,7 +166,7 @@ def _refuse_full_disk(storage: Storage, folder: str, needed: int) -> None:
 
 @dataclass(frozen=True)
 class _RankReport:
-    """What a rank tells rank 0 after writing: its files, or why it could not write them."""
+    """A rank's message to rank 0 after writing: its files, or why it could not write them."""
 
     written: list[WrittenFile]
     error: ErrorMessage | None = None
@@ -183,7 +183,7 @@ class _RankReport:
 
 @dataclass(frozen=True)
 class _Verdict:
-    """What rank 0 tells all ranks at the end of an attempt.
+    """Rank 0's message to all ranks at the end of an attempt.
 
     Attributes:
         error: None for success.

@@ -1,4 +1,4 @@
-"""What differs between two checkpoints, and whether all values of one are finite; for inspection only."""
+"""Compare two checkpoints, and find values that are not finite; for inspection only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the disk can hold what a run will write."""
+"""Forecast whether the disk can hold what a run will write."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def readable(size: float) -> str:
-    """``1.5 GiB`` from a number of bytes."""
+    """Return ``1.5 GiB`` for a number of bytes."""
     unit = 0
     while size >= 1024 and unit < len(UNITS) - 1:
         size, unit = size / 1024, unit + 1
@@ -19,29 +19,34 @@ def readable(size: float) -> str:
 def check_space(
     storage: Storage, root: str, one: int, held: int, saves: int | None = None, keep_last: int | None = None
 ) -> str:
-    """The forecast of disk need, as one line.
+    """Return the forecast of disk need as one line.
 
     Args:
         one: bytes of one checkpoint.
-        held: committed checkpoints already there.
-        saves: how many the run will make, None when unknown.
-        keep_last: of which retention keeps so many.
+        held: number of committed checkpoints already there.
+        saves: how many the run will make, None if unknown.
+        keep_last: how many retention keeps, None for all.
 
     Raises:
-        CheckpointError: no room for two checkpoints, so that a new one could never be safe before the old one goes.
+        CheckpointError: less space than two checkpoints need, so the old one could not stay until the new one is safe.
     """
     free = storage.free_bytes(root)
-    most = saves if keep_last is None else min(saves or keep_last + 1, keep_last + 1)
-    need = f", {most} of them {readable(one * most)}" if most else ""
-    line = f"one checkpoint takes {readable(one)}{need}"
+    most = saves
+    if keep_last is not None:
+        # While a save is written there is one more than retention keeps.
+        most = min(saves or keep_last + 1, keep_last + 1)
+    line = f"one checkpoint takes {readable(one)}"
+    if most:
+        line += f", {most} of them {readable(one * most)}"
     if free is None:
         return line
     line += f"; {readable(free)} are free in {root}"
-    if free < one * max(1, 2 - held):
+    needed = one * max(1, 2 - held)
+    if free < needed:
         raise CheckpointError(
             f"the disk cannot hold two checkpoints: {line}",
             where=root,
-            expected=f"{readable(one * max(1, 2 - held))} free",
+            expected=f"{readable(needed)} free",
             fix="free space, or choose another save_ckpt_folder",
         )
     if most and free < one * most:

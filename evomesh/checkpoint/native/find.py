@@ -1,4 +1,4 @@
-"""Which checkpoints there are, and which of them a path means."""
+"""Find checkpoints, and those that a path means."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Checkpoint:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What the run stored besides tensors and config."""
+        """Everything the run stored besides tensors and config."""
         state: dict[str, Any] = decode_json(self.record.state)
         return state
 
@@ -85,7 +85,7 @@ def _read(storage: Storage, folder: str, name: str, size: int) -> bytes:
     except FileNotFoundError:
         raise CheckpointError(f"{name} is missing", where=folder) from None
     if actual != size:
-        raise CheckpointError(f"{name} has {actual} bytes, but the commit record says {size}", where=folder)
+        raise CheckpointError(f"{name} has {actual} bytes, but the commit record lists {size}", where=folder)
     return storage.read(path, 0, size)
 
 
@@ -125,7 +125,7 @@ def _check_size(storage: Storage, folder: str, name: str, size: int, record: Com
     except OSError as error:
         raise CheckpointError(f"{name} cannot be read: {error.strerror or error}", where=folder) from None
     if actual != size:
-        raise CheckpointError(f"{name} has {actual} bytes, but the commit record says {size}", where=folder)
+        raise CheckpointError(f"{name} has {actual} bytes, but the commit record lists {size}", where=folder)
 
 
 def candidates(storage: Storage, root: str) -> list[Candidate]:
@@ -144,7 +144,7 @@ def _candidate(storage: Storage, folder: str, step: int) -> Candidate:
 
 @dataclass(frozen=True)
 class SaveFolder:
-    """Where a run saves: checkpoints in ``root``, snapshots in a folder of their own, maybe in another store."""
+    """The folders a run saves to: ``root`` for checkpoints, another, maybe in another store, for snapshots."""
 
     storage: Storage
     root: str
@@ -181,7 +181,7 @@ def all_candidates(storage: Storage, root: str) -> list[Candidate]:
 
 @dataclass(frozen=True)
 class CheckpointLookup:
-    """What a path means: candidates, newest first, or the text of an error if there are none."""
+    """The candidates that a path means, newest first, or the text of an error if there are none."""
 
     storage: Storage
     candidates: list[Candidate]
@@ -216,7 +216,7 @@ def locate(url: str) -> CheckpointLookup:
 
 
 def _nothing_found(storage: Storage, near: str, url: str) -> CheckpointLookup:
-    """Return a lookup whose error says what is in or next to the folder ``near``."""
+    """Return a lookup whose error lists what is in or next to the folder ``near``."""
     steps = _steps_in(storage, near)
     found = f"{near} has {steps}" if steps else _contents_or_neighbors(storage, near, url)
     return CheckpointLookup(

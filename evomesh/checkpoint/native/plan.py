@@ -1,4 +1,4 @@
-"""Who writes what: every element of every tensor by exactly one rank, decided once per layout."""
+"""Plan a save: every element of every tensor is written by exactly one rank, chosen once per layout."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class LocalTensor:
 
 @dataclass(frozen=True)
 class TensorBoxes:
-    """Which boxes of a tensor a rank holds; what the ranks tell rank 0 so that it can plan a save."""
+    """The boxes of a tensor that a rank holds: a message to rank 0, which plans the save."""
 
     name: str
     type: TensorType
@@ -92,7 +92,7 @@ class OwnedPart(NamedTuple):
 
 @dataclass(frozen=True)
 class SavePlan:
-    """What this rank writes (``owned``) and, on rank 0, the types of all tensors (``tensors``)."""
+    """The parts that this rank writes (``owned``) and, on rank 0, the types of all tensors (``tensors``)."""
 
     owned: list[OwnedPart]
     tensors: dict[str, TensorType]

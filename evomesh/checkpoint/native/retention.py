@@ -1,4 +1,4 @@
-"""Which old checkpoints are deleted, and in which order their files are."""
+"""Delete old checkpoints by the rules of retention, their files in a safe order."""
 
 from __future__ import annotations
 

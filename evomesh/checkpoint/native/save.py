@@ -44,7 +44,7 @@ SNAPSHOTS_KEPT = 2
 
 @dataclass(frozen=True)
 class _SaveDecision:
-    """What rank 0 decides before a save.
+    """Rank 0's decision before a save.
 
     Attributes:
         folder: step folder.
@@ -222,7 +222,7 @@ class CheckpointWriter:
             return None
         plan = self._replan(local) if decision.replan or self._plan is None else self._plan[1]
 
-        # 3. What the record says besides the files.
+        # 3. The record, still without its files.
         record = new_record(
             step, decision.attempt, config=config, state=state, layout=self._layout(), parent=self._parent
         )
@@ -298,7 +298,7 @@ class CheckpointWriter:
 
     @property
     def saving(self) -> bool:
-        """Whether a save is still being written in the background."""
+        """True while a save is being written in the background."""
         return self._pending is not None and not self._pending.done()
 
     def wait(self, *, final: bool = False) -> str | None:

@@ -1,4 +1,4 @@
-"""Which code wrote a checkpoint."""
+"""Identify the code that writes a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import evomesh
 
 @functools.cache
 def software() -> dict[str, Any]:
-    """Versions, and of a source tree its git revision ("" without one) and whether tracked files differ from it."""
+    """Return versions and, for a source tree, its git revision ("" without one) and whether tracked files differ."""
     revision, dirty = source_revision(Path(evomesh.__file__).resolve().parents[1])
     return {
         "evomesh": evomesh.__version__,
@@ -27,9 +27,9 @@ def software() -> dict[str, Any]:
 
 
 def source_revision(tree: Path) -> tuple[str, bool]:
-    """Revision and dirty flag of ``tree``, if it is the top of a git working tree.
+    """Return revision and dirty flag of ``tree`` if it is the top of a git working tree.
 
-    A package installed into some other project's working tree has no revision: that one is not of this code.
+    A package installed into another project's working tree has no revision, because that project's is not its own.
     """
     top = _git(tree, "rev-parse", "--show-toplevel")
     if not top or Path(top).resolve() != tree.resolve():

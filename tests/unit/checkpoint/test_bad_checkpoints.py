@@ -18,9 +18,13 @@ import pytest
 import torch
 
 from evomesh.checkpoint.native import format as fmt
+from evomesh.checkpoint.native.boxes import Box, LocalPart
+from evomesh.checkpoint.native.commit import commit, new_attempt, new_record
 from evomesh.checkpoint.native.compare import tensors_not_finite
 from evomesh.checkpoint.native.find import Candidate, SaveFolder
+from evomesh.checkpoint.native.format import layout_record
 from evomesh.checkpoint.native.load import CheckpointReader
+from evomesh.checkpoint.native.plan import TensorType, WriteItem
 from evomesh.checkpoint.native.save import CheckpointWriter
 from evomesh.checkpoint.native.verify import verify
 from evomesh.errors import UserError
@@ -41,7 +45,7 @@ def complaint(action: Callable[[], object]) -> str:
     return str(error.value)
 
 
-def rewrite(root: Path, change: Callable[[dict[str, Any]], None]) -> None:
+def rewrite(root: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Changes the commit body and seals it again, as somebody who means harm could."""
     path = root / "step-00000004/commit.json"
     body = json.loads(path.read_bytes())["body"]
@@ -158,6 +162,24 @@ def test_a_record_that_is_no_record(root: Path) -> None:
     ):
         path.write_bytes(data)
         assert "commit.json" in newest(root)
+
+
+@pytest.mark.parametrize("key", ["step", "attempt", "files", "index", "state"])
+def test_a_record_without_a_field_is_refused(root: Path, key: str) -> None:
+    rewrite(root, lambda body: body.pop(key))
+    assert f"commit.json has a bad field (KeyError: '{key}')" in newest(root)
+
+
+def test_a_failed_import_leaves_the_commit_of_another_job_alone(root: Path) -> None:
+    """Both found the step free, and the other one committed first."""
+    storage, folder = LocalStorage(), str(root / "step-00000004")
+    record = new_record(4, new_attempt(), config={}, state={}, layout=layout_record(1))
+    item = WriteItem("w", "F32", (2,), LocalPart(torch.ones(2), Box.whole((2,))))
+    before = sorted(path.name for path in Path(folder).iterdir())
+    with pytest.raises(UserError, match="another job committed step 4"):
+        commit(storage, folder, [[item]], {"w": TensorType("F32", (2,))}, record)
+    assert sorted(path.name for path in Path(folder).iterdir() if path.name in before) == before
+    assert CheckpointReader().resolve(folder).step == 4
 
 
 def test_nan_is_neither_saved_nor_overlooked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
