@@ -53,7 +53,7 @@ class ShardSpec:
 
 @dataclass(frozen=True)
 class LocalShard:
-    """What this rank holds of a global tensor, with the spec that says which part it is."""
+    """The part of a global tensor that this rank holds, and its spec."""
 
     tensor: torch.Tensor
     spec: ShardSpec
