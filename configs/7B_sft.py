@@ -23,11 +23,11 @@ ckpt = dict(
     enable_save_ckpt=False,
     save_ckpt_folder=SAVE_CKPT_FOLDER,
     load_ckpt_info=dict(path=MODEL_ONLY_FOLDER, content=("model",), ckpt_type="internevo"),
-    auto_resume=True,  # go on from the newest checkpoint in save_ckpt_folder, if there is one
+    auto_resume=True,  # resume from the newest checkpoint in save_ckpt_folder, if there is one
     checkpoint_every=CHECKPOINT_EVERY,
     async_upload=True,  # remote folders only
     async_upload_tmp_folder="/dev/shm/internlm_tmp_ckpt/",
-    oss_snapshot_freq=int(CHECKPOINT_EVERY / 2),  # remote folders only
+    oss_snapshot_freq=int(CHECKPOINT_EVERY / 2),  # steps between snapshots
 )
 
 TRAIN_FOLDER = None  # synthetic data; "/path/to/dataset" for yours

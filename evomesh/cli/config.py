@@ -112,9 +112,7 @@ def show(
 
 @app.command("list")
 def list_configs() -> None:
-    """The configs that come along, one line each."""
-    from evomesh.config.shipped import shipped_configs
-
+    """List the configs that are shipped with evomesh, one line each."""
     rows = []
     for path in shipped_configs():
         lines = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").splitlines()
@@ -127,9 +125,7 @@ def copy(
     name: Annotated[str, typer.Argument(help="A name that `evomesh config list` shows.")],
     dest: Annotated[str, typer.Argument(help="New file, or a folder to put it in.")],
 ) -> None:
-    """Copy a config that comes along, to edit it."""
-    from evomesh.config.shipped import shipped_configs
-
+    """Copy a shipped config, and the base files it stands on, to edit it."""
     known = {path.stem: path for path in shipped_configs()}
     source = known.get(name.removesuffix(".py"))
     if source is None:
@@ -141,8 +137,34 @@ def copy(
         raise UserError("exists already", where=str(target), fix="choose another name, or remove it first")
     if target.suffix != ".py" or not target.parent.is_dir():
         raise UserError("cannot be written", where=dest, expected="an existing folder, or NAME.py in one")
-    shutil.copyfile(source, target)
-    typer.echo(f"{target}")
+    bases = {path: target.parent / path.relative_to(source.parent) for path in _base_files(source)}
+    for path, copied in bases.items():
+        if copied.exists() and copied.read_bytes() != path.read_bytes():
+            raise UserError(
+                "exists already, with other content", where=str(copied), fix="choose another folder"
+            )
+    for path, copied in {**bases, source: target}.items():
+        copied.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copied)
+        typer.echo(f"{copied}")
+
+
+def shipped_configs() -> list[Path]:
+    """Return the shipped configs: next to the package in a checkout, in the environment's share folder if installed."""
+    checkout = Path(__file__).resolve().parents[2] / "configs"
+    installed = Path(sys.prefix) / "share" / "evomesh" / "configs"
+    for folder in (checkout, installed):
+        if (folder / "7B_sft.py").exists():
+            return sorted(path for path in folder.glob("*.py") if not path.stem.startswith("_"))
+    return []
+
+
+def _base_files(config: Path) -> list[Path]:
+    """Return the file that ``_base_ = "..."`` of a shipped config names; none for a config that is whole."""
+    for node in ast.parse(config.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_base_":
+            return [config.parent / ast.literal_eval(node.value)]
+    return []
 
 
 def derived(loaded: LoadedConfig, gpus: int) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class ConfigSource:
 
     Attributes:
         values: top-level name -> value; the author's own names are left out.
-        names: every top-level name, the author's own too.
+        names: every top-level name, the author's own and those of its bases too.
         lines: dotted key -> "FILE:LINE" of its assignment, where the file says it literally.
         text: the file as it is on disk.
     """
@@ -71,12 +71,14 @@ def read_source(path: str, overrides: Sequence[Override] = ()) -> ConfigSource:
     with _imports_beside(file):
         _execute(compile(_instrument(tree), str(file), "exec"), namespace, path, text)
         lines = config_lines(tree, path, namespace)
-    inherited, inherited_lines = _bases(namespace.pop("_base_", ()), file, overrides)
+    inherited, inherited_lines, inherited_names = _bases(namespace.pop("_base_", ()), file, overrides)
     values = {name: value for name, value in namespace.items() if _is_setting(name, value)}
     if inherited:
         values = _merge(inherited, values)
         apply_overrides(values, overrides)
-    return ConfigSource(path, copy.deepcopy(values), frozenset(namespace), {**inherited_lines, **lines}, text)
+    return ConfigSource(
+        path, copy.deepcopy(values), inherited_names | namespace.keys(), {**inherited_lines, **lines}, text
+    )
 
 
 def _find(path: str) -> Path:
@@ -204,15 +206,20 @@ def _is_setting(name: str, value: Any) -> bool:
 
 def _bases(
     base: str | Sequence[str], file: Path, overrides: Sequence[Override]
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """``_base_``: paths relative to the file, merged key by key; what the file itself says wins."""
+) -> tuple[dict[str, Any], dict[str, str], frozenset[str]]:
+    """Read the files of ``_base_``, merged key by key: their values, lines and names.
+
+    Paths are relative to the file; what the file itself says wins over all of them.
+    """
     values: dict[str, Any] = {}
     lines: dict[str, str] = {}
+    names: frozenset[str] = frozenset()
     for path in [base] if isinstance(base, str) else base:
         source = read_source(str(file.parent / path), overrides)
         values = _merge(values, source.values)
         lines.update(source.lines)
-    return values, lines
+        names |= source.names
+    return values, lines, names
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

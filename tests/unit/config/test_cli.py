@@ -100,6 +100,26 @@ def test_list_and_copy(tmp_path: Path) -> None:
             run("copy", name, dest)
 
 
+def test_a_copy_of_a_config_with_a_base_works(tmp_path: Path) -> None:
+    run("copy", "7B_llama2", str(tmp_path / "mine.py"))
+    assert (tmp_path / "_base_" / "7B.py").exists()
+    original, copied = (
+        json.loads(run("show", path, "--json"))
+        for path in (str(ROOT / "configs/7B_llama2.py"), str(tmp_path / "mine.py"))
+    )
+    assert copied["config"] == original["config"]
+    run("copy", "7B_internlm2", str(tmp_path))  # the same base
+    (tmp_path / "_base_" / "7B.py").write_text("seed = 1\n")
+    with pytest.raises(UserError, match="exists already, with other content"):
+        run("copy", "7B_isp_sft", str(tmp_path))
+    assert not (tmp_path / "7B_isp_sft.py").exists()
+
+
+def test_an_override_reaches_a_name_of_the_base() -> None:
+    shown = json.loads(run("show", str(ROOT / "configs/7B_llama2.py"), "--set", "SEQ_LEN=512", "--json"))
+    assert shown["config"]["data"]["seq_len"] == 512
+
+
 @covers("promise:config-check-is-fast")
 def test_check_is_fast() -> None:
     """Processor time, best of three, interpreter start included: what the wall shows on a machine at rest."""
