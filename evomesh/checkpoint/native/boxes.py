@@ -48,6 +48,13 @@ class Box:
         shape = tuple(last - first for first, last in zip(start, stop, strict=True))
         return None if any(length <= 0 for length in shape) else Box(start, shape)
 
+    def narrow(self, dim: int, part: range) -> Box:
+        """Return the box that holds only ``part`` of the indices of ``dim``, counted from the box's first."""
+        offsets, shape = list(self.offsets), list(self.shape)
+        offsets[dim] += part.start
+        shape[dim] = len(part)
+        return Box(tuple(offsets), tuple(shape))
+
     def within(self, outer: Box) -> tuple[slice, ...]:
         """Return the slices that select this box from a tensor that holds ``outer``."""
         dims = zip(self.offsets, self.shape, outer.offsets, strict=True)
@@ -73,12 +80,11 @@ def split_box(box: Box, item_size: int, limit: int) -> Iterator[Box]:
         return
     dim = next(dim for dim, length in enumerate(box.shape) if length > 1)
     row_bytes = math.prod(box.shape[dim + 1 :]) * item_size
-    step = max(1, limit // row_bytes)
-    for first in range(0, box.shape[dim], step):
-        rows = min(step, box.shape[dim] - first)
-        offsets = (*box.offsets[:dim], box.offsets[dim] + first, *box.offsets[dim + 1 :])
-        shape = (*box.shape[:dim], rows, *box.shape[dim + 1 :])
-        yield from split_box(Box(offsets, shape), item_size, limit)
+    rows = max(1, limit // row_bytes)
+    whole = range(box.shape[dim])
+    for first in whole[::rows]:
+        part = whole[first : first + rows]
+        yield from split_box(box.narrow(dim, part), item_size, limit)
 
 
 def covers_once(shape: Coordinates, boxes: Sequence[Box]) -> bool:
@@ -99,14 +105,21 @@ def _all_disjoint(boxes: Sequence[Box]) -> bool:
     """Return whether no element is in two boxes, given that together they are as large as their tensor."""
     # The edges of all boxes divide the tensor into a small grid of cells, each of which is inside a box or outside it.
     # A cell that is not counted exactly once is a hole or an overlap.
-    corners = [corner for box in boxes for corner in (box.offsets, box.ends)]
-    edges = [sorted(set(along)) for along in zip(*corners, strict=True)]
-    cell_of = [{edge: number for number, edge in enumerate(along)} for along in edges]
-    count = np.zeros([len(along) - 1 for along in edges], dtype=np.int32)
+    cell_of = [_cells(boxes, dim) for dim in range(len(boxes[0].shape))]
+    count = np.zeros([len(cells) - 1 for cells in cell_of], dtype=np.int32)
     for box in boxes:
-        bounds = zip(cell_of, box.offsets, box.ends, strict=True)
-        count[tuple(slice(cells[first], cells[last]) for cells, first, last in bounds)] += 1
+        covered = []
+        for cells, first, last in zip(cell_of, box.offsets, box.ends, strict=True):
+            covered.append(slice(cells[first], cells[last]))
+        count[tuple(covered)] += 1
     return bool((count == 1).all())
+
+
+def _cells(boxes: Sequence[Box], dim: int) -> dict[int, int]:
+    """Number the edges of all boxes along ``dim`` in ascending order: cell n is between edges n and n + 1."""
+    edges = {box.offsets[dim] for box in boxes}
+    edges |= {box.ends[dim] for box in boxes}
+    return {edge: number for number, edge in enumerate(sorted(edges))}
 
 
 def local_box(spec: ShardSpec, grid: Grid) -> Box:

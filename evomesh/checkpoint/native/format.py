@@ -380,6 +380,7 @@ def safetensors_header(entries: list[tuple[str, str, Coordinates, int]]) -> byte
         header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
         position += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    # Spaces are valid JSON: they align the data without a change of the header's content.
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
 

@@ -179,11 +179,13 @@ def assign(held: Sequence[Sequence[TensorBoxes]]) -> tuple[list[list[OwnedPart]]
         CheckpointError: ranks disagree about a tensor, or the boxes do not cover it exactly once.
     """
     tensors = _agreed_types(held)
+    # Replicated boxes have several holders: for each, the rank and the number of the part among those of the rank.
     holders: dict[str, dict[Box, list[tuple[int, int]]]] = {name: defaultdict(list) for name in tensors}
     for rank, rows in enumerate(held):
         for row in rows:
             for number, box in enumerate(row.boxes):
                 holders[row.name][box].append((rank, number))
+    # Each box goes to the holder with the fewest bytes so far, so that all ranks write about the same.
     load = [0] * len(held)
     owned: list[list[OwnedPart]] = [[] for _ in held]
     for name, tensor in tensors.items():

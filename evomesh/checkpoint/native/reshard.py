@@ -118,6 +118,7 @@ class _ReshardSource:
     def pieces(self, item: WriteItem) -> Iterator[tuple[Box, memoryview]]:
         """Yield the pieces of an item of the new checkpoint with their bytes."""
         record = self._records[item.name]
+        # A new piece takes what it needs from every old piece that it overlaps.
         for box in split_box(item.part.box, record.item_size, fmt.PIECE_BYTES):
             target = torch.empty(box.shape, dtype=fmt.DTYPES[record.dtype])
             for piece in record.pieces:
