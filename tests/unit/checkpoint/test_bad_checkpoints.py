@@ -74,7 +74,7 @@ def resolve(path: object) -> str:
     return complaint(lambda: CheckpointReader().resolve(str(path)))
 
 
-def test_forms_of_paths(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_and_prefixed_paths_resolve(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(root.parent)
     for form in ("ckpts", "./ckpts", "local:ckpts", "local:./ckpts/", "ckpts/4", "local:ckpts/4/", str(root)):
         assert CheckpointReader().resolve(form).step == 4
@@ -82,7 +82,9 @@ def test_forms_of_paths(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "unknown prefix 's4:'" in text and "local:PATH" in text and "boto3:" in text
 
 
-def test_missing_and_empty_folders_say_what_lies_beside(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_and_empty_folders_list_what_is_next_to_them(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert "steps 4" in resolve(root / "5")
     (root.parent / "empty").mkdir()
     (root.parent / "notes").mkdir()
@@ -143,13 +145,13 @@ def test_symlinks_out_of_the_folder_do_no_harm(root: Path) -> None:
         (b'{"dtype"', b'{"dtype', "not a tensor record"),
     ],
 )
-def test_an_index_that_lies(root: Path, old: bytes, new: bytes, words: str) -> None:
+def test_an_index_with_wrong_entries_is_refused(root: Path, old: bytes, new: bytes, words: str) -> None:
     reindex(root, old, new)
     text = newest(root)
     assert words in text
 
 
-def test_a_record_that_is_no_record(root: Path) -> None:
+def test_a_commit_file_that_is_not_a_record_is_refused(root: Path) -> None:
     path = root / "step-00000004/commit.json"
     for data in (
         b"",

@@ -42,7 +42,7 @@ def steps(listing: str) -> list[int]:
     return [int(found) for found in re.findall(r"^ *(\d+) ", listing, re.M)]
 
 
-def test_ls(root: str) -> None:
+def test_ls_lists_committed_and_interrupted_steps(root: str) -> None:
     manager = save(root, 1, 2, 3)
     manager.storage.delete(f"{manager.root}/step-00000002/commit.json")
     listing = ckpt("ls", root)
@@ -85,7 +85,7 @@ def test_prune_keeps_what_is_pinned_and_the_newest(root: str) -> None:
     assert steps(ckpt("ls", root)) == [6, 5, 3]
 
 
-def test_diff(root: str) -> None:
+def test_diff_names_the_tensors_that_differ(root: str) -> None:
     save(root, 1)
     save(f"{root}-same", 1)
     save(f"{root}-other", 1, value=0.5)

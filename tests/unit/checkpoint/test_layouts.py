@@ -58,7 +58,9 @@ def local(grid: Grid, fill: bool) -> dict[str, LocalShard]:
 
 
 @pytest.mark.parametrize(("source", "target"), itertools.product(LAYOUTS, LAYOUTS), ids=str)
-def test_bit_identical(tmp_path: Path, source: dict[str, int], target: dict[str, int]) -> None:
+def test_loading_in_another_layout_is_bit_identical(
+    tmp_path: Path, source: dict[str, int], target: dict[str, int]
+) -> None:
     def save(exchange: ThreadExchange) -> None:
         grid = grids(**source)[exchange.rank]
         writer = CheckpointWriter(str(tmp_path), grid=grid, exchange=exchange)

@@ -67,7 +67,7 @@ def test_auto_resume_ignores_load_info_loudly(tmp_path: Path) -> None:
     "ckpt.load_model_only_folder",
     "promise:ckpt-types",
 )
-def test_without_auto_resume(tmp_path: Path) -> None:
+def test_without_auto_resume_load_ckpt_info_decides(tmp_path: Path) -> None:
     writer = saved(tmp_path, 5, 10)
     assert decide(config(tmp_path, auto_resume=False), CheckpointReader(), writer.folder).checkpoint is None
     info = LoadConfig(path=f"local:{tmp_path}/5", content=("all",), ckpt_type="internlm")
@@ -114,7 +114,7 @@ def test_unknown_content() -> None:
 
 
 @covers("promise:save-optimizer")
-def test_weights_only_says_so(tmp_path: Path) -> None:
+def test_a_weights_only_checkpoint_cannot_resume(tmp_path: Path) -> None:
     writer = saved(tmp_path, 5, names=("w",))
     with pytest.raises(UserError, match=r"has weights only .*cannot resume"):
         decide(config(tmp_path), CheckpointReader(), writer.folder)
@@ -128,7 +128,7 @@ def test_weights_only_says_so(tmp_path: Path) -> None:
 
 
 @covers("ckpt.load_ckpt_info.ckpt_type")
-def test_a_users_own_loader(tmp_path: Path) -> None:
+def test_a_custom_loader(tmp_path: Path) -> None:
     @checkpoint_loaders.register("my_format")
     def load(path: str, config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
         yield "w", torch.tensor([float(word) for word in Path(path, "w.txt").read_text().split()])
@@ -207,7 +207,7 @@ def test_pickled_metadata_is_never_opened(tmp_path: Path) -> None:
         )
 
 
-def test_a_crash_says_what_a_restart_uses(tmp_path: Path) -> None:
+def test_the_restart_line_names_the_checkpoint_that_a_restart_uses(tmp_path: Path) -> None:
     assert "from scratch" in restart_line(SaveFolder.open(str(tmp_path)))
     writer = saved(tmp_path, 5, 10)
     (tmp_path / "step-00000010/commit.json").unlink()

@@ -76,7 +76,7 @@ def test_every_flip_and_cut_is_found_and_named(root: Path) -> None:
     verify(Candidate(LocalStorage(), str(folder), 2, True), "data")
 
 
-def test_the_one_before_is_taken(root: Path) -> None:
+def test_the_checkpoint_before_a_damaged_one_is_used(root: Path) -> None:
     for file in sorted((root / "step-00000002").iterdir()):
         data = file.read_bytes()
         file.write_bytes(data[:-9] + bytes([data[-9] ^ 4]) + data[-8:])

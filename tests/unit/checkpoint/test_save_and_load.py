@@ -70,7 +70,7 @@ def test_any_safetensors_reader_opens_the_data_file(tmp_path: Path) -> None:
     assert names == {".safetensors", ".jsonl", ".json"}
 
 
-def test_falls_back_and_says_why(tmp_path: Path) -> None:
+def test_a_damaged_newest_checkpoint_is_skipped_with_the_reason(tmp_path: Path) -> None:
     said: list[str] = []
     writer = CheckpointWriter(str(tmp_path))
     for step in (1, 2, 3):
@@ -95,11 +95,11 @@ def test_all_damaged_is_an_error_not_a_fresh_start(tmp_path: Path) -> None:
         CheckpointReader().newest(writer.folder)
 
 
-def test_nothing_there(tmp_path: Path) -> None:
+def test_an_absent_folder_has_no_checkpoint(tmp_path: Path) -> None:
     assert CheckpointReader().newest(SaveFolder.open(str(tmp_path / "none"))) is None
 
 
-def test_names_and_shapes(tmp_path: Path) -> None:
+def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
     writer = CheckpointWriter(str(tmp_path))
     writer.save(1, {"a.weight": torch.zeros(2, 3), "b": torch.zeros(1)}, {}, {})
     found = CheckpointReader().newest(writer.folder)
@@ -124,7 +124,7 @@ def test_names_and_shapes(tmp_path: Path) -> None:
 
 @covers("ckpt.save_ckpt_folder")
 @pytest.mark.parametrize("form", ["", "/", "/2", "/2/", "/step-00000002", "/step-00000002/"])
-def test_path_forms(tmp_path: Path, form: str) -> None:
+def test_every_form_of_a_path_resolves(tmp_path: Path, form: str) -> None:
     writer = CheckpointWriter(str(tmp_path))
     for step in (1, 2):
         writer.save(step, {"a": torch.ones(2) * step}, {}, {})
@@ -150,7 +150,7 @@ def test_a_committed_step_is_not_rewritten(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("url", ["s4:bucket/x", "volc:vc://b.e/k", "local:"])
-def test_prefixes(url: str) -> None:
+def test_unknown_prefixes_are_refused(url: str) -> None:
     with pytest.raises(UserError):
         CheckpointWriter(url)
 

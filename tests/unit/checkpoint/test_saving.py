@@ -115,7 +115,7 @@ def test_snapshots_keep_two_and_never_lose_the_newest(tmp_path: Path) -> None:
 
 
 @covers("ckpt.keep_last", "ckpt.keep_every")
-def test_retention(tmp_path: Path) -> None:
+def test_retention_keeps_the_newest_the_multiples_and_the_pinned(tmp_path: Path) -> None:
     writer = quick(tmp_path, keep_last=3, keep_every=10)
     for step in range(1, 31):
         writer.save(step, tensors(step), {}, {})
@@ -170,7 +170,7 @@ class Small(LocalStorage):
         return self.free
 
 
-def test_forecast() -> None:
+def test_forecast_of_disk_need() -> None:
     assert readable(3 << 19) == "1.5 MiB"
     line = check_space(Small(10 << 20), "ckpts", one=1 << 20, held=0, saves=5)
     assert line == "one checkpoint takes 1.0 MiB, 5 of them 5.0 MiB; 10.0 MiB are free in ckpts"
