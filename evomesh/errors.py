@@ -11,13 +11,13 @@ EXIT_RESTART = 75  # EX_TEMPFAIL: state is saved, start the same command again
 
 
 class UserError(Exception):
-    """Input that cannot be used: says what was found, where, what was expected and how to fix it.
+    """Input that cannot be used: what was found, where, what was expected and how to fix it.
 
     The command line prints ``str(error)`` without a traceback and exits with ``exit_code``.
 
     Args:
         found: what is wrong, in one sentence, with the offending value.
-        where: file, key or line it was found at ("" when the sentence already says so).
+        where: file, key or line it was found at ("" when the sentence already contains it).
         expected: what would have been right.
         fix: the command or edit that repairs it.
         exit_code: process exit code, 2 for a user's mistake.

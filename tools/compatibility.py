@@ -23,7 +23,7 @@ What InternEvo's guide, the XTuner migration guide and the tutorial promise, and
 
 ## Keys of a config
 
-*effect*: the key does what it says. *warning*: the key is accepted and has no effect, which is logged once. *later*:
+*effect*: the key works as described. *warning*: the key is accepted and has no effect, which is logged once. *later*:
 not available yet; a config that asks for it is refused. *refused*: not part of evomesh. Every row is a test case, with
 the value shown, and the test that proves an effect is marked `@covers("KEY")`.
 

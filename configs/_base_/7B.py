@@ -1,4 +1,4 @@
-"""What the 7B configs have in common; see configs/7B_sft.py for the same values in one file."""
+"""Values that the 7B configs share; see configs/7B_sft.py for the same values in one file."""
 
 JOB_NAME = "7b"
 model_type = "INTERNLM"

@@ -37,7 +37,7 @@ def check(config: ConfigArgument, overrides: OverridesOption = None, gpus: GpusO
 
     loaded = load_config(config, overrides or [])
     if loaded.config.model.model_type not in get_args(ModelFamily):
-        _check_own_model(loaded)
+        _check_custom_model(loaded)
     warnings = [*loaded.warnings, *(check_world(loaded.config, gpus) if gpus else [])]
     for words in warnings:
         typer.echo(f"warning: {words}")
@@ -47,8 +47,8 @@ def check(config: ConfigArgument, overrides: OverridesOption = None, gpus: GpusO
     )
 
 
-def _check_own_model(loaded: LoadedConfig) -> None:
-    """A registered model's own parameters; whoever registers one has imported torch already."""
+def _check_custom_model(loaded: LoadedConfig) -> None:
+    """Check the parameters of a registered model; whoever registers one has imported torch already."""
     from evomesh.models.registry import check_arguments
 
     try:
@@ -125,7 +125,7 @@ def copy(
     name: Annotated[str, typer.Argument(help="A name that `evomesh config list` shows.")],
     dest: Annotated[str, typer.Argument(help="New file, or a folder to put it in.")],
 ) -> None:
-    """Copy a shipped config, and the base files it stands on, to edit it."""
+    """Copy a shipped config and its base files, to edit it."""
     known = {path.stem: path for path in shipped_configs()}
     source = known.get(name.removesuffix(".py"))
     if source is None:
@@ -168,7 +168,7 @@ def _base_files(config: Path) -> list[Path]:
 
 
 def derived(loaded: LoadedConfig, gpus: int) -> dict[str, Any]:
-    """What follows from the config for ``gpus`` processes."""
+    """Return the sizes derived from the config for ``gpus`` processes."""
     from evomesh.config.layout import data_parallel_size
     from evomesh.config.size import parameter_count, parameter_counts, tokens_per_step
 
@@ -185,7 +185,7 @@ def derived(loaded: LoadedConfig, gpus: int) -> dict[str, Any]:
     }
     total = parameter_count(config.model)
     if total is None:
-        return figures | {"parameters": "known to the model's builder only"}
+        return figures | {"parameters": "known only to the model's builder"}
     return (
         figures
         | {"parameters": total}

@@ -1,4 +1,4 @@
-"""XTuner's ``--deepspeed``: which of this system's settings each DeepSpeed strategy asks for."""
+"""XTuner's ``--deepspeed``: the settings that each DeepSpeed strategy stands for."""
 
 from __future__ import annotations
 
@@ -9,33 +9,31 @@ from typing import Any
 from evomesh.errors import UserError
 
 NAMES = ("deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3")
-CUT = "the weights are cut over the data-parallel ranks (parallel.zero1.fsdp=True)"
-SAID = {
+SHARDED = "weights are sharded over the data-parallel ranks (parallel.zero1.fsdp=True)"
+WARNINGS = {
     1: [],
-    2: [
-        f"{CUT}, not the gradients alone: less memory, one more gather of them a micro-batch, the same numbers"
-    ],
-    3: [f"{CUT} by PyTorch, without the DeepSpeed package: the same numbers"],
+    2: [f"{SHARDED}, not only gradients: less memory, one more gather per micro-batch, the same numbers"],
+    3: [f"{SHARDED} by PyTorch, without the DeepSpeed package: the same numbers"],
 }
 
 
 def deepspeed_settings(flag: str) -> tuple[list[str], list[str]]:
-    """``deepspeed_zero1|2|3``, or a DeepSpeed JSON file whose stage is taken -> (overrides, warnings).
+    """Return (overrides, warnings) for ``deepspeed_zero1|2|3``, or for a DeepSpeed JSON file with a stage.
 
-    Stage 1 cuts the optimizer state, 2 the gradients too, 3 the weights too, over all data-parallel ranks.
+    Stage 1 shards the optimizer state over all data-parallel ranks, 2 the gradients too, 3 the weights too.
 
     Raises:
-        UserError: another name; offloading to host memory; a file without a stage.
+        UserError: an unknown name; offloading to host memory; a file without a stage.
     """
     stage, offloads = _stage(flag)
     if offloads:
         raise UserError(
-            "the optimizer state or the weights would be kept in host memory, which is not part of this system",
+            "offloading optimizer state or weights to host memory is not supported",
             where=f"--deepspeed {flag}",
             expected=" | ".join(NAMES),
             fix="--deepspeed deepspeed_zero3 on more processes, or model.checkpoint=1.0",
         )
-    warnings = [f"--deepspeed {flag}: {words}" for words in SAID[stage]]
+    warnings = [f"--deepspeed {flag}: {words}" for words in WARNINGS[stage]]
     return [f"parallel.zero1=dict(size=-1, fsdp={stage > 1})"], warnings
 
 
@@ -54,11 +52,11 @@ def _stage(flag: str) -> tuple[int, bool]:
         stage = int(zero["stage"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"no ZeRO stage can be read there: {type(error).__name__} {error}",
+            f"cannot read a ZeRO stage: {type(error).__name__} {error}",
             where=f"--deepspeed {flag}",
             expected='{"zero_optimization": {"stage": 1, 2 or 3}}',
         ) from None
-    if stage not in SAID:
+    if stage not in WARNINGS:
         raise UserError(f"stage {stage}", where=f"--deepspeed {flag}", expected="1, 2 or 3")
     devices = [zero.get(key) or {} for key in ("offload_optimizer", "offload_param")]
     return stage, any(device.get("device", "none") != "none" for device in devices)

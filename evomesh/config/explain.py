@@ -1,4 +1,4 @@
-"""What a key of a config means: from the schema's descriptions, and the tables of other spellings and ignored keys."""
+"""Explanations of config keys, from the schema's descriptions and the tables of other spellings and ignored keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with some keys of a config, and what the nearest right values are."""
+"""A problem with some keys of a config, and the nearest valid sizes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ConfigFinding:
-    """What is wrong with some keys (resolved names; the first is where it is reported)."""
+    """A problem with some keys (resolved names); it is reported at the first of them."""
 
     keys: tuple[str, ...]
     found: str
@@ -16,7 +16,7 @@ class ConfigFinding:
 
 
 def nearest(value: int, divisors_of: int | None = None, multiples_of: int | None = None) -> str:
-    """The valid sizes next to ``value``: divisors of one number or multiples of another."""
+    """Return the valid sizes next to ``value``: divisors of one number or multiples of another."""
     if divisors_of is not None:
         valid = [n for n in range(1, divisors_of + 1) if divisors_of % n == 0]
         below, above = [n for n in valid if n <= value], [n for n in valid if n > value]

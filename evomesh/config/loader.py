@@ -1,4 +1,4 @@
-"""``load_config``: from a Python file and overrides to a resolved config, or to all that is wrong with it at once."""
+"""``load_config``: a Python file and overrides become a resolved config, or one error with every problem."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _fields(annotation: Any, key: str) -> Iterator[str]:
 
 
 def _consumed(override: Override, source: ConfigSource) -> bool:
-    """Whether the file's own execution took the override; an author's own name counts only if the file has it."""
+    """Return whether the override took part in the execution of the file, or of a base, which has its name."""
     return override.keys[0] in source.names
 
 
@@ -133,7 +133,7 @@ def _unknown(draft: ConfigDraft, key: str) -> None:
     siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == section]
     near = difflib.get_close_matches(name, siblings, n=1)
     elsewhere = [k for k in known if k.rpartition(".")[2] == name and k != key]
-    fix = "remove it; names of your own start with _ or are in capitals" if not section else "remove it"
+    fix = "remove it; private names start with _ or are in capitals" if not section else "remove it"
     if elsewhere and not near:
         fix = f"did you mean {elsewhere[0]}?"
     if near:
@@ -142,7 +142,7 @@ def _unknown(draft: ConfigDraft, key: str) -> None:
 
 
 def _validated(draft: ConfigDraft) -> tuple[Config | None, set[str]]:
-    """The config, with the keys that are wrong left at their defaults, and those keys."""
+    """Return the config, with invalid keys at their defaults, and those keys."""
     failed: set[str] = set()
     for _ in range(8):  # a section that loses its wrong keys may show others
         try:
@@ -162,7 +162,7 @@ def _by_key(error: ValidationError) -> Iterator[tuple[str, list[Any]]]:
         parts = [part for part in item["loc"] if isinstance(part, str) and "[" not in part]
         node: Any = Config
         key: list[str] = []
-        for part in parts:  # union members and tuple positions follow behind the real key
+        for part in parts:  # union members and tuple positions follow the real key
             if not key or _is_field(node, part) or item["type"] == "extra_forbidden":
                 key.append(part)
             node = _child(node, part)

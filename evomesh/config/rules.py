@@ -1,4 +1,4 @@
-"""Rules that need more than one value: which settings fit together, and which have to wait."""
+"""Rules that need more than one value: settings that must fit together, and features that are not available yet."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ PENDING: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
 
 
 def check(config: Config, given: Callable[[str], bool]) -> tuple[list[ConfigFinding], list[tuple[str, str]]]:
-    """All problems of a validated config, and (key, words) of all warnings.
+    """Return all problems of a validated config, and (key, words) of all warnings.
 
     Args:
-        given: tells whether a resolved key was set by the user.
+        given: whether a resolved key was set by the user.
     """
     findings = [
         *_numbers(config),
@@ -196,7 +196,7 @@ def _ckpt(config: Config) -> Iterator[ConfigFinding]:
     if ckpt.enable_save_ckpt and not ckpt.save_ckpt_folder:
         yield ConfigFinding(
             ("ckpt.enable_save_ckpt", "ckpt.save_ckpt_folder"),
-            "saving is on, but there is no folder to save to",
+            "saving is enabled, but no folder to save to is set",
             fix='set ckpt.save_ckpt_folder="local:llm_ckpts", or ckpt.enable_save_ckpt=False',
         )
     whole = math.isinf(every) or every == int(every) if not math.isnan(every) else True

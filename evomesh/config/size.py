@@ -1,4 +1,4 @@
-"""How many parameters a model has, computed from its config alone; and how many tokens a step takes."""
+"""Sizes computed from a config alone: parameters of the model, tokens of a step."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from evomesh.config.schema import Config, ModelConfig
 
 
 def parameter_counts(model: ModelConfig) -> dict[str, int]:
-    """Elements per part: embedding, attention, feed_forward, norms, head (all layers together, nothing padded).
+    """Return elements per part: embedding, attention, feed_forward, norms, head (all layers together, nothing padded).
 
-    For a user's own model type, of which only the builder knows the parts: {}.
+    For a custom model type, whose parts only the builder knows: {}.
     """
     if model.model_type not in BUILT_IN:
         return {}
@@ -28,11 +28,11 @@ def parameter_counts(model: ModelConfig) -> dict[str, int]:
 
 
 def parameter_count(model: ModelConfig) -> int | None:
-    """All parameters; None for a user's own model type."""
+    """Return the number of parameters; None for a custom model type."""
     counts = parameter_counts(model)
     return sum(counts.values()) if counts else None
 
 
 def tokens_per_step(config: Config, data_parallel: int = 1) -> int:
-    """Tokens of one optimizer step over ``data_parallel`` ranks."""
+    """Return the tokens of one optimizer step over ``data_parallel`` ranks."""
     return config.data.packed_length * config.data.micro_num * data_parallel

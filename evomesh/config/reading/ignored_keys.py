@@ -1,4 +1,4 @@
-"""Keys that other systems know and that change nothing here (said once), or that cannot be had at all (refused)."""
+"""Keys of other systems that have no effect here (one warning), or that are refused."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from evomesh.config.reading.draft import ConfigDraft
 
-# key -> (value that says what happens anyway, so that it needs no word; why another one has no effect)
+# key -> (the value that describes what happens anyway and needs no warning; why any other has no effect)
 ABSENT = object()
 INERT: dict[str, tuple[Any, str]] = {
     "metric_dtype": ("fp32", "metrics are always accumulated in at least float32"),
@@ -17,14 +17,14 @@ INERT: dict[str, tuple[Any, str]] = {
     "data.use_packed_dataset": (True, "data is always packed, whatever computes the attention"),
     "model.use_flash_attn": (
         True,
-        "attention is by document on every device; the fastest kernel at hand is taken",
+        "attention never crosses documents, and the fastest available kernel is used on every device",
     ),
-    "model.parallel_output": (True, "the loss never builds the whole logits, split or not"),
+    "model.parallel_output": (True, "the loss never materializes the full logits, sharded or not"),
     "model.dropout_selective_checkpoint": (True, "there is no dropout"),
     "model.enable_qkv_fusion": (True, "query, key and value are always one matrix"),
     "model.mlp_layer_fusion": (
         False,
-        "the two input matrices of the feed-forward network are always multiplied apart",
+        "the two input matrices of the feed-forward network are always multiplied separately",
     ),
     "model.selective_checkpoint": (False, "model.checkpoint recomputes whole layers"),
     "loss.op_type": ("py_vocab_parallel", "there is one loss, fused with the output head"),
@@ -34,28 +34,31 @@ INERT: dict[str, tuple[Any, str]] = {
     "parallel.expert_weight": (ABSENT, "there are no mixture-of-experts layers here"),
     "lr_scheduler.last_epoch": (
         -1,
-        "the learning rate is a function of the step; a resume goes on from the checkpoint",
+        "the learning rate is a function of the step; a resumed run takes it from the checkpoint",
     ),
-    "beta2_scheduler.cur_iter": (-1, "beta2 is a function of the step; a resume goes on from the checkpoint"),
+    "beta2_scheduler.cur_iter": (
+        -1,
+        "beta2 is a function of the step; a resumed run takes it from the checkpoint",
+    ),
 }
 # key -> (values that are accepted because they ask for nothing, why any other is refused)
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "model.drop_rate": (
         (0, None),
-        "dropout is not part of this system: train on more text, or use weight decay",
+        "dropout is not part of evomesh: train on more text, or use weight decay",
     ),
     "model.attn_drop_rate": (
         (0, None),
-        "dropout is not part of this system: train on more text, or use weight decay",
+        "dropout is not part of evomesh: train on more text, or use weight decay",
     ),
-    "model.is_reward": ((False, None), "reward models are not part of this system"),
-    "model.deepnorm": ((False, None), "DeepNorm is not part of this system"),
-    "model.moe_use_residual": ((False, None), "mixture-of-experts models are not part of this system"),
-    "model.num_experts": ((1, 0, None), "mixture-of-experts models are not part of this system"),
+    "model.is_reward": ((False, None), "reward models are not part of evomesh"),
+    "model.deepnorm": ((False, None), "DeepNorm is not part of evomesh"),
+    "model.moe_use_residual": ((False, None), "mixture-of-experts models are not part of evomesh"),
+    "model.num_experts": ((1, 0, None), "mixture-of-experts models are not part of evomesh"),
     "parallel.gqa": ((False, None), "set model.num_kv_attention_heads instead"),
     "parallel.sequence_2D": (
         ({"enable": False}, False, None),
-        "two-dimensional sequence parallelism is not part of this system",
+        "two-dimensional sequence parallelism is not part of evomesh",
     ),
     "ckpt.enable_internevo2hf_ckpt": ((False, None), "export a finished checkpoint instead"),
 }
@@ -64,7 +67,7 @@ FIELDS_KEPT = ("data.use_packed_dataset", "model.use_flash_attn", "model.paralle
 
 
 def drop_inert(draft: ConfigDraft) -> None:
-    """Warns of keys without effect and takes out those that the resolved config does not keep."""
+    """Warn of keys without effect and remove those that the resolved config does not keep."""
     for key, (usual, why) in INERT.items():
         section, name = _holder(draft, key)
         if name not in section:
@@ -75,13 +78,13 @@ def drop_inert(draft: ConfigDraft) -> None:
 
 
 def refuse_foreign(draft: ConfigDraft) -> None:
-    """Refuses what is not part of this system, and takes out the values that ask for nothing."""
+    """Refuse what is not part of evomesh, and takes out the values that ask for nothing."""
     model = draft.take_section("model")
     if model.get("model_type") == "INTERNLM_MoE":
         draft.problem(
             "model_type",
-            "INTERNLM_MoE: mixture-of-experts models are not part of this system",
-            expected="INTERNLM, INTERNLM2_PUBLIC, LLAMA2 or a model type of your own",
+            "INTERNLM_MoE: mixture-of-experts models are not part of evomesh",
+            expected="INTERNLM, INTERNLM2_PUBLIC, LLAMA2 or a custom model type",
             fix="use a dense model",
         )
         model.update(model_type="INTERNLM", extra={})

@@ -1,4 +1,4 @@
-"""Where each resolved value came from."""
+"""The origin of each resolved value."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class Override:
 
 
 def parse_overrides(texts: Sequence[str]) -> list[Override]:
-    """``["data.seq_len=512", "JOB_NAME=x"]`` -> overrides; values are Python literals, anything else is a string.
+    """Parse ``["data.seq_len=512", "JOB_NAME=x"]``; values are Python literals, anything else is a string.
 
     Raises:
         ConfigError: without ``=``, or a key that is not dotted names. All of them at once.
@@ -51,7 +51,7 @@ def parse_overrides(texts: Sequence[str]) -> list[Override]:
 
 
 def parse_value(text: str) -> Any:
-    """Python literals, ``dict(a=1)``, ``inf``, ``true``/``false``/``none``; else the text itself."""
+    """Parse Python literals, ``dict(a=1)``, ``inf``, ``true``/``false``/``none``; else the text itself."""
     if text.lower() in WORDS:
         return WORDS[text.lower()]
     try:
@@ -73,7 +73,7 @@ def _literal(node: ast.expr) -> Any:
 def apply_overrides(
     namespace: dict[str, Any], overrides: Sequence[Override], *, create: bool = False
 ) -> None:
-    """Puts each override into ``namespace``; those whose top-level name is absent wait, unless ``create``."""
+    """Put each override into ``namespace``; those whose top-level name is absent wait, unless ``create``."""
     for override in overrides:
         top = override.keys[0]
         if top in namespace or create:
@@ -81,7 +81,7 @@ def apply_overrides(
 
 
 def _placed(old: Any, keys: tuple[str, ...], value: Any) -> Any:
-    """``old`` with ``value`` at ``keys``; what is there already is not changed in place."""
+    """Return ``old`` with ``value`` at ``keys``; nothing is changed in place."""
     if not keys:
         if isinstance(old, dict) and "size" in old and isinstance(value, int) and not isinstance(value, bool):
             return {

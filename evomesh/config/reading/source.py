@@ -1,4 +1,4 @@
-"""A config file as Python: executes it, applies overrides on the way, and leaves no trace in the process.
+"""Execution of a config file: overrides take part in it, and it leaves no trace in the process.
 
 Overrides take part in the execution: after each statement at the top of the file, those whose name exists by then are
 applied again. So ``--set data.total_steps=20`` also reaches ``lr_scheduler = dict(total_steps=data["total_steps"])``
@@ -31,7 +31,7 @@ PACKAGE = "evomesh_config_file"  # three levels of it, so that relative imports 
 
 @dataclass(frozen=True)
 class ConfigSource:
-    """What a config file says.
+    """The content of a config file.
 
     Attributes:
         values: top-level name -> value; the author's own names are left out.
@@ -48,7 +48,7 @@ class ConfigSource:
 
 
 def read_source(path: str, overrides: Sequence[Override] = ()) -> ConfigSource:
-    """Executes the config file at ``path``.
+    """Execute the config file at ``path``.
 
     Raises:
         ConfigError: no such file, not a ``.py`` file, not Python, or an exception while it ran.
@@ -74,6 +74,7 @@ def read_source(path: str, overrides: Sequence[Override] = ()) -> ConfigSource:
     inherited, inherited_lines, inherited_names = _bases(namespace.pop("_base_", ()), file, overrides)
     values = {name: value for name, value in namespace.items() if _is_setting(name, value)}
     if inherited:
+        # Executing the file and its bases has applied the overrides to each; merging may have covered them again.
         values = _merge(inherited, values)
         apply_overrides(values, overrides)
     return ConfigSource(
@@ -97,7 +98,7 @@ def _find(path: str) -> Path:
             "no such config file",
             path,
             expected=f"a file; looked in {file.parent.resolve()}",
-            fix=f"did you mean {near}?" if near else "evomesh config list shows the configs that come along",
+            fix=f"did you mean {near}?" if near else "evomesh config list shows the shipped configs",
         )
     if file.suffix != ".py":
         raise _problem(
@@ -135,7 +136,7 @@ def _parse(text: str, filename: str, shown: str) -> ast.Module:
 
 
 class _StatementInstrumenter(ast.NodeTransformer):
-    """Adds the call that applies overrides behind each statement, and takes ``read_base`` from us whoever offers it."""
+    """Add the call that applies overrides after each statement, and replace any imported ``read_base`` by our own."""
 
     def __init__(self) -> None:
         self.future = True
@@ -196,7 +197,7 @@ def _execute(code: CodeType, namespace: dict[str, Any], shown: str, text: str) -
 
 
 def _is_setting(name: str, value: Any) -> bool:
-    """Plain data under a name in small letters; anything else (modules, functions, registries) is the author's own."""
+    """Plain data under a name in small letters; anything else (modules, functions, registries) is private."""
     if name in TOP_LEVEL or name in SECTIONS:
         return True
     if name.startswith("_") or name.isupper():
@@ -209,7 +210,7 @@ def _bases(
 ) -> tuple[dict[str, Any], dict[str, str], frozenset[str]]:
     """Read the files of ``_base_``, merged key by key: their values, lines and names.
 
-    Paths are relative to the file; what the file itself says wins over all of them.
+    Paths are relative to the file; the file itself wins over all of them.
     """
     values: dict[str, Any] = {}
     lines: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Where a config file assigns each key: dotted key -> "FILE:LINE", read off the syntax tree."""
+"""Source lines of a config's keys: dotted key -> "FILE:LINE", read from the syntax tree."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ AssignmentLines = dict[str, str]
 
 
 def config_lines(tree: ast.Module, shown: str, namespace: Mapping[str, Any]) -> AssignmentLines:
-    """Lines of ``NAME = value``, ``NAME = dict(key=value)`` or ``{...}`` at any depth, and ``NAME["key"] = value``.
+    """Return the line of every key that the file assigns.
 
+    Read are ``NAME = value``, ``NAME = dict(key=value)`` or ``{...}`` at any depth, and ``NAME["key"] = value``.
     A later assignment wins; names that come from a module are looked up there. Values computed some other way are
     found by their section's line.
     """
@@ -31,7 +32,7 @@ def config_lines(tree: ast.Module, shown: str, namespace: Mapping[str, Any]) -> 
 
 
 def line_of(lines: AssignmentLines, key: str) -> str:
-    """The place of ``key``, else of the nearest section above it; "" when the file does not name it."""
+    """Return the line of ``key``, else of the nearest section above it; "" when the file does not name it."""
     while key:
         if key in lines:
             return lines[key]
@@ -84,7 +85,7 @@ def _set(lines: AssignmentLines, key: str, value: ast.expr, shown: str) -> None:
 
 
 def _record_import(lines: AssignmentLines, node: ast.ImportFrom, namespace: Mapping[str, Any]) -> None:
-    """Follows an import into the module's own file while that module is still loaded."""
+    """Follow an import into the module's own file while that module is still loaded."""
     name = "." * node.level + (node.module or "")
     try:
         full = importlib.util.resolve_name(name, namespace["__package__"]) if node.level else name

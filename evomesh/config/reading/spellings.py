@@ -63,7 +63,7 @@ TUPLES = (
 
 
 def resolve(draft: ConfigDraft) -> None:
-    """Fills ``draft.sections`` from ``draft.values``; unknown keys are left in for the validation to name."""
+    """Fill ``draft.sections`` from ``draft.values``; unknown keys are left in for the validation to name."""
     drop_inert(draft)
     for name in SECTIONS:
         if name in draft.values and (name != "generation" or draft.values[name] is not None):
@@ -80,7 +80,7 @@ def resolve(draft: ConfigDraft) -> None:
 
 
 def written_key(key: str) -> str:
-    """A resolved key as a config file writes it: ``run.job_name`` -> ``JOB_NAME``."""
+    """Return a resolved key as a config file writes it: ``run.job_name`` -> ``JOB_NAME``."""
     written = {target: name for name, target in TOP_LEVEL.items()} | {"run.tensorboard_queue": QUEUE}
     return written.get(key, key.replace("model.extra.", "model."))
 
@@ -100,7 +100,7 @@ def _top_level(draft: ConfigDraft) -> None:
 
 
 def _tensorboard(draft: ConfigDraft) -> None:
-    """``tensorboard=dict(queue_max_length=)``, at the top or, as the documents show it, in ``monitor``."""
+    """``tensorboard=dict(queue_max_length=)``, at the top or, as InternEvo's guide shows it, in ``monitor``."""
     monitor = draft.take_section("monitor") if "monitor" in draft.sections else {}
     for key, written in (
         ("monitor.tensorboard", monitor.pop("tensorboard", None)),
@@ -229,7 +229,7 @@ def _model(draft: ConfigDraft) -> None:
 
 
 def _rotary_order(draft: ConfigDraft, model: dict[str, Any], family: Any) -> None:
-    """``adapt_hf`` says the opposite of ``qk_interleaved``; each family has its own default."""
+    """``adapt_hf`` is the opposite of ``qk_interleaved``; each family has its own default."""
     adapt = model.pop("adapt_hf", None)
     if adapt is not None and not isinstance(adapt, bool):
         draft.problem("model.adapt_hf", f"found {shown(adapt)}", expected="True or False")
@@ -271,7 +271,7 @@ def _checkpoint(draft: ConfigDraft) -> None:
 
 
 def _s3_endpoint(ckpt: dict[str, Any]) -> None:
-    """``s3://BUCKET/KEY`` as ``s3:ENDPOINT/BUCKET/KEY``, so that a path says by itself where it lies."""
+    """``s3://BUCKET/KEY`` as ``s3:ENDPOINT/BUCKET/KEY``, so that a path contains its endpoint."""
     endpoint = ckpt.get("s3_endpoint")
     if not isinstance(endpoint, str):
         return
@@ -287,7 +287,7 @@ def _s3_endpoint(ckpt: dict[str, Any]) -> None:
 
 
 def _load_info(draft: ConfigDraft, ckpt: dict[str, Any]) -> None:
-    """``load_ckpt_info``, or its older names: a folder to go on from, or one to take the weights of."""
+    """``load_ckpt_info``, or its older names: a folder to resume from, or one to load the weights of."""
     info = ckpt.get("load_ckpt_info")
     for name, content in (("load_ckpt_folder", ("all",)), ("load_model_only_folder", ("model",))):
         value = ckpt.pop(name, None)
@@ -314,7 +314,7 @@ def _load_info(draft: ConfigDraft, ckpt: dict[str, Any]) -> None:
 
 
 def _tuples(draft: ConfigDraft) -> None:
-    """Where one value or a list is written for what is a tuple inside."""
+    """Accept one value or a list where the schema has a tuple."""
     for dotted in TUPLES:
         *above, key = dotted.split(".")
         node: Any = draft.sections

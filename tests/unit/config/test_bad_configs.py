@@ -1,4 +1,4 @@
-"""Each config that cannot be used gets one message: key, place, what was found, what was expected, how to mend it."""
+"""Each config that cannot be used gets one message: key, place, what was found, what was expected, how to fix it."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def test_a_key_is_explained_with_its_origin() -> None:
         assert words in text
     assert "Name of the run" in explained("JOB_NAME")
     assert "Older name" in explained("ckpt.load_ckpt_folder")
-    assert "never builds" in explained("model.parallel_output")
+    assert "never materializes" in explained("model.parallel_output")
 
 
 def test_a_wrong_key_names_the_nearest() -> None:
