@@ -42,7 +42,7 @@ def steps(listing: str) -> list[int]:
     return [int(found) for found in re.findall(r"^ *(\d+) ", listing, re.M)]
 
 
-def test_ls_lists_committed_and_interrupted_steps(root: str) -> None:
+def test_ls_lists_all_steps(root: str) -> None:
     manager = save(root, 1, 2, 3)
     manager.storage.delete(f"{manager.root}/step-00000002/commit.json")
     listing = ckpt("ls", root)
