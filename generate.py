@@ -1,4 +1,4 @@
-"""``python generate.py --config CONFIG``: the documents' command for ``evomesh generate CONFIG``."""
+"""``python generate.py --config CONFIG``: InternEvo's name for ``evomesh generate CONFIG``."""
 
 from evomesh.cli.generate import shim_main
 

@@ -1,4 +1,4 @@
-"""``python web_demo.py --ckpt DIR``: the documents' command for ``evomesh chat``."""
+"""``python web_demo.py --ckpt DIR``: InternEvo's name for ``evomesh chat``."""
 
 from evomesh.cli.serve import chat_shim
 

@@ -16,6 +16,7 @@ from evomesh.config.schema import RotaryType
 from evomesh.data.chat import ChatMessage
 from evomesh.errors import UserError
 from evomesh.generate.options import SamplingParams
+from evomesh.serve.detokenizer import TextDelta
 from evomesh.serve.loop import EngineError
 from evomesh.serve.service import GenerationService, QueueFullError
 
@@ -29,8 +30,9 @@ footer {display: none !important}
 """
 NEEDLE = "The pass key is {key}. Remember it: {key} is the pass key.\n"
 HAY = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
+FINISH_REASONS = {"stop": "end of answer", "length": "maximum length reached", "stopped": "stopped"}
 QUESTION = "What is the pass key? The pass key is"
-EVERY = 0.03  # seconds between updates: a browser gains nothing from more
+UPDATE_SECONDS = 0.03  # between updates: a browser gains nothing from more
 
 
 @dataclass(frozen=True)
@@ -91,63 +93,87 @@ class ChatPage:
     async def _write(
         self, prompt: Sequence[int], settings: PageSettings, request: gr.Request
     ) -> AsyncGenerator[tuple[str, str], None]:
-        """(text so far, status line), at most every ``EVERY`` seconds and at the end."""
+        """Yield (text so far, status line), at most once every ``UPDATE_SECONDS`` and at the end."""
         session = str(request.session_hash)
         self._stopped.discard(session)
         service = self.service
-        room = service.limits.context_length - len(prompt)
-        most = max(1, min(int(settings.max_new_tokens), room))
-        service.check([prompt], most)
-        sampling = SamplingParams(
-            temperature=settings.temperature,
-            do_sample=settings.temperature > 0,
-            top_k=int(settings.top_k),
-            top_p=settings.top_p,
-            min_p=settings.min_p,
-            repetition_penalty=settings.repetition_penalty,
+        remaining = service.limits.context_length - len(prompt)
+        max_new_tokens = max(1, min(int(settings.max_new_tokens), remaining))
+        service.check([prompt], max_new_tokens)
+        sampling = SamplingParams.from_settings(
+            settings,
+            top_k=int(settings.top_k),  # gradio's sliders return floats
             seed=int(settings.seed) if settings.seed >= 0 else secrets.randbits(63),
-            max_new_tokens=most,
+            max_new_tokens=max_new_tokens,
             eos_ids=service.model.eos_ids,
         )
-        rotary: RotaryType = "dynamic" if settings.dynamic else "origin"
-        text, made, finish, shown = "", 0, "", 0.0
-        start = first = time.perf_counter()
-        yield "", f"{len(prompt)} prompt tokens"
+        rotary_type: RotaryType = "dynamic" if settings.dynamic else "origin"
+        progress = AnswerProgress(len(prompt))
+        text = ""
+        last_update = 0.0
+        yield text, f"{len(prompt)} prompt tokens"
         try:
-            async with aclosing(service.answer([prompt], sampling, rotary_type=rotary)) as pieces:
-                async for _, piece in pieces:
-                    now = time.perf_counter()
-                    first = first if made else now
-                    text, made, finish = text + piece.text, piece.tokens, piece.finish
+            async with aclosing(service.answer([prompt], sampling, rotary_type=rotary_type)) as deltas:
+                async for _, delta in deltas:
+                    progress.add(delta)
+                    text += delta.text
                     if session in self._stopped:
-                        finish = "stopped"
+                        progress.finish = "stopped"
                         break
-                    if now - shown > EVERY:
-                        shown = now
-                        yield text, status(len(prompt), made, first - start, now - first, "")
+                    now = time.perf_counter()
+                    if now - last_update > UPDATE_SECONDS and not delta.finish:
+                        last_update = now
+                        yield text, progress.status()
         except QueueFullError:
             raise UserError("the queue is full", fix="try again in a moment") from None
         except EngineError as error:
             raise UserError(f"{error}; see the server's log") from None
-        yield text, status(len(prompt), made, first - start, time.perf_counter() - first, finish)
+        yield text, progress.status()
 
     def long_text(self) -> str:
-        """Half as long again as the model's trained length, with something to find near its beginning."""
+        """Return a text 1.5 times the trained length, with a pass key to find near its beginning."""
         service = self.service
         wanted = min(service.model.trained_length * 3 // 2, service.limits.context_length - 32)
-        key = f"{10000 + secrets.randbelow(90000)}"
-        count = len(service.text_ids(HAY))
-        frame = len(service.text_ids(NEEDLE.format(key=key) + QUESTION))
-        lines = [HAY] * max(2, (wanted - frame) // count)
-        lines.insert(len(lines) // 8, NEEDLE.format(key=key))
+        key = 10000 + secrets.randbelow(90000)
+        needle = NEEDLE.format(key=key)
+        tokens_per_line = len(service.text_ids(HAY))
+        other_tokens = len(service.text_ids(needle + QUESTION))
+        lines = [HAY] * max(2, (wanted - other_tokens) // tokens_per_line)
+        lines.insert(len(lines) // 8, needle)
         return "".join(lines) + QUESTION
 
 
-def status(prompt: int, made: int, wait: float, spent: float, finish: str) -> str:
-    speed = f"{(made - 1) / spent:.1f} tokens/s" if made > 1 and spent > 0 else "… tokens/s"
-    reasons = {"stop": "the model ended", "length": "length reached", "stopped": "stopped"}
-    end = f" · {reasons[finish]}" if finish else ""
-    return f"{prompt} prompt tokens · first token after {wait:.2f} s · {made} new tokens · {speed}{end}"
+class AnswerProgress:
+    """Tokens and times of an answer, for the status line."""
+
+    def __init__(self, prompt_tokens: int) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.new_tokens = 0
+        self.finish = ""  # "stop", "length", "stopped" by the user, or "" while the answer continues
+        self._started = self._first = self._last = time.perf_counter()
+
+    def add(self, delta: TextDelta) -> None:
+        self._last = time.perf_counter()
+        if self.new_tokens == 0:
+            self._first = self._last
+        self.new_tokens = delta.tokens
+        self.finish = delta.finish
+
+    def status(self) -> str:
+        """Return the status line."""
+        seconds = self._last - self._first
+        speed = "…"
+        if self.new_tokens > 1 and seconds > 0:
+            speed = f"{(self.new_tokens - 1) / seconds:.1f}"
+        parts = [
+            f"{self.prompt_tokens} prompt tokens",
+            f"first token after {self._first - self._started:.2f} s",
+            f"{self.new_tokens} new tokens",
+            f"{speed} tokens/s",
+        ]
+        if self.finish:
+            parts.append(FINISH_REASONS[self.finish])
+        return " · ".join(parts)
 
 
 def text_of(content: Any) -> str:
@@ -158,30 +184,54 @@ def text_of(content: Any) -> str:
 
 
 def controls(service: GenerationService) -> list[Any]:
-    """The settings, in the order of ``Settings``."""
-    can_chat = service.model.template is not None
-    most = max(2, service.limits.context_length - 1)
-    trained, longest = service.model.trained_length, service.limits.context_length
+    """Create the controls, in the order of ``PageSettings``."""
+    model = service.model
+    context_length = service.limits.context_length
+    max_new_tokens = max(2, context_length - 1)
     return [
-        gr.Textbox(label="System prompt", lines=2, visible=can_chat),
-        gr.Slider(0, 2, 0.8, step=0.05, label="Temperature", info="0 is greedy"),
+        gr.Textbox(label="System prompt", lines=2, visible=model.template is not None),
+        gr.Slider(0, 2, 0.8, step=0.05, label="Temperature", info="0: greedy"),
         gr.Slider(0.05, 1, 0.95, step=0.05, label="Top-p"),
         gr.Slider(0, 200, 0, step=1, label="Top-k", info="0: all"),
         gr.Slider(0, 1, 0, step=0.01, label="Min-p"),
         gr.Slider(0.5, 2, 1, step=0.05, label="Repetition penalty"),
-        gr.Slider(1, most, min(256, most), step=1, label="Max new tokens"),
-        gr.Number(-1, precision=0, minimum=-1, label="Seed", info="-1: another one each time"),
+        gr.Slider(1, max_new_tokens, min(256, max_new_tokens), step=1, label="Max new tokens"),
+        gr.Number(-1, precision=0, minimum=-1, label="Seed", info="-1: random"),
         gr.Checkbox(
-            service.model.rotary_type == "dynamic",
+            model.rotary_type == "dynamic",
             label="Dynamic NTK",
-            info=f"stretches positions beyond the trained {trained} tokens; up to {longest} fit here",
+            info=f"stretches positions beyond the trained length of {model.trained_length} tokens, "
+            f"up to the context length of {context_length}",
         ),
     ]
 
 
+@dataclass(frozen=True)
+class ChatTab:
+    """Components of the tab for conversations."""
+
+    conversation: gr.Chatbot
+    message: gr.Textbox
+    send: gr.Button
+    stop: gr.Button
+    clear: gr.Button
+
+
+@dataclass(frozen=True)
+class CompletionTab:
+    """Components of the tab for completing a text."""
+
+    prompt: gr.Textbox
+    completion: gr.Textbox
+    complete: gr.Button
+    stop: gr.Button
+
+
 def build_page(service: GenerationService) -> gr.Blocks:
-    """The page, with tabs for conversations (models with a chat template) and for going on with a text."""
-    page, model = ChatPage(service), service.model
+    """Create the page, with a tab for chat (if the model has a chat template) and one for completion."""
+    page = ChatPage(service)
+    model = service.model
+    # 1. Components: tabs and the status line on the left, settings on the right.
     blocks: gr.Blocks
     with gr.Blocks(title=f"evomesh · {model.name}", analytics_enabled=False) as blocks:
         gr.Markdown(
@@ -190,56 +240,71 @@ def build_page(service: GenerationService) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=3):
                 with gr.Tabs():
-                    chat = _chat_tab() if model.template is not None else None
-                    prompt, made, go, halt = _completion_tab(page)
-                line = gr.Markdown("", elem_id="status", elem_classes="status", container=False)
+                    chat = _create_chat_tab() if model.template is not None else None
+                    completion = _create_completion_tab(page)
+                status = gr.Markdown("", elem_id="status", elem_classes="status", container=False)
             with gr.Column(scale=1, min_width=260):
                 settings = controls(service)
-        options: dict[str, Any] = {
+
+        # 2. What they do. Answers are limited by the service's queue, not by gradio's.
+        at_once: dict[str, Any] = {"queue": False, "api_visibility": "private"}
+        streaming: dict[str, Any] = {
             "show_progress": "hidden",
             "concurrency_limit": None,
             "api_visibility": "private",
         }
-        go.click(page.complete, [prompt, *settings], [made, line], **options)
-        halt.click(page.stop, None, None, queue=False, api_visibility="private")
+        completion.complete.click(
+            page.complete, [completion.prompt, *settings], [completion.completion, status], **streaming
+        )
+        completion.stop.click(page.stop, None, None, **at_once)
         if chat is not None:
-            said, box, send, stop, clear = chat
-            stop.click(page.stop, None, None, queue=False, api_visibility="private")
-            for asked in (box.submit, send.click):
-                asked(_say, [box, said], [box, said], queue=False, api_visibility="private").then(
-                    page.chat, [said, *settings], [said, line], **options
+            typed = [chat.message, chat.conversation]
+            for sent in (chat.message.submit, chat.send.click):
+                sent(_say, typed, typed, **at_once).then(
+                    page.chat, [chat.conversation, *settings], [chat.conversation, status], **streaming
                 )
-            clear.click(lambda: ([], ""), None, [said, line], queue=False, api_visibility="private")
+            chat.stop.click(page.stop, None, None, **at_once)
+            chat.clear.click(lambda: ([], ""), None, [chat.conversation, status], **at_once)
     return blocks
 
 
-def _chat_tab() -> tuple[gr.Chatbot, gr.Textbox, gr.Button, gr.Button, gr.Button]:
+def _create_chat_tab() -> ChatTab:
     with gr.Tab("Chat"):
-        said = gr.Chatbot(
+        conversation = gr.Chatbot(
             height=460, label="Conversation", elem_id="conversation", buttons=["copy"], allow_tags=False
         )
-        box = gr.Textbox(
+        message = gr.Textbox(
             placeholder="Ask something", label="Message", elem_id="message", lines=1, max_lines=12
         )
         with gr.Row():
             send = gr.Button("Send", variant="primary", elem_id="send", scale=2)
             stop = gr.Button("Stop", elem_id="stop")
             clear = gr.Button("Clear")
-    return said, box, send, stop, clear
+    return ChatTab(conversation, message, send, stop, clear)
 
 
-def _completion_tab(page: ChatPage) -> tuple[gr.Textbox, gr.Textbox, gr.Button, gr.Button]:
+def _create_completion_tab(page: ChatPage) -> CompletionTab:
     with gr.Tab("Completion"):
         prompt = gr.Textbox(
-            label="Text", lines=8, max_lines=16, elem_id="prompt", placeholder="A text to go on from"
+            label="Prompt",
+            placeholder="Text to complete",
+            elem_id="prompt",
+            lines=8,
+            max_lines=16,
         )
         with gr.Row():
-            go = gr.Button("Go on", variant="primary", elem_id="go", scale=2)
-            halt = gr.Button("Stop", elem_id="halt")
+            complete = gr.Button("Complete", variant="primary", elem_id="go", scale=2)
+            stop = gr.Button("Stop", elem_id="halt")
             example = gr.Button("Long-text example", elem_id="example")
-        made = gr.Textbox(label="What follows", lines=8, max_lines=16, elem_id="made", buttons=["copy"])
+        completion = gr.Textbox(
+            label="Completion",
+            elem_id="made",
+            lines=8,
+            max_lines=16,
+            buttons=["copy"],
+        )
         example.click(page.long_text, None, prompt, queue=False, api_visibility="private")
-    return prompt, made, go, halt
+    return CompletionTab(prompt, completion, complete, stop)
 
 
 def _say(message: str, history: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
