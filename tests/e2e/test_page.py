@@ -86,7 +86,7 @@ def test_a_conversation(page: sync_api.Page, served: Served) -> None:
     page.locator("#send").click()
     # what the template makes of system prompt and message
     count = len("[system]be short\n[user]hi there\n[assistant]")
-    status(page, rf"\b{count} prompt tokens .* 30 new tokens · [\d.]+ tokens/s · length reached")
+    status(page, rf"\b{count} prompt tokens .* 30 new tokens · [\d.]+ tokens/s · maximum length reached")
     bubbles = page.locator("#conversation [data-testid]")
     sync_api.expect(page.locator("#conversation")).to_contain_text("hi there")
     assert bubbles.count() >= 2
