@@ -65,6 +65,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> LoadedConfig:
     sets = parse_overrides(overrides)
     source = read_source(path, sets)
     draft = ConfigDraft(dict(source.values), lambda key: _place(key, source, sets))
+    # The file has applied the overrides of its own names; what is left creates keys that it does not mention.
     apply_overrides(draft.values, [item for item in sets if not _consumed(item, source)], create=True)
     given = [key for key, _ in leaves(source.values | draft.values)] + list(draft.values)
     resolve(draft)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import BaseModel
+
 from evomesh.config.reading.draft import ConfigDraft
+from evomesh.config.schema import Config
 
 # key -> (the value that describes what happens anyway and needs no warning; why any other has no effect)
 ABSENT = object()
@@ -14,13 +17,6 @@ INERT: dict[str, tuple[Any, str]] = {
     "alert_address": (None, "use monitor.alert.feishu_alert_address"),
     "moe": (ABSENT, "there are no mixture-of-experts layers here"),
     "data.batch_size": (ABSENT, "it is data.micro_num"),
-    "data.use_packed_dataset": (True, "data is always packed, whatever computes the attention"),
-    "model.use_flash_attn": (
-        True,
-        "attention never crosses documents, and the fastest available kernel is used on every device",
-    ),
-    "model.parallel_output": (True, "the loss never materializes the full logits, sharded or not"),
-    "model.dropout_selective_checkpoint": (True, "there is no dropout"),
     "model.enable_qkv_fusion": (True, "query, key and value are always one matrix"),
     "model.mlp_layer_fusion": (
         False,
@@ -32,14 +28,6 @@ INERT: dict[str, tuple[Any, str]] = {
     "ckpt.generate_meta_data": (ABSENT, "every checkpoint loads in any layout"),
     "parallel.expert": (ABSENT, "there are no mixture-of-experts layers here"),
     "parallel.expert_weight": (ABSENT, "there are no mixture-of-experts layers here"),
-    "lr_scheduler.last_epoch": (
-        -1,
-        "the learning rate is a function of the step; a resumed run takes it from the checkpoint",
-    ),
-    "beta2_scheduler.cur_iter": (
-        -1,
-        "beta2 is a function of the step; a resumed run takes it from the checkpoint",
-    ),
 }
 # key -> (values that are accepted because they ask for nothing, why any other is refused)
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -62,19 +50,36 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
     "ckpt.enable_internevo2hf_ckpt": ((False, None), "export a finished checkpoint instead"),
 }
-FIELDS_KEPT = ("data.use_packed_dataset", "model.use_flash_attn", "model.parallel_output",
-               "model.dropout_selective_checkpoint", "lr_scheduler.last_epoch", "beta2_scheduler.cur_iter")  # fmt: skip
+# Inert keys that the resolved config keeps -> the value that needs no warning; the schema says why they have no effect.
+INERT_FIELDS: dict[str, Any] = {
+    "data.use_packed_dataset": True,
+    "model.use_flash_attn": True,
+    "model.parallel_output": True,
+    "model.dropout_selective_checkpoint": True,
+    "lr_scheduler.last_epoch": -1,
+    "beta2_scheduler.cur_iter": -1,
+}
 
 
 def drop_inert(draft: ConfigDraft) -> None:
     """Warn of keys without effect and remove those that the resolved config does not keep."""
+    for key, usual in INERT_FIELDS.items():
+        section, name = _holder(draft, key)
+        if name in section and section[name] != usual:
+            draft.warn(key, f"{section[name]!r} has no effect: {_reason(key)}")
     for key, (usual, why) in INERT.items():
         section, name = _holder(draft, key)
-        if name not in section:
-            continue
-        value = section[name] if key in FIELDS_KEPT else section.pop(name)
-        if value != usual:
-            draft.warn(key, f"{value!r} has no effect: {why}")
+        if name in section:
+            value = section.pop(name)
+            if value != usual:
+                draft.warn(key, f"{value!r} has no effect: {why}")
+
+
+def _reason(key: str) -> str:
+    section, _, name = key.partition(".")
+    model = Config.model_fields[section].annotation
+    assert isinstance(model, type) and issubclass(model, BaseModel)
+    return (model.model_fields[name].description or "").removeprefix("Accepted for InternEvo; ").rstrip(".")
 
 
 def refuse_foreign(draft: ConfigDraft) -> None:
