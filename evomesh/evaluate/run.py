@@ -18,7 +18,7 @@ from evomesh.evaluate.native import HarnessModel
 
 
 def find_tasks(tasks: Sequence[str]) -> TaskManager:
-    """Return a task manager that knows these tasks: files (.yaml, in the harness's format) or names of its own tasks.
+    """Return a task manager that knows these tasks: files (.yaml, in the harness's format) or names of built-in tasks.
 
     Raises:
         UserError: a task does not exist.
@@ -43,7 +43,7 @@ def run_tasks(
     """Return the harness's results of the tasks.
 
     Args:
-        num_fewshot: examples before each question; None: as the task says.
+        num_fewshot: examples before each question; None: the default of the task.
         limit: maximum number of examples per task; None: all.
         chat: render questions as messages, and few-shot examples as earlier turns, with the tokenizer's chat template.
         system: text before every question; in a chat, the system message.

@@ -25,7 +25,7 @@ class GeneratedToken:
 
     Attributes:
         logprob: of ``id`` under the model's own distribution, before penalty and temperature; None unless requested.
-        top: (id, log-probability) of the most probable tokens, as many as requested.
+        top: (id, log-probability) of the `SamplingParams.logprobs` most probable tokens.
         finish: "stop" for an id that ends the answer, "length" for the last one that fits, else "".
     """
 
@@ -166,7 +166,8 @@ class GenerationEngine:
 
     def _prefill(self, admitted: list[_ActiveRequest]) -> list[GeneratedToken]:
         lengths = [len(request.ids) for request in admitted]
-        ids = torch.tensor([token for request in admitted for token in request.ids], device=self.device)
+        packed = [token for request in admitted for token in request.ids]
+        ids = torch.tensor(packed, device=self.device)
         bounds, attend = self.cache.prefill(lengths, self.device)
         hidden = self.model(ids, bounds, attend)  # [T, D]
         last_tokens = torch.tensor(lengths).cumsum(0) - 1

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the tokens of a request are chosen, and when it ends.
+    """Sampling parameters of a request: how its tokens are chosen, and when it ends.
 
     The meanings are those of ``transformers.generate``; the parameters apply in the order below.
 

@@ -17,7 +17,7 @@ from evomesh.serve.loop import EngineLoop, GenerationRequest
 
 @dataclass(frozen=True)
 class ServiceLimits:
-    """How much a service takes on.
+    """Limits of a service: lengths, concurrency, sizes.
 
     Attributes:
         context_length: maximum number of tokens of a prompt and its answer together.
