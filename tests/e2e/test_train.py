@@ -313,7 +313,7 @@ def test_a_signal_breaks_a_long_step_off_and_the_resumed_run_repeats_it(
     running.signal(signal.SIGTERM)
     finished = running.wait()
     assert finished.returncode == 75, finished.stderr
-    off = re.search(r"step (\d) broken off between two micro-batches", finished.stdout + finished.stderr)
+    off = re.search(r"step (\d) was interrupted between micro-batches", finished.stdout + finished.stderr)
     assert off is not None, "the step ran to its end"
     step = int(off[1])
     assert set(losses(stopped)) == set(range(step))
