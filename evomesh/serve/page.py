@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.routing import Mount
 
 from evomesh.config.schema import RotaryType
 from evomesh.data.chat import ChatMessage
 from evomesh.errors import UserError
 from evomesh.generate.options import SamplingParams
 from evomesh.serve.detokenizer import TextDelta
+from evomesh.serve.door import Door, text_of
 from evomesh.serve.loop import EngineError
 from evomesh.serve.service import GenerationService, QueueFullError
 
@@ -49,6 +52,21 @@ class PageSettings:
     seed: float
     dynamic: bool
 
+    def __post_init__(self) -> None:
+        """Check that each value has the type of its control.
+
+        Raises:
+            UserError: one does not.
+        """
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "float":
+                good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            else:
+                good = isinstance(value, str if field.type == "str" else bool)
+            if not good:
+                raise UserError(f"{field.name.replace('_', ' ')} has no valid value")
+
 
 class ChatPage:
     """Handlers of the page. A session is one open tab."""
@@ -64,24 +82,28 @@ class ChatPage:
         self, history: list[dict[str, Any]], request: gr.Request, *controls: Any
     ) -> AsyncGenerator[tuple[list[dict[str, Any]], str], None]:
         """Streams the answer to the last message of the conversation."""
-        settings = PageSettings(*controls)
-        if not history or history[-1]["role"] != "user":
-            return
-        system = [ChatMessage("system", settings.system, False)] if settings.system.strip() else []
+        said: list[dict[str, Any]] = []
         try:
-            turns = [ChatMessage(turn["role"], text_of(turn["content"]), False) for turn in history]
+            said = plain(history)
+            settings = PageSettings(*controls)
+            if not said or said[-1]["role"] != "user":
+                return
+            system = [ChatMessage("system", settings.system, False)] if settings.system.strip() else []
+            turns = [ChatMessage(turn["role"], turn["content"], False) for turn in said]
             prompt = self.service.chat_ids([*system, *turns])
             async with aclosing(self._write(prompt, settings, request)) as written:
                 async for text, status in written:
-                    yield [*history, {"role": "assistant", "content": text}], status
+                    yield [*said, {"role": "assistant", "content": text}], status
         except UserError as error:
-            yield history, f"⚠ {error}"
+            yield said, f"⚠ {error}"
 
     async def complete(
         self, text: str, request: gr.Request, *controls: Any
     ) -> AsyncGenerator[tuple[str, str], None]:
         """Streams what goes on from a text."""
         try:
+            if not isinstance(text, str):
+                raise UserError("the text is not text")
             async with aclosing(
                 self._write(self.service.text_ids(text), PageSettings(*controls), request)
             ) as written:
@@ -176,11 +198,15 @@ class AnswerProgress:
         return " · ".join(parts)
 
 
-def text_of(content: Any) -> str:
-    """A message's text; gradio gives it as text or as a list of parts."""
-    if isinstance(content, str):
-        return content
-    return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+def plain(history: Any) -> list[dict[str, Any]]:
+    """Return the turns of a conversation with their text only, so that no file gets into an answer.
+
+    Raises:
+        UserError: a turn is of another kind or holds more than text.
+    """
+    if not isinstance(history, list):
+        raise UserError("the conversation is not a list of turns")
+    return [{"content": text_of(turn), "role": turn["role"]} for turn in history]
 
 
 def controls(service: GenerationService) -> list[Any]:
@@ -309,25 +335,35 @@ def _create_completion_tab(page: ChatPage) -> CompletionTab:
 
 def _say(message: str, history: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
     """Moves what was typed into the conversation; an empty line asks nothing."""
-    return "", [*history, {"role": "user", "content": message}] if message.strip() else history
+    said = plain(history)
+    if isinstance(message, str) and message.strip():
+        said.append({"role": "user", "content": message})
+    return "", said
 
 
 def mount_page(app: FastAPI, service: GenerationService, key: str | None) -> None:
     """Puts the page at ``/``, beside the API; with a key, a login asks for it.
 
-    Fonts are the system's: the page needs nothing from outside.
+    Fonts are the system's: the page needs nothing from outside. Of gradio's routes only those that the page
+    uses can be reached, through ``Door``.
     """
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    blocks = build_page(service)
     gr.mount_gradio_app(
         app,
-        build_page(service),
+        blocks,
         path="",
         auth=("evomesh", key) if key else None,
         auth_message="User evomesh; the password is the server's key." if key else None,
         ssr_mode=False,
+        mcp_server=False,
         max_file_size="1kb",  # nothing here takes files
         show_error=True,
         theme=gr.themes.Soft(**fonts),  # type: ignore[arg-type]
         css=STYLE,
         footer_links=[],
     )
+    blocks.has_launched = True  # gradio checks paths only from then on, and mounting does not set it
+    mount = app.routes[-1]
+    assert isinstance(mount, Mount)
+    mount.app = Door(mount.app, service.limits.body_bytes)
