@@ -1,4 +1,4 @@
-"""``evomesh train`` and the documents' ``train.py --config``."""
+"""The commands ``evomesh train`` and InternEvo's ``train.py --config``."""
 
 from __future__ import annotations
 
@@ -24,11 +24,14 @@ RunDirOption = Annotated[
 ProfileOption = Annotated[
     bool,
     typer.Option(
-        "--profile", "--profiling", help="Trace a few steps: files and a table of where the time goes."
+        "--profile",
+        "--profiling",
+        help="Profile a few steps: trace files, and a table of where the time goes.",
     ),
 ]
 DeepspeedOption = Annotated[
-    str | None, typer.Option(help="XTuner's flag: deepspeed_zero1, 2 or 3, by this system's own means.")
+    str | None,
+    typer.Option(help="XTuner's flag: deepspeed_zero1, 2 or 3, mapped to the equivalent settings here."),
 ]
 
 
@@ -42,7 +45,7 @@ def train(
     profile: ProfileOption = False,
     deepspeed: DeepspeedOption = None,
 ) -> None:
-    """Train the model that CONFIG describes; resumes by itself from the newest good checkpoint."""
+    """Train the model that CONFIG describes; resumes automatically from the newest valid checkpoint."""
     from dataclasses import replace
 
     from evomesh.config.deepspeed import deepspeed_settings
@@ -69,7 +72,7 @@ def shim(
     profile: ProfileOption = False,
     deepspeed: DeepspeedOption = None,
 ) -> None:
-    """Train as the documents do: train.py --config CONFIG --launcher torch."""
+    """Train with InternEvo's command line: train.py --config CONFIG --launcher torch."""
     train(config, overrides, launcher, port, seed, run_dir, profile, deepspeed)
 
 

@@ -1,4 +1,4 @@
-"""Builds everything a run is made of, in one visible order."""
+"""Construction of a training run, in one visible order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from evomesh.checkpoint.native.find import SaveFolder
 from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.native.save import CheckpointWriter
-from evomesh.checkpoint.resume import decide, restore
+from evomesh.checkpoint.resume import StartPoint, decide, restore
 from evomesh.config.loader import LoadedConfig
 from evomesh.config.schema import CheckpointConfig, Config
 from evomesh.data.batch import Batch
@@ -69,17 +69,20 @@ class TrainingRun:
         return next(self.stream)
 
     def return_batch(self) -> None:
-        """Undo the last ``take_batch`` for ``state_dict``: a resumed run takes that batch again. This one is over."""
+        """Undo the last ``take_batch`` in ``state_dict``, so that a resumed run takes the batch again.
+
+        This process takes no further batch.
+        """
         self._batch_was_returned = True
 
     def tensors(self) -> dict[str, Tensor | LocalShard]:
-        """Every tensor of a checkpoint, by global name."""
+        """Return every tensor of a checkpoint, by global name."""
         self.optimizer.wait_for_parameters()
         state = self.optimizer.state_shards() if self.config.ckpt.save_optimizer else {}
         return {**self.stages.parameters(), **state}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything else of a checkpoint, as JSON."""
+        """Return everything else of a checkpoint, as JSON."""
         stream = self._state_before_batch if self._batch_was_returned else self.stream.state()
         return {
             "train": self.state.state(),
@@ -90,66 +93,97 @@ class TrainingRun:
         }
 
 
-def build_run(loaded: LoadedConfig, place: RunContext) -> TrainingRun:
-    """Data first, since it is what most often cannot be used; then model, optimizer, and what to start from.
+def build_run(loaded: LoadedConfig, context: RunContext) -> TrainingRun:
+    """Build all parts of a run and restore what it resumes or starts from.
 
     Raises:
-        UserError: data, model or checkpoint cannot be used. Nothing has been written then.
+        UserError: data, model or checkpoint cannot be used. Nothing has been written by then.
     """
-    config, grid, device = loaded.config, place.grid, place.device
-    train_data = build_train_data(config.data, config.model.vocab_size)
-    valid_sets = build_valid_data(config.data, config.model.vocab_size) if config.data.valid_every > 0 else []
-    stages = build_stages(config, grid, place.mode, device)
-    parameters = stages.parameters()
-    optimizer = ZeroOptimizer(
-        parameters.items(), config.adam, config.hybrid_zero_optimizer, grid, stages.module
-    )
-    scaler = LossScaler(config.grad_scaler, config.model.dtype)
-    tensors = parameters | optimizer.state_shards()
+    config, grid = loaded.config, context.grid
 
+    # 1. Data first, because it is what most often cannot be used.
+    train_data = build_train_data(config.data, config.model.vocab_size)
+    valid_sets: list[ValidationSet] = []
+    if config.data.valid_every > 0:
+        valid_sets = build_valid_data(config.data, config.model.vocab_size)
+
+    # 2. Model and optimizer, without weights.
+    stages = build_stages(config, grid, context.mode, context.device)
+    named_parameters = stages.parameters().items()
+    zero_config = config.hybrid_zero_optimizer
+    optimizer = ZeroOptimizer(named_parameters, config.adam, zero_config, grid, stages.module)
+    scaler = LossScaler(config.grad_scaler, config.model.dtype)
+
+    # 3. Weights and counters: from a checkpoint, from other weights, or initial values.
     exchange = default_exchange()
     reader = CheckpointReader(grid, exchange)
     folder = save_folder(config.ckpt)
     start = decide(config.ckpt, reader, folder)
-    if not start.wants("model"):
-        stages.initialize(config.run.seed, grid)
-    stored = restore(start, reader, tensors, config.model.model_dump())
-    if not (start.wants("model") and start.wants("optimizer")):
-        optimizer.refresh_masters()
-    state = TrainState()
-    if start.resumes:
-        state.load_state(stored["train"])
-    if start.wants("optimizer"):
-        optimizer.load_state(stored["optimizer"])
-        scaler.load_state(stored["scaler"])
-    if start.wants("scheduler") and not start.resumes:
-        state.step_count = int(stored["train"]["step_count"])
-    sampler = stored["sampler"] if start.wants("sampler") else None
-    if sampler is not None:
+    stored = _restore_weights(config, start, reader, stages, optimizer, grid)
+    state = _restore_counters(start, stored, optimizer, scaler)
+
+    # 4. Data position.
+    position = stored["sampler"] if start.wants("sampler") else None
+    if position is not None:
         check_manifest(stored["data"], train_data.manifest)
-    stream = train_data.stream(grid.dp.rank, grid.dp.size, sampler)
+    stream = train_data.stream(grid.dp.rank, grid.dp.size, position)
     stream.check()
 
-    reporter = RunReporter(config, loaded.text, place, state, train_data)
+    # 5. What the run writes to.
+    reporter = RunReporter(config, loaded.text, context, state, train_data)
     writer = build_checkpoint_writer(config.ckpt, folder, grid, exchange)
     if writer is not None and start.checkpoint is not None:
         writer.continue_from(start.checkpoint)
+    resumed_step = start.checkpoint.step if start.checkpoint is not None and start.resumes else None
     return TrainingRun(
-        config,
-        grid,
-        device,
-        stages,
-        optimizer,
-        scaler,
-        train_data,
-        stream,
-        valid_sets,
-        state,
-        reporter,
-        writer,
-        start.checkpoint.step if start.checkpoint is not None and start.resumes else None,
-        start.reason,
+        config=config,
+        grid=grid,
+        device=context.device,
+        stages=stages,
+        optimizer=optimizer,
+        scaler=scaler,
+        train_data=train_data,
+        stream=stream,
+        valid_sets=valid_sets,
+        state=state,
+        reporter=reporter,
+        checkpoints=writer,
+        resumed_step=resumed_step,
+        reason=start.reason,
     )
+
+
+def _restore_weights(
+    config: Config,
+    start: StartPoint,
+    reader: CheckpointReader,
+    stages: ModelStages,
+    optimizer: ZeroOptimizer,
+    grid: Grid,
+) -> dict[str, Any]:
+    """Fill weights, master weights and moments; return the rest of what the checkpoint holds."""
+    if not start.wants("model"):
+        stages.initialize(config.run.seed, grid)
+    tensors = stages.parameters() | optimizer.state_shards()
+    stored = restore(start, reader, tensors, config.model.model_dump())
+    if not (start.wants("model") and start.wants("optimizer")):
+        optimizer.refresh_masters()
+    return stored
+
+
+def _restore_counters(
+    start: StartPoint, stored: dict[str, Any], optimizer: ZeroOptimizer, scaler: LossScaler
+) -> TrainState:
+    """Return the counters of the run; loads those of optimizer and loss scaler."""
+    state = TrainState()
+    if start.resumes:
+        state.load_state(stored["train"])
+    elif start.wants("scheduler"):
+        state.step_count = int(stored["train"]["step_count"])
+    if start.wants("optimizer"):
+        optimizer.load_state(stored["optimizer"])
+        scaler.load_state(stored["scaler"])
+    return state
 
 
 def save_folder(config: CheckpointConfig) -> SaveFolder | None:

@@ -1,4 +1,4 @@
-"""Who am I among how many: from the launcher's variables to this rank's grid and device."""
+"""Start of a process: from the launcher's environment variables to this rank's grid and device."""
 
 from __future__ import annotations
 
@@ -33,12 +33,13 @@ logger = logging.getLogger(__name__)
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NPROCS", "SLURM_JOB_NODELIST")
+DLC_PROCESSES = "KUBERNETES_CONTAINER_RESOURCE_GPU"  # Aliyun DLC sets it: processes per node
 LAUNCHERS = ("auto", "torch", "slurm")
 
 
 @dataclass(frozen=True)
-class Rank:
-    """One process among ``world_size``; ``host:port`` is where they meet ("" for a single process)."""
+class ProcessInfo:
+    """One process among ``world_size``; they connect at ``host:port`` ("" for a single process)."""
 
     rank: int = 0
     world_size: int = 1
@@ -49,11 +50,13 @@ class Rank:
 
 @dataclass(frozen=True)
 class RunContext:
-    """Attributes:
-    grid: the process groups that this rank is on.
-    device: where this rank computes.
-    mode: how tensors are cut.
-    started: when the run started: the same on every rank.
+    """What a rank knows about itself and the run.
+
+    Attributes:
+        grid: the process groups of this rank.
+        device: the device this rank computes on.
+        mode: how activations and weights are sharded over the tensor axis.
+        started: when the run started; the same on every rank.
     """
 
     grid: Grid
@@ -68,46 +71,47 @@ class RunContext:
 def launch(
     config: Config, launcher: str = "auto", *, port: int = 8888, seed: int | None = None
 ) -> Iterator[RunContext]:
-    """Joins the other ranks, if any; leaving the context parts from them again.
+    """Join the other ranks, if there are any, and leave them at the end of the context.
 
     Raises:
-        UserError: the launcher's variables are missing or wrong, or the layout does not fit so many processes. Both
-            are found before any process group exists.
+        UserError: the launcher's variables are missing or wrong, or the layout does not fit the number of processes.
+            Both are checked before any process group exists.
     """
-    place = detect(os.environ, launcher, port)
-    setup_logging(shows=place.rank == 0)  # until the run folder is known
-    warnings = check_world(config, place.world_size)
-    sizes = axis_sizes(config.parallel, place.world_size)
-    device = device_of_rank(place.local_rank)
+    process = detect(os.environ, launcher, port)
+    setup_logging(shows=process.rank == 0)  # until the run folder is known
+    warnings = check_world(config, process.world_size)
+    sizes = axis_sizes(config.parallel, process.world_size)
+    device = device_of_rank(process.local_rank)
     torch.backends.cudnn.benchmark = config.run.cudnn_benchmark
     torch.backends.cudnn.deterministic = config.run.cudnn_deterministic
-    if place.world_size > 1:
-        _join(place, device)
+    if process.world_size > 1:
+        _init_process_group(process, device)
     try:
-        grid = build_grid(config.parallel, place.world_size, place.rank)
-        started = _same_time(place.world_size)
-        if place.rank == 0:
+        grid = build_grid(config.parallel, process.world_size, process.rank)
+        started = _common_start_time(process.world_size)
+        if process.rank == 0:
             for warning in warnings:
                 logger.warning(warning)
             logger.info(
                 f"Distributed environment is initialized, data parallel size: {sizes.dp}, "
                 f"pipeline parallel size: {sizes.pp}, tensor parallel size: {sizes.tp}"
             )
-        set_seed(config.run.seed if seed is None else seed, place.rank)
+        set_seed(config.run.seed if seed is None else seed, process.rank)
         logger.info(
             f"===========New Run {started:%b%d_%H-%M-%S} on host:{socket.gethostname()},"
             f"tp:{grid.tp.rank},pp={grid.pp.rank},dp={grid.dp.rank}===========",
             extra=ALL_RANKS,
         )
         mode = MODES[config.parallel.tensor.mode]
-        yield RunContext(grid, device, mode, place.rank, place.world_size, started)
+        yield RunContext(grid, device, mode, process.rank, process.world_size, started)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def set_seed(seed: int, rank: int) -> None:
-    """Seeds every generator; weights and data do not draw from them (invariants 9 and 10), a user's model may."""
+    """Seed every generator; weights and data do not draw from them (invariants 9 and 10 in docs/architecture.md);
+    a custom model may."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -118,46 +122,47 @@ def set_seed(seed: int, rank: int) -> None:
         )
 
 
-def detect(env: Mapping[str, str], launcher: str = "auto", port: int = 8888) -> Rank:
-    """This process's place by the launcher's variables: torchrun first, then slurm, else one process.
+def detect(env: Mapping[str, str], launcher: str = "auto", port: int = 8888) -> ProcessInfo:
+    """Read rank and world size from the launcher's variables: torchrun first, then slurm, else one process.
 
     Args:
         env: the environment.
-        launcher: "auto", or the one whose variables must be there.
-        port: where slurm tasks meet on the first node.
+        launcher: "auto", or the launcher whose variables are required.
+        port: on the first node, where slurm tasks connect.
     """
     if launcher not in LAUNCHERS:
         raise UserError(f"unknown launcher {launcher!r}", where="--launcher", expected=" | ".join(LAUNCHERS))
-    # RANK without the rest is a broken launch, not a single process; a batch script outside srun has no step.
+    # RANK without the other variables is a broken launch, not a single process. A batch script outside srun has no
+    # SLURM_STEP_ID: it is one process.
     if launcher == "torch" or (launcher == "auto" and ("RANK" in env or "LOCAL_RANK" in env)):
         return _from_torchrun(env)
     if launcher == "slurm" or (launcher == "auto" and "SLURM_PROCID" in env and "SLURM_STEP_ID" in env):
         return _from_slurm(env, port)
-    return Rank()
+    return ProcessInfo()
 
 
-def _from_torchrun(env: Mapping[str, str]) -> Rank:
+def _from_torchrun(env: Mapping[str, str]) -> ProcessInfo:
     _require(env, TORCHRUN, "torchrun", "torchrun --nproc_per_node=N train.py --config C --launcher torch")
-    place = Rank(
-        _number(env, "RANK"),
-        _number(env, "WORLD_SIZE"),
-        _number(env, "LOCAL_RANK"),
+    process = ProcessInfo(
+        _whole_number(env, "RANK"),
+        _whole_number(env, "WORLD_SIZE"),
+        _whole_number(env, "LOCAL_RANK"),
         env["MASTER_ADDR"],
-        _number(env, "MASTER_PORT"),
+        _whole_number(env, "MASTER_PORT"),
     )
-    return _checked(place, "RANK", "WORLD_SIZE")
+    return _check_range(process, "RANK", "WORLD_SIZE")
 
 
-def _from_slurm(env: Mapping[str, str], port: int) -> Rank:
+def _from_slurm(env: Mapping[str, str], port: int) -> ProcessInfo:
     _require(
         env, SLURM, "slurm", "srun -n N --ntasks-per-node=G --gpus-per-task=1 python train.py --config C"
     )
     nodes = env.get("SLURM_STEP_NODELIST", env["SLURM_JOB_NODELIST"])
     host = env.get("MASTER_ADDR") or node_address(first_node(nodes))
-    number = _number(env, "MASTER_PORT") if "MASTER_PORT" in env else port
-    world_size, local_rank = _number(env, "SLURM_NPROCS"), _number(env, "SLURM_LOCALID")
-    return _checked(
-        Rank(_number(env, "SLURM_PROCID"), world_size, local_rank, host, number),
+    number = _whole_number(env, "MASTER_PORT") if "MASTER_PORT" in env else port
+    world_size, local_rank = _whole_number(env, "SLURM_NPROCS"), _whole_number(env, "SLURM_LOCALID")
+    return _check_range(
+        ProcessInfo(_whole_number(env, "SLURM_PROCID"), world_size, local_rank, host, number),
         "SLURM_PROCID",
         "SLURM_NPROCS",
     )
@@ -174,7 +179,7 @@ def _require(env: Mapping[str, str], names: tuple[str, ...], launcher: str, comm
         )
 
 
-def _number(env: Mapping[str, str], name: str) -> int:
+def _whole_number(env: Mapping[str, str], name: str) -> int:
     try:
         value = int(env[name])
     except ValueError:
@@ -186,18 +191,18 @@ def _number(env: Mapping[str, str], name: str) -> int:
     return value
 
 
-def _checked(place: Rank, rank: str, world: str) -> Rank:
-    if place.rank >= place.world_size:
+def _check_range(process: ProcessInfo, rank: str, world: str) -> ProcessInfo:
+    if process.rank >= process.world_size:
         raise UserError(
-            f"{rank}={place.rank} with {world}={place.world_size}",
+            f"{rank}={process.rank} with {world}={process.world_size}",
             where="environment",
             expected=f"{rank} from 0 to {world} - 1",
         )
-    return place
+    return process
 
 
 def first_node(nodes: str) -> str:
-    """The first name of a slurm node list: ``gpu[03-05,9],x1`` -> ``gpu03``."""
+    """Return the first name of a slurm node list: ``gpu[03-05,9],x1`` -> ``gpu03``."""
     match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", nodes)
     if match is None:
         raise UserError(
@@ -207,7 +212,7 @@ def first_node(nodes: str) -> str:
 
 
 def node_address(node: str) -> str:
-    """The node's name where it resolves, else the address that slurm knows it by."""
+    """Return the node's name where it resolves, else the address that slurm has for it."""
     try:
         socket.getaddrinfo(node, None)
     except OSError:
@@ -218,32 +223,32 @@ def node_address(node: str) -> str:
             if match := re.search(r"NodeAddr=(\S+)", shown.stdout):
                 return match[1]
         raise UserError(
-            f"the first node {node!r} has no address here",
+            f"the name of the first node, {node!r}, does not resolve on this host",
             where="SLURM_JOB_NODELIST",
             fix="export MASTER_ADDR=ADDRESS",
         ) from None
     return node
 
 
-def _join(place: Rank, device: torch.device) -> None:
-    host = f"[{place.host}]" if ":" in place.host else place.host  # IPv6
+def _init_process_group(process: ProcessInfo, device: torch.device) -> None:
+    host = f"[{process.host}]" if ":" in process.host else process.host  # IPv6
     dist.init_process_group(
         backend(device),
-        init_method=f"tcp://{host}:{place.port}" if "TORCHELASTIC_RUN_ID" not in os.environ else "env://",
-        rank=place.rank,
-        world_size=place.world_size,
+        init_method=f"tcp://{host}:{process.port}" if "TORCHELASTIC_RUN_ID" not in os.environ else "env://",
+        rank=process.rank,
+        world_size=process.world_size,
     )
 
 
 def backend(device: torch.device) -> str:
-    """NCCL for CUDA tensors, gloo for CPU tensors; gloo for both where torchrun puts several ranks on one device."""
+    """Return the backends: NCCL for CUDA tensors and gloo for CPU tensors, or gloo for both on a shared device."""
     if device.type != "cuda":
         return "gloo"
-    crowded = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count()
-    return "gloo" if crowded else "cpu:gloo,cuda:nccl"
+    several_ranks_per_device = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count()
+    return "gloo" if several_ranks_per_device else "cpu:gloo,cuda:nccl"
 
 
-def _same_time(world_size: int) -> datetime:
+def _common_start_time(world_size: int) -> datetime:
     started = [time.time()]
     if world_size > 1:
         dist.broadcast_object_list(started, src=0)
@@ -251,43 +256,39 @@ def _same_time(world_size: int) -> datetime:
 
 
 def torchrun_command(env: Mapping[str, str], argv: list[str], launcher: str = "auto") -> list[str] | None:
-    """The torchrun command that starts this node's ranks, when the environment asks for several and none exists yet.
+    """Return the torchrun command that starts this node's ranks; None if the environment does not require one.
 
     Two environments do: ``NPROC_PER_NODE`` (with NNODES, NODE_RANK, ADDR, PORT), and Aliyun DLC, whose RANK and
-    WORLD_SIZE count nodes and whose KUBERNETES_CONTAINER_RESOURCE_GPU counts processes.
+    WORLD_SIZE count nodes and whose KUBERNETES_CONTAINER_RESOURCE_GPU counts processes. A process that has a
+    LOCAL_RANK was started by torchrun already.
 
     Args:
         argv: ``sys.argv`` of this process.
     """
-    on_dlc = "KUBERNETES_CONTAINER_RESOURCE_GPU" in env
+    on_dlc = DLC_PROCESSES in env
     if launcher == "slurm" or "LOCAL_RANK" in env or not (on_dlc or "NPROC_PER_NODE" in env):
         return None
-    processes = _number(
-        env, "NPROC_PER_NODE" if "NPROC_PER_NODE" in env else "KUBERNETES_CONTAINER_RESOURCE_GPU"
-    )
-    nodes_name, rank_name = (
-        ("WORLD_SIZE", "RANK") if on_dlc and "NNODES" not in env else ("NNODES", "NODE_RANK")
-    )
-    nodes = _number(env, nodes_name) if nodes_name in env else 1
-    node_rank = _number(env, rank_name) if rank_name in env else 0
+    processes = _whole_number(env, "NPROC_PER_NODE" if "NPROC_PER_NODE" in env else DLC_PROCESSES)
+    nodes, node_rank = _node_count_and_rank(env, on_dlc)
     if processes * nodes <= 1 and not on_dlc:
         return None
-    where = ["--standalone"] if nodes == 1 else _rendezvous(env, nodes, node_rank)
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        *where,
-        f"--nproc_per_node={max(processes, 1)}",
-        *argv,
-    ]
+    rendezvous = ["--standalone"] if nodes == 1 else _rendezvous(env, nodes, node_rank)
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    return [*torchrun, *rendezvous, f"--nproc_per_node={max(processes, 1)}", *argv]
+
+
+def _node_count_and_rank(env: Mapping[str, str], on_dlc: bool) -> tuple[int, int]:
+    names = ("WORLD_SIZE", "RANK") if on_dlc and "NNODES" not in env else ("NNODES", "NODE_RANK")
+    nodes = _whole_number(env, names[0]) if names[0] in env else 1
+    node_rank = _whole_number(env, names[1]) if names[1] in env else 0
+    return nodes, node_rank
 
 
 def _rendezvous(env: Mapping[str, str], nodes: int, node_rank: int) -> list[str]:
     address, port = env.get("MASTER_ADDR") or env.get("ADDR"), env.get("MASTER_PORT") or env.get("PORT")
-    if not address or not port:  # a port of each node's own choosing would never meet
+    if not address or not port:  # nodes that choose their own ports would never connect
         raise UserError(
-            f"{nodes} nodes, but no place for them to meet",
+            f"{nodes} nodes, but no address where they connect",
             where="environment",
             expected="MASTER_ADDR (or ADDR) and MASTER_PORT (or PORT), the same on every node",
         )
@@ -300,7 +301,7 @@ def _rendezvous(env: Mapping[str, str], nodes: int, node_rank: int) -> list[str]
 
 
 def spawn_ranks(launcher: str = "auto") -> None:
-    """Replaces this process by torchrun when the environment asks for that (``torchrun_command``); else returns."""
+    """Replace this process by torchrun where the environment requires it (``torchrun_command``); else return."""
     command = torchrun_command(os.environ, sys.argv, launcher)
     if command is not None:
         env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}

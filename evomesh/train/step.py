@@ -101,15 +101,24 @@ def train_step(
         norm = optimizer.step(lr, beta2, 1.0 / scaler.scale).norm
     optimizer.zero_grad()
 
-    # 4. One copy to the host brings the norm, the objective and the tally. Only ranks of the last pipeline stage
-    # have added losses, so the sum over pp counts each once.
+    # 4. Results: one copy to the host.
+    loss, update, host_tally = _read_results(norm, objective, tally, grid)
+    scaler.update(update.check)
+    return StepOutput(loss, host_tally, update, watch.seconds())
+
+
+def _read_results(
+    norm: Tensor, objective: Tensor, tally: LossTally, grid: Grid
+) -> tuple[float, StepResult, LossTally]:
+    """Sum objective and tally over all ranks and bring them to the host together with the gradient norm.
+
+    Only ranks of the last pipeline stage have added losses, so the sum over pp counts each loss once.
+    """
     objective = all_reduce_no_grad(objective, grid.dp, grid.pp)
     sums = tally.reduce(grid.dp, grid.pp).sums
     results = copy_to_host(torch.cat([norm[None], objective[None], sums.flatten()]))
-    update = StepResult(results[0])
-    scaler.update(update.check)
-    host_tally = LossTally(data_types, results.device, results[2:].view_as(sums))
-    return StepOutput(float(results[1]), host_tally, update, watch.seconds())
+    host_tally = LossTally(tally.types, results.device, results[2:].view_as(sums))
+    return float(results[1]), StepResult(results[0]), host_tally
 
 
 def copy_to_host(results: Tensor) -> Tensor:

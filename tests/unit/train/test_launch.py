@@ -7,7 +7,7 @@ import re
 import pytest
 
 from evomesh.errors import UserError
-from evomesh.train.launch import Rank, detect, first_node, torchrun_command
+from evomesh.train.launch import ProcessInfo, detect, first_node, torchrun_command
 from tests.support.covers import covers
 
 pytestmark = covers("promise:nproc-per-node")
@@ -31,12 +31,12 @@ SLURM = {
 
 @pytest.mark.parametrize("launcher", ["auto", "torch"])
 def test_torchrun(launcher: str) -> None:
-    assert detect(TORCHRUN, launcher) == Rank(5, 8, 1, "10.0.0.1", 29500)
+    assert detect(TORCHRUN, launcher) == ProcessInfo(5, 8, 1, "10.0.0.1", 29500)
 
 
 @pytest.mark.parametrize("launcher", ["auto", "slurm"])
 def test_slurm(launcher: str) -> None:
-    assert detect(SLURM, launcher, port=9999) == Rank(3, 4, 1, "localhost", 9999)
+    assert detect(SLURM, launcher, port=9999) == ProcessInfo(3, 4, 1, "localhost", 9999)
     assert detect({**SLURM, "MASTER_ADDR": "10.0.0.9"}, launcher).host == "10.0.0.9"
 
 
@@ -46,9 +46,11 @@ def test_torchrun_inside_slurm_is_torchrun() -> None:
 
 
 def test_plain_python_is_one_process() -> None:
-    assert detect({}) == Rank()
+    assert detect({}) == ProcessInfo()
     batch_script = {name: value for name, value in SLURM.items() if name != "SLURM_STEP_ID"}
-    assert detect(batch_script) == Rank(), "a batch script that calls python without srun is one process"
+    assert detect(batch_script) == ProcessInfo(), (
+        "a batch script that calls python without srun is one process"
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,7 +75,7 @@ def test_plain_python_is_one_process() -> None:
         (
             {**SLURM, "SLURM_JOB_NODELIST": "no-such-node.invalid"},
             "auto",
-            "'no-such-node.invalid' has no address here",
+            "'no-such-node.invalid', does not resolve on this host",
         ),
         (TORCHRUN, "mpi", "unknown launcher 'mpi'"),
     ],
@@ -121,7 +123,7 @@ def test_nproc_per_node_spawns() -> None:
         ),
         *argv,
     ]
-    with pytest.raises(UserError, match="no place for them to meet"):
+    with pytest.raises(UserError, match="no address where they connect"):
         torchrun_command({**env, "PORT": ""}, argv)
 
 
