@@ -58,12 +58,11 @@ def train_step(
 ) -> StepOutput | None:
     """Accumulate the gradient of the mean loss over all target tokens of the global batch, and apply it.
 
-    The one division is by the global count of targets (invariant 4 in docs/architecture.md). With
-    ``loss.reduction="micro_batch"`` each micro-batch is averaged separately first, which gives more weight to the
-    tokens of sparse micro-batches.
+    The one division is by the global count of targets (invariant 4 in docs/architecture.md);
+    ``loss.reduction="micro_batch"`` averages each micro-batch first, which favors tokens of sparse micro-batches.
 
-    The host waits for the device once, after the optimizer, to read the results of the step: targets are counted
-    before the batch goes to the device, and the device decides whether the update is skipped.
+    The host waits for the device once, to read the results: targets are counted before the batch goes to the device,
+    and the device decides whether the update is skipped.
 
     Args:
         batch: on the host; pinned, if there is a device to copy it to.
@@ -77,8 +76,7 @@ def train_step(
     watch = Stopwatch(device)
 
     # 1. Weights of the micro-batches: counted on the host, before anything is queued on the device.
-    weights = micro_batch_weights(batch.labels, grid, loss_config)
-    scales = [weight * scaler.scale for weight in weights]
+    scales = [weight * scaler.scale for weight in micro_batch_weights(batch.labels, grid, loss_config)]
     batch = batch.to(device)
 
     # 2. Forward and backward. The sums stay on the device.
@@ -89,9 +87,8 @@ def train_step(
         objective.add_(output.scaled_sum.detach().double() / scaler.scale)
         tally.add(output, batch.labels[index], batch.type_ids[index])
 
-    optimizer.expect_micro_batches(len(weights))
-    finished = schedule.train(batch, scales, loss_config.label_smoothing, add_loss, should_stop)
-    if not finished:
+    optimizer.expect_micro_batches(len(scales))
+    if not schedule.train(batch, scales, loss_config.label_smoothing, add_loss, should_stop):
         optimizer.zero_grad()
         return None
     watch.stop()

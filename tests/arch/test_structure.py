@@ -5,15 +5,19 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+from radon.complexity import cc_visit
+from radon.visitors import Class
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "evomesh").rglob("*.py"))
-MAX_FILE, MAX_FUNCTION = 500, 60  # lines
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 60
+MAX_COMPLEXITY = 12  # counted by radon: boolean operators, conditional expressions and comprehensions too
 
 
 def ids(path: Path) -> str:
@@ -61,13 +65,40 @@ def test_no_mutable_module_globals(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=ids)
 def test_sizes(path: Path) -> None:
-    module = tree(path)
     lines = len(path.read_text().splitlines())
-    assert lines <= MAX_FILE, f"{lines} lines"
-    for node in ast.walk(module):
+    assert lines <= MAX_FILE_LINES, f"{lines} lines"
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
-            assert length <= MAX_FUNCTION, f"{node.name} has {length} lines"
+            assert length <= MAX_FUNCTION_LINES, f"{node.name} has {length} lines"
+
+
+def too_complex(source: str) -> list[str]:
+    """Functions and methods above ``MAX_COMPLEXITY``, each with its own figure."""
+    blocks = cc_visit(source)
+    functions = [block for block in blocks if not isinstance(block, Class)]
+    return [f"{block.name}: {block.complexity}" for block in functions if block.complexity > MAX_COMPLEXITY]
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids)
+def test_complexity(path: Path) -> None:
+    assert not too_complex(path.read_text())
+
+
+def test_complexity_counts_what_compression_hides() -> None:
+    tests = " or ".join(f"x == {number}" for number in range(MAX_COMPLEXITY))
+    assert not too_complex("def f(x):\n    return x == 1\n")
+    assert too_complex(f"def f(x):\n    return {tests}\n") == ["f: 13"] or MAX_COMPLEXITY != 12
+    assert too_complex(f"class C:\n    def f(self, x):\n        return 1 if {tests} else 0\n")
+
+
+def test_no_two_classes_share_a_name() -> None:
+    homes = defaultdict(list)
+    for path in FILES:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ClassDef):
+                homes[node.name].append(ids(path))
+    assert not {name: paths for name, paths in homes.items() if len(paths) > 1}
 
 
 # Who besides parallel/ may import torch.distributed, and what for.

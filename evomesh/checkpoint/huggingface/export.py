@@ -148,18 +148,21 @@ class _WeightExport:
         self._check()
 
     def _check(self) -> None:
+        """Refuse a checkpoint whose tensors are not those of the model its own config describes."""
         wanted = {link.native: link.native_shape for link in self.links}
         missing = [f"{name} {list(shape)}" for name, shape in wanted.items() if name not in self.records]
-        extra = sorted(name for name in self.records if name not in wanted and not name.startswith("optim."))
-        wrong = [
-            f"{self.records[name].described} instead of {list(shape)}"
-            for name, shape in wanted.items()
-            if name in self.records and math.prod(self.records[name].shape) != math.prod(shape)
-        ]
-        if missing or extra or wrong:
+        weights = [name for name in self.records if not name.startswith("optim.")]
+        unknown = sorted(name for name in weights if name not in wanted)
+        # Element counts, not shapes: a fused tensor may be stored in another arrangement of the same elements.
+        wrong = []
+        for name in weights:
+            record = self.records[name]
+            if name in wanted and math.prod(record.shape) != math.prod(wanted[name]):
+                wrong.append(f"{record.described} instead of {list(wanted[name])}")
+        if missing or unknown or wrong:
             raise CheckpointError(
-                f"the checkpoint does not hold its own config's model: missing {missing}, unknown {extra}, "
-                f"of another shape {wrong}",
+                f"the checkpoint does not match its own config: missing {missing}, unknown {unknown}, "
+                f"wrong shape {wrong}",
                 where=self.found.folder,
             )
 
