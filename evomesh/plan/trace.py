@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from evomesh.config.layout import check_world
@@ -23,6 +22,7 @@ from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.build import build_grid
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import MODES
+from evomesh.parallel.process_group import fake_world
 from evomesh.parallel.spec import local_shard
 from evomesh.parallel.traffic import TrafficLog, record_traffic
 from evomesh.pipeline.schedule import PipelineSchedule
@@ -122,21 +122,6 @@ def weights_on_meta() -> Iterator[None]:
         patch.object(FSDPParamGroup, "_validate_no_meta_params", lambda group: None),
     ):
         yield
-
-
-@contextmanager
-def fake_world(world_size: int, rank: int) -> Iterator[None]:
-    """A default process group in which every collective returns at once and moves nothing."""
-    # torch has no public name for it; its own memory and trace tools use this one.
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    if dist.is_initialized():
-        raise RuntimeError("a process that belongs to a group cannot trace another")
-    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def _batch(config: Config) -> Batch:

@@ -18,7 +18,6 @@ from datetime import datetime
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from evomesh.config.layout import axis_sizes, check_world
 from evomesh.config.schema import Config
@@ -28,6 +27,7 @@ from evomesh.parallel.build import build_grid
 from evomesh.parallel.device import device_of_rank
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import MODES, TensorMode
+from evomesh.parallel.process_group import first_ranks_number, join_world, leave_world
 
 logger = logging.getLogger(__name__)
 
@@ -84,11 +84,11 @@ def launch(
     device = device_of_rank(process.local_rank)
     torch.backends.cudnn.benchmark = config.run.cudnn_benchmark
     torch.backends.cudnn.deterministic = config.run.cudnn_deterministic
-    if process.world_size > 1:
-        _init_process_group(process, device)
+    rank, world_size = process.rank, process.world_size
+    join_world(device, rank=rank, world_size=world_size, host=process.host, port=process.port)
     try:
-        grid = build_grid(config.parallel, process.world_size, process.rank)
-        started = _common_start_time(process.world_size)
+        grid = build_grid(config.parallel, world_size, rank)
+        started = datetime.fromtimestamp(first_ranks_number(time.time()))
         if process.rank == 0:
             for warning in warnings:
                 logger.warning(warning)
@@ -105,13 +105,14 @@ def launch(
         mode = MODES[config.parallel.tensor.mode]
         yield RunContext(grid, device, mode, process.rank, process.world_size, started)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_world()
 
 
 def set_seed(seed: int, rank: int) -> None:
-    """Seed every generator; weights and data do not draw from them (invariants 9 and 10 in docs/architecture.md);
-    a custom model may."""
+    """Seed every generator, for custom models: weights and data do not draw from them.
+
+    See invariants 9 and 10 in docs/architecture.md.
+    """
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -228,31 +229,6 @@ def node_address(node: str) -> str:
             fix="export MASTER_ADDR=ADDRESS",
         ) from None
     return node
-
-
-def _init_process_group(process: ProcessInfo, device: torch.device) -> None:
-    host = f"[{process.host}]" if ":" in process.host else process.host  # IPv6
-    dist.init_process_group(
-        backend(device),
-        init_method=f"tcp://{host}:{process.port}" if "TORCHELASTIC_RUN_ID" not in os.environ else "env://",
-        rank=process.rank,
-        world_size=process.world_size,
-    )
-
-
-def backend(device: torch.device) -> str:
-    """Return the backends: NCCL for CUDA tensors and gloo for CPU tensors, or gloo for both on a shared device."""
-    if device.type != "cuda":
-        return "gloo"
-    several_ranks_per_device = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count()
-    return "gloo" if several_ranks_per_device else "cpu:gloo,cuda:nccl"
-
-
-def _common_start_time(world_size: int) -> datetime:
-    started = [time.time()]
-    if world_size > 1:
-        dist.broadcast_object_list(started, src=0)
-    return datetime.fromtimestamp(started[0])
 
 
 def torchrun_command(env: Mapping[str, str], argv: list[str], launcher: str = "auto") -> list[str] | None:

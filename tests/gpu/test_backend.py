@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from evomesh.parallel import collectives
-from evomesh.train.launch import backend
+from evomesh.parallel.process_group import backend
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
-"""Whether two folders hold one model: logits of a fixed batch, by two programs, with the same rounded weights.
+"""Comparison of two folders that should hold one model: logits of a fixed batch, by two programs.
 
-Memory: neither program ever holds more than one layer (or the embedding, or the head) of the model.
+Both use the same rounded weights. Memory: neither program ever holds more than one layer (or the embedding, or the head) of the model.
 """
 
 from __future__ import annotations
@@ -24,28 +24,29 @@ from evomesh.models.registry import build_model
 
 TEXTS, LENGTH = 2, 32  # the fixed batch
 TOLERANCE = 1e-4  # of the largest logit: both compute in float32, the weights being equal
-NORM_HEAD = {"float16": 5e-3, "bfloat16": 4e-2}  # an exported head is rounded after its rows are normalised
+NORM_HEAD = {"float16": 5e-3, "bfloat16": 4e-2}  # an exported head is rounded after its rows are normalized
 
-TensorReader = Callable[[str], Tensor]  # a whole tensor by its name
+TensorReader = Callable[[str], Tensor]  # reads an unsharded tensor by its name
 
 
 def has_transformers() -> bool:
+    """Return whether ``transformers`` is installed."""
     return importlib.util.find_spec("transformers") is not None
 
 
 def fixed_batch(vocab_size: int) -> Tensor:
-    """[TEXTS, LENGTH] token ids, always the same."""
+    """Return [TEXTS, LENGTH] token ids, always the same."""
     return torch.randint(vocab_size, (TEXTS, LENGTH), generator=torch.Generator().manual_seed(20))
 
 
 def wide_dtype(dtype: str) -> str:
-    """Compared in float32, or in float64 where that was exported."""
+    """Return the dtype to compute in: float64 for a float64 export, else float32."""
     return "float64" if dtype == "float64" else "float32"
 
 
 @torch.inference_mode()
 def native_logits(config: ModelConfig, weights: TensorReader, dtype: str) -> Tensor:
-    """[TEXTS, LENGTH, V] by our own model as a pipeline of one layer a stage, its weights rounded to ``dtype``."""
+    """Return the native model's logits [TEXTS, LENGTH, V], its weights rounded to ``dtype``, one layer at a time."""
     changes = {
         "dtype": wide_dtype(dtype),
         "use_fp32_norm": False,
@@ -61,58 +62,57 @@ def native_logits(config: ModelConfig, weights: TensorReader, dtype: str) -> Ten
         rows = [stage(row, single_sequence(LENGTH)) for row in rows]
         if layer == config.num_layers - 1:
             rows = [stage.logits(row) for row in rows]
-        del stage  # before the next one is made
+        del stage  # so that the next one does not add to it
     return torch.stack(rows)
 
 
 @torch.inference_mode()
 def llama_logits(record: dict[str, Any], weights: TensorReader, dtype: str) -> Tensor:
-    """[TEXTS, LENGTH, V] by the Llama of ``transformers``; a module has its weights only while it runs.
+    """Return logits [TEXTS, LENGTH, V] of the Llama of ``transformers``; a module has weights only while it runs.
 
     Args:
         record: content of a config.json.
         weights: by the names of that Llama.
     """
     transformers: Any = importlib.import_module("transformers")
-    config = transformers.LlamaConfig.from_dict(
-        {**record, "dtype": wide_dtype(dtype), "tie_word_embeddings": False}
-    )
+    wide = wide_dtype(dtype)
+    config = transformers.LlamaConfig.from_dict({**record, "dtype": wide, "tie_word_embeddings": False})
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config).eval()
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its table is computed, not stored
 
-    def arrive(module: nn.Module, path: str, names: list[str]) -> None:
+    def load_weights(module: nn.Module, path: str, names: list[str]) -> None:
         for name in names:
-            value = weights(f"{path}.{name}").to(getattr(torch, dtype)).to(getattr(torch, wide_dtype(dtype)))
+            rounded = weights(f"{path}.{name}").to(getattr(torch, dtype))
+            value = rounded.to(getattr(torch, wide))
             setattr(module, name, nn.Parameter(value, requires_grad=False))
 
-    def leave(module: nn.Module, names: list[str]) -> None:
+    def drop_weights(module: nn.Module, names: list[str]) -> None:
         for name in names:
             setattr(module, name, nn.Parameter(torch.empty(0, device="meta"), requires_grad=False))
 
+    # The model is built without storage. Hooks give each module its weights before it runs, and take them afterwards.
     for path, module in model.named_modules():
         names = [name for name, _ in module.named_parameters(recurse=False)]
         if names:
             module.register_forward_pre_hook(
-                lambda module, _, path=path, names=names: arrive(module, path, names)
+                lambda module, _, path=path, names=names: load_weights(module, path, names)
             )
-            module.register_forward_hook(lambda module, *_, names=names: leave(module, names))
+            module.register_forward_hook(lambda module, *_, names=names: drop_weights(module, names))
     logits: Tensor = model(fixed_batch(config.vocab_size), use_cache=False).logits
     return logits
 
 
 def folder_logits(folder: HfFolder, model: ModelConfig, rotary: RotaryScaling, dtype: str) -> Tensor:
-    """[TEXTS, LENGTH, V] of a folder by ``llama_logits``, which knows neither InternLM's nor InternLM2's name.
+    """Return logits [TEXTS, LENGTH, V] of a folder by ``llama_logits``, as a Llama whatever its architecture.
 
     Args:
-        model: what the folder's config.json describes.
+        model: the section that the folder's config.json describes.
     """
     record = folder.json("config.json")
     if record["model_type"] != "llama":
-        kind, record = (
-            record["model_type"],
-            build_config(model, "llama", rotary, SpecialTokenIds(None, ()), dtype),
-        )
+        kind = record["model_type"]
+        record = build_config(model, "llama", rotary, SpecialTokenIds(None, ()), dtype)
         if kind == "internlm2":
             return llama_logits(record, _llama_names(folder, model), dtype)
     embedding, head = LLAMA.weight("embedding"), LLAMA.weight("head")
@@ -121,7 +121,7 @@ def folder_logits(folder: HfFolder, model: ModelConfig, rotary: RotaryScaling, d
 
 
 def _llama_names(folder: HfFolder, model: ModelConfig) -> TensorReader:
-    """InternLM2's tensors under Llama's names, its fused projection taken apart."""
+    """Return a reader of InternLM2's tensors under Llama's names; the fused projection is split."""
     halves = model.model_copy(update={"qk_interleaved": False})  # as both architectures have it
     pairs = zip(tensor_links(halves, LLAMA), tensor_links(halves, INTERNLM2), strict=True)
     places = {
@@ -137,7 +137,7 @@ def _llama_names(folder: HfFolder, model: ModelConfig) -> TensorReader:
 
 @torch.inference_mode()
 def loaded_logits(folder: Path, vocab_size: int, dtype: str) -> Tensor:
-    """[TEXTS, LENGTH, V] by ``transformers`` as its users load a folder: whole, without running code of the folder."""
+    """Return logits [TEXTS, LENGTH, V] of a folder that ``transformers`` loads as its users do, without remote code."""
     transformers: Any = importlib.import_module("transformers")
     transformers.utils.logging.disable_progress_bar()
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -158,9 +158,10 @@ def loaded_logits(folder: Path, vocab_size: int, dtype: str) -> Tensor:
 def largest_logit_difference(
     ours: Tensor, theirs: Tensor, config: ModelConfig, dtype: str, where: str
 ) -> float:
-    """
+    """Return the largest difference between two models' logits.
+
     Raises:
-        CheckpointError: not finite, or more apart than rounding explains.
+        CheckpointError: logits are not finite, or differ by more than rounding explains.
     """
     if not bool(torch.isfinite(ours).all()):
         raise CheckpointError("the native model's logits are not finite", where=where)

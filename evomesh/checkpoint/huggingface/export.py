@@ -1,7 +1,7 @@
-"""``to-hf``: a checkpoint of ours, saved in any layout, as a folder that ``transformers`` loads without remote code.
+"""Export a checkpoint, saved in any layout, as a folder that ``transformers`` loads without remote code.
 
-Tensors pass one by one from the checkpoint's pieces to the shards. The folder is written beside its place, compared
-with the native model, and renamed.
+Tensors are read, converted and written one by one. The folder is written next to its target, compared with the native
+model, and then renamed.
 """
 
 from __future__ import annotations
@@ -58,12 +58,14 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Attributes:
-    dtype: None: that of the training.
-    max_shard_bytes: of one weight file; a larger tensor has a file of its own.
+    """The options of an export.
+
+    Attributes:
+    dtype: None: the training dtype.
+    max_shard_bytes: maximum size of a weight file; a larger tensor gets a separate file.
     tokenizer: path; None: the training's ``data.tokenizer_path`` where it exists; "none": no tokenizer.
     rotary_type, scaling_factor, max_position: None: as trained.
-    chat_template: jinja file, None: the tokenizer's own.
+    chat_template: Jinja file; None: the tokenizer's template.
     compare: reload and compare logits.
     """
 
@@ -79,10 +81,11 @@ class ExportOptions:
 
 
 def export(found: Checkpoint, out: str, options: ExportOptions, report: Callable[[str], None]) -> str:
-    """Writes the folder ``out``, a path or a place in a store, and returns it.
+    """Write the folder ``out``, local or in a store, and return it.
 
     Raises:
-        CheckpointError: no such form of this model, wrong tensors, no space, or logits that differ; nothing is left.
+        CheckpointError: the architecture cannot represent the model, wrong tensors, no space, or logits that differ.
+            Nothing is left on disk then.
     """
     config = config_from_dict(found.config)
     refuse_unexportable(config.model, options.arch)
@@ -137,7 +140,7 @@ def _tokenizer(config: Config, given: str | None, report: Callable[[str], None])
 
 
 class _WeightExport:
-    """The weights of one checkpoint on their way to one folder."""
+    """Converts the weights of one checkpoint to one architecture and dtype."""
 
     def __init__(self, found: Checkpoint, model: ModelConfig, arch: Architecture, dtype: str) -> None:
         self.found, self.model, self.arch = found, model, arch
@@ -177,7 +180,7 @@ class _WeightExport:
         return read_tensor(self.found, self.records[name])
 
     def write_weights(self, folder: Path, limit: int) -> None:
-        """Shards and, from two on, their index."""
+        """Write the shards and, if there are several, their index."""
         shards: list[list[TensorLink]] = [[]]
         size = 0
         for link in self.links:
@@ -234,7 +237,7 @@ class _WeightExport:
 
 
 def _compare(job: _WeightExport, folder: Path, tokenizer: Tokenizer | None, rotary: RotaryScaling) -> str:
-    """Reads the folder again; of either model one layer is in memory at a time."""
+    """Compare the written folder with the native model; one layer of either is in memory at a time."""
     dtype, model = job.dtype_name, job.model
     changes = {
         "use_dynamic_ntk_rope": rotary.type == "dynamic",

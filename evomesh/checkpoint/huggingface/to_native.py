@@ -1,4 +1,4 @@
-"""``from-hf``: a foreign model folder as a checkpoint of ours, weights only, one tensor at a time."""
+"""Import a foreign model folder as a native checkpoint: weights only, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def from_hf(source: str, target: str, dtype: str | None, compare: bool, report: 
 def read_folder(
     folder: HfFolder, dtype: str | None, report: Callable[[str], None]
 ) -> tuple[Config, dict[str, ForeignTensor]]:
-    """The config that describes a folder's model, tokenizer and generation ids, and its weights, none read yet.
+    """Return a config of a folder's model, tokenizer and generation ids, and its weights, none of them read yet.
 
     Args:
         dtype: of the parameters; None: the folder's.

@@ -1,4 +1,4 @@
-"""The tokenizer's files beside exported weights, so that other systems cut text as the training did."""
+"""Write the tokenizer's files next to exported weights, so that other systems tokenize text as in training."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def special_ids(
 
 
 def write_tokenizer(tokenizer: Tokenizer, target: Path, template: str | None, max_length: int) -> None:
-    """Copies the tokenizer and the settings beside it; remote code and references to it stay behind.
+    """Copy the tokenizer and the settings next to it, without remote code and references to it.
 
     Args:
-        template: jinja text of the chat template, None for the tokenizer's own.
+        template: Jinja text of the chat template; None: the tokenizer's template.
     """
     fast = isinstance(tokenizer, HfTokenizer)
     beside = tokenizer.path.parent
@@ -72,7 +72,7 @@ def write_tokenizer(tokenizer: Tokenizer, target: Path, template: str | None, ma
 
 
 def _sentencepiece_settings(tokenizer: Tokenizer, target: Path, given: dict[str, Any]) -> dict[str, Any]:
-    """Settings for a Llama tokenizer where that cuts text as the model does; else for a tokenizer.json, written too."""
+    """Return settings for a Llama tokenizer if it tokenizes like the model; else write a tokenizer.json and name it."""
     model = read_model(tokenizer.path)
     unknown = next(piece.piece for piece in model.pieces if piece.type == piece.UNKNOWN)
     common = {"unk_token": given.get("unk_token") or unknown}
@@ -97,7 +97,7 @@ def _piece(tokenizer: Tokenizer, token: int) -> str:
 
 
 def compare_tokenizers(ours: Tokenizer, folder: Path) -> None:
-    """Ids of a few texts by the tokenizer of the training and by ``transformers`` from the exported folder.
+    """Compare the ids that the training tokenizer and ``transformers`` with the exported folder give for a few texts.
 
     Raises:
         CheckpointError: they differ.
@@ -109,7 +109,7 @@ def compare_tokenizers(ours: Tokenizer, folder: Path) -> None:
         wanted, found = ours.encode(text), list(theirs.encode(text, add_special_tokens=False))
         if wanted != found:
             raise CheckpointError(
-                f"transformers cuts {text!r} into {found[:12]}, the tokenizer of the training into {wanted[:12]}",
+                f"transformers tokenizes {text!r} to {found[:12]}, the training tokenizer to {wanted[:12]}",
                 where=str(ours.path),
                 fix="export without a tokenizer (--tokenizer none) and add one that agrees",
             )

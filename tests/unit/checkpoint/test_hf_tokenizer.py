@@ -95,5 +95,5 @@ def test_another_cut_is_refused(tmp_path: Path) -> None:
     write_tokenizer(tokenizer, tmp_path / "hf", None, 64)
     file = tmp_path / "hf/tokenizer_config.json"
     file.write_text(file.read_text().replace('"add_prefix_space": false', '"add_prefix_space": true'))
-    with pytest.raises(UserError, match="transformers cuts 'Hello world' into"):
+    with pytest.raises(UserError, match="transformers tokenizes 'Hello world' to"):
         compare_tokenizers(tokenizer, tmp_path / "hf")

@@ -18,8 +18,9 @@ from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.build import build_grid
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import MODES
+from evomesh.parallel.process_group import fake_world
 from evomesh.pipeline.schedule import PipelineSchedule
-from evomesh.plan.trace import fake_world, weights_on_meta
+from evomesh.plan.trace import weights_on_meta
 from evomesh.train import step
 from evomesh.train.stages import build_stages
 from tests.support.host_reads import HostWaits, no_host_waits
