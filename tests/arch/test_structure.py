@@ -86,10 +86,11 @@ def test_complexity(path: Path) -> None:
 
 
 def test_complexity_counts_what_compression_hides() -> None:
-    tests = " or ".join(f"x == {number}" for number in range(MAX_COMPLEXITY))
-    assert not too_complex("def f(x):\n    return x == 1\n")
-    assert too_complex(f"def f(x):\n    return {tests}\n") == ["f: 13"] or MAX_COMPLEXITY != 12
-    assert too_complex(f"class C:\n    def f(self, x):\n        return 1 if {tests} else 0\n")
+    comparisons = [f"x == {number}" for number in range(MAX_COMPLEXITY + 1)]
+    just_right, one_too_many = " or ".join(comparisons[:-1]), " or ".join(comparisons)
+    assert not too_complex(f"def f(x):\n    return {just_right}\n")
+    assert too_complex(f"def f(x):\n    return {one_too_many}\n") == [f"f: {MAX_COMPLEXITY + 1}"]
+    assert too_complex(f"class C:\n    def f(self, x):\n        return 1 if {just_right} else 0\n")
 
 
 def test_no_two_classes_share_a_name() -> None:

@@ -1,6 +1,7 @@
 """Comparison of two folders that should hold one model: logits of a fixed batch, by two programs.
 
-Both use the same rounded weights. Memory: neither program ever holds more than one layer (or the embedding, or the head) of the model.
+Both use the same rounded weights. Neither program ever holds more than one layer (or the embedding, or the head)
+of the model in memory.
 """
 
 from __future__ import annotations

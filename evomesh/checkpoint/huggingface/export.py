@@ -156,18 +156,18 @@ class _WeightExport:
         missing = [f"{name} {list(shape)}" for name, shape in wanted.items() if name not in self.records]
         weights = [name for name in self.records if not name.startswith("optim.")]
         unknown = sorted(name for name in weights if name not in wanted)
-        # Element counts, not shapes: a fused tensor may be stored in another arrangement of the same elements.
-        wrong = []
-        for name in weights:
-            record = self.records[name]
-            if name in wanted and math.prod(record.shape) != math.prod(wanted[name]):
-                wrong.append(f"{record.described} instead of {list(wanted[name])}")
+        wrong = [name for name in weights if name in wanted and not self._has_elements(name, wanted[name])]
         if missing or unknown or wrong:
+            described = [f"{self.records[name].described} instead of {list(wanted[name])}" for name in wrong]
             raise CheckpointError(
                 f"the checkpoint does not match its own config: missing {missing}, unknown {unknown}, "
-                f"wrong shape {wrong}",
+                f"wrong shape {described}",
                 where=self.found.folder,
             )
+
+    def _has_elements(self, name: str, shape: tuple[int, ...]) -> bool:
+        # Counts, not shapes: a fused tensor may be stored in another arrangement of the same elements.
+        return math.prod(self.records[name].shape) == math.prod(shape)
 
     @property
     def total_bytes(self) -> int:
