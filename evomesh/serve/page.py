@@ -1,4 +1,4 @@
-"""The chat page: gradio over the same service as the API."""
+"""The chat page: a gradio front end for the service behind the API."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from evomesh.data.chat import ChatMessage
 from evomesh.errors import UserError
 from evomesh.generate.options import SamplingParams
 from evomesh.serve.detokenizer import TextDelta
-from evomesh.serve.door import Door, text_of
 from evomesh.serve.loop import EngineError
+from evomesh.serve.page_security import GradioGuard, message_text
 from evomesh.serve.service import GenerationService, QueueFullError
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
@@ -35,12 +35,20 @@ NEEDLE = "The pass key is {key}. Remember it: {key} is the pass key.\n"
 HAY = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 FINISH_REASONS = {"stop": "end of answer", "length": "maximum length reached", "stopped": "stopped"}
 QUESTION = "What is the pass key? The pass key is"
-UPDATE_SECONDS = 0.03  # between updates: a browser gains nothing from more
+UPDATE_SECONDS = 0.03  # between updates: nobody could see more of them
+
+# How the page calls its functions. The service's queue limits the answers in progress, so gradio's does not.
+IMMEDIATE: dict[str, Any] = {"queue": False, "api_visibility": "private"}
+STREAMING: dict[str, Any] = {
+    "show_progress": "hidden",
+    "concurrency_limit": None,
+    "api_visibility": "private",
+}
 
 
 @dataclass(frozen=True)
 class PageSettings:
-    """Values of the controls, in the order they stand on the page."""
+    """Values of the controls, in the order in which they stand on the page."""
 
     system: str
     temperature: float
@@ -61,85 +69,83 @@ class PageSettings:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type == "float":
-                good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+                is_number = isinstance(value, int | float) and not isinstance(value, bool)
+                valid = is_number and math.isfinite(value)
+            elif field.type == "str":
+                valid = isinstance(value, str)
             else:
-                good = isinstance(value, str if field.type == "str" else bool)
-            if not good:
+                valid = isinstance(value, bool)
+            if not valid:
                 raise UserError(f"{field.name.replace('_', ' ')} has no valid value")
 
 
 class ChatPage:
-    """Handlers of the page. A session is one open tab."""
+    """The functions that the page calls. A session is one open tab."""
 
     def __init__(self, service: GenerationService) -> None:
         self.service = service
-        self._stopped: set[str] = set()
+        self._stopped_sessions: set[str] = set()
 
-    def stop(self, request: gr.Request) -> None:
-        self._stopped.add(str(request.session_hash))
+    def stop_answer(self, request: gr.Request) -> None:
+        """End the answer that the session is getting."""
+        self._stopped_sessions.add(str(request.session_hash))
 
-    async def chat(
+    async def answer_conversation(
         self, history: list[dict[str, Any]], request: gr.Request, *controls: Any
     ) -> AsyncGenerator[tuple[list[dict[str, Any]], str], None]:
-        """Streams the answer to the last message of the conversation."""
-        said: list[dict[str, Any]] = []
+        """Yield (conversation with the answer so far, status line) if the last message is the user's."""
+        conversation: list[dict[str, Any]] = []
         try:
-            said = plain(history)
+            conversation = text_only(history)
             settings = PageSettings(*controls)
-            if not said or said[-1]["role"] != "user":
+            if not conversation or conversation[-1]["role"] != "user":
                 return
-            system = [ChatMessage("system", settings.system, False)] if settings.system.strip() else []
-            turns = [ChatMessage(turn["role"], turn["content"], False) for turn in said]
-            prompt = self.service.chat_ids([*system, *turns])
-            async with aclosing(self._write(prompt, settings, request)) as written:
-                async for text, status in written:
-                    yield [*said, {"role": "assistant", "content": text}], status
+            messages: list[ChatMessage] = []
+            if settings.system.strip():
+                messages.append(ChatMessage("system", settings.system, False))
+            for message in conversation:
+                messages.append(ChatMessage(message["role"], message["content"], False))
+            prompt = self.service.chat_ids(messages)
+            async with aclosing(self._stream_answer(prompt, settings, request)) as answer:
+                async for text, status in answer:
+                    yield [*conversation, {"role": "assistant", "content": text}], status
         except UserError as error:
-            yield said, f"⚠ {error}"
+            yield conversation, f"⚠ {error}"
 
-    async def complete(
+    async def complete_text(
         self, text: str, request: gr.Request, *controls: Any
     ) -> AsyncGenerator[tuple[str, str], None]:
-        """Streams what goes on from a text."""
+        """Yield (completion of a text so far, status line)."""
         try:
             if not isinstance(text, str):
-                raise UserError("the text is not text")
-            async with aclosing(
-                self._write(self.service.text_ids(text), PageSettings(*controls), request)
-            ) as written:
-                async for new, status in written:
-                    yield new, status
+                raise UserError("the prompt is not text")
+            prompt = self.service.text_ids(text)
+            settings = PageSettings(*controls)
+            async with aclosing(self._stream_answer(prompt, settings, request)) as answer:
+                async for completion, status in answer:
+                    yield completion, status
         except UserError as error:
             yield "", f"⚠ {error}"
 
-    async def _write(
+    async def _stream_answer(
         self, prompt: Sequence[int], settings: PageSettings, request: gr.Request
     ) -> AsyncGenerator[tuple[str, str], None]:
         """Yield (text so far, status line), at most once every ``UPDATE_SECONDS`` and at the end."""
         session = str(request.session_hash)
-        self._stopped.discard(session)
-        service = self.service
-        remaining = service.limits.context_length - len(prompt)
-        max_new_tokens = max(1, min(int(settings.max_new_tokens), remaining))
-        service.check([prompt], max_new_tokens)
-        sampling = SamplingParams.from_settings(
-            settings,
-            top_k=int(settings.top_k),  # gradio's sliders return floats
-            seed=int(settings.seed) if settings.seed >= 0 else secrets.randbits(63),
-            max_new_tokens=max_new_tokens,
-            eos_ids=service.model.eos_ids,
-        )
+        self._stopped_sessions.discard(session)
+        sampling = self._sampling_params(prompt, settings)
         rotary_type: RotaryType = "dynamic" if settings.dynamic else "origin"
         progress = AnswerProgress(len(prompt))
         text = ""
         last_update = 0.0
         yield text, f"{len(prompt)} prompt tokens"
         try:
-            async with aclosing(service.answer([prompt], sampling, rotary_type=rotary_type)) as deltas:
+            answer = self.service.answer([prompt], sampling, rotary_type=rotary_type)
+            async with aclosing(answer) as deltas:
                 async for _, delta in deltas:
                     progress.add(delta)
                     text += delta.text
-                    if session in self._stopped:
+                    if session in self._stopped_sessions:
                         progress.finish = "stopped"
                         break
                     now = time.perf_counter()
@@ -152,15 +158,33 @@ class ChatPage:
             raise UserError(f"{error}; see the server's log") from None
         yield text, progress.status()
 
+    def _sampling_params(self, prompt: Sequence[int], settings: PageSettings) -> SamplingParams:
+        """Check a prompt, and return the sampling parameters of its answer, which fits into the context length."""
+        service = self.service
+        remaining = service.limits.context_length - len(prompt)
+        max_new_tokens = max(1, min(int(settings.max_new_tokens), remaining))
+        service.check([prompt], max_new_tokens)
+        return SamplingParams.from_settings(
+            settings,
+            top_k=int(settings.top_k),  # gradio's sliders return floats
+            seed=int(settings.seed) if settings.seed >= 0 else secrets.randbits(63),
+            max_new_tokens=max_new_tokens,
+            eos_ids=service.model.eos_ids,
+        )
+
     def long_text(self) -> str:
         """Return a text 1.5 times the trained length, with a pass key to find near its beginning."""
         service = self.service
-        wanted = min(service.model.trained_length * 3 // 2, service.limits.context_length - 32)
+        desired_tokens = service.model.trained_length * 3 // 2
+        max_tokens = service.limits.context_length - 32  # leaves room for the answer
         key = 10000 + secrets.randbelow(90000)
         needle = NEEDLE.format(key=key)
-        tokens_per_line = len(service.text_ids(HAY))
+
+        # Fill up with lines of hay, and put the needle after an eighth of them.
         other_tokens = len(service.text_ids(needle + QUESTION))
-        lines = [HAY] * max(2, (wanted - other_tokens) // tokens_per_line)
+        hay_tokens = min(desired_tokens, max_tokens) - other_tokens
+        tokens_per_line = len(service.text_ids(HAY))
+        lines = [HAY] * max(2, hay_tokens // tokens_per_line)
         lines.insert(len(lines) // 8, needle)
         return "".join(lines) + QUESTION
 
@@ -175,6 +199,7 @@ class AnswerProgress:
         self._started = self._first = self._last = time.perf_counter()
 
     def add(self, delta: TextDelta) -> None:
+        """Count the next delta."""
         self._last = time.perf_counter()
         if self.new_tokens == 0:
             self._first = self._last
@@ -198,37 +223,44 @@ class AnswerProgress:
         return " · ".join(parts)
 
 
-def plain(history: Any) -> list[dict[str, Any]]:
-    """Return the turns of a conversation with their text only, so that no file gets into an answer.
+def text_only(history: Any) -> list[dict[str, Any]]:
+    """Return the messages of a conversation with their text only, so that no file gets into an answer.
 
     Raises:
-        UserError: a turn is of another kind or holds more than text.
+        UserError: a message has an unknown format or contains more than text.
     """
     if not isinstance(history, list):
-        raise UserError("the conversation is not a list of turns")
-    return [{"content": text_of(turn), "role": turn["role"]} for turn in history]
+        raise UserError("the conversation is not a list of messages")
+    return [{"content": message_text(message), "role": message["role"]} for message in history]
 
 
-def controls(service: GenerationService) -> list[Any]:
+def append_message(message: str, history: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
+    """Return an empty input box, and the conversation with the user's message unless that is blank."""
+    conversation = text_only(history)
+    if isinstance(message, str) and message.strip():
+        conversation.append({"role": "user", "content": message})
+    return "", conversation
+
+
+def create_controls(service: GenerationService) -> list[Any]:
     """Create the controls, in the order of ``PageSettings``."""
     model = service.model
     context_length = service.limits.context_length
     max_new_tokens = max(2, context_length - 1)
+    dynamic_info = (
+        f"stretches positions beyond the trained length of {model.trained_length} tokens, "
+        f"up to the context length of {context_length}"
+    )
     return [
         gr.Textbox(label="System prompt", lines=2, visible=model.template is not None),
-        gr.Slider(0, 2, 0.8, step=0.05, label="Temperature", info="0: greedy"),
-        gr.Slider(0.05, 1, 0.95, step=0.05, label="Top-p"),
-        gr.Slider(0, 200, 0, step=1, label="Top-k", info="0: all"),
-        gr.Slider(0, 1, 0, step=0.01, label="Min-p"),
-        gr.Slider(0.5, 2, 1, step=0.05, label="Repetition penalty"),
-        gr.Slider(1, max_new_tokens, min(256, max_new_tokens), step=1, label="Max new tokens"),
+        gr.Slider(0, 2, value=0.8, step=0.05, label="Temperature", info="0: greedy"),
+        gr.Slider(0.05, 1, value=0.95, step=0.05, label="Top-p"),
+        gr.Slider(0, 200, value=0, step=1, label="Top-k", info="0: all"),
+        gr.Slider(0, 1, value=0, step=0.01, label="Min-p"),
+        gr.Slider(0.5, 2, value=1, step=0.05, label="Repetition penalty"),
+        gr.Slider(1, max_new_tokens, value=min(256, max_new_tokens), step=1, label="Max new tokens"),
         gr.Number(-1, precision=0, minimum=-1, label="Seed", info="-1: random"),
-        gr.Checkbox(
-            model.rotary_type == "dynamic",
-            label="Dynamic NTK",
-            info=f"stretches positions beyond the trained length of {model.trained_length} tokens, "
-            f"up to the context length of {context_length}",
-        ),
+        gr.Checkbox(model.rotary_type == "dynamic", label="Dynamic NTK", info=dynamic_info),
     ]
 
 
@@ -251,56 +283,49 @@ class CompletionTab:
     completion: gr.Textbox
     complete: gr.Button
     stop: gr.Button
+    example: gr.Button
 
 
 def build_page(service: GenerationService) -> gr.Blocks:
     """Create the page, with a tab for chat (if the model has a chat template) and one for completion."""
     page = ChatPage(service)
     model = service.model
-    # 1. Components: tabs and the status line on the left, settings on the right.
+    title = f"## {model.name}\ncheckpoint {model.fingerprint} · trained for {model.trained_length} tokens"
     blocks: gr.Blocks
     with gr.Blocks(title=f"evomesh · {model.name}", analytics_enabled=False) as blocks:
-        gr.Markdown(
-            f"## {model.name}\ncheckpoint {model.fingerprint} · trained for {model.trained_length} tokens"
-        )
+        # 1. Components: tabs and the status line on the left, settings on the right.
+        gr.Markdown(title)
         with gr.Row():
             with gr.Column(scale=3):
                 with gr.Tabs():
-                    chat = _create_chat_tab() if model.template is not None else None
-                    completion = _create_completion_tab(page)
+                    chat_tab = _create_chat_tab() if model.template is not None else None
+                    completion_tab = _create_completion_tab()
                 status = gr.Markdown("", elem_id="status", elem_classes="status", container=False)
             with gr.Column(scale=1, min_width=260):
-                settings = controls(service)
+                settings = create_controls(service)
 
-        # 2. What they do. Answers are limited by the service's queue, not by gradio's.
-        at_once: dict[str, Any] = {"queue": False, "api_visibility": "private"}
-        streaming: dict[str, Any] = {
-            "show_progress": "hidden",
-            "concurrency_limit": None,
-            "api_visibility": "private",
-        }
-        completion.complete.click(
-            page.complete, [completion.prompt, *settings], [completion.completion, status], **streaming
-        )
-        completion.stop.click(page.stop, None, None, **at_once)
-        if chat is not None:
-            typed = [chat.message, chat.conversation]
-            for sent in (chat.message.submit, chat.send.click):
-                sent(_say, typed, typed, **at_once).then(
-                    page.chat, [chat.conversation, *settings], [chat.conversation, status], **streaming
-                )
-            chat.stop.click(page.stop, None, None, **at_once)
-            chat.clear.click(lambda: ([], ""), None, [chat.conversation, status], **at_once)
+        # 2. What they do.
+        _connect_completion_tab(completion_tab, page, settings, status)
+        if chat_tab is not None:
+            _connect_chat_tab(chat_tab, page, settings, status)
     return blocks
 
 
 def _create_chat_tab() -> ChatTab:
     with gr.Tab("Chat"):
         conversation = gr.Chatbot(
-            height=460, label="Conversation", elem_id="conversation", buttons=["copy"], allow_tags=False
+            label="Conversation",
+            elem_id="conversation",
+            height=460,
+            buttons=["copy"],
+            allow_tags=False,
         )
         message = gr.Textbox(
-            placeholder="Ask something", label="Message", elem_id="message", lines=1, max_lines=12
+            label="Message",
+            placeholder="Ask something",
+            elem_id="message",
+            lines=1,
+            max_lines=12,
         )
         with gr.Row():
             send = gr.Button("Send", variant="primary", elem_id="send", scale=2)
@@ -309,7 +334,17 @@ def _create_chat_tab() -> ChatTab:
     return ChatTab(conversation, message, send, stop, clear)
 
 
-def _create_completion_tab(page: ChatPage) -> CompletionTab:
+def _connect_chat_tab(tab: ChatTab, page: ChatPage, settings: list[Any], status: gr.Markdown) -> None:
+    typed = [tab.message, tab.conversation]
+    shown = [tab.conversation, status]
+    for event in (tab.message.submit, tab.send.click):
+        appended = event(append_message, typed, typed, **IMMEDIATE)
+        appended.then(page.answer_conversation, [tab.conversation, *settings], shown, **STREAMING)
+    tab.stop.click(page.stop_answer, None, None, **IMMEDIATE)
+    tab.clear.click(lambda: ([], ""), None, shown, **IMMEDIATE)
+
+
+def _create_completion_tab() -> CompletionTab:
     with gr.Tab("Completion"):
         prompt = gr.Textbox(
             label="Prompt",
@@ -319,36 +354,38 @@ def _create_completion_tab(page: ChatPage) -> CompletionTab:
             max_lines=16,
         )
         with gr.Row():
-            complete = gr.Button("Complete", variant="primary", elem_id="go", scale=2)
-            stop = gr.Button("Stop", elem_id="halt")
+            complete = gr.Button("Complete", variant="primary", elem_id="complete", scale=2)
+            stop = gr.Button("Stop", elem_id="stop-completion")
             example = gr.Button("Long-text example", elem_id="example")
         completion = gr.Textbox(
             label="Completion",
-            elem_id="made",
+            elem_id="completion",
             lines=8,
             max_lines=16,
             buttons=["copy"],
         )
-        example.click(page.long_text, None, prompt, queue=False, api_visibility="private")
-    return CompletionTab(prompt, completion, complete, stop)
+    return CompletionTab(prompt, completion, complete, stop, example)
 
 
-def _say(message: str, history: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
-    """Moves what was typed into the conversation; an empty line asks nothing."""
-    said = plain(history)
-    if isinstance(message, str) and message.strip():
-        said.append({"role": "user", "content": message})
-    return "", said
+def _connect_completion_tab(
+    tab: CompletionTab, page: ChatPage, settings: list[Any], status: gr.Markdown
+) -> None:
+    shown = [tab.completion, status]
+    tab.complete.click(page.complete_text, [tab.prompt, *settings], shown, **STREAMING)
+    tab.stop.click(page.stop_answer, None, None, **IMMEDIATE)
+    tab.example.click(page.long_text, None, tab.prompt, **IMMEDIATE)
 
 
 def mount_page(app: FastAPI, service: GenerationService, key: str | None) -> None:
-    """Puts the page at ``/``, beside the API; with a key, a login asks for it.
+    """Mount the page at ``/``, next to the API, behind ``GradioGuard``; with a key, a login asks for it.
 
-    Fonts are the system's: the page needs nothing from outside. Of gradio's routes only those that the page
-    uses can be reached, through ``Door``.
+    The fonts are the system's, so that the page needs nothing from other servers.
     """
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     blocks = build_page(service)
+    fonts = {
+        "font": ["system-ui", "sans-serif"],
+        "font_mono": ["ui-monospace", "monospace"],
+    }
     gr.mount_gradio_app(
         app,
         blocks,
@@ -357,7 +394,7 @@ def mount_page(app: FastAPI, service: GenerationService, key: str | None) -> Non
         auth_message="User evomesh; the password is the server's key." if key else None,
         ssr_mode=False,
         mcp_server=False,
-        max_file_size="1kb",  # nothing here takes files
+        max_file_size="1kb",  # the page takes no files
         show_error=True,
         theme=gr.themes.Soft(**fonts),  # type: ignore[arg-type]
         css=STYLE,
@@ -366,4 +403,4 @@ def mount_page(app: FastAPI, service: GenerationService, key: str | None) -> Non
     blocks.has_launched = True  # gradio checks paths only from then on, and mounting does not set it
     mount = app.routes[-1]
     assert isinstance(mount, Mount)
-    mount.app = Door(mount.app, service.limits.body_bytes)
+    mount.app = GradioGuard(mount.app, service.limits.body_bytes)

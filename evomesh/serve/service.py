@@ -89,7 +89,7 @@ class GenerationService:
         """Return the ids of a conversation, up to where the assistant's answer begins.
 
         Raises:
-            UserError: the model has no chat template, or the template refuses the conversation.
+            UserError: the model has no chat template, or the template rejects the conversation.
         """
         if self.model.template is None:
             raise UserError(

@@ -65,7 +65,7 @@ def is_outside(url: str, own: str) -> bool:
 
 
 def status(page: sync_api.Page, pattern: str) -> re.Match[str]:
-    """Waits until the status line holds ``pattern``."""
+    """Wait until the status line contains ``pattern``."""
     line = page.locator("#status")
     sync_api.expect(line).to_contain_text(re.compile(pattern), timeout=60_000)
     found = re.search(pattern, line.inner_text())
@@ -79,12 +79,12 @@ def choose(page: sync_api.Page, label: str, value: int) -> None:
     box.press("Enter")
 
 
-def test_a_conversation(page: sync_api.Page, served: Served) -> None:
+def test_a_conversation_is_answered_and_continued(page: sync_api.Page, served: Served) -> None:
     page.get_by_label("System prompt").fill("be short")
     choose(page, "Max new tokens", 30)
     page.locator("#message textarea").fill("hi there")
     page.locator("#send").click()
-    # what the template makes of system prompt and message
+    # the prompt that the template renders from system prompt and message
     count = len("[system]be short\n[user]hi there\n[assistant]")
     status(page, rf"\b{count} prompt tokens .* 30 new tokens · [\d.]+ tokens/s · maximum length reached")
     bubbles = page.locator("#conversation [data-testid]")
@@ -96,24 +96,24 @@ def test_a_conversation(page: sync_api.Page, served: Served) -> None:
     assert int(found[1]) > count + 30  # the conversation so far is part of the prompt
 
 
-def test_stop_while_it_streams(page: sync_api.Page, served: Served) -> None:
+def test_stop_ends_a_streaming_completion(page: sync_api.Page, served: Served) -> None:
     choose(page, "Max new tokens", 16000)
     page.get_by_role("tab", name="Completion").click()
     page.locator("#prompt textarea").fill("once upon a time")
-    page.locator("#go").click()
-    made = page.locator("#made textarea")
-    sync_api.expect(made).not_to_have_value("", timeout=60_000)
-    early = len(made.input_value())
+    page.locator("#complete").click()
+    completion = page.locator("#completion textarea")
+    sync_api.expect(completion).not_to_have_value("", timeout=60_000)
+    early = len(completion.input_value())
     page.wait_for_function(
-        "early => document.querySelector('#made textarea').value.length > early", arg=early
+        "early => document.querySelector('#completion textarea').value.length > early", arg=early
     )
     assert served.service.open_sequences == 1
-    page.locator("#halt").click()
+    page.locator("#stop-completion").click()
     assert int(status(page, r"(\d+) new tokens .* stopped")[1]) < 16000
     assert served.idle()
 
 
-def test_greedy_seed_and_dynamic_ntk_change_what_is_written(page: sync_api.Page, served: Served) -> None:
+def test_greedy_and_dynamic_ntk_decide_the_completion(page: sync_api.Page, served: Served) -> None:
     page.get_by_role("tab", name="Completion").click()
     choose(page, "Temperature", 0)
     page.locator("#example").click()
@@ -125,13 +125,13 @@ def test_greedy_seed_and_dynamic_ntk_change_what_is_written(page: sync_api.Page,
         (False, 40),
         (True, 41),
         (False, 42),
-    ):  # so that each answer's line tells it is its own
+    ):  # different lengths tell the status lines apart
         choose(page, "Max new tokens", count)
         page.get_by_label("Dynamic NTK").set_checked(dynamic)
-        page.locator("#go").click()
+        page.locator("#complete").click()
         status(page, f"{count} new tokens .* length reached")
-        # 8 characters take at most 32 tokens of a byte each, so the answer's broken-off last one is not among them
-        texts.append(page.locator("#made textarea").input_value()[:8])
+        # 8 characters take at most 32 tokens of a byte each, so an incomplete last one is not among them
+        texts.append(page.locator("#completion textarea").input_value()[:8])
     assert texts[0] == texts[2] != texts[1]
 
 
@@ -141,19 +141,19 @@ def test_a_closed_tab_frees_its_slot(browser: sync_api.Browser, served: Served) 
     choose(page, "Max new tokens", 16000)
     page.get_by_role("tab", name="Completion").click()
     page.locator("#prompt textarea").fill("abc")
-    page.locator("#go").click()
-    sync_api.expect(page.locator("#made textarea")).not_to_have_value("", timeout=60_000)
+    page.locator("#complete").click()
+    sync_api.expect(page.locator("#completion textarea")).not_to_have_value("", timeout=60_000)
     assert served.service.open_sequences == 1
     page.close()
     assert served.idle()
 
 
-def test_what_does_not_fit_is_said(page: sync_api.Page, served: Served, tmp_path: Path) -> None:
+def test_a_prompt_that_does_not_fit_is_reported(page: sync_api.Page, served: Served, tmp_path: Path) -> None:
     page.get_by_role("tab", name="Completion").click()
-    page.locator("#go").click()
+    page.locator("#complete").click()
     status(page, "the prompt is empty")
     page.locator("#prompt textarea").fill("a" * 17_000)
-    page.locator("#go").click()
+    page.locator("#complete").click()
     status(page, "the prompt has 17000 tokens")
     page.screenshot(path=str(tmp_path / "page.png"))
     assert (tmp_path / "page.png").stat().st_size > 10_000

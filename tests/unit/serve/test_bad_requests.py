@@ -214,6 +214,6 @@ def test_a_template_that_refuses(model: LanguageModel, tmp_path: Path) -> None:
         "{{ raise_exception('roles must alternate') if messages | length > 1 else messages[0].nothing.x }}"
     )
     with serving(tiny_service(tmp_path, model, ServiceLimits(64), template=template)) as served:
-        refused(httpx.post(served.url + CHAT, json=TALK), 400, "invalid_value", "refuses the conversation")
+        refused(httpx.post(served.url + CHAT, json=TALK), 400, "invalid_value", "rejects the conversation")
         twice = TALK | {"messages": [{"role": "user", "content": "hi"}] * 2}
         refused(httpx.post(served.url + CHAT, json=twice), 400, "invalid_value", "roles must alternate")

@@ -1,5 +1,5 @@
-"""What a client of the chat page cannot do: read files, bring files, reach what the page does not use, or act for a
-page of another site."""
+"""What clients of the chat page cannot do: read files, upload files, reach routes that the page does not use, or act
+for a page of another site."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from starlette.routing import Mount
 
 from evomesh.errors import UserError
 from evomesh.models.language_model import LanguageModel
-from evomesh.serve.door import Door
-from evomesh.serve.page import ChatPage, PageSettings, _say, mount_page
+from evomesh.serve.page import ChatPage, PageSettings, append_message, mount_page
+from evomesh.serve.page_security import GradioGuard
 from tests.support.serving import Served, serving, tiny_service
 from tests.unit.serve.conftest import LIMITS
 
 CONTROLS = ["", 0, 0.95, 0, 0, 1, 3, 1, False]
 JOIN, RUN = "/gradio_api/queue/join", "/gradio_api/run/predict"
-OTHER = [
+OTHER_SITE_HEADERS = [
     {"origin": "http://localhost:1"},
     {"origin": "https://example.org"},
     {"origin": "null"},
@@ -43,19 +43,19 @@ def served(model: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @pytest.fixture(scope="module")
 def functions(served: Served) -> dict[str, int]:
-    """Numbers of the page's functions; no two have the same outputs."""
+    """Return the number of each function of the page; no two have the same outputs."""
     config = httpx.get(f"{served.url}/config", timeout=60).json()
-    kind = {part["id"]: part["type"] for part in config["components"]}
+    component_types = {part["id"]: part["type"] for part in config["components"]}
     names = {
         "chat": ["chatbot", "markdown"],
-        "say": ["textbox", "chatbot"],
+        "append": ["textbox", "chatbot"],
         "complete": ["textbox", "markdown"],
     }
     return {
         name: next(
             job["id"]
             for job in config["dependencies"]
-            if job["inputs"] and [kind[o] for o in job["outputs"]] == outputs
+            if job["inputs"] and [component_types[o] for o in job["outputs"]] == outputs
         )
         for name, outputs in names.items()
     }
@@ -67,12 +67,12 @@ def uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "uploads"
 
 
-def call(client: httpx.Client, number: int, data: list[Any], **more: Any) -> tuple[int, str]:
-    """Status of the request and everything that the stream of its session then says."""
+def call(client: httpx.Client, function: int, data: list[Any], **more: Any) -> tuple[int, str]:
+    """Return the status of a call, and everything that its session's stream then holds."""
     session = os.urandom(6).hex()
     body = {
         "data": data,
-        "fn_index": number,
+        "fn_index": function,
         "session_hash": session,
         "event_data": None,
         "trigger_id": 1,
@@ -83,7 +83,7 @@ def call(client: httpx.Client, number: int, data: list[Any], **more: Any) -> tup
     return 200, client.get("/gradio_api/queue/data", params={"session_hash": session}).text
 
 
-def turn(*parts: Any) -> dict[str, Any]:
+def message_of(*parts: Any) -> dict[str, Any]:
     return {"role": "user", "metadata": None, "content": list(parts), "options": None}
 
 
@@ -92,30 +92,32 @@ def file_of(path: Path | str) -> dict[str, Any]:
 
 
 def test_text_is_answered(client: httpx.Client, functions: dict[str, int]) -> None:
-    status, said = call(client, functions["say"], ["hello", []])
-    answer = next(json.loads(line[6:]) for line in said.splitlines() if "process_completed" in line)
+    status, streamed = call(client, functions["append"], ["hello", []])
+    answer = next(json.loads(line[6:]) for line in streamed.splitlines() if "process_completed" in line)
     history = answer["output"]["data"][1]
-    assert (status, history) == (200, [turn({"text": "hello", "type": "text"})])
-    status, said = call(client, functions["chat"], [history, *CONTROLS])
+    assert (status, history) == (200, [message_of({"text": "hello", "type": "text"})])
+    status, streamed = call(client, functions["chat"], [history, *CONTROLS])
     assert status == 200
-    assert "3 new tokens" in said
-    status, said = call(client, functions["complete"], ["abc", *CONTROLS])
+    assert "3 new tokens" in streamed
+    status, streamed = call(client, functions["complete"], ["abc", *CONTROLS])
     assert status == 200
-    assert "3 new tokens" in said
-    body = {"data": ["hello", []], "fn_index": functions["say"], "session_hash": "x", "trigger_id": 1}
+    assert "3 new tokens" in streamed
+    body = {"data": ["hello", []], "fn_index": functions["append"], "session_hash": "x", "trigger_id": 1}
     assert client.post(RUN, json=body).json()["data"][1] == history
     assert client.get("/").status_code == client.get("/theme.css").status_code == 200
 
 
-@pytest.mark.parametrize("name", ["chat", "say", "complete"])
+@pytest.mark.parametrize("name", ["chat", "append", "complete"])
 @pytest.mark.parametrize(
     "wrap",
     [
-        lambda file: turn({"type": "file", "file": file}),
-        lambda file: turn({"type": "text", "text": "a"}, {"type": "file", "file": file, "alt_text": None}),
-        lambda file: turn({"type": "text", "text": "a", "file": file}),
-        lambda file: turn({"type": "component", "component": "image", "value": file, "props": {}}),
-        turn,
+        lambda file: message_of({"type": "file", "file": file}),
+        lambda file: message_of(
+            {"type": "text", "text": "a"}, {"type": "file", "file": file, "alt_text": None}
+        ),
+        lambda file: message_of({"type": "text", "text": "a", "file": file}),
+        lambda file: message_of({"type": "component", "component": "image", "value": file, "props": {}}),
+        message_of,
         lambda file: {"role": "user", "content": file},
         lambda file: file,
     ],
@@ -126,13 +128,13 @@ def test_no_file_of_the_server_comes_back(
     private = tmp_path / "private.txt"
     private.write_text("the secret")
     message = wrap(file_of(private))
-    inputs: dict[str, list[Any]] = {"chat": [[message]], "say": ["x", [message]], "complete": [message]}
-    values, rest = inputs[name], [] if name == "say" else CONTROLS
-    status, said = call(client, functions[name], [*values, *rest])
-    assert status == 400, said
+    inputs: dict[str, list[Any]] = {"chat": [[message]], "append": ["x", [message]], "complete": [message]}
+    values, rest = inputs[name], [] if name == "append" else CONTROLS
+    status, streamed = call(client, functions[name], [*values, *rest])
+    assert status == 400, streamed
     body = {"data": [*values, *rest], "fn_index": functions[name], "session_hash": "x"}
     assert client.post(RUN, json=body).status_code == 400
-    assert "gradio_api/file" not in said
+    assert "gradio_api/file" not in streamed
     assert not list(uploads.rglob("*"))
     url = file_of("http://127.0.0.1:9/x")
     assert (
@@ -141,10 +143,10 @@ def test_no_file_of_the_server_comes_back(
     )
 
 
-def test_gradio_itself_checks_paths_too(
+def test_gradio_checks_paths_itself(
     model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uploads: Path
 ) -> None:
-    """The door is not the only guard: without it the file is refused as well."""
+    """Without the guard, gradio rejects the file as well."""
     private = Path(__file__).parent / "conftest.py"
     service = tiny_service(tmp_path, model, LIMITS)
 
@@ -152,15 +154,15 @@ def test_gradio_itself_checks_paths_too(
         mount_page(app, service, None)
         mount = app.routes[-1]
         assert isinstance(mount, Mount)
-        assert isinstance(mount.app, Door)
+        assert isinstance(mount.app, GradioGuard)
         mount.app = mount.app.app
 
     with serving(service, extend=extend) as served, httpx.Client(base_url=served.url, timeout=60) as client:
-        said = [
-            call(client, number, [[turn({"type": "file", "file": file_of(private)})], *CONTROLS])[1]
+        streams = [
+            call(client, number, [[message_of({"type": "file", "file": file_of(private)})], *CONTROLS])[1]
             for number in range(9)
         ]
-        assert any("Cannot move" in text for text in said)
+        assert any("Cannot move" in text for text in streams)
         assert not [file for file in uploads.rglob("*") if file.is_file()]
 
 
@@ -174,8 +176,8 @@ def test_gradio_itself_checks_paths_too(
         ("POST", "/gradio_api/run/other"),
         ("POST", "/gradio_api/run/predict/"),
         ("POST", "/gradio_api/api/predict"),
-        ("POST", "/gradio_api/call/_say"),
-        ("POST", "/gradio_api/call/v2/_say"),
+        ("POST", "/gradio_api/call/append_message"),
+        ("POST", "/gradio_api/call/v2/append_message"),
         ("POST", "/gradio_api/reset"),
         ("POST", "/gradio_api/stream/x"),
         ("POST", "/gradio_api/vibe-code"),
@@ -202,11 +204,11 @@ def test_gradio_itself_checks_paths_too(
         ("GET", "/svelte/..%5c..%5cconfig"),
     ],
 )
-def test_what_the_page_does_not_use_is_not_there(client: httpx.Client, method: str, path: str) -> None:
+def test_routes_that_the_page_does_not_use_do_not_exist(client: httpx.Client, method: str, path: str) -> None:
     answer = client.request(method, path)
     assert answer.status_code == 404, answer.text
     if method != "HEAD":
-        assert answer.json()["error"]["message"] == "nothing here"
+        assert answer.json()["error"]["message"] == "the page has no such route"
 
 
 def test_nothing_is_uploaded(client: httpx.Client, uploads: Path) -> None:
@@ -216,11 +218,11 @@ def test_nothing_is_uploaded(client: httpx.Client, uploads: Path) -> None:
     assert not list(uploads.rglob("*"))
 
 
-@pytest.mark.parametrize("headers", OTHER)
-def test_pages_of_other_sites_can_do_nothing(
+@pytest.mark.parametrize("headers", OTHER_SITE_HEADERS)
+def test_calls_from_pages_of_other_sites_are_rejected(
     client: httpx.Client, functions: dict[str, int], headers: dict[str, str]
 ) -> None:
-    body = {"data": ["hello", []], "fn_index": functions["say"], "session_hash": "other"}
+    body = {"data": ["hello", []], "fn_index": functions["append"], "session_hash": "other"}
     assert client.post(JOIN, json=body, headers=headers).status_code == 403
     assert client.post(RUN, json=body, headers=headers).status_code == 403
     assert client.post(JOIN, content=json.dumps(body), headers=headers).status_code == 403
@@ -238,7 +240,7 @@ def test_pages_of_other_sites_can_do_nothing(
 @pytest.mark.parametrize(
     "path", ["/", "/config", "/theme.css", "/healthz", "/metrics", "/v1/models", "/v1/none"]
 )
-@pytest.mark.parametrize("headers", OTHER[:3])
+@pytest.mark.parametrize("headers", OTHER_SITE_HEADERS[:3])
 def test_no_answer_can_be_read_by_another_site(
     client: httpx.Client, path: str, headers: dict[str, str]
 ) -> None:
@@ -247,8 +249,8 @@ def test_no_answer_can_be_read_by_another_site(
         assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
-def test_the_page_itself_may_ask(client: httpx.Client, served: Served, functions: dict[str, int]) -> None:
-    body = {"data": ["", []], "fn_index": functions["say"], "session_hash": "own"}
+def test_the_page_itself_may_call(client: httpx.Client, served: Served, functions: dict[str, int]) -> None:
+    body = {"data": ["", []], "fn_index": functions["append"], "session_hash": "own"}
     for headers in ({"origin": served.url}, {"origin": "https://any.where", "sec-fetch-site": "same-origin"}):
         assert client.post(JOIN, json=body, headers=headers).status_code == 200
 
@@ -269,32 +271,34 @@ def test_the_page_itself_may_ask(client: httpx.Client, served: Served, functions
         {"trigger_id": {}},
     ],
 )
-def test_calls_of_another_kind(client: httpx.Client, body: dict[str, Any]) -> None:
+def test_a_malformed_call_is_rejected(client: httpx.Client, body: dict[str, Any]) -> None:
     good = {"data": ["x", []], "fn_index": 0, "session_hash": "x"}
     assert client.post(JOIN, json=good | body).status_code == 400
     assert client.post("/gradio_api/cancel", json=good | body).status_code == 400
 
 
-def test_a_large_call_is_refused(client: httpx.Client) -> None:
+def test_a_large_call_is_rejected(client: httpx.Client) -> None:
     body = {"data": ["x" * LIMITS.body_bytes, []], "fn_index": 0, "session_hash": "x"}
     assert client.post(JOIN, json=body).status_code == 413
 
 
-def test_what_was_not_checked_stays_out_of_the_call(client: httpx.Client, functions: dict[str, int]) -> None:
-    status, said = call(
+def test_unchecked_keys_of_a_call_do_not_reach_gradio(
+    client: httpx.Client, functions: dict[str, int]
+) -> None:
+    status, streamed = call(
         client,
-        functions["say"],
+        functions["append"],
         ["x", []],
         event_data=file_of("/etc/hostname"),
         batched=True,
         oauth_token="x",
     )
     assert status == 200
-    assert '"text":"x"' in said
+    assert '"text":"x"' in streamed
 
 
 @pytest.mark.parametrize(
-    ("place", "value"),
+    ("index", "value"),
     [
         (0, None),
         (0, 5),
@@ -307,9 +311,9 @@ def test_what_was_not_checked_stays_out_of_the_call(client: httpx.Client, functi
         (8, 1),
     ],
 )
-def test_values_of_the_controls_have_their_kind(place: int, value: Any) -> None:
+def test_a_control_with_a_value_of_the_wrong_type_is_rejected(index: int, value: Any) -> None:
     values: list[Any] = [*CONTROLS]
-    values[place] = value
+    values[index] = value
     with pytest.raises(UserError, match="has no valid value"):
         PageSettings(*values)
 
@@ -322,14 +326,17 @@ def test_values_of_the_controls_have_their_kind(place: int, value: Any) -> None:
         [None],
         [{"role": "user"}],
         [{"role": "user", "content": ("/etc/hostname",)}],
-        [turn({"type": "file", "file": file_of("/etc/hostname")})],
+        [message_of({"type": "file", "file": file_of("/etc/hostname")})],
     ],
 )
-def test_functions_take_and_give_text_alone(served: Served, history: Any) -> None:
+def test_functions_accept_conversations_of_text_only(served: Served, history: Any) -> None:
     with pytest.raises(UserError, match="conversation"):
-        _say("hello", history)
+        append_message("hello", history)
 
     async def answers() -> list[Any]:
-        return [answer async for answer in ChatPage(served.service).chat(history, gr.Request(), *CONTROLS)]
+        return [
+            answer
+            async for answer in ChatPage(served.service).answer_conversation(history, gr.Request(), *CONTROLS)
+        ]
 
-    assert [said for said, _ in asyncio.run(answers())] == [[]]
+    assert [conversation for conversation, _ in asyncio.run(answers())] == [[]]

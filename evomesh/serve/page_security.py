@@ -1,0 +1,238 @@
+"""The guard of the chat page: only the gradio routes that the page uses, with plain values only.
+
+Gradio has many more routes: uploads, files, proxies, calls of component methods. A request for any of them is
+rejected before gradio sees it, and so is a value that could stand for a file.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import orjson
+from fastapi import Request
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from evomesh.errors import UserError
+from evomesh.serve.requests import ApiError, read_body
+
+READABLE_PATH = re.compile(
+    r"/|/config/?|/theme\.css|/favicon\.ico|/manifest\.json|/robots\.txt|/pwa_icon(/\d+)?|/logout"
+    r"|/(assets|static|svelte)/[^\\]+"
+    r"|/gradio_api/(user|login_check|token|app_id|info|startup-events)/?|/gradio_api/theme\.css"
+    r"|/gradio_api/heartbeat/[^/\\]+|/gradio_api/queue/data"
+)
+LOGIN_PATH = "/login"
+PATHS_WITH_QUERY = {"/gradio_api/queue/data"}  # all other paths lose their query string
+MAX_FORM_BYTES = 4096  # of the login form
+ROLES = ("user", "assistant")
+
+
+class GradioGuard:
+    """Middleware in front of gradio's app.
+
+    Args:
+        max_body_bytes: maximum size of a call.
+    """
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+        self.app = app
+        self.max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on to gradio if it is one that the page makes.
+
+        Raises:
+            ApiError: it is not.
+        """
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        path = scope["path"]
+        method = scope["method"]
+        headers = Headers(scope=scope)
+        if method == "POST" and path == LOGIN_PATH:
+            check_same_site(headers)
+            check_form_size(headers)
+        elif method == "POST" and path in CALL_PARSERS:
+            check_same_site(headers)
+            received = await read_body(Request(scope, receive), self.max_body_bytes)
+            # Gradio gets a new body, which holds nothing but what was checked.
+            checked = CALL_PARSERS[path](received)
+            body = orjson.dumps(checked)
+            scope = _with_content_length(scope, len(body))
+            receive = _replay(body, receive)
+        elif method not in ("GET", "HEAD") or not is_readable(path):
+            raise ApiError(404, "the page has no such route", code="not_found")
+        elif path.startswith("/gradio_api/") or path == "/logout":
+            check_same_site(headers)
+        await self.app(_without_origin_and_query(scope), receive, send)
+
+
+def is_readable(path: str) -> bool:
+    """Return whether the page reads this path."""
+    return READABLE_PATH.fullmatch(path) is not None and ".." not in path.split("/")
+
+
+def check_same_site(headers: Headers) -> None:
+    """Reject a request that a browser sends on behalf of another site's page.
+
+    Raises:
+        ApiError: 403.
+    """
+    fetch_site = headers.get("sec-fetch-site")
+    origin = headers.get("origin")
+    if fetch_site is not None:
+        same_site = fetch_site in ("same-origin", "none")
+    elif origin is not None:  # browsers send the other header to https and localhost only
+        origin_host = origin.partition("://")[2]
+        own_host = headers.get("host", "")
+        same_site = origin_host.lower() == own_host.lower()
+    else:
+        same_site = True
+    if not same_site:
+        raise ApiError(403, "requests from pages of other sites are rejected", code="other_site")
+
+
+def check_form_size(headers: Headers) -> None:
+    """Reject a form that is too large or of unknown size.
+
+    Raises:
+        ApiError: 413.
+    """
+    length = headers.get("content-length", "")
+    if not length.isdecimal() or int(length[:20]) > MAX_FORM_BYTES:
+        raise ApiError(413, f"the form is larger than {MAX_FORM_BYTES} bytes", code="body_too_large")
+
+
+def parse_call(body: bytes) -> dict[str, Any]:
+    """Read a call of one of the page's functions, and keep only what gradio needs.
+
+    Raises:
+        ApiError: 400: a value is neither text, a number, nor a conversation of text.
+    """
+    call = _parse_object(body)
+    values = call.get("data")
+    if not isinstance(values, list):
+        raise _invalid_value("data")
+    checked: dict[str, Any] = {
+        "data": [_check_value(value) for value in values],
+        "fn_index": _get_typed(call, "fn_index", int),
+        "session_hash": _get_typed(call, "session_hash", str),
+    }
+    if call.get("trigger_id") is not None:
+        checked["trigger_id"] = _get_typed(call, "trigger_id", int)
+    return checked
+
+
+def parse_cancellation(body: bytes) -> dict[str, Any]:
+    """Read a request to end a call, and keep only what gradio needs.
+
+    Raises:
+        ApiError: 400.
+    """
+    cancellation = _parse_object(body)
+    return {
+        "session_hash": _get_typed(cancellation, "session_hash", str),
+        "fn_index": _get_typed(cancellation, "fn_index", int),
+        "event_id": _get_typed(cancellation, "event_id", str),
+    }
+
+
+CALL_PARSERS = {
+    "/gradio_api/queue/join": parse_call,
+    "/gradio_api/run/predict": parse_call,  # functions that do not queue
+    "/gradio_api/cancel": parse_cancellation,
+}
+
+
+def message_text(message: Any) -> str:
+    """Return the text of a message, whose content is a string or a list of text parts.
+
+    Raises:
+        UserError: it is not a message, or it contains more than text.
+    """
+    if not isinstance(message, dict) or message.get("role") not in ROLES:
+        raise UserError("a message of the conversation has an unknown format")
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else [content]
+    texts: list[str] = []
+    for part in parts:
+        text = part.get("text") if isinstance(part, dict) else None
+        # Any further key could make gradio take the part for a file.
+        if not isinstance(text, str) or part != {"type": "text", "text": text}:
+            raise UserError("a message of the conversation contains more than text")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _check_value(value: Any) -> Any:
+    """Return a value of a call; a list must be a conversation, which is rebuilt from its texts."""
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if not isinstance(value, list):
+        raise _invalid_value("data")
+    conversation = []
+    for message in value:
+        try:
+            text = message_text(message)
+        except UserError as error:
+            raise ApiError(400, str(error), param="data", code="invalid_value") from None
+        content = [{"type": "text", "text": text}]
+        conversation.append({"content": content, "role": message["role"]})
+    return conversation
+
+
+def _parse_object(body: bytes) -> dict[str, Any]:
+    try:
+        parsed = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        raise ApiError(400, "the body is not JSON", code="invalid_json") from None
+    if not isinstance(parsed, dict):
+        raise ApiError(400, "the body is not a JSON object", code="invalid_value")
+    return parsed
+
+
+def _get_typed(record: dict[str, Any], name: str, expected: type) -> Any:
+    value = record.get(name)
+    if not isinstance(value, expected) or isinstance(value, bool):
+        raise _invalid_value(name)
+    return value
+
+
+def _invalid_value(name: str) -> ApiError:
+    return ApiError(400, f"{name}: not a value that the page sends", param=name, code="invalid_value")
+
+
+def _without_origin_and_query(scope: Scope) -> Scope:
+    # Gradio lets pages of other sites read its answers to requests that name their site.
+    headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"origin"]
+    query = scope["query_string"] if scope["path"] in PATHS_WITH_QUERY else b""
+    return {**scope, "headers": headers, "query_string": query}
+
+
+def _with_content_length(scope: Scope, length: int) -> Scope:
+    replaced = (b"content-length", b"transfer-encoding")
+    headers = [(name, value) for name, value in scope["headers"] if name.lower() not in replaced]
+    headers.append((b"content-length", str(length).encode()))
+    return {**scope, "headers": headers}
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Return a channel that delivers the body once, then whatever ``receive`` does."""
+    delivered = False
+
+    async def receive_body_first() -> Message:
+        nonlocal delivered
+        if delivered:
+            return await receive()
+        delivered = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return receive_body_first
