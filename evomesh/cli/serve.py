@@ -33,7 +33,7 @@ ContextOption = Annotated[
 SlotsOption = Annotated[int, typer.Option(min=1, max=1024, help="Maximum number of concurrent sequences.")]
 QueueOption = Annotated[
     int,
-    typer.Option(min=0, max=65536, help="Maximum number of waiting sequences; more are refused with 429."),
+    typer.Option(min=0, max=65536, help="Maximum number of waiting sequences; more are rejected with 429."),
 ]
 HostOption = Annotated[str, typer.Option(help="Bind address; any non-loopback address requires an API key.")]
 PortOption = Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one.")]
@@ -72,7 +72,7 @@ def serve(
         slots=slots,
         queue=queue,
     )
-    _run(ckpt, options, host=host, port=port, key_file=key_file, device=device, config=config)
+    _serve_model(ckpt, options, host=host, port=port, key_file=key_file, device=device, config=config)
 
 
 def chat(
@@ -104,7 +104,7 @@ def chat(
         queue=queue,
         extended_context=True,
     )
-    _run(
+    _serve_model(
         ckpt,
         options,
         host=host,
@@ -117,7 +117,7 @@ def chat(
     )
 
 
-def _run(
+def _serve_model(
     ckpt: str,
     options: ModelOptions,
     *,
@@ -129,11 +129,12 @@ def _run(
     page: bool = False,
     browser: bool = False,
 ) -> None:
+    """Load a model and serve it until a signal ends the process."""
     from evomesh.config.loader import load_config
     from evomesh.parallel.device import device_by_name
     from evomesh.serve.load import LOOPBACK, bind, load_service, read_key, run_server
 
-    # 1. What can be refused before the model is loaded: key, packages, device, address.
+    # 1. Reject what can be rejected before the model is loaded: key, packages, device, address.
     key = read_key(host, key_file)
     try:
         from evomesh.serve.app import create_app
@@ -147,7 +148,7 @@ def _run(
     chosen_device = device_by_name(device)
     listening = bind(host, port)
 
-    # 2. The model and its routes.
+    # 2. Load the model and create its routes.
     if config is not None:
         load_config(config)
     service = load_service(ckpt, chosen_device, options)
@@ -155,10 +156,11 @@ def _run(
     if page:
         mount_page(app, service, key)
 
-    # 3. Serve.
+    # 3. Print the addresses and serve.
     url_host = f"[{host}]" if ":" in host else host
     url = f"http://{url_host}:{listening.getsockname()[1]}"
-    model, limits = service.model, service.limits
+    model = service.model
+    limits = service.limits
     print(
         f"{model.name} ({model.fingerprint}) on {chosen_device}: {limits.slots} concurrent sequences of up to "
         f"{limits.context_length} tokens"

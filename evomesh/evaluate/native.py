@@ -141,17 +141,20 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: object
     ) -> list[tuple[float, bool]]:
         """Return the log-probability of each continuation, and whether greedy decoding would give it."""
-        scoring = [
-            self._scoring_request(number, context, continuation)
-            for number, (_text, context, continuation) in enumerate(requests)
-        ]
+        scoring: list[ScoringRequest] = []
+        for number, (_text, context, continuation) in enumerate(requests):
+            request = self._scoring_request(number, context, continuation)
+            scoring.append(request)
         scores: dict[int, TextScore] = {}
         with tqdm(total=len(scoring), desc="texts", disable=disable_tqdm) as progress:
             for batch in self._batches(scoring):
                 scores |= self._score(batch)
                 progress.update(len(batch))
-        in_order = [scores[number] for number in range(len(scoring))]
-        return [(score.logprob, score.is_greedy) for score in in_order]
+        ordered: list[tuple[float, bool]] = []
+        for request in scoring:
+            score = scores[request.number]
+            ordered.append((score.logprob, score.is_greedy))
+        return ordered
 
     def _scoring_request(self, number: int, context: list[int], continuation: list[int]) -> ScoringRequest:
         if len(continuation) > self.context_length:
@@ -180,57 +183,83 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
     def _score(self, batch: list[ScoringRequest]) -> dict[int, TextScore]:
         """Score packed requests in one forward pass; the result is keyed by request number."""
         # 1. Pack the inputs.
+        device = self._device
         lengths = [len(request.inputs) for request in batch]
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
         positions = torch.cat([torch.arange(length) for length in lengths])
         bounds = SequenceBounds(
-            positions.to(self._device), cu_seqlens.to(self._device, torch.int32), max(lengths)
+            positions.to(device),
+            cu_seqlens.to(device, torch.int32),
+            max(lengths),
         )
-        packed = [token for request in batch for token in request.inputs]
-        ids = torch.tensor(packed, device=self._device)
 
         # 2. The rows that predict targets are the last ones of each request.
-        counts = [len(request.targets) for request in batch]
-        ends = cu_seqlens[1:].tolist()
-        rows = torch.cat([torch.arange(end - count, end) for end, count in zip(ends, counts, strict=True)])
-        targets = [token for request in batch for token in request.targets]
-        hidden = self.model(ids, bounds)[rows.to(self._device)]
-        logprobs, is_top = self._score_targets(hidden, torch.tensor(targets, device=self._device))
+        packed: list[int] = []
+        packed_targets: list[int] = []
+        rows: list[int] = []
+        for request in batch:
+            packed += request.inputs
+            packed_targets += request.targets
+            end = len(packed)
+            rows += range(end - len(request.targets), end)
+        ids = torch.tensor(packed, device=device)
+        targets = torch.tensor(packed_targets, device=device)
+        hidden = self.model(ids, bounds)
+        predicting = hidden[torch.tensor(rows, device=device)]
+        logprobs, is_top = self._score_targets(predicting, targets)
 
         # 3. Sum over the targets of each request.
         scores: dict[int, TextScore] = {}
-        logprobs_by_request = torch.split(logprobs, counts)
-        is_top_by_request = torch.split(is_top, counts)
-        for request, its_logprobs, its_top in zip(batch, logprobs_by_request, is_top_by_request, strict=True):
-            scores[request.number] = TextScore(float(its_logprobs.sum()), bool(its_top.all()))
+        start = 0
+        for request in batch:
+            end = start + len(request.targets)
+            total = float(logprobs[start:end].sum())
+            is_greedy = bool(is_top[start:end].all())
+            scores[request.number] = TextScore(total, is_greedy)
+            start = end
         return scores
 
-    def _score_targets(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _score_targets(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         """Return for [N, D] and [N] each target's log-probability and whether it is the top token; both [N]."""
         logprobs: list[Tensor] = []
         is_top: list[Tensor] = []
         # In chunks, because N rows of V logits may not fit into memory.
-        chunks = zip(torch.split(hidden, LOGIT_ROWS), torch.split(targets, LOGIT_ROWS), strict=True)
-        for hidden_chunk, target_chunk in chunks:
+        hidden_chunks = torch.split(hidden, LOGIT_ROWS)
+        target_chunks = torch.split(targets, LOGIT_ROWS)
+        for hidden_chunk, target_chunk in zip(hidden_chunks, target_chunks, strict=True):
             logits = self.model.logits(hidden_chunk)
-            logprobs.append(logits.log_softmax(-1).gather(1, target_chunk[:, None])[:, 0])
+            all_logprobs = logits.log_softmax(-1)
+            target_logprobs = all_logprobs.gather(1, target_chunk[:, None])
+            logprobs.append(target_logprobs[:, 0])
             is_top.append(logits.argmax(-1) == target_chunk)
         return torch.cat(logprobs), torch.cat(is_top)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Return the answers up to the first stop string or end-of-answer id, which is left out."""
-        slots = max(1, self.batch_tokens // self.context_length)
-        engine = GenerationEngine(self.model, slots=slots, context_length=self.context_length)
+        # 1. Hand all requests to an engine.
+        context_length = self.context_length
+        slots = max(1, self.batch_tokens // context_length)
+        engine = GenerationEngine(self.model, slots=slots, context_length=context_length)
         answers: list[list[int]] = [[] for _ in requests]
         stops: list[list[str]] = []
         numbers: dict[int, int] = {}  # the engine's request -> ours
         for number, request in enumerate(requests):
             prompt, options = request.args
             sampling, until = self._sampling_params(options)
-            assert sampling.max_new_tokens is not None
-            ids = self.tok_encode(prompt)[-(self.context_length - sampling.max_new_tokens) :]
             stops.append(until)
-            numbers[engine.add(ids, sampling, (sampling.seed, number))] = number
+            assert sampling.max_new_tokens is not None
+            max_prompt_tokens = context_length - sampling.max_new_tokens
+            ids = self.tok_encode(prompt)
+            ids = ids[-max_prompt_tokens:]
+            stream = (sampling.seed, number)
+            engine_number = engine.add(ids, sampling, stream)
+            numbers[engine_number] = number
+
+        # 2. Collect their tokens until a stop string or the end.
         with tqdm(total=len(requests), desc="answers", disable=disable_tqdm) as progress:
             while engine.active:
                 for token in engine.step():

@@ -63,38 +63,55 @@ class _BeamSearch:
         num_beams = self.sampling.num_beams
         eos_ids = self.sampling.eos_ids
         length = len(self.running[0].ids) + 1
+        at_maximum = length >= self.max_total_length
 
         # 1. Enough candidates that `num_beams` of them can grow even if every end token is among the best.
-        found = self._candidates(logits, max(2, 1 + len(eos_ids)) * num_beams)
+        per_beam = max(2, 1 + len(eos_ids))
+        found = self._candidates(logits, per_beam * num_beams)
 
         # 2. A candidate that ends is an answer if it ranks among the best; the others are there to grow.
-        growing: list[tuple[int, _Beam]] = []  # (parent, beam)
+        growing: list[_BeamCandidate] = []
         for rank, candidate in enumerate(found):
-            beam = _Beam([*self.running[candidate.parent].ids, candidate.token], candidate.score)
-            ends = candidate.token in eos_ids or length >= self.max_total_length
-            if not ends:
-                growing.append((candidate.parent, beam))
+            if not at_maximum and candidate.token not in eos_ids:
+                growing.append(candidate)
             elif rank < num_beams:
-                self.finished.append(_Beam(beam.ids, self._final_score(beam.score, length)))
+                answer = self._extend(candidate)
+                answer.score = self._final_score(candidate.score, length)
+                self.finished.append(answer)
 
         # 3. Keep the best of each kind.
-        self.finished = sorted(self.finished, key=lambda beam: -beam.score)[:num_beams]
-        growing = sorted(growing, key=lambda item: -item[1].score)[:num_beams]
-        self.running = [beam for _, beam in growing]
+        self.finished.sort(key=lambda beam: -beam.score)
+        self.finished = self.finished[:num_beams]
+        growing.sort(key=lambda candidate: -candidate.score)
+        growing = growing[:num_beams]
+        self.running = [self._extend(candidate) for candidate in growing]
 
         # 4. Stop once the best running beam, if it ended here, would not beat the worst answer. With a positive
         #    length penalty it could still improve; transformers stops all the same.
-        best_possible = self._final_score(self.running[0].score, length) if self.running else -math.inf
+        best_possible = -math.inf
+        if self.running:
+            best_possible = self._final_score(self.running[0].score, length)
         if len(self.finished) == num_beams and best_possible <= self.finished[-1].score:
             self.running = []
             return []
-        return [parent for parent, _ in growing]
+        return [candidate.parent for candidate in growing]
+
+    def _extend(self, candidate: _BeamCandidate) -> _Beam:
+        parent = self.running[candidate.parent]
+        return _Beam([*parent.ids, candidate.token], candidate.score)
+
+    def best_answers(self) -> list[list[int]]:
+        """Return the new token ids of the ``num_return_sequences`` best answers, best first."""
+        best = self.finished[: self.sampling.num_return_sequences]
+        return [beam.ids[self.prompt_length :] for beam in best]
 
     def _final_score(self, score: float, length: int) -> float:
-        return score / float((length - self.prompt_length) ** self.sampling.length_penalty)
+        new_tokens = length - self.prompt_length
+        return score / float(new_tokens**self.sampling.length_penalty)
 
     def _candidates(self, logits: Tensor, count: int) -> list[_BeamCandidate]:
         """Return the ``count`` best extensions of the running beams, or as many sampled ones."""
+        # 1. Log-probabilities of each beam's next token.
         logprobs = logits.log_softmax(-1)
         vocab_size = logprobs.shape[1]
         penalty = self.sampling.repetition_penalty
@@ -104,21 +121,27 @@ class _BeamSearch:
                 logprobs[row] = penalize(logprobs[row], seen, penalty)
         if not self.sampling.greedy:
             logprobs = self._without_unlikely(logprobs.cpu().double())
-        scores = torch.tensor(
-            [beam.score for beam in self.running], dtype=logprobs.dtype, device=logprobs.device
-        )
-        summed = (logprobs + scores[:, None]).flatten()  # [R * V]
 
-        # The largest of perturbed log-probabilities are a sample without replacement (Kool et al., 1903.06059).
+        # 2. Scores of the extended beams.
+        former_scores = [beam.score for beam in self.running]
+        scores = logprobs + logprobs.new_tensor(former_scores)[:, None]
+        summed = scores.flatten()  # [R * V]
+
+        # 3. The largest of perturbed log-probabilities are a sample without replacement (Kool et al., 1903.06059).
         ranking = summed
         if not self.sampling.greedy:
-            ranking = summed + torch.from_numpy(self.random.gumbel(size=len(summed)))
+            noise = self.random.gumbel(size=len(summed))
+            ranking = summed + torch.from_numpy(noise)
         best = ranking.topk(min(count, len(ranking))).indices  # [K]
         best = best[summed[best].isfinite()]
-        return [
-            _BeamCandidate(index // vocab_size, index % vocab_size, score)
-            for index, score in zip(best.tolist(), summed[best].tolist(), strict=True)
-        ]
+
+        # 4. As beams and tokens.
+        found: list[_BeamCandidate] = []
+        for index, score in zip(best.tolist(), summed[best].tolist(), strict=True):
+            parent = index // vocab_size
+            token = index % vocab_size
+            found.append(_BeamCandidate(parent, token, score))
+        return found
 
     def _without_unlikely(self, logprobs: Tensor) -> Tensor:
         """[R, V] -> [R, V], with -inf for the tokens that top-k, top-p or min-p drops."""
@@ -153,9 +176,11 @@ def beam_search(
     # 1. The prompts: one beam each, whose last token gives the first logits [P, V].
     lengths = [len(prompt) for prompt in prompts]
     bounds, attend = cache.prefill(lengths, device)
-    ids = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+    packed = [token for prompt in prompts for token in prompt]
+    ids = torch.tensor(packed, device=device)
+    hidden = model(ids, bounds, attend)
     last_tokens = torch.tensor(lengths, device=device).cumsum(0) - 1
-    logits = model.logits(model(ids, bounds, attend)[last_tokens])
+    logits = model.logits(hidden[last_tokens])
 
     # 2. One token of every running beam at a time, until no search has one left.
     active = searches
@@ -167,26 +192,31 @@ def beam_search(
         cache.reorder(parents)
         bounds, attend = cache.decode_step(device)
         new_tokens = [beam.ids[-1] for search in active for beam in search.running]
-        logits = model.logits(model(torch.tensor(new_tokens, device=device), bounds, attend))
+        ids = torch.tensor(new_tokens, device=device)
+        hidden = model(ids, bounds, attend)
+        logits = model.logits(hidden)
 
     # 3. The best answers, without the prompt.
-    count = sampling.num_return_sequences
-    return [[beam.ids[search.prompt_length :] for beam in search.finished[:count]] for search in searches]
+    return [search.best_answers() for search in searches]
 
 
 def _start_searches(
-    prompts: Sequence[Sequence[int]], sampling: SamplingParams, context_length: int, numbers: Sequence[int]
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingParams,
+    context_length: int,
+    numbers: Sequence[int],
 ) -> list[_BeamSearch]:
-    return [
-        _BeamSearch(
+    searches = []
+    for number, prompt in zip(numbers, prompts, strict=True):
+        search = _BeamSearch(
             sampling,
-            len(prompt),
-            sampling.max_total_length(len(prompt), context_length),
-            np.random.default_rng((sampling.seed, number)),
-            [_Beam(list(prompt))],
+            prompt_length=len(prompt),
+            max_total_length=sampling.max_total_length(len(prompt), context_length),
+            random=np.random.default_rng((sampling.seed, number)),
+            running=[_Beam(list(prompt))],
         )
-        for number, prompt in zip(numbers, prompts, strict=True)
-    ]
+        searches.append(search)
+    return searches
 
 
 def _advance_all(searches: Sequence[_BeamSearch], logits: Tensor) -> list[int]:
@@ -195,6 +225,7 @@ def _advance_all(searches: Sequence[_BeamSearch], logits: Tensor) -> list[int]:
     first_row = 0
     for search in searches:
         end_row = first_row + len(search.running)
-        parents += [first_row + parent for parent in search.advance(logits[first_row:end_row])]
+        own_parents = search.advance(logits[first_row:end_row])
+        parents += [first_row + parent for parent in own_parents]
         first_row = end_row
     return parents

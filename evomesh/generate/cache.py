@@ -6,7 +6,8 @@ heads, H head dim, L longest sequence in use.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,9 @@ class KeyValueCache:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def prefill(
-        self, lengths: Sequence[int], device: torch.device
+        self,
+        lengths: Sequence[int],
+        device: torch.device,
     ) -> tuple[SequenceBounds, AttentionFunction]:
         """Assign the next free slots to prompts of these lengths; the next call of the model has their tokens.
 
@@ -40,7 +43,8 @@ class KeyValueCache:
             ValueError: too few free slots, or a prompt longer than the context length.
         """
         first_slot = len(self.lengths)
-        if first_slot + len(lengths) > self.slots or max(lengths) > self.context_length:
+        longest = max(lengths)
+        if first_slot + len(lengths) > self.slots or longest > self.context_length:
             raise ValueError(
                 f"no room for prompts of {list(lengths)} tokens beside {first_slot} sequences: the cache has "
                 f"{self.slots} slots of {self.context_length} tokens"
@@ -48,16 +52,23 @@ class KeyValueCache:
         self.lengths += lengths
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
         positions = torch.cat([torch.arange(length) for length in lengths])
-        bounds = SequenceBounds(positions.to(device), cu_seqlens.to(device), max(lengths))
+        bounds = SequenceBounds(positions.to(device), cu_seqlens.to(device), longest)
+
+        def store(cached: Tensor, packed: Tensor) -> None:
+            sequences = torch.split(packed, list(lengths))  # each [length, G, H]
+            for slot, sequence in enumerate(sequences, first_slot):
+                cached[slot, :, : len(sequence)] = sequence.transpose(0, 1)
 
         def store_and_attend(
-            q: Tensor, k: Tensor, v: Tensor, bounds: SequenceBounds, module: Attention
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            bounds: SequenceBounds,
+            module: Attention,
         ) -> Tensor:
             cached_keys, cached_values = self._tensors(module.layer, k)
-            for cached, packed in ((cached_keys, k), (cached_values, v)):
-                sequences = torch.split(packed, list(lengths))  # each [length, G, H]
-                for slot, sequence in enumerate(sequences, first_slot):
-                    cached[slot, :, : len(sequence)] = sequence.transpose(0, 1)
+            store(cached_keys, k)
+            store(cached_values, v)
             out: Tensor = attend(q, k, v, bounds, module)
             return out
 
@@ -88,18 +99,25 @@ class KeyValueCache:
         self.lengths = [length + 1 for length in self.lengths]
 
         def store_and_look_back(
-            q: Tensor, k: Tensor, v: Tensor, bounds: SequenceBounds, module: Attention
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            bounds: SequenceBounds,
+            module: Attention,
         ) -> Tensor:
             keys, values = self._tensors(module.layer, k)
             if equally_long:
-                keys[:count, :, longest - 1] = k
-                values[:count, :, longest - 1] = v
+                new_position = longest - 1
+                keys[:count, :, new_position] = k
+                values[:count, :, new_position] = v
             else:
                 keys[rows, :, positions] = k
                 values[rows, :, positions] = v
             # The query heads of a group take the place of SDPA's query positions, so that no key is repeated:
             # q [B, N, H] -> [B, G, N / G, H], keys and values [B, G, L, H].
-            grouped_q = q.reshape(count, k.shape[1], -1, q.shape[2])
+            groups = k.shape[1]
+            head_dim = q.shape[2]
+            grouped_q = q.reshape(count, groups, -1, head_dim)
             seen_keys = keys[:count, :, :longest]
             seen_values = values[:count, :, :longest]
             context = F.scaled_dot_product_attention(grouped_q, seen_keys, seen_values, attn_mask=visible)
@@ -115,30 +133,35 @@ class KeyValueCache:
         """
         last = len(self.lengths) - 1
         end = max(self.lengths[slot], self.lengths[last])
-        for tensors in self._layers.values():
-            for cached in tensors:
-                if slot != last:
-                    cached[slot, :, :end] = cached[last, :, :end]
-                cached[last, :, :end] = 0
+        for cached in self._all_tensors():
+            if slot != last:
+                cached[slot, :, :end] = cached[last, :, :end]
+            cached[last, :, :end] = 0
         self.lengths[slot] = self.lengths[last]
         self.lengths.pop()
 
     @torch.inference_mode()
     def reorder(self, sources: Sequence[int]) -> None:
         """Move the sequence of slot ``sources[i]`` to slot i; a sequence may be copied to several slots, or dropped."""
-        moves = [(slot, source) for slot, source in enumerate(sources) if slot != source]
-        if moves:
+        target_slots: list[int] = []
+        source_slots: list[int] = []
+        for slot, source in enumerate(sources):
+            if slot != source:
+                target_slots.append(slot)
+                source_slots.append(source)
+        if target_slots:
             end = max(self.lengths)
-            target_slots = [slot for slot, _ in moves]
-            source_slots = [source for _, source in moves]
-            for tensors in self._layers.values():
-                for cached in tensors:
-                    cached[target_slots, :, :end] = cached[source_slots, :, :end]
+            for cached in self._all_tensors():
+                # Indexing with a list copies first, so that no move reads what another one wrote.
+                cached[target_slots, :, :end] = cached[source_slots, :, :end]
         self.lengths = [self.lengths[source] for source in sources]
 
     def size_in_bytes(self) -> int:
         """Return the memory that this rank's cache occupies."""
-        return sum(t.numel() * t.element_size() for tensors in self._layers.values() for t in tensors)
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._all_tensors())
+
+    def _all_tensors(self) -> Iterator[Tensor]:
+        return chain.from_iterable(self._layers.values())
 
     def _tensors(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and values of a layer; zeros at first, since masked uninitialized memory could be NaN.

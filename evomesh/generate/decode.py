@@ -45,17 +45,22 @@ def stream(
     """
     answers_per_prompt = sampling.num_return_sequences
     slots = batch_size or max(len(prompts) * answers_per_prompt, 1)
-    engine = GenerationEngine(model, slots=slots, context_length=_context_length(prompts, sampling))
+    context_length = _context_length(prompts, sampling)
+    engine = GenerationEngine(model, slots=slots, context_length=context_length)
     for index, prompt in enumerate(prompts):
         check_prompt(prompt, engine.context_length, engine.vocab_size, f"prompt {index}")
+
+    # 1. One request for each answer.
     one_answer = replace(sampling, num_return_sequences=1)
     origins: dict[int, tuple[int, int]] = {}  # request -> (prompt, answer)
     for index, prompt in enumerate(prompts):
         number = index if numbers is None else numbers[index]
         for answer in range(answers_per_prompt):
-            random_stream = (sampling.seed, number * answers_per_prompt + answer)
-            request = engine.add(prompt, one_answer, random_stream)
+            stream_number = number * answers_per_prompt + answer
+            request = engine.add(prompt, one_answer, (sampling.seed, stream_number))
             origins[request] = (index, answer)
+
+    # 2. Their tokens, as they come.
     while engine.active:
         for token in engine.step():
             index, answer = origins[token.request]
@@ -76,9 +81,13 @@ def generate(
     """
     if sampling.num_beams > 1:
         batch_size = batch_size or max(len(prompts), 1)
-        return _search_in_batches(model, prompts, sampling, batch_size, numbers or range(len(prompts)))
-    answers: list[list[list[int]]] = [[[] for _ in range(sampling.num_return_sequences)] for _ in prompts]
-    for new in stream(model, prompts, sampling, batch_size=batch_size, numbers=numbers):
+        numbers = numbers or range(len(prompts))
+        return _search_in_batches(model, prompts, sampling, batch_size, numbers)
+    answers: list[list[list[int]]] = []
+    for _ in prompts:
+        answers.append([[] for _ in range(sampling.num_return_sequences)])
+    tokens = stream(model, prompts, sampling, batch_size=batch_size, numbers=numbers)
+    for new in tokens:
         answers[new.prompt][new.answer].append(new.token)
     return answers
 
@@ -96,9 +105,10 @@ def _search_in_batches(
         check_prompt(prompt, context_length, vocab_size, f"prompt {index}")
     answers = []
     for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        batch_numbers = numbers[start : start + batch_size]
-        answers += beam_search(model, batch, sampling, _context_length(batch, sampling), batch_numbers)
+        end = start + batch_size
+        batch = prompts[start:end]
+        batch_context_length = _context_length(batch, sampling)
+        answers += beam_search(model, batch, sampling, batch_context_length, numbers[start:end])
     return answers
 
 

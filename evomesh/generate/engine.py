@@ -45,7 +45,10 @@ class _ActiveRequest:
     max_total_length: int
 
     def append(
-        self, token: int, logprob: float | None = None, top: Sequence[tuple[int, float]] = ()
+        self,
+        token: int,
+        logprob: float | None = None,
+        top: Sequence[tuple[int, float]] = (),
     ) -> GeneratedToken:
         """Add a token to the answer and return it, with the reason if it is the last one."""
         self.ids.append(token)
@@ -127,7 +130,8 @@ class GenerationEngine:
         self._next_number += 1
         max_total_length = sampling.max_total_length(len(prompt), self.context_length)
         sampler = TokenSampler(sampling, stream)
-        self._waiting.append(_ActiveRequest(number, list(prompt), sampling, sampler, max_total_length))
+        request = _ActiveRequest(number, list(prompt), sampling, sampler, max_total_length)
+        self._waiting.append(request)
         return number
 
     def cancel(self, number: int) -> None:
@@ -145,11 +149,17 @@ class GenerationEngine:
         A request whose token has a ``finish`` has left its slot. After an exception, discard the engine.
         """
         admitted = self._admit()
-        tokens = self._decode(list(self._running)) if self._running else []
-        tokens += self._prefill(admitted) if admitted else []
+        tokens: list[GeneratedToken] = []
+        if self._running:
+            tokens += self._decode(list(self._running))
+        if admitted:
+            tokens += self._prefill(admitted)
+
+        # From the last slot to the first, because the last request moves into a slot that is released.
         finished = {token.request for token in tokens if token.finish}
         for slot in reversed(range(len(self._running))):
-            if self._running[slot].number in finished:
+            number = self._running[slot].number
+            if number in finished:
                 self._release(slot)
         return tokens
 
@@ -157,28 +167,40 @@ class GenerationEngine:
         """Take waiting requests, as far as slots and ``prefill_tokens`` allow."""
         admitted: list[_ActiveRequest] = []
         total_tokens = 0
-        while self._waiting and len(self._running) + len(admitted) < self.slots:
-            total_tokens += len(self._waiting[0].ids)
+        free_slots = self.slots - len(self._running)
+        while self._waiting and len(admitted) < free_slots:
+            next_request = self._waiting[0]
+            total_tokens += len(next_request.ids)
             if admitted and total_tokens > self.prefill_tokens:
                 break
             admitted.append(self._waiting.popleft())
         return admitted
 
     def _prefill(self, admitted: list[_ActiveRequest]) -> list[GeneratedToken]:
-        lengths = [len(request.ids) for request in admitted]
-        packed = [token for request in admitted for token in request.ids]
+        """Read the prompts of new requests and choose their first tokens."""
+        lengths: list[int] = []
+        packed: list[int] = []
+        for request in admitted:
+            lengths.append(len(request.ids))
+            packed += request.ids
         ids = torch.tensor(packed, device=self.device)
         bounds, attend = self.cache.prefill(lengths, self.device)
         hidden = self.model(ids, bounds, attend)  # [T, D]
-        last_tokens = torch.tensor(lengths).cumsum(0) - 1
-        logits = self.model.logits(hidden[last_tokens.to(self.device)])  # [B, V]
+
+        # The last token of each prompt predicts the first one of its answer.
+        ends = torch.tensor(lengths).cumsum(0)
+        last_tokens = (ends - 1).to(self.device)
+        logits = self.model.logits(hidden[last_tokens])  # [B, V]
         self._running += admitted
         return self._choose_tokens(admitted, logits)
 
     def _decode(self, requests: list[_ActiveRequest]) -> list[GeneratedToken]:
-        ids = torch.tensor([request.ids[-1] for request in requests], device=self.device)
+        """Choose the next token of requests whose other tokens are in the cache."""
+        last_tokens = [request.ids[-1] for request in requests]
+        ids = torch.tensor(last_tokens, device=self.device)
         bounds, attend = self.cache.decode_step(self.device)
-        logits = self.model.logits(self.model(ids, bounds, attend))
+        hidden = self.model(ids, bounds, attend)
+        logits = self.model.logits(hidden)
         return self._choose_tokens(requests, logits)
 
     def _choose_tokens(self, requests: list[_ActiveRequest], logits: Tensor) -> list[GeneratedToken]:
@@ -190,10 +212,11 @@ class GenerationEngine:
 
     def _choose_token(self, request: _ActiveRequest, logits: Tensor) -> GeneratedToken:
         sampling = request.sampling
+        penalty = sampling.repetition_penalty
         penalized = logits
-        if sampling.repetition_penalty != 1.0:
+        if penalty != 1.0:
             seen = torch.tensor(request.ids, dtype=torch.long, device=logits.device)
-            penalized = penalize(logits, seen, sampling.repetition_penalty)
+            penalized = penalize(logits, seen, penalty)
         token = request.sampler.next_token(penalized)
         if sampling.logprobs < 0:
             return request.append(token)
@@ -210,7 +233,7 @@ class GenerationEngine:
 def check_prompt(
     prompt: Sequence[int], context_length: int, vocab_size: int | None, name: str = "the prompt"
 ) -> None:
-    """Refuse a prompt that cannot be completed.
+    """Reject a prompt that cannot be completed.
 
     Raises:
         UserError: the prompt is empty, leaves no room for an answer, or contains ids that the model does not know.

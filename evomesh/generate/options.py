@@ -87,6 +87,8 @@ class SamplingParams:
 
     def _rules(self) -> Iterator[tuple[str, bool, str]]:
         """Yield (parameter, whether its value is allowed, what would be) in the order in which they are checked."""
+        max_new_tokens = self.max_new_tokens
+        max_length = self.max_length
         yield "repetition_penalty", self.repetition_penalty > 0, "above 0"
         yield "temperature", self.temperature >= 0, "0 (greedy) or more"
         yield "top_k", self.top_k >= 0, "0 (all) or more"
@@ -101,8 +103,8 @@ class SamplingParams:
             expected = "at most 1: greedy completions are all the same"
             yield "num_return_sequences", self.num_return_sequences == 1, expected
         yield "seed", 0 <= self.seed < 2**64, "from 0 to 2**64 - 1"
-        yield "max_new_tokens", self.max_new_tokens is None or self.max_new_tokens >= 1, "at least 1"
-        yield "max_length", self.max_length is None or self.max_length >= 1, "at least 1"
+        yield "max_new_tokens", max_new_tokens is None or max_new_tokens >= 1, "at least 1"
+        yield "max_length", max_length is None or max_length >= 1, "at least 1"
         yield "logprobs", self.logprobs >= -1, "-1 (none) or more"
 
     @property

@@ -104,8 +104,9 @@ def answer_prompts(
         numbers=[first_number + index for index in mine],
     )
     answers_by_index: dict[int, list[list[int]]] = {}
-    for of_rank in all_gather_objects(dict(zip(mine, answers, strict=True)), dp):
-        answers_by_index |= of_rank
+    my_answers = dict(zip(mine, answers, strict=True))
+    for answers_of_rank in all_gather_objects(my_answers, dp):
+        answers_by_index |= answers_of_rank
     return [PromptResult(prompt, answers_by_index.get(index, [])) for index, prompt in enumerate(prompts)]
 
 
@@ -143,11 +144,14 @@ def write_results(
     path = output / f"{task}.jsonl"
     with write_atomically(path) as file:
         for result in results:
-            file.write(orjson.dumps(result_record(result, sampling, tokenizer)) + b"\n")
+            record = result_record(result, sampling, tokenizer)
+            file.write(orjson.dumps(record) + b"\n")
 
 
 def result_record(
-    result: PromptResult, sampling: SamplingParams, tokenizer: Tokenizer | None
+    result: PromptResult,
+    sampling: SamplingParams,
+    tokenizer: Tokenizer | None,
 ) -> dict[str, Any]:
     """Return one line of the readable results; with a tokenizer also as text, without the id that ended the answer."""
     prompt = result.prompt
@@ -156,18 +160,19 @@ def result_record(
         record["skipped"] = f"no room: {len(prompt.ids)} tokens" if prompt.ids else "no tokens"
     stopped = [bool(answer) and answer[-1] in sampling.eos_ids for answer in result.answers]
     if tokenizer is not None:
-        shown = [
-            answer[:-1] if stop else answer for answer, stop in zip(result.answers, stopped, strict=True)
-        ]
         record["prompt"] = tokenizer.decode(prompt.ids)
-        record["answers"] = [tokenizer.decode(answer) for answer in shown]
-    record["finish"] = ["stop" if stop else "length" for stop in stopped]
+        record["answers"] = []
+        for answer, is_stopped in zip(result.answers, stopped, strict=True):
+            text_ids = answer[:-1] if is_stopped else answer
+            record["answers"].append(tokenizer.decode(text_ids))
+    record["finish"] = ["stop" if is_stopped else "length" for is_stopped in stopped]
     record["prompt_ids"] = prompt.ids
     record["answer_ids"] = result.answers
     return record
 
 
 def summarize_results(task: str, results: Sequence[PromptResult], seconds: float) -> str:
+    """Return the log line of a finished task."""
     tokens = sum(len(answer) for result in results for answer in result.answers)
     skipped = sum(not result.answers for result in results)
     note = f", {skipped} skipped (no tokens, or no room within max_length)" if skipped else ""

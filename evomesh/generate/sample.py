@@ -19,10 +19,15 @@ def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     if penalty == 1.0:
         return logits
     of_seen = logits[seen]
-    return logits.index_put((seen,), torch.where(of_seen < 0, of_seen * penalty, of_seen / penalty))
+    lowered = torch.where(of_seen < 0, of_seen * penalty, of_seen / penalty)
+    return logits.index_put((seen,), lowered)
 
 
-def candidates(logits: Tensor, sampling: SamplingParams, keep: int = 1) -> tuple[Tensor, Tensor]:
+def candidates(
+    logits: Tensor,
+    sampling: SamplingParams,
+    keep: int = 1,
+) -> tuple[Tensor, Tensor]:
     """Return the tokens that top-k, top-p and min-p leave: ids [K], and their logits [K] over the temperature.
 
     Args:
@@ -45,15 +50,18 @@ def candidates(logits: Tensor, sampling: SamplingParams, keep: int = 1) -> tuple
         before = probability.cumsum(-1) - probability
         remaining = before < sampling.top_p
         remaining[:keep] = True
-        logits, ids = logits[remaining], ids[remaining]
+        logits = logits[remaining]
+        ids = ids[remaining]
 
     # min-p: every token at least this fraction as probable as the top one
     if sampling.min_p > 0:
         probability = logits.softmax(-1)
-        remaining = probability >= sampling.min_p * probability.max()
-        top = probability.topk(min(keep, len(probability))).indices
-        remaining[top] = True
-        logits, ids = logits[remaining], ids[remaining]
+        threshold = sampling.min_p * probability.max()
+        remaining = probability >= threshold
+        kept = min(keep, len(probability))
+        remaining[probability.topk(kept).indices] = True
+        logits = logits[remaining]
+        ids = ids[remaining]
     return ids, logits
 
 
@@ -69,18 +77,27 @@ class TokenSampler:
         if self.sampling.greedy:
             return int(logits.argmax())
         # On the CPU and in float64, so that a seed gives the same tokens on every device.
-        ids, logits = candidates(logits.cpu().double(), self.sampling)
-        cumulative = logits.softmax(-1).cumsum(-1)
-        threshold = self._random.random() * float(cumulative[-1])
+        precise = logits.cpu().double()
+        ids, kept = candidates(precise, self.sampling)
+
+        # Inverse transform sampling: the first token whose cumulative probability exceeds a uniform number.
+        probability = kept.softmax(-1)
+        cumulative = probability.cumsum(-1)
+        total = float(cumulative[-1])
+        threshold = self._random.random() * total
         index = int(torch.searchsorted(cumulative, threshold, right=True))
-        return int(ids[min(index, len(ids) - 1)])
+        last = len(ids) - 1
+        chosen = ids[min(index, last)]  # rounding may lead beyond the last
+        return int(chosen)
 
 
 def top_logprobs(logits: Tensor, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:
     """Return the log-probability of ``token`` under logits [V], and (id, log-probability) of the ``count`` best."""
     logprobs = logits.log_softmax(-1)
     best = logprobs.topk(min(count, len(logprobs)))
-    return float(logprobs[token]), list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    best_ids = best.indices.tolist()
+    best_logprobs = best.values.tolist()
+    return float(logprobs[token]), list(zip(best_ids, best_logprobs, strict=True))
 
 
 def argmax_suffices(samplings: Sequence[SamplingParams]) -> bool:

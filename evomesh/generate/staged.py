@@ -35,13 +35,16 @@ class StagedModel(LanguageModel):
 
     def forward(self, x: Tensor, docs: SequenceBounds, attend: AttentionFunction = attend) -> Tensor:
         """Return hidden states [T, D] for ids [T]: the final ones on the last rank, this stage's output on others."""
-        if self.axis.rank > 0:
+        rank = self.axis.rank
+        if rank > 0:
             dtype = promote(self.dtype) if self.config.residual_in_fp32 else self.dtype
-            buffer = torch.empty(len(x), self.config.hidden_size, dtype=dtype, device=x.device)
-            x = receive(buffer, self.axis, self.axis.rank - 1)
+            shape = (len(x), self.config.hidden_size)
+            buffer = torch.empty(shape, dtype=dtype, device=x.device)
+            x = receive(buffer, self.axis, rank - 1)
         hidden: Tensor = self.stage(x, docs, attend)
         if not self.is_last:
-            pending = launch_send(hidden.contiguous(), self.axis, self.axis.rank + 1)
+            sent = hidden.contiguous()
+            pending = launch_send(sent, self.axis, rank + 1)
             if pending is not None:
                 pending.wait()
         return hidden

@@ -23,6 +23,7 @@ class AnswerChoice:
     finish: str | None = None
 
     def add(self, delta: TextDelta) -> None:
+        """Append the next delta."""
         self.text += delta.text
         self.scored += delta.scored
         self.tokens = delta.tokens
@@ -34,7 +35,7 @@ class ApiAnswer:
 
     Args:
         chat: a chat completion, else a completion.
-        with_logprobs: the client asked for log-probabilities.
+        with_logprobs: the client requested log-probabilities.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class ApiAnswer:
 
     @property
     def usage(self) -> dict[str, int]:
+        """Count the tokens of prompts and answers."""
         completion_tokens = sum(choice.tokens for choice in self.choices)
         return {
             "prompt_tokens": self.prompt_tokens,
@@ -73,10 +75,20 @@ class ApiAnswer:
         for index, choice in enumerate(self.choices):
             content: dict[str, Any] = {"text": choice.text}
             if self.chat:
-                content = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
-            choices.append(self._choice_record(index, content, choice.scored, choice.finish))
-        kind = "chat.completion" if self.chat else "text_completion"
-        return {**self._header, "object": kind, "choices": choices, "usage": self.usage}
+                message = {
+                    "role": "assistant",
+                    "content": choice.text,
+                    "refusal": None,
+                }
+                content = {"message": message}
+            record = self._choice_record(index, content, choice.scored, choice.finish)
+            choices.append(record)
+        return {
+            **self._header,
+            "object": "chat.completion" if self.chat else "text_completion",
+            "choices": choices,
+            "usage": self.usage,
+        }
 
     def opening_event(self, index: int) -> dict[str, Any]:
         """Return the first event of a choice in a chat, which names the role."""
@@ -88,7 +100,8 @@ class ApiAnswer:
         content: dict[str, Any] = {"text": delta.text}
         if self.chat:
             content = {"delta": {"content": delta.text} if delta.text else {}}
-        return self._event([self._choice_record(index, content, delta.scored, self.choices[index].finish)])
+        finish = self.choices[index].finish
+        return self._event([self._choice_record(index, content, delta.scored, finish)])
 
     def usage_event(self) -> dict[str, Any]:
         """Return the last event, with the usage."""
@@ -106,7 +119,12 @@ class ApiAnswer:
             logprobs = _chat_logprobs(scored)
         elif self.with_logprobs and scored:
             logprobs = _completion_logprobs(scored)
-        return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish}
+        return {
+            "index": index,
+            **content,
+            "logprobs": logprobs,
+            "finish_reason": finish,
+        }
 
 
 def _chat_logprobs(scored: list[ScoredToken]) -> dict[str, Any]:

@@ -71,35 +71,40 @@ class ApiRoutes:
         self.metrics = ServerMetrics(service)
 
     def mount(self, app: FastAPI) -> None:
-        app.add_api_route("/healthz", self.health)
-        for path, handler, method in (
-            ("/metrics", self.show_metrics, "GET"),
-            ("/v1/models", self.list_models, "GET"),
-            ("/v1/models/{name:path}", self.show_model, "GET"),
-            ("/v1/completions", self.completions, "POST"),
-            ("/v1/chat/completions", self.chat, "POST"),
-        ):
-            app.add_api_route(path, handler, methods=[method], response_model=None)
+        """Add the routes to an app."""
+        get: dict[str, Any] = {"methods": ["GET"], "response_model": None}
+        post: dict[str, Any] = {"methods": ["POST"], "response_model": None}
+        app.add_api_route("/healthz", self.show_health, **get)
+        app.add_api_route("/metrics", self.show_metrics, **get)
+        app.add_api_route("/v1/models", self.list_models, **get)
+        app.add_api_route("/v1/models/{name:path}", self.show_model, **get)
+        app.add_api_route("/v1/completions", self.complete, **post)
+        app.add_api_route("/v1/chat/completions", self.chat, **post)
 
-    async def health(self) -> Response:
+    async def show_health(self) -> Response:
+        """Answer 200 if the engine thread runs, else 503; needs no key."""
         if self.service.engines.alive:
             return json_response({"status": "ok"})
         return json_response({"status": "the engine has stopped"}, 503)
 
     async def show_metrics(self, request: Request) -> Response:
+        """Answer with the metrics in Prometheus' text format."""
         check_key(request, self.key)
         return PlainTextResponse(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def list_models(self, request: Request) -> Response:
+        """Answer with a list of the only model."""
         check_key(request, self.key)
         return json_response({"object": "list", "data": [self._model_record()]})
 
     async def show_model(self, request: Request, name: str) -> Response:
+        """Answer with the record of a model, or 404."""
         check_key(request, self.key)
         self._check_model(name)
         return json_response(self._model_record())
 
-    async def completions(self, request: Request) -> Response:
+    async def complete(self, request: Request) -> Response:
+        """Complete one or more texts."""
         check_key(request, self.key)
         body = await read_body(request, self.service.limits.body_bytes)
         completion = parse_request(CompletionRequest, body)
@@ -107,12 +112,18 @@ class ApiRoutes:
         if completion.best_of not in (None, completion.n):
             raise ApiError(400, "best_of: must equal n", param="best_of", code="invalid_value")
         # Tokenizing a long text takes time in which the event loop would stand still.
-        prompts = await asyncio.to_thread(
-            lambda: [self.service.text_ids(p) if isinstance(p, str) else p for p in completion.prompts]
-        )
+        prompts = await asyncio.to_thread(self._tokenize, completion.prompts)
         return await self._answer(request, completion, prompts)
 
+    def _tokenize(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+        tokenized: list[list[int]] = []
+        for prompt in prompts:
+            ids = self.service.text_ids(prompt) if isinstance(prompt, str) else prompt
+            tokenized.append(ids)
+        return tokenized
+
     async def chat(self, request: Request) -> Response:
+        """Answer a conversation."""
         check_key(request, self.key)
         body = await read_body(request, self.service.limits.body_bytes)
         chat = parse_request(ChatRequest, body)
@@ -131,7 +142,8 @@ class ApiRoutes:
     async def _answer(
         self, request: Request, api_request: ApiRequest, prompts: Sequence[Sequence[int]]
     ) -> Response:
-        # 1. Refuse what can never be answered.
+        """Answer tokenized prompts, as a stream of events or at once."""
+        # 1. Reject what can never be answered.
         service = self.service
         service.check(prompts, api_request.max_new_tokens, api_request.n)
         sampling = api_request.sampling_params(service.model.eos_ids)
@@ -223,7 +235,7 @@ def create_app(service: GenerationService, *, key: str | None = None, local: boo
 
     Args:
         key: clients must send it; None: no key.
-        local: bound to this machine only: requests for any other host name are refused, since a web page may point
+        local: bound to this machine only: requests for any other host name are rejected, since a web page may point
             its own host name here.
     """
 

@@ -72,27 +72,35 @@ class Detokenizer:
         found = [position for position in positions if position >= 0]
         if found:
             text = self._held_back[: min(found)]
-            return self._emit(text, "stop", scored=self._take_scored(before=len(text)))
+            scored = self._take_scored(before=len(text))
+            return self._emit(text, "stop", scored)
 
         # At the end everything goes out; before that, all but a possible beginning of a stop string.
         if token.finish:
-            return self._emit(self._held_back, token.finish, scored=self._take_scored())
-        overlap = max((_overlap(self._held_back, stop) for stop in self._stops), default=0)
-        text = self._held_back[: len(self._held_back) - overlap]
-        return self._emit(text, "", scored=self._take_scored(before=len(text)))
+            scored = self._take_scored()
+            return self._emit(self._held_back, token.finish, scored)
+        overlaps = [_overlap(self._held_back, stop) for stop in self._stops]
+        complete = len(self._held_back) - max(overlaps, default=0)
+        scored = self._take_scored(before=complete)
+        return self._emit(self._held_back[:complete], "", scored)
 
     def _score(self, token: GeneratedToken, logprob: float) -> ScoredToken:
-        top = [(self._tokenizer.decode([other]), its_logprob) for other, its_logprob in token.top]
+        decode = self._tokenizer.decode
+        top = [(decode([other]), its_logprob) for other, its_logprob in token.top]
         offset = self._emitted_characters + len(self._held_back)
-        return ScoredToken(self._tokenizer.decode([token.id]), logprob, top, offset)
+        return ScoredToken(decode([token.id]), logprob, top, offset)
 
     def _decode_new(self, flush: bool) -> str:
         """Return the text of the new tokens, if it consists of whole characters or must be flushed; else ""."""
-        known = self._tokenizer.decode(self._ids[self._start : self._read])
-        text = self._tokenizer.decode(self._ids[self._start :])
+        known_ids = self._ids[self._start : self._read]
+        all_ids = self._ids[self._start :]
+        known = self._tokenizer.decode(known_ids)
+        text = self._tokenizer.decode(all_ids)
+        if len(text) <= len(known):
+            return ""
         new_tokens = len(self._ids) - self._read
         incomplete = text.endswith("\ufffd") and new_tokens < LONGEST_CHARACTER
-        if len(text) <= len(known) or (incomplete and not flush):
+        if incomplete and not flush:
             return ""
         self._start = self._read
         self._read = len(self._ids)

@@ -55,12 +55,15 @@ def load_service(ckpt: str, device: str, options: ModelOptions) -> GenerationSer
         UserError: no such checkpoint, no tokenizer, or one that does not fit the model or the template.
     """
     loaded = load_model(ckpt, device, tokenizer=options.tokenizer, template=options.template)
-    trained_length = loaded.config.model.max_position_embeddings
-    rotary_type = options.rotary_type or loaded.config.model.rotary_type
-    extended = options.extended_context or rotary_type == "dynamic"
-    context_length = options.context_length or trained_length * (EXTENSION if extended else 1)
+    config = loaded.config
+    trained_length = config.model.max_position_embeddings
+    rotary_type = options.rotary_type or config.model.rotary_type
+    context_length = options.context_length
+    if context_length is None:
+        extended = options.extended_context or rotary_type == "dynamic"
+        context_length = trained_length * EXTENSION if extended else trained_length
     model = ServedModel(
-        name=options.name or loaded.config.run.job_name,
+        name=options.name or config.run.job_name,
         fingerprint=loaded.fingerprint,
         created=int(time.time()),
         tokenizer=loaded.tokenizer,
@@ -71,7 +74,8 @@ def load_service(ckpt: str, device: str, options: ModelOptions) -> GenerationSer
         rotary_type=rotary_type,
     )
     limits = ServiceLimits(context_length, options.slots, options.queue)
-    return GenerationService(model, EngineLoop(_engine_builders(loaded, limits)), limits)
+    engines = EngineLoop(_engine_builders(loaded, limits))
+    return GenerationService(model, engines, limits)
 
 
 def _engine_builders(

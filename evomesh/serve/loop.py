@@ -157,6 +157,7 @@ class EngineLoop:
 
     def _run(self) -> None:
         while True:
+            # Cancelled requests leave their slots before the next step.
             for command in self._take_commands():
                 if isinstance(command, _StopCommand):
                     return
@@ -179,15 +180,18 @@ class EngineLoop:
 
     def _add(self, submission: Submission, index: int) -> None:
         request = submission.requests[index]
+        rotary_type = request.rotary_type
         try:
-            if request.rotary_type not in self._engines:
-                self._engines[request.rotary_type] = self.builders[request.rotary_type]()
-            engine = self._engines[request.rotary_type]
+            if rotary_type not in self._engines:
+                build = self.builders[rotary_type]
+                self._engines[rotary_type] = build()
+            engine = self._engines[rotary_type]
             number = engine.add(request.prompt, request.sampling, request.stream)
         except UserError as error:
-            self._post([_TokenEvent(submission, index, error)])
+            rejection = _TokenEvent(submission, index, error)
+            self._post([rejection])
             return
-        handle = _EngineHandle(request.rotary_type, number)
+        handle = _EngineHandle(rotary_type, number)
         self._owners[handle] = (submission, index)
         self._handles[submission, index] = handle
 
@@ -226,7 +230,8 @@ class EngineLoop:
         for handle, (submission, index) in list(self._owners.items()):
             if handle.rotary_type == rotary_type:
                 self._forget(handle)
-                events.append(_TokenEvent(submission, index, EngineError("the engine failed")))
+                failure = EngineError("the engine failed")
+                events.append(_TokenEvent(submission, index, failure))
         self._post(events)
 
     def _post(self, events: Sequence[_TokenEvent]) -> None:

@@ -38,6 +38,7 @@ class ServerMetrics:
         slots.set(slot_count)
 
     def text(self) -> bytes:
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
@@ -51,11 +52,15 @@ class MetricsMiddleware:
         self.app, self.metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        requests = self.metrics.requests
+
         async def send_and_count(message: Message) -> None:
             if message["type"] == "http.response.start":
-                path = getattr(scope.get("route"), "path", "")
+                route = scope.get("route")  # set by the router, if there is one for the path
+                path = getattr(route, "path", "")
                 if path:
-                    self.metrics.requests.labels(path, str(message["status"])).inc()
+                    status = str(message["status"])
+                    requests.labels(path, status).inc()
             await send(message)
 
         await self.app(scope, receive, send_and_count)

@@ -48,7 +48,7 @@ STREAMING: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class PageSettings:
-    """Values of the controls, in the order in which they stand on the page."""
+    """Values of the controls, in the order of the page."""
 
     system: str
     temperature: float
@@ -162,12 +162,16 @@ class ChatPage:
         """Check a prompt, and return the sampling parameters of its answer, which fits into the context length."""
         service = self.service
         remaining = service.limits.context_length - len(prompt)
-        max_new_tokens = max(1, min(int(settings.max_new_tokens), remaining))
+        wanted = int(settings.max_new_tokens)
+        max_new_tokens = max(1, min(wanted, remaining))
         service.check([prompt], max_new_tokens)
+        seed = secrets.randbits(63)
+        if settings.seed >= 0:
+            seed = int(settings.seed)
         return SamplingParams.from_settings(
             settings,
             top_k=int(settings.top_k),  # gradio's sliders return floats
-            seed=int(settings.seed) if settings.seed >= 0 else secrets.randbits(63),
+            seed=seed,
             max_new_tokens=max_new_tokens,
             eos_ids=service.model.eos_ids,
         )
@@ -334,12 +338,18 @@ def _create_chat_tab() -> ChatTab:
     return ChatTab(conversation, message, send, stop, clear)
 
 
-def _connect_chat_tab(tab: ChatTab, page: ChatPage, settings: list[Any], status: gr.Markdown) -> None:
+def _connect_chat_tab(
+    tab: ChatTab,
+    page: ChatPage,
+    settings: list[Any],
+    status: gr.Markdown,
+) -> None:
     typed = [tab.message, tab.conversation]
+    asked = [tab.conversation, *settings]
     shown = [tab.conversation, status]
     for event in (tab.message.submit, tab.send.click):
         appended = event(append_message, typed, typed, **IMMEDIATE)
-        appended.then(page.answer_conversation, [tab.conversation, *settings], shown, **STREAMING)
+        appended.then(page.answer_conversation, asked, shown, **STREAMING)
     tab.stop.click(page.stop_answer, None, None, **IMMEDIATE)
     tab.clear.click(lambda: ([], ""), None, shown, **IMMEDIATE)
 
@@ -368,7 +378,10 @@ def _create_completion_tab() -> CompletionTab:
 
 
 def _connect_completion_tab(
-    tab: CompletionTab, page: ChatPage, settings: list[Any], status: gr.Markdown
+    tab: CompletionTab,
+    page: ChatPage,
+    settings: list[Any],
+    status: gr.Markdown,
 ) -> None:
     shown = [tab.completion, status]
     tab.complete.click(page.complete_text, [tab.prompt, *settings], shown, **STREAMING)

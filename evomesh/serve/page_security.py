@@ -1,7 +1,7 @@
 """The guard of the chat page: only the gradio routes that the page uses, with plain values only.
 
 Gradio has many more routes: uploads, files, proxies, calls of component methods. A request for any of them is
-rejected before gradio sees it, and so is a value that could stand for a file.
+rejected before gradio sees it, and so is a value that could refer to a file.
 """
 
 from __future__ import annotations

@@ -43,14 +43,23 @@ class ApiError(Exception):
         self.headers = headers
 
     def body(self) -> dict[str, Any]:
-        kinds = {401: "authentication_error", 429: "rate_limit_error"}
-        other = "server_error" if self.status >= 500 else "invalid_request_error"
-        kind = kinds.get(self.status, other)
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        """Return the JSON body of the response."""
+        error_type = "server_error" if self.status >= 500 else "invalid_request_error"
+        if self.status == 401:
+            error_type = "authentication_error"
+        elif self.status == 429:
+            error_type = "rate_limit_error"
+        error = {
+            "message": self.message,
+            "type": error_type,
+            "param": self.param,
+            "code": self.code,
+        }
+        return {"error": error}
 
 
 def check_key(request: Request, key: str | None) -> None:
-    """Refuse a request without the server's key, if it has one.
+    """Reject a request without the server's key, if it has one.
 
     Raises:
         ApiError: 401.
@@ -97,7 +106,7 @@ async def wait_until_disconnected(request: Request) -> None:
 
 
 class LocalHostMiddleware:
-    """Refuses requests for a host name other than this machine's.
+    """Rejects requests for a host name other than this machine's.
 
     A web page could otherwise point its own host name here, and reach the server through the visitor's browser.
     """
@@ -106,13 +115,20 @@ class LocalHostMiddleware:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] in ("http", "websocket"):
-            host = Headers(scope=scope).get("host", "")
-            # Without the port; an IPv6 address ends with a bracket.
-            name = host if host.endswith("]") else host.rpartition(":")[0] or host
-            if name.lower() not in LOCAL_NAMES:
-                error = ApiError(400, "this server answers to localhost only", code="wrong_host")
-                response = Response(orjson.dumps(error.body()), 400, media_type="application/json")
-                await response(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
+        if scope["type"] not in ("http", "websocket") or is_local(Headers(scope=scope)):
+            await self.app(scope, receive, send)
+            return
+        error = ApiError(400, "this server answers to localhost only", code="wrong_host")
+        body = orjson.dumps(error.body())
+        response = Response(body, 400, media_type="application/json")
+        await response(scope, receive, send)
+
+
+def is_local(headers: Headers) -> bool:
+    """Return whether a request names this machine as its host."""
+    host = headers.get("host", "")
+    name = host
+    if not host.endswith("]"):  # an IPv6 address without a port
+        before_port = host.rpartition(":")[0]
+        name = before_port or host
+    return name.lower() in LOCAL_NAMES

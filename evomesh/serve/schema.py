@@ -33,7 +33,7 @@ class StreamOptions(BaseModel):
 
 
 class ApiRequest(BaseModel):
-    """The keys that both kinds of requests share. Unknown keys are refused; null means the default."""
+    """The keys that both kinds of requests share. Unknown keys are rejected; null means the default."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -178,14 +178,21 @@ def parse_request(kind: type[RequestType], body: bytes) -> RequestType:
     try:
         return kind.model_validate(given)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        key = ".".join(str(part) for part in first["loc"] if not UNION_MEMBER.match(str(part)))
-        if first["type"] == "extra_forbidden":
-            message, code = "not supported by this server", "unknown_parameter"
-        else:
-            message = first["msg"].removeprefix("Value error, ")
-            code = "missing_parameter" if first["type"] == "missing" else "invalid_value"
-        raise ApiError(400, f"{key}: {message}", param=key, code=code) from None
+        raise _first_error(error) from None
+
+
+def _first_error(error: ValidationError) -> ApiError:
+    first = error.errors(include_url=False, include_context=False)[0]
+    parts = [str(part) for part in first["loc"]]
+    key = ".".join(part for part in parts if not UNION_MEMBER.match(part))
+    message = first["msg"].removeprefix("Value error, ")
+    code = "invalid_value"
+    if first["type"] == "extra_forbidden":
+        message = "not supported by this server"
+        code = "unknown_parameter"
+    elif first["type"] == "missing":
+        code = "missing_parameter"
+    return ApiError(400, f"{key}: {message}", param=key, code=code)
 
 
 def _is_ids(value: object) -> bool:

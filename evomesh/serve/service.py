@@ -99,7 +99,7 @@ class GenerationService:
         return self.model.template.encode_prompt(messages)
 
     def check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int | None, copies: int = 1) -> None:
-        """Refuse what can never be answered, before it is queued.
+        """Reject what can never be answered, before it is queued.
 
         Raises:
             PromptTooLongError: prompt and answer exceed the context length.
@@ -143,13 +143,13 @@ class GenerationService:
         submission = None
         try:
             rotary_type = rotary_type or self.model.rotary_type
-            detokenizers = [Detokenizer(self.model.tokenizer, prompt, stops) for prompt in prompts]
-            submission = self.engines.submit(
-                [
-                    GenerationRequest(prompt, sampling, (sampling.seed, index), rotary_type)
-                    for index, prompt in enumerate(prompts)
-                ]
-            )
+            detokenizers: list[Detokenizer] = []
+            requests: list[GenerationRequest] = []
+            for index, prompt in enumerate(prompts):
+                detokenizers.append(Detokenizer(self.model.tokenizer, prompt, stops))
+                stream = (sampling.seed, index)
+                requests.append(GenerationRequest(prompt, sampling, stream, rotary_type))
+            submission = self.engines.submit(requests)
             while submission.open:
                 index, token = await submission.next()
                 delta = detokenizers[index].push(token)

@@ -203,10 +203,13 @@ def made(served: Served) -> int:
 
 
 def reached(served: Served, load: int) -> bool:
+    """Return whether the service and its engine thread get to hold this many sequences."""
     end = time.monotonic() + 30
-    while served.service.open_sequences != load and time.monotonic() < end:
+    while time.monotonic() < end:
+        if served.service.open_sequences == served.service.engines.active == load:
+            return True
         time.sleep(0.005)
-    return served.service.open_sequences == load
+    return False
 
 
 def begin(answer: httpx.Response) -> Iterator[str]:
