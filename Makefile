@@ -8,10 +8,10 @@ export DEMO_DATA := $(DEMO)
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: help env train test lint bench clean
+.PHONY: help env train test test-fast lint bench clean
 
 help: ## this list
-	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(VENV)/.core ## the environment for training only
 
@@ -39,6 +39,9 @@ lint: $(VENV)/.dev ## style, types, import layers
 
 test: $(VENV)/.dev ## all tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
+
+test-fast: $(VENV)/.dev ## unit and architecture tests only, for the inner loop
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup tests/unit tests/arch
 
 bench: $(VENV)/.dev ## measure here, and write docs/benchmarks.md
 	$(PY) benchmarks/report.py

@@ -20,7 +20,7 @@ import torch
 
 from evomesh.checkpoint.huggingface.names import NAME_MAPS, native_to_foreign, tensor_links
 from evomesh.config.schema import ModelConfig
-from evomesh.generate.decode import generate
+from evomesh.generate.decode import generate_tokens
 from evomesh.generate.options import SamplingParams
 from evomesh.models.language_model import LanguageModel
 from evomesh.models.registry import build_model, initialize_weights
@@ -59,7 +59,7 @@ def native(config: ModelConfig) -> LanguageModel:
 def ours(config: ModelConfig, prompts: list[list[int]], new: int) -> Turn:
     keep_freed_memory()
     model, sampling = native(config), SamplingParams(do_sample=False, max_new_tokens=new)
-    return lambda: [answer for [answer] in generate(model, prompts, sampling)]
+    return lambda: [answer for [answer] in generate_tokens(model, prompts, sampling)]
 
 
 def theirs(config: ModelConfig, prompts: list[list[int]], new: int) -> Turn:

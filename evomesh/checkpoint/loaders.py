@@ -3,9 +3,9 @@
 A loader takes the path from the config and the run's model section. It yields tensors under the global names of
 evomesh, in memory or lazy; ``fill`` copies what this rank holds of each and refuses names of no parameter.
 
-    from evomesh.checkpoint.loaders import checkpoint_loaders
+    from evomesh import register_loader
 
-    @checkpoint_loaders.register("numpy")
+    @register_loader("numpy")
     def load_numpy(path: str, model: dict[str, object]) -> Iterator[tuple[str, Tensor]]:
         for file in Path(path).glob("*.npy"):
             yield file.stem, torch.from_numpy(numpy.load(file))
@@ -105,6 +105,11 @@ def _head_counts(folder: str, config: dict[str, Any]) -> HeadCounts:
 checkpoint_loaders = LoaderRegistry(
     {"internevo": load_internevo, "hf": load_huggingface, "hf_llama": load_huggingface, "llama": load_llama}
 )
+
+
+def register_loader(name: str) -> Callable[[Loader], Loader]:
+    """Return a decorator that makes ``ckpt_type=name`` load checkpoints with the decorated function."""
+    return checkpoint_loaders.register(name)
 
 
 def fill(

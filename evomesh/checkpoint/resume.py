@@ -149,7 +149,7 @@ def _from_foreign(info: LoadConfig, kind: str) -> StartPoint:
         raise CheckpointError(
             f"no loader for ckpt_type={info.ckpt_type!r}",
             expected=f"one of {', '.join(sorted({*DETECTED_TYPES, *checkpoint_loaders.names()}))}",
-            fix="register a custom one: evomesh.checkpoint.loaders.checkpoint_loaders.register",
+            fix="register a custom one: evomesh.register_loader",
         )
     if content != {"model"} and kind != "internevo":
         raise CheckpointError(

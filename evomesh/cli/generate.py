@@ -176,13 +176,13 @@ def _load(
 
 
 def _print_stream(loaded: LoadedModel, ids: list[int], sampling: SamplingParams) -> None:
-    from evomesh.generate.decode import stream
+    from evomesh.generate.decode import stream_tokens
 
     tokenizer = loaded.tokenizer
     all_ids = list(ids)
     shown = tokenizer.decode(all_ids)
     print(shown, end="", flush=True)
-    for new in stream(loaded.model, [ids], sampling):
+    for new in stream_tokens(loaded.model, [ids], sampling):
         if new.finish == "stop":
             break
         all_ids.append(new.token)
@@ -196,9 +196,9 @@ def _print_stream(loaded: LoadedModel, ids: list[int], sampling: SamplingParams)
 
 
 def _print_completions(loaded: LoadedModel, ids: list[int], sampling: SamplingParams) -> None:
-    from evomesh.generate.decode import generate as generate_ids
+    from evomesh.generate.decode import generate_tokens
 
-    (completions,) = generate_ids(loaded.model, [ids], sampling)
+    (completions,) = generate_tokens(loaded.model, [ids], sampling)
     for number, completion in enumerate(completions, 1):
         if len(completions) > 1:
             print(f"--- answer {number} of {len(completions)}")

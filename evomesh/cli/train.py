@@ -50,14 +50,14 @@ def train(
 
     from evomesh.config.deepspeed import deepspeed_settings
     from evomesh.config.loader import load_config
-    from evomesh.train.main import train_from_config
+    from evomesh.train.main import run_training
 
     extra = [f"seed={seed}"] if seed is not None else []
     extra += [f"run_dir={run_dir}"] if run_dir is not None else []
     zero, warnings = deepspeed_settings(deepspeed) if deepspeed is not None else ([], [])
     loaded = load_config(config, [*zero, *(overrides or []), *extra])
     loaded = replace(loaded, warnings=(*loaded.warnings, *warnings))
-    code = train_from_config(loaded, launcher=launcher, port=port, profile=profile)
+    code = run_training(loaded, launcher=launcher, port=port, profile=profile)
     if code:
         sys.exit(code)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +55,7 @@ class LoadedConfig:
     path: str = ""
 
 
-def load_config(path: str, overrides: Sequence[str] = ()) -> LoadedConfig:
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> LoadedConfig:
     """Read the config file at ``path``.
 
     Args:
@@ -62,6 +63,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> LoadedConfig:
     Raises:
         ConfigError: everything that is wrong, each with key, place, what was expected and a fix.
     """
+    path = os.fspath(path)
     sets = parse_overrides(overrides)
     source = read_source(path, sets)
     draft = ConfigDraft(dict(source.values), lambda key: _place(key, source, sets))

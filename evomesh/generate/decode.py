@@ -24,7 +24,7 @@ class StreamedToken:
     finish: str = ""
 
 
-def stream(
+def stream_tokens(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     sampling: SamplingParams,
@@ -67,7 +67,7 @@ def stream(
             yield StreamedToken(index, answer, token.id, token.finish)
 
 
-def generate(
+def generate_tokens(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     sampling: SamplingParams,
@@ -75,9 +75,10 @@ def generate(
     batch_size: int | None = None,
     numbers: Sequence[int] | None = None,
 ) -> list[list[list[int]]]:
-    """Return the new token ids as [prompt][answer], with the id that ended the answer; arguments as for ``stream``.
+    """Return the new token ids as [prompt][answer], each with the id that ended the answer.
 
-    With beams, ``batch_size`` prompts at a time are searched, and prompt number p draws from (seed, p).
+    Arguments are those of ``stream_tokens``. With beams, ``batch_size`` prompts at a time are searched, and prompt
+    number p draws from (seed, p).
     """
     if sampling.num_beams > 1:
         batch_size = batch_size or max(len(prompts), 1)
@@ -86,7 +87,7 @@ def generate(
     answers: list[list[list[int]]] = []
     for _ in prompts:
         answers.append([[] for _ in range(sampling.num_return_sequences)])
-    tokens = stream(model, prompts, sampling, batch_size=batch_size, numbers=numbers)
+    tokens = stream_tokens(model, prompts, sampling, batch_size=batch_size, numbers=numbers)
     for new in tokens:
         answers[new.prompt][new.answer].append(new.token)
     return answers

@@ -14,7 +14,7 @@ from evomesh.data.prompts import TokenizedPrompt
 from evomesh.data.token_files.writer import BinWriter
 from evomesh.data.tokenizer import Tokenizer
 from evomesh.errors import UserError
-from evomesh.generate.decode import generate
+from evomesh.generate.decode import generate_tokens
 from evomesh.generate.options import SamplingParams
 from evomesh.models.language_model import LanguageModel
 from evomesh.parallel.collectives import all_gather_objects
@@ -96,7 +96,7 @@ def answer_prompts(
     """
     answerable = [index for index, prompt in enumerate(prompts) if has_room(prompt, sampling)]
     mine = answerable[dp.rank :: dp.size]
-    answers = generate(
+    answers = generate_tokens(
         model,
         [prompts[index].ids for index in mine],
         sampling,

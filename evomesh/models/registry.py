@@ -43,7 +43,7 @@ class ModelInitializer:
         if known is not None and _origin(known) != _origin(builder):
             raise UserError(
                 f"model type {name!r} is registered already",
-                where="model_initializer.register_module",
+                where="model_type",
                 fix="choose another name for your model",
             )
         self._builders[name] = builder
@@ -58,9 +58,7 @@ class ModelInitializer:
                 f"unknown model type {name!r}",
                 where="model_type",
                 expected=f"one of {', '.join(self.names())}",
-                fix=f"did you mean {near[0]!r}?"
-                if near
-                else "register it with model_initializer.register_module",
+                fix=f"did you mean {near[0]!r}?" if near else "register it with evomesh.register_model",
             )
         return self._builders[name]
 
@@ -79,6 +77,20 @@ model_initializer = ModelInitializer(
         "LLAMA2": partial(Decoder, family=LLAMA),
     }
 )
+
+
+def register_model(name: str, builder: Any) -> None:
+    """Make ``model_type=name`` build ``builder(config, *, grid, mode, device, layer_range, <parameters>)``.
+
+    The same as InternEvo's ``model_initializer.register_module``.
+
+    Args:
+        builder: a function or class that returns a ``LanguageModel``. It declares those of the five parameters that
+            it uses. A config sets its other parameters in the ``model`` section.
+    Raises:
+        UserError: ``name`` stands for another builder.
+    """
+    model_initializer.register_module(name, builder)
 
 
 def check_arguments(config: ModelConfig) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from os import PathLike
 
 from evomesh.checkpoint.resume import restart_line
-from evomesh.config.loader import LoadedConfig
+from evomesh.config.loader import LoadedConfig, load_config
 from evomesh.train.allocator import keep_freed_memory
 from evomesh.train.build import build_run
 from evomesh.train.launch import launch, spawn_ranks
@@ -14,12 +15,22 @@ from evomesh.train.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 
-def train_from_config(
-    loaded: LoadedConfig, launcher: str = "auto", port: int = 8888, profile: bool = False
+def run_training(
+    config: LoadedConfig | str | PathLike[str],
+    *,
+    launcher: str = "auto",
+    port: int = 8888,
+    profile: bool = False,
 ) -> int:
     """Train to ``data.total_steps``, resuming from a checkpoint if there is one.
 
+    Where training needs several processes and this is a single one, torchrun replaces it and runs the same command
+    line on every rank.
+
     Args:
+        config: a loaded config, or the path of a config file.
+        launcher: where rank information comes from: "auto", "torch" or "slurm".
+        port: rendezvous port of the slurm launcher.
         profile: see ``Trainer``.
 
     Returns:
@@ -28,6 +39,7 @@ def train_from_config(
     Raises:
         UserError: anything in the config, the data or the checkpoints that cannot be used.
     """
+    loaded = config if isinstance(config, LoadedConfig) else load_config(config)
     spawn_ranks(launcher)
     with launch(loaded.config, launcher=launcher, port=port) as context:
         if context.device.type == "cpu":

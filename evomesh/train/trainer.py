@@ -41,7 +41,7 @@ class Trainer:
         self.upkeep = PeriodicUpkeep(data.empty_cache_and_diag_interval, data.diag_outlier_ratio, run.grid.dp)
 
     def train(self) -> int:
-        """Train and return the process's exit code; see ``train_from_config``."""
+        """Train and return the process's exit code; see ``run_training``."""
         total = self.config.data.total_steps
         if self.state.step >= total:
             logger.info(

@@ -1,13 +1,13 @@
-"""Trains the model of parallel_blocks.py on synthetic data.
+"""Train the model of parallel_blocks.py on synthetic data.
 
-Run, from this folder: evomesh train config.py
+From this folder, run: evomesh train config.py
 """
 
 from parallel_blocks import build
 
-from evomesh.models.registry import model_initializer
+from evomesh import register_model
 
-model_initializer.register_module("PARALLEL_BLOCKS", build)
+register_model("PARALLEL_BLOCKS", build)
 
 JOB_NAME = "parallel_blocks"
 model_type = "PARALLEL_BLOCKS"
@@ -19,7 +19,7 @@ model = dict(
     multiple_of=32,
     vocab_size=1000,
     dtype="torch.float32",
-    first_gain=0.5,  # the model's own parameter
+    first_gain=0.5,  # a parameter of this model's builder
 )
 data = dict(seq_len=128, micro_bsz=4, micro_num=1, total_steps=20, train_folder=None)
 adam = dict(lr=1e-3)

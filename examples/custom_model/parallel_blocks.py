@@ -1,8 +1,8 @@
-"""A model of one's own: attention and feed-forward side by side, added with a learned gain for each feature.
+"""A custom model: attention and feed-forward side by side, added with a learned gain for each feature.
 
 Shapes: T packed tokens, D model, V vocabulary.
 
-Everything that it does not want to change comes from ``evomesh.layers``; none of evomesh's files is touched.
+The parts that it does not change come from ``evomesh``, whose files stay as they are.
 """
 
 from __future__ import annotations
@@ -11,17 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evomesh.config.schema import ModelConfig
-from evomesh.layers.attention import Attention, AttentionFunction, SequenceBounds, attend
-from evomesh.layers.dtype import parameter_dtype, promote
-from evomesh.layers.embedding import Embedding
-from evomesh.layers.init import InitialWeight
-from evomesh.layers.loss import LossOutput, linear_cross_entropy
-from evomesh.layers.mlp import FeedForward
-from evomesh.layers.norm import Norm
-from evomesh.layers.placement import Placement
-from evomesh.layers.rotary import RotaryEmbedding
-from evomesh.models.language_model import LanguageModel
+from evomesh import (
+    Attention,
+    AttentionFunction,
+    Embedding,
+    FeedForward,
+    InitialWeight,
+    LanguageModel,
+    LossOutput,
+    ModelConfig,
+    Norm,
+    Placement,
+    RotaryEmbedding,
+    SequenceBounds,
+    attend,
+    linear_cross_entropy,
+    parameter_dtype,
+)
 
 
 class ParallelBlock(nn.Module):
@@ -63,7 +69,7 @@ class ParallelBlocks(LanguageModel):
     """One matrix is both embedding and output head.
 
     Args:
-        first_gain: what every gain starts as.
+        first_gain: initial value of every gain.
     """
 
     def __init__(self, config: ModelConfig, first_gain: float, device: torch.device | str) -> None:
@@ -105,7 +111,8 @@ class ParallelBlocks(LanguageModel):
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.embedding.weight).to(promote(self.dtype))
+        logits = F.linear(hidden, self.embedding.weight)
+        return logits.to(torch.promote_types(self.dtype, torch.float32))
 
     def initial(self, name: str) -> InitialWeight:
         if name.endswith("gain"):
@@ -114,5 +121,5 @@ class ParallelBlocks(LanguageModel):
 
 
 def build(config: ModelConfig, *, device: torch.device | str, first_gain: float = 1.0) -> ParallelBlocks:
-    """What the config registers. ``first_gain`` is the model's own parameter, set in the config's ``model`` section."""
+    """Build the model; the config registers this function. The config's ``model`` section sets ``first_gain``."""
     return ParallelBlocks(config, first_gain, device)

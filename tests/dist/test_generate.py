@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from evomesh.config.schema import Config
-from evomesh.generate.decode import generate
+from evomesh.generate.decode import generate_tokens
 from evomesh.generate.engine import GenerationEngine
 from evomesh.generate.options import SamplingParams
 from evomesh.generate.staged import StagedModel
@@ -51,7 +51,7 @@ def decode(rank: int, config: Config) -> tuple[list[Any], Held]:
     (part,) = stages.models
     enlarge(part)
     model: LanguageModel = StagedModel(part, grid.pp, config.model) if grid.pp.size > 1 else part
-    answers = [generate(model, PROMPTS, sampling, batch_size=2) for sampling in (GREEDY, DRAWN, BEAMS)]
+    answers = [generate_tokens(model, PROMPTS, sampling, batch_size=2) for sampling in (GREEDY, DRAWN, BEAMS)]
     engine = GenerationEngine(model, slots=SLOTS, context_length=CONTEXT_LENGTH)
     engine.add([1, 2], GREEDY, (0, 0))
     engine.step()

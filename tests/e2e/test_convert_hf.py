@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evomesh.config.schema import GenerationConfig
-from evomesh.generate.decode import generate
+from evomesh.generate.decode import generate_tokens
 from evomesh.generate.options import SamplingParams
 from evomesh.layers.sequence_bounds import single_sequence
 from evomesh.models.language_model import LanguageModel
@@ -91,7 +91,7 @@ def test_greedy_text_is_that_of_transformers(exported: tuple[LanguageModel, Path
     ours, folder = exported
     theirs = AutoModelForCausalLM.from_pretrained(str(folder)).eval()
     assert theirs.dtype == torch.float32
-    answers = generate(ours, PROMPTS, SamplingParams(do_sample=False, max_new_tokens=64))
+    answers = generate_tokens(ours, PROMPTS, SamplingParams(do_sample=False, max_new_tokens=64))
     for prompt, [mine] in zip(PROMPTS, answers, strict=True):
         out = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=64, eos_token_id=None)
         assert out[0, len(prompt) :].tolist() == mine
@@ -106,12 +106,12 @@ def test_generation_stops_at_every_eos(exported: tuple[LanguageModel, Path]) -> 
     )  # 3: the chat template ends turns with it
     theirs = AutoModelForCausalLM.from_pretrained(str(folder)).eval()
     greedy = SamplingParams(do_sample=False, max_new_tokens=20)
-    free = generate(ours, PROMPTS[:1], greedy)[0][0]
+    free = generate_tokens(ours, PROMPTS[:1], greedy)[0][0]
     theirs.generation_config.eos_token_id = [2, free[9]]
     out = theirs.generate(torch.tensor(PROMPTS[:1]), do_sample=False, max_new_tokens=20)[
         0, len(PROMPTS[0]) :
     ].tolist()
-    assert out == generate(ours, PROMPTS[:1], replace(greedy, eos_ids=(2, free[9])))[0][0]
+    assert out == generate_tokens(ours, PROMPTS[:1], replace(greedy, eos_ids=(2, free[9])))[0][0]
     assert len(out) <= 10
 
 

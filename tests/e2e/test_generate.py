@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from evomesh.checkpoint.restore import restore_model
-from evomesh.generate.decode import generate as answers_of
+from evomesh.generate.decode import generate_tokens as answers_of
 from evomesh.generate.options import SamplingParams
 from tests.support.covers import covers
 from tests.support.golden import write_bin

@@ -13,7 +13,7 @@ import pytest
 
 from evomesh.checkpoint.huggingface.export import ExportOptions
 from evomesh.data.tokenizer import load_tokenizer
-from evomesh.generate.decode import generate
+from evomesh.generate.decode import generate_tokens
 from evomesh.generate.options import SamplingParams
 from tests.support.gguf import write_gguf
 from tests.unit.checkpoint.hf_models import export, model_config, save_model
@@ -50,7 +50,8 @@ def test_greedy_text_is_ours(family: str, changes: dict[str, Any], tmp_path: Pat
     assert done.returncode == 0, done.stderr
     ids = [tokenizer.encode(text) for text in texts]
     ours = [
-        answers[0] for answers in generate(model, ids, SamplingParams(do_sample=False, max_new_tokens=64))
+        answers[0]
+        for answers in generate_tokens(model, ids, SamplingParams(do_sample=False, max_new_tokens=64))
     ]
     answers = json.loads(done.stdout)
     assert [answer["made"] for answer in answers] == ours

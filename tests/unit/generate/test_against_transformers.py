@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaForCausalLM
 
-from evomesh.generate.decode import generate
+from evomesh.generate.decode import generate_tokens
 from evomesh.generate.options import SamplingParams
 from evomesh.layers.sequence_bounds import single_sequence
 from evomesh.models.language_model import LanguageModel
@@ -53,7 +53,7 @@ def theirs(model: LlamaForCausalLM, prompt: list[int], sampling: SamplingParams)
 def test_greedy(pair: Pair, options: dict[str, float]) -> None:
     ours, stock = pair
     sampling = SamplingParams(do_sample=False, **options)
-    assert generate(ours, PROMPTS, sampling) == [theirs(stock, prompt, sampling) for prompt in PROMPTS]
+    assert generate_tokens(ours, PROMPTS, sampling) == [theirs(stock, prompt, sampling) for prompt in PROMPTS]
 
 
 @covers("generation.num_beams", "generation.length_penalty")
@@ -78,9 +78,9 @@ def test_beams(pair: Pair, options: dict[str, float], length_penalty: float) -> 
     sampling = SamplingParams(
         **{"do_sample": False, "max_new_tokens": 16, "length_penalty": length_penalty} | options
     )
-    together = generate(ours, PROMPTS, sampling)
+    together = generate_tokens(ours, PROMPTS, sampling)
     assert together == [theirs(stock, prompt, sampling) for prompt in PROMPTS]
-    assert generate(ours, PROMPTS, sampling, batch_size=2) == together
+    assert generate_tokens(ours, PROMPTS, sampling, batch_size=2) == together
 
 
 @covers("promise:dynamic-ntk")
@@ -94,9 +94,9 @@ def test_dynamic_ntk_beyond_the_trained_length() -> None:
         ours = tiny(max_position_embeddings=16, use_dynamic_ntk_rope=True, rope_scaling_factor=2.0)
         stock = stock_llama(ours, config, rope_type="dynamic", factor=2.0)
         sampling = SamplingParams(do_sample=False, max_new_tokens=40)
-        made = generate(ours, [prompt, [9, 9]], sampling)[0]
+        made = generate_tokens(ours, [prompt, [9, 9]], sampling)[0]
         assert made == theirs(stock, prompt, sampling)
-        assert made != generate(tiny(), [prompt], sampling)[0]
+        assert made != generate_tokens(tiny(), [prompt], sampling)[0]
 
 
 def test_samples_follow_the_model_and_the_cuts(pair: Pair) -> None:
@@ -105,7 +105,7 @@ def test_samples_follow_the_model_and_the_cuts(pair: Pair) -> None:
     sampling = SamplingParams(
         temperature=2.0, top_k=4, top_p=0.9, max_new_tokens=2, num_return_sequences=2000
     )
-    counted = Counter(tuple(answer) for answer in generate(ours, [[3, 7, 11]], sampling)[0])
+    counted = Counter(tuple(answer) for answer in generate_tokens(ours, [[3, 7, 11]], sampling)[0])
     wanted = {}
     for first, share in distribution(ours, [3, 7, 11], sampling).items():
         for second, following in distribution(ours, [3, 7, 11, first], sampling).items():
@@ -136,13 +136,13 @@ def test_drawn_beams(pair: Pair) -> None:
     ours, _ = pair
     every = SamplingParams(num_beams=50, num_return_sequences=50, max_new_tokens=1, seed=1)
     logits = ours.logits(ours(torch.tensor([3, 7]), single_sequence(2)))[-1]
-    assert generate(ours, [[3, 7]], every)[0] == [
+    assert generate_tokens(ours, [[3, 7]], every)[0] == [
         [token] for token in logits.argsort(descending=True).tolist()
     ]
     answers = [
-        generate(ours, [[3, 7]], SamplingParams(num_beams=2, temperature=3.0, max_new_tokens=8, seed=seed))[
-            0
-        ][0]
+        generate_tokens(
+            ours, [[3, 7]], SamplingParams(num_beams=2, temperature=3.0, max_new_tokens=8, seed=seed)
+        )[0][0]
         for seed in (1, 1, 2, 3)
     ]
     assert answers[0] == answers[1]

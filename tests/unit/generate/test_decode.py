@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from evomesh.errors import UserError
-from evomesh.generate.decode import generate, stream
+from evomesh.generate.decode import generate_tokens, stream_tokens
 from evomesh.generate.options import SamplingParams
 from tests.support.decoders import tiny, uncached_greedy
 
@@ -17,7 +17,7 @@ GREEDY = SamplingParams(do_sample=False, max_new_tokens=20)
 @pytest.mark.parametrize("batch_size", [None, 1, 2])
 def test_cached_greedy_equals_uncached(interleaved: bool, batch_size: int | None) -> None:
     model = tiny(qk_interleaved=interleaved)
-    together = generate(model, PROMPTS, GREEDY, batch_size=batch_size)
+    together = generate_tokens(model, PROMPTS, GREEDY, batch_size=batch_size)
     assert together == [[uncached_greedy(model, prompt, 20)] for prompt in PROMPTS]
     assert len({token for answers in together for token in answers[0]}) > 3  # not one token over and over
 
@@ -25,30 +25,30 @@ def test_cached_greedy_equals_uncached(interleaved: bool, batch_size: int | None
 def test_answers_of_a_prompt_differ_and_do_not_depend_on_the_batch() -> None:
     model = tiny()
     drawn = SamplingParams(temperature=2.0, num_return_sequences=3, seed=5, max_new_tokens=15)
-    together = generate(model, PROMPTS, drawn)
+    together = generate_tokens(model, PROMPTS, drawn)
     assert len({tuple(answer) for answer in together[0]}) == 3
-    assert generate(model, PROMPTS, drawn, batch_size=2) == together
-    assert generate(model, PROMPTS[1:], drawn, numbers=[1, 2]) == together[1:]
-    assert generate(model, PROMPTS[1:], drawn) != together[1:]
+    assert generate_tokens(model, PROMPTS, drawn, batch_size=2) == together
+    assert generate_tokens(model, PROMPTS[1:], drawn, numbers=[1, 2]) == together[1:]
+    assert generate_tokens(model, PROMPTS[1:], drawn) != together[1:]
 
 
 def test_the_stream_says_how_an_answer_ended() -> None:
     model = tiny()
     free = uncached_greedy(model, PROMPTS[0], 12)
     ends = SamplingParams(do_sample=False, max_new_tokens=12, eos_ids=(free[4],))
-    mine = [new for new in stream(model, PROMPTS, ends) if new.prompt == 0]
+    mine = [new for new in stream_tokens(model, PROMPTS, ends) if new.prompt == 0]
     assert [new.token for new in mine] == free[: free.index(free[4]) + 1]
     assert [new.finish for new in mine][-1] == "stop"
 
 
 def test_bad_prompts_are_named_before_anything_is_made() -> None:
     with pytest.raises(UserError, match="prompt 1 is empty"):
-        generate(tiny(), [[1], []], GREEDY)
+        generate_tokens(tiny(), [[1], []], GREEDY)
     with pytest.raises(UserError, match="prompt 2 contains id 50"):
-        generate(tiny(), [[1], [2], [3, 50]], GREEDY)
+        generate_tokens(tiny(), [[1], [2], [3, 50]], GREEDY)
     with pytest.raises(UserError, match="neither max_new_tokens nor max_length"):
-        generate(tiny(), [[1]], SamplingParams())
+        generate_tokens(tiny(), [[1]], SamplingParams())
 
 
 def test_no_prompts_no_answers() -> None:
-    assert generate(tiny(), [], GREEDY) == []
+    assert generate_tokens(tiny(), [], GREEDY) == []

@@ -14,11 +14,11 @@ COUNT = """
 import resource, sys, torch
 from evomesh.config.loader import load_config
 from evomesh.train.allocator import keep_freed_memory
-from evomesh.train.main import train_from_config
+from evomesh.train.main import run_training
 if sys.argv[1] == "keep":
     print("kept", keep_freed_memory())
 if sys.argv[1] == "train":
-    print("trained", train_from_config(load_config("config.py", ["data.total_steps=3"])))
+    print("trained", run_training(load_config("config.py", ["data.total_steps=3"])))
 def step():
     for _ in range(4):
         torch.ones(48 << 20, dtype=torch.uint8)
