@@ -38,6 +38,7 @@ def modules_after(code: str) -> set[str]:
 class TestNames:
     def test_type_checkers_see_the_names_of_all(self) -> None:
         assert sorted(typing_imports()) == sorted(evomesh.__all__)
+        assert typing_imports() == evomesh._HOMES
 
     @pytest.mark.parametrize(("name", "home"), sorted(typing_imports().items()))
     def test_a_name_is_the_object_at_its_home(self, name: str, home: str) -> None:
@@ -104,7 +105,7 @@ class TestExamplesAndPages:
     def test_examples_use_public_names_only(self, path: Path) -> None:
         assert not deeper_uses(path.read_text())
 
-    @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+    @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
     def test_pages_use_public_names_only(self, page: Path) -> None:
         assert not [use for code in snippets(page) for use in deeper_uses(code)]
         mentioned = re.findall(r"\bevomesh\.[A-Za-z_][\w.]*\b", page.read_text())
