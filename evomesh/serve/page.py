@@ -256,7 +256,8 @@ def create_controls(service: GenerationService) -> list[Any]:
         f"up to the context length of {context_length}"
     )
     return [
-        gr.Textbox(label="System prompt", lines=2, visible=model.template is not None),
+        # An invisible box sends its initial value, which must be text.
+        gr.Textbox("", label="System prompt", lines=2, visible=model.template is not None),
         gr.Slider(0, 2, value=0.8, step=0.05, label="Temperature", info="0: greedy"),
         gr.Slider(0.05, 1, value=0.95, step=0.05, label="Top-p"),
         gr.Slider(0, 200, value=0, step=1, label="Top-k", info="0: all"),

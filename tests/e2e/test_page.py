@@ -159,6 +159,22 @@ def test_a_prompt_that_does_not_fit_is_reported(page: sync_api.Page, served: Ser
     assert (tmp_path / "page.png").stat().st_size > 10_000
 
 
+def test_a_model_without_chat_template_completes(
+    browser: sync_api.Browser, model: LanguageModel, tmp_path: Path
+) -> None:
+    from evomesh.serve.page import mount_page
+
+    service = tiny_service(tmp_path, model, ServiceLimits(context_length=64), template="")
+    with serving(service, extend=lambda app: mount_page(app, service, None)) as served:
+        page = browser.new_page()
+        page.goto(served.url)
+        choose(page, "Max new tokens", 20)
+        page.locator("#prompt textarea").fill("abc")
+        page.locator("#complete").click()
+        status(page, r"\b3 prompt tokens .* 20 new tokens .* length reached")
+        page.close()
+
+
 def test_with_a_key_the_page_asks_for_it(model: LanguageModel, tmp_path: Path) -> None:
     from evomesh.serve.page import mount_page
 
