@@ -1,6 +1,6 @@
-"""Causal self-attention that never looks across a document bound.
+"""Causal self-attention that never crosses a segment bound.
 
-Shapes: T packed tokens, D model, N query heads, G key/value heads, H head dim, L document length.
+Shapes: T packed tokens, D model, N query heads, G key/value heads, H head dim, L segment length.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["Attention", "AttentionFunction", "SequenceBounds", "attend", "outsid
 # (q [T, N, H], k [T, G, H], v [T, G, H], bounds, module) -> [T, N, H]. Generation passes one that keeps k and v by
 # ``module.layer``. It takes the module rather than the layer number: a compiled block specializes on a number it reads.
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, SequenceBounds, "Attention"], Tensor]
-FLASH_HEAD_DIM = 256  # the widest that the flash kernel takes
+FLASH_HEAD_DIM = 256  # the largest that the flash kernel supports
 
 
 def attend(
@@ -38,18 +38,20 @@ def attend(
         q: [T, N, H]; k and v: [T, G, H].
         module: unused here; attention functions that keep a key/value cache look it up by ``module.layer``.
     """
-    return _varlen(q, k, v, bounds) if _flash_takes(q) else _per_document(q, k, v, bounds)
+    return _varlen(q, k, v, bounds) if _flash_takes(q) else _per_segment(q, k, v, bounds)
 
 
 def outside_graph(attend: AttentionFunction) -> AttentionFunction:
-    """``attend`` for compiled blocks, which are not to look into it: document lengths are data, and each would be
-    compiled anew. All of them are objects of one class, so that a block compiled for one takes any other."""
+    """Wrap ``attend`` so that compiled blocks do not trace into it: lengths are data, and each would recompile it.
+
+    All wrappers are objects of one class, so that a block compiled for one accepts any other.
+    """
     return _outside_graph()(attend)
 
 
 @cache
 def _outside_graph() -> Callable[[AttentionFunction], AttentionFunction]:
-    """Made on demand, because torch takes 0.7 s to import its compiler."""
+    """Create the wrapper class on demand, because torch takes 0.7 s to import its compiler."""
 
     class OutsideGraph:
         def __init__(self, attend: AttentionFunction) -> None:
@@ -65,6 +67,7 @@ def _outside_graph() -> Callable[[AttentionFunction], AttentionFunction]:
 
 
 def _flash_takes(q: Tensor) -> bool:
+    """Return whether torch's flash kernel supports this device, dtype and head dim."""
     if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
         return False
     return q.shape[2] % 8 == 0 and q.shape[2] <= FLASH_HEAD_DIM and _has_flash(q.device)
@@ -77,14 +80,14 @@ def _has_flash(device: torch.device) -> bool:
 
 @cache
 def _varlen_options(varlen_attn: Callable[..., Any], grouped: bool) -> dict[str, Any]:
-    """For causal attention by torch's ``varlen_attn``, whose signature changed after 2.11."""
+    """Return the options of causal attention for torch's ``varlen_attn``, whose signature changed after 2.11."""
     known = inspect.signature(varlen_attn).parameters
     options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     return options | {"enable_gqa": True} if grouped and "enable_gqa" in known else options
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, bounds: SequenceBounds) -> Tensor:
-    """torch's variable-length flash kernel; it is told the longest document, and waits for no value of the device."""
+    """Attend with torch's variable-length flash kernel; the maximum length is an argument, so the host never waits."""
     from torch.nn.attention.varlen import varlen_attn
 
     grouped = k.shape[1] != q.shape[1]
@@ -98,18 +101,19 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, bounds: SequenceBounds) -> Tensor:
     return out
 
 
-def _per_document(q: Tensor, k: Tensor, v: Tensor, bounds: SequenceBounds) -> Tensor:
-    """One call a run of equally long neighbours: work grows with the documents' lengths squared, not with T squared.
+def _per_segment(q: Tensor, k: Tensor, v: Tensor, bounds: SequenceBounds) -> Tensor:
+    """Attend with one call per run of equally long segments: work grows with their lengths squared, not with T squared.
 
-    ``split`` rather than slices, because its backward is one concatenation for all documents.
+    ``torch.split`` rather than slices, because its backward is one concatenation for all runs.
     """
-    runs = [(length, len(list(same))) for length, same in groupby(bounds.lengths())]
-    tokens = [length * count for length, count in runs]
+    runs = [(length, len(list(group))) for length, group in groupby(bounds.lengths())]
+    tokens_of_runs = [length * count for length, count in runs]
+    q_runs, k_runs, v_runs = (torch.split(x, tokens_of_runs) for x in (q, k, v))
     outs = []
-    parts = (torch.split(x, tokens) for x in (q, k, v))
-    for (length, count), *qkv in zip(runs, *parts, strict=True):
-        batch = (x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv)  # each [count, heads, L, H]
-        out = _causal(*batch)
+    for (length, count), *qkv in zip(runs, q_runs, k_runs, v_runs, strict=True):
+        # [count * L, heads, H] -> [count, heads, L, H], as SDPA wants it, and back
+        batched = (x.view(count, length, *x.shape[1:]).transpose(1, 2) for x in qkv)
+        out = _causal(*batched)
         outs.append(out.transpose(1, 2).flatten(0, 1))
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
@@ -119,14 +123,14 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """[T, D] -> [T, D]: fused projection, rotation, attention by document, output projection.
+    """[T, D] -> [T, D]: fused projection, rotation, attention by segment, output projection.
 
-    In isp, [T / tp, D] -> [T / tp, D]: the projection of the own part of the sequence goes through one all-to-all to
-    all of the sequence for the own part of the heads, and the attention's output through one back.
+    In isp, [T / tp, D] -> [T / tp, D]: one all-to-all turns the projection of this rank's sequence shard into the whole
+    sequence for its shard of the heads, and a second one turns the output of attention back.
 
     Args:
         layer: global layer index, for an ``attend`` that keeps keys and values.
-        interleaved: rotary pairs are neighbouring columns (``qk_interleaved``).
+        interleaved: rotary pairs are adjacent columns (``qk_interleaved``).
     """
 
     def __init__(
@@ -144,9 +148,7 @@ class Attention(nn.Module):
         self.layer, self.interleaved = layer, interleaved
         self.head_dim = size // heads
         self.placement = placement
-        self.kv_heads = (
-            kv_heads // placement.axis.size
-        )  # attended to here, each with its group of query heads
+        self.kv_heads = kv_heads // placement.axis.size  # of this rank, each with its group of query heads
         self.wqkv = ColumnParallelLinear(
             size, (heads + 2 * kv_heads) * self.head_dim, bias=bias, placement=placement
         )
@@ -160,9 +162,8 @@ class Attention(nn.Module):
         attend: AttentionFunction = attend,
     ) -> Tensor:
         qkv = self.wqkv(x)
-        if (
-            self.placement.exchanges_heads
-        ):  # q, k and v of a key/value head are neighbours, so that one exchange moves all three
+        if self.placement.exchanges_heads:
+            # q, k and v of a key/value head are adjacent, so that one exchange moves all three.
             qkv = all_to_all(qkv, self.placement.axis, split_dim=1, concat_dim=0)
         q, k, v = split_and_rotate(
             qkv, *tables, kv_heads=self.kv_heads, head_dim=self.head_dim, interleaved=self.interleaved

@@ -1,4 +1,4 @@
-"""The two dtype rules of the numerics: what parameters are stored in and what sums are made in."""
+"""The two dtype rules of the numerics contract: storage of parameters, and accumulation (docs/adr/0001)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _STORED = {
 
 
 def parameter_dtype(name: DType) -> torch.dtype:
-    """``model.dtype`` as torch stores it; "tf32" is float32 whose CUDA products use TF32."""
+    """Return the torch dtype of ``model.dtype``; "tf32" is float32 whose CUDA products use TF32."""
     return _STORED[name]
 
 
 def promote(dtype: torch.dtype) -> torch.dtype:
-    """float32 for anything narrower; float64 stays float64, so that it can prove equality."""
+    """Return float32 for anything narrower; float64 stays float64, so that it can prove equality."""
     return torch.promote_types(dtype, torch.float32)

@@ -17,7 +17,7 @@ from evomesh.parallel.spec import ShardSpec
 
 
 class ScaleGradient(torch.autograd.Function):
-    """Identity whose gradient is multiplied by ``scale``: a x + (1 - a) stop(x) without its rounding."""
+    """Identity whose gradient is multiplied by ``scale``: a x + (1 - a) stop_gradient(x) without its rounding."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
@@ -30,6 +30,7 @@ class ScaleGradient(torch.autograd.Function):
 
 
 def scale_gradient(x: Tensor, scale: float) -> Tensor:
+    """Return ``x`` with its gradient multiplied by ``scale``."""
     if scale == 1.0:
         return x
     out: Tensor = ScaleGradient.apply(x, scale)  # type: ignore[no-untyped-call]
@@ -37,7 +38,7 @@ def scale_gradient(x: Tensor, scale: float) -> Tensor:
 
 
 class _Lookup(torch.autograd.Function):
-    """rows = weight[ids]; backward adds rows up in at least float32, in the order of the tokens on the CPU."""
+    """rows = weight[ids]; backward sums rows in at least float32, on the CPU in token order."""
 
     @staticmethod
     def forward(ctx: Any, ids: Tensor, weight: Tensor) -> Tensor:
@@ -54,7 +55,7 @@ class _Lookup(torch.autograd.Function):
 
 
 class Embedding(nn.Module):
-    """[T] int64 -> [T, D] (mtp) or [T / tp, D]. Rows (the vocabulary) are cut, or columns with ``split_hidden``.
+    """[T] int64 -> [T, D] (mtp) or [T / tp, D]. Rows (the vocabulary) are sharded, or columns with ``split_hidden``.
 
     Args:
         rows: V.
@@ -67,28 +68,40 @@ class Embedding(nn.Module):
         super().__init__()
         self.placement, self.grad_scale, self.split_hidden = placement, grad_scale, split_hidden
         dim = 1 if split_hidden else 0
-        local = [rows, hidden_size]
-        local[dim] //= placement.weight_shards
+        local_shape = [rows, hidden_size]
+        local_shape[dim] //= placement.weight_shards
         spec = ShardSpec((rows, hidden_size), ((placement.mode.weight_axis, dim),))
-        self.weight = placement.make_parameter((local[0], local[1]), spec)
+        self.weight = placement.make_parameter(tuple(local_shape), spec)
 
     def forward(self, ids: Tensor) -> Tensor:
-        axis, sequence = self.placement.axis, self.placement.mode.sequence_parallel
-        if axis.size == 1:
+        if self.placement.axis.size == 1:
             out = self._look_up(ids)
-        elif self.split_hidden:  # S(1) -> I, or S(1) -> S(0)
-            out = self._look_up(ids)
-            out = (
-                all_to_all(out, axis, split_dim=0, concat_dim=1)
-                if sequence
-                else gather_from_axis(out, axis, dim=1)
-            )
-        else:  # P -> I, or P -> S(0): of the summands one is the row, all others are zero
-            row = ids - axis.rank * self.weight.shape[0]
-            elsewhere = (row < 0) | (row >= self.weight.shape[0])
-            out = self._look_up(row.masked_fill(elsewhere, 0)).masked_fill(elsewhere[:, None], 0.0)
-            out = reduce_scatter(out, axis) if sequence else all_reduce(out, axis)
+        elif self.split_hidden:
+            out = self._from_columns(ids)
+        else:
+            out = self._from_rows(ids)
         return scale_gradient(out, self.grad_scale)
+
+    def _from_columns(self, ids: Tensor) -> Tensor:
+        """``S(1)@tp -> I@tp`` (mtp) or ``S(1)@tp -> S(0)@tp``: every rank has its columns of every row."""
+        axis = self.placement.axis
+        columns = self._look_up(ids)
+        if self.placement.mode.sequence_parallel:
+            return all_to_all(columns, axis, split_dim=0, concat_dim=1)
+        return gather_from_axis(columns, axis, dim=1)
+
+    def _from_rows(self, ids: Tensor) -> Tensor:
+        """``P@tp -> I@tp`` (mtp) or ``P@tp -> S(0)@tp``: one rank's summand is the row, all others are zero."""
+        axis = self.placement.axis
+        rows = self.weight.shape[0]
+        local_ids = ids - axis.rank * rows
+        elsewhere = (local_ids < 0) | (local_ids >= rows)
+        summand = self._look_up(local_ids.masked_fill(elsewhere, 0)).masked_fill(elsewhere[:, None], 0.0)
+        return (
+            reduce_scatter(summand, axis)
+            if self.placement.mode.sequence_parallel
+            else all_reduce(summand, axis)
+        )
 
     def _look_up(self, rows: Tensor) -> Tensor:
         out: Tensor = _Lookup.apply(rows, self.weight)  # type: ignore[no-untyped-call]

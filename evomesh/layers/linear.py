@@ -1,10 +1,16 @@
-"""Matrix products whose weights may be cut over the tensor axis.
+"""Linear layers whose weights may be sharded over the tensor axis.
 
 Shapes: T packed tokens, S = T / tp, I input features, O output features.
 
-A column-cut weight holds a range of output features and leaves its output cut along features; a row-cut weight holds
-a range of input features and its output is a sum over the axis. With an axis of size 1 both are plain products, and
-in isp too, where weight sharding has put each weight together before it is used.
+A column-parallel weight holds a range of output features, and its output is sharded along features. A row-parallel
+weight holds a range of input features, and its output is a partial sum over the axis:
+
+    mtp        x [T, I]    copy_to_axis    -> column -> [T, O / tp] -> row -> all-reduce      -> [T, O]
+    msp, fsp   x [S, I]    all-gather      -> column -> [T, O / tp] -> row -> reduce-scatter  -> [S, O]
+    isp        x [S, I]                       column -> [S, O]      -> row                    -> [S, O]
+
+With an axis of size 1 both are plain products, and in isp too, where weight sharding has gathered each weight before it
+is used.
 """
 
 from __future__ import annotations
@@ -29,30 +35,32 @@ from evomesh.parallel.spec import ShardSpec
 
 
 class ColumnParallelLinear(nn.Module):
-    """[T, I] (mtp) or [S, I] (msp, fsp) -> [T, O / tp]: weight rows (output features) are cut, the bias with them."""
+    """[T, I] (mtp) or [S, I] (msp, fsp) -> [T, O / tp]: output features, weight rows and bias, are sharded."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, placement: Placement) -> None:
         super().__init__()
         self.placement = placement
-        shape, storage = (out_features, in_features), ((placement.mode.weight_axis, 0),)
+        shards = ((placement.mode.weight_axis, 0),)
         rows = out_features // placement.weight_shards
-        self.weight = placement.make_parameter((rows, in_features), ShardSpec(shape, storage))
-        self.bias = placement.make_parameter((rows,), ShardSpec(shape[:1], storage)) if bias else None
+        weight_spec = ShardSpec((out_features, in_features), shards)
+        self.weight = placement.make_parameter((rows, in_features), weight_spec)
+        self.bias = placement.make_parameter((rows,), ShardSpec((out_features,), shards)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return column_parallel_linears(x, self)[0]
 
 
 def column_parallel_linears(x: Tensor, *layers: ColumnParallelLinear) -> tuple[Tensor, ...]:
-    """Products of one input with several column-cut weights, so that it is gathered once for all of them.
+    """Apply several column-parallel layers to one input, which is gathered once for all of them.
 
-    mtp ``I -> S(1)``, msp and fsp ``S(0) -> S(1)``; backward the dual. msp keeps the gathered input for backward, fsp
-    its own part, and gathers it again.
+    mtp ``I@tp -> S(1)@tp; backward S(1)@tp -> I@tp``, msp and fsp ``S(0)@tp -> S(1)@tp; backward S(1)@tp -> S(0)@tp``.
+    msp keeps the gathered input for backward, fsp its own shard of it, and gathers it again.
     """
     axis, mode = layers[0].placement.axis, layers[0].placement.mode
     if axis.size > 1 and mode.weight_axis == "tp":
         if mode.regather_input:
-            weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+            weights = [layer.weight for layer in layers]
+            biases = [layer.bias for layer in layers]
             outs: tuple[Tensor, ...] = _RegatherLinear.apply(x, axis, *weights, *biases)  # type: ignore[no-untyped-call]
             return outs
         x = all_gather(x, axis) if mode.sequence_parallel else copy_to_axis(x, axis)
@@ -60,59 +68,83 @@ def column_parallel_linears(x: Tensor, *layers: ColumnParallelLinear) -> tuple[T
 
 
 class _RegatherLinear(torch.autograd.Function):
-    """For local x [S, I], each w [O / tp, I], b [O / tp] or None:
+    """Column-parallel products of one gathered input, which backward gathers again (fsp).
 
-    X = all_gather(x);  y = X w^T + b;  dgrad = reduce_scatter(sum of g w);  wgrad = g^T all_gather(x);  bgrad = sum g
+    Local shapes, for each of the layers: x_shard [S, I], w_shard [O / tp, I], b_shard [O / tp] or None.
+
+        forward   x        = all_gather(x_shard)                       [T, I]
+                  y_shard  = x w_shard^T + b_shard                     [T, O / tp]
+        dgrad     dx       = sum over layers of dy_shard w_shard       [T, I], a partial sum over tp
+                  dx_shard = reduce_scatter(dx)                        [S, I]
+        wgrad     x        = all_gather(x_shard)                       [T, I], again
+                  dw_shard = dy_shard^T x                              [O / tp, I]
+        bgrad     db_shard = sum over T of dy_shard                    [O / tp]
+
+    Every rank uses all of x with its own output features, so each has one summand of dx: the dual of the all-gather is
+    a reduce-scatter. Only x_shard is kept: 1/tp of the memory of x, for one more all-gather. Weight and bias gradients
+    need no communication, because every rank has all T rows of x and of its dy_shard.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, *parameters: Tensor | None) -> tuple[Tensor, ...]:
-        weights, biases = parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]
-        ctx.save_for_backward(x, *weights)
-        ctx.axis, ctx.biased = axis, [bias is not None for bias in biases]
-        whole = all_gather_no_grad(x, axis)
+    def forward(ctx: Any, x_shard: Tensor, axis: Axis, *parameters: Tensor | None) -> tuple[Tensor, ...]:
+        count = len(parameters) // 2
+        w_shards = parameters[:count]
+        b_shards = parameters[count:]
+        ctx.save_for_backward(x_shard, *w_shards)
+        ctx.axis = axis
+        ctx.has_bias = [bias is not None for bias in b_shards]
+        x = all_gather_no_grad(x_shard, axis)
         return tuple(
-            matmul_nt(whole, w, bias=b) for w, b in zip(weights, biases, strict=True) if w is not None
+            matmul_nt(x, w_shard, bias=b_shard)
+            for w_shard, b_shard in zip(w_shards, b_shards, strict=True)
+            if w_shard is not None
         )
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, *weights = ctx.saved_tensors
-        whole = all_gather_no_grad(x, ctx.axis)
-        grad = matmul_nt(grads[0], weights[0].T)
-        for g, w in zip(grads[1:], weights[1:], strict=True):
-            grad = matmul_nt(g, w.T, plus=grad)
-        bias_grads = [g.sum(0) if biased else None for g, biased in zip(grads, ctx.biased, strict=True)]
-        return (
-            reduce_scatter_no_grad(grad, ctx.axis),
-            None,
-            *(matmul_nt(g.T, whole.T) for g in grads),
-            *bias_grads,
-        )
+    def backward(ctx: Any, *dy_shards: Tensor) -> tuple[Tensor | None, ...]:
+        x_shard, *w_shards = ctx.saved_tensors
+        x = all_gather_no_grad(x_shard, ctx.axis)
+        dx = matmul_nt(dy_shards[0], w_shards[0].T)
+        for dy_shard, w_shard in zip(dy_shards[1:], w_shards[1:], strict=True):
+            dx = matmul_nt(dy_shard, w_shard.T, accumulate=dx)
+        db_shards = [
+            dy_shard.sum(0) if has_bias else None
+            for dy_shard, has_bias in zip(dy_shards, ctx.has_bias, strict=True)
+        ]
+        dx_shard = reduce_scatter_no_grad(dx, ctx.axis)
+        dw_shards = [matmul_nt(dy_shard.T, x.T) for dy_shard in dy_shards]
+        return dx_shard, None, *dw_shards, *db_shards
 
 
 class RowParallelLinear(nn.Module):
-    """[T, I / tp] -> [T, O] (mtp) or [S, O]: weight columns (input features) are cut, all ranks' outputs add up.
+    """[T, I / tp] -> [T, O] (mtp) or [S, O]: input features, the weight's columns, are sharded; outputs add up.
 
-    The bias is whole on every rank and is added once, after the sum.
+        forward   y = all_reduce or reduce_scatter of x_shard w_shard^T    each rank has one summand; then + bias
+        dgrad     dx_shard = dy w_shard                                    [T, I / tp], dy replicated or all-gathered
+        wgrad     dw_shard = dy^T x_shard                                  [O, I / tp], no communication
+
+    Autograd derives the last two: the collectives know their duals. The bias is replicated, and added after the sum.
     """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, placement: Placement) -> None:
         super().__init__()
         self.placement = placement
-        shape, storage = (out_features, in_features), placement.mode.weight_axis
-        # Weight sharding (wp) cuts every parameter on dim 0; tensor parallelism cuts the summed dimension.
-        spec = ShardSpec(shape, ((storage, 1 if storage == "tp" else 0),))
-        self.weight = placement.make_parameter((out_features, in_features // placement.weight_shards), spec)
+        weight_axis = placement.mode.weight_axis
+        # Weight sharding (wp) shards dim 0 of every parameter; tensor parallelism shards the summed dimension.
+        weight_dim = 1 if weight_axis == "tp" else 0
+        weight_spec = ShardSpec((out_features, in_features), ((weight_axis, weight_dim),))
+        columns = in_features // placement.weight_shards
+        self.weight = placement.make_parameter((out_features, columns), weight_spec)
         self.bias = None
         if bias:
-            bias_spec = ShardSpec(shape[:1], () if storage == "tp" else ((storage, 0),), placement.partial)
+            bias_shards = () if weight_axis == "tp" else ((weight_axis, 0),)
+            bias_spec = ShardSpec((out_features,), bias_shards, placement.partial)
             self.bias = placement.make_parameter((out_features,), bias_spec)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x_shard: Tensor) -> Tensor:
         axis, mode = self.placement.axis, self.placement.mode
         if axis.size == 1 or mode.weight_axis == "wp":
-            return linear(x, self.weight, self.bias)
-        part = linear(x, self.weight)
-        out = reduce_scatter(part, axis) if mode.sequence_parallel else all_reduce(part, axis)
+            return linear(x_shard, self.weight, self.bias)
+        summand = linear(x_shard, self.weight)
+        out = reduce_scatter(summand, axis) if mode.sequence_parallel else all_reduce(summand, axis)
         return out if self.bias is None else out + self.bias

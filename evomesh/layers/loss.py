@@ -1,9 +1,9 @@
-"""Output projection and cross entropy in one, over chunks of tokens: the logits never exist whole.
+"""Output projection and cross entropy in one, over chunks of tokens: the full logits are never materialized.
 
-Shapes: T packed tokens, C tokens of one chunk, D model, V vocabulary rows of the weight held here.
+Shapes: T packed tokens, C tokens of one chunk, D model, V vocabulary rows of this rank's weight shard.
 
-The gradient is made in forward, while a chunk's probabilities are at hand; backward only hands it on. Where the tensor
-axis cuts the vocabulary, two small all-reduces a chunk (a maximum; three sums a token) join the ranks' parts.
+Each chunk's gradient is computed in forward, while its probabilities are available; backward only scales it. Where the
+tensor axis shards the vocabulary, two small all-reduces per chunk (a maximum; three sums per token) combine the ranks.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from evomesh.config.schema import IGNORE
 from evomesh.layers.dtype import promote
 from evomesh.layers.products import matmul_nt, uses_onednn
 from evomesh.monitor.profile import region
-from evomesh.parallel.collectives import MAX, all_gather_no_grad, all_reduce_no_grad, local_range
+from evomesh.parallel.collectives import MAX, all_reduce_no_grad
 from evomesh.parallel.grid import Axis
 
-MIN_CHUNK_TOKENS = 512  # tokens whose logits exist at one time, at least
-CUDA_CHUNK_LOGITS = 2**26  # numbers in the logits of a chunk on CUDA: 256 MiB in float32
+MIN_CHUNK_TOKENS = 512  # tokens per chunk, at least
+CUDA_CHUNK_LOGITS = 2**26  # logits of one chunk on CUDA, at most: 256 MiB in float32
 
 
 class LossOutput(NamedTuple):
-    """A tuple, so that torch sees the tensors in it where a module returns one.
+    """Loss of one packed sequence; a tuple, so that torch finds the tensors in it where a module returns one.
 
     Attributes:
-    scaled_sum: scalar, ``grad_scale`` times the sum of the token losses (smoothed, if asked for); call backward on it.
-    nll: [T] negative log-likelihood of each label (never smoothed), at least float32, 0 where ignored; no gradient.
-    correct: [T] bool, no logit is larger than the label's.
+        scaled_sum: scalar, ``grad_scale`` times the sum of the (smoothed) token losses; call backward on it.
+        nll: [T] negative log-likelihood of each label (never smoothed), at least float32, 0 where ignored; no gradient.
+        correct: [T] bool, no logit is larger than the label's.
     """
 
     scaled_sum: Tensor
@@ -49,53 +49,59 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     chunk: int = 0,
     axis: Axis = Axis("tp"),  # noqa: B008  # frozen
-    parallel_output: bool = True,
 ) -> LossOutput:
-    """Cross entropy of ``hidden @ weight.T`` [T, V] against ``labels``.
+    """Compute the cross entropy of ``hidden @ weight.T`` [T, V] against ``labels``.
 
     Args:
-        hidden: [T, D], whole on every rank of ``axis``; its gradient is a partial sum there.
-        weight: [V, D], the rank's range of rows; rows at and behind ``vocab_size`` are padding, outside loss and
-            gradient.
+        hidden: [T, D], replicated over ``axis``; its gradient is a partial sum there.
+        weight: [V, D], this rank's vocabulary rows; rows from ``vocab_size`` on are padding, outside loss and gradient.
         labels: [T] int64, ``IGNORE`` where there is no target.
-        grad_scale: factor of the loss; applied before gradients are cast to the weight's dtype, so that float16
+        grad_scale: factor of the loss, applied before gradients are cast to the weight's dtype, so that float16
             gradients can be lifted out of its underflow.
         label_smoothing: share of the target spread evenly over the vocabulary.
-        chunk: C; 0: ``tokens_per_chunk``.
-        axis: the tensor axis; each of its ranks gets the whole result.
-        parallel_output: keep the logits cut; False gathers each chunk's logits to every rank first.
+        chunk: C; 0 means ``tokens_per_chunk``.
+        axis: the tensor axis; every rank of it gets the whole result.
     """
     chunk = chunk or tokens_per_chunk(weight.shape[0], hidden.is_cuda)
-    scale = _scalar(grad_scale, promote(hidden.dtype), hidden.device)
+    scale = _scalar_on_device(grad_scale, promote(hidden.dtype), hidden.device)
     with_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     with region("loss"):
         scaled_sum, nll, correct = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            hidden,
-            weight,
-            labels,
-            scale,
-            vocab_size,
-            label_smoothing,
-            chunk,
-            with_grad,
-            axis,
-            parallel_output,
+            hidden, weight, labels, scale, vocab_size, label_smoothing, chunk, with_grad, axis
         )
     return LossOutput(scaled_sum, nll, correct)
 
 
 def tokens_per_chunk(rows: int, on_cuda: bool) -> int:
-    """Tokens of a chunk. Each adds one gradient of the whole weight to the sum, in float32: on CUDA, where that is
-    bound by memory and the products are not, fewer and larger chunks of a small vocabulary cost less."""
-    return (
-        max(CUDA_CHUNK_LOGITS // rows // MIN_CHUNK_TOKENS, 1) * MIN_CHUNK_TOKENS
-        if on_cuda
-        else MIN_CHUNK_TOKENS
-    )
+    """Choose the tokens of a chunk for a weight of ``rows`` rows.
+
+    Each chunk adds one gradient of the whole weight to a float32 sum. On CUDA that sum is memory bound and the products
+    are not, so a small vocabulary gets fewer, larger chunks.
+    """
+    if not on_cuda:
+        return MIN_CHUNK_TOKENS
+    chunks_that_fit = CUDA_CHUNK_LOGITS // rows // MIN_CHUNK_TOKENS
+    return max(chunks_that_fit, 1) * MIN_CHUNK_TOKENS
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """z = h W^T;  p = softmax(z);  g = scale (p - target);  dgrad = g W;  wgrad = g^T h."""
+    """Loss and gradients of one chunk after the other; shapes are local, every rank of the axis sees all tokens.
+
+    h_chunk [C, D] is replicated (R), w_shard [V, D] holds this rank's vocabulary rows (S(0)); y is the one-hot target.
+
+        forward   z_shard = h_chunk w_shard^T                    [C, V]
+                  top     = max of z over the vocabulary         [C, 1]   all-reduce MAX
+                  e_shard = exp(z_shard - top)                   [C, V]   overwrites z_shard
+                  e_sum   = sum of e over the vocabulary         [C, 1]   all-reduce SUM, with z[label]
+                  nll     = top + log(e_sum) - z[label]          [C, 1]
+        logits    g_shard = scale (e_shard / e_sum - y_shard)    [C, V]   overwrites e_shard
+        dgrad     dh_chunk = g_shard w_shard                     [C, D]   P: the dual of whatever replicated h sums it
+        wgrad     dw_shard = sum over chunks of g_shard^T h_chunk  [V, D]   complete: every rank has all tokens
+
+    Why the gradients are computed in forward: g needs all of e. Keeping e until backward would cost [T, V], computing
+    it again a third product with the weight. This way backward keeps dh [T, D] and dw [V, D] and multiplies them by the
+    gradient of the loss.
+    """
 
     @staticmethod
     def forward(
@@ -109,166 +115,204 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk: int,
         with_grad: bool,
         axis: Axis,
-        parallel_output: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wide = promote(hidden.dtype)
-        kept = _kept(labels)
-        rows, targets = hidden[kept], labels[kept]
-        loss = torch.zeros((), dtype=wide, device=hidden.device)
-        nll_rows = torch.zeros(len(targets), dtype=wide, device=hidden.device)
-        correct_rows = torch.zeros(len(targets), dtype=torch.bool, device=hidden.device)
-        grads = _GradientAccumulator(rows, weight) if with_grad else None
-        for part in (slice(i, i + chunk) for i in range(0, len(targets), chunk)):
-            used = targets[part] != IGNORE
-            target = targets[part].clamp(min=0)[:, None]
-            logits = matmul_nt(rows[part], weight).to(wide)
-            if not parallel_output:
-                logits = all_gather_no_grad(logits, axis, dim=1).contiguous()
-            view = _VocabularyShard.of(logits, vocab_size, axis if parallel_output else Axis("tp"))
-            found = view.exponentials(logits, target, smoothing > 0)
-            correct_rows[part] = found.correct & used
-            nll_rows[part] = found.nll.where(used, 0.0)
-            token_loss = (1 - smoothing) * found.nll + smoothing * found.mean if smoothing else found.nll
-            loss += token_loss.where(used, 0.0).sum()
-            if grads is not None:
-                logits = view.minus_target(logits, target, found.exp_sum, smoothing)  # now their gradient
-                if not parallel_output:
-                    logits = local_range(logits, axis, 1)
-                grads.add(part, logits, (scale * used)[:, None] / found.exp_sum)
-            del logits  # or those of two chunks would live at one time
-        nll_all = torch.zeros(labels.shape, dtype=wide, device=hidden.device)
-        correct = torch.zeros(labels.shape, dtype=torch.bool, device=hidden.device)
-        nll_all[kept], correct[kept] = nll_rows, correct_rows
-        if grads is not None:
-            grad_hidden = grads.rows
+        device, wide = hidden.device, promote(hidden.dtype)
+
+        # 1. Keep the rows that need a product, and make room for their results.
+        kept = _rows_with_target(labels)
+        kept_hidden = hidden[kept]
+        kept_labels = labels[kept]
+        loss = torch.zeros((), dtype=wide, device=device)
+        kept_nll = torch.zeros(len(kept_labels), dtype=wide, device=device)
+        kept_correct = torch.zeros(len(kept_labels), dtype=torch.bool, device=device)
+        shard = _VocabularyShard.of_rank(weight.shape[0], vocab_size, axis)
+        gradients = _GradientAccumulator(kept_hidden, weight) if with_grad else None
+
+        for start in range(0, len(kept_labels), chunk):
+            part = slice(start, start + chunk)
+            is_target = kept_labels[part] != IGNORE
+            label = kept_labels[part].clamp(min=0)[:, None]
+
+            # 2. Logits of the chunk, then its loss. From here on `logits` holds exp(logit - top).
+            logits = matmul_nt(kept_hidden[part], weight).to(wide)
+            result = shard.exponentiate_(logits, label, with_mean=smoothing > 0)
+            kept_correct[part] = result.correct & is_target
+            kept_nll[part] = result.nll.where(is_target, 0.0)
+            token_loss = result.nll
+            if smoothing:
+                token_loss = (1 - smoothing) * result.nll + smoothing * result.mean_nll
+            loss += token_loss.where(is_target, 0.0).sum()
+
+            # 3. Gradients of the chunk. From here on `logits` holds e_sum * d(token loss) / d(logit).
+            if gradients is not None:
+                shard.subtract_target_(logits, label, result.exp_sum, smoothing)
+                gradients.add(part, logits, (scale * is_target)[:, None] / result.exp_sum)
+            del logits  # or the logits of two chunks would exist at one time
+
+        # 4. Scatter the kept rows back to all T tokens.
+        nll = torch.zeros(labels.shape, dtype=wide, device=device)
+        nll[kept] = kept_nll
+        correct = torch.zeros(labels.shape, dtype=torch.bool, device=device)
+        correct[kept] = kept_correct
+        if gradients is not None:
+            grad_hidden = gradients.hidden
             if isinstance(kept, Tensor):
                 grad_hidden = torch.zeros_like(hidden)
-                grad_hidden[kept] = grads.rows
-            ctx.save_for_backward(grad_hidden, grads.of_weight())
-        ctx.mark_non_differentiable(nll_all, correct)
-        return loss * scale, nll_all, correct
+                grad_hidden[kept] = gradients.hidden
+            ctx.save_for_backward(grad_hidden, gradients.weight_gradient())
+        ctx.mark_non_differentiable(nll, correct)
+        return loss * scale, nll, correct
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         factor = grads[0]
-        # On the CPU, where it costs nothing to look, the usual factor of one saves a pass over the weight.
+        # On the CPU, where reading it costs nothing, the usual factor of one saves a pass over the weight.
         if factor.device.type != "cpu" or factor.item() != 1.0:
-            grad_hidden, grad_weight = grad_hidden * factor, grad_weight * factor
-        return grad_hidden, grad_weight, *[None] * 8
+            grad_hidden = grad_hidden * factor
+            grad_weight = grad_weight * factor
+        return grad_hidden, grad_weight, *[None] * 7
 
 
 class _GradientAccumulator:
-    """Gradients of hidden rows and weight, growing chunk by chunk: the weight's in at least float32.
+    """Gradients of the hidden rows and of the weight, added chunk by chunk; the weight's in at least float32.
 
-    oneDNN makes the weight's transposed, [D, V]: it then copies the hidden rows of a chunk and not its logits.
+    With oneDNN the weight's gradient is accumulated transposed, [D, V]: oneDNN then copies the hidden rows of a chunk
+    and not its logits.
     """
 
-    def __init__(self, rows: Tensor, weight: Tensor) -> None:
-        self.inputs, self.head = rows, weight
-        self.rows = torch.empty_like(rows)
-        self.transposed = uses_onednn(rows, weight)
-        self.weight: Tensor | None = None
+    def __init__(self, hidden_rows: Tensor, weight: Tensor) -> None:
+        self._hidden_rows = hidden_rows
+        self._weight = weight
+        self.hidden = torch.empty_like(hidden_rows)
+        self._transposed = uses_onednn(hidden_rows, weight)
+        self._weight_sum: Tensor | None = None
 
-    def add(self, part: slice, grad: Tensor, factor: Tensor) -> None:
-        """Adds those of one chunk, whose d loss / d logits is ``grad`` [C, V] times ``factor`` [C, 1].
+    def add(self, part: slice, logit_grad: Tensor, factor: Tensor) -> None:
+        """Add one chunk, whose d(loss) / d(logits) is ``logit_grad`` [C, V] times ``factor`` [C, 1].
 
-        The factor has the loss scale in it. For wide weights it is moved to the [C, D] side of both products, which
-        saves a pass over the logits; a narrow ``grad`` must have it before it is rounded.
+        The factor contains the loss scale. For wide weights it moves to the [C, D] side of both products, which saves a
+        pass over the logits; a gradient that is rounded to a narrow dtype must be multiplied first.
         """
-        inputs = self.inputs[part]
-        if self.head.dtype == grad.dtype:
-            self.rows[part] = matmul_nt(grad, self.head.T).mul_(factor)
-            inputs = inputs * factor
+        weight = self._weight
+        hidden_chunk = self._hidden_rows[part]
+        if weight.dtype == logit_grad.dtype:
+            self.hidden[part] = matmul_nt(logit_grad, weight.T).mul_(factor)
+            hidden_chunk = hidden_chunk * factor
         else:
-            grad = grad.mul_(factor).to(self.head.dtype)
-            self.rows[part] = matmul_nt(grad, self.head.T)
-        a, b = (inputs.T, grad.T) if self.transposed else (grad.T, inputs.T)
-        if self.weight is None:
-            self.weight = matmul_nt(a, b).to(promote(self.head.dtype))
-        elif self.transposed:
-            self.weight = matmul_nt(a, b, plus=self.weight)
-        elif self.weight.dtype == grad.dtype:
-            self.weight.addmm_(a, b.T)
-        else:
-            self.weight += a @ b.T
+            logit_grad = logit_grad.mul_(factor).to(weight.dtype)
+            self.hidden[part] = matmul_nt(logit_grad, weight.T)
+        self._add_to_weight(logit_grad, hidden_chunk)
 
-    def of_weight(self) -> Tensor:
-        if self.weight is None:  # no row has a target
-            return torch.zeros_like(self.head)
-        return (self.weight.T if self.transposed else self.weight).to(self.head.dtype)
+    def _add_to_weight(self, logit_grad: Tensor, hidden_chunk: Tensor) -> None:
+        left, right = (hidden_chunk.T, logit_grad.T) if self._transposed else (logit_grad.T, hidden_chunk.T)
+        if self._weight_sum is None:
+            self._weight_sum = matmul_nt(left, right).to(promote(self._weight.dtype))
+        elif self._transposed:
+            self._weight_sum = matmul_nt(left, right, accumulate=self._weight_sum)
+        elif self._weight_sum.dtype == logit_grad.dtype:
+            self._weight_sum.addmm_(left, right.T)
+        else:
+            self._weight_sum += left @ right.T
+
+    def weight_gradient(self) -> Tensor:
+        """Return the sum over all chunks [V, D], in the weight's dtype."""
+        if self._weight_sum is None:  # no row has a target
+            return torch.zeros_like(self._weight)
+        total = self._weight_sum.T if self._transposed else self._weight_sum
+        return total.to(self._weight.dtype)
 
 
 @dataclass(frozen=True)
 class _ChunkLoss:
-    """Of one chunk, the same on all ranks: ``exp_sum`` [C, 1] of the shifted exponentials; the rest [C].
+    """Loss of one chunk, the same on all ranks.
 
-    ``mean`` is that of -log p over the vocabulary (0 unless asked for).
+    Attributes:
+        exp_sum: [C, 1] sum over the vocabulary of the shifted exponentials.
+        nll: [C] negative log-likelihood of the label.
+        mean_nll: [C] mean of -log p over the vocabulary; meaningless unless requested.
+        correct: [C] whether no logit is larger than the label's.
     """
 
     exp_sum: Tensor
     nll: Tensor
-    mean: Tensor
+    mean_nll: Tensor
     correct: Tensor
 
 
 @dataclass(frozen=True)
 class _VocabularyShard:
-    """The columns of the logits at hand: ``first`` .. ``first + columns``, of which ``real`` are no padding."""
+    """This rank's columns of the logits: ``columns`` from ``first`` on, of which ``unpadded`` are in the vocabulary."""
 
     first: int
     columns: int
-    real: int
-    size: int
+    unpadded: int
+    vocab_size: int
     axis: Axis
 
     @classmethod
-    def of(cls, logits: Tensor, size: int, axis: Axis) -> _VocabularyShard:
-        columns = logits.shape[1]
+    def of_rank(cls, columns: int, vocab_size: int, axis: Axis) -> _VocabularyShard:
         first = axis.rank * columns
-        return cls(first, columns, min(max(size - first, 0), columns), size, axis)
+        unpadded = min(max(vocab_size - first, 0), columns)
+        return cls(first, columns, unpadded, vocab_size, axis)
 
-    def exponentials(self, logits: Tensor, target: Tensor, with_mean: bool) -> _ChunkLoss:
-        """Turns ``logits`` [C, V] into exp(logit - largest logit) in place; ``target`` [C, 1] are global columns.
+    def exponentiate_(self, logits: Tensor, label: Tensor, *, with_mean: bool) -> _ChunkLoss:
+        """Replace ``logits`` [C, V] by exp(logit - largest logit) and return the loss; ``label`` [C, 1] is global.
 
-        A target counts as correct if no logit is larger, so that equal ones count the same on every layout.
+        A label counts as correct if no logit is larger, so that ties count the same in every layout.
         """
-        column, here = self._own(target)
-        logits[:, self.real :] = -torch.inf
-        top = all_reduce_no_grad(logits.amax(dim=-1, keepdim=True), self.axis, op=MAX)
-        picked = logits.gather(1, column).masked_fill(~here, 0.0)
-        total = logits[:, : self.real].sum(dim=-1, keepdim=True) if with_mean else torch.zeros_like(picked)
+        logits[:, self.unpadded :] = -torch.inf
+
+        # 1. The largest logit of the whole vocabulary, so that no exponential overflows.
+        local_top = logits.amax(dim=-1, keepdim=True)
+        top = all_reduce_no_grad(local_top, self.axis, op=MAX)
+
+        # 2. What has to be read before the logits are overwritten: the label's logit, and the sum for smoothing.
+        column, is_here = self._local_column(label)
+        label_logit = logits.gather(1, column).masked_fill(~is_here, 0.0)
+        logit_sum = torch.zeros_like(label_logit)
+        if with_mean:
+            logit_sum = logits[:, : self.unpadded].sum(dim=-1, keepdim=True)
+
+        # 3. One all-reduce for all three sums over the vocabulary.
         logits.sub_(top).exp_()
-        sums = all_reduce_no_grad(torch.cat([logits.sum(-1, keepdim=True), picked, total], dim=1), self.axis)
-        exp_sum, picked, total = sums.chunk(3, dim=1)
+        local_sums = torch.cat([logits.sum(-1, keepdim=True), label_logit, logit_sum], dim=1)
+        sums = all_reduce_no_grad(local_sums, self.axis)
+        exp_sum, label_logit, logit_sum = sums.chunk(3, dim=1)
+
         log_sum = top + exp_sum.log()
-        mean = (log_sum - total / self.size).squeeze(1)
-        return _ChunkLoss(exp_sum, (log_sum - picked).squeeze(1), mean, (picked == top).squeeze(1))
+        return _ChunkLoss(
+            exp_sum=exp_sum,
+            nll=(log_sum - label_logit).squeeze(1),
+            mean_nll=(log_sum - logit_sum / self.vocab_size).squeeze(1),
+            correct=(label_logit == top).squeeze(1),
+        )
 
-    def _own(self, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Local column of each target (any, where it lies elsewhere), and whether it lies here."""
-        column = target - self.first
-        here = (column >= 0) & (column < self.columns)
-        return column.masked_fill(~here, 0), here
-
-    def minus_target(self, exponentials: Tensor, target: Tensor, exp_sum: Tensor, smoothing: float) -> Tensor:
-        """d loss / d logits times ``exp_sum``: probability minus the (smoothed) target, in place."""
-        column, here = self._own(target)
-        exponentials.scatter_add_(1, column, here * exp_sum * (smoothing - 1))
+    def subtract_target_(
+        self, exponentials: Tensor, label: Tensor, exp_sum: Tensor, smoothing: float
+    ) -> None:
+        """Replace ``exponentials`` [C, V] by ``exp_sum`` times (probability minus the smoothed target)."""
+        column, is_here = self._local_column(label)
+        exponentials.scatter_add_(1, column, is_here * exp_sum * (smoothing - 1))
         if smoothing:
-            exponentials[:, : self.real] -= exp_sum * (smoothing / self.size)
-        return exponentials
+            exponentials[:, : self.unpadded] -= exp_sum * (smoothing / self.vocab_size)
+
+    def _local_column(self, label: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each label's local column (0 if another rank has it), and whether this rank has it."""
+        column = label - self.first
+        is_here = (column >= 0) & (column < self.columns)
+        return column.masked_fill(~is_here, 0), is_here
 
 
-def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A number is filled in by the device: a copy of it would make the host wait."""
+def _scalar_on_device(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return ``value`` as a scalar tensor; the device fills in a float, since copying it would block the host."""
     if isinstance(value, Tensor):
         return value.to(device, dtype)
     return torch.full((), value, dtype=dtype, device=device)
 
 
-def _kept(labels: Tensor) -> Tensor | slice:
-    """Rows worth a product: on the CPU those with a target; elsewhere all, rather than wait for the device's count."""
+def _rows_with_target(labels: Tensor) -> Tensor | slice:
+    """Select the rows worth a product: on the CPU those with a target; elsewhere all: counting blocks the host."""
     if labels.device.type != "cpu":
         return slice(None)
     kept = (labels != IGNORE).nonzero().squeeze(1)

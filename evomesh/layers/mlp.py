@@ -16,10 +16,10 @@ from evomesh.layers.placement import Placement
 
 
 class _SwiGlu(torch.autograd.Function):
-    """y = silu(gate) up. Keeps its two inputs only and makes silu(gate) again in backward: a third less memory.
+    """y = silu(gate) up. Keeps only its two inputs and recomputes silu(gate) in backward: a third less memory.
 
-    Not for compiled blocks: the compiler chooses by itself what to keep, and torch 2.11's makes wrong gradients of a
-    function whose forward writes in place (pytorch issue 180642).
+    Not for compiled blocks: the compiler chooses what to keep, and torch 2.11's computes wrong gradients for a function
+    whose forward writes in place (pytorch issue 180642).
     """
 
     @staticmethod
@@ -32,6 +32,13 @@ class _SwiGlu(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         grad_gate = torch.ops.aten.silu_backward(grads[0] * up, gate)
         return grad_gate, F.silu(gate).mul_(grads[0])
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return F.silu(gate) * up
+    out: Tensor = _SwiGlu.apply(gate, up)  # type: ignore[no-untyped-call]
+    return out
 
 
 class FeedForward(nn.Module):
@@ -53,8 +60,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.swiglu:
             gate, up = column_parallel_linears(x, self.w1, self.w3)
-            compiled = torch.compiler.is_compiling()
-            hidden: Tensor = F.silu(gate) * up if compiled else _SwiGlu.apply(gate, up)  # type: ignore[no-untyped-call]
+            hidden = _swiglu(gate, up)
         else:
             hidden = F.gelu(self.w1(x), approximate="tanh")
         out: Tensor = self.w2(hidden)

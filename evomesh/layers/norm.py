@@ -17,9 +17,9 @@ from evomesh.parallel.spec import ShardSpec
 
 
 class _RmsNorm(torch.autograd.Function):
-    """y = w n, n = x r, r = 1 / sqrt(mean(x^2) + eps);  dx = r (w g - n mean(w g n)),  dw = sum over T of g n.
+    """y = w n, n = x r, r = 1 / sqrt(mean(x^2) + eps);  dx = r (w dy - n mean(w dy n)),  dw = sum over T of dy n.
 
-    For the CPU, where torch's own is made of many passes; it keeps x and r only. Not for compiled blocks: see _SwiGlu.
+    For the CPU, where torch's own takes many passes; it keeps only x and r. Not for compiled blocks: see _SwiGlu.
     """
 
     @staticmethod
@@ -33,15 +33,16 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, scale, weight = ctx.saved_tensors
+        dy = grads[0]
         normed = x * scale
-        product = grads[0] * normed
-        inner = (product @ weight).div_(x.shape[-1]).unsqueeze(-1)
-        grad = (grads[0] * weight).addcmul_(normed, inner, value=-1).mul_(scale)
-        return grad, product.sum(0), None
+        dy_normed = dy * normed
+        mean = (dy_normed @ weight).div_(x.shape[-1]).unsqueeze(-1)
+        dx = (dy * weight).addcmul_(normed, mean, value=-1).mul_(scale)
+        return dx, dy_normed.sum(0), None
 
 
 class Norm(nn.Module):
-    """[T, D] -> [T, D] in the model's dtype, whatever the input's.
+    """[T, D] -> [T, D] in the model's dtype, whatever the dtype of the input.
 
     Args:
         kind: "rmsnorm" (y = w x / sqrt(mean(x^2) + eps)) or "layernorm" (with weight and bias).
@@ -62,12 +63,13 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = promote(self.placement.dtype)
+        wide_x = x.to(wide)
         weight = self.weight.to(wide)
         out: Tensor
-        if self.bias is None and (x.is_cuda or torch.compiler.is_compiling()):
-            out = F.rms_norm(x.to(wide), (self.size,), weight, self.eps)
-        elif self.bias is None:
-            out = _RmsNorm.apply(x.to(wide), weight, self.eps)  # type: ignore[no-untyped-call]
+        if self.bias is not None:
+            out = F.layer_norm(wide_x, (self.size,), weight, self.bias.to(wide), self.eps)
+        elif x.is_cuda or torch.compiler.is_compiling():
+            out = F.rms_norm(wide_x, (self.size,), weight, self.eps)
         else:
-            out = F.layer_norm(x.to(wide), (self.size,), weight, self.bias.to(wide), self.eps)
+            out = _RmsNorm.apply(wide_x, weight, self.eps)  # type: ignore[no-untyped-call]
         return out.to(self.placement.dtype)

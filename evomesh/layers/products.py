@@ -1,9 +1,9 @@
-"""Matrix products by the fastest kernel that torch carries for them.
+"""Matrix products by the fastest kernel that torch ships for them.
 
 On the CPU torch multiplies float32 matrices with MKL, which leaves AVX-512 unused on processors that are not Intel's.
-torch also carries oneDNN, which uses it on all of them, but calls it for float32 only in models compiled for inference.
-Here it is called for training and generation where it is the faster one: 2.2 times as fast on an AMD processor with
-AVX-512. On one that ends at AVX2 MKL is, for the gradients of weights 1.7 times as fast (docs/performance.md).
+torch also ships oneDNN, which uses it on all of them, but calls it for float32 only in models compiled for inference.
+Here it is called for training and generation where it is faster: by a factor of 2.2 on an AMD processor with AVX-512.
+On one with AVX2 only, MKL is faster: by a factor of 1.7 for the gradients of weights (docs/performance.md).
 
 Shapes: T rows, I input features, O output features.
 """
@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FEW_ROWS = range(5, 33)  # rows for which MKL is 1.1 to 1.7 times as fast with the weight as its left matrix
+FEW_ROWS = range(5, 33)  # rows for which MKL is 1.1 to 1.7 times as fast with the weight as its left operand
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [T, I], weight [O, I] -> x weight^T + bias, [T, O]."""
+    """Return x weight^T + bias [T, O] for x [T, I] and weight [O, I]."""
     if uses_onednn(x, weight):
         out: Tensor = _OneDnnLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return out
@@ -31,25 +31,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out if bias is None else out.add_(bias)
 
 
-def matmul_nt(a: Tensor, b: Tensor, *, bias: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
-    """a [M, K] times the transpose of b [N, K], plus a bias [N] or a matrix [M, N]; [M, N]. Not differentiable.
+def matmul_nt(
+    a: Tensor, b: Tensor, *, bias: Tensor | None = None, accumulate: Tensor | None = None
+) -> Tensor:
+    """Return a b^T [M, N] for a [M, K] and b [N, K], plus a bias [N] or a matrix [M, N]. Not differentiable.
 
-    A transposed view costs nothing as ``b``; as ``a`` oneDNN copies it first.
+    A transposed view costs nothing as ``b``; oneDNN copies one that is passed as ``a``.
     """
     out: Tensor
     if not uses_onednn(a, b):
-        out = F.linear(a, b, bias) if plus is None else torch.addmm(plus, a, b.T)
-    elif plus is None:
+        out = F.linear(a, b, bias) if accumulate is None else torch.addmm(accumulate, a, b.T)
+    elif accumulate is None:
         out = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
     else:
-        out = torch.ops.mkldnn._linear_pointwise.binary(a, plus, b, bias, "add")
+        out = torch.ops.mkldnn._linear_pointwise.binary(a, accumulate, b, bias, "add")
     return out
 
 
 def uses_onednn(a: Tensor, b: Tensor) -> bool:
-    """Whether the product of these matrices goes to oneDNN. Compiled code makes its own choice of kernels."""
+    """Return whether oneDNN computes the product of these matrices. Compiled code chooses its own kernels."""
     return (
-        not torch.compiler.is_compiling()  # first: a compiler that looked at the rest would break its graph there
+        not torch.compiler.is_compiling()  # first: tracing the rest would break a compiled graph
         and a.dtype == b.dtype == torch.float32
         and a.is_cpu
         and a.dim() == 2
@@ -60,16 +62,16 @@ def uses_onednn(a: Tensor, b: Tensor) -> bool:
 
 @cache
 def onednn_is_faster() -> bool:
-    """On AMD's processors with AVX-512, and Hygon's. A rule, and no measurement: runs must repeat to the bit."""
+    """Return True on AMD and Hygon processors with AVX-512. A rule, not a measurement: runs must repeat to the bit."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # type: ignore[no-untyped-call]
         return False
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.11
-    maker = str(capabilities.get("cpu_name", ""))
-    return maker.startswith(("AMD", "Hygon")) and bool(capabilities.get("avx512_f"))
+    processor = str(capabilities.get("cpu_name", ""))
+    return processor.startswith(("AMD", "Hygon")) and bool(capabilities.get("avx512_f"))
 
 
 class _OneDnnLinear(torch.autograd.Function):
-    """y = x W^T + b;  dx = g W;  dW = g^T x;  db = sum of g."""
+    """y = x W^T + b; dgrad dx = dy W; wgrad dW = dy^T x; bgrad db = sum over T of dy."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -79,9 +81,9 @@ class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        grad, (for_x, for_weight, for_bias) = grads[0], ctx.needs_input_grad
-        return (
-            matmul_nt(grad, weight.T) if for_x else None,
-            matmul_nt(grad.T, x.T) if for_weight else None,
-            grad.sum(0) if for_bias else None,
-        )
+        dy = grads[0]
+        needs_dx, needs_dw, needs_db = ctx.needs_input_grad
+        dx = matmul_nt(dy, weight.T) if needs_dx else None
+        dw = matmul_nt(dy.T, x.T) if needs_dw else None
+        db = dy.sum(0) if needs_db else None
+        return dx, dw, db

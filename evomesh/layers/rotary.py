@@ -17,14 +17,14 @@ from evomesh.layers.sequence_bounds import SequenceBounds
 
 @dataclass(frozen=True)
 class RotaryEmbedding:
-    """Angles of the rotation: position * base^(-2i/H) for pair i.
+    """Rotation angles: position * base^(-2i/H) for pair i.
 
     Attributes:
         head_dim: H, even.
         base: ``rope_base``.
-        dynamic_ntk: for a document longer than ``max_position`` M, of length L, use
-            base * (factor * L / M - (factor - 1))^(H / (H - 2)). The length is the document's own, so that a document
-            means the same alone and packed with others, on every layout.
+        dynamic_ntk: for a segment of length L, longer than ``max_position`` M, use
+            base * (factor * L / M - (factor - 1))^(H / (H - 2)). L is the length of the segment, not of the pack, so
+            that a document gets the same angles alone and packed with others, in every layout.
         factor: ``rope_scaling_factor``.
     """
 
@@ -35,23 +35,29 @@ class RotaryEmbedding:
     factor: float = 1.0
 
     def tables(self, bounds: SequenceBounds, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of one packed sequence, each [T, H/2] in at least float32."""
+        """Return the cosines and sines of one pack, each [T, H/2] in at least float32."""
         positions = bounds.position_ids.to(torch.float64)
-        exponent = (
-            torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=positions.device) / self.head_dim
-        )
+        even_columns = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=positions.device)
+        exponent = even_columns / self.head_dim
         base = torch.full((1,), self.base, dtype=torch.float64, device=positions.device)
         if self.dynamic_ntk:
-            length = bounds.span().to(torch.float64).clamp(min=self.max_position)
-            stretch = self.factor * length / self.max_position - (self.factor - 1)
-            stretch = torch.where(length > self.max_position, stretch, 1.0)
-            base = base * stretch ** (self.head_dim / (self.head_dim - 2))
-        angles = positions[:, None] * base[:, None] ** -exponent
-        return angles.cos().to(promote(dtype)), angles.sin().to(promote(dtype))
+            base = base * self._ntk_factor(bounds)
+        frequencies = base[:, None] ** -exponent  # [1 or T, H/2]
+        angles = positions[:, None] * frequencies
+        wide = promote(dtype)
+        return angles.cos().to(wide), angles.sin().to(wide)
+
+    def _ntk_factor(self, bounds: SequenceBounds) -> Tensor:
+        """Return what dynamic NTK multiplies the base by for each token, [T] float64: 1 up to ``max_position``."""
+        length = bounds.span().to(torch.float64).clamp(min=self.max_position)
+        stretch = self.factor * length / self.max_position - (self.factor - 1)
+        stretch = torch.where(length > self.max_position, stretch, 1.0)
+        factor: Tensor = stretch ** (self.head_dim / (self.head_dim - 2))
+        return factor
 
 
 def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """Views of the two members of every rotated pair: neighbouring columns, or first and second half."""
+    """Return views of the two members of every rotated pair: adjacent columns, or first and second half."""
     if interleaved:
         return x[..., 0::2], x[..., 1::2]
     half = x.shape[-1] // 2
@@ -59,7 +65,7 @@ def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, interleaved: bool) -> None:
-    """out = x rotated by the angle; ``x`` and ``out`` [T, G, heads, H], tables [T, 1, 1, H/2]."""
+    """Write ``x`` rotated by the angle into ``out``, both [T, G, heads, H]; tables [T, 1, 1, H/2]."""
     a, b = _pairs(x, interleaved)
     out_a, out_b = _pairs(out, interleaved)
     out_a.copy_(torch.addcmul(a * cos, b, sin, value=-1))
@@ -67,45 +73,55 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, interleaved: bool)
 
 
 class _SplitRotate(torch.autograd.Function):
-    """One pass forward and one backward, where slicing and concatenating would take a pass for each part."""
+    """One pass over qkv forward and one backward, where slicing and concatenating would take one for each part.
+
+    The backward of a rotation is the rotation by the negative angle.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, head_dim: int, interleaved: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        cos, sin = cos[:, None, None], sin[:, None, None]
+        cos = cos[:, None, None]
+        sin = sin[:, None, None]
         ctx.save_for_backward(cos, sin)
         ctx.interleaved = interleaved
-        heads = qkv.view(qkv.shape[0], kv_heads, -1, head_dim)  # [T, G, R + 2, H]
-        q, k = torch.empty_like(heads[:, :, :-2]), torch.empty_like(heads[:, :, -2:-1])
-        _rotate(heads[:, :, :-2], cos, sin, q, interleaved)
-        _rotate(heads[:, :, -2:-1], cos, sin, k, interleaved)
-        return q.flatten(1, 2), k.squeeze(2), heads[:, :, -1].contiguous()
+
+        groups = qkv.view(qkv.shape[0], kv_heads, -1, head_dim)  # [T, G, R + 2, H]
+        q_in, k_in, v_in = groups[:, :, :-2], groups[:, :, -2:-1], groups[:, :, -1]
+        q = torch.empty_like(q_in)
+        k = torch.empty_like(k_in)
+        _rotate(q_in, cos, sin, q, interleaved)
+        _rotate(k_in, cos, sin, k, interleaved)
+        return q.flatten(1, 2), k.squeeze(2), v_in.contiguous()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         cos, sin = ctx.saved_tensors
-        grad_q, grad_k, grad_v = grads
-        tokens, kv_heads, head_dim = grad_k.shape
-        grad_q = grad_q.reshape(tokens, kv_heads, -1, head_dim)
-        grad = grad_q.new_empty(tokens, kv_heads, grad_q.shape[2] + 2, head_dim)
-        _rotate(grad_q, cos, -sin, grad[:, :, :-2], ctx.interleaved)
-        _rotate(grad_k.unsqueeze(2), cos, -sin, grad[:, :, -2:-1], ctx.interleaved)
-        grad[:, :, -1] = grad_v
-        return grad.view(tokens, -1), None, None, None, None, None
+        dq, dk, dv = grads
+        tokens, kv_heads, head_dim = dk.shape
+        dq = dq.reshape(tokens, kv_heads, -1, head_dim)
+        dqkv = dq.new_empty(tokens, kv_heads, dq.shape[2] + 2, head_dim)  # [T, G, R + 2, H]
+        _rotate(dq, cos, -sin, dqkv[:, :, :-2], ctx.interleaved)
+        _rotate(dk.unsqueeze(2), cos, -sin, dqkv[:, :, -2:-1], ctx.interleaved)
+        dqkv[:, :, -1] = dv
+        return dqkv.view(tokens, -1), None, None, None, None, None
 
 
 def split_and_rotate(
     qkv: Tensor, cos: Tensor, sin: Tensor, *, kv_heads: int, head_dim: int, interleaved: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cuts a fused projection [T, G (R + 2) H] into q [T, G R, H], k and v [T, G, H]; rotates q and k.
+    """Split a fused projection [T, G (R + 2) H] into q [T, G R, H], k and v [T, G, H], and rotate q and k.
 
     ``qkv`` is group-major: for each key/value head its R query heads, the key head, the value head.
     """
-    if qkv.is_cpu and not torch.is_grad_enabled():  # q and k in one pass, v as it lies
-        heads = qkv.view(qkv.shape[0], kv_heads, -1, head_dim)
-        rotated = torch.empty_like(heads[:, :, :-1])
-        _rotate(heads[:, :, :-1], cos[:, None, None], sin[:, None, None], rotated, interleaved)
-        return rotated[:, :, :-1].flatten(1, 2), rotated[:, :, -1], heads[:, :, -1]
+    if qkv.is_cpu and not torch.is_grad_enabled():
+        # Without gradient q and k are rotated in one pass, and v stays a view of qkv.
+        groups = qkv.view(qkv.shape[0], kv_heads, -1, head_dim)
+        q_and_k = groups[:, :, :-1]
+        rotated = torch.empty_like(q_and_k)
+        _rotate(q_and_k, cos[:, None, None], sin[:, None, None], rotated, interleaved)
+        q, k = rotated[:, :, :-1].flatten(1, 2), rotated[:, :, -1]
+        return q, k, groups[:, :, -1]
     q, k, v = _SplitRotate.apply(qkv, cos, sin, kv_heads, head_dim, interleaved)  # type: ignore[no-untyped-call]
     return q, k, v

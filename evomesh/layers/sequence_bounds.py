@@ -1,6 +1,6 @@
-"""Where the documents of one packed sequence begin and end.
+"""Bounds of the segments of one pack: where each begins and ends, and the position of each token in it.
 
-Shapes: T packed tokens, K document bounds.
+Shapes: T packed tokens, K segment bounds.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ import torch
 from torch import Tensor
 
 
-@dataclass(
-    eq=False
-)  # not frozen, for torch 2.11's compiler looks into those, and compiles for a number of bounds
+# Not frozen: torch 2.11's compiler inspects frozen dataclasses, and recompiles for each number of bounds.
+@dataclass(eq=False)
 class SequenceBounds:
-    """Never changed once made.
+    """Segments of one pack. Treat it as immutable.
 
     Attributes:
-    position_ids: [T] int64, position of each token within its document.
-    cu_seqlens: [K] int32, bounds 0 .. T, padded on the right by repeating T.
-    max_seqlen: an upper bound of the document length, a Python int so that no kernel waits for the device.
-    host_bounds: ``cu_seqlens`` on the host, where the former lies on a device and somebody has kept the original.
+        position_ids: [T] int64, position of each token within its segment.
+        cu_seqlens: [K] int32, bounds 0 .. T, padded on the right by repeating T.
+        max_seqlen: an upper bound of the segment length, a Python int so that no kernel waits for the device.
+        host_bounds: ``cu_seqlens`` in host memory, if the original was kept when it moved to a device.
     """
 
     position_ids: Tensor
@@ -32,18 +31,18 @@ class SequenceBounds:
     host_bounds: Tensor | None = None
 
     def lengths(self) -> list[int]:
-        """Lengths of the non-empty documents (waits for the device when there are no bounds on the host)."""
+        """Return the lengths of the non-empty segments; waits for the device if there are no bounds on the host."""
         bounds = (self.cu_seqlens if self.host_bounds is None else self.host_bounds).tolist()
         return [stop - start for start, stop in pairwise(bounds) if stop > start]
 
     def span(self) -> Tensor:
-        """[T] int64: for each token, one more than the last position of its own document."""
-        # The index of a token's document counts the bounds at or before it; padded bounds lie behind every token.
-        tokens = torch.arange(
-            self.position_ids.shape[0], device=self.position_ids.device, dtype=self.cu_seqlens.dtype
-        )
-        document = torch.searchsorted(self.cu_seqlens, tokens, right=True)
-        return self.position_ids[self.cu_seqlens[document].long() - 1] + 1
+        """Return [T] int64: for each token, the last position of its segment plus one."""
+        positions = self.position_ids
+        tokens = torch.arange(positions.shape[0], device=positions.device, dtype=self.cu_seqlens.dtype)
+        # The number of bounds at or before a token is the index of its segment's end; padded bounds come after all.
+        end_index = torch.searchsorted(self.cu_seqlens, tokens, right=True)
+        last_token = self.cu_seqlens[end_index].long() - 1
+        return positions[last_token] + 1
 
 
 class PackedSequences(Protocol):
@@ -66,6 +65,7 @@ def micro_batch_bounds(batch: PackedSequences, index: int) -> SequenceBounds:
 
 
 def single_sequence(length: int, *, start: int = 0, device: torch.device | str = "cpu") -> SequenceBounds:
-    """One document of ``length`` tokens whose first token has position ``start``."""
+    """Return the bounds of one segment of ``length`` tokens whose first token has position ``start``."""
     positions = torch.arange(start, start + length, device=device)
-    return SequenceBounds(positions, torch.tensor([0, length], dtype=torch.int32, device=device), length)
+    cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device=device)
+    return SequenceBounds(positions, cu_seqlens, length)

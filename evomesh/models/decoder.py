@@ -122,7 +122,6 @@ class OutputHead(nn.Module):
             grad_scale=grad_scale,
             label_smoothing=label_smoothing,
             axis=self.placement.axis,
-            parallel_output=self.config.parallel_output,
         )
 
     def logits(self, hidden: Tensor) -> Tensor:

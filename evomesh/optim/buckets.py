@@ -1,13 +1,23 @@
-"""Messages of the optimizer: gradients on their way to the rank that owns their rows, and updated rows back.
+"""Buckets of the optimizer: gradients summed to the rank that owns their rows, and updated rows gathered back.
 
-Parameters cut over an axis of n ranks are packed as [n, chunk], row r holding what rank r owns of each, so that one
-reduce-scatter hands every rank its rows of all of them, and one all-gather brings them back.
+Parameters whose state is sharded over an axis of n ranks are packed as [n, chunk], row r holding what rank r owns of
+each, so that one reduce-scatter hands every rank its rows of all of them, and one all-gather brings them back.
+
+What overlap changes, for two buckets (``b1`` is filled first, ``rs`` a reduce-scatter, ``ag`` an all-gather):
+
+    overlap_sync_grad off   backward ......................... | rs b1 | rs b2 | norm, AdamW
+    overlap_sync_grad on    backward ...... b1 ........... b2  | wait          | norm, AdamW
+                                            └ rs b1 ┄┄┄┄┄┄ └ rs b2 ┄┄┄┄┄┄┄┄┄┄┘
+
+    overlap_sync_param off  AdamW | ag b1 | ag b2 | forward layer 1 | layer 2
+    overlap_sync_param on   AdamW | wait b1 | forward layer 1 | wait b2 | layer 2
+                                  └ ag b1 ┄┄┘ ag b2 ┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┘
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,76 +33,76 @@ from evomesh.parallel.collectives import (
 
 @dataclass(eq=False)
 class GradientBucket:
-    """Gradients summed together: same cut, same axes, same dtype."""
+    """Gradients summed together: same shard axis, same sum axes, same dtype."""
 
     slots: list[ParameterSlot]
     pending: PendingCollective | None = None
-    arrived: int = 0
+    ready: int = 0  # slots whose gradient is complete
 
     def launch(self) -> None:
-        """Starts the first sum. The gradients must stay as they are until ``finish``."""
-        cut, sums = self.slots[0].shard_axis, self.slots[0].sum_axes
-        rows = [slot.gradient().reshape(cut.size, -1) for slot in self.slots]
+        """Start the first sum. The gradients must stay unchanged until ``finish``."""
+        shard_axis, sum_axes = self.slots[0].shard_axis, self.slots[0].sum_axes
+        rows = [slot.gradient().reshape(shard_axis.size, -1) for slot in self.slots]
         bucket = rows[0].contiguous() if len(rows) == 1 else torch.cat(rows, dim=1)
-        self.pending = (
-            launch_reduce_scatter(bucket, cut) if cut.size > 1 else launch_all_reduce(bucket, sums[0])
-        )
+        if shard_axis.size > 1:
+            self.pending = launch_reduce_scatter(bucket, shard_axis)
+        else:
+            self.pending = launch_all_reduce(bucket, sum_axes[0])
 
     def finish(self) -> None:
-        """Completes all sums and gives each target its gradient."""
+        """Complete all sums and give each master its gradient."""
         if self.pending is None:
             self.launch()
         assert self.pending is not None
-        total, self.pending, self.arrived = self.pending.wait(), None, 0
-        cut, sums = self.slots[0].shard_axis, self.slots[0].sum_axes
-        for axis in sums if cut.size > 1 else sums[1:]:
+        total = self.pending.wait()
+        self.pending = None
+        self.ready = 0
+
+        # The launched collective has summed over the shard axis, or else over the first of the sum axes.
+        shard_axis, sum_axes = self.slots[0].shard_axis, self.slots[0].sum_axes
+        remaining = sum_axes if shard_axis.size > 1 else sum_axes[1:]
+        for axis in remaining:
             total = launch_all_reduce(total, axis).wait()
-        pieces = torch.split(total.view(-1), [slot.master.numel() for slot in self.slots])
-        for slot, piece in zip(self.slots, pieces, strict=True):
-            slot.master.grad = piece.view(slot.master.shape)
+
+        sizes = [slot.master.numel() for slot in self.slots]
+        for slot, gradient in zip(self.slots, torch.split(total.view(-1), sizes), strict=True):
+            slot.master.grad = gradient.view(slot.master.shape)
 
 
 class GradientSync:
     """Sums gradients over ranks, bucket by bucket, in the order in which backward finishes them.
 
-    With ``overlap``, and once ``expect`` has said how many micro-batches there are, a bucket sets off as soon as the
-    last micro-batch has filled it; otherwise one after the other at the end, at most one at a time in memory.
+    With ``overlap``, and once ``expect_micro_batches`` was called, a bucket is launched as soon as the last micro-batch
+    has filled it; otherwise buckets are summed one after the other at the end, at most one at a time in memory.
     """
 
     def __init__(self, slots: Sequence[ParameterSlot], bucket_size: int, overlap: bool) -> None:
         self.overlap = overlap
-        self.local = [slot for slot in slots if slot.shard_axis.size == 1 and not slot.sum_axes]
-        synced = [slot for slot in reversed(slots) if slot.shard_axis.size > 1 or slot.sum_axes]
-        kinds: dict[object, list[ParameterSlot]] = {}
-        for slot in synced:
-            kinds.setdefault((slot.shard_axis, slot.sum_axes, slot.gradient_dtype), []).append(slot)
-        position = {slot: index for index, slot in enumerate(synced)}
-        self.buckets = [
-            GradientBucket(part) for kind in kinds.values() for part in pack_into_buckets(kind, bucket_size)
-        ]
-        self.buckets.sort(key=lambda bucket: position[bucket.slots[-1]])  # by when backward fills them
+        self.local = [slot for slot in slots if not _needs_sum(slot)]
+        self.buckets = _gradient_buckets([slot for slot in reversed(slots) if _needs_sum(slot)], bucket_size)
         self._bucket_of = {slot: bucket for bucket in self.buckets for slot in bucket.slots}
         self._micro_batches = 0
         self._launched = 0
 
     def expect_micro_batches(self, micro_batches: int) -> None:
+        """Set how many gradients of each parameter make up this step."""
         self._micro_batches = micro_batches
 
-    def arrived(self, slot: ParameterSlot) -> None:
-        """Notes that a micro-batch's gradient of ``slot`` is there. Buckets leave in the same order on every rank."""
+    def mark_ready(self, slot: ParameterSlot) -> None:
+        """Record that a micro-batch's gradient of ``slot`` is complete. Ranks launch buckets in the same order."""
         bucket = self._bucket_of.get(slot)
         if bucket is None or not self.overlap or slot.micro_batches != self._micro_batches:
             return
-        bucket.arrived += 1
+        bucket.ready += 1
         while self._launched < len(self.buckets):
             bucket = self.buckets[self._launched]
-            if bucket.arrived < len(bucket.slots):
+            if bucket.ready < len(bucket.slots):
                 break
             bucket.launch()
             self._launched += 1
 
     def finish(self) -> None:
-        """Gives every target its gradient, summed over all ranks that hold a part of it."""
+        """Give every master its gradient, summed over all ranks that have a summand."""
         if self.overlap:
             for bucket in self.buckets[self._launched :]:
                 bucket.launch()
@@ -103,42 +113,60 @@ class GradientSync:
         self._launched = self._micro_batches = 0
 
 
+def _needs_sum(slot: ParameterSlot) -> bool:
+    return slot.shard_axis.size > 1 or len(slot.sum_axes) > 0
+
+
+def _gradient_buckets(slots: Sequence[ParameterSlot], bucket_size: int) -> list[GradientBucket]:
+    """Pack ``slots``, given in the order of backward, into buckets; return them in the order in which they fill."""
+    kinds: dict[object, list[ParameterSlot]] = {}
+    for slot in slots:
+        kinds.setdefault((slot.shard_axis, slot.sum_axes, slot.gradient_dtype), []).append(slot)
+    position = {slot: index for index, slot in enumerate(slots)}
+    buckets = []
+    for kind in kinds.values():
+        buckets += [GradientBucket(pack) for pack in pack_into_buckets(kind, bucket_size)]
+    return sorted(buckets, key=lambda bucket: position[bucket.slots[-1]])
+
+
 @dataclass(eq=False)
 class ParameterBucket:
-    """Updated rows gathered together: same cut, same dtype. A parameter alone is gathered in place."""
+    """Updated rows gathered together: same shard axis, same dtype. A single parameter is gathered in place."""
 
     slots: list[ParameterSlot]
     pending: PendingCollective | None = None
-    _alone: bool = field(init=False)
 
-    def __post_init__(self) -> None:
-        self._alone = len(self.slots) == 1
+    @property
+    def _in_place(self) -> bool:
+        return len(self.slots) == 1
 
     def launch(self) -> None:
-        cut, dtype = self.slots[0].shard_axis, self.slots[0].local.dtype
-        rows = torch.cat(
-            [slot.master.reshape(-1).to(dtype) for slot in self.slots]
-        )  # also a copy: out must not alias it
-        out = self.slots[0].local.view(cut.size, -1) if self._alone else None
-        self.pending = launch_all_gather(rows, cut, out)
+        """Start gathering. The rows are sent from a copy, which also rounds them: the output must not alias them."""
+        axis, dtype = self.slots[0].shard_axis, self.slots[0].local.dtype
+        rows = torch.cat([slot.master.reshape(-1).to(dtype) for slot in self.slots])
+        out = self.slots[0].local.view(axis.size, -1) if self._in_place else None
+        self.pending = launch_all_gather(rows, axis, out)
 
     def finish(self) -> None:
+        """Wait, and copy what was gathered into the parameters."""
         if self.pending is None:
             return
-        bucket, self.pending = self.pending.wait(), None
-        if not self._alone:
-            pieces = torch.split(bucket, [slot.master.numel() for slot in self.slots], dim=1)
-            for slot, piece in zip(self.slots, pieces, strict=True):
-                slot.local.view(slot.shard_axis.size, -1).copy_(piece)
+        bucket = self.pending.wait()
+        self.pending = None
+        if self._in_place:
+            return
+        sizes = [slot.master.numel() for slot in self.slots]
+        for slot, rows in zip(self.slots, torch.split(bucket, sizes, dim=1), strict=True):
+            slot.local.view(slot.shard_axis.size, -1).copy_(rows)
 
 
 class ParameterSync:
-    """Brings updated parameters to all ranks of the axis that cuts their optimizer state.
+    """Gathers updated parameters on all ranks of the axis that shards their optimizer state.
 
     Args:
         slots: all parameters, in the order in which forward uses them.
-        bucket_size: most elements gathered at once; 0: every parameter travels alone.
-        overlap: ``start`` returns with the gathers under way, and ``wait`` must precede each use of a parameter.
+        bucket_size: most elements gathered at once; 0: every parameter is gathered alone.
+        overlap: ``start`` returns with the gathers pending, and ``wait`` must precede each use of a parameter.
     """
 
     def __init__(self, slots: Sequence[ParameterSlot], bucket_size: int, overlap: bool) -> None:
@@ -147,41 +175,43 @@ class ParameterSync:
         for slot in slots:
             if slot.shard_axis.size > 1:
                 kinds.setdefault((slot.shard_axis, slot.local.dtype), []).append(slot)
-        self.buckets = [
-            ParameterBucket(part) for kind in kinds.values() for part in pack_into_buckets(kind, bucket_size)
-        ]
+        self.buckets: list[ParameterBucket] = []
+        for kind in kinds.values():
+            self.buckets += [ParameterBucket(pack) for pack in pack_into_buckets(kind, bucket_size)]
         self._bucket_of = {slot.name: bucket for bucket in self.buckets for slot in bucket.slots}
 
     def start(self) -> None:
+        """Launch all gathers; without overlap, finish each before the next."""
         for bucket in self.buckets:
             bucket.launch()
             if not self.overlap:
                 bucket.finish()
 
     def wait(self, names: Iterable[str] | None = None) -> None:
-        """Blocks until the named parameters, or all, hold their new values."""
-        for bucket in (
-            self.buckets if names is None else [self._bucket_of[n] for n in names if n in self._bucket_of]
-        ):
+        """Block until the named parameters, or all, hold their new values."""
+        buckets = self.buckets
+        if names is not None:
+            buckets = [self._bucket_of[name] for name in names if name in self._bucket_of]
+        for bucket in buckets:
             bucket.finish()
 
 
 def pack_into_buckets(slots: Sequence[ParameterSlot], limit: int) -> list[list[ParameterSlot]]:
-    """Consecutive slots in lists of at most ``limit`` elements; a larger one stays whole, alone in its list."""
-    parts: list[list[ParameterSlot]] = []
+    """Group consecutive slots into lists of at most ``limit`` elements; a larger slot gets a list to itself."""
+    packs: list[list[ParameterSlot]] = []
     size = 0
     for slot in slots:
         size += slot.local.numel()
-        if not parts or size > limit:
-            parts.append([])
+        if not packs or size > limit:
+            packs.append([])
             size = slot.local.numel()
-        parts[-1].append(slot)
-    return parts
+        packs[-1].append(slot)
+    return packs
 
 
 def copy_masters_to_parameters(slots: Sequence[ParameterSlot]) -> None:
-    """Rounds float32 masters to the parameters that this rank holds whole."""
+    """Round float32 masters into the parameters whose state is not sharded."""
     halves = [slot for slot in slots if slot.accumulated_grad is not None and slot.shard_axis.size == 1]
-    sources: list[Tensor] = [slot.master for slot in halves]
+    masters: list[Tensor] = [slot.master for slot in halves]
     if halves:
-        torch._foreach_copy_([slot.local for slot in halves], sources)
+        torch._foreach_copy_([slot.local for slot in halves], masters)

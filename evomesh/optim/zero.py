@@ -1,4 +1,4 @@
-"""AdamW with its state divided over ranks (ZeRO stage 1, Rajbhandari et al., arXiv 1910.02054).
+"""AdamW with its state sharded over ranks (ZeRO stage 1, Rajbhandari et al., arXiv 1910.02054).
 
 Each rank of the ``zero`` axis keeps, for every matrix, the moments and the float32 master of its own rows only.
 A step: gradients are summed to the rank that owns their rows, one norm is taken over all of them, AdamW runs on the
@@ -30,35 +30,37 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepResult:
-    """Attributes:
-    norm: float64 scalar, global norm of the unscaled gradient before clipping; inf or NaN when the step was skipped.
+    """Outcome of one optimizer step.
+
+    Attributes:
+        norm: float64 scalar, global norm of the unscaled gradient before clipping; inf or NaN if the step was skipped.
     """
 
     norm: Tensor
 
     @property
     def grad_norm(self) -> float:
-        """``norm`` as a number: waits for the device that it lies on."""
+        """Return ``norm`` as a float; waits for the device."""
         return float(self.norm)
 
     @property
     def check(self) -> GradientCheck:
-        """ "ok", or what made the step be skipped: waits like ``grad_norm``."""
+        """Return "ok", or why the step was skipped; waits for the device."""
         return check_norm(self.grad_norm)
 
 
 class ZeroOptimizer:
-    """Updates the parameters of one rank; what holds for a step is in docs/adr/0001-numerics-contract.md.
+    """Updates the parameters of one rank, under the numerics contract (docs/adr/0001-numerics-contract.md).
 
     float16 and bfloat16 parameters have float32 masters, and their gradients accumulate in float32; float32 and
     float64 parameters are updated in place. Frozen parameters (``requires_grad=False``) are left out.
 
     Args:
         named_parameters: global names and parameters, each with its ``ShardSpec``, in the order forward uses them.
-        adam: learning rate and beta2 in it are ignored: ``step`` is given them.
+        adam: its learning rate and beta2 are ignored; ``step`` takes them as arguments.
         zero: clipping, bucket sizes and overlap.
-        grid: where this rank stands.
-        model: the module they belong to; only ``overlap_sync_param`` needs it, which without it waits in ``step``.
+        grid: the axes as this rank sees them.
+        model: the module they belong to, which ``overlap_sync_param`` needs: without it, gathers finish in ``step``.
     """
 
     def __init__(
@@ -83,7 +85,7 @@ class ZeroOptimizer:
         self._adamw = AdamW(decay, adam.adam_beta1, adam.adam_eps)
         for slot in self.slots:
             if slot.accumulated_grad is not None or zero.overlap_sync_grad:
-                hook = partial(self._accumulated, slot)
+                hook = partial(self._on_gradient, slot)
                 slot.param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
         if model is not None and self._parameters.overlap:
             self._await_in_forward(model)
@@ -91,48 +93,80 @@ class ZeroOptimizer:
         logger.info("Number of elements on ranks: %s, rank:%d", [elements] * grid.zero.size, grid.zero.rank)
 
     def expect_micro_batches(self, micro_batches: int) -> None:
-        """Says, before the first backward of a step, how many there will be: ``overlap_sync_grad`` needs to know."""
+        """Set the number of micro-batches of a step, before its first backward; ``overlap_sync_grad`` needs it."""
         self._gradients.expect_micro_batches(micro_batches)
 
     @torch.no_grad()
     def step(self, lr: float, beta2: float, inv_scale: float) -> StepResult:
-        """One update with the gradients accumulated since ``zero_grad``; waits for no device.
+        """Make one update with the gradients accumulated since ``zero_grad``; the host never waits for the device.
+
+        Only the device knows whether the gradient is finite, so phases 4 to 6 always run. In a skipped step AdamW's
+        kernel changes no master, and what is rounded and gathered from the masters is what was there before.
 
         Args:
             inv_scale: 1 / the loss scale that the gradients carry.
 
         Returns:
-            the norm, the same on every rank. When it is not finite nothing changes.
+            the norm, the same on every rank. If it is not finite, nothing changes.
         """
+        # 1. Finish what the last step may have left pending: the parameters' new values.
         self._parameters.wait()
+
+        # 2. Sum the gradients over ranks; each master gets the gradient of its own rows.
         self._gradients.finish()
+        gradients = [slot.master.grad for slot in self.slots if slot.master.grad is not None]
+
+        # 3. One norm over all parameters and ranks, each element counted once.
         counted = [
             slot.master.grad for slot in self.slots if slot.counts_in_norm and slot.master.grad is not None
         ]
         norm = global_norm(counted, self.grid, self.device) * inv_scale
-        self._update(lr, beta2, inv_scale, norm)
+
+        # 4. AdamW on this rank's rows, with the clipped gradient; skipped by the device if the norm is not finite.
+        divisor = self._scale_gradients(gradients, norm, inv_scale)
+        self._adamw.step(lr, beta2, divisor, found_inf=(~norm.isfinite()).float())
+
+        # 5. Round the masters to 16-bit parameters, and gather the rows that other ranks have updated.
+        copy_masters_to_parameters(self.slots)
+        self._parameters.start()
+
+        # 6. Free the gradients of the masters.
         for slot in self.slots:
             slot.master.grad = None
         return StepResult(norm)
 
+    def _scale_gradients(self, gradients: list[Tensor], norm: Tensor, inv_scale: float) -> Tensor | None:
+        """Apply clipping and loss scale; return the divisor of float32 gradients, which the kernel applies itself.
+
+        That saves a pass over all gradients. Other dtypes are multiplied here.
+        """
+        if inv_scale == 1.0 and self.zero.clip_grad_norm <= 0:
+            return None
+        factor = clip_factor(norm, self.zero.clip_grad_norm) * inv_scale
+        if all(gradient.dtype == torch.float32 for gradient in gradients):
+            return factor.reciprocal().float()
+        torch._foreach_mul_(gradients, factor)
+        return None
+
     @torch.no_grad()
     def communicate_only(self) -> None:
-        """Sends what a step sends, but for the norm, and updates nothing: for a trace without numbers."""
+        """Communicate as a step does, except for the norm, and update nothing: for a trace without numbers."""
         self._gradients.finish()
         self._parameters.start()
         self._parameters.wait()
 
     def zero_grad(self) -> None:
+        """Drop the gradients accumulated so far."""
         for slot in self.slots:
             slot.reset()
 
     def wait_for_parameters(self) -> None:
-        """Blocks until every parameter holds its new value; call it before reading weights outside forward."""
+        """Block until every parameter holds its new value; call it before reading weights outside forward."""
         self._parameters.wait()
 
     @torch.no_grad()
     def refresh_masters(self) -> None:
-        """Takes the masters from the parameters: after weights were loaded without an optimizer state."""
+        """Copy the parameters into the masters, after weights were loaded without an optimizer state."""
         for slot in self.slots:
             if slot.accumulated_grad is not None:
                 slot.master.copy_(slot.own_rows)
@@ -158,7 +192,7 @@ class ZeroOptimizer:
         return shards
 
     def state(self) -> dict[str, Any]:
-        """Waits for the device, which counts the steps."""
+        """Return the number of updates; waits for the device, which counts them."""
         return {"steps": self._adamw.steps}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -166,48 +200,29 @@ class ZeroOptimizer:
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters lie."""
+        """Device of the parameters."""
         return self.slots[0].local.device
 
-    def _accumulated(self, slot: ParameterSlot, _: Tensor) -> None:
+    def _on_gradient(self, slot: ParameterSlot, _: Tensor) -> None:
         slot.accumulate()
-        self._gradients.arrived(slot)
-
-    def _update(self, lr: float, beta2: float, inv_scale: float, norm: Tensor) -> None:
-        """Everything behind the norm is done in any case, since only the device knows whether the step is skipped:
-        then AdamW's kernel changes no target, and what is rounded and gathered from the targets is what was there."""
-        gradients = [slot.master.grad for slot in self.slots if slot.master.grad is not None]
-        divisor = None
-        if inv_scale != 1.0 or self.zero.clip_grad_norm > 0:
-            factor = clip_factor(norm, self.zero.clip_grad_norm) * inv_scale
-            if all(gradient.dtype == torch.float32 for gradient in gradients):
-                divisor = (
-                    factor.reciprocal().float()
-                )  # on the kernel's way: it saves a pass over all gradients
-            else:
-                torch._foreach_mul_(gradients, factor)
-        self._adamw.step(lr, beta2, divisor, found_inf=(~norm.isfinite()).float())
-        copy_masters_to_parameters(self.slots)
-        self._parameters.start()
+        self._gradients.mark_ready(slot)
 
     def _await_in_forward(self, model: nn.Module) -> None:
-        """Forward of each block waits for the block's parameters, forward of the model for all others.
+        """Make forward of each block wait for the block's parameters, and forward of the model for all others.
 
-        All others: a head may be read by the loss without a forward of its own, and FSDP2 reads shards ahead of the
-        block that they belong to.
+        The others include the head, which the loss may read without a forward of the head, and shards, which FSDP2
+        reads before the block that they belong to.
         """
-        names = {slot.param: slot.name for slot in self.slots}
-        for root in (
-            model.children() if isinstance(model, nn.ModuleList) else (model,)
-        ):  # a list has no forward itself
-            waits_in: dict[nn.Parameter, nn.Module] = dict.fromkeys(root.parameters(), root)
-            for parent in root.modules():
-                for block in parent.children() if isinstance(parent, nn.ModuleList | nn.ModuleDict) else ():
-                    waits_in |= {p: block for p in block.parameters() if not is_sharded(p)}
-            for module in dict.fromkeys(waits_in.values()):
-                self._wait_before(
-                    module, [names[p] for p, at in waits_in.items() if at is module and p in names]
-                )
+        name_of = {slot.param: slot.name for slot in self.slots}
+        # A list has no forward to hook: each of its models is a root.
+        roots = list(model.children()) if isinstance(model, nn.ModuleList) else [model]
+        for root in roots:
+            names_of_module: dict[nn.Module, list[str]] = {}
+            for parameter, module in _waiting_modules(root).items():
+                if parameter in name_of:
+                    names_of_module.setdefault(module, []).append(name_of[parameter])
+            for module, names in names_of_module.items():
+                self._wait_before(module, names)
 
     def _wait_before(self, module: nn.Module, names: list[str]) -> None:
         def wait(*_: Any) -> None:
@@ -215,5 +230,17 @@ class ZeroOptimizer:
                 self._parameters.wait(names)
 
         if getattr(module, "_compiled_call_impl", None) is not None:
-            wait = torch.compiler.disable(wait)  # type: ignore[no-untyped-call, unused-ignore]  # handles and names are no part of a graph
+            # Handles and names do not belong in a compiled graph.
+            wait = torch.compiler.disable(wait)  # type: ignore[no-untyped-call, unused-ignore]
         module.register_forward_pre_hook(wait, prepend=True)  # before FSDP2 looks at the shards
+
+
+def _waiting_modules(root: nn.Module) -> dict[nn.Parameter, nn.Module]:
+    """Map each parameter to the module whose forward waits for it: its block of a module list or dict, else root."""
+    waits_in: dict[nn.Parameter, nn.Module] = dict.fromkeys(root.parameters(), root)
+    for parent in root.modules():
+        if not isinstance(parent, nn.ModuleList | nn.ModuleDict):
+            continue
+        for block in parent.children():
+            waits_in |= {parameter: block for parameter in block.parameters() if not is_sharded(parameter)}
+    return waits_in

@@ -93,7 +93,7 @@ def test_transposed_views_and_sums(one_dnn: bool) -> None:
     exact = a.double().T @ b.double()
     same(matmul_nt(a.T, b.T), exact)
     before = total.clone()
-    same(matmul_nt(a.T, b.T, plus=total), exact + total.double())
+    same(matmul_nt(a.T, b.T, accumulate=total), exact + total.double())
     assert torch.equal(total, before)
 
 

@@ -115,7 +115,7 @@ class TestHostWaitsOfAStep:
     ) -> None:
         """torch knows shape and device of the kernel's outputs, forward and backward, without running it."""
         monkeypatch.setattr(attention, "_flash_takes", lambda q: True)
-        monkeypatch.setattr(attention, "_per_document", None)
+        monkeypatch.setattr(attention, "_per_segment", None)
         counted_step = CountedStep(monkeypatch, dtype, num_kv_attention_heads=kv_heads, checkpoint=0.5)
         with no_host_waits():
             counted_step()
