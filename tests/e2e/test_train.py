@@ -284,7 +284,7 @@ def test_a_run_of_nan_steps_stops_with_its_own_exit_code(tmp_path: Path, interpr
         "adam['lr'] = 1e30\nhybrid_zero_optimizer = dict(clip_grad_norm=0.0)\nmax_consecutive_skips = 3\n",
     )
     output = train(interpreter, tmp_path, expect=6)
-    assert "in the last 3 steps" in output
+    assert "for 3 consecutive steps" in output
 
 
 def test_a_save_folder_that_is_a_file(tmp_path: Path, interpreter: Interpreter) -> None:
