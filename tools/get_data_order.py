@@ -1,4 +1,4 @@
-"""The documents' command: writes data_order.txt into a folder.
+"""Write data_order.txt into a folder, with the command line of InternEvo's tool.
 
 python tools/get_data_order.py --data-folder DATA --save-folder OUT [--file-type .bin]
 """

@@ -1,4 +1,4 @@
-"""``evomesh data``: look at, verify, repair and order tokenised datasets."""
+"""``evomesh data``: inspect, verify, repair and order tokenized datasets."""
 
 from __future__ import annotations
 
@@ -13,22 +13,24 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
-DataPathArgument = Annotated[str, typer.Argument(metavar="PATH", help="A .bin, or a folder of them.")]
+DataPathArgument = Annotated[
+    str, typer.Argument(metavar="PATH", help="A .bin file, or a folder with such files.")
+]
 TokenizerOption = Annotated[
     str | None, typer.Option("--tokenizer", "-t", help="Decode samples with this tokenizer.")
 ]
 ConfigOption = Annotated[
-    str | None, typer.Option("--config", help="Take folder and packing from this config.")
+    str | None, typer.Option("--config", help="Use the data folder and packing of this config.")
 ]
-SeqLenOption = Annotated[int, typer.Option(min=1, help="Longest attention segment, in tokens.")]
-MicroBszOption = Annotated[int, typer.Option(min=1, help="A pack has seq-len x micro-bsz tokens.")]
-MinLengthOption = Annotated[int, typer.Option(min=0, help="Leave out shorter documents, in tokens.")]
+SeqLenOption = Annotated[int, typer.Option(min=1, help="Maximum attention segment, in tokens.")]
+MicroBszOption = Annotated[int, typer.Option(min=1, help="Pack length in multiples of seq-len.")]
+MinLengthOption = Annotated[int, typer.Option(min=0, help="Leave out documents with fewer tokens.")]
 
 
 def _section(
     config: str | None, path: str | None, seq_len: int, micro_bsz: int, min_length: int, one_sample: bool
 ) -> tuple[DataConfig, str]:
-    """The data section and the path it is applied to."""
+    """Return the data section and the path it is applied to."""
     from evomesh.config.schema import DataConfig
     from evomesh.errors import UserError
 
@@ -41,7 +43,7 @@ def _section(
             raise UserError("the config has no train_folder", where=config, fix="give a PATH")
         return section, folder
     if path is None:
-        raise UserError("nothing to look at", expected="a PATH, or --config CONFIG")
+        raise UserError("no data to inspect", expected="a PATH, or --config CONFIG")
     section = DataConfig(
         seq_len=seq_len,
         micro_bsz=micro_bsz,
@@ -60,9 +62,9 @@ def inspect(
     micro_bsz: MicroBszOption = 1,
     min_length: MinLengthOption = 0,
     tokenizer: TokenizerOption = None,
-    samples: Annotated[int, typer.Option(min=0, help="Documents to decode.")] = 3,
+    samples: Annotated[int, typer.Option(min=0, help="Number of documents to decode.")] = 3,
 ) -> None:
-    """Counts, lengths, ids, decoded samples (dim: not trained) and what packing will leave out."""
+    """Show counts, lengths, ids, decoded samples (dim: masked) and what packing leaves out."""
     import numpy as np
 
     from evomesh.data.inspect import dimmed, histogram, id_summary, open_files, open_packs, summary
@@ -98,19 +100,22 @@ def inspect(
 
 @app.command()
 def show(
-    path: Annotated[str | None, typer.Argument(metavar="PATH", help="A .bin, or a training folder.")] = None,
+    path: Annotated[
+        str | None, typer.Argument(metavar="PATH", help="A .bin file, or a training folder.")
+    ] = None,
     pack: Annotated[int, typer.Option("--pack", min=0, help="Number of the pack.")] = 0,
     config: ConfigOption = None,
     seq_len: SeqLenOption = 2048,
     micro_bsz: MicroBszOption = 1,
     min_length: MinLengthOption = 0,
     one_sample: Annotated[
-        bool, typer.Option("--pack-sample-into-one", help="Segments ignore documents.")
+        bool,
+        typer.Option("--pack-sample-into-one", help="Split segments every seq-len tokens, across documents."),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     tokenizer: TokenizerOption = None,
 ) -> None:
-    """Exactly what the model will see in pack N."""
+    """Show exactly what the model sees in one pack."""
     import orjson
 
     from evomesh.data.inspect import open_packs, pack_json, pack_text
@@ -121,7 +126,7 @@ def show(
     packs = open_packs(folder, section)
     if pack >= len(packs):
         raise UserError(
-            f"there is no pack {pack}: the data gives {len(packs)} of {section.packed_length:,} tokens",
+            f"there is no pack {pack}: the data has {len(packs)} of {section.packed_length:,} tokens",
             where=folder,
             expected=f"--pack below {len(packs)}" if len(packs) else "more data, or a shorter --seq-len",
         )
@@ -137,12 +142,12 @@ def show(
 def verify(
     path: DataPathArgument,
     tokenizer: TokenizerOption = None,
-    vocab_size: Annotated[int | None, typer.Option(min=1, help="Ids at or past it are problems.")] = None,
+    vocab_size: Annotated[int | None, typer.Option(min=1, help="Report ids at or above this.")] = None,
     valid: Annotated[
-        str | None, typer.Option(help="Validation data that must share no document with PATH.")
+        str | None, typer.Option(help="Validation data to check for documents that are also in PATH.")
     ] = None,
 ) -> None:
-    """Read every line: offsets, counts, ids, repeats, JSON text, validation within training. Exit 1 with a list."""
+    """Check every line: offsets, counts, ids, repeats, tokenized JSON, overlap with validation. Exit 1 on problems."""
     from evomesh.data.token_files.verify import verify as run
     from evomesh.data.tokenizer import load_tokenizer
 
@@ -159,12 +164,12 @@ def verify(
     if problems:
         print(f"{len(problems)} problem(s)")
         sys.exit(1)
-    print("no problem found")
+    print("no problems found")
 
 
 @app.command()
 def repair(path: DataPathArgument) -> None:
-    """Rebuild the meta from the lines; a torn last line is cut off and kept as .torn."""
+    """Rebuild the meta from the lines; a torn last line is moved to a .torn file."""
     from evomesh.data.token_files.repair import repair_path
 
     for message in repair_path(path):
@@ -173,7 +178,7 @@ def repair(path: DataPathArgument) -> None:
 
 @app.command()
 def cache(path: DataPathArgument) -> None:
-    """Write the tokens of each file as one binary array beside it, which training then reads instead of the lines."""
+    """Write the tokens of each file as a binary array beside it, which training reads instead of the lines."""
     from evomesh.data.inspect import open_files
     from evomesh.data.token_files.cache import write_cache
 
@@ -183,11 +188,11 @@ def cache(path: DataPathArgument) -> None:
 
 @app.command()
 def order(
-    folder: Annotated[str, typer.Argument(help="The data folder.")],
-    output: Annotated[str, typer.Option("--output", "-o", help="The file to write.")] = "data_order.txt",
-    file_type: Annotated[str, typer.Option(help="End of the file names to list.")] = ".bin",
+    folder: Annotated[str, typer.Argument(help="Data folder.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="File to write.")] = "data_order.txt",
+    file_type: Annotated[str, typer.Option(help="Suffix of the files to list.")] = ".bin",
 ) -> None:
-    """Write the files' order, one relative path a line, for data.data_order_path."""
+    """Write the file order, one relative path per line, for data.data_order_path."""
     from evomesh.data.token_files.folders import write_order
 
     count = write_order(folder, Path(output), file_type)

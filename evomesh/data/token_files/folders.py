@@ -1,9 +1,10 @@
-"""Finding token files: ``folder/<type>/.../*.bin`` in an order that is the same on every file system."""
+"""Find token files: ``folder/<type>/.../*.bin`` in an order that is the same on every file system."""
 
 from __future__ import annotations
 
 import getpass
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -18,42 +19,49 @@ TREE = (
 
 @dataclass(frozen=True)
 class TokenFile:
-    """Path as opened, and relative to its folder with forward slashes (its name in reports and order files)."""
+    """A token file.
+
+    Attributes:
+        path: as opened.
+        name: relative to the data folder, with forward slashes; used in reports and order files.
+    """
 
     path: Path
     name: str
 
     @property
     def type(self) -> str:
+        """Type of its documents: the first folder of its name."""
         return PurePosixPath(self.name).parts[0]
 
 
 def walk(folder: Path, suffix: str) -> Iterator[TokenFile]:
-    """Files below ``folder`` ending in ``suffix``, following links; a folder's files come before its folders, by name.
+    """Yield the files below ``folder`` ending in ``suffix``: a folder's files before its folders, both by name.
 
-    A folder that is reached again through a link inside itself is not entered again.
+    Links are followed, but a folder that is reached again through a link inside itself is not entered again.
     """
+    yield from _walk(folder, "", suffix, frozenset())
 
-    def enter(directory: Path, prefix: str, above: frozenset[str]) -> Iterator[TokenFile]:
-        real = os.path.realpath(directory)
-        if real in above:
-            return
-        entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
-        for entry in entries:
-            if entry.is_file() and entry.name.endswith(suffix):
-                yield TokenFile(Path(entry.path), prefix + entry.name)
-        for entry in entries:
-            if entry.is_dir():
-                yield from enter(Path(entry.path), f"{prefix}{entry.name}/", above | {real})
 
-    yield from enter(folder, "", frozenset())
+def _walk(directory: Path, prefix: str, suffix: str, above: frozenset[str]) -> Iterator[TokenFile]:
+    """Walk one folder; ``above`` has the real paths of the folders on the way to it."""
+    real_path = os.path.realpath(directory)
+    if real_path in above:
+        return
+    entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
+    for entry in entries:
+        if entry.is_file() and entry.name.endswith(suffix):
+            yield TokenFile(Path(entry.path), prefix + entry.name)
+    for entry in entries:
+        if entry.is_dir():
+            yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", suffix, above | {real_path})
 
 
 def check_folder(folder: str | Path, key: str) -> Path:
-    """``folder`` as a path that can be listed.
+    """Return ``folder`` as a path, after checking that it can be listed.
 
     Raises:
-        UserError: it is missing, not a folder, or may not be read.
+        UserError: it is missing, not a folder, or not readable.
     """
     path = Path(folder).expanduser()
     try:
@@ -68,7 +76,7 @@ def check_folder(folder: str | Path, key: str) -> Path:
 
 
 def find_files(folder: Path, key: str, order_path: str | None = None) -> list[TokenFile]:
-    """Token files of a folder, in walk order or in that of an order file.
+    """Return the token files of a folder, in walk order or in the order of an order file.
 
     Raises:
         UserError: there is none, a meta lacks its token file, or order file and folder differ.
@@ -84,37 +92,37 @@ def find_files(folder: Path, key: str, order_path: str | None = None) -> list[To
                 fix="restore the .bin, or delete the .meta",
             )
     if not files:
-        found = sorted(os.listdir(folder))
-        listing = ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+        entries = sorted(os.listdir(folder))
+        listing = ", ".join(entries[:8]) or "nothing"
+        if len(entries) > 8:
+            listing += f" and {len(entries) - 8} more"
         raise UserError(
-            f"no .bin file below {folder} (it holds: {listing or 'nothing'})",
+            f"no .bin file below {folder} (it contains: {listing})",
             where=key,
             expected=TREE,
-            fix=f"tokenise text into it: evomesh tokenize TEXT --output {folder}/en/data.bin --tokenizer T",
+            fix=f"tokenize text into it: evomesh tokenize TEXT --output {folder}/en/data.bin --tokenizer T",
         )
     return files if order_path is None else _reorder(files, folder, Path(order_path).expanduser())
 
 
 def _reorder(files: list[TokenFile], folder: Path, order_path: Path) -> list[TokenFile]:
+    """Return the files in the order of an order file, which must list each of them once."""
     by_name = {file.name: file for file in files}
-    names = read_order(order_path)
-    missing = [name for name in names if name not in by_name]
-    extra = sorted(set(by_name) - set(names))
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) != len(names) else []
-    if missing or extra or twice:
-        lines = [f"  listed, not in {folder}: {name}" for name in missing]
-        lines += [f"  in {folder}, not listed: {name}" for name in extra]
-        lines += [f"  listed twice: {name}" for name in twice]
+    count = Counter(read_order(order_path))
+    problems = [f"  listed, not in {folder}: {name}" for name in count if name not in by_name]
+    problems += [f"  in {folder}, not listed: {name}" for name in sorted(by_name) if name not in count]
+    problems += [f"  listed twice: {name}" for name in sorted(count) if count[name] > 1]
+    if problems:
         raise UserError(
-            "the order file and the folder do not hold the same files\n" + "\n".join(lines),
+            "\n".join(["the order file and the folder do not have the same files", *problems]),
             where=str(order_path),
-            fix=f"write it anew: evomesh data order {folder} --output {order_path}",
+            fix=f"rewrite it: evomesh data order {folder} --output {order_path}",
         )
-    return [by_name[name] for name in names]
+    return [by_name[name] for name in count]
 
 
 def read_order(path: Path) -> list[str]:
-    """Names of an order file: one relative path a line, blank lines and line-end kinds ignored.
+    """Read the names of an order file: one relative path a line; blank lines and kinds of line ends are ignored.
 
     Raises:
         UserError: it cannot be read.
@@ -128,16 +136,16 @@ def read_order(path: Path) -> list[str]:
 
 
 def assign_types(files: list[TokenFile], folder: Path) -> list[str]:
-    """Type names, sorted, whose places are the type ids: the folders right below ``folder`` that hold token files.
+    """Return the sorted type names, whose indexes are the type ids: the folders directly below ``folder``.
 
     Raises:
-        UserError: a file lies right in ``folder``, or below a second folder that is also the name of a type.
+        UserError: a file is directly in ``folder``, or below a second folder that is also the name of a type.
     """
     rule = f"the first folder below {folder} is the type"
     for file in files:
         if "/" not in file.name:
             raise UserError(
-                "the token file lies directly in the data folder, so it has no type",
+                "the token file is directly in the data folder, so it has no type",
                 where=str(file.path),
                 expected=TREE,
                 fix=f"move it (and its .meta) into a folder such as {folder}/en/",
@@ -156,10 +164,10 @@ def assign_types(files: list[TokenFile], folder: Path) -> list[str]:
 
 
 def write_order(folder: str | Path, output: Path, suffix: str = ".bin") -> int:
-    """Write the walk's order, one path relative to ``folder`` a line; returns the number of files.
+    """Write the order of ``walk``, one path relative to ``folder`` a line; return the number of files.
 
     Raises:
-        UserError: no such file below the folder.
+        UserError: there is no such file below the folder.
     """
     names = [file.name for file in walk(check_folder(folder, "data folder"), suffix)]
     if not names:

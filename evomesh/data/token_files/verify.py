@@ -1,10 +1,11 @@
-"""Checking token files line by line, without trusting their meta."""
+"""Check token files line by line, without trusting their meta."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,8 @@ from evomesh.data.token_files.meta import meta_path, read_meta
 from evomesh.data.tokenizer import Tokenizer
 from evomesh.errors import UserError
 
-SHOWN = 5  # problems of one kind that are listed; the rest is counted
-LEAK_SAMPLES = 200  # documents that are decoded to look for JSON text
+SHOWN = 5  # problems of each kind that are listed; the rest are counted
+LEAK_SAMPLES = 200  # documents decoded to look for JSON text
 LEAK_SHARE = 0.5
 BLOCK_BYTES = 1 << 22  # of lines that are parsed together
 BROKEN, OUTSIDE = "broken lines", "lines with ids outside the vocabulary"
@@ -28,12 +29,12 @@ BROKEN, OUTSIDE = "broken lines", "lines with ids outside the vocabulary"
 
 @dataclass
 class FileScan:
-    """What the lines of one file hold.
+    """The content of one file, from its lines.
 
     Attributes:
-        problems: what training must not be given.
+        problems: defects that training must not meet.
         notes: what a user should know.
-        offsets, lengths: [lines] as a right meta has them.
+        offsets, lengths: [lines] as a correct meta has them.
         hashes: [lines] of the lines' bytes.
     """
 
@@ -101,7 +102,10 @@ def _read_one_by_one(
     found: FileScan,
     refused: Counter[str],
 ) -> tuple[TokenArray, NDArray[np.int64]]:
-    """Tokens of lines behind the first ``number`` and ``position`` bytes, and how many each has; notes defects."""
+    """Return the tokens of lines and how many each has; the lines start after ``number`` lines and ``position`` bytes.
+
+    Defects are added to ``found.problems`` and counted in ``refused``.
+    """
     read: list[TokenArray] = []
     for line in lines:
         number += 1
@@ -128,12 +132,12 @@ def _read_one_by_one(
 def verify(
     path: str, *, vocab_size: int | None = None, tokenizer: Tokenizer | None = None, valid: str | None = None
 ) -> tuple[list[FileScan], list[str]]:
-    """Scan a file or every file of a folder; returns the scans and all problems.
+    """Scan a file or every file of a folder; return the scans and all problems.
 
     Args:
         path: a ``.bin`` or a folder.
-        vocab_size: ids at or past it are problems; None with a tokenizer: its own.
-        tokenizer: decodes samples to find JSON text that was tokenised by mistake.
+        vocab_size: ids at or above it are problems; None with a tokenizer: the tokenizer's.
+        tokenizer: decodes samples to find JSON text that was tokenized by mistake.
         valid: file or folder of validation data that must share no document with ``path``.
     """
     if tokenizer is not None and vocab_size is None:
@@ -181,25 +185,27 @@ def _compare_meta(found: FileScan) -> None:
 
 
 def _find_repeats(found: FileScan) -> None:
-    """A block of lines right behind an equal block is a file that was appended twice; single repeats are only noted."""
+    """Find a block of lines right after an equal block: the file was appended twice. Other repeats are notes."""
     count = len(found.hashes)
     if count < 2:
         return
+    # Sorting brings equal lines together: shift is each line's distance to the previous equal one, 0 without one.
     order = np.argsort(found.hashes, kind="stable")
-    same = found.hashes[order][1:] == found.hashes[order][:-1]
-    shift = np.zeros(count, np.int64)  # distance to the previous equal line, 0: none
-    shift[order[1:][same]] = (order[1:] - order[:-1])[same]
-    repeated = int(same.sum())
+    sorted_hashes = found.hashes[order]
+    equals_previous = sorted_hashes[1:] == sorted_hashes[:-1]
+    shift = np.zeros(count, np.int64)
+    shift[order[1:][equals_previous]] = np.diff(order)[equals_previous]
+    repeated = int(equals_previous.sum())
     if not repeated:
         return
+    # A run of lines with the same shift repeats earlier lines in order.
     edges = np.flatnonzero(np.diff(shift)) + 1
-    starts, ends = np.concatenate([[0], edges]), np.concatenate([edges, [count]])
-    runs = [(int(low), int(high)) for low, high in zip(starts, ends, strict=True) if shift[low]]
-    for low, high in runs:
-        length = int(shift[low])
-        if high - low >= length and high - low >= 2:
+    bounds = [0, *edges.tolist(), count]
+    for low, high in pairwise(bounds):
+        distance = int(shift[low])
+        if distance and high - low >= max(distance, 2):
             found.problems.append(
-                f"{found.path}: lines {low + 1} .. {high} repeat lines {low - length + 1} .. {high - length}: "
+                f"{found.path}: lines {low + 1} .. {high} repeat lines {low - distance + 1} .. {high - distance}: "
                 "written twice in append mode?"
             )
             return
@@ -216,7 +222,7 @@ def _compare_fingerprint(found: FileScan) -> None:
 
 
 def _json_leak(found: FileScan, tokenizer: Tokenizer) -> list[str]:
-    """Samples that read like JSON records: whole lines were tokenised instead of their text."""
+    """Return the problem that samples read like JSON records: whole lines were tokenized instead of their text."""
     picks = np.unique(np.linspace(0, len(found.offsets) - 1, LEAK_SAMPLES).astype(np.int64))
     leaks = []
     with found.path.open("rb") as file:
@@ -233,7 +239,7 @@ def _json_leak(found: FileScan, tokenizer: Tokenizer) -> list[str]:
     line, text = leaks[0]
     return [
         f"{found.path}: {len(leaks)} of {len(picks)} samples read like JSON records (line {line}: {text!r}): "
-        "whole lines were tokenised; use evomesh tokenize --text-field"
+        "whole lines were tokenized; use evomesh tokenize --text-field"
     ]
 
 

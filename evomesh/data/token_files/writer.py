@@ -1,4 +1,4 @@
-"""Writing token files so that a killed run leaves nothing half-made: beside the target, then renamed."""
+"""Write token files under hidden names, then rename them: a killed run leaves no partial file."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from evomesh.data.token_files.meta import meta_path, read_meta, write_meta
 from evomesh.data.token_files.part_files import open_part, remove_dead_parts
 from evomesh.errors import UserError
 
-COPIED = 1 << 22  # bytes of an existing file at once
+COPY_BYTES = 1 << 22  # bytes of an existing file copied at once
 
 
 class BinWriter:
-    """Writes ``X.bin``, ``X.bin.meta`` (int64) and ``X.bin.json``; nothing is seen under these names before ``commit``.
+    """Writer of ``X.bin``, ``X.bin.meta`` (int64) and ``X.bin.json``; they appear under these names at ``commit``.
 
     Args:
-        path: the ``.bin`` to make; its folder is created.
-        append: begin with what is already there.
+        path: the ``.bin`` to write; its folder is created.
+        append: start with the documents that are already there.
 
     Raises:
-        UserError: the name does not end in .bin, or what is there cannot be appended to.
+        UserError: the name does not end in .bin, or the existing file cannot be appended to.
     """
 
     def __init__(self, path: str | Path, *, append: bool = False) -> None:
@@ -54,7 +54,7 @@ class BinWriter:
         self.previous: dict[str, Any] = {}
         if append and self.path.exists():
             try:
-                self._begin_with_existing()
+                self._copy_existing()
             except BaseException:
                 self.abort()
                 raise
@@ -68,36 +68,40 @@ class BinWriter:
         self.abort()  # after commit there is nothing left to remove
 
     def write(self, documents: list[list[int]], *, masked: bool = False) -> None:
-        """Append documents, each a list of ids; ``masked``: some are negative, inputs that are no targets."""
+        """Append documents, each a list of ids; ``masked``: some ids are negative, inputs that are not targets."""
         if not documents:
             return
-        self._find_largest(documents, masked)
+        self._update_largest(documents, masked)
         blob = format_lines(documents)
         newlines = np.flatnonzero(np.frombuffer(blob, np.uint8) == ord("\n"))
         self._lengths.append(np.array([len(tokens) for tokens in documents], np.int64))
         self._sizes.append(np.diff(newlines, prepend=-1))
         self._hash.update(blob)
-        with _disk(self.path):
+        with _report_disk_errors(self.path):
             self._file.write(blob)
         self.documents += len(documents)
         self.tokens += sum(map(len, documents))
 
-    def _find_largest(self, documents: list[list[int]], masked: bool) -> None:
+    def _update_largest(self, documents: list[list[int]], masked: bool) -> None:
+        """Keep the largest id so far and the first line that has it."""
         largest = max(max(tokens, default=-1) for tokens in documents)
         if masked:
-            largest = max(largest, -min(min(tokens, default=1) for tokens in documents))
-        if largest > self.max_id:
-            self.max_id = largest
-            for number, tokens in enumerate(documents, self.documents + 1):
-                if largest in tokens or -largest in tokens:
-                    self.max_id_line = number
-                    return
+            smallest = min(min(tokens, default=1) for tokens in documents)
+            largest = max(largest, -smallest)
+        if largest <= self.max_id:
+            return
+        self.max_id = largest
+        for number, tokens in enumerate(documents, self.documents + 1):
+            if largest in tokens or -largest in tokens:
+                self.max_id_line = number
+                return
 
     def commit(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """Finish the three files and give them their names; returns the fingerprint: ``facts`` and the counts."""
+        """Finish the three files and rename them into place; return the fingerprint: ``facts`` and the counts."""
         if not self.documents:
-            raise UserError("the input holds no document", where=str(self.path))
-        lengths, sizes = np.concatenate(self._lengths), np.concatenate(self._sizes)
+            raise UserError("the input has no documents", where=str(self.path))
+        lengths = np.concatenate(self._lengths)
+        sizes = np.concatenate(self._sizes)
         record = facts | {
             "documents": self.documents,
             "tokens": self.tokens,
@@ -105,8 +109,9 @@ class BinWriter:
             "max_id_line": self.max_id_line,
             "bin_hash": f"xxh3_128:{self._hash.hexdigest()}",
         }
-        meta, fingerprint = Path(f"{self._part}.meta"), Path(f"{self._part}.json")
-        with _disk(self.path):
+        meta = Path(f"{self._part}.meta")
+        fingerprint = Path(f"{self._part}.json")
+        with _report_disk_errors(self.path):
             self._file.flush()
             os.fsync(self._file.fileno())
             write_meta(meta, np.cumsum(sizes) - sizes, lengths)
@@ -117,56 +122,61 @@ class BinWriter:
         os.replace(self._part, self.path)
         os.replace(fingerprint, fingerprint_path(self.path))
         os.replace(meta, meta_path(self.path))
-        self._file.close()  # not before: a part that nobody holds is taken for a dead run's
+        self._file.close()  # not earlier: a part that nobody holds counts as left by a killed run
         return record
 
     def abort(self) -> None:
         """Remove what was not committed."""
-        with suppress(OSError):  # a full disk says so again when it closes
+        with suppress(OSError):  # a full disk fails again at close
             self._file.close()
         for suffix in ("", ".meta", ".json"):
             Path(f"{self._part}{suffix}").unlink(missing_ok=True)
 
-    def _begin_with_existing(self) -> None:
+    def _copy_existing(self) -> None:
         rows = read_meta(self.path)
         self.previous = read_fingerprint(self.path) or {}
         last = b""
         with self.path.open("rb") as source:
-            while block := source.read(COPIED):
+            while block := source.read(COPY_BYTES):
                 self._hash.update(block)
-                with _disk(self.path):
+                with _report_disk_errors(self.path):
                     self._file.write(block)
                 last = block[-1:]
         if last != b"\n":
             self._hash.update(b"\n")
             self._file.write(b"\n")
-        offsets, size = rows[:, 0].astype(np.int64), self._file.tell()
-        self._sizes.append(np.diff(offsets, append=size))
+        offsets = rows[:, 0].astype(np.int64)
+        self._sizes.append(np.diff(offsets, append=self._file.tell()))
         self._lengths.append(rows[:, 1].astype(np.int64))
-        self.documents, self.tokens = len(rows), int(self._lengths[0].sum())
+        self.documents = len(rows)
+        self.tokens = int(self._lengths[0].sum())
         if "max_id" in self.previous:
-            self.max_id, self.max_id_line = int(self.previous["max_id"]), int(self.previous["max_id_line"])
+            self.max_id = int(self.previous["max_id"])
+            self.max_id_line = int(self.previous["max_id_line"])
         else:
             self._read_largest()
 
     def _read_largest(self) -> None:
-        """The largest id of a file of another tool, which left no fingerprint."""
+        """Find the largest id in a file of another tool, which left no fingerprint."""
         existing = BinDataset(self.path)
         ends = np.cumsum(self._lengths[0])
         for start in range(0, len(existing), existing.block):
-            tokens = np.abs(existing.read(np.arange(start, min(start + existing.block, len(existing)))))
-            if len(tokens) and int(tokens.max()) > self.max_id:
-                place = int(ends[start] - self._lengths[0][start]) + int(tokens.argmax())
-                self.max_id = int(tokens.max())
-                self.max_id_line = int(np.searchsorted(ends, place, side="right")) + 1
+            stop = min(start + existing.block, len(existing))
+            tokens = np.abs(existing.read(np.arange(start, stop)))
+            if not len(tokens) or int(tokens.max()) <= self.max_id:
+                continue
+            self.max_id = int(tokens.max())
+            tokens_before = int(ends[start] - self._lengths[0][start])
+            position = tokens_before + int(tokens.argmax())
+            self.max_id_line = int(np.searchsorted(ends, position, side="right")) + 1
 
 
 @contextmanager
-def _disk(path: Path) -> Iterator[None]:
-    """Turns what a disk refuses into a message."""
+def _report_disk_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError of the disk into a UserError."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot write: {error.strerror}", where=str(path), fix="free room there, or write elsewhere"
+            f"cannot write: {error.strerror}", where=str(path), fix="free space there, or write elsewhere"
         ) from None

@@ -211,9 +211,9 @@ def test_41_folder_that_may_not_be_read() -> None:
 
 def test_42_folder_without_bin(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
-    refused("it holds: nothing", config(tmp_path))
+    refused("it contains: nothing", config(tmp_path))
     (tmp_path / "train" / "x.jsonl").write_text("{}")
-    assert "evomesh tokenize" in refused("it holds: x.jsonl", config(tmp_path))
+    assert "evomesh tokenize" in refused("it contains: x.jsonl", config(tmp_path))
 
 
 def test_44_meta_without_bin(tree: Path) -> None:

@@ -38,7 +38,7 @@ def test_a_good_file_has_none(write_bin: Any) -> None:
     assert (scans[0].tokens, len(scans[0].offsets)) == (sum(map(len, documents())), 40)
     result = CliRunner().invoke(app, ["verify", str(path)])
     assert result.exit_code == 0
-    assert "no problem found" in result.output
+    assert "no problems found" in result.output
 
 
 @pytest.mark.parametrize("block", [1, 100, 1 << 22])
