@@ -171,16 +171,10 @@ class Decoder(LanguageModel):
         )
         axis = (grid or Grid()).tp
         self.placement = placement = Placement(axis, mode, self.dtype, torch.device(device))
-        rows = -(-config.vocab_size // axis.size) * axis.size  # padded, because matrices must divide
-        self.embedding: Embedding | None = None
-        if layers.start == 0:
-            self.embedding = Embedding(
-                rows,
-                config.hidden_size,
-                grad_scale=config.embed_grad_scale,
-                split_hidden=config.embed_split_hidden,
-                placement=placement.on_tensor_axis(),
-            )
+        # The vocabulary is padded to a multiple of the axis, because matrices must divide.
+        rows = -(-config.vocab_size // axis.size) * axis.size
+        padding = rows - config.vocab_size
+        self.embedding = self._build_embedding(rows, padding) if layers.start == 0 else None
         self.layers = nn.ModuleDict(
             {str(i): DecoderBlock(i, config, post_norm=self.post_norm, placement=placement) for i in layers}
         )
@@ -189,15 +183,23 @@ class Decoder(LanguageModel):
         if layers.stop == config.num_layers:
             self.norm = None if self.post_norm else make_norm(config, placement.on_tensor_axis())
             self.head = OutputHead(config, rows, placement.on_tensor_axis())
-        for padded in (self.embedding, self.head):
-            if padded is not None:
-                with_spec(padded.weight, replace(spec_of(padded.weight), padding=rows - config.vocab_size))
-        self.compiled = config.compile is True or (
-            config.compile == "auto" and placement.device.type == "cuda"
-        )
+            _mark_padding(self.head.weight, padding)
+        on_cuda = placement.device.type == "cuda"
+        self.compiled = config.compile is True or (config.compile == "auto" and on_cuda)
         if self.compiled:
             for block in self.layers.values():
                 block.compile()
+
+    def _build_embedding(self, rows: int, padding: int) -> Embedding:
+        embedding = Embedding(
+            rows,
+            self.config.hidden_size,
+            grad_scale=self.config.embed_grad_scale,
+            split_hidden=self.config.embed_split_hidden,
+            placement=self.placement.on_tensor_axis(),
+        )
+        _mark_padding(embedding.weight, padding)
+        return embedding
 
     @property
     def recomputed_layers(self) -> int:
@@ -272,3 +274,8 @@ class Decoder(LanguageModel):
 
 def _first(given: float | None, otherwise: float) -> float:
     return otherwise if given is None else given
+
+
+def _mark_padding(weight: nn.Parameter, padding: int) -> None:
+    """Record in the weight's spec that its last ``padding`` rows are no tokens."""
+    with_spec(weight, replace(spec_of(weight), padding=padding))

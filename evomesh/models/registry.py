@@ -94,37 +94,25 @@ def register_model(name: str, builder: Any) -> None:
 
 
 def check_arguments(config: ModelConfig) -> None:
-    """Whether the registered builder of ``config.model_type`` takes what the config gives it; nothing is built.
+    """Check the config against the registered builder of ``config.model_type`` without building a model.
 
     Raises:
         UserError: unknown model type; unknown, missing and wrongly typed keys, all at once.
     """
-    _own_arguments(config, model_initializer.get_module(config.model_type))
+    _custom_arguments(config, model_initializer.get_module(config.model_type))
 
 
-def _own_arguments(config: ModelConfig, builder: Any) -> dict[str, Any]:
-    """``config.extra`` checked against the builder's own parameters; all problems at once."""
+def _custom_arguments(config: ModelConfig, builder: Any) -> dict[str, Any]:
+    """Return ``config.extra`` after checking it against the builder's own parameters.
+
+    Raises:
+        ConfigError: all problems at once.
+    """
     parameters = inspect.signature(builder).parameters
-    own = {
-        k: p for k, p in parameters.items() if k not in (*_GIVEN, "family") and p.kind is not p.VAR_KEYWORD
-    }
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    problems = []
-    for key in config.extra:
-        if key not in own and not open_ended:
-            near = difflib.get_close_matches(key, own, n=1)
-            problems.append(
-                UserError(
-                    f"unknown key {key!r} for model type {config.model_type!r}",
-                    where=f"model.{key}",
-                    expected=f"one of {', '.join(own)}"
-                    if own
-                    else "none: this model has no parameters of its own",
-                    fix=f"did you mean {near[0]!r}?" if near else f"remove model.{key}",
-                )
-            )
+    known = {key: parameter for key, parameter in parameters.items() if _is_custom(key, parameter)}
+    problems = [] if _is_open_ended(builder) else _unknown_keys(config, list(known))
     hints = _hints(builder)
-    for key, parameter in own.items():
+    for key, parameter in known.items():
         if key in config.extra and key in hints and not _fits(config.extra[key], hints[key]):
             problems.append(
                 UserError(
@@ -146,8 +134,37 @@ def _own_arguments(config: ModelConfig, builder: Any) -> dict[str, Any]:
     return dict(config.extra)
 
 
+def _is_custom(key: str, parameter: inspect.Parameter) -> bool:
+    """Return whether a builder's parameter is the model's own, set by a key of the config's ``model`` section."""
+    return key not in (*_GIVEN, "family") and parameter.kind is not parameter.VAR_KEYWORD
+
+
+def _is_open_ended(builder: Any) -> bool:
+    """Return whether a builder accepts any keyword."""
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(builder).parameters.values())
+
+
+def _unknown_keys(config: ModelConfig, known: list[str]) -> list[UserError]:
+    problems = []
+    for key in config.extra:
+        if key in known:
+            continue
+        near = difflib.get_close_matches(key, known, n=1)
+        problems.append(
+            UserError(
+                f"unknown key {key!r} for model type {config.model_type!r}",
+                where=f"model.{key}",
+                expected=f"one of {', '.join(known)}"
+                if known
+                else "none: this model has no custom parameters",
+                fix=f"did you mean {near[0]!r}?" if near else f"remove model.{key}",
+            )
+        )
+    return problems
+
+
 def _hints(builder: Any) -> dict[str, Any]:
-    """Declared types of a builder's parameters; {} where they cannot be told."""
+    """Return the declared types of a builder's parameters; {} where they cannot be resolved."""
     plain = builder.func if isinstance(builder, partial) else builder
     try:
         return get_type_hints(plain.__init__ if inspect.isclass(plain) else plain)
@@ -156,10 +173,10 @@ def _hints(builder: Any) -> dict[str, Any]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a config's value is of a type; a list is right for a tuple, what cannot be judged is right."""
+    """Return whether a value has a type. Lists are accepted for tuples, and so are types pydantic cannot check."""
     try:
         accepts = TypeAdapter(hint, config=ConfigDict(strict=True))
-    except PydanticUserError:  # a class of the model's own
+    except PydanticUserError:  # a custom class
         return True
     try:
         accepts.validate_python(value)
@@ -179,7 +196,7 @@ def build_model(
     device: torch.device | str = "cpu",
     layer_range: range | None = None,
 ) -> LanguageModel:
-    """The model of ``config.model_type``, with uninitialised parameters (see ``initialize_weights``).
+    """Build the model of ``config.model_type`` with uninitialized parameters (see ``initialize_weights``).
 
     Args:
         layer_range: the layers of one pipeline stage, by global index; None for all.
@@ -187,35 +204,41 @@ def build_model(
         UserError: unknown model type; keys of ``config.extra`` that its builder does not take, lacks, or declares
             otherwise.
     """
+    grid = grid or Grid()
     builder = model_initializer.get_module(config.model_type)
-    given = {"grid": grid or Grid(), "mode": mode, "device": device, "layer_range": layer_range}
-    parameters = inspect.signature(builder).parameters
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    own = _own_arguments(config, builder)
+    given = {"grid": grid, "mode": mode, "device": device, "layer_range": layer_range}
+    parameters, open_ended = inspect.signature(builder).parameters, _is_open_ended(builder)
+    custom = _custom_arguments(config, builder)
     used = {key: value for key, value in given.items() if key in parameters or open_ended}
-    _check_layout(config.model_type, set(used), grid or Grid(), layer_range)
+    _check_layout(config.model_type, set(used), grid, layer_range)
     if config.dtype == "tf32":
         # Process-wide, the only form torch has for it: products of float32 matrices may use TF32 on CUDA.
         torch.backends.cuda.matmul.allow_tf32 = True
-    model = builder(config, **used, **own)
-    missing = [part for part in ("forward", "loss", "logits") if not callable(getattr(model, part, None))]
-    if not isinstance(model, nn.Module) or missing:
-        raise UserError(
-            f"the builder of model type {config.model_type!r} made a {type(model).__name__}"
-            + (f" without {', '.join(missing)}" if missing else ""),
-            where="model_type",
-            expected="an nn.Module with forward, loss and logits as in evomesh.models.language_model.LanguageModel",
-        )
-    clear_padding(model, grid or Grid())
+    model = builder(config, **used, **custom)
+    _check_methods(config.model_type, model)
+    clear_padding(model, grid)
     return cast(LanguageModel, model)
 
 
+def _check_methods(name: str, model: object) -> None:
+    missing = [part for part in ("forward", "loss", "logits") if not callable(getattr(model, part, None))]
+    if not isinstance(model, nn.Module) or missing:
+        without = f" without {', '.join(missing)}" if missing else ""
+        raise UserError(
+            f"the builder of model type {name!r} made a {type(model).__name__}{without}",
+            where="model_type",
+            expected="an nn.Module with forward, loss and logits as in evomesh.models.language_model.LanguageModel",
+        )
+
+
 def _check_layout(name: str, used: set[str], grid: Grid, layer_range: range | None) -> None:
-    """Refuses to split what a user's own builder knows nothing of."""
+    """Refuse a layout that a custom builder does not support."""
     needs = {
         "parallel.pipeline.size": {"layer_range"} if layer_range is not None else set(),
         "parallel.tensor.size": {"grid", "mode"} if grid.tp.size > 1 else set(),
-        "parallel.weight.size": {"device"} if grid.wp.size > 1 else set(),  # the meta device, to be cut on it
+        "parallel.weight.size": {"device"}
+        if grid.wp.size > 1
+        else set(),  # built on the meta device, then sharded
     }
     for key, wanted in needs.items():
         if wanted - used:

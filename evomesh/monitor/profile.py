@@ -85,27 +85,36 @@ class StepProfile:
 
 
 def seconds_by_kind(events: Iterable[Any]) -> tuple[dict[str, float], float]:
-    """Of all profiled steps together: seconds of each of ``KINDS``, and of the steps.
+    """Return the seconds of each of ``KINDS``, and of the steps, over all profiled steps.
 
-    On a device its kernels are counted, each under the operation that launched it, and idle is when none runs; where
-    kernels overlap the kinds add up to more than the step, and idle is 0. On the CPU operations are, and idle is when
-    none runs: Python, most of all.
+    On a device, kernels are counted, each under the operation that launched it, and idle is the time without any;
+    where kernels overlap, the kinds add up to more than the step and idle is 0. On the CPU, operations are counted,
+    and idle is the time without any: mostly Python.
     """
     events = list(events)
     seconds = dict.fromkeys(KINDS, 0.0)
     total = sum(event.cpu_time_total for event in events if event.name.startswith(_STEP)) / 1e6
     on_device = any(event.kernels for event in events)
     for event in events:
-        aside = not on_device and not _ancestors(event)  # a worker's, beside the step
-        if aside or event.name.startswith((_STEP, _REGION)):
-            continue
-        time = sum(kernel.duration for kernel in event.kernels) if on_device else event.self_cpu_time_total
-        seconds[_kind(event)] += time / 1e6
-    if on_device:  # the host's wait for data shows on the device as idling
+        if _counts(event, on_device):
+            seconds[_kind(event)] += _microseconds(event, on_device) / 1e6
+    if on_device:  # while the host waits for data, the device is idle
         waits = [event for event in events if event.name == _REGION + "data wait"]
         seconds["data wait"] = sum(event.cpu_time_total for event in waits) / 1e6
     seconds["idle"] = max(total - sum(seconds.values()), 0.0)
     return seconds, total
+
+
+def _counts(event: Any, on_device: bool) -> bool:
+    """Return whether an event is an operation of the step, not a region or the work of a background thread."""
+    in_background = not on_device and not _ancestors(event)
+    return not in_background and not event.name.startswith((_STEP, _REGION))
+
+
+def _microseconds(event: Any, on_device: bool) -> float:
+    if on_device:
+        return float(sum(kernel.duration for kernel in event.kernels))
+    return float(event.self_cpu_time_total)
 
 
 def table(seconds: dict[str, float], total: float) -> str:

@@ -1,5 +1,7 @@
-"""Weight sharding, over ``wp`` (isp) or ``zero`` (fsdp): FSDP2 gathers a block's weights before use and reduce-scatters
-their gradients."""
+"""Weight sharding by FSDP2, over ``wp`` (isp) or ``zero`` (fsdp).
+
+FSDP2 gathers a block's weights before use and reduce-scatters their gradients after the block's backward.
+"""
 
 from __future__ import annotations
 
@@ -21,67 +23,88 @@ from evomesh.parallel.spec import ShardSpec, spec_of, with_spec
 def shard_weights(
     model: nn.Module, units: Sequence[nn.Module], axis: Axis, device: torch.device, *, overlap: bool = False
 ) -> None:
-    """Cuts every parameter of ``units`` along dim 0 over ``axis``, in place; the rest of ``model`` stays as it is.
+    """Shard every parameter of ``units`` along dim 0 over ``axis``, in place; the rest of ``model`` is unchanged.
 
-    Gradients are summed over the axis (invariant 4), in float32 at least, after every micro-batch. A parameter whose
-    layer has it on another axis already is cut on that one first, and again here.
+    Gradients are summed over the axis (invariant 4 in docs/architecture.md), in float32 at least, after every
+    micro-batch. A parameter that its layer has already sharded over another axis is sharded again here.
 
     Args:
-        units: the modules that are gathered as one, in the order of forward. Parameters on the meta device are made on
-            ``device`` once they are cut, so that no rank ever holds the whole model.
-        axis: ``wp`` (isp), or ``zero`` (``parallel.zero1.fsdp``), over which what does not divide stays whole.
-        device: where the model computes.
-        overlap: gather the next unit's weights while one computes.
+        units: the modules whose weights are gathered together, in the order of forward. Parameters on the meta device
+            are allocated on ``device`` once they are sharded, so that no rank ever holds the unsharded model.
+        axis: ``wp`` (isp), or ``zero`` (``parallel.zero1.fsdp``), over which indivisible parameters are replicated.
+        device: the device the model computes on.
+        overlap: prefetch the next unit's weights while one computes.
+
     Raises:
-        UserError: dim 0 of a parameter does not divide by ``wp``, which was asked for by its size.
+        UserError: dim 0 of a parameter is not divisible by the size of ``wp``.
     """
     if axis.size == 1:
         return
-    from torch.distributed.fsdp import (
-        FSDPModule,
-        MixedPrecisionPolicy,
-        fully_shard,
-    )  # slow to import, seldom used
-
-    assert axis.group is not None
-    # Nothing here works in place on what a module returns, which FSDP2 fears for views.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    mesh = DeviceMesh.from_group(axis.group, device.type)
-    cut = {
-        parameter for unit in units for parameter in unit.parameters() if parameter.shape[0] % axis.size == 0
-    }
+    # 1. Which parameters are sharded, and the spec of every parameter afterwards.
+    in_units = {parameter for unit in units for parameter in unit.parameters()}
+    sharded = {parameter for parameter in in_units if parameter.shape[0] % axis.size == 0}
     if axis.name == "wp":
-        _check(model, {parameter for unit in units for parameter in unit.parameters()} - cut, axis)
-    specs = {name: _cut_spec(p, axis) if p in cut else spec_of(p) for name, p in model.named_parameters()}
-    whole = {parameter for parameter in model.parameters() if parameter not in cut}
-    for module in units:
-        for unit in _same_dtype(module):
-            policy = MixedPrecisionPolicy(reduce_dtype=torch.promote_types(_dtype(unit), torch.float32))
-            fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=whole)
-    # The root cuts no weights of its own: it shares streams and order among the units.
-    fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if p not in cut})
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor inside
+        _refuse_indivisible(model, in_units - sharded, axis)
+    specs = _specs_after_sharding(model, sharded, axis)
+
+    # 2. FSDP2 takes over the units.
+    _apply_fsdp(model, units, sharded, axis, device)
     if overlap:
-        for unit, following in pairwise(units):
-            cast(FSDPModule, unit).set_modules_to_forward_prefetch([cast(FSDPModule, following)])
+        _prefetch_next_unit(units)
+
+    # 3. Allocate what was on the meta device; FSDP2 has replaced the parameters, so each gets its spec again.
     if any(parameter.is_meta for parameter in model.parameters()):
         model.to_empty(device=device)
     for name, parameter in model.named_parameters():
         with_spec(parameter, specs[name])
 
 
-def _cut_spec(parameter: nn.Parameter, axis: Axis) -> ShardSpec:
-    """The spec once ``axis`` cuts dim 0: layers of isp say so themselves."""
+def _specs_after_sharding(model: nn.Module, sharded: set[nn.Parameter], axis: Axis) -> dict[str, ShardSpec]:
+    specs = {}
+    for name, parameter in model.named_parameters():
+        specs[name] = _sharded_spec(parameter, axis) if parameter in sharded else spec_of(parameter)
+    return specs
+
+
+def _apply_fsdp(
+    model: nn.Module, units: Sequence[nn.Module], sharded: set[nn.Parameter], axis: Axis, device: torch.device
+) -> None:
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard  # slow to import
+
+    assert axis.group is not None
+    # FSDP2 warns about in-place changes to views that modules return; there are none here.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    mesh = DeviceMesh.from_group(axis.group, device.type)
+    replicated = {parameter for parameter in model.parameters() if parameter not in sharded}
+    for unit in units:
+        for module in _same_dtype(unit):
+            policy = MixedPrecisionPolicy(reduce_dtype=torch.promote_types(_dtype(module), torch.float32))
+            fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=replicated)
+    # The root shards no further weights: it shares streams and order among the units.
+    not_sharded = {parameter for parameter in model.parameters() if parameter not in sharded}
+    fully_shard(model, mesh=mesh, ignored_params=not_sharded)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a built-in factor
+
+
+def _prefetch_next_unit(units: Sequence[nn.Module]) -> None:
+    from torch.distributed.fsdp import FSDPModule
+
+    for unit, following in pairwise(units):
+        cast(FSDPModule, unit).set_modules_to_forward_prefetch([cast(FSDPModule, following)])
+
+
+def _sharded_spec(parameter: nn.Parameter, axis: Axis) -> ShardSpec:
+    """Return the spec with dim 0 sharded over ``axis``; layers of isp state it in their specs already."""
     spec = spec_of(parameter)
     return spec if (axis.name, 0) in spec.shards else replace(spec, shards=(*spec.shards, (axis.name, 0)))
 
 
-def _check(model: nn.Module, uneven: set[nn.Parameter], axis: Axis) -> None:
+def _refuse_indivisible(model: nn.Module, indivisible: set[nn.Parameter], axis: Axis) -> None:
     for name, parameter in model.named_parameters():
-        if parameter in uneven:  # FSDP2 would give the last ranks nothing
+        if parameter in indivisible:  # FSDP2 would give the last ranks nothing
             raise UserError(
                 f"{name} has {parameter.shape[0]} rows, which weight.size={axis.size} does not divide",
                 where="parallel.weight.size",
@@ -90,7 +113,10 @@ def _check(model: nn.Module, uneven: set[nn.Parameter], axis: Axis) -> None:
 
 
 def _same_dtype(block: nn.Module) -> Iterable[nn.Module]:
-    """Modules with another dtype than most of the block (norms kept in float32), then the block: one dtype a unit."""
+    """Yield modules whose dtype differs from most of the block (norms kept in float32), then the block.
+
+    FSDP2 needs one dtype per unit.
+    """
     dtype = _dtype(block)
     for module in block.modules():
         own = list(module.parameters(recurse=False))
@@ -100,7 +126,7 @@ def _same_dtype(block: nn.Module) -> Iterable[nn.Module]:
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
-    """The dtype of most of the module's elements."""
+    """Return the dtype of most of the module's elements."""
     elements: dict[torch.dtype, int] = {}
     for parameter in module.parameters():
         elements[parameter.dtype] = elements.get(parameter.dtype, 0) + parameter.numel()

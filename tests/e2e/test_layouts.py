@@ -178,10 +178,7 @@ def test_deepspeed_flag(
     ]
     finished = [rank.wait(120) for rank in interpreter.start_ranks(command, 2, cwd=tmp_path)]
     assert [one.returncode for one in finished] == [0] * 2, finished[0].stderr[-2000:]
-    assert (
-        "".join(one.stdout + one.stderr for one in finished).count("--deepspeed deepspeed_zero3: the weights")
-        == 1
-    )
+    assert "".join(one.stdout + one.stderr for one in finished).count("--deepspeed deepspeed_zero3: ") == 1
     found = losses(tmp_path / "work_dirs/here")
     assert found == {step: pytest.approx(loss, rel=FLOAT32_RUN) for step, loss in reference[0].items()}
 

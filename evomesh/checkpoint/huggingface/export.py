@@ -153,17 +153,19 @@ class _WeightExport:
     def _check(self) -> None:
         """Refuse a checkpoint whose tensors are not those of the model its own config describes."""
         wanted = {link.native: link.native_shape for link in self.links}
-        missing = [f"{name} {list(shape)}" for name, shape in wanted.items() if name not in self.records]
-        weights = [name for name in self.records if not name.startswith("optim.")]
-        unknown = sorted(name for name in weights if name not in wanted)
-        wrong = [name for name in weights if name in wanted and not self._has_elements(name, wanted[name])]
-        if missing or unknown or wrong:
-            described = [f"{self.records[name].described} instead of {list(wanted[name])}" for name in wrong]
-            raise CheckpointError(
-                f"the checkpoint does not match its own config: missing {missing}, unknown {unknown}, "
-                f"wrong shape {described}",
-                where=self.found.folder,
-            )
+        stored = set(filter(_is_weight, self.records))
+        missing = [f"{name} {list(wanted[name])}" for name in wanted if name not in stored]
+        unknown = sorted(stored - wanted.keys())
+        common = stored & wanted.keys()
+        wrong = sorted(name for name in common if not self._has_elements(name, wanted[name]))
+        if not missing and not unknown and not wrong:
+            return
+        described = [f"{self.records[name].described} instead of {list(wanted[name])}" for name in wrong]
+        raise CheckpointError(
+            f"the checkpoint does not match its own config: missing {missing}, unknown {unknown}, "
+            f"wrong shape {described}",
+            where=self.found.folder,
+        )
 
     def _has_elements(self, name: str, shape: tuple[int, ...]) -> bool:
         # Counts, not shapes: a fused tensor may be stored in another arrangement of the same elements.
@@ -260,3 +262,8 @@ def _compare(job: _WeightExport, folder: Path, tokenizer: Tokenizer | None, rota
     difference = largest_logit_difference(ours, theirs, model, dtype, str(folder))
     largest = f"(largest logit {ours.abs().max():.3g})"
     return f"largest logit difference between the native model and {by}: {difference:.3g} {largest}"
+
+
+def _is_weight(name: str) -> bool:
+    """Return whether a tensor of a checkpoint is a weight, not optimizer state."""
+    return not name.startswith("optim.")

@@ -166,9 +166,7 @@ def open_corpus(config: DataConfig, vocab_size: int | None) -> Corpus:
     types = assign_types(files, folder)
     if vocab_size is not None:
         check_vocabulary(files, vocab_size)
-    shared = Path(config.shm_path) if config.use_shm else None
-    if shared is not None:
-        remove_stale(shared)
+    shared = _shared_folder(config)
     _raise_open_file_limit(len(files) * (MAPPED_FILES_SHARED if shared else MAPPED_FILES))
     sources = _open_sources(config, files, types, vocab_size, shared)
 
@@ -179,20 +177,31 @@ def open_corpus(config: DataConfig, vocab_size: int | None) -> Corpus:
     if not any(map(len, plans)):
         refuse_empty(config, sources)
 
-    # 3. Report what each file gives.
-    report = [
-        file_row(source, types, plan)
-        for plan, stream in zip(plans, streams, strict=True)
-        for source in stream
-    ]
-    warnings = find_warnings(report, sources, config)
-    if config.dataset_weights:
-        packs = [row["packs"] for row in report]
-        _, unmatched = group_packs([file.name for file in files], packs, config.dataset_weights)
-        warnings += [
-            f"{name} matches no key of data.dataset_weights and is not trained on" for name in unmatched
-        ]
+    # 3. Report what each file contributes.
+    report = []
+    for plan, stream in zip(plans, streams, strict=True):
+        report += [file_row(source, types, plan) for source in stream]
+    warnings = find_warnings(report, sources, config) + _weight_warnings(config, files, report)
     return Corpus(config, plans, types, report, warnings)
+
+
+def _shared_folder(config: DataConfig) -> Path | None:
+    """Return the folder of arrays that the node's processes share, without those of dead processes."""
+    if not config.use_shm:
+        return None
+    remove_stale(Path(config.shm_path))
+    return Path(config.shm_path)
+
+
+def _weight_warnings(
+    config: DataConfig, files: Sequence[TokenFile], report: list[dict[str, Any]]
+) -> list[str]:
+    """Return a warning for each file that no key of ``data.dataset_weights`` matches."""
+    if not config.dataset_weights:
+        return []
+    packs = [row["packs"] for row in report]
+    _, unmatched = group_packs([file.name for file in files], packs, config.dataset_weights)
+    return [f"{name} matches no key of data.dataset_weights and is not trained on" for name in unmatched]
 
 
 def _synthetic_corpus(config: DataConfig, vocab_size: int | None) -> Corpus:

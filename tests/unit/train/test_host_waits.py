@@ -175,7 +175,7 @@ class TestHostWaitsOfAStep:
         if place == "layer":
             monkeypatch.setattr(attention, "_causal", reading(attention._causal))
         elif place == "loss":
-            monkeypatch.setattr(loss._VocabularyShard, "_own", lambda self, target: target.tolist())
+            monkeypatch.setattr(loss._VocabularyShard, "_local_column", lambda self, target: target.tolist())
         elif place == "optimizer":
             monkeypatch.setattr("evomesh.optim.zero.clip_factor", reading(torch.square))
         else:

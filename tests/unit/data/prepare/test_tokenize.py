@@ -186,7 +186,7 @@ def test_fingerprint_describes_the_file(tmp_path: Path, bpe: Path) -> None:
         ("a.json", b'[{"text": "x"}', "not JSON"),
         ("a.jsonl.gz", b"plain", "cannot read the file"),
         ("a.md", b"x", "has an unknown format"),
-        ("a.txt", b"\n", "holds no document"),
+        ("a.txt", b"\n", "has no documents"),
     ],
 )
 def test_bad_input_is_rejected_and_nothing_is_written(
