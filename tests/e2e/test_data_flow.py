@@ -53,7 +53,7 @@ def test_jsonl_to_training(text: Path, interpreter: Interpreter) -> None:
     said = command(
         interpreter, text, "data", "verify", "raw/train", "--valid", "raw/val", "-t", "tokenizer.json"
     )
-    assert "no problem found" in said
+    assert "no problems found" in said
     said = command(
         interpreter, text, "data", "inspect", "raw/train", "--seq-len", "64", "-t", "tokenizer.json"
     )
