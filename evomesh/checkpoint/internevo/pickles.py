@@ -1,4 +1,4 @@
-"""Opens other people's ``.pt`` files: tensors and plain containers only, nothing in them can run.
+"""Read untrusted ``.pt`` files: tensors and plain containers only; nothing in them can run.
 
 The files are read here and not by ``torch.load``, which hands a zip file that holds ``constants.pkl`` to TorchScript
 (whose code then runs) and unpacks an old tar file with whatever links are in it. A file that names any class or
@@ -46,6 +46,7 @@ STORAGES = {
 ZIP = b"PK\x03\x04"  # the first bytes of what torch has written since 1.6
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the first two pickles of what it wrote before
 SCRIPT = ("constants.pkl", "code")  # what only TorchScript archives hold
+READ_BYTES = 1 << 24  # bytes read at once
 RATIO = 2  # unpacked bytes for each byte of the file; torch stores without compression
 
 
@@ -57,7 +58,7 @@ class ConfigStub(dict[str, Any]):
 
 
 class OpaqueStub:
-    """Stands for NumPy's arrays (the state of a random generator, say): what they hold is thrown away."""
+    """Stands for NumPy's arrays (the state of a random generator, say); their content is dropped."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         return
@@ -82,16 +83,19 @@ class _Call:
 
 
 def _tensor(flat: Tensor, offset: int, size: Sequence[int], stride: Sequence[int], *rest: Any) -> Tensor:
-    """``rest``: whether it needs gradients and its hooks, which do not count here, and flags, which nobody sets."""
+    """Return a view of a storage.
+
+    ``rest``: whether it needs gradients and its hooks, which are ignored, and flags, which no checkpoint sets.
+    """
     if not isinstance(flat, Tensor) or any(rest[2:]):
-        raise pickle.UnpicklingError("a tensor in it is of no known kind")
+        raise pickle.UnpicklingError("a tensor in it is of an unknown kind")
     return torch.as_strided(flat, size, stride, offset)  # refuses what is outside of ``flat``
 
 
 def _bytes(text: str, coding: str) -> bytes:
     """Undo how protocol 2 writes bytes."""
     if not isinstance(text, str) or coding != "latin1":
-        raise pickle.UnpicklingError("it encodes text in no known way")
+        raise pickle.UnpicklingError("it encodes text in an unknown way")
     return text.encode(coding)
 
 
@@ -114,13 +118,13 @@ ALLOWED: dict[tuple[str, str], Any] = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """``flat``: gives the tensor of one storage, by its key."""
+    """Resolves names to the allowed ones only; ``read_storage(key, dtype, count)`` returns a storage as a tensor."""
 
     def __init__(
-        self, file: IO[bytes], flat: Callable[[str, torch.dtype, int], Tensor] | None = None
+        self, file: IO[bytes], read_storage: Callable[[str, torch.dtype, int], Tensor] | None = None
     ) -> None:
         super().__init__(file, encoding="utf-8")
-        self._flat = flat
+        self._read_storage = read_storage
 
     def find_class(self, module: str, name: str) -> Any:
         module = "builtins" if module == "__builtin__" else module  # its name in protocol 2
@@ -140,91 +144,112 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, saved: Any) -> Tensor:
         kind, dtype, key, _, count, *view = saved
-        if self._flat is None or kind != "storage" or not isinstance(dtype, torch.dtype) or any(view):
-            raise pickle.UnpicklingError("its tensors are stored in no known way")
-        return self._flat(str(key), dtype, int(count))
+        if self._read_storage is None or kind != "storage" or not isinstance(dtype, torch.dtype) or any(view):
+            raise pickle.UnpicklingError("its tensors are stored in an unknown way")
+        return self._read_storage(str(key), dtype, int(count))
 
 
-def _empty(dtype: torch.dtype, count: int, room: int) -> tuple[Tensor, memoryview]:
-    """A tensor and its bytes, of which a file has at most ``room``."""
+def _allocate(dtype: torch.dtype, count: int, available: int) -> tuple[Tensor, memoryview]:
+    """Return an empty tensor and its bytes; ``available``: bytes that the file can hold for it."""
     size = count * dtype.itemsize
-    if not 0 <= size <= room:
-        raise pickle.UnpicklingError(f"a tensor in it takes {size} bytes, the file has {room}")
-    held = bytearray(size)
-    return torch.frombuffer(held, dtype=dtype) if size else torch.empty(0, dtype=dtype), memoryview(held)
+    if not 0 <= size <= available:
+        raise pickle.UnpicklingError(f"a tensor in it takes {size} bytes, the file has {available}")
+    buffer = bytearray(size)
+    tensor = torch.frombuffer(buffer, dtype=dtype) if size else torch.empty(0, dtype=dtype)
+    return tensor, memoryview(buffer)
 
 
-def _fill(file: IO[bytes], held: memoryview) -> None:
-    done = 0
-    while done < len(held):
-        part = file.read(min(len(held) - done, 1 << 24))
+def _fill(file: IO[bytes], buffer: memoryview) -> None:
+    """Read the bytes of one tensor."""
+    filled = 0
+    while filled < len(buffer):
+        part = file.read(min(len(buffer) - filled, READ_BYTES))
         if not part:
             raise EOFError("it ends within a tensor")
-        held[done : done + len(part)] = part
-        done += len(part)
+        buffer[filled : filled + len(part)] = part
+        filled += len(part)
 
 
 def _read_zip(path: str) -> Any:
+    """Read the format of torch since 1.6: a zip file with ``data.pkl`` and one entry for each storage."""
     with zipfile.ZipFile(path) as archive:
+        _check_entries(path, archive)
         entries = {entry.filename: entry for entry in archive.infolist()}
-        if sum(entry.file_size for entry in archive.infolist()) > RATIO * os.path.getsize(path) + (1 << 20):
-            raise CheckpointError("unpacks to more than twice its size: refused", where=path)
-        if any(part in SCRIPT for name in entries for part in name.split("/")[1:]):
-            raise CheckpointError(
-                "is a TorchScript archive, which is a program: refused",
-                where=path,
-                expected="a file of torch.save",
-            )
-        roots = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")]
-        if len(roots) != 1:
-            raise CheckpointError(
-                "is not a file of torch.save", where=path, expected="one data.pkl in one folder"
-            )
-        root, found = roots[0], dict[str, Tensor]()
-        order = archive.read(f"{root}byteorder").decode() if f"{root}byteorder" in entries else "little"
-        if order != sys.byteorder:
-            raise CheckpointError("was written on a machine of another byte order", where=path)
+        root = _root_folder(path, list(entries))
+        order_entry = f"{root}byteorder"  # absent in files of older versions
+        order = archive.read(order_entry).decode() if order_entry in entries else "little"
+        _check_byte_order(path, order)
+        storages: dict[str, Tensor] = {}
 
-        def flat(key: str, dtype: torch.dtype, count: int) -> Tensor:
-            if key not in found:
+        def read_storage(key: str, dtype: torch.dtype, count: int) -> Tensor:
+            if key not in storages:
                 entry = entries[f"{root}data/{key}"]
-                found[key], held = _empty(dtype, count, entry.file_size)
+                storages[key], buffer = _allocate(dtype, count, entry.file_size)
                 with archive.open(entry) as file:
-                    _fill(file, held)
-            return found[key]
+                    _fill(file, buffer)
+            return storages[key]
 
         with archive.open(entries[f"{root}data.pkl"]) as file:
-            return _Unpickler(file, flat).load()
+            return _Unpickler(file, read_storage).load()
+
+
+def _check_entries(path: str, archive: zipfile.ZipFile) -> None:
+    """Refuse archives that unpack to far more than their size, and programs."""
+    unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > RATIO * os.path.getsize(path) + (1 << 20):
+        raise CheckpointError("unpacks to more than twice its size: refused", where=path)
+    inner_names = {part for name in archive.namelist() for part in name.split("/")[1:]}
+    if not inner_names.isdisjoint(SCRIPT):
+        raise CheckpointError(
+            "is a TorchScript archive, which is a program: refused",
+            where=path,
+            expected="a file of torch.save",
+        )
+
+
+def _root_folder(path: str, names: list[str]) -> str:
+    """Return the one folder of the archive, with a slash at the end."""
+    roots = [name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")]
+    if len(roots) != 1:
+        raise CheckpointError(
+            "is not a file of torch.save", where=path, expected="one data.pkl in one folder"
+        )
+    return roots[0]
+
+
+def _check_byte_order(path: str, order: str) -> None:
+    if order != sys.byteorder:
+        raise CheckpointError("was written on a machine of another byte order", where=path)
 
 
 def _read_old(path: str, file: IO[bytes]) -> Any:
     """Read the format of torch before 1.6: pickles one after another, then the bytes of the storages."""
     if _Unpickler(file).load() != MAGIC or _Unpickler(file).load() != PROTOCOL:
         raise CheckpointError("is not a file of torch.save", where=path)
-    little = _Unpickler(file).load()["little_endian"]
-    if little != (sys.byteorder == "little"):
-        raise CheckpointError("was written on a machine of another byte order", where=path)
-    found: dict[str, tuple[Tensor, memoryview]] = {}
-    room = os.path.getsize(path)
+    little_endian = _Unpickler(file).load()["little_endian"]
+    _check_byte_order(path, "little" if little_endian else "big")
+    storages: dict[str, tuple[Tensor, memoryview]] = {}
+    available = os.path.getsize(path)
 
-    def flat(key: str, dtype: torch.dtype, count: int) -> Tensor:
-        nonlocal room
-        if key not in found:
-            found[key] = _empty(dtype, count, room)
-            room -= len(found[key][1])
-        return found[key][0]
+    def allocate_storage(key: str, dtype: torch.dtype, count: int) -> Tensor:
+        nonlocal available
+        if key not in storages:
+            storages[key] = _allocate(dtype, count, available)
+            available -= len(storages[key][1])
+        return storages[key][0]
 
-    content = _Unpickler(file, flat).load()
+    # The tensors of ``content`` are empty until the bytes that follow it are read into their storages.
+    content = _Unpickler(file, allocate_storage).load()
     for key in _Unpickler(file).load():
-        tensor, held = found[str(key)]
+        tensor, buffer = storages[str(key)]
         if int.from_bytes(file.read(8), sys.byteorder) != tensor.numel():
-            raise EOFError("a tensor in it has another size than it says")
-        _fill(file, held)
+            raise EOFError("the size of a tensor in it contradicts its header")
+        _fill(file, buffer)
     return content
 
 
 def read_pickle(path: str) -> Any:
-    """The content of a ``.pt`` file, tensors on the CPU.
+    """Read a ``.pt`` file, tensors on the CPU.
 
     Raises:
         CheckpointError: unreadable, not of torch, a program, unpacks to far more than its size, or names something

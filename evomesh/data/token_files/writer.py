@@ -28,7 +28,7 @@ class BinWriter:
 
     Args:
         path: the ``.bin`` to write; its folder is created.
-        append: start with the documents that are already there.
+        append: keep the documents of an existing file and add to them.
 
     Raises:
         UserError: the name does not end in .bin, or the existing file cannot be appended to.
