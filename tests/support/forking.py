@@ -9,15 +9,20 @@ import functools
 import importlib.util
 import multiprocessing
 import os
+import pkgutil
 from multiprocessing.context import ForkServerContext
 
-_PRELOAD = (
-    "torch",
-    "torch.distributed",
+import evomesh
+
+# A command imports half a second of modules; the server imports them once. Few tests need the heavy ones.
+_LIBRARIES = (
     "torch.distributed.fsdp",
     "torch.distributed.pipelining",
-    "evomesh.cli.main",
+    "torch.utils.tensorboard",
+    "boto3",
+    "transformers",
 )
+_HEAVY = ("evomesh.__main__", "evomesh.serve.page", "evomesh.evaluate.run")
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -25,7 +30,7 @@ _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 def context() -> ForkServerContext:
     """The context whose ``Process`` forks off the server; children have one compute thread."""
     ctx = multiprocessing.get_context("forkserver")
-    ctx.set_forkserver_preload([name for name in _PRELOAD if _exists(name)])
+    ctx.set_forkserver_preload([*filter(_exists, _LIBRARIES), *_own_modules()])
     kept = {name: os.environ.get(name) for name in _ONE_THREAD}
     os.environ.update(dict.fromkeys(_ONE_THREAD, "1"))  # read by the server when it imports torch
     try:
@@ -36,6 +41,11 @@ def context() -> ForkServerContext:
         for name, value in kept.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
     return ctx
+
+
+def _own_modules() -> list[str]:
+    names = [module.name for module in pkgutil.walk_packages(evomesh.__path__, "evomesh.")]
+    return [name for name in names if name not in _HEAVY]
 
 
 def _exists(name: str) -> bool:
