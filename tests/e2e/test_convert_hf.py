@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from evomesh.generate.options import SamplingParams
 from evomesh.layers.sequence_bounds import single_sequence
 from evomesh.models.language_model import LanguageModel
 from tests.support.covers import covers
+from tests.support.interpreter import Interpreter
 from tests.support.runs import write_run
 from tests.unit.checkpoint.hf_models import found_in, model_config, save_model
 
@@ -29,19 +30,19 @@ PROMPTS = [[3, 7, 11, 20], [5, 4, 60]]  # in whose greedy answers no two likelie
 TEXT = ["the cat sat on the mat", "a dog saw the cat", "春眠不觉晓 naïve café"] * 4
 
 
-def run(*arguments: str, cwd: Path, code: int = 0) -> str:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+Run = Callable[..., str]
+
+
+@pytest.fixture(scope="session")
+def run(interpreter: Interpreter) -> Run:
+    """Return a function that runs a command, expects an exit code, and returns stdout and stderr together."""
+
+    def run(*command: str, cwd: Path, code: int = 0) -> str:
+        done = interpreter.run(command, cwd=cwd, timeout=200)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    return run
 
 
 def make_tokenizer(folder: Path) -> int:
@@ -74,7 +75,7 @@ def make_tokenizer(folder: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[LanguageModel, Path]:
+def exported(tmp_path_factory: pytest.TempPathFactory, run: Run) -> tuple[LanguageModel, Path]:
     """An InternLM model with biases and its folder, made by the command."""
     place = tmp_path_factory.mktemp("export")
     size = make_tokenizer(place / "tok")
@@ -82,7 +83,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[LanguageModel, P
         "INTERNLM", "float32", vocab_size=size, rope_base=10000.0, max_position_embeddings=256
     )
     model, _ = save_model(place / "c", config, str(place / "tok"), GenerationConfig(eos_id=(2,), bos_id=1))
-    said = run("-m", "evomesh", "convert", "to-hf", "c", "hf", "--max-shard-size", "100KB", cwd=place)
+    said = run("evomesh", "convert", "to-hf", "c", "hf", "--max-shard-size", "100KB", cwd=place)
     assert "largest logit difference between the native model and transformers" in said
     return model, place / "hf"
 
@@ -125,14 +126,14 @@ def test_tokenizer_of_the_folder(exported: tuple[LanguageModel, Path]) -> None:
 
 
 @pytest.mark.parametrize("family", ["INTERNLM", "INTERNLM2_PUBLIC"])
-def test_logits_of_ctranslate2(family: str, tmp_path: Path) -> None:
+def test_logits_of_ctranslate2(family: str, tmp_path: Path, run: Run) -> None:
     """An engine that is not PyTorch."""
     ctranslate2 = pytest.importorskip("ctranslate2")
     size = make_tokenizer(tmp_path / "tok")
     ours, _ = save_model(
         tmp_path / "c", model_config(family, "float32", vocab_size=size, qk_interleaved=True)
     )
-    run("-m", "evomesh", "convert", "to-hf", "c", "hf", "--tokenizer", "tok", cwd=tmp_path)
+    run("evomesh", "convert", "to-hf", "c", "hf", "--tokenizer", "tok", cwd=tmp_path)
     ctranslate2.converters.TransformersConverter(str(tmp_path / "hf")).convert(str(tmp_path / "ct2"))
     engine = ctranslate2.Generator(str(tmp_path / "ct2"), device="cpu", inter_threads=1, intra_threads=1)
     theirs = torch.tensor(np.array(engine.forward_batch([PROMPTS[0]])))[0]
@@ -141,34 +142,39 @@ def test_logits_of_ctranslate2(family: str, tmp_path: Path) -> None:
     assert float((mine - theirs[:, :size]).abs().max() / mine.abs().max()) < 1e-5
 
 
-def test_checklist(exported: tuple[LanguageModel, Path], tmp_path: Path) -> None:
+def test_checklist(exported: tuple[LanguageModel, Path], tmp_path: Path, run: Run) -> None:
     _, folder = exported
-    said = run("-m", "evomesh", "convert", "check", str(folder), cwd=tmp_path)
+    said = run("evomesh", "convert", "check", str(folder), cwd=tmp_path)
     assert said.count("passed  ") == 7 and "FAILED" not in said
 
 
 @covers("promise:ckpt-types-hf")
-def test_training_starts_from_a_folder(tmp_path: Path) -> None:
+def test_training_starts_from_a_folder(tmp_path: Path, run: Run) -> None:
     write_run(tmp_path, "data['total_steps'] = lr_scheduler['total_steps'] = 3\n")
-    run("-m", "evomesh", "train", "config.py", cwd=tmp_path)
-    run("-m", "evomesh", "convert", "to-hf", "ckpts", "hf", cwd=tmp_path)
+    run("evomesh", "train", "config.py", cwd=tmp_path)
+    run("evomesh", "convert", "to-hf", "ckpts", "hf", cwd=tmp_path)
     start = 'ckpt.load_ckpt_info={"path": "hf", "content": ["model"], "ckpt_type": "%s"}'
     losses = {}
     for kind in ("hf", "hf_llama", "llama", "internevo"):
         chosen = start % kind if kind != "internevo" else start.replace('"hf"', '"ckpts"') % kind
         sets = ["ckpt.auto_resume=False", "ckpt.save_ckpt_folder=local:new", chosen]
         arguments = [word for text in sets for word in ("--set", text)]
-        said = run(
-            "-m", "evomesh", "train", "config.py", *arguments, "--run-dir", f"run-{kind}", cwd=tmp_path
-        )
+        said = run("evomesh", "train", "config.py", *arguments, "--run-dir", f"run-{kind}", cwd=tmp_path)
         assert f"loading model from {'ckpts/step' if kind == 'internevo' else 'hf'}" in said
         metrics = next((tmp_path / f"run-{kind}").rglob("metrics.jsonl")).read_text().splitlines()
         losses[kind] = json.loads(metrics[0])["loss"]
     assert len(set(losses.values())) == 1
 
 
+def import_from_tools() -> str:
+    """Import transformers in a process that finds tools/ first, as a script in that folder does; return where from."""
+    code = "import sys; sys.path.insert(0, 'tools'); import transformers as t; print(t.__file__)"
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
 @covers("promise:convert2hf", "promise:pth-to-hf")
-def test_tools(tmp_path: Path) -> None:
+def test_tools(tmp_path: Path, run: Run) -> None:
     size = make_tokenizer(tmp_path / "tok")
     save_model(tmp_path / "c", model_config("INTERNLM2_PUBLIC", "float32", vocab_size=size))
     tool = str(ROOT / "tools/transformers/convert2hf.py")
@@ -190,20 +196,18 @@ def test_tools(tmp_path: Path) -> None:
     run(other, str(config), "c", "d", "--fp32", "--max-shard-size", "50KB", cwd=tmp_path)
     assert (tmp_path / "d/xtuner_config.py").read_text() == config.read_text()
     assert len(list((tmp_path / "d").glob("*.safetensors"))) > 1
-    found = run(
-        "-c", "import sys; sys.path.insert(0, 'tools'); import transformers as t; print(t.__file__)", cwd=ROOT
-    )
+    found = import_from_tools()
     assert "site-packages" in found
 
 
-def test_a_users_mistakes(tmp_path: Path) -> None:
+def test_a_users_mistakes(tmp_path: Path, run: Run) -> None:
     make_tokenizer(tmp_path / "tok")
     save_model(tmp_path / "c", model_config())
-    said = run("-m", "evomesh", "convert", "to-hf", "c", "hf", "--tokenizer", "tok", cwd=tmp_path, code=2)
+    said = run("evomesh", "convert", "to-hf", "c", "hf", "--tokenizer", "tok", cwd=tmp_path, code=2)
     assert "the embedding 61 rows" in said and "Traceback" not in said
-    said = run("-m", "evomesh", "convert", "to-hf", "c", "hf", "--arch", "mamba", cwd=tmp_path, code=2)
+    said = run("evomesh", "convert", "to-hf", "c", "hf", "--arch", "mamba", cwd=tmp_path, code=2)
     assert "expected: one of llama, internlm2" in said
-    said = run("-m", "evomesh", "convert", "from-hf", "nowhere/model", "out", cwd=tmp_path, code=2)
+    said = run("evomesh", "convert", "from-hf", "nowhere/model", "out", cwd=tmp_path, code=2)
     assert "neither an existing folder nor a model" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "tok"]
     assert found_in(tmp_path / "c").step == 7

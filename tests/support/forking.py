@@ -20,7 +20,7 @@ _LIBRARIES = (
     "torch.distributed.pipelining",
     "torch.utils.tensorboard",
     "boto3",
-    "transformers",
+    "transformers.models.llama.modeling_llama",
 )
 _HEAVY = ("evomesh.__main__", "evomesh.serve.page", "evomesh.evaluate.run")
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
