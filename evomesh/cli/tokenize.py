@@ -52,7 +52,9 @@ MaxLengthOption = Annotated[int, typer.Option(min=2, help="Truncate conversation
 SplitRatioOption = Annotated[
     float, typer.Option(min=0, max=1, help="Share of conversations held out for validation.")
 ]
-SplitSeedOption = Annotated[int, typer.Option(min=0, help="Seed of the train/validation split.")]
+SplitSeedOption = Annotated[
+    int, typer.Option(min=0, max=2**32 - 1, help="Seed of the train/validation split.")
+]
 WorkersOption = Annotated[int | None, typer.Option(min=1, help="Number of threads [default: all cores].")]
 
 

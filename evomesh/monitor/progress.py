@@ -25,7 +25,7 @@ class ProgressLine:
                 TextColumn("step"),
                 MofNCompleteColumn(),
                 BarColumn(),
-                TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:,.0f} tokens/s  left"),
+                TextColumn("{task.fields[figures]}"),
                 TimeRemainingColumn(compact=True),
                 console=console,
                 transient=True,
@@ -33,13 +33,14 @@ class ProgressLine:
                 redirect_stderr=False,
             )
             self._task = self._bar.add_task(
-                "train", total=total, completed=step, loss=float("nan"), speed=0.0
+                "train", total=total, completed=step, figures="waiting for the first step"
             )
 
     def update(self, step: int, loss: float, speed: float) -> None:
-        """``step`` steps are done; ``speed`` is tokens per second."""
+        """Show that ``step`` steps are done; ``speed`` is in tokens per second."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, loss=loss, speed=speed)
+            figures = f"loss {loss:.4f}  {speed:,.0f} tokens/s  left"
+            self._bar.update(self._task, completed=step, figures=figures)
 
     def __enter__(self) -> ProgressLine:
         if self._bar is not None:

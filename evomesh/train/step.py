@@ -40,7 +40,8 @@ class StepOutput:
 
 def seed_step(seed: int, step: int, dp_rank: int) -> None:
     """Seed torch's generator for one step, so that random draws (a custom model's dropout) resume without state."""
-    torch.manual_seed((seed * 1_000_003 + step) * 1_000_003 + dp_rank)
+    mixed = (seed * 1_000_003 + step) * 1_000_003 + dp_rank
+    torch.manual_seed(mixed % 2**63)  # torch refuses numbers of more than 64 bits
 
 
 def train_step(

@@ -145,7 +145,7 @@ class PackSampler:
         if epoch == self._epoch:
             return self._permutation
         if self.order == "xtuner":
-            self._shuffle(np.random.RandomState(self.seed + epoch))
+            self._shuffle(np.random.RandomState((self.seed + epoch) % 2**32))
             self._epoch = epoch
             return self._permutation
         if epoch < self._epoch:  # the generator cannot go back: start over

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evomesh.config.step_values import BatchSizeRampup
+from evomesh.data.packing.packs import PackOrder
 from evomesh.data.packing.sampler import PackSampler, SamplerPosition
 from evomesh.errors import UserError
 from tests.support.covers import covers
@@ -126,3 +127,10 @@ def test_state_of_other_data_is_refused() -> None:
     state = PackSampler(20, 1, 4).state(SamplerPosition())
     with pytest.raises(UserError, match="num_packs 20, this run has 21"):
         PackSampler(21, 1, 4).resume(state)
+
+
+@pytest.mark.parametrize("order", ["internevo", "xtuner"])
+def test_the_largest_seed_reaches_later_passes(order: PackOrder) -> None:
+    sampler = PackSampler(20, 2**32 - 1, 5, order=order)
+    first, second = (sampler.permutation(epoch).tolist() for epoch in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(20)) and first != second

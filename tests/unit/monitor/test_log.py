@@ -87,5 +87,8 @@ def test_progress_is_live_on_a_terminal_and_silent_elsewhere() -> None:
             LOGGER.info("a line")
     assert plain.getvalue().endswith("a line\n")
     assert plain.getvalue().count("\n") == 1
+    before_first_step = live.getvalue().partition("loss 2.5000")[0]
+    assert "waiting for the first step" in before_first_step
+    assert "nan" not in live.getvalue()
     for part in ("11/20", "loss 2.5000", "1,234 tokens/s", "a line\n"):
         assert part in live.getvalue()

@@ -20,7 +20,7 @@ from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import MODES
 from evomesh.train.stages import ModelStages, build_stages
-from evomesh.train.step import StepOutput, train_step
+from evomesh.train.step import StepOutput, seed_step, train_step
 from evomesh.train.validate import validate
 from tests.support.covers import covers
 from tests.support.golden import write_folder
@@ -183,3 +183,33 @@ def test_an_interrupted_step_changes_nothing() -> None:
     assert output is None and asked == [1, 2]
     assert all(torch.equal(parameter, before[name]) for name, parameter in stages.parameters().items())
     assert all(parameter.grad is None for parameter in stages.parameters().values())
+
+
+LARGEST_SEED = 2**32 - 1  # of the schema
+
+
+@pytest.mark.parametrize("seed", [0, 1, 1024, 18_446_634, 20240101, 2**31, LARGEST_SEED])
+def test_every_seed_of_the_schema_seeds_every_step(seed: int) -> None:
+    assert Config.model_validate({"run": {"seed": seed}, "data": {"seed": seed}}).run.seed == seed
+    draws = set()
+    for step in (0, 1, 10**7):
+        for rank in (0, 1, 1023):
+            seed_step(seed, step, rank)
+            draws.add(float(torch.rand((), dtype=torch.float64)))
+    assert len(draws) == 9, "two steps or ranks draw the same numbers"
+
+
+def test_neighboring_seeds_draw_different_numbers() -> None:
+    def draw(seed: int) -> float:
+        seed_step(seed, 0, 0)
+        return float(torch.rand((), dtype=torch.float64))
+
+    around = [0, 1, 2, 20240100, 20240101, 20240102, LARGEST_SEED - 1, LARGEST_SEED]
+    assert len({draw(seed) for seed in around}) == len(around)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**63 - 1, 2**64])
+@pytest.mark.parametrize("section", ["run", "data"])
+def test_other_seeds_are_refused_by_name(section: str, seed: int) -> None:
+    with pytest.raises(ValueError, match=rf"{section}.seed"):
+        Config.model_validate({section: {"seed": seed}})
