@@ -1,17 +1,29 @@
 """Choose the next token from logits.
 
+The gap of a token is the distance of its logit from the largest one. Top-k, top-p and min-p all keep a beginning of the
+order by gap (equal gaps: lower id first), so that none of them needs the whole vocabulary sorted.
+
 Shapes: B requests, V vocabulary, K candidates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from evomesh.generate.options import SamplingParams
+
+BINS = 4096
+BINS_PER_UNIT = (
+    64  # of a gap over the temperature; all gaps beyond BINS / BINS_PER_UNIT = 64 share the last bin
+)
+Place = tuple[int, int]
+AFTER_ALL: Place = (BINS, 0)
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -23,6 +35,116 @@ def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return logits.index_put((seen,), lowered)
 
 
+class RankedTokens:
+    """All tokens in the order by gap, of which no more is sorted than is asked for.
+
+    A histogram of the gaps counts the tokens of each bin and adds up their weights; sorting is for the tokens of a
+    single bin. A place in the order is a pair (bin, rank inside the bin), so that places compare like the gaps there.
+
+    Args:
+        logits: [V], on the CPU.
+        temperature: above 0.
+
+    Attributes:
+        weights: [V], probabilities up to a common factor; that of the first token is 1.
+    """
+
+    def __init__(self, logits: Tensor, temperature: float) -> None:
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        top = logits.max()
+        if not top.isfinite():
+            # The model is broken. Give it any tokens, so that the other requests of the batch get theirs.
+            logits = torch.zeros_like(logits)
+            top = logits[0]
+        bins = (top - logits).mul_(BINS_PER_UNIT / temperature).clamp_(max=BINS - 1)
+        # In float64, so that a seed gives the same tokens on every device.
+        weights = (logits.double() - top).div_(temperature).exp_()
+        self.weights: npt.NDArray[np.float64] = weights.numpy()
+        self._logits = logits.numpy()
+        self._bins: npt.NDArray[np.int64] = bins.long().numpy()
+        sums = np.bincount(self._bins, self.weights, minlength=BINS)
+        self._weight_before = np.cumsum(sums) - sums
+        self._total = float(sums.sum())
+        self._sorted_bins: dict[int, npt.NDArray[np.int64]] = {}
+
+    @cached_property
+    def _count_before(self) -> npt.NDArray[np.int64]:
+        counts = np.bincount(self._bins, minlength=BINS)
+        return np.cumsum(counts) - counts
+
+    def after_count(self, count: int) -> Place:
+        """Return the place after the first ``count`` tokens."""
+        bin_ = int(np.searchsorted(self._count_before, count)) - 1
+        return bin_, count - int(self._count_before[bin_])
+
+    def after_weight(self, weight: float) -> Place:
+        """Return the place after the shortest beginning whose weights reach ``weight``, which is above 0."""
+        bin_ = int(np.searchsorted(self._weight_before, weight)) - 1
+        weights = self.weights[self._sorted(bin_)]
+        before = self._weight_before[bin_] + np.cumsum(weights) - weights
+        return bin_, int(np.count_nonzero(before < weight))
+
+    def weight_before(self, place: Place) -> float:
+        """Return the summed weights of the tokens before a place."""
+        bin_, rank = place
+        if place == AFTER_ALL:
+            return self._total
+        members = self._sorted(bin_)[:rank]
+        return float(self._weight_before[bin_] + self.weights[members].sum())
+
+    def ids_before(self, place: Place) -> npt.NDArray[np.int64]:
+        """Return the ids of the tokens before a place [K], in any order."""
+        bin_, rank = place
+        whole_bins = np.flatnonzero(self._bins < bin_)
+        return np.concatenate([whole_bins, self._sorted(bin_)[:rank]])
+
+    def find(self, weight: float, end: Place) -> int:
+        """Return the first token whose cumulative weight exceeds ``weight``, or else the last one before ``end``."""
+        end_bin, end_rank = end
+        bin_ = int(np.searchsorted(self._weight_before, weight, side="right")) - 1
+        bin_ = min(bin_, end_bin)
+        members = self._sorted(bin_)
+        if bin_ == end_bin:
+            members = members[:end_rank]
+        cumulative = self._weight_before[bin_] + np.cumsum(self.weights[members])
+        index = int(np.searchsorted(cumulative, weight, side="right"))
+        return int(members[min(index, len(members) - 1)])  # rounding may lead beyond the last
+
+    def _sorted(self, bin_: int) -> npt.NDArray[np.int64]:
+        """Return the ids of the tokens of one bin, in order."""
+        if bin_ not in self._sorted_bins:
+            members = np.flatnonzero(self._bins == bin_)
+            order = np.argsort(-self._logits[members], kind="stable")
+            self._sorted_bins[bin_] = members[order]
+        return self._sorted_bins[bin_]
+
+
+def candidates_end(ranked: RankedTokens, sampling: SamplingParams, keep: int = 1) -> Place:
+    """Return the place after the tokens that top-k, top-p and min-p leave.
+
+    Args:
+        keep: at least this many tokens remain, whatever the settings.
+    """
+    vocab_size = len(ranked.weights)
+    keep = min(keep, vocab_size)
+    end = AFTER_ALL
+
+    # top-k: the k largest logits
+    if 0 < sampling.top_k < vocab_size:
+        end = ranked.after_count(max(sampling.top_k, keep))
+
+    # top-p: every token before which less than p of the probability is reached
+    if sampling.top_p < 1:
+        total = ranked.weight_before(end)
+        end = min(end, ranked.after_weight(sampling.top_p * total))
+
+    # min-p: every token at least this fraction as probable as the top one, whose weight is 1
+    if sampling.min_p > 0:
+        probable = int(np.count_nonzero(ranked.weights >= sampling.min_p))
+        end = min(end, ranked.after_count(probable))
+    return max(end, ranked.after_count(keep)) if keep > 1 else end
+
+
 def candidates(
     logits: Tensor,
     sampling: SamplingParams,
@@ -31,38 +153,13 @@ def candidates(
     """Return the tokens that top-k, top-p and min-p leave: ids [K], and their logits [K] over the temperature.
 
     Args:
-        logits: [V].
+        logits: [V], on the CPU.
         keep: at least this many tokens remain, whatever the settings.
     """
-    logits = logits / sampling.temperature
-    ids = torch.arange(len(logits), device=logits.device)
-
-    # top-k: the k largest logits
-    if 0 < sampling.top_k < len(logits):
-        logits, ids = logits.topk(max(sampling.top_k, keep))
-
-    # top-p: in descending order, every token before which less than p of the probability is reached
-    if sampling.top_p < 1:
-        order = logits.sort(descending=True, stable=True)
-        logits = order.values
-        ids = ids[order.indices]
-        probability = logits.softmax(-1)
-        before = probability.cumsum(-1) - probability
-        remaining = before < sampling.top_p
-        remaining[:keep] = True
-        logits = logits[remaining]
-        ids = ids[remaining]
-
-    # min-p: every token at least this fraction as probable as the top one
-    if sampling.min_p > 0:
-        probability = logits.softmax(-1)
-        threshold = sampling.min_p * probability.max()
-        remaining = probability >= threshold
-        kept = min(keep, len(probability))
-        remaining[probability.topk(kept).indices] = True
-        logits = logits[remaining]
-        ids = ids[remaining]
-    return ids, logits
+    ranked = RankedTokens(logits, sampling.temperature)
+    end = candidates_end(ranked, sampling, keep)
+    ids = torch.from_numpy(ranked.ids_before(end))
+    return ids, logits[ids] / sampling.temperature
 
 
 class TokenSampler:
@@ -76,19 +173,11 @@ class TokenSampler:
         """Return the next token for logits [V]; unless greedy, this takes one uniform number from the stream."""
         if self.sampling.greedy:
             return int(logits.argmax())
-        # On the CPU and in float64, so that a seed gives the same tokens on every device.
-        precise = logits.cpu().double()
-        ids, kept = candidates(precise, self.sampling)
-
         # Inverse transform sampling: the first token whose cumulative probability exceeds a uniform number.
-        probability = kept.softmax(-1)
-        cumulative = probability.cumsum(-1)
-        total = float(cumulative[-1])
-        threshold = self._random.random() * total
-        index = int(torch.searchsorted(cumulative, threshold, right=True))
-        last = len(ids) - 1
-        chosen = ids[min(index, last)]  # rounding may lead beyond the last
-        return int(chosen)
+        ranked = RankedTokens(logits.cpu(), self.sampling.temperature)
+        end = candidates_end(ranked, self.sampling)
+        threshold = self._random.random() * ranked.weight_before(end)
+        return ranked.find(threshold, end)
 
 
 def top_logprobs(logits: Tensor, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -101,3 +102,47 @@ def test_more_answers_than_there_can_be_are_refused() -> None:
     with pytest.raises(UserError, match="num_return_sequences is 2"):
         SamplingParams(num_return_sequences=2, do_sample=False)
     SamplingParams(num_return_sequences=3)
+
+
+def ranked_by_sorting(logits: torch.Tensor, sampling: SamplingParams) -> tuple[list[int], torch.Tensor]:
+    """Return the ids that remain, most probable first, and their probabilities, by sorting the whole vocabulary."""
+    order = (logits.double() / sampling.temperature).sort(descending=True, stable=True)
+    count = sampling.top_k or len(logits)
+    probability = order.values[:count].softmax(-1)
+    before = probability.cumsum(-1) - probability
+    remaining = (before < sampling.top_p) | (sampling.top_p == 1)
+    remaining &= probability >= sampling.min_p * probability[0]
+    kept = probability[remaining]
+    return order.indices[:count][remaining].tolist(), kept / kept.sum()
+
+
+@pytest.mark.parametrize("settings", [{"top_p": 0.90003}, {"top_p": 0.50007, "top_k": 3000}, {"top_k": 40}])
+@pytest.mark.parametrize("shape", ["peaked", "flat", "equal", "ties", "two", "far", "infinite"])
+def test_a_large_vocabulary_is_cut_and_drawn_as_if_it_were_sorted(
+    shape: str, settings: dict[str, float]
+) -> None:
+    normal = torch.randn(20_000, generator=torch.Generator().manual_seed(4))
+    logits = {
+        "peaked": normal * 4,
+        "flat": normal * 0.01,
+        "equal": torch.zeros(20_000),
+        "ties": (normal * 2).round(),
+        "two": torch.where(normal > 3, 50.0, 0.0),
+        "far": normal * 1e4,
+        "infinite": torch.where(normal > 2, normal, -torch.inf),
+    }[shape]
+    sampling = SamplingParams(temperature=0.8, **settings)
+    wanted, probability = ranked_by_sorting(logits, sampling)
+    untouched = logits.clone()
+    ids, left = candidates(logits.double(), sampling)
+    assert sorted(ids.tolist()) == sorted(wanted)
+    assert torch.equal(left, logits.double()[ids] / 0.8)
+
+    # The same uniform numbers lead to the same tokens as in the sorted list.
+    sampler = TokenSampler(sampling, (5, 0))
+    random = np.random.default_rng((5, 0))
+    cumulative = probability.cumsum(-1)
+    for _ in range(50):
+        index = int(torch.searchsorted(cumulative, random.random(), right=True))
+        assert sampler.next_token(logits) == wanted[index]
+    assert torch.equal(logits, untouched)
