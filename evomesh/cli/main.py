@@ -6,7 +6,7 @@ import os
 
 import typer
 
-from evomesh.cli import ckpt, config, convert, data, eval, generate, plan, serve, tokenize, train
+from evomesh.cli import batch, ckpt, config, convert, data, eval, generate, plan, serve, tokenize, train
 from evomesh.cli.run import run
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("plan")(plan.plan)
+app.command("batch")(batch.batch)
 app.command("tokenize")(tokenize.tokenize)
 app.command("generate")(generate.generate)
 app.command("eval")(eval.evaluate)
