@@ -1,1 +1,8 @@
-"""Save, find, verify and load the state of a run, in any parallel layout."""
+"""Save, find, verify and load the state of a run, in any parallel layout.
+
+    training state  ->  native/  ->  resume.py    resume the run
+                                 ->  restore.py   model and tokenizer, for generate, serve, eval and export
+
+``loaders`` loads what a config names, in any format; ``detect`` tells formats apart. ``huggingface/`` and
+``internevo/`` convert from and to the formats of other systems.
+"""

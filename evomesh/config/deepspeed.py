@@ -1,4 +1,4 @@
-"""XTuner's ``--deepspeed``: the settings that each DeepSpeed strategy stands for."""
+"""Map XTuner's ``--deepspeed`` strategies to the equivalent settings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def deepspeed_settings(flag: str) -> tuple[list[str], list[str]]:
     Raises:
         UserError: an unknown name; offloading to host memory; a file without a stage.
     """
-    stage, offloads = _stage(flag)
+    stage, offloads = _stage_and_offload(flag)
     if offloads:
         raise UserError(
             "offloading optimizer state or weights to host memory is not supported",
@@ -37,7 +37,7 @@ def deepspeed_settings(flag: str) -> tuple[list[str], list[str]]:
     return [f"parallel.zero1=dict(size=-1, fsdp={stage > 1})"], warnings
 
 
-def _stage(flag: str) -> tuple[int, bool]:
+def _stage_and_offload(flag: str) -> tuple[int, bool]:
     name = flag if flag.startswith("deepspeed_") else f"deepspeed_{flag}"
     if name.removesuffix("_offload") in NAMES:
         return int(name.removesuffix("_offload")[-1]), name.endswith("_offload")

@@ -1,4 +1,4 @@
-"""A problem with some keys of a config, and the nearest valid sizes."""
+"""Problems with keys of a config, and the nearest valid sizes to suggest."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ class ConfigFinding:
 def nearest(value: int, divisors_of: int | None = None, multiples_of: int | None = None) -> str:
     """Return the valid sizes next to ``value``: divisors of one number or multiples of another."""
     if divisors_of is not None:
-        valid = [n for n in range(1, divisors_of + 1) if divisors_of % n == 0]
-        below, above = [n for n in valid if n <= value], [n for n in valid if n > value]
-        return " or ".join(str(n) for n in (*below[-1:], *above[:1]))
-    step = multiples_of or 1
-    low = value // step * step
-    return " or ".join(str(n) for n in (low, low + step) if n > 0)
+        divisors = [number for number in range(1, divisors_of + 1) if divisors_of % number == 0]
+        below = [number for number in divisors if number <= value]
+        above = [number for number in divisors if number > value]
+        candidates = below[-1:] + above[:1]
+    else:
+        step = multiples_of or 1
+        low = value // step * step
+        candidates = [number for number in (low, low + step) if number > 0]
+    return " or ".join(str(number) for number in candidates)

@@ -1,6 +1,6 @@
-"""The one JSON form of values that JSON has no word for: NaN, infinities and bytes.
+"""Encode values that JSON cannot express: NaN, infinities and bytes.
 
-Checkpoints and ``config show --json`` tag such a value (``{"$float": "inf"}``), so that it comes back as it was.
+Checkpoints and ``config show --json`` tag such a value (``{"$float": "inf"}``), so that reading restores it.
 ``metrics.jsonl`` is read by other tools, whose ``float()`` understands plain words; see ``float_word``.
 """
 
@@ -16,7 +16,7 @@ def encode_json(value: Any) -> Any:
     """Return a strict JSON value from which ``decode_json`` restores ``value``; tuples become lists.
 
     Raises:
-        TypeError: for a value that would not come back as it was.
+        TypeError: a value that ``decode_json`` could not restore.
     """
     if isinstance(value, float) and not math.isfinite(value):
         return {"$float": repr(value)}
@@ -33,7 +33,7 @@ def encode_json(value: Any) -> Any:
 
 
 def decode_json(value: Any) -> Any:
-    """Return what ``encode_json`` was given, with lists in place of tuples."""
+    """Return the value that ``encode_json`` encoded, with lists in place of tuples."""
     if isinstance(value, list):
         return [decode_json(item) for item in value]
     if not isinstance(value, dict):

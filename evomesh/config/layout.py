@@ -50,12 +50,17 @@ def axis_sizes(parallel: ParallelConfig, world_size: int) -> AxisSizes:
     for problem in _size_problems(parallel, world_size):
         raise problem
     isp = parallel.tensor.mode == "isp"
-    pp = parallel.pipeline.size
-    wp = parallel.weight.size if isp else 1
-    dp = data_parallel_size(parallel, world_size)
     group = _zero_group(parallel, world_size)
     zero = group if parallel.zero1.size <= 0 else min(parallel.zero1.size, group)
-    return AxisSizes(pp, dp, parallel.tensor.size, wp, zero, group // zero, isp)
+    return AxisSizes(
+        pp=parallel.pipeline.size,
+        dp=data_parallel_size(parallel, world_size),
+        tp=parallel.tensor.size,
+        wp=parallel.weight.size if isp else 1,
+        zero=zero,
+        replica=group // zero,
+        isp=isp,
+    )
 
 
 def check_world(config: Config, world_size: int) -> list[str]:
@@ -74,7 +79,7 @@ def check_world(config: Config, world_size: int) -> list[str]:
         warnings.append(
             f"parallel.zero1.size: {asked} is more than the {group} data-parallel ranks; {group} is used"
         )
-    return warnings + _unsharded(config, axis_sizes(config.parallel, world_size).zero)
+    return warnings + _unsharded_warnings(config, axis_sizes(config.parallel, world_size).zero)
 
 
 def pipeline_schedule(config: Config) -> str:
@@ -95,8 +100,9 @@ def layout_findings(config: Config) -> Iterator[ConfigFinding]:
 
 def _zero_group(parallel: ParallelConfig, world_size: int) -> int:
     """Return the largest zero axis: the ranks of a stage that hold the same shard of the weights."""
-    same_stage = world_size // parallel.pipeline.size
-    return same_stage // (parallel.weight.size if parallel.tensor.mode == "isp" else parallel.tensor.size)
+    ranks_per_stage = world_size // parallel.pipeline.size
+    weight_shards = parallel.weight.size if parallel.tensor.mode == "isp" else parallel.tensor.size
+    return ranks_per_stage // weight_shards
 
 
 def _size_problems(parallel: ParallelConfig, world_size: int) -> Iterator[UserError]:
@@ -123,7 +129,7 @@ def _size_problems(parallel: ParallelConfig, world_size: int) -> Iterator[UserEr
         )
 
 
-def _unsharded(config: Config, zero: int) -> list[str]:
+def _unsharded_warnings(config: Config, zero: int) -> list[str]:
     """Return a warning of the weights that ``parallel.zero1.fsdp`` cannot shard over ``zero`` ranks."""
     model, tp = config.model, config.parallel.tensor.size
     if not config.parallel.zero1.fsdp:
@@ -227,7 +233,10 @@ def _schedule_findings(config: Config) -> Iterator[ConfigFinding]:
 
 
 def _interleaved_findings(data: DataConfig, pp: int) -> Iterator[ConfigFinding]:
-    """An interleaved pipeline takes micro-batches in groups of one per stage, in every step of a ramp too."""
+    """Yield micro-batch counts, in a rampup too, that are not a multiple of the stages.
+
+    An interleaved pipeline takes micro-batches in groups of one per stage.
+    """
     if data.micro_num % pp:
         yield ConfigFinding(
             ("data.micro_num", "parallel.pipeline.size", "model.num_chunks"),
@@ -244,7 +253,7 @@ def _interleaved_findings(data: DataConfig, pp: int) -> Iterator[ConfigFinding]:
 
 
 def _zero_bubble_findings(config: Config, key: tuple[str, ...]) -> Iterator[ConfigFinding]:
-    """zbv computes the gradients of inputs and of weights at different times."""
+    """Yield settings that zbv excludes: it computes the gradients of inputs and of weights at different times."""
     obstacles = {}
     if config.parallel.weight.size > 1:
         obstacles["parallel.weight.size"] = RESHARDS_EARLY

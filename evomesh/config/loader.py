@@ -6,7 +6,7 @@ import difflib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -21,7 +21,7 @@ from evomesh.config.reading.spellings import QUEUE, SECTIONS, SPELLINGS, TOP_LEV
 from evomesh.config.rules import check
 from evomesh.config.schema import Config
 from evomesh.config.step_values import SettingError
-from evomesh.errors import ConfigError, UserError
+from evomesh.errors import ConfigError
 
 ERRORS = {
     "int_type": "an integer",
@@ -56,168 +56,193 @@ class LoadedConfig:
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> LoadedConfig:
-    """Read the config file at ``path``.
+    """Read and check the config file at ``path``.
 
     Args:
         overrides: ``section.key=value`` each; they win over the file, also where the file computes with them.
     Raises:
-        ConfigError: everything that is wrong, each with key, place, what was expected and a fix.
+        ConfigError: all problems, each with key, line, what was expected and a fix.
     """
+    # 1. Execute the file. It applies the overrides of names that it has; the others create keys.
     path = os.fspath(path)
     sets = parse_overrides(overrides)
     source = read_source(path, sets)
-    draft = ConfigDraft(dict(source.values), lambda key: _place(key, source, sets))
-    # The file has applied the overrides of its own names; what is left creates keys that it does not mention.
-    apply_overrides(draft.values, [item for item in sets if not _consumed(item, source)], create=True)
-    given = [key for key, _ in leaves(source.values | draft.values)] + list(draft.values)
+    draft = ConfigDraft(dict(source.values), lambda key: _location_of(key, source, sets))
+    not_applied = [item for item in sets if not _was_applied_by_file(item, source)]
+    apply_overrides(draft.values, not_applied, create=True)
+    written_leaves = leaves(source.values | draft.values)
+    given = [key for key, _ in written_leaves] + list(draft.values)
+
+    # 2. Resolve other spellings. Top-level names that are left over are unknown.
     resolve(draft)
-    for name in [name for name in draft.values if name not in SECTIONS]:
-        _unknown(draft, name)
+    unknown = [name for name in draft.values if name not in SECTIONS]
+    for name in unknown:
+        _add_unknown_key(draft, name)
         del draft.values[name]
-    config, failed = _validated(draft)
+
+    # 3. Validate the sections one by one, then the rules between them.
+    config, failed = _validate(draft)
     if config is not None:
         _check_rules(draft, config, given, failed)
     if draft.problems:
         raise ConfigError(draft.problems, path=path)
     assert config is not None
-    return LoadedConfig(
-        config, origins(config, draft, source, sets), tuple(draft.warnings), source.text, path
-    )
+    value_origins = origins(config, draft, source, sets)
+    return LoadedConfig(config, value_origins, tuple(draft.warnings), source.text, path)
 
 
 def _check_rules(draft: ConfigDraft, config: Config, given: Sequence[str], failed: set[str]) -> None:
-    """Add what the rules find to the draft; ``given`` are the keys that the user set."""
+    """Add the findings and warnings of the rules to the draft; ``given`` are the keys that the user set."""
 
     def is_given(key: str) -> bool:
         return any(other == key or other.startswith(key + ".") for other in given)
 
     findings, warnings = check(config, is_given)
     for finding in findings:
-        _report(draft, finding, failed)
+        if not failed & set(finding.keys):  # a key with an invalid value has a problem already
+            _add_finding(draft, finding)
     for key, words in warnings:
-        draft.warn(written_key(draft.sources.get(key, key)), words)
+        source_key = draft.sources.get(key, key)
+        draft.warn(written_key(source_key), words)
 
 
 def known_keys() -> list[str]:
     """Return every key a config file may have, dotted, as written there."""
     keys = [*TOP_LEVEL, QUEUE, *SPELLINGS, *INERT, *REFUSED]
     for name in SECTIONS:
-        keys += [written_key(key) for key in _fields(Config.model_fields[name].annotation, name)]
+        keys += [written_key(key) for key in _keys_below(Config.model_fields[name].annotation, name)]
     return list(dict.fromkeys(key for key in keys if key != "model.extra"))
 
 
-def _fields(annotation: Any, key: str) -> Iterator[str]:
-    models = [
-        a
-        for a in (annotation, *getattr(annotation, "__args__", ()))
-        if isinstance(a, type) and issubclass(a, BaseModel)
-    ]
+def _keys_below(annotation: Any, key: str) -> Iterator[str]:
+    """Yield ``key`` and, if its value is a section, the keys in it."""
     yield key
-    for model in models:
-        for name, field in model.model_fields.items():
-            yield from _fields(field.annotation, f"{key}.{name}")
+    section = section_class(annotation)
+    if section is None:
+        return
+    for name, field in section.model_fields.items():
+        yield from _keys_below(field.annotation, f"{key}.{name}")
 
 
-def _consumed(override: Override, source: ConfigSource) -> bool:
+def section_class(annotation: Any) -> type[BaseModel] | None:
+    """Return the section in a field's type, such as ``LoadConfig`` in ``LoadConfig | None``; None without one."""
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def _was_applied_by_file(override: Override, source: ConfigSource) -> bool:
     """Return whether the override took part in the execution of the file, or of a base, which has its name."""
     return override.keys[0] in source.names
 
 
-def _place(key: str, source: ConfigSource, sets: Sequence[Override]) -> str:
+def _location_of(key: str, source: ConfigSource, sets: Sequence[Override]) -> str:
+    """Return "--set" if an override sets the key, a part of it or its section; else its line, as "FILE:LINE"."""
     for item in sets:
-        if key == item.dotted or key.startswith(item.dotted + ".") or item.dotted.startswith(key + "."):
+        sets_section = key.startswith(item.dotted + ".")
+        sets_part = item.dotted.startswith(key + ".")
+        if key == item.dotted or sets_section or sets_part:
             return "--set"
     return line_of(source.lines, key)
 
 
-def _unknown(draft: ConfigDraft, key: str) -> None:
-    known = known_keys()
+def _add_unknown_key(draft: ConfigDraft, key: str) -> None:
+    """Record an unknown key, with the most similar key of its section or the same name in another one."""
     section, _, name = key.rpartition(".")
-    siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == section]
-    near = difflib.get_close_matches(name, siblings, n=1)
-    elsewhere = [k for k in known if k.rpartition(".")[2] == name and k != key]
-    fix = "remove it; private names start with _ or are in capitals" if not section else "remove it"
-    if elsewhere and not near:
+    siblings = []
+    elsewhere = []
+    for known in known_keys():
+        known_section, _, known_name = known.rpartition(".")
+        if known_section == section:
+            siblings.append(known_name)
+        if known_name == name and known != key:
+            elsewhere.append(known)
+    similar = difflib.get_close_matches(name, siblings, n=1)
+    if similar:
+        suggestion = f"{section}.{similar[0]}" if section else similar[0]
+        fix = f"did you mean {suggestion}?"
+    elif elsewhere:
         fix = f"did you mean {elsewhere[0]}?"
-    if near:
-        fix = f"did you mean {f'{section}.{near[0]}' if section else near[0]}?"
+    elif section:
+        fix = "remove it"
+    else:
+        fix = "remove it; private names start with _ or are in capitals"
     draft.problem(key, f"unknown key {name!r}", fix=fix)
 
 
-def _validated(draft: ConfigDraft) -> tuple[Config | None, set[str]]:
-    """Return the config, with invalid keys at their defaults, and those keys."""
+def _validate(draft: ConfigDraft) -> tuple[Config | None, set[str]]:
+    """Return the config, with invalid keys at their defaults, and the invalid keys."""
     failed: set[str] = set()
-    for _ in range(8):  # a section that loses its wrong keys may show others
+    for _ in range(8):  # without its invalid keys, a section may have other errors
         try:
             return Config.model_validate(draft.sections), failed
         except ValidationError as error:
-            for key, details in _by_key(error):
+            for key, details in _errors_by_key(error):
                 if key not in failed:
-                    _explain(draft, key, details)
+                    _add_validation_error(draft, key, details)
                 failed.add(key)
-                _remove(draft.sections, key)
+                _remove_key(draft.sections, key)
     return None, failed
 
 
-def _by_key(error: ValidationError) -> Iterator[tuple[str, list[Any]]]:
-    found: dict[str, list[Any]] = {}
+def _errors_by_key(error: ValidationError) -> Iterator[tuple[str, list[Any]]]:
+    """Yield (dotted key, errors of its value)."""
+    errors: dict[str, list[Any]] = {}
     for item in error.errors(include_url=False):
-        parts = [part for part in item["loc"] if isinstance(part, str) and "[" not in part]
-        node: Any = Config
-        key: list[str] = []
-        for part in parts:  # union members and tuple positions follow the real key
-            if not key or _is_field(node, part) or item["type"] == "extra_forbidden":
-                key.append(part)
-            node = _child(node, part)
-        found.setdefault(".".join(key), []).append(item)
-    yield from found.items()
+        is_unknown = item["type"] == "extra_forbidden"
+        errors.setdefault(_key_of_error(item["loc"], is_unknown), []).append(item)
+    yield from errors.items()
 
 
-def _child(node: Any, name: str) -> Any:
-    if not (isinstance(node, type) and issubclass(node, BaseModel)) or name not in node.model_fields:
-        return None
-    annotation = node.model_fields[name].annotation
-    inner = [
-        a
-        for a in (annotation, *getattr(annotation, "__args__", ()))
-        if isinstance(a, type) and issubclass(a, BaseModel)
-    ]
-    return inner[0] if inner else None
+def _key_of_error(location: Sequence[int | str], is_unknown: bool) -> str:
+    """Return the dotted key in pydantic's location, which also has union members and tuple positions."""
+    key: list[str] = []
+    section: type[BaseModel] | None = Config
+    for part in location:
+        if not isinstance(part, str) or "[" in part:
+            continue
+        field = section.model_fields.get(part) if section is not None else None
+        if not key or is_unknown or field is not None:
+            key.append(part)
+        section = section_class(field.annotation) if field is not None else None
+    return ".".join(key)
 
 
-def _is_field(node: Any, name: str) -> bool:
-    return isinstance(node, type) and issubclass(node, BaseModel) and name in node.model_fields
-
-
-def _explain(draft: ConfigDraft, key: str, details: list[Any]) -> None:
+def _add_validation_error(draft: ConfigDraft, key: str, details: list[Any]) -> None:
     first = details[0]
-    kind, value, context = first["type"], first["input"], first.get("ctx", {})
-    key = written_key(key) if key not in draft.sources else key
+    kind = first["type"]
+    setting_error = first.get("ctx", {}).get("error")
+    if key not in draft.sources:
+        key = written_key(key)
     if kind == "extra_forbidden":
-        _unknown(draft, key)
+        _add_unknown_key(draft, key)
         return
     if kind == "missing":
-        draft.problem(key, "is missing", fix=f"add {key.rpartition('.')[2]}=... to {key.rpartition('.')[0]}")
+        section, _, name = key.rpartition(".")
+        draft.problem(key, "is missing", fix=f"add {name}=... to {section}")
         return
-    if isinstance(context.get("error"), SettingError):
-        draft.problem(key, context["error"].found, expected=context["error"].expected)
+    if isinstance(setting_error, SettingError):
+        draft.problem(key, setting_error.found, expected=setting_error.expected)
         return
-    draft.problem(
-        key, f"found {shown(value)}", expected=_expected(details) or first["msg"], fix=_fix(key, first)
-    )
+    expected = _accepted_values(details) or first["msg"]
+    draft.problem(key, f"found {shown(first['input'])}", expected=expected, fix=_suggested_fix(key, first))
 
 
-def _expected(details: list[Any]) -> str:
-    """Return what the validation wanted: a bound, else the accepted types and values."""
+def _accepted_values(details: list[Any]) -> str:
+    """Return what the schema accepts: a bound, else the accepted types and values."""
     context = details[0].get("ctx", {})
     for name, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<")):
         if name in context:
             return f"a number {sign} {context[name]}"
-    wanted = [ERRORS.get(detail["type"], detail.get("ctx", {}).get("expected", "")) for detail in details]
-    return " or ".join(dict.fromkeys(wanted))
+    accepted = []
+    for detail in details:
+        literals = detail.get("ctx", {}).get("expected", "")
+        accepted.append(ERRORS.get(detail["type"], literals))
+    return " or ".join(dict.fromkeys(accepted))
 
 
-def _fix(key: str, detail: Any) -> str:
+def _suggested_fix(key: str, detail: Any) -> str:
     """Return the nearest allowed word for a misspelled one, or advice on quoted numbers."""
     value = detail["input"]
     if not isinstance(value, str):
@@ -226,12 +251,14 @@ def _fix(key: str, detail: Any) -> str:
         return "remove the quotes" if _is_number(value) else ""
     if detail["type"] != "literal_error":
         return ""
-    allowed = [word.strip("' ") for word in detail["ctx"]["expected"].replace(" or ", ", ").split(",")]
+    listed = detail["ctx"]["expected"].replace(" or ", ", ")  # "'a', 'b' or 'c'"
+    allowed = [word.strip("' ") for word in listed.split(",")]
     if key == "model.dtype":
         allowed += [f"torch.{word}" for word in allowed]
-    near = difflib.get_close_matches(value, allowed, n=1)
-    near = near or [word for word in allowed if word.startswith(value[:2])]
-    return f"did you mean {near[0]!r}?" if near else ""
+    similar = difflib.get_close_matches(value, allowed, n=1)
+    same_start = [word for word in allowed if word.startswith(value[:2])]
+    suggestions = similar or same_start
+    return f"did you mean {suggestions[0]!r}?" if suggestions else ""
 
 
 def _is_number(text: str) -> bool:
@@ -242,7 +269,8 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _remove(sections: dict[str, Any], key: str) -> None:
+def _remove_key(sections: dict[str, Any], key: str) -> None:
+    """Remove a key from nested sections; if the sections do not have it, the nearest key above it."""
     *above, name = key.split(".")
     node: Any = sections
     for part in above:
@@ -250,20 +278,13 @@ def _remove(sections: dict[str, Any], key: str) -> None:
     if isinstance(node, dict) and name in node:
         del node[name]
     elif above:
-        _remove(sections, ".".join(above))
+        parent = ".".join(above)
+        _remove_key(sections, parent)
 
 
-def _report(draft: ConfigDraft, finding: ConfigFinding, failed: set[str]) -> None:
-    if failed & set(finding.keys):
-        return
-    key = next(
-        (k for k in finding.keys if draft.place(draft.sources.get(k, written_key(k)))), finding.keys[0]
-    )
-    draft.problems.append(
-        UserError(
-            finding.found,
-            where=draft.where(key if key in draft.sources else written_key(key)),
-            expected=finding.expected,
-            fix=finding.fix,
-        )
-    )
+def _add_finding(draft: ConfigDraft, finding: ConfigFinding) -> None:
+    """Report a finding at the first of its keys that the user wrote."""
+    written = [draft.sources.get(key, written_key(key)) for key in finding.keys]
+    located = [key for key in written if draft.location_of(key)]
+    key = (located or written)[0]
+    draft.problem(key, finding.found, expected=finding.expected, fix=finding.fix)

@@ -1,4 +1,4 @@
-"""A resolved config as plain values without secrets, for checkpoints and logs; and back."""
+"""Convert a resolved config to plain values without secrets, for checkpoints and logs, and back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 
     Infinities stay floats; ``encode_json`` makes strict JSON of the result.
     """
-    record = _plain(config.model_dump(mode="python"), "")
+    record = _plain_value(config.model_dump(mode="python"), "")
     assert isinstance(record, dict)
     return record
 
@@ -32,18 +32,19 @@ def config_from_dict(record: dict[str, Any]) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(
-            f"the stored config does not fit: {first['msg']}",
+            f"the stored config is not valid: {first['msg']}",
             where=".".join(str(part) for part in first["loc"]),
             expected="a config that this version knows",
             fix="use the version of evomesh that wrote it",
         ) from None
 
 
-def _plain(value: Any, key: str) -> Any:
+def _plain_value(value: Any, key: str) -> Any:
     if isinstance(value, dict):
-        return {name: _plain(item, f"{key}.{name}" if key else name) for name, item in value.items()}
+        prefix = f"{key}." if key else ""
+        return {name: _plain_value(item, f"{prefix}{name}") for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item, key) for item in value]
+        return [_plain_value(item, key) for item in value]
     if isinstance(value, str):
         return redact_setting(key, value)
     if value is None or isinstance(value, bool | int | float):

@@ -1,4 +1,4 @@
-"""Hiding secrets in whatever a run writes: its config record and its log."""
+"""Redact secrets in what a run writes: its config record, its log and TensorBoard."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _SECRET_VARIABLE = re.compile(
 
 
 def redact_setting(key: str, text: str) -> str:
-    """Hide a config value that is secret as a whole; in any other, the credentials of URLs and their queries.
+    """Redact a whole secret config value; in any other value, credentials in URLs and their queries.
 
     Args:
         key: dotted key of the resolved config.
     """
     if key in SECRET_KEYS and text:
         return REDACTED
-    # A log is spared this one: "num_consumed_tokens=131072" has the same form as a secret in a query.
+    # Not applied to a log, where "num_consumed_tokens=131072" looks like a secret in a query.
     return _SECRET_ARGUMENT.sub(rf"\1{REDACTED}", _URL_CREDENTIALS.sub(REDACTED, text))
 
 
 def redact_log(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """Hide the values of secret environment variables, the credentials of URLs, and webhook keys."""
+    """Redact the values of secret environment variables, credentials in URLs, and webhook keys."""
     for name, value in environment.items():
         if len(value) >= SHORTEST_SECRET and _SECRET_VARIABLE.search(name):
             text = text.replace(value, REDACTED)

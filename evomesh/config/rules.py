@@ -16,7 +16,7 @@ INT32, INT64 = 2**31 - 1, 2**63 - 1
 CONTENT = ("model", "sampler", "optimizer", "scheduler", "all")
 
 
-# Not available yet: key, when a config asks for it, the feature.
+# Features that are not available yet: key, whether a config asks for it, name of the feature.
 PENDING: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("model.output_tf32", lambda c: c.model.output_tf32, "an output head in TF32"),
     ("monitor.alert.enable_feishu_alert", lambda c: c.monitor.alert.enable_feishu_alert, "alerts"),
@@ -35,14 +35,14 @@ def check(config: Config, given: Callable[[str], bool]) -> tuple[list[ConfigFind
         given: whether a resolved key was set by the user.
     """
     findings = [
-        *_numbers(config),
-        *_model(config),
-        *_data(config),
-        *_loss_scale(config),
-        *_learning_rate(config),
-        *_job_name(config),
+        *_number_findings(config),
+        *_model_findings(config),
+        *_data_findings(config),
+        *_loss_scale_findings(config),
+        *_learning_rate_findings(config),
+        *_job_name_findings(config),
         *layout_findings(config),
-        *_ckpt(config),
+        *_checkpoint_findings(config),
     ]
     findings += [
         ConfigFinding((key,), f"{feature}: not available yet", fix=f"remove {key} or give it its default")
@@ -52,18 +52,19 @@ def check(config: Config, given: Callable[[str], bool]) -> tuple[list[ConfigFind
     return findings, list(_warnings(config, given))
 
 
-def _numbers(config: Config) -> Iterator[ConfigFinding]:
+def _number_findings(config: Config) -> Iterator[ConfigFinding]:
     may_be_infinite = ("ckpt.checkpoint_every", "ckpt.oss_snapshot_freq")
     for key, value in leaves(config.model_dump()):
-        if isinstance(value, float) and (
-            math.isnan(value) or (math.isinf(value) and key not in may_be_infinite)
-        ):
+        is_infinite = isinstance(value, float) and math.isinf(value) and key not in may_be_infinite
+        is_nan = isinstance(value, float) and math.isnan(value)
+        is_int = isinstance(value, int) and not isinstance(value, bool)
+        if is_nan or is_infinite:
             yield ConfigFinding((key,), f"found {value}", expected="a finite number")
-        elif isinstance(value, int) and not isinstance(value, bool) and abs(value) > INT64:
+        elif is_int and abs(value) > INT64:
             yield ConfigFinding((key,), f"{value} is too large", expected=f"at most 2**63 - 1 = {INT64}")
 
 
-def _model(config: Config) -> Iterator[ConfigFinding]:
+def _model_findings(config: Config) -> Iterator[ConfigFinding]:
     model = config.model
     heads, hidden, kv = model.num_attention_heads, model.hidden_size, model.kv_heads
     h, d = "model.num_attention_heads", "model.hidden_size"
@@ -107,7 +108,7 @@ def _model(config: Config) -> Iterator[ConfigFinding]:
             )
 
 
-def _data(config: Config) -> Iterator[ConfigFinding]:
+def _data_findings(config: Config) -> Iterator[ConfigFinding]:
     data = config.data
     if data.packed_length > INT32:
         yield ConfigFinding(
@@ -123,10 +124,10 @@ def _data(config: Config) -> Iterator[ConfigFinding]:
             fix="remove data.gradient_accumulation",
         )
     if data.rampup_batch_size is not None:
-        yield from _rampup(data.rampup_batch_size, data.micro_num)
+        yield from _rampup_findings(data.rampup_batch_size, data.micro_num)
 
 
-def _rampup(ramp: BatchSizeRampup, micro_num: int) -> Iterator[ConfigFinding]:
+def _rampup_findings(ramp: BatchSizeRampup, micro_num: int) -> Iterator[ConfigFinding]:
     key = ("data.rampup_batch_size", "data.micro_num")
     if ramp.start > micro_num:
         yield ConfigFinding(
@@ -140,7 +141,7 @@ def _rampup(ramp: BatchSizeRampup, micro_num: int) -> Iterator[ConfigFinding]:
         )
 
 
-def _loss_scale(config: Config) -> Iterator[ConfigFinding]:
+def _loss_scale_findings(config: Config) -> Iterator[ConfigFinding]:
     scaler = config.grad_scaler
     start, low, high = scaler.fp16.initial_scale, scaler.fp16.min_scale, scaler.max_scale
     keys = ("grad_scaler.fp16.min_scale", "grad_scaler.max_scale", "grad_scaler.fp16.initial_scale")
@@ -156,7 +157,7 @@ def _loss_scale(config: Config) -> Iterator[ConfigFinding]:
         )
 
 
-def _learning_rate(config: Config) -> Iterator[ConfigFinding]:
+def _learning_rate_findings(config: Config) -> Iterator[ConfigFinding]:
     lr, steps = config.lr_scheduler, config.data.total_steps
     scheduled = lr.total_steps or steps
     warmup = lr.init_steps + int(scheduled * lr.warmup_ratio)
@@ -181,7 +182,7 @@ def _learning_rate(config: Config) -> Iterator[ConfigFinding]:
         )
 
 
-def _job_name(config: Config) -> Iterator[ConfigFinding]:
+def _job_name_findings(config: Config) -> Iterator[ConfigFinding]:
     name = config.run.job_name
     if not name or name.startswith(".") or re.search(r"[/\\\x00-\x1f:]", name):
         yield ConfigFinding(
@@ -191,7 +192,7 @@ def _job_name(config: Config) -> Iterator[ConfigFinding]:
         )
 
 
-def _ckpt(config: Config) -> Iterator[ConfigFinding]:
+def _checkpoint_findings(config: Config) -> Iterator[ConfigFinding]:
     ckpt, every = config.ckpt, config.ckpt.checkpoint_every
     if ckpt.enable_save_ckpt and not ckpt.save_ckpt_folder:
         yield ConfigFinding(
@@ -199,8 +200,9 @@ def _ckpt(config: Config) -> Iterator[ConfigFinding]:
             "saving is enabled, but no folder to save to is set",
             fix='set ckpt.save_ckpt_folder="local:llm_ckpts", or ckpt.enable_save_ckpt=False',
         )
-    whole = math.isinf(every) or every == int(every) if not math.isnan(every) else True
-    if every < 1 or not whole:
+    # NaN is found by _number_findings.
+    is_whole = math.isnan(every) or math.isinf(every) or every == int(every)
+    if every < 1 or not is_whole:
         yield ConfigFinding(
             ("ckpt.checkpoint_every",),
             f"found {every:g}",
@@ -208,10 +210,10 @@ def _ckpt(config: Config) -> Iterator[ConfigFinding]:
             fix="set ckpt.enable_save_ckpt=False to save none",
         )
     if ckpt.load_ckpt_info is not None:
-        yield from _load_content(ckpt.load_ckpt_info.content)
+        yield from _load_content_findings(ckpt.load_ckpt_info.content)
 
 
-def _load_content(content: tuple[str, ...]) -> Iterator[ConfigFinding]:
+def _load_content_findings(content: tuple[str, ...]) -> Iterator[ConfigFinding]:
     wrong = [word for word in content if word not in CONTENT]
     if wrong or not content:
         yield ConfigFinding(

@@ -1,8 +1,8 @@
 """Every section of a config as one frozen pydantic model; nothing here imports torch.
 
-Field names are InternEvo's. A field has its documented default and its description here and nowhere else.
-The loader (``loader.py``) brings older spellings into this form before validation (``legacy.py``), so these
-models hold the resolved form only. Rules that need more than one section live in ``rules.py``.
+Field names are InternEvo's. A field's default and description are written here and nowhere else. The loader
+(``loader.py``) resolves older spellings (``reading/spellings.py``) before validation, so these models hold the resolved
+form only. Rules that involve more than one value are in ``rules.py`` and ``layout.py``.
 """
 
 from __future__ import annotations
@@ -45,26 +45,27 @@ class RunConfig(Section):
     cudnn_benchmark: bool = Field(False, description="Passed on to torch.backends.cudnn.")
     enable_tb: bool = Field(True, description="Write TensorBoard files.")
     tensorboard_folder: str | None = Field(
-        None, description="Where TensorBoard files go; also the environment variable of this name."
+        None, description="Folder of TensorBoard files; also the environment variable of this name."
     )
     resume_tb_folder: str | None = Field(
-        None, description="Earlier TensorBoard files to continue; also the environment variable of this name."
+        None,
+        description="Folder of earlier TensorBoard files to continue; also the environment variable of this name.",
     )
     tensorboard_queue: int = Field(
-        10, ge=1, description="TensorBoard steps that are buffered before a write."
+        10, ge=1, description="Number of steps that TensorBoard buffers before a write."
     )
     run_dir: str | None = Field(
         None,
         description="Folder of the log, metrics.jsonl and TensorBoard files; None: RUN/{JOB_NAME}/{time}.",
     )
     max_consecutive_skips: int = Field(
-        100, ge=1, description="Stop when this many steps in a row had inf or NaN."
+        100, ge=1, description="Stop after this many consecutive skipped steps."
     )
 
 
 class DataConfig(Section):
     type: Literal["tokenized", "streaming"] = Field(
-        "tokenized", description="Token files, or streaming: text is tokenized while training reads it."
+        "tokenized", description="tokenized: token files; streaming: text is tokenized while it is read."
     )
     seq_len: int = Field(2048, ge=1, description="Longest attention segment, in tokens.")
     micro_num: int = Field(1, ge=1, description="Micro-batches per step.")
@@ -80,10 +81,10 @@ class DataConfig(Section):
     valid_every: int = Field(0, description="Steps between validations; <= 0: never.")
     valid_min_length: int = Field(0, ge=0, description="Validation samples with fewer tokens are left out.")
     min_length: int = Field(
-        0, ge=0, description="Samples with fewer tokens are left out (InternEvo's guide says rows)."
+        0, ge=0, description="Documents with fewer tokens are left out (InternEvo's guide says rows)."
     )
     min_length_dict: dict[str, int] = Field({}, description="min_length by part of the path.")
-    pack_sample_into_one: bool = Field(False, description="Attend across the samples of a pack.")
+    pack_sample_into_one: bool = Field(False, description="Attend across the documents of a pack.")
     remainder: Literal["drop", "carry", "pad"] = Field(
         "drop", description="What happens to tokens that do not fill a pack."
     )
@@ -105,15 +106,15 @@ class DataConfig(Section):
     seed: int = Field(1024, ge=0, lt=2**32, description="Seed of the order of the packs.")
     num_worker: int = Field(1, ge=0, description="Background reader threads.")
     gradient_accumulation: int | None = Field(
-        None, ge=1, description="Must equal micro_num, which means the same."
+        None, ge=1, description="Another name of micro_num, and must equal it."
     )
     use_packed_dataset: bool = Field(True, description="Accepted for InternEvo; data is always packed.")
     fixed_random_dataset_seqlen: bool = Field(True, description="Synthetic samples fill seq_len.")
     empty_cache_and_diag_interval: int = Field(
-        50, description="Steps between freeing caches and looking for slow ranks."
+        50, description="Steps between freeing cached memory and looking for slow ranks."
     )
     diag_outlier_ratio: float = Field(
-        1.1, ge=1.0, description="How many times slower than the median counts as slow."
+        1.1, ge=1.0, description="A rank is slow if it takes this many times the median."
     )
     use_shm: bool = Field(False, description="Keep one copy of the packing index per node.")
     shm_path: str = Field("/dev/shm/metacache", description="Where use_shm keeps the packing index.")
@@ -127,7 +128,7 @@ class DataConfig(Section):
         None, description="Split of streaming data to validate on; None: the one named validation, else test."
     )
     allow_tokenizer_mismatch: bool = Field(
-        False, description="Train even if training and validation data were tokenized differently."
+        False, description="Train even if training and validation data have different tokenizers."
     )
 
     @property
@@ -172,11 +173,11 @@ class ModelConfig(Section):
     norm_type: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="Kind of the norms.")
     layer_norm_epsilon: float = Field(1e-5, gt=0, description="Epsilon of the norms.")
     apply_post_layer_norm: bool = Field(
-        False, description="Norms after the residual additions (INTERNLM2_PUBLIC)."
+        False, description="Place norms after the residual additions (INTERNLM2_PUBLIC)."
     )
-    use_swiglu: bool = Field(True, description="SwiGLU, or GELU.")
+    use_swiglu: bool = Field(True, description="True: SwiGLU; False: GELU.")
     no_bias: bool = Field(
-        False, description="Attention projections without biases; INTERNLM always has them."
+        False, description="Omit the biases of the attention projections; INTERNLM always has them."
     )
     qk_interleaved: bool = Field(
         False,
@@ -193,7 +194,7 @@ class ModelConfig(Section):
     )
     norm_head: bool = Field(False, description="Normalize the rows of the output head.")
     residual_in_fp32: bool = Field(False, description="Keep the residual stream in float32.")
-    use_scaled_init: bool = Field(True, description="Initial wo and w2 shrink with depth.")
+    use_scaled_init: bool = Field(True, description="Scale the initial wo and w2 down with depth.")
     init_type: Literal["normal", "uniform"] = Field(
         "normal", description="Distribution of the initial weights."
     )
@@ -216,8 +217,8 @@ class ModelConfig(Section):
     out_head_init_std: float | None = Field(
         None, description="Initial standard deviation of the output head; None: by family."
     )
-    drop_rate: float = Field(0.0, description="Dropout, which evomesh does not have.")
-    attn_drop_rate: float = Field(0.0, description="Dropout of the attention, which evomesh does not have.")
+    drop_rate: float = Field(0.0, description="Dropout; refused unless 0: evomesh has none.")
+    attn_drop_rate: float = Field(0.0, description="Attention dropout; refused unless 0: evomesh has none.")
     dropout_selective_checkpoint: bool = Field(
         True, description="Accepted for InternEvo; there is no dropout."
     )
@@ -226,7 +227,7 @@ class ModelConfig(Section):
         True, description="Accepted for InternEvo; the fastest available kernel is used on every device."
     )
     use_fp32_norm: bool = Field(False, description="Compute norms in float32.")
-    output_tf32: bool = Field(False, description="Output head in TF32.")
+    output_tf32: bool = Field(False, description="Compute the output head in TF32 (not available yet).")
     compile: bool | Literal["auto"] = Field(
         "auto", description="torch.compile the blocks; auto: on CUDA only."
     )
@@ -291,10 +292,12 @@ class WeightConfig(Section):
 
 
 class ParallelConfig(Section):
-    zero1: Zero1Config = Zero1Config()
-    tensor: TensorConfig = TensorConfig()
-    pipeline: PipelineConfig = PipelineConfig()
-    weight: WeightConfig = WeightConfig()
+    zero1: Zero1Config = Field(
+        Zero1Config(), description="Sharding of optimizer state (ZeRO); int: its size."
+    )
+    tensor: TensorConfig = Field(TensorConfig(), description="Tensor parallelism; int: its size.")
+    pipeline: PipelineConfig = Field(PipelineConfig(), description="Pipeline parallelism; int: its size.")
+    weight: WeightConfig = Field(WeightConfig(), description="Sharding of weights (isp); int: its size.")
 
 
 class ZeroConfig(Section):
@@ -303,14 +306,14 @@ class ZeroConfig(Section):
     overlap_sync_grad: bool = Field(False, description="Reduce gradients during the backward pass.")
     overlap_sync_param: bool = Field(False, description="Gather parameters during the next forward pass.")
     reduce_bucket_size: int = Field(512 * 1024 * 1024, ge=1, description="Elements per reduction.")
-    clip_grad_norm: float = Field(1.0, ge=0, description="Largest global gradient norm; 0: no clipping.")
+    clip_grad_norm: float = Field(1.0, ge=0, description="Maximum global gradient norm; 0: no clipping.")
     use_split_tensor_optim: bool = Field(False, description="Shard optimizer state evenly, through tensors.")
     all_gather_size: int = Field(512 * 1024 * 1024, ge=1, description="Elements per gather.")
 
 
 class Fp16Config(Section):
     initial_scale: float = Field(2.0**16, gt=0, description="Initial loss scale (float16 only).")
-    min_scale: float | None = Field(1.0, gt=0, description="Lowest loss scale.")
+    min_scale: float | None = Field(1.0, gt=0, description="Minimum loss scale.")
     growth_interval: int = Field(
         1000, ge=1, description="Steps without overflow before the loss scale grows."
     )
@@ -319,10 +322,10 @@ class Fp16Config(Section):
 class ScalerConfig(Section):
     """``grad_scaler``: dynamic loss scale, used for float16 only."""
 
-    fp16: Fp16Config = Fp16Config()
+    fp16: Fp16Config = Field(Fp16Config(), description="Bounds and growth of the loss scale.")
     growth_factor: float = Field(2.0, gt=1, description="Factor by which the loss scale grows.")
     backoff_factor: float = Field(0.5, gt=0, lt=1, description="Factor by which the loss scale backs off.")
-    max_scale: float | None = Field(2.0**24, gt=0, description="Highest loss scale.")
+    max_scale: float | None = Field(2.0**24, gt=0, description="Maximum loss scale.")
     hysteresis: int = Field(2, ge=1, description="Overflows before the loss scale backs off.")
 
 
@@ -374,7 +377,7 @@ class LoadConfig(Section):
 
     path: str = Field(description="Folder of the checkpoint to start from.")
     content: tuple[str, ...] = Field(
-        ("model",), description="What is loaded: model, sampler, optimizer, scheduler, all."
+        ("model",), description="Parts to load: model, sampler, optimizer, scheduler, all."
     )
     ckpt_type: str = Field(
         "internevo",
@@ -388,13 +391,15 @@ class CheckpointConfig(Section):
     enable_save_ckpt: bool = Field(False, description="Save checkpoints; unset: if save_ckpt_folder is set.")
     save_ckpt_folder: str | None = Field(
         None,
-        description="Where checkpoints go: a local: or plain path, boto3:s3://BUCKET.ENDPOINT/KEY or s3://BUCKET/KEY.",
+        description="Folder of checkpoints: a local: or plain path, boto3:s3://BUCKET.ENDPOINT/KEY or s3://BUCKET/KEY.",
     )
     checkpoint_every: float = Field(INF, description="Steps between checkpoints; inf: one at the end.")
     load_ckpt_info: LoadConfig | None = Field(
         None, description="Checkpoint to start from; used with auto_resume=False."
     )
-    auto_resume: bool = Field(True, description="Resume from the newest good checkpoint in save_ckpt_folder.")
+    auto_resume: bool = Field(
+        True, description="Resume from the newest valid checkpoint in save_ckpt_folder."
+    )
     async_upload: bool = Field(False, description="Upload in the background; for remote folders only.")
     async_upload_tmp_folder: str | None = Field(None, description="Local upload folder.")
     s3_endpoint: str | None = Field(
@@ -406,43 +411,45 @@ class CheckpointConfig(Section):
         INF,
         description="Steps between snapshots; unset: half of checkpoint_every in a remote folder, else none.",
     )
-    snapshot_ckpt_folder: str | None = Field(None, description="Where snapshots go.")
+    snapshot_ckpt_folder: str | None = Field(
+        None, description="Folder of snapshots; None: snapshot in save_ckpt_folder."
+    )
     stop_file_path: str | None = Field(None, description="A file that ends the run at a given step.")
     save_optimizer: bool = Field(True, description="Save the optimizer state; False: weights only.")
-    keep_last: int | None = Field(None, ge=1, description="How many of the newest checkpoints are kept.")
+    keep_last: int | None = Field(None, ge=1, description="Number of newest checkpoints to keep.")
     keep_every: int | None = Field(
-        None, ge=1, description="Checkpoints of multiples of this step are kept forever."
+        None, ge=1, description="Also keep checkpoints whose step is a multiple of this."
     )
 
 
 class AlertConfig(Section):
-    enable_feishu_alert: bool = Field(False, description="Send alerts.")
+    enable_feishu_alert: bool = Field(False, description="Send alerts (not available yet).")
     feishu_alert_address: str | None = Field(
         None, description="Webhook of alerts; never written to a log or checkpoint."
     )
-    light_monitor_address: str | None = Field(None, description="Address of heartbeats.")
+    light_monitor_address: str | None = Field(None, description="Address of heartbeats (not available yet).")
     alert_file_path: str | None = Field(None, description="File of alerts.")
 
 
 class MonitorConfig(Section):
-    alert: AlertConfig = AlertConfig()
+    alert: AlertConfig = Field(AlertConfig(), description="Alerts and heartbeats.")
 
 
 class GenerationConfig(Section):
-    """``generation``: what ``generate.py --config`` does, and the ids that an export hands on."""
+    """``generation``: prompts, sampling and answers of ``generate.py --config``, and the ids that an export records."""
 
     output_folder: str | None = Field(None, description="Folder of the answers.")
     ckpt_folder: str | None = Field(None, description="Checkpoint to generate with.")
     data_folder: str | None = Field(None, description="Folder of the prompts.")
     batch_size: int | None = Field(None, ge=1, description="Prompts per batch.")
     bos_id: int = Field(1, description="Recorded and exported; prompts are taken as they are.")
-    eos_id: tuple[int, ...] = Field((2,), description="One id, or a list, that ends an answer.")
+    eos_id: tuple[int, ...] = Field((2,), description="Id, or list of ids, that ends an answer.")
     pad_id: int | None = Field(None, description="Recorded and exported; nothing is padded.")
-    additional_eos_token_list: tuple[int, ...] = Field((), description="Further ids that end an answer.")
-    max_length: int = Field(100, ge=1, description="Most tokens of prompt and answer together.")
-    max_new_tokens: int | None = Field(None, ge=1, description="Most tokens of an answer.")
+    additional_eos_token_list: tuple[int, ...] = Field((), description="More ids that end an answer.")
+    max_length: int = Field(100, ge=1, description="Maximum number of tokens of prompt and answer together.")
+    max_new_tokens: int | None = Field(None, ge=1, description="Maximum number of new tokens of an answer.")
     do_sample: bool = Field(True, description="Sample; False: greedy.")
-    temperature: float = Field(1.0, ge=0, description="Temperature of sampling; 0: greedy.")
+    temperature: float = Field(1.0, ge=0, description="Sampling temperature; 0: greedy.")
     num_beams: int = Field(1, ge=1, description="Width of beam search; 1: no beam search.")
     top_k: int = Field(50, ge=0, description="Sample from this many of the most likely tokens; 0: all.")
     top_p: float = Field(
@@ -458,11 +465,11 @@ class GenerationConfig(Section):
         description="Sample from tokens with at least this fraction of the highest probability.",
     )
     repetition_penalty: float = Field(
-        1.0, gt=0, description="Penalty of tokens that already occurred; 1: none."
+        1.0, gt=0, description="Penalty for tokens that already occurred; 1: none."
     )
     length_penalty: float = Field(1.0, description="Exponent of the length in the score of a beam.")
     num_return_sequences: int = Field(1, ge=1, description="Answers per prompt.")
-    seed: int = Field(1024, ge=0, description="Seed of sampling.")
+    seed: int = Field(1024, ge=0, description="Sampling seed.")
 
 
 class Config(Section):
@@ -471,16 +478,20 @@ class Config(Section):
     ``train``, ``plan``, ``serve`` and ``cli`` read it; ``checkpoint`` records it, and builds one for a foreign model.
     """
 
-    run: RunConfig = RunConfig()
-    data: DataConfig = DataConfig()
-    model: ModelConfig = ModelConfig()
-    parallel: ParallelConfig = ParallelConfig()
-    hybrid_zero_optimizer: ZeroConfig = ZeroConfig()
-    grad_scaler: ScalerConfig = ScalerConfig()
-    adam: AdamConfig = AdamConfig()
-    lr_scheduler: LrConfig = LrConfig()
-    beta2_scheduler: Beta2Config = Beta2Config()
-    loss: LossConfig = LossConfig()
-    ckpt: CheckpointConfig = CheckpointConfig()
-    monitor: MonitorConfig = MonitorConfig()
-    generation: GenerationConfig | None = None
+    run: RunConfig = RunConfig()  # not a section of a config file: its keys are top-level names
+    data: DataConfig = Field(DataConfig(), description="Data, packing and batches.")
+    model: ModelConfig = Field(ModelConfig(), description="Shape and numerics of the model.")
+    parallel: ParallelConfig = Field(ParallelConfig(), description="Layout of the run: sizes of the axes.")
+    hybrid_zero_optimizer: ZeroConfig = Field(
+        ZeroConfig(), description="Gradient clipping, and communication of gradients and parameters."
+    )
+    grad_scaler: ScalerConfig = Field(ScalerConfig(), description="Dynamic loss scale (float16 only).")
+    adam: AdamConfig = Field(AdamConfig(), description="AdamW.")
+    lr_scheduler: LrConfig = Field(LrConfig(), description="Learning rate: linear warm-up, then cosine.")
+    beta2_scheduler: Beta2Config = Field(Beta2Config(), description="Schedule of AdamW's beta2.")
+    loss: LossConfig = Field(LossConfig(), description="Loss function.")
+    ckpt: CheckpointConfig = Field(CheckpointConfig(), description="Saving and loading of checkpoints.")
+    monitor: MonitorConfig = Field(MonitorConfig(), description="Alerts; also TensorBoard settings.")
+    generation: GenerationConfig | None = Field(
+        None, description="Prompts that generate.py answers, and its sampling parameters."
+    )

@@ -14,15 +14,22 @@ def parameter_counts(model: ModelConfig) -> dict[str, int]:
     if model.model_type not in BUILT_IN:
         return {}
     hidden = model.hidden_size
+    layers = model.num_layers
     qkv = model.qkv_width
+
     biases = 0 if model.no_bias else qkv + hidden
-    norm = hidden * (2 if model.norm_type == "layernorm" else 1)
+    attention = hidden * qkv + hidden * hidden + biases
+    matrices = 3 if model.use_swiglu else 2
+    feed_forward = matrices * hidden * model.mlp_width
+
+    norm = 2 * hidden if model.norm_type == "layernorm" else hidden  # layernorm has a bias
     post_norm = model.apply_post_layer_norm and model.model_type == "INTERNLM2_PUBLIC"
+    final_norms = 0 if post_norm else 1
     return {
         "embedding": model.vocab_size * hidden,
-        "attention": model.num_layers * (hidden * qkv + hidden * hidden + biases),
-        "feed_forward": model.num_layers * (3 if model.use_swiglu else 2) * hidden * model.mlp_width,
-        "norms": norm * (2 * model.num_layers + (0 if post_norm else 1)),
+        "attention": layers * attention,
+        "feed_forward": layers * feed_forward,
+        "norms": norm * (2 * layers + final_norms),
         "head": model.vocab_size * hidden,
     }
 

@@ -1,6 +1,6 @@
-"""Config values that are written as text and count steps: ``data.rampup_batch_size`` and ``data.skip_batches``.
+"""Typed values of ``data.rampup_batch_size`` and ``data.skip_batches``, which a config has as text.
 
-The schema parses them once; everybody else reads the typed value. ``str`` of a value is what a user may write.
+The schema parses them; the rest of the package reads the typed value. ``str`` of a value is a text that parses to it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ STEPS_FORM = 'ascending step numbers and ranges, such as "3,10-20"'
 
 
 class SettingError(ValueError):
-    """A text that is not such a value: what was found, and what was expected instead."""
+    """A text that does not parse: what was found, and what was expected instead."""
 
     def __init__(self, found: str, expected: str) -> None:
         self.found, self.expected = found, expected
@@ -44,10 +44,11 @@ class BatchSizeRampup:
         words = text.split()
         if not words:
             return None
-        if len(words) != 3 or not all(word.isdigit() and int(word) for word in words):
-            count = f"{len(words)} item" + ("s" if len(words) != 1 else "")
-            raise SettingError(f"found {text!r}: {count}", RAMPUP_FORM)
-        start, increment, every = (int(word) for word in words)
+        are_positive = all(word.isdigit() and int(word) > 0 for word in words)
+        if len(words) != 3 or not are_positive:
+            plural = "s" if len(words) != 1 else ""
+            raise SettingError(f"found {text!r}: {len(words)} item{plural}", RAMPUP_FORM)
+        start, increment, every = map(int, words)
         return BatchSizeRampup(start, increment, every)
 
     def times(self, dp_size: int) -> BatchSizeRampup:
@@ -55,7 +56,7 @@ class BatchSizeRampup:
         return BatchSizeRampup(self.start * dp_size, self.increment * dp_size, self.every)
 
     def size(self, step: int, full: int) -> int:
-        """Return the packs of step ``step``, at most ``full``."""
+        """Return the number of packs of step ``step``, at most ``full``."""
         return min(self.start + step // self.every * self.increment, full)
 
     def __str__(self) -> str:
@@ -98,16 +99,18 @@ class StepRanges:
 
 
 def _parse_rampup(value: Any) -> Any:
-    return (
-        BatchSizeRampup.parse(_text(value, RAMPUP_FORM)) if not isinstance(value, BatchSizeRampup) else value
-    )
+    if isinstance(value, BatchSizeRampup):
+        return value
+    return BatchSizeRampup.parse(_setting_text(value, RAMPUP_FORM))
 
 
 def _parse_steps(value: Any) -> Any:
-    return StepRanges.parse(_text(value, STEPS_FORM)) if not isinstance(value, StepRanges) else value
+    if isinstance(value, StepRanges):
+        return value
+    return StepRanges.parse(_setting_text(value, STEPS_FORM))
 
 
-def _text(value: Any, expected: str) -> str:
+def _setting_text(value: Any, expected: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -115,10 +118,12 @@ def _text(value: Any, expected: str) -> str:
     return value
 
 
-def _written(value: BatchSizeRampup | StepRanges | None) -> str:
+def _as_written(value: BatchSizeRampup | StepRanges | None) -> str:
     return "" if value is None else str(value)
 
 
 # The field types of the schema: parsed from text, dumped as text.
-RampupSetting = Annotated[BatchSizeRampup | None, BeforeValidator(_parse_rampup), PlainSerializer(_written)]
-StepsSetting = Annotated[StepRanges, BeforeValidator(_parse_steps), PlainSerializer(_written)]
+RampupSetting = Annotated[
+    BatchSizeRampup | None, BeforeValidator(_parse_rampup), PlainSerializer(_as_written)
+]
+StepsSetting = Annotated[StepRanges, BeforeValidator(_parse_steps), PlainSerializer(_as_written)]

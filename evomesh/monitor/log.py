@@ -1,4 +1,4 @@
-"""The run's log: one line format on the terminal and in the run folder, and no secret in either."""
+"""The run's log: one line format on the terminal and in the run folder, with secrets redacted in both."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _ROOT = logging.getLogger("evomesh")
 def setup_logging(
     folder: Path | None = None, rank_name: str = "main", shows: bool = True, console: Console | None = None
 ) -> Console:
-    """Sends the ``evomesh`` loggers to the terminal and, if there is a ``folder``, to ``folder/logs/RANK_NAME.log``.
+    """Send the ``evomesh`` loggers to the terminal and, given a ``folder``, to ``folder/logs/RANK_NAME.log``.
 
-    Called again it replaces what it set up before: first without a folder, then with the one the run has found.
+    A second call replaces the handlers of the first: a run logs to the terminal until its folder is known.
 
     Args:
         rank_name: for example ``dp=0_tp=0_pp=0``.
         shows: whether this rank's lines appear on the terminal; otherwise only warnings and ``ALL_RANKS`` lines do.
-        console: where a terminal is; shared with ``Progress``, so that lines are printed above the live line.
+        console: shared with ``ProgressLine``, so that log lines are printed above the live line.
     """
     console = console or Console(file=sys.stdout)
     terminal: logging.Handler = (
@@ -49,6 +49,7 @@ def setup_logging(
 
 
 def close_logging() -> None:
+    """Remove and close the handlers of ``setup_logging``."""
     for handler in list(_ROOT.handlers):
         _ROOT.removeHandler(handler)
         handler.close()
@@ -56,7 +57,7 @@ def close_logging() -> None:
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints through rich, which keeps a live progress line below what is printed."""
+    """Handler that prints through rich, which keeps a live progress line below what is printed."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -70,5 +71,7 @@ class ConsoleHandler(logging.Handler):
 
 
 class SecretFreeFormatter(logging.Formatter):
+    """Formatter that redacts secrets."""
+
     def format(self, record: logging.LogRecord) -> str:
         return redact_log(super().format(record))

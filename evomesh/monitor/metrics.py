@@ -1,4 +1,4 @@
-"""What one step is known by: its log line, its object in ``metrics.jsonl``, and the figures derived from its time."""
+"""The figures of one step: its log line, its object in ``metrics.jsonl``, and its model TFLOP/s."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TGS = "tgs (tokens/gpu/second)"
 
 @dataclass(frozen=True)
 class StepRecord:
-    """The fields of the documents' step line, in their order, then ``extras``.
+    """The fields of InternEvo's step line, in its order, then ``extras``.
 
     Attributes:
         tflops: model TFLOP/s of one device, see ``model_tflops``.
@@ -24,13 +24,15 @@ class StepRecord:
         lr: the learning rate that this step used.
         loss_scale: the scale that this step's gradient carried.
         grad_norm: global norm before clipping; inf or NaN in a skipped step.
+        micro_num: micro-batches of this rank.
         num_consumed_tokens: of all steps so far, skipped ones too, over all ranks.
         inf_nan_skip_batches: skipped steps so far.
-        num_samples_in_batch: document pieces in this rank's batch.
+        num_samples_in_batch: segments in this rank's batch.
         largest_length: tokens in the longest of them.
-        largest_batch, smallest_batch: most and fewest pieces in one micro-batch.
+        largest_batch, smallest_batch: most and fewest segments in one micro-batch.
+        adam_beta2: beta2 that this step used.
         fwd_bwd_time: seconds.
-        extras: further figures by name, for example ``acc``, ``perplexity``, ``loss/en``, ``val/en_loss``.
+        extras: more figures by name, for example ``acc``, ``perplexity``, ``loss/en``, ``val/en_loss``.
     """
 
     tflops: float
@@ -52,42 +54,41 @@ class StepRecord:
     extras: dict[str, float] = field(default_factory=dict)
 
     def values(self) -> dict[str, float]:
-        """All figures under the names of the log line, in full precision."""
-        own = {
-            TGS if f.name == "tgs" else f.name: getattr(self, f.name)
-            for f in fields(self)
-            if f.name != "extras"
-        }
-        return own | self.extras
+        """Return all figures under the names of the log line, in full precision."""
+        figures = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "extras"}
+        named = {TGS if name == "tgs" else name: value for name, value in figures.items()}
+        return named | self.extras
 
     def line(self) -> str:
-        """``tflops=...,step=...,loss=...,``; speed and time with two decimals, validation left to its own line."""
-        shown = self.values() | {TGS: round(self.tgs, 2), "fwd_bwd_time": round(self.fwd_bwd_time, 2)}
+        """Return ``tflops=...,step=...,loss=...,``: speed and time with two decimals, without validation figures."""
+        rounded = {TGS: round(self.tgs, 2), "fwd_bwd_time": round(self.fwd_bwd_time, 2)}
+        shown = self.values() | rounded
         return ",".join(f"{name}={value}" for name, value in shown.items() if not name.startswith("val/"))
 
 
 class MetricsFile:
-    """``metrics.jsonl``: one JSON object a step, on disk as soon as the step is done, no step twice.
+    """``metrics.jsonl``: one JSON object per step, written as soon as the step is done, no step twice.
 
-    Floats are written so that they read back exactly; those JSON has no number for are the strings "NaN", "Infinity"
-    and "-Infinity", which ``float()`` understands.
+    Floats are written so that they read back exactly. JSON has no NaN and no infinity: these are written as the
+    strings "NaN", "Infinity" and "-Infinity", which ``float()`` reads.
 
     Args:
-        path: made with its folders if absent.
-        step: the step that comes next: objects of it or later ones, which a resumed run writes again, are cut off, and
-            with them a line that a crash left unfinished.
+        path: created with its folders if absent.
+        step: the next step. Objects of this step and later ones, which a resumed run writes again, are removed, and
+            so is a line that a crash left unfinished.
     """
 
     def __init__(self, path: Path, step: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
         self._file.seek(0)
-        end = 0
+        kept_bytes = 0
         for line in self._file:
-            if not line.endswith(b"\n") or _step_of(line) >= step:
+            is_torn = not line.endswith(b"\n")
+            if is_torn or _step_of(line) >= step:
                 break
-            end += len(line)
-        self._file.truncate(end)
+            kept_bytes += len(line)
+        self._file.truncate(kept_bytes)
 
     def write(self, record: StepRecord) -> None:
         values = {name: float_word(value) for name, value in record.values().items()}
@@ -110,7 +111,7 @@ def _step_of(line: bytes) -> int:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):
-        return -1  # not one of ours: it stays where it is
+        return -1  # a line that evomesh did not write is kept
 
 
 def model_tflops(
@@ -125,18 +126,22 @@ def model_tflops(
     recompute: bool,
     world_size: int,
 ) -> float:
-    """Model TFLOP/s of one device by InternEvo's formula, which its published figures follow.
+    """Return the model TFLOP/s of one device by InternEvo's formula, as in its published figures.
 
-    Attention counts the full square, not its causal half, and every key/value head as a query head; any recomputation
-    counts as one more forward pass. ``benchmarks/`` measures by stricter rules.
+    Attention is counted as the full square, not its causal half, with as many key/value heads as query heads; any
+    recomputation counts as one more forward pass. ``benchmarks/`` measures by stricter rules.
 
     Args:
-        seconds: of the whole step.
-        sequences: of ``seq_len`` tokens in the global batch: micro_bsz * micro_num * data-parallel size.
-        mlp_ratio: of the gated mlp, whose three matrices make 1.5 times a plain one.
+        seconds: time of the whole step.
+        sequences: number of sequences of ``seq_len`` tokens in the global batch: micro_bsz * micro_num * data-parallel
+            size.
+        mlp_ratio: of the gated feed-forward network, whose three matrices make 1.5 times a plain one.
     """
-    passes = 4 if recompute else 3
+    passes = 4 if recompute else 3  # backward costs two forward passes
     tokens = sequences * seq_len
-    block = (8 + 4 * 1.5 * mlp_ratio) * tokens * hidden_size**2 + 4 * tokens * seq_len * hidden_size
-    head = 6 * tokens * hidden_size * vocab_size
-    return (passes * block * num_layers + head) / (seconds * world_size * 1e12)
+    # One forward pass of one block: four attention projections and the feed-forward network, then scores and values.
+    projections = (8 + 4 * 1.5 * mlp_ratio) * tokens * hidden_size**2
+    attention = 4 * tokens * seq_len * hidden_size
+    head = 6 * tokens * hidden_size * vocab_size  # forward and backward; it is never recomputed
+    operations = passes * (projections + attention) * num_layers + head
+    return operations / (seconds * world_size * 1e12)

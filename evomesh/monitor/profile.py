@@ -1,4 +1,4 @@
-"""Where a step's time goes: torch's profiler over a few steps, its trace, and a table that adds up to the step."""
+"""A profile of a few steps: torch's trace, and a table of where the time goes that adds up to the step."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 logger = logging.getLogger(__name__)
 
-SKIPPED, WARM_UP, STEPS = (
-    3,
-    1,
-    3,
-)  # the first steps fill caches; the profiler's own start is no part of the figures
+SKIPPED = 3  # the first steps fill caches
+WARM_UP = 1  # the profiler's own start is not part of the figures
+STEPS = 3
 KINDS = ("matrix", "attention", "loss", "optimizer", "data wait", "communication", "other", "idle")
 _REGION = "evomesh: "
 _STEP = "ProfilerStep"
-_OPERATIONS = {  # how the names of torch's operations begin or what they contain
+# Kind -> parts of the names of torch's operations of this kind.
+_OPERATIONS = {
     "communication": ("c10d::", "gloo:", "nccl", "_c10d_functional::"),
     "attention": ("scaled_dot_product", "varlen_attn", "flash_attention", "efficient_attention"),
     "matrix": (
@@ -39,22 +38,24 @@ _OPERATIONS = {  # how the names of torch's operations begin or what they contai
 
 
 def region(kind: str) -> record_function:
-    """A ``with`` block whose operations all count as ``kind``; next to free while nothing is profiled."""
+    """Return a context manager whose operations all count as ``kind``; next to free while nothing is profiled."""
     return record_function(_REGION + kind)
 
 
 class StepProfile:
-    """Profiles steps ``SKIPPED + WARM_UP`` to ``SKIPPED + WARM_UP + STEPS`` of a run; call ``step`` after each.
+    """Profiler of ``STEPS`` steps of a run after ``SKIPPED + WARM_UP`` others; call ``step`` after each step.
 
     Args:
-        folder: where ``NAME.json``, for chrome://tracing or ui.perfetto.dev, and ``NAME.txt``, the table, are written.
-        name: of this rank.
+        folder: receives ``NAME.json``, for chrome://tracing or ui.perfetto.dev, and ``NAME.txt``, the table.
+        name: name of this rank.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
         self.done = False
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+        activities = [ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(ProfilerActivity.CUDA)
         plan = schedule(skip_first=SKIPPED, wait=0, warmup=WARM_UP, active=STEPS, repeat=1)
         self._profiler = profile(activities=activities, schedule=plan, on_trace_ready=self._write)
 
@@ -67,42 +68,54 @@ class StepProfile:
     ) -> None:
         self._profiler.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         if not self.done and error is None:
-            logger.warning("nothing profiled: it takes %d steps", SKIPPED + WARM_UP + STEPS)
+            logger.warning("nothing was profiled: a profile needs %d steps", SKIPPED + WARM_UP + STEPS)
 
     def step(self) -> None:
         self._profiler.step()
 
     def _write(self, profiler: Any) -> None:
         events = profiler.events()
-        if self.done or not any(event.name.startswith(_STEP) for event in events):
+        has_steps = any(event.name.startswith(_STEP) for event in events)
+        if self.done or not has_steps:
             return
         self.done = True
         self.folder.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(self.folder / f"{self.name}.json"))
-        text = table(*seconds_by_kind(events))
-        (self.folder / f"{self.name}.txt").write_text(text + "\n")
+        trace_file = self.folder / f"{self.name}.json"
+        profiler.export_chrome_trace(str(trace_file))
+        seconds, total = seconds_by_kind(events)
+        text = table(seconds, total)
+        table_file = self.folder / f"{self.name}.txt"
+        table_file.write_text(text + "\n")
         logger.info("profile of %d steps, trace in %s\n%s", STEPS, self.folder, text)
 
 
 def seconds_by_kind(events: Iterable[Any]) -> tuple[dict[str, float], float]:
     """Return the seconds of each of ``KINDS``, and of the steps, over all profiled steps.
 
-    On a device, kernels are counted, each under the operation that launched it, and idle is the time without any;
+    On a device, kernels are counted, each under the operation that launched it, and idle is the time without a kernel;
     where kernels overlap, the kinds add up to more than the step and idle is 0. On the CPU, operations are counted,
-    and idle is the time without any: mostly Python.
+    and idle is the time without an operation: mostly Python.
     """
     events = list(events)
     seconds = dict.fromkeys(KINDS, 0.0)
-    total = sum(event.cpu_time_total for event in events if event.name.startswith(_STEP)) / 1e6
+    steps = [event for event in events if event.name.startswith(_STEP)]
+    total = _cpu_seconds(steps)
     on_device = any(event.kernels for event in events)
     for event in events:
         if _counts(event, on_device):
             seconds[_kind(event)] += _microseconds(event, on_device) / 1e6
     if on_device:  # while the host waits for data, the device is idle
         waits = [event for event in events if event.name == _REGION + "data wait"]
-        seconds["data wait"] = sum(event.cpu_time_total for event in waits) / 1e6
-    seconds["idle"] = max(total - sum(seconds.values()), 0.0)
+        seconds["data wait"] = _cpu_seconds(waits)
+    busy = sum(seconds.values())
+    seconds["idle"] = max(total - busy, 0.0)
     return seconds, total
+
+
+def _cpu_seconds(events: Iterable[Any]) -> float:
+    """Return the summed time of events, which have it in microseconds."""
+    microseconds: float = sum(event.cpu_time_total for event in events)
+    return microseconds / 1e6
 
 
 def _counts(event: Any, on_device: bool) -> bool:
@@ -118,13 +131,15 @@ def _microseconds(event: Any, on_device: bool) -> float:
 
 
 def table(seconds: dict[str, float], total: float) -> str:
-    rows = [f"{'kind':14s} {'ms a step':>10s} {'share':>7s}"]
+    """Return the rows of kinds and of the whole step: milliseconds per step and share."""
+    rows = [f"{'kind':14s} {'ms per step':>11s} {'share':>7s}"]
     for kind, spent in (seconds | {"step": total}).items():
-        rows.append(f"{kind:14s} {1e3 * spent / STEPS:10.2f} {spent / total:7.1%}")
+        rows.append(f"{kind:14s} {1e3 * spent / STEPS:11.2f} {spent / total:7.1%}")
     return "\n".join(rows)
 
 
 def _ancestors(event: Any) -> list[Any]:
+    """Return the operations and regions around an event, innermost first."""
     chain = []
     while event.cpu_parent is not None:
         event = event.cpu_parent
@@ -133,12 +148,13 @@ def _ancestors(event: Any) -> list[Any]:
 
 
 def _kind(event: Any) -> str:
-    """Of the outermost region round the event, else by its name or that of the innermost operation round it."""
+    """Return the kind of the outermost region around an event, else of the innermost operation that has one."""
     names = [event.name, *(parent.name for parent in _ancestors(event))]
     for name in reversed(names):
         if name.startswith(_REGION):
             return str(name.removeprefix(_REGION))
-    known = (
-        kind for name in names for kind, parts in _OPERATIONS.items() if any(part in name for part in parts)
-    )
-    return next(known, "other")
+    for name in names:
+        for kind, parts in _OPERATIONS.items():
+            if any(part in name for part in parts):
+                return kind
+    return "other"

@@ -1,4 +1,4 @@
-"""The live line below the log on a terminal; nothing where there is none."""
+"""The live progress line below the log; without a terminal there is none."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from rich.progress import Progress as RichProgress
 
 
 class ProgressLine:
-    """Step, loss, speed and time left, in place.
+    """A live line with step, loss, speed and time left.
 
     Args:
         total: steps of the whole run.
-        step: steps already made.
-        console: the one that the log prints through; None or not a terminal: ``update`` does nothing.
+        step: number of steps already done.
+        console: the log's console; if it is None or not a terminal, ``update`` does nothing.
     """
 
     def __init__(self, total: int, step: int, console: Console | None) -> None:

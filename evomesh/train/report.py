@@ -16,13 +16,8 @@ from evomesh.errors import UserError
 from evomesh.monitor.log import setup_logging
 from evomesh.monitor.metrics import MetricsFile, StepRecord, model_tflops
 from evomesh.monitor.progress import ProgressLine
-from evomesh.monitor.tensorboard import (
-    TensorBoardWriter,
-    check_folder,
-    rank_name,
-    run_folder,
-    tensorboard_folder,
-)
+from evomesh.monitor.run_folder import check_folder, rank_name, run_folder, tensorboard_folder
+from evomesh.monitor.tensorboard import TensorBoardWriter
 from evomesh.train.launch import RunContext
 from evomesh.train.state import TrainState
 from evomesh.train.step import StepOutput

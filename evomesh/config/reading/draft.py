@@ -1,4 +1,4 @@
-"""A config on its way from what the file says to the resolved sections, with the warnings and problems found."""
+"""``ConfigDraft``: a config between the values of its file and the resolved sections, with warnings and problems."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class ConfigDraft:
 
     Attributes:
         values: what the file and the overrides say: top-level name -> value, sections as plain dicts.
-    place: dotted key, as written -> "FILE:LINE", "--set" or "".
-    sections: the resolved form, to be validated.
-    sources: resolved key -> the key as written, where they differ.
-    families: resolved key -> the model family whose default it has.
+        location_of: dotted key, as written -> "FILE:LINE", "--set" or "".
+        sections: the resolved form, to be validated.
+        sources: resolved key -> the key as written, where they differ.
+        families: resolved key -> the model family whose default it has.
     """
 
     values: dict[str, Any]
-    place: Callable[[str], str]
+    location_of: Callable[[str], str]
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     families: dict[str, str] = field(default_factory=dict)
@@ -30,22 +30,22 @@ class ConfigDraft:
     problems: list[UserError] = field(default_factory=list)
 
     def take_section(self, name: str) -> dict[str, Any]:
-        """Move a section from ``values`` to ``sections`` the first time, and return it, a plain dict that may change.
+        """Move a section from ``values`` to ``sections`` the first time, and return it: a plain dict to edit in place.
 
-        What is not a mapping is one problem, and {}.
+        A value that is not a mapping is recorded as a problem, and the section is {}.
         """
-        value = self.sections.setdefault(name, {})
-        if not value and name in self.values:
-            written = self.values.pop(name)
-            if isinstance(written, Mapping):
-                value.update(plain(written))
-            elif written is not None:
-                self.problem(name, f"found {shown(written)}", expected="dict(key=value, ...)")
-        return value
+        section = self.sections.setdefault(name, {})
+        if section or name not in self.values:
+            return section
+        written = self.values.pop(name)
+        if isinstance(written, Mapping):
+            section.update(plain(written))
+        elif written is not None:
+            self.problem(name, f"found {shown(written)}", expected="dict(key=value, ...)")
+        return section
 
     def warn(self, key: str, words: str) -> None:
-        place = self.place(key)
-        text = f"{key}{f' ({place})' if place else ''}: {words}"
+        text = f"{self._with_location(key)}: {words}"
         if text not in self.warnings:
             self.warnings.append(text)
 
@@ -54,9 +54,11 @@ class ConfigDraft:
 
     def where(self, key: str) -> str:
         """Return the key as the user wrote it, with its file and line."""
-        key = self.sources.get(key, key)
-        place = self.place(key)
-        return f"{key} ({place})" if place else key
+        return self._with_location(self.sources.get(key, key))
+
+    def _with_location(self, key: str) -> str:
+        location = self.location_of(key)
+        return f"{key} ({location})" if location else key
 
 
 def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -86,5 +88,9 @@ def shown(value: Any) -> str:
         list: "a list",
     }
     text = repr(value)
-    text = text if len(text) <= 80 else text[:77] + "..."
-    return text if value is None else f"{text} ({kinds.get(type(value), 'a ' + type(value).__name__)})"
+    if len(text) > 80:
+        text = text[:77] + "..."
+    if value is None:
+        return text
+    kind = kinds.get(type(value), f"a {type(value).__name__}")
+    return f"{text} ({kind})"

@@ -64,18 +64,18 @@ INERT_FIELDS: dict[str, Any] = {
 def drop_inert(draft: ConfigDraft) -> None:
     """Warn of keys without effect and remove those that the resolved config does not keep."""
     for key, usual in INERT_FIELDS.items():
-        section, name = _holder(draft, key)
+        section, name = _section_and_name(draft, key)
         if name in section and section[name] != usual:
-            draft.warn(key, f"{section[name]!r} has no effect: {_reason(key)}")
+            draft.warn(key, f"{section[name]!r} has no effect: {_reason_without_effect(key)}")
     for key, (usual, why) in INERT.items():
-        section, name = _holder(draft, key)
+        section, name = _section_and_name(draft, key)
         if name in section:
             value = section.pop(name)
             if value != usual:
                 draft.warn(key, f"{value!r} has no effect: {why}")
 
 
-def _reason(key: str) -> str:
+def _reason_without_effect(key: str) -> str:
     section, _, name = key.partition(".")
     model = Config.model_fields[section].annotation
     assert isinstance(model, type) and issubclass(model, BaseModel)
@@ -83,7 +83,7 @@ def _reason(key: str) -> str:
 
 
 def refuse_foreign(draft: ConfigDraft) -> None:
-    """Refuse what is not part of evomesh, and takes out the values that ask for nothing."""
+    """Refuse features that are not part of evomesh, and remove values that ask for nothing."""
     model = draft.take_section("model")
     if model.get("model_type") == "INTERNLM_MoE":
         draft.problem(
@@ -94,7 +94,7 @@ def refuse_foreign(draft: ConfigDraft) -> None:
         )
         model.update(model_type="INTERNLM", extra={})
     for key, (accepted, why) in REFUSED.items():
-        section, name = _holder(draft, key)
+        section, name = _section_and_name(draft, key)
         if name not in section:
             continue
         value = section.pop(name)
@@ -102,7 +102,7 @@ def refuse_foreign(draft: ConfigDraft) -> None:
             draft.problem(key, f"{value!r} is refused: {why}", fix=f"remove {key}")
 
 
-def _holder(draft: ConfigDraft, key: str) -> tuple[dict[str, Any], str]:
+def _section_and_name(draft: ConfigDraft, key: str) -> tuple[dict[str, Any], str]:
     section, dot, name = key.rpartition(".")
     if not dot:
         return draft.values, key

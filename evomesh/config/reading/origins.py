@@ -18,9 +18,13 @@ def origins(
     config: Config, draft: ConfigDraft, source: ConfigSource, sets: Sequence[Override]
 ) -> dict[str, str]:
     """Map each key, as a config file writes it, to "default", "FILE:LINE", "--set", "legacy KEY FILE:LINE" ..."""
-    overridden = {key for item in sets for key, _ in leaves(item.value, item.dotted)}
-    overridden |= {f"{key}.size" for key in overridden if key.startswith("parallel.")}  # its int form
-    written_lines = {key for key, _ in leaves(source.values)} - overridden
+    overridden = set()
+    for item in sets:
+        overridden |= {key for key, _ in leaves(item.value, item.dotted)}
+    # parallel.tensor=2 is the int form of parallel.tensor.size=2.
+    overridden |= {f"{key}.size" for key in overridden if key.startswith("parallel.")}
+    in_file = {key for key, _ in leaves(source.values)}
+    written_lines = in_file - overridden
     result = {}
     for resolved, _ in leaves(config.model_dump()):
         key = written_key(resolved)

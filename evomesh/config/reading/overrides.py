@@ -55,19 +55,22 @@ def parse_value(text: str) -> Any:
     if text.lower() in WORDS:
         return WORDS[text.lower()]
     try:
-        return _literal(ast.parse(text, mode="eval").body)
+        return _literal_value(ast.parse(text, mode="eval").body)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return text
 
 
-def _literal(node: ast.expr) -> Any:
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        if node.func.id == "dict" and not node.args and all(k.arg for k in node.keywords):
-            return {str(k.arg): _literal(k.value) for k in node.keywords}
-        if node.func.id == "float" and len(node.args) == 1:
-            return float(ast.literal_eval(node.args[0]))
-        raise ValueError("a call")
-    return ast.literal_eval(node)
+def _literal_value(node: ast.expr) -> Any:
+    """Evaluate a literal, ``dict(key=literal)`` or ``float("...")``; nothing else is ever called."""
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+        return ast.literal_eval(node)
+    function = node.func.id
+    keywords_only = not node.args and all(keyword.arg for keyword in node.keywords)
+    if function == "dict" and keywords_only:
+        return {str(keyword.arg): _literal_value(keyword.value) for keyword in node.keywords}
+    if function == "float" and len(node.args) == 1:
+        return float(ast.literal_eval(node.args[0]))
+    raise ValueError("a call")
 
 
 def apply_overrides(
@@ -77,25 +80,26 @@ def apply_overrides(
     for override in overrides:
         top = override.keys[0]
         if top in namespace or create:
-            namespace[top] = _placed(namespace.get(top), override.keys[1:], override.value)
+            namespace[top] = _with_value_at(namespace.get(top), override.keys[1:], override.value)
 
 
-def _placed(old: Any, keys: tuple[str, ...], value: Any) -> Any:
+def _with_value_at(old: Any, keys: tuple[str, ...], value: Any) -> Any:
     """Return ``old`` with ``value`` at ``keys``; nothing is changed in place."""
     if not keys:
-        if isinstance(old, dict) and "size" in old and isinstance(value, int) and not isinstance(value, bool):
-            return {
-                **old,
-                "size": value,
-            }  # the int form of a parallel size, over the dict form: the mode stays
-        return value
+        # The int form of a parallel size over its dict form sets the size only: the mode stays.
+        keeps_dict = isinstance(old, dict) and "size" in old and _is_int(value)
+        return {**old, "size": value} if keeps_dict else value
     if isinstance(old, Mapping):
         base = dict(old)
-    elif isinstance(old, int) and not isinstance(old, bool):
+    elif _is_int(old):
         base = {"size": old}  # the int form of a parallel size
     elif isinstance(old, str):
         base = {"path": old}  # the string form of load_ckpt_folder
     else:
         base = {}
-    base[keys[0]] = _placed(base.get(keys[0]), keys[1:], value)
+    base[keys[0]] = _with_value_at(base.get(keys[0]), keys[1:], value)
     return base
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,4 +1,4 @@
-"""Execution of a config file: overrides take part in it, and it leaves no trace in the process.
+"""Execute a config file with overrides applied, leaving no trace in the process.
 
 Overrides take part in the execution: after each statement at the top of the file, those whose name exists by then are
 applied again. So ``--set data.total_steps=20`` also reaches ``lr_scheduler = dict(total_steps=data["total_steps"])``
@@ -53,11 +53,11 @@ def read_source(path: str, overrides: Sequence[Override] = ()) -> ConfigSource:
     Raises:
         ConfigError: no such file, not a ``.py`` file, not Python, or an exception while it ran.
     """
-    file = _find(path)
+    file = _find_config_file(path)
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise _problem(
+        raise _source_error(
             f"cannot be read: {error}", str(path), fix="give a readable UTF-8 Python file"
         ) from None
     tree = _parse(text, str(file), path)
@@ -71,7 +71,7 @@ def read_source(path: str, overrides: Sequence[Override] = ()) -> ConfigSource:
     with _imports_beside(file):
         _execute(compile(_instrument(tree), str(file), "exec"), namespace, path, text)
         lines = config_lines(tree, path, namespace)
-    inherited, inherited_lines, inherited_names = _bases(namespace.pop("_base_", ()), file, overrides)
+    inherited, inherited_lines, inherited_names = _read_bases(namespace.pop("_base_", ()), file, overrides)
     values = {name: value for name, value in namespace.items() if _is_setting(name, value)}
     if inherited:
         # Executing the file and its bases has applied the overrides to each; merging may have covered them again.
@@ -82,26 +82,26 @@ def read_source(path: str, overrides: Sequence[Override] = ()) -> ConfigSource:
     )
 
 
-def _find(path: str) -> Path:
+def _find_config_file(path: str) -> Path:
     file = Path(path)
     if file.is_dir():
-        near = _near(file / "x.py")
-        raise _problem(
+        near = _nearby_configs(file / "x.py")
+        raise _source_error(
             "is a folder",
             path,
             expected="a Python config file",
             fix=f"give a file in it: {near}" if near else "",
         )
     if not file.exists():
-        near = _near(file)
-        raise _problem(
+        near = _nearby_configs(file)
+        raise _source_error(
             "no such config file",
             path,
             expected=f"a file; looked in {file.parent.resolve()}",
             fix=f"did you mean {near}?" if near else "evomesh config list shows the shipped configs",
         )
     if file.suffix != ".py":
-        raise _problem(
+        raise _source_error(
             f"configs are Python files, this one ends in {file.suffix or 'nothing'!r}",
             path,
             expected="NAME.py with assignments such as data = dict(seq_len=2048)",
@@ -110,13 +110,13 @@ def _find(path: str) -> Path:
     return file.resolve()
 
 
-def _near(file: Path) -> str:
+def _nearby_configs(file: Path) -> str:
     there = sorted(p.name for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
     close = difflib.get_close_matches(file.name, there, n=3, cutoff=0.4) or there[:3]
     return ", ".join(str(file.parent / name) for name in close)
 
 
-def _problem(found: str, where: str, *, expected: str = "", fix: str = "") -> ConfigError:
+def _source_error(found: str, where: str, *, expected: str = "", fix: str = "") -> ConfigError:
     return ConfigError([UserError(found, where=where, expected=expected, fix=fix)], path=where)
 
 
@@ -126,13 +126,13 @@ def _parse(text: str, filename: str, shown: str) -> ast.Module:
     except SyntaxError as error:
         line = (error.text or "").rstrip("\n")
         caret = " " * max((error.offset or 1) - 1, 0) + "^"
-        raise _problem(
+        raise _source_error(
             f"not valid Python: {error.msg}\n    {line}\n    {caret}",
             f"{shown}:{error.lineno}:{error.offset}",
             fix="correct the line; configs are ordinary Python files",
         ) from None
     except ValueError as error:  # null bytes
-        raise _problem(f"not valid Python: {error}", shown, fix="save it as a UTF-8 text file") from None
+        raise _source_error(f"not valid Python: {error}", shown, fix="save it as a UTF-8 text file") from None
 
 
 class _StatementInstrumenter(ast.NodeTransformer):
@@ -141,35 +141,40 @@ class _StatementInstrumenter(ast.NodeTransformer):
     def __init__(self) -> None:
         self.future = True
 
-    def _body(self, body: list[ast.stmt]) -> list[ast.stmt]:
+    def _instrument_block(self, body: list[ast.stmt]) -> list[ast.stmt]:
         out: list[ast.stmt] = []
         for node in body:
-            kept = self._statement(node)
+            kept = self._instrument_statement(node)
             if kept is None:
                 continue
             out.append(kept)
+            # Nothing may come before `from __future__ import ...`.
             is_future = isinstance(node, ast.ImportFrom) and node.module == "__future__"
             is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
             self.future = self.future and (is_future or is_docstring)
             if not self.future:
-                call = ast.Expr(ast.Call(ast.Name(APPLY, ast.Load()), [], []))
-                out.append(ast.fix_missing_locations(ast.copy_location(call, node)))
+                out.append(_apply_call(node))
         return out or [ast.Pass()]
 
-    def _statement(self, node: ast.stmt) -> ast.stmt | None:
+    def _instrument_statement(self, node: ast.stmt) -> ast.stmt | None:
+        """Return the statement with the blocks in it instrumented; None for an import of ``read_base`` alone."""
         if isinstance(node, ast.ImportFrom):
-            names = [alias for alias in node.names if alias.name != READ_BASE]
-            if not names:
-                return None
-            node.names = names
-        elif isinstance(node, ast.With | ast.If | ast.Try | ast.For):
-            node.body = self._body(node.body)
+            node.names = [alias for alias in node.names if alias.name != READ_BASE]
+            return node if node.names else None
+        if isinstance(node, ast.With | ast.If | ast.Try | ast.For):
+            node.body = self._instrument_block(node.body)
             if not isinstance(node, ast.With) and node.orelse:
-                node.orelse = self._body(node.orelse)
+                node.orelse = self._instrument_block(node.orelse)
         return node
 
     def visit_Module(self, node: ast.Module) -> ast.Module:
-        return ast.Module(self._body(node.body), [])
+        return ast.Module(self._instrument_block(node.body), [])
+
+
+def _apply_call(node: ast.stmt) -> ast.stmt:
+    """Return a call that applies the overrides, with the line of ``node``."""
+    call = ast.Expr(ast.Call(ast.Name(APPLY, ast.Load()), [], []))
+    return ast.fix_missing_locations(ast.copy_location(call, node))
 
 
 def _instrument(tree: ast.Module) -> ast.Module:
@@ -189,7 +194,7 @@ def _execute(code: CodeType, namespace: dict[str, Any], shown: str, text: str) -
         lineno = (own[-1].lineno if own else None) or getattr(error, "lineno", None) or 1
         rows = text.splitlines()
         line = rows[lineno - 1].strip() if lineno <= len(rows) else ""
-        raise _problem(
+        raise _source_error(
             f"{type(error).__name__} while the config ran: {error}\n    {line}",
             f"{shown}:{lineno}",
             fix="correct the line; python CONFIG shows the full traceback",
@@ -197,7 +202,7 @@ def _execute(code: CodeType, namespace: dict[str, Any], shown: str, text: str) -
 
 
 def _is_setting(name: str, value: Any) -> bool:
-    """Plain data under a name in small letters; anything else (modules, functions, registries) is private."""
+    """Return whether a name is a key: plain data in lower case, not a private name, module or function."""
     if name in TOP_LEVEL or name in SECTIONS:
         return True
     if name.startswith("_") or name.isupper():
@@ -205,7 +210,7 @@ def _is_setting(name: str, value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str | Mapping | list | tuple | set)
 
 
-def _bases(
+def _read_bases(
     base: str | Sequence[str], file: Path, overrides: Sequence[Override]
 ) -> tuple[dict[str, Any], dict[str, str], frozenset[str]]:
     """Read the files of ``_base_``, merged key by key: their values, lines and names.
@@ -215,8 +220,10 @@ def _bases(
     values: dict[str, Any] = {}
     lines: dict[str, str] = {}
     names: frozenset[str] = frozenset()
-    for path in [base] if isinstance(base, str) else base:
-        source = read_source(str(file.parent / path), overrides)
+    paths = [base] if isinstance(base, str) else base
+    for path in paths:
+        base_file = file.parent / path
+        source = read_source(str(base_file), overrides)
         values = _merge(values, source.values)
         lines.update(source.lines)
         names |= source.names
@@ -233,35 +240,46 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _imports_beside(file: Path) -> Iterator[None]:
-    """Files beside the config and below the working directory can be imported, relative imports too.
+    """Let the config import files beside it and below the working directory, relative imports included.
 
-    Afterwards ``sys.path`` is as before and what was imported from those folders is forgotten, so that another file of
+    Afterwards ``sys.path`` is as before and modules imported from those folders are forgotten, so that another file of
     the same name is read afresh.
     """
-    folders = [file.parent, file.parent.parent, file.parent.parent.parent]
-    before, path, bytecode = dict(sys.modules), list(sys.path), sys.dont_write_bytecode
-    name = ""
-    for part, folder in zip((PACKAGE, "parent", "here"), reversed(folders), strict=True):
-        name = f"{name}.{part}" if name else part
-        package = ModuleType(name)
-        package.__path__ = [str(folder)]
-        sys.modules[name] = package
-    sys.path[:0] = [str(file.parent), str(Path.cwd())]
+    modules_before = set(sys.modules)
+    path_before = list(sys.path)
+    bytecode_before = sys.dont_write_bytecode
+    folder = file.parent
+    # Packages for relative imports: `from . import x` is beside the file, `from .. import x` one folder up.
+    _add_package(PACKAGE, folder.parent.parent)
+    _add_package(f"{PACKAGE}.parent", folder.parent)
+    _add_package(f"{PACKAGE}.parent.here", folder)
+    sys.path[:0] = [str(folder), str(Path.cwd())]
     sys.dont_write_bytecode = True
     importlib.invalidate_caches()
     try:
         yield
     finally:
-        sys.path[:], sys.dont_write_bytecode = path, bytecode
-        for name in set(sys.modules) - set(before):
-            if name.startswith(PACKAGE) or _lies_below(sys.modules[name], [file.parent, Path.cwd()]):
+        sys.path[:] = path_before
+        sys.dont_write_bytecode = bytecode_before
+        for name in set(sys.modules) - modules_before:
+            if name.startswith(PACKAGE) or _is_authors_module(sys.modules[name], [file.parent, Path.cwd()]):
                 del sys.modules[name]
 
 
-def _lies_below(module: ModuleType | None, folders: list[Path]) -> bool:
-    """A module of the author's: below one of ``folders``, but neither installed there nor part of this package."""
-    where = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", [])), None)
-    if where is None or module is None or module.__name__.partition(".")[0] == __name__.partition(".")[0]:
+def _add_package(name: str, folder: Path) -> None:
+    package = ModuleType(name)
+    package.__path__ = [str(folder)]
+    sys.modules[name] = package
+
+
+def _is_authors_module(module: ModuleType | None, folders: list[Path]) -> bool:
+    """Return whether a module is the author's: below one of ``folders``, neither installed there nor evomesh's."""
+    location = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", [])), None)
+    if location is None or module is None:
         return False
-    place = Path(where).resolve()
-    return "site-packages" not in place.parts and any(place.is_relative_to(folder) for folder in folders)
+    package = module.__name__.partition(".")[0]
+    if package == __name__.partition(".")[0]:
+        return False
+    file = Path(location).resolve()
+    is_installed = "site-packages" in file.parts
+    return not is_installed and any(file.is_relative_to(folder) for folder in folders)

@@ -20,12 +20,14 @@ def config_lines(tree: ast.Module, shown: str, namespace: Mapping[str, Any]) -> 
     found by their section's line.
     """
     lines: AssignmentLines = {}
-    for node in _statements(tree.body):
+    for node in _all_statements(tree.body):
         if isinstance(node, ast.Assign):
             for target in node.targets:
-                _record(lines, _target(target), node.value, shown)
+                key = _target_key(target)
+                _record_assignment(lines, key, node.value, shown)
         elif isinstance(node, ast.AnnAssign) and node.value is not None:
-            _record(lines, _target(node.target), node.value, shown)
+            key = _target_key(node.target)
+            _record_assignment(lines, key, node.value, shown)
         elif isinstance(node, ast.ImportFrom):
             _record_import(lines, node, namespace)
     return lines
@@ -40,16 +42,16 @@ def line_of(lines: AssignmentLines, key: str) -> str:
     return ""
 
 
-def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+def _all_statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
     for node in body:
         yield node
         if isinstance(node, ast.With | ast.If | ast.Try | ast.For):
-            yield from _statements(node.body)
+            yield from _all_statements(node.body)
             if not isinstance(node, ast.With):
-                yield from _statements(node.orelse)
+                yield from _all_statements(node.orelse)
 
 
-def _target(node: ast.expr) -> str:
+def _target_key(node: ast.expr) -> str:
     if isinstance(node, ast.Name):
         return node.id
     if (
@@ -57,53 +59,61 @@ def _target(node: ast.expr) -> str:
         and isinstance(node.slice, ast.Constant)
         and isinstance(node.slice.value, str)
     ):
-        above = _target(node.value)
+        above = _target_key(node.value)
         return f"{above}.{node.slice.value}" if above else ""
     return ""
 
 
-def _record(lines: AssignmentLines, key: str, value: ast.expr, shown: str) -> None:
+def _record_assignment(lines: AssignmentLines, key: str, value: ast.expr, shown: str) -> None:
     if not key:
         return
     for old in [k for k in lines if k.startswith(key + ".")]:
         del lines[old]
-    _set(lines, key, value, shown)
+    _record_value(lines, key, value, shown)
 
 
-def _set(lines: AssignmentLines, key: str, value: ast.expr, shown: str) -> None:
+def _record_value(lines: AssignmentLines, key: str, value: ast.expr, shown: str) -> None:
     lines[key] = f"{shown}:{value.lineno}"
+    for name, name_line, item in _dict_items(value):
+        item_key = f"{key}.{name}"
+        _record_value(lines, item_key, item, shown)
+        lines[item_key] = f"{shown}:{name_line}"
+
+
+def _dict_items(value: ast.expr) -> Iterator[tuple[str, int, ast.expr]]:
+    """Yield (key, its line, value) of ``dict(key=value)`` or ``{"key": value}``; nothing for any other expression."""
     if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "dict":
         for keyword in value.keywords:
             if keyword.arg:
-                _set(lines, f"{key}.{keyword.arg}", keyword.value, shown)
-                lines[f"{key}.{keyword.arg}"] = f"{shown}:{keyword.lineno}"
+                yield keyword.arg, keyword.lineno, keyword.value
     elif isinstance(value, ast.Dict):
         for name, item in zip(value.keys, value.values, strict=True):
             if isinstance(name, ast.Constant) and isinstance(name.value, str):
-                _set(lines, f"{key}.{name.value}", item, shown)
-                lines[f"{key}.{name.value}"] = f"{shown}:{name.lineno}"
+                yield name.value, name.lineno, item
 
 
 def _record_import(lines: AssignmentLines, node: ast.ImportFrom, namespace: Mapping[str, Any]) -> None:
-    """Follow an import into the module's own file while that module is still loaded."""
-    name = "." * node.level + (node.module or "")
-    try:
-        full = importlib.util.resolve_name(name, namespace["__package__"]) if node.level else name
-    except ImportError:
-        return
-    file = _authors_file(full)
+    """Record the lines of imported names, from the module's own file, while that module is still loaded."""
+    module = "." * node.level + (node.module or "")
+    if node.level:
+        try:
+            module = importlib.util.resolve_name(module, namespace["__package__"])
+        except ImportError:
+            return
+    file = _authors_file(module)
     if file is None:
         return
     try:
         tree = ast.parse(Path(file).read_text(encoding="utf-8"))
     except (OSError, SyntaxError, UnicodeDecodeError):
         return
-    there = config_lines(tree, _shorter(file), {"__package__": full.rpartition(".")[0]})
-    renamed = {alias.name: alias.asname or alias.name for alias in node.names}
-    for key, place in there.items():
+    package = module.rpartition(".")[0]
+    imported_lines = config_lines(tree, _relative_path(file), {"__package__": package})
+    local_names = {alias.name: alias.asname or alias.name for alias in node.names}
+    for key, line in imported_lines.items():
         top, dot, rest = key.partition(".")
-        if "*" in renamed or top in renamed:
-            lines[renamed.get(top, top) + dot + rest] = place
+        if "*" in local_names or top in local_names:
+            lines[local_names.get(top, top) + dot + rest] = line
 
 
 def _authors_file(module: str) -> str | None:
@@ -114,6 +124,6 @@ def _authors_file(module: str) -> str | None:
     return None if "site-packages" in Path(file).parts else file
 
 
-def _shorter(file: str) -> str:
+def _relative_path(file: str) -> str:
     path = Path(file)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else file

@@ -1,4 +1,4 @@
-"""From InternEvo's spellings, old and new, to the one resolved form of ``schema.py``."""
+"""Resolve InternEvo's spellings, old and new, to the form of ``schema.py``."""
 
 from __future__ import annotations
 
@@ -63,20 +63,20 @@ TUPLES = (
 
 
 def resolve(draft: ConfigDraft) -> None:
-    """Fill ``draft.sections`` from ``draft.values``; unknown keys are left in for the validation to name."""
+    """Fill ``draft.sections`` from ``draft.values``; unknown keys stay in, for the validation to report."""
     drop_inert(draft)
     for name in SECTIONS:
         if name in draft.values and (name != "generation" or draft.values[name] is not None):
             draft.take_section(name)
-    _top_level(draft)
-    _tensorboard(draft)
-    _parallel(draft)
-    _zero(draft)
-    _data(draft)
-    _model(draft)
+    _resolve_top_level(draft)
+    _resolve_tensorboard(draft)
+    _resolve_parallel(draft)
+    _resolve_zero(draft)
+    _resolve_data(draft)
+    _resolve_model(draft)
     refuse_foreign(draft)
-    _checkpoint(draft)
-    _tuples(draft)
+    _resolve_checkpoint(draft)
+    _resolve_tuples(draft)
 
 
 def written_key(key: str) -> str:
@@ -85,27 +85,31 @@ def written_key(key: str) -> str:
     return written.get(key, key.replace("model.extra.", "model."))
 
 
-def _top_level(draft: ConfigDraft) -> None:
+def _resolve_top_level(draft: ConfigDraft) -> None:
     for name, target in TOP_LEVEL.items():
         if name in draft.values:
-            section, _, key = target.partition(".")
-            draft.take_section(section)[key] = draft.values.pop(name)
+            section_name, _, key = target.partition(".")
+            section = draft.take_section(section_name)
+            section[key] = draft.values.pop(name)
             draft.sources[target] = name
         elif target.startswith("model.") and name in draft.take_section("model"):
             draft.sources[target] = target
+    run = draft.take_section("run")
     for key in ("tensorboard_folder", "resume_tb_folder"):
-        if os.environ.get(key) and not draft.take_section("run").get(key):
-            draft.take_section("run")[key] = os.environ[key]
+        value = os.environ.get(key)
+        if value and not run.get(key):
+            run[key] = value
             draft.sources[f"run.{key}"] = f"environment variable {key}"
 
 
-def _tensorboard(draft: ConfigDraft) -> None:
-    """``tensorboard=dict(queue_max_length=)``, at the top or, as InternEvo's guide shows it, in ``monitor``."""
-    monitor = draft.take_section("monitor") if "monitor" in draft.sections else {}
-    for key, written in (
-        ("monitor.tensorboard", monitor.pop("tensorboard", None)),
-        ("tensorboard", draft.values.pop("tensorboard", None)),
-    ):
+def _resolve_tensorboard(draft: ConfigDraft) -> None:
+    """Resolve ``tensorboard=dict(queue_max_length=)``, at the top or in ``monitor``, as InternEvo's guide shows it."""
+    monitor = draft.sections.get("monitor", {})
+    values = {
+        "monitor.tensorboard": monitor.pop("tensorboard", None),
+        "tensorboard": draft.values.pop("tensorboard", None),
+    }
+    for key, written in values.items():
         if written is None:
             continue
         if not isinstance(written, Mapping) or set(written) - {"queue_max_length"}:
@@ -115,7 +119,7 @@ def _tensorboard(draft: ConfigDraft) -> None:
             draft.sources["run.tensorboard_queue"] = f"{key}.queue_max_length"
 
 
-def _parallel(draft: ConfigDraft) -> None:
+def _resolve_parallel(draft: ConfigDraft) -> None:
     """Resolve int forms, ``sequence_parallel`` and ``pipeline.mode``."""
     parallel = draft.take_section("parallel")
     sequence = parallel.pop("sequence_parallel", None)
@@ -127,14 +131,14 @@ def _parallel(draft: ConfigDraft) -> None:
         elif name in parallel and value is None:
             del parallel[name]
     if sequence is not None:
-        _sequence_parallel(draft, parallel, sequence)
+        _resolve_sequence_parallel(draft, parallel, sequence)
     pipeline = parallel.get("pipeline")
     if isinstance(pipeline, dict) and "mode" in pipeline:
-        _pipeline_mode(draft, pipeline)
+        _resolve_pipeline_mode(draft, pipeline)
 
 
-def _sequence_parallel(draft: ConfigDraft, parallel: dict[str, Any], sequence: Any) -> None:
-    """``sequence_parallel`` chooses the tensor mode, unless ``tensor.mode`` is set too."""
+def _resolve_sequence_parallel(draft: ConfigDraft, parallel: dict[str, Any], sequence: Any) -> None:
+    """Take the tensor mode from ``sequence_parallel``, unless ``tensor.mode`` is set too."""
     key = "parallel.sequence_parallel"
     if not isinstance(sequence, bool):
         draft.problem(key, f"found {shown(sequence)}", expected="True or False")
@@ -145,12 +149,12 @@ def _sequence_parallel(draft: ConfigDraft, parallel: dict[str, Any], sequence: A
     if "mode" not in tensor:
         tensor["mode"] = "msp" if sequence else "mtp"
         draft.sources["parallel.tensor.mode"] = key
-    elif sequence != (tensor["mode"] != "mtp"):
+    elif sequence != (tensor["mode"] != "mtp"):  # only mtp is not sequence parallel
         draft.warn(key, f"{sequence} has no effect: parallel.tensor.mode decides, and it is set")
 
 
-def _pipeline_mode(draft: ConfigDraft, pipeline: dict[str, Any]) -> None:
-    """``pipeline.mode`` is the older name of ``pipeline.schedule``."""
+def _resolve_pipeline_mode(draft: ConfigDraft, pipeline: dict[str, Any]) -> None:
+    """Take the schedule from ``pipeline.mode``, its older name."""
     mode = pipeline.pop("mode")
     schedules = {"1f1b": None, "zbv": "zbv"}
     name = str(mode).lower()
@@ -161,7 +165,7 @@ def _pipeline_mode(draft: ConfigDraft, pipeline: dict[str, Any]) -> None:
     draft.sources["parallel.pipeline.schedule"] = "parallel.pipeline.mode"
 
 
-def _zero(draft: ConfigDraft) -> None:
+def _resolve_zero(draft: ConfigDraft) -> None:
     zero = draft.take_section("hybrid_zero_optimizer")
     if "zero_overlap_communication" in zero:
         value = zero.pop("zero_overlap_communication")
@@ -177,19 +181,15 @@ def _zero(draft: ConfigDraft) -> None:
             )
 
 
-def _data(draft: ConfigDraft) -> None:
+def _resolve_data(draft: ConfigDraft) -> None:
     data = draft.take_section("data")
     packed = data.pop("packed_length", None)
     if packed is None:
         return
-    seq_len, bsz = data.get("seq_len", 2048), data.get("micro_bsz")
-    if (
-        not isinstance(packed, int)
-        or not isinstance(seq_len, int)
-        or seq_len < 1
-        or packed < 1
-        or packed % seq_len
-    ):
+    seq_len = data.get("seq_len", 2048)
+    bsz = data.get("micro_bsz")
+    are_counts = isinstance(packed, int) and isinstance(seq_len, int) and packed >= 1 and seq_len >= 1
+    if not are_counts or packed % seq_len:
         draft.problem(
             "data.packed_length",
             f"found {packed!r}, which is not a multiple of seq_len={seq_len!r}",
@@ -205,7 +205,7 @@ def _data(draft: ConfigDraft) -> None:
         )
 
 
-def _model(draft: ConfigDraft) -> None:
+def _resolve_model(draft: ConfigDraft) -> None:
     model = draft.take_section("model")
     family = model.get("model_type", ModelConfig.model_fields["model_type"].default)
     if "checkpoint" in model and isinstance(model["checkpoint"], bool):
@@ -215,12 +215,11 @@ def _model(draft: ConfigDraft) -> None:
         draft.warn(
             "model.dtype", 'is not set: float16 as documented; dtype="torch.bfloat16" needs no loss scale'
         )
-    elif type(model["dtype"]).__name__ == "dtype":
-        model["dtype"] = str(model["dtype"])
-    model["dtype"] = (
-        DTYPES.get(dtype, dtype) if isinstance(dtype := model.get("dtype", "float16"), str) else dtype
-    )
-    _rotary_order(draft, model, family)
+    dtype = model.get("dtype", "float16")
+    if type(dtype).__name__ == "dtype":  # a torch.dtype
+        dtype = str(dtype)
+    model["dtype"] = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    _resolve_rotary_order(draft, model, family)
     if family not in BUILT_IN:
         extra = model.setdefault("extra", {})
         for key in [key for key in model if key not in ModelConfig.model_fields]:
@@ -228,8 +227,8 @@ def _model(draft: ConfigDraft) -> None:
             draft.sources[f"model.extra.{key}"] = f"model.{key}"
 
 
-def _rotary_order(draft: ConfigDraft, model: dict[str, Any], family: Any) -> None:
-    """``adapt_hf`` is the opposite of ``qk_interleaved``; each family has its own default."""
+def _resolve_rotary_order(draft: ConfigDraft, model: dict[str, Any], family: Any) -> None:
+    """Take ``qk_interleaved`` from its opposite ``adapt_hf``, else from the family's default."""
     adapt = model.pop("adapt_hf", None)
     if adapt is not None and not isinstance(adapt, bool):
         draft.problem("model.adapt_hf", f"found {shown(adapt)}", expected="True or False")
@@ -248,10 +247,10 @@ def _rotary_order(draft: ConfigDraft, model: dict[str, Any], family: Any) -> Non
         draft.families["model.qk_interleaved"] = str(family)
 
 
-def _checkpoint(draft: ConfigDraft) -> None:
+def _resolve_checkpoint(draft: ConfigDraft) -> None:
     ckpt = draft.take_section("ckpt")
-    _load_info(draft, ckpt)
-    _s3_endpoint(ckpt)
+    _resolve_load_info(draft, ckpt)
+    _resolve_s3_endpoint(ckpt)
     folder = ckpt.get("save_ckpt_folder")
     if ckpt.get("enable_save_ckpt") is None:
         ckpt["enable_save_ckpt"] = bool(folder)
@@ -259,7 +258,8 @@ def _checkpoint(draft: ConfigDraft) -> None:
     remote = isinstance(folder, str) and folder.startswith(REMOTE)
     if ckpt.get("async_upload") is True and not remote:
         draft.warn(
-            "ckpt.async_upload", "True has no effect: it is for remote folders (boto3:...), this one is local"
+            "ckpt.async_upload",
+            "True has no effect: it applies to remote folders (boto3:..., s3://...), and this one is local",
         )
         ckpt["async_upload"] = False
     every = ckpt.get("checkpoint_every", math.inf)
@@ -270,24 +270,26 @@ def _checkpoint(draft: ConfigDraft) -> None:
         ckpt["async_upload_tmp_folder"] = f"/dev/shm/{job}_tmp_ckpt/"
 
 
-def _s3_endpoint(ckpt: dict[str, Any]) -> None:
-    """``s3://BUCKET/KEY`` as ``s3:ENDPOINT/BUCKET/KEY``, so that a path contains its endpoint."""
+def _resolve_s3_endpoint(ckpt: dict[str, Any]) -> None:
+    """Rewrite ``s3://BUCKET/KEY`` as ``s3:ENDPOINT/BUCKET/KEY``, so that a path contains its endpoint."""
     endpoint = ckpt.get("s3_endpoint")
     if not isinstance(endpoint, str):
         return
     info = ckpt.get("load_ckpt_info")
-    places = [(ckpt, "save_ckpt_folder"), (ckpt, "snapshot_ckpt_folder")]
+    paths = [(ckpt, "save_ckpt_folder"), (ckpt, "snapshot_ckpt_folder")]
     if isinstance(info, dict):
-        ckpt["load_ckpt_info"] = info = dict(info)
-        places.append((info, "path"))
-    for section, key in places:
+        info = dict(info)
+        ckpt["load_ckpt_info"] = info
+        paths.append((info, "path"))
+    for section, key in paths:
         path = section.get(key)
         if isinstance(path, str) and path.startswith("s3://"):
-            section[key] = f"s3:{endpoint.rstrip('/')}/{path.removeprefix('s3://')}"
+            bucket_and_key = path.removeprefix("s3://")
+            section[key] = f"s3:{endpoint.rstrip('/')}/{bucket_and_key}"
 
 
-def _load_info(draft: ConfigDraft, ckpt: dict[str, Any]) -> None:
-    """``load_ckpt_info``, or its older names: a folder to resume from, or one to load the weights of."""
+def _resolve_load_info(draft: ConfigDraft, ckpt: dict[str, Any]) -> None:
+    """Take ``load_ckpt_info`` from its older names: a folder to resume from, or one to load the weights of."""
     info = ckpt.get("load_ckpt_info")
     for name, content in (("load_ckpt_folder", ("all",)), ("load_model_only_folder", ("model",))):
         value = ckpt.pop(name, None)
@@ -298,14 +300,10 @@ def _load_info(draft: ConfigDraft, ckpt: dict[str, Any]) -> None:
             continue
         info = {"path": value, "content": content} if isinstance(value, str) else value
         ckpt["load_ckpt_info"] = info
-        keys = ("path", "content", "ckpt_type")
-        inner = {f"ckpt.load_ckpt_info.{key}": f"ckpt.{name}.{key}" for key in keys}
-        draft.sources.update(
-            {
-                "ckpt.load_ckpt_info": f"ckpt.{name}",
-                **(inner if isinstance(value, dict) else dict.fromkeys(inner, f"ckpt.{name}")),
-            }
-        )
+        draft.sources["ckpt.load_ckpt_info"] = f"ckpt.{name}"
+        for key in ("path", "content", "ckpt_type"):
+            written = f"ckpt.{name}.{key}" if isinstance(value, dict) else f"ckpt.{name}"
+            draft.sources[f"ckpt.load_ckpt_info.{key}"] = written
     if isinstance(info, dict) and ckpt.get("auto_resume", True) is True:
         draft.warn(
             "ckpt.load_ckpt_info",
@@ -313,7 +311,7 @@ def _load_info(draft: ConfigDraft, ckpt: dict[str, Any]) -> None:
         )
 
 
-def _tuples(draft: ConfigDraft) -> None:
+def _resolve_tuples(draft: ConfigDraft) -> None:
     """Accept one value or a list where the schema has a tuple."""
     for dotted in TUPLES:
         *above, key = dotted.split(".")

@@ -35,6 +35,13 @@ def test_a_key_is_explained_with_its_origin() -> None:
     assert "never materializes" in explained("model.parallel_output")
 
 
+def test_a_section_is_explained_with_its_keys() -> None:
+    text = explained("parallel.zero1")
+    assert "Sharding of optimizer state" in text
+    assert "keys         size, fsdp" in text
+    assert "all data-parallel ranks" in explained("parallel.zero1.size")
+
+
 def test_a_wrong_key_names_the_nearest() -> None:
     with pytest.raises(UserError, match=r"did you mean data\.seq_len"):
         explained("data.seq_le")

@@ -99,4 +99,4 @@ class TestStepProfile:
         with StepProfile(tmp_path, "rank") as steps:
             for _ in range(3):
                 steps.step()
-        assert "it takes 7 steps" in caplog.text
+        assert "a profile needs 7 steps" in caplog.text

@@ -1,35 +1,19 @@
 from __future__ import annotations
 
-from datetime import datetime
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from evomesh.config.schema import RunConfig
-from evomesh.monitor.tensorboard import TensorBoardWriter, rank_name, run_folder, tensorboard_folder
+from evomesh.monitor.tensorboard import TensorBoardWriter
 from tests.support.covers import covers
 
 pytestmark = covers("promise:tensorboard")
-
-NOW = datetime(2023, 7, 7, 12, 26, 58)
 
 
 def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
     accumulator = EventAccumulator(str(folder))
     accumulator.Reload()
     return [(event.step, event.value) for event in accumulator.Scalars(name)]
-
-
-@covers("tensorboard_folder")
-def test_folders_follow_the_documents() -> None:
-    run = RunConfig(job_name="7b_train")
-    folder = run_folder(run, NOW)
-    assert folder == Path("RUN/7b_train/07-07-12.26.58")
-    name = rank_name(dp=0, tp=1, pp=2, main=True)
-    assert tensorboard_folder(run, folder, name) == folder / "tensorboards" / "main_dp=0_tp=1_pp=2"
-    own = RunConfig(run_dir="here", tensorboard_folder="there")
-    assert run_folder(own, NOW) == Path("here")
-    assert tensorboard_folder(own, Path("here"), "dp=0_tp=0_pp=0") == Path("there/dp=0_tp=0_pp=0")
 
 
 def test_scalars_and_texts_can_be_read_back(tmp_path: Path) -> None:
