@@ -5,9 +5,31 @@ It is below every other package, so that each of them can refuse bad input in th
 
 from __future__ import annotations
 
+from unicodedata import category
+
+# Unicode categories that act on a terminal or cannot be encoded: controls, marks of direction, surrogates, line ends.
+ACTING = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 EXIT_USER_ERROR = 2
 EXIT_TRAINING_STOPPED = 6  # numbers went wrong: too many skipped steps in a row
 EXIT_RESTART = 75  # EX_TEMPFAIL: state is saved, start the same command again
+
+
+def printable(text: str, keep: str = "\n\t") -> str:
+    r"""Return text that is safe to print: what a terminal would act on becomes an escape such as ``\x1b``.
+
+    File names, records and answers of a server are written by others. Escape codes in them could clear a screen, fake
+    a line of the log or turn the direction of the text; a lone surrogate cannot be encoded at all.
+
+    Args:
+        keep: control characters that stay; "" for a name, which has no line breaks.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(char if char in keep or category(char) not in ACTING else _escaped(char) for char in text)
+
+
+def _escaped(char: str) -> str:
+    return char.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
 class UserError(Exception):
@@ -32,7 +54,8 @@ class UserError(Exception):
         fix: str = "",
         exit_code: int = EXIT_USER_ERROR,
     ) -> None:
-        self.found, self.where, self.expected, self.fix = found, where, expected, fix
+        self.found, self.where = printable(found), printable(where)
+        self.expected, self.fix = printable(expected), printable(fix)
         self.exit_code = exit_code
         super().__init__(self.render())
 

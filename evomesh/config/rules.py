@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from evomesh.config.finding import ConfigFinding, nearest
+from evomesh.config.folders import shared_role
 from evomesh.config.layout import layout_findings
 from evomesh.config.reading.draft import leaves
 from evomesh.config.schema import Config
@@ -209,8 +210,20 @@ def _checkpoint_findings(config: Config) -> Iterator[ConfigFinding]:
             expected='a whole number of steps from 1 on, or float("inf") for one checkpoint at the end',
             fix="set ckpt.enable_save_ckpt=False to save none",
         )
+    yield from _folder_role_findings(ckpt.save_ckpt_folder, ckpt.snapshot_ckpt_folder)
     if ckpt.load_ckpt_info is not None:
         yield from _load_content_findings(ckpt.load_ckpt_info.content)
+
+
+def _folder_role_findings(save: str | None, snapshots: str | None) -> Iterator[ConfigFinding]:
+    reason = shared_role(save, snapshots) if save and snapshots else ""
+    if reason:
+        yield ConfigFinding(
+            ("ckpt.snapshot_ckpt_folder", "ckpt.save_ckpt_folder"),
+            f"{snapshots!r} is {reason}, {save!r}: of snapshots only the newest two stay",
+            expected="a separate folder for snapshots",
+            fix="remove ckpt.snapshot_ckpt_folder: snapshots then go to {save_ckpt_folder}/snapshot",
+        )
 
 
 def _load_content_findings(content: tuple[str, ...]) -> Iterator[ConfigFinding]:

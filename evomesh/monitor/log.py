@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from evomesh.config.redact import redact_log
+from evomesh.errors import printable
 
 LINE = "%(asctime)s\t%(levelname)s %(filename)s:%(lineno)s in %(funcName)s -- %(message)s"
 ALL_RANKS = {"all_ranks": True}  # logger.info(message, extra=ALL_RANKS): shown on the terminal by every rank
@@ -74,4 +75,4 @@ class SecretFreeFormatter(logging.Formatter):
     """Formatter that redacts secrets."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return redact_log(super().format(record))
+        return printable(redact_log(super().format(record)))

@@ -12,7 +12,7 @@ from evomesh.errors import UserError
 
 
 class StorageError(UserError):
-    """The store refused or failed: says which path and why."""
+    """The store refused or failed: says which path and why. One that is down has the exit code of a restart."""
 
 
 class LockTakenError(StorageError):
@@ -85,7 +85,15 @@ class Storage(Protocol):
     def size(self, path: str) -> int:
         """In bytes; ``FileNotFoundError`` when absent."""
 
-    def exists(self, path: str) -> bool: ...
+    def exists(self, path: str) -> bool:
+        """Return whether the name is taken: on a disk by whatever it is, in an object store by an object.
+
+        Raises:
+            OSError: nobody may look.
+        """
+
+    def is_link(self, path: str) -> bool:
+        """Return whether a file or folder is a symbolic link; an object store has none."""
 
     def list(self, folder: str) -> list[str]:
         """Sorted names in the folder, those of folders with a ``/`` behind; [] when it is absent."""

@@ -54,6 +54,21 @@ class SystemCalls:
         os.rmdir(path)
 
 
+def _regular(status: os.stat_result, path: str) -> os.stat_result:
+    """Return the status of a file, after refusing a folder, a pipe, a device or a socket."""
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return status
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a folder or a link to one; a link that leads in a circle is neither."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 class LocalWriter:
     def __init__(self, calls: SystemCalls, path: str) -> None:
         self._calls, self._path = calls, path
@@ -83,7 +98,15 @@ class LocalReader:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # Opening a pipe waits for a writer, and opening a device may act on it: neither is ever opened. The second
+        # look is for a file that was replaced after the first.
+        _regular(os.stat(path), path)
+        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            _regular(os.fstat(self._file), path)
+        except OSError:
+            os.close(self._file)
+            raise
 
     def expect(self, ranges: list[tuple[int, int]]) -> None:
         return
@@ -207,18 +230,22 @@ class LocalStorage:
         return bytes(data)
 
     def size(self, path: str) -> int:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise FileNotFoundError(errno.ENOENT, "not a regular file", path)
-        return status.st_size
+        return _regular(os.stat(path), path).st_size
 
     def exists(self, path: str) -> bool:
-        return os.path.isfile(path)
+        try:
+            os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+    def is_link(self, path: str) -> bool:
+        return os.path.islink(path)
 
     def list(self, folder: str) -> list[str]:
         try:
             with os.scandir(folder) as entries:
-                return sorted(entry.name + ("/" if entry.is_dir() else "") for entry in entries)
+                return sorted(entry.name + ("/" if _is_folder(entry) else "") for entry in entries)
         except (FileNotFoundError, NotADirectoryError):
             return []
 

@@ -242,6 +242,9 @@ class S3Storage:
             return False
         return True
 
+    def is_link(self, path: str) -> bool:
+        return False
+
     def list(self, folder: str) -> list[str]:
         prefix = folder.strip("/") + "/" if folder.strip("/") else ""
         names: list[str] = []

@@ -201,6 +201,7 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("ckpt.load_ckpt_info.ckpt_type", "hf", E, ("ckpt.load_ckpt_info.path=x",)),
     CompatibilityRow("ckpt.load_ckpt_folder", "x", E),
     CompatibilityRow("ckpt.load_model_only_folder", "x", E),
+    CompatibilityRow("ckpt.load_optimizer", False, E, ("ckpt.load_ckpt_folder=x",)),
     CompatibilityRow("ckpt.auto_resume", False, E),
     CompatibilityRow("ckpt.async_upload", True, W),
     CompatibilityRow("ckpt.async_upload_tmp_folder", "/tmp/x", E),

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TypeVar
 
 from evomesh.checkpoint.native.format import CheckpointError
-from evomesh.errors import UserError
+from evomesh.errors import EXIT_USER_ERROR, UserError
 from evomesh.parallel.exchange import Exchange
 from evomesh.storage.base import StorageError
 
@@ -28,16 +28,18 @@ class ErrorMessage:
     expected: str = ""
     fix: str = ""
     of_store: bool = False
+    exit_code: int = EXIT_USER_ERROR
 
     @staticmethod
     def of(error: UserError) -> ErrorMessage:
-        return ErrorMessage(
-            error.found, error.where, error.expected, error.fix, isinstance(error, StorageError)
-        )
+        of_store = isinstance(error, StorageError)
+        return ErrorMessage(error.found, error.where, error.expected, error.fix, of_store, error.exit_code)
 
     def to_error(self) -> UserError:
         kind = StorageError if self.of_store else CheckpointError
-        return kind(self.found, where=self.where, expected=self.expected, fix=self.fix)
+        return kind(
+            self.found, where=self.where, expected=self.expected, fix=self.fix, exit_code=self.exit_code
+        )
 
 
 def run_on_all_ranks(exchange: Exchange, action: Callable[[], Result]) -> Result:

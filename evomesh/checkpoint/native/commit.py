@@ -23,13 +23,14 @@ from evomesh.checkpoint.native.format import (
     ParentRecord,
     PieceRecord,
     TensorRecord,
+    foreign_names,
     layout_record,
 )
 from evomesh.checkpoint.native.plan import TensorType, WriteItem, check_cover, describe, in_file_order
 from evomesh.checkpoint.native.software import software
 from evomesh.checkpoint.native.write import PieceSource, WrittenFile, live_pieces, write_data
 from evomesh.config.json_codec import encode_json
-from evomesh.errors import UserError
+from evomesh.errors import EXIT_RESTART, EXIT_USER_ERROR, UserError
 from evomesh.parallel.exchange import Exchange, SingleProcessExchange
 from evomesh.parallel.grid import Grid
 from evomesh.storage.base import Storage, join
@@ -42,6 +43,18 @@ FIXES = {
     errno.EACCES: "make the folder writable for this user, or choose another save_ckpt_folder",
     errno.EROFS: "choose a save_ckpt_folder on a writable file system",
 }
+# What a network file system reports while its server is away: the same command works once it is back.
+OUTAGES = (
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.ENOTCONN,
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+)
 SHOWN_RANKS = 4  # failed ranks in an error message
 
 
@@ -78,11 +91,26 @@ def new_record(
 
 
 def choose_folder(storage: Storage, root: str, step: int, attempt: str) -> str:
-    """Return the folder for a checkpoint of ``step``; a committed folder is never written again."""
+    """Return the folder for a checkpoint of ``step``: a new one, or what an interrupted save of that step left.
+
+    Nothing is written to a folder that is committed, leads elsewhere or holds files of somebody else.
+    """
     folder = join(root, fmt.folder_name(step))
-    if storage.exists(join(folder, fmt.COMMIT)):
-        return join(root, fmt.folder_name(step, attempt))
+    own = join(root, fmt.folder_name(step, attempt))
+    if storage.exists(join(folder, fmt.COMMIT)) or storage.is_link(folder):
+        return own
+    names = storage.list(folder)
+    if foreign_names(names) or (not names and _is_file(storage, folder)):
+        return own
     return folder
+
+
+def _is_file(storage: Storage, path: str) -> bool:
+    try:
+        storage.size(path)
+    except OSError:
+        return False
+    return True
 
 
 def refuse_committed(storage: Storage, root: str, step: int) -> str:
@@ -295,7 +323,7 @@ def _merged(errors: Sequence[ErrorMessage | None], folder: str) -> ErrorMessage:
     if len(errors) == 1:
         return replace(first, where=first.where or folder)
     found = "; ".join(f"rank {rank}: {error.found}" for rank, error in failed[:SHOWN_RANKS])
-    return ErrorMessage(found, folder, first.expected, first.fix)
+    return ErrorMessage(found, folder, first.expected, first.fix, exit_code=first.exit_code)
 
 
 def write_index(
@@ -397,11 +425,19 @@ def parent_folder(folder: str) -> str:
 def as_checkpoint_error(error: Exception, path: str) -> CheckpointError:
     """Return whatever a store raised as an error of one sentence with a fix."""
     if isinstance(error, UserError):
-        return CheckpointError(error.found, where=error.where, expected=error.expected, fix=error.fix)
+        return CheckpointError(
+            error.found,
+            where=error.where,
+            expected=error.expected,
+            fix=error.fix,
+            exit_code=error.exit_code,
+        )
     if isinstance(error, OSError):
         code = error.errno or 0
         name = errno.errorcode.get(code, "unknown")
         return CheckpointError(
-            f"{error.filename or path}: {error.strerror or error} ({name})", fix=FIXES.get(code, "")
+            f"{error.filename or path}: {error.strerror or error} ({name})",
+            fix=FIXES.get(code, ""),
+            exit_code=EXIT_RESTART if code in OUTAGES else EXIT_USER_ERROR,
         )
     return CheckpointError(f"{path}: {error}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +11,14 @@ from typing import Any
 
 from evomesh.checkpoint.native import format as fmt
 from evomesh.checkpoint.native.format import CheckpointError, CommitRecord, FileRecord, TensorRecord
+from evomesh.checkpoint.native.intact import read_until_intact, reading
+from evomesh.config.folders import shared_role
 from evomesh.config.json_codec import decode_json
+from evomesh.errors import UserError
 from evomesh.storage.base import Storage, join
 from evomesh.storage.urls import open_storage
 
+logger = logging.getLogger(__name__)
 SNAPSHOTS = "snapshot"  # folder of the snapshots in the save folder
 SHOWN = 8  # steps or names in an error message
 SEARCHED = 32  # folders next to a wrong path that are searched for steps; in a store, each costs two requests
@@ -65,73 +70,108 @@ class Checkpoint:
     def index(self) -> bytes:
         """Read the index and check it against the commit record."""
         index = self.record.index
-        data = _read(self.storage, self.folder, index.file, index.size)
-        if fmt.sha256(data) != index.sha256:
-            raise CheckpointError(f"{index.file} does not match the hash in {fmt.COMMIT}", where=self.folder)
-        return data
+
+        def read() -> bytes:
+            with reading(index.file, self.folder):
+                data = self.storage.read(join(self.folder, index.file), 0, index.size)
+            if fmt.sha256(data) != index.sha256:
+                raise CheckpointError(
+                    f"{index.file} does not match the hash in {fmt.COMMIT}", where=self.folder
+                )
+            return data
+
+        return read_until_intact(join(self.folder, index.file), read)
 
     def records(self) -> dict[str, TensorRecord]:
-        """Read the index and return all tensors by name."""
+        """Read the index and return all tensors by name.
+
+        Raises:
+            CheckpointError: a line that does not fit its data files, or a tensor that is listed twice.
+        """
+        data = self.index()
+        records: dict[str, TensorRecord] = {}
         try:
-            return {record.name: record for record in fmt.parse_index(self.index(), self.files)}
+            for record in fmt.parse_index(data, self.files):
+                if record.name in records:
+                    raise CheckpointError(f"the index lists {record.name!r} twice")
+                records[record.name] = record
         except CheckpointError as error:
             raise CheckpointError(error.found, where=self.folder) from None
-
-
-def _read(storage: Storage, folder: str, name: str, size: int) -> bytes:
-    path = join(folder, name)
-    try:
-        actual = storage.size(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{name} is missing", where=folder) from None
-    if actual != size:
-        raise CheckpointError(f"{name} has {actual} bytes, but the commit record lists {size}", where=folder)
-    return storage.read(path, 0, size)
+        if len(records) != self.record.tensors:
+            raise CheckpointError(
+                f"the index lists {len(records)} tensors, but {fmt.COMMIT} counts {self.record.tensors}",
+                where=self.folder,
+            )
+        return records
 
 
 def open_checkpoint(storage: Storage, folder: str) -> Checkpoint:
-    """Verify the commit record, and that every file it names is there with its size.
+    """Verify the commit record, that it is of the step in the folder's name, and the sizes of the files it names.
 
     Raises:
         CheckpointError: naming the file and what is wrong with it.
     """
-    try:
-        data = storage.read(join(folder, fmt.COMMIT))
-    except FileNotFoundError:
-        names = ", ".join(storage.list(folder)) or "no files"
-        raise CheckpointError(f"no {fmt.COMMIT}: an interrupted save ({names})", where=folder) from None
-    except OSError as error:
+    record = _read_commit_record(storage, folder)
+    named_step = fmt.FOLDER.match(folder.rpartition("/")[2])
+    if named_step and int(named_step[1]) != record.step:
         raise CheckpointError(
-            f"{fmt.COMMIT} cannot be read: {error.strerror or error}", where=folder
-        ) from None
-    try:
-        record = CommitRecord.from_bytes(data)
-    except CheckpointError as error:
-        raise CheckpointError(error.found, where=folder) from None
+            f"the folder is named after step {int(named_step[1])}, but {fmt.COMMIT} is of step {record.step}",
+            where=folder,
+            fix=f"rename the folder to {fmt.folder_name(record.step)}",
+        )
     for file in record.files:
         _check_size(storage, folder, file.name, file.size, record)
     _check_size(storage, folder, record.index.file, record.index.size, record)
     return Checkpoint(storage, folder, record)
 
 
-def _check_size(storage: Storage, folder: str, name: str, size: int, record: CommitRecord) -> None:
+def _read_commit_record(storage: Storage, folder: str) -> CommitRecord:
+    path = join(folder, fmt.COMMIT)
+
+    def read() -> CommitRecord:
+        with reading(fmt.COMMIT, folder):
+            size = storage.size(path)
+            if size > fmt.MAX_COMMIT_BYTES:
+                raise CheckpointError(f"{fmt.COMMIT} has {size} bytes, far more than any save writes")
+            return CommitRecord.from_bytes(storage.read(path, 0, size))
+
     try:
-        actual = storage.size(join(folder, name))
-    except FileNotFoundError:
-        rank = re.search(r"-r(\d+)\.", name)
-        layout = " ".join(f"{axis}={length}" for axis, length in record.layout.items())
-        writer = f" (written by rank {int(rank[1])} of layout {layout})" if rank else ""
-        raise CheckpointError(f"{name} is missing{writer}", where=folder) from None
+        if not storage.exists(path):
+            names = ", ".join(storage.list(folder)) or "no files"
+            raise CheckpointError(f"no {fmt.COMMIT}: an interrupted save ({names})")
+        return read_until_intact(path, read)
+    except CheckpointError as error:
+        raise CheckpointError(error.found, where=folder) from None
     except OSError as error:
-        raise CheckpointError(f"{name} cannot be read: {error.strerror or error}", where=folder) from None
+        raise CheckpointError(f"cannot be read: {error.strerror or error}", where=folder) from None
+
+
+def _check_size(storage: Storage, folder: str, name: str, size: int, record: CommitRecord) -> None:
+    with reading(name, folder, _writer_of(name, record)):
+        actual = storage.size(join(folder, name))
     if actual != size:
         raise CheckpointError(f"{name} has {actual} bytes, but the commit record lists {size}", where=folder)
 
 
+def _writer_of(name: str, record: CommitRecord) -> str:
+    """Return which rank wrote a data file, in words; "" for another file."""
+    rank = re.search(r"-r(\d+)\.", name)
+    if rank is None:
+        return ""
+    layout = " ".join(f"{axis}={length}" for axis, length in record.layout.items())
+    return f" (written by rank {int(rank[1])} of layout {layout})"
+
+
 def candidates(storage: Storage, root: str) -> list[Candidate]:
-    """List the step folders directly in ``root``, newest step first."""
+    """List the step folders directly in ``root``, newest step first.
+
+    Raises:
+        CheckpointError: the folder cannot be listed.
+    """
+    with reading("the folder", root):
+        names = storage.list(root)
     found = []
-    for name in storage.list(root):
+    for name in names:
         match = fmt.FOLDER.match(name.rstrip("/"))
         if match and name.endswith("/"):
             found.append(_candidate(storage, join(root, name), int(match[1])))
@@ -139,7 +179,11 @@ def candidates(storage: Storage, root: str) -> list[Candidate]:
 
 
 def _candidate(storage: Storage, folder: str, step: int) -> Candidate:
-    return Candidate(storage, folder, step, committed=storage.exists(join(folder, fmt.COMMIT)))
+    try:
+        committed = storage.exists(join(folder, fmt.COMMIT))
+    except OSError:
+        committed = True  # nobody may look into it: as long as that is so, it counts as a checkpoint
+    return Candidate(storage, folder, step, committed)
 
 
 @dataclass(frozen=True)
@@ -162,6 +206,8 @@ class SaveFolder:
         Raises:
             UserError: an unknown prefix, or a store that cannot be used.
         """
+        if snapshots is not None:
+            _refuse_shared_folder(url, snapshots)
         storage, root = open_storage(url)
         snapshot_storage, snapshot_root = open_storage(snapshots or join(url, SNAPSHOTS))
         return SaveFolder(storage, root, snapshot_storage, snapshot_root)
@@ -169,9 +215,23 @@ class SaveFolder:
     def candidates(self) -> list[Candidate]:
         """List the step folders of checkpoints and snapshots, newest step first, interrupted saves included."""
         normal = candidates(self.storage, self.root)
-        snapshots = candidates(self.snapshot_storage, self.snapshot_root)
+        try:
+            snapshots = candidates(self.snapshot_storage, self.snapshot_root)
+        except CheckpointError as error:
+            logger.warning("snapshots are left out: %s", error.found)
+            snapshots = []
         # Of the same step a normal checkpoint comes first, because sorting keeps the order of equals.
         return sorted([*normal, *snapshots], key=lambda candidate: candidate.step, reverse=True)
+
+
+def _refuse_shared_folder(save: str, snapshots: str) -> None:
+    reason = shared_role(save, snapshots)
+    if reason:
+        raise UserError(
+            f"the snapshot folder {snapshots!r} is {reason}, {save!r}",
+            expected="a separate folder for snapshots, of which only the newest two are kept",
+            fix="remove ckpt.snapshot_ckpt_folder: snapshots then go to {save_ckpt_folder}/snapshot",
+        )
 
 
 def all_candidates(storage: Storage, root: str) -> list[Candidate]:
@@ -189,14 +249,23 @@ class CheckpointLookup:
     fix: str = ""
 
 
-def locate(url: str) -> CheckpointLookup:
+def locate(url: str, storage: Storage | None = None) -> CheckpointLookup:
     """Find the candidates that a path means.
 
     Args:
         url: a save folder ``ROOT``, a step in it ``ROOT/49``, its newest snapshot ``ROOT/snapshot/1/`` (the forms of
             InternEvo's guide), or a step folder ``ROOT/step-00000049``.
+        storage: that of ``url``, if it is already open.
+
+    Raises:
+        CheckpointError: a folder that cannot be listed.
     """
-    storage, path = open_storage(url)
+    opened, path = open_storage(url)
+    with reading("the folder", path):
+        return _locate(storage or opened, path, url)
+
+
+def _locate(storage: Storage, path: str, url: str) -> CheckpointLookup:
     parent, _, name = path.rpartition("/")
     parent = parent or "."
     match = fmt.FOLDER.match(name)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,15 +21,23 @@ import torch
 import xxhash
 
 from evomesh.checkpoint.native.boxes import Box, Coordinates, covers_once
+from evomesh.checkpoint.native.fields import array, flag, integer, integers, mapping, text
 from evomesh.errors import UserError
 
 FORMAT, VERSION = "evomesh-checkpoint", 1
 PIECE_HASH, RECORD_HASH = "xxh3_128", "sha256"
 PIECE_BYTES = 4 << 20  # hash unit and read unit
 COMMIT = "commit.json"
-FOLDER = re.compile(r"^step-(\d{8,})(?:-([0-9a-f]{8}))?$")
-FILE_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # a plain name: no folder, nothing hidden, no ".."
+FOLDER = re.compile(r"step-([0-9]{8,18})(?:-([0-9a-f]{8}))?\Z")
+FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")  # a plain name: no folder, nothing hidden, no ".."
+# Every name that a save writes in a step folder, the temporary one of the commit record included.
+DATA_NAME = re.compile(r"[0-9a-f]{8}-r[0-9]{5,}\.safetensors\Z")
+INDEX_NAME = re.compile(r"[0-9a-f]{8}-index\.jsonl\Z")
+UNPUBLISHED_NAME = re.compile(r"\.commit\.json\.[0-9a-f]{8}\Z")
 ALIGNMENT = 64
+MAX_DIMS = 32
+MAX_COMMIT_BYTES = 64 << 20  # of a commit record
+MAX_HEADER_BYTES = 100_000_000  # of a data file, as in the safetensors library
 LAYOUT_AXES = ("tp", "wp", "pp", "dp", "zero")
 
 DTYPES: dict[str, torch.dtype] = {  # safetensors' names
@@ -85,8 +93,8 @@ class FileRecord:
 
     @staticmethod
     def from_json(value: list[Any]) -> FileRecord:
-        name, size, digest = value
-        return FileRecord(_checked_name(name), int(size), str(digest))
+        name, size, digest = array(value, "files")
+        return FileRecord(_checked_name(name), integer(size, "file size"), text(digest, "header hash"))
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,9 @@ class IndexRecord:
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> IndexRecord:
-        return IndexRecord(_checked_name(value["file"]), int(value["bytes"]), str(value["sha256"]))
+        fields = mapping(value, "index")
+        size = integer(fields["bytes"], "index.bytes")
+        return IndexRecord(_checked_name(fields["file"]), size, text(fields["sha256"], "index.sha256"))
 
 
 @dataclass(frozen=True)
@@ -117,7 +127,8 @@ class ParentRecord:
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> ParentRecord:
-        return ParentRecord(int(value["step"]), str(value["attempt"]))
+        fields = mapping(value, "parent")
+        return ParentRecord(integer(fields["step"], "parent.step"), text(fields["attempt"], "parent.attempt"))
 
 
 @dataclass(frozen=True)
@@ -183,27 +194,35 @@ class CommitRecord:
         """
         try:
             parent = body.get("parent")
+            layout = mapping(body.get("layout", {}), "layout")
             return CommitRecord(
-                step=int(body["step"]),
-                attempt=str(body["attempt"]),
-                created=str(body["created"]),
-                config=dict(body["config"]),
-                state=dict(body["state"]),
-                layout=dict(body.get("layout", {})),
+                step=integer(body["step"], "step"),
+                attempt=text(body["attempt"], "attempt"),
+                created=text(body["created"], "created"),
+                config=mapping(body["config"], "config"),
+                state=mapping(body["state"], "state"),
+                layout={
+                    text(axis, "layout"): integer(size, f"layout.{axis}") for axis, size in layout.items()
+                },
                 parent=None if parent is None else ParentRecord.from_json(parent),
-                snapshot=bool(body.get("snapshot", False)),
-                software=dict(body.get("software", {})),
-                files=tuple(FileRecord.from_json(file) for file in body["files"]),
+                snapshot=flag(body.get("snapshot", False), "snapshot"),
+                software=mapping(body.get("software", {}), "software"),
+                files=tuple(FileRecord.from_json(file) for file in array(body["files"], "files")),
                 index=IndexRecord.from_json(body["index"]),
-                tensors=int(body["tensors"]),
-                tensor_bytes=int(body["tensor_bytes"]),
+                tensors=integer(body["tensors"], "tensors"),
+                tensor_bytes=integer(body["tensor_bytes"], "tensor_bytes"),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{COMMIT} has a bad field ({type(error).__name__}: {error})") from None
 
     def to_bytes(self) -> bytes:
         """Return the content of ``commit.json``: the body and the hash of its canonical form."""
-        return seal(self.to_json())
+        data = seal(self.to_json())
+        if len(data) > MAX_COMMIT_BYTES:
+            raise CheckpointError(
+                f"{COMMIT} would have {len(data)} bytes, at most {MAX_COMMIT_BYTES} are read"
+            )
+        return data
 
     @staticmethod
     def from_bytes(data: bytes) -> CommitRecord:
@@ -237,10 +256,12 @@ def _unseal(data: bytes) -> dict[str, Any]:
         raise CheckpointError(f"{COMMIT} does not match its own hash")
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise CheckpointError(f"{COMMIT} is not of format {FORMAT}")
-    if body.get("version") != VERSION:
+    version, software = body.get("version"), body.get("software")
+    if type(version) is not int or version != VERSION:
+        writer = software.get("evomesh") if isinstance(software, dict) else "of an unknown version"
         raise CheckpointError(
-            f"{COMMIT} has format version {body.get('version')}, but this evomesh reads version {VERSION}; "
-            f"it was written by evomesh {body.get('software', {}).get('evomesh')}"
+            f"{COMMIT} has format version {str(version)[:20]}, but this evomesh reads version {VERSION}; "
+            f"it was written by evomesh {str(writer)[:40]}"
         )
     return body
 
@@ -264,8 +285,11 @@ class PieceRecord:
 
     @staticmethod
     def from_json(value: list[Any]) -> PieceRecord:
-        file, offsets, shape, start, digest = value
-        return PieceRecord(file, Box(tuple(offsets), tuple(shape)), start, digest)
+        file, offsets, shape, start, digest = array(value, "piece")
+        box = Box(integers(offsets, "offsets"), integers(shape, "shape"))
+        return PieceRecord(
+            integer(file, "file number"), box, integer(start, "start"), text(digest, "piece hash")
+        )
 
 
 @dataclass(frozen=True)
@@ -304,11 +328,15 @@ class TensorRecord:
             CheckpointError: naming the tensor and the field.
         """
         try:
-            value = json.loads(line)
-            pieces = tuple(PieceRecord.from_json(piece) for piece in value["pieces"])
-            record = TensorRecord(value["name"], value["dtype"], tuple(value["shape"]), pieces)
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"an index line is not a tensor record: {line[:80]!r} ({error})") from None
+            value = mapping(json.loads(line), "the line")
+            pieces = tuple(PieceRecord.from_json(piece) for piece in array(value["pieces"], "pieces"))
+            shape = integers(value["shape"], "shape")
+            record = TensorRecord(text(value["name"], "name"), text(value["dtype"], "dtype"), shape, pieces)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"an index line is not a tensor record: {line[:80]!r} ({reason})") from None
+        if len(record.shape) > MAX_DIMS:
+            raise CheckpointError(f"{record.name}: {len(record.shape)} dims, at most {MAX_DIMS} are possible")
         if record.dtype not in DTYPES:
             raise CheckpointError(f"{record.name}: unknown dtype {record.dtype!r}")
         for piece in pieces:
@@ -327,9 +355,7 @@ def describe_type(dtype: str, shape: Sequence[int]) -> str:
 
 def _check_piece(record: TensorRecord, piece: PieceRecord, files: Sequence[FileRecord]) -> None:
     box = piece.box
-    same_dims = len(box.offsets) == len(box.shape) == len(record.shape)
-    numbers = [piece.file, piece.start, *box.offsets, *box.shape, *record.shape]
-    if not same_dims or not all(isinstance(number, int) and number >= 0 for number in numbers):
+    if not len(box.offsets) == len(box.shape) == len(record.shape):
         raise CheckpointError(f"{record.name}: a piece has impossible coordinates: {piece}")
     if any(end > length for end, length in zip(box.ends, record.shape, strict=True)):
         raise CheckpointError(
@@ -339,8 +365,11 @@ def _check_piece(record: TensorRecord, piece: PieceRecord, files: Sequence[FileR
         raise CheckpointError(
             f"{record.name}: file number {piece.file}, but the commit record names {len(files)} files"
         )
+    size = box.numel * record.item_size
+    if size > PIECE_BYTES:
+        raise CheckpointError(f"{record.name}: a piece of {size} bytes, at most {PIECE_BYTES} are possible")
     file = files[piece.file]
-    end = piece.start + box.numel * record.item_size
+    end = piece.start + size
     if end > file.size:
         raise CheckpointError(
             f"{record.name}: a piece at bytes {piece.start}..{end} of {file.name}, which has {file.size} bytes"
@@ -363,6 +392,12 @@ def index_name(attempt: str) -> str:
     return f"{attempt}-index.jsonl"
 
 
+def foreign_names(names: Iterable[str]) -> list[str]:
+    """Return those names in a step folder that no save gives: they are somebody else's files or folders."""
+    patterns = (DATA_NAME, INDEX_NAME, UNPUBLISHED_NAME)
+    return [name for name in names if name != COMMIT and not any(pattern.match(name) for pattern in patterns)]
+
+
 def folder_name(step: int, attempt: str = "") -> str:
     """Return ``step-00000040``, or ``step-00000040-ATTEMPT`` where that step is already committed."""
     return f"step-{step:08d}" + (f"-{attempt}" if attempt else "")
@@ -379,10 +414,10 @@ def safetensors_header(entries: list[tuple[str, str, Coordinates, int]]) -> byte
     for key, dtype, shape, size in entries:
         header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
         position += size
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     # Spaces are valid JSON: they align the data without a change of the header's content.
-    text += b" " * (-(len(text) + 8) % ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text
+    content += b" " * (-(len(content) + 8) % ALIGNMENT)
+    return len(content).to_bytes(8, "little") + content
 
 
 def item_key(name: str, shape: Coordinates, box: Box) -> str:

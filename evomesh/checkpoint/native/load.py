@@ -12,14 +12,19 @@ from evomesh.checkpoint.native import format as fmt
 from evomesh.checkpoint.native.agreement import run_on_all_ranks
 from evomesh.checkpoint.native.find import Candidate, Checkpoint, CheckpointLookup, SaveFolder, locate
 from evomesh.checkpoint.native.format import CheckpointError
+from evomesh.checkpoint.native.intact import reading
 from evomesh.checkpoint.native.plan import describe
 from evomesh.checkpoint.native.read import items_for, match, read_items, refuse_unwanted
 from evomesh.checkpoint.native.verify import Depth, verify
 from evomesh.parallel.exchange import Exchange, SingleProcessExchange
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.spec import LocalShard
+from evomesh.storage.base import Storage
+from evomesh.storage.urls import open_storage
 
 logger = logging.getLogger(__name__)
+Report = Callable[[str], None]
+Check = Callable[[Checkpoint], None]
 
 
 class CheckpointReader:
@@ -31,29 +36,35 @@ class CheckpointReader:
     Args:
         grid: where this rank is; with a tensor's ``ShardSpec`` it determines which boxes of it are here.
         exchange: how the ranks agree; by default this process reads alone.
-        report: where messages of one line go, on rank 0.
+        report: where messages of one line go, on rank 0; None: to the log, those on damage as warnings.
     """
 
     def __init__(
         self,
         grid: Grid | None = None,
         exchange: Exchange | None = None,
-        report: Callable[[str], None] = logger.info,
+        report: Report | None = None,
     ) -> None:
         self.grid = grid or Grid()
         self.exchange = exchange or SingleProcessExchange()
-        self._report = report if self.exchange.rank == 0 else logger.debug
+        self._custom_report = report
 
-    def newest(self, folder: SaveFolder, verify: Depth = "data") -> Checkpoint | None:
+    def newest(
+        self, folder: SaveFolder, verify: Depth = "data", check: Check | None = None
+    ) -> Checkpoint | None:
         """Return the newest checkpoint of a save folder that verifies, None if there is none.
 
         Reports each newer one that does not, with the reason.
 
+        Args:
+            check: raises whatever it likes at a checkpoint that cannot be used although its hashes are right.
+
         Raises:
             CheckpointError: there are checkpoints, and none verifies (never a silent fresh start).
         """
-        lookup = self._agree_on(CheckpointLookup(folder.storage, folder.candidates()))
-        return self._first_intact(lookup.candidates, verify)
+        storages = (folder.storage, folder.snapshot_storage)
+        lookup = self._agree_on(storages, lambda: CheckpointLookup(folder.storage, folder.candidates()))
+        return self._first_intact(lookup.candidates, verify, check)
 
     def resolve(self, url: str, verify: Depth = "data") -> Checkpoint:
         """Return the newest checkpoint that verifies of those that a path means.
@@ -64,7 +75,8 @@ class CheckpointReader:
         Raises:
             CheckpointError: nothing there (with what is near it), only interrupted saves, or none that verifies.
         """
-        lookup = self._agree_on(locate(url))
+        storage, _ = open_storage(url)
+        lookup = self._agree_on((storage,), lambda: locate(url, storage))
         if not lookup.candidates:
             raise CheckpointError(lookup.problem, fix=lookup.fix)
         checkpoint = self._first_intact(lookup.candidates, verify)
@@ -110,48 +122,79 @@ class CheckpointReader:
         run_on_all_ranks(self.exchange, fill)
         return checkpoint.state
 
-    def _agree_on(self, lookup: CheckpointLookup) -> CheckpointLookup:
-        """Return rank 0's lookup everywhere, since a listing may change from one moment to the next."""
-        rows = [[candidate.folder, candidate.step, candidate.committed] for candidate in lookup.candidates]
-        rows, problem, fix = self.exchange.broadcast([rows, lookup.problem, lookup.fix])
-        storages = {candidate.folder: candidate.storage for candidate in lookup.candidates}
-        candidates = [
-            Candidate(storages.get(folder, lookup.storage), folder, step, committed)
-            for folder, step, committed in rows
-        ]
-        return CheckpointLookup(lookup.storage, candidates, problem, fix)
+    def _agree_on(
+        self, storages: Sequence[Storage], look_up: Callable[[], CheckpointLookup]
+    ) -> CheckpointLookup:
+        """Return rank 0's lookup everywhere, since a listing may change from one moment to the next.
 
-    def _first_intact(self, candidates: Sequence[Candidate], depth: Depth) -> Checkpoint | None:
+        Args:
+            storages: those that the candidates are in, the same on every rank.
+        """
+        lookups: list[CheckpointLookup] = []
+        run_on_all_ranks(
+            self.exchange, lambda: lookups.append(look_up()) if self.exchange.rank == 0 else None
+        )
+        message = None
+        if lookups:
+            rows = [
+                [storages.index(candidate.storage), candidate.folder, candidate.step, candidate.committed]
+                for candidate in lookups[0].candidates
+            ]
+            message = [rows, lookups[0].problem, lookups[0].fix]
+        rows, problem, fix = self.exchange.broadcast(message)
+        candidates = [
+            Candidate(storages[number], folder, step, committed) for number, folder, step, committed in rows
+        ]
+        return CheckpointLookup(storages[0], candidates, problem, fix)
+
+    def _first_intact(
+        self, candidates: Sequence[Candidate], depth: Depth, check: Check | None = None
+    ) -> Checkpoint | None:
         """Return the first candidate that verifies, None if all are interrupted saves."""
-        skipped: list[str] = []
-        any_committed = False
+        skipped: list[tuple[int, str]] = []  # log level, reason
         for candidate in candidates:
             try:
-                checkpoint = self._verify(candidate, depth)
+                checkpoint = self._verify(candidate, depth, check)
             except CheckpointError as error:
-                any_committed = any_committed or candidate.committed
-                skipped.append(f"{candidate.folder}: {error.found}")
+                level = logging.WARNING if candidate.committed else logging.INFO
+                fix = f" (fix: {error.fix})" if error.fix else ""
+                skipped.append((level, f"{candidate.folder}: {error.found}{fix}"))
                 continue
-            for reason in skipped:
-                self._report(f"skipped {reason}")
+            for level, reason in skipped:
+                self._report(level, f"skipped {reason}")
             if skipped:
-                self._report(f"using {checkpoint.folder}")
+                self._report(max(level for level, _ in skipped), f"using {checkpoint.folder}")
             return checkpoint
-        if any_committed:
+        if any(candidate.committed for candidate in candidates):
             raise CheckpointError(
-                "no checkpoint verifies:\n  " + "\n  ".join(skipped),
+                "no checkpoint verifies:\n  " + "\n  ".join(reason for _, reason in skipped),
                 fix="repair one of them, or train into another save_ckpt_folder to start from scratch",
             )
-        for reason in skipped:
-            self._report(f"ignored {reason}")
+        for level, reason in skipped:
+            self._report(level, f"ignored {reason}")
         return None
 
-    def _verify(self, candidate: Candidate, depth: Depth) -> Checkpoint:
+    def _report(self, level: int, line: str) -> None:
+        if self.exchange.rank == 0:
+            if self._custom_report is not None:
+                self._custom_report(line)
+            else:
+                logger.log(level, "%s", line)
+
+    def _verify(self, candidate: Candidate, depth: Depth, check: Check | None) -> Checkpoint:
         """Verify one candidate; each rank reads its share of the data files."""
         exchange = self.exchange
-        return run_on_all_ranks(exchange, lambda: verify(candidate, depth, exchange.rank, exchange.size))
+
+        def verify_share() -> Checkpoint:
+            checkpoint = verify(candidate, depth, exchange.rank, exchange.size)
+            if check is not None:
+                with reading("the stored state", candidate.folder):
+                    check(checkpoint)
+            return checkpoint
+
+        return run_on_all_ranks(exchange, verify_share)
 
 
-def resolve(url: str, verify: Depth = "record", report: Callable[[str], None] = logger.info) -> Checkpoint:
+def resolve(url: str, verify: Depth = "record", report: Report | None = None) -> Checkpoint:
     """Return the checkpoint that a path means, on this process alone; see ``CheckpointReader.resolve``."""
     return CheckpointReader(report=report).resolve(url, verify)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,10 +14,12 @@ from evomesh.checkpoint.native import format as fmt
 from evomesh.checkpoint.native.boxes import Box, LocalPart
 from evomesh.checkpoint.native.find import Checkpoint
 from evomesh.checkpoint.native.format import CheckpointError, PieceRecord, TensorRecord, describe_type
+from evomesh.checkpoint.native.intact import read_until_intact, reading
 from evomesh.checkpoint.native.plan import LocalTensor
 from evomesh.checkpoint.native.write import as_bytes
 from evomesh.storage.base import StorageReader, join
 
+logger = logging.getLogger(__name__)
 SHOWN = 8  # differing tensors in a message
 SHOWN_NAMES = 4  # missing or unexpected tensors in a message
 
@@ -176,31 +179,40 @@ def _read_file(checkpoint: Checkpoint, items: Sequence[ReadItem], buffer: Tensor
 
 def _open(checkpoint: Checkpoint, item: ReadItem) -> StorageReader:
     name = checkpoint.files[item.piece.file].name
-    try:
+    with reading(f"{item.record.name}: {name}", checkpoint.folder):
         return checkpoint.storage.open(join(checkpoint.folder, name))
-    except OSError as error:
-        raise CheckpointError(
-            f"{item.record.name}: {name} cannot be opened: {error.strerror or error}",
-            where=checkpoint.folder,
-        ) from None
 
 
 def _read_piece(checkpoint: Checkpoint, item: ReadItem, reader: StorageReader, memory: memoryview) -> None:
     """Read a piece into ``memory`` and check its hash."""
     piece = item.piece
-    name = checkpoint.files[piece.file].name
-    span = f"bytes {piece.start}..{piece.start + len(memory)}"
-    described = f"{item.record.name}: piece at {list(piece.box.offsets)} in {name} ({span})"
-    try:
+    path = join(checkpoint.folder, checkpoint.files[piece.file].name)
+    with reading(_described(checkpoint, item), checkpoint.folder):
         reader.read_into(piece.start, memory)
-    except (OSError, EOFError) as error:
-        raise CheckpointError(f"{described} cannot be read: {error}", where=checkpoint.folder) from None
-    digest = fmt.piece_hash(memory)
-    if digest != piece.digest:
-        raise CheckpointError(
-            f"{described} does not match its hash: {digest}, recorded {piece.digest}",
-            where=checkpoint.folder,
-        )
+    if fmt.piece_hash(memory) == piece.digest:
+        return
+
+    def read_again() -> None:
+        # Not through the reader, which may hold the damaged bytes in a block that it read ahead.
+        with reading(_described(checkpoint, item), checkpoint.folder):
+            memory[:] = checkpoint.storage.read(path, piece.start, len(memory))
+        digest = fmt.piece_hash(memory)
+        if digest != piece.digest:
+            raise CheckpointError(
+                f"{_described(checkpoint, item)} does not match its hash: {digest}, recorded {piece.digest}",
+                where=checkpoint.folder,
+            )
+
+    read_until_intact(path, read_again)
+    logger.warning("%s arrived damaged and was read again: now its hash is right", path)
+
+
+def _described(checkpoint: Checkpoint, item: ReadItem) -> str:
+    """Return tensor, offsets, file and bytes of a piece in words."""
+    piece = item.piece
+    span = f"bytes {piece.start}..{piece.start + item.size}"
+    name = checkpoint.files[piece.file].name
+    return f"{item.record.name}: piece at {list(piece.box.offsets)} in {name} ({span})"
 
 
 def _copy(item: ReadItem, data: Tensor) -> None:

@@ -138,6 +138,9 @@ class CheckpointWriter:
         except OSError as error:
             self._release_lock()
             raise as_checkpoint_error(error, self.root) from None
+        except UserError:
+            self._release_lock()
+            raise
 
     def _check_shared_folder(self, probe: str) -> None:
         """Refuse a folder in which this rank does not see the probe file of rank 0."""
@@ -255,7 +258,8 @@ class CheckpointWriter:
             message = asdict(_SaveDecision(attempt, folder, any(changed), failure))
         decision = _SaveDecision.from_json(dict(self.exchange.broadcast(message)))
         if decision.error is not None:
-            raise CheckpointError(decision.error.found, where=root, fix=decision.error.fix)
+            failure = decision.error
+            raise CheckpointError(failure.found, where=root, fix=failure.fix, exit_code=failure.exit_code)
         return decision
 
     def _run_now(self, plan: SavePlan, items: Sequence[WriteItem], folder: str, record: CommitRecord) -> None:
@@ -293,8 +297,8 @@ class CheckpointWriter:
         try:
             for folder in retention.apply(storage, root):
                 self._report(f"deleted {folder}")
-        except OSError as error:
-            self._report(f"deleting old checkpoints: {error}")
+        except (OSError, UserError) as error:
+            self._report(f"old checkpoints were not deleted: {error}", logging.WARNING)
 
     @property
     def saving(self) -> bool:
@@ -319,11 +323,27 @@ class CheckpointWriter:
         return folder
 
     def _on_failed_save(self, error: CheckpointError, final: bool) -> None:
-        """Log the failure, or raise it if the save was final or too many failed in a row."""
+        """Log the failure, or raise it if the save was final or too many failed in a row.
+
+        Raises:
+            CheckpointError: with the exit code of a restart if the store is down, of a user's mistake if it is full.
+        """
         self._failed_saves += 1
-        if final or self._failed_saves >= MAX_FAILED_SAVES:
+        count = f"refusal {self._failed_saves} of {MAX_FAILED_SAVES} in a row"
+        if self._failed_saves >= MAX_FAILED_SAVES:
+            raise CheckpointError(
+                f"the run ends because a checkpoint was refused, the third in a row: {error.found}",
+                where=error.where,
+                expected=error.expected,
+                fix=error.fix or "repair the store, then run the same command again to resume",
+                exit_code=error.exit_code,
+            )
+        if final:
             raise error
-        self._report(f"checkpoint not saved ({error.found}); continuing to train")
+        fix = f"; fix: {error.fix}" if error.fix else ""
+        self._report(
+            f"checkpoint not saved ({error.found}){fix}; continuing to train ({count})", logging.WARNING
+        )
 
     def continue_from(self, checkpoint: Checkpoint) -> None:
         """Record what the run was resumed from: the parent of its next checkpoint, and not to be saved again."""
@@ -353,8 +373,8 @@ class CheckpointWriter:
         sizes = {axis: getattr(self.grid, axis).size for axis in fmt.LAYOUT_AXES}
         return layout_record(self.exchange.size, **sizes)
 
-    def _report(self, line: str) -> None:
-        logger.log(logging.INFO if self.exchange.rank == 0 else logging.DEBUG, "%s", line)
+    def _report(self, line: str, level: int = logging.INFO) -> None:
+        logger.log(level if self.exchange.rank == 0 else logging.DEBUG, "%s", line)
 
 
 class _RemoteLock:

@@ -39,6 +39,7 @@ SPELLINGS = {
     "parallel.pipeline.mode": "Older name of parallel.pipeline.schedule.",
     "hybrid_zero_optimizer.zero_overlap_communication": "Older name of overlap_sync_grad.",
     "ckpt.load_ckpt_folder": "Older name of ckpt.load_ckpt_info; a string means content all.",
+    "ckpt.load_optimizer": "Older key: False takes the optimizer out of load_ckpt_info.content.",
     "ckpt.load_model_only_folder": "Older name of ckpt.load_ckpt_info with content model.",
     "data.packed_length": "Sets data.micro_bsz if that is absent; otherwise it must agree.",
     "model.adapt_hf": "The opposite of model.qk_interleaved.",
@@ -304,11 +305,40 @@ def _resolve_load_info(draft: ConfigDraft, ckpt: dict[str, Any]) -> None:
         for key in ("path", "content", "ckpt_type"):
             written = f"ckpt.{name}.{key}" if isinstance(value, dict) else f"ckpt.{name}"
             draft.sources[f"ckpt.load_ckpt_info.{key}"] = written
+    if isinstance(info, dict) and "path" in info and info["path"] is None:
+        ckpt["load_ckpt_info"] = info = None  # InternEvo's way to say: from scratch
+    _resolve_load_optimizer(draft, ckpt)
     if isinstance(info, dict) and ckpt.get("auto_resume", True) is True:
         draft.warn(
             "ckpt.load_ckpt_info",
             "is not used: ckpt.auto_resume is True, which is also its default; set it to False to start from this",
         )
+
+
+def _resolve_load_optimizer(draft: ConfigDraft, ckpt: dict[str, Any]) -> None:
+    """Resolve ``load_optimizer`` of InternEvo 0.1 and 0.2: False leaves the optimizer state out."""
+    wanted = ckpt.pop("load_optimizer", None)
+    if wanted is None or wanted is True:
+        return
+    if wanted is not False:
+        draft.problem("ckpt.load_optimizer", f"found {shown(wanted)}", expected="True or False")
+        return
+    info = ckpt.get("load_ckpt_info")
+    if not isinstance(info, dict):
+        draft.warn(
+            "ckpt.load_optimizer",
+            "False has no effect: a resumed run takes the optimizer state of its checkpoint, "
+            "and there is no load_ckpt_info to leave it out of",
+        )
+        return
+    content = info.get("content", ("model",))
+    if not isinstance(content, str | list | tuple):
+        return  # the validation names it
+    parts = [content] if isinstance(content, str) else list(content)
+    if "all" in parts:
+        parts = ["model", "sampler", "scheduler"]
+    kept = tuple(part for part in parts if part != "optimizer")
+    ckpt["load_ckpt_info"] = {**info, "content": kept}
 
 
 def _resolve_tuples(draft: ConfigDraft) -> None:

@@ -104,4 +104,4 @@ def test_swapped_renamed_missing_and_extra_files(root: Path) -> None:
     (new / "notes.txt").write_text("extra files do no harm")
     verify(Candidate(LocalStorage(), str(new), 2, True), "data")
     shutil.copy(old / "commit.json", new / "commit.json")  # a record that names files of another attempt
-    assert "is missing" in complaint(new)
+    assert "named after step 2, but commit.json is of step 1" in complaint(new)

@@ -14,6 +14,7 @@ from evomesh.config.json_codec import decode_json, encode_json
 from evomesh.config.loader import LoadedConfig, load_config
 from evomesh.config.reading.overrides import parse_value
 from evomesh.config.record import config_from_dict, config_to_dict
+from evomesh.errors import UserError
 from tests.support.covers import covers
 
 BASE = 'data = dict(train_folder="x")\nmodel = dict(dtype="torch.float32")\n'
@@ -145,6 +146,44 @@ def test_load_folder_forms(tmp_path: Path) -> None:
     assert both.config.ckpt.load_ckpt_info is not None
     assert both.config.ckpt.load_ckpt_info.path == "b"
     assert [w for w in both.warnings if w.startswith("ckpt.load_ckpt_folder")]
+
+
+def test_a_load_path_of_none_is_a_start_from_scratch(tmp_path: Path) -> None:
+    """As InternEvo's own configs/demo.py has it."""
+    loaded = load(
+        tmp_path, BASE, "ckpt.load_ckpt_info=dict(path=None, content=('model',), ckpt_type='internevo')"
+    )
+    assert loaded.config.ckpt.load_ckpt_info is None
+    assert not [words for words in loaded.warnings if "load_ckpt_info" in words]
+
+
+@covers("ckpt.load_optimizer")
+@pytest.mark.parametrize(
+    ("sets", "content"),
+    [
+        (("ckpt.load_ckpt_folder=a", "ckpt.load_optimizer=True"), ("all",)),
+        (("ckpt.load_ckpt_folder=a", "ckpt.load_optimizer=False"), ("model", "sampler", "scheduler")),
+        (
+            (
+                "ckpt.load_ckpt_info=dict(path='a', content=['model', 'optimizer'])",
+                "ckpt.load_optimizer=False",
+            ),
+            ("model",),
+        ),
+        (("ckpt.load_model_only_folder=a", "ckpt.load_optimizer=True"), ("model",)),
+    ],
+)
+def test_load_optimizer(tmp_path: Path, sets: tuple[str, ...], content: tuple[str, ...]) -> None:
+    info = load(tmp_path, BASE, "ckpt.auto_resume=False", *sets).config.ckpt.load_ckpt_info
+    assert info is not None and info.content == content
+
+
+def test_load_optimizer_without_anything_to_load(tmp_path: Path) -> None:
+    assert not load(tmp_path, BASE, "ckpt.load_optimizer=True").warnings
+    (words,) = load(tmp_path, BASE, "ckpt.load_optimizer=False").warnings
+    assert words.startswith("ckpt.load_optimizer") and "no effect" in words
+    with pytest.raises(UserError, match=r"ckpt.load_optimizer(.|\n)*expected: True or False"):
+        load(tmp_path, BASE, "ckpt.load_optimizer=1")
 
 
 def test_warnings_are_said_once(tmp_path: Path) -> None:
