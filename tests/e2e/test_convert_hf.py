@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,29 +19,14 @@ from evomesh.generate.decode import generate_tokens
 from evomesh.generate.options import SamplingParams
 from evomesh.layers.sequence_bounds import single_sequence
 from evomesh.models.language_model import LanguageModel
+from tests.e2e.conftest import Run
 from tests.support.covers import covers
-from tests.support.interpreter import Interpreter
 from tests.support.runs import write_run
 from tests.unit.checkpoint.hf_models import found_in, model_config, save_model
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = [[3, 7, 11, 20], [5, 4, 60]]  # in whose greedy answers no two likeliest tokens lie within 1e-3
 TEXT = ["the cat sat on the mat", "a dog saw the cat", "春眠不觉晓 naïve café"] * 4
-
-
-Run = Callable[..., str]
-
-
-@pytest.fixture(scope="session")
-def run(interpreter: Interpreter) -> Run:
-    """Return a function that runs a command, expects an exit code, and returns stdout and stderr together."""
-
-    def run(*command: str, cwd: Path, code: int = 0) -> str:
-        done = interpreter.run(command, cwd=cwd, timeout=200)
-        assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout + done.stderr
-
-    return run
 
 
 def make_tokenizer(folder: Path) -> int:

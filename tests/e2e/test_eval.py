@@ -11,7 +11,8 @@ import pytest
 from evomesh.checkpoint.huggingface.export import ExportOptions
 from evomesh.config.schema import GenerationConfig
 from evomesh.errors import UserError
-from tests.e2e.test_convert_hf import make_tokenizer, run
+from tests.e2e.conftest import Run
+from tests.e2e.test_convert_hf import make_tokenizer
 from tests.unit.checkpoint.hf_models import export, model_config, save_model
 
 pytest.importorskip("lm_eval")
@@ -128,16 +129,20 @@ def same_scores(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
             assert ours["results"][task][key] == pytest.approx(value, rel=1e-5), (task, key)
 
 
-def test_scores_are_those_of_the_exported_folder(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_are_those_of_the_exported_folder(
+    place: Path, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
     monkeypatch.chdir(place)
-    said = run("-m", "evomesh", "eval", "c", "--tasks", ",".join(FILES), "--output", "out.json", cwd=place)
+    said = run("evomesh", "eval", "c", "--tasks", ",".join(FILES), "--output", "out.json", cwd=place)
     assert said.count("step 7 of c") == 1 and "|animals|" in said and "word_perplexity" in said
     same_scores(json.loads((place / "out.json").read_text()), hf_results(place, FILES))
 
 
-def test_scores_of_a_folder_with_its_chat_template(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_of_a_folder_with_its_chat_template(
+    place: Path, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
     monkeypatch.chdir(place)
-    command = ["-m", "evomesh", "eval", "hf", "--tasks", ",".join(CHATS), "--apply-chat-template"]
+    command = ["evomesh", "eval", "hf", "--tasks", ",".join(CHATS), "--apply-chat-template"]
     run(*command, "--system-instruction", "be short", "--output", "out.json", cwd=place)
     chat = {"apply_chat_template": True, "fewshot_as_multiturn": True, "system_instruction": "be short"}
     theirs = hf_results(place, CHATS, **chat)

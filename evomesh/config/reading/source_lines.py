@@ -11,15 +11,29 @@ from typing import Any
 
 AssignmentLines = dict[str, str]
 
+OWN_PACKAGE = __name__.partition(".")[0]
 
-def config_lines(tree: ast.Module, shown: str, namespace: Mapping[str, Any]) -> AssignmentLines:
+
+def config_lines(
+    tree: ast.Module,
+    shown: str,
+    namespace: Mapping[str, Any],
+    imported: dict[str, AssignmentLines] | None = None,
+) -> AssignmentLines:
     """Return the line of every key that the file assigns.
 
     Read are ``NAME = value``, ``NAME = dict(key=value)`` or ``{...}`` at any depth, and ``NAME["key"] = value``.
     A later assignment wins; names that come from a module are looked up there. Values computed some other way are
     found by their section's line.
+
+    Args:
+        tree: the parsed file.
+        shown: its name in the result.
+        namespace: what ``__package__`` resolves relative imports against.
+        imported: lines of the modules read so far, by file: each is read once, however many others import it.
     """
     lines: AssignmentLines = {}
+    imported = {} if imported is None else imported
     for node in _all_statements(tree.body):
         if isinstance(node, ast.Assign):
             for target in node.targets:
@@ -29,7 +43,7 @@ def config_lines(tree: ast.Module, shown: str, namespace: Mapping[str, Any]) -> 
             key = _target_key(node.target)
             _record_assignment(lines, key, node.value, shown)
         elif isinstance(node, ast.ImportFrom):
-            _record_import(lines, node, namespace)
+            _record_import(lines, node, namespace, imported)
     return lines
 
 
@@ -92,7 +106,12 @@ def _dict_items(value: ast.expr) -> Iterator[tuple[str, int, ast.expr]]:
                 yield name.value, name.lineno, item
 
 
-def _record_import(lines: AssignmentLines, node: ast.ImportFrom, namespace: Mapping[str, Any]) -> None:
+def _record_import(
+    lines: AssignmentLines,
+    node: ast.ImportFrom,
+    namespace: Mapping[str, Any],
+    imported: dict[str, AssignmentLines],
+) -> None:
     """Record the lines of imported names, from the module's own file, while that module is still loaded."""
     module = "." * node.level + (node.module or "")
     if node.level:
@@ -103,23 +122,30 @@ def _record_import(lines: AssignmentLines, node: ast.ImportFrom, namespace: Mapp
     file = _authors_file(module)
     if file is None:
         return
-    try:
-        tree = ast.parse(Path(file).read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, UnicodeDecodeError):
-        return
-    package = module.rpartition(".")[0]
-    imported_lines = config_lines(tree, _relative_path(file), {"__package__": package})
+    if file not in imported:
+        imported[file] = {}  # a module that imports itself in a circle adds nothing
+        imported[file] = _module_lines(file, module, imported)
     local_names = {alias.name: alias.asname or alias.name for alias in node.names}
-    for key, line in imported_lines.items():
+    for key, line in imported[file].items():
         top, dot, rest = key.partition(".")
         if "*" in local_names or top in local_names:
             lines[local_names.get(top, top) + dot + rest] = line
 
 
+def _module_lines(file: str, module: str, imported: dict[str, AssignmentLines]) -> AssignmentLines:
+    try:
+        tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, UnicodeDecodeError):
+        return {}
+    package = module.rpartition(".")[0]
+    return config_lines(tree, _relative_path(file), {"__package__": package}, imported)
+
+
 def _authors_file(module: str) -> str | None:
-    """Return the file of a loaded module that is part of the config, neither installed nor of Python itself."""
+    """Return the file of a loaded module that is part of the config: not installed, of Python, or of this package."""
     file: str | None = getattr(sys.modules.get(module), "__file__", None)
-    if file is None or module.partition(".")[0] in sys.stdlib_module_names:
+    package = module.partition(".")[0]
+    if file is None or package == OWN_PACKAGE or package in sys.stdlib_module_names:
         return None
     return None if "site-packages" in Path(file).parts else file
 

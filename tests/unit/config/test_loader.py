@@ -12,6 +12,7 @@ import pytest
 
 from evomesh.config.json_codec import decode_json, encode_json
 from evomesh.config.loader import LoadedConfig, load_config
+from evomesh.config.reading import source_lines
 from evomesh.config.reading.overrides import parse_value
 from evomesh.config.record import config_from_dict, config_to_dict
 from evomesh.errors import UserError
@@ -84,6 +85,35 @@ def test_read_base_and_relative_imports(tmp_path: Path) -> None:
         assert (loaded.config.run.seed, loaded.config.adam.lr, loaded.config.adam.adam_eps) == (3, lr, 1e-6)
         assert loaded.origins["adam.lr"].endswith("_base_/runtime.py:3")
     assert not [name for name in sys.modules if name.startswith(("_base_", "evomesh_config_file"))]
+
+
+def test_each_imported_module_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of ten modules imports the next one twice; the last one imports the first."""
+    for number in range(10):
+        following = (number + 1) % 10
+        text = f"from part_{following} import LR as FIRST\nfrom part_{following} import LR as SECOND\n"
+        (tmp_path / f"part_{number}.py").write_text(
+            "LR = 0.5\n" + (text if number < 9 else "import part_0\n")
+        )
+    parsed: list[str] = []
+    parse = source_lines.ast.parse
+    monkeypatch.setattr(
+        source_lines.ast, "parse", lambda text, *more: parsed.append(text) or parse(text, *more)
+    )
+    loaded = load(tmp_path, "from part_0 import LR\nadam = dict(lr=LR)\n" + BASE)
+    assert loaded.config.adam.lr == 0.5
+    assert len([text for text in parsed if text.startswith("LR = 0.5")]) == 10
+
+
+def test_a_config_that_imports_evomesh_does_not_read_its_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a config with a custom model does; in a checkout the package is not in site-packages."""
+    files: list[str] = []
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, **how: files.append(str(path)) or read(path, **how))
+    load(tmp_path, "from evomesh import register_model\nfrom evomesh.errors import UserError\n" + BASE)
+    assert files == [str(tmp_path / "config.py")]
 
 
 @covers("promise:config-leaves-nothing")
