@@ -82,7 +82,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path: Path, interp
 
 def long_steps(folder: Path, parallel: str, data_ranks: int) -> None:
     more = 'ckpt["checkpoint_every"] = 50\n'
-    write_run(folder, COMMON.format(steps=3, micro=64 // data_ranks, parallel=parallel) + more)
+    write_run(folder, COMMON.format(steps=3, micro=24 // data_ranks, parallel=parallel) + more)
 
 
 @pytest.fixture(scope="module")
