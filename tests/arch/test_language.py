@@ -7,6 +7,7 @@ use is in docs/architecture.md.
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import re
 import tokenize
@@ -88,15 +89,17 @@ WHOLE_FILES = {"tests/arch/test_language.py"}  # the list itself
 NOT_YET_REWRITTEN = Path(__file__).with_name("not_yet_rewritten.txt")
 
 
-def prose(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line number, text) of comments and of strings with a space in them; of every line outside Python."""
+@functools.cache  # every phrase reads every file
+def prose(path: Path) -> list[tuple[int, str]]:
+    """Return (line number, text) of comments and of strings with a space in them; of every line outside Python."""
     text = path.read_text()
     if path.suffix != ".py":
-        yield from enumerate(text.splitlines(), 1)
-        return
+        return list(enumerate(text.splitlines(), 1))
+    lines: list[tuple[int, str]] = []
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT or (token.type == tokenize.STRING and " " in token.string):
-            yield from enumerate(token.string.splitlines(), token.start[0])
+            lines += enumerate(token.string.splitlines(), token.start[0])
+    return lines
 
 
 def matches(phrase: Phrase, path: Path) -> list[str]:
