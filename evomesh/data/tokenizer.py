@@ -53,6 +53,10 @@ class Tokenizer(Protocol):
         """Return the id of a special or ordinary token by its exact name, or None."""
         ...
 
+    def token_name(self, token_id: int) -> str:
+        """Return the exact name of a token, "" for an id without a token; the inverse of ``token_id``."""
+        ...
+
 
 class HfTokenizer:
     """A ``tokenizers.Tokenizer`` with the bos, eos and chat template that the files beside it define."""
@@ -91,6 +95,9 @@ class HfTokenizer:
     def token_id(self, token: str) -> int | None:
         token_id = self._backend.token_to_id(token)
         return None if token_id is None else int(token_id)
+
+    def token_name(self, token_id: int) -> str:
+        return self._backend.id_to_token(token_id) or ""
 
     def _special_id(self, setting: Any, common_names: Sequence[str]) -> int | None:
         """Return the id of the token that a setting names; without a setting, of the first common name that exists."""
@@ -142,6 +149,9 @@ class SentencePieceTokenizer:
         if is_unknown and token != self._backend.id_to_piece(token_id):
             return None
         return token_id
+
+    def token_name(self, token_id: int) -> str:
+        return str(self._backend.id_to_piece(token_id)) if 0 <= token_id < self.vocab_size else ""
 
 
 def load_tokenizer(path: str | Path, where: str = "--tokenizer") -> Tokenizer:

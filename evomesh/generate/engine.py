@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,17 @@ from evomesh.generate.options import SamplingParams
 from evomesh.generate.sample import TokenSampler, argmax_suffices, penalize, top_logprobs
 from evomesh.models.language_model import LanguageModel
 
+LOGIT_ROWS = 512  # rows of V logits of a prompt in memory at a time
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """A token of a prompt with its log-probability, as in ``GeneratedToken``; None for the first token."""
+
+    id: int
+    logprob: float | None = None
+    top: list[tuple[int, float]] = field(default_factory=list)
+
 
 @dataclass(frozen=True)
 class GeneratedToken:
@@ -26,6 +37,8 @@ class GeneratedToken:
     Attributes:
         logprob: of ``id`` under the model's own distribution, before penalty and temperature; None unless requested.
         top: (id, log-probability) of the `SamplingParams.logprobs` most probable tokens.
+        prompt_scores: scores of all tokens of the prompt, with the first token of the answer, if
+            `SamplingParams.score_prompt` is set.
         finish: "stop" for an id that ends the answer, "length" for the last one that fits, else "".
     """
 
@@ -34,6 +47,7 @@ class GeneratedToken:
     logprob: float | None = None
     top: list[tuple[int, float]] = field(default_factory=list)
     finish: str = ""
+    prompt_scores: list[TokenScore] = field(default_factory=list)
 
 
 @dataclass
@@ -191,8 +205,32 @@ class GenerationEngine:
         ends = torch.tensor(lengths).cumsum(0)
         last_tokens = (ends - 1).to(self.device)
         logits = self.model.logits(hidden[last_tokens])  # [B, V]
+        scores: list[list[TokenScore]] = []
+        for request, end, length in zip(admitted, ends.tolist(), lengths, strict=True):
+            wanted = request.sampling.score_prompt
+            scores.append(self._score_prompt(request, hidden[end - length : end]) if wanted else [])
         self._running += admitted
-        return self._choose_tokens(admitted, logits)
+        tokens = self._choose_tokens(admitted, logits)
+        return [replace(token, prompt_scores=own) for token, own in zip(tokens, scores, strict=True)]
+
+    def _score_prompt(self, request: _ActiveRequest, hidden: Tensor) -> list[TokenScore]:
+        """Return the scores of a prompt's tokens; ``hidden`` [length, D] are its hidden states."""
+        prompt = request.ids
+        scores = [TokenScore(prompt[0])]
+        count = max(request.sampling.logprobs, 0)
+        # Each position predicts the next one. In chunks, because that many rows of V logits may not fit into memory.
+        for start in range(0, len(prompt) - 1, LOGIT_ROWS):
+            targets = prompt[start + 1 : start + 1 + LOGIT_ROWS]
+            logprobs = self.model.logits(hidden[start : start + len(targets)]).log_softmax(-1)
+            columns = torch.tensor(targets, device=self.device)[:, None]
+            of_targets = logprobs.gather(1, columns)[:, 0].tolist()
+            best = logprobs.topk(min(count, logprobs.shape[1]))
+            best_ids = best.indices.tolist()
+            best_logprobs = best.values.tolist()
+            for row, (target, logprob) in enumerate(zip(targets, of_targets, strict=True)):
+                top = list(zip(best_ids[row], best_logprobs[row], strict=True))
+                scores.append(TokenScore(target, logprob, top))
+        return scores
 
     def _decode(self, requests: list[_ActiveRequest]) -> list[GeneratedToken]:
         """Choose the next token of requests whose other tokens are in the cache."""

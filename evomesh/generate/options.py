@@ -37,6 +37,7 @@ class SamplingParams:
         eos_ids: the completion ends with the first of these ids.
         logprobs: how many of the most probable tokens to report with each token; 0: only the token's own
             log-probability; -1: none.
+        score_prompt: also report the log-probabilities of the prompt's tokens.
     Raises:
         UserError: a value is out of range.
     """
@@ -55,6 +56,7 @@ class SamplingParams:
     max_length: int | None = None
     eos_ids: tuple[int, ...] = ()
     logprobs: int = -1
+    score_prompt: bool = False
 
     @classmethod
     def from_config(cls, section: GenerationConfig) -> SamplingParams:

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from evomesh.serve.detokenizer import ScoredToken, TextDelta
+from evomesh.serve.detokenizer import ScoredToken, TextDelta, TopToken
 
 LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity; OpenAI's API writes this
 
@@ -128,31 +128,43 @@ class ApiAnswer:
 
 
 def _chat_logprobs(scored: list[ScoredToken]) -> dict[str, Any]:
-    content = []
+    content: list[dict[str, Any]] = []
     for token in scored:
-        top = [_token_record(text, logprob) for text, logprob in token.top]
-        content.append(_token_record(token.text, token.logprob) | {"top_logprobs": top})
+        record = _token_record(token)
+        record["top_logprobs"] = [_token_record(top) for top in token.top]
+        content.append(record)
     return {"content": content, "refusal": None}
 
 
-def _token_record(text: str, logprob: float) -> dict[str, Any]:
-    return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+def _token_record(token: ScoredToken | TopToken) -> dict[str, Any]:
+    return {
+        "token": token.text,
+        "logprob": _finite(token.logprob),
+        "bytes": list(token.content),
+    }
 
 
 def _completion_logprobs(scored: list[ScoredToken]) -> dict[str, Any]:
     return {
         "tokens": [token.text for token in scored],
         "token_logprobs": [_finite(token.logprob) for token in scored],
-        "top_logprobs": [_top_by_text(token.top) for token in scored],
+        "top_logprobs": [_top_by_text(token) for token in scored],
         "text_offset": [token.offset for token in scored],
     }
 
 
-def _top_by_text(top: list[tuple[str, float]]) -> dict[str, float]:
-    # Tokens that are parts of a character share a text. The most probable of them, which comes first, is reported:
-    # in reverse order it is the last to be written.
-    return {text: _finite(logprob) for text, logprob in reversed(top)}
+def _top_by_text(token: ScoredToken) -> dict[str, float | None] | None:
+    """Return the most probable tokens by their text, or None for the first token of a prompt.
+
+    Two tokens may share a text. The most probable of them, which comes first, is reported: in reverse order it is the
+    last to be written.
+    """
+    if token.logprob is None:
+        return None
+    return {top.text: _finite(top.logprob) for top in reversed(token.top)}
 
 
-def _finite(logprob: float) -> float:
-    return logprob if math.isfinite(logprob) else LOWEST_LOGPROB
+def _finite(logprob: float | None) -> float | None:
+    if logprob is None or math.isfinite(logprob):
+        return logprob
+    return LOWEST_LOGPROB

@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import orjson
@@ -22,24 +23,27 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from evomesh.data.chat import ChatMessage
+from evomesh.data.tokenizer import leading_bos
 from evomesh.errors import UserError
 from evomesh.serve.answers import ApiAnswer
 from evomesh.serve.detokenizer import TextDelta
 from evomesh.serve.loop import EngineError
 from evomesh.serve.metrics import MetricsMiddleware, ServerMetrics
 from evomesh.serve.requests import (
+    CLIENT_CLOSED_REQUEST,
     ApiError,
     LocalHostMiddleware,
     check_key,
     read_body,
+    run_in,
     wait_until_disconnected,
 )
 from evomesh.serve.schema import ApiRequest, ChatRequest, CompletionRequest, parse_request
-from evomesh.serve.service import GenerationService, PromptTooLongError, QueueFullError
+from evomesh.serve.service import Echo, GenerationService, PromptTooLongError, QueueFullError
 
 T = TypeVar("T")
+RequestType = TypeVar("RequestType", bound=ApiRequest)
 DeltaStream = AsyncGenerator[tuple[int, TextDelta], None]
-CLIENT_CLOSED_REQUEST = 499  # nobody reads this response; the metrics count it
 
 
 class EventStream(StreamingResponse):
@@ -105,47 +109,50 @@ class ApiRoutes:
 
     async def complete(self, request: Request) -> Response:
         """Complete one or more texts."""
-        check_key(request, self.key)
-        body = await read_body(request, self.service.limits.body_bytes)
-        completion = parse_request(CompletionRequest, body)
-        self._check_model(completion.model)
+        completion = await self._read(request, CompletionRequest)
         if completion.best_of not in (None, completion.n):
             raise ApiError(400, "best_of: must equal n", param="best_of", code="invalid_value")
-        # Tokenizing a long text takes time in which the event loop would stand still.
-        prompts = await asyncio.to_thread(self._tokenize, completion.prompts)
-        return await self._answer(request, completion, prompts)
+        self.service.check_count(len(completion.prompts), completion.n)
+        return await self._answer(request, completion, partial(self._tokenize, completion))
 
-    def _tokenize(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+    def _tokenize(self, completion: CompletionRequest) -> list[list[int]]:
         tokenized: list[list[int]] = []
-        for prompt in prompts:
+        for prompt in completion.prompts:
             ids = self.service.text_ids(prompt) if isinstance(prompt, str) else prompt
             tokenized.append(ids)
         return tokenized
 
     async def chat(self, request: Request) -> Response:
         """Answer a conversation."""
-        check_key(request, self.key)
-        body = await read_body(request, self.service.limits.body_bytes)
-        chat = parse_request(ChatRequest, body)
-        self._check_model(chat.model)
-        if chat.top_logprobs is not None and not chat.logprobs:
-            raise ApiError(
-                400, "top_logprobs: needs logprobs: true", param="top_logprobs", code="invalid_value"
-            )
-        messages = []
+        chat = await self._read(request, ChatRequest)
+        return await self._answer(request, chat, partial(self._render, chat))
+
+    def _render(self, chat: ChatRequest) -> list[list[int]]:
+        messages: list[ChatMessage] = []
         for message in chat.messages:
             role = "system" if message.role == "developer" else message.role
             messages.append(ChatMessage(role, message.text, False))
-        prompt = await asyncio.to_thread(self.service.chat_ids, messages)
-        return await self._answer(request, chat, [prompt])
+        return [self.service.chat_ids(messages)]
+
+    async def _read(self, request: Request, kind: type[RequestType]) -> RequestType:
+        """Read, parse and check a request for an answer."""
+        check_key(request, self.key)
+        body = await read_body(request, self.service.limits.body_bytes)
+        parsed: RequestType = await run_in(self.service.parser, parse_request, kind, body)
+        self._check_model(parsed.model)
+        return parsed
 
     async def _answer(
-        self, request: Request, api_request: ApiRequest, prompts: Sequence[Sequence[int]]
+        self,
+        request: Request,
+        api_request: ApiRequest,
+        tokenize: Callable[[], list[list[int]]],
     ) -> Response:
-        """Answer tokenized prompts, as a stream of events or at once."""
-        # 1. Reject what can never be answered.
+        """Answer prompts, as a stream of events or at once."""
+        # 1. Tokenize, and reject what can never be answered.
         service = self.service
-        service.check(prompts, api_request.max_new_tokens, api_request.n)
+        prompts = await run_in(service.tokenizers, tokenize)
+        await run_in(service.tokenizers, service.check, prompts, api_request.max_new_tokens, api_request.n)
         sampling = api_request.sampling_params(service.model.eos_ids)
 
         # 2. Submit; each prompt is answered n times.
@@ -159,7 +166,11 @@ class ApiRoutes:
         )
         repeated = [prompt for prompt in prompts for _ in range(api_request.n)]
         deltas = service.answer(
-            repeated, sampling, rotary_type=api_request.rotary_type, stops=api_request.stops
+            repeated,
+            sampling,
+            rotary_type=api_request.rotary_type,
+            stops=api_request.stops,
+            echo=self._echo(api_request),
         )
         recorded = self._record(answer, deltas)
 
@@ -176,7 +187,15 @@ class ApiRoutes:
         completed = await _unless_disconnected(request, _drain(recorded))
         if completed is None:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
-        return json_response(answer.response())
+        body = await asyncio.to_thread(lambda: orjson.dumps(answer.response()))
+        return Response(body, media_type="application/json")
+
+    def _echo(self, api_request: ApiRequest) -> Echo | None:
+        if not isinstance(api_request, CompletionRequest) or not api_request.echo:
+            return None
+        has_text = isinstance(api_request.prompts[0], str)
+        silent_tokens = len(leading_bos(self.service.model.tokenizer)) if has_text else 0
+        return Echo(silent_tokens, only_prompt=api_request.max_tokens == 0)
 
     async def _record(self, answer: ApiAnswer, deltas: DeltaStream) -> DeltaStream:
         """Pass deltas through, and add them to the answer and to the metrics."""
@@ -189,7 +208,8 @@ class ApiRoutes:
                 if is_first:
                     metrics.first_token_seconds.observe(time.perf_counter() - started)
                     is_first = False
-                metrics.completion_tokens.inc()
+                new_tokens = delta.tokens - answer.choices[index].tokens
+                metrics.completion_tokens.inc(new_tokens)
                 answer.choices[index].add(delta)
                 yield index, delta
         metrics.request_seconds.observe(time.perf_counter() - started)

@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from evomesh.data.tokenizer import Tokenizer
-from evomesh.generate.engine import GeneratedToken
+from evomesh.generate.engine import GeneratedToken, TokenScore
+from evomesh.serve.token_text import TokenTexts
 
 CONTEXT_TOKENS = 6  # decoded together with the new ones, since a token's text may depend on the one before
 LONGEST_CHARACTER = 8  # tokens; bytes that are not a character by then never will be one
 
 
 @dataclass(frozen=True)
-class ScoredToken:
-    """One token of an answer with its log-probability. ``offset``: characters of the answer before it."""
+class TopToken:
+    """One of the most probable tokens at a position, as in ``ScoredToken``."""
 
     text: str
+    content: bytes
     logprob: float
-    top: list[tuple[str, float]]
+
+
+@dataclass(frozen=True)
+class ScoredToken:
+    """One token of an answer with its log-probability.
+
+    Attributes:
+        text: as in ``TokenText``.
+        content: the bytes that it contributed; those of all tokens, joined, are the UTF-8 of the text.
+        logprob: None for the first token of a prompt, which nothing predicts.
+        offset: characters of the answer before it.
+    """
+
+    text: str
+    content: bytes
+    logprob: float | None
+    top: list[TopToken]
     offset: int
 
 
@@ -43,11 +62,23 @@ class Detokenizer:
     Args:
         prompt: ids that the answer continues.
         stops: the answer ends before the first of these texts.
+        texts: None: those of the tokenizer, worked out again.
+        score_end: report the log-probability of the id that ends an answer as well, which has no text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        stops: Sequence[str] = (),
+        *,
+        texts: TokenTexts | None = None,
+        score_end: bool = False,
+    ) -> None:
         self._tokenizer = tokenizer
+        self._texts = texts or TokenTexts(tokenizer)
         self._stops = [stop for stop in stops if stop]
+        self._score_end = score_end
         # ids[start:read] are text already, and are decoded again with the new ids[read:].
         self._ids = list(prompt[-CONTEXT_TOKENS:])
         self._start = 0
@@ -56,24 +87,50 @@ class Detokenizer:
         self._emitted_characters = 0
         self._tokens = 0
         self._scored: list[ScoredToken] = []  # of text that is not emitted yet
+        self._unread_scores = 0  # how many of them, at the end, are of tokens that are no text yet
+
+    def push_prompt(
+        self,
+        scores: Sequence[TokenScore],
+        *,
+        with_scores: bool,
+        silent: int = 0,
+        is_all: bool = False,
+    ) -> TextDelta:
+        """Take the prompt itself, for an answer that repeats it, and return its text; stop strings do not apply.
+
+        Args:
+            silent: leading tokens that are no text.
+            is_all: nothing follows.
+        """
+        for score in scores[:silent]:
+            if with_scores:
+                self._scored.append(replace(self._score(score), content=b""))
+        last = len(scores) - 1
+        for number, score in enumerate(scores[silent:], silent):
+            self._append(score, with_scores)
+            self._held_back += self._decode_new(flush=is_all and number == last)
+        if is_all:
+            return self._emit(self._held_back, "length", self._take_scored())
+        return self._emit(self._held_back, "", self._take_scored(before=len(self._held_back)))
 
     def push(self, token: GeneratedToken) -> TextDelta:
         """Take the next token and return the text that is now complete; after a ``finish``, push no more."""
         self._tokens += 1
+        score = TokenScore(token.id, token.logprob, token.top)
         is_text = token.finish != "stop"  # the id that ends an answer is a mark
         if is_text:
-            if token.logprob is not None:
-                self._scored.append(self._score(token, token.logprob))
-            self._ids.append(token.id)
+            self._append(score, with_score=token.logprob is not None)
         self._held_back += self._decode_new(flush=bool(token.finish))
+        if not is_text and self._score_end and token.logprob is not None:
+            self._scored.append(replace(self._score(score), content=b""))
 
         # The first complete stop string ends the answer.
         positions = [self._held_back.find(stop) for stop in self._stops]
         found = [position for position in positions if position >= 0]
         if found:
             text = self._held_back[: min(found)]
-            scored = self._take_scored(before=len(text))
-            return self._emit(text, "stop", scored)
+            return self._emit(text, "stop", self._scored_before_stop(text))
 
         # At the end everything goes out; before that, all but a possible beginning of a stop string.
         if token.finish:
@@ -84,11 +141,21 @@ class Detokenizer:
         scored = self._take_scored(before=complete)
         return self._emit(self._held_back[:complete], "", scored)
 
-    def _score(self, token: GeneratedToken, logprob: float) -> ScoredToken:
-        decode = self._tokenizer.decode
-        top = [(decode([other]), its_logprob) for other, its_logprob in token.top]
+    def _append(self, score: TokenScore, with_score: bool) -> None:
+        """Add a token to those that are no text yet."""
+        self._ids.append(score.id)
+        if with_score:
+            self._scored.append(self._score(score))
+            self._unread_scores += 1
+
+    def _score(self, score: TokenScore) -> ScoredToken:
+        own = self._texts.of(score.id)
+        top: list[TopToken] = []
+        for other_id, logprob in score.top:
+            other = self._texts.of(other_id)
+            top.append(TopToken(other.text, other.content, logprob))
         offset = self._emitted_characters + len(self._held_back)
-        return ScoredToken(decode([token.id]), logprob, top, offset)
+        return ScoredToken(own.text, own.content, score.logprob, top, offset)
 
     def _decode_new(self, flush: bool) -> str:
         """Return the text of the new tokens, if it consists of whole characters or must be flushed; else ""."""
@@ -104,7 +171,29 @@ class Detokenizer:
             return ""
         self._start = self._read
         self._read = len(self._ids)
-        return text[len(known) :]
+        new_text = text[len(known) :]
+        self._match_contents(new_text)
+        return new_text
+
+    def _match_contents(self, text: str) -> None:
+        """Make the contents of the tokens of a new text add up to it, where the context changed their text."""
+        count = self._unread_scores
+        self._unread_scores = 0
+        if not count:
+            return
+        group = self._scored[-count:]
+        joined = b"".join(scored.content for scored in group)
+        # Bytes that are no character stay as they are. Decoders differ in how many marks they write for them.
+        if _collapse_marks(joined.decode(errors="replace")) == _collapse_marks(text):
+            return
+        contents = [scored.content for scored in group]
+        if joined.removeprefix(b" ") == text.encode():  # the first word of a text
+            contents[0] = contents[0].removeprefix(b" ")
+        else:
+            contents = [b""] * (count - 1) + [text.encode()]
+        self._scored[-count:] = [
+            replace(scored, content=content) for scored, content in zip(group, contents, strict=True)
+        ]
 
     def _take_scored(self, before: int | None = None) -> list[ScoredToken]:
         """Remove and return the scored tokens that begin in the next ``before`` characters; None: all."""
@@ -115,10 +204,23 @@ class Detokenizer:
         self._scored = self._scored[len(taken) :]
         return taken
 
+    def _scored_before_stop(self, text: str) -> list[ScoredToken]:
+        """Remove and return the scored tokens of the last text; a stop string may begin inside the last of them."""
+        taken = self._take_scored(before=len(text))
+        if not taken:
+            return []
+        *whole, last = taken
+        own_text = text[last.offset - self._emitted_characters :]
+        return [*whole, replace(last, content=last.content[: len(own_text.encode())])]
+
     def _emit(self, text: str, finish: str, scored: list[ScoredToken]) -> TextDelta:
         self._held_back = self._held_back[len(text) :]
         self._emitted_characters += len(text)
         return TextDelta(text, self._tokens, scored, finish)
+
+
+def _collapse_marks(text: str) -> str:
+    return re.sub("\ufffd+", "\ufffd", text)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from evomesh.config.schema import RotaryType
 from evomesh.data.chat import ChatMessage, ChatTemplate
 from evomesh.data.tokenizer import Tokenizer, encode_prompt
 from evomesh.errors import UserError
-from evomesh.generate.engine import check_prompt
+from evomesh.generate.engine import GeneratedToken, TokenScore, check_prompt
 from evomesh.generate.options import SamplingParams
 from evomesh.serve.detokenizer import Detokenizer, TextDelta
 from evomesh.serve.loop import EngineLoop, GenerationRequest
+from evomesh.serve.token_text import TokenTexts
+
+CHARACTERS_PER_TOKEN = 64  # no text has more of them on average
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,11 @@ class ServiceLimits:
     slots: int = 8
     queue: int = 64
     body_bytes: int = 4 * 2**20
+
+    @property
+    def text_characters(self) -> int:
+        """The length of a text that is refused without tokenizing it, since that takes long."""
+        return self.context_length * CHARACTERS_PER_TOKEN
 
     @property
     def max_sequences(self) -> int:
@@ -70,6 +80,19 @@ class ServedModel:
     rotary_type: RotaryType = "origin"
 
 
+@dataclass(frozen=True)
+class Echo:
+    """Answers begin with their prompt.
+
+    Attributes:
+        silent_tokens: leading tokens of each prompt that the server added, such as bos: they are no text.
+        only_prompt: answers consist of the prompt alone.
+    """
+
+    silent_tokens: int = 0
+    only_prompt: bool = False
+
+
 class GenerationService:
     """A model, its engines, and how many of their slots are in use. Belongs to one event loop.
 
@@ -78,17 +101,43 @@ class GenerationService:
     """
 
     def __init__(self, model: ServedModel, engines: EngineLoop, limits: ServiceLimits) -> None:
-        self.model, self.engines, self.limits = model, engines, limits
+        self.model = model
+        self.engines = engines
+        self.limits = limits
         self.open_sequences = 0
+        self.token_texts = TokenTexts(model.tokenizer)
+        # Parsing keeps the interpreter to itself, so one body at a time; tokenizing a long text does not.
+        self.parser = ThreadPoolExecutor(1, thread_name_prefix="parser")
+        self.tokenizers = ThreadPoolExecutor(2, thread_name_prefix="tokenizer")
 
     def text_ids(self, text: str) -> list[int]:
-        """Return the ids of a text to complete."""
-        return encode_prompt(self.model.tokenizer, text)
-
-    def chat_ids(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """Return the ids of a conversation, up to where the assistant's answer begins.
+        """Return the ids of a text to complete; call it in one of the threads of ``tokenizers``.
 
         Raises:
+            PromptTooLongError: it is far too long; it was not tokenized.
+        """
+        self.check_text(text)
+        return encode_prompt(self.model.tokenizer, text)
+
+    def check_text(self, *texts: str) -> None:
+        """Reject texts that together are longer than any that fits.
+
+        Raises:
+            PromptTooLongError: they are.
+        """
+        characters = sum(map(len, texts))
+        if characters > self.limits.text_characters:
+            raise PromptTooLongError(
+                f"the text has {characters} characters",
+                expected=f"at most {self.limits.text_characters}, since prompt and answer have at most "
+                f"{self.limits.context_length} tokens together",
+            )
+
+    def chat_ids(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """Return the ids of a conversation, up to where the assistant's answer begins; call it as ``text_ids``.
+
+        Raises:
+            PromptTooLongError: the messages are far too long; they were not tokenized.
             UserError: the model has no chat template, or the template rejects the conversation.
         """
         if self.model.template is None:
@@ -96,7 +145,20 @@ class GenerationService:
                 f"{self.model.name} has no chat template: it only completes text",
                 fix="use completions, or start the server with --chat-template",
             )
+        self.check_text(*(message.text for message in messages))
         return self.model.template.encode_prompt(messages)
+
+    def check_count(self, prompts: int, copies: int = 1) -> None:
+        """Reject more answers than the queue can ever hold.
+
+        Raises:
+            UserError: they are too many.
+        """
+        if prompts * copies > self.limits.max_sequences:
+            raise UserError(
+                f"{prompts} prompts with {copies} answers each",
+                expected=f"at most {self.limits.max_sequences} answers per request",
+            )
 
     def check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int | None, copies: int = 1) -> None:
         """Reject what can never be answered, before it is queued.
@@ -115,11 +177,7 @@ class GenerationService:
                     expected=f"at most {context_length} together",
                 )
             check_prompt(prompt, context_length, self.model.vocab_size)
-        if len(prompts) * copies > self.limits.max_sequences:
-            raise UserError(
-                f"{len(prompts)} prompts with {copies} answers each",
-                expected=f"at most {self.limits.max_sequences} answers per request",
-            )
+        self.check_count(len(prompts), copies)
 
     async def answer(
         self,
@@ -128,10 +186,14 @@ class GenerationService:
         *,
         rotary_type: RotaryType | None = None,
         stops: Sequence[str] = (),
+        echo: Echo | None = None,
     ) -> AsyncGenerator[tuple[int, TextDelta], None]:
         """Yield (index of the prompt, text delta of its answer) as they are generated; close it to free the slots.
 
         Prompt i draws from the random stream (``sampling.seed``, i).
+
+        Args:
+            echo: None: answers do not repeat the prompt.
 
         Raises:
             QueueFullError: more sequences would wait than the queue holds.
@@ -146,12 +208,21 @@ class GenerationService:
             detokenizers: list[Detokenizer] = []
             requests: list[GenerationRequest] = []
             for index, prompt in enumerate(prompts):
-                detokenizers.append(Detokenizer(self.model.tokenizer, prompt, stops))
+                detokenizers.append(self._detokenizer(prompt, stops, echo))
                 stream = (sampling.seed, index)
                 requests.append(GenerationRequest(prompt, sampling, stream, rotary_type))
             submission = self.engines.submit(requests)
+            begun: set[int] = set()
             while submission.open:
                 index, token = await submission.next()
+                if echo is not None and index not in begun:
+                    begun.add(index)
+                    repeated = await self._repeat_prompt(detokenizers[index], prompts[index], token, echo)
+                    if echo.only_prompt:
+                        submission.close(index)
+                    yield index, repeated
+                    if echo.only_prompt:
+                        continue
                 delta = detokenizers[index].push(token)
                 if delta.finish:
                     submission.close(index)
@@ -160,3 +231,28 @@ class GenerationService:
             self.open_sequences -= len(prompts)
             if submission is not None:
                 submission.close_all()
+
+    def _detokenizer(self, prompt: Sequence[int], stops: Sequence[str], echo: Echo | None) -> Detokenizer:
+        context = prompt if echo is None else []
+        return Detokenizer(
+            self.model.tokenizer,
+            context,
+            stops,
+            texts=self.token_texts,
+            score_end=echo is not None,
+        )
+
+    async def _repeat_prompt(
+        self, detokenizer: Detokenizer, prompt: Sequence[int], first: GeneratedToken, echo: Echo
+    ) -> TextDelta:
+        """Return the text delta of the prompt itself, with its scores if the engine was asked for them."""
+        with_scores = bool(first.prompt_scores)
+        scores = first.prompt_scores or [TokenScore(token) for token in prompt]
+        # A long prompt takes as long as its answer would, but all at once.
+        return await asyncio.to_thread(
+            detokenizer.push_prompt,
+            scores,
+            with_scores=with_scores,
+            silent=echo.silent_tokens,
+            is_all=echo.only_prompt,
+        )

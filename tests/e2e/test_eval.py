@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from evomesh.checkpoint.huggingface.export import ExportOptions
+from evomesh.checkpoint.restore import load_model
 from evomesh.config.schema import GenerationConfig
 from evomesh.errors import UserError
 from tests.e2e.conftest import Run
@@ -164,3 +165,53 @@ def test_tasks_that_are_not_there(place: Path) -> None:
     with pytest.raises(UserError, match="unknown task 'animal'") as caught:
         refuse_unknown("animal", known)
     assert caught.value.fix == "did you mean 'animals'?"
+
+
+def server_results(place: Path, url: str, tasks: list[str]) -> dict[str, Any]:
+    """Return the scores that the harness gets from a server, as its command does for local-completions."""
+    from lm_eval.evaluator import simple_evaluate
+
+    results: dict[str, Any] | None = simple_evaluate(
+        model="local-completions",
+        model_args={
+            "model": "tiny",
+            "base_url": f"{url}/v1/completions",
+            "tokenizer": str(place / "hf"),
+            "tokenizer_backend": "huggingface",
+            "max_length": SERVED_LENGTH,
+            "num_concurrent": 1,
+            "max_retries": 1,
+            "add_bos_token": True,
+        },
+        tasks=tasks,
+        batch_size=3,
+    )
+    assert results is not None
+    return results
+
+
+SERVED_LENGTH = 48
+
+
+def test_scores_through_the_server_are_those_of_the_model(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The harness reads its whole context length but for two tokens: one that is generated, one that is predicted."""
+    pytest.importorskip("aiohttp")
+    from evomesh.evaluate.native import HarnessModel
+    from evomesh.evaluate.run import find_tasks, run_tasks
+    from evomesh.serve.load import ModelOptions, load_service
+    from tests.support.serving import serving
+
+    monkeypatch.chdir(place)
+    loaded = load_model("hf", "cpu")
+    native = HarnessModel(
+        loaded.model,
+        loaded.tokenizer,
+        eos_ids=loaded.eos_ids,
+        context_length=SERVED_LENGTH - 2,
+    )
+    service = load_service("hf", "cpu", ModelOptions(name="tiny", context_length=SERVED_LENGTH))
+    with serving(service) as served:
+        theirs = server_results(place, served.url, FILES)
+    same_scores(run_tasks(native, FILES, find_tasks(FILES)), theirs)

@@ -320,3 +320,118 @@ def test_the_official_client(served: Served, tmp_path: Path) -> None:
         with pytest.raises(openai.BadRequestError) as caught:
             client.chat.completions.create(**(options | {"max_tokens": 5000}))
         assert caught.value.code == "context_length_exceeded"
+
+
+def prompt_scores(model: LanguageModel, ids: list[int]) -> list[float]:
+    """Log-probabilities of all tokens of a prompt but the first."""
+    with torch.no_grad():
+        logprobs = model.logits(model(torch.tensor(ids), single_sequence(len(ids)))).log_softmax(-1)
+    return [float(logprobs[place, token]) for place, token in enumerate(ids[1:])]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("max_tokens", [0, 1, 5])
+def test_an_echo_scores_the_prompt(
+    client: httpx.Client, served: Served, model: LanguageModel, max_tokens: int, stream: bool
+) -> None:
+    tokenizer = served.service.model.tokenizer
+    prompts = ["the prompt, é and 🙂", "another", "x"]
+    body = GREEDY | {"prompt": prompts, "max_tokens": max_tokens, "logprobs": 3, "echo": True}
+    found = {}
+    if stream:
+        for event in events(client, COMPLETIONS, body):
+            (choice,) = event["choices"]
+            whole = found.setdefault(choice["index"], {"text": "", "logprobs": {}})
+            whole["text"] += choice["text"]
+            for key, values in (choice["logprobs"] or {}).items():
+                whole["logprobs"].setdefault(key, []).extend(values)
+    else:
+        answer = post(client, COMPLETIONS, body)
+        found = {choice["index"]: choice for choice in answer["choices"]}
+        assert {choice["finish_reason"] for choice in answer["choices"]} == {"length"}
+        assert answer["usage"]["completion_tokens"] == 3 * max_tokens
+    for index, prompt in enumerate(prompts):
+        ids = tokenizer.encode(prompt)
+        new_ids, new_logprobs = expected(model, ids, max_tokens)
+        scores = found[index]["logprobs"]
+        assert found[index]["text"] == prompt + tokenizer.decode(new_ids)
+        assert len(scores["tokens"]) == len(scores["text_offset"]) == len(ids) + max_tokens
+        assert scores["token_logprobs"][0] is None and scores["top_logprobs"][0] is None
+        wanted = prompt_scores(model, ids) + new_logprobs
+        assert scores["token_logprobs"][1:] == pytest.approx(wanted, abs=1e-9)
+        assert all(len(top) == 3 for top in scores["top_logprobs"][1:])
+        assert [max(top.values()) for top in scores["top_logprobs"][len(ids) :]] == pytest.approx(
+            new_logprobs
+        )
+
+
+def test_an_echo_without_scores_and_with_stops_is_the_prompt_and_the_answer(
+    client: httpx.Client, served: Served, model: LanguageModel
+) -> None:
+    tokenizer = served.service.model.tokenizer
+    text = tokenizer.decode(expected(model, tokenizer.encode("abc"), 20)[0])
+    stop = text[5:7]
+    body = GREEDY | {"echo": True, "stop": ["b", stop] if "b" not in text else [stop]}
+    (choice,) = post(client, COMPLETIONS, body)["choices"]
+    assert choice["text"] == "abc" + text[: text.index(stop)]
+    assert choice["logprobs"] is None
+
+
+def test_the_bytes_of_an_answer_are_its_utf8(client: httpx.Client) -> None:
+    body = talk(max_tokens=40, logprobs=True, top_logprobs=4)
+    (choice,) = post(client, CHAT, body)["choices"]
+    content = choice["logprobs"]["content"]
+    joined = bytes(byte for token in content for byte in token["bytes"])
+    assert joined.decode(errors="replace") == choice["message"]["content"]
+    assert all(len(token["bytes"]) == 1 for token in content)  # the tokenizer's tokens are single bytes
+    assert all(len({top["token"] for top in token["top_logprobs"]}) == 4 for token in content)
+
+
+def test_the_second_turn_of_the_official_client(served: Served) -> None:
+    openai = pytest.importorskip("openai")
+    messages: list[Any] = [{"role": "developer", "content": "be short"}, {"role": "user", "content": "hi"}]
+    with openai.OpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0) as client:
+        first = client.chat.completions.create(model="tiny", messages=messages, max_tokens=4)
+        answer = first.choices[0].message
+        next_turn = {"role": "user", "name": "me", "content": [{"type": "text", "text": "and?"}]}
+        counts = set()
+        for own in (
+            answer,
+            answer.model_dump(),
+            answer.to_dict(),
+            {"role": "assistant", "content": answer.content},
+        ):
+            second = client.chat.completions.create(
+                model="tiny", messages=[*messages, own, next_turn], max_tokens=4
+            )
+            counts.add(second.usage.prompt_tokens)
+        assert len(counts) == 1
+
+
+@pytest.mark.parametrize(
+    ("extra", "status"),
+    [
+        (
+            dict.fromkeys(["refusal", "function_call", "tool_calls", "audio", "annotations", "unheard_of"]),
+            200,
+        ),
+        ({"tool_calls": [], "annotations": [], "refusal": ""}, 200),
+        ({"reasoning_content": "hm", "reasoning": "hm"}, 200),
+        ({"name": "someone"}, 200),
+        ({"tool_calls": [{"id": "1"}]}, 400),
+        ({"function_call": {"name": "f"}}, 400),
+        ({"refusal": "no"}, 400),
+        ({"audio": {"id": "1"}}, 400),
+        ({"unheard_of": 0}, 400),
+    ],
+)
+def test_what_a_message_may_have_beside_its_content(
+    client: httpx.Client, extra: dict[str, Any], status: int
+) -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a"} | extra]
+    answer = client.post(CHAT, json=talk(messages=messages, max_tokens=1))
+    assert answer.status_code == status, answer.text
+    if status == 400:
+        (key,) = extra
+        error = answer.json()["error"]
+        assert (error["code"], error["param"]) == ("unknown_parameter", f"messages.1.{key}")
