@@ -28,11 +28,17 @@ from evomesh.data.packing.sampler import PackSampler, SamplerPosition
 from evomesh.data.packing.synthetic import TRAIN_DOCUMENTS, TYPES, SyntheticDocuments
 from evomesh.data.token_files.bin_dataset import BinDataset, LongLineCache
 from evomesh.data.token_files.fingerprint import check_vocabulary
-from evomesh.data.token_files.folders import TokenFile, assign_types, check_folder, find_files
+from evomesh.data.token_files.folders import (
+    TokenFile,
+    assign_types,
+    check_folder,
+    find_files,
+    match_key,
+)
 from evomesh.data.token_files.shared_index import remove_stale
 from evomesh.errors import UserError
 
-MAPPED_FILES = 3  # maps per token file: the file, its meta, its cache
+MAPPED_FILES = 3  # mapped for each token file: the file, its meta, its cache
 MAPPED_FILES_SHARED = 8  # with use_shm also: kept rows, lengths, starts, order, ends
 
 
@@ -40,7 +46,7 @@ class Corpus:
     """The packs of all streams, numbered in file order.
 
     Args:
-        config: how to go through the packs: seed, batch, order, workers.
+        config: the ``data`` section; sets the order of the packs and the batches.
         plans: one per stream.
         types: type names; ``Batch.type_ids`` index into it.
         report: one row per file: name, type, documents, tokens, filtered (documents), dropped (tokens), packs.
@@ -71,7 +77,7 @@ class Corpus:
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        """What the data consists of, as JSON: files with sizes, documents, tokens and hashes, in order."""
+        """Description of the data, as JSON: files with their sizes, documents, tokens and hashes, in order."""
         return make_manifest(self.report, self.types)
 
     def read(self, pack: int) -> Pack:
@@ -91,7 +97,7 @@ class Corpus:
         first_step = rampup.start if rampup else global_batch
         if self.num_packs < first_step:
             raise UserError(
-                f"the data gives {self.num_packs} pack(s) of {config.packed_length} tokens, "
+                f"the data has {self.num_packs} pack(s) of {config.packed_length} tokens, "
                 f"one step needs {first_step}",
                 where="data.train_folder",
                 expected=f"micro_num {config.micro_num} x {dp_size} data-parallel rank(s) = {global_batch} packs",
@@ -123,26 +129,35 @@ class Corpus:
     def _make_sampler(self, global_batch: int, rampup: BatchSizeRampup | None, dp_size: int) -> StepSampler:
         config = self.config
         if config.dataset_weights:
-            files = [row["file"] for row in self.report]
-            packs = [row["packs"] for row in self.report]
-            sources, _ = group_packs(files, packs, config.dataset_weights)
+            sources, _ = group_packs(self.report, config.dataset_weights)
             return MixedSampler(sources, config.seed, global_batch, rampup)
-        unit = dp_size if config.order == "xtuner" else 1
-        return PackSampler(self.num_packs, config.seed, global_batch, rampup, config.order, unit)
+        return PackSampler(
+            self.num_packs,
+            config.seed,
+            global_batch,
+            rampup,
+            config.order,
+            unit=dp_size if config.order == "xtuner" else 1,
+        )
 
 
 def _resume_position(sampler: StepSampler, state: dict[str, Any], global_batch: int) -> SamplerPosition:
-    """Return where a saved state continues: our own, or InternEvo's, which has the same packs in the same order."""
+    """Return the position to resume from: that of our state, or of InternEvo's, which has the same packs and order."""
     theirs = state.get("internevo")
     if theirs is None:
         return sampler.resume(state)
     position = sampler.seek(int(theirs["step"]))
-    seed = sampler.seed if isinstance(sampler, PackSampler) else None
-    ours = {"seed": seed, "global_batch": global_batch, "offset": position.offset}
-    wrong = [f"{name} {theirs[name]}, here {value}" for name, value in ours.items() if theirs[name] != value]
-    if wrong:
+    ours = {
+        "seed": sampler.seed if isinstance(sampler, PackSampler) else None,
+        "global_batch": global_batch,
+        "offset": position.offset,
+    }
+    different = [
+        f"{name} {theirs[name]}, here {value}" for name, value in ours.items() if theirs[name] != value
+    ]
+    if different:
         raise UserError(
-            f"InternEvo was at another position of the data after {theirs['step']} steps: {'; '.join(wrong)}",
+            f"InternEvo was at another position of the data after {theirs['step']} steps: {'; '.join(different)}",
             where="resuming the data position",
             expected="InternEvo's data, data.seed, micro_num x data-parallel size and rampup_batch_size",
             fix="set them to InternEvo's values, or do not load the position: "
@@ -167,10 +182,10 @@ def open_corpus(config: DataConfig, vocab_size: int | None) -> Corpus:
     if vocab_size is not None:
         check_vocabulary(files, vocab_size)
     shared = _shared_folder(config)
-    _raise_open_file_limit(len(files) * (MAPPED_FILES_SHARED if shared else MAPPED_FILES))
+    _raise_open_file_limit(len(files), is_shared=shared is not None)
     sources = _open_sources(config, files, types, vocab_size, shared)
 
-    # 2. Plan the packs: each file is a stream of its own, or all files are one stream.
+    # 2. Plan the packs: each file is a separate stream, or all files are one stream.
     streams = [sources] if config.remainder == "carry" else [[source] for source in sources]
     rule = PackRule.from_config(config)
     plans = [PackPlan(stream, rule, config.remainder, shared) for stream in streams]
@@ -180,28 +195,22 @@ def open_corpus(config: DataConfig, vocab_size: int | None) -> Corpus:
     # 3. Report what each file contributes.
     report = []
     for plan, stream in zip(plans, streams, strict=True):
-        report += [file_row(source, types, plan) for source in stream]
-    warnings = find_warnings(report, sources, config) + _weight_warnings(config, files, report)
+        for source in stream:
+            report.append(file_row(source, types, plan))
+    warnings = find_warnings(report, sources, config)
+    if config.dataset_weights:
+        _, unmatched = group_packs(report, config.dataset_weights)
+        for name in unmatched:
+            warnings.append(f"{name} matches no key of data.dataset_weights and is not trained on")
     return Corpus(config, plans, types, report, warnings)
 
 
 def _shared_folder(config: DataConfig) -> Path | None:
-    """Return the folder of arrays that the node's processes share, without those of dead processes."""
+    """Return the folder of the arrays that the node's processes share, after removing those no run uses."""
     if not config.use_shm:
         return None
     remove_stale(Path(config.shm_path))
     return Path(config.shm_path)
-
-
-def _weight_warnings(
-    config: DataConfig, files: Sequence[TokenFile], report: list[dict[str, Any]]
-) -> list[str]:
-    """Return a warning for each file that no key of ``data.dataset_weights`` matches."""
-    if not config.dataset_weights:
-        return []
-    packs = [row["packs"] for row in report]
-    _, unmatched = group_packs([file.name for file in files], packs, config.dataset_weights)
-    return [f"{name} matches no key of data.dataset_weights and is not trained on" for name in unmatched]
 
 
 def _synthetic_corpus(config: DataConfig, vocab_size: int | None) -> Corpus:
@@ -212,7 +221,7 @@ def _synthetic_corpus(config: DataConfig, vocab_size: int | None) -> Corpus:
         vocab_size=vocab_size or 2**31,
     )
     plan = PackPlan([documents], PackRule.from_config(config))
-    row = source_row(documents, TYPES[0], documents=len(documents.lengths), tokens=plan.tokens, plan=plan)
+    row = source_row(documents, TYPES[0], documents=TRAIN_DOCUMENTS, tokens=plan.tokens, plan=plan)
     warning = "data.train_folder is None: training on synthetic counting sequences"
     return Corpus(config, [plan], TYPES, [row], [warning])
 
@@ -225,33 +234,25 @@ def _open_sources(
     shared: Path | None,
 ) -> list[BinDataset]:
     last_long = LongLineCache()
-    return [
-        BinDataset(
+    sources = []
+    for file in files:
+        key = match_key(file.name, config.min_length_dict, "data.min_length_dict")
+        source = BinDataset(
             file.path,
             name=file.name,
             type_id=types.index(file.type),
-            min_length=_min_length(file, config),
+            min_length=config.min_length if key is None else config.min_length_dict[key],
             vocab_size=vocab_size,
             last_long=last_long,
             shared=shared,
         )
-        for file in files
-    ]
+        sources.append(source)
+    return sources
 
 
-def _min_length(file: TokenFile, config: DataConfig) -> int:
-    keys = [key for key in config.min_length_dict if key in file.name]
-    if len(keys) > 1:
-        raise UserError(
-            f"the file matches several keys: {', '.join(keys)}",
-            where=f"data.min_length_dict, {file.path}",
-            expected="at most one key that is part of the path",
-        )
-    return config.min_length_dict[keys[0]] if keys else config.min_length
-
-
-def _raise_open_file_limit(handles: int) -> None:
+def _raise_open_file_limit(num_files: int, *, is_shared: bool) -> None:
     """Raise the soft limit of open files where the system allows it: each mapped file keeps a handle."""
+    handles = num_files * (MAPPED_FILES_SHARED if is_shared else MAPPED_FILES)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     unlimited = hard == resource.RLIM_INFINITY
     wanted = handles + 256

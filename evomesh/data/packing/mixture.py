@@ -1,4 +1,4 @@
-"""``dataset_weights``: draw packs from several sources in fixed shares.
+"""Draw packs from several sources in fixed shares (``data.dataset_weights``).
 
 After n packs, a source of weight w has given ``count`` of them with ``|count - w n| < 1``, for every source and every n
 (Tijdeman, "The chairman assignment problem", 1980). Each source walks through its own permutations and starts its next
@@ -7,15 +7,18 @@ pass when it is exhausted. Pack n of the mixture is a function of (packs, weight
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evomesh.config.step_values import BatchSizeRampup
-from evomesh.data.packing.sampler import PackSampler, SamplerPosition
+from evomesh.data.packing.sampler import PackSampler, SamplerPosition, step_size
+from evomesh.data.token_files.folders import match_key
 from evomesh.errors import UserError
 
 WHERE = "data.dataset_weights"
@@ -29,14 +32,15 @@ class MixtureSchedule:
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
-        fractions = [Fraction(str(weight)) for weight in weights]
-        total = sum(fractions)
-        self.weights = [fraction / total for fraction in fractions]
-        denominators = [weight.denominator for weight in self.weights]
-        self.period = int(np.lcm.reduce(denominators))
+        exact = [Fraction(str(weight)) for weight in weights]
+        total = sum(exact)
+        self.weights = [weight / total for weight in exact]
+        self.period = math.lcm(
+            *[weight.denominator for weight in self.weights]
+        )  # packs after which it repeats
         self._packs_in_period = [int(weight * self.period) for weight in self.weights]
-        self._n = 0
-        self._counts = [0] * len(weights)
+        self._n = 0  # packs so far
+        self._counts = [0] * len(weights)  # of them, packs of each source
 
     def counts(self, n: int) -> list[int]:
         """Return how many of the first n packs each source gives."""
@@ -70,43 +74,46 @@ class MixtureSchedule:
         """
         self._n += 1
         inverse_slack = max(1, 2 * len(self.weights) - 2)
-        best = -1
-        earliest = Fraction(0)
-        for source, (packs_in_period, count) in enumerate(
-            zip(self._packs_in_period, self._counts, strict=True)
-        ):
+        deadlines = {}  # of the eligible sources
+        for source, packs_in_period in enumerate(self._packs_in_period):
             # Both conditions are multiplied by period / slack, so that they compare integers.
-            lead = packs_in_period * self._n - count * self.period
-            if inverse_slack * lead < self.period:
-                continue
-            deadline = Fraction(inverse_slack * (count + 1) - 1, packs_in_period)
-            if best < 0 or deadline < earliest:
-                best = source
-                earliest = deadline
-        self._counts[best] += 1
-        return best
+            count = self._counts[source]
+            lag = packs_in_period * self._n - count * self.period
+            if inverse_slack * lag >= self.period:
+                deadlines[source] = Fraction(inverse_slack * (count + 1) - 1, packs_in_period)
+        source = min(deadlines, key=lambda eligible: deadlines[eligible])
+        self._counts[source] += 1
+        return source
+
+
+class WeightedSource(NamedTuple):
+    """A source of ``dataset_weights``: its name, its weight and the numbers of its packs in the corpus."""
+
+    name: str
+    weight: float
+    packs: NDArray[np.int64]
 
 
 class MixedSampler:
     """A ``PackSampler`` over weighted sources, with the same methods.
 
     Args:
-        sources: name, weight and packs of the corpus for each source.
-        seed: of the permutations; each source has its own generator with this seed.
+        sources: the weighted sources.
+        seed: seed of the permutations; each source has a separate generator with this seed.
         global_batch: packs in a step of full size.
         rampup: batch-size ramp-up.
     """
 
     def __init__(
         self,
-        sources: Sequence[tuple[str, float, NDArray[np.int64]]],
+        sources: Sequence[WeightedSource],
         seed: int,
         global_batch: int,
         rampup: BatchSizeRampup | None = None,
     ) -> None:
-        self.names = [name for name, _, _ in sources]
-        self.schedule = MixtureSchedule([weight for _, weight, _ in sources])
-        self.packs = [packs for _, _, packs in sources]
+        self.names = [source.name for source in sources]
+        self.packs = [source.packs for source in sources]
+        self.schedule = MixtureSchedule([source.weight for source in sources])
         self.seed = seed
         self.global_batch = global_batch
         self.rampup = rampup
@@ -114,40 +121,46 @@ class MixedSampler:
 
     def size(self, step: int) -> int:
         """Return the global batch of step ``step``, in packs."""
-        return self.global_batch if self.rampup is None else self.rampup.size(step, self.global_batch)
+        return step_size(step, self.global_batch, self.rampup)
 
     def take(self, position: SamplerPosition) -> tuple[NDArray[np.int64], SamplerPosition]:
         """Return the packs of the step at ``position``, and the position after it."""
         size = self.size(position.step)
         counts = self.schedule.counts(position.consumed)
-        packs = np.empty(size, np.int64)
-        for index, source in enumerate(self.schedule.take(position.consumed, size)):
-            source_packs = self.packs[source]
-            epoch, offset = divmod(counts[source], len(source_packs))
-            permutation = self._samplers[source].permutation(epoch)
-            packs[index] = source_packs[permutation[offset]]
+        packs = []
+        for source in self.schedule.take(position.consumed, size):
+            packs.append(self._pack(source, counts[source]))
             counts[source] += 1
-        return packs, self._position(position.step + 1, position.consumed + size)
+        after = self._position(position.step + 1, position.consumed + size)
+        return np.array(packs, np.int64), after
+
+    def _pack(self, source: int, number: int) -> int:
+        """Return pack ``number`` of the endless passes over a source."""
+        packs = self.packs[source]
+        epoch, offset = divmod(number, len(packs))
+        permutation = self._samplers[source].permutation(epoch)
+        return int(packs[permutation[offset]])
 
     def seek(self, step: int) -> SamplerPosition:
         """Return the position before step ``step`` of a run that began at step 0."""
-        if self.rampup is None:
-            return self._position(step, step * self.global_batch)
-        return self._position(step, sum(map(self.size, range(step))))
+        consumed = step * self.global_batch
+        if self.rampup is not None:
+            consumed = sum(map(self.size, range(step)))
+        return self._position(step, consumed)
 
     def state(self, position: SamplerPosition) -> dict[str, Any]:
         """Return one small JSON object that ``resume`` takes."""
-        weights = [str(weight) for weight in self.schedule.weights]
-        num_packs = [len(packs) for packs in self.packs]
-        counts = self.schedule.counts(position.consumed)
         return {
             "position": position.to_json(),
             "seed": self.seed,
-            "rampup": vars(self.rampup) if self.rampup else None,
-            "weights": dict(zip(self.names, weights, strict=True)),
-            "num_packs": dict(zip(self.names, num_packs, strict=True)),
-            "counts": dict(zip(self.names, counts, strict=True)),
+            "rampup": asdict(self.rampup) if self.rampup else None,
+            "weights": self._by_name(map(str, self.schedule.weights)),
+            "num_packs": self._by_name(map(len, self.packs)),
+            "counts": self._by_name(self.schedule.counts(position.consumed)),
         }
+
+    def _by_name(self, values: Iterable[Any]) -> dict[str, Any]:
+        return dict(zip(self.names, values, strict=True))
 
     def resume(self, state: dict[str, Any]) -> SamplerPosition:
         """Return the position of a saved state, after checking that it belongs to these sources.
@@ -155,68 +168,66 @@ class MixedSampler:
         Raises:
             UserError: other sources, weights or seed.
         """
-        own = self.state(SamplerPosition())
+        current = self.state(SamplerPosition())
         for key in ("weights", "num_packs", "seed"):
-            if state.get(key) != own[key]:
+            if state.get(key) != current[key]:
                 raise UserError(
-                    f"the checkpoint's data has {key} {state.get(key)}, this run has {own[key]}",
+                    f"the checkpoint's data has {key} {state.get(key)}, this run has {current[key]}",
                     where=WHERE,
                     expected="the sources and weights that the checkpoint was trained with",
                 )
         if self.rampup is not None and state["rampup"] is not None:
             self.rampup = BatchSizeRampup(**state["rampup"])
         position = SamplerPosition(**state["position"])
-        self.schedule.restore(position.consumed, [state["counts"][name] for name in self.names])
+        counts = [state["counts"][name] for name in self.names]
+        self.schedule.restore(position.consumed, counts)
         return position
 
     def _position(self, step: int, consumed: int) -> SamplerPosition:
         """Return a position whose epoch is the smallest number of passes that any source has finished."""
         counts = self.schedule.counts(consumed)
         passes = [count // len(packs) for count, packs in zip(counts, self.packs, strict=True)]
-        return SamplerPosition(step, min(passes), 0, consumed)
+        return SamplerPosition(step, epoch=min(passes), offset=0, consumed=consumed)
 
 
 def group_packs(
-    files: Sequence[str], num_packs: Sequence[int], weights: dict[str, float]
-) -> tuple[list[tuple[str, float, NDArray[np.int64]]], list[str]]:
+    report: Sequence[dict[str, Any]], weights: dict[str, float]
+) -> tuple[list[WeightedSource], list[str]]:
     """Group the packs of a corpus into the sources of ``dataset_weights``.
 
     Args:
-        files: names in order, relative to the data folder.
-        num_packs: number of packs of each.
-        weights: by part of a name, such as ``"en/"`` or ``"code/github"``.
+        report: one row per file, in order; its ``file`` is relative to the data folder.
+        weights: weight by part of a file's name, such as ``"en/"`` or ``"code/github"``.
 
     Returns:
-        name, weight and packs of each source, and the files that belong to none.
+        the sources, and the files that belong to none.
 
     Raises:
         UserError: a weight is not positive, a key matches nothing, or a file matches two keys.
     """
-    packs_of_key: dict[str, list[NDArray[np.int64]]] = {key: [] for key in weights}
+    packs_of_key = {key: [np.empty(0, np.int64)] for key in weights}
     unmatched = []
-    first_packs = np.cumsum([0, *num_packs])[:-1]
-    for name, first, count in zip(files, first_packs, num_packs, strict=True):
-        keys = [key for key in weights if key in name]
-        if len(keys) > 1:
-            raise UserError(
-                f"{name} matches several keys: {', '.join(keys)}",
-                where=WHERE,
-                expected="at most one key that is part of the path",
-            )
-        if keys:
-            packs_of_key[keys[0]].append(np.arange(first, first + count))
+    first_pack = 0
+    for row in report:
+        next_pack = first_pack + row["packs"]
+        key = match_key(row["file"], weights, WHERE)
+        if key is None:
+            unmatched.append(row["file"])
         else:
-            unmatched.append(name)
+            packs_of_key[key].append(np.arange(first_pack, next_pack))
+        first_pack = next_pack
+
     sources = []
     for key, weight in weights.items():
         if not 0 < weight < float("inf"):
             raise UserError(f"{key!r} has weight {weight}", where=WHERE, expected="a positive number")
-        packs = np.concatenate([np.empty(0, np.int64), *packs_of_key[key]])
+        packs = np.concatenate(packs_of_key[key])
         if not len(packs):
+            names = ", ".join(row["file"] for row in report[:8])
             raise UserError(
-                f"{key!r} matches no file that gives a pack (files: {', '.join(files[:8])})",
+                f"{key!r} matches no file that yields a pack (files: {names})",
                 where=WHERE,
                 expected="a part of a path below data.train_folder",
             )
-        sources.append((key, weight, packs))
+        sources.append(WeightedSource(key, weight, packs))
     return sources, unmatched

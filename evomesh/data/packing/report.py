@@ -5,7 +5,7 @@ The rows and the manifest are plain JSON: the manifest is stored in every checkp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -23,7 +23,7 @@ MANIFEST_KEYS = ("file", "type", "documents", "tokens", "bytes", "hash")
 def source_row(
     source: DocumentSource, type_name: str, *, documents: int, tokens: int, plan: PackPlan
 ) -> dict[str, Any]:
-    """Return the report row of a source that is a stream of its own; ``documents`` includes the filtered ones."""
+    """Return the report row of a source that alone makes up a stream; ``documents`` includes the filtered ones."""
     return {
         "file": source.name,
         "type": type_name,
@@ -37,9 +37,13 @@ def source_row(
 
 def file_row(source: BinDataset, types: Sequence[str], plan: PackPlan) -> dict[str, Any]:
     """Return the report row of a token file, with its size and a hash of its meta."""
-    tokens = int(source.rows[:, 1].sum(dtype=np.int64))
-    type_name = types[source.type_id]
-    row = source_row(source, type_name, documents=len(source.rows), tokens=tokens, plan=plan)
+    row = source_row(
+        source,
+        types[source.type_id],
+        documents=len(source.rows),
+        tokens=source.tokens,
+        plan=plan,
+    )
     if len(plan.sources) > 1:
         row |= _share_of_stream(source, plan)
     row["bytes"] = source.size
@@ -50,39 +54,46 @@ def file_row(source: BinDataset, types: Sequence[str], plan: PackPlan) -> dict[s
 def _share_of_stream(source: BinDataset, plan: PackPlan) -> dict[str, int]:
     """Return packs and dropped tokens of one file in a stream of all files: a pack counts where it ends."""
     number = plan.sources.index(source)
-    start = _tokens_before(plan, int(plan.first_document[number]))
-    end = _tokens_before(plan, int(plan.first_document[number + 1]))
+    start = _tokens_before(plan, plan.first_document[number])
+    end = _tokens_before(plan, plan.first_document[number + 1])
     length = plan.rule.packed_length
+    is_last = end == plan.tokens
     return {
         "packs": end // length - start // length,
-        "dropped": plan.dropped if end == plan.tokens else 0,
+        "dropped": plan.dropped if is_last else 0,
     }
 
 
 def _tokens_before(plan: PackPlan, document: int) -> int:
+    """Return the number of tokens in the stream before the document at this position."""
     return int(plan.document_ends[document - 1]) if document else 0
 
 
 def report_table(report: Sequence[dict[str, Any]]) -> str:
     """Return the report as text, with a line of totals."""
-    rows = [[row["file"], row["type"], *(f"{row[name]:,}" for name in COUNTS)] for row in report]
+    table = [["file", "type", *COUNTS]]
+    for row in report:
+        table.append(_table_row(row["file"], row["type"], row))
     if len(report) > 1:
-        totals = [sum(row[name] for row in report) for name in COUNTS]
-        rows.append([f"{len(report)} files", "", *(f"{total:,}" for total in totals)])
-    rows.insert(0, ["file", "type", *COUNTS])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(_table_line(row, widths) for row in rows)
+        totals = {name: sum(row[name] for row in report) for name in COUNTS}
+        table.append(_table_row(f"{len(report)} files", "", totals))
+
+    # File and type are left-aligned, the counts right-aligned.
+    columns = []
+    for number, column in enumerate(zip(*table, strict=True)):
+        width = max(map(len, column))
+        is_text = number < 2
+        columns.append([cell.ljust(width) if is_text else cell.rjust(width) for cell in column])
+    lines = zip(*columns, strict=True)
+    return "\n".join(map("  ".join, lines))
 
 
-def _table_line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    """Return one line: file and type are left-aligned, the counts right-aligned."""
-    left = [cell.ljust(width) for cell, width in zip(cells[:2], widths[:2], strict=True)]
-    right = [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]
-    return "  ".join(left + right)
+def _table_row(file: str, type_name: str, counts: Mapping[str, int]) -> list[str]:
+    return [file, type_name, *(f"{counts[name]:,}" for name in COUNTS)]
 
 
 def make_manifest(report: Sequence[dict[str, Any]], types: Sequence[str]) -> dict[str, Any]:
-    """Return what the data consists of: files with sizes, documents, tokens and hashes, in order."""
+    """Describe the data: files with their sizes, documents, tokens and hashes, in order."""
     files = [{key: row[key] for key in MANIFEST_KEYS if key in row} for row in report]
     identity = [(file["file"], file["type"], file.get("bytes"), file.get("hash")) for file in files]
     digest = xxhash.xxh3_64_hexdigest(repr(identity).encode())
@@ -110,12 +121,19 @@ def check_manifest(saved: dict[str, Any] | str | None, current: dict[str, Any]) 
 
 
 def _list_changes(old_files: list[dict[str, Any]], new_files: list[dict[str, Any]]) -> list[str]:
+    """Return a line for each file that was removed, changed or added."""
     old = {file["file"]: file for file in old_files}
     new = {file["file"]: file for file in new_files}
-    lines = [f"  removed: {name} ({file['hash']})" for name, file in old.items() if name not in new]
-    lines += [f"  added: {name} ({file['hash']})" for name, file in new.items() if name not in old]
-    changed = [name for name in old if name in new and old[name] != new[name]]
-    lines += [f"  changed: {name} ({old[name]['hash']} -> {new[name]['hash']})" for name in changed]
+    lines = []
+    for name, file in old.items():
+        current = new.get(name)
+        if current is None:
+            lines.append(f"  removed: {name} ({file['hash']})")
+        elif current != file:
+            lines.append(f"  changed: {name} ({file['hash']} -> {current['hash']})")
+    for name, file in new.items():
+        if name not in old:
+            lines.append(f"  added: {name} ({file['hash']})")
     return lines or ["  the files are the same but their order differs"]
 
 
@@ -127,9 +145,9 @@ def find_warnings(
     for row, source in zip(report, sources, strict=True):
         name = row["file"]
         if row["packs"] == 0 and config.remainder != "carry":
-            kept = int(source.lengths.sum(dtype=np.int64))
             warnings.append(
-                f"{name} yields no pack: {kept:,} tokens after filtering, a pack needs {config.packed_length:,}"
+                f"{name} yields no pack: {source.kept_tokens:,} tokens after filtering, "
+                f"a pack needs {config.packed_length:,}"
             )
         if 0 < len(source.rows) < config.min_length:
             warnings.append(
@@ -146,29 +164,35 @@ def find_warnings(
 
 
 def _repeated_rows(source: BinDataset) -> int:
-    """Return half the rows of a file whose second half repeats the first, else 0; looks at the meta only."""
+    """Return half the number of rows of a file whose second half repeats the first, else 0.
+
+    Only the meta is read, so the documents may still differ in their ids.
+    """
     half, odd = divmod(len(source.rows), 2)
     if odd or half < 2:
         return 0
-    first, second = source.rows[:half], source.rows[half:]
-    middle = int(second[0, 0])
-    same_lengths = np.array_equal(first[:, 1], second[:, 1])
-    if not same_lengths or 2 * middle != source.size:
+    middle = int(source.rows[half, 0])  # byte at which the second half starts
+    if 2 * middle != source.size:
         return 0
-    same_offsets = np.array_equal(first[:, 0], second[:, 0] - middle)
-    return half if same_offsets else 0
+    first_half = source.rows[:half]
+    second_half = source.rows[half:] - np.array([middle, 0])
+    return half if np.array_equal(first_half, second_half) else 0
 
 
 def refuse_empty(config: DataConfig, sources: Sequence[BinDataset]) -> NoReturn:
-    """Raise the UserError for files that hold not one pack: everything was filtered out, or there is too little."""
-    stored = [int(source.rows[:, 1].sum(dtype=np.int64)) for source in sources]
-    kept = [int(source.lengths.sum(dtype=np.int64)) for source in sources]
-    if sum(kept) == 0 and sum(stored) > 0:
+    """Refuse files that do not fill a single pack: every document was filtered out, or there is too little data.
+
+    Raises:
+        UserError: always.
+    """
+    stored = sum(source.tokens for source in sources)
+    kept = sum(source.kept_tokens for source in sources)
+    if kept == 0 and stored > 0:
         _refuse_all_filtered(config, sources)
-    largest = int(np.argmax(kept))
+    largest = max(sources, key=lambda source: source.kept_tokens)
     raise UserError(
-        f"no file holds a whole pack: {sum(kept):,} tokens in {len(sources)} file(s), "
-        f"the largest, {sources[largest].name}, has {kept[largest]:,}, one pack needs {config.packed_length:,}",
+        f"no file fills a pack: {kept:,} tokens in {len(sources)} file(s), "
+        f"the largest, {largest.name}, has {largest.kept_tokens:,}, one pack needs {config.packed_length:,}",
         where="data.train_folder",
         expected=f"at least {config.packed_length:,} tokens (seq_len {config.seq_len} x micro_bsz {config.micro_bsz}) "
         "in one file",
@@ -178,11 +202,11 @@ def refuse_empty(config: DataConfig, sources: Sequence[BinDataset]) -> NoReturn:
 
 def _refuse_all_filtered(config: DataConfig, sources: Sequence[BinDataset]) -> NoReturn:
     lengths = np.concatenate([source.rows[:, 1] for source in sources])
-    tenth, median, ninetieth = (int(np.percentile(lengths, q)) for q in (10, 50, 90))
+    tenth, median, ninetieth = np.percentile(lengths, (10, 50, 90)).astype(int)
     raise UserError(
         f"all {len(lengths):,} documents are shorter than the minimum length",
         where="data.min_length",
         expected=f"at most {int(lengths.max())} tokens, the longest document (shortest {int(lengths.min())}, "
-        f"median {median}, 90 % {ninetieth}); min_length is {config.min_length}",
+        f"median {median}, 90th percentile {ninetieth}); min_length is {config.min_length}",
         fix=f"set data.min_length to {tenth} or less",
     )

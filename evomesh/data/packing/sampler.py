@@ -2,7 +2,7 @@
 
 InternEvo's rule: rank r of dp takes every dp-th index of one global permutation, ``micro_num`` of them per step. All
 ranks together then consume contiguous slices of the permutation, ``G = micro_num * dp`` packs per step, and rank r
-holds ``slice[r::dp]``. The slices depend on G alone, so a run can resume in another layout with the same G and see the
+takes ``slice[r::dp]``. The slices depend on G alone, so a run can resume in another layout with the same G and see the
 same packs in the same steps.
 """
 
@@ -39,8 +39,13 @@ class SamplerPosition:
         return asdict(self)
 
 
+def step_size(step: int, global_batch: int, rampup: BatchSizeRampup | None) -> int:
+    """Return the number of packs in step ``step``, of all ranks together."""
+    return global_batch if rampup is None else rampup.size(step, global_batch)
+
+
 class PackSampler:
-    """Walks through one permutation of all packs per pass.
+    """Go through all packs in passes, each in the order of one permutation.
 
     Random access costs one shuffle of indices per finished pass and never reads a batch.
 
@@ -69,17 +74,23 @@ class PackSampler:
         self.rampup = rampup
         self.order = order
         self.unit = unit
-        self._epoch = -1  # of the permutation at hand
         self._rng = np.random.RandomState(seed)
         self._permutation: NDArray[np.int64] = np.empty(0, np.int64)
-        self.pass_packs = num_packs // unit * unit if order == "xtuner" else num_packs
+        self._epoch = -1  # the pass that the permutation belongs to
         fewest = 1 if order == "xtuner" else self.size(0)
         if self.pass_packs < fewest:
             raise ValueError(f"{num_packs} packs do not fill one step of {self.size(0)}")
 
+    @property
+    def pass_packs(self) -> int:
+        """Number of packs in one pass."""
+        if self.order == "xtuner":
+            return self.num_packs // self.unit * self.unit
+        return self.num_packs
+
     def size(self, step: int) -> int:
         """Return the global batch of step ``step``, in packs."""
-        return self.global_batch if self.rampup is None else self.rampup.size(step, self.global_batch)
+        return step_size(step, self.global_batch, self.rampup)
 
     def take(self, position: SamplerPosition) -> tuple[NDArray[np.int64], SamplerPosition]:
         """Return the packs of all ranks for the step at ``position``, and the position after it."""
@@ -91,6 +102,7 @@ class PackSampler:
         return packs, SamplerPosition(position.step + 1, epoch, offset, position.consumed + size)
 
     def _take_within_pass(self, position: SamplerPosition, size: int) -> tuple[NDArray[np.int64], int, int]:
+        """Return packs, epoch and offset after a step that is in one pass ("internevo")."""
         if size > self.pass_packs:
             raise UserError(
                 f"step {position.step} needs {size} packs, the data has {self.pass_packs}",
@@ -101,6 +113,7 @@ class PackSampler:
         return self.permutation(epoch)[offset : offset + size], epoch, offset + size
 
     def _take_across_passes(self, position: SamplerPosition, size: int) -> tuple[NDArray[np.int64], int, int]:
+        """Return packs, epoch and offset after a step that may cross into the next passes ("xtuner")."""
         epoch = position.epoch
         offset = position.offset
         parts = []
@@ -127,7 +140,8 @@ class PackSampler:
         if self.rampup is None and self.order == "internevo":
             steps_in_pass = self.pass_packs // self.global_batch
             epoch, steps_taken = divmod(step, steps_in_pass)
-            return SamplerPosition(step, epoch, steps_taken * self.global_batch, step * self.global_batch)
+            offset = steps_taken * self.global_batch
+            return SamplerPosition(step, epoch, offset, consumed=step * self.global_batch)
         position = SamplerPosition()
         while position.step < step:
             size = self.size(position.step)
@@ -177,20 +191,18 @@ class PackSampler:
         Raises:
             UserError: other data, seed or order: the remaining packs would not be the untrained ones.
         """
-        own = self.state(SamplerPosition())
+        current = self.state(SamplerPosition())
         for key in ("num_packs", "seed", "order"):
-            if state[key] != own[key]:
+            if state[key] != current[key]:
                 raise UserError(
-                    f"the checkpoint's data has {key} {state[key]}, this run has {own[key]}",
+                    f"the checkpoint's data has {key} {state[key]}, this run has {current[key]}",
                     where="resuming the data position",
                     expected="the data that the checkpoint was trained on",
                     fix="restore it, or load only the weights: "
                     'ckpt.load_ckpt_info=dict(path=..., content=("model",))',
                 )
+        # Ramp-up and unit count packs of the global batch: those of the checkpoint keep the steps in another layout.
         if self.rampup is not None and state["rampup"] is not None:
-            # It counts packs of the global batch, so that another layout keeps the sizes.
             self.rampup = BatchSizeRampup(**state["rampup"])
         self.unit = int(state["unit"])
-        if self.order == "xtuner":
-            self.pass_packs = self.num_packs // self.unit * self.unit
         return SamplerPosition(**state["position"])

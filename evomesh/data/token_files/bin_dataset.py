@@ -89,19 +89,45 @@ class BinDataset:
         self.vocab_size = vocab_size
         self.size = check_file(self.path)
         self.rows = read_meta(self.path, mapped=shared is not None)
+        self._shared = shared
         self.kept: NDArray[np.int32] | None = None  # row of each kept document; None: all rows
         self.lengths: NDArray[np.integer] = self.rows[:, 1]
-        if min_length > 0 and len(self.rows) and int(self.lengths.min()) < min_length:
-            self.kept, self.lengths = _filter_short(self.rows[:, 1], min_length, shared)
+        has_short = min_length > 0 and len(self.rows) and int(self.lengths.min()) < min_length
+        if has_short:
+            self._drop_short(min_length)
         self._last_long = last_long or LongLineCache()
         self._mapped: memoryview | None = None
-        self._cache = open_cache(self.path, int(self.rows[:, 1].sum(dtype=np.int64)))
+        self._cache = open_cache(self.path, self.tokens)
         self._cache_starts: NDArray[np.int64] | None = None
-        self._shared = shared
         self._check_end()
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of all documents, short ones included."""
+        return int(self.rows[:, 1].sum(dtype=np.int64))
+
+    @property
+    def kept_tokens(self) -> int:
+        """Number of tokens of the kept documents."""
+        return int(self.lengths.sum(dtype=np.int64))
+
+    def _drop_short(self, min_length: int) -> None:
+        """Keep only the documents that are long enough."""
+        lengths = self.rows[:, 1]
+        kept = self._build_once(
+            f"{min_length}.kept", lambda: np.flatnonzero(lengths >= min_length).astype(np.int32)
+        )
+        self.kept = kept
+        self.lengths = self._build_once(f"{min_length}.lengths", lambda: lengths[kept])
+
+    def _build_once(self, name: str, build: Callable[[], NDArray[Any]]) -> NDArray[Any]:
+        """Build an array that follows from the lengths: once per node with a shared folder, else in this process."""
+        if self._shared is None:
+            return build()
+        return shared_array(self._shared, f"{digest([self.rows[:, 1]])}.{name}", build)
 
     def row(self, document: int) -> int:
         """Return the row in the meta (line number from 0) of a kept document."""
@@ -122,25 +148,23 @@ class BinDataset:
         rows = np.asarray(documents) if self.kept is None else self.kept[documents]
         tokens = self._read_lines(rows) if self._cache is None else self._read_cache(rows, self._cache)
         if self.vocab_size is not None and largest_id(tokens) >= self.vocab_size:
-            self._refuse_id(rows.tolist(), tokens)
+            self._refuse_id(rows, tokens)
         return tokens
 
     def _read_cache(self, rows: NDArray[np.integer], cache: NDArray[np.int32]) -> TokenArray:
         if self._cache_starts is None:
-            all_lengths = self.rows[:, 1]
-            self._cache_starts = _shared_once(
-                self._shared, all_lengths, "starts", lambda: _starts(all_lengths)
-            )
+            self._cache_starts = self._build_once("starts", lambda: _starts(self.rows[:, 1]))
         starts = self._cache_starts[rows]
         lengths = self.rows[rows, 1].astype(np.int64)
-        ends = np.cumsum(lengths)
-        total = int(ends[-1])
+        total = int(lengths.sum())
+
+        # Short documents: one index of every token is cheaper than a slice of every document.
         if total < len(rows) * SHORT:
-            # Short documents: an index of every token is cheaper than a slice of every document.
-            cache_minus_result = starts - (ends - lengths)  # how far each document moves
-            index = np.arange(total) + np.repeat(cache_minus_result, lengths)
+            offsets = starts - _starts(lengths)  # from a token of the result to the same token in the cache
+            index = np.arange(total) + np.repeat(offsets, lengths)
             tokens: TokenArray = cache[index].astype(np.int64)
             return tokens
+
         stops = starts + lengths
         parts = [cache[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
         return np.concatenate(parts).astype(np.int64)
@@ -149,35 +173,38 @@ class BinDataset:
         is_long = self.rows[rows, 1] >= LONG
         if not is_long.any():
             return self._parse(rows)
-        # Each long document is a group of its own; the rows between two of them are parsed together.
+        # Each long document forms a separate group; the rows between two of them are parsed together.
         long = np.flatnonzero(is_long)
-        borders = np.unique(np.concatenate([long, long + 1]))
+        borders = np.unique([long, long + 1])
+        groups = [group for group in np.split(rows, borders) if len(group)]
         tokens = []
-        for group in np.split(rows, borders):
-            if not len(group):
-                continue
-            group_is_long = int(self.rows[group[0], 1]) >= LONG
-            tokens.append(self._read_long(group) if group_is_long else self._parse(group))
+        for group in groups:
+            length = int(self.rows[group[0], 1])
+            read = self._read_long if length >= LONG else self._parse
+            tokens.append(read(group))
         return tokens[0] if len(tokens) == 1 else np.concatenate(tokens)
 
     def _read_long(self, row: NDArray[np.integer]) -> TokenArray:
+        """Read one long document; ``row`` has a single entry."""
         path, last, tokens = self._last_long.found
         if path != self.path or last != int(row[0]):
             tokens = self._parse(row)
             tokens.flags.writeable = False  # handed out more than once
-            self._last_long.found = self.path, int(row[0]), tokens
+            self._last_long.found = (self.path, int(row[0]), tokens)
         return tokens
 
     def _parse(self, rows: NDArray[np.integer]) -> TokenArray:
-        starts, lengths = self.rows[rows].astype(np.int64).T
+        starts = self.rows[rows, 0].astype(np.int64)
+        lengths = self.rows[rows, 1].astype(np.int64)
         # A line ends where the next one starts, the last one at the end of the file.
         last = len(self.rows) - 1
-        ends = self.rows[np.minimum(rows + 1, last), 0].astype(np.int64)
+        next_rows = np.minimum(rows + 1, last)
+        ends = self.rows[next_rows, 0].astype(np.int64)
         ends[rows == last] = self.size
         tokens = parse_ranges(self._map(), starts, ends, lengths)
-        if tokens is not None:
-            return tokens
-        return np.concatenate([self._parse_with_checks(row) for row in rows.tolist()])
+        if tokens is None:
+            tokens = np.concatenate([self._parse_with_checks(row) for row in rows.tolist()])
+        return tokens
 
     @property
     def block(self) -> int:
@@ -191,10 +218,10 @@ class BinDataset:
 
     def check(self, count: int) -> None:
         """Read ``count`` of the ``blocks``, evenly spaced, so that what ``read`` refuses is refused now."""
-        step = self.block
-        for number in np.unique(np.linspace(0, self.blocks - 1, count).astype(np.int64)).tolist():
-            documents = np.arange(number * step, min((number + 1) * step, len(self)))
-            self.read(documents)
+        for number in evenly_spaced(self.blocks, count).tolist():
+            start = number * self.block
+            stop = min(start + self.block, len(self))
+            self.read(np.arange(start, stop))
 
     def _map(self) -> memoryview:
         """Return the mapped file; it is mapped at first use, so that a run opens only the files it reads."""
@@ -213,10 +240,11 @@ class BinDataset:
         try:
             tokens = parse_line(line)
         except BadLineError as bad:
-            place = f" byte {start + bad.byte}" if bad.byte is not None else ""
-            fix = f"see all of them: evomesh data verify {self.path}"
             raise UserError(
-                bad.found, where=f"{self.path} line {row + 1}{place}", expected=bad.expected, fix=fix
+                bad.found,
+                where=bad.location(self.path, row + 1, start),
+                expected=bad.expected,
+                fix=f"list every bad line: evomesh data verify {self.path}",
             ) from None
         if len(tokens) != declared:
             raise UserError(
@@ -227,7 +255,7 @@ class BinDataset:
         return np.array(tokens, dtype=np.int64)
 
     def _refuse_offset(self, row: int, line: bytes) -> None:
-        """Refuse an offset that is not the start of a line, or missing rows; return when the line is at fault."""
+        """Refuse an offset that is not the start of a line, or missing rows; return if the line itself is bad."""
         start = int(self.rows[row, 0])
         for wrong, offset in ((row, start), (row + 1, start + len(line))):
             before, after = self._line_around(offset)
@@ -253,16 +281,16 @@ class BinDataset:
                 start, end = end, end + len(line)
         return start, end
 
-    def _refuse_id(self, rows: Sequence[int], tokens: TokenArray) -> None:
-        assert self.vocab_size is not None
-        first_bad = int(np.flatnonzero(np.abs(tokens) >= self.vocab_size)[0])
-        lengths = self.rows[list(rows), 1].astype(np.int64)
-        ends = np.cumsum(lengths)
-        document = int(np.searchsorted(ends, first_bad, side="right"))
-        position = first_bad - int(ends[document] - lengths[document])
+    def _refuse_id(self, rows: NDArray[np.integer], tokens: TokenArray) -> None:
+        """Refuse the first id of the documents in ``rows`` that is outside the vocabulary."""
+        is_outside = np.abs(tokens) >= self.vocab_size
+        first_bad = int(np.flatnonzero(is_outside)[0])
+        starts = _starts(self.rows[rows, 1])
+        document = int(np.searchsorted(starts, first_bad, side="right")) - 1
+        position = first_bad - int(starts[document])
         raise UserError(
             f"token {position} is {int(tokens[first_bad])}, outside the vocabulary",
-            where=f"{self.path} line {rows[document] + 1}",
+            where=f"{self.path} line {int(rows[document]) + 1}",
             expected=f"ids below model.vocab_size={self.vocab_size}",
             fix="set model.vocab_size to the tokenizer's size, or tokenize with the model's tokenizer",
         )
@@ -290,43 +318,32 @@ class BinDataset:
             )
 
 
-def _filter_short(
-    lengths: NDArray[np.integer], min_length: int, shared: Path | None
-) -> tuple[NDArray[np.int32], NDArray[np.integer]]:
-    """Return the rows of the documents that are long enough, and their lengths."""
-    kept = _shared_once(shared, lengths, f"{min_length}.kept", lambda: _long_enough(lengths, min_length))
-    return kept, _shared_once(shared, lengths, f"{min_length}.lengths", lambda: lengths[kept])
-
-
-def _shared_once(
-    shared: Path | None, lengths: NDArray[np.integer], name: str, build: Callable[[], NDArray[Any]]
-) -> NDArray[Any]:
-    return build() if shared is None else shared_array(shared, f"{digest([lengths])}.{name}", build)
-
-
-def _long_enough(lengths: NDArray[np.integer], min_length: int) -> NDArray[np.int32]:
-    return np.flatnonzero(lengths >= min_length).astype(np.int32)
-
-
 def _starts(lengths: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Return where each document starts when documents of these lengths follow one another."""
     return np.cumsum(lengths, dtype=np.int64) - lengths
 
 
-def check_sources(sources: Sequence[DocumentSource]) -> None:
-    """Read token files before a run starts: completely if they are small together, else in evenly spaced blocks.
+def evenly_spaced(total: int, count: int) -> NDArray[np.int64]:
+    """Return ``count`` evenly spaced numbers from 0 to ``total`` - 1, or all of these if there are fewer."""
+    return np.unique(np.linspace(0, total - 1, min(count, total)).astype(np.int64))
 
-    The blocks find what is wrong everywhere, such as another vocabulary or the meta of another file.
+
+def check_sources(sources: Sequence[DocumentSource]) -> None:
+    """Read token files before a run starts: completely if together they are small, else in evenly spaced blocks.
+
+    The blocks find defects that occur throughout a file, such as another vocabulary or the meta of another file.
 
     Raises:
         UserError: the first bad line or meta row that was read; training would have failed on it later.
     """
     files = [source for source in sources if isinstance(source, BinDataset)]
-    share = min(1.0, CHECKED_BYTES / max(1, sum(file.size for file in files)))
-    owed = 0.0  # fraction carried over, so that many small files are not all skipped
+    total_bytes = sum(file.size for file in files)
+    share = min(1.0, CHECKED_BYTES / max(1, total_bytes))
+    due = 0.0  # blocks to read; the fraction is carried over, so that many small files are not all skipped
     for file in files:
-        owed += file.blocks * share
-        file.check(int(owed))
-        owed -= int(owed)
+        due += file.blocks * share
+        file.check(int(due))
+        due -= int(due)
 
 
 def check_file(path: Path) -> int:

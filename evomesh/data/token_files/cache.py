@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomesh.data.token_files.lines import BadLineError, TokenArray, parse_line, parse_plain
-from evomesh.data.token_files.meta import read_meta
+from evomesh.data.token_files.meta import read_meta, rebuild
 from evomesh.data.token_files.part_files import open_part, remove_dead_parts
 from evomesh.errors import UserError
 
@@ -28,11 +28,11 @@ def open_cache(bin_path: Path, tokens: int) -> NDArray[np.int32] | None:
     try:
         if path.stat().st_mtime_ns < bin_path.stat().st_mtime_ns:
             return None
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        cache = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError):
         return None
-    fits = found.dtype == np.int32 and found.shape == (tokens,)
-    return found if fits else None
+    fits = cache.dtype == np.int32 and cache.shape == (tokens,)
+    return cache if fits else None
 
 
 def write_cache(bin_path: Path) -> int:
@@ -59,7 +59,9 @@ def write_cache(bin_path: Path) -> int:
                 filled += len(tokens)
         if filled != total:
             raise UserError(
-                f"the lines hold {filled:,} tokens, the meta declares {total:,}", where=str(bin_path)
+                f"the lines hold {filled:,} tokens, the meta declares {total:,}",
+                where=str(bin_path),
+                fix=rebuild(bin_path),
             )
         flat.flush()
         del flat
@@ -71,14 +73,21 @@ def write_cache(bin_path: Path) -> int:
 
 
 def _parse_one_by_one(lines: list[bytes], declared: list[int], bin_path: Path, first: int) -> TokenArray:
+    """Parse lines with every check; ``first`` lines of the file come before them."""
     parsed: list[int] = []
-    for number, (line, length) in enumerate(zip(lines, declared, strict=False), first + 1):
+    number = first
+    for line, length in zip(lines, declared, strict=False):
+        number += 1
         where = f"{bin_path} line {number}"
         try:
             tokens = parse_line(line)
         except BadLineError as bad:
             raise UserError(bad.found, where=where, expected=bad.expected) from None
         if len(tokens) != length:
-            raise UserError(f"the meta declares {length} tokens, the line has {len(tokens)}", where=where)
+            raise UserError(
+                f"the meta declares {length} tokens, the line has {len(tokens)}",
+                where=where,
+                fix=rebuild(bin_path),
+            )
         parsed += tokens
     return np.array(parsed, np.int64)

@@ -29,10 +29,12 @@ def read_fingerprint(bin_path: str | Path) -> dict[str, Any] | None:
     try:
         record = orjson.loads(path.read_bytes())
     except orjson.JSONDecodeError as error:
-        raise UserError(f"not JSON ({error})", where=str(path), fix="delete it or tokenize again") from None
-    if not isinstance(record, dict):
-        raise UserError("not a JSON object", where=str(path), fix="delete it or tokenize again")
-    return record
+        found = f"not JSON ({error})"
+    else:
+        if isinstance(record, dict):
+            return record
+        found = "not a JSON object"
+    raise UserError(found, where=str(path), fix="delete it or tokenize again")
 
 
 def check_vocabulary(files: Sequence[TokenFile], vocab_size: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import getpass
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -43,18 +43,40 @@ def walk(folder: Path, suffix: str) -> Iterator[TokenFile]:
     yield from _walk(folder, "", suffix, frozenset())
 
 
-def _walk(directory: Path, prefix: str, suffix: str, above: frozenset[str]) -> Iterator[TokenFile]:
-    """Walk one folder; ``above`` has the real paths of the folders on the way to it."""
+def _walk(directory: Path, prefix: str, suffix: str, parents: frozenset[str]) -> Iterator[TokenFile]:
+    """Walk one folder.
+
+    Args:
+        prefix: path of the folder relative to the root, with a slash at its end.
+        parents: real paths of the folders on the way to it.
+    """
     real_path = os.path.realpath(directory)
-    if real_path in above:
+    if real_path in parents:
         return
+    parents |= {real_path}
     entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
     for entry in entries:
         if entry.is_file() and entry.name.endswith(suffix):
             yield TokenFile(Path(entry.path), prefix + entry.name)
     for entry in entries:
         if entry.is_dir():
-            yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", suffix, above | {real_path})
+            inner_prefix = f"{prefix}{entry.name}/"
+            yield from _walk(Path(entry.path), inner_prefix, suffix, parents)
+
+
+def find_bins(path: str) -> list[TokenFile]:
+    """Return the token file at a path, or all below a folder, in walk order.
+
+    Raises:
+        UserError: there is none below the folder.
+    """
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        return [TokenFile(root, str(root))]
+    files = list(walk(root, ".bin"))
+    if not files:
+        raise UserError("no .bin file below the folder", where=str(root))
+    return files
 
 
 def check_folder(folder: str | Path, key: str) -> Path:
@@ -108,21 +130,25 @@ def find_files(folder: Path, key: str, order_path: str | None = None) -> list[To
 def _reorder(files: list[TokenFile], folder: Path, order_path: Path) -> list[TokenFile]:
     """Return the files in the order of an order file, which must list each of them once."""
     by_name = {file.name: file for file in files}
-    count = Counter(read_order(order_path))
-    problems = [f"  listed, not in {folder}: {name}" for name in count if name not in by_name]
-    problems += [f"  in {folder}, not listed: {name}" for name in sorted(by_name) if name not in count]
-    problems += [f"  listed twice: {name}" for name in sorted(count) if count[name] > 1]
-    if problems:
+    times_listed = Counter(read_order(order_path))
+    unknown = [name for name in times_listed if name not in by_name]
+    unlisted = [name for name in by_name if name not in times_listed]
+    repeated = [name for name, times in times_listed.items() if times > 1]
+    if unknown or unlisted or repeated:
+        lines = ["the order file and the folder do not have the same files"]
+        lines += [f"  listed, not in {folder}: {name}" for name in unknown]
+        lines += [f"  in {folder}, not listed: {name}" for name in sorted(unlisted)]
+        lines += [f"  listed twice: {name}" for name in sorted(repeated)]
         raise UserError(
-            "\n".join(["the order file and the folder do not have the same files", *problems]),
+            "\n".join(lines),
             where=str(order_path),
             fix=f"rewrite it: evomesh data order {folder} --output {order_path}",
         )
-    return [by_name[name] for name in count]
+    return [by_name[name] for name in times_listed]
 
 
 def read_order(path: Path) -> list[str]:
-    """Read the names of an order file: one relative path a line; blank lines and kinds of line ends are ignored.
+    """Read the names of an order file: one relative path per line; blank lines and Windows line ends are ignored.
 
     Raises:
         UserError: it cannot be read.
@@ -163,8 +189,27 @@ def assign_types(files: list[TokenFile], folder: Path) -> list[str]:
     return types
 
 
+def match_key(file: str, keys: Iterable[str], where: str) -> str | None:
+    """Return the key that is part of a file's name, None if there is none.
+
+    Args:
+        where: the config key, for the message.
+
+    Raises:
+        UserError: several keys are.
+    """
+    matches = [key for key in keys if key in file]
+    if len(matches) > 1:
+        raise UserError(
+            f"{file} matches several keys: {', '.join(matches)}",
+            where=where,
+            expected="at most one key that is part of the path",
+        )
+    return matches[0] if matches else None
+
+
 def write_order(folder: str | Path, output: Path, suffix: str = ".bin") -> int:
-    """Write the order of ``walk``, one path relative to ``folder`` a line; return the number of files.
+    """Write the order of ``walk``, one path relative to ``folder`` per line; return the number of files.
 
     Raises:
         UserError: there is no such file below the folder.

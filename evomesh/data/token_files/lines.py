@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,13 @@ from numpy.typing import NDArray
 
 TokenArray = NDArray[np.int64]
 IntArray = NDArray[np.integer]
-MAX_ID = 2**31 - 1  # ids travel as int64, but no vocabulary is larger
+MAX_ID = 2**31 - 1  # ids are stored as int64, but no vocabulary is larger
 
 _HEAD = b'{"tokens": ['
 _TAIL = b"]}\n"
 _FRAME = len(_HEAD) + len(_TAIL)
 _NUMBERS = b"0123456789,- "
-_BORDER = 9999999999  # stands between two documents that are parsed together: no id is so large
+_BORDER = 9999999999  # separates two documents that are parsed together: no id is that large
 _JOINT = b", %d, " % _BORDER
 _MISSING_NUMBERS = (b",,", b"-,", b"--")  # a number without digits, once spaces are removed
 
@@ -33,6 +34,11 @@ class BadLineError(Exception):
         self.found = found
         self.expected = expected
         self.byte = byte
+
+    def location(self, path: Path, number: int, start: int) -> str:
+        """Return file, line number (from 1) and, where known, the byte in a file whose line starts at ``start``."""
+        byte = "" if self.byte is None else f" byte {start + self.byte}"
+        return f"{path} line {number}{byte}"
 
 
 def format_lines(documents: list[list[int]]) -> bytes:
@@ -52,8 +58,8 @@ def parse_plain(lines: list[bytes], lengths: IntArray) -> TokenArray | None:
 def parse_ranges(file: memoryview, starts: IntArray, ends: IntArray, lengths: IntArray) -> TokenArray | None:
     """Parse lines that have exactly InternEvo's form; return all their tokens, one line after the other.
 
-    Return None when any line has another form: ``parse_line`` then finds out what it holds. Python only makes a view
-    of each line, and NumPy's text reader is twice as fast as a JSON parser that makes a Python int of every token.
+    Return None when any line has another form: ``parse_line`` then determines what it contains. Python only makes a
+    view of each line, and NumPy's text reader is twice as fast as a JSON parser that makes a Python int of each token.
 
     Args:
         file: [bytes] holds the lines.
@@ -63,38 +69,43 @@ def parse_ranges(file: memoryview, starts: IntArray, ends: IntArray, lengths: In
     """
     if not _have_frames(file, starts, ends):
         return None
-    # All documents are parsed as one list of numbers, with a number that is no id at each border.
+
+    # Parse all documents as one list of numbers, with a number that is not an id at each border.
     first_bytes = (starts + len(_HEAD)).tolist()
     last_bytes = (ends - len(_TAIL)).tolist()
-    text = _JOINT.join([file[first:last] for first, last in zip(first_bytes, last_bytes, strict=True)])
+    views = [file[first:last] for first, last in zip(first_bytes, last_bytes, strict=True)]
+    text = _JOINT.join(views)
     if not _is_list_of_integers(text):
         return None
     try:
         numbers: TokenArray = np.fromstring(text, dtype=np.int64, sep=",")
     except ValueError:
         return None
+
+    # If the length of a document is wrong, a border remains among the tokens and exceeds the largest id.
     tokens = _remove_borders(numbers, lengths)
-    if tokens is None or _has_missing_number(text, tokens):
+    if tokens is None or _has_missing_number(text, tokens) or largest_id(tokens) > MAX_ID:
         return None
-    # Where a document has another length, a border is left among the tokens, and a border is too large.
-    return tokens if largest_id(tokens) <= MAX_ID else None
+    return tokens
 
 
 def _have_frames(file: memoryview, starts: IntArray, ends: IntArray) -> bool:
     """Return whether every line is in the file, starts with the head and ends with the tail."""
     if not len(starts):
         return False
-    shortest = int((ends - starts).min())
-    if shortest <= _FRAME or int(starts.min()) < 0 or int(ends.max()) > len(file):
+    is_inside = starts.min() >= 0 and ends.max() <= len(file)
+    shortest = (ends - starts).min()
+    if not is_inside or shortest <= _FRAME:
         return False
-    heads = _slices_at_every_byte(file, len(_HEAD))[starts]
-    tails = _slices_at_every_byte(file, len(_TAIL))[ends - len(_TAIL)]
-    return bool((heads == _HEAD).all()) and bool((tails == _TAIL).all())
+    has_heads = _occurs_at(file, _HEAD, starts)
+    return has_heads and _occurs_at(file, _TAIL, ends - len(_TAIL))
 
 
-def _slices_at_every_byte(file: memoryview, size: int) -> NDArray[np.bytes_]:
-    """Return the ``size`` bytes that start at each byte, without a copy."""
-    return np.ndarray((len(file) - size + 1,), f"S{size}", file, strides=(1,))
+def _occurs_at(file: memoryview, text: bytes, starts: IntArray) -> bool:
+    """Return whether ``text`` starts at each of these bytes, by comparing overlapping views without a copy."""
+    size = len(text)
+    slices: NDArray[np.bytes_] = np.ndarray((len(file) - size + 1,), f"S{size}", file, strides=(1,))
+    return bool((slices[starts] == text).all())
 
 
 def _is_list_of_integers(text: bytes) -> bool:
@@ -108,11 +119,14 @@ def _is_list_of_integers(text: bytes) -> bool:
 
 def _remove_borders(numbers: TokenArray, lengths: IntArray) -> TokenArray | None:
     """Drop the number between each two documents; None when there are not as many numbers as declared."""
-    borders = np.cumsum(lengths)[:-1] + np.arange(len(lengths) - 1)
-    if len(numbers) != int(lengths.sum()) + len(borders):
+    num_borders = len(lengths) - 1
+    if len(numbers) != int(lengths.sum()) + num_borders:
         return None
-    if not len(borders):
+    if not num_borders:
         return numbers
+    # Border i follows the documents 0 .. i and the i borders between them.
+    ends = np.cumsum(lengths)[:-1]
+    borders = ends + np.arange(num_borders)
     is_token = np.ones(len(numbers), bool)
     is_token[borders] = False
     return numbers[is_token]

@@ -24,7 +24,7 @@ def meta_path(bin_path: str | Path) -> Path:
 
 
 def rebuild(bin_path: str | Path) -> str:
-    """Return the hint with the command that repairs a meta."""
+    """Return the fix that messages about a wrong meta name: the command that rebuilds it."""
     return f"rebuild it: evomesh data repair {bin_path}"
 
 
@@ -132,13 +132,14 @@ def _check_rows(rows: MetaArray, size: int, path: Path, bin_path: Path) -> None:
             0, f"the first line starts at byte {first}", "byte 0 (a negative offset or a missing row)"
         )
     for start in range(0, len(rows), CHECK_ROWS):
-        part = rows[start : start + CHECK_ROWS + 1]
+        part = rows[start : start + CHECK_ROWS + 1]  # one more, to compare the last with its next
         wrong = np.flatnonzero(part[1:, 0] <= part[:-1, 0])
         if len(wrong):
             row = start + int(wrong[0]) + 1
+            previous, offset = rows[row - 1 : row + 1, 0].tolist()
             raise refuse(
                 row,
-                f"offset {int(rows[row, 0])} does not increase (the row before has {int(rows[row - 1, 0])}; "
+                f"offset {offset} does not increase (the row before has {previous}; "
                 f"the file has {size:,} bytes)",
                 "offsets in file order, each larger than the one before",
             )

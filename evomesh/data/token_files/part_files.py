@@ -1,8 +1,8 @@
 """Part files: a large file grows under a hidden name, ``.NAME.HOST.RANDOM.part``, until it is complete.
 
-A running writer holds a lock on its part, which the kernel releases when the process ends for whatever reason. So a
-part that nobody holds was left by a killed run. Not every shared file system passes locks between machines: a part of
-another host counts as dead only if, in addition, nothing was written to it for a day.
+A running writer holds a lock on its part, which the kernel releases when the process ends for whatever reason. So an
+unlocked part was left by a killed run. Not every shared file system passes locks between machines: a part of another
+host counts as dead only if, in addition, nothing was written to it for a day.
 """
 
 from __future__ import annotations
@@ -50,12 +50,13 @@ def remove_dead_parts(path: Path) -> None:
     """Remove the parts of ``path`` that killed runs left, and log each."""
     name = re.escape(path.name)
     pattern = re.compile(rf"(\.{name}\.([A-Za-z0-9-]+)\.[0-9a-f]{{8}}\.part)(\.meta|\.json)?")
-    matches = [match for entry in os.listdir(path.parent) if (match := pattern.fullmatch(entry))]
-    for part_name, host in sorted({match.group(1, 2) for match in matches}):
+    matches = map(pattern.fullmatch, os.listdir(path.parent))
+    parts = {match.group(1, 2) for match in matches if match}  # name of the part, host
+    for part_name, host in sorted(parts):
         part = path.with_name(part_name)
         try:
             size = _remove_if_dead(part, path, host)
-        except OSError:  # removed by another run, or another user's
+        except OSError:  # another run removed it, or it belongs to another user
             continue
         if size is not None:
             logger.warning("removed %s (%s bytes), left by a run that was killed", part, f"{size:,}")
@@ -68,22 +69,24 @@ def _remove_if_dead(part: Path, path: Path, host: str) -> int | None:
         lock = _lock(file, wait=False)
         if lock == "held":
             return None
-        idle = time.time() - os.fstat(file.fileno()).st_mtime
         lock_is_proof = lock == "taken" and host == _host()
+        idle = time.time() - os.fstat(file.fileno()).st_mtime
         if not lock_is_proof and idle < DEAD_SECONDS:
             return None
-        candidates = [Path(f"{part}{suffix}") for suffix in ("", *COMPANIONS)]
-        left = [candidate for candidate in candidates if candidate.exists()]
-        size = sum(candidate.stat().st_size for candidate in left)
-        for candidate in left:
-            candidate.unlink(missing_ok=True)
+        size = 0
+        for suffix in ("", *COMPANIONS):
+            leftover = Path(f"{part}{suffix}")
+            if leftover.exists():
+                size += leftover.stat().st_size
+                leftover.unlink(missing_ok=True)
     return size
 
 
 def _lock(file: IO[bytes], *, wait: bool) -> LockState:
     """Lock a file; return "held" when another process has it, "unsupported" when the file system has no locks."""
+    mode = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
     try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, mode)
     except OSError as error:
         return "held" if error.errno in (errno.EACCES, errno.EAGAIN) else "unsupported"
     return "taken"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from evomesh.data.token_files.bin_dataset import check_file
-from evomesh.data.token_files.folders import walk
+from evomesh.data.token_files.folders import find_bins
 from evomesh.data.token_files.lines import BadLineError, parse_line
 from evomesh.data.token_files.meta import meta_path, write_meta
 from evomesh.data.token_files.part_files import open_part, remove_dead_parts
@@ -16,41 +16,45 @@ from evomesh.errors import UserError
 
 
 def repair(path: Path) -> str:
-    """Write a new int64 meta for one file; a torn last line is moved to ``X.bin.torn``.
+    """Write a new int64 meta for one file; move a torn last line to ``X.bin.torn``.
 
     Raises:
         UserError: a line before the last is broken (which one, and why).
     """
+    # 1. Read every line; a last one without a newline may be torn.
     size = check_file(path)
     lengths: list[int] = []
-    sizes: list[int] = []
+    starts: list[int] = []
+    position = 0
     torn = b""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 tokens = parse_line(line)
             except BadLineError as bad:
-                if sum(sizes) + len(line) == size and not line.endswith(b"\n"):
+                if position + len(line) == size and not line.endswith(b"\n"):
                     torn = line
                     break
                 raise UserError(
                     bad.found,
-                    where=f"{path} line {number}",
+                    where=bad.location(path, number, position),
                     expected=bad.expected,
                     fix="a broken line cannot be repaired: tokenize the source again, or delete this line",
                 ) from None
             lengths.append(len(tokens))
-            sizes.append(len(line))
+            starts.append(position)
+            position += len(line)
     if not lengths:
         raise UserError("the file has no complete line", where=str(path), fix="tokenize the source again")
+
+    # 2. Move the torn line, then write the meta of the others.
     if torn:
         path.with_name(path.name + ".torn").write_bytes(torn)
         os.truncate(path, size - len(torn))
-    ends = np.cumsum(np.array(sizes, np.int64))
     remove_dead_parts(meta_path(path))
     part, locked = open_part(meta_path(path))
     with locked:
-        write_meta(part, ends - sizes, np.array(lengths, np.int64))
+        write_meta(part, np.array(starts, np.int64), np.array(lengths, np.int64))
         os.replace(part, meta_path(path))
     moved = f"; the torn last line ({len(torn)} bytes) was moved to {path.name}.torn" if torn else ""
     return f"{path}: {len(lengths):,} documents, {sum(lengths):,} tokens{moved}"
@@ -58,8 +62,4 @@ def repair(path: Path) -> str:
 
 def repair_path(path: str) -> list[str]:
     """Repair one file, or each below a folder; return one message per file."""
-    found = Path(path).expanduser()
-    files = [file.path for file in walk(found, ".bin")] if found.is_dir() else [found]
-    if not files:
-        raise UserError("no .bin file below the folder", where=str(found))
-    return [repair(file) for file in files]
+    return [repair(file.path) for file in find_bins(path)]

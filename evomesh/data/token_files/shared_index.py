@@ -28,12 +28,13 @@ DIGEST_ROWS = 1 << 20
 
 def digest(arrays: Iterable[NDArray[np.integer]]) -> str:
     """Return a hash of arrays of lengths, in order: an index depends on nothing else."""
-    found = xxhash.xxh3_128()
+    state = xxhash.xxh3_128()
     for lengths in arrays:
-        found.update(f"{len(lengths)}:".encode())
+        state.update(f"{len(lengths)}:".encode())
         for start in range(0, len(lengths), DIGEST_ROWS):
-            found.update(np.ascontiguousarray(lengths[start : start + DIGEST_ROWS], np.int64).data)
-    return found.hexdigest()
+            part = lengths[start : start + DIGEST_ROWS]
+            state.update(np.ascontiguousarray(part, np.int64).data)
+    return state.hexdigest()
 
 
 def shared_array(folder: Path, key: str, build: Callable[[], NDArray[Any]]) -> NDArray[Any]:
@@ -57,18 +58,20 @@ def shared_array(folder: Path, key: str, build: Callable[[], NDArray[Any]]) -> N
             ) from None
     with suppress(OSError):  # mark it as used; another user's file cannot be marked
         os.utime(path)
-    mapped: NDArray[Any] = np.asarray(
-        np.load(path, mmap_mode="r")
-    )  # a plain view: np.memmap is slow to index
-    return mapped
+    mapped = np.load(path, mmap_mode="r")
+    view: NDArray[Any] = np.asarray(mapped)  # np.memmap is slow to index
+    return view
 
 
 def remove_stale(folder: Path) -> list[str]:
     """Remove indexes and partial files that no run has used for a day; return their names."""
+    indexes = sorted(folder.glob(f"*{SUFFIX}"))
+    parts = sorted(folder.glob(".*.part"))
     removed = []
-    for path in [*sorted(folder.glob(f"*{SUFFIX}")), *sorted(folder.glob(".*.part"))]:
+    for path in indexes + parts:
         with suppress(OSError):
-            if time.time() - path.stat().st_mtime > STALE_SECONDS:
+            idle = time.time() - path.stat().st_mtime
+            if idle > STALE_SECONDS:
                 path.unlink()
                 removed.append(path.name)
     return removed

@@ -12,9 +12,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from evomesh.data.token_files.bin_dataset import check_file
+from evomesh.data.token_files.bin_dataset import check_file, evenly_spaced
 from evomesh.data.token_files.fingerprint import read_fingerprint
-from evomesh.data.token_files.folders import walk
+from evomesh.data.token_files.folders import find_bins
 from evomesh.data.token_files.lines import BadLineError, TokenArray, largest_id, parse_line, parse_plain
 from evomesh.data.token_files.meta import meta_path, read_meta
 from evomesh.data.tokenizer import Tokenizer
@@ -22,25 +22,32 @@ from evomesh.errors import UserError
 
 SHOWN = 5  # problems of each kind that are listed; the rest are counted
 LEAK_SAMPLES = 200  # documents decoded to look for JSON text
-LEAK_SHARE = 0.5
+LEAK_TOKENS = 64  # decoded of each
+LEAK_SHARE = 0.5  # of the samples: from here on it is a problem
 BLOCK_BYTES = 1 << 22  # of lines that are parsed together
-BROKEN, OUTSIDE = "broken lines", "lines with ids outside the vocabulary"
+BROKEN = "broken lines"
+OUTSIDE = "lines with ids outside the vocabulary"
 
 
 @dataclass
 class FileScan:
-    """The content of one file, from its lines.
+    """What the lines of one file contain.
 
     Attributes:
-        problems: defects that training must not meet.
+        problems: defects that would break training or train on wrong data.
         notes: what a user should know.
+        refused: number of lines by kind of defect; only the first of each kind are problems.
         offsets, lengths: [lines] as a correct meta has them.
-        hashes: [lines] of the lines' bytes.
+        hashes: [lines] hash of each line's bytes.
+        max_id: largest absolute id.
+        zeros: number of ids 0.
+        masked: number of negative ids.
     """
 
     path: Path
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    refused: Counter[str] = field(default_factory=Counter)
     offsets: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     lengths: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     hashes: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
@@ -52,85 +59,96 @@ class FileScan:
     def tokens(self) -> int:
         return int(self.lengths.sum())
 
+    def refuse_line(self, kind: str, problem: str) -> None:
+        """Count a line with a defect; the first ``SHOWN`` of a kind are listed."""
+        self.refused[kind] += 1
+        if self.refused[kind] <= SHOWN:
+            self.problems.append(problem)
 
-def scan(path: Path, vocab_size: int | None = None) -> FileScan:
-    """Read every line of a token file."""
-    found = FileScan(path)
+
+def scan_file(path: Path, vocab_size: int | None = None) -> FileScan:
+    """Read every line of a token file and compare them with its meta and fingerprint."""
+    scan = FileScan(path)
     try:
         check_file(path)
     except UserError as error:
-        found.problems.append(str(error))
-        return found
+        scan.problems.append(str(error))
+        return scan
+    _read_lines(scan, vocab_size)
+    for kind, count in scan.refused.items():
+        if count > SHOWN:
+            scan.problems.append(f"{path}: {count - SHOWN} more {kind}")
+    if not scan.refused[BROKEN]:
+        _compare_meta(scan)
+    _find_repeats(scan)
+    _compare_fingerprint(scan)
+    if scan.zeros:
+        scan.notes.append(f"{path}: id 0 occurs {scan.zeros:,} times; the format cannot make it a target")
+    return scan
+
+
+def _read_lines(scan: FileScan, vocab_size: int | None) -> None:
+    """Read a file in blocks of lines and enter what it contains into ``scan``."""
     sizes: list[int] = []
     hashes: list[int] = []
     lengths = [np.empty(0, np.int64)]
-    refused: Counter[str] = Counter()
     position = 0
-    with path.open("rb") as file:
+    with scan.path.open("rb") as file:
         while lines := file.readlines(BLOCK_BYTES):
+            # Parse the block in one go; only a block with a defect is read line by line.
             counts = np.array([line.count(b",") + 1 for line in lines])
             tokens = parse_plain(lines, counts)
             if tokens is None or (vocab_size is not None and largest_id(tokens) >= vocab_size):
-                tokens, counts = _read_one_by_one(lines, len(sizes), position, vocab_size, found, refused)
+                tokens, counts = _read_one_by_one(scan, lines, len(sizes), position, vocab_size)
             if len(tokens):
-                found.max_id = max(found.max_id, largest_id(tokens))
-            found.zeros += int((tokens == 0).sum())
-            found.masked += int((tokens < 0).sum())
+                scan.max_id = max(scan.max_id, largest_id(tokens))
+            scan.zeros += int((tokens == 0).sum())
+            scan.masked += int((tokens < 0).sum())
             lengths.append(counts)
-            sizes += map(len, lines)
-            position += sum(map(len, lines))
+            line_sizes = [len(line) for line in lines]
+            sizes += line_sizes
+            position += sum(line_sizes)
             hashes += map(xxhash.xxh3_64_intdigest, lines)
-    for kind, count in refused.items():
-        if count > SHOWN:
-            found.problems.append(f"{path}: {count - SHOWN} more {kind}")
-    found.offsets, found.lengths = np.cumsum([0, *sizes])[:-1], np.concatenate(lengths)
-    found.hashes = np.array(hashes, np.uint64)
-    if not refused[BROKEN]:
-        _compare_meta(found)
-    _find_repeats(found)
-    _compare_fingerprint(found)
-    if found.zeros:
-        found.notes.append(f"{path}: id 0 occurs {found.zeros:,} times; the format cannot make it a target")
-    return found
+    scan.offsets = np.cumsum([0, *sizes])[:-1]
+    scan.lengths = np.concatenate(lengths)
+    scan.hashes = np.array(hashes, np.uint64)
 
 
 def _read_one_by_one(
-    lines: list[bytes],
-    number: int,
-    position: int,
-    vocab_size: int | None,
-    found: FileScan,
-    refused: Counter[str],
+    scan: FileScan, lines: list[bytes], number: int, position: int, vocab_size: int | None
 ) -> tuple[TokenArray, NDArray[np.int64]]:
-    """Return the tokens of lines and how many each has; the lines start after ``number`` lines and ``position`` bytes.
+    """Return the tokens of lines and how many each has; defects are entered into ``scan``.
 
-    Defects are added to ``found.problems`` and counted in ``refused``.
+    Args:
+        number: number of lines before these.
+        position: bytes before them.
     """
-    read: list[TokenArray] = []
+    documents: list[TokenArray] = []
     for line in lines:
         number += 1
+        tokens = np.empty(0, np.int64)
         try:
-            read.append(_tokens(line))
-        except BadLineError as error:
-            read.append(np.empty(0, np.int64))
-            refused[BROKEN] += 1
-            if refused[BROKEN] <= SHOWN:
-                place = f" byte {position + error.byte}" if error.byte is not None else ""
-                torn = "; the file ends in the middle of it" if not line.endswith(b"\n") else ""
-                found.problems.append(f"{found.path} line {number}{place}: {error.found}{torn}")
-        largest = largest_id(read[-1])
+            tokens = _parse_tokens(line)
+        except BadLineError as bad:
+            torn = "" if line.endswith(b"\n") else "; the file ends in the middle of it"
+            scan.refuse_line(BROKEN, f"{bad.location(scan.path, number, position)}: {bad.found}{torn}")
+        largest = largest_id(tokens)
         if vocab_size is not None and largest >= vocab_size:
-            refused[OUTSIDE] += 1
-            if refused[OUTSIDE] <= SHOWN:
-                found.problems.append(
-                    f"{found.path} line {number}: id {largest} is outside the vocabulary of {vocab_size}"
-                )
+            scan.refuse_line(
+                OUTSIDE, f"{scan.path} line {number}: id {largest} is outside the vocabulary of {vocab_size}"
+            )
+        documents.append(tokens)
         position += len(line)
-    return np.concatenate(read), np.array([len(tokens) for tokens in read])
+    lengths = np.array([len(tokens) for tokens in documents])
+    return np.concatenate(documents), lengths
 
 
 def verify(
-    path: str, *, vocab_size: int | None = None, tokenizer: Tokenizer | None = None, valid: str | None = None
+    path: str,
+    *,
+    vocab_size: int | None = None,
+    tokenizer: Tokenizer | None = None,
+    valid: str | None = None,
 ) -> tuple[list[FileScan], list[str]]:
     """Scan a file or every file of a folder; return the scans and all problems.
 
@@ -142,115 +160,116 @@ def verify(
     """
     if tokenizer is not None and vocab_size is None:
         vocab_size = tokenizer.vocab_size
-    scans = [scan(file, vocab_size) for file in _files(path)]
-    problems = [problem for found in scans for problem in found.problems]
-    if tokenizer is not None:
-        problems += [leak for found in scans if not found.problems for leak in _json_leak(found, tokenizer)]
+    scans = [scan_file(file.path, vocab_size) for file in find_bins(path)]
+    problems = []
+    for scan in scans:
+        problems += scan.problems
+        if tokenizer is not None and not scan.problems:
+            problems += _find_json_text(scan, tokenizer)
     if valid is not None:
-        problems += _overlap(scans, [scan(file) for file in _files(valid)])
+        valid_scans = [scan_file(file.path) for file in find_bins(valid)]
+        problems += _find_overlap(scans, valid_scans)
     return scans, problems
 
 
-def _files(path: str) -> list[Path]:
-    found = Path(path).expanduser()
-    files = [file.path for file in walk(found, ".bin")] if found.is_dir() else [found]
-    if not files:
-        raise UserError("no .bin file below the folder", where=str(found))
-    return files
-
-
-def _tokens(line: bytes) -> TokenArray:
-    plain = parse_plain([line], np.array([line.count(b",") + 1]))
+def _parse_tokens(line: bytes) -> TokenArray:
+    num_tokens = line.count(b",") + 1
+    plain = parse_plain([line], np.array([num_tokens]))
     return np.array(parse_line(line), np.int64) if plain is None else plain
 
 
-def _compare_meta(found: FileScan) -> None:
+def _compare_meta(scan: FileScan) -> None:
+    """Add a problem for each row of the meta that differs from its line."""
     try:
-        rows = read_meta(found.path)
+        rows = read_meta(scan.path)
     except UserError as error:
-        found.problems.append(str(error))
+        scan.problems.append(str(error))
         return
-    where = f"{meta_path(found.path)}"
-    if len(rows) != len(found.offsets):
-        found.problems.append(f"{where}: {len(rows):,} rows, the token file has {len(found.offsets):,} lines")
-    count = min(len(rows), len(found.offsets))
-    right = np.stack([found.offsets[:count], found.lengths[:count]], axis=1)
-    wrong = np.flatnonzero((rows[:count] != right).any(axis=1))
+    where = meta_path(scan.path)
+    if len(rows) != len(scan.offsets):
+        scan.problems.append(f"{where}: {len(rows):,} rows, the token file has {len(scan.offsets):,} lines")
+    count = min(len(rows), len(scan.offsets))
+    right = np.stack([scan.offsets[:count], scan.lengths[:count]], axis=1)
+    is_wrong = (rows[:count] != right).any(axis=1)
+    wrong = np.flatnonzero(is_wrong)
     for row in wrong[:SHOWN]:
-        found.problems.append(
-            f"{where} row {row}: {tuple(rows[row].tolist())}, the line has {tuple(right[row].tolist())}"
-        )
+        stored = tuple(rows[row].tolist())
+        expected = tuple(right[row].tolist())
+        scan.problems.append(f"{where} row {row}: {stored}, the line has {expected}")
     if len(wrong) > SHOWN:
-        found.problems.append(f"{where}: {len(wrong) - SHOWN:,} more wrong rows")
+        scan.problems.append(f"{where}: {len(wrong) - SHOWN:,} more wrong rows")
 
 
-def _find_repeats(found: FileScan) -> None:
+def _find_repeats(scan: FileScan) -> None:
     """Find a block of lines right after an equal block: the file was appended twice. Other repeats are notes."""
-    count = len(found.hashes)
+    count = len(scan.hashes)
     if count < 2:
         return
     # Sorting brings equal lines together: shift is each line's distance to the previous equal one, 0 without one.
-    order = np.argsort(found.hashes, kind="stable")
-    sorted_hashes = found.hashes[order]
+    order = np.argsort(scan.hashes, kind="stable")
+    sorted_hashes = scan.hashes[order]
     equals_previous = sorted_hashes[1:] == sorted_hashes[:-1]
-    shift = np.zeros(count, np.int64)
-    shift[order[1:][equals_previous]] = np.diff(order)[equals_previous]
-    repeated = int(equals_previous.sum())
-    if not repeated:
+    repeats = order[1:][equals_previous]
+    if not len(repeats):
         return
+    shift = np.zeros(count, np.int64)
+    shift[repeats] = np.diff(order)[equals_previous]
+
     # A run of lines with the same shift repeats earlier lines in order.
     edges = np.flatnonzero(np.diff(shift)) + 1
     bounds = [0, *edges.tolist(), count]
     for low, high in pairwise(bounds):
         distance = int(shift[low])
         if distance and high - low >= max(distance, 2):
-            found.problems.append(
-                f"{found.path}: lines {low + 1} .. {high} repeat lines {low - distance + 1} .. {high - distance}: "
-                "written twice in append mode?"
+            original = f"{low - distance + 1} .. {high - distance}"
+            scan.problems.append(
+                f"{scan.path}: lines {low + 1} .. {high} repeat lines {original}: written twice in append mode?"
             )
             return
-    found.notes.append(f"{found.path}: {repeated:,} documents occur more than once")
+    scan.notes.append(f"{scan.path}: {len(repeats):,} documents occur more than once")
 
 
-def _compare_fingerprint(found: FileScan) -> None:
-    record = read_fingerprint(found.path)
+def _compare_fingerprint(scan: FileScan) -> None:
+    record = read_fingerprint(scan.path)
     if record is None:
         return
-    for key, value in (("documents", len(found.offsets)), ("tokens", found.tokens), ("max_id", found.max_id)):
+    counts = {"documents": len(scan.offsets), "tokens": scan.tokens, "max_id": scan.max_id}
+    for key, value in counts.items():
         if key in record and record[key] != value:
-            found.problems.append(f"{found.path}.json: {key} is {record[key]}, the token file has {value}")
+            scan.problems.append(f"{scan.path}.json: {key} is {record[key]}, the token file has {value}")
 
 
-def _json_leak(found: FileScan, tokenizer: Tokenizer) -> list[str]:
-    """Return the problem that samples read like JSON records: whole lines were tokenized instead of their text."""
-    picks = np.unique(np.linspace(0, len(found.offsets) - 1, LEAK_SAMPLES).astype(np.int64))
+def _find_json_text(scan: FileScan, tokenizer: Tokenizer) -> list[str]:
+    """Return a problem if samples read like JSON records: whole lines were tokenized instead of their text."""
+    samples = evenly_spaced(len(scan.offsets), LEAK_SAMPLES).tolist()
     leaks = []
-    with found.path.open("rb") as file:
-        for pick in picks:
-            file.seek(int(found.offsets[pick]))
-            ids = np.abs(_tokens(file.readline())[:64])
-            text = tokenizer.decode([token for token in ids.tolist() if token < tokenizer.vocab_size]).lstrip(
-                "<s> \n"
-            )
+    with scan.path.open("rb") as file:
+        for row in samples:
+            file.seek(int(scan.offsets[row]))
+            tokens = _parse_tokens(file.readline())
+            ids = np.abs(tokens[:LEAK_TOKENS])
+            text = tokenizer.decode(ids[ids < tokenizer.vocab_size].tolist())
+            text = text.lstrip("<s> \n")
             if text.startswith(('{"', "{ '", '[{"')) and '":' in text:
-                leaks.append((int(pick) + 1, text[:60]))
-    if len(leaks) < LEAK_SHARE * len(picks):
+                leaks.append((row + 1, text[:60]))
+    if len(leaks) < LEAK_SHARE * len(samples):
         return []
     line, text = leaks[0]
     return [
-        f"{found.path}: {len(leaks)} of {len(picks)} samples read like JSON records (line {line}: {text!r}): "
+        f"{scan.path}: {len(leaks)} of {len(samples)} samples read like JSON records (line {line}: {text!r}): "
         "whole lines were tokenized; use evomesh tokenize --text-field"
     ]
 
 
-def _overlap(train: Sequence[FileScan], valid: Sequence[FileScan]) -> list[str]:
-    known = np.unique(np.concatenate([found.hashes for found in train]))
+def _find_overlap(train: Sequence[FileScan], valid: Sequence[FileScan]) -> list[str]:
+    """Return a problem for each validation file with documents that are also in training."""
+    known = np.unique(np.concatenate([scan.hashes for scan in train]))
     problems = []
-    for found in valid:
-        shared = np.flatnonzero(np.isin(found.hashes, known))
+    for scan in valid:
+        shared = np.flatnonzero(np.isin(scan.hashes, known))
         if len(shared):
             problems.append(
-                f"{found.path}: {len(shared):,} of {len(found.hashes):,} validation documents are also in training "
+                f"{scan.path}: {len(shared):,} of {len(scan.hashes):,} validation documents are also in training "
                 f"(first: line {int(shared[0]) + 1})"
             )
     return problems

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import orjson
 import xxhash
+from numpy.typing import NDArray
 
 from evomesh.data.token_files.bin_dataset import BinDataset
 from evomesh.data.token_files.fingerprint import fingerprint_path, read_fingerprint
-from evomesh.data.token_files.lines import format_lines
+from evomesh.data.token_files.lines import format_lines, largest_id
 from evomesh.data.token_files.meta import meta_path, read_meta, write_meta
 from evomesh.data.token_files.part_files import open_part, remove_dead_parts
 from evomesh.errors import UserError
@@ -40,17 +41,20 @@ class BinWriter:
             raise UserError(
                 f"{self.path.name!r} does not end in .bin", where="output", expected="DIR/TYPE/NAME.bin"
             )
+        folder = self.path.parent
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot create the folder: {error}", where=str(self.path.parent)) from None
+            raise UserError(f"cannot create the folder: {error}", where=str(folder)) from None
         remove_dead_parts(self.path)
         self._part, self._file = open_part(self.path)
-        self._lengths: list[np.ndarray[Any, np.dtype[np.int64]]] = []
-        self._sizes: list[np.ndarray[Any, np.dtype[np.int64]]] = []
+        self._lengths: list[NDArray[np.int64]] = []  # tokens of each line, in blocks
+        self._sizes: list[NDArray[np.int64]] = []  # bytes of each line
         self._hash = xxhash.xxh3_128()
-        self.documents = self.tokens = self.targets = 0
-        self.max_id, self.max_id_line = -1, 0
+        self.documents = 0
+        self.tokens = 0
+        self.max_id = -1
+        self.max_id_line = 0
         self.previous: dict[str, Any] = {}
         if append and self.path.exists():
             try:
@@ -73,14 +77,16 @@ class BinWriter:
             return
         self._update_largest(documents, masked)
         blob = format_lines(documents)
-        newlines = np.flatnonzero(np.frombuffer(blob, np.uint8) == ord("\n"))
-        self._lengths.append(np.array([len(tokens) for tokens in documents], np.int64))
+        bytes_written = np.frombuffer(blob, np.uint8)
+        newlines = np.flatnonzero(bytes_written == ord("\n"))
+        lengths = [len(tokens) for tokens in documents]
+        self._lengths.append(np.array(lengths, np.int64))
         self._sizes.append(np.diff(newlines, prepend=-1))
         self._hash.update(blob)
         with _report_disk_errors(self.path):
             self._file.write(blob)
         self.documents += len(documents)
-        self.tokens += sum(map(len, documents))
+        self.tokens += sum(lengths)
 
     def _update_largest(self, documents: list[list[int]], masked: bool) -> None:
         """Keep the largest id so far and the first line that has it."""
@@ -116,13 +122,13 @@ class BinWriter:
             os.fsync(self._file.fileno())
             write_meta(meta, np.cumsum(sizes) - sizes, lengths)
             fingerprint.write_bytes(orjson.dumps(record, option=orjson.OPT_INDENT_2) + b"\n")
-        # A reader between two of these renames finds an old meta with a new file, which it refuses; a crash there is
-        # repaired by a rerun.
+        # Between these renames the file has no meta, so that a reader refuses it; after a crash there, a rerun
+        # repairs it.
         meta_path(self.path).unlink(missing_ok=True)
         os.replace(self._part, self.path)
         os.replace(fingerprint, fingerprint_path(self.path))
         os.replace(meta, meta_path(self.path))
-        self._file.close()  # not earlier: a part that nobody holds counts as left by a killed run
+        self._file.close()  # not earlier: an unlocked part counts as left by a killed run
         return record
 
     def abort(self) -> None:
@@ -133,6 +139,7 @@ class BinWriter:
             Path(f"{self._part}{suffix}").unlink(missing_ok=True)
 
     def _copy_existing(self) -> None:
+        """Copy the existing file into the part, with its counts."""
         rows = read_meta(self.path)
         self.previous = read_fingerprint(self.path) or {}
         last = b""
@@ -159,16 +166,18 @@ class BinWriter:
     def _read_largest(self) -> None:
         """Find the largest id in a file of another tool, which left no fingerprint."""
         existing = BinDataset(self.path)
-        ends = np.cumsum(self._lengths[0])
-        for start in range(0, len(existing), existing.block):
-            stop = min(start + existing.block, len(existing))
+        count = len(existing)
+        for start in range(0, count, existing.block):
+            stop = min(start + existing.block, count)
             tokens = np.abs(existing.read(np.arange(start, stop)))
-            if not len(tokens) or int(tokens.max()) <= self.max_id:
+            largest = largest_id(tokens)
+            if largest <= self.max_id or not len(tokens):
                 continue
-            self.max_id = int(tokens.max())
-            tokens_before = int(ends[start] - self._lengths[0][start])
-            position = tokens_before + int(tokens.argmax())
-            self.max_id_line = int(np.searchsorted(ends, position, side="right")) + 1
+            self.max_id = largest
+            # The document that holds the id is the first that ends after it.
+            ends = np.cumsum(existing.lengths[start:stop])
+            document = np.searchsorted(ends, tokens.argmax(), side="right")
+            self.max_id_line = start + int(document) + 1
 
 
 @contextmanager

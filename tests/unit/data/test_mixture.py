@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from evomesh.config.schema import DataConfig
 from evomesh.config.step_values import BatchSizeRampup
 from evomesh.data.build import build_train_data
-from evomesh.data.packing.mixture import MixedSampler, MixtureSchedule
+from evomesh.data.packing.mixture import MixedSampler, MixtureSchedule, WeightedSource
 from evomesh.data.packing.sampler import SamplerPosition
 from evomesh.errors import UserError
 from tests.support.covers import covers
@@ -48,7 +48,7 @@ def test_long_decimals_repeat_without_drift() -> None:
 
 
 def sampler(global_batch: int = 4, rampup: BatchSizeRampup | None = None) -> MixedSampler:
-    sources = [("a", 0.75, np.arange(0, 7)), ("b", 0.25, np.arange(7, 10))]
+    sources = [WeightedSource("a", 0.75, np.arange(0, 7)), WeightedSource("b", 0.25, np.arange(7, 10))]
     return MixedSampler(sources, 5, global_batch, rampup)
 
 
