@@ -1,4 +1,4 @@
-"""What one data-parallel rank trains on in one step."""
+"""The data of one data-parallel rank in one step."""
 
 from __future__ import annotations
 
@@ -39,12 +39,16 @@ class Batch:
         """
         if device.type == "cpu":
             return self
+
+        def copy(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
         return replace(
             self,
-            tokens=self.tokens.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
-            type_ids=self.type_ids.to(device, non_blocking=True),
-            cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
+            tokens=copy(self.tokens),
+            labels=copy(self.labels),
+            position_ids=copy(self.position_ids),
+            type_ids=copy(self.type_ids),
+            cu_seqlens=copy(self.cu_seqlens),
             host_bounds=self.cu_seqlens,
         )

@@ -1,4 +1,4 @@
-"""From the ``data`` section of a config to training batches and validation sets."""
+"""Open the training data and the validation sets that the ``data`` section of a config names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from evomesh.data.packing.report import check_manifest
 from evomesh.data.packing.streaming import open_streaming, read_documents
 from evomesh.data.packing.synthetic import VALID_DOCUMENTS, SyntheticDocuments
 from evomesh.data.packing.validation import ValidationSet, group_sets
-from evomesh.data.token_files.bin_dataset import BinDataset, check_sources
+from evomesh.data.token_files.bin_dataset import BinDataset, DocumentSource, check_sources
 from evomesh.data.token_files.fingerprint import check_same_tokenizer, check_vocabulary
 from evomesh.data.token_files.folders import check_folder, find_files
 
@@ -29,12 +29,12 @@ __all__ = [
 
 
 class TrainData(Protocol):
-    """What a run is trained on: a ``Corpus`` of token files, or ``StreamingData``.
+    """Training data of a run: a ``Corpus`` of token files, or ``StreamingData``.
 
     Attributes:
         types: type names; ``Batch.type_ids`` index into it.
-        num_packs: packs in one pass; 0 where it is not known beforehand.
-        manifest: what the data consists of, as JSON, for ``check_manifest`` on a resume.
+        num_packs: packs in one pass; 0 if it is not known in advance.
+        manifest: description of the data, as JSON, for ``check_manifest`` on a resume.
         report: one row per file.
         warnings: what a user should know before the run starts.
     """
@@ -58,22 +58,25 @@ class TrainData(Protocol):
         ...
 
     def table(self) -> str:
-        """Return what each file gives, as text."""
+        """Return what each file contributes, as text."""
         ...
 
 
 def build_train_data(config: DataConfig, vocab_size: int) -> TrainData:
     """Open every file of ``data.train_folder`` and plan its packs; synthetic data when there is no folder.
 
-    Small data is read completely and large data in part, so that a bad line is found before the run starts.
+    Small data is read completely and large data in part, so that bad lines are found before the run starts.
 
     Raises:
-        UserError: no usable file, a broken one, or not one pack in all of them.
+        UserError: there is no usable file, one is broken, or all of them together do not fill a pack.
     """
     if config.type == "streaming":
         return open_streaming(config, vocab_size)
     corpus = open_corpus(config, vocab_size)
-    check_sources([source for plan in corpus.plans for source in plan.sources])
+    sources: list[DocumentSource] = []
+    for plan in corpus.plans:
+        sources += plan.sources
+    check_sources(sources)
     return corpus
 
 
@@ -81,7 +84,7 @@ def build_valid_data(config: DataConfig, vocab_size: int) -> list[ValidationSet]
     """Open the sets of ``data.valid_folder``; InternEvo's synthetic set "val" when there is no folder.
 
     Raises:
-        UserError: no usable file, a broken one, or a tokenizer that differs from the training files'.
+        UserError: there is no usable file, one is broken, or its tokenizer differs from that of the training files.
     """
     rule = PackRule(config.packed_length, config.seq_len)
     micro_num = config.validation_micro_num
@@ -102,22 +105,31 @@ def build_valid_data(config: DataConfig, vocab_size: int) -> list[ValidationSet]
 
 
 def _open_valid_sets(config: DataConfig, vocab_size: int, rule: PackRule) -> list[ValidationSet]:
-    """Open the token files of ``data.valid_folder``: each folder that has documents left is a set."""
+    """Open the token files of ``data.valid_folder``: each folder with a document that is long enough is a set."""
     assert config.valid_folder is not None
     folder = check_folder(config.valid_folder, "data.valid_folder")
     files = find_files(folder, "data.valid_folder")
     check_vocabulary(files, vocab_size)
-    train_files = find_files(Path(config.train_folder), "data.train_folder") if config.train_folder else []
+    train_files = []
+    if config.train_folder is not None:
+        train_files = find_files(Path(config.train_folder), "data.train_folder")
     check_same_tokenizer([*train_files, *files], config.allow_tokenizer_mismatch)
 
     sets = []
-    for name, members in sorted(group_sets(files, folder.resolve().name).items()):
-        opened = [
-            BinDataset(file.path, name=file.name, min_length=config.valid_min_length, vocab_size=vocab_size)
-            for file in members
-        ]
-        sources = [source for source in opened if len(source)]
+    all_sources: list[DocumentSource] = []
+    for name, members in group_sets(files, folder.resolve().name).items():
+        sources = []
+        for file in members:
+            source = BinDataset(
+                file.path,
+                name=file.name,
+                min_length=config.valid_min_length,
+                vocab_size=vocab_size,
+            )
+            if len(source):
+                sources.append(source)
         if sources:
             sets.append(ValidationSet(name, sources, rule, config.validation_micro_num))
-    check_sources([source for valid in sets for source in valid.sources])
+            all_sources += sources
+    check_sources(all_sources)
     return sets

@@ -20,7 +20,7 @@ class TokenizedPrompt:
     Attributes:
         ids: its tokens.
         file: name of its file, relative to the folder.
-        line: its line in the file, from 1.
+        line: line number in the file, from 1.
     """
 
     ids: list[int]
@@ -29,7 +29,7 @@ class TokenizedPrompt:
 
 
 def find_tasks(folder: str, key: str, vocab_size: int) -> dict[str, list[TokenFile]]:
-    """Return the token files of each task, named after their folder, or its path if two folders share a name.
+    """Return the token files of each task, which is named after their folder, or its path if two folders share a name.
 
     Args:
         key: the config key that names the folder, for messages.
@@ -40,12 +40,11 @@ def find_tasks(folder: str, key: str, vocab_size: int) -> dict[str, list[TokenFi
     root = check_folder(folder, key)
     files = find_files(root, key)
     check_vocabulary(files, vocab_size)
-    sets = group_sets(files, root.resolve().name)
-    return {name: sets[name] for name in sorted(sets)}
+    return group_sets(files, root.resolve().name)
 
 
 def read_prompts(files: Sequence[TokenFile], vocab_size: int) -> list[TokenizedPrompt]:
-    """Read all documents of a task, in file order; masked tokens (negative ids) are tokens like others here.
+    """Read all documents of a task, in file order; masked tokens (negative ids) are treated like any other.
 
     Raises:
         UserError: a file is damaged; names file, row and byte.
@@ -54,6 +53,7 @@ def read_prompts(files: Sequence[TokenFile], vocab_size: int) -> list[TokenizedP
     for file in files:
         dataset = BinDataset(file.path, name=file.name, vocab_size=vocab_size)
         for row in range(len(dataset)):
-            ids = np.abs(dataset.read(np.array([row]))).tolist() if dataset.lengths[row] else []
+            tokens = dataset.read(np.array([row]))
+            ids = np.abs(tokens).tolist()
             prompts.append(TokenizedPrompt(ids, file.name, row + 1))
     return prompts

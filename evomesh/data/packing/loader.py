@@ -1,9 +1,9 @@
-"""Prepare batches before the step asks for them: background threads read, pack and (with CUDA) pin them."""
+"""Prefetch batches: background threads read and pack them and, with CUDA, copy them to pinned memory."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from evomesh.errors import UserError
 
 
 class PackReader(Protocol):
-    """Packs that are read by number, from any thread: a ``Corpus``."""
+    """A source of packs that are read by number, from any thread: a ``Corpus``."""
 
     def __len__(self) -> int: ...
     def read(self, pack: int) -> Pack: ...
@@ -36,20 +36,24 @@ class StepSampler(Protocol):
 
 def collate(packs: Sequence[Pack]) -> Batch:
     """Stack M packs into a batch [M, T]; cu_seqlens are padded on the right by repeating T."""
-    width = max(len(pack.cu_seqlens) for pack in packs)
-    bounds = [np.pad(pack.cu_seqlens, (0, width - len(pack.cu_seqlens)), mode="edge") for pack in packs]
+    most_bounds = max(len(pack.cu_seqlens) for pack in packs)
+    bounds = []
+    for pack in packs:
+        missing = most_bounds - len(pack.cu_seqlens)
+        bounds.append(np.pad(pack.cu_seqlens, (0, missing), mode="edge"))
     return Batch(
-        tokens=_stack([pack.tokens for pack in packs]),
-        labels=_stack([pack.labels for pack in packs]),
-        position_ids=_stack([pack.position_ids for pack in packs]),
-        type_ids=_stack([pack.type_ids for pack in packs]),
+        tokens=_stack(pack.tokens for pack in packs),
+        labels=_stack(pack.labels for pack in packs),
+        position_ids=_stack(pack.position_ids for pack in packs),
+        type_ids=_stack(pack.type_ids for pack in packs),
         cu_seqlens=_stack(bounds),
-        max_seqlen=max(int(np.diff(pack.cu_seqlens).max()) for pack in packs),
+        max_seqlen=int(np.diff(bounds).max()),
     )
 
 
-def _stack(rows: Sequence[NDArray[Any]]) -> torch.Tensor:
-    tensor = torch.from_numpy(np.stack(rows))
+def _stack(rows: Iterable[NDArray[Any]]) -> torch.Tensor:
+    """Stack arrays of one shape into a tensor, in pinned memory if there is a GPU."""
+    tensor = torch.from_numpy(np.stack(list(rows)))
     return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
 
@@ -84,10 +88,10 @@ class PrefetchedBatch:
 
 
 class PackStream:
-    """Batches of packs that are read by number.
+    """The batches of a corpus, whose packs are read by number.
 
     Args:
-        packs: where packs are read.
+        packs: reads a pack.
         sampler: which packs make up a step.
         dp_rank: this rank reads ``packs_of_step[dp_rank::dp_size]``.
         dp_size: data-parallel size.
@@ -123,7 +127,7 @@ class PackStream:
 
     def __next__(self) -> Batch:
         self._prefetch()
-        # A batch that fails stays in the queue: asking again fails again.
+        # A batch that fails stays in the queue: the next call fails again.
         batch = self._prefetched[0].get()
         self.position = self._prefetched.popleft().position_after
         return batch
@@ -154,12 +158,13 @@ class PackStream:
                     where="data.rampup_batch_size",
                     expected="sizes that are multiples of the data-parallel size",
                 )
-            own_packs = packs[self.dp_rank :: self.dp_size]
-            self._prefetched.append(PrefetchedBatch(self._submit(own_packs), after))
+            packs_of_rank = packs[self.dp_rank :: self.dp_size]
+            batch = PrefetchedBatch(self._submit(packs_of_rank), after)
+            self._prefetched.append(batch)
             self._prefetch_position = after
 
     def _submit(self, packs: NDArray[np.int64]) -> Callable[[], Batch]:
-        """Start reading a batch on a worker; return what waits for it (without workers: what reads it)."""
+        """Start reading a batch on a worker; return a function that waits for it (without workers: that reads it)."""
 
         def read() -> Batch:
             return collate([self.packs.read(int(pack)) for pack in packs])

@@ -2,15 +2,17 @@
 
 A file (or, with ``remainder="carry"``, all files one after the other) is one stream of tokens: its documents in the
 order of NumPy's ``RandomState(1024)`` shuffle, the same in every epoch. Pack k is tokens ``[kT, (k+1)T)`` of that
-stream. Planning never loops over documents in Python: it is a shuffle, a gather and a cumulative sum.
+stream. Planning is a shuffle, a gather and a cumulative sum; it never loops over documents in Python.
 
 Shapes: T tokens of a pack, n documents that it touches.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -31,13 +33,13 @@ Remainder = Literal["drop", "carry", "pad"]
 
 @dataclass(frozen=True)
 class Pack:
-    """T packed tokens, as numpy.
+    """T packed tokens, as NumPy arrays.
 
     Attributes:
         tokens: [T] int64 inputs, never negative.
         labels: [T] int64, the token to predict, ``IGNORE`` where there is none.
         position_ids: [T] int64, position within the segment.
-        type_ids: [T] int64.
+        type_ids: [T] int64, type of the document.
         cu_seqlens: [segments + 1] int32, segment bounds 0 .. T: attention stays inside a segment.
     """
 
@@ -50,7 +52,7 @@ class Pack:
 
 @dataclass(frozen=True)
 class PackRule:
-    """How a range of the stream becomes inputs, targets and segments.
+    """Rule that turns a range of the stream into inputs, targets and segments.
 
     Attributes:
         packed_length: T.
@@ -71,20 +73,21 @@ class PackRule:
 
 
 class PackPlan:
-    """Which documents make up each pack of one stream.
+    """The packs of one stream: which documents each one is made of.
 
     Args:
         sources: files of the stream; each is shuffled separately.
         rule: packed length, segments and targets.
         remainder: what happens to the stream's last tokens: "drop" leaves them out, "pad" fills the last pack with
             ignored zeros, "carry" is "drop" for the one stream of all files.
-        shared: folder in which the processes of a node keep one copy of the index; None: each process has its own.
+        shared: folder in which the processes of a node keep one copy of the index; None: one copy per process.
 
     Attributes:
-        first_document: [sources + 1] position in the stream of each source's first document.
+        first_document: position in the stream of each source's first document, then the number of documents.
         document_order: [documents] number, within its source, of the document at each position of the stream.
         document_ends: [documents] token of the stream at which that document ends.
         tokens: tokens of the whole stream.
+        num_packs: packs of the stream.
         dropped: tokens at its end that are in no pack.
     """
 
@@ -98,7 +101,7 @@ class PackPlan:
         self.sources = list(sources)
         self.rule = rule
         counts = [len(source.lengths) for source in sources]
-        self.first_document = np.cumsum([0, *counts])
+        self.first_document = [0, *accumulate(counts)]
         self.document_order: NDArray[np.int32]
         self.document_ends: IndexArray
         if shared is None:
@@ -119,24 +122,27 @@ class PackPlan:
         return self.num_packs
 
     def _make_order(self) -> NDArray[np.int32]:
-        orders = [_shuffled(len(source.lengths)) for source in self.sources]
-        if len(orders) == 1:
-            return orders[0]
-        return np.concatenate([*orders, np.empty(0, np.int32)])
+        order = np.empty(self.first_document[-1], np.int32)
+        for start, stop in pairwise(self.first_document):
+            order[start:stop] = np.arange(stop - start)
+            np.random.RandomState(PACK_SEED).shuffle(
+                order[start:stop]
+            )  # its swaps do not depend on the dtype
+        return order
 
     def _make_ends(self) -> IndexArray:
         lengths = np.empty(len(self.document_order), np.int64)
-        for number, source in enumerate(self.sources):
-            start, stop = self.first_document[number : number + 2]
-            lengths[start:stop] = source.lengths[self.document_order[start:stop]]
+        for source, (start, stop) in zip(self.sources, pairwise(self.first_document), strict=True):
+            documents = self.document_order[start:stop]
+            lengths[start:stop] = source.lengths[documents]
         return np.cumsum(lengths, out=lengths)
 
     def document_range(self, pack: int) -> tuple[int, int]:
-        """Return positions in the stream of the first document that ``pack`` touches, and of the one after the last."""
+        """Return the positions ``[first, stop)`` in the stream of the documents that ``pack`` touches."""
         start = pack * self.rule.packed_length
-        stop = min(start + self.rule.packed_length, self.tokens)
+        end = min(start + self.rule.packed_length, self.tokens)
         first = np.searchsorted(self.document_ends, start, side="right")
-        last = np.searchsorted(self.document_ends, stop, side="left")
+        last = np.searchsorted(self.document_ends, end, side="left")
         return int(first), int(last) + 1
 
     def read(self, pack: int) -> Pack:
@@ -157,12 +163,12 @@ class PackPlan:
         """Return tokens and types of the documents at positions ``[first, stop)``, which may span several sources."""
         tokens: list[TokenArray] = []
         types: list[IndexArray] = []
-        number = int(np.searchsorted(self.first_document, first, side="right")) - 1
+        number = bisect_right(self.first_document, first) - 1
         while first < stop:
             source = self.sources[number]
-            source_stop = min(stop, int(self.first_document[number + 1]))
-            if first < source_stop:
-                documents = self.document_order[first:source_stop]
+            source_stop = min(stop, self.first_document[number + 1])
+            documents = self.document_order[first:source_stop]
+            if len(documents):
                 tokens.append(source.read(documents))
                 types.append(np.full(len(documents), source.type_id, np.int64))
             first = source_stop
@@ -170,12 +176,6 @@ class PackPlan:
         if len(tokens) == 1:
             return tokens[0], types[0]
         return np.concatenate(tokens), np.concatenate(types)
-
-
-def _shuffled(count: int) -> NDArray[np.int32]:
-    order = np.arange(count, dtype=np.int32)  # the shuffle's swaps do not depend on the dtype
-    np.random.RandomState(PACK_SEED).shuffle(order)
-    return order
 
 
 def assemble(stored: TokenArray, ends: IndexArray, types: IndexArray, rule: PackRule) -> Pack:
@@ -198,30 +198,33 @@ def assemble(stored: TokenArray, ends: IndexArray, types: IndexArray, rule: Pack
     edges[0] = 0
     edges[-1] = length
     np.minimum(ends, length, out=edges[1:-1])
+    types_and_padding = np.append(types, 0)
+    type_ids = np.repeat(types_and_padding, np.diff(edges))
 
+    # A position counts from the start of its segment.
     bounds = _segment_bounds(edges, rule)
     segment_start = np.repeat(bounds[:-1], np.diff(bounds))
     return Pack(
         tokens=tokens,
         labels=_labels(stored, ends, rule),
         position_ids=np.arange(length) - segment_start,
-        type_ids=np.repeat(np.append(types, 0), np.diff(edges)),
+        type_ids=type_ids,
         cu_seqlens=bounds.astype(np.int32),
     )
 
 
 def _labels(stored: TokenArray, ends: IndexArray, rule: PackRule) -> TokenArray:
-    """Return the target of each of the T positions: the next stored token, where it may be one."""
+    """Return the target of each of the T positions: the next stored token if it may be a target, else ``IGNORE``."""
     length = rule.packed_length
     labels = np.full(length, IGNORE, np.int64)
     following = stored[1 : length + 1]
     labels[: len(following)] = following
     if rule.order == "internevo":
-        last_tokens = ends[ends <= length] - 1
-        labels[last_tokens] = IGNORE
+        ends_inside = ends[ends <= length]
+        labels[ends_inside - 1] = IGNORE  # a document's last token has no next one
     if rule.one_sample or rule.order == "xtuner":
-        labels[length - 1] = IGNORE  # these two do not look past the end of the pack
-    # A negative id is an input only. 0 is never a target: InternEvo's format cannot tell it from a masked 0.
+        labels[length - 1] = IGNORE  # these two rules do not look past the end of the pack
+    # A negative id is only an input. 0 is never a target: InternEvo's format cannot tell it from a masked 0.
     np.putmask(labels, labels <= 0, IGNORE)
     return labels
 
@@ -231,20 +234,23 @@ def _segment_bounds(edges: IndexArray, rule: PackRule) -> IndexArray:
     length = rule.packed_length
     if rule.one_sample:
         return np.arange(0, length + 1, rule.seq_len)
-    starts = edges[:-1]
-    not_empty = np.diff(edges) > 0
-    bounds = np.append(starts[not_empty], length)
-    return split_bounds(bounds, rule.seq_len) if rule.order == "internevo" else bounds
+    is_document = np.diff(edges) > 0  # equal edges enclose no token
+    starts = edges[:-1][is_document]
+    bounds = np.append(starts, length)
+    if rule.order == "xtuner":
+        return bounds
+    return split_bounds(bounds, rule.seq_len)
 
 
 def split_bounds(bounds: IndexArray, seq_len: int) -> IndexArray:
     """Split every segment longer than ``seq_len`` into parts of ``seq_len`` tokens, counted from its start."""
     sizes = np.diff(bounds)
-    if not len(sizes) or int(sizes.max()) <= seq_len:
+    if sizes.max(initial=0) <= seq_len:
         return bounds
     # Segment i becomes counts[i] parts; its part j starts at bounds[i] + j * seq_len.
-    counts = -(-sizes // seq_len)
+    counts = -(-sizes // seq_len)  # rounded up
     parts_before = np.cumsum(counts) - counts
-    part = np.arange(int(counts.sum())) - np.repeat(parts_before, counts)
-    starts = np.repeat(bounds[:-1], counts) + part * seq_len
+    segment = np.repeat(np.arange(len(sizes)), counts)  # i of each part
+    j = np.arange(len(segment)) - parts_before[segment]
+    starts = bounds[segment] + j * seq_len
     return np.append(starts, bounds[-1])

@@ -54,8 +54,7 @@ def file_row(source: BinDataset, types: Sequence[str], plan: PackPlan) -> dict[s
 def _share_of_stream(source: BinDataset, plan: PackPlan) -> dict[str, int]:
     """Return packs and dropped tokens of one file in a stream of all files: a pack counts where it ends."""
     number = plan.sources.index(source)
-    start = _tokens_before(plan, plan.first_document[number])
-    end = _tokens_before(plan, plan.first_document[number + 1])
+    start, end = (_tokens_before(plan, document) for document in plan.first_document[number : number + 2])
     length = plan.rule.packed_length
     is_last = end == plan.tokens
     return {

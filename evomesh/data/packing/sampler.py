@@ -21,7 +21,7 @@ from evomesh.errors import UserError
 
 @dataclass(frozen=True)
 class SamplerPosition:
-    """Where the data stands before a step; small enough for any checkpoint.
+    """Position in the data before a step; small enough for any checkpoint.
 
     Attributes:
         step: batches taken so far, skipped ones included.

@@ -1,9 +1,9 @@
-"""``data.type="streaming"``: text is tokenized and packed while training reads it.
+"""Tokenize and pack text while training reads it (``data.type="streaming"``).
 
 Row n of the endless row sequence belongs to lane ``n mod G``, where G is the global batch in packs. Each lane packs its
 own rows; step s is one pack of every lane, and rank r has lanes r, r + dp, ... So no row is lost or seen twice, a rank
-tokenizes only its own rows, and what a step holds depends on G, not on the layout. The position of a lane is (document,
-tokens of it already used); with the reader's cursor that is the whole state.
+tokenizes only its own rows, and the content of a step depends on G, not on the layout. The position of a lane is
+(document, tokens of it already used); with the reader's cursor that is the whole state.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -25,7 +25,7 @@ from evomesh.data.batch import Batch
 from evomesh.data.packing.loader import collate
 from evomesh.data.packing.packs import Pack, PackRule, assemble
 from evomesh.data.prepare.tokenize import TextOptions, boundary_ids
-from evomesh.data.records.rows import RowCursor, RowStream, RowWindow, find_split_files
+from evomesh.data.records.rows import RowCursor, RowStream, find_split_files
 from evomesh.data.records.source_files import SourceFile
 from evomesh.data.token_files.lines import TokenArray, largest_id
 from evomesh.data.tokenizer import Tokenizer, load_tokenizer
@@ -42,7 +42,7 @@ class StreamingLane:
     Attributes:
         n: row of the next document.
         used: tokens of it that are already in packs.
-        waiting: documents that were read and not used up, by row in ascending order.
+        waiting: documents that were read and not used up: row and tokens, rows in ascending order.
     """
 
     n: int
@@ -69,13 +69,13 @@ class StreamingLane:
         types = np.zeros(len(ends), np.int64)
         pack = assemble(stored, np.array(ends), types, rule)
 
-        # 3. Drop the documents that are used up; what is left of the last one starts the next pack.
-        left = filled - rule.packed_length
-        used_up = len(documents) - 1 if left else len(documents)
+        # 3. Drop the documents that are used up; the rest of the last one starts the next pack.
+        rest = filled - rule.packed_length
+        used_up = len(documents) - 1 if rest else len(documents)
         for _ in range(used_up):
             row, _ = self.waiting.popleft()
             self.n = row + num_lanes
-        self.used = len(documents[-1]) - left if left else 0
+        self.used = len(documents[-1]) - rest if rest else 0
         return pack
 
 
@@ -85,12 +85,12 @@ class StreamingPacks:
     Args:
         rows: the row sequence.
         tokenizer: encodes texts; bos and eos are added as ``evomesh tokenize`` does by default.
-        rule: packing.
-        lanes: this rank's lanes of all ``num_lanes``.
+        rule: packed length, segments and targets.
+        lanes: this rank's lanes, out of ``num_lanes``.
         num_lanes: G.
         min_length: shorter documents are left out.
         vocab_size: ids at or above it are refused.
-        state: where to resume.
+        state: state to resume from; None: start with the first row.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class StreamingPacks:
         self.num_lanes = num_lanes
         self.min_length = min_length
         self.vocab_size = vocab_size
-        self._head, self._tail = boundary_ids(tokenizer, TextOptions(eos=tokenizer.eos_id is not None))
+        self._prefix, self._suffix = _boundary_ids(tokenizer)
         if state is None:
             cursor = RowCursor()
             self.lanes = {lane: StreamingLane(n=lane) for lane in lanes}
@@ -141,30 +141,35 @@ class StreamingPacks:
         """Read the next window of rows and hand this rank's documents in it to their lanes."""
         window = next(self._windows)
         self._cursors.append(window.next_cursor)
-        rows = [
-            row
-            for row in range(window.first_row, window.first_row + len(window.texts))
-            if self._needs(row, window)
-        ]
-        encoded = self.tokenizer.encode_batch([window.texts[row - window.first_row] for row in rows])
-        for row, ids in zip(rows, encoded, strict=True):
-            tokens = np.array(self._head + ids + self._tail, np.int64)
+        rows = []
+        texts = []
+        for row, text in enumerate(window.texts, window.first_row):
+            if text and self._needs(row):
+                rows.append(row)
+                texts.append(text)
+        for row, ids in zip(rows, self.tokenizer.encode_batch(texts), strict=True):
+            tokens = np.array(self._prefix + ids + self._suffix, np.int64)
             if len(tokens) < max(1, self.min_length):
                 continue
-            largest = largest_id(tokens)
-            if largest >= self.vocab_size:
-                raise UserError(
-                    f"token id {largest} is outside the model's vocabulary",
-                    where=window.locations[row - window.first_row],
-                    expected=f"ids below model.vocab_size={self.vocab_size}",
-                    fix=f"set model.vocab_size to at least {self.tokenizer.vocab_size}, the tokenizer's",
-                )
-            self.lanes[row % self.num_lanes].waiting.append((row, tokens))
+            location = window.locations[row - window.first_row]
+            _check_ids(largest_id(tokens), self.vocab_size, self.tokenizer, location)
+            lane = self.lanes[row % self.num_lanes]
+            lane.waiting.append((row, tokens))
 
-    def _needs(self, row: int, window: RowWindow) -> bool:
-        """Return whether a row has text and belongs to a lane of this rank that has not used it yet."""
+    def _needs(self, row: int) -> bool:
+        """Return whether a row belongs to a lane of this rank that has not used it yet."""
         lane = self.lanes.get(row % self.num_lanes)
-        return lane is not None and row >= lane.n and bool(window.texts[row - window.first_row])
+        return lane is not None and row >= lane.n
+
+
+class PrefetchedStep(NamedTuple):
+    """A batch that was prefetched, and the state after it."""
+
+    batch: Batch
+    state_after: dict[str, Any]
+
+
+PrefetchResult = PrefetchedStep | BaseException  # an error of the background thread
 
 
 class StreamingBatches:
@@ -177,10 +182,15 @@ class StreamingBatches:
         self.packs = packs
         self._extra_state = extra_state
         self._state = {"step": step, **packs.state()}  # before the next batch
-        self._prefetched: queue.Queue[tuple[Batch, dict[str, Any]] | BaseException] = queue.Queue(PREFETCHED)
-        self._next: tuple[Batch, dict[str, Any]] | None = None
+        self._prefetched: queue.Queue[PrefetchResult] = queue.Queue(PREFETCHED)
+        self._next: PrefetchedStep | None = None  # taken from the queue by ``check``
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._prefetch, args=(step,), name="data", daemon=True)
+        self._thread = threading.Thread(
+            target=self._prefetch,
+            args=(step,),
+            name="data",
+            daemon=True,
+        )
         self._thread.start()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -198,7 +208,7 @@ class StreamingBatches:
         if self._next is None:
             item = self._prefetched.get()
             if isinstance(item, BaseException):
-                self._prefetched.put(item)  # asking again fails again
+                self._prefetched.put(item)  # the next call fails again
                 raise item
             self._next = item
 
@@ -223,24 +233,17 @@ class StreamingBatches:
             while not self._stop.is_set():
                 batch = collate(self.packs.take())
                 step += 1
-                self._put((batch, {"step": step, **self.packs.state()}))
-        except Exception as error:  # handed to the consumer, who raises it
+                state_after = {"step": step, **self.packs.state()}
+                self._put(PrefetchedStep(batch, state_after))
+        except Exception as error:  # raised in the consumer's thread
             self._put(error)
 
-    def _put(self, item: tuple[Batch, dict[str, Any]] | BaseException) -> None:
+    def _put(self, item: PrefetchResult) -> None:
+        """Put an item into the queue once there is space, unless the stream is closed first."""
         while not self._stop.is_set():
             with suppress(queue.Full):
                 self._prefetched.put(item, timeout=0.1)
                 return
-
-
-def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return one state of all lanes from the states of all data-parallel ranks at the same step."""
-    earliest = min(states, key=lambda state: int(state["cursor"]["n"]))
-    lanes: dict[str, Any] = {}
-    for state in states:
-        lanes |= state["lanes"]
-    return {**earliest, "lanes": lanes}
 
 
 @dataclass(frozen=True)
@@ -261,11 +264,15 @@ class StreamingData:
     num_packs: int = 0
 
     def merge_states(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Return one state for any layout from the states of all ranks."""
-        return merge_states(states)
+        """Return one state of all lanes, for any layout, from the states of all ranks at the same step."""
+        earliest = min(states, key=lambda state: int(state["cursor"]["n"]))
+        lanes: dict[str, Any] = {}
+        for state in states:
+            lanes |= state["lanes"]
+        return {**earliest, "lanes": lanes}
 
     def table(self) -> str:
-        """Return the files, one a line."""
+        """Return the files, one per line."""
         return "\n".join(f"{row['file']}  tokenized on the fly" for row in self.report)
 
     def stream(
@@ -301,7 +308,8 @@ class StreamingData:
                 where="data.train_folder",
                 fix="restore the old files and tokenizer, or load only the checkpoint's weights",
             )
-        if state["num_lanes"] != num_lanes or any(str(lane) not in state["lanes"] for lane in lanes):
+        has_lanes = all(str(lane) in state["lanes"] for lane in lanes)
+        if state["num_lanes"] != num_lanes or not has_lanes:
             raise UserError(
                 f"the checkpoint's steps have {state['num_lanes']} packs ({len(state['lanes'])} of them recorded), "
                 f"this run's have {num_lanes}",
@@ -311,10 +319,10 @@ class StreamingData:
 
 
 def open_streaming(config: DataConfig, vocab_size: int) -> StreamingData:
-    """Find files and tokenizer of a streaming config.
+    """Find the files and the tokenizer of a streaming config.
 
     Raises:
-        UserError: one of them is missing.
+        UserError: one of them is missing, or ``data.rampup_batch_size`` is set.
     """
     if config.train_folder is None:
         raise UserError(
@@ -330,8 +338,12 @@ def open_streaming(config: DataConfig, vocab_size: int) -> StreamingData:
         config.train_folder, "data.train_folder", config.subset_name, "train", config.split_name
     )
     tokenizer = _load_tokenizer(config)
-    report = [{"file": str(file.full_path), "type": TYPES[0], "bytes": file.size} for file in files]
-    identity = [(_relative_name(file), file.size) for file in files] + [tokenizer.hash, config.content_name]
+    report = []
+    identity: list[Any] = []
+    for file in files:
+        report.append({"file": str(file.full_path), "type": TYPES[0], "bytes": file.size})
+        identity.append((_relative_name(file), file.size))
+    identity += [tokenizer.hash, config.content_name]
     digest = xxhash.xxh3_64_hexdigest(repr(identity).encode())
     manifest = {"files": report, "types": TYPES, "hash": digest}
     return StreamingData(config, files, tokenizer, vocab_size, manifest, report, warnings)
@@ -349,6 +361,21 @@ def _load_tokenizer(config: DataConfig) -> Tokenizer:
             expected="a tokenizer",
         )
     return load_tokenizer(config.tokenizer_path, "data.tokenizer_path")
+
+
+def _boundary_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Return the ids before and after every text: those of ``evomesh tokenize``, without an eos if there is none."""
+    return boundary_ids(tokenizer, TextOptions(eos=tokenizer.eos_id is not None))
+
+
+def _check_ids(largest: int, vocab_size: int, tokenizer: Tokenizer, where: str) -> None:
+    if largest >= vocab_size:
+        raise UserError(
+            f"token id {largest} is outside the model's vocabulary",
+            where=where,
+            expected=f"ids below model.vocab_size={vocab_size}",
+            fix=f"set model.vocab_size to at least {tokenizer.vocab_size}, the tokenizer's",
+        )
 
 
 class MemoryDocuments:
@@ -370,28 +397,25 @@ def read_documents(config: DataConfig, vocab_size: int) -> MemoryDocuments:
     """Read and tokenize all documents of ``data.valid_folder``.
 
     Raises:
-        UserError: no file, no text, or an id outside the vocabulary.
+        UserError: there is no file or no text, or an id is outside the vocabulary.
     """
     assert config.valid_folder is not None
     files, _ = find_split_files(
         config.valid_folder, "data.valid_folder", config.subset_name, "valid", config.valid_split_name
     )
     tokenizer = _load_tokenizer(config)
-    head, tail = boundary_ids(tokenizer, TextOptions(eos=tokenizer.eos_id is not None))
+    prefix, suffix = _boundary_ids(tokenizer)
     min_length = max(1, config.valid_min_length)
     documents: list[list[int]] = []
-    for window in RowStream(files, config.content_name, config.seed).windows(RowCursor()):
-        if window.next_cursor.epoch:
+    rows = RowStream(files, config.content_name, config.seed)
+    for window in rows.windows(RowCursor()):
+        if window.next_cursor.epoch:  # the first pass is over
             break
-        for ids in tokenizer.encode_batch([text for text in window.texts if text]):
-            document = head + ids + tail
+        texts = [text for text in window.texts if text]
+        for ids in tokenizer.encode_batch(texts):
+            document = prefix + ids + suffix
             if len(document) >= min_length:
                 documents.append(document)
     largest = max(map(max, documents), default=-1)
-    if largest >= vocab_size:
-        raise UserError(
-            f"token id {largest} is outside the model's vocabulary",
-            where=config.valid_folder,
-            expected=f"ids below model.vocab_size={vocab_size}",
-        )
+    _check_ids(largest, vocab_size, tokenizer, config.valid_folder)
     return MemoryDocuments(files[0].path.parent.name, documents)

@@ -29,17 +29,16 @@ class SyntheticDocuments:
     def __init__(
         self, count: int, seq_len: int, *, fixed_length: bool = True, vocab_size: int = 2**31
     ) -> None:
-        rng = np.random.RandomState(SEED)
         self.seq_len = seq_len
         self.vocab_size = vocab_size
+        rng = np.random.RandomState(SEED)
         self.period = rng.randint(1, 30, size=count).astype(np.int64)
         self.repeats = rng.randint(10, 200, size=count).astype(np.int64)
-        short = self.period * self.repeats < seq_len
-        while fixed_length and short.any():
-            self.repeats[short] *= 2
-            short = self.period * self.repeats < seq_len
-        full_lengths = 2 + self.period * self.repeats
-        self.lengths: NDArray[np.integer] = np.minimum(full_lengths, seq_len)
+        counted = self.period * self.repeats
+        while fixed_length and counted.min() < seq_len:
+            self.repeats[counted < seq_len] *= 2
+            counted = self.period * self.repeats
+        self.lengths: NDArray[np.integer] = np.minimum(2 + counted, seq_len)
 
     def read(self, documents: NDArray[np.integer]) -> TokenArray:
         """Return the tokens of the given documents, one after the other."""

@@ -1,9 +1,11 @@
-"""Validation sets: every folder with token files is one, and every target of it is seen exactly once."""
+"""Read validation sets: every folder with token files is one, and every target in it is seen exactly once."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -25,8 +27,8 @@ class ValidationSet:
     need less padding.
 
     Args:
-        name: as in ``val/{name}_loss``.
-        sources: its files.
+        name: part of the metric's name, ``val/{name}_loss``.
+        sources: files of the set.
         rule: packed length T and longest segment.
         micro_num: packs in a batch.
     """
@@ -36,90 +38,105 @@ class ValidationSet:
         self.sources = list(sources)
         self.rule = rule
         self.micro_num = micro_num
-        # The set is one stream: its documents one after the other, split into segments, which fill packs.
+
+        # The set is one stream of tokens: its documents one after the other. Bounds are tokens of the stream.
         counts = [len(source.lengths) for source in sources]
-        lengths = np.concatenate([np.asarray(source.lengths, np.int64) for source in sources])
-        self._first_document = np.cumsum([0, *counts])  # of each source
-        self._document_ends = np.cumsum(lengths)
-        document_bounds = np.unique(np.append(0, self._document_ends))
-        self._segment_bounds = split_bounds(document_bounds, rule.seq_len)
-        self._first_segment = _fill_packs(self._segment_bounds, rule.packed_length)  # of each pack
-        self._last_document: tuple[int, IndexArray] = (-1, np.empty(0, np.int64))  # number and tokens
+        self._first_document = [0, *accumulate(counts)]  # number of each source's first document
+        lengths = np.concatenate([source.lengths for source in sources])
+        self._document_bounds = np.cumsum(np.append(0, lengths), dtype=np.int64)
+
+        # Its documents are split into segments, and each pack takes as many of these as fit.
+        not_empty = np.unique(self._document_bounds)
+        self._segment_bounds = split_bounds(not_empty, rule.seq_len)
+        self._pack_bounds = _fill_packs(self._segment_bounds, rule.packed_length)
+        self._last_read: tuple[int, IndexArray] = (
+            -1,
+            np.empty(0, np.int64),
+        )  # a document's number and tokens
 
     @property
     def num_packs(self) -> int:
-        return len(self._first_segment) - 1
+        return len(self._pack_bounds) - 1
 
     def num_batches(self, dp_size: int) -> int:
         """Return the number of batches that each rank yields."""
         return -(-self.num_packs // (dp_size * self.micro_num))
 
     def batches(self, dp_rank: int, dp_size: int) -> Iterator[Batch]:
-        """Yield this rank's batches; where no pack is left, a batch has a pack of ignored targets only."""
+        """Yield this rank's batches, which all ranks have the same number of.
+
+        A rank that has no pack left gets one whose targets are all ignored.
+        """
         global_batch = dp_size * self.micro_num
         for number in range(self.num_batches(dp_size)):
-            start = number * global_batch + dp_rank
-            packs = range(start, start + global_batch, dp_size)
-            yield collate(
-                [self.read(pack) if pack < self.num_packs else self._empty_pack() for pack in packs]
-            )
+            start = number * global_batch
+            packs = range(start + dp_rank, start + global_batch, dp_size)
+            yield collate([self.read(pack) for pack in packs])
 
     def read(self, pack: int) -> Pack:
-        """Read pack ``pack``."""
-        first_segment, stop_segment = self._first_segment[pack : pack + 2]
-        start = int(self._segment_bounds[first_segment])
-        stop = int(self._segment_bounds[stop_segment])
-        first = int(np.searchsorted(self._document_ends, start, side="right"))
-        last = int(np.searchsorted(self._document_ends, stop))
+        """Read a pack by its number; past the last one it has no target."""
+        if pack >= self.num_packs:
+            nothing = np.empty(0, np.int64)
+            return assemble(nothing, nothing, nothing, self.rule)
+        start, stop = self._pack_bounds[pack : pack + 2]
+        size = int(stop - start)
 
-        # Read whole documents, then drop what the first one has before the pack.
-        stored = np.concatenate([self._read_document(number) for number in range(first, last + 1)])
-        first_start = int(self._document_ends[first - 1]) if first else 0
-        stored = stored[start - first_start :]
-        size = stop - start
-        ends = np.minimum(self._document_ends[first : last + 1], stop) - start
+        # Read the documents that the pack touches, and drop what the first one has before the pack.
+        first = np.searchsorted(self._document_bounds, start, side="right") - 1
+        after_last = np.searchsorted(self._document_bounds, stop)
+        documents = [self._read_document(number) for number in range(first, after_last)]
+        before = start - self._document_bounds[first]
+        stored = np.concatenate(documents)[before:]
+
+        document_ends = self._document_bounds[first + 1 : after_last + 1]
+        ends = np.minimum(document_ends, stop) - start
         types = np.zeros(len(ends), np.int64)
         assembled = assemble(stored[:size], ends, types, self.rule)
-        if len(stored) > size:  # the pack ends inside a document, whose next token is a target too
+
+        # The pack may end inside a document, whose next token is a target too.
+        if len(stored) > size:
             following = int(stored[size])
             assembled.labels[size - 1] = following if following > 0 else IGNORE
         return assembled
 
     def _read_document(self, number: int) -> IndexArray:
         """Read a document of the set; the last one is kept, since a long document is in many packs."""
-        if self._last_document[0] != number:
-            source = int(np.searchsorted(self._first_document, number, side="right")) - 1
-            document = number - int(self._first_document[source])
-            self._last_document = number, self.sources[source].read(np.array([document]))
-        return self._last_document[1]
-
-    def _empty_pack(self) -> Pack:
-        nothing = np.empty(0, np.int64)
-        return assemble(nothing, nothing, nothing, self.rule)
+        last_number, tokens = self._last_read
+        if number != last_number:
+            source = bisect_right(self._first_document, number) - 1
+            document = number - self._first_document[source]
+            tokens = self.sources[source].read(np.array([document]))
+            self._last_read = (number, tokens)
+        return tokens
 
 
 def _fill_packs(segment_bounds: IndexArray, length: int) -> IndexArray:
-    """Return the first segment of each pack, then the number of segments.
-
-    A pack takes as many whole segments as fit into ``length`` tokens.
-    """
-    num_segments = len(segment_bounds) - 1
-    first_segment = [0]
-    while first_segment[-1] < num_segments:
-        limit = segment_bounds[first_segment[-1]] + length
-        next_segment = int(np.searchsorted(segment_bounds, limit, side="right")) - 1
-        first_segment.append(next_segment)
-    return np.array(first_segment, np.int64)
+    """Return the bounds of packs that take as many whole segments as fit into ``length`` tokens."""
+    end = segment_bounds[-1]
+    bounds = [segment_bounds[0]]
+    while bounds[-1] < end:
+        limit = bounds[-1] + length
+        next_segment = np.searchsorted(segment_bounds, limit, side="right")
+        bounds.append(segment_bounds[next_segment - 1])
+    return np.array(bounds, np.int64)
 
 
 def group_sets(files: Sequence[TokenFile], root_name: str) -> dict[str, list[TokenFile]]:
-    """Group files by the name of their set: the name of their folder, or its path where two folders share a name."""
-    folders = [PurePosixPath(file.name).parent for file in files]
-    count = Counter(folder.name for folder in set(folders))
+    """Group files by set: one per folder, named after it, or by its path if two folders share a name.
+
+    Args:
+        root_name: name of the set of files that are in no folder.
+    """
+    files_of_folder: dict[PurePosixPath, list[TokenFile]] = {}
+    for file in files:
+        folder = PurePosixPath(file.name).parent
+        files_of_folder.setdefault(folder, []).append(file)
+    same_name = Counter(folder.name for folder in files_of_folder)
+
     sets: dict[str, list[TokenFile]] = {}
-    for file, folder in zip(files, folders, strict=True):
-        name = folder.name if count[folder.name] == 1 else folder.as_posix()
+    for folder, members in files_of_folder.items():
+        name = folder.name if same_name[folder.name] == 1 else folder.as_posix()
         if folder == PurePosixPath():
             name = root_name
-        sets.setdefault(name, []).append(file)
-    return sets
+        sets.setdefault(name, []).extend(members)
+    return {name: sets[name] for name in sorted(sets)}

@@ -1,4 +1,4 @@
-"""Tokenize conversations into token files, with a share held out for validation."""
+"""Tokenize conversations into token files, holding out a share of them for validation."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evomesh.data.chat import ROLES, ChatTemplate, build_template
 from evomesh.data.prepare.read_conversation import RecordSchema, read_conversation
@@ -28,10 +29,8 @@ from evomesh.data.tokenizer import Tokenizer
 from evomesh.errors import UserError
 
 CHUNK = 64  # conversations that a thread encodes at a time
-SPLIT_FILES = (
-    "train/en/dataset.bin",
-    "valid/en/dataset.bin",
-)  # as InternEvo's alpaca_tokenizer.py names them
+# The names that InternEvo's alpaca_tokenizer.py writes.
+SPLIT_FILES = ("train/en/dataset.bin", "valid/en/dataset.bin")
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class ChatOptions:
 
 @dataclass
 class ChatCounts:
-    """Counts of what was lost.
+    """Counts of what was not written.
 
     Attributes:
         truncated: conversations that were truncated.
@@ -105,24 +104,28 @@ def tokenize_chats(
         for writer in writers:
             check_same_tokenizer(writer, tokenizer)
         done = 0
-        for chunk in _encode(files, template, options, workers or os.cpu_count() or 1):
+        num_threads = workers or os.cpu_count() or 1
+        for chunk in _encode(files, template, options, num_threads):
             documents = [_truncate(ids, template.ending, options.max_length, counts) for ids in chunk]
-            _write(documents, held_out[done : done + len(chunk)], writers, template.ending, counts)
-            done += len(chunk)
+            end = done + len(chunk)
+            _write(documents, held_out[done:end], writers, template.ending, counts)
+            done = end
             if progress:
-                written = sum(writer.tokens for writer in writers)
-                progress(input_size * done // len(held_out), done, written)
+                bytes_read = input_size * done // len(held_out)
+                progress(bytes_read, done, sum(writer.tokens for writer in writers))
 
         # 4. All files are complete: give them their names.
         facts = describe_tokenizer(tokenizer) | {"options": asdict(options)} | asdict(counts)
         fingerprints = {}
         for writer in writers:
             all_sources = [*writer.previous.get("sources", []), *sources]
-            fingerprints[str(writer.path)] = writer.commit(facts | {"sources": all_sources})
+            fingerprint = writer.commit(facts | {"sources": all_sources})
+            fingerprints[str(writer.path)] = fingerprint
     return fingerprints, counts
 
 
 def _check_roles(roles: Sequence[str]) -> None:
+    """Refuse roles that no message can have."""
     if not roles or set(roles) - set(ROLES):
         raise UserError(
             f"no role {', '.join(roles)!r}",
@@ -132,6 +135,7 @@ def _check_roles(roles: Sequence[str]) -> None:
 
 
 def _output_paths(output: Path, split_ratio: float) -> list[Path]:
+    """Return the files to write: the training file, then with a split ratio the held-out one."""
     if not split_ratio:
         return [output]
     if output.suffix == ".bin":
@@ -148,7 +152,7 @@ def _read_all(files: list[SourceFile]) -> Iterator[SourceRecord]:
         yield from read_records(stream, file)
 
 
-def _draw_held_out(files: list[SourceFile], options: ChatOptions) -> np.ndarray[Any, np.dtype[np.bool_]]:
+def _draw_held_out(files: list[SourceFile], options: ChatOptions) -> NDArray[np.bool_]:
     """Return whether each conversation is held out; drawn without replacement, so that the share is exact."""
     total = sum(1 for _ in _read_all(files))
     if not total:
@@ -160,7 +164,8 @@ def _draw_held_out(files: list[SourceFile], options: ChatOptions) -> np.ndarray[
             where="--split-ratio",
             expected="a ratio that puts at least one conversation in each set",
         )
-    chosen = np.random.RandomState(options.seed).choice(total, count, replace=False)
+    rng = np.random.RandomState(options.seed)
+    chosen = rng.choice(total, count, replace=False)
     held_out = np.zeros(total, np.bool_)
     held_out[chosen] = True
     return held_out
@@ -169,23 +174,24 @@ def _draw_held_out(files: list[SourceFile], options: ChatOptions) -> np.ndarray[
 def _encode(
     files: list[SourceFile], template: ChatTemplate, options: ChatOptions, workers: int
 ) -> Iterator[list[list[int]]]:
-    """Yield the ids of conversations in order, in chunks.
+    """Yield the ids of conversations, in order and in chunks.
 
     Threads encode them: the tokenizer libraries release the interpreter lock.
     """
 
-    def encode(records: Sequence[SourceRecord]) -> list[list[int]]:
-        return [
-            template.encode(read_conversation(record, options.schema, options.roles)) for record in records
-        ]
+    def encode(chunk: Sequence[SourceRecord]) -> list[list[int]]:
+        conversations = [read_conversation(record, options.schema, options.roles) for record in chunk]
+        return [template.encode(messages) for messages in conversations]
 
     records = _read_all(files)
+    chunks = iter(lambda: list(islice(records, CHUNK)), [])
     with ThreadPoolExecutor(workers) as pool:
-        while chunks := [chunk for _ in range(workers) if (chunk := list(islice(records, CHUNK)))]:
-            yield from pool.map(encode, chunks)
+        while pending := list(islice(chunks, workers)):
+            yield from pool.map(encode, pending)
 
 
 def _truncate(ids: list[int], ending: list[int], max_length: int, counts: ChatCounts) -> list[int]:
+    """Shorten a conversation to ``max_length`` tokens, the ending included, and count what is lost."""
     if len(ids) <= max_length:
         return ids
     counts.truncated += 1
@@ -195,7 +201,7 @@ def _truncate(ids: list[int], ending: list[int], max_length: int, counts: ChatCo
 
 def _write(
     documents: Sequence[list[int]],
-    held_out: np.ndarray[Any, np.dtype[np.bool_]],
+    held_out: NDArray[np.bool_],
     writers: Sequence[BinWriter],
     ending: list[int],
     counts: ChatCounts,
@@ -204,11 +210,11 @@ def _write(
     kept: list[list[list[int]]] = [[] for _ in writers]
     for document, is_held_out in zip(documents, held_out, strict=True):
         # The first token has no predecessor, and the ending alone teaches nothing.
-        answers = document[1 : len(document) - len(ending)]
-        if any(token > 0 for token in answers):
+        stop = len(document) - len(ending)
+        has_target = any(token > 0 for token in document[1:stop])
+        if has_target:
             kept[int(is_held_out)].append(document)
         else:
             counts.without_target += 1
     for writer, chosen in zip(writers, kept, strict=True):
-        if chosen:
-            writer.write(chosen, masked=True)
+        writer.write(chosen, masked=True)

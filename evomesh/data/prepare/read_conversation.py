@@ -58,21 +58,23 @@ def read_conversation(
 
 
 def _read_alpaca(record: SourceRecord, roles: Sequence[str]) -> list[ChatMessage]:
-    instruction = _get_text(record.value, "instruction", record)
+    question = _get_text(record.value, "instruction", record)
     extra = _get_text(record.value, "input", record)
-    output = _get_text(record.value, "output", record)
-    question = f"{instruction}\n{extra}" if extra else instruction
+    answer = _get_text(record.value, "output", record)
+    if extra:
+        question += f"\n{extra}"
     return [
         ChatMessage("user", question, train="user" in roles),
-        ChatMessage("assistant", output, train="assistant" in roles),
+        ChatMessage("assistant", answer, train="assistant" in roles),
     ]
 
 
 def _get(value: Any, key: str, record: SourceRecord) -> Any:
-    if not isinstance(value, dict) or key not in value:
-        keys = ", ".join(value) if isinstance(value, dict) else json_kind(value)
-        raise UserError(f"the record has no key {key!r} (it has: {keys or 'none'})", where=record.where)
-    return value[key]
+    """Return a value of an object in a record, which must have this key."""
+    if isinstance(value, dict) and key in value:
+        return value[key]
+    keys = ", ".join(value) if isinstance(value, dict) else json_kind(value)
+    raise UserError(f"the record has no key {key!r} (it has: {keys or 'none'})", where=record.where)
 
 
 def _get_text(value: Any, key: str, record: SourceRecord) -> str:

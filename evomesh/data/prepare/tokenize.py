@@ -20,7 +20,7 @@ from evomesh.errors import UserError
 
 BATCH_CHARS = 1 << 20  # encoded in one call: enough to keep all cores busy, while memory stays constant
 BATCH_DOCUMENTS = 4096
-BATCHES_PENDING = 2  # in the encoder: the ids of one become Python lists while the next is encoded
+BATCHES_PENDING = 2  # in the encoder: while one is encoded, the ids of the other become Python lists
 
 ProgressCallback = Callable[[int, int, int], None]  # bytes read, documents, tokens
 
@@ -33,7 +33,7 @@ class TextOptions:
         text_field: key of the text in a JSON record.
         raw_lines: encode lines verbatim, as InternEvo's tokenizer.py does.
         bos: prepend the tokenizer's bos; None: as the tokenizer's config specifies.
-        eos: append its eos.
+        eos: append the tokenizer's eos.
     """
 
     text_field: str = "text"
@@ -125,7 +125,7 @@ def boundary_ids(tokenizer: Tokenizer, options: TextOptions) -> tuple[list[int],
     """Return the ids before and after every text.
 
     Raises:
-        UserError: bos or eos is wanted, and the tokenizer has none.
+        UserError: bos or eos is requested, and the tokenizer has none.
     """
     add_bos = tokenizer.add_bos if options.bos is None else options.bos
     prefix = [_require_token(tokenizer, "bos", tokenizer.bos_id)] if add_bos else []
@@ -163,6 +163,7 @@ def _batches(files: list[SourceFile], options: TextOptions) -> Iterator[tuple[li
 
 
 def _texts(stream: IO[bytes], file: SourceFile, options: TextOptions) -> Iterator[str]:
+    """Yield the texts of one file."""
     if options.raw_lines:
         for line in read_raw_lines(stream, file):
             yield line.value

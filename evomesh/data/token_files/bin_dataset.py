@@ -155,7 +155,7 @@ class BinDataset:
         if self._cache_starts is None:
             self._cache_starts = self._build_once("starts", lambda: _starts(self.rows[:, 1]))
         starts = self._cache_starts[rows]
-        lengths = self.rows[rows, 1].astype(np.int64)
+        lengths = self._row_lengths(rows)
         total = int(lengths.sum())
 
         # Short documents: one index of every token is cheaper than a slice of every document.
@@ -165,23 +165,24 @@ class BinDataset:
             tokens: TokenArray = cache[index].astype(np.int64)
             return tokens
 
-        stops = starts + lengths
-        parts = [cache[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
+        parts = []
+        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+            parts.append(cache[start : start + length])
         return np.concatenate(parts).astype(np.int64)
 
     def _read_lines(self, rows: NDArray[np.integer]) -> TokenArray:
-        is_long = self.rows[rows, 1] >= LONG
+        is_long = self._row_lengths(rows) >= LONG
         if not is_long.any():
             return self._parse(rows)
         # Each long document forms a separate group; the rows between two of them are parsed together.
         long = np.flatnonzero(is_long)
         borders = np.unique([long, long + 1])
-        groups = [group for group in np.split(rows, borders) if len(group)]
         tokens = []
-        for group in groups:
-            length = int(self.rows[group[0], 1])
-            read = self._read_long if length >= LONG else self._parse
-            tokens.append(read(group))
+        for group in np.split(rows, borders):
+            if not len(group):
+                continue
+            first_is_long = self._row_lengths(group[:1]).item() >= LONG
+            tokens.append(self._read_long(group) if first_is_long else self._parse(group))
         return tokens[0] if len(tokens) == 1 else np.concatenate(tokens)
 
     def _read_long(self, row: NDArray[np.integer]) -> TokenArray:
@@ -194,17 +195,22 @@ class BinDataset:
         return tokens
 
     def _parse(self, rows: NDArray[np.integer]) -> TokenArray:
-        starts = self.rows[rows, 0].astype(np.int64)
-        lengths = self.rows[rows, 1].astype(np.int64)
+        starts = self._row_offsets(rows)
         # A line ends where the next one starts, the last one at the end of the file.
         last = len(self.rows) - 1
-        next_rows = np.minimum(rows + 1, last)
-        ends = self.rows[next_rows, 0].astype(np.int64)
+        ends = self._row_offsets(np.minimum(rows + 1, last))
         ends[rows == last] = self.size
-        tokens = parse_ranges(self._map(), starts, ends, lengths)
+        tokens = parse_ranges(self._map(), starts, ends, self._row_lengths(rows))
         if tokens is None:
-            tokens = np.concatenate([self._parse_with_checks(row) for row in rows.tolist()])
+            documents = [self._parse_with_checks(row) for row in rows.tolist()]
+            tokens = np.concatenate(documents)
         return tokens
+
+    def _row_offsets(self, rows: NDArray[np.integer]) -> NDArray[np.int64]:
+        return np.asarray(self.rows[rows, 0], np.int64)
+
+    def _row_lengths(self, rows: NDArray[np.integer]) -> NDArray[np.int64]:
+        return np.asarray(self.rows[rows, 1], np.int64)
 
     @property
     def block(self) -> int:
@@ -285,7 +291,7 @@ class BinDataset:
         """Refuse the first id of the documents in ``rows`` that is outside the vocabulary."""
         is_outside = np.abs(tokens) >= self.vocab_size
         first_bad = int(np.flatnonzero(is_outside)[0])
-        starts = _starts(self.rows[rows, 1])
+        starts = _starts(self._row_lengths(rows))
         document = int(np.searchsorted(starts, first_bad, side="right")) - 1
         position = first_bad - int(starts[document])
         raise UserError(

@@ -15,7 +15,14 @@ from numpy.typing import NDArray
 from evomesh.data.token_files.bin_dataset import check_file, evenly_spaced
 from evomesh.data.token_files.fingerprint import read_fingerprint
 from evomesh.data.token_files.folders import find_bins
-from evomesh.data.token_files.lines import BadLineError, TokenArray, largest_id, parse_line, parse_plain
+from evomesh.data.token_files.lines import (
+    MAX_ID,
+    BadLineError,
+    TokenArray,
+    largest_id,
+    parse_line,
+    parse_plain,
+)
 from evomesh.data.token_files.meta import meta_path, read_meta
 from evomesh.data.tokenizer import Tokenizer
 from evomesh.errors import UserError
@@ -31,7 +38,7 @@ OUTSIDE = "lines with ids outside the vocabulary"
 
 @dataclass
 class FileScan:
-    """What the lines of one file contain.
+    """Content of one file, from its lines.
 
     Attributes:
         problems: defects that would break training or train on wrong data.
@@ -93,31 +100,32 @@ def _read_lines(scan: FileScan, vocab_size: int | None) -> None:
     hashes: list[int] = []
     lengths = [np.empty(0, np.int64)]
     position = 0
+    if vocab_size is None:
+        vocab_size = MAX_ID + 1
     with scan.path.open("rb") as file:
         while lines := file.readlines(BLOCK_BYTES):
             # Parse the block in one go; only a block with a defect is read line by line.
             counts = np.array([line.count(b",") + 1 for line in lines])
             tokens = parse_plain(lines, counts)
-            if tokens is None or (vocab_size is not None and largest_id(tokens) >= vocab_size):
+            if tokens is None or largest_id(tokens) >= vocab_size:
                 tokens, counts = _read_one_by_one(scan, lines, len(sizes), position, vocab_size)
             if len(tokens):
                 scan.max_id = max(scan.max_id, largest_id(tokens))
             scan.zeros += int((tokens == 0).sum())
             scan.masked += int((tokens < 0).sum())
             lengths.append(counts)
-            line_sizes = [len(line) for line in lines]
-            sizes += line_sizes
-            position += sum(line_sizes)
             hashes += map(xxhash.xxh3_64_intdigest, lines)
+            sizes += map(len, lines)
+            position = file.tell()
     scan.offsets = np.cumsum([0, *sizes])[:-1]
     scan.lengths = np.concatenate(lengths)
     scan.hashes = np.array(hashes, np.uint64)
 
 
 def _read_one_by_one(
-    scan: FileScan, lines: list[bytes], number: int, position: int, vocab_size: int | None
+    scan: FileScan, lines: list[bytes], number: int, position: int, vocab_size: int
 ) -> tuple[TokenArray, NDArray[np.int64]]:
-    """Return the tokens of lines and how many each has; defects are entered into ``scan``.
+    """Return the tokens of lines and how many each has; enter defects into ``scan``.
 
     Args:
         number: number of lines before these.
@@ -133,7 +141,7 @@ def _read_one_by_one(
             torn = "" if line.endswith(b"\n") else "; the file ends in the middle of it"
             scan.refuse_line(BROKEN, f"{bad.location(scan.path, number, position)}: {bad.found}{torn}")
         largest = largest_id(tokens)
-        if vocab_size is not None and largest >= vocab_size:
+        if largest >= vocab_size:
             scan.refuse_line(
                 OUTSIDE, f"{scan.path} line {number}: id {largest} is outside the vocabulary of {vocab_size}"
             )

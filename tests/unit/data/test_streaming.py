@@ -18,7 +18,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from evomesh.config.schema import DataConfig
 from evomesh.data.build import build_train_data, build_valid_data
-from evomesh.data.packing.streaming import merge_states
 from evomesh.data.records import rows as rows_module
 from evomesh.data.records.rows import RowCursor, RowStream, find_split_files
 from evomesh.data.records.source_files import find_source_files
@@ -125,7 +124,7 @@ def test_resume_at_every_step_in_every_layout(tmp_path: Path, tokenizer: Path) -
     streams = [data.stream(dp_rank=rank, dp_size=2) for rank in range(2)]
     states, rows = [], []
     for _ in range(30):
-        states.append(json.loads(json.dumps(merge_states([stream.state() for stream in streams]))))
+        states.append(json.loads(json.dumps(data.merge_states([stream.state() for stream in streams]))))
         rows.append(sorted(row for stream in streams for row in next(stream).tokens.tolist()))
     for stream in streams:
         stream.close()
