@@ -130,21 +130,19 @@ def find_files(folder: Path, key: str, order_path: str | None = None) -> list[To
 def _reorder(files: list[TokenFile], folder: Path, order_path: Path) -> list[TokenFile]:
     """Return the files in the order of an order file, which must list each of them once."""
     by_name = {file.name: file for file in files}
-    times_listed = Counter(read_order(order_path))
-    unknown = [name for name in times_listed if name not in by_name]
-    unlisted = [name for name in by_name if name not in times_listed]
-    repeated = [name for name, times in times_listed.items() if times > 1]
-    if unknown or unlisted or repeated:
-        lines = ["the order file and the folder do not have the same files"]
-        lines += [f"  listed, not in {folder}: {name}" for name in unknown]
-        lines += [f"  in {folder}, not listed: {name}" for name in sorted(unlisted)]
-        lines += [f"  listed twice: {name}" for name in sorted(repeated)]
+    listed = read_order(order_path)
+    repeated = Counter(listed) - Counter(set(listed))
+    problems = [f"  listed, not in {folder}: {name}" for name in listed if name not in by_name]
+    problems += [f"  in {folder}, not listed: {name}" for name in sorted(by_name.keys() - listed)]
+    problems += [f"  listed twice: {name}" for name in sorted(repeated)]
+    if problems:
+        header = "the order file and the folder do not have the same files"
         raise UserError(
-            "\n".join(lines),
+            "\n".join([header, *problems]),
             where=str(order_path),
             fix=f"rewrite it: evomesh data order {folder} --output {order_path}",
         )
-    return [by_name[name] for name in times_listed]
+    return [by_name[name] for name in listed]
 
 
 def read_order(path: Path) -> list[str]:
