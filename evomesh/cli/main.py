@@ -6,7 +6,20 @@ import os
 
 import typer
 
-from evomesh.cli import batch, ckpt, config, convert, data, eval, generate, plan, serve, tokenize, train
+from evomesh.cli import (
+    batch,
+    ckpt,
+    config,
+    convert,
+    data,
+    eval,
+    generate,
+    plan,
+    serve,
+    tokenize,
+    tokenizer,
+    train,
+)
 from evomesh.cli.run import run
 
 app = typer.Typer(
@@ -27,6 +40,7 @@ app.command("eval")(eval.evaluate)
 app.command("serve")(serve.serve)
 app.command("chat")(serve.chat)
 app.add_typer(config.app, name="config", help="Check, show, list and copy configs.")
+app.add_typer(tokenizer.app, name="tokenizer", help="Train, inspect and compare tokenizers.")
 app.add_typer(data.app, name="data", help="Look at, verify and repair tokenised datasets.")
 app.add_typer(ckpt.app, name="ckpt", help="List, verify, compare, reshard and delete checkpoints.")
 app.add_typer(convert.app, name="convert", help="Convert checkpoints of other systems into ours and back.")

@@ -1,0 +1,76 @@
+"""Measure how a tokenizer encodes texts: bytes per token by kind of text, and the differences between two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from evomesh.data.prepare.train_tokenizer import read_texts
+from evomesh.data.records.source_files import SourceFile, find_source_files
+from evomesh.data.tokenizer import Tokenizer
+
+BATCH = 256  # texts encoded at once
+
+
+@dataclass
+class Measurement:
+    """Counts over the texts of one kind.
+
+    Attributes:
+        kind: the folder that the files are in, or the file's name.
+        tokens: one count per tokenizer.
+        lossy: texts that decoding does not restore, one count per tokenizer.
+    """
+
+    kind: str
+    texts: int
+    size: int
+    tokens: list[int]
+    lossy: list[int]
+
+    @property
+    def bytes_per_token(self) -> list[float]:
+        return [self.size / max(1, tokens) for tokens in self.tokens]
+
+
+def measure(inputs: Sequence[str], text_field: str, tokenizers: Sequence[Tokenizer]) -> list[Measurement]:
+    """Encode and decode every text with each tokenizer.
+
+    Returns:
+        One row per kind of text, in the order of the inputs.
+
+    Raises:
+        UserError: an input cannot be read.
+    """
+    return [_measure_kind(kind, files, text_field, tokenizers) for kind, files in _kinds(inputs)]
+
+
+def _kinds(inputs: Sequence[str]) -> Iterator[tuple[str, list[SourceFile]]]:
+    """Group the files of a folder by the first folder below it, as training data is laid out; others by their name."""
+    groups: dict[str, list[SourceFile]] = {}
+    for item in inputs:
+        root = Path(item).expanduser()
+        for file in find_source_files([item]):
+            inside = file.full_path.relative_to(root).parts if root.is_dir() else ()
+            kind = inside[0] if len(inside) > 1 else file.full_path.name
+            groups.setdefault(kind, []).append(file)
+    yield from groups.items()
+
+
+def _measure_kind(
+    kind: str, files: Sequence[SourceFile], text_field: str, tokenizers: Sequence[Tokenizer]
+) -> Measurement:
+    row = Measurement(kind, 0, 0, [0] * len(tokenizers), [0] * len(tokenizers))
+    unread = read_texts(files, text_field)
+    while texts := list(islice(unread, BATCH)):
+        row.texts += len(texts)
+        row.size += sum(len(text.encode()) for text in texts)
+        for number, tokenizer in enumerate(tokenizers):
+            encoded = tokenizer.encode_batch(texts)
+            row.tokens[number] += sum(map(len, encoded))
+            row.lossy[number] += sum(
+                tokenizer.decode(ids) != text for ids, text in zip(encoded, texts, strict=True)
+            )
+    return row
