@@ -20,7 +20,9 @@ def main() -> None:
     parser.add_argument("--save-folder", required=True, type=Path)
     parser.add_argument("--file-type", default=".bin")
     options = parser.parse_args()
-    write_order(options.data_folder, options.save_folder / "data_order.txt", options.file_type)
+    output = options.save_folder / "data_order.txt"
+    files = write_order(options.data_folder, output, options.file_type)
+    print(f"{output}: the order of {files:,} files")
 
 
 if __name__ == "__main__":

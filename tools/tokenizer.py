@@ -16,7 +16,8 @@ from evomesh.data.records.source_files import find_source_files
 from evomesh.data.tokenizer import load_tokenizer
 from evomesh.errors import UserError
 
-TOKENIZER_PATH = Path(__file__).parent / "V7_sft.model"  # edit this to change the default model
+# Edit this to change the default model. InternEvo's repository has had it under either name.
+TOKENIZER_PATHS = (Path(__file__).parent / "V7_sft.model", Path(__file__).parent / "tokenizer_internlm.model")
 
 
 def main() -> None:
@@ -26,23 +27,39 @@ def main() -> None:
     parser.add_argument("--text_input_path", required=True, help="a .txt, .json or .jsonl file")
     parser.add_argument("--bin_output_path", required=True, help="the .bin to write")
     parser.add_argument(
-        "--tokenizer_path", default=str(TOKENIZER_PATH), help="sentencepiece .model or tokenizer.json"
+        "--tokenizer_path", help="sentencepiece .model or tokenizer.json (default: tools/V7_sft.model)"
     )
     options = parser.parse_args()
-    if not Path(options.tokenizer_path).expanduser().exists():
-        raise UserError(
-            f"no tokenizer at {options.tokenizer_path}",
-            where="tools/tokenizer.py",
-            fix="pass --tokenizer_path MODEL, or edit TOKENIZER_PATH in this file",
-        )
+    tokenizer = load_tokenizer(options.tokenizer_path or default_tokenizer(), "--tokenizer_path")
+    files = find_source_files([options.text_input_path])
     fingerprint = tokenize_files(
-        find_source_files([options.text_input_path]),
-        options.bin_output_path,
-        load_tokenizer(options.tokenizer_path, "--tokenizer_path"),
-        TextOptions(raw_lines=True, bos=False, eos=False),
+        files, options.bin_output_path, tokenizer, TextOptions(raw_lines=True, bos=False, eos=False)
     )
+    if any(file.format in ("json", "jsonl") for file in files):
+        print(
+            "Note: lines of json and jsonl were encoded whole, JSON syntax included, as InternEvo's tool does;"
+        )
+        print("      `evomesh tokenize` encodes the text field alone")
     print(f"Successfully converted {options.text_input_path} to {options.bin_output_path}")
     print(f"Successfully generated {options.bin_output_path}.meta ({fingerprint['documents']} documents)")
+
+
+def default_tokenizer() -> Path:
+    """Return InternLM's tokenizer, if it is in this folder.
+
+    Raises:
+        UserError: it is not; with where to find it.
+    """
+    for path in TOKENIZER_PATHS:
+        if path.exists():
+            return path
+    raise UserError(
+        f"no tokenizer at {TOKENIZER_PATHS[0]}",
+        where="tools/tokenizer.py",
+        expected="InternLM's model: tools/tokenizer_internlm.model (once V7_sft.model) of InternEvo's repository, "
+        "or tokenizer.model of internlm/internlm-7b on the Hugging Face hub",
+        fix="copy it to tools/V7_sft.model, pass --tokenizer_path MODEL, or make one with `evomesh tokenizer train`",
+    )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 
 import typer
 
+from evomesh import __version__
 from evomesh.cli import (
     batch,
     ckpt,
@@ -46,10 +47,19 @@ app.add_typer(ckpt.app, name="ckpt", help="List, verify, compare, reshard and de
 app.add_typer(convert.app, name="convert", help="Convert checkpoints of other systems into ours and back.")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"evomesh {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     debug: bool = typer.Option(
         False, "--debug", help="Show the traceback of an error (also EVOMESH_DEBUG=1)."
+    ),
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
     ),
 ) -> None:
     if debug:

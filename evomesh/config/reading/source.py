@@ -55,7 +55,7 @@ def read_source(path: str, overrides: Sequence[Override] = ()) -> ConfigSource:
     """
     file = _find_config_file(path)
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # with or without a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise _source_error(
             f"cannot be read: {error}", str(path), fix="give a readable UTF-8 Python file"

@@ -134,7 +134,7 @@ def _record_import(
 
 def _module_lines(file: str, module: str, imported: dict[str, AssignmentLines]) -> AssignmentLines:
     try:
-        tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+        tree = ast.parse(Path(file).read_text(encoding="utf-8-sig"))
     except (OSError, SyntaxError, UnicodeDecodeError):
         return {}
     package = module.rpartition(".")[0]

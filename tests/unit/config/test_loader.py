@@ -128,6 +128,15 @@ def test_files_of_one_name_do_not_meet(tmp_path: Path) -> None:
     assert "shared_part" not in sys.modules
 
 
+def test_a_byte_order_mark_is_not_part_of_the_config(tmp_path: Path) -> None:
+    """Editors on Windows write one; Python reads such a file too."""
+    (tmp_path / "_base_").mkdir()
+    (tmp_path / "_base_/more.py").write_text("adam = dict(\n    lr=0.5,\n)\n", encoding="utf-8-sig")
+    loaded = load(tmp_path, "\ufefffrom _base_.more import *\n" + BASE)
+    assert loaded.config.adam.lr == 0.5
+    assert loaded.origins["adam.lr"].endswith("_base_/more.py:2")
+
+
 def test_base_by_path(tmp_path: Path) -> None:
     (tmp_path / "base.py").write_text(BASE + "adam = dict(lr=0.5, adam_eps=1e-6)\n")
     loaded = load(tmp_path, '_base_ = "base.py"\nadam = dict(lr=0.25)\n', "adam.weight_decay=0.5")
