@@ -1,4 +1,4 @@
-"""``python train.py --config CONFIG [--launcher torch|slurm]``: the documents' command for ``evomesh train``."""
+"""``python train.py --config CONFIG [--launcher torch|slurm]``: InternEvo's name for ``evomesh train CONFIG``."""
 
 from evomesh.cli.train import shim_main
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
-PathArgument = Annotated[str, typer.Argument(help="Save folder, step in it, or step folder; local or s3.")]
+PathArgument = Annotated[str, typer.Argument(help="Save folder, step in it, or step folder; local or S3.")]
 
 
 @app.callback()
@@ -32,17 +32,20 @@ def _candidates(path: str) -> list[Candidate]:
 
 @app.command("ls")
 def list_(path: PathArgument) -> None:
-    """List checkpoints, newest first, including what interrupted saves left."""
+    """List checkpoints, newest first. Also shows interrupted and damaged ones."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for column in ("step", "kind", "size", "tensors", "layout", "written", "state", "folder"):
-        table.add_column(column, overflow="fold", no_wrap=column != "folder")
+    for column in ("step", "kind", "size", "tensors", "layout", "written", "state"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("folder", overflow="fold")
     for candidate in _candidates(path):
         for row in _rows(candidate):
             table.add_row(*row)
-    Console(width=None if Console().is_terminal else 200).print(table)
+    is_terminal = Console().is_terminal
+    console = Console(width=None if is_terminal else 200)
+    console.print(table)
 
 
 def _rows(candidate: Candidate) -> list[list[str]]:
@@ -58,8 +61,9 @@ def _rows(candidate: Candidate) -> list[list[str]]:
         state = "DAMAGED" if candidate.committed else "interrupted"
         reason = f"{candidate.folder}: {error.found}"
         return [[step, "", "", "", "", "", state, ""], ["", "", "", "", "", "", "", reason]]
-    layout = " ".join(f"{axis}{size}" for axis, size in record.layout.items() if size > 1) or "1 process"
-    pinned = " pinned" if candidate.storage.exists(candidate.folder + PIN) else ""
+    axes = [f"{axis}{size}" for axis, size in record.layout.items() if size > 1]
+    layout = " ".join(axes) or "1 process"
+    is_pinned = candidate.storage.exists(candidate.folder + PIN)
     return [
         [
             step,
@@ -68,7 +72,7 @@ def _rows(candidate: Candidate) -> list[list[str]]:
             str(record.tensors),
             layout,
             record.created,
-            f"committed{pinned}",
+            "committed pinned" if is_pinned else "committed",
             candidate.folder,
         ]
     ]
@@ -84,7 +88,7 @@ def verify(
         bool, typer.Option("--deep", help="Also look for NaN and infinity in every tensor.")
     ] = False,
 ) -> None:
-    """Check every byte of every checkpoint at PATH against its hash. Exit code 2 if one is damaged."""
+    """Check every byte of every checkpoint at PATH. Exit code 2 if one is damaged."""
     from evomesh.checkpoint.native import verify as verification
     from evomesh.checkpoint.native.compare import tensors_not_finite
     from evomesh.checkpoint.native.disk_space import readable
@@ -124,11 +128,15 @@ def verify(
 @app.command()
 def prune(
     path: PathArgument,
-    keep_last: Annotated[int, typer.Option(min=2, help="Newest checkpoints to keep.")],
-    keep_every: Annotated[int | None, typer.Option(min=1, help="Also keep steps that this divides.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be deleted.")] = False,
+    keep_last: Annotated[int, typer.Option(min=2, help="Number of newest checkpoints to keep.")],
+    keep_every: Annotated[
+        int | None, typer.Option(min=1, help="Also keep checkpoints whose step is a multiple of this.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be deleted; delete nothing.")
+    ] = False,
 ) -> None:
-    """Delete old checkpoints, except pinned ones and the newest two that verify."""
+    """Delete old checkpoints. Keeps pinned ones and the newest two that verify."""
     from evomesh.checkpoint.native.find import candidates
     from evomesh.checkpoint.native.retention import Retention, delete_checkpoint
     from evomesh.storage.base import join
@@ -137,12 +145,15 @@ def prune(
     storage, root = open_storage(path)
     lock = None if dry_run else storage.lock(join(root, ".writer"), "evomesh ckpt prune")
     committed = [candidate for candidate in candidates(storage, root) if candidate.committed]
-    unneeded = Retention(keep_last, keep_every).to_delete(committed)
+    retention = Retention(keep_last, keep_every)
+    unneeded = retention.to_delete(committed)
+    action = "would delete" if dry_run else "deleted"
     for candidate in unneeded:
         if not dry_run:
             delete_checkpoint(candidate)
-        print(f"{'would delete' if dry_run else 'deleted'} {candidate.folder}")
-    print(f"{len(committed) - len(unneeded)} checkpoints stay in {path}")
+        print(f"{action} {candidate.folder}")
+    kept = len(committed) - len(unneeded)
+    print(f"{kept} checkpoints stay in {path}")
     if lock is not None:
         lock.release()
 
@@ -161,16 +172,19 @@ def pin(
         candidate.storage.delete(marker)
     elif not candidate.storage.exists(marker):
         candidate.storage.create(marker).finish()
-    print(f"{'no longer pinned' if undo else 'pinned'}: {candidate.folder}")
+    state = "no longer pinned" if undo else "pinned"
+    print(f"{state}: {candidate.folder}")
 
 
 @app.command()
 def diff(a: PathArgument, b: PathArgument) -> None:
-    """Compare config, state and every element of two checkpoints. Exit code 1 if they differ."""
+    """Compare two checkpoints: config, state and every element. Exit code 1 if they differ."""
     from evomesh.checkpoint.native.compare import differences
     from evomesh.checkpoint.native.load import resolve
 
-    lines = list(differences(resolve(a, report=print), resolve(b, report=print)))
+    first = resolve(a, report=print)
+    second = resolve(b, report=print)
+    lines = list(differences(first, second))
     for line in lines:
         print(line)
     if lines:
@@ -184,12 +198,12 @@ def reshard(
     out: Annotated[str, typer.Argument(help="Save folder to write to.")],
     gpus: Annotated[int, typer.Option(min=1, help="Number of processes of the new layout.")],
     tensor: Annotated[int, typer.Option(min=1, help="Tensor-parallel size.")] = 1,
-    pipeline: Annotated[int, typer.Option(min=1, help="Pipeline size.")] = 1,
+    pipeline: Annotated[int, typer.Option(min=1, help="Pipeline-parallel size.")] = 1,
     weight: Annotated[int, typer.Option(min=1, help="Weight-parallel size, with --mode isp.")] = 1,
-    zero1: Annotated[int, typer.Option(help="ZeRO size; <= 0: all data-parallel ranks.")] = -1,
+    zero1: Annotated[int, typer.Option(help="ZeRO-1 size; <= 0: all data-parallel ranks.")] = -1,
     mode: Annotated[str, typer.Option(help="Tensor mode: mtp, msp, fsp or isp.")] = "mtp",
 ) -> None:
-    """Rewrite a checkpoint so that each rank of another layout reads one file. Loading does not require it."""
+    """Rewrite a checkpoint for another layout. Each rank of it then reads one file; loading does not require it."""
     from evomesh.checkpoint.native.load import resolve
     from evomesh.checkpoint.native.reshard import reshard as rewrite
     from evomesh.config.record import config_from_dict
@@ -205,4 +219,5 @@ def reshard(
         }
     )
     model = config_from_dict(source.config).model
-    print(f"wrote {rewrite(source, out, model, layout, gpus)}")
+    folder = rewrite(source, out, model, layout, gpus)
+    print(f"wrote {folder}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
+from evomesh.cli.options import OverrideOption
 from evomesh.errors import ConfigError, UserError
 
 if TYPE_CHECKING:  # commands import what they need, so that `evomesh --help` is there at once
@@ -22,15 +23,12 @@ app = typer.Typer(no_args_is_help=True, add_completion=False)
 ConfigArgument = Annotated[
     str, typer.Argument(metavar="CONFIG", help="A Python config file, such as configs/7B_sft.py.")
 ]
-OverridesOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a value; repeatable.")
-]
-GpusOption = Annotated[int | None, typer.Option("--gpus", min=1, help="Processes of the whole run.")]
+GpusOption = Annotated[int | None, typer.Option("--gpus", min=1, help="Number of processes in the run.")]
 
 
 @app.command()
-def check(config: ConfigArgument, overrides: OverridesOption = None, gpus: GpusOption = None) -> None:
-    """Apply every rule to CONFIG and print all problems, each with a fix; exit code 2 if there are any."""
+def check(config: ConfigArgument, overrides: OverrideOption = None, gpus: GpusOption = None) -> None:
+    """Check CONFIG against every rule. Prints all problems, each with a fix; exit code 2 if there are any."""
     from evomesh.config.layout import check_world
     from evomesh.config.loader import load_config
     from evomesh.config.schema import ModelFamily
@@ -41,14 +39,13 @@ def check(config: ConfigArgument, overrides: OverridesOption = None, gpus: GpusO
     warnings = [*loaded.warnings, *(check_world(loaded.config, gpus) if gpus else [])]
     for words in warnings:
         typer.echo(f"warning: {words}")
-    typer.echo(
-        f"{config}: ok"
-        + (f", {len(warnings)} warning{'s' if len(warnings) != 1 else ''}" if warnings else "")
-    )
+    plural = "s" if len(warnings) != 1 else ""
+    count = f", {len(warnings)} warning{plural}" if warnings else ""
+    typer.echo(f"{config}: ok{count}")
 
 
 def _check_custom_model(loaded: LoadedConfig) -> None:
-    """Check the parameters of a registered model; whoever registers one has imported torch already."""
+    """Check the parameters of a registered model. Its builder was registered in this process, so torch is loaded."""
     from evomesh.models.registry import check_arguments
 
     try:
@@ -60,19 +57,21 @@ def _check_custom_model(loaded: LoadedConfig) -> None:
 @app.command()
 def show(
     config: ConfigArgument,
-    overrides: OverridesOption = None,
+    overrides: OverrideOption = None,
     gpus: GpusOption = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object: config, origins, derived, warnings.")
+        bool, typer.Option("--json", help="Print one JSON object: config, origins, derived, warnings.")
     ] = False,
     explain_key: Annotated[
         str | None,
         typer.Option(
-            "--explain", metavar="KEY", help="Print what one key means and where its value comes from."
+            "--explain",
+            metavar="KEY",
+            help="Print only the meaning of one key or section, its value and origin.",
         ),
     ] = None,
 ) -> None:
-    """Print every resolved value of CONFIG, where it came from, and the sizes derived from them."""
+    """Print every value of CONFIG and where it was set. Also prints sizes derived from them."""
     from evomesh.config.json_codec import encode_json
     from evomesh.config.layout import check_world
     from evomesh.config.loader import load_config
@@ -89,35 +88,37 @@ def show(
         return
     warnings = [*loaded.warnings, *(check_world(loaded.config, gpus) if gpus else [])]
     figures = derived(loaded, gpus or 1)
+    values = config_to_dict(loaded.config)
     if as_json:
         document = {
-            "config": encode_json(config_to_dict(loaded.config)),
+            "config": encode_json(values),
             "origins": loaded.origins,
             "derived": figures,
             "warnings": warnings,
         }
         typer.echo(json.dumps(document, indent=2, allow_nan=False))
         return
-    rows = [
-        (key, _value(value), loaded.origins.get(key, "default"))
-        for resolved, value in leaves(config_to_dict(loaded.config))
-        for key in [written_key(resolved)]
-    ]
-    _table(("key", "value", "from"), rows)
+    rows = []
+    for resolved, value in leaves(values):
+        key = written_key(resolved)
+        rows.append((key, _format_value(value), loaded.origins.get(key, "default")))
+    _print_table(("key", "value", "from"), rows)
     typer.echo()
-    _table(("derived", "value"), [(name, _value(value)) for name, value in figures.items()])
+    figure_rows = [(name, _format_value(value)) for name, value in figures.items()]
+    _print_table(("derived", "value"), figure_rows)
     for words in warnings:
         typer.echo(f"warning: {words}")
 
 
 @app.command("list")
 def list_configs() -> None:
-    """List the configs that are shipped with evomesh, one line each."""
+    """List the configs shipped with evomesh."""
     rows = []
     for path in shipped_configs():
-        lines = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").splitlines()
-        rows.append((path.stem, lines[0] if lines else "", str(path)))
-    _table(("name", "what it is", "file"), rows)
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        description = (ast.get_docstring(tree) or "").partition("\n")[0]
+        rows.append((path.stem, description, str(path)))
+    _print_table(("name", "description", "file"), rows)
 
 
 @app.command()
@@ -125,7 +126,7 @@ def copy(
     name: Annotated[str, typer.Argument(help="A name that `evomesh config list` shows.")],
     dest: Annotated[str, typer.Argument(help="New file, or a folder to put it in.")],
 ) -> None:
-    """Copy a shipped config and its base files, to edit it."""
+    """Copy a shipped config and its base files."""
     known = {path.stem: path for path in shipped_configs()}
     source = known.get(name.removesuffix(".py"))
     if source is None:
@@ -134,19 +135,20 @@ def copy(
     if target.is_dir():
         target /= source.name
     if target.exists():
-        raise UserError("exists already", where=str(target), fix="choose another name, or remove it first")
+        raise UserError("already exists", where=str(target), fix="choose another name, or remove it first")
     if target.suffix != ".py" or not target.parent.is_dir():
         raise UserError("cannot be written", where=dest, expected="an existing folder, or NAME.py in one")
-    bases = {path: target.parent / path.relative_to(source.parent) for path in _base_files(source)}
-    for path, copied in bases.items():
-        if copied.exists() and copied.read_bytes() != path.read_bytes():
+    copies = {base: target.parent / base.relative_to(source.parent) for base in _base_files(source)}
+    for base, copied in copies.items():
+        if copied.exists() and copied.read_bytes() != base.read_bytes():
             raise UserError(
-                "exists already, with other content", where=str(copied), fix="choose another folder"
+                "already exists, with different content", where=str(copied), fix="choose another folder"
             )
-    for path, copied in {**bases, source: target}.items():
+    copies[source] = target
+    for original, copied in copies.items():
         copied.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, copied)
-        typer.echo(f"{copied}")
+        shutil.copyfile(original, copied)
+        typer.echo(str(copied))
 
 
 def shipped_configs() -> list[Path]:
@@ -179,40 +181,45 @@ def derived(loaded: LoadedConfig, gpus: int) -> dict[str, Any]:
         "data-parallel size": dp,
         "packed length (tokens)": config.data.packed_length,
         "tokens per step": tokens_per_step(config, dp),
-        "tokens in all": tokens_per_step(config, dp) * config.data.total_steps,
+        "tokens in total": tokens_per_step(config, dp) * config.data.total_steps,
         "head width": config.model.head_dim,
         "feed-forward width": config.model.mlp_width,
     }
     total = parameter_count(config.model)
     if total is None:
         return figures | {"parameters": "known only to the model's builder"}
-    return (
-        figures
-        | {"parameters": total}
-        | {f"  {part}": n for part, n in parameter_counts(config.model).items()}
-    )
+    figures["parameters"] = total
+    for part, count in parameter_counts(config.model).items():
+        figures[f"  {part}"] = count
+    return figures
 
 
-def _value(value: Any) -> str:
-    return (
-        f"{value:,}"
-        if isinstance(value, int) and not isinstance(value, bool) and value >= 10**6
-        else str(value)
-    )
+def _format_value(value: Any) -> str:
+    is_large = isinstance(value, int) and not isinstance(value, bool) and value >= 10**6
+    return f"{value:,}" if is_large else str(value)
 
 
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """A rich table on a terminal; aligned plain text for a pipe."""
+def _print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """Print a rich table on a terminal, aligned plain text elsewhere."""
     if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(*head, box=None, pad_edge=False, header_style="bold")
-        for row in rows:
-            table.add_row(*[Text(cell, style="" if i < 2 else "dim") for i, cell in enumerate(row)])
-        Console().print(table)
+        _print_rich_table(head, rows)
         return
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    for row in [head, *rows]:
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    lines = [head, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        typer.echo("  ".join(cells).rstrip())
+
+
+def _print_rich_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """Print a table whose columns after the second are dimmed."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*head, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        cells = [Text(cell) for cell in row[:2]]
+        cells += [Text(cell, style="dim") for cell in row[2:]]
+        table.add_row(*cells)
+    Console().print(table)

@@ -1,4 +1,4 @@
-"""``evomesh convert``: checkpoints of other systems into ours and back."""
+"""``evomesh convert``: convert checkpoints from and to the formats of other systems."""
 
 from __future__ import annotations
 
@@ -37,13 +37,15 @@ def from_internevo(
     ] = None,
     w2: Annotated[
         str,
-        typer.Option(help="What w2 is when shapes do not show it: down, or up (checkpoints of early 2023)."),
+        typer.Option(
+            help="Role of w2 if its shape does not show it: down, or up (checkpoints of early 2023)."
+        ),
     ] = "auto",
     weights_only: Annotated[
         bool, typer.Option(help="Skip the optimizer, the schedule and the data position.")
     ] = False,
 ) -> None:
-    """Import an InternEvo checkpoint of any tensor x pipeline (x weight) size."""
+    """Import an InternEvo checkpoint, saved in any layout."""
     from evomesh.checkpoint.hub_cache import local_folder
     from evomesh.checkpoint.internevo.model import HeadCounts, read_model
     from evomesh.checkpoint.internevo.optimizer import read_counters, read_optimizer
@@ -86,7 +88,7 @@ def _step_number(files: list[str]) -> int:
 
 
 def _resolve_config(folder: str, config: str | None) -> Config:
-    """Return the run's config: of its file, else from model_config.pt and the names in the model files."""
+    """Return the run's config: from its file, else from model_config.pt and the names in the model files."""
     from evomesh.checkpoint.internevo.model import family_of, find_model_files, read_model_section
     from evomesh.config.loader import load_config
 
@@ -95,7 +97,7 @@ def _resolve_config(folder: str, config: str | None) -> Config:
     section = read_model_section(folder)
     if section is None:
         raise UserError(
-            "no model_config.pt in the folder", where=folder, fix="give the run's config: --config FILE"
+            "no model_config.pt in the folder", where=folder, fix="give the config of that run: --config FILE"
         )
     family = section.pop("model_type", None) or family_of(find_model_files(folder))
     text = f"model_type = {family!r}\nmodel = {section!r}\nckpt = dict(enable_save_ckpt=False)\n"
@@ -112,14 +114,15 @@ def to_internevo(
     tensor: Annotated[int, typer.Option(min=1, help="Tensor-parallel size.")] = 1,
     pipeline: Annotated[int, typer.Option(min=1, help="Pipeline-parallel size.")] = 1,
     weight: Annotated[
-        int | None, typer.Option(min=1, help="Weight-parallel size: write isp's files.")
+        int | None, typer.Option(min=1, help="Weight-parallel size; writes the files of tensor mode isp.")
     ] = None,
 ) -> None:
-    """Export a checkpoint as InternEvo's model files, for a tensor x pipeline (x weight) size."""
+    """Export a checkpoint as InternEvo's model files. Takes the tensor, pipeline and weight sizes of the files."""
     from evomesh.checkpoint.internevo.export import write_model
     from evomesh.checkpoint.native.load import resolve
     from evomesh.config.record import config_from_dict
 
-    found = resolve(ckpt, report=print)
-    files = write_model(found, config_from_dict(found.config).model, out, tensor, pipeline, weight)
+    checkpoint = resolve(ckpt, report=print)
+    model = config_from_dict(checkpoint.config).model
+    files = write_model(checkpoint, model, out, tensor, pipeline, weight)
     print(f"wrote {len(files)} model files to {out}")

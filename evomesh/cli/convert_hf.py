@@ -34,24 +34,26 @@ def refuse_other(value: str, allowed: tuple[str, ...], where: str) -> None:
 
 
 def write_folder(ckpt: str, out: str, options: ExportOptions) -> None:
-    """Export the newest checkpoint at ``ckpt`` that verifies."""
+    """Export the newest valid checkpoint at ``ckpt``."""
     from evomesh.checkpoint.huggingface.config import CLASSES
     from evomesh.checkpoint.huggingface.export import export
     from evomesh.checkpoint.native.load import resolve
     from evomesh.config.schema import RotaryType
 
-    refuse_other(options.arch, tuple(CLASSES), "--arch")
+    architectures = tuple(CLASSES)
+    refuse_other(options.arch, architectures, "--arch")
     if options.rotary_type is not None:
-        refuse_other(options.rotary_type, get_args(RotaryType), "--rotary-type")
-    found = resolve(ckpt, report=print)
-    export(found, out, options, print)
+        rotary_types = get_args(RotaryType)
+        refuse_other(options.rotary_type, rotary_types, "--rotary-type")
+    checkpoint = resolve(ckpt, report=print)
+    export(checkpoint, out, options, report=print)
 
 
 def to_hf(
     ckpt: Annotated[str, typer.Argument(help="Save folder, a step in it, or a step folder; local or S3.")],
     out: Annotated[str, typer.Argument(help="New folder for the model; local or S3.")],
     arch: Annotated[
-        str, typer.Option(help="llama (stock transformers) or internlm2 (its own naming).")
+        str, typer.Option(help="llama (built into transformers) or internlm2 (InternLM2's weight names).")
     ] = "llama",
     dtype: Annotated[
         str | None, typer.Option(help="float64|float32|bfloat16|float16 [default: as trained].")
@@ -74,7 +76,7 @@ def to_hf(
         bool, typer.Option(help="Reload the folder and compare its logits with the native model's.")
     ] = True,
 ) -> None:
-    """Export a checkpoint as a Hugging Face folder, and compare its logits with the native model's."""
+    """Export a checkpoint as a Hugging Face folder. Compares its logits with the native model's."""
     from evomesh.checkpoint.huggingface.export import ExportOptions
 
     options = ExportOptions(
@@ -102,7 +104,7 @@ def from_hf(
     dtype: Annotated[str | None, typer.Option(help="Parameter dtype [default: the folder's].")] = None,
     compare: Annotated[bool, typer.Option(help="Compare logits with transformers.")] = True,
 ) -> None:
-    """Import a Hugging Face folder (Llama, InternLM, InternLM2) as a checkpoint with weights only."""
+    """Import a Hugging Face folder as a checkpoint. Takes Llama, InternLM and InternLM2 models; weights only."""
     from evomesh.checkpoint.huggingface.to_native import from_hf as convert
 
     convert(hf, out, dtype, compare, print)
@@ -111,12 +113,13 @@ def from_hf(
 def check(
     folder: Annotated[str, typer.Argument(help="Hugging Face folder.")],
 ) -> None:
-    """Check that a model folder is ready for inference engines and evaluation. Exit code 2 if a check fails."""
+    """Check that a model folder is ready for inference. Exit code 2 if a check fails."""
     from evomesh.checkpoint.huggingface.checklist import checklist
 
     failed = 0
     for item in checklist(folder):
-        print(f"{'passed' if item.passed else 'FAILED'}  {item.name}: {item.detail}")
+        result = "passed" if item.passed else "FAILED"
+        print(f"{result}  {item.name}: {item.detail}")
         failed += not item.passed
     if failed:
         raise UserError(

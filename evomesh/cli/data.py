@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
+MAX_SAMPLE_TOKENS = 400  # of a decoded document
+
 DataPathArgument = Annotated[
     str, typer.Argument(metavar="PATH", help="A .bin file, or a folder with such files.")
 ]
@@ -30,7 +32,7 @@ MinLengthOption = Annotated[int, typer.Option(min=0, help="Leave out documents w
 def _section(
     config: str | None, path: str | None, seq_len: int, micro_bsz: int, min_length: int, one_sample: bool
 ) -> tuple[DataConfig, str]:
-    """Return the data section and the path it is applied to."""
+    """Return the data section, from a config or from options, and the path of the data."""
     from evomesh.config.schema import DataConfig
     from evomesh.errors import UserError
 
@@ -64,7 +66,7 @@ def inspect(
     tokenizer: TokenizerOption = None,
     samples: Annotated[int, typer.Option(min=0, help="Number of documents to decode.")] = 3,
 ) -> None:
-    """Show counts, lengths, ids, decoded samples (dim: masked) and what packing leaves out."""
+    """Show counts, lengths, ids and decoded samples. Tokens that are not targets are dim."""
     import numpy as np
 
     from evomesh.data.inspect import dimmed, histogram, id_summary, open_files, open_packs, summary
@@ -90,12 +92,15 @@ def inspect(
     )
     if tokenizer is not None:
         loaded = load_tokenizer(tokenizer)
-        for number in (
-            np.unique(np.linspace(0, len(files[0]) - 1, samples).astype(np.int64)) if samples else []
-        ):
-            ids = files[0].read(np.array([number]))
-            print(f"--- {files[0].name} line {files[0].row(int(number)) + 1}, {len(ids)} tokens")
-            typer.echo(dimmed(np.abs(ids[:400]), ids[:400] > 0, loaded) + (" ..." if len(ids) > 400 else ""))
+        first = files[0]
+        spread = np.linspace(0, len(first) - 1, samples).astype(np.int64)
+        for number in np.unique(spread):
+            ids = first.read(np.array([number]))
+            line = first.row(int(number)) + 1
+            print(f"--- {first.name} line {line}, {len(ids)} tokens")
+            shown = ids[:MAX_SAMPLE_TOKENS]  # negative ids are not targets
+            text = dimmed(np.abs(shown), shown > 0, loaded)
+            typer.echo(text + (" ..." if len(ids) > len(shown) else ""))
 
 
 @app.command()
@@ -103,7 +108,7 @@ def show(
     path: Annotated[
         str | None, typer.Argument(metavar="PATH", help="A .bin file, or a training folder.")
     ] = None,
-    pack: Annotated[int, typer.Option("--pack", min=0, help="Number of the pack.")] = 0,
+    pack: Annotated[int, typer.Option("--pack", min=0, help="Number of the pack, from 0.")] = 0,
     config: ConfigOption = None,
     seq_len: SeqLenOption = 2048,
     micro_bsz: MicroBszOption = 1,
@@ -147,7 +152,10 @@ def verify(
         str | None, typer.Option(help="Validation data to check for documents that are also in PATH.")
     ] = None,
 ) -> None:
-    """Check every line: offsets, counts, ids, repeats, tokenized JSON, overlap with validation. Exit 1 on problems."""
+    """Check every line of token files. Exit code 1 if there are problems.
+
+    Checks offsets, counts, ids, repeats, tokenized JSON, and overlap with validation data.
+    """
     from evomesh.data.token_files.verify import verify as run
     from evomesh.data.tokenizer import load_tokenizer
 
@@ -169,7 +177,7 @@ def verify(
 
 @app.command()
 def repair(path: DataPathArgument) -> None:
-    """Rebuild the meta from the lines; a torn last line is moved to a .torn file."""
+    """Rebuild the .meta from the lines. A torn last line is moved to a .torn file."""
     from evomesh.data.token_files.repair import repair_path
 
     for message in repair_path(path):
@@ -178,7 +186,7 @@ def repair(path: DataPathArgument) -> None:
 
 @app.command()
 def cache(path: DataPathArgument) -> None:
-    """Write the tokens of each file as a binary array beside it, which training reads instead of the lines."""
+    """Cache the tokens of each file as a binary array. Training reads it instead of the lines."""
     from evomesh.data.inspect import open_files
     from evomesh.data.token_files.cache import write_cache
 
@@ -192,8 +200,9 @@ def order(
     output: Annotated[str, typer.Option("--output", "-o", help="File to write.")] = "data_order.txt",
     file_type: Annotated[str, typer.Option(help="Suffix of the files to list.")] = ".bin",
 ) -> None:
-    """Write the file order, one relative path per line, for data.data_order_path."""
+    """Write a file for data.data_order_path. It lists the data files in their order, one relative path per line."""
     from evomesh.data.token_files.folders import write_order
 
-    count = write_order(folder, Path(output), file_type)
+    target = Path(output)
+    count = write_order(folder, target, file_type)
     print(f"{output}: {count} files")

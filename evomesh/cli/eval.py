@@ -30,7 +30,7 @@ BatchTokensOption = Annotated[int, typer.Option(min=1, help="Tokens per forward 
 ChatTemplateOption = Annotated[
     bool,
     typer.Option(
-        "--apply-chat-template", help="Ask questions as user messages, with the tokenizer's chat template."
+        "--apply-chat-template", help="Format questions as user messages, with the tokenizer's chat template."
     ),
 ]
 SystemOption = Annotated[
@@ -53,7 +53,7 @@ def evaluate(
     device: DeviceOption = "",
     config: ConfigFileOption = None,
 ) -> None:
-    """Evaluate a checkpoint with lm-evaluation-harness, through the native model."""
+    """Evaluate a checkpoint with lm-evaluation-harness."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("lm-evaluation-harness is not installed", fix="pip install 'evomesh[eval]'")
     if output is not None and not Path(output).expanduser().absolute().parent.is_dir():
@@ -72,12 +72,12 @@ def evaluate(
     if config is not None:
         load_config(config)
     loaded = _load(ckpt, chosen_device, tokenizer, apply_chat_template)
+    trained_length = rotary_scaling(loaded.config.model, loaded.config.data.seq_len).max_position
     model = HarnessModel(
         loaded.model,
         loaded.tokenizer,
         eos_ids=loaded.eos_ids,
-        context_length=max_length
-        or rotary_scaling(loaded.config.model, loaded.config.data.seq_len).max_position,
+        context_length=max_length or trained_length,
         batch_tokens=batch_tokens,
     )
     results = run_tasks(
@@ -96,7 +96,7 @@ def evaluate(
 
 
 def _load(ckpt: str, device: str, tokenizer: str | None, chat: bool) -> LoadedModel:
+    """Load the model and its tokenizer; a missing or broken chat template is refused here, before hours of work."""
     from evomesh.checkpoint.restore import load_model
 
-    # A missing or broken chat template is refused here, before hours of work.
     return load_model(ckpt, device, tokenizer=tokenizer, template="tokenizer" if chat else "none")

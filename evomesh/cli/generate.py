@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,11 +10,14 @@ import typer
 from evomesh.cli.options import (
     ConfigFileOption,
     DeviceOption,
+    LauncherOption,
     OptionalCheckpointOption,
+    OverrideOption,
+    RendezvousPortOption,
     TokenizerPathOption,
+    with_sampling_options,
 )
 from evomesh.cli.run import run
-from evomesh.cli.train import LauncherOption, OverrideOption, RendezvousPortOption
 from evomesh.errors import UserError
 from evomesh.generate.options import SamplingParams
 
@@ -28,64 +30,30 @@ ConfigArgument = Annotated[
     typer.Argument(metavar="CONFIG", help="Config whose generation section names model and prompts."),
 ]
 PromptOption = Annotated[str | None, typer.Option(help="Prompt to complete.")]
-MaxNewTokensOption = Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")]
-TemperatureOption = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")]
-TopKOption = Annotated[int, typer.Option(min=0, help="Sample from the k most probable tokens; 0 is all.")]
-TopPOption = Annotated[
-    float,
-    typer.Option(
-        min=0.0, max=1.0, help="Nucleus sampling: smallest set of tokens whose probability reaches p."
-    ),
-]
-MinPOption = Annotated[
-    float,
-    typer.Option(min=0.0, max=1.0, help="Drop tokens below this fraction of the top token's probability."),
-]
-RepetitionPenaltyOption = Annotated[
-    float, typer.Option(help="Above 1, tokens seen before become less likely.")
-]
-NumBeamsOption = Annotated[int, typer.Option(min=1, help="Number of beams; 1 is no beam search.")]
-LengthPenaltyOption = Annotated[float, typer.Option(help="For beams: above 0 favors long completions.")]
-NumReturnSequencesOption = Annotated[int, typer.Option(min=1, help="Number of completions to return.")]
-EosIdOption = Annotated[
-    list[int] | None,
-    typer.Option(
-        help="Id that ends a completion; repeatable [default: the tokenizer's, the chat template's, the config's]."
-    ),
-]
 DynamicNtkOption = Annotated[
     bool | None, typer.Option(help="Dynamic NTK beyond the trained length [default: as trained].")
 ]
-SamplingSeedOption = Annotated[int, typer.Option(min=0, help="Sampling seed.")]
 
 
+@with_sampling_options
 def generate(
     file: ConfigArgument = None,
     ckpt: OptionalCheckpointOption = None,
     prompt: PromptOption = None,
     tokenizer: TokenizerPathOption = None,
-    max_new_tokens: MaxNewTokensOption = 100,
-    temperature: TemperatureOption = 0.0,
-    top_k: TopKOption = 0,
-    top_p: TopPOption = 1.0,
-    min_p: MinPOption = 0.0,
-    repetition_penalty: RepetitionPenaltyOption = 1.0,
-    num_beams: NumBeamsOption = 1,
-    length_penalty: LengthPenaltyOption = 1.0,
-    num_return_sequences: NumReturnSequencesOption = 1,
-    eos_id: EosIdOption = None,
+    sampling: SamplingParams = SamplingParams(),  # noqa: B008  # frozen; replaced by its options
     dynamic_ntk: DynamicNtkOption = None,
-    seed: SamplingSeedOption = 1024,
     device: DeviceOption = "",
     config: ConfigFileOption = None,
     overrides: OverrideOption = None,
     launcher: LauncherOption = "auto",
     port: RendezvousPortOption = 8888,
 ) -> None:
-    """Complete a prompt (--ckpt, --prompt), or answer all prompts of CONFIG's generation section.
+    """Complete a prompt, or answer folders of prompts.
 
-    The options from --tokenizer to --config apply to a prompt, which is completed greedily unless a temperature is
-    given; --set, --launcher and --port apply to CONFIG, which may run on many processes.
+    Takes either --ckpt and --prompt, or a CONFIG whose generation section names model and prompts. The options from
+    --tokenizer to --config apply to a prompt, which is completed greedily unless a temperature is given; --set,
+    --launcher and --port apply to CONFIG, which may run on many processes.
     """
     if file is not None:
         if ckpt is not None or prompt is not None:
@@ -96,19 +64,6 @@ def generate(
         return
     if ckpt is None or prompt is None:
         raise UserError("nothing to do", expected="evomesh generate CONFIG, or --ckpt DIR --prompt TEXT")
-    sampling = SamplingParams(
-        repetition_penalty=repetition_penalty,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        num_beams=num_beams,
-        length_penalty=length_penalty,
-        num_return_sequences=num_return_sequences,
-        seed=seed,
-        max_new_tokens=max_new_tokens,
-        eos_ids=tuple(eos_id or ()),
-    )
     if not prompt:
         raise UserError("the prompt is empty", where="--prompt", expected="some text to complete")
     loaded = _load(ckpt, tokenizer, device, config, dynamic_ntk)
@@ -116,6 +71,7 @@ def generate(
 
 
 def answer_prompt_folder(config: str, overrides: list[str] | None, launcher: str, port: int) -> None:
+    """Answer the prompts of a config's generation section."""
     from evomesh.config.loader import load_config
     from evomesh.train.generation import run_generation_section
 
@@ -176,11 +132,12 @@ def _load(
 
 
 def _print_stream(loaded: LoadedModel, ids: list[int], sampling: SamplingParams) -> None:
+    """Print the prompt, then its completion token by token."""
     from evomesh.generate.decode import stream_tokens
 
     tokenizer = loaded.tokenizer
     all_ids = list(ids)
-    shown = tokenizer.decode(all_ids)
+    shown = tokenizer.decode(all_ids)  # the text that is printed already
     print(shown, end="", flush=True)
     for new in stream_tokens(loaded.model, [ids], sampling):
         if new.finish == "stop":
@@ -191,11 +148,12 @@ def _print_stream(loaded: LoadedModel, ids: list[int], sampling: SamplingParams)
         if text.startswith(shown) and not text.endswith("\ufffd"):
             print(text[len(shown) :], end="", flush=True)
             shown = text
-    print(tokenizer.decode(all_ids)[len(shown) :])
-    sys.stdout.flush()
+    rest = tokenizer.decode(all_ids)[len(shown) :]
+    print(rest, flush=True)
 
 
 def _print_completions(loaded: LoadedModel, ids: list[int], sampling: SamplingParams) -> None:
+    """Print every completion after the prompt, once all are complete."""
     from evomesh.generate.decode import generate_tokens
 
     (completions,) = generate_tokens(loaded.model, [ids], sampling)
@@ -203,4 +161,5 @@ def _print_completions(loaded: LoadedModel, ids: list[int], sampling: SamplingPa
         if len(completions) > 1:
             print(f"--- answer {number} of {len(completions)}")
         visible = [token for token in completion if token not in sampling.eos_ids]
-        print(loaded.tokenizer.decode([*ids, *visible]))
+        text = loaded.tokenizer.decode([*ids, *visible])
+        print(text)

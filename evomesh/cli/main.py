@@ -1,4 +1,4 @@
-"""The ``evomesh`` command: one file per verb."""
+"""The ``evomesh`` command and its verbs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # drawing help with rich takes longer than all the rest of `evomesh --help`
+    rich_markup_mode=None,  # importing rich would take longer than the rest of `evomesh --help`
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train")(train.train)
@@ -42,9 +42,11 @@ app.command("serve")(serve.serve)
 app.command("chat")(serve.chat)
 app.add_typer(config.app, name="config", help="Check, show, list and copy configs.")
 app.add_typer(tokenizer.app, name="tokenizer", help="Train, inspect and compare tokenizers.")
-app.add_typer(data.app, name="data", help="Look at, verify and repair tokenised datasets.")
+app.add_typer(data.app, name="data", help="Inspect, verify and repair tokenized datasets.")
 app.add_typer(ckpt.app, name="ckpt", help="List, verify, compare, reshard and delete checkpoints.")
-app.add_typer(convert.app, name="convert", help="Convert checkpoints of other systems into ours and back.")
+app.add_typer(
+    convert.app, name="convert", help="Convert checkpoints from and to the formats of other systems."
+)
 
 
 def _print_version(wanted: bool) -> None:
@@ -62,9 +64,11 @@ def options(
         False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
     ),
 ) -> None:
+    """Set the options of all commands."""
     if debug:
         os.environ["EVOMESH_DEBUG"] = "1"
 
 
 def main() -> None:
+    """Run the ``evomesh`` command."""
     run(app)

@@ -1,4 +1,4 @@
-"""``evomesh plan``: what a run would hold and send, without running it."""
+"""``evomesh plan``: predict what a run holds and sends, without running it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from evomesh.cli.options import OverrideOption
 from evomesh.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,14 +22,13 @@ MIB = 2**20
 def plan(
     config: Annotated[str, typer.Argument(help="A Python config file.")],
     gpus: Annotated[int, typer.Option(min=1, help="Number of processes in the run.")],
-    rank: Annotated[int, typer.Option(min=0, help="The process to look at.")] = 0,
-    trace: Annotated[bool, typer.Option("--trace", help="Also trace one step: bytes sent, by axis.")] = False,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a config value; repeatable."),
-    ] = None,
+    rank: Annotated[int, typer.Option(min=0, help="The process to predict.")] = 0,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Also trace one step: bytes sent, by axis of the grid.")
+    ] = False,
+    overrides: OverrideOption = None,
 ) -> None:
-    """Show what any rank of a run holds and, with --trace, what it sends; needs one machine, no GPU and no data."""
+    """Predict the memory and traffic of one rank. Needs no GPU, no data and only one machine."""
     from rich.console import Console
 
     from evomesh.config.layout import check_world
@@ -40,55 +40,67 @@ def plan(
         raise UserError(f"rank {rank} of {gpus} processes", where="--rank", expected=f"0 to {gpus - 1}")
     settings = load_config(config, overrides or []).config
     warnings = check_world(settings, gpus)
+    step_trace = trace_step(settings, gpus, rank) if trace else None
+    memory = step_trace or hold(settings, gpus, rank)
+    lines = _describe_rank(settings, gpus, rank, memory)
+    lines += [f"warning: {warning}" for warning in warnings]
+    if step_trace is None:
+        lines.append("activations are not counted; --trace adds what one step sends")
     console = Console()
-    found = trace_step(settings, gpus, rank) if trace else hold(settings, gpus, rank)
-    for line in [*_sizes(settings, gpus, rank, found), *(f"warning: {warning}" for warning in warnings)]:
+    for line in lines:
         console.print(line, highlight=False)
-    if trace:
-        console.print(_table(found.traffic))  # type: ignore[attr-defined]
-    else:
-        console.print("activations are not counted; --trace adds what one step sends", highlight=False)
+    if step_trace is not None:
+        console.print(_traffic_table(step_trace.traffic))
 
 
-def _sizes(config: Config, gpus: int, rank: int, held: RankMemory) -> list[str]:
+def _describe_rank(config: Config, gpus: int, rank: int, memory: RankMemory) -> list[str]:
+    """Return three lines: the run, the rank's position in the grid, and what it holds."""
     from evomesh.config.size import parameter_count, tokens_per_step
 
-    grid, count = held.grid, parameter_count(config.model)
+    grid = memory.grid
+    data = config.data
+    count = parameter_count(config.model)
     model = f"{count:,} parameters" if count is not None else f"model type {config.model.model_type}"
+    tokens = tokens_per_step(config, grid.dp.size)
     axes = (grid.pp, grid.dp, grid.tp, grid.wp, grid.zero, grid.replica)
-    where = ", ".join(f"{axis.name} {axis.rank} of {axis.size}" for axis in axes)
-    parts = {"parameters": held.parameters, "gradients": held.gradients, "optimizer state": held.optimizer}
-    total = sum(parts.values())
+    position = ", ".join(f"{axis.name} {axis.rank} of {axis.size}" for axis in axes)
+    sizes = {
+        "parameters": memory.parameters,
+        "gradients": memory.gradients,
+        "optimizer state": memory.optimizer,
+    }
+    total = sum(sizes.values())
+    parts = ", ".join(f"{name} {size / MIB:.1f} MiB" for name, size in sizes.items())
+    layers = f"layers {_format_ranges(memory.layers)} of {config.model.num_layers}"
     return [
-        f"{model}; {tokens_per_step(config, grid.dp.size):,} tokens a step "
-        f"({config.data.packed_length} x {config.data.micro_num} micro-batches x {grid.dp.size} data-parallel ranks)",
-        f"rank {rank} of {gpus}: {where}",
-        f"holds: layers {_ranges(held.layers)} of {config.model.num_layers}; "
-        + ", ".join(f"{name} {size / MIB:.1f} MiB" for name, size in parts.items())
-        + f"; together {total / MIB:.1f} MiB",
+        f"{model}; {tokens:,} tokens per step "
+        f"({data.packed_length} x {data.micro_num} micro-batches x {grid.dp.size} data-parallel ranks)",
+        f"rank {rank} of {gpus}: {position}",
+        f"holds: {layers}; {parts}; in total {total / MIB:.1f} MiB",
     ]
 
 
-def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 6, 7] -> "0 to 2 and 6 to 7"."""
-    runs: list[list[int]] = []
+def _format_ranges(numbers: list[int]) -> str:
+    """Format ascending numbers: [0, 1, 2, 6, 7] -> "0 to 2 and 6 to 7"."""
+    ranges: list[tuple[int, int]] = []  # first and last number of each
     for number in numbers:
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1][1:] = [number]
+        if ranges and ranges[-1][1] == number - 1:
+            first, _ = ranges.pop()
+            ranges.append((first, number))
         else:
-            runs.append([number])
-    return " and ".join(" to ".join(str(number) for number in run) for run in runs) or "none"
+            ranges.append((number, number))
+    texts = [str(first) if first == last else f"{first} to {last}" for first, last in ranges]
+    return " and ".join(texts) or "none"
 
 
-def _table(traffic: TrafficLog) -> Table:
+def _traffic_table(traffic: TrafficLog) -> Table:
     from rich.table import Table
 
-    table = Table(title="one step of this rank")
-    for column in ("operation", "axis"):
-        table.add_column(column)
-    for column in ("calls", "MiB"):
-        table.add_column(column, justify="right")
+    table = Table("operation", "axis", title="one step of this rank")
+    table.add_column("calls", justify="right")
+    table.add_column("MiB", justify="right")
     sizes = traffic.nbytes()
     for (operation, axis), calls in sorted(traffic.count().items()):
-        table.add_row(operation, axis, str(calls), f"{sizes[operation, axis] / MIB:.3f}")
+        mebibytes = sizes[operation, axis] / MIB
+        table.add_row(operation, axis, str(calls), f"{mebibytes:.3f}")
     return table

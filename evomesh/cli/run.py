@@ -1,4 +1,4 @@
-"""The one place where errors become messages and exit codes."""
+"""Run a command: the one place where errors become messages and exit codes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from evomesh.errors import UserError
 
 
 def run(command: Callable[[], object]) -> None:
-    """Calls ``command``; a ``UserError`` is printed without a traceback and ends the process with its exit code."""
+    """Call ``command``; print a ``UserError`` without a traceback and exit with its code."""
     try:
         command()
     except UserError as error:

@@ -18,7 +18,7 @@ TemplateOption = Annotated[
     str,
     typer.Option(
         "--chat-template",
-        help="internlm, chatml, llama3, tokenizer (its own), none; auto: the tokenizer's own if it has one.",
+        help="internlm, chatml, llama3, tokenizer (the tokenizer's), none; auto: the tokenizer's, if it has one.",
     ),
 ]
 RotaryTypeOption = Annotated[
@@ -33,12 +33,14 @@ ContextOption = Annotated[
 SlotsOption = Annotated[int, typer.Option(min=1, max=1024, help="Maximum number of concurrent sequences.")]
 QueueOption = Annotated[
     int,
-    typer.Option(min=0, max=65536, help="Maximum number of waiting sequences; more are rejected with 429."),
+    typer.Option(
+        min=0, max=65536, help="Maximum number of waiting sequences; more are rejected with HTTP 429."
+    ),
 ]
 HostOption = Annotated[str, typer.Option(help="Bind address; any non-loopback address requires an API key.")]
 PortOption = Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one.")]
 KeyFileOption = Annotated[
-    str | None, typer.Option(help="File with the key that clients must send [or: EVOMESH_API_KEY].")
+    str | None, typer.Option(help="File with the API key that clients must send [or: EVOMESH_API_KEY].")
 ]
 NameOption = Annotated[
     str | None, typer.Option(help="Model name in requests [default: the config's JOB_NAME].")
@@ -60,7 +62,7 @@ def serve(
     name: NameOption = None,
     config: ConfigFileOption = None,
 ) -> None:
-    """Serve the OpenAI API: /v1/models, /v1/completions, /v1/chat/completions."""
+    """Serve a model over the OpenAI API. Routes: /v1/models, /v1/completions, /v1/chat/completions."""
     from evomesh.serve.load import ModelOptions
 
     options = ModelOptions(
@@ -91,7 +93,7 @@ def chat(
     config: ConfigFileOption = None,
     browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
 ) -> None:
-    """Serve a page to chat with a model; the API of `evomesh serve` is at the same address."""
+    """Serve a page to chat with a model. The API of `evomesh serve` is at the same address."""
     from evomesh.serve.load import ModelOptions
 
     options = ModelOptions(
@@ -179,7 +181,8 @@ def _open_browser(url: str) -> None:
     import threading
     import webbrowser
 
-    if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+    has_display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if sys.platform == "linux" and not has_display:
         return
     timer = threading.Timer(1.0, webbrowser.open, [url])
     timer.daemon = True

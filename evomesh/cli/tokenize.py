@@ -28,7 +28,7 @@ FormatOption = Annotated[
     str,
     typer.Option(
         "--format",
-        help="text, or conversations: alpaca (instruction, input, output), messages (role, content), "
+        help="text; or conversations: alpaca (instruction, input, output), messages (role, content), "
         "sharegpt (from, value).",
     ),
 ]
@@ -38,7 +38,9 @@ RawLinesOption = Annotated[
 ]
 BosOption = Annotated[
     bool | None,
-    typer.Option("--bos/--no-bos", help="Prepend bos [default: as the tokenizer's config specifies]."),
+    typer.Option(
+        "--bos/--no-bos", help="Prepend bos to every document [default: as the tokenizer's config says]."
+    ),
 ]
 EosOption = Annotated[bool, typer.Option("--eos/--no-eos", help="Append eos to every document.")]
 AppendOption = Annotated[
@@ -75,8 +77,11 @@ def tokenize(
     seed: SplitSeedOption = 0,
     workers: WorkersOption = None,
 ) -> None:
-    """Tokenize text or conversations into a .bin with its .meta. Inputs are txt (one document per line), json (a list),
-    jsonl and csv, each also as .gz or .zst; parquet and arrow; and .tar, .tar.gz and .zip archives of them."""
+    """Tokenize text or conversations into a .bin with its .meta.
+
+    Inputs are txt (one document per line), json (a list), jsonl and csv, each also as .gz or .zst; parquet and arrow;
+    and .tar, .tar.gz and .zip archives of them.
+    """
     from evomesh.data.prepare.tokenize import TextOptions, set_encoder_threads, tokenize_files
     from evomesh.data.records.source_files import find_source_files
     from evomesh.data.tokenizer import load_tokenizer

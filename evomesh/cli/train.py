@@ -7,14 +7,9 @@ from typing import Annotated
 
 import typer
 
+from evomesh.cli.options import LauncherOption, OverrideOption, RendezvousPortOption
 from evomesh.cli.run import run
 
-OverrideOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a config value; repeatable."),
-]
-LauncherOption = Annotated[str, typer.Option(help="Where rank information comes from: auto, torch or slurm.")]
-RendezvousPortOption = Annotated[int, typer.Option(help="Rendezvous port of the slurm launcher.")]
 SeedOption = Annotated[
     int | None, typer.Option(help="Seed of the initial weights [default: the config's, else 1024].")
 ]
@@ -26,12 +21,12 @@ ProfileOption = Annotated[
     typer.Option(
         "--profile",
         "--profiling",
-        help="Profile a few steps: trace files, and a table of where the time goes.",
+        help="Profile a few steps: write trace files and a table of where the time goes.",
     ),
 ]
 DeepspeedOption = Annotated[
     str | None,
-    typer.Option(help="XTuner's flag: deepspeed_zero1, 2 or 3, mapped to the equivalent settings here."),
+    typer.Option(help="XTuner's flag: deepspeed_zero1, 2 or 3; sets parallel.zero1 to the equivalent."),
 ]
 
 
@@ -45,21 +40,28 @@ def train(
     profile: ProfileOption = False,
     deepspeed: DeepspeedOption = None,
 ) -> None:
-    """Train the model that CONFIG describes; resumes automatically from the newest valid checkpoint."""
+    """Train the model that CONFIG describes. Resumes from the newest valid checkpoint in the save folder."""
     from dataclasses import replace
 
     from evomesh.config.deepspeed import deepspeed_settings
     from evomesh.config.loader import load_config
     from evomesh.train.main import run_training
 
-    extra = [f"seed={seed}"] if seed is not None else []
-    extra += [f"run_dir={run_dir}"] if run_dir is not None else []
-    zero, warnings = deepspeed_settings(deepspeed) if deepspeed is not None else ([], [])
-    loaded = load_config(config, [*zero, *(overrides or []), *extra])
+    # Later overrides win: --set over the settings of --deepspeed, the other options over --set.
+    settings: list[str] = []
+    warnings: list[str] = []
+    if deepspeed is not None:
+        settings, warnings = deepspeed_settings(deepspeed)
+    settings += overrides or []
+    if seed is not None:
+        settings.append(f"seed={seed}")
+    if run_dir is not None:
+        settings.append(f"run_dir={run_dir}")
+    loaded = load_config(config, settings)
     loaded = replace(loaded, warnings=(*loaded.warnings, *warnings))
-    code = run_training(loaded, launcher=launcher, port=port, profile=profile)
-    if code:
-        sys.exit(code)
+    exit_code = run_training(loaded, launcher=launcher, port=port, profile=profile)
+    if exit_code:
+        sys.exit(exit_code)
 
 
 def shim(
@@ -77,7 +79,7 @@ def shim(
 
 
 def shim_main() -> None:
-    """Entry point of the repository's ``train.py``."""
+    """Run the repository's ``train.py``."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(shim)
     run(app)

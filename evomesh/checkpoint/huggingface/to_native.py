@@ -45,7 +45,7 @@ from evomesh.storage.urls import open_storage
 
 
 def from_hf(source: str, target: str, dtype: str | None, compare: bool, report: Callable[[str], None]) -> str:
-    """Writes step 0 into the save folder ``target`` and returns the step folder.
+    """Write step 0 into the save folder ``target`` and return the step folder.
 
     Raises:
         CheckpointError: not a folder of a known architecture, wrong tensors, no space; nothing is left then.

@@ -2,7 +2,7 @@
 
 How each family stores attention, N heads in all and n of them on a tensor rank:
 
-- INTERNLM: ``mixer.Wqkv`` [3 n H, D], on each tensor rank the ``[q; k; v]`` of its own heads;
+- INTERNLM: ``mixer.Wqkv`` [3 n H, D], on each tensor rank the ``[q; k; v]`` of its heads;
 - INTERNLM2_PUBLIC: ``attention.wqkv``, one ``[q..q, k, v]`` group per key/value head, which is our order too;
 - LLAMA2: ``attention.wq``, ``wk`` and ``wv``, three tensors.
 

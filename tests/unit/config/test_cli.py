@@ -110,7 +110,7 @@ def test_a_copy_of_a_config_with_a_base_works(tmp_path: Path) -> None:
     assert copied["config"] == original["config"]
     run("copy", "7B_internlm2", str(tmp_path))  # the same base
     (tmp_path / "_base_" / "7B.py").write_text("seed = 1\n")
-    with pytest.raises(UserError, match="exists already, with other content"):
+    with pytest.raises(UserError, match="already exists, with different content"):
         run("copy", "7B_isp_sft", str(tmp_path))
     assert not (tmp_path / "7B_isp_sft.py").exists()
 

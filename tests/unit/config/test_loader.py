@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import subprocess
@@ -14,6 +15,7 @@ from evomesh.config.json_codec import decode_json, encode_json
 from evomesh.config.loader import LoadedConfig, load_config
 from evomesh.config.reading import source_lines
 from evomesh.config.reading.overrides import parse_value
+from evomesh.config.reading.source_lines import config_lines
 from evomesh.config.record import config_from_dict, config_to_dict
 from evomesh.errors import UserError
 from tests.support.covers import covers
@@ -135,6 +137,20 @@ def test_a_byte_order_mark_is_not_part_of_the_config(tmp_path: Path) -> None:
     loaded = load(tmp_path, "\ufefffrom _base_.more import *\n" + BASE)
     assert loaded.config.adam.lr == 0.5
     assert loaded.origins["adam.lr"].endswith("_base_/more.py:2")
+
+
+def test_modules_may_import_each_other(tmp_path: Path) -> None:
+    (tmp_path / "first_part.py").write_text("data = dict(seq_len=64)\nfrom second_part import *\n")
+    (tmp_path / "second_part.py").write_text("from first_part import data\nseed = 7\n")
+    loaded = load(tmp_path, "from first_part import *\n" + BASE.replace("data", "_data"))
+    assert loaded.config.run.seed == 7
+    assert loaded.origins["data.seq_len"].endswith("first_part.py:1")
+    assert loaded.origins["seed"].endswith("second_part.py:2")
+
+
+def test_modules_of_evomesh_have_no_lines_of_keys() -> None:
+    tree = ast.parse("from evomesh.config.schema import IGNORE\n")
+    assert config_lines(tree, "config.py", {"__package__": "here"}) == {}
 
 
 def test_base_by_path(tmp_path: Path) -> None:

@@ -125,5 +125,5 @@ def test_command_without_a_trace_shows_sizes() -> None:
     words = " ".join(result.output.split())
     assert "rank 517 of 1024: pp 2 of 4, dp 0 of 32, tp 5 of 8" in words
     assert "layers 16 to 23 of 32" in words
-    assert "7,321,948,160 parameters" in words and "524,288 tokens a step" in words
+    assert "7,321,948,160 parameters" in words and "524,288 tokens per step" in words
     assert "one step of this rank" not in words and "--trace" in words
