@@ -1,4 +1,4 @@
-"""The tutorial's flow on the command line, and training on streaming text, weights and a growing batch."""
+"""The tutorial on the command line, and training on streaming text and with a growing batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from tests.support.runs import losses, metrics, write_run
 VOCAB = 256 + 2
 
 
-def command(interpreter: Interpreter, folder: Path, *words: str, expect: int = 0) -> str:
+def evomesh(interpreter: Interpreter, folder: Path, *words: str, expect: int = 0) -> str:
+    """Run a command in ``folder``, check its exit code and return its output."""
     finished = interpreter.run(["evomesh", *words], cwd=folder)
     assert finished.returncode == expect, finished.stderr[-3000:]
     return finished.stdout + finished.stderr
@@ -24,7 +25,7 @@ def command(interpreter: Interpreter, folder: Path, *words: str, expect: int = 0
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    """A run folder with a byte tokenizer and real text as jsonl, lying beside the type folders to be made."""
+    """Make a run folder with a byte tokenizer, and with text as jsonl next to the type folders of its token files."""
     write_run(tmp_path, f'model["vocab_size"] = {VOCAB}\n')
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -43,38 +44,38 @@ def text(tmp_path: Path) -> Path:
 
 
 @covers("data.rampup_batch_size")
-def test_jsonl_to_training(text: Path, interpreter: Interpreter) -> None:
+def test_the_tutorial_goes_from_jsonl_to_training(text: Path, interpreter: Interpreter) -> None:
     for part in ("train", "val"):
         source = f"raw/{part}/pile.jsonl"
-        said = command(
+        output = evomesh(
             interpreter, text, "tokenize", source, "-o", f"raw/{part}/en/pile.bin", "-t", "tokenizer.json"
         )
-        assert f"{30 if part == 'train' else 4} documents" in said
-    said = command(
+        assert f"{30 if part == 'train' else 4} documents" in output
+    output = evomesh(
         interpreter, text, "data", "verify", "raw/train", "--valid", "raw/val", "-t", "tokenizer.json"
     )
-    assert "no problems found" in said
-    said = command(
+    assert "no problems found" in output
+    output = evomesh(
         interpreter, text, "data", "inspect", "raw/train", "--seq-len", "64", "-t", "tokenizer.json"
     )
-    assert "packs of 64 tokens" in said
+    assert "packs of 64 tokens" in output
     folders = ("--set", "data.train_folder=raw/train", "--set", "data.valid_folder=raw/val")
     growing = ("--set", "data.rampup_batch_size=1 1 5", "--set", "data.valid_every=10")
-    output = command(interpreter, text, "train", "config.py", *folders, *growing)
+    output = evomesh(interpreter, text, "train", "config.py", *folders, *growing)
     assert len(losses(text)) == 20
     rows = [line.split() for line in output.splitlines() if line.startswith("en/")]
-    assert [row[:2] for row in rows] == [["en/pile.bin", "en"]]  # the raw file beside it is no type
+    assert [row[:2] for row in rows] == [["en/pile.bin", "en"]]  # the raw file beside it is not data
     consumed = [row["num_consumed_tokens"] for row in metrics(text) if "loss" in row]
     assert consumed == [64 * (step + 1) if step < 5 else 64 * 5 + 128 * (step - 4) for step in range(20)]
     assert "val/en_loss" in output
-    # pack 0 of the config is what show prints
-    shown = command(interpreter, text, "data", "show", "raw/train", "--config", "config.py", "--json")
+    # `data show` prints pack 0 under the packing of the config.
+    shown = evomesh(interpreter, text, "data", "show", "raw/train", "--config", "config.py", "--json")
     pack = json.loads(shown.strip().splitlines()[-1])
     assert set(pack) == {"tokens", "cu_seqlens", "indexes", "labels", "type_ids"}
 
 
-def test_refused_before_anything_is_written(text: Path, interpreter: Interpreter) -> None:
-    said = command(
+def test_bad_paths_are_refused_before_anything_is_written(text: Path, interpreter: Interpreter) -> None:
+    output = evomesh(
         interpreter,
         text,
         "tokenize",
@@ -85,10 +86,12 @@ def test_refused_before_anything_is_written(text: Path, interpreter: Interpreter
         "tokenizer.json",
         expect=2,
     )
-    assert "no such file: raw/train/no.jsonl" in said
+    assert "no such file: raw/train/no.jsonl" in output
     assert not (text / "x").exists()
-    said = command(interpreter, text, "train", "config.py", "--set", "data.train_folder=raw/train", expect=2)
-    assert "no .bin file below raw/train" in said
+    output = evomesh(
+        interpreter, text, "train", "config.py", "--set", "data.train_folder=raw/train", expect=2
+    )
+    assert "no .bin file below raw/train" in output
     assert not (text / "RUN").exists()
 
 
@@ -101,8 +104,8 @@ def test_streaming_stops_and_resumes_to_the_bit(text: Path, interpreter: Interpr
         write_run(folder, f'model["vocab_size"] = {VOCAB}\n')
         (folder / "raw").symlink_to(text / "raw")
         (folder / "tokenizer.json").symlink_to(text / "tokenizer.json")
-    command(interpreter, straight, "train", "config.py", *options)
-    command(interpreter, text / "resumed", "train", "config.py", *options, "--set", "data.total_steps=10")
-    command(interpreter, text / "resumed", "train", "config.py", *options)
+    evomesh(interpreter, straight, "train", "config.py", *options)
+    evomesh(interpreter, text / "resumed", "train", "config.py", *options, "--set", "data.total_steps=10")
+    evomesh(interpreter, text / "resumed", "train", "config.py", *options)
     assert losses(text / "resumed") == losses(straight)
     assert len(losses(straight)) == 20

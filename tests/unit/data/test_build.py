@@ -1,4 +1,4 @@
-"""From a data section to batches: types, report, refusals, layouts, resume."""
+"""The training data of a config: types, report, refused input, layouts and resume."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def documents(seed: int, count: int = 60, low: int = 1) -> list[list[int]]:
 
 @pytest.fixture
 def tree(write_bin: Any, tmp_path: Path) -> Path:
-    """Three files of two types, and a file that is not data."""
+    """Write three files of two types, and a file that is not data."""
     write_bin(documents(1), "train/en/b/x.bin")
     write_bin(documents(2), "train/en/a.bin")
     write_bin(documents(3), "train/cn/deep/er/z.bin", dtype="int32")
@@ -49,15 +49,16 @@ def tree(write_bin: Any, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def rows(data: TrainData, dp_rank: int = 0, dp_size: int = 1, steps: int = 3) -> list[list[int]]:
+def take_packs(data: TrainData, dp_rank: int = 0, dp_size: int = 1, steps: int = 3) -> list[list[int]]:
+    """Return the tokens of all packs that a rank reads in its first steps."""
     stream = data.stream(dp_rank=dp_rank, dp_size=dp_size)
-    found = [row for _ in range(steps) for row in next(stream).tokens.tolist()]
+    packs = [pack for _ in range(steps) for pack in next(stream).tokens.tolist()]
     stream.close()
-    return found
+    return packs
 
 
 @covers("promise:raw-jsonl-beside-types")
-def test_types_files_and_report(tree: Path) -> None:
+def test_types_and_report_follow_the_files(tree: Path) -> None:
     data = build_train_data(config(tree), VOCAB)
     assert data.types == ["cn", "en"]
     assert [row["file"] for row in data.report] == ["cn/deep/er/z.bin", "en/a.bin", "en/b/x.bin"]
@@ -70,7 +71,7 @@ def test_types_files_and_report(tree: Path) -> None:
 
 
 @covers("promise:type-folders")
-def test_documented_types(write_bin: Any, tmp_path: Path) -> None:
+def test_the_documented_types_are_found(write_bin: Any, tmp_path: Path) -> None:
     names = ["ar", "cn", "code", "en", "ja", "kaoshi"]
     for number, name in enumerate(names, 1):
         write_bin([[number] * 16], f"train/{name}/data/set/x.bin")
@@ -81,7 +82,7 @@ def test_documented_types(write_bin: Any, tmp_path: Path) -> None:
 
 
 @covers("data.micro_num", "data.micro_bsz", "data.packed_length")
-def test_batch_shapes_and_padding_of_bounds(tree: Path) -> None:
+def test_a_batch_has_the_documented_shapes_and_padded_bounds(tree: Path) -> None:
     batch = next(build_train_data(config(tree), VOCAB).stream())
     assert (
         batch.tokens.shape
@@ -110,9 +111,9 @@ def test_all_layouts_of_a_global_batch_see_the_same_packs(tree: Path, workers: i
     expected = None
     for micro_num, dp_size in ((4, 1), (2, 2), (1, 4)):
         data = build_train_data(config(tree, micro_num=micro_num, num_worker=workers), VOCAB)
-        shares = [rows(data, rank, dp_size, steps=12) for rank in range(dp_size)]
+        shares = [take_packs(data, rank, dp_size, steps=12) for rank in range(dp_size)]
         steps = [
-            sorted(row for share in shares for row in share[step * micro_num : (step + 1) * micro_num])
+            sorted(pack for share in shares for pack in share[step * micro_num : (step + 1) * micro_num])
             for step in range(12)
         ]
         assert expected in (None, steps)
@@ -125,13 +126,13 @@ def test_a_rank_reads_the_packs_that_internevo_gives_it(tree: Path) -> None:
     indices = np.arange(data.num_packs)
     np.random.RandomState(1024).shuffle(indices)
     for rank in range(3):
-        own = [data.read(int(pack)).tokens.tolist() for pack in indices[rank::3][:8]]
-        assert rows(data, rank, 3, steps=4) == own
+        expected = [data.read(int(pack)).tokens.tolist() for pack in indices[rank::3][:8]]
+        assert take_packs(data, rank, 3, steps=4) == expected
 
 
 @covers("data.num_worker")
 @pytest.mark.parametrize("workers", [0, 2])
-def test_resume_in_the_second_pass(tree: Path, workers: int) -> None:
+def test_a_resume_in_the_second_pass_is_exact(tree: Path, workers: int) -> None:
     data = build_train_data(config(tree, num_worker=workers), VOCAB)
     stream = data.stream()
     for _ in range(40):  # into the second pass
@@ -146,7 +147,7 @@ def test_resume_in_the_second_pass(tree: Path, workers: int) -> None:
     assert len(json.dumps(state)) < 500
 
 
-def test_skip_consumes_a_batch(tree: Path) -> None:
+def test_skipping_consumes_a_batch(tree: Path) -> None:
     data = build_train_data(config(tree, num_worker=1), VOCAB)
     skipping, reading = data.stream(), data.stream()
     skipping.skip()
@@ -182,20 +183,21 @@ def test_synthetic_data_of_any_length_is_packed() -> None:
     assert batch.cu_seqlens.shape[1] >= 2
 
 
-def refused(part: str, section: DataConfig, vocab: int = VOCAB, **stream: Any) -> str:
+def assert_refused(part: str, section: DataConfig, vocab: int = VOCAB, **stream: Any) -> str:
+    """Check that a config's data is refused with a message that has ``part``; return the message."""
     with pytest.raises(UserError) as caught:
         next(build_train_data(section, vocab).stream(**stream))
     assert part in str(caught.value), str(caught.value)
     return str(caught.value)
 
 
-def test_41_folder_missing_or_not_a_folder(tmp_path: Path) -> None:
-    assert "No such file" in refused(str(tmp_path / "train"), config(tmp_path))
+def test_a_data_folder_that_is_missing_or_a_file_is_refused(tmp_path: Path) -> None:
+    assert "No such file" in assert_refused(str(tmp_path / "train"), config(tmp_path))
     (tmp_path / "file").write_text("")
-    refused("Not a directory", config(tmp_path, train_folder=str(tmp_path / "file")))
+    assert_refused("Not a directory", config(tmp_path, train_folder=str(tmp_path / "file")))
 
 
-def test_41_folder_that_may_not_be_read() -> None:
+def test_an_unreadable_data_folder_is_refused() -> None:
     with tempfile.TemporaryDirectory() as name:  # tmp_path cannot be entered by another user
 
         def attempt() -> str:
@@ -209,26 +211,26 @@ def test_41_folder_that_may_not_be_read() -> None:
     assert "Permission denied" in text and name in text and "user" in text
 
 
-def test_42_folder_without_bin(tmp_path: Path) -> None:
+def test_a_folder_without_token_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
-    refused("it contains: nothing", config(tmp_path))
+    assert_refused("it contains: nothing", config(tmp_path))
     (tmp_path / "train" / "x.jsonl").write_text("{}")
-    assert "evomesh tokenize" in refused("it contains: x.jsonl", config(tmp_path))
+    assert "evomesh tokenize" in assert_refused("it contains: x.jsonl", config(tmp_path))
 
 
-def test_44_meta_without_bin(tree: Path) -> None:
+def test_a_meta_without_token_file_is_refused(tree: Path) -> None:
     os.remove(tree / "train/en/a.bin")
-    refused("a.bin.meta: the meta has no token file", config(tree))
+    assert_refused("a.bin.meta: the meta has no token file", config(tree))
 
 
-def test_56_id_outside_the_vocabulary_names_file_and_line(write_bin: Any, tmp_path: Path) -> None:
+def test_an_id_outside_the_vocabulary_is_reported_with_file_and_line(write_bin: Any, tmp_path: Path) -> None:
     path = write_bin([[1] * 40, [2, 1000] * 40])
-    refused(f"{path} line 2", config(tmp_path))
+    assert_refused(f"{path} line 2", config(tmp_path))
     Path(f"{path}.json").write_text('{"max_id": 1000, "max_id_line": 2, "vocab_size": 1001}')
-    assert "at least 1001" in refused(f"{path} line 2", config(tmp_path))
+    assert "at least 1001" in assert_refused(f"{path} line 2", config(tmp_path))
 
 
-def test_58_a_file_written_twice_gives_a_warning(write_bin: Any, tmp_path: Path) -> None:
+def test_a_file_written_twice_gives_a_warning(write_bin: Any, tmp_path: Path) -> None:
     write_bin(documents(1) * 2)
     assert (
         "rows 60 .. 119 have the same sizes as rows 0 .. 59"
@@ -238,37 +240,39 @@ def test_58_a_file_written_twice_gives_a_warning(write_bin: Any, tmp_path: Path)
     assert build_train_data(config(tmp_path), VOCAB).warnings == []
 
 
-def test_60_all_shorter_than_min_length(tree: Path) -> None:
-    text = refused("all 180 documents are shorter", config(tree, min_length=50))
+def test_data_without_a_document_of_min_length_is_refused(tree: Path) -> None:
+    text = assert_refused("all 180 documents are shorter", config(tree, min_length=50))
     assert "min_length is 50" in text
     assert "29 tokens" in text
 
 
-def test_61_type_rule(write_bin: Any, tmp_path: Path) -> None:
+def test_a_path_names_exactly_one_type(write_bin: Any, tmp_path: Path) -> None:
     write_bin(documents(1), "train/en/code/a.bin")
     write_bin(documents(1), "train/code/a.bin")
-    assert "two types, en and code" in refused("en/code/a.bin", config(tmp_path))
+    assert "two types, en and code" in assert_refused("en/code/a.bin", config(tmp_path))
     write_bin(documents(1), "flat/a.bin")
-    refused("no type", config(tmp_path, train_folder=str(tmp_path / "flat")))
+    assert_refused("no type", config(tmp_path, train_folder=str(tmp_path / "flat")))
 
 
-def test_62_less_than_one_global_batch(write_bin: Any, tmp_path: Path) -> None:
+def test_less_than_one_global_batch_is_refused(write_bin: Any, tmp_path: Path) -> None:
     write_bin([[1] * 50])
-    text = refused("3 pack(s) of 16 tokens, one step needs 8", config(tmp_path), dp_size=4)
+    text = assert_refused("3 pack(s) of 16 tokens, one step needs 8", config(tmp_path), dp_size=4)
     assert "micro_num 2 x 4" in text
 
 
-def test_less_than_one_pack(write_bin: Any, tmp_path: Path) -> None:
+def test_data_that_fills_no_pack_is_refused_unless_it_is_carried_or_padded(
+    write_bin: Any, tmp_path: Path
+) -> None:
     write_bin([[1] * 10], "train/en/a.bin")
     write_bin([[1] * 15], "train/en/b.bin")
-    text = refused("25 tokens in 2 file(s)", config(tmp_path))
+    text = assert_refused("25 tokens in 2 file(s)", config(tmp_path))
     assert "en/b.bin, has 15, one pack needs 16" in text
     data = build_train_data(config(tmp_path, remainder="carry", micro_num=1), VOCAB)
     assert (data.num_packs, [row["packs"] for row in data.report]) == (1, [0, 1])
     assert build_train_data(config(tmp_path, remainder="pad"), VOCAB).num_packs == 2
 
 
-def test_64_data_changed_since_the_checkpoint(tree: Path, write_bin: Any) -> None:
+def test_data_that_changed_since_the_checkpoint_is_refused(tree: Path, write_bin: Any) -> None:
     before = build_train_data(config(tree), VOCAB)
     state = before.stream().state()
     write_bin(documents(9), "train/en/a.bin")
@@ -304,30 +308,30 @@ def test_fewer_documents_than_min_length_gives_a_warning(write_bin: Any, tmp_pat
 
 
 @covers("data.min_length_dict")
-def test_min_length_dict_by_path(tree: Path) -> None:
+def test_min_length_dict_sets_the_limit_by_path(tree: Path) -> None:
     data = build_train_data(config(tree, min_length=5, min_length_dict={"en/b": 10, "cn": 0}), VOCAB)
     kept = {row["file"]: row["documents"] - row["filtered"] for row in data.report}
     limits = {"en/b/x.bin": (1, 10), "cn/deep/er/z.bin": (3, 0), "en/a.bin": (2, 5)}
     assert kept == {
         name: sum(len(one) >= low for one in documents(seed)) for name, (seed, low) in limits.items()
     }
-    refused("several keys: en, en/b", config(tree, min_length_dict={"en": 1, "en/b": 10}))
+    assert_refused("several keys: en, en/b", config(tree, min_length_dict={"en": 1, "en/b": 10}))
 
 
 @covers("data.data_order_path")
-def test_order_file(tree: Path) -> None:
+def test_an_order_file_sets_the_order_and_must_list_every_file(tree: Path) -> None:
     order = tree / "data_order.txt"
     order.write_bytes(b"en/b/x.bin\r\n\r\ncn/deep/er/z.bin\nen/a.bin\n")
     data = build_train_data(config(tree, data_order_path=str(order)), VOCAB)
     assert [row["file"] for row in data.report] == ["en/b/x.bin", "cn/deep/er/z.bin", "en/a.bin"]
     assert data.types == ["cn", "en"]
     order.write_text("en/b/x.bin\nen/c.bin\n")
-    text = refused("not listed: cn/deep/er/z.bin", config(tree, data_order_path=str(order)))
+    text = assert_refused("not listed: cn/deep/er/z.bin", config(tree, data_order_path=str(order)))
     assert "not in" in text
     assert "en/c.bin" in text
 
 
-def test_links_are_followed_once(tree: Path) -> None:
+def test_symbolic_links_are_followed_once(tree: Path) -> None:
     os.symlink(tree / "train/en", tree / "train/ja")
     os.symlink(tree / "train", tree / "train/ja/b/loop")
     data = build_train_data(config(tree), VOCAB)

@@ -31,7 +31,7 @@ TEXTS = ["hello world, hello", "a second one\nwith two lines", "Ünïcödé 感�
 
 @pytest.fixture(scope="module")
 def bpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level BPE with <s> 0 and </s> 1."""
+    """Train a byte-level BPE in which <s> is 0 and </s> is 1."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -272,7 +272,7 @@ def test_pipe_is_rejected(tmp_path: Path, bpe: Path) -> None:
 
 
 def test_append_to_a_file_without_fingerprint(tmp_path: Path, bpe: Path) -> None:
-    """Such files come from other tools; this one also lacks a newline at its end."""
+    """Other tools write such files; this one also lacks the newline at its end."""
     output = tmp_path / "a.bin"
     output.write_bytes(b'{"tokens": [5, -9000]}\n{"tokens": [7]}')
     repair(output)

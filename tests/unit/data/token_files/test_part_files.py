@@ -46,8 +46,8 @@ def write(path: Path) -> None:
 
 
 @contextmanager
-def tokenise_under_way(output: Path, tokenizer: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """``evomesh tokenize`` in the middle of its work, with much left to do."""
+def running_tokenize(output: Path, tokenizer: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Run ``evomesh tokenize`` in a process that has written something and still has much to do."""
     source = tokenizer.with_name("long.jsonl")
     line = json.dumps({"text": "hello " * 10_000}).encode() + b"\n"
     source.write_bytes(line * 2000)  # 120 MB
@@ -74,16 +74,16 @@ def tokenise_under_way(output: Path, tokenizer: Path) -> Iterator[subprocess.Pop
         source.unlink()
 
 
-def test_a_killed_tokenise_leaves_the_old_files_and_a_rerun_removes_its_part(
+def test_a_killed_tokenize_leaves_the_old_files_and_a_rerun_removes_its_part(
     tmp_path: Path, tokenizer_json: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     output = tmp_path / "a.bin"
     write(output)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with tokenise_under_way(output, tokenizer_json) as process:
+    with running_tokenize(output, tokenizer_json) as process:
         left = part_files(tmp_path)
         assert len(left) == 1 and re.fullmatch(r"\.a\.bin\.[A-Za-z0-9-]+\.[0-9a-f]{8}\.part", left[0])
-        write(output)  # beside a living run: its part stays
+        write(output)  # while another run is alive, its part stays
         assert part_files(tmp_path) == left
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -120,7 +120,7 @@ def test_without_locks_a_part_has_to_be_a_day_old(tmp_path: Path, monkeypatch: p
     assert not part.exists()
 
 
-def test_killed_between_two_renames(tmp_path: Path) -> None:
+def test_a_rerun_cleans_up_after_a_kill_between_two_renames(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys; from evomesh.data.token_files import writer; replace = os.replace\n"
         "def last(source, target): replace(source, target); os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -136,7 +136,7 @@ def test_killed_between_two_renames(tmp_path: Path) -> None:
     assert (tmp_path / "a.bin.meta").exists()
 
 
-def test_only_parts_of_this_very_name(tmp_path: Path) -> None:
+def test_only_parts_of_the_same_output_are_removed(tmp_path: Path) -> None:
     names = [".a.bin.cache.h.00000000.part", ".a.bin.h.notes.part", ".a.bin.part", ".b.bin.h.00000000.part"]
     for name in names:
         (tmp_path / name).write_bytes(b"")

@@ -18,7 +18,10 @@ from tests.support.covers import covers
 
 
 def internevo_order(num_packs: int, seed: int, micro_num: int, dp: int, steps: int) -> list[list[list[int]]]:
-    """InternEvo's sampler, rank by rank: in each pass a strided share of one permutation, dealt out in batches."""
+    """Return the packs that InternEvo's sampler yields, by step and rank.
+
+    In each pass a rank takes a strided share of one permutation, ``micro_num`` packs at a time.
+    """
     generators = [np.random.RandomState(seed) for _ in range(dp)]
     streams: list[list[list[int]]] = [[] for _ in range(dp)]
     while len(streams[0]) < steps:
@@ -47,7 +50,9 @@ layouts = st.tuples(st.integers(1, 4), st.integers(1, 4))
 @covers("data.seed")
 @given(st.integers(0, 60), layouts, st.integers(0, 2**32 - 1), st.integers(1, 30))
 @settings(max_examples=100, deadline=None)
-def test_order_is_internevos(surplus: int, layout: tuple[int, int], seed: int, steps: int) -> None:
+def test_the_order_of_packs_is_internevos(
+    surplus: int, layout: tuple[int, int], seed: int, steps: int
+) -> None:
     micro_num, dp = layout
     num_packs = micro_num * dp + surplus
     sampler = PackSampler(num_packs, seed, micro_num * dp)
@@ -57,7 +62,7 @@ def test_order_is_internevos(surplus: int, layout: tuple[int, int], seed: int, s
 @given(st.integers(24, 90), st.integers(0, 25), st.sampled_from([1, 2, 3, 4, 6, 12]), st.sampled_from([1, 2, 6, 12]),
        st.sampled_from(["internevo", "xtuner"]), st.booleans())  # fmt: skip
 @settings(max_examples=100, deadline=None)
-def test_resume_in_another_layout_of_the_same_global_batch(
+def test_another_layout_of_the_same_global_batch_resumes_with_the_same_packs(
     num_packs: int, stop: int, dp_before: int, dp_after: int, order: Any, ramp: bool
 ) -> None:
     def build(dp: int) -> PackSampler:
@@ -81,21 +86,19 @@ def test_resume_in_another_layout_of_the_same_global_batch(
 
 @given(st.integers(12, 90), st.integers(0, 60), st.booleans(), st.sampled_from(["internevo", "xtuner"]))
 @settings(max_examples=100, deadline=None)
-def test_seek_finds_the_position_of_a_run_from_the_start(
+def test_seek_finds_the_position_of_an_uninterrupted_run(
     num_packs: int, step: int, ramp: bool, order: Any
 ) -> None:
-    sampler = PackSampler(
-        num_packs, 3, 8, BatchSizeRampup(2, 2, 3) if ramp else None, order, 2 if order == "xtuner" else 1
-    )
+    rampup = BatchSizeRampup(2, 2, 3) if ramp else None
+    unit = 2 if order == "xtuner" else 1
+    straight = PackSampler(num_packs, 3, 8, rampup, order, unit)
     position = SamplerPosition()
     for _ in range(step):
-        _, position = sampler.take(position)
-    again = PackSampler(
-        num_packs, 3, 8, BatchSizeRampup(2, 2, 3) if ramp else None, order, 2 if order == "xtuner" else 1
-    )
-    one, _ = sampler.take(position)
-    two, _ = again.take(again.seek(step))
-    assert one.tolist() == two.tolist()
+        _, position = straight.take(position)
+    expected, _ = straight.take(position)
+    seeking = PackSampler(num_packs, 3, 8, rampup, order, unit)
+    packs, _ = seeking.take(seeking.seek(step))
+    assert packs.tolist() == expected.tolist()
 
 
 def test_a_pass_has_each_pack_once_and_the_next_another_order() -> None:
@@ -118,7 +121,7 @@ def test_xtuner_shuffles_pass_e_with_seed_plus_e() -> None:
 
 
 @covers("promise:rampup")
-def test_rampup_sizes() -> None:
+def test_rampup_grows_the_global_batch() -> None:
     ramp = BatchSizeRampup(1, 1, 5).times(2)
     assert [ramp.size(step, 8) for step in (0, 4, 5, 10, 15, 99)] == [2, 2, 4, 6, 8, 8]
 

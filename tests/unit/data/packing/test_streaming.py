@@ -1,4 +1,4 @@
-"""Text tokenised while training reads it: nothing lost, nothing twice, exact resume, same steps in every layout."""
+"""Text tokenized while training reads it: nothing lost or repeated, exact resume, the same steps in every layout."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from tests.support.covers import covers
 pytestmark = covers("promise:streaming")
 
 WORDS = 4000
-IGN = -100
+IGNORED = -100
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Word level: ``w17`` is id 17; eos is 1."""
+    """Write a word-level tokenizer: ``w17`` is id 17, eos is 1."""
     vocabulary = {"<unk>": 0, "</s>": 1} | {f"w{n}": n for n in range(2, WORDS)}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -42,7 +42,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def texts(count: int, seed: int = 0) -> list[str]:
-    """Documents whose words are all different, so that every token is known by its document and place."""
+    """Return documents whose words are all different, so that a token identifies its document and position."""
     rng = np.random.RandomState(seed)
     word, found = 2, []
     for _ in range(count):
@@ -87,7 +87,7 @@ def test_one_pass_holds_every_token_once(tmp_path: Path, tokenizer: Path) -> Non
     counts = Counter(token for batch in batches for row in batch for token in row)
     repeated = [token for token, count in counts.items() if count > 1 and token != 1]
     missing = words - sum(1 for token in counts if token > 1)
-    # the two lanes do not end a pass at the same token, so a few of the next pass come before the last of this one
+    # The two lanes do not end a pass at the same token, so a few of the next pass come before the last of this one.
     assert len(repeated) <= 60
     assert missing <= 60
     again = take(build_train_data(config(folder, tokenizer), WORDS).stream(), 2 * steps)
@@ -95,16 +95,17 @@ def test_one_pass_holds_every_token_once(tmp_path: Path, tokenizer: Path) -> Non
     assert again[: len(batches)] == batches
 
 
-def test_packs_are_cut_by_the_rules_of_tokenised_data(tmp_path: Path, tokenizer: Path) -> None:
+def test_text_is_packed_by_the_rules_of_tokenized_data(tmp_path: Path, tokenizer: Path) -> None:
     folder = write(tmp_path / "d", texts(100))
     batch = next(build_train_data(config(folder, tokenizer), WORDS).stream())
     for lane in range(2):
         ids, labels = batch.tokens[lane].tolist(), batch.labels[lane].tolist()
         bounds = batch.cu_seqlens[lane].tolist()
-        for place in range(15):
-            assert labels[place] == (IGN if ids[place] == 1 else ids[place + 1])
-            assert (place + 1 in bounds) == (ids[place] == 1)
-        assert labels[15] in (IGN, 1, ids[15] + 1)
+        for position in range(15):
+            is_eos = ids[position] == 1
+            assert labels[position] == (IGNORED if is_eos else ids[position + 1])
+            assert (position + 1 in bounds) == is_eos
+        assert labels[15] in (IGNORED, 1, ids[15] + 1)
 
 
 @pytest.mark.parametrize("split", [(1, 4), (2, 2), (4, 1)])
@@ -118,7 +119,7 @@ def test_steps_do_not_depend_on_the_layout(tmp_path: Path, tokenizer: Path, spli
         assert sorted(row for share in shares for row in share[step]) == sorted(whole[step])
 
 
-def test_resume_at_every_step_in_every_layout(tmp_path: Path, tokenizer: Path) -> None:
+def test_any_layout_resumes_from_any_step(tmp_path: Path, tokenizer: Path) -> None:
     folder = write(tmp_path / "d", texts(60))  # several passes
     data = build_train_data(config(folder, tokenizer, micro_num=2), WORDS)
     streams = [data.stream(dp_rank=rank, dp_size=2) for rank in range(2)]
@@ -186,7 +187,7 @@ def test_split_and_subset_are_chosen_by_name(tmp_path: Path) -> None:
         ]
 
     folder = write(tmp_path / "d", texts(9))
-    (folder / "train.bin.json").write_text("{}")  # says how a token file was made
+    (folder / "train.bin.json").write_text("{}")  # the fingerprint of a token file is not data
     (folder / "more.txt").write_text("w5\n")
     files, warnings = find_split_files(str(folder), "k", None, "train")
     assert len(files) == 3
@@ -215,7 +216,7 @@ def test_split_and_subset_are_chosen_by_name(tmp_path: Path) -> None:
 
 
 @covers("data.split_name", "data.valid_split_name")
-def test_the_split_is_what_training_reads(tmp_path: Path, tokenizer: Path) -> None:
+def test_training_and_validation_read_the_splits_that_are_named(tmp_path: Path, tokenizer: Path) -> None:
     (tmp_path / "train_a.txt").write_text("w5 w6 w7\n" * 40)
     (tmp_path / "data").mkdir()
     (tmp_path / "data/extra-00000-of-00001.txt").write_text("w8 w9\n" * 40)
@@ -228,12 +229,12 @@ def test_the_split_is_what_training_reads(tmp_path: Path, tokenizer: Path) -> No
         6,
         7,
         1,
-        IGN,
+        IGNORED,
     }
 
 
 def pack_members(path: Path, members: dict[str, bytes]) -> None:
-    """An archive of the kind its name says, members as listed."""
+    """Write an archive of the kind that its suffix names, with these members in order."""
     if path.suffix == ".zip":
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, content in members.items():
@@ -248,7 +249,7 @@ def pack_members(path: Path, members: dict[str, bytes]) -> None:
 
 
 def kinds_of_files(found: list[str]) -> dict[str, bytes]:
-    """The texts in one file of each kind, names in sorted order."""
+    """Return the texts divided among one file of each kind, names in sorted order."""
     datasets = pytest.importorskip("datasets")
     parts = [list(part) for part in np.array_split(np.array(found, dtype=object), 7)]
     table, arrow = io.BytesIO(), io.BytesIO()
@@ -272,7 +273,7 @@ def kinds_of_files(found: list[str]) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", ["x.tar", "x.tar.gz", "x.tgz", "x.zip"])
 @pytest.mark.parametrize("backwards", [False, True])
-def test_an_archive_gives_the_rows_of_its_files_from_any_place(
+def test_an_archive_gives_the_rows_of_its_files_from_any_cursor(
     tmp_path: Path, name: str, backwards: bool
 ) -> None:
     found = [text for text in texts(150) if text]
@@ -296,7 +297,7 @@ def test_an_archive_gives_the_rows_of_its_files_from_any_place(
         assert next(stream.windows(before.next_cursor)) == window
 
 
-def test_resume_in_the_middle_of_an_archive(tmp_path: Path, tokenizer: Path) -> None:
+def test_a_resume_in_the_middle_of_an_archive_is_exact(tmp_path: Path, tokenizer: Path) -> None:
     members = kinds_of_files([text for text in texts(120) if text])
     folder = tmp_path / "d"
     folder.mkdir()
@@ -330,7 +331,7 @@ def test_resume_in_the_middle_of_an_archive(tmp_path: Path, tokenizer: Path) -> 
         ("x.7z", lambda whole: whole, "archives of this kind are not supported"),
     ],
 )
-def test_broken_archives(tmp_path: Path, name: str, spoil: Any, part: str) -> None:
+def test_broken_archives_are_refused_by_name(tmp_path: Path, name: str, spoil: Any, part: str) -> None:
     pack_members(tmp_path / "x.tar", {"a.txt": b"w2\n", "b.txt": b"w3\n" * 300})
     whole = tmp_path / name
     if name != "x.7z":
@@ -343,7 +344,7 @@ def test_broken_archives(tmp_path: Path, name: str, spoil: Any, part: str) -> No
     assert str(folder / name) in str(caught.value)
 
 
-def test_broken_members(tmp_path: Path) -> None:
+def test_broken_files_and_members_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "x.zip"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.txt", "w2\n" * 100)
@@ -364,7 +365,7 @@ def test_broken_members(tmp_path: Path) -> None:
         find_source_files([str(path)])
 
 
-def test_validation_from_text(tmp_path: Path, tokenizer: Path) -> None:
+def test_a_validation_set_of_text_has_every_target_once(tmp_path: Path, tokenizer: Path) -> None:
     folder = tmp_path / "v"
     folder.mkdir()
     found = [text for text in texts(40, 1) if text]
@@ -374,7 +375,7 @@ def test_validation_from_text(tmp_path: Path, tokenizer: Path) -> None:
         label
         for batch in valid.batches(0, 1)
         for label in batch.labels.flatten().tolist()
-        if label not in (IGN, 1)
+        if label not in (IGNORED, 1)
     ]
     expected = [int(word[1:]) for text in found for word in text.split()[1:]]
     assert sorted(got) == sorted(expected)
@@ -382,23 +383,23 @@ def test_validation_from_text(tmp_path: Path, tokenizer: Path) -> None:
 
 
 @covers("data.content_name")
-def test_bad_input(tmp_path: Path, tokenizer: Path) -> None:
+def test_bad_settings_and_texts_are_refused(tmp_path: Path, tokenizer: Path) -> None:
     folder = write(tmp_path / "d", texts(30))
 
-    def refused(part: str, vocab_size: int = WORDS, **values: Any) -> None:
+    def assert_refused(part: str, vocab_size: int = WORDS, **values: Any) -> None:
         with pytest.raises(UserError, match=part):
             next(build_train_data(config(folder, tokenizer, **values), vocab_size).stream())
 
-    refused(r"no field 'body' \(it has: text, id\)[^$]*data.content_name", content_name="body")
-    refused("outside the model's vocabulary", vocab_size=20)
-    refused("needs data.tokenizer_path", tokenizer_path=None)
-    refused("fixed number of packs", rampup_batch_size="1 1 1")
-    refused("No such file", train_folder=str(tmp_path / "no"))
+    assert_refused(r"no field 'body' \(it has: text, id\)[^$]*data.content_name", content_name="body")
+    assert_refused("outside the model's vocabulary", vocab_size=20)
+    assert_refused("needs data.tokenizer_path", tokenizer_path=None)
+    assert_refused("fixed number of packs", rampup_batch_size="1 1 1")
+    assert_refused("No such file", train_folder=str(tmp_path / "no"))
     write(folder, [""] * 30)
-    refused("no row contains any text")
+    assert_refused("no row contains any text")
 
 
-def test_reading_does_not_run_far_ahead(tmp_path: Path) -> None:
+def test_only_one_window_is_read_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("w2\n" * 1000 + "\n")
     windows = RowStream(find_source_files([str(path)]), "text", 0).windows(RowCursor())

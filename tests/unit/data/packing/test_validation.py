@@ -22,7 +22,7 @@ def config(tmp_path: Path, **values: Any) -> DataConfig:
 
 
 def pairs_of(found: list[list[int]], seq_len: int) -> list[tuple[int, int, int]]:
-    """(position in its segment, input, target) of every token that has a next one in its document."""
+    """Return (position in its segment, input, target) of every token that has a next one in its document."""
     return sorted(
         (position % seq_len, abs(document[position]), document[position + 1])
         for document in found
@@ -71,7 +71,7 @@ def test_a_long_document_is_split_into_segments_that_predict_the_next_one(
     assert batch.labels[1].tolist() == [6] * 10 + [7, IGNORED] + [IGNORED] * 4
 
 
-def test_every_folder_is_a_set(write_bin: Any, tmp_path: Path) -> None:
+def test_every_folder_is_a_validation_set(write_bin: Any, tmp_path: Path) -> None:
     for name in ("valid/en/a.bin", "valid/code/x/a.bin", "valid/code/y/a.bin", "valid/more/x/b.bin"):
         write_bin([[1, 2, 3]], name)
     assert [found.name for found in build_valid_data(config(tmp_path), 100)] == [
@@ -91,13 +91,13 @@ def test_documents_have_no_minimum_length_by_default(write_bin: Any, tmp_path: P
     assert [found.name for found in build_valid_data(config(tmp_path, valid_min_length=3), 100)] == ["ar"]
 
 
-def test_synthetic_set_without_a_folder() -> None:
+def test_without_a_folder_the_set_is_synthetic() -> None:
     (found,) = build_valid_data(DataConfig(seq_len=64), 100)
     assert (found.name, found.num_packs) == ("val", 500)
 
 
 @covers("data.allow_tokenizer_mismatch")
-def test_tokenizers_must_agree(write_bin: Any, tmp_path: Path) -> None:
+def test_training_and_validation_data_need_the_same_tokenizer(write_bin: Any, tmp_path: Path) -> None:
     for part, digest in (("train", "a"), ("valid", "b")):
         path = write_bin([[1, 2, 3]], f"{part}/en/a.bin")
         Path(f"{path}.json").write_text(f'{{"tokenizer_hash": "{digest * 64}"}}')

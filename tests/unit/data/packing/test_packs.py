@@ -28,7 +28,8 @@ class MemorySource:
     name = "memory"
 
     def __init__(self, documents: list[list[int]], type_id: int = 0) -> None:
-        self.documents, self.type_id = documents, type_id
+        self.documents = documents
+        self.type_id = type_id
         self.lengths = np.array([len(document) for document in documents], np.int64)
 
     def read(self, documents: Any) -> Any:
@@ -52,7 +53,7 @@ class StreamToken(NamedTuple):
 
 
 def oracle(documents: list[list[int]], rule: PackRule, pad: bool = False) -> list[dict[str, list[int]]]:
-    """The packs of one stream, judged one token at a time; padding is one more document of zeros."""
+    """Return the packs of one stream, built one token at a time; padding is one more document of zeros."""
     order = np.arange(len(documents))
     np.random.RandomState(1024).shuffle(order)
     stream = [StreamToken(i, j, token) for i in order.tolist() for j, token in enumerate(documents[i])]
@@ -75,6 +76,7 @@ def oracle(documents: list[list[int]], rule: PackRule, pad: bool = False) -> lis
 
 
 def starts_segment(pack: list[StreamToken], n: int, rule: PackRule) -> bool:
+    """Return whether attention restarts at position n of a pack."""
     if rule.one_sample:
         return n % rule.seq_len == 0
     document_start = [one.document for one in pack].index(pack[n].document)
@@ -84,6 +86,7 @@ def starts_segment(pack: list[StreamToken], n: int, rule: PackRule) -> bool:
 
 
 def label_of(pack: list[StreamToken], n: int, documents: list[list[int]], rule: PackRule) -> int:
+    """Return the token that position n of a pack predicts, or ``IGNORED``."""
     document, position, _ = pack[n]
     last_of_pack = n == len(pack) - 1
     if last_of_pack and (rule.one_sample or rule.order == "xtuner"):
@@ -101,10 +104,14 @@ def as_dict(pack: Any) -> dict[str, list[int]]:
     return {name: getattr(pack, name).tolist() for name in ("tokens", "labels", "position_ids", "cu_seqlens")}
 
 
-EXAMPLE = [[1, 2], [3, 4], [5, 6, 7], [8, 9, 10, 11, 12, 13]]
+def read_packs(plan: PackPlan) -> list[dict[str, list[int]]]:
+    return [as_dict(plan.read(k)) for k in range(len(plan))]
 
 
-def test_worked_example() -> None:
+EXAMPLE = [[1, 2], [3, 4], [5, 6, 7], [8, 9, 10, 11, 12, 13]]  # of InternEvo's guide
+
+
+def test_the_worked_example_is_packed_as_documented() -> None:
     plan = PackPlan([in_stream_order(EXAMPLE)], PackRule(packed_length=5, seq_len=3))
     assert len(plan) == 2
     assert plan.dropped == 3
@@ -164,13 +171,13 @@ documents = st.lists(st.lists(st.integers(-9, 9), max_size=12), min_size=1, max_
 )
 @settings(max_examples=200, deadline=None)
 @pytest.mark.parametrize("remainder", ["drop", "pad"])
-def test_any_documents_are_packed_as_by_the_oracle(
+def test_packs_equal_those_of_a_token_by_token_oracle(
     remainder: Any, found: list[list[int]], seq_len: int, micro_bsz: int, one_sample: bool, order: Any
 ) -> None:
     rule = PackRule(seq_len * micro_bsz, seq_len, one_sample, order)
     plan = PackPlan([MemorySource(found)], rule, remainder)
     expected = oracle(found, rule, pad=remainder == "pad")
-    assert [as_dict(plan.read(k)) for k in range(len(plan))] == expected
+    assert read_packs(plan) == expected
 
 
 @given(documents, documents, st.integers(1, 6))
@@ -196,13 +203,11 @@ def test_corpus_numbers_packs_in_file_order() -> None:
     assert [corpus.read(k).type_ids[0] for k in range(6)] == [1, 1, 2, 2, 3, 3]
 
 
-def test_min_length_packs_as_if_short_documents_were_not_in_the_file(write_bin: Any) -> None:
+def test_short_documents_are_packed_as_if_they_were_not_in_the_file(write_bin: Any) -> None:
     rng = np.random.RandomState(0)
-    found = [rng.randint(1, 90, rng.randint(0, 20)).tolist() for _ in range(50)]
-    path: Path = write_bin(found)
-    kept = [document for document in found if len(document) >= 8]
-    one = PackPlan([BinDataset(path, min_length=8)], PackRule(16, 16))
-    other = PackPlan([MemorySource(kept)], PackRule(16, 16))
-    assert [as_dict(one.read(k)) for k in range(len(one))] == [
-        as_dict(other.read(k)) for k in range(len(other))
-    ]
+    stored = [rng.randint(1, 90, rng.randint(0, 20)).tolist() for _ in range(50)]
+    path: Path = write_bin(stored)
+    kept = [document for document in stored if len(document) >= 8]
+    filtered = PackPlan([BinDataset(path, min_length=8)], PackRule(16, 16))
+    without_short = PackPlan([MemorySource(kept)], PackRule(16, 16))
+    assert read_packs(filtered) == read_packs(without_short)

@@ -1,4 +1,4 @@
-"""verify finds what is wrong without trusting the meta; repair mends what can be mended."""
+"""verify finds defects without trusting the meta; repair rebuilds the meta and removes a torn line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from evomesh.errors import UserError
 
 
 def problems(path: Path, **options: Any) -> list[str]:
-    return verify(str(path), **options)[1]
+    _, found = verify(str(path), **options)
+    return found
 
 
 def documents(seed: int = 0, count: int = 40) -> list[list[int]]:
@@ -31,7 +32,7 @@ def set_meta(path: Path, rows: Any) -> None:
         np.save(file, rows)
 
 
-def test_a_good_file_has_none(write_bin: Any) -> None:
+def test_an_intact_file_has_no_problems(write_bin: Any) -> None:
     path = write_bin(documents())
     scans, found = verify(str(path), vocab_size=90)
     assert found == []
@@ -42,32 +43,31 @@ def test_a_good_file_has_none(write_bin: Any) -> None:
 
 
 @pytest.mark.parametrize("block", [1, 100, 1 << 22])
-def test_what_is_found_does_not_depend_on_the_blocks(
+def test_the_problems_do_not_depend_on_the_block_size(
     write_bin: Any, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
     monkeypatch.setattr(verify_module, "BLOCK_BYTES", block)
     stored = documents()
-    stored[11], stored[20] = [5, 99, 7], [0, -8, 0]
+    stored[11] = [5, 99, 7]
+    stored[20] = [0, -8, 0]
     path = write_bin(stored)
-    (found,), said = verify(str(path), vocab_size=90)
-    assert said == [f"{path} line 12: id 99 is outside the vocabulary of 90"]
-    assert (found.max_id, found.zeros, found.masked) == (99, 2, 1)
-    assert found.lengths.tolist() == list(map(len, stored))
-    assert found.offsets.tolist() == np.load(f"{path}.meta")[:, 0].tolist()
+    (scan,), found = verify(str(path), vocab_size=90)
+    assert found == [f"{path} line 12: id 99 is outside the vocabulary of 90"]
+    assert (scan.max_id, scan.zeros, scan.masked) == (99, 2, 1)
+    assert scan.lengths.tolist() == list(map(len, stored))
+    assert scan.offsets.tolist() == np.load(f"{path}.meta")[:, 0].tolist()
     lines = path.read_bytes().splitlines(keepends=True)
     lines[30] = b"{}\n"
     path.write_bytes(b"".join([*lines[:35], lines[35][:-9]]))
     byte = sum(map(len, lines[:35])) + len(lines[35]) - 9
-    said = verify(str(path), vocab_size=90)[1]
-    assert said[0].endswith("line 12: id 99 is outside the vocabulary of 90")
-    assert said[1] == f"{path} line 31: the line has no key tokens (keys found: none)"
-    assert (
-        f"{path} line 36 byte {byte}: the line is not JSON" in said[2]
-        and "ends in the middle of it" in said[2]
-    )
+    found = problems(path, vocab_size=90)
+    assert found[0].endswith("line 12: id 99 is outside the vocabulary of 90")
+    assert found[1] == f"{path} line 31: the line has no key tokens (keys found: none)"
+    assert f"{path} line 36 byte {byte}: the line is not JSON" in found[2]
+    assert "ends in the middle of it" in found[2]
 
 
-def test_wrong_rows_are_listed_with_the_right_values(write_bin: Any) -> None:
+def test_wrong_rows_are_listed_with_the_correct_values(write_bin: Any) -> None:
     path = write_bin(documents())
     right = np.load(f"{path}.meta")
     wrong = right.copy()
@@ -85,7 +85,7 @@ def test_wrong_rows_are_listed_with_the_right_values(write_bin: Any) -> None:
     assert problems(path) == []
 
 
-def test_counts_missing_meta_and_int32_wrap(write_bin: Any) -> None:
+def test_missing_rows_and_a_missing_meta_are_problems(write_bin: Any) -> None:
     path = write_bin(documents())
     set_meta(path, np.load(f"{path}.meta")[:-2])
     assert any("38 rows, the token file has 40 lines" in one for one in problems(path))
@@ -93,7 +93,7 @@ def test_counts_missing_meta_and_int32_wrap(write_bin: Any) -> None:
     assert any("no .meta" in one for one in problems(path))
 
 
-def test_ids_lines_and_types(write_bin: Any) -> None:
+def test_bad_ids_and_bad_lines_are_problems(write_bin: Any) -> None:
     path = write_bin([[1, 2], [3, 95, -99], [0, 4]])
     scans, found = verify(str(path), vocab_size=90)
     assert found == [f"{path} line 2: id 99 is outside the vocabulary of 90"]
@@ -107,7 +107,7 @@ def test_ids_lines_and_types(write_bin: Any) -> None:
         repair_path(str(path))
 
 
-def test_58_a_tail_written_twice(write_bin: Any) -> None:
+def test_a_block_that_was_appended_twice_is_a_problem(write_bin: Any) -> None:
     first, second = documents(1, 30), documents(2, 10)
     path = write_bin(first + second + second)
     assert problems(path) == [f"{path}: lines 41 .. 50 repeat lines 31 .. 40: written twice in append mode?"]
@@ -119,14 +119,14 @@ def test_58_a_tail_written_twice(write_bin: Any) -> None:
     assert "1 documents occur more than once" in scans[0].notes[0]
 
 
-def test_validation_within_training(write_bin: Any, tmp_path: Path) -> None:
+def test_validation_documents_in_training_are_a_problem(write_bin: Any, tmp_path: Path) -> None:
     write_bin(documents(1), "train/en/a.bin")
     path = write_bin([*documents(2, 5), documents(1)[4]], "valid/en/a.bin")
     found = problems(tmp_path / "train", valid=str(tmp_path / "valid"))
     assert found == [f"{path}: 1 of 6 validation documents are also in training (first: line 6)"]
 
 
-class Characters:
+class CodePointTokenizer:
     """A tokenizer whose ids are code points."""
 
     vocab_size = 0x110000
@@ -135,17 +135,17 @@ class Characters:
         return "".join(map(chr, ids))
 
 
-def test_json_text_in_samples(write_bin: Any) -> None:
+def test_tokenized_json_is_a_problem(write_bin: Any) -> None:
     texts = [f'{{"text": "document {n}"}}' for n in range(20)]
     path = write_bin([[ord(c) for c in text] for text in texts])
-    found = problems(path, tokenizer=Characters())
+    found = problems(path, tokenizer=CodePointTokenizer())
     assert len(found) == 1
     assert "20 of 20 samples read like JSON" in found[0]
     path = write_bin([[ord(c) for c in f"plain text {n}"] for n in range(20)])
-    assert problems(path, tokenizer=Characters()) == []
+    assert problems(path, tokenizer=CodePointTokenizer()) == []
 
 
-def test_fingerprint_that_does_not_fit(write_bin: Any) -> None:
+def test_a_fingerprint_of_another_file_is_a_problem(write_bin: Any) -> None:
     path = write_bin(documents())
     Path(f"{path}.json").write_text('{"documents": 41, "tokens": 3}')
     assert [one.split(": ", 1)[1] for one in problems(path)] == [

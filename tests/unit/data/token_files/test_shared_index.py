@@ -1,4 +1,4 @@
-"""use_shm: one index a node, reused after a crash, swept when stale."""
+"""``use_shm``: one index per node, reused by the next run and removed when stale."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_batches_are_the_same_and_the_index_is_reused(write_bin: Any, tmp_path: 
 
 
 def test_a_process_holds_nothing_that_grows_with_the_documents(tmp_path: Path) -> None:
-    """Everything with an entry a document is a file that all processes of a node map."""
+    """Every array with an entry per document is a file that all processes of a node map."""
     path = tmp_path / "train/en/a.bin"
     path.parent.mkdir(parents=True)
     lines = [b'{"tokens": [5]}\n', b'{"tokens": [7, 8]}\n'] * 20_000
@@ -70,7 +70,7 @@ def test_a_process_holds_nothing_that_grows_with_the_documents(tmp_path: Path) -
     assert len(list((tmp_path / "shm").iterdir())) == 4
 
 
-def test_stale_indexes_and_halves_of_crashed_runs_are_swept(write_bin: Any, tmp_path: Path) -> None:
+def test_stale_indexes_and_partial_files_are_removed(write_bin: Any, tmp_path: Path) -> None:
     write_bin([[1] * 50])
     folder = tmp_path / "shm"
     folder.mkdir()
@@ -84,7 +84,7 @@ def test_stale_indexes_and_halves_of_crashed_runs_are_swept(write_bin: Any, tmp_
     assert (folder / "new.order.index.npy").exists()
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_an_unwritable_shared_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"shared index.*\n.*data\.use_shm=False"):
         shared_array(tmp_path / "file", "key", lambda: np.zeros(3))

@@ -1,4 +1,4 @@
-"""Packs inside one very long document parse its line once."""
+"""Long documents, which many packs read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from evomesh.data.token_files.lines import IntArray, parse_ranges
 from tests.unit.data.conftest import WriteBin
 
 
-def test_packs_inside_a_long_document_parse_it_once(
+def test_packs_inside_a_long_document_parse_its_line_once(
     write_bin: WriteBin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bin_dataset, "LONG", 100)
@@ -24,7 +24,7 @@ def test_packs_inside_a_long_document_parse_it_once(
         return parse_ranges(file, starts, ends, lengths)
 
     monkeypatch.setattr(bin_dataset, "parse_ranges", count)
-    last_long = bin_dataset.LongLineCache()  # of both files
+    last_long = bin_dataset.LongLineCache()  # shared by both files
     for name, stored in (("train/en/a.bin", documents), ("train/en/b.bin", documents[::-1])):
         plan = PackPlan(
             [bin_dataset.BinDataset(write_bin(stored, name), last_long=last_long)], PackRule(16, 16)

@@ -1,4 +1,4 @@
-"""Weighted sources: shares on every prefix, passes of each source, layouts and resume."""
+"""Weighted sources: the share of each on every prefix, its passes, and resume."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def test_every_prefix_is_within_one_pack_of_its_share(found: list[float], start:
 
 @given(weights, st.integers(0, 400), st.integers(1, 30))
 @settings(max_examples=100, deadline=None)
-def test_any_place_is_reached_directly(found: list[float], start: int, size: int) -> None:
+def test_a_mixture_can_start_at_any_pack(found: list[float], start: int, size: int) -> None:
     straight = MixtureSchedule(found).take(0, start + size)
     assert MixtureSchedule(found).take(start, size) == straight[start:]
 
 
-def test_long_decimals_repeat_without_drift() -> None:
+def test_decimal_weights_repeat_without_drift() -> None:
     shares = MixtureSchedule([0.7, 0.2, 0.1])
     assert shares.period == 10
     assert shares.counts(10**9) == [700_000_000, 200_000_000, 100_000_000]
@@ -60,7 +60,7 @@ def walk(mixed: MixedSampler, steps: int, position: SamplerPosition | None = Non
     return found
 
 
-def test_a_spent_source_starts_its_next_pass() -> None:
+def test_an_exhausted_source_starts_its_next_pass() -> None:
     flat = [pack for step in walk(sampler(), 40) for pack in step]
     for low, high in ((0, 7), (7, 10)):
         own = [pack for pack in flat if low <= pack < high]
@@ -74,16 +74,16 @@ def test_a_spent_source_starts_its_next_pass() -> None:
 @pytest.mark.parametrize("stop", [0, 1, 9, 23])
 def test_resume(stop: int, rampup: BatchSizeRampup | None) -> None:
     straight = walk(sampler(rampup=rampup), stop + 8)
-    one = sampler(rampup=rampup)
-    state = json.loads(json.dumps(one.state(one.seek(stop))))
-    other = sampler(rampup=rampup)
-    assert walk(other, 8, other.resume(state)) == straight[stop:]
+    stopped = sampler(rampup=rampup)
+    state = json.loads(json.dumps(stopped.state(stopped.seek(stop))))
+    resumed = sampler(rampup=rampup)
+    assert walk(resumed, 8, resumed.resume(state)) == straight[stop:]
     with pytest.raises(UserError, match="num_packs"):
         sampler().resume(state | {"num_packs": {"a": 1}})
 
 
 @covers("data.dataset_weights", "promise:dataset-weights")
-def test_weights_of_a_config(write_bin: Any, tmp_path: Path) -> None:
+def test_dataset_weights_of_a_config_set_the_shares(write_bin: Any, tmp_path: Path) -> None:
     write_bin([[1] * 400], "train/en/a.bin")
     write_bin([[2] * 400], "train/en/b.bin")
     write_bin([[3] * 100], "train/code/c.bin")

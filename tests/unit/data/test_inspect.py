@@ -1,4 +1,4 @@
-"""inspect, show and order through the command line."""
+"""``evomesh data inspect``, ``show`` and ``order`` on the command line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from evomesh.errors import UserError
 from tests.support.covers import covers
 
 ROOT = Path(__file__).parents[3]
-IGN = -100
+IGNORED = -100
 
 
 def run(*arguments: str) -> str:
@@ -28,24 +28,24 @@ def run(*arguments: str) -> str:
 
 
 def worked_example(write_bin: Any) -> Path:
-    """The documents' example, placed so that the fixed shuffle brings it into order."""
+    """Write the example of InternEvo's guide, stored so that the fixed shuffle brings it into order."""
     documents = [[1, 2], [3, 4], [5, 6, 7], [8, 9, 10, 11, 12, 13]]
     order = np.arange(4)
     np.random.RandomState(1024).shuffle(order)
-    placed: list[list[int]] = [[]] * 4
-    for place, index in enumerate(order):
-        placed[index] = documents[place]
-    path: Path = write_bin(placed)
+    stored: list[list[int]] = [[]] * 4
+    for position, index in enumerate(order):
+        stored[index] = documents[position]
+    path: Path = write_bin(stored)
     return path
 
 
-def test_show_is_what_the_model_sees(write_bin: Any) -> None:
+def test_show_prints_what_the_model_sees(write_bin: Any) -> None:
     path = str(worked_example(write_bin))
     # packs of 6 in segments of at most 3
     pack = json.loads(run("show", path, "--seq-len", "3", "--micro-bsz", "2", "--pack", "1", "--json"))
     assert pack == {
         "tokens": [7, 8, 9, 10, 11, 12],
-        "labels": [IGN, 9, 10, 11, 12, 13],
+        "labels": [IGNORED, 9, 10, 11, 12, 13],
         "indexes": [0, 0, 1, 2, 0, 1],
         "cu_seqlens": [0, 1, 4, 6],
         "type_ids": [0] * 6,
@@ -54,7 +54,7 @@ def test_show_is_what_the_model_sees(write_bin: Any) -> None:
         run("show", path, "--seq-len", "3", "--micro-bsz", "2", "--pack-sample-into-one", "--json")
     )
     assert pack["cu_seqlens"] == [0, 3, 6]
-    assert pack["labels"][-1] == IGN
+    assert pack["labels"][-1] == IGNORED
     text = run("show", path, "--seq-len", "3")
     assert "segment 0" in text
     with pytest.raises(UserError, match="no pack 4"):
@@ -68,7 +68,7 @@ def test_show_of_a_folder_numbers_packs_as_training_does(write_bin: Any, tmp_pat
     assert (pack["tokens"], pack["type_ids"]) == ([2, 2, 2], [1, 1, 1])
 
 
-def test_inspect_counts_and_forecast(write_bin: Any, tmp_path: Path) -> None:
+def test_inspect_prints_counts_and_what_packing_leaves_out(write_bin: Any, tmp_path: Path) -> None:
     write_bin([[1, -2, 3], [4] * 9, [5]], "train/en/a.bin")
     text = run("inspect", str(tmp_path / "train"), "--seq-len", "4")
     assert "en/a.bin: 3 documents, 13 tokens (shortest 1, median 3, longest 9)" in text
@@ -77,7 +77,7 @@ def test_inspect_counts_and_forecast(write_bin: Any, tmp_path: Path) -> None:
 
 
 @covers("promise:data-order")
-def test_order_and_the_documents_tool_agree(write_bin: Any, tmp_path: Path) -> None:
+def test_the_order_command_and_get_data_order_agree(write_bin: Any, tmp_path: Path) -> None:
     for name in (
         "data/train/en/b.bin",
         "data/train/en/a/x.bin",
