@@ -90,15 +90,24 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, bounds: SequenceBounds) -> Tensor:
     """Attend with torch's variable-length flash kernel; the maximum length is an argument, so the host never waits."""
     from torch.nn.attention.varlen import varlen_attn
 
-    grouped = k.shape[1] != q.shape[1]
+    heads = q.shape[1]
+    kv_heads = k.shape[1]
+    grouped = kv_heads != heads
     options = _varlen_options(varlen_attn, grouped)
     if grouped and "enable_gqa" not in options:
-        copies = q.shape[1] // k.shape[1]
-        k, v = (x.unsqueeze(2).expand(-1, -1, copies, -1).flatten(1, 2) for x in (k, v))
-    cu_seqlens, longest = bounds.cu_seqlens, bounds.max_seqlen
+        # This version of the kernel wants as many key/value heads as query heads.
+        k = _repeat_heads(k, heads // kv_heads)
+        v = _repeat_heads(v, heads // kv_heads)
+    cu_seqlens = bounds.cu_seqlens
+    longest = bounds.max_seqlen
     out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
     assert isinstance(out, Tensor)  # a tuple only on demand
     return out
+
+
+def _repeat_heads(x: Tensor, copies: int) -> Tensor:
+    """Repeat each head for its group of query heads, [T, G, H] -> [T, G * copies, H]."""
+    return x.unsqueeze(2).expand(-1, -1, copies, -1).flatten(1, 2)
 
 
 def _per_segment(q: Tensor, k: Tensor, v: Tensor, bounds: SequenceBounds) -> Tensor:
@@ -106,16 +115,26 @@ def _per_segment(q: Tensor, k: Tensor, v: Tensor, bounds: SequenceBounds) -> Ten
 
     ``torch.split`` rather than slices, because its backward is one concatenation for all runs.
     """
+    # A run is `count` consecutive segments of L tokens each: segment lengths 5 5 5 2 make the runs (5, 3) and (2, 1).
     runs = [(length, len(list(group))) for length, group in groupby(bounds.lengths())]
     tokens_of_runs = [length * count for length, count in runs]
-    q_runs, k_runs, v_runs = (torch.split(x, tokens_of_runs) for x in (q, k, v))
+    q_runs = torch.split(q, tokens_of_runs)
+    k_runs = torch.split(k, tokens_of_runs)
+    v_runs = torch.split(v, tokens_of_runs)
     outs = []
-    for (length, count), *qkv in zip(runs, q_runs, k_runs, v_runs, strict=True):
-        # [count * L, heads, H] -> [count, heads, L, H], as SDPA wants it, and back
-        batched = (x.view(count, length, *x.shape[1:]).transpose(1, 2) for x in qkv)
-        out = _causal(*batched)
-        outs.append(out.transpose(1, 2).flatten(0, 1))
+    for (length, count), q_run, k_run, v_run in zip(runs, q_runs, k_runs, v_runs, strict=True):
+        out = _causal(
+            _segments_to_batch(q_run, count, length),
+            _segments_to_batch(k_run, count, length),
+            _segments_to_batch(v_run, count, length),
+        )
+        outs.append(out.transpose(1, 2).flatten(0, 1))  # [count, N, L, H] -> [count * L, N, H]
     return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def _segments_to_batch(x: Tensor, count: int, length: int) -> Tensor:
+    """Return a view of the segments of a run as a batch, [count * L, heads, H] -> [count, heads, L, H]."""
+    return x.view(count, length, *x.shape[1:]).transpose(1, 2)
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def scale_gradient(x: Tensor, scale: float) -> Tensor:
 
 
 class _Lookup(torch.autograd.Function):
-    """rows = weight[ids]; backward sums rows in at least float32, on the CPU in token order."""
+    """Row lookup, weight[ids]; backward adds up rows in at least float32, on the CPU in token order."""
 
     @staticmethod
     def forward(ctx: Any, ids: Tensor, weight: Tensor) -> Tensor:
@@ -67,11 +67,11 @@ class Embedding(nn.Module):
     ) -> None:
         super().__init__()
         self.placement, self.grad_scale, self.split_hidden = placement, grad_scale, split_hidden
-        dim = 1 if split_hidden else 0
+        shard_dim = 1 if split_hidden else 0
+        shards = ((placement.mode.weight_axis, shard_dim),)
         local_shape = [rows, hidden_size]
-        local_shape[dim] //= placement.weight_shards
-        spec = ShardSpec((rows, hidden_size), ((placement.mode.weight_axis, dim),))
-        self.weight = placement.make_parameter(tuple(local_shape), spec)
+        local_shape[shard_dim] //= placement.weight_shards
+        self.weight = placement.make_parameter(tuple(local_shape), ShardSpec((rows, hidden_size), shards))
 
     def forward(self, ids: Tensor) -> Tensor:
         if self.placement.axis.size == 1:
@@ -83,7 +83,7 @@ class Embedding(nn.Module):
         return scale_gradient(out, self.grad_scale)
 
     def _from_columns(self, ids: Tensor) -> Tensor:
-        """``S(1)@tp -> I@tp`` (mtp) or ``S(1)@tp -> S(0)@tp``: every rank has its columns of every row."""
+        """Look up this rank's columns of every row; ``S(1)@tp -> I@tp`` (mtp) or ``S(1)@tp -> S(0)@tp``."""
         axis = self.placement.axis
         columns = self._look_up(ids)
         if self.placement.mode.sequence_parallel:
@@ -91,17 +91,16 @@ class Embedding(nn.Module):
         return gather_from_axis(columns, axis, dim=1)
 
     def _from_rows(self, ids: Tensor) -> Tensor:
-        """``P@tp -> I@tp`` (mtp) or ``P@tp -> S(0)@tp``: one rank's summand is the row, all others are zero."""
+        """Look up the rows that this rank holds, zeros for others: ``P@tp -> I@tp`` (mtp) or ``P@tp -> S(0)@tp``."""
         axis = self.placement.axis
         rows = self.weight.shape[0]
         local_ids = ids - axis.rank * rows
         elsewhere = (local_ids < 0) | (local_ids >= rows)
-        summand = self._look_up(local_ids.masked_fill(elsewhere, 0)).masked_fill(elsewhere[:, None], 0.0)
-        return (
-            reduce_scatter(summand, axis)
-            if self.placement.mode.sequence_parallel
-            else all_reduce(summand, axis)
-        )
+        found = self._look_up(local_ids.masked_fill(elsewhere, 0))
+        summand = found.masked_fill(elsewhere[:, None], 0.0)
+        if self.placement.mode.sequence_parallel:
+            return reduce_scatter(summand, axis)
+        return all_reduce(summand, axis)
 
     def _look_up(self, rows: Tensor) -> Tensor:
         out: Tensor = _Lookup.apply(rows, self.weight)  # type: ignore[no-untyped-call]

@@ -1,10 +1,11 @@
-"""Initial weights that do not depend on how the model is cut.
+"""Initial weights that do not depend on how the model is sharded (invariant 9 in docs/architecture.md).
 
 Shapes: R rows and C columns of a parameter's global matrix.
 
-Every element is a function of (seed, parameter name, global position): a counter-based generator (Philox, Salmon et
-al., 2011) is keyed by seed and name and draws fixed tiles, the tile's index being the upper half of its counter. A rank
-draws only the tiles that it owns a part of. Always float32 on the CPU, whatever the device and dtype of the parameter.
+Every element is a function of (seed, parameter name, global position). The global matrix is divided into fixed tiles of
+256 x 256. A counter-based generator (Philox, Salmon et al., 2011), keyed by seed and name, draws each tile separately:
+the index of the tile is the upper half of the counter. A rank draws only the tiles that overlap its shard, always in
+float32 on the CPU, whatever the device and dtype of the parameter.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ import torch
 from evomesh.parallel.grid import Axis
 from evomesh.parallel.spec import ShardSpec
 
-TILE = 256  # rows and columns; part of the numbers' definition, not a tuning knob
+TILE = 256  # rows and columns; this defines the numbers and is not a tuning knob
 
 
 @dataclass(frozen=True)
 class InitialWeight:
-    """What a parameter starts as. ``scale`` is the standard deviation (normal, uniform) or the value (constant)."""
+    """Distribution of a parameter's initial values; ``scale`` is the standard deviation, or the value of a constant."""
 
     kind: Literal["normal", "uniform", "constant"]
     scale: float
@@ -40,58 +41,89 @@ def fill_parameter(
     initial: InitialWeight,
     seed: int,
 ) -> None:
-    """Writes this rank's part of the global parameter ``name``.
+    """Write this rank's shard of the global parameter ``name``.
 
     Args:
-        name: global name; with ``seed`` it selects the stream.
-        spec: the global shape and how it is cut.
-        axes: the grid's axes by name; an axis that is missing counts as not cut.
+        name: global name; with ``seed`` it selects the random stream.
+        spec: the global shape and how it is sharded.
+        axes: the grid's axes by name; a missing axis counts as not sharded.
+
+    Raises:
+        ValueError: a dim after the second is sharded.
     """
     with torch.no_grad():
         if initial.kind == "constant":
             parameter.fill_(initial.scale)
             return
-        shape = spec.shape if len(spec.shape) > 1 else (1, *spec.shape)
-        if len(spec.shape) == 1:
-            rows, columns = range(1), spec.local_ranges(axes)[0]
-        else:
-            if any(dim > 1 for _, dim in spec.shards):
-                raise ValueError(
-                    f"{name}: only the first two dims of a parameter may be cut, not {spec.shards}"
-                )
-            inner = math.prod(shape[2:])
-            rows, second = spec.local_ranges(axes)[:2]
-            columns = range(second.start * inner, second.stop * inner)
+        matrix_rows, matrix_columns = _matrix_shape(spec.shape)
+        rows, columns = _local_rectangle(name, spec, axes)
         local = parameter.view(len(rows), len(columns))
-        for band in range(rows.start // TILE, -(-rows.stop // TILE)):
-            drawn = _band(name, band, shape[0], columns, math.prod(shape[1:]), initial, seed)
-            first, last = max(rows.start, band * TILE), min(rows.stop, (band + 1) * TILE)
-            local[first - rows.start : last - rows.start].copy_(
-                drawn[first - band * TILE : last - band * TILE]
-            )
+        # Band by band: `band` holds the global rows of one row of tiles, `owned` those of them in this shard.
+        for band_index in _tiles_over(rows):
+            band = _tile_range(band_index, matrix_rows)
+            drawn = _draw_band(name, band_index, len(band), columns, matrix_columns, initial, seed)
+            owned = range(max(rows.start, band.start), min(rows.stop, band.stop))
+            target = local[owned.start - rows.start : owned.stop - rows.start]
+            target.copy_(drawn[owned.start - band.start : owned.stop - band.start])
 
 
-def _band(
-    name: str, band: int, rows: int, columns: range, width: int, initial: InitialWeight, seed: int
+def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return R and C: a vector is one row, and all dims after the first are flattened into columns."""
+    if len(shape) == 1:
+        return 1, shape[0]
+    return shape[0], math.prod(shape[1:])
+
+
+def _local_rectangle(name: str, spec: ShardSpec, axes: Mapping[str, Axis]) -> tuple[range, range]:
+    """Return the global rows and columns of the matrix that this rank holds."""
+    ranges = spec.local_ranges(axes)
+    if len(ranges) == 1:
+        return range(1), ranges[0]
+    if any(dim > 1 for _, dim in spec.shards):
+        raise ValueError(f"{name}: only the first two dims of a parameter may be sharded, not {spec.shards}")
+    rows, second = ranges[:2]
+    inner = math.prod(spec.shape[2:])  # columns per index of the second dim
+    return rows, range(second.start * inner, second.stop * inner)
+
+
+def _tiles_over(indices: range) -> range:
+    """Return the indices of the tiles that overlap a range of rows or columns."""
+    return range(indices.start // TILE, -(-indices.stop // TILE))
+
+
+def _tile_range(index: int, length: int) -> range:
+    """Return the rows or columns of tile ``index``; the last tile ends at ``length``."""
+    start = index * TILE
+    return range(start, min(start + TILE, length))
+
+
+def _draw_band(
+    name: str, band_index: int, height: int, columns: range, width: int, initial: InitialWeight, seed: int
 ) -> torch.Tensor:
-    """[rows of the band, len(columns)] float32: one row of tiles, restricted to ``columns``."""
-    height = min(TILE, rows - band * TILE)
-    first = columns.start // TILE
+    """Draw one row of tiles and return its ``columns``, [height, len(columns)] float32."""
+    tile_indices = _tiles_over(columns)
     tiles = []
-    for tile in range(first, -(-columns.stop // TILE)):
-        tile_width = min(TILE, width - tile * TILE)
-        tiles.append(_draw(name, (band, tile), (height, tile_width), initial, seed))
-    offset = first * TILE
-    return torch.from_numpy(np.concatenate(tiles, axis=1)[:, columns.start - offset : columns.stop - offset])
+    for tile_index in tile_indices:
+        tile_width = len(_tile_range(tile_index, width))
+        tiles.append(_draw_tile(name, (band_index, tile_index), (height, tile_width), initial, seed))
+    band = np.concatenate(tiles, axis=1)
+    offset = tile_indices.start * TILE  # global column of the band's first one
+    return torch.from_numpy(band[:, columns.start - offset : columns.stop - offset])
 
 
-def _draw(
+def _draw_tile(
     name: str, tile: tuple[int, int], shape: tuple[int, int], initial: InitialWeight, seed: int
 ) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
-    key = int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest(), "little")
-    # The lower two of the four counter words count draws, the upper two name the tile.
-    generator = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, *tile]))
+    stream = f"{seed}/{name}".encode()
+    digest = hashlib.blake2b(stream, digest_size=16).digest()
+    key = int.from_bytes(digest, "little")
+    # The lower two of the four counter words count draws, the upper two are the index of the tile.
+    philox = np.random.Philox(key=key, counter=[0, 0, *tile])
+    generator = np.random.Generator(philox)
     if initial.kind == "normal":
-        return generator.standard_normal(shape, dtype=np.float32) * np.float32(initial.scale)
+        standard = generator.standard_normal(shape, dtype=np.float32)
+        return standard * np.float32(initial.scale)
+    # A uniform distribution on [-a, a] has the standard deviation a / sqrt(3).
     half_width = np.float32(math.sqrt(3) * initial.scale)
-    return (generator.random(shape, dtype=np.float32) * 2 - 1) * half_width
+    unit = generator.random(shape, dtype=np.float32)
+    return (unit * 2 - 1) * half_width

@@ -23,10 +23,8 @@ from torch import Tensor, nn
 from evomesh.layers.placement import Placement
 from evomesh.layers.products import linear, matmul_nt
 from evomesh.parallel.collectives import (
-    all_gather,
     all_gather_no_grad,
     all_reduce,
-    copy_to_axis,
     reduce_scatter,
     reduce_scatter_no_grad,
 )
@@ -44,7 +42,10 @@ class ColumnParallelLinear(nn.Module):
         rows = out_features // placement.weight_shards
         weight_spec = ShardSpec((out_features, in_features), shards)
         self.weight = placement.make_parameter((rows, in_features), weight_spec)
-        self.bias = placement.make_parameter((rows,), ShardSpec((out_features,), shards)) if bias else None
+        self.bias = None
+        if bias:
+            bias_spec = ShardSpec((out_features,), shards)
+            self.bias = placement.make_parameter((rows,), bias_spec)
 
     def forward(self, x: Tensor) -> Tensor:
         return column_parallel_linears(x, self)[0]
@@ -56,14 +57,16 @@ def column_parallel_linears(x: Tensor, *layers: ColumnParallelLinear) -> tuple[T
     mtp ``I@tp -> S(1)@tp; backward S(1)@tp -> I@tp``, msp and fsp ``S(0)@tp -> S(1)@tp; backward S(1)@tp -> S(0)@tp``.
     msp keeps the gathered input for backward, fsp its own shard of it, and gathers it again.
     """
-    axis, mode = layers[0].placement.axis, layers[0].placement.mode
-    if axis.size > 1 and mode.weight_axis == "tp":
-        if mode.regather_input:
-            weights = [layer.weight for layer in layers]
-            biases = [layer.bias for layer in layers]
-            outs: tuple[Tensor, ...] = _RegatherLinear.apply(x, axis, *weights, *biases)  # type: ignore[no-untyped-call]
-            return outs
-        x = all_gather(x, axis) if mode.sequence_parallel else copy_to_axis(x, axis)
+    placement = layers[0].placement
+    axis = placement.axis
+    tensor_parallel = axis.size > 1 and placement.mode.weight_axis == "tp"
+    if tensor_parallel and placement.mode.regather_input:
+        weights = [layer.weight for layer in layers]
+        biases = [layer.bias for layer in layers]
+        outs: tuple[Tensor, ...] = _RegatherLinear.apply(x, axis, *weights, *biases)  # type: ignore[no-untyped-call]
+        return outs
+    if tensor_parallel:
+        x = placement.gather_sequence(x)
     return tuple(linear(x, layer.weight, layer.bias) for layer in layers)
 
 
@@ -104,13 +107,14 @@ class _RegatherLinear(torch.autograd.Function):
     def backward(ctx: Any, *dy_shards: Tensor) -> tuple[Tensor | None, ...]:
         x_shard, *w_shards = ctx.saved_tensors
         x = all_gather_no_grad(x_shard, ctx.axis)
-        dx = matmul_nt(dy_shards[0], w_shards[0].T)
-        for dy_shard, w_shard in zip(dy_shards[1:], w_shards[1:], strict=True):
+        # dgrad: the first product makes dx, the others are added to it.
+        dx = None
+        for dy_shard, w_shard in zip(dy_shards, w_shards, strict=True):
             dx = matmul_nt(dy_shard, w_shard.T, accumulate=dx)
-        db_shards = [
-            dy_shard.sum(0) if has_bias else None
-            for dy_shard, has_bias in zip(dy_shards, ctx.has_bias, strict=True)
-        ]
+        db_shards: list[Tensor | None] = []
+        for dy_shard, has_bias in zip(dy_shards, ctx.has_bias, strict=True):
+            db_shards.append(dy_shard.sum(0) if has_bias else None)
+        assert dx is not None
         dx_shard = reduce_scatter_no_grad(dx, ctx.axis)
         dw_shards = [matmul_nt(dy_shard.T, x.T) for dy_shard in dy_shards]
         return dx_shard, None, *dw_shards, *db_shards
@@ -132,12 +136,13 @@ class RowParallelLinear(nn.Module):
         weight_axis = placement.mode.weight_axis
         # Weight sharding (wp) shards dim 0 of every parameter; tensor parallelism shards the summed dimension.
         weight_dim = 1 if weight_axis == "tp" else 0
-        weight_spec = ShardSpec((out_features, in_features), ((weight_axis, weight_dim),))
+        weight_shards = ((weight_axis, weight_dim),)
+        weight_spec = ShardSpec((out_features, in_features), weight_shards)
         columns = in_features // placement.weight_shards
         self.weight = placement.make_parameter((out_features, columns), weight_spec)
         self.bias = None
         if bias:
-            bias_shards = () if weight_axis == "tp" else ((weight_axis, 0),)
+            bias_shards = weight_shards if weight_axis == "wp" else ()
             bias_spec = ShardSpec((out_features,), bias_shards, placement.partial)
             self.bias = placement.make_parameter((out_features,), bias_spec)
 

@@ -146,7 +146,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # 3. Gradients of the chunk. From here on `logits` holds e_sum * d(token loss) / d(logit).
             if gradients is not None:
                 shard.subtract_target_(logits, label, result.exp_sum, smoothing)
-                gradients.add(part, logits, (scale * is_target)[:, None] / result.exp_sum)
+                token_scale = (scale * is_target)[:, None]
+                gradients.add(part, logits, token_scale / result.exp_sum)
             del logits  # or the logits of two chunks would exist at one time
 
         # 4. Scatter the kept rows back to all T tokens.
@@ -205,7 +206,13 @@ class _GradientAccumulator:
         self._add_to_weight(logit_grad, hidden_chunk)
 
     def _add_to_weight(self, logit_grad: Tensor, hidden_chunk: Tensor) -> None:
-        left, right = (hidden_chunk.T, logit_grad.T) if self._transposed else (logit_grad.T, hidden_chunk.T)
+        # left right^T is the chunk's gradient: [V, D], or transposed [D, V].
+        if self._transposed:
+            left = hidden_chunk.T
+            right = logit_grad.T
+        else:
+            left = logit_grad.T
+            right = hidden_chunk.T
         if self._weight_sum is None:
             self._weight_sum = matmul_nt(left, right).to(promote(self._weight.dtype))
         elif self._transposed:
@@ -276,17 +283,17 @@ class _VocabularyShard:
 
         # 3. One all-reduce for all three sums over the vocabulary.
         logits.sub_(top).exp_()
-        local_sums = torch.cat([logits.sum(-1, keepdim=True), label_logit, logit_sum], dim=1)
+        local_exp_sum = logits.sum(dim=-1, keepdim=True)
+        local_sums = torch.cat([local_exp_sum, label_logit, logit_sum], dim=1)  # [C, 3]
         sums = all_reduce_no_grad(local_sums, self.axis)
         exp_sum, label_logit, logit_sum = sums.chunk(3, dim=1)
 
+        # 4. -log p = log(sum of exp(z)) - z, for the label and on average over the vocabulary; all [C, 1].
         log_sum = top + exp_sum.log()
-        return _ChunkLoss(
-            exp_sum=exp_sum,
-            nll=(log_sum - label_logit).squeeze(1),
-            mean_nll=(log_sum - logit_sum / self.vocab_size).squeeze(1),
-            correct=(label_logit == top).squeeze(1),
-        )
+        nll = log_sum - label_logit
+        mean_nll = log_sum - logit_sum / self.vocab_size
+        correct = label_logit == top
+        return _ChunkLoss(exp_sum, nll.squeeze(1), mean_nll.squeeze(1), correct.squeeze(1))
 
     def subtract_target_(
         self, exponentials: Tensor, label: Tensor, exp_sum: Tensor, smoothing: float

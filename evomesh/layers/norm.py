@@ -24,7 +24,8 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # [T, 1]; from here on in place
+        mean_square = norm.square_().div_(x.shape[-1])
         scale = mean_square.add_(eps).rsqrt_()
         ctx.save_for_backward(x, scale, weight)
         out: Tensor = (x * scale).mul_(weight)
@@ -34,11 +35,13 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, scale, weight = ctx.saved_tensors
         dy = grads[0]
-        normed = x * scale
+        normed = x * scale  # n
         dy_normed = dy * normed
-        mean = (dy_normed @ weight).div_(x.shape[-1]).unsqueeze(-1)
-        dx = (dy * weight).addcmul_(normed, mean, value=-1).mul_(scale)
-        return dx, dy_normed.sum(0), None
+        mean = (dy_normed @ weight).div_(x.shape[-1])  # mean(w dy n), [T]
+        dn = dy * weight
+        dx = dn.addcmul_(normed, mean.unsqueeze(-1), value=-1).mul_(scale)
+        dw = dy_normed.sum(0)
+        return dx, dw, None
 
 
 class Norm(nn.Module):
@@ -52,14 +55,14 @@ class Norm(nn.Module):
     def __init__(self, kind: str, size: int, *, eps: float, fp32_weight: bool, placement: Placement) -> None:
         super().__init__()
         self.size, self.eps, self.placement = size, eps, placement
-        spec = ShardSpec(
-            (size,),
-            ((placement.mode.weight_axis, 0),) if placement.mode.weight_axis == "wp" else (),
-            placement.partial,
-        )
+        # Replicated over tp; weight sharding shards it like every parameter of a block.
+        shards = (("wp", 0),) if placement.mode.weight_axis == "wp" else ()
+        spec = ShardSpec((size,), shards, placement.partial)
         dtype = promote(placement.dtype) if fp32_weight else placement.dtype
         self.weight = placement.make_parameter((size,), spec, dtype)
-        self.bias = placement.make_parameter((size,), spec, dtype) if kind == "layernorm" else None
+        self.bias = None
+        if kind == "layernorm":
+            self.bias = placement.make_parameter((size,), spec, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         wide = promote(self.placement.dtype)

@@ -1,4 +1,4 @@
-"""Where a layer's parameters live: dtype, device, and the tensor axis they may be sharded over."""
+"""Placement of a layer's parameters: dtype, device, and the tensor axis that may shard them."""
 
 from __future__ import annotations
 
@@ -40,11 +40,10 @@ class Placement:
 
         With weight axis ``wp``, weight sharding and the rest of the weight view do the sum, not ``tp``.
         """
-        return (
-            frozenset({"tp"})
-            if self.mode.sequence_parallel and self.mode.weight_axis == "tp"
-            else frozenset()
-        )
+        tensor_parallel = self.mode.weight_axis == "tp"
+        if self.mode.sequence_parallel and tensor_parallel:
+            return frozenset({"tp"})
+        return frozenset()
 
     def on_tensor_axis(self) -> Placement:
         """Return the placement of embedding, last norm and head, whose weights are on the tensor axis in every mode."""
@@ -52,7 +51,7 @@ class Placement:
 
     @property
     def exchanges_heads(self) -> bool:
-        """Whether attention exchanges sequence shards for head shards (isp; Ulysses, Jacobs et al., 2309.14509)."""
+        """Return whether attention exchanges sequence shards for head shards (isp; Ulysses, arXiv 2309.14509)."""
         return self.mode.weight_axis == "wp" and self.axis.size > 1
 
     def gather_sequence(self, x: Tensor) -> Tensor:

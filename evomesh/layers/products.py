@@ -25,9 +25,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if uses_onednn(x, weight):
         out: Tensor = _OneDnnLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return out
-    if torch.is_grad_enabled() or not x.is_cpu or len(x) not in FEW_ROWS:
+    weight_as_left_operand = x.is_cpu and len(x) in FEW_ROWS and not torch.is_grad_enabled()
+    if not weight_as_left_operand:
         return F.linear(x, weight, bias)
-    out = (weight @ x.T).T.contiguous()
+    transposed = weight @ x.T  # [O, T]
+    out = transposed.T.contiguous()
     return out if bias is None else out.add_(bias)
 
 

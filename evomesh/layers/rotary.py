@@ -36,10 +36,12 @@ class RotaryEmbedding:
 
     def tables(self, bounds: SequenceBounds, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the cosines and sines of one pack, each [T, H/2] in at least float32."""
+        # In float64, because a float32 angle loses accuracy as positions grow.
         positions = bounds.position_ids.to(torch.float64)
-        even_columns = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=positions.device)
+        options: dict[str, Any] = {"dtype": torch.float64, "device": positions.device}
+        even_columns = torch.arange(0, self.head_dim, 2, **options)  # 2i, [H/2]
         exponent = even_columns / self.head_dim
-        base = torch.full((1,), self.base, dtype=torch.float64, device=positions.device)
+        base = torch.full((1,), self.base, **options)
         if self.dynamic_ntk:
             base = base * self._ntk_factor(bounds)
         frequencies = base[:, None] ** -exponent  # [1 or T, H/2]
@@ -73,7 +75,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, interleaved: bool)
 
 
 class _SplitRotate(torch.autograd.Function):
-    """One pass over qkv forward and one backward, where slicing and concatenating would take one for each part.
+    """Split and rotate qkv in one pass, and its gradient in another; slices and concatenations would take one per part.
 
     The backward of a rotation is the rotation by the negative angle.
     """
@@ -87,8 +89,11 @@ class _SplitRotate(torch.autograd.Function):
         ctx.save_for_backward(cos, sin)
         ctx.interleaved = interleaved
 
+        # Views of qkv: R query heads, the key head and the value head of each group.
         groups = qkv.view(qkv.shape[0], kv_heads, -1, head_dim)  # [T, G, R + 2, H]
-        q_in, k_in, v_in = groups[:, :, :-2], groups[:, :, -2:-1], groups[:, :, -1]
+        q_in = groups[:, :, :-2]
+        k_in = groups[:, :, -2:-1]
+        v_in = groups[:, :, -1]
         q = torch.empty_like(q_in)
         k = torch.empty_like(k_in)
         _rotate(q_in, cos, sin, q, interleaved)
@@ -100,10 +105,15 @@ class _SplitRotate(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         dq, dk, dv = grads
         tokens, kv_heads, head_dim = dk.shape
-        dq = dq.reshape(tokens, kv_heads, -1, head_dim)
-        dqkv = dq.new_empty(tokens, kv_heads, dq.shape[2] + 2, head_dim)  # [T, G, R + 2, H]
-        _rotate(dq, cos, -sin, dqkv[:, :, :-2], ctx.interleaved)
-        _rotate(dk.unsqueeze(2), cos, -sin, dqkv[:, :, -2:-1], ctx.interleaved)
+        dq = dq.reshape(tokens, kv_heads, -1, head_dim)  # [T, G, R, H]
+        queries = dq.shape[2]
+        dqkv = dq.new_empty(tokens, kv_heads, queries + 2, head_dim)
+        # Write each part to its place in the fused gradient; the angle is negated by negating the sine.
+        minus_sin = -sin
+        dq_out = dqkv[:, :, :-2]
+        _rotate(dq, cos, minus_sin, dq_out, ctx.interleaved)
+        dk_out = dqkv[:, :, -2:-1]
+        _rotate(dk.unsqueeze(2), cos, minus_sin, dk_out, ctx.interleaved)
         dqkv[:, :, -1] = dv
         return dqkv.view(tokens, -1), None, None, None, None, None
 
@@ -117,11 +127,15 @@ def split_and_rotate(
     """
     if qkv.is_cpu and not torch.is_grad_enabled():
         # Without gradient q and k are rotated in one pass, and v stays a view of qkv.
-        groups = qkv.view(qkv.shape[0], kv_heads, -1, head_dim)
+        groups = qkv.view(qkv.shape[0], kv_heads, -1, head_dim)  # [T, G, R + 2, H]
         q_and_k = groups[:, :, :-1]
+        v = groups[:, :, -1]
         rotated = torch.empty_like(q_and_k)
-        _rotate(q_and_k, cos[:, None, None], sin[:, None, None], rotated, interleaved)
-        q, k = rotated[:, :, :-1].flatten(1, 2), rotated[:, :, -1]
-        return q, k, groups[:, :, -1]
+        cos = cos[:, None, None]
+        sin = sin[:, None, None]
+        _rotate(q_and_k, cos, sin, rotated, interleaved)
+        q = rotated[:, :, :-1].flatten(1, 2)
+        k = rotated[:, :, -1]
+        return q, k, v
     q, k, v = _SplitRotate.apply(qkv, cos, sin, kv_heads, head_dim, interleaved)  # type: ignore[no-untyped-call]
     return q, k, v

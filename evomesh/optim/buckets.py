@@ -1,7 +1,8 @@
-"""Buckets of the optimizer: gradients summed to the rank that owns their rows, and updated rows gathered back.
+"""Buckets of the optimizer: gradients are summed to the rank that owns their rows, and updated rows are gathered.
 
-Parameters whose state is sharded over an axis of n ranks are packed as [n, chunk], row r holding what rank r owns of
-each, so that one reduce-scatter hands every rank its rows of all of them, and one all-gather brings them back.
+Parameters whose state is sharded over an axis of n ranks are packed as [n, chunk]: row r holds the rows of each that
+rank r owns. So one reduce-scatter gives every rank its rows of all of them, and one all-gather distributes the updated
+rows.
 
 What overlap changes, for two buckets (``b1`` is filled first, ``rs`` a reduce-scatter, ``ag`` an all-gather):
 
@@ -41,13 +42,14 @@ class GradientBucket:
 
     def launch(self) -> None:
         """Start the first sum. The gradients must stay unchanged until ``finish``."""
-        shard_axis, sum_axes = self.slots[0].shard_axis, self.slots[0].sum_axes
+        shard_axis = self.slots[0].shard_axis
         rows = [slot.gradient().reshape(shard_axis.size, -1) for slot in self.slots]
-        bucket = rows[0].contiguous() if len(rows) == 1 else torch.cat(rows, dim=1)
+        bucket = rows[0].contiguous() if len(rows) == 1 else torch.cat(rows, dim=1)  # [n, chunk]
         if shard_axis.size > 1:
             self.pending = launch_reduce_scatter(bucket, shard_axis)
         else:
-            self.pending = launch_all_reduce(bucket, sum_axes[0])
+            first_sum_axis = self.slots[0].sum_axes[0]
+            self.pending = launch_all_reduce(bucket, first_sum_axis)
 
     def finish(self) -> None:
         """Complete all sums and give each master its gradient."""
@@ -59,13 +61,16 @@ class GradientBucket:
         self.ready = 0
 
         # The launched collective has summed over the shard axis, or else over the first of the sum axes.
-        shard_axis, sum_axes = self.slots[0].shard_axis, self.slots[0].sum_axes
-        remaining = sum_axes if shard_axis.size > 1 else sum_axes[1:]
+        remaining = self.slots[0].sum_axes
+        if self.slots[0].shard_axis.size == 1:
+            remaining = remaining[1:]
         for axis in remaining:
             total = launch_all_reduce(total, axis).wait()
 
+        # `total` is this rank's row of the bucket: its rows of one parameter after the other.
         sizes = [slot.master.numel() for slot in self.slots]
-        for slot, gradient in zip(self.slots, torch.split(total.view(-1), sizes), strict=True):
+        gradients = torch.split(total.view(-1), sizes)
+        for slot, gradient in zip(self.slots, gradients, strict=True):
             slot.master.grad = gradient.view(slot.master.shape)
 
 
@@ -119,13 +124,15 @@ def _needs_sum(slot: ParameterSlot) -> bool:
 
 def _gradient_buckets(slots: Sequence[ParameterSlot], bucket_size: int) -> list[GradientBucket]:
     """Pack ``slots``, given in the order of backward, into buckets; return them in the order in which they fill."""
-    kinds: dict[object, list[ParameterSlot]] = {}
+    same_sum: dict[object, list[ParameterSlot]] = {}
     for slot in slots:
-        kinds.setdefault((slot.shard_axis, slot.sum_axes, slot.gradient_dtype), []).append(slot)
+        kind = (slot.shard_axis, slot.sum_axes, slot.gradient_dtype)
+        same_sum.setdefault(kind, []).append(slot)
+    buckets: list[GradientBucket] = []
+    for group in same_sum.values():
+        buckets += map(GradientBucket, pack_into_buckets(group, bucket_size))
+    # A bucket is full when backward reaches the last of its slots.
     position = {slot: index for index, slot in enumerate(slots)}
-    buckets = []
-    for kind in kinds.values():
-        buckets += [GradientBucket(pack) for pack in pack_into_buckets(kind, bucket_size)]
     return sorted(buckets, key=lambda bucket: position[bucket.slots[-1]])
 
 
@@ -142,8 +149,9 @@ class ParameterBucket:
 
     def launch(self) -> None:
         """Start gathering. The rows are sent from a copy, which also rounds them: the output must not alias them."""
-        axis, dtype = self.slots[0].shard_axis, self.slots[0].local.dtype
-        rows = torch.cat([slot.master.reshape(-1).to(dtype) for slot in self.slots])
+        axis = self.slots[0].shard_axis
+        dtype = self.slots[0].local.dtype
+        rows = torch.cat([slot.master.reshape(-1).to(dtype) for slot in self.slots])  # [chunk]
         out = self.slots[0].local.view(axis.size, -1) if self._in_place else None
         self.pending = launch_all_gather(rows, axis, out)
 
@@ -156,8 +164,10 @@ class ParameterBucket:
         if self._in_place:
             return
         sizes = [slot.master.numel() for slot in self.slots]
-        for slot, rows in zip(self.slots, torch.split(bucket, sizes, dim=1), strict=True):
-            slot.local.view(slot.shard_axis.size, -1).copy_(rows)
+        columns = torch.split(bucket, sizes, dim=1)  # [n, rows of one parameter that one rank owns]
+        for slot, rows in zip(self.slots, columns, strict=True):
+            parameter = slot.local.view(slot.shard_axis.size, -1)
+            parameter.copy_(rows)
 
 
 class ParameterSync:
@@ -171,14 +181,17 @@ class ParameterSync:
 
     def __init__(self, slots: Sequence[ParameterSlot], bucket_size: int, overlap: bool) -> None:
         self.overlap = overlap
-        kinds: dict[object, list[ParameterSlot]] = {}
+        same_gather: dict[object, list[ParameterSlot]] = {}
         for slot in slots:
             if slot.shard_axis.size > 1:
-                kinds.setdefault((slot.shard_axis, slot.local.dtype), []).append(slot)
+                kind = (slot.shard_axis, slot.local.dtype)
+                same_gather.setdefault(kind, []).append(slot)
         self.buckets: list[ParameterBucket] = []
-        for kind in kinds.values():
-            self.buckets += [ParameterBucket(pack) for pack in pack_into_buckets(kind, bucket_size)]
-        self._bucket_of = {slot.name: bucket for bucket in self.buckets for slot in bucket.slots}
+        for group in same_gather.values():
+            self.buckets += map(ParameterBucket, pack_into_buckets(group, bucket_size))
+        self._bucket_of: dict[str, ParameterBucket] = {}
+        for bucket in self.buckets:
+            self._bucket_of |= {slot.name: bucket for slot in bucket.slots}
 
     def start(self) -> None:
         """Launch all gathers; without overlap, finish each before the next."""

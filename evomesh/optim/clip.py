@@ -1,6 +1,6 @@
 """The global gradient norm: over all parameters and ranks, each element counted once.
 
-Norm and clip factor stay scalars on the device, in float64: no host waits for them here.
+Norm and clip factor are float64 scalars on the device: the host does not wait for them here.
 """
 
 from __future__ import annotations
@@ -20,34 +20,40 @@ GradientCheck = Literal["ok", "inf", "nan"]
 
 
 def global_norm(grads: Sequence[Tensor], grid: Grid, device: torch.device) -> Tensor:
-    """The 2-norm over the gradients of all ranks: ``grads`` are those that this rank counts (see ``counts_in_norm``).
+    """Return the 2-norm of the gradients of all ranks, a float64 scalar, the same on every rank.
 
-    The result is the same number on every rank.
+    Args:
+        grads: the gradients that this rank counts (see ``counts_in_norm``).
     """
     total = torch.zeros((), dtype=torch.float64, device=device)
     if grads:
-        # float64 across tensors: a square of a norm overflows float32 long before the norm does
-        norms = torch._foreach_norm(list(grads), 2, dtype=torch.promote_types(grads[0].dtype, torch.float32))
+        wide = torch.promote_types(grads[0].dtype, torch.float32)
+        norms = torch._foreach_norm(list(grads), 2, dtype=wide)
+        # float64 across tensors: the square of a norm overflows float32 long before the norm does.
         total = torch.stack([norm.double() for norm in norms]).square().sum()
     return all_reduce_no_grad(total, grid.dp, grid.tp, grid.pp).sqrt()
 
 
 def counts_in_norm(spec: ShardSpec, axes: Sequence[Axis]) -> bool:
-    """Of all ranks that hold the same elements exactly one counts them: the first on each axis that does not cut them.
+    """Return whether this rank counts its elements: it is the first rank on each axis that does not shard them.
+
+    So of all ranks that hold the same elements exactly one counts them.
 
     Args:
-        axes: the view of the grid that the parameter lives on.
+        axes: the axes that span the stage as the parameter sees it (``optimizer_axes``).
     """
-    cut = {name for name, _ in spec.shards}
-    return all(axis.name in cut or axis.rank == 0 for axis in axes)
+    sharding = {name for name, _ in spec.shards}
+    return all(axis.name in sharding or axis.rank == 0 for axis in axes)
 
 
 def check_norm(norm: float) -> GradientCheck:
-    return "nan" if math.isnan(norm) else "inf" if math.isinf(norm) else "ok"
+    if math.isnan(norm):
+        return "nan"
+    return "inf" if math.isinf(norm) else "ok"
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
-    """What the gradient is multiplied with so that its norm is at most ``max_norm``; 0 means no clipping."""
+    """Return the factor that reduces the gradient's norm to at most ``max_norm``; 0 disables clipping."""
     if max_norm == 0:
         return torch.ones_like(norm)
     return (torch.full_like(norm, max_norm) / (norm + 1e-6)).clamp(max=1.0)

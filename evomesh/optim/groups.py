@@ -1,4 +1,4 @@
-"""Which parameters weight decay acts on."""
+"""The rule that decides which parameters weight decay applies to."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 
 def has_weight_decay(name: str, no_decay: Sequence[str]) -> bool:
-    """Whether the parameter with this global name is decayed.
+    """Return whether weight decay applies to the parameter with this global name.
 
-    The default, an empty ``no_decay``, decays everything, biases, norms and embedding included, as InternEvo does.
+    By default ``no_decay`` is empty, and all parameters decay, including biases, norms and embedding, as in InternEvo.
 
     Args:
         name: for example ``layers.3.attention_norm.weight``.

@@ -1,6 +1,6 @@
 """Learning rate and beta2 as pure functions of the number of updates already made.
 
-No scheduler object, hence nothing to save: a resumed run computes what the uninterrupted one would have.
+There is no scheduler object and no state to save: a resumed run computes the same values as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from evomesh.config.schema import AdamConfig, Beta2Config, LrConfig
 
 
 def learning_rate(step: int, config: LrConfig, adam: AdamConfig, total_steps: int) -> float:
-    """Zero for ``init_steps``, then linear up to ``adam.lr``, then half a cosine down to ``eta_min``.
+    """Return the learning rate: 0 for ``init_steps``, linear up to ``adam.lr``, then half a cosine down to ``eta_min``.
 
     Args:
         step: successful updates before this one, from 0; the first update of the warm-up uses ``lr / warmup``.
-        total_steps: length of the run, unless ``config.total_steps`` says otherwise; afterwards it stays ``eta_min``.
+        total_steps: length of the run, unless ``config.total_steps`` is set; after it the rate stays at ``eta_min``.
     """
     total = config.total_steps or total_steps
     warmup = int(total * config.warmup_ratio)
@@ -24,13 +24,16 @@ def learning_rate(step: int, config: LrConfig, adam: AdamConfig, total_steps: in
         return 0.0
     if step < warmup:
         return adam.lr * (step + 1) / warmup
-    length = total - config.init_steps - warmup
-    progress = min((step - warmup) / length, 1.0) if length > 0 else 1.0
-    return config.eta_min + (adam.lr - config.eta_min) * (1 + math.cos(math.pi * progress)) / 2
+    decay_steps = total - config.init_steps - warmup
+    progress = 1.0
+    if decay_steps > 0:
+        progress = min((step - warmup) / decay_steps, 1.0)
+    cosine = 1 + math.cos(math.pi * progress)  # from 2 down to 0
+    return config.eta_min + (adam.lr - config.eta_min) * cosine / 2
 
 
 def beta2(step: int, config: Beta2Config, adam: AdamConfig) -> float:
-    """``max(initial, 1 - n^-c)`` with n = ``step`` + 1 (Shazeer and Stern, arXiv 1804.04235); constant for c <= 0."""
+    """Return max(initial, 1 - n^-c), n = ``step`` + 1 (Shazeer and Stern, arXiv 1804.04235); the initial for c <= 0."""
     initial = adam.adam_beta2 if config.init_beta2 is None else config.init_beta2
     c = adam.adam_beta2_c if config.c is None else config.c
     return initial if c <= 0 else max(initial, 1 - (step + 1) ** -c)

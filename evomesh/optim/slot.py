@@ -1,4 +1,4 @@
-"""One parameter as the optimizer sees it: where its gradient is summed, and which part of its state lies here."""
+"""One parameter as the optimizer sees it: the axes that sum its gradient, and this rank's shard of its state."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(eq=False)
 class ParameterSlot:
-    """Attributes:
-    name: global name.
-    param: the parameter; under FSDP2 a DTensor.
-    local: its storage on this rank, without gradient.
-    shard_axis: axis over which dim 0 of ``local`` is divided among optimizer states; of size 1 when it is not.
-    sum_axes: the other axes over which the gradient is still a partial sum.
-    spec: how the state lies in the global tensor.
-    counts_in_norm: whether this rank counts the gradient in the global norm.
-    master: what AdamW updates: own rows of ``local``, in place, or a float32 copy of them.
-    accumulated_grad: float32 sum of the micro-batches' gradients, of a float16 or bfloat16 parameter.
-    micro_batches: gradients accumulated since ``reset``.
+    """One parameter with its gradient and its master weights on this rank.
+
+    Attributes:
+        name: global name.
+        param: the parameter; under FSDP2 a DTensor.
+        local: its storage on this rank, detached.
+        shard_axis: axis that shards dim 0 of ``local`` for the optimizer state; of size 1 if the state is not sharded.
+        sum_axes: the other axes over which the gradient is still a partial sum.
+        spec: distribution of the optimizer state over the grid.
+        counts_in_norm: whether this rank counts the gradient in the global norm.
+        master: the tensor that AdamW updates: own rows of ``local``, in place, or a float32 copy of them.
+        accumulated_grad: float32 sum of the micro-batches' gradients of a float16 or bfloat16 parameter.
+        micro_batches: gradients accumulated since ``reset``.
     """
 
     name: str
@@ -42,7 +44,7 @@ class ParameterSlot:
 
     @property
     def own_rows(self) -> Tensor:
-        """The rows of ``local`` that this rank updates, as a view."""
+        """Return the rows of ``local`` that this rank updates, as a view."""
         if self.shard_axis.size == 1:
             return self.local
         rows = self.local.shape[0] // self.shard_axis.size
@@ -53,7 +55,7 @@ class ParameterSlot:
         return self.local.dtype if self.accumulated_grad is None else self.accumulated_grad.dtype
 
     def accumulate(self) -> None:
-        """Takes over the gradient that backward has just finished."""
+        """Count the gradient that backward has just completed, and add it to ``accumulated_grad`` if there is one."""
         if self.accumulated_grad is not None:
             assert self.param.grad is not None
             gradient = local_shard(self.param.grad)
@@ -65,10 +67,12 @@ class ParameterSlot:
         self.micro_batches += 1
 
     def gradient(self) -> Tensor:
-        """The local gradient; zeros when no micro-batch used the parameter, so that all ranks can take part."""
+        """Return the local gradient; zeros if no micro-batch used the parameter, so that all ranks can take part."""
         if self.accumulated_grad is not None:
             return self.accumulated_grad if self.micro_batches else self.accumulated_grad.zero_()
-        return torch.zeros_like(self.local) if self.param.grad is None else local_shard(self.param.grad)
+        if self.param.grad is None:
+            return torch.zeros_like(self.local)
+        return local_shard(self.param.grad)
 
     def reset(self) -> None:
         self.param.grad = None
@@ -76,24 +80,35 @@ class ParameterSlot:
 
 
 def make_slot(name: str, param: nn.Parameter, grid: Grid) -> ParameterSlot:
-    local, spec = local_shard(param.detach()), spec_of(param)
-    zero, replica, inner = axes = optimizer_axes(spec, grid)
-    # Vectors are small, and with rows that do not divide a state would not be one equal range of the tensor.
-    sharded = any(
-        name == zero.name for name, _ in spec.shards
-    )  # with fsdp parameter and gradient are cut as well
-    divides = local.dim() > 1 and local.shape[0] % zero.size == 0
-    cut = zero if divides and not sharded else Axis(zero.name)
-    data = (replica,) if sharded else (zero, replica)
-    partial = (*data, inner) if inner.name in spec.partial else data
-    shards = (*spec.shards, (cut.name, 0)) if cut.size > 1 else spec.shards
+    """Decide how the optimizer state of a parameter is sharded, and allocate its master weights."""
+    local = local_shard(param.detach())
+    spec = spec_of(param)
+    axes = optimizer_axes(spec, grid)
+    zero, replica, inner = axes
+
+    # 1. The state of a matrix is sharded over zero, unless fsdp has sharded parameter and gradient there already.
+    #    Vectors are small, and a state of rows that do not divide would not be one equal range of the tensor.
+    fully_sharded = any(axis == zero.name for axis, _ in spec.shards)
+    divisible = local.dim() > 1 and local.shape[0] % zero.size == 0
+    shard_axis = zero if divisible and not fully_sharded else Axis(zero.name)
+    shards = spec.shards
+    if shard_axis.size > 1:
+        shards = (*shards, (shard_axis.name, 0))
     state_spec = replace(spec, shards=shards, partial=frozenset())
+
+    # 2. The gradient is summed over all ranks that saw other tokens; the shard axis sums by its reduce-scatter.
+    partial = [replica] if fully_sharded else [zero, replica]
+    if inner.name in spec.partial:
+        partial.append(inner)
+    sum_axes = tuple(axis for axis in partial if axis.size > 1 and axis is not shard_axis)
+
+    # 3. 16-bit parameters have float32 master weights of this rank's rows, and a float32 gradient of all of them.
     slot = ParameterSlot(
         name=name,
         param=param,
         local=local,
-        shard_axis=cut,
-        sum_axes=tuple(axis for axis in partial if axis.size > 1 and axis is not cut),
+        shard_axis=shard_axis,
+        sum_axes=sum_axes,
         spec=state_spec,
         counts_in_norm=counts_in_norm(state_spec, axes),
         master=local,

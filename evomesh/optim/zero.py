@@ -1,8 +1,8 @@
 """AdamW with its state sharded over ranks (ZeRO stage 1, Rajbhandari et al., arXiv 1910.02054).
 
-Each rank of the ``zero`` axis keeps, for every matrix, the moments and the float32 master of its own rows only.
-A step: gradients are summed to the rank that owns their rows, one norm is taken over all of them, AdamW runs on the
-rows, and the updated rows are gathered. With one process none of this communicates or copies.
+Each rank of the ``zero`` axis keeps moments and float32 master weights for its share of the rows of every matrix.
+In a step, gradients are summed to the rank that owns their rows, one norm is computed over all of them, AdamW updates
+the rows, and the updated rows are gathered. With one process none of this communicates or copies.
 """
 
 from __future__ import annotations
@@ -79,10 +79,10 @@ class ZeroOptimizer:
             bucket_size=zero.all_gather_size if zero.use_split_tensor_optim else 0,
             overlap=zero.overlap_sync_param and model is not None,
         )
-        decay = {
-            slot.master: adam.weight_decay * has_weight_decay(slot.name, adam.no_decay) for slot in self.slots
-        }
-        self._adamw = AdamW(decay, adam.adam_beta1, adam.adam_eps)
+        decays: dict[Tensor, float] = {}
+        for slot in self.slots:
+            decays[slot.master] = adam.weight_decay * has_weight_decay(slot.name, adam.no_decay)
+        self._adamw = AdamW(decays, adam.adam_beta1, adam.adam_eps)
         for slot in self.slots:
             if slot.accumulated_grad is not None or zero.overlap_sync_grad:
                 hook = partial(self._on_gradient, slot)
@@ -112,19 +112,19 @@ class ZeroOptimizer:
         # 1. Finish what the last step may have left pending: the parameters' new values.
         self._parameters.wait()
 
-        # 2. Sum the gradients over ranks; each master gets the gradient of its own rows.
+        # 2. Sum the gradients over ranks; each master gets the gradient of its rows.
         self._gradients.finish()
-        gradients = [slot.master.grad for slot in self.slots if slot.master.grad is not None]
+        with_gradient = [(slot, slot.master.grad) for slot in self.slots if slot.master.grad is not None]
+        gradients = [gradient for _, gradient in with_gradient]
 
         # 3. One norm over all parameters and ranks, each element counted once.
-        counted = [
-            slot.master.grad for slot in self.slots if slot.counts_in_norm and slot.master.grad is not None
-        ]
+        counted = [gradient for slot, gradient in with_gradient if slot.counts_in_norm]
         norm = global_norm(counted, self.grid, self.device) * inv_scale
 
         # 4. AdamW on this rank's rows, with the clipped gradient; skipped by the device if the norm is not finite.
         divisor = self._scale_gradients(gradients, norm, inv_scale)
-        self._adamw.step(lr, beta2, divisor, found_inf=(~norm.isfinite()).float())
+        not_finite = (~norm.isfinite()).float()
+        self._adamw.step(lr, beta2, divisor, found_inf=not_finite)
 
         # 5. Round the masters to 16-bit parameters, and gather the rows that other ranks have updated.
         copy_masters_to_parameters(self.slots)
@@ -140,9 +140,10 @@ class ZeroOptimizer:
 
         That saves a pass over all gradients. Other dtypes are multiplied here.
         """
-        if inv_scale == 1.0 and self.zero.clip_grad_norm <= 0:
+        max_norm = self.zero.clip_grad_norm
+        if inv_scale == 1.0 and max_norm <= 0:
             return None
-        factor = clip_factor(norm, self.zero.clip_grad_norm) * inv_scale
+        factor = clip_factor(norm, max_norm) * inv_scale
         if all(gradient.dtype == torch.float32 for gradient in gradients):
             return factor.reciprocal().float()
         torch._foreach_mul_(gradients, factor)
@@ -200,7 +201,7 @@ class ZeroOptimizer:
 
     @property
     def device(self) -> torch.device:
-        """Device of the parameters."""
+        """Return the device of the parameters."""
         return self.slots[0].local.device
 
     def _on_gradient(self, slot: ParameterSlot, _: Tensor) -> None:

@@ -1,7 +1,7 @@
-"""From sizes to process groups: which ranks form which axis, and the groups for the axes this rank is on.
+"""Grid construction: which ranks form which axis, and a process group for each axis this rank is on.
 
-The order of ranks is InternEvo's: a stage is a contiguous block of ranks, inside it the tensor (or weight) axis holds
-neighbours, and the zero axis holds consecutive members of what is left.
+Ranks are ordered as in InternEvo: a pipeline stage is a contiguous block of ranks. Inside it, the tensor (or weight)
+axis groups adjacent ranks, and the zero axis groups the nearest ranks among those that hold the same weight shard.
 """
 
 from __future__ import annotations
@@ -19,27 +19,34 @@ if TYPE_CHECKING:
 
 
 def axis_members(sizes: AxisSizes, rank: int) -> dict[str, list[int]]:
-    """The global ranks on each axis through ``rank``, in axis order."""
-    first = rank - rank % sizes.ranks_per_stage  # first rank of this stage
-    inner = sizes.wp if sizes.isp else sizes.tp  # neighbours that hold different parts of the weights
-    local = rank - first
-    group_of_zero = local - local % (sizes.zero * inner)
-    return {
-        "pp": [local + stage * sizes.ranks_per_stage for stage in range(sizes.pp)],
-        "dp": [first + local % sizes.tp + i * sizes.tp for i in range(sizes.dp)],
-        "tp": [rank - local % sizes.tp + i for i in range(sizes.tp)],
-        "wp": [rank - local % sizes.wp + i for i in range(sizes.wp)],
-        "zero": [first + group_of_zero + local % inner + i * inner for i in range(sizes.zero)],
-        "replica": [
-            first + local % (sizes.zero * inner) + i * sizes.zero * inner for i in range(sizes.replica)
-        ],
+    """Return the global ranks on each axis through ``rank``, in axis order."""
+    local = rank % sizes.ranks_per_stage  # rank within its stage
+    stage_start = rank - local
+    weight_shards = (
+        sizes.wp if sizes.isp else sizes.tp
+    )  # adjacent ranks that hold different shards of the weights
+    zero_block = sizes.zero * weight_shards  # adjacent ranks that hold one copy of the optimizer state
+    zero_start = rank - local % zero_block
+
+    # An axis is an arithmetic sequence of ranks: (first rank, distance, size).
+    axes = {
+        "pp": (local, sizes.ranks_per_stage, sizes.pp),
+        "dp": (stage_start + local % sizes.tp, sizes.tp, sizes.dp),
+        "tp": (rank - local % sizes.tp, 1, sizes.tp),
+        "wp": (rank - local % sizes.wp, 1, sizes.wp),
+        "zero": (zero_start + local % weight_shards, weight_shards, sizes.zero),
+        "replica": (stage_start + local % zero_block, zero_block, sizes.replica),
     }
+    members = {}
+    for name, (start, distance, size) in axes.items():
+        members[name] = [start + i * distance for i in range(size)]
+    return members
 
 
 def build_grid(parallel: ParallelConfig, world_size: int, rank: int) -> Grid:
-    """Makes the process groups of every axis longer than one; the default group must exist if there is any.
+    """Create a process group for every axis of size > 1, in which case the default group must exist.
 
-    Every rank of the world has to call it, in the same order relative to other calls.
+    Every rank of the world must call this, in the same order relative to other collective calls.
     """
     groups: dict[tuple[int, ...], ProcessGroup] = {}  # equal axes of the two views share one communicator
 
@@ -48,25 +55,28 @@ def build_grid(parallel: ParallelConfig, world_size: int, rank: int) -> Grid:
             return Axis(name)
         key = tuple(members)
         if key not in groups:
-            # Only members take part in making it: no barrier of the whole world for each of many groups.
+            # Only the members synchronize, so that a large world has no barrier for each of its many groups.
             groups[key] = dist.new_group(members, use_local_synchronization=True)
         return Axis(name, len(members), members.index(rank), groups[key])
 
-    members = axis_members(axis_sizes(parallel, world_size), rank)
-    return Grid(**{name: axis(name, ranks) for name, ranks in members.items()})
+    sizes = axis_sizes(parallel, world_size)
+    axes = {}
+    for name, members in axis_members(sizes, rank).items():
+        axes[name] = axis(name, members)
+    return Grid(**axes)
 
 
 class SharedStore(Protocol):
-    """What is needed of torch's stores: one atomic operation on a key that all ranks see."""
+    """The part of torch's key-value stores that evomesh uses: one atomic operation on a key shared by all ranks."""
 
     def compare_set(self, key: str, expected: str, desired: str) -> bytes:
-        """Writes ``desired`` where the value is ``expected`` ("" for none yet); returns the value afterwards."""
+        """Set ``key`` to ``desired`` if its value is ``expected`` ("": not set yet); return its value afterwards."""
 
 
 def shared_store() -> SharedStore | None:
-    """The key-value store through which the ranks met; None for a process alone."""
+    """Return the key-value store that the ranks used to rendezvous; None for a single process."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return None
-    # torch has no public name for it; making a second one would need another port.
+    # torch has no public accessor for it, and a second store would need another port.
     store: SharedStore = dist.distributed_c10d._get_default_store()
     return store

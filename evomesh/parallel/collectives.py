@@ -1,20 +1,20 @@
 """Collectives on local tensors: the only home of communication outside FSDP2 and the pipeline's p2p.
 
-Differentiable ones state their type: how the tensor lies on the axis before and after, forward and backward.
+A differentiable collective states its type: how the tensor is distributed over the axis before and after, in forward
+and in backward. Shapes in the docstrings are local, for an axis of n ranks and a dim of global length L.
 
-    R     every rank holds the whole value, and uses it on its own: gradients are partial sums
-    I     every rank holds the whole value, and uses it the same way: gradients are the same on every rank
-    P     every rank holds one summand of the value
-    S(d)  every rank holds one equal, contiguous range of dim d, in rank order
+    R     replicated, used differently on each rank: the local gradients are partial sums
+    I     replicated, used identically on each rank: every rank has the same, complete gradient
+    P     partial: each rank holds one summand of the value
+    S(d)  sharded: each rank holds an equal, contiguous range of dim d, in rank order
 
-Each one's backward is its dual, none writes to its input, and an axis of size 1 makes each the identity.
-Sums, never means: the only division is in the loss. The second half of the file is for optimizers: buckets without
-gradient, in flight until ``wait()``.
+The backward of each is its dual, none writes to its input, and on an axis of size 1 each is the identity (invariant 3
+in docs/architecture.md). Reductions are sums, never means (invariant 4). The asynchronous collectives of the optimizer
+come last: buckets without gradient, pending until ``wait()``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from evomesh.parallel.grid import Axis
 
-# torch 2.13 renamed these two; the old names warn, the new ones are absent before.
+# torch 2.13 renamed these two: the old names warn there, the new ones do not exist in earlier versions.
 _gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -33,51 +33,70 @@ SUM, MAX, MIN = dist.ReduceOp.SUM, dist.ReduceOp.MAX, dist.ReduceOp.MIN
 
 
 def all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
-    """``S(dim) -> R; backward P -> S(dim)`` (reduce-scatter)."""
+    """Concatenate the shards of all ranks: ``S(dim) -> R``, [L / n] -> [L].
+
+    Backward: ``P -> S(dim)``, sum the gradients over the ranks and keep the own range (reduce-scatter), [L] -> [L / n].
+    """
     return _apply(_AllGather, x, axis, dim)
 
 
 def reduce_scatter(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
-    """``P -> S(dim); backward S(dim) -> R`` (all-gather). ``dim`` must divide by the axis."""
+    """Sum over the ranks and keep the own range of the sum: ``P -> S(dim)``, [L] -> [L / n]; n must divide L.
+
+    Backward: ``S(dim) -> R``, concatenate the gradients of all ranks (all-gather), [L / n] -> [L].
+    """
     return _apply(_ReduceScatter, x, axis, dim)
 
 
 def all_reduce(x: Tensor, axis: Axis) -> Tensor:
-    """``P -> I; backward I -> R``, no communication. Megatron's *g* (arXiv 1909.08053)."""
+    """Sum over the ranks: ``P -> I``, [L] -> [L]. Megatron's *g* (arXiv 1909.08053).
+
+    Backward: ``I -> R``, pass the gradient through, without communication.
+    """
     return _apply(_AllReduce, x, axis)
 
 
 def copy_to_axis(x: Tensor, axis: Axis) -> Tensor:
-    """``I -> R``, no communication; ``backward P -> I`` (all-reduce). Megatron's *f*: the dual of ``all_reduce``."""
+    """Return ``x`` unchanged, for use that differs by rank: ``I -> R``, [L] -> [L], without communication.
+
+    Backward: ``P -> I``, sum the gradients over the ranks (all-reduce). The dual of ``all_reduce``: Megatron's *f*.
+    """
     return _apply(_CopyToAxis, x, axis)
 
 
 def gather_from_axis(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
-    """``S(dim) -> I; backward I -> S(dim)`` (own range, no communication)."""
+    """Concatenate the shards of all ranks, for identical use on each: ``S(dim) -> I``, [L / n] -> [L].
+
+    Backward: ``I -> S(dim)``, keep the own range of the gradient, without communication, [L] -> [L / n].
+    """
     return _apply(_GatherFromAxis, x, axis, dim)
 
 
 def shard_to_axis(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
-    """``I -> S(dim)`` (own range, no communication); ``backward S(dim) -> I`` (all-gather)."""
+    """Keep the own range of a replicated tensor: ``I -> S(dim)``, [L] -> [L / n], without communication.
+
+    Backward: ``S(dim) -> I``, concatenate the gradients of all ranks (all-gather), [L / n] -> [L].
+    """
     return _apply(_ShardToAxis, x, axis, dim)
 
 
 def all_to_all(x: Tensor, axis: Axis, split_dim: int, concat_dim: int) -> Tensor:
-    """``S(concat_dim) -> S(split_dim); backward S(split_dim) -> S(concat_dim)`` (all-to-all back)."""
+    """Move the sharding to another dim: ``S(concat_dim) -> S(split_dim)``, [L, K / n] -> [L / n, K].
+
+    Backward: ``S(split_dim) -> S(concat_dim)``, the reverse all-to-all, [L / n, K] -> [L, K / n].
+    """
     if axis.size > 1 and split_dim == concat_dim:
         raise ValueError(f"all_to_all over one dim ({split_dim}) would only permute it")
     return _apply(_AllToAll, x, axis, split_dim, concat_dim)
 
 
 def _apply(function: Any, x: Tensor, axis: Axis, *dims: int) -> Tensor:
-    """The identity on an axis of one rank, so that one process runs no custom function at all."""
+    """Apply ``function``; on an axis of size 1 return ``x``, so that one process runs no custom function at all."""
     if axis.size == 1:
         return x
     for dim in dims:
-        if not 0 <= dim < x.dim():
-            raise ValueError(
-                f"dim {dim} of a tensor with {x.dim()} dims"
-            )  # negative dims break the duals' moves
+        if not 0 <= dim < x.dim():  # movedim(-1, 0) is not undone by movedim(0, -1) in the dual
+            raise ValueError(f"dim {dim} of a tensor with {x.dim()} dims")
     y: Tensor = function.apply(x, axis, *dims)
     return y
 
@@ -145,9 +164,8 @@ class _ShardToAxis(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
         ctx.axis, ctx.dim = axis, dim
-        return local_range(x, axis, dim).clone(
-            memory_format=torch.contiguous_format
-        )  # a view would keep the whole input alive
+        # A copy: a view would keep the whole input alive.
+        return local_range(x, axis, dim).clone(memory_format=torch.contiguous_format)
 
     @staticmethod
     @once_differentiable
@@ -169,37 +187,43 @@ class _AllToAll(torch.autograd.Function):
 
 
 def local_range(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    """This rank's range of ``dim``, as a view."""
-    if x.shape[dim] % axis.size:
-        raise ValueError(f"dim {dim} of {tuple(x.shape)} does not divide by {axis.name}={axis.size}")
+    """Return this rank's range of ``dim`` as a view, [L] -> [L / n]."""
+    _check_divisible(x, axis, dim)
     local = axis.shard(range(x.shape[dim]))
     return x.narrow(dim, local.start, len(local))
 
 
+def _check_divisible(x: Tensor, axis: Axis, dim: int) -> None:
+    if x.shape[dim] % axis.size:
+        raise ValueError(f"dim {dim} of {tuple(x.shape)} is not divisible by {axis.name}={axis.size}")
+
+
 def all_gather_no_grad(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
-    """All ranks' tensors joined along ``dim`` in rank order, without gradient."""
+    """Concatenate the tensors of all ranks along ``dim`` in rank order, [L / n] -> [L]; not differentiable."""
     if axis.size == 1:
         return x
+    # c10d concatenates along dim 0 only, and wants contiguous memory.
     source = x.movedim(dim, 0).contiguous()
-    whole = source.new_empty((axis.size * source.shape[0], *source.shape[1:]))
+    length, *others = source.shape
+    whole = source.new_empty((axis.size * length, *others))
     _gather_single(whole, source, group=axis.group)
     return whole.movedim(0, dim)
 
 
 def reduce_scatter_no_grad(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
-    """This rank's range of ``dim`` of the sum over the axis, without gradient."""
+    """Sum over the ranks and keep the own range of ``dim``, [L] -> [L / n]; not differentiable."""
     if axis.size == 1:
         return x
-    if x.shape[dim] % axis.size:
-        raise ValueError(f"dim {dim} of {tuple(x.shape)} does not divide by {axis.name}={axis.size}")
+    _check_divisible(x, axis, dim)
     source = x.movedim(dim, 0).contiguous()
-    own = source.new_empty((source.shape[0] // axis.size, *source.shape[1:]))
+    length, *others = source.shape
+    own = source.new_empty((length // axis.size, *others))
     _reduce_scatter_single(own, source, group=axis.group)
     return own.movedim(0, dim)
 
 
 def all_reduce_no_grad(x: Tensor, *axes: Axis, op: dist.ReduceOp.RedOpType = SUM) -> Tensor:
-    """The sum (or ``op``) over every one of ``axes``, in a new tensor, without gradient."""
+    """Sum (or reduce with ``op``) over each of ``axes`` into a new tensor, [L] -> [L]; not differentiable."""
     for axis in axes:
         if axis.size > 1:
             x = x.clone(memory_format=torch.contiguous_format)
@@ -208,20 +232,23 @@ def all_reduce_no_grad(x: Tensor, *axes: Axis, op: dist.ReduceOp.RedOpType = SUM
 
 
 def all_to_all_no_grad(x: Tensor, axis: Axis, split_dim: int, concat_dim: int) -> Tensor:
-    """Sends the j-th range of ``split_dim`` to rank j and joins what arrives along ``concat_dim``."""
+    """Send the j-th range of ``split_dim`` to rank j and concatenate what arrives along ``concat_dim``.
+
+    [split, concat] [L, K / n] -> [L / n, K]; not differentiable.
+    """
     if axis.size == 1:
         return x
-    if x.shape[split_dim] % axis.size:
-        raise ValueError(f"dim {split_dim} of {tuple(x.shape)} does not divide by {axis.name}={axis.size}")
-    source = torch.stack(x.chunk(axis.size, split_dim))
-    arrived = torch.empty_like(source)
-    dist.all_to_all_single(arrived, source, group=axis.group)
-    return torch.cat(arrived.unbind(), concat_dim)
+    _check_divisible(x, axis, split_dim)
+    chunks = x.chunk(axis.size, split_dim)
+    source = torch.stack(chunks)
+    received = torch.empty_like(source)
+    dist.all_to_all_single(received, source, group=axis.group)
+    return torch.cat(received.unbind(), concat_dim)
 
 
 @dataclass(frozen=True)
 class PendingCollective:
-    """A collective under way: ``wait()`` returns its result, once."""
+    """A collective that was launched; ``wait()`` completes it and returns its result. Call it once."""
 
     tensor: Tensor
     work: dist.Work | None
@@ -235,25 +262,24 @@ class PendingCollective:
 
 @dataclass(frozen=True)
 class _PendingRowSum(PendingCollective):
-    """``tensor`` [size, chunk] is receiving every rank's summand of this rank's row.
+    """A sum whose summands are added in rank order: ``tensor`` [n, chunk] receives each rank's summand of this row.
 
-    gloo's own sums go round a ring that starts elsewhere for each part of the message, so that the last bit of a sum
-    would depend on where in a bucket it lies. Adding the rows in rank order costs the same traffic.
+    gloo sums along a ring that starts at a different rank for each part of the message, so the last bit of a sum would
+    depend on the element's position in the bucket. Adding the rows in rank order costs the same traffic.
     """
 
     axis: Axis
-    shape: torch.Size | None = None  # of the whole tensor, when all ranks want all of it
+    shape: torch.Size | None = None  # shape of the whole tensor if every rank needs all of it
 
     def wait(self) -> Tensor:
         rows = super().wait()
         total = rows[0].clone()
         for row in rows[1:]:
             total += row
-        return (
-            total
-            if self.shape is None
-            else all_gather_no_grad(total, self.axis)[: self.shape.numel()].view(self.shape)
-        )
+        if self.shape is None:
+            return total
+        padded = all_gather_no_grad(total, self.axis)
+        return padded[: self.shape.numel()].view(self.shape)
 
 
 def _launch_row_exchange(bucket: Tensor, axis: Axis, shape: torch.Size | None = None) -> PendingCollective:
@@ -263,70 +289,67 @@ def _launch_row_exchange(bucket: Tensor, axis: Axis, shape: torch.Size | None = 
 
 
 def launch_reduce_scatter(bucket: Tensor, axis: Axis) -> PendingCollective:
-    """Starts summing ``bucket`` [size, chunk] over the axis; row ``axis.rank`` [chunk] is the result.
+    """Launch the sum of ``bucket`` [n, chunk] over the axis; the result is row ``axis.rank`` of it, [chunk].
 
-    The bucket must be contiguous and stay unchanged until ``wait()``. On the CPU the summands are added in rank order.
+    The bucket must be contiguous and stay unchanged until ``wait()``. On the CPU summands are added in rank order.
     """
     if axis.size == 1:
         return PendingCollective(bucket[0], None, bucket)
     if bucket.is_cpu:
         return _launch_row_exchange(bucket, axis)
     own = bucket.new_empty(bucket.shape[1:])
-    return PendingCollective(
-        own, _reduce_scatter_single(own, bucket.view(-1), group=axis.group, async_op=True), bucket
-    )
+    work = _reduce_scatter_single(own, bucket.view(-1), group=axis.group, async_op=True)
+    return PendingCollective(own, work, bucket)
 
 
 def launch_all_gather(chunk: Tensor, axis: Axis, out: Tensor | None = None) -> PendingCollective:
-    """Starts gathering every rank's ``chunk`` [chunk] into [size, chunk], the contiguous ``out`` if given."""
+    """Launch the gather of every rank's ``chunk`` [chunk] into [n, chunk], the contiguous ``out`` if given."""
     if axis.size == 1:
         return PendingCollective(chunk.unsqueeze(0), None, chunk)
     bucket = chunk.new_empty((axis.size, *chunk.shape)) if out is None else out
-    return PendingCollective(
-        bucket, _gather_single(bucket.view(-1), chunk, group=axis.group, async_op=True), chunk
-    )
+    work = _gather_single(bucket.view(-1), chunk, group=axis.group, async_op=True)
+    return PendingCollective(bucket, work, chunk)
 
 
 def launch_all_reduce(bucket: Tensor, axis: Axis) -> PendingCollective:
-    """Starts summing ``bucket`` over the axis, in a copy of it; on the CPU the summands are added in rank order."""
+    """Launch the sum of ``bucket`` over the axis into a new tensor; on the CPU summands are added in rank order."""
     if axis.size == 1:
         return PendingCollective(bucket, None, bucket)
     if bucket.is_cpu:
+        # Each rank sums one row of [n, chunk] and gathers the others' rows; zeros fill the last row.
         padding = -bucket.numel() % axis.size
-        rows = torch.nn.functional.pad(bucket.reshape(-1), (0, padding)).view(axis.size, -1)
+        padded = torch.nn.functional.pad(bucket.reshape(-1), (0, padding))
+        rows = padded.view(axis.size, -1)
         return _launch_row_exchange(rows, axis, bucket.shape)
     total = bucket.clone()
-    return PendingCollective(total, dist.all_reduce(total, group=axis.group, async_op=True), bucket)
+    work = dist.all_reduce(total, group=axis.group, async_op=True)
+    return PendingCollective(total, work, bucket)
 
 
 def broadcast_from(x: Tensor, axis: Axis, source: int = 0) -> None:
-    """Overwrites ``x`` with the tensor of axis rank ``source``: the one collective that writes to its argument."""
+    """Overwrite ``x`` with the tensor of axis rank ``source``; not differentiable, hence the write to its argument."""
     if axis.size > 1:
         assert axis.group is not None
         dist.broadcast(x, src=dist.get_global_rank(axis.group, source), group=axis.group)
 
 
 def launch_send(x: Tensor, axis: Axis, to: int) -> dist.Work | None:
-    """Starts sending ``x`` to axis rank ``to``; keep it unchanged until the work is done."""
+    """Launch a send of ``x`` to axis rank ``to``; ``x`` must stay unchanged until the work is done."""
     assert axis.group is not None
     return dist.isend(x, group=axis.group, group_dst=to)
 
 
 def receive(x: Tensor, axis: Axis, source: int) -> Tensor:
-    """Fills ``x`` with what axis rank ``source`` sends."""
+    """Receive into ``x`` what axis rank ``source`` sends, and return it."""
     assert axis.group is not None
     dist.recv(x, group=axis.group, group_src=source)
     return x
 
 
 def all_gather_objects(value: Any, axis: Axis) -> list[Any]:
-    """Every rank's picklable ``value``, in axis order; for start-up and log lines, not for the step."""
+    """Return every rank's picklable ``value``, in axis order; for startup and log lines, not for the step."""
     if axis.size == 1:
         return [value]
     values: list[Any] = [None] * axis.size
     dist.all_gather_object(values, value, group=axis.group)
     return values
-
-
-def same_everywhere(values: Sequence[Any]) -> bool:
-    return all(value == values[0] for value in values)

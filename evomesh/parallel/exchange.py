@@ -90,10 +90,12 @@ class GroupExchange:
 
     def _gather(self, message: Any) -> list[Any] | None:
         data = _encode(message)
-        # Gloo gathers tensors of one size: every message is padded to the longest.
+        # 1. gloo gathers tensors of equal size: all ranks learn the size of the longest message.
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(sizes, torch.tensor([len(data)]), group=self._group)
         longest = int(max(sizes))
+
+        # 2. Each message is padded to it; rank 0 cuts the padding off again.
         padded = torch.zeros(longest, dtype=torch.uint8)
         padded[: len(data)] = data
         if self.rank:
@@ -101,10 +103,15 @@ class GroupExchange:
             return None
         gathered = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
         dist.gather(padded, gathered, dst=0, group=self._group)
-        return [_decode(data[: int(size)]) for data, size in zip(gathered, sizes, strict=True)]
+        messages = []
+        for received, size in zip(gathered, sizes, strict=True):
+            messages.append(_decode(received[: int(size)]))
+        return messages
 
     def _broadcast(self, message: Any) -> Any:
-        data = _encode(message) if self.rank == 0 else torch.zeros(0, dtype=torch.uint8)
+        data = torch.zeros(0, dtype=torch.uint8)
+        if self.rank == 0:
+            data = _encode(message)
         size = torch.tensor([len(data)])
         dist.broadcast(size, src=0, group=self._group)
         if self.rank:

@@ -1,4 +1,4 @@
-"""Which ranks work together: named axes over one set of ranks."""
+"""The grid: named axes over one set of ranks, the groups of ranks that work together."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Axis:
     def shard(self, whole: range) -> range:
         """Return this rank's part of a range.
 
-        The one rounding rule, that of ``torch.chunk``: the length over the size is rounded up, so the last ranks may
-        get less or nothing.
+        The only rounding rule, that of ``torch.chunk``: a part has the length divided by the size, rounded up, so the
+        last ranks may get less or nothing.
         """
         length = -(-len(whole) // self.size)
         start = min(whole.start + self.rank * length, whole.stop)
@@ -31,9 +31,9 @@ class Axis:
 
 @dataclass(frozen=True)
 class Grid:
-    """Two views of the same ranks inside each pipeline stage (last axis: neighbouring ranks).
+    """Two views of the same ranks; the ranks of the last axis are adjacent.
 
-    activations (pp, dp, tp) and parameters (pp, replica, zero, wp) for isp, (pp, replica, zero, tp) otherwise.
+    The activation view is (pp, dp, tp). The weight view is (pp, replica, zero, wp) in isp, and ends in tp elsewhere.
     """
 
     pp: Axis = Axis("pp")
@@ -45,12 +45,12 @@ class Grid:
 
     @property
     def shard_axes(self) -> dict[str, Axis]:
-        """The axes over which parameters may be cut, by name."""
+        """Return the axes over which parameters may be sharded, by name."""
         return {"tp": self.tp, "wp": self.wp, "zero": self.zero}
 
     @property
     def axes(self) -> dict[str, Axis]:
-        """All axes by name."""
+        """Return all axes by name."""
         return {axis.name: getattr(self, axis.name) for axis in fields(self)}
 
     @property

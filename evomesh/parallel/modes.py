@@ -1,4 +1,4 @@
-"""The four tensor modes as values: all that they differ in."""
+"""The four tensor modes as values; docs/parallelism.md shows what each does with a block."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class TensorMode:
-    sequence_parallel: bool  # activations between blocks are split along the sequence
-    regather_input: bool  # backward gathers the input again instead of keeping it
-    weight_axis: Literal["tp", "wp"]  # axis on which weights are cut
+    """Everything in which the tensor modes differ."""
+
+    sequence_parallel: bool  # activations between blocks are sharded along the sequence
+    regather_input: bool  # backward gathers the input again, so that forward need not keep it
+    weight_axis: Literal["tp", "wp"]  # axis over which the weights of blocks are sharded
 
 
 MODES = {

@@ -1,4 +1,4 @@
-"""The default process group: joining it, leaving it, and a fake one for traces."""
+"""The default process group: join it, leave it, or fake it for traces."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def join_world(device: torch.device, *, rank: int, world_size: int, host: str, p
     """Create the default process group; a world of one process needs none.
 
     Args:
-        host: where all ranks connect; torchrun's own agent is used instead where it has started this process.
+        host: address that all ranks connect to; ignored in a process started by torchrun, whose agent provides it.
     """
     if world_size == 1:
         return
@@ -54,7 +54,7 @@ def first_ranks_number(number: float) -> float:
 @contextmanager
 def fake_world(world_size: int, rank: int) -> Iterator[None]:
     """Create a default process group in which every collective returns at once and moves nothing."""
-    # torch has no public name for it; its own memory and trace tools use this one.
+    # torch has no public name for this; its own memory and trace tools import it too.
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if dist.is_initialized():

@@ -1,6 +1,6 @@
-"""How one parameter is cut over the grid: exactly one ``ShardSpec`` each.
+"""Shard specs: how one parameter is distributed over the grid. Every parameter has exactly one.
 
-Slicing, gradient sync, norm de-duplication, checkpoints, export and the planner derive from it alone.
+Slicing, gradient sync, norm de-duplication, checkpoints, export and the planner derive from it alone (invariant 2).
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from evomesh.parallel.grid import Axis, Grid
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """Args:
-    shape: global shape of the tensor.
-    shards: (axis name, tensor dim) pairs, outer to inner, along which this rank holds one contiguous range.
-    partial: axes over which the local gradient is still a partial sum.
-    padding: rows at the end of dim 0 that only this layout has; checkpoints and exports leave them out.
+    """The distribution of one tensor over the axes of the grid.
+
+    Attributes:
+        shape: global shape of the tensor.
+        shards: (axis name, tensor dim) pairs, outermost first; each rank holds a contiguous range of the dim.
+        partial: axes over which the local gradient is still a partial sum.
+        padding: rows at the end of dim 0 that exist in this layout only; checkpoints and exports omit them.
     """
 
     shape: tuple[int, ...]
@@ -30,14 +32,17 @@ class ShardSpec:
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """The shape in checkpoints, the same in every layout."""
-        return (self.shape[0] - self.padding, *self.shape[1:]) if self.padding else self.shape
+        """Return the shape in checkpoints, which is the same in every layout."""
+        if not self.padding:
+            return self.shape
+        rows, *others = self.shape
+        return (rows - self.padding, *others)
 
     def local_ranges(self, axes: Mapping[str, Axis]) -> tuple[range, ...]:
         """Return the indices of each dim that this rank holds, padding included.
 
         Args:
-            axes: by name (``Grid.axes``); an axis that is missing counts as not sharded.
+            axes: by name (``Grid.axes``); a missing axis counts as not sharded.
         """
         ranges = [range(length) for length in self.shape]
         for name, dim in self.shards:
@@ -60,45 +65,52 @@ class LocalShard:
 
 
 def with_spec(parameter: nn.Parameter, spec: ShardSpec) -> nn.Parameter:
-    """Attaches ``spec`` to a parameter; layers call it on each parameter they make."""
+    """Attach ``spec`` to a parameter and return it; layers do this for every parameter they create."""
     parameter.spec = spec  # type: ignore[attr-defined]
     return parameter
 
 
 def spec_of(parameter: torch.Tensor) -> ShardSpec:
-    """The parameter's spec; one without its own is replicated on every rank."""
+    """Return the parameter's spec; a parameter without one is replicated on every rank."""
     spec: ShardSpec = getattr(parameter, "spec", None) or ShardSpec(tuple(parameter.shape))
     return spec
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether FSDP2 has cut it (a DTensor). Told by a method: DTensor takes 0.7 s to import, and few runs have one."""
+    """Return whether FSDP2 has sharded it (a DTensor). Duck typing, because DTensor takes 0.7 s to import."""
     return hasattr(tensor, "to_local")
 
 
 def local_shard(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor that FSDP2 has cut; any other as it is."""
+    """Return the local shard of a tensor that FSDP2 has sharded, and any other tensor unchanged."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def state_axes(spec: ShardSpec, grid: Grid) -> tuple[Axis, Axis]:
-    """The axes (zero, replica) over which a parameter's optimizer state is cut and repeated.
-
-    Its gradient is summed over both, and over ``spec.partial``. They are the grid's own, except in isp for what lives
-    on the tensor axis (embedding, last norm, head): ranks of the weight view's zero axis may lie on different tp ranks
-    there, so its state is cut over the whole data axis of the activation view, if at all.
-    """
-    return optimizer_axes(spec, grid)[:2]
-
-
 def optimizer_axes(spec: ShardSpec, grid: Grid) -> tuple[Axis, Axis, Axis]:
-    """``state_axes`` and the axis inside them: together the ranks of a stage as this parameter sees them, each once."""
-    cut_by = {axis for axis, _ in spec.shards}
-    # In isp whatever wp does not cut is whole there, on ranks that see different data.
-    on_tp = "wp" not in cut_by and ("tp" in spec.partial | cut_by or grid.wp.size > 1)
+    """Return the axes (zero, replica, inner) that span the stage as this parameter's optimizer state sees it.
+
+    The state is sharded over zero and replicated over replica; inner shards or replicates the weight itself. The
+    gradient is summed over zero and replica, and over ``spec.partial``.
+
+        parameter                           zero        replica     inner
+        mtp, msp, fsp                       grid.zero   grid.replica  tp
+        isp, sharded over wp                grid.zero   grid.replica  wp
+        isp, on the tensor axis             grid.dp, all of it or none of it, in zero or in replica; inner tp
+
+    The last row holds embedding, last norm and head. The ranks of the weight view's zero axis may hold different tp
+    shards of these, so only the data axis of the activation view can shard their state.
+    """
+    sharding = {axis for axis, _ in spec.shards}
+    uses_tp = "tp" in sharding or "tp" in spec.partial
+    # In isp, what wp does not shard is complete on each of its ranks, which see different data.
+    on_tensor_axis = "wp" not in sharding and (uses_tp or grid.wp.size > 1)
     views_agree = grid.zero.size * grid.replica.size == grid.dp.size
-    if not on_tp:
-        return grid.zero, grid.replica, grid.tp if views_agree and grid.wp.size == 1 else grid.wp
+
+    if not on_tensor_axis:
+        inner = grid.tp if views_agree and grid.wp.size == 1 else grid.wp
+        return grid.zero, grid.replica, inner
     if views_agree:
         return grid.zero, grid.replica, grid.tp
-    return (grid.dp, Axis("replica"), grid.tp) if grid.zero.size > 1 else (Axis("zero"), grid.dp, grid.tp)
+    if grid.zero.size > 1:
+        return grid.dp, Axis("replica"), grid.tp
+    return Axis("zero"), grid.dp, grid.tp

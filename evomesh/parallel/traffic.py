@@ -1,4 +1,4 @@
-"""Counts what is sent: every c10d call under ``record_traffic``, also those of FSDP2 and of the pipeline."""
+"""Recording of communication: every c10d call under ``record_traffic``, including FSDP2's and the pipeline's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from evomesh.parallel.grid import Axis, Grid
 
-# c10d operator -> (name here, position of the argument whose bytes are the whole, unsplit value)
+# c10d operator -> (name here, position of the argument that holds the whole, unsharded value)
 _OPERATORS = {
     "allgather_": ("all_gather", 0),
     "_allgather_base_": ("all_gather", 0),
@@ -36,7 +36,7 @@ _OPERATORS = {
 
 @dataclass(frozen=True)
 class CollectiveCall:
-    """One collective: operation, axis, and the bytes of the value that it moves (on the axis as a whole, one copy)."""
+    """One collective: operation, axis, and the bytes of one copy of the whole value that it moves over the axis."""
 
     operation: str
     axis: str
@@ -45,16 +45,16 @@ class CollectiveCall:
 
 @dataclass
 class TrafficLog:
-    """What was sent, in the order of launch."""
+    """Recorded collectives, in the order of launch."""
 
     calls: list[CollectiveCall] = field(default_factory=list)
 
     def count(self) -> dict[tuple[str, str], int]:
-        """(operation, axis) -> number of calls."""
+        """Return the number of calls by (operation, axis)."""
         return dict(Counter((call.operation, call.axis) for call in self.calls))
 
     def nbytes(self) -> dict[tuple[str, str], int]:
-        """(operation, axis) -> sum of bytes."""
+        """Return the sum of bytes by (operation, axis)."""
         total: Counter[tuple[str, str]] = Counter()
         for call in self.calls:
             total[call.operation, call.axis] += call.nbytes
@@ -63,11 +63,11 @@ class TrafficLog:
 
 @contextmanager
 def record_traffic(grid: Grid) -> Iterator[TrafficLog]:
-    """``with record_traffic(grid) as traffic: ...`` records every collective started inside.
+    """Record every collective launched in the ``with`` block.
 
     Args:
-        grid: names the groups; a group that is on no axis is called "world". Axes of the two views that have the same
-            ranks share a group, so each is given its first name in the order tp, wp, pp, dp, zero, replica.
+        grid: gives the groups their names; a group that belongs to no axis is "world". Axes with the same ranks share a
+            group, which gets the first matching name of tp, wp, pp, dp, zero, replica.
     """
     names = group_names([grid.tp, grid.wp, grid.pp, grid.dp, grid.zero, grid.replica])
     traffic = TrafficLog()
@@ -91,7 +91,8 @@ class _TrafficRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             operator = func._schema.name.removeprefix("c10d::")
             if operator in _OPERATORS:
                 name, position = _OPERATORS[operator]
-                self._traffic.calls.append(CollectiveCall(name, self._axis(args), _bytes_of(args[position])))
+                nbytes = _bytes_of(args[position])
+                self._traffic.calls.append(CollectiveCall(name, self._axis(args), nbytes))
         return func(*args, **(kwargs or {}))
 
     def _axis(self, args: tuple[Any, ...]) -> str:

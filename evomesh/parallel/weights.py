@@ -78,7 +78,8 @@ def _apply_fsdp(
     replicated = {parameter for parameter in model.parameters() if parameter not in sharded}
     for unit in units:
         for module in _same_dtype(unit):
-            policy = MixedPrecisionPolicy(reduce_dtype=torch.promote_types(_dtype(module), torch.float32))
+            reduce_dtype = torch.promote_types(_dtype(module), torch.float32)
+            policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
             fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=replicated)
     # The root shards no further weights: it shares streams and order among the units.
     not_sharded = {parameter for parameter in model.parameters() if parameter not in sharded}
@@ -99,7 +100,10 @@ def _prefetch_next_unit(units: Sequence[nn.Module]) -> None:
 def _sharded_spec(parameter: nn.Parameter, axis: Axis) -> ShardSpec:
     """Return the spec with dim 0 sharded over ``axis``; layers of isp state it in their specs already."""
     spec = spec_of(parameter)
-    return spec if (axis.name, 0) in spec.shards else replace(spec, shards=(*spec.shards, (axis.name, 0)))
+    shard = (axis.name, 0)
+    if shard in spec.shards:
+        return spec
+    return replace(spec, shards=(*spec.shards, shard))
 
 
 def _refuse_indivisible(model: nn.Module, indivisible: set[nn.Parameter], axis: Axis) -> None:

@@ -17,7 +17,7 @@ from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.collectives import all_reduce_no_grad
 from evomesh.parallel.grid import Axis, Grid
 from evomesh.parallel.modes import MODES
-from evomesh.parallel.spec import ShardSpec, spec_of, state_axes
+from evomesh.parallel.spec import ShardSpec, optimizer_axes, spec_of
 from evomesh.train.stages import ModelStages, build_stages
 from tests.support.pool import grid_of
 
@@ -207,7 +207,7 @@ def synchronise(stages: ModelStages, grid: Grid) -> None:
     """Sums every gradient over the axes on which its spec says it is partial, and over the data axes."""
     for parameter in stages.parameters().values():
         spec = spec_of(parameter)
-        zero, replica = state_axes(spec, grid)
+        zero, replica, _ = optimizer_axes(spec, grid)
         if (zero.name, 0) in spec.shards:  # fsdp has summed over it
             zero = Axis(zero.name)
         partial = [getattr(grid, name) for name in sorted(spec.partial)]

@@ -11,7 +11,7 @@ from evomesh.config.schema import ParallelConfig
 from evomesh.errors import UserError
 from evomesh.parallel.build import axis_members, build_grid
 from evomesh.parallel.grid import Axis, Grid
-from evomesh.parallel.spec import ShardSpec, state_axes
+from evomesh.parallel.spec import ShardSpec, optimizer_axes
 from tests.support.covers import covers
 
 
@@ -97,7 +97,11 @@ def test_sizes_that_do_not_divide_are_refused() -> None:
 
 def test_state_of_what_isp_cuts_on_tp_is_cut_over_the_data_axis() -> None:
     grid = Grid(tp=Axis("tp", 2), dp=Axis("dp", 2), zero=Axis("zero", 4), wp=Axis("wp"))
-    assert state_axes(ShardSpec((8, 4), (("tp", 0),)), grid)[0] == grid.dp
-    assert state_axes(ShardSpec((8, 4)), grid)[0] == grid.zero
+    assert optimizer_axes(ShardSpec((8, 4), (("tp", 0),)), grid)[0] == grid.dp
+    assert optimizer_axes(ShardSpec((8, 4)), grid)[0] == grid.zero
     undivided = Grid(tp=Axis("tp", 2), dp=Axis("dp", 2), replica=Axis("replica", 4))
-    assert state_axes(ShardSpec((8, 4), (("tp", 0),)), undivided) == (Axis("zero"), undivided.dp)
+    assert optimizer_axes(ShardSpec((8, 4), (("tp", 0),)), undivided) == (
+        Axis("zero"),
+        undivided.dp,
+        undivided.tp,
+    )
