@@ -15,6 +15,7 @@ from evomesh.cli import (
     data,
     eval,
     generate,
+    ledger,
     plan,
     serve,
     tokenize,
@@ -35,6 +36,7 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("plan")(plan.plan)
 app.command("batch")(batch.batch)
+app.command("ledger")(ledger.ledger)
 app.command("tokenize")(tokenize.tokenize)
 app.command("generate")(generate.generate)
 app.command("eval")(eval.evaluate)

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from evomesh.config.schema import DataConfig
-from evomesh.config.step_values import BatchSizeRampup
 from evomesh.data.packing.loader import PackStream, StepSampler
 from evomesh.data.packing.mixture import MixedSampler, group_packs
 from evomesh.data.packing.packs import Pack, PackPlan, PackRule
@@ -82,14 +81,23 @@ class Corpus:
 
     def read(self, pack: int) -> Pack:
         """Read a pack by its number in the corpus; any thread may call this."""
-        number = int(np.searchsorted(self._first_pack, pack, side="right")) - 1
-        return self.plans[number].read(pack - int(self._first_pack[number]))
+        plan, number = self.locate(pack)
+        return plan.read(number)
 
-    def stream(self, dp_rank: int = 0, dp_size: int = 1, state: dict[str, Any] | None = None) -> PackStream:
-        """Return the batches of one rank, from the first step or from where ``state`` was taken.
+    def locate(self, pack: int) -> tuple[PackPlan, int]:
+        """Return the stream that a pack of the corpus belongs to, and its number there."""
+        number = int(np.searchsorted(self._first_pack, pack, side="right")) - 1
+        return self.plans[number], pack - int(self._first_pack[number])
+
+    def first_pack(self, plan: int) -> int:
+        """Return the number in the corpus of the first pack of ``self.plans[plan]``."""
+        return int(self._first_pack[plan])
+
+    def sampler(self, dp_size: int) -> StepSampler:
+        """Return what decides which packs make up each step of ``dp_size`` data-parallel ranks.
 
         Raises:
-            UserError: there is less data than one step needs, or the state belongs to other data.
+            UserError: there is less data than one step needs.
         """
         config = self.config
         global_batch = config.micro_num * dp_size
@@ -103,31 +111,6 @@ class Corpus:
                 expected=f"micro_num {config.micro_num} x {dp_size} data-parallel rank(s) = {global_batch} packs",
                 fix="add data, or lower data.micro_num, data.micro_bsz or data.seq_len",
             )
-        sampler = self._make_sampler(global_batch, rampup, dp_size)
-        start = SamplerPosition()
-        if state is not None:
-            check_manifest(state.get("manifest"), self.manifest)
-            start = _resume_position(sampler, state, global_batch)
-        return PackStream(
-            self,
-            sampler,
-            dp_rank=dp_rank,
-            dp_size=dp_size,
-            start=start,
-            workers=config.num_worker,
-            extra_state={"manifest": self.manifest["hash"]},
-        )
-
-    def merge_states(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Return one state for all ranks: each of theirs holds the global position."""
-        return states[0]
-
-    def table(self) -> str:
-        """Return the report as text, with a line of totals."""
-        return report_table(self.report)
-
-    def _make_sampler(self, global_batch: int, rampup: BatchSizeRampup | None, dp_size: int) -> StepSampler:
-        config = self.config
         if config.dataset_weights:
             sources, _ = group_packs(self.report, config.dataset_weights)
             return MixedSampler(sources, config.seed, global_batch, rampup)
@@ -139,6 +122,35 @@ class Corpus:
             config.order,
             unit=dp_size if config.order == "xtuner" else 1,
         )
+
+    def stream(self, dp_rank: int = 0, dp_size: int = 1, state: dict[str, Any] | None = None) -> PackStream:
+        """Return the batches of one rank, from the first step or from where ``state`` was taken.
+
+        Raises:
+            UserError: there is less data than one step needs, or the state belongs to other data.
+        """
+        sampler = self.sampler(dp_size)
+        start = SamplerPosition()
+        if state is not None:
+            check_manifest(state.get("manifest"), self.manifest)
+            start = _resume_position(sampler, state, self.config.micro_num * dp_size)
+        return PackStream(
+            self,
+            sampler,
+            dp_rank=dp_rank,
+            dp_size=dp_size,
+            start=start,
+            workers=self.config.num_worker,
+            extra_state={"manifest": self.manifest["hash"]},
+        )
+
+    def merge_states(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return one state for all ranks: each of theirs holds the global position."""
+        return states[0]
+
+    def table(self) -> str:
+        """Return the report as text, with a line of totals."""
+        return report_table(self.report)
 
 
 def _resume_position(sampler: StepSampler, state: dict[str, Any], global_batch: int) -> SamplerPosition:

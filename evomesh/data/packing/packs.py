@@ -72,6 +72,24 @@ class PackRule:
         return PackRule(config.packed_length, config.seq_len, config.pack_sample_into_one, config.order)
 
 
+@dataclass(frozen=True)
+class DocumentSpan:
+    """The part of one document that a pack holds.
+
+    Attributes:
+        source: the file that the document is in.
+        document: its number among the documents that the source keeps.
+        start, stop: its tokens ``[start, stop)`` that are in the pack.
+        offset: position in the pack of the first of them.
+    """
+
+    source: DocumentSource
+    document: int
+    start: int
+    stop: int
+    offset: int
+
+
 class PackPlan:
     """The packs of one stream: which documents each one is made of.
 
@@ -158,6 +176,39 @@ class PackPlan:
         # The first document may begin in an earlier pack: drop its tokens before this pack's start.
         before = len(stored) - int(ends[-1])
         return assemble(stored[before:], ends, types, self.rule)
+
+    def spans(self, pack: int) -> list[DocumentSpan]:
+        """Return the parts of documents that make up ``pack``, in its order; what they leave free is padding."""
+        start = pack * self.rule.packed_length
+        end = min(start + self.rule.packed_length, self.tokens)
+        first, stop = self.document_range(pack)
+        spans = []
+        for position in range(first, stop):
+            document_start = int(self.document_ends[position - 1]) if position else 0
+            inside_start = max(start, document_start)
+            inside_stop = min(end, int(self.document_ends[position]))
+            if inside_start >= inside_stop:
+                continue  # a document without tokens
+            span = DocumentSpan(
+                source=self.sources[bisect_right(self.first_document, position) - 1],
+                document=int(self.document_order[position]),
+                start=inside_start - document_start,
+                stop=inside_stop - document_start,
+                offset=inside_start - start,
+            )
+            spans.append(span)
+        return spans
+
+    def packs_of(self, source: int, document: int) -> range:
+        """Return the packs that hold tokens of a kept document of ``self.sources[source]``."""
+        first, stop = self.first_document[source : source + 2]
+        position = first + int(np.flatnonzero(self.document_order[first:stop] == document)[0])
+        start = int(self.document_ends[position - 1]) if position else 0
+        end = int(self.document_ends[position])
+        if start == end:
+            return range(0)
+        length = self.rule.packed_length
+        return range(start // length, min(-(-end // length), self.num_packs))
 
     def _read_documents(self, first: int, stop: int) -> tuple[TokenArray, IndexArray]:
         """Return tokens and types of the documents at positions ``[first, stop)``, which may span several sources."""
