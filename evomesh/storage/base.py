@@ -1,6 +1,6 @@
-"""What a checkpoint needs from the place where its bytes lie.
+"""The interface between checkpoints and the place where their bytes are.
 
-Every byte of a checkpoint, read or written, goes through a ``Storage``. Tests put a fault layer in its place.
+Every byte of a checkpoint, read or written, goes through a ``Storage``. Tests put a faulty one in its place.
 Paths are plain strings with ``/`` between folders; ``urls.py`` turns what a user types into a storage and a path.
 """
 
@@ -24,66 +24,98 @@ class LockTakenError(StorageError):
             f"another live job writes here: {holder}",
             where=path,
             expected="one writer at a time",
-            fix="stop that job, or give this one its own save_ckpt_folder",
+            fix="stop that job, or give this one another save_ckpt_folder",
         )
 
 
 class StorageWriter(Protocol):
-    """A new file being written; nobody may rely on it before ``finish`` has returned."""
+    """A new file that is being written; nobody may rely on it before ``finish`` has returned."""
 
-    def write(self, data: memoryview | bytes) -> None: ...
+    def write(self, data: memoryview | bytes) -> None:
+        """Append bytes."""
 
     def finish(self) -> None:
-        """Makes the content durable and closes the file."""
+        """Make the content durable and close the file."""
 
     def abort(self) -> None:
-        """Closes without any promise; never raises."""
+        """Close without any promise; never raises."""
 
 
 class StorageReader(Protocol):
     """An open file."""
 
     def expect(self, ranges: list[tuple[int, int]]) -> None:
-        """Announces the (start, stop) byte ranges that will be read, in this order."""
+        """Announce the (start, stop) byte ranges that will be read, in this order."""
 
     def read_into(self, start: int, buffer: memoryview) -> None:
-        """Fills ``buffer`` from byte ``start``; ``EOFError`` when the file ends before."""
+        """Fill ``buffer`` from byte ``start``.
 
-    def close(self) -> None: ...
+        Raises:
+            EOFError: the file ends before.
+        """
+
+    def close(self) -> None:
+        """Close the file."""
 
 
 class StorageLock(Protocol):
     """Held until ``release`` or the end of the process, however it ends."""
 
-    def release(self) -> None: ...
+    def check(self) -> None:
+        """Make sure that this process still holds the lock.
+
+        Raises:
+            StorageError: another one took it over while this one hung.
+        """
+
+    def release(self) -> None:
+        """Let the next writer in."""
 
 
 class Storage(Protocol):
-    """Files in folders. A folder of an object store exists as soon as a file in it does."""
+    """Files in folders. A folder of an object store exists as soon as a file in it does.
 
-    remote: bool  # reads are expensive to start: merge neighbours
+    Attributes:
+        remote: reads are expensive to start, so adjacent ones are merged.
+    """
+
+    remote: bool
 
     def make_folder(self, folder: str) -> None:
-        """Makes the folder and what lies above it; an existing one is fine."""
+        """Make the folder and those above it; an existing one is fine."""
 
     def create(self, path: str) -> StorageWriter:
-        """Starts a new file; ``FileExistsError`` when there is one."""
+        """Start a new file.
+
+        Raises:
+            FileExistsError: there is one.
+        """
 
     def publish(self, path: str, data: bytes, token: str) -> None:
-        """Makes a whole small file appear at once and durably; ``FileExistsError`` when there is one.
+        """Make a whole small file appear at once and durably.
 
-        ``token`` names the writer: the temporary file of one never collides with that of another.
+        Args:
+            token: names the writer: the temporary file of one never collides with that of another.
+
+        Raises:
+            FileExistsError: there is one.
         """
 
     def sync(self, folder: str) -> None:
-        """Makes the names in the folder durable."""
+        """Make the names in the folder durable."""
 
-    def open(self, path: str) -> StorageReader: ...
+    def open(self, path: str) -> StorageReader:
+        """Open a file for reading; a pipe, a device or a socket is refused unopened."""
 
-    def read(self, path: str, start: int = 0, length: int | None = None) -> bytes: ...
+    def read(self, path: str, start: int = 0, length: int | None = None) -> bytes:
+        """Read ``length`` bytes from ``start``, by default to the end of the file."""
 
     def size(self, path: str) -> int:
-        """In bytes; ``FileNotFoundError`` when absent."""
+        """Return the size of a file in bytes.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
 
     def exists(self, path: str) -> bool:
         """Return whether the name is taken: on a disk by whatever it is, in an object store by an object.
@@ -96,22 +128,27 @@ class Storage(Protocol):
         """Return whether a file or folder is a symbolic link; an object store has none."""
 
     def list(self, folder: str) -> list[str]:
-        """Sorted names in the folder, those of folders with a ``/`` behind; [] when it is absent."""
+        """Return the sorted names in the folder, folders with a ``/`` at the end; [] when it is absent."""
 
     def delete(self, path: str) -> None:
-        """Deletes a file; an absent one is fine."""
+        """Delete a file; an absent one is fine."""
 
     def delete_folder(self, folder: str) -> None:
-        """Deletes an empty folder; an absent one is fine."""
+        """Delete an empty folder; an absent one is fine."""
 
     def free_bytes(self, folder: str) -> int | None:
-        """Space left for this user, None when there is no known limit."""
+        """Return the space left for this user, None when there is no known limit."""
 
     def lock(self, path: str, holder: str) -> StorageLock:
-        """Takes the lock file and leaves ``holder`` in it, or raises ``Held``."""
+        """Take the lock at ``path`` and leave the text ``holder`` there.
+
+        Raises:
+            LockTakenError: another process holds it.
+        """
 
 
 def join(*parts: str) -> str:
-    """``a/b/c`` from its parts, without doubled slashes."""
+    """Return ``a/b/c`` from its parts, without doubled slashes."""
     head, *tail = (part for part in parts if part)
-    return "/".join([head.rstrip("/") or ("" if tail else "/"), *(part.strip("/") for part in tail)])
+    first = head.rstrip("/") or ("" if tail else "/")
+    return "/".join([first, *(part.strip("/") for part in tail)])

@@ -6,16 +6,19 @@ next start empties the folder.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from typing import Any
 
 from evomesh.storage.base import Storage, StorageError, StorageWriter, join
 
-READ = 8 << 20
+READ = 8 << 20  # bytes of the local file in memory at a time
 
 
 class StagedWriter:
+    """A file that is written to the upload folder and uploaded by ``finish``."""
+
     def __init__(self, storage: StagedStorage, path: str, local: str) -> None:
         self._storage, self._path, self._local = storage, path, local
         self._file = open(local, "xb", buffering=0)  # noqa: SIM115
@@ -27,7 +30,7 @@ class StagedWriter:
 
     def finish(self) -> None:
         self._file.close()
-        upload = self._storage.behind.create(self._path)
+        upload = self._storage.target.create(self._path)
         try:
             with open(self._local, "rb") as file:
                 while data := file.read(READ):
@@ -44,15 +47,17 @@ class StagedWriter:
 
 
 class StagedStorage:
-    """The storage ``behind``, with new files made in ``folder`` first.
+    """A storage whose new files are made in a local folder first.
 
     Args:
+        target: where the files go in the end.
         folder: local; this process owns a subfolder of it.
         name: of the subfolder, so that ranks on one machine do not meet.
     """
 
-    def __init__(self, behind: Storage, folder: str, name: str) -> None:
-        self.behind, self._folder = behind, join(folder, name)
+    def __init__(self, target: Storage, folder: str, name: str) -> None:
+        self.target = target
+        self._folder = join(folder, name)
         shutil.rmtree(self._folder, ignore_errors=True)  # leftovers of a killed run: never committed
         try:
             os.makedirs(self._folder, mode=0o700)
@@ -62,14 +67,14 @@ class StagedStorage:
             ) from None
 
     def create(self, path: str) -> StorageWriter:
-        if self.behind.exists(path):
-            raise FileExistsError(17, "the object exists", path)
+        if self.target.exists(path):
+            raise FileExistsError(errno.EEXIST, "the object exists", path)
         return StagedWriter(self, path, join(self._folder, path.replace("/", "_")))
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.behind, name)
+        return getattr(self.target, name)
 
 
 def staged(storage: Storage, folder: str, name: str) -> Storage:
-    """``storage``, its new files made in ``folder`` first if it is far away."""
+    """Return a storage that makes its new files in ``folder`` first if it is remote, else ``storage`` itself."""
     return StagedStorage(storage, folder, name) if storage.remote else storage

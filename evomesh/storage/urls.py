@@ -1,4 +1,4 @@
-"""From what a user types to a storage and a path in it."""
+"""Turn what a user types into a storage and a path in it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FORMS = "a plain path, local:PATH, boto3:s3://BUCKET.ENDPOINT/KEY, s3:ENDPOINT/B
 
 
 def split_url(url: str) -> tuple[str, str]:
-    """``("local", path)`` for a plain or ``local:`` path, else the prefix and the rest behind its colon."""
+    """Return ``("local", path)`` for a plain or ``local:`` path, else the prefix and what follows its colon."""
     match = PREFIX.match(url)
     if match is None:
         return "local", url
@@ -22,7 +22,7 @@ def split_url(url: str) -> tuple[str, str]:
 
 
 def open_storage(url: str) -> tuple[Storage, str]:
-    """The storage that ``url`` lies in and its path there.
+    """Return the storage that ``url`` is in, and its path there.
 
     Raises:
         UserError: unknown or unsupported prefix, or an empty path.

@@ -19,7 +19,11 @@ FAULTS = ("500", "503", "slowdown", "reset", "reset after", "truncate", "hang")
 
 
 class FaultProxy(ThreadingHTTPServer):
-    """``hang`` seconds are waited before a hanging request is dropped."""
+    """Beside ``FAULTS``, which a client gets over, a script may answer "denied" or "flip".
+
+    Args:
+        hang: seconds after which a hanging request is dropped.
+    """
 
     daemon_threads = True
 
@@ -65,6 +69,9 @@ class _Handler(BaseHTTPRequestHandler):
             code = "SlowDown" if fault == "slowdown" else "InternalError"
             self._answer(500 if fault == "500" else 503, {}, f"<Error><Code>{code}</Code></Error>".encode())
             return
+        if fault == "denied":
+            self._answer(403, {}, b"<Error><Code>AccessDenied</Code></Error>")
+            return
         if fault == "reset":
             self._reset()
             return
@@ -85,6 +92,8 @@ class _Handler(BaseHTTPRequestHandler):
         kept = {name: value for name, value in answer.getheaders() if name.lower() not in own}
         if self.command == "HEAD":
             kept["Content-Length"] = answer.getheader("Content-Length") or "0"
+        if fault == "flip" and data:  # one bit of the content
+            data = data[:-1] + bytes([data[-1] ^ 1])
         self._answer(answer.status, kept, data, cut=fault == "truncate")
 
     def _answer(self, status: int, headers: dict[str, str], data: bytes, cut: bool = False) -> None:

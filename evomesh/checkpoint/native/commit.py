@@ -6,7 +6,7 @@ import datetime
 import errno
 import logging
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -238,6 +238,7 @@ def commit_together(
     tensors: Mapping[str, TensorType],
     record: CommitRecord,
     source: PieceSource = live_pieces,
+    before_publishing: Callable[[], None] = lambda: None,
 ) -> CommitRecord:
     """Commit a checkpoint from all ranks of ``exchange``; every rank calls it and gets the same verdict.
 
@@ -245,6 +246,7 @@ def commit_together(
         files: the items of this rank's data files by file number; numbers are unique over all ranks.
         tensors: the types of all tensors; used on rank 0 only.
         record: the same on every rank, from ``new_record``.
+        before_publishing: called on rank 0 once all is written; raises if this job must not commit.
 
     Returns:
         the complete record on rank 0, ``record`` elsewhere.
@@ -260,7 +262,7 @@ def commit_together(
     verdict = _Verdict()
     if gathered is not None:
         reports = [_RankReport.from_json(value) for value in gathered]
-        verdict, record = _finish(storage, folder, tensors, record, reports)
+        verdict, record = _finish(storage, folder, tensors, record, reports, before_publishing)
 
     # 3. All ranks learn the outcome; after a failure before the commit each deletes its own files.
     verdict = _Verdict.from_json(exchange.broadcast(verdict.to_json()))
@@ -299,6 +301,7 @@ def _finish(
     tensors: Mapping[str, TensorType],
     record: CommitRecord,
     reports: Sequence[_RankReport],
+    before_publishing: Callable[[], None],
 ) -> tuple[_Verdict, CommitRecord]:
     """Write the index and publish the record, if no rank failed; rank 0 only."""
     if any(report.error for report in reports):
@@ -307,6 +310,7 @@ def _finish(
     removable = True
     try:
         record = write_index(storage, folder, tensors, written, record)
+        before_publishing()
         removable = False  # from here on the commit may be visible even if the call fails
         publish(storage, folder, record)
     except (OSError, UserError) as error:

@@ -280,7 +280,15 @@ class CheckpointWriter:
         """Do the part of a save that can run in the background: write, commit, delete old checkpoints."""
         exchange = self._background_exchange
         storage, _ = self._target(record.snapshot)
-        commit_together(storage, exchange, folder, {exchange.rank: items}, plan.tensors, record)
+        commit_together(
+            storage,
+            exchange,
+            folder,
+            {exchange.rank: items},
+            plan.tensors,
+            record,
+            before_publishing=self._check_lock,
+        )
         self._parent = ParentRecord(record.step, record.attempt)
         self._committed[record.step, record.snapshot] = folder
         kind = "snapshot" if record.snapshot else "checkpoint"
@@ -288,6 +296,15 @@ class CheckpointWriter:
         if exchange.rank == 0:
             self._delete_old(folder, record.snapshot)
         return folder
+
+    def _check_lock(self) -> None:
+        """Refuse to go on where another job took the folder over while this one hung.
+
+        Raises:
+            StorageError: it did, or the store is down.
+        """
+        if self._lock is not None:
+            self._lock.check()
 
     def _delete_old(self, committed: str, snapshot: bool) -> None:
         """Apply retention after a commit; a failure to delete does not fail the save."""
@@ -379,6 +396,9 @@ class CheckpointWriter:
 
 class _RemoteLock:
     """The lock that rank 0 holds, as the other ranks see it."""
+
+    def check(self) -> None:
+        return
 
     def release(self) -> None:
         return

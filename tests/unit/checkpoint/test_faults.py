@@ -144,13 +144,39 @@ def test_a_full_disk_gets_its_space_back(tmp_path: Path) -> None:
     assert not list((tmp_path / "ckpts").glob("step-*"))
 
 
-def test_refusals_in_a_row_end_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("code", "exit_code"),
+    [(errno.ESTALE, 75), (errno.ETIMEDOUT, 75), (errno.EHOSTDOWN, 75), (errno.EDQUOT, 2), (errno.EROFS, 2)],
+)
+def test_a_network_file_system_that_is_away_asks_for_a_restart(
+    tmp_path: Path, code: int, exit_code: int
+) -> None:
+    writer = on(Quick(), tmp_path / "ckpts")
+    writer.claim()
+    writer.storage = LocalStorage(Disk(fail_at=0, error=code, sticky=True))
+    for step in range(1, MAX_FAILED_SAVES):
+        assert save(writer, step) is None
+    with pytest.raises(CheckpointError, match="third in a row") as caught:
+        save(writer, 9)
+    assert caught.value.exit_code == exit_code
+
+
+def test_refusals_in_a_row_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     writer = on(Quick(), tmp_path / "ckpts")
     save(writer, 1)
     writer.storage = LocalStorage(Disk(fail_at=0, error=errno.ENOSPC, sticky=True))
     for step in range(MAX_FAILED_SAVES - 1):
         assert save(writer, 3 + 2 * step) is None
-    with pytest.raises(CheckpointError, match="ENOSPC"):
+        record = caplog.records[-1]
+        assert record.levelno == logging.WARNING
+        assert (
+            f"refusal {step + 1} of 3 in a row" in record.getMessage()
+            and "ckpt.keep_last" in record.getMessage()
+        )
+    with pytest.raises(
+        CheckpointError, match=r"third in a row: .*ENOSPC(.|\n)*fix: free space, or keep"
+    ) as caught:
         save(writer, 9)
+    assert caught.value.exit_code == 2  # somebody must free space before a restart helps
     with pytest.raises(CheckpointError, match="ENOSPC"):
         writer.save(11, tensors(11), {}, {}, final=True)

@@ -1,0 +1,105 @@
+"""From the URL of a store to its address, and from the environment to a client for it."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from evomesh.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+KEY_NAMES = ("S3_ACCESS_KEY_ID", "ACCESS_KEY", "AWS_ACCESS_KEY_ID")  # InternEvo's names come first
+SECRET_NAMES = ("S3_SECRET_ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "AWS_SECRET_ACCESS_KEY")
+CONNECTIONS = 16
+
+
+@dataclass(frozen=True)
+class S3Address:
+    """What a URL points to; ``endpoint`` None means AWS's own."""
+
+    bucket: str
+    key: str
+    endpoint: str | None
+
+
+def parse(scheme: str, rest: str, env: Mapping[str, str] = os.environ) -> S3Address:
+    """Parse what follows ``boto3:`` or ``s3:`` in a URL.
+
+    Raises:
+        UserError: no bucket or, in InternEvo's form, no endpoint.
+    """
+    if scheme == "s3" and rest.startswith(("http://", "https://")):
+        return _with_endpoint(rest)
+    host, _, key = rest.removeprefix("s3:").lstrip("/").partition("/")
+    key = key.strip("/")
+    if scheme == "s3":
+        if not host:
+            raise UserError(f"s3:{rest}: no bucket", expected="s3://BUCKET/KEY")
+        return S3Address(host, key, env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL"))
+    bucket, _, endpoint = host.partition(".")
+    if not bucket or not endpoint:
+        raise UserError(f"boto3:{rest}: no bucket or no endpoint", expected="boto3:s3://BUCKET.ENDPOINT/KEY")
+    return S3Address(bucket, key, _endpoint_url(endpoint))
+
+
+def _with_endpoint(rest: str) -> S3Address:
+    """Parse ``https://HOST:PORT/BUCKET/KEY``."""
+    protocol, _, path = rest.partition("://")
+    host, _, path = path.partition("/")
+    bucket, _, key = path.partition("/")
+    if not host or not bucket:
+        raise UserError(f"s3:{rest}: no bucket", expected="s3:https://HOST/BUCKET/KEY")
+    return S3Address(bucket, key.strip("/"), f"{protocol}://{host}")
+
+
+def _endpoint_url(endpoint: str) -> str:
+    """Return https for names; http for a bare IP address, which no certificate is made for."""
+    name = endpoint.rsplit(":", 1)[0] if endpoint.count(":") == 1 else endpoint
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        return f"https://{endpoint}"
+    logger.warning("the endpoint %s is an IP address: bytes and keys travel unencrypted (http)", endpoint)
+    return f"http://{endpoint}"
+
+
+def make_client(endpoint: str | None, env: Mapping[str, str] = os.environ) -> Any:
+    """Return a boto3 client without retries; credentials and timeouts are those of the environment.
+
+    Raises:
+        UserError: boto3 is not installed.
+    """
+    try:
+        import boto3
+        from botocore.config import Config
+    except ImportError:
+        raise UserError("an s3 path needs boto3", fix="pip install 'evomesh[s3]'") from None
+    config = Config(
+        # There is one layer of retries, that of S3Storage: it knows which calls may be repeated and logs each pause.
+        retries={"max_attempts": 0},
+        connect_timeout=float(env.get("EVOMESH_S3_CONNECT_TIMEOUT", "10")),
+        read_timeout=float(env.get("EVOMESH_S3_READ_TIMEOUT", "60")),
+        s3={"addressing_style": "path" if endpoint else "auto"},
+        max_pool_connections=CONNECTIONS,
+        request_checksum_calculation="when_required",  # stores other than AWS's refuse the newer trailers
+        response_checksum_validation="when_required",
+    )
+    return boto3.client(
+        "s3",
+        endpoint_url=endpoint,
+        aws_access_key_id=_first(env, KEY_NAMES),
+        aws_secret_access_key=_first(env, SECRET_NAMES),
+        region_name=_first(env, ("AWS_DEFAULT_REGION", "AWS_REGION")) or "us-east-1",
+        config=config,
+        verify=False if env.get("EVOMESH_S3_VERIFY", "1") in ("0", "false") else None,
+    )
+
+
+def _first(env: Mapping[str, str], names: tuple[str, ...]) -> str | None:
+    """Return the value of the first variable that is set and not empty."""
+    return next((env[name] for name in names if env.get(name)), None)
