@@ -59,7 +59,7 @@ class S3Storage:
     """A ``Storage`` over one bucket.
 
     Args:
-        client: a boto3 S3 client without retries of its own.
+        client: a boto3 S3 client without retries.
         attempts: tries of one request before giving up.
         wait: seconds before the second try; doubles with each more, at most ``LONGEST_PAUSE``.
     """

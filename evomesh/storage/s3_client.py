@@ -20,7 +20,7 @@ CONNECTIONS = 16
 
 @dataclass(frozen=True)
 class S3Address:
-    """What a URL points to; ``endpoint`` None means AWS's own."""
+    """A place in a store; ``endpoint`` None means AWS's own."""
 
     bucket: str
     key: str

@@ -95,7 +95,7 @@ class LockLostError(StorageError):
 
     def __init__(self, path: str, holder: str) -> None:
         super().__init__(
-            f"this job hung or was cut off for longer than its lease, and another one writes here now: {holder}",
+            f"this job hung or was disconnected for longer than its lease, and another one writes here now: {holder}",
             where=path,
             expected="one writer at a time",
             fix="let that job train and end this one, or give this one another save_ckpt_folder",

@@ -298,7 +298,7 @@ class CheckpointWriter:
         return folder
 
     def _check_lock(self) -> None:
-        """Refuse to go on where another job took the folder over while this one hung.
+        """Refuse a commit where another job took the folder over while this one hung.
 
         Raises:
             StorageError: it did, or the store is down.

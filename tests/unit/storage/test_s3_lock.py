@@ -140,7 +140,7 @@ def test_the_lock_of_a_dead_or_hanging_holder_is_taken_over_and_the_holder_is_fe
     second = S3Lock(objects, "k", "job two on host b", lease=SOON)
     assert "held by job one" in caplog.text and "taking over" in caplog.text
     second.check()
-    for _ in range(2):  # comes back, and is refused for good
+    for _ in range(2):  # comes back, and is refused permanently
         with pytest.raises(LockLostError, match="another one writes here now: job two on host b"):
             first.check()
     second.release()
