@@ -22,15 +22,15 @@ from evomesh.models.language_model import LanguageModel
 from tests.e2e.conftest import Run
 from tests.support.covers import covers
 from tests.support.runs import write_run
-from tests.unit.checkpoint.hf_models import found_in, model_config, save_model
+from tests.unit.checkpoint.huggingface.hf_models import found_in, model_config, save_model
 
 ROOT = Path(__file__).parents[2]
-PROMPTS = [[3, 7, 11, 20], [5, 4, 60]]  # in whose greedy answers no two likeliest tokens lie within 1e-3
+PROMPTS = [[3, 7, 11, 20], [5, 4, 60]]  # the top two logits of every greedy step differ by more than 1e-3
 TEXT = ["the cat sat on the mat", "a dog saw the cat", "春眠不觉晓 naïve café"] * 4
 
 
 def make_tokenizer(folder: Path) -> int:
-    """A byte-level tokenizer with a chat template; returns the number of its ids."""
+    """Train a byte-level tokenizer with a chat template and return the number of its ids."""
     folder.mkdir(parents=True)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

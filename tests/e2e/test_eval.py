@@ -14,7 +14,7 @@ from evomesh.config.schema import GenerationConfig
 from evomesh.errors import UserError
 from tests.e2e.conftest import Run
 from tests.e2e.test_convert_hf import make_tokenizer
-from tests.unit.checkpoint.hf_models import export, model_config, save_model
+from tests.unit.checkpoint.huggingface.hf_models import export, model_config, save_model
 
 pytest.importorskip("lm_eval")
 

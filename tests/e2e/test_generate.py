@@ -127,7 +127,7 @@ WANTED = SamplingParams(temperature=2.0, top_k=50, max_length=24, seed=1024, eos
 
 @pytest.fixture
 def section(trained: Path, tmp_path: Path) -> Path:
-    """A folder with the trained model, prompts of two tasks and the documents' section."""
+    """Prepare a folder with the trained model, prompts of two tasks and the generation section of InternEvo's guide."""
     for name, prompts in PROMPTS.items():
         write_bin(tmp_path / "prompts" / name / "a.bin", prompts)
     write_bin(tmp_path / "wild" / "en" / "a.bin", [[1], [2, 999]])

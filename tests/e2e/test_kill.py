@@ -173,7 +173,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 @covers("ckpt.async_upload_tmp_folder")
 @pytest.mark.timeout(900)
 def test_staged_upload(tmp_path: Path, interpreter: Interpreter, bucket: str) -> None:
-    """Killed while a file lies in ``async_upload_tmp_folder``, once for a checkpoint and once for a snapshot."""
+    """Kill the run while a file is in ``async_upload_tmp_folder``, once for a checkpoint and once for a snapshot."""
     straight, folder, stage = tmp_path / "straight", tmp_path / "killed", tmp_path / "stage"
     short = COMMON + 'data["total_steps"] = lr_scheduler["total_steps"] = 24\nckpt["oss_snapshot_freq"] = 2\n'
     write_run(straight, short)

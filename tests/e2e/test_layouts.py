@@ -185,7 +185,7 @@ def test_deepspeed_flag(
 
 @covers("promise:torchrun")
 def test_torchrun(tmp_path: Path, demo: Path, reference: tuple[dict[int, float], float]) -> None:
-    """The documents' own command line, with four real processes."""
+    """Run the torchrun command of InternEvo's guide with four real processes."""
     write(tmp_path, demo, 'tensor=dict(size=2, mode="fsp"), pipeline=2', 1, "")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
     command += [str(ROOT / "train.py"), "--config", "config.py", "--launcher", "torch"]
@@ -209,7 +209,7 @@ def test_torchrun(tmp_path: Path, demo: Path, reference: tuple[dict[int, float],
 def test_srun(
     tmp_path: Path, interpreter: Interpreter, demo: Path, reference: tuple[dict[int, float], float]
 ) -> None:
-    """The documents' other command line: two tasks with the variables that srun gives each, on one node."""
+    """Run the srun command of InternEvo's guide: two tasks on one node, each with the variables that srun sets."""
     write(tmp_path, demo, "tensor=2", 1, "")
     command = [str(ROOT / "train.py"), "--config", "config.py", "--port", str(free_port())]
     step = {"SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7", "SLURM_NPROCS": "2", "SLURM_JOB_NODELIST": "localhost"}

@@ -1,4 +1,4 @@
-"""llama.cpp, an engine that is not PyTorch, goes on from a text as the trained model does."""
+"""llama.cpp, an engine that is not PyTorch, completes a text as the trained model does."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from evomesh.data.tokenizer import load_tokenizer
 from evomesh.generate.decode import generate_tokens
 from evomesh.generate.options import SamplingParams
 from tests.support.gguf import write_gguf
-from tests.unit.checkpoint.hf_models import export, model_config, save_model
-from tests.unit.checkpoint.test_hf_tokenizer import train
+from tests.unit.checkpoint.huggingface.hf_models import export, model_config, save_model
+from tests.unit.checkpoint.huggingface.test_tokenizer import train
 
 ROOT = Path(__file__).parents[2]
 MODULES = Path(os.environ.get("LLAMA_CPP_FOLDER", ROOT / ".venv/llama_cpp")) / "node_modules"
@@ -40,10 +40,8 @@ def test_greedy_text_is_ours(family: str, changes: dict[str, Any], tmp_path: Pat
     model, found = save_model(tmp_path / "c", config, str(tokenizer.path))
     folder = export(found, tmp_path / "hf", ExportOptions(max_shard_bytes=100000), lambda line: None)
     write_gguf(folder, tmp_path / "x.gguf")
-    texts = [
-        "the cat sat on",
-        "def f(x):",
-    ]  # no two likeliest tokens within 1e-3: llama.cpp rounds its exponentials
+    # The top two logits of every step differ by more than 1e-3: llama.cpp rounds its exponentials.
+    texts = ["the cat sat on", "def f(x):"]
     script = str(ROOT / "tests/support/llama_cpp.mjs")
     command = ["node", script, str(MODULES), str(tmp_path / "x.gguf"), json.dumps(texts), "64"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)

@@ -93,7 +93,7 @@ def test_stopped_and_resumed_equals_straight_to_the_bit(
     assert max(losses(resumed)) == 9
     output = train(interpreter, resumed)
     assert "step-00000010" in output
-    assert len(list(resumed.glob("RUN/tiny/*"))) == 1  # it went on in the same run folder
+    assert len(list(resumed.glob("RUN/tiny/*"))) == 1  # the resumed run used the same run folder
     assert losses(resumed) == losses(straight)
     assert set(losses(straight)) == set(range(20)) - {3, 12, 13}
     hashes = tensor_hashes(straight / "ckpts/step-00000020")

@@ -30,7 +30,7 @@ def tiny(**changes: object) -> LanguageModel:
 
 
 def enlarge(model: LanguageModel) -> None:
-    """Weights large enough for the likeliest token to depend on the context."""
+    """Enlarge the weights so that the most probable token depends on the context."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(8 if parameter.dim() > 1 else 1)

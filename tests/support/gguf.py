@@ -67,8 +67,8 @@ def _tokens(file: Path) -> dict[str, Any]:
     }
 
 
-def _neighbours(value: Tensor, heads: int) -> Tensor:
-    """Rotary pairs from halves to neighbouring rows, as llama.cpp's Llama has them."""
+def _interleave_rotary(value: Tensor, heads: int) -> Tensor:
+    """Reorder rotary pairs from halves to adjacent rows, as llama.cpp's Llama has them."""
     return value.view(heads, 2, -1, *value.shape[1:]).transpose(1, 2).reshape(value.shape)
 
 
@@ -96,7 +96,7 @@ def write_gguf(folder: Path, out: Path) -> None:
         _, _, rest = module.partition("model.layers.")
         layer, _, part = rest.partition(".")
         turned = {"self_attn.q_proj": heads, "self_attn.k_proj": groups}.get(part)
-        value = _neighbours(tensor, turned) if turned else tensor
+        value = _interleave_rotary(tensor, turned) if turned else tensor
         theirs = f"blk.{layer}.{NAMES[part]}.{kind}" if layer else f"{NAMES[module]}.{kind}"
         shape = tuple(reversed(value.shape))
         header += _string(theirs) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, 0, len(data))

@@ -1,4 +1,4 @@
-"""Which checkpoint a run starts from, and the one line that says so."""
+"""The checkpoint that a run starts from, and the log line that names it."""
 
 from __future__ import annotations
 

@@ -87,10 +87,8 @@ def test_beams(pair: Pair, options: dict[str, float], length_penalty: float) -> 
 def test_dynamic_ntk_beyond_the_trained_length() -> None:
     """Cached keys keep the base of the length they were made at, as in transformers."""
     config = tiny_config(max_position_embeddings=16, use_dynamic_ntk_rope=True, rope_scaling_factor=2.0)
-    for prompt in (
-        [3, 7, 11],
-        [n % 50 for n in range(88)],
-    ):  # grows past the trained length; goes on to 8 times it
+    long_prompt = [n % 50 for n in range(88)]  # its completion reaches 8 times the trained length
+    for prompt in ([3, 7, 11], long_prompt):
         ours = tiny(max_position_embeddings=16, use_dynamic_ntk_rope=True, rope_scaling_factor=2.0)
         stock = stock_llama(ours, config, rope_type="dynamic", factor=2.0)
         sampling = SamplingParams(do_sample=False, max_new_tokens=40)
@@ -117,7 +115,7 @@ def test_samples_follow_the_model_and_the_cuts(pair: Pair) -> None:
 
 
 def distribution(model: LanguageModel, ids: list[int], sampling: SamplingParams) -> dict[int, float]:
-    """By the definition: the k likeliest, and of these the shortest head that reaches p."""
+    """Apply the definition: the k most probable tokens, of these the smallest set whose probability reaches p."""
     with torch.no_grad():
         logits = model.logits(model(torch.tensor(ids), single_sequence(len(ids))))[-1] / sampling.temperature
     best = sorted(((float(value), token) for token, value in enumerate(logits)), reverse=True)[

@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def test_cached_logits_equal_uncached_logits_whatever_the_sequences_do() -> None:
-    """Two sequences; a third joins, the first leaves, the others are swapped: each goes on as if alone."""
+    """A third sequence joins two, the first leaves, the others are swapped: each continues as if alone."""
     model = tiny()
     draw = torch.Generator().manual_seed(0)
     rows = [torch.randint(VOCAB, (30,), generator=draw).tolist() for _ in range(3)]

@@ -14,7 +14,7 @@ from torch.distributed import HashStore
 from evomesh.parallel.exchange import SingleProcessExchange
 from evomesh.train.signals import StopRequest
 from evomesh.train.stop import StopBoundary, StopDecision, StopPoll
-from tests.unit.checkpoint.ranks import ThreadExchange, run_ranks
+from tests.unit.checkpoint.native.ranks import ThreadExchange, run_ranks
 
 
 def test_numbers_in_the_stop_file_mean_what_they_do_in_internevo(tmp_path: Path) -> None:

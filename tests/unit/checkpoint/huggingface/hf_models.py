@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from evomesh.checkpoint.huggingface import export as hf_export
 from evomesh.checkpoint.huggingface.export import ExportOptions
+from evomesh.checkpoint.huggingface.export import export as export_checkpoint
 from evomesh.checkpoint.native.find import Checkpoint
 from evomesh.checkpoint.native.load import resolve
 from evomesh.checkpoint.native.save import CheckpointWriter
@@ -64,7 +64,7 @@ def save_model(
 
 
 def export(found: Checkpoint, out: Path, options: ExportOptions, report: Callable[[str], None]) -> Path:
-    return Path(hf_export.export(found, str(out), options, report))
+    return Path(export_checkpoint(found, str(out), options, report))
 
 
 def found_in(root: Path) -> Checkpoint:

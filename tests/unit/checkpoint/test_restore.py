@@ -15,7 +15,7 @@ from evomesh.errors import UserError
 from evomesh.layers.sequence_bounds import single_sequence
 from evomesh.serve.load import ModelOptions, load_service
 from tests.support.serving import byte_tokenizer
-from tests.unit.checkpoint.hf_models import export, model_config, save_model
+from tests.unit.checkpoint.huggingface.hf_models import export, model_config, save_model
 
 IDS = torch.tensor([3, 7, 11, 20, 5])
 

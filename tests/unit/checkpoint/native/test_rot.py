@@ -17,7 +17,7 @@ from evomesh.checkpoint.native.verify import verify
 from evomesh.errors import UserError
 from evomesh.parallel.spec import LocalShard, ShardSpec
 from evomesh.storage.local import LocalStorage
-from tests.unit.checkpoint.ranks import ThreadExchange, grids, run_ranks
+from tests.unit.checkpoint.native.ranks import ThreadExchange, grids, run_ranks
 
 CASES = 400
 

@@ -27,7 +27,14 @@ from evomesh.layers.sequence_bounds import single_sequence
 from evomesh.models.language_model import LanguageModel
 from evomesh.models.registry import build_model
 from tests.support.tolerances import TRANSFORMERS, TRANSFORMERS_FLOAT32
-from tests.unit.checkpoint.hf_models import VOCAB, export, found_in, model_config, random_model, save_model
+from tests.unit.checkpoint.huggingface.hf_models import (
+    VOCAB,
+    export,
+    found_in,
+    model_config,
+    random_model,
+    save_model,
+)
 
 IDS = torch.randint(VOCAB, (20,), generator=torch.Generator().manual_seed(1))
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -221,7 +228,7 @@ def test_dynamic_rotary_in_both_spellings(tmp_path: Path) -> None:
     still = build_model(config.model_copy(update={"use_dynamic_ntk_rope": False}))
     still.load_state_dict(model.state_dict())
     assert relative(theirs(plain, long), ours(still, long)) < TRANSFORMERS_FLOAT32
-    # The documents' switch: rotary.type alone, edited in config.json.
+    # The switch of InternEvo's guide: only rotary.type, edited in config.json.
     (folder / "config.json").write_text(json.dumps(record | {"rotary": {"type": "origin"}}))
     from_hf(str(folder), str(tmp_path / "back"), None, False, silent)
     assert not config_from_dict(found_in(tmp_path / "back").config).model.use_dynamic_ntk_rope

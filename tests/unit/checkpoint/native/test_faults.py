@@ -16,7 +16,7 @@ from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.native.save import MAX_FAILED_SAVES, CheckpointWriter
 from evomesh.storage.local import LocalStorage, SystemCalls
-from tests.unit.checkpoint.disk import MODELS, Crash, Disk, Quick, digest, images
+from tests.unit.checkpoint.native.disk import MODELS, Crash, Disk, Quick, digest, images
 
 ERRNOS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS, errno.ESTALE)
 

@@ -14,7 +14,7 @@ from evomesh.checkpoint.native.save import CheckpointWriter
 from evomesh.cli import ckpt
 from evomesh.errors import UserError
 from evomesh.storage.local import LocalStorage
-from tests.unit.checkpoint.disk import Quick
+from tests.unit.checkpoint.native.disk import Quick
 
 
 def writer_of(root: Path, **options: int) -> CheckpointWriter:

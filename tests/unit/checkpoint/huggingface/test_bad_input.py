@@ -1,4 +1,4 @@
-"""Folders and checkpoints that cannot be converted: what is said, and that nothing is left."""
+"""Folders and checkpoints that cannot be converted: the messages, and that nothing is left on disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from evomesh.checkpoint.huggingface import export as hf_export
+from evomesh.checkpoint.huggingface import export as export_module
 from evomesh.checkpoint.huggingface.checklist import checklist
 from evomesh.checkpoint.huggingface.export import ExportOptions
 from evomesh.checkpoint.huggingface.load import load_huggingface
@@ -22,8 +22,8 @@ from evomesh.checkpoint.native.save import CheckpointWriter
 from evomesh.config.record import config_to_dict
 from evomesh.config.schema import Config
 from evomesh.errors import UserError
-from tests.unit.checkpoint.hf_models import export, found_in, model_config, save_model
-from tests.unit.checkpoint.test_hf_tokenizer import train
+from tests.unit.checkpoint.huggingface.hf_models import export, found_in, model_config, save_model
+from tests.unit.checkpoint.huggingface.test_tokenizer import train
 
 QUIET = ExportOptions(tokenizer="none", compare=False)
 
@@ -142,7 +142,7 @@ def test_models_without_a_form_there(changes: dict[str, Any], words: str, tmp_pa
 def test_export_that_differs_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, found = save_model(tmp_path / "c", model_config(qk_interleaved=True))
     monkeypatch.setattr(
-        hf_export, "native_to_foreign", lambda link, value, config, naming: _unturned(link, value, config)
+        export_module, "native_to_foreign", lambda link, value, config, naming: _unturned(link, value, config)
     )
     with pytest.raises(UserError, match="logits differ by up to"):
         export(found, tmp_path / "hf", replace(QUIET, compare=True), silent)

@@ -19,7 +19,7 @@ from evomesh.storage.base import StorageWriter
 from evomesh.storage.local import LocalStorage
 from tests.support.covers import covers
 from tests.support.interpreter import Interpreter
-from tests.unit.checkpoint.disk import Quick
+from tests.unit.checkpoint.native.disk import Quick
 
 
 class Gate(LocalStorage):

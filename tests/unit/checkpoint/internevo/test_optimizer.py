@@ -17,7 +17,7 @@ from evomesh.errors import UserError
 from tests.support.golden import write_folder
 from tests.support.interpreter import Interpreter
 from tests.support.runs import metrics
-from tests.unit.checkpoint.test_internevo import FAMILIES, equal, heads_of, make
+from tests.unit.checkpoint.internevo.test_model import FAMILIES, equal, heads_of, make
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 
@@ -157,7 +157,7 @@ def train(place: Path, interpreter: Interpreter, name: str, *sets: str) -> list[
 
 
 def test_trained_on_after_conversion_and_without(tmp_path: Path, interpreter: Interpreter) -> None:
-    """The whole way on the command line: optimizer, counters and position arrive in a run that goes on."""
+    """Convert and resume on the command line: a run continues with the optimizer, counters and position."""
     make_training(tmp_path, "LLAMA2", 2, 1, 2, torch.bfloat16)
     (tmp_path / "config.py").write_text(CONFIG)
     made = interpreter.run(

@@ -1,8 +1,8 @@
-"""What a user may point us at that is no usable checkpoint: each is refused with what was found, where, and a way out.
+"""Paths that are not a usable checkpoint: each is refused with what was found, where, and how to fix it.
 
-Cases that have a test of their own: fallback, rot, swapped and missing files (test_rot.py), pickles and zip bombs
-(test_internevo.py), other layouts (test_layouts.py), content and foreign folders (test_resume.py), two writers and the
-full disk (test_saving.py, test_faults.py).
+Tested elsewhere: fallback, corruption, swapped and missing files (test_rot.py), pickles and zip bombs
+(internevo/test_pickles.py), other layouts (test_layouts.py), content and foreign folders (../test_resume.py), two
+writers and the full disk (test_saving.py, test_faults.py).
 """
 
 from __future__ import annotations

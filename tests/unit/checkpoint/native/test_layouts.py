@@ -15,7 +15,7 @@ from evomesh.checkpoint.native.save import CheckpointWriter
 from evomesh.errors import UserError
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.spec import LocalShard, ShardSpec
-from tests.unit.checkpoint.ranks import ThreadExchange, grids, run_ranks
+from tests.unit.checkpoint.native.ranks import ThreadExchange, grids, run_ranks
 
 LAYOUTS = [
     {},

@@ -13,8 +13,7 @@ import pytest
 import torch
 from moto.server import ThreadedMotoServer
 
-from evomesh.checkpoint.huggingface import compare_logits as hf_verify
-from evomesh.checkpoint.huggingface import output_folder as hf_place
+from evomesh.checkpoint.huggingface import compare_logits, output_folder
 from evomesh.checkpoint.huggingface.export import ExportOptions
 from evomesh.checkpoint.huggingface.files import SafetensorsFile
 from evomesh.checkpoint.huggingface.load import load_huggingface
@@ -30,7 +29,7 @@ from evomesh.storage import s3
 from evomesh.storage.base import join
 from evomesh.storage.local import LocalReader, LocalStorage
 from evomesh.storage.urls import open_storage
-from tests.unit.checkpoint.hf_models import export, found_in, model_config, save_model
+from tests.unit.checkpoint.huggingface.hf_models import export, found_in, model_config, save_model
 
 QUIET = ExportOptions(tokenizer="none", compare=False)
 BUCKET = "models"
@@ -98,7 +97,7 @@ def test_any_box_of_a_file(tmp_path: Path) -> None:
 
 def test_one_layer_at_a_time_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, found = save_model(tmp_path / "c", model_config("LLAMA2", "float32", num_layers=4))
-    build, stages, sizes = hf_verify.build_model, [], []
+    build, stages, sizes = compare_logits.build_model, [], []
 
     def counted(*arguments: Any, **named: Any) -> Any:
         assert all(stage() is None for stage in stages)
@@ -115,7 +114,7 @@ def test_one_layer_at_a_time_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyP
             assert all(weight.is_meta for other in theirs for weight in other.parameters(recurse=False))
             theirs.append(module)
 
-    monkeypatch.setattr(hf_verify, "build_model", counted)
+    monkeypatch.setattr(compare_logits, "build_model", counted)
     handle = torch.nn.modules.module.register_module_forward_pre_hook(check)
     try:
         export(found, tmp_path / "hf", replace(QUIET, compare=True), silent)
@@ -144,12 +143,12 @@ def store() -> Iterator[str]:
 def test_folders_in_a_store(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("S3_ACCESS_KEY_ID", "k")
     monkeypatch.setenv("S3_SECRET_ACCESS_KEY_ID", "s")
-    from evomesh.checkpoint.huggingface import export as hf_export
+    from evomesh.checkpoint.huggingface.export import export as export_checkpoint
 
     model, found = save_model(tmp_path / "c", model_config("INTERNLM", "float32"))
     lines: list[str] = []
     url = f"{store}/hf"
-    hf_export.export(found, url, replace(QUIET, compare=True, max_shard_bytes=20000), lines.append)
+    export_checkpoint(found, url, replace(QUIET, compare=True, max_shard_bytes=20000), lines.append)
     from_hf(url, f"{store}/ckpts", None, True, lines.append)
     from_hf(url, str(tmp_path / "back"), None, False, lines.append)
     assert sum("largest logit difference" in line for line in lines) == 2
@@ -157,7 +156,7 @@ def test_folders_in_a_store(store: str, tmp_path: Path, monkeypatch: pytest.Monk
     for name, parameter in model.named_parameters():
         assert torch.equal(read_tensor(found_in(tmp_path / "back"), records[name]), parameter.detach())
     with pytest.raises(UserError, match="exists and is not empty"):
-        hf_export.export(found, url, QUIET, silent)
+        export_checkpoint(found, url, QUIET, silent)
 
     def broken(storage: Any, work: Path, target: str) -> None:
         (work / "zz").write_bytes(b"x")
@@ -166,10 +165,10 @@ def test_folders_in_a_store(store: str, tmp_path: Path, monkeypatch: pytest.Monk
         )
         upload(storage, work, target)
 
-    upload = hf_place._upload
-    monkeypatch.setattr(hf_place, "_upload", broken)
+    upload = output_folder._upload
+    monkeypatch.setattr(output_folder, "_upload", broken)
     with pytest.raises(UserError, match="link down"):
-        hf_export.export(found, f"{store}/other", QUIET, silent)
+        export_checkpoint(found, f"{store}/other", QUIET, silent)
     storage, path = open_storage(f"{store}/other")
     assert storage.list(path) == [] and not storage.exists(join(path, "config.json"))
 
