@@ -9,9 +9,12 @@ from unicodedata import category
 
 # Unicode categories that act on a terminal or cannot be encoded: controls, marks of direction, surrogates, line ends.
 ACTING = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+
+EXIT_BUG = 1  # a traceback
 EXIT_USER_ERROR = 2
 EXIT_TRAINING_STOPPED = 6  # numbers went wrong: too many skipped steps in a row
 EXIT_RESTART = 75  # EX_TEMPFAIL: state is saved, start the same command again
+EXIT_INTERRUPTED = 130  # Ctrl-C: 128 + SIGINT
 
 
 def printable(text: str, keep: str = "\n\t") -> str:
@@ -43,7 +46,14 @@ class UserError(Exception):
         expected: what would have been right.
         fix: the command or edit that repairs it.
         exit_code: process exit code, 2 for a user's mistake.
+
+    Attributes:
+        printed_elsewhere: another rank of the job prints the same message, so this one stays silent.
+        is_known_to_peers: the other ranks of the job have heard of it.
     """
+
+    printed_elsewhere = False
+    is_known_to_peers = False
 
     def __init__(
         self,

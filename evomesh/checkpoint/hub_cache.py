@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from evomesh.checkpoint.native.format import CheckpointError
+from evomesh.config.user import expand_home
 from evomesh.storage.urls import split_url
 
 
@@ -22,7 +23,7 @@ def local_folder(url: str) -> Path:
             expected="a local folder",
             fix="copy the model folder to a local disk first",
         )
-    folder = Path(path).expanduser()
+    folder = expand_home(path)
     if folder.is_dir():
         return folder
     cached = cached_model(path)
@@ -36,7 +37,7 @@ def local_folder(url: str) -> Path:
 
 def cache_folder() -> Path:
     """Return the folder into which the hub's own tools download models."""
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    home = expand_home(os.environ.get("HF_HOME", "~/.cache/huggingface"))
     return Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
 
 

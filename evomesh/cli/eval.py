@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from evomesh.cli.options import CheckpointArgument, ConfigFileOption, DeviceOption, TokenizerPathOption
+from evomesh.config.user import expand_home
 from evomesh.errors import UserError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def evaluate(
     """Evaluate a checkpoint with lm-evaluation-harness."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("lm-evaluation-harness is not installed", fix="pip install 'evomesh[eval]'")
-    if output is not None and not Path(output).expanduser().absolute().parent.is_dir():
+    if output is not None and not expand_home(output).absolute().parent.is_dir():
         raise UserError(f"the folder of {output} does not exist", where="--output")
     from evomesh.checkpoint.huggingface.config import rotary_scaling
     from evomesh.config.loader import load_config

@@ -1,76 +1,37 @@
-"""The ``evomesh`` command and its verbs."""
+"""Entry points of the command line.
+
+Both ask for signals to be watched before anything large is imported, so that a run that is stopped during its start
+ends with the documented exit code too.
+"""
 
 from __future__ import annotations
 
-import os
+import sys
 
-import typer
-
-from evomesh import __version__
-from evomesh.cli import (
-    batch,
-    ckpt,
-    config,
-    convert,
-    data,
-    eval,
-    generate,
-    ledger,
-    plan,
-    serve,
-    tokenize,
-    tokenizer,
-    train,
-)
 from evomesh.cli.run import run
-
-app = typer.Typer(
-    name="evomesh",
-    help="Train decoder language models, from one laptop CPU to a thousand GPUs.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # importing rich would take longer than the rest of `evomesh --help`
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.command("train")(train.train)
-app.command("plan")(plan.plan)
-app.command("batch")(batch.batch)
-app.command("ledger")(ledger.ledger)
-app.command("tokenize")(tokenize.tokenize)
-app.command("generate")(generate.generate)
-app.command("eval")(eval.evaluate)
-app.command("serve")(serve.serve)
-app.command("chat")(serve.chat)
-app.add_typer(config.app, name="config", help="Check, show, list and copy configs.")
-app.add_typer(tokenizer.app, name="tokenizer", help="Train, inspect and compare tokenizers.")
-app.add_typer(data.app, name="data", help="Inspect, verify and repair tokenized datasets.")
-app.add_typer(ckpt.app, name="ckpt", help="List, verify, compare, reshard and delete checkpoints.")
-app.add_typer(
-    convert.app, name="convert", help="Convert checkpoints from and to the formats of other systems."
-)
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"evomesh {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def options(
-    debug: bool = typer.Option(
-        False, "--debug", help="Show the traceback of an error (also EVOMESH_DEBUG=1)."
-    ),
-    version: bool = typer.Option(
-        False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
-    ),
-) -> None:
-    """Set the options of all commands."""
-    if debug:
-        os.environ["EVOMESH_DEBUG"] = "1"
 
 
 def main() -> None:
     """Run the ``evomesh`` command."""
-    run(app)
+    run(_evomesh, trains=sys.argv[1:2] == ["train"])
+
+
+def shim_main() -> None:
+    """Run InternEvo's command line: the repository's ``train.py``."""
+    run(_train_py, trains=True)
+
+
+def _evomesh() -> None:
+    from evomesh.cli.app import app
+
+    app()
+
+
+def _train_py() -> None:
+    import typer
+
+    from evomesh.cli.train import shim
+
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(shim)
+    app()

@@ -1,22 +1,123 @@
-"""Run a command: the one place where errors become messages and exit codes."""
+"""The one place where errors become messages and exit codes."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import sys
+import threading
+import time
+import traceback
 from collections.abc import Callable
+from typing import TextIO
 
-from evomesh.errors import UserError
+from evomesh.config.redact import redact_log
+from evomesh.errors import EXIT_INTERRUPTED, UserError
+from evomesh.outside_errors import as_user_error
+
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torchrun looks for the message that it prints last
 
 
-def run(command: Callable[[], object]) -> None:
-    """Call ``command``; print a ``UserError`` without a traceback and exit with its code."""
+def run(command: Callable[[], object], *, trains: bool = False) -> None:
+    """Call ``command``; an error whose cause is not a bug is printed without a traceback and ends the process.
+
+    Args:
+        trains: watch for signals from now on: they end the process with 75 or 130, see ``StopRequest``.
+    """
+    _accept_any_text()
+    threading.excepthook = _report_thread_error
+    if trains:
+        from evomesh.train.signals import StopRequest
+
+        StopRequest().watch()
+    try:
+        _call(command)
+    except KeyboardInterrupt:
+        _end(EXIT_INTERRUPTED)
+    except Exception as error:
+        message = as_user_error(error)
+        if message is None or os.environ.get("EVOMESH_DEBUG"):
+            _write_error_file(traceback.format_exc())
+            raise
+        _fail(message)
+
+
+def _call(command: Callable[[], object]) -> None:
+    """Call ``command`` and write out what it printed, also where it ends the process itself."""
     try:
         command()
-    except UserError as error:
-        if os.environ.get("EVOMESH_DEBUG"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except SystemExit:
+        _flush_output()
+        raise
+    _flush_output()
+
+
+def _fail(message: UserError) -> None:
+    """Print the message, unless another rank prints the same one, and end with its exit code."""
+    text = redact_log(f"error: {message}")
+    _write_error_file(text)
+    if not message.printed_elsewhere:
+        with contextlib.suppress(OSError, ValueError):
+            print(text, file=sys.stderr, flush=True)
+    _end(message.exit_code)
+
+
+def _end(exit_code: int) -> None:
+    """End the process; at once where it is in a process group, which other ranks may never leave with it."""
+    process_group = sys.modules.get("evomesh.parallel.process_group")
+    if process_group is not None and process_group.in_world():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)
+
+
+def _accept_any_text() -> None:
+    """Let streams escape the characters that their encoding lacks, such as those of a file name in a log line."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _flush_output() -> None:
+    """Write what the standard output still holds; a full disk is an error, a reader that left is none."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        discard(sys.stdout)
+    except OSError as error:
+        discard(sys.stdout)
+        raise UserError(f"cannot write: {error.strerror}", where="standard output") from None
+
+
+def discard(stream: TextIO) -> None:
+    """Send what is written to a stream from now on to nowhere, so that Python's flush at exit cannot fail either."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def _report_thread_error(args: threading.ExceptHookArgs) -> None:
+    """Print one line for a background thread that the system failed; a traceback for a bug."""
+    message = as_user_error(args.exc_value) if args.exc_value is not None else None
+    if message is None:
+        threading.__excepthook__(args)
+    elif sys.stderr is not None:
+        name = args.thread.name if args.thread is not None else "a thread"
+        with contextlib.suppress(OSError, ValueError):
+            print(redact_log(f"warning: {name} ended: {message}"), file=sys.stderr, flush=True)
+
+
+def _write_error_file(text: str) -> None:
+    """Leave the error where torchrun reads it; torchrun prints that of the rank that failed first, after all output."""
+    path = os.environ.get(ERROR_FILE)
+    if not path:
+        return
+    details = {"py_callstack": text, "timestamp": str(int(time.time()))}
+    with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+        json.dump({"message": {"message": text, "extraInfo": details}}, file)

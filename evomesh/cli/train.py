@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from evomesh.cli.options import LauncherOption, OverrideOption, RendezvousPortOption
-from evomesh.cli.run import run
 
 SeedOption = Annotated[
     int | None, typer.Option(help="Seed of the initial weights [default: the config's, else 1024].")
@@ -45,19 +44,21 @@ def train(
 
     from evomesh.config.deepspeed import deepspeed_settings
     from evomesh.config.loader import load_config
+    from evomesh.train.job import reporting_early_errors
     from evomesh.train.main import run_training
 
     # Later overrides win: --set over the settings of --deepspeed, the other options over --set.
     settings: list[str] = []
     warnings: list[str] = []
-    if deepspeed is not None:
-        settings, warnings = deepspeed_settings(deepspeed)
-    settings += overrides or []
-    if seed is not None:
-        settings.append(f"seed={seed}")
-    if run_dir is not None:
-        settings.append(f"run_dir={run_dir}")
-    loaded = load_config(config, settings)
+    with reporting_early_errors(launcher, port):
+        if deepspeed is not None:
+            settings, warnings = deepspeed_settings(deepspeed)
+        settings += overrides or []
+        if seed is not None:
+            settings.append(f"seed={seed}")
+        if run_dir is not None:
+            settings.append(f"run_dir={run_dir}")
+        loaded = load_config(config, settings)
     loaded = replace(loaded, warnings=(*loaded.warnings, *warnings))
     exit_code = run_training(loaded, launcher=launcher, port=port, profile=profile)
     if exit_code:
@@ -76,10 +77,3 @@ def shim(
 ) -> None:
     """Train with InternEvo's command line: train.py --config CONFIG --launcher torch."""
     train(config, overrides, launcher, port, seed, run_dir, profile, deepspeed)
-
-
-def shim_main() -> None:
-    """Run the repository's ``train.py``."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(shim)
-    run(app)

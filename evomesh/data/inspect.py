@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evomesh.config.schema import IGNORE, DataConfig
+from evomesh.config.user import expand_home
 from evomesh.data.packing.corpus import Corpus, open_corpus
 from evomesh.data.packing.packs import Pack, PackPlan, PackRule
 from evomesh.data.token_files.bin_dataset import BinDataset, evenly_spaced
@@ -28,7 +28,7 @@ def open_files(path: str) -> list[BinDataset]:
 
 def open_packs(path: str, config: DataConfig) -> Corpus:
     """Open the packs of one file, or those of a training folder under the numbers that training uses."""
-    if Path(path).expanduser().is_dir():
+    if expand_home(path).is_dir():
         return open_corpus(config.model_copy(update={"train_folder": path}), None)
     source = BinDataset(path, min_length=config.min_length)
     return Corpus(config, [PackPlan([source], PackRule.from_config(config), config.remainder)])

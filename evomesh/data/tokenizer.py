@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from evomesh.config.user import expand_home
 from evomesh.errors import UserError
 
 BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|startoftext|>", "<|endoftext|>")
@@ -165,7 +166,7 @@ def load_tokenizer(path: str | Path, where: str = "--tokenizer") -> Tokenizer:
     Raises:
         UserError: there is no tokenizer at the path.
     """
-    file = Path(path).expanduser()
+    file = expand_home(path)
     if file.is_dir():
         file = _find_tokenizer(file, where)
     if not file.is_file():

@@ -6,13 +6,13 @@ import difflib
 import json
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table
 
+from evomesh.config.user import expand_home
 from evomesh.errors import UserError
 from evomesh.evaluate.native import HarnessModel
 
@@ -80,7 +80,7 @@ def format_table(results: dict[str, Any]) -> str:
 def write_results(results: dict[str, Any], path: str) -> None:
     """Write everything the harness returned as JSON."""
     text = json.dumps(results, indent=2, ensure_ascii=False, default=handle_non_serializable)
-    Path(path).expanduser().write_text(text + "\n", encoding="utf-8")
+    expand_home(path).write_text(text + "\n", encoding="utf-8")
 
 
 def refuse_unknown(task: str, task_manager: TaskManager) -> None:
@@ -90,7 +90,7 @@ def refuse_unknown(task: str, task_manager: TaskManager) -> None:
         UserError: with the most similar name, if there is one.
     """
     if _is_file(task):
-        if not Path(task).expanduser().is_file():
+        if not expand_home(task).is_file():
             raise UserError(f"no task file {task}", where="--tasks")
         return
     if not task_manager.match_tasks([task]):

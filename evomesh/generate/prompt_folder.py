@@ -10,6 +10,7 @@ from typing import Any
 import orjson
 
 from evomesh.config.schema import Config, GenerationConfig
+from evomesh.config.user import expand_home
 from evomesh.data.prompts import TokenizedPrompt
 from evomesh.data.token_files.writer import BinWriter
 from evomesh.data.tokenizer import Tokenizer
@@ -62,8 +63,8 @@ def create_output_folder(section: GenerationConfig, prompt_folder: str) -> Path:
             where="generation.output_folder",
             expected="a folder for the results",
         )
-    output = Path(section.output_folder.removeprefix("local:")).expanduser()
-    if output.resolve().is_relative_to(Path(prompt_folder).expanduser().resolve()):
+    output = expand_home(section.output_folder.removeprefix("local:"))
+    if output.resolve().is_relative_to(expand_home(prompt_folder).resolve()):
         raise UserError(
             f"{output} is inside the folder of the prompts: the next run would read results as prompts",
             where="generation.output_folder",

@@ -36,11 +36,14 @@ class Exchange(Protocol):
 
 
 class PeerLostError(UserError):
-    """A rank died or stopped answering: the process group cannot be used any more, only a restart helps."""
+    """A rank died or stopped answering: the process group cannot be used any more, only a restart helps.
+
+    ``PeerWatch`` knows which.
+    """
 
     def __init__(self, error: Exception) -> None:
         super().__init__(
-            f"another rank was lost while a checkpoint was saved or loaded: {error}",
+            f"the connection to another rank broke: {str(error).partition(chr(10))[0]}",
             fix="rerun the same command; it resumes from the last committed checkpoint",
             exit_code=EXIT_RESTART,
         )

@@ -3,29 +3,84 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+
+from evomesh.errors import UserError
+from evomesh.parallel.exchange import PeerLostError
+from evomesh.parallel.peer_watch import PeerFailedError, PeerWatch
+from evomesh.parallel.rendezvous import JobAddress, call_roll, open_store, second_connection
+
+_NETWORK_VARIABLES = ("GLOO_", "NCCL_", "TORCH_", "TP_SOCKET")
+_LOST_CONNECTION = re.compile(
+    r"gloo|NCCL|c10d|Connection (?:closed|reset|refused)|Broken pipe|Socket|Timed out|recv|store->get"
+)
 
 
-def join_world(device: torch.device, *, rank: int, world_size: int, host: str, port: int) -> None:
-    """Create the default process group; a world of one process needs none.
+def join_world(
+    device: torch.device, address: JobAddress, stop_requested: Callable[[], bool] = lambda: False
+) -> PeerWatch | None:
+    """Meet the other ranks, watch them from then on, and create the default process group.
 
     Args:
-        host: address that all ranks connect to; ignored in a process started by torchrun, whose agent provides it.
+        address: where all ranks meet.
+        stop_requested: see ``PeerWatch``.
+
+    Returns:
+        The watch, which has started; None for a world of one process, which needs no group either.
+
+    Raises:
+        UserError: the address cannot be used, ranks are missing, or another rank has failed.
     """
-    if world_size == 1:
-        return
-    started_by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    address = f"[{host}]" if ":" in host else host  # IPv6
-    dist.init_process_group(
-        backend(device),
-        init_method="env://" if started_by_torchrun else f"tcp://{address}:{port}",
-        rank=rank,
-        world_size=world_size,
+    if address.world_size == 1:
+        return None
+    store = open_store(address)
+    hosts = call_roll(store, address)
+    watch = PeerWatch(second_connection(address), address.rank, hosts, stop_requested=stop_requested)
+    watch.start()
+    try:
+        dist.init_process_group(
+            backend(device),
+            store=PrefixStore("group", store),
+            rank=address.rank,
+            world_size=address.world_size,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise _refuse_group(error, watch) from error
+    return watch
+
+
+def _refuse_group(error: Exception, watch: PeerWatch) -> UserError:
+    """Return the message for a process group that could not be created."""
+    verdict = watch.name_lost_rank()
+    if verdict is not None:
+        return PeerFailedError(verdict)
+    set_here = [name for name in sorted(os.environ) if name.startswith(_NETWORK_VARIABLES)]
+    return UserError(
+        f"the ranks cannot connect to each other: {str(error).partition(chr(10))[0]}",
+        where="process group",
+        expected="network interfaces on which all nodes reach each other",
+        fix=f"check the variables that are set here: {', '.join(set_here)}"
+        if set_here
+        else "check the network",
     )
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Return whether an exception of a collective means that a connection to another rank broke or timed out."""
+    if isinstance(error, PeerLostError):
+        return True
+    return isinstance(error, RuntimeError) and _LOST_CONNECTION.search(str(error)) is not None
+
+
+def in_world() -> bool:
+    """Return whether this process is in the default process group."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def leave_world() -> None:

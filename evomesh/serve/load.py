@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evomesh.checkpoint.restore import LoadedModel, load_model
 from evomesh.config.schema import RotaryType
+from evomesh.config.user import expand_home
 from evomesh.errors import UserError
 from evomesh.generate.engine import GenerationEngine
 from evomesh.models.language_model import has_rotary_embedding, with_rotary_type
@@ -108,7 +108,7 @@ def read_key(host: str, key_file: str | None) -> str | None:
         UserError: the file has no key, or other machines can reach the server and there is no key.
     """
     if key_file is not None:
-        path = Path(key_file).expanduser()
+        path = expand_home(key_file)
         if not path.is_file():
             raise UserError(f"no file {path}", where="--key-file", expected="a file with the key")
         key = path.read_text(encoding="utf-8").strip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,7 @@ from evomesh.parallel.collectives import all_gather_objects
 from evomesh.parallel.exchange import Exchange, default_exchange
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.spec import LocalShard
+from evomesh.train.agreement import data_facts, require_agreement
 from evomesh.train.launch import RunContext
 from evomesh.train.report import RunReporter
 from evomesh.train.stages import ModelStages, build_stages
@@ -106,6 +108,9 @@ def build_run(loaded: LoadedConfig, context: RunContext) -> TrainingRun:
     valid_sets: list[ValidationSet] = []
     if config.data.valid_every > 0:
         valid_sets = build_valid_data(config.data, config.model.vocab_size)
+
+    with closing(default_exchange()) as exchange:
+        require_agreement(exchange, data_facts(train_data.manifest))
 
     # 2. Model and optimizer, without weights.
     stages = build_stages(config, grid, context.mode, context.device)

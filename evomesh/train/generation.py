@@ -36,7 +36,8 @@ from evomesh.generate.staged import StagedModel
 from evomesh.models.language_model import LanguageModel
 from evomesh.parallel.exchange import default_exchange
 from evomesh.storage.urls import open_storage
-from evomesh.train.launch import RunContext, launch, spawn_ranks
+from evomesh.train.launch import RunContext, launch
+from evomesh.train.launchers import spawn_ranks
 from evomesh.train.stages import build_stages
 
 logger = logging.getLogger(__name__)

@@ -5,14 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import random
-import re
-import shutil
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -21,31 +17,20 @@ import torch
 
 from evomesh.config.layout import axis_sizes, check_world
 from evomesh.config.schema import Config
-from evomesh.errors import UserError
 from evomesh.monitor.log import ALL_RANKS, setup_logging
 from evomesh.parallel.build import build_grid
 from evomesh.parallel.device import device_of_rank
+from evomesh.parallel.exchange import default_exchange
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import MODES, TensorMode
+from evomesh.parallel.peer_watch import PeerWatch
 from evomesh.parallel.process_group import first_ranks_number, join_world, leave_world
+from evomesh.train.agreement import config_facts, require_agreement
+from evomesh.train.job import explain_to_peers
+from evomesh.train.launchers import ProcessInfo, detect
+from evomesh.train.signals import StopRequest
 
 logger = logging.getLogger(__name__)
-
-TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NPROCS", "SLURM_JOB_NODELIST")
-DLC_PROCESSES = "KUBERNETES_CONTAINER_RESOURCE_GPU"  # Aliyun DLC sets it: processes per node
-LAUNCHERS = ("auto", "torch", "slurm")
-
-
-@dataclass(frozen=True)
-class ProcessInfo:
-    """One process among ``world_size``; they connect at ``host:port`` ("" for a single process)."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    host: str = ""
-    port: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,38 +59,67 @@ def launch(
     """Join the other ranks, if there are any, and leave them at the end of the context.
 
     Raises:
-        UserError: the launcher's variables are missing or wrong, or the layout does not fit the number of processes.
-            Both are checked before any process group exists.
+        UserError: the launcher's variables are missing or wrong, or the layout does not fit the number of processes;
+            both are checked before the ranks meet. Or the ranks cannot meet, or differ in config or code. An error
+            inside the context is raised on every rank, as the sentence that names the first rank that had one.
     """
+    # 1. What this process can check alone.
     process = detect(os.environ, launcher, port)
     setup_logging(shows=process.rank == 0)  # until the run folder is known
     warnings = check_world(config, process.world_size)
-    sizes = axis_sizes(config.parallel, process.world_size)
     device = device_of_rank(process.local_rank)
     torch.backends.cudnn.benchmark = config.run.cudnn_benchmark
     torch.backends.cudnn.deterministic = config.run.cudnn_deterministic
-    rank, world_size = process.rank, process.world_size
-    join_world(device, rank=rank, world_size=world_size, host=process.host, port=process.port)
+
+    # 2. Meet the others. From here on an error of one rank ends all of them.
+    request = StopRequest.installed()
+    watch = join_world(device, process.address, lambda: request is not None and request.signal is not None)
     try:
-        grid = build_grid(config.parallel, world_size, rank)
-        started = datetime.fromtimestamp(first_ranks_number(time.time()))
+        if watch is not None:
+            _agree_before_the_start(config, watch, request)
         if process.rank == 0:
             for warning in warnings:
                 logger.warning(warning)
+            sizes = axis_sizes(config.parallel, process.world_size)
             logger.info(
                 f"Distributed environment is initialized, data parallel size: {sizes.dp}, "
                 f"pipeline parallel size: {sizes.pp}, tensor parallel size: {sizes.tp}"
             )
-        set_seed(config.run.seed if seed is None else seed, process.rank)
-        logger.info(
-            f"===========New Run {started:%b%d_%H-%M-%S} on host:{socket.gethostname()},"
-            f"tp:{grid.tp.rank},pp={grid.pp.rank},dp={grid.dp.rank}===========",
-            extra=ALL_RANKS,
-        )
-        mode = MODES[config.parallel.tensor.mode]
-        yield RunContext(grid, device, mode, process.rank, process.world_size, started)
-    finally:
-        leave_world()
+        yield _start_run(config, process, device, seed)
+    except BaseException as error:
+        if watch is None:
+            raise
+        reported = explain_to_peers(error, watch)
+        if reported is error:
+            raise
+        raise reported from error
+
+    # 3. All went well: nobody leaves while another still needs it.
+    leave_world()
+    if watch is not None:
+        watch.sign_off()
+
+
+def _agree_before_the_start(config: Config, watch: PeerWatch, request: StopRequest | None) -> None:
+    """Refuse ranks that differ, before groups are made of them."""
+    if request is not None:
+        request.before_end = watch.announce_and_linger
+    with closing(default_exchange()) as exchange:
+        require_agreement(exchange, config_facts(config))
+
+
+def _start_run(config: Config, process: ProcessInfo, device: torch.device, seed: int | None) -> RunContext:
+    """Build the grid, log the start lines and seed the generators."""
+    rank, world_size = process.rank, process.world_size
+    grid = build_grid(config.parallel, world_size, rank)
+    started = datetime.fromtimestamp(first_ranks_number(time.time()))
+    set_seed(config.run.seed if seed is None else seed, rank)
+    logger.info(
+        f"===========New Run {started:%b%d_%H-%M-%S} on host:{socket.gethostname()},"
+        f"tp:{grid.tp.rank},pp={grid.pp.rank},dp={grid.dp.rank}===========",
+        extra=ALL_RANKS,
+    )
+    return RunContext(grid, device, MODES[config.parallel.tensor.mode], rank, world_size, started)
 
 
 def set_seed(seed: int, rank: int) -> None:
@@ -121,167 +135,3 @@ def set_seed(seed: int, rank: int) -> None:
             f"initialized seed on rank {rank}, numpy: {seed}, python random: {seed}, ParallelMode.DATA: {seed}, "
             f"ParallelMode.TENSOR: {seed},the default parallel seed is ParallelMode.DATA."
         )
-
-
-def detect(env: Mapping[str, str], launcher: str = "auto", port: int = 8888) -> ProcessInfo:
-    """Read rank and world size from the launcher's variables: torchrun first, then slurm, else one process.
-
-    Args:
-        env: the environment.
-        launcher: "auto", or the launcher whose variables are required.
-        port: on the first node, where slurm tasks connect.
-    """
-    if launcher not in LAUNCHERS:
-        raise UserError(f"unknown launcher {launcher!r}", where="--launcher", expected=" | ".join(LAUNCHERS))
-    # RANK without the other variables is a broken launch, not a single process. A batch script outside srun has no
-    # SLURM_STEP_ID: it is one process.
-    if launcher == "torch" or (launcher == "auto" and ("RANK" in env or "LOCAL_RANK" in env)):
-        return _from_torchrun(env)
-    if launcher == "slurm" or (launcher == "auto" and "SLURM_PROCID" in env and "SLURM_STEP_ID" in env):
-        return _from_slurm(env, port)
-    return ProcessInfo()
-
-
-def _from_torchrun(env: Mapping[str, str]) -> ProcessInfo:
-    _require(env, TORCHRUN, "torchrun", "torchrun --nproc_per_node=N train.py --config C --launcher torch")
-    process = ProcessInfo(
-        _whole_number(env, "RANK"),
-        _whole_number(env, "WORLD_SIZE"),
-        _whole_number(env, "LOCAL_RANK"),
-        env["MASTER_ADDR"],
-        _whole_number(env, "MASTER_PORT"),
-    )
-    return _check_range(process, "RANK", "WORLD_SIZE")
-
-
-def _from_slurm(env: Mapping[str, str], port: int) -> ProcessInfo:
-    _require(
-        env, SLURM, "slurm", "srun -n N --ntasks-per-node=G --gpus-per-task=1 python train.py --config C"
-    )
-    nodes = env.get("SLURM_STEP_NODELIST", env["SLURM_JOB_NODELIST"])
-    host = env.get("MASTER_ADDR") or node_address(first_node(nodes))
-    number = _whole_number(env, "MASTER_PORT") if "MASTER_PORT" in env else port
-    world_size, local_rank = _whole_number(env, "SLURM_NPROCS"), _whole_number(env, "SLURM_LOCALID")
-    return _check_range(
-        ProcessInfo(_whole_number(env, "SLURM_PROCID"), world_size, local_rank, host, number),
-        "SLURM_PROCID",
-        "SLURM_NPROCS",
-    )
-
-
-def _require(env: Mapping[str, str], names: tuple[str, ...], launcher: str, command: str) -> None:
-    missing = [name for name in names if not env.get(name)]
-    if missing:
-        raise UserError(
-            f"{launcher} variables are missing: {', '.join(missing)}",
-            where="environment",
-            expected=f"all of {', '.join(names)}, as {launcher} sets them",
-            fix=f"start with: {command}   (or without --launcher for one process)",
-        )
-
-
-def _whole_number(env: Mapping[str, str], name: str) -> int:
-    try:
-        value = int(env[name])
-    except ValueError:
-        value = -1
-    if value < 0:
-        raise UserError(
-            f"{name}={env[name]!r} is not a number", where="environment", expected="a whole number >= 0"
-        )
-    return value
-
-
-def _check_range(process: ProcessInfo, rank: str, world: str) -> ProcessInfo:
-    if process.rank >= process.world_size:
-        raise UserError(
-            f"{rank}={process.rank} with {world}={process.world_size}",
-            where="environment",
-            expected=f"{rank} from 0 to {world} - 1",
-        )
-    return process
-
-
-def first_node(nodes: str) -> str:
-    """Return the first name of a slurm node list: ``gpu[03-05,9],x1`` -> ``gpu03``."""
-    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", nodes)
-    if match is None:
-        raise UserError(
-            f"cannot read the node list {nodes!r}", where="SLURM_JOB_NODELIST", expected="such as n[1-4]"
-        )
-    return "".join(part or "" for part in match.groups())
-
-
-def node_address(node: str) -> str:
-    """Return the node's name where it resolves, else the address that slurm has for it."""
-    try:
-        socket.getaddrinfo(node, None)
-    except OSError:
-        if shutil.which("scontrol"):
-            shown = subprocess.run(
-                ["scontrol", "show", "node", node], capture_output=True, text=True, check=False
-            )
-            if match := re.search(r"NodeAddr=(\S+)", shown.stdout):
-                return match[1]
-        raise UserError(
-            f"the name of the first node, {node!r}, does not resolve on this host",
-            where="SLURM_JOB_NODELIST",
-            fix="export MASTER_ADDR=ADDRESS",
-        ) from None
-    return node
-
-
-def torchrun_command(env: Mapping[str, str], argv: list[str], launcher: str = "auto") -> list[str] | None:
-    """Return the torchrun command that starts this node's ranks; None if the environment does not require one.
-
-    Two environments do: ``NPROC_PER_NODE`` (with NNODES, NODE_RANK, ADDR, PORT), and Aliyun DLC, whose RANK and
-    WORLD_SIZE count nodes and whose KUBERNETES_CONTAINER_RESOURCE_GPU counts processes. A process that has a
-    LOCAL_RANK was started by torchrun already.
-
-    Args:
-        argv: ``sys.argv`` of this process.
-    """
-    on_dlc = DLC_PROCESSES in env
-    if launcher == "slurm" or "LOCAL_RANK" in env or not (on_dlc or "NPROC_PER_NODE" in env):
-        return None
-    processes = _whole_number(env, "NPROC_PER_NODE" if "NPROC_PER_NODE" in env else DLC_PROCESSES)
-    nodes, node_rank = _node_count_and_rank(env, on_dlc)
-    if processes * nodes <= 1 and not on_dlc:
-        return None
-    rendezvous = ["--standalone"] if nodes == 1 else _rendezvous(env, nodes, node_rank)
-    torchrun = [sys.executable, "-m", "torch.distributed.run"]
-    return [*torchrun, *rendezvous, f"--nproc_per_node={max(processes, 1)}", *argv]
-
-
-def _node_count_and_rank(env: Mapping[str, str], on_dlc: bool) -> tuple[int, int]:
-    names = ("WORLD_SIZE", "RANK") if on_dlc and "NNODES" not in env else ("NNODES", "NODE_RANK")
-    nodes = _whole_number(env, names[0]) if names[0] in env else 1
-    node_rank = _whole_number(env, names[1]) if names[1] in env else 0
-    return nodes, node_rank
-
-
-def _rendezvous(env: Mapping[str, str], nodes: int, node_rank: int) -> list[str]:
-    address, port = env.get("MASTER_ADDR") or env.get("ADDR"), env.get("MASTER_PORT") or env.get("PORT")
-    if not address or not port:  # nodes that choose their own ports would never connect
-        raise UserError(
-            f"{nodes} nodes, but no address where they connect",
-            where="environment",
-            expected="MASTER_ADDR (or ADDR) and MASTER_PORT (or PORT), the same on every node",
-        )
-    return [
-        f"--nnodes={nodes}",
-        f"--node_rank={node_rank}",
-        f"--master_addr={address}",
-        f"--master_port={port}",
-    ]
-
-
-def spawn_ranks(launcher: str = "auto") -> None:
-    """Replace this process by torchrun where the environment requires it (``torchrun_command``); else return."""
-    command = torchrun_command(os.environ, sys.argv, launcher)
-    if command is not None:
-        env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-        setup_logging()
-        logger.info("starting %s", " ".join(command[1:]))
-        sys.stdout.flush()
-        os.execve(command[0], command, env)

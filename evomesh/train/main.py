@@ -9,7 +9,9 @@ from evomesh.checkpoint.resume import restart_line
 from evomesh.config.loader import LoadedConfig, load_config
 from evomesh.train.allocator import keep_freed_memory
 from evomesh.train.build import build_run
-from evomesh.train.launch import launch, spawn_ranks
+from evomesh.train.job import reporting_early_errors
+from evomesh.train.launch import RunContext, launch
+from evomesh.train.launchers import spawn_ranks
 from evomesh.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -39,18 +41,24 @@ def run_training(
     Raises:
         UserError: anything in the config, the data or the checkpoints that cannot be used.
     """
-    loaded = config if isinstance(config, LoadedConfig) else load_config(config)
-    spawn_ranks(launcher)
-    with launch(loaded.config, launcher=launcher, port=port) as context:
-        if context.device.type == "cpu":
-            keep_freed_memory()
-        if context.rank == 0:
-            for warning in loaded.warnings:
-                logger.warning("%s", warning)
-        run = build_run(loaded, context)
-        try:
-            return Trainer(run, profile).train()
-        except Exception:
-            if run.checkpoints is not None:
-                logger.error("%s", restart_line(run.checkpoints.folder))
-            raise
+    with reporting_early_errors(launcher, port):
+        loaded = config if isinstance(config, LoadedConfig) else load_config(config)
+        spawn_ranks(launcher)
+        with launch(loaded.config, launcher=launcher, port=port) as context:
+            return _train(loaded, context, profile)
+
+
+def _train(loaded: LoadedConfig, context: RunContext, profile: bool) -> int:
+    """Build the run on this rank and train it; return the exit code."""
+    if context.device.type == "cpu":
+        keep_freed_memory()
+    if context.rank == 0:
+        for warning in loaded.warnings:
+            logger.warning("%s", warning)
+    run = build_run(loaded, context)
+    try:
+        return Trainer(run, profile).train()
+    except Exception:
+        if run.checkpoints is not None and context.rank == 0:
+            logger.error("%s", restart_line(run.checkpoints.folder))
+        raise

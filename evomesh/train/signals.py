@@ -1,41 +1,145 @@
-"""Signals as requests that the training loop answers after a step or, without a pipeline, between micro-batches."""
+"""Signals that end a run: recorded for the training loop, and answered at once while there is nothing to save."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
 from types import FrameType, TracebackType
 from typing import Any
 
-from evomesh.errors import EXIT_RESTART
+from evomesh.errors import EXIT_INTERRUPTED, EXIT_RESTART
 
-WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-EXIT_INTERRUPTED = 128 + signal.SIGINT
+WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+SECOND_CTRL_C_S = 5.0  # seconds that a second Ctrl-C leaves to the main thread
+IMPORTS_S = 20.0  # how long a rank that is stopped while it imports torch waits until it can tell the others
 
 
 class StopRequest:
-    """Context manager that records the first Ctrl-C, SIGTERM or SIGUSR1; a second Ctrl-C interrupts immediately."""
+    """The first Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP of this process; a second Ctrl-C interrupts immediately.
+
+    Until the ``with`` block is entered there is nothing to save, and a signal ends the process with its exit code.
+    From then on it is only recorded: the training loop asks for it, saves and ends. The handlers of a command stay to
+    its end, so that a signal in its last moments does not change its exit code.
+
+    Python runs handlers in the main thread, between two bytecodes, and therefore not while that thread waits in a
+    collective or loads a library. Hence a background thread listens too: Python's C handler writes each signal's
+    number to a pipe, whatever the main thread does.
+
+    Attributes:
+        signal: the first one, None so far.
+        before_end: called with (exit code, sentence) before a signal ends the process: how other ranks hear of it.
+    """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.before_end: Callable[[int, str], None] | None = None
+        self._is_recorded_only = False
+        self._watches = False
+        self._restores_on_exit = False
         self._previous_handlers: dict[signal.Signals, Any] = {}
+        self._previous_wakeup = -1
+
+    @staticmethod
+    def installed() -> StopRequest | None:
+        """Return the one that this process's signals go to, if there is any."""
+        owner = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+        return owner if isinstance(owner, StopRequest) else None
+
+    def watch(self) -> StopRequest:
+        """Receive the signals from now on. Does nothing outside the main thread, where Python delivers none."""
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        self._previous_wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(reader,), name="signals", daemon=True).start()
+        for number in WATCHED:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup: the run outlives its terminal
+            self._previous_handlers[number] = signal.signal(number, self._record)
+        self._watches = True
+        return self
 
     def __enter__(self) -> StopRequest:
-        for number in WATCHED:
-            self._previous_handlers[number] = signal.signal(number, self._record)
+        if not self._watches:
+            self.watch()
+            self._restores_on_exit = True
+        self._is_recorded_only = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._restores_on_exit:
+            self.restore()
+
+    def restore(self) -> None:
+        """Give the signals back to whoever had them before ``watch``."""
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
+        if self._watches:
+            signal.set_wakeup_fd(self._previous_wakeup)
+        self._previous_handlers.clear()
+        self._watches = False
 
     def _record(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal in the main thread."""
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
 
+    def _listen(self, reader: int) -> None:
+        """Handle signals in a background thread."""
+        ctrl_c = 0
+        while numbers := os.read(reader, 64):
+            for number in numbers:
+                if number not in self._previous_handlers:
+                    continue
+                ctrl_c += number == signal.SIGINT
+                if not self._is_recorded_only:
+                    self._end(signal.Signals(number))
+                if ctrl_c > 1:
+                    time.sleep(
+                        SECOND_CTRL_C_S
+                    )  # the main thread raises KeyboardInterrupt, unless it is stuck
+                    os._exit(EXIT_INTERRUPTED)
+
+    def _end(self, received: signal.Signals) -> None:
+        """End the process, whose main thread may be anywhere: nothing has been written that could be torn."""
+        code = exit_code(received)
+        sentence = f"stopped by {received.name} before the first step; rerun the same command"
+        self._tell_peers(code, sentence)
+        with contextlib.suppress(OSError):
+            os.write(2, f"{sentence}\n".encode())  # not print: the main thread may hold the stream's lock
+        os._exit(code)
+
+    def _tell_peers(self, code: int, sentence: str) -> None:
+        """Let the other ranks know, as soon as the main thread has imported what that takes."""
+        if not _is_one_of_several(os.environ):
+            return
+        deadline = time.monotonic() + IMPORTS_S
+        while self.before_end is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if self.before_end is not None:
+            self.before_end(code, sentence)
+
     @property
     def exit_code(self) -> int:
-        """The exit code: 130 after Ctrl-C, 75 ("start me again") after a signal of a scheduler."""
-        return EXIT_INTERRUPTED if self.signal == signal.SIGINT else EXIT_RESTART
+        """The exit code of a run that the recorded signal stopped."""
+        return exit_code(self.signal)
+
+
+def exit_code(received: signal.Signals | None) -> int:
+    """Return 130 for Ctrl-C, 75 ("start me again") for the signals of schedulers and terminals."""
+    return EXIT_INTERRUPTED if received == signal.SIGINT else EXIT_RESTART
+
+
+def _is_one_of_several(env: Mapping[str, str]) -> bool:
+    """Return whether a launcher has started this process as one of several ranks."""
+    sizes = [env.get("WORLD_SIZE", "") if "LOCAL_RANK" in env else ""]
+    sizes += [env.get("SLURM_NPROCS", "") if "SLURM_STEP_ID" in env else ""]
+    return any(size.isdigit() and int(size) > 1 for size in sizes)

@@ -51,7 +51,7 @@ class Trainer:
             )
             return 0
         with ExitStack() as stack:
-            stop_request = stack.enter_context(StopRequest())
+            stop_request = stack.enter_context(StopRequest.installed() or StopRequest())
             stack.callback(self.run.stream.close)
             if self.run.checkpoints is not None:
                 stack.callback(self.run.checkpoints.close)

@@ -50,6 +50,10 @@ class Running:
         return self._process.pid
 
     @property
+    def is_alive(self) -> bool:
+        return self._process.is_alive()
+
+    @property
     def stdout(self) -> str:
         return (self._folder / "stdout").read_text(errors="replace")
 

@@ -49,6 +49,7 @@ from evomesh.checkpoint.native.read import read_tensor
 from evomesh.checkpoint.native.write import as_bytes
 from evomesh.config.record import config_from_dict
 from evomesh.config.schema import Config, ModelConfig, RotaryType
+from evomesh.config.user import expand_home
 from evomesh.data.tokenizer import Tokenizer, check_tokenizer_fits, load_tokenizer
 from evomesh.layers.dtype import promote
 from evomesh.storage.local import LocalStorage
@@ -122,7 +123,7 @@ def _template(file: str | None) -> str | None:
     if file is None:
         return None
     try:
-        return Path(file).expanduser().read_text(encoding="utf-8")
+        return expand_home(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file} cannot be read ({error})", where="--chat-template") from None
 
@@ -133,7 +134,7 @@ def _tokenizer(config: Config, given: str | None, report: Callable[[str], None])
     if given is not None:
         return load_tokenizer(given)
     path = config.data.tokenizer_path
-    if path is not None and Path(path).expanduser().exists():
+    if path is not None and expand_home(path).exists():
         return load_tokenizer(path, "data.tokenizer_path")
     report(f"no tokenizer is exported: data.tokenizer_path is {path!r}; give one with --tokenizer PATH")
     return None

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from evomesh.checkpoint.native.disk_space import readable
 from evomesh.checkpoint.native.format import CheckpointError
+from evomesh.config.user import expand_home
 from evomesh.storage.base import Storage, join
 from evomesh.storage.urls import open_storage, split_url
 
@@ -29,7 +30,7 @@ def new_folder(target: str, needed: int) -> Iterator[Path]:
     """
     local = split_url(target)[0] == "local"
     storage, path = open_storage(target)
-    local_path = Path(path).expanduser() if local else Path(tempfile.gettempdir(), "export")
+    local_path = expand_home(path) if local else Path(tempfile.gettempdir(), "export")
     _refuse_in_use(local_path if local else None, storage, path, target)
     _refuse_full(local_path.absolute().parent, needed, target)
     work = local_path.parent / f".{local_path.name}.{secrets.token_hex(4)}.tmp"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
+from evomesh.config.user import expand_home
 from evomesh.data.prepare.train_tokenizer import read_texts
 from evomesh.data.records.source_files import SourceFile, find_source_files
 from evomesh.data.tokenizer import Tokenizer
@@ -51,7 +51,7 @@ def _kinds(inputs: Sequence[str]) -> Iterator[tuple[str, list[SourceFile]]]:
     """Group the files of a folder by the first folder below it, as training data is laid out; others by their name."""
     groups: dict[str, list[SourceFile]] = {}
     for item in inputs:
-        root = Path(item).expanduser()
+        root = expand_home(item)
         for file in find_source_files([item]):
             inside = file.full_path.relative_to(root).parts if root.is_dir() else ()
             kind = inside[0] if len(inside) > 1 else file.full_path.name

@@ -16,6 +16,7 @@ from typing import IO, cast
 
 import zstandard
 
+from evomesh.config.user import expand_home
 from evomesh.data.records.archives import (
     UNSUPPORTED_SUFFIXES,
     ArchiveMember,
@@ -74,7 +75,7 @@ def find_source_files(inputs: list[str]) -> list[SourceFile]:
     """
     found: list[SourceFile] = []
     for item in inputs:
-        path = Path(item).expanduser()
+        path = expand_home(item)
         if path.is_dir():
             inside = list_source_files(path)
             if not inside:

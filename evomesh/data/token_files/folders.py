@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import getpass
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from evomesh.config.user import expand_home, user_name
 from evomesh.errors import UserError
 from evomesh.storage.atomic_file import write_atomically
 
@@ -70,7 +70,7 @@ def find_bins(path: str) -> list[TokenFile]:
     Raises:
         UserError: there is none below the folder.
     """
-    root = Path(path).expanduser()
+    root = expand_home(path)
     if not root.is_dir():
         return [TokenFile(root, str(root))]
     files = list(walk(root, ".bin"))
@@ -85,12 +85,12 @@ def check_folder(folder: str | Path, key: str) -> Path:
     Raises:
         UserError: it is missing, not a folder, or not readable.
     """
-    path = Path(folder).expanduser()
+    path = expand_home(folder)
     try:
         os.listdir(path)
     except OSError as error:
         raise UserError(
-            f"cannot read the folder {path}: {error.strerror} (as user {getpass.getuser()})",
+            f"cannot read the folder {path}: {error.strerror} (as user {user_name()})",
             where=key,
             expected=TREE,
         ) from None
@@ -124,7 +124,7 @@ def find_files(folder: Path, key: str, order_path: str | None = None) -> list[To
             expected=TREE,
             fix=f"tokenize text into it: evomesh tokenize TEXT --output {folder}/en/data.bin --tokenizer T",
         )
-    return files if order_path is None else _reorder(files, folder, Path(order_path).expanduser())
+    return files if order_path is None else _reorder(files, folder, expand_home(order_path))
 
 
 def _reorder(files: list[TokenFile], folder: Path, order_path: Path) -> list[TokenFile]:

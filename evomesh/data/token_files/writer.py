@@ -14,6 +14,7 @@ import orjson
 import xxhash
 from numpy.typing import NDArray
 
+from evomesh.config.user import expand_home
 from evomesh.data.token_files.bin_dataset import BinDataset
 from evomesh.data.token_files.fingerprint import fingerprint_path, read_fingerprint
 from evomesh.data.token_files.lines import format_lines, largest_id
@@ -36,7 +37,7 @@ class BinWriter:
     """
 
     def __init__(self, path: str | Path, *, append: bool = False) -> None:
-        self.path = Path(path).expanduser()
+        self.path = expand_home(path)
         if self.path.suffix != ".bin":
             raise UserError(
                 f"{self.path.name!r} does not end in .bin", where="output", expected="DIR/TYPE/NAME.bin"

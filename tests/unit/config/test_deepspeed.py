@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from evomesh.cli.main import app
+from evomesh.cli.app import app
 from evomesh.config.deepspeed import deepspeed_settings
 from evomesh.config.loader import load_config
 from evomesh.errors import UserError

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from evomesh.errors import UserError
-from evomesh.train.launch import ProcessInfo, detect, first_node, torchrun_command
+from evomesh.train.launchers import ProcessInfo, detect, first_node, torchrun_command
 from tests.support.covers import covers
 
 pytestmark = covers("promise:nproc-per-node")

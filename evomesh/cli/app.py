@@ -1,0 +1,70 @@
+"""The verbs of the ``evomesh`` command and their groups."""
+
+from __future__ import annotations
+
+import os
+
+import typer
+
+from evomesh import __version__
+from evomesh.cli import (
+    batch,
+    ckpt,
+    config,
+    convert,
+    data,
+    eval,
+    generate,
+    ledger,
+    plan,
+    serve,
+    tokenize,
+    tokenizer,
+    train,
+)
+
+app = typer.Typer(
+    name="evomesh",
+    help="Train decoder language models, from one laptop CPU to a thousand GPUs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # importing rich would take longer than the rest of `evomesh --help`
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train")(train.train)
+app.command("plan")(plan.plan)
+app.command("batch")(batch.batch)
+app.command("ledger")(ledger.ledger)
+app.command("tokenize")(tokenize.tokenize)
+app.command("generate")(generate.generate)
+app.command("eval")(eval.evaluate)
+app.command("serve")(serve.serve)
+app.command("chat")(serve.chat)
+app.add_typer(config.app, name="config", help="Check, show, list and copy configs.")
+app.add_typer(tokenizer.app, name="tokenizer", help="Train, inspect and compare tokenizers.")
+app.add_typer(data.app, name="data", help="Inspect, verify and repair tokenized datasets.")
+app.add_typer(ckpt.app, name="ckpt", help="List, verify, compare, reshard and delete checkpoints.")
+app.add_typer(
+    convert.app, name="convert", help="Convert checkpoints from and to the formats of other systems."
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"evomesh {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: bool = typer.Option(
+        False, "--debug", help="Show the traceback of an error (also EVOMESH_DEBUG=1)."
+    ),
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+    ),
+) -> None:
+    """Set the options of all commands."""
+    if debug:
+        os.environ["EVOMESH_DEBUG"] = "1"

@@ -1,0 +1,116 @@
+"""Errors whose cause is outside the code, as messages: files, disks, memory, limits, encodings.
+
+Code that opens a file knows best what it was for, and raises its own ``UserError``. ``as_user_error``
+is the last net, under every command: whatever the system refused becomes a message, and a traceback remains the mark
+of a bug.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import resource
+
+from evomesh.errors import EXIT_RESTART, EXIT_USER_ERROR, UserError
+
+_NETWORK = (
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+    errno.ECONNABORTED,
+    errno.EHOSTUNREACH,
+    errno.ENETUNREACH,
+    errno.ENETDOWN,
+    errno.ETIMEDOUT,
+    errno.ESTALE,
+    errno.EREMOTEIO,
+)  # of a network or a network file system: the same command may work in a while
+_NOT_READABLE = (errno.EACCES, errno.EPERM)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
+_CPU_ALLOCATOR = re.compile(r"(?:not enough|can't allocate) memory: you tried to allocate (\d+) bytes")
+
+
+def as_user_error(error: BaseException) -> UserError | None:
+    """Return the message for an error that the system caused; None for a bug, which keeps its traceback."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, OSError):
+        return _system_error(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return _out_of_memory(error)
+    if isinstance(error, RuntimeError) and _CPU_ALLOCATOR.search(str(error)):
+        return _out_of_memory(error)
+    if isinstance(error, UnicodeEncodeError):
+        return UserError(
+            f"{error.object!r} cannot be written in the encoding {error.encoding}",
+            expected="a locale that has these characters",
+            fix="export LC_ALL=C.UTF-8   (or PYTHONUTF8=1)",
+        )
+    return None
+
+
+def _system_error(error: OSError) -> UserError:
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    reason = error.strerror or str(error) or type(error).__name__
+    if len(names) == 2:
+        reason = f"cannot move {names[0]} to {names[1]}: {reason}"
+    elif names:
+        reason = f"cannot read or write {names[0]}: {reason}"
+    exit_code = EXIT_RESTART if error.errno in _NETWORK else EXIT_USER_ERROR
+    return UserError(reason, fix=_fix(error.errno), exit_code=exit_code)
+
+
+def _fix(number: int | None) -> str:
+    """Return what helps against a system error, "" where the message is all there is to say."""
+    if number in _NOT_READABLE:
+        return f"change its permissions, or run as a user who may use it (this is user number {os.geteuid()})"
+    if number in _FULL:
+        return "free space or quota there, or choose another folder"
+    if number == errno.EFBIG:
+        return "raise the limit of file sizes: ulimit -f unlimited"
+    if number == errno.EROFS:
+        return "choose a folder on a file system that is mounted for writing"
+    if number in _TOO_MANY_FILES:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return (
+            f"raise the limit of open files (now {soft}, hard limit {hard}): ulimit -n 65536, or limits.conf"
+        )
+    if number in _NETWORK:
+        return "rerun the same command once the network or the file system answers again"
+    return ""
+
+
+def _out_of_memory(error: BaseException) -> UserError:
+    wanted = _CPU_ALLOCATOR.search(str(error))
+    detail = str(error).partition("\n")[0]  # CUDA's own sentence has all its numbers, and so has NumPy's
+    if wanted is not None:
+        detail = f"{gigabytes(int(wanted[1]))} were asked for"
+    found = f"out of memory: {detail}" if detail else "out of memory"
+    return UserError(
+        f"{found}; {_memory_of_the_machine()}",
+        expected="a model, a batch and data that fit",
+        fix="see what a run needs: evomesh plan CONFIG; shard over more ranks, or lower data.micro_bsz, "
+        "data.seq_len or the model's size",
+    )
+
+
+def _memory_of_the_machine() -> str:
+    """Return what is free of the machine's memory, and the limit of this process if it has one."""
+    words = []
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            rows = dict(line.split(":", 1) for line in file)
+        available, total = (1024 * int(rows[name].split()[0]) for name in ("MemAvailable", "MemTotal"))
+        words.append(f"{gigabytes(available)} of {gigabytes(total)} are free on this machine")
+    except (OSError, ValueError, KeyError):
+        words.append("the machine does not report its memory")
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        words.append(f"this process is limited to {gigabytes(limit)} (ulimit -v)")
+    return ", ".join(words)
+
+
+def gigabytes(count: int) -> str:
+    """Return a number of bytes in GB, as ``1.5 GB``."""
+    return f"{count / 1e9:,.1f} GB"

@@ -1,0 +1,59 @@
+"""A user without a name or a home folder gets sentences, not tracebacks."""
+
+from __future__ import annotations
+
+import getpass
+import pwd
+from pathlib import Path
+
+import pytest
+
+from evomesh.config.user import expand_home, user_name
+from evomesh.data.token_files.folders import check_folder
+from evomesh.errors import UserError
+
+PACKAGE = Path(__file__).parents[3] / "evomesh"
+
+
+@pytest.fixture
+def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs under a number without a passwd entry."""
+
+    def unknown(number: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_a_number_stands_for_the_name(nobody: None) -> None:
+    with pytest.raises((KeyError, OSError)):
+        getpass.getuser()
+    assert user_name().startswith("number ")
+    with pytest.raises(UserError, match=r"cannot read the folder nowhere: .*as user number"):
+        check_folder("nowhere", "data.train_folder")
+
+
+@pytest.mark.parametrize("path", ["~/data", "~", "~no-such-user/data"])
+def test_a_home_folder_that_does_not_exist(nobody: None, path: str) -> None:
+    with pytest.raises(UserError, match="home folder, and this user has none") as caught:
+        expand_home(path)
+    assert caught.value.where == path and "HOME" in caught.value.fix
+
+
+def test_a_home_folder_is_filled_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert expand_home("~/data") == Path("/somewhere/data")
+    assert expand_home("a/~") == Path("a/~")
+
+
+def test_nothing_asks_the_system_directly() -> None:
+    asking = ("expanduser(", "Path.home(", "getuser(", "getpwuid(")
+    found = [
+        f"{path.relative_to(PACKAGE)}: {call}"
+        for path in PACKAGE.rglob("*.py")
+        for call in asking
+        if path.name != "user.py" and call in path.read_text()
+    ]
+    assert not found, "use evomesh.config.user"
