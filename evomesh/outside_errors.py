@@ -7,10 +7,12 @@ of a bug.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import resource
+from typing import IO
 
 from evomesh.errors import EXIT_RESTART, EXIT_USER_ERROR, UserError
 
@@ -114,3 +116,11 @@ def _memory_of_the_machine() -> str:
 def gigabytes(count: int) -> str:
     """Return a number of bytes in GB, as ``1.5 GB``."""
     return f"{count / 1e9:,.1f} GB"
+
+
+def discard(stream: IO[str]) -> None:
+    """Send what is written to a stream from now on to nowhere, so that Python's flush at exit cannot fail either."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)

@@ -10,11 +10,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import TextIO
 
 from evomesh.config.redact import redact_log
-from evomesh.errors import EXIT_INTERRUPTED, UserError
-from evomesh.outside_errors import as_user_error
+from evomesh.errors import EXIT_BUG, EXIT_INTERRUPTED, UserError
+from evomesh.outside_errors import as_user_error, discard
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torchrun looks for the message that it prints last
 
@@ -39,8 +38,12 @@ def run(command: Callable[[], object], *, trains: bool = False) -> None:
         message = as_user_error(error)
         if message is None or os.environ.get("EVOMESH_DEBUG"):
             _write_error_file(traceback.format_exc())
-            raise
-        _fail(message)
+            if not _is_in_world():
+                raise
+            traceback.print_exc()
+            _end(EXIT_BUG)
+        else:
+            _fail(message)
 
 
 def _call(command: Callable[[], object]) -> None:
@@ -65,13 +68,18 @@ def _fail(message: UserError) -> None:
 
 def _end(exit_code: int) -> None:
     """End the process; at once where it is in a process group, which other ranks may never leave with it."""
-    process_group = sys.modules.get("evomesh.parallel.process_group")
-    if process_group is not None and process_group.in_world():
+    if _is_in_world():
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
         os._exit(exit_code)
     sys.exit(exit_code)
+
+
+def _is_in_world() -> bool:
+    """Return whether this process is in a process group; it is not before the module that makes one is imported."""
+    process_group = sys.modules.get("evomesh.parallel.process_group")
+    return process_group is not None and process_group.in_world()
 
 
 def _accept_any_text() -> None:
@@ -92,14 +100,6 @@ def _flush_output() -> None:
     except OSError as error:
         discard(sys.stdout)
         raise UserError(f"cannot write: {error.strerror}", where="standard output") from None
-
-
-def discard(stream: TextIO) -> None:
-    """Send what is written to a stream from now on to nowhere, so that Python's flush at exit cannot fail either."""
-    with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
 
 
 def _report_thread_error(args: threading.ExceptHookArgs) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from pathlib import Path
+from typing import IO
 
 from rich.console import Console
 
 from evomesh.config.redact import redact_log
 from evomesh.errors import printable
+from evomesh.outside_errors import discard
 
 LINE = "%(asctime)s\t%(levelname)s %(filename)s:%(lineno)s in %(funcName)s -- %(message)s"
 ALL_RANKS = {"all_ranks": True}  # logger.info(message, extra=ALL_RANKS): shown on the terminal by every rank
@@ -30,7 +33,7 @@ def setup_logging(
     """
     console = console or Console(file=sys.stdout)
     terminal: logging.Handler = (
-        ConsoleHandler(console) if console.is_terminal else logging.StreamHandler(console.file)
+        ConsoleHandler(console) if console.is_terminal else TerminalHandler(console.file)
     )
     terminal.addFilter(
         lambda record: shows or record.levelno >= logging.WARNING or hasattr(record, "all_ranks")
@@ -39,7 +42,7 @@ def setup_logging(
     if folder is not None:
         path = folder / "logs" / f"{rank_name}.log"
         path.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(path, encoding="utf-8"))
+        handlers.append(LogFileHandler(path))
     close_logging()
     for handler in handlers:
         handler.setFormatter(SecretFreeFormatter(LINE))
@@ -53,8 +56,19 @@ def close_logging() -> None:
     """Remove and close the handlers of ``setup_logging``."""
     for handler in list(_ROOT.handlers):
         _ROOT.removeHandler(handler)
-        handler.close()
+        with contextlib.suppress(OSError):  # a full disk has been reported
+            handler.close()
     _ROOT.propagate = True
+
+
+class TerminalHandler(logging.StreamHandler[IO[str]]):
+    """Handler of a pipe or file; silent once the reader has gone (``| head``) or the disk is full."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if isinstance(sys.exc_info()[1], OSError):
+            discard(self.stream)
+        else:
+            super().handleError(record)
 
 
 class ConsoleHandler(logging.Handler):
@@ -67,8 +81,28 @@ class ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             self._console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+        except (OSError, SystemExit):  # rich exits where the reader of a pipe has gone
+            discard(self._console.file)
         except Exception:
             self.handleError(record)
+
+
+class LogFileHandler(logging.FileHandler):
+    """Handler of the log file in the run folder; a full disk is reported once, by the other handlers."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+        self._has_failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._has_failed:
+            self._has_failed = True
+            _ROOT.warning(
+                "cannot write the log file %s (%s); lines will be missing", self.baseFilename, error
+            )
 
 
 class SecretFreeFormatter(logging.Formatter):

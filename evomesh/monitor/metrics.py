@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
@@ -80,20 +82,40 @@ class MetricsFile:
 
     def __init__(self, path: Path, step: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a+b")
-        self._file.seek(0)
+        self._path = path
         kept_bytes = 0
-        for line in self._file:
-            is_torn = not line.endswith(b"\n")
-            if is_torn or _step_of(line) >= step:
-                break
-            kept_bytes += len(line)
+        with path.open("a+b") as file:
+            file.seek(0)
+            for line in file:
+                is_torn = not line.endswith(b"\n")
+                if is_torn or _step_of(line) >= step:
+                    break
+                kept_bytes += len(line)
+        self._file = path.open("ab", buffering=0)
         self._file.truncate(kept_bytes)
+        self._whole_bytes = kept_bytes  # of complete lines
 
     def write(self, record: StepRecord) -> None:
+        """Append the object of one step.
+
+        Raises:
+            OSError: the disk is full, or the file was removed. No part of the object stays in the file.
+        """
         values = {name: float_word(value) for name, value in record.values().items()}
-        self._file.write(json.dumps(values, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        text = json.dumps(values, ensure_ascii=False, allow_nan=False)
+        if not os.fstat(self._file.fileno()).st_nlink:
+            raise FileNotFoundError(errno.ENOENT, "the file was removed", str(self._path))
+        try:
+            self._append(text.encode(errors="backslashreplace") + b"\n")
+        except OSError:
+            self._file.truncate(self._whole_bytes)
+            raise
+
+    def _append(self, line: bytes) -> None:
+        view = memoryview(line)
+        while view:  # a disk with little room takes a part
+            view = view[self._file.write(view) :]
+        self._whole_bytes += len(line)
 
     def close(self) -> None:
         self._file.close()

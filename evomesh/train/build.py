@@ -104,13 +104,7 @@ def build_run(loaded: LoadedConfig, context: RunContext) -> TrainingRun:
     config, grid = loaded.config, context.grid
 
     # 1. Data first, because it is what most often cannot be used.
-    train_data = build_train_data(config.data, config.model.vocab_size)
-    valid_sets: list[ValidationSet] = []
-    if config.data.valid_every > 0:
-        valid_sets = build_valid_data(config.data, config.model.vocab_size)
-
-    with closing(default_exchange()) as exchange:
-        require_agreement(exchange, data_facts(train_data.manifest))
+    train_data, valid_sets = _build_data(config)
 
     # 2. Model and optimizer, without weights.
     stages = build_stages(config, grid, context.mode, context.device)
@@ -156,6 +150,16 @@ def build_run(loaded: LoadedConfig, context: RunContext) -> TrainingRun:
         resumed_step=resumed_step,
         reason=start.reason,
     )
+
+
+def _build_data(config: Config) -> tuple[TrainData, list[ValidationSet]]:
+    """Return training and validation data, the former the same on every rank."""
+    train_data = build_train_data(config.data, config.model.vocab_size)
+    with closing(default_exchange()) as exchange:
+        require_agreement(exchange, data_facts(train_data.manifest))
+    if config.data.valid_every <= 0:
+        return train_data, []
+    return train_data, build_valid_data(config.data, config.model.vocab_size)
 
 
 def _restore_weights(

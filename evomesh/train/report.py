@@ -15,6 +15,7 @@ from evomesh.data.build import TrainData
 from evomesh.errors import UserError
 from evomesh.monitor.log import setup_logging
 from evomesh.monitor.metrics import MetricsFile, StepRecord, model_tflops
+from evomesh.monitor.optional_output import OptionalOutput
 from evomesh.monitor.progress import ProgressLine
 from evomesh.monitor.run_folder import check_folder, rank_name, run_folder, tensorboard_folder
 from evomesh.monitor.tensorboard import TensorBoardWriter
@@ -51,6 +52,8 @@ class RunReporter:
         self._open_files = ExitStack()
         self._metrics: MetricsFile | None = None
         self._board: TensorBoardWriter | None = None
+        self._metrics_output = OptionalOutput("metrics.jsonl", tries_again=True)
+        self._board_output = OptionalOutput("TensorBoard files", tries_again=False)
         self._progress: ProgressLine | None = None
 
     def _check_folders(self) -> None:
@@ -70,11 +73,12 @@ class RunReporter:
         if run.enable_tb:
             earlier = Path(run.resume_tb_folder) if run.resume_tb_folder else None
             folder = tensorboard_folder(run, self.folder, self.name)
-            self._board = TensorBoardWriter(folder, step, run.tensorboard_queue, earlier)
-            self._open_files.callback(self._board.close)
+            board = TensorBoardWriter(folder, step, run.tensorboard_queue, earlier)
+            self._open_files.callback(self._board_output.attempt, board.close)
             if step == 0:
-                self._board.text("cmd", " ".join(sys.argv))
-                self._board.text("config", self.text)
+                self._board_output.attempt(lambda: board.text("cmd", " ".join(sys.argv)))
+                self._board_output.attempt(lambda: board.text("config", self.text))
+            self._board = board
         logger.info("run folder: %s", self.folder)
         logger.info("training data:\n%s", self.data.table())
         for warning in self.data.warnings:
@@ -129,10 +133,11 @@ class RunReporter:
 
     def write(self, record: StepRecord) -> None:
         """Write one object to ``metrics.jsonl`` and its scalars to TensorBoard."""
-        if self._metrics is not None:
-            self._metrics.write(record)
-        if self._board is not None:
-            self._board.scalars(record.step, record.values())
+        metrics, board = self._metrics, self._board
+        if metrics is not None:
+            self._metrics_output.attempt(lambda: metrics.write(record))
+        if board is not None:
+            self._board_output.attempt(lambda: board.scalars(record.step, record.values()))
 
     def _record(
         self,

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -325,3 +330,39 @@ def test_a_signal_breaks_a_long_step_off_and_the_resumed_run_repeats_it(
     ]
     last = "ckpts/step-00000005"
     assert tensor_hashes(stopped / last) == tensor_hashes(straight / last)
+
+
+def test_a_full_disk_of_the_run_folder_does_not_stop_training(tmp_path: Path) -> None:
+    """The limit of file sizes stands for a disk on which nothing more fits; pipes have no size."""
+    full = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
+    write_run(tmp_path, full + 'ckpt["enable_save_ckpt"] = False\n')
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-m", "evomesh", "train", "config.py"]
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    output = ended.stdout + ended.stderr
+    assert ended.returncode == 0, output[-3000:]
+    assert "step=19," in output
+    assert output.count("cannot write metrics.jsonl") == 1
+    assert output.count("cannot write the log file") == 1
+    assert "Traceback" not in output and "Logging error" not in output
+    (log,) = tmp_path.glob("RUN/*/*/metrics.jsonl")
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == list(range(len(steps)))
+
+
+def test_a_run_folder_that_is_removed_does_not_stop_training(
+    tmp_path: Path, interpreter: Interpreter
+) -> None:
+    long = 'data["total_steps"] = lr_scheduler["total_steps"] = 400\nckpt["checkpoint_every"] = 1000\n'
+    write_run(tmp_path, long)
+    running = interpreter.start(["evomesh", "train", "config.py"], cwd=tmp_path)
+    running.wait_for("step=3,")
+    shutil.rmtree(tmp_path / "RUN")
+    finished = running.wait()
+    assert finished.returncode == 0, finished.stderr
+    output = finished.stdout + finished.stderr
+    assert "step=399," in output and "Traceback" not in output
+    assert output.count("cannot write metrics.jsonl (the file was removed") == 1
+    assert (tmp_path / "ckpts/step-00000400/commit.json").exists()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from evomesh.cli.main import app
+from evomesh.cli.app import app
 from evomesh.config.batch_size import (
     InternEvoBatch,
     XTunerBatch,

@@ -10,7 +10,7 @@ import sentencepiece
 import tokenizers
 from typer.testing import CliRunner
 
-from evomesh.cli.main import app
+from evomesh.cli.app import app
 from evomesh.data.tokenizer import load_tokenizer
 from evomesh.errors import UserError
 
