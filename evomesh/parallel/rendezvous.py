@@ -1,4 +1,4 @@
-"""How the ranks of a job find each other: a key-value store at one address, and a roll call in it.
+"""Let the ranks of a job find each other: a key-value store at one address, and a roll call in it.
 
 Everything that can go wrong here is somebody's setting, so each failure names the variable and the value. The waits
 are Python loops, in which signals are answered.
@@ -31,7 +31,7 @@ STORE_TIMEOUT = datetime.timedelta(seconds=300)
 
 @dataclass(frozen=True)
 class JobAddress:
-    """Where the ranks of a job meet, and which of them this process is."""
+    """The address at which the ranks of a job meet, and which of them this process is."""
 
     rank: int
     world_size: int
@@ -40,7 +40,7 @@ class JobAddress:
 
     @property
     def is_served_here(self) -> bool:
-        """Whether this process runs the store: rank 0, unless torchrun's agent does."""
+        """Return whether this process runs the store: rank 0 does, unless torchrun's agent runs it."""
         return self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
     @property

@@ -36,7 +36,7 @@ class ProcessInfo:
 
     @property
     def address(self) -> JobAddress:
-        """Where this process meets the others."""
+        """Return where this process meets the others."""
         return JobAddress(self.rank, self.world_size, self.host, self.port)
 
 
