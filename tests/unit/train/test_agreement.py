@@ -11,7 +11,7 @@ from evomesh.errors import UserError
 from evomesh.parallel.exchange import SingleProcessExchange
 from evomesh.train import agreement
 from evomesh.train.agreement import config_facts, data_facts, first_difference, require_agreement
-from tests.unit.checkpoint.ranks import ThreadExchange, run_ranks
+from tests.unit.checkpoint.native.ranks import ThreadExchange, run_ranks
 
 
 def config(**sections: dict[str, Any]) -> Config:

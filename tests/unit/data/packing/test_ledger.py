@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from evomesh.cli.main import app
+from evomesh.cli.app import app
 from evomesh.config.schema import DataConfig
 from evomesh.config.step_values import BatchSizeRampup
 from evomesh.data.packing.corpus import Corpus, open_corpus
