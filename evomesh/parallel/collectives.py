@@ -128,7 +128,9 @@ class _ReduceScatter(torch.autograd.Function):
 class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, axis: Axis) -> Tensor:
-        return all_reduce_no_grad(x, axis)
+        # A copy of what c10d reduced in place: torch 2.11 compiles wrong gradients for a function that returns the very
+        # tensor it wrote into (pytorch issue 180642).
+        return all_reduce_no_grad(x, axis).clone()
 
     @staticmethod
     @once_differentiable

@@ -134,3 +134,24 @@ def test_traffic_counter_sees_forward_and_backward_by_axis(pool: Pool) -> None:
             ("reduce_scatter", "tp"): 2 * whole,
             ("all_reduce", "pp"): 24,
         }
+
+
+def all_reduce_returns_what_nothing_wrote_into(rank: int) -> bool:
+    written: list[int] = []
+    reduce = c.dist.all_reduce
+
+    def record(tensor: Tensor, *arguments: object, **options: object) -> object:
+        written.append(tensor.data_ptr())
+        return reduce(tensor, *arguments, **options)
+
+    c.dist.all_reduce = record
+    try:
+        output = c.all_reduce(seeded(rank).requires_grad_(), grid_of(tensor=2).tp)
+    finally:
+        c.dist.all_reduce = reduce
+    return len(written) == 1 and output.data_ptr() not in written
+
+
+def test_all_reduce_returns_a_tensor_that_nothing_wrote_into(pool: Pool) -> None:
+    """The compiler of torch 2.11 makes wrong gradients otherwise (pytorch issue 180642)."""
+    assert all(pool.run(all_reduce_returns_what_nothing_wrote_into, ranks=2))
