@@ -1,1 +1,1 @@
-"""What is trained: one decoder, small family files, and the registry where users add their own."""
+"""Models: one decoder that all built-in families share, a small file per family, and a registry for custom models."""

@@ -3,12 +3,27 @@
 Shapes: T packed tokens, D model, V vocabulary rows.
 
 A pipeline stage is this model with parts absent; parameter names keep the global layer index.
+
+How each weight is sharded (rows are dim 0, the output features); docs/parallelism.md shows what the modes communicate:
+
+    weight                            mtp, msp, fsp                 isp
+    layers.N.attention.wqkv           rows over tp, by kv head      rows over wp
+    layers.N.attention.wo             columns over tp               rows over wp
+    layers.N.feed_forward.w1, w3      rows over tp                  rows over wp
+    layers.N.feed_forward.w2          columns over tp               rows over wp
+    bias of wqkv                      over tp                       over wp
+    bias of wo, norms of blocks       replicated                    over wp
+    embedding                         vocabulary over tp, or hidden size with embed_split_hidden
+    head                              vocabulary over tp
+    norm (the last one)               replicated
+
+With fsdp all but the last norm are sharded along dim 0 over the zero axis too, where its size divides the dim. Sharded
+over wp or zero, weights are gathered before their block computes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -38,13 +53,13 @@ from evomesh.parallel.spec import spec_of, with_spec
 
 @dataclass(frozen=True)
 class DecoderFamily:
-    """What tells the built-in families apart, besides their configs.
+    """The differences between the built-in families that are not in their configs.
 
     Attributes:
-        embedding_std .. head_std: standard deviations of the initial weights where the config names none.
-        unscaled_std: of ``wo`` and ``w2`` when ``use_scaled_init`` is off.
-        recompute_rounding: of (layers * ``checkpoint`` fraction).
-        post_norm: ``apply_post_layer_norm`` moves the norms behind the additions; else the key has no effect.
+        embedding_std .. head_std: default standard deviations of the initial weights.
+        unscaled_std: standard deviation of ``wo`` and ``w2`` when ``use_scaled_init`` is off.
+        recompute_rounding: how (layers * ``checkpoint`` fraction) is rounded.
+        post_norm: ``apply_post_layer_norm`` moves each norm after the residual addition; else the key has no effect.
     """
 
     embedding_std: float
@@ -59,7 +74,7 @@ class DecoderFamily:
 
 
 class DecoderBlock(nn.Module):
-    """[T, D] -> [T, D]: x + attention(norm(x)), then x + feed_forward(norm(x)); or the norms behind the additions."""
+    """[T, D] -> [T, D]: x + attention(norm(x)), then x + feed_forward(norm(x)); with ``post_norm``, norm(x + f(x))."""
 
     def __init__(self, layer: int, config: ModelConfig, *, post_norm: bool, placement: Placement) -> None:
         super().__init__()
@@ -82,11 +97,12 @@ class DecoderBlock(nn.Module):
     def forward(
         self, x: Tensor, tables: tuple[Tensor, Tensor], bounds: SequenceBounds, attend: AttentionFunction
     ) -> Tensor:
-        after = self.post_norm
-        h = self.attention(x if after else self.attention_norm(x), tables, bounds, attend)
-        x = self.attention_norm(x + h) if after else x + h
-        h = self.feed_forward(x if after else self.ffn_norm(x))
-        out: Tensor = self.ffn_norm(x + h) if after else x + h
+        if self.post_norm:
+            x = self.attention_norm(x + self.attention(x, tables, bounds, attend))
+            normed: Tensor = self.ffn_norm(x + self.feed_forward(x))
+            return normed
+        x = x + self.attention(self.attention_norm(x), tables, bounds, attend)
+        out: Tensor = x + self.feed_forward(self.ffn_norm(x))
         return out
 
 
@@ -101,9 +117,9 @@ def make_norm(config: ModelConfig, placement: Placement) -> Norm:
 
 
 class OutputHead(nn.Module):
-    """The output projection [V, D] and what is made with it.
+    """The output projection [V, D]: the loss of hidden states, or their logits.
 
-    Training reads the weight inside ``forward`` only: that is where weight sharding puts it together.
+    Training reads the weight inside ``forward`` only, because weight sharding gathers it for the forward of a module.
     """
 
     def __init__(self, config: ModelConfig, rows: int, placement: Placement) -> None:
@@ -115,8 +131,8 @@ class OutputHead(nn.Module):
         self, hidden: Tensor, labels: Tensor, grad_scale: float | Tensor, label_smoothing: float
     ) -> LossOutput:
         return linear_cross_entropy(
-            self.placement.gather_sequence(hidden.to(self.placement.dtype)),
-            self._rows(),
+            self._gathered(hidden),
+            self._effective_weight(),
             labels,
             vocab_size=self.config.vocab_size,
             grad_scale=grad_scale,
@@ -125,13 +141,17 @@ class OutputHead(nn.Module):
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        logits = linear(self.placement.gather_sequence(hidden.to(self.placement.dtype)), self._rows())
-        return gather_from_axis(logits, self.placement.axis, dim=1)[:, : self.config.vocab_size].to(
-            promote(self.placement.dtype)
-        )
+        shard = linear(self._gathered(hidden), self._effective_weight())  # [T, V / tp]
+        logits = gather_from_axis(shard, self.placement.axis, dim=1)
+        unpadded = logits[:, : self.config.vocab_size]
+        return unpadded.to(promote(self.placement.dtype))
 
-    def _rows(self) -> Tensor:
-        """The weight as the products use it: rows normalised with ``norm_head``, gradient scaled as the embedding's."""
+    def _gathered(self, hidden: Tensor) -> Tensor:
+        """Return the hidden states of the whole sequence, [T, D], in the dtype of the weight."""
+        return self.placement.gather_sequence(hidden.to(self.placement.dtype))
+
+    def _effective_weight(self) -> Tensor:
+        """Return the weight with its gradient scaled like the embedding's, and normalized rows if ``norm_head``."""
         weight = scale_gradient(self.weight, self.config.embed_grad_scale)
         if self.config.norm_head:
             weight = F.normalize(weight.to(promote(self.placement.dtype)), dim=1).to(self.placement.dtype)
@@ -139,12 +159,12 @@ class OutputHead(nn.Module):
 
 
 class Decoder(LanguageModel):
-    """Token ids [T] (or the previous stage's hidden [T, D]) -> hidden [T, D]; loss and logits from hidden.
+    """Token ids [T] (or the previous stage's hidden states [T, D]) -> hidden states [T, D]; then loss or logits.
 
     Args:
         family: one of ``models/{internlm,internlm2,llama}.py``.
-        layer_range: global indices of the layers held here (None: all). The stage that starts at 0 has the embedding,
-            the one that ends at ``num_layers`` has final norm and head.
+        layer_range: global indices of this stage's layers; None for all. The stage that starts at 0 has the embedding,
+            the one that ends at ``num_layers`` has the last norm and the head.
     """
 
     def __init__(
@@ -171,13 +191,13 @@ class Decoder(LanguageModel):
         )
         axis = (grid or Grid()).tp
         self.placement = placement = Placement(axis, mode, self.dtype, torch.device(device))
-        # The vocabulary is padded to a multiple of the axis, because matrices must divide.
+        # The vocabulary is padded to a multiple of the axis size, so that all ranks hold equally many rows.
         rows = -(-config.vocab_size // axis.size) * axis.size
         padding = rows - config.vocab_size
         self.embedding = self._build_embedding(rows, padding) if layers.start == 0 else None
-        self.layers = nn.ModuleDict(
-            {str(i): DecoderBlock(i, config, post_norm=self.post_norm, placement=placement) for i in layers}
-        )
+        self.layers = nn.ModuleDict()
+        for i in layers:
+            self.layers[str(i)] = DecoderBlock(i, config, post_norm=self.post_norm, placement=placement)
         self.norm: Norm | None = None
         self.head: OutputHead | None = None
         if layers.stop == config.num_layers:
@@ -203,12 +223,10 @@ class Decoder(LanguageModel):
 
     @property
     def recomputed_layers(self) -> int:
-        """How many of this stage's first layers throw their activations away and compute them again in backward."""
-        rounding: Callable[[float], int] = (
-            math.ceil if self.family.recompute_rounding == "ceil" else math.floor
-        )
+        """Return how many of this stage's first layers discard their activations and recompute them in backward."""
         # Rounded first, so that 10 * 0.3 counts as 3 whatever its last binary digit.
-        return rounding(round(len(self.layers) * self.config.checkpoint, 9))
+        layers = round(len(self.layers) * self.config.checkpoint, 9)
+        return math.ceil(layers) if self.family.recompute_rounding == "ceil" else math.floor(layers)
 
     def forward(self, x: Tensor, bounds: SequenceBounds, attend: AttentionFunction = attend) -> Tensor:
         if self.embedding is not None:
@@ -221,7 +239,7 @@ class Decoder(LanguageModel):
         recomputed = self.recomputed_layers if torch.is_grad_enabled() else 0
         for i, block in enumerate(self.layers.values()):
             if i < recomputed:
-                # No dropout anywhere, so there is no random state to restore.
+                # There is no dropout, hence no random state to restore.
                 x = checkpoint(
                     block, x, tables, bounds, attend, use_reentrant=False, preserve_rng_state=False
                 )
@@ -232,50 +250,60 @@ class Decoder(LanguageModel):
     def loss(
         self, hidden: Tensor, labels: Tensor, grad_scale: float | Tensor = 1.0, label_smoothing: float = 0.0
     ) -> LossOutput:
-        """Summed token loss of ``hidden`` [T, D] against ``labels`` [T] int64; see ``layers/loss.py``."""
-        output: LossOutput = self._last_part()(hidden, labels, grad_scale, label_smoothing)
+        """Sum the token losses of ``hidden`` [T, D] against ``labels`` [T] int64; see ``layers/loss.py``."""
+        output: LossOutput = self._require_head()(hidden, labels, grad_scale, label_smoothing)
         return output
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[T, D] -> [T, vocab_size] in at least float32, for generation: without the padded rows."""
-        return self._last_part().logits(hidden)
+        """Map [T, D] to [T, vocab_size] in at least float32, for generation; padded rows are left out."""
+        return self._require_head().logits(hidden)
 
-    def _last_part(self) -> OutputHead:
+    def _require_head(self) -> OutputHead:
         if self.head is None:
             raise ValueError("this pipeline stage has no output head")
         return self.head
 
     def initial(self, name: str) -> InitialWeight:
-        """What the parameter of this global name starts as."""
-        part = ".".join(name.split(".")[-2:])
+        """Return the distribution of the initial values of the parameter with this global name."""
+        part = ".".join(name.split(".")[-2:])  # such as wqkv.weight
         if part.endswith(".bias"):
             return InitialWeight("constant", 0.0)
         if "norm." in part:
             return InitialWeight("constant", 1.0)
+        writes_to_residual = part in ("wo.weight", "w2.weight")
+        std = self._residual_std(part, name) if writes_to_residual else self._input_std(part)
+        return InitialWeight(self.config.init_type, std)
+
+    def _input_std(self, part: str) -> float:
+        """Return the standard deviation of a weight that does not write to the residual stream."""
         config, family = self.config, self.family
-        std = {
+        return {
             "embedding.weight": _first(config.embedding_init_std, family.embedding_std),
             "head.weight": _first(config.out_head_init_std, family.head_std),
             "wqkv.weight": _first(config.attn_wqkv_init_std, family.wqkv_std),
             "w1.weight": _first(config.ffn_uplayer_init_std, family.up_std),
             "w3.weight": _first(config.ffn_uplayer_init_std, family.up_std),
-            "wo.weight": _first(config.attn_other_init_std, family.wo_std),
-            "w2.weight": _first(config.ffn_other_init_std, family.down_std),
         }[part]
-        if part in ("wo.weight", "w2.weight"):
-            # Keeps the residual stream's variance from growing with depth (Radford et al., 2019).
-            if config.use_scaled_init:
-                std /= math.sqrt(2 * (int(name.split(".")[1]) + 1))
-            else:
-                given = config.attn_other_init_std if part == "wo.weight" else config.ffn_other_init_std
-                std = _first(given, family.unscaled_std)
-        return InitialWeight(config.init_type, std)
+
+    def _residual_std(self, part: str, name: str) -> float:
+        """Return the standard deviation of wo or w2, which write to the residual stream.
+
+        ``use_scaled_init`` keeps its variance from growing with depth (Radford et al., 2019).
+        """
+        config, family = self.config, self.family
+        is_wo = part == "wo.weight"
+        configured = config.attn_other_init_std if is_wo else config.ffn_other_init_std
+        if not config.use_scaled_init:
+            return _first(configured, family.unscaled_std)
+        layer = int(name.split(".")[1])
+        std = _first(configured, family.wo_std if is_wo else family.down_std)
+        return std / math.sqrt(2 * (layer + 1))
 
 
-def _first(given: float | None, otherwise: float) -> float:
-    return otherwise if given is None else given
+def _first(configured: float | None, default: float) -> float:
+    return default if configured is None else configured
 
 
 def _mark_padding(weight: nn.Parameter, padding: int) -> None:
-    """Record in the weight's spec that its last ``padding`` rows are no tokens."""
+    """Record in the weight's spec that its last ``padding`` rows are not tokens."""
     with_spec(weight, replace(spec_of(weight), padding=padding))

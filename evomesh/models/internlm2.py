@@ -1,4 +1,4 @@
-"""InternLM2 (Cai et al., 2024): grouped key/value heads, optional output normalisation and post-norm blocks."""
+"""InternLM2 (Cai et al., 2024): grouped key/value heads, optional output normalization and post-norm blocks."""
 
 from __future__ import annotations
 

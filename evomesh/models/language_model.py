@@ -1,4 +1,4 @@
-"""What training and generation need of a model.
+"""The interface that training and generation require of a model.
 
 Shapes: T packed tokens, D model.
 """
@@ -18,43 +18,43 @@ from evomesh.layers.rotary import RotaryEmbedding
 
 
 class LanguageModel(nn.Module):
-    """Base of all models. A user's own class need not inherit from it, as long as it has these methods."""
+    """Base class of all models. A custom model need not inherit from it, as long as it has these methods."""
 
     def forward(self, x: Tensor, bounds: SequenceBounds, attend: AttentionFunction = attend) -> Tensor:
-        """Token ids [T] int64 of one packed sequence -> hidden states [T, D].
+        """Map token ids [T] int64 of one packed sequence to hidden states [T, D].
 
         Args:
             x: on a later pipeline stage, the previous stage's hidden states [T, D] instead.
-            bounds: positions and bounds of the packed documents.
-            attend: attention itself, given rotated q, k and v; generation passes one that keeps keys and values.
+            bounds: positions of the tokens and bounds of the segments.
+            attend: the attention function, called with rotated q, k and v; generation adds a key/value cache.
         """
         raise NotImplementedError
 
     def loss(
         self, hidden: Tensor, labels: Tensor, grad_scale: float | Tensor = 1.0, label_smoothing: float = 0.0
     ) -> LossOutput:
-        """Summed loss of ``hidden`` [T, D] over the targets in ``labels`` [T] int64; see ``layers/loss.py``."""
+        """Sum the losses of ``hidden`` [T, D] over the targets in ``labels`` [T] int64; see ``layers/loss.py``."""
         raise NotImplementedError
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[T, D] -> [T, vocab_size] in at least float32."""
+        """Map hidden states [T, D] to logits [T, vocab_size] in at least float32."""
         raise NotImplementedError
 
     def initial(self, name: str) -> InitialWeight:
-        """What the parameter of this global name starts as. Without this method, it stays as the builder made it."""
+        """Return the initial distribution of a parameter by global name; optional, else the builder initializes it."""
         raise NotImplementedError
 
 
 def has_rotary_embedding(model: nn.Module) -> bool:
-    """Return whether ``model.rotary`` is a ``RotaryEmbedding``; a custom model may rotate in another way, or not."""
+    """Return whether ``model.rotary`` is a ``RotaryEmbedding``; a custom model may use another position encoding."""
     return isinstance(getattr(model, "rotary", None), RotaryEmbedding)
 
 
 def with_rotary_type(model: LanguageModel, rotary_type: RotaryType) -> LanguageModel:
-    """Return a model that rotates positions in this way and shares every parameter with ``model``.
+    """Return a model with this rotary type that shares every parameter with ``model``.
 
     Args:
-        model: one with a rotary embedding (``has_rotary_embedding``); it stays as it is.
+        model: one with a rotary embedding (``has_rotary_embedding``); it is not changed.
     """
     rotary = model.rotary
     assert isinstance(rotary, RotaryEmbedding)

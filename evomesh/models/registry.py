@@ -1,4 +1,4 @@
-"""``model_type`` -> how to build that model; the place where users add their own."""
+"""The registry of model builders by ``model_type``, to which users add custom models."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ class ModelInitializer:
         self._builders = dict(builders)
 
     def register_module(self, name: str, builder: Any) -> None:
-        """Makes ``model_type=name`` build ``builder(config, *, grid, mode, device, layer_range, <own parameters>)``.
+        """Make ``model_type=name`` build ``builder(config, *, grid, mode, device, layer_range, <custom parameters>)``.
 
-        A builder names only those of the five that it uses. Registering the same builder again changes nothing (a
+        A builder declares only those of the five that it uses. Registering the same builder again changes nothing (a
         config file may be read more than once); another builder under a used name is an error.
         """
         known = self._builders.get(name)
         if known is not None and _origin(known) != _origin(builder):
             raise UserError(
-                f"model type {name!r} is registered already",
+                f"model type {name!r} is already registered",
                 where="model_type",
                 fix="choose another name for your model",
             )
@@ -64,7 +64,7 @@ class ModelInitializer:
 
 
 def _origin(builder: Any) -> tuple[str, str]:
-    """Where a builder was defined: the same file read twice makes two functions of one origin."""
+    """Return where a builder was defined: reading the same file twice makes two functions of one origin."""
     code = getattr(builder, "__code__", None)
     file = code.co_filename if code else getattr(builder, "__module__", "")
     return file, getattr(builder, "__qualname__", repr(builder))
@@ -88,7 +88,7 @@ def register_model(name: str, builder: Any) -> None:
         builder: a function or class that returns a ``LanguageModel``. It declares those of the five parameters that
             it uses. A config sets its other parameters in the ``model`` section.
     Raises:
-        UserError: ``name`` stands for another builder.
+        UserError: ``name`` is registered for another builder.
     """
     model_initializer.register_module(name, builder)
 
@@ -201,18 +201,19 @@ def build_model(
     Args:
         layer_range: the layers of one pipeline stage, by global index; None for all.
     Raises:
-        UserError: unknown model type; keys of ``config.extra`` that its builder does not take, lacks, or declares
-            otherwise.
+        UserError: unknown model type; keys of ``config.extra`` that its builder does not declare, that it requires and
+            does not get, or that have the wrong type.
     """
     grid = grid or Grid()
     builder = model_initializer.get_module(config.model_type)
     given = {"grid": grid, "mode": mode, "device": device, "layer_range": layer_range}
-    parameters, open_ended = inspect.signature(builder).parameters, _is_open_ended(builder)
+    parameters = inspect.signature(builder).parameters
+    open_ended = _is_open_ended(builder)
     custom = _custom_arguments(config, builder)
     used = {key: value for key, value in given.items() if key in parameters or open_ended}
     _check_layout(config.model_type, set(used), grid, layer_range)
     if config.dtype == "tf32":
-        # Process-wide, the only form torch has for it: products of float32 matrices may use TF32 on CUDA.
+        # torch has a process-wide switch only: float32 matrix products may use TF32 on CUDA.
         torch.backends.cuda.matmul.allow_tf32 = True
     model = builder(config, **used, **custom)
     _check_methods(config.model_type, model)
@@ -236,43 +237,47 @@ def _check_layout(name: str, used: set[str], grid: Grid, layer_range: range | No
     needs = {
         "parallel.pipeline.size": {"layer_range"} if layer_range is not None else set(),
         "parallel.tensor.size": {"grid", "mode"} if grid.tp.size > 1 else set(),
-        "parallel.weight.size": {"device"}
-        if grid.wp.size > 1
-        else set(),  # built on the meta device, then sharded
+        # With weight sharding the model is built on the meta device, then sharded.
+        "parallel.weight.size": {"device"} if grid.wp.size > 1 else set(),
     }
     for key, wanted in needs.items():
-        if wanted - used:
+        missing = sorted(wanted - used)
+        if missing:
             raise UserError(
-                f"the builder of model type {name!r} takes no {' and no '.join(sorted(wanted - used))}",
+                f"the builder of model type {name!r} takes no {' and no '.join(missing)}",
                 where=key,
-                expected=f"a builder with the parameters {', '.join(sorted(wanted))}, as of evomesh.models.decoder",
+                expected=f"a builder with the parameters {', '.join(sorted(wanted))}, like evomesh.models.decoder",
                 fix=f"set {key}=1",
             )
 
 
 def initialize_weights(model: nn.Module, seed: int, grid: Grid | None = None) -> None:
-    """Initial weights as a function of (seed, global parameter name, global position), the same for every layout.
+    """Initialize weights as a function of (seed, global parameter name, global position), the same for every layout.
 
     Args:
-        model: one with ``initial(name) -> Initial``; another keeps the values its builder gave it.
+        model: if it has no ``initial(name) -> InitialWeight``, it keeps the values its builder gave it.
         seed: ``seed`` of the config.
-        grid: tells which part of each parameter this rank holds.
+        grid: determines the shard of each parameter that this rank holds.
     """
     initial = getattr(model, "initial", None)
     if initial is None:
         return
     grid = grid or Grid()
     for name, parameter in model.named_parameters():
-        wanted: InitialWeight = initial(name)
-        fill_parameter(name, local_shard(parameter), spec_of(parameter), grid.shard_axes, wanted, seed)
+        distribution: InitialWeight = initial(name)
+        shard = local_shard(parameter)
+        fill_parameter(name, shard, spec_of(parameter), grid.shard_axes, distribution, seed)
     clear_padding(model, grid)
 
 
 def clear_padding(model: nn.Module, grid: Grid) -> None:
-    """Zeros the vocabulary's padded rows, which neither a checkpoint nor a gradient ever writes: left uninitialised, a
-    NaN among them would pass into the gradient of the hidden states, as 0 * NaN."""
+    """Set the padded rows of the vocabulary to zero; no checkpoint or gradient ever writes to them.
+
+    In uninitialized memory, a NaN would enter the gradient of the hidden states as 0 * NaN.
+    """
     for parameter in model.parameters():
         spec = spec_of(parameter)
         if spec.padding and not parameter.is_meta:
             rows = spec.local_ranges(grid.axes)[0]
-            local_shard(parameter.detach())[max(spec.stored_shape[0] - rows.start, 0) :].zero_()
+            first_padded = max(spec.stored_shape[0] - rows.start, 0)  # local row
+            local_shard(parameter.detach())[first_padded:].zero_()

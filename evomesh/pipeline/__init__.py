@@ -1,1 +1,1 @@
-"""Pipeline parallelism: which layers a stage holds, and the order in which micro-batches run through the stages."""
+"""Pipeline parallelism: the layers of each stage, and the order in which micro-batches run through the stages."""

@@ -122,7 +122,8 @@ class _StageModule(nn.Module):
         The first stage is given the number of the micro-batch, [1, 1] int64.
         """
         assert self.inputs is not None
-        batch, micro_batch = self.inputs.batch, self.num_done
+        batch = self.inputs.batch
+        micro_batch = self.num_done
         self.num_done += 1
         # In mtp all tp ranks hold the same hidden states: each sends its columns, and the receivers gather them.
         x = batch.tokens[micro_batch] if self.first else gather_from_axis(x, self.column_axis, dim=1)
@@ -130,8 +131,9 @@ class _StageModule(nn.Module):
         if not self.last:
             return shard_to_axis(hidden, self.column_axis, dim=1)
         model: Any = self.model
-        scale, smoothing = self.inputs.scales[micro_batch], self.inputs.smoothing
-        output = model.loss(hidden, batch.labels[micro_batch], scale, smoothing)
+        labels = batch.labels[micro_batch]
+        scale = self.inputs.scales[micro_batch]
+        output = model.loss(hidden, labels, scale, self.inputs.smoothing)
         self.inputs.on_output(micro_batch, output)
         loss: Tensor = output.scaled_sum
         return loss
@@ -208,12 +210,14 @@ class PipelineSchedule:
         inputs = _ScheduleInputs(batch, [1.0] * num_micro_batches, 0.0, on_output)
         with self._stage_inputs(inputs):
             for module, stage in zip(self._modules, self._stages, strict=True):
-                outputs, sends = [], []
+                outputs: list[Tensor] = []
+                sends = []
                 for index in range(num_micro_batches):
                     x = from_previous[index] if from_previous else self._receive(stage - 1, index, tokens)
-                    outputs.append(module(x))
+                    output = module(x)
+                    outputs.append(output)
                     if not module.last:
-                        sends.append(self._send(stage + 1, outputs[-1]))
+                        sends.append(self._send(stage + 1, output))
                 for pending in sends:
                     if pending is not None:
                         pending.wait()
@@ -247,7 +251,8 @@ class PipelineSchedule:
             torch.autograd.backward(output)
         else:
             self._send(stage + 1, output)
-            torch.autograd.backward(output, self._receive(stage + 1, index, tokens))
+            output_grad = self._receive(stage + 1, index, tokens)
+            torch.autograd.backward(output, output_grad)
         if not module.first:
             assert x.grad is not None
             self._send(stage - 1, x.grad)
@@ -300,8 +305,9 @@ class PipelineSchedule:
         if self._kind == "interleaved":
             return pipelining.ScheduleInterleaved1F1B(stages, **options)
         # With fewer micro-batches than stages 1F1B has no steady phase: all forwards, then all backwards.
-        enough = num_micro_batches >= self._num_stages
-        return (pipelining.Schedule1F1B if enough else pipelining.ScheduleGPipe)(stages[0], **options)
+        if num_micro_batches < self._num_stages:
+            return pipelining.ScheduleGPipe(stages[0], **options)
+        return pipelining.Schedule1F1B(stages[0], **options)
 
     def _build_torch_stages(self, tokens: int) -> Any:
         """Build torch's stages with the shapes of their inputs and outputs, so that ranks need not exchange them."""
@@ -310,21 +316,26 @@ class PipelineSchedule:
         from evomesh.pipeline.split import ZeroBubbleStage
 
         stage_type = ZeroBubbleStage if self._kind == "zbv" else PipelineStage
+        # Each stage maps hidden states to hidden states, except that the first one is given the number of the
+        # micro-batch and the last one returns the loss.
         hidden = torch.empty(self._message_shape(tokens), dtype=self._dtype, device="meta")
-        loss = torch.empty((), dtype=torch.promote_types(self._dtype, torch.float32), device="meta")
+        loss_dtype = torch.promote_types(self._dtype, torch.float32)
+        loss = torch.empty((), dtype=loss_dtype, device="meta")
         micro_batch = torch.empty(1, 1, dtype=torch.long, device="meta")
-        return [
-            stage_type(
+        stages = []
+        for module, stage in zip(self._modules, self._stages, strict=True):
+            output = loss if module.last else hidden
+            torch_stage = stage_type(
                 module,
                 stage,
                 self._num_stages,
                 self._device,
                 input_args=micro_batch if module.first else hidden.detach().requires_grad_(),
-                output_args=(loss if module.last else hidden).detach().requires_grad_(),
+                output_args=output.detach().requires_grad_(),
                 group=self._pp.group,
             )
-            for module, stage in zip(self._modules, self._stages, strict=True)
-        ]
+            stages.append(torch_stage)
+        return stages
 
 
 def refuse_zbv(version: str) -> None:

@@ -47,18 +47,24 @@ def _balanced(num_layers: int, stages: int, ends: tuple[float, float]) -> list[r
     first, last = ends
 
     def weight(stage: int, count: int) -> float:
-        return count + (first if stage == 0 else 0.0) + (last if stage == stages - 1 else 0.0)
+        """Return the weight of a stage of ``count`` layers, in layers."""
+        embedding = first if stage == 0 else 0.0
+        head = last if stage == stages - 1 else 0.0
+        return count + embedding + head
 
     @cache
     def best(stage: int, left: int) -> tuple[float, float, tuple[int, ...]]:
         """Return (heaviest, sum of squares, layer counts) of ``stage`` and later ones, which share ``left`` layers."""
         if stage == stages - 1:
-            return weight(stage, left), weight(stage, left) ** 2, (left,)
+            this_stage = weight(stage, left)
+            return this_stage, this_stage**2, (left,)
+        later_stages = stages - 1 - stage  # each needs at least one layer
         choices = []
-        for count in range(1, left - (stages - 1 - stage) + 1):
-            heaviest, squares, counts = best(stage + 1, left - count)
+        for count in range(1, left - later_stages + 1):
             this_stage = weight(stage, count)
-            choices.append((max(this_stage, heaviest), squares + this_stage**2, (count, *counts)))
+            heaviest, squares, counts = best(stage + 1, left - count)
+            choice = (max(this_stage, heaviest), squares + this_stage**2, (count, *counts))
+            choices.append(choice)
         return min(choices)
 
     return _ranges(best(0, num_layers)[2])

@@ -1,1 +1,1 @@
-"""What a run would do, without running it."""
+"""Prediction of what a run holds and sends, without running it."""

@@ -1,7 +1,7 @@
-"""One step of any rank of any world, traced in one process: no data, no weights, no other rank.
+"""Trace of one training step of any rank of any world, in one process: without data, weights or other ranks.
 
-The model is built on the meta device and the process groups on torch's fake backend, so that the very code that trains
-says what it would send and hold.
+The training code itself runs, with the model on the meta device and with process groups of torch's fake backend, and
+reports what it would hold and send.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ from evomesh.train.stages import ModelStages, build_stages
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Attributes:
-    grid: where the rank stands.
-    parameters, gradients, optimizer: bytes that the rank holds; gradients as they accumulate.
-    layers: global numbers of the layers it holds.
+    """What one rank holds between two steps.
+
+    Attributes:
+        grid: the axes as the rank sees them.
+        parameters, gradients, optimizer: bytes that the rank holds; gradients in the dtype in which they accumulate.
+        layers: global indices of its layers.
     """
 
     grid: Grid
@@ -46,9 +48,11 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class StepTrace(RankMemory):
-    """Attributes:
-    traffic: every collective and send of one step, in order; the norm's one number is left out.
-    passes: how many of them, the first, belong to forward and backward; the rest to the optimizer.
+    """What one rank holds, and sends in one step.
+
+    Attributes:
+        traffic: every collective and send of one step, in order, except the norm's single number.
+        passes: how many of them belong to forward and backward; they come first, then the optimizer's.
     """
 
     traffic: TrafficLog
@@ -56,7 +60,7 @@ class StepTrace(RankMemory):
 
 
 def hold(config: Config, world_size: int, rank: int = 0) -> RankMemory:
-    """What ``rank`` holds between two steps.
+    """Compute what ``rank`` holds between two steps.
 
     Raises:
         UserError: the layout does not fit.
@@ -66,18 +70,19 @@ def hold(config: Config, world_size: int, rank: int = 0) -> RankMemory:
 
 
 def trace(config: Config, world_size: int, rank: int = 0) -> StepTrace:
-    """Traces one optimizer step of ``rank``.
+    """Trace one optimizer step of ``rank``.
 
     Raises:
         UserError: the layout does not fit.
     """
     with _built(config, world_size, rank) as (grid, stages, optimizer):
         batch = _batch(config)
-        scales = [1.0] * config.data.micro_num
+        micro_num = config.data.micro_num
+        scales = [1.0] * micro_num
         schedule = stages.schedule
         held = _held(stages, optimizer)
         with record_traffic(grid) as traffic:
-            optimizer.expect_micro_batches(config.data.micro_num)
+            optimizer.expect_micro_batches(micro_num)
             run = schedule.rehearse if isinstance(schedule, PipelineSchedule) else schedule.train
             run(batch, scales, config.loss.label_smoothing, lambda index, output: None)
             passes = len(traffic.calls)
@@ -87,36 +92,38 @@ def trace(config: Config, world_size: int, rank: int = 0) -> StepTrace:
 
 @contextmanager
 def _built(config: Config, world_size: int, rank: int) -> Iterator[tuple[Grid, ModelStages, ZeroOptimizer]]:
-    """The rank's grid, model and optimizer, in a world that is not there."""
+    """Build the rank's grid, model and optimizer in a fake world."""
     check_world(config, world_size)
     with fake_world(world_size, rank), weights_on_meta():
         grid = build_grid(config.parallel, world_size, rank)
-        settings = config.model_copy(update={"model": config.model.model_copy(update={"compile": False})})
-        stages = build_stages(settings, grid, MODES[config.parallel.tensor.mode], torch.device("meta"))
-        parameters = stages.parameters()
+        mode = MODES[config.parallel.tensor.mode]
+        # The compiler would only cost time: collectives are the same without it.
+        model_config = config.model.model_copy(update={"compile": False})
+        traced_config = config.model_copy(update={"model": model_config})
+        stages = build_stages(traced_config, grid, mode, torch.device("meta"))
         optimizer = ZeroOptimizer(
-            parameters.items(), config.adam, config.hybrid_zero_optimizer, grid, stages.module
+            stages.parameters().items(), config.adam, config.hybrid_zero_optimizer, grid, stages.module
         )
         yield grid, stages, optimizer
 
 
 def _held(stages: ModelStages, optimizer: ZeroOptimizer) -> tuple[int, int, int, list[int]]:
+    """Return bytes of parameters, gradients and optimizer state, and the indices of the layers."""
     parameters = stages.parameters()
-    return (
-        _bytes(list(parameters.values())),
-        sum(slot.local.numel() * slot.gradient_dtype.itemsize for slot in optimizer.slots),
-        _bytes(list(optimizer.state_tensors().values())),
-        sorted({int(name.split(".")[1]) for name in parameters if name.startswith("layers.")}),
-    )
+    parameter_bytes = _bytes(list(parameters.values()))
+    gradient_bytes = sum(slot.local.numel() * slot.gradient_dtype.itemsize for slot in optimizer.slots)
+    state_bytes = _bytes(list(optimizer.state_tensors().values()))
+    layers = {int(name.split(".")[1]) for name in parameters if name.startswith("layers.")}
+    return parameter_bytes, gradient_bytes, state_bytes, sorted(layers)
 
 
 @contextmanager
 def weights_on_meta() -> Iterator[None]:
-    """Lets FSDP2 run on the meta device: with the CPU's streams, which are none, and without asking for values."""
+    """Let FSDP2 run on the meta device: with the no-op streams of the CPU, and without its check for meta tensors."""
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
     streams = SimpleNamespace(**vars(torch.cpu))
-    streams.current_device = lambda: 0  # torch.cpu's own answer is no index
+    streams.current_device = lambda: 0  # torch.cpu returns a name instead of an index
     with (
         patch.object(torch, "meta", streams, create=True),
         patch.object(FSDPParamGroup, "_validate_no_meta_params", lambda group: None),
@@ -125,13 +132,14 @@ def weights_on_meta() -> Iterator[None]:
 
 
 def _batch(config: Config) -> Batch:
-    """M micro-batches of documents of ``seq_len``; only the bounds are real."""
-    count, tokens = config.data.micro_num, config.data.packed_length
+    """Make M micro-batches of segments of ``seq_len`` tokens; only the bounds have values."""
+    count = config.data.micro_num
+    tokens = config.data.packed_length
     ids = torch.zeros(count, tokens, dtype=torch.long, device="meta")
     bounds = torch.arange(0, tokens + 1, config.data.seq_len, dtype=torch.int32).expand(count, -1)
     return Batch(ids, ids, ids, ids, bounds, config.data.seq_len)
 
 
 def _bytes(tensors: list[Tensor]) -> int:
-    here = [local_shard(tensor) for tensor in tensors]
-    return sum(tensor.numel() * tensor.element_size() for tensor in here)
+    shards = [local_shard(tensor) for tensor in tensors]
+    return sum(shard.numel() * shard.element_size() for shard in shards)

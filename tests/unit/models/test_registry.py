@@ -56,6 +56,6 @@ def test_a_used_name_is_refused_but_the_same_builder_may_come_again() -> None:
     registry = ModelInitializer({})
     registry.register_module("MINE", builder)
     registry.register_module("MINE", builder)
-    with pytest.raises(UserError, match="registered already"):
+    with pytest.raises(UserError, match="already registered"):
         registry.register_module("MINE", Decoder)
     assert "LLAMA2" in model_initializer.names()
