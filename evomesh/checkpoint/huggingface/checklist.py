@@ -1,4 +1,4 @@
-"""Run the checklist of docs/handover.md: what inference engines and evaluation harnesses need of a folder."""
+"""Run the checklist of docs/handover.md: what inference engines and evaluation harnesses expect of a folder."""
 
 from __future__ import annotations
 
@@ -80,15 +80,17 @@ def _config(folder: HfFolder) -> str:
 
 def _weights(folder: HfFolder) -> str:
     record = folder.json("config.json")
+    model = read_config(record, "config.json")
     tied = bool(record.get("tie_word_embeddings"))
-    match_tensors(folder, NAME_MAPS[record["model_type"]], read_config(record, "config.json"), tied)
+    match_tensors(folder, NAME_MAPS[record["model_type"]], model, tied)
     index = "model.safetensors.index.json"
     if index in folder.storage.list(folder.path):
         indexed = folder.json(index).get("metadata", {}).get("total_size")
         stored = sum(tensor.nbytes for tensor in map(folder.read, folder.files))
         if indexed != stored:
             raise UserError(f"the index gives {indexed} bytes, the shards hold {stored}")
-    return f"{len(folder.files)} tensors in {len(set(folder.files.values()))} files"
+    files = set(folder.files.values())
+    return f"{len(folder.files)} tensors in {len(files)} files"
 
 
 def _finite(folder: HfFolder) -> str:

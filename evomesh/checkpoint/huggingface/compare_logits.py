@@ -1,6 +1,6 @@
-"""Comparison of two folders that should hold one model: logits of a fixed batch, by two programs.
+"""Compare the logits of a fixed batch, computed by the native model and by ``transformers``.
 
-Both use the same rounded weights. Neither program ever holds more than one layer (or the embedding, or the head)
+Both use the same rounded weights. Neither ever holds more than one layer (or the embedding, or the head)
 of the model in memory.
 """
 
@@ -17,13 +17,20 @@ from torch import Tensor, nn
 
 from evomesh.checkpoint.huggingface.config import RotaryScaling, SpecialTokenIds, build_config
 from evomesh.checkpoint.huggingface.folder import HfFolder
-from evomesh.checkpoint.huggingface.names import INTERNLM2, LLAMA, native_to_foreign, tensor_links
+from evomesh.checkpoint.huggingface.names import (
+    INTERNLM2,
+    LLAMA,
+    TensorLink,
+    native_to_foreign,
+    tensor_links,
+)
 from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.config.schema import ModelConfig
 from evomesh.layers.sequence_bounds import single_sequence
 from evomesh.models.registry import build_model
 
-TEXTS, LENGTH = 2, 32  # the fixed batch
+TEXTS = 2  # sequences in the fixed batch
+LENGTH = 32  # tokens of each
 TOLERANCE = 1e-4  # of the largest logit: both compute in float32, the weights being equal
 NORM_HEAD = {"float16": 5e-3, "bfloat16": 4e-2}  # an exported head is rounded after its rows are normalized
 
@@ -37,7 +44,8 @@ def has_transformers() -> bool:
 
 def fixed_batch(vocab_size: int) -> Tensor:
     """Return [TEXTS, LENGTH] token ids, always the same."""
-    return torch.randint(vocab_size, (TEXTS, LENGTH), generator=torch.Generator().manual_seed(20))
+    generator = torch.Generator().manual_seed(20)
+    return torch.randint(vocab_size, (TEXTS, LENGTH), generator=generator)
 
 
 def wide_dtype(dtype: str) -> str:
@@ -55,29 +63,31 @@ def native_logits(config: ModelConfig, weights: TensorReader, dtype: str) -> Ten
         "residual_in_fp32": False,
     }
     config = config.model_copy(update=changes)
+    rounded_dtype = getattr(torch, dtype)
     rows = list(fixed_batch(config.vocab_size))
     for layer in range(config.num_layers):
         stage = build_model(config, layer_range=range(layer, layer + 1)).eval()
         for name, parameter in stage.named_parameters():
-            parameter.copy_(weights(name).to(getattr(torch, dtype)))
+            parameter.copy_(weights(name).to(rounded_dtype))
         rows = [stage(row, single_sequence(LENGTH)) for row in rows]
         if layer == config.num_layers - 1:
             rows = [stage.logits(row) for row in rows]
-        del stage  # so that the next one does not add to it
+        del stage  # freed before the next one is built
     return torch.stack(rows)
 
 
 @torch.inference_mode()
 def llama_logits(record: dict[str, Any], weights: TensorReader, dtype: str) -> Tensor:
-    """Return logits [TEXTS, LENGTH, V] of the Llama of ``transformers``; a module has weights only while it runs.
+    """Return logits [TEXTS, LENGTH, V] of Llama in ``transformers``; a module has weights only while it runs.
 
     Args:
         record: content of a config.json.
-        weights: by the names of that Llama.
+        weights: reads a tensor by its name in that Llama.
     """
     transformers: Any = importlib.import_module("transformers")
     wide = wide_dtype(dtype)
-    config = transformers.LlamaConfig.from_dict({**record, "dtype": wide, "tie_word_embeddings": False})
+    settings = {**record, "dtype": wide, "tie_word_embeddings": False}
+    config = transformers.LlamaConfig.from_dict(settings)
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config).eval()
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its table is computed, not stored
@@ -90,9 +100,10 @@ def llama_logits(record: dict[str, Any], weights: TensorReader, dtype: str) -> T
 
     def drop_weights(module: nn.Module, names: list[str]) -> None:
         for name in names:
-            setattr(module, name, nn.Parameter(torch.empty(0, device="meta"), requires_grad=False))
+            nothing = torch.empty(0, device="meta")
+            setattr(module, name, nn.Parameter(nothing, requires_grad=False))
 
-    # The model is built without storage. Hooks give each module its weights before it runs, and take them afterwards.
+    # The model is built without storage. Hooks load the weights of a module before it runs and drop them afterwards.
     for path, module in model.named_modules():
         names = [name for name, _ in module.named_parameters(recurse=False)]
         if names:
@@ -105,40 +116,54 @@ def llama_logits(record: dict[str, Any], weights: TensorReader, dtype: str) -> T
 
 
 def folder_logits(folder: HfFolder, model: ModelConfig, rotary: RotaryScaling, dtype: str) -> Tensor:
-    """Return logits [TEXTS, LENGTH, V] of a folder by ``llama_logits``, as a Llama whatever its architecture.
+    """Return logits [TEXTS, LENGTH, V] of a folder of any architecture, which ``llama_logits`` computes as a Llama.
 
     Args:
         model: the section that the folder's config.json describes.
     """
     record = folder.json("config.json")
-    if record["model_type"] != "llama":
-        kind = record["model_type"]
-        record = build_config(model, "llama", rotary, SpecialTokenIds(None, ()), dtype)
-        if kind == "internlm2":
-            return llama_logits(record, _llama_names(folder, model), dtype)
-    embedding, head = LLAMA.weight("embedding"), LLAMA.weight("head")
+    architecture = record["model_type"]
+    if architecture != "llama":
+        no_ids = SpecialTokenIds(None, ())
+        record = build_config(model, "llama", rotary, no_ids, dtype)
+    reader = _internlm2_reader(folder, model) if architecture == "internlm2" else _llama_reader(folder)
+    return llama_logits(record, reader, dtype)
+
+
+def _llama_reader(folder: HfFolder) -> TensorReader:
+    """Return a reader of Llama's tensors; a head that is tied to the embedding is the embedding."""
+    embedding = LLAMA.weight("embedding")
+    head = LLAMA.weight("head")
     tied = head not in folder.shapes
-    return llama_logits(record, lambda name: folder.read(embedding if tied and name == head else name), dtype)
-
-
-def _llama_names(folder: HfFolder, model: ModelConfig) -> TensorReader:
-    """Return a reader of InternLM2's tensors under Llama's names; the fused projection is split."""
-    halves = model.model_copy(update={"qk_interleaved": False})  # as both architectures have it
-    pairs = zip(tensor_links(halves, LLAMA), tensor_links(halves, INTERNLM2), strict=True)
-    places = {
-        name: (link, fused.foreign[0], n) for link, fused in pairs for n, name in enumerate(link.foreign)
-    }
 
     def weights(name: str) -> Tensor:
-        link, source, number = places[name]
-        return native_to_foreign(link, folder.read(source), halves, LLAMA)[number]
+        return folder.read(embedding if tied and name == head else name)
+
+    return weights
+
+
+def _internlm2_reader(folder: HfFolder, model: ModelConfig) -> TensorReader:
+    """Return a reader of InternLM2's tensors under Llama's names; the fused projection is split."""
+    halves = model.model_copy(update={"qk_interleaved": False})  # as both architectures have it
+    llama_links = tensor_links(halves, LLAMA)
+    fused_links = tensor_links(halves, INTERNLM2)
+    # Llama's name -> its link, InternLM2's name, and the position among the parts of the fused tensor.
+    sources: dict[str, tuple[TensorLink, str, int]] = {}
+    for link, fused in zip(llama_links, fused_links, strict=True):
+        for position, name in enumerate(link.foreign):
+            sources[name] = (link, fused.foreign[0], position)
+
+    def weights(name: str) -> Tensor:
+        link, source, position = sources[name]
+        parts = native_to_foreign(link, folder.read(source), halves, LLAMA)
+        return parts[position]
 
     return weights
 
 
 @torch.inference_mode()
 def loaded_logits(folder: Path, vocab_size: int, dtype: str) -> Tensor:
-    """Return logits [TEXTS, LENGTH, V] of a folder that ``transformers`` loads as its users do, without remote code."""
+    """Return logits [TEXTS, LENGTH, V] of a folder that ``transformers`` loads the usual way, without remote code."""
     transformers: Any = importlib.import_module("transformers")
     transformers.utils.logging.disable_progress_bar()
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -148,7 +173,10 @@ def loaded_logits(folder: Path, vocab_size: int, dtype: str) -> Tensor:
         local_files_only=True,
         output_loading_info=True,
     )
-    wrong = {key: sorted(map(str, info.get(key) or ())) for key in ("missing_keys", "unexpected_keys")}
+    wrong = {}
+    for key in ("missing_keys", "unexpected_keys"):
+        names = info.get(key) or ()
+        wrong[key] = sorted(map(str, names))
     if any(wrong.values()):
         raise CheckpointError(f"transformers reports {wrong}", where=str(folder))
     model.eval()
@@ -166,8 +194,10 @@ def largest_logit_difference(
     """
     if not bool(torch.isfinite(ours).all()):
         raise CheckpointError("the native model's logits are not finite", where=where)
-    difference, size = float((ours - theirs).abs().max()), float(ours.abs().max())
-    limit = size * (NORM_HEAD.get(dtype, TOLERANCE) if config.norm_head else TOLERANCE)
+    difference = float((ours - theirs).abs().max())
+    size = float(ours.abs().max())
+    tolerance = NORM_HEAD.get(dtype, TOLERANCE) if config.norm_head else TOLERANCE
+    limit = size * tolerance
     if not difference <= limit:
         raise CheckpointError(
             f"logits differ by up to {difference:.3g} from the native model's (largest logit {size:.3g})",

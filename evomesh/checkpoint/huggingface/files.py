@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import operator
 import os
 import pickle
 from collections.abc import Iterator
@@ -119,14 +120,14 @@ def _byte_ranges(shape: Coordinates, box: Box, item_size: int, base: int) -> Ite
     contiguous = max(first_full - 1, 0)  # dims from here on form one range
     length = math.prod(box.shape[contiguous:]) * item_size
     strides = [math.prod(shape[dim + 1 :]) * item_size for dim in range(len(shape))]
-    outer = [
+    outer_dims = [
         range(offset, offset + size)
         for offset, size in zip(box.offsets[:contiguous], box.shape[:contiguous], strict=True)
     ]
-    for index in product(*outer):
-        position = (*index, *box.offsets[contiguous:])
-        offset = sum(index * stride for index, stride in zip(position, strides, strict=True))
-        start = base + offset
+    inner_position = box.offsets[contiguous:]
+    for outer_position in product(*outer_dims):
+        position = outer_position + inner_position
+        start = base + sum(map(operator.mul, position, strides))
         yield start, start + length
 
 
@@ -149,17 +150,20 @@ def load_pickle(source: str | os.PathLike[str] | io.BytesIO, where: str) -> dict
     Raises:
         CheckpointError: damaged, or it holds more than tensors.
     """
-    in_memory = isinstance(source, io.BytesIO)
     try:
-        try:
-            state = torch.load(source, map_location="cpu", weights_only=True, mmap=not in_memory)
-        except RuntimeError:  # written before torch 1.6: not a zip file, which cannot be mapped
-            if isinstance(source, io.BytesIO):
-                source.seek(0)
-            state = torch.load(source, map_location="cpu", weights_only=True)
+        state = _load_tensors(source)
     except (RuntimeError, pickle.UnpicklingError, OSError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"cannot be read as tensors alone ({reason})", where=where) from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError("holds more than named tensors", where=where, expected="a state dict")
     return state
+
+
+def _load_tensors(source: str | os.PathLike[str] | io.BytesIO) -> Any:
+    if isinstance(source, io.BytesIO):
+        return torch.load(source, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError:  # written before torch 1.6: not a zip file, which cannot be mapped
+        return torch.load(source, map_location="cpu", weights_only=True)

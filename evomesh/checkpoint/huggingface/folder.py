@@ -117,13 +117,14 @@ class HfFolder:
             raise CheckpointError(
                 "has no weight_map", where=where, expected="a file name for each tensor name"
             )
-        listed: dict[str, set[str]] = {}
+        names_by_file: dict[str, set[str]] = {}
         for name, file in weight_map.items():
-            listed.setdefault(file, set()).add(name)
-        for file in sorted(listed):
+            names_by_file.setdefault(file, set()).add(name)
+        for file, listed in sorted(names_by_file.items()):
             if file not in names:
                 raise CheckpointError(f"lists the shard {file!r}, which is not in the folder", where=where)
-            absent = sorted(listed[file] - set(self._tensor_names(file)))
+            stored = self._tensor_names(file)
+            absent = sorted(listed.difference(stored))
             if absent:
                 raise CheckpointError(f"lists {absent[0]!r} in {file}, which does not hold it", where=where)
         return {name: file for name, file in weight_map.items() if not name.endswith(BUFFERS)}
@@ -156,14 +157,16 @@ class MetaFolder:
         if not files:
             raise CheckpointError("no consolidated.*.pth", where=self.path)
         numbers = [int(file.name.split(".")[1]) for file in files]
-        if numbers != list(range(len(files))):
+        expected_numbers = list(range(len(files)))
+        if numbers != expected_numbers:
             raise CheckpointError(f"files {numbers}: one is missing", where=self.path, expected="00, 01, ...")
         self._ranks = [load_pickle(file, str(file)) for file in files]
         first = self._ranks[0]
         for file, state in zip(files, self._ranks, strict=True):
             if set(state) != set(first):
                 raise CheckpointError("holds other tensors than consolidated.00.pth", where=str(file))
-        self._hidden_size = first["norm.weight"].numel() if "norm.weight" in first else 0
+        norm = first.get("norm.weight")
+        self._hidden_size = 0 if norm is None else norm.numel()
 
     @cached_property
     def shapes(self) -> dict[str, Coordinates]:

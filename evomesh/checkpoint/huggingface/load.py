@@ -66,18 +66,20 @@ class ForeignTensor:
             return self.folder.read(self.link.foreign[0], box)
         box = box or Box.whole(self.shape)
         first_row = box.offsets[0]
-        # Number the rows of the foreign matrices one after another. The conversion, done to these numbers, tells which
-        # foreign row each of our rows is.
+        # Number the rows of the foreign matrices one after another, and convert the numbers like a tensor: the result
+        # tells which foreign row each of our rows is.
         row_counts = [shape[0] for shape in self.link.shapes]
         numbers = torch.split(torch.arange(self.shape[0]), row_counts)
         sources = foreign_to_native(self.link, numbers, self.config, self.name_map)
         wanted = sources[first_row : first_row + box.shape[0]]
         parts = []
         for name, numbered in zip(self.link.foreign, numbers, strict=True):
-            in_this = (wanted >= numbered[0]) & (wanted <= numbered[-1])
+            first, last = numbered[0], numbered[-1]
+            in_this = (wanted >= first) & (wanted <= last)
             if bool(in_this.any()):
-                rows = wanted[in_this] - numbered[0]
-                parts.append((in_this, self._read_rows(name, rows, box)))
+                rows = wanted[in_this] - first
+                values = self._read_rows(name, rows, box)
+                parts.append((in_this, values))
         value = parts[0][1].new_empty(box.shape)
         for in_this, values in parts:
             value[in_this] = values
@@ -197,12 +199,17 @@ def _tied(link: TensorLink, name_map: NameMap) -> TensorLink:
 
 def _differences(expected: dict[str, Shape], found: dict[str, Coordinates]) -> list[str]:
     """Describe the differences between the expected tensors and those of a folder, one line per kind."""
-    missing = [f"{name} {list(shape)}" for name, shape in expected.items() if name not in found]
-    unexpected = [f"{name} {list(found[name])}" for name in sorted(found) if name not in expected]
-    wrong = [
-        f"{name} is {list(found[name])}, not {list(shape)}"
-        for name, shape in expected.items()
-        if found.get(name, shape) != shape
-    ]
-    kinds = {"missing": missing, "of another shape": wrong, "unexpected": unexpected}
-    return [f"{kind} ({len(names)}): {'; '.join(names)}" for kind, names in kinds.items() if names]
+    kinds: dict[str, list[str]] = {"missing": [], "of another shape": [], "unexpected": []}
+    for name, shape in expected.items():
+        if name not in found:
+            kinds["missing"].append(f"{name} {list(shape)}")
+        elif found[name] != shape:
+            kinds["of another shape"].append(f"{name} is {list(found[name])}, not {list(shape)}")
+    for name in sorted(found.keys() - expected.keys()):
+        kinds["unexpected"].append(f"{name} {list(found[name])}")
+    lines = []
+    for kind, tensors in kinds.items():
+        if tensors:
+            listed = "; ".join(tensors)
+            lines.append(f"{kind} ({len(tensors)}): {listed}")
+    return lines

@@ -96,11 +96,15 @@ def _decoder(spec: Any) -> Any:
 def merges(model: Any) -> list[tuple[str, str]]:
     """Return every pair of pieces that joins to a piece, the earliest merges first."""
     # Pieces are learned by decreasing score, so a score gives the time of a merge; the id breaks ties.
-    ranks = {piece.piece: (-piece.score, number) for number, piece in enumerate(model.pieces)}
-    found = []
-    for piece, rank in ranks.items():
-        for middle in range(1, len(piece)):
-            left, right = piece[:middle], piece[middle:]
+    ranks: dict[str, tuple[float, int]] = {}
+    for number, piece in enumerate(model.pieces):
+        ranks[piece.piece] = (-piece.score, number)
+    pairs = []
+    for text, rank in ranks.items():
+        for middle in range(1, len(text)):
+            left = text[:middle]
+            right = text[middle:]
             if left in ranks and right in ranks:
-                found.append((rank, ranks[left], ranks[right], left, right))
-    return [(left, right) for *_, left, right in sorted(found)]
+                order = (rank, ranks[left], ranks[right])
+                pairs.append((order, (left, right)))
+    return [pair for _, pair in sorted(pairs)]

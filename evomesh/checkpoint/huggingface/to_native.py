@@ -83,14 +83,11 @@ def read_folder(
     record = folder.json("config.json")
     model = read_config(record, join(folder.path, "config.json"), dtype)
     naming = NAME_MAPS[record["model_type"]]
-    weights = dict(foreign_tensors(folder, naming, model, tied=bool(record.get("tie_word_embeddings"))))
-    config = Config(
-        model=model,
-        data=DataConfig(
-            seq_len=model.max_position_embeddings, tokenizer_path=_tokenizer(folder, model, report)
-        ),
-        generation=_generation(folder, record),
-    )
+    tied = bool(record.get("tie_word_embeddings"))
+    weights = dict(foreign_tensors(folder, naming, model, tied))
+    tokenizer = _tokenizer_path(folder, model, report)
+    data = DataConfig(seq_len=model.max_position_embeddings, tokenizer_path=tokenizer)
+    config = Config(model=model, data=data, generation=_generation_section(folder, record))
     return config, weights
 
 
@@ -118,7 +115,7 @@ def _converted(weights: Mapping[str, ForeignTensor]) -> PieceSource:
     return pieces
 
 
-def _tokenizer(folder: HfFolder, model: ModelConfig, report: Callable[[str], None]) -> str | None:
+def _tokenizer_path(folder: HfFolder, model: ModelConfig, report: Callable[[str], None]) -> str | None:
     if not isinstance(folder.storage, LocalStorage):
         report("the checkpoint names no tokenizer: copy the folder's here, and give it with --tokenizer PATH")
         return None
@@ -131,16 +128,19 @@ def _tokenizer(folder: HfFolder, model: ModelConfig, report: Callable[[str], Non
     return str(path)
 
 
-def _generation(folder: HfFolder, config: dict[str, Any]) -> GenerationConfig | None:
-    there = folder.storage.exists(join(folder.path, "generation_config.json"))
-    ids = config | (folder.json("generation_config.json") if there else {})
-    eos, bos, pad = ids.get("eos_token_id"), ids.get("bos_token_id"), ids.get("pad_token_id")
+def _generation_section(folder: HfFolder, config: dict[str, Any]) -> GenerationConfig | None:
+    """Return a section with the folder's special ids, None if it has no eos id."""
+    ids = dict(config)
+    if folder.storage.exists(join(folder.path, "generation_config.json")):
+        ids |= folder.json("generation_config.json")
+    eos = ids.get("eos_token_id")
+    bos = ids.get("bos_token_id")
     if eos is None:
         return None
     return GenerationConfig(
         eos_id=tuple(eos) if isinstance(eos, list) else (eos,),
         bos_id=1 if bos is None else bos,
-        pad_id=pad,
+        pad_id=ids.get("pad_token_id"),
     )
 
 

@@ -49,18 +49,21 @@ def write_tokenizer(tokenizer: Tokenizer, target: Path, template: str | None, ma
     """
     fast = isinstance(tokenizer, HfTokenizer)
     beside = tokenizer.path.parent
-    shutil.copyfile(tokenizer.path, target / ("tokenizer.json" if fast else "tokenizer.model"))
+    model_name = "tokenizer.json" if fast else "tokenizer.model"
+    shutil.copyfile(tokenizer.path, target / model_name)
     for name in BESIDE:
         if (beside / name).is_file():
             shutil.copyfile(beside / name, target / name)
-    given = beside / "tokenizer_config.json"
-    settings = read_json(LocalStorage(), str(beside), given.name) if given.is_file() else {}
+    settings: dict[str, Any] = {}
+    if (beside / "tokenizer_config.json").is_file():
+        settings = read_json(LocalStorage(), str(beside), "tokenizer_config.json")
     if settings.pop("auto_map", None) is not None:
         settings.pop("tokenizer_class", None)
     settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     settings.setdefault("model_max_length", max_length)
     settings.setdefault("clean_up_tokenization_spaces", False)
-    for key, token in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
+    special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    for key, token in special.items():
         if token is not None and not settings.get(key):
             settings[key] = _piece(tokenizer, token)
     if not fast:
@@ -106,7 +109,8 @@ def compare_tokenizers(ours: Tokenizer, folder: Path) -> None:
 
     theirs = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     for text in TEXTS:
-        wanted, found = ours.encode(text), list(theirs.encode(text, add_special_tokens=False))
+        wanted = ours.encode(text)
+        found = list(theirs.encode(text, add_special_tokens=False))
         if wanted != found:
             raise CheckpointError(
                 f"transformers tokenizes {text!r} to {found[:12]}, the training tokenizer to {wanted[:12]}",

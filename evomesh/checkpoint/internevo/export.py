@@ -49,8 +49,8 @@ def write_model(
     for pp, layers in enumerate(stages):
         states = _stage_states(found, model, layers, tensor, weight)
         for (tp, wp), state in states.items():
-            name = file_name(tp, None if weight is None else wp, pp)
-            file = os.path.join(target, name)
+            wp_in_name = None if weight is None else wp
+            file = os.path.join(target, file_name(tp, wp_in_name, pp))
             torch.save(state, file)
             written.append(file)
     torch.save(_plain_section(model), os.path.join(target, "model_config.pt"))
@@ -85,14 +85,15 @@ def _rank_shards(
 
     isp replicates a block over tp and shards its matrices over wp; all else is sharded over tp and replicated over wp.
     """
+    wp_size = weight or 1
     in_isp_block = weight is not None and LAYER_PARAMETER.match(name) is not None
     shards = shard(whole, 1 if in_isp_block else tensor)
-    for tp, wp in product(range(tensor), range(weight or 1)):
-        part = shards[tp % len(shards)]
+    for tp, wp in product(range(tensor), range(wp_size)):
+        part = shards[tp % len(shards)]  # one shard only in a block of isp
         if part is None:
             continue
         if in_isp_block and "norm" not in name:
-            part = part.chunk(weight or 1)[wp]
+            part = part.chunk(wp_size)[wp]
         yield (tp, wp), part.contiguous().clone()
 
 
@@ -170,9 +171,11 @@ def _foreign_parameters(name: str, layers: range, model: ModelConfig) -> list[tu
 
 
 def _foreign_top(name: str, layers: range, model: ModelConfig) -> list[tuple[str, ShardFunction]]:
-    """``_foreign_parameters`` outside the blocks: embedding in the first stage, norm and head in the last."""
+    """Do ``_foreign_parameters`` outside the blocks: embedding in the first stage, norm and head in the last."""
     module, kind = name.rsplit(".", 1)
-    in_stage = layers.start == 0 if module == "embedding" else layers.stop == model.num_layers
+    is_first = layers.start == 0
+    is_last = layers.stop == model.num_layers
+    in_stage = is_first if module == "embedding" else is_last
     if not in_stage:
         return []
     names = V1_TOP if model.model_type == "INTERNLM" else V2_TOP

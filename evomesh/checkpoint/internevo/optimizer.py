@@ -176,7 +176,10 @@ def _unflatten(
         Local tensors by kind and name, in the order of ``weights``; and the step counts of the moments.
     """
     groups = _parameter_groups(weights)
-    numbers = sorted({int(number) for content in contents for number in content["flat_fp32_weights"]})
+    stored: set[int] = set()
+    for content in contents:
+        stored.update(map(int, content["flat_fp32_weights"]))
+    numbers = sorted(stored)
     if len(numbers) != len(groups):
         raise CheckpointError(
             f"holds parameter groups {numbers}, but the weights form {len(groups)}", where=files[0], fix=FIX
@@ -194,7 +197,9 @@ def _unflatten(
             for kind, flat in flats.items():
                 tensors[kind] |= _split_flat(flat, own_weights, f"{kind} of group {number}", file)
             _prove_masters(tensors["master"], own_weights, file)
-    in_order = {kind: {name: found[name] for name in weights} for kind, found in tensors.items()}
+    in_order: dict[str, StateDict] = {}
+    for kind, found in tensors.items():
+        in_order[kind] = {name: found[name] for name in weights}
     return in_order, steps
 
 
@@ -209,11 +214,13 @@ def _assign_to_ranks(weights: StateDict, names: list[str], ranks: int) -> list[l
     """Return the parameters of each ZeRO rank, in the order in which it joins them: InternEvo's greedy rule."""
     assigned: list[list[str]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
-    largest_first = sorted(names, key=lambda name: -weights[name].numel())
+    sizes = {name: weights[name].numel() for name in names}
+    largest_first = sorted(names, key=lambda name: -sizes[name])  # stable: equal sizes keep their order
     for name in largest_first:
-        lightest = loads.index(min(loads))
+        smallest_load = min(loads)
+        lightest = loads.index(smallest_load)
         assigned[lightest].append(name)
-        loads[lightest] += weights[name].numel()
+        loads[lightest] += sizes[name]
     return assigned
 
 
@@ -241,9 +248,10 @@ def _split_flat(flat: object, weights: StateDict, described: str, file: str) -> 
             f"{described} has {elements} elements, its parameters have {sum(sizes)}", where=file, fix=FIX
         )
     parts = torch.split(flat.flatten(), sizes)
-    return {
-        name: part.view(weight.shape) for (name, weight), part in zip(weights.items(), parts, strict=True)
-    }
+    tensors: StateDict = {}
+    for (name, weight), part in zip(weights.items(), parts, strict=True):
+        tensors[name] = part.view(weight.shape)
+    return tensors
 
 
 def _prove_masters(masters: StateDict, weights: StateDict, file: str) -> None:

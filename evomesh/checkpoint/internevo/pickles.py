@@ -163,11 +163,13 @@ def _fill(file: IO[bytes], buffer: memoryview) -> None:
     """Read the bytes of one tensor."""
     filled = 0
     while filled < len(buffer):
-        part = file.read(min(len(buffer) - filled, READ_BYTES))
+        missing = len(buffer) - filled
+        part = file.read(min(missing, READ_BYTES))
         if not part:
             raise EOFError("it ends within a tensor")
-        buffer[filled : filled + len(part)] = part
-        filled += len(part)
+        end = filled + len(part)
+        buffer[filled:end] = part
+        filled = end
 
 
 def _read_zip(path: str) -> Any:
@@ -224,7 +226,8 @@ def _check_byte_order(path: str, order: str) -> None:
 
 def _read_old(path: str, file: IO[bytes]) -> Any:
     """Read the format of torch before 1.6: pickles one after another, then the bytes of the storages."""
-    if _Unpickler(file).load() != MAGIC or _Unpickler(file).load() != PROTOCOL:
+    magic = _Unpickler(file).load()
+    if magic != MAGIC or _Unpickler(file).load() != PROTOCOL:
         raise CheckpointError("is not a file of torch.save", where=path)
     little_endian = _Unpickler(file).load()["little_endian"]
     _check_byte_order(path, "little" if little_endian else "big")
@@ -235,14 +238,17 @@ def _read_old(path: str, file: IO[bytes]) -> Any:
         nonlocal available
         if key not in storages:
             storages[key] = _allocate(dtype, count, available)
-            available -= len(storages[key][1])
-        return storages[key][0]
+            _, buffer = storages[key]
+            available -= len(buffer)
+        tensor, _ = storages[key]
+        return tensor
 
     # The tensors of ``content`` are empty until the bytes that follow it are read into their storages.
     content = _Unpickler(file, allocate_storage).load()
     for key in _Unpickler(file).load():
         tensor, buffer = storages[str(key)]
-        if int.from_bytes(file.read(8), sys.byteorder) != tensor.numel():
+        count = int.from_bytes(file.read(8), sys.byteorder)
+        if count != tensor.numel():
             raise EOFError("the size of a tensor in it contradicts its header")
         _fill(file, buffer)
     return content

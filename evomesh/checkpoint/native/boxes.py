@@ -119,7 +119,7 @@ def _all_disjoint(boxes: Sequence[Box]) -> bool:
 
 
 def _cells(boxes: Sequence[Box], dim: int) -> dict[int, int]:
-    """Number the edges of all boxes along ``dim`` in ascending order: cell n is between edges n and n + 1."""
+    """Map the edges of all boxes along ``dim`` to ascending numbers: cell n is between edges n and n + 1."""
     edges = {box.offsets[dim] for box in boxes}
     edges |= {box.ends[dim] for box in boxes}
     return {edge: number for number, edge in enumerate(sorted(edges))}
