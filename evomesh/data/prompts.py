@@ -54,6 +54,10 @@ def read_prompts(files: Sequence[TokenFile], vocab_size: int) -> list[TokenizedP
         dataset = BinDataset(file.path, name=file.name, vocab_size=vocab_size)
         for row in range(len(dataset)):
             tokens = dataset.read(np.array([row]))
-            ids = np.abs(tokens).tolist()
-            prompts.append(TokenizedPrompt(ids, file.name, row + 1))
+            prompt = TokenizedPrompt(
+                ids=np.abs(tokens).tolist(),
+                file=file.name,
+                line=row + 1,
+            )
+            prompts.append(prompt)
     return prompts

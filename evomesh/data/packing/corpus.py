@@ -99,6 +99,7 @@ class Corpus:
         Raises:
             UserError: there is less data than one step needs.
         """
+        # Sizes count packs of all ranks together, so that the order of packs does not depend on the layout.
         config = self.config
         global_batch = config.micro_num * dp_size
         rampup = config.rampup_batch_size.times(dp_size) if config.rampup_batch_size else None

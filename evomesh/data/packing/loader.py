@@ -150,6 +150,7 @@ class PackStream:
 
     def _prefetch(self) -> None:
         while len(self._prefetched) < self._prefetch_depth:
+            # Positions are computed here, in order; only reading and packing run on the workers.
             position = self._prefetch_position
             packs, after = self.sampler.take(position)
             if len(packs) % self.dp_size:

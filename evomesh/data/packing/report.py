@@ -77,14 +77,18 @@ def report_table(report: Sequence[dict[str, Any]]) -> str:
         totals = {name: sum(row[name] for row in report) for name in COUNTS}
         table.append(_table_row(f"{len(report)} files", "", totals))
 
-    # File and type are left-aligned, the counts right-aligned.
-    columns = []
-    for number, column in enumerate(zip(*table, strict=True)):
-        width = max(map(len, column))
-        is_text = number < 2
-        columns.append([cell.ljust(width) if is_text else cell.rjust(width) for cell in column])
+    file, type_name, *counts = zip(*table, strict=True)
+    columns = [_align(file, "<"), _align(type_name, "<")]
+    for count in counts:
+        columns.append(_align(count, ">"))
     lines = zip(*columns, strict=True)
     return "\n".join(map("  ".join, lines))
+
+
+def _align(cells: Sequence[str], side: str) -> list[str]:
+    """Pad the cells of a column to the width of the longest; ``side`` is "<" (left) or ">" (right)."""
+    width = max(map(len, cells))
+    return [f"{cell:{side}{width}}" for cell in cells]
 
 
 def _table_row(file: str, type_name: str, counts: Mapping[str, int]) -> list[str]:

@@ -142,6 +142,7 @@ class PackSampler:
             epoch, steps_taken = divmod(step, steps_in_pass)
             offset = steps_taken * self.global_batch
             return SamplerPosition(step, epoch, offset, consumed=step * self.global_batch)
+        # The size of steps changes, or steps cross passes: count step by step, without looking at packs.
         position = SamplerPosition()
         while position.step < step:
             size = self.size(position.step)
@@ -158,11 +159,13 @@ class PackSampler:
         """Return the order of all packs in pass ``epoch``."""
         if epoch == self._epoch:
             return self._permutation
+        # XTuner seeds each pass, so any of them can be computed directly.
         if self.order == "xtuner":
             self._shuffle(np.random.RandomState((self.seed + epoch) % 2**32))
             self._epoch = epoch
             return self._permutation
-        if epoch < self._epoch:  # the generator cannot go back: start over
+        # InternEvo draws all passes from one generator: an earlier pass means starting over.
+        if epoch < self._epoch:
             self._rng = np.random.RandomState(self.seed)
             self._epoch = -1
         while self._epoch < epoch:

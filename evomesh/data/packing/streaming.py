@@ -131,6 +131,7 @@ class StreamingPacks:
 
     def state(self) -> dict[str, Any]:
         """Return the positions of this rank's lanes and of the reader, as JSON."""
+        # Windows whose rows every lane has passed are not needed again; the first one left is where a resume reads.
         oldest = min(lane.n for lane in self.lanes.values())
         while len(self._cursors) > 1 and self._cursors[1].n <= oldest:
             self._cursors.popleft()
@@ -223,6 +224,7 @@ class StreamingBatches:
     def close(self) -> None:
         """Stop the thread."""
         self._stop.set()
+        # Empty the queue, so that a thread that waits for space in it can end.
         with suppress(queue.Empty):
             while True:
                 self._prefetched.get_nowait()

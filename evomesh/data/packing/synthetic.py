@@ -34,10 +34,13 @@ class SyntheticDocuments:
         rng = np.random.RandomState(SEED)
         self.period = rng.randint(1, 30, size=count).astype(np.int64)
         self.repeats = rng.randint(10, 200, size=count).astype(np.int64)
+        # The two header tokens, period and repeats, come before the counted ones.
         counted = self.period * self.repeats
-        while fixed_length and counted.min() < seq_len:
-            self.repeats[counted < seq_len] *= 2
-            counted = self.period * self.repeats
+        if fixed_length:
+            while counted.min() < seq_len:
+                is_short = counted < seq_len
+                self.repeats[is_short] *= 2
+                counted = self.period * self.repeats
         self.lengths: NDArray[np.integer] = np.minimum(2 + counted, seq_len)
 
     def read(self, documents: NDArray[np.integer]) -> TokenArray:

@@ -115,6 +115,7 @@ def _fill_packs(segment_bounds: IndexArray, length: int) -> IndexArray:
     end = segment_bounds[-1]
     bounds = [segment_bounds[0]]
     while bounds[-1] < end:
+        # The pack ends with the last segment that ends inside it; every segment is at most a pack long.
         limit = bounds[-1] + length
         next_segment = np.searchsorted(segment_bounds, limit, side="right")
         bounds.append(segment_bounds[next_segment - 1])
@@ -127,16 +128,17 @@ def group_sets(files: Sequence[TokenFile], root_name: str) -> dict[str, list[Tok
     Args:
         root_name: name of the set of files that are in no folder.
     """
-    files_of_folder: dict[PurePosixPath, list[TokenFile]] = {}
-    for file in files:
-        folder = PurePosixPath(file.name).parent
-        files_of_folder.setdefault(folder, []).append(file)
-    same_name = Counter(folder.name for folder in files_of_folder)
+    folders = {PurePosixPath(file.name).parent for file in files}
+    folders_with_name = Counter(folder.name for folder in folders)
 
     sets: dict[str, list[TokenFile]] = {}
-    for folder, members in files_of_folder.items():
-        name = folder.name if same_name[folder.name] == 1 else folder.as_posix()
+    for file in files:
+        folder = PurePosixPath(file.name).parent
         if folder == PurePosixPath():
             name = root_name
-        sets.setdefault(name, []).extend(members)
+        elif folders_with_name[folder.name] == 1:
+            name = folder.name
+        else:
+            name = folder.as_posix()
+        sets.setdefault(name, []).append(file)
     return {name: sets[name] for name in sorted(sets)}

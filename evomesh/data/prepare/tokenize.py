@@ -59,6 +59,7 @@ def tokenize_files(
     prefix, suffix = boundary_ids(tokenizer, options)
     with BinWriter(output, append=append) as writer, ThreadPoolExecutor(BATCHES_PENDING) as encoder:
         check_same_tokenizer(writer, tokenizer)
+        # Batches being encoded, oldest first, each with the input bytes read when it was complete.
         pending: deque[tuple[Future[list[list[int]]], int]] = deque()
 
         def write_oldest() -> None:

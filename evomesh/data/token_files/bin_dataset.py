@@ -238,11 +238,13 @@ class BinDataset:
 
     def _parse_with_checks(self, row: int) -> TokenArray:
         """Parse one line with every check, for an exact message."""
+        # 1. The meta: does the row cover exactly one line?
         line = self.line(row)
         start, declared = self.rows[row].tolist()
         has_frame = line.startswith(b"{") and line.endswith((b"\n", b"}"))
         if not has_frame or line.count(b"\n", 0, len(line) - 1):
             self._refuse_offset(row, line)
+        # 2. The line itself, and the count of its tokens.
         try:
             tokens = parse_line(line)
         except BadLineError as bad:

@@ -78,6 +78,7 @@ def _check_header(path: Path, bin_path: Path) -> None:
     size = path.stat().st_size
     if size == 0:
         raise UserError("the meta is empty (0 bytes)", where=str(path), fix=rebuild(bin_path))
+    # NumPy's own messages name neither the file nor what to do, and np.load of a pickle must never be reached.
     with path.open("rb") as file:
         start = file.read(16)
         if start[:6] != b"\x93NUMPY":
@@ -131,6 +132,7 @@ def _check_rows(rows: MetaArray, size: int, path: Path, bin_path: Path) -> None:
         raise refuse(
             0, f"the first line starts at byte {first}", "byte 0 (a negative offset or a missing row)"
         )
+    # In parts, so that a mapped meta is never in memory as a whole.
     for start in range(0, len(rows), CHECK_ROWS):
         part = rows[start : start + CHECK_ROWS + 1]  # one more, to compare the last with its next
         wrong = np.flatnonzero(part[1:, 0] <= part[:-1, 0])

@@ -40,10 +40,11 @@ def open_part(path: Path) -> tuple[Path, IO[bytes]]:
             file = part.open("xb")
         except OSError as error:
             raise UserError(f"cannot write there: {error.strerror}", where=str(path)) from None
+        # Another run may have taken it for a dead part, and removed it, before it was locked.
         _lock(file, wait=True)
         if os.fstat(file.fileno()).st_nlink:
             return part, file
-        file.close()  # another run removed it before it was locked
+        file.close()
 
 
 def remove_dead_parts(path: Path) -> None:

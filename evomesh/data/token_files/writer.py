@@ -97,6 +97,7 @@ class BinWriter:
             largest = max(largest, -smallest)
         if largest <= self.max_id:
             return
+        # This is rare after the first blocks, so the search for the line may be slow.
         self.max_id = largest
         for number, tokens in enumerate(documents, self.documents + 1):
             if largest in tokens or -largest in tokens:
@@ -116,6 +117,7 @@ class BinWriter:
             "max_id_line": self.max_id_line,
             "bin_hash": f"xxh3_128:{self._hash.hexdigest()}",
         }
+        # 1. Write all three files completely, under hidden names.
         meta = Path(f"{self._part}.meta")
         fingerprint = Path(f"{self._part}.json")
         with _report_disk_errors(self.path):
@@ -123,8 +125,8 @@ class BinWriter:
             os.fsync(self._file.fileno())
             write_meta(meta, np.cumsum(sizes) - sizes, lengths)
             fingerprint.write_bytes(orjson.dumps(record, option=orjson.OPT_INDENT_2) + b"\n")
-        # Between these renames the file has no meta, so that a reader refuses it; after a crash there, a rerun
-        # repairs it.
+        # 2. Rename them. Until the last rename the file has no meta, so that a reader refuses it; after a crash here, a
+        # rerun repairs it.
         meta_path(self.path).unlink(missing_ok=True)
         os.replace(self._part, self.path)
         os.replace(fingerprint, fingerprint_path(self.path))
@@ -150,9 +152,10 @@ class BinWriter:
                 with _report_disk_errors(self.path):
                     self._file.write(block)
                 last = block[-1:]
-        if last != b"\n":
+        if last != b"\n":  # files of other tools may lack the last newline
             self._hash.update(b"\n")
             self._file.write(b"\n")
+        # A line ends where the next one starts, the last one at the end of the file.
         offsets = rows[:, 0].astype(np.int64)
         self._sizes.append(np.diff(offsets, append=self._file.tell()))
         self._lengths.append(rows[:, 1].astype(np.int64))
