@@ -1,11 +1,11 @@
-"""What checkpoints cost, each figure beside a plain reference measured in the same run.
+"""Cost of checkpoints, each figure relative to a plain reference measured in the same run.
 
     python benchmarks/checkpoint.py [--mib 512] [--folder DIR] [--repeat 5]
 
-stall      time that a save behind the training holds the training up / one copy of the same bytes in memory
+stall      time that a background save blocks training / time of one memory copy of the same bytes
 slowdown   steps (matrix products) while a save is written / steps with nothing written
 write      durable save / writing and syncing one file of the same size
-verify, load, reshard in GB/s; load is checked against its hashes.
+verify, load, reshard in GB/s; load verifies every hash.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Tokens per second of greedy decoding with a cache, beside transformers.generate with the same weights.
+"""Tokens per second of greedy decoding with a cache, against transformers.generate with the same weights.
 
 Run: python benchmarks/generate.py [--shape 60M] [--batch 1 8] [--prompt 128] [--new 64] [--rounds 5] [--threads 2]
 
-The two take turns within one run, so that a busy machine slows both, each in a process of its own; the figure to quote
-is the median of the ratios of neighbouring turns. Both read the prompts and make every token without an end token;
-their tokens are compared. transformers runs in inference mode with its SDPA attention and its own default cache.
+Both alternate within one run, so that other load slows both, each in a separate process; the figure to quote is the
+median of the ratios of adjacent rounds. Both prefill the prompts and generate all tokens, without an end token; the
+tokens are compared. transformers runs in inference mode with its SDPA attention and its own default cache.
 """
 
 from __future__ import annotations

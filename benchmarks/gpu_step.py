@@ -1,20 +1,20 @@
-"""Speed and memory of whole training steps on one GPU: what `evomesh train` runs, from batch to figures.
+"""Speed and memory of complete training steps on one GPU, as `evomesh train` runs them, from batch to metrics.
 
 Run: python benchmarks/gpu_step.py [--shape 1.3B 7B-width] [--tokens 2048 4096 8192 32768] [--recompute 0 1] [--packed]
 
-Model, optimizer and step are the product's own, on made-up tokens that lie in pinned memory: bfloat16 weights with
-float32 masters, compiled blocks, variable-length attention. One row for each shape, pack length
-and share of recomputed layers; seconds are the median over steps, from one host synchronisation to the next.
+Model, optimizer and step are those of the product, on synthetic tokens in pinned memory: bfloat16 weights with float32
+master weights, compiled blocks, variable-length attention. One row per shape, pack length and fraction of recomputed
+layers; seconds are the median over steps, from one host synchronization to the next.
 
-    TFLOPS  by the formula of the documents (attention counted as a full square, recomputation as one more forward),
+    TFLOPS  by InternEvo's formula (attention counted as a full square, recomputation as one more forward),
     exact   model TFLOP/s: 6 (parameters without embedding) tokens plus causal attention within documents counted
             once, 6 layers hidden (sum of squared lengths), however much is recomputed,
     product the share of exact in the best matrix product of the model's dtype, measured in the same run,
-    memory  largest sum of allocated bytes in a step; beside it the arithmetic of benchmarks/_memory.py, which knows
-            nothing of what the compiler keeps or does not.
+    memory  peak of allocated bytes in a step, next to the estimate of benchmarks/_memory.py, which ignores what
+            the compiler chooses to keep.
 
-Without CUDA the same runs on the CPU, in float32, with shapes and packs that fit there, and says so: the figures then
-show that the script works, and nothing about a GPU.
+Without CUDA it reports this and runs on the CPU, in float32, with shapes and packs that fit: the figures then show that
+the script works, and nothing about a GPU.
 """
 
 from __future__ import annotations

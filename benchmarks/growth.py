@@ -1,11 +1,11 @@
-"""How the CPU training step grows: with model size, sequence length, documents in a pack, and steps.
+"""Scaling of the CPU training step with model size, sequence length, documents per pack, and steps.
 
 Run: python benchmarks/growth.py [--threads 2] [--steps 5]
 
-Each row is a process of its own, started in a fresh interpreter: median seconds of a step (forward, backward, AdamW;
+Each row runs in a separate process, a fresh interpreter: median seconds of a step (forward, backward, AdamW;
 as in train_step.py), and the largest resident memory. Model FLOPs and the fraction of the best float32 product, as in
-train_step.py. What a table varies stands in its first column; all else is the 60M shape with 2048 tokens in 4
-documents, or in the last table the 10M shape with 256.
+train_step.py. The first column of a table is what it varies; the rest is the 60M shape with 2048 tokens in 4 documents,
+or in the last table the 10M shape with 256 tokens.
 """
 
 from __future__ import annotations

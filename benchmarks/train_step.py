@@ -1,13 +1,13 @@
-"""Tokens per second of one training step (forward, backward, AdamW), beside a same-shaped Llama of transformers.
+"""Tokens per second of one training step (forward, backward, AdamW), against a transformers Llama of the same shape.
 
 Run: python benchmarks/train_step.py [--shape 60M] [--compiled] [--packed] [--profile] [--rounds 7] [--threads 2]
 
-The two take turns within one run, so that a busy machine slows both, each in a process of its own, so that neither
-lives in the other's memory; the figure to quote is the median of the ratios of neighbouring steps. Model FLOPs of a
-step are 6 (parameters without embedding) tokens plus causal attention counted once, 6 layers hidden (sum of squared
-document lengths). The peak is the best float32 product, by torch.mm or oneDNN, kept up for as long as the clock and the
-neighbours of a busy machine allow: it is measured before and behind every pair of steps, and the fraction is the median
-over pairs of a step's speed by the mean of its two peaks.
+Both alternate within one run, so that other load slows both, each in a separate process, so that they do not share
+memory; the figure to quote is the median of the ratios of adjacent steps. Model FLOPs of a step are 6 (parameters
+without embedding) tokens plus causal attention counted once, 6 layers hidden (sum of squared document lengths). The
+peak is the best sustained rate of a float32 product, by torch.mm or oneDNN, measured before and after every pair of
+steps because it depends on clock and load; the fraction is the median over pairs of a step's speed divided by the mean
+of its two peaks.
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ def main() -> None:
 
 
 def report(args: argparse.Namespace, pairs: list[list[float]], peaks: list[list[float]]) -> None:
-    """``pairs``: seconds of our step and theirs; ``peaks``: FLOP/s of both products, before, between, behind them."""
+    """Print the table. ``pairs``: seconds of both steps; ``peaks``: FLOP/s of both products around and between them."""
     shape, lengths = problem(args)
     total, flops = sum(lengths), model_flops(shape, lengths)
     around = [(max(before) + max(behind)) / 2 for before, behind in pairwise(peaks)]

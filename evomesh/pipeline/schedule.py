@@ -92,7 +92,7 @@ class SingleStageSchedule:
 
 @dataclass
 class _ScheduleInputs:
-    """What the stages of this rank read while a schedule runs."""
+    """Inputs that the stages of this rank read while a schedule runs."""
 
     batch: Batch
     scales: Sequence[float]

@@ -31,7 +31,7 @@ from evomesh.train.stages import ModelStages, build_stages
 
 @dataclass(frozen=True)
 class RankMemory:
-    """What one rank holds between two steps.
+    """Memory that one rank holds between two steps.
 
     Attributes:
         grid: the axes as the rank sees them.
@@ -48,7 +48,7 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class StepTrace(RankMemory):
-    """What one rank holds, and sends in one step.
+    """Memory of one rank, and what it sends in one step.
 
     Attributes:
         traffic: every collective and send of one step, in order, except the norm's single number.

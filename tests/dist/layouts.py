@@ -98,7 +98,7 @@ class Layout:
 
 @dataclass
 class Piece:
-    """One rank's part of a tensor, and where it lies in the whole: (start, stop) of each dim."""
+    """One rank's shard of a tensor, and its position in the global tensor: (start, stop) of each dim."""
 
     local: Tensor
     where: tuple[tuple[int, int], ...]
@@ -204,7 +204,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def synchronise(stages: ModelStages, grid: Grid) -> None:
-    """Sums every gradient over the axes on which its spec says it is partial, and over the data axes."""
+    """Sum every gradient over the axes on which it is partial according to its spec, and over the data axes."""
     for parameter in stages.parameters().values():
         spec = spec_of(parameter)
         zero, replica, _ = optimizer_axes(spec, grid)

@@ -52,7 +52,7 @@ def pack(step: int, index: int) -> tuple[Tensor, Tensor, SequenceBounds]:
 def train(
     rank: int, layout: dict[str, Any] | None, zero: dict[str, Any]
 ) -> tuple[list[float], list[float], Any]:
-    """Losses, gradient norms, and (where it lies, tensor) of each parameter."""
+    """Return losses, gradient norms, and (position, tensor) of each parameter."""
     grid = Grid() if layout is None else grid_of(**layout)
     model = build_model(MODEL, grid=grid, mode=MODES[(layout or {}).get("mode", "mtp")])
     initialize_weights(model, 7, grid)
@@ -108,7 +108,7 @@ def test_trains_like_one_process(pool: Pool, layout: dict[str, Any], overlap: bo
 
 
 def padded_rows(rank: int) -> list[Tensor]:
-    torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
+    torch.use_deterministic_algorithms(True)  # fills uninitialized memory with NaN
     try:
         model = build_model(MODEL, grid=grid_of(tensor=4), mode=MODES["mtp"])
     finally:

@@ -29,7 +29,7 @@ MICRO_BATCHES = 3
 
 
 class Model(nn.Module):
-    """Three blocks and a head that is read without a forward of its own, as by a fused loss."""
+    """Three blocks and a head that is read outside its forward, as by a fused loss."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()

@@ -82,7 +82,7 @@ def test_only_the_wanted_gradients_are_made(one_dnn: bool) -> None:
 
 @torch.no_grad()
 def test_without_gradients(one_dnn: bool) -> None:
-    for rows in (1, 8, T):  # 8 rows have a way of their own in torch's kernels
+    for rows in (1, 8, T):  # 8 rows take a separate path in `linear`
         x, weight, bias = leaves((rows, I), (O, I), (O,))
         same(linear(x, weight, bias), x.double() @ weight.double().T + bias.double())
 

@@ -50,7 +50,7 @@ def split_rows(ours: Decoder, i: int, kind: str) -> list[Tensor]:
 
 
 def halves(x: Tensor, head_dim: int) -> Tensor:
-    """Rows of each head from neighbouring rotary pairs to first and second half."""
+    """Reorder the rows of each head from adjacent rotary pairs to first and second half."""
     return x.view(-1, head_dim // 2, 2, *x.shape[1:]).transpose(1, 2).reshape(x.shape)
 
 

@@ -66,7 +66,7 @@ def test_lengths_and_number_of_documents_compile_nothing_anew(dtype: str, recomp
     first = graphs()
     assert 0 < first <= 4  # before and behind attention, in the block and in its attention: not of each layer
     for lengths in PACKS[1:]:
-        train(model, lengths, partial(attend))  # one of its own each time, as generation has
+        train(model, lengths, partial(attend))  # a new one each time, as in generation
     assert graphs() == first
     assert counters["frames"]["total"] == counters["frames"]["ok"]  # none was left to run uncompiled
 

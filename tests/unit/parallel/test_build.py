@@ -33,7 +33,7 @@ def test_one_process_needs_no_process_group() -> None:
 
 
 def test_the_axes_of_a_16_rank_world() -> None:
-    """InternEvo's order: tensor ranks are neighbours, stages are contiguous blocks, zero takes consecutive members."""
+    """InternEvo's order: tensor ranks are adjacent, stages are contiguous blocks, zero groups consecutive members."""
     sizes = axis_sizes(parallel(tensor=2, pipeline=2, zero1=2), 16)
     assert (sizes.pp, sizes.dp, sizes.tp, sizes.zero, sizes.replica) == (2, 4, 2, 2, 2)
     assert axis_members(sizes, 5) == {

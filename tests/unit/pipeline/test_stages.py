@@ -1,4 +1,4 @@
-"""The partition of layers into stages, by the documents' rule and balanced."""
+"""The partition of layers into stages, by InternEvo's rule and balanced."""
 
 from __future__ import annotations
 
