@@ -54,5 +54,10 @@ class Grid:
         return {axis.name: getattr(self, axis.name) for axis in fields(self)}
 
     @property
+    def is_main(self) -> bool:
+        """Return whether this rank speaks for the run: the first of the last stage, which has the loss."""
+        return self.dp.rank == 0 and self.tp.rank == 0 and self.pp.rank == self.pp.size - 1
+
+    @property
     def world_size(self) -> int:
         return self.pp.size * self.dp.size * self.tp.size

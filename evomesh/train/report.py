@@ -43,7 +43,7 @@ class RunReporter:
         self.config, self.text, self.state, self.data = config, text, state, data
         self.world_size, self.dp_size = context.world_size, context.grid.dp.size
         grid = context.grid
-        self.main = grid.dp.rank == 0 and grid.tp.rank == 0 and grid.pp.rank == grid.pp.size - 1
+        self.main = grid.is_main
         self.name = rank_name(grid.dp.rank, grid.tp.rank, grid.pp.rank, self.main)
         if config.run.run_dir or not state.run_folder:
             state.run_folder = str(run_folder(config.run, context.started))

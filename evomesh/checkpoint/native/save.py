@@ -31,6 +31,7 @@ from evomesh.checkpoint.native.plan import LocalTensor, SavePlan, WriteItem, des
 from evomesh.checkpoint.native.retention import Retention
 from evomesh.checkpoint.native.staging import StagingBuffers
 from evomesh.errors import UserError
+from evomesh.monitor.log import ALL_RANKS
 from evomesh.parallel.exchange import Exchange, SingleProcessExchange
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.spec import LocalShard
@@ -213,7 +214,9 @@ class CheckpointWriter:
         self.wait()
         earlier = self._committed.get((step, snapshot))
         if earlier is not None:
-            self._report(f"step {step} is already committed in {earlier}, not rewritten")
+            self._report(
+                f"step {step} is already committed in {earlier}, not rewritten", is_known_to_all=True
+            )
             return earlier
 
         # 2. Rank 0 names the attempt and its folder; a changed layout needs another plan of who writes what.
@@ -292,7 +295,7 @@ class CheckpointWriter:
         self._parent = ParentRecord(record.step, record.attempt)
         self._committed[record.step, record.snapshot] = folder
         kind = "snapshot" if record.snapshot else "checkpoint"
-        self._report(f"{kind} of step {record.step} committed: {folder}")
+        self._report(f"{kind} of step {record.step} committed: {folder}", is_known_to_all=True)
         if exchange.rank == 0:
             self._delete_old(folder, record.snapshot)
         return folder
@@ -359,7 +362,9 @@ class CheckpointWriter:
             raise error
         fix = f"; fix: {error.fix}" if error.fix else ""
         self._report(
-            f"checkpoint not saved ({error.found}){fix}; continuing to train ({count})", logging.WARNING
+            f"checkpoint not saved ({error.found}){fix}; continuing to train ({count})",
+            logging.WARNING,
+            is_known_to_all=True,
         )
 
     def continue_from(self, checkpoint: Checkpoint) -> None:
@@ -390,8 +395,19 @@ class CheckpointWriter:
         sizes = {axis: getattr(self.grid, axis).size for axis in fmt.LAYOUT_AXES}
         return layout_record(self.exchange.size, **sizes)
 
-    def _report(self, line: str, level: int = logging.INFO) -> None:
-        logger.log(level if self.exchange.rank == 0 else logging.DEBUG, "%s", line)
+    def _report(self, line: str, level: int = logging.INFO, *, is_known_to_all: bool = False) -> None:
+        """Log a line once for all ranks, so that it reaches the terminal in every layout.
+
+        Args:
+            is_known_to_all: every rank calls this, so the run's main rank can log it, next to the steps.
+        """
+        speaks = self.exchange.rank == 0
+        if is_known_to_all and self.grid.world_size == self.exchange.size:
+            speaks = self.grid.is_main
+        if speaks:
+            logger.log(level, "%s", line, extra=ALL_RANKS)
+        else:
+            logger.debug("%s", line)
 
 
 class _RemoteLock:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -36,9 +35,6 @@ from evomesh.data.token_files.folders import (
 )
 from evomesh.data.token_files.shared_index import remove_stale
 from evomesh.errors import UserError
-
-MAPPED_FILES = 3  # mapped for each token file: the file, its meta, its cache
-MAPPED_FILES_SHARED = 8  # with use_shm also: kept rows, lengths, starts, order, ends
 
 
 class Corpus:
@@ -195,7 +191,6 @@ def open_corpus(config: DataConfig, vocab_size: int | None) -> Corpus:
     if vocab_size is not None:
         check_vocabulary(files, vocab_size)
     shared = _shared_folder(config)
-    _raise_open_file_limit(len(files), is_shared=shared is not None)
     sources = _open_sources(config, files, types, vocab_size, shared)
 
     # 2. Plan the packs: each file is a separate stream, or all files are one stream.
@@ -261,14 +256,3 @@ def _open_sources(
         )
         sources.append(source)
     return sources
-
-
-def _raise_open_file_limit(num_files: int, *, is_shared: bool) -> None:
-    """Raise the soft limit of open files where the system allows it: each mapped file keeps a handle."""
-    handles = num_files * (MAPPED_FILES_SHARED if is_shared else MAPPED_FILES)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    unlimited = hard == resource.RLIM_INFINITY
-    wanted = handles + 256
-    if soft < wanted and (unlimited or soft < hard):
-        limit = wanted if unlimited else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from evomesh.data.token_files.cache import open_cache
 from evomesh.data.token_files.lines import BadLineError, TokenArray, largest_id, parse_line, parse_ranges
+from evomesh.data.token_files.mapping import map_file
 from evomesh.data.token_files.meta import read_meta, rebuild
 from evomesh.data.token_files.shared_index import digest, shared_array
 from evomesh.errors import UserError
@@ -232,8 +232,7 @@ class BinDataset:
     def _map(self) -> memoryview:
         """Return the mapped file; it is mapped at first use, so that a run opens only the files it reads."""
         if self._mapped is None:
-            with self.path.open("rb") as file:
-                self._mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            self._mapped = map_file(self.path)
         return self._mapped
 
     def _parse_with_checks(self, row: int) -> TokenArray:

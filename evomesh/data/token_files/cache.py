@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomesh.data.token_files.lines import BadLineError, TokenArray, parse_line, parse_plain
+from evomesh.data.token_files.mapping import map_array
 from evomesh.data.token_files.meta import read_meta, rebuild
 from evomesh.data.token_files.part_files import open_part, remove_dead_parts
 from evomesh.errors import UserError
@@ -28,7 +29,7 @@ def open_cache(bin_path: Path, tokens: int) -> NDArray[np.int32] | None:
     try:
         if path.stat().st_mtime_ns < bin_path.stat().st_mtime_ns:
             return None
-        cache = np.load(path, mmap_mode="r", allow_pickle=False)
+        cache = map_array(path)
     except (OSError, ValueError):
         return None
     fits = cache.dtype == np.int32 and cache.shape == (tokens,)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from evomesh.data.token_files.mapping import map_array
 from evomesh.errors import UserError
 
 CHECK_ROWS = 1 << 20  # rows checked at once: bounds memory
@@ -46,8 +46,8 @@ def read_meta(bin_path: Path, mapped: bool = False) -> MetaArray:
         )
     _check_header(path, bin_path)
     is_small = path.stat().st_size < MAP_BYTES
-    mmap_mode: Literal["r"] | None = None if is_small and not mapped else "r"
-    rows: MetaArray = np.asarray(np.load(path, mmap_mode=mmap_mode, allow_pickle=False))
+    loads_whole = is_small and not mapped
+    rows: MetaArray = np.load(path, allow_pickle=False) if loads_whole else map_array(path)
     if rows.ndim != 2 or rows.shape[1] != 2:
         raise UserError(
             f"the meta has shape {rows.shape}",

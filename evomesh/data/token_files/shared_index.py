@@ -18,6 +18,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from evomesh.data.token_files.mapping import map_array
 from evomesh.errors import UserError
 from evomesh.storage.atomic_file import write_atomically
 
@@ -58,9 +59,7 @@ def shared_array(folder: Path, key: str, build: Callable[[], NDArray[Any]]) -> N
             ) from None
     with suppress(OSError):  # mark it as used; another user's file cannot be marked
         os.utime(path)
-    mapped = np.load(path, mmap_mode="r")
-    view: NDArray[Any] = np.asarray(mapped)  # np.memmap is slow to index
-    return view
+    return map_array(path)
 
 
 def remove_stale(folder: Path) -> list[str]:
