@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.config.user import expand_home
+from evomesh.config.hugging_face import cache_folder, cached_model
 from evomesh.storage.urls import split_url
 
 
@@ -33,22 +33,6 @@ def local_folder(url: str) -> Path:
         f"{url!r} is neither an existing folder nor a model in the local Hugging Face cache ({cache_folder()})",
         fix="give an existing folder, or download the model into the cache first",
     )
-
-
-def cache_folder() -> Path:
-    """Return the folder into which the hub's own tools download models."""
-    home = expand_home(os.environ.get("HF_HOME", "~/.cache/huggingface"))
-    return Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
-
-
-def cached_model(name: str) -> Path | None:
-    """Return the cached folder of the main revision of hub model ``name`` ("owner/model"), None if it is not cached."""
-    model = cache_folder() / f"models--{name.replace('/', '--')}"
-    main = model / "refs" / "main"
-    if not main.is_file():
-        return None
-    snapshot = model / "snapshots" / main.read_text().strip()
-    return snapshot if snapshot.is_dir() else None
 
 
 def hub_model(url: str) -> str:

@@ -70,7 +70,8 @@ def decide(config: CheckpointConfig, reader: CheckpointReader, folder: SaveFolde
     """Choose what to start from by InternEvo's rules.
 
     With ``auto_resume`` (the default): the newest checkpoint in the save folder that verifies, even if saving is off,
-    else from scratch; ``load_ckpt_info`` is ignored. Without it: ``load_ckpt_info``, which must exist, or nothing.
+    else from scratch; ``load_ckpt_info`` is ignored unless it is a fallback, which is used instead of starting from
+    scratch. Without ``auto_resume``: ``load_ckpt_info``, which must exist, or nothing.
 
     Args:
         folder: save folder, None if the config names none.
@@ -83,14 +84,16 @@ def decide(config: CheckpointConfig, reader: CheckpointReader, folder: SaveFolde
         if info is None:
             return StartPoint("starting from scratch: auto_resume=False and no load_ckpt_info")
         return _from_load_info(info, reader)
+    checkpoint = reader.newest(folder) if folder is not None else None
+    if checkpoint is None and info is not None and info.fallback:
+        return _from_load_info(info, reader)
     note = ""
-    if info is not None:
+    if info is not None and not info.fallback:
         note = (
             f" since auto_resume=True; load_ckpt_info ({info.path}) IGNORED: set auto_resume=False to use it"
         )
     if folder is None:
         return StartPoint(f"starting from scratch: no save_ckpt_folder to resume from{note}")
-    checkpoint = reader.newest(folder)
     if checkpoint is None:
         return StartPoint(f"starting from scratch: no checkpoint in {folder.root}{note}")
     require_optimizer(checkpoint, EVERYTHING)

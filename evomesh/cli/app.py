@@ -21,6 +21,7 @@ from evomesh.cli import (
     tokenize,
     tokenizer,
     train,
+    xtuner,
 )
 
 app = typer.Typer(
@@ -45,6 +46,7 @@ app.add_typer(config.app, name="config", help="Check, show, list and copy config
 app.add_typer(tokenizer.app, name="tokenizer", help="Train, inspect and compare tokenizers.")
 app.add_typer(data.app, name="data", help="Inspect, verify and repair tokenized datasets.")
 app.add_typer(ckpt.app, name="ckpt", help="List, verify, compare, reshard and delete checkpoints.")
+app.add_typer(xtuner.app, name="xtuner", help="XTuner's commands: list-cfg, copy-cfg, train, convert.")
 app.add_typer(
     convert.app, name="convert", help="Convert checkpoints from and to the formats of other systems."
 )

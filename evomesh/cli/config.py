@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import json
 import shutil
 import sys
@@ -151,14 +152,77 @@ def copy(
         typer.echo(str(copied))
 
 
+@app.command()
+def translate(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A config of XTuner.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New file.")],
+    overrides: OverrideOption = None,
+) -> None:
+    """Write CONFIG, which is XTuner's, as a config of evomesh; a comment on each line says where it comes from."""
+    from evomesh.config.loader import load_config
+    from evomesh.config.reading.xtuner.file import is_xtuner_file
+    from evomesh.config.write_config import config_text
+
+    config = find_named_config(config)
+    loaded = load_config(config, overrides or [])
+    if not is_xtuner_file(config):
+        raise UserError("is not a config of XTuner: evomesh reads it as it is", where=config)
+    if out.suffix != ".py" or out.exists():
+        found = "exists already" if out.exists() else "does not end in .py"
+        raise UserError(found, where=str(out), expected="a new file, NAME.py")
+    try:
+        out.write_text(config_text(loaded), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot be written: {error.strerror}", where=str(out)) from None
+    print(f"wrote {out}")
+    for command in loaded.preparation:
+        print(f"tokenize its raw data first: evomesh {' '.join(command)}")
+
+
+def xtuner_configs() -> list[Path]:
+    """Return the shipped configs that have XTuner's names."""
+    return sorted(path for folder in _config_folders() for path in (folder / "xtuner").glob("*.py"))
+
+
+def xtuner_config(name: str) -> Path:
+    """Return the shipped config of one of XTuner's names.
+
+    Raises:
+        UserError: there is none; the nearest names are given.
+    """
+    known = {path.stem: path for path in xtuner_configs()}
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        raise UserError(
+            f"no config named {name!r}",
+            expected=f"one of {', '.join(known)}",
+            fix=f"did you mean {' or '.join(near)}?" if near else "evomesh xtuner list-cfg",
+        )
+    return known[name]
+
+
+def find_named_config(name: str) -> str:
+    """Return the config file that a path, or one of XTuner's names, stands for."""
+    if Path(name).exists() or "/" in name or name.endswith(".py"):
+        return name
+    return str(xtuner_config(name))
+
+
 def shipped_configs() -> list[Path]:
-    """Return the shipped configs: next to the package in a checkout, in the environment's share folder if installed."""
+    """Return the shipped configs in our own language."""
+    return [
+        path
+        for folder in _config_folders()
+        for path in sorted(folder.glob("*.py"))
+        if not path.stem.startswith("_")
+    ]
+
+
+def _config_folders() -> list[Path]:
+    """Return the folder of the shipped configs: of the checkout, else the environment's share folder."""
     checkout = Path(__file__).resolve().parents[2] / "configs"
     installed = Path(sys.prefix) / "share" / "evomesh" / "configs"
-    for folder in (checkout, installed):
-        if (folder / "7B_sft.py").exists():
-            return sorted(path for path in folder.glob("*.py") if not path.stem.startswith("_"))
-    return []
+    return [folder for folder in (checkout, installed) if (folder / "7B_sft.py").exists()][:1]
 
 
 def _base_files(config: Path) -> list[Path]:

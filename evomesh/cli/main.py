@@ -13,7 +13,8 @@ from evomesh.cli.run import run
 
 def main() -> None:
     """Run the ``evomesh`` command."""
-    run(_evomesh, trains=sys.argv[1:2] == ["train"])
+    words = sys.argv[1:3]
+    run(_evomesh, trains=words[:1] == ["train"] or words == ["xtuner", "train"])
 
 
 def shim_main() -> None:

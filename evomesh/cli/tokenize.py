@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from evomesh.data.prepare.tokenize import ProgressCallback
 
 PRINT_SECONDS = 10.0
-CHAT_FORMATS = ("alpaca", "messages", "sharegpt")
+CHAT_FORMATS = ("alpaca", "messages", "sharegpt", "xtuner")
 
 InputsArgument = Annotated[list[str], typer.Argument(metavar="IN...", help="Files, folders or globs.")]
 OutputOption = Annotated[
@@ -29,7 +29,7 @@ FormatOption = Annotated[
     typer.Option(
         "--format",
         help="text; or conversations: alpaca (instruction, input, output), messages (role, content), "
-        "sharegpt (from, value).",
+        "sharegpt (from, value), xtuner (input, output).",
     ),
 ]
 TextFieldOption = Annotated[str, typer.Option(help="Key of the text in each record.")]
@@ -98,7 +98,7 @@ def tokenize(
         return
     if format != "text":
         raise UserError(
-            f"no format {format!r}", where="--format", expected="text, alpaca, messages or sharegpt"
+            f"no format {format!r}", where="--format", expected="text, alpaca, messages, sharegpt or xtuner"
         )
     if split_ratio:
         raise UserError(
@@ -128,7 +128,7 @@ def tokenize_conversations(
     workers: int | None = None,
     append: bool = False,
 ) -> None:
-    """Run ``evomesh tokenize --format alpaca|messages|sharegpt``.
+    """Run ``evomesh tokenize --format alpaca|messages|sharegpt|xtuner``.
 
     Args:
         options: a ``ChatOptions``, which this module imports only when it is used.

@@ -40,26 +40,20 @@ def train(
     deepspeed: DeepspeedOption = None,
 ) -> None:
     """Train the model that CONFIG describes. Resumes from the newest valid checkpoint in the save folder."""
-    from dataclasses import replace
-
-    from evomesh.config.deepspeed import deepspeed_settings
-    from evomesh.config.loader import load_config
+    from evomesh.cli.xtuner_data import make_token_files
+    from evomesh.cli.xtuner_train import load_with_strategy
     from evomesh.train.job import reporting_early_errors
     from evomesh.train.main import run_training
 
     # Later overrides win: --set over the settings of --deepspeed, the other options over --set.
-    settings: list[str] = []
-    warnings: list[str] = []
+    settings = list(overrides or [])
+    if seed is not None:
+        settings.append(f"seed={seed}")
+    if run_dir is not None:
+        settings.append(f"run_dir={run_dir}")
     with reporting_early_errors(launcher, port):
-        if deepspeed is not None:
-            settings, warnings = deepspeed_settings(deepspeed)
-        settings += overrides or []
-        if seed is not None:
-            settings.append(f"seed={seed}")
-        if run_dir is not None:
-            settings.append(f"run_dir={run_dir}")
-        loaded = load_config(config, settings)
-    loaded = replace(loaded, warnings=(*loaded.warnings, *warnings))
+        loaded = load_with_strategy(config, settings, deepspeed, launcher)
+        make_token_files(loaded)
     exit_code = run_training(loaded, launcher=launcher, port=port, profile=profile)
     if exit_code:
         sys.exit(exit_code)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+from evomesh.config.schema import Config
 from evomesh.errors import UserError
 
 NAMES = ("deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3")
@@ -17,11 +19,17 @@ WARNINGS = {
 }
 
 
-def deepspeed_settings(flag: str) -> tuple[list[str], list[str]]:
+def deepspeed_settings(
+    flag: str, config: Config | None = None, world_size: int = 1
+) -> tuple[list[str], list[str]]:
     """Return (overrides, warnings) for ``deepspeed_zero1|2|3``, or for a DeepSpeed JSON file with a stage.
 
-    Stage 1 shards the optimizer state over all data-parallel ranks, 2 the gradients too, 3 the weights too.
+    Stage 1 shards the optimizer state over all data-parallel ranks, 2 the gradients too, 3 the weights too. With
+    tensor mode isp, the weights are sharded over the weight axis instead.
 
+    Args:
+        config: the run's config, for its layout and sizes; None: no tensor mode isp.
+        world_size: processes of the run.
     Raises:
         UserError: an unknown name; offloading to host memory; a file without a stage.
     """
@@ -33,8 +41,20 @@ def deepspeed_settings(flag: str) -> tuple[list[str], list[str]]:
             expected=" | ".join(NAMES),
             fix="--deepspeed deepspeed_zero3 on more processes, or model.checkpoint=1.0",
         )
+    if stage > 1 and config is not None and config.parallel.tensor.mode == "isp":
+        return _shard_isp(flag, config, world_size)
     warnings = [f"--deepspeed {flag}: {words}" for words in WARNINGS[stage]]
     return [f"parallel.zero1=dict(size=-1, fsdp={stage > 1})"], warnings
+
+
+def _shard_isp(flag: str, config: Config, world_size: int) -> tuple[list[str], list[str]]:
+    """Return the settings that shard the weights of tensor mode isp over as many ranks as divide their widths."""
+    model = config.model
+    ranks = world_size // config.parallel.pipeline.size
+    size = math.gcd(ranks, model.hidden_size, model.qkv_width, model.mlp_width)
+    size = max(size, config.parallel.weight.size)
+    words = f"weights and gradients are sharded over {size} ranks (parallel.weight.size), as tensor mode isp does it"
+    return [f"parallel.weight.size={size}"], [f"--deepspeed {flag}: {words}"]
 
 
 def _stage_and_offload(flag: str) -> tuple[int, bool]:

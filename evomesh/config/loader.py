@@ -18,6 +18,8 @@ from evomesh.config.reading.overrides import Override, apply_overrides, parse_ov
 from evomesh.config.reading.source import ConfigSource, read_source
 from evomesh.config.reading.source_lines import line_of
 from evomesh.config.reading.spellings import QUEUE, SECTIONS, SPELLINGS, TOP_LEVEL, resolve, written_key
+from evomesh.config.reading.xtuner.file import is_xtuner_file
+from evomesh.config.reading.xtuner.translate import read_xtuner_source
 from evomesh.config.rules import check
 from evomesh.config.schema import Config
 from evomesh.config.step_values import SettingError
@@ -46,6 +48,7 @@ class LoadedConfig:
         warnings: each once, with its key, file and line.
         text: the config file as it is on disk.
         path: where it is.
+        preparation: arguments of ``evomesh`` that make the token files the config trains on, if it names raw data.
     """
 
     config: Config
@@ -53,6 +56,7 @@ class LoadedConfig:
     warnings: tuple[str, ...]
     text: str
     path: str = ""
+    preparation: tuple[tuple[str, ...], ...] = ()
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> LoadedConfig:
@@ -66,8 +70,9 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     # 1. Execute the file. It applies the overrides of names that it has; the others create keys.
     path = os.fspath(path)
     sets = parse_overrides(overrides)
-    source = read_source(path, sets)
+    source = read_xtuner_source(path, sets) if is_xtuner_file(path) else read_source(path, sets)
     draft = ConfigDraft(dict(source.values), lambda key: _location_of(key, source, sets))
+    draft.warnings += source.warnings
     not_applied = [item for item in sets if not _was_applied_by_file(item, source)]
     apply_overrides(draft.values, not_applied, create=True)
     written_leaves = leaves(source.values | draft.values)
@@ -88,7 +93,8 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         raise ConfigError(draft.problems, path=path)
     assert config is not None
     value_origins = origins(config, draft, source, sets)
-    return LoadedConfig(config, value_origins, tuple(draft.warnings), source.text, path)
+    warnings = tuple(draft.warnings)
+    return LoadedConfig(config, value_origins, warnings, source.text, path, source.preparation)
 
 
 def _check_rules(draft: ConfigDraft, config: Config, given: Sequence[str], failed: set[str]) -> None:
@@ -134,7 +140,7 @@ def section_class(annotation: Any) -> type[BaseModel] | None:
 
 def _was_applied_by_file(override: Override, source: ConfigSource) -> bool:
     """Return whether the override took part in the execution of the file, or of a base, which has its name."""
-    return override.keys[0] in source.names
+    return override.keys[0] in source.names or override.dotted in source.names
 
 
 def _location_of(key: str, source: ConfigSource, sets: Sequence[Override]) -> str:

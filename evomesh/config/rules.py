@@ -45,12 +45,23 @@ def check(config: Config, given: Callable[[str], bool]) -> tuple[list[ConfigFind
         *layout_findings(config),
         *_checkpoint_findings(config),
     ]
+    findings += _twice_given(given)
     findings += [
         ConfigFinding((key,), f"{feature}: not available yet", fix=f"remove {key} or give it its default")
         for key, asks, feature in PENDING
         if asks(config)
     ]
     return findings, list(_warnings(config, given))
+
+
+def _twice_given(given: Callable[[str], bool]) -> Iterator[ConfigFinding]:
+    """Yield a problem for each number that is set in steps and in passes over the data."""
+    for steps, epochs in (
+        ("data.total_steps", "data.epochs"),
+        ("ckpt.checkpoint_every", "ckpt.checkpoint_every_epochs"),
+    ):
+        if given(steps) and given(epochs):
+            yield ConfigFinding((epochs,), f"{steps} is set too", fix=f"remove {steps} or {epochs}")
 
 
 def _number_findings(config: Config) -> Iterator[ConfigFinding]:
@@ -123,6 +134,12 @@ def _data_findings(config: Config) -> Iterator[ConfigFinding]:
             f"gradient_accumulation={data.gradient_accumulation} but micro_num={data.micro_num}",
             expected="the same number: both are the micro-batches of one step",
             fix="remove data.gradient_accumulation",
+        )
+    if data.epochs is not None and data.rampup_batch_size is not None:
+        yield ConfigFinding(
+            ("data.epochs", "data.rampup_batch_size"),
+            "with a growing batch the steps of a pass are not all of one size",
+            fix="set data.total_steps instead of data.epochs",
         )
     if data.rampup_batch_size is not None:
         yield from _rampup_findings(data.rampup_batch_size, data.micro_num)

@@ -71,6 +71,7 @@ class DataConfig(Section):
     micro_num: int = Field(1, ge=1, description="Micro-batches per step.")
     micro_bsz: int = Field(1, ge=1, description="Packed length = micro_bsz * seq_len.")
     total_steps: int = Field(50000, ge=1, description="Training ends after this many steps.")
+    epochs: float | None = Field(None, gt=0, description="Passes over the token files; sets total_steps.")
     train_folder: str | None = Field(
         None, description="Folder of tokenized data; None: synthetic data, with a warning."
     )
@@ -180,8 +181,7 @@ class ModelConfig(Section):
         False, description="Omit the biases of the attention projections; INTERNLM always has them."
     )
     qk_interleaved: bool = Field(
-        False,
-        description="True: rotary pairs are adjacent columns; False: first and second half. Default by family.",
+        False, description="Rotary pairs are adjacent columns, or in two halves. Default by family."
     )
     rope_base: float = Field(10000.0, gt=0, description="Base of the rotary angles.")
     rope_scaling_factor: float = Field(1.0, ge=1, description="Factor of dynamic NTK.")
@@ -202,8 +202,7 @@ class ModelConfig(Section):
         None, description="Initial standard deviation of the embedding; None: by family."
     )
     attn_wqkv_init_std: float | None = Field(
-        None,
-        description="Initial standard deviation of the query, key and value projection; None: by family.",
+        None, description="Initial standard deviation of query, key and value; None: by family."
     )
     attn_other_init_std: float | None = Field(
         None, description="Initial standard deviation of the attention output; None: by family."
@@ -349,6 +348,12 @@ class LrConfig(Section):
     )
     init_steps: int = Field(0, ge=0, description="Steps before the warm-up.")
     warmup_ratio: float = Field(0.0, ge=0, le=1, description="Fraction of the steps that warm up.")
+    warmup_start: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="First rate of the warm-up, as a fraction of the peak; None: one step's.",
+    )
     eta_min: float = Field(0.0, ge=0, description="Learning rate at the end.")
     last_epoch: int = Field(
         -1, description="Accepted for InternEvo; a resumed run takes the step from its checkpoint."
@@ -380,9 +385,9 @@ class LoadConfig(Section):
         ("model",), description="Parts to load: model, sampler, optimizer, scheduler, all."
     )
     ckpt_type: str = Field(
-        "internevo",
-        description="internevo, internlm, normal; hf, hf_llama, llama; or a registered custom loader.",
+        "internevo", description="internevo, internlm, normal; hf, hf_llama, llama; or a registered loader."
     )
+    fallback: bool = Field(False, description="With auto_resume: used where nothing can be resumed.")
 
 
 class CheckpointConfig(Section):
@@ -394,6 +399,7 @@ class CheckpointConfig(Section):
         description="Folder of checkpoints: a local: or plain path, boto3:s3://BUCKET.ENDPOINT/KEY or s3://BUCKET/KEY.",
     )
     checkpoint_every: float = Field(INF, description="Steps between checkpoints; inf: one at the end.")
+    checkpoint_every_epochs: float | None = Field(None, gt=0, description="Passes between checkpoints.")
     load_ckpt_info: LoadConfig | None = Field(
         None, description="Checkpoint to start from; used with auto_resume=False."
     )
@@ -453,16 +459,10 @@ class GenerationConfig(Section):
     num_beams: int = Field(1, ge=1, description="Width of beam search; 1: no beam search.")
     top_k: int = Field(50, ge=0, description="Sample from this many of the most likely tokens; 0: all.")
     top_p: float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="Sample from the smallest set of top tokens whose probability reaches this.",
+        1.0, gt=0, le=1, description="Sample from the fewest top tokens whose probability reaches this."
     )
     min_p: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="Sample from tokens with at least this fraction of the highest probability.",
+        0.0, ge=0, le=1, description="Sample from tokens with this fraction of the highest probability."
     )
     repetition_penalty: float = Field(
         1.0, gt=0, description="Penalty for tokens that already occurred; 1: none."

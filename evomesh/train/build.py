@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from evomesh.checkpoint.native.find import SaveFolder
 from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.native.save import CheckpointWriter
 from evomesh.checkpoint.resume import StartPoint, decide, restore
+from evomesh.config.epochs import resolve_epochs, steps_per_epoch
 from evomesh.config.loader import LoadedConfig
 from evomesh.config.schema import CheckpointConfig, Config
 from evomesh.data.batch import Batch
@@ -35,6 +37,8 @@ from evomesh.train.launch import RunContext
 from evomesh.train.report import RunReporter
 from evomesh.train.stages import ModelStages, build_stages
 from evomesh.train.state import TrainState
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -105,6 +109,7 @@ def build_run(loaded: LoadedConfig, context: RunContext) -> TrainingRun:
 
     # 1. Data first, because it is what most often cannot be used.
     train_data, valid_sets = _build_data(config)
+    config = _resolve_epochs(config, train_data, context)
 
     # 2. Model and optimizer, without weights.
     stages = build_stages(config, grid, context.mode, context.device)
@@ -160,6 +165,25 @@ def _build_data(config: Config) -> tuple[TrainData, list[ValidationSet]]:
     if config.data.valid_every <= 0:
         return train_data, []
     return train_data, build_valid_data(config.data, config.model.vocab_size)
+
+
+def _resolve_epochs(config: Config, train_data: TrainData, context: RunContext) -> Config:
+    """Return the config with its epochs as steps, and log them."""
+    num_packs = train_data.num_packs
+    dp_size = context.grid.dp.size
+    resolved = resolve_epochs(config, num_packs, dp_size)
+    if resolved is not config and context.rank == 0:
+        logger.info("%s", _describe_epochs(resolved, num_packs, dp_size))
+    return resolved
+
+
+def _describe_epochs(config: Config, num_packs: int, dp_size: int) -> str:
+    per_epoch = steps_per_epoch(config, num_packs, dp_size)
+    return (
+        f"one pass is {num_packs} packs = {per_epoch:g} steps of {config.data.micro_num} micro-batches on {dp_size} "
+        f"data-parallel ranks: total_steps={config.data.total_steps}, "
+        f"checkpoint_every={config.ckpt.checkpoint_every:g}"
+    )
 
 
 def _restore_weights(

@@ -181,6 +181,16 @@ def torchrun_command(env: Mapping[str, str], argv: list[str], launcher: str = "a
     return [*torchrun, *rendezvous, f"--nproc_per_node={max(processes, 1)}", *argv]
 
 
+def planned_world_size(env: Mapping[str, str], launcher: str = "auto") -> int:
+    """Return the processes of the run, counting those that ``spawn_ranks`` has still to start."""
+    if torchrun_command(env, [], launcher) is None:
+        return detect(env, launcher).world_size
+    on_dlc = DLC_PROCESSES in env
+    processes = _whole_number(env, "NPROC_PER_NODE" if "NPROC_PER_NODE" in env else DLC_PROCESSES)
+    nodes, _ = _node_count_and_rank(env, on_dlc)
+    return max(processes, 1) * nodes
+
+
 def _node_count_and_rank(env: Mapping[str, str], on_dlc: bool) -> tuple[int, int]:
     names = ("WORLD_SIZE", "RANK") if on_dlc and "NNODES" not in env else ("NNODES", "NODE_RANK")
     nodes = _whole_number(env, names[0]) if names[0] in env else 1

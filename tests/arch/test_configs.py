@@ -9,7 +9,8 @@ import pytest
 from evomesh.config.loader import load_config
 from evomesh.errors import ConfigError
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
+FOLDER = Path(__file__).parents[2] / "configs"
+CONFIGS = sorted([*FOLDER.glob("*.py"), *FOLDER.glob("xtuner/*.py")])
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

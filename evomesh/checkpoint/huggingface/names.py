@@ -96,7 +96,8 @@ META = _name_map(  # Llama's consolidated files
     head="output",
     interleaved=True,
 )
-NAME_MAPS = {"llama": LLAMA, "internlm": LLAMA, "internlm2": INTERNLM2}  # by model_type of a config.json
+# By model_type of a config.json.
+NAME_MAPS = {"llama": LLAMA, "mistral": LLAMA, "internlm": LLAMA, "internlm2": INTERNLM2}
 
 
 @dataclass(frozen=True)

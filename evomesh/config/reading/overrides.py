@@ -62,9 +62,15 @@ def parse_value(text: str) -> Any:
 
 def _literal_value(node: ast.expr) -> Any:
     """Evaluate a literal, ``dict(key=literal)`` or ``float("...")``; nothing else is ever called."""
-    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
-        return ast.literal_eval(node)
-    function = node.func.id
+    if isinstance(node, ast.List):
+        return [_literal_value(item) for item in node.elts]
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        return _call_value(node, node.func.id)
+    return ast.literal_eval(node)
+
+
+def _call_value(node: ast.Call, function: str) -> Any:
+    """Evaluate ``dict(key=literal)`` or ``float("...")``."""
     keywords_only = not node.args and all(keyword.arg for keyword in node.keywords)
     if function == "dict" and keywords_only:
         return {str(keyword.arg): _literal_value(keyword.value) for keyword in node.keywords}

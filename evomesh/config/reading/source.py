@@ -35,9 +35,12 @@ class ConfigSource:
 
     Attributes:
         values: top-level name -> value; the author's own names are left out.
-        names: every top-level name, the author's own and those of its bases too.
+        names: every top-level name, the author's own and those of its bases too; or the whole dotted keys that
+            overrides have set already.
         lines: dotted key -> "FILE:LINE" of its assignment, where the file says it literally.
         text: the file as it is on disk.
+        warnings: what a translation from another system could not carry over.
+        preparation: command lines, each as arguments of ``evomesh``, that make the data the config names.
     """
 
     path: str
@@ -45,6 +48,8 @@ class ConfigSource:
     names: frozenset[str]
     lines: AssignmentLines
     text: str
+    warnings: tuple[str, ...] = ()
+    preparation: tuple[tuple[str, ...], ...] = ()
 
 
 def read_source(path: str, overrides: Sequence[Override] = ()) -> ConfigSource:
@@ -53,14 +58,9 @@ def read_source(path: str, overrides: Sequence[Override] = ()) -> ConfigSource:
     Raises:
         ConfigError: no such file, not a ``.py`` file, not Python, or an exception while it ran.
     """
-    file = _find_config_file(path)
-    try:
-        text = file.read_text(encoding="utf-8-sig")  # with or without a byte order mark
-    except (OSError, UnicodeDecodeError) as error:
-        raise _source_error(
-            f"cannot be read: {error}", str(path), fix="give a readable UTF-8 Python file"
-        ) from None
-    tree = _parse(text, str(file), path)
+    file = find_config_file(path)
+    text = read_text(file, path)
+    tree = parse_config(text, str(file), path)
     namespace: dict[str, Any] = {
         "__name__": f"{PACKAGE}.parent.here.config",
         "__package__": f"{PACKAGE}.parent.here",
@@ -68,21 +68,35 @@ def read_source(path: str, overrides: Sequence[Override] = ()) -> ConfigSource:
     }
     namespace[READ_BASE] = nullcontext
     namespace[APPLY] = lambda: apply_overrides(namespace, overrides)
-    with _imports_beside(file):
-        _execute(compile(_instrument(tree), str(file), "exec"), namespace, path, text)
+    with imports_beside(file):
+        execute(compile(instrument(tree), str(file), "exec"), namespace, path, text)
         lines = config_lines(tree, path, namespace)
     inherited, inherited_lines, inherited_names = _read_bases(namespace.pop("_base_", ()), file, overrides)
     values = {name: value for name, value in namespace.items() if _is_setting(name, value)}
     if inherited:
         # Executing the file and its bases has applied the overrides to each; merging may have covered them again.
-        values = _merge(inherited, values)
+        values = merge_values(inherited, values)
         apply_overrides(values, overrides)
     return ConfigSource(
         path, copy.deepcopy(values), inherited_names | namespace.keys(), {**inherited_lines, **lines}, text
     )
 
 
-def _find_config_file(path: str) -> Path:
+def read_text(file: Path, shown: str) -> str:
+    """Return the text of a config file.
+
+    Raises:
+        ConfigError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")  # with or without a byte order mark
+    except (OSError, UnicodeDecodeError) as error:
+        raise _source_error(
+            f"cannot be read: {error}", shown, fix="give a readable UTF-8 Python file"
+        ) from None
+
+
+def find_config_file(path: str) -> Path:
     file = Path(path)
     if file.is_dir():
         near = _nearby_configs(file / "x.py")
@@ -120,7 +134,7 @@ def _source_error(found: str, where: str, *, expected: str = "", fix: str = "") 
     return ConfigError([UserError(found, where=where, expected=expected, fix=fix)], path=where)
 
 
-def _parse(text: str, filename: str, shown: str) -> ast.Module:
+def parse_config(text: str, filename: str, shown: str) -> ast.Module:
     try:
         return ast.parse(text, filename)
     except SyntaxError as error:
@@ -177,11 +191,11 @@ def _apply_call(node: ast.stmt) -> ast.stmt:
     return ast.fix_missing_locations(ast.copy_location(call, node))
 
 
-def _instrument(tree: ast.Module) -> ast.Module:
+def instrument(tree: ast.Module) -> ast.Module:
     return ast.fix_missing_locations(_StatementInstrumenter().visit_Module(copy.deepcopy(tree)))
 
 
-def _execute(code: CodeType, namespace: dict[str, Any], shown: str, text: str) -> None:
+def execute(code: CodeType, namespace: dict[str, Any], shown: str, text: str) -> None:
     try:
         exec(code, namespace)  # a config is its author's program; it runs with the author's rights
     except KeyboardInterrupt:
@@ -224,22 +238,24 @@ def _read_bases(
     for path in paths:
         base_file = file.parent / path
         source = read_source(str(base_file), overrides)
-        values = _merge(values, source.values)
+        values = merge_values(values, source.values)
         lines.update(source.lines)
         names |= source.names
     return values, lines, names
 
 
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def merge_values(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     out = dict(below)
     for key, value in above.items():
         known = out.get(key)
-        out[key] = _merge(known, value) if isinstance(known, dict) and isinstance(value, dict) else value
+        out[key] = (
+            merge_values(known, value) if isinstance(known, dict) and isinstance(value, dict) else value
+        )
     return out
 
 
 @contextmanager
-def _imports_beside(file: Path) -> Iterator[None]:
+def imports_beside(file: Path) -> Iterator[None]:
     """Let the config import files beside it and below the working directory, relative imports included.
 
     Afterwards ``sys.path`` is as before and modules imported from those folders are forgotten, so that another file of

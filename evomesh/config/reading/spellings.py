@@ -289,6 +289,14 @@ def _resolve_s3_endpoint(ckpt: dict[str, Any]) -> None:
             section[key] = f"s3:{endpoint.rstrip('/')}/{bucket_and_key}"
 
 
+def _is_ignored_load_info(ckpt: dict[str, Any]) -> bool:
+    """Return whether ``auto_resume`` comes before ``load_ckpt_info``, which is not even its fallback."""
+    info = ckpt.get("load_ckpt_info")
+    if not isinstance(info, dict) or info.get("fallback") is True:
+        return False
+    return ckpt.get("auto_resume", True) is True
+
+
 def _resolve_load_info(draft: ConfigDraft, ckpt: dict[str, Any]) -> None:
     """Take ``load_ckpt_info`` from its older names: a folder to resume from, or one to load the weights of."""
     info = ckpt.get("load_ckpt_info")
@@ -308,7 +316,7 @@ def _resolve_load_info(draft: ConfigDraft, ckpt: dict[str, Any]) -> None:
     if isinstance(info, dict) and "path" in info and info["path"] is None:
         ckpt["load_ckpt_info"] = info = None  # InternEvo's way to say: from scratch
     _resolve_load_optimizer(draft, ckpt)
-    if isinstance(info, dict) and ckpt.get("auto_resume", True) is True:
+    if _is_ignored_load_info(ckpt):
         draft.warn(
             "ckpt.load_ckpt_info",
             "is not used: ckpt.auto_resume is True, which is also its default; set it to False to start from this",

@@ -10,7 +10,7 @@ from evomesh.data.records.reader import SourceRecord
 from evomesh.data.token_files.lines import json_kind
 from evomesh.errors import UserError
 
-RecordSchema = Literal["alpaca", "messages", "sharegpt"]
+RecordSchema = Literal["alpaca", "messages", "sharegpt", "xtuner"]
 SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -27,7 +27,8 @@ def read_conversation(
 
     Args:
         schema: "alpaca": instruction, input, output; "messages": a list (or its key ``messages``) of role and content,
-            in which a message with ``"loss": false`` is not a target; "sharegpt": ``conversations`` of from and value.
+            in which a message with ``"loss": false`` is not a target; "sharegpt": ``conversations`` of from and value;
+            "xtuner": ``conversation`` of input and output, and system in the first.
         roles: the roles whose messages are targets.
 
     Raises:
@@ -35,6 +36,8 @@ def read_conversation(
     """
     if schema == "alpaca":
         return _read_alpaca(record, roles)
+    if schema == "xtuner":
+        return _read_xtuner(record, roles)
     key = "messages" if schema == "messages" else "conversations"
     entries = record.value if isinstance(record.value, list) else _get(record.value, key, record)
     if not isinstance(entries, list) or not entries:
@@ -67,6 +70,20 @@ def _read_alpaca(record: SourceRecord, roles: Sequence[str]) -> list[ChatMessage
         ChatMessage("user", question, train="user" in roles),
         ChatMessage("assistant", answer, train="assistant" in roles),
     ]
+
+
+def _read_xtuner(record: SourceRecord, roles: Sequence[str]) -> list[ChatMessage]:
+    turns = record.value if isinstance(record.value, list) else _get(record.value, "conversation", record)
+    if not isinstance(turns, list) or not turns:
+        raise UserError("conversation has no turns", where=record.where, expected="a list of them")
+    messages = []
+    for turn in turns:
+        for key, role in (("system", "system"), ("input", "user"), ("output", "assistant")):
+            text = _get_text(turn, key, record) if key != "system" else turn.get(key) or ""
+            if text or key == "output":
+                is_muted = key == "output" and turn.get("output_with_loss", True) is False
+                messages.append(ChatMessage(role, text, train=role in roles and not is_muted))
+    return messages
 
 
 def _get(value: Any, key: str, record: SourceRecord) -> Any:

@@ -59,6 +59,17 @@ def test_auto_resume_ignores_load_info_loudly(tmp_path: Path) -> None:
     assert "starting from scratch" in start.reason and f"({tmp_path}/other) IGNORED" in start.reason
 
 
+@covers("ckpt.load_ckpt_info.fallback")
+def test_a_fallback_is_used_only_where_nothing_can_be_resumed(tmp_path: Path) -> None:
+    saved(tmp_path / "weights", 3)
+    info = LoadConfig(path=str(tmp_path / "weights"), fallback=True)
+    empty = decide(config(tmp_path / "own", load_ckpt_info=info), CheckpointReader(), None)
+    assert empty.checkpoint is not None and empty.checkpoint.step == 3 and empty.content == {"model"}
+    writer = saved(tmp_path / "own", 5)
+    start = decide(config(tmp_path / "own", load_ckpt_info=info), CheckpointReader(), writer.folder)
+    assert start.checkpoint is not None and start.checkpoint.step == 5 and start.resumes
+
+
 @covers(
     "ckpt.load_ckpt_info",
     "ckpt.load_ckpt_info.path",

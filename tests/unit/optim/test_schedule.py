@@ -38,6 +38,22 @@ def test_init_steps_come_before_the_warm_up() -> None:
     assert rates[7] == 1.0 > rates[8]
 
 
+@covers("lr_scheduler.warmup_start")
+@pytest.mark.parametrize(("warmup", "start"), [(20, 1 / 40), (7, 0.5), (2, 0.01)])
+def test_a_warm_up_from_a_fraction_is_torchs(warmup: int, start: float) -> None:
+    """XTuner's schedule of one micro-iteration per step: LinearLR, then CosineAnnealingLR, as torch has them."""
+    parameter = torch.zeros(1, requires_grad=True)
+    sgd = torch.optim.SGD([parameter], lr=4e-5)
+    linear = torch.optim.lr_scheduler.LinearLR(sgd, start, total_iters=warmup - 1)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, 100 - warmup, eta_min=6e-6)
+    both = torch.optim.lr_scheduler.SequentialLR(sgd, [linear, cosine], milestones=[warmup])
+    config = LrConfig(warmup_ratio=warmup / 100, warmup_start=start, eta_min=6e-6)
+    for step in range(100):
+        assert learning_rate(step, config, AdamConfig(lr=4e-5), 100) == pytest.approx(both.get_last_lr()[0])
+        sgd.step()
+        both.step()
+
+
 def test_a_warm_up_as_long_as_the_run_does_not_divide_by_zero() -> None:
     assert learning_rate(10, LrConfig(warmup_ratio=1.0, eta_min=0.1), AdamConfig(lr=1.0), 10) == 0.1
 

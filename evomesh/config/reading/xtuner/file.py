@@ -1,0 +1,158 @@
+"""``run_file``: execute an XTuner config with stand-ins for foreign names, and find out where each value is set."""
+
+from __future__ import annotations
+
+import ast
+import copy
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evomesh.config.reading.overrides import Override, apply_overrides
+from evomesh.config.reading.source import (
+    APPLY,
+    PACKAGE,
+    execute,
+    find_config_file,
+    imports_beside,
+    instrument,
+    merge_values,
+    parse_config,
+    read_text,
+)
+from evomesh.config.reading.source_lines import config_lines
+from evomesh.config.reading.xtuner.foreign_names import (
+    OWNERS,
+    READ_BASE,
+    RUNNER_NAMES,
+    ForeignName,
+    ImportReplacer,
+    is_xtuner_config,
+)
+
+STAND_IN = "__foreign_name__"
+READ_NAMES = "__read_names__"
+
+
+@dataclass(frozen=True)
+class XTunerFile:
+    """The content of an XTuner config.
+
+    Attributes:
+        path: as the user gave it.
+        values: every top-level name -> value, the author's own names too.
+        lines: dotted key -> "FILE:LINE".
+        variables: dotted key -> the name or dotted name that its value is written as: ``lr=lr`` -> "lr".
+        text: the file as it is on disk.
+    """
+
+    path: str
+    values: dict[str, Any]
+    lines: dict[str, str]
+    variables: dict[str, str]
+    text: str
+
+
+def is_xtuner_file(path: str) -> bool:
+    """Return whether the config at ``path``, or a ``_base_`` that it names, is XTuner's; False if it cannot be read."""
+    file = Path(path)
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+        if not any(word in text for word in (*OWNERS, *RUNNER_NAMES, "_base_")):
+            return False
+        tree = ast.parse(text)
+    except (OSError, ValueError, SyntaxError):
+        return False
+    if is_xtuner_config(tree):
+        return True
+    return any(is_xtuner_file(str(file.parent / base)) for base in _literal_bases(tree))
+
+
+def _literal_bases(tree: ast.Module) -> list[str]:
+    """Return the files that ``_base_ = ...`` names, where it is written as strings."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_base_":
+            strings = [item for item in ast.walk(node.value) if isinstance(item, ast.Constant)]
+            return [item.value for item in strings if isinstance(item.value, str)]
+    return []
+
+
+def run_file(path: str, overrides: Sequence[Override]) -> XTunerFile:
+    """Execute the config at ``path``; overrides of names that it has take part in the execution.
+
+    Raises:
+        ConfigError: no such file, not Python, or an exception while it ran.
+    """
+    file = find_config_file(path)
+    text = read_text(file, path)
+    tree = parse_config(text, str(file), path)
+    lines: dict[str, str] = {}
+    variables: dict[str, str] = {}
+
+    def read_names(beside: str, names: dict[str, str]) -> dict[str, Any]:
+        """Return what ``from FILE import names`` would: all public names for "*"."""
+        base = run_file(beside, overrides)
+        lines.update(base.lines)
+        variables.update(base.variables)
+        if "*" in names:
+            return {name: value for name, value in base.values.items() if not name.startswith("_")}
+        return {new: base.values[name] for name, new in names.items()}
+
+    namespace: dict[str, Any] = {
+        "__name__": f"{PACKAGE}.parent.here.config",
+        "__package__": f"{PACKAGE}.parent.here",
+        "__file__": str(file),
+        STAND_IN: ForeignName,
+        READ_NAMES: read_names,
+        READ_BASE: nullcontext,
+    }
+    namespace[APPLY] = lambda: apply_overrides(namespace, overrides)
+    replacer = ImportReplacer([file.parent, Path.cwd()], STAND_IN, READ_NAMES)
+    replaced = ast.fix_missing_locations(replacer.visit(copy.deepcopy(tree)))
+    with imports_beside(file):
+        execute(compile(instrument(replaced), str(file), "exec"), namespace, path, text)
+    values = {name: value for name, value in namespace.items() if not _is_private(name)}
+    below: dict[str, Any] = {}
+    for base_path in _as_list(namespace.get("_base_", [])):
+        base = run_file(str(file.parent / base_path), overrides)
+        below = merge_values(below, base.values)
+        lines.update(base.lines)
+        variables.update(base.variables)
+    lines.update(config_lines(tree, path, {"__package__": ""}))
+    variables.update(_find_variables(tree))
+    merged = merge_values(below, values)
+    if below:
+        apply_overrides(merged, overrides)
+    return XTunerFile(path, merged, lines, variables, text)
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("__") or name in (READ_BASE, "_base_")
+
+
+def _as_list(value: str | Sequence[str]) -> Sequence[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def _find_variables(tree: ast.Module) -> dict[str, str]:
+    """Return dotted key -> the name that its value is written as, of assignments at the top of the file."""
+    found: dict[str, str] = {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            _add_variables(found, node.targets[0].id, node.value)
+    return found
+
+
+def _add_variables(found: dict[str, str], key: str, value: ast.expr) -> None:
+    if isinstance(value, ast.Name):
+        found[key] = value.id
+    elif isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "dict":
+        for keyword in value.keywords:
+            if keyword.arg:
+                _add_variables(found, f"{key}.{keyword.arg}", keyword.value)
+    elif isinstance(value, ast.Dict):
+        for name, item in zip(value.keys, value.values, strict=True):
+            if isinstance(name, ast.Constant) and isinstance(name.value, str):
+                _add_variables(found, f"{key}.{name.value}", item)

@@ -1,0 +1,146 @@
+"""Inert stand-ins for names that an XTuner config imports from packages which are never imported here."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any, NoReturn
+
+READ_BASE = "read_base"
+OWNERS = ("mmengine", "xtuner")  # a config that imports from one of them is XTuner's
+PACKAGES = (
+    *OWNERS,
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "deepspeed",
+    "mmcv",
+    "peft",
+    "torch",
+    "transformers",
+    "trl",
+)
+RUNNER_NAMES = {
+    "train_dataloader",
+    "optim_wrapper",
+}  # mmengine's runner takes these; dumped configs import nothing
+
+
+class ForeignName:
+    """A name of another package: it has a path and nothing else.
+
+    Attributes:
+        path: dotted, such as "torch.optim.AdamW"; attributes, items and calls extend it.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __getattr__(self, name: str) -> ForeignName:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return ForeignName(f"{self.path}.{name}")
+
+    def __getitem__(self, key: object) -> ForeignName:
+        return ForeignName(f"{self.path}.{key}")
+
+    def __call__(self, *args: object, **kwargs: object) -> ForeignName:
+        return ForeignName(f"{self.path}(...)")
+
+    def __deepcopy__(self, memo: object) -> ForeignName:
+        return self
+
+    def __bool__(self) -> NoReturn:
+        raise TypeError(f"{self.path} is not run, so whether it is true is unknown; write the value instead")
+
+    def __repr__(self) -> str:
+        return self.path
+
+
+def last_name(value: Any) -> str:
+    """Return the class or function that a ``type=`` names: a stand-in, a dotted string, or a class of the author's.
+
+    ``AutoTokenizer.from_pretrained`` is "AutoTokenizer"; anything that is not a name is "".
+    """
+    if isinstance(value, ForeignName):
+        path = value.path
+    elif isinstance(value, str):
+        path = value
+    else:
+        path = str(getattr(value, "__qualname__", ""))
+    return path.removesuffix(".from_pretrained").rpartition(".")[2]
+
+
+def is_xtuner_config(tree: ast.Module) -> bool:
+    """Return whether a file imports from XTuner or mmengine, or assigns what mmengine's runner takes."""
+    assigned = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and not node.level and _package(node.module) in OWNERS:
+            return True
+        if isinstance(node, ast.Import) and any(_package(alias.name) in OWNERS for alias in node.names):
+            return True
+        if isinstance(node, ast.Assign):
+            assigned |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return assigned >= RUNNER_NAMES
+
+
+class ImportReplacer(ast.NodeTransformer):
+    """Replace imports of foreign names by stand-ins, and imports of files beside the config by a call that reads them.
+
+    Args:
+        folders: where the modules of the config's author are.
+        stand_in: name, in the config's namespace, of ``ForeignName``.
+        read_names: name of the function (module, names) -> {name: value} that reads a file of the author's.
+    """
+
+    def __init__(self, folders: list[Path], stand_in: str, read_names: str) -> None:
+        self.folders = folders
+        self.stand_in = stand_in
+        self.read_names = read_names
+
+    def visit_Import(self, node: ast.Import) -> list[ast.stmt]:
+        kept = [alias for alias in node.names if _package(alias.name) not in PACKAGES]
+        out: list[ast.stmt] = [ast.Import(kept)] if kept else []
+        for alias in node.names:
+            package = _package(alias.name)
+            if package in PACKAGES:
+                path = alias.name if alias.asname else package
+                out.append(self._assign(alias.asname or package, path))
+        return [ast.copy_location(statement, node) for statement in out]
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> list[ast.stmt]:
+        module = node.module or ""
+        out: list[ast.stmt] = [node]
+        if not node.level and _package(module) in PACKAGES:
+            names = [alias for alias in node.names if alias.name not in (READ_BASE, "*")]
+            out = [self._assign(alias.asname or alias.name, f"{module}.{alias.name}") for alias in names]
+        elif file := self._find_file(module, node.level):
+            out = [self._read_file(file, node.names)]
+        return [ast.copy_location(statement, node) for statement in out or [ast.Pass()]]
+
+    def _assign(self, name: str, path: str) -> ast.stmt:
+        value = ast.Call(ast.Name(self.stand_in, ast.Load()), [ast.Constant(path)], [])
+        return ast.Assign([ast.Name(name, ast.Store())], value)
+
+    def _find_file(self, module: str, level: int) -> Path | None:
+        """Return the file of a module beside the config (or, for relative imports, above it), None if there is none."""
+        relative = Path(*module.split(".")).with_suffix(".py") if module else Path("__init__.py")
+        folders = self.folders
+        if level:
+            beside = self.folders[0]
+            folders = [beside if level == 1 else beside.parents[level - 2]]
+        return next((folder / relative for folder in folders if (folder / relative).is_file()), None)
+
+    def _read_file(self, file: Path, names: list[ast.alias]) -> ast.stmt:
+        """Return ``globals().update(READ_NAMES(file, {name: new name}))``."""
+        pairs = ast.Dict(
+            [ast.Constant(alias.name) for alias in names],
+            [ast.Constant(alias.asname or alias.name) for alias in names],
+        )
+        found = ast.Call(ast.Name(self.read_names, ast.Load()), [ast.Constant(str(file)), pairs], [])
+        update = ast.Attribute(ast.Call(ast.Name("globals", ast.Load()), [], []), "update", ast.Load())
+        return ast.Expr(ast.Call(update, [found], []))
+
+
+def _package(module: str | None) -> str:
+    return (module or "").partition(".")[0]

@@ -1,0 +1,142 @@
+"""A run from XTuner's config: its packs, its order, its loss and its files, against the rules of its tools."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from tests.support.interpreter import Interpreter
+from tests.support.runs import metrics
+from tests.support.xtuner import ROOT, TINY_MODEL, token_files, write_config
+
+LENGTH = 64
+DOCUMENT = 24
+FILES = {"cn/a/x.bin": 20, "en/b/y.bin": 17}
+ACCUMULATION = 3
+FLOAT32 = ["--cfg-options", "optim_wrapper.dtype=float32"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, token files and the config c.py for them."""
+    folder = tmp_path_factory.mktemp("xtuner")
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {key: value for key, value in TINY_MODEL.items() if key != "architectures"}
+    LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.3)).save_pretrained(folder / "tiny")
+    token_files(folder / "data", FILES, DOCUMENT)
+    write_config(
+        folder / "c.py",
+        ('"internlm/internlm2-7b"', '"tiny"'),
+        ("/path/to/sft/data/folder", "data"),
+        ("max_length = 32768", f"max_length = {LENGTH}"),
+        ("accumulative_counts = 1\n", f"accumulative_counts = {ACCUMULATION}\n"),
+        ("save_steps = 500", f"save_steps = {ACCUMULATION}"),
+        ("save_total_limit = 2", "save_total_limit = -1"),
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(place: Path, interpreter: Interpreter) -> Path:
+    done = interpreter.run(["evomesh", "xtuner", "train", "c.py", *FLOAT32], cwd=place, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "one pass is 13 packs = 4.33333 steps" in done.stdout + done.stderr
+    return place / "work_dirs" / "c"
+
+
+def packs_of_xtuner(data: Path) -> list[list[np.ndarray]]:
+    """Return the packs of all files as fragments of documents: each file shuffled by 1024, cut every LENGTH tokens."""
+    packs = []
+    for name in FILES:
+        documents = [json.loads(line)["tokens"] for line in (data / name).read_text().splitlines()]
+        order = list(range(len(documents)))
+        np.random.RandomState(1024).shuffle(order)
+        stream = [(token, document) for document in order for token in documents[document]]
+        for start in range(0, len(stream) - LENGTH + 1, LENGTH):
+            part = stream[start : start + LENGTH]
+            bounds = [i for i in range(1, LENGTH) if part[i][1] != part[i - 1][1]]
+            packs.append(np.split(np.array([token for token, _ in part]), bounds))
+    return packs
+
+
+def loss_of_xtuner(model: torch.nn.Module, packs: list[list[np.ndarray]]) -> float:
+    """Return the mean over targets; documents do not see each other, but the last token of one predicts the next's."""
+    losses = []
+    for fragments in packs:
+        logits = torch.cat([model(torch.tensor(part)[None]).logits[0] for part in fragments])
+        targets = torch.tensor(np.concatenate(fragments))
+        losses.append(torch.nn.functional.cross_entropy(logits[:-1], targets[1:], reduction="none"))
+    return float(torch.cat(losses).mean())
+
+
+def test_packs_order_and_loss_are_xtuners(place: Path, trained: Path) -> None:
+    packs = packs_of_xtuner(place / "data")
+    order = np.arange(len(packs))
+    np.random.RandomState(1024).shuffle(order)  # InternRepoSampler, pass 0
+    rows = metrics(trained)
+    assert len(rows) == len(packs) // ACCUMULATION
+    model = AutoModelForCausalLM.from_pretrained(place / "tiny")
+    with torch.no_grad():
+        first = loss_of_xtuner(model, [packs[i] for i in order[:ACCUMULATION]])
+        other = loss_of_xtuner(model, [packs[i] for i in range(ACCUMULATION)])
+    assert rows[0]["loss"] == pytest.approx(first, rel=1e-5)
+    assert abs(first - other) > 0.01  # so that another order would show
+
+
+def test_rate_and_files(trained: Path) -> None:
+    rows = metrics(trained)
+    middle = 6e-6 + (4e-5 - 6e-6) * (1 + math.cos(math.pi / 2)) / 2
+    assert rows[0]["lr"] == pytest.approx(4e-5) and rows[2]["lr"] == pytest.approx(middle)
+    steps = sorted(path.name for path in trained.glob("step-*"))
+    assert steps == [f"step-0000000{step}" for step in range(1, 5)]
+
+
+def test_resume_and_then_a_longer_run(place: Path, trained: Path, interpreter: Interpreter) -> None:
+    """Two passes in one run are one pass, then the second by --resume."""
+    longer = ["--cfg-options", "optim_wrapper.dtype=float32", "max_epochs=2", "param_scheduler=None"]
+    whole = ["evomesh", "xtuner", "train", "c.py", "--work-dir", "whole", *longer]
+    parts = ["evomesh", "xtuner", "train", "c.py", "--work-dir", "parts", "--resume", *longer]
+    for command in (whole, [*parts, "data.total_steps=3"], parts):
+        done = interpreter.run(command, cwd=place, timeout=200)
+        assert done.returncode == 0, done.stderr
+    assert "resuming step 3" in done.stdout + done.stderr
+    losses = [row["loss"] for row in metrics(place / "whole")]
+    resumed = {row["step"]: row["loss"] for row in metrics(place / "parts")}
+    assert len(losses) == 13 * 2 // ACCUMULATION
+    assert [resumed[step] for step in range(len(losses))] == losses
+
+
+def test_export_by_xtuners_path_and_split(place: Path, trained: Path, interpreter: Interpreter) -> None:
+    script = str(ROOT / "xtuner" / "tools" / "model_converters" / "pth_to_hf.py")
+    done = interpreter.run([script, "c.py", str(trained), "hf"], cwd=place, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert (place / "hf" / "xtuner_config.py").read_bytes() == (place / "c.py").read_bytes()
+    model = AutoModelForCausalLM.from_pretrained(place / "hf")
+    command = ["evomesh", "xtuner", "convert", "split", "hf", "parts_hf", "--max-shard-size", "20KB"]
+    done = interpreter.run(command, cwd=place, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert len(list((place / "parts_hf").glob("*.safetensors"))) > 3
+    again = AutoModelForCausalLM.from_pretrained(place / "parts_hf").state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_order_file_by_xtuners_path(place: Path, interpreter: Interpreter) -> None:
+    script = str(ROOT / "xtuner" / "tools" / "get_data_order.py")
+    options = ["--data-folder", "data/", "--save-folder", "."]
+    done = interpreter.run([script, *options], cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert (place / "data_order.txt").read_text().split() == list(FILES)
+
+
+def test_the_data_commands(place: Path, interpreter: Interpreter) -> None:
+    shown = interpreter.run(["evomesh", "xtuner", "log-dataset", "c.py"], cwd=place)
+    assert shown.returncode == 0 and "pack 0 of 13, 64 tokens" in shown.stdout
+    checked = interpreter.run(["evomesh", "xtuner", "check-custom-dataset", "c.py"], cwd=place)
+    assert checked.returncode == 0 and "no problems found" in checked.stdout

@@ -1,0 +1,169 @@
+"""``evomesh xtuner`` and ``evomesh config translate``: what they write, print and refuse."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from evomesh.cli.app import app
+from evomesh.cli.xtuner_train import _parser, load_with_strategy, train_overrides
+from evomesh.config.loader import load_config
+from evomesh.errors import UserError
+from tests.support.covers import covers
+from tests.support.xtuner import CONFIGS, ROOT, model_folder, write_config
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, arguments)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.output
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NPROC_PER_NODE", "NNODES"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def test_list_cfg() -> None:
+    assert run("xtuner", "list-cfg").split() == sorted(path.stem for path in CONFIGS.glob("*.py"))
+    assert run("xtuner", "list-cfg", "-p", "20B").split() == ["internlm2_20b_w_tokenized_dataset"]
+    with pytest.raises(UserError, match="contains 'llama9'"):
+        run("xtuner", "list-cfg", "-p", "llama9")
+
+
+@covers("promise:copy-cfg")
+def test_copy_cfg(here: Path) -> None:
+    out = run("xtuner", "copy-cfg", "internlm2_7b_w_tokenized_dataset", ".")
+    copied = here / "internlm2_7b_w_tokenized_dataset_copy.py"
+    assert out == "wrote internlm2_7b_w_tokenized_dataset_copy.py\n"
+    assert copied.read_bytes() == (CONFIGS / "internlm2_7b_w_tokenized_dataset.py").read_bytes()
+    with pytest.raises(UserError, match="exists already"):
+        run("xtuner", "copy-cfg", "internlm2_7b_w_tokenized_dataset", ".")
+    with pytest.raises(UserError, match="did you mean internlm2_7b_w_tokenized_dataset"):
+        run("xtuner", "copy-cfg", "internlm2_7b_w_tokenised_dataset", "new")
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted(CONFIGS.glob("*.py"))])
+def test_translate_writes_the_same_config(name: str, here: Path) -> None:
+    out = run("config", "translate", name, "out.py")
+    assert out.startswith("wrote out.py\n")
+    written = load_config("out.py").config
+    assert written == load_config(CONFIGS / f"{name}.py").config
+    text = (here / "out.py").read_text(encoding="utf-8")
+    assert f"seq_len=32768,  # {CONFIGS}/{name}.py:" in text and " max_length\n" in text
+    assert "EvaluateChatHook" in text and "xtuner." not in text and "mmengine" not in text
+    ruff = shutil.which("ruff", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    if ruff:
+        subprocess.run([ruff, "check", "--isolated", "--select", "E9,F", "out.py"], check=True)
+    with pytest.raises(UserError, match="exists already"):
+        run("config", "translate", name, "out.py")
+
+
+def test_translate_refuses_what_needs_no_translation(here: Path) -> None:
+    with pytest.raises(UserError, match="evomesh reads it as it is"):
+        run("config", "translate", str(ROOT / "configs" / "7B_sft.py"), "out.py")
+    with pytest.raises(UserError, match=r"does not end in \.py"):
+        run("config", "translate", "internlm2_7b_w_tokenized_dataset", "out.txt")
+
+
+def options(*arguments: str) -> argparse.Namespace:
+    return _parser().parse_args(list(arguments))
+
+
+THEIRS = [
+    ([], []),
+    (["--work-dir", "a b"], ["work_dir='a b'"]),
+    (["--seed", "3"], ["randomness.seed=3"]),
+    (["--resume"], ["resume=True"]),
+    (["--resume", "x/step-00000002"], ["resume=True", "load_from='x/step-00000002'"]),
+    (["--cfg-options", "lr=1e-3", "max_length=64", "--launcher", "pytorch"], ["lr=1e-3", "max_length=64"]),
+]
+OURS = [
+    (["--work-dir", "w"], ["run_dir='w'", "ckpt.save_ckpt_folder='local:w'"]),
+    (["--seed", "3"], ["seed=3"]),
+    (["--resume"], ["ckpt.auto_resume=True"]),
+    (["--resume", "p"], ["ckpt.auto_resume=False", "ckpt.load_ckpt_info=dict(path='p', content='all')"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "overrides"), THEIRS, ids=str)
+def test_options_of_train(arguments: list[str], overrides: list[str], here: Path) -> None:
+    path = str(write_config(here / "c.py"))
+    assert train_overrides(path, options(path, *arguments)) == overrides
+    load_config(path, overrides)
+
+
+@pytest.mark.parametrize(("arguments", "overrides"), OURS, ids=str)
+def test_options_of_train_for_a_config_of_ours(
+    arguments: list[str], overrides: list[str], here: Path
+) -> None:
+    path = str(ROOT / "configs" / "7B_internlm2.py")
+    assert train_overrides(path, options(path, *arguments)) == overrides
+    load_config(path, overrides)
+
+
+def test_a_deepspeed_strategy_with_sequence_parallelism_shards_the_weight_axis(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_folder(here / "tiny")
+    path = str(write_config(here / "c.py"))
+    monkeypatch.setenv("NPROC_PER_NODE", "8")
+    common = ["pretrained_model_name_or_path=tiny", "max_length=64"]
+    sequence = load_with_strategy(path, [*common, "sequence_parallel_size=2"], "deepspeed_zero3", "auto")
+    assert sequence.config.parallel.weight.size == 8  # divides 32, 64 (4 + 2 x 2 heads of 8) and 48
+    assert not sequence.config.parallel.zero1.fsdp
+    assert "parallel.weight.size" in sequence.warnings[-1]
+    whole = load_with_strategy(path, common, "deepspeed_zero3", "auto")
+    assert whole.config.parallel.zero1.fsdp and whole.config.parallel.weight.size == 1
+
+
+def test_merge_is_refused_in_one_sentence() -> None:
+    with pytest.raises(UserError, match="LoRA adapters are not part of evomesh"):
+        run("xtuner", "convert", "merge", "llm", "adapter", "out", "--max-shard-size", "2GB")
+
+
+def test_unknown_launcher_and_config(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        options("c.py", "--launcher", "mpi")
+    assert caught.value.code == 2 and "pytorch" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no config named 'internlm9'"):
+        run("xtuner", "train", "internlm9")
+
+
+def test_the_command_xtuner_is_installed_only_where_there_is_none(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripts = here / "bin"
+    scripts.mkdir()
+    monkeypatch.setenv("PATH", str(scripts))
+    assert run("xtuner", "install-command", "--into", str(scripts)) == (
+        f"wrote {scripts}/xtuner: xtuner is now evomesh xtuner\n"
+    )
+    done = subprocess.run(
+        [str(scripts / "xtuner"), "list-cfg", "-p", "mistral"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.stdout == "mistral_7b_w_tokenized_dataset\n"
+    run("xtuner", "install-command", "--into", str(scripts))  # ours may be written again
+
+    (scripts / "xtuner").write_text("#!/bin/sh\necho the real one\n")
+    with pytest.raises(UserError, match="another command of this name"):
+        run("xtuner", "install-command", "--into", str(scripts))
+    with pytest.raises(UserError, match="exists already"):
+        run("xtuner", "install-command", "--into", str(here))
+    assert "the real one" in (scripts / "xtuner").read_text()
