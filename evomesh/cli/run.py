@@ -10,8 +10,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from typing import TextIO, cast
 
-from evomesh.config.redact import redact_log
+from evomesh.config.redact import RedactingStream, redact_text
 from evomesh.errors import EXIT_BUG, EXIT_INTERRUPTED, UserError
 from evomesh.outside_errors import as_user_error, discard
 
@@ -25,6 +26,7 @@ def run(command: Callable[[], object], *, trains: bool = False) -> None:
         trains: watch for signals from now on: they end the process with 75 or 130, see ``StopRequest``.
     """
     _accept_any_text()
+    _hide_secrets()
     threading.excepthook = _report_thread_error
     if trains:
         from evomesh.train.signals import StopRequest
@@ -58,7 +60,7 @@ def _call(command: Callable[[], object]) -> None:
 
 def _fail(message: UserError) -> None:
     """Print the message, unless another rank prints the same one, and end with its exit code."""
-    text = redact_log(f"error: {message}")
+    text = redact_text(f"error: {message}")
     _write_error_file(text)
     if not message.printed_elsewhere:
         with contextlib.suppress(OSError, ValueError):
@@ -89,6 +91,14 @@ def _accept_any_text() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def _hide_secrets() -> None:
+    """Hide secrets in all that is printed from now on, tracebacks included."""
+    if sys.stdout is not None and not isinstance(sys.stdout, RedactingStream):
+        sys.stdout = cast(TextIO, RedactingStream(sys.stdout))
+    if sys.stderr is not None and not isinstance(sys.stderr, RedactingStream):
+        sys.stderr = cast(TextIO, RedactingStream(sys.stderr))
+
+
 def _flush_output() -> None:
     """Write what the standard output still holds; a full disk is an error, a reader that left is none."""
     if sys.stdout is None:
@@ -110,7 +120,7 @@ def _report_thread_error(args: threading.ExceptHookArgs) -> None:
     elif sys.stderr is not None:
         name = args.thread.name if args.thread is not None else "a thread"
         with contextlib.suppress(OSError, ValueError):
-            print(redact_log(f"warning: {name} ended: {message}"), file=sys.stderr, flush=True)
+            print(redact_text(f"warning: {name} ended: {message}"), file=sys.stderr, flush=True)
 
 
 def _write_error_file(text: str) -> None:

@@ -10,7 +10,7 @@ from typing import IO
 
 from rich.console import Console
 
-from evomesh.config.redact import redact_log
+from evomesh.config.redact import redact_text
 from evomesh.errors import printable
 from evomesh.outside_errors import discard
 
@@ -109,4 +109,4 @@ class SecretFreeFormatter(logging.Formatter):
     """Formatter that redacts secrets."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(redact_log(super().format(record)))
+        return printable(redact_text(super().format(record)))

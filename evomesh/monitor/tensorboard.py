@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from evomesh.config.redact import redact_log
+from evomesh.config.redact import redact_text
 
 
 class TensorBoardWriter:
@@ -39,7 +39,7 @@ class TensorBoardWriter:
 
     def text(self, name: str, value: Any) -> None:
         """Write a text, for example the config, with its secrets redacted."""
-        self._writer.add_text(name, redact_log(str(value)))
+        self._writer.add_text(name, redact_text(str(value)))
 
     def flush(self) -> None:
         for step, values in self._buffered:

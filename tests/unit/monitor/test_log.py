@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from evomesh.config.redact import redact_log
+from evomesh.config.redact import redact_text
 from evomesh.monitor.log import ALL_RANKS, close_logging, setup_logging
 from evomesh.monitor.progress import ProgressLine
 
@@ -62,13 +62,13 @@ def test_secrets_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
         "TOKENIZERS_PARALLELISM": "sometimes",
         "HF_TOKEN": "short",
     }
-    assert redact_log("key abcdefgh123 sometimes short", environment) == "key <redacted> sometimes short"
+    assert redact_text("key abcdefgh123 sometimes short", environment) == "key <redacted> sometimes short"
     assert (
-        redact_log("https://open.feishu.cn/open-apis/bot/v2/hook/1-a-2", {})
+        redact_text("https://open.feishu.cn/open-apis/bot/v2/hook/1-a-2", {})
         == "https://open.feishu.cn/open-apis/bot/v2/hook/<redacted>"
     )
     assert (
-        redact_log("http://user:pass@host/x http://host:80/y", {})
+        redact_text("http://user:pass@host/x http://host:80/y", {})
         == "http://<redacted>@host/x http://host:80/y"
     )
     out = io.StringIO()
