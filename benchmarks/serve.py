@@ -28,7 +28,8 @@ from evomesh.data.tokenizer import load_tokenizer
 from evomesh.generate.engine import GenerationEngine
 from evomesh.models.registry import build_model, initialize_weights
 from evomesh.serve.app import create_app
-from evomesh.serve.load import ModelOptions, bind, load_service
+from evomesh.serve.http_server import bind
+from evomesh.serve.load import ModelOptions, load_service
 from evomesh.serve.loop import EngineLoop
 from evomesh.serve.service import GenerationService, ServedModel, ServiceLimits
 

@@ -134,12 +134,13 @@ def _serve_model(
     """Load a model and serve it until a signal ends the process."""
     from evomesh.config.loader import load_config
     from evomesh.parallel.device import device_by_name
-    from evomesh.serve.load import LOOPBACK, bind, load_service, read_key, run_server
+    from evomesh.serve.load import LOOPBACK, load_service, read_key
 
     # 1. Reject what can be rejected before the model is loaded: key, packages, device, address.
     key = read_key(host, key_file)
     try:
         from evomesh.serve.app import create_app
+        from evomesh.serve.http_server import bind, create_server
 
         if page:
             from evomesh.serve.page import mount_page
@@ -173,7 +174,7 @@ def _serve_model(
         print(f"API: {url}/v1   health: {url}/healthz   metrics: {url}/metrics", flush=True)
     if page and browser:
         _open_browser(url)
-    run_server(app, listening)
+    create_server(app, service.engines.end_answers).run(sockets=[listening])
 
 
 def _open_browser(url: str) -> None:

@@ -22,6 +22,7 @@ from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from evomesh.config.redact import redact_text
 from evomesh.data.chat import ChatMessage
 from evomesh.data.tokenizer import leading_bos
 from evomesh.errors import UserError
@@ -298,7 +299,9 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 def error_response(error: ApiError) -> Response:
-    return json_response(error.body(), error.status, error.headers)
+    """Return the response for an error, without secrets that its message may repeat."""
+    body = redact_text(orjson.dumps(error.body()).decode())
+    return Response(body, error.status, error.headers, media_type="application/json")
 
 
 def json_response(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 from evomesh.checkpoint.restore import LoadedModel, load_model
 from evomesh.config.schema import RotaryType
@@ -18,9 +16,6 @@ from evomesh.generate.engine import GenerationEngine
 from evomesh.models.language_model import has_rotary_embedding, with_rotary_type
 from evomesh.serve.loop import EngineLoop
 from evomesh.serve.service import GenerationService, ServedModel, ServiceLimits
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 EXTENSION = 4  # default context length over trained length, where longer texts are expected
@@ -124,35 +119,3 @@ def read_key(host: str, key_file: str | None) -> str | None:
             fix="to serve without a key, leave out --host: only this machine can then reach the server",
         )
     return key or None
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Open a listening socket; port 0 picks a free one.
-
-    Raises:
-        UserError: the address is in use or not available.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=512)
-    except (OSError, OverflowError) as error:
-        raise UserError(
-            f"cannot listen on {host} port {port} ({error})",
-            where="--port",
-            fix="choose another port, or 0 for any free one",
-        ) from None
-
-
-def run_server(app: FastAPI, listening: socket.socket) -> None:
-    """Serve until SIGINT or SIGTERM; answers in progress then have five seconds to finish."""
-    import uvicorn
-
-    settings = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        limit_concurrency=1024,
-        timeout_graceful_shutdown=5,
-        lifespan="on",
-    )
-    uvicorn.Server(settings).run(sockets=[listening])

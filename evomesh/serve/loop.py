@@ -92,7 +92,12 @@ class _StopCommand:
     pass
 
 
-_Command = _SubmitCommand | _CancelCommand | _StopCommand
+@dataclass(frozen=True)
+class _EndCommand:
+    pass
+
+
+_Command = _SubmitCommand | _CancelCommand | _EndCommand | _StopCommand
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,10 @@ class EngineLoop:
             self.commands.put(_StopCommand())
             self._thread.join()
 
+    def end_answers(self) -> None:
+        """Give everyone who waits for tokens an error: the server is stopping. Callable from any thread."""
+        self.commands.put(_EndCommand())
+
     @property
     def alive(self) -> bool:
         return self._thread.is_alive()
@@ -161,13 +170,20 @@ class EngineLoop:
             for command in self._take_commands():
                 if isinstance(command, _StopCommand):
                     return
-                if isinstance(command, _SubmitCommand):
-                    self._add(command.submission, command.index)
-                else:
-                    self._cancel(command.submission, command.index)
+                self._obey(command)
             for rotary_type, engine in list(self._engines.items()):
                 if engine.active:
                     self._step(rotary_type, engine)
+
+    def _obey(self, command: _SubmitCommand | _CancelCommand | _EndCommand) -> None:
+        match command:
+            case _SubmitCommand():
+                self._add(command.submission, command.index)
+            case _CancelCommand():
+                self._cancel(command.submission, command.index)
+            case _EndCommand():
+                for rotary_type in list(self._engines):
+                    self._discard_engine(rotary_type, EngineError("the server is stopping"))
 
     def _take_commands(self) -> list[_Command]:
         """Return all queued commands; with no sequence to work on, sleep until there is one."""
@@ -210,7 +226,7 @@ class EngineLoop:
             tokens = engine.step()
         except Exception:
             logger.exception("the engine failed; a new one replaces it")
-            self._discard_engine(rotary_type)
+            self._discard_engine(rotary_type, EngineError("the engine failed"))
             return
         events: list[_TokenEvent] = []
         for token in tokens:
@@ -223,14 +239,13 @@ class EngineLoop:
                 self._forget(handle)
         self._post(events)
 
-    def _discard_engine(self, rotary_type: RotaryType) -> None:
-        """Drop an engine and tell everyone who waits for it that it failed."""
+    def _discard_engine(self, rotary_type: RotaryType, failure: EngineError) -> None:
+        """Drop an engine and give everyone who waits for it the reason."""
         del self._engines[rotary_type]
         events: list[_TokenEvent] = []
         for handle, (submission, index) in list(self._owners.items()):
             if handle.rotary_type == rotary_type:
                 self._forget(handle)
-                failure = EngineError("the engine failed")
                 events.append(_TokenEvent(submission, index, failure))
         self._post(events)
 

@@ -23,7 +23,7 @@ MAX_CONTAINERS = (
     20_000  # lists and objects of a body: parsing takes up to 0.2 us for each, with everything else waiting
 )
 CLIENT_CLOSED_REQUEST = 499  # nobody reads this response; the metrics count it
-STRING_OR_CONTAINER = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[{]', re.DOTALL)
+STRING_OR_CONTAINER = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[{]', re.DOTALL)
 
 
 class ApiError(Exception):

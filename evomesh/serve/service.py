@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from evomesh.config.schema import RotaryType
 from evomesh.data.chat import ChatMessage, ChatTemplate
-from evomesh.data.tokenizer import Tokenizer, encode_prompt
+from evomesh.data.tokenizer import Tokenizer, leading_bos
 from evomesh.errors import UserError
 from evomesh.generate.engine import GeneratedToken, TokenScore, check_prompt
 from evomesh.generate.options import SamplingParams
@@ -18,6 +18,8 @@ from evomesh.serve.loop import EngineLoop, GenerationRequest
 from evomesh.serve.token_text import TokenTexts
 
 CHARACTERS_PER_TOKEN = 64  # no text has more of them on average
+PREFIX_CHARACTERS = 8  # per token of the context length: most texts have fewer of them
+PREFIX_MARGIN = 64  # tokens by which a beginning may have more than it has inside of the whole text
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,10 @@ class GenerationService:
             PromptTooLongError: it is far too long; it was not tokenized.
         """
         self.check_text(text)
-        return encode_prompt(self.model.tokenizer, text)
+        tokenizer = self.model.tokenizer
+        # As a batch, which the library encodes without keeping the interpreter to itself.
+        (ids,) = tokenizer.encode_batch([text])
+        return leading_bos(tokenizer) + ids
 
     def check_text(self, *texts: str) -> None:
         """Reject texts that together are longer than any that fits.
@@ -132,6 +137,18 @@ class GenerationService:
                 expected=f"at most {self.limits.text_characters}, since prompt and answer have at most "
                 f"{self.limits.context_length} tokens together",
             )
+        # Tokenize the beginning of a long text; mostly that is too long already.
+        length = self.limits.context_length
+        beginning = "".join(text[: length * PREFIX_CHARACTERS] for text in texts)[
+            : length * PREFIX_CHARACTERS
+        ]
+        if len(beginning) < characters:
+            (ids,) = self.model.tokenizer.encode_batch([beginning])
+            if len(ids) > length + PREFIX_MARGIN:
+                raise PromptTooLongError(
+                    f"the prompt has more than {len(ids) - PREFIX_MARGIN} tokens",
+                    expected=f"at most {length} together with its answer",
+                )
 
     def chat_ids(self, messages: Sequence[ChatMessage]) -> list[int]:
         """Return the ids of a conversation, up to where the assistant's answer begins; call it as ``text_ids``.

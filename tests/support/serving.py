@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import uvicorn
 from fastapi import FastAPI
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -22,7 +21,7 @@ from evomesh.generate.engine import GenerationEngine
 from evomesh.models.language_model import LanguageModel, with_rotary_type
 from evomesh.models.registry import build_model, initialize_weights
 from evomesh.serve.app import create_app
-from evomesh.serve.load import bind
+from evomesh.serve.http_server import bind, create_server
 from evomesh.serve.loop import EngineLoop
 from evomesh.serve.service import GenerationService, ServedModel, ServiceLimits
 
@@ -111,9 +110,7 @@ def serving(
     app = create_app(service, key=key)
     extend(app)
     listening = bind("127.0.0.1", 0)
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_level="error", lifespan="on", timeout_graceful_shutdown=1)
-    )
+    server = create_server(app, service.engines.end_answers)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
