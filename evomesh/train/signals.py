@@ -38,6 +38,7 @@ class StopRequest:
         self.signal: signal.Signals | None = None
         self.before_end: Callable[[int, str], None] | None = None
         self._is_recorded_only = False
+        self._was_handled = False  # by the main thread
         self._watches = False
         self._restores_on_exit = False
         self._previous_handlers: dict[signal.Signals, Any] = {}
@@ -88,9 +89,10 @@ class StopRequest:
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal in the main thread."""
-        if self.signal is not None and number == signal.SIGINT:
+        if self._was_handled and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = signal.Signals(number)
+        self._was_handled = True
+        self.signal = self.signal or signal.Signals(number)
 
     def _listen(self, reader: int) -> None:
         """Handle signals in a background thread."""
@@ -100,6 +102,7 @@ class StopRequest:
                 if number not in self._previous_handlers:
                     continue
                 ctrl_c += number == signal.SIGINT
+                self.signal = self.signal or signal.Signals(number)  # the main thread may be in a collective
                 if not self._is_recorded_only:
                     self._end(signal.Signals(number))
                 if ctrl_c > 1:

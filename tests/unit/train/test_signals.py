@@ -64,6 +64,30 @@ def test_later_a_signal_is_recorded_for_the_loop(interpreter: Interpreter, numbe
     assert finished.stdout == f"ready\n{signal.Signals(number).name} {code}\n"
 
 
+def record_outside_python() -> None:
+    from torch.distributed import TCPStore
+
+    request = StopRequest()
+    request.__enter__()
+
+    def report() -> None:
+        while request.signal is None:
+            time.sleep(0.01)
+        print(request.signal.name, flush=True)
+
+    threading.Thread(target=report).start()
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    print("ready", flush=True)
+    store.wait(["a key that never comes"])
+
+
+def test_a_signal_is_recorded_while_the_main_thread_is_in_a_collective(interpreter: Interpreter) -> None:
+    running = interpreter.start(record_outside_python)
+    running.wait_for("ready")
+    running.signal(signal.SIGTERM)
+    running.wait_for("SIGTERM")
+
+
 def ignore_hangup_then_wait() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     wait_in_python()
