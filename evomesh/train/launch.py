@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a rank knows about itself and the run.
+    """A rank's knowledge of itself and the run.
 
     Attributes:
         grid: the process groups of this rank.

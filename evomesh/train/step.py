@@ -23,7 +23,7 @@ from evomesh.train.tally import LossTally
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What one step computed; every value is on the host.
+    """The results of one step; every value is on the host.
 
     Attributes:
         loss: the training objective, label smoothing included, per target token of the global batch.

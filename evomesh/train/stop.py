@@ -52,7 +52,7 @@ class StopFile:
 
 @dataclass(frozen=True)
 class StopDecision:
-    """What all ranks do after this step."""
+    """The action of all ranks after a step."""
 
     save: bool = False
     stop: bool = False

@@ -1,4 +1,4 @@
-"""The host waits for the device once a step, behind the optimizer: shown on the meta device, which has no values."""
+"""The host waits for the device once a step, after the optimizer: shown on the meta device, which has no values."""
 
 from __future__ import annotations
 
