@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 
 from evomesh.checkpoint.native import format as fmt
-from evomesh.checkpoint.native.find import all_candidates
-from evomesh.storage.base import Storage
+from evomesh.checkpoint.native.find import SNAPSHOTS, all_candidates
+from evomesh.storage.base import Storage, join
 from evomesh.storage.urls import open_storage
 
 KINDS = {
@@ -36,6 +36,35 @@ def kind_of(storage: Storage, folder: str) -> str | None:
         if any(pattern.search(name) for name in names):
             return kind
     return None
+
+
+INTERNEVO = dict(PATTERNS)["internevo"]
+
+
+def internevo_steps(storage: Storage, root: str) -> list[int]:
+    """Return the steps of InternEvo's checkpoints in a save folder (``root/50/model_tp0_pp0.pt``), newest first.
+
+    The folders ``snapshot/0`` and ``snapshot/1``, whose steps only their content tells, are not among them.
+    """
+    numbers = [name.rstrip("/") for name in storage.list(root) if name.endswith("/")]
+    return sorted(
+        (
+            int(number)
+            for number in numbers
+            if number.isascii() and number.isdigit() and _is_internevo(storage, join(root, number))
+        ),
+        reverse=True,
+    )
+
+
+def internevo_snapshots(storage: Storage, root: str) -> list[str]:
+    """Return the folders of InternEvo's snapshots in a save folder."""
+    folders = [join(root, SNAPSHOTS, number) for number in ("0", "1")]
+    return [folder for folder in folders if _is_internevo(storage, folder)]
+
+
+def _is_internevo(storage: Storage, folder: str) -> bool:
+    return any(INTERNEVO.search(name) for name in storage.list(folder))
 
 
 def kind_at(url: str) -> str | None:

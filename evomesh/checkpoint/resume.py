@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +12,21 @@ from torch import Tensor
 from evomesh.checkpoint import detect
 from evomesh.checkpoint.hub_cache import hub_model, local_folder
 from evomesh.checkpoint.loaders import checkpoint_loaders, fill, load_internevo_state
+from evomesh.checkpoint.native.agreement import run_on_all_ranks
 from evomesh.checkpoint.native.find import Checkpoint, SaveFolder
 from evomesh.checkpoint.native.format import CheckpointError
+from evomesh.checkpoint.native.intact import reading
 from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.native.plan import LocalTensor, describe
-from evomesh.config.schema import CheckpointConfig, LoadConfig
+from evomesh.config.record import config_to_dict
+from evomesh.config.resume_effects import compare_configs
+from evomesh.config.schema import CheckpointConfig, Config, LoadConfig
 from evomesh.errors import UserError
 from evomesh.parallel.spec import LocalShard
+from evomesh.storage.base import join
 from evomesh.storage.urls import open_storage, split_url
 
+logger = logging.getLogger(__name__)
 OPTIMIZER = "optim."  # prefix of the optimizer's tensors
 MASTER = "optim.master."
 CONTENTS = ("model", "optimizer", "scheduler", "sampler")
@@ -66,15 +73,22 @@ class StartPoint:
         return part in self.content
 
 
-def decide(config: CheckpointConfig, reader: CheckpointReader, folder: SaveFolder | None) -> StartPoint:
+def decide(
+    config: CheckpointConfig,
+    reader: CheckpointReader,
+    folder: SaveFolder | None,
+    check: Callable[[Checkpoint], None] | None = None,
+) -> StartPoint:
     """Choose what to start from by InternEvo's rules.
 
-    With ``auto_resume`` (the default): the newest checkpoint in the save folder that verifies, even if saving is off,
-    else from scratch; ``load_ckpt_info`` is ignored unless it is a fallback, which is used instead of starting from
-    scratch. Without ``auto_resume``: ``load_ckpt_info``, which must exist, or nothing.
+    With ``auto_resume`` (the default): the newest checkpoint in the save folder that verifies, even if saving is off;
+    if there is none, the newest of InternEvo's there, else from scratch; ``load_ckpt_info`` is ignored unless it is a
+    fallback, which is used instead of starting from scratch. Without ``auto_resume``: ``load_ckpt_info``, which must
+    exist, or nothing.
 
     Args:
         folder: save folder, None if the config names none.
+        check: as in ``CheckpointReader.newest``; for resuming only.
 
     Raises:
         CheckpointError: nothing usable where the config names something, or a weights-only checkpoint to resume from.
@@ -84,21 +98,108 @@ def decide(config: CheckpointConfig, reader: CheckpointReader, folder: SaveFolde
         if info is None:
             return StartPoint("starting from scratch: auto_resume=False and no load_ckpt_info")
         return _from_load_info(info, reader)
-    checkpoint = reader.newest(folder) if folder is not None else None
-    if checkpoint is None and info is not None and info.fallback:
-        return _from_load_info(info, reader)
     note = ""
     if info is not None and not info.fallback:
         note = (
             f" since auto_resume=True; load_ckpt_info ({info.path}) IGNORED: set auto_resume=False to use it"
         )
+    resumed = _newest_in(folder, reader, note, check) if folder is not None else None
+    if resumed is not None:
+        return resumed
+    if info is not None and info.fallback:
+        return _from_load_info(info, reader)
     if folder is None:
         return StartPoint(f"starting from scratch: no save_ckpt_folder to resume from{note}")
+    return StartPoint(f"starting from scratch: no checkpoint in {folder.root}{note}")
+
+
+def _newest_in(
+    folder: SaveFolder, reader: CheckpointReader, note: str, check: Callable[[Checkpoint], None] | None
+) -> StartPoint | None:
+    """Return the newest checkpoint of a save folder to resume from, evomesh's or InternEvo's; None without any."""
+    checkpoint = reader.newest(folder, check=check)
     if checkpoint is None:
-        return StartPoint(f"starting from scratch: no checkpoint in {folder.root}{note}")
+        return run_on_all_ranks(reader.exchange, lambda: _newest_of_internevo(folder, note))
     require_optimizer(checkpoint, EVERYTHING)
     reason = f"resuming step {checkpoint.step} from {checkpoint.folder} (auto_resume){note}"
     return StartPoint(reason, checkpoint, content=EVERYTHING)
+
+
+def _newest_of_internevo(folder: SaveFolder, note: str) -> StartPoint | None:
+    """Return InternEvo's newest checkpoint in a save folder, all of it; None if there is none.
+
+    Raises:
+        CheckpointError: it cannot be read from there.
+    """
+    with reading("the folder", folder.root):
+        steps = detect.internevo_steps(folder.storage, folder.root)
+        snapshots = detect.internevo_snapshots(folder.storage, folder.root)
+    if not steps and not snapshots:
+        return None
+    newest = join(folder.root, str(steps[0])) if steps else snapshots[-1]
+    if not steps or folder.storage.remote:
+        found = f"InternEvo's checkpoint {newest}" if steps else "snapshots of InternEvo and no checkpoint"
+        raise CheckpointError(
+            f"the save folder holds {found}, which auto_resume cannot read",
+            where=folder.root,
+            expected="checkpoints of evomesh, or InternEvo's on a disk",
+            fix=f"start from it: auto_resume=False, {_load_info_for(newest)} (a folder in a store must be copied to "
+            "a disk first); or set another save_ckpt_folder to start from scratch",
+        )
+    missing = sorted({"context.pt", "sampler.pt", "schedulder.pt"} - set(folder.storage.list(newest)))
+    if missing:
+        raise CheckpointError(
+            f"InternEvo's newest checkpoint has no {', '.join(missing)}: it cannot resume a run",
+            where=newest,
+            expected="a complete checkpoint of InternEvo",
+            fix=f"start from its weights: auto_resume=False, {_load_info_for(newest, 'model')}; remove the folder to "
+            "resume from the one before it; or set another save_ckpt_folder to start from scratch",
+        )
+    reason = f"resuming InternEvo's checkpoint {newest} (auto_resume){note}"
+    return StartPoint(reason, path=f"local:{newest}", ckpt_type="internevo", content=EVERYTHING)
+
+
+def _load_info_for(folder: str, content: str = "all") -> str:
+    return f'load_ckpt_info=dict(path="{folder}", content=("{content}",), ckpt_type="internevo")'
+
+
+def check_config(start: StartPoint, config: Config, reader: CheckpointReader) -> None:
+    """Compare the config that a checkpoint was written with to the present one.
+
+    What changes the training is logged. What makes the same weights compute something else is refused for a run that
+    resumes, unless ``ckpt.allow_changed_model`` is set; one that starts from the weights logs it.
+
+    Raises:
+        CheckpointError: naming each such key with both values.
+    """
+    if start.checkpoint is None or not (start.wants("model") or start.resumes):
+        return
+    differences = compare_configs(start.checkpoint.config, config_to_dict(config))
+    if differences.function and start.resumes and not config.ckpt.allow_changed_model:
+        lines = "".join(f"\n  {difference}" for difference in differences.function)
+        raise CheckpointError(
+            f"with this config the weights of step {start.checkpoint.step} compute something else:{lines}",
+            where=start.checkpoint.folder,
+            expected="the values of the run that wrote the checkpoint",
+            fix="restore these values, or resume with the new ones: --set ckpt.allow_changed_model=True",
+        )
+    if reader.exchange.rank:
+        return
+    for difference in differences.function:
+        logger.warning("the weights compute something else than before: %s", difference)
+    if start.resumes:
+        for line in (*map(str, differences.training), *_changed_batch(start.checkpoint, config, reader)):
+            logger.warning("the training changes: %s", line)
+
+
+def _changed_batch(checkpoint: Checkpoint, config: Config, reader: CheckpointReader) -> list[str]:
+    """Return a line if a step has another number of packs because the number of data-parallel ranks changed."""
+    before = checkpoint.record.layout.get("dp", 0)
+    now = reader.grid.dp.size
+    if before in (0, now):
+        return []
+    micro_num = config.data.micro_num
+    return [f"{before} data-parallel ranks in the checkpoint, {now} now: {now * micro_num} packs per step"]
 
 
 def parse_content(content: tuple[str, ...] | list[str] | str) -> frozenset[str]:

@@ -406,6 +406,9 @@ class CheckpointConfig(Section):
     auto_resume: bool = Field(
         True, description="Resume from the newest valid checkpoint in save_ckpt_folder."
     )
+    allow_changed_model: bool = Field(
+        False, description="Resume although the weights then compute otherwise."
+    )
     async_upload: bool = Field(False, description="Upload in the background; for remote folders only.")
     async_upload_tmp_folder: str | None = Field(None, description="Local upload folder.")
     s3_endpoint: str | None = Field(

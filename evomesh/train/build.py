@@ -13,7 +13,7 @@ from torch import Tensor
 from evomesh.checkpoint.native.find import SaveFolder
 from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.native.save import CheckpointWriter
-from evomesh.checkpoint.resume import StartPoint, decide, restore
+from evomesh.checkpoint.resume import StartPoint, check_config, decide, restore
 from evomesh.config.epochs import resolve_epochs, steps_per_epoch
 from evomesh.config.loader import LoadedConfig
 from evomesh.config.schema import CheckpointConfig, Config
@@ -36,7 +36,7 @@ from evomesh.train.agreement import data_facts, require_agreement
 from evomesh.train.launch import RunContext
 from evomesh.train.report import RunReporter
 from evomesh.train.stages import ModelStages, build_stages
-from evomesh.train.state import TrainState
+from evomesh.train.state import TrainState, check_counters
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,8 @@ def build_run(loaded: LoadedConfig, context: RunContext) -> TrainingRun:
     exchange = default_exchange()
     reader = CheckpointReader(grid, exchange)
     folder = save_folder(config.ckpt)
-    start = decide(config.ckpt, reader, folder)
+    start = decide(config.ckpt, reader, folder, check=check_counters)
+    check_config(start, config, reader)
     stored = _restore_weights(config, start, reader, stages, optimizer, grid)
     state = _restore_counters(start, stored, optimizer, scaler)
 

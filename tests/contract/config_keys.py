@@ -207,6 +207,7 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("ckpt.load_model_only_folder", "x", E),
     CompatibilityRow("ckpt.load_optimizer", False, E, ("ckpt.load_ckpt_folder=x",)),
     CompatibilityRow("ckpt.auto_resume", False, E),
+    CompatibilityRow("ckpt.allow_changed_model", True, E),
     CompatibilityRow("ckpt.async_upload", True, W),
     CompatibilityRow("ckpt.async_upload_tmp_folder", "/tmp/x", E),
     CompatibilityRow("ckpt.s3_endpoint", "http://h:9000", E),

@@ -14,10 +14,12 @@ from evomesh.checkpoint.native.find import SaveFolder
 from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.native.plan import describe
 from evomesh.checkpoint.native.save import CheckpointWriter
-from evomesh.checkpoint.resume import decide, parse_content, restart_line, restore
-from evomesh.config.schema import CheckpointConfig, LoadConfig
+from evomesh.checkpoint.resume import check_config, decide, parse_content, restart_line, restore
+from evomesh.config.record import config_to_dict
+from evomesh.config.schema import CheckpointConfig, Config, LoadConfig
 from evomesh.errors import UserError
-from evomesh.parallel.grid import Grid
+from evomesh.parallel.grid import Axis, Grid
+from evomesh.train.state import check_counters
 from tests.support.covers import covers
 
 NAMES = ("w", "optim.exp_avg.w", "optim.exp_avg_sq.w", "optim.master.w")
@@ -122,6 +124,156 @@ def test_unknown_content() -> None:
     with pytest.raises(UserError, match="content has 'weights'"):
         parse_content(("weights",))
     assert parse_content("all") == parse_content(("model", "sampler", "optimizer", "scheduler"))
+
+
+def stored_with(root: Path, stored: Config) -> CheckpointWriter:
+    writer = CheckpointWriter(str(root))
+    writer.save(5, run(5), {"step": 5}, config_to_dict(stored))
+    return writer
+
+
+def changed(section: str, **values: Any) -> Config:
+    base = Config()
+    return base.model_copy(update={section: getattr(base, section).model_copy(update=values)})
+
+
+@covers("ckpt.allow_changed_model")
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"rope_base": 5e4}, "model.rope_base: 10000.0 in the checkpoint, 50000.0 in the config"),
+        ({"qk_interleaved": True}, "model.qk_interleaved: False in the checkpoint, True in the config"),
+        ({"layer_norm_epsilon": 0.1}, "model.layer_norm_epsilon"),
+        ({"norm_type": "layernorm"}, "model.norm_type: 'rmsnorm' in the checkpoint"),
+        ({"model_type": "LLAMA2"}, "model.model_type"),
+        ({"use_dynamic_ntk_rope": True}, "model.use_dynamic_ntk_rope"),
+    ],
+)
+def test_a_resume_with_another_function_of_the_weights_is_refused_unless_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, values: dict[str, Any], words: str
+) -> None:
+    writer = stored_with(tmp_path, Config())
+    start = decide(config(tmp_path), CheckpointReader(), writer.folder)
+    present = changed("model", **values)
+    with pytest.raises(UserError, match="compute something else") as caught:
+        check_config(start, present, CheckpointReader())
+    assert words in str(caught.value) and "--set ckpt.allow_changed_model=True" in caught.value.fix
+    allowed = present.model_copy(update={"ckpt": CheckpointConfig(allow_changed_model=True)})
+    check_config(start, allowed, CheckpointReader())
+    assert words in caplog.text
+
+
+def test_another_training_is_logged_with_both_values_and_other_changes_are_silent(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = stored_with(tmp_path, Config())
+    start = decide(config(tmp_path), CheckpointReader(), writer.folder)
+    check_config(start, changed("run", job_name="x"), CheckpointReader())
+    check_config(start, changed("ckpt", keep_last=5), CheckpointReader())
+    assert caplog.messages == []
+    check_config(start, changed("data", micro_num=4), CheckpointReader())
+    check_config(start, Config(), CheckpointReader(Grid(dp=Axis("dp", 2, 0))))
+    assert caplog.messages == [
+        "the training changes: data.micro_num: 1 in the checkpoint, 4 in the config",
+        "the training changes: 1 data-parallel ranks in the checkpoint, 2 now: 2 packs per step",
+    ]
+
+
+def test_a_start_from_weights_alone_may_change_their_function(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = stored_with(tmp_path, Config())
+    info = LoadConfig(path=str(tmp_path), content=("model",))
+    start = decide(
+        config(tmp_path, auto_resume=False, load_ckpt_info=info), CheckpointReader(), writer.folder
+    )
+    check_config(start, changed("model", rope_base=5e5), CheckpointReader())
+    check_config(start, changed("adam", lr=5.0), CheckpointReader())
+    (text,) = caplog.messages
+    assert "model.rope_base: 10000.0 in the checkpoint, 500000.0 in the config" in text
+
+
+COUNTERS = {
+    "step": 5,
+    "step_count": 5,
+    "num_consumed_tokens": 9,
+    "inf_nan_skip_batches": 0,
+    "consecutive_skips": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("train", None),
+        ("train", []),
+        ("train", {"step": 5}),
+        ("train", {**COUNTERS, "run_folder": 5}),
+        ("train", {**COUNTERS, "run_folder": "", "step_count": "5"}),
+        ("train", {**COUNTERS, "run_folder": "", "step_count": True}),
+        ("train", {**COUNTERS, "run_folder": "", "num_consumed_tokens": -1}),
+        ("train", {**COUNTERS, "run_folder": "", "num_consumed_tokens": 10**30}),
+        ("train", {**COUNTERS, "run_folder": "", "step": 4}),
+        ("optimizer", None),
+        ("optimizer", {"steps": 1.5}),
+        ("optimizer", {}),
+        ("scaler", 3),
+    ],
+)
+def test_a_state_that_cannot_continue_a_run_makes_the_one_before_it_the_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, part: str, value: Any
+) -> None:
+    state = {
+        "train": {**COUNTERS, "run_folder": ""},
+        "optimizer": {"steps": 5},
+        "scaler": {},
+        "sampler": {},
+        "data": {},
+    }
+    earlier = {**state, "train": {**COUNTERS, "run_folder": "", "step": 4}}
+    writer = CheckpointWriter(str(tmp_path))
+    writer.save(4, run(4), earlier, {})
+    writer.save(5, run(5), {**state, part: value}, {})
+    start = decide(config(tmp_path), CheckpointReader(), writer.folder, check=check_counters)
+    assert start.checkpoint is not None and start.checkpoint.step == 4
+    assert "skipped" in caplog.text and "step-00000005" in caplog.text
+
+
+def internevo(root: Path, *folders: str, without: str = "") -> SaveFolder:
+    for folder in folders:
+        (root / folder).mkdir(parents=True)
+        for name in ("model_tp0_pp0.pt", "context.pt", "sampler.pt", "schedulder.pt"):
+            if name != without:
+                (root / folder / name).write_bytes(b"")
+    return SaveFolder.open(str(root))
+
+
+def test_auto_resume_takes_the_newest_checkpoint_of_internevo(tmp_path: Path) -> None:
+    folder = internevo(tmp_path, "50", "100", "snapshot/0")
+    (tmp_path / "900").mkdir()  # empty
+    start = decide(config(tmp_path), CheckpointReader(), folder)
+    assert start.resumes and start.path == f"local:{tmp_path}/100" and start.ckpt_type == "internevo"
+    assert start.reason == f"resuming InternEvo's checkpoint {tmp_path}/100 (auto_resume)"
+    writer = saved(tmp_path, 101)  # from then on there are checkpoints of this program
+    start = decide(config(tmp_path), CheckpointReader(), writer.folder)
+    assert start.checkpoint is not None and start.checkpoint.step == 101
+
+
+@pytest.mark.parametrize("missing", ["context.pt", "sampler.pt", "schedulder.pt"])
+def test_auto_resume_never_starts_from_scratch_over_an_incomplete_checkpoint_of_internevo(
+    tmp_path: Path, missing: str
+) -> None:
+    folder = internevo(tmp_path, "50", without=missing)
+    with pytest.raises(UserError, match=f"has no {missing}: it cannot resume a run") as caught:
+        decide(config(tmp_path), CheckpointReader(), folder)
+    assert f'load_ckpt_info=dict(path="{tmp_path}/50", content=("model",)' in caught.value.fix
+
+
+def test_auto_resume_over_snapshots_of_internevo_stops_and_says_how(tmp_path: Path) -> None:
+    folder = internevo(tmp_path, "snapshot/0", "snapshot/1")
+    with pytest.raises(UserError, match="snapshots of InternEvo") as caught:
+        decide(config(tmp_path), CheckpointReader(), folder)
+    assert "auto_resume=False" in caught.value.fix and "snapshot/1" in caught.value.fix
 
 
 @covers("promise:save-optimizer")
