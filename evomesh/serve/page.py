@@ -21,6 +21,7 @@ from evomesh.generate.options import SamplingParams
 from evomesh.serve.detokenizer import TextDelta
 from evomesh.serve.loop import EngineError
 from evomesh.serve.page_security import GradioGuard, message_text
+from evomesh.serve.requests import run_in
 from evomesh.serve.service import GenerationService, QueueFullError
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
@@ -35,6 +36,7 @@ NEEDLE = "The pass key is {key}. Remember it: {key} is the pass key.\n"
 HAY = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 FINISH_REASONS = {"stop": "end of answer", "length": "maximum length reached", "stopped": "stopped"}
 QUESTION = "What is the pass key? The pass key is"
+SEED_INDEX = 7  # of the controls
 UPDATE_SECONDS = 0.03  # between updates: nobody could see more of them
 
 # How the page calls its functions. The service's queue limits the answers in progress, so gradio's does not.
@@ -79,6 +81,18 @@ class PageSettings:
                 raise UserError(f"{field.name.replace('_', ' ')} has no valid value")
 
 
+def read_settings(controls: Sequence[Any]) -> PageSettings:
+    """Return the settings of the controls' values; an empty seed box means a random seed.
+
+    Raises:
+        UserError: a value does not have the type of its control.
+    """
+    values = list(controls)
+    if len(values) == len(fields(PageSettings)) and values[SEED_INDEX] is None:
+        values[SEED_INDEX] = -1
+    return PageSettings(*values)
+
+
 class ChatPage:
     """The functions that the page calls. A session is one open tab."""
 
@@ -97,7 +111,7 @@ class ChatPage:
         conversation: list[dict[str, Any]] = []
         try:
             conversation = text_only(history)
-            settings = PageSettings(*controls)
+            settings = read_settings(controls)
             if not conversation or conversation[-1]["role"] != "user":
                 return
             messages: list[ChatMessage] = []
@@ -105,7 +119,7 @@ class ChatPage:
                 messages.append(ChatMessage("system", settings.system, False))
             for message in conversation:
                 messages.append(ChatMessage(message["role"], message["content"], False))
-            prompt = self.service.chat_ids(messages)
+            prompt = await run_in(self.service.tokenizers, self.service.chat_ids, messages)
             async with aclosing(self._stream_answer(prompt, settings, request)) as answer:
                 async for text, status in answer:
                     yield [*conversation, {"role": "assistant", "content": text}], status
@@ -119,8 +133,8 @@ class ChatPage:
         try:
             if not isinstance(text, str):
                 raise UserError("the prompt is not text")
-            prompt = self.service.text_ids(text)
-            settings = PageSettings(*controls)
+            prompt = await run_in(self.service.tokenizers, self.service.text_ids, text)
+            settings = read_settings(controls)
             async with aclosing(self._stream_answer(prompt, settings, request)) as answer:
                 async for completion, status in answer:
                     yield completion, status

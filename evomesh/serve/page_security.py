@@ -26,6 +26,10 @@ READABLE_PATH = re.compile(
 LOGIN_PATH = "/login"
 PATHS_WITH_QUERY = {"/gradio_api/queue/data"}  # all other paths lose their query string
 MAX_FORM_BYTES = 4096  # of the login form
+CONTENT_POLICY = (
+    b"img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; "
+    b"frame-src 'self'; object-src 'none'; form-action 'self'"
+)
 ROLES = ("user", "assistant")
 
 
@@ -70,7 +74,7 @@ class GradioGuard:
             raise ApiError(404, "the page has no such route", code="not_found")
         elif path.startswith("/gradio_api/") or path == "/logout":
             check_same_site(headers)
-        await self.app(_without_origin_and_query(scope), receive, send)
+        await self.app(_without_origin_and_query(scope), receive, _with_content_policy(send))
 
 
 def is_readable(path: str) -> bool:
@@ -215,6 +219,18 @@ def _without_origin_and_query(scope: Scope) -> Scope:
     headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"origin"]
     query = scope["query_string"] if scope["path"] in PATHS_WITH_QUERY else b""
     return {**scope, "headers": headers, "query_string": query}
+
+
+def _with_content_policy(send: Send) -> Send:
+    """Return a channel that tells browsers to load nothing from other servers, such as images in an answer."""
+
+    async def send_with_policy(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            header = (b"content-security-policy", CONTENT_POLICY)
+            message = {**message, "headers": [*message.get("headers", []), header]}
+        await send(message)
+
+    return send_with_policy
 
 
 def _with_content_length(scope: Scope, length: int) -> Scope:

@@ -8,7 +8,7 @@ from typing import IO, Any, cast
 
 import zstandard
 
-COMPRESSED_CHUNK = 1 << 14  # bytes passed to zstandard at once: bounds the output of highly compressed files
+COMPRESSED_CHUNK = 1 << 10  # bytes passed to zstandard at once: bounds the output of highly compressed files
 BUFFER_SIZE = 1 << 20
 
 

@@ -7,8 +7,7 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
-from typing import IO, Any
+from typing import IO, Any, AnyStr
 
 import ijson
 import orjson
@@ -19,7 +18,7 @@ from evomesh.errors import UserError
 
 UTF8_BOM = b"\xef\xbb\xbf"  # byte order mark, which some systems write in front of a text
 TABLE_ROWS = 1024  # rows decoded at once
-CSV_FIELD_LIMIT = 2**30  # bytes in one field
+MAX_LINE_BYTES = 64 * 2**20  # of a line, however small the compressed file is
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def read_raw_lines(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord
             yield SourceRecord(json.dumps(record.value), record.where)
     else:
         try:
-            for number, line in enumerate(stream, 1):
+            for number, line in enumerate(_bounded_lines(stream, file), 1):
                 where = f"{file.full_path} line {number}"
                 yield SourceRecord(_decode(line, where), where, line)
         except READ_ERRORS as error:
@@ -93,10 +92,28 @@ def _read_jsonl(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord]:
 
 
 def _nonblank_lines(stream: IO[bytes], file: SourceFile) -> Iterator[tuple[bytes, str]]:
-    first = stream.readline().removeprefix(UTF8_BOM)
-    for number, line in enumerate(chain([first], stream), 1):
-        if line.strip():
-            yield line, f"{file.full_path} line {number}"
+    for number, line in enumerate(_bounded_lines(stream, file), 1):
+        content = line.removeprefix(UTF8_BOM) if number == 1 else line
+        if content.strip():
+            yield content, f"{file.full_path} line {number}"
+
+
+def _bounded_lines(stream: IO[AnyStr], file: SourceFile) -> Iterator[AnyStr]:
+    """Yield the lines of a stream.
+
+    Raises:
+        UserError: a line is longer than ``MAX_LINE_BYTES``.
+    """
+    number = 0
+    while line := stream.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(line) > MAX_LINE_BYTES:
+            raise UserError(
+                f"the line is longer than {MAX_LINE_BYTES >> 20} MiB",
+                where=f"{file.full_path} line {number}",
+                expected="one record per line",
+            )
+        yield line
 
 
 def _read_json(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord]:
@@ -123,8 +140,9 @@ def _read_json(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord]:
 
 def _read_csv(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord]:
     """Yield the rows of a csv file; its first line names the fields."""
-    csv.field_size_limit(CSV_FIELD_LIMIT)
-    rows = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True)
+    csv.field_size_limit(MAX_LINE_BYTES)
+    text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
+    rows = csv.reader(_bounded_lines(text, file), strict=True)
     try:
         names = next(rows, [])
         for row in rows:

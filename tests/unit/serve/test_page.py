@@ -340,3 +340,16 @@ def test_functions_accept_conversations_of_text_only(served: Served, history: An
         ]
 
     assert [conversation for conversation, _ in asyncio.run(answers())] == [[]]
+
+
+def test_an_emptied_seed_box_means_a_random_seed(client: httpx.Client, functions: dict[str, int]) -> None:
+    controls = [*CONTROLS]
+    controls[7] = None
+    status, streamed = call(client, functions["complete"], ["abc", *controls])
+    assert status == 200
+    assert "3 new tokens" in streamed
+
+
+def test_browsers_are_told_to_load_no_images_of_other_servers(client: httpx.Client) -> None:
+    policy = client.get("/").headers["content-security-policy"]
+    assert "img-src 'self' data: blob:;" in policy
