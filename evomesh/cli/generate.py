@@ -117,7 +117,7 @@ def _load(
 ) -> LoadedModel:
     from evomesh.checkpoint.restore import load_model
     from evomesh.config.loader import load_config
-    from evomesh.models.language_model import has_rotary_embedding, with_rotary_type
+    from evomesh.models.language_model import has_rotary_types, with_rotary_type
     from evomesh.parallel.device import device_by_name
 
     chosen_device = device_by_name(device)
@@ -126,8 +126,12 @@ def _load(
     loaded = load_model(ckpt, chosen_device, tokenizer=tokenizer)
     if dynamic_ntk is None:
         return loaded
-    if not has_rotary_embedding(loaded.model):
-        raise UserError("this custom model has no rotary embedding", where="--dynamic-ntk")
+    if not has_rotary_types(loaded.model):
+        scaling = loaded.config.model.rope_scaling
+        reason = f"has rope_scaling of type {scaling.type!r}" if scaling else "has no rotary embedding"
+        raise UserError(
+            f"this model {reason}: dynamic NTK cannot be switched", where="--dynamic-ntk", fix="leave it out"
+        )
     return replace(loaded, model=with_rotary_type(loaded.model, "dynamic" if dynamic_ntk else "origin"))
 
 

@@ -14,12 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
+from pydantic import ValidationError
+
+from evomesh.config.rope import OPTIONAL, REQUIRED, RopeScaling, RopeType, scaling_problems
 from evomesh.config.schema import DType, ModelConfig
 from evomesh.config.user import expand_home
 from evomesh.errors import UserError
 
 # model_type of a config.json -> our family
 FAMILIES = {"llama": "LLAMA2", "mistral": "LLAMA2", "internlm": "INTERNLM", "internlm2": "INTERNLM2_PUBLIC"}
+
+# Of rope_scaling or rope_parameters, but no settings of a scaling.
+SETTINGS_BESIDE_SCALING = ("rope_theta", "rope_type", "type", "partial_rotary_factor", "finetuned")
 
 
 def cache_folder() -> Path:
@@ -83,6 +89,7 @@ def read_model(record: dict[str, Any], where: str, dtype: str | None = None) -> 
     heads = reader.positive_integer("num_attention_heads")
     width = reader.positive_integer("intermediate_size")
     reader.refuse_unsupported(hidden, heads)
+    head_dim = hidden // heads
     scaling = reader.dynamic_factor()
     bias_key = "bias" if kind in ("internlm", "internlm2") else "attention_bias"
     bias = bool(record.get(bias_key, kind == "internlm"))
@@ -107,7 +114,8 @@ def read_model(record: dict[str, Any], where: str, dtype: str | None = None) -> 
         rope_base=reader.rope_base(),
         use_dynamic_ntk_rope=scaling is not None,
         rope_scaling_factor=scaling or 1.0,
-        max_position_embeddings=int(record.get("max_position_embeddings", 2048)),
+        max_position_embeddings=reader.max_position(),
+        rope_scaling=reader.rope_scaling(head_dim),
     )
 
 
@@ -154,6 +162,8 @@ class _ConfigReader:
             setting = f"hidden_act {activation!r}"
         elif self.record.get("mlp_bias"):
             setting = "mlp_bias"
+        elif self._partial_rotary() != 1:
+            setting = f"partial_rotary_factor {self._partial_rotary()}"
         elif hidden % heads != 0:
             setting = f"hidden_size {hidden} with {heads} heads"
         elif head_dim not in (None, hidden // heads):
@@ -164,6 +174,11 @@ class _ConfigReader:
             setting = f"sliding_window {self.record['sliding_window']} (Mistral 7B v0.2 and later have none)"
         if setting:
             raise UserError(f"{setting} is not supported", where=self.where)
+
+    def _partial_rotary(self) -> float:
+        return float(
+            self._rope().get("partial_rotary_factor") or self.record.get("partial_rotary_factor") or 1
+        )
 
     def _rope(self) -> dict[str, Any]:
         """Return the rotary settings: the newer spelling before the older one, InternLM's last.
@@ -181,15 +196,58 @@ class _ConfigReader:
 
     def dynamic_factor(self) -> float | None:
         """Return the factor of dynamic NTK scaling, None without scaling."""
+        if self._rope_type() != "dynamic":
+            return None
+        return float(self._rope().get("factor", 1.0))
+
+    def _rope_type(self) -> str:
         rope = self._rope()
         kind = rope.get("rope_type") or rope.get("type") or "default"
-        if kind in ("default", "origin"):
+        return {"origin": "default", "su": "longrope"}.get(kind, kind)
+
+    def rope_scaling(self, head_dim: int) -> RopeScaling | None:
+        """Return the scaling of a type other than dynamic NTK, None for plain angles.
+
+        Raises:
+            UserError: an unknown type, or settings that the type lacks or does not know.
+        """
+        kind = self._rope_type()
+        if kind in ("default", "dynamic"):
             return None
-        if kind != "dynamic":
+        if kind not in REQUIRED:
+            known = ", ".join(("default", "dynamic", *REQUIRED))
             raise UserError(
-                f"rotary scaling {kind!r} is not supported", where=self.where, expected="none, or dynamic"
+                f"rotary scaling {kind!r} is not supported", where=self.where, expected=f"one of {known}"
             )
-        return float(rope.get("factor", 1.0))
+        try:
+            scaling = RopeScaling.model_validate(self._scaling_settings(kind), strict=False)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise UserError(
+                f"rope_scaling: {first['loc'][0]} is {first['input']!r}: {first['msg']}", where=self.where
+            ) from None
+        problems = scaling_problems(scaling, head_dim)
+        if problems:
+            key, found, expected = problems[0]
+            raise UserError(f"rope_scaling: {key}: {found}", where=self.where, expected=expected)
+        return scaling
+
+    def _scaling_settings(self, kind: RopeType) -> dict[str, Any]:
+        """Return the fields of a ``RopeScaling``; the original length may be beside them, or be the model's."""
+        settings = {key: value for key, value in self._rope().items() if key not in SETTINGS_BESIDE_SCALING}
+        original = "original_max_position_embeddings"
+        if original in REQUIRED[kind] and settings.get(original) is None:
+            settings[original] = self.record.get(original) or self.max_position()
+        unknown = sorted(settings.keys() - {*REQUIRED[kind], *OPTIONAL[kind]})
+        if unknown:
+            raise UserError(
+                f"rotary scaling {kind!r} has settings that are not known: {', '.join(unknown)}",
+                where=self.where,
+            )
+        return {"type": kind, **settings}
+
+    def max_position(self) -> int:
+        return int(self.record.get("max_position_embeddings", 2048))
 
     def rope_base(self) -> float:
         rotary = self.record.get("rotary") or {}

@@ -36,10 +36,11 @@ FUNCTION = (
     "model.rope_scaling_factor",
     "model.max_position_embeddings",
     "model.use_dynamic_ntk_rope",
+    "model.rope_scaling",
     "model.norm_head",
     "model.extra",
 )
-# They act through dynamic NTK only.
+# They act through dynamic NTK and longrope only.
 NTK = ("model.rope_scaling_factor", "model.max_position_embeddings")
 # Whole sections end with a dot.
 NOTHING = (
@@ -124,15 +125,21 @@ def compare_configs(stored: Mapping[str, Any], present: Mapping[str, Any]) -> Co
         for key, value in now.items()
         if key in before and before[key] != value
     ]
-    ntk = any(config.get("model.use_dynamic_ntk_rope") for config in (before, now))
-    function = [item for item in changed if effect_of(item.key, ntk) == "function"]
-    training = [item for item in changed if effect_of(item.key, ntk) == "training"]
+    uses_length = any(_uses_trained_length(config) for config in (before, now))
+    function = [item for item in changed if effect_of(item.key, uses_length) == "function"]
+    training = [item for item in changed if effect_of(item.key, uses_length) == "training"]
     return ConfigDifferences(tuple(function), tuple(training))
 
 
-def effect_of(key: str, dynamic_ntk: bool = True) -> str:
+def _uses_trained_length(values: Mapping[str, Any]) -> bool:
+    """Return whether the rotary angles depend on the trained length: with dynamic NTK, and longrope."""
+    scaling = values.get("model.rope_scaling") or {}
+    return bool(values.get("model.use_dynamic_ntk_rope")) or scaling.get("type") == "longrope"
+
+
+def effect_of(key: str, uses_trained_length: bool = True) -> str:
     """Return "function", "training" or "nothing"."""
-    if any(_covers(name, key) for name in NTK) and not dynamic_ntk:
+    if any(_covers(name, key) for name in NTK) and not uses_trained_length:
         return "nothing"
     if any(_covers(name, key) for name in FUNCTION):
         return "function"
@@ -146,7 +153,10 @@ def _covers(name: str, key: str) -> bool:
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:
     """Return the leaves of a config, values that mean the same made equal."""
-    values = dict(leaves(config))
+    values = {key: value for key, value in leaves(config) if not key.startswith("model.rope_scaling.")}
+    values["model.rope_scaling"] = config.get("model", {}).get(
+        "rope_scaling"
+    )  # a scaling or None, as one value
     if values.get("model.num_kv_attention_heads") is None:
         values["model.num_kv_attention_heads"] = values.get("model.num_attention_heads")
     return values

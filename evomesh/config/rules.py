@@ -10,6 +10,7 @@ from evomesh.config.finding import ConfigFinding, nearest
 from evomesh.config.folders import shared_role
 from evomesh.config.layout import layout_findings
 from evomesh.config.reading.draft import leaves
+from evomesh.config.rope import scaling_problems
 from evomesh.config.schema import Config
 from evomesh.config.step_values import RAMPUP_FORM, BatchSizeRampup
 
@@ -38,6 +39,7 @@ def check(config: Config, given: Callable[[str], bool]) -> tuple[list[ConfigFind
     findings = [
         *_number_findings(config),
         *_model_findings(config),
+        *_rope_findings(config),
         *_data_findings(config),
         *_loss_scale_findings(config),
         *_learning_rate_findings(config),
@@ -118,6 +120,21 @@ def _model_findings(config: Config) -> Iterator[ConfigFinding]:
                 f"INTERNLM has one key/value head for each of its {heads} heads, found {kv}",
                 fix='remove model.num_kv_attention_heads, or take model_type="LLAMA2" or "INTERNLM2_PUBLIC"',
             )
+
+
+def _rope_findings(config: Config) -> Iterator[ConfigFinding]:
+    model = config.model
+    if model.rope_scaling is None:
+        return
+    for key, found, expected in scaling_problems(model.rope_scaling, model.head_dim):
+        yield ConfigFinding((f"model.rope_scaling.{key}", "model.rope_scaling"), found, expected=expected)
+    if model.use_dynamic_ntk_rope:
+        yield ConfigFinding(
+            ("model.use_dynamic_ntk_rope", "model.rope_scaling"),
+            f"dynamic NTK together with rope_scaling of type {model.rope_scaling.type!r}",
+            expected="one of them",
+            fix="remove model.use_dynamic_ntk_rope",
+        )
 
 
 def _data_findings(config: Config) -> Iterator[ConfigFinding]:

@@ -1,4 +1,4 @@
-"""Every section of a config as one frozen pydantic model; nothing here imports torch.
+"""Every section of a config as one frozen pydantic model (``model`` is in ``model.py``); nothing here imports torch.
 
 Field names are InternEvo's. A field's default and description are written here and nowhere else. The loader
 (``loader.py``) resolves older spellings (``reading/spellings.py``) before validation, so these models hold the resolved
@@ -8,27 +8,20 @@ form only. Rules that involve more than one value are in ``rules.py`` and ``layo
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from evomesh.config.model import DType, ModelConfig, ModelFamily, RotaryType
+from evomesh.config.section import Section
 from evomesh.config.step_values import RampupSetting, StepRanges, StepsSetting
+
+__all__ = ["DType", "ModelConfig", "ModelFamily", "RotaryType", "Section"]  # imported here and from here
 
 INF = math.inf
 IGNORE = -100  # label of a position that is an input but not a target (torch's ignore_index)
 
-DType = Literal["float64", "float32", "tf32", "bfloat16", "float16"]
-ModelFamily = Literal["INTERNLM", "INTERNLM2_PUBLIC", "LLAMA2"]
-RotaryType = Literal["origin", "dynamic"]  # beyond the trained length: unscaled, or with dynamic NTK
 Mode = Literal["mtp", "msp", "fsp", "isp"]
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys, wrong types and later mutation are errors."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, protected_namespaces=(), allow_inf_nan=True
-    )
 
 
 class RunConfig(Section):
@@ -140,120 +133,6 @@ class DataConfig(Section):
     @property
     def validation_micro_num(self) -> int:
         return self.valid_micro_num or self.micro_num
-
-
-class ModelConfig(Section):
-    """Shape and numerics of the decoder. ``model_type`` and ``use_fp32_norm`` are top-level keys in a config file."""
-
-    model_type: str = Field(
-        "INTERNLM", description="INTERNLM, INTERNLM2_PUBLIC, LLAMA2 or a registered custom model."
-    )
-    num_layers: int = Field(48, ge=1, description="Number of decoder layers.")
-    hidden_size: int = Field(2048, ge=1, description="Width of the residual stream.")
-    vocab_size: int = Field(50304, ge=2, description="Number of token ids.")
-    num_attention_heads: int = Field(32, ge=1, description="Number of query heads.")
-    num_kv_attention_heads: int | None = Field(
-        None, ge=1, description="Number of key/value heads; None: num_attention_heads, as INTERNLM requires."
-    )
-    mlp_ratio: float = Field(
-        4.0, gt=0, description="Feed-forward width = int(hidden_size * mlp_ratio), rounded up to multiple_of."
-    )
-    multiple_of: int = Field(
-        256, ge=1, description="The feed-forward width is rounded up to a multiple of this."
-    )
-    dtype: DType = Field(
-        "float16",
-        description="torch.float16, half, bfloat16, float32, tf32 or float64; unset: float16, with a warning.",
-    )
-    checkpoint: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="Fraction of layers whose activations are recomputed; also True or False.",
-    )
-    norm_type: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="Kind of the norms.")
-    layer_norm_epsilon: float = Field(1e-5, gt=0, description="Epsilon of the norms.")
-    apply_post_layer_norm: bool = Field(
-        False, description="Place norms after the residual additions (INTERNLM2_PUBLIC)."
-    )
-    use_swiglu: bool = Field(True, description="True: SwiGLU; False: GELU.")
-    no_bias: bool = Field(
-        False, description="Omit the biases of the attention projections; INTERNLM always has them."
-    )
-    qk_interleaved: bool = Field(
-        False, description="Rotary pairs are adjacent columns, or in two halves. Default by family."
-    )
-    rope_base: float = Field(10000.0, gt=0, description="Base of the rotary angles.")
-    rope_scaling_factor: float = Field(1.0, ge=1, description="Factor of dynamic NTK.")
-    max_position_embeddings: int = Field(2048, ge=1, description="Trained length, for dynamic NTK.")
-    use_dynamic_ntk_rope: bool = Field(False, description="Dynamic NTK beyond the trained length.")
-    embed_grad_scale: float = Field(1.0, description="Scale of the embedding's gradient.")
-    embed_split_hidden: bool = Field(False, description="Shard the embedding by columns instead of rows.")
-    parallel_output: bool = Field(
-        True, description="Accepted for InternEvo; the loss never materializes the full logits."
-    )
-    norm_head: bool = Field(False, description="Normalize the rows of the output head.")
-    residual_in_fp32: bool = Field(False, description="Keep the residual stream in float32.")
-    use_scaled_init: bool = Field(True, description="Scale the initial wo and w2 down with depth.")
-    init_type: Literal["normal", "uniform"] = Field(
-        "normal", description="Distribution of the initial weights."
-    )
-    embedding_init_std: float | None = Field(
-        None, description="Initial standard deviation of the embedding; None: by family."
-    )
-    attn_wqkv_init_std: float | None = Field(
-        None, description="Initial standard deviation of query, key and value; None: by family."
-    )
-    attn_other_init_std: float | None = Field(
-        None, description="Initial standard deviation of the attention output; None: by family."
-    )
-    ffn_uplayer_init_std: float | None = Field(
-        None, description="Initial standard deviation of the feed-forward inputs; None: by family."
-    )
-    ffn_other_init_std: float | None = Field(
-        None, description="Initial standard deviation of the feed-forward output; None: by family."
-    )
-    out_head_init_std: float | None = Field(
-        None, description="Initial standard deviation of the output head; None: by family."
-    )
-    drop_rate: float = Field(0.0, description="Dropout; refused unless 0: evomesh has none.")
-    attn_drop_rate: float = Field(0.0, description="Attention dropout; refused unless 0: evomesh has none.")
-    dropout_selective_checkpoint: bool = Field(
-        True, description="Accepted for InternEvo; there is no dropout."
-    )
-    num_chunks: int = Field(1, ge=1, description="Model chunks per rank in an interleaved pipeline.")
-    use_flash_attn: bool = Field(
-        True, description="Accepted for InternEvo; the fastest available kernel is used on every device."
-    )
-    use_fp32_norm: bool = Field(False, description="Compute norms in float32.")
-    output_tf32: bool = Field(False, description="Compute the output head in TF32 (not available yet).")
-    compile: bool | Literal["auto"] = Field(
-        "auto", description="torch.compile the blocks; auto: on CUDA only."
-    )
-    extra: dict[str, Any] = Field({}, description="Parameters of a registered custom model.")
-
-    @property
-    def kv_heads(self) -> int:
-        return self.num_kv_attention_heads or self.num_attention_heads
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def rotary_type(self) -> RotaryType:
-        """Return what the rotary embedding does beyond the trained length."""
-        return "dynamic" if self.use_dynamic_ntk_rope else "origin"
-
-    @property
-    def qkv_width(self) -> int:
-        """Output width of the fused query, key and value projection."""
-        return (self.num_attention_heads + 2 * self.kv_heads) * self.head_dim
-
-    @property
-    def mlp_width(self) -> int:
-        """``int(hidden * mlp_ratio)`` rounded up to ``multiple_of``."""
-        return -(-int(self.hidden_size * self.mlp_ratio) // self.multiple_of) * self.multiple_of
 
 
 class Zero1Config(Section):

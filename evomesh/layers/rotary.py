@@ -1,18 +1,22 @@
-"""Rotary position embedding (Su et al., 2021), its two pairings and dynamic NTK scaling.
+"""Rotary position embedding (Su et al., 2021), its two pairings, dynamic NTK and the scalings of its frequencies.
 
 Shapes: T packed tokens, G key/value heads, R query heads per key/value head, H head dim.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from evomesh.config.rope import RopeScaling
 from evomesh.layers.dtype import promote
 from evomesh.layers.sequence_bounds import SequenceBounds
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class RotaryEmbedding:
             base * (factor * L / M - (factor - 1))^(H / (H - 2)). L is the length of the segment, not of the pack, so
             that a document gets the same angles alone and packed with others, in every layout.
         factor: ``rope_scaling_factor``.
+        scaling: ``rope_scaling``; not together with dynamic NTK.
     """
 
     head_dim: int
@@ -33,6 +38,7 @@ class RotaryEmbedding:
     dynamic_ntk: bool = False
     max_position: int = 2048
     factor: float = 1.0
+    scaling: RopeScaling | None = None
 
     def tables(self, bounds: SequenceBounds, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the cosines and sines of one pack, each [T, H/2] in at least float32."""
@@ -45,9 +51,18 @@ class RotaryEmbedding:
         if self.dynamic_ntk:
             base = base * self._ntk_factor(bounds)
         frequencies = base[:, None] ** -exponent  # [1 or T, H/2]
+        if self.scaling is not None:
+            frequencies = self._scaled(frequencies, bounds, self.scaling)
         angles = positions[:, None] * frequencies
+        cos = angles.cos()
+        sin = angles.sin()
+        attention_factor = self._attention_factor()
+        if attention_factor != 1.0:
+            # The tables multiply queries and keys, so their product is multiplied by the square.
+            cos = cos * attention_factor
+            sin = sin * attention_factor
         wide = promote(dtype)
-        return angles.cos().to(wide), angles.sin().to(wide)
+        return cos.to(wide), sin.to(wide)
 
     def _ntk_factor(self, bounds: SequenceBounds) -> Tensor:
         """Return what dynamic NTK multiplies the base by for each token, [T] float64: 1 up to ``max_position``."""
@@ -56,6 +71,75 @@ class RotaryEmbedding:
         stretch = torch.where(length > self.max_position, stretch, 1.0)
         factor: Tensor = stretch ** (self.head_dim / (self.head_dim - 2))
         return factor
+
+    def _scaled(self, frequencies: Tensor, bounds: SequenceBounds, scaling: RopeScaling) -> Tensor:
+        """Return the frequencies [1, H/2] as a model with ``scaling`` has them, [1 or T, H/2]."""
+        if scaling.type == "linear":
+            return frequencies / _given(scaling.factor)
+        if scaling.type == "llama3":
+            return _llama3_frequencies(frequencies, scaling)
+        if scaling.type == "yarn":
+            return _yarn_frequencies(frequencies, scaling, self.head_dim, self.base)
+        # longrope: one divisor a frequency, another one in segments beyond the original length.
+        short = frequencies.new_tensor(_given(scaling.short_factor))
+        long = frequencies.new_tensor(_given(scaling.long_factor))
+        is_long = bounds.span() > _given(scaling.original_max_position_embeddings)  # [T]
+        divisors = torch.where(is_long[:, None], long, short)
+        return frequencies / divisors
+
+    def _attention_factor(self) -> float:
+        """Return what multiplies the tables: 1 but for yarn (Peng et al., 2023) and longrope (Ding et al., 2024)."""
+        scaling = self.scaling
+        if scaling is None or scaling.type not in ("yarn", "longrope"):
+            return 1.0
+        if scaling.attention_factor is not None:
+            return scaling.attention_factor
+        original = _given(scaling.original_max_position_embeddings)
+        factor = scaling.factor or self.max_position / original
+        if scaling.type == "longrope":
+            return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        if scaling.mscale and scaling.mscale_all_dim:
+            return _yarn_magnitude(factor, scaling.mscale) / _yarn_magnitude(factor, scaling.mscale_all_dim)
+        return _yarn_magnitude(factor, 1.0)
+
+
+def _given(value: Value | None) -> Value:
+    """Return a setting that the rules of the config require for this type of scaling."""
+    assert value is not None
+    return value
+
+
+def _llama3_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Divide slow frequencies by ``factor``, keep fast ones, and interpolate between them by turns (Llama 3.1)."""
+    low, high = _given(scaling.low_freq_factor), _given(scaling.high_freq_factor)
+    turns = frequencies * (_given(scaling.original_max_position_embeddings) / (2 * math.pi))
+    kept = ((turns - low) / (high - low)).clamp(0, 1)  # 0: divided, 1: as it is
+    return frequencies * kept + frequencies / _given(scaling.factor) * (1 - kept)
+
+
+def _yarn_frequencies(frequencies: Tensor, scaling: RopeScaling, head_dim: int, base: float) -> Tensor:
+    """Divide slow frequencies by ``factor``, keep fast ones, and interpolate between them by index (YaRN)."""
+    original = _given(scaling.original_max_position_embeddings)
+
+    def index_of(turns: float) -> float:
+        """Return the index, a real number, of the frequency with so many turns within the original length."""
+        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    first = index_of(scaling.beta_fast or 32.0)
+    last = index_of(scaling.beta_slow or 1.0)
+    if scaling.truncate is not False:
+        first = math.floor(first)
+        last = math.ceil(last)
+    first = max(first, 0)
+    last = min(last, head_dim - 1)
+    width = last - first or 0.001
+    indices = torch.arange(head_dim // 2, dtype=frequencies.dtype, device=frequencies.device)
+    divided = ((indices - first) / width).clamp(0, 1)  # 0: as it is, 1: divided
+    return frequencies / _given(scaling.factor) * divided + frequencies * (1 - divided)
+
+
+def _yarn_magnitude(factor: float, scale: float) -> float:
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:

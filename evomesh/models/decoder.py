@@ -188,6 +188,7 @@ class Decoder(LanguageModel):
             dynamic_ntk=config.use_dynamic_ntk_rope,
             max_position=config.max_position_embeddings,
             factor=config.rope_scaling_factor,
+            scaling=config.rope_scaling,
         )
         axis = (grid or Grid()).tp
         self.placement = placement = Placement(axis, mode, self.dtype, torch.device(device))

@@ -45,19 +45,23 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
 
-def has_rotary_embedding(model: nn.Module) -> bool:
-    """Return whether ``model.rotary`` is a ``RotaryEmbedding``; a custom model may use another position encoding."""
-    return isinstance(getattr(model, "rotary", None), RotaryEmbedding)
+def has_rotary_types(model: nn.Module) -> bool:
+    """Return whether dynamic NTK can be switched: ``model.rotary`` is a ``RotaryEmbedding`` without another scaling.
+
+    A custom model may use another position encoding.
+    """
+    rotary = getattr(model, "rotary", None)
+    return isinstance(rotary, RotaryEmbedding) and rotary.scaling is None
 
 
 def with_rotary_type(model: LanguageModel, rotary_type: RotaryType) -> LanguageModel:
     """Return a model with this rotary type that shares every parameter with ``model``.
 
     Args:
-        model: one with a rotary embedding (``has_rotary_embedding``); it is not changed.
+        model: one whose dynamic NTK can be switched (``has_rotary_types``); it is not changed.
     """
     rotary = model.rotary
-    assert isinstance(rotary, RotaryEmbedding)
+    assert isinstance(rotary, RotaryEmbedding) and rotary.scaling is None
     other = copy.copy(model)
     other.rotary = replace(rotary, dynamic_ntk=rotary_type == "dynamic")
     return other

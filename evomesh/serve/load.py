@@ -13,7 +13,7 @@ from evomesh.config.schema import RotaryType
 from evomesh.config.user import expand_home
 from evomesh.errors import UserError
 from evomesh.generate.engine import GenerationEngine
-from evomesh.models.language_model import has_rotary_embedding, with_rotary_type
+from evomesh.models.language_model import has_rotary_types, with_rotary_type
 from evomesh.serve.loop import EngineLoop
 from evomesh.serve.service import GenerationService, ServedModel, ServiceLimits
 
@@ -53,6 +53,13 @@ def load_service(ckpt: str, device: str, options: ModelOptions) -> GenerationSer
     config = loaded.config
     trained_length = config.model.max_position_embeddings
     rotary_type = options.rotary_type or config.model.rotary_type
+    if rotary_type != config.model.rotary_type and not has_rotary_types(loaded.model):
+        raise UserError(
+            f"{rotary_type!r} is not available for this model, whose rotary scaling is fixed",
+            where="--rotary-type",
+            expected=config.model.rotary_type,
+            fix="leave it out",
+        )
     context_length = options.context_length
     if context_length is None:
         extended = options.extended_context or rotary_type == "dynamic"
@@ -78,7 +85,7 @@ def _engine_builders(
 ) -> dict[RotaryType, Callable[[], GenerationEngine]]:
     """Return what builds the engine of each rotary type, all on the same weights.
 
-    A custom model without a rotary embedding has only the type that its config names.
+    A model with ``rope_scaling``, or a custom one without a rotary embedding, has only the type of its config.
     """
     build = partial(
         GenerationEngine,
@@ -86,7 +93,7 @@ def _engine_builders(
         context_length=limits.context_length,
         vocab_size=loaded.vocab_size,
     )
-    if not has_rotary_embedding(loaded.model):
+    if not has_rotary_types(loaded.model):
         return {loaded.config.model.rotary_type: partial(build, loaded.model)}
     return {
         "origin": partial(build, with_rotary_type(loaded.model, "origin")),

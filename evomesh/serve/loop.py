@@ -194,12 +194,22 @@ class EngineLoop:
             except Empty:
                 return commands
 
+    def _builder(self, rotary_type: RotaryType) -> Callable[[], GenerationEngine]:
+        if rotary_type not in self.builders:
+            raise UserError(
+                f"rotary_type {rotary_type!r} is not available for this model",
+                where="rotary_type",
+                expected=" or ".join(self.builders),
+                fix="leave it out",
+            )
+        return self.builders[rotary_type]
+
     def _add(self, submission: Submission, index: int) -> None:
         request = submission.requests[index]
         rotary_type = request.rotary_type
         try:
             if rotary_type not in self._engines:
-                build = self.builders[rotary_type]
+                build = self._builder(rotary_type)
                 self._engines[rotary_type] = build()
             engine = self._engines[rotary_type]
             number = engine.add(request.prompt, request.sampling, request.stream)

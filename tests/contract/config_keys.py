@@ -35,6 +35,16 @@ R: Outcome = "refusal"
 L: Outcome = "later"
 ISP = ("parallel.tensor.mode=isp",)
 STAGES = ("parallel.pipeline.size=2", "model.num_chunks=2", "data.micro_num=2")
+LINEAR = ("model.rope_scaling=dict(type='linear', factor=2.0)",)
+LLAMA3 = (
+    "model.rope_scaling=dict(type='llama3', factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, "
+    "original_max_position_embeddings=8192)",
+)
+YARN = ("model.rope_scaling=dict(type='yarn', factor=4.0, original_max_position_embeddings=2048)",)
+LONGROPE = (
+    f"model.rope_scaling=dict(type='longrope', short_factor={[1.0] * 32}, long_factor={[4.0] * 32}, "
+    "original_max_position_embeddings=2048)",
+)
 FP16 = ("model.dtype=torch.float16",)
 
 ROWS: tuple[CompatibilityRow, ...] = (
@@ -113,6 +123,19 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("model.rope_scaling_factor", 2.0, E),
     CompatibilityRow("model.max_position_embeddings", 4096, E),
     CompatibilityRow("model.use_dynamic_ntk_rope", True, E),
+    CompatibilityRow("model.rope_scaling.type", "default", E, LINEAR),
+    CompatibilityRow("model.rope_scaling.factor", 4.0, E, LINEAR),
+    CompatibilityRow("model.rope_scaling.original_max_position_embeddings", 4096, E, YARN),
+    CompatibilityRow("model.rope_scaling.low_freq_factor", 2.0, E, LLAMA3),
+    CompatibilityRow("model.rope_scaling.high_freq_factor", 8.0, E, LLAMA3),
+    CompatibilityRow("model.rope_scaling.beta_fast", 16.0, E, YARN),
+    CompatibilityRow("model.rope_scaling.beta_slow", 2.0, E, YARN),
+    CompatibilityRow("model.rope_scaling.attention_factor", 1.5, E, YARN),
+    CompatibilityRow("model.rope_scaling.mscale", 0.5, E, YARN),
+    CompatibilityRow("model.rope_scaling.mscale_all_dim", 0.5, E, YARN),
+    CompatibilityRow("model.rope_scaling.truncate", False, E, YARN),
+    CompatibilityRow("model.rope_scaling.short_factor", [2.0] * 32, E, LONGROPE),
+    CompatibilityRow("model.rope_scaling.long_factor", [8.0] * 32, E, LONGROPE),
     CompatibilityRow("model.embed_grad_scale", 0.5, E),
     CompatibilityRow("model.embed_split_hidden", True, E),
     CompatibilityRow("model.parallel_output", False, W),

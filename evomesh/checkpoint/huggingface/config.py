@@ -48,10 +48,19 @@ def rotary_scaling(
 
     Args:
         seq_len: length of the training data, the least ``max_position`` without dynamic NTK.
+    Raises:
+        CheckpointError: an argument would replace the model's ``rope_scaling``.
     """
+    scaling = model.rope_scaling
+    if scaling is not None and (type is not None or factor is not None):
+        raise CheckpointError(
+            f"the model has rope_scaling of type {scaling.type!r}, which no other rotary scaling can replace",
+            where="--rotary-type, --scaling-factor",
+            fix="leave them out: the folder gets the model's scaling",
+        )
     chosen = type or model.rotary_type
     trained = model.max_position_embeddings
-    if chosen == "origin":
+    if chosen == "origin" and (scaling is None or scaling.type != "longrope"):
         trained = max(trained, seq_len)
     return RotaryScaling(chosen, factor or model.rope_scaling_factor, max_position or trained)
 
@@ -84,9 +93,8 @@ def build_config(
     model: ModelConfig, arch: Architecture, rotary: RotaryScaling, ids: SpecialTokenIds, dtype: str
 ) -> dict[str, Any]:
     """Return the content of config.json."""
-    scaling = None
-    if rotary.type == "dynamic":
-        scaling = {"rope_type": "dynamic", "type": "dynamic", "factor": float(rotary.factor)}
+    scaling = _scaling_record(model, rotary)
+    internlm = {"type": rotary.type, "base": model.rope_base, "scaling_factor": rotary.factor}
     if arch == "llama":
         biases = {"attention_bias": not model.no_bias, "mlp_bias": False}
     else:
@@ -108,7 +116,7 @@ def build_config(
         "rope_theta": model.rope_base,
         "rope_scaling": scaling,
         "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": model.rope_base},
-        "rotary": {"type": rotary.type, "base": model.rope_base, "scaling_factor": rotary.factor},
+        **({} if model.rope_scaling else {"rotary": internlm}),
         **biases,
         "tie_word_embeddings": False,
         "use_cache": True,
@@ -118,6 +126,16 @@ def build_config(
         "torch_dtype": dtype,
         "dtype": dtype,
     }
+
+
+def _scaling_record(model: ModelConfig, rotary: RotaryScaling) -> dict[str, Any] | None:
+    """Return ``rope_scaling`` of config.json, with the newer and the older name of its type; None for plain angles."""
+    if model.rope_scaling is not None:
+        settings = model.rope_scaling.model_dump(mode="json", exclude={"type"}, exclude_none=True)
+        return {"rope_type": model.rope_scaling.type, "type": model.rope_scaling.type, **settings}
+    if rotary.type == "dynamic":
+        return {"rope_type": "dynamic", "type": "dynamic", "factor": float(rotary.factor)}
+    return None
 
 
 def build_generation_config(ids: SpecialTokenIds) -> dict[str, Any]:

@@ -111,6 +111,10 @@ def _refuse_sizes(model: ModelConfig, tensor: int, pipeline: int, weight: int | 
     """
     if model.model_type not in ("INTERNLM", "INTERNLM2_PUBLIC", "LLAMA2"):
         raise CheckpointError(f"InternEvo has no model type {model.model_type!r}", where=where)
+    if model.rope_scaling is not None:
+        raise CheckpointError(
+            f"InternEvo has no rope_scaling of type {model.rope_scaling.type!r}", where=where
+        )
     sharded = {
         "the number of key/value heads": model.kv_heads,
         "the vocabulary": model.vocab_size,

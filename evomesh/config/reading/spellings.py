@@ -60,6 +60,8 @@ TUPLES = (
     "generation.eos_id",
     "generation.additional_eos_token_list",
     "adam.no_decay",
+    "model.rope_scaling.short_factor",
+    "model.rope_scaling.long_factor",
 )
 
 
@@ -221,6 +223,7 @@ def _resolve_model(draft: ConfigDraft) -> None:
         dtype = str(dtype)
     model["dtype"] = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     _resolve_rotary_order(draft, model, family)
+    _resolve_rope_scaling(draft, model)
     if family not in BUILT_IN:
         extra = model.setdefault("extra", {})
         for key in [key for key in model if key not in ModelConfig.model_fields]:
@@ -246,6 +249,37 @@ def _resolve_rotary_order(draft: ConfigDraft, model: dict[str, Any], family: Any
     if "qk_interleaved" not in model:
         model["qk_interleaved"] = family == "LLAMA2"
         draft.families["model.qk_interleaved"] = str(family)
+
+
+def _resolve_rope_scaling(draft: ConfigDraft, model: dict[str, Any]) -> None:
+    """Take dynamic NTK from ``rope_scaling`` of type dynamic, and no scaling from type default."""
+    scaling = model.get("rope_scaling")
+    if not isinstance(scaling, Mapping):
+        return  # absent, or for the validation to report
+    key = "model.rope_scaling"
+    scaling = model["rope_scaling"] = dict(scaling)
+    if "rope_type" in scaling and "type" not in scaling:
+        scaling["type"] = scaling.pop("rope_type")
+    if scaling.get("type") == "default":
+        del model["rope_scaling"]
+    if scaling.get("type") != "dynamic":
+        return
+    del model["rope_scaling"]
+    unknown = sorted(set(scaling) - {"type", "factor"})
+    if unknown:
+        draft.problem(
+            f"{key}.{unknown[0]}",
+            "has no meaning for type 'dynamic'",
+            expected="dict(type='dynamic', factor=...)",
+        )
+    resolved = {"use_dynamic_ntk_rope": True}
+    resolved |= {"rope_scaling_factor": scaling["factor"]} if "factor" in scaling else {}
+    for name, value in resolved.items():
+        if model.setdefault(name, value) != value:
+            draft.problem(
+                f"model.{name}", f"{model[name]!r} contradicts rope_scaling", fix=f"remove model.{name}"
+            )
+        draft.sources.setdefault(f"model.{name}", key)
 
 
 def _resolve_checkpoint(draft: ConfigDraft) -> None:

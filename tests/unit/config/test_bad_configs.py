@@ -80,6 +80,31 @@ VALUES: list[tuple[list[str], list[str]]] = [
         ["model.hidden_size=64", "model.use_dynamic_ntk_rope=True"],
         ["heads of width 2", "use_dynamic_ntk_rope=False or fewer heads"],
     ),
+    (["model.rope_scaling={'factor': 2.0}"], ["model.rope_scaling", "add type=..."]),
+    (["model.rope_scaling={'type': 'llama3', 'factor': 8.0}"], ["'llama3' needs it", "low_freq_factor=..."]),
+    (
+        ["model.rope_scaling={'type': 'linear', 'factor': 2.0, 'beta_fast': 1.0}"],
+        ["rope_scaling.beta_fast", "no meaning for type 'linear'", "some of factor"],
+    ),
+    (
+        [
+            "model.rope_scaling={'type': 'longrope', 'short_factor': [1.0], 'long_factor': [1.0], "
+            "'original_max_position_embeddings': 2048}"
+        ],
+        ["rope_scaling.short_factor", "found 1 numbers", "32 positive ones"],
+    ),
+    (
+        ["model.rope_scaling={'type': 'linear', 'factor': 2.0}", "model.use_dynamic_ntk_rope=True"],
+        ["dynamic NTK together with", "'linear'"],
+    ),
+    (
+        ["model.rope_scaling={'type': 'dynamic', 'factor': 2.0}", "model.use_dynamic_ntk_rope=False"],
+        ["model.use_dynamic_ntk_rope", "False contradicts rope_scaling"],
+    ),
+    (
+        ["model.rope_scaling={'type': 'dynamic', 'beta_fast': 2.0}"],
+        ["rope_scaling.beta_fast", "no meaning for type 'dynamic'"],
+    ),
     (["adam.lr=nan"], ["adam.lr", "nan", ">= 0"]),
     (["adam.lr=inf"], ["adam.lr", "inf", "a finite number"]),
     (["lr_scheduler.warmup_ratio=1.5"], ["found 1.5", "<= 1"]),

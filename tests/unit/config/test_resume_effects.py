@@ -9,7 +9,8 @@ import pytest
 from evomesh.config.reading.draft import leaves
 from evomesh.config.record import config_to_dict
 from evomesh.config.resume_effects import FUNCTION, NOTHING, compare_configs, effect_of
-from evomesh.config.schema import Config, GenerationConfig
+from evomesh.config.rope import RopeScaling
+from evomesh.config.schema import Config, GenerationConfig, ModelConfig
 
 KEYS = [key for key, _ in leaves(Config(generation=GenerationConfig()).model_dump())]
 
@@ -81,6 +82,17 @@ def test_what_acts_through_dynamic_ntk_only_is_silent_without_it() -> None:
         "model.max_position_embeddings",
         "model.use_dynamic_ntk_rope",
     ]
+
+
+def test_a_rotary_scaling_is_one_value() -> None:
+    linear = RopeScaling(type="linear", factor=2.0)
+    assert changed(model={"rope_scaling": linear})[0] == ["model.rope_scaling"]
+    before = Config(model=ModelConfig(rope_scaling=linear))
+    for other in (None, RopeScaling(type="linear", factor=4.0)):
+        found = compare_configs(
+            config_to_dict(before), config_to_dict(Config(model=ModelConfig(rope_scaling=other)))
+        )
+        assert [item.key for item in found.function] == ["model.rope_scaling"]
 
 
 def test_two_ways_to_write_the_same_number_of_heads() -> None:

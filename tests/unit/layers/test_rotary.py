@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import importlib
 import math
+from typing import Any
 
 import pytest
 import torch
 
+from evomesh.config.rope import RopeScaling, scaling_problems
 from evomesh.layers.rotary import RotaryEmbedding, split_and_rotate
 from evomesh.layers.sequence_bounds import SequenceBounds, single_sequence
 from tests.support.covers import covers
@@ -71,3 +74,85 @@ def test_split_and_rotation_as_complex_numbers(interleaved: bool, queries: int) 
         torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-14)
     (a,), (b,) = torch.autograd.grad(ours, qkv, seen), torch.autograd.grad(expected, qkv, seen)
     torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-14)
+
+
+def stock_tables(
+    settings: dict[str, Any], head_dim: int, length: int, monkeypatch: pytest.MonkeyPatch
+) -> Any:
+    """Cosines and sines of transformers' own table [length, H/2], its float32 made float64."""
+    rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
+    config = importlib.import_module("transformers").LlamaConfig(
+        hidden_size=4 * head_dim,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        rope_parameters={"rope_theta": 500.0, **settings},
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "float", torch.float64)
+        patch.setattr(torch, "float32", torch.float64)
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        make = rope_utils.ROPE_INIT_FUNCTIONS[settings["rope_type"]]
+        frequencies, factor = make(config, torch.device("cpu"), seq_len=length)
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
+    return angles.cos() * factor, angles.sin() * factor
+
+
+LONG = {"original_max_position_embeddings": 16, "short_factor": [1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0]}
+LONG["long_factor"] = [2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
+YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
+
+
+@covers(
+    "model.rope_scaling.type",
+    "model.rope_scaling.factor",
+    "model.rope_scaling.original_max_position_embeddings",
+    "model.rope_scaling.low_freq_factor",
+    "model.rope_scaling.high_freq_factor",
+    "model.rope_scaling.beta_fast",
+    "model.rope_scaling.beta_slow",
+    "model.rope_scaling.attention_factor",
+    "model.rope_scaling.mscale",
+    "model.rope_scaling.mscale_all_dim",
+    "model.rope_scaling.truncate",
+    "model.rope_scaling.short_factor",
+    "model.rope_scaling.long_factor",
+)
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("linear", {"factor": 3.0}),
+        ("llama3", YARN | {"low_freq_factor": 1.0, "high_freq_factor": 2.0}),
+        ("llama3", YARN | {"low_freq_factor": 0.25, "high_freq_factor": 4.0}),
+        ("yarn", YARN),
+        ("yarn", YARN | {"attention_factor": 1.5}),
+        ("yarn", YARN | {"beta_fast": 2.0, "beta_slow": 0.125, "truncate": False}),
+        ("yarn", YARN | {"mscale": 2.0, "mscale_all_dim": 0.5}),
+        ("longrope", LONG),
+        ("longrope", LONG | {"factor": 2.0}),
+        ("longrope", LONG | {"attention_factor": 1.25}),
+    ],
+)
+@pytest.mark.parametrize("length", [12, 40])
+def test_scaled_tables_equal_those_of_transformers(
+    kind: str, settings: dict[str, Any], length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scaling = RopeScaling.model_validate({"type": kind, **settings}, strict=False)
+    assert not scaling_problems(scaling, 16)
+    rotary = RotaryEmbedding(16, 500.0, max_position=64, scaling=scaling)
+    found = rotary.tables(single_sequence(length), torch.float64)
+    expected = stock_tables({"rope_type": kind, **settings}, 16, length, monkeypatch)
+    plain = RotaryEmbedding(16, 500.0).tables(single_sequence(length), torch.float64)
+    for ours, theirs, unscaled in zip(found, expected, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
+        assert not torch.allclose(ours, unscaled)
+
+
+def test_longrope_looks_at_each_packed_document_alone() -> None:
+    scaling = RopeScaling.model_validate({"type": "longrope", **LONG}, strict=False)
+    rotary = RotaryEmbedding(16, 500.0, max_position=64, scaling=scaling)
+    packed = SequenceBounds(
+        torch.cat([torch.arange(20), torch.arange(5)]), torch.tensor([0, 20, 25, 25]).int(), 20
+    )
+    cos, _ = rotary.tables(packed, torch.float64)
+    assert torch.equal(cos[:20], rotary.tables(single_sequence(20), torch.float64)[0])
+    assert torch.equal(cos[20:], rotary.tables(single_sequence(5), torch.float64)[0])

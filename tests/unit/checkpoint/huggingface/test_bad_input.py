@@ -67,8 +67,8 @@ BAD: list[tuple[Callable[[Path], object], str]] = [
     (lambda f: edit_config(f, head_dim=16), "head_dim 16 is not supported"),
     (lambda f: edit_config(f, hidden_act="gelu"), "hidden_act 'gelu' is not supported"),
     (
-        lambda f: edit_config(f, rope_parameters={"rope_type": "llama3"}, rotary=None),
-        "rotary scaling 'llama3' is not supported",
+        lambda f: edit_config(f, rope_parameters={"rope_type": "spiral"}, rotary=None),
+        "rotary scaling 'spiral' is not supported",
     ),
     (lambda f: edit_config(f, dtype="int8"), "dtype 'int8'"),
     (lambda f: train(f, prefix=False), "the tokenizer has 3[0-9]+ ids, the embedding 61 rows"),
