@@ -12,6 +12,8 @@ import typer
 from evomesh.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from evomesh.config.loader import LoadedConfig
 
 ConfigArgument = Annotated[
@@ -36,10 +38,6 @@ def make_token_files(loaded: LoadedConfig, *, is_alone: bool = False) -> None:
     Raises:
         UserError: this is one of several processes.
     """
-    from evomesh.cli.tokenize import tokenize as command_line
-
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(command_line)
     for command in loaded.preparation:
         output = Path(command[command.index("--output") + 1])
         if output.exists():
@@ -51,9 +49,23 @@ def make_token_files(loaded: LoadedConfig, *, is_alone: bool = False) -> None:
                 where=loaded.path,
                 fix=f"make them once, before training: evomesh xtuner tokenize {loaded.path}",
             )
-        output.parent.mkdir(parents=True, exist_ok=True)
-        print(f"evomesh {' '.join(command)}", file=sys.stderr)
-        app(list(command[1:]), standalone_mode=False)
+        run_tokenize(command)
+
+
+def run_tokenize(command: Sequence[str]) -> None:
+    """Run an ``evomesh tokenize`` command line, after making the folder of its output.
+
+    Args:
+        command: the arguments of ``evomesh``, "tokenize" first.
+    """
+    from evomesh.cli.tokenize import tokenize as command_line
+
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(command_line)
+    output = Path(command[command.index("--output") + 1])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    print(f"evomesh {' '.join(command)}", file=sys.stderr)
+    app(list(command[1:]), standalone_mode=False)
 
 
 def log_dataset(

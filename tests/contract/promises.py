@@ -92,6 +92,8 @@ PROMISES: tuple[Promise, ...] = (
         "reduce_bucket_size, overlap_sync_grad, overlap_sync_param, all_gather_size",
     ),
     Promise("alerts", "usage", "monitor.alert: Feishu and light monitor", issue=8),
+    Promise("xtuner-config", "tokenized", "XTuner's configs, with the edits of its guides"),
+    Promise("xtuner-train", "tokenized", "xtuner train CONFIG --launcher --deepspeed --work-dir"),
     Promise("deepspeed", "tokenized", "--deepspeed deepspeed_zero1|2|3"),
     Promise("nproc-per-node", "tokenized", "NPROC_PER_NODE and Aliyun DLC's variables"),
     # checkpoints
@@ -109,7 +111,7 @@ PROMISES: tuple[Promise, ...] = (
         "convert2hf", "tutorial", "tools/transformers/convert2hf.py --src_folder --tgt_folder --tokenizer"
     ),
     Promise("tensorboard", "tutorial", "tensorboard --logdir"),
-    Promise("copy-cfg", "tokenized", "xtuner copy-cfg: evomesh config copy"),
+    Promise("copy-cfg", "tokenized", "xtuner copy-cfg NAME DIR writes NAME_copy.py"),
     Promise("pth-to-hf", "tokenized", "pth_to_hf CONFIG SRC DST"),
 )
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from tests.support.covers import covers
 from tests.support.interpreter import Interpreter
 from tests.support.runs import metrics
 from tests.support.xtuner import ROOT, TINY_MODEL, token_files, write_config
@@ -76,6 +79,7 @@ def loss_of_xtuner(model: torch.nn.Module, packs: list[list[np.ndarray]]) -> flo
     return float(torch.cat(losses).mean())
 
 
+@covers("promise:xtuner-train")
 def test_packs_order_and_loss_are_xtuners(place: Path, trained: Path) -> None:
     packs = packs_of_xtuner(place / "data")
     order = np.arange(len(packs))
@@ -140,3 +144,76 @@ def test_the_data_commands(place: Path, interpreter: Interpreter) -> None:
     assert shown.returncode == 0 and "pack 0 of 13, 64 tokens" in shown.stdout
     checked = interpreter.run(["evomesh", "xtuner", "check-custom-dataset", "c.py"], cwd=place)
     assert checked.returncode == 0 and "no problems found" in checked.stdout
+
+
+CONVERSATIONS = [
+    [{"role": "user", "content": f"question {n}"}, {"role": "assistant", "content": f"answer {n}"}]
+    for n in range(40)
+]
+
+
+@pytest.fixture(scope="module")
+def raw(place: Path) -> Path:
+    """A folder raw/ with conversations as XTuner's tools take them, and a tokenizer with InternLM2's chat tokens."""
+    folder = place / "raw"
+    (folder / "set" / "processed").mkdir(parents=True)
+    lines = "".join(json.dumps(messages) + "\n" for messages in CONVERSATIONS)
+    (folder / "set" / "processed" / "a.jsonl").write_text(lines)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=260, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["question answer"], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    return folder
+
+
+def tokens_of(path: Path) -> list[list[int]]:
+    return [json.loads(line)["tokens"] for line in path.read_text().splitlines()]
+
+
+def test_raw_conversations_are_tokenized_before_training(
+    place: Path, raw: Path, interpreter: Interpreter
+) -> None:
+    """The config's own way and both scripts write the same token files; the answers alone are targets."""
+    sizes: dict[str, Any] = {key: value for key, value in TINY_MODEL.items() if key != "architectures"}
+    LlamaForCausalLM(LlamaConfig(**sizes | {"vocab_size": 260})).save_pretrained(raw / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(raw / name, raw / "model" / name)
+    write_config(
+        place / "raw.py",
+        ('"internlm/internlm2-7b"', '"raw/model"'),
+        ("/path/to/sft/data/folder", "raw/set"),
+        ("max_length = 32768", "max_length = 64"),
+        name="internlm2_7b_w_untokenized_dataset",
+    )
+    train = ["evomesh", "xtuner", "train", "raw.py", *FLOAT32, "data.total_steps=2"]
+    ranks = interpreter.start_ranks(train, 1, cwd=place)
+    refused = ranks[0].wait()
+    assert refused.returncode == 2 and "evomesh xtuner tokenize raw.py" in refused.stderr
+    done = interpreter.run(train, cwd=place, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert len(metrics(place / "work_dirs" / "raw")) == 2
+
+    tools = ROOT / "xtuner" / "tools"
+    common = ["--tokenizer-path", "raw/model"]
+    ftdp = ["--processed-dir", "raw", "--tokenized-dir", "ftdp"]
+    plain = ["--data-folder", "raw/set", "--save-folder", "plain", "--file-type", ".jsonl", "--is-ftdp"]
+    plain += ["--prompt-template", "internlm2_chat"]
+    for script, options in (("tokenize_ftdp_datasets", ftdp), ("process_untokenized_datasets", plain)):
+        done = interpreter.run([str(tools / f"{script}.py"), *options, *common], cwd=place)
+        assert done.returncode == 0, done.stderr
+    made = tokens_of(place / "work_dirs/raw/tokenized/raw/dataset0.bin")
+    assert tokens_of(place / "ftdp/chatml_llamav13_32k/train/cn/set/a.bin") == made
+    assert tokens_of(place / "plain/processed/a.bin") == made
+    tokenizer = Tokenizer.from_file(str(raw / "tokenizer.json"))
+    assert len(made) == len(CONVERSATIONS)
+    positive = [token for token in made[7] if token > 0]
+    assert tokenizer.decode(positive, skip_special_tokens=False) == "answer 7<|im_end|>"
+    whole = tokenizer.decode([abs(token) for token in made[7]], skip_special_tokens=False)
+    assert whole.startswith("<s><|im_start|>user\nquestion 7<|im_end|>\n<|im_start|>assistant\n")

@@ -168,6 +168,7 @@ GUIDES: dict[str, tuple[tuple[Edit, ...], dict[str, Any]]] = {
 }
 
 
+@covers("promise:xtuner-config")
 @pytest.mark.parametrize("name", GUIDES)
 def test_edits_of_the_guides(name: str, here: Path) -> None:
     edits, changed = GUIDES[name]
