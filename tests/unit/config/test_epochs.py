@@ -21,7 +21,7 @@ def xtuner_steps(packs: int, dp: int, accumulation: int, epochs: int) -> int:
 
 @covers("data.epochs")
 @pytest.mark.parametrize(
-    ("packs", "dp", "accumulation", "epochs"), [(59, 1, 4, 1), (59, 8, 4, 3), (7, 2, 3, 2)]
+    ("packs", "dp", "accumulation", "epochs"), [(59, 1, 4, 1), (59, 8, 4, 3), (7, 2, 3, 2), (15, 8, 1, 3)]
 )
 def test_xtuners_passes(packs: int, dp: int, accumulation: int, epochs: int) -> None:
     config = Config(data=DataConfig(epochs=epochs, micro_num=accumulation, order="xtuner"))
