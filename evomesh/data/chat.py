@@ -6,12 +6,13 @@ alpaca_tokenizer.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import NoReturn, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from evomesh.config.schema import GenerationConfig
-from evomesh.data.tokenizer import Tokenizer
+from evomesh.data.template import RenderedChat, Span, TemplateRenderer
+from evomesh.data.tokenizer import EncodedText, HfTokenizer, Tokenizer
 from evomesh.errors import UserError
 
 ROLES = ("system", "user", "assistant")
@@ -22,21 +23,27 @@ class ChatMessage:
     """A message of a conversation.
 
     Attributes:
-        role: one of ``ROLES``.
+        role: one of ``ROLES``; "tool" and others for templates of tokenizer folders that have them.
         text: its content.
         train: whether its text is a target.
+        extra: further keys that the template of a tokenizer folder may read: name, tool_calls, reasoning_content.
     """
 
     role: str
     text: str
     train: bool
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 class ChatTemplate(Protocol):
     """A rule that renders conversations as token ids."""
 
-    def encode(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """Return the ids of a conversation; those of tokens that are not targets are negative."""
+    def encode(self, messages: Sequence[ChatMessage], tools: Sequence[Any] | None = None) -> list[int]:
+        """Return the ids of a conversation; those of tokens that are not targets are negative.
+
+        Args:
+            tools: JSON schemas of the functions that the assistant may call.
+        """
         ...
 
     def encode_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
@@ -145,10 +152,12 @@ class StyleTemplate:
                 )
             self.special_ids[token] = token_id
 
-    def encode(self, messages: Sequence[ChatMessage]) -> list[int]:
+    def encode(self, messages: Sequence[ChatMessage], tools: Sequence[Any] | None = None) -> list[int]:
+        self._check_plain(messages, tools)
         return self._encode_turns(messages) + self.ending
 
     def encode_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
+        self._check_plain(messages, None)
         ids = [abs(token) for token in self._encode_turns(messages)]
         return ids + self._encode_fragments(self.style.turns["assistant"].opening)
 
@@ -162,6 +171,19 @@ class StyleTemplate:
         if self.style.eos and self.tokenizer.eos_id is not None:
             return [self.tokenizer.eos_id]
         return []
+
+    def _check_plain(self, messages: Sequence[ChatMessage], tools: Sequence[Any] | None) -> None:
+        """Refuse what a built-in template has no place for."""
+        roles = {message.role for message in messages} - set(self.style.turns)
+        keys = {key for message in messages for key in message.extra}
+        lacking = [f"the role {role!r}" for role in sorted(roles)]
+        lacking += [f"the key {key!r} of a message" for key in sorted(keys)]
+        lacking += ["tools"] if tools else []
+        if lacking:
+            raise UserError(
+                f"the built-in chat template has no place for {', '.join(lacking)}",
+                fix="use the template of a tokenizer that has one: --chat-template tokenizer",
+            )
 
     def _encode_turns(self, messages: Sequence[ChatMessage]) -> list[int]:
         ids = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
@@ -211,55 +233,42 @@ def _find_special_id(token: str, tokenizer: Tokenizer) -> int | None:
 class JinjaTemplate:
     """The template in a tokenizer's folder.
 
-    The target of a trained message is what its rendering appends to the generation prompt.
+    A conversation is rendered and encoded as a whole, as by a server. Spans of characters tell which ids are targets:
+    what the template puts between ``{% generation %}`` tags, or without such tags what it appends to the generation
+    prompt.
 
     Raises:
-        UserError: the folder has no template, or a trained message changes what was rendered before it.
+        UserError: the folder has no template, or one that does not compile.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        if not tokenizer.chat_template:
+        where = str(tokenizer.path.parent)
+        if not tokenizer.templates.get("default"):
+            names = ", ".join(map(repr, tokenizer.templates))
+            found = f"no default chat template, but {names}" if any(tokenizer.templates.values()) else ""
             raise UserError(
-                "no chat template",
-                where=str(tokenizer.path.parent),
+                found or "no chat template",
+                where=where,
                 expected="chat_template.jinja, or chat_template in tokenizer_config.json",
                 fix=f"use a built-in one: --chat-template {'|'.join(STYLES)}",
             )
+        assert isinstance(tokenizer, HfTokenizer)  # a model without files beside it has no template
         self.tokenizer = tokenizer
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _raise_template_error
-        self._template = environment.from_string(tokenizer.chat_template)
-        special_ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-        self._special_tokens = {
-            name: "" if token_id is None else tokenizer.decode([token_id])
-            for name, token_id in special_ids.items()
+        self._renderers = {
+            name: TemplateRenderer(source, where) for name, source in tokenizer.templates.items()
         }
 
-    def encode(self, messages: Sequence[ChatMessage]) -> list[int]:
-        # The conversation is rendered once per message; what a rendering adds to the one before is the message.
-        ids: list[int] = []
-        rendered = ""
-        for number, message in enumerate(messages):
-            if message.train:
-                prompt = self._render(messages[:number], rendered, add_generation_prompt=True)
-                ids += mask(self.tokenizer.encode(prompt[len(rendered) :]))
-                rendered = prompt
-            text = self._render(messages[: number + 1], rendered)
-            added = self.tokenizer.encode(text[len(rendered) :])
-            ids += added if message.train else mask(added)
-            rendered = text
-        return ids
+    def encode(self, messages: Sequence[ChatMessage], tools: Sequence[Any] | None = None) -> list[int]:
+        whole = self._render(messages, tools=tools)
+        encoded = self.tokenizer.encode_with_spans(whole.text)
+        is_target = [False] * len(encoded.ids)
+        for span in self._target_spans(messages, tools, whole, encoded):
+            for position in _covered(encoded, span):
+                is_target[position] = True
+        return [token if target else -token for token, target in zip(encoded.ids, is_target, strict=True)]
 
     def encode_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
-        from jinja2 import TemplateError
-
-        try:
-            return self.tokenizer.encode(self._render(messages, "", add_generation_prompt=True))
-        # Templates are programs: they can raise anything on input that they do not expect.
-        except (TemplateError, TypeError, ValueError) as error:
-            raise UserError(f"the chat template rejects the conversation: {error}") from None
+        return self.tokenizer.encode(self._render(messages, add_generation_prompt=True).text)
 
     def render(self, turns: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
         """Return the text of turns of role and content.
@@ -268,12 +277,15 @@ class JinjaTemplate:
             add_generation_prompt: render up to where the assistant's answer starts; else up to the end of the last
                 turn's content, so that a model can continue it.
         """
-        messages = [ChatMessage(turn["role"], turn["content"], train=False) for turn in turns]
-        text = self._render(messages, "", add_generation_prompt)
-        if add_generation_prompt or not turns:
-            return text
-        last = turns[-1]["content"].strip()
-        return text[: text.rindex(last) + len(last)]
+        if not turns:
+            return ""
+        rendered = self._renderers["default"].render(
+            turns,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+            variables=self.tokenizer.special_tokens,
+        )
+        return rendered.text
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -283,27 +295,128 @@ class JinjaTemplate:
     def ending(self) -> list[int]:
         return []
 
-    def _render(
-        self, messages: Sequence[ChatMessage], rendered: str, add_generation_prompt: bool = False
-    ) -> str:
-        """Return the text of messages, of which ``rendered`` is the beginning."""
-        text = rendered
-        if messages:
-            turns = [{"role": message.role, "content": message.text} for message in messages]
-            text = self._template.render(
-                messages=turns, add_generation_prompt=add_generation_prompt, **self._special_tokens
-            )
-        if not text.startswith(rendered):
+    def turn_end(self) -> int | None:
+        """Return the id of the special token after an answer; None if there is none or no answer can be rendered."""
+        answer = "answer"
+        conversation = [ChatMessage("user", "question", False), ChatMessage("assistant", answer, False)]
+        try:
+            text = self._render(conversation).text
+        except UserError:
+            return None
+        place = text.rfind(answer)
+        if place < 0:
+            return None
+        encoded = self.tokenizer.encode_with_spans(text)
+        for token, (start, _) in zip(encoded.ids, encoded.spans, strict=True):
+            if start >= place + len(answer) and self.tokenizer.is_added(token):
+                return token
+        return None
+
+    def _target_spans(
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[Any] | None,
+        whole: RenderedChat,
+        encoded: EncodedText,
+    ) -> list[Span]:
+        """Return the spans of the text that are targets."""
+        trained = [number for number, message in enumerate(messages) if message.train]
+        spans: list[Span] = []
+        if whole.generated:
+            answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
+            spans = self._tagged_spans(messages, answers, whole)
+            trained = [number for number in trained if number not in answers]
+        for number in trained:
+            start, end = self._appended_span(messages, number, tools, whole.text)
+            spans.append((start, _token_boundary(encoded, end)))
+        return spans
+
+    def _tagged_spans(
+        self, messages: Sequence[ChatMessage], answers: Sequence[int], whole: RenderedChat
+    ) -> list[Span]:
+        """Return the tagged spans of the answers that are targets."""
+        if all(messages[number].train for number in answers):
+            return whole.generated
+        if len(whole.generated) != len(answers):
             raise UserError(
-                "the chat template changes earlier messages when a later one is added, so targets are ambiguous",
+                f"the chat template marks {len(whole.generated)} spans as generated in {len(answers)} answers, "
+                "so it is unknown which of them is an answer that is not trained",
                 where=str(self.tokenizer.path.parent),
-                fix=f"use a built-in one: --chat-template {'|'.join(STYLES)}",
+                fix=f"train all answers, or use a built-in template: --chat-template {'|'.join(STYLES)}",
             )
-        return text
+        spans = zip(answers, whole.generated, strict=True)
+        return [span for number, span in spans if messages[number].train]
+
+    def _appended_span(
+        self, messages: Sequence[ChatMessage], number: int, tools: Sequence[Any] | None, whole: str
+    ) -> Span:
+        """Return the span of a message: from the end of the generation prompt to the end of what follows it.
+
+        Raises:
+            UserError: later messages change the text of this one or of those before it.
+        """
+        is_answer = messages[number].role == "assistant"
+        before = ""
+        if number:
+            before = self._render(messages[:number], tools=tools, add_generation_prompt=is_answer).text
+        until = whole
+        if number + 1 < len(messages):
+            # Some templates write eos at the end of any text: what both renderings share is the message.
+            closed = self._render(messages[: number + 1], tools=tools).text
+            prompted = self._render(messages[: number + 1], tools=tools, add_generation_prompt=True).text
+            until = _shared_start(closed, prompted)
+        if not (until.startswith(before) and whole.startswith(until)):
+            raise UserError(
+                f"the chat template changes earlier messages when a later one is added: message {number + 1} of "
+                f"{len(messages)} is not what a model is asked to write, so targets are ambiguous",
+                where=str(self.tokenizer.path.parent),
+                fix='give it "loss": false, end the conversation with it, or use a built-in template: '
+                f"--chat-template {'|'.join(STYLES)}",
+            )
+        return len(before), len(until)
+
+    def _render(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        tools: Sequence[Any] | None = None,
+        add_generation_prompt: bool = False,
+    ) -> RenderedChat:
+        turns = [{"role": message.role, "content": message.text, **message.extra} for message in messages]
+        name = "tool_use" if tools and "tool_use" in self._renderers else "default"
+        variables: dict[str, Any] = {**self.tokenizer.special_tokens, "tools": tools}
+        return self._renderers[name].render(
+            turns, add_generation_prompt=add_generation_prompt, variables=variables
+        )
 
 
-def _raise_template_error(message: str) -> NoReturn:
-    raise UserError(f"the chat template rejects the conversation: {message}")
+def _covered(encoded: EncodedText, span: Span) -> list[int]:
+    """Return the positions of the tokens of a span of characters.
+
+    The bytes of one character may be tokens of which only the last stands for it.
+    """
+    first, last = span
+    return [
+        position
+        for position, (start, end) in enumerate(encoded.spans)
+        if start < last and (end > first or start == end >= first)
+    ]
+
+
+def _shared_start(first: str, second: str) -> str:
+    """Return the longest text that both begin with."""
+    length = 0
+    for one, other in zip(first, second, strict=False):
+        if one != other:
+            break
+        length += 1
+    return first[:length]
+
+
+def _token_boundary(encoded: EncodedText, end: int) -> int:
+    """Return the start of the token that an end falls into, else the end."""
+    inside = [start for start, stop in encoded.spans if start < end < stop]
+    return inside[0] if inside else end
 
 
 def mask(ids: Sequence[int]) -> list[int]:
@@ -339,7 +452,9 @@ def choose_template(name: str, tokenizer: Tokenizer) -> ChatTemplate | None:
 def turn_end_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     """Return the ids that end an assistant's turn in the tokenizer's own chat template."""
     known = [tokenizer.token_id(name) for name in TURN_ENDS if name in tokenizer.chat_template]
-    return tuple(token for token in known if token is not None)
+    if tokenizer.chat_template:
+        known.append(JinjaTemplate(tokenizer).turn_end())
+    return tuple(dict.fromkeys(token for token in known if token is not None))
 
 
 def end_of_answer_ids(

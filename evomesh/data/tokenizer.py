@@ -1,21 +1,40 @@
 """Load tokenizers: a Hugging Face ``tokenizer.json`` (or a folder with one) or a sentencepiece ``.model``.
 
-Python files in a tokenizer's folder are never executed.
+Ids are those of ``transformers`` for the same folder. Python files in a tokenizer's folder are never executed.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from evomesh.config.user import expand_home
+from evomesh.data.sentencepiece_model import (
+    SPACE,
+    build_fast_tokenizer,
+    llama_decoder,
+    read_model,
+    set_leading_bos,
+)
+from evomesh.data.tokenizer_folder import TokenizerFolder, read_json, read_tokenizer_folder
 from evomesh.errors import UserError
 
+# Taken for bos and eos where no file beside the tokenizer names them.
 BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|startoftext|>", "<|endoftext|>")
 EOS_NAMES = ("</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|endoftext|>")
+
+
+class EncodedText(NamedTuple):
+    """The ids of a text, and the span of characters that each stands for.
+
+    Attributes:
+        spans: start and end; equal for a token that adds no character, such as a byte inside one.
+    """
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
 
 
 class Tokenizer(Protocol):
@@ -23,11 +42,13 @@ class Tokenizer(Protocol):
 
     Attributes:
         path: file it was loaded from.
-        hash: SHA-256 of that file; equal hashes give equal ids.
+        hash: SHA-256 of that file, and of the tokens that its folder adds; equal hashes give equal ids.
         vocab_size: all ids are less than this.
         bos_id, eos_id: None if the tokenizer has none.
         add_bos: whether the tokenizer's config puts bos at the start of texts.
         chat_template: jinja text from the tokenizer's folder, "" if there is none.
+        templates: all chat templates of the folder by name; ``chat_template`` is "default".
+        special_tokens: the text of each special token by its name ("bos_token").
     """
 
     path: Path
@@ -37,6 +58,8 @@ class Tokenizer(Protocol):
     eos_id: int | None
     add_bos: bool
     chat_template: str
+    templates: Mapping[str, str]
+    special_tokens: Mapping[str, str]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text, without bos and eos; uses all cores."""
@@ -60,35 +83,53 @@ class Tokenizer(Protocol):
 
 
 class HfTokenizer:
-    """A ``tokenizers.Tokenizer`` with the bos, eos and chat template that the files beside it define."""
+    """A ``tokenizers.Tokenizer`` with the added tokens, special tokens and chat templates that its folder names.
+
+    Args:
+        path: a tokenizer.json, or a sentencepiece model beside which the folder has other files.
+
+    Attributes:
+        adds_tokens: whether files beside the model change its tokens or its treatment of spaces.
+    """
 
     def __init__(self, path: Path) -> None:
-        from tokenizers import Tokenizer as Backend
-
-        try:
-            self._backend = Backend.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise UserError(f"not a tokenizer.json ({error})", where=str(path)) from None
+        folder = read_tokenizer_folder(path.parent)
+        self._backend = _load_model(path, folder) if path.suffix == ".model" else _load_json(path, folder)
+        _add_tokens(self._backend, folder)
         self._backend.no_truncation()
         self._backend.no_padding()
         self.path = path
-        self.hash = _sha256(path)
+        self.hash = _hash(path, folder)
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        special_tokens = _read_json(path.parent / "special_tokens_map.json")
-        settings = special_tokens | _read_json(path.parent / "tokenizer_config.json")
-        self.bos_id = self._special_id(settings.get("bos_token"), BOS_NAMES)
-        self.eos_id = self._special_id(settings.get("eos_token"), EOS_NAMES)
+        settings = folder.settings
+        self.adds_tokens = bool(folder.added) or folder.class_name == "LlamaTokenizer"
+        names = dict(folder.special)
+        for name, common in (("bos_token", BOS_NAMES), ("eos_token", EOS_NAMES)):
+            found = None if folder.names(name) else self._first_known(name, common)
+            if found is not None:
+                names[name] = found
+        self.special_tokens: Mapping[str, str] = names
+        self.bos_id = self.token_id(names["bos_token"]) if "bos_token" in names else None
+        self.eos_id = self.token_id(names["eos_token"]) if "eos_token" in names else None
+        if path.suffix == ".model" and self.bos_id is not None and settings.get("add_bos_token"):
+            set_leading_bos(self._backend, names["bos_token"], self.bos_id)
         # Without an explicit setting, encode an empty text and see whether it starts with bos.
         first = self._backend.encode("", add_special_tokens=True).ids[:1]
         starts_with_bos = self.bos_id is not None and first == [self.bos_id]
         self.add_bos = bool(settings.get("add_bos_token", starts_with_bos))
-        self.chat_template = _chat_template(path.parent, settings)
+        self.templates: Mapping[str, str] = folder.templates
+        self.chat_template = folder.templates.get("default", "")
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode(self, text: str) -> list[int]:
         return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def encode_with_spans(self, text: str) -> EncodedText:
+        """Return the ids of ``encode`` and the characters that each stands for."""
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return EncodedText(list(encoding.ids), list(encoding.offsets))
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._backend.decode(list(ids), skip_special_tokens=False))
@@ -100,18 +141,102 @@ class HfTokenizer:
     def token_name(self, token_id: int) -> str:
         return self._backend.id_to_token(token_id) or ""
 
-    def _special_id(self, setting: Any, common_names: Sequence[str]) -> int | None:
-        """Return the id of the token that a setting names; without a setting, of the first common name that exists."""
-        name = setting.get("content") if isinstance(setting, dict) else setting
-        for candidate in [name] if name else common_names:
-            token_id = self.token_id(candidate)
-            if token_id is not None:
-                return token_id
-        return None
+    def is_added(self, token_id: int) -> bool:
+        """Return whether an id is recognized in text by its name, as special tokens are."""
+        return token_id in self._backend.get_added_tokens_decoder()
+
+    def save(self, path: Path) -> None:
+        """Write a tokenizer.json with all tokens, those of the folder included."""
+        self._backend.save(str(path))
+
+    def _first_known(self, name: str, common: Sequence[str]) -> str | None:
+        """Return the first common name of a special token that exists; a sentencepiece model has its own."""
+        if self.path.suffix == ".model":
+            trainer = read_model(self.path).trainer_spec
+            common = (trainer.bos_piece if name == "bos_token" else trainer.eos_piece,)
+        known = [candidate for candidate in common if self.token_id(candidate) is not None]
+        return known[0] if known else None
+
+
+def _load_json(path: Path, folder: TokenizerFolder) -> Any:
+    """Load a tokenizer.json."""
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        backend = Backend.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"not a tokenizer.json ({error})", where=str(path)) from None
+    if _is_rebuilt_as_llama(path, folder):
+        backend.normalizer = None
+        _space_like_llama(backend, folder)
+    return backend
+
+
+def _is_rebuilt_as_llama(path: Path, folder: TokenizerFolder) -> bool:
+    """Return whether ``transformers`` takes pieces alone from the file, and spaces from its class for Llama models."""
+    model_type = read_json(path.parent / "config.json").get("model_type", "llama")
+    if folder.class_name != "LlamaTokenizer" or model_type != "llama":
+        return False
+    record = read_json(path)
+    is_bytes = "ByteLevel" in str(record.get("pre_tokenizer")) or "ByteLevel" in str(record.get("decoder"))
+    return bool(record.get("model", {}).get("type") == "BPE") and not is_bytes
+
+
+def _load_model(path: Path, folder: TokenizerFolder) -> Any:
+    """Build a backend from a sentencepiece model; ids that the folder gives another name have that name."""
+    try:
+        model = read_model(path)
+    except Exception as error:  # protobuf's own
+        raise UserError(f"not a sentencepiece model ({error})", where=str(path)) from None
+    known = {piece.piece for piece in model.pieces}
+    for token in folder.added:
+        if token.id is not None and token.id < len(model.pieces) and token.content not in known:
+            piece = model.pieces[token.id]
+            piece.piece = token.content
+            piece.type = piece.USER_DEFINED
+    backend = build_fast_tokenizer(model)
+    if folder.class_name == "LlamaTokenizer":
+        backend.normalizer = None
+        _space_like_llama(backend, folder)
+    return backend
+
+
+def _space_like_llama(backend: Any, folder: TokenizerFolder) -> None:
+    """Treat spaces as LlamaTokenizer: one in front of the text, or with ``legacy`` of every part between tokens."""
+    from tokenizers import pre_tokenizers
+
+    has_prefix = folder.settings.get("add_prefix_space")
+    has_prefix = True if has_prefix is None else bool(has_prefix)
+    prefixed = "always" if folder.settings.get("legacy") else "first"
+    scheme = prefixed if has_prefix else "never"
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme=scheme, split=False)
+    backend.decoder = llama_decoder(has_prefix)
+
+
+def _add_tokens(backend: Any, folder: TokenizerFolder) -> None:
+    """Add the folder's tokens.
+
+    Raises:
+        UserError: the folder gives a token another id than it has.
+    """
+    from tokenizers import AddedToken
+
+    for token in folder.added:
+        flags = dict(token.flags)
+        backend.add_tokens(
+            [AddedToken(token.content, special=token.special, normalized=token.normalized, **flags)]
+        )
+        token_id = backend.token_to_id(token.content)
+        if token.id is not None and token_id != token.id:
+            raise UserError(
+                f"the files give the token {token.content!r} the id {token.id}, but it has {token_id}",
+                where=str(folder.path),
+                expected="added_tokens_decoder and added_tokens.json with the ids of the vocabulary",
+            )
 
 
 class SentencePieceTokenizer:
-    """A ``sentencepiece`` model; bos is prepended only if a tokenizer_config.json beside it enables it."""
+    """A ``sentencepiece`` model without any file beside it; bos is not prepended."""
 
     def __init__(self, path: Path) -> None:
         import sentencepiece
@@ -123,14 +248,18 @@ class SentencePieceTokenizer:
         self.path = path
         self.hash = _sha256(path)
         self.vocab_size = int(self._backend.vocab_size())
-        settings = _read_json(path.parent / "tokenizer_config.json")
         # sentencepiece returns -1 for a token that the model does not have
         bos_id = int(self._backend.bos_id())
         eos_id = int(self._backend.eos_id())
         self.bos_id = bos_id if bos_id >= 0 else None
         self.eos_id = eos_id if eos_id >= 0 else None
-        self.add_bos = bool(settings.get("add_bos_token", False))
-        self.chat_template = _chat_template(path.parent, settings)
+        ends = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        self.special_tokens: Mapping[str, str] = {
+            name: self.token_name(token_id) for name, token_id in ends.items() if token_id is not None
+        }
+        self.add_bos = False
+        self.templates: Mapping[str, str] = {}
+        self.chat_template = ""
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         encoded: list[list[int]] = self._backend.encode(texts)
@@ -175,7 +304,8 @@ def load_tokenizer(path: str | Path, where: str = "--tokenizer") -> Tokenizer:
             where=where,
             expected="a tokenizer.json, a sentencepiece .model, or a folder with one of them",
         )
-    return HfTokenizer(file) if file.suffix == ".json" else SentencePieceTokenizer(file)
+    is_bare = file.suffix != ".json" and not read_tokenizer_folder(file.parent).exists
+    return SentencePieceTokenizer(file) if is_bare else HfTokenizer(file)
 
 
 def _find_tokenizer(folder: Path, where: str) -> Path:
@@ -222,22 +352,9 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"not JSON ({error})", where=str(path)) from None
-    return record if isinstance(record, dict) else {}
-
-
-def _chat_template(folder: Path, settings: dict[str, Any]) -> str:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = settings.get("chat_template") or ""
-    if isinstance(template, list):  # several named templates
-        named = {entry.get("name"): entry.get("template", "") for entry in template}
-        template = named.get("default", "")
-    return str(template)
+def _hash(path: Path, folder: TokenizerFolder) -> str:
+    """Return a hash of all that determines the ids; that of the file if the folder adds no token."""
+    if not folder.added:
+        return _sha256(path)
+    spacing = [folder.class_name, folder.settings.get("legacy"), folder.settings.get("add_prefix_space")]
+    return hashlib.sha256(repr([_sha256(path), folder.added, spacing]).encode()).hexdigest()

@@ -9,10 +9,15 @@ from typing import Any
 
 from evomesh.checkpoint.huggingface.config import SpecialTokenIds
 from evomesh.checkpoint.huggingface.folder import read_json
-from evomesh.checkpoint.huggingface.spm import build_fast_tokenizer, fits_llama_tokenizer, read_model
 from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.config.schema import GenerationConfig
 from evomesh.data.chat import end_of_answer_ids
+from evomesh.data.sentencepiece_model import (
+    build_fast_tokenizer,
+    fits_llama_tokenizer,
+    read_model,
+    set_leading_bos,
+)
 from evomesh.data.tokenizer import HfTokenizer, Tokenizer
 from evomesh.storage.local import LocalStorage
 
@@ -47,7 +52,7 @@ def write_tokenizer(tokenizer: Tokenizer, target: Path, template: str | None, ma
     Args:
         template: Jinja text of the chat template; None: the tokenizer's template.
     """
-    fast = isinstance(tokenizer, HfTokenizer)
+    fast = tokenizer.path.suffix == ".json"
     beside = tokenizer.path.parent
     model_name = "tokenizer.json" if fast else "tokenizer.model"
     shutil.copyfile(tokenizer.path, target / model_name)
@@ -62,10 +67,9 @@ def write_tokenizer(tokenizer: Tokenizer, target: Path, template: str | None, ma
     settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     settings.setdefault("model_max_length", max_length)
     settings.setdefault("clean_up_tokenization_spaces", False)
-    special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-    for key, token in special.items():
-        if token is not None and not settings.get(key):
-            settings[key] = _piece(tokenizer, token)
+    for key in ("bos_token", "eos_token"):
+        if key in tokenizer.special_tokens and not settings.get(key):
+            settings[key] = tokenizer.special_tokens[key]
     if not fast:
         settings |= _sentencepiece_settings(tokenizer, target, settings)
     if template is not None:
@@ -79,8 +83,14 @@ def _sentencepiece_settings(tokenizer: Tokenizer, target: Path, given: dict[str,
     model = read_model(tokenizer.path)
     unknown = next(piece.piece for piece in model.pieces if piece.type == piece.UNKNOWN)
     common = {"unk_token": given.get("unk_token") or unknown}
+    if isinstance(tokenizer, HfTokenizer) and tokenizer.adds_tokens:
+        tokenizer.save(target / "tokenizer.json")
+        return given | {"tokenizer_class": "PreTrainedTokenizerFast"}
     if not fits_llama_tokenizer(model):
-        build_fast_tokenizer(model, tokenizer.add_bos).save(str(target / "tokenizer.json"))
+        backend = build_fast_tokenizer(model)
+        if tokenizer.add_bos and tokenizer.bos_id is not None:
+            set_leading_bos(backend, tokenizer.special_tokens["bos_token"], tokenizer.bos_id)
+        backend.save(str(target / "tokenizer.json"))
         return common | {"tokenizer_class": "PreTrainedTokenizerFast"}
     return common | {
         "tokenizer_class": "LlamaTokenizer",
@@ -89,14 +99,6 @@ def _sentencepiece_settings(tokenizer: Tokenizer, target: Path, given: dict[str,
         "add_bos_token": given.get("add_bos_token", tokenizer.add_bos),
         "add_eos_token": given.get("add_eos_token", False),
     }
-
-
-def _piece(tokenizer: Tokenizer, token: int) -> str:
-    if isinstance(tokenizer, HfTokenizer):
-        return tokenizer.decode([token])
-    from sentencepiece import SentencePieceProcessor
-
-    return str(SentencePieceProcessor(model_file=str(tokenizer.path)).id_to_piece(token))
 
 
 def compare_tokenizers(ours: Tokenizer, folder: Path) -> None:

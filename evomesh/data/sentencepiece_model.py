@@ -1,4 +1,4 @@
-"""Convert a sentencepiece model for readers of Hugging Face folders."""
+"""Convert a sentencepiece model to a backend of ``tokenizers``."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def fits_llama_tokenizer(model: Any) -> bool:
     return model.trainer_spec.model_type == model.trainer_spec.BPE and not changes
 
 
-def build_fast_tokenizer(model: Any, add_bos: bool) -> Any:
+def build_fast_tokenizer(model: Any) -> Any:
     """Build a ``tokenizers.Tokenizer`` with the same pieces and the same treatment of spaces.
 
     A Llama tokenizer of ``transformers`` is not an option: it adds no space in front of a text that begins with one.
     """
-    from tokenizers import AddedToken, Tokenizer, processors
+    from tokenizers import AddedToken, Tokenizer
 
     tokenizer = Tokenizer(_tokenizer_model(model))
     tokenizer.normalizer = _normalizer(model.normalizer_spec)
@@ -40,14 +40,16 @@ def build_fast_tokenizer(model: Any, add_bos: bool) -> Any:
             tokenizer.add_special_tokens([AddedToken(piece.piece, special=True, normalized=False)])
         elif piece.type == piece.USER_DEFINED:
             tokenizer.add_tokens([AddedToken(piece.piece, special=False, normalized=False)])
-    if add_bos:
-        bos = model.trainer_spec.bos_piece
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A",
-            pair=f"{bos} $A {bos} $B",
-            special_tokens=[(bos, tokenizer.token_to_id(bos))],
-        )
     return tokenizer
+
+
+def set_leading_bos(tokenizer: Any, bos: str, bos_id: int) -> None:
+    """Make a ``tokenizers.Tokenizer`` put bos in front of texts."""
+    from tokenizers import processors
+
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bos_id)]
+    )
 
 
 def _tokenizer_model(model: Any) -> Any:
@@ -91,6 +93,14 @@ def _decoder(spec: Any) -> Any:
     if spec.add_dummy_prefix:
         steps.append(decoders.Strip(content=" ", left=1))
     return decoders.Sequence(steps)
+
+
+def llama_decoder(has_prefix: bool) -> Any:
+    """Build the decoder of LlamaTokenizer."""
+    from tokenizers import decoders
+
+    steps: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    return decoders.Sequence(steps + [decoders.Strip(content=" ", left=1)] * has_prefix)
 
 
 def merges(model: Any) -> list[tuple[str, str]]:

@@ -1,0 +1,189 @@
+"""Read what the files of a tokenizer's folder say beside its vocabulary: added tokens, special tokens, chat templates.
+
+The files and their precedence are those of ``transformers``: with ``added_tokens_decoder`` in tokenizer_config.json the
+older special_tokens_map.json and added_tokens.json do not count.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evomesh.errors import UserError
+
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# The special tokens of tokenizer classes, where a folder does not name them; of any other class: none.
+CLASS_DEFAULTS = {
+    "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "GemmaTokenizer": {
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+    },
+    "Qwen2Tokenizer": {
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+    },
+}
+FLAGS = ("single_word", "lstrip", "rstrip")
+MEMBERS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True)
+class AddedTokenSpec:
+    """A token that a folder adds to the vocabulary.
+
+    Attributes:
+        id: the id that the folder gives it; None: the next one.
+        flags: further arguments of ``tokenizers.AddedToken``.
+    """
+
+    content: str
+    id: int | None
+    special: bool
+    normalized: bool
+    flags: tuple[tuple[str, bool], ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenizerFolder:
+    """What the files beside a vocabulary say.
+
+    Attributes:
+        path: the folder.
+        exists: whether there is any such file.
+        settings: tokenizer_config.json, with special_tokens_map.json where that counts.
+        added: tokens to add, in order.
+        special: the text of each special token by its name ("bos_token").
+        templates: chat templates by name; the usual one is "default".
+    """
+
+    path: Path
+    exists: bool
+    settings: dict[str, Any]
+    added: list[AddedTokenSpec]
+    special: dict[str, str]
+    templates: dict[str, str]
+
+    @property
+    def class_name(self) -> str:
+        """The tokenizer class without its suffix; "" if the folder names none."""
+        return str(self.settings.get("tokenizer_class") or "").removesuffix("Fast")
+
+    def names(self, special: str) -> bool:
+        """Return whether the folder says which token a special one is, or that there is none."""
+        return special in self.settings or bool(self.class_name)
+
+
+def read_tokenizer_folder(path: Path) -> TokenizerFolder:
+    """Read the files of a folder; all of them are optional.
+
+    Raises:
+        UserError: a file is not JSON, or has another form than expected.
+    """
+    settings = read_json(path / "tokenizer_config.json")
+    added: dict[str, AddedTokenSpec] = {}
+    if "added_tokens_decoder" in settings:
+        for token_id, token in _object(settings, "added_tokens_decoder", path).items():
+            spec = _added_token(token, int(token_id), special=False)
+            added[spec.content] = spec
+    else:
+        settings |= read_json(path / "special_tokens_map.json")
+        named = _special_tokens(settings)
+        extra = {_content(token) for token in _extra_tokens(settings)}
+        for content, token_id in sorted(read_json(path / "added_tokens.json").items(), key=_by_id):
+            is_special = content in extra or content in named.values()
+            added[content] = AddedTokenSpec(content, token_id, is_special, not is_special)
+    special = _special_tokens(settings)
+    for token in [*map(settings.get, SPECIAL_NAMES), *special.values(), *_extra_tokens(settings)]:
+        if token and _content(token) not in added:
+            spec = _added_token(token, None, special=True)
+            added[spec.content] = spec
+    return TokenizerFolder(
+        path,
+        any((path / name).is_file() for name in MEMBERS),
+        settings,
+        list(added.values()),
+        special,
+        _chat_templates(path, settings),
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; an empty one if there is no file.
+
+    Raises:
+        UserError: it is not JSON.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not JSON ({error})", where=str(path)) from None
+    return record if isinstance(record, dict) else {}
+
+
+def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:
+    class_name = str(settings.get("tokenizer_class") or "").removesuffix("Fast")
+    named = CLASS_DEFAULTS.get(class_name, {}) | {
+        name: settings[name] for name in SPECIAL_NAMES if name in settings
+    }
+    return {name: _content(token) for name, token in named.items() if token}
+
+
+def _extra_tokens(settings: dict[str, Any]) -> list[Any]:
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    return list(extra.values()) if isinstance(extra, dict) else list(extra)
+
+
+def _content(token: Any) -> str:
+    return str(token.get("content", "")) if isinstance(token, dict) else str(token)
+
+
+def _added_token(token: Any, token_id: int | None, *, special: bool) -> AddedTokenSpec:
+    """Return an added token of a string or an object."""
+    if not isinstance(token, dict):
+        return AddedTokenSpec(str(token), token_id, special, False)
+    flags = tuple((name, bool(token.get(name, False))) for name in FLAGS)
+    is_special = bool(token.get("special", special))
+    return AddedTokenSpec(
+        _content(token), token_id, is_special, bool(token.get("normalized", not is_special)), flags
+    )
+
+
+def _by_id(entry: tuple[str, Any]) -> int:
+    return int(entry[1])
+
+
+def _object(settings: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
+    value = settings[key] or {}
+    if not isinstance(value, dict):
+        raise UserError(
+            f"{key} is a {type(value).__name__}",
+            where=str(path / "tokenizer_config.json"),
+            expected="an object of ids and tokens",
+        )
+    return value
+
+
+def _chat_templates(path: Path, settings: dict[str, Any]) -> dict[str, str]:
+    """Return the chat templates by name; files replace the setting."""
+    found = {}
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        found["default"] = file.read_text(encoding="utf-8")
+    for other in sorted((path / "additional_chat_templates").glob("*.jinja")):
+        found[other.stem] = other.read_text(encoding="utf-8")
+    if found:
+        return found
+    given = settings.get("chat_template") or {}
+    if isinstance(given, list):
+        return {str(entry["name"]): str(entry["template"]) for entry in given}
+    if isinstance(given, dict):
+        return {str(name): str(template) for name, template in given.items()}
+    return {"default": str(given)}
