@@ -192,7 +192,7 @@ class TemplateRenderer:
         where: file or folder it comes from, for messages.
 
     Raises:
-        UserError: it is no Jinja template, or too large or too deeply nested.
+        UserError: it is not a Jinja template, or too large or too deeply nested.
     """
 
     def __init__(self, source: str, where: str) -> None:

@@ -51,7 +51,7 @@ class AddedTokenSpec:
 
 @dataclass(frozen=True)
 class TokenizerFolder:
-    """What the files beside a vocabulary say.
+    """The tokens, settings and templates that the files beside a vocabulary define.
 
     Attributes:
         path: the folder.

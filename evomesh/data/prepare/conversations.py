@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomesh.data.chat import ROLES, ChatTemplate, build_template
-from evomesh.data.prepare.read_conversation import RecordSchema, read_conversation
+from evomesh.data.prepare.read_conversation import RecordSchema, read_conversation, read_tools
 from evomesh.data.prepare.tokenize import (
     ProgressCallback,
     check_same_tokenizer,
@@ -116,6 +116,14 @@ def tokenize_chats(
 
         # 4. All files are complete: give them their names.
         facts = describe_tokenizer(tokenizer) | {"options": asdict(options)} | asdict(counts)
+        if counts.without_target == len(held_out):
+            raise UserError(
+                f"none of the {len(held_out)} conversations has a target ({counts.truncated} of them were truncated "
+                f"to {options.max_length} tokens)",
+                where=str(files[0].path),
+                expected=f"messages of {', '.join(options.roles)} that are not excluded",
+                fix="check --train-on, --max-length and the flags of the messages",
+            )
         fingerprints = {}
         for writer in writers:
             all_sources = [*writer.previous.get("sources", []), *sources]
@@ -180,8 +188,16 @@ def _encode(
     """
 
     def encode(chunk: Sequence[SourceRecord]) -> list[list[int]]:
-        conversations = [read_conversation(record, options.schema, options.roles) for record in chunk]
-        return [template.encode(messages) for messages in conversations]
+        encoded = []
+        for record in chunk:
+            messages = read_conversation(record, options.schema, options.roles)
+            try:
+                encoded.append(template.encode(messages, read_tools(record)))
+            except UserError as error:
+                raise UserError(
+                    error.found, where=record.where, expected=error.expected, fix=error.fix
+                ) from None
+        return encoded
 
     records = _read_all(files)
     chunks = iter(lambda: list(islice(records, CHUNK)), [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -11,13 +12,23 @@ from evomesh.data.token_files.lines import json_kind
 from evomesh.errors import UserError
 
 RecordSchema = Literal["alpaca", "messages", "sharegpt", "xtuner"]
+FLAGS = ("loss", "train", "weight")  # keys of a message that say whether it is a target
+XTUNER_KEYS = ("system", "input", "output", "output_with_loss")
 SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
     "gpt": "assistant",
     "assistant": "assistant",
     "system": "system",
+    "tool": "tool",
+    "observation": "tool",
 }
+
+
+# Keys of messages that templates of tokenizer folders read.
+TEMPLATE_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
+# Keys that say nothing about the conversation.
+LABELS = ("id", "source", "dataset", "idx", "uid")
 
 
 def read_conversation(
@@ -26,8 +37,9 @@ def read_conversation(
     """Return the messages of a record.
 
     Args:
-        schema: "alpaca": instruction, input, output; "messages": a list (or its key ``messages``) of role and content,
-            in which a message with ``"loss": false`` is not a target; "sharegpt": ``conversations`` of from and value;
+        schema: "alpaca": instruction, input, output, with an optional system text and history (pairs of question and
+            answer); "messages": a list (or its key ``messages``) of role and content; "sharegpt": ``conversations`` of
+            from and value. A message with ``"loss"`` or ``"train"`` false, or ``"weight"`` 0, is not a target.
             "xtuner": ``conversation`` of input and output, and system in the first.
         roles: the roles whose messages are targets.
 
@@ -43,33 +55,99 @@ def read_conversation(
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{key} has no messages", where=record.where, expected="a list of them")
     messages = []
+    if isinstance(record.value, dict):
+        _refuse_unknown(record.value, (key, "system", "tools"), record)
+        messages += _system_message(record, roles)
     for entry in entries:
-        if schema == "messages":
-            role = _get_text(entry, "role", record)
-            text = _get_text(entry, "content", record)
-        else:
-            sender = _get_text(entry, "from", record)
-            role = SHAREGPT_ROLES.get(sender, sender)
-            text = _get_text(entry, "value", record)
-        if role not in ROLES:
-            raise UserError(
-                f"the role {role!r} is unknown", where=record.where, expected=f"one of {', '.join(ROLES)}"
-            )
-        is_muted = entry.get("loss", True) is False
-        messages.append(ChatMessage(role, text, train=role in roles and not is_muted))
+        messages.append(_read_message(entry, schema, record, roles))
     return messages
+
+
+def read_tools(record: SourceRecord) -> list[Any] | None:
+    """Return the JSON schemas of the functions that a record lets the assistant call; None if it has none.
+
+    Raises:
+        UserError: they are no list.
+    """
+    tools = record.value.get("tools") if isinstance(record.value, dict) else None
+    if isinstance(tools, str):
+        tools = _parse_tools(tools, record)
+    if not tools:
+        return None
+    if not isinstance(tools, list):
+        raise UserError(
+            f"tools is of type {json_kind(tools)}", where=record.where, expected="a list of JSON schemas"
+        )
+    return tools
+
+
+def _parse_tools(text: str, record: SourceRecord) -> Any:
+    """Return what a text of JSON holds; records of ShareGPT's form give tools so."""
+    try:
+        return json.loads(text) if text.strip() else None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"tools is not JSON ({error})", where=record.where) from None
+
+
+def _read_message(
+    entry: Any, schema: RecordSchema, record: SourceRecord, roles: Sequence[str]
+) -> ChatMessage:
+    """Return one message of a list."""
+    if schema == "messages":
+        role = _get_text(entry, "role", record)
+        extra = {key: entry[key] for key in TEMPLATE_KEYS if entry.get(key) is not None}
+        has_text = entry.get("content") is not None or "tool_calls" not in extra
+        text = _get_text(entry, "content", record) if has_text else ""
+        _refuse_unknown(entry, ("role", "content", *TEMPLATE_KEYS, *FLAGS), record)
+    else:
+        sender = _get_text(entry, "from", record)
+        role = SHAREGPT_ROLES.get(sender, sender)
+        extra = {}
+        text = _get_text(entry, "value", record)
+        _refuse_unknown(entry, ("from", "value", *FLAGS), record)
+    if role not in (*ROLES, "tool"):
+        raise UserError(
+            f"the role {role!r} is unknown", where=record.where, expected=f"one of {', '.join(ROLES)}"
+        )
+    is_muted = _is_muted(entry, record)
+    return ChatMessage(role, text, role in roles and not is_muted, extra)
+
+
+def _is_muted(entry: dict[str, Any], record: SourceRecord) -> bool:
+    """Return whether a message says that it is not a target.
+
+    Raises:
+        UserError: one of its flags is neither true nor false.
+    """
+    for key in FLAGS:
+        value = entry.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+            raise UserError(
+                f"{key} of a message is {value!r}",
+                where=record.where,
+                expected="true or 1: a target; false or 0: none",
+            )
+        if not value:
+            return True
+    return False
 
 
 def _read_alpaca(record: SourceRecord, roles: Sequence[str]) -> list[ChatMessage]:
     question = _get_text(record.value, "instruction", record)
     extra = _get_text(record.value, "input", record)
     answer = _get_text(record.value, "output", record)
+    _refuse_unknown(record.value, ("instruction", "input", "output", "system", "history", "text"), record)
     if extra:
         question += f"\n{extra}"
-    return [
-        ChatMessage("user", question, train="user" in roles),
-        ChatMessage("assistant", answer, train="assistant" in roles),
-    ]
+    messages = _system_message(record, roles)
+    for old_question, old_answer in _history(record):
+        messages.append(ChatMessage("user", old_question, "user" in roles))
+        messages.append(ChatMessage("assistant", old_answer, "assistant" in roles))
+    messages.append(ChatMessage("user", question, train="user" in roles))
+    messages.append(ChatMessage("assistant", answer, train="assistant" in roles))
+    return messages
 
 
 def _read_xtuner(record: SourceRecord, roles: Sequence[str]) -> list[ChatMessage]:
@@ -78,12 +156,53 @@ def _read_xtuner(record: SourceRecord, roles: Sequence[str]) -> list[ChatMessage
         raise UserError("conversation has no turns", where=record.where, expected="a list of them")
     messages = []
     for turn in turns:
+        if isinstance(turn, dict):
+            _refuse_unknown(turn, XTUNER_KEYS, record)
         for key, role in (("system", "system"), ("input", "user"), ("output", "assistant")):
             text = _get_text(turn, key, record) if key != "system" else turn.get(key) or ""
             if text or key == "output":
                 is_muted = key == "output" and turn.get("output_with_loss", True) is False
                 messages.append(ChatMessage(role, text, train=role in roles and not is_muted))
     return messages
+
+
+def _system_message(record: SourceRecord, roles: Sequence[str]) -> list[ChatMessage]:
+    """Return the message of a record's system text, if it has one."""
+    if not record.value.get("system"):
+        return []
+    return [ChatMessage("system", _get_text(record.value, "system", record), "system" in roles)]
+
+
+def _history(record: SourceRecord) -> list[tuple[str, str]]:
+    """Return the pairs of question and answer before a record's own."""
+    pairs = record.value.get("history") or []
+    is_known = isinstance(pairs, list) and all(_is_pair(pair) for pair in pairs)
+    if not is_known:
+        raise UserError(
+            "history has another form", where=record.where, expected="a list of [question, answer]"
+        )
+    return [(str(question), str(answer)) for question, answer in pairs]
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value)
+
+
+def _refuse_unknown(value: dict[str, Any], known: Sequence[str], record: SourceRecord) -> None:
+    """Refuse keys that would vanish; labels and keys without a value may be there."""
+    unknown = [
+        key
+        for key, found in value.items()
+        if key not in (*known, *LABELS) and found not in (None, "", [], {})
+    ]
+    if unknown:
+        names = ", ".join(map(repr, unknown))
+        raise UserError(
+            f"unknown keys: {names}",
+            where=record.where,
+            expected=f"some of {', '.join(known)}",
+            fix="remove them, or rename them to what they mean",
+        )
 
 
 def _get(value: Any, key: str, record: SourceRecord) -> Any:

@@ -144,6 +144,49 @@ def test_bad_records_are_rejected(schema: Any, value: Any, part: str) -> None:
     assert part in str(caught.value)
 
 
+def test_system_and_history_are_part_of_the_conversation(folder: Path) -> None:
+    alpaca = ALPACA | {"system": "Be brief.", "history": [["hi", "hello"]], "id": 7}
+    whole, targets = encode(folder, "chatml", alpaca, "alpaca")
+    assert whole == (
+        "<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello"
+        "<|im_end|>\n<|im_start|>user\nAdd.\n1 2<|im_end|>\n<|im_start|>assistant\n3<|im_end|>\n"
+    )
+    assert targets == "hello<|im_end|>3<|im_end|>"
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello", "weight": 0}]
+    sharegpt = {"system": "Be brief.", "conversations": turns}
+    whole, targets = encode(folder, "chatml", sharegpt, "sharegpt")
+    assert "system\nBe brief.<|im_end|>" in whole
+    assert targets == ""
+
+
+@pytest.mark.parametrize(
+    ("schema", "value", "part"),
+    [
+        ("alpaca", ALPACA | {"prompt": "x"}, "unknown keys: 'prompt'"),
+        ("sharegpt", {"conversations": [{"from": "human", "value": "a"}], "lang": "en"}, "'lang'"),
+        ("sharegpt", {"conversations": [{"from": "human", "value": "a", "score": 1}]}, "'score'"),
+        ("messages", [{"role": "user", "content": "a", "weight": 0.5}], "weight of a message is 0.5"),
+        ("alpaca", ALPACA | {"history": ["a"]}, "history has another form"),
+    ],
+)
+def test_keys_that_would_vanish_are_refused_by_name(schema: Any, value: Any, part: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_conversation(SourceRecord(value, "here"), schema)
+    assert part in str(caught.value)
+
+
+def test_built_in_templates_refuse_what_they_have_no_place_for(folder: Path) -> None:
+    turns = [{"role": "tool", "content": "4", "name": "add"}]
+    with pytest.raises(UserError, match="no place for the role 'tool', the key 'name' of a message"):
+        encode(folder, "chatml", turns)
+
+
+def test_conversations_without_any_target_are_an_error(folder: Path, tmp_path: Path) -> None:
+    files = find_source_files([str(write_alpaca(tmp_path / "a.json", 3))])
+    with pytest.raises(UserError, match="none of the 3 conversations has a target"):
+        tokenize_chats(files, tmp_path / "o.bin", load_tokenizer(folder), ChatOptions("alpaca", max_length=4))
+
+
 def write_alpaca(path: Path, count: int) -> Path:
     path.write_text(json.dumps([ALPACA | {"output": f"answer {n}"} for n in range(count)]))
     return path
