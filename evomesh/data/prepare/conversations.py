@@ -116,20 +116,27 @@ def tokenize_chats(
 
         # 4. All files are complete: give them their names.
         facts = describe_tokenizer(tokenizer) | {"options": asdict(options)} | asdict(counts)
-        if counts.without_target == len(held_out):
-            raise UserError(
-                f"none of the {len(held_out)} conversations has a target ({counts.truncated} of them were truncated "
-                f"to {options.max_length} tokens)",
-                where=str(files[0].path),
-                expected=f"messages of {', '.join(options.roles)} that are not excluded",
-                fix="check --train-on, --max-length and the flags of the messages",
-            )
+        _check_any_target(counts, len(held_out), files, options)
         fingerprints = {}
         for writer in writers:
             all_sources = [*writer.previous.get("sources", []), *sources]
             fingerprint = writer.commit(facts | {"sources": all_sources})
             fingerprints[str(writer.path)] = fingerprint
     return fingerprints, counts
+
+
+def _check_any_target(
+    counts: ChatCounts, conversations: int, files: list[SourceFile], options: ChatOptions
+) -> None:
+    """Refuse input of which nothing was written."""
+    if counts.without_target == conversations:
+        raise UserError(
+            f"none of the {conversations} conversations has a target ({counts.truncated} of them were truncated to "
+            f"{options.max_length} tokens)",
+            where=str(files[0].path),
+            expected=f"messages of {', '.join(options.roles)} that are not excluded",
+            fix="check --train-on, --max-length and the flags of the messages",
+        )
 
 
 def _check_roles(roles: Sequence[str]) -> None:
