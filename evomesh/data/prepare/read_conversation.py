@@ -156,13 +156,20 @@ def _read_xtuner(record: SourceRecord, roles: Sequence[str]) -> list[ChatMessage
         raise UserError("conversation has no turns", where=record.where, expected="a list of them")
     messages = []
     for turn in turns:
-        if isinstance(turn, dict):
-            _refuse_unknown(turn, XTUNER_KEYS, record)
-        for key, role in (("system", "system"), ("input", "user"), ("output", "assistant")):
-            text = _get_text(turn, key, record) if key != "system" else turn.get(key) or ""
-            if text or key == "output":
-                is_muted = key == "output" and turn.get("output_with_loss", True) is False
-                messages.append(ChatMessage(role, text, train=role in roles and not is_muted))
+        messages += _read_xtuner_turn(turn, record, roles)
+    return messages
+
+
+def _read_xtuner_turn(turn: Any, record: SourceRecord, roles: Sequence[str]) -> list[ChatMessage]:
+    """Return the messages of one turn: its system text and its question if it has them, and its answer."""
+    if isinstance(turn, dict):
+        _refuse_unknown(turn, XTUNER_KEYS, record)
+    messages = []
+    for key, role in (("system", "system"), ("input", "user"), ("output", "assistant")):
+        text = _get_text(turn, key, record) if key != "system" else turn.get(key) or ""
+        if text or key == "output":
+            is_muted = key == "output" and turn.get("output_with_loss", True) is False
+            messages.append(ChatMessage(role, text, train=role in roles and not is_muted))
     return messages
 
 
