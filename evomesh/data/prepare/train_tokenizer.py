@@ -74,9 +74,16 @@ def train_tokenizer(
     texts = read_texts(files, text_field)
     train = {"bpe": _train_bpe, "sentencepiece": _train_sentencepiece}[recipe.kind]
     model = train(texts, recipe)
-    settings = {"bos_token": BOS, "eos_token": EOS, "add_bos_token": False, "add_eos_token": False}
+    settings: dict[str, object] = {
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "add_bos_token": False,
+        "add_eos_token": False,
+    }
     if recipe.kind == "sentencepiece":
-        settings["unk_token"] = UNKNOWN
+        # No space is added in front of a text or after a special token, so that decoding restores every text.
+        spacing = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_prefix_space": False}
+        settings |= {"unk_token": UNKNOWN, **spacing}
     with write_atomically(folder / "tokenizer_config.json") as file:
         file.write(json.dumps(settings, indent=2).encode())
     with write_atomically(folder / name) as file:
@@ -131,7 +138,7 @@ def _train_sentencepiece(texts: Iterator[str], recipe: TokenizerRecipe) -> bytes
             split_digits=True,
             normalization_rule_name="identity",  # the text as it is, so that decoding restores it
             remove_extra_whitespaces=False,
-            add_dummy_prefix=True,
+            add_dummy_prefix=False,
             allow_whitespace_only_pieces=True,
             max_sentence_length=4 * MAX_SENTENCE,
             user_defined_symbols=recipe.all_special_tokens,

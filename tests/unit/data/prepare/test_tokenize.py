@@ -133,10 +133,10 @@ def test_bos_and_eos_follow_options_and_tokenizer_config(tmp_path: Path, bpe: Pa
     (tmp_path / "custom").mkdir()
     (tmp_path / "custom/tokenizer.json").write_bytes(bpe.read_bytes())
     (tmp_path / "custom/tokenizer_config.json").write_text(
-        '{"add_bos_token": true, "bos_token": "<s>", "eos_token": "h"}'
+        '{"add_bos_token": true, "bos_token": "<s>", "eos_token": "z"}'
     )
     tokenize([source], tmp_path / "a.bin", tmp_path / "custom")
-    assert read_documents(tmp_path / "a.bin") == [[0, *plain, Tokenizer.from_file(str(bpe)).token_to_id("h")]]
+    assert read_documents(tmp_path / "a.bin") == [[0, *plain, Tokenizer.from_file(str(bpe)).token_to_id("z")]]
 
 
 def test_rerun_replaces_and_append_adds(tmp_path: Path, bpe: Path) -> None:
