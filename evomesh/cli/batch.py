@@ -57,7 +57,10 @@ def batch(
     epochs: EpochsOption = None,
     steps: StepsOption = None,
 ) -> None:
-    """Show the tokens of one optimizer step, and the XTuner setting that gives the same (or the other way round)."""
+    """Compare tokens per step with XTuner's.
+
+    Prints the tokens of one optimizer step, and the XTuner setting that gives the same, or the other way round.
+    """
     from evomesh.config.batch_size import XTunerBatch
 
     if folder is None and (epochs is not None or steps is not None):

@@ -41,8 +41,11 @@ def ledger(
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a config value; repeatable."),
     ] = None,
 ) -> None:
-    """Show which parts of which documents a step is trained on, or in which steps a document is used. Exact, and
-    computed from config and data: the run needs not have happened yet."""
+    """Look up which documents a step uses.
+
+    Lists the parts of documents that a step is trained on, or the steps in which a document is used. The answer is
+    computed from config and data, so the run need not have happened yet.
+    """
     if (step is None) == (document is None):
         raise UserError("exactly one of --step and --document is needed")
 
