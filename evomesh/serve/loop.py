@@ -166,7 +166,7 @@ class EngineLoop:
 
     def _run(self) -> None:
         while True:
-            # Cancelled requests leave their slots before the next step.
+            # Canceled requests leave their slots before the next step.
             for command in self._take_commands():
                 if isinstance(command, _StopCommand):
                     return

@@ -84,10 +84,6 @@ DOCSTRING_STARTS = Phrase(
 )
 WHOLE_FILES = {"tests/arch/test_language.py"}  # the list itself
 
-# Files that were written before this list and still have to be rewritten. The tests below fail for a listed file
-# that is clean, so the lists only shrink.
-NOT_YET_REWRITTEN = Path(__file__).with_name("not_yet_rewritten.txt")
-
 
 @functools.cache  # every phrase reads every file
 def prose(path: Path) -> list[tuple[int, str]]:
@@ -120,25 +116,11 @@ def files() -> list[Path]:
     return sorted(path for path in listed if path.relative_to(ROOT).as_posix() not in WHOLE_FILES)
 
 
-def pending(heading: str) -> set[str]:
-    """Return the files under a heading of the list of files that are not rewritten yet."""
-    _, _, rest = NOT_YET_REWRITTEN.read_text().partition(f"[{heading}]\n")
-    return set(rest.partition("[")[0].split())
-
-
 @pytest.mark.parametrize("phrase", PHRASES, ids=lambda phrase: phrase.example)
 def test_no_dialect(phrase: Phrase) -> None:
     assert re.search(phrase.pattern, phrase.example, re.IGNORECASE)
-    later = pending("phrases")
-    checked = [path for path in files() if path.relative_to(ROOT).as_posix() not in later]
-    found = [row for path in checked for row in matches(phrase, path)]
+    found = [row for path in files() for row in matches(phrase, path)]
     assert not found, "\n".join(found)
-
-
-def test_files_that_are_rewritten_leave_the_list_of_phrases() -> None:
-    listed = {path for path in files() if path.relative_to(ROOT).as_posix() in pending("phrases")}
-    clean = [path for path in listed if not any(matches(phrase, path) for phrase in PHRASES)]
-    assert not clean and len(listed) == len(pending("phrases"))
 
 
 def docstrings(path: Path) -> Iterator[tuple[int, str]]:
@@ -162,11 +144,5 @@ def docstring_fragments(path: Path) -> list[str]:
 
 def test_docstrings_begin_with_a_sentence() -> None:
     assert re.search(DOCSTRING_STARTS.pattern, DOCSTRING_STARTS.example)
-    later = pending("docstrings")
-    fragments = {
-        path.relative_to(ROOT).as_posix(): docstring_fragments(path)
-        for path in sorted((ROOT / "evomesh").rglob("*.py"))
-    }
-    found = [row for name, rows in fragments.items() if name not in later for row in rows]
+    found = [row for path in sorted((ROOT / "evomesh").rglob("*.py")) for row in docstring_fragments(path)]
     assert not found, "\n".join(found)
-    assert not [name for name in later if not fragments.get(name)], "rewritten: take it off the list"

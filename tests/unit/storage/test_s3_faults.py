@@ -1,4 +1,4 @@
-"""Checkpoints on a store that fails now and then: nothing wrong is ever loaded, and patience has an end."""
+"""Checkpoints on a store that fails from time to time: nothing wrong is ever loaded, and retries are limited."""
 
 from __future__ import annotations
 
