@@ -28,13 +28,13 @@ from evomesh.data.tokenizer import leading_bos
 from evomesh.errors import UserError
 from evomesh.serve.answers import ApiAnswer
 from evomesh.serve.detokenizer import TextDelta
+from evomesh.serve.key_gate import KeyGate
 from evomesh.serve.loop import EngineError
 from evomesh.serve.metrics import MetricsMiddleware, ServerMetrics
 from evomesh.serve.requests import (
     CLIENT_CLOSED_REQUEST,
     ApiError,
     LocalHostMiddleware,
-    check_key,
     read_body,
     run_in,
     wait_until_disconnected,
@@ -68,11 +68,12 @@ class ApiRoutes:
     """The routes of one service.
 
     Args:
-        key: clients must send it; None: no key.
+        gate: checks the key that clients must send; None: no key.
     """
 
-    def __init__(self, service: GenerationService, key: str | None) -> None:
-        self.service, self.key = service, key
+    def __init__(self, service: GenerationService, gate: KeyGate | None) -> None:
+        self.service = service
+        self.gate = gate
         self.metrics = ServerMetrics(service)
 
     def mount(self, app: FastAPI) -> None:
@@ -94,17 +95,17 @@ class ApiRoutes:
 
     async def show_metrics(self, request: Request) -> Response:
         """Answer with the metrics in Prometheus' text format."""
-        check_key(request, self.key)
+        self._check_key(request)
         return PlainTextResponse(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def list_models(self, request: Request) -> Response:
         """Answer with a list of the only model."""
-        check_key(request, self.key)
+        self._check_key(request)
         return json_response({"object": "list", "data": [self._model_record()]})
 
     async def show_model(self, request: Request, name: str) -> Response:
         """Answer with the record of a model, or 404."""
-        check_key(request, self.key)
+        self._check_key(request)
         self._check_model(name)
         return json_response(self._model_record())
 
@@ -137,7 +138,7 @@ class ApiRoutes:
 
     async def _read(self, request: Request, kind: type[RequestType]) -> RequestType:
         """Read, parse and check a request for an answer."""
-        check_key(request, self.key)
+        self._check_key(request)
         body = await read_body(request, self.service.limits.body_bytes)
         parsed: RequestType = await run_in(self.service.parser, parse_request, kind, body)
         self._check_model(parsed.model)
@@ -235,6 +236,10 @@ class ApiRoutes:
                 yield encode_event(answer.usage_event())
             yield b"data: [DONE]\n\n"
 
+    def _check_key(self, request: Request) -> None:
+        if self.gate is not None:
+            self.gate.check(request.scope)
+
     def _check_model(self, name: str) -> None:
         if name != self.service.model.name:
             message = f"no model {name[:100]!r}; this server has {self.service.model.name!r}"
@@ -267,7 +272,8 @@ def create_app(service: GenerationService, *, key: str | None = None, local: boo
         await asyncio.to_thread(service.engines.stop)
 
     app = FastAPI(title="evomesh", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
-    api = ApiRoutes(service, key)
+    app.state.key_gate = KeyGate(key) if key is not None else None
+    api = ApiRoutes(service, app.state.key_gate)
     api.mount(app)
     if local:
         app.add_middleware(LocalHostMiddleware)

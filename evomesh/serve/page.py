@@ -405,7 +405,9 @@ def _connect_completion_tab(
 
 
 def mount_page(app: FastAPI, service: GenerationService, key: str | None) -> None:
-    """Mount the page at ``/``, next to the API, behind ``GradioGuard``; with a key, a login asks for it.
+    """Mount the page at ``/`` of an app of ``create_app``, next to the API, behind ``GradioGuard``.
+
+    With a key, a login asks for it; wrong ones count as those of the API do.
 
     The fonts are the system's, so that the page needs nothing from other servers.
     """
@@ -431,4 +433,4 @@ def mount_page(app: FastAPI, service: GenerationService, key: str | None) -> Non
     blocks.has_launched = True  # gradio checks paths only from then on, and mounting does not set it
     mount = app.routes[-1]
     assert isinstance(mount, Mount)
-    mount.app = GradioGuard(mount.app, service.limits.body_bytes)
+    mount.app = GradioGuard(mount.app, service.limits.body_bytes, app.state.key_gate)

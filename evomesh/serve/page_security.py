@@ -15,6 +15,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from evomesh.errors import UserError
+from evomesh.serve.key_gate import KeyGate
 from evomesh.serve.requests import ApiError, read_body
 
 READABLE_PATH = re.compile(
@@ -24,6 +25,7 @@ READABLE_PATH = re.compile(
     r"|/gradio_api/heartbeat/[^/\\]+|/gradio_api/queue/data"
 )
 LOGIN_PATH = "/login"
+LOGGED_IN = 200  # gradio's status for a right key
 PATHS_WITH_QUERY = {"/gradio_api/queue/data"}  # all other paths lose their query string
 MAX_FORM_BYTES = 4096  # of the login form
 CONTENT_POLICY = (
@@ -38,11 +40,13 @@ class GradioGuard:
 
     Args:
         max_body_bytes: maximum size of a call.
+        gate: limits the wrong keys of the login; None: no key.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, gate: KeyGate | None) -> None:
         self.app = app
         self.max_body_bytes = max_body_bytes
+        self.gate = gate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on to gradio if it is one that the page makes.
@@ -62,6 +66,8 @@ class GradioGuard:
         if method == "POST" and path == LOGIN_PATH:
             check_same_site(headers)
             check_form_size(headers)
+            if self.gate is not None:
+                send = _with_limit(self.gate, scope, send)
         elif method == "POST" and path in CALL_PARSERS:
             check_same_site(headers)
             received = await read_body(Request(scope, receive), self.max_body_bytes)
@@ -231,6 +237,22 @@ def _with_content_policy(send: Send) -> Send:
         await send(message)
 
     return send_with_policy
+
+
+def _with_limit(gate: KeyGate, scope: Scope, send: Send) -> Send:
+    """Take a try for a login, and return a channel that puts it back if gradio accepts the key.
+
+    Raises:
+        ApiError: 429: there is no try left.
+    """
+    client = gate.take_try(scope)
+
+    async def send_and_count(message: Message) -> None:
+        if message["type"] == "http.response.start" and message["status"] == LOGGED_IN:
+            gate.accept(client)
+        await send(message)
+
+    return send_and_count
 
 
 def _with_content_length(scope: Scope, length: int) -> Scope:

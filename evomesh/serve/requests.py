@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -66,21 +65,6 @@ class ApiError(Exception):
             "code": self.code,
         }
         return {"error": error}
-
-
-def check_key(request: Request, key: str | None) -> None:
-    """Reject a request without the server's key, if it has one.
-
-    Raises:
-        ApiError: 401.
-    """
-    if key is None:
-        return
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    # Compared as bytes: compare_digest rejects text that is not ASCII.
-    if scheme.lower() != "bearer" or not secrets.compare_digest(given.strip().encode(), key.encode()):
-        message = "wrong key" if given else "no key; send it as: Authorization: Bearer KEY"
-        raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
