@@ -60,7 +60,7 @@ class TryBucket:
 
 
 class KeyClient:
-    """What is remembered of one client."""
+    """The tries of one client and the keys that it gave."""
 
     def __init__(self, now: float) -> None:
         self.bucket = TryBucket(CLIENT_TRIES, CLIENT_SECONDS, now)

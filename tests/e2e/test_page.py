@@ -61,7 +61,7 @@ def page(browser: sync_api.Browser, served: Served) -> Iterator[sync_api.Page]:
     yield page
     page.close()
     assert not outside  # works without a network
-    assert not errors  # nor is anything of its own kept out by the content policy
+    assert not errors  # the content policy permits all that the page needs
     assert served.idle()
 
 
