@@ -105,7 +105,7 @@ class ModelConfig(Section):
     use_fp32_norm: bool = Field(False, description="Compute norms in float32.")
     output_tf32: bool = Field(False, description="Compute the output head in TF32 (not available yet).")
     compile: bool | Literal["auto"] = Field(
-        "auto", description="torch.compile the blocks; auto: on CUDA only."
+        "auto", description="torch.compile the blocks; auto: on CUDA, if triton and a C compiler are there."
     )
     extra: dict[str, Any] = Field({}, description="Parameters of a registered custom model.")
 

@@ -34,6 +34,10 @@ class RunConfig(Section):
         lt=2**32,
         description="Seed of the initial weights and of sampling; the data order has its own, data.seed.",
     )
+    deterministic: bool = Field(
+        False,
+        description="Use deterministic kernels only, so that runs on CUDA repeat to the bit; may be slower.",
+    )
     cudnn_deterministic: bool = Field(False, description="Passed on to torch.backends.cudnn.")
     cudnn_benchmark: bool = Field(False, description="Passed on to torch.backends.cudnn.")
     enable_tb: bool = Field(True, description="Write TensorBoard files.")

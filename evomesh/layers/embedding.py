@@ -38,7 +38,7 @@ def scale_gradient(x: Tensor, scale: float) -> Tensor:
 
 
 class _Lookup(torch.autograd.Function):
-    """Row lookup, weight[ids]; backward adds up rows in at least float32, on the CPU in token order."""
+    """Row lookup, weight[ids]; backward adds up rows in at least float32, in an order that is the same in every run."""
 
     @staticmethod
     def forward(ctx: Any, ids: Tensor, weight: Tensor) -> Tensor:
@@ -49,9 +49,16 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
         (ids,) = ctx.saved_tensors
-        wide = promote(ctx.dtype)
-        total = torch.zeros(ctx.rows, grads[0].shape[1], dtype=wide, device=ids.device)
-        return None, total.index_add_(0, ids, grads[0].to(wide)).to(ctx.dtype)
+        return None, sum_rows(grads[0].to(promote(ctx.dtype)), ids, ctx.rows).to(ctx.dtype)
+
+
+def sum_rows(values: Tensor, ids: Tensor, rows: int) -> Tensor:
+    """Add row t of ``values`` [T, D] to row ``ids[t]`` of zeros [rows, D], in an order that ``ids`` alone decide."""
+    if not ids.is_cpu:
+        # index_add_ on CUDA adds with atomics, in whatever order threads arrive. This one sorts the ids first.
+        total: Tensor = torch.ops.aten.embedding_dense_backward(values, ids, rows, -1, False)
+        return total
+    return values.new_zeros(rows, values.shape[1]).index_add_(0, ids, values)  # one thread, in token order
 
 
 class Embedding(nn.Module):

@@ -34,6 +34,7 @@ from torch.utils.checkpoint import checkpoint
 
 from evomesh.config.schema import ModelConfig
 from evomesh.layers.attention import Attention, AttentionFunction, SequenceBounds, attend, outside_graph
+from evomesh.layers.compiler import compiles_blocks
 from evomesh.layers.dtype import parameter_dtype, promote
 from evomesh.layers.embedding import Embedding, scale_gradient
 from evomesh.layers.init import InitialWeight
@@ -205,8 +206,7 @@ class Decoder(LanguageModel):
             self.norm = None if self.post_norm else make_norm(config, placement.on_tensor_axis())
             self.head = OutputHead(config, rows, placement.on_tensor_axis())
             _mark_padding(self.head.weight, padding)
-        on_cuda = placement.device.type == "cuda"
-        self.compiled = config.compile is True or (config.compile == "auto" and on_cuda)
+        self.compiled = compiles_blocks(config.compile, placement.device)
         if self.compiled:
             for block in self.layers.values():
                 block.compile()

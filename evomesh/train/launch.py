@@ -26,6 +26,7 @@ from evomesh.parallel.modes import MODES, TensorMode
 from evomesh.parallel.peer_watch import PeerWatch
 from evomesh.parallel.process_group import first_ranks_number, join_world, leave_world
 from evomesh.train.agreement import config_facts, require_agreement
+from evomesh.train.determinism import enable_determinism
 from evomesh.train.job import explain_to_peers
 from evomesh.train.launchers import ProcessInfo, detect
 from evomesh.train.signals import StopRequest
@@ -70,6 +71,8 @@ def launch(
     device = device_of_rank(process.local_rank)
     torch.backends.cudnn.benchmark = config.run.cudnn_benchmark
     torch.backends.cudnn.deterministic = config.run.cudnn_deterministic
+    if config.run.deterministic:
+        enable_determinism()
 
     # 2. Meet the others. From here on an error of one rank ends all of them.
     request = StopRequest.installed()

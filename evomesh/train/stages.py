@@ -10,6 +10,7 @@ from torch import nn
 from evomesh.config.layout import pipeline_schedule
 from evomesh.config.schema import Config, ModelConfig
 from evomesh.errors import UserError
+from evomesh.layers.compiler import compiles_blocks
 from evomesh.layers.dtype import parameter_dtype, promote
 from evomesh.models.decoder import Decoder
 from evomesh.models.language_model import LanguageModel
@@ -96,10 +97,8 @@ def _build_chunk(
     if axis.size == 1:
         return build_model(config.model, grid=grid, mode=mode, device=device, layer_range=layer_range)
     # Built on the meta device first, so that no rank ever holds the unsharded weights of a block it is not using.
-    # "auto" compiles where the training device is CUDA, which build_model cannot see from the meta device.
-    settings = config.model
-    if settings.compile == "auto":
-        settings = settings.model_copy(update={"compile": device.type == "cuda"})
+    # What "auto" means depends on the training device, which build_model cannot see from the meta device.
+    settings = config.model.model_copy(update={"compile": compiles_blocks(config.model.compile, device)})
     model = build_model(settings, grid=grid, mode=mode, device="meta", layer_range=layer_range)
     shard_weights(model, _sharding_units(model, axis), axis, device, overlap=config.parallel.weight.overlap)
     clear_padding(model, grid)

@@ -50,6 +50,7 @@ FP16 = ("model.dtype=torch.float16",)
 ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("JOB_NAME", "7b_train", E),
     CompatibilityRow("seed", 7, E),
+    CompatibilityRow("deterministic", True, E),
     CompatibilityRow("cudnn_deterministic", True, E),
     CompatibilityRow("cudnn_benchmark", True, E),
     CompatibilityRow("enable_tb", False, E),

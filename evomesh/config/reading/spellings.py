@@ -18,6 +18,7 @@ REMOTE = ("boto3:", "volc:", "oss2:", "s3:")
 TOP_LEVEL = {
     "JOB_NAME": "run.job_name",
     "seed": "run.seed",
+    "deterministic": "run.deterministic",
     "cudnn_deterministic": "run.cudnn_deterministic",
     "cudnn_benchmark": "run.cudnn_benchmark",
     "enable_tb": "run.enable_tb",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from evomesh.layers.embedding import Embedding
+from evomesh.layers.embedding import Embedding, sum_rows
 from evomesh.layers.linear import ColumnParallelLinear, RowParallelLinear
 from evomesh.layers.mlp import FeedForward
 from evomesh.layers.norm import Norm
@@ -45,6 +48,37 @@ def test_embedding_gradient_of_a_frequent_token_is_summed_in_float32() -> None:
         layer(torch.zeros(1000, dtype=torch.long)), layer.weight, torch.ones(1000, 1, dtype=torch.bfloat16)
     )
     assert grad[0].item() == 1000  # one after the other in bfloat16, the sum would stick at 256
+
+
+class Operators(TorchDispatchMode):
+    """Records the names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func._schema.name.removeprefix("aten::"))
+        return func(*args, **(kwargs or {}))
+
+
+def test_embedding_gradient_on_a_device_uses_the_operator_that_sums_in_one_order() -> None:
+    """index_add_ on CUDA adds with atomics; the meta device stands for CUDA here."""
+    placement = Placement(dtype=torch.bfloat16, device=torch.device("meta"))
+    layer = Embedding(9, 4, grad_scale=1.0, split_hidden=False, placement=placement)
+    with Operators() as ran:
+        layer(torch.zeros(5, dtype=torch.long, device="meta")).sum().backward()
+    assert "embedding_dense_backward" in ran.names
+    assert not {"index_add_", "index_add", "scatter_add_", "index_put_"} & set(ran.names)
+    assert layer.weight.grad.dtype is torch.bfloat16
+
+
+def test_both_ways_to_sum_rows_are_the_same_sum() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(50, (400,), generator=generator)
+    values = torch.randn(400, 6, dtype=torch.float64, generator=generator)
+    theirs = torch.ops.aten.embedding_dense_backward(values, ids, 50, -1, False)
+    torch.testing.assert_close(sum_rows(values, ids, 50), theirs, rtol=1e-14, atol=1e-14)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
