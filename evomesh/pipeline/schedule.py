@@ -20,6 +20,7 @@ from evomesh.layers.sequence_bounds import SequenceBounds, micro_batch_bounds
 from evomesh.parallel.collectives import gather_from_axis, launch_send, receive, shard_to_axis
 from evomesh.parallel.grid import Axis, Grid
 from evomesh.parallel.modes import TensorMode
+from evomesh.pipeline.evaluation_order import StageVisit, evaluation_slots
 from evomesh.pipeline.stages import stages_of_rank
 
 ZBV_SINCE = "2.13"  # the first version of torch that it is known to work with
@@ -201,27 +202,50 @@ class PipelineSchedule:
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, on_output: OnOutput) -> None:
-        """Run forward only: all micro-batches through one stage of this rank, then through its next stage.
+        """Run forward only, in the order of ``evaluation_slots``.
 
         Written out because torch's own evaluation does not support a V-shaped stage order.
         """
         num_micro_batches, tokens = batch.tokens.shape
-        from_previous: list[Tensor] = []  # outputs of the previous stage, where that is on this rank
+        module_of = dict(zip(self._stages, self._modules, strict=True))
+        rank_of_stage = [self._rank_of(stage) for stage in range(self._num_stages)]
+        arrived: dict[StageVisit, Tensor] = {}  # inputs of visits on this rank
+        for index in range(num_micro_batches if 0 in self._stages else 0):
+            arrived[StageVisit(0, index)] = torch.tensor([index])
+        sends: list[Any] = []
         inputs = _ScheduleInputs(batch, [1.0] * num_micro_batches, 0.0, on_output)
         with self._stage_inputs(inputs):
-            for module, stage in zip(self._modules, self._stages, strict=True):
-                outputs: list[Tensor] = []
-                sends = []
-                for index in range(num_micro_batches):
-                    x = from_previous[index] if from_previous else self._receive(stage - 1, index, tokens)
-                    output = module(x)
-                    outputs.append(output)
-                    if not module.last:
-                        sends.append(self._send(stage + 1, output))
-                for pending in sends:
-                    if pending is not None:
-                        pending.wait()
-                from_previous = outputs if stage + 1 in self._stages else []
+            for visits in evaluation_slots(rank_of_stage, num_micro_batches):
+                # This rank has at most one visit in a slot.
+                own = [visit for visit in visits if visit.stage in module_of]
+                outputs = {visit: module_of[visit.stage](arrived.pop(visit)) for visit in own}
+                # No output is kept for longer than until the next one: earlier sends end first.
+                _wait_for(sends)
+                sends = self._pass_on(visits, outputs, arrived, tokens)
+            _wait_for(sends)
+
+    def _pass_on(
+        self,
+        visits: Sequence[StageVisit],
+        outputs: dict[StageVisit, Tensor],
+        arrived: dict[StageVisit, Tensor],
+        tokens: int,
+    ) -> list[Any]:
+        """Send this rank's outputs to their next stages and receive what others send it; return the pending sends.
+
+        All ranks share the order of ``visits``, so that no two of them wait for each other.
+        """
+        sends = []
+        for visit in visits:
+            following = visit.next()
+            is_source, is_target = visit.stage in self._stages, following.stage in self._stages
+            if is_source and is_target:  # the turn of a V
+                arrived[following] = outputs[visit]
+            elif is_source and following.stage < self._num_stages:
+                sends.append(self._send(following.stage, outputs[visit]))
+            elif is_target:
+                arrived[following] = self._receive(visit.stage, visit.micro_batch, tokens)
+        return sends
 
     def rehearse(
         self,
@@ -357,6 +381,11 @@ def refuse_zbv(version: str) -> None:
             expected=f"torch {ZBV_SINCE} or later for zbv",
             fix='install it, or use schedule="interleaved"',
         )
+
+
+def _wait_for(sends: Sequence[Any]) -> None:
+    for send in sends:
+        send.wait()
 
 
 def _pass_loss_through(output: Tensor, target: Tensor) -> Tensor:
