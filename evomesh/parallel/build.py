@@ -13,6 +13,7 @@ import torch.distributed as dist
 from evomesh.config.layout import AxisSizes, axis_sizes
 from evomesh.config.schema import ParallelConfig
 from evomesh.parallel.grid import Axis, Grid
+from evomesh.parallel.process_group import device_backend
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -55,13 +56,17 @@ def build_grid(parallel: ParallelConfig, world_size: int, rank: int) -> Grid:
             return Axis(name)
         key = tuple(members)
         if key not in groups:
+            on_device_only = members != members_of["dp"]
             # Only the members synchronize, so that a large world has no barrier for each of its many groups.
-            groups[key] = dist.new_group(members, use_local_synchronization=True)
+            groups[key] = dist.new_group(
+                members, backend=device_backend() if on_device_only else None, use_local_synchronization=True
+            )
         return Axis(name, len(members), members.index(rank), groups[key])
 
-    sizes = axis_sizes(parallel, world_size)
+    # Data-parallel ranks also send each other counts and objects from the host; all other axes carry device tensors.
+    members_of = axis_members(axis_sizes(parallel, world_size), rank)
     axes = {}
-    for name, members in axis_members(sizes, rank).items():
+    for name, members in members_of.items():
         axes[name] = axis(name, members)
     return Grid(**axes)
 

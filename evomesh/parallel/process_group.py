@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -39,6 +40,7 @@ def join_world(
     """
     if address.world_size == 1:
         return None
+    _allow_many_ranks()
     store = open_store(address)
     hosts = call_roll(store, address)
     watch = PeerWatch(second_connection(address), address.rank, hosts, stop_requested=stop_requested)
@@ -53,6 +55,15 @@ def join_world(
     except (RuntimeError, ValueError) as error:
         raise _refuse_group(error, watch) from error
     return watch
+
+
+def _allow_many_ranks() -> None:
+    """Keep the number of sockets of a rank independent of the world, and allow rank 0 the two per rank of its store."""
+    # Otherwise gloo connects every two members of a group when the group is made, whether or not they ever talk.
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _refuse_group(error: Exception, watch: PeerWatch) -> UserError:
@@ -95,6 +106,11 @@ def backend(device: torch.device) -> str:
         return "gloo"
     several_ranks_per_device = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count()
     return "gloo" if several_ranks_per_device else "cpu:gloo,cuda:nccl"
+
+
+def device_backend() -> str | None:
+    """Return the backend of a group whose tensors are all on the device; None: that of the default group."""
+    return "nccl" if "cuda:nccl" in dist.get_backend_config() else None
 
 
 def first_ranks_number(number: float) -> float:

@@ -105,3 +105,32 @@ def test_state_of_what_isp_cuts_on_tp_is_cut_over_the_data_axis() -> None:
         undivided.dp,
         undivided.tp,
     )
+
+
+@pytest.mark.parametrize(
+    ("config", "of_world"),
+    [("cpu:gloo,cuda:nccl", "nccl"), ("cpu:gloo,cuda:gloo", None), ("cpu:fake,cuda:fake", None)],
+)
+def test_only_the_data_axis_has_a_backend_for_the_host(
+    monkeypatch: pytest.MonkeyPatch, config: str, of_world: str | None
+) -> None:
+    """A gloo of its own for every group would cost sockets and threads that nothing uses."""
+    made: dict[tuple[int, ...], str | None] = {}
+
+    def new_group(members: list[int], backend: str | None = None, **_: object) -> str:
+        made[tuple(members)] = backend
+        return "group"
+
+    monkeypatch.setattr("torch.distributed.new_group", new_group)
+    monkeypatch.setattr("torch.distributed.get_backend_config", lambda: config)
+    build_grid(parallel(tensor=2, pipeline=2, zero1=2), 16, 5)
+    assert made == {
+        (5, 13): of_world,
+        (1, 3, 5, 7): None,
+        (4, 5): of_world,
+        (5, 7): of_world,
+        (1, 5): of_world,
+    }
+    made.clear()
+    build_grid(parallel(), 4, 1)
+    assert made == {(0, 1, 2, 3): None}, "the data axis, which zero shares"

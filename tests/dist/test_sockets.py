@@ -1,0 +1,45 @@
+"""Sockets of a rank, which a world of a thousand ranks multiplies."""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import pytest
+
+from evomesh.config.schema import Config
+from evomesh.parallel.exchange import default_exchange
+from evomesh.train.launch import launch
+from tests.support.interpreter import Interpreter
+
+
+def count_sockets() -> None:
+    """Make the groups of a data-parallel run: default, data axis, and two of checkpoints."""
+    with launch(Config()) as context, ExitStack() as stack:
+        exchanges = [stack.enter_context(closing(default_exchange())) for _ in range(2)]
+        descriptors = Path("/proc/self/fd").iterdir()
+        sockets = sum(
+            os.readlink(descriptor).startswith("socket:")
+            for descriptor in descriptors
+            if descriptor.is_symlink()
+        )
+        for exchange in exchanges:
+            exchange.broadcast(exchange.gather(context.rank))  # the groups work, and nobody leaves before the count
+        print("sockets", context.rank, sockets)
+
+
+def sockets_of_last_rank(interpreter: Interpreter, ranks: int, lazy: str | None) -> int:
+    running = interpreter.start_ranks(count_sockets, ranks, env={"TORCH_GLOO_LAZY_INIT": lazy})
+    finished = [one.wait(60) for one in running]
+    assert [one.returncode for one in finished] == [0] * ranks, "\n".join(one.stderr for one in finished)
+    match = re.search(rf"sockets {ranks - 1} (\d+)", finished[-1].stdout)
+    assert match, finished[-1].stdout
+    return int(match[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts descriptors in /proc")
+def test_sockets_of_a_rank_do_not_grow_with_the_world(interpreter: Interpreter) -> None:
+    few, many = (sockets_of_last_rank(interpreter, ranks, None) for ranks in (2, 4))
+    assert few == many
