@@ -1,4 +1,4 @@
-"""Whether blocks are compiled: what the config asks for, and what this machine can do."""
+"""The decision whether blocks are compiled: what the config asks for, and what this machine can do."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ What overlap changes, for two buckets (``b1`` is filled first, ``rs`` a reduce-s
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,26 +30,62 @@ from evomesh.parallel.collectives import (
     launch_all_reduce,
     launch_reduce_scatter,
 )
+from evomesh.parallel.spec import is_sharded
 
 
 @dataclass(eq=False)
 class GradientBucket:
-    """Gradients summed together: same shard axis, same sum axes, same dtype."""
+    """Gradients summed together: same shard axis, same sum axes, same dtype, all or none sharded by FSDP2.
+
+    Attributes:
+        accumulators: [n, chunk], where float32 gradients of 16-bit parameters accumulate and from where they are sent;
+            None for other dtypes, whose gradients are copied into a message and freed.
+        ready: slots whose gradient is complete.
+        completions: events on the streams that completed them.
+    """
 
     slots: list[ParameterSlot]
+    accumulators: Tensor | None = field(init=False)
     pending: PendingCollective | None = None
-    ready: int = 0  # slots whose gradient is complete
+    ready: int = 0
+    completions: list[torch.Event] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.accumulators = allocate_accumulators(self.slots)
+
+    @property
+    def is_full(self) -> bool:
+        return self.ready == len(self.slots)
+
+    def count_ready(self) -> None:
+        """Count a slot whose gradient the current stream has completed."""
+        self.ready += 1
+        completion = record_event(self.slots[0].local.device)
+        if completion is not None:
+            self.completions.append(completion)
 
     def launch(self) -> None:
-        """Start the first sum. The gradients must stay unchanged until ``finish``."""
+        """Start the first sum; the gradients are consumed."""
+        # FSDP2 calls its parameters' hooks on a separate stream, autograd the others' on that of the forward.
+        for completion in self.completions:
+            completion.wait()
+        self.completions.clear()
+        message = self._message()
         shard_axis = self.slots[0].shard_axis
-        rows = [slot.gradient().reshape(shard_axis.size, -1) for slot in self.slots]
-        bucket = rows[0].contiguous() if len(rows) == 1 else torch.cat(rows, dim=1)  # [n, chunk]
         if shard_axis.size > 1:
-            self.pending = launch_reduce_scatter(bucket, shard_axis)
+            self.pending = launch_reduce_scatter(message, shard_axis)
         else:
             first_sum_axis = self.slots[0].sum_axes[0]
-            self.pending = launch_all_reduce(bucket, first_sum_axis)
+            self.pending = launch_all_reduce(message, first_sum_axis)
+
+    def _message(self) -> Tensor:
+        """Return all gradients as [n, chunk]. Nothing else holds a copy of them from here on."""
+        rows = [slot.gradient_rows() for slot in self.slots]
+        if self.accumulators is not None:
+            return self.accumulators
+        for slot in self.slots:
+            slot.param.grad = None
+        return rows[0].contiguous() if len(rows) == 1 else torch.cat(rows, dim=1)
 
     def finish(self) -> None:
         """Complete all sums and give each master its gradient."""
@@ -84,6 +120,8 @@ class GradientSync:
     def __init__(self, slots: Sequence[ParameterSlot], bucket_size: int, overlap: bool) -> None:
         self.overlap = overlap
         self.local = [slot for slot in slots if not _needs_sum(slot)]
+        for slot in self.local:
+            allocate_accumulators([slot])
         self.buckets = _gradient_buckets([slot for slot in reversed(slots) if _needs_sum(slot)], bucket_size)
         self._bucket_of = {slot: bucket for bucket in self.buckets for slot in bucket.slots}
         self._micro_batches = 0
@@ -98,12 +136,9 @@ class GradientSync:
         bucket = self._bucket_of.get(slot)
         if bucket is None or not self.overlap or slot.micro_batches != self._micro_batches:
             return
-        bucket.ready += 1
-        while self._launched < len(self.buckets):
-            bucket = self.buckets[self._launched]
-            if bucket.ready < len(bucket.slots):
-                break
-            bucket.launch()
+        bucket.count_ready()
+        while self._launched < len(self.buckets) and self.buckets[self._launched].is_full:
+            self.buckets[self._launched].launch()
             self._launched += 1
 
     def finish(self) -> None:
@@ -114,8 +149,33 @@ class GradientSync:
         for bucket in self.buckets:
             bucket.finish()
         for slot in self.local:
-            slot.master.grad = slot.gradient()
+            slot.master.grad = slot.gradient_rows().view(slot.master.shape)
         self._launched = self._micro_batches = 0
+
+
+def allocate_accumulators(slots: Sequence[ParameterSlot]) -> Tensor | None:
+    """Let gradients of 16-bit parameters accumulate side by side, as [n, chunk], so that nothing is copied to be sent.
+
+    Returns:
+        the memory of all of them, of which each slot gets its columns; None for other dtypes.
+    """
+    first = slots[0]
+    if not first.is_half:
+        return None
+    sizes = [slot.local.numel() // first.shard_axis.size for slot in slots]
+    memory = torch.empty(first.shard_axis.size, sum(sizes), dtype=torch.float32, device=first.local.device)
+    for slot, columns in zip(slots, torch.split(memory, sizes, dim=1), strict=True):
+        slot.accumulated_grad = columns
+    return memory
+
+
+def record_event(device: torch.device) -> torch.Event | None:
+    """Mark how far the current stream of a CUDA device has come; ``wait`` lets the current stream wait for it."""
+    if device.type != "cuda":
+        return None
+    event = torch.Event(device)
+    event.record()
+    return event
 
 
 def _needs_sum(slot: ParameterSlot) -> bool:
@@ -126,7 +186,7 @@ def _gradient_buckets(slots: Sequence[ParameterSlot], bucket_size: int) -> list[
     """Pack ``slots``, given in the order of backward, into buckets; return them in the order in which they fill."""
     same_sum: dict[object, list[ParameterSlot]] = {}
     for slot in slots:
-        kind = (slot.shard_axis, slot.sum_axes, slot.gradient_dtype)
+        kind = (slot.shard_axis, slot.sum_axes, slot.gradient_dtype, is_sharded(slot.param))
         same_sum.setdefault(kind, []).append(slot)
     buckets: list[GradientBucket] = []
     for group in same_sum.values():
@@ -224,7 +284,7 @@ def pack_into_buckets(slots: Sequence[ParameterSlot], limit: int) -> list[list[P
 
 def copy_masters_to_parameters(slots: Sequence[ParameterSlot]) -> None:
     """Round float32 masters into the parameters whose state is not sharded."""
-    halves = [slot for slot in slots if slot.accumulated_grad is not None and slot.shard_axis.size == 1]
+    halves = [slot for slot in slots if slot.is_half and slot.shard_axis.size == 1]
     masters: list[Tensor] = [slot.master for slot in halves]
     if halves:
         torch._foreach_copy_([slot.local for slot in halves], masters)

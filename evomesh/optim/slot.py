@@ -27,7 +27,8 @@ class ParameterSlot:
         spec: distribution of the optimizer state over the grid.
         counts_in_norm: whether this rank counts the gradient in the global norm.
         master: the tensor that AdamW updates: own rows of ``local``, in place, or a float32 copy of them.
-        accumulated_grad: float32 sum of the micro-batches' gradients of a float16 or bfloat16 parameter.
+        accumulated_grad: float32 sum of the micro-batches' gradients of a float16 or bfloat16 parameter,
+            [n, numel / n] for the n ranks of ``shard_axis``; the optimizer's buckets provide the memory.
         micro_batches: gradients accumulated since ``reset``.
     """
 
@@ -51,14 +52,19 @@ class ParameterSlot:
         return self.local.narrow(0, self.shard_axis.rank * rows, rows)
 
     @property
+    def is_half(self) -> bool:
+        """Return whether the parameter is float16 or bfloat16: its master and its gradient are float32."""
+        return self.local.dtype in HALF
+
+    @property
     def gradient_dtype(self) -> torch.dtype:
-        return self.local.dtype if self.accumulated_grad is None else self.accumulated_grad.dtype
+        return torch.float32 if self.is_half else self.local.dtype
 
     def accumulate(self) -> None:
         """Count the gradient that backward has just completed, and add it to ``accumulated_grad`` if there is one."""
         if self.accumulated_grad is not None:
             assert self.param.grad is not None
-            gradient = local_shard(self.param.grad)
+            gradient = local_shard(self.param.grad).reshape(self.accumulated_grad.shape)
             if self.micro_batches:
                 self.accumulated_grad.add_(gradient)
             else:
@@ -66,13 +72,16 @@ class ParameterSlot:
             self.param.grad = None
         self.micro_batches += 1
 
-    def gradient(self) -> Tensor:
-        """Return the local gradient; zeros if no micro-batch used the parameter, so that all ranks can take part."""
+    def gradient_rows(self) -> Tensor:
+        """Return the local gradient as [n, numel / n], a view: row r is for rank r of ``shard_axis``.
+
+        Zeros if no micro-batch used the parameter, so that all ranks can take part.
+        """
         if self.accumulated_grad is not None:
             return self.accumulated_grad if self.micro_batches else self.accumulated_grad.zero_()
-        if self.param.grad is None:
-            return torch.zeros_like(self.local)
-        return local_shard(self.param.grad)
+        grad = self.param.grad
+        gradient = torch.zeros_like(self.local) if grad is None else local_shard(grad)
+        return gradient.reshape(self.shard_axis.size, -1)
 
     def reset(self) -> None:
         self.param.grad = None
@@ -102,7 +111,7 @@ def make_slot(name: str, param: nn.Parameter, grid: Grid) -> ParameterSlot:
         partial.append(inner)
     sum_axes = tuple(axis for axis in partial if axis.size > 1 and axis is not shard_axis)
 
-    # 3. 16-bit parameters have float32 master weights of this rank's rows, and a float32 gradient of all of them.
+    # 3. 16-bit parameters have float32 master weights of this rank's rows.
     slot = ParameterSlot(
         name=name,
         param=param,
@@ -114,7 +123,6 @@ def make_slot(name: str, param: nn.Parameter, grid: Grid) -> ParameterSlot:
         master=local,
     )
     slot.master = slot.own_rows
-    if local.dtype in HALF:
+    if slot.is_half:
         slot.master = slot.own_rows.to(torch.float32)
-        slot.accumulated_grad = torch.empty_like(local, dtype=torch.float32)
     return slot

@@ -84,7 +84,7 @@ class ZeroOptimizer:
             decays[slot.master] = adam.weight_decay * has_weight_decay(slot.name, adam.no_decay)
         self._adamw = AdamW(decays, adam.adam_beta1, adam.adam_eps)
         for slot in self.slots:
-            if slot.accumulated_grad is not None or zero.overlap_sync_grad:
+            if slot.is_half or zero.overlap_sync_grad:
                 hook = partial(self._on_gradient, slot)
                 slot.param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
         if model is not None and self._parameters.overlap:
@@ -169,7 +169,7 @@ class ZeroOptimizer:
     def refresh_masters(self) -> None:
         """Copy the parameters into the masters, after weights were loaded without an optimizer state."""
         for slot in self.slots:
-            if slot.accumulated_grad is not None:
+            if slot.is_half:
                 slot.master.copy_(slot.own_rows)
 
     def state_tensors(self) -> dict[str, Tensor]:
@@ -186,7 +186,7 @@ class ZeroOptimizer:
         for slot in self.slots:
             moments = self._adamw.moments[slot.master]
             kinds = {"exp_avg": moments.exp_avg, "exp_avg_sq": moments.exp_avg_sq}
-            if slot.accumulated_grad is not None:
+            if slot.is_half:
                 kinds["master"] = slot.master
             for kind, tensor in kinds.items():
                 shards[f"optim.{kind}.{slot.name}"] = LocalShard(tensor, slot.spec)

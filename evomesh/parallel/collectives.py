@@ -314,7 +314,10 @@ def launch_all_gather(chunk: Tensor, axis: Axis, out: Tensor | None = None) -> P
 
 
 def launch_all_reduce(bucket: Tensor, axis: Axis) -> PendingCollective:
-    """Launch the sum of ``bucket`` over the axis into a new tensor; on the CPU summands are added in rank order."""
+    """Launch the sum of ``bucket`` over the axis, on CUDA in place; on the CPU summands are added in rank order.
+
+    The bucket must be contiguous, and belongs to the collective from here on: a copy could be as large as the model.
+    """
     if axis.size == 1:
         return PendingCollective(bucket, None, bucket)
     if bucket.is_cpu:
@@ -323,9 +326,8 @@ def launch_all_reduce(bucket: Tensor, axis: Axis) -> PendingCollective:
         padded = torch.nn.functional.pad(bucket.reshape(-1), (0, padding))
         rows = padded.view(axis.size, -1)
         return _launch_row_exchange(rows, axis, bucket.shape)
-    total = bucket.clone()
-    work = dist.all_reduce(total, group=axis.group, async_op=True)
-    return PendingCollective(total, work, bucket)
+    work = dist.all_reduce(bucket, group=axis.group, async_op=True)
+    return PendingCollective(bucket, work, bucket)
 
 
 def broadcast_from(x: Tensor, axis: Axis, source: int = 0) -> None:

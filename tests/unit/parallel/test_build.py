@@ -114,7 +114,7 @@ def test_state_of_what_isp_cuts_on_tp_is_cut_over_the_data_axis() -> None:
 def test_only_the_data_axis_has_a_backend_for_the_host(
     monkeypatch: pytest.MonkeyPatch, config: str, of_world: str | None
 ) -> None:
-    """A gloo of its own for every group would cost sockets and threads that nothing uses."""
+    """A separate gloo for every group would cost sockets and threads that nothing uses."""
     made: dict[tuple[int, ...], str | None] = {}
 
     def new_group(members: list[int], backend: str | None = None, **_: object) -> str:
