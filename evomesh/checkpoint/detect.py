@@ -16,10 +16,17 @@ KINDS = {
     "hf": "a Hugging Face model folder",
     "llama": "Llama's consolidated weights",
     "dcp": "a torch distributed checkpoint (its pickled metadata is never opened)",
+    "deepspeed": "a checkpoint of XTuner, in DeepSpeed's format, which is not read",
     "torch": "pickled PyTorch files",
+}
+# How to bring a checkpoint of another kind into a form that evomesh reads.
+CONVERSIONS = {
+    "internevo": "convert it first: evomesh convert from-internevo FOLDER OUT",
+    "deepspeed": "write a Hugging Face folder with XTuner's pth_to_hf, which evomesh reads",
 }
 PATTERNS: Sequence[tuple[str, re.Pattern[str]]] = (
     ("internevo", re.compile(r"^model_(tp|wp|pp|moe)[a-z0-9_]*\.pt$")),
+    ("deepspeed", re.compile(r"^(mp_rank_|(bf16_)?zero_pp_rank_)[a-z0-9_]*_(model|optim)_states\.pt$")),
     ("dcp", re.compile(r"^(\.metadata|__\d+_\d+\.distcp)$")),
     ("hf", re.compile(r"^(model|pytorch_model).*\.(safetensors|bin)(\.index\.json)?$")),
     ("llama", re.compile(r"^consolidated\.\d+\.(pth|pt|safetensors)$")),

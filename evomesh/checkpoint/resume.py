@@ -274,7 +274,7 @@ def _wrong_type(info: LoadConfig, actual: str) -> CheckpointError:
         f"{info.path} is {detect.KINDS[actual]}, but ckpt_type={info.ckpt_type!r} was given",
         fix=f"set load_ckpt_info ckpt_type={right!r}"
         if right
-        else "convert it first: evomesh convert --help",
+        else detect.CONVERSIONS.get(actual, "convert it first: evomesh convert --help"),
     )
 
 

@@ -249,6 +249,9 @@ def derived(loaded: LoadedConfig, gpus: int) -> dict[str, Any]:
         "head width": config.model.head_dim,
         "feed-forward width": config.model.mlp_width,
     }
+    if config.data.epochs is not None:  # the data decides, and it is not open
+        del figures["tokens in total"]
+        figures["passes over the data"] = config.data.epochs
     total = parameter_count(config.model)
     if total is None:
         return figures | {"parameters": "known only to the model's builder"}

@@ -35,6 +35,7 @@ def refuse_other(value: str, allowed: tuple[str, ...], where: str) -> None:
 
 def write_folder(ckpt: str, out: str, options: ExportOptions) -> None:
     """Export the newest valid checkpoint at ``ckpt``."""
+    from evomesh.checkpoint.detect import CONVERSIONS, KINDS, kind_at
     from evomesh.checkpoint.huggingface.config import CLASSES
     from evomesh.checkpoint.huggingface.export import export
     from evomesh.checkpoint.native.load import resolve
@@ -45,6 +46,9 @@ def write_folder(ckpt: str, out: str, options: ExportOptions) -> None:
     if options.rotary_type is not None:
         rotary_types = get_args(RotaryType)
         refuse_other(options.rotary_type, rotary_types, "--rotary-type")
+    kind = kind_at(ckpt)
+    if kind in CONVERSIONS:
+        raise UserError(f"{KINDS[kind]}, not one of evomesh", where=ckpt, fix=CONVERSIONS[kind])
     checkpoint = resolve(ckpt, report=print)
     export(checkpoint, out, options, report=print)
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from evomesh.checkpoint.native.load import CheckpointReader
+from evomesh.checkpoint.resume import decide
 from evomesh.cli.app import app
 from evomesh.cli.xtuner_train import _parser, load_with_strategy, train_overrides
 from evomesh.config.loader import load_config
@@ -132,6 +134,27 @@ def test_a_deepspeed_strategy_with_sequence_parallelism_shards_the_weight_axis(
 def test_merge_is_refused_in_one_sentence() -> None:
     with pytest.raises(UserError, match="LoRA adapters are not part of evomesh"):
         run("xtuner", "convert", "merge", "llm", "adapter", "out", "--max-shard-size", "2GB")
+
+
+@pytest.mark.parametrize(
+    "name", ["mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"]
+)
+def test_xtuners_own_checkpoints_are_named_with_the_way_to_read_them(name: str, here: Path) -> None:
+    path = str(write_config(here / "c.py"))
+    (here / "iter_500.pth").mkdir()
+    (here / "iter_500.pth" / name).touch()
+    with pytest.raises(UserError, match=r"a checkpoint of XTuner(.|\n)*with XTuner's pth_to_hf"):
+        run("xtuner", "convert", "pth_to_hf", path, "iter_500.pth", "out")
+    info = load_config(path, ["load_from=iter_500.pth", "resume=True"]).config.ckpt
+    with pytest.raises(UserError, match=r"a checkpoint of XTuner(.|\n)*with XTuner's pth_to_hf"):
+        decide(info, CheckpointReader(), None)
+
+
+def test_show_does_not_count_tokens_of_passes(here: Path) -> None:
+    path = str(write_config(here / "c.py"))
+    out = run("config", "show", path)
+    assert "passes over the data    1.0" in out and "tokens in total" not in out
+    assert "tokens in total" in run("config", "show", path, "--set", "data.total_steps=3")
 
 
 def test_unknown_launcher_and_config(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
