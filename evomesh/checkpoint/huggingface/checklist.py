@@ -84,12 +84,12 @@ def _weights(folder: HfFolder) -> str:
     tied = bool(record.get("tie_word_embeddings"))
     match_tensors(folder, NAME_MAPS[record["model_type"]], model, tied)
     index = "model.safetensors.index.json"
-    if index in folder.storage.list(folder.path):
+    files = set(folder.files.values())
+    if index in folder.storage.list(folder.path) and "model.safetensors" not in files:
         indexed = folder.json(index).get("metadata", {}).get("total_size")
         stored = sum(tensor.nbytes for tensor in map(folder.read, folder.files))
         if indexed != stored:
             raise UserError(f"the index gives {indexed} bytes, the shards hold {stored}")
-    files = set(folder.files.values())
     return f"{len(folder.files)} tensors in {len(files)} files"
 
 

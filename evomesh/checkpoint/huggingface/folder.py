@@ -94,11 +94,12 @@ class HfFolder:
         """Return tensor name -> file name."""
         names = self.storage.list(self.path)
         for stem in ("model.safetensors", "pytorch_model.bin"):
+            # As transformers does: a whole file comes before shards, which may be left of an earlier save.
+            if stem in names:
+                return dict.fromkeys(self._tensor_names(stem), stem)
             index = f"{stem}.index.json"
             if index in names:
                 return self._read_index(index, names)
-            if stem in names:
-                return dict.fromkeys(self._tensor_names(stem), stem)
         raise CheckpointError(
             f"no weights (the folder holds: {_listed_files(names)})",
             where=self.path,
@@ -127,7 +128,22 @@ class HfFolder:
             absent = sorted(listed.difference(stored))
             if absent:
                 raise CheckpointError(f"lists {absent[0]!r} in {file}, which does not hold it", where=where)
+        self._refuse_duplicates(sorted(names_by_file), where)
         return {name: file for name, file in weight_map.items() if not name.endswith(BUFFERS)}
+
+    def _refuse_duplicates(self, files: list[str], where: str) -> None:
+        """Refuse shards of which two hold one tensor: which of them a reader takes is chance."""
+        holder: dict[str, str] = {}
+        for file in files:
+            for name in self._tensor_names(file):
+                if name in holder:
+                    raise CheckpointError(
+                        f"{name!r} is in {holder[name]} and in {file}",
+                        where=where,
+                        expected="each tensor in one shard",
+                        fix="save the folder again",
+                    )
+                holder[name] = file
 
     @cached_property
     def shapes(self) -> dict[str, Coordinates]:

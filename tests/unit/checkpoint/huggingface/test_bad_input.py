@@ -78,8 +78,10 @@ BAD: list[tuple[Callable[[Path], object], str]] = [
     (lambda f: (f / "model.safetensors").unlink(), "no weights"),
     (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64), "not a complete safetensors file"),
     (
-        lambda f: (f / "model.safetensors.index.json").write_text(
-            '{"weight_map": {"a": "../x.safetensors"}}'
+        lambda f: (
+            (f / "model.safetensors")
+            .rename(f / "model.safetensors.index.json")
+            .write_text('{"weight_map": {"a": "../x.safetensors"}}')
         ),
         "lists the shard '../x.safetensors'",
     ),
