@@ -181,7 +181,8 @@ def check_config(start: StartPoint, config: Config, reader: CheckpointReader) ->
             f"with this config the weights of step {start.checkpoint.step} compute something else:{lines}",
             where=start.checkpoint.folder,
             expected="the values of the run that wrote the checkpoint",
-            fix="restore these values, or resume with the new ones: --set ckpt.allow_changed_model=True",
+            fix="restore these values; values that change no shape of a weight can be resumed with: "
+            "--set ckpt.allow_changed_model=True",
         )
     if reader.exchange.rank:
         return

@@ -55,10 +55,12 @@ def ledger(
     settings = load_config(config, overrides or []).config
     lookup = _open_ledger(settings, gpus)
     if step is not None:
+        _check_step(step, settings)
         entries = lookup.step(step, _check_rank(rank, lookup.dp_size))
     else:
         file, row = _parse_document(document or "")
-        entries = lookup.uses(file, row, until or settings.data.total_steps)
+        last_step = settings.data.total_steps
+        entries = lookup.uses(file, row, min(until or last_step, last_step))
     loaded = load_tokenizer(tokenizer) if tokenizer else None
     show = _as_json if as_json else partial(_as_text, skipped=settings.data.skip_batches)
     count = 0
@@ -85,6 +87,14 @@ def _open_ledger(settings: Config, gpus: int | None) -> StepLedger:
     processes = gpus or parallel.tensor.size * parallel.pipeline.size
     corpus = open_corpus(settings.data, settings.model.vocab_size)
     return StepLedger(corpus, axis_sizes(parallel, processes).dp)
+
+
+def _check_step(step: int, settings: Config) -> None:
+    if step >= settings.data.total_steps:
+        last = settings.data.total_steps - 1
+        raise UserError(
+            f"the run has no step {step}", where="--step", expected=f"0 to {last} (data.total_steps)"
+        )
 
 
 def _check_rank(rank: int | None, dp_size: int) -> int | None:

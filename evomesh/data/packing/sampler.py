@@ -202,7 +202,7 @@ class PackSampler:
                     where="resuming the data position",
                     expected="the data that the checkpoint was trained on",
                     fix="restore it, or load only the weights: "
-                    'ckpt.load_ckpt_info=dict(path=..., content=("model",))',
+                    'ckpt.load_ckpt_info=dict(path=..., content=("model",)), ckpt.auto_resume=False',
                 )
         # Ramp-up and unit count packs of the global batch: those of the checkpoint keep the steps in another layout.
         if self.rampup is not None and state["rampup"] is not None:

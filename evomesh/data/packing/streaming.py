@@ -33,6 +33,7 @@ from evomesh.errors import UserError
 
 TYPES = ["en"]  # rows have no type; InternEvo reports this name
 PREFETCHED = 2  # batches prepared before the step asks
+MANY_ROWS = 100_000  # rows that are too short, one after the other, end a run after a pass
 
 
 @dataclass
@@ -79,6 +80,46 @@ class StreamingLane:
         return pack
 
 
+@dataclass
+class UnusedRows:
+    """Ends a run whose rows are all too short, which would read its data again and again.
+
+    Attributes:
+        start: where the pass began that is being read.
+        rows: rows since the last document that was long enough.
+        longest: tokens of the longest of them.
+    """
+
+    start: RowCursor
+    rows: int = 0
+    longest: int = 0
+
+    def add(self, tokens: int) -> None:
+        self.rows += 1
+        self.longest = max(self.longest, tokens)
+
+    def end_window(self, after: RowCursor, documents: int, min_length: int) -> None:
+        """Take note of a window with so many documents.
+
+        Raises:
+            UserError: whole passes gave none. A rank reads other rows in each pass, so it waits until it has seen as
+                many rows as a pass has, or very many.
+        """
+        if documents:
+            self.rows = self.longest = 0
+        if after.epoch == self.start.epoch:
+            return
+        rows_of_pass = after.n - self.start.n
+        self.start = after
+        if self.rows >= min(rows_of_pass, MANY_ROWS) > 0:
+            raise UserError(
+                f"none of {self.rows:,} rows has data.min_length={min_length} tokens, the longest has {self.longest}",
+                where="data.train_folder",
+                expected="at least one row that is long enough",
+                fix=f"lower data.min_length to {self.longest} or less, or add longer texts",
+            )
+
+
 class StreamingPacks:
     """The packs of some lanes, one of each per step.
 
@@ -118,6 +159,7 @@ class StreamingPacks:
             cursor = RowCursor(**state["cursor"])
             self.lanes = {lane: StreamingLane(*state["lanes"][str(lane)]) for lane in lanes}
         self._cursors = deque([cursor])  # starts of the windows that a lane may still need
+        self._unused = UnusedRows(cursor)
         self._windows = rows.windows(cursor)
 
     def take(self) -> list[Pack]:
@@ -142,6 +184,7 @@ class StreamingPacks:
         """Read the next window of rows and hand this rank's documents in it to their lanes."""
         window = next(self._windows)
         self._cursors.append(window.next_cursor)
+        documents = 0
         rows = []
         texts = []
         for row, text in enumerate(window.texts, window.first_row):
@@ -151,11 +194,14 @@ class StreamingPacks:
         for row, ids in zip(rows, self.tokenizer.encode_batch(texts), strict=True):
             tokens = np.array(self._prefix + ids + self._suffix, np.int64)
             if len(tokens) < max(1, self.min_length):
+                self._unused.add(len(tokens))
                 continue
+            documents += 1
             location = window.locations[row - window.first_row]
             _check_ids(largest_id(tokens), self.vocab_size, self.tokenizer, location)
             lane = self.lanes[row % self.num_lanes]
             lane.waiting.append((row, tokens))
+        self._unused.end_window(window.next_cursor, documents, self.min_length)
 
     def _needs(self, row: int) -> bool:
         """Return whether a row belongs to a lane of this rank that has not used it yet."""

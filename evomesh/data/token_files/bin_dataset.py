@@ -222,12 +222,25 @@ class BinDataset:
         """Number of blocks of the file."""
         return -(-len(self) // self.block)
 
-    def check(self, count: int) -> None:
-        """Read ``count`` of the ``blocks``, evenly spaced, so that what ``read`` refuses is refused now."""
+    def check(self, count: int) -> tuple[int, int]:
+        """Read ``count`` of the ``blocks``, evenly spaced, so that what ``read`` refuses is refused now.
+
+        Returns:
+            The number of tokens read, and of those among them that can be targets: positive ids.
+
+        Raises:
+            UserError: as ``read``; or the whole file was read, and it has no target.
+        """
+        tokens = targets = 0
         for number in evenly_spaced(self.blocks, count).tolist():
             start = number * self.block
             stop = min(start + self.block, len(self))
-            self.read(np.arange(start, stop))
+            ids = self.read(np.arange(start, stop))
+            tokens += len(ids)
+            targets += int((ids > 0).sum())
+        if tokens == self.kept_tokens and tokens and not targets:
+            raise _without_target(tokens, str(self.path))
+        return tokens, targets
 
     def _map(self) -> memoryview:
         """Return the mapped file; it is mapped at first use, so that a run opens only the files it reads."""
@@ -341,16 +354,31 @@ def check_sources(sources: Sequence[DocumentSource]) -> None:
     The blocks find defects that occur throughout a file, such as another vocabulary or the meta of another file.
 
     Raises:
-        UserError: the first bad line or meta row that was read; training would have failed on it later.
+        UserError: the first bad line or meta row that was read; training would have failed on it later. Or a file
+            without a single target, or no target in anything that was read.
     """
     files = [source for source in sources if isinstance(source, BinDataset)]
     total_bytes = sum(file.size for file in files)
     share = min(1.0, CHECKED_BYTES / max(1, total_bytes))
     due = 0.0  # blocks to read; the fraction is carried over, so that many small files are not all skipped
+    tokens = targets = 0
     for file in files:
         due += file.blocks * share
-        file.check(int(due))
+        tokens_of_file, targets_of_file = file.check(int(due))
         due -= int(due)
+        tokens += tokens_of_file
+        targets += targets_of_file
+    if tokens and not targets:
+        raise _without_target(tokens, f"{len(files)} files, such as {files[0].path}")
+
+
+def _without_target(tokens: int, where: str) -> UserError:
+    return UserError(
+        f"none of {tokens:,} tokens is a target: every id is negative (masked) or 0",
+        where=where,
+        expected="documents with positive ids, which the loss counts",
+        fix="check which roles were trained on when the conversations were tokenized: --train-on",
+    )
 
 
 def check_file(path: Path) -> int:

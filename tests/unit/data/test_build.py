@@ -338,3 +338,13 @@ def test_symbolic_links_are_followed_once(tree: Path) -> None:
     names = [row["file"] for row in data.report]
     assert [name for name in names if name.startswith("ja/")] == ["ja/a.bin", "ja/b/x.bin"]
     assert len(names) == 5
+
+
+@pytest.mark.parametrize("ids", [[-5, -6, -7, -8], [0, 0, 0, 0]], ids=["masked", "zeros"])
+def test_a_file_without_a_target_is_refused(write_bin: Any, tmp_path: Path, ids: list[int]) -> None:
+    """Training on it would log a loss of 0 and end well."""
+    write_bin(documents(1), "train/en/a.bin")
+    write_bin([ids * 10] * 20, "train/en/b.bin")
+    with pytest.raises(UserError, match=r"none of 800 tokens is a target") as caught:
+        build_train_data(config(tmp_path), VOCAB)
+    assert caught.value.where.endswith("train/en/b.bin")

@@ -134,6 +134,7 @@ def test_command_lists_a_step_and_a_document(folder: Path, tmp_path: Path) -> No
         (["--step", "1", "--document", "en/a.bin:1"], "exactly one"),
         (["--document", "en/a.bin"], "expected: FILE:ROW"),
         (["--step", "1", "--gpus", "4", "--rank", "2"], "0 to 1"),
+        (["--step", "6", "--gpus", "2"], r"0 to 5 \(data.total_steps\)"),
         (["--step", "1", "--set", "data.type=streaming"], "only known while it is read"),
     ],
 )

@@ -404,3 +404,21 @@ def test_only_one_window_is_read_at_a_time(tmp_path: Path) -> None:
     path.write_text("w2\n" * 1000 + "\n")
     windows = RowStream(find_source_files([str(path)]), "text", 0).windows(RowCursor())
     assert next(windows).next_cursor == RowCursor(n=8, window=1, row=8)
+
+
+@pytest.mark.parametrize("dp_size", [1, 3])
+def test_rows_that_are_all_too_short_end_the_run_with_their_numbers(
+    tmp_path: Path, tokenizer: Path, dp_size: int
+) -> None:
+    folder = write(tmp_path / "d", ["w2 w3 w4", "w5", "w6 w7"] * 20)
+    data = build_train_data(config(folder, tokenizer, min_length=5), WORDS)
+    stream = data.stream(dp_rank=dp_size - 1, dp_size=dp_size)
+    with pytest.raises(UserError, match=r"none of \d+ rows has data.min_length=5 tokens, the longest has 4"):
+        next(stream)
+    stream.close()
+
+
+def test_one_row_that_is_long_enough_is_enough(tmp_path: Path, tokenizer: Path) -> None:
+    folder = write(tmp_path / "d", ["w2"] * 40 + [" ".join(["w9"] * 40)] + ["w3"] * 20)
+    batches = take(build_train_data(config(folder, tokenizer, min_length=30), WORDS).stream(), 4)
+    assert {token for batch in batches for row in batch for token in row} == {1, 9}
