@@ -42,7 +42,8 @@ def write_folder(ckpt: str, out: str, options: ExportOptions) -> None:
     from evomesh.config.schema import RotaryType
 
     architectures = tuple(CLASSES)
-    refuse_other(options.arch, architectures, "--arch")
+    if options.arch is not None:
+        refuse_other(options.arch, architectures, "--arch")
     if options.rotary_type is not None:
         rotary_types = get_args(RotaryType)
         refuse_other(options.rotary_type, rotary_types, "--rotary-type")
@@ -57,8 +58,12 @@ def to_hf(
     ckpt: Annotated[str, typer.Argument(help="Save folder, a step in it, or a step folder; local or S3.")],
     out: Annotated[str, typer.Argument(help="New folder for the model; local or S3.")],
     arch: Annotated[
-        str, typer.Option(help="llama (built into transformers) or internlm2 (InternLM2's weight names).")
-    ] = "llama",
+        str | None,
+        typer.Option(
+            help="llama, qwen2, qwen3, mistral (built into transformers) or internlm2 (InternLM2's weight names) "
+            "[default: the model's own, else llama]."
+        ),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float64|float32|bfloat16|float16 [default: as trained].")
     ] = None,
@@ -108,7 +113,7 @@ def from_hf(
     dtype: Annotated[str | None, typer.Option(help="Parameter dtype [default: the folder's].")] = None,
     compare: Annotated[bool, typer.Option(help="Compare logits with transformers.")] = True,
 ) -> None:
-    """Import a Hugging Face folder as a checkpoint. Takes Llama, InternLM and InternLM2 models; weights only."""
+    """Import a Hugging Face folder as a checkpoint, weights only: Llama, Qwen2, Qwen3, Mistral or InternLM."""
     from evomesh.checkpoint.huggingface.to_native import from_hf as convert
 
     convert(hf, out, dtype, compare, print)

@@ -22,7 +22,14 @@ from evomesh.config.user import expand_home
 from evomesh.errors import UserError
 
 # model_type of a config.json -> our family
-FAMILIES = {"llama": "LLAMA2", "mistral": "LLAMA2", "internlm": "INTERNLM", "internlm2": "INTERNLM2_PUBLIC"}
+FAMILIES = {
+    "llama": "LLAMA2",
+    "qwen2": "QWEN2",
+    "qwen3": "QWEN3",
+    "mistral": "MISTRAL",
+    "internlm": "INTERNLM",
+    "internlm2": "INTERNLM2_PUBLIC",
+}
 
 # Of rope_scaling or rope_parameters, but no settings of a scaling.
 SETTINGS_BESIDE_SCALING = ("rope_theta", "rope_type", "type", "partial_rotary_factor", "finetuned")
@@ -89,10 +96,9 @@ def read_model(record: dict[str, Any], where: str, dtype: str | None = None) -> 
     heads = reader.positive_integer("num_attention_heads")
     width = reader.positive_integer("intermediate_size")
     reader.refuse_unsupported(hidden, heads)
-    head_dim = hidden // heads
+    head_dim = reader.head_dim(hidden, heads)
     scaling = reader.dynamic_factor()
-    bias_key = "bias" if kind in ("internlm", "internlm2") else "attention_bias"
-    bias = bool(record.get(bias_key, kind == "internlm"))
+    bias = reader.bias(kind)
     family = FAMILIES[kind]
     if family == "INTERNLM" and not bias:  # our INTERNLM always has biases
         family = "LLAMA2"
@@ -108,6 +114,10 @@ def read_model(record: dict[str, Any], where: str, dtype: str | None = None) -> 
         mlp_ratio=mlp_ratio,
         multiple_of=multiple_of,
         dtype=reader.dtype(dtype),
+        head_dim=head_dim,
+        o_bias=False if family == "QWEN2" else None,
+        qk_norm=family == "QWEN3",
+        sliding_window=reader.sliding_window(),
         layer_norm_epsilon=float(record.get("rms_norm_eps", 1e-6)),
         no_bias=not bias,
         qk_interleaved=False,
@@ -164,16 +174,33 @@ class _ConfigReader:
             setting = "mlp_bias"
         elif self._partial_rotary() != 1:
             setting = f"partial_rotary_factor {self._partial_rotary()}"
-        elif hidden % heads != 0:
+        elif hidden % heads != 0 and head_dim is None:
             setting = f"hidden_size {hidden} with {heads} heads"
-        elif head_dim not in (None, hidden // heads):
-            setting = f"head_dim {head_dim}"
         elif self.record.get("model_type") == "internlm" and kv_heads not in (None, heads):
             setting = "GQA"
-        elif self.record.get("model_type") == "mistral" and self.record.get("sliding_window"):
-            setting = f"sliding_window {self.record['sliding_window']} (Mistral 7B v0.2 and later have none)"
+        elif self.record.get("use_sliding_window"):
+            setting = "use_sliding_window: a window in some of the layers"
         if setting:
             raise UserError(f"{setting} is not supported", where=self.where)
+
+    def head_dim(self, hidden: int, heads: int) -> int:
+        """Return the width of a head; where the file has none, transformers takes 128 for Qwen3."""
+        if self.record.get("head_dim") is not None:
+            return self.positive_integer("head_dim")
+        return 128 if self.record.get("model_type") == "qwen3" else hidden // heads
+
+    def bias(self, kind: str) -> bool:
+        """Return whether queries, keys and values have biases: a setting, but for Qwen2 and Mistral."""
+        if kind in ("qwen2", "mistral"):
+            return kind == "qwen2"
+        key = "bias" if kind in ("internlm", "internlm2") else "attention_bias"
+        return bool(self.record.get(key, kind == "internlm"))
+
+    def sliding_window(self) -> int | None:
+        """Return Mistral's window; where the file has none, transformers takes 4096. Qwen has a switch for it."""
+        if self.record.get("model_type") != "mistral" or self.record.get("sliding_window", 4096) is None:
+            return None
+        return self.positive_integer("sliding_window") if "sliding_window" in self.record else 4096
 
     def _partial_rotary(self) -> float:
         return float(

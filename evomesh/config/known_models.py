@@ -18,6 +18,7 @@ _INTERNLM2: dict[str, Any] = dict(
 )
 _MISTRAL: dict[str, Any] = dict(
     model_type="mistral",
+    sliding_window=None,
     hidden_size=4096,
     num_hidden_layers=32,
     num_attention_heads=32,

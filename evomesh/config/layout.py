@@ -139,6 +139,7 @@ def _unsharded_warnings(config: Config, zero: int) -> list[str]:
     rows_per_tensor_rank = {
         "query, key and value": model.qkv_width // tp,
         "output projections": model.hidden_size,
+        **({"norms of queries and keys": model.head_dim} if model.qk_norm else {}),
         "feed-forward inputs": model.mlp_width // tp,
         "embedding and head": math.ceil(model.vocab_size / tp),
     }
@@ -195,6 +196,7 @@ def _weight_findings(config: Config) -> Iterator[ConfigFinding]:
     rows = {
         "hidden_size": model.hidden_size,
         "width of q, k and v": model.qkv_width,
+        **({"width of a head, which qk_norm has weights for": model.head_dim} if model.qk_norm else {}),
         "feed-forward width": model.mlp_width,
     }
     for name, length in rows.items():

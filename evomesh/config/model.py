@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from evomesh.config.rope import RopeScaling
 from evomesh.config.section import Section
 
 DType = Literal["float64", "float32", "tf32", "bfloat16", "float16"]
-ModelFamily = Literal["INTERNLM", "INTERNLM2_PUBLIC", "LLAMA2"]
+ModelFamily = Literal["INTERNLM", "INTERNLM2_PUBLIC", "LLAMA2", "QWEN2", "QWEN3", "MISTRAL"]
 RotaryType = Literal["origin", "dynamic"]  # beyond the trained length: unscaled, or with dynamic NTK
 
 
@@ -18,7 +18,8 @@ class ModelConfig(Section):
     """Shape and numerics of the decoder. ``model_type`` and ``use_fp32_norm`` are top-level keys in a config file."""
 
     model_type: str = Field(
-        "INTERNLM", description="INTERNLM, INTERNLM2_PUBLIC, LLAMA2 or a registered custom model."
+        "INTERNLM",
+        description="INTERNLM, INTERNLM2_PUBLIC, LLAMA2, QWEN2, QWEN3, MISTRAL or a registered custom model.",
     )
     num_layers: int = Field(48, ge=1, description="Number of decoder layers.")
     hidden_size: int = Field(2048, ge=1, description="Width of the residual stream.")
@@ -27,6 +28,7 @@ class ModelConfig(Section):
     num_kv_attention_heads: int | None = Field(
         None, ge=1, description="Number of key/value heads; None: num_attention_heads, as INTERNLM requires."
     )
+    head_dim: int = Field(64, ge=1, description="Width of a head; unset: hidden_size / num_attention_heads.")
     mlp_ratio: float = Field(
         4.0, gt=0, description="Feed-forward width = int(hidden_size * mlp_ratio), rounded up to multiple_of."
     )
@@ -51,6 +53,17 @@ class ModelConfig(Section):
     use_swiglu: bool = Field(True, description="True: SwiGLU; False: GELU.")
     no_bias: bool = Field(
         False, description="Omit the biases of the attention projections; INTERNLM always has them."
+    )
+    qkv_bias: bool | None = Field(None, description="Bias of queries, keys and values; None: unless no_bias.")
+    o_bias: bool | None = Field(None, description="Bias of the attention output; None: unless no_bias.")
+    qk_norm: bool = Field(
+        False, description="Norm of each query and key head before the rotation; one weight for all heads."
+    )
+    sliding_window: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens that a position sees, itself included. Texts must not be longer: within that length the "
+        "window changes nothing.",
     )
     qk_interleaved: bool = Field(
         False, description="Rotary pairs are adjacent columns, or in two halves. Default by family."
@@ -113,9 +126,30 @@ class ModelConfig(Section):
     def kv_heads(self) -> int:
         return self.num_kv_attention_heads or self.num_attention_heads
 
+    @model_validator(mode="before")
+    @classmethod
+    def _derive_head_dim(cls, values: Any) -> Any:
+        """Fill ``head_dim`` from the width and the number of heads, where these are numbers."""
+        if not isinstance(values, dict) or values.get("head_dim") is not None:
+            return values
+        width = values.get("hidden_size", cls.model_fields["hidden_size"].default)
+        heads = values.get("num_attention_heads", cls.model_fields["num_attention_heads"].default)
+        are_numbers = isinstance(width, int) and isinstance(heads, int) and heads > 0
+        derived = {"head_dim": max(width // heads, 1)} if are_numbers else {}
+        return {key: value for key, value in values.items() if key != "head_dim"} | derived
+
     @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
+    def has_qkv_bias(self) -> bool:
+        return not self.no_bias if self.qkv_bias is None else self.qkv_bias
+
+    @property
+    def has_o_bias(self) -> bool:
+        return not self.no_bias if self.o_bias is None else self.o_bias
+
+    @property
+    def attention_width(self) -> int:
+        """Width of all query heads together, the input of the attention output projection."""
+        return self.num_attention_heads * self.head_dim
 
     @property
     def rotary_type(self) -> RotaryType:

@@ -37,6 +37,11 @@ FUNCTION = (
     "model.max_position_embeddings",
     "model.use_dynamic_ntk_rope",
     "model.rope_scaling",
+    "model.head_dim",
+    "model.qkv_bias",
+    "model.o_bias",
+    "model.qk_norm",
+    "model.sliding_window",
     "model.norm_head",
     "model.extra",
 )

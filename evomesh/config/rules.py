@@ -6,12 +6,13 @@ import math
 import re
 from collections.abc import Callable, Iterator
 
+from evomesh.config.families import FAMILY_FACTS
 from evomesh.config.finding import ConfigFinding, nearest
 from evomesh.config.folders import shared_role
 from evomesh.config.layout import layout_findings
 from evomesh.config.reading.draft import leaves
 from evomesh.config.rope import scaling_problems
-from evomesh.config.schema import Config
+from evomesh.config.schema import Config, ModelConfig
 from evomesh.config.step_values import RAMPUP_FORM, BatchSizeRampup
 
 INT32, INT64 = 2**31 - 1, 2**63 - 1
@@ -40,6 +41,7 @@ def check(config: Config, given: Callable[[str], bool]) -> tuple[list[ConfigFind
         *_number_findings(config),
         *_model_findings(config),
         *_rope_findings(config),
+        *_window_findings(config),
         *_data_findings(config),
         *_loss_scale_findings(config),
         *_learning_rate_findings(config),
@@ -82,7 +84,7 @@ def _model_findings(config: Config) -> Iterator[ConfigFinding]:
     model = config.model
     heads, hidden, kv = model.num_attention_heads, model.hidden_size, model.kv_heads
     h, d = "model.num_attention_heads", "model.hidden_size"
-    if hidden % heads:
+    if hidden % heads and model.head_dim == max(hidden // heads, 1):
         yield ConfigFinding(
             (d, h),
             f"hidden_size={hidden} cannot be divided by num_attention_heads={heads}",
@@ -92,7 +94,7 @@ def _model_findings(config: Config) -> Iterator[ConfigFinding]:
         yield ConfigFinding(
             (d, h),
             f"heads of odd width {model.head_dim}",
-            expected="an even hidden_size / num_attention_heads (rotary)",
+            expected="an even hidden_size / num_attention_heads, or head_dim (rotary)",
         )
     elif model.use_dynamic_ntk_rope and model.head_dim == 2:
         yield ConfigFinding(
@@ -107,19 +109,58 @@ def _model_findings(config: Config) -> Iterator[ConfigFinding]:
             f"num_attention_heads={heads} cannot be divided by num_kv_attention_heads={kv}",
             expected=f"num_kv_attention_heads={nearest(kv, heads)}",
         )
-    if model.model_type == "INTERNLM":
-        if model.no_bias:
+    yield from _family_findings(model)
+    if model.model_type == "INTERNLM" and kv != heads:
+        yield ConfigFinding(
+            ("model.num_kv_attention_heads",),
+            f"INTERNLM has one key/value head for each of its {heads} heads, found {kv}",
+            fix='remove model.num_kv_attention_heads, or take model_type="LLAMA2" or "INTERNLM2_PUBLIC"',
+        )
+
+
+def _family_findings(model: ModelConfig) -> Iterator[ConfigFinding]:
+    """Yield what contradicts the facts of the family: such a model could not be exported as one of it."""
+    family, facts = model.model_type, FAMILY_FACTS.get(model.model_type)
+    if facts is None:
+        return
+    other = 'or take model_type="LLAMA2" or "INTERNLM2_PUBLIC"'
+    if family == "INTERNLM" and not (model.has_qkv_bias and model.has_o_bias):
+        yield ConfigFinding(
+            ("model.no_bias", "model.qkv_bias", "model.o_bias"),
+            "INTERNLM always has attention biases",
+            fix=f"remove model.no_bias, {other}",
+        )
+        return
+    switches = (
+        ("qkv_bias", model.has_qkv_bias, facts.qkv_bias),
+        ("o_bias", model.has_o_bias, facts.o_bias),
+        ("qk_norm", model.qk_norm, facts.qk_norm),
+    )
+    for key, value, wanted in switches:
+        if wanted is not None and value != wanted:
+            keys = (f"model.{key}",) if key == "qk_norm" else (f"model.{key}", "model.no_bias")
             yield ConfigFinding(
-                ("model.no_bias",),
-                "INTERNLM always has attention biases",
-                fix='remove model.no_bias, or take model_type="LLAMA2" or "INTERNLM2_PUBLIC"',
+                keys, f"{key} is {value}, and {family} models have {key}={wanted}", fix=f"remove it, {other}"
             )
-        if kv != heads:
-            yield ConfigFinding(
-                ("model.num_kv_attention_heads",),
-                f"INTERNLM has one key/value head for each of its {heads} heads, found {kv}",
-                fix='remove model.num_kv_attention_heads, or take model_type="LLAMA2" or "INTERNLM2_PUBLIC"',
-            )
+    if model.sliding_window is not None and not facts.sliding_window:
+        yield ConfigFinding(
+            ("model.sliding_window",),
+            f"{family} models have no window",
+            fix='remove model.sliding_window, or take model_type="MISTRAL"',
+        )
+
+
+def _window_findings(config: Config) -> Iterator[ConfigFinding]:
+    window, data = config.model.sliding_window, config.data
+    longest = data.packed_length if data.pack_sample_into_one else data.seq_len
+    if window is not None and window < longest:
+        yield ConfigFinding(
+            ("model.sliding_window", "data.seq_len"),
+            f"sequences of up to {longest} tokens with a window of {window}: windows shorter than the text are not "
+            "part of evomesh",
+            expected=f"data.seq_len={window} or less",
+            fix="train on shorter sequences, or on a model without a window",
+        )
 
 
 def _rope_findings(config: Config) -> Iterator[ConfigFinding]:

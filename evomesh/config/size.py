@@ -17,19 +17,20 @@ def parameter_counts(model: ModelConfig) -> dict[str, int]:
     layers = model.num_layers
     qkv = model.qkv_width
 
-    biases = 0 if model.no_bias else qkv + hidden
-    attention = hidden * qkv + hidden * hidden + biases
+    biases = (qkv if model.has_qkv_bias else 0) + (hidden if model.has_o_bias else 0)
+    attention = hidden * qkv + model.attention_width * hidden + biases
     matrices = 3 if model.use_swiglu else 2
     feed_forward = matrices * hidden * model.mlp_width
 
     norm = 2 * hidden if model.norm_type == "layernorm" else hidden  # layernorm has a bias
+    head_norms = 2 * model.head_dim if model.qk_norm else 0  # of queries and of keys
     post_norm = model.apply_post_layer_norm and model.model_type == "INTERNLM2_PUBLIC"
     final_norms = 0 if post_norm else 1
     return {
         "embedding": model.vocab_size * hidden,
         "attention": layers * attention,
         "feed_forward": layers * feed_forward,
-        "norms": norm * (2 * layers + final_norms),
+        "norms": norm * (2 * layers + final_norms) + layers * head_norms,
         "head": model.vocab_size * hidden,
     }
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evomesh.layers.attention import Attention, AttentionFunction, SequenceBounds, attend
+from evomesh.layers.attention import Attention, AttentionFunction, SequenceBounds, attend, check_window
 
 
 class KeyValueCache:
@@ -105,6 +105,7 @@ class KeyValueCache:
             bounds: SequenceBounds,
             module: Attention,
         ) -> Tensor:
+            check_window(longest, module.window)
             keys, values = self._tensors(module.layer, k)
             if equally_long:
                 new_position = longest - 1

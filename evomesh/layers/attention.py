@@ -15,13 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evomesh.errors import UserError
 from evomesh.layers.linear import ColumnParallelLinear, RowParallelLinear
+from evomesh.layers.norm import Norm
 from evomesh.layers.placement import Placement
 from evomesh.layers.rotary import split_and_rotate
 from evomesh.layers.sequence_bounds import SequenceBounds
 from evomesh.parallel.collectives import all_to_all
 
-__all__ = ["Attention", "AttentionFunction", "SequenceBounds", "attend", "outside_graph"]
+__all__ = ["Attention", "AttentionFunction", "SequenceBounds", "attend", "check_window", "outside_graph"]
 
 # (q [T, N, H], k [T, G, H], v [T, G, H], bounds, module) -> [T, N, H]. Generation passes one that keeps k and v by
 # ``module.layer``. It takes the module rather than the layer number: a compiled block specializes on a number it reads.
@@ -39,6 +41,22 @@ def attend(
         module: unused here; attention functions that keep a key/value cache look it up by ``module.layer``.
     """
     return _varlen(q, k, v, bounds) if _flash_takes(q) else _per_segment(q, k, v, bounds)
+
+
+def check_window(tokens: int, window: int | None) -> None:
+    """Refuse a segment that is longer than the window of the model's attention, beyond which no token looks.
+
+    Raises:
+        UserError: with both lengths.
+    """
+    if window is not None and tokens > window:
+        raise UserError(
+            f"a text of {tokens} tokens, and the model's sliding window is {window}",
+            where="model.sliding_window",
+            expected=f"texts of up to {window} tokens: longer ones need a window in the attention, which evomesh "
+            "does not have",
+            fix="shorten the text, or the answer",
+        )
 
 
 def outside_graph(attend: AttentionFunction) -> AttentionFunction:
@@ -150,6 +168,10 @@ class Attention(nn.Module):
     Args:
         layer: global layer index, for an ``attend`` that keeps keys and values.
         interleaved: rotary pairs are adjacent columns (``qk_interleaved``).
+        head_dim: H; None: D / N.
+        out_bias: bias of the output projection; None: as ``bias``, which is that of queries, keys and values.
+        head_norms: norms of queries and keys over each head (``qk_norm``), whose weights [H] all heads share.
+        window: longest segment, in tokens (``sliding_window``); None: any.
     """
 
     def __init__(
@@ -162,16 +184,25 @@ class Attention(nn.Module):
         bias: bool,
         interleaved: bool,
         placement: Placement,
+        head_dim: int | None = None,
+        out_bias: bool | None = None,
+        head_norms: tuple[Norm, Norm] | None = None,
+        window: int | None = None,
     ) -> None:
         super().__init__()
-        self.layer, self.interleaved = layer, interleaved
-        self.head_dim = size // heads
+        self.layer, self.interleaved, self.window = layer, interleaved, window
+        self.head_dim = head_dim or size // heads
         self.placement = placement
         self.kv_heads = kv_heads // placement.axis.size  # of this rank, each with its group of query heads
         self.wqkv = ColumnParallelLinear(
             size, (heads + 2 * kv_heads) * self.head_dim, bias=bias, placement=placement
         )
-        self.wo = RowParallelLinear(heads * self.head_dim, size, bias=bias, placement=placement)
+        has_out_bias = bias if out_bias is None else out_bias
+        self.wo = RowParallelLinear(heads * self.head_dim, size, bias=has_out_bias, placement=placement)
+        self.q_norm: Norm | None = None
+        self.k_norm: Norm | None = None
+        if head_norms is not None:
+            self.q_norm, self.k_norm = head_norms
 
     def forward(
         self,
@@ -184,6 +215,7 @@ class Attention(nn.Module):
         if self.placement.exchanges_heads:
             # q, k and v of a key/value head are adjacent, so that one exchange moves all three.
             qkv = all_to_all(qkv, self.placement.axis, split_dim=1, concat_dim=0)
+        qkv = self._with_normed_heads(qkv)
         q, k, v = split_and_rotate(
             qkv, *tables, kv_heads=self.kv_heads, head_dim=self.head_dim, interleaved=self.interleaved
         )
@@ -192,3 +224,14 @@ class Attention(nn.Module):
             context = all_to_all(context, self.placement.axis, split_dim=0, concat_dim=1)
         out: Tensor = self.wo(context)
         return out
+
+    def _with_normed_heads(self, qkv: Tensor) -> Tensor:
+        """Return the fused projection [T, G (R + 2) H] with each query head and each key head normed."""
+        if self.q_norm is None or self.k_norm is None:
+            return qkv
+        groups = qkv.view(qkv.shape[0], self.kv_heads, -1, self.head_dim)  # [T, G, R + 2, H]
+        queries = groups[:, :, :-2]
+        keys = groups[:, :, -2:-1]
+        normed_queries = self.q_norm(queries.reshape(-1, self.head_dim)).view(queries.shape)
+        normed_keys = self.k_norm(keys.reshape(-1, self.head_dim)).view(keys.shape)
+        return torch.cat((normed_queries, normed_keys, groups[:, :, -1:]), dim=2).view(qkv.shape)

@@ -50,14 +50,27 @@ class Norm(nn.Module):
     Args:
         kind: "rmsnorm" (y = w x / sqrt(mean(x^2) + eps)) or "layernorm" (with weight and bias).
         fp32_weight: keep the parameters in at least float32 (``use_fp32_norm``).
+        of_heads: the input is some of the heads, on each rank of the tensor axis others (``qk_norm``).
     """
 
-    def __init__(self, kind: str, size: int, *, eps: float, fp32_weight: bool, placement: Placement) -> None:
+    def __init__(
+        self,
+        kind: str,
+        size: int,
+        *,
+        eps: float,
+        fp32_weight: bool,
+        placement: Placement,
+        of_heads: bool = False,
+    ) -> None:
         super().__init__()
         self.size, self.eps, self.placement = size, eps, placement
         # Replicated over tp; weight sharding shards it like every parameter of a block.
         shards = (("wp", 0),) if placement.mode.weight_axis == "wp" else ()
-        spec = ShardSpec((size,), shards, placement.partial)
+        # Ranks with other heads have other summands of the gradient, also where all of them see the whole sequence.
+        splits_heads = of_heads and placement.mode.weight_axis == "tp"
+        partial = frozenset({"tp"}) if splits_heads else placement.partial
+        spec = ShardSpec((size,), shards, partial)
         dtype = promote(placement.dtype) if fp32_weight else placement.dtype
         self.weight = placement.make_parameter((size,), spec, dtype)
         self.bias = None

@@ -13,6 +13,7 @@ How each weight is sharded (rows are dim 0, the output features); docs/paralleli
     layers.N.feed_forward.w2          columns over tp               rows over wp
     bias of wqkv                      over tp                       over wp
     bias of wo, norms of blocks       replicated                    over wp
+    attention.q_norm, k_norm          replicated                    over wp
     embedding                         vocabulary over tp, or hidden size with embed_split_hidden
     head                              vocabulary over tp
     norm (the last one)               replicated
@@ -33,7 +34,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from evomesh.config.schema import ModelConfig
-from evomesh.layers.attention import Attention, AttentionFunction, SequenceBounds, attend, outside_graph
+from evomesh.layers.attention import (
+    Attention,
+    AttentionFunction,
+    SequenceBounds,
+    attend,
+    check_window,
+    outside_graph,
+)
 from evomesh.layers.compiler import compiles_blocks
 from evomesh.layers.dtype import parameter_dtype, promote
 from evomesh.layers.embedding import Embedding, scale_gradient
@@ -85,9 +93,13 @@ class DecoderBlock(nn.Module):
             config.hidden_size,
             heads=config.num_attention_heads,
             kv_heads=config.kv_heads,
-            bias=not config.no_bias,
+            bias=config.has_qkv_bias,
             interleaved=config.qk_interleaved,
             placement=placement,
+            head_dim=config.head_dim,
+            out_bias=config.has_o_bias,
+            head_norms=_head_norms(config, placement) if config.qk_norm else None,
+            window=config.sliding_window,
         )
         self.attention_norm = make_norm(config, placement)
         self.feed_forward = FeedForward(
@@ -115,6 +127,22 @@ def make_norm(config: ModelConfig, placement: Placement) -> Norm:
         fp32_weight=config.use_fp32_norm,
         placement=placement,
     )
+
+
+def _head_norms(config: ModelConfig, placement: Placement) -> tuple[Norm, Norm]:
+    """Return the norms of queries and of keys, each over the width of a head."""
+    query_norm, key_norm = (
+        Norm(
+            "rmsnorm",
+            config.head_dim,
+            eps=config.layer_norm_epsilon,
+            fp32_weight=config.use_fp32_norm,
+            placement=placement,
+            of_heads=True,
+        )
+        for _ in range(2)
+    )
+    return query_norm, key_norm
 
 
 class OutputHead(nn.Module):
@@ -236,6 +264,7 @@ class Decoder(LanguageModel):
                 x = x.to(promote(self.dtype))
         if self.compiled:
             attend = outside_graph(attend)
+        check_window(bounds.max_seqlen, self.config.sliding_window)
         tables = self.rotary.tables(bounds, self.dtype)
         recomputed = self.recomputed_layers if torch.is_grad_enabled() else 0
         for i, block in enumerate(self.layers.values()):

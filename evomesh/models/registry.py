@@ -20,6 +20,8 @@ from evomesh.models.internlm import INTERNLM
 from evomesh.models.internlm2 import INTERNLM2
 from evomesh.models.language_model import LanguageModel
 from evomesh.models.llama import LLAMA
+from evomesh.models.mistral import MISTRAL
+from evomesh.models.qwen import QWEN2, QWEN3
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import MODES, TensorMode
 from evomesh.parallel.spec import local_shard, spec_of
@@ -75,6 +77,9 @@ model_initializer = ModelInitializer(
         "INTERNLM": partial(Decoder, family=INTERNLM),
         "INTERNLM2_PUBLIC": partial(Decoder, family=INTERNLM2),
         "LLAMA2": partial(Decoder, family=LLAMA),
+        "QWEN2": partial(Decoder, family=QWEN2),
+        "QWEN3": partial(Decoder, family=QWEN3),
+        "MISTRAL": partial(Decoder, family=MISTRAL),
     }
 )
 

@@ -142,6 +142,7 @@ def model_tflops(
     sequences: int,
     seq_len: int,
     hidden_size: int,
+    attention_width: int | None = None,
     num_layers: int,
     vocab_size: int,
     mlp_ratio: float,
@@ -157,13 +158,15 @@ def model_tflops(
         seconds: time of the whole step.
         sequences: number of sequences of ``seq_len`` tokens in the global batch: micro_bsz * micro_num * data-parallel
             size.
+        attention_width: number of query heads times their width; None: hidden_size, as in the formula.
         mlp_ratio: of the gated feed-forward network, whose three matrices make 1.5 times a plain one.
     """
     passes = 4 if recompute else 3  # backward costs two forward passes
     tokens = sequences * seq_len
     # One forward pass of one block: four attention projections and the feed-forward network, then scores and values.
-    projections = (8 + 4 * 1.5 * mlp_ratio) * tokens * hidden_size**2
-    attention = 4 * tokens * seq_len * hidden_size
+    width = attention_width or hidden_size
+    projections = (8 * width + 4 * 1.5 * mlp_ratio * hidden_size) * tokens * hidden_size
+    attention = 4 * tokens * seq_len * width
     head = 6 * tokens * hidden_size * vocab_size  # forward and backward; it is never recomputed
     operations = passes * (projections + attention) * num_layers + head
     return operations / (seconds * world_size * 1e12)

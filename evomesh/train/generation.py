@@ -52,6 +52,7 @@ MODEL_SETTINGS_WITHOUT_SHAPE = (
     "use_swiglu",
     "qk_interleaved",
     "rope_base",
+    "rope_scaling",
     "norm_head",
 )
 

@@ -160,6 +160,7 @@ class RunReporter:
                 sequences=data.micro_bsz * len(batch.tokens) * self.dp_size,
                 seq_len=data.seq_len,
                 hidden_size=model.hidden_size,
+                attention_width=model.attention_width,
                 num_layers=model.num_layers,
                 vocab_size=model.vocab_size,
                 mlp_ratio=model.mlp_ratio,

@@ -109,6 +109,14 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("model.vocab_size", 1000, E),
     CompatibilityRow("model.num_attention_heads", 16, E),
     CompatibilityRow("model.num_kv_attention_heads", 4, E, ("model_type=LLAMA2",)),
+    CompatibilityRow("model.head_dim", 128, E, ("model_type=LLAMA2",)),
+    CompatibilityRow("model.qkv_bias", False, E, ("model_type=LLAMA2",)),
+    CompatibilityRow("model.o_bias", False, E, ("model_type=LLAMA2",)),
+    CompatibilityRow("model.qk_norm", True, E, ("model_type=LLAMA2",)),
+    CompatibilityRow("model.sliding_window", 4096, E, ("model_type=MISTRAL",)),
+    CompatibilityRow(
+        "model.use_sliding_window", False, E, ("model_type=MISTRAL", "model.sliding_window=4096")
+    ),
     CompatibilityRow("model.mlp_ratio", 2.5, E),
     CompatibilityRow("model.multiple_of", 64, E),
     CompatibilityRow("model.dtype", "torch.bfloat16", E),

@@ -41,10 +41,21 @@ SIZES = {
     "ffn_other_init_std": 0.2,
     "out_head_init_std": 0.3,
 }
+LLAMA3 = {
+    "type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "internlm": {"model_type": "INTERNLM", "num_kv_attention_heads": None},
     "internlm2": {"model_type": "INTERNLM2_PUBLIC", "norm_head": True, "embed_grad_scale": 0.1},
     "llama": {"model_type": "LLAMA2", "no_bias": True, "qk_interleaved": True},
+    "qwen2": {"model_type": "QWEN2", "o_bias": False},
+    "qwen3": {"model_type": "QWEN3", "no_bias": True, "qk_norm": True, "head_dim": 8},
+    "mistral": {"model_type": "MISTRAL", "no_bias": True, "head_dim": 8, "sliding_window": T},
+    "llama3": {"model_type": "LLAMA2", "no_bias": True, "rope_scaling": LLAMA3},
     "post_norm": {"model_type": "INTERNLM2_PUBLIC", "apply_post_layer_norm": True, "norm_type": "layernorm"},
 }
 

@@ -132,7 +132,7 @@ def _eos(folder: HfFolder) -> str:
 
 def _transformers(folder: HfFolder) -> str:
     record = folder.json("config.json")
-    if record["model_type"] != "llama":
+    if record["model_type"] in ("internlm", "internlm2"):
         return f"skipped: it has no {CLASSES.get(record['model_type'], record['model_type'])} built in"
     if not has_transformers():
         return "skipped: transformers is not installed"

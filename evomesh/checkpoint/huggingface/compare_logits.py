@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evomesh.checkpoint.huggingface.config import RotaryScaling, SpecialTokenIds, build_config
+from evomesh.checkpoint.huggingface.config import CLASSES, RotaryScaling, SpecialTokenIds, build_config
 from evomesh.checkpoint.huggingface.folder import HfFolder
 from evomesh.checkpoint.huggingface.names import (
     INTERNLM2,
@@ -77,19 +77,20 @@ def native_logits(config: ModelConfig, weights: TensorReader, dtype: str) -> Ten
 
 
 @torch.inference_mode()
-def llama_logits(record: dict[str, Any], weights: TensorReader, dtype: str) -> Tensor:
-    """Return logits [TEXTS, LENGTH, V] of Llama in ``transformers``; a module has weights only while it runs.
+def stock_logits(record: dict[str, Any], weights: TensorReader, dtype: str) -> Tensor:
+    """Return logits [TEXTS, LENGTH, V] of a model of ``transformers``; a module has weights only while it runs.
 
     Args:
-        record: content of a config.json.
-        weights: reads a tensor by its name in that Llama.
+        record: content of a config.json, of an architecture with Llama's weight names.
+        weights: reads a tensor by its name in that model.
     """
     transformers: Any = importlib.import_module("transformers")
     wide = wide_dtype(dtype)
     settings = {**record, "dtype": wide, "tie_word_embeddings": False}
-    config = transformers.LlamaConfig.from_dict(settings)
+    model_class = getattr(transformers, CLASSES[record["model_type"]])
+    config = model_class.config_class.from_dict(settings)
     with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(config).eval()
+        model = model_class(config).eval()
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its table is computed, not stored
 
     def load_weights(module: nn.Module, path: str, names: list[str]) -> None:
@@ -116,18 +117,18 @@ def llama_logits(record: dict[str, Any], weights: TensorReader, dtype: str) -> T
 
 
 def folder_logits(folder: HfFolder, model: ModelConfig, rotary: RotaryScaling, dtype: str) -> Tensor:
-    """Return logits [TEXTS, LENGTH, V] of a folder of any architecture, which ``llama_logits`` computes as a Llama.
+    """Return logits [TEXTS, LENGTH, V] of a folder of any architecture; InternLM's are computed as a Llama.
 
     Args:
         model: the section that the folder's config.json describes.
     """
     record = folder.json("config.json")
     architecture = record["model_type"]
-    if architecture != "llama":
+    if architecture in ("internlm", "internlm2"):
         no_ids = SpecialTokenIds(None, ())
         record = build_config(model, "llama", rotary, no_ids, dtype)
     reader = _internlm2_reader(folder, model) if architecture == "internlm2" else _llama_reader(folder)
-    return llama_logits(record, reader, dtype)
+    return stock_logits(record, reader, dtype)
 
 
 def _llama_reader(folder: HfFolder) -> TensorReader:

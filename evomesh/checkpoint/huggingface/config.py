@@ -14,8 +14,20 @@ from evomesh.config.hugging_face import FAMILIES, read_model
 from evomesh.config.schema import ModelConfig, RotaryType
 from evomesh.errors import UserError
 
-Architecture = Literal["llama", "internlm2"]
-CLASSES = {"llama": "LlamaForCausalLM", "internlm2": "InternLM2ForCausalLM"}
+Architecture = Literal["llama", "internlm2", "qwen2", "qwen3", "mistral"]
+CLASSES: dict[Architecture, str] = {
+    "llama": "LlamaForCausalLM",
+    "internlm2": "InternLM2ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "mistral": "MistralForCausalLM",
+}
+OWN_ARCHITECTURE: dict[str, Architecture] = {"QWEN2": "qwen2", "QWEN3": "qwen3", "MISTRAL": "mistral"}
+
+
+def default_architecture(model: ModelConfig) -> Architecture:
+    """Return the architecture that a model is exported as: its own where transformers has it, else Llama's."""
+    return OWN_ARCHITECTURE.get(model.model_type, "llama")
 
 
 @dataclass(frozen=True)
@@ -80,13 +92,30 @@ def refuse_unexportable(model: ModelConfig, arch: Architecture) -> None:
         setting = "use_swiglu=False"
     elif model.apply_post_layer_norm and model.model_type == "INTERNLM2_PUBLIC":
         setting = "apply_post_layer_norm=True"
+    else:
+        setting = _unexportable_attention(model, arch)
     if setting:
         families = ", ".join(sorted(set(FAMILIES.values())))
         raise CheckpointError(
             f"{setting} cannot be represented in the {arch} architecture",
             where="the checkpoint's model section",
-            expected=f"{families} with rmsnorm, use_swiglu and norms before the blocks",
+            expected=f"{families} with rmsnorm, use_swiglu and norms before the blocks, and the attention of {arch}",
         )
+
+
+def _unexportable_attention(model: ModelConfig, arch: Architecture) -> str | None:
+    """Return the setting of the attention that another architecture than ``arch`` has, None without one."""
+    biases = (model.has_qkv_bias, model.has_o_bias)
+    possible_biases = {"qwen2": [(True, False)], "mistral": [(False, False)]}
+    if biases not in possible_biases.get(arch, [(True, True), (False, False)]):
+        return f"qkv_bias={biases[0]} with o_bias={biases[1]}"
+    if model.qk_norm != (arch == "qwen3"):
+        return f"qk_norm={model.qk_norm}"
+    if model.sliding_window is not None and arch != "mistral":
+        return f"sliding_window={model.sliding_window}"
+    if model.head_dim * model.num_attention_heads != model.hidden_size and arch in ("qwen2", "internlm2"):
+        return f"head_dim={model.head_dim}"
+    return None
 
 
 def build_config(
@@ -95,10 +124,18 @@ def build_config(
     """Return the content of config.json."""
     scaling = _scaling_record(model, rotary)
     internlm = {"type": rotary.type, "base": model.rope_base, "scaling_factor": rotary.factor}
-    if arch == "llama":
-        biases = {"attention_bias": not model.no_bias, "mlp_bias": False}
-    else:
-        biases = {"bias": not model.no_bias}
+    settings: dict[Architecture, dict[str, Any]] = {
+        "llama": {"attention_bias": model.has_o_bias, "mlp_bias": False},
+        "internlm2": {"bias": model.has_o_bias},
+        "qwen2": {"use_sliding_window": False, "sliding_window": None, "max_window_layers": model.num_layers},
+        "qwen3": {
+            "attention_bias": model.has_o_bias,
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "max_window_layers": model.num_layers,
+        },
+        "mistral": {"sliding_window": model.sliding_window},
+    }
     return {
         "architectures": [CLASSES[arch]],
         "model_type": arch,
@@ -117,7 +154,7 @@ def build_config(
         "rope_scaling": scaling,
         "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": model.rope_base},
         **({} if model.rope_scaling else {"rotary": internlm}),
-        **biases,
+        **settings[arch],
         "tie_word_embeddings": False,
         "use_cache": True,
         "bos_token_id": ids.bos,

@@ -28,6 +28,7 @@ from evomesh.checkpoint.huggingface.config import (
     RotaryScaling,
     build_config,
     build_generation_config,
+    default_architecture,
     refuse_unexportable,
     rotary_scaling,
 )
@@ -62,6 +63,7 @@ class ExportOptions:
     """The options of an export.
 
     Attributes:
+    arch: None: the model's own where transformers has it, else llama.
     dtype: None: the training dtype.
     max_shard_bytes: maximum size of a weight file; a larger tensor gets a separate file.
     tokenizer: path; None: the training's ``data.tokenizer_path`` where it exists; "none": no tokenizer.
@@ -70,7 +72,7 @@ class ExportOptions:
     compare: reload and compare logits.
     """
 
-    arch: Architecture = "llama"
+    arch: Architecture | None = None
     dtype: str | None = None
     max_shard_bytes: int = 5 * 10**9
     tokenizer: str | None = None
@@ -89,7 +91,8 @@ def export(found: Checkpoint, out: str, options: ExportOptions, report: Callable
             Nothing is left on disk then.
     """
     config = config_from_dict(found.config)
-    refuse_unexportable(config.model, options.arch)
+    arch = options.arch or default_architecture(config.model)
+    refuse_unexportable(config.model, arch)
     dtype = options.dtype or {"tf32": "float32"}.get(config.model.dtype, config.model.dtype)
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype {dtype!r}", where="--dtype", expected=f"one of {', '.join(DTYPES)}")
@@ -104,18 +107,20 @@ def export(found: Checkpoint, out: str, options: ExportOptions, report: Callable
     if tokenizer is not None:
         check_tokenizer_fits(tokenizer, config.model.vocab_size)
     template = _template(options.chat_template)
-    job = _WeightExport(found, config.model, options.arch, dtype)
+    job = _WeightExport(found, config.model, arch, dtype)
     with new_folder(out, job.total_bytes) as work:
         job.write_weights(work, options.max_shard_bytes)
         ids = special_ids(tokenizer, config.generation, config.model.vocab_size)
-        record = build_config(config.model, options.arch, rotary, ids, dtype)
+        record = build_config(config.model, arch, rotary, ids, dtype)
         write_json(work / "config.json", record | {"evomesh_version": evomesh.__version__})
         write_json(work / "generation_config.json", build_generation_config(ids))
         if tokenizer is not None:
             write_tokenizer(tokenizer, work, template, rotary.max_position)
         if options.compare:
             report(_compare(job, work, tokenizer, rotary))
-    report(f"wrote {out}: {options.arch}, {dtype}, {readable(job.total_bytes)}, rotary {rotary.type}")
+    scaling = config.model.rope_scaling
+    kind = scaling.type if scaling else rotary.type
+    report(f"wrote {out}: {arch}, {dtype}, {readable(job.total_bytes)}, rotary {kind}")
     return out
 
 

@@ -34,17 +34,27 @@ from evomesh.storage.urls import split_url
 
 logger = logging.getLogger(__name__)
 
+TIED = (
+    "its head is its embedding (tie_word_embeddings). Here both start from the same values and are trained apart; "
+    "the head's are parameters, optimizer state and files of their own, and an export is not tied"
+)
 # Settings that change what the weights compute; shapes do not show all of them.
-COMPARED_STRICTLY = (
+COMPARED = (
     "num_layers",
     "num_attention_heads",
     "kv_heads",
     "hidden_size",
     "vocab_size",
     "mlp_width",
-    "no_bias",
+    "head_dim",
+    "has_qkv_bias",
+    "has_o_bias",
+    "qk_norm",
+    "sliding_window",
+    "layer_norm_epsilon",
+    "rope_base",
+    "rope_scaling",
 )
-COMPARED_WITH_A_WARNING = ("rope_base", "layer_norm_epsilon")
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,11 @@ class ForeignTensor:
 
     def read(self, box: Box | None = None) -> Tensor:
         """Read the tensor, or a box of it: only the foreign rows and columns that hold its elements are read."""
+        if self.link.of_heads:
+            whole = foreign_to_native(
+                self.link, [self.folder.read(self.link.foreign[0])], self.config, self.name_map
+            )
+            return whole if box is None else whole[box.within(Box.whole(self.shape))]
         if not self.link.fused:
             return self.folder.read(self.link.foreign[0], box)
         box = box or Box.whole(self.shape)
@@ -105,6 +120,8 @@ def load_huggingface(path: str, model: dict[str, Any]) -> Iterator[tuple[str, Fo
     record = folder.json("config.json")
     compare_models(config, read_config(record, join(folder.path, "config.json")), folder.path)
     tied = bool(record.get("tie_word_embeddings"))
+    if tied:
+        logger.warning("%s: %s", folder.path, TIED)
     yield from foreign_tensors(folder, NAME_MAPS[record["model_type"]], config, tied)
 
 
@@ -133,27 +150,24 @@ def load_llama(path: str, model: dict[str, Any]) -> Iterator[tuple[str, ForeignT
 
 
 def compare_models(run: ModelConfig, folder: ModelConfig, where: str) -> None:
-    """Compare the settings of the run with those of the folder; a different rotary base or epsilon is only a warning.
+    """Compare the settings of the run with those of the folder.
+
+    Dynamic NTK may differ: it acts beyond the trained length only.
 
     Raises:
-        CheckpointError: sizes, head counts or biases differ.
+        CheckpointError: they differ; each with both values.
     """
     differing = [
         f"{key}={getattr(folder, key)}, the run's is {getattr(run, key)}"
-        for key in COMPARED_STRICTLY
+        for key in COMPARED
         if getattr(folder, key) != getattr(run, key)
     ]
     if differing:
         raise CheckpointError(
             f"the folder contains a different model: {'; '.join(differing)}",
             where=where,
-            fix="change the model section",
+            fix='change the model section, or take the folder\'s: model=dict(from_hf="FOLDER")',
         )
-    for key in COMPARED_WITH_A_WARNING:
-        ours = getattr(run, key)
-        theirs = getattr(folder, key)
-        if ours != theirs:
-            logger.warning("%s: %s is %s there; this run uses %s", where, key, theirs, ours)
 
 
 def foreign_tensors(

@@ -64,7 +64,7 @@ def _name_map(
     return NameMap(modules, interleaved)
 
 
-LLAMA = _name_map(
+LLAMA_FAMILY = _name_map(
     embedding="model.embed_tokens",
     layer="model.layers.{}.",
     qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -79,6 +79,12 @@ LLAMA = _name_map(
     norm="model.norm",
     head="lm_head",
 )
+HEAD_NORMS = {
+    f"layers.{{}}.attention.{name}": (f"model.layers.{{}}.self_attn.{name}",) for name in ("q_norm", "k_norm")
+}
+LLAMA = NameMap(
+    LLAMA_FAMILY.modules | HEAD_NORMS
+)  # Qwen3 has the norms of queries and keys, the others do not
 INTERNLM2 = _name_map(
     embedding="model.tok_embeddings",
     layer="model.layers.{}.",
@@ -97,7 +103,14 @@ META = _name_map(  # Llama's consolidated files
     interleaved=True,
 )
 # By model_type of a config.json.
-NAME_MAPS = {"llama": LLAMA, "mistral": LLAMA, "internlm": LLAMA, "internlm2": INTERNLM2}
+NAME_MAPS = {
+    "llama": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "mistral": LLAMA,
+    "internlm": LLAMA,
+    "internlm2": INTERNLM2,
+}
 
 
 @dataclass(frozen=True)
@@ -111,6 +124,11 @@ class TensorLink:
     @property
     def fused(self) -> bool:
         return ".wqkv." in self.native
+
+    @property
+    def of_heads(self) -> bool:
+        """Return whether it is the norm of queries or keys, whose elements are in the order of the rotary pairs."""
+        return self.native.endswith(("q_norm.weight", "k_norm.weight"))
 
     @property
     def native_shape(self) -> Shape:
@@ -153,6 +171,8 @@ def native_to_foreign(
     Args:
         value: the native tensor; a fused weight is [G (R + 2) H, D], a fused bias [G (R + 2) H].
     """
+    if link.of_heads and config.qk_interleaved != name_map.interleaved:
+        return [_reorder_pairs(value, dim=0, to_halves=config.qk_interleaved)]
     if not link.fused:
         return [value]
     groups = value.view(config.kv_heads, -1, config.head_dim, *value.shape[1:])  # [G, R + 2, H, D]
@@ -169,6 +189,8 @@ def foreign_to_native(
     link: TensorLink, values: Sequence[Tensor], config: ModelConfig, name_map: NameMap
 ) -> Tensor:
     """Convert foreign tensors to the native one: the inverse of ``native_to_foreign``."""
+    if link.of_heads and config.qk_interleaved != name_map.interleaved:
+        return _reorder_pairs(values[0], dim=0, to_halves=name_map.interleaved)
     if not link.fused:
         return values[0]
     columns = values[0].shape[1:]
@@ -184,11 +206,15 @@ def _reorder_rotary(groups: Tensor, *, to_halves: bool) -> Tensor:
 
     Interleaved, pair i of a head is rows 2 i and 2 i + 1; in halves, it is rows i and i + H / 2. Values stay.
     """
-    half = groups.shape[2] // 2
     queries_and_keys = groups[:, :-1]  # [G, R + 1, H, ...]
     values = groups[:, -1:]
-    split = (half, 2) if to_halves else (2, half)
-    heads, columns = queries_and_keys.shape[:2], queries_and_keys.shape[3:]
-    pairs = queries_and_keys.reshape(*heads, *split, *columns)
-    reordered = pairs.transpose(2, 3).flatten(2, 3)
+    reordered = _reorder_pairs(queries_and_keys, dim=2, to_halves=to_halves)
     return torch.cat((reordered, values), dim=1)
+
+
+def _reorder_pairs(x: Tensor, *, dim: int, to_halves: bool) -> Tensor:
+    """Reorder a dim of length H from one rotary pairing to the other."""
+    half = x.shape[dim] // 2
+    split = (half, 2) if to_halves else (2, half)
+    pairs = x.reshape(*x.shape[:dim], *split, *x.shape[dim + 1 :])
+    return pairs.transpose(dim, dim + 1).flatten(dim, dim + 1)

@@ -16,7 +16,7 @@ from evomesh.checkpoint.huggingface.compare_logits import (
 )
 from evomesh.checkpoint.huggingface.config import read_config, rotary_scaling
 from evomesh.checkpoint.huggingface.folder import HfFolder, open_folder
-from evomesh.checkpoint.huggingface.load import ForeignTensor, foreign_tensors
+from evomesh.checkpoint.huggingface.load import TIED, ForeignTensor, foreign_tensors
 from evomesh.checkpoint.huggingface.names import NAME_MAPS
 from evomesh.checkpoint.native import format as fmt
 from evomesh.checkpoint.native.boxes import Box, LocalPart
@@ -84,9 +84,12 @@ def read_folder(
     model = read_config(record, join(folder.path, "config.json"), dtype)
     naming = NAME_MAPS[record["model_type"]]
     tied = bool(record.get("tie_word_embeddings"))
+    if tied:
+        report(f"{folder.path}: {TIED}")
     weights = dict(foreign_tensors(folder, naming, model, tied))
     tokenizer = _tokenizer_path(folder, model, report)
-    data = DataConfig(seq_len=model.max_position_embeddings, tokenizer_path=tokenizer)
+    seq_len = min(model.max_position_embeddings, model.sliding_window or model.max_position_embeddings)
+    data = DataConfig(seq_len=seq_len, tokenizer_path=tokenizer)
     config = Config(model=model, data=data, generation=_generation_section(folder, record))
     return config, weights
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, get_args
 
+from evomesh.config.families import FAMILY_FACTS
 from evomesh.config.reading.draft import ConfigDraft, shown
 from evomesh.config.reading.ignored_keys import drop_inert, refuse_foreign
 from evomesh.config.schema import Config, ModelConfig, ModelFamily
@@ -44,6 +45,7 @@ SPELLINGS = {
     "ckpt.load_model_only_folder": "Older name of ckpt.load_ckpt_info with content model.",
     "data.packed_length": "Sets data.micro_bsz if that is absent; otherwise it must agree.",
     "model.adapt_hf": "The opposite of model.qk_interleaved.",
+    "model.use_sliding_window": "False: there is no window, whatever model.sliding_window says.",
 }
 QUEUE = "tensorboard.queue_max_length"
 DTYPES = {
@@ -225,6 +227,9 @@ def _resolve_model(draft: ConfigDraft) -> None:
     model["dtype"] = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     _resolve_rotary_order(draft, model, family)
     _resolve_rope_scaling(draft, model)
+    _resolve_family(draft, model, family)
+    if model.pop("use_sliding_window", True) is False:
+        model.pop("sliding_window", None)
     if family not in BUILT_IN:
         extra = model.setdefault("extra", {})
         for key in [key for key in model if key not in ModelConfig.model_fields]:
@@ -248,8 +253,19 @@ def _resolve_rotary_order(draft: ConfigDraft, model: dict[str, Any], family: Any
         model["qk_interleaved"] = not adapt
         draft.sources["model.qk_interleaved"] = "model.adapt_hf"
     if "qk_interleaved" not in model:
-        model["qk_interleaved"] = family == "LLAMA2"
+        model["qk_interleaved"] = family in FAMILY_FACTS and "qk_interleaved" in FAMILY_FACTS[family].defaults
         draft.families["model.qk_interleaved"] = str(family)
+
+
+def _resolve_family(draft: ConfigDraft, model: dict[str, Any], family: Any) -> None:
+    """Take the family's default of each key that the config leaves out."""
+    facts = FAMILY_FACTS.get(family) if isinstance(family, str) else None
+    for key, value in (facts.defaults if facts else {}).items():
+        if key not in model:
+            model[key] = value
+            draft.families[f"model.{key}"] = str(family)
+    if model.get("head_dim", 0) is None:
+        del model["head_dim"]
 
 
 def _resolve_rope_scaling(draft: ConfigDraft, model: dict[str, Any]) -> None:

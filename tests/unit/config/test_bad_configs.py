@@ -80,6 +80,21 @@ VALUES: list[tuple[list[str], list[str]]] = [
         ["model.hidden_size=64", "model.use_dynamic_ntk_rope=True"],
         ["heads of width 2", "use_dynamic_ntk_rope=False or fewer heads"],
     ),
+    (
+        ["model_type=QWEN3", "model.qk_norm=False"],
+        ["model.qk_norm", "qk_norm is False, and QWEN3 models have qk_norm=True"],
+    ),
+    (["model_type=QWEN2", "model.o_bias=True"], ["model.o_bias", "QWEN2 models have o_bias=False"]),
+    (
+        ["model_type=MISTRAL", "model.no_bias=False"],
+        ["qkv_bias is True", "MISTRAL models have qkv_bias=False"],
+    ),
+    (["model_type=LLAMA2", "model.sliding_window=4096"], ["LLAMA2 models have no window", "MISTRAL"]),
+    (
+        ["model_type=MISTRAL", "model.sliding_window=1024"],
+        ["up to 2048 tokens with a window of 1024", "data.seq_len=1024 or less"],
+    ),
+    (["model.head_dim=7"], ["heads of odd width 7"]),
     (["model.rope_scaling={'factor': 2.0}"], ["model.rope_scaling", "add type=..."]),
     (["model.rope_scaling={'type': 'llama3', 'factor': 8.0}"], ["'llama3' needs it", "low_freq_factor=..."]),
     (

@@ -322,15 +322,15 @@ def test_a_model_in_the_cache_is_found_by_its_id(here: Path) -> None:
     assert config.model.hidden_size == 32 and config.data.tokenizer_path == str(snapshot)
 
 
-@pytest.mark.parametrize("window", [None, 4096])
-def test_mistral_without_a_window_is_read(window: int | None, here: Path) -> None:
+@pytest.mark.parametrize("window", [None, 1_000_000, 16])
+def test_mistral_is_read_with_a_window_that_holds_its_sequences(window: int | None, here: Path) -> None:
     model_folder(here / "tiny", model_type="mistral", sliding_window=window)
-    if window is None:
-        assert (
-            load(here, overrides=("pretrained_model_name_or_path=tiny",)).config.model.model_type == "LLAMA2"
-        )
+    if window != 16:
+        model = load(here, overrides=("pretrained_model_name_or_path=tiny",)).config.model
+        assert (model.model_type, model.sliding_window) == ("MISTRAL", window)
+        assert not model.has_qkv_bias and not model.has_o_bias
         return
-    with pytest.raises(ConfigError, match="sliding_window 4096"):
+    with pytest.raises(ConfigError, match="window of 16"):
         load(here, overrides=("pretrained_model_name_or_path=tiny",))
 
 
@@ -455,4 +455,4 @@ def test_shipped_configs_are_of_the_models_they_name(path: Path, here: Path) -> 
     layers = {"internlm2_1_8b": 24, "internlm2_7b": 32, "internlm2_20b": 48, "mistral_7b": 32}
     name = path.stem.partition("_w_")[0]
     assert found.model.num_layers == layers[name]
-    assert found.model.model_type == ("LLAMA2" if name == "mistral_7b" else "INTERNLM2_PUBLIC")
+    assert found.model.model_type == ("MISTRAL" if name == "mistral_7b" else "INTERNLM2_PUBLIC")

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib
 import math
 from typing import Any
 
@@ -11,6 +10,7 @@ from evomesh.config.rope import RopeScaling, scaling_problems
 from evomesh.layers.rotary import RotaryEmbedding, split_and_rotate
 from evomesh.layers.sequence_bounds import SequenceBounds, single_sequence
 from tests.support.covers import covers
+from tests.support.stock_rope import stock_frequencies
 
 
 def test_angles_by_hand_in_float64() -> None:
@@ -80,19 +80,13 @@ def stock_tables(
     settings: dict[str, Any], head_dim: int, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> Any:
     """Cosines and sines of transformers' own table [length, H/2], its float32 made float64."""
-    rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
-    config = importlib.import_module("transformers").LlamaConfig(
+    config = pytest.importorskip("transformers").LlamaConfig(
         hidden_size=4 * head_dim,
         num_attention_heads=4,
         max_position_embeddings=64,
         rope_parameters={"rope_theta": 500.0, **settings},
     )
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "float", torch.float64)
-        patch.setattr(torch, "float32", torch.float64)
-        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
-        make = rope_utils.ROPE_INIT_FUNCTIONS[settings["rope_type"]]
-        frequencies, factor = make(config, torch.device("cpu"), seq_len=length)
+    frequencies, factor = stock_frequencies(config, length, monkeypatch)
     angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
     return angles.cos() * factor, angles.sin() * factor
 

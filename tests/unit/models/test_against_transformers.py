@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from evomesh.config.rope import RopeScaling
 from evomesh.config.schema import ModelConfig
 from evomesh.layers.sequence_bounds import single_sequence
 from evomesh.models.decoder import Decoder
 from evomesh.models.registry import build_model, initialize_weights
 from tests.support.covers import covers
+from tests.support.stock_rope import keep_float64
 from tests.support.tolerances import TRANSFORMERS, TRANSFORMERS_FLOAT32
 
 transformers = pytest.importorskip("transformers")
 VOCAB, HIDDEN, HEADS, LAYERS, LENGTH = 61, 32, 4, 2, 23
 
 
-def our_config(model_type: str, kv_heads: int, interleaved: bool, bias: bool) -> ModelConfig:
+def our_config(
+    model_type: str, kv_heads: int, interleaved: bool, bias: bool, changes: dict[str, Any] | None = None
+) -> ModelConfig:
     return ModelConfig(
+        **(changes or {}),
         model_type=model_type,
         num_layers=LAYERS,
         hidden_size=HIDDEN,
@@ -65,6 +72,8 @@ def named_pairs(ours: Decoder, theirs: torch.nn.Module, of) -> list[tuple[str, T
     for i in range(LAYERS):
         block, prefix = ours.layers[str(i)], f"model.layers.{i}."
         for kind in ("weight", "bias"):
+            if getattr(block.attention.wo, kind) is not None:
+                pairs.append((f"{prefix}self_attn.o_proj.{kind}", of(getattr(block.attention.wo, kind))))
             if getattr(block.attention.wqkv, kind) is None:
                 continue
             parts = split_rows(ours, i, kind) if of is identity else split_gradient(ours, i, kind)
@@ -76,7 +85,14 @@ def named_pairs(ours: Decoder, theirs: torch.nn.Module, of) -> list[tuple[str, T
                         halves(part, ours.config.head_dim) if reorder else part,
                     )
                 )
-            pairs.append((f"{prefix}self_attn.o_proj.{kind}", of(getattr(block.attention.wo, kind))))
+        for name in ("q_norm", "k_norm") if ours.config.qk_norm else ():
+            norm = of(getattr(block.attention, name).weight)
+            pairs.append(
+                (
+                    f"{prefix}self_attn.{name}.weight",
+                    halves(norm, ours.config.head_dim).flatten() if ours.config.qk_interleaved else norm,
+                )
+            )
         pairs.append((prefix + "input_layernorm.weight", of(block.attention_norm.weight)))
         pairs.append((prefix + "post_attention_layernorm.weight", of(block.ffn_norm.weight)))
         for name, part in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
@@ -105,31 +121,26 @@ def split_gradient(ours: Decoder, i: int, kind: str) -> list[Tensor]:
 
 @pytest.fixture
 def float64_upcasts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers computes norm, rotary and softmax in float32 by name; here they stay in float64."""
-    from transformers.models.llama import modeling_llama
-
-    def norm(self, x: Tensor) -> Tensor:
-        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
-
-    def rotary(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        head_dim = HIDDEN // HEADS
-        inverse = 10000.0 ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-        angles = position_ids[..., None].double() * inverse
-        both = torch.cat((angles, angles), dim=-1)
-        return both.cos(), both.sin()
-
-    softmax = torch.nn.functional.softmax
-
-    def no_upcast(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
-        return softmax(x, dim=dim)
-
-    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", norm)
-    monkeypatch.setattr(modeling_llama.LlamaRotaryEmbedding, "forward", rotary)
-    monkeypatch.setattr(modeling_llama.nn.functional, "softmax", no_upcast)
+    keep_float64(monkeypatch)
 
 
-def make_both(model_type: str, kv_heads: int, interleaved: bool, bias: bool):
-    ours = build_model(our_config(model_type, kv_heads, interleaved, bias))
+def make_both(
+    model_type: str,
+    kv_heads: int,
+    interleaved: bool,
+    bias: bool,
+    changes: dict[str, Any] | None = None,
+    stock: str = "Llama",
+    **settings: Any,
+):
+    """Build one of our models and the one of transformers with its weights.
+
+    Args:
+        changes: further settings of ours.
+        stock: prefix of the class in transformers.
+        settings: further ones of theirs.
+    """
+    ours = build_model(our_config(model_type, kv_heads, interleaved, bias, changes))
     assert isinstance(ours, Decoder)
     initialize_weights(ours, seed=3)
     with torch.no_grad():  # values that would hide a mistake when left as they start
@@ -137,8 +148,8 @@ def make_both(model_type: str, kv_heads: int, interleaved: bool, bias: bool):
             if parameter.dim() == 1:
                 torch.manual_seed(len(name))
                 parameter.add_(torch.randn_like(parameter) * 0.2)
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
+    theirs = getattr(transformers, f"{stock}ForCausalLM")(
+        getattr(transformers, f"{stock}Config")(
             vocab_size=VOCAB,
             hidden_size=HIDDEN,
             intermediate_size=ours.config.mlp_width,
@@ -146,7 +157,7 @@ def make_both(model_type: str, kv_heads: int, interleaved: bool, bias: bool):
             num_attention_heads=HEADS,
             num_key_value_heads=kv_heads,
             rms_norm_eps=ours.config.layer_norm_epsilon,
-            attention_bias=bias,
+            **{"attention_bias": bias, **settings},
             tie_word_embeddings=False,
             attn_implementation="eager",
         )
@@ -187,6 +198,66 @@ def test_float64_equals_transformers(
     model_type: str, kv_heads: int, interleaved: bool, bias: bool, float64_upcasts: None
 ) -> None:
     assert worst_difference(*make_both(model_type, kv_heads, interleaved, bias)) < TRANSFORMERS
+
+
+LLAMA3 = {
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+THETA = {"rope_theta": 10000.0}
+# model type, bias, our further settings, prefix of the stock class, its further settings
+FAMILIES = {
+    "llama-3.1": (
+        "LLAMA2",
+        False,
+        {"rope_scaling": RopeScaling(type="llama3", **LLAMA3), "max_position_embeddings": 64},
+        "Llama",
+        {"rope_parameters": {"rope_type": "llama3", **LLAMA3, **THETA}, "max_position_embeddings": 64},
+    ),
+    "yarn": (
+        "LLAMA2",
+        False,
+        {"rope_scaling": RopeScaling(type="yarn", factor=4.0, original_max_position_embeddings=16)},
+        "Llama",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                **THETA,
+            }
+        },
+    ),
+    "qwen2": ("QWEN2", True, {"o_bias": False}, "Qwen2", {}),
+    "qwen3": ("QWEN3", False, {"qk_norm": True, "head_dim": 12}, "Qwen3", {"head_dim": 12}),
+    "mistral": (
+        "MISTRAL",
+        False,
+        {"head_dim": 12, "sliding_window": LENGTH},
+        "Mistral",
+        {"head_dim": 12, "sliding_window": LENGTH},
+    ),
+}
+
+
+@covers("model.head_dim", "model.qkv_bias", "model.o_bias", "model.qk_norm", "model.sliding_window")
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_equals_transformers_in_float64(
+    family: str, interleaved: bool, float64_upcasts: None
+) -> None:
+    model_type, bias, changes, stock, settings = FAMILIES[family]
+    pair = make_both(model_type, 2, interleaved, bias, changes, stock, **settings)
+    assert worst_difference(*pair) < TRANSFORMERS
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_within_float32_of_unpatched_transformers(family: str) -> None:
+    model_type, bias, changes, stock, settings = FAMILIES[family]
+    pair = make_both(model_type, 2, False, bias, changes, stock, **settings)
+    assert worst_difference(*pair) < TRANSFORMERS_FLOAT32
 
 
 @pytest.mark.parametrize(("model_type", "kv_heads", "interleaved", "bias"), [CASES[1], CASES[4]])

@@ -11,6 +11,7 @@ from torch import Tensor
 from evomesh.config.reading.draft import ConfigDraft
 from evomesh.config.reading.spellings import resolve
 from evomesh.config.schema import ModelConfig
+from evomesh.errors import UserError
 from evomesh.layers.sequence_bounds import single_sequence
 from evomesh.models.registry import build_model, initialize_weights
 from tests.support.covers import covers
@@ -97,6 +98,37 @@ def test_a_value_reaches_the_model(key: str, value: Any) -> None:
         assert not any("bias" in name for name in parameters(base))
         return
     assert before.shape != after.shape or not torch.equal(before, after)
+
+
+@covers("model.use_sliding_window")
+@pytest.mark.parametrize("used", [None, True, False])
+def test_a_window_that_is_switched_off_asks_for_nothing(used: bool | None) -> None:
+    values: dict[str, Any] = {**BASE, "model_type": "MISTRAL", "sliding_window": 8}
+    draft = ConfigDraft(
+        {"model": values if used is None else values | {"use_sliding_window": used}}, lambda key: ""
+    )
+    resolve(draft)
+    model = ModelConfig.model_validate(draft.sections["model"], strict=False)
+    assert model.sliding_window == (None if used is False else 8)
+    if used is not False:
+        with pytest.raises(UserError, match="a text of 9 tokens, and the model's sliding window is 8"):
+            build_model(model)(torch.zeros(9, dtype=torch.long), single_sequence(9))
+
+
+@pytest.mark.parametrize(
+    ("family", "switches"),
+    [
+        ("LLAMA2", (True, True, False)),
+        ("QWEN2", (True, False, False)),
+        ("QWEN3", (False, False, True)),
+        ("MISTRAL", (False, False, False)),
+    ],
+)
+def test_a_family_sets_its_switches(family: str, switches: tuple[bool, bool, bool]) -> None:
+    draft = ConfigDraft({"model": {**BASE, "model_type": family}}, lambda key: "")
+    resolve(draft)
+    model = ModelConfig.model_validate(draft.sections["model"], strict=False)
+    assert (model.has_qkv_bias, model.has_o_bias, model.qk_norm) == switches
 
 
 def parameters(values: dict[str, Any]) -> list[str]:

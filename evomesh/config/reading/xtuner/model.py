@@ -10,6 +10,7 @@ from evomesh.config.reading.draft import shown
 from evomesh.config.reading.xtuner.foreign_names import last_name
 from evomesh.config.reading.xtuner.settings import XTunerSettings
 from evomesh.config.reading.xtuner.translation import Translation
+from evomesh.config.rope import RopeScaling
 from evomesh.config.schema import ModelConfig
 from evomesh.errors import UserError
 
@@ -33,6 +34,11 @@ SIZES = {
     "use_dynamic_ntk_rope": "rope_scaling",
     "rope_scaling_factor": "rope_scaling",
     "max_position_embeddings": "max_position_embeddings",
+    "head_dim": "head_dim",
+    "o_bias": "model_type",
+    "qk_norm": "model_type",
+    "sliding_window": "sliding_window",
+    "rope_scaling": "rope_scaling",
 }
 
 
@@ -94,7 +100,8 @@ def _put_sizes(out: Translation, name: str) -> None:
         value = getattr(model, key)
         is_needed = value != getattr(defaults, key) or key in ("num_layers", "hidden_size", "vocab_size")
         if is_needed or key == "qk_interleaved":  # whose default depends on the family
-            out.values.setdefault("model", {})[key] = value
+            written = value.model_dump(exclude_none=True) if isinstance(value, RopeScaling) else value
+            out.values.setdefault("model", {})[key] = written
             out.lines[f"model.{key}"] = f"{origin} {theirs}"
 
 

@@ -64,7 +64,8 @@ BAD: list[tuple[Callable[[Path], object], str]] = [
     ),
     (lambda f: edit_config(f, model_type="mamba"), "unknown architecture: model_type 'mamba'"),
     (lambda f: edit_config(f, hidden_size="32"), "hidden_size is '32'"),
-    (lambda f: edit_config(f, head_dim=16), "head_dim 16 is not supported"),
+    (lambda f: edit_config(f, head_dim=16), r"q_proj.weight is \[32, 32\], not \[64, 32\]"),
+    (lambda f: edit_config(f, head_dim="16"), "head_dim is '16'"),
     (lambda f: edit_config(f, hidden_act="gelu"), "hidden_act 'gelu' is not supported"),
     (
         lambda f: edit_config(f, rope_parameters={"rope_type": "spiral"}, rotary=None),

@@ -1,0 +1,38 @@
+"""What makes a model of each built-in family: facts of its architecture, as values of the model section.
+
+A new family is one row here, its name in ``ModelFamily``, and its initial weights in ``models/``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class FamilyFacts:
+    """Facts of one family.
+
+    Attributes:
+        defaults: keys of the model section whose default differs from the schema's.
+        qkv_bias, o_bias, qk_norm: what every model of the family has; None: the config decides.
+        sliding_window: whether the family may have a window.
+    """
+
+    defaults: dict[str, Any] = field(default_factory=dict)
+    qkv_bias: bool | None = None
+    o_bias: bool | None = None
+    qk_norm: bool | None = None
+    sliding_window: bool = False
+
+
+FAMILY_FACTS: dict[str, FamilyFacts] = {
+    "INTERNLM": FamilyFacts(qkv_bias=True, o_bias=True),
+    "INTERNLM2_PUBLIC": FamilyFacts(),
+    "LLAMA2": FamilyFacts({"qk_interleaved": True}),
+    "QWEN2": FamilyFacts({"o_bias": False}, qkv_bias=True, o_bias=False, qk_norm=False),
+    "QWEN3": FamilyFacts({"no_bias": True, "qk_norm": True}, qk_norm=True),
+    "MISTRAL": FamilyFacts(
+        {"no_bias": True}, qkv_bias=False, o_bias=False, qk_norm=False, sliding_window=True
+    ),
+}

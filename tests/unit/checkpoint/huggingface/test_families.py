@@ -1,0 +1,247 @@
+"""Import and export of the families of ``transformers``, both ways, against its own models."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from evomesh.checkpoint.huggingface.config import default_architecture
+from evomesh.checkpoint.huggingface.export import ExportOptions
+from evomesh.checkpoint.huggingface.load import load_huggingface
+from evomesh.checkpoint.huggingface.to_native import from_hf
+from evomesh.checkpoint.native.format import CheckpointError
+from evomesh.checkpoint.restore import restore_model
+from evomesh.config.hugging_face import read_model, read_model_folder
+from evomesh.config.record import config_from_dict
+from evomesh.config.schema import ModelConfig
+from evomesh.config.size import parameter_count
+from evomesh.generate.decode import generate_tokens
+from evomesh.generate.options import SamplingParams
+from evomesh.models.registry import build_model
+from tests.support.tolerances import TRANSFORMERS_FLOAT32
+from tests.unit.checkpoint.huggingface.hf_models import export, found_in, model_config, save_model
+
+QUIET = ExportOptions(tokenizer="none")
+SIZES: dict[str, Any] = dict(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    initializer_range=0.3,
+    rms_norm_eps=1e-5,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+STOCK: dict[str, dict[str, Any]] = {
+    "Llama": {"rope_parameters": LLAMA3, "head_dim": 12, "tie_word_embeddings": True},
+    "Qwen2": {"tie_word_embeddings": True},
+    "Qwen3": {"head_dim": 12},
+    "Mistral": {"head_dim": 12, "sliding_window": 48},
+}
+FAMILY = {"Llama": "LLAMA2", "Qwen2": "QWEN2", "Qwen3": "QWEN3", "Mistral": "MISTRAL"}
+OURS: dict[str, dict[str, Any]] = {
+    "QWEN2": {"no_bias": False, "o_bias": False},
+    "QWEN3": {"qk_norm": True, "head_dim": 12},
+    "MISTRAL": {"head_dim": 12, "sliding_window": 48},
+}
+
+
+def stock_folder(name: str, folder: Path) -> Any:
+    """Save a model of transformers with every weight at random, norms and biases too, and return it."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**{"tie_word_embeddings": False, **SIZES, **STOCK[name]})
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_a_folder_of_transformers_becomes_a_checkpoint_and_the_same_folder_again(
+    name: str, tmp_path: Path
+) -> None:
+    stock = stock_folder(name, tmp_path / "hf")
+    lines: list[str] = []
+    from_hf(str(tmp_path / "hf"), str(tmp_path / "c"), None, True, lines.append)
+    assert any("largest logit difference between the native model and transformers" in line for line in lines)
+    assert any("tie_word_embeddings" in line for line in lines) == stock.config.tie_word_embeddings
+    model = config_from_dict(found_in(tmp_path / "c").config).model
+    assert model.model_type == FAMILY[name]
+
+    out = export(found_in(tmp_path / "c"), tmp_path / "back", QUIET, lines.append)
+    record = json.loads((out / "config.json").read_text())
+    assert record["architectures"] == [f"{name}ForCausalLM"]
+    back = transformers.AutoModelForCausalLM.from_pretrained(str(out)).state_dict()
+    for key, tensor in stock.state_dict().items():
+        assert torch.equal(back[key], tensor), key
+    assert sum("between the native model and transformers" in line for line in lines) == 2
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_generation_repeats_transformers_token_by_token(name: str, tmp_path: Path) -> None:
+    stock = stock_folder(name, tmp_path / "hf")
+    ours = restore_model(str(tmp_path / "hf")).model
+    prompts = [[3, 7, 11], [5, 4, 3, 2, 1, 9, 30]]
+    made = generate_tokens(ours, prompts, SamplingParams(do_sample=False, max_new_tokens=24))
+    for prompt, (answer,) in zip(prompts, made, strict=True):
+        found = stock.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt)),
+            max_new_tokens=24,
+            do_sample=False,
+            eos_token_id=None,
+        )
+        assert answer == found[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("family", OURS)
+def test_a_trained_model_is_exported_as_its_own_architecture(
+    family: str, interleaved: bool, tmp_path: Path
+) -> None:
+    config = model_config(family, qk_interleaved=interleaved, **OURS[family])
+    model, found = save_model(tmp_path / "c", config)
+    lines: list[str] = []
+    folder = export(found, tmp_path / "hf", QUIET, lines.append)
+    assert any("transformers" in line for line in lines)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float64)
+    assert loaded.config.model_type == default_architecture(config)
+    parameters = dict(model.named_parameters())
+    for name, tensor in load_huggingface(str(folder), config.model_dump()):
+        assert torch.equal(tensor.read(), parameters[name]), name
+    ids = torch.arange(20)[None]
+    theirs = loaded(ids).logits[0]
+    from evomesh.layers.sequence_bounds import single_sequence
+
+    ours = model.logits(model(ids[0], single_sequence(20)))
+    assert float((ours - theirs).abs().max() / theirs.abs().max()) < TRANSFORMERS_FLOAT32
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "arch", "words"),
+    [
+        ("QWEN3", {"qk_norm": True}, "llama", "qk_norm=True"),
+        ("QWEN2", {"no_bias": False, "o_bias": False}, "llama", "qkv_bias=True with o_bias=False"),
+        ("MISTRAL", {"sliding_window": 48}, "llama", "sliding_window=48"),
+        ("LLAMA2", {"head_dim": 12}, "internlm2", "head_dim=12"),
+        ("LLAMA2", {}, "qwen3", "qk_norm=False"),
+    ],
+)
+def test_an_architecture_without_the_switch_is_refused(
+    family: str, changes: dict[str, Any], arch: Any, words: str, tmp_path: Path
+) -> None:
+    _, found = save_model(tmp_path / "c", model_config(family, **changes))
+    with pytest.raises(CheckpointError, match=words):
+        export(found, tmp_path / "hf", replace(QUIET, arch=arch), lambda line: None)
+    assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "both"),
+    [
+        ("rope_base", 400.0, "rope_base=10000.0, the run's is 400.0"),
+        ("qk_norm", False, "qk_norm=True, the run's is False"),
+        ("head_dim", 8, "head_dim=12, the run's is 8"),
+        ("layer_norm_epsilon", 1e-6, "layer_norm_epsilon=1e-05, the run's is 1e-06"),
+    ],
+)
+def test_a_config_that_contradicts_the_folder_is_refused_with_both_values(
+    key: str, value: Any, both: str, tmp_path: Path
+) -> None:
+    stock_folder("Qwen3", tmp_path / "hf")
+    run = read_model_folder(tmp_path / "hf").model_copy(update={key: value})
+    with pytest.raises(CheckpointError, match=both):
+        list(load_huggingface(str(tmp_path / "hf"), run.model_dump()))
+
+
+# config.json of published models: what decides the shapes, as facts
+PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
+    "Qwen3-8B": (
+        8_190_735_360,
+        dict(
+            model_type="qwen3", hidden_size=4096, num_hidden_layers=36, num_attention_heads=32,
+            num_key_value_heads=8, head_dim=128, intermediate_size=12288, vocab_size=151936, rope_theta=1e6,
+            rms_norm_eps=1e-6, sliding_window=None, use_sliding_window=False, max_window_layers=36,
+        ),
+    ),
+    "Llama-3.2-1B": (
+        1_235_814_400,
+        dict(
+            model_type="llama", hidden_size=2048, num_hidden_layers=16, num_attention_heads=32,
+            num_key_value_heads=8, head_dim=64, intermediate_size=8192, vocab_size=128256, rope_theta=5e5,
+            rope_scaling=dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                              original_max_position_embeddings=8192),
+            max_position_embeddings=131072, tie_word_embeddings=True,
+        ),
+    ),
+    "Mistral-7B-v0.1": (
+        7_241_732_096,
+        dict(
+            model_type="mistral", hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
+            num_key_value_heads=8, intermediate_size=14336, vocab_size=32000, sliding_window=4096,
+        ),
+    ),
+    "Qwen2.5-7B": (
+        7_615_616_512,
+        dict(
+            model_type="qwen2", hidden_size=3584, num_hidden_layers=28, num_attention_heads=28,
+            num_key_value_heads=4, intermediate_size=18944, vocab_size=152064, rope_theta=1e6,
+            sliding_window=131072, use_sliding_window=False,
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_of_published_sizes(name: str) -> None:
+    """A tied head is a parameter of its own here: counted once, the numbers are the published ones."""
+    published, record = PUBLISHED[name]
+    model = read_model(record, name)
+    built = sum(parameter.numel() for parameter in build_model(model, device="meta").parameters())
+    assert built == parameter_count(model)
+    tied = record.get("tie_word_embeddings", False)
+    assert built - tied * model.vocab_size * model.hidden_size == published
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "words"),
+    [
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 32}, "use_sliding_window"),
+        ("gemma3_text", {}, "unknown architecture: model_type 'gemma3_text'"),
+        ("mistral", {"sliding_window": 0}, "sliding_window is 0"),
+    ],
+)
+def test_what_has_no_counterpart_is_refused(kind: str, changes: dict[str, Any], words: str) -> None:
+    from evomesh.errors import UserError
+
+    with pytest.raises(UserError, match=words):
+        read_model({**SIZES, "model_type": kind, **changes}, "config.json")
+
+
+def test_defaults_that_a_config_json_leaves_out_are_those_of_transformers() -> None:
+    for name, kind in (("Qwen3", "qwen3"), ("Mistral", "mistral"), ("Qwen2", "qwen2")):
+        stock = getattr(transformers, f"{name}Config")(**SIZES)
+        model: ModelConfig = read_model({**SIZES, "model_type": kind}, "config.json")
+        assert model.sliding_window == (stock.sliding_window if kind == "mistral" else None)
+        assert model.head_dim == (getattr(stock, "head_dim", None) or 8)
