@@ -1,4 +1,4 @@
-"""What makes a model of each built-in family: facts of its architecture, as values of the model section.
+"""Facts of the built-in families: what their architectures fix, as values of the model section.
 
 A new family is one row here, its name in ``ModelFamily``, and its initial weights in ``models/``.
 """

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 TIED = (
     "its head is its embedding (tie_word_embeddings). Here both start from the same values and are trained apart; "
-    "the head's are parameters, optimizer state and files of their own, and an export is not tied"
+    "the head has separate parameters and optimizer state, and an export is not tied"
 )
 # Settings that change what the weights compute; shapes do not show all of them.
 COMPARED = (

@@ -215,7 +215,7 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_of_published_sizes(name: str) -> None:
-    """A tied head is a parameter of its own here: counted once, the numbers are the published ones."""
+    """A tied head is a separate parameter here: counted once, the numbers are the published ones."""
     published, record = PUBLISHED[name]
     model = read_model(record, name)
     built = sum(parameter.numel() for parameter in build_model(model, device="meta").parameters())
