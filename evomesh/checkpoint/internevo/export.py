@@ -109,19 +109,7 @@ def _refuse_sizes(model: ModelConfig, tensor: int, pipeline: int, weight: int | 
     Raises:
         CheckpointError: it does not.
     """
-    if model.model_type not in ("INTERNLM", "INTERNLM2_PUBLIC", "LLAMA2"):
-        raise CheckpointError(f"InternEvo has no model type {model.model_type!r}", where=where)
-    plain_heads = model.attention_width == model.hidden_size and model.has_qkv_bias == model.has_o_bias
-    if model.qk_norm or model.sliding_window or not plain_heads:
-        raise CheckpointError(
-            "InternEvo's families have no qk_norm, no window, no head_dim but hidden_size / num_attention_heads, "
-            "and biases in all attention projections or in none",
-            where=where,
-        )
-    if model.rope_scaling is not None:
-        raise CheckpointError(
-            f"InternEvo has no rope_scaling of type {model.rope_scaling.type!r}", where=where
-        )
+    _refuse_family(model, where)
     sharded = {
         "the number of key/value heads": model.kv_heads,
         "the vocabulary": model.vocab_size,
@@ -138,6 +126,27 @@ def _refuse_sizes(model: ModelConfig, tensor: int, pipeline: int, weight: int | 
                 )
     if pipeline > model.num_layers:
         raise CheckpointError(f"{model.num_layers} layers are too few for --pipeline {pipeline}", where=where)
+
+
+def _refuse_family(model: ModelConfig, where: str) -> None:
+    """Check that one of InternEvo's families computes what the model does.
+
+    Raises:
+        CheckpointError: none does.
+    """
+    if model.model_type not in ("INTERNLM", "INTERNLM2_PUBLIC", "LLAMA2"):
+        raise CheckpointError(f"InternEvo has no model type {model.model_type!r}", where=where)
+    plain_heads = model.attention_width == model.hidden_size and model.has_qkv_bias == model.has_o_bias
+    if model.qk_norm or model.sliding_window or not plain_heads:
+        raise CheckpointError(
+            "InternEvo's families have no qk_norm, no window, no head_dim but hidden_size / num_attention_heads, "
+            "and biases in all attention projections or in none",
+            where=where,
+        )
+    if model.rope_scaling is not None:
+        raise CheckpointError(
+            f"InternEvo has no rope_scaling of type {model.rope_scaling.type!r}", where=where
+        )
 
 
 def _block_rows(model: ModelConfig) -> tuple[int, ...]:
