@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.routing import Mount
 
+from evomesh.config.redact import redact_text
 from evomesh.config.schema import RotaryType
 from evomesh.data.chat import ChatMessage
 from evomesh.errors import UserError
@@ -124,7 +125,7 @@ class ChatPage:
                 async for text, status in answer:
                     yield [*conversation, {"role": "assistant", "content": text}], status
         except UserError as error:
-            yield conversation, f"⚠ {error}"
+            yield conversation, warning(error)
 
     async def complete_text(
         self, text: str, request: gr.Request, *controls: Any
@@ -139,7 +140,7 @@ class ChatPage:
                 async for completion, status in answer:
                     yield completion, status
         except UserError as error:
-            yield "", f"⚠ {error}"
+            yield "", warning(error)
 
     async def _stream_answer(
         self, prompt: Sequence[int], settings: PageSettings, request: gr.Request
@@ -239,6 +240,11 @@ class AnswerProgress:
         if self.finish:
             parts.append(FINISH_REASONS[self.finish])
         return " · ".join(parts)
+
+
+def warning(error: UserError) -> str:
+    """Return the status line for an error, without secrets that its message may repeat."""
+    return redact_text(f"⚠ {error}")
 
 
 def text_only(history: Any) -> list[dict[str, Any]]:
@@ -433,4 +439,4 @@ def mount_page(app: FastAPI, service: GenerationService, key: str | None) -> Non
     blocks.has_launched = True  # gradio checks paths only from then on, and mounting does not set it
     mount = app.routes[-1]
     assert isinstance(mount, Mount)
-    mount.app = GradioGuard(mount.app, service.limits.body_bytes, app.state.key_gate)
+    mount.app = GradioGuard(mount.app, service.limits.body_bytes, service.parser, app.state.key_gate)

@@ -7,6 +7,7 @@ rejected before gradio sees it, and so is a value that could refer to a file.
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import orjson
@@ -16,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from evomesh.errors import UserError
 from evomesh.serve.key_gate import KeyGate
-from evomesh.serve.requests import ApiError, read_body
+from evomesh.serve.requests import ApiError, check_structure, read_body, run_in
 
 READABLE_PATH = re.compile(
     r"/|/config/?|/theme\.css|/favicon\.ico|/manifest\.json|/robots\.txt|/pwa_icon(/\d+)?|/logout"
@@ -40,12 +41,20 @@ class GradioGuard:
 
     Args:
         max_body_bytes: maximum size of a call.
+        parser: the thread that parses bodies, one at a time.
         gate: limits the wrong keys of the login; None: no key.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, gate: KeyGate | None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_body_bytes: int,
+        parser: ThreadPoolExecutor,
+        gate: KeyGate | None,
+    ) -> None:
         self.app = app
         self.max_body_bytes = max_body_bytes
+        self.parser = parser
         self.gate = gate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -72,8 +81,7 @@ class GradioGuard:
             check_same_site(headers)
             received = await read_body(Request(scope, receive), self.max_body_bytes)
             # Gradio gets a new body, which holds nothing but what was checked.
-            checked = CALL_PARSERS[path](received)
-            body = orjson.dumps(checked)
+            body = await run_in(self.parser, _checked_call, path, received)
             scope = _with_content_length(scope, len(body))
             receive = _replay(body, receive)
         elif method not in ("GET", "HEAD") or not is_readable(path):
@@ -160,6 +168,10 @@ CALL_PARSERS = {
 }
 
 
+def _checked_call(path: str, received: bytes) -> bytes:
+    return orjson.dumps(CALL_PARSERS[path](received))
+
+
 def message_text(message: Any) -> str:
     """Return the text of a message, whose content is a string or a list of text parts.
 
@@ -200,6 +212,7 @@ def _check_value(value: Any) -> Any:
 
 
 def _parse_object(body: bytes) -> dict[str, Any]:
+    check_structure(body)
     try:
         parsed = orjson.loads(body)
     except orjson.JSONDecodeError:

@@ -18,11 +18,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 T = TypeVar("T")
 LOCAL_NAMES = {"localhost", "127.0.0.1", "[::1]"}
 BODY_SECONDS = 30.0  # a client that takes longer to send its body blocks a connection
-MAX_CONTAINERS = (
-    20_000  # lists and objects of a body: parsing takes up to 0.2 us for each, with everything else waiting
-)
+# Parsing keeps every other thread waiting, so it is bounded by counts that are known before: a body of 4 MiB may hold
+# two million token ids, which take 0.2 s. At these limits it takes some 20 ms.
+MAX_CONTAINERS = 20_000  # lists and objects of a body
+MAX_VALUES = 2**18  # of these and of all items in them
 CLIENT_CLOSED_REQUEST = 499  # nobody reads this response; the metrics count it
-STRING_OR_CONTAINER = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[{]', re.DOTALL)
+STRING_OR_MARK = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[{,]', re.DOTALL)
 
 
 class ApiError(Exception):
@@ -96,19 +97,25 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 
 
 def check_structure(body: bytes) -> None:
-    """Reject a JSON text that takes long to parse for its size: one of very many lists and objects.
+    """Reject a JSON text that takes long to parse for its size: one of very many values.
 
     Raises:
         ApiError: 400.
     """
-    # Brackets in texts count at first; only if there are many, see which of them are inside of strings.
-    if body.count(b"[") + body.count(b"{") <= MAX_CONTAINERS:
+    # Brackets and commas in texts count at first; only if there are many, see which of them are inside of strings.
+    containers = body.count(b"[") + body.count(b"{")
+    if containers <= MAX_CONTAINERS and containers + body.count(b",") <= MAX_VALUES:
         return
     containers = 0
-    for found in STRING_OR_CONTAINER.finditer(body):
+    commas = 0
+    for found in STRING_OR_MARK.finditer(body):
+        commas += found[0] == b","
         containers += found[0] in (b"[", b"{")
         if containers > MAX_CONTAINERS:
             message = f"the body has more than {MAX_CONTAINERS} lists and objects"
+            raise ApiError(400, message, code="invalid_json")
+        if containers + commas > MAX_VALUES:
+            message = f"the body has more than {MAX_VALUES} values, such as token ids; send several requests"
             raise ApiError(400, message, code="invalid_json")
 
 

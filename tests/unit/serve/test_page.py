@@ -353,3 +353,19 @@ def test_an_emptied_seed_box_means_a_random_seed(client: httpx.Client, functions
 def test_browsers_are_told_to_load_no_images_of_other_servers(client: httpx.Client) -> None:
     policy = client.get("/").headers["content-security-policy"]
     assert "img-src 'self' data: blob:;" in policy
+
+
+def test_a_status_line_shows_no_secret(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(text: str) -> list[int]:
+        raise UserError("cannot read https://user:hunter2hunter2@example.org/tokenizer")
+
+    monkeypatch.setattr(served.service, "text_ids", fail)
+
+    async def complete() -> str:
+        request = gr.Request(session_hash="x")
+        async for _, status in ChatPage(served.service).complete_text("abc", request, *CONTROLS):
+            return status
+        return ""
+
+    status = asyncio.run(complete())
+    assert "cannot read https://" in status and "hunter2" not in status
