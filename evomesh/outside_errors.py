@@ -53,14 +53,21 @@ def as_user_error(error: BaseException) -> UserError | None:
 
 
 def _system_error(error: OSError) -> UserError:
-    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    names = []
+    for name in (error.filename, error.filename2):
+        if isinstance(name, str | bytes):  # a file descriptor is a number
+            names.append(os.fsdecode(name))
     reason = error.strerror or str(error) or type(error).__name__
     if len(names) == 2:
         reason = f"cannot move {names[0]} to {names[1]}: {reason}"
     elif names:
         reason = f"cannot read or write {names[0]}: {reason}"
-    exit_code = EXIT_RESTART if error.errno in _NETWORK else EXIT_USER_ERROR
-    return UserError(reason, fix=_fix(error.errno), exit_code=exit_code)
+    is_network = error.errno in _NETWORK
+    return UserError(
+        reason,
+        fix=_fix(error.errno),
+        exit_code=EXIT_RESTART if is_network else EXIT_USER_ERROR,
+    )
 
 
 def _fix(number: int | None) -> str:

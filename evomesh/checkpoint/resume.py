@@ -334,12 +334,21 @@ def restore(
         tensors: all live tensors by global name, parameters and optimizer state.
         model: the run's model section, for loaders of foreign folders.
     """
-    if start.checkpoint is None:
-        return _load_foreign(start, reader, tensors, dict(model or {})) if start.path else {}
-    chosen = {name: tensor for name, tensor in tensors.items() if _is_chosen(name, start.content)}
+    checkpoint = start.checkpoint
+    if checkpoint is None:
+        if not start.path:
+            return {}
+        section = dict(model or {})
+        return _load_foreign(start, reader, tensors, section)
+    chosen = {}
+    for name, tensor in tensors.items():
+        if _is_chosen(name, start.content):
+            chosen[name] = tensor
     if not chosen:
-        return start.checkpoint.state
-    return reader.load(start.checkpoint, chosen, strict=len(chosen) == len(tensors))
+        return checkpoint.state
+    # With all tensors chosen, a stored one that is not among them is an error; else it is one that nobody wants.
+    is_complete = len(chosen) == len(tensors)
+    return reader.load(checkpoint, chosen, strict=is_complete)
 
 
 def _load_foreign(
@@ -352,12 +361,21 @@ def _load_foreign(
     assert loader is not None
     chosen = {name: tensor for name, tensor in tensors.items() if _is_chosen(name, start.content)}
     local = describe(chosen, reader.grid)
-    names = reader.exchange.broadcast(reader.exchange.gather(list(local)))
+
+    # A tensor that this rank does not want may be one of another rank's: only those that nobody wants are unexpected.
+    names_by_rank = reader.exchange.gather(list(local))
+    names = reader.exchange.broadcast(names_by_rank)
     wanted_anywhere: set[str] = set().union(*names)
-    states = {name: tensor for name, tensor in local.items() if name.startswith(OPTIMIZER)}
+
+    parameters: dict[str, LocalTensor] = {}
+    states: dict[str, LocalTensor] = {}
+    for name, tensor in local.items():
+        is_state = name.startswith(OPTIMIZER)
+        group = states if is_state else parameters
+        group[name] = tensor
     if start.wants("model"):
-        parameters = {name: tensor for name, tensor in local.items() if name not in states}
-        fill(parameters, loader(start.path, model), start.path, wanted_anywhere)
+        stored = loader(start.path, model)
+        fill(parameters, stored, start.path, wanted_anywhere)
     if start.content == {"model"}:
         return {}
     return _load_foreign_state(start, states, model, wanted_anywhere)

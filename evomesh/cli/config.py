@@ -272,10 +272,15 @@ def _print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None
         _print_rich_table(head, rows)
         return
     lines = [head, *rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    widths = []
+    for column in zip(*lines, strict=True):
+        widths.append(max(map(len, column)))
     for line in lines:
-        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
-        typer.echo("  ".join(cells).rstrip())
+        cells = []
+        for cell, width in zip(line, widths, strict=True):
+            cells.append(cell.ljust(width))
+        text = "  ".join(cells)
+        typer.echo(text.rstrip())
 
 
 def _print_rich_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
@@ -284,9 +289,16 @@ def _print_rich_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) ->
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*head, box=None, pad_edge=False, header_style="bold")
+    table = Table(
+        *head,
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+    )
     for row in rows:
-        cells = [Text(cell) for cell in row[:2]]
-        cells += [Text(cell, style="dim") for cell in row[2:]]
+        cells = []
+        for column, cell in enumerate(row):
+            style = "" if column < 2 else "dim"
+            cells.append(Text(cell, style=style))
         table.add_row(*cells)
     Console().print(table)

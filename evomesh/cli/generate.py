@@ -156,14 +156,22 @@ def _print_stream(loaded: LoadedModel, ids: list[int], sampling: SamplingParams)
     print(rest, flush=True)
 
 
-def _print_completions(loaded: LoadedModel, ids: list[int], sampling: SamplingParams) -> None:
+def _print_completions(
+    loaded: LoadedModel,
+    ids: list[int],
+    sampling: SamplingParams,
+) -> None:
     """Print every completion after the prompt, once all are complete."""
     from evomesh.generate.decode import generate_tokens
 
-    (completions,) = generate_tokens(loaded.model, [ids], sampling)
+    prompts = [ids]
+    (completions,) = generate_tokens(loaded.model, prompts, sampling)
     for number, completion in enumerate(completions, 1):
         if len(completions) > 1:
             print(f"--- answer {number} of {len(completions)}")
-        visible = [token for token in completion if token not in sampling.eos_ids]
-        text = loaded.tokenizer.decode([*ids, *visible])
+        visible = list(ids)
+        for token in completion:
+            if token not in sampling.eos_ids:
+                visible.append(token)
+        text = loaded.tokenizer.decode(visible)
         print(text)

@@ -100,13 +100,18 @@ def with_sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     signature = inspect.signature(command, eval_str=True)
     parameters: list[inspect.Parameter] = []
     for name, parameter in signature.parameters.items():
-        parameters += options.values() if name == "sampling" else [parameter]
+        if name == "sampling":
+            parameters += options.values()
+        else:
+            parameters.append(parameter)
 
     @functools.wraps(command)
     def command_with_options(**arguments: Any) -> None:
-        sampling = sampling_params(**{name: arguments.pop(name) for name in options})
+        values = {name: arguments.pop(name) for name in options}
+        sampling = sampling_params(**values)
         command(**arguments, sampling=sampling)
 
-    command_with_options.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    new_signature = signature.replace(parameters=parameters)
+    command_with_options.__signature__ = new_signature  # type: ignore[attr-defined]
     command_with_options.__annotations__ = {item.name: item.annotation for item in parameters}
     return command_with_options

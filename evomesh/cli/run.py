@@ -114,13 +114,21 @@ def _flush_output() -> None:
 
 def _report_thread_error(args: threading.ExceptHookArgs) -> None:
     """Print one line for a background thread that the system failed; a traceback for a bug."""
-    message = as_user_error(args.exc_value) if args.exc_value is not None else None
+    message = None
+    if args.exc_value is not None:
+        message = as_user_error(args.exc_value)
     if message is None:
         threading.__excepthook__(args)
-    elif sys.stderr is not None:
-        name = args.thread.name if args.thread is not None else "a thread"
-        with contextlib.suppress(OSError, ValueError):
-            print(redact_text(f"warning: {name} ended: {message}"), file=sys.stderr, flush=True)
+        return
+    if sys.stderr is None:
+        return
+    name = "a thread"
+    if args.thread is not None:
+        name = args.thread.name
+    line = redact_text(f"warning: {name} ended: {message}")
+    # Not even standard error may be left to write to: a closed pipe, a full disk.
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def _write_error_file(text: str) -> None:

@@ -104,12 +104,22 @@ def _describe(tokenizer: Tokenizer) -> list[str]:
 
 
 def _print_table(rows: Sequence[Measurement], names: Sequence[str]) -> None:
-    width = max([len("kind"), *(len(row.kind) for row in rows)])
-    columns = "".join(f" {name if len(name) <= 24 else '...' + name[-21:]:>24}" for name in names)
-    typer.echo(f"{'kind':<{width}} {'texts':>10} {'bytes':>14}{columns}   (bytes per token)")
+    kind_width = len("kind")
+    for row in rows:
+        kind_width = max(kind_width, len(row.kind))
+
+    heads = []
+    for name in names:
+        # Of a long path the end is what tells tokenizers apart.
+        shown = name if len(name) <= 24 else "..." + name[-21:]
+        heads.append(f" {shown:>24}")
+    columns = "".join(heads)
+    typer.echo(f"{'kind':<{kind_width}} {'texts':>10} {'bytes':>14}{columns}   (bytes per token)")
+
     for row in rows:
         figures = "".join(f" {figure:>24.3f}" for figure in row.bytes_per_token)
-        typer.echo(f"{row.kind:<{width}} {row.texts:>10,} {row.size:>14,}{figures}")
+        typer.echo(f"{row.kind:<{kind_width}} {row.texts:>10,} {row.size:>14,}{figures}")
+
     texts = sum(row.texts for row in rows)
     for number, name in enumerate(names):
         lossy = sum(row.lossy[number] for row in rows)

@@ -62,10 +62,13 @@ def run_tokenize(command: Sequence[str]) -> None:
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command_line)
-    output = Path(command[command.index("--output") + 1])
+    option = command.index("--output")
+    output = Path(command[option + 1])
     output.parent.mkdir(parents=True, exist_ok=True)
-    print(f"evomesh {' '.join(command)}", file=sys.stderr)
-    app(list(command[1:]), standalone_mode=False)
+    shown = " ".join(command)
+    print(f"evomesh {shown}", file=sys.stderr)
+    arguments = list(command[1:])
+    app(arguments, standalone_mode=False)
 
 
 def log_dataset(

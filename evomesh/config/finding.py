@@ -15,15 +15,30 @@ class ConfigFinding:
     fix: str = ""
 
 
-def nearest(value: int, divisors_of: int | None = None, multiples_of: int | None = None) -> str:
+def nearest(
+    value: int,
+    divisors_of: int | None = None,
+    multiples_of: int | None = None,
+) -> str:
     """Return the valid sizes next to ``value``: divisors of one number or multiples of another."""
     if divisors_of is not None:
-        divisors = [number for number in range(1, divisors_of + 1) if divisors_of % number == 0]
-        below = [number for number in divisors if number <= value]
-        above = [number for number in divisors if number > value]
-        candidates = below[-1:] + above[:1]
+        candidates = _nearest_divisors(value, divisors_of)
     else:
         step = multiples_of or 1
         low = value // step * step
         candidates = [number for number in (low, low + step) if number > 0]
-    return " or ".join(str(number) for number in candidates)
+    return " or ".join(map(str, candidates))
+
+
+def _nearest_divisors(value: int, dividend: int) -> list[int]:
+    """Return the divisors on both sides of ``value``: 4 and 6 of 12 for 5, the largest one alone for 13."""
+    below = []
+    above = []
+    for number in range(1, dividend + 1):
+        if dividend % number:
+            continue
+        if number <= value:
+            below.append(number)
+        else:
+            above.append(number)
+    return below[-1:] + above[:1]

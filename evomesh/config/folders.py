@@ -36,10 +36,11 @@ class FolderPlace:
             match = form.match(url)
             if match:
                 fields = match.groupdict()
-                parts = tuple(part for part in fields["key"].split("/") if part)
-                return FolderPlace(fields["bucket"], fields.get("host") or "", parts)
+                host = fields.get("host") or ""
+                parts = _path_parts(fields["key"])
+                return FolderPlace(fields["bucket"], host, parts)
         path = os.path.realpath(LOCAL.sub("", url))
-        return FolderPlace("", "", tuple(part for part in path.split("/") if part))
+        return FolderPlace("", "", _path_parts(path))
 
     def contains(self, other: FolderPlace) -> bool:
         """Return whether ``other`` is this folder or inside it."""
@@ -51,6 +52,11 @@ class FolderPlace:
     def in_step_folder(self) -> bool:
         """Return whether the folder is, or is inside, what looks like the folder of one checkpoint."""
         return any(STEP_FOLDER.match(part) for part in self.parts)
+
+
+def _path_parts(path: str) -> tuple[str, ...]:
+    """Return the names in a path; "/a//b/" and "a/b" have the same."""
+    return tuple(part for part in path.split("/") if part)
 
 
 def shared_role(save: str, snapshots: str) -> str:

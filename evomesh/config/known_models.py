@@ -39,9 +39,15 @@ def known_model(name: str) -> ModelConfig | None:
     """Return the model section of a hub id such as "internlm/internlm2-7b", None for one that is not in the table."""
     owner, _, model = name.partition("/")
     if owner == "internlm" and model.startswith("internlm2-"):
-        size = model.removeprefix("internlm2-").removeprefix("chat-").removeprefix("base-")
-        if size.removesuffix("-sft") in _SIZES:
-            return read_model(_INTERNLM2 | _SIZES[size.removesuffix("-sft")], name)
+        # What is trained further keeps its sizes: "internlm2-chat-7b-sft" has those of "internlm2-7b".
+        size = model.removeprefix("internlm2-")
+        size = size.removeprefix("chat-")
+        size = size.removeprefix("base-")
+        size = size.removesuffix("-sft")
+        if size in _SIZES:
+            settings = _INTERNLM2 | _SIZES[size]
+            return read_model(settings, name)
     if owner == "mistralai" and model in ("Mistral-7B-v0.3", "Mistral-7B-Instruct-v0.3"):
-        return read_model(_MISTRAL | {"vocab_size": 32768}, name)
+        settings = _MISTRAL | {"vocab_size": 32768}
+        return read_model(settings, name)
     return None

@@ -97,15 +97,23 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     return LoadedConfig(config, value_origins, warnings, source.text, path, source.preparation)
 
 
-def _check_rules(draft: ConfigDraft, config: Config, given: Sequence[str], failed: set[str]) -> None:
+def _check_rules(
+    draft: ConfigDraft,
+    config: Config,
+    given: Sequence[str],
+    failed: set[str],
+) -> None:
     """Add the findings and warnings of the rules to the draft; ``given`` are the keys that the user set."""
 
     def is_given(key: str) -> bool:
-        return any(other == key or other.startswith(key + ".") for other in given)
+        # A section is given if one of its keys is.
+        prefix = f"{key}."
+        return any(other == key or other.startswith(prefix) for other in given)
 
     findings, warnings = check(config, is_given)
     for finding in findings:
-        if not failed & set(finding.keys):  # a key with an invalid value has a problem already
+        has_invalid_value = not failed.isdisjoint(finding.keys)  # such a key has a problem already
+        if not has_invalid_value:
             _add_finding(draft, finding)
     for key, words in warnings:
         source_key = draft.sources.get(key, key)
@@ -237,15 +245,21 @@ def _add_validation_error(draft: ConfigDraft, key: str, details: list[Any]) -> N
 
 def _accepted_values(details: list[Any]) -> str:
     """Return what the schema accepts: a bound, else the accepted types and values."""
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     context = details[0].get("ctx", {})
-    for name, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<")):
+    for name, sign in signs.items():
         if name in context:
-            return f"a number {sign} {context[name]}"
+            bound = context[name]
+            return f"a number {sign} {bound}"
+
+    # The value fails every alternative of a union, and each one gives a detail: "int | Literal['auto']" has two.
     accepted = []
     for detail in details:
+        kind = detail["type"]
         literals = detail.get("ctx", {}).get("expected", "")
-        accepted.append(ERRORS.get(detail["type"], literals))
-    return " or ".join(dict.fromkeys(accepted))
+        accepted.append(ERRORS.get(kind, literals))
+    without_repeats = dict.fromkeys(accepted)
+    return " or ".join(without_repeats)
 
 
 def _suggested_fix(key: str, detail: Any) -> str:

@@ -71,13 +71,23 @@ def _twice_given(given: Callable[[str], bool]) -> Iterator[ConfigFinding]:
 def _number_findings(config: Config) -> Iterator[ConfigFinding]:
     may_be_infinite = ("ckpt.checkpoint_every", "ckpt.oss_snapshot_freq")
     for key, value in leaves(config.model_dump()):
-        is_infinite = isinstance(value, float) and math.isinf(value) and key not in may_be_infinite
-        is_nan = isinstance(value, float) and math.isnan(value)
+        keys = (key,)
+        is_float = isinstance(value, float)
+        is_nan = is_float and math.isnan(value)
+        is_infinite = is_float and math.isinf(value) and key not in may_be_infinite
         is_int = isinstance(value, int) and not isinstance(value, bool)
         if is_nan or is_infinite:
-            yield ConfigFinding((key,), f"found {value}", expected="a finite number")
+            yield ConfigFinding(
+                keys,
+                f"found {value}",
+                expected="a finite number",
+            )
         elif is_int and abs(value) > INT64:
-            yield ConfigFinding((key,), f"{value} is too large", expected=f"at most 2**63 - 1 = {INT64}")
+            yield ConfigFinding(
+                keys,
+                f"{value} is too large",
+                expected=f"at most 2**63 - 1 = {INT64}",
+            )
 
 
 def _model_findings(config: Config) -> Iterator[ConfigFinding]:

@@ -56,19 +56,25 @@ def pack_text(pack: Pack, tokenizer: Tokenizer | None) -> str:
         type_id = int(pack.type_ids[start])
         lines.append(f"segment {number}: tokens {start} .. {stop - 1}, {targets} targets, type {type_id}")
         if tokenizer is None:
-            shown = np.where(is_target, labels.astype(str), ".")
-            lines.append("  tokens " + " ".join(map(str, ids.tolist())))
-            lines.append("  labels " + " ".join(shown))
+            shown_ids = map(str, ids.tolist())
+            shown_labels = np.where(is_target, labels.astype(str), ".")
+            lines.append("  tokens " + " ".join(shown_ids))
+            lines.append("  labels " + " ".join(shown_labels))
         else:
             # A token is trained if it is the label of the position before it; the first token never is.
             trained = np.append(False, is_target[:-1])
-            lines.append(dimmed(ids, trained, tokenizer))
+            text = dimmed(ids, trained, tokenizer)
+            lines.append(text)
     return "\n".join(lines)
 
 
-def dimmed(ids: NDArray[np.int64], trained: NDArray[np.bool_], tokenizer: Tokenizer) -> str:
+def dimmed(
+    ids: NDArray[np.int64],
+    trained: NDArray[np.bool_],
+    tokenizer: Tokenizer,
+) -> str:
     """Decode ids; those that are not trained appear in the terminal's dim style."""
-    # Neighbors that are both trained or both not trained are decoded together.
+    # Neighbors that are both trained or both not trained are decoded together: F F T T F has the bounds 0 2 4 5.
     changes = np.flatnonzero(np.diff(trained)) + 1
     bounds = [0, *changes.tolist(), len(ids)]
     texts = []
@@ -76,7 +82,9 @@ def dimmed(ids: NDArray[np.int64], trained: NDArray[np.bool_], tokenizer: Tokeni
         if start == stop:  # there are no ids
             continue
         text = tokenizer.decode(ids[start:stop].tolist())
-        texts.append(text if trained[start] else f"{DIM}{text}{RESET}")
+        if not trained[start]:
+            text = f"{DIM}{text}{RESET}"
+        texts.append(text)
     return "".join(texts)
 
 

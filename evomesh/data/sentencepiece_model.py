@@ -109,12 +109,18 @@ def merges(model: Any) -> list[tuple[str, str]]:
     ranks: dict[str, tuple[float, int]] = {}
     for number, piece in enumerate(model.pieces):
         ranks[piece.piece] = (-piece.score, number)
+
+    # Cut every piece at every place: "the" joins "t" + "he" and "th" + "e", if these are pieces.
     pairs = []
     for text, rank in ranks.items():
         for middle in range(1, len(text)):
             left = text[:middle]
             right = text[middle:]
-            if left in ranks and right in ranks:
-                order = (rank, ranks[left], ranks[right])
-                pairs.append((order, (left, right)))
-    return [pair for _, pair in sorted(pairs)]
+            left_rank = ranks.get(left)
+            right_rank = ranks.get(right)
+            if left_rank is None or right_rank is None:
+                continue
+            order = (rank, left_rank, right_rank)
+            pairs.append((order, (left, right)))
+    pairs.sort()
+    return [pair for _, pair in pairs]

@@ -138,15 +138,25 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         return totals
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: object
+        self,
+        requests: Sequence[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **_: object,
     ) -> list[tuple[float, bool]]:
         """Return the log-probability of each continuation, and whether greedy decoding would give it."""
         scoring: list[ScoringRequest] = []
         for number, (_text, context, continuation) in enumerate(requests):
             request = self._scoring_request(number, context, continuation)
             scoring.append(request)
+
+        # Batches come longest first; the scores are put back into the order of the requests.
         scores: dict[int, TextScore] = {}
-        with tqdm(total=len(scoring), desc="texts", disable=disable_tqdm) as progress:
+        progress_bar = tqdm(
+            total=len(scoring),
+            desc="texts",
+            disable=disable_tqdm,
+        )
+        with progress_bar as progress:
             for batch in self._batches(scoring):
                 scores |= self._score(batch)
                 progress.update(len(batch))

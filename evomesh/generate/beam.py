@@ -120,11 +120,12 @@ class _BeamSearch:
                 seen = torch.tensor(beam.ids, device=logprobs.device)
                 logprobs[row] = penalize(logprobs[row], seen, penalty)
         if not self.sampling.greedy:
-            logprobs = self._without_unlikely(logprobs.cpu().double())
+            wide = logprobs.cpu().double()
+            logprobs = self._without_unlikely(wide)
 
         # 2. Scores of the extended beams.
-        former_scores = [beam.score for beam in self.running]
-        scores = logprobs + logprobs.new_tensor(former_scores)[:, None]
+        former_scores = logprobs.new_tensor([beam.score for beam in self.running])
+        scores = logprobs + former_scores.unsqueeze(1)  # [R, V]
         summed = scores.flatten()  # [R * V]
 
         # 3. The largest of perturbed log-probabilities are a sample without replacement (Kool et al., 1903.06059).
@@ -133,14 +134,17 @@ class _BeamSearch:
             noise = self.random.gumbel(size=len(summed))
             ranking = summed + torch.from_numpy(noise)
         best = ranking.topk(min(count, len(ranking))).indices  # [K]
-        best = best[summed[best].isfinite()]
+        is_possible = summed[best].isfinite()
+        best = best[is_possible]
 
-        # 4. As beams and tokens.
+        # 4. As beams and tokens: with V = 100, index 203 is token 3 after beam 2.
         found: list[_BeamCandidate] = []
-        for index, score in zip(best.tolist(), summed[best].tolist(), strict=True):
+        best_scores = summed[best].tolist()
+        for index, score in zip(best.tolist(), best_scores, strict=True):
             parent = index // vocab_size
             token = index % vocab_size
-            found.append(_BeamCandidate(parent, token, score))
+            candidate = _BeamCandidate(parent, token, score)
+            found.append(candidate)
         return found
 
     def _without_unlikely(self, logprobs: Tensor) -> Tensor:

@@ -192,6 +192,7 @@ class GenerationEngine:
 
     def _prefill(self, admitted: list[_ActiveRequest]) -> list[GeneratedToken]:
         """Read the prompts of new requests and choose their first tokens."""
+        # The prompts are packed without padding: lengths 3 and 2 give T = 5 tokens with sequence bounds 0, 3, 5.
         lengths: list[int] = []
         packed: list[int] = []
         for request in admitted:
@@ -205,31 +206,35 @@ class GenerationEngine:
         ends = torch.tensor(lengths).cumsum(0)
         last_tokens = (ends - 1).to(self.device)
         logits = self.model.logits(hidden[last_tokens])  # [B, V]
-        scores: list[list[TokenScore]] = []
-        for request, end, length in zip(admitted, ends.tolist(), lengths, strict=True):
-            wanted = request.sampling.score_prompt
-            scores.append(self._score_prompt(request, hidden[end - length : end]) if wanted else [])
+
+        prompt_scores: list[list[TokenScore]] = []
+        for request, end in zip(admitted, ends.tolist(), strict=True):
+            scores: list[TokenScore] = []
+            if request.sampling.score_prompt:
+                start = end - len(request.ids)
+                scores = self._score_prompt(request, hidden[start:end])
+            prompt_scores.append(scores)
+
         self._running += admitted
         tokens = self._choose_tokens(admitted, logits)
-        return [replace(token, prompt_scores=own) for token, own in zip(tokens, scores, strict=True)]
+        scored_tokens = []
+        for token, scores in zip(tokens, prompt_scores, strict=True):
+            scored_tokens.append(replace(token, prompt_scores=scores))
+        return scored_tokens
 
     def _score_prompt(self, request: _ActiveRequest, hidden: Tensor) -> list[TokenScore]:
         """Return the scores of a prompt's tokens; ``hidden`` [length, D] are its hidden states."""
         prompt = request.ids
+        top_count = max(request.sampling.logprobs, 0)
+        # The state of position t predicts token t + 1. So nothing predicts the first token, and the last state is left
+        # over: it predicts the answer.
         scores = [TokenScore(prompt[0])]
-        count = max(request.sampling.logprobs, 0)
-        # Each position predicts the next one. In chunks, because that many rows of V logits may not fit into memory.
+        # In chunks, because the logits [length, V] of a long prompt may not fit into memory.
         for start in range(0, len(prompt) - 1, LOGIT_ROWS):
             targets = prompt[start + 1 : start + 1 + LOGIT_ROWS]
-            logprobs = self.model.logits(hidden[start : start + len(targets)]).log_softmax(-1)
-            columns = torch.tensor(targets, device=self.device)[:, None]
-            of_targets = logprobs.gather(1, columns)[:, 0].tolist()
-            best = logprobs.topk(min(count, logprobs.shape[1]))
-            best_ids = best.indices.tolist()
-            best_logprobs = best.values.tolist()
-            for row, (target, logprob) in enumerate(zip(targets, of_targets, strict=True)):
-                top = list(zip(best_ids[row], best_logprobs[row], strict=True))
-                scores.append(TokenScore(target, logprob, top))
+            states = hidden[start : start + len(targets)]
+            logprobs = self.model.logits(states).log_softmax(-1)
+            scores += _target_scores(logprobs, targets, top_count)
         return scores
 
     def _decode(self, requests: list[_ActiveRequest]) -> list[GeneratedToken]:
@@ -266,6 +271,24 @@ class GenerationEngine:
         self.cache.release(slot)
         self._running[slot] = self._running[-1]
         self._running.pop()
+
+
+def _target_scores(logprobs: Tensor, targets: list[int], top_count: int) -> list[TokenScore]:
+    """Return the score of each target under its row of ``logprobs`` [rows, V], with the ``top_count`` best tokens."""
+    columns = torch.tensor(targets, device=logprobs.device).unsqueeze(1)
+    of_targets = logprobs.gather(1, columns).squeeze(1)
+    best = logprobs.topk(min(top_count, logprobs.shape[1]))
+    scores = []
+    for target, logprob, ids, values in zip(
+        targets,
+        of_targets.tolist(),
+        best.indices.tolist(),
+        best.values.tolist(),
+        strict=True,
+    ):
+        top = list(zip(ids, values, strict=True))
+        scores.append(TokenScore(target, logprob, top))
+    return scores
 
 
 def check_prompt(

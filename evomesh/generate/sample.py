@@ -50,15 +50,24 @@ class RankedTokens:
     """
 
     def __init__(self, logits: Tensor, temperature: float) -> None:
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        at_least_float32 = torch.promote_types(logits.dtype, torch.float32)
+        logits = logits.to(at_least_float32)
         top = logits.max()
         if not top.isfinite():
             # The model is broken. Give it any tokens, so that the other requests of the batch get theirs.
             logits = torch.zeros_like(logits)
             top = logits[0]
-        bins = (top - logits).mul_(BINS_PER_UNIT / temperature).clamp_(max=BINS - 1)
-        # In float64, so that a seed gives the same tokens on every device.
-        weights = (logits.double() - top).div_(temperature).exp_()
+
+        # A bin is 1/64 wide in units of gap over temperature: at temperature 2 a gap of 1 falls into bin 32.
+        bins = top - logits
+        bins.mul_(BINS_PER_UNIT / temperature)
+        bins.clamp_(max=BINS - 1)
+
+        # The weight is exp(-gap / temperature), in float64, so that a seed gives the same tokens on every device.
+        weights = logits.double() - top
+        weights.div_(temperature)
+        weights.exp_()
+
         self.weights: npt.NDArray[np.float64] = weights.numpy()
         self._logits = logits.numpy()
         self._bins: npt.NDArray[np.int64] = bins.long().numpy()
@@ -101,14 +110,19 @@ class RankedTokens:
     def find(self, weight: float, end: Place) -> int:
         """Return the first token whose cumulative weight exceeds ``weight``, or else the last one before ``end``."""
         end_bin, end_rank = end
-        bin_ = int(np.searchsorted(self._weight_before, weight, side="right")) - 1
-        bin_ = min(bin_, end_bin)
+        # 1. The last bin before which no more than this weight is summed up.
+        bins_not_above = np.searchsorted(self._weight_before, weight, side="right")
+        bin_ = min(int(bins_not_above) - 1, end_bin)
         members = self._sorted(bin_)
         if bin_ == end_bin:
             members = members[:end_rank]
-        cumulative = self._weight_before[bin_] + np.cumsum(self.weights[members])
+
+        # 2. The token in it: cumulative weights 0.5, 0.75 and 0.875 give the second token for a weight of 0.5.
+        member_weights = self.weights[members]
+        cumulative = self._weight_before[bin_] + np.cumsum(member_weights)
         index = int(np.searchsorted(cumulative, weight, side="right"))
-        return int(members[min(index, len(members) - 1)])  # rounding may lead beyond the last
+        last = len(members) - 1
+        return int(members[min(index, last)])  # rounding may lead beyond the last
 
     def _sorted(self, bin_: int) -> npt.NDArray[np.int64]:
         """Return the ids of the tokens of one bin, in order."""
@@ -119,7 +133,11 @@ class RankedTokens:
         return self._sorted_bins[bin_]
 
 
-def candidates_end(ranked: RankedTokens, sampling: SamplingParams, keep: int = 1) -> Place:
+def candidates_end(
+    ranked: RankedTokens,
+    sampling: SamplingParams,
+    keep: int = 1,
+) -> Place:
     """Return the place after the tokens that top-k, top-p and min-p leave.
 
     Args:
@@ -131,18 +149,25 @@ def candidates_end(ranked: RankedTokens, sampling: SamplingParams, keep: int = 1
 
     # top-k: the k largest logits
     if 0 < sampling.top_k < vocab_size:
-        end = ranked.after_count(max(sampling.top_k, keep))
+        count = max(sampling.top_k, keep)
+        end = ranked.after_count(count)
 
-    # top-p: every token before which less than p of the probability is reached
+    # top-p: every token before which less than p of the probability is reached. With probabilities 0.5, 0.3 and 0.2
+    # and p = 0.6, the first two. The probability is that of the tokens that top-k left.
     if sampling.top_p < 1:
         total = ranked.weight_before(end)
-        end = min(end, ranked.after_weight(sampling.top_p * total))
+        enough = ranked.after_weight(sampling.top_p * total)
+        end = min(end, enough)
 
     # min-p: every token at least this fraction as probable as the top one, whose weight is 1
     if sampling.min_p > 0:
-        probable = int(np.count_nonzero(ranked.weights >= sampling.min_p))
-        end = min(end, ranked.after_count(probable))
-    return max(end, ranked.after_count(keep)) if keep > 1 else end
+        is_probable = ranked.weights >= sampling.min_p
+        count = int(np.count_nonzero(is_probable))
+        end = min(end, ranked.after_count(count))
+
+    if keep > 1:
+        end = max(end, ranked.after_count(keep))
+    return end
 
 
 def candidates(

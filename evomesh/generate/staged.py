@@ -55,6 +55,11 @@ class StagedModel(LanguageModel):
             logits = self.stage.logits(hidden).contiguous()
         else:
             shape = (len(hidden), self.config.vocab_size)
-            logits = torch.empty(shape, dtype=promote(self.dtype), device=hidden.device)
-        broadcast_from(logits, self.axis, source=self.axis.size - 1)
+            logits = torch.empty(
+                shape,
+                dtype=promote(self.dtype),
+                device=hidden.device,
+            )
+        last_rank = self.axis.size - 1
+        broadcast_from(logits, self.axis, source=last_rank)
         return logits

@@ -74,16 +74,23 @@ def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
-def _local_rectangle(name: str, spec: ShardSpec, axes: Mapping[str, Axis]) -> tuple[range, range]:
+def _local_rectangle(
+    name: str,
+    spec: ShardSpec,
+    axes: Mapping[str, Axis],
+) -> tuple[range, range]:
     """Return the global rows and columns of the matrix that this rank holds."""
     ranges = spec.local_ranges(axes)
     if len(ranges) == 1:
         return range(1), ranges[0]
-    if any(dim > 1 for _, dim in spec.shards):
+    has_late_shard = any(dim > 1 for _, dim in spec.shards)
+    if has_late_shard:
         raise ValueError(f"{name}: only the first two dims of a parameter may be sharded, not {spec.shards}")
     rows, second = ranges[:2]
+    # Indices 2 to 3 of the second dim of [R, 4, 5] are columns 10 to 19 of the matrix [R, 20].
     inner = math.prod(spec.shape[2:])  # columns per index of the second dim
-    return rows, range(second.start * inner, second.stop * inner)
+    columns = range(second.start * inner, second.stop * inner)
+    return rows, columns
 
 
 def _tiles_over(indices: range) -> range:
@@ -98,27 +105,49 @@ def _tile_range(index: int, length: int) -> range:
 
 
 def _draw_band(
-    name: str, band_index: int, height: int, columns: range, width: int, initial: InitialWeight, seed: int
+    name: str,
+    band_index: int,
+    height: int,
+    columns: range,
+    width: int,
+    initial: InitialWeight,
+    seed: int,
 ) -> torch.Tensor:
     """Draw one row of tiles and return its ``columns``, [height, len(columns)] float32."""
+    # Columns 300 to 600 overlap the tiles 1 (256 to 511) and 2 (512 to 767): both are drawn whole, then cut.
     tile_indices = _tiles_over(columns)
     tiles = []
     for tile_index in tile_indices:
         tile_width = len(_tile_range(tile_index, width))
-        tiles.append(_draw_tile(name, (band_index, tile_index), (height, tile_width), initial, seed))
+        tile = _draw_tile(
+            name,
+            (band_index, tile_index),
+            (height, tile_width),
+            initial,
+            seed,
+        )
+        tiles.append(tile)
     band = np.concatenate(tiles, axis=1)
     offset = tile_indices.start * TILE  # global column of the band's first one
-    return torch.from_numpy(band[:, columns.start - offset : columns.stop - offset])
+    start = columns.start - offset
+    stop = columns.stop - offset
+    return torch.from_numpy(band[:, start:stop])
 
 
 def _draw_tile(
-    name: str, tile: tuple[int, int], shape: tuple[int, int], initial: InitialWeight, seed: int
+    name: str,
+    tile: tuple[int, int],
+    shape: tuple[int, int],
+    initial: InitialWeight,
+    seed: int,
 ) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+    # The key of the generator: 128 bits that the seed and the name determine.
     stream = f"{seed}/{name}".encode()
     digest = hashlib.blake2b(stream, digest_size=16).digest()
     key = int.from_bytes(digest, "little")
     # The lower two of the four counter words count draws, the upper two are the index of the tile.
-    philox = np.random.Philox(key=key, counter=[0, 0, *tile])
+    counter = [0, 0, *tile]
+    philox = np.random.Philox(key=key, counter=counter)
     generator = np.random.Generator(philox)
     if initial.kind == "normal":
         standard = generator.standard_normal(shape, dtype=np.float32)

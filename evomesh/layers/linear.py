@@ -58,16 +58,21 @@ def column_parallel_linears(x: Tensor, *layers: ColumnParallelLinear) -> tuple[T
     msp keeps the gathered input for backward, fsp its own shard of it, and gathers it again.
     """
     placement = layers[0].placement
+    mode = placement.mode
     axis = placement.axis
-    tensor_parallel = axis.size > 1 and placement.mode.weight_axis == "tp"
-    if tensor_parallel and placement.mode.regather_input:
+    tensor_parallel = axis.size > 1 and mode.weight_axis == "tp"
+    if tensor_parallel and mode.regather_input:
         weights = [layer.weight for layer in layers]
         biases = [layer.bias for layer in layers]
-        outs: tuple[Tensor, ...] = _RegatherLinear.apply(x, axis, *weights, *biases)  # type: ignore[no-untyped-call]
-        return outs
+        regathered: tuple[Tensor, ...] = _RegatherLinear.apply(x, axis, *weights, *biases)  # type: ignore[no-untyped-call]
+        return regathered
     if tensor_parallel:
         x = placement.gather_sequence(x)
-    return tuple(linear(x, layer.weight, layer.bias) for layer in layers)
+    outs = []
+    for layer in layers:
+        out = linear(x, layer.weight, layer.bias)
+        outs.append(out)
+    return tuple(outs)
 
 
 class _RegatherLinear(torch.autograd.Function):
@@ -107,16 +112,26 @@ class _RegatherLinear(torch.autograd.Function):
     def backward(ctx: Any, *dy_shards: Tensor) -> tuple[Tensor | None, ...]:
         x_shard, *w_shards = ctx.saved_tensors
         x = all_gather_no_grad(x_shard, ctx.axis)
+
         # dgrad: the first product makes dx, the others are added to it.
         dx = None
         for dy_shard, w_shard in zip(dy_shards, w_shards, strict=True):
             dx = matmul_nt(dy_shard, w_shard.T, accumulate=dx)
+        assert dx is not None
+
+        # bgrad
         db_shards: list[Tensor | None] = []
         for dy_shard, has_bias in zip(dy_shards, ctx.has_bias, strict=True):
-            db_shards.append(dy_shard.sum(0) if has_bias else None)
-        assert dx is not None
+            db_shard = dy_shard.sum(0) if has_bias else None
+            db_shards.append(db_shard)
+
         dx_shard = reduce_scatter_no_grad(dx, ctx.axis)
-        dw_shards = [matmul_nt(dy_shard.T, x.T) for dy_shard in dy_shards]
+
+        # wgrad
+        dw_shards = []
+        for dy_shard in dy_shards:
+            dw_shard = matmul_nt(dy_shard.T, x.T)
+            dw_shards.append(dw_shard)
         return dx_shard, None, *dw_shards, *db_shards
 
 

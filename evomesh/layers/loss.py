@@ -263,11 +263,18 @@ class _VocabularyShard:
         unpadded = min(max(vocab_size - first, 0), columns)
         return cls(first, columns, unpadded, vocab_size, axis)
 
-    def exponentiate_(self, logits: Tensor, label: Tensor, *, with_mean: bool) -> _ChunkLoss:
+    def exponentiate_(
+        self,
+        logits: Tensor,
+        label: Tensor,
+        *,
+        with_mean: bool,
+    ) -> _ChunkLoss:
         """Replace ``logits`` [C, V] by exp(logit - largest logit) and return the loss; ``label`` [C, 1] is global.
 
         A label counts as correct if no logit is larger, so that ties count the same in every layout.
         """
+        # exp(-inf) = 0: padding columns take no part in any sum.
         logits[:, self.unpadded :] = -torch.inf
 
         # 1. The largest logit of the whole vocabulary, so that no exponential overflows.
@@ -276,13 +283,17 @@ class _VocabularyShard:
 
         # 2. What has to be read before the logits are overwritten: the label's logit, and the sum for smoothing.
         column, is_here = self._local_column(label)
-        label_logit = logits.gather(1, column).masked_fill(~is_here, 0.0)
+        found = logits.gather(1, column)
+        label_logit = found.masked_fill(~is_here, 0.0)
         logit_sum = torch.zeros_like(label_logit)
         if with_mean:
-            logit_sum = logits[:, : self.unpadded].sum(dim=-1, keepdim=True)
+            in_vocabulary = logits[:, : self.unpadded]
+            logit_sum = in_vocabulary.sum(dim=-1, keepdim=True)
 
-        # 3. One all-reduce for all three sums over the vocabulary.
-        logits.sub_(top).exp_()
+        # 3. One all-reduce for all three sums over the vocabulary. The label's logit is one too: the rank that holds
+        # its column adds it, all others add 0.
+        logits.sub_(top)
+        logits.exp_()
         local_exp_sum = logits.sum(dim=-1, keepdim=True)
         local_sums = torch.cat([local_exp_sum, label_logit, logit_sum], dim=1)  # [C, 3]
         sums = all_reduce_no_grad(local_sums, self.axis)
@@ -293,7 +304,12 @@ class _VocabularyShard:
         nll = log_sum - label_logit
         mean_nll = log_sum - logit_sum / self.vocab_size
         correct = label_logit == top
-        return _ChunkLoss(exp_sum, nll.squeeze(1), mean_nll.squeeze(1), correct.squeeze(1))
+        return _ChunkLoss(
+            exp_sum,
+            nll.squeeze(1),
+            mean_nll.squeeze(1),
+            correct.squeeze(1),
+        )
 
     def subtract_target_(
         self, exponentials: Tensor, label: Tensor, exp_sum: Tensor, smoothing: float

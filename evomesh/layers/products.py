@@ -34,16 +34,32 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def matmul_nt(
-    a: Tensor, b: Tensor, *, bias: Tensor | None = None, accumulate: Tensor | None = None
+    a: Tensor,
+    b: Tensor,
+    *,
+    bias: Tensor | None = None,
+    accumulate: Tensor | None = None,
 ) -> Tensor:
     """Return a b^T [M, N] for a [M, K] and b [N, K], plus a bias [N] or a matrix [M, N]. Not differentiable.
 
     A transposed view costs nothing as ``b``; oneDNN copies one that is passed as ``a``.
     """
+    if uses_onednn(a, b):
+        return _onednn_matmul_nt(a, b, bias, accumulate)
+    if accumulate is not None:
+        return torch.addmm(accumulate, a, b.T)
+    return F.linear(a, b, bias)
+
+
+def _onednn_matmul_nt(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    accumulate: Tensor | None,
+) -> Tensor:
+    # oneDNN adds the matrix in the same pass: "none" and "add" name what follows the product.
     out: Tensor
-    if not uses_onednn(a, b):
-        out = F.linear(a, b, bias) if accumulate is None else torch.addmm(accumulate, a, b.T)
-    elif accumulate is None:
+    if accumulate is None:
         out = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
     else:
         out = torch.ops.mkldnn._linear_pointwise.binary(a, accumulate, b, bias, "add")

@@ -101,12 +101,21 @@ class MetricsFile:
         Raises:
             OSError: the disk is full, or the file was removed. No part of the object stays in the file.
         """
-        values = {name: float_word(value) for name, value in record.values().items()}
-        text = json.dumps(values, ensure_ascii=False, allow_nan=False)
-        if not os.fstat(self._file.fileno()).st_nlink:
+        values = {}
+        for name, value in record.values().items():
+            values[name] = float_word(value)
+        text = json.dumps(
+            values,
+            ensure_ascii=False,
+            allow_nan=False,
+        )
+        line = text.encode(errors="backslashreplace") + b"\n"
+        # A file without a name has no link, and what is written to it is lost.
+        status = os.fstat(self._file.fileno())
+        if not status.st_nlink:
             raise FileNotFoundError(errno.ENOENT, "the file was removed", str(self._path))
         try:
-            self._append(text.encode(errors="backslashreplace") + b"\n")
+            self._append(line)
         except OSError:
             self._file.truncate(self._whole_bytes)
             raise

@@ -51,13 +51,24 @@ class StepProfile:
     """
 
     def __init__(self, folder: Path, name: str) -> None:
-        self.folder, self.name = folder, name
+        self.folder = folder
+        self.name = name
         self.done = False
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
-        plan = schedule(skip_first=SKIPPED, wait=0, warmup=WARM_UP, active=STEPS, repeat=1)
-        self._profiler = profile(activities=activities, schedule=plan, on_trace_ready=self._write)
+        plan = schedule(
+            skip_first=SKIPPED,
+            wait=0,
+            warmup=WARM_UP,
+            active=STEPS,
+            repeat=1,
+        )
+        self._profiler = profile(
+            activities=activities,
+            schedule=plan,
+            on_trace_ready=self._write,
+        )
 
     def __enter__(self) -> StepProfile:
         self._profiler.__enter__()  # type: ignore[no-untyped-call]

@@ -114,11 +114,17 @@ class ZeroOptimizer:
 
         # 2. Sum the gradients over ranks; each master gets the gradient of its rows.
         self._gradients.finish()
-        with_gradient = [(slot, slot.master.grad) for slot in self.slots if slot.master.grad is not None]
-        gradients = [gradient for _, gradient in with_gradient]
+        gradients: list[Tensor] = []
+        counted: list[Tensor] = []
+        for slot in self.slots:
+            gradient = slot.master.grad
+            if gradient is None:
+                continue
+            gradients.append(gradient)
+            if slot.counts_in_norm:
+                counted.append(gradient)
 
         # 3. One norm over all parameters and ranks, each element counted once.
-        counted = [gradient for slot, gradient in with_gradient if slot.counts_in_norm]
         norm = global_norm(counted, self.grid, self.device) * inv_scale
 
         # 4. AdamW on this rank's rows, with the clipped gradient; skipped by the device if the norm is not finite.
@@ -215,13 +221,16 @@ class ZeroOptimizer:
         reads before the block that they belong to.
         """
         name_of = {slot.param: slot.name for slot in self.slots}
-        # A list has no forward to hook: each of its models is a root.
-        roots = list(model.children()) if isinstance(model, nn.ModuleList) else [model]
+        roots = [model]
+        if isinstance(model, nn.ModuleList):
+            # A list has no forward to hook: each of its models is a root.
+            roots = list(model.children())
         for root in roots:
             names_of_module: dict[nn.Module, list[str]] = {}
             for parameter, module in _waiting_modules(root).items():
-                if parameter in name_of:
-                    names_of_module.setdefault(module, []).append(name_of[parameter])
+                name = name_of.get(parameter)
+                if name is not None:
+                    names_of_module.setdefault(module, []).append(name)
             for module, names in names_of_module.items():
                 self._wait_before(module, names)
 
@@ -243,5 +252,7 @@ def _waiting_modules(root: nn.Module) -> dict[nn.Parameter, nn.Module]:
         if not isinstance(parent, nn.ModuleList | nn.ModuleDict):
             continue
         for block in parent.children():
-            waits_in |= {parameter: block for parameter in block.parameters() if not is_sharded(parameter)}
+            for parameter in block.parameters():
+                if not is_sharded(parameter):
+                    waits_in[parameter] = block
     return waits_in

@@ -299,8 +299,14 @@ def launch_reduce_scatter(bucket: Tensor, axis: Axis) -> PendingCollective:
         return PendingCollective(bucket[0], None, bucket)
     if bucket.is_cpu:
         return _launch_row_exchange(bucket, axis)
-    own = bucket.new_empty(bucket.shape[1:])
-    work = _reduce_scatter_single(own, bucket.view(-1), group=axis.group, async_op=True)
+    chunk_shape = bucket.shape[1:]
+    own = bucket.new_empty(chunk_shape)
+    work = _reduce_scatter_single(
+        own,
+        bucket.view(-1),
+        group=axis.group,
+        async_op=True,
+    )
     return PendingCollective(own, work, bucket)
 
 
@@ -321,9 +327,11 @@ def launch_all_reduce(bucket: Tensor, axis: Axis) -> PendingCollective:
     if axis.size == 1:
         return PendingCollective(bucket, None, bucket)
     if bucket.is_cpu:
-        # Each rank sums one row of [n, chunk] and gathers the others' rows; zeros fill the last row.
+        # Each rank sums one row of [n, chunk] and gathers the others' rows; zeros fill the last row: 10 elements on 4
+        # ranks are 4 rows of 3, with 2 zeros at the end.
+        flat = bucket.reshape(-1)
         padding = -bucket.numel() % axis.size
-        padded = torch.nn.functional.pad(bucket.reshape(-1), (0, padding))
+        padded = torch.nn.functional.pad(flat, (0, padding))
         rows = padded.view(axis.size, -1)
         return _launch_row_exchange(rows, axis, bucket.shape)
     work = dist.all_reduce(bucket, group=axis.group, async_op=True)

@@ -95,20 +95,24 @@ class GroupExchange:
         data = _encode(message)
         # 1. gloo gathers tensors of equal size: all ranks learn the size of the longest message.
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(sizes, torch.tensor([len(data)]), group=self._group)
+        own_size = torch.tensor([len(data)])
+        dist.all_gather(sizes, own_size, group=self._group)
         longest = int(max(sizes))
 
-        # 2. Each message is padded to it; rank 0 cuts the padding off again.
+        # 2. Each message is padded to it.
         padded = torch.zeros(longest, dtype=torch.uint8)
         padded[: len(data)] = data
         if self.rank:
             dist.gather(padded, None, dst=0, group=self._group)
             return None
-        gathered = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
+        gathered = [torch.zeros_like(padded) for _ in range(self.size)]
         dist.gather(padded, gathered, dst=0, group=self._group)
+
+        # 3. Rank 0 cuts the padding off again.
         messages = []
         for received, size in zip(gathered, sizes, strict=True):
-            messages.append(_decode(received[: int(size)]))
+            without_padding = received[: int(size)]
+            messages.append(_decode(without_padding))
         return messages
 
     def _broadcast(self, message: Any) -> Any:

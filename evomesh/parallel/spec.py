@@ -103,11 +103,15 @@ def optimizer_axes(spec: ShardSpec, grid: Grid) -> tuple[Axis, Axis, Axis]:
     sharding = {axis for axis, _ in spec.shards}
     uses_tp = "tp" in sharding or "tp" in spec.partial
     # In isp, what wp does not shard is complete on each of its ranks, which see different data.
-    on_tensor_axis = "wp" not in sharding and (uses_tp or grid.wp.size > 1)
+    is_whole_in_wp = "wp" not in sharding
+    on_tensor_axis = is_whole_in_wp and (uses_tp or grid.wp.size > 1)
+    # In isp, zero * replica * wp = dp * tp. So with zero * replica = dp, the axes wp and tp are the same ranks.
     views_agree = grid.zero.size * grid.replica.size == grid.dp.size
 
     if not on_tensor_axis:
-        inner = grid.tp if views_agree and grid.wp.size == 1 else grid.wp
+        inner = grid.wp
+        if views_agree and grid.wp.size == 1:
+            inner = grid.tp
         return grid.zero, grid.replica, inner
     if views_agree:
         return grid.zero, grid.replica, grid.tp

@@ -67,7 +67,11 @@ def _specs_after_sharding(model: nn.Module, sharded: set[nn.Parameter], axis: Ax
 
 
 def _apply_fsdp(
-    model: nn.Module, units: Sequence[nn.Module], sharded: set[nn.Parameter], axis: Axis, device: torch.device
+    model: nn.Module,
+    units: Sequence[nn.Module],
+    sharded: set[nn.Parameter],
+    axis: Axis,
+    device: torch.device,
 ) -> None:
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard  # slow to import
 
@@ -80,7 +84,12 @@ def _apply_fsdp(
         for module in _same_dtype(unit):
             reduce_dtype = torch.promote_types(_dtype(module), torch.float32)
             policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
-            fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=replicated)
+            fully_shard(
+                module,
+                mesh=mesh,
+                mp_policy=policy,
+                ignored_params=replicated,
+            )
     # The root shards no further weights: it shares streams and order among the units.
     not_sharded = {parameter for parameter in model.parameters() if parameter not in sharded}
     fully_shard(model, mesh=mesh, ignored_params=not_sharded)

@@ -91,18 +91,31 @@ def trace(config: Config, world_size: int, rank: int = 0) -> StepTrace:
 
 
 @contextmanager
-def _built(config: Config, world_size: int, rank: int) -> Iterator[tuple[Grid, ModelStages, ZeroOptimizer]]:
+def _built(
+    config: Config,
+    world_size: int,
+    rank: int,
+) -> Iterator[tuple[Grid, ModelStages, ZeroOptimizer]]:
     """Build the rank's grid, model and optimizer in a fake world."""
     check_world(config, world_size)
+    # The compiler would only cost time: collectives are the same without it.
+    model_config = config.model.model_copy(update={"compile": False})
+    traced_config = config.model_copy(update={"model": model_config})
+    mode = MODES[config.parallel.tensor.mode]
     with fake_world(world_size, rank), weights_on_meta():
         grid = build_grid(config.parallel, world_size, rank)
-        mode = MODES[config.parallel.tensor.mode]
-        # The compiler would only cost time: collectives are the same without it.
-        model_config = config.model.model_copy(update={"compile": False})
-        traced_config = config.model_copy(update={"model": model_config})
-        stages = build_stages(traced_config, grid, mode, torch.device("meta"))
+        stages = build_stages(
+            traced_config,
+            grid,
+            mode,
+            torch.device("meta"),
+        )
         optimizer = ZeroOptimizer(
-            stages.parameters().items(), config.adam, config.hybrid_zero_optimizer, grid, stages.module
+            stages.parameters().items(),
+            config.adam,
+            config.hybrid_zero_optimizer,
+            grid,
+            stages.module,
         )
         yield grid, stages, optimizer
 

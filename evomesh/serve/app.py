@@ -78,14 +78,21 @@ class ApiRoutes:
 
     def mount(self, app: FastAPI) -> None:
         """Add the routes to an app."""
-        get: dict[str, Any] = {"methods": ["GET"], "response_model": None}
-        post: dict[str, Any] = {"methods": ["POST"], "response_model": None}
-        app.add_api_route("/healthz", self.show_health, **get)
-        app.add_api_route("/metrics", self.show_metrics, **get)
-        app.add_api_route("/v1/models", self.list_models, **get)
-        app.add_api_route("/v1/models/{name:path}", self.show_model, **get)
-        app.add_api_route("/v1/completions", self.complete, **post)
-        app.add_api_route("/v1/chat/completions", self.chat, **post)
+        routes: list[tuple[str, str, Callable[..., Any]]] = [
+            ("GET", "/healthz", self.show_health),
+            ("GET", "/metrics", self.show_metrics),
+            ("GET", "/v1/models", self.list_models),
+            ("GET", "/v1/models/{name:path}", self.show_model),
+            ("POST", "/v1/completions", self.complete),
+            ("POST", "/v1/chat/completions", self.chat),
+        ]
+        for method, path, answer in routes:
+            app.add_api_route(
+                path,
+                answer,
+                methods=[method],
+                response_model=None,
+            )
 
     async def show_health(self) -> Response:
         """Answer 200 if the engine thread runs, else 503; needs no key."""

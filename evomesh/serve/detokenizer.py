@@ -118,28 +118,33 @@ class Detokenizer:
         """Take the next token and return the text that is now complete; after a ``finish``, push no more."""
         self._tokens += 1
         score = TokenScore(token.id, token.logprob, token.top)
+        has_score = token.logprob is not None
         is_text = token.finish != "stop"  # the id that ends an answer is a mark
         if is_text:
-            self._append(score, with_score=token.logprob is not None)
+            self._append(score, with_score=has_score)
         self._held_back += self._decode_new(flush=bool(token.finish))
-        if not is_text and self._score_end and token.logprob is not None:
-            self._scored.append(replace(self._score(score), content=b""))
+        if not is_text and has_score and self._score_end:
+            scored_end = replace(self._score(score), content=b"")
+            self._scored.append(scored_end)
 
         # The first complete stop string ends the answer.
         positions = [self._held_back.find(stop) for stop in self._stops]
         found = [position for position in positions if position >= 0]
         if found:
             text = self._held_back[: min(found)]
-            return self._emit(text, "stop", self._scored_before_stop(text))
+            scored = self._scored_before_stop(text)
+            return self._emit(text, "stop", scored)
 
-        # At the end everything goes out; before that, all but a possible beginning of a stop string.
+        # At the end everything goes out; before that, all but a possible beginning of a stop string: of "a b\n" with
+        # the stop string "\n\n", the line break stays back.
         if token.finish:
             scored = self._take_scored()
             return self._emit(self._held_back, token.finish, scored)
         overlaps = [_overlap(self._held_back, stop) for stop in self._stops]
         complete = len(self._held_back) - max(overlaps, default=0)
+        text = self._held_back[:complete]
         scored = self._take_scored(before=complete)
-        return self._emit(self._held_back[:complete], "", scored)
+        return self._emit(text, "", scored)
 
     def _append(self, score: TokenScore, with_score: bool) -> None:
         """Add a token to those that are no text yet."""
@@ -154,8 +159,15 @@ class Detokenizer:
         for other_id, logprob in score.top:
             other = self._texts.of(other_id)
             top.append(TopToken(other.text, other.content, logprob))
+        # The token begins after all text so far, whether it was emitted or is still held back.
         offset = self._emitted_characters + len(self._held_back)
-        return ScoredToken(own.text, own.content, score.logprob, top, offset)
+        return ScoredToken(
+            own.text,
+            own.content,
+            score.logprob,
+            top,
+            offset,
+        )
 
     def _decode_new(self, flush: bool) -> str:
         """Return the text of the new tokens, if it consists of whole characters or must be flushed; else ""."""

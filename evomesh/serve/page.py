@@ -277,15 +277,36 @@ def create_controls(service: GenerationService) -> list[Any]:
     )
     return [
         # An invisible box sends its initial value, which must be text.
-        gr.Textbox("", label="System prompt", lines=2, visible=model.template is not None),
+        gr.Textbox(
+            "",
+            label="System prompt",
+            lines=2,
+            visible=model.template is not None,
+        ),
         gr.Slider(0, 2, value=0.8, step=0.05, label="Temperature", info="0: greedy"),
         gr.Slider(0.05, 1, value=0.95, step=0.05, label="Top-p"),
         gr.Slider(0, 200, value=0, step=1, label="Top-k", info="0: all"),
         gr.Slider(0, 1, value=0, step=0.01, label="Min-p"),
         gr.Slider(0.5, 2, value=1, step=0.05, label="Repetition penalty"),
-        gr.Slider(1, max_new_tokens, value=min(256, max_new_tokens), step=1, label="Max new tokens"),
-        gr.Number(-1, precision=0, minimum=-1, label="Seed", info="-1: random"),
-        gr.Checkbox(model.rotary_type == "dynamic", label="Dynamic NTK", info=dynamic_info),
+        gr.Slider(
+            1,
+            max_new_tokens,
+            value=min(256, max_new_tokens),
+            step=1,
+            label="Max new tokens",
+        ),
+        gr.Number(
+            -1,
+            precision=0,
+            minimum=-1,
+            label="Seed",
+            info="-1: random",
+        ),
+        gr.Checkbox(
+            model.rotary_type == "dynamic",
+            label="Dynamic NTK",
+            info=dynamic_info,
+        ),
     ]
 
 

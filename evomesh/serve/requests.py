@@ -140,12 +140,20 @@ class LocalHostMiddleware:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] not in ("http", "websocket") or is_local(Headers(scope=scope)):
+        is_request = scope["type"] in ("http", "websocket")
+        if not is_request or is_local(Headers(scope=scope)):
             await self.app(scope, receive, send)
             return
-        error = ApiError(400, "this server answers to localhost only", code="wrong_host")
-        body = orjson.dumps(error.body())
-        response = Response(body, 400, media_type="application/json")
+        error = ApiError(
+            400,
+            "this server answers to localhost only",
+            code="wrong_host",
+        )
+        response = Response(
+            orjson.dumps(error.body()),
+            400,
+            media_type="application/json",
+        )
         await response(scope, receive, send)
 
 

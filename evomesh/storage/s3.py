@@ -188,14 +188,26 @@ class S3Storage:
         return False
 
     def list(self, folder: str) -> list[str]:
-        prefix = folder.strip("/") + "/" if folder.strip("/") else ""
+        folder = folder.strip("/")
+        prefix = f"{folder}/" if folder else ""
         names: list[str] = []
         position: dict[str, str] = {}
+        # An answer has up to a thousand names, and the token with which the next one continues.
         while True:
-            answer = self.call("list_objects_v2", "", Prefix=prefix, Delimiter="/", **position)
-            folders = [entry["Prefix"] for entry in answer.get("CommonPrefixes", [])]
-            files = [entry["Key"] for entry in answer.get("Contents", []) if entry["Key"] != prefix]
-            names += [name.removeprefix(prefix) for name in (*folders, *files)]
+            answer = self.call(
+                "list_objects_v2",
+                "",
+                Prefix=prefix,
+                Delimiter="/",
+                **position,
+            )
+            for entry in answer.get("CommonPrefixes", []):
+                name = entry["Prefix"].removeprefix(prefix)
+                names.append(name)
+            for entry in answer.get("Contents", []):
+                key = entry["Key"]
+                if key != prefix:  # the object that stands for the folder itself
+                    names.append(key.removeprefix(prefix))
             if not answer.get("IsTruncated"):
                 return sorted(names)
             position = {"ContinuationToken": answer["NextContinuationToken"]}
@@ -217,24 +229,40 @@ class S3Storage:
 
 def _repeatable_answer(response: dict[str, Any], operation: str, place: str) -> str:
     """Return the reason of an answer that asks for another try; raise what any other one means."""
-    code = str(response.get("Error", {}).get("Code", ""))
-    status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-    reason = f"{operation}: {code or 'error'} (HTTP {status})"
-    may_change = (status >= 500 and status != 501) or code in REPEATABLE
+    error = response.get("Error", {})
+    metadata = response.get("ResponseMetadata", {})
+    code = str(error.get("Code", ""))
+    status = int(metadata.get("HTTPStatusCode", 0))
+    shown_code = code or "error"
+    reason = f"{operation}: {shown_code} (HTTP {status})"
+    # 501, not implemented, is the one answer of a server at fault that stays the same.
+    is_fault = status >= 500 and status != 501
+    may_change = is_fault or code in REPEATABLE
     if not may_change or code in MISSING or code in EXISTS:
         _raise_refusal(reason, operation, place, code, status)
     return reason
 
 
-def _raise_refusal(reason: str, operation: str, place: str, code: str, status: int) -> NoReturn:
+def _raise_refusal(
+    reason: str,
+    operation: str,
+    place: str,
+    code: str,
+    status: int,
+) -> NoReturn:
+    # The store's answers as the errors of local files, so that callers know one kind.
     if code in MISSING:
         raise FileNotFoundError(errno.ENOENT, "no such object", place) from None
     if code in EXISTS:
         raise FileExistsError(errno.EEXIST, "the object exists", place) from None
-    if code in UNREADABLE and operation in ("get_object", "head_object"):
-        raise PermissionError(errno.EACCES, f"the store refuses: {reason}", place) from None
-    kind = ConditionUnknownError if code == "NotImplemented" or status == 501 else StorageError
-    raise kind(f"the store refuses: {reason}", where=place, fix=ADVICE.get(code, "")) from None
+    refusal = f"the store refuses: {reason}"
+    is_read = operation in ("get_object", "head_object")
+    if is_read and code in UNREADABLE:
+        raise PermissionError(errno.EACCES, refusal, place) from None
+    is_unknown_condition = code == "NotImplemented" or status == 501
+    kind = ConditionUnknownError if is_unknown_condition else StorageError
+    advice = ADVICE.get(code, "")
+    raise kind(refusal, where=place, fix=advice) from None
 
 
 def _repeatable_failure(error: Exception, operation: str, place: str) -> str:

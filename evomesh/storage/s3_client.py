@@ -35,15 +35,24 @@ def parse(scheme: str, rest: str, env: Mapping[str, str] = os.environ) -> S3Addr
     """
     if scheme == "s3" and rest.startswith(("http://", "https://")):
         return _with_endpoint(rest)
-    host, _, key = rest.removeprefix("s3:").lstrip("/").partition("/")
+    # Both forms accept a second "s3:" before the slashes: boto3:s3://BUCKET.ENDPOINT/KEY and s3://BUCKET/KEY.
+    place = rest.removeprefix("s3:").lstrip("/")
+    host, _, key = place.partition("/")
     key = key.strip("/")
     if scheme == "s3":
         if not host:
-            raise UserError(f"s3:{rest}: no bucket", expected="s3://BUCKET/KEY")
-        return S3Address(host, key, env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL"))
+            raise UserError(
+                f"s3:{rest}: no bucket",
+                expected="s3://BUCKET/KEY",
+            )
+        endpoint_url = env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL")
+        return S3Address(host, key, endpoint_url)
     bucket, _, endpoint = host.partition(".")
     if not bucket or not endpoint:
-        raise UserError(f"boto3:{rest}: no bucket or no endpoint", expected="boto3:s3://BUCKET.ENDPOINT/KEY")
+        raise UserError(
+            f"boto3:{rest}: no bucket or no endpoint",
+            expected="boto3:s3://BUCKET.ENDPOINT/KEY",
+        )
     return S3Address(bucket, key, _endpoint_url(endpoint))
 
 

@@ -80,10 +80,18 @@ class LockRecord:
         try:
             value: dict[str, Any] = json.loads(data)
             process = value["process"]
-            identity = ProcessIdentity(str(process["machine"]), int(process["pid"]), int(process["started"]))
-            return LockRecord(printable(str(value["holder"]), keep="")[:200], identity, int(value["renewal"]))
+            identity = ProcessIdentity(
+                str(process["machine"]),
+                int(process["pid"]),
+                int(process["started"]),
+            )
+            # It comes from the store and is shown in messages: without control characters, and not endless.
+            holder = printable(str(value["holder"]), keep="")
+            renewal = int(value["renewal"])
         except (ValueError, KeyError, TypeError, RecursionError):
-            return LockRecord(UNNAMED, ProcessIdentity("", 0, 0))
+            unknown = ProcessIdentity("", 0, 0)
+            return LockRecord(UNNAMED, unknown)
+        return LockRecord(holder[:200], identity, renewal)
 
 
 class ConditionUnknownError(StorageError):

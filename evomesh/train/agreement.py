@@ -106,14 +106,24 @@ def first_difference(ranks: list[dict[str, Any]]) -> str:
     Args:
         ranks: for each rank its ``host`` and its ``facts``.
     """
-    for name in dict.fromkeys(name for rank in ranks for name in rank["facts"]):
+    names: dict[str, None] = {}  # of the facts of all ranks, in order
+    for rank in ranks:
+        names |= dict.fromkeys(rank["facts"])
+
+    # Ranks with the same value are named together: "world size differs: 8 (rank 0 on a, rank 1 on b), 4 (rank 2 on c)".
+    for name in names:
         places: dict[str, list[str]] = {}
         for number, rank in enumerate(ranks):
             value = rank["facts"].get(name, "absent")
-            places.setdefault(value, []).append(f"rank {number} on {rank['host']}")
-        if len(places) > 1:
-            values = [f"{shorten(value)} ({_some(where)})" for value, where in places.items()]
-            return f"{name} differs: {', '.join(values[:4])}"
+            place = f"rank {number} on {rank['host']}"
+            places.setdefault(value, []).append(place)
+        if len(places) == 1:
+            continue
+        values = []
+        for value, where in places.items():
+            values.append(f"{shorten(value)} ({_some(where)})")
+        listed = ", ".join(values[:4])
+        return f"{name} differs: {listed}"
     raise AssertionError("no fact differs")
 
 

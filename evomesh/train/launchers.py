@@ -49,12 +49,19 @@ def detect(env: Mapping[str, str], launcher: str = "auto", port: int = 8888) -> 
         port: on the first node, where slurm tasks connect.
     """
     if launcher not in LAUNCHERS:
-        raise UserError(f"unknown launcher {launcher!r}", where="--launcher", expected=" | ".join(LAUNCHERS))
+        raise UserError(
+            f"unknown launcher {launcher!r}",
+            where="--launcher",
+            expected=" | ".join(LAUNCHERS),
+        )
     # RANK without the other variables is a broken launch, not a single process. A batch script outside srun has no
     # SLURM_STEP_ID: it is one process.
-    if launcher == "torch" or (launcher == "auto" and ("RANK" in env or "LOCAL_RANK" in env)):
+    is_auto = launcher == "auto"
+    has_torchrun = "RANK" in env or "LOCAL_RANK" in env
+    has_slurm = "SLURM_PROCID" in env and "SLURM_STEP_ID" in env
+    if launcher == "torch" or (is_auto and has_torchrun):
         return _from_torchrun(env)
-    if launcher == "slurm" or (launcher == "auto" and "SLURM_PROCID" in env and "SLURM_STEP_ID" in env):
+    if launcher == "slurm" or (is_auto and has_slurm):
         return _from_slurm(env, port)
     return ProcessInfo()
 
@@ -159,7 +166,11 @@ def node_address(node: str) -> str:
     return node
 
 
-def torchrun_command(env: Mapping[str, str], argv: list[str], launcher: str = "auto") -> list[str] | None:
+def torchrun_command(
+    env: Mapping[str, str],
+    argv: list[str],
+    launcher: str = "auto",
+) -> list[str] | None:
     """Return the torchrun command that starts this node's ranks; None if the environment does not require one.
 
     Two environments do: ``NPROC_PER_NODE`` (with NNODES, NODE_RANK, ADDR, PORT), and Aliyun DLC, whose RANK and
@@ -170,15 +181,26 @@ def torchrun_command(env: Mapping[str, str], argv: list[str], launcher: str = "a
         argv: ``sys.argv`` of this process.
     """
     on_dlc = DLC_PROCESSES in env
-    if launcher == "slurm" or "LOCAL_RANK" in env or not (on_dlc or "NPROC_PER_NODE" in env):
+    is_counted = "NPROC_PER_NODE" in env
+    is_started = launcher == "slurm" or "LOCAL_RANK" in env
+    if is_started or not (on_dlc or is_counted):
         return None
-    processes = _whole_number(env, "NPROC_PER_NODE" if "NPROC_PER_NODE" in env else DLC_PROCESSES)
+    variable = "NPROC_PER_NODE" if is_counted else DLC_PROCESSES
+    processes = _whole_number(env, variable)
     nodes, node_rank = _node_count_and_rank(env, on_dlc)
     if processes * nodes <= 1 and not on_dlc:
         return None
-    rendezvous = ["--standalone"] if nodes == 1 else _rendezvous(env, nodes, node_rank)
-    torchrun = [sys.executable, "-m", "torch.distributed.run"]
-    return [*torchrun, *rendezvous, f"--nproc_per_node={max(processes, 1)}", *argv]
+    rendezvous = ["--standalone"]
+    if nodes != 1:
+        rendezvous = _rendezvous(env, nodes, node_rank)
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *rendezvous,
+        f"--nproc_per_node={max(processes, 1)}",
+        *argv,
+    ]
 
 
 def planned_world_size(env: Mapping[str, str], launcher: str = "auto") -> int:
@@ -220,9 +242,14 @@ def spawn_ranks(launcher: str = "auto") -> None:
     torchrun answers signals from then on.
     """
     command = torchrun_command(os.environ, sys.argv, launcher)
-    if command is not None:
-        env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-        setup_logging()
-        logger.info("starting %s", " ".join(command[1:]))
-        sys.stdout.flush()
-        os.execve(command[0], command, env)
+    if command is None:
+        return
+    # On Aliyun DLC these count nodes; torchrun sets them anew, to count ranks.
+    env = dict(os.environ)
+    env.pop("RANK", None)
+    env.pop("WORLD_SIZE", None)
+    setup_logging()
+    arguments = " ".join(command[1:])
+    logger.info("starting %s", arguments)
+    sys.stdout.flush()
+    os.execve(command[0], command, env)

@@ -106,7 +106,10 @@ def train_step(
 
 
 def _read_results(
-    norm: Tensor, objective: Tensor, tally: LossTally, grid: Grid
+    norm: Tensor,
+    objective: Tensor,
+    tally: LossTally,
+    grid: Grid,
 ) -> tuple[float, StepResult, LossTally]:
     """Sum objective and tally over all ranks and bring them to the host together with the gradient norm.
 
@@ -114,9 +117,17 @@ def _read_results(
     """
     objective = all_reduce_no_grad(objective, grid.dp, grid.pp)
     sums = tally.reduce(grid.dp, grid.pp).sums
-    results = copy_to_host(torch.cat([norm[None], objective[None], sums.flatten()]))
-    host_tally = LossTally(tally.types, results.device, results[2:].view_as(sums))
-    return float(results[1]), StepResult(results[0]), host_tally
+    # One tensor [2 + sums], so that the host waits once: norm, objective, then the sums of the tally.
+    on_device = [
+        norm.unsqueeze(0),
+        objective.unsqueeze(0),
+        sums.flatten(),
+    ]
+    results = copy_to_host(torch.cat(on_device))
+    host_norm, host_objective = results[:2]
+    host_sums = results[2:].view_as(sums)
+    host_tally = LossTally(tally.types, results.device, host_sums)
+    return float(host_objective), StepResult(host_norm), host_tally
 
 
 def copy_to_host(results: Tensor) -> Tensor:

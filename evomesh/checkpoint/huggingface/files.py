@@ -104,11 +104,17 @@ class SafetensorsFile:
         return tensor
 
 
-def _byte_ranges(shape: Coordinates, box: Box, item_size: int, base: int) -> Iterator[tuple[int, int]]:
+def _byte_ranges(
+    shape: Coordinates,
+    box: Box,
+    item_size: int,
+    base: int,
+) -> Iterator[tuple[int, int]]:
     """Yield (start, stop) of the box's bytes in the file, in the order of its elements.
 
     Trailing dims that the box takes in full are contiguous, together with the box's extent of the dim before them. So
-    one range is needed for each index into the dims before that.
+    one range is needed for each index into the dims before that. Of a tensor [4, 6, 8], the box [2, 3, 8] takes dim 2
+    in full: dims 1 and 2 form ranges of 3 * 8 elements, and there are 2 of them.
 
     Args:
         shape: of the whole tensor.
@@ -119,11 +125,16 @@ def _byte_ranges(shape: Coordinates, box: Box, item_size: int, base: int) -> Ite
         first_full -= 1
     contiguous = max(first_full - 1, 0)  # dims from here on form one range
     length = math.prod(box.shape[contiguous:]) * item_size
-    strides = [math.prod(shape[dim + 1 :]) * item_size for dim in range(len(shape))]
-    outer_dims = [
-        range(offset, offset + size)
-        for offset, size in zip(box.offsets[:contiguous], box.shape[:contiguous], strict=True)
-    ]
+
+    strides = []  # bytes from one index of a dim to the next
+    for dim in range(len(shape)):
+        inner_elements = math.prod(shape[dim + 1 :])
+        strides.append(inner_elements * item_size)
+
+    outer_dims = []
+    for dim in range(contiguous):
+        offset = box.offsets[dim]
+        outer_dims.append(range(offset, offset + box.shape[dim]))
     inner_position = box.offsets[contiguous:]
     for outer_position in product(*outer_dims):
         position = outer_position + inner_position
@@ -153,10 +164,15 @@ def load_pickle(source: str | os.PathLike[str] | io.BytesIO, where: str) -> dict
     try:
         state = _load_tensors(source)
     except (RuntimeError, pickle.UnpicklingError, OSError, EOFError, ValueError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        first_line = str(error).partition("\n")[0]
+        reason = first_line or type(error).__name__
         raise CheckpointError(f"cannot be read as tensors alone ({reason})", where=where) from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError("holds more than named tensors", where=where, expected="a state dict")
+        raise CheckpointError(
+            "holds more than named tensors",
+            where=where,
+            expected="a state dict",
+        )
     return state
 
 

@@ -116,18 +116,28 @@ class HfFolder:
         weight_map = self.json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise CheckpointError(
-                "has no weight_map", where=where, expected="a file name for each tensor name"
+                "has no weight_map",
+                where=where,
+                expected="a file name for each tensor name",
             )
         names_by_file: dict[str, set[str]] = {}
         for name, file in weight_map.items():
             names_by_file.setdefault(file, set()).add(name)
+
+        # A shard may hold more than the index lists, never less.
         for file, listed in sorted(names_by_file.items()):
             if file not in names:
-                raise CheckpointError(f"lists the shard {file!r}, which is not in the folder", where=where)
+                raise CheckpointError(
+                    f"lists the shard {file!r}, which is not in the folder",
+                    where=where,
+                )
             stored = self._tensor_names(file)
             absent = sorted(listed.difference(stored))
             if absent:
-                raise CheckpointError(f"lists {absent[0]!r} in {file}, which does not hold it", where=where)
+                raise CheckpointError(
+                    f"lists {absent[0]!r} in {file}, which does not hold it",
+                    where=where,
+                )
         self._refuse_duplicates(sorted(names_by_file), where)
         return {name: file for name, file in weight_map.items() if not name.endswith(BUFFERS)}
 
@@ -175,12 +185,20 @@ class MetaFolder:
         numbers = [int(file.name.split(".")[1]) for file in files]
         expected_numbers = list(range(len(files)))
         if numbers != expected_numbers:
-            raise CheckpointError(f"files {numbers}: one is missing", where=self.path, expected="00, 01, ...")
+            raise CheckpointError(
+                f"files {numbers}: one is missing",
+                where=self.path,
+                expected="00, 01, ...",
+            )
         self._ranks = [load_pickle(file, str(file)) for file in files]
         first = self._ranks[0]
+        names = set(first)
         for file, state in zip(files, self._ranks, strict=True):
-            if set(state) != set(first):
-                raise CheckpointError("holds other tensors than consolidated.00.pth", where=str(file))
+            if set(state) != names:
+                raise CheckpointError(
+                    "holds other tensors than consolidated.00.pth",
+                    where=str(file),
+                )
         norm = first.get("norm.weight")
         self._hidden_size = 0 if norm is None else norm.numel()
 

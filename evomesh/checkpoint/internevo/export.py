@@ -30,7 +30,12 @@ ShardFunction = Callable[[Tensor, int], list[Tensor | None]]
 
 
 def write_model(
-    found: Checkpoint, model: ModelConfig, target: str, tensor: int, pipeline: int, weight: int | None = None
+    found: Checkpoint,
+    model: ModelConfig,
+    target: str,
+    tensor: int,
+    pipeline: int,
+    weight: int | None = None,
 ) -> list[str]:
     """Write ``model_tp{t}_pp{p}.pt``, ``model_config.pt`` (a plain dict) and ``{step}.step``; return the model files.
 
@@ -42,19 +47,28 @@ def write_model(
     """
     _refuse_sizes(model, tensor, pipeline, weight, found.folder)
     if os.path.isdir(target) and os.listdir(target):
-        raise CheckpointError("the folder is not empty", where=target, fix="give a new folder")
+        raise CheckpointError(
+            "the folder is not empty",
+            where=target,
+            fix="give a new folder",
+        )
     os.makedirs(target, exist_ok=True)
     stages = layer_ranges(model.num_layers, pipeline)
     written = []
+    # One stage at a time is in memory, with the tensors of all its ranks.
     for pp, layers in enumerate(stages):
         states = _stage_states(found, model, layers, tensor, weight)
         for (tp, wp), state in states.items():
             wp_in_name = None if weight is None else wp
-            file = os.path.join(target, file_name(tp, wp_in_name, pp))
+            name = file_name(tp, wp_in_name, pp)
+            file = os.path.join(target, name)
             torch.save(state, file)
             written.append(file)
-    torch.save(_plain_section(model), os.path.join(target, "model_config.pt"))
-    torch.save({"step": found.step}, os.path.join(target, f"{found.step}.step"))
+    section = _plain_section(model)
+    section_file = os.path.join(target, "model_config.pt")
+    torch.save(section, section_file)
+    step_file = os.path.join(target, f"{found.step}.step")
+    torch.save({"step": found.step}, step_file)
     return written
 
 

@@ -209,18 +209,24 @@ def merge_folder(
     """
     family = family_of(folder)
     first_layers = _first_layers(folder)
+    read_states = stage_states or folder.stage_states
     for pp in range(folder.pp_size):
-        states = (stage_states or folder.stage_states)(pp)
-        down = _down_projection(states[0], w2, folder.path)
+        states = read_states(pp)
+        first_state = states[0]
+        down = _down_projection(first_state, w2, folder.path)
         # With interleaved stages a file holds several model chunks, whose number precedes the names.
-        for chunk in sorted({_split_chunk(name)[0] for name in states[0]}):
+        names_of_chunk: dict[int, list[str]] = {}
+        for name in first_state:
+            chunk, _ = _split_chunk(name)
+            names_of_chunk.setdefault(chunk, []).append(name)
+        for chunk, names in sorted(names_of_chunk.items()):
             merged: dict[str, Tensor] = {}
-            for name in states[0]:
-                number, local_name = _split_chunk(name)
-                if number == chunk:
-                    shards = [state[name] for state in states if name in state]
-                    merged[local_name] = _merge_shards(local_name, shards, folder, family, heads, down)
-            yield from _rename(merged, first_layers.get((chunk, pp), 0), heads, down, folder.path)
+            for name in names:
+                _, local_name = _split_chunk(name)
+                shards = [state[name] for state in states if name in state]
+                merged[local_name] = _merge_shards(local_name, shards, folder, family, heads, down)
+            first_layer = first_layers.get((chunk, pp), 0)
+            yield from _rename(merged, first_layer, heads, down, folder.path)
 
 
 def _first_layers(folder: InternEvoFolder) -> dict[tuple[int, int], int]:

@@ -31,10 +31,13 @@ KINDS = ("master", *MOMENTS)
 HALF = (torch.float16, torch.bfloat16)
 FIX = 'load the weights alone: --weights-only, or load_ckpt_info content=("model",)'
 StateDict = dict[str, Tensor]
+_LocalStates = dict[str, dict[tuple[int, int], StateDict]]  # by kind, then by (pp, tp)
 
 
 def read_optimizer(
-    path: str, heads: HeadCounts, w2: W2Role = "auto"
+    path: str,
+    heads: HeadCounts,
+    w2: W2Role = "auto",
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return unsharded optimizer tensors under our names, and {"optimizer": ..., "scaler": ...} as we save them.
 
@@ -43,11 +46,19 @@ def read_optimizer(
     """
     folder = find_model_files(path)
     if folder.isp:
-        raise CheckpointError("how the optimizer files of isp are sharded is not known", where=path, fix=FIX)
+        raise CheckpointError(
+            "how the optimizer files of isp are sharded is not known",
+            where=path,
+            fix=FIX,
+        )
     # 1. Split the flat tensors of every rank of the tp x pp grid into local tensors.
     local, steps, scaler = _read_local(folder)
     if len(steps) != 1:
-        raise CheckpointError(f"the optimizer files are of steps {sorted(steps)}", where=path, fix=FIX)
+        raise CheckpointError(
+            f"the optimizer files are of steps {sorted(steps)}",
+            where=path,
+            fix=FIX,
+        )
 
     # 2. Merge them over the grid like the weights. Our checkpoints have masters of half-precision weights only.
     half = {name for name, tensor in merge_folder(folder, heads, w2) if tensor.dtype in HALF}
@@ -58,19 +69,18 @@ def read_optimizer(
                 merged[f"optim.{kind}.{name}"] = tensor
 
     # 3. Translate the scalars.
+    optimizer = {"steps": steps.pop()}
     scale = {
         "scale": float(scaler.get("_scale", 1.0)),
         "good_steps": int(scaler.get("_growth_step", 0)),
         "overflows": int(scaler.get("_hysteresis_step", 0)),
     }
-    return merged, {"optimizer": {"steps": steps.pop()}, "scaler": scale}
+    return merged, {"optimizer": optimizer, "scaler": scale}
 
 
-def _read_local(
-    folder: InternEvoFolder,
-) -> tuple[dict[str, dict[tuple[int, int], StateDict]], set[int], dict[str, Any]]:
+def _read_local(folder: InternEvoFolder) -> tuple[_LocalStates, set[int], dict[str, Any]]:
     """Return local optimizer tensors by kind and (pp, tp), the step counts of all files, and the scaler's state."""
-    local: dict[str, dict[tuple[int, int], StateDict]] = {kind: {} for kind in KINDS}
+    local: _LocalStates = {kind: {} for kind in KINDS}
     steps: set[int] = set()
     scaler: dict[str, Any] = {}
     for pp in range(folder.pp_size):
@@ -81,7 +91,9 @@ def _read_local(
             for kind, tensors in by_kind.items():
                 local[kind][pp, tp] = tensors
             steps |= rank_steps
-            scaler = contents[0].get("grad_scaler", {})
+            # Every file has the state of the same scaler.
+            first_content = contents[0]
+            scaler = first_content.get("grad_scaler", {})
     return local, steps, scaler
 
 
@@ -210,8 +222,16 @@ def _parameter_groups(weights: StateDict) -> list[list[str]]:
     return [names for names in (half, wide) if names]
 
 
-def _assign_to_ranks(weights: StateDict, names: list[str], ranks: int) -> list[list[str]]:
-    """Return the parameters of each ZeRO rank, in the order in which it joins them: InternEvo's greedy rule."""
+def _assign_to_ranks(
+    weights: StateDict,
+    names: list[str],
+    ranks: int,
+) -> list[list[str]]:
+    """Return the parameters of each ZeRO rank, in the order in which it joins them: InternEvo's greedy rule.
+
+    The largest parameter first, each one to the rank with the fewest elements so far: sizes 8, 5, 4 and 3 on two ranks
+    give 8 + 3 and 5 + 4.
+    """
     assigned: list[list[str]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
     sizes = {name: weights[name].numel() for name in names}
@@ -239,13 +259,20 @@ def _flat_tensors(content: dict[str, Any], group: int, file: str) -> tuple[dict[
         ) from None
 
 
-def _split_flat(flat: object, weights: StateDict, described: str, file: str) -> StateDict:
+def _split_flat(
+    flat: object,
+    weights: StateDict,
+    described: str,
+    file: str,
+) -> StateDict:
     """Split one flat tensor into tensors of the names and shapes of ``weights``, which it joins in this order."""
     sizes = [weight.numel() for weight in weights.values()]
     elements = flat.numel() if isinstance(flat, Tensor) else 0
     if not isinstance(flat, Tensor) or elements != sum(sizes):
         raise CheckpointError(
-            f"{described} has {elements} elements, its parameters have {sum(sizes)}", where=file, fix=FIX
+            f"{described} has {elements} elements, its parameters have {sum(sizes)}",
+            where=file,
+            fix=FIX,
         )
     parts = torch.split(flat.flatten(), sizes)
     tensors: StateDict = {}

@@ -74,18 +74,20 @@ def split_box(box: Box, item_size: int, limit: int) -> Iterator[Box]:
     """Yield sub-boxes of at most ``limit`` bytes in row-major order, each contiguous in the bytes of ``box``.
 
     The box is split along its first dim longer than 1; where one row of it is larger than the limit, the row is split
-    along the next dim.
+    along the next dim. A float32 box [6, 100] with a limit of 1000 bytes becomes 3 boxes of 2 rows.
     """
     if box.numel * item_size <= limit or box.numel <= 1:
         yield box
         return
     dim = next(dim for dim, length in enumerate(box.shape) if length > 1)
-    row_bytes = math.prod(box.shape[dim + 1 :]) * item_size
+    row_elements = math.prod(box.shape[dim + 1 :])
+    row_bytes = row_elements * item_size
     rows = max(1, limit // row_bytes)
     whole = range(box.shape[dim])
     for first in whole[::rows]:
         part = whole[first : first + rows]
-        yield from split_box(box.narrow(dim, part), item_size, limit)
+        narrowed = box.narrow(dim, part)
+        yield from split_box(narrowed, item_size, limit)
 
 
 def covers_once(shape: Coordinates, boxes: Sequence[Box]) -> bool:
@@ -105,15 +107,21 @@ def _is_inside(box: Box, shape: Coordinates) -> bool:
 def _all_disjoint(boxes: Sequence[Box]) -> bool:
     """Return whether no element is in two boxes, given that together they are as large as their tensor."""
     # The edges of all boxes divide the tensor into a small grid of cells, each of which is inside a box or outside it.
-    # A cell that is not counted exactly once is a hole or an overlap.
-    cell_of = [_cells(boxes, dim) for dim in range(len(boxes[0].shape))]
-    if math.prod(len(cells) for cells in cell_of) > MAX_CELLS:
+    # A cell that is not counted exactly once is a hole or an overlap. Rows 0 to 4 and 4 to 6 have the edges 0, 4 and 6:
+    # two cells, however large the tensor is.
+    num_dims = len(boxes[0].shape)
+    cell_of = [_cells(boxes, dim) for dim in range(num_dims)]
+    num_cells = math.prod(len(cells) for cells in cell_of)
+    if num_cells > MAX_CELLS:
         return False  # the boxes of a save are aligned to one another; so many edges were made up
-    count = np.zeros([len(cells) - 1 for cells in cell_of], dtype=np.int32)
+    shape = [len(cells) - 1 for cells in cell_of]
+    count = np.zeros(shape, dtype=np.int32)
     for box in boxes:
         covered = []
-        for cells, first, last in zip(cell_of, box.offsets, box.ends, strict=True):
-            covered.append(slice(cells[first], cells[last]))
+        for cells, start, end in zip(cell_of, box.offsets, box.ends, strict=True):
+            first = cells[start]
+            after_last = cells[end]
+            covered.append(slice(first, after_last))
         count[tuple(covered)] += 1
     return bool((count == 1).all())
 

@@ -97,10 +97,13 @@ def choose_folder(storage: Storage, root: str, step: int, attempt: str) -> str:
     """
     folder = join(root, fmt.folder_name(step))
     own = join(root, fmt.folder_name(step, attempt))
-    if storage.exists(join(folder, fmt.COMMIT)) or storage.is_link(folder):
+    is_committed = storage.exists(join(folder, fmt.COMMIT))
+    if is_committed or storage.is_link(folder):
         return own
     names = storage.list(folder)
-    if foreign_names(names) or (not names and _is_file(storage, folder)):
+    if foreign_names(names):
+        return own
+    if not names and _is_file(storage, folder):
         return own
     return folder
 
@@ -160,7 +163,11 @@ def commit(
 
 
 def commit_tensors(
-    root: str, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], config: dict[str, Any]
+    root: str,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: dict[str, Any],
+    config: dict[str, Any],
 ) -> str:
     """Commit whole tensors of this process to a save folder and return the step folder.
 
@@ -170,15 +177,22 @@ def commit_tensors(
     storage, path = open_storage(root)
     attempt = new_attempt()
     folder = choose_folder(storage, path, step, attempt)
-    local = describe(tensors, Grid())
-    items = [
-        WriteItem(tensor.name, tensor.dtype, tensor.shape, part)
-        for tensor in local.values()
-        for part in tensor.parts
-    ]
-    types = {name: TensorType(tensor.dtype, tensor.shape) for name, tensor in local.items()}
-    record = new_record(step, attempt, config=config, state=state, layout=layout_record(1))
-    commit(storage, folder, [in_file_order(items)], types, record)
+    items = []
+    types = {}
+    for name, tensor in describe(tensors, Grid()).items():
+        types[name] = TensorType(tensor.dtype, tensor.shape)
+        for part in tensor.parts:
+            item = WriteItem(tensor.name, tensor.dtype, tensor.shape, part)
+            items.append(item)
+    record = new_record(
+        step,
+        attempt,
+        config=config,
+        state=state,
+        layout=layout_record(1),
+    )
+    files = [in_file_order(items)]
+    commit(storage, folder, files, types, record)
     return folder
 
 
@@ -400,14 +414,18 @@ def discard(storage: Storage, folder: str, attempt: str, files: int = 1) -> None
     """Delete everything that an attempt has written, its commit record first."""
     path = join(folder, fmt.COMMIT)
     try:
-        if storage.exists(path) and CommitRecord.from_bytes(storage.read(path)).attempt != attempt:
-            return  # another job committed here
+        if storage.exists(path):
+            record = CommitRecord.from_bytes(storage.read(path))
+            if record.attempt != attempt:
+                return  # another job committed here
         storage.delete(path)
     except (OSError, UserError) as error:
         logger.warning("%s: cleaning up a failed save: %s", folder, error)
         return
-    names = [fmt.file_name(attempt, number) for number in range(files)]
-    _delete(storage, folder, [fmt.index_name(attempt), *names])
+    names = [fmt.index_name(attempt)]
+    for number in range(files):
+        names.append(fmt.file_name(attempt, number))
+    _delete(storage, folder, names)
 
 
 def _delete(storage: Storage, folder: str, names: list[str]) -> None:

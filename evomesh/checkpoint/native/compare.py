@@ -47,21 +47,29 @@ def _changed_values(a: Any, b: Any, path: str = "") -> Iterator[str]:
 
 
 def _unequal_elements(
-    a: Checkpoint, first: TensorRecord, b: Checkpoint, second: TensorRecord
+    a: Checkpoint,
+    first: TensorRecord,
+    b: Checkpoint,
+    second: TensorRecord,
 ) -> tuple[int, float]:
     """Count the elements whose bits differ, and find the largest difference."""
     # Equal hashes of equal boxes prove equality without reading any data.
-    hashes = [[(piece.box, piece.digest) for piece in record.pieces] for record in (first, second)]
+    first_hashes = [(piece.box, piece.digest) for piece in first.pieces]
+    second_hashes = [(piece.box, piece.digest) for piece in second.pieces]
     whole = Box.whole(first.shape)
-    if hashes[0] == hashes[1] or not whole.numel:
+    if first_hashes == second_hashes or not whole.numel:
         return 0, 0.0
-    count, largest = 0, 0.0
+    count = 0
+    largest = 0.0
+    # As bits, so that two equal NaNs do not differ.
     for box in split_box(whole, first.item_size, COMPARED_BYTES):
         x = read_tensor(a, first, box)
         y = read_tensor(b, second, box)
-        differs = (_element_bytes(x) != _element_bytes(y)).any(1)
+        unequal_bytes = _element_bytes(x) != _element_bytes(y)  # [elements, bytes]
+        differs = unequal_bytes.any(1)
         count += int(differs.sum())
-        largest = max(largest, float((x.double() - y.double()).abs().max()))
+        distance = (x.double() - y.double()).abs()
+        largest = max(largest, float(distance.max()))
     return count, largest
 
 

@@ -174,8 +174,14 @@ def candidates(storage: Storage, root: str) -> list[Candidate]:
     for name in names:
         match = fmt.FOLDER.match(name.rstrip("/"))
         if match and name.endswith("/"):
-            found.append(_candidate(storage, join(root, name), int(match[1])))
-    return sorted(found, key=lambda candidate: (candidate.step, candidate.folder), reverse=True)
+            folder = join(root, name)
+            step = int(match[1])
+            found.append(_candidate(storage, folder, step))
+    return sorted(
+        found,
+        key=lambda candidate: (candidate.step, candidate.folder),
+        reverse=True,
+    )
 
 
 def _candidate(storage: Storage, folder: str, step: int) -> Candidate:

@@ -412,11 +412,23 @@ def safetensors_header(entries: list[tuple[str, str, Coordinates, int]]) -> byte
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for key, dtype, shape, size in entries:
-        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
-        position += size
-    content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    # Spaces are valid JSON: they align the data without a change of the header's content.
-    content += b" " * (-(len(content) + 8) % ALIGNMENT)
+        end = position + size
+        header[key] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(
+        header,
+        separators=(",", ":"),
+        ensure_ascii=False,
+    )
+    content = text.encode()
+    # Spaces are valid JSON: they align the data without a change of the header's content. 100 bytes, with the 8 of the
+    # length before them, get 20 spaces.
+    padding = -(len(content) + 8) % ALIGNMENT
+    content += b" " * padding
     return len(content).to_bytes(8, "little") + content
 
 

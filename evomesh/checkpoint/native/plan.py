@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -29,6 +28,9 @@ class TensorType(NamedTuple):
     def size(self) -> int:
         """Bytes of the whole tensor."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+BoxHolder = tuple[int, int]  # a rank, and the number of the part among those of the rank
 
 
 @dataclass(frozen=True)
@@ -150,11 +152,16 @@ def make_plan(local: Mapping[str, LocalTensor], exchange: Exchange) -> SavePlan:
     Raises:
         CheckpointError: on every rank, if ranks disagree about a tensor or their boxes do not cover it exactly once.
     """
-    gathered = exchange.gather([TensorBoxes.of(tensor).to_json() for tensor in local.values()])
+    message = [TensorBoxes.of(tensor).to_json() for tensor in local.values()]
+    gathered = exchange.gather(message)
+
+    # Rank 0 decides for all; an error is its answer too, so that no rank waits for one that has raised.
     answer: dict[str, Any] | None = None
     tensors: dict[str, TensorType] = {}
     if gathered is not None:
-        held = [[TensorBoxes.from_json(value) for value in rows] for rows in gathered]
+        held = []
+        for rows in gathered:
+            held.append([TensorBoxes.from_json(value) for value in rows])
         try:
             owned, tensors = assign(held)
             answer = {"owned": owned}
@@ -163,7 +170,10 @@ def make_plan(local: Mapping[str, LocalTensor], exchange: Exchange) -> SavePlan:
     answer = exchange.broadcast(answer)
     if "error" in answer:
         raise CheckpointError(answer["error"])
-    return SavePlan([OwnedPart(*owned) for owned in answer["owned"][exchange.rank]], tensors)
+    own_parts = []
+    for fields in answer["owned"][exchange.rank]:
+        own_parts.append(OwnedPart(*fields))
+    return SavePlan(own_parts, tensors)
 
 
 def assign(held: Sequence[Sequence[TensorBoxes]]) -> tuple[list[list[OwnedPart]], dict[str, TensorType]]:
@@ -179,22 +189,35 @@ def assign(held: Sequence[Sequence[TensorBoxes]]) -> tuple[list[list[OwnedPart]]
         CheckpointError: ranks disagree about a tensor, or the boxes do not cover it exactly once.
     """
     tensors = _agreed_types(held)
-    # Replicated boxes have several holders: for each, the rank and the number of the part among those of the rank.
-    holders: dict[str, dict[Box, list[tuple[int, int]]]] = {name: defaultdict(list) for name in tensors}
-    for rank, rows in enumerate(held):
-        for row in rows:
-            for number, box in enumerate(row.boxes):
-                holders[row.name][box].append((rank, number))
+    holders = _find_holders(held)
     # Each box goes to the holder with the fewest bytes so far, so that all ranks write about the same.
     load = [0] * len(held)
     owned: list[list[OwnedPart]] = [[] for _ in held]
     for name, tensor in tensors.items():
-        check_cover(name, tensor.shape, list(holders[name]))
-        for box, candidates in holders[name].items():
+        holders_of_box = holders[name]
+        check_cover(name, tensor.shape, list(holders_of_box))
+        item_size = DTYPES[tensor.dtype].itemsize
+        for box, candidates in holders_of_box.items():
             rank, number = min(candidates, key=lambda holder: load[holder[0]])
-            load[rank] += box.numel * DTYPES[tensor.dtype].itemsize
-            owned[rank].append(OwnedPart(name, number))
+            load[rank] += box.numel * item_size
+            part = OwnedPart(name, number)
+            owned[rank].append(part)
     return owned, tensors
+
+
+def _find_holders(held: Sequence[Sequence[TensorBoxes]]) -> dict[str, dict[Box, list[BoxHolder]]]:
+    """Return the holders of each distinct box of each tensor.
+
+    A replicated box has several: of a weight on two data-parallel ranks, (0, 0) and (1, 0).
+    """
+    holders: dict[str, dict[Box, list[BoxHolder]]] = {}
+    for rank, rows in enumerate(held):
+        for row in rows:
+            holders_of_box = holders.setdefault(row.name, {})
+            for number, box in enumerate(row.boxes):
+                holder = (rank, number)
+                holders_of_box.setdefault(box, []).append(holder)
+    return holders
 
 
 def _agreed_types(held: Sequence[Sequence[TensorBoxes]]) -> dict[str, TensorType]:

@@ -35,7 +35,13 @@ CACHED_PIECES = 16  # pieces of the old checkpoint in memory: 64 MiB at most
 RankBoxes = dict[str, Box]  # of one rank: tensor -> the box of it that the rank holds
 
 
-def reshard(source: Checkpoint, target: str, model: ModelConfig, parallel: ParallelConfig, world: int) -> str:
+def reshard(
+    source: Checkpoint,
+    target: str,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    world: int,
+) -> str:
     """Write ``source`` into the save folder ``target`` as ``world`` ranks of ``parallel`` would; return the folder.
 
     Raises:
@@ -54,11 +60,16 @@ def reshard(source: Checkpoint, target: str, model: ModelConfig, parallel: Paral
         boxes[0][name] = Box.whole(records[name].shape)
 
     # 2. Which rank writes which box.
-    held = [[_held(records[name], box) for name, box in of_rank.items()] for of_rank in boxes]
+    held = []
+    for of_rank in boxes:
+        held.append([_held(records[name], box) for name, box in of_rank.items()])
     owned, tensors = assign(held)
     files = []
-    for rank, parts in enumerate(owned):
-        items = [_item(records[part.name], boxes[rank][part.name]) for part in parts]
+    for of_rank, parts in zip(boxes, owned, strict=True):
+        items = []
+        for part in parts:
+            box = of_rank[part.name]
+            items.append(_item(records[part.name], box))
         files.append(in_file_order(items))
 
     # 3. The record is that of the source, but for the attempt and the layout.
@@ -69,7 +80,15 @@ def reshard(source: Checkpoint, target: str, model: ModelConfig, parallel: Paral
         parent=ParentRecord(source.step, source.attempt),
         layout=layout_record(world, **axes),
     )
-    commit(storage, folder, files, tensors, record, _ReshardSource(source, records).pieces)
+    contents = _ReshardSource(source, records)
+    commit(
+        storage,
+        folder,
+        files,
+        tensors,
+        record,
+        contents.pieces,
+    )
     return folder
 
 
@@ -118,13 +137,19 @@ class _ReshardSource:
     def pieces(self, item: WriteItem) -> Iterator[tuple[Box, memoryview]]:
         """Yield the pieces of an item of the new checkpoint with their bytes."""
         record = self._records[item.name]
-        # A new piece takes what it needs from every old piece that it overlaps.
+        dtype = fmt.DTYPES[record.dtype]
+        # A new piece takes what it needs from every old piece that it overlaps: rows 4 to 8 need rows 4 and 5 of the
+        # old piece 0 to 6, and rows 6 and 7 of the old piece 6 to 12.
         for box in split_box(item.part.box, record.item_size, fmt.PIECE_BYTES):
-            target = torch.empty(box.shape, dtype=fmt.DTYPES[record.dtype])
+            target = torch.empty(box.shape, dtype=dtype)
             for piece in record.pieces:
                 both = piece.box.overlap(box)
-                if both is not None:
-                    target[both.within(box)] = self._read(record, piece)[both.within(piece.box)]
+                if both is None:
+                    continue
+                source = self._read(record, piece)
+                in_source = both.within(piece.box)
+                in_target = both.within(box)
+                target[in_target] = source[in_source]
             yield box, as_bytes(target)
 
     def _read(self, record: TensorRecord, piece: PieceRecord) -> Tensor:

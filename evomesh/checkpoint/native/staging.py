@@ -22,11 +22,16 @@ class StagingBuffers:
     def copy(self, items: list[WriteItem]) -> list[WriteItem]:
         """Return the same items over copies that stay unchanged until the next call."""
         copies = []
+        has_cuda = False
         for item in items:
+            tensor = item.part.tensor
+            has_cuda = has_cuda or tensor.is_cuda
             buffer = self._buffer(item)
-            buffer.copy_(item.part.tensor, non_blocking=True)
-            copies.append(WriteItem(item.name, item.dtype, item.shape, LocalPart(buffer, item.part.box)))
-        if any(item.part.tensor.is_cuda for item in items):
+            buffer.copy_(tensor, non_blocking=True)
+            part = LocalPart(buffer, item.part.box)
+            copies.append(WriteItem(item.name, item.dtype, item.shape, part))
+        if has_cuda:
+            # The copies are only queued until here: one wait for all of them.
             torch.cuda.current_stream().synchronize()
         return copies
 

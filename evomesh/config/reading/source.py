@@ -290,12 +290,18 @@ def _add_package(name: str, folder: Path) -> None:
 
 def _is_authors_module(module: ModuleType | None, folders: list[Path]) -> bool:
     """Return whether a module is the author's: below one of ``folders``, neither installed there nor evomesh's."""
-    location = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", [])), None)
+    # A package without an __init__.py has no file, only the folders that it is spread over.
+    location = getattr(module, "__file__", None)
+    if not location:
+        search_path = getattr(module, "__path__", [])
+        location = next(iter(search_path), None)
     if location is None or module is None:
         return False
     package = module.__name__.partition(".")[0]
-    if package == __name__.partition(".")[0]:
+    own_package = __name__.partition(".")[0]
+    if package == own_package:
         return False
     file = Path(location).resolve()
     is_installed = "site-packages" in file.parts
-    return not is_installed and any(file.is_relative_to(folder) for folder in folders)
+    is_below = any(file.is_relative_to(folder) for folder in folders)
+    return is_below and not is_installed

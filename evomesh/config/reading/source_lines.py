@@ -88,22 +88,28 @@ def _record_assignment(lines: AssignmentLines, key: str, value: ast.expr, shown:
 
 def _record_value(lines: AssignmentLines, key: str, value: ast.expr, shown: str) -> None:
     lines[key] = f"{shown}:{value.lineno}"
-    for name, name_line, item in _dict_items(value):
+    for name, name_line, item in dict_items(value):
         item_key = f"{key}.{name}"
         _record_value(lines, item_key, item, shown)
         lines[item_key] = f"{shown}:{name_line}"
 
 
-def _dict_items(value: ast.expr) -> Iterator[tuple[str, int, ast.expr]]:
+def dict_items(value: ast.expr) -> Iterator[tuple[str, int, ast.expr]]:
     """Yield (key, its line, value) of ``dict(key=value)`` or ``{"key": value}``; nothing for any other expression."""
-    if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "dict":
+    if isinstance(value, ast.Call):
+        function = value.func
+        if not isinstance(function, ast.Name) or function.id != "dict":
+            return
         for keyword in value.keywords:
             if keyword.arg:
                 yield keyword.arg, keyword.lineno, keyword.value
     elif isinstance(value, ast.Dict):
         for name, item in zip(value.keys, value.values, strict=True):
-            if isinstance(name, ast.Constant) and isinstance(name.value, str):
-                yield name.value, name.lineno, item
+            if not isinstance(name, ast.Constant):
+                continue
+            key = name.value
+            if isinstance(key, str):
+                yield key, name.lineno, item
 
 
 def _record_import(

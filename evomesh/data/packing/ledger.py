@@ -7,7 +7,7 @@ of the same global batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,34 +85,49 @@ class StepLedger:
         Raises:
             UserError: no such file or row, or the row is left out because it is too short.
         """
+        # The document's packs never change. So a step that uses it is one that draws one of these packs.
         plan_number, source_number, document = self._find(file, row)
         plan = self.corpus.plans[plan_number]
+        packs_of_plan = plan.packs_of(source_number, document)
         first = self.corpus.first_pack(plan_number)
-        wanted = [first + pack for pack in plan.packs_of(source_number, document)]
+        wanted = [first + pack for pack in packs_of_plan]
         position = self.sampler.seek(0)
         for step in range(steps):
             packs, position = self.sampler.take(position)
-            for index in np.flatnonzero(np.isin(packs, wanted)).tolist():
+            is_wanted = np.isin(packs, wanted)
+            for index in np.flatnonzero(is_wanted).tolist():
                 # Rank r reads packs[r::dp_size].
                 micro_batch, rank = divmod(index, self.dp_size)
-                for entry in self._pack(step, rank, micro_batch, int(packs[index])):
-                    if (entry.file, entry.row) == (file, row):
-                        yield entry
+                pack = int(packs[index])
+                entries = self._pack(step, rank, micro_batch, pack)
+                yield from _of_document(entries, file, row)
 
     def _find(self, file: str, row: int) -> tuple[int, int, int]:
         """Return the stream, the source in it and the number among its kept documents of a file's row."""
         for plan_number, plan in enumerate(self.corpus.plans):
             for source_number, source in enumerate(plan.sources):
                 if source.name == file:
-                    return plan_number, source_number, _document(source, row)
-        names = ", ".join(source.name for plan in self.corpus.plans[:8] for source in plan.sources[:8])
+                    document = _document(source, row)
+                    return plan_number, source_number, document
+        some_names: list[str] = []
+        for plan in self.corpus.plans[:8]:
+            some_names += [source.name for source in plan.sources[:8]]
+        names = ", ".join(some_names)
         raise UserError(
-            f"no token file {file!r} in the data", where="--document", expected=f"one of {names} ..."
+            f"no token file {file!r} in the data",
+            where="--document",
+            expected=f"one of {names} ...",
         )
 
 
 def _row(source: DocumentSource, document: int) -> int:
     return source.row(document) if isinstance(source, BinDataset) else document
+
+
+def _of_document(entries: Iterable[LedgerEntry], file: str, row: int) -> Iterator[LedgerEntry]:
+    for entry in entries:
+        if entry.file == file and entry.row == row:
+            yield entry
 
 
 def _document(source: DocumentSource, row: int) -> int:

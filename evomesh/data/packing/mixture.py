@@ -126,12 +126,17 @@ class MixedSampler:
     def take(self, position: SamplerPosition) -> tuple[NDArray[np.int64], SamplerPosition]:
         """Return the packs of the step at ``position``, and the position after it."""
         size = self.size(position.step)
+        # The schedule depends on the packs consumed so far alone: it names the source of each of the next ones.
         counts = self.schedule.counts(position.consumed)
+        drawn_from = self.schedule.take(position.consumed, size)
         packs = []
-        for source in self.schedule.take(position.consumed, size):
+        for source in drawn_from:
             packs.append(self._pack(source, counts[source]))
             counts[source] += 1
-        after = self._position(position.step + 1, position.consumed + size)
+        after = self._position(
+            position.step + 1,
+            position.consumed + size,
+        )
         return np.array(packs, np.int64), after
 
     def _pack(self, source: int, number: int) -> int:
@@ -150,13 +155,20 @@ class MixedSampler:
 
     def state(self, position: SamplerPosition) -> dict[str, Any]:
         """Return one small JSON object that ``resume`` takes."""
+        # Weights are fractions, which JSON does not have.
+        weights = map(str, self.schedule.weights)
+        num_packs = map(len, self.packs)
+        counts = self.schedule.counts(position.consumed)
+        rampup = None
+        if self.rampup:
+            rampup = asdict(self.rampup)
         return {
             "position": position.to_json(),
             "seed": self.seed,
-            "rampup": asdict(self.rampup) if self.rampup else None,
-            "weights": self._by_name(map(str, self.schedule.weights)),
-            "num_packs": self._by_name(map(len, self.packs)),
-            "counts": self._by_name(self.schedule.counts(position.consumed)),
+            "rampup": rampup,
+            "weights": self._by_name(weights),
+            "num_packs": self._by_name(num_packs),
+            "counts": self._by_name(counts),
         }
 
     def _by_name(self, values: Iterable[Any]) -> dict[str, Any]:

@@ -202,13 +202,17 @@ class PackPlan:
     def packs_of(self, source: int, document: int) -> range:
         """Return the packs that hold tokens of a kept document of ``self.sources[source]``."""
         first, stop = self.first_document[source : source + 2]
-        position = first + int(np.flatnonzero(self.document_order[first:stop] == document)[0])
+        is_document = self.document_order[first:stop] == document
+        position = first + int(np.flatnonzero(is_document)[0])
         start = int(self.document_ends[position - 1]) if position else 0
         end = int(self.document_ends[position])
         if start == end:
             return range(0)
+        # Tokens 1500 to 4999 of the stream, in packs of 1024, are in the packs 1 to 4; a dropped tail is in none.
         length = self.rule.packed_length
-        return range(start // length, min(-(-end // length), self.num_packs))
+        first_pack = start // length
+        after_last = -(-end // length)  # rounded up
+        return range(first_pack, min(after_last, self.num_packs))
 
     def _read_documents(self, first: int, stop: int) -> tuple[TokenArray, IndexArray]:
         """Return tokens and types of the documents at positions ``[first, stop)``, which may span several sources."""
@@ -298,10 +302,13 @@ def split_bounds(bounds: IndexArray, seq_len: int) -> IndexArray:
     sizes = np.diff(bounds)
     if sizes.max(initial=0) <= seq_len:
         return bounds
-    # Segment i becomes counts[i] parts; its part j starts at bounds[i] + j * seq_len.
+    # Segment i becomes counts[i] parts; its part j starts at bounds[i] + j * seq_len. The bounds [0 5 7] with seq_len 2
+    # have counts [3 1], so the parts are i = [0 0 0 1], j = [0 1 2 0], and the result is [0 2 4 5 7].
     counts = -(-sizes // seq_len)  # rounded up
     parts_before = np.cumsum(counts) - counts
-    segment = np.repeat(np.arange(len(sizes)), counts)  # i of each part
-    j = np.arange(len(segment)) - parts_before[segment]
+    segments = np.arange(len(sizes))
+    segment = np.repeat(segments, counts)  # i of each part
+    parts = np.arange(len(segment))
+    j = parts - parts_before[segment]
     starts = bounds[segment] + j * seq_len
     return np.append(starts, bounds[-1])

@@ -72,17 +72,25 @@ def report_table(report: Sequence[dict[str, Any]]) -> str:
     """Return the report as text, with a line of totals."""
     table = [["file", "type", *COUNTS]]
     for row in report:
-        table.append(_table_row(row["file"], row["type"], row))
+        cells = _table_row(row["file"], row["type"], row)
+        table.append(cells)
     if len(report) > 1:
         totals = {name: sum(row[name] for row in report) for name in COUNTS}
-        table.append(_table_row(f"{len(report)} files", "", totals))
+        cells = _table_row(f"{len(report)} files", "", totals)
+        table.append(cells)
+    return _align_columns(table)
 
-    file, type_name, *counts = zip(*table, strict=True)
-    columns = [_align(file, "<"), _align(type_name, "<")]
-    for count in counts:
-        columns.append(_align(count, ">"))
-    lines = zip(*columns, strict=True)
-    return "\n".join(map("  ".join, lines))
+
+def _align_columns(table: Sequence[Sequence[str]]) -> str:
+    """Return the table as text: names in the first two columns on the left, counts on the right."""
+    columns = []
+    for number, cells in enumerate(zip(*table, strict=True)):
+        side = "<" if number < 2 else ">"
+        columns.append(_align(cells, side))
+    lines = []
+    for row in zip(*columns, strict=True):
+        lines.append("  ".join(row))
+    return "\n".join(lines)
 
 
 def _align(cells: Sequence[str], side: str) -> list[str]:

@@ -33,7 +33,13 @@ class ValidationSet:
         micro_num: packs in a batch.
     """
 
-    def __init__(self, name: str, sources: Sequence[DocumentSource], rule: PackRule, micro_num: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        sources: Sequence[DocumentSource],
+        rule: PackRule,
+        micro_num: int,
+    ) -> None:
         self.name = name
         self.sources = list(sources)
         self.rule = rule
@@ -43,16 +49,18 @@ class ValidationSet:
         counts = [len(source.lengths) for source in sources]
         self._first_document = [0, *accumulate(counts)]  # number of each source's first document
         lengths = np.concatenate([source.lengths for source in sources])
-        self._document_bounds = np.cumsum(np.append(0, lengths), dtype=np.int64)
+        after_zero = np.append(0, lengths)
+        self._document_bounds = np.cumsum(after_zero, dtype=np.int64)
 
-        # Its documents are split into segments, and each pack takes as many of these as fit.
+        # Its documents are split into segments, and each pack takes as many of these as fit. Empty documents have no
+        # segment: they repeat a bound.
         not_empty = np.unique(self._document_bounds)
         self._segment_bounds = split_bounds(not_empty, rule.seq_len)
         self._pack_bounds = _fill_packs(self._segment_bounds, rule.packed_length)
-        self._last_read: tuple[int, IndexArray] = (
-            -1,
-            np.empty(0, np.int64),
-        )  # a document's number and tokens
+
+        # The last document read, by number and tokens: a long one is read by several packs.
+        nothing = np.empty(0, np.int64)
+        self._last_read: tuple[int, IndexArray] = (-1, nothing)
 
     @property
     def num_packs(self) -> int:
@@ -81,7 +89,8 @@ class ValidationSet:
         start, stop = self._pack_bounds[pack : pack + 2]
         size = int(stop - start)
 
-        # Read the documents that the pack touches, and drop what the first one has before the pack.
+        # Read the documents that the pack touches, and drop what the first one has before the pack. With the documents
+        # [0, 10) and [10, 15), a pack [8, 13) reads both, drops 8 tokens of the first, and uses 5 of the 7 left.
         first = np.searchsorted(self._document_bounds, start, side="right") - 1
         after_last = np.searchsorted(self._document_bounds, stop)
         documents = [self._read_document(number) for number in range(first, after_last)]
@@ -91,12 +100,14 @@ class ValidationSet:
         document_ends = self._document_bounds[first + 1 : after_last + 1]
         ends = np.minimum(document_ends, stop) - start
         types = np.zeros(len(ends), np.int64)
-        assembled = assemble(stored[:size], ends, types, self.rule)
+        tokens = stored[:size]
+        assembled = assemble(tokens, ends, types, self.rule)
 
         # The pack may end inside a document, whose next token is a target too.
         if len(stored) > size:
             following = int(stored[size])
-            assembled.labels[size - 1] = following if following > 0 else IGNORE
+            label = following if following > 0 else IGNORE
+            assembled.labels[size - 1] = label
         return assembled
 
     def _read_document(self, number: int) -> IndexArray:

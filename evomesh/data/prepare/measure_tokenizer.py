@@ -52,17 +52,25 @@ def _kinds(inputs: Sequence[str]) -> Iterator[tuple[str, list[SourceFile]]]:
     groups: dict[str, list[SourceFile]] = {}
     for item in inputs:
         root = expand_home(item)
+        is_folder = root.is_dir()
         for file in find_source_files([item]):
-            inside = file.full_path.relative_to(root).parts if root.is_dir() else ()
-            kind = inside[0] if len(inside) > 1 else file.full_path.name
+            kind = file.full_path.name
+            if is_folder:
+                # Below "corpus", corpus/cn/web/a.jsonl is of the kind "cn", and corpus/b.jsonl of the kind "b.jsonl".
+                parts = file.full_path.relative_to(root).parts
+                kind = parts[0]
             groups.setdefault(kind, []).append(file)
     yield from groups.items()
 
 
 def _measure_kind(
-    kind: str, files: Sequence[SourceFile], text_field: str, tokenizers: Sequence[Tokenizer]
+    kind: str,
+    files: Sequence[SourceFile],
+    text_field: str,
+    tokenizers: Sequence[Tokenizer],
 ) -> Measurement:
-    row = Measurement(kind, 0, 0, [0] * len(tokenizers), [0] * len(tokenizers))
+    zeros = [0] * len(tokenizers)
+    row = Measurement(kind, 0, 0, list(zeros), list(zeros))
     unread = read_texts(files, text_field)
     while texts := list(islice(unread, BATCH)):
         row.texts += len(texts)
@@ -70,7 +78,7 @@ def _measure_kind(
         for number, tokenizer in enumerate(tokenizers):
             encoded = tokenizer.encode_batch(texts)
             row.tokens[number] += sum(map(len, encoded))
-            row.lossy[number] += sum(
-                tokenizer.decode(ids) != text for ids, text in zip(encoded, texts, strict=True)
-            )
+            for ids, text in zip(encoded, texts, strict=True):
+                if tokenizer.decode(ids) != text:
+                    row.lossy[number] += 1
     return row

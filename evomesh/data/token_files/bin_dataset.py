@@ -158,7 +158,8 @@ class BinDataset:
         lengths = self._row_lengths(rows)
         total = int(lengths.sum())
 
-        # Short documents: one index of every token is cheaper than a slice of every document.
+        # Short documents: one index of every token is cheaper than a slice of every document. Documents of 2 and 3
+        # tokens that start at 10 and 40 in the cache give [0 1 2 3 4] + [10 10 38 38 38] = [10 11 40 41 42].
         if total < len(rows) * SHORT:
             offsets = starts - _starts(lengths)  # from a token of the result to the same token in the cache
             index = np.arange(total) + np.repeat(offsets, lengths)
@@ -167,23 +168,28 @@ class BinDataset:
 
         parts = []
         for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
-            parts.append(cache[start : start + length])
+            stop = start + length
+            parts.append(cache[start:stop])
         return np.concatenate(parts).astype(np.int64)
 
     def _read_lines(self, rows: NDArray[np.integer]) -> TokenArray:
         is_long = self._row_lengths(rows) >= LONG
         if not is_long.any():
             return self._parse(rows)
-        # Each long document forms a separate group; the rows between two of them are parsed together.
+        # Each long document forms a separate group; the rows between two of them are parsed together. With a long one
+        # at position 2 of five, the borders 2 and 3 give the groups [0 1], [2] and [3 4].
         long = np.flatnonzero(is_long)
         borders = np.unique([long, long + 1])
         tokens = []
         for group in np.split(rows, borders):
             if not len(group):
                 continue
-            first_is_long = self._row_lengths(group[:1]).item() >= LONG
-            tokens.append(self._read_long(group) if first_is_long else self._parse(group))
-        return tokens[0] if len(tokens) == 1 else np.concatenate(tokens)
+            first_length = self._row_lengths(group[:1]).item()
+            read = self._read_long if first_length >= LONG else self._parse
+            tokens.append(read(group))
+        if len(tokens) == 1:
+            return tokens[0]
+        return np.concatenate(tokens)
 
     def _read_long(self, row: NDArray[np.integer]) -> TokenArray:
         """Read one long document; ``row`` has a single entry."""
@@ -198,10 +204,13 @@ class BinDataset:
         starts = self._row_offsets(rows)
         # A line ends where the next one starts, the last one at the end of the file.
         last = len(self.rows) - 1
-        ends = self._row_offsets(np.minimum(rows + 1, last))
+        next_rows = np.minimum(rows + 1, last)
+        ends = self._row_offsets(next_rows)
         ends[rows == last] = self.size
-        tokens = parse_ranges(self._map(), starts, ends, self._row_lengths(rows))
+        lengths = self._row_lengths(rows)
+        tokens = parse_ranges(self._map(), starts, ends, lengths)
         if tokens is None:
+            # A line has a defect: find it line by line, to name its row and byte.
             documents = [self._parse_with_checks(row) for row in rows.tolist()]
             tokens = np.concatenate(documents)
         return tokens

@@ -108,16 +108,26 @@ def _read_lines(scan: FileScan, vocab_size: int | None) -> None:
             counts = np.array([line.count(b",") + 1 for line in lines])
             tokens = parse_plain(lines, counts)
             if tokens is None or largest_id(tokens) >= vocab_size:
-                tokens, counts = _read_one_by_one(scan, lines, len(sizes), position, vocab_size)
+                tokens, counts = _read_one_by_one(
+                    scan,
+                    lines,
+                    len(sizes),
+                    position,
+                    vocab_size,
+                )
             if len(tokens):
                 scan.max_id = max(scan.max_id, largest_id(tokens))
-            scan.zeros += int((tokens == 0).sum())
-            scan.masked += int((tokens < 0).sum())
+            is_zero = tokens == 0
+            is_masked = tokens < 0
+            scan.zeros += int(is_zero.sum())
+            scan.masked += int(is_masked.sum())
             lengths.append(counts)
             hashes += map(xxhash.xxh3_64_intdigest, lines)
             sizes += map(len, lines)
             position = file.tell()
-    scan.offsets = np.cumsum([0, *sizes])[:-1]
+    # A line starts where those before it end: sizes 10, 20 and 5 give the offsets 0, 10 and 30.
+    ends = np.cumsum([0, *sizes])
+    scan.offsets = ends[:-1]
     scan.lengths = np.concatenate(lengths)
     scan.hashes = np.array(hashes, np.uint64)
 

@@ -22,7 +22,7 @@ from evomesh.config.reading.source import (
     parse_config,
     read_text,
 )
-from evomesh.config.reading.source_lines import config_lines
+from evomesh.config.reading.source_lines import config_lines, dict_items
 from evomesh.config.reading.xtuner.foreign_names import (
     OWNERS,
     READ_BASE,
@@ -148,11 +148,6 @@ def _find_variables(tree: ast.Module) -> dict[str, str]:
 def _add_variables(found: dict[str, str], key: str, value: ast.expr) -> None:
     if isinstance(value, ast.Name):
         found[key] = value.id
-    elif isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "dict":
-        for keyword in value.keywords:
-            if keyword.arg:
-                _add_variables(found, f"{key}.{keyword.arg}", keyword.value)
-    elif isinstance(value, ast.Dict):
-        for name, item in zip(value.keys, value.values, strict=True):
-            if isinstance(name, ast.Constant) and isinstance(name.value, str):
-                _add_variables(found, f"{key}.{name.value}", item)
+        return
+    for name, _, item in dict_items(value):
+        _add_variables(found, f"{key}.{name}", item)

@@ -73,14 +73,17 @@ def last_name(value: Any) -> str:
 
 def is_xtuner_config(tree: ast.Module) -> bool:
     """Return whether a file imports from XTuner or mmengine, or assigns what mmengine's runner takes."""
-    assigned = set()
+    assigned: set[str] = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and not node.level and _package(node.module) in OWNERS:
-            return True
-        if isinstance(node, ast.Import) and any(_package(alias.name) in OWNERS for alias in node.names):
-            return True
-        if isinstance(node, ast.Assign):
+        imported: list[str | None] = []
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            imported = [node.module]
+        elif isinstance(node, ast.Import):
+            imported = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Assign):
             assigned |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        if any(_package(module) in OWNERS for module in imported):
+            return True
     return assigned >= RUNNER_NAMES
 
 
@@ -99,28 +102,44 @@ class ImportReplacer(ast.NodeTransformer):
         self.read_names = read_names
 
     def visit_Import(self, node: ast.Import) -> list[ast.stmt]:
-        kept = [alias for alias in node.names if _package(alias.name) not in PACKAGES]
-        out: list[ast.stmt] = [ast.Import(kept)] if kept else []
+        kept: list[ast.alias] = []
+        assignments: list[ast.stmt] = []
         for alias in node.names:
             package = _package(alias.name)
-            if package in PACKAGES:
-                path = alias.name if alias.asname else package
-                out.append(self._assign(alias.asname or package, path))
+            if package not in PACKAGES:
+                kept.append(alias)
+                continue
+            # ``import torch.nn`` binds "torch", ``import torch.nn as nn`` binds the submodule.
+            name = alias.asname or package
+            path = alias.name if alias.asname else package
+            assignments.append(self._assign(name, path))
+        out = assignments
+        if kept:
+            out = [ast.Import(kept), *assignments]
         return [ast.copy_location(statement, node) for statement in out]
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> list[ast.stmt]:
         module = node.module or ""
         out: list[ast.stmt] = [node]
         if not node.level and _package(module) in PACKAGES:
-            names = [alias for alias in node.names if alias.name not in (READ_BASE, "*")]
-            out = [self._assign(alias.asname or alias.name, f"{module}.{alias.name}") for alias in names]
+            # ``from torch.optim import AdamW as A`` becomes ``A = STAND_IN("torch.optim.AdamW")``.
+            out = []
+            for alias in node.names:
+                if alias.name not in (READ_BASE, "*"):
+                    name = alias.asname or alias.name
+                    path = f"{module}.{alias.name}"
+                    out.append(self._assign(name, path))
         elif file := self._find_file(module, node.level):
             out = [self._read_file(file, node.names)]
-        return [ast.copy_location(statement, node) for statement in out or [ast.Pass()]]
+        if not out:
+            out = [ast.Pass()]  # a block must not be empty
+        return [ast.copy_location(statement, node) for statement in out]
 
     def _assign(self, name: str, path: str) -> ast.stmt:
-        value = ast.Call(ast.Name(self.stand_in, ast.Load()), [ast.Constant(path)], [])
-        return ast.Assign([ast.Name(name, ast.Store())], value)
+        """Return ``NAME = STAND_IN(path)``."""
+        value = _call(_load(self.stand_in), ast.Constant(path))
+        target = ast.Name(name, ast.Store())
+        return ast.Assign([target], value)
 
     def _find_file(self, module: str, level: int) -> Path | None:
         """Return the file of a module beside the config (or, for relative imports, above it), None if there is none."""
@@ -133,14 +152,30 @@ class ImportReplacer(ast.NodeTransformer):
 
     def _read_file(self, file: Path, names: list[ast.alias]) -> ast.stmt:
         """Return ``globals().update(READ_NAMES(file, {name: new name}))``."""
-        pairs = ast.Dict(
-            [ast.Constant(alias.name) for alias in names],
-            [ast.Constant(alias.asname or alias.name) for alias in names],
+        keys: list[ast.expr | None] = []
+        values: list[ast.expr] = []
+        for alias in names:
+            keys.append(ast.Constant(alias.name))
+            new_name = alias.asname or alias.name
+            values.append(ast.Constant(new_name))
+        found = _call(
+            _load(self.read_names),
+            ast.Constant(str(file)),
+            ast.Dict(keys, values),
         )
-        found = ast.Call(ast.Name(self.read_names, ast.Load()), [ast.Constant(str(file)), pairs], [])
-        update = ast.Attribute(ast.Call(ast.Name("globals", ast.Load()), [], []), "update", ast.Load())
-        return ast.Expr(ast.Call(update, [found], []))
+        namespace = _call(_load("globals"))
+        update = ast.Attribute(namespace, "update", ast.Load())
+        return ast.Expr(_call(update, found))
 
 
 def _package(module: str | None) -> str:
     return (module or "").partition(".")[0]
+
+
+def _load(name: str) -> ast.expr:
+    """Return the expression that reads a variable."""
+    return ast.Name(name, ast.Load())
+
+
+def _call(function: ast.expr, *arguments: ast.expr) -> ast.expr:
+    return ast.Call(function, list(arguments), [])

@@ -117,15 +117,19 @@ def _put_start(out: Translation) -> None:
 
 
 def _put_trackers(out: Translation) -> None:
-    settings = out.settings
-    visualizer = settings.get("visualizer")
-    backends = visualizer.get("vis_backends") or [] if isinstance(visualizer, Mapping) else []
-    backends = [backends] if isinstance(backends, Mapping) else backends
+    visualizer = out.settings.get("visualizer")
+    backends: Any = []
+    if isinstance(visualizer, Mapping):
+        backends = visualizer.get("vis_backends") or []
+    if isinstance(backends, Mapping):
+        backends = [backends]
     names = [last_name(backend.get("type")) for backend in backends]
-    out.put("enable_tb", any(BACKENDS.get(name, False) for name in names), "visualizer")
+    writes_tensorboard = any(BACKENDS.get(name, False) for name in names)
+    out.put("enable_tb", writes_tensorboard, "visualizer")
     unknown = [name for name in names if name not in BACKENDS]
     if unknown:
-        out.warn("visualizer", f"{', '.join(unknown)} is not written to; TensorboardVisBackend is")
+        listed = ", ".join(unknown)
+        out.warn("visualizer", f"{listed} is not written to; TensorboardVisBackend is")
 
 
 def _check_hooks(out: Translation) -> None:
