@@ -22,11 +22,16 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the package is not installed
+
 from _memory import Sizes, bytes_in_16_bits
 from _product import Training, made_up
 from train_step import Shape, model_flops, product_rates
@@ -219,27 +224,26 @@ def main() -> None:
     chosen = list(cases(args, device))
     dtype = getattr(torch, chosen[0].dtype)
     rate = product_rate(device, dtype)
-    found: list[tuple[Case, Measured | None]] = []
+    print(
+        f"blocks {'compiled' if compiled else 'eager'}; share of the best {chosen[0].dtype} product so far\n"
+    )
+    heads = ("shape", "tokens", "documents", "recompute", "tokens/s", "TFLOPS", "exact", "of product")
+    print(_line(*heads, "memory GiB (arithmetic)"))
+    print(_line(*["---"] * 9), flush=True)
     for case in chosen:
         try:
-            found.append((case, measure(case, args.steps, compiled)))
+            found = measure(case, args.steps, compiled)
         except torch.OutOfMemoryError:
-            found.append((case, None))
+            found = None
         rate = max(rate, product_rate(device, dtype))
+        # Each row as soon as it is measured: a machine that is lent for minutes may be gone before the next.
+        cells = row(case, found, rate) if found else _line(case.name, case.tokens, "out of memory", *[""] * 6)
+        print(cells, flush=True)
         gc.collect()
         if device.type == "cuda":
             torch.compiler.reset()
             torch.cuda.empty_cache()
-    print(
-        f"best {chosen[0].dtype} product: {rate / 1e12:.3g} TFLOP/s; blocks {'compiled' if compiled else 'eager'}\n"
-    )
-    heads = ("shape", "tokens", "documents", "recompute", "tokens/s", "TFLOPS", "exact", "of product")
-    print(_line(*heads, "memory GiB (arithmetic)"))
-    print(_line(*["---"] * 9))
-    for case, result in found:
-        print(
-            row(case, result, rate) if result else _line(case.name, case.tokens, "out of memory", *[""] * 6)
-        )
+    print(f"\nbest {chosen[0].dtype} product: {rate / 1e12:.3g} TFLOP/s")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from evomesh.config.schema import Config
 from evomesh.parallel.collectives import all_reduce_no_grad
 from evomesh.train.launch import launch
@@ -38,3 +40,15 @@ def test_two_data_by_two_tensor_ranks(interpreter: Interpreter) -> None:
         " in set_seed -- initialized seed on rank 0, numpy: 1024, python random: 1024" in finished[0].stdout
     )
     assert [",tp:1,pp=0,dp=0====" in one.stdout for one in finished] == [False, True, False, False]
+
+
+def test_an_error_does_not_wait_for_collectives_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Destroying an NCCL group waits for its collectives, which the other ranks may never join."""
+    left: list[bool] = []
+    monkeypatch.setattr("evomesh.train.launch.leave_world", lambda: left.append(True))
+    with pytest.raises(ZeroDivisionError), launch(Config()):
+        raise ZeroDivisionError
+    assert not left
+    with launch(Config()):
+        pass
+    assert left == [True]

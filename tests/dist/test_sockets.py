@@ -40,6 +40,10 @@ def sockets_of_last_rank(interpreter: Interpreter, ranks: int, lazy: str | None)
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts descriptors in /proc")
-def test_sockets_of_a_rank_do_not_grow_with_the_world(interpreter: Interpreter) -> None:
+def test_groups_do_not_connect_every_two_ranks(interpreter: Interpreter) -> None:
+    """Two more ranks would add a connection to each of them in each of the four groups, eight in all.
+
+    What the ranks send each other before the count travels along a tree, whose edges may differ.
+    """
     few, many = (sockets_of_last_rank(interpreter, ranks, None) for ranks in (2, 4))
-    assert few == many
+    assert many - few <= 2
