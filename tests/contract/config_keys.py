@@ -109,6 +109,7 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("model.vocab_size", 1000, E),
     CompatibilityRow("model.num_attention_heads", 16, E),
     CompatibilityRow("model.num_kv_attention_heads", 4, E, ("model_type=LLAMA2",)),
+    CompatibilityRow("model.from_hf", "tests/support/llama_sizes", E),
     CompatibilityRow("model.head_dim", 128, E, ("model_type=LLAMA2",)),
     CompatibilityRow("model.qkv_bias", False, E, ("model_type=LLAMA2",)),
     CompatibilityRow("model.o_bias", False, E, ("model_type=LLAMA2",)),

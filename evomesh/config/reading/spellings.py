@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from evomesh.config.families import FAMILY_FACTS
 from evomesh.config.reading.draft import ConfigDraft, shown
+from evomesh.config.reading.from_hf import resolve_from_hf
 from evomesh.config.reading.ignored_keys import drop_inert, refuse_foreign
 from evomesh.config.schema import Config, ModelConfig, ModelFamily
 
@@ -45,6 +46,8 @@ SPELLINGS = {
     "ckpt.load_model_only_folder": "Older name of ckpt.load_ckpt_info with content model.",
     "data.packed_length": "Sets data.micro_bsz if that is absent; otherwise it must agree.",
     "model.adapt_hf": "The opposite of model.qk_interleaved.",
+    "model.from_hf": "Hugging Face folder, or id of a model in the local hub cache, whose config.json gives the family "
+    "and all sizes; a key with another value is refused.",
     "model.use_sliding_window": "False: there is no window, whatever model.sliding_window says.",
 }
 QUEUE = "tensorboard.queue_max_length"
@@ -213,6 +216,8 @@ def _resolve_data(draft: ConfigDraft) -> None:
 
 def _resolve_model(draft: ConfigDraft) -> None:
     model = draft.take_section("model")
+    _resolve_rope_scaling(draft, model)
+    resolve_from_hf(draft, model)
     family = model.get("model_type", ModelConfig.model_fields["model_type"].default)
     if "checkpoint" in model and isinstance(model["checkpoint"], bool):
         model["checkpoint"] = float(model["checkpoint"])
@@ -226,7 +231,6 @@ def _resolve_model(draft: ConfigDraft) -> None:
         dtype = str(dtype)
     model["dtype"] = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     _resolve_rotary_order(draft, model, family)
-    _resolve_rope_scaling(draft, model)
     _resolve_family(draft, model, family)
     if model.pop("use_sliding_window", True) is False:
         model.pop("sliding_window", None)

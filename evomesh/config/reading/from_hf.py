@@ -1,0 +1,115 @@
+"""Resolve ``model.from_hf``: the family and all sizes are those of a Hugging Face folder's ``config.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from evomesh.config.hugging_face import find_model_folder, read_model_folder
+from evomesh.config.reading.draft import ConfigDraft, shown
+from evomesh.config.rope import RopeScaling
+from evomesh.config.schema import ModelConfig
+from evomesh.errors import UserError
+
+KEY = "model.from_hf"
+# What the folder decides; a config may repeat it, not contradict it.
+FACTS = (
+    "model_type",
+    "num_layers",
+    "hidden_size",
+    "vocab_size",
+    "num_attention_heads",
+    "num_kv_attention_heads",
+    "head_dim",
+    "layer_norm_epsilon",
+    "no_bias",
+    "qkv_bias",
+    "o_bias",
+    "qk_norm",
+    "sliding_window",
+    "rope_base",
+    "rope_scaling",
+)
+WIDTH = ("mlp_ratio", "multiple_of")
+# What a config may change: where the weights begin, not what they compute at the lengths they were trained on.
+DEFAULTS = (
+    "dtype",
+    "qk_interleaved",
+    "max_position_embeddings",
+    "use_dynamic_ntk_rope",
+    "rope_scaling_factor",
+)
+
+
+def resolve_from_hf(draft: ConfigDraft, model: dict[str, Any]) -> None:
+    """Fill the model section from the folder that it names, and record what contradicts the folder."""
+    name = model.pop("from_hf", None)
+    if name is None:
+        return
+    found = _read(draft, name)
+    if found is None:
+        return
+    for key in FACTS:
+        value = _plain(getattr(found, key))
+        if _plain(model.get(key, value)) != value:
+            draft.problem(
+                "model_type" if key == "model_type" else f"model.{key}",
+                f"found {model[key]!r}, but {name} has {value!r}",
+                fix="remove it: model.from_hf sets it",
+            )
+        _put(draft, model, key, value)
+    _resolve_width(draft, model, found, name)
+    for key in DEFAULTS:
+        if model.get(key) is None and not (key == "qk_interleaved" and "adapt_hf" in model):
+            _put(draft, model, key, getattr(found, key))
+
+
+def _read(draft: ConfigDraft, name: Any) -> ModelConfig | None:
+    folder = find_model_folder(name) if isinstance(name, str) else None
+    if folder is None:
+        draft.problem(
+            KEY,
+            f"found {shown(name)}",
+            expected="a local Hugging Face folder, or the id of a model in the local hub cache",
+            fix="download it first: hf download OWNER/MODEL",
+        )
+        return None
+    try:
+        return read_model_folder(folder)
+    except UserError as error:
+        draft.problem(KEY, f"{error.where}: {error.found}", expected=error.expected, fix=error.fix)
+        return None
+
+
+def _resolve_width(draft: ConfigDraft, model: dict[str, Any], found: ModelConfig, name: str) -> None:
+    """Take the width of the feed-forward network; a config may write the same width as another product."""
+    written = {key: model[key] for key in WIDTH if key in model}
+    if not written:
+        for key in WIDTH:
+            _put(draft, model, key, getattr(found, key))
+        return
+    same_sizes = {"hidden_size": found.hidden_size, **written}
+    width = ModelConfig.model_construct(**same_sizes).mlp_width
+    if width != found.mlp_width:
+        draft.problem(
+            f"model.{next(iter(written))}",
+            f"a feed-forward width of {width}, but {name} has {found.mlp_width}",
+            fix="remove mlp_ratio and multiple_of: model.from_hf sets them",
+        )
+
+
+def _put(draft: ConfigDraft, model: dict[str, Any], key: str, value: Any) -> None:
+    if key not in model and value is not None:
+        draft.sources[f"model.{key}"] = KEY
+    if value is not None:
+        model[key] = value
+
+
+def _plain(value: Any) -> Any:
+    """Return a rotary scaling as a dict without the keys that are None, and any other value as it is."""
+    if isinstance(value, RopeScaling):
+        value = value.model_dump()
+    if not isinstance(value, Mapping):
+        return value
+    lists_as_tuples = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
+    return {key: item for key, item in lists_as_tuples.items() if item is not None}
