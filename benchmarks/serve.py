@@ -20,7 +20,6 @@ from pathlib import Path
 
 import httpx
 import torch
-import uvicorn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from evomesh.config.schema import ModelConfig
@@ -28,7 +27,7 @@ from evomesh.data.tokenizer import load_tokenizer
 from evomesh.generate.engine import GenerationEngine
 from evomesh.models.registry import build_model, initialize_weights
 from evomesh.serve.app import create_app
-from evomesh.serve.http_server import bind
+from evomesh.serve.http_server import bind, create_server
 from evomesh.serve.load import ModelOptions, load_service
 from evomesh.serve.loop import EngineLoop
 from evomesh.serve.service import GenerationService, ServedModel, ServiceLimits
@@ -64,7 +63,7 @@ def random_service(hidden: int, layers: int, vocab: int, slots: int, folder: Pat
 @contextlib.contextmanager
 def running(service: GenerationService) -> Iterator[str]:
     listening = bind("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="error"))
+    server = create_server(create_app(service), service.engines.end_answers)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     while not server.started:

@@ -19,9 +19,9 @@ T = TypeVar("T")
 LOCAL_NAMES = {"localhost", "127.0.0.1", "[::1]"}
 BODY_SECONDS = 30.0  # a client that takes longer to send its body blocks a connection
 # Parsing keeps every other thread waiting, so it is bounded by counts that are known before: a body of 4 MiB may hold
-# two million token ids, which take 0.2 s. At these limits it takes some 20 ms.
+# two million token ids, which take 0.2 s. At these limits it takes some 10 ms.
 MAX_CONTAINERS = 20_000  # lists and objects of a body
-MAX_VALUES = 2**18  # of these and of all items in them
+MAX_VALUES = 2**17  # of these and of all items in them
 CLIENT_CLOSED_REQUEST = 499  # nobody reads this response; the metrics count it
 STRING_OR_MARK = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[{,]', re.DOTALL)
 
