@@ -8,6 +8,7 @@ form only. Rules that involve more than one value are in ``rules.py`` and ``layo
 from __future__ import annotations
 
 import math
+from datetime import timedelta
 from typing import Literal
 
 from pydantic import Field
@@ -180,6 +181,15 @@ class ParallelConfig(Section):
     tensor: TensorConfig = Field(TensorConfig(), description="Tensor parallelism; int: its size.")
     pipeline: PipelineConfig = Field(PipelineConfig(), description="Pipeline parallelism; int: its size.")
     weight: WeightConfig = Field(WeightConfig(), description="Sharding of weights (isp); int: its size.")
+    timeout: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds after which a collective fails; None: torch's default, 600 with NCCL and 1800 with gloo.",
+    )
+
+    @property
+    def collective_timeout(self) -> timedelta | None:
+        return None if self.timeout is None else timedelta(seconds=self.timeout)
 
 
 class ZeroConfig(Section):

@@ -59,7 +59,10 @@ def build_grid(parallel: ParallelConfig, world_size: int, rank: int) -> Grid:
             on_device_only = members != members_of["dp"]
             # Only the members synchronize, so that a large world has no barrier for each of its many groups.
             groups[key] = dist.new_group(
-                members, backend=device_backend() if on_device_only else None, use_local_synchronization=True
+                members,
+                backend=device_backend() if on_device_only else None,
+                timeout=parallel.collective_timeout,
+                use_local_synchronization=True,
             )
         return Axis(name, len(members), members.index(rank), groups[key])
 

@@ -7,6 +7,7 @@ import re
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -24,13 +25,17 @@ _LOST_CONNECTION = re.compile(
 
 
 def join_world(
-    device: torch.device, address: JobAddress, stop_requested: Callable[[], bool] = lambda: False
+    device: torch.device,
+    address: JobAddress,
+    stop_requested: Callable[[], bool] = lambda: False,
+    timeout: timedelta | None = None,
 ) -> PeerWatch | None:
     """Meet the other ranks, watch them from then on, and create the default process group.
 
     Args:
         address: where all ranks meet.
         stop_requested: see ``PeerWatch``.
+        timeout: of collectives; None: the backend's default.
 
     Returns:
         The watch, which has started; None for a world of one process, which needs no group either.
@@ -48,6 +53,7 @@ def join_world(
     try:
         dist.init_process_group(
             backend(device),
+            timeout=timeout,
             store=PrefixStore("group", store),
             rank=address.rank,
             world_size=address.world_size,

@@ -76,7 +76,12 @@ def launch(
 
     # 2. Meet the others. From here on an error of one rank ends all of them.
     request = StopRequest.installed()
-    watch = join_world(device, process.address, lambda: request is not None and request.signal is not None)
+    watch = join_world(
+        device,
+        process.address,
+        lambda: request is not None and request.signal is not None,
+        config.parallel.collective_timeout,
+    )
     try:
         if watch is not None:
             _agree_before_the_start(config, watch, request)

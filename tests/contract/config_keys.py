@@ -189,6 +189,7 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("parallel.weight.size", 2, E, ISP),
     CompatibilityRow("parallel.weight.overlap", True, E),
     CompatibilityRow("parallel.weight.memory_pool", True, W),
+    CompatibilityRow("parallel.timeout", 300.0, E),
     CompatibilityRow("parallel.expert", 2, W),
     CompatibilityRow("parallel.expert_weight", 2, W),
     CompatibilityRow("parallel.gqa", True, R),

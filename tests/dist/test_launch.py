@@ -17,8 +17,11 @@ def join_and_count() -> None:
     import torch
     import torch.distributed as dist
 
-    config = Config.model_validate({"parallel": {"tensor": {"size": 2}}})
+    config = Config.model_validate({"parallel": {"tensor": {"size": 2}, "timeout": 77.0}})
     with launch(config) as place:
+        groups = [dist.group.WORLD, place.grid.tp.group, place.grid.dp.group]
+        cpu = torch.device("cpu")
+        print("timeouts", *[group._get_backend(cpu).options._timeout.total_seconds() for group in groups])
         print(
             "sum",
             int(all_reduce_no_grad(torch.tensor(place.rank), place.grid.tp, place.grid.dp)),
@@ -27,10 +30,12 @@ def join_and_count() -> None:
     assert not dist.is_initialized()
 
 
+@covers("parallel.timeout")
 def test_two_data_by_two_tensor_ranks(interpreter: Interpreter) -> None:
     finished = [running.wait(60) for running in interpreter.start_ranks(join_and_count, 4)]
     assert [one.returncode for one in finished] == [0] * 4, "\n".join(one.stderr for one in finished)
     sums = {line for one in finished for line in one.stdout.splitlines() if line.startswith("sum")}
+    assert all("timeouts 77.0 77.0 77.0\n" in one.stdout for one in finished)
     assert len(sums) == 1 and sums.pop().startswith("sum 6 "), "one sum, one time"
     assert (
         " in launch -- Distributed environment is initialized, data parallel size: 2, "
