@@ -269,13 +269,16 @@ def test_a_file_where_a_folder_should_be_made(tmp_path: Path, interpreter: Inter
     assert not (tmp_path / "RUN").exists()
 
 
-def test_a_checkpoint_of_another_shape_names_the_first_tensor_and_both_shapes(
+def test_a_checkpoint_of_another_shape_names_the_key_then_the_first_tensor_and_both_shapes(
     tmp_path: Path, interpreter: Interpreter
 ) -> None:
     write_run(tmp_path)
     train(interpreter, tmp_path, "--set", "data.total_steps=2")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    output = train(interpreter, tmp_path, "--set", "model.hidden_size=48", expect=2)
+    another = ["--set", "model.hidden_size=48"]
+    output = train(interpreter, tmp_path, *another, expect=2)
+    assert re.search(r"model\.hidden_size.*32.*48", output)
+    output = train(interpreter, tmp_path, *another, "--set", "ckpt.allow_changed_model=True", expect=2)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before  # nothing was written
     assert "embedding.weight" in output
     assert "256,32" in output.replace(" ", "")
