@@ -32,7 +32,7 @@ _HOMES = {
     "register_loader": "evomesh.checkpoint.loaders",
     "register_model": "evomesh.models.registry",
     # Building blocks of custom models.
-    "ModelConfig": "evomesh.config.schema",
+    "ModelConfig": "evomesh.config.model",
     "Attention": "evomesh.layers.attention",
     "AttentionFunction": "evomesh.layers.attention",
     "attend": "evomesh.layers.attention",
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from evomesh.checkpoint.loaders import register_loader
     from evomesh.checkpoint.restore import LoadedModel, load_model
     from evomesh.config.loader import LoadedConfig, load_config
-    from evomesh.config.schema import ModelConfig
+    from evomesh.config.model import ModelConfig
     from evomesh.data.tokenizer import encode_prompt
     from evomesh.errors import ConfigError, UserError
     from evomesh.generate.decode import StreamedToken, generate_tokens, stream_tokens
