@@ -33,7 +33,9 @@ SUSPECT_SILENT_S = (
 )
 LOST_S = 30.0  # the job ends: a short freeze (swap, a migrated machine) is survived
 NAMING_LIMIT_S = 14.0  # how long a rank whose collective failed waits for the name of the lost one
-LINGER_S = 3.0  # the store ends with rank 0, which leaves the others time to read the verdict
+LINGER_S = (
+    10.0  # the store ends with rank 0, which leaves the others time to read the verdict, on busy machines too
+)
 DONE = b"done"
 _VERDICT, _READERS, _LEFT, _SUSPICION = "verdict", "readers", "left", "suspicion"  # keys
 

@@ -167,6 +167,7 @@ def test_another_training_is_logged_with_both_values_and_other_changes_are_silen
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     writer = stored_with(tmp_path, Config())
+    caplog.clear()  # the save is logged too, where another test has raised the log level
     start = decide(config(tmp_path), CheckpointReader(), writer.folder)
     check_config(start, changed("run", job_name="x"), CheckpointReader())
     check_config(start, changed("ckpt", keep_last=5), CheckpointReader())
@@ -183,6 +184,7 @@ def test_a_start_from_weights_alone_may_change_their_function(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     writer = stored_with(tmp_path, Config())
+    caplog.clear()  # the save is logged too, where another test has raised the log level
     info = LoadConfig(path=str(tmp_path), content=("model",))
     start = decide(
         config(tmp_path, auto_resume=False, load_ckpt_info=info), CheckpointReader(), writer.folder
