@@ -87,7 +87,7 @@ def acknowledge(store: Store) -> None:
 
 
 def wait_for_readers(store: Store, world_size: int, limit_s: float) -> None:
-    """Keep the store, which ends with this process, until the other ranks have read the verdict."""
+    """Keep the store, which ends with this process, until all ranks but the verdict's own have read the verdict."""
     deadline = time.monotonic() + limit_s
     with contextlib.suppress(RuntimeError):
         while store.add(_READERS, 0) < world_size - 1 and time.monotonic() < deadline:
@@ -267,10 +267,13 @@ class PeerWatch:
 
     def _accept(self, verdict: Verdict) -> None:
         """Acknowledge a verdict and end with it."""
-        if not self._has_verdict.is_set():
+        if self._has_verdict.is_set():
+            return
+        # The rank of the verdict is lost or wrote it: all others count as its readers.
+        if verdict.rank != self.rank:
             with contextlib.suppress(RuntimeError):
                 acknowledge(self._store)
-            self._accept_without_store(verdict)
+        self._accept_without_store(verdict)
 
     def _accept_without_store(self, verdict: Verdict) -> None:
         """End with a verdict: the main thread if it asks for it soon, else the process."""
