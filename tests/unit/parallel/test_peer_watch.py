@@ -133,3 +133,21 @@ def test_ranks_that_finish_are_not_missed(job: Job, monkeypatch: pytest.MonkeyPa
     for ender in enders:
         ender.join(20)
     assert not job.ended
+
+
+@pytest.mark.parametrize("author", [0, 1])
+def test_the_store_stays_until_every_other_rank_has_read_the_verdict(
+    job: Job, monkeypatch: pytest.MonkeyPatch, author: int
+) -> None:
+    """The store ends with rank 0: a rank that has not read the verdict by then would print a second error."""
+    monkeypatch.setattr(peer_watch, "LINGER_S", 60.0)
+    job.watches[author].announce("the folder is a file", 2)
+    for reader in {0, 1, 2} - {author, 2}:
+        job.watches[reader]._accept(failed(author, HOSTS[author], "the folder is a file", 2))
+    lingering = threading.Thread(target=job.watches[0].linger, daemon=True)
+    lingering.start()
+    lingering.join(0.5)
+    assert lingering.is_alive()  # rank 2 has not read it
+    job.watches[2]._accept(failed(author, HOSTS[author], "the folder is a file", 2))
+    lingering.join(30)
+    assert not lingering.is_alive()
