@@ -84,12 +84,14 @@ def _format_ranges(numbers: list[int]) -> str:
     """Format ascending numbers: [0, 1, 2, 6, 7] -> "0 to 2 and 6 to 7"."""
     ranges: list[tuple[int, int]] = []  # first and last number of each
     for number in numbers:
+        first = number
         if ranges and ranges[-1][1] == number - 1:
-            first, _ = ranges.pop()
-            ranges.append((first, number))
-        else:
-            ranges.append((number, number))
-    texts = [str(first) if first == last else f"{first} to {last}" for first, last in ranges]
+            first, _ = ranges.pop()  # the number continues the last range
+        ranges.append((first, number))
+    texts = []
+    for first, last in ranges:
+        text = str(first) if first == last else f"{first} to {last}"
+        texts.append(text)
     return " and ".join(texts) or "none"
 
 

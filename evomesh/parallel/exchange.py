@@ -116,6 +116,7 @@ class GroupExchange:
         return messages
 
     def _broadcast(self, message: Any) -> Any:
+        # The size first: a rank must make room for a message before it receives it.
         data = torch.zeros(0, dtype=torch.uint8)
         if self.rank == 0:
             data = _encode(message)

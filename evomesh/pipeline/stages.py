@@ -42,7 +42,8 @@ def _ranges(counts: Sequence[int]) -> list[range]:
 def _balanced(num_layers: int, stages: int, ends: tuple[float, float]) -> list[range]:
     """Return contiguous stages of at least one layer with the lightest heaviest stage; of equals, the most even.
 
-    Dynamic programming over the stages: the best distribution of the remaining layers over the remaining stages.
+    Dynamic programming over the stages: the best distribution of the remaining layers over the remaining stages. With
+    8 layers, 2 stages and a head as heavy as 2 layers, 5 + 3 is best: both stages weigh 5.
     """
     first, last = ends
 
@@ -63,11 +64,16 @@ def _balanced(num_layers: int, stages: int, ends: tuple[float, float]) -> list[r
         for count in range(1, left - later_stages + 1):
             this_stage = weight(stage, count)
             heaviest, squares, counts = best(stage + 1, left - count)
-            choice = (max(this_stage, heaviest), squares + this_stage**2, (count, *counts))
+            choice = (
+                max(this_stage, heaviest),
+                squares + this_stage**2,
+                (count, *counts),
+            )
             choices.append(choice)
         return min(choices)
 
-    return _ranges(best(0, num_layers)[2])
+    _, _, counts = best(0, num_layers)
+    return _ranges(counts)
 
 
 def stages_of_rank(rank: int, pp: int, chunks: int, schedule: str) -> list[int]:

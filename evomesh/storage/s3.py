@@ -378,21 +378,31 @@ class S3Reader:
     def read_into(self, start: int, buffer: memoryview) -> None:
         stop = start + len(buffer)
         for number, (first, last) in enumerate(self._blocks):
-            if first <= start and stop <= last:
+            is_inside = first <= start and stop <= last
+            if is_inside:
                 data = self._block(number)
-                buffer[:] = data[start - first : stop - first]
+                begin = start - first
+                buffer[:] = data[begin : begin + len(buffer)]
                 return
+        # Not announced by `expect`: read alone.
         buffer[:] = self._storage.read(self._key, start, len(buffer))
 
     def _block(self, number: int) -> bytes:
-        for done in [n for n in self._ahead if n < number]:
-            del self._ahead[done]  # reads come in file order
-        for ahead in range(number, min(number + IN_FLIGHT, len(self._blocks))):
-            if ahead not in self._ahead:
-                first, last = self._blocks[ahead]
-                self._ahead[ahead] = self._storage.pool.submit(
-                    self._storage.read, self._key, first, last - first
-                )
+        """Return a block, and have the next ones read in the background."""
+        done = [earlier for earlier in self._ahead if earlier < number]
+        for earlier in done:
+            del self._ahead[earlier]  # reads come in file order
+        stop = min(number + IN_FLIGHT, len(self._blocks))
+        for ahead in range(number, stop):
+            if ahead in self._ahead:
+                continue
+            first, last = self._blocks[ahead]
+            self._ahead[ahead] = self._storage.pool.submit(
+                self._storage.read,
+                self._key,
+                first,
+                last - first,
+            )
         return self._ahead[number].result()
 
     def close(self) -> None:

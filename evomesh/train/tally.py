@@ -51,11 +51,22 @@ class LossTally:
         of each type that has tokens.
         """
         nll, correct, tokens = self.sums.tolist()
-        result = _means("", sum(nll), sum(correct), sum(tokens))
-        for name, *sums in zip(self.types, nll, correct, tokens, strict=True):
-            result |= _means(f"/{name}", *sums)
-            if sums[2]:
-                result[f"tokens/{name}"] = int(sums[2])
+        result = _means(
+            "",
+            sum(nll),
+            sum(correct),
+            sum(tokens),
+        )
+        for index, name in enumerate(self.types):
+            type_tokens = tokens[index]
+            result |= _means(
+                f"/{name}",
+                nll[index],
+                correct[index],
+                type_tokens,
+            )
+            if type_tokens:
+                result[f"tokens/{name}"] = int(type_tokens)
         return result
 
 

@@ -60,10 +60,12 @@ class SafetensorsFile:
     def _read_header(self) -> None:
         """Read the header: its length (8 bytes), then JSON; offsets in it count from the end of the header."""
         file_size = self._storage.size(self._path)
-        length = int.from_bytes(self._storage.read(self._path, 0, 8), "little")
+        length_bytes = self._storage.read(self._path, 0, 8)
+        length = int.from_bytes(length_bytes, "little")
         if length > min(file_size - 8, LARGEST_HEADER):
             raise ValueError(f"a header of {length} bytes in a file of {file_size}")
-        header: dict[str, Any] = json.loads(self._storage.read(self._path, 8, length))
+        text = self._storage.read(self._path, 8, length)
+        header: dict[str, Any] = json.loads(text)
         header.pop("__metadata__", None)
         data_start = 8 + length
         data_size = file_size - data_start
@@ -71,8 +73,10 @@ class SafetensorsFile:
             shape = tuple(map(int, entry["shape"]))
             dtype = fmt.DTYPES[entry["dtype"]]
             first, last = entry["data_offsets"]
+            # The header is not trusted: the bytes are in the file, and as many as the shape needs.
             expected = math.prod(shape) * dtype.itemsize
-            if first < 0 or last > data_size or last - first != expected:
+            is_inside = first >= 0 and last <= data_size
+            if not is_inside or last - first != expected:
                 raise ValueError(f"{name}: bytes {first} to {last} of {data_size}")
             self.shapes[name] = shape
             self._dtypes[name] = dtype

@@ -193,27 +193,33 @@ class CommitRecord:
             CheckpointError: a field is missing or of the wrong kind, or a file name leaves the folder.
         """
         try:
-            parent = body.get("parent")
-            layout = mapping(body.get("layout", {}), "layout")
+            layout = {}
+            for axis, size in mapping(body.get("layout", {}), "layout").items():
+                layout[text(axis, "layout")] = integer(size, f"layout.{axis}")
+            parent = None
+            if body.get("parent") is not None:
+                parent = ParentRecord.from_json(body["parent"])
+            files = []
+            for file in array(body["files"], "files"):
+                files.append(FileRecord.from_json(file))
             return CommitRecord(
                 step=integer(body["step"], "step"),
                 attempt=text(body["attempt"], "attempt"),
                 created=text(body["created"], "created"),
                 config=mapping(body["config"], "config"),
                 state=mapping(body["state"], "state"),
-                layout={
-                    text(axis, "layout"): integer(size, f"layout.{axis}") for axis, size in layout.items()
-                },
-                parent=None if parent is None else ParentRecord.from_json(parent),
+                layout=layout,
+                parent=parent,
                 snapshot=flag(body.get("snapshot", False), "snapshot"),
                 software=mapping(body.get("software", {}), "software"),
-                files=tuple(FileRecord.from_json(file) for file in array(body["files"], "files")),
+                files=tuple(files),
                 index=IndexRecord.from_json(body["index"]),
                 tensors=integer(body["tensors"], "tensors"),
                 tensor_bytes=integer(body["tensor_bytes"], "tensor_bytes"),
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{COMMIT} has a bad field ({type(error).__name__}: {error})") from None
+            kind = type(error).__name__
+            raise CheckpointError(f"{COMMIT} has a bad field ({kind}: {error})") from None
 
     def to_bytes(self) -> bytes:
         """Return the content of ``commit.json``: the body and the hash of its canonical form."""

@@ -127,15 +127,22 @@ def _listed(names: Sequence[str]) -> str:
     return f"{shown}{more} ({len(names)} {unit})"
 
 
-def items_for(records: Mapping[str, TensorRecord], local: Mapping[str, LocalTensor]) -> list[ReadItem]:
+def items_for(
+    records: Mapping[str, TensorRecord],
+    local: Mapping[str, LocalTensor],
+) -> list[ReadItem]:
     """Return the pieces that hold any wanted element."""
     items = []
     for name, wanted in local.items():
         record = records[name]
         for piece in record.pieces:
-            targets = tuple(part for part in wanted.parts if piece.box.overlap(part.box) is not None)
+            targets = []
+            for part in wanted.parts:
+                both = piece.box.overlap(part.box)
+                if both is not None:
+                    targets.append(part)
             if targets:
-                items.append(ReadItem(record, piece, targets))
+                items.append(ReadItem(record, piece, tuple(targets)))
     return items
 
 

@@ -144,11 +144,17 @@ def _classify(path: Path, member: ArchiveMember | None) -> SourceFile | None:
         return None
     if member and name.startswith(APPLE_DOUBLE_PREFIX):
         return None
+    # "texts.jsonl.gz" is of the format "jsonl", compressed with "gz".
     parts = name.lower().split(".")
-    compression = parts.pop() if parts[-1] in COMPRESSIONS else ""
-    if len(parts) < 2 or parts[-1] not in FORMATS:
+    compression = ""
+    if parts[-1] in COMPRESSIONS:
+        compression = parts.pop()
+    if len(parts) < 2:
         return None
-    return SourceFile(path, parts[-1], compression, member)
+    file_format = parts[-1]
+    if file_format not in FORMATS:
+        return None
+    return SourceFile(path, file_format, compression, member)
 
 
 def open_files(files: Sequence[SourceFile]) -> Iterator[tuple[SourceFile, IO[bytes], IO[bytes]]]:

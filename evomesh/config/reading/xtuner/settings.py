@@ -77,12 +77,14 @@ class XTunerSettings:
     def _decisive_name(self, key: str) -> str:
         """Follow variables: train_dataloader.dataset.folder -> train_dataset.folder -> dataset_folder."""
         for _ in range(MAX_VARIABLES):
-            parts = key.split(".")
-            prefixes = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
-            known = next((prefix for prefix in prefixes if self._is_variable(prefix)), None)
-            if known is None:
+            # The longest prefix that is written as a variable decides: "a.b.c", else "a.b", else "a".
+            known = key
+            while known and not self._is_variable(known):
+                known = known.rpartition(".")[0]
+            if not known:
                 break
-            key = self.file.variables[known] + key[len(known) :]
+            rest = key[len(known) :]
+            key = self.file.variables[known] + rest
         return key
 
     def _is_variable(self, key: str) -> bool:
