@@ -43,14 +43,18 @@ def state_in_16_bits(of: Sizes) -> int:
 def activations_in_16_bits(of: Sizes, recompute: float = 0.0) -> int:
     """Kept for backward: of a recomputed layer its input, of every other what ``layer_in_16_bits`` says."""
     recomputed = int(of.layers * recompute)
-    return (of.layers - recomputed) * layer_in_16_bits(of) + recomputed * HALF * of.tokens * of.hidden
+    return (of.layers - recomputed) * layer_in_16_bits(
+        of
+    ) + recomputed * HALF * of.tokens * of.hidden
 
 
 def layer_in_16_bits(of: Sizes) -> int:
     """The float32 input of both norms, and what comes out; q, k, v, what attention gives and its log sums; gate, up and
     their product."""
     norms = 2 * (WIDE + HALF) * of.hidden
-    return of.tokens * (norms + 4 * HALF * of.hidden + WIDE * of.heads + 3 * HALF * of.mlp)
+    return of.tokens * (
+        norms + 4 * HALF * of.hidden + WIDE * of.heads + 3 * HALF * of.mlp
+    )
 
 
 def backward_in_16_bits(of: Sizes, recompute: float) -> int:
@@ -58,11 +62,17 @@ def backward_in_16_bits(of: Sizes, recompute: float) -> int:
     recomputed = int(of.layers * recompute)
     if not recomputed:
         return 0
-    return layer_in_16_bits(of) + HALF * of.tokens * ((recomputed + 1) * of.hidden + 2 * of.mlp)
+    return layer_in_16_bits(of) + HALF * of.tokens * (
+        (recomputed + 1) * of.hidden + 2 * of.mlp
+    )
 
 
 def loss_in_16_bits(of: Sizes) -> int:
     """The last norm's input and output, and the gradient of the latter; that of the head, as it is summed up and as it
     comes from a chunk; a chunk's logits twice."""
     rows = (WIDE + 2 * HALF) * of.tokens * of.hidden
-    return rows + (WIDE + HALF) * of.vocab * of.hidden + (WIDE + HALF) * of.chunk * of.vocab
+    return (
+        rows
+        + (WIDE + HALF) * of.vocab * of.hidden
+        + (WIDE + HALF) * of.chunk * of.vocab
+    )

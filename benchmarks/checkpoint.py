@@ -81,7 +81,9 @@ def measure(folder: str, mib: int, repeat: int) -> None:
     stalls, copied, busy, writes, plain = [], [], [], [], []
     for number in range(1, repeat + 1):
         copied.append(timed(lambda: [copies[n].copy_(t) for n, t in tensors.items()]))
-        stalls.append(timed(lambda n=number: writer.save(2 * n, tensors, {}, {}, blocking=False)))
+        stalls.append(
+            timed(lambda n=number: writer.save(2 * n, tensors, {}, {}, blocking=False))
+        )
         while writer.saving:
             busy.append(timed(lambda: step(weight, x)))
         writer.wait()
@@ -90,15 +92,24 @@ def measure(folder: str, mib: int, repeat: int) -> None:
     found = CheckpointReader().newest(writer.folder, verify="record")
     assert found is not None
     choice = writer.folder.candidates()[0]
-    verifying = statistics.median(timed(lambda: verify(choice, "data")) for _ in range(3))
-    loading = statistics.median(timed(lambda: CheckpointReader().load(found, copies)) for _ in range(3))
+    verifying = statistics.median(
+        timed(lambda: verify(choice, "data")) for _ in range(3)
+    )
+    loading = statistics.median(
+        timed(lambda: CheckpointReader().load(found, copies)) for _ in range(3)
+    )
     resharding = timed(lambda: _reshard(folder, writer))
     rows = [
         ("state", f"{size / 2**20:.0f} MiB in {len(tensors)} tensors"),
-        ("stall", f"{_ratio(stalls, copied)} of one memory copy ({statistics.median(copied):.3f} s)"),
+        (
+            "stall",
+            f"{_ratio(stalls, copied)} of one memory copy ({statistics.median(copied):.3f} s)",
+        ),
         (
             "slowdown",
-            f"{statistics.median(busy) / quiet:.2f}x while a save is written" if busy else "too short to see",
+            f"{statistics.median(busy) / quiet:.2f}x while a save is written"
+            if busy
+            else "too short to see",
         ),
         (
             "write",
@@ -124,7 +135,11 @@ def _reshard(folder: str, writer: CheckpointWriter) -> None:
     found = CheckpointReader().newest(writer.folder, verify="record")
     assert found is not None
     model = ModelConfig(
-        model_type="LLAMA2", num_layers=1, hidden_size=64, num_attention_heads=4, vocab_size=64
+        model_type="LLAMA2",
+        num_layers=1,
+        hidden_size=64,
+        num_attention_heads=4,
+        vocab_size=64,
     )
     reshard(found, f"{folder}/r", model, ParallelConfig(), 1)
 

@@ -32,13 +32,18 @@ def write(path: Path, count: int, tokens: int) -> None:
     """A dataset of ``count`` documents of about ``tokens`` tokens, made from a few hundred different lines."""
     rng = np.random.RandomState(0)
     lengths = rng.randint(tokens // 2, tokens * 3 // 2, 512)
-    lines = [f'{{"tokens": {rng.randint(1, 50000, length).tolist()}}}\n'.encode() for length in lengths]
+    lines = [
+        f'{{"tokens": {rng.randint(1, 50000, length).tolist()}}}\n'.encode()
+        for length in lengths
+    ]
     picks = rng.randint(0, len(lines), count)
     sizes = np.array([len(line) for line in lines])[picks]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         for start in range(0, count, 100_000):
-            file.write(b"".join([lines[pick] for pick in picks[start : start + 100_000]]))
+            file.write(
+                b"".join([lines[pick] for pick in picks[start : start + 100_000]])
+            )
     with Path(f"{path}.meta").open("wb") as file:
         np.save(file, np.stack([np.cumsum(sizes) - sizes, lengths[picks]], axis=1))
 
@@ -53,7 +58,7 @@ def status(name: str) -> float:
 
 def measure(folder: Path) -> None:
     """In a fresh process: open ``folder``, then read packs one after the other; prints one row."""
-    from evomesh.config.schema import DataConfig
+    from evomesh.config.data import DataConfig
     from evomesh.data.packing.corpus import open_corpus
     from evomesh.data.packing.sampler import PackSampler, SamplerPosition
 
@@ -100,7 +105,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--counts", default="10000,100000,1000000,10000000")
-    parser.add_argument("--folder", help="where the datasets are made [a temporary folder]")
+    parser.add_argument(
+        "--folder", help="where the datasets are made [a temporary folder]"
+    )
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -115,7 +122,9 @@ def main() -> None:
             for tokens in (SHORT, LONG) if count <= LONG_UP_TO else (SHORT,):
                 data = Path(folder) / f"{count}_{tokens}"
                 write(data / "en" / "x.bin", count, tokens)
-                subprocess.run([sys.executable, __file__, "--measure", str(data)], check=True)
+                subprocess.run(
+                    [sys.executable, __file__, "--measure", str(data)], check=True
+                )
                 for path in data.glob("en/*"):
                     path.unlink()
 

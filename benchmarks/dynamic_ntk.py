@@ -48,20 +48,33 @@ def main() -> None:
     parser.add_argument("--ckpt", required=True)
     parser.add_argument("--data", required=True, help="folder of token files")
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 2048])
-    parser.add_argument("--tokens", type=int, default=65536, help="most tokens to look at for each length")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=65536,
+        help="most tokens to look at for each length",
+    )
     args = parser.parse_args()
     restored = restore_model(args.ckpt)
     model, config = restored.model, restored.config.model
     trained = config.max_position_embeddings
     print(f"{restored.source}, trained at {trained} tokens")
     for length in args.lengths:
-        parts = windows(args.data, config.vocab_size, length, max(args.tokens // length, 1))
+        parts = windows(
+            args.data, config.vocab_size, length, max(args.tokens // length, 1)
+        )
         for rotary_type in ("origin", "dynamic"):
             rotated = with_rotary_type(model, rotary_type)
             found = torch.stack([losses(rotated, part) for part in parts])
-            beyond = f", after token {trained}: {found[:, trained:].mean():.3f}" if length > trained else ""
+            beyond = (
+                f", after token {trained}: {found[:, trained:].mean():.3f}"
+                if length > trained
+                else ""
+            )
             name = "dynamic NTK" if rotary_type == "dynamic" else "plain      "
-            print(f"  {length:5d} tokens, {name}: {found.mean():.3f}{beyond}   ({len(parts)} windows)")
+            print(
+                f"  {length:5d} tokens, {name}: {found.mean():.3f}{beyond}   ({len(parts)} windows)"
+            )
 
 
 if __name__ == "__main__":

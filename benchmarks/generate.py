@@ -18,7 +18,11 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from evomesh.checkpoint.huggingface.names import NAME_MAPS, native_to_foreign, tensor_links
+from evomesh.checkpoint.huggingface.names import (
+    NAME_MAPS,
+    native_to_foreign,
+    tensor_links,
+)
 from evomesh.config.schema import ModelConfig
 from evomesh.generate.decode import generate_tokens
 from evomesh.generate.options import SamplingParams
@@ -58,7 +62,10 @@ def native(config: ModelConfig) -> LanguageModel:
 
 def ours(config: ModelConfig, prompts: list[list[int]], new: int) -> Turn:
     keep_freed_memory()
-    model, sampling = native(config), SamplingParams(do_sample=False, max_new_tokens=new)
+    model, sampling = (
+        native(config),
+        SamplingParams(do_sample=False, max_new_tokens=new),
+    )
     return lambda: [answer for [answer] in generate_tokens(model, prompts, sampling)]
 
 
@@ -82,11 +89,18 @@ def theirs(config: ModelConfig, prompts: list[list[int]], new: int) -> Turn:
     state = {}
     for link in tensor_links(config, naming):
         state |= zip(
-            link.foreign, native_to_foreign(link, weights[link.native].detach(), config, naming), strict=True
+            link.foreign,
+            native_to_foreign(link, weights[link.native].detach(), config, naming),
+            strict=True,
         )
     model.load_state_dict(state)
     ids = torch.tensor(prompts)
-    options = {"do_sample": False, "max_new_tokens": new, "eos_token_id": None, "pad_token_id": 0}
+    options = {
+        "do_sample": False,
+        "max_new_tokens": new,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
 
     def turn() -> list[list[int]]:
         out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
@@ -97,13 +111,17 @@ def theirs(config: ModelConfig, prompts: list[list[int]], new: int) -> Turn:
 
 
 def serve(
-    side: Callable[[ModelConfig, list[list[int]], int], Turn], args: argparse.Namespace, pipe: Connection
+    side: Callable[[ModelConfig, list[list[int]], int], Turn],
+    args: argparse.Namespace,
+    pipe: Connection,
 ) -> None:
     """One side in its own process: generates, and answers with seconds and tokens, whenever a batch size comes."""
     torch.set_num_threads(args.threads)
     config = model_config(args.shape)
     draw = torch.Generator().manual_seed(0)
-    prompts = torch.randint(config.vocab_size, (max(args.batch), args.prompt), generator=draw).tolist()
+    prompts = torch.randint(
+        config.vocab_size, (max(args.batch), args.prompt), generator=draw
+    ).tolist()
     turns = {batch: side(config, prompts[:batch], args.new) for batch in args.batch}
     while batch := pipe.recv():
         start = time.perf_counter()
@@ -142,9 +160,16 @@ def main() -> None:
                 pipe.send(batch)
                 answers.append(pipe.recv())
             pairs.append([seconds for seconds, _ in answers])
-            same = sum(a == b for a, b in zip(answers[0][1], answers[1][1], strict=True))
-        speeds = [batch * args.new / statistics.median(times) for times in zip(*pairs[1:], strict=True)]
-        ratio = statistics.median(b / a for a, b in pairs[1:])  # the first round warms up
+            same = sum(
+                a == b for a, b in zip(answers[0][1], answers[1][1], strict=True)
+            )
+        speeds = [
+            batch * args.new / statistics.median(times)
+            for times in zip(*pairs[1:], strict=True)
+        ]
+        ratio = statistics.median(
+            b / a for a, b in pairs[1:]
+        )  # the first round warms up
         print(
             f"  batch {batch}: evomesh {speeds[0]:.1f}, transformers {speeds[1]:.1f} tokens/s; median ratio {ratio:.2f}"
         )

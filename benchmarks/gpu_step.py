@@ -30,7 +30,9 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the package is not installed
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # where the package is not installed
 
 from _memory import Sizes, bytes_in_16_bits
 from _product import Training, made_up
@@ -47,8 +49,20 @@ SHAPES = {
     "7B-width": Shape(8, 4096, 32, 11008, 32000, ()),
     "10M": Shape(4, 256, 4, 704, 16000, ()),
 }
-ON_CUDA, ON_CPU = (("1.3B", "7B-width"), (2048, 4096, 8192, 32768)), (("10M",), (256, 1024))
-LENGTHS = (0.29, 0.02, 0.17, 0.08, 0.25, 0.05, 0.11, 0.03)  # --packed: documents, as shares of a pack
+ON_CUDA, ON_CPU = (
+    (("1.3B", "7B-width"), (2048, 4096, 8192, 32768)),
+    (("10M",), (256, 1024)),
+)
+LENGTHS = (
+    0.29,
+    0.02,
+    0.17,
+    0.08,
+    0.25,
+    0.05,
+    0.11,
+    0.03,
+)  # --packed: documents, as shares of a pack
 
 
 @dataclass(frozen=True)
@@ -91,7 +105,9 @@ class Case:
     def batch(self) -> Batch:
         """On the host, as the loader hands it out."""
         ids = torch.randint(
-            self.shape.vocab, (self.micro_num, self.tokens), generator=torch.Generator().manual_seed(0)
+            self.shape.vocab,
+            (self.micro_num, self.tokens),
+            generator=torch.Generator().manual_seed(0),
         )
         return made_up(ids, self.lengths, pin=self.device.type == "cuda")
 
@@ -136,7 +152,9 @@ def measure(case: Case, steps: int, compiled: bool) -> Measured:
         if step >= 0:
             seconds.append(time.perf_counter() - start)
         assert output.update.check == "ok"
-    return Measured(statistics.median(seconds), torch.cuda.max_memory_allocated() if on_cuda else 0)
+    return Measured(
+        statistics.median(seconds), torch.cuda.max_memory_allocated() if on_cuda else 0
+    )
 
 
 def product_rate(device: torch.device, dtype: torch.dtype, repeats: int = 10) -> float:
@@ -145,7 +163,10 @@ def product_rate(device: torch.device, dtype: torch.dtype, repeats: int = 10) ->
         return max(product_rates())
     best = 0.0
     for m, k, n in ((8192, 8192, 8192), (4096, 4096, 11008), (8192, 2048, 5504)):
-        a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype)
+        a, b = (
+            torch.randn(m, k, device=device, dtype=dtype),
+            torch.randn(k, n, device=device, dtype=dtype),
+        )
         for _ in range(3):
             torch.mm(a, b)
         torch.cuda.synchronize()
@@ -158,7 +179,10 @@ def product_rate(device: torch.device, dtype: torch.dtype, repeats: int = 10) ->
 
 
 def row(case: Case, found: Measured, rate: float) -> str:
-    shape, exact = case.shape, case.micro_num * model_flops(case.shape, case.lengths) / found.seconds
+    shape, exact = (
+        case.shape,
+        case.micro_num * model_flops(case.shape, case.lengths) / found.seconds,
+    )
     formula = model_tflops(
         seconds=found.seconds,
         sequences=case.micro_num,
@@ -170,7 +194,11 @@ def row(case: Case, found: Measured, rate: float) -> str:
         recompute=case.recompute > 0,
         world_size=1,
     )
-    memory = f"{found.memory / 2**30:.1f} ({case.bytes() / 2**30:.1f})" if found.memory else "not counted"
+    memory = (
+        f"{found.memory / 2**30:.1f} ({case.bytes() / 2**30:.1f})"
+        if found.memory
+        else "not counted"
+    )
     cells = (
         case.name,
         case.tokens,
@@ -178,7 +206,9 @@ def row(case: Case, found: Measured, rate: float) -> str:
         f"{case.recompute:g}",
         f"{case.micro_num * case.tokens / found.seconds:.0f}",
     )
-    return _line(*cells, f"{formula:.3g}", f"{exact / 1e12:.3g}", f"{exact / rate:.2f}", memory)
+    return _line(
+        *cells, f"{formula:.3g}", f"{exact / 1e12:.3g}", f"{exact / rate:.2f}", memory
+    )
 
 
 def _line(*cells: object) -> str:
@@ -191,7 +221,9 @@ def cases(args: argparse.Namespace, device: torch.device) -> Iterator[Case]:
     for name in args.shape or names:
         for count in args.tokens or tokens:
             for recompute in args.recompute:
-                yield Case(name, count, args.micro_num, recompute, args.packed, dtype, device)
+                yield Case(
+                    name, count, args.micro_num, recompute, args.packed, dtype, device
+                )
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -200,11 +232,19 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--shape", nargs="+", choices=SHAPES)
     parser.add_argument("--tokens", nargs="+", type=int, help="tokens in a pack")
-    parser.add_argument("--micro-num", type=int, default=4, help="micro-batches of a step")
     parser.add_argument(
-        "--recompute", nargs="+", type=float, default=[0.0, 1.0], help="share of recomputed layers"
+        "--micro-num", type=int, default=4, help="micro-batches of a step"
     )
-    parser.add_argument("--packed", action="store_true", help="eight documents in a pack instead of one")
+    parser.add_argument(
+        "--recompute",
+        nargs="+",
+        type=float,
+        default=[0.0, 1.0],
+        help="share of recomputed layers",
+    )
+    parser.add_argument(
+        "--packed", action="store_true", help="eight documents in a pack instead of one"
+    )
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--steps", type=int, default=10)
     return parser.parse_args(argv)
@@ -227,7 +267,16 @@ def main() -> None:
     print(
         f"blocks {'compiled' if compiled else 'eager'}; share of the best {chosen[0].dtype} product so far\n"
     )
-    heads = ("shape", "tokens", "documents", "recompute", "tokens/s", "TFLOPS", "exact", "of product")
+    heads = (
+        "shape",
+        "tokens",
+        "documents",
+        "recompute",
+        "tokens/s",
+        "TFLOPS",
+        "exact",
+        "of product",
+    )
     print(_line(*heads, "memory GiB (arithmetic)"))
     print(_line(*["---"] * 9), flush=True)
     for case in chosen:
@@ -237,7 +286,11 @@ def main() -> None:
             found = None
         rate = max(rate, product_rate(device, dtype))
         # Each row as soon as it is measured: a machine that is lent for minutes may be gone before the next.
-        cells = row(case, found, rate) if found else _line(case.name, case.tokens, "out of memory", *[""] * 6)
+        cells = (
+            row(case, found, rate)
+            if found
+            else _line(case.name, case.tokens, "out of memory", *[""] * 6)
+        )
         print(cells, flush=True)
         gc.collect()
         if device.type == "cuda":

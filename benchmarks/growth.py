@@ -30,7 +30,12 @@ def measure(shape: Shape, threads: int, steps: int, pipe: Connection) -> None:
     """Sends the seconds of each step, and the resident MiB after each."""
     torch.set_num_threads(threads)
     keep_freed_memory()
-    ids = torch.randint(0, shape.vocab, (sum(shape.documents),), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        0,
+        shape.vocab,
+        (sum(shape.documents),),
+        generator=torch.Generator().manual_seed(0),
+    )
     step = our_step(shape, shape.documents, ids, compiled=False)
     seconds, memory = [], []
     for _ in range(UNTIMED + steps):
@@ -41,10 +46,14 @@ def measure(shape: Shape, threads: int, steps: int, pipe: Connection) -> None:
     pipe.send((seconds, memory))
 
 
-def row(shape: Shape, args: argparse.Namespace, steps: int | None = None) -> tuple[list[float], list[float]]:
+def row(
+    shape: Shape, args: argparse.Namespace, steps: int | None = None
+) -> tuple[list[float], list[float]]:
     spawn = get_context("spawn")
     pipe, theirs = spawn.Pipe()
-    worker = spawn.Process(target=measure, args=(shape, args.threads, steps or args.steps, theirs))
+    worker = spawn.Process(
+        target=measure, args=(shape, args.threads, steps or args.steps, theirs)
+    )
     worker.start()
     found: tuple[list[float], list[float]] = pipe.recv()
     worker.join()
@@ -53,13 +62,18 @@ def row(shape: Shape, args: argparse.Namespace, steps: int | None = None) -> tup
 
 def table(title: str, shapes: dict[str, Shape], args: argparse.Namespace) -> None:
     before = max(product_rates())
-    print(f"\n{title:22s} {'s a step':>9s} {'tokens/s':>9s} {'GFLOP/s':>8s} {'of best':>8s} {'MiB':>6s}")
+    print(
+        f"\n{title:22s} {'s a step':>9s} {'tokens/s':>9s} {'GFLOP/s':>8s} {'of best':>8s} {'MiB':>6s}"
+    )
     for name, shape in shapes.items():
         seconds, memory = row(shape, args)
         median = statistics.median(seconds[UNTIMED:])
         behind = max(product_rates())
         peak, before = (before + behind) / 2, behind
-        speed, total = model_flops(shape, shape.documents) / median, sum(shape.documents)
+        speed, total = (
+            model_flops(shape, shape.documents) / median,
+            sum(shape.documents),
+        )
         print(
             f"{name:22s} {median:9.3f} {total / median:9.0f} {speed / 1e9:8.0f} {speed / peak:8.2f} {memory[-1]:6.0f}",
             flush=True,
@@ -87,21 +101,33 @@ def main() -> None:
     base = SHAPES["60M"]
     table("model size", dict(SHAPES), args)
     lengths = (128, 256, 512, 1024, 2048)
-    table("sequence length", {str(n): replace(base, documents=(n,) * (TOKENS // n)) for n in lengths}, args)
+    table(
+        "sequence length",
+        {str(n): replace(base, documents=(n,) * (TOKENS // n)) for n in lengths},
+        args,
+    )
     table(
         "tokens a step",
-        {str(n): replace(base, documents=(512,) * (n // 512)) for n in (512, 1024, 4096)},
+        {
+            str(n): replace(base, documents=(512,) * (n // 512))
+            for n in (512, 1024, 4096)
+        },
         args,
     )
     counts = (1, 2, 4, 16, 64, 256)
-    table("documents in a pack", {str(n): replace(base, documents=uneven(TOKENS, n)) for n in counts}, args)
+    table(
+        "documents in a pack",
+        {str(n): replace(base, documents=uneven(TOKENS, n)) for n in counts},
+        args,
+    )
     steps_table(args)
 
 
 def uneven(total: int, count: int) -> tuple[int, ...]:
     """``count`` lengths of about the same size that add up to ``total``."""
     lengths = [
-        total // count + (1 if i % 2 else -1) * (i % (total // count // 2 + 1)) // 2 for i in range(count)
+        total // count + (1 if i % 2 else -1) * (i % (total // count // 2 + 1)) // 2
+        for i in range(count)
     ]
     lengths[-1] += total - sum(lengths)
     return tuple(lengths)

@@ -46,14 +46,19 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "mtp 2, zero1 off": {"tensor": {"size": 2, "mode": "mtp"}, "zero1": {"size": 1}},
     "msp 2": {"tensor": {"size": 2, "mode": "msp"}},
     "fsp 2": {"tensor": {"size": 2, "mode": "fsp"}},
-    "isp 2, weights over 4": {"tensor": {"size": 2, "mode": "isp"}, "weight": {"size": 4}},
+    "isp 2, weights over 4": {
+        "tensor": {"size": 2, "mode": "isp"},
+        "weight": {"size": 4},
+    },
     "1F1B 2, mtp 2": {"pipeline": {"size": 2}, "tensor": {"size": 2, "mode": "mtp"}},
 }
 
 
 def text(seed: int, step: int) -> torch.Tensor:
     """[PACKS, T + 1] ids of a language in which each pair of tokens makes one of four followers likely."""
-    table = torch.randint(VOCAB, (VOCAB, VOCAB, 4), generator=torch.Generator().manual_seed(5))
+    table = torch.randint(
+        VOCAB, (VOCAB, VOCAB, 4), generator=torch.Generator().manual_seed(5)
+    )
     draw = torch.Generator().manual_seed(1_000_003 * seed + step)
     rows = [torch.randint(VOCAB, (PACKS,), generator=draw) for _ in range(2)]
     choices = torch.randint(4, (T, PACKS), generator=draw)
@@ -68,7 +73,14 @@ def batch(seed: int, step: int, grid: Grid) -> Batch:
     bounds = torch.tensor([0, T], dtype=torch.int32).expand(len(ids), 2)
     labels = ids[:, 1:].clone()
     labels[:, -1] = IGNORE
-    return Batch(ids[:, :-1].contiguous(), labels, positions, torch.zeros_like(positions), bounds, T)
+    return Batch(
+        ids[:, :-1].contiguous(),
+        labels,
+        positions,
+        torch.zeros_like(positions),
+        bounds,
+        T,
+    )
 
 
 def curve(layout: dict[str, Any], dtype: str, seed: int, steps: int) -> list[float]:
@@ -77,10 +89,16 @@ def curve(layout: dict[str, Any], dtype: str, seed: int, steps: int) -> list[flo
         {"model": {**MODEL, "dtype": dtype}, "parallel": layout, "data": {"seq_len": T}}
     )
     grid = build_grid(config.parallel, dist.get_world_size(), dist.get_rank())
-    stages = build_stages(config, grid, MODES[config.parallel.tensor.mode], torch.device("cpu"))
+    stages = build_stages(
+        config, grid, MODES[config.parallel.tensor.mode], torch.device("cpu")
+    )
     stages.initialize(seed, grid)
     optimizer = ZeroOptimizer(
-        stages.parameters().items(), config.adam, config.hybrid_zero_optimizer, grid, stages.module
+        stages.parameters().items(),
+        config.adam,
+        config.hybrid_zero_optimizer,
+        grid,
+        stages.module,
     )
     scaler = LossScaler(config.grad_scaler, config.model.dtype)
     losses = []
@@ -105,7 +123,10 @@ def curve(layout: dict[str, Any], dtype: str, seed: int, steps: int) -> list[flo
 
 def apart(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
     """(mean, largest) distance of two curves, each smoothed over ``WINDOW`` steps."""
-    means = [[statistics.fmean(x[i : i + WINDOW]) for i in range(0, len(x), WINDOW)] for x in (a, b)]
+    means = [
+        [statistics.fmean(x[i : i + WINDOW]) for i in range(0, len(x), WINDOW)]
+        for x in (a, b)
+    ]
     distances = [abs(x - y) for x, y in zip(*means, strict=True)]
     return statistics.fmean(distances), max(distances)
 
@@ -121,13 +142,17 @@ def main() -> None:
     for dtype in ("bfloat16", "float16"):
         first = curve({}, dtype, 1, steps)
         other = apart(curve({}, dtype, 2, steps), first)
-        say(f"| {dtype}: loss {first[0]:.3f} to {first[-1]:.3f} | mean distance | largest |")
+        say(
+            f"| {dtype}: loss {first[0]:.3f} to {first[-1]:.3f} | mean distance | largest |"
+        )
         say("| --- | --- | --- |")
         say(f"| data parallel 4, another seed | {other[0]:.4f} | {other[1]:.4f} |")
         for name, layout in LAYOUTS.items():
             found = apart(curve(layout, dtype, 1, steps), first)
             within = all(x <= y for x, y in zip(found, other, strict=True))
-            say(f"| {name} | {found[0]:.4f} | {found[1]:.4f} |{'' if within else ' OUTSIDE'}")
+            say(
+                f"| {name} | {found[0]:.4f} | {found[1]:.4f} |{'' if within else ' OUTSIDE'}"
+            )
         say(f"\n{time.monotonic() - started:.0f} s\n")
     dist.destroy_process_group()
 

@@ -50,7 +50,9 @@ COMMANDS = {
 def machine() -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "numpy"))
+    versions = ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "transformers", "numpy")
+    )
     return (
         f"{processor()}, {os.cpu_count()} cores, {memory:.0f} GiB, {device}; Python {platform.python_version()}, "
         f"{versions}; {time.strftime('%Y-%m-%d')}"
@@ -60,7 +62,9 @@ def machine() -> str:
 def processor() -> str:
     """Its name, which can be that of a whole family, and the vectors that torch uses on it."""
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.11
-    name = str(capabilities.get("cpu_name") or platform.processor() or platform.machine())
+    name = str(
+        capabilities.get("cpu_name") or platform.processor() or platform.machine()
+    )
     return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
@@ -68,7 +72,11 @@ def section(name: str, command: str) -> str | None:
     """The section's text, or None where the benchmark failed."""
     print(f"== {name}: {command}", flush=True)
     done = subprocess.run(
-        [sys.executable, *command.split()], check=False, cwd=HERE, stdout=subprocess.PIPE, text=True
+        [sys.executable, *command.split()],
+        check=False,
+        cwd=HERE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     print(done.stdout, flush=True)
     if done.returncode:
@@ -79,7 +87,9 @@ def section(name: str, command: str) -> str | None:
 def kept(text: str) -> dict[str, str]:
     """The sections of an earlier report, by name."""
     parts = re.split(r"^(?=## )", text, flags=re.MULTILINE)[1:]
-    return {part.splitlines()[0].removeprefix("## "): part.strip() + "\n" for part in parts}
+    return {
+        part.splitlines()[0].removeprefix("## "): part.strip() + "\n" for part in parts
+    }
 
 
 def main() -> int:
@@ -90,7 +100,9 @@ def main() -> int:
     names = parser.parse_args().names or list(COMMANDS)
     unknown = [name for name in names if name not in COMMANDS]
     if unknown:
-        parser.error(f"no such benchmark: {', '.join(unknown)}; known: {', '.join(COMMANDS)}")
+        parser.error(
+            f"no such benchmark: {', '.join(unknown)}; known: {', '.join(COMMANDS)}"
+        )
     failed = []
     for name in names:
         text = section(name, COMMANDS[name])
@@ -99,7 +111,12 @@ def main() -> int:
             continue
         sections = (kept(TARGET.read_text()) if TARGET.exists() else {}) | {name: text}
         TARGET.write_text(
-            "\n".join([INTRODUCTION, *(sections[known] for known in COMMANDS if known in sections)])
+            "\n".join(
+                [
+                    INTRODUCTION,
+                    *(sections[known] for known in COMMANDS if known in sections),
+                ]
+            )
         )
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)

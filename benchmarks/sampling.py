@@ -47,18 +47,31 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     sampling = SamplingParams(top_p=args.top_p)
     sampler = TokenSampler(sampling, (0, 0))
-    print(f"vocabulary {args.vocab}, top-p {args.top_p}, {args.threads} threads, medians of {args.rounds}")
+    print(
+        f"vocabulary {args.vocab}, top-p {args.top_p}, {args.threads} threads, medians of {args.rounds}"
+    )
     for spread in args.spread:
         ours: list[float] = []
         reference: list[float] = []
         for number in range(args.rounds):
-            logits = torch.randn(args.vocab, generator=torch.Generator().manual_seed(number)) * spread
+            logits = (
+                torch.randn(args.vocab, generator=torch.Generator().manual_seed(number))
+                * spread
+            )
             ours.append(milliseconds(lambda logits=logits: sampler.next_token(logits)))
-            reference.append(milliseconds(lambda logits=logits: sorted_nucleus(logits, args.top_p)))
+            reference.append(
+                milliseconds(lambda logits=logits: sorted_nucleus(logits, args.top_p))
+            )
         kept, _ = candidates(logits.double(), sampling)
         wanted = sorted_nucleus(logits, args.top_p)
-        same = "the same" if torch.equal(kept.sort().values, wanted.sort().values) else "DIFFERENT"
-        ratio = statistics.median(slow / fast for fast, slow in zip(ours, reference, strict=True))
+        same = (
+            "the same"
+            if torch.equal(kept.sort().values, wanted.sort().values)
+            else "DIFFERENT"
+        )
+        ratio = statistics.median(
+            slow / fast for fast, slow in zip(ours, reference, strict=True)
+        )
         print(
             f"  spread {spread}: {statistics.median(ours):.2f} ms, sort {statistics.median(reference):.2f} ms, "
             f"ratio {ratio:.1f}; {len(kept)} tokens kept, {same}"

@@ -33,7 +33,9 @@ from evomesh.serve.loop import EngineLoop
 from evomesh.serve.service import GenerationService, ServedModel, ServiceLimits
 
 
-def random_service(hidden: int, layers: int, vocab: int, slots: int, folder: Path) -> GenerationService:
+def random_service(
+    hidden: int, layers: int, vocab: int, slots: int, folder: Path
+) -> GenerationService:
     config = ModelConfig(
         model_type="LLAMA2",
         num_layers=layers,
@@ -48,15 +50,27 @@ def random_service(hidden: int, layers: int, vocab: int, slots: int, folder: Pat
     )
     model = build_model(config)
     initialize_weights(model, seed=1)
-    alphabet = {symbol: number for number, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    names = alphabet | {f"word{number}": number for number in range(len(alphabet), vocab)}
+    alphabet = {
+        symbol: number
+        for number, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    }
+    names = alphabet | {
+        f"word{number}": number for number in range(len(alphabet), vocab)
+    }
     tokenizer = Tokenizer(models.BPE(vocab=names, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(folder / "tokenizer.json"))
-    served = ServedModel("model", "random", 0, load_tokenizer(folder), None, (), vocab, 1024)
+    served = ServedModel(
+        "model", "random", 0, load_tokenizer(folder), None, (), vocab, 1024
+    )
     limits = ServiceLimits(1024, slots)
-    engine = partial(GenerationEngine, model.eval(), slots=slots, context_length=limits.context_length)
+    engine = partial(
+        GenerationEngine,
+        model.eval(),
+        slots=slots,
+        context_length=limits.context_length,
+    )
     return GenerationService(served, EngineLoop({"origin": engine}), limits)
 
 
@@ -76,25 +90,33 @@ def running(service: GenerationService) -> Iterator[str]:
 def ask(url: str, body: dict[str, object], found: list[tuple[int, float]]) -> None:
     """One streamed request: appends (tokens, seconds to the first)."""
     start, first, tokens = time.perf_counter(), 0.0, 0
-    with httpx.stream("POST", url + "/v1/completions", json=body, timeout=600) as answer:
+    with httpx.stream(
+        "POST", url + "/v1/completions", json=body, timeout=600
+    ) as answer:
         for line in answer.iter_lines():
             if line.startswith("data: {"):
                 first = first or time.perf_counter() - start
-                tokens = (json.loads(line[6:]).get("usage") or {}).get("completion_tokens", tokens)
+                tokens = (json.loads(line[6:]).get("usage") or {}).get(
+                    "completion_tokens", tokens
+                )
     found.append((tokens, first))
 
 
 def measure(url: str, clients: int, body: dict[str, object]) -> tuple[float, float]:
     """(tokens per second of all clients, median seconds to the first token)."""
     found: list[tuple[int, float]] = []
-    threads = [threading.Thread(target=ask, args=(url, body, found)) for _ in range(clients)]
+    threads = [
+        threading.Thread(target=ask, args=(url, body, found)) for _ in range(clients)
+    ]
     start = time.perf_counter()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     spent = time.perf_counter() - start
-    return sum(tokens for tokens, _ in found) / spent, statistics.median(first for _, first in found)
+    return sum(tokens for tokens, _ in found) / spent, statistics.median(
+        first for _, first in found
+    )
 
 
 def main() -> None:
@@ -114,10 +136,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if args.ckpt:
             service = load_service(
-                args.ckpt, device, ModelOptions(args.tokenizer, template="none", slots=args.clients)
+                args.ckpt,
+                device,
+                ModelOptions(args.tokenizer, template="none", slots=args.clients),
             )
         else:
-            service = random_service(args.hidden, args.layers, args.vocab, args.clients, Path(folder))
+            service = random_service(
+                args.hidden, args.layers, args.vocab, args.clients, Path(folder)
+            )
         body = {
             "model": service.model.name,
             "prompt": "def main(argv):\n    ",
@@ -129,7 +155,9 @@ def main() -> None:
         with running(service) as url:
             measure(url, 1, body)
             ratios = []
-            for _ in range(args.rounds):  # in turns, so that a slow moment of the machine meets both
+            for _ in range(
+                args.rounds
+            ):  # in turns, so that a slow moment of the machine meets both
                 one, wait_one = measure(url, 1, body)
                 many, wait_many = measure(url, args.clients, body)
                 ratios.append(many / one)
@@ -139,7 +167,9 @@ def main() -> None:
                     f"ratio {many / one:.2f}",
                     flush=True,
                 )
-    print(f"median ratio {statistics.median(ratios):.2f} on {device}, {torch.get_num_threads()} threads")
+    print(
+        f"median ratio {statistics.median(ratios):.2f} on {device}, {torch.get_num_threads()} threads"
+    )
 
 
 if __name__ == "__main__":

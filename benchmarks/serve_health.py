@@ -32,7 +32,10 @@ def bodies() -> dict[str, bytes]:
         "token ids": [1] * (BODY_BYTES // 2),
         "token ids at the limit": [12345] * 131_000,
     }
-    return {name: orjson.dumps({"model": "model", "prompt": prompt}) for name, prompt in prompts.items()}
+    return {
+        name: orjson.dumps({"model": "model", "prompt": prompt})
+        for name, prompt in prompts.items()
+    }
 
 
 def health_times(url: str, count: int) -> list[float]:
@@ -72,7 +75,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        service = random_service(hidden=64, layers=1, vocab=32_000, slots=4, folder=Path(folder))
+        service = random_service(
+            hidden=64, layers=1, vocab=32_000, slots=4, folder=Path(folder)
+        )
         with running(service) as url:
             for _ in range(options.rounds):
                 idle = statistics.median(health_times(url, options.count))

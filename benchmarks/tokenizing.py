@@ -63,7 +63,10 @@ def train_tokenizer(path: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=VOCAB_SIZE,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(stdlib(), trainer)
     tokenizer.save(str(path))
@@ -92,23 +95,38 @@ def library(source: str, tokenizer_path: str) -> None:
 
 def ours(source: str, tokenizer_path: str, output: str) -> None:
     """The whole command, in this process; prints seconds, tokens and the peak of its memory."""
-    from evomesh.data.prepare.tokenize import TextOptions, set_encoder_threads, tokenize_files
+    from evomesh.data.prepare.tokenize import (
+        TextOptions,
+        set_encoder_threads,
+        tokenize_files,
+    )
     from evomesh.data.records.source_files import find_source_files
     from evomesh.data.tokenizer import load_tokenizer
 
     set_encoder_threads(None)
     tokenizer = load_tokenizer(tokenizer_path)
     start, used = time.perf_counter(), time.process_time()
-    facts = tokenize_files(find_source_files([source]), output, tokenizer, TextOptions(eos=False))
+    facts = tokenize_files(
+        find_source_files([source]), output, tokenizer, TextOptions(eos=False)
+    )
     seconds, used = time.perf_counter() - start, time.process_time() - used
     status = Path("/proc/self/status").read_text().splitlines()
-    peak = next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))
-    print(json.dumps({"seconds": seconds, "used": used, "tokens": facts["tokens"], "peak": peak}))
+    peak = next(
+        int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM")
+    )
+    print(
+        json.dumps(
+            {"seconds": seconds, "used": used, "tokens": facts["tokens"], "peak": peak}
+        )
+    )
 
 
 def call(*arguments: str) -> dict[str, float]:
     output = subprocess.run(
-        [sys.executable, __file__, *arguments], check=True, capture_output=True, text=True
+        [sys.executable, __file__, *arguments],
+        check=True,
+        capture_output=True,
+        text=True,
     ).stdout
     found: dict[str, float] = json.loads(output)
     return found
@@ -120,7 +138,9 @@ def main() -> None:
     )
     parser.add_argument("--megabytes", type=float, default=40)
     parser.add_argument("--large-megabytes", type=float, default=2000)
-    parser.add_argument("--tokenizer", help="tokenizer.json or .model [a byte-level BPE trained here]")
+    parser.add_argument(
+        "--tokenizer", help="tokenizer.json or .model [a byte-level BPE trained here]"
+    )
     parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
@@ -139,7 +159,8 @@ def main() -> None:
             whole.append(call("--part", "ours", str(source), tokenizer, output))
         for what, key in (("elapsed", "seconds"), ("processor", "used")):
             rates = [
-                statistics.median(run["tokens"] / run[key] / 1e6 for run in runs) for runs in (alone, whole)
+                statistics.median(run["tokens"] / run[key] / 1e6 for run in runs)
+                for runs in (alone, whole)
             ]
             print(
                 f"Mtokens per {what} second: library alone {rates[0]:.2f}, evomesh tokenize {rates[1]:.2f}, "
@@ -154,7 +175,8 @@ def main() -> None:
             write(source, megabytes)
             run = call("--part", "ours", str(source), tokenizer, output)
             print(
-                f"{megabytes:>7.0f} MB {kind:<6} {run['peak']:>8.0f} MB  {run['seconds']:.1f} s", flush=True
+                f"{megabytes:>7.0f} MB {kind:<6} {run['peak']:>8.0f} MB  {run['seconds']:.1f} s",
+                flush=True,
             )
             source.unlink()
 

@@ -46,7 +46,11 @@ SHAPES = {
     "60M": Shape(8, 512, 8, 1408, 32000, (512,) * 4),
     "200M": Shape(12, 1024, 16, 2816, 32000, (512,) * 4),
 }
-PRODUCTS = ((2048, 2048, 2048), (2048, 512, 1408), (512, 512, 16000))  # rows, summed, columns
+PRODUCTS = (
+    (2048, 2048, 2048),
+    (2048, 512, 1408),
+    (512, 512, 16000),
+)  # rows, summed, columns
 KEPT_UP = 0.3  # seconds
 UNTIMED = 5  # steps, until compilation is done and the heap has grown to its final size
 RAGGED = (
@@ -119,7 +123,9 @@ def their_step(
         inputs = {"input_ids": batch, "labels": batch.clone()}
     else:
         labels = ids[None].clone()
-        labels[0, [sum(lengths[:i]) for i in range(len(lengths))]] = -100  # no prediction across a bound
+        labels[
+            0, [sum(lengths[:i]) for i in range(len(lengths))]
+        ] = -100  # no prediction across a bound
         positions = torch.cat([torch.arange(n) for n in lengths])[None]
         inputs = {"input_ids": ids[None], "labels": labels, "position_ids": positions}
 
@@ -137,7 +143,9 @@ def serve(kind: str, args: argparse.Namespace, pipe: Connection) -> None:
     """One side in its own process: takes a step, and answers with its seconds, whenever it is asked to."""
     torch.set_num_threads(args.threads)
     shape, lengths = problem(args)
-    ids = torch.randint(0, shape.vocab, (sum(lengths),), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        0, shape.vocab, (sum(lengths),), generator=torch.Generator().manual_seed(0)
+    )
     if kind == "evomesh":
         keep_freed_memory()  # as `evomesh train` does
         step = our_step(shape, lengths, ids, args.compiled_ours)
@@ -189,11 +197,25 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--shape", choices=SHAPES, default="60M")
     parser.add_argument(
-        "--compiled", action="store_true", help="torch.compile on their side (the whole model)"
+        "--compiled",
+        action="store_true",
+        help="torch.compile on their side (the whole model)",
     )
-    parser.add_argument("--compiled-ours", action="store_true", help="torch.compile on our side (each block)")
-    parser.add_argument("--packed", action="store_true", help="documents of unequal length in one sequence")
-    parser.add_argument("--profile", action="store_true", help="instead: where the time of our step goes")
+    parser.add_argument(
+        "--compiled-ours",
+        action="store_true",
+        help="torch.compile on our side (each block)",
+    )
+    parser.add_argument(
+        "--packed",
+        action="store_true",
+        help="documents of unequal length in one sequence",
+    )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="instead: where the time of our step goes",
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
@@ -202,7 +224,9 @@ def arguments() -> argparse.Namespace:
 def profile(args: argparse.Namespace) -> None:
     shape, lengths = problem(args)
     keep_freed_memory()
-    ids = torch.randint(0, shape.vocab, (sum(lengths),), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        0, shape.vocab, (sum(lengths),), generator=torch.Generator().manual_seed(0)
+    )
     step = our_step(shape, lengths, ids, args.compiled_ours)
     for _ in range(UNTIMED):
         step()
@@ -243,18 +267,29 @@ def main() -> None:
     report(args, pairs, peaks)
 
 
-def report(args: argparse.Namespace, pairs: list[list[float]], peaks: list[list[float]]) -> None:
+def report(
+    args: argparse.Namespace, pairs: list[list[float]], peaks: list[list[float]]
+) -> None:
     """Print the table. ``pairs``: seconds of both steps; ``peaks``: FLOP/s of both products around and between them."""
     shape, lengths = problem(args)
     total, flops = sum(lengths), model_flops(shape, lengths)
     around = [(max(before) + max(behind)) / 2 for before, behind in pairwise(peaks)]
-    print(f"{args.shape}: {total} tokens in {len(lengths)} documents, float32, {args.threads} threads")
-    names = ("evomesh" + args.compiled_ours * " compiled", "transformers" + args.compiled * " compiled")
+    print(
+        f"{args.shape}: {total} tokens in {len(lengths)} documents, float32, {args.threads} threads"
+    )
+    names = (
+        "evomesh" + args.compiled_ours * " compiled",
+        "transformers" + args.compiled * " compiled",
+    )
     for name, times in zip(names, zip(*pairs, strict=True), strict=True):
         seconds = statistics.median(times)
-        share = statistics.median(flops / own / peak for own, peak in zip(times, around, strict=True))
+        share = statistics.median(
+            flops / own / peak for own, peak in zip(times, around, strict=True)
+        )
         speed = flops / seconds / 1e9
-        print(f"  {name:22s} {total / seconds:8.1f} tokens/s  {speed:6.1f} GFLOP/s  {share:.2f} of best")
+        print(
+            f"  {name:22s} {total / seconds:8.1f} tokens/s  {speed:6.1f} GFLOP/s  {share:.2f} of best"
+        )
     ratio = statistics.median(b / a for a, b in pairs)
     mm, dnn = (statistics.median(rates) / 1e9 for rates in zip(*peaks, strict=True))
     print(f"  best float32 product: torch.mm {mm:.1f}, oneDNN {dnn:.1f} GFLOP/s")

@@ -16,13 +16,17 @@ MLP_RATIO = 8 / 3
 NUM_LAYER = 32
 VOCAB_SIZE = 103168
 
-MODEL_ONLY_FOLDER = "local:llm_ckpts/xxxx"  # weights to start from; used with auto_resume=False
+MODEL_ONLY_FOLDER = (
+    "local:llm_ckpts/xxxx"  # weights to start from; used with auto_resume=False
+)
 SAVE_CKPT_FOLDER = "local:llm_ckpts"
 CHECKPOINT_EVERY = 50
 ckpt = dict(
     enable_save_ckpt=False,
     save_ckpt_folder=SAVE_CKPT_FOLDER,
-    load_ckpt_info=dict(path=MODEL_ONLY_FOLDER, content=("model",), ckpt_type="internevo"),
+    load_ckpt_info=dict(
+        path=MODEL_ONLY_FOLDER, content=("model",), ckpt_type="internevo"
+    ),
     auto_resume=True,  # resume from the newest checkpoint in save_ckpt_folder, if there is one
     checkpoint_every=CHECKPOINT_EVERY,
     async_upload=True,  # remote folders only
@@ -86,7 +90,9 @@ lr_scheduler = dict(
     last_epoch=-1,
 )
 
-beta2_scheduler = dict(init_beta2=adam["adam_beta2"], c=adam["adam_beta2_c"], cur_iter=-1)
+beta2_scheduler = dict(
+    init_beta2=adam["adam_beta2"], c=adam["adam_beta2_c"], cur_iter=-1
+)
 
 use_fp32_norm = False
 model = dict(

@@ -53,5 +53,8 @@ ckpt = dict(
 )
 
 parallel = dict(
-    zero1=dict(size=-1), tensor=dict(size=1, mode="mtp"), pipeline=dict(size=1), weight=dict(size=1)
+    zero1=dict(size=-1),
+    tensor=dict(size=1, mode="mtp"),
+    pipeline=dict(size=1),
+    weight=dict(size=1),
 )

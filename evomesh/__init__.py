@@ -1,10 +1,12 @@
 """evomesh trains decoder language models, from one laptop CPU to a thousand GPUs.
 
-The names below are the public API: whatever is imported from deeper inside may move between releases. A name is
-imported when it is first used, so ``import evomesh`` loads neither torch nor anything else.
+The names below are the public API: whatever is imported from deeper inside may move
+between releases. A name is imported when it is first used, so ``import evomesh`` loads
+neither torch nor anything else.
 
-No public name is that of a subpackage: ``evomesh.train`` and ``evomesh.generate`` become those packages once anything
-imports them, and would hide a function of the same name. Hence ``run_training`` and ``generate_tokens``.
+No public name is that of a subpackage: ``evomesh.train`` and ``evomesh.generate``
+become those packages once anything imports them, and would hide a function of the same
+name. Hence ``run_training`` and ``generate_tokens``.
 """
 
 from importlib import import_module
@@ -49,7 +51,8 @@ _HOMES = {
     "LanguageModel": "evomesh.models.language_model",
 }
 
-# Type checkers and editors read a literal list and plain imports; tests/unit/test_public_api.py compares all three.
+# Type checkers and editors read a literal list and plain imports;
+# tests/unit/test_public_api.py compares all three.
 __all__ = [
     "Attention", "AttentionFunction", "ConfigError", "Embedding", "FeedForward", "GenerationEngine", "InitialWeight",
     "LanguageModel", "LoadedConfig", "LoadedModel", "LossOutput", "ModelConfig", "Norm", "Placement",

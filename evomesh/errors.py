@@ -1,13 +1,15 @@
 """The one exception type that a user is meant to read.
 
-It is below every other package, so that each of them can refuse bad input in the same form.
+It is below every other package, so that each of them can refuse bad input in the same
+form.
 """
 
 from __future__ import annotations
 
 from unicodedata import category
 
-# Unicode categories that act on a terminal or cannot be encoded: controls, marks of direction, surrogates, line ends.
+# Unicode categories that act on a terminal or cannot be encoded: controls, marks of
+# direction, surrogates, line ends.
 ACTING = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 EXIT_BUG = 1  # a traceback
@@ -20,15 +22,19 @@ EXIT_INTERRUPTED = 130  # Ctrl-C: 128 + SIGINT
 def printable(text: str, keep: str = "\n\t") -> str:
     r"""Return text that is safe to print: what a terminal would act on becomes an escape such as ``\x1b``.
 
-    File names, records and answers of a server are written by others. Escape codes in them could clear a screen, fake
-    a line of the log or turn the direction of the text; a lone surrogate cannot be encoded at all.
+    File names, records and answers of a server are written by others. Escape codes in
+    them could clear a screen, fake a line of the log or turn the direction of the text;
+    a lone surrogate cannot be encoded at all.
 
     Args:
         keep: control characters that stay; "" for a name, which has no line breaks.
     """
     if text.isascii() and text.isprintable():
         return text
-    return "".join(char if char in keep or category(char) not in ACTING else _escaped(char) for char in text)
+    return "".join(
+        char if char in keep or category(char) not in ACTING else _escaped(char)
+        for char in text
+    )
 
 
 def _escaped(char: str) -> str:
@@ -38,7 +44,8 @@ def _escaped(char: str) -> str:
 class UserError(Exception):
     """Input that cannot be used: what was found, where, what was expected and how to fix it.
 
-    The command line prints ``str(error)`` without a traceback and exits with ``exit_code``.
+    The command line prints ``str(error)`` without a traceback and exits with
+    ``exit_code``.
 
     Args:
         found: what is wrong, in one sentence, with the offending value.
@@ -89,4 +96,7 @@ class ConfigError(UserError):
     def __init__(self, problems: list[UserError], path: str = "") -> None:
         self.problems = problems
         count = f"{len(problems)} problem" + ("s" if len(problems) != 1 else "")
-        super().__init__("\n".join([f"{count} in the config"] + [p.render() for p in problems]), where=path)
+        super().__init__(
+            "\n".join([f"{count} in the config"] + [p.render() for p in problems]),
+            where=path,
+        )

@@ -1,8 +1,8 @@
 """Errors whose cause is outside the code, as messages: files, disks, memory, limits, encodings.
 
-Code that opens a file knows best what it was for, and raises its own ``UserError``. ``as_user_error``
-is the last net, under every command: whatever the system refused becomes a message, and a traceback remains the mark
-of a bug.
+Code that opens a file knows best what it was for, and raises its own ``UserError``.
+``as_user_error`` is the last net, under every command: whatever the system refused
+becomes a message, and a traceback remains the mark of a bug.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ _NETWORK = (
 _NOT_READABLE = (errno.EACCES, errno.EPERM)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
-_CPU_ALLOCATOR = re.compile(r"(?:not enough|can't allocate) memory: you tried to allocate (\d+) bytes")
+_CPU_ALLOCATOR = re.compile(
+    r"(?:not enough|can't allocate) memory: you tried to allocate (\d+) bytes"
+)
 
 
 def as_user_error(error: BaseException) -> UserError | None:
@@ -82,17 +84,19 @@ def _fix(number: int | None) -> str:
         return "choose a folder on a file system that is mounted for writing"
     if number in _TOO_MANY_FILES:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        return (
-            f"raise the limit of open files (now {soft}, hard limit {hard}): ulimit -n 65536, or limits.conf"
-        )
+        return f"raise the limit of open files (now {soft}, hard limit {hard}): ulimit -n 65536, or limits.conf"
     if number in _NETWORK:
-        return "rerun the same command once the network or the file system answers again"
+        return (
+            "rerun the same command once the network or the file system answers again"
+        )
     return ""
 
 
 def _out_of_memory(error: BaseException) -> UserError:
     wanted = _CPU_ALLOCATOR.search(str(error))
-    detail = str(error).partition("\n")[0]  # CUDA's own sentence has all its numbers, and so has NumPy's
+    detail = str(error).partition("\n")[
+        0
+    ]  # CUDA's own sentence has all its numbers, and so has NumPy's
     if wanted is not None:
         detail = f"{gigabytes(int(wanted[1]))} were asked for"
     found = f"out of memory: {detail}" if detail else "out of memory"
@@ -110,8 +114,12 @@ def _memory_of_the_machine() -> str:
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             rows = dict(line.split(":", 1) for line in file)
-        available, total = (1024 * int(rows[name].split()[0]) for name in ("MemAvailable", "MemTotal"))
-        words.append(f"{gigabytes(available)} of {gigabytes(total)} are free on this machine")
+        available, total = (
+            1024 * int(rows[name].split()[0]) for name in ("MemAvailable", "MemTotal")
+        )
+        words.append(
+            f"{gigabytes(available)} of {gigabytes(total)} are free on this machine"
+        )
     except (OSError, ValueError, KeyError):
         words.append("the machine does not report its memory")
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)

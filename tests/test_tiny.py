@@ -42,11 +42,15 @@ def write_inputs(folder: Path) -> None:
     folder.mkdir()
     words = ["<unk>", "<s>", "</s>", *DIGITS]
     tokenizer = Tokenizer(
-        models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>")
+        models.WordLevel(
+            {word: number for number, word in enumerate(words)}, unk_token="<unk>"
+        )
     )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))
-    lines = [" ".join(DIGITS[(start + i) % 10] for i in range(40)) for start in range(10)] * 20
+    lines = [
+        " ".join(DIGITS[(start + i) % 10] for i in range(40)) for start in range(10)
+    ] * 20
     (folder / "counting.txt").write_text("\n".join(lines) + "\n")
     (folder / "config.py").write_text(CONFIG)
 
@@ -64,7 +68,9 @@ class Commands:
 
     def train_and_kill(self) -> None:
         """Start a training run and kill it with SIGKILL when step ``KILL_AFTER`` was logged."""
-        running = self.interpreter.start(["evomesh", "train", "config.py"], cwd=self.folder)
+        running = self.interpreter.start(
+            ["evomesh", "train", "config.py"], cwd=self.folder
+        )
         running.wait_for(KILL_AFTER)
         running.signal(signal.SIGKILL)
         running.wait()
@@ -80,12 +86,21 @@ class Commands:
 
 
 @pytest.fixture(scope="module")
-def prepared(interpreter: Interpreter, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prepared(
+    interpreter: Interpreter, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A folder with a token file made by ``evomesh tokenize``."""
     folder = tmp_path_factory.mktemp("tiny") / "run"
     write_inputs(folder)
     run = Commands(interpreter, folder)
-    run("tokenize", "counting.txt", "--output", "data/en/counting.bin", "--tokenizer", "tokenizer.json")
+    run(
+        "tokenize",
+        "counting.txt",
+        "--output",
+        "data/en/counting.bin",
+        "--tokenizer",
+        "tokenizer.json",
+    )
     return folder
 
 
@@ -102,7 +117,9 @@ def copy_inputs(source: Path, target: Path) -> Path:
     return target
 
 
-def test_a_killed_run_resumes_to_the_bit(interpreter: Interpreter, trained: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_to_the_bit(
+    interpreter: Interpreter, trained: Path, tmp_path: Path
+) -> None:
     folder = copy_inputs(trained, tmp_path / "killed")
     run = Commands(interpreter, folder)
     run.train_and_kill()
@@ -122,18 +139,33 @@ def test_two_tensor_parallel_ranks_continue_what_one_process_began(
     Commands(interpreter, trained)(
         "ckpt", "reshard", "ckpts", str(two / "ckpts"), "--gpus", "2", "--tensor", "2"
     )
-    Commands(interpreter, two).train_on_two_ranks("config.py", *longer, "--set", "parallel.tensor.size=2")
+    Commands(interpreter, two).train_on_two_ranks(
+        "config.py", *longer, "--set", "parallel.tensor.size=2"
+    )
     assert list(losses(two)) == [STEPS, STEPS + 1, STEPS + 2]
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
 
 
-def test_the_model_counts_and_so_does_its_export(interpreter: Interpreter, trained: Path) -> None:
+def test_the_model_counts_and_so_does_its_export(
+    interpreter: Interpreter, trained: Path
+) -> None:
     run = Commands(interpreter, trained)
-    answer = run("generate", "--ckpt", "ckpts", "--prompt", "3 4 5", "--max-new-tokens", "5")
+    answer = run(
+        "generate", "--ckpt", "ckpts", "--prompt", "3 4 5", "--max-new-tokens", "5"
+    )
     assert answer.split()[-5:] == ["6", "7", "8", "9", "0"]
     run("convert", "to-hf", "ckpts", "exported")
     exported = AutoModelForCausalLM.from_pretrained(trained / "exported")
     tokenizer = Tokenizer.from_file(str(trained / "exported/tokenizer.json"))
     prompt = torch.tensor([tokenizer.encode("3 4 5").ids])
     completion = exported.generate(prompt, max_new_tokens=5, do_sample=False)[0]
-    assert tokenizer.decode(completion.tolist()).split() == ["3", "4", "5", "6", "7", "8", "9", "0"]
+    assert tokenizer.decode(completion.tolist()).split() == [
+        "3",
+        "4",
+        "5",
+        "6",
+        "7",
+        "8",
+        "9",
+        "0",
+    ]

@@ -19,15 +19,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("dataset_path", help="JSON list of records with instruction, input and output")
+    parser.add_argument(
+        "dataset_path", help="JSON list of records with instruction, input and output"
+    )
     parser.add_argument("output_path", help="folder to write into")
     parser.add_argument("tokenizer_path", help="sentencepiece .model or tokenizer.json")
     parser.add_argument(
-        "--split_ratio", type=float, default=0.1, help="share of the records held out for validation"
+        "--split_ratio",
+        type=float,
+        default=0.1,
+        help="share of the records held out for validation",
     )
     options = parser.parse_args()
     chat = ChatOptions("alpaca", "internlm", split_ratio=options.split_ratio)
-    tokenize_conversations([options.dataset_path], options.output_path, options.tokenizer_path, chat)
+    tokenize_conversations(
+        [options.dataset_path], options.output_path, options.tokenizer_path, chat
+    )
 
 
 if __name__ == "__main__":

@@ -33,29 +33,46 @@ Any key that is not in this table is an error that names the nearest one, except
 `evomesh config show CONFIG --explain KEY` prints what a key does, its type, its default and where its value comes from.
 
 """
-WORDS = {"effect": "effect", "warning": "warning", "refusal": "**refused**", "later": "*later*"}
+WORDS = {
+    "effect": "effect",
+    "warning": "warning",
+    "refusal": "**refused**",
+    "later": "*later*",
+}
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = [head, tuple("---" for _ in head), *rows]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+    return "".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n"
+        for line in lines
+    )
 
 
 def held_by(promise: Promise) -> str:
     """Return the files of the tests that are marked with the promise."""
     if promise.issue:
         return f"off until issue {promise.issue}"
-    files = {test.partition("::")[0]: None for test in covered()[f"promise:{promise.name}"]}
+    files = {
+        test.partition("::")[0]: None for test in covered()[f"promise:{promise.name}"]
+    }
     return ", ".join(f"`{file}`" for file in files)
 
 
 def page() -> str:
-    keys = [(f"`{r.key}`", f"`{r.example!r}`", WORDS[r.outcome], describe(r.key)) for r in ROWS]
-    promises = [(promise.source, promise.words, held_by(promise)) for promise in PROMISES]
+    keys = [
+        (f"`{r.key}`", f"`{r.example!r}`", WORDS[r.outcome], describe(r.key))
+        for r in ROWS
+    ]
+    promises = [
+        (promise.source, promise.words, held_by(promise)) for promise in PROMISES
+    ]
     kept = sum(not promise.issue for promise in PROMISES)
     return (
         HEAD
-        + table(("key", "for example", "here", "what it does, or why it does nothing"), keys)
+        + table(
+            ("key", "for example", "here", "what it does, or why it does nothing"), keys
+        )
         + "\n## Promises of InternEvo\n\n"
         + f"{kept} of {len(PROMISES)} are kept; the table is in `tests/contract/promises.py`.\n\n"
         + table(("source", "promise", "tests"), promises)

@@ -109,20 +109,34 @@ def main() -> None:
     # The folder is complete if it has the hash of this program and of the text that it would be made from.
     documents = list(read_documents())
     all_text = "".join(document.text for document in documents)
-    source_hash = hashlib.sha256(Path(__file__).read_bytes() + all_text.encode()).hexdigest()
+    source_hash = hashlib.sha256(
+        Path(__file__).read_bytes() + all_text.encode()
+    ).hexdigest()
     hash_file = folder / "source.sha256"
     if hash_file.exists() and hash_file.read_text() == source_hash:
         print(f"{folder}: already made from the same text")
         return
 
-    print(f"{folder}: {len(documents)} documents, {len(all_text) / 1e6:.1f} million characters")
+    print(
+        f"{folder}: {len(documents)} documents, {len(all_text) / 1e6:.1f} million characters"
+    )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = folder / "tokenizer.json"
-    train_tokenizer([document.text for document in documents if not document.is_held_out], tokenizer)
+    train_tokenizer(
+        [document.text for document in documents if not document.is_held_out], tokenizer
+    )
     print(f"{tokenizer}: byte-level BPE of {VOCAB_SIZE} tokens")
     for raw in write_raw(folder, documents):
         output = folder / raw.parent.name / raw.stem / "stdlib.bin"
-        command = [sys.executable, "-m", "evomesh", "tokenize", str(raw), "--output", str(output)]
+        command = [
+            sys.executable,
+            "-m",
+            "evomesh",
+            "tokenize",
+            str(raw),
+            "--output",
+            str(output),
+        ]
         subprocess.run([*command, "--tokenizer", str(tokenizer), "--eos"], check=True)
     hash_file.write_text(source_hash)
 

@@ -26,7 +26,15 @@ from evomesh.data.build import ValidationSet, build_train_data, build_valid_data
 
 CONFIG = "configs/demo.py"
 CHECKPOINTS = "llm_ckpts/demo"
-BIGRAM_WEIGHTS = (1, 3, 10, 30, 100, 300, 1000)  # tried for the interpolation with the unigram
+BIGRAM_WEIGHTS = (
+    1,
+    3,
+    10,
+    30,
+    100,
+    300,
+    1000,
+)  # tried for the interpolation with the unigram
 
 
 class TokenPairs(NamedTuple):
@@ -67,7 +75,9 @@ class CountModels:
         counts = np.bincount(pairs.following, minlength=vocab_size) + 1
         self.unigram = counts / counts.sum()
         self.context_counts = np.bincount(pairs.previous, minlength=vocab_size)
-        self.pair_ids, self.pair_counts = np.unique(self._ids(pairs), return_counts=True)
+        self.pair_ids, self.pair_counts = np.unique(
+            self._ids(pairs), return_counts=True
+        )
 
     def _ids(self, pairs: TokenPairs) -> np.ndarray:
         """Return one number for each pair."""
@@ -125,13 +135,27 @@ def main() -> None:
     first = steps[0]["loss"]
     last = float(np.mean([row["loss"] for row in steps[-20:]]))
     console = Console()
-    console.print(f"training loss: {first:.3f} at step 0, {last:.3f} over the last 20 of {len(steps)} steps")
+    console.print(
+        f"training loss: {first:.3f} at step 0, {last:.3f} over the last 20 of {len(steps)} steps"
+    )
     console.print(table)
     if last >= first / 2 or not is_best:
         sys.exit("the demo did not learn as much as it should: see the table")
     prompt = 'def read_file(path):\n    """'
-    command = [sys.executable, "-m", "evomesh", "generate", "--ckpt", CHECKPOINTS, "--prompt", prompt]
-    subprocess.run([*command, "--max-new-tokens", "80", "--temperature", "0.5", "--seed", "1"], check=True)
+    command = [
+        sys.executable,
+        "-m",
+        "evomesh",
+        "generate",
+        "--ckpt",
+        CHECKPOINTS,
+        "--prompt",
+        prompt,
+    ]
+    subprocess.run(
+        [*command, "--max-new-tokens", "80", "--temperature", "0.5", "--seed", "1"],
+        check=True,
+    )
 
 
 if __name__ == "__main__":

@@ -17,31 +17,46 @@ from evomesh.data.tokenizer import load_tokenizer
 from evomesh.errors import UserError
 
 # Edit this to change the default model. InternEvo's repository has had it under either name.
-TOKENIZER_PATHS = (Path(__file__).parent / "V7_sft.model", Path(__file__).parent / "tokenizer_internlm.model")
+TOKENIZER_PATHS = (
+    Path(__file__).parent / "V7_sft.model",
+    Path(__file__).parent / "tokenizer_internlm.model",
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--text_input_path", required=True, help="a .txt, .json or .jsonl file")
+    parser.add_argument(
+        "--text_input_path", required=True, help="a .txt, .json or .jsonl file"
+    )
     parser.add_argument("--bin_output_path", required=True, help="the .bin to write")
     parser.add_argument(
-        "--tokenizer_path", help="sentencepiece .model or tokenizer.json (default: tools/V7_sft.model)"
+        "--tokenizer_path",
+        help="sentencepiece .model or tokenizer.json (default: tools/V7_sft.model)",
     )
     options = parser.parse_args()
-    tokenizer = load_tokenizer(options.tokenizer_path or default_tokenizer(), "--tokenizer_path")
+    tokenizer = load_tokenizer(
+        options.tokenizer_path or default_tokenizer(), "--tokenizer_path"
+    )
     files = find_source_files([options.text_input_path])
     fingerprint = tokenize_files(
-        files, options.bin_output_path, tokenizer, TextOptions(raw_lines=True, bos=False, eos=False)
+        files,
+        options.bin_output_path,
+        tokenizer,
+        TextOptions(raw_lines=True, bos=False, eos=False),
     )
     if any(file.format in ("json", "jsonl") for file in files):
         print(
             "Note: lines of json and jsonl were encoded whole, JSON syntax included, as InternEvo's tool does;"
         )
         print("      `evomesh tokenize` encodes the text field alone")
-    print(f"Successfully converted {options.text_input_path} to {options.bin_output_path}")
-    print(f"Successfully generated {options.bin_output_path}.meta ({fingerprint['documents']} documents)")
+    print(
+        f"Successfully converted {options.text_input_path} to {options.bin_output_path}"
+    )
+    print(
+        f"Successfully generated {options.bin_output_path}.meta ({fingerprint['documents']} documents)"
+    )
 
 
 def default_tokenizer() -> Path:

@@ -5,13 +5,22 @@ Hardware:  8 GPUs of 80 GiB
 Expect:    weights of internlm/internlm2-7b; docs/xtuner.md says what each key becomes
 """
 
-from mmengine.hooks import CheckpointHook, DistSamplerSeedHook, IterTimerHook, LoggerHook, ParamSchedulerHook
+from mmengine.hooks import (
+    CheckpointHook,
+    DistSamplerSeedHook,
+    IterTimerHook,
+    LoggerHook,
+    ParamSchedulerHook,
+)
 from mmengine.optim import AmpOptimWrapper, CosineAnnealingLR, LinearLR
 from torch.optim import AdamW
 from torch.utils.data import BatchSampler
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from xtuner.dataset.collate_fns import default_collate_fn
-from xtuner.dataset.intern_repo import build_packed_dataset, load_intern_repo_tokenized_dataset
+from xtuner.dataset.intern_repo import (
+    build_packed_dataset,
+    load_intern_repo_tokenized_dataset,
+)
 from xtuner.dataset.samplers import InternRepoSampler
 from xtuner.engine.hooks import (
     DatasetInfoHook,
@@ -25,7 +34,9 @@ from xtuner.utils import PROMPT_TEMPLATE
 
 # PART 1: settings
 # Model
-pretrained_model_name_or_path = "internlm/internlm2-7b"  # a hub id in the local cache, or a folder
+pretrained_model_name_or_path = (
+    "internlm/internlm2-7b"  # a hub id in the local cache, or a folder
+)
 use_varlen_attn = True  # attention stays inside a document
 
 # Data
@@ -59,7 +70,10 @@ save_total_limit = 2  # -1: all
 # Prompts
 evaluation_freq = 500
 SYSTEM = ""
-evaluation_inputs = ["请给我介绍五个上海的景点", "Please tell me five scenic spots in Shanghai"]
+evaluation_inputs = [
+    "请给我介绍五个上海的景点",
+    "Please tell me five scenic spots in Shanghai",
+]
 
 # PART 2: model and tokenizer
 tokenizer = dict(
@@ -148,7 +162,10 @@ default_hooks = dict(
     logger=dict(type=LoggerHook, log_metric_by_epoch=False, interval=1),
     param_scheduler=dict(type=ParamSchedulerHook),
     checkpoint=dict(
-        type=CheckpointHook, by_epoch=False, interval=save_steps, max_keep_ckpts=save_total_limit
+        type=CheckpointHook,
+        by_epoch=False,
+        interval=save_steps,
+        max_keep_ckpts=save_total_limit,
     ),
     sampler_seed=dict(type=DistSamplerSeedHook),
 )

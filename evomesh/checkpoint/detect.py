@@ -26,7 +26,12 @@ CONVERSIONS = {
 }
 PATTERNS: Sequence[tuple[str, re.Pattern[str]]] = (
     ("internevo", re.compile(r"^model_(tp|wp|pp|moe)[a-z0-9_]*\.pt$")),
-    ("deepspeed", re.compile(r"^(mp_rank_|(bf16_)?zero_pp_rank_)[a-z0-9_]*_(model|optim)_states\.pt$")),
+    (
+        "deepspeed",
+        re.compile(
+            r"^(mp_rank_|(bf16_)?zero_pp_rank_)[a-z0-9_]*_(model|optim)_states\.pt$"
+        ),
+    ),
     ("dcp", re.compile(r"^(\.metadata|__\d+_\d+\.distcp)$")),
     ("hf", re.compile(r"^(model|pytorch_model).*\.(safetensors|bin)(\.index\.json)?$")),
     ("llama", re.compile(r"^consolidated\.\d+\.(pth|pt|safetensors)$")),
@@ -51,14 +56,17 @@ INTERNEVO = dict(PATTERNS)["internevo"]
 def internevo_steps(storage: Storage, root: str) -> list[int]:
     """Return the steps of InternEvo's checkpoints in a save folder (``root/50/model_tp0_pp0.pt``), newest first.
 
-    The folders ``snapshot/0`` and ``snapshot/1``, whose steps only their content tells, are not among them.
+    The folders ``snapshot/0`` and ``snapshot/1``, whose steps only their content tells,
+    are not among them.
     """
     numbers = [name.rstrip("/") for name in storage.list(root) if name.endswith("/")]
     return sorted(
         (
             int(number)
             for number in numbers
-            if number.isascii() and number.isdigit() and _is_internevo(storage, join(root, number))
+            if number.isascii()
+            and number.isdigit()
+            and _is_internevo(storage, join(root, number))
         ),
         reverse=True,
     )

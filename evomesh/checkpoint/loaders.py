@@ -1,7 +1,8 @@
 """Loaders of foreign weights by ``ckpt_type``: a registry to which users add custom ones.
 
-A loader takes the path from the config and the run's model section. It yields tensors under the global names of
-evomesh, in memory or lazy; ``fill`` copies what this rank holds of each and refuses names of no parameter.
+A loader takes the path from the config and the run's model section. It yields tensors
+under the global names of evomesh, in memory or lazy; ``fill`` copies what this rank
+holds of each and refuses names of no parameter.
 
     from evomesh import register_loader
 
@@ -21,11 +22,19 @@ from torch import Tensor
 
 from evomesh.checkpoint.hub_cache import local_folder
 from evomesh.checkpoint.huggingface.load import load_huggingface, load_llama
-from evomesh.checkpoint.internevo.model import HeadCounts, read_model, read_model_section
+from evomesh.checkpoint.internevo.model import (
+    HeadCounts,
+    read_model,
+    read_model_section,
+)
 from evomesh.checkpoint.internevo.optimizer import read_counters, read_optimizer
 from evomesh.checkpoint.native.boxes import Box, Coordinates
 from evomesh.checkpoint.native.plan import LocalTensor
-from evomesh.checkpoint.native.read import refuse_differing, refuse_missing, refuse_unwanted
+from evomesh.checkpoint.native.read import (
+    refuse_differing,
+    refuse_missing,
+    refuse_unwanted,
+)
 
 
 class LazyTensor(Protocol):
@@ -103,7 +112,12 @@ def _head_counts(folder: str, config: dict[str, Any]) -> HeadCounts:
 
 
 checkpoint_loaders = LoaderRegistry(
-    {"internevo": load_internevo, "hf": load_huggingface, "hf_llama": load_huggingface, "llama": load_llama}
+    {
+        "internevo": load_internevo,
+        "hf": load_huggingface,
+        "hf_llama": load_huggingface,
+        "llama": load_llama,
+    }
 )
 
 

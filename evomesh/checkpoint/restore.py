@@ -28,7 +28,9 @@ from evomesh.parallel.grid import Grid
 
 logger = logging.getLogger(__name__)
 
-FINGERPRINT_ELEMENTS = 256  # of each parameter, hashed into the fingerprint of a Hugging Face folder
+FINGERPRINT_ELEMENTS = (
+    256  # of each parameter, hashed into the fingerprint of a Hugging Face folder
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,11 @@ class LoadedModel(RestoredModel):
 
 
 def load_model(
-    path: str, device: torch.device | str = "cpu", *, tokenizer: str | None = None, template: str = "none"
+    path: str,
+    device: torch.device | str = "cpu",
+    *,
+    tokenizer: str | None = None,
+    template: str = "none",
 ) -> LoadedModel:
     """Restore the model at ``path`` and load the tokenizer and the chat template that go with it.
 
@@ -83,7 +89,9 @@ def load_model(
     tokenizer_path = tokenizer or config.data.tokenizer_path
     if tokenizer_path is None:
         raise UserError(
-            "the checkpoint's config names no tokenizer", where=path, fix="pass one with --tokenizer PATH"
+            "the checkpoint's config names no tokenizer",
+            where=path,
+            fix="pass one with --tokenizer PATH",
         )
     loaded = load_tokenizer(tokenizer_path)
     check_tokenizer_fits(loaded, config.model.vocab_size)
@@ -95,11 +103,15 @@ def load_model(
         restored.fingerprint,
         tokenizer=loaded,
         template=chosen,
-        eos_ids=end_of_answer_ids(loaded, config.generation, config.model.vocab_size, chosen),
+        eos_ids=end_of_answer_ids(
+            loaded, config.generation, config.model.vocab_size, chosen
+        ),
     )
 
 
-def restore_model(path: str, device: torch.device | str = "cpu", verify: bool = True) -> RestoredModel:
+def restore_model(
+    path: str, device: torch.device | str = "cpu", verify: bool = True
+) -> RestoredModel:
     """Build the model at ``path`` and read its weights; optimizer state is not read.
 
     Args:
@@ -126,22 +138,37 @@ def restore_model(path: str, device: torch.device | str = "cpu", verify: bool = 
     model = _build_uncompiled(config.model, device)
     reader.load(found, dict(model.named_parameters()), strict=False)
     source = f"step {found.step} of {path}"
-    return RestoredModel(model.eval(), config, source, f"{found.step}-{found.attempt[:12]}")
+    return RestoredModel(
+        model.eval(), config, source, f"{found.step}-{found.attempt[:12]}"
+    )
 
 
 def _restore_hf(folder: HfFolder, device: torch.device | str) -> RestoredModel:
     config, weights = read_folder(folder, None, logger.info)
-    config = config.model_copy(update={"run": RunConfig(job_name=PurePosixPath(folder.path).name)})
+    config = config.model_copy(
+        update={"run": RunConfig(job_name=PurePosixPath(folder.path).name)}
+    )
     model = _build_uncompiled(config.model, device)
-    fill(describe(dict(model.named_parameters()), Grid()), iter(weights.items()), folder.path)
-    return RestoredModel(model.eval(), config, folder.path, f"hf-{_hash_of_weights(model)}")
+    fill(
+        describe(dict(model.named_parameters()), Grid()),
+        iter(weights.items()),
+        folder.path,
+    )
+    return RestoredModel(
+        model.eval(), config, folder.path, f"hf-{_hash_of_weights(model)}"
+    )
 
 
 def _hash_of_weights(model: LanguageModel) -> str:
     """Return a hash of the first elements of every parameter: any training step changes some of them."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        start = parameter.detach().flatten()[:FINGERPRINT_ELEMENTS].contiguous().view(torch.uint8)
+        start = (
+            parameter.detach()
+            .flatten()[:FINGERPRINT_ELEMENTS]
+            .contiguous()
+            .view(torch.uint8)
+        )
         digest.update(name.encode() + bytes(start.cpu().numpy()))
     return digest.hexdigest()[:12]
 

@@ -69,6 +69,13 @@ class StartPoint:
         """True if it continues a run: counters, data position, schedules and random streams too."""
         return self.content == EVERYTHING
 
+    @property
+    def resumed_step(self) -> int | None:
+        """The finished steps of the run that it continues, if it continues one."""
+        if self.checkpoint is None or not self.resumes:
+            return None
+        return self.checkpoint.step
+
     def wants(self, part: str) -> bool:
         return part in self.content
 
@@ -81,10 +88,11 @@ def decide(
 ) -> StartPoint:
     """Choose what to start from by InternEvo's rules.
 
-    With ``auto_resume`` (the default): the newest checkpoint in the save folder that verifies, even if saving is off;
-    if there is none, the newest of InternEvo's there, else from scratch; ``load_ckpt_info`` is ignored unless it is a
-    fallback, which is used instead of starting from scratch. Without ``auto_resume``: ``load_ckpt_info``, which must
-    exist, or nothing.
+    With ``auto_resume`` (the default): the newest checkpoint in the save folder that
+    verifies, even if saving is off; if there is none, the newest of InternEvo's there,
+    else from scratch; ``load_ckpt_info`` is ignored unless it is a fallback, which is
+    used instead of starting from scratch. Without ``auto_resume``: ``load_ckpt_info``,
+    which must exist, or nothing.
 
     Args:
         folder: save folder, None if the config names none.
@@ -96,32 +104,41 @@ def decide(
     info = config.load_ckpt_info
     if not config.auto_resume:
         if info is None:
-            return StartPoint("starting from scratch: auto_resume=False and no load_ckpt_info")
+            return StartPoint(
+                "starting from scratch: auto_resume=False and no load_ckpt_info"
+            )
         return _from_load_info(info, reader)
     note = ""
     if info is not None and not info.fallback:
-        note = (
-            f" since auto_resume=True; load_ckpt_info ({info.path}) IGNORED: set auto_resume=False to use it"
-        )
+        note = f" since auto_resume=True; load_ckpt_info ({info.path}) IGNORED: set auto_resume=False to use it"
     resumed = _newest_in(folder, reader, note, check) if folder is not None else None
     if resumed is not None:
         return resumed
     if info is not None and info.fallback:
         return _from_load_info(info, reader)
     if folder is None:
-        return StartPoint(f"starting from scratch: no save_ckpt_folder to resume from{note}")
+        return StartPoint(
+            f"starting from scratch: no save_ckpt_folder to resume from{note}"
+        )
     return StartPoint(f"starting from scratch: no checkpoint in {folder.root}{note}")
 
 
 def _newest_in(
-    folder: SaveFolder, reader: CheckpointReader, note: str, check: Callable[[Checkpoint], None] | None
+    folder: SaveFolder,
+    reader: CheckpointReader,
+    note: str,
+    check: Callable[[Checkpoint], None] | None,
 ) -> StartPoint | None:
     """Return the newest checkpoint of a save folder to resume from, evomesh's or InternEvo's; None without any."""
     checkpoint = reader.newest(folder, check=check)
     if checkpoint is None:
-        return run_on_all_ranks(reader.exchange, lambda: _newest_of_internevo(folder, note))
+        return run_on_all_ranks(
+            reader.exchange, lambda: _newest_of_internevo(folder, note)
+        )
     require_optimizer(checkpoint, EVERYTHING)
-    reason = f"resuming step {checkpoint.step} from {checkpoint.folder} (auto_resume){note}"
+    reason = (
+        f"resuming step {checkpoint.step} from {checkpoint.folder} (auto_resume){note}"
+    )
     return StartPoint(reason, checkpoint, content=EVERYTHING)
 
 
@@ -138,7 +155,11 @@ def _newest_of_internevo(folder: SaveFolder, note: str) -> StartPoint | None:
         return None
     newest = join(folder.root, str(steps[0])) if steps else snapshots[-1]
     if not steps or folder.storage.remote:
-        found = f"InternEvo's checkpoint {newest}" if steps else "snapshots of InternEvo and no checkpoint"
+        found = (
+            f"InternEvo's checkpoint {newest}"
+            if steps
+            else "snapshots of InternEvo and no checkpoint"
+        )
         raise CheckpointError(
             f"the save folder holds {found}, which auto_resume cannot read",
             where=folder.root,
@@ -146,7 +167,9 @@ def _newest_of_internevo(folder: SaveFolder, note: str) -> StartPoint | None:
             fix=f"start from it: auto_resume=False, {_load_info_for(newest)} (a folder in a store must be copied to "
             "a disk first); or set another save_ckpt_folder to start from scratch",
         )
-    missing = sorted({"context.pt", "sampler.pt", "schedulder.pt"} - set(folder.storage.list(newest)))
+    missing = sorted(
+        {"context.pt", "sampler.pt", "schedulder.pt"} - set(folder.storage.list(newest))
+    )
     if missing:
         raise CheckpointError(
             f"InternEvo's newest checkpoint has no {', '.join(missing)}: it cannot resume a run",
@@ -156,7 +179,9 @@ def _newest_of_internevo(folder: SaveFolder, note: str) -> StartPoint | None:
             "resume from the one before it; or set another save_ckpt_folder to start from scratch",
         )
     reason = f"resuming InternEvo's checkpoint {newest} (auto_resume){note}"
-    return StartPoint(reason, path=f"local:{newest}", ckpt_type="internevo", content=EVERYTHING)
+    return StartPoint(
+        reason, path=f"local:{newest}", ckpt_type="internevo", content=EVERYTHING
+    )
 
 
 def _load_info_for(folder: str, content: str = "all") -> str:
@@ -166,8 +191,9 @@ def _load_info_for(folder: str, content: str = "all") -> str:
 def check_config(start: StartPoint, config: Config, reader: CheckpointReader) -> None:
     """Compare the config that a checkpoint was written with to the present one.
 
-    What changes the training is logged. What makes the same weights compute something else is refused for a run that
-    resumes, unless ``ckpt.allow_changed_model`` is set; one that starts from the weights logs it.
+    What changes the training is logged. What makes the same weights compute something
+    else is refused for a run that resumes, unless ``ckpt.allow_changed_model`` is set;
+    one that starts from the weights logs it.
 
     Raises:
         CheckpointError: naming each such key with both values.
@@ -189,18 +215,25 @@ def check_config(start: StartPoint, config: Config, reader: CheckpointReader) ->
     for difference in differences.function:
         logger.warning("the weights compute something else than before: %s", difference)
     if start.resumes:
-        for line in (*map(str, differences.training), *_changed_batch(start.checkpoint, config, reader)):
+        for line in (
+            *map(str, differences.training),
+            *_changed_batch(start.checkpoint, config, reader),
+        ):
             logger.warning("the training changes: %s", line)
 
 
-def _changed_batch(checkpoint: Checkpoint, config: Config, reader: CheckpointReader) -> list[str]:
+def _changed_batch(
+    checkpoint: Checkpoint, config: Config, reader: CheckpointReader
+) -> list[str]:
     """Return a line if a step has another number of packs because the number of data-parallel ranks changed."""
     before = checkpoint.record.layout.get("dp", 0)
     now = reader.grid.dp.size
     if before in (0, now):
         return []
     micro_num = config.data.micro_num
-    return [f"{before} data-parallel ranks in the checkpoint, {now} now: {now * micro_num} packs per step"]
+    return [
+        f"{before} data-parallel ranks in the checkpoint, {now} now: {now * micro_num} packs per step"
+    ]
 
 
 def parse_content(content: tuple[str, ...] | list[str] | str) -> frozenset[str]:
@@ -214,7 +247,9 @@ def parse_content(content: tuple[str, ...] | list[str] | str) -> frozenset[str]:
     unknown = sorted(parts - {*CONTENTS, "all"})
     if unknown or not parts:
         raise CheckpointError(
-            f"load_ckpt_info.content has {unknown[0]!r}" if unknown else "load_ckpt_info.content is empty",
+            f"load_ckpt_info.content has {unknown[0]!r}"
+            if unknown
+            else "load_ckpt_info.content is empty",
             expected=f"any of {', '.join(CONTENTS)}, or all",
         )
     return EVERYTHING if "all" in parts else frozenset(parts)
@@ -227,7 +262,9 @@ def _from_load_info(info: LoadConfig, reader: CheckpointReader) -> StartPoint:
     if kind in DETECTED_TYPES:
         hub = hub_model(info.path) if actual is None else ""
         if hub:
-            return _from_load_info(info.model_copy(update={"path": hub, "ckpt_type": "hf"}), reader)
+            return _from_load_info(
+                info.model_copy(update={"path": hub, "ckpt_type": "hf"}), reader
+            )
         if actual in (None, "evomesh"):
             return _from_native(info, reader, exists=actual is not None)
         if actual != "internevo":
@@ -238,7 +275,9 @@ def _from_load_info(info: LoadConfig, reader: CheckpointReader) -> StartPoint:
     return _from_foreign(info, kind)
 
 
-def _from_native(info: LoadConfig, reader: CheckpointReader, exists: bool) -> StartPoint:
+def _from_native(
+    info: LoadConfig, reader: CheckpointReader, exists: bool
+) -> StartPoint:
     if not exists:
         _refuse_absent(info, reader)
     content = parse_content(info.content)
@@ -286,7 +325,11 @@ def _refuse_absent(info: LoadConfig, reader: CheckpointReader) -> None:
         CheckpointError: always, unless a checkpoint has appeared in the meantime.
     """
     storage, folder = open_storage(info.path)
-    if split_url(info.path)[0] == "local" and not storage.list(folder) and folder.count("/") == 1:
+    if (
+        split_url(info.path)[0] == "local"
+        and not storage.list(folder)
+        and folder.count("/") == 1
+    ):
         local_folder(info.path)
     reader.resolve(info.path)
 
@@ -311,7 +354,9 @@ def require_optimizer(checkpoint: Checkpoint, content: frozenset[str]) -> None:
 def restart_line(folder: SaveFolder) -> str:
     """Return what a restart will resume from; for the end of a crashed run, so it asks no other rank."""
     try:
-        checkpoint = CheckpointReader(report=lambda line: None).newest(folder, verify="record")
+        checkpoint = CheckpointReader(report=lambda line: None).newest(
+            folder, verify="record"
+        )
     except (UserError, OSError) as error:
         return f"a restart finds no checkpoint to resume from: {error}"
     if checkpoint is None:
@@ -327,8 +372,9 @@ def restore(
 ) -> dict[str, Any]:
     """Load the tensors that ``start`` wants, in place, and return the stored state ({} without a source).
 
-    The caller applies the parts of the state that ``start.wants``. Master weights come from the checkpoint only with
-    both model and optimizer; otherwise the caller makes them again from the weights.
+    The caller applies the parts of the state that ``start.wants``. Master weights come
+    from the checkpoint only with both model and optimizer; otherwise the caller makes
+    them again from the weights.
 
     Args:
         tensors: all live tensors by global name, parameters and optimizer state.
@@ -346,7 +392,8 @@ def restore(
             chosen[name] = tensor
     if not chosen:
         return checkpoint.state
-    # With all tensors chosen, a stored one that is not among them is an error; else it is one that nobody wants.
+    # With all tensors chosen, a stored one that is not among them is an error; else it
+    # is one that nobody wants.
     is_complete = len(chosen) == len(tensors)
     return reader.load(checkpoint, chosen, strict=is_complete)
 
@@ -359,10 +406,15 @@ def _load_foreign(
 ) -> dict[str, Any]:
     loader = checkpoint_loaders.get(start.ckpt_type)
     assert loader is not None
-    chosen = {name: tensor for name, tensor in tensors.items() if _is_chosen(name, start.content)}
+    chosen = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if _is_chosen(name, start.content)
+    }
     local = describe(chosen, reader.grid)
 
-    # A tensor that this rank does not want may be one of another rank's: only those that nobody wants are unexpected.
+    # A tensor that this rank does not want may be one of another rank's: only those
+    # that nobody wants are unexpected.
     names_by_rank = reader.exchange.gather(list(local))
     names = reader.exchange.broadcast(names_by_rank)
     wanted_anywhere: set[str] = set().union(*names)
@@ -382,7 +434,10 @@ def _load_foreign(
 
 
 def _load_foreign_state(
-    start: StartPoint, states: Mapping[str, LocalTensor], model: dict[str, Any], wanted_anywhere: set[str]
+    start: StartPoint,
+    states: Mapping[str, LocalTensor],
+    model: dict[str, Any],
+    wanted_anywhere: set[str],
 ) -> dict[str, Any]:
     """Fill the optimizer's tensors if they are wanted, and return the stored counters and data position."""
     optimizer, state = load_internevo_state(
@@ -392,8 +447,13 @@ def _load_foreign_state(
         counters=start.wants("scheduler") or start.wants("sampler"),
     )
     if start.wants("optimizer"):
-        # A run that does not take the model makes its masters from its own weights, so those of the file are left out.
-        stored = {name: tensor for name, tensor in optimizer.items() if _is_chosen(name, start.content)}
+        # A run that does not take the model makes its masters from its own weights, so
+        # those of the file are left out.
+        stored = {
+            name: tensor
+            for name, tensor in optimizer.items()
+            if _is_chosen(name, start.content)
+        }
         fill(states, stored.items(), start.path, wanted_anywhere)
     return state
 

@@ -43,12 +43,24 @@ app.command("eval")(eval.evaluate)
 app.command("serve")(serve.serve)
 app.command("chat")(serve.chat)
 app.add_typer(config.app, name="config", help="Check, show, list and copy configs.")
-app.add_typer(tokenizer.app, name="tokenizer", help="Train, inspect and compare tokenizers.")
-app.add_typer(data.app, name="data", help="Inspect, verify and repair tokenized datasets.")
-app.add_typer(ckpt.app, name="ckpt", help="List, verify, compare, reshard and delete checkpoints.")
-app.add_typer(xtuner.app, name="xtuner", help="XTuner's commands: list-cfg, copy-cfg, train, convert.")
 app.add_typer(
-    convert.app, name="convert", help="Convert checkpoints from and to the formats of other systems."
+    tokenizer.app, name="tokenizer", help="Train, inspect and compare tokenizers."
+)
+app.add_typer(
+    data.app, name="data", help="Inspect, verify and repair tokenized datasets."
+)
+app.add_typer(
+    ckpt.app, name="ckpt", help="List, verify, compare, reshard and delete checkpoints."
+)
+app.add_typer(
+    xtuner.app,
+    name="xtuner",
+    help="XTuner's commands: list-cfg, copy-cfg, train, convert.",
+)
+app.add_typer(
+    convert.app,
+    name="convert",
+    help="Convert checkpoints from and to the formats of other systems.",
 )
 
 
@@ -64,7 +76,11 @@ def options(
         False, "--debug", help="Show the traceback of an error (also EVOMESH_DEBUG=1)."
     ),
     version: bool = typer.Option(
-        False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        False,
+        "--version",
+        callback=_print_version,
+        is_eager=True,
+        help="Print the version and exit.",
     ),
 ) -> None:
     """Set the options of all commands."""

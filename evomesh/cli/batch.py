@@ -11,20 +11,28 @@ from evomesh.errors import UserError
 
 if TYPE_CHECKING:
     from evomesh.config.batch_size import InternEvoBatch, Match, XTunerBatch
-    from evomesh.config.schema import DataConfig
+    from evomesh.config.data import DataConfig
 
 ConfigArgument = Annotated[
-    str | None, typer.Argument(help="A config file to take the sizes from; options override it.")
+    str | None,
+    typer.Argument(help="A config file to take the sizes from; options override it."),
 ]
 GpusOption = Annotated[int, typer.Option(min=1, help="Processes of the whole run.")]
-TensorOption = Annotated[int | None, typer.Option("--tp", min=1, help="parallel.tensor [default: 1].")]
-PipelineOption = Annotated[int | None, typer.Option("--pp", min=1, help="parallel.pipeline [default: 1].")]
+TensorOption = Annotated[
+    int | None, typer.Option("--tp", min=1, help="parallel.tensor [default: 1].")
+]
+PipelineOption = Annotated[
+    int | None, typer.Option("--pp", min=1, help="parallel.pipeline [default: 1].")
+]
 MicroNumOption = Annotated[int | None, typer.Option(min=1, help="data.micro_num.")]
 MicroBszOption = Annotated[int | None, typer.Option(min=1, help="data.micro_bsz.")]
 SeqLenOption = Annotated[int | None, typer.Option(min=1, help="data.seq_len.")]
-SequenceOption = Annotated[int, typer.Option("--sp", min=1, help="XTuner's sequence_parallel_size.")]
+SequenceOption = Annotated[
+    int, typer.Option("--sp", min=1, help="XTuner's sequence_parallel_size.")
+]
 MaxLengthOption = Annotated[
-    int | None, typer.Option(min=1, help="XTuner's max_length [default: micro_bsz * seq_len].")
+    int | None,
+    typer.Option(min=1, help="XTuner's max_length [default: micro_bsz * seq_len]."),
 ]
 CountsOption = Annotated[
     int | None,
@@ -35,10 +43,17 @@ CountsOption = Annotated[
     ),
 ]
 FolderOption = Annotated[
-    str | None, typer.Option("--data", metavar="FOLDER", help="Token files: count the steps of an epoch.")
+    str | None,
+    typer.Option(
+        "--data", metavar="FOLDER", help="Token files: count the steps of an epoch."
+    ),
 ]
-EpochsOption = Annotated[float | None, typer.Option(min=0, help="With --data: epochs to convert to steps.")]
-StepsOption = Annotated[int | None, typer.Option(min=1, help="With --data: steps to convert to epochs.")]
+EpochsOption = Annotated[
+    float | None, typer.Option(min=0, help="With --data: epochs to convert to steps.")
+]
+StepsOption = Annotated[
+    int | None, typer.Option(min=1, help="With --data: steps to convert to epochs.")
+]
 
 
 def batch(
@@ -59,19 +74,30 @@ def batch(
 ) -> None:
     """Compare tokens per step with XTuner's.
 
-    Prints the tokens of one optimizer step, and the XTuner setting that gives the same, or the other way round.
+    Prints the tokens of one optimizer step, and the XTuner setting that gives the same,
+    or the other way round.
     """
     from evomesh.config.batch_size import XTunerBatch
 
     if folder is None and (epochs is not None or steps is not None):
-        raise UserError("--epochs and --steps count packs of a dataset", fix="add --data FOLDER")
+        raise UserError(
+            "--epochs and --steps count packs of a dataset", fix="add --data FOLDER"
+        )
     if config is None and seq_len is None:
         raise UserError(
-            "no sequence length", fix="give a CONFIG, or --seq-len (and --micro-bsz, --micro-num)"
+            "no sequence length",
+            fix="give a CONFIG, or --seq-len (and --micro-bsz, --micro-num)",
         )
     data_sizes = {"micro_num": micro_num, "micro_bsz": micro_bsz, "seq_len": seq_len}
-    data, ours = _read_sizes(config, gpus, {"tensor": tensor, "pipeline": pipeline}, data_sizes)
-    theirs = XTunerBatch(gpus, sequence_parallel, accumulative_counts or 1, max_length or ours.packed_length)
+    data, ours = _read_sizes(
+        config, gpus, {"tensor": tensor, "pipeline": pipeline}, data_sizes
+    )
+    theirs = XTunerBatch(
+        gpus,
+        sequence_parallel,
+        accumulative_counts or 1,
+        max_length or ours.packed_length,
+    )
     solve = _solve_micro_num if accumulative_counts else _solve_accumulative_counts
     lines = [_describe(ours), *solve(ours, theirs)]
     if folder is not None:
@@ -81,7 +107,10 @@ def batch(
 
 
 def _read_sizes(
-    path: str | None, gpus: int, axes: Mapping[str, int | None], data_sizes: Mapping[str, int | None]
+    path: str | None,
+    gpus: int,
+    axes: Mapping[str, int | None],
+    data_sizes: Mapping[str, int | None],
 ) -> tuple[DataConfig, InternEvoBatch]:
     """Return the sizes of the config (or of the defaults), overridden by those that are not None."""
     from evomesh.config.batch_size import InternEvoBatch
@@ -110,11 +139,15 @@ def _describe(ours: InternEvoBatch) -> str:
     )
 
 
-def _solve_accumulative_counts(ours: InternEvoBatch, theirs: XTunerBatch) -> Iterator[str]:
+def _solve_accumulative_counts(
+    ours: InternEvoBatch, theirs: XTunerBatch
+) -> Iterator[str]:
     from evomesh.config.batch_size import match_accumulative_counts
 
     sequence = theirs.sequence_parallel
-    match = match_accumulative_counts(ours.tokens_per_step, ours.gpus, sequence, theirs.max_length)
+    match = match_accumulative_counts(
+        ours.tokens_per_step, ours.gpus, sequence, theirs.max_length
+    )
     yield (
         f"XTuner: {theirs.gpus} GPUs / sequence_parallel_size {sequence} x max_length {theirs.max_length} = "
         f"{theirs.tokens_per_iteration:,} tokens per iteration"
@@ -123,7 +156,8 @@ def _solve_accumulative_counts(ours: InternEvoBatch, theirs: XTunerBatch) -> Ite
     counts = match.exact
     if counts is None or sequence == 1:
         return
-    # XTuner's templates multiply the number in the file by sequence_parallel_size before mmengine receives it.
+    # XTuner's templates multiply the number in the file by sequence_parallel_size
+    # before mmengine receives it.
     if counts % sequence == 0:
         yield (
             f"in a config that multiplies by sequence_parallel_size itself: accumulative_counts={counts // sequence}"
@@ -143,7 +177,11 @@ def _solve_micro_num(ours: InternEvoBatch, theirs: XTunerBatch) -> Iterator[str]
         f"{theirs.accumulative_counts} x max_length {theirs.max_length} = {theirs.tokens_per_step:,} tokens "
         "per optimizer step"
     )
-    yield from _solution("micro_num", match_micro_num(theirs.tokens_per_step, ours), theirs.tokens_per_step)
+    yield from _solution(
+        "micro_num",
+        match_micro_num(theirs.tokens_per_step, ours),
+        theirs.tokens_per_step,
+    )
 
 
 def _solution(name: str, match: Match, tokens: int) -> Iterator[str]:
@@ -157,7 +195,11 @@ def _solution(name: str, match: Match, tokens: int) -> Iterator[str]:
 
 
 def _epoch_lines(
-    ours: InternEvoBatch, data: DataConfig, folder: str, epochs: float | None, steps: int | None
+    ours: InternEvoBatch,
+    data: DataConfig,
+    folder: str,
+    epochs: float | None,
+    steps: int | None,
 ) -> Iterator[str]:
     from evomesh.data.inspect import open_packs
 
@@ -170,4 +212,8 @@ def _epoch_lines(
     if epochs is not None:
         yield f"{epochs:g} epochs: total_steps={int(epochs * packs) // per_step}"
     if steps is not None:
-        yield f"{steps:,} steps: {steps * per_step / packs:.3f} epochs" if packs else "the folder has no pack"
+        yield (
+            f"{steps:,} steps: {steps * per_step / packs:.3f} epochs"
+            if packs
+            else "the folder has no pack"
+        )

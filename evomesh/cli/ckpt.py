@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
-PathArgument = Annotated[str, typer.Argument(help="Save folder, step in it, or step folder; local or S3.")]
+PathArgument = Annotated[
+    str, typer.Argument(help="Save folder, step in it, or step folder; local or S3.")
+]
 
 
 @app.callback()
@@ -60,7 +62,10 @@ def _rows(candidate: Candidate) -> list[list[str]]:
     except UserError as error:
         state = "DAMAGED" if candidate.committed else "interrupted"
         reason = f"{candidate.folder}: {error.found}"
-        return [[step, "", "", "", "", "", state, ""], ["", "", "", "", "", "", "", reason]]
+        return [
+            [step, "", "", "", "", "", state, ""],
+            ["", "", "", "", "", "", "", reason],
+        ]
     axes = [f"{axis}{size}" for axis, size in record.layout.items() if size > 1]
     layout = " ".join(axes) or "1 process"
     is_pinned = candidate.storage.exists(candidate.folder + PIN)
@@ -82,10 +87,14 @@ def _rows(candidate: Candidate) -> list[list[str]]:
 def verify(
     path: PathArgument,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Check records and file sizes only; read no data.")
+        bool,
+        typer.Option(
+            "--quick", help="Check records and file sizes only; read no data."
+        ),
     ] = False,
     deep: Annotated[
-        bool, typer.Option("--deep", help="Also look for NaN and infinity in every tensor.")
+        bool,
+        typer.Option("--deep", help="Also look for NaN and infinity in every tensor."),
     ] = False,
 ) -> None:
     """Check every byte of every checkpoint at PATH. Exit code 2 if one is damaged."""
@@ -107,7 +116,9 @@ def verify(
             print(f"{folder}: DAMAGED: {error.found}")
             continue
         record = checkpoint.record
-        print(f"{folder}: good, {record.tensors} tensors, {readable(record.tensor_bytes)}")
+        print(
+            f"{folder}: good, {record.tensors} tensors, {readable(record.tensor_bytes)}"
+        )
         if not deep:
             continue
         bad_tensors = list(tensors_not_finite(checkpoint))
@@ -128,12 +139,18 @@ def verify(
 @app.command()
 def prune(
     path: PathArgument,
-    keep_last: Annotated[int, typer.Option(min=2, help="Number of newest checkpoints to keep.")],
+    keep_last: Annotated[
+        int, typer.Option(min=2, help="Number of newest checkpoints to keep.")
+    ],
     keep_every: Annotated[
-        int | None, typer.Option(min=1, help="Also keep checkpoints whose step is a multiple of this.")
+        int | None,
+        typer.Option(
+            min=1, help="Also keep checkpoints whose step is a multiple of this."
+        ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be deleted; delete nothing.")
+        bool,
+        typer.Option("--dry-run", help="Show what would be deleted; delete nothing."),
     ] = False,
 ) -> None:
     """Delete old checkpoints. Keeps pinned ones and the newest two that verify."""
@@ -143,8 +160,12 @@ def prune(
     from evomesh.storage.urls import open_storage
 
     storage, root = open_storage(path)
-    lock = None if dry_run else storage.lock(join(root, ".writer"), "evomesh ckpt prune")
-    committed = [candidate for candidate in candidates(storage, root) if candidate.committed]
+    lock = (
+        None if dry_run else storage.lock(join(root, ".writer"), "evomesh ckpt prune")
+    )
+    committed = [
+        candidate for candidate in candidates(storage, root) if candidate.committed
+    ]
     retention = Retention(keep_last, keep_every)
     unneeded = retention.to_delete(committed)
     action = "would delete" if dry_run else "deleted"
@@ -161,7 +182,9 @@ def prune(
 @app.command()
 def pin(
     path: PathArgument,
-    undo: Annotated[bool, typer.Option("--undo", help="Unpin: retention may delete it again.")] = False,
+    undo: Annotated[
+        bool, typer.Option("--undo", help="Unpin: retention may delete it again.")
+    ] = False,
 ) -> None:
     """Exempt a checkpoint from retention."""
     from evomesh.checkpoint.native.retention import PIN
@@ -196,12 +219,20 @@ def diff(a: PathArgument, b: PathArgument) -> None:
 def reshard(
     path: PathArgument,
     out: Annotated[str, typer.Argument(help="Save folder to write to.")],
-    gpus: Annotated[int, typer.Option(min=1, help="Number of processes of the new layout.")],
+    gpus: Annotated[
+        int, typer.Option(min=1, help="Number of processes of the new layout.")
+    ],
     tensor: Annotated[int, typer.Option(min=1, help="Tensor-parallel size.")] = 1,
     pipeline: Annotated[int, typer.Option(min=1, help="Pipeline-parallel size.")] = 1,
-    weight: Annotated[int, typer.Option(min=1, help="Weight-parallel size, with --mode isp.")] = 1,
-    zero1: Annotated[int, typer.Option(help="ZeRO-1 size; <= 0: all data-parallel ranks.")] = -1,
-    mode: Annotated[str, typer.Option(help="Tensor mode: mtp, msp, fsp or isp.")] = "mtp",
+    weight: Annotated[
+        int, typer.Option(min=1, help="Weight-parallel size, with --mode isp.")
+    ] = 1,
+    zero1: Annotated[
+        int, typer.Option(help="ZeRO-1 size; <= 0: all data-parallel ranks.")
+    ] = -1,
+    mode: Annotated[
+        str, typer.Option(help="Tensor mode: mtp, msp, fsp or isp.")
+    ] = "mtp",
 ) -> None:
     """Rewrite a checkpoint for another layout. Each rank of it then reads one file; loading does not require it."""
     from evomesh.checkpoint.native.load import resolve

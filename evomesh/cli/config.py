@@ -16,19 +16,28 @@ import typer
 from evomesh.cli.options import OverrideOption
 from evomesh.errors import ConfigError, UserError
 
-if TYPE_CHECKING:  # commands import what they need, so that `evomesh --help` is there at once
+if (
+    TYPE_CHECKING
+):  # commands import what they need, so that `evomesh --help` is there at once
     from evomesh.config.loader import LoadedConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 ConfigArgument = Annotated[
-    str, typer.Argument(metavar="CONFIG", help="A Python config file, such as configs/7B_sft.py.")
+    str,
+    typer.Argument(
+        metavar="CONFIG", help="A Python config file, such as configs/7B_sft.py."
+    ),
 ]
-GpusOption = Annotated[int | None, typer.Option("--gpus", min=1, help="Number of processes in the run.")]
+GpusOption = Annotated[
+    int | None, typer.Option("--gpus", min=1, help="Number of processes in the run.")
+]
 
 
 @app.command()
-def check(config: ConfigArgument, overrides: OverrideOption = None, gpus: GpusOption = None) -> None:
+def check(
+    config: ConfigArgument, overrides: OverrideOption = None, gpus: GpusOption = None
+) -> None:
     """Check CONFIG against every rule. Prints all problems, each with a fix; exit code 2 if there are any."""
     from evomesh.config.layout import check_world
     from evomesh.config.loader import load_config
@@ -61,7 +70,10 @@ def show(
     overrides: OverrideOption = None,
     gpus: GpusOption = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object: config, origins, derived, warnings.")
+        bool,
+        typer.Option(
+            "--json", help="Print one JSON object: config, origins, derived, warnings."
+        ),
     ] = False,
     explain_key: Annotated[
         str | None,
@@ -124,26 +136,43 @@ def list_configs() -> None:
 
 @app.command()
 def copy(
-    name: Annotated[str, typer.Argument(help="A name that `evomesh config list` shows.")],
+    name: Annotated[
+        str, typer.Argument(help="A name that `evomesh config list` shows.")
+    ],
     dest: Annotated[str, typer.Argument(help="New file, or a folder to put it in.")],
 ) -> None:
     """Copy a shipped config and its base files."""
     known = {path.stem: path for path in shipped_configs()}
     source = known.get(name.removesuffix(".py"))
     if source is None:
-        raise UserError(f"no config named {name!r}", expected=f"one of {', '.join(known)}")
+        raise UserError(
+            f"no config named {name!r}", expected=f"one of {', '.join(known)}"
+        )
     target = Path(dest)
     if target.is_dir():
         target /= source.name
     if target.exists():
-        raise UserError("already exists", where=str(target), fix="choose another name, or remove it first")
+        raise UserError(
+            "already exists",
+            where=str(target),
+            fix="choose another name, or remove it first",
+        )
     if target.suffix != ".py" or not target.parent.is_dir():
-        raise UserError("cannot be written", where=dest, expected="an existing folder, or NAME.py in one")
-    copies = {base: target.parent / base.relative_to(source.parent) for base in _base_files(source)}
+        raise UserError(
+            "cannot be written",
+            where=dest,
+            expected="an existing folder, or NAME.py in one",
+        )
+    copies = {
+        base: target.parent / base.relative_to(source.parent)
+        for base in _base_files(source)
+    }
     for base, copied in copies.items():
         if copied.exists() and copied.read_bytes() != base.read_bytes():
             raise UserError(
-                "already exists, with different content", where=str(copied), fix="choose another folder"
+                "already exists, with different content",
+                where=str(copied),
+                fix="choose another folder",
             )
     copies[source] = target
     for original, copied in copies.items():
@@ -154,7 +183,9 @@ def copy(
 
 @app.command()
 def translate(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A config of XTuner.")],
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="A config of XTuner.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New file.")],
     overrides: OverrideOption = None,
 ) -> None:
@@ -166,14 +197,18 @@ def translate(
     config = find_named_config(config)
     loaded = load_config(config, overrides or [])
     if not is_xtuner_file(config):
-        raise UserError("is not a config of XTuner: evomesh reads it as it is", where=config)
+        raise UserError(
+            "is not a config of XTuner: evomesh reads it as it is", where=config
+        )
     if out.suffix != ".py" or out.exists():
         found = "exists already" if out.exists() else "does not end in .py"
         raise UserError(found, where=str(out), expected="a new file, NAME.py")
     try:
         out.write_text(config_text(loaded), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot be written: {error.strerror}", where=str(out)) from None
+        raise UserError(
+            f"cannot be written: {error.strerror}", where=str(out)
+        ) from None
     print(f"wrote {out}")
     for command in loaded.preparation:
         print(f"tokenize its raw data first: evomesh {' '.join(command)}")
@@ -181,7 +216,11 @@ def translate(
 
 def xtuner_configs() -> list[Path]:
     """Return the shipped configs that have XTuner's names."""
-    return sorted(path for folder in _config_folders() for path in (folder / "xtuner").glob("*.py"))
+    return sorted(
+        path
+        for folder in _config_folders()
+        for path in (folder / "xtuner").glob("*.py")
+    )
 
 
 def xtuner_config(name: str) -> Path:
@@ -196,7 +235,9 @@ def xtuner_config(name: str) -> Path:
         raise UserError(
             f"no config named {name!r}",
             expected=f"one of {', '.join(known)}",
-            fix=f"did you mean {' or '.join(near)}?" if near else "evomesh xtuner list-cfg",
+            fix=f"did you mean {' or '.join(near)}?"
+            if near
+            else "evomesh xtuner list-cfg",
         )
     return known[name]
 
@@ -222,7 +263,9 @@ def _config_folders() -> list[Path]:
     """Return the folder of the shipped configs: of the checkout, else the environment's share folder."""
     checkout = Path(__file__).resolve().parents[2] / "configs"
     installed = Path(sys.prefix) / "share" / "evomesh" / "configs"
-    return [folder for folder in (checkout, installed) if (folder / "7B_sft.py").exists()][:1]
+    return [
+        folder for folder in (checkout, installed) if (folder / "7B_sft.py").exists()
+    ][:1]
 
 
 def _base_files(config: Path) -> list[Path]:

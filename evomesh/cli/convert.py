@@ -26,24 +26,40 @@ def convert() -> None:
     """Convert checkpoints from and to the formats of other systems."""
 
 
+FolderArgument = Annotated[
+    str,
+    typer.Argument(
+        help="One step of an InternEvo run: the folder with model_tp*_pp*.pt."
+    ),
+]
+OutArgument = Annotated[
+    str, typer.Argument(help="Save folder for the converted checkpoint.")
+]
+ConfigOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Config file of that run, used when there is no model_config.pt."
+    ),
+]
+W2Option = Annotated[
+    str,
+    typer.Option(
+        help="Role of w2 if its shape does not show it: down, or up (checkpoints of early 2023)."
+    ),
+]
+WeightsOnlyOption = Annotated[
+    bool,
+    typer.Option(help="Skip the optimizer, the schedule and the data position."),
+]
+
+
 @app.command("from-internevo")
 def from_internevo(
-    folder: Annotated[
-        str, typer.Argument(help="One step of an InternEvo run: the folder with model_tp*_pp*.pt.")
-    ],
-    out: Annotated[str, typer.Argument(help="Save folder for the converted checkpoint.")],
-    config: Annotated[
-        str | None, typer.Option(help="Config file of that run, used when there is no model_config.pt.")
-    ] = None,
-    w2: Annotated[
-        str,
-        typer.Option(
-            help="Role of w2 if its shape does not show it: down, or up (checkpoints of early 2023)."
-        ),
-    ] = "auto",
-    weights_only: Annotated[
-        bool, typer.Option(help="Skip the optimizer, the schedule and the data position.")
-    ] = False,
+    folder: FolderArgument,
+    out: OutArgument,
+    config: ConfigOption = None,
+    w2: W2Option = "auto",
+    weights_only: WeightsOnlyOption = False,
 ) -> None:
     """Import an InternEvo checkpoint, saved in any layout."""
     from evomesh.checkpoint.hub_cache import local_folder
@@ -61,15 +77,21 @@ def from_internevo(
     tensors = dict(read_model(folder, heads, role))
     state: dict[str, Any] = {"source": "internevo"}
     files = sorted(path.name for path in Path(folder).iterdir())
-    with_optimizer = not weights_only and any(name.startswith("optimizer_") for name in files)
+    with_optimizer = not weights_only and any(
+        name.startswith("optimizer_") for name in files
+    )
     if with_optimizer:
         optimizer, scalars = read_optimizer(folder, heads, role)
         tensors |= optimizer
         state |= scalars | read_counters(folder)
-    path = commit_tensors(out, _step_number(files), tensors, state, config_to_dict(resolved))
+    path = commit_tensors(
+        out, _step_number(files), tensors, state, config_to_dict(resolved)
+    )
     if with_optimizer:
         position = state["sampler"]["internevo"]
-        print(f"wrote {path}: {len(tensors)} tensors, weights and optimizer; auto_resume continues from it")
+        print(
+            f"wrote {path}: {len(tensors)} tensors, weights and optimizer; auto_resume continues from it"
+        )
         print(
             f"data position: step {position['step']} with data.seed={position['seed']}, "
             f"{position['global_batch']} packs per step"
@@ -89,7 +111,11 @@ def _step_number(files: list[str]) -> int:
 
 def _resolve_config(folder: str, config: str | None) -> Config:
     """Return the run's config: from its file, else from model_config.pt and the names in the model files."""
-    from evomesh.checkpoint.internevo.model import family_of, find_model_files, read_model_section
+    from evomesh.checkpoint.internevo.model import (
+        family_of,
+        find_model_files,
+        read_model_section,
+    )
     from evomesh.config.loader import load_config
 
     if config is not None:
@@ -97,7 +123,9 @@ def _resolve_config(folder: str, config: str | None) -> Config:
     section = read_model_section(folder)
     if section is None:
         raise UserError(
-            "no model_config.pt in the folder", where=folder, fix="give the config of that run: --config FILE"
+            "no model_config.pt in the folder",
+            where=folder,
+            fix="give the config of that run: --config FILE",
         )
     family = section.pop("model_type", None) or family_of(find_model_files(folder))
     text = f"model_type = {family!r}\nmodel = {section!r}\nckpt = dict(enable_save_ckpt=False)\n"
@@ -109,12 +137,20 @@ def _resolve_config(folder: str, config: str | None) -> Config:
 
 @app.command("to-internevo")
 def to_internevo(
-    ckpt: Annotated[str, typer.Argument(help="evomesh checkpoint: save folder, step in it, or step folder.")],
+    ckpt: Annotated[
+        str,
+        typer.Argument(
+            help="evomesh checkpoint: save folder, step in it, or step folder."
+        ),
+    ],
     out: Annotated[str, typer.Argument(help="New folder for the .pt files.")],
     tensor: Annotated[int, typer.Option(min=1, help="Tensor-parallel size.")] = 1,
     pipeline: Annotated[int, typer.Option(min=1, help="Pipeline-parallel size.")] = 1,
     weight: Annotated[
-        int | None, typer.Option(min=1, help="Weight-parallel size; writes the files of tensor mode isp.")
+        int | None,
+        typer.Option(
+            min=1, help="Weight-parallel size; writes the files of tensor mode isp."
+        ),
     ] = None,
 ) -> None:
     """Export a checkpoint as InternEvo's model files. Takes the tensor, pipeline and weight sizes of the files."""

@@ -12,14 +12,27 @@ from evomesh.errors import UserError
 if TYPE_CHECKING:
     from evomesh.checkpoint.huggingface.export import ExportOptions
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
 
 
 def shard_bytes(text: str) -> int:
     """Parse a size: ``5GB``, ``500MB``, ``1GiB`` or a number of bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if match is None or match[2].upper() not in UNITS or float(match[1]) <= 0:
-        raise UserError(f"found {text!r}", where="--max-shard-size", expected="a size such as 5GB or 500MB")
+        raise UserError(
+            f"found {text!r}",
+            where="--max-shard-size",
+            expected="a size such as 5GB or 500MB",
+        )
     return max(1, int(float(match[1]) * UNITS[match[2].upper()]))
 
 
@@ -30,7 +43,9 @@ def refuse_other(value: str, allowed: tuple[str, ...], where: str) -> None:
         UserError: it is none of them.
     """
     if value not in allowed:
-        raise UserError(f"found {value!r}", where=where, expected=f"one of {', '.join(allowed)}")
+        raise UserError(
+            f"found {value!r}", where=where, expected=f"one of {', '.join(allowed)}"
+        )
 
 
 def write_folder(ckpt: str, out: str, options: ExportOptions) -> None:
@@ -49,41 +64,75 @@ def write_folder(ckpt: str, out: str, options: ExportOptions) -> None:
         refuse_other(options.rotary_type, rotary_types, "--rotary-type")
     kind = kind_at(ckpt)
     if kind in CONVERSIONS:
-        raise UserError(f"{KINDS[kind]}, not one of evomesh", where=ckpt, fix=CONVERSIONS[kind])
+        raise UserError(
+            f"{KINDS[kind]}, not one of evomesh", where=ckpt, fix=CONVERSIONS[kind]
+        )
     checkpoint = resolve(ckpt, report=print)
     export(checkpoint, out, options, report=print)
 
 
+CkptArgument = Annotated[
+    str,
+    typer.Argument(help="Save folder, a step in it, or a step folder; local or S3."),
+]
+OutArgument = Annotated[
+    str, typer.Argument(help="New folder for the model; local or S3.")
+]
+ArchOption = Annotated[
+    str | None,
+    typer.Option(
+        help="llama, qwen2, qwen3, mistral (built into transformers) or internlm2 (InternLM2's weight names) "
+        "[default: the model's own, else llama]."
+    ),
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(help="float64|float32|bfloat16|float16 [default: as trained]."),
+]
+MaxShardSizeOption = Annotated[
+    str, typer.Option(help="Maximum size of a weight file, such as 2GB.")
+]
+TokenizerOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Tokenizer file or folder, or none [default: data.tokenizer_path]."
+    ),
+]
+RotaryTypeOption = Annotated[
+    str | None, typer.Option(help="origin or dynamic [default: as trained].")
+]
+ScalingFactorOption = Annotated[
+    float | None,
+    typer.Option(min=1.0, help="Scaling factor of dynamic NTK [default: as trained]."),
+]
+MaxPosOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="max_position_embeddings [default: as trained]."),
+]
+ChatTemplateOption = Annotated[
+    str | None,
+    typer.Option(help="Jinja template file [default: the tokenizer's template]."),
+]
+CompareOption = Annotated[
+    bool,
+    typer.Option(
+        help="Reload the folder and compare its logits with the native model's."
+    ),
+]
+
+
 def to_hf(
-    ckpt: Annotated[str, typer.Argument(help="Save folder, a step in it, or a step folder; local or S3.")],
-    out: Annotated[str, typer.Argument(help="New folder for the model; local or S3.")],
-    arch: Annotated[
-        str | None,
-        typer.Option(
-            help="llama, qwen2, qwen3, mistral (built into transformers) or internlm2 (InternLM2's weight names) "
-            "[default: the model's own, else llama]."
-        ),
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float64|float32|bfloat16|float16 [default: as trained].")
-    ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Maximum size of a weight file, such as 2GB.")] = "5GB",
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Tokenizer file or folder, or none [default: data.tokenizer_path].")
-    ] = None,
-    rotary_type: Annotated[str | None, typer.Option(help="origin or dynamic [default: as trained].")] = None,
-    scaling_factor: Annotated[
-        float | None, typer.Option(min=1.0, help="Scaling factor of dynamic NTK [default: as trained].")
-    ] = None,
-    max_pos: Annotated[
-        int | None, typer.Option(min=1, help="max_position_embeddings [default: as trained].")
-    ] = None,
-    chat_template: Annotated[
-        str | None, typer.Option(help="Jinja template file [default: the tokenizer's template].")
-    ] = None,
-    compare: Annotated[
-        bool, typer.Option(help="Reload the folder and compare its logits with the native model's.")
-    ] = True,
+    ckpt: CkptArgument,
+    out: OutArgument,
+    arch: ArchOption = None,
+    dtype: DtypeOption = None,
+    max_shard_size: MaxShardSizeOption = "5GB",
+    tokenizer: TokenizerOption = None,
+    rotary_type: RotaryTypeOption = None,
+    scaling_factor: ScalingFactorOption = None,
+    max_pos: MaxPosOption = None,
+    chat_template: ChatTemplateOption = None,
+    compare: CompareOption = True,
 ) -> None:
     """Export a checkpoint as a Hugging Face folder. Compares its logits with the native model's."""
     from evomesh.checkpoint.huggingface.export import ExportOptions
@@ -109,9 +158,16 @@ def from_hf(
             help="Folder with config.json and weights, local or S3, or the id of a model in the local hub cache."
         ),
     ],
-    out: Annotated[str, typer.Argument(help="Save folder for the checkpoint (step 0); local or S3.")],
-    dtype: Annotated[str | None, typer.Option(help="Parameter dtype [default: the folder's].")] = None,
-    compare: Annotated[bool, typer.Option(help="Compare logits with transformers.")] = True,
+    out: Annotated[
+        str,
+        typer.Argument(help="Save folder for the checkpoint (step 0); local or S3."),
+    ],
+    dtype: Annotated[
+        str | None, typer.Option(help="Parameter dtype [default: the folder's].")
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option(help="Compare logits with transformers.")
+    ] = True,
 ) -> None:
     """Import a Hugging Face folder as a checkpoint, weights only: Llama, Qwen2, Qwen3, Mistral or InternLM."""
     from evomesh.checkpoint.huggingface.to_native import from_hf as convert
@@ -132,5 +188,7 @@ def check(
         failed += not item.passed
     if failed:
         raise UserError(
-            f"{failed} of the checks above failed", where=folder, fix="export it again: evomesh convert to-hf"
+            f"{failed} of the checks above failed",
+            where=folder,
+            fix="export it again: evomesh convert to-hf",
         )

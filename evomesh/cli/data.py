@@ -9,31 +9,45 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from evomesh.config.schema import DataConfig
+    from evomesh.config.data import DataConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 MAX_SAMPLE_TOKENS = 400  # of a decoded document
 
 DataPathArgument = Annotated[
-    str, typer.Argument(metavar="PATH", help="A .bin file, or a folder with such files.")
+    str,
+    typer.Argument(metavar="PATH", help="A .bin file, or a folder with such files."),
 ]
 TokenizerOption = Annotated[
-    str | None, typer.Option("--tokenizer", "-t", help="Decode samples with this tokenizer.")
+    str | None,
+    typer.Option("--tokenizer", "-t", help="Decode samples with this tokenizer."),
 ]
 ConfigOption = Annotated[
-    str | None, typer.Option("--config", help="Use the data folder and packing of this config.")
+    str | None,
+    typer.Option("--config", help="Use the data folder and packing of this config."),
 ]
-SeqLenOption = Annotated[int, typer.Option(min=1, help="Maximum attention segment, in tokens.")]
-MicroBszOption = Annotated[int, typer.Option(min=1, help="Pack length in multiples of seq-len.")]
-MinLengthOption = Annotated[int, typer.Option(min=0, help="Leave out documents with fewer tokens.")]
+SeqLenOption = Annotated[
+    int, typer.Option(min=1, help="Maximum attention segment, in tokens.")
+]
+MicroBszOption = Annotated[
+    int, typer.Option(min=1, help="Pack length in multiples of seq-len.")
+]
+MinLengthOption = Annotated[
+    int, typer.Option(min=0, help="Leave out documents with fewer tokens.")
+]
 
 
 def _section(
-    config: str | None, path: str | None, seq_len: int, micro_bsz: int, min_length: int, one_sample: bool
+    config: str | None,
+    path: str | None,
+    seq_len: int,
+    micro_bsz: int,
+    min_length: int,
+    one_sample: bool,
 ) -> tuple[DataConfig, str]:
     """Return the data section, from a config or from options, and the path of the data."""
-    from evomesh.config.schema import DataConfig
+    from evomesh.config.data import DataConfig
     from evomesh.errors import UserError
 
     if config is not None:
@@ -42,7 +56,9 @@ def _section(
         section = load_config(config).config.data
         folder = path or section.train_folder
         if folder is None:
-            raise UserError("the config has no train_folder", where=config, fix="give a PATH")
+            raise UserError(
+                "the config has no train_folder", where=config, fix="give a PATH"
+            )
         return section, folder
     if path is None:
         raise UserError("no data to inspect", expected="a PATH, or --config CONFIG")
@@ -64,12 +80,21 @@ def inspect(
     micro_bsz: MicroBszOption = 1,
     min_length: MinLengthOption = 0,
     tokenizer: TokenizerOption = None,
-    samples: Annotated[int, typer.Option(min=0, help="Number of documents to decode.")] = 3,
+    samples: Annotated[
+        int, typer.Option(min=0, help="Number of documents to decode.")
+    ] = 3,
 ) -> None:
     """Show counts, lengths, ids and decoded samples. Tokens that are not targets are dim."""
     import numpy as np
 
-    from evomesh.data.inspect import dimmed, histogram, id_summary, open_files, open_packs, summary
+    from evomesh.data.inspect import (
+        dimmed,
+        histogram,
+        id_summary,
+        open_files,
+        open_packs,
+        summary,
+    )
     from evomesh.data.tokenizer import load_tokenizer
 
     section, _ = _section(config, path, seq_len, micro_bsz, min_length, False)
@@ -106,18 +131,26 @@ def inspect(
 @app.command()
 def show(
     path: Annotated[
-        str | None, typer.Argument(metavar="PATH", help="A .bin file, or a training folder.")
+        str | None,
+        typer.Argument(metavar="PATH", help="A .bin file, or a training folder."),
     ] = None,
-    pack: Annotated[int, typer.Option("--pack", min=0, help="Number of the pack, from 0.")] = 0,
+    pack: Annotated[
+        int, typer.Option("--pack", min=0, help="Number of the pack, from 0.")
+    ] = 0,
     config: ConfigOption = None,
     seq_len: SeqLenOption = 2048,
     micro_bsz: MicroBszOption = 1,
     min_length: MinLengthOption = 0,
     one_sample: Annotated[
         bool,
-        typer.Option("--pack-sample-into-one", help="Split segments every seq-len tokens, across documents."),
+        typer.Option(
+            "--pack-sample-into-one",
+            help="Split segments every seq-len tokens, across documents.",
+        ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object.")
+    ] = False,
     tokenizer: TokenizerOption = None,
 ) -> None:
     """Show exactly what the model sees in one pack."""
@@ -133,7 +166,9 @@ def show(
         raise UserError(
             f"there is no pack {pack}: the data has {len(packs)} of {section.packed_length:,} tokens",
             where=folder,
-            expected=f"--pack below {len(packs)}" if len(packs) else "more data, or a shorter --seq-len",
+            expected=f"--pack below {len(packs)}"
+            if len(packs)
+            else "more data, or a shorter --seq-len",
         )
     found = packs.read(pack)
     if as_json:
@@ -147,14 +182,20 @@ def show(
 def verify(
     path: DataPathArgument,
     tokenizer: TokenizerOption = None,
-    vocab_size: Annotated[int | None, typer.Option(min=1, help="Report ids at or above this.")] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(min=1, help="Report ids at or above this.")
+    ] = None,
     valid: Annotated[
-        str | None, typer.Option(help="Validation data to check for documents that are also in PATH.")
+        str | None,
+        typer.Option(
+            help="Validation data to check for documents that are also in PATH."
+        ),
     ] = None,
 ) -> None:
     """Check every line of token files. Exit code 1 if there are problems.
 
-    Checks offsets, counts, ids, repeats, tokenized JSON, and overlap with validation data.
+    Checks offsets, counts, ids, repeats, tokenized JSON, and overlap with validation
+    data.
     """
     from evomesh.data.token_files.verify import verify as run
     from evomesh.data.tokenizer import load_tokenizer
@@ -197,8 +238,12 @@ def cache(path: DataPathArgument) -> None:
 @app.command()
 def order(
     folder: Annotated[str, typer.Argument(help="Data folder.")],
-    output: Annotated[str, typer.Option("--output", "-o", help="File to write.")] = "data_order.txt",
-    file_type: Annotated[str, typer.Option(help="Suffix of the files to list.")] = ".bin",
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="File to write.")
+    ] = "data_order.txt",
+    file_type: Annotated[
+        str, typer.Option(help="Suffix of the files to list.")
+    ] = ".bin",
 ) -> None:
     """Write a file for data.data_order_path. It lists the data files in their order, one relative path per line."""
     from evomesh.data.token_files.folders import write_order

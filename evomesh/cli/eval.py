@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from evomesh.cli.options import CheckpointArgument, ConfigFileOption, DeviceOption, TokenizerPathOption
+from evomesh.cli.options import (
+    CheckpointArgument,
+    ConfigFileOption,
+    DeviceOption,
+    TokenizerPathOption,
+)
 from evomesh.config.user import expand_home
 from evomesh.errors import UserError
 
@@ -16,27 +21,45 @@ if TYPE_CHECKING:
 
 
 TasksOption = Annotated[
-    str, typer.Option(help="Task files (.yaml) or names of the harness's tasks, separated by commas.")
+    str,
+    typer.Option(
+        help="Task files (.yaml) or names of the harness's tasks, separated by commas."
+    ),
 ]
 FewShotOption = Annotated[
-    int | None, typer.Option(min=0, help="Number of examples before each question [default: the task's].")
+    int | None,
+    typer.Option(
+        min=0, help="Number of examples before each question [default: the task's]."
+    ),
 ]
-LimitOption = Annotated[int | None, typer.Option(min=1, help="Evaluate at most this many examples per task.")]
+LimitOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Evaluate at most this many examples per task."),
+]
 MaxLengthOption = Annotated[
     int | None,
-    typer.Option(min=2, help="Context length: maximum number of tokens read at once [default: as trained]."),
+    typer.Option(
+        min=2,
+        help="Context length: maximum number of tokens read at once [default: as trained].",
+    ),
 ]
 BatchTokensOption = Annotated[int, typer.Option(min=1, help="Tokens per forward pass.")]
 ChatTemplateOption = Annotated[
     bool,
     typer.Option(
-        "--apply-chat-template", help="Format questions as user messages, with the tokenizer's chat template."
+        "--apply-chat-template",
+        help="Format questions as user messages, with the tokenizer's chat template.",
     ),
 ]
 SystemOption = Annotated[
-    str | None, typer.Option(help="Text before every question; with the chat template, the system message.")
+    str | None,
+    typer.Option(
+        help="Text before every question; with the chat template, the system message."
+    ),
 ]
-OutputOption = Annotated[str | None, typer.Option(help="Write all results to this JSON file.")]
+OutputOption = Annotated[
+    str | None, typer.Option(help="Write all results to this JSON file.")
+]
 
 
 def evaluate(
@@ -55,7 +78,9 @@ def evaluate(
 ) -> None:
     """Evaluate a checkpoint with lm-evaluation-harness."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("lm-evaluation-harness is not installed", fix="pip install 'evomesh[eval]'")
+        raise UserError(
+            "lm-evaluation-harness is not installed", fix="pip install 'evomesh[eval]'"
+        )
     if output is not None and not expand_home(output).absolute().parent.is_dir():
         raise UserError(f"the folder of {output} does not exist", where="--output")
     from evomesh.checkpoint.huggingface.config import rotary_scaling
@@ -72,7 +97,9 @@ def evaluate(
     if config is not None:
         load_config(config)
     loaded = _load(ckpt, chosen_device, tokenizer, apply_chat_template)
-    trained_length = rotary_scaling(loaded.config.model, loaded.config.data.seq_len).max_position
+    trained_length = rotary_scaling(
+        loaded.config.model, loaded.config.data.seq_len
+    ).max_position
     model = HarnessModel(
         loaded.model,
         loaded.tokenizer,
@@ -99,4 +126,6 @@ def _load(ckpt: str, device: str, tokenizer: str | None, chat: bool) -> LoadedMo
     """Load the model and its tokenizer; a missing or broken chat template is refused here, before hours of work."""
     from evomesh.checkpoint.restore import load_model
 
-    return load_model(ckpt, device, tokenizer=tokenizer, template="tokenizer" if chat else "none")
+    return load_model(
+        ckpt, device, tokenizer=tokenizer, template="tokenizer" if chat else "none"
+    )

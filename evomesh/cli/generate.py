@@ -27,11 +27,15 @@ if TYPE_CHECKING:
 
 ConfigArgument = Annotated[
     str | None,
-    typer.Argument(metavar="CONFIG", help="Config whose generation section names model and prompts."),
+    typer.Argument(
+        metavar="CONFIG",
+        help="Config whose generation section names model and prompts.",
+    ),
 ]
 PromptOption = Annotated[str | None, typer.Option(help="Prompt to complete.")]
 DynamicNtkOption = Annotated[
-    bool | None, typer.Option(help="Dynamic NTK beyond the trained length [default: as trained].")
+    bool | None,
+    typer.Option(help="Dynamic NTK beyond the trained length [default: as trained]."),
 ]
 
 
@@ -58,19 +62,28 @@ def generate(
     if file is not None:
         if ckpt is not None or prompt is not None:
             raise UserError(
-                "CONFIG together with --ckpt or --prompt", expected="one of the two", fix="leave one out"
+                "CONFIG together with --ckpt or --prompt",
+                expected="one of the two",
+                fix="leave one out",
             )
         answer_prompt_folder(file, overrides, launcher, port)
         return
     if ckpt is None or prompt is None:
-        raise UserError("nothing to do", expected="evomesh generate CONFIG, or --ckpt DIR --prompt TEXT")
+        raise UserError(
+            "nothing to do",
+            expected="evomesh generate CONFIG, or --ckpt DIR --prompt TEXT",
+        )
     if not prompt:
-        raise UserError("the prompt is empty", where="--prompt", expected="some text to complete")
+        raise UserError(
+            "the prompt is empty", where="--prompt", expected="some text to complete"
+        )
     loaded = _load(ckpt, tokenizer, device, config, dynamic_ntk)
     complete_prompt(loaded, prompt, sampling)
 
 
-def answer_prompt_folder(config: str, overrides: list[str] | None, launcher: str, port: int) -> None:
+def answer_prompt_folder(
+    config: str, overrides: list[str] | None, launcher: str, port: int
+) -> None:
     """Answer the prompts of a config's generation section."""
     from evomesh.config.loader import load_config
     from evomesh.train.generation import run_generation_section
@@ -85,7 +98,9 @@ def complete_prompt(loaded: LoadedModel, prompt: str, sampling: SamplingParams) 
     ids = encode_prompt(loaded.tokenizer, prompt)
     if not ids:
         raise UserError(
-            f"the prompt {prompt!r} has no tokens", where="--prompt", expected="some text to complete"
+            f"the prompt {prompt!r} has no tokens",
+            where="--prompt",
+            expected="some text to complete",
         )
     if not sampling.eos_ids:
         sampling = replace(sampling, eos_ids=loaded.eos_ids)
@@ -113,7 +128,11 @@ def shim_main() -> None:
 
 
 def _load(
-    ckpt: str, tokenizer: str | None, device: str, config: str | None, dynamic_ntk: bool | None
+    ckpt: str,
+    tokenizer: str | None,
+    device: str,
+    config: str | None,
+    dynamic_ntk: bool | None,
 ) -> LoadedModel:
     from evomesh.checkpoint.restore import load_model
     from evomesh.config.loader import load_config
@@ -128,14 +147,25 @@ def _load(
         return loaded
     if not has_rotary_types(loaded.model):
         scaling = loaded.config.model.rope_scaling
-        reason = f"has rope_scaling of type {scaling.type!r}" if scaling else "has no rotary embedding"
-        raise UserError(
-            f"this model {reason}: dynamic NTK cannot be switched", where="--dynamic-ntk", fix="leave it out"
+        reason = (
+            f"has rope_scaling of type {scaling.type!r}"
+            if scaling
+            else "has no rotary embedding"
         )
-    return replace(loaded, model=with_rotary_type(loaded.model, "dynamic" if dynamic_ntk else "origin"))
+        raise UserError(
+            f"this model {reason}: dynamic NTK cannot be switched",
+            where="--dynamic-ntk",
+            fix="leave it out",
+        )
+    return replace(
+        loaded,
+        model=with_rotary_type(loaded.model, "dynamic" if dynamic_ntk else "origin"),
+    )
 
 
-def _print_stream(loaded: LoadedModel, ids: list[int], sampling: SamplingParams) -> None:
+def _print_stream(
+    loaded: LoadedModel, ids: list[int], sampling: SamplingParams
+) -> None:
     """Print the prompt, then its completion token by token."""
     from evomesh.generate.decode import stream_tokens
 
@@ -147,7 +177,8 @@ def _print_stream(loaded: LoadedModel, ids: list[int], sampling: SamplingParams)
         if new.finish == "stop":
             break
         all_ids.append(new.token)
-        # All tokens are decoded together, since a character may take several: an incomplete one is shown later.
+        # All tokens are decoded together, since a character may take several: an
+        # incomplete one is shown later.
         text = tokenizer.decode(all_ids)
         if text.startswith(shown) and not text.endswith("\ufffd"):
             print(text[len(shown) :], end="", flush=True)

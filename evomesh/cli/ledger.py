@@ -18,33 +18,59 @@ if TYPE_CHECKING:
     from evomesh.data.tokenizer import Tokenizer
 
 
+ConfigArgument = Annotated[str, typer.Argument(help="The run's Python config file.")]
+GpusOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Processes of the run [default: one data-parallel rank]."),
+]
+StepOption = Annotated[
+    int | None, typer.Option(min=0, help="List the documents of this step.")
+]
+RankOption = Annotated[
+    int | None, typer.Option(min=0, help="Of this data-parallel rank only.")
+]
+DocumentOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE:ROW",
+        help="List the uses of this document; rows are counted from 0.",
+    ),
+]
+UntilOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="With --document: look at so many steps [default: all]."),
+]
+TokenizerOption = Annotated[
+    str | None,
+    typer.Option("--tokenizer", "-t", help="Also show the text of each part."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="Override a config value; repeatable.",
+    ),
+]
+
+
 def ledger(
-    config: Annotated[str, typer.Argument(help="The run's Python config file.")],
-    gpus: Annotated[
-        int | None, typer.Option(min=1, help="Processes of the run [default: one data-parallel rank].")
-    ] = None,
-    step: Annotated[int | None, typer.Option(min=0, help="List the documents of this step.")] = None,
-    rank: Annotated[int | None, typer.Option(min=0, help="Of this data-parallel rank only.")] = None,
-    document: Annotated[
-        str | None,
-        typer.Option(metavar="FILE:ROW", help="List the uses of this document; rows are counted from 0."),
-    ] = None,
-    until: Annotated[
-        int | None, typer.Option(min=1, help="With --document: look at so many steps [default: all].")
-    ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", "-t", help="Also show the text of each part.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per line.")] = False,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a config value; repeatable."),
-    ] = None,
+    config: ConfigArgument,
+    gpus: GpusOption = None,
+    step: StepOption = None,
+    rank: RankOption = None,
+    document: DocumentOption = None,
+    until: UntilOption = None,
+    tokenizer: TokenizerOption = None,
+    as_json: JsonOption = False,
+    overrides: SetOption = None,
 ) -> None:
     """Look up which documents a step uses.
 
-    Lists the parts of documents that a step is trained on, or the steps in which a document is used. The answer is
-    computed from config and data, so the run need not have happened yet.
+    Lists the parts of documents that a step is trained on, or the steps in which a
+    document is used. The answer is computed from config and data, so the run need not
+    have happened yet.
     """
     if (step is None) == (document is None):
         raise UserError("exactly one of --step and --document is needed")
@@ -62,7 +88,9 @@ def ledger(
         last_step = settings.data.total_steps
         entries = lookup.uses(file, row, min(until or last_step, last_step))
     loaded = load_tokenizer(tokenizer) if tokenizer else None
-    show = _as_json if as_json else partial(_as_text, skipped=settings.data.skip_batches)
+    show = (
+        _as_json if as_json else partial(_as_text, skipped=settings.data.skip_batches)
+    )
     count = 0
     for count, entry in enumerate(entries, 1):  # noqa: B007
         typer.echo(show(entry))
@@ -93,20 +121,30 @@ def _check_step(step: int, settings: Config) -> None:
     if step >= settings.data.total_steps:
         last = settings.data.total_steps - 1
         raise UserError(
-            f"the run has no step {step}", where="--step", expected=f"0 to {last} (data.total_steps)"
+            f"the run has no step {step}",
+            where="--step",
+            expected=f"0 to {last} (data.total_steps)",
         )
 
 
 def _check_rank(rank: int | None, dp_size: int) -> int | None:
     if rank is not None and rank >= dp_size:
-        raise UserError(f"no data-parallel rank {rank}", where="--rank", expected=f"0 to {dp_size - 1}")
+        raise UserError(
+            f"no data-parallel rank {rank}",
+            where="--rank",
+            expected=f"0 to {dp_size - 1}",
+        )
     return rank
 
 
 def _parse_document(text: str) -> tuple[str, int]:
     file, colon, row = text.rpartition(":")
     if not colon or not row.isdigit():
-        raise UserError(f"found {text!r}", where="--document", expected="FILE:ROW, such as en/data.bin:12")
+        raise UserError(
+            f"found {text!r}",
+            where="--document",
+            expected="FILE:ROW, such as en/data.bin:12",
+        )
     return file, int(row)
 
 

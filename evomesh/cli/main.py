@@ -1,7 +1,7 @@
 """Entry points of the command line.
 
-Both ask for signals to be watched before anything large is imported, so that a run that is stopped during its start
-ends with the documented exit code too.
+Both ask for signals to be watched before anything large is imported, so that a run that
+is stopped during its start ends with the documented exit code too.
 """
 
 from __future__ import annotations

@@ -13,45 +13,77 @@ from evomesh.generate.options import SamplingParams
 
 OverrideOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a config value; repeatable."),
+    typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="Override a config value; repeatable.",
+    ),
 ]
-LauncherOption = Annotated[str, typer.Option(help="Where rank information comes from: auto, torch or slurm.")]
-RendezvousPortOption = Annotated[int, typer.Option(help="Rendezvous port of the slurm launcher.")]
+LauncherOption = Annotated[
+    str, typer.Option(help="Where rank information comes from: auto, torch or slurm.")
+]
+RendezvousPortOption = Annotated[
+    int, typer.Option(help="Rendezvous port of the slurm launcher.")
+]
 
-_CHECKPOINT_HELP = "Save folder (its newest step), one step in it, or Hugging Face model folder."
+_CHECKPOINT_HELP = (
+    "Save folder (its newest step), one step in it, or Hugging Face model folder."
+)
 CheckpointOption = Annotated[str, typer.Option(help=_CHECKPOINT_HELP)]
 OptionalCheckpointOption = Annotated[str | None, typer.Option(help=_CHECKPOINT_HELP)]
 CheckpointArgument = Annotated[str, typer.Argument(help=_CHECKPOINT_HELP)]
 TokenizerPathOption = Annotated[
     str | None,
     typer.Option(
-        "--tokenizer", help="tokenizer.json, .model or their folder [default: data.tokenizer_path]."
+        "--tokenizer",
+        help="tokenizer.json, .model or their folder [default: data.tokenizer_path].",
     ),
 ]
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, ... [default: cuda if available].")]
+DeviceOption = Annotated[
+    str, typer.Option(help="cpu, cuda, ... [default: cuda if available].")
+]
 ConfigFileOption = Annotated[
-    str | None, typer.Option(help="Config file to load first, to register a custom model type.")
+    str | None,
+    typer.Option(help="Config file to load first, to register a custom model type."),
 ]
 
-MaxNewTokensOption = Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")]
-TemperatureOption = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")]
-TopKOption = Annotated[int, typer.Option(min=0, help="Sample from the k most probable tokens; 0 is all.")]
+MaxNewTokensOption = Annotated[
+    int, typer.Option(min=1, help="Maximum number of new tokens.")
+]
+TemperatureOption = Annotated[
+    float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")
+]
+TopKOption = Annotated[
+    int, typer.Option(min=0, help="Sample from the k most probable tokens; 0 is all.")
+]
 TopPOption = Annotated[
     float,
     typer.Option(
-        min=0.0, max=1.0, help="Nucleus sampling: smallest set of tokens whose probability reaches p."
+        min=0.0,
+        max=1.0,
+        help="Nucleus sampling: smallest set of tokens whose probability reaches p.",
     ),
 ]
 MinPOption = Annotated[
     float,
-    typer.Option(min=0.0, max=1.0, help="Drop tokens below this fraction of the top token's probability."),
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        help="Drop tokens below this fraction of the top token's probability.",
+    ),
 ]
 RepetitionPenaltyOption = Annotated[
     float, typer.Option(help="Above 1, tokens seen before become less likely.")
 ]
-NumBeamsOption = Annotated[int, typer.Option(min=1, help="Number of beams; 1 is no beam search.")]
-LengthPenaltyOption = Annotated[float, typer.Option(help="For beams: above 0 favors long completions.")]
-NumReturnSequencesOption = Annotated[int, typer.Option(min=1, help="Number of completions to return.")]
+NumBeamsOption = Annotated[
+    int, typer.Option(min=1, help="Number of beams; 1 is no beam search.")
+]
+LengthPenaltyOption = Annotated[
+    float, typer.Option(help="For beams: above 0 favors long completions.")
+]
+NumReturnSequencesOption = Annotated[
+    int, typer.Option(min=1, help="Number of completions to return.")
+]
 EosIdOption = Annotated[
     list[int] | None,
     typer.Option(
@@ -93,8 +125,9 @@ def sampling_params(
 def with_sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     """Replace the parameter ``sampling`` of a command by the options of ``sampling_params``.
 
-    typer derives options from a function's signature, so the returned function has a signature with the options in
-    place of ``sampling``; it calls the command with the ``SamplingParams`` that they build.
+    typer derives options from a function's signature, so the returned function has a
+    signature with the options in place of ``sampling``; it calls the command with the
+    ``SamplingParams`` that they build.
     """
     options = inspect.signature(sampling_params, eval_str=True).parameters
     signature = inspect.signature(command, eval_str=True)
@@ -113,5 +146,7 @@ def with_sampling_options(command: Callable[..., None]) -> Callable[..., None]:
 
     new_signature = signature.replace(parameters=parameters)
     command_with_options.__signature__ = new_signature  # type: ignore[attr-defined]
-    command_with_options.__annotations__ = {item.name: item.annotation for item in parameters}
+    command_with_options.__annotations__ = {
+        item.name: item.annotation for item in parameters
+    }
     return command_with_options

@@ -24,7 +24,10 @@ def plan(
     gpus: Annotated[int, typer.Option(min=1, help="Number of processes in the run.")],
     rank: Annotated[int, typer.Option(min=0, help="The process to predict.")] = 0,
     trace: Annotated[
-        bool, typer.Option("--trace", help="Also trace one step: bytes sent, by axis of the grid.")
+        bool,
+        typer.Option(
+            "--trace", help="Also trace one step: bytes sent, by axis of the grid."
+        ),
     ] = False,
     overrides: OverrideOption = None,
 ) -> None:
@@ -37,7 +40,11 @@ def plan(
     from evomesh.plan.trace import trace as trace_step
 
     if rank >= gpus:
-        raise UserError(f"rank {rank} of {gpus} processes", where="--rank", expected=f"0 to {gpus - 1}")
+        raise UserError(
+            f"rank {rank} of {gpus} processes",
+            where="--rank",
+            expected=f"0 to {gpus - 1}",
+        )
     settings = load_config(config, overrides or []).config
     warnings = check_world(settings, gpus)
     step_trace = trace_step(settings, gpus, rank) if trace else None
@@ -53,14 +60,20 @@ def plan(
         console.print(_traffic_table(step_trace.traffic))
 
 
-def _describe_rank(config: Config, gpus: int, rank: int, memory: RankMemory) -> list[str]:
+def _describe_rank(
+    config: Config, gpus: int, rank: int, memory: RankMemory
+) -> list[str]:
     """Return three lines: the run, the rank's position in the grid, and what it holds."""
     from evomesh.config.size import parameter_count, tokens_per_step
 
     grid = memory.grid
     data = config.data
     count = parameter_count(config.model)
-    model = f"{count:,} parameters" if count is not None else f"model type {config.model.model_type}"
+    model = (
+        f"{count:,} parameters"
+        if count is not None
+        else f"model type {config.model.model_type}"
+    )
     tokens = tokens_per_step(config, grid.dp.size)
     axes = (grid.pp, grid.dp, grid.tp, grid.wp, grid.zero, grid.replica)
     position = ", ".join(f"{axis.name} {axis.rank} of {axis.size}" for axis in axes)

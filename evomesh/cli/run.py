@@ -109,7 +109,9 @@ def _flush_output() -> None:
         discard(sys.stdout)
     except OSError as error:
         discard(sys.stdout)
-        raise UserError(f"cannot write: {error.strerror}", where="standard output") from None
+        raise UserError(
+            f"cannot write: {error.strerror}", where="standard output"
+        ) from None
 
 
 def _report_thread_error(args: threading.ExceptHookArgs) -> None:

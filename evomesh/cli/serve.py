@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from evomesh.cli.options import CheckpointOption, ConfigFileOption, DeviceOption, TokenizerPathOption
+from evomesh.cli.options import (
+    CheckpointOption,
+    ConfigFileOption,
+    DeviceOption,
+    TokenizerPathOption,
+)
 from evomesh.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,26 +29,43 @@ TemplateOption = Annotated[
 RotaryTypeOption = Annotated[
     Literal["origin", "dynamic"] | None,
     typer.Option(
-        "--rotary-type", help="dynamic: NTK scaling beyond the trained length [default: the config's]."
+        "--rotary-type",
+        help="dynamic: NTK scaling beyond the trained length [default: the config's].",
     ),
 ]
 ContextOption = Annotated[
-    int | None, typer.Option(min=2, help="Context length: maximum number of tokens of prompt and answer.")
+    int | None,
+    typer.Option(
+        min=2, help="Context length: maximum number of tokens of prompt and answer."
+    ),
 ]
-SlotsOption = Annotated[int, typer.Option(min=1, max=1024, help="Maximum number of concurrent sequences.")]
+SlotsOption = Annotated[
+    int, typer.Option(min=1, max=1024, help="Maximum number of concurrent sequences.")
+]
 QueueOption = Annotated[
     int,
     typer.Option(
-        min=0, max=65536, help="Maximum number of waiting sequences; more are rejected with HTTP 429."
+        min=0,
+        max=65536,
+        help="Maximum number of waiting sequences; more are rejected with HTTP 429.",
     ),
 ]
-HostOption = Annotated[str, typer.Option(help="Bind address; any non-loopback address requires an API key.")]
-PortOption = Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one.")]
+HostOption = Annotated[
+    str,
+    typer.Option(help="Bind address; any non-loopback address requires an API key."),
+]
+PortOption = Annotated[
+    int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one.")
+]
 KeyFileOption = Annotated[
-    str | None, typer.Option(help="File with the API key that clients must send [or: EVOMESH_API_KEY].")
+    str | None,
+    typer.Option(
+        help="File with the API key that clients must send [or: EVOMESH_API_KEY]."
+    ),
 ]
 NameOption = Annotated[
-    str | None, typer.Option(help="Model name in requests [default: the config's JOB_NAME].")
+    str | None,
+    typer.Option(help="Model name in requests [default: the config's JOB_NAME]."),
 ]
 
 
@@ -74,7 +96,15 @@ def serve(
         slots=slots,
         queue=queue,
     )
-    _serve_model(ckpt, options, host=host, port=port, key_file=key_file, device=device, config=config)
+    _serve_model(
+        ckpt,
+        options,
+        host=host,
+        port=port,
+        key_file=key_file,
+        device=device,
+        config=config,
+    )
 
 
 def chat(
@@ -145,9 +175,7 @@ def _serve_model(
         if page:
             from evomesh.serve.page import mount_page
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("evomesh"):
-            raise
-        raise UserError(f"{error.name} is not installed", fix="pip install 'evomesh[serve]'") from None
+        raise _explain_missing(error) from None
     chosen_device = device_by_name(device)
     listening = bind(host, port)
 
@@ -171,10 +199,22 @@ def _serve_model(
     if page:
         print(f"page: {url}/", flush=True)
     else:
-        print(f"API: {url}/v1   health: {url}/healthz   metrics: {url}/metrics", flush=True)
+        print(
+            f"API: {url}/v1   health: {url}/healthz   metrics: {url}/metrics",
+            flush=True,
+        )
     if page and browser:
         _open_browser(url)
     create_server(app, service.engines.end_answers).run(sockets=[listening])
+
+
+def _explain_missing(error: ModuleNotFoundError) -> Exception:
+    """Return an error that names the extra to install; a missing module of ours is a bug."""
+    if error.name is None or error.name.startswith("evomesh"):
+        return error
+    return UserError(
+        f"{error.name} is not installed", fix="pip install 'evomesh[serve]'"
+    )
 
 
 def _open_browser(url: str) -> None:

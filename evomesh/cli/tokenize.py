@@ -6,23 +6,34 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 if TYPE_CHECKING:
-    from evomesh.data.prepare.tokenize import ProgressCallback
+    from evomesh.data.prepare.conversations import ChatOptions
+    from evomesh.data.prepare.read_conversation import RecordSchema
+    from evomesh.data.prepare.tokenize import ProgressCallback, TextOptions
 
 PRINT_SECONDS = 10.0
 CHAT_FORMATS = ("alpaca", "messages", "sharegpt", "xtuner")
 
-InputsArgument = Annotated[list[str], typer.Argument(metavar="IN...", help="Files, folders or globs.")]
+InputsArgument = Annotated[
+    list[str], typer.Argument(metavar="IN...", help="Files, folders or globs.")
+]
 OutputOption = Annotated[
-    str, typer.Option("--output", "-o", help="The .bin to write, or a folder with --split-ratio.")
+    str,
+    typer.Option(
+        "--output", "-o", help="The .bin to write, or a folder with --split-ratio."
+    ),
 ]
 TokenizerOption = Annotated[
     str,
-    typer.Option("--tokenizer", "-t", help="A tokenizer.json, a sentencepiece .model, or a folder with one."),
+    typer.Option(
+        "--tokenizer",
+        "-t",
+        help="A tokenizer.json, a sentencepiece .model, or a folder with one.",
+    ),
 ]
 FormatOption = Annotated[
     str,
@@ -34,30 +45,49 @@ FormatOption = Annotated[
 ]
 TextFieldOption = Annotated[str, typer.Option(help="Key of the text in each record.")]
 RawLinesOption = Annotated[
-    bool, typer.Option("--raw-lines", help="Encode each line verbatim, like InternEvo's tokenizer.py.")
+    bool,
+    typer.Option(
+        "--raw-lines", help="Encode each line verbatim, like InternEvo's tokenizer.py."
+    ),
 ]
 BosOption = Annotated[
     bool | None,
     typer.Option(
-        "--bos/--no-bos", help="Prepend bos to every document [default: as the tokenizer's config says]."
+        "--bos/--no-bos",
+        help="Prepend bos to every document [default: as the tokenizer's config says].",
     ),
 ]
-EosOption = Annotated[bool, typer.Option("--eos/--no-eos", help="Append eos to every document.")]
+EosOption = Annotated[
+    bool, typer.Option("--eos/--no-eos", help="Append eos to every document.")
+]
 AppendOption = Annotated[
-    bool, typer.Option("--append", help="Append to an existing file instead of replacing it.")
+    bool,
+    typer.Option(
+        "--append", help="Append to an existing file instead of replacing it."
+    ),
 ]
 ChatTemplateOption = Annotated[
-    str, typer.Option(help="internlm, chatml, llama3, or tokenizer (the template in the tokenizer's folder).")
+    str,
+    typer.Option(
+        help="internlm, chatml, llama3, or tokenizer (the template in the tokenizer's folder)."
+    ),
 ]
-TrainOnOption = Annotated[str, typer.Option(help="Roles whose messages are targets, comma-separated.")]
-MaxLengthOption = Annotated[int, typer.Option(min=2, help="Truncate conversations to this many tokens.")]
+TrainOnOption = Annotated[
+    str, typer.Option(help="Roles whose messages are targets, comma-separated.")
+]
+MaxLengthOption = Annotated[
+    int, typer.Option(min=2, help="Truncate conversations to this many tokens.")
+]
 SplitRatioOption = Annotated[
-    float, typer.Option(min=0, max=1, help="Share of conversations held out for validation.")
+    float,
+    typer.Option(min=0, max=1, help="Share of conversations held out for validation."),
 ]
 SplitSeedOption = Annotated[
     int, typer.Option(min=0, max=2**32 - 1, help="Seed of the train/validation split.")
 ]
-WorkersOption = Annotated[int | None, typer.Option(min=1, help="Number of threads [default: all cores].")]
+WorkersOption = Annotated[
+    int | None, typer.Option(min=1, help="Number of threads [default: all cores].")
+]
 
 
 def tokenize(
@@ -79,38 +109,61 @@ def tokenize(
 ) -> None:
     """Tokenize text or conversations into a .bin with its .meta.
 
-    Inputs are txt (one document per line), json (a list), jsonl and csv, each also as .gz or .zst; parquet and arrow;
-    and .tar, .tar.gz and .zip archives of them.
+    Inputs are txt (one document per line), json (a list), jsonl and csv, each also as
+    .gz or .zst; parquet and arrow; and .tar, .tar.gz and .zip archives of them.
     """
-    from evomesh.data.prepare.tokenize import TextOptions, set_encoder_threads, tokenize_files
-    from evomesh.data.records.source_files import find_source_files
-    from evomesh.data.tokenizer import load_tokenizer
+    from evomesh.data.prepare.tokenize import TextOptions, set_encoder_threads
     from evomesh.errors import UserError
 
     set_encoder_threads(workers)
-    files = find_source_files(inputs)
     if format in CHAT_FORMATS:
         from evomesh.data.prepare.conversations import ChatOptions
 
         roles = tuple(role.strip() for role in train_on.split(","))
-        options = ChatOptions(format, chat_template, roles, max_length, split_ratio, seed)  # type: ignore[arg-type]
+        options = ChatOptions(
+            cast("RecordSchema", format),
+            chat_template,
+            roles,
+            max_length,
+            split_ratio,
+            seed,
+        )
         tokenize_conversations(inputs, output, tokenizer, options, workers, append)
         return
     if format != "text":
         raise UserError(
-            f"no format {format!r}", where="--format", expected="text, alpaca, messages, sharegpt or xtuner"
+            f"no format {format!r}",
+            where="--format",
+            expected="text, alpaca, messages, sharegpt or xtuner",
         )
     if split_ratio:
         raise UserError(
             "--split-ratio only applies to conversations",
             fix="tokenize training and validation text separately",
         )
+    text_options = TextOptions(text_field, raw_lines, bos, eos)
+    tokenize_text(inputs, output, tokenizer, text_options, append)
+
+
+def tokenize_text(
+    inputs: list[str],
+    output: str,
+    tokenizer: str,
+    options: TextOptions,
+    append: bool = False,
+) -> None:
+    """Run ``evomesh tokenize --format text``."""
+    from evomesh.data.prepare.tokenize import tokenize_files
+    from evomesh.data.records.source_files import find_source_files
+    from evomesh.data.tokenizer import load_tokenizer
+
+    files = find_source_files(inputs)
     with progress_bar(sum(file.size for file in files)) as progress:
         fingerprint = tokenize_files(
             files,
             output,
             load_tokenizer(tokenizer),
-            TextOptions(text_field, raw_lines, bos, eos),
+            options,
             append=append,
             progress=progress,
         )
@@ -124,25 +177,26 @@ def tokenize_conversations(
     inputs: list[str],
     output: str,
     tokenizer: str,
-    options: object,
+    options: ChatOptions,
     workers: int | None = None,
     append: bool = False,
 ) -> None:
-    """Run ``evomesh tokenize --format alpaca|messages|sharegpt|xtuner``.
-
-    Args:
-        options: a ``ChatOptions``, which this module imports only when it is used.
-    """
-    from evomesh.data.prepare.conversations import ChatOptions, tokenize_chats
+    """Run ``evomesh tokenize --format alpaca|messages|sharegpt|xtuner``."""
+    from evomesh.data.prepare.conversations import tokenize_chats
     from evomesh.data.records.source_files import find_source_files
     from evomesh.data.tokenizer import load_tokenizer
 
-    assert isinstance(options, ChatOptions)
     files = find_source_files(inputs)
     loaded = load_tokenizer(tokenizer)
     with progress_bar(sum(file.size for file in files)) as progress:
         fingerprints, counts = tokenize_chats(
-            files, output, loaded, options, workers=workers, append=append, progress=progress
+            files,
+            output,
+            loaded,
+            options,
+            workers=workers,
+            append=append,
+            progress=progress,
         )
     for path, fingerprint in fingerprints.items():
         print(
@@ -204,6 +258,10 @@ def progress_bar(total: int) -> Iterator[ProgressCallback]:
         task = bar.add_task("", total=total, done="")
 
         def update(position: int, documents: int, tokens: int) -> None:
-            bar.update(task, completed=position, done=f"{documents:,} documents {tokens:,} tokens")
+            bar.update(
+                task,
+                completed=position,
+                done=f"{documents:,} documents {tokens:,} tokens",
+            )
 
         yield update

@@ -23,7 +23,10 @@ InputsArgument = Annotated[
     list[str], typer.Argument(metavar="IN...", help="Files, folders or globs of text.")
 ]
 TokenizerArgument = Annotated[
-    str, typer.Argument(help="A tokenizer.json, a sentencepiece .model, or a folder with one.")
+    str,
+    typer.Argument(
+        help="A tokenizer.json, a sentencepiece .model, or a folder with one."
+    ),
 ]
 TextFieldOption = Annotated[str, typer.Option(help="Key of the text in each record.")]
 
@@ -31,22 +34,39 @@ TextFieldOption = Annotated[str, typer.Option(help="Key of the text in each reco
 @app.command()
 def train(
     inputs: InputsArgument,
-    output: Annotated[str, typer.Option("--output", "-o", metavar="FOLDER", help="The folder to write.")],
-    vocab_size: Annotated[int, typer.Option(min=1, help="Number of ids, special tokens included.")],
-    kind: Annotated[str, typer.Option(help="bpe (byte-level, tokenizer.json) or sentencepiece.")] = "bpe",
+    output: Annotated[
+        str,
+        typer.Option("--output", "-o", metavar="FOLDER", help="The folder to write."),
+    ],
+    vocab_size: Annotated[
+        int, typer.Option(min=1, help="Number of ids, special tokens included.")
+    ],
+    kind: Annotated[
+        str, typer.Option(help="bpe (byte-level, tokenizer.json) or sentencepiece.")
+    ] = "bpe",
     special: Annotated[
-        list[str] | None, typer.Option(metavar="TOKEN", help="A token that text never splits; repeatable.")
+        list[str] | None,
+        typer.Option(
+            metavar="TOKEN", help="A token that text never splits; repeatable."
+        ),
     ] = None,
     chat: Annotated[
-        str, typer.Option(help="Add the role marks of a chat template: internlm, chatml or llama3.")
+        str,
+        typer.Option(
+            help="Add the role marks of a chat template: internlm, chatml or llama3."
+        ),
     ] = "",
     text_field: TextFieldOption = "text",
 ) -> None:
     """Train a tokenizer on text: txt, json, jsonl, csv, parquet and arrow, as `evomesh tokenize` reads them."""
     if kind not in KINDS:
-        raise UserError(f"no kind {kind!r}", where="--kind", expected=" or ".join(KINDS))
+        raise UserError(
+            f"no kind {kind!r}", where="--kind", expected=" or ".join(KINDS)
+        )
     if chat not in CHATS:
-        raise UserError(f"no chat template {chat!r}", where="--chat", expected=", ".join(CHATS[1:]))
+        raise UserError(
+            f"no chat template {chat!r}", where="--chat", expected=", ".join(CHATS[1:])
+        )
 
     from evomesh.data.prepare.train_tokenizer import TokenizerRecipe, train_tokenizer
     from evomesh.data.records.source_files import find_source_files
@@ -62,7 +82,8 @@ def train(
 def inspect(
     tokenizer: TokenizerArgument,
     inputs: Annotated[
-        list[str] | None, typer.Argument(metavar="[IN...]", help="Texts to measure it on.")
+        list[str] | None,
+        typer.Argument(metavar="[IN...]", help="Texts to measure it on."),
     ] = None,
     text_field: TextFieldOption = "text",
 ) -> None:
@@ -92,7 +113,9 @@ def compare(
     _print_table(rows, [first, second])
     tokens = [sum(counts) for counts in zip(*(row.tokens for row in rows), strict=True)]
     if all(tokens):
-        typer.echo(f"{second} needs {tokens[1] / tokens[0] - 1:+.1%} tokens compared with {first}")
+        typer.echo(
+            f"{second} needs {tokens[1] / tokens[0] - 1:+.1%} tokens compared with {first}"
+        )
 
 
 def _describe(tokenizer: Tokenizer) -> list[str]:
@@ -114,14 +137,20 @@ def _print_table(rows: Sequence[Measurement], names: Sequence[str]) -> None:
         shown = name if len(name) <= 24 else "..." + name[-21:]
         heads.append(f" {shown:>24}")
     columns = "".join(heads)
-    typer.echo(f"{'kind':<{kind_width}} {'texts':>10} {'bytes':>14}{columns}   (bytes per token)")
+    typer.echo(
+        f"{'kind':<{kind_width}} {'texts':>10} {'bytes':>14}{columns}   (bytes per token)"
+    )
 
     for row in rows:
         figures = "".join(f" {figure:>24.3f}" for figure in row.bytes_per_token)
-        typer.echo(f"{row.kind:<{kind_width}} {row.texts:>10,} {row.size:>14,}{figures}")
+        typer.echo(
+            f"{row.kind:<{kind_width}} {row.texts:>10,} {row.size:>14,}{figures}"
+        )
 
     texts = sum(row.texts for row in rows)
     for number, name in enumerate(names):
         lossy = sum(row.lossy[number] for row in rows)
         if lossy:
-            typer.echo(f"warning: {name}: decoding does not restore {lossy:,} of {texts:,} texts")
+            typer.echo(
+                f"warning: {name}: decoding does not restore {lossy:,} of {texts:,} texts"
+            )

@@ -10,10 +10,16 @@ import typer
 from evomesh.cli.options import LauncherOption, OverrideOption, RendezvousPortOption
 
 SeedOption = Annotated[
-    int | None, typer.Option(help="Seed of the initial weights [default: the config's, else 1024].")
+    int | None,
+    typer.Option(
+        help="Seed of the initial weights [default: the config's, else 1024]."
+    ),
 ]
 RunDirOption = Annotated[
-    str | None, typer.Option("--run-dir", "--work-dir", help="Folder for log, metrics.jsonl and TensorBoard.")
+    str | None,
+    typer.Option(
+        "--run-dir", "--work-dir", help="Folder for log, metrics.jsonl and TensorBoard."
+    ),
 ]
 ProfileOption = Annotated[
     bool,
@@ -25,12 +31,16 @@ ProfileOption = Annotated[
 ]
 DeepspeedOption = Annotated[
     str | None,
-    typer.Option(help="XTuner's flag: deepspeed_zero1, 2 or 3; sets parallel.zero1 to the equivalent."),
+    typer.Option(
+        help="XTuner's flag: deepspeed_zero1, 2 or 3; sets parallel.zero1 to the equivalent."
+    ),
 ]
 
 
 def train(
-    config: Annotated[str, typer.Argument(help="A Python config file, such as configs/demo.py.")],
+    config: Annotated[
+        str, typer.Argument(help="A Python config file, such as configs/demo.py.")
+    ],
     overrides: OverrideOption = None,
     launcher: LauncherOption = "auto",
     port: RendezvousPortOption = 8888,
@@ -45,7 +55,8 @@ def train(
     from evomesh.train.job import reporting_early_errors
     from evomesh.train.main import run_training
 
-    # Later overrides win: --set over the settings of --deepspeed, the other options over --set.
+    # Later overrides win: --set over the settings of --deepspeed, the other options
+    # over --set.
     settings = list(overrides or [])
     if seed is not None:
         settings.append(f"seed={seed}")

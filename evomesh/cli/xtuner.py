@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
-# Its arguments are XTuner's, some of which (--resume [PATH], --cfg-options k=v ...) argparse alone can parse.
+# Its arguments are XTuner's, some of which (--resume [PATH], --cfg-options k=v ...)
+# argparse alone can parse.
 app.command(
     "train",
     add_help_option=False,
@@ -29,7 +30,9 @@ app.command("tokenize")(xtuner_data.tokenize)
 app.command("log-dataset")(xtuner_data.log_dataset)
 app.command("check-custom-dataset")(xtuner_data.check_custom_dataset)
 app.add_typer(
-    xtuner_convert.app, name="convert", help="Convert checkpoints to Hugging Face folders, and split them."
+    xtuner_convert.app,
+    name="convert",
+    help="Convert checkpoints to Hugging Face folders, and split them.",
 )
 
 SCRIPT = "#!{python}\nfrom evomesh.cli.xtuner import main\n\nmain()\n"
@@ -37,12 +40,16 @@ SCRIPT = "#!{python}\nfrom evomesh.cli.xtuner import main\n\nmain()\n"
 
 @app.command("list-cfg")
 def list_cfg(
-    pattern: Annotated[str, typer.Option("-p", "--pattern", help="Part of the names, in any case.")] = "",
+    pattern: Annotated[
+        str, typer.Option("-p", "--pattern", help="Part of the names, in any case.")
+    ] = "",
 ) -> None:
     """List the shipped configs that have XTuner's names."""
     from evomesh.cli.config import xtuner_configs
 
-    names = [path.stem for path in xtuner_configs() if pattern.lower() in path.stem.lower()]
+    names = [
+        path.stem for path in xtuner_configs() if pattern.lower() in path.stem.lower()
+    ]
     for name in names:
         print(name)
     if not names:
@@ -55,8 +62,12 @@ def list_cfg(
 
 @app.command("copy-cfg")
 def copy_cfg(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A name that list-cfg prints.")],
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for NAME_copy.py.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="A name that list-cfg prints.")
+    ],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder for NAME_copy.py.")
+    ],
 ) -> None:
     """Copy a shipped config to DIR/NAME_copy.py, to edit it."""
     from evomesh.cli.config import xtuner_config
@@ -64,12 +75,18 @@ def copy_cfg(
     source = xtuner_config(name.removesuffix(".py"))
     target = folder / f"{source.stem}_copy.py"
     if target.exists():
-        raise UserError("exists already", where=str(target), fix="remove it, or choose another folder")
+        raise UserError(
+            "exists already",
+            where=str(target),
+            fix="remove it, or choose another folder",
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
     except OSError as error:
-        raise UserError(f"cannot be written: {error.strerror}", where=str(target)) from None
+        raise UserError(
+            f"cannot be written: {error.strerror}", where=str(target)
+        ) from None
     print(f"wrote {target}")
 
 
@@ -77,7 +94,9 @@ def copy_cfg(
 def install_command(
     folder: Annotated[
         Path | None,
-        typer.Option("--into", help="Folder of the script [default: beside the evomesh command]."),
+        typer.Option(
+            "--into", help="Folder of the script [default: beside the evomesh command]."
+        ),
     ] = None,
 ) -> None:
     """Write a script named xtuner that runs `evomesh xtuner`; an existing command of that name is left alone."""
@@ -85,7 +104,11 @@ def install_command(
     text = SCRIPT.format(python=sys.executable)
     existing = shutil.which("xtuner")
     if target.exists() and target.read_text(errors="replace") != text:
-        raise UserError("another command of this name is there", where=str(target), fix="--into FOLDER")
+        raise UserError(
+            "another command of this name is there",
+            where=str(target),
+            fix="--into FOLDER",
+        )
     if existing is not None and Path(existing).resolve() != target.resolve():
         raise UserError(
             f"the command xtuner exists already: {existing}",
@@ -96,7 +119,9 @@ def install_command(
         target.chmod(target.stat().st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
     except OSError as error:
         raise UserError(
-            f"cannot be written: {error.strerror}", where=str(target), fix="--into FOLDER"
+            f"cannot be written: {error.strerror}",
+            where=str(target),
+            fix="--into FOLDER",
         ) from None
     print(f"wrote {target}: xtuner is now evomesh xtuner")
 

@@ -14,21 +14,38 @@ from evomesh.errors import UserError
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 CfgOptions = Annotated[
-    list[str] | None, typer.Option(metavar="KEY=VALUE", help="Override a value of the config; repeatable.")
+    list[str] | None,
+    typer.Option(
+        metavar="KEY=VALUE", help="Override a value of the config; repeatable."
+    ),
 ]
 
 
 @app.command("pth_to_hf")
 def pth_to_hf(
-    config: Annotated[str, typer.Argument(help="The training's config; it is copied to xtuner_config.py.")],
-    source: Annotated[str, typer.Argument(help="Work folder, or one checkpoint in it.")],
+    config: Annotated[
+        str,
+        typer.Argument(help="The training's config; it is copied to xtuner_config.py."),
+    ],
+    source: Annotated[
+        str, typer.Argument(help="Work folder, or one checkpoint in it.")
+    ],
     save_dir: Annotated[str, typer.Argument(help="New folder.")],
-    fp32: Annotated[bool, typer.Option("--fp32", help="Write float32 [default: as trained].")] = False,
-    max_shard_size: Annotated[str, typer.Option(help="Maximum size of a weight file.")] = "2GB",
-    safe_serialization: Annotated[
-        bool, typer.Option("--safe-serialization", help="Accepted: weights are always safetensors.")
+    fp32: Annotated[
+        bool, typer.Option("--fp32", help="Write float32 [default: as trained].")
     ] = False,
-    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer file or folder.")] = None,
+    max_shard_size: Annotated[
+        str, typer.Option(help="Maximum size of a weight file.")
+    ] = "2GB",
+    safe_serialization: Annotated[
+        bool,
+        typer.Option(
+            "--safe-serialization", help="Accepted: weights are always safetensors."
+        ),
+    ] = False,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Tokenizer file or folder.")
+    ] = None,
     cfg_options: CfgOptions = None,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder, with the config beside it."""
@@ -53,7 +70,9 @@ def pth_to_hf(
     writer.finish()
 
 
-@app.command("merge", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(
+    "merge", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
 def merge() -> None:
     """Refuse: adapters are not part of evomesh."""
     raise UserError(
@@ -66,10 +85,15 @@ def merge() -> None:
 @app.command("split")
 def split(
     source: Annotated[
-        str, typer.Argument(help="Hugging Face folder, or the id of a model in the local cache.")
+        str,
+        typer.Argument(
+            help="Hugging Face folder, or the id of a model in the local cache."
+        ),
     ],
     target: Annotated[str, typer.Argument(help="New folder.")],
-    max_shard_size: Annotated[str, typer.Option(help="Maximum size of a weight file.")] = "2GB",
+    max_shard_size: Annotated[
+        str, typer.Option(help="Maximum size of a weight file.")
+    ] = "2GB",
 ) -> None:
     """Write the model of a Hugging Face folder in weight files of a given size."""
     from evomesh.checkpoint.huggingface.export import ExportOptions

@@ -17,16 +17,24 @@ if TYPE_CHECKING:
     from evomesh.config.loader import LoadedConfig
 
 ConfigArgument = Annotated[
-    str, typer.Argument(metavar="CONFIG", help="A config file, or a name that list-cfg prints.")
+    str,
+    typer.Argument(
+        metavar="CONFIG", help="A config file, or a name that list-cfg prints."
+    ),
 ]
-RANKS = ("RANK", "SLURM_PROCID")  # one of several processes, to which tokenizing is not shared out
+RANKS = (
+    "RANK",
+    "SLURM_PROCID",
+)  # one of several processes, to which tokenizing is not shared out
 
 
 def tokenize(config: ConfigArgument) -> None:
     """Make the token files of the raw data that CONFIG names; those that exist are left alone."""
     loaded = _load(config)
     if not loaded.preparation:
-        print(f"{config}: nothing to do, it names token files: {loaded.config.data.train_folder}")
+        print(
+            f"{config}: nothing to do, it names token files: {loaded.config.data.train_folder}"
+        )
     make_token_files(loaded, is_alone=True)
 
 
@@ -42,7 +50,9 @@ def make_token_files(loaded: LoadedConfig, *, is_alone: bool = False) -> None:
         output = Path(command[command.index("--output") + 1])
         if output.exists():
             continue
-        started_by_launcher = any(name in os.environ for name in RANKS) and "SLURM_STEP_ID" in os.environ
+        started_by_launcher = (
+            any(name in os.environ for name in RANKS) and "SLURM_STEP_ID" in os.environ
+        )
         if not is_alone and ("LOCAL_RANK" in os.environ or started_by_launcher):
             raise UserError(
                 f"the raw data has no token files yet: {output}",
@@ -100,7 +110,12 @@ def check_custom_dataset(config: ConfigArgument) -> None:
 
     loaded = _load(config)
     make_token_files(loaded, is_alone=True)
-    verify(_folder(loaded), loaded.config.data.tokenizer_path, loaded.config.model.vocab_size, None)
+    verify(
+        _folder(loaded),
+        loaded.config.data.tokenizer_path,
+        loaded.config.model.vocab_size,
+        None,
+    )
 
 
 def _load(config: str) -> LoadedConfig:
@@ -113,5 +128,7 @@ def _load(config: str) -> LoadedConfig:
 def _folder(loaded: LoadedConfig) -> str:
     folder = loaded.config.data.train_folder
     if folder is None:
-        raise UserError("the config names no data", where=loaded.path, fix="set dataset_folder")
+        raise UserError(
+            "the config names no data", where=loaded.path, fix="set dataset_folder"
+        )
     return folder

@@ -28,7 +28,9 @@ def train(context: typer.Context) -> None:
     launcher = LAUNCHERS[options.launcher]
     with reporting_early_errors(launcher, options.port):
         path = find_named_config(options.config)
-        loaded = load_with_strategy(path, train_overrides(path, options), options.deepspeed, launcher)
+        loaded = load_with_strategy(
+            path, train_overrides(path, options), options.deepspeed, launcher
+        )
         make_token_files(loaded)
     code = run_training(loaded, launcher=launcher, port=options.port)
     if code:
@@ -42,9 +44,17 @@ def _parser() -> argparse.ArgumentParser:
         "several processes.",
         allow_abbrev=False,
     )
-    parser.add_argument("config", help="a config file of XTuner or evomesh, or a name that list-cfg prints")
-    parser.add_argument("--work-dir", help="folder of checkpoints and logs [default: ./work_dirs/NAME]")
-    parser.add_argument("--deepspeed", help="deepspeed_zero1, 2 or 3, or a DeepSpeed JSON file with a stage")
+    parser.add_argument(
+        "config",
+        help="a config file of XTuner or evomesh, or a name that list-cfg prints",
+    )
+    parser.add_argument(
+        "--work-dir", help="folder of checkpoints and logs [default: ./work_dirs/NAME]"
+    )
+    parser.add_argument(
+        "--deepspeed",
+        help="deepspeed_zero1, 2 or 3, or a DeepSpeed JSON file with a stage",
+    )
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -52,7 +62,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="continue from a checkpoint; without PATH from the newest in the work folder, if there is one",
     )
-    parser.add_argument("--seed", type=int, help="seed of the initial weights; the data order keeps 1024")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        help="seed of the initial weights; the data order keeps 1024",
+    )
     parser.add_argument(
         "--cfg-options",
         nargs="+",
@@ -62,10 +76,17 @@ def _parser() -> argparse.ArgumentParser:
         help="values of the config, by XTuner's keys or evomesh's",
     )
     parser.add_argument(
-        "--launcher", choices=list(LAUNCHERS), default="none", help="who started the processes"
+        "--launcher",
+        choices=list(LAUNCHERS),
+        default="none",
+        help="who started the processes",
     )
-    parser.add_argument("--port", type=int, default=8888, help="rendezvous port of the slurm launcher")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--port", type=int, default=8888, help="rendezvous port of the slurm launcher"
+    )
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
+    )
     return parser
 
 
@@ -91,10 +112,15 @@ def _resume_overrides(path: str, is_theirs: bool) -> list[str]:
         return ["resume=True"] + ([f"load_from={path!r}"] if path != NEWEST else [])
     if path == NEWEST:
         return ["ckpt.auto_resume=True"]
-    return ["ckpt.auto_resume=False", f"ckpt.load_ckpt_info=dict(path={path!r}, content='all')"]
+    return [
+        "ckpt.auto_resume=False",
+        f"ckpt.load_ckpt_info=dict(path={path!r}, content='all')",
+    ]
 
 
-def load_with_strategy(path: str, overrides: list[str], deepspeed: str | None, launcher: str) -> LoadedConfig:
+def load_with_strategy(
+    path: str, overrides: list[str], deepspeed: str | None, launcher: str
+) -> LoadedConfig:
     """Load a config with the settings of a DeepSpeed strategy, which depend on its layout."""
     from evomesh.config.deepspeed import deepspeed_settings
     from evomesh.config.loader import load_config

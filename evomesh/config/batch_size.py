@@ -1,13 +1,15 @@
 """Tokens per optimizer step in InternEvo's terms and in XTuner's, and the setting that makes the two equal.
 
-Both are ranks that see different data x micro-batches of a step x tokens of a micro-batch:
+Both are ranks that see different data x micro-batches of a step x tokens of a
+micro-batch:
 
 - InternEvo, evomesh: ``gpus / (tensor * pipeline)  x  micro_num            x  micro_bsz * seq_len``
 - XTuner:             ``gpus / sequence_parallel    x  accumulative_counts  x  max_length``
 
-InternEvo's tensor group is its sequence-parallel group, so the tensor size divides once. (XTuner's migration guide
-divides by it twice, and its accumulative_counts = TP * PP * TP / SP makes the batch of that guide's own example twice
-as large: tests/unit/config/test_batch_size.py works it out.)
+InternEvo's tensor group is its sequence-parallel group, so the tensor size divides
+once. (XTuner's migration guide divides by it twice, and its accumulative_counts = TP *
+PP * TP / SP makes the batch of that guide's own example twice as large:
+tests/unit/config/test_batch_size.py works it out.)
 """
 
 from __future__ import annotations
@@ -104,7 +106,9 @@ class Match:
         return number * self.unit
 
 
-def match_accumulative_counts(tokens: int, gpus: int, sequence_parallel: int, max_length: int) -> Match:
+def match_accumulative_counts(
+    tokens: int, gpus: int, sequence_parallel: int, max_length: int
+) -> Match:
     """Return the ``accumulative_counts`` with which XTuner takes ``tokens`` tokens per step."""
     one = XTunerBatch(gpus, sequence_parallel, 1, max_length)
     return Match(Fraction(tokens, one.tokens_per_step), one.tokens_per_step)

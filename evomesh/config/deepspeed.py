@@ -14,7 +14,9 @@ NAMES = ("deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3")
 SHARDED = "weights are sharded over the data-parallel ranks (parallel.zero1.fsdp=True)"
 WARNINGS = {
     1: [],
-    2: [f"{SHARDED}, not only gradients: less memory, one more gather per micro-batch, the same numbers"],
+    2: [
+        f"{SHARDED}, not only gradients: less memory, one more gather per micro-batch, the same numbers"
+    ],
     3: [f"{SHARDED} by PyTorch, without the DeepSpeed package: the same numbers"],
 }
 
@@ -24,8 +26,9 @@ def deepspeed_settings(
 ) -> tuple[list[str], list[str]]:
     """Return (overrides, warnings) for ``deepspeed_zero1|2|3``, or for a DeepSpeed JSON file with a stage.
 
-    Stage 1 shards the optimizer state over all data-parallel ranks, 2 the gradients too, 3 the weights too. With
-    tensor mode isp, the weights are sharded over the weight axis instead.
+    Stage 1 shards the optimizer state over all data-parallel ranks, 2 the gradients
+    too, 3 the weights too. With tensor mode isp, the weights are sharded over the
+    weight axis instead.
 
     Args:
         config: the run's config, for its layout and sizes; None: no tensor mode isp.
@@ -47,7 +50,9 @@ def deepspeed_settings(
     return [f"parallel.zero1=dict(size=-1, fsdp={stage > 1})"], warnings
 
 
-def _shard_isp(flag: str, config: Config, world_size: int) -> tuple[list[str], list[str]]:
+def _shard_isp(
+    flag: str, config: Config, world_size: int
+) -> tuple[list[str], list[str]]:
     """Return the settings that shard the weights of tensor mode isp over as many ranks as divide their widths."""
     model = config.model
     ranks = world_size // config.parallel.pipeline.size
@@ -77,6 +82,8 @@ def _stage_and_offload(flag: str) -> tuple[int, bool]:
             expected='{"zero_optimization": {"stage": 1, 2 or 3}}',
         ) from None
     if stage not in WARNINGS:
-        raise UserError(f"stage {stage}", where=f"--deepspeed {flag}", expected="1, 2 or 3")
+        raise UserError(
+            f"stage {stage}", where=f"--deepspeed {flag}", expected="1, 2 or 3"
+        )
     devices = [zero.get(key) or {} for key in ("offload_optimizer", "offload_param")]
     return stage, any(device.get("device", "none") != "none" for device in devices)

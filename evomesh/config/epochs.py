@@ -9,8 +9,8 @@ from evomesh.errors import UserError
 def steps_per_epoch(config: Config, num_packs: int, dp_size: int) -> float:
     """Return the optimizer steps of one pass.
 
-    XTuner's order shortens a pass to a multiple of the data-parallel size and lets steps cross its end; InternEvo's
-    ends a pass where no whole step is left.
+    XTuner's order shortens a pass to a multiple of the data-parallel size and lets
+    steps cross its end; InternEvo's ends a pass where no whole step is left.
 
     Args:
         num_packs: packs in one pass.
@@ -48,8 +48,12 @@ def resolve_epochs(config: Config, num_packs: int, dp_size: int) -> Config:
                 where=key,
                 fix="add data, or lower data.micro_num or data.seq_len",
             )
-        config = config.model_copy(update={"data": data.model_copy(update={"total_steps": total_steps})})
+        config = config.model_copy(
+            update={"data": data.model_copy(update={"total_steps": total_steps})}
+        )
     if ckpt.checkpoint_every_epochs is not None:
         every = max(1, int(ckpt.checkpoint_every_epochs * per_epoch))
-        config = config.model_copy(update={"ckpt": ckpt.model_copy(update={"checkpoint_every": every})})
+        config = config.model_copy(
+            update={"ckpt": ckpt.model_copy(update={"checkpoint_every": every})}
+        )
     return config

@@ -36,7 +36,9 @@ def describe(key: str) -> str:
     raise UserError(
         f"unknown key {key!r}",
         where="--explain",
-        fix=f"did you mean {similar[0]}?" if similar else "evomesh config show CONFIG lists the keys",
+        fix=f"did you mean {similar[0]}?"
+        if similar
+        else "evomesh config show CONFIG lists the keys",
     )
 
 
@@ -86,7 +88,11 @@ def _resolved_key(key: str) -> str:
 def _type_name(annotation: Any) -> str:
     is_plain_class = isinstance(annotation, type) and not get_args(annotation)
     name = annotation.__name__ if is_plain_class else str(annotation)
-    return name.replace("typing.", "").replace("evomesh.config.step_values.", "").replace("NoneType", "None")
+    return (
+        name.replace("typing.", "")
+        .replace("evomesh.config.step_values.", "")
+        .replace("NoneType", "None")
+    )
 
 
 def _bounds(field: FieldInfo) -> str:

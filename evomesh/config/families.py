@@ -1,6 +1,7 @@
 """Facts of the built-in families: what their architectures fix, as values of the model section.
 
-A new family is one row here, its name in ``ModelFamily``, and its initial weights in ``models/``.
+A new family is one row here, its name in ``ModelFamily``, and its initial weights in
+``models/``.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ FAMILY_FACTS: dict[str, FamilyFacts] = {
     "QWEN2": FamilyFacts({"o_bias": False}, qkv_bias=True, o_bias=False, qk_norm=False),
     "QWEN3": FamilyFacts({"no_bias": True, "qk_norm": True}, qk_norm=True),
     "MISTRAL": FamilyFacts(
-        {"no_bias": True}, qkv_bias=False, o_bias=False, qk_norm=False, sliding_window=True
+        {"no_bias": True},
+        qkv_bias=False,
+        o_bias=False,
+        qk_norm=False,
+        sliding_window=True,
     ),
 }

@@ -8,8 +8,12 @@ from dataclasses import dataclass
 
 LOCAL = re.compile(r"^local:", re.IGNORECASE)
 # boto3:s3://BUCKET.ENDPOINT/KEY, s3:ENDPOINT/BUCKET/KEY and s3://BUCKET/KEY
-BOTO3 = re.compile(r"^boto3:s3://(?P<bucket>[^./]+)\.(?P<host>[^/]+)/*(?P<key>.*)$", re.IGNORECASE)
-S3_WITH_ENDPOINT = re.compile(r"^s3:https?://(?P<host>[^/]+)/+(?P<bucket>[^/]+)/*(?P<key>.*)$", re.IGNORECASE)
+BOTO3 = re.compile(
+    r"^boto3:s3://(?P<bucket>[^./]+)\.(?P<host>[^/]+)/*(?P<key>.*)$", re.IGNORECASE
+)
+S3_WITH_ENDPOINT = re.compile(
+    r"^s3:https?://(?P<host>[^/]+)/+(?P<bucket>[^/]+)/*(?P<key>.*)$", re.IGNORECASE
+)
 S3 = re.compile(r"^s3:(?:s3:)?//(?P<bucket>[^/]+)/*(?P<key>.*)$", re.IGNORECASE)
 FORMS = (BOTO3, S3_WITH_ENDPOINT, S3)
 STEP_FOLDER = re.compile(r"step-[0-9]{8,}")
@@ -62,8 +66,9 @@ def _path_parts(path: str) -> tuple[str, ...]:
 def shared_role(save: str, snapshots: str) -> str:
     """Return why a run cannot save checkpoints to one folder and snapshots to the other, "" if it can.
 
-    Snapshots have a separate retention: of the step folders in their folder the newest two stay. Their folder may
-    be inside the save folder, as it is by default, but must not be it or contain it.
+    Snapshots have a separate retention: of the step folders in their folder the newest
+    two stay. Their folder may be inside the save folder, as it is by default, but must
+    not be it or contain it.
     """
     one, two = FolderPlace.of(save), FolderPlace.of(snapshots)
     if one == two or (one.contains(two) and two.contains(one)):

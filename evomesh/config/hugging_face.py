@@ -1,7 +1,8 @@
 """Read the sizes of a model from ``config.json`` of a Hugging Face folder, or of the local cache; without torch.
 
-Newer files have ``dtype`` and ``rope_parameters``, older ones ``torch_dtype``, ``rope_theta`` and ``rope_scaling``:
-either is read. ``rotary.type`` is InternLM's word for the same.
+Newer files have ``dtype`` and ``rope_parameters``, older ones ``torch_dtype``,
+``rope_theta`` and ``rope_scaling``: either is read. ``rotary.type`` is InternLM's word
+for the same.
 """
 
 from __future__ import annotations
@@ -16,7 +17,13 @@ from typing import Any, cast, get_args
 
 from pydantic import ValidationError
 
-from evomesh.config.rope import OPTIONAL, REQUIRED, RopeScaling, RopeType, scaling_problems
+from evomesh.config.rope import (
+    OPTIONAL,
+    REQUIRED,
+    RopeScaling,
+    RopeType,
+    scaling_problems,
+)
 from evomesh.config.schema import DType, ModelConfig
 from evomesh.config.user import expand_home
 from evomesh.errors import UserError
@@ -32,7 +39,13 @@ FAMILIES = {
 }
 
 # Of rope_scaling or rope_parameters, but no settings of a scaling.
-SETTINGS_BESIDE_SCALING = ("rope_theta", "rope_type", "type", "partial_rotary_factor", "finetuned")
+SETTINGS_BESIDE_SCALING = (
+    "rope_theta",
+    "rope_type",
+    "type",
+    "partial_rotary_factor",
+    "finetuned",
+)
 
 
 def cache_folder() -> Path:
@@ -68,14 +81,20 @@ def read_model_folder(folder: Path) -> ModelConfig:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"cannot be read: {error}", where=str(file), expected="a Hugging Face model folder"
+            f"cannot be read: {error}",
+            where=str(file),
+            expected="a Hugging Face model folder",
         ) from None
     if not isinstance(record, dict):
-        raise UserError(f"a JSON {type(record).__name__}", where=str(file), expected="a JSON object")
+        raise UserError(
+            f"a JSON {type(record).__name__}", where=str(file), expected="a JSON object"
+        )
     return read_model(record, str(file))
 
 
-def read_model(record: dict[str, Any], where: str, dtype: str | None = None) -> ModelConfig:
+def read_model(
+    record: dict[str, Any], where: str, dtype: str | None = None
+) -> ModelConfig:
     """Return the model section that computes what ``config.json`` describes; rotary pairs are in halves there.
 
     Args:
@@ -134,7 +153,8 @@ def _mlp_ratio(width: int, hidden: int) -> tuple[float, int]:
     multiple = math.gcd(width, 256)
     if multiple > 1:
         return width / hidden, multiple
-    # Nothing rounds up then, and int(hidden * ratio) must not fall below the width: half a unit more.
+    # Nothing rounds up then, and int(hidden * ratio) must not fall below the width:
+    # half a unit more.
     return (width + 0.5) / hidden, multiple
 
 
@@ -148,14 +168,22 @@ class _ConfigReader:
     def positive_integer(self, key: str) -> int:
         value = self.record.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{key} is {value!r}", where=self.where, expected="a positive integer")
+            raise UserError(
+                f"{key} is {value!r}", where=self.where, expected="a positive integer"
+            )
         return value
 
     def dtype(self, override: str | None) -> DType:
         record = self.record
-        found = override or record.get("dtype") or record.get("torch_dtype") or "float32"
+        found = (
+            override or record.get("dtype") or record.get("torch_dtype") or "float32"
+        )
         if found not in get_args(DType):
-            raise UserError(f"dtype {found!r}", where=self.where, expected=", ".join(get_args(DType)))
+            raise UserError(
+                f"dtype {found!r}",
+                where=self.where,
+                expected=", ".join(get_args(DType)),
+            )
         return cast(DType, found)
 
     def refuse_unsupported(self, hidden: int, heads: int) -> None:
@@ -176,7 +204,10 @@ class _ConfigReader:
             setting = f"partial_rotary_factor {self._partial_rotary()}"
         elif hidden % heads != 0 and head_dim is None:
             setting = f"hidden_size {hidden} with {heads} heads"
-        elif self.record.get("model_type") == "internlm" and kv_heads not in (None, heads):
+        elif self.record.get("model_type") == "internlm" and kv_heads not in (
+            None,
+            heads,
+        ):
             setting = "GQA"
         elif self.record.get("use_sliding_window"):
             setting = "use_sliding_window: a window in some of the layers"
@@ -198,25 +229,39 @@ class _ConfigReader:
 
     def sliding_window(self) -> int | None:
         """Return Mistral's window; where the file has none, transformers takes 4096. Qwen has a switch for it."""
-        if self.record.get("model_type") != "mistral" or self.record.get("sliding_window", 4096) is None:
+        if (
+            self.record.get("model_type") != "mistral"
+            or self.record.get("sliding_window", 4096) is None
+        ):
             return None
-        return self.positive_integer("sliding_window") if "sliding_window" in self.record else 4096
+        return (
+            self.positive_integer("sliding_window")
+            if "sliding_window" in self.record
+            else 4096
+        )
 
     def _partial_rotary(self) -> float:
         return float(
-            self._rope().get("partial_rotary_factor") or self.record.get("partial_rotary_factor") or 1
+            self._rope().get("partial_rotary_factor")
+            or self.record.get("partial_rotary_factor")
+            or 1
         )
 
     def _rope(self) -> dict[str, Any]:
         """Return the rotary settings: the newer spelling before the older one, InternLM's last.
 
-        But InternLM's ``rotary.type`` "origin" comes first: editing this one word must turn dynamic scaling off, as
-        InternEvo's guide describes.
+        But InternLM's ``rotary.type`` "origin" comes first: editing this one word must
+        turn dynamic scaling off, as InternEvo's guide describes.
         """
-        rope = {**(self.record.get("rope_scaling") or {}), **(self.record.get("rope_parameters") or {})}
+        rope = {
+            **(self.record.get("rope_scaling") or {}),
+            **(self.record.get("rope_parameters") or {}),
+        }
         rotary = self.record.get("rotary") or {}
         has_other_spelling = self.record.keys() & {"rope_scaling", "rope_parameters"}
-        if rotary.get("type") and (not has_other_spelling or rotary["type"] == "origin"):
+        if rotary.get("type") and (
+            not has_other_spelling or rotary["type"] == "origin"
+        ):
             factor = rotary.get("scaling_factor", rope.get("factor", 1.0))
             rope |= {"rope_type": rotary["type"], "factor": factor}
         return rope
@@ -244,24 +289,35 @@ class _ConfigReader:
         if kind not in REQUIRED:
             known = ", ".join(("default", "dynamic", *REQUIRED))
             raise UserError(
-                f"rotary scaling {kind!r} is not supported", where=self.where, expected=f"one of {known}"
+                f"rotary scaling {kind!r} is not supported",
+                where=self.where,
+                expected=f"one of {known}",
             )
         try:
-            scaling = RopeScaling.model_validate(self._scaling_settings(kind), strict=False)
+            scaling = RopeScaling.model_validate(
+                self._scaling_settings(kind), strict=False
+            )
         except ValidationError as error:
             first = error.errors()[0]
             raise UserError(
-                f"rope_scaling: {first['loc'][0]} is {first['input']!r}: {first['msg']}", where=self.where
+                f"rope_scaling: {first['loc'][0]} is {first['input']!r}: {first['msg']}",
+                where=self.where,
             ) from None
         problems = scaling_problems(scaling, head_dim)
         if problems:
             key, found, expected = problems[0]
-            raise UserError(f"rope_scaling: {key}: {found}", where=self.where, expected=expected)
+            raise UserError(
+                f"rope_scaling: {key}: {found}", where=self.where, expected=expected
+            )
         return scaling
 
     def _scaling_settings(self, kind: RopeType) -> dict[str, Any]:
         """Return the fields of a ``RopeScaling``; the original length may be beside them, or be the model's."""
-        settings = {key: value for key, value in self._rope().items() if key not in SETTINGS_BESIDE_SCALING}
+        settings = {
+            key: value
+            for key, value in self._rope().items()
+            if key not in SETTINGS_BESIDE_SCALING
+        }
         original = "original_max_position_embeddings"
         if original in REQUIRED[kind] and settings.get(original) is None:
             settings[original] = self.record.get(original) or self.max_position()
@@ -278,7 +334,11 @@ class _ConfigReader:
 
     def rope_base(self) -> float:
         rotary = self.record.get("rotary") or {}
-        base = self._rope().get("rope_theta") or self.record.get("rope_theta") or rotary.get("base")
+        base = (
+            self._rope().get("rope_theta")
+            or self.record.get("rope_theta")
+            or rotary.get("base")
+        )
         return float(base or 10000.0)
 
 

@@ -29,9 +29,24 @@ _MISTRAL: dict[str, Any] = dict(
     max_position_embeddings=32768,
 )
 _SIZES: dict[str, dict[str, int]] = {
-    "1_8b": dict(hidden_size=2048, num_hidden_layers=24, num_attention_heads=16, intermediate_size=8192),
-    "7b": dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=14336),
-    "20b": dict(hidden_size=6144, num_hidden_layers=48, num_attention_heads=48, intermediate_size=16384),
+    "1_8b": dict(
+        hidden_size=2048,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=8192,
+    ),
+    "7b": dict(
+        hidden_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        intermediate_size=14336,
+    ),
+    "20b": dict(
+        hidden_size=6144,
+        num_hidden_layers=48,
+        num_attention_heads=48,
+        intermediate_size=16384,
+    ),
 }
 
 
@@ -39,7 +54,8 @@ def known_model(name: str) -> ModelConfig | None:
     """Return the model section of a hub id such as "internlm/internlm2-7b", None for one that is not in the table."""
     owner, _, model = name.partition("/")
     if owner == "internlm" and model.startswith("internlm2-"):
-        # What is trained further keeps its sizes: "internlm2-chat-7b-sft" has those of "internlm2-7b".
+        # What is trained further keeps its sizes: "internlm2-chat-7b-sft" has those of
+        # "internlm2-7b".
         size = model.removeprefix("internlm2-")
         size = size.removeprefix("chat-")
         size = size.removeprefix("base-")
@@ -47,7 +63,10 @@ def known_model(name: str) -> ModelConfig | None:
         if size in _SIZES:
             settings = _INTERNLM2 | _SIZES[size]
             return read_model(settings, name)
-    if owner == "mistralai" and model in ("Mistral-7B-v0.3", "Mistral-7B-Instruct-v0.3"):
+    if owner == "mistralai" and model in (
+        "Mistral-7B-v0.3",
+        "Mistral-7B-Instruct-v0.3",
+    ):
         settings = _MISTRAL | {"vocab_size": 32768}
         return read_model(settings, name)
     return None

@@ -6,15 +6,20 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from evomesh.config.data import DataConfig
 from evomesh.config.finding import ConfigFinding, nearest
-from evomesh.config.schema import Config, DataConfig, ParallelConfig
+from evomesh.config.schema import Config, ParallelConfig
 from evomesh.errors import ConfigError, UserError
 
 RESHARDS_EARLY = (
     "FSDP2 reshards a block and reduces its gradients as soon as the input gradients are ready, "
     "but zbv computes weight gradients later"
 )
-CHUNKS = {"1f1b": "num_chunks=1", "interleaved": "num_chunks of 2 or more", "zbv": "num_chunks=2"}
+CHUNKS = {
+    "1f1b": "num_chunks=1",
+    "interleaved": "num_chunks of 2 or more",
+    "zbv": "num_chunks=2",
+}
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,9 @@ def check_world(config: Config, world_size: int) -> list[str]:
         warnings.append(
             f"parallel.zero1.size: {asked} is more than the {group} data-parallel ranks; {group} is used"
         )
-    return warnings + _unsharded_warnings(config, axis_sizes(config.parallel, world_size).zero)
+    return warnings + _unsharded_warnings(
+        config, axis_sizes(config.parallel, world_size).zero
+    )
 
 
 def pipeline_schedule(config: Config) -> str:
@@ -101,7 +108,9 @@ def layout_findings(config: Config) -> Iterator[ConfigFinding]:
 def _zero_group(parallel: ParallelConfig, world_size: int) -> int:
     """Return the largest zero axis: the ranks of a stage that hold the same shard of the weights."""
     ranks_per_stage = world_size // parallel.pipeline.size
-    weight_shards = parallel.weight.size if parallel.tensor.mode == "isp" else parallel.tensor.size
+    weight_shards = (
+        parallel.weight.size if parallel.tensor.mode == "isp" else parallel.tensor.size
+    )
     return ranks_per_stage // weight_shards
 
 
@@ -114,7 +123,10 @@ def _size_problems(parallel: ParallelConfig, world_size: int) -> Iterator[UserEr
     for name, size in products.items():
         if world_size % size:
             fits = False
-            processes, sizes = nearest(world_size, multiples_of=size), nearest(size, world_size)
+            processes, sizes = (
+                nearest(world_size, multiples_of=size),
+                nearest(size, world_size),
+            )
             yield UserError(
                 f"{world_size} processes cannot be divided by {name} = {size}",
                 where="parallel",
@@ -135,7 +147,9 @@ def _unsharded_warnings(config: Config, zero: int) -> list[str]:
     if not config.parallel.zero1.fsdp:
         return []
     if zero == 1:
-        return ["parallel.zero1.fsdp: has no effect, because there is only one rank to share the weights"]
+        return [
+            "parallel.zero1.fsdp: has no effect, because there is only one rank to share the weights"
+        ]
     rows_per_tensor_rank = {
         "query, key and value": model.qkv_width // tp,
         "output projections": model.hidden_size,
@@ -144,18 +158,25 @@ def _unsharded_warnings(config: Config, zero: int) -> list[str]:
         "embedding and head": math.ceil(model.vocab_size / tp),
     }
     uneven = [
-        f"{name} ({rows} rows per tensor rank)" for name, rows in rows_per_tensor_rank.items() if rows % zero
+        f"{name} ({rows} rows per tensor rank)"
+        for name, rows in rows_per_tensor_rank.items()
+        if rows % zero
     ]
     if not uneven:
         return []
-    return [f"parallel.zero1.fsdp: {zero} ranks do not divide {', '.join(uneven)}; these stay replicated"]
+    return [
+        f"parallel.zero1.fsdp: {zero} ranks do not divide {', '.join(uneven)}; these stay replicated"
+    ]
 
 
 def _tensor_findings(config: Config) -> Iterator[ConfigFinding]:
     model, data = config.model, config.data
     tp, mode = config.parallel.tensor.size, config.parallel.tensor.mode
     key = "parallel.tensor.size"
-    heads = {"num_attention_heads": model.num_attention_heads, "num_kv_attention_heads": model.kv_heads}
+    heads = {
+        "num_attention_heads": model.num_attention_heads,
+        "num_kv_attention_heads": model.kv_heads,
+    }
     for name, count in heads.items():
         if count % tp:
             yield ConfigFinding(
@@ -196,7 +217,11 @@ def _weight_findings(config: Config) -> Iterator[ConfigFinding]:
     rows = {
         "hidden_size": model.hidden_size,
         "width of q, k and v": model.qkv_width,
-        **({"width of a head, which qk_norm has weights for": model.head_dim} if model.qk_norm else {}),
+        **(
+            {"width of a head, which qk_norm has weights for": model.head_dim}
+            if model.qk_norm
+            else {}
+        ),
         "feed-forward width": model.mlp_width,
     }
     for name, length in rows.items():
@@ -209,7 +234,11 @@ def _weight_findings(config: Config) -> Iterator[ConfigFinding]:
 
 
 def _stage_findings(config: Config) -> Iterator[ConfigFinding]:
-    model, pp, chunks = config.model, config.parallel.pipeline.size, config.model.num_chunks
+    model, pp, chunks = (
+        config.model,
+        config.parallel.pipeline.size,
+        config.model.num_chunks,
+    )
     if pp * chunks > model.num_layers:
         yield ConfigFinding(
             ("parallel.pipeline.size", "model.num_chunks", "model.num_layers"),
@@ -254,7 +283,9 @@ def _interleaved_findings(data: DataConfig, pp: int) -> Iterator[ConfigFinding]:
         )
 
 
-def _zero_bubble_findings(config: Config, key: tuple[str, ...]) -> Iterator[ConfigFinding]:
+def _zero_bubble_findings(
+    config: Config, key: tuple[str, ...]
+) -> Iterator[ConfigFinding]:
     """Yield settings that zbv excludes: it computes the gradients of inputs and of weights at different times."""
     obstacles = {}
     if config.parallel.weight.size > 1:

@@ -17,7 +17,14 @@ from evomesh.config.reading.origins import origins
 from evomesh.config.reading.overrides import Override, apply_overrides, parse_overrides
 from evomesh.config.reading.source import ConfigSource, read_source
 from evomesh.config.reading.source_lines import line_of
-from evomesh.config.reading.spellings import QUEUE, SECTIONS, SPELLINGS, TOP_LEVEL, resolve, written_key
+from evomesh.config.reading.spellings import (
+    QUEUE,
+    SECTIONS,
+    SPELLINGS,
+    TOP_LEVEL,
+    resolve,
+    written_key,
+)
 from evomesh.config.reading.xtuner.file import is_xtuner_file
 from evomesh.config.reading.xtuner.translate import read_xtuner_source
 from evomesh.config.rules import check
@@ -59,7 +66,9 @@ class LoadedConfig:
     preparation: tuple[tuple[str, ...], ...] = ()
 
 
-def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> LoadedConfig:
+def load_config(
+    path: str | os.PathLike[str], overrides: Sequence[str] = ()
+) -> LoadedConfig:
     """Read and check the config file at ``path``.
 
     Args:
@@ -70,8 +79,14 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     # 1. Execute the file. It applies the overrides of names that it has; the others create keys.
     path = os.fspath(path)
     sets = parse_overrides(overrides)
-    source = read_xtuner_source(path, sets) if is_xtuner_file(path) else read_source(path, sets)
-    draft = ConfigDraft(dict(source.values), lambda key: _location_of(key, source, sets))
+    source = (
+        read_xtuner_source(path, sets)
+        if is_xtuner_file(path)
+        else read_source(path, sets)
+    )
+    draft = ConfigDraft(
+        dict(source.values), lambda key: _location_of(key, source, sets)
+    )
     draft.warnings += source.warnings
     not_applied = [item for item in sets if not _was_applied_by_file(item, source)]
     apply_overrides(draft.values, not_applied, create=True)
@@ -94,7 +109,9 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     assert config is not None
     value_origins = origins(config, draft, source, sets)
     warnings = tuple(draft.warnings)
-    return LoadedConfig(config, value_origins, warnings, source.text, path, source.preparation)
+    return LoadedConfig(
+        config, value_origins, warnings, source.text, path, source.preparation
+    )
 
 
 def _check_rules(
@@ -112,7 +129,9 @@ def _check_rules(
 
     findings, warnings = check(config, is_given)
     for finding in findings:
-        has_invalid_value = not failed.isdisjoint(finding.keys)  # such a key has a problem already
+        has_invalid_value = not failed.isdisjoint(
+            finding.keys
+        )  # such a key has a problem already
         if not has_invalid_value:
             _add_finding(draft, finding)
     for key, words in warnings:
@@ -124,7 +143,10 @@ def known_keys() -> list[str]:
     """Return every key a config file may have, dotted, as written there."""
     keys = [*TOP_LEVEL, QUEUE, *SPELLINGS, *INERT, *REFUSED]
     for name in SECTIONS:
-        keys += [written_key(key) for key in _keys_below(Config.model_fields[name].annotation, name)]
+        keys += [
+            written_key(key)
+            for key in _keys_below(Config.model_fields[name].annotation, name)
+        ]
     return list(dict.fromkeys(key for key in keys if key != "model.extra"))
 
 
@@ -240,7 +262,12 @@ def _add_validation_error(draft: ConfigDraft, key: str, details: list[Any]) -> N
         draft.problem(key, setting_error.found, expected=setting_error.expected)
         return
     expected = _accepted_values(details) or first["msg"]
-    draft.problem(key, f"found {shown(first['input'])}", expected=expected, fix=_suggested_fix(key, first))
+    draft.problem(
+        key,
+        f"found {shown(first['input'])}",
+        expected=expected,
+        fix=_suggested_fix(key, first),
+    )
 
 
 def _accepted_values(details: list[Any]) -> str:

@@ -10,8 +10,12 @@ from evomesh.config.rope import RopeScaling
 from evomesh.config.section import Section
 
 DType = Literal["float64", "float32", "tf32", "bfloat16", "float16"]
-ModelFamily = Literal["INTERNLM", "INTERNLM2_PUBLIC", "LLAMA2", "QWEN2", "QWEN3", "MISTRAL"]
-RotaryType = Literal["origin", "dynamic"]  # beyond the trained length: unscaled, or with dynamic NTK
+ModelFamily = Literal[
+    "INTERNLM", "INTERNLM2_PUBLIC", "LLAMA2", "QWEN2", "QWEN3", "MISTRAL"
+]
+RotaryType = Literal[
+    "origin", "dynamic"
+]  # beyond the trained length: unscaled, or with dynamic NTK
 
 
 class ModelConfig(Section):
@@ -26,14 +30,24 @@ class ModelConfig(Section):
     vocab_size: int = Field(50304, ge=2, description="Number of token ids.")
     num_attention_heads: int = Field(32, ge=1, description="Number of query heads.")
     num_kv_attention_heads: int | None = Field(
-        None, ge=1, description="Number of key/value heads; None: num_attention_heads, as INTERNLM requires."
+        None,
+        ge=1,
+        description="Number of key/value heads; None: num_attention_heads, as INTERNLM requires.",
     )
-    head_dim: int = Field(64, ge=1, description="Width of a head; unset: hidden_size / num_attention_heads.")
+    head_dim: int = Field(
+        64,
+        ge=1,
+        description="Width of a head; unset: hidden_size / num_attention_heads.",
+    )
     mlp_ratio: float = Field(
-        4.0, gt=0, description="Feed-forward width = int(hidden_size * mlp_ratio), rounded up to multiple_of."
+        4.0,
+        gt=0,
+        description="Feed-forward width = int(hidden_size * mlp_ratio), rounded up to multiple_of.",
     )
     multiple_of: int = Field(
-        256, ge=1, description="The feed-forward width is rounded up to a multiple of this."
+        256,
+        ge=1,
+        description="The feed-forward width is rounded up to a multiple of this.",
     )
     dtype: DType = Field(
         "float16",
@@ -45,19 +59,28 @@ class ModelConfig(Section):
         le=1,
         description="Fraction of layers whose activations are recomputed; also True or False.",
     )
-    norm_type: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="Kind of the norms.")
+    norm_type: Literal["rmsnorm", "layernorm"] = Field(
+        "rmsnorm", description="Kind of the norms."
+    )
     layer_norm_epsilon: float = Field(1e-5, gt=0, description="Epsilon of the norms.")
     apply_post_layer_norm: bool = Field(
-        False, description="Place norms after the residual additions (INTERNLM2_PUBLIC)."
+        False,
+        description="Place norms after the residual additions (INTERNLM2_PUBLIC).",
     )
     use_swiglu: bool = Field(True, description="True: SwiGLU; False: GELU.")
     no_bias: bool = Field(
-        False, description="Omit the biases of the attention projections; INTERNLM always has them."
+        False,
+        description="Omit the biases of the attention projections; INTERNLM always has them.",
     )
-    qkv_bias: bool | None = Field(None, description="Bias of queries, keys and values; None: unless no_bias.")
-    o_bias: bool | None = Field(None, description="Bias of the attention output; None: unless no_bias.")
+    qkv_bias: bool | None = Field(
+        None, description="Bias of queries, keys and values; None: unless no_bias."
+    )
+    o_bias: bool | None = Field(
+        None, description="Bias of the attention output; None: unless no_bias."
+    )
     qk_norm: bool = Field(
-        False, description="Norm of each query and key head before the rotation; one weight for all heads."
+        False,
+        description="Norm of each query and key head before the rotation; one weight for all heads.",
     )
     sliding_window: int | None = Field(
         None,
@@ -66,61 +89,92 @@ class ModelConfig(Section):
         "window changes nothing.",
     )
     qk_interleaved: bool = Field(
-        False, description="Rotary pairs are adjacent columns, or in two halves. Default by family."
+        False,
+        description="Rotary pairs are adjacent columns, or in two halves. Default by family.",
     )
     rope_base: float = Field(10000.0, gt=0, description="Base of the rotary angles.")
     rope_scaling_factor: float = Field(1.0, ge=1, description="Factor of dynamic NTK.")
     max_position_embeddings: int = Field(
         2048, ge=1, description="Trained length, for dynamic NTK and longrope."
     )
-    use_dynamic_ntk_rope: bool = Field(False, description="Dynamic NTK beyond the trained length.")
-    rope_scaling: RopeScaling | None = Field(
-        None, description="Scaling of the rotary angles: dict(type=..., factor=...), as in config.json."
+    use_dynamic_ntk_rope: bool = Field(
+        False, description="Dynamic NTK beyond the trained length."
     )
-    embed_grad_scale: float = Field(1.0, description="Scale of the embedding's gradient.")
-    embed_split_hidden: bool = Field(False, description="Shard the embedding by columns instead of rows.")
+    rope_scaling: RopeScaling | None = Field(
+        None,
+        description="Scaling of the rotary angles: dict(type=..., factor=...), as in config.json.",
+    )
+    embed_grad_scale: float = Field(
+        1.0, description="Scale of the embedding's gradient."
+    )
+    embed_split_hidden: bool = Field(
+        False, description="Shard the embedding by columns instead of rows."
+    )
     parallel_output: bool = Field(
-        True, description="Accepted for InternEvo; the loss never materializes the full logits."
+        True,
+        description="Accepted for InternEvo; the loss never materializes the full logits.",
     )
     norm_head: bool = Field(False, description="Normalize the rows of the output head.")
-    residual_in_fp32: bool = Field(False, description="Keep the residual stream in float32.")
-    use_scaled_init: bool = Field(True, description="Scale the initial wo and w2 down with depth.")
+    residual_in_fp32: bool = Field(
+        False, description="Keep the residual stream in float32."
+    )
+    use_scaled_init: bool = Field(
+        True, description="Scale the initial wo and w2 down with depth."
+    )
     init_type: Literal["normal", "uniform"] = Field(
         "normal", description="Distribution of the initial weights."
     )
     embedding_init_std: float | None = Field(
-        None, description="Initial standard deviation of the embedding; None: by family."
+        None,
+        description="Initial standard deviation of the embedding; None: by family.",
     )
     attn_wqkv_init_std: float | None = Field(
-        None, description="Initial standard deviation of query, key and value; None: by family."
+        None,
+        description="Initial standard deviation of query, key and value; None: by family.",
     )
     attn_other_init_std: float | None = Field(
-        None, description="Initial standard deviation of the attention output; None: by family."
+        None,
+        description="Initial standard deviation of the attention output; None: by family.",
     )
     ffn_uplayer_init_std: float | None = Field(
-        None, description="Initial standard deviation of the feed-forward inputs; None: by family."
+        None,
+        description="Initial standard deviation of the feed-forward inputs; None: by family.",
     )
     ffn_other_init_std: float | None = Field(
-        None, description="Initial standard deviation of the feed-forward output; None: by family."
+        None,
+        description="Initial standard deviation of the feed-forward output; None: by family.",
     )
     out_head_init_std: float | None = Field(
-        None, description="Initial standard deviation of the output head; None: by family."
+        None,
+        description="Initial standard deviation of the output head; None: by family.",
     )
-    drop_rate: float = Field(0.0, description="Dropout; refused unless 0: evomesh has none.")
-    attn_drop_rate: float = Field(0.0, description="Attention dropout; refused unless 0: evomesh has none.")
+    drop_rate: float = Field(
+        0.0, description="Dropout; refused unless 0: evomesh has none."
+    )
+    attn_drop_rate: float = Field(
+        0.0, description="Attention dropout; refused unless 0: evomesh has none."
+    )
     dropout_selective_checkpoint: bool = Field(
         True, description="Accepted for InternEvo; there is no dropout."
     )
-    num_chunks: int = Field(1, ge=1, description="Model chunks per rank in an interleaved pipeline.")
+    num_chunks: int = Field(
+        1, ge=1, description="Model chunks per rank in an interleaved pipeline."
+    )
     use_flash_attn: bool = Field(
-        True, description="Accepted for InternEvo; the fastest available kernel is used on every device."
+        True,
+        description="Accepted for InternEvo; the fastest available kernel is used on every device.",
     )
     use_fp32_norm: bool = Field(False, description="Compute norms in float32.")
-    output_tf32: bool = Field(False, description="Compute the output head in TF32 (not available yet).")
-    compile: bool | Literal["auto"] = Field(
-        "auto", description="torch.compile the blocks; auto: on CUDA, if triton and a C compiler are there."
+    output_tf32: bool = Field(
+        False, description="Compute the output head in TF32 (not available yet)."
     )
-    extra: dict[str, Any] = Field({}, description="Parameters of a registered custom model.")
+    compile: bool | Literal["auto"] = Field(
+        "auto",
+        description="torch.compile the blocks; auto: on CUDA, if triton and a C compiler are there.",
+    )
+    extra: dict[str, Any] = Field(
+        {}, description="Parameters of a registered custom model."
+    )
 
     @property
     def kv_heads(self) -> int:
@@ -133,10 +187,14 @@ class ModelConfig(Section):
         if not isinstance(values, dict) or values.get("head_dim") is not None:
             return values
         width = values.get("hidden_size", cls.model_fields["hidden_size"].default)
-        heads = values.get("num_attention_heads", cls.model_fields["num_attention_heads"].default)
+        heads = values.get(
+            "num_attention_heads", cls.model_fields["num_attention_heads"].default
+        )
         are_numbers = isinstance(width, int) and isinstance(heads, int) and heads > 0
         derived = {"head_dim": max(width // heads, 1)} if are_numbers else {}
-        return {key: value for key, value in values.items() if key != "head_dim"} | derived
+        return {
+            key: value for key, value in values.items() if key != "head_dim"
+        } | derived
 
     @property
     def has_qkv_bias(self) -> bool:
@@ -164,4 +222,7 @@ class ModelConfig(Section):
     @property
     def mlp_width(self) -> int:
         """``int(hidden * mlp_ratio)`` rounded up to ``multiple_of``."""
-        return -(-int(self.hidden_size * self.mlp_ratio) // self.multiple_of) * self.multiple_of
+        return (
+            -(-int(self.hidden_size * self.mlp_ratio) // self.multiple_of)
+            * self.multiple_of
+        )

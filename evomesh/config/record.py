@@ -42,7 +42,9 @@ def config_from_dict(record: dict[str, Any]) -> Config:
 def _plain_value(value: Any, key: str) -> Any:
     if isinstance(value, dict):
         prefix = f"{key}." if key else ""
-        return {name: _plain_value(item, f"{prefix}{name}") for name, item in value.items()}
+        return {
+            name: _plain_value(item, f"{prefix}{name}") for name, item in value.items()
+        }
     if isinstance(value, list | tuple):
         return [_plain_value(item, key) for item in value]
     if isinstance(value, str):

@@ -1,8 +1,9 @@
 """Redact secrets in everything that leaves the program: terminal, log, records, TensorBoard, answers of a server.
 
-Secret are the values of variables that are named like secrets, the credentials and signatures in URLs, webhooks, and
-texts in the form of well-known keys. ``redact_text`` hides them in any text; ``redact_setting`` knows a value's key as
-well; ``RedactingStream`` is a terminal without secrets.
+Secret are the values of variables that are named like secrets, the credentials and
+signatures in URLs, webhooks, and texts in the form of well-known keys. ``redact_text``
+hides them in any text; ``redact_setting`` knows a value's key as well;
+``RedactingStream`` is a terminal without secrets.
 """
 
 from __future__ import annotations
@@ -14,15 +15,21 @@ from typing import Any, TextIO
 from urllib.parse import quote, unquote
 
 REDACTED = "<redacted>"
-SECRET_KEYS = ("monitor.alert.feishu_alert_address", "monitor.alert.light_monitor_address")
-SHORTEST_SECRET = 8  # shorter values of environment variables are words like "1" and "true"
+SECRET_KEYS = (
+    "monitor.alert.feishu_alert_address",
+    "monitor.alert.light_monitor_address",
+)
+SHORTEST_SECRET = (
+    8  # shorter values of environment variables are words like "1" and "true"
+)
 
 _SECRET_WORDS = (
     r"secret|passw(?:or)?d|passphrase|pwd|api[_-]?key|access[_-]?key(?:[_-]?id)?|private[_-]?key|account[_-]?key|client[_-]?key"
     r"|auth[_-]?token|access[_-]?token|session[_-]?token|security[_-]?token|refresh[_-]?token|bot[_-]?token|credentials?|webhook"
 )
 _SECRET_NAME = re.compile(
-    rf"(?:^|[_.-])(?:{_SECRET_WORDS}|token)$|_alert_address$|light_monitor_address$", re.I
+    rf"(?:^|[_.-])(?:{_SECRET_WORDS}|token)$|_alert_address$|light_monitor_address$",
+    re.I,
 )
 _SECRET_VARIABLE = re.compile(
     rf"(?:^|_)(?:{_SECRET_WORDS}|TOKEN|PASS|AUTH|DSN|SECRET_KEY|WEBHOOK_URL|KEY)(?:_(?:ID|VALUE|JSON|BASE64|\d+))?$",
@@ -31,13 +38,18 @@ _SECRET_VARIABLE = re.compile(
 # PWD and OLDPWD are folders.
 _NO_SECRET_VARIABLES = ("PWD", "OLDPWD", "GPG_KEY")
 
-# Each is replaced by its first group and the mark. Repetitions are bounded, so that no text takes long.
+# Each is replaced by its first group and the mark. Repetitions are bounded, so that no
+# text takes long.
 _PATTERNS = (
-    # user:password@ of a URL; the password may contain @ and /. Paths merge the two slashes.
+    # user:password@ of a URL; the password may contain @ and /. Paths merge the two
+    # slashes.
     re.compile(r"(:/{1,2})[^/\s\"'<>]{1,400}(?=@)"),
     re.compile(r"(:/{1,2})[^/\s:@\"']{1,200}:(?!\d+/)[^\s@\"']{1,400}(?=@)"),
     # what follows the address of a webhook
-    re.compile(r"(https?:/{1,2}[^\s\"'<>]{0,200}?/(?:hook|webhook|webhooks|webhookb2)/)[^\s?\"'<>]+", re.I),
+    re.compile(
+        r"(https?:/{1,2}[^\s\"'<>]{0,200}?/(?:hook|webhook|webhooks|webhookb2)/)[^\s?\"'<>]+",
+        re.I,
+    ),
     re.compile(r"(https?:/{1,2}hooks\.[\w.]{1,60}/)[^\s\"'<>]+", re.I),
     # signatures, keys and tokens in the query of a URL
     re.compile(
@@ -51,13 +63,17 @@ _PATTERNS = (
         re.I,
     ),
     # name=value, as in arguments and messages
-    re.compile(rf"((?<![a-z])(?:{_SECRET_WORDS})\s?=\s?)(?![\"'\s<])[^\s&,;)\"']+", re.I),
+    re.compile(
+        rf"((?<![a-z])(?:{_SECRET_WORDS})\s?=\s?)(?![\"'\s<])[^\s&,;)\"']+", re.I
+    ),
     # HTTP headers
     re.compile(r"(authorization\W{1,9}(?:bearer|basic|token)\s)[\w.~+/=-]+", re.I),
     re.compile(r"(\bbearer\s)[\w.~+/=-]{16,}", re.I),
     # keys of well-known services, by their form
     re.compile(r"\b()(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
-    re.compile(r"\b()(?:hf_|gh[pousr]_|github_pat_|glpat-|sk-|xox[abprs]-|npm_|pypi-)[\w-]{20,}"),
+    re.compile(
+        r"\b()(?:hf_|gh[pousr]_|github_pat_|glpat-|sk-|xox[abprs]-|npm_|pypi-)[\w-]{20,}"
+    ),
     re.compile(r"\b()AIza[\w-]{30,}"),
     re.compile(r"\b()eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"),
     re.compile(r"(-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----)[^-]*"),

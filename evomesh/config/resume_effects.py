@@ -1,6 +1,7 @@
 """Tell what a changed config key does to a run that resumes from a checkpoint.
 
-Each key of the schema is in one of three classes; a key that is in none of the tables here changes the training.
+Each key of the schema is in one of three classes; a key that is in none of the tables
+here changes the training.
 
     another function    the same weights compute something else, without any error: refused unless asked for
     another training    the model stays, its further updates differ: logged with both values
@@ -117,7 +118,9 @@ class ConfigDifferences:
     training: tuple[ConfigDifference, ...]
 
 
-def compare_configs(stored: Mapping[str, Any], present: Mapping[str, Any]) -> ConfigDifferences:
+def compare_configs(
+    stored: Mapping[str, Any], present: Mapping[str, Any]
+) -> ConfigDifferences:
     """Compare the config of a checkpoint with that of a run, key by key.
 
     Args:
@@ -131,15 +134,22 @@ def compare_configs(stored: Mapping[str, Any], present: Mapping[str, Any]) -> Co
         if key in before and before[key] != value
     ]
     uses_length = any(_uses_trained_length(config) for config in (before, now))
-    function = [item for item in changed if effect_of(item.key, uses_length) == "function"]
-    training = [item for item in changed if effect_of(item.key, uses_length) == "training"]
+    function = [
+        item for item in changed if effect_of(item.key, uses_length) == "function"
+    ]
+    training = [
+        item for item in changed if effect_of(item.key, uses_length) == "training"
+    ]
     return ConfigDifferences(tuple(function), tuple(training))
 
 
 def _uses_trained_length(values: Mapping[str, Any]) -> bool:
     """Return whether the rotary angles depend on the trained length: with dynamic NTK, and longrope."""
     scaling = values.get("model.rope_scaling") or {}
-    return bool(values.get("model.use_dynamic_ntk_rope")) or scaling.get("type") == "longrope"
+    return (
+        bool(values.get("model.use_dynamic_ntk_rope"))
+        or scaling.get("type") == "longrope"
+    )
 
 
 def effect_of(key: str, uses_trained_length: bool = True) -> str:
@@ -158,7 +168,11 @@ def _covers(name: str, key: str) -> bool:
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:
     """Return the leaves of a config, values that mean the same made equal."""
-    values = {key: value for key, value in leaves(config) if not key.startswith("model.rope_scaling.")}
+    values = {
+        key: value
+        for key, value in leaves(config)
+        if not key.startswith("model.rope_scaling.")
+    }
     values["model.rope_scaling"] = config.get("model", {}).get(
         "rope_scaling"
     )  # a scaling or None, as one value

@@ -1,6 +1,7 @@
 """The ``model.rope_scaling`` section: how rotary angles differ from the plain ones, whatever the length of a text.
 
-Dynamic NTK, which depends on the length, is ``model.use_dynamic_ntk_rope``; ``type="dynamic"`` is read as that.
+Dynamic NTK, which depends on the length, is ``model.use_dynamic_ntk_rope``;
+``type="dynamic"`` is read as that.
 """
 
 from __future__ import annotations
@@ -33,13 +34,19 @@ class RopeScaling(Section):
         description="llama3: frequencies of fewer turns than this within the original length are divided by factor.",
     )
     high_freq_factor: float | None = Field(
-        None, gt=0, description="llama3: frequencies of more turns than this stay as they are."
+        None,
+        gt=0,
+        description="llama3: frequencies of more turns than this stay as they are.",
     )
     beta_fast: float | None = Field(
-        None, gt=0, description="yarn: frequencies of more turns than this stay as they are; None: 32."
+        None,
+        gt=0,
+        description="yarn: frequencies of more turns than this stay as they are; None: 32.",
     )
     beta_slow: float | None = Field(
-        None, gt=0, description="yarn: frequencies of fewer turns than this are divided by factor; None: 1."
+        None,
+        gt=0,
+        description="yarn: frequencies of fewer turns than this are divided by factor; None: 1.",
     )
     attention_factor: float | None = Field(
         None,
@@ -47,16 +54,22 @@ class RopeScaling(Section):
         description="yarn, longrope: multiplies queries and keys; None: from factor, as the papers suggest.",
     )
     mscale: float | None = Field(
-        None, gt=0, description="yarn: numerator of attention_factor, together with mscale_all_dim."
+        None,
+        gt=0,
+        description="yarn: numerator of attention_factor, together with mscale_all_dim.",
     )
     mscale_all_dim: float | None = Field(
-        None, gt=0, description="yarn: denominator of attention_factor, together with mscale."
+        None,
+        gt=0,
+        description="yarn: denominator of attention_factor, together with mscale.",
     )
     truncate: bool | None = Field(
-        None, description="yarn: round the bounds of the ramp to whole frequencies; None: True."
+        None,
+        description="yarn: round the bounds of the ramp to whole frequencies; None: True.",
     )
     short_factor: tuple[float, ...] | None = Field(
-        None, description="longrope: divisor of each frequency in texts of up to the original length."
+        None,
+        description="longrope: divisor of each frequency in texts of up to the original length.",
     )
     long_factor: tuple[float, ...] | None = Field(
         None, description="longrope: divisor of each frequency in longer texts."
@@ -66,14 +79,26 @@ class RopeScaling(Section):
 # Keys that a type needs, and those that it may have.
 REQUIRED: dict[RopeType, tuple[str, ...]] = {
     "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
     "yarn": ("factor", "original_max_position_embeddings"),
     "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
 }
 OPTIONAL: dict[RopeType, tuple[str, ...]] = {
     "linear": (),
     "llama3": (),
-    "yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
+    "yarn": (
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    ),
     "longrope": ("factor", "attention_factor"),
 }
 
@@ -84,20 +109,38 @@ def scaling_problems(scaling: RopeScaling, head_dim: int) -> list[tuple[str, str
     known = (*required, *OPTIONAL[scaling.type])
     values = scaling.model_dump(exclude={"type"}, exclude_none=True)
     problems = [
-        (key, f"type {scaling.type!r} needs it", f"{key}=...") for key in required if key not in values
+        (key, f"type {scaling.type!r} needs it", f"{key}=...")
+        for key in required
+        if key not in values
     ]
     for key in values:
         if key not in known:
-            problems.append((key, f"has no meaning for type {scaling.type!r}", f"some of {', '.join(known)}"))
+            problems.append(
+                (
+                    key,
+                    f"has no meaning for type {scaling.type!r}",
+                    f"some of {', '.join(known)}",
+                )
+            )
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     if low is not None and high is not None and low >= high:
         problems.append(
-            ("low_freq_factor", f"{low:g} is not below high_freq_factor={high:g}", "a smaller one")
+            (
+                "low_freq_factor",
+                f"{low:g} is not below high_freq_factor={high:g}",
+                "a smaller one",
+            )
         )
     for key in ("short_factor", "long_factor"):
         divisors = values.get(key)
-        if divisors is not None and (len(divisors) != head_dim // 2 or min(divisors) <= 0):
+        if divisors is not None and (
+            len(divisors) != head_dim // 2 or min(divisors) <= 0
+        ):
             problems.append(
-                (key, f"found {len(divisors)} numbers", f"{head_dim // 2} positive ones: one a frequency")
+                (
+                    key,
+                    f"found {len(divisors)} numbers",
+                    f"{head_dim // 2} positive ones: one a frequency",
+                )
             )
     return problems

@@ -19,10 +19,15 @@ INT32, INT64 = 2**31 - 1, 2**63 - 1
 CONTENT = ("model", "sampler", "optimizer", "scheduler", "all")
 
 
-# Features that are not available yet: key, whether a config asks for it, name of the feature.
+# Features that are not available yet: key, whether a config asks for it, name of the
+# feature.
 PENDING: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("model.output_tf32", lambda c: c.model.output_tf32, "an output head in TF32"),
-    ("monitor.alert.enable_feishu_alert", lambda c: c.monitor.alert.enable_feishu_alert, "alerts"),
+    (
+        "monitor.alert.enable_feishu_alert",
+        lambda c: c.monitor.alert.enable_feishu_alert,
+        "alerts",
+    ),
     (
         "monitor.alert.light_monitor_address",
         lambda c: c.monitor.alert.light_monitor_address is not None,
@@ -31,7 +36,9 @@ PENDING: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
 )
 
 
-def check(config: Config, given: Callable[[str], bool]) -> tuple[list[ConfigFinding], list[tuple[str, str]]]:
+def check(
+    config: Config, given: Callable[[str], bool]
+) -> tuple[list[ConfigFinding], list[tuple[str, str]]]:
     """Return all problems of a validated config, and (key, words) of all warnings.
 
     Args:
@@ -51,7 +58,11 @@ def check(config: Config, given: Callable[[str], bool]) -> tuple[list[ConfigFind
     ]
     findings += _twice_given(given)
     findings += [
-        ConfigFinding((key,), f"{feature}: not available yet", fix=f"remove {key} or give it its default")
+        ConfigFinding(
+            (key,),
+            f"{feature}: not available yet",
+            fix=f"remove {key} or give it its default",
+        )
         for key, asks, feature in PENDING
         if asks(config)
     ]
@@ -65,7 +76,9 @@ def _twice_given(given: Callable[[str], bool]) -> Iterator[ConfigFinding]:
         ("ckpt.checkpoint_every", "ckpt.checkpoint_every_epochs"),
     ):
         if given(steps) and given(epochs):
-            yield ConfigFinding((epochs,), f"{steps} is set too", fix=f"remove {steps} or {epochs}")
+            yield ConfigFinding(
+                (epochs,), f"{steps} is set too", fix=f"remove {steps} or {epochs}"
+            )
 
 
 def _number_findings(config: Config) -> Iterator[ConfigFinding]:
@@ -148,9 +161,15 @@ def _family_findings(model: ModelConfig) -> Iterator[ConfigFinding]:
     )
     for key, value, wanted in switches:
         if wanted is not None and value != wanted:
-            keys = (f"model.{key}",) if key == "qk_norm" else (f"model.{key}", "model.no_bias")
+            keys = (
+                (f"model.{key}",)
+                if key == "qk_norm"
+                else (f"model.{key}", "model.no_bias")
+            )
             yield ConfigFinding(
-                keys, f"{key} is {value}, and {family} models have {key}={wanted}", fix=f"remove it, {other}"
+                keys,
+                f"{key} is {value}, and {family} models have {key}={wanted}",
+                fix=f"remove it, {other}",
             )
     if model.sliding_window is not None and not facts.sliding_window:
         yield ConfigFinding(
@@ -178,7 +197,11 @@ def _rope_findings(config: Config) -> Iterator[ConfigFinding]:
     if model.rope_scaling is None:
         return
     for key, found, expected in scaling_problems(model.rope_scaling, model.head_dim):
-        yield ConfigFinding((f"model.rope_scaling.{key}", "model.rope_scaling"), found, expected=expected)
+        yield ConfigFinding(
+            (f"model.rope_scaling.{key}", "model.rope_scaling"),
+            found,
+            expected=expected,
+        )
     if model.use_dynamic_ntk_rope:
         yield ConfigFinding(
             ("model.use_dynamic_ntk_rope", "model.rope_scaling"),
@@ -196,7 +219,10 @@ def _data_findings(config: Config) -> Iterator[ConfigFinding]:
             f"seq_len * micro_bsz = {data.packed_length} tokens in one pack",
             expected=f"at most 2**31 - 1 = {INT32}",
         )
-    if data.gradient_accumulation not in (None, data.micro_num) and config.parallel.pipeline.size == 1:
+    if (
+        data.gradient_accumulation not in (None, data.micro_num)
+        and config.parallel.pipeline.size == 1
+    ):
         yield ConfigFinding(
             ("data.gradient_accumulation", "data.micro_num"),
             f"gradient_accumulation={data.gradient_accumulation} but micro_num={data.micro_num}",
@@ -217,7 +243,9 @@ def _rampup_findings(ramp: BatchSizeRampup, micro_num: int) -> Iterator[ConfigFi
     key = ("data.rampup_batch_size", "data.micro_num")
     if ramp.start > micro_num:
         yield ConfigFinding(
-            key, f"starts at {ramp.start} micro-batches, above micro_num={micro_num}", expected=RAMPUP_FORM
+            key,
+            f"starts at {ramp.start} micro-batches, above micro_num={micro_num}",
+            expected=RAMPUP_FORM,
         )
     elif (micro_num - ramp.start) % ramp.increment:
         yield ConfigFinding(
@@ -229,11 +257,21 @@ def _rampup_findings(ramp: BatchSizeRampup, micro_num: int) -> Iterator[ConfigFi
 
 def _loss_scale_findings(config: Config) -> Iterator[ConfigFinding]:
     scaler = config.grad_scaler
-    start, low, high = scaler.fp16.initial_scale, scaler.fp16.min_scale, scaler.max_scale
-    keys = ("grad_scaler.fp16.min_scale", "grad_scaler.max_scale", "grad_scaler.fp16.initial_scale")
+    start, low, high = (
+        scaler.fp16.initial_scale,
+        scaler.fp16.min_scale,
+        scaler.max_scale,
+    )
+    keys = (
+        "grad_scaler.fp16.min_scale",
+        "grad_scaler.max_scale",
+        "grad_scaler.fp16.initial_scale",
+    )
     if low is not None and high is not None and low > high:
         yield ConfigFinding(
-            keys, f"min_scale={low:g} is above max_scale={high:g}", expected="min_scale <= max_scale"
+            keys,
+            f"min_scale={low:g} is above max_scale={high:g}",
+            expected="min_scale <= max_scale",
         )
     elif (low is not None and start < low) or (high is not None and start > high):
         yield ConfigFinding(
@@ -300,7 +338,9 @@ def _checkpoint_findings(config: Config) -> Iterator[ConfigFinding]:
         yield from _load_content_findings(ckpt.load_ckpt_info.content)
 
 
-def _folder_role_findings(save: str | None, snapshots: str | None) -> Iterator[ConfigFinding]:
+def _folder_role_findings(
+    save: str | None, snapshots: str | None
+) -> Iterator[ConfigFinding]:
     reason = shared_role(save, snapshots) if save and snapshots else ""
     if reason:
         yield ConfigFinding(
@@ -321,17 +361,24 @@ def _load_content_findings(content: tuple[str, ...]) -> Iterator[ConfigFinding]:
         )
 
 
-def _warnings(config: Config, given: Callable[[str], bool]) -> Iterator[tuple[str, str]]:
+def _warnings(
+    config: Config, given: Callable[[str], bool]
+) -> Iterator[tuple[str, str]]:
     yield from _training_warnings(config, given)
     yield from _parallel_warnings(config)
     yield from _alert_warnings(config)
     yield from _snapshot_warnings(config)
 
 
-def _training_warnings(config: Config, given: Callable[[str], bool]) -> Iterator[tuple[str, str]]:
+def _training_warnings(
+    config: Config, given: Callable[[str], bool]
+) -> Iterator[tuple[str, str]]:
     data, lr = config.data, config.lr_scheduler
     if data.train_folder is None and data.type == "tokenized":
-        yield "data.train_folder", "None: training on SYNTHETIC data, as documented; set it to train on text"
+        yield (
+            "data.train_folder",
+            "None: training on SYNTHETIC data, as documented; set it to train on text",
+        )
     if lr.total_steps is not None and lr.total_steps != data.total_steps:
         yield (
             "lr_scheduler.total_steps",
@@ -339,7 +386,10 @@ def _training_warnings(config: Config, given: Callable[[str], bool]) -> Iterator
             f"{data.total_steps} steps, the learning rate falls over {lr.total_steps}",
         )
     if given("grad_scaler") and config.model.dtype != "float16":
-        yield "grad_scaler", f"has no effect with {config.model.dtype}: only float16 needs a loss scale"
+        yield (
+            "grad_scaler",
+            f"has no effect with {config.model.dtype}: only float16 needs a loss scale",
+        )
 
 
 def _parallel_warnings(config: Config) -> Iterator[tuple[str, str]]:
@@ -353,7 +403,10 @@ def _parallel_warnings(config: Config) -> Iterator[tuple[str, str]]:
             "has no effect: gathered weights are freed after each block, and the next block reuses the memory",
         )
     if parallel.pipeline.interleaved_overlap and chunks == 1:
-        yield "parallel.pipeline.interleaved_overlap", "has no effect while model.num_chunks is 1"
+        yield (
+            "parallel.pipeline.interleaved_overlap",
+            "has no effect while model.num_chunks is 1",
+        )
     if chunks > 1 and parallel.pipeline.size == 1:
         yield "model.num_chunks", "has no effect while parallel.pipeline.size is 1"
 
@@ -362,7 +415,10 @@ def _alert_warnings(config: Config) -> Iterator[tuple[str, str]]:
     alert = config.monitor.alert
     for name in ("feishu_alert_address", "alert_file_path"):
         if getattr(alert, name) is not None and not alert.enable_feishu_alert:
-            yield f"monitor.alert.{name}", "has no effect while monitor.alert.enable_feishu_alert is False"
+            yield (
+                f"monitor.alert.{name}",
+                "has no effect while monitor.alert.enable_feishu_alert is False",
+            )
 
 
 def _snapshot_warnings(config: Config) -> Iterator[tuple[str, str]]:

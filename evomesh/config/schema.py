@@ -1,8 +1,11 @@
-"""Every section of a config as one frozen pydantic model (``model`` is in ``model.py``); nothing here imports torch.
+"""Every section of a config as one frozen pydantic model; nothing here imports torch.
 
-Field names are InternEvo's. A field's default and description are written here and nowhere else. The loader
-(``loader.py``) resolves older spellings (``reading/spellings.py``) before validation, so these models hold the resolved
-form only. Rules that involve more than one value are in ``rules.py`` and ``layout.py``.
+The sections ``model`` and ``data`` have files of their name.
+
+Field names are InternEvo's. A field's default and description are written here and
+nowhere else. The loader (``loader.py``) resolves older spellings
+(``reading/spellings.py``) before validation, so these models hold the resolved form
+only. Rules that involve more than one value are in ``rules.py`` and ``layout.py``.
 """
 
 from __future__ import annotations
@@ -13,14 +16,23 @@ from typing import Literal
 
 from pydantic import Field
 
+from evomesh.config.data import DataConfig
 from evomesh.config.model import DType, ModelConfig, ModelFamily, RotaryType
 from evomesh.config.section import Section
-from evomesh.config.step_values import RampupSetting, StepRanges, StepsSetting
 
-__all__ = ["DType", "ModelConfig", "ModelFamily", "RotaryType", "Section"]  # imported here and from here
+__all__ = [
+    "DType",
+    "DataConfig",
+    "ModelConfig",
+    "ModelFamily",
+    "RotaryType",
+    "Section",
+]  # imported here and from here
 
 INF = math.inf
-IGNORE = -100  # label of a position that is an input but not a target (torch's ignore_index)
+IGNORE = (
+    -100
+)  # label of a position that is an input but not a target (torch's ignore_index)
 
 Mode = Literal["mtp", "msp", "fsp", "isp"]
 
@@ -28,7 +40,9 @@ Mode = Literal["mtp", "msp", "fsp", "isp"]
 class RunConfig(Section):
     """Top-level scalars of a config file."""
 
-    job_name: str = Field("AnonymousJob", description="Name of the run: its folder and its log.")
+    job_name: str = Field(
+        "AnonymousJob", description="Name of the run: its folder and its log."
+    )
     seed: int = Field(
         1024,
         ge=0,
@@ -39,11 +53,16 @@ class RunConfig(Section):
         False,
         description="Use deterministic kernels only, so that runs on CUDA repeat to the bit; may be slower.",
     )
-    cudnn_deterministic: bool = Field(False, description="Passed on to torch.backends.cudnn.")
-    cudnn_benchmark: bool = Field(False, description="Passed on to torch.backends.cudnn.")
+    cudnn_deterministic: bool = Field(
+        False, description="Passed on to torch.backends.cudnn."
+    )
+    cudnn_benchmark: bool = Field(
+        False, description="Passed on to torch.backends.cudnn."
+    )
     enable_tb: bool = Field(True, description="Write TensorBoard files.")
     tensorboard_folder: str | None = Field(
-        None, description="Folder of TensorBoard files; also the environment variable of this name."
+        None,
+        description="Folder of TensorBoard files; also the environment variable of this name.",
     )
     resume_tb_folder: str | None = Field(
         None,
@@ -61,90 +80,15 @@ class RunConfig(Section):
     )
 
 
-class DataConfig(Section):
-    type: Literal["tokenized", "streaming"] = Field(
-        "tokenized", description="tokenized: token files; streaming: text is tokenized while it is read."
-    )
-    seq_len: int = Field(2048, ge=1, description="Longest attention segment, in tokens.")
-    micro_num: int = Field(1, ge=1, description="Micro-batches per step.")
-    micro_bsz: int = Field(1, ge=1, description="Packed length = micro_bsz * seq_len.")
-    total_steps: int = Field(50000, ge=1, description="Training ends after this many steps.")
-    epochs: float | None = Field(None, gt=0, description="Passes over the token files; sets total_steps.")
-    train_folder: str | None = Field(
-        None, description="Folder of tokenized data; None: synthetic data, with a warning."
-    )
-    valid_folder: str | None = Field(None, description="Folder of validation sets.")
-    valid_micro_num: int | None = Field(
-        None, ge=1, description="Micro-batches of a validation step; None: micro_num."
-    )
-    valid_every: int = Field(0, description="Steps between validations; <= 0: never.")
-    valid_min_length: int = Field(0, ge=0, description="Validation samples with fewer tokens are left out.")
-    min_length: int = Field(
-        0, ge=0, description="Documents with fewer tokens are left out (InternEvo's guide says rows)."
-    )
-    min_length_dict: dict[str, int] = Field({}, description="min_length by part of the path.")
-    pack_sample_into_one: bool = Field(False, description="Attend across the documents of a pack.")
-    remainder: Literal["drop", "carry", "pad"] = Field(
-        "drop", description="What happens to tokens that do not fill a pack."
-    )
-    order: Literal["internevo", "xtuner"] = Field(
-        "internevo", description="Shuffle and label as InternEvo or as XTuner does."
-    )
-    data_order_path: str | None = Field(
-        None, description="File with the order of the data files, in XTuner's format."
-    )
-    dataset_weights: dict[str, float] | None = Field(
-        None, description="Shares of the packs, by part of the path."
-    )
-    skip_batches: StepsSetting = Field(
-        StepRanges(), description="Steps whose data is consumed without training on it."
-    )
-    rampup_batch_size: RampupSetting = Field(
-        None, description="Growing micro_num: start, increment, steps between increments."
-    )
-    seed: int = Field(1024, ge=0, lt=2**32, description="Seed of the order of the packs.")
-    num_worker: int = Field(1, ge=0, description="Background reader threads.")
-    gradient_accumulation: int | None = Field(
-        None, ge=1, description="Another name of micro_num, and must equal it."
-    )
-    use_packed_dataset: bool = Field(True, description="Accepted for InternEvo; data is always packed.")
-    fixed_random_dataset_seqlen: bool = Field(True, description="Synthetic samples fill seq_len.")
-    empty_cache_and_diag_interval: int = Field(
-        50, description="Steps between freeing cached memory and looking for slow ranks."
-    )
-    diag_outlier_ratio: float = Field(
-        1.1, ge=1.0, description="A rank is slow if it takes this many times the median."
-    )
-    use_shm: bool = Field(False, description="Keep one copy of the packing index per node.")
-    shm_path: str = Field("/dev/shm/metacache", description="Where use_shm keeps the packing index.")
-    tokenizer_path: str | None = Field(None, description="Tokenizer of the data.")
-    content_name: str = Field("text", description="Text column of streaming data.")
-    subset_name: str | None = Field(None, description="Subset of streaming data.")
-    split_name: str | None = Field(
-        None, description="Split of streaming data; None: the one named train, if that is unambiguous."
-    )
-    valid_split_name: str | None = Field(
-        None, description="Split of streaming data to validate on; None: the one named validation, else test."
-    )
-    allow_tokenizer_mismatch: bool = Field(
-        False, description="Train even if training and validation data have different tokenizers."
-    )
-
-    @property
-    def packed_length(self) -> int:
-        """Tokens in one pack, which is one micro-batch."""
-        return self.seq_len * self.micro_bsz
-
-    @property
-    def validation_micro_num(self) -> int:
-        return self.valid_micro_num or self.micro_num
-
-
 class Zero1Config(Section):
     size: int = Field(
-        -1, description="Ranks that optimizer state is sharded over; <= 0: all data-parallel ranks."
+        -1,
+        description="Ranks that optimizer state is sharded over; <= 0: all data-parallel ranks.",
     )
-    fsdp: bool = Field(False, description="Shard weights and gradients over the zero1 ranks too (ZeRO-3).")
+    fsdp: bool = Field(
+        False,
+        description="Shard weights and gradients over the zero1 ranks too (ZeRO-3).",
+    )
 
 
 class TensorConfig(Section):
@@ -158,19 +102,27 @@ class TensorConfig(Section):
 class PipelineConfig(Section):
     size: int = Field(1, ge=1, description="Number of pipeline stages.")
     interleaved_overlap: bool = Field(
-        False, description="Accepted for InternEvo: sends and receives are always asynchronous."
+        False,
+        description="Accepted for InternEvo: sends and receives are always asynchronous.",
     )
     schedule: Literal["1f1b", "interleaved", "zbv"] | None = Field(
-        None, description="Order of the stages' work; None: interleaved if num_chunks > 1, else 1f1b."
+        None,
+        description="Order of the stages' work; None: interleaved if num_chunks > 1, else 1f1b.",
     )
-    balance: bool = Field(False, description="Count embedding and head when layers are assigned to stages.")
+    balance: bool = Field(
+        False,
+        description="Count embedding and head when layers are assigned to stages.",
+    )
 
 
 class WeightConfig(Section):
     size: int = Field(1, ge=1, description="Ranks that weights are sharded over (isp).")
-    overlap: bool = Field(False, description="Gather weights while the device computes.")
+    overlap: bool = Field(
+        False, description="Gather weights while the device computes."
+    )
     memory_pool: bool = Field(
-        False, description="Accepted for InternEvo; memory of gathered weights is reused anyway."
+        False,
+        description="Accepted for InternEvo; memory of gathered weights is reused anyway.",
     )
 
 
@@ -178,9 +130,15 @@ class ParallelConfig(Section):
     zero1: Zero1Config = Field(
         Zero1Config(), description="Sharding of optimizer state (ZeRO); int: its size."
     )
-    tensor: TensorConfig = Field(TensorConfig(), description="Tensor parallelism; int: its size.")
-    pipeline: PipelineConfig = Field(PipelineConfig(), description="Pipeline parallelism; int: its size.")
-    weight: WeightConfig = Field(WeightConfig(), description="Sharding of weights (isp); int: its size.")
+    tensor: TensorConfig = Field(
+        TensorConfig(), description="Tensor parallelism; int: its size."
+    )
+    pipeline: PipelineConfig = Field(
+        PipelineConfig(), description="Pipeline parallelism; int: its size."
+    )
+    weight: WeightConfig = Field(
+        WeightConfig(), description="Sharding of weights (isp); int: its size."
+    )
     timeout: float | None = Field(
         None,
         gt=0,
@@ -195,16 +153,30 @@ class ParallelConfig(Section):
 class ZeroConfig(Section):
     """``hybrid_zero_optimizer``."""
 
-    overlap_sync_grad: bool = Field(False, description="Reduce gradients during the backward pass.")
-    overlap_sync_param: bool = Field(False, description="Gather parameters during the next forward pass.")
-    reduce_bucket_size: int = Field(512 * 1024 * 1024, ge=1, description="Elements per reduction.")
-    clip_grad_norm: float = Field(1.0, ge=0, description="Maximum global gradient norm; 0: no clipping.")
-    use_split_tensor_optim: bool = Field(False, description="Shard optimizer state evenly, through tensors.")
-    all_gather_size: int = Field(512 * 1024 * 1024, ge=1, description="Elements per gather.")
+    overlap_sync_grad: bool = Field(
+        False, description="Reduce gradients during the backward pass."
+    )
+    overlap_sync_param: bool = Field(
+        False, description="Gather parameters during the next forward pass."
+    )
+    reduce_bucket_size: int = Field(
+        512 * 1024 * 1024, ge=1, description="Elements per reduction."
+    )
+    clip_grad_norm: float = Field(
+        1.0, ge=0, description="Maximum global gradient norm; 0: no clipping."
+    )
+    use_split_tensor_optim: bool = Field(
+        False, description="Shard optimizer state evenly, through tensors."
+    )
+    all_gather_size: int = Field(
+        512 * 1024 * 1024, ge=1, description="Elements per gather."
+    )
 
 
 class Fp16Config(Section):
-    initial_scale: float = Field(2.0**16, gt=0, description="Initial loss scale (float16 only).")
+    initial_scale: float = Field(
+        2.0**16, gt=0, description="Initial loss scale (float16 only)."
+    )
     min_scale: float | None = Field(1.0, gt=0, description="Minimum loss scale.")
     growth_interval: int = Field(
         1000, ge=1, description="Steps without overflow before the loss scale grows."
@@ -214,22 +186,39 @@ class Fp16Config(Section):
 class ScalerConfig(Section):
     """``grad_scaler``: dynamic loss scale, used for float16 only."""
 
-    fp16: Fp16Config = Field(Fp16Config(), description="Bounds and growth of the loss scale.")
-    growth_factor: float = Field(2.0, gt=1, description="Factor by which the loss scale grows.")
-    backoff_factor: float = Field(0.5, gt=0, lt=1, description="Factor by which the loss scale backs off.")
+    fp16: Fp16Config = Field(
+        Fp16Config(), description="Bounds and growth of the loss scale."
+    )
+    growth_factor: float = Field(
+        2.0, gt=1, description="Factor by which the loss scale grows."
+    )
+    backoff_factor: float = Field(
+        0.5, gt=0, lt=1, description="Factor by which the loss scale backs off."
+    )
     max_scale: float | None = Field(2.0**24, gt=0, description="Maximum loss scale.")
-    hysteresis: int = Field(2, ge=1, description="Overflows before the loss scale backs off.")
+    hysteresis: int = Field(
+        2, ge=1, description="Overflows before the loss scale backs off."
+    )
 
 
 class AdamConfig(Section):
     lr: float = Field(1e-4, ge=0, description="Peak learning rate.")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of AdamW's first moment.")
-    adam_beta2: float = Field(0.95, ge=0, lt=1, description="Decay of AdamW's second moment.")
-    adam_beta2_c: float = Field(0.0, description="Exponent of the beta2 schedule; 0: constant.")
+    adam_beta1: float = Field(
+        0.9, ge=0, lt=1, description="Decay of AdamW's first moment."
+    )
+    adam_beta2: float = Field(
+        0.95, ge=0, lt=1, description="Decay of AdamW's second moment."
+    )
+    adam_beta2_c: float = Field(
+        0.0, description="Exponent of the beta2 schedule; 0: constant."
+    )
     adam_eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
-    weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay.")
+    weight_decay: float = Field(
+        0.01, ge=0, description="AdamW's decoupled weight decay."
+    )
     no_decay: tuple[Literal["bias", "norm", "embedding"], ...] = Field(
-        (), description="Parameters exempt from weight decay; by default none, as InternEvo documents it."
+        (),
+        description="Parameters exempt from weight decay; by default none, as InternEvo documents it.",
     )
 
 
@@ -237,10 +226,14 @@ class LrConfig(Section):
     """``lr_scheduler``: linear warm-up, then cosine."""
 
     total_steps: int | None = Field(
-        None, ge=1, description="Length of the learning-rate schedule; None: data.total_steps."
+        None,
+        ge=1,
+        description="Length of the learning-rate schedule; None: data.total_steps.",
     )
     init_steps: int = Field(0, ge=0, description="Steps before the warm-up.")
-    warmup_ratio: float = Field(0.0, ge=0, le=1, description="Fraction of the steps that warm up.")
+    warmup_ratio: float = Field(
+        0.0, ge=0, le=1, description="Fraction of the steps that warm up."
+    )
     warmup_start: float | None = Field(
         None,
         ge=0,
@@ -249,24 +242,30 @@ class LrConfig(Section):
     )
     eta_min: float = Field(0.0, ge=0, description="Learning rate at the end.")
     last_epoch: int = Field(
-        -1, description="Accepted for InternEvo; a resumed run takes the step from its checkpoint."
+        -1,
+        description="Accepted for InternEvo; a resumed run takes the step from its checkpoint.",
     )
 
 
 class Beta2Config(Section):
-    init_beta2: float | None = Field(None, ge=0, lt=1, description="Initial beta2; None: adam.adam_beta2.")
+    init_beta2: float | None = Field(
+        None, ge=0, lt=1, description="Initial beta2; None: adam.adam_beta2."
+    )
     c: float | None = Field(
-        None, description="Exponent of the beta2 schedule; None: adam.adam_beta2_c; <= 0: constant."
+        None,
+        description="Exponent of the beta2 schedule; None: adam.adam_beta2_c; <= 0: constant.",
     )
     cur_iter: int = Field(
-        -1, description="Accepted for InternEvo; a resumed run takes the step from its checkpoint."
+        -1,
+        description="Accepted for InternEvo; a resumed run takes the step from its checkpoint.",
     )
 
 
 class LossConfig(Section):
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing.")
     reduction: Literal["token", "micro_batch"] = Field(
-        "token", description="Mean over all tokens of a step, or InternEvo's mean of micro-batch means."
+        "token",
+        description="Mean over all tokens of a step, or InternEvo's mean of micro-batch means.",
     )
 
 
@@ -275,24 +274,34 @@ class LoadConfig(Section):
 
     path: str = Field(description="Folder of the checkpoint to start from.")
     content: tuple[str, ...] = Field(
-        ("model",), description="Parts to load: model, sampler, optimizer, scheduler, all."
+        ("model",),
+        description="Parts to load: model, sampler, optimizer, scheduler, all.",
     )
     ckpt_type: str = Field(
-        "internevo", description="internevo, internlm, normal; hf, hf_llama, llama; or a registered loader."
+        "internevo",
+        description="internevo, internlm, normal; hf, hf_llama, llama; or a registered loader.",
     )
-    fallback: bool = Field(False, description="With auto_resume: used where nothing can be resumed.")
+    fallback: bool = Field(
+        False, description="With auto_resume: used where nothing can be resumed."
+    )
 
 
 class CheckpointConfig(Section):
     """``ckpt``."""
 
-    enable_save_ckpt: bool = Field(False, description="Save checkpoints; unset: if save_ckpt_folder is set.")
+    enable_save_ckpt: bool = Field(
+        False, description="Save checkpoints; unset: if save_ckpt_folder is set."
+    )
     save_ckpt_folder: str | None = Field(
         None,
         description="Folder of checkpoints: a local: or plain path, boto3:s3://BUCKET.ENDPOINT/KEY or s3://BUCKET/KEY.",
     )
-    checkpoint_every: float = Field(INF, description="Steps between checkpoints; inf: one at the end.")
-    checkpoint_every_epochs: float | None = Field(None, gt=0, description="Passes between checkpoints.")
+    checkpoint_every: float = Field(
+        INF, description="Steps between checkpoints; inf: one at the end."
+    )
+    checkpoint_every_epochs: float | None = Field(
+        None, gt=0, description="Passes between checkpoints."
+    )
     load_ckpt_info: LoadConfig | None = Field(
         None, description="Checkpoint to start from; used with auto_resume=False."
     )
@@ -302,8 +311,12 @@ class CheckpointConfig(Section):
     allow_changed_model: bool = Field(
         False, description="Resume although the weights then compute otherwise."
     )
-    async_upload: bool = Field(False, description="Upload in the background; for remote folders only.")
-    async_upload_tmp_folder: str | None = Field(None, description="Local upload folder.")
+    async_upload: bool = Field(
+        False, description="Upload in the background; for remote folders only."
+    )
+    async_upload_tmp_folder: str | None = Field(
+        None, description="Local upload folder."
+    )
     s3_endpoint: str | None = Field(
         None,
         pattern=r"^https?://[^/\s]+/?$",
@@ -316,20 +329,32 @@ class CheckpointConfig(Section):
     snapshot_ckpt_folder: str | None = Field(
         None, description="Folder of snapshots; None: snapshot in save_ckpt_folder."
     )
-    stop_file_path: str | None = Field(None, description="A file that ends the run at a given step.")
-    save_optimizer: bool = Field(True, description="Save the optimizer state; False: weights only.")
-    keep_last: int | None = Field(None, ge=1, description="Number of newest checkpoints to keep.")
+    stop_file_path: str | None = Field(
+        None, description="A file that ends the run at a given step."
+    )
+    save_optimizer: bool = Field(
+        True, description="Save the optimizer state; False: weights only."
+    )
+    keep_last: int | None = Field(
+        None, ge=1, description="Number of newest checkpoints to keep."
+    )
     keep_every: int | None = Field(
-        None, ge=1, description="Also keep checkpoints whose step is a multiple of this."
+        None,
+        ge=1,
+        description="Also keep checkpoints whose step is a multiple of this.",
     )
 
 
 class AlertConfig(Section):
-    enable_feishu_alert: bool = Field(False, description="Send alerts (not available yet).")
+    enable_feishu_alert: bool = Field(
+        False, description="Send alerts (not available yet)."
+    )
     feishu_alert_address: str | None = Field(
         None, description="Webhook of alerts; never written to a log or checkpoint."
     )
-    light_monitor_address: str | None = Field(None, description="Address of heartbeats (not available yet).")
+    light_monitor_address: str | None = Field(
+        None, description="Address of heartbeats (not available yet)."
+    )
     alert_file_path: str | None = Field(None, description="File of alerts.")
 
 
@@ -344,26 +369,52 @@ class GenerationConfig(Section):
     ckpt_folder: str | None = Field(None, description="Checkpoint to generate with.")
     data_folder: str | None = Field(None, description="Folder of the prompts.")
     batch_size: int | None = Field(None, ge=1, description="Prompts per batch.")
-    bos_id: int = Field(1, description="Recorded and exported; prompts are taken as they are.")
-    eos_id: tuple[int, ...] = Field((2,), description="Id, or list of ids, that ends an answer.")
-    pad_id: int | None = Field(None, description="Recorded and exported; nothing is padded.")
-    additional_eos_token_list: tuple[int, ...] = Field((), description="More ids that end an answer.")
-    max_length: int = Field(100, ge=1, description="Maximum number of tokens of prompt and answer together.")
-    max_new_tokens: int | None = Field(None, ge=1, description="Maximum number of new tokens of an answer.")
+    bos_id: int = Field(
+        1, description="Recorded and exported; prompts are taken as they are."
+    )
+    eos_id: tuple[int, ...] = Field(
+        (2,), description="Id, or list of ids, that ends an answer."
+    )
+    pad_id: int | None = Field(
+        None, description="Recorded and exported; nothing is padded."
+    )
+    additional_eos_token_list: tuple[int, ...] = Field(
+        (), description="More ids that end an answer."
+    )
+    max_length: int = Field(
+        100, ge=1, description="Maximum number of tokens of prompt and answer together."
+    )
+    max_new_tokens: int | None = Field(
+        None, ge=1, description="Maximum number of new tokens of an answer."
+    )
     do_sample: bool = Field(True, description="Sample; False: greedy.")
-    temperature: float = Field(1.0, ge=0, description="Sampling temperature; 0: greedy.")
-    num_beams: int = Field(1, ge=1, description="Width of beam search; 1: no beam search.")
-    top_k: int = Field(50, ge=0, description="Sample from this many of the most likely tokens; 0: all.")
+    temperature: float = Field(
+        1.0, ge=0, description="Sampling temperature; 0: greedy."
+    )
+    num_beams: int = Field(
+        1, ge=1, description="Width of beam search; 1: no beam search."
+    )
+    top_k: int = Field(
+        50, ge=0, description="Sample from this many of the most likely tokens; 0: all."
+    )
     top_p: float = Field(
-        1.0, gt=0, le=1, description="Sample from the fewest top tokens whose probability reaches this."
+        1.0,
+        gt=0,
+        le=1,
+        description="Sample from the fewest top tokens whose probability reaches this.",
     )
     min_p: float = Field(
-        0.0, ge=0, le=1, description="Sample from tokens with this fraction of the highest probability."
+        0.0,
+        ge=0,
+        le=1,
+        description="Sample from tokens with this fraction of the highest probability.",
     )
     repetition_penalty: float = Field(
         1.0, gt=0, description="Penalty for tokens that already occurred; 1: none."
     )
-    length_penalty: float = Field(1.0, description="Exponent of the length in the score of a beam.")
+    length_penalty: float = Field(
+        1.0, description="Exponent of the length in the score of a beam."
+    )
     num_return_sequences: int = Field(1, ge=1, description="Answers per prompt.")
     seed: int = Field(1024, ge=0, description="Sampling seed.")
 
@@ -374,20 +425,38 @@ class Config(Section):
     ``train``, ``plan``, ``serve`` and ``cli`` read it; ``checkpoint`` records it, and builds one for a foreign model.
     """
 
-    run: RunConfig = RunConfig()  # not a section of a config file: its keys are top-level names
+    run: RunConfig = (
+        RunConfig()
+    )  # not a section of a config file: its keys are top-level names
     data: DataConfig = Field(DataConfig(), description="Data, packing and batches.")
-    model: ModelConfig = Field(ModelConfig(), description="Shape and numerics of the model.")
-    parallel: ParallelConfig = Field(ParallelConfig(), description="Layout of the run: sizes of the axes.")
-    hybrid_zero_optimizer: ZeroConfig = Field(
-        ZeroConfig(), description="Gradient clipping, and communication of gradients and parameters."
+    model: ModelConfig = Field(
+        ModelConfig(), description="Shape and numerics of the model."
     )
-    grad_scaler: ScalerConfig = Field(ScalerConfig(), description="Dynamic loss scale (float16 only).")
+    parallel: ParallelConfig = Field(
+        ParallelConfig(), description="Layout of the run: sizes of the axes."
+    )
+    hybrid_zero_optimizer: ZeroConfig = Field(
+        ZeroConfig(),
+        description="Gradient clipping, and communication of gradients and parameters.",
+    )
+    grad_scaler: ScalerConfig = Field(
+        ScalerConfig(), description="Dynamic loss scale (float16 only)."
+    )
     adam: AdamConfig = Field(AdamConfig(), description="AdamW.")
-    lr_scheduler: LrConfig = Field(LrConfig(), description="Learning rate: linear warm-up, then cosine.")
-    beta2_scheduler: Beta2Config = Field(Beta2Config(), description="Schedule of AdamW's beta2.")
+    lr_scheduler: LrConfig = Field(
+        LrConfig(), description="Learning rate: linear warm-up, then cosine."
+    )
+    beta2_scheduler: Beta2Config = Field(
+        Beta2Config(), description="Schedule of AdamW's beta2."
+    )
     loss: LossConfig = Field(LossConfig(), description="Loss function.")
-    ckpt: CheckpointConfig = Field(CheckpointConfig(), description="Saving and loading of checkpoints.")
-    monitor: MonitorConfig = Field(MonitorConfig(), description="Alerts; also TensorBoard settings.")
+    ckpt: CheckpointConfig = Field(
+        CheckpointConfig(), description="Saving and loading of checkpoints."
+    )
+    monitor: MonitorConfig = Field(
+        MonitorConfig(), description="Alerts; also TensorBoard settings."
+    )
     generation: GenerationConfig | None = Field(
-        None, description="Prompts that generate.py answers, and its sampling parameters."
+        None,
+        description="Prompts that generate.py answers, and its sampling parameters.",
     )

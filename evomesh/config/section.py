@@ -9,5 +9,9 @@ class Section(BaseModel):
     """Base of all sections: unknown keys, wrong types and later mutation are errors."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, protected_namespaces=(), allow_inf_nan=True
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        protected_namespaces=(),
+        allow_inf_nan=True,
     )

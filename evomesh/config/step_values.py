@@ -1,6 +1,7 @@
 """Typed values of ``data.rampup_batch_size`` and ``data.skip_batches``, which a config has as text.
 
-The schema parses them; the rest of the package reads the typed value. ``str`` of a value is a text that parses to it.
+The schema parses them; the rest of the package reads the typed value. ``str`` of a
+value is a text that parses to it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class SettingError(ValueError):
 class BatchSizeRampup:
     """A batch that grows: ``min(start + (step // every) * increment, full)`` packs in step ``step``.
 
-    Written in a config it counts micro-batches of one rank; ``times(dp_size)`` counts packs of all ranks.
+    Written in a config it counts micro-batches of one rank; ``times(dp_size)`` counts
+    packs of all ranks.
     """
 
     start: int
@@ -47,13 +49,17 @@ class BatchSizeRampup:
         are_positive = all(word.isdigit() and int(word) > 0 for word in words)
         if len(words) != 3 or not are_positive:
             plural = "s" if len(words) != 1 else ""
-            raise SettingError(f"found {text!r}: {len(words)} item{plural}", RAMPUP_FORM)
+            raise SettingError(
+                f"found {text!r}: {len(words)} item{plural}", RAMPUP_FORM
+            )
         start, increment, every = map(int, words)
         return BatchSizeRampup(start, increment, every)
 
     def times(self, dp_size: int) -> BatchSizeRampup:
         """Return the same ramp for ``dp_size`` ranks together."""
-        return BatchSizeRampup(self.start * dp_size, self.increment * dp_size, self.every)
+        return BatchSizeRampup(
+            self.start * dp_size, self.increment * dp_size, self.every
+        )
 
     def size(self, step: int, full: int) -> int:
         """Return the number of packs of step ``step``, at most ``full``."""
@@ -81,13 +87,20 @@ class StepRanges:
         for number, item in enumerate(items, 1):
             match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", item)
             if match is None:
-                raise SettingError(f"item {number}, {item!r}, is not a step or a range", STEPS_FORM)
+                raise SettingError(
+                    f"item {number}, {item!r}, is not a step or a range", STEPS_FORM
+                )
             first = int(match[1])
             last = int(match[2] or match[1])
             if last < first:
-                raise SettingError(f"item {number}, {item!r}, runs backwards", f'"{last}-{first}"')
+                raise SettingError(
+                    f"item {number}, {item!r}, runs backwards", f'"{last}-{first}"'
+                )
             if ranges and first <= ranges[-1][1]:
-                raise SettingError(f"item {number}, {item!r}, comes after step {ranges[-1][1]}", STEPS_FORM)
+                raise SettingError(
+                    f"item {number}, {item!r}, comes after step {ranges[-1][1]}",
+                    STEPS_FORM,
+                )
             ranges.append((first, last))
         return StepRanges(tuple(ranges))
 
@@ -95,7 +108,10 @@ class StepRanges:
         return any(first <= step <= last for first, last in self.ranges)
 
     def __str__(self) -> str:
-        return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in self.ranges)
+        return ",".join(
+            str(first) if first == last else f"{first}-{last}"
+            for first, last in self.ranges
+        )
 
 
 def _parse_rampup(value: Any) -> Any:
@@ -126,4 +142,6 @@ def _as_written(value: BatchSizeRampup | StepRanges | None) -> str:
 RampupSetting = Annotated[
     BatchSizeRampup | None, BeforeValidator(_parse_rampup), PlainSerializer(_as_written)
 ]
-StepsSetting = Annotated[StepRanges, BeforeValidator(_parse_steps), PlainSerializer(_as_written)]
+StepsSetting = Annotated[
+    StepRanges, BeforeValidator(_parse_steps), PlainSerializer(_as_written)
+]

@@ -23,14 +23,18 @@ def config_text(loaded: LoadedConfig) -> str:
     for resolved, value in leaves(loaded.config.model_dump()):
         key = written_key(resolved)
         origin = loaded.origins.get(key, "default")
-        if origin.startswith("default") or (value is None and origin.startswith("XTuner")):
+        if origin.startswith("default") or (
+            value is None and origin.startswith("XTuner")
+        ):
             continue
         comments[key] = origin
         _place(values, key.split("."), value)
     lines = [
         f'"""Written by `evomesh config translate {loaded.path}`; comments say where values come from."""'
     ]
-    for name, value in sorted(values.items(), key=lambda item: isinstance(item[1], dict)):
+    for name, value in sorted(
+        values.items(), key=lambda item: isinstance(item[1], dict)
+    ):
         if isinstance(value, dict):
             lines.append("")
         lines += _assignment(name, value, name, comments, indent="", end="")
@@ -56,7 +60,13 @@ def _place(values: dict[str, Any], parts: list[str], value: Any) -> None:
 
 
 def _assignment(
-    name: str, value: Any, key: str, comments: Mapping[str, str], *, indent: str, end: str
+    name: str,
+    value: Any,
+    key: str,
+    comments: Mapping[str, str],
+    *,
+    indent: str,
+    end: str,
 ) -> Iterator[str]:
     """Yield the lines of ``name = value``, or in a section of ``name=value,``."""
     sign = "=" if indent else " = "
@@ -65,5 +75,7 @@ def _assignment(
         return
     yield f"{indent}{name}{sign}dict("
     for inner, item in value.items():
-        yield from _assignment(inner, item, f"{key}.{inner}", comments, indent=indent + "    ", end=",")
+        yield from _assignment(
+            inner, item, f"{key}.{inner}", comments, indent=indent + "    ", end=","
+        )
     yield f"{indent}){end}"

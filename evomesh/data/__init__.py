@@ -1,7 +1,8 @@
 """From files to batches. Needs no process group.
 
-The law: which packs make up step s is a pure function of (manifest, data.seed, s, global batch). Ranks, workers and
-interruptions change nothing, so a checkpoint stores a position of a few integers and any layout resumes exactly.
+The law: which packs make up step s is a pure function of (manifest, data.seed, s,
+global batch). Ranks, workers and interruptions change nothing, so a checkpoint stores a
+position of a few integers and any layout resumes exactly.
 
     file  ->  documents  ->  stream  ->  packs  ->  order  ->  batch
          bin_dataset     packs       packs      sampler    loader     (token_files/bin_dataset, then packing/)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # packing imports this module, and ``evomesh data`` must start without torch
+if (
+    TYPE_CHECKING
+):  # packing imports this module, and ``evomesh data`` must start without torch
     import torch
     from torch import Tensor
 

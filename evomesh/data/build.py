@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from evomesh.config.schema import DataConfig
+from evomesh.config.data import DataConfig
 from evomesh.data.packing.corpus import open_corpus
 from evomesh.data.packing.loader import BatchStream
 from evomesh.data.packing.packs import PackRule
@@ -14,7 +14,11 @@ from evomesh.data.packing.report import check_manifest
 from evomesh.data.packing.streaming import open_streaming, read_documents
 from evomesh.data.packing.synthetic import VALID_DOCUMENTS, SyntheticDocuments
 from evomesh.data.packing.validation import ValidationSet, group_sets
-from evomesh.data.token_files.bin_dataset import BinDataset, DocumentSource, check_sources
+from evomesh.data.token_files.bin_dataset import (
+    BinDataset,
+    DocumentSource,
+    check_sources,
+)
 from evomesh.data.token_files.fingerprint import check_same_tokenizer, check_vocabulary
 from evomesh.data.token_files.folders import check_folder, find_files
 
@@ -49,7 +53,9 @@ class TrainData(Protocol):
     def report(self) -> list[dict[str, Any]]: ...
     @property
     def warnings(self) -> list[str]: ...
-    def stream(self, dp_rank: int = 0, dp_size: int = 1, state: dict[str, Any] | None = None) -> BatchStream:
+    def stream(
+        self, dp_rank: int = 0, dp_size: int = 1, state: dict[str, Any] | None = None
+    ) -> BatchStream:
         """Return the batches of one rank, from the first step or from where ``state`` was taken."""
         ...
 
@@ -65,7 +71,8 @@ class TrainData(Protocol):
 def build_train_data(config: DataConfig, vocab_size: int) -> TrainData:
     """Open every file of ``data.train_folder`` and plan its packs; synthetic data when there is no folder.
 
-    Small data is read completely and large data in part, so that bad lines are found before the run starts.
+    Small data is read completely and large data in part, so that bad lines are found
+    before the run starts.
 
     Raises:
         UserError: there is no usable file, one is broken, or all of them together do not fill a pack.
@@ -104,7 +111,9 @@ def build_valid_data(config: DataConfig, vocab_size: int) -> list[ValidationSet]
     return _open_valid_sets(config, vocab_size, rule)
 
 
-def _open_valid_sets(config: DataConfig, vocab_size: int, rule: PackRule) -> list[ValidationSet]:
+def _open_valid_sets(
+    config: DataConfig, vocab_size: int, rule: PackRule
+) -> list[ValidationSet]:
     """Open the token files of ``data.valid_folder``: each folder with a document that is long enough is a set."""
     assert config.valid_folder is not None
     folder = check_folder(config.valid_folder, "data.valid_folder")

@@ -1,7 +1,7 @@
 """Encode conversations as token ids in which only the answers are targets.
 
-Masked tokens are stored as negative ids: input, but not targets. A leading bos keeps its sign, as in InternEvo's
-alpaca_tokenizer.py.
+Masked tokens are stored as negative ids: input, but not targets. A leading bos keeps
+its sign, as in InternEvo's alpaca_tokenizer.py.
 """
 
 from __future__ import annotations
@@ -11,11 +11,18 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from evomesh.config.schema import GenerationConfig
+from evomesh.data.chat_styles import (
+    INTERNEVO_TOKEN_IDS,
+    INTERNLM,
+    ROLE_MARKS,
+    STYLES,
+    TOKEN_ALIASES,
+    TURN_ENDS,
+    ChatStyle,
+)
 from evomesh.data.template import RenderedChat, Span, TemplateRenderer
 from evomesh.data.tokenizer import EncodedText, HfTokenizer, Tokenizer
 from evomesh.errors import UserError
-
-ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,9 @@ class ChatMessage:
 class ChatTemplate(Protocol):
     """A rule that renders conversations as token ids."""
 
-    def encode(self, messages: Sequence[ChatMessage], tools: Sequence[Any] | None = None) -> list[int]:
+    def encode(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Any] | None = None
+    ) -> list[int]:
         """Return the ids of a conversation; those of tokens that are not targets are negative.
 
         Args:
@@ -59,74 +68,6 @@ class ChatTemplate(Protocol):
     def ending(self) -> list[int]:
         """Return the ids that every conversation ends with, even a truncated one."""
         ...
-
-
-@dataclass(frozen=True)
-class TurnStyle:
-    """The rendering of one role's messages.
-
-    Attributes:
-        opening: fragments before the text; never targets.
-        closing: fragments after the text; targets if the message is one.
-    """
-
-    opening: tuple[str, ...]
-    closing: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class ChatStyle:
-    """A built-in chat template, made of fragments.
-
-    A fragment that is the exact name of a special token becomes that token's id; other fragments are encoded as text.
-
-    Attributes:
-        turns: by role.
-        special: fragments that must be single tokens of the tokenizer.
-        eos: whether the conversation ends with eos (a target).
-        separator: fragments after every message; never targets.
-    """
-
-    turns: dict[str, TurnStyle]
-    special: tuple[str, ...]
-    eos: bool
-    separator: tuple[str, ...] = ()
-
-
-# InternLM: <|User|>:text<eoh>\n<|Bot|>:answer<eoa>\n and one eos at the end of the conversation
-INTERNLM = ChatStyle(
-    {
-        "system": TurnStyle(("<|System|>:",), ("\n",)),
-        "user": TurnStyle(("<|User|>:",), ("<eoh>", "\n")),
-        "assistant": TurnStyle(("<|Bot|>:",), ("<eoa>", "\n")),
-    },
-    ("<eoh>", "<eoa>"),
-    eos=True,
-)
-# ChatML in InternLM2's version
-CHATML = ChatStyle(
-    {role: TurnStyle(("<|im_start|>", f"{role}\n"), ("<|im_end|>",)) for role in ROLES},
-    ("<|im_start|>", "<|im_end|>"),
-    eos=False,
-    separator=("\n",),
-)
-LLAMA3 = ChatStyle(
-    {
-        role: TurnStyle(("<|start_header_id|>", role, "<|end_header_id|>", "\n\n"), ("<|eot_id|>",))
-        for role in ROLES
-    },
-    ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    eos=False,
-)
-STYLES = {"internlm": INTERNLM, "chatml": CHATML, "llama3": LLAMA3}
-# Text to InternEvo's tokenizer, special tokens of others.
-ROLE_MARKS = ("<|System|>", "<|User|>", "<|Bot|>")
-# Names of the same special tokens in published InternLM2 tokenizers.
-TOKEN_ALIASES = {"<|im_start|>": ("[UNUSED_TOKEN_146]",), "<|im_end|>": ("[UNUSED_TOKEN_145]",)}
-# InternEvo's tokenizer does not name these tokens; alpaca_tokenizer.py writes their ids. It is known by its size.
-INTERNEVO_TOKEN_IDS = {103168: {"<eoh>": 103167, "<eoa>": 103166}}
-# Tokens with which published chat models end an answer.
-TURN_ENDS = ("<|im_end|>", *TOKEN_ALIASES["<|im_end|>"], "<eoa>", "<|eot_id|>", "<|end|>", "<|eom_id|>")
 
 
 class StyleTemplate:
@@ -152,7 +93,9 @@ class StyleTemplate:
                 )
             self.special_ids[token] = token_id
 
-    def encode(self, messages: Sequence[ChatMessage], tools: Sequence[Any] | None = None) -> list[int]:
+    def encode(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Any] | None = None
+    ) -> list[int]:
         self._check_plain(messages, tools)
         return self._encode_turns(messages) + self.ending
 
@@ -164,7 +107,9 @@ class StyleTemplate:
     @property
     def eos_ids(self) -> tuple[int, ...]:
         closing = self.style.turns["assistant"].closing
-        return tuple(self.special_ids[token] for token in closing if token in self.special_ids)
+        return tuple(
+            self.special_ids[token] for token in closing if token in self.special_ids
+        )
 
     @property
     def ending(self) -> list[int]:
@@ -172,7 +117,9 @@ class StyleTemplate:
             return [self.tokenizer.eos_id]
         return []
 
-    def _check_plain(self, messages: Sequence[ChatMessage], tools: Sequence[Any] | None) -> None:
+    def _check_plain(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Any] | None
+    ) -> None:
         """Refuse what a built-in template has no place for."""
         roles = {message.role for message in messages} - set(self.style.turns)
         keys = {key for message in messages for key in message.extra}
@@ -190,12 +137,15 @@ class StyleTemplate:
         for message in messages:
             turn = self.style.turns[message.role]
             if self.style is INTERNLM and message.role == "user":
-                # alpaca_tokenizer.py encodes the user's role mark and text as one string
+                # alpaca_tokenizer.py encodes the user's role mark and text as one
+                # string
                 ids += mask(self._encode_text("".join(turn.opening) + message.text))
                 ids += mask(self._encode_fragments(turn.closing))
                 continue
             ids += mask(self._encode_fragments(turn.opening))
-            body = self.tokenizer.encode(message.text) + self._encode_fragments(turn.closing)
+            body = self.tokenizer.encode(message.text) + self._encode_fragments(
+                turn.closing
+            )
             ids += body if message.train else mask(body)
             ids += mask(self._encode_fragments(self.style.separator))
         return ids
@@ -212,7 +162,8 @@ class StyleTemplate:
     def _encode_text(self, text: str) -> list[int]:
         """Return the ids of text; a leading role mark becomes one id if the tokenizer has a token of that name.
 
-        Sentencepiece does not recognize its control symbols in text, so the token is looked up by name.
+        Sentencepiece does not recognize its control symbols in text, so the token is
+        looked up by name.
         """
         ids = self.tokenizer.encode(text)
         mark = next((mark for mark in ROLE_MARKS if text.startswith(mark)), None)
@@ -233,9 +184,9 @@ def _find_special_id(token: str, tokenizer: Tokenizer) -> int | None:
 class JinjaTemplate:
     """The template in a tokenizer's folder.
 
-    A conversation is rendered and encoded as a whole, as by a server. Spans of characters tell which ids are targets:
-    what the template puts between ``{% generation %}`` tags, or without such tags what it appends to the generation
-    prompt.
+    A conversation is rendered and encoded as a whole, as by a server. Spans of
+    characters tell which ids are targets: what the template puts between ``{%
+    generation %}`` tags, or without such tags what it appends to the generation prompt.
 
     Raises:
         UserError: the folder has no template, or one that does not compile.
@@ -245,32 +196,48 @@ class JinjaTemplate:
         where = str(tokenizer.path.parent)
         if not tokenizer.templates.get("default"):
             names = ", ".join(map(repr, tokenizer.templates))
-            found = f"no default chat template, but {names}" if any(tokenizer.templates.values()) else ""
+            found = (
+                f"no default chat template, but {names}"
+                if any(tokenizer.templates.values())
+                else ""
+            )
             raise UserError(
                 found or "no chat template",
                 where=where,
                 expected="chat_template.jinja, or chat_template in tokenizer_config.json",
                 fix=f"use a built-in one: --chat-template {'|'.join(STYLES)}",
             )
-        assert isinstance(tokenizer, HfTokenizer)  # a model without files beside it has no template
+        assert isinstance(
+            tokenizer, HfTokenizer
+        )  # a model without files beside it has no template
         self.tokenizer = tokenizer
         self._renderers = {
-            name: TemplateRenderer(source, where) for name, source in tokenizer.templates.items()
+            name: TemplateRenderer(source, where)
+            for name, source in tokenizer.templates.items()
         }
 
-    def encode(self, messages: Sequence[ChatMessage], tools: Sequence[Any] | None = None) -> list[int]:
+    def encode(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Any] | None = None
+    ) -> list[int]:
         whole = self._render(messages, tools=tools)
         encoded = self.tokenizer.encode_with_spans(whole.text)
         is_target = [False] * len(encoded.ids)
         for span in self._target_spans(messages, tools, whole, encoded):
             for position in _covered(encoded, span):
                 is_target[position] = True
-        return [token if target else -token for token, target in zip(encoded.ids, is_target, strict=True)]
+        return [
+            token if target else -token
+            for token, target in zip(encoded.ids, is_target, strict=True)
+        ]
 
     def encode_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
-        return self.tokenizer.encode(self._render(messages, add_generation_prompt=True).text)
+        return self.tokenizer.encode(
+            self._render(messages, add_generation_prompt=True).text
+        )
 
-    def render(self, turns: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    def render(
+        self, turns: Sequence[dict[str, str]], *, add_generation_prompt: bool
+    ) -> str:
         """Return the text of turns of role and content.
 
         Args:
@@ -298,7 +265,10 @@ class JinjaTemplate:
     def turn_end(self) -> int | None:
         """Return the id of the special token after an answer; None if there is none or no answer can be rendered."""
         answer = "answer"
-        conversation = [ChatMessage("user", "question", False), ChatMessage("assistant", answer, False)]
+        conversation = [
+            ChatMessage("user", "question", False),
+            ChatMessage("assistant", answer, False),
+        ]
         try:
             text = self._render(conversation).text
         except UserError:
@@ -323,7 +293,11 @@ class JinjaTemplate:
         trained = [number for number, message in enumerate(messages) if message.train]
         spans: list[Span] = []
         if whole.generated:
-            answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
+            answers = [
+                number
+                for number, message in enumerate(messages)
+                if message.role == "assistant"
+            ]
             spans = self._tagged_spans(messages, answers, whole)
             trained = [number for number in trained if number not in answers]
         for number in trained:
@@ -332,7 +306,10 @@ class JinjaTemplate:
         return spans
 
     def _tagged_spans(
-        self, messages: Sequence[ChatMessage], answers: Sequence[int], whole: RenderedChat
+        self,
+        messages: Sequence[ChatMessage],
+        answers: Sequence[int],
+        whole: RenderedChat,
     ) -> list[Span]:
         """Return the tagged spans of the answers that are targets."""
         if all(messages[number].train for number in answers):
@@ -348,7 +325,11 @@ class JinjaTemplate:
         return [span for number, span in spans if messages[number].train]
 
     def _appended_span(
-        self, messages: Sequence[ChatMessage], number: int, tools: Sequence[Any] | None, whole: str
+        self,
+        messages: Sequence[ChatMessage],
+        number: int,
+        tools: Sequence[Any] | None,
+        whole: str,
     ) -> Span:
         """Return the span of a message: from the end of the generation prompt to the end of what follows it.
 
@@ -358,12 +339,17 @@ class JinjaTemplate:
         is_answer = messages[number].role == "assistant"
         before = ""
         if number:
-            before = self._render(messages[:number], tools=tools, add_generation_prompt=is_answer).text
+            before = self._render(
+                messages[:number], tools=tools, add_generation_prompt=is_answer
+            ).text
         until = whole
         if number + 1 < len(messages):
-            # Some templates write eos at the end of any text: what both renderings share is the message.
+            # Some templates write eos at the end of any text: what both renderings
+            # share is the message.
             closed = self._render(messages[: number + 1], tools=tools).text
-            prompted = self._render(messages[: number + 1], tools=tools, add_generation_prompt=True).text
+            prompted = self._render(
+                messages[: number + 1], tools=tools, add_generation_prompt=True
+            ).text
             until = _shared_start(closed, prompted)
         if not (until.startswith(before) and whole.startswith(until)):
             raise UserError(
@@ -382,7 +368,10 @@ class JinjaTemplate:
         tools: Sequence[Any] | None = None,
         add_generation_prompt: bool = False,
     ) -> RenderedChat:
-        turns = [{"role": message.role, "content": message.text, **message.extra} for message in messages]
+        turns = [
+            {"role": message.role, "content": message.text, **message.extra}
+            for message in messages
+        ]
         name = "tool_use" if tools and "tool_use" in self._renderers else "default"
         variables: dict[str, Any] = {**self.tokenizer.special_tokens, "tools": tools}
         return self._renderers[name].render(
@@ -434,7 +423,11 @@ def build_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
         return JinjaTemplate(tokenizer)
     if name not in STYLES:
         choices = ", ".join([*STYLES, "tokenizer"])
-        raise UserError(f"no chat template {name!r}", where="--chat-template", expected=f"one of {choices}")
+        raise UserError(
+            f"no chat template {name!r}",
+            where="--chat-template",
+            expected=f"one of {choices}",
+        )
     return StyleTemplate(STYLES[name], name, tokenizer)
 
 
@@ -451,7 +444,11 @@ def choose_template(name: str, tokenizer: Tokenizer) -> ChatTemplate | None:
 
 def turn_end_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     """Return the ids that end an assistant's turn in the tokenizer's own chat template."""
-    known = [tokenizer.token_id(name) for name in TURN_ENDS if name in tokenizer.chat_template]
+    known = [
+        tokenizer.token_id(name)
+        for name in TURN_ENDS
+        if name in tokenizer.chat_template
+    ]
     if tokenizer.chat_template:
         known.append(JinjaTemplate(tokenizer).turn_end())
     return tuple(dict.fromkeys(token for token in known if token is not None))
@@ -465,8 +462,9 @@ def end_of_answer_ids(
 ) -> tuple[int, ...]:
     """Return every id that ends a generated answer: the one rule for generate, serve, eval and export.
 
-    In this order, without repetition: the tokenizer's eos, the turn ends of the chat template, and the ids of the
-    config's ``generation`` section (``eos_id``, ``additional_eos_token_list``).
+    In this order, without repetition: the tokenizer's eos, the turn ends of the chat
+    template, and the ids of the config's ``generation`` section (``eos_id``,
+    ``additional_eos_token_list``).
 
     Args:
         tokenizer: None where there is none; its eos and its template then contribute nothing.

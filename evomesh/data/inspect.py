@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evomesh.config.schema import IGNORE, DataConfig
+from evomesh.config.data import DataConfig
+from evomesh.config.schema import IGNORE
 from evomesh.config.user import expand_home
 from evomesh.data.packing.corpus import Corpus, open_corpus
 from evomesh.data.packing.packs import Pack, PackPlan, PackRule
@@ -31,7 +32,9 @@ def open_packs(path: str, config: DataConfig) -> Corpus:
     if expand_home(path).is_dir():
         return open_corpus(config.model_copy(update={"train_folder": path}), None)
     source = BinDataset(path, min_length=config.min_length)
-    return Corpus(config, [PackPlan([source], PackRule.from_config(config), config.remainder)])
+    return Corpus(
+        config, [PackPlan([source], PackRule.from_config(config), config.remainder)]
+    )
 
 
 def pack_json(pack: Pack) -> dict[str, list[int]]:
@@ -54,14 +57,17 @@ def pack_text(pack: Pack, tokenizer: Tokenizer | None) -> str:
         is_target = labels != IGNORE
         targets = int(is_target.sum())
         type_id = int(pack.type_ids[start])
-        lines.append(f"segment {number}: tokens {start} .. {stop - 1}, {targets} targets, type {type_id}")
+        lines.append(
+            f"segment {number}: tokens {start} .. {stop - 1}, {targets} targets, type {type_id}"
+        )
         if tokenizer is None:
             shown_ids = map(str, ids.tolist())
             shown_labels = np.where(is_target, labels.astype(str), ".")
             lines.append("  tokens " + " ".join(shown_ids))
             lines.append("  labels " + " ".join(shown_labels))
         else:
-            # A token is trained if it is the label of the position before it; the first token never is.
+            # A token is trained if it is the label of the position before it; the first
+            # token never is.
             trained = np.append(False, is_target[:-1])
             text = dimmed(ids, trained, tokenizer)
             lines.append(text)
@@ -74,7 +80,8 @@ def dimmed(
     tokenizer: Tokenizer,
 ) -> str:
     """Decode ids; those that are not trained appear in the terminal's dim style."""
-    # Neighbors that are both trained or both not trained are decoded together: F F T T F has the bounds 0 2 4 5.
+    # Neighbors that are both trained or both not trained are decoded together: F F T T
+    # F has the bounds 0 2 4 5.
     changes = np.flatnonzero(np.diff(trained)) + 1
     bounds = [0, *changes.tolist(), len(ids)]
     texts = []
@@ -129,7 +136,9 @@ def id_summary(files: Sequence[BinDataset], samples: int = 1000) -> str:
     ids = np.concatenate(sampled)
     if not len(ids):
         return "no tokens in the sampled documents"
-    values, counts = np.unique(np.abs(ids), return_counts=True)  # a masked id counts like any other
+    values, counts = np.unique(
+        np.abs(ids), return_counts=True
+    )  # a masked id counts like any other
     shares = counts / len(ids)
     most_frequent = np.argsort(-counts)[:5]
     top = ", ".join(f"{values[n]} ({shares[n]:.1%})" for n in most_frequent)

@@ -18,17 +18,23 @@ def read_model(path: Path) -> Any:
 def fits_llama_tokenizer(model: Any) -> bool:
     """Return whether a Llama tokenizer without ``add_prefix_space`` and ``legacy`` tokenizes text as this model does.
 
-    InternLM's models are of this kind: byte-pair merges on the text as it is, without a space in front.
+    InternLM's models are of this kind: byte-pair merges on the text as it is, without a
+    space in front.
     """
     spec = model.normalizer_spec
-    changes = spec.add_dummy_prefix or spec.remove_extra_whitespaces or spec.precompiled_charsmap
+    changes = (
+        spec.add_dummy_prefix
+        or spec.remove_extra_whitespaces
+        or spec.precompiled_charsmap
+    )
     return model.trainer_spec.model_type == model.trainer_spec.BPE and not changes
 
 
 def build_fast_tokenizer(model: Any) -> Any:
     """Build a ``tokenizers.Tokenizer`` with the same pieces and the same treatment of spaces.
 
-    A Llama tokenizer of ``transformers`` is not an option: it adds no space in front of a text that begins with one.
+    A Llama tokenizer of ``transformers`` is not an option: it adds no space in front of
+    a text that begins with one.
     """
     from tokenizers import AddedToken, Tokenizer
 
@@ -37,9 +43,13 @@ def build_fast_tokenizer(model: Any) -> Any:
     tokenizer.decoder = _decoder(model.normalizer_spec)
     for piece in model.pieces:
         if piece.type == piece.CONTROL:
-            tokenizer.add_special_tokens([AddedToken(piece.piece, special=True, normalized=False)])
+            tokenizer.add_special_tokens(
+                [AddedToken(piece.piece, special=True, normalized=False)]
+            )
         elif piece.type == piece.USER_DEFINED:
-            tokenizer.add_tokens([AddedToken(piece.piece, special=False, normalized=False)])
+            tokenizer.add_tokens(
+                [AddedToken(piece.piece, special=False, normalized=False)]
+            )
     return tokenizer
 
 
@@ -58,9 +68,15 @@ def _tokenizer_model(model: Any) -> Any:
 
     trainer = model.trainer_spec
     scores = [(piece.piece, piece.score) for piece in model.pieces]
-    unknown = next(number for number, piece in enumerate(model.pieces) if piece.type == piece.UNKNOWN)
+    unknown = next(
+        number
+        for number, piece in enumerate(model.pieces)
+        if piece.type == piece.UNKNOWN
+    )
     if trainer.model_type != trainer.BPE:
-        return models.Unigram(scores, unk_id=unknown, byte_fallback=trainer.byte_fallback)
+        return models.Unigram(
+            scores, unk_id=unknown, byte_fallback=trainer.byte_fallback
+        )
     return models.BPE(
         {piece: number for number, (piece, _) in enumerate(scores)},
         merges(model),
@@ -89,7 +105,11 @@ def _decoder(spec: Any) -> Any:
     """Build the inverse, which removes the space that was added in front."""
     from tokenizers import decoders
 
-    steps: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    steps: list[Any] = [
+        decoders.Replace(SPACE, " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+    ]
     if spec.add_dummy_prefix:
         steps.append(decoders.Strip(content=" ", left=1))
     return decoders.Sequence(steps)
@@ -99,18 +119,24 @@ def llama_decoder(has_prefix: bool) -> Any:
     """Build the decoder of LlamaTokenizer."""
     from tokenizers import decoders
 
-    steps: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    steps: list[Any] = [
+        decoders.Replace(SPACE, " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+    ]
     return decoders.Sequence(steps + [decoders.Strip(content=" ", left=1)] * has_prefix)
 
 
 def merges(model: Any) -> list[tuple[str, str]]:
     """Return every pair of pieces that joins to a piece, the earliest merges first."""
-    # Pieces are learned by decreasing score, so a score gives the time of a merge; the id breaks ties.
+    # Pieces are learned by decreasing score, so a score gives the time of a merge; the
+    # id breaks ties.
     ranks: dict[str, tuple[float, int]] = {}
     for number, piece in enumerate(model.pieces):
         ranks[piece.piece] = (-piece.score, number)
 
-    # Cut every piece at every place: "the" joins "t" + "he" and "th" + "e", if these are pieces.
+    # Cut every piece at every place: "the" joins "t" + "he" and "th" + "e", if these
+    # are pieces.
     pairs = []
     for text, rank in ranks.items():
         for middle in range(1, len(text)):

@@ -1,7 +1,7 @@
 """Render the Jinja chat templates of tokenizer folders as ``transformers``' ``apply_chat_template`` does.
 
-Templates are programs of strangers. They run in Jinja's immutable sandbox, with bounds on loops and texts, and
-whatever fails in them is a ``UserError`` of one line.
+Templates are programs of strangers. They run in Jinja's immutable sandbox, with bounds
+on loops and texts, and whatever fails in them is a ``UserError`` of one line.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ MAX_LOOP_STEPS = 1 << 22  # of one rendering, over all loops
 MAX_WIDTH = 10_000  # columns that a template pads or indents to
 PADDING_METHODS = ("center", "ljust", "rjust", "zfill", "expandtabs")
 PADDING_FILTERS = ("center", "indent", "wordwrap", "truncate")
-# Names under which messages give the reasoning before an answer; templates read the first one.
+# Names under which messages give the reasoning before an answer; templates read the
+# first one.
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 OPEN_END = "EVOMESH-OPEN-END "  # marks the place where a message to be continued ends
 
@@ -109,7 +110,11 @@ class _TemplateEnvironment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("*", "**", "+", "%"))
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTags, loopcontrols])
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_GenerationTags, loopcontrols],
+        )
         self._threads = threading.local()
         self.concat = self._concat  # type: ignore[method-assign]  # an attribute, by jinja2's documentation
         self.filters["tojson"] = _to_json
@@ -136,12 +141,16 @@ class _TemplateEnvironment(ImmutableSandboxedEnvironment):
         self._threads.rendering = _Rendering()
         return self.rendering
 
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+    def _parse(
+        self, source: str, name: str | None, filename: str | None
+    ) -> nodes.Template:
         """Parse a template so that its loops count their steps and ``~`` checks what it joins."""
         template = super()._parse(source, name, filename)
         for loop in template.find_all(nodes.For):
             counter = nodes.Name("_evomesh_loop", "load", lineno=loop.lineno)
-            loop.iter = nodes.Call(counter, [loop.iter], [], None, None, lineno=loop.lineno)
+            loop.iter = nodes.Call(
+                counter, [loop.iter], [], None, None, lineno=loop.lineno
+            )
         _replace_joins(template)
         return template
 
@@ -208,8 +217,16 @@ class TemplateRenderer:
         try:
             self._template = self._environment.from_string(source)
         # Deep nesting ends in errors of Python's own compiler.
-        except (TemplateError, RecursionError, MemoryError, SyntaxError, ValueError) as error:
-            raise UserError(f"not a chat template: {_describe(error)}", where=where) from None
+        except (
+            TemplateError,
+            RecursionError,
+            MemoryError,
+            SyntaxError,
+            ValueError,
+        ) as error:
+            raise UserError(
+                f"not a chat template: {_describe(error)}", where=where
+            ) from None
 
     def render(
         self,
@@ -244,10 +261,12 @@ class TemplateRenderer:
                 rendering.blocks.append(block)
         except UserError:
             raise
-        # Templates are programs: they can raise anything on input that they do not expect.
+        # Templates are programs: they can raise anything on input that they do not
+        # expect.
         except Exception as error:
             raise UserError(
-                f"the chat template rejects the conversation: {_describe(error)}", where=self.where
+                f"the chat template rejects the conversation: {_describe(error)}",
+                where=self.where,
             ) from None
         text = "".join(rendering.blocks)
         if continue_final_message:
@@ -259,7 +278,8 @@ class TemplateRenderer:
         place = text.rfind(OPEN_END.strip())
         if place < 0:
             raise UserError(
-                "the chat template leaves out the message that is to be continued", where=self.where
+                "the chat template leaves out the message that is to be continued",
+                where=self.where,
             )
         is_kept = text[place:].startswith(OPEN_END)
         return text[:place] if is_kept else text[:place].rstrip()
@@ -278,7 +298,10 @@ def _replace_joins(parent: nodes.Node) -> None:
     """Make ``a ~ b`` a call, below a node."""
     for name, value in list(parent.iter_fields()):
         children = value if isinstance(value, list) else [value]
-        replaced = [_join_call(child) if isinstance(child, nodes.Concat) else child for child in children]
+        replaced = [
+            _join_call(child) if isinstance(child, nodes.Concat) else child
+            for child in children
+        ]
         for child in replaced:
             if isinstance(child, nodes.Node):
                 _replace_joins(child)
@@ -303,7 +326,11 @@ def _to_json(
     """Return JSON as it is, where Jinja's own filter writes it for HTML."""
     _check_widths(indent)
     return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
     )
 
 
@@ -325,7 +352,9 @@ def _check_operands(operator: str, left: Any, right: Any) -> None:
     if operator == "**" and (abs(left) > MAX_TEXT or abs(right) > 64):
         raise SecurityError("a power is too large")
     if operator == "*":
-        _check_length(_size(left) * _size(right) if _is_sized(left) or _is_sized(right) else 0)
+        _check_length(
+            _size(left) * _size(right) if _is_sized(left) or _is_sized(right) else 0
+        )
     if operator == "+" and _is_sized(left):
         _check_length(len(left) + _size(right))
     if operator == "%" and isinstance(left, str):
@@ -345,7 +374,9 @@ def _size(value: Any) -> int:
 
 def _digits(text: str) -> list[str]:
     """Return the numbers in a text."""
-    return "".join(character if character.isdecimal() else " " for character in text).split()
+    return "".join(
+        character if character.isdecimal() else " " for character in text
+    ).split()
 
 
 def _bound_widths(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -376,4 +407,6 @@ def _describe(error: BaseException) -> str:
         return "it is nested too deeply"
     text = " ".join(str(error).split()) or type(error).__name__
     line = getattr(error, "lineno", None)
-    return f"line {line}: {text}" if line and not isinstance(error, SyntaxError) else text
+    return (
+        f"line {line}: {text}" if line and not isinstance(error, SyntaxError) else text
+    )

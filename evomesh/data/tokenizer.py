@@ -1,6 +1,7 @@
 """Load tokenizers: a Hugging Face ``tokenizer.json`` (or a folder with one) or a sentencepiece ``.model``.
 
-Ids are those of ``transformers`` for the same folder. Python files in a tokenizer's folder are never executed.
+Ids are those of ``transformers`` for the same folder. Python files in a tokenizer's
+folder are never executed.
 """
 
 from __future__ import annotations
@@ -18,11 +19,22 @@ from evomesh.data.sentencepiece_model import (
     read_model,
     set_leading_bos,
 )
-from evomesh.data.tokenizer_folder import TokenizerFolder, read_json, read_tokenizer_folder
+from evomesh.data.tokenizer_folder import (
+    TokenizerFolder,
+    read_json,
+    read_tokenizer_folder,
+)
 from evomesh.errors import UserError
 
 # Taken for bos and eos where no file beside the tokenizer names them.
-BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|startoftext|>", "<|endoftext|>")
+BOS_NAMES = (
+    "<s>",
+    "<|begin_of_text|>",
+    "<bos>",
+    "[BOS]",
+    "<|startoftext|>",
+    "<|endoftext|>",
+)
 EOS_NAMES = ("</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|endoftext|>")
 
 
@@ -94,13 +106,20 @@ class HfTokenizer:
 
     def __init__(self, path: Path) -> None:
         folder = read_tokenizer_folder(path.parent)
-        self._backend = _load_model(path, folder) if path.suffix == ".model" else _load_json(path, folder)
+        self._backend = (
+            _load_model(path, folder)
+            if path.suffix == ".model"
+            else _load_json(path, folder)
+        )
         _add_tokens(self._backend, folder)
         self._backend.no_truncation()
         self._backend.no_padding()
         self.path = path
         self.hash = _hash(path, folder)
-        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.vocab_size = (
+            max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
+            + 1
+        )
         settings = folder.settings
         self.adds_tokens = bool(folder.added) or folder.class_name == "LlamaTokenizer"
         names = dict(folder.special)
@@ -109,11 +128,20 @@ class HfTokenizer:
             if found is not None:
                 names[name] = found
         self.special_tokens: Mapping[str, str] = names
-        self.bos_id = self.token_id(names["bos_token"]) if "bos_token" in names else None
-        self.eos_id = self.token_id(names["eos_token"]) if "eos_token" in names else None
-        if path.suffix == ".model" and self.bos_id is not None and settings.get("add_bos_token"):
+        self.bos_id = (
+            self.token_id(names["bos_token"]) if "bos_token" in names else None
+        )
+        self.eos_id = (
+            self.token_id(names["eos_token"]) if "eos_token" in names else None
+        )
+        if (
+            path.suffix == ".model"
+            and self.bos_id is not None
+            and settings.get("add_bos_token")
+        ):
             set_leading_bos(self._backend, names["bos_token"], self.bos_id)
-        # Without an explicit setting, encode an empty text and see whether it starts with bos.
+        # Without an explicit setting, encode an empty text and see whether it starts
+        # with bos.
         first = self._backend.encode("", add_special_tokens=True).ids[:1]
         starts_with_bos = self.bos_id is not None and first == [self.bos_id]
         self.add_bos = bool(settings.get("add_bos_token", starts_with_bos))
@@ -121,7 +149,12 @@ class HfTokenizer:
         self.chat_template = folder.templates.get("default", "")
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return [
+            encoding.ids
+            for encoding in self._backend.encode_batch_fast(
+                texts, add_special_tokens=False
+            )
+        ]
 
     def encode(self, text: str) -> list[int]:
         return list(self._backend.encode(text, add_special_tokens=False).ids)
@@ -154,7 +187,9 @@ class HfTokenizer:
         if self.path.suffix == ".model":
             trainer = read_model(self.path).trainer_spec
             common = (trainer.bos_piece if name == "bos_token" else trainer.eos_piece,)
-        known = [candidate for candidate in common if self.token_id(candidate) is not None]
+        known = [
+            candidate for candidate in common if self.token_id(candidate) is not None
+        ]
         return known[0] if known else None
 
 
@@ -178,7 +213,9 @@ def _is_rebuilt_as_llama(path: Path, folder: TokenizerFolder) -> bool:
     if folder.class_name != "LlamaTokenizer" or model_type != "llama":
         return False
     record = read_json(path)
-    is_bytes = "ByteLevel" in str(record.get("pre_tokenizer")) or "ByteLevel" in str(record.get("decoder"))
+    is_bytes = "ByteLevel" in str(record.get("pre_tokenizer")) or "ByteLevel" in str(
+        record.get("decoder")
+    )
     return bool(record.get("model", {}).get("type") == "BPE") and not is_bytes
 
 
@@ -187,10 +224,16 @@ def _load_model(path: Path, folder: TokenizerFolder) -> Any:
     try:
         model = read_model(path)
     except Exception as error:  # protobuf's own
-        raise UserError(f"not a sentencepiece model ({error})", where=str(path)) from None
+        raise UserError(
+            f"not a sentencepiece model ({error})", where=str(path)
+        ) from None
     known = {piece.piece for piece in model.pieces}
     for token in folder.added:
-        if token.id is not None and token.id < len(model.pieces) and token.content not in known:
+        if (
+            token.id is not None
+            and token.id < len(model.pieces)
+            and token.content not in known
+        ):
             piece = model.pieces[token.id]
             piece.piece = token.content
             piece.type = piece.USER_DEFINED
@@ -209,7 +252,9 @@ def _space_like_llama(backend: Any, folder: TokenizerFolder) -> None:
     has_prefix = True if has_prefix is None else bool(has_prefix)
     prefixed = "always" if folder.settings.get("legacy") else "first"
     scheme = prefixed if has_prefix else "never"
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme=scheme, split=False)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(
+        replacement=SPACE, prepend_scheme=scheme, split=False
+    )
     backend.decoder = llama_decoder(has_prefix)
 
 
@@ -224,7 +269,14 @@ def _add_tokens(backend: Any, folder: TokenizerFolder) -> None:
     for token in folder.added:
         flags = dict(token.flags)
         backend.add_tokens(
-            [AddedToken(token.content, special=token.special, normalized=token.normalized, **flags)]
+            [
+                AddedToken(
+                    token.content,
+                    special=token.special,
+                    normalized=token.normalized,
+                    **flags,
+                )
+            ]
         )
         token_id = backend.token_to_id(token.content)
         if token.id is not None and token_id != token.id:
@@ -244,7 +296,9 @@ class SentencePieceTokenizer:
         try:
             self._backend = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
-            raise UserError(f"not a sentencepiece model ({error})", where=str(path)) from None
+            raise UserError(
+                f"not a sentencepiece model ({error})", where=str(path)
+            ) from None
         self.path = path
         self.hash = _sha256(path)
         self.vocab_size = int(self._backend.vocab_size())
@@ -255,7 +309,9 @@ class SentencePieceTokenizer:
         self.eos_id = eos_id if eos_id >= 0 else None
         ends = {"bos_token": self.bos_id, "eos_token": self.eos_id}
         self.special_tokens: Mapping[str, str] = {
-            name: self.token_name(token_id) for name, token_id in ends.items() if token_id is not None
+            name: self.token_name(token_id)
+            for name, token_id in ends.items()
+            if token_id is not None
         }
         self.add_bos = False
         self.templates: Mapping[str, str] = {}
@@ -281,13 +337,18 @@ class SentencePieceTokenizer:
         return token_id
 
     def token_name(self, token_id: int) -> str:
-        return str(self._backend.id_to_piece(token_id)) if 0 <= token_id < self.vocab_size else ""
+        return (
+            str(self._backend.id_to_piece(token_id))
+            if 0 <= token_id < self.vocab_size
+            else ""
+        )
 
 
 def load_tokenizer(path: str | Path, where: str = "--tokenizer") -> Tokenizer:
     """Load the tokenizer of a file or folder.
 
-    In a folder it is ``tokenizer.json``, else ``tokenizer.model``, else its only ``.model``.
+    In a folder it is ``tokenizer.json``, else ``tokenizer.model``, else its only
+    ``.model``.
 
     Args:
         where: the option or config key that names the path, for messages.
@@ -316,7 +377,9 @@ def _find_tokenizer(folder: Path, where: str) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    listing = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+    listing = (
+        ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+    )
     raise UserError(
         f"no tokenizer in {folder} (it contains: {listing})",
         where=where,
@@ -340,7 +403,9 @@ def check_tokenizer_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 def leading_bos(tokenizer: Tokenizer) -> list[int]:
     """Return the ids that the tokenizer puts in front of a text: [bos], or nothing."""
-    return [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+    return (
+        [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+    )
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -356,5 +421,11 @@ def _hash(path: Path, folder: TokenizerFolder) -> str:
     """Return a hash of all that determines the ids; that of the file if the folder adds no token."""
     if not folder.added:
         return _sha256(path)
-    spacing = [folder.class_name, folder.settings.get("legacy"), folder.settings.get("add_prefix_space")]
-    return hashlib.sha256(repr([_sha256(path), folder.added, spacing]).encode()).hexdigest()
+    spacing = [
+        folder.class_name,
+        folder.settings.get("legacy"),
+        folder.settings.get("add_prefix_space"),
+    ]
+    return hashlib.sha256(
+        repr([_sha256(path), folder.added, spacing]).encode()
+    ).hexdigest()

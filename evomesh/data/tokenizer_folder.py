@@ -1,7 +1,8 @@
 """Read what the files of a tokenizer's folder say beside its vocabulary: added tokens, special tokens, chat templates.
 
-The files and their precedence are those of ``transformers``: with ``added_tokens_decoder`` in tokenizer_config.json the
-older special_tokens_map.json and added_tokens.json do not count.
+The files and their precedence are those of ``transformers``: with
+``added_tokens_decoder`` in tokenizer_config.json the older special_tokens_map.json and
+added_tokens.json do not count.
 """
 
 from __future__ import annotations
@@ -13,8 +14,17 @@ from typing import Any
 
 from evomesh.errors import UserError
 
-SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# The special tokens of tokenizer classes, where a folder does not name them; of any other class: none.
+SPECIAL_NAMES = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+# The special tokens of tokenizer classes, where a folder does not name them; of any
+# other class: none.
 CLASS_DEFAULTS = {
     "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
     "GemmaTokenizer": {
@@ -30,7 +40,12 @@ CLASS_DEFAULTS = {
     },
 }
 FLAGS = ("single_word", "lstrip", "rstrip")
-MEMBERS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+MEMBERS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 
 
 @dataclass(frozen=True)
@@ -95,11 +110,19 @@ def read_tokenizer_folder(path: Path) -> TokenizerFolder:
         settings |= read_json(path / "special_tokens_map.json")
         named = _special_tokens(settings)
         extra = {_content(token) for token in _extra_tokens(settings)}
-        for content, token_id in sorted(read_json(path / "added_tokens.json").items(), key=_by_id):
+        for content, token_id in sorted(
+            read_json(path / "added_tokens.json").items(), key=_by_id
+        ):
             is_special = content in extra or content in named.values()
-            added[content] = AddedTokenSpec(content, token_id, is_special, not is_special)
+            added[content] = AddedTokenSpec(
+                content, token_id, is_special, not is_special
+            )
     special = _special_tokens(settings)
-    for token in [*map(settings.get, SPECIAL_NAMES), *special.values(), *_extra_tokens(settings)]:
+    for token in [
+        *map(settings.get, SPECIAL_NAMES),
+        *special.values(),
+        *_extra_tokens(settings),
+    ]:
         if token and _content(token) not in added:
             spec = _added_token(token, None, special=True)
             added[spec.content] = spec
@@ -137,7 +160,11 @@ def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:
 
 
 def _extra_tokens(settings: dict[str, Any]) -> list[Any]:
-    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    extra = (
+        settings.get("extra_special_tokens")
+        or settings.get("additional_special_tokens")
+        or []
+    )
     return list(extra.values()) if isinstance(extra, dict) else list(extra)
 
 
@@ -152,7 +179,11 @@ def _added_token(token: Any, token_id: int | None, *, special: bool) -> AddedTok
     flags = tuple((name, bool(token.get(name, False))) for name in FLAGS)
     is_special = bool(token.get("special", special))
     return AddedTokenSpec(
-        _content(token), token_id, is_special, bool(token.get("normalized", not is_special)), flags
+        _content(token),
+        token_id,
+        is_special,
+        bool(token.get("normalized", not is_special)),
+        flags,
     )
 
 

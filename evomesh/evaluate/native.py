@@ -1,7 +1,7 @@
 """A native model behind the interface of lm-evaluation-harness: text in, log-likelihoods or text out.
 
-Texts are tokenized, prefixed and truncated as the harness's own ``hf`` backend does with the exported folder, so that
-the scores are the same.
+Texts are tokenized, prefixed and truncated as the harness's own ``hf`` backend does
+with the exported folder, so that the scores are the same.
 
 Shapes: T packed tokens, N targets, D model, V vocabulary.
 """
@@ -29,7 +29,14 @@ from evomesh.models.language_model import LanguageModel
 
 LOGIT_ROWS = 512  # rows of V logits in memory at a time
 DEFAULT_NEW_TOKENS = 256  # maximum for tasks that do not set one
-SAMPLING_KEYS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+SAMPLING_KEYS = (
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
     @property
     def eot_token_id(self) -> int:
         if not self.eos_ids:
-            raise UserError("the tokenizer has no end-of-text token", where=str(self.text_tokenizer.path))
+            raise UserError(
+                "the tokenizer has no end-of-text token",
+                where=str(self.text_tokenizer.path),
+            )
         return self.eos_ids[0]
 
     @property
@@ -108,7 +118,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
             chat_history, add_generation_prompt=add_generation_prompt
         )
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: object
+    ) -> list[int]:
         """Return ids, with the tokenizer's bos in front unless the text starts with it or the caller forbids it."""
         ids = self.text_tokenizer.encode(string)
         bos = leading_bos(self.text_tokenizer)
@@ -117,7 +129,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         has_bos = add_special_tokens is None and ids[:1] == bos
         return ids if has_bos else bos + ids
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[float]:
         """Return the log-likelihood of whole texts, in windows of the context length; each token is scored once."""
         windows: list[tuple[None, list[int], list[int]]] = []
         owners: list[int] = []  # number of the request that each window belongs to
@@ -149,7 +163,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
             request = self._scoring_request(number, context, continuation)
             scoring.append(request)
 
-        # Batches come longest first; the scores are put back into the order of the requests.
+        # Batches come longest first; the scores are put back into the order of the
+        # requests.
         scores: dict[int, TextScore] = {}
         progress_bar = tqdm(
             total=len(scoring),
@@ -166,7 +181,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
             ordered.append((score.logprob, score.is_greedy))
         return ordered
 
-    def _scoring_request(self, number: int, context: list[int], continuation: list[int]) -> ScoringRequest:
+    def _scoring_request(
+        self, number: int, context: list[int], continuation: list[int]
+    ) -> ScoringRequest:
         if len(continuation) > self.context_length:
             raise UserError(
                 f"a text of {len(continuation)} tokens is to be scored, but the model reads {self.context_length}",
@@ -175,7 +192,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         ids = (context + continuation)[-(self.context_length + 1) :]
         return ScoringRequest(number, ids[:-1], continuation)
 
-    def _batches(self, requests: list[ScoringRequest]) -> Iterator[list[ScoringRequest]]:
+    def _batches(
+        self, requests: list[ScoringRequest]
+    ) -> Iterator[list[ScoringRequest]]:
         """Yield batches of ``batch_tokens``, longest requests first: running out of memory is noticed at once."""
         batch: list[ScoringRequest] = []
         total_tokens = 0
@@ -240,7 +259,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         # In chunks, because N rows of V logits may not fit into memory.
         hidden_chunks = torch.split(hidden, LOGIT_ROWS)
         target_chunks = torch.split(targets, LOGIT_ROWS)
-        for hidden_chunk, target_chunk in zip(hidden_chunks, target_chunks, strict=True):
+        for hidden_chunk, target_chunk in zip(
+            hidden_chunks, target_chunks, strict=True
+        ):
             logits = self.model.logits(hidden_chunk)
             all_logprobs = logits.log_softmax(-1)
             target_logprobs = all_logprobs.gather(1, target_chunk[:, None])
@@ -248,12 +269,16 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
             is_top.append(logits.argmax(-1) == target_chunk)
         return torch.cat(logprobs), torch.cat(is_top)
 
-    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[str]:
         """Return the answers up to the first stop string or end-of-answer id, which is left out."""
         # 1. Hand all requests to an engine.
         context_length = self.context_length
         slots = max(1, self.batch_tokens // context_length)
-        engine = GenerationEngine(self.model, slots=slots, context_length=context_length)
+        engine = GenerationEngine(
+            self.model, slots=slots, context_length=context_length
+        )
         answers: list[list[int]] = [[] for _ in requests]
         stops: list[list[str]] = []
         numbers: dict[int, int] = {}  # the engine's request -> ours
@@ -270,7 +295,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
             numbers[engine_number] = number
 
         # 2. Collect their tokens until a stop string or the end.
-        with tqdm(total=len(requests), desc="answers", disable=disable_tqdm) as progress:
+        with tqdm(
+            total=len(requests), desc="answers", disable=disable_tqdm
+        ) as progress:
             while engine.active:
                 for token in engine.step():
                     number = numbers[token.request]
@@ -280,22 +307,32 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
                     if stopped:
                         engine.cancel(token.request)
                     progress.update(bool(stopped or token.finish))
-        return [self._text_before(answer, until) for answer, until in zip(answers, stops, strict=True)]
+        return [
+            self._text_before(answer, until)
+            for answer, until in zip(answers, stops, strict=True)
+        ]
 
-    def _sampling_params(self, options: dict[str, Any]) -> tuple[SamplingParams, list[str]]:
+    def _sampling_params(
+        self, options: dict[str, Any]
+    ) -> tuple[SamplingParams, list[str]]:
         """Return the sampling parameters and the stop strings of a task's ``generation_kwargs``."""
         given = dict(normalize_gen_kwargs(options, DEFAULT_NEW_TOKENS))
         until = [stop for stop in given.pop("until") if stop]
         max_new_tokens = given.pop("max_gen_toks")
         unknown = sorted(set(given) - set(SAMPLING_KEYS))
         if unknown:
-            raise UserError(f"generation_kwargs has {unknown[0]!r}", expected=", ".join(SAMPLING_KEYS))
+            raise UserError(
+                f"generation_kwargs has {unknown[0]!r}",
+                expected=", ".join(SAMPLING_KEYS),
+            )
         if max_new_tokens >= self.context_length:
             raise UserError(
                 f"the task asks for {max_new_tokens} new tokens, but prompt and answer have {self.context_length}",
                 fix="set max_gen_toks in the task's generation_kwargs, or pass --max-length N",
             )
-        return SamplingParams(**given, max_new_tokens=max_new_tokens, eos_ids=self.eos_ids), until
+        return SamplingParams(
+            **given, max_new_tokens=max_new_tokens, eos_ids=self.eos_ids
+        ), until
 
     def _has_stop(self, answer: list[int], stops: list[str]) -> bool:
         if not stops:

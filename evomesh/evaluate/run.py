@@ -23,8 +23,12 @@ def find_tasks(tasks: Sequence[str]) -> TaskManager:
     Raises:
         UserError: a task does not exist.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it logs its defaults verbosely
-    task_manager = TaskManager(include_defaults=any(not _is_file(task) for task in tasks))
+    logging.getLogger("lm_eval").setLevel(
+        logging.ERROR
+    )  # it logs its defaults verbosely
+    task_manager = TaskManager(
+        include_defaults=any(not _is_file(task) for task in tasks)
+    )
     for task in tasks:
         refuse_unknown(task, task_manager)
     return task_manager
@@ -79,7 +83,9 @@ def format_table(results: dict[str, Any]) -> str:
 
 def write_results(results: dict[str, Any], path: str) -> None:
     """Write everything the harness returned as JSON."""
-    text = json.dumps(results, indent=2, ensure_ascii=False, default=handle_non_serializable)
+    text = json.dumps(
+        results, indent=2, ensure_ascii=False, default=handle_non_serializable
+    )
     expand_home(path).write_text(text + "\n", encoding="utf-8")
 
 

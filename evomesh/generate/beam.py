@@ -151,7 +151,9 @@ class _BeamSearch:
         """[R, V] -> [R, V], with -inf for the tokens that top-k, top-p or min-p drops."""
         remaining = torch.full_like(logprobs, -math.inf)
         for row, values in enumerate(logprobs):
-            ids, kept = candidates(values, self.sampling, keep=len(self.sampling.eos_ids) + 1)
+            ids, kept = candidates(
+                values, self.sampling, keep=len(self.sampling.eos_ids) + 1
+            )
             remaining[row, ids] = kept
         return remaining
 

@@ -13,15 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evomesh.layers.attention import Attention, AttentionFunction, SequenceBounds, attend, check_window
+from evomesh.layers.attention import (
+    Attention,
+    AttentionFunction,
+    SequenceBounds,
+    attend,
+    check_window,
+)
 
 
 class KeyValueCache:
     """Rotated keys and values of up to S sequences of unequal length: two tensors [S, G, C, H] for each layer.
 
-    Sequences in use occupy slots 0 .. B - 1, so that a decoding step reads a view of the cache and copies nothing.
-    Before each call of the model comes ``prefill`` (whole new sequences, packed) or ``decode_step`` (one token of
-    each sequence); both return the sequence bounds and the attention function that ``Decoder.forward`` takes.
+    Sequences in use occupy slots 0 .. B - 1, so that a decoding step reads a view of
+    the cache and copies nothing. Before each call of the model comes ``prefill`` (whole
+    new sequences, packed) or ``decode_step`` (one token of each sequence); both return
+    the sequence bounds and the attention function that ``Decoder.forward`` takes.
 
     Args:
         context_length: maximum number of tokens of one sequence.
@@ -74,7 +81,9 @@ class KeyValueCache:
 
         return bounds, store_and_attend
 
-    def decode_step(self, device: torch.device) -> tuple[SequenceBounds, AttentionFunction]:
+    def decode_step(
+        self, device: torch.device
+    ) -> tuple[SequenceBounds, AttentionFunction]:
         """Make room for one more token of each sequence in use; the next call of the model has these tokens.
 
         Raises:
@@ -83,13 +92,16 @@ class KeyValueCache:
         count = len(self.lengths)
         longest = max(self.lengths) + 1  # L, with the new token
         if longest > self.context_length:
-            raise ValueError(f"a sequence is longer than the cache's {self.context_length} tokens")
+            raise ValueError(
+                f"a sequence is longer than the cache's {self.context_length} tokens"
+            )
         positions = torch.tensor(self.lengths, device=device)
         one_token_each = torch.arange(count + 1, dtype=torch.int32, device=device)
         bounds = SequenceBounds(positions, one_token_each, 1)
 
-        # Sequences of equal length need no mask, and one slice takes all new keys. Otherwise each sequence sees its
-        # own positions only: [B, 1, 1, L], one row for all heads.
+        # Sequences of equal length need no mask, and one slice takes all new keys.
+        # Otherwise each sequence sees its own positions only: [B, 1, 1, L], one row for
+        # all heads.
         equally_long = min(self.lengths) + 1 == longest
         visible: Tensor | None = None
         if not equally_long:
@@ -121,7 +133,9 @@ class KeyValueCache:
             grouped_q = q.reshape(count, groups, -1, head_dim)
             seen_keys = keys[:count, :, :longest]
             seen_values = values[:count, :, :longest]
-            context = F.scaled_dot_product_attention(grouped_q, seen_keys, seen_values, attn_mask=visible)
+            context = F.scaled_dot_product_attention(
+                grouped_q, seen_keys, seen_values, attn_mask=visible
+            )
             return context.flatten(1, 2)
 
         return bounds, store_and_look_back
@@ -130,7 +144,8 @@ class KeyValueCache:
     def release(self, slot: int) -> None:
         """Drop a sequence and erase it: the last one in use moves into its slot.
 
-        Erased with zeros, because a masked product with a NaN that an earlier sequence left would still be NaN.
+        Erased with zeros, because a masked product with a NaN that an earlier sequence
+        left would still be NaN.
         """
         last = len(self.lengths) - 1
         end = max(self.lengths[slot], self.lengths[last])
@@ -153,13 +168,16 @@ class KeyValueCache:
         if target_slots:
             end = max(self.lengths)
             for cached in self._all_tensors():
-                # Indexing with a list copies first, so that no move reads what another one wrote.
+                # Indexing with a list copies first, so that no move reads what another
+                # one wrote.
                 cached[target_slots, :, :end] = cached[source_slots, :, :end]
         self.lengths = [self.lengths[source] for source in sources]
 
     def size_in_bytes(self) -> int:
         """Return the memory that this rank's cache occupies."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._all_tensors())
+        return sum(
+            tensor.numel() * tensor.element_size() for tensor in self._all_tensors()
+        )
 
     def _all_tensors(self) -> Iterator[Tensor]:
         return chain.from_iterable(self._layers.values())

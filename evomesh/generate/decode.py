@@ -48,7 +48,9 @@ def stream_tokens(
     context_length = _context_length(prompts, sampling)
     engine = GenerationEngine(model, slots=slots, context_length=context_length)
     for index, prompt in enumerate(prompts):
-        check_prompt(prompt, engine.context_length, engine.vocab_size, f"prompt {index}")
+        check_prompt(
+            prompt, engine.context_length, engine.vocab_size, f"prompt {index}"
+        )
 
     # 1. One request for each answer.
     one_answer = replace(sampling, num_return_sequences=1)
@@ -77,8 +79,8 @@ def generate_tokens(
 ) -> list[list[list[int]]]:
     """Return the new token ids as [prompt][answer], each with the id that ended the answer.
 
-    Arguments are those of ``stream_tokens``. With beams, ``batch_size`` prompts at a time are searched, and prompt
-    number p draws from (seed, p).
+    Arguments are those of ``stream_tokens``. With beams, ``batch_size`` prompts at a
+    time are searched, and prompt number p draws from (seed, p).
     """
     if sampling.num_beams > 1:
         batch_size = batch_size or max(len(prompts), 1)
@@ -87,7 +89,9 @@ def generate_tokens(
     answers: list[list[list[int]]] = []
     for _ in prompts:
         answers.append([[] for _ in range(sampling.num_return_sequences)])
-    tokens = stream_tokens(model, prompts, sampling, batch_size=batch_size, numbers=numbers)
+    tokens = stream_tokens(
+        model, prompts, sampling, batch_size=batch_size, numbers=numbers
+    )
     for new in tokens:
         answers[new.prompt][new.answer].append(new.token)
     return answers
@@ -109,7 +113,9 @@ def _search_in_batches(
         end = start + batch_size
         batch = prompts[start:end]
         batch_context_length = _context_length(batch, sampling)
-        answers += beam_search(model, batch, sampling, batch_context_length, numbers[start:end])
+        answers += beam_search(
+            model, batch, sampling, batch_context_length, numbers[start:end]
+        )
     return answers
 
 
@@ -121,7 +127,8 @@ def _context_length(prompts: Sequence[Sequence[int]], sampling: SamplingParams) 
     """
     if sampling.max_new_tokens is None and sampling.max_length is None:
         raise UserError(
-            "neither max_new_tokens nor max_length is given", fix="set the maximum length of an answer"
+            "neither max_new_tokens nor max_length is given",
+            fix="set the maximum length of an answer",
         )
     longest_prompt = max(map(len, prompts), default=1)
     return max(sampling.max_total_length(longest_prompt, UNLIMITED), 2)

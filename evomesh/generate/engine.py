@@ -15,7 +15,12 @@ from torch import Tensor
 from evomesh.errors import UserError
 from evomesh.generate.cache import KeyValueCache
 from evomesh.generate.options import SamplingParams
-from evomesh.generate.sample import TokenSampler, argmax_suffices, penalize, top_logprobs
+from evomesh.generate.sample import (
+    TokenSampler,
+    argmax_suffices,
+    penalize,
+    top_logprobs,
+)
 from evomesh.models.language_model import LanguageModel
 
 LOGIT_ROWS = 512  # rows of V logits of a prompt in memory at a time
@@ -77,7 +82,8 @@ class _ActiveRequest:
 class GenerationEngine:
     """A model, its key/value cache, and the requests in progress. Uses no threads: the caller drives ``step``.
 
-    The tokens of a request do not depend on what else is in the batch, up to the rounding of matrix products.
+    The tokens of a request do not depend on what else is in the batch, up to the
+    rounding of matrix products.
 
     Args:
         model: in evaluation mode; the engine computes on the device of its parameters.
@@ -100,12 +106,15 @@ class GenerationEngine:
     ) -> None:
         if slots < 1 or context_length < 2:
             raise UserError(
-                f"slots={slots}, context_length={context_length}", expected="at least 1 slot of 2 tokens"
+                f"slots={slots}, context_length={context_length}",
+                expected="at least 1 slot of 2 tokens",
             )
         self.model = model
         self.slots = slots
         self.context_length = context_length
-        self.vocab_size = vocab_size or getattr(getattr(model, "config", None), "vocab_size", None)
+        self.vocab_size = vocab_size or getattr(
+            getattr(model, "config", None), "vocab_size", None
+        )
         self.prefill_tokens = prefill_tokens
         self.device = next(model.parameters()).device
         self.cache = KeyValueCache(slots, context_length)
@@ -123,7 +132,9 @@ class GenerationEngine:
         """The number of requests that have no slot yet."""
         return len(self._waiting)
 
-    def add(self, prompt: Sequence[int], sampling: SamplingParams, stream: tuple[int, int]) -> int:
+    def add(
+        self, prompt: Sequence[int], sampling: SamplingParams, stream: tuple[int, int]
+    ) -> int:
         """Queue a request and return its number, which its tokens carry.
 
         Args:
@@ -144,13 +155,17 @@ class GenerationEngine:
         self._next_number += 1
         max_total_length = sampling.max_total_length(len(prompt), self.context_length)
         sampler = TokenSampler(sampling, stream)
-        request = _ActiveRequest(number, list(prompt), sampling, sampler, max_total_length)
+        request = _ActiveRequest(
+            number, list(prompt), sampling, sampler, max_total_length
+        )
         self._waiting.append(request)
         return number
 
     def cancel(self, number: int) -> None:
         """Drop a request and free its slot; a finished or unknown one is ignored."""
-        self._waiting = deque(request for request in self._waiting if request.number != number)
+        self._waiting = deque(
+            request for request in self._waiting if request.number != number
+        )
         for slot, request in enumerate(self._running):
             if request.number == number:
                 self._release(slot)
@@ -160,7 +175,8 @@ class GenerationEngine:
     def step(self) -> list[GeneratedToken]:
         """Generate one token of every running request; waiting ones that get a slot are read and get their first.
 
-        A request whose token has a ``finish`` has left its slot. After an exception, discard the engine.
+        A request whose token has a ``finish`` has left its slot. After an exception,
+        discard the engine.
         """
         admitted = self._admit()
         tokens: list[GeneratedToken] = []
@@ -169,7 +185,8 @@ class GenerationEngine:
         if admitted:
             tokens += self._prefill(admitted)
 
-        # From the last slot to the first, because the last request moves into a slot that is released.
+        # From the last slot to the first, because the last request moves into a slot
+        # that is released.
         finished = {token.request for token in tokens if token.finish}
         for slot in reversed(range(len(self._running))):
             number = self._running[slot].number
@@ -192,7 +209,8 @@ class GenerationEngine:
 
     def _prefill(self, admitted: list[_ActiveRequest]) -> list[GeneratedToken]:
         """Read the prompts of new requests and choose their first tokens."""
-        # The prompts are packed without padding: lengths 3 and 2 give T = 5 tokens with sequence bounds 0, 3, 5.
+        # The prompts are packed without padding: lengths 3 and 2 give T = 5 tokens with
+        # sequence bounds 0, 3, 5.
         lengths: list[int] = []
         packed: list[int] = []
         for request in admitted:
@@ -222,14 +240,17 @@ class GenerationEngine:
             scored_tokens.append(replace(token, prompt_scores=scores))
         return scored_tokens
 
-    def _score_prompt(self, request: _ActiveRequest, hidden: Tensor) -> list[TokenScore]:
+    def _score_prompt(
+        self, request: _ActiveRequest, hidden: Tensor
+    ) -> list[TokenScore]:
         """Return the scores of a prompt's tokens; ``hidden`` [length, D] are its hidden states."""
         prompt = request.ids
         top_count = max(request.sampling.logprobs, 0)
         # The state of position t predicts token t + 1. So nothing predicts the first token, and the last state is left
         # over: it predicts the answer.
         scores = [TokenScore(prompt[0])]
-        # In chunks, because the logits [length, V] of a long prompt may not fit into memory.
+        # In chunks, because the logits [length, V] of a long prompt may not fit into
+        # memory.
         for start in range(0, len(prompt) - 1, LOGIT_ROWS):
             targets = prompt[start + 1 : start + 1 + LOGIT_ROWS]
             states = hidden[start : start + len(targets)]
@@ -246,12 +267,22 @@ class GenerationEngine:
         logits = self.model.logits(hidden)
         return self._choose_tokens(requests, logits)
 
-    def _choose_tokens(self, requests: list[_ActiveRequest], logits: Tensor) -> list[GeneratedToken]:
+    def _choose_tokens(
+        self, requests: list[_ActiveRequest], logits: Tensor
+    ) -> list[GeneratedToken]:
         """Choose the next token of each request by its row of the logits [B, V]."""
         if argmax_suffices([request.sampling for request in requests]):
-            chosen = logits.argmax(-1).tolist()  # waits for the device once, not once per request
-            return [request.append(token) for request, token in zip(requests, chosen, strict=True)]
-        return [self._choose_token(request, row) for request, row in zip(requests, logits, strict=True)]
+            chosen = logits.argmax(
+                -1
+            ).tolist()  # waits for the device once, not once per request
+            return [
+                request.append(token)
+                for request, token in zip(requests, chosen, strict=True)
+            ]
+        return [
+            self._choose_token(request, row)
+            for request, row in zip(requests, logits, strict=True)
+        ]
 
     def _choose_token(self, request: _ActiveRequest, logits: Tensor) -> GeneratedToken:
         sampling = request.sampling
@@ -273,7 +304,9 @@ class GenerationEngine:
         self._running.pop()
 
 
-def _target_scores(logprobs: Tensor, targets: list[int], top_count: int) -> list[TokenScore]:
+def _target_scores(
+    logprobs: Tensor, targets: list[int], top_count: int
+) -> list[TokenScore]:
     """Return the score of each target under its row of ``logprobs`` [rows, V], with the ``top_count`` best tokens."""
     columns = torch.tensor(targets, device=logprobs.device).unsqueeze(1)
     of_targets = logprobs.gather(1, columns).squeeze(1)
@@ -292,7 +325,10 @@ def _target_scores(logprobs: Tensor, targets: list[int], top_count: int) -> list
 
 
 def check_prompt(
-    prompt: Sequence[int], context_length: int, vocab_size: int | None, name: str = "the prompt"
+    prompt: Sequence[int],
+    context_length: int,
+    vocab_size: int | None,
+    name: str = "the prompt",
 ) -> None:
     """Reject a prompt that cannot be completed.
 
@@ -308,4 +344,7 @@ def check_prompt(
         )
     for token in prompt:
         if token < 0 or (vocab_size is not None and token >= vocab_size):
-            raise UserError(f"{name} contains id {token}", expected=f"ids from 0 to {(vocab_size or 0) - 1}")
+            raise UserError(
+                f"{name} contains id {token}",
+                expected=f"ids from 0 to {(vocab_size or 0) - 1}",
+            )

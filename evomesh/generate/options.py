@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 class SamplingParams:
     """Sampling parameters of a request: how its tokens are chosen, and when it ends.
 
-    The meanings are those of ``transformers.generate``; the parameters apply in the order below.
+    The meanings are those of ``transformers.generate``; the parameters apply in the
+    order below.
 
     Attributes:
         repetition_penalty: logits of tokens in the prompt or the completion are divided by it (negative ones
@@ -61,7 +62,9 @@ class SamplingParams:
     @classmethod
     def from_config(cls, section: GenerationConfig) -> SamplingParams:
         """Return the parameters of a config's ``generation`` section."""
-        return cls.from_settings(section, eos_ids=(*section.eos_id, *section.additional_eos_token_list))
+        return cls.from_settings(
+            section, eos_ids=(*section.eos_id, *section.additional_eos_token_list)
+        )
 
     @classmethod
     def from_settings(cls, settings: object, **given: Any) -> SamplingParams:
@@ -82,10 +85,16 @@ class SamplingParams:
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"{field.name} is {value}", where=field.name, expected="a finite number")
+                raise UserError(
+                    f"{field.name} is {value}",
+                    where=field.name,
+                    expected="a finite number",
+                )
         for name, holds, expected in self._rules():
             if not holds:
-                raise UserError(f"{name} is {getattr(self, name)}", where=name, expected=expected)
+                raise UserError(
+                    f"{name} is {getattr(self, name)}", where=name, expected=expected
+                )
 
     def _rules(self) -> Iterator[tuple[str, bool, str]]:
         """Yield (parameter, whether its value is allowed, what would be) in the order in which they are checked."""
@@ -100,12 +109,20 @@ class SamplingParams:
         yield "num_return_sequences", self.num_return_sequences >= 1, "at least 1"
         if self.num_beams > 1:
             expected = f"at most {self.num_beams}: one for each beam"
-            yield "num_return_sequences", self.num_return_sequences <= self.num_beams, expected
+            yield (
+                "num_return_sequences",
+                self.num_return_sequences <= self.num_beams,
+                expected,
+            )
         elif self.greedy:
             expected = "at most 1: greedy completions are all the same"
             yield "num_return_sequences", self.num_return_sequences == 1, expected
         yield "seed", 0 <= self.seed < 2**64, "from 0 to 2**64 - 1"
-        yield "max_new_tokens", max_new_tokens is None or max_new_tokens >= 1, "at least 1"
+        yield (
+            "max_new_tokens",
+            max_new_tokens is None or max_new_tokens >= 1,
+            "at least 1",
+        )
         yield "max_length", max_length is None or max_length >= 1, "at least 1"
         yield "logprobs", self.logprobs >= -1, "-1 (none) or more"
 

@@ -74,7 +74,8 @@ def create_output_folder(section: GenerationConfig, prompt_folder: str) -> Path:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"cannot create {output}: {error.strerror or error}", where="generation.output_folder"
+            f"cannot create {output}: {error.strerror or error}",
+            where="generation.output_folder",
         ) from None
     return output
 
@@ -95,7 +96,9 @@ def answer_prompts(
         first_number: number of the task's first prompt among those of all tasks. It keys the random streams, so that
             neither the layout nor the batch size changes an answer.
     """
-    answerable = [index for index, prompt in enumerate(prompts) if has_room(prompt, sampling)]
+    answerable = [
+        index for index, prompt in enumerate(prompts) if has_room(prompt, sampling)
+    ]
     mine = answerable[dp.rank :: dp.size]
     answers = generate_tokens(
         model,
@@ -108,7 +111,10 @@ def answer_prompts(
     my_answers = dict(zip(mine, answers, strict=True))
     for answers_of_rank in all_gather_objects(my_answers, dp):
         answers_by_index |= answers_of_rank
-    return [PromptResult(prompt, answers_by_index.get(index, [])) for index, prompt in enumerate(prompts)]
+    return [
+        PromptResult(prompt, answers_by_index.get(index, []))
+        for index, prompt in enumerate(prompts)
+    ]
 
 
 def has_room(prompt: TokenizedPrompt, sampling: SamplingParams) -> bool:
@@ -118,9 +124,13 @@ def has_room(prompt: TokenizedPrompt, sampling: SamplingParams) -> bool:
     return bool(prompt.ids) and fits
 
 
-def warn_of_end_ids(task: str, prompts: Sequence[TokenizedPrompt], sampling: SamplingParams) -> str:
+def warn_of_end_ids(
+    task: str, prompts: Sequence[TokenizedPrompt], sampling: SamplingParams
+) -> str:
     """Return a warning if prompts end with an id that ends an answer, as documents made for training do; else ""."""
-    count = sum(bool(prompt.ids) and prompt.ids[-1] in sampling.eos_ids for prompt in prompts)
+    count = sum(
+        bool(prompt.ids) and prompt.ids[-1] in sampling.eos_ids for prompt in prompts
+    )
     if not count:
         return ""
     return (
@@ -137,7 +147,9 @@ def write_results(
     tokenizer: Tokenizer | None,
 ) -> None:
     """Write ``TASK.bin`` with its meta (each prompt with its answer as a document) and ``TASK.jsonl`` (for reading)."""
-    documents = [[*result.prompt.ids, *answer] for result in results for answer in result.answers]
+    documents = [
+        [*result.prompt.ids, *answer] for result in results for answer in result.answers
+    ]
     if documents:
         with BinWriter(output / f"{task}.bin") as writer:
             writer.write(documents)
@@ -158,8 +170,12 @@ def result_record(
     prompt = result.prompt
     record: dict[str, Any] = {"file": prompt.file, "line": prompt.line}
     if not result.answers:
-        record["skipped"] = f"no room: {len(prompt.ids)} tokens" if prompt.ids else "no tokens"
-    stopped = [bool(answer) and answer[-1] in sampling.eos_ids for answer in result.answers]
+        record["skipped"] = (
+            f"no room: {len(prompt.ids)} tokens" if prompt.ids else "no tokens"
+        )
+    stopped = [
+        bool(answer) and answer[-1] in sampling.eos_ids for answer in result.answers
+    ]
     if tokenizer is not None:
         record["prompt"] = tokenizer.decode(prompt.ids)
         record["answers"] = []
@@ -172,10 +188,16 @@ def result_record(
     return record
 
 
-def summarize_results(task: str, results: Sequence[PromptResult], seconds: float) -> str:
+def summarize_results(
+    task: str, results: Sequence[PromptResult], seconds: float
+) -> str:
     """Return the log line of a finished task."""
     tokens = sum(len(answer) for result in results for answer in result.answers)
     skipped = sum(not result.answers for result in results)
-    note = f", {skipped} skipped (no tokens, or no room within max_length)" if skipped else ""
+    note = (
+        f", {skipped} skipped (no tokens, or no room within max_length)"
+        if skipped
+        else ""
+    )
     speed = tokens / max(seconds, 1e-9)
     return f"{task}: {len(results)} prompts{note}, {tokens} new tokens, {speed:.0f} tokens/s"

@@ -1,7 +1,8 @@
 """Choose the next token from logits.
 
-The gap of a token is the distance of its logit from the largest one. Top-k, top-p and min-p all keep a beginning of the
-order by gap (equal gaps: lower id first), so that none of them needs the whole vocabulary sorted.
+The gap of a token is the distance of its logit from the largest one. Top-k, top-p and
+min-p all keep a beginning of the order by gap (equal gaps: lower id first), so that
+none of them needs the whole vocabulary sorted.
 
 Shapes: B requests, V vocabulary, K candidates.
 """
@@ -19,9 +20,7 @@ from torch import Tensor
 from evomesh.generate.options import SamplingParams
 
 BINS = 4096
-BINS_PER_UNIT = (
-    64  # of a gap over the temperature; all gaps beyond BINS / BINS_PER_UNIT = 64 share the last bin
-)
+BINS_PER_UNIT = 64  # of a gap over the temperature; all gaps beyond BINS / BINS_PER_UNIT = 64 share the last bin
 Place = tuple[int, int]
 AFTER_ALL: Place = (BINS, 0)
 
@@ -38,8 +37,9 @@ def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 class RankedTokens:
     """All tokens in the order by gap, of which no more is sorted than is asked for.
 
-    A histogram of the gaps counts the tokens of each bin and adds up their weights; sorting is for the tokens of a
-    single bin. A place in the order is a pair (bin, rank inside the bin), so that places compare like the gaps there.
+    A histogram of the gaps counts the tokens of each bin and adds up their weights;
+    sorting is for the tokens of a single bin. A place in the order is a pair (bin, rank
+    inside the bin), so that places compare like the gaps there.
 
     Args:
         logits: [V], on the CPU.
@@ -54,16 +54,19 @@ class RankedTokens:
         logits = logits.to(at_least_float32)
         top = logits.max()
         if not top.isfinite():
-            # The model is broken. Give it any tokens, so that the other requests of the batch get theirs.
+            # The model is broken. Give it any tokens, so that the other requests of the
+            # batch get theirs.
             logits = torch.zeros_like(logits)
             top = logits[0]
 
-        # A bin is 1/64 wide in units of gap over temperature: at temperature 2 a gap of 1 falls into bin 32.
+        # A bin is 1/64 wide in units of gap over temperature: at temperature 2 a gap of
+        # 1 falls into bin 32.
         bins = top - logits
         bins.mul_(BINS_PER_UNIT / temperature)
         bins.clamp_(max=BINS - 1)
 
-        # The weight is exp(-gap / temperature), in float64, so that a seed gives the same tokens on every device.
+        # The weight is exp(-gap / temperature), in float64, so that a seed gives the
+        # same tokens on every device.
         weights = logits.double() - top
         weights.div_(temperature)
         weights.exp_()
@@ -152,14 +155,16 @@ def candidates_end(
         count = max(sampling.top_k, keep)
         end = ranked.after_count(count)
 
-    # top-p: every token before which less than p of the probability is reached. With probabilities 0.5, 0.3 and 0.2
-    # and p = 0.6, the first two. The probability is that of the tokens that top-k left.
+    # top-p: every token before which less than p of the probability is reached. With
+    # probabilities 0.5, 0.3 and 0.2 and p = 0.6, the first two. The probability is that
+    # of the tokens that top-k left.
     if sampling.top_p < 1:
         total = ranked.weight_before(end)
         enough = ranked.after_weight(sampling.top_p * total)
         end = min(end, enough)
 
-    # min-p: every token at least this fraction as probable as the top one, whose weight is 1
+    # min-p: every token at least this fraction as probable as the top one, whose weight
+    # is 1
     if sampling.min_p > 0:
         is_probable = ranked.weights >= sampling.min_p
         count = int(np.count_nonzero(is_probable))
@@ -198,14 +203,17 @@ class TokenSampler:
         """Return the next token for logits [V]; unless greedy, this takes one uniform number from the stream."""
         if self.sampling.greedy:
             return int(logits.argmax())
-        # Inverse transform sampling: the first token whose cumulative probability exceeds a uniform number.
+        # Inverse transform sampling: the first token whose cumulative probability
+        # exceeds a uniform number.
         ranked = RankedTokens(logits.cpu(), self.sampling.temperature)
         end = candidates_end(ranked, self.sampling)
         threshold = self._random.random() * ranked.weight_before(end)
         return ranked.find(threshold, end)
 
 
-def top_logprobs(logits: Tensor, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:
+def top_logprobs(
+    logits: Tensor, token: int, count: int
+) -> tuple[float, list[tuple[int, float]]]:
     """Return the log-probability of ``token`` under logits [V], and (id, log-probability) of the ``count`` best."""
     logprobs = logits.log_softmax(-1)
     best = logprobs.topk(min(count, len(logprobs)))
@@ -216,4 +224,6 @@ def top_logprobs(logits: Tensor, token: int, count: int) -> tuple[float, list[tu
 
 def argmax_suffices(samplings: Sequence[SamplingParams]) -> bool:
     """Return whether one argmax over all rows gives the next token of every request."""
-    return all(s.greedy and s.repetition_penalty == 1.0 and s.logprobs < 0 for s in samplings)
+    return all(
+        s.greedy and s.repetition_penalty == 1.0 and s.logprobs < 0 for s in samplings
+    )

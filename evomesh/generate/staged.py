@@ -33,7 +33,9 @@ class StagedModel(LanguageModel):
     def is_last(self) -> bool:
         return self.axis.rank == self.axis.size - 1
 
-    def forward(self, x: Tensor, docs: SequenceBounds, attend: AttentionFunction = attend) -> Tensor:
+    def forward(
+        self, x: Tensor, docs: SequenceBounds, attend: AttentionFunction = attend
+    ) -> Tensor:
         """Return hidden states [T, D] for ids [T]: the final ones on the last rank, this stage's output on others."""
         rank = self.axis.rank
         if rank > 0:

@@ -23,16 +23,29 @@ from evomesh.layers.rotary import split_and_rotate
 from evomesh.layers.sequence_bounds import SequenceBounds
 from evomesh.parallel.collectives import all_to_all
 
-__all__ = ["Attention", "AttentionFunction", "SequenceBounds", "attend", "check_window", "outside_graph"]
+__all__ = [
+    "Attention",
+    "AttentionFunction",
+    "SequenceBounds",
+    "attend",
+    "check_window",
+    "outside_graph",
+]
 
 # (q [T, N, H], k [T, G, H], v [T, G, H], bounds, module) -> [T, N, H]. Generation passes one that keeps k and v by
 # ``module.layer``. It takes the module rather than the layer number: a compiled block specializes on a number it reads.
-AttentionFunction = Callable[[Tensor, Tensor, Tensor, SequenceBounds, "Attention"], Tensor]
+AttentionFunction = Callable[
+    [Tensor, Tensor, Tensor, SequenceBounds, "Attention"], Tensor
+]
 FLASH_HEAD_DIM = 256  # the largest that the flash kernel supports
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, bounds: SequenceBounds, module: Attention | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: SequenceBounds,
+    module: Attention | None = None,
 ) -> Tensor:
     """Compute causal softmax(q k^T / sqrt(H)) v within each segment.
 
@@ -40,7 +53,9 @@ def attend(
         q: [T, N, H]; k and v: [T, G, H].
         module: unused here; attention functions that keep a key/value cache look it up by ``module.layer``.
     """
-    return _varlen(q, k, v, bounds) if _flash_takes(q) else _per_segment(q, k, v, bounds)
+    return (
+        _varlen(q, k, v, bounds) if _flash_takes(q) else _per_segment(q, k, v, bounds)
+    )
 
 
 def check_window(tokens: int, window: int | None) -> None:
@@ -62,7 +77,8 @@ def check_window(tokens: int, window: int | None) -> None:
 def outside_graph(attend: AttentionFunction) -> AttentionFunction:
     """Wrap ``attend`` so that compiled blocks do not trace into it: lengths are data, and each would recompile it.
 
-    All wrappers are objects of one class, so that a block compiled for one accepts any other.
+    All wrappers are objects of one class, so that a block compiled for one accepts any
+    other.
     """
     return _outside_graph()(attend)
 
@@ -77,7 +93,12 @@ def _outside_graph() -> Callable[[AttentionFunction], AttentionFunction]:
 
         @torch.compiler.disable  # type: ignore[misc, untyped-decorator, unused-ignore]
         def __call__(
-            self, q: Tensor, k: Tensor, v: Tensor, bounds: SequenceBounds, module: Attention
+            self,
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            bounds: SequenceBounds,
+            module: Attention,
         ) -> Tensor:
             return self.attend(q, k, v, bounds, module)
 
@@ -100,8 +121,12 @@ def _has_flash(device: torch.device) -> bool:
 def _varlen_options(varlen_attn: Callable[..., Any], grouped: bool) -> dict[str, Any]:
     """Return the options of causal attention for torch's ``varlen_attn``, whose signature changed after 2.11."""
     known = inspect.signature(varlen_attn).parameters
-    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    return options | {"enable_gqa": True} if grouped and "enable_gqa" in known else options
+    options: dict[str, Any] = (
+        {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    )
+    return (
+        options | {"enable_gqa": True} if grouped and "enable_gqa" in known else options
+    )
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, bounds: SequenceBounds) -> Tensor:
@@ -133,20 +158,25 @@ def _per_segment(q: Tensor, k: Tensor, v: Tensor, bounds: SequenceBounds) -> Ten
 
     ``torch.split`` rather than slices, because its backward is one concatenation for all runs.
     """
-    # A run is `count` consecutive segments of L tokens each: segment lengths 5 5 5 2 make the runs (5, 3) and (2, 1).
+    # A run is `count` consecutive segments of L tokens each: segment lengths 5 5 5 2
+    # make the runs (5, 3) and (2, 1).
     runs = [(length, len(list(group))) for length, group in groupby(bounds.lengths())]
     tokens_of_runs = [length * count for length, count in runs]
     q_runs = torch.split(q, tokens_of_runs)
     k_runs = torch.split(k, tokens_of_runs)
     v_runs = torch.split(v, tokens_of_runs)
     outs = []
-    for (length, count), q_run, k_run, v_run in zip(runs, q_runs, k_runs, v_runs, strict=True):
+    for (length, count), q_run, k_run, v_run in zip(
+        runs, q_runs, k_runs, v_runs, strict=True
+    ):
         out = _causal(
             _segments_to_batch(q_run, count, length),
             _segments_to_batch(k_run, count, length),
             _segments_to_batch(v_run, count, length),
         )
-        outs.append(out.transpose(1, 2).flatten(0, 1))  # [count, N, L, H] -> [count * L, N, H]
+        outs.append(
+            out.transpose(1, 2).flatten(0, 1)
+        )  # [count, N, L, H] -> [count * L, N, H]
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
@@ -156,7 +186,9 @@ def _segments_to_batch(x: Tensor, count: int, length: int) -> Tensor:
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    return F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+    )
 
 
 class Attention(nn.Module):
@@ -193,12 +225,16 @@ class Attention(nn.Module):
         self.layer, self.interleaved, self.window = layer, interleaved, window
         self.head_dim = head_dim or size // heads
         self.placement = placement
-        self.kv_heads = kv_heads // placement.axis.size  # of this rank, each with its group of query heads
+        self.kv_heads = (
+            kv_heads // placement.axis.size
+        )  # of this rank, each with its group of query heads
         self.wqkv = ColumnParallelLinear(
             size, (heads + 2 * kv_heads) * self.head_dim, bias=bias, placement=placement
         )
         has_out_bias = bias if out_bias is None else out_bias
-        self.wo = RowParallelLinear(heads * self.head_dim, size, bias=has_out_bias, placement=placement)
+        self.wo = RowParallelLinear(
+            heads * self.head_dim, size, bias=has_out_bias, placement=placement
+        )
         self.q_norm: Norm | None = None
         self.k_norm: Norm | None = None
         if head_norms is not None:
@@ -213,15 +249,22 @@ class Attention(nn.Module):
     ) -> Tensor:
         qkv = self.wqkv(x)
         if self.placement.exchanges_heads:
-            # q, k and v of a key/value head are adjacent, so that one exchange moves all three.
+            # q, k and v of a key/value head are adjacent, so that one exchange moves
+            # all three.
             qkv = all_to_all(qkv, self.placement.axis, split_dim=1, concat_dim=0)
         qkv = self._with_normed_heads(qkv)
         q, k, v = split_and_rotate(
-            qkv, *tables, kv_heads=self.kv_heads, head_dim=self.head_dim, interleaved=self.interleaved
+            qkv,
+            *tables,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            interleaved=self.interleaved,
         )
         context = attend(q, k, v, bounds, self).flatten(1)
         if self.placement.exchanges_heads:
-            context = all_to_all(context, self.placement.axis, split_dim=0, concat_dim=1)
+            context = all_to_all(
+                context, self.placement.axis, split_dim=0, concat_dim=1
+            )
         out: Tensor = self.wo(context)
         return out
 
@@ -229,9 +272,15 @@ class Attention(nn.Module):
         """Return the fused projection [T, G (R + 2) H] with each query head and each key head normed."""
         if self.q_norm is None or self.k_norm is None:
             return qkv
-        groups = qkv.view(qkv.shape[0], self.kv_heads, -1, self.head_dim)  # [T, G, R + 2, H]
+        groups = qkv.view(
+            qkv.shape[0], self.kv_heads, -1, self.head_dim
+        )  # [T, G, R + 2, H]
         queries = groups[:, :, :-2]
         keys = groups[:, :, -2:-1]
-        normed_queries = self.q_norm(queries.reshape(-1, self.head_dim)).view(queries.shape)
+        normed_queries = self.q_norm(queries.reshape(-1, self.head_dim)).view(
+            queries.shape
+        )
         normed_keys = self.k_norm(keys.reshape(-1, self.head_dim)).view(keys.shape)
-        return torch.cat((normed_queries, normed_keys, groups[:, :, -1:]), dim=2).view(qkv.shape)
+        return torch.cat((normed_queries, normed_keys, groups[:, :, -1:]), dim=2).view(
+            qkv.shape
+        )

@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 def compiles_blocks(setting: bool | Literal["auto"], device: torch.device) -> bool:
     """Return whether to compile the blocks of a model whose ``model.compile`` is ``setting``.
 
-    "auto" means on CUDA, if this machine has what torch's compiler needs there; otherwise it warns, once.
+    "auto" means on CUDA, if this machine has what torch's compiler needs there;
+    otherwise it warns, once.
     """
     if setting != "auto":
         return setting
@@ -34,7 +35,8 @@ def compiles_blocks(setting: bool | Literal["auto"], device: torch.device) -> bo
 def missing_for_compiling() -> str:
     """Return what is missing for code on CUDA, "" if nothing: triton, and what it builds the launchers of kernels with.
 
-    Images for running programs rather than building them often have neither compiler nor headers.
+    Images for running programs rather than building them often have neither compiler
+    nor headers.
     """
     try:
         importlib.import_module("triton")

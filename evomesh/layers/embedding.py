@@ -12,7 +12,12 @@ from torch import Tensor, nn
 
 from evomesh.layers.dtype import promote
 from evomesh.layers.placement import Placement
-from evomesh.parallel.collectives import all_reduce, all_to_all, gather_from_axis, reduce_scatter
+from evomesh.parallel.collectives import (
+    all_reduce,
+    all_to_all,
+    gather_from_axis,
+    reduce_scatter,
+)
 from evomesh.parallel.spec import ShardSpec
 
 
@@ -49,16 +54,23 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
         (ids,) = ctx.saved_tensors
-        return None, sum_rows(grads[0].to(promote(ctx.dtype)), ids, ctx.rows).to(ctx.dtype)
+        return None, sum_rows(grads[0].to(promote(ctx.dtype)), ids, ctx.rows).to(
+            ctx.dtype
+        )
 
 
 def sum_rows(values: Tensor, ids: Tensor, rows: int) -> Tensor:
     """Add row t of ``values`` [T, D] to row ``ids[t]`` of zeros [rows, D], in an order that ``ids`` alone decide."""
     if not ids.is_cpu:
-        # index_add_ on CUDA adds with atomics, in whatever order threads arrive. This one sorts the ids first.
-        total: Tensor = torch.ops.aten.embedding_dense_backward(values, ids, rows, -1, False)
+        # index_add_ on CUDA adds with atomics, in whatever order threads arrive. This
+        # one sorts the ids first.
+        total: Tensor = torch.ops.aten.embedding_dense_backward(
+            values, ids, rows, -1, False
+        )
         return total
-    return values.new_zeros(rows, values.shape[1]).index_add_(0, ids, values)  # one thread, in token order
+    return values.new_zeros(rows, values.shape[1]).index_add_(
+        0, ids, values
+    )  # one thread, in token order
 
 
 class Embedding(nn.Module):
@@ -70,15 +82,27 @@ class Embedding(nn.Module):
     """
 
     def __init__(
-        self, rows: int, hidden_size: int, *, grad_scale: float, split_hidden: bool, placement: Placement
+        self,
+        rows: int,
+        hidden_size: int,
+        *,
+        grad_scale: float,
+        split_hidden: bool,
+        placement: Placement,
     ) -> None:
         super().__init__()
-        self.placement, self.grad_scale, self.split_hidden = placement, grad_scale, split_hidden
+        self.placement, self.grad_scale, self.split_hidden = (
+            placement,
+            grad_scale,
+            split_hidden,
+        )
         shard_dim = 1 if split_hidden else 0
         shards = ((placement.mode.weight_axis, shard_dim),)
         local_shape = [rows, hidden_size]
         local_shape[shard_dim] //= placement.weight_shards
-        self.weight = placement.make_parameter(tuple(local_shape), ShardSpec((rows, hidden_size), shards))
+        self.weight = placement.make_parameter(
+            tuple(local_shape), ShardSpec((rows, hidden_size), shards)
+        )
 
     def forward(self, ids: Tensor) -> Tensor:
         if self.placement.axis.size == 1:

@@ -2,10 +2,11 @@
 
 Shapes: R rows and C columns of a parameter's global matrix.
 
-Every element is a function of (seed, parameter name, global position). The global matrix is divided into fixed tiles of
-256 x 256. A counter-based generator (Philox, Salmon et al., 2011), keyed by seed and name, draws each tile separately:
-the index of the tile is the upper half of the counter. A rank draws only the tiles that overlap its shard, always in
-float32 on the CPU, whatever the device and dtype of the parameter.
+Every element is a function of (seed, parameter name, global position). The global
+matrix is divided into fixed tiles of 256 x 256. A counter-based generator (Philox,
+Salmon et al., 2011), keyed by seed and name, draws each tile separately: the index of
+the tile is the upper half of the counter. A rank draws only the tiles that overlap its
+shard, always in float32 on the CPU, whatever the device and dtype of the parameter.
 """
 
 from __future__ import annotations
@@ -58,10 +59,13 @@ def fill_parameter(
         matrix_rows, matrix_columns = _matrix_shape(spec.shape)
         rows, columns = _local_rectangle(name, spec, axes)
         local = parameter.view(len(rows), len(columns))
-        # Band by band: `band` holds the global rows of one row of tiles, `owned` those of them in this shard.
+        # Band by band: `band` holds the global rows of one row of tiles, `owned` those
+        # of them in this shard.
         for band_index in _tiles_over(rows):
             band = _tile_range(band_index, matrix_rows)
-            drawn = _draw_band(name, band_index, len(band), columns, matrix_columns, initial, seed)
+            drawn = _draw_band(
+                name, band_index, len(band), columns, matrix_columns, initial, seed
+            )
             owned = range(max(rows.start, band.start), min(rows.stop, band.stop))
             target = local[owned.start - rows.start : owned.stop - rows.start]
             target.copy_(drawn[owned.start - band.start : owned.stop - band.start])
@@ -85,9 +89,12 @@ def _local_rectangle(
         return range(1), ranges[0]
     has_late_shard = any(dim > 1 for _, dim in spec.shards)
     if has_late_shard:
-        raise ValueError(f"{name}: only the first two dims of a parameter may be sharded, not {spec.shards}")
+        raise ValueError(
+            f"{name}: only the first two dims of a parameter may be sharded, not {spec.shards}"
+        )
     rows, second = ranges[:2]
-    # Indices 2 to 3 of the second dim of [R, 4, 5] are columns 10 to 19 of the matrix [R, 20].
+    # Indices 2 to 3 of the second dim of [R, 4, 5] are columns 10 to 19 of the matrix
+    # [R, 20].
     inner = math.prod(spec.shape[2:])  # columns per index of the second dim
     columns = range(second.start * inner, second.stop * inner)
     return rows, columns
@@ -114,7 +121,8 @@ def _draw_band(
     seed: int,
 ) -> torch.Tensor:
     """Draw one row of tiles and return its ``columns``, [height, len(columns)] float32."""
-    # Columns 300 to 600 overlap the tiles 1 (256 to 511) and 2 (512 to 767): both are drawn whole, then cut.
+    # Columns 300 to 600 overlap the tiles 1 (256 to 511) and 2 (512 to 767): both are
+    # drawn whole, then cut.
     tile_indices = _tiles_over(columns)
     tiles = []
     for tile_index in tile_indices:
@@ -145,7 +153,8 @@ def _draw_tile(
     stream = f"{seed}/{name}".encode()
     digest = hashlib.blake2b(stream, digest_size=16).digest()
     key = int.from_bytes(digest, "little")
-    # The lower two of the four counter words count draws, the upper two are the index of the tile.
+    # The lower two of the four counter words count draws, the upper two are the index
+    # of the tile.
     counter = [0, 0, *tile]
     philox = np.random.Philox(key=key, counter=counter)
     generator = np.random.Generator(philox)

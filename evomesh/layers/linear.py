@@ -2,15 +2,16 @@
 
 Shapes: T packed tokens, S = T / tp, I input features, O output features.
 
-A column-parallel weight holds a range of output features, and its output is sharded along features. A row-parallel
-weight holds a range of input features, and its output is a partial sum over the axis:
+A column-parallel weight holds a range of output features, and its output is sharded
+along features. A row-parallel weight holds a range of input features, and its output is
+a partial sum over the axis:
 
     mtp        x [T, I]    copy_to_axis    -> column -> [T, O / tp] -> row -> all-reduce      -> [T, O]
     msp, fsp   x [S, I]    all-gather      -> column -> [T, O / tp] -> row -> reduce-scatter  -> [S, O]
     isp        x [S, I]                       column -> [S, O]      -> row                    -> [S, O]
 
-With an axis of size 1 both are plain products, and in isp too, where weight sharding has gathered each weight before it
-is used.
+With an axis of size 1 both are plain products, and in isp too, where weight sharding
+has gathered each weight before it is used.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ from evomesh.parallel.spec import ShardSpec
 class ColumnParallelLinear(nn.Module):
     """[T, I] (mtp) or [S, I] (msp, fsp) -> [T, O / tp]: output features, weight rows and bias, are sharded."""
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool, placement: Placement) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool, placement: Placement
+    ) -> None:
         super().__init__()
         self.placement = placement
         shards = ((placement.mode.weight_axis, 0),)
@@ -51,7 +54,9 @@ class ColumnParallelLinear(nn.Module):
         return column_parallel_linears(x, self)[0]
 
 
-def column_parallel_linears(x: Tensor, *layers: ColumnParallelLinear) -> tuple[Tensor, ...]:
+def column_parallel_linears(
+    x: Tensor, *layers: ColumnParallelLinear
+) -> tuple[Tensor, ...]:
     """Apply several column-parallel layers to one input, which is gathered once for all of them.
 
     mtp ``I@tp -> S(1)@tp; backward S(1)@tp -> I@tp``, msp and fsp ``S(0)@tp -> S(1)@tp; backward S(1)@tp -> S(0)@tp``.
@@ -64,7 +69,9 @@ def column_parallel_linears(x: Tensor, *layers: ColumnParallelLinear) -> tuple[T
     if tensor_parallel and mode.regather_input:
         weights = [layer.weight for layer in layers]
         biases = [layer.bias for layer in layers]
-        regathered: tuple[Tensor, ...] = _RegatherLinear.apply(x, axis, *weights, *biases)  # type: ignore[no-untyped-call]
+        regathered: tuple[Tensor, ...] = _RegatherLinear.apply(
+            x, axis, *weights, *biases
+        )  # type: ignore[no-untyped-call]
         return regathered
     if tensor_parallel:
         x = placement.gather_sequence(x)
@@ -78,7 +85,8 @@ def column_parallel_linears(x: Tensor, *layers: ColumnParallelLinear) -> tuple[T
 class _RegatherLinear(torch.autograd.Function):
     """Column-parallel products of one gathered input, which backward gathers again (fsp).
 
-    Local shapes, for each of the layers: x_shard [S, I], w_shard [O / tp, I], b_shard [O / tp] or None.
+    Local shapes, for each of the layers: x_shard [S, I], w_shard [O / tp, I], b_shard
+    [O / tp] or None.
 
         forward   x        = all_gather(x_shard)                       [T, I]
                   y_shard  = x w_shard^T + b_shard                     [T, O / tp]
@@ -88,13 +96,16 @@ class _RegatherLinear(torch.autograd.Function):
                   dw_shard = dy_shard^T x                              [O / tp, I]
         bgrad     db_shard = sum over T of dy_shard                    [O / tp]
 
-    Every rank uses all of x with its own output features, so each has one summand of dx: the dual of the all-gather is
-    a reduce-scatter. Only x_shard is kept: 1/tp of the memory of x, for one more all-gather. Weight and bias gradients
-    need no communication, because every rank has all T rows of x and of its dy_shard.
+    Every rank uses all of x with its own output features, so each has one summand of
+    dx: the dual of the all-gather is a reduce-scatter. Only x_shard is kept: 1/tp of
+    the memory of x, for one more all-gather. Weight and bias gradients need no
+    communication, because every rank has all T rows of x and of its dy_shard.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_shard: Tensor, axis: Axis, *parameters: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x_shard: Tensor, axis: Axis, *parameters: Tensor | None
+    ) -> tuple[Tensor, ...]:
         count = len(parameters) // 2
         w_shards = parameters[:count]
         b_shards = parameters[count:]
@@ -142,14 +153,18 @@ class RowParallelLinear(nn.Module):
         dgrad     dx_shard = dy w_shard                                    [T, I / tp], dy replicated or all-gathered
         wgrad     dw_shard = dy^T x_shard                                  [O, I / tp], no communication
 
-    Autograd derives the last two: the collectives know their duals. The bias is replicated, and added after the sum.
+    Autograd derives the last two: the collectives know their duals. The bias is
+    replicated, and added after the sum.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool, placement: Placement) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool, placement: Placement
+    ) -> None:
         super().__init__()
         self.placement = placement
         weight_axis = placement.mode.weight_axis
-        # Weight sharding (wp) shards dim 0 of every parameter; tensor parallelism shards the summed dimension.
+        # Weight sharding (wp) shards dim 0 of every parameter; tensor parallelism
+        # shards the summed dimension.
         weight_dim = 1 if weight_axis == "tp" else 0
         weight_shards = ((weight_axis, weight_dim),)
         weight_spec = ShardSpec((out_features, in_features), weight_shards)
@@ -166,5 +181,9 @@ class RowParallelLinear(nn.Module):
         if axis.size == 1 or mode.weight_axis == "wp":
             return linear(x_shard, self.weight, self.bias)
         summand = linear(x_shard, self.weight)
-        out = reduce_scatter(summand, axis) if mode.sequence_parallel else all_reduce(summand, axis)
+        out = (
+            reduce_scatter(summand, axis)
+            if mode.sequence_parallel
+            else all_reduce(summand, axis)
+        )
         return out if self.bias is None else out + self.bias

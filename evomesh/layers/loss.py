@@ -2,8 +2,9 @@
 
 Shapes: T packed tokens, C tokens of one chunk, D model, V vocabulary rows of this rank's weight shard.
 
-Each chunk's gradient is computed in forward, while its probabilities are available; backward only scales it. Where the
-tensor axis shards the vocabulary, two small all-reduces per chunk (a maximum; three sums per token) combine the ranks.
+Each chunk's gradient is computed in forward, while its probabilities are available;
+backward only scales it. Where the tensor axis shards the vocabulary, two small
+all-reduces per chunk (a maximum; three sums per token) combine the ranks.
 """
 
 from __future__ import annotations
@@ -64,10 +65,20 @@ def linear_cross_entropy(
     """
     chunk = chunk or tokens_per_chunk(weight.shape[0], hidden.is_cuda)
     scale = _scalar_on_device(grad_scale, promote(hidden.dtype), hidden.device)
-    with_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    with_grad = torch.is_grad_enabled() and (
+        hidden.requires_grad or weight.requires_grad
+    )
     with region("loss"):
         scaled_sum, nll, correct = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            hidden, weight, labels, scale, vocab_size, label_smoothing, chunk, with_grad, axis
+            hidden,
+            weight,
+            labels,
+            scale,
+            vocab_size,
+            label_smoothing,
+            chunk,
+            with_grad,
+            axis,
         )
     return LossOutput(scaled_sum, nll, correct)
 
@@ -75,8 +86,9 @@ def linear_cross_entropy(
 def tokens_per_chunk(rows: int, on_cuda: bool) -> int:
     """Choose the tokens of a chunk for a weight of ``rows`` rows.
 
-    Each chunk adds one gradient of the whole weight to a float32 sum. On CUDA that sum is memory bound and the products
-    are not, so a small vocabulary gets fewer, larger chunks.
+    Each chunk adds one gradient of the whole weight to a float32 sum. On CUDA that sum
+    is memory bound and the products are not, so a small vocabulary gets fewer, larger
+    chunks.
     """
     if not on_cuda:
         return MIN_CHUNK_TOKENS
@@ -87,7 +99,8 @@ def tokens_per_chunk(rows: int, on_cuda: bool) -> int:
 class _LinearCrossEntropy(torch.autograd.Function):
     """Loss and gradients of one chunk after the other; shapes are local, every rank of the axis sees all tokens.
 
-    h_chunk [C, D] is replicated (R), w_shard [V, D] holds this rank's vocabulary rows (S(0)); y is the one-hot target.
+    h_chunk [C, D] is replicated (R), w_shard [V, D] holds this rank's vocabulary rows
+    (S(0)); y is the one-hot target.
 
         forward   z_shard = h_chunk w_shard^T                    [C, V]
                   top     = max of z over the vocabulary         [C, 1]   all-reduce MAX
@@ -98,9 +111,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dgrad     dh_chunk = g_shard w_shard                     [C, D]   P: the dual of whatever replicated h sums it
         wgrad     dw_shard = sum over chunks of g_shard^T h_chunk  [V, D]   complete: every rank has all tokens
 
-    Why the gradients are computed in forward: g needs all of e. Keeping e until backward would cost [T, V], computing
-    it again a third product with the weight. This way backward keeps dh [T, D] and dw [V, D] and multiplies them by the
-    gradient of the loss.
+    Why the gradients are computed in forward: g needs all of e. Keeping e until
+    backward would cost [T, V], computing it again a third product with the weight. This
+    way backward keeps dh [T, D] and dw [V, D] and multiplies them by the gradient of
+    the loss.
     """
 
     @staticmethod
@@ -168,7 +182,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         factor = grads[0]
-        # On the CPU, where reading it costs nothing, the usual factor of one saves a pass over the weight.
+        # On the CPU, where reading it costs nothing, the usual factor of one saves a
+        # pass over the weight.
         if factor.device.type != "cpu" or factor.item() != 1.0:
             grad_hidden = grad_hidden * factor
             grad_weight = grad_weight * factor
@@ -178,8 +193,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 class _GradientAccumulator:
     """Gradients of the hidden rows and of the weight, added chunk by chunk; the weight's in at least float32.
 
-    With oneDNN the weight's gradient is accumulated transposed, [D, V]: oneDNN then copies the hidden rows of a chunk
-    and not its logits.
+    With oneDNN the weight's gradient is accumulated transposed, [D, V]: oneDNN then
+    copies the hidden rows of a chunk and not its logits.
     """
 
     def __init__(self, hidden_rows: Tensor, weight: Tensor) -> None:
@@ -192,8 +207,9 @@ class _GradientAccumulator:
     def add(self, part: slice, logit_grad: Tensor, factor: Tensor) -> None:
         """Add one chunk, whose d(loss) / d(logits) is ``logit_grad`` [C, V] times ``factor`` [C, 1].
 
-        The factor contains the loss scale. For wide weights it moves to the [C, D] side of both products, which saves a
-        pass over the logits; a gradient that is rounded to a narrow dtype must be multiplied first.
+        The factor contains the loss scale. For wide weights it moves to the [C, D] side
+        of both products, which saves a pass over the logits; a gradient that is rounded
+        to a narrow dtype must be multiplied first.
         """
         weight = self._weight
         hidden_chunk = self._hidden_rows[part]
@@ -272,7 +288,8 @@ class _VocabularyShard:
     ) -> _ChunkLoss:
         """Replace ``logits`` [C, V] by exp(logit - largest logit) and return the loss; ``label`` [C, 1] is global.
 
-        A label counts as correct if no logit is larger, so that ties count the same in every layout.
+        A label counts as correct if no logit is larger, so that ties count the same in
+        every layout.
         """
         # exp(-inf) = 0: padding columns take no part in any sum.
         logits[:, self.unpadded :] = -torch.inf
@@ -327,7 +344,9 @@ class _VocabularyShard:
         return column.masked_fill(~is_here, 0), is_here
 
 
-def _scalar_on_device(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _scalar_on_device(
+    value: float | Tensor, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """Return ``value`` as a scalar tensor; the device fills in a float, since copying it would block the host."""
     if isinstance(value, Tensor):
         return value.to(device, dtype)

@@ -11,15 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evomesh.layers.linear import ColumnParallelLinear, RowParallelLinear, column_parallel_linears
+from evomesh.layers.linear import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    column_parallel_linears,
+)
 from evomesh.layers.placement import Placement
 
 
 class _SwiGlu(torch.autograd.Function):
     """y = silu(gate) up. Keeps only its two inputs and recomputes silu(gate) in backward: a third less memory.
 
-    Not for compiled blocks: the compiler chooses what to keep, and torch 2.11's computes wrong gradients for a function
-    whose forward writes in place (pytorch issue 180642).
+    Not for compiled blocks: the compiler chooses what to keep, and torch 2.11's
+    computes wrong gradients for a function whose forward writes in place (pytorch issue
+    180642).
     """
 
     @staticmethod
@@ -49,7 +54,9 @@ class FeedForward(nn.Module):
         swiglu: False for the GELU network, which has no ``w3``.
     """
 
-    def __init__(self, size: int, width: int, *, swiglu: bool, placement: Placement) -> None:
+    def __init__(
+        self, size: int, width: int, *, swiglu: bool, placement: Placement
+    ) -> None:
         super().__init__()
         self.swiglu = swiglu
         self.w1 = ColumnParallelLinear(size, width, bias=False, placement=placement)

@@ -19,12 +19,15 @@ from evomesh.parallel.spec import ShardSpec
 class _RmsNorm(torch.autograd.Function):
     """y = w n, n = x r, r = 1 / sqrt(mean(x^2) + eps);  dx = r (w dy - n mean(w dy n)),  dw = sum over T of dy n.
 
-    For the CPU, where torch's own takes many passes; it keeps only x and r. Not for compiled blocks: see _SwiGlu.
+    For the CPU, where torch's own takes many passes; it keeps only x and r. Not for
+    compiled blocks: see _SwiGlu.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # [T, 1]; from here on in place
+        norm = torch.linalg.vector_norm(
+            x, dim=-1, keepdim=True
+        )  # [T, 1]; from here on in place
         mean_square = norm.square_().div_(x.shape[-1])
         scale = mean_square.add_(eps).rsqrt_()
         ctx.save_for_backward(x, scale, weight)
@@ -67,7 +70,8 @@ class Norm(nn.Module):
         self.size, self.eps, self.placement = size, eps, placement
         # Replicated over tp; weight sharding shards it like every parameter of a block.
         shards = (("wp", 0),) if placement.mode.weight_axis == "wp" else ()
-        # Ranks with other heads have other summands of the gradient, also where all of them see the whole sequence.
+        # Ranks with other heads have other summands of the gradient, also where all of
+        # them see the whole sequence.
         splits_heads = of_heads and placement.mode.weight_axis == "tp"
         partial = frozenset({"tp"}) if splits_heads else placement.partial
         spec = ShardSpec((size,), shards, partial)
@@ -83,7 +87,9 @@ class Norm(nn.Module):
         weight = self.weight.to(wide)
         out: Tensor
         if self.bias is not None:
-            out = F.layer_norm(wide_x, (self.size,), weight, self.bias.to(wide), self.eps)
+            out = F.layer_norm(
+                wide_x, (self.size,), weight, self.bias.to(wide), self.eps
+            )
         elif x.is_cuda or torch.compiler.is_compiling():
             out = F.rms_norm(wide_x, (self.size,), weight, self.eps)
         else:

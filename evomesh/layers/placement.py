@@ -38,7 +38,8 @@ class Placement:
     def partial(self) -> frozenset[str]:
         """Axes over which a replicated parameter's gradient is a partial sum: each rank saw its shard of the sequence.
 
-        With weight axis ``wp``, weight sharding and the rest of the weight view do the sum, not ``tp``.
+        With weight axis ``wp``, weight sharding and the rest of the weight view do the
+        sum, not ``tp``.
         """
         tensor_parallel = self.mode.weight_axis == "tp"
         if self.mode.sequence_parallel and tensor_parallel:
@@ -56,7 +57,11 @@ class Placement:
 
     def gather_sequence(self, x: Tensor) -> Tensor:
         """Gather activations between blocks to [T, D]: ``S(0)@tp -> R@tp``, in mtp ``I@tp -> R@tp``; backward dual."""
-        return all_gather(x, self.axis) if self.mode.sequence_parallel else copy_to_axis(x, self.axis)
+        return (
+            all_gather(x, self.axis)
+            if self.mode.sequence_parallel
+            else copy_to_axis(x, self.axis)
+        )
 
     def make_parameter(
         self, shape: tuple[int, ...], spec: ShardSpec, dtype: torch.dtype | None = None

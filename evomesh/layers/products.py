@@ -1,9 +1,11 @@
 """Matrix products by the fastest kernel that torch ships for them.
 
-On the CPU torch multiplies float32 matrices with MKL, which leaves AVX-512 unused on processors that are not Intel's.
-torch also ships oneDNN, which uses it on all of them, but calls it for float32 only in models compiled for inference.
-Here it is called for training and generation where it is faster: by a factor of 2.2 on an AMD processor with AVX-512.
-On one with AVX2 only, MKL is faster: by a factor of 1.7 for the gradients of weights (docs/performance.md).
+On the CPU torch multiplies float32 matrices with MKL, which leaves AVX-512 unused on
+processors that are not Intel's. torch also ships oneDNN, which uses it on all of them,
+but calls it for float32 only in models compiled for inference. Here it is called for
+training and generation where it is faster: by a factor of 2.2 on an AMD processor with
+AVX-512. On one with AVX2 only, MKL is faster: by a factor of 1.7 for the gradients of
+weights (docs/performance.md).
 
 Shapes: T rows, I input features, O output features.
 """
@@ -17,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FEW_ROWS = range(5, 33)  # rows for which MKL is 1.1 to 1.7 times as fast with the weight as its left operand
+FEW_ROWS = range(
+    5, 33
+)  # rows for which MKL is 1.1 to 1.7 times as fast with the weight as its left operand
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -25,7 +29,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if uses_onednn(x, weight):
         out: Tensor = _OneDnnLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return out
-    weight_as_left_operand = x.is_cpu and len(x) in FEW_ROWS and not torch.is_grad_enabled()
+    weight_as_left_operand = (
+        x.is_cpu and len(x) in FEW_ROWS and not torch.is_grad_enabled()
+    )
     if not weight_as_left_operand:
         return F.linear(x, weight, bias)
     transposed = weight @ x.T  # [O, T]
@@ -57,7 +63,8 @@ def _onednn_matmul_nt(
     bias: Tensor | None,
     accumulate: Tensor | None,
 ) -> Tensor:
-    # oneDNN adds the matrix in the same pass: "none" and "add" name what follows the product.
+    # oneDNN adds the matrix in the same pass: "none" and "add" name what follows the
+    # product.
     out: Tensor
     if accumulate is None:
         out = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
@@ -81,9 +88,14 @@ def uses_onednn(a: Tensor, b: Tensor) -> bool:
 @cache
 def onednn_is_faster() -> bool:
     """Return True on AMD and Hygon processors with AVX-512. A rule, not a measurement: runs must repeat to the bit."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # type: ignore[no-untyped-call]
+    mkldnn = torch.backends.mkldnn
+    if not mkldnn.is_available() or not hasattr(  # type: ignore[no-untyped-call]
+        torch.ops.mkldnn, "_linear_pointwise"
+    ):
         return False
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.11
+    capabilities: dict[str, Any] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # not in torch 2.11
     processor = str(capabilities.get("cpu_name", ""))
     return processor.startswith(("AMD", "Hygon")) and bool(capabilities.get("avx512_f"))
 
@@ -97,7 +109,9 @@ class _OneDnnLinear(torch.autograd.Function):
         return matmul_nt(x, weight, bias=bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         dy = grads[0]
         needs_dx, needs_dw, needs_db = ctx.needs_input_grad

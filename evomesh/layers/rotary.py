@@ -40,7 +40,9 @@ class RotaryEmbedding:
     factor: float = 1.0
     scaling: RopeScaling | None = None
 
-    def tables(self, bounds: SequenceBounds, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def tables(
+        self, bounds: SequenceBounds, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         """Return the cosines and sines of one pack, each [T, H/2] in at least float32."""
         # In float64, because a float32 angle loses accuracy as positions grow.
         positions = bounds.position_ids.to(torch.float64)
@@ -58,7 +60,8 @@ class RotaryEmbedding:
         sin = angles.sin()
         attention_factor = self._attention_factor()
         if attention_factor != 1.0:
-            # The tables multiply queries and keys, so their product is multiplied by the square.
+            # The tables multiply queries and keys, so their product is multiplied by
+            # the square.
             cos = cos * attention_factor
             sin = sin * attention_factor
         wide = promote(dtype)
@@ -72,7 +75,9 @@ class RotaryEmbedding:
         factor: Tensor = stretch ** (self.head_dim / (self.head_dim - 2))
         return factor
 
-    def _scaled(self, frequencies: Tensor, bounds: SequenceBounds, scaling: RopeScaling) -> Tensor:
+    def _scaled(
+        self, frequencies: Tensor, bounds: SequenceBounds, scaling: RopeScaling
+    ) -> Tensor:
         """Return the frequencies [1, H/2] as a model with ``scaling`` has them, [1 or T, H/2]."""
         if scaling.type == "linear":
             return frequencies / _given(scaling.factor)
@@ -83,7 +88,9 @@ class RotaryEmbedding:
         # longrope: one divisor a frequency, another one in segments beyond the original length.
         short = frequencies.new_tensor(_given(scaling.short_factor))
         long = frequencies.new_tensor(_given(scaling.long_factor))
-        is_long = bounds.span() > _given(scaling.original_max_position_embeddings)  # [T]
+        is_long = bounds.span() > _given(
+            scaling.original_max_position_embeddings
+        )  # [T]
         divisors = torch.where(is_long[:, None], long, short)
         return frequencies / divisors
 
@@ -97,9 +104,15 @@ class RotaryEmbedding:
         original = _given(scaling.original_max_position_embeddings)
         factor = scaling.factor or self.max_position / original
         if scaling.type == "longrope":
-            return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+            return (
+                math.sqrt(1 + math.log(factor) / math.log(original))
+                if factor > 1
+                else 1.0
+            )
         if scaling.mscale and scaling.mscale_all_dim:
-            return _yarn_magnitude(factor, scaling.mscale) / _yarn_magnitude(factor, scaling.mscale_all_dim)
+            return _yarn_magnitude(factor, scaling.mscale) / _yarn_magnitude(
+                factor, scaling.mscale_all_dim
+            )
         return _yarn_magnitude(factor, 1.0)
 
 
@@ -112,18 +125,24 @@ def _given(value: Value | None) -> Value:
 def _llama3_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     """Divide slow frequencies by ``factor``, keep fast ones, and interpolate between them by turns (Llama 3.1)."""
     low, high = _given(scaling.low_freq_factor), _given(scaling.high_freq_factor)
-    turns = frequencies * (_given(scaling.original_max_position_embeddings) / (2 * math.pi))
+    turns = frequencies * (
+        _given(scaling.original_max_position_embeddings) / (2 * math.pi)
+    )
     kept = ((turns - low) / (high - low)).clamp(0, 1)  # 0: divided, 1: as it is
     return frequencies * kept + frequencies / _given(scaling.factor) * (1 - kept)
 
 
-def _yarn_frequencies(frequencies: Tensor, scaling: RopeScaling, head_dim: int, base: float) -> Tensor:
+def _yarn_frequencies(
+    frequencies: Tensor, scaling: RopeScaling, head_dim: int, base: float
+) -> Tensor:
     """Divide slow frequencies by ``factor``, keep fast ones, and interpolate between them by index (YaRN)."""
     original = _given(scaling.original_max_position_embeddings)
 
     def index_of(turns: float) -> float:
         """Return the index, a real number, of the frequency with so many turns within the original length."""
-        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
+        return (
+            head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
+        )
 
     first = index_of(scaling.beta_fast or 32.0)
     last = index_of(scaling.beta_slow or 1.0)
@@ -133,7 +152,9 @@ def _yarn_frequencies(frequencies: Tensor, scaling: RopeScaling, head_dim: int, 
     first = max(first, 0)
     last = min(last, head_dim - 1)
     width = last - first or 0.001
-    indices = torch.arange(head_dim // 2, dtype=frequencies.dtype, device=frequencies.device)
+    indices = torch.arange(
+        head_dim // 2, dtype=frequencies.dtype, device=frequencies.device
+    )
     divided = ((indices - first) / width).clamp(0, 1)  # 0: as it is, 1: divided
     return frequencies / _given(scaling.factor) * divided + frequencies * (1 - divided)
 
@@ -150,7 +171,9 @@ def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     return x[..., :half], x[..., half:]
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, interleaved: bool) -> None:
+def _rotate(
+    x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, interleaved: bool
+) -> None:
     """Write ``x`` rotated by the angle into ``out``, both [T, G, heads, H]; tables [T, 1, 1, H/2]."""
     a, b = _pairs(x, interleaved)
     out_a, out_b = _pairs(out, interleaved)
@@ -166,7 +189,13 @@ class _SplitRotate(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, head_dim: int, interleaved: bool
+        ctx: Any,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        kv_heads: int,
+        head_dim: int,
+        interleaved: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         cos = cos[:, None, None]
         sin = sin[:, None, None]
@@ -185,14 +214,17 @@ class _SplitRotate(torch.autograd.Function):
         return q.flatten(1, 2), k.squeeze(2), v_in.contiguous()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor, None, None, None, None, None]:
         cos, sin = ctx.saved_tensors
         dq, dk, dv = grads
         tokens, kv_heads, head_dim = dk.shape
         dq = dq.reshape(tokens, kv_heads, -1, head_dim)  # [T, G, R, H]
         queries = dq.shape[2]
         dqkv = dq.new_empty(tokens, kv_heads, queries + 2, head_dim)
-        # Write each part to its place in the fused gradient; the angle is negated by negating the sine.
+        # Write each part to its place in the fused gradient; the angle is negated by
+        # negating the sine.
         minus_sin = -sin
         dq_out = dqkv[:, :, :-2]
         _rotate(dq, cos, minus_sin, dq_out, ctx.interleaved)
@@ -203,7 +235,13 @@ class _SplitRotate(torch.autograd.Function):
 
 
 def split_and_rotate(
-    qkv: Tensor, cos: Tensor, sin: Tensor, *, kv_heads: int, head_dim: int, interleaved: bool
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    kv_heads: int,
+    head_dim: int,
+    interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Split a fused projection [T, G (R + 2) H] into q [T, G R, H], k and v [T, G, H], and rotate q and k.
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 
-# Not frozen: torch 2.11's compiler inspects frozen dataclasses, and recompiles for each number of bounds.
+# Not frozen: torch 2.11's compiler inspects frozen dataclasses, and recompiles for each
+# number of bounds.
 @dataclass(eq=False)
 class SequenceBounds:
     """Segments of one pack. Treat it as immutable.
@@ -32,14 +33,19 @@ class SequenceBounds:
 
     def lengths(self) -> list[int]:
         """Return the lengths of the non-empty segments; waits for the device if there are no bounds on the host."""
-        bounds = (self.cu_seqlens if self.host_bounds is None else self.host_bounds).tolist()
+        bounds = (
+            self.cu_seqlens if self.host_bounds is None else self.host_bounds
+        ).tolist()
         return [stop - start for start, stop in pairwise(bounds) if stop > start]
 
     def span(self) -> Tensor:
         """Return [T] int64: for each token, the last position of its segment plus one."""
         positions = self.position_ids
-        tokens = torch.arange(positions.shape[0], device=positions.device, dtype=self.cu_seqlens.dtype)
-        # The number of bounds at or before a token is the index of its segment's end; padded bounds come after all.
+        tokens = torch.arange(
+            positions.shape[0], device=positions.device, dtype=self.cu_seqlens.dtype
+        )
+        # The number of bounds at or before a token is the index of its segment's end;
+        # padded bounds come after all.
         end_index = torch.searchsorted(self.cu_seqlens, tokens, right=True)
         last_token = self.cu_seqlens[end_index].long() - 1
         return positions[last_token] + 1
@@ -61,10 +67,17 @@ class PackedSequences(Protocol):
 def micro_batch_bounds(batch: PackedSequences, index: int) -> SequenceBounds:
     """Return the sequence bounds of micro-batch ``index`` of a batch."""
     host_bounds = None if batch.host_bounds is None else batch.host_bounds[index]
-    return SequenceBounds(batch.position_ids[index], batch.cu_seqlens[index], batch.max_seqlen, host_bounds)
+    return SequenceBounds(
+        batch.position_ids[index],
+        batch.cu_seqlens[index],
+        batch.max_seqlen,
+        host_bounds,
+    )
 
 
-def single_sequence(length: int, *, start: int = 0, device: torch.device | str = "cpu") -> SequenceBounds:
+def single_sequence(
+    length: int, *, start: int = 0, device: torch.device | str = "cpu"
+) -> SequenceBounds:
     """Return the bounds of one segment of ``length`` tokens whose first token has position ``start``."""
     positions = torch.arange(start, start + length, device=device)
     cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device=device)

@@ -2,9 +2,11 @@
 
 Shapes: T packed tokens, D model, V vocabulary rows.
 
-A pipeline stage is this model with parts absent; parameter names keep the global layer index.
+A pipeline stage is this model with parts absent; parameter names keep the global layer
+index.
 
-How each weight is sharded (rows are dim 0, the output features); docs/parallelism.md shows what the modes communicate:
+How each weight is sharded (rows are dim 0, the output features); docs/parallelism.md
+shows what the modes communicate:
 
     weight                            mtp, msp, fsp                 isp
     layers.N.attention.wqkv           rows over tp, by kv head      rows over wp
@@ -18,8 +20,9 @@ How each weight is sharded (rows are dim 0, the output features); docs/paralleli
     head                              vocabulary over tp
     norm (the last one)               replicated
 
-With fsdp all but the last norm are sharded along dim 0 over the zero axis too, where its size divides the dim. Sharded
-over wp or zero, weights are gathered before their block computes.
+With fsdp all but the last norm are sharded along dim 0 over the zero axis too, where
+its size divides the dim. Sharded over wp or zero, weights are gathered before their
+block computes.
 """
 
 from __future__ import annotations
@@ -85,7 +88,9 @@ class DecoderFamily:
 class DecoderBlock(nn.Module):
     """[T, D] -> [T, D]: x + attention(norm(x)), then x + feed_forward(norm(x)); with ``post_norm``, norm(x + f(x))."""
 
-    def __init__(self, layer: int, config: ModelConfig, *, post_norm: bool, placement: Placement) -> None:
+    def __init__(
+        self, layer: int, config: ModelConfig, *, post_norm: bool, placement: Placement
+    ) -> None:
         super().__init__()
         self.post_norm = post_norm
         self.attention = Attention(
@@ -103,12 +108,19 @@ class DecoderBlock(nn.Module):
         )
         self.attention_norm = make_norm(config, placement)
         self.feed_forward = FeedForward(
-            config.hidden_size, config.mlp_width, swiglu=config.use_swiglu, placement=placement
+            config.hidden_size,
+            config.mlp_width,
+            swiglu=config.use_swiglu,
+            placement=placement,
         )
         self.ffn_norm = make_norm(config, placement)
 
     def forward(
-        self, x: Tensor, tables: tuple[Tensor, Tensor], bounds: SequenceBounds, attend: AttentionFunction
+        self,
+        x: Tensor,
+        tables: tuple[Tensor, Tensor],
+        bounds: SequenceBounds,
+        attend: AttentionFunction,
     ) -> Tensor:
         if self.post_norm:
             x = self.attention_norm(x + self.attention(x, tables, bounds, attend))
@@ -148,16 +160,23 @@ def _head_norms(config: ModelConfig, placement: Placement) -> tuple[Norm, Norm]:
 class OutputHead(nn.Module):
     """The output projection [V, D]: the loss of hidden states, or their logits.
 
-    Training reads the weight inside ``forward`` only, because weight sharding gathers it for the forward of a module.
+    Training reads the weight inside ``forward`` only, because weight sharding gathers
+    it for the forward of a module.
     """
 
     def __init__(self, config: ModelConfig, rows: int, placement: Placement) -> None:
         super().__init__()
         self.config, self.placement = config, placement
-        self.weight = ColumnParallelLinear(config.hidden_size, rows, bias=False, placement=placement).weight
+        self.weight = ColumnParallelLinear(
+            config.hidden_size, rows, bias=False, placement=placement
+        ).weight
 
     def forward(
-        self, hidden: Tensor, labels: Tensor, grad_scale: float | Tensor, label_smoothing: float
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        grad_scale: float | Tensor,
+        label_smoothing: float,
     ) -> LossOutput:
         return linear_cross_entropy(
             self._gathered(hidden),
@@ -183,7 +202,9 @@ class OutputHead(nn.Module):
         """Return the weight with its gradient scaled like the embedding's, and normalized rows if ``norm_head``."""
         weight = scale_gradient(self.weight, self.config.embed_grad_scale)
         if self.config.norm_head:
-            weight = F.normalize(weight.to(promote(self.placement.dtype)), dim=1).to(self.placement.dtype)
+            weight = F.normalize(weight.to(promote(self.placement.dtype)), dim=1).to(
+                self.placement.dtype
+            )
         return weight
 
 
@@ -220,18 +241,29 @@ class Decoder(LanguageModel):
             scaling=config.rope_scaling,
         )
         axis = (grid or Grid()).tp
-        self.placement = placement = Placement(axis, mode, self.dtype, torch.device(device))
-        # The vocabulary is padded to a multiple of the axis size, so that all ranks hold equally many rows.
+        self.placement = placement = Placement(
+            axis, mode, self.dtype, torch.device(device)
+        )
+        # The vocabulary is padded to a multiple of the axis size, so that all ranks
+        # hold equally many rows.
         rows = -(-config.vocab_size // axis.size) * axis.size
         padding = rows - config.vocab_size
-        self.embedding = self._build_embedding(rows, padding) if layers.start == 0 else None
+        self.embedding = (
+            self._build_embedding(rows, padding) if layers.start == 0 else None
+        )
         self.layers = nn.ModuleDict()
         for i in layers:
-            self.layers[str(i)] = DecoderBlock(i, config, post_norm=self.post_norm, placement=placement)
+            self.layers[str(i)] = DecoderBlock(
+                i, config, post_norm=self.post_norm, placement=placement
+            )
         self.norm: Norm | None = None
         self.head: OutputHead | None = None
         if layers.stop == config.num_layers:
-            self.norm = None if self.post_norm else make_norm(config, placement.on_tensor_axis())
+            self.norm = (
+                None
+                if self.post_norm
+                else make_norm(config, placement.on_tensor_axis())
+            )
             self.head = OutputHead(config, rows, placement.on_tensor_axis())
             _mark_padding(self.head.weight, padding)
         self.compiled = compiles_blocks(config.compile, placement.device)
@@ -255,9 +287,15 @@ class Decoder(LanguageModel):
         """Return how many of this stage's first layers discard their activations and recompute them in backward."""
         # Rounded first, so that 10 * 0.3 counts as 3 whatever its last binary digit.
         layers = round(len(self.layers) * self.config.checkpoint, 9)
-        return math.ceil(layers) if self.family.recompute_rounding == "ceil" else math.floor(layers)
+        return (
+            math.ceil(layers)
+            if self.family.recompute_rounding == "ceil"
+            else math.floor(layers)
+        )
 
-    def forward(self, x: Tensor, bounds: SequenceBounds, attend: AttentionFunction = attend) -> Tensor:
+    def forward(
+        self, x: Tensor, bounds: SequenceBounds, attend: AttentionFunction = attend
+    ) -> Tensor:
         if self.embedding is not None:
             x = self.embedding(x)
             if self.config.residual_in_fp32:
@@ -271,17 +309,29 @@ class Decoder(LanguageModel):
             if i < recomputed:
                 # There is no dropout, hence no random state to restore.
                 x = checkpoint(
-                    block, x, tables, bounds, attend, use_reentrant=False, preserve_rng_state=False
+                    block,
+                    x,
+                    tables,
+                    bounds,
+                    attend,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
                 )
             else:
                 x = block(x, tables, bounds, attend)
         return x if self.norm is None else self.norm(x)
 
     def loss(
-        self, hidden: Tensor, labels: Tensor, grad_scale: float | Tensor = 1.0, label_smoothing: float = 0.0
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        grad_scale: float | Tensor = 1.0,
+        label_smoothing: float = 0.0,
     ) -> LossOutput:
         """Sum the token losses of ``hidden`` [T, D] against ``labels`` [T] int64; see ``layers/loss.py``."""
-        output: LossOutput = self._require_head()(hidden, labels, grad_scale, label_smoothing)
+        output: LossOutput = self._require_head()(
+            hidden, labels, grad_scale, label_smoothing
+        )
         return output
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -301,7 +351,11 @@ class Decoder(LanguageModel):
         if "norm." in part:
             return InitialWeight("constant", 1.0)
         writes_to_residual = part in ("wo.weight", "w2.weight")
-        std = self._residual_std(part, name) if writes_to_residual else self._input_std(part)
+        std = (
+            self._residual_std(part, name)
+            if writes_to_residual
+            else self._input_std(part)
+        )
         return InitialWeight(self.config.init_type, std)
 
     def _input_std(self, part: str) -> float:

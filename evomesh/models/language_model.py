@@ -20,7 +20,9 @@ from evomesh.layers.rotary import RotaryEmbedding
 class LanguageModel(nn.Module):
     """Base class of all models. A custom model need not inherit from it, as long as it has these methods."""
 
-    def forward(self, x: Tensor, bounds: SequenceBounds, attend: AttentionFunction = attend) -> Tensor:
+    def forward(
+        self, x: Tensor, bounds: SequenceBounds, attend: AttentionFunction = attend
+    ) -> Tensor:
         """Map token ids [T] int64 of one packed sequence to hidden states [T, D].
 
         Args:
@@ -31,7 +33,11 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def loss(
-        self, hidden: Tensor, labels: Tensor, grad_scale: float | Tensor = 1.0, label_smoothing: float = 0.0
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        grad_scale: float | Tensor = 1.0,
+        label_smoothing: float = 0.0,
     ) -> LossOutput:
         """Sum the losses of ``hidden`` [T, D] over the targets in ``labels`` [T] int64; see ``layers/loss.py``."""
         raise NotImplementedError

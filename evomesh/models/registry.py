@@ -38,8 +38,9 @@ class ModelInitializer:
     def register_module(self, name: str, builder: Any) -> None:
         """Make ``model_type=name`` build ``builder(config, *, grid, mode, device, layer_range, <custom parameters>)``.
 
-        A builder declares only those of the five that it uses. Registering the same builder again changes nothing (a
-        config file may be read more than once); another builder under a used name is an error.
+        A builder declares only those of the five that it uses. Registering the same
+        builder again changes nothing (a config file may be read more than once);
+        another builder under a used name is an error.
         """
         known = self._builders.get(name)
         if known is not None and _origin(known) != _origin(builder):
@@ -60,7 +61,9 @@ class ModelInitializer:
                 f"unknown model type {name!r}",
                 where="model_type",
                 expected=f"one of {', '.join(self.names())}",
-                fix=f"did you mean {near[0]!r}?" if near else "register it with evomesh.register_model",
+                fix=f"did you mean {near[0]!r}?"
+                if near
+                else "register it with evomesh.register_model",
             )
         return self._builders[name]
 
@@ -114,11 +117,19 @@ def _custom_arguments(config: ModelConfig, builder: Any) -> dict[str, Any]:
         ConfigError: all problems at once.
     """
     parameters = inspect.signature(builder).parameters
-    known = {key: parameter for key, parameter in parameters.items() if _is_custom(key, parameter)}
+    known = {
+        key: parameter
+        for key, parameter in parameters.items()
+        if _is_custom(key, parameter)
+    }
     problems = [] if _is_open_ended(builder) else _unknown_keys(config, list(known))
     hints = _hints(builder)
     for key, parameter in known.items():
-        if key in config.extra and key in hints and not _fits(config.extra[key], hints[key]):
+        if (
+            key in config.extra
+            and key in hints
+            and not _fits(config.extra[key], hints[key])
+        ):
             problems.append(
                 UserError(
                     f"found {config.extra[key]!r}",
@@ -141,12 +152,16 @@ def _custom_arguments(config: ModelConfig, builder: Any) -> dict[str, Any]:
 
 def _is_custom(key: str, parameter: inspect.Parameter) -> bool:
     """Return whether a builder's parameter is the model's own, set by a key of the config's ``model`` section."""
-    return key not in (*_GIVEN, "family") and parameter.kind is not parameter.VAR_KEYWORD
+    return (
+        key not in (*_GIVEN, "family") and parameter.kind is not parameter.VAR_KEYWORD
+    )
 
 
 def _is_open_ended(builder: Any) -> bool:
     """Return whether a builder accepts any keyword."""
-    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(builder).parameters.values())
+    return any(
+        p.kind is p.VAR_KEYWORD for p in inspect.signature(builder).parameters.values()
+    )
 
 
 def _unknown_keys(config: ModelConfig, known: list[str]) -> list[UserError]:
@@ -215,10 +230,13 @@ def build_model(
     parameters = inspect.signature(builder).parameters
     open_ended = _is_open_ended(builder)
     custom = _custom_arguments(config, builder)
-    used = {key: value for key, value in given.items() if key in parameters or open_ended}
+    used = {
+        key: value for key, value in given.items() if key in parameters or open_ended
+    }
     _check_layout(config.model_type, set(used), grid, layer_range)
     if config.dtype == "tf32":
-        # torch has a process-wide switch only: float32 matrix products may use TF32 on CUDA.
+        # torch has a process-wide switch only: float32 matrix products may use TF32 on
+        # CUDA.
         torch.backends.cuda.matmul.allow_tf32 = True
     model = builder(config, **used, **custom)
     _check_methods(config.model_type, model)
@@ -227,7 +245,11 @@ def build_model(
 
 
 def _check_methods(name: str, model: object) -> None:
-    missing = [part for part in ("forward", "loss", "logits") if not callable(getattr(model, part, None))]
+    missing = [
+        part
+        for part in ("forward", "loss", "logits")
+        if not callable(getattr(model, part, None))
+    ]
     if not isinstance(model, nn.Module) or missing:
         without = f" without {', '.join(missing)}" if missing else ""
         raise UserError(
@@ -237,7 +259,9 @@ def _check_methods(name: str, model: object) -> None:
         )
 
 
-def _check_layout(name: str, used: set[str], grid: Grid, layer_range: range | None) -> None:
+def _check_layout(
+    name: str, used: set[str], grid: Grid, layer_range: range | None
+) -> None:
     """Refuse a layout that a custom builder does not support."""
     needs = {
         "parallel.pipeline.size": {"layer_range"} if layer_range is not None else set(),
@@ -271,14 +295,17 @@ def initialize_weights(model: nn.Module, seed: int, grid: Grid | None = None) ->
     for name, parameter in model.named_parameters():
         distribution: InitialWeight = initial(name)
         shard = local_shard(parameter)
-        fill_parameter(name, shard, spec_of(parameter), grid.shard_axes, distribution, seed)
+        fill_parameter(
+            name, shard, spec_of(parameter), grid.shard_axes, distribution, seed
+        )
     clear_padding(model, grid)
 
 
 def clear_padding(model: nn.Module, grid: Grid) -> None:
     """Set the padded rows of the vocabulary to zero; no checkpoint or gradient ever writes to them.
 
-    In uninitialized memory, a NaN would enter the gradient of the hidden states as 0 * NaN.
+    In uninitialized memory, a NaN would enter the gradient of the hidden states as 0 *
+    NaN.
     """
     for parameter in model.parameters():
         spec = spec_of(parameter)

@@ -14,17 +14,25 @@ from evomesh.config.redact import redact_text
 from evomesh.errors import printable
 from evomesh.outside_errors import discard
 
-LINE = "%(asctime)s\t%(levelname)s %(filename)s:%(lineno)s in %(funcName)s -- %(message)s"
-ALL_RANKS = {"all_ranks": True}  # logger.info(message, extra=ALL_RANKS): shown on the terminal by every rank
+LINE = (
+    "%(asctime)s\t%(levelname)s %(filename)s:%(lineno)s in %(funcName)s -- %(message)s"
+)
+ALL_RANKS = {
+    "all_ranks": True
+}  # logger.info(message, extra=ALL_RANKS): shown on the terminal by every rank
 _ROOT = logging.getLogger("evomesh")
 
 
 def setup_logging(
-    folder: Path | None = None, rank_name: str = "main", shows: bool = True, console: Console | None = None
+    folder: Path | None = None,
+    rank_name: str = "main",
+    shows: bool = True,
+    console: Console | None = None,
 ) -> Console:
     """Send the ``evomesh`` loggers to the terminal and, given a ``folder``, to ``folder/logs/RANK_NAME.log``.
 
-    A second call replaces the handlers of the first: a run logs to the terminal until its folder is known.
+    A second call replaces the handlers of the first: a run logs to the terminal until
+    its folder is known.
 
     Args:
         rank_name: for example ``dp=0_tp=0_pp=0``.
@@ -33,10 +41,14 @@ def setup_logging(
     """
     console = console or Console(file=sys.stdout)
     terminal: logging.Handler = (
-        ConsoleHandler(console) if console.is_terminal else TerminalHandler(console.file)
+        ConsoleHandler(console)
+        if console.is_terminal
+        else TerminalHandler(console.file)
     )
     terminal.addFilter(
-        lambda record: shows or record.levelno >= logging.WARNING or hasattr(record, "all_ranks")
+        lambda record: (
+            shows or record.levelno >= logging.WARNING or hasattr(record, "all_ranks")
+        )
     )
     handlers = [terminal]
     if folder is not None:
@@ -80,7 +92,9 @@ class ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self._console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+            self._console.print(
+                self.format(record), markup=False, highlight=False, soft_wrap=True
+            )
         except (OSError, SystemExit):  # rich exits where the reader of a pipe has gone
             discard(self._console.file)
         except Exception:
@@ -101,7 +115,9 @@ class LogFileHandler(logging.FileHandler):
         elif not self._has_failed:
             self._has_failed = True
             _ROOT.warning(
-                "cannot write the log file %s (%s); lines will be missing", self.baseFilename, error
+                "cannot write the log file %s (%s); lines will be missing",
+                self.baseFilename,
+                error,
             )
 
 

@@ -57,22 +57,33 @@ class StepRecord:
 
     def values(self) -> dict[str, float]:
         """Return all figures under the names of the log line, in full precision."""
-        figures = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "extras"}
-        named = {TGS if name == "tgs" else name: value for name, value in figures.items()}
+        figures = {
+            item.name: getattr(self, item.name)
+            for item in fields(self)
+            if item.name != "extras"
+        }
+        named = {
+            TGS if name == "tgs" else name: value for name, value in figures.items()
+        }
         return named | self.extras
 
     def line(self) -> str:
         """Return ``tflops=...,step=...,loss=...,``: speed and time with two decimals, without validation figures."""
         rounded = {TGS: round(self.tgs, 2), "fwd_bwd_time": round(self.fwd_bwd_time, 2)}
         shown = self.values() | rounded
-        return ",".join(f"{name}={value}" for name, value in shown.items() if not name.startswith("val/"))
+        return ",".join(
+            f"{name}={value}"
+            for name, value in shown.items()
+            if not name.startswith("val/")
+        )
 
 
 class MetricsFile:
     """``metrics.jsonl``: one JSON object per step, written as soon as the step is done, no step twice.
 
-    Floats are written so that they read back exactly. JSON has no NaN and no infinity: these are written as the
-    strings "NaN", "Infinity" and "-Infinity", which ``float()`` reads.
+    Floats are written so that they read back exactly. JSON has no NaN and no infinity:
+    these are written as the strings "NaN", "Infinity" and "-Infinity", which
+    ``float()`` reads.
 
     Args:
         path: created with its folders if absent.
@@ -113,7 +124,9 @@ class MetricsFile:
         # A file without a name has no link, and what is written to it is lost.
         status = os.fstat(self._file.fileno())
         if not status.st_nlink:
-            raise FileNotFoundError(errno.ENOENT, "the file was removed", str(self._path))
+            raise FileNotFoundError(
+                errno.ENOENT, "the file was removed", str(self._path)
+            )
         try:
             self._append(line)
         except OSError:
@@ -133,7 +146,10 @@ class MetricsFile:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -160,8 +176,9 @@ def model_tflops(
 ) -> float:
     """Return the model TFLOP/s of one device by InternEvo's formula, as in its published figures.
 
-    Attention is counted as the full square, not its causal half, with as many key/value heads as query heads; any
-    recomputation counts as one more forward pass. ``benchmarks/`` measures by stricter rules.
+    Attention is counted as the full square, not its causal half, with as many key/value
+    heads as query heads; any recomputation counts as one more forward pass.
+    ``benchmarks/`` measures by stricter rules.
 
     Args:
         seconds: time of the whole step.
@@ -172,10 +189,13 @@ def model_tflops(
     """
     passes = 4 if recompute else 3  # backward costs two forward passes
     tokens = sequences * seq_len
-    # One forward pass of one block: four attention projections and the feed-forward network, then scores and values.
+    # One forward pass of one block: four attention projections and the feed-forward
+    # network, then scores and values.
     width = attention_width or hidden_size
     projections = (8 * width + 4 * 1.5 * mlp_ratio * hidden_size) * tokens * hidden_size
     attention = 4 * tokens * seq_len * width
-    head = 6 * tokens * hidden_size * vocab_size  # forward and backward; it is never recomputed
+    head = (
+        6 * tokens * hidden_size * vocab_size
+    )  # forward and backward; it is never recomputed
     operations = passes * (projections + attention) * num_layers + head
     return operations / (seconds * world_size * 1e12)

@@ -29,9 +29,18 @@ class OptionalOutput:
             write()
         except OSError as error:
             if not self.has_failed:
-                reason = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
-                outcome = (
-                    "some of it will be missing" if self.tries_again else "nothing more is written to it"
+                reason = f"{error.strerror or error}" + (
+                    f": {error.filename}" if error.filename else ""
                 )
-                logger.warning("cannot write %s (%s); %s, and training continues", self.name, reason, outcome)
+                outcome = (
+                    "some of it will be missing"
+                    if self.tries_again
+                    else "nothing more is written to it"
+                )
+                logger.warning(
+                    "cannot write %s (%s); %s, and training continues",
+                    self.name,
+                    reason,
+                    outcome,
+                )
             self.has_failed = True

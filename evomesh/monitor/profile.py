@@ -17,13 +17,27 @@ logger = logging.getLogger(__name__)
 SKIPPED = 3  # the first steps fill caches
 WARM_UP = 1  # the profiler's own start is not part of the figures
 STEPS = 3
-KINDS = ("matrix", "attention", "loss", "optimizer", "data wait", "communication", "other", "idle")
+KINDS = (
+    "matrix",
+    "attention",
+    "loss",
+    "optimizer",
+    "data wait",
+    "communication",
+    "other",
+    "idle",
+)
 _REGION = "evomesh: "
 _STEP = "ProfilerStep"
 # Kind -> parts of the names of torch's operations of this kind.
 _OPERATIONS = {
     "communication": ("c10d::", "gloo:", "nccl", "_c10d_functional::"),
-    "attention": ("scaled_dot_product", "varlen_attn", "flash_attention", "efficient_attention"),
+    "attention": (
+        "scaled_dot_product",
+        "varlen_attn",
+        "flash_attention",
+        "efficient_attention",
+    ),
     "matrix": (
         "aten::mm",
         "aten::addmm",
@@ -75,11 +89,17 @@ class StepProfile:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._profiler.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         if not self.done and error is None:
-            logger.warning("nothing was profiled: a profile needs %d steps", SKIPPED + WARM_UP + STEPS)
+            logger.warning(
+                "nothing was profiled: a profile needs %d steps",
+                SKIPPED + WARM_UP + STEPS,
+            )
 
     def step(self) -> None:
         self._profiler.step()
@@ -103,9 +123,10 @@ class StepProfile:
 def seconds_by_kind(events: Iterable[Any]) -> tuple[dict[str, float], float]:
     """Return the seconds of each of ``KINDS``, and of the steps, over all profiled steps.
 
-    On a device, kernels are counted, each under the operation that launched it, and idle is the time without a kernel;
-    where kernels overlap, the kinds add up to more than the step and idle is 0. On the CPU, operations are counted,
-    and idle is the time without an operation: mostly Python.
+    On a device, kernels are counted, each under the operation that launched it, and
+    idle is the time without a kernel; where kernels overlap, the kinds add up to more
+    than the step and idle is 0. On the CPU, operations are counted, and idle is the
+    time without an operation: mostly Python.
     """
     events = list(events)
     seconds = dict.fromkeys(KINDS, 0.0)

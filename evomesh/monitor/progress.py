@@ -33,7 +33,10 @@ class ProgressLine:
                 redirect_stderr=False,
             )
             self._task = self._bar.add_task(
-                "train", total=total, completed=step, figures="waiting for the first step"
+                "train",
+                total=total,
+                completed=step,
+                figures="waiting for the first step",
             )
 
     def update(self, step: int, loss: float, speed: float) -> None:
@@ -48,7 +51,10 @@ class ProgressLine:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._bar is not None:
             self._bar.stop()

@@ -12,7 +12,11 @@ from evomesh.errors import UserError
 
 def run_folder(run: RunConfig, now: datetime) -> Path:
     """Return ``RUN/{JOB_NAME}/{mm-dd-HH.MM.SS}``, or ``--run-dir``. All ranks of a run must pass the same time."""
-    return Path(run.run_dir) if run.run_dir else Path("RUN") / run.job_name / now.strftime("%m-%d-%H.%M.%S")
+    return (
+        Path(run.run_dir)
+        if run.run_dir
+        else Path("RUN") / run.job_name / now.strftime("%m-%d-%H.%M.%S")
+    )
 
 
 def rank_name(dp: int, tp: int, pp: int, main: bool = False) -> str:
@@ -22,7 +26,11 @@ def rank_name(dp: int, tp: int, pp: int, main: bool = False) -> str:
 
 def tensorboard_folder(run: RunConfig, folder: Path, name: str) -> Path:
     """Return the folder of one rank, in the config's ``tensorboard_folder`` or the run folder's ``tensorboards``."""
-    parent = Path(run.tensorboard_folder) if run.tensorboard_folder else folder / "tensorboards"
+    parent = (
+        Path(run.tensorboard_folder)
+        if run.tensorboard_folder
+        else folder / "tensorboards"
+    )
     return parent / name
 
 

@@ -20,15 +20,23 @@ class TensorBoardWriter:
         resume_from: folder of an earlier run whose curves are copied in first.
     """
 
-    def __init__(self, folder: Path, step: int = 0, queue: int = 10, resume_from: Path | None = None) -> None:
-        # Imported here: it is slow to import, and many runs have TensorBoard switched off.
+    def __init__(
+        self,
+        folder: Path,
+        step: int = 0,
+        queue: int = 10,
+        resume_from: Path | None = None,
+    ) -> None:
+        # Imported here: it is slow to import, and many runs have TensorBoard switched
+        # off.
         from torch.utils.tensorboard import SummaryWriter
 
         if resume_from is not None and resume_from.resolve() != folder.resolve():
             shutil.copytree(resume_from, folder, dirs_exist_ok=True)
         self._writer = SummaryWriter(str(folder), purge_step=step or None)
         self._queue = queue
-        # (step, values) not yet written. SummaryWriter has a queue too, but it counts values, not steps.
+        # (step, values) not yet written. SummaryWriter has a queue too, but it counts
+        # values, not steps.
         self._buffered: list[tuple[int, dict[str, float]]] = []
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:

@@ -35,10 +35,16 @@ class AdamW:
     def __post_init__(self) -> None:
         for target in self.decays:
             step = torch.zeros((), dtype=torch.float32, device=target.device)
-            self.moments[target] = AdamMoments(torch.zeros_like(target), torch.zeros_like(target), step)
+            self.moments[target] = AdamMoments(
+                torch.zeros_like(target), torch.zeros_like(target), step
+            )
 
     def step(
-        self, lr: float, beta2: float, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
+        self,
+        lr: float,
+        beta2: float,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
     ) -> None:
         """Update every tensor that has a gradient.
 
@@ -76,7 +82,9 @@ class AdamW:
     @property
     def steps(self) -> int:
         """Return the number of updates so far; waits for the device."""
-        return int(torch.stack([moments.step for moments in self.moments.values()]).max())
+        return int(
+            torch.stack([moments.step for moments in self.moments.values()]).max()
+        )
 
     def set_steps(self, steps: int) -> None:
         for moments in self.moments.values():

@@ -1,10 +1,11 @@
 """Buckets of the optimizer: gradients are summed to the rank that owns their rows, and updated rows are gathered.
 
-Parameters whose state is sharded over an axis of n ranks are packed as [n, chunk]: row r holds the rows of each that
-rank r owns. So one reduce-scatter gives every rank its rows of all of them, and one all-gather distributes the updated
-rows.
+Parameters whose state is sharded over an axis of n ranks are packed as [n, chunk]: row
+r holds the rows of each that rank r owns. So one reduce-scatter gives every rank its
+rows of all of them, and one all-gather distributes the updated rows.
 
-What overlap changes, for two buckets (``b1`` is filled first, ``rs`` a reduce-scatter, ``ag`` an all-gather):
+What overlap changes, for two buckets (``b1`` is filled first, ``rs`` a reduce-scatter,
+``ag`` an all-gather):
 
     overlap_sync_grad off   backward ......................... | rs b1 | rs b2 | norm, AdamW
     overlap_sync_grad on    backward ...... b1 ........... b2  | wait          | norm, AdamW
@@ -66,7 +67,8 @@ class GradientBucket:
 
     def launch(self) -> None:
         """Start the first sum; the gradients are consumed."""
-        # FSDP2 calls its parameters' hooks on a separate stream, autograd the others' on that of the forward.
+        # FSDP2 calls its parameters' hooks on a separate stream, autograd the others'
+        # on that of the forward.
         for completion in self.completions:
             completion.wait()
         self.completions.clear()
@@ -96,7 +98,8 @@ class GradientBucket:
         self.pending = None
         self.ready = 0
 
-        # The launched collective has summed over the shard axis, or else over the first of the sum axes.
+        # The launched collective has summed over the shard axis, or else over the first
+        # of the sum axes.
         remaining = self.slots[0].sum_axes
         if self.slots[0].shard_axis.size == 1:
             remaining = remaining[1:]
@@ -113,17 +116,24 @@ class GradientBucket:
 class GradientSync:
     """Sums gradients over ranks, bucket by bucket, in the order in which backward finishes them.
 
-    With ``overlap``, and once ``expect_micro_batches`` was called, a bucket is launched as soon as the last micro-batch
-    has filled it; otherwise buckets are summed one after the other at the end, at most one at a time in memory.
+    With ``overlap``, and once ``expect_micro_batches`` was called, a bucket is launched
+    as soon as the last micro-batch has filled it; otherwise buckets are summed one
+    after the other at the end, at most one at a time in memory.
     """
 
-    def __init__(self, slots: Sequence[ParameterSlot], bucket_size: int, overlap: bool) -> None:
+    def __init__(
+        self, slots: Sequence[ParameterSlot], bucket_size: int, overlap: bool
+    ) -> None:
         self.overlap = overlap
         self.local = [slot for slot in slots if not _needs_sum(slot)]
         for slot in self.local:
             allocate_accumulators([slot])
-        self.buckets = _gradient_buckets([slot for slot in reversed(slots) if _needs_sum(slot)], bucket_size)
-        self._bucket_of = {slot: bucket for bucket in self.buckets for slot in bucket.slots}
+        self.buckets = _gradient_buckets(
+            [slot for slot in reversed(slots) if _needs_sum(slot)], bucket_size
+        )
+        self._bucket_of = {
+            slot: bucket for bucket in self.buckets for slot in bucket.slots
+        }
         self._micro_batches = 0
         self._launched = 0
 
@@ -134,10 +144,16 @@ class GradientSync:
     def mark_ready(self, slot: ParameterSlot) -> None:
         """Record that a micro-batch's gradient of ``slot`` is complete. Ranks launch buckets in the same order."""
         bucket = self._bucket_of.get(slot)
-        if bucket is None or not self.overlap or slot.micro_batches != self._micro_batches:
+        if (
+            bucket is None
+            or not self.overlap
+            or slot.micro_batches != self._micro_batches
+        ):
             return
         bucket.count_ready()
-        while self._launched < len(self.buckets) and self.buckets[self._launched].is_full:
+        while (
+            self._launched < len(self.buckets) and self.buckets[self._launched].is_full
+        ):
             self.buckets[self._launched].launch()
             self._launched += 1
 
@@ -163,7 +179,12 @@ def allocate_accumulators(slots: Sequence[ParameterSlot]) -> Tensor | None:
     if not first.is_half:
         return None
     sizes = [slot.local.numel() // first.shard_axis.size for slot in slots]
-    memory = torch.empty(first.shard_axis.size, sum(sizes), dtype=torch.float32, device=first.local.device)
+    memory = torch.empty(
+        first.shard_axis.size,
+        sum(sizes),
+        dtype=torch.float32,
+        device=first.local.device,
+    )
     for slot, columns in zip(slots, torch.split(memory, sizes, dim=1), strict=True):
         slot.accumulated_grad = columns
     return memory
@@ -182,11 +203,18 @@ def _needs_sum(slot: ParameterSlot) -> bool:
     return slot.shard_axis.size > 1 or len(slot.sum_axes) > 0
 
 
-def _gradient_buckets(slots: Sequence[ParameterSlot], bucket_size: int) -> list[GradientBucket]:
+def _gradient_buckets(
+    slots: Sequence[ParameterSlot], bucket_size: int
+) -> list[GradientBucket]:
     """Pack ``slots``, given in the order of backward, into buckets; return them in the order in which they fill."""
     same_sum: dict[object, list[ParameterSlot]] = {}
     for slot in slots:
-        kind = (slot.shard_axis, slot.sum_axes, slot.gradient_dtype, is_sharded(slot.param))
+        kind = (
+            slot.shard_axis,
+            slot.sum_axes,
+            slot.gradient_dtype,
+            is_sharded(slot.param),
+        )
         same_sum.setdefault(kind, []).append(slot)
     buckets: list[GradientBucket] = []
     for group in same_sum.values():
@@ -211,7 +239,9 @@ class ParameterBucket:
         """Start gathering. The rows are sent from a copy, which also rounds them: the output must not alias them."""
         axis = self.slots[0].shard_axis
         dtype = self.slots[0].local.dtype
-        rows = torch.cat([slot.master.reshape(-1).to(dtype) for slot in self.slots])  # [chunk]
+        rows = torch.cat(
+            [slot.master.reshape(-1).to(dtype) for slot in self.slots]
+        )  # [chunk]
         out = self.slots[0].local.view(axis.size, -1) if self._in_place else None
         self.pending = launch_all_gather(rows, axis, out)
 
@@ -224,7 +254,9 @@ class ParameterBucket:
         if self._in_place:
             return
         sizes = [slot.master.numel() for slot in self.slots]
-        columns = torch.split(bucket, sizes, dim=1)  # [n, rows of one parameter that one rank owns]
+        columns = torch.split(
+            bucket, sizes, dim=1
+        )  # [n, rows of one parameter that one rank owns]
         for slot, rows in zip(self.slots, columns, strict=True):
             parameter = slot.local.view(slot.shard_axis.size, -1)
             parameter.copy_(rows)
@@ -239,7 +271,9 @@ class ParameterSync:
         overlap: ``start`` returns with the gathers pending, and ``wait`` must precede each use of a parameter.
     """
 
-    def __init__(self, slots: Sequence[ParameterSlot], bucket_size: int, overlap: bool) -> None:
+    def __init__(
+        self, slots: Sequence[ParameterSlot], bucket_size: int, overlap: bool
+    ) -> None:
         self.overlap = overlap
         same_gather: dict[object, list[ParameterSlot]] = {}
         for slot in slots:
@@ -264,12 +298,16 @@ class ParameterSync:
         """Block until the named parameters, or all, hold their new values."""
         buckets = self.buckets
         if names is not None:
-            buckets = [self._bucket_of[name] for name in names if name in self._bucket_of]
+            buckets = [
+                self._bucket_of[name] for name in names if name in self._bucket_of
+            ]
         for bucket in buckets:
             bucket.finish()
 
 
-def pack_into_buckets(slots: Sequence[ParameterSlot], limit: int) -> list[list[ParameterSlot]]:
+def pack_into_buckets(
+    slots: Sequence[ParameterSlot], limit: int
+) -> list[list[ParameterSlot]]:
     """Group consecutive slots into lists of at most ``limit`` elements; a larger slot gets a list to itself."""
     packs: list[list[ParameterSlot]] = []
     size = 0

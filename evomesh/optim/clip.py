@@ -1,6 +1,7 @@
 """The global gradient norm: over all parameters and ranks, each element counted once.
 
-Norm and clip factor are float64 scalars on the device: the host does not wait for them here.
+Norm and clip factor are float64 scalars on the device: the host does not wait for them
+here.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def global_norm(grads: Sequence[Tensor], grid: Grid, device: torch.device) -> Te
     if grads:
         wide = torch.promote_types(grads[0].dtype, torch.float32)
         norms = torch._foreach_norm(list(grads), 2, dtype=wide)
-        # float64 across tensors: the square of a norm overflows float32 long before the norm does.
+        # float64 across tensors: the square of a norm overflows float32 long before the
+        # norm does.
         total = torch.stack([norm.double() for norm in norms]).square().sum()
     return all_reduce_no_grad(total, grid.dp, grid.tp, grid.pp).sqrt()
 

@@ -11,9 +11,10 @@ from evomesh.optim.clip import GradientCheck
 class LossScaler:
     """The loss scale of float16 training; always 1 in other dtypes, whose exponents have at least float32's range.
 
-    After ``hysteresis`` overflows since the last growth the scale backs off, and again on every further overflow. It
-    grows after ``growth_interval`` consecutive good steps. NaN counts as overflow, because an overflow inside the model
-    reaches the gradient as inf - inf or 0 * inf.
+    After ``hysteresis`` overflows since the last growth the scale backs off, and again
+    on every further overflow. It grows after ``growth_interval`` consecutive good
+    steps. NaN counts as overflow, because an overflow inside the model reaches the
+    gradient as inf - inf or 0 * inf.
     """
 
     def __init__(self, config: ScalerConfig, dtype: DType) -> None:
@@ -39,7 +40,11 @@ class LossScaler:
                 self.scale = self._clamp(self.scale * self.config.backoff_factor)
 
     def state(self) -> dict[str, Any]:
-        return {"scale": self.scale, "good_steps": self.good_steps, "overflows": self.overflows}
+        return {
+            "scale": self.scale,
+            "good_steps": self.good_steps,
+            "overflows": self.overflows,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore a saved state; does nothing if this run needs no scale."""

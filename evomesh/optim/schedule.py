@@ -1,6 +1,7 @@
 """Learning rate and beta2 as pure functions of the number of updates already made.
 
-There is no scheduler object and no state to save: a resumed run computes the same values as an uninterrupted one.
+There is no scheduler object and no state to save: a resumed run computes the same
+values as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ import math
 from evomesh.config.schema import AdamConfig, Beta2Config, LrConfig
 
 
-def learning_rate(step: int, config: LrConfig, adam: AdamConfig, total_steps: int) -> float:
+def learning_rate(
+    step: int, config: LrConfig, adam: AdamConfig, total_steps: int
+) -> float:
     """Return the learning rate: 0 for ``init_steps``, linear up to ``adam.lr``, then half a cosine down to ``eta_min``.
 
-    With ``warmup_start``, the line of the warm-up starts at that fraction of ``adam.lr``, as mmengine's LinearLR does.
+    With ``warmup_start``, the line of the warm-up starts at that fraction of
+    ``adam.lr``, as mmengine's LinearLR does.
 
     Args:
         step: successful updates before this one, from 0; the first update of the warm-up uses ``lr / warmup``.

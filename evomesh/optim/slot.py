@@ -78,7 +78,11 @@ class ParameterSlot:
         Zeros if no micro-batch used the parameter, so that all ranks can take part.
         """
         if self.accumulated_grad is not None:
-            return self.accumulated_grad if self.micro_batches else self.accumulated_grad.zero_()
+            return (
+                self.accumulated_grad
+                if self.micro_batches
+                else self.accumulated_grad.zero_()
+            )
         grad = self.param.grad
         gradient = torch.zeros_like(self.local) if grad is None else local_shard(grad)
         return gradient.reshape(self.shard_axis.size, -1)
@@ -109,7 +113,9 @@ def make_slot(name: str, param: nn.Parameter, grid: Grid) -> ParameterSlot:
     partial = [replica] if fully_sharded else [zero, replica]
     if inner.name in spec.partial:
         partial.append(inner)
-    sum_axes = tuple(axis for axis in partial if axis.size > 1 and axis is not shard_axis)
+    sum_axes = tuple(
+        axis for axis in partial if axis.size > 1 and axis is not shard_axis
+    )
 
     # 3. 16-bit parameters have float32 master weights of this rank's rows.
     slot = ParameterSlot(

@@ -1,8 +1,9 @@
 """AdamW with its state sharded over ranks (ZeRO stage 1, Rajbhandari et al., arXiv 1910.02054).
 
-Each rank of the ``zero`` axis keeps moments and float32 master weights for its share of the rows of every matrix.
-In a step, gradients are summed to the rank that owns their rows, one norm is computed over all of them, AdamW updates
-the rows, and the updated rows are gathered. With one process none of this communicates or copies.
+Each rank of the ``zero`` axis keeps moments and float32 master weights for its share of
+the rows of every matrix. In a step, gradients are summed to the rank that owns their
+rows, one norm is computed over all of them, AdamW updates the rows, and the updated
+rows are gathered. With one process none of this communicates or copies.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ from torch import Tensor, nn
 
 from evomesh.config.schema import AdamConfig, ZeroConfig
 from evomesh.optim.adamw import AdamW
-from evomesh.optim.buckets import GradientSync, ParameterSync, copy_masters_to_parameters
+from evomesh.optim.buckets import (
+    GradientSync,
+    ParameterSync,
+    copy_masters_to_parameters,
+)
 from evomesh.optim.clip import GradientCheck, check_norm, clip_factor, global_norm
 from evomesh.optim.groups import has_weight_decay
 from evomesh.optim.slot import ParameterSlot, make_slot
@@ -52,8 +57,9 @@ class StepResult:
 class ZeroOptimizer:
     """Updates the parameters of one rank, under the numerics contract (docs/adr/0001-numerics-contract.md).
 
-    float16 and bfloat16 parameters have float32 masters, and their gradients accumulate in float32; float32 and
-    float64 parameters are updated in place. Frozen parameters (``requires_grad=False``) are left out.
+    float16 and bfloat16 parameters have float32 masters, and their gradients accumulate
+    in float32; float32 and float64 parameters are updated in place. Frozen parameters
+    (``requires_grad=False``) are left out.
 
     Args:
         named_parameters: global names and parameters, each with its ``ShardSpec``, in the order forward uses them.
@@ -72,8 +78,14 @@ class ZeroOptimizer:
         model: nn.Module | None = None,
     ) -> None:
         self.adam, self.zero, self.grid = adam, zero, grid
-        self.slots = [make_slot(name, param, grid) for name, param in named_parameters if param.requires_grad]
-        self._gradients = GradientSync(self.slots, zero.reduce_bucket_size, zero.overlap_sync_grad)
+        self.slots = [
+            make_slot(name, param, grid)
+            for name, param in named_parameters
+            if param.requires_grad
+        ]
+        self._gradients = GradientSync(
+            self.slots, zero.reduce_bucket_size, zero.overlap_sync_grad
+        )
         self._parameters = ParameterSync(
             self.slots,
             bucket_size=zero.all_gather_size if zero.use_split_tensor_optim else 0,
@@ -81,7 +93,9 @@ class ZeroOptimizer:
         )
         decays: dict[Tensor, float] = {}
         for slot in self.slots:
-            decays[slot.master] = adam.weight_decay * has_weight_decay(slot.name, adam.no_decay)
+            decays[slot.master] = adam.weight_decay * has_weight_decay(
+                slot.name, adam.no_decay
+            )
         self._adamw = AdamW(decays, adam.adam_beta1, adam.adam_eps)
         for slot in self.slots:
             if slot.is_half or zero.overlap_sync_grad:
@@ -89,8 +103,14 @@ class ZeroOptimizer:
                 slot.param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
         if model is not None and self._parameters.overlap:
             self._await_in_forward(model)
-        elements = sum(slot.master.numel() for slot in self.slots)  # the same on every rank, rows being equal
-        logger.info("Number of elements on ranks: %s, rank:%d", [elements] * grid.zero.size, grid.zero.rank)
+        elements = sum(
+            slot.master.numel() for slot in self.slots
+        )  # the same on every rank, rows being equal
+        logger.info(
+            "Number of elements on ranks: %s, rank:%d",
+            [elements] * grid.zero.size,
+            grid.zero.rank,
+        )
 
     def expect_micro_batches(self, micro_batches: int) -> None:
         """Set the number of micro-batches of a step, before its first backward; ``overlap_sync_grad`` needs it."""
@@ -100,8 +120,9 @@ class ZeroOptimizer:
     def step(self, lr: float, beta2: float, inv_scale: float) -> StepResult:
         """Make one update with the gradients accumulated since ``zero_grad``; the host never waits for the device.
 
-        Only the device knows whether the gradient is finite, so phases 4 to 6 always run. In a skipped step AdamW's
-        kernel changes no master, and what is rounded and gathered from the masters is what was there before.
+        Only the device knows whether the gradient is finite, so phases 4 to 6 always
+        run. In a skipped step AdamW's kernel changes no master, and what is rounded and
+        gathered from the masters is what was there before.
 
         Args:
             inv_scale: 1 / the loss scale that the gradients carry.
@@ -141,7 +162,9 @@ class ZeroOptimizer:
             slot.master.grad = None
         return StepResult(norm)
 
-    def _scale_gradients(self, gradients: list[Tensor], norm: Tensor, inv_scale: float) -> Tensor | None:
+    def _scale_gradients(
+        self, gradients: list[Tensor], norm: Tensor, inv_scale: float
+    ) -> Tensor | None:
         """Apply clipping and loss scale; return the divisor of float32 gradients, which the kernel applies itself.
 
         That saves a pass over all gradients. Other dtypes are multiplied here.
@@ -217,8 +240,8 @@ class ZeroOptimizer:
     def _await_in_forward(self, model: nn.Module) -> None:
         """Make forward of each block wait for the block's parameters, and forward of the model for all others.
 
-        The others include the head, which the loss may read without a forward of the head, and shards, which FSDP2
-        reads before the block that they belong to.
+        The others include the head, which the loss may read without a forward of the
+        head, and shards, which FSDP2 reads before the block that they belong to.
         """
         name_of = {slot.param: slot.name for slot in self.slots}
         roots = [model]
@@ -242,7 +265,9 @@ class ZeroOptimizer:
         if getattr(module, "_compiled_call_impl", None) is not None:
             # Handles and names do not belong in a compiled graph.
             wait = torch.compiler.disable(wait)  # type: ignore[no-untyped-call, unused-ignore]
-        module.register_forward_pre_hook(wait, prepend=True)  # before FSDP2 looks at the shards
+        module.register_forward_pre_hook(
+            wait, prepend=True
+        )  # before FSDP2 looks at the shards
 
 
 def _waiting_modules(root: nn.Module) -> dict[nn.Parameter, nn.Module]:

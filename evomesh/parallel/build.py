@@ -1,7 +1,8 @@
 """Grid construction: which ranks form which axis, and a process group for each axis this rank is on.
 
-Ranks are ordered as in InternEvo: a pipeline stage is a contiguous block of ranks. Inside it, the tensor (or weight)
-axis groups adjacent ranks, and the zero axis groups the nearest ranks among those that hold the same weight shard.
+Ranks are ordered as in InternEvo: a pipeline stage is a contiguous block of ranks.
+Inside it, the tensor (or weight) axis groups adjacent ranks, and the zero axis groups
+the nearest ranks among those that hold the same weight shard.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ def axis_members(sizes: AxisSizes, rank: int) -> dict[str, list[int]]:
     weight_shards = (
         sizes.wp if sizes.isp else sizes.tp
     )  # adjacent ranks that hold different shards of the weights
-    zero_block = sizes.zero * weight_shards  # adjacent ranks that hold one copy of the optimizer state
+    zero_block = (
+        sizes.zero * weight_shards
+    )  # adjacent ranks that hold one copy of the optimizer state
     zero_start = rank - local % zero_block
 
     # An axis is an arithmetic sequence of ranks: (first rank, distance, size).
@@ -47,9 +50,12 @@ def axis_members(sizes: AxisSizes, rank: int) -> dict[str, list[int]]:
 def build_grid(parallel: ParallelConfig, world_size: int, rank: int) -> Grid:
     """Create a process group for every axis of size > 1, in which case the default group must exist.
 
-    Every rank of the world must call this, in the same order relative to other collective calls.
+    Every rank of the world must call this, in the same order relative to other
+    collective calls.
     """
-    groups: dict[tuple[int, ...], ProcessGroup] = {}  # equal axes of the two views share one communicator
+    groups: dict[
+        tuple[int, ...], ProcessGroup
+    ] = {}  # equal axes of the two views share one communicator
 
     def axis(name: str, members: list[int]) -> Axis:
         if len(members) == 1:
@@ -57,7 +63,8 @@ def build_grid(parallel: ParallelConfig, world_size: int, rank: int) -> Grid:
         key = tuple(members)
         if key not in groups:
             on_device_only = members != members_of["dp"]
-            # Only the members synchronize, so that a large world has no barrier for each of its many groups.
+            # Only the members synchronize, so that a large world has no barrier for
+            # each of its many groups.
             groups[key] = dist.new_group(
                 members,
                 backend=device_backend() if on_device_only else None,
@@ -66,7 +73,8 @@ def build_grid(parallel: ParallelConfig, world_size: int, rank: int) -> Grid:
             )
         return Axis(name, len(members), members.index(rank), groups[key])
 
-    # Data-parallel ranks also send each other counts and objects from the host; all other axes carry device tensors.
+    # Data-parallel ranks also send each other counts and objects from the host; all
+    # other axes carry device tensors.
     members_of = axis_members(axis_sizes(parallel, world_size), rank)
     axes = {}
     for name, members in members_of.items():
@@ -83,7 +91,11 @@ class SharedStore(Protocol):
 
 def shared_store() -> SharedStore | None:
     """Return the key-value store that the ranks used to rendezvous; None for a single process."""
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    if (
+        not dist.is_available()
+        or not dist.is_initialized()
+        or dist.get_world_size() == 1
+    ):
         return None
     # torch has no public accessor for it, and a second store would need another port.
     store: SharedStore = dist.distributed_c10d._get_default_store()

@@ -1,16 +1,18 @@
 """Collectives on local tensors: the only home of communication outside FSDP2 and the pipeline's p2p.
 
-A differentiable collective states its type: how the tensor is distributed over the axis before and after, in forward
-and in backward. Shapes in the docstrings are local, for an axis of n ranks and a dim of global length L.
+A differentiable collective states its type: how the tensor is distributed over the axis
+before and after, in forward and in backward. Shapes in the docstrings are local, for an
+axis of n ranks and a dim of global length L.
 
     R     replicated, used differently on each rank: the local gradients are partial sums
     I     replicated, used identically on each rank: every rank has the same, complete gradient
     P     partial: each rank holds one summand of the value
     S(d)  sharded: each rank holds an equal, contiguous range of dim d, in rank order
 
-The backward of each is its dual, none writes to its input, and on an axis of size 1 each is the identity (invariant 3
-in docs/architecture.md). Reductions are sums, never means (invariant 4). The asynchronous collectives of the optimizer
-come last: buckets without gradient, pending until ``wait()``.
+The backward of each is its dual, none writes to its input, and on an axis of size 1
+each is the identity (invariant 3 in docs/architecture.md). Reductions are sums, never
+means (invariant 4). The asynchronous collectives of the optimizer come last: buckets
+without gradient, pending until ``wait()``.
 """
 
 from __future__ import annotations
@@ -25,9 +27,12 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from evomesh.parallel.grid import Axis
 
-# torch 2.13 renamed these two: the old names warn there, the new ones do not exist in earlier versions.
+# torch 2.13 renamed these two: the old names warn there, the new ones do not exist in
+# earlier versions.
 _gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_reduce_scatter_single = (
+    getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+)
 
 SUM, MAX, MIN = dist.ReduceOp.SUM, dist.ReduceOp.MAX, dist.ReduceOp.MIN
 
@@ -95,7 +100,9 @@ def _apply(function: Any, x: Tensor, axis: Axis, *dims: int) -> Tensor:
     if axis.size == 1:
         return x
     for dim in dims:
-        if not 0 <= dim < x.dim():  # movedim(-1, 0) is not undone by movedim(0, -1) in the dual
+        if (
+            not 0 <= dim < x.dim()
+        ):  # movedim(-1, 0) is not undone by movedim(0, -1) in the dual
             raise ValueError(f"dim {dim} of a tensor with {x.dim()} dims")
     y: Tensor = function.apply(x, axis, *dims)
     return y
@@ -128,8 +135,8 @@ class _ReduceScatter(torch.autograd.Function):
 class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, axis: Axis) -> Tensor:
-        # A copy of what c10d reduced in place: torch 2.11 compiles wrong gradients for a function that returns the very
-        # tensor it wrote into (pytorch issue 180642).
+        # A copy of what c10d reduced in place: torch 2.11 compiles wrong gradients for
+        # a function that returns the very tensor it wrote into (pytorch issue 180642).
         return all_reduce_no_grad(x, axis).clone()
 
     @staticmethod
@@ -177,7 +184,9 @@ class _ShardToAxis(torch.autograd.Function):
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, split_dim: int, concat_dim: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, axis: Axis, split_dim: int, concat_dim: int
+    ) -> Tensor:
         ctx.axis, ctx.dims = axis, (split_dim, concat_dim)
         return all_to_all_no_grad(x, axis, split_dim, concat_dim)
 
@@ -185,7 +194,12 @@ class _AllToAll(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         split_dim, concat_dim = ctx.dims
-        return all_to_all_no_grad(grad, ctx.axis, concat_dim, split_dim), None, None, None
+        return (
+            all_to_all_no_grad(grad, ctx.axis, concat_dim, split_dim),
+            None,
+            None,
+            None,
+        )
 
 
 def local_range(x: Tensor, axis: Axis, dim: int) -> Tensor:
@@ -197,7 +211,9 @@ def local_range(x: Tensor, axis: Axis, dim: int) -> Tensor:
 
 def _check_divisible(x: Tensor, axis: Axis, dim: int) -> None:
     if x.shape[dim] % axis.size:
-        raise ValueError(f"dim {dim} of {tuple(x.shape)} is not divisible by {axis.name}={axis.size}")
+        raise ValueError(
+            f"dim {dim} of {tuple(x.shape)} is not divisible by {axis.name}={axis.size}"
+        )
 
 
 def all_gather_no_grad(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
@@ -224,7 +240,9 @@ def reduce_scatter_no_grad(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     return own.movedim(0, dim)
 
 
-def all_reduce_no_grad(x: Tensor, *axes: Axis, op: dist.ReduceOp.RedOpType = SUM) -> Tensor:
+def all_reduce_no_grad(
+    x: Tensor, *axes: Axis, op: dist.ReduceOp.RedOpType = SUM
+) -> Tensor:
     """Sum (or reduce with ``op``) over each of ``axes`` into a new tensor, [L] -> [L]; not differentiable."""
     for axis in axes:
         if axis.size > 1:
@@ -233,7 +251,9 @@ def all_reduce_no_grad(x: Tensor, *axes: Axis, op: dist.ReduceOp.RedOpType = SUM
     return x
 
 
-def all_to_all_no_grad(x: Tensor, axis: Axis, split_dim: int, concat_dim: int) -> Tensor:
+def all_to_all_no_grad(
+    x: Tensor, axis: Axis, split_dim: int, concat_dim: int
+) -> Tensor:
     """Send the j-th range of ``split_dim`` to rank j and concatenate what arrives along ``concat_dim``.
 
     [split, concat] [L, K / n] -> [L / n, K]; not differentiable.
@@ -266,12 +286,15 @@ class PendingCollective:
 class _PendingRowSum(PendingCollective):
     """A sum whose summands are added in rank order: ``tensor`` [n, chunk] receives each rank's summand of this row.
 
-    gloo sums along a ring that starts at a different rank for each part of the message, so the last bit of a sum would
-    depend on the element's position in the bucket. Adding the rows in rank order costs the same traffic.
+    gloo sums along a ring that starts at a different rank for each part of the message,
+    so the last bit of a sum would depend on the element's position in the bucket.
+    Adding the rows in rank order costs the same traffic.
     """
 
     axis: Axis
-    shape: torch.Size | None = None  # shape of the whole tensor if every rank needs all of it
+    shape: torch.Size | None = (
+        None  # shape of the whole tensor if every rank needs all of it
+    )
 
     def wait(self) -> Tensor:
         rows = super().wait()
@@ -284,16 +307,21 @@ class _PendingRowSum(PendingCollective):
         return padded[: self.shape.numel()].view(self.shape)
 
 
-def _launch_row_exchange(bucket: Tensor, axis: Axis, shape: torch.Size | None = None) -> PendingCollective:
+def _launch_row_exchange(
+    bucket: Tensor, axis: Axis, shape: torch.Size | None = None
+) -> PendingCollective:
     rows = torch.empty_like(bucket)
-    work = dist.all_to_all_single(rows.view(-1), bucket.view(-1), group=axis.group, async_op=True)
+    work = dist.all_to_all_single(
+        rows.view(-1), bucket.view(-1), group=axis.group, async_op=True
+    )
     return _PendingRowSum(rows, work, bucket, axis, shape)
 
 
 def launch_reduce_scatter(bucket: Tensor, axis: Axis) -> PendingCollective:
     """Launch the sum of ``bucket`` [n, chunk] over the axis; the result is row ``axis.rank`` of it, [chunk].
 
-    The bucket must be contiguous and stay unchanged until ``wait()``. On the CPU summands are added in rank order.
+    The bucket must be contiguous and stay unchanged until ``wait()``. On the CPU
+    summands are added in rank order.
     """
     if axis.size == 1:
         return PendingCollective(bucket[0], None, bucket)
@@ -310,7 +338,9 @@ def launch_reduce_scatter(bucket: Tensor, axis: Axis) -> PendingCollective:
     return PendingCollective(own, work, bucket)
 
 
-def launch_all_gather(chunk: Tensor, axis: Axis, out: Tensor | None = None) -> PendingCollective:
+def launch_all_gather(
+    chunk: Tensor, axis: Axis, out: Tensor | None = None
+) -> PendingCollective:
     """Launch the gather of every rank's ``chunk`` [chunk] into [n, chunk], the contiguous ``out`` if given."""
     if axis.size == 1:
         return PendingCollective(chunk.unsqueeze(0), None, chunk)
@@ -322,13 +352,14 @@ def launch_all_gather(chunk: Tensor, axis: Axis, out: Tensor | None = None) -> P
 def launch_all_reduce(bucket: Tensor, axis: Axis) -> PendingCollective:
     """Launch the sum of ``bucket`` over the axis, on CUDA in place; on the CPU summands are added in rank order.
 
-    The bucket must be contiguous, and belongs to the collective from here on: a copy could be as large as the model.
+    The bucket must be contiguous, and belongs to the collective from here on: a copy
+    could be as large as the model.
     """
     if axis.size == 1:
         return PendingCollective(bucket, None, bucket)
     if bucket.is_cpu:
-        # Each rank sums one row of [n, chunk] and gathers the others' rows; zeros fill the last row: 10 elements on 4
-        # ranks are 4 rows of 3, with 2 zeros at the end.
+        # Each rank sums one row of [n, chunk] and gathers the others' rows; zeros fill
+        # the last row: 10 elements on 4 ranks are 4 rows of 3, with 2 zeros at the end.
         flat = bucket.reshape(-1)
         padding = -bucket.numel() % axis.size
         padded = torch.nn.functional.pad(flat, (0, padding))
@@ -342,7 +373,9 @@ def broadcast_from(x: Tensor, axis: Axis, source: int = 0) -> None:
     """Overwrite ``x`` with the tensor of axis rank ``source``; not differentiable, hence the write to its argument."""
     if axis.size > 1:
         assert axis.group is not None
-        dist.broadcast(x, src=dist.get_global_rank(axis.group, source), group=axis.group)
+        dist.broadcast(
+            x, src=dist.get_global_rank(axis.group, source), group=axis.group
+        )
 
 
 def launch_send(x: Tensor, axis: Axis, to: int) -> dist.Work | None:

@@ -32,6 +32,8 @@ def device_by_name(name: str) -> str:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(
-            f"{chosen!r} cannot be used: {reason}", where="--device", expected="cpu or cuda"
+            f"{chosen!r} cannot be used: {reason}",
+            where="--device",
+            expected="cpu or cuda",
         ) from None
     return chosen

@@ -1,7 +1,7 @@
 """Let ranks agree on a save or a load through small JSON messages to rank 0 and back.
 
-Messages are JSON, never pickles. They have a separate process group (gloo), so that those of a save in the
-background cannot mix with gradients.
+Messages are JSON, never pickles. They have a separate process group (gloo), so that
+those of a save in the background cannot mix with gradients.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ class GroupExchange:
 
     def __init__(self, timeout_s: float = 1800.0) -> None:
         self._timeout_s = timeout_s
-        self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
+        self._group = dist.new_group(
+            backend="gloo", timeout=datetime.timedelta(seconds=timeout_s)
+        )
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def gather(self, message: Any) -> list[Any] | None:

@@ -21,8 +21,8 @@ class Axis:
     def shard(self, whole: range) -> range:
         """Return this rank's part of a range.
 
-        The only rounding rule, that of ``torch.chunk``: a part has the length divided by the size, rounded up, so the
-        last ranks may get less or nothing.
+        The only rounding rule, that of ``torch.chunk``: a part has the length divided
+        by the size, rounded up, so the last ranks may get less or nothing.
         """
         length = -(-len(whole) // self.size)
         start = min(whole.start + self.rank * length, whole.stop)
@@ -33,7 +33,8 @@ class Axis:
 class Grid:
     """Two views of the same ranks; the ranks of the last axis are adjacent.
 
-    The activation view is (pp, dp, tp). The weight view is (pp, replica, zero, wp) in isp, and ends in tp elsewhere.
+    The activation view is (pp, dp, tp). The weight view is (pp, replica, zero, wp) in
+    isp, and ends in tp elsewhere.
     """
 
     pp: Axis = Axis("pp")
@@ -56,7 +57,9 @@ class Grid:
     @property
     def is_main(self) -> bool:
         """Return whether this rank speaks for the run: the first of the last stage, which has the loss."""
-        return self.dp.rank == 0 and self.tp.rank == 0 and self.pp.rank == self.pp.size - 1
+        return (
+            self.dp.rank == 0 and self.tp.rank == 0 and self.pp.rank == self.pp.size - 1
+        )
 
     @property
     def world_size(self) -> int:

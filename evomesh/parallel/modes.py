@@ -11,8 +11,12 @@ class TensorMode:
     """Everything in which the tensor modes differ."""
 
     sequence_parallel: bool  # activations between blocks are sharded along the sequence
-    regather_input: bool  # backward gathers the input again, so that forward need not keep it
-    weight_axis: Literal["tp", "wp"]  # axis over which the weights of blocks are sharded
+    regather_input: (
+        bool  # backward gathers the input again, so that forward need not keep it
+    )
+    weight_axis: Literal[
+        "tp", "wp"
+    ]  # axis over which the weights of blocks are sharded
 
 
 MODES = {

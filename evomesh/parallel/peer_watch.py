@@ -1,9 +1,10 @@
 """Notice a rank that died, froze or failed, name it, and end the other ranks with one exit code.
 
-Each rank has one thread that writes a heartbeat to the job's store every second, on CPU and CUDA alike, whatever the
-main thread waits for. Rank 0 looks at all heartbeats, every other rank at that of rank 0 (1,024 ranks cost the store
-2,048 small operations a second). Whoever finds a rank lost writes a verdict; all ranks read it and end with it, so
-that all of them name the same rank.
+Each rank has one thread that writes a heartbeat to the job's store every second, on CPU
+and CUDA alike, whatever the main thread waits for. Rank 0 looks at all heartbeats,
+every other rank at that of rank 0 (1,024 ranks cost the store 2,048 small operations a
+second). Whoever finds a rank lost writes a verdict; all ranks read it and end with it,
+so that all of them name the same rank.
 
     alive ──silent 8 s──> named in the log ──silent 30 s, or a stop was requested, or a collective failed──> lost
 """
@@ -28,16 +29,19 @@ logger = logging.getLogger(__name__)
 
 BEAT_S = 1.0
 SILENT_S = 8.0  # a rank is named
-SUSPECT_SILENT_S = (
-    4.0  # the same once a collective has failed, which is what a killed rank does to its neighbors
-)
+SUSPECT_SILENT_S = 4.0  # the same once a collective has failed, which is what a killed rank does to its neighbors
 LOST_S = 30.0  # the job ends: a short freeze (swap, a migrated machine) is survived
-NAMING_LIMIT_S = 14.0  # how long a rank whose collective failed waits for the name of the lost one
-LINGER_S = (
-    10.0  # the store ends with rank 0, which leaves the others time to read the verdict, on busy machines too
+NAMING_LIMIT_S = (
+    14.0  # how long a rank whose collective failed waits for the name of the lost one
 )
+LINGER_S = 10.0  # the store ends with rank 0, which leaves the others time to read the verdict, on busy machines too
 DONE = b"done"
-_VERDICT, _READERS, _LEFT, _SUSPICION = "verdict", "readers", "left", "suspicion"  # keys
+_VERDICT, _READERS, _LEFT, _SUSPICION = (
+    "verdict",
+    "readers",
+    "left",
+    "suspicion",
+)  # keys
 
 
 @dataclass(frozen=True)
@@ -58,12 +62,18 @@ class Verdict:
 
     def publish(self, store: Store) -> Verdict:
         """Write this verdict into the job's store unless there is one; return the one that stands."""
-        return Verdict(**json.loads(store.compare_set(_VERDICT, "", json.dumps(asdict(self)))))
+        return Verdict(
+            **json.loads(store.compare_set(_VERDICT, "", json.dumps(asdict(self))))
+        )
 
     @staticmethod
     def read(store: Store) -> Verdict | None:
         """Return the verdict in the job's store, None while the job runs."""
-        return Verdict(**json.loads(store.get(_VERDICT))) if store.check([_VERDICT]) else None
+        return (
+            Verdict(**json.loads(store.get(_VERDICT)))
+            if store.check([_VERDICT])
+            else None
+        )
 
 
 class PeerFailedError(UserError):
@@ -71,14 +81,20 @@ class PeerFailedError(UserError):
 
     def __init__(self, verdict: Verdict) -> None:
         restart = verdict.exit_code == EXIT_RESTART
-        fix = "rerun the same command; it resumes from the newest checkpoint" if restart else ""
+        fix = (
+            "rerun the same command; it resumes from the newest checkpoint"
+            if restart
+            else ""
+        )
         super().__init__(verdict.sentence, fix=fix, exit_code=verdict.exit_code)
 
 
 def failed(rank: int, host: str, message: str, exit_code: int) -> Verdict:
     """Return the verdict of a rank that ends with an error."""
     first_line = message.partition("\n")[0]
-    return Verdict(rank, f"rank {rank} on {host} ended: {first_line}", exit_code, message)
+    return Verdict(
+        rank, f"rank {rank} on {host} ended: {first_line}", exit_code, message
+    )
 
 
 def acknowledge(store: Store) -> None:
@@ -158,8 +174,12 @@ class PeerWatch:
         self._stopped = threading.Event()
         self._last_round = time.monotonic()
         self._threads = [
-            threading.Thread(target=self._beat_until_stopped, name="heartbeat", daemon=True),
-            threading.Thread(target=self._guard_until_stopped, name="heartbeat guard", daemon=True),
+            threading.Thread(
+                target=self._beat_until_stopped, name="heartbeat", daemon=True
+            ),
+            threading.Thread(
+                target=self._guard_until_stopped, name="heartbeat guard", daemon=True
+            ),
         ]
 
     def start(self) -> None:
@@ -179,7 +199,9 @@ class PeerWatch:
 
     def announce(self, message: str, exit_code: int) -> Verdict:
         """Tell the other ranks the error that this one ends with; return the verdict that stands."""
-        return self._publish(failed(self.rank, self.hosts[self.rank], message, exit_code))
+        return self._publish(
+            failed(self.rank, self.hosts[self.rank], message, exit_code)
+        )
 
     def announce_and_linger(self, exit_code: int, sentence: str) -> None:
         """Tell the other ranks that a signal ends this one, and let them read it."""
@@ -201,7 +223,9 @@ class PeerWatch:
 
     def _beat_until_stopped(self) -> None:
         number = 0
-        with contextlib.suppress(RuntimeError):  # the guard notices a store that has gone
+        with contextlib.suppress(
+            RuntimeError
+        ):  # the guard notices a store that has gone
             while not self._stopped.wait(BEAT_S if number else 0):
                 number += 1
                 self._store.set(f"alive/{self.rank}", str(number))
@@ -213,7 +237,11 @@ class PeerWatch:
         """Read the heartbeats and the verdict, and decide."""
         ranks = self._heartbeats.ranks
         present = [rank for rank in ranks if self._has_beaten(rank)]
-        beats = self._store.multi_get([f"alive/{rank}" for rank in present]) if present else []
+        beats = (
+            self._store.multi_get([f"alive/{rank}" for rank in present])
+            if present
+            else []
+        )
         now = time.monotonic()
         self._heartbeats.hear(dict(zip(present, beats, strict=True)), now)
         verdict = Verdict.read(self._store)
@@ -235,11 +263,16 @@ class PeerWatch:
             if seconds >= limit and rank not in self._named:
                 self._named.add(rank)
                 logger.warning(
-                    "%s has not answered for %.0f s", self._describe(rank), seconds, extra=ALL_RANKS
+                    "%s has not answered for %.0f s",
+                    self._describe(rank),
+                    seconds,
+                    extra=ALL_RANKS,
                 )
             elif seconds < limit and rank in self._named:
                 self._named.discard(rank)
-                logger.warning("%s answers again", self._describe(rank), extra=ALL_RANKS)
+                logger.warning(
+                    "%s answers again", self._describe(rank), extra=ALL_RANKS
+                )
         if not self._named:
             return
         longest = max(self._named, key=lambda rank: silence[rank])
@@ -282,7 +315,9 @@ class PeerWatch:
         self._verdict = verdict
         self._has_verdict.set()
         if verdict.rank != self.rank or threading.current_thread() in self._threads:
-            threading.Thread(target=self._end_soon, args=(verdict,), name="end of job", daemon=True).start()
+            threading.Thread(
+                target=self._end_soon, args=(verdict,), name="end of job", daemon=True
+            ).start()
 
     def _end_soon(self, verdict: Verdict) -> None:
         """Leave the main thread a moment to end with the same verdict in its own words, then end the process."""
@@ -319,5 +354,10 @@ class PeerWatch:
 
 def end_process(verdict: Verdict) -> None:
     """End this process at once: its main thread waits for a rank that will never answer."""
-    logger.error("%s; ending with exit code %d", verdict.sentence, verdict.exit_code, extra=ALL_RANKS)
+    logger.error(
+        "%s; ending with exit code %d",
+        verdict.sentence,
+        verdict.exit_code,
+        extra=ALL_RANKS,
+    )
     os._exit(verdict.exit_code)

@@ -16,7 +16,12 @@ from torch.distributed.distributed_c10d import PrefixStore
 from evomesh.errors import UserError
 from evomesh.parallel.exchange import PeerLostError
 from evomesh.parallel.peer_watch import PeerFailedError, PeerWatch
-from evomesh.parallel.rendezvous import JobAddress, call_roll, open_store, second_connection
+from evomesh.parallel.rendezvous import (
+    JobAddress,
+    call_roll,
+    open_store,
+    second_connection,
+)
 
 _NETWORK_VARIABLES = ("GLOO_", "NCCL_", "TORCH_", "TP_SOCKET")
 _LOST_CONNECTION = re.compile(
@@ -48,7 +53,9 @@ def join_world(
     _allow_many_ranks()
     store = open_store(address)
     hosts = call_roll(store, address)
-    watch = PeerWatch(second_connection(address), address.rank, hosts, stop_requested=stop_requested)
+    watch = PeerWatch(
+        second_connection(address), address.rank, hosts, stop_requested=stop_requested
+    )
     watch.start()
     try:
         dist.init_process_group(
@@ -65,7 +72,8 @@ def join_world(
 
 def _allow_many_ranks() -> None:
     """Keep the number of sockets of a rank independent of the world, and allow rank 0 the two per rank of its store."""
-    # Otherwise gloo connects every two members of a group when the group is made, whether or not they ever talk.
+    # Otherwise gloo connects every two members of a group when the group is made,
+    # whether or not they ever talk.
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
@@ -77,7 +85,9 @@ def _refuse_group(error: Exception, watch: PeerWatch) -> UserError:
     verdict = watch.name_lost_rank()
     if verdict is not None:
         return PeerFailedError(verdict)
-    set_here = [name for name in sorted(os.environ) if name.startswith(_NETWORK_VARIABLES)]
+    set_here = [
+        name for name in sorted(os.environ) if name.startswith(_NETWORK_VARIABLES)
+    ]
     return UserError(
         f"the ranks cannot connect to each other: {str(error).partition(chr(10))[0]}",
         where="process group",
@@ -92,7 +102,10 @@ def is_lost_connection(error: BaseException) -> bool:
     """Return whether an exception of a collective means that a connection to another rank broke or timed out."""
     if isinstance(error, PeerLostError):
         return True
-    return isinstance(error, RuntimeError) and _LOST_CONNECTION.search(str(error)) is not None
+    return (
+        isinstance(error, RuntimeError)
+        and _LOST_CONNECTION.search(str(error)) is not None
+    )
 
 
 def in_world() -> bool:
@@ -110,7 +123,9 @@ def backend(device: torch.device) -> str:
     """Return the backends: NCCL for CUDA tensors and gloo for CPU tensors, or gloo for both on a shared device."""
     if device.type != "cuda":
         return "gloo"
-    several_ranks_per_device = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count()
+    several_ranks_per_device = (
+        int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count()
+    )
     return "gloo" if several_ranks_per_device else "cpu:gloo,cuda:nccl"
 
 
@@ -135,7 +150,9 @@ def fake_world(world_size: int, rank: int) -> Iterator[None]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if dist.is_initialized():
-        raise RuntimeError("a process that is in a process group cannot trace another world")
+        raise RuntimeError(
+            "a process that is in a process group cannot trace another world"
+        )
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
         yield

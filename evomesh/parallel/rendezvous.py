@@ -1,7 +1,7 @@
 """Let the ranks of a job find each other: a key-value store at one address, and a roll call in it.
 
-Everything that can go wrong here is somebody's setting, so each failure names the variable and the value. The waits
-are Python loops, in which signals are answered.
+Everything that can go wrong here is somebody's setting, so each failure names the
+variable and the value. The waits are Python loops, in which signals are answered.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ from dataclasses import dataclass
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from evomesh.errors import EXIT_RESTART, UserError
-from evomesh.parallel.peer_watch import PeerFailedError, Verdict, acknowledge, failed, wait_for_readers
+from evomesh.parallel.peer_watch import (
+    PeerFailedError,
+    Verdict,
+    acknowledge,
+    failed,
+    wait_for_readers,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +47,9 @@ class JobAddress:
     @property
     def is_served_here(self) -> bool:
         """Return whether this process runs the store: rank 0 does, unless torchrun's agent runs it."""
-        return self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        return (
+            self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        )
 
     @property
     def prefix(self) -> str:
@@ -73,7 +81,11 @@ def second_connection(address: JobAddress) -> Store:
 def _connect(address: JobAddress, *, serve: bool) -> Store:
     try:
         store = TCPStore(
-            address.host, address.port, is_master=serve, wait_for_workers=False, timeout=STORE_TIMEOUT
+            address.host,
+            address.port,
+            is_master=serve,
+            wait_for_workers=False,
+            timeout=STORE_TIMEOUT,
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise _refusal(address, str(error), serve) from None
@@ -98,7 +110,8 @@ def _refusal(address: JobAddress, reason: str, serve: bool) -> UserError:
         )
     doing = "listen at" if serve else "connect to"
     return UserError(
-        f"cannot {doing} {address}: {reason.partition(chr(10))[0]}", where="MASTER_ADDR, MASTER_PORT"
+        f"cannot {doing} {address}: {reason.partition(chr(10))[0]}",
+        where="MASTER_ADDR, MASTER_PORT",
     )
 
 
@@ -106,7 +119,10 @@ def _wait_for_name(address: JobAddress, limit_s: float) -> None:
     def resolves() -> bool:
         try:
             socket.getaddrinfo(address.host, address.port)
-        except (OSError, UnicodeError):  # a name with an empty or too long label is no name for Python either
+        except (
+            OSError,
+            UnicodeError,
+        ):  # a name with an empty or too long label is no name for Python either
             return False
         return True
 
@@ -151,7 +167,9 @@ def report_early_failure(address: JobAddress, message: str, exit_code: int) -> b
     """
     try:
         store = open_store(address, limit_s=EARLY_LIMIT_S)
-        verdict = failed(address.rank, socket.gethostname(), message, exit_code).publish(store)
+        verdict = failed(
+            address.rank, socket.gethostname(), message, exit_code
+        ).publish(store)
         if verdict.rank != address.rank:
             acknowledge(store)
         if address.is_served_here:
@@ -161,7 +179,9 @@ def report_early_failure(address: JobAddress, message: str, exit_code: int) -> b
     return verdict.rank != address.rank and verdict.message == message
 
 
-def call_roll(store: Store, address: JobAddress, limit_s: float = ROLL_CALL_LIMIT_S) -> dict[int, str]:
+def call_roll(
+    store: Store, address: JobAddress, limit_s: float = ROLL_CALL_LIMIT_S
+) -> dict[int, str]:
     """Wait until every rank is here and return their hosts.
 
     Raises:
@@ -188,8 +208,9 @@ def call_roll(store: Store, address: JobAddress, limit_s: float = ROLL_CALL_LIMI
 
     def missing() -> str:
         absent = [rank for rank in ranks if not store.check([f"host/{rank}"])]
-        return f"rank{'s' if len(absent) > 1 else ''} {', '.join(map(str, absent[:8]))}" + ", ..." * (
-            len(absent) > 8
+        return (
+            f"rank{'s' if len(absent) > 1 else ''} {', '.join(map(str, absent[:8]))}"
+            + ", ..." * (len(absent) > 8)
         )
 
     if not _wait(
@@ -204,10 +225,15 @@ def call_roll(store: Store, address: JobAddress, limit_s: float = ROLL_CALL_LIMI
             exit_code=EXIT_RESTART,
         )
     hosts = store.multi_get([f"host/{rank}" for rank in ranks])
-    return {rank: host.decode(errors="replace") for rank, host in zip(ranks, hosts, strict=True)}
+    return {
+        rank: host.decode(errors="replace")
+        for rank, host in zip(ranks, hosts, strict=True)
+    }
 
 
-def _wait(is_done: Callable[[], bool], what: str | Callable[[], str], limit_s: float) -> bool:
+def _wait(
+    is_done: Callable[[], bool], what: str | Callable[[], str], limit_s: float
+) -> bool:
     """Ask until it is done; log what is waited for, at first after 5 seconds. False when the limit has passed."""
     started = time.monotonic()
     next_report = started + 5.0

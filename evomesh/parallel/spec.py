@@ -1,6 +1,7 @@
 """Shard specs: how one parameter is distributed over the grid. Every parameter has exactly one.
 
-Slicing, gradient sync, norm de-duplication, checkpoints, export and the planner derive from it alone (invariant 2).
+Slicing, gradient sync, norm de-duplication, checkpoints, export and the planner derive
+from it alone (invariant 2).
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ class ShardSpec:
     def stored_ranges(self, grid: Grid) -> tuple[range, ...]:
         """Return the part of ``local_ranges`` that checkpoints store: without padding."""
         ranges = zip(self.local_ranges(grid.axes), self.stored_shape, strict=True)
-        return tuple(range(min(local.start, end), min(local.stop, end)) for local, end in ranges)
+        return tuple(
+            range(min(local.start, end), min(local.stop, end)) for local, end in ranges
+        )
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,9 @@ def with_spec(parameter: nn.Parameter, spec: ShardSpec) -> nn.Parameter:
 
 def spec_of(parameter: torch.Tensor) -> ShardSpec:
     """Return the parameter's spec; a parameter without one is replicated on every rank."""
-    spec: ShardSpec = getattr(parameter, "spec", None) or ShardSpec(tuple(parameter.shape))
+    spec: ShardSpec = getattr(parameter, "spec", None) or ShardSpec(
+        tuple(parameter.shape)
+    )
     return spec
 
 
@@ -89,23 +94,27 @@ def local_shard(tensor: torch.Tensor) -> torch.Tensor:
 def optimizer_axes(spec: ShardSpec, grid: Grid) -> tuple[Axis, Axis, Axis]:
     """Return the axes (zero, replica, inner) that span the stage as this parameter's optimizer state sees it.
 
-    The state is sharded over zero and replicated over replica; inner shards or replicates the weight itself. The
-    gradient is summed over zero and replica, and over ``spec.partial``.
+    The state is sharded over zero and replicated over replica; inner shards or
+    replicates the weight itself. The gradient is summed over zero and replica, and over
+    ``spec.partial``.
 
         parameter                           zero        replica     inner
         mtp, msp, fsp                       grid.zero   grid.replica  tp
         isp, sharded over wp                grid.zero   grid.replica  wp
         isp, on the tensor axis             grid.dp, all of it or none of it, in zero or in replica; inner tp
 
-    The last row holds embedding, last norm and head. The ranks of the weight view's zero axis may hold different tp
-    shards of these, so only the data axis of the activation view can shard their state.
+    The last row holds embedding, last norm and head. The ranks of the weight view's
+    zero axis may hold different tp shards of these, so only the data axis of the
+    activation view can shard their state.
     """
     sharding = {axis for axis, _ in spec.shards}
     uses_tp = "tp" in sharding or "tp" in spec.partial
-    # In isp, what wp does not shard is complete on each of its ranks, which see different data.
+    # In isp, what wp does not shard is complete on each of its ranks, which see
+    # different data.
     is_whole_in_wp = "wp" not in sharding
     on_tensor_axis = is_whole_in_wp and (uses_tp or grid.wp.size > 1)
-    # In isp, zero * replica * wp = dp * tp. So with zero * replica = dp, the axes wp and tp are the same ranks.
+    # In isp, zero * replica * wp = dp * tp. So with zero * replica = dp, the axes wp
+    # and tp are the same ranks.
     views_agree = grid.zero.size * grid.replica.size == grid.dp.size
 
     if not on_tensor_axis:

@@ -92,14 +92,18 @@ class _TrafficRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if operator in _OPERATORS:
                 name, position = _OPERATORS[operator]
                 nbytes = _bytes_of(args[position])
-                self._traffic.calls.append(CollectiveCall(name, self._axis(args), nbytes))
+                self._traffic.calls.append(
+                    CollectiveCall(name, self._axis(args), nbytes)
+                )
         return func(*args, **(kwargs or {}))
 
     def _axis(self, args: tuple[Any, ...]) -> str:
         for argument in args:
             if isinstance(argument, torch.ScriptObject):
                 try:
-                    return self._names.get(ProcessGroup.unbox(argument).group_name, "world")
+                    return self._names.get(
+                        ProcessGroup.unbox(argument).group_name, "world"
+                    )
                 except RuntimeError:  # a ReduceOp is a script object too
                     continue
         return "world"
@@ -116,4 +120,6 @@ def group_names(axes: Sequence[Axis]) -> dict[str, str]:
 def _bytes_of(value: Any) -> int:
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
-    return sum(_bytes_of(item) for item in value) if isinstance(value, list | tuple) else 0
+    return (
+        sum(_bytes_of(item) for item in value) if isinstance(value, list | tuple) else 0
+    )

@@ -1,6 +1,7 @@
 """Weight sharding by FSDP2, over ``wp`` (isp) or ``zero`` (fsdp).
 
-FSDP2 gathers a block's weights before use and reduce-scatters their gradients after the block's backward.
+FSDP2 gathers a block's weights before use and reduce-scatters their gradients after the
+block's backward.
 """
 
 from __future__ import annotations
@@ -21,12 +22,18 @@ from evomesh.parallel.spec import ShardSpec, spec_of, with_spec
 
 
 def shard_weights(
-    model: nn.Module, units: Sequence[nn.Module], axis: Axis, device: torch.device, *, overlap: bool = False
+    model: nn.Module,
+    units: Sequence[nn.Module],
+    axis: Axis,
+    device: torch.device,
+    *,
+    overlap: bool = False,
 ) -> None:
     """Shard every parameter of ``units`` along dim 0 over ``axis``, in place; the rest of ``model`` is unchanged.
 
-    Gradients are summed over the axis (invariant 4 in docs/architecture.md), in float32 at least, after every
-    micro-batch. A parameter that its layer has already sharded over another axis is sharded again here.
+    Gradients are summed over the axis (invariant 4 in docs/architecture.md), in float32
+    at least, after every micro-batch. A parameter that its layer has already sharded
+    over another axis is sharded again here.
 
     Args:
         units: the modules whose weights are gathered together, in the order of forward. Parameters on the meta device
@@ -42,7 +49,9 @@ def shard_weights(
         return
     # 1. Which parameters are sharded, and the spec of every parameter afterwards.
     in_units = {parameter for unit in units for parameter in unit.parameters()}
-    sharded = {parameter for parameter in in_units if parameter.shape[0] % axis.size == 0}
+    sharded = {
+        parameter for parameter in in_units if parameter.shape[0] % axis.size == 0
+    }
     if axis.name == "wp":
         _refuse_indivisible(model, in_units - sharded, axis)
     specs = _specs_after_sharding(model, sharded, axis)
@@ -59,10 +68,16 @@ def shard_weights(
         with_spec(parameter, specs[name])
 
 
-def _specs_after_sharding(model: nn.Module, sharded: set[nn.Parameter], axis: Axis) -> dict[str, ShardSpec]:
+def _specs_after_sharding(
+    model: nn.Module, sharded: set[nn.Parameter], axis: Axis
+) -> dict[str, ShardSpec]:
     specs = {}
     for name, parameter in model.named_parameters():
-        specs[name] = _sharded_spec(parameter, axis) if parameter in sharded else spec_of(parameter)
+        specs[name] = (
+            _sharded_spec(parameter, axis)
+            if parameter in sharded
+            else spec_of(parameter)
+        )
     return specs
 
 
@@ -73,13 +88,22 @@ def _apply_fsdp(
     axis: Axis,
     device: torch.device,
 ) -> None:
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard  # slow to import
+    from torch.distributed.fsdp import (
+        FSDPModule,
+        MixedPrecisionPolicy,
+        fully_shard,
+    )  # slow to import
 
     assert axis.group is not None
-    # FSDP2 warns about in-place changes to views that modules return; there are none here.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    # FSDP2 warns about in-place changes to views that modules return; there are none
+    # here.
+    warnings.filterwarnings(
+        "ignore", message="FSDP2-wrapped module .* returned a view tensor"
+    )
     mesh = DeviceMesh.from_group(axis.group, device.type)
-    replicated = {parameter for parameter in model.parameters() if parameter not in sharded}
+    replicated = {
+        parameter for parameter in model.parameters() if parameter not in sharded
+    }
     for unit in units:
         for module in _same_dtype(unit):
             reduce_dtype = torch.promote_types(_dtype(module), torch.float32)
@@ -91,19 +115,25 @@ def _apply_fsdp(
                 ignored_params=replicated,
             )
     # The root shards no further weights: it shares streams and order among the units.
-    not_sharded = {parameter for parameter in model.parameters() if parameter not in sharded}
+    not_sharded = {
+        parameter for parameter in model.parameters() if parameter not in sharded
+    }
     fully_shard(model, mesh=mesh, ignored_params=not_sharded)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a built-in factor
+            module.set_force_sum_reduction_for_comms(
+                True
+            )  # gloo has no sum with a built-in factor
 
 
 def _prefetch_next_unit(units: Sequence[nn.Module]) -> None:
     from torch.distributed.fsdp import FSDPModule
 
     for unit, following in pairwise(units):
-        cast(FSDPModule, unit).set_modules_to_forward_prefetch([cast(FSDPModule, following)])
+        cast(FSDPModule, unit).set_modules_to_forward_prefetch(
+            [cast(FSDPModule, following)]
+        )
 
 
 def _sharded_spec(parameter: nn.Parameter, axis: Axis) -> ShardSpec:
@@ -115,7 +145,9 @@ def _sharded_spec(parameter: nn.Parameter, axis: Axis) -> ShardSpec:
     return replace(spec, shards=(*spec.shards, shard))
 
 
-def _refuse_indivisible(model: nn.Module, indivisible: set[nn.Parameter], axis: Axis) -> None:
+def _refuse_indivisible(
+    model: nn.Module, indivisible: set[nn.Parameter], axis: Axis
+) -> None:
     for name, parameter in model.named_parameters():
         if parameter in indivisible:  # FSDP2 would give the last ranks nothing
             raise UserError(

@@ -17,7 +17,12 @@ from evomesh.data.batch import Batch
 from evomesh.errors import UserError
 from evomesh.layers.loss import LossOutput
 from evomesh.layers.sequence_bounds import SequenceBounds, micro_batch_bounds
-from evomesh.parallel.collectives import gather_from_axis, launch_send, receive, shard_to_axis
+from evomesh.parallel.collectives import (
+    gather_from_axis,
+    launch_send,
+    receive,
+    shard_to_axis,
+)
 from evomesh.parallel.grid import Axis, Grid
 from evomesh.parallel.modes import TensorMode
 from evomesh.pipeline.evaluation_order import StageVisit, evaluation_slots
@@ -34,7 +39,11 @@ class StageModel(Protocol):
     def __call__(self, x: Tensor, docs: SequenceBounds) -> Tensor: ...
 
     def loss(
-        self, hidden: Tensor, labels: Tensor, grad_scale: float | Tensor = 1.0, label_smoothing: float = 0.0
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        grad_scale: float | Tensor = 1.0,
+        label_smoothing: float = 0.0,
     ) -> LossOutput: ...
 
 
@@ -86,7 +95,9 @@ class SingleStageSchedule:
         for index in range(len(batch.tokens)):
             on_output(index, self._loss(batch, index, 1.0, 0.0))
 
-    def _loss(self, batch: Batch, index: int, scale: float, smoothing: float) -> LossOutput:
+    def _loss(
+        self, batch: Batch, index: int, scale: float, smoothing: float
+    ) -> LossOutput:
         hidden = self.model(batch.tokens[index], micro_batch_bounds(batch, index))
         return self.model.loss(hidden, batch.labels[index], scale, smoothing)
 
@@ -104,16 +115,24 @@ class _ScheduleInputs:
 class _StageModule(nn.Module):
     """A stage as torch's pipeline calls it: hidden states in, hidden states (or the loss) out.
 
-    Every schedule runs the micro-batches of a stage in ascending order. So a stage counts them and looks up token
-    ids, sequence bounds and labels in the batch, which every rank has anyway; torch's splitting never sees these.
+    Every schedule runs the micro-batches of a stage in ascending order. So a stage
+    counts them and looks up token ids, sequence bounds and labels in the batch, which
+    every rank has anyway; torch's splitting never sees these.
 
-    It is also a plain module around an FSDP root: PipelineStage would keep the weights of an FSDP root unsharded
-    until the last micro-batch.
+    It is also a plain module around an FSDP root: PipelineStage would keep the weights
+    of an FSDP root unsharded until the last micro-batch.
     """
 
-    def __init__(self, model: nn.Module, first: bool, last: bool, column_axis: Axis) -> None:
+    def __init__(
+        self, model: nn.Module, first: bool, last: bool, column_axis: Axis
+    ) -> None:
         super().__init__()
-        self.model, self.first, self.last, self.column_axis = model, first, last, column_axis
+        self.model, self.first, self.last, self.column_axis = (
+            model,
+            first,
+            last,
+            column_axis,
+        )
         self.inputs: _ScheduleInputs | None = None
         self.num_done = 0
 
@@ -126,8 +145,13 @@ class _StageModule(nn.Module):
         batch = self.inputs.batch
         micro_batch = self.num_done
         self.num_done += 1
-        # In mtp all tp ranks hold the same hidden states: each sends its columns, and the receivers gather them.
-        x = batch.tokens[micro_batch] if self.first else gather_from_axis(x, self.column_axis, dim=1)
+        # In mtp all tp ranks hold the same hidden states: each sends its columns, and
+        # the receivers gather them.
+        x = (
+            batch.tokens[micro_batch]
+            if self.first
+            else gather_from_axis(x, self.column_axis, dim=1)
+        )
         hidden = self.model(x, micro_batch_bounds(batch, micro_batch))
         if not self.last:
             return shard_to_axis(hidden, self.column_axis, dim=1)
@@ -172,7 +196,9 @@ class PipelineSchedule:
         self._num_stages = pp.size * len(models)
         # Sequence-parallel modes send [T / tp, D], mtp sends [T, D / tp].
         column_axis = Axis("tp") if mode.sequence_parallel else tp
-        self._row_shards, self._column_shards = (tp.size, 1) if mode.sequence_parallel else (1, tp.size)
+        self._row_shards, self._column_shards = (
+            (tp.size, 1) if mode.sequence_parallel else (1, tp.size)
+        )
         self._modules = [
             _StageModule(model, stage == 0, stage == self._num_stages - 1, column_axis)
             for model, stage in zip(models, self._stages, strict=True)
@@ -191,20 +217,30 @@ class PipelineSchedule:
         """Run forward and backward; ``should_stop`` is not called (see ``train_step``)."""
         del should_stop
         num_micro_batches, tokens = batch.tokens.shape
-        key = num_micro_batches, tokens  # torch's schedules are built for a fixed number of micro-batches
+        key = (
+            num_micro_batches,
+            tokens,
+        )  # torch's schedules are built for a fixed number of micro-batches
         if key not in self._torch_schedules:
-            self._torch_schedules[key] = self._build_torch_schedule(num_micro_batches, tokens)
-        arguments = (torch.arange(num_micro_batches)[:, None],) if 0 in self._stages else ()
+            self._torch_schedules[key] = self._build_torch_schedule(
+                num_micro_batches, tokens
+            )
+        arguments = (
+            (torch.arange(num_micro_batches)[:, None],) if 0 in self._stages else ()
+        )
         target = batch.labels if self._num_stages - 1 in self._stages else None
         with self._stage_inputs(_ScheduleInputs(batch, scales, smoothing, on_output)):
-            self._torch_schedules[key].step(*arguments, target=target, return_outputs=False)
+            self._torch_schedules[key].step(
+                *arguments, target=target, return_outputs=False
+            )
         return True
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, on_output: OnOutput) -> None:
         """Run forward only, in the order of ``evaluation_slots``.
 
-        Written out because torch's own evaluation does not support a V-shaped stage order.
+        Written out because torch's own evaluation does not support a V-shaped stage
+        order.
         """
         num_micro_batches, tokens = batch.tokens.shape
         module_of = dict(zip(self._stages, self._modules, strict=True))
@@ -218,8 +254,11 @@ class PipelineSchedule:
             for visits in evaluation_slots(rank_of_stage, num_micro_batches):
                 # This rank has at most one visit in a slot.
                 own = [visit for visit in visits if visit.stage in module_of]
-                outputs = {visit: module_of[visit.stage](arrived.pop(visit)) for visit in own}
-                # No output is kept for longer than until the next one: earlier sends end first.
+                outputs = {
+                    visit: module_of[visit.stage](arrived.pop(visit)) for visit in own
+                }
+                # No output is kept for longer than until the next one: earlier sends
+                # end first.
                 _wait_for(sends)
                 sends = self._pass_on(visits, outputs, arrived, tokens)
             _wait_for(sends)
@@ -233,18 +272,24 @@ class PipelineSchedule:
     ) -> list[Any]:
         """Send this rank's outputs to their next stages and receive what others send it; return the pending sends.
 
-        All ranks share the order of ``visits``, so that no two of them wait for each other.
+        All ranks share the order of ``visits``, so that no two of them wait for each
+        other.
         """
         sends = []
         for visit in visits:
             following = visit.next()
-            is_source, is_target = visit.stage in self._stages, following.stage in self._stages
+            is_source, is_target = (
+                visit.stage in self._stages,
+                following.stage in self._stages,
+            )
             if is_source and is_target:  # the turn of a V
                 arrived[following] = outputs[visit]
             elif is_source and following.stage < self._num_stages:
                 sends.append(self._send(following.stage, outputs[visit]))
             elif is_target:
-                arrived[following] = self._receive(visit.stage, visit.micro_batch, tokens)
+                arrived[following] = self._receive(
+                    visit.stage, visit.micro_batch, tokens
+                )
         return sends
 
     def rehearse(
@@ -257,8 +302,8 @@ class PipelineSchedule:
     ) -> bool:
         """Run forward and backward of this rank's stages with all sends and receives, for a trace of one rank.
 
-        The order suits no other rank. It is meant for a fake process group, on which torch's schedules cannot agree
-        on shapes.
+        The order suits no other rank. It is meant for a fake process group, on which
+        torch's schedules cannot agree on shapes.
         """
         del should_stop
         tokens = batch.tokens.shape[1]
@@ -268,7 +313,9 @@ class PipelineSchedule:
                     self._rehearse_micro_batch(module, stage, index, tokens)
         return True
 
-    def _rehearse_micro_batch(self, module: _StageModule, stage: int, index: int, tokens: int) -> None:
+    def _rehearse_micro_batch(
+        self, module: _StageModule, stage: int, index: int, tokens: int
+    ) -> None:
         x = self._receive(stage - 1, index, tokens)
         output = module(x if module.first else x.requires_grad_())
         if module.last:
@@ -285,7 +332,9 @@ class PipelineSchedule:
         """Receive hidden states from ``stage``; the first stage gets the number of the micro-batch instead."""
         if stage < 0:
             return torch.tensor([[index]])
-        buffer = torch.empty(self._message_shape(tokens), dtype=self._dtype, device=self._device)
+        buffer = torch.empty(
+            self._message_shape(tokens), dtype=self._dtype, device=self._device
+        )
         if self._rank_of(stage) == self._pp.rank:  # in a rehearsal, at the turn of a V
             return buffer
         return receive(buffer, self._pp, self._rank_of(stage))
@@ -293,7 +342,11 @@ class PipelineSchedule:
     def _send(self, stage: int, output: Tensor) -> Any:
         """Send to ``stage`` and return the pending send; None where that stage is on this rank."""
         rank = self._rank_of(stage)
-        return None if rank == self._pp.rank else launch_send(output.contiguous(), self._pp, rank)
+        return (
+            None
+            if rank == self._pp.rank
+            else launch_send(output.contiguous(), self._pp, rank)
+        )
 
     def _rank_of(self, stage: int) -> int:
         chunk, position = divmod(stage, self._pp.size)
@@ -315,7 +368,9 @@ class PipelineSchedule:
                 module.inputs = None
 
     def _build_torch_schedule(self, num_micro_batches: int, tokens: int) -> Any:
-        from torch.distributed import pipelining  # imports FSDP and DTensor, 0.7 s that only pipelines pay
+        from torch.distributed import (
+            pipelining,
+        )  # imports FSDP and DTensor, 0.7 s that only pipelines pay
 
         stages = self._build_torch_stages(tokens)
         # Sums, never means: the division by the number of targets is in the scales.
@@ -328,7 +383,8 @@ class PipelineSchedule:
             return pipelining.ScheduleZBVZeroBubble(stages, **options)
         if self._kind == "interleaved":
             return pipelining.ScheduleInterleaved1F1B(stages, **options)
-        # With fewer micro-batches than stages 1F1B has no steady phase: all forwards, then all backwards.
+        # With fewer micro-batches than stages 1F1B has no steady phase: all forwards,
+        # then all backwards.
         if num_micro_batches < self._num_stages:
             return pipelining.ScheduleGPipe(stages[0], **options)
         return pipelining.Schedule1F1B(stages[0], **options)
@@ -340,9 +396,11 @@ class PipelineSchedule:
         from evomesh.pipeline.split import ZeroBubbleStage
 
         stage_type = ZeroBubbleStage if self._kind == "zbv" else PipelineStage
-        # Each stage maps hidden states to hidden states, except that the first one is given the number of the
-        # micro-batch and the last one returns the loss.
-        hidden = torch.empty(self._message_shape(tokens), dtype=self._dtype, device="meta")
+        # Each stage maps hidden states to hidden states, except that the first one is
+        # given the number of the micro-batch and the last one returns the loss.
+        hidden = torch.empty(
+            self._message_shape(tokens), dtype=self._dtype, device="meta"
+        )
         loss_dtype = torch.promote_types(self._dtype, torch.float32)
         loss = torch.empty((), dtype=loss_dtype, device="meta")
         micro_batch = torch.empty(1, 1, dtype=torch.long, device="meta")
@@ -354,7 +412,9 @@ class PipelineSchedule:
                 stage,
                 self._num_stages,
                 self._device,
-                input_args=micro_batch if module.first else hidden.detach().requires_grad_(),
+                input_args=micro_batch
+                if module.first
+                else hidden.detach().requires_grad_(),
                 output_args=output.detach().requires_grad_(),
                 group=self._pp.group,
             )
@@ -365,8 +425,8 @@ class PipelineSchedule:
 def refuse_zbv(version: str) -> None:
     """Refuse the zbv schedule with a version of torch that does not support it.
 
-    Before 2.13, the backward that computes input gradients first stops at autograd functions written in Python,
-    such as our losses and collectives.
+    Before 2.13, the backward that computes input gradients first stops at autograd
+    functions written in Python, such as our losses and collectives.
 
     Args:
         version: a ``TorchVersion``, which compares by its numbers.

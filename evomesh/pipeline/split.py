@@ -8,11 +8,14 @@ from torch.distributed.pipelining import PipelineStage
 class ZeroBubbleStage(PipelineStage):
     """A stage whose weight gradients are computed separately from, and later than, its input gradients.
 
-    torch does not call autograd's post-accumulate hooks then. They are called here, so that 16-bit gradients are
-    accumulated in float32 after every micro-batch and full gradient buckets are launched.
+    torch does not call autograd's post-accumulate hooks then. They are called here, so
+    that 16-bit gradients are accumulated in float32 after every micro-batch and full
+    gradient buckets are launched.
     """
 
-    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+    def backward_weight_one_chunk(
+        self, bwd_chunk_id: int, last_backward: bool = False
+    ) -> None:
         super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
         if (
             self.stage_index == 0

@@ -24,26 +24,34 @@ def layer_ranges(
     """
     stages = pp * chunks
     if stages > num_layers:
-        raise ValueError(f"{stages} stages need at least as many layers, there are {num_layers}")
+        raise ValueError(
+            f"{stages} stages need at least as many layers, there are {num_layers}"
+        )
     if ends is not None:
         return _balanced(num_layers, stages, ends)
     rounds = chunks if num_layers % chunks == 0 else 1
     stages_per_round = stages // rounds
     base, remainder = divmod(num_layers // rounds, stages_per_round)
-    counts = [base + (position >= stages_per_round - remainder) for position in range(stages_per_round)]
+    counts = [
+        base + (position >= stages_per_round - remainder)
+        for position in range(stages_per_round)
+    ]
     return _ranges(counts * rounds)
 
 
 def _ranges(counts: Sequence[int]) -> list[range]:
     stops = list(accumulate(counts))
-    return [range(stop - count, stop) for stop, count in zip(stops, counts, strict=True)]
+    return [
+        range(stop - count, stop) for stop, count in zip(stops, counts, strict=True)
+    ]
 
 
 def _balanced(num_layers: int, stages: int, ends: tuple[float, float]) -> list[range]:
     """Return contiguous stages of at least one layer with the lightest heaviest stage; of equals, the most even.
 
-    Dynamic programming over the stages: the best distribution of the remaining layers over the remaining stages. With
-    8 layers, 2 stages and a head as heavy as 2 layers, 5 + 3 is best: both stages weigh 5.
+    Dynamic programming over the stages: the best distribution of the remaining layers
+    over the remaining stages. With 8 layers, 2 stages and a head as heavy as 2 layers,
+    5 + 3 is best: both stages weigh 5.
     """
     first, last = ends
 

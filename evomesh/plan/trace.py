@@ -1,7 +1,7 @@
 """Trace of one training step of any rank of any world, in one process: without data, weights or other ranks.
 
-The training code itself runs, with the model on the meta device and with process groups of torch's fake backend, and
-reports what it would hold and send.
+The training code itself runs, with the model on the meta device and with process groups
+of torch's fake backend, and reports what it would hold and send.
 """
 
 from __future__ import annotations
@@ -83,7 +83,11 @@ def trace(config: Config, world_size: int, rank: int = 0) -> StepTrace:
         held = _held(stages, optimizer)
         with record_traffic(grid) as traffic:
             optimizer.expect_micro_batches(micro_num)
-            run = schedule.rehearse if isinstance(schedule, PipelineSchedule) else schedule.train
+            run = (
+                schedule.rehearse
+                if isinstance(schedule, PipelineSchedule)
+                else schedule.train
+            )
             run(batch, scales, config.loss.label_smoothing, lambda index, output: None)
             passes = len(traffic.calls)
             optimizer.communicate_only()
@@ -120,13 +124,19 @@ def _built(
         yield grid, stages, optimizer
 
 
-def _held(stages: ModelStages, optimizer: ZeroOptimizer) -> tuple[int, int, int, list[int]]:
+def _held(
+    stages: ModelStages, optimizer: ZeroOptimizer
+) -> tuple[int, int, int, list[int]]:
     """Return bytes of parameters, gradients and optimizer state, and the indices of the layers."""
     parameters = stages.parameters()
     parameter_bytes = _bytes(list(parameters.values()))
-    gradient_bytes = sum(slot.local.numel() * slot.gradient_dtype.itemsize for slot in optimizer.slots)
+    gradient_bytes = sum(
+        slot.local.numel() * slot.gradient_dtype.itemsize for slot in optimizer.slots
+    )
     state_bytes = _bytes(list(optimizer.state_tensors().values()))
-    layers = {int(name.split(".")[1]) for name in parameters if name.startswith("layers.")}
+    layers = {
+        int(name.split(".")[1]) for name in parameters if name.startswith("layers.")
+    }
     return parameter_bytes, gradient_bytes, state_bytes, sorted(layers)
 
 
@@ -149,7 +159,9 @@ def _batch(config: Config) -> Batch:
     count = config.data.micro_num
     tokens = config.data.packed_length
     ids = torch.zeros(count, tokens, dtype=torch.long, device="meta")
-    bounds = torch.arange(0, tokens + 1, config.data.seq_len, dtype=torch.int32).expand(count, -1)
+    bounds = torch.arange(0, tokens + 1, config.data.seq_len, dtype=torch.int32).expand(
+        count, -1
+    )
     return Batch(ids, ids, ids, ids, bounds, config.data.seq_len)
 
 

@@ -112,7 +112,11 @@ class ApiAnswer:
         return {**self._header, "object": kind, "choices": choices}
 
     def _choice_record(
-        self, index: int, content: dict[str, Any], scored: list[ScoredToken], finish: str | None
+        self,
+        index: int,
+        content: dict[str, Any],
+        scored: list[ScoredToken],
+        finish: str | None,
     ) -> dict[str, Any]:
         logprobs = None
         if self.with_logprobs and self.chat:
@@ -156,8 +160,8 @@ def _completion_logprobs(scored: list[ScoredToken]) -> dict[str, Any]:
 def _top_by_text(token: ScoredToken) -> dict[str, float | None] | None:
     """Return the most probable tokens by their text, or None for the first token of a prompt.
 
-    Two tokens may share a text. The most probable of them, which comes first, is reported: in reverse order it is the
-    last to be written.
+    Two tokens may share a text. The most probable of them, which comes first, is
+    reported: in reverse order it is the last to be written.
     """
     if token.logprob is None:
         return None

@@ -1,6 +1,7 @@
 """The HTTP side: routes, error responses, and streams.
 
-An answer passes through three asynchronous generators, each of which closes the one before it:
+An answer passes through three asynchronous generators, each of which closes the one
+before it:
 
     GenerationService.answer   text deltas of the engines
     ApiRoutes._record          adds them to the answer and to the metrics
@@ -39,8 +40,18 @@ from evomesh.serve.requests import (
     run_in,
     wait_until_disconnected,
 )
-from evomesh.serve.schema import ApiRequest, ChatRequest, CompletionRequest, parse_request
-from evomesh.serve.service import Echo, GenerationService, PromptTooLongError, QueueFullError
+from evomesh.serve.schema import (
+    ApiRequest,
+    ChatRequest,
+    CompletionRequest,
+    parse_request,
+)
+from evomesh.serve.service import (
+    Echo,
+    GenerationService,
+    PromptTooLongError,
+    QueueFullError,
+)
 
 T = TypeVar("T")
 RequestType = TypeVar("RequestType", bound=ApiRequest)
@@ -103,7 +114,9 @@ class ApiRoutes:
     async def show_metrics(self, request: Request) -> Response:
         """Answer with the metrics in Prometheus' text format."""
         self._check_key(request)
-        return PlainTextResponse(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return PlainTextResponse(
+            self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8"
+        )
 
     async def list_models(self, request: Request) -> Response:
         """Answer with a list of the only model."""
@@ -120,9 +133,13 @@ class ApiRoutes:
         """Complete one or more texts."""
         completion = await self._read(request, CompletionRequest)
         if completion.best_of not in (None, completion.n):
-            raise ApiError(400, "best_of: must equal n", param="best_of", code="invalid_value")
+            raise ApiError(
+                400, "best_of: must equal n", param="best_of", code="invalid_value"
+            )
         self.service.check_count(len(completion.prompts), completion.n)
-        return await self._answer(request, completion, partial(self._tokenize, completion))
+        return await self._answer(
+            request, completion, partial(self._tokenize, completion)
+        )
 
     def _tokenize(self, completion: CompletionRequest) -> list[list[int]]:
         tokenized: list[list[int]] = []
@@ -147,7 +164,9 @@ class ApiRoutes:
         """Read, parse and check a request for an answer."""
         self._check_key(request)
         body = await read_body(request, self.service.limits.body_bytes)
-        parsed: RequestType = await run_in(self.service.parser, parse_request, kind, body)
+        parsed: RequestType = await run_in(
+            self.service.parser, parse_request, kind, body
+        )
         self._check_model(parsed.model)
         return parsed
 
@@ -161,7 +180,13 @@ class ApiRoutes:
         # 1. Tokenize, and reject what can never be answered.
         service = self.service
         prompts = await run_in(service.tokenizers, tokenize)
-        await run_in(service.tokenizers, service.check, prompts, api_request.max_new_tokens, api_request.n)
+        await run_in(
+            service.tokenizers,
+            service.check,
+            prompts,
+            api_request.max_new_tokens,
+            api_request.n,
+        )
         sampling = api_request.sampling_params(service.model.eos_ids)
 
         # 2. Submit; each prompt is answered n times.
@@ -192,7 +217,11 @@ class ApiRoutes:
         # 4. Stream the rest, or collect it.
         if api_request.stream:
             events = self._events(answer, first, recorded, api_request.with_usage)
-            return EventStream(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+            return EventStream(
+                events,
+                media_type="text/event-stream",
+                headers={"Cache-Control": "no-cache"},
+            )
         completed = await _unless_disconnected(request, _drain(recorded))
         if completed is None:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
@@ -203,7 +232,9 @@ class ApiRoutes:
         if not isinstance(api_request, CompletionRequest) or not api_request.echo:
             return None
         has_text = isinstance(api_request.prompts[0], str)
-        silent_tokens = len(leading_bos(self.service.model.tokenizer)) if has_text else 0
+        silent_tokens = (
+            len(leading_bos(self.service.model.tokenizer)) if has_text else 0
+        )
         return Echo(silent_tokens, only_prompt=api_request.max_tokens == 0)
 
     async def _record(self, answer: ApiAnswer, deltas: DeltaStream) -> DeltaStream:
@@ -224,7 +255,11 @@ class ApiRoutes:
         metrics.request_seconds.observe(time.perf_counter() - started)
 
     async def _events(
-        self, answer: ApiAnswer, first: tuple[int, TextDelta], rest: DeltaStream, with_usage: bool
+        self,
+        answer: ApiAnswer,
+        first: tuple[int, TextDelta],
+        rest: DeltaStream,
+        with_usage: bool,
     ) -> AsyncGenerator[bytes, None]:
         """Yield the server-sent events of a stream: deltas, the usage if requested, and the end mark."""
         opened: set[int] = set()
@@ -237,7 +272,9 @@ class ApiRoutes:
                     if delta.text or delta.finish or delta.scored:
                         yield encode_event(answer.delta_event(index, delta))
             except EngineError as error:
-                yield encode_event(ApiError(503, str(error), code="engine_failed").body())
+                yield encode_event(
+                    ApiError(503, str(error), code="engine_failed").body()
+                )
                 return
             if with_usage:
                 yield encode_event(answer.usage_event())
@@ -249,7 +286,9 @@ class ApiRoutes:
 
     def _check_model(self, name: str) -> None:
         if name != self.service.model.name:
-            message = f"no model {name[:100]!r}; this server has {self.service.model.name!r}"
+            message = (
+                f"no model {name[:100]!r}; this server has {self.service.model.name!r}"
+            )
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def _model_record(self) -> dict[str, Any]:
@@ -263,7 +302,9 @@ class ApiRoutes:
         }
 
 
-def create_app(service: GenerationService, *, key: str | None = None, local: bool = True) -> FastAPI:
+def create_app(
+    service: GenerationService, *, key: str | None = None, local: bool = True
+) -> FastAPI:
     """Create the API of a service; its engines run while the app does.
 
     Args:
@@ -278,15 +319,30 @@ def create_app(service: GenerationService, *, key: str | None = None, local: boo
         yield
         await asyncio.to_thread(service.engines.stop)
 
-    app = FastAPI(title="evomesh", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="evomesh",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        lifespan=lifespan,
+    )
     app.state.key_gate = KeyGate(key) if key is not None else None
     api = ApiRoutes(service, app.state.key_gate)
     api.mount(app)
     if local:
         app.add_middleware(LocalHostMiddleware)
     app.add_middleware(MetricsMiddleware, metrics=api.metrics)
-    for error_type in (ApiError, UserError, QueueFullError, EngineError, HTTPException, Exception):
-        app.add_exception_handler(error_type, lambda _, error: error_response(as_api_error(error)))
+    for error_type in (
+        ApiError,
+        UserError,
+        QueueFullError,
+        EngineError,
+        HTTPException,
+        Exception,
+    ):
+        app.add_exception_handler(
+            error_type, lambda _, error: error_response(as_api_error(error))
+        )
     return app
 
 
@@ -301,14 +357,22 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(400, str(error), code="invalid_value")
         case QueueFullError():
             message = "the queue is full; try again later"
-            return ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})
+            return ApiError(
+                429, message, code="queue_full", headers={"Retry-After": "1"}
+            )
         case EngineError():
             return ApiError(503, str(error), code="engine_failed")
         case HTTPException(status_code=status):  # unknown path, wrong method
-            code = {404: "not_found", 405: "method_not_allowed"}.get(status, "http_error")
-            return ApiError(status, error.detail, code=code, headers=dict(error.headers or {}))
+            code = {404: "not_found", 405: "method_not_allowed"}.get(
+                status, "http_error"
+            )
+            return ApiError(
+                status, error.detail, code=code, headers=dict(error.headers or {})
+            )
         case _:
-            return ApiError(500, "internal server error; see the server's log", code="internal")
+            return ApiError(
+                500, "internal server error; see the server's log", code="internal"
+            )
 
 
 def error_response(error: ApiError) -> Response:
@@ -317,7 +381,9 @@ def error_response(error: ApiError) -> Response:
     return Response(body, error.status, error.headers, media_type="application/json")
 
 
-def json_response(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+def json_response(
+    value: object, status: int = 200, headers: dict[str, str] | None = None
+) -> Response:
     return Response(orjson.dumps(value), status, headers, media_type="application/json")
 
 

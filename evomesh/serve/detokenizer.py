@@ -11,7 +11,9 @@ from evomesh.generate.engine import GeneratedToken, TokenScore
 from evomesh.serve.token_text import TokenTexts
 
 CONTEXT_TOKENS = 6  # decoded together with the new ones, since a token's text may depend on the one before
-LONGEST_CHARACTER = 8  # tokens; bytes that are not a character by then never will be one
+LONGEST_CHARACTER = (
+    8  # tokens; bytes that are not a character by then never will be one
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ class Detokenizer:
         self._texts = texts or TokenTexts(tokenizer)
         self._stops = [stop for stop in stops if stop]
         self._score_end = score_end
-        # ids[start:read] are text already, and are decoded again with the new ids[read:].
+        # ids[start:read] are text already, and are decoded again with the new
+        # ids[read:].
         self._ids = list(prompt[-CONTEXT_TOKENS:])
         self._start = 0
         self._read = len(self._ids)
@@ -87,7 +90,9 @@ class Detokenizer:
         self._emitted_characters = 0
         self._tokens = 0
         self._scored: list[ScoredToken] = []  # of text that is not emitted yet
-        self._unread_scores = 0  # how many of them, at the end, are of tokens that are no text yet
+        self._unread_scores = (
+            0  # how many of them, at the end, are of tokens that are no text yet
+        )
 
     def push_prompt(
         self,
@@ -112,7 +117,9 @@ class Detokenizer:
             self._held_back += self._decode_new(flush=is_all and number == last)
         if is_all:
             return self._emit(self._held_back, "length", self._take_scored())
-        return self._emit(self._held_back, "", self._take_scored(before=len(self._held_back)))
+        return self._emit(
+            self._held_back, "", self._take_scored(before=len(self._held_back))
+        )
 
     def push(self, token: GeneratedToken) -> TextDelta:
         """Take the next token and return the text that is now complete; after a ``finish``, push no more."""
@@ -135,8 +142,9 @@ class Detokenizer:
             scored = self._scored_before_stop(text)
             return self._emit(text, "stop", scored)
 
-        # At the end everything goes out; before that, all but a possible beginning of a stop string: of "a b\n" with
-        # the stop string "\n\n", the line break stays back.
+        # At the end everything goes out; before that, all but a possible beginning of a
+        # stop string: of "a b\n" with the stop string "\n\n", the line break stays
+        # back.
         if token.finish:
             scored = self._take_scored()
             return self._emit(self._held_back, token.finish, scored)
@@ -159,7 +167,8 @@ class Detokenizer:
         for other_id, logprob in score.top:
             other = self._texts.of(other_id)
             top.append(TopToken(other.text, other.content, logprob))
-        # The token begins after all text so far, whether it was emitted or is still held back.
+        # The token begins after all text so far, whether it was emitted or is still
+        # held back.
         offset = self._emitted_characters + len(self._held_back)
         return ScoredToken(
             own.text,
@@ -195,7 +204,8 @@ class Detokenizer:
             return
         group = self._scored[-count:]
         joined = b"".join(scored.content for scored in group)
-        # Bytes that are no character stay as they are. Decoders differ in how many marks they write for them.
+        # Bytes that are no character stay as they are. Decoders differ in how many
+        # marks they write for them.
         if _collapse_marks(joined.decode(errors="replace")) == _collapse_marks(text):
             return
         contents = [scored.content for scored in group]
@@ -204,7 +214,8 @@ class Detokenizer:
         else:
             contents = [b""] * (count - 1) + [text.encode()]
         self._scored[-count:] = [
-            replace(scored, content=content) for scored, content in zip(group, contents, strict=True)
+            replace(scored, content=content)
+            for scored, content in zip(group, contents, strict=True)
         ]
 
     def _take_scored(self, before: int | None = None) -> list[ScoredToken]:

@@ -1,8 +1,9 @@
 """The web server around an app: connections that cannot hold others up, and an end without broken streams.
 
-A connection waits for its client while a request, or a part of one, has not arrived. Such waiting is bounded in time
-(``HEADER_SECONDS`` here, ``BODY_SECONDS`` in ``requests.py``) and in number: if too many connections wait, the one that
-has waited longest is closed for each new one.
+A connection waits for its client while a request, or a part of one, has not arrived.
+Such waiting is bounded in time (``HEADER_SECONDS`` here, ``BODY_SECONDS`` in
+``requests.py``) and in number: if too many connections wait, the one that has waited
+longest is closed for each new one.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ class BoundedProtocol(H11Protocol):
         self._follow_waiting()
         waiting: dict[BoundedProtocol, float] = {}
         for connection in self.connections:
-            if isinstance(connection, BoundedProtocol) and connection.waiting_since is not None:
+            if (
+                isinstance(connection, BoundedProtocol)
+                and connection.waiting_since is not None
+            ):
                 waiting[connection] = connection.waiting_since
         if len(waiting) > max_waiting():
             min(waiting, key=waiting.__getitem__).close_waiting()
@@ -70,7 +74,9 @@ class BoundedProtocol(H11Protocol):
         if has_request:
             self._stop_header_timer()
         elif self._header_timer is None:
-            self._header_timer = self.loop.call_later(HEADER_SECONDS, self.close_waiting)
+            self._header_timer = self.loop.call_later(
+                HEADER_SECONDS, self.close_waiting
+            )
 
     def _stop_header_timer(self) -> None:
         if self._header_timer is not None:
@@ -99,7 +105,9 @@ class GracefulServer(uvicorn.Server):
         end_answers: ends them; called on the event loop.
     """
 
-    def __init__(self, settings: uvicorn.Config, end_answers: Callable[[], None]) -> None:
+    def __init__(
+        self, settings: uvicorn.Config, end_answers: Callable[[], None]
+    ) -> None:
         super().__init__(settings)
         self._end_answers = end_answers
 
@@ -162,7 +170,8 @@ def bind(host: str, port: int) -> socket.socket:
             where="--port",
             fix="choose another port, or 0 for any free one",
         ) from None
-    # Connections inherit it. Without it, each answer on a kept connection waits for the client's delayed
-    # acknowledgment, some 40 ms; asyncio sets it for sockets of an explicit protocol only.
+    # Connections inherit it. Without it, each answer on a kept connection waits for the
+    # client's delayed acknowledgment, some 40 ms; asyncio sets it for sockets of an
+    # explicit protocol only.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listening

@@ -1,8 +1,9 @@
 """The check of the server's key, with a limit on wrong ones so that keys cannot be guessed.
 
-Each client has a bucket of tries, and all clients together have one; a wrong key takes a try from both, and tries come
-back with time. Whoever has none left gets status 429 until one is back, whatever the key: otherwise the answer would
-still say whether a guess is right. Three rules keep honest clients out of trouble:
+Each client has a bucket of tries, and all clients together have one; a wrong key takes
+a try from both, and tries come back with time. Whoever has none left gets status 429
+until one is back, whatever the key: otherwise the answer would still say whether a
+guess is right. Three rules keep honest clients out of trouble:
 
 - a right key takes nothing, and a client that has given it depends on its own bucket alone;
 - the same wrong key again takes nothing, so a program with an old key does not use up the tries of its address;
@@ -29,7 +30,9 @@ CLIENT_SECONDS = 6.0  # until one more try is back
 TOTAL_TRIES = 100
 TOTAL_SECONDS = 1.0
 MAX_CLIENTS = 4096  # the ones seen last are remembered; the limit of all clients holds for forgotten ones too
-IPV6_NETWORK = 64  # bits of an address that name a network; a client has all the addresses of one
+IPV6_NETWORK = (
+    64  # bits of an address that name a network; a client has all the addresses of one
+)
 
 
 class TryBucket:
@@ -48,7 +51,9 @@ class TryBucket:
 
     def wait(self, now: float) -> float:
         """Return the seconds until there is a try; 0 if there is one."""
-        self._left = min(float(self.tries), self._left + (now - self._counted_at) / self.seconds)
+        self._left = min(
+            float(self.tries), self._left + (now - self._counted_at) / self.seconds
+        )
         self._counted_at = now
         return max(0.0, 1 - self._left) * self.seconds
 
@@ -90,7 +95,9 @@ class KeyGate:
         """
         header = Headers(scope=scope).get("authorization", "")
         scheme, _, text = header.partition(" ")
-        given = text.strip().encode()  # as bytes: compare_digest rejects text that is not ASCII
+        given = (
+            text.strip().encode()
+        )  # as bytes: compare_digest rejects text that is not ASCII
         if not given or scheme.lower() != "bearer":
             raise _unauthorized("no key; send it as: Authorization: Bearer KEY")
         client = self.take_try(scope)
@@ -118,7 +125,12 @@ class KeyGate:
         if wait > 0:
             seconds = math.ceil(wait)
             message = f"too many wrong keys; try again in {seconds} s"
-            raise ApiError(429, message, code="too_many_wrong_keys", headers={"Retry-After": str(seconds)})
+            raise ApiError(
+                429,
+                message,
+                code="too_many_wrong_keys",
+                headers={"Retry-After": str(seconds)},
+            )
         client.bucket.take()
         self._total.take()
         return client
@@ -155,4 +167,6 @@ def client_name(scope: Scope) -> str:
 
 
 def _unauthorized(message: str) -> ApiError:
-    return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+    return ApiError(
+        401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
+    )

@@ -19,7 +19,9 @@ from evomesh.serve.loop import EngineLoop
 from evomesh.serve.service import GenerationService, ServedModel, ServiceLimits
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
-EXTENSION = 4  # default context length over trained length, where longer texts are expected
+EXTENSION = (
+    4  # default context length over trained length, where longer texts are expected
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,9 @@ def load_service(ckpt: str, device: str, options: ModelOptions) -> GenerationSer
     Raises:
         UserError: no such checkpoint, no tokenizer, or one that does not fit the model or the template.
     """
-    loaded = load_model(ckpt, device, tokenizer=options.tokenizer, template=options.template)
+    loaded = load_model(
+        ckpt, device, tokenizer=options.tokenizer, template=options.template
+    )
     config = loaded.config
     trained_length = config.model.max_position_embeddings
     rotary_type = options.rotary_type or config.model.rotary_type
@@ -90,7 +94,8 @@ def _engine_builders(
 ) -> dict[RotaryType, Callable[[], GenerationEngine]]:
     """Return what builds the engine of each rotary type, all on the same weights.
 
-    A model with ``rope_scaling``, or a custom one without a rotary embedding, has only the type of its config.
+    A model with ``rope_scaling``, or a custom one without a rotary embedding, has only
+    the type of its config.
     """
     build = partial(
         GenerationEngine,
@@ -117,10 +122,14 @@ def read_key(host: str, key_file: str | None) -> str | None:
     if key_file is not None:
         path = expand_home(key_file)
         if not path.is_file():
-            raise UserError(f"no file {path}", where="--key-file", expected="a file with the key")
+            raise UserError(
+                f"no file {path}", where="--key-file", expected="a file with the key"
+            )
         key = path.read_text(encoding="utf-8").strip()
         if not key:
-            raise UserError(f"{path} is empty", where="--key-file", expected="a file with the key")
+            raise UserError(
+                f"{path} is empty", where="--key-file", expected="a file with the key"
+            )
         return key
     key = os.environ.get("EVOMESH_API_KEY", "").strip()
     if not key and host not in LOOPBACK:

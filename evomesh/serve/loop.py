@@ -43,7 +43,9 @@ class Submission:
         open: indices of the requests from which more tokens are wanted.
     """
 
-    def __init__(self, engines: EngineLoop, requests: Sequence[GenerationRequest]) -> None:
+    def __init__(
+        self, engines: EngineLoop, requests: Sequence[GenerationRequest]
+    ) -> None:
         self.requests = list(requests)
         self.open = set(range(len(requests)))
         self.event_loop = asyncio.get_running_loop()
@@ -125,7 +127,9 @@ class EngineLoop:
             failure.
     """
 
-    def __init__(self, builders: Mapping[RotaryType, Callable[[], GenerationEngine]]) -> None:
+    def __init__(
+        self, builders: Mapping[RotaryType, Callable[[], GenerationEngine]]
+    ) -> None:
         self.builders = builders
         self.commands: SimpleQueue[_Command] = SimpleQueue()
         self._engines: dict[RotaryType, GenerationEngine] = {}
@@ -183,7 +187,9 @@ class EngineLoop:
                 self._cancel(command.submission, command.index)
             case _EndCommand():
                 for rotary_type in list(self._engines):
-                    self._discard_engine(rotary_type, EngineError("the server is stopping"))
+                    self._discard_engine(
+                        rotary_type, EngineError("the server is stopping")
+                    )
 
     def _take_commands(self) -> list[_Command]:
         """Return all queued commands; with no sequence to work on, sleep until there is one."""
@@ -267,7 +273,9 @@ class EngineLoop:
         for event_loop, its_events in by_loop.items():
             try:
                 event_loop.call_soon_threadsafe(_enqueue, its_events)
-            except RuntimeError:  # the event loop is closed: nobody waits for these any more
+            except (
+                RuntimeError
+            ):  # the event loop is closed: nobody waits for these any more
                 for event in its_events:
                     self._cancel(event.submission, event.index)
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+)
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from evomesh.serve.service import GenerationService
@@ -16,10 +22,17 @@ class ServerMetrics:
     def __init__(self, service: GenerationService) -> None:
         registry = self._registry = CollectorRegistry()
         self.requests = Counter(
-            "evomesh_requests", "Requests answered.", ["endpoint", "status"], registry=registry
+            "evomesh_requests",
+            "Requests answered.",
+            ["endpoint", "status"],
+            registry=registry,
         )
-        self.prompt_tokens = Counter("evomesh_prompt_tokens", "Tokens of prompts.", registry=registry)
-        self.completion_tokens = Counter("evomesh_completion_tokens", "Tokens generated.", registry=registry)
+        self.prompt_tokens = Counter(
+            "evomesh_prompt_tokens", "Tokens of prompts.", registry=registry
+        )
+        self.completion_tokens = Counter(
+            "evomesh_completion_tokens", "Tokens generated.", registry=registry
+        )
         self.first_token_seconds = Histogram(
             "evomesh_first_token_seconds",
             "From request to first token.",
@@ -27,14 +40,27 @@ class ServerMetrics:
             registry=registry,
         )
         self.request_seconds = Histogram(
-            "evomesh_request_seconds", "From request to last token.", buckets=BUCKETS, registry=registry
+            "evomesh_request_seconds",
+            "From request to last token.",
+            buckets=BUCKETS,
+            registry=registry,
         )
         slot_count = service.limits.slots
-        running = Gauge("evomesh_sequences_running", "Sequences in a slot.", registry=registry)
+        running = Gauge(
+            "evomesh_sequences_running", "Sequences in a slot.", registry=registry
+        )
         running.set_function(lambda: min(service.engines.active, slot_count))
-        waiting = Gauge("evomesh_sequences_waiting", "Sequences that wait for a slot.", registry=registry)
+        waiting = Gauge(
+            "evomesh_sequences_waiting",
+            "Sequences that wait for a slot.",
+            registry=registry,
+        )
         waiting.set_function(lambda: max(0, service.engines.active - slot_count))
-        slots = Gauge("evomesh_slots", "Maximum number of concurrent sequences.", registry=registry)
+        slots = Gauge(
+            "evomesh_slots",
+            "Maximum number of concurrent sequences.",
+            registry=registry,
+        )
         slots.set(slot_count)
 
     def text(self) -> bytes:
@@ -45,7 +71,8 @@ class ServerMetrics:
 class MetricsMiddleware:
     """Counts the responses of the API.
 
-    A plain ASGI layer: a response wrapped by starlette's middleware would not see that its client has disconnected.
+    A plain ASGI layer: a response wrapped by starlette's middleware would not see that
+    its client has disconnected.
     """
 
     def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
@@ -56,7 +83,9 @@ class MetricsMiddleware:
 
         async def send_and_count(message: Message) -> None:
             if message["type"] == "http.response.start":
-                route = scope.get("route")  # set by the router, if there is one for the path
+                route = scope.get(
+                    "route"
+                )  # set by the router, if there is one for the path
                 path = getattr(route, "path", "")
                 if path:
                     status = str(message["status"])

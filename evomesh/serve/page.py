@@ -25,7 +25,9 @@ from evomesh.serve.page_security import GradioGuard, message_text
 from evomesh.serve.requests import run_in
 from evomesh.serve.service import GenerationService, QueueFullError
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
+os.environ.setdefault(
+    "GRADIO_ANALYTICS_ENABLED", "False"
+)  # read when gradio is imported
 
 import gradio as gr
 
@@ -35,12 +37,17 @@ footer {display: none !important}
 """
 NEEDLE = "The pass key is {key}. Remember it: {key} is the pass key.\n"
 HAY = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
-FINISH_REASONS = {"stop": "end of answer", "length": "maximum length reached", "stopped": "stopped"}
+FINISH_REASONS = {
+    "stop": "end of answer",
+    "length": "maximum length reached",
+    "stopped": "stopped",
+}
 QUESTION = "What is the pass key? The pass key is"
 SEED_INDEX = 7  # of the controls
 UPDATE_SECONDS = 0.03  # between updates: nobody could see more of them
 
-# How the page calls its functions. The service's queue limits the answers in progress, so gradio's does not.
+# How the page calls its functions. The service's queue limits the answers in progress,
+# so gradio's does not.
 IMMEDIATE: dict[str, Any] = {"queue": False, "api_visibility": "private"}
 STREAMING: dict[str, Any] = {
     "show_progress": "hidden",
@@ -72,7 +79,9 @@ class PageSettings:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type == "float":
-                is_number = isinstance(value, int | float) and not isinstance(value, bool)
+                is_number = isinstance(value, int | float) and not isinstance(
+                    value, bool
+                )
                 valid = is_number and math.isfinite(value)
             elif field.type == "str":
                 valid = isinstance(value, str)
@@ -120,10 +129,17 @@ class ChatPage:
                 messages.append(ChatMessage("system", settings.system, False))
             for message in conversation:
                 messages.append(ChatMessage(message["role"], message["content"], False))
-            prompt = await run_in(self.service.tokenizers, self.service.chat_ids, messages)
-            async with aclosing(self._stream_answer(prompt, settings, request)) as answer:
+            prompt = await run_in(
+                self.service.tokenizers, self.service.chat_ids, messages
+            )
+            async with aclosing(
+                self._stream_answer(prompt, settings, request)
+            ) as answer:
                 async for text, status in answer:
-                    yield [*conversation, {"role": "assistant", "content": text}], status
+                    yield (
+                        [*conversation, {"role": "assistant", "content": text}],
+                        status,
+                    )
         except UserError as error:
             yield conversation, warning(error)
 
@@ -136,7 +152,9 @@ class ChatPage:
                 raise UserError("the prompt is not text")
             prompt = await run_in(self.service.tokenizers, self.service.text_ids, text)
             settings = read_settings(controls)
-            async with aclosing(self._stream_answer(prompt, settings, request)) as answer:
+            async with aclosing(
+                self._stream_answer(prompt, settings, request)
+            ) as answer:
                 async for completion, status in answer:
                     yield completion, status
         except UserError as error:
@@ -173,7 +191,9 @@ class ChatPage:
             raise UserError(f"{error}; see the server's log") from None
         yield text, progress.status()
 
-    def _sampling_params(self, prompt: Sequence[int], settings: PageSettings) -> SamplingParams:
+    def _sampling_params(
+        self, prompt: Sequence[int], settings: PageSettings
+    ) -> SamplingParams:
         """Check a prompt, and return the sampling parameters of its answer, which fits into the context length."""
         service = self.service
         remaining = service.limits.context_length - len(prompt)
@@ -255,10 +275,15 @@ def text_only(history: Any) -> list[dict[str, Any]]:
     """
     if not isinstance(history, list):
         raise UserError("the conversation is not a list of messages")
-    return [{"content": message_text(message), "role": message["role"]} for message in history]
+    return [
+        {"content": message_text(message), "role": message["role"]}
+        for message in history
+    ]
 
 
-def append_message(message: str, history: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
+def append_message(
+    message: str, history: list[dict[str, Any]]
+) -> tuple[str, list[dict[str, Any]]]:
     """Return an empty input box, and the conversation with the user's message unless that is blank."""
     conversation = text_only(history)
     if isinstance(message, str) and message.strip():
@@ -344,9 +369,13 @@ def build_page(service: GenerationService) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=3):
                 with gr.Tabs():
-                    chat_tab = _create_chat_tab() if model.template is not None else None
+                    chat_tab = (
+                        _create_chat_tab() if model.template is not None else None
+                    )
                     completion_tab = _create_completion_tab()
-                status = gr.Markdown("", elem_id="status", elem_classes="status", container=False)
+                status = gr.Markdown(
+                    "", elem_id="status", elem_classes="status", container=False
+                )
             with gr.Column(scale=1, min_width=260):
                 settings = create_controls(service)
 
@@ -406,7 +435,9 @@ def _create_completion_tab() -> CompletionTab:
             max_lines=16,
         )
         with gr.Row():
-            complete = gr.Button("Complete", variant="primary", elem_id="complete", scale=2)
+            complete = gr.Button(
+                "Complete", variant="primary", elem_id="complete", scale=2
+            )
             stop = gr.Button("Stop", elem_id="stop-completion")
             example = gr.Button("Long-text example", elem_id="example")
         completion = gr.Textbox(
@@ -457,7 +488,11 @@ def mount_page(app: FastAPI, service: GenerationService, key: str | None) -> Non
         css=STYLE,
         footer_links=[],
     )
-    blocks.has_launched = True  # gradio checks paths only from then on, and mounting does not set it
+    blocks.has_launched = (
+        True  # gradio checks paths only from then on, and mounting does not set it
+    )
     mount = app.routes[-1]
     assert isinstance(mount, Mount)
-    mount.app = GradioGuard(mount.app, service.limits.body_bytes, service.parser, app.state.key_gate)
+    mount.app = GradioGuard(
+        mount.app, service.limits.body_bytes, service.parser, app.state.key_gate
+    )

@@ -1,7 +1,8 @@
 """The guard of the chat page: only the gradio routes that the page uses, with plain values only.
 
-Gradio has many more routes: uploads, files, proxies, calls of component methods. A request for any of them is
-rejected before gradio sees it, and so is a value that could refer to a file.
+Gradio has many more routes: uploads, files, proxies, calls of component methods. A
+request for any of them is rejected before gradio sees it, and so is a value that could
+refer to a file.
 """
 
 from __future__ import annotations
@@ -88,7 +89,9 @@ class GradioGuard:
             raise ApiError(404, "the page has no such route", code="not_found")
         elif path.startswith("/gradio_api/") or path == "/logout":
             check_same_site(headers)
-        await self.app(_without_origin_and_query(scope), receive, _with_content_policy(send))
+        await self.app(
+            _without_origin_and_query(scope), receive, _with_content_policy(send)
+        )
 
 
 def is_readable(path: str) -> bool:
@@ -106,14 +109,18 @@ def check_same_site(headers: Headers) -> None:
     origin = headers.get("origin")
     if fetch_site is not None:
         same_site = fetch_site in ("same-origin", "none")
-    elif origin is not None:  # browsers send the other header to https and localhost only
+    elif (
+        origin is not None
+    ):  # browsers send the other header to https and localhost only
         origin_host = origin.partition("://")[2]
         own_host = headers.get("host", "")
         same_site = origin_host.lower() == own_host.lower()
     else:
         same_site = True
     if not same_site:
-        raise ApiError(403, "requests from pages of other sites are rejected", code="other_site")
+        raise ApiError(
+            403, "requests from pages of other sites are rejected", code="other_site"
+        )
 
 
 def check_form_size(headers: Headers) -> None:
@@ -124,7 +131,11 @@ def check_form_size(headers: Headers) -> None:
     """
     length = headers.get("content-length", "")
     if not length.isdecimal() or int(length[:20]) > MAX_FORM_BYTES:
-        raise ApiError(413, f"the form is larger than {MAX_FORM_BYTES} bytes", code="body_too_large")
+        raise ApiError(
+            413,
+            f"the form is larger than {MAX_FORM_BYTES} bytes",
+            code="body_too_large",
+        )
 
 
 def parse_call(body: bytes) -> dict[str, Any]:
@@ -205,7 +216,9 @@ def _check_value(value: Any) -> Any:
         try:
             text = message_text(message)
         except UserError as error:
-            raise ApiError(400, str(error), param="data", code="invalid_value") from None
+            raise ApiError(
+                400, str(error), param="data", code="invalid_value"
+            ) from None
         content = [{"type": "text", "text": text}]
         conversation.append({"content": content, "role": message["role"]})
     return conversation
@@ -230,12 +243,20 @@ def _get_typed(record: dict[str, Any], name: str, expected: type) -> Any:
 
 
 def _invalid_value(name: str) -> ApiError:
-    return ApiError(400, f"{name}: not a value that the page sends", param=name, code="invalid_value")
+    return ApiError(
+        400,
+        f"{name}: not a value that the page sends",
+        param=name,
+        code="invalid_value",
+    )
 
 
 def _without_origin_and_query(scope: Scope) -> Scope:
-    # Gradio lets pages of other sites read its answers to requests that name their site.
-    headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"origin"]
+    # Gradio lets pages of other sites read its answers to requests that name their
+    # site.
+    headers = [
+        (name, value) for name, value in scope["headers"] if name.lower() != b"origin"
+    ]
     query = scope["query_string"] if scope["path"] in PATHS_WITH_QUERY else b""
     return {**scope, "headers": headers, "query_string": query}
 
@@ -270,7 +291,11 @@ def _with_limit(gate: KeyGate, scope: Scope, send: Send) -> Send:
 
 def _with_content_length(scope: Scope, length: int) -> Scope:
     replaced = (b"content-length", b"transfer-encoding")
-    headers = [(name, value) for name, value in scope["headers"] if name.lower() not in replaced]
+    headers = [
+        (name, value)
+        for name, value in scope["headers"]
+        if name.lower() not in replaced
+    ]
     headers.append((b"content-length", str(length).encode()))
     return {**scope, "headers": headers}
 

@@ -18,8 +18,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 T = TypeVar("T")
 LOCAL_NAMES = {"localhost", "127.0.0.1", "[::1]"}
 BODY_SECONDS = 30.0  # a client that takes longer to send its body blocks a connection
-# Parsing keeps every other thread waiting, so it is bounded by counts that are known before: a body of 4 MiB may hold
-# two million token ids, which take 0.2 s. At these limits it takes some 10 ms.
+# Parsing keeps every other thread waiting, so it is bounded by counts that are known
+# before: a body of 4 MiB may hold two million token ids, which take 0.2 s. At these
+# limits it takes some 10 ms.
 MAX_CONTAINERS = 20_000  # lists and objects of a body
 MAX_VALUES = 2**17  # of these and of all items in them
 CLIENT_CLOSED_REQUEST = 499  # nobody reads this response; the metrics count it
@@ -74,11 +75,20 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     Raises:
         ApiError: 413 too large, 415 not sent as JSON, 408 too slow, 499 the client closed the connection.
     """
-    # The page of another site can send anything but this content type without asking the browser first.
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    # The page of another site can send anything but this content type without asking
+    # the browser first.
+    content_type = (
+        request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    )
     if content_type != "application/json":
-        raise ApiError(415, "the content type is not application/json", code="unsupported_media_type")
-    too_large = ApiError(413, f"the body is larger than {max_bytes} bytes", code="body_too_large")
+        raise ApiError(
+            415,
+            "the content type is not application/json",
+            code="unsupported_media_type",
+        )
+    too_large = ApiError(
+        413, f"the body is larger than {max_bytes} bytes", code="body_too_large"
+    )
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced[:20]) > max_bytes:
         raise too_large
@@ -90,9 +100,13 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
                 if len(body) > max_bytes:
                     raise too_large
     except TimeoutError:
-        raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:.0f} s", code="timeout") from None
+        raise ApiError(
+            408, f"the body did not arrive within {BODY_SECONDS:.0f} s", code="timeout"
+        ) from None
     except ClientDisconnect:
-        raise ApiError(CLIENT_CLOSED_REQUEST, "the client closed the connection", code="closed") from None
+        raise ApiError(
+            CLIENT_CLOSED_REQUEST, "the client closed the connection", code="closed"
+        ) from None
     return bytes(body)
 
 
@@ -102,7 +116,8 @@ def check_structure(body: bytes) -> None:
     Raises:
         ApiError: 400.
     """
-    # Brackets and commas in texts count at first; only if there are many, see which of them are inside of strings.
+    # Brackets and commas in texts count at first; only if there are many, see which of
+    # them are inside of strings.
     containers = body.count(b"[") + body.count(b"{")
     if containers <= MAX_CONTAINERS and containers + body.count(b",") <= MAX_VALUES:
         return
@@ -119,7 +134,9 @@ def check_structure(body: bytes) -> None:
             raise ApiError(400, message, code="invalid_json")
 
 
-async def run_in(threads: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any) -> T:
+async def run_in(
+    threads: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any
+) -> T:
     """Return the result of work in one of some threads, while the event loop serves others."""
     return await asyncio.get_running_loop().run_in_executor(threads, work, *arguments)
 
@@ -133,7 +150,8 @@ async def wait_until_disconnected(request: Request) -> None:
 class LocalHostMiddleware:
     """Rejects requests for a host name other than this machine's.
 
-    A web page could otherwise point its own host name here, and reach the server through the visitor's browser.
+    A web page could otherwise point its own host name here, and reach the server
+    through the visitor's browser.
     """
 
     def __init__(self, app: ASGIApp) -> None:

@@ -1,7 +1,7 @@
 """Requests of the OpenAI API, as far as they apply to a text model.
 
-https://platform.openai.com/docs/api-reference/completions and .../chat. Beyond those: top_k, min_p,
-repetition_penalty and rotary_type.
+https://platform.openai.com/docs/api-reference/completions and .../chat. Beyond those:
+top_k, min_p, repetition_penalty and rotary_type.
 """
 
 from __future__ import annotations
@@ -26,8 +26,12 @@ from evomesh.generate.options import SamplingParams
 from evomesh.serve.requests import ApiError, check_structure
 
 INT64 = 2**63 - 1
-MAX_TOKENS = 2**31 - 1  # the real limit is the model's context length, which has its own error
-UNION_MEMBER = re.compile(r"(str|int|list\[.*|constrained-.*)$")  # pydantic lists these among the keys
+MAX_TOKENS = (
+    2**31 - 1
+)  # the real limit is the model's context length, which has its own error
+UNION_MEMBER = re.compile(
+    r"(str|int|list\[.*|constrained-.*)$"
+)  # pydantic lists these among the keys
 MAX_STOPS = 4  # as in OpenAI's API
 MAX_STOP_CHARACTERS = 256
 
@@ -39,7 +43,8 @@ EmptyDict = Annotated[dict[str, Any], Field(max_length=0)]
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     include_usage: bool = False
-    # Accepted and ignored: it pads events to hide their length, which nothing here requires.
+    # Accepted and ignored: it pads events to hide their length, which nothing here
+    # requires.
     include_obfuscation: bool = False
 
 
@@ -115,7 +120,8 @@ class ApiRequest(BaseModel):
     def sampling_params(self, eos_ids: tuple[int, ...]) -> SamplingParams:
         """Return the sampling parameters; without a seed in the request, a random one."""
         seed = secrets.randbits(63) if self.seed is None else self.seed % 2**64
-        # A request for the prompt alone still reads it, and gets its scores with the first token.
+        # A request for the prompt alone still reads it, and gets its scores with the
+        # first token.
         max_new_tokens = 1 if self.max_new_tokens == 0 else self.max_new_tokens
         return SamplingParams.from_settings(
             self,
@@ -133,7 +139,8 @@ class ApiRequest(BaseModel):
 
 
 class CompletionRequest(ApiRequest):
-    # Checked by `_check_form`; pydantic would collect an error for each of a million items.
+    # Checked by `_check_form`; pydantic would collect an error for each of a million
+    # items.
     prompt: SkipValidation[str | list[str] | list[int] | list[list[int]]]
     max_tokens: int | None = Field(16, ge=0, le=MAX_TOKENS)
     logprobs: int | None = Field(None, ge=0, le=20)
@@ -187,7 +194,8 @@ class RequestMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: SkipValidation[str | list[dict[str, Any]]]
     name: str | None = None
-    # What a reasoning model thought before an earlier answer is no part of the next prompt.
+    # What a reasoning model thought before an earlier answer is no part of the next
+    # prompt.
     reasoning: str | None = None
     reasoning_content: str | None = None
 
@@ -231,12 +239,16 @@ def _check_part(number: int, part: object) -> None:
         ValueError: it is not a part of type text, or has more than a text.
     """
     if not isinstance(part, dict) or part.get("type") != "text":
-        raise ValueError(f"part {number} is not of type text, the only one that this server supports")
+        raise ValueError(
+            f"part {number} is not of type text, the only one that this server supports"
+        )
     if not isinstance(part.get("text"), str):
         raise ValueError(f"part {number} has no text")
     for key, item in part.items():
         if key not in ("type", "text") and item is not None:
-            raise ValueError(f"part {number} has {key!r}, which this server does not support")
+            raise ValueError(
+                f"part {number} has {key!r}, which this server does not support"
+            )
 
 
 class ResponseFormat(BaseModel):
@@ -286,7 +298,9 @@ def parse_request(kind: type[RequestType], body: bytes) -> RequestType:
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
+        raise ApiError(
+            400, f"the body is not JSON: {error}", code="invalid_json"
+        ) from None
     if not isinstance(value, dict):
         raise ApiError(400, "the body is not a JSON object", code="invalid_json")
     given = {key: item for key, item in value.items() if item is not None}
@@ -313,5 +327,6 @@ def _first_error(error: ValidationError) -> ApiError:
 
 
 def _is_ids(value: object) -> bool:
-    # Without a loop of the interpreter, which would slow down the event loop's thread while it runs.
+    # Without a loop of the interpreter, which would slow down the event loop's thread
+    # while it runs.
     return isinstance(value, list) and set(map(type, value)) == {int}

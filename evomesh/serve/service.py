@@ -19,7 +19,9 @@ from evomesh.serve.token_text import TokenTexts
 
 CHARACTERS_PER_TOKEN = 64  # no text has more of them on average
 PREFIX_CHARACTERS = 8  # per token of the context length: most texts have fewer of them
-PREFIX_MARGIN = 64  # tokens by which a beginning may have more than it has inside of the whole text
+PREFIX_MARGIN = (
+    64  # tokens by which a beginning may have more than it has inside of the whole text
+)
 
 
 @dataclass(frozen=True)
@@ -102,13 +104,16 @@ class GenerationService:
         open_sequences: sequences that somebody waits for.
     """
 
-    def __init__(self, model: ServedModel, engines: EngineLoop, limits: ServiceLimits) -> None:
+    def __init__(
+        self, model: ServedModel, engines: EngineLoop, limits: ServiceLimits
+    ) -> None:
         self.model = model
         self.engines = engines
         self.limits = limits
         self.open_sequences = 0
         self.token_texts = TokenTexts(model.tokenizer)
-        # Parsing keeps the interpreter to itself, so one body at a time; tokenizing a long text does not.
+        # Parsing keeps the interpreter to itself, so one body at a time; tokenizing a
+        # long text does not.
         self.parser = ThreadPoolExecutor(1, thread_name_prefix="parser")
         self.tokenizers = ThreadPoolExecutor(2, thread_name_prefix="tokenizer")
 
@@ -120,7 +125,8 @@ class GenerationService:
         """
         self.check_text(text)
         tokenizer = self.model.tokenizer
-        # As a batch, which the library encodes without keeping the interpreter to itself.
+        # As a batch, which the library encodes without keeping the interpreter to
+        # itself.
         (ids,) = tokenizer.encode_batch([text])
         return leading_bos(tokenizer) + ids
 
@@ -177,7 +183,12 @@ class GenerationService:
                 expected=f"at most {self.limits.max_sequences} answers per request",
             )
 
-    def check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int | None, copies: int = 1) -> None:
+    def check(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int | None,
+        copies: int = 1,
+    ) -> None:
         """Reject what can never be answered, before it is queued.
 
         Raises:
@@ -227,14 +238,18 @@ class GenerationService:
             for index, prompt in enumerate(prompts):
                 detokenizers.append(self._detokenizer(prompt, stops, echo))
                 stream = (sampling.seed, index)
-                requests.append(GenerationRequest(prompt, sampling, stream, rotary_type))
+                requests.append(
+                    GenerationRequest(prompt, sampling, stream, rotary_type)
+                )
             submission = self.engines.submit(requests)
             begun: set[int] = set()
             while submission.open:
                 index, token = await submission.next()
                 if echo is not None and index not in begun:
                     begun.add(index)
-                    repeated = await self._repeat_prompt(detokenizers[index], prompts[index], token, echo)
+                    repeated = await self._repeat_prompt(
+                        detokenizers[index], prompts[index], token, echo
+                    )
                     if echo.only_prompt:
                         submission.close(index)
                     yield index, repeated
@@ -249,7 +264,9 @@ class GenerationService:
             if submission is not None:
                 submission.close_all()
 
-    def _detokenizer(self, prompt: Sequence[int], stops: Sequence[str], echo: Echo | None) -> Detokenizer:
+    def _detokenizer(
+        self, prompt: Sequence[int], stops: Sequence[str], echo: Echo | None
+    ) -> Detokenizer:
         context = prompt if echo is None else []
         return Detokenizer(
             self.model.tokenizer,
@@ -260,7 +277,11 @@ class GenerationService:
         )
 
     async def _repeat_prompt(
-        self, detokenizer: Detokenizer, prompt: Sequence[int], first: GeneratedToken, echo: Echo
+        self,
+        detokenizer: Detokenizer,
+        prompt: Sequence[int],
+        first: GeneratedToken,
+        echo: Echo,
     ) -> TextDelta:
         """Return the text delta of the prompt itself, with its scores if the engine was asked for them."""
         with_scores = bool(first.prompt_scores)

@@ -1,7 +1,8 @@
 """The text and the exact bytes of single tokens, for tokenizers of any kind.
 
-A token may be a part of a character. Byte-level BPE names each byte by a printable character; sentencepiece names the
-bytes of characters that it does not know <0x00> to <0xFF>.
+A token may be a part of a character. Byte-level BPE names each byte by a printable
+character; sentencepiece names the bytes of characters that it does not know <0x00> to
+<0xFF>.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The interface between checkpoints and the place where their bytes are.
 
-Every byte of a checkpoint, read or written, goes through a ``Storage``. Tests put a faulty one in its place.
-Paths are plain strings with ``/`` between folders; ``urls.py`` turns what a user types into a storage and a path.
+Every byte of a checkpoint, read or written, goes through a ``Storage``. Tests put a
+faulty one in its place. Paths are plain strings with ``/`` between folders; ``urls.py``
+turns what a user types into a storage and a path.
 """
 
 from __future__ import annotations
@@ -70,6 +71,16 @@ class StorageLock(Protocol):
 
     def release(self) -> None:
         """Let the next writer in."""
+
+
+class LockHeldElsewhere:
+    """The lock that rank 0 holds, as the other ranks see it."""
+
+    def check(self) -> None:
+        return
+
+    def release(self) -> None:
+        return
 
 
 class Storage(Protocol):

@@ -12,7 +12,11 @@ from evomesh.storage.base import LockTakenError, StorageError, join
 
 logger = logging.getLogger(__name__)
 
-NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # some network file systems cannot sync a folder
+NO_FOLDER_SYNC = (
+    errno.EINVAL,
+    errno.ENOTSUP,
+    errno.EBADF,
+)  # some network file systems cannot sync a folder
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)
 
 
@@ -98,8 +102,9 @@ class LocalReader:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        # Opening a pipe waits for a writer, and opening a device may act on it: neither is ever opened. The second
-        # look is for a file that was replaced after the first.
+        # Opening a pipe waits for a writer, and opening a device may act on it: neither
+        # is ever opened. The second look is for a file that was replaced after the
+        # first.
         _regular(os.stat(path), path)
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
@@ -138,7 +143,9 @@ class LocalLock:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise LockTakenError(path, other or "(it left no name)") from None
             logger.warning(
-                "%s: this file system has no locks (%s); a second job would not be noticed", path, error
+                "%s: this file system has no locks (%s); a second job would not be noticed",
+                path,
+                error,
             )
             self._file = -1
             return
@@ -248,7 +255,9 @@ class LocalStorage:
     def list(self, folder: str) -> list[str]:
         try:
             with os.scandir(folder) as entries:
-                return sorted(entry.name + ("/" if _is_folder(entry) else "") for entry in entries)
+                return sorted(
+                    entry.name + ("/" if _is_folder(entry) else "") for entry in entries
+                )
         except (FileNotFoundError, NotADirectoryError):
             return []
 

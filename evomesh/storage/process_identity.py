@@ -7,7 +7,10 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-ENDED = ("Z", "X")  # states of a process that ended and that its parent has not collected yet
+ENDED = (
+    "Z",
+    "X",
+)  # states of a process that ended and that its parent has not collected yet
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,9 @@ class ProcessIdentity:
         try:
             boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
             namespace = os.readlink("/proc/self/ns/pid")
-            return ProcessIdentity(f"{boot} {namespace}", os.getpid(), _start_time(os.getpid()))
+            return ProcessIdentity(
+                f"{boot} {namespace}", os.getpid(), _start_time(os.getpid())
+            )
         except (OSError, ValueError, IndexError):
             return ProcessIdentity(secrets.token_hex(8), os.getpid(), 0)
 
@@ -52,7 +57,8 @@ def _start_time(pid: int) -> int:
         ProcessLookupError: it has ended.
         OSError, ValueError, IndexError: /proc does not tell.
     """
-    # The name of the program, in parentheses, may hold anything; the fields after it may not.
+    # The name of the program, in parentheses, may hold anything; the fields after it
+    # may not.
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     if fields[0] in ENDED:
         raise ProcessLookupError(f"process {pid} has ended")

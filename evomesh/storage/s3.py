@@ -32,7 +32,8 @@ ATTEMPTS = 6
 LONGEST_PAUSE = 20.0  # seconds between two tries
 MISSING = ("404", "NoSuchKey", "NotFound")
 EXISTS = ("412", "PreconditionFailed")
-# Codes below 500 that ask for another try. A conflict is two conditional writes that meet: one of them is to come back.
+# Codes below 500 that ask for another try. A conflict is two conditional writes that
+# meet: one of them is to come back.
 REPEATABLE = (
     "SlowDown",
     "RequestTimeout",
@@ -43,7 +44,11 @@ REPEATABLE = (
     "ConditionalRequestConflict",
     "OperationAborted",
 )
-UNREADABLE = ("AccessDenied", "403", "InvalidObjectState")  # of one object, where others can be read
+UNREADABLE = (
+    "AccessDenied",
+    "403",
+    "InvalidObjectState",
+)  # of one object, where others can be read
 ADVICE = {
     "NoSuchBucket": "make the bucket, or correct its name in the path",
     "InvalidAccessKeyId": "set S3_ACCESS_KEY_ID (or AWS_ACCESS_KEY_ID) to a key this store knows",
@@ -66,7 +71,9 @@ class S3Storage:
 
     remote = True
 
-    def __init__(self, client: Any, bucket: str, *, attempts: int = ATTEMPTS, wait: float = 0.5) -> None:
+    def __init__(
+        self, client: Any, bucket: str, *, attempts: int = ATTEMPTS, wait: float = 0.5
+    ) -> None:
         self._client, self.bucket = client, bucket
         self._attempts, self._wait = attempts, wait
         self.pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="s3")
@@ -84,7 +91,11 @@ class S3Storage:
         """
         named = {"Key": key} if key else {}
         return self.repeat(
-            operation, key, lambda: getattr(self._client, operation)(Bucket=self.bucket, **named, **arguments)
+            operation,
+            key,
+            lambda: getattr(self._client, operation)(
+                Bucket=self.bucket, **named, **arguments
+            ),
         )
 
     def repeat(self, operation: str, key: str, request: Callable[[], T]) -> T:
@@ -107,7 +118,12 @@ class S3Storage:
             if attempt < self._attempts:
                 pause = min(LONGEST_PAUSE, self._wait * 2 ** (attempt - 1))
                 logger.warning(
-                    "%s: %s; try %d of %d in %.1f s", place, reason, attempt + 1, self._attempts, pause
+                    "%s: %s; try %d of %d in %.1f s",
+                    place,
+                    reason,
+                    attempt + 1,
+                    self._attempts,
+                    pause,
                 )
                 time.sleep(pause)
         raise StorageError(
@@ -131,7 +147,9 @@ class S3Storage:
         Raises:
             FileExistsError: one of the conditions (``IfNoneMatch``, ``IfMatch``) does not hold.
         """
-        answer = self.call("put_object", path, Body=data, ContentMD5=_md5(data), **conditions)
+        answer = self.call(
+            "put_object", path, Body=data, ContentMD5=_md5(data), **conditions
+        )
         return str(answer["ETag"])
 
     def publish(self, path: str, data: bytes, token: str) -> None:
@@ -192,7 +210,8 @@ class S3Storage:
         prefix = f"{folder}/" if folder else ""
         names: list[str] = []
         position: dict[str, str] = {}
-        # An answer has up to a thousand names, and the token with which the next one continues.
+        # An answer has up to a thousand names, and the token with which the next one
+        # continues.
         while True:
             answer = self.call(
                 "list_objects_v2",
@@ -223,7 +242,9 @@ class S3Storage:
 
     def lock(self, path: str, holder: str) -> S3Lock:
         lease = float(os.environ.get("EVOMESH_S3_LEASE", LEASE_SECONDS))
-        self.list(path.rpartition("/")[0])  # an unknown bucket or key is best refused by a listing
+        self.list(
+            path.rpartition("/")[0]
+        )  # an unknown bucket or key is best refused by a listing
         return S3Lock(self, path, holder, lease=lease)
 
 
@@ -285,7 +306,9 @@ def _body(answer: dict[str, Any]) -> bytes:
     """
     data: bytes = answer["Body"].read()
     if len(data) != answer["ContentLength"]:
-        raise EOFError(f"{len(data)} bytes came, {answer['ContentLength']} were announced")
+        raise EOFError(
+            f"{len(data)} bytes came, {answer['ContentLength']} were announced"
+        )
     return data
 
 
@@ -298,7 +321,9 @@ class S3Writer:
         self._upload: str | None = None
         self._parts: list[Future[str]] = []
         self._size = 0
-        self._free_parts = threading.Semaphore(IN_FLIGHT)  # bounds the copies of parts in memory
+        self._free_parts = threading.Semaphore(
+            IN_FLIGHT
+        )  # bounds the copies of parts in memory
 
     def write(self, data: memoryview | bytes) -> None:
         self._size += len(data)
@@ -309,7 +334,9 @@ class S3Writer:
 
     def _send(self, part: bytes) -> None:
         if self._upload is None:
-            self._upload = self._storage.call("create_multipart_upload", self._key)["UploadId"]
+            self._upload = self._storage.call("create_multipart_upload", self._key)[
+                "UploadId"
+            ]
         number = len(self._parts) + 1
         self._free_parts.acquire()
 
@@ -335,7 +362,10 @@ class S3Writer:
         else:
             if self._buffer:
                 self._send(bytes(self._buffer))
-            tags = [{"PartNumber": i + 1, "ETag": part.result()} for i, part in enumerate(self._parts)]
+            tags = [
+                {"PartNumber": i + 1, "ETag": part.result()}
+                for i, part in enumerate(self._parts)
+            ]
             try:
                 self._storage.call(
                     "complete_multipart_upload",
@@ -344,13 +374,16 @@ class S3Writer:
                     MultipartUpload={"Parts": tags},
                 )
             except StorageError:
-                # A lost answer to a completion that took place looks like an unknown upload when asked again.
+                # A lost answer to a completion that took place looks like an unknown
+                # upload when asked again.
                 if not self._storage.exists(self._key):
                     raise
         self._upload, self._buffer = None, bytearray()
         actual = self._storage.size(self._key)
         if actual != self._size:
-            raise StorageError(f"the store has {actual} bytes, {self._size} were sent", where=self._key)
+            raise StorageError(
+                f"the store has {actual} bytes, {self._size} were sent", where=self._key
+            )
 
     def abort(self) -> None:
         if self._upload is not None:
@@ -358,10 +391,16 @@ class S3Writer:
             try:
                 for part in self._parts:
                     if not part.cancel():
-                        wait([part])  # a part that arrives after the abort would stay in the bucket
+                        wait(
+                            [part]
+                        )  # a part that arrives after the abort would stay in the bucket
                 self._storage.call("abort_multipart_upload", self._key, UploadId=upload)
             except (StorageError, OSError) as error:
-                logger.warning("%s: an unfinished upload may be left in the bucket: %s", self._key, error)
+                logger.warning(
+                    "%s: an unfinished upload may be left in the bucket: %s",
+                    self._key,
+                    error,
+                )
 
 
 class S3Reader:
@@ -430,4 +469,6 @@ def _md5(data: bytes) -> str:
 def open_s3(scheme: str, rest: str) -> tuple[S3Storage, str]:
     """Return the storage and the key that a URL means."""
     address = parse(scheme, rest)
-    return S3Storage(make_client(address.endpoint), address.bucket), join(address.key or "/").strip("/")
+    return S3Storage(make_client(address.endpoint), address.bucket), join(
+        address.key or "/"
+    ).strip("/")

@@ -13,7 +13,11 @@ from evomesh.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-KEY_NAMES = ("S3_ACCESS_KEY_ID", "ACCESS_KEY", "AWS_ACCESS_KEY_ID")  # InternEvo's names come first
+KEY_NAMES = (
+    "S3_ACCESS_KEY_ID",
+    "ACCESS_KEY",
+    "AWS_ACCESS_KEY_ID",
+)  # InternEvo's names come first
 SECRET_NAMES = ("S3_SECRET_ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "AWS_SECRET_ACCESS_KEY")
 CONNECTIONS = 16
 
@@ -35,7 +39,8 @@ def parse(scheme: str, rest: str, env: Mapping[str, str] = os.environ) -> S3Addr
     """
     if scheme == "s3" and rest.startswith(("http://", "https://")):
         return _with_endpoint(rest)
-    # Both forms accept a second "s3:" before the slashes: boto3:s3://BUCKET.ENDPOINT/KEY and s3://BUCKET/KEY.
+    # Both forms accept a second "s3:" before the slashes:
+    # boto3:s3://BUCKET.ENDPOINT/KEY and s3://BUCKET/KEY.
     place = rest.removeprefix("s3:").lstrip("/")
     host, _, key = place.partition("/")
     key = key.strip("/")
@@ -73,7 +78,10 @@ def _endpoint_url(endpoint: str) -> str:
         ipaddress.ip_address(name.strip("[]"))
     except ValueError:
         return f"https://{endpoint}"
-    logger.warning("the endpoint %s is an IP address: bytes and keys travel unencrypted (http)", endpoint)
+    logger.warning(
+        "the endpoint %s is an IP address: bytes and keys travel unencrypted (http)",
+        endpoint,
+    )
     return f"http://{endpoint}"
 
 
@@ -87,9 +95,12 @@ def make_client(endpoint: str | None, env: Mapping[str, str] = os.environ) -> An
         import boto3
         from botocore.config import Config
     except ImportError:
-        raise UserError("an s3 path needs boto3", fix="pip install 'evomesh[s3]'") from None
+        raise UserError(
+            "an s3 path needs boto3", fix="pip install 'evomesh[s3]'"
+        ) from None
     config = Config(
-        # There is one layer of retries, that of S3Storage: it knows which calls may be repeated and logs each pause.
+        # There is one layer of retries, that of S3Storage: it knows which calls may be
+        # repeated and logs each pause.
         retries={"max_attempts": 0},
         connect_timeout=float(env.get("EVOMESH_S3_CONNECT_TIMEOUT", "10")),
         read_timeout=float(env.get("EVOMESH_S3_READ_TIMEOUT", "60")),

@@ -1,15 +1,17 @@
 """A lock in an object store: one object that its holder rewrites again and again.
 
-The holder puts the object with ``If-None-Match: *`` and renews it in the background with ``If-Match: ETAG``, so that of
-two writers the store itself lets only one through. Each renewal changes the ETag. Whoever finds the object waits:
+The holder puts the object with ``If-None-Match: *`` and renews it in the background
+with ``If-Match: ETAG``, so that of two writers the store itself lets only one through.
+Each renewal changes the ETag. Whoever finds the object waits:
 
     ETag changes                          the holder lives: refused, with the name it left
     ETag stays for the time of a lease    the holder died or hangs: the lock is taken over with If-Match
     holder is a dead process of this      the same, at once
       machine, or has released the lock
 
-Nobody compares the clocks of two machines: the waiting one measures how long *it* saw no change. A holder that hung and
-comes back finds another ETag; from then on ``check`` refuses, and with it every commit of that job.
+Nobody compares the clocks of two machines: the waiting one measures how long *it* saw
+no change. A holder that hung and comes back finds another ETag; from then on ``check``
+refuses, and with it every commit of that job.
 """
 
 from __future__ import annotations
@@ -85,7 +87,8 @@ class LockRecord:
                 int(process["pid"]),
                 int(process["started"]),
             )
-            # It comes from the store and is shown in messages: without control characters, and not endless.
+            # It comes from the store and is shown in messages: without control
+            # characters, and not endless.
             holder = printable(str(value["holder"]), keep="")
             renewal = int(value["renewal"])
         except (ValueError, KeyError, TypeError, RecursionError):
@@ -149,7 +152,9 @@ class S3Lock:
         self._ended = threading.Event()
         self._acquire()
         self._check_conditions()
-        self._thread = threading.Thread(target=self._renew_until_released, name="s3-lock", daemon=True)
+        self._thread = threading.Thread(
+            target=self._renew_until_released, name="s3-lock", daemon=True
+        )
         self._thread.start()
 
     def check(self) -> None:
@@ -165,16 +170,24 @@ class S3Lock:
     def release(self) -> None:
         """Let the next writer start at once. The object stays, with a record that names no holder."""
         self._ended.set()
-        # A renewal that waits for a store which is down must not keep the run from ending.
+        # A renewal that waits for a store which is down must not keep the run from
+        # ending.
         if not self._turn.acquire(timeout=self._lease / RENEWALS):
-            logger.warning("%s was not released; it expires in %.0f s", self._name, self._lease)
+            logger.warning(
+                "%s was not released; it expires in %.0f s", self._name, self._lease
+            )
             return
         try:
             if self._lost is None:
                 self._holder = ""
                 self._replace(self._tag)
         except (OSError, UserError) as error:
-            logger.warning("%s was not released; it expires in %.0f s: %s", self._name, self._lease, error)
+            logger.warning(
+                "%s was not released; it expires in %.0f s: %s",
+                self._name,
+                self._lease,
+                error,
+            )
         finally:
             self._turn.release()
 
@@ -211,7 +224,11 @@ class S3Lock:
 
     def _is_free(self, record: LockRecord) -> bool:
         """Return whether the lock was released, is this process's own, or is of a process that is known to be gone."""
-        return not record.holder or record.process == self._process or record.process.has_ended(self._process)
+        return (
+            not record.holder
+            or record.process == self._process
+            or record.process.has_ended(self._process)
+        )
 
     def _stays_unchanged(self, record: LockRecord, tag: str) -> bool:
         """Wait for a change; return whether there was none for a whole lease, or the lock is free now.
@@ -237,7 +254,9 @@ class S3Lock:
                 if self._is_free(latest):
                     return False
                 raise LockTakenError(self._name, latest.holder)
-        logger.warning("%s: no sign of life from %s: taking over", self._name, record.holder)
+        logger.warning(
+            "%s: no sign of life from %s: taking over", self._name, record.holder
+        )
         return True
 
     # ---------------------------------------------------------------------------------------------------- renew
@@ -251,7 +270,8 @@ class S3Lock:
                 logger.error("%s", error)
                 return
             except (OSError, UserError) as error:
-                # The lease still runs; if it runs out meanwhile, the next renewal finds out.
+                # The lease still runs; if it runs out meanwhile, the next renewal finds
+                # out.
                 logger.warning("%s was not renewed: %s", self._name, error)
 
     def _renew(self) -> None:
@@ -272,7 +292,9 @@ class S3Lock:
         if record.process == self._process:
             self._tag = tag
         else:
-            self._lost = LockLostError(self._name, record.holder or "a job that has ended since")
+            self._lost = LockLostError(
+                self._name, record.holder or "a job that has ended since"
+            )
 
     def _replace(self, tag: str) -> bool:
         """Write the object if it still has ``tag``; return whether it had.
@@ -343,7 +365,10 @@ class S3Lock:
 
     def _check_conditions(self) -> None:
         """Find out whether the store obeys conditions: each of these two writes must be refused."""
-        conditions: list[dict[str, str]] = [{"IfNoneMatch": "*"}, {"IfMatch": NO_SUCH_TAG}]
+        conditions: list[dict[str, str]] = [
+            {"IfNoneMatch": "*"},
+            {"IfMatch": NO_SUCH_TAG},
+        ]
         for condition in conditions if self._conditional else []:
             try:
                 self._tag = self._put(**condition)
@@ -366,4 +391,8 @@ class S3Lock:
 
 def _now() -> float:
     """Return seconds of a clock that nobody sets and that also runs while the machine sleeps."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+    return (
+        time.clock_gettime(time.CLOCK_BOOTTIME)
+        if hasattr(time, "CLOCK_BOOTTIME")
+        else time.monotonic()
+    )

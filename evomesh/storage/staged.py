@@ -1,7 +1,7 @@
 """Files written to a local folder first and uploaded from there (``async_upload_tmp_folder``).
 
-Killed at any moment, what is left is a file in the local folder and at most an object that no commit record names; the
-next start empties the folder.
+Killed at any moment, what is left is a file in the local folder and at most an object
+that no commit record names; the next start empties the folder.
 """
 
 from __future__ import annotations
@@ -58,12 +58,16 @@ class StagedStorage:
     def __init__(self, target: Storage, folder: str, name: str) -> None:
         self.target = target
         self._folder = join(folder, name)
-        shutil.rmtree(self._folder, ignore_errors=True)  # leftovers of a killed run: never committed
+        shutil.rmtree(
+            self._folder, ignore_errors=True
+        )  # leftovers of a killed run: never committed
         try:
             os.makedirs(self._folder, mode=0o700)
         except OSError as error:
             raise StorageError(
-                f"{error.strerror}", where=self._folder, fix="set async_upload_tmp_folder"
+                f"{error.strerror}",
+                where=self._folder,
+                fix="set async_upload_tmp_folder",
             ) from None
 
     def create(self, path: str) -> StorageWriter:

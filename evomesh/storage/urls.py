@@ -35,7 +35,11 @@ def open_storage(url: str) -> tuple[Storage, str]:
     if scheme in ("boto3", "s3"):
         return open_s3(scheme, path)
     if scheme in ("volc", "oss2"):
-        raise UserError(f"{url!r}: the {scheme}: store is not supported", expected=FORMS)
+        raise UserError(
+            f"{url!r}: the {scheme}: store is not supported", expected=FORMS
+        )
     raise UserError(
-        f"unknown prefix {scheme + ':'!r} in {url!r}", expected=FORMS, fix=f"local:{url} for a file name"
+        f"unknown prefix {scheme + ':'!r} in {url!r}",
+        expected=FORMS,
+        fix=f"local:{url} for a file name",
     )

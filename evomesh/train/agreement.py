@@ -18,7 +18,8 @@ from evomesh.config.schema import Config
 from evomesh.errors import UserError
 from evomesh.parallel.exchange import Exchange
 
-# Where a node keeps something may differ; what it keeps there is compared by the data's own fingerprint.
+# Where a node keeps something may differ; what it keeps there is compared by the data's
+# own fingerprint.
 PLACES = (
     "run.run_dir",
     "run.tensorboard_folder",
@@ -43,18 +44,27 @@ def config_facts(config: Config) -> Facts:
     for place in PLACES:
         facts.pop(place, None)
     written = {written_key(key): value for key, value in facts.items()}
-    versions = {"evomesh's version": evomesh.__version__, "evomesh's code": source_digest()}
+    versions = {
+        "evomesh's version": evomesh.__version__,
+        "evomesh's code": source_digest(),
+    }
     return written | versions | {"torch's version": torch.__version__}
 
 
 def data_facts(manifest: Mapping[str, Any]) -> Facts:
     """Return the fingerprint of each file of the training data, and that of all of them in order."""
-    facts = {f"data file {file['file']}": _describe_file(file) for file in manifest["files"]}
+    facts = {
+        f"data file {file['file']}": _describe_file(file) for file in manifest["files"]
+    }
     return facts | {"fingerprint of the training data": str(manifest["hash"])}
 
 
 def _describe_file(file: Mapping[str, Any]) -> str:
-    known = [f"{name} {file[name]}" for name in ("bytes", "documents", "tokens", "hash") if name in file]
+    known = [
+        f"{name} {file[name]}"
+        for name in ("bytes", "documents", "tokens", "hash")
+        if name in file
+    ]
     return ", ".join(known)
 
 
@@ -72,7 +82,9 @@ def source_digest() -> str:
     digest = hashlib.sha256()
     folder = Path(evomesh.__file__).parent
     for path in sorted(folder.rglob("*.py")):
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+        digest.update(
+            path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes()
+        )
     return digest.hexdigest()[:12]
 
 
@@ -110,7 +122,8 @@ def first_difference(ranks: list[dict[str, Any]]) -> str:
     for rank in ranks:
         names |= dict.fromkeys(rank["facts"])
 
-    # Ranks with the same value are named together: "world size differs: 8 (rank 0 on a, rank 1 on b), 4 (rank 2 on c)".
+    # Ranks with the same value are named together: "world size differs: 8 (rank 0 on a,
+    # rank 1 on b), 4 (rank 2 on c)".
     for name in names:
         places: dict[str, list[str]] = {}
         for number, rank in enumerate(ranks):

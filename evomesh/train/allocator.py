@@ -1,8 +1,9 @@
 """glibc settings that keep freed memory in the process, for the next step.
 
-glibc gives every freed block above its mmap threshold (at most 32 MiB by default) back to the kernel at once. A
-training step on the CPU frees and takes the same large blocks again and again, and each time the kernel hands out
-zeroed pages one fault at a time: about a tenth of the step of a 60M model.
+glibc gives every freed block above its mmap threshold (at most 32 MiB by default) back
+to the kernel at once. A training step on the CPU frees and takes the same large blocks
+again and again, and each time the kernel hands out zeroed pages one fault at a time:
+about a tenth of the step of a 60M model.
 """
 
 from __future__ import annotations
@@ -11,23 +12,34 @@ import ctypes
 import os
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_LARGEST_HEAP_BLOCK = 256 << 20  # bytes; the heap can fragment, and the logits of a chunk take 64 MiB
-_ENVIRONMENT_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")  # mallopt(3)
+_LARGEST_HEAP_BLOCK = (
+    256 << 20
+)  # bytes; the heap can fragment, and the logits of a chunk take 64 MiB
+_ENVIRONMENT_VARIABLES = (
+    "MALLOC_TRIM_THRESHOLD_",
+    "MALLOC_MMAP_THRESHOLD_",
+)  # mallopt(3)
 
 
 def keep_freed_memory() -> bool:
     """Let the allocator reuse large blocks instead of returning them to the kernel.
 
-    The process keeps its peak memory from then on; the peak itself grew by 5 % for a 60M model.
+    The process keeps its peak memory from then on; the peak itself grew by 5 % for a
+    60M model.
 
     Returns:
         False where the C library is not glibc or the user has set the thresholds in the environment.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
-    user_has_chosen = "glibc.malloc" in tunables or any(name in os.environ for name in _ENVIRONMENT_VARIABLES)
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    user_has_chosen = "glibc.malloc" in tunables or any(
+        name in os.environ for name in _ENVIRONMENT_VARIABLES
+    )
+    mallopt = (
+        getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    )
     if user_has_chosen or mallopt is None:
         return False
     return bool(
-        mallopt(_M_MMAP_THRESHOLD, _LARGEST_HEAP_BLOCK) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_HEAP_BLOCK)
+        and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     )  # C int

@@ -89,10 +89,16 @@ class TrainingRun:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything else of a checkpoint, as JSON."""
-        stream = self._state_before_batch if self._batch_was_returned else self.stream.state()
+        stream = (
+            self._state_before_batch
+            if self._batch_was_returned
+            else self.stream.state()
+        )
         return {
             "train": self.state.state(),
-            "sampler": self.train_data.merge_states(all_gather_objects(stream, self.grid.dp)),
+            "sampler": self.train_data.merge_states(
+                all_gather_objects(stream, self.grid.dp)
+            ),
             "data": self.train_data.manifest,
             "optimizer": self.optimizer.state(),
             "scaler": self.scaler.state(),
@@ -115,7 +121,9 @@ def build_run(loaded: LoadedConfig, context: RunContext) -> TrainingRun:
     stages = build_stages(config, grid, context.mode, context.device)
     named_parameters = stages.parameters().items()
     zero_config = config.hybrid_zero_optimizer
-    optimizer = ZeroOptimizer(named_parameters, config.adam, zero_config, grid, stages.module)
+    optimizer = ZeroOptimizer(
+        named_parameters, config.adam, zero_config, grid, stages.module
+    )
     scaler = LossScaler(config.grad_scaler, config.model.dtype)
 
     # 3. Weights and counters: from a checkpoint, from other weights, or initial values.
@@ -139,7 +147,6 @@ def build_run(loaded: LoadedConfig, context: RunContext) -> TrainingRun:
     writer = build_checkpoint_writer(config.ckpt, folder, grid, exchange)
     if writer is not None and start.checkpoint is not None:
         writer.continue_from(start.checkpoint)
-    resumed_step = start.checkpoint.step if start.checkpoint is not None and start.resumes else None
     return TrainingRun(
         config=config,
         grid=grid,
@@ -153,7 +160,7 @@ def build_run(loaded: LoadedConfig, context: RunContext) -> TrainingRun:
         state=state,
         reporter=reporter,
         checkpoints=writer,
-        resumed_step=resumed_step,
+        resumed_step=start.resumed_step,
         reason=start.reason,
     )
 
@@ -168,7 +175,9 @@ def _build_data(config: Config) -> tuple[TrainData, list[ValidationSet]]:
     return train_data, build_valid_data(config.data, config.model.vocab_size)
 
 
-def _resolve_epochs(config: Config, train_data: TrainData, context: RunContext) -> Config:
+def _resolve_epochs(
+    config: Config, train_data: TrainData, context: RunContext
+) -> Config:
     """Return the config with its epochs as steps, and log them."""
     num_packs = train_data.num_packs
     dp_size = context.grid.dp.size
@@ -206,7 +215,10 @@ def _restore_weights(
 
 
 def _restore_counters(
-    start: StartPoint, stored: dict[str, Any], optimizer: ZeroOptimizer, scaler: LossScaler
+    start: StartPoint,
+    stored: dict[str, Any],
+    optimizer: ZeroOptimizer,
+    scaler: LossScaler,
 ) -> TrainState:
     """Return the counters of the run; loads those of optimizer and loss scaler."""
     state = TrainState()

@@ -31,8 +31,10 @@ def enable_determinism() -> None:
             expected=" or ".join(_REPEATABLE_WORKSPACES),
             fix=f"unset {_WORKSPACE}, or set deterministic=False",
         )
-    # Compiled blocks: choose the shape of a reduction by rule, not by which was fastest in this run.
+    # Compiled blocks: choose the shape of a reduction by rule, not by which was fastest
+    # in this run.
     os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
     torch.use_deterministic_algorithms(True)
-    # Nothing here reads memory that it has not written; filling it would cost a pass over every new tensor.
+    # Nothing here reads memory that it has not written; filling it would cost a pass
+    # over every new tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -21,7 +21,7 @@ from evomesh.config.schema import (
     TensorConfig,
 )
 from evomesh.data.prompts import find_tasks, read_prompts
-from evomesh.data.tokenizer import load_tokenizer
+from evomesh.data.tokenizer import Tokenizer, load_tokenizer
 from evomesh.errors import UserError
 from evomesh.generate.options import SamplingParams
 from evomesh.generate.prompt_folder import (
@@ -57,7 +57,9 @@ MODEL_SETTINGS_WITHOUT_SHAPE = (
 )
 
 
-def run_generation_section(loaded: LoadedConfig, launcher: str = "auto", port: int = 8888) -> None:
+def run_generation_section(
+    loaded: LoadedConfig, launcher: str = "auto", port: int = 8888
+) -> None:
     """Answer every prompt of ``generation.data_folder`` (else ``data.valid_folder``) and write the results.
 
     Raises:
@@ -69,7 +71,9 @@ def run_generation_section(loaded: LoadedConfig, launcher: str = "auto", port: i
     section = loaded.config.generation
     if section is None:
         raise UserError(
-            "the config has no generation section", where="generation", fix="add generation = dict(...)"
+            "the config has no generation section",
+            where="generation",
+            fix="add generation = dict(...)",
         )
     sampling = SamplingParams.from_config(section)
     prompt_folder, key = find_prompt_folder(loaded.config)
@@ -79,8 +83,7 @@ def run_generation_section(loaded: LoadedConfig, launcher: str = "auto", port: i
         task: read_prompts(files, vocab_size)
         for task, files in find_tasks(prompt_folder, key, vocab_size).items()
     }
-    tokenizer_path = loaded.config.data.tokenizer_path
-    tokenizer = load_tokenizer(tokenizer_path, "data.tokenizer_path") if tokenizer_path else None
+    tokenizer = _load_tokenizer(loaded.config.data.tokenizer_path)
     config = inference_layout(loaded.config)
     with launch(config, launcher, port=port) as context:
         is_main = context.rank == 0
@@ -107,7 +110,14 @@ def run_generation_section(loaded: LoadedConfig, launcher: str = "auto", port: i
             first_number += len(prompts)
             if is_main:
                 write_results(output, task, results, sampling, tokenizer)
-                logger.info("%s", summarize_results(task, results, time.perf_counter() - started))
+                logger.info(
+                    "%s",
+                    summarize_results(task, results, time.perf_counter() - started),
+                )
+
+
+def _load_tokenizer(path: str | None) -> Tokenizer | None:
+    return load_tokenizer(path, "data.tokenizer_path") if path else None
 
 
 def _log_warnings(loaded: LoadedConfig, config: Config) -> None:
@@ -120,16 +130,17 @@ def _log_warnings(loaded: LoadedConfig, config: Config) -> None:
 def inference_layout(config: Config) -> Config:
     """Return the config with the layout for decoding: tensor mode mtp, contiguous stages, the rest data parallel.
 
-    msp and fsp shard weights as mtp does, and the activations they save are nothing for one token per sequence. The
-    weight axis of isp becomes the tensor axis, as far as it divides heads and widths, so that no rank gathers whole
-    blocks.
+    msp and fsp shard weights as mtp does, and the activations they save are nothing for
+    one token per sequence. The weight axis of isp becomes the tensor axis, as far as it
+    divides heads and widths, so that no rank gathers whole blocks.
     """
     parallel = config.parallel
     tensor_size = parallel.tensor.size
     if parallel.tensor.mode == "isp":
         tensor_size = _largest_tensor_size(config.model, parallel)
     layout = ParallelConfig(
-        tensor=TensorConfig(size=tensor_size), pipeline=PipelineConfig(size=parallel.pipeline.size)
+        tensor=TensorConfig(size=tensor_size),
+        pipeline=PipelineConfig(size=parallel.pipeline.size),
     )
     model = config.model.model_copy(update={"num_chunks": 1, "compile": False})
     return config.model_copy(update={"parallel": layout, "model": model})
@@ -142,7 +153,8 @@ def _largest_tensor_size(model: ModelConfig, parallel: ParallelConfig) -> int:
     sizes = [
         size
         for size in range(1, max(axes) + 1)
-        if any(axis % size == 0 for axis in axes) and all(width % size == 0 for width in widths)
+        if any(axis % size == 0 for axis in axes)
+        and all(width % size == 0 for width in widths)
     ]
     return max(sizes)
 
@@ -171,7 +183,9 @@ def load_stage(config: Config, context: RunContext) -> LanguageModel:
     return StagedModel(model, context.grid.pp, config.model)
 
 
-def load_weights(config: Config, parameters: dict[str, Any], context: RunContext) -> None:
+def load_weights(
+    config: Config, parameters: dict[str, Any], context: RunContext
+) -> None:
     """Read ``generation.ckpt_folder``, else the newest in ``ckpt.save_ckpt_folder``: native, InternEvo or HF.
 
     Raises:
@@ -198,13 +212,18 @@ def load_weights(config: Config, parameters: dict[str, Any], context: RunContext
         value = getattr(config.model, key)
         if key in trained_with and trained_with[key] != value:
             logger.warning(
-                "model.%s is %s, but the checkpoint was trained with %s", key, value, trained_with[key]
+                "model.%s is %s, but the checkpoint was trained with %s",
+                key,
+                value,
+                trained_with[key],
             )
 
 
 def _find_weights(path: str, reader: CheckpointReader) -> StartPoint:
     """Decide what the weights of a model are read from."""
     kind = kind_of(*open_storage(path))
-    info = LoadConfig(path=path, ckpt_type=kind if kind in ("hf", "llama") else "internevo")
+    info = LoadConfig(
+        path=path, ckpt_type=kind if kind in ("hf", "llama") else "internevo"
+    )
     chosen = CheckpointConfig(auto_resume=False, load_ckpt_info=info)
     return decide(chosen, reader, folder=None)

@@ -17,7 +17,9 @@ from evomesh.train.signals import StopRequest
 
 
 @contextmanager
-def reporting_early_errors(launcher: str, port: int, env: Mapping[str, str] = os.environ) -> Iterator[None]:
+def reporting_early_errors(
+    launcher: str, port: int, env: Mapping[str, str] = os.environ
+) -> Iterator[None]:
     """Tell the other ranks of an error or a signal that ends this one before they have met."""
     address = detect(env, launcher, port).address
     several = address.world_size > 1
@@ -48,7 +50,8 @@ def _report_signal(address: JobAddress, exit_code: int, sentence: str) -> None:
 def explain_to_peers(error: BaseException, watch: PeerWatch) -> BaseException:
     """Return what this rank ends with, after the other ranks have heard of it.
 
-    A collective that failed because another rank is gone becomes the sentence that names that rank.
+    A collective that failed because another rank is gone becomes the sentence that
+    names that rank.
     """
     if isinstance(error, KeyboardInterrupt):
         watch.announce("interrupted by Ctrl-C", EXIT_INTERRUPTED)
@@ -85,7 +88,9 @@ def _announce(error: BaseException, watch: PeerWatch) -> BaseException:
         watch.announce(describe_bug(error), EXIT_BUG)
         return error
     verdict = watch.announce(str(message), message.exit_code)
-    message.printed_elsewhere = verdict.rank != watch.rank and verdict.message == str(message)
+    message.printed_elsewhere = verdict.rank != watch.rank and verdict.message == str(
+        message
+    )
     return message
 
 

@@ -108,7 +108,9 @@ def launch(
         watch.sign_off()
 
 
-def _agree_before_the_start(config: Config, watch: PeerWatch, request: StopRequest | None) -> None:
+def _agree_before_the_start(
+    config: Config, watch: PeerWatch, request: StopRequest | None
+) -> None:
     """Refuse ranks that differ, before groups are made of them."""
     if request is not None:
         request.before_end = watch.announce_and_linger
@@ -116,7 +118,9 @@ def _agree_before_the_start(config: Config, watch: PeerWatch, request: StopReque
         require_agreement(exchange, config_facts(config))
 
 
-def _start_run(config: Config, process: ProcessInfo, device: torch.device, seed: int | None) -> RunContext:
+def _start_run(
+    config: Config, process: ProcessInfo, device: torch.device, seed: int | None
+) -> RunContext:
     """Build the grid, log the start lines and seed the generators."""
     rank, world_size = process.rank, process.world_size
     grid = build_grid(config.parallel, world_size, rank)
@@ -127,7 +131,9 @@ def _start_run(config: Config, process: ProcessInfo, device: torch.device, seed:
         f"tp:{grid.tp.rank},pp={grid.pp.rank},dp={grid.dp.rank}===========",
         extra=ALL_RANKS,
     )
-    return RunContext(grid, device, MODES[config.parallel.tensor.mode], rank, world_size, started)
+    return RunContext(
+        grid, device, MODES[config.parallel.tensor.mode], rank, world_size, started
+    )
 
 
 def set_seed(seed: int, rank: int) -> None:

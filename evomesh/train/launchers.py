@@ -20,7 +20,9 @@ logger = logging.getLogger(__name__)
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NPROCS", "SLURM_JOB_NODELIST")
-DLC_PROCESSES = "KUBERNETES_CONTAINER_RESOURCE_GPU"  # Aliyun DLC sets it: processes per node
+DLC_PROCESSES = (
+    "KUBERNETES_CONTAINER_RESOURCE_GPU"  # Aliyun DLC sets it: processes per node
+)
 LAUNCHERS = ("auto", "torch", "slurm")
 
 
@@ -40,7 +42,9 @@ class ProcessInfo:
         return JobAddress(self.rank, self.world_size, self.host, self.port)
 
 
-def detect(env: Mapping[str, str], launcher: str = "auto", port: int = 8888) -> ProcessInfo:
+def detect(
+    env: Mapping[str, str], launcher: str = "auto", port: int = 8888
+) -> ProcessInfo:
     """Read rank and world size from the launcher's variables: torchrun first, then slurm, else one process.
 
     Args:
@@ -67,7 +71,12 @@ def detect(env: Mapping[str, str], launcher: str = "auto", port: int = 8888) -> 
 
 
 def _from_torchrun(env: Mapping[str, str]) -> ProcessInfo:
-    _require(env, TORCHRUN, "torchrun", "torchrun --nproc_per_node=N train.py --config C --launcher torch")
+    _require(
+        env,
+        TORCHRUN,
+        "torchrun",
+        "torchrun --nproc_per_node=N train.py --config C --launcher torch",
+    )
     process = ProcessInfo(
         _whole_number(env, "RANK"),
         _whole_number(env, "WORLD_SIZE"),
@@ -81,21 +90,31 @@ def _from_torchrun(env: Mapping[str, str]) -> ProcessInfo:
 
 def _from_slurm(env: Mapping[str, str], port: int) -> ProcessInfo:
     _require(
-        env, SLURM, "slurm", "srun -n N --ntasks-per-node=G --gpus-per-task=1 python train.py --config C"
+        env,
+        SLURM,
+        "slurm",
+        "srun -n N --ntasks-per-node=G --gpus-per-task=1 python train.py --config C",
     )
     nodes = env.get("SLURM_STEP_NODELIST", env["SLURM_JOB_NODELIST"])
     host = env.get("MASTER_ADDR") or node_address(first_node(nodes))
     number = _whole_number(env, "MASTER_PORT") if "MASTER_PORT" in env else port
     _check_port(number, "MASTER_PORT" if "MASTER_PORT" in env else "--port")
-    world_size, local_rank = _whole_number(env, "SLURM_NPROCS"), _whole_number(env, "SLURM_LOCALID")
+    world_size, local_rank = (
+        _whole_number(env, "SLURM_NPROCS"),
+        _whole_number(env, "SLURM_LOCALID"),
+    )
     return _check_range(
-        ProcessInfo(_whole_number(env, "SLURM_PROCID"), world_size, local_rank, host, number),
+        ProcessInfo(
+            _whole_number(env, "SLURM_PROCID"), world_size, local_rank, host, number
+        ),
         "SLURM_PROCID",
         "SLURM_NPROCS",
     )
 
 
-def _require(env: Mapping[str, str], names: tuple[str, ...], launcher: str, command: str) -> None:
+def _require(
+    env: Mapping[str, str], names: tuple[str, ...], launcher: str, command: str
+) -> None:
     missing = [name for name in names if not env.get(name)]
     if missing:
         raise UserError(
@@ -113,7 +132,9 @@ def _whole_number(env: Mapping[str, str], name: str) -> int:
         value = -1
     if value < 0:
         raise UserError(
-            f"{name}={env[name]!r} is not a number", where="environment", expected="a whole number >= 0"
+            f"{name}={env[name]!r} is not a number",
+            where="environment",
+            expected="a whole number >= 0",
         )
     return value
 
@@ -142,7 +163,9 @@ def first_node(nodes: str) -> str:
     match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", nodes)
     if match is None:
         raise UserError(
-            f"cannot read the node list {nodes!r}", where="SLURM_JOB_NODELIST", expected="such as n[1-4]"
+            f"cannot read the node list {nodes!r}",
+            where="SLURM_JOB_NODELIST",
+            expected="such as n[1-4]",
         )
     return "".join(part or "" for part in match.groups())
 
@@ -154,7 +177,10 @@ def node_address(node: str) -> str:
     except OSError:
         if shutil.which("scontrol"):
             shown = subprocess.run(
-                ["scontrol", "show", "node", node], capture_output=True, text=True, check=False
+                ["scontrol", "show", "node", node],
+                capture_output=True,
+                text=True,
+                check=False,
             )
             if match := re.search(r"NodeAddr=(\S+)", shown.stdout):
                 return match[1]
@@ -173,9 +199,10 @@ def torchrun_command(
 ) -> list[str] | None:
     """Return the torchrun command that starts this node's ranks; None if the environment does not require one.
 
-    Two environments do: ``NPROC_PER_NODE`` (with NNODES, NODE_RANK, ADDR, PORT), and Aliyun DLC, whose RANK and
-    WORLD_SIZE count nodes and whose KUBERNETES_CONTAINER_RESOURCE_GPU counts processes. A process that has a
-    LOCAL_RANK was started by torchrun already.
+    Two environments do: ``NPROC_PER_NODE`` (with NNODES, NODE_RANK, ADDR, PORT), and
+    Aliyun DLC, whose RANK and WORLD_SIZE count nodes and whose
+    KUBERNETES_CONTAINER_RESOURCE_GPU counts processes. A process that has a LOCAL_RANK
+    was started by torchrun already.
 
     Args:
         argv: ``sys.argv`` of this process.
@@ -208,20 +235,29 @@ def planned_world_size(env: Mapping[str, str], launcher: str = "auto") -> int:
     if torchrun_command(env, [], launcher) is None:
         return detect(env, launcher).world_size
     on_dlc = DLC_PROCESSES in env
-    processes = _whole_number(env, "NPROC_PER_NODE" if "NPROC_PER_NODE" in env else DLC_PROCESSES)
+    processes = _whole_number(
+        env, "NPROC_PER_NODE" if "NPROC_PER_NODE" in env else DLC_PROCESSES
+    )
     nodes, _ = _node_count_and_rank(env, on_dlc)
     return max(processes, 1) * nodes
 
 
 def _node_count_and_rank(env: Mapping[str, str], on_dlc: bool) -> tuple[int, int]:
-    names = ("WORLD_SIZE", "RANK") if on_dlc and "NNODES" not in env else ("NNODES", "NODE_RANK")
+    names = (
+        ("WORLD_SIZE", "RANK")
+        if on_dlc and "NNODES" not in env
+        else ("NNODES", "NODE_RANK")
+    )
     nodes = _whole_number(env, names[0]) if names[0] in env else 1
     node_rank = _whole_number(env, names[1]) if names[1] in env else 0
     return nodes, node_rank
 
 
 def _rendezvous(env: Mapping[str, str], nodes: int, node_rank: int) -> list[str]:
-    address, port = env.get("MASTER_ADDR") or env.get("ADDR"), env.get("MASTER_PORT") or env.get("PORT")
+    address, port = (
+        env.get("MASTER_ADDR") or env.get("ADDR"),
+        env.get("MASTER_PORT") or env.get("PORT"),
+    )
     if not address or not port:  # nodes that choose their own ports would never connect
         raise UserError(
             f"{nodes} nodes, but no address where they connect",

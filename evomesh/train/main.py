@@ -26,8 +26,8 @@ def run_training(
 ) -> int:
     """Train to ``data.total_steps``, resuming from a checkpoint if there is one.
 
-    Where training needs several processes and this is a single one, torchrun replaces it and runs the same command
-    line on every rank.
+    Where training needs several processes and this is a single one, torchrun replaces
+    it and runs the same command line on every rank.
 
     Args:
         config: a loaded config, or the path of a config file.

@@ -17,7 +17,12 @@ from evomesh.monitor.log import setup_logging
 from evomesh.monitor.metrics import MetricsFile, StepRecord, model_tflops
 from evomesh.monitor.optional_output import OptionalOutput
 from evomesh.monitor.progress import ProgressLine
-from evomesh.monitor.run_folder import check_folder, rank_name, run_folder, tensorboard_folder
+from evomesh.monitor.run_folder import (
+    check_folder,
+    rank_name,
+    run_folder,
+    tensorboard_folder,
+)
 from evomesh.monitor.tensorboard import TensorBoardWriter
 from evomesh.train.launch import RunContext
 from evomesh.train.state import TrainState
@@ -29,8 +34,8 @@ logger = logging.getLogger(__name__)
 class RunReporter:
     """Context manager that writes logs and metrics into the run folder.
 
-    Only the main rank writes metrics and TensorBoard: the first data-parallel rank of the last pipeline stage, which
-    has the loss.
+    Only the main rank writes metrics and TensorBoard: the first data-parallel rank of
+    the last pipeline stage, which has the loss.
 
     Args:
         text: the config file's text, for TensorBoard.
@@ -38,7 +43,12 @@ class RunReporter:
     """
 
     def __init__(
-        self, config: Config, text: str, context: RunContext, state: TrainState, data: TrainData
+        self,
+        config: Config,
+        text: str,
+        context: RunContext,
+        state: TrainState,
+        data: TrainData,
     ) -> None:
         self.config, self.text, self.state, self.data = config, text, state, data
         self.world_size, self.dp_size = context.world_size, context.grid.dp.size
@@ -60,23 +70,31 @@ class RunReporter:
         run = self.config.run
         check_folder(self.folder, "run_dir" if run.run_dir else "run folder")
         if run.enable_tb:
-            check_folder(tensorboard_folder(run, self.folder, self.name), "tensorboard_folder")
+            check_folder(
+                tensorboard_folder(run, self.folder, self.name), "tensorboard_folder"
+            )
             if run.resume_tb_folder and not Path(run.resume_tb_folder).is_dir():
-                raise UserError("no such folder", where=f"resume_tb_folder ({run.resume_tb_folder})")
+                raise UserError(
+                    "no such folder", where=f"resume_tb_folder ({run.resume_tb_folder})"
+                )
 
     def __enter__(self) -> RunReporter:
         console = setup_logging(self.folder, self.name, shows=self.main)
         if not self.main:
             return self
         run, step = self.config.run, self.state.step
-        self._metrics = self._open_files.enter_context(MetricsFile(self.folder / "metrics.jsonl", step))
+        self._metrics = self._open_files.enter_context(
+            MetricsFile(self.folder / "metrics.jsonl", step)
+        )
         if run.enable_tb:
             earlier = Path(run.resume_tb_folder) if run.resume_tb_folder else None
             folder = tensorboard_folder(run, self.folder, self.name)
             board = TensorBoardWriter(folder, step, run.tensorboard_queue, earlier)
             self._open_files.callback(self._board_output.attempt, board.close)
             if step == 0:
-                self._board_output.attempt(lambda: board.text("cmd", " ".join(sys.argv)))
+                self._board_output.attempt(
+                    lambda: board.text("cmd", " ".join(sys.argv))
+                )
                 self._board_output.attempt(lambda: board.text("config", self.text))
             self._board = board
         logger.info("run folder: %s", self.folder)
@@ -89,7 +107,10 @@ class RunReporter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._open_files.close()
 
@@ -105,7 +126,15 @@ class RunReporter:
         seconds: float,
     ) -> StepRecord:
         """Log the line of one step and return its record for ``write``."""
-        record = self._record(step, batch, output, lr=lr, beta2=beta2, loss_scale=loss_scale, seconds=seconds)
+        record = self._record(
+            step,
+            batch,
+            output,
+            lr=lr,
+            beta2=beta2,
+            loss_scale=loss_scale,
+            seconds=seconds,
+        )
         if self.main:
             if output.update.check == "ok":
                 logger.info("%s", replace(record, extras={}).line())
@@ -122,10 +151,14 @@ class RunReporter:
 
     def validation(self, record: StepRecord, results: dict[str, float]) -> StepRecord:
         """Log one line per validation set and return the record with the results added."""
-        names = dict.fromkeys(key.removeprefix("val/").rpartition("_")[0] for key in results)
+        names = dict.fromkeys(
+            key.removeprefix("val/").rpartition("_")[0] for key in results
+        )
         for name in names:
             values = " ".join(
-                f"{key}={results[key]}" for key in results if key.rpartition("_")[0] == f"val/{name}"
+                f"{key}={results[key]}"
+                for key in results
+                if key.rpartition("_")[0] == f"val/{name}"
             )
             if self.main:
                 logger.info("Validation on %s: step=%d %s", name, record.step, values)
@@ -137,7 +170,9 @@ class RunReporter:
         if metrics is not None:
             self._metrics_output.attempt(lambda: metrics.write(record))
         if board is not None:
-            self._board_output.attempt(lambda: board.scalars(record.step, record.values()))
+            self._board_output.attempt(
+                lambda: board.scalars(record.step, record.values())
+            )
 
     def _record(
         self,
@@ -151,7 +186,9 @@ class RunReporter:
         seconds: float,
     ) -> StepRecord:
         data, model = self.config.data, self.config.model
-        segment_lengths = batch.cu_seqlens.diff(dim=1)  # [M, K - 1]; 0 where the bounds are padded
+        segment_lengths = batch.cu_seqlens.diff(
+            dim=1
+        )  # [M, K - 1]; 0 where the bounds are padded
         segments_per_micro_batch = (segment_lengths > 0).sum(1)
         tokens = batch.tokens.numel() * self.dp_size
         return StepRecord(
@@ -182,5 +219,9 @@ class RunReporter:
             smallest_batch=int(segments_per_micro_batch.min()),
             adam_beta2=beta2,
             fwd_bwd_time=output.fwd_bwd_time,
-            extras={key: value for key, value in output.tally.summary().items() if key != "loss"},
+            extras={
+                key: value
+                for key, value in output.tally.summary().items()
+                if key != "loss"
+            },
         )

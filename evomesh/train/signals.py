@@ -21,13 +21,15 @@ IMPORTS_S = 20.0  # how long a rank that is stopped while it imports torch waits
 class StopRequest:
     """The first Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP of this process; a second Ctrl-C interrupts immediately.
 
-    Until the ``with`` block is entered there is nothing to save, and a signal ends the process with its exit code.
-    From then on it is only recorded: the training loop asks for it, saves and ends. The handlers of a command stay to
-    its end, so that a signal in its last moments does not change its exit code.
+    Until the ``with`` block is entered there is nothing to save, and a signal ends the
+    process with its exit code. From then on it is only recorded: the training loop asks
+    for it, saves and ends. The handlers of a command stay to its end, so that a signal
+    in its last moments does not change its exit code.
 
-    Python runs handlers in the main thread, between two bytecodes, and therefore not while that thread waits in a
-    collective or loads a library. Hence a background thread listens too: Python's C handler writes each signal's
-    number to a pipe, whatever the main thread does.
+    Python runs handlers in the main thread, between two bytecodes, and therefore not
+    while that thread waits in a collective or loads a library. Hence a background
+    thread listens too: Python's C handler writes each signal's number to a pipe,
+    whatever the main thread does.
 
     Attributes:
         signal: the first one, None so far.
@@ -57,7 +59,9 @@ class StopRequest:
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         self._previous_wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        threading.Thread(target=self._listen, args=(reader,), name="signals", daemon=True).start()
+        threading.Thread(
+            target=self._listen, args=(reader,), name="signals", daemon=True
+        ).start()
         for number in WATCHED:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue  # nohup: the run outlives its terminal
@@ -73,7 +77,10 @@ class StopRequest:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._restores_on_exit:
             self.restore()
@@ -102,7 +109,9 @@ class StopRequest:
                 if number not in self._previous_handlers:
                     continue
                 ctrl_c += number == signal.SIGINT
-                self.signal = self.signal or signal.Signals(number)  # the main thread may be in a collective
+                self.signal = self.signal or signal.Signals(
+                    number
+                )  # the main thread may be in a collective
                 if not self._is_recorded_only:
                     self._end(signal.Signals(number))
                 if ctrl_c > 1:
@@ -114,10 +123,14 @@ class StopRequest:
     def _end(self, received: signal.Signals) -> None:
         """End the process, whose main thread may be anywhere: nothing has been written that could be torn."""
         code = exit_code(received)
-        sentence = f"stopped by {received.name} before the first step; rerun the same command"
+        sentence = (
+            f"stopped by {received.name} before the first step; rerun the same command"
+        )
         self._tell_peers(code, sentence)
         with contextlib.suppress(OSError):
-            os.write(2, f"{sentence}\n".encode())  # not print: the main thread may hold the stream's lock
+            os.write(
+                2, f"{sentence}\n".encode()
+            )  # not print: the main thread may hold the stream's lock
         os._exit(code)
 
     def _tell_peers(self, code: int, sentence: str) -> None:

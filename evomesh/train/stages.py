@@ -38,7 +38,11 @@ class ModelStages:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return all parameters by global name: layer indices are global, so no two chunks share a name."""
-        return {name: parameter for model in self.models for name, parameter in model.named_parameters()}
+        return {
+            name: parameter
+            for model in self.models
+            for name, parameter in model.named_parameters()
+        }
 
     def initialize(self, seed: int, grid: Grid) -> None:
         """Fill the weights with their initial values."""
@@ -46,7 +50,9 @@ class ModelStages:
             initialize_weights(model, seed, grid)
 
 
-def build_stages(config: Config, grid: Grid, mode: TensorMode, device: torch.device) -> ModelStages:
+def build_stages(
+    config: Config, grid: Grid, mode: TensorMode, device: torch.device
+) -> ModelStages:
     """Build this rank's chunks with uninitialized parameters, weights sharded where the config asks for it."""
     kind = pipeline_schedule(config)
     models = [
@@ -76,12 +82,17 @@ def _layer_ranges(config: Config, grid: Grid, kind: str) -> list[range] | list[N
     chunks = config.model.num_chunks
     ends = end_weights(config.model) if config.parallel.pipeline.balance else None
     ranges = layer_ranges(config.model.num_layers, grid.pp.size, chunks, ends)
-    return [ranges[stage] for stage in stages_of_rank(grid.pp.rank, grid.pp.size, chunks, kind)]
+    return [
+        ranges[stage]
+        for stage in stages_of_rank(grid.pp.rank, grid.pp.size, chunks, kind)
+    ]
 
 
 def end_weights(model: ModelConfig) -> tuple[float, float]:
     """Return the sizes of embedding and head, in parameters of one layer."""
-    attention_width = model.qkv_width + model.attention_width  # wqkv and wo, over hidden_size
+    attention_width = (
+        model.qkv_width + model.attention_width
+    )  # wqkv and wo, over hidden_size
     mlp_matrices = 3 if model.use_swiglu else 2
     layer = model.hidden_size * (attention_width + mlp_matrices * model.mlp_width)
     end = model.vocab_size * model.hidden_size / layer
@@ -89,16 +100,33 @@ def end_weights(model: ModelConfig) -> tuple[float, float]:
 
 
 def _build_chunk(
-    config: Config, grid: Grid, mode: TensorMode, device: torch.device, layer_range: range | None
+    config: Config,
+    grid: Grid,
+    mode: TensorMode,
+    device: torch.device,
+    layer_range: range | None,
 ) -> LanguageModel:
     axis = grid.zero if config.parallel.zero1.fsdp else grid.wp
     if axis.size == 1:
-        return build_model(config.model, grid=grid, mode=mode, device=device, layer_range=layer_range)
-    # Built on the meta device first, so that no rank ever holds the unsharded weights of a block it is not using.
-    # What "auto" means depends on the training device, which build_model cannot see from the meta device.
-    settings = config.model.model_copy(update={"compile": compiles_blocks(config.model.compile, device)})
-    model = build_model(settings, grid=grid, mode=mode, device="meta", layer_range=layer_range)
-    shard_weights(model, _sharding_units(model, axis), axis, device, overlap=config.parallel.weight.overlap)
+        return build_model(
+            config.model, grid=grid, mode=mode, device=device, layer_range=layer_range
+        )
+    # Built on the meta device first, so that no rank ever holds the unsharded weights
+    # of a block it is not using. What "auto" means depends on the training device,
+    # which build_model cannot see from the meta device.
+    settings = config.model.model_copy(
+        update={"compile": compiles_blocks(config.model.compile, device)}
+    )
+    model = build_model(
+        settings, grid=grid, mode=mode, device="meta", layer_range=layer_range
+    )
+    shard_weights(
+        model,
+        _sharding_units(model, axis),
+        axis,
+        device,
+        overlap=config.parallel.weight.overlap,
+    )
     clear_padding(model, grid)
     return model
 
@@ -106,16 +134,23 @@ def _build_chunk(
 def _sharding_units(model: nn.Module, axis: Axis) -> list[nn.Module]:
     """Return the modules whose weights are gathered together: the blocks and, under fsdp, embedding and head.
 
-    For a custom model only the blocks, because other weights might be read outside their module's forward.
+    For a custom model only the blocks, because other weights might be read outside
+    their module's forward.
     """
     layers = getattr(model, "layers", None)
     if not isinstance(layers, nn.ModuleDict | nn.ModuleList) or not len(layers):
         raise UserError(
             f"{type(model).__name__} has no layers whose weights can be sharded",
-            where="parallel.weight.size" if axis.name == "wp" else "parallel.zero1.fsdp",
+            where="parallel.weight.size"
+            if axis.name == "wp"
+            else "parallel.zero1.fsdp",
             expected="a model with its blocks in self.layers, an nn.ModuleDict or nn.ModuleList",
         )
     blocks = list(layers.values() if isinstance(layers, nn.ModuleDict) else layers)
     if axis.name == "wp" or not isinstance(model, Decoder):
         return blocks
-    return [module for module in (model.embedding, *blocks, model.head) if module is not None]
+    return [
+        module
+        for module in (model.embedding, *blocks, model.head)
+        if module is not None
+    ]

@@ -58,17 +58,26 @@ def check_counters(checkpoint: Checkpoint) -> None:
     state = checkpoint.state
     train = state.get("train")
     optimizer = state.get("optimizer")
-    if not all(isinstance(part, dict) for part in (train, optimizer, state.get("scaler"))):
-        raise CheckpointError("the stored state lacks the counters of the training", where=checkpoint.folder)
+    if not all(
+        isinstance(part, dict) for part in (train, optimizer, state.get("scaler"))
+    ):
+        raise CheckpointError(
+            "the stored state lacks the counters of the training",
+            where=checkpoint.folder,
+        )
     assert isinstance(train, dict)
     assert isinstance(optimizer, dict)
     odd = _odd_counters({**train, "optimizer.steps": optimizer.get("steps")})
     odd += [name for name in ("sampler", "data") if name not in state]
     if odd:
         raise CheckpointError(
-            f"parts of the stored state cannot be used: {', '.join(odd)}", where=checkpoint.folder
+            f"parts of the stored state cannot be used: {', '.join(odd)}",
+            where=checkpoint.folder,
         )
-    if checkpoint.step not in (train["step"], 0):  # an imported checkpoint is step 0, whatever its counters
+    if checkpoint.step not in (
+        train["step"],
+        0,
+    ):  # an imported checkpoint is step 0, whatever its counters
         raise CheckpointError(
             f"a checkpoint of step {checkpoint.step} with the counters of step {train['step']}",
             where=checkpoint.folder,
@@ -78,7 +87,11 @@ def check_counters(checkpoint: Checkpoint) -> None:
 def _odd_counters(counters: dict[str, Any]) -> list[str]:
     """Return the names of counters that are absent or are no counts."""
     names = [field.name for field in fields(TrainState) if field.name != "run_folder"]
-    odd = [name for name in (*names, "optimizer.steps") if not _is_count(counters.get(name))]
+    odd = [
+        name
+        for name in (*names, "optimizer.steps")
+        if not _is_count(counters.get(name))
+    ]
     if not isinstance(counters.get("run_folder"), str):
         odd.append("run_folder")
     return odd

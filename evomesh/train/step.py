@@ -62,13 +62,12 @@ def train_step(
     The one division is by the global count of targets (invariant 4 in docs/architecture.md);
     ``loss.reduction="micro_batch"`` averages each micro-batch first, which favors tokens of sparse micro-batches.
 
-    The host waits for the device once, to read the results: targets are counted before the batch goes to the device,
-    and the device decides whether the update is skipped.
+    The host waits for the device once, to read the results.
 
     Args:
         batch: on the host; pinned, if there is a device to copy it to.
-        should_stop: called between micro-batches with the number of finished ones; True interrupts the step. Never
-            called in a pipeline, whose stages are not all between the same two micro-batches at any time.
+        should_stop: called between micro-batches with the number of finished ones; True
+            interrupts the step. Never called in a pipeline.
 
     Returns:
         None when ``should_stop`` interrupted the step: its gradients are dropped and nothing else has changed.
@@ -76,8 +75,9 @@ def train_step(
     device = optimizer.device
     watch = Stopwatch(device)
 
-    # 1. Weights of the micro-batches: counted on the host, before anything is queued on the device.
-    scales = [weight * scaler.scale for weight in micro_batch_weights(batch.labels, grid, loss_config)]
+    # 1. Weights of the micro-batches, counted before the device has work.
+    weights = micro_batch_weights(batch.labels, grid, loss_config)
+    scales = [weight * scaler.scale for weight in weights]
     batch = batch.to(device)
 
     # 2. Forward and backward. The sums stay on the device.
@@ -89,7 +89,8 @@ def train_step(
         tally.add(output, batch.labels[index], batch.type_ids[index])
 
     optimizer.expect_micro_batches(len(scales))
-    if not schedule.train(batch, scales, loss_config.label_smoothing, add_loss, should_stop):
+    smoothing = loss_config.label_smoothing
+    if not schedule.train(batch, scales, smoothing, add_loss, should_stop):
         optimizer.zero_grad()
         return None
     watch.stop()
@@ -113,11 +114,13 @@ def _read_results(
 ) -> tuple[float, StepResult, LossTally]:
     """Sum objective and tally over all ranks and bring them to the host together with the gradient norm.
 
-    Only ranks of the last pipeline stage have added losses, so the sum over pp counts each loss once.
+    Only ranks of the last pipeline stage have added losses, so the sum over pp counts
+    each loss once.
     """
     objective = all_reduce_no_grad(objective, grid.dp, grid.pp)
     sums = tally.reduce(grid.dp, grid.pp).sums
-    # One tensor [2 + sums], so that the host waits once: norm, objective, then the sums of the tally.
+    # One tensor [2 + sums], so that the host waits once: norm, objective, then the sums
+    # of the tally.
     on_device = [
         norm.unsqueeze(0),
         objective.unsqueeze(0),
@@ -135,10 +138,13 @@ def copy_to_host(results: Tensor) -> Tensor:
     return results.cpu()
 
 
-def micro_batch_weights(labels: Tensor, grid: Grid, loss_config: LossConfig) -> list[float]:
+def micro_batch_weights(
+    labels: Tensor, grid: Grid, loss_config: LossConfig
+) -> list[float]:
     """Return the factor of each micro-batch's summed token losses.
 
-    Targets are counted, and summed over the data-parallel ranks, on the host, so no device has to be waited for.
+    Targets are counted, and summed over the data-parallel ranks, on the host, so no
+    device has to be waited for.
 
     Args:
         labels: [M, T] of this rank, on the host.

@@ -29,7 +29,9 @@ class StopFile:
             if not self._path.exists():
                 self._path.write_text("0\n")
         except OSError as error:
-            raise UserError(f"cannot create the stop file: {error.strerror}", where=path) from None
+            raise UserError(
+                f"cannot create the stop file: {error.strerror}", where=path
+            ) from None
 
     def read(self) -> int:
         """Return the requested step. Anything that is not a number is ignored with one warning."""
@@ -40,12 +42,19 @@ class StopFile:
             return 0
         except (OSError, ValueError) as error:
             if str(error) != self._last_reported:
-                logger.warning("stop file %s: %s; write a step number, or 0", self._path, error)
+                logger.warning(
+                    "stop file %s: %s; write a step number, or 0", self._path, error
+                )
             self._last_reported = str(error)
             return 0
         if text != self._last_reported and number:
             what = "save and stop" if number > 0 else "save"
-            logger.warning("stop file %s requests to %s after %d steps", self._path, what, abs(number))
+            logger.warning(
+                "stop file %s requests to %s after %d steps",
+                self._path,
+                what,
+                abs(number),
+            )
         self._last_reported = text
         return number
 
@@ -64,10 +73,12 @@ Boundary = tuple[int, int]  # (step, finished micro-batches of it)
 class StopBoundary:
     """Agrees on the boundary between micro-batches at which all ranks stop: the first that no rank has passed yet.
 
-    One register in the store holds either the farthest boundary that any rank has passed, or the boundary to stop
-    at. A rank that is the first at a boundary records it as passed; a rank that wants to stop records the boundary
-    after the farthest one. Each is one atomic compare-and-set, so no rank passes a boundary at which another stops,
-    and no rank waits for another. Only hosts communicate: work that is queued on devices keeps running.
+    One register in the store holds either the farthest boundary that any rank has
+    passed, or the boundary to stop at. A rank that is the first at a boundary records
+    it as passed; a rank that wants to stop records the boundary after the farthest one.
+    Each is one atomic compare-and-set, so no rank passes a boundary at which another
+    stops, and no rank waits for another. Only hosts communicate: work that is queued on
+    devices keeps running.
     """
 
     KEY = "evomesh/stop"
@@ -126,7 +137,11 @@ class StopPoll:
     """
 
     def __init__(
-        self, request: StopRequest, path: str | None, exchange: Exchange, store: SharedStore | None = None
+        self,
+        request: StopRequest,
+        path: str | None,
+        exchange: Exchange,
+        store: SharedStore | None = None,
     ) -> None:
         self._request, self._exchange = request, exchange
         self._file = StopFile(path) if path is not None and exchange.rank == 0 else None
@@ -159,4 +174,6 @@ class StopPoll:
         requested = self._request.signal is not None
         if self._exchange.size == 1:
             return requested
-        return self._boundary is not None and self._boundary.reached(step, micro_batches, requested)
+        return self._boundary is not None and self._boundary.reached(
+            step, micro_batches, requested
+        )

@@ -1,6 +1,7 @@
 """Loss, accuracy and perplexity as sums over target tokens, one column per data type.
 
-Sums add up over micro-batches, ranks and batches of any size, so every mean taken from them weighs tokens equally.
+Sums add up over micro-batches, ranks and batches of any size, so every mean taken from
+them weighs tokens equally.
 """
 
 from __future__ import annotations
@@ -25,9 +26,15 @@ class LossTally:
         sums: [3, types] float64 to start from (nll, correct, tokens); zeros when None.
     """
 
-    def __init__(self, types: list[str], device: torch.device, sums: Tensor | None = None) -> None:
+    def __init__(
+        self, types: list[str], device: torch.device, sums: Tensor | None = None
+    ) -> None:
         self.types = types
-        self.sums = torch.zeros(3, len(types), dtype=torch.float64, device=device) if sums is None else sums
+        self.sums = (
+            torch.zeros(3, len(types), dtype=torch.float64, device=device)
+            if sums is None
+            else sums
+        )
 
     def add(self, output: LossOutput, labels: Tensor, type_ids: Tensor) -> None:
         """Add one packed sequence; ``labels`` and ``type_ids`` are [T]."""
@@ -35,14 +42,19 @@ class LossTally:
         nll = output.nll.double() * is_target
         correct = (output.correct & is_target).double()
         per_token = torch.stack([nll, correct, is_target.double()])  # [3, T]
-        # Sums over a [T, types] membership mask, because scattered adds have no fixed order on CUDA. ``where`` instead
-        # of a product, because 0 * inf would leak one type's overflow into the others.
-        is_of_type = type_ids[:, None] == torch.arange(len(self.types), device=type_ids.device)
+        # Sums over a [T, types] membership mask, because scattered adds have no fixed
+        # order on CUDA. ``where`` instead of a product, because 0 * inf would leak one
+        # type's overflow into the others.
+        is_of_type = type_ids[:, None] == torch.arange(
+            len(self.types), device=type_ids.device
+        )
         self.sums += torch.where(is_of_type, per_token[:, :, None], 0.0).sum(1)
 
     def reduce(self, *axes: Axis) -> LossTally:
         """Sum over the ranks of ``axes``; every rank gets the result."""
-        return LossTally(self.types, self.sums.device, all_reduce_no_grad(self.sums, *axes))
+        return LossTally(
+            self.types, self.sums.device, all_reduce_no_grad(self.sums, *axes)
+        )
 
     def summary(self) -> dict[str, float]:
         """Return the means over all tokens and over each data type.
@@ -75,4 +87,8 @@ def _means(suffix: str, nll: float, correct: float, tokens: float) -> dict[str, 
         return {}
     loss = nll / tokens
     perplexity = math.exp(loss) if loss < 700 else math.inf
-    return {f"loss{suffix}": loss, f"acc{suffix}": correct / tokens, f"perplexity{suffix}": perplexity}
+    return {
+        f"loss{suffix}": loss,
+        f"acc{suffix}": correct / tokens,
+        f"perplexity{suffix}": perplexity,
+    }

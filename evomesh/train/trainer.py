@@ -38,7 +38,9 @@ class Trainer:
         self.skipped_steps = self.config.data.skip_batches
         self.saved_step = run.resumed_step
         data = self.config.data
-        self.upkeep = PeriodicUpkeep(data.empty_cache_and_diag_interval, data.diag_outlier_ratio, run.grid.dp)
+        self.upkeep = PeriodicUpkeep(
+            data.empty_cache_and_diag_interval, data.diag_outlier_ratio, run.grid.dp
+        )
 
     def train(self) -> int:
         """Train and return the process's exit code; see ``run_training``."""
@@ -85,9 +87,16 @@ class Trainer:
         if stop_request.signal is None:
             logger.warning("stopped by the stop file after %d steps", self.state.step)
             return 0
-        advice = "rerun the same command to resume" if self.run.checkpoints else "nothing was saved"
+        advice = (
+            "rerun the same command to resume"
+            if self.run.checkpoints
+            else "nothing was saved"
+        )
         logger.warning(
-            "stopped by %s after step %d: %s", stop_request.signal.name, self.state.step - 1, advice
+            "stopped by %s after step %d: %s",
+            stop_request.signal.name,
+            self.state.step - 1,
+            advice,
         )
         return stop_request.exit_code
 
@@ -101,7 +110,9 @@ class Trainer:
     def _stop_poll(self, stop_request: StopRequest) -> StopPoll:
         checkpoints = self.run.checkpoints
         path = self.config.ckpt.stop_file_path if checkpoints is not None else None
-        exchange = checkpoints.exchange if checkpoints is not None else default_exchange()
+        exchange = (
+            checkpoints.exchange if checkpoints is not None else default_exchange()
+        )
         return StopPoll(stop_request, path, exchange, shared_store())
 
     def _remaining_saves(self) -> int:
@@ -125,7 +136,10 @@ class Trainer:
         if record is None:
             state.step = step
             run.return_batch()
-            logger.info("step %d was interrupted between micro-batches; it will be redone on restart", step)
+            logger.info(
+                "step %d was interrupted between micro-batches; it will be redone on restart",
+                step,
+            )
             return
         if config.data.valid_every > 0 and state.step % config.data.valid_every == 0:
             results = validate(run.stages, run.valid_sets, run.grid, run.device)
@@ -135,11 +149,15 @@ class Trainer:
         self.upkeep.after_step(record.fwd_bwd_time)
         self._save_if_due()
 
-    def _update(self, step: int, batch: Batch, started: float, poll: StopPoll) -> StepRecord | None:
+    def _update(
+        self, step: int, batch: Batch, started: float, poll: StopPoll
+    ) -> StepRecord | None:
         """Run one optimizer step and return its record; None when it was interrupted."""
         run, state, config = self.run, self.state, self.config
         seed_step(config.run.seed, step, run.grid.dp.rank)
-        lr = learning_rate(state.step_count, config.lr_scheduler, config.adam, config.data.total_steps)
+        lr = learning_rate(
+            state.step_count, config.lr_scheduler, config.adam, config.data.total_steps
+        )
         adam_beta2 = beta2(state.step_count, config.beta2_scheduler, config.adam)
         loss_scale = run.scaler.scale
         output = train_step(
@@ -156,10 +174,18 @@ class Trainer:
         )
         if output is None:
             return None
-        state.record_step(batch.tokens.numel() * run.grid.dp.size, applied=output.update.check == "ok")
+        state.record_step(
+            batch.tokens.numel() * run.grid.dp.size, applied=output.update.check == "ok"
+        )
         seconds = time.perf_counter() - started
         return run.reporter.step(
-            step, batch, output, lr=lr, beta2=adam_beta2, loss_scale=loss_scale, seconds=seconds
+            step,
+            batch,
+            output,
+            lr=lr,
+            beta2=adam_beta2,
+            loss_scale=loss_scale,
+            seconds=seconds,
         )
 
     def _refuse_endless_skipping(self, step: int) -> None:

@@ -52,17 +52,28 @@ class ParallelBlock(nn.Module):
             placement=placement,
         )
         self.feed_forward = FeedForward(
-            config.hidden_size, config.mlp_width, swiglu=config.use_swiglu, placement=placement
+            config.hidden_size,
+            config.mlp_width,
+            swiglu=config.use_swiglu,
+            placement=placement,
         )
         self.gain = nn.Parameter(
-            torch.empty(config.hidden_size, dtype=placement.dtype, device=placement.device)
+            torch.empty(
+                config.hidden_size, dtype=placement.dtype, device=placement.device
+            )
         )
 
     def forward(
-        self, x: Tensor, tables: tuple[Tensor, Tensor], bounds: SequenceBounds, attend: AttentionFunction
+        self,
+        x: Tensor,
+        tables: tuple[Tensor, Tensor],
+        bounds: SequenceBounds,
+        attend: AttentionFunction,
     ) -> Tensor:
         h = self.norm(x)
-        return x + self.gain * (self.attention(h, tables, bounds, attend) + self.feed_forward(h))
+        return x + self.gain * (
+            self.attention(h, tables, bounds, attend) + self.feed_forward(h)
+        )
 
 
 class ParallelBlocks(LanguageModel):
@@ -72,16 +83,27 @@ class ParallelBlocks(LanguageModel):
         first_gain: initial value of every gain.
     """
 
-    def __init__(self, config: ModelConfig, first_gain: float, device: torch.device | str) -> None:
+    def __init__(
+        self, config: ModelConfig, first_gain: float, device: torch.device | str
+    ) -> None:
         super().__init__()
-        placement = Placement(dtype=parameter_dtype(config.dtype), device=torch.device(device))
+        placement = Placement(
+            dtype=parameter_dtype(config.dtype), device=torch.device(device)
+        )
         self.config, self.first_gain, self.dtype = config, first_gain, placement.dtype
         self.rotary = RotaryEmbedding(config.head_dim, config.rope_base)
         self.embedding = Embedding(
-            config.vocab_size, config.hidden_size, grad_scale=1.0, split_hidden=False, placement=placement
+            config.vocab_size,
+            config.hidden_size,
+            grad_scale=1.0,
+            split_hidden=False,
+            placement=placement,
         )
         self.layers = nn.ModuleDict(
-            {str(i): ParallelBlock(i, config, placement) for i in range(config.num_layers)}
+            {
+                str(i): ParallelBlock(i, config, placement)
+                for i in range(config.num_layers)
+            }
         )
         self.norm = Norm(
             "rmsnorm",
@@ -91,7 +113,9 @@ class ParallelBlocks(LanguageModel):
             placement=placement,
         )
 
-    def forward(self, x: Tensor, bounds: SequenceBounds, attend: AttentionFunction = attend) -> Tensor:
+    def forward(
+        self, x: Tensor, bounds: SequenceBounds, attend: AttentionFunction = attend
+    ) -> Tensor:
         x = self.embedding(x)
         tables = self.rotary.tables(bounds, self.dtype)
         for block in self.layers.values():
@@ -99,7 +123,11 @@ class ParallelBlocks(LanguageModel):
         return self.norm(x)
 
     def loss(
-        self, hidden: Tensor, labels: Tensor, grad_scale: float | Tensor = 1.0, label_smoothing: float = 0.0
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        grad_scale: float | Tensor = 1.0,
+        label_smoothing: float = 0.0,
     ) -> LossOutput:
         return linear_cross_entropy(
             hidden,
@@ -117,9 +145,15 @@ class ParallelBlocks(LanguageModel):
     def initial(self, name: str) -> InitialWeight:
         if name.endswith("gain"):
             return InitialWeight("constant", self.first_gain)
-        return InitialWeight("constant", 1.0) if "norm" in name else InitialWeight("normal", 0.02)
+        return (
+            InitialWeight("constant", 1.0)
+            if "norm" in name
+            else InitialWeight("normal", 0.02)
+        )
 
 
-def build(config: ModelConfig, *, device: torch.device | str, first_gain: float = 1.0) -> ParallelBlocks:
+def build(
+    config: ModelConfig, *, device: torch.device | str, first_gain: float = 1.0
+) -> ParallelBlocks:
     """Build the model; the config registers this function. The config's ``model`` section sets ``first_gain``."""
     return ParallelBlocks(config, first_gain, device)

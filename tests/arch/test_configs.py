@@ -18,4 +18,6 @@ def test_config_loads(path: Path) -> None:
     try:
         load_config(str(path))
     except ConfigError as error:
-        assert [p.found for p in error.problems if "not available yet" not in p.found] == []
+        assert [
+            p.found for p in error.problems if "not available yet" not in p.found
+        ] == []

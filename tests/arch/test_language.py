@@ -42,7 +42,11 @@ PHRASES = [
         "continue (keeps running), resume (from a checkpoint)",
         "training goes on",
     ),
-    Phrase(r"\bthe documents' ", "InternEvo's; a document is a text", "by the documents' rules"),
+    Phrase(
+        r"\bthe documents' ",
+        "InternEvo's; a document is a text",
+        "by the documents' rules",
+    ),
     Phrase(
         r"\bbehind (?:it|them|each|every"
         r"|the (?:training|step|save|run|last|end|optimizer|text|file|line|newest|prompt))\b",
@@ -50,24 +54,50 @@ PHRASES = [
         "writes behind the training",
     ),
     Phrase(r"\b(?:lies|lay|lain)\b", "is, is stored, is in", "the file lies beside it"),
-    Phrase(r"\bof (?:one's|your|their|our|its) own\b", "custom, separate, dedicated", "a model of one's own"),
-    Phrase(r"\b(?:come|comes|came|coming) along\b", "shipped with evomesh", "configs that come along"),
-    Phrase(r"\bnow and then\b", "occasionally, from time to time", "a finite gradient now and then"),
+    Phrase(
+        r"\bof (?:one's|your|their|our|its) own\b",
+        "custom, separate, dedicated",
+        "a model of one's own",
+    ),
+    Phrase(
+        r"\b(?:come|comes|came|coming) along\b",
+        "shipped with evomesh",
+        "configs that come along",
+    ),
+    Phrase(
+        r"\bnow and then\b",
+        "occasionally, from time to time",
+        "a finite gradient now and then",
+    ),
     Phrase(r"\bfor ever\b", "forever, indefinitely", "kept for ever"),
-    Phrase(r"\b(?:is|are|was|were|be) (?:said|told)\b", "is logged, is reported", "which is said once"),
+    Phrase(
+        r"\b(?:is|are|was|were|be) (?:said|told)\b",
+        "is logged, is reported",
+        "which is said once",
+    ),
     Phrase(r"\bmend(?:s|ed|ing)?\b", "fix, repair", "how to mend it"),
     Phrase(r"\bbrothers?\b", "peer, replica", "its data-parallel brother"),
-    Phrase(r"\b(?:broken|breaks?|breaking|broke) off\b", "interrupted, stopped", "a step broken off"),
+    Phrase(
+        r"\b(?:broken|breaks?|breaking|broke) off\b",
+        "interrupted, stopped",
+        "a step broken off",
+    ),
     Phrase(r"\bcut off\b", "truncated", "a file that is cut off"),
     Phrase(
-        r"\b(?:this|that|which|it|what) is no (?!longer|more\b|less\b|such)", "is not a", "what is no number"
+        r"\b(?:this|that|which|it|what) is no (?!longer|more\b|less\b|such)",
+        "is not a",
+        "what is no number",
     ),
     Phrase(r"\bat hand\b", "available", "the fastest kernel at hand"),
-    Phrase(r"\bg(?:ive|ives|iven|ave) back\b", "return, release", "gives back the table"),
+    Phrase(
+        r"\bg(?:ive|ives|iven|ave) back\b", "return, release", "gives back the table"
+    ),
     Phrase(r"\bunder way\b", "pending, in progress", "a collective under way"),
     Phrase(r"\bfor good\b", "permanently", "full for good"),
     Phrase(r"\blikeliest\b", "most likely, most probable", "the likeliest token"),
-    Phrase(r"\bwho (?:stumbles|knows|wants to)\b", "name the subject", "who wants to stop"),
+    Phrase(
+        r"\bwho (?:stumbles|knows|wants to)\b", "name the subject", "who wants to stop"
+    ),
     Phrase(r"\bsays so\b", "reports it", "passes a place and says so"),
     Phrase(
         r"\b\w*(?:normalis|initialis|tokenis|serialis|optimis|synchronis|recognis|organis|quantis|vectoris)(?:e|ed|es|er|ing|ation)\w*\b"
@@ -93,7 +123,9 @@ def prose(path: Path) -> list[tuple[int, str]]:
         return list(enumerate(text.splitlines(), 1))
     lines: list[tuple[int, str]] = []
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type == tokenize.COMMENT or (token.type == tokenize.STRING and " " in token.string):
+        if token.type == tokenize.COMMENT or (
+            token.type == tokenize.STRING and " " in token.string
+        ):
             lines += enumerate(token.string.splitlines(), token.start[0])
     return lines
 
@@ -103,17 +135,28 @@ def matches(phrase: Phrase, path: Path) -> list[str]:
     for number, line in prose(path):
         match = re.search(phrase.pattern, line, re.IGNORECASE)
         if match:
-            found.append(f"{path.relative_to(ROOT)}:{number}: {match[0]!r}; write: {phrase.replacement}")
+            found.append(
+                f"{path.relative_to(ROOT)}:{number}: {match[0]!r}; write: {phrase.replacement}"
+            )
     return found
 
 
 def files() -> list[Path]:
     """All files with prose: Python, Markdown and the build files."""
     inside = [
-        path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in {".py", ".md"}
+        path
+        for folder in FOLDERS
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in {".py", ".md"}
     ]
-    listed = [*inside, *(ROOT / name for name in TOP_LEVEL if (ROOT / name).exists()), *ROOT.glob("*.py")]
-    return sorted(path for path in listed if path.relative_to(ROOT).as_posix() not in WHOLE_FILES)
+    listed = [
+        *inside,
+        *(ROOT / name for name in TOP_LEVEL if (ROOT / name).exists()),
+        *ROOT.glob("*.py"),
+    ]
+    return sorted(
+        path for path in listed if path.relative_to(ROOT).as_posix() not in WHOLE_FILES
+    )
 
 
 @pytest.mark.parametrize("phrase", PHRASES, ids=lambda phrase: phrase.example)
@@ -144,5 +187,9 @@ def docstring_fragments(path: Path) -> list[str]:
 
 def test_docstrings_begin_with_a_sentence() -> None:
     assert re.search(DOCSTRING_STARTS.pattern, DOCSTRING_STARTS.example)
-    found = [row for path in sorted((ROOT / "evomesh").rglob("*.py")) for row in docstring_fragments(path)]
+    found = [
+        row
+        for path in sorted((ROOT / "evomesh").rglob("*.py"))
+        for row in docstring_fragments(path)
+    ]
     assert not found, "\n".join(found)

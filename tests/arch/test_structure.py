@@ -31,13 +31,18 @@ def tree(path: Path) -> ast.Module:
 def test_import_contracts() -> None:
     """Layers of the package, no cycle, config without torch, torch.distributed in parallel only: pyproject.toml."""
     command = [str(Path(sys.executable).parent / "lint-imports"), "--no-cache"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_config_loads_without_torch() -> None:
     code = "import sys, evomesh.config.schema; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode
+        == 0
+    )
 
 
 def mutable_globals(module: ast.Module) -> Iterator[str]:
@@ -77,7 +82,11 @@ def too_complex(source: str) -> list[str]:
     """Functions and methods above ``MAX_COMPLEXITY``, each with its own figure."""
     blocks = cc_visit(source)
     functions = [block for block in blocks if not isinstance(block, Class)]
-    return [f"{block.name}: {block.complexity}" for block in functions if block.complexity > MAX_COMPLEXITY]
+    return [
+        f"{block.name}: {block.complexity}"
+        for block in functions
+        if block.complexity > MAX_COMPLEXITY
+    ]
 
 
 @pytest.mark.parametrize("path", FILES, ids=ids)
@@ -89,8 +98,12 @@ def test_complexity_counts_what_compression_hides() -> None:
     comparisons = [f"x == {number}" for number in range(MAX_COMPLEXITY + 1)]
     just_right, one_too_many = " or ".join(comparisons[:-1]), " or ".join(comparisons)
     assert not too_complex(f"def f(x):\n    return {just_right}\n")
-    assert too_complex(f"def f(x):\n    return {one_too_many}\n") == [f"f: {MAX_COMPLEXITY + 1}"]
-    assert too_complex(f"class C:\n    def f(self, x):\n        return 1 if {just_right} else 0\n")
+    assert too_complex(f"def f(x):\n    return {one_too_many}\n") == [
+        f"f: {MAX_COMPLEXITY + 1}"
+    ]
+    assert too_complex(
+        f"class C:\n    def f(self, x):\n        return 1 if {just_right} else 0\n"
+    )
 
 
 def test_no_two_classes_share_a_name() -> None:
@@ -104,7 +117,11 @@ def test_no_two_classes_share_a_name() -> None:
 
 # What packages other than parallel may import of torch.distributed: torch's pipeline schedules, which send hidden
 # states themselves, and FSDP's types. No collective and no process group is among them.
-NOT_COLLECTIVES = ("torch.distributed.pipelining", "torch.distributed.fsdp", "torch.distributed.tensor")
+NOT_COLLECTIVES = (
+    "torch.distributed.pipelining",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+)
 
 
 @pytest.mark.parametrize("path", FILES, ids=ids)
@@ -124,31 +141,43 @@ def test_collectives_live_in_parallel(path: Path) -> None:
             imported = [alias.name for alias in node.names]
         else:
             continue
-        distributed = [name for name in imported if name.startswith("torch.distributed")]
-        assert not [name for name in distributed if not name.startswith(NOT_COLLECTIVES)], (
-            f"line {node.lineno}"
-        )
+        distributed = [
+            name for name in imported if name.startswith("torch.distributed")
+        ]
+        assert not [
+            name for name in distributed if not name.startswith(NOT_COLLECTIVES)
+        ], f"line {node.lineno}"
 
 
 def test_names() -> None:
     vague = {"utils", "util", "common", "helpers", "helper", "misc"}
-    assert not [ids(path) for path in FILES if path.stem in vague or set(path.parts) & vague]
+    assert not [
+        ids(path) for path in FILES if path.stem in vague or set(path.parts) & vague
+    ]
 
 
 def test_the_checks_can_fail() -> None:
-    assert list(mutable_globals(ast.parse("cache = {}\ndef f():\n    global cache\n"))) == [
+    assert list(
+        mutable_globals(ast.parse("cache = {}\ndef f():\n    global cache\n"))
+    ) == [
         "line 3: global cache",
         "line 1: cache",
     ]
-    assert not list(mutable_globals(ast.parse("MODES = {}\n__all__ = ['x']\nlogger = f()\n")))
+    assert not list(
+        mutable_globals(ast.parse("MODES = {}\n__all__ = ['x']\nlogger = f()\n"))
+    )
 
 
 def test_no_folder_of_tests_is_skipped(pytestconfig: pytest.Config) -> None:
     """pytest walks past folders by name, "dist" among them unless told otherwise, and says nothing."""
     folders = {
-        parent for path in (ROOT / "tests").rglob("test_*.py") for parent in path.relative_to(ROOT).parents
+        parent
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for parent in path.relative_to(ROOT).parents
     }
     skipped = pytestconfig.getini("norecursedirs")
     assert not [
-        str(folder) for folder in folders if any(fnmatch(folder.name, pattern) for pattern in skipped)
+        str(folder)
+        for folder in folders
+        if any(fnmatch(folder.name, pattern) for pattern in skipped)
     ]

@@ -40,7 +40,9 @@ LLAMA3 = (
     "model.rope_scaling=dict(type='llama3', factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, "
     "original_max_position_embeddings=8192)",
 )
-YARN = ("model.rope_scaling=dict(type='yarn', factor=4.0, original_max_position_embeddings=2048)",)
+YARN = (
+    "model.rope_scaling=dict(type='yarn', factor=4.0, original_max_position_embeddings=2048)",
+)
 LONGROPE = (
     f"model.rope_scaling=dict(type='longrope', short_factor={[1.0] * 32}, long_factor={[4.0] * 32}, "
     "original_max_position_embeddings=2048)",
@@ -116,7 +118,10 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("model.qk_norm", True, E, ("model_type=LLAMA2",)),
     CompatibilityRow("model.sliding_window", 4096, E, ("model_type=MISTRAL",)),
     CompatibilityRow(
-        "model.use_sliding_window", False, E, ("model_type=MISTRAL", "model.sliding_window=4096")
+        "model.use_sliding_window",
+        False,
+        E,
+        ("model_type=MISTRAL", "model.sliding_window=4096"),
     ),
     CompatibilityRow("model.mlp_ratio", 2.5, E),
     CompatibilityRow("model.multiple_of", 64, E),
@@ -135,7 +140,9 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("model.use_dynamic_ntk_rope", True, E),
     CompatibilityRow("model.rope_scaling.type", "default", E, LINEAR),
     CompatibilityRow("model.rope_scaling.factor", 4.0, E, LINEAR),
-    CompatibilityRow("model.rope_scaling.original_max_position_embeddings", 4096, E, YARN),
+    CompatibilityRow(
+        "model.rope_scaling.original_max_position_embeddings", 4096, E, YARN
+    ),
     CompatibilityRow("model.rope_scaling.low_freq_factor", 2.0, E, LLAMA3),
     CompatibilityRow("model.rope_scaling.high_freq_factor", 8.0, E, LLAMA3),
     CompatibilityRow("model.rope_scaling.beta_fast", 16.0, E, YARN),
@@ -234,9 +241,15 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("ckpt.checkpoint_every_epochs", 1.0, E),
     CompatibilityRow("ckpt.load_ckpt_info", {"path": "x"}, E),
     CompatibilityRow("ckpt.load_ckpt_info.path", "x", E),
-    CompatibilityRow("ckpt.load_ckpt_info.content", ["all"], E, ("ckpt.load_ckpt_info.path=x",)),
-    CompatibilityRow("ckpt.load_ckpt_info.ckpt_type", "hf", E, ("ckpt.load_ckpt_info.path=x",)),
-    CompatibilityRow("ckpt.load_ckpt_info.fallback", True, E, ("ckpt.load_ckpt_info.path=x",)),
+    CompatibilityRow(
+        "ckpt.load_ckpt_info.content", ["all"], E, ("ckpt.load_ckpt_info.path=x",)
+    ),
+    CompatibilityRow(
+        "ckpt.load_ckpt_info.ckpt_type", "hf", E, ("ckpt.load_ckpt_info.path=x",)
+    ),
+    CompatibilityRow(
+        "ckpt.load_ckpt_info.fallback", True, E, ("ckpt.load_ckpt_info.path=x",)
+    ),
     CompatibilityRow("ckpt.load_ckpt_folder", "x", E),
     CompatibilityRow("ckpt.load_model_only_folder", "x", E),
     CompatibilityRow("ckpt.load_optimizer", False, E, ("ckpt.load_ckpt_folder=x",)),

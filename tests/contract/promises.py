@@ -29,7 +29,9 @@ PROMISES: tuple[Promise, ...] = (
     # configuration
     Promise("7b-example", "usage zh", "the 7B example's values load unchanged"),
     Promise(
-        "english-example", "usage en", "int forms of parallel, load_ckpt_folder, float16: the values load"
+        "english-example",
+        "usage en",
+        "int forms of parallel, load_ckpt_folder, float16: the values load",
     ),
     Promise("defaults", "usage", "documented defaults"),
     Promise("7b-parameters", "usage", "the 7B example has 7,321,948,160 parameters"),
@@ -38,23 +40,45 @@ PROMISES: tuple[Promise, ...] = (
     Promise("packed-length", "usage", "packed_length = micro_bsz * seq_len"),
     Promise("zero1-sizes", "usage", "zero1 <= 0, 1 and more than 1"),
     Promise("auto-resume-default", "usage", "auto_resume absent means True"),
-    Promise("load-ckpt-info-unused", "usage", "load_ckpt_info is not used while auto_resume is True"),
+    Promise(
+        "load-ckpt-info-unused",
+        "usage",
+        "load_ckpt_info is not used while auto_resume is True",
+    ),
     Promise("recompute-forms", "usage", "checkpoint: True, False or a fraction"),
     Promise("dtypes", "usage", "dtype: torch.float16, half, bfloat16, float32, tf32"),
     Promise("eos-ids", "usage zh", "eos_id: one id or a list"),
     Promise("streaming", "usage zh", 'data.type="streaming" with tokenizer_path'),
     Promise("dataset-weights", "xtuner", "data.dataset_weights"),
-    Promise("gradient-accumulation", "xtuner", "micro_num and gradient_accumulation mean the same"),
+    Promise(
+        "gradient-accumulation",
+        "xtuner",
+        "micro_num and gradient_accumulation mean the same",
+    ),
     Promise("config-leaves-nothing", "usage", "reading a config leaves nothing behind"),
-    Promise("config-check-is-fast", "usage", "config check in under a second, without torch"),
+    Promise(
+        "config-check-is-fast", "usage", "config check in under a second, without torch"
+    ),
     # data
     Promise(
-        "tokenizer-tool", "usage", "tools/tokenizer.py --text_input_path --bin_output_path: txt, json, jsonl"
+        "tokenizer-tool",
+        "usage",
+        "tools/tokenizer.py --text_input_path --bin_output_path: txt, json, jsonl",
     ),
-    Promise("example-lines", "usage", "the three example lines and their meta (0, 11), (90, 15), (208, 13)"),
+    Promise(
+        "example-lines",
+        "usage",
+        "the three example lines and their meta (0, 11), (90, 15), (208, 13)",
+    ),
     Promise("type-folders", "usage", "type folders cn, en, code, ja, ar, kaoshi"),
-    Promise("alpaca-tool", "usage", "tools/alpaca_tokenizer.py DATASET OUT TOKENIZER --split_ratio 0.1"),
-    Promise("pack-sample-into-one", "usage", "pack_sample_into_one: both ways of attention"),
+    Promise(
+        "alpaca-tool",
+        "usage",
+        "tools/alpaca_tokenizer.py DATASET OUT TOKENIZER --split_ratio 0.1",
+    ),
+    Promise(
+        "pack-sample-into-one", "usage", "pack_sample_into_one: both ways of attention"
+    ),
     Promise("synthetic-data", "usage", "train_folder None: synthetic data"),
     Promise("rampup", "usage", "rampup_batch_size: start, increment, interval"),
     Promise("skip-batches", "usage", "skip_batches"),
@@ -78,10 +102,16 @@ PROMISES: tuple[Promise, ...] = (
         "num_consumed_tokens, num_samples_in_batch, largest_length, largest_batch, smallest_batch",
     ),
     Promise(
-        "start-lines", "usage", "start lines of the log: sizes, seeds, New Run, number of elements on ranks"
+        "start-lines",
+        "usage",
+        "start lines of the log: sizes, seeds, New Run, number of elements on ranks",
     ),
     Promise("lr-schedule", "usage", "lr: linear warm-up, then cosine to eta_min"),
-    Promise("loss-scale", "usage", "fp16 loss scale: growth, back-off, hysteresis, minimum and maximum"),
+    Promise(
+        "loss-scale",
+        "usage",
+        "fp16 loss scale: growth, back-off, hysteresis, minimum and maximum",
+    ),
     Promise("register-module", "usage", "models by model_initializer.register_module"),
     Promise("tensor-modes", "usage", "tensor modes mtp, msp, fsp, isp"),
     Promise("weight-overlap", "usage", "weight parallel with overlap"),
@@ -92,23 +122,43 @@ PROMISES: tuple[Promise, ...] = (
         "reduce_bucket_size, overlap_sync_grad, overlap_sync_param, all_gather_size",
     ),
     Promise("alerts", "usage", "monitor.alert: Feishu and light monitor", issue=8),
-    Promise("xtuner-config", "tokenized", "XTuner's configs, with the edits of its guides"),
-    Promise("xtuner-train", "tokenized", "xtuner train CONFIG --launcher --deepspeed --work-dir"),
+    Promise(
+        "xtuner-config", "tokenized", "XTuner's configs, with the edits of its guides"
+    ),
+    Promise(
+        "xtuner-train",
+        "tokenized",
+        "xtuner train CONFIG --launcher --deepspeed --work-dir",
+    ),
     Promise("deepspeed", "tokenized", "--deepspeed deepspeed_zero1|2|3"),
     Promise("nproc-per-node", "tokenized", "NPROC_PER_NODE and Aliyun DLC's variables"),
     # checkpoints
-    Promise("path-forms", "usage", "save_ckpt_folder with local:, boto3: and no prefix"),
-    Promise("uploads-and-snapshots", "usage", "async_upload, async_upload_tmp_folder, oss_snapshot_freq"),
+    Promise(
+        "path-forms", "usage", "save_ckpt_folder with local:, boto3: and no prefix"
+    ),
+    Promise(
+        "uploads-and-snapshots",
+        "usage",
+        "async_upload, async_upload_tmp_folder, oss_snapshot_freq",
+    ),
     Promise("content", "usage", "content: model, sampler, optimizer, scheduler, all"),
     Promise("ckpt-types", "usage", "ckpt_type internevo, internlm, normal"),
     Promise("ckpt-types-hf", "usage zh", "ckpt_type hf and llama"),
-    Promise("internevo-files", "xtuner", "model_tp{i}_pp{j}.pt and model_config.pt are read"),
+    Promise(
+        "internevo-files", "xtuner", "model_tp{i}_pp{j}.pt and model_config.pt are read"
+    ),
     # generation and export
-    Promise("generation-section", "usage zh", "generate.py --config with a generation section"),
+    Promise(
+        "generation-section",
+        "usage zh",
+        "generate.py --config with a generation section",
+    ),
     Promise("dynamic-ntk", "usage", "use_dynamic_ntk_rope up to 16k"),
     Promise("web-demo", "usage", "web_demo"),
     Promise(
-        "convert2hf", "tutorial", "tools/transformers/convert2hf.py --src_folder --tgt_folder --tokenizer"
+        "convert2hf",
+        "tutorial",
+        "tools/transformers/convert2hf.py --src_folder --tgt_folder --tokenizer",
     ),
     Promise("tensorboard", "tutorial", "tensorboard --logdir"),
     Promise("copy-cfg", "tokenized", "xtuner copy-cfg NAME DIR writes NAME_copy.py"),
@@ -121,14 +171,26 @@ DIFFERENCES: tuple[tuple[str, str], ...] = (
         "loss",
         "mean over all target tokens of a step, not mean of micro-batch means; loss.reduction brings that back",
     ),
-    ("gradient norm", "one norm over all parameters is clipped, and printed as one number"),
+    (
+        "gradient norm",
+        "one norm over all parameters is clipped, and printed as one number",
+    ),
     ("NaN", "counts as a failed step, as inf does; too many in a row end the run"),
     ("lr in the log", "the rate that this step used; InternEvo prints the next one"),
     ("min_length", "counts tokens; InternEvo's guide says rows"),
-    ("data tails", "dropped as documented, but counted and printed; data.remainder keeps them"),
+    (
+        "data tails",
+        "dropped as documented, but counted and printed; data.remainder keeps them",
+    ),
     ("resume", "only from a checkpoint that verifies; any layout"),
     ("bfloat16", "no loss scale"),
-    ("exit codes", "2: wrong input, 6: the numbers went wrong, 75: start the same command again"),
-    ("global batch", "dp = GPUs / pipeline / tensor; the migration guide divides by tensor twice"),
+    (
+        "exit codes",
+        "2: wrong input, 6: the numbers went wrong, 75: start the same command again",
+    ),
+    (
+        "global batch",
+        "dp = GPUs / pipeline / tensor; the migration guide divides by tensor twice",
+    ),
     ("config typos", "an error with the nearest key, not silence"),
 )

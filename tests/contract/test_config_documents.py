@@ -159,7 +159,12 @@ monitor = dict(alert=dict(enable_feishu_alert=False, feishu_alert_address=None, 
 def test_english_guide(load: Load) -> None:
     loaded = load(text=ENGLISH)
     parallel = loaded.config.parallel
-    assert (parallel.zero1.size, parallel.tensor.size, parallel.tensor.mode, parallel.pipeline.size) == (
+    assert (
+        parallel.zero1.size,
+        parallel.tensor.size,
+        parallel.tensor.mode,
+        parallel.pipeline.size,
+    ) == (
         8,
         1,
         "mtp",
@@ -169,7 +174,12 @@ def test_english_guide(load: Load) -> None:
     assert loaded.config.ckpt.load_ckpt_info is not None
     assert loaded.config.ckpt.load_ckpt_info.path == "local:b"
     assert any(words.startswith("ckpt.load_ckpt_folder") for words in loaded.warnings)
-    assert load("parallel.sequence_parallel=True", text=ENGLISH).config.parallel.tensor.mode == "msp"
+    assert (
+        load(
+            "parallel.sequence_parallel=True", text=ENGLISH
+        ).config.parallel.tensor.mode
+        == "msp"
+    )
 
 
 @covers("promise:eos-ids")
@@ -188,11 +198,16 @@ def test_generation_block(load: Load) -> None:
 
 @covers("promise:gradient-accumulation")
 def test_gradient_accumulation(load: Load) -> None:
-    assert load("data.micro_num=4", "data.gradient_accumulation=4").config.data.micro_num == 4
+    assert (
+        load("data.micro_num=4", "data.gradient_accumulation=4").config.data.micro_num
+        == 4
+    )
 
 
 @covers("promise:recompute-forms")
-@pytest.mark.parametrize(("form", "fraction"), [("True", 1.0), ("False", 0.0), ("0.2", 0.2), ("1", 1.0)])
+@pytest.mark.parametrize(
+    ("form", "fraction"), [("True", 1.0), ("False", 0.0), ("0.2", 0.2), ("1", 1.0)]
+)
 def test_recompute_forms(form: str, fraction: float, load: Load) -> None:
     assert load(f"model.checkpoint={form}").config.model.checkpoint == fraction
 
@@ -206,7 +221,9 @@ def test_dtypes(load: Load) -> None:
         "float32": "float32",
         "tf32": "tf32",
     }
-    assert {form: load(f"model.dtype=torch.{form}").config.model.dtype for form in forms} == forms
+    assert {
+        form: load(f"model.dtype=torch.{form}").config.model.dtype for form in forms
+    } == forms
 
 
 @covers("promise:7b-parameters")
@@ -214,7 +231,10 @@ def test_parameters_of_the_7b_example() -> None:
     assert parameter_count(load_config(SEVEN_B).config.model) == 7_321_948_160
     by_name = {"7B_llama2": 7_241_732_096, "7B_internlm2": 7_737_708_544}
     for name, count in by_name.items():
-        assert parameter_count(load_config(SEVEN_B.replace("7B_sft", name)).config.model) == count
+        assert (
+            parameter_count(load_config(SEVEN_B.replace("7B_sft", name)).config.model)
+            == count
+        )
 
 
 @covers("promise:7b-tokens-per-step", "promise:packed-length")

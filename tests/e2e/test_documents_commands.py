@@ -22,30 +22,61 @@ TEXT = "the cat sat on the mat\na dog saw the cat\n" * 30
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A folder with the tools of this repository, a text, and a sentencepiece model that is not in tools/ yet."""
-    shutil.copytree(ROOT / "tools", tmp_path / "tools", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "tools", tmp_path / "tools", ignore=shutil.ignore_patterns("__pycache__")
+    )
     (tmp_path / "raw.txt").write_text(TEXT)
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "raw.txt"), model_prefix=str(tmp_path / "small"), vocab_size=19, minloglevel=2
+        input=str(tmp_path / "raw.txt"),
+        model_prefix=str(tmp_path / "small"),
+        vocab_size=19,
+        minloglevel=2,
     )
     return tmp_path
 
 
 @pytest.mark.parametrize("name", ["V7_sft.model", "tokenizer_internlm.model"])
-def test_tokenizer_takes_the_model_beside_it_under_either_name(checkout: Path, run: Run, name: str) -> None:
+def test_tokenizer_takes_the_model_beside_it_under_either_name(
+    checkout: Path, run: Run, name: str
+) -> None:
     shutil.copy(checkout / "small.model", checkout / "tools" / name)
     said = run(
-        "tools/tokenizer.py", "--text_input_path", "raw.txt", "--bin_output_path", "cn/out.bin", cwd=checkout
+        "tools/tokenizer.py",
+        "--text_input_path",
+        "raw.txt",
+        "--bin_output_path",
+        "cn/out.bin",
+        cwd=checkout,
     )
-    assert "Successfully generated cn/out.bin.meta (60 documents)" in said and "JSON" not in said
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(checkout / "small.model"))
+    assert (
+        "Successfully generated cn/out.bin.meta (60 documents)" in said
+        and "JSON" not in said
+    )
+    processor = sentencepiece.SentencePieceProcessor(
+        model_file=str(checkout / "small.model")
+    )
     lines = (checkout / "cn/out.bin").read_text().splitlines()
-    assert [json.loads(line)["tokens"] for line in lines] == processor.encode(TEXT.splitlines())
+    assert [json.loads(line)["tokens"] for line in lines] == processor.encode(
+        TEXT.splitlines()
+    )
 
 
-def test_tokenizer_without_a_model_says_where_to_find_it(checkout: Path, run: Run) -> None:
-    command = ["tools/tokenizer.py", "--text_input_path", "raw.txt", "--bin_output_path", "out.bin"]
+def test_tokenizer_without_a_model_says_where_to_find_it(
+    checkout: Path, run: Run
+) -> None:
+    command = [
+        "tools/tokenizer.py",
+        "--text_input_path",
+        "raw.txt",
+        "--bin_output_path",
+        "out.bin",
+    ]
     said = run(*command, cwd=checkout, code=2)
-    for words in ("tools/tokenizer_internlm.model", "internlm/internlm-7b", "evomesh tokenizer train"):
+    for words in (
+        "tools/tokenizer_internlm.model",
+        "internlm/internlm-7b",
+        "evomesh tokenizer train",
+    ):
         assert words in said
     assert not (checkout / "out.bin").exists()
 
@@ -53,15 +84,26 @@ def test_tokenizer_without_a_model_says_where_to_find_it(checkout: Path, run: Ru
 def test_tokenizer_says_that_json_syntax_is_encoded(checkout: Path, run: Run) -> None:
     (checkout / "raw.jsonl").write_text(json.dumps({"text": "the cat"}) + "\n")
     options = ["--tokenizer_path", "small.model", "--bin_output_path", "out.bin"]
-    said = run("tools/tokenizer.py", "--text_input_path", "raw.jsonl", *options, cwd=checkout)
+    said = run(
+        "tools/tokenizer.py", "--text_input_path", "raw.jsonl", *options, cwd=checkout
+    )
     assert "JSON syntax included" in said
 
 
 def test_data_order_says_what_it_wrote(checkout: Path, run: Run) -> None:
     write_folder(checkout / "data")
-    said = run("tools/get_data_order.py", "--data-folder", "data", "--save-folder", "order", cwd=checkout)
+    said = run(
+        "tools/get_data_order.py",
+        "--data-folder",
+        "data",
+        "--save-folder",
+        "order",
+        cwd=checkout,
+    )
     assert said == "order/data_order.txt: the order of 2 files\n"
-    assert (checkout / "order/data_order.txt").read_text() == "code/data.bin\nen/data.bin\n"
+    assert (
+        checkout / "order/data_order.txt"
+    ).read_text() == "code/data.bin\nen/data.bin\n"
 
 
 def test_version(tmp_path: Path, run: Run) -> None:
@@ -70,7 +112,11 @@ def test_version(tmp_path: Path, run: Run) -> None:
 
 def test_the_tutorials_requirements_resolve_to_the_pinned_versions() -> None:
     """pip reads both files; with no index, it names what it would have to fetch, or finds all installed."""
-    files = [word for name in ("torch", "runtime") for word in ("-r", f"requirements/{name}.txt")]
+    files = [
+        word
+        for name in ("torch", "runtime")
+        for word in ("-r", f"requirements/{name}.txt")
+    ]
     command = [
         sys.executable,
         "-m",
@@ -81,6 +127,10 @@ def test_the_tutorials_requirements_resolve_to_the_pinned_versions() -> None:
         "--no-build-isolation",
         *files,
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
-    assert "torch==" not in done.stdout  # the pinned torch of this environment satisfies it
+    assert (
+        "torch==" not in done.stdout
+    )  # the pinned torch of this environment satisfies it

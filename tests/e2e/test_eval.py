@@ -85,11 +85,17 @@ def place(tmp_path: Path) -> Path:
     """A checkpoint, its exported folder, and three task files; texts are longer than the model reads at once."""
     place = tmp_path
     size = make_tokenizer(place / "tok")
-    config = model_config("INTERNLM", "float32", vocab_size=size, max_position_embeddings=48)
-    _, found = save_model(place / "c", config, str(place / "tok"), GenerationConfig(eos_id=(2,), bos_id=1))
+    config = model_config(
+        "INTERNLM", "float32", vocab_size=size, max_position_embeddings=48
+    )
+    _, found = save_model(
+        place / "c", config, str(place / "tok"), GenerationConfig(eos_id=(2,), bos_id=1)
+    )
     (place / "tok/chat_template.jinja").write_text(CHAT)
     (place / "plain").mkdir()
-    (place / "plain/tokenizer.json").write_text((place / "tok/tokenizer.json").read_text())
+    (place / "plain/tokenizer.json").write_text(
+        (place / "tok/tokenizer.json").read_text()
+    )
     export(found, place / "hf", ExportOptions(compare=False), lambda line: None)
     for name, text in (
         ("choice", CHOICE),
@@ -124,18 +130,38 @@ CHATS = ["choice.yaml", "likely.yaml", "generate.yaml"]
 def same_scores(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     assert len(theirs["results"]) == 3
     for task in theirs["results"]:
-        scores = {key: value for key, value in theirs["results"][task].items() if isinstance(value, float)}
+        scores = {
+            key: value
+            for key, value in theirs["results"][task].items()
+            if isinstance(value, float)
+        }
         assert scores
         for key, value in scores.items():
-            assert ours["results"][task][key] == pytest.approx(value, rel=1e-5), (task, key)
+            assert ours["results"][task][key] == pytest.approx(value, rel=1e-5), (
+                task,
+                key,
+            )
 
 
 def test_scores_are_those_of_the_exported_folder(
     place: Path, monkeypatch: pytest.MonkeyPatch, run: Run
 ) -> None:
     monkeypatch.chdir(place)
-    said = run("evomesh", "eval", "c", "--tasks", ",".join(FILES), "--output", "out.json", cwd=place)
-    assert said.count("step 7 of c") == 1 and "|animals|" in said and "word_perplexity" in said
+    said = run(
+        "evomesh",
+        "eval",
+        "c",
+        "--tasks",
+        ",".join(FILES),
+        "--output",
+        "out.json",
+        cwd=place,
+    )
+    assert (
+        said.count("step 7 of c") == 1
+        and "|animals|" in said
+        and "word_perplexity" in said
+    )
     same_scores(json.loads((place / "out.json").read_text()), hf_results(place, FILES))
 
 
@@ -143,13 +169,26 @@ def test_scores_of_a_folder_with_its_chat_template(
     place: Path, monkeypatch: pytest.MonkeyPatch, run: Run
 ) -> None:
     monkeypatch.chdir(place)
-    command = ["evomesh", "eval", "hf", "--tasks", ",".join(CHATS), "--apply-chat-template"]
+    command = [
+        "evomesh",
+        "eval",
+        "hf",
+        "--tasks",
+        ",".join(CHATS),
+        "--apply-chat-template",
+    ]
     run(*command, "--system-instruction", "be short", "--output", "out.json", cwd=place)
-    chat = {"apply_chat_template": True, "fewshot_as_multiturn": True, "system_instruction": "be short"}
+    chat = {
+        "apply_chat_template": True,
+        "fewshot_as_multiturn": True,
+        "system_instruction": "be short",
+    }
     theirs = hf_results(place, CHATS, **chat)
     same_scores(json.loads((place / "out.json").read_text()), theirs)
     (before,) = hf_results(place, ["likely.yaml"])["results"].values()
-    assert before["perplexity,none"] != pytest.approx(theirs["results"]["said"]["perplexity,none"], rel=1e-3)
+    assert before["perplexity,none"] != pytest.approx(
+        theirs["results"]["said"]["perplexity,none"], rel=1e-3
+    )
     said = run(*command, "--tokenizer", "plain", cwd=place, code=2)
     assert "no chat template" in said and "Traceback" not in said
 
@@ -211,7 +250,9 @@ def test_scores_through_the_server_are_those_of_the_model(
         eos_ids=loaded.eos_ids,
         context_length=SERVED_LENGTH - 2,
     )
-    service = load_service("hf", "cpu", ModelOptions(name="tiny", context_length=SERVED_LENGTH))
+    service = load_service(
+        "hf", "cpu", ModelOptions(name="tiny", context_length=SERVED_LENGTH)
+    )
     with serving(service) as served:
         theirs = server_results(place, served.url, FILES)
     same_scores(run_tasks(native, FILES, find_tasks(FILES)), theirs)

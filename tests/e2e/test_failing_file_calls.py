@@ -48,7 +48,11 @@ def fail_call(number: int) -> list[str]:
     here, calls = os.getcwd(), []
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event not in EVENTS or not arguments or not isinstance(arguments[0], str | bytes | os.PathLike):
+        if (
+            event not in EVENTS
+            or not arguments
+            or not isinstance(arguments[0], str | bytes | os.PathLike)
+        ):
             return
         path = os.path.abspath(os.fsdecode(arguments[0]))
         if path.startswith(here + os.sep):
@@ -100,14 +104,24 @@ def outcomes(
         folder = make(str(number))
         failed = interpreter.run(faulty(arguments, number), cwd=folder)
         output = failed.stdout + failed.stderr
-        if failed.returncode not in ALLOWED or "Traceback" in output or "Logging error" in output:
-            wrong.append(f"call {number}: exit code {failed.returncode}\n{output[-1500:]}")
+        if (
+            failed.returncode not in ALLOWED
+            or "Traceback" in output
+            or "Logging error" in output
+        ):
+            wrong.append(
+                f"call {number}: exit code {failed.returncode}\n{output[-1500:]}"
+            )
             continue
         # A folder that holds a part of an export is refused, so the next start takes another one.
-        next_arguments = ["out2" if argument == "out" else argument for argument in arguments]
+        next_arguments = [
+            "out2" if argument == "out" else argument for argument in arguments
+        ]
         again = interpreter.run(["evomesh", *next_arguments], cwd=folder)
         if again.returncode != 0:
-            wrong.append(f"call {number}, next start: {again.returncode}\n{again.stderr[-1500:]}")
+            wrong.append(
+                f"call {number}, next start: {again.returncode}\n{again.stderr[-1500:]}"
+            )
             continue
         check(folder)
         shutil.rmtree(folder)
@@ -122,8 +136,12 @@ def test_training(tmp_path: Path, interpreter: Interpreter) -> None:
 
     def check(folder: Path) -> None:
         assert (folder / "ckpts/step-00000002/commit.json").exists(), folder
-        for metrics in folder.glob("RUN/*/*/metrics.jsonl"):  # a start that failed may have left its folder
-            steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+        for metrics in folder.glob(
+            "RUN/*/*/metrics.jsonl"
+        ):  # a start that failed may have left its folder
+            steps = [
+                json.loads(line)["step"] for line in metrics.read_text().splitlines()
+            ]
             assert steps == sorted(set(steps))
 
     wrong = outcomes(interpreter, ("train", "config.py"), make, check)
@@ -143,9 +161,16 @@ def test_training(tmp_path: Path, interpreter: Interpreter) -> None:
     ],
     ids=lambda arguments: " ".join(arguments[:2]),
 )
-def test_commands(tmp_path: Path, interpreter: Interpreter, arguments: tuple[str, ...]) -> None:
+def test_commands(
+    tmp_path: Path, interpreter: Interpreter, arguments: tuple[str, ...]
+) -> None:
     write_run(tmp_path / "trained", TINY)
-    assert interpreter.run(["evomesh", "train", "config.py"], cwd=tmp_path / "trained").returncode == 0
+    assert (
+        interpreter.run(
+            ["evomesh", "train", "config.py"], cwd=tmp_path / "trained"
+        ).returncode
+        == 0
+    )
 
     def make(name: str) -> Path:
         return Path(shutil.copytree(tmp_path / "trained", tmp_path / name))

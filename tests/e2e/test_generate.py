@@ -23,18 +23,25 @@ from tests.support.runs import write_run
 def trained(tmp_path_factory: pytest.TempPathFactory, interpreter: Interpreter) -> Path:
     """A folder with a trained tiny model and a tokenizer of single bytes, ids 0..255."""
     folder = tmp_path_factory.mktemp("trained")
-    alphabet = {symbol: number for number, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    alphabet = {
+        symbol: number
+        for number, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    }
     tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(folder / "tokenizer.json"))
     write_run(folder, 'data["tokenizer_path"] = "tokenizer.json"\n')
-    assert interpreter.run(["evomesh", "train", "config.py"], cwd=folder).returncode == 0
+    assert (
+        interpreter.run(["evomesh", "train", "config.py"], cwd=folder).returncode == 0
+    )
     return folder
 
 
 def generate(trained: Path, interpreter: Interpreter, *options: str) -> Finished:
-    return interpreter.run(["evomesh", "generate", "--ckpt", "ckpts", *options], cwd=trained)
+    return interpreter.run(
+        ["evomesh", "generate", "--ckpt", "ckpts", *options], cwd=trained
+    )
 
 
 def test_text_goes_on_from_the_prompt(trained: Path, interpreter: Interpreter) -> None:
@@ -45,7 +52,9 @@ def test_text_goes_on_from_the_prompt(trained: Path, interpreter: Interpreter) -
     assert again.stdout == done.stdout
 
 
-def test_an_earlier_step_is_another_model(trained: Path, interpreter: Interpreter) -> None:
+def test_an_earlier_step_is_another_model(
+    trained: Path, interpreter: Interpreter
+) -> None:
     """Drawn, not greedy: of two distributions, 60 equal random numbers make other texts on any machine."""
     command = [
         "evomesh",
@@ -58,18 +67,32 @@ def test_an_earlier_step_is_another_model(trained: Path, interpreter: Interprete
         "1",
         "--ckpt",
     ]
-    older, newer = (interpreter.run([*command, path], cwd=trained) for path in ("ckpts/5", "ckpts"))
+    older, newer = (
+        interpreter.run([*command, path], cwd=trained) for path in ("ckpts/5", "ckpts")
+    )
     assert older.returncode == newer.returncode == 0, older.stderr + newer.stderr
     assert older.stdout != newer.stdout
 
 
 def test_a_seed_means_the_same_draws(trained: Path, interpreter: Interpreter) -> None:
-    drawn = ["--prompt", "abc", "--max-new-tokens", "20", "--temperature", "1.5", "--seed"]
-    one, same, other = (generate(trained, interpreter, *drawn, seed).stdout for seed in ("1", "1", "2"))
+    drawn = [
+        "--prompt",
+        "abc",
+        "--max-new-tokens",
+        "20",
+        "--temperature",
+        "1.5",
+        "--seed",
+    ]
+    one, same, other = (
+        generate(trained, interpreter, *drawn, seed).stdout for seed in ("1", "1", "2")
+    )
     assert one == same != other
 
 
-def test_a_users_own_model_trains_and_writes(trained: Path, tmp_path: Path, interpreter: Interpreter) -> None:
+def test_a_users_own_model_trains_and_writes(
+    trained: Path, tmp_path: Path, interpreter: Interpreter
+) -> None:
     example = Path(__file__).parents[2] / "examples/custom_model"
     shutil.copytree(example, tmp_path / "mine")
     small = [
@@ -80,14 +103,27 @@ def test_a_users_own_model_trains_and_writes(trained: Path, tmp_path: Path, inte
         "--set",
         "ckpt.enable_save_ckpt=True",
     ]
-    done = interpreter.run(["evomesh", "train", "config.py", *small], cwd=tmp_path / "mine")
+    done = interpreter.run(
+        ["evomesh", "train", "config.py", *small], cwd=tmp_path / "mine"
+    )
     assert done.returncode == 0, done.stderr
-    write = ["evomesh", "generate", "--ckpt", "ck", "--prompt", "abc", "--max-new-tokens", "5"]
+    write = [
+        "evomesh",
+        "generate",
+        "--ckpt",
+        "ck",
+        "--prompt",
+        "abc",
+        "--max-new-tokens",
+        "5",
+    ]
     write += ["--tokenizer", str(trained / "tokenizer.json")]
     alone = interpreter.run(write, cwd=tmp_path / "mine")
     assert alone.returncode == 2
     assert "PARALLEL_BLOCKS" in alone.stderr
-    registered = interpreter.run([*write, "--config", "config.py"], cwd=tmp_path / "mine")
+    registered = interpreter.run(
+        [*write, "--config", "config.py"], cwd=tmp_path / "mine"
+    )
     assert registered.returncode == 0, registered.stderr
     assert registered.stdout.startswith("abc")
 
@@ -122,7 +158,9 @@ generation = dict(
     max_length=24, do_sample=True, temperature=2.0, top_k=50, top_p=1.0, repetition_penalty=1, length_penalty=1.0,
 )
 """
-WANTED = SamplingParams(temperature=2.0, top_k=50, max_length=24, seed=1024, eos_ids=(2, 0))
+WANTED = SamplingParams(
+    temperature=2.0, top_k=50, max_length=24, seed=1024, eos_ids=(2, 0)
+)
 
 
 @pytest.fixture
@@ -139,7 +177,10 @@ def section(trained: Path, tmp_path: Path) -> Path:
 
 
 def results(folder: Path, name: str) -> list[dict[str, object]]:
-    return [json.loads(line) for line in (folder / "out" / f"{name}.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (folder / "out" / f"{name}.jsonl").read_text().splitlines()
+    ]
 
 
 @covers(
@@ -151,7 +192,9 @@ def results(folder: Path, name: str) -> list[dict[str, object]]:
     "promise:generation-section",
 )
 def test_the_documents_section(section: Path, interpreter: Interpreter) -> None:
-    done = interpreter.run([str(ROOT / "generate.py"), "--config", "config.py"], cwd=section)
+    done = interpreter.run(
+        [str(ROOT / "generate.py"), "--config", "config.py"], cwd=section
+    )
     assert done.returncode == 0, done.stderr
     assert "words: 4 prompts, 2 skipped" in done.stdout + done.stderr
     model = restore_model(str(section / "ckpts")).model
@@ -159,34 +202,57 @@ def test_the_documents_section(section: Path, interpreter: Interpreter) -> None:
         prompts = [[abs(token) for token in prompt] for prompt in PROMPTS[name]]
         kept = [index for index, prompt in enumerate(prompts) if 0 < len(prompt) < 24]
         numbers = [first + index for index in kept]
-        wanted = answers_of(model, [prompts[index] for index in kept], WANTED, numbers=numbers)
+        wanted = answers_of(
+            model, [prompts[index] for index in kept], WANTED, numbers=numbers
+        )
         rows = results(section, name)
         assert [row["line"] for row in rows] == [1, 2, 3, 4][: len(prompts)]
         assert [row["answer_ids"] for row in rows if "skipped" not in row] == wanted
         assert [index for index, row in enumerate(rows) if "skipped" not in row] == kept
         for row in rows:
-            ends = ["stop" if new[-1] in (2, 0) else "length" for new in row["answer_ids"]]
+            ends = [
+                "stop" if new[-1] in (2, 0) else "length" for new in row["answer_ids"]
+            ]
             assert row["finish"] == ends
             assert len(row["answers"]) == len(row["answer_ids"])
-        records = [[*prompts[index], *new] for index, [new] in zip(kept, wanted, strict=True)]
+        records = [
+            [*prompts[index], *new] for index, [new] in zip(kept, wanted, strict=True)
+        ]
         raw = (section / "out" / f"{name}.bin").read_bytes()
         meta = np.load(section / "out" / f"{name}.bin.meta")
-        assert [json.loads(raw[start:].split(b"\n")[0])["tokens"] for start, _ in meta] == records
+        assert [
+            json.loads(raw[start:].split(b"\n")[0])["tokens"] for start, _ in meta
+        ] == records
         assert [count for _, count in meta] == [len(record) for record in records]
 
 
 @covers("generation.batch_size")
-def test_any_layout_and_batch_size_gives_the_same_results(section: Path, interpreter: Interpreter) -> None:
+def test_any_layout_and_batch_size_gives_the_same_results(
+    section: Path, interpreter: Interpreter
+) -> None:
     command = [str(ROOT / "generate.py"), "--config", "config.py"]
     done = interpreter.run([*command, "--set", "generation.batch_size=5"], cwd=section)
     assert done.returncode == 0, done.stderr
-    alone = {name: (results(section, name), (section / f"out/{name}.bin").read_bytes()) for name in PROMPTS}
+    alone = {
+        name: (results(section, name), (section / f"out/{name}.bin").read_bytes())
+        for name in PROMPTS
+    }
     shutil.rmtree(section / "out")
-    for layout in ("parallel.pipeline=2", "parallel.tensor=1"):  # two stages; two data-parallel ranks
-        ranks = interpreter.start_ranks([*command, "--launcher", "torch", "--set", layout], 2, cwd=section)
+    for layout in (
+        "parallel.pipeline=2",
+        "parallel.tensor=1",
+    ):  # two stages; two data-parallel ranks
+        ranks = interpreter.start_ranks(
+            [*command, "--launcher", "torch", "--set", layout], 2, cwd=section
+        )
         finished = [rank.wait(120) for rank in ranks]
-        assert [one.returncode for one in finished] == [0, 0], finished[0].stderr + finished[1].stderr
-        assert {n: (results(section, n), (section / f"out/{n}.bin").read_bytes()) for n in PROMPTS} == alone
+        assert [one.returncode for one in finished] == [0, 0], (
+            finished[0].stderr + finished[1].stderr
+        )
+        assert {
+            n: (results(section, n), (section / f"out/{n}.bin").read_bytes())
+            for n in PROMPTS
+        } == alone
 
 
 @pytest.mark.parametrize(
@@ -196,15 +262,28 @@ def test_any_layout_and_batch_size_gives_the_same_results(section: Path, interpr
             ["generation.data_folder=None", "data.valid_folder=None"],
             "neither generation.data_folder nor data.valid",
         ),
-        (["generation.data_folder=nothing"], "generation.data_folder: cannot read the folder nothing"),
-        (["generation.output_folder=None"], "generation.output_folder"),
-        (["generation.output_folder=prompts/out"], "is inside the folder of the prompts"),
         (
-            ["generation.ckpt_folder=None", "ckpt.save_ckpt_folder=None", "ckpt.enable_save_ckpt=False"],
+            ["generation.data_folder=nothing"],
+            "generation.data_folder: cannot read the folder nothing",
+        ),
+        (["generation.output_folder=None"], "generation.output_folder"),
+        (
+            ["generation.output_folder=prompts/out"],
+            "is inside the folder of the prompts",
+        ),
+        (
+            [
+                "generation.ckpt_folder=None",
+                "ckpt.save_ckpt_folder=None",
+                "ckpt.enable_save_ckpt=False",
+            ],
             "no weights",
         ),
         (["generation.ckpt_folder=nowhere"], "nowhere"),
-        (["generation.num_return_sequences=3", "generation.num_beams=2"], "num_return_sequences is 3"),
+        (
+            ["generation.num_return_sequences=3", "generation.num_beams=2"],
+            "num_return_sequences is 3",
+        ),
         (["generation.data_folder=wild"], "a.bin line 2"),
         (["model.hidden_size=64"], "the model wants"),
     ],
@@ -220,18 +299,37 @@ def test_a_section_that_cannot_be_done(
     assert not list((section / "out").glob("*")) if (section / "out").exists() else True
 
 
-def test_the_validation_folder_is_the_default(section: Path, interpreter: Interpreter) -> None:
-    sets = ["--set", "generation.data_folder=None", "--set", "generation.max_new_tokens=2"]
+def test_the_validation_folder_is_the_default(
+    section: Path, interpreter: Interpreter
+) -> None:
+    sets = [
+        "--set",
+        "generation.data_folder=None",
+        "--set",
+        "generation.max_new_tokens=2",
+    ]
     sets += ["--set", "generation.ckpt_folder=None", "--set", "generation.num_beams=2"]
     done = interpreter.run(["evomesh", "generate", "config.py", *sets], cwd=section)
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in (section / "out").glob("*.jsonl")) == ["code.jsonl", "en.jsonl"]
+    assert sorted(path.name for path in (section / "out").glob("*.jsonl")) == [
+        "code.jsonl",
+        "en.jsonl",
+    ]
     assert all(len(row["answer_ids"][0]) <= 2 for row in results(section, "en"))
 
 
 @covers("generation.num_return_sequences")
 def test_several_answers_to_a_prompt(trained: Path, interpreter: Interpreter) -> None:
-    options = ["--prompt", "abc", "--num-beams", "3", "--num-return-sequences", "2", "--max-new-tokens", "5"]
+    options = [
+        "--prompt",
+        "abc",
+        "--num-beams",
+        "3",
+        "--num-return-sequences",
+        "2",
+        "--max-new-tokens",
+        "5",
+    ]
     done = generate(trained, interpreter, *options)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("--- answer 1 of 2\nabc")

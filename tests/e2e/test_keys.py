@@ -31,7 +31,10 @@ def test_switches_of_a_run(tmp_path: Path, interpreter: Interpreter) -> None:
     assert finished.returncode == 0, finished.stderr
     assert set(losses(tmp_path)) == set(range(4))
     assert not list(tmp_path.rglob("events.out.tfevents*"))
-    assert sorted(path.name for path in tmp_path.glob("ckpts/step-*")) == ["step-00000003", "step-00000004"]
+    assert sorted(path.name for path in tmp_path.glob("ckpts/step-*")) == [
+        "step-00000003",
+        "step-00000004",
+    ]
     names = tensor_hashes(tmp_path / "ckpts/step-00000004")
     assert names and not any(name.startswith("optim.") for name in names)
 
@@ -40,7 +43,9 @@ def test_switches_of_a_run(tmp_path: Path, interpreter: Interpreter) -> None:
 def restored_determinism(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Undo what the deterministic mode sets in this process."""
     for name in ("CUBLAS_WORKSPACE_CONFIG", "TORCHINDUCTOR_DETERMINISTIC"):
-        monkeypatch.setenv(name, "")  # so that the variable is restored, too, where the code has set it
+        monkeypatch.setenv(
+            name, ""
+        )  # so that the variable is restored, too, where the code has set it
         monkeypatch.delenv(name)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     yield
@@ -49,12 +54,16 @@ def restored_determinism(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @covers("deterministic")
 @pytest.mark.parametrize("flag", [True, False])
-def test_deterministic_mode_reaches_torch_and_cublas(restored_determinism: None, flag: bool) -> None:
+def test_deterministic_mode_reaches_torch_and_cublas(
+    restored_determinism: None, flag: bool
+) -> None:
     with launch(Config(run=RunConfig(deterministic=flag))):
         assert torch.are_deterministic_algorithms_enabled() == flag
         assert not torch.is_deterministic_algorithms_warn_only_enabled()
         assert torch.utils.deterministic.fill_uninitialized_memory != flag
-        assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if flag else None)
+        assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (
+            ":4096:8" if flag else None
+        )
         assert os.environ.get("TORCHINDUCTOR_DETERMINISTIC") == ("1" if flag else None)
 
 
@@ -64,7 +73,9 @@ def test_deterministic_mode_refuses_a_workspace_with_which_sums_do_not_repeat(
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":1024:2")
     config = Config(run=RunConfig(deterministic=True))
     with (
-        pytest.raises(UserError, match=r"(?s)CUBLAS_WORKSPACE_CONFIG=:1024:2.*:4096:8 or :16:8"),
+        pytest.raises(
+            UserError, match=r"(?s)CUBLAS_WORKSPACE_CONFIG=:1024:2.*:4096:8 or :16:8"
+        ),
         launch(config),
     ):
         pass

@@ -73,7 +73,14 @@ def rows(folder: Path) -> dict[int, str]:
             except ValueError:
                 continue
             kept = {
-                key: row.get(key) for key in ("loss", "grad_norm", "lr", "loss_scale", "num_consumed_tokens")
+                key: row.get(key)
+                for key in (
+                    "loss",
+                    "grad_norm",
+                    "lr",
+                    "loss_scale",
+                    "num_consumed_tokens",
+                )
             }
             text = json.dumps(kept)
             assert found.setdefault(row["step"], text) == text, (
@@ -101,7 +108,9 @@ def killed_until_done(
     hits, safe = 0, 0
     while hits < kills:
         running = start(interpreter, folder, ranks)
-        if draw.random() < 0.8:  # mostly while it trains and saves, sometimes while it starts
+        if (
+            draw.random() < 0.8
+        ):  # mostly while it trains and saves, sometimes while it starts
             running[0].wait_for("step=", timeout=120)
         time.sleep(draw.uniform(0, 0.3))
         try:
@@ -111,7 +120,9 @@ def killed_until_done(
         for one in running:
             one.kill()  # what a launcher does to the other ranks
         newest = verify_all(folder)
-        assert newest >= safe, f"a committed checkpoint was lost: step {safe}, now {newest}"
+        assert newest >= safe, (
+            f"a committed checkpoint was lost: step {safe}, now {newest}"
+        )
         hits, safe = hits + 1, newest
         if newest >= STEPS:
             break
@@ -120,7 +131,11 @@ def killed_until_done(
 
 
 def run_kills(
-    tmp_path: Path, interpreter: Interpreter, ranks: int, kills: int, variants: Sequence[str]
+    tmp_path: Path,
+    interpreter: Interpreter,
+    ranks: int,
+    kills: int,
+    variants: Sequence[str],
 ) -> None:
     draw = random.Random(SEED)
     references: dict[str, tuple[dict[int, str], object]] = {}
@@ -132,7 +147,10 @@ def run_kills(
             write_run(straight, COMMON + VARIANTS[name])
             finish(start(interpreter, straight, ranks))
             assert max(losses(straight)) == STEPS - 1
-            references[name] = rows(straight), tensor_hashes(straight / f"ckpts/step-{STEPS:08d}")
+            references[name] = (
+                rows(straight),
+                tensor_hashes(straight / f"ckpts/step-{STEPS:08d}"),
+            )
         folder = tmp_path / f"killed-{lives}"
         write_run(folder, COMMON + VARIANTS[name])
         share = min(kills - done, -(-kills // len(variants)))
@@ -174,19 +192,26 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 @pytest.mark.timeout(900)
 def test_staged_upload(tmp_path: Path, interpreter: Interpreter, bucket: str) -> None:
     """Kill the run while a file is in ``async_upload_tmp_folder``, once for a checkpoint and once for a snapshot."""
-    straight, folder, stage = tmp_path / "straight", tmp_path / "killed", tmp_path / "stage"
-    short = COMMON + 'data["total_steps"] = lr_scheduler["total_steps"] = 24\nckpt["oss_snapshot_freq"] = 2\n'
+    straight, folder, stage = (
+        tmp_path / "straight",
+        tmp_path / "killed",
+        tmp_path / "stage",
+    )
+    short = (
+        COMMON
+        + 'data["total_steps"] = lr_scheduler["total_steps"] = 24\nckpt["oss_snapshot_freq"] = 2\n'
+    )
     write_run(straight, short)
     finish(start(interpreter, straight, 1))
-    upload = (
-        f"save_ckpt_folder={f'{bucket}/one'!r}, async_upload=True, async_upload_tmp_folder={str(stage)!r}"
-    )
+    upload = f"save_ckpt_folder={f'{bucket}/one'!r}, async_upload=True, async_upload_tmp_folder={str(stage)!r}"
     write_run(folder, f"{short}ckpt |= dict({upload})\n")
     storage, root = open_storage(f"{bucket}/one")
     keys = {"S3_ACCESS_KEY_ID": "k", "S3_SECRET_ACCESS_KEY_ID": "k"}
     safe = 0
     for place in ("rank0", "rank0-snapshot"):
-        running = interpreter.start(["evomesh", "train", "config.py"], cwd=folder, env=keys)
+        running = interpreter.start(
+            ["evomesh", "train", "config.py"], cwd=folder, env=keys
+        )
         deadline = time.monotonic() + 120
         running.wait_for("committed", timeout=120)
         while not list(stage.glob(f"*-{place}/*.safetensors")):
@@ -198,12 +223,23 @@ def test_staged_upload(tmp_path: Path, interpreter: Interpreter, bucket: str) ->
         newest = verify_in(storage, root)
         assert newest >= max(safe, 1), "a committed checkpoint was lost"
         safe = newest
-    finished = interpreter.run(["evomesh", "train", "config.py"], cwd=folder, env=keys, timeout=300)
+    finished = interpreter.run(
+        ["evomesh", "train", "config.py"], cwd=folder, env=keys, timeout=300
+    )
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert verify_in(storage, root) == 24
     assert rows(folder) == rows(straight)
     assert not [path for path in stage.rglob("*") if path.is_file()]
-    (index,) = (name for name in storage.list(f"{root}/step-00000024") if name.endswith("-index.jsonl"))
-    entries = [json.loads(line) for line in storage.read(f"{root}/step-00000024/{index}").splitlines()]
-    found = {entry["name"]: [piece[-1] for piece in entry["pieces"]] for entry in entries}
+    (index,) = (
+        name
+        for name in storage.list(f"{root}/step-00000024")
+        if name.endswith("-index.jsonl")
+    )
+    entries = [
+        json.loads(line)
+        for line in storage.read(f"{root}/step-00000024/{index}").splitlines()
+    ]
+    found = {
+        entry["name"]: [piece[-1] for piece in entry["pieces"]] for entry in entries
+    }
     assert found == tensor_hashes(straight / "ckpts/step-00000024")

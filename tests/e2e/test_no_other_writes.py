@@ -45,7 +45,9 @@ def test_strace_sees_no_other_writes(tmp_path: Path) -> None:
         SCRIPT,
         str(root),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=200, check=False
+    )
     if "Operation not permitted" in done.stderr:
         pytest.skip("this machine does not allow tracing")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -24,7 +24,9 @@ parallel = dict({parallel})
 
 
 def write(folder: Path, parallel: str, data_ranks: int, steps: int = STEPS) -> None:
-    write_run(folder, COMMON.format(steps=steps, micro=PACKS // data_ranks, parallel=parallel))
+    write_run(
+        folder, COMMON.format(steps=steps, micro=PACKS // data_ranks, parallel=parallel)
+    )
 
 
 def run(interpreter: Interpreter, folder: Path, ranks: int) -> str:
@@ -41,7 +43,9 @@ def run(interpreter: Interpreter, folder: Path, ranks: int) -> str:
     return "".join(one.stdout + one.stderr for one in finished)
 
 
-def test_killed_and_resumed_in_other_layouts(tmp_path: Path, interpreter: Interpreter) -> None:
+def test_killed_and_resumed_in_other_layouts(
+    tmp_path: Path, interpreter: Interpreter
+) -> None:
     straight, moved = tmp_path / "straight", tmp_path / "moved"
     write(straight, "", 1)
     run(interpreter, straight, 1)
@@ -67,12 +71,18 @@ def test_killed_and_resumed_in_other_layouts(tmp_path: Path, interpreter: Interp
         assert found[step] == pytest.approx(loss, rel=1e-10), f"step {step}"
 
 
-def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path: Path, interpreter: Interpreter) -> None:
+def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(
+    tmp_path: Path, interpreter: Interpreter
+) -> None:
     write_run(
         tmp_path,
-        COMMON.format(steps=2000, micro=PACKS // 2, parallel="zero1=2").replace("checkpoint_every=2", ""),
+        COMMON.format(steps=2000, micro=PACKS // 2, parallel="zero1=2").replace(
+            "checkpoint_every=2", ""
+        ),
     )
-    running = interpreter.start_ranks(["evomesh", "train", "config.py"], 2, cwd=tmp_path)
+    running = interpreter.start_ranks(
+        ["evomesh", "train", "config.py"], 2, cwd=tmp_path
+    )
     running[0].wait_for("step=3,", timeout=120)
     running[1].signal(signal.SIGTERM)
     assert [one.wait(60).returncode for one in running] == [75, 75]
@@ -82,11 +92,15 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path: Path, interp
 
 def long_steps(folder: Path, parallel: str, data_ranks: int) -> None:
     more = 'ckpt["checkpoint_every"] = 50\n'
-    write_run(folder, COMMON.format(steps=3, micro=24 // data_ranks, parallel=parallel) + more)
+    write_run(
+        folder, COMMON.format(steps=3, micro=24 // data_ranks, parallel=parallel) + more
+    )
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory, interpreter: Interpreter) -> dict[int, float]:
+def uninterrupted(
+    tmp_path_factory: pytest.TempPathFactory, interpreter: Interpreter
+) -> dict[int, float]:
     folder = tmp_path_factory.mktemp("uninterrupted")
     long_steps(folder, "", 1)
     run(interpreter, folder, 1)
@@ -99,7 +113,11 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, interpreter: Interpr
         ("zero1=2", 2, 2),
         ('tensor=dict(size=2, mode="isp"), weight=dict(size=4)', 4, 2),
         ("zero1=dict(size=2, fsdp=True), tensor=2", 4, 2),
-        ("pipeline=2", 2, 1),  # stages are never between the same two micro-batches: the step is finished
+        (
+            "pipeline=2",
+            2,
+            1,
+        ),  # stages are never between the same two micro-batches: the step is finished
     ],
 )
 def test_a_signal_to_one_rank_breaks_a_long_step_off_on_all(
@@ -111,38 +129,54 @@ def test_a_signal_to_one_rank_breaks_a_long_step_off_on_all(
     uninterrupted: dict[int, float],
 ) -> None:
     long_steps(tmp_path, parallel, data_ranks)
-    running = interpreter.start_ranks(["evomesh", "train", "config.py"], ranks, cwd=tmp_path)
-    speaker = running[1 if "pipeline" in parallel else 0]  # the first rank of the last stage
+    running = interpreter.start_ranks(
+        ["evomesh", "train", "config.py"], ranks, cwd=tmp_path
+    )
+    speaker = running[
+        1 if "pipeline" in parallel else 0
+    ]  # the first rank of the last stage
     speaker.wait_for("starting from scratch", timeout=120)
     started = time.monotonic()
     speaker.wait_for("step=0,", timeout=120)
     time.sleep(0.3 * (time.monotonic() - started))  # into the middle of the next step
     running[1].signal(signal.SIGTERM)
     finished = [one.wait(60) for one in running]
-    assert [one.returncode for one in finished] == [75] * ranks, finished[0].stderr[-2000:]
+    assert [one.returncode for one in finished] == [75] * ranks, finished[0].stderr[
+        -2000:
+    ]
     output = "".join(one.stdout + one.stderr for one in finished)
     off = re.search(r"step (\d) was interrupted between micro-batches", output)
     assert (off is None) == ("pipeline" in parallel), output[-3000:]
-    assert set(losses(tmp_path)) == set(range(int(off[1]) if off else max(losses(tmp_path)) + 1))
+    assert set(losses(tmp_path)) == set(
+        range(int(off[1]) if off else max(losses(tmp_path)) + 1)
+    )
     run(interpreter, tmp_path, ranks)
-    assert losses(tmp_path) == {step: pytest.approx(loss, rel=1e-10) for step, loss in uninterrupted.items()}
+    assert losses(tmp_path) == {
+        step: pytest.approx(loss, rel=1e-10) for step, loss in uninterrupted.items()
+    }
 
 
 @covers("ckpt.stop_file_path")
 def test_the_stop_file(tmp_path: Path, interpreter: Interpreter) -> None:
     write(tmp_path, "", 1)
     with (tmp_path / "config.py").open("a") as file:
-        file.write('ckpt |= dict(stop_file_path="control/stop", checkpoint_every=1000)\n')
+        file.write(
+            'ckpt |= dict(stop_file_path="control/stop", checkpoint_every=1000)\n'
+        )
     (tmp_path / "control").mkdir()
     (tmp_path / "control/stop").write_text("7")
     assert "stopped by the stop file after 7 steps" in run(interpreter, tmp_path, 1)
     assert (tmp_path / "ckpts/step-00000007/commit.json").exists()
     (tmp_path / "control/stop").write_text("-9")
     run(interpreter, tmp_path, 1)
-    assert sorted(p.name for p in tmp_path.glob("ckpts/step-*")) == [f"step-{n:08d}" for n in (7, 9, STEPS)]
+    assert sorted(p.name for p in tmp_path.glob("ckpts/step-*")) == [
+        f"step-{n:08d}" for n in (7, 9, STEPS)
+    ]
 
 
-def test_a_crash_says_which_checkpoint_a_restart_uses(tmp_path: Path, interpreter: Interpreter) -> None:
+def test_a_crash_says_which_checkpoint_a_restart_uses(
+    tmp_path: Path, interpreter: Interpreter
+) -> None:
     write(tmp_path, "", 1)
     with (tmp_path / "config.py").open("a") as file:
         file.write("max_consecutive_skips = 1\n")

@@ -19,14 +19,17 @@ from tests.support.interpreter import Interpreter
 from tests.unit.storage import test_s3_lock, test_storage
 
 BUCKET = "weights"
-pytestmark = pytest.mark.skipif(not rgw.available(), reason="needs Debian's radosgw, ceph-mon and ceph-osd")
+pytestmark = pytest.mark.skipif(
+    not rgw.available(), reason="needs Debian's radosgw, ceph-mon and ceph-osd"
+)
 
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     with rgw.gateway() as gateway:
         client = make_client(
-            f"http://{gateway.address}", {"S3_ACCESS_KEY_ID": rgw.KEY, "S3_SECRET_ACCESS_KEY_ID": rgw.SECRET}
+            f"http://{gateway.address}",
+            {"S3_ACCESS_KEY_ID": rgw.KEY, "S3_SECRET_ACCESS_KEY_ID": rgw.SECRET},
         )
         client.create_bucket(Bucket=BUCKET)
         yield gateway.address
@@ -46,25 +49,40 @@ def store(address: str, **options: float) -> S3Storage:
 def test_contract(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     test_storage.test_contract((store(address), "contract"))
     test_storage.test_many_parts((store(address), "parts"), monkeypatch)
-    test_storage.test_an_aborted_file_is_never_seen((store(address), "aborted"), monkeypatch)
+    test_storage.test_an_aborted_file_is_never_seen(
+        (store(address), "aborted"), monkeypatch
+    )
 
 
 def test_checkpoints(address: str) -> None:
     url = f"boto3:s3://{BUCKET}.{address}/runs"
     writer = CheckpointWriter(url, keep_last=2)
     for step in (1, 2, 3):
-        writer.save(step, {"w": torch.full((3000, 2000), float(step))}, {"step": step}, {}, final=True)
+        writer.save(
+            step,
+            {"w": torch.full((3000, 2000), float(step))},
+            {"step": step},
+            {},
+            final=True,
+        )
     target = torch.zeros(3000, 2000)
     found = CheckpointReader().resolve(f"{url}/3")
-    assert CheckpointReader().load(found, {"w": target}) == {"step": 3} and bool((target == 3).all())
+    assert CheckpointReader().load(found, {"w": target}) == {"step": 3} and bool(
+        (target == 3).all()
+    )
     assert [c.step for c in writer.folder.candidates()] == [3, 2]
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("S3_ACCESS_KEY_ID", "InvalidAccessKeyId"), ("S3_SECRET_ACCESS_KEY_ID", "SignatureDoesNotMatch")],
+    [
+        ("S3_ACCESS_KEY_ID", "InvalidAccessKeyId"),
+        ("S3_SECRET_ACCESS_KEY_ID", "SignatureDoesNotMatch"),
+    ],
 )
-def test_wrong_credentials(address: str, monkeypatch: pytest.MonkeyPatch, name: str, words: str) -> None:
+def test_wrong_credentials(
+    address: str, monkeypatch: pytest.MonkeyPatch, name: str, words: str
+) -> None:
     monkeypatch.setenv(name, "wrong")
     with pytest.raises(UserError, match=words) as error:
         CheckpointWriter(f"boto3:s3://{BUCKET}.{address}/x").claim()
@@ -75,7 +93,9 @@ def test_the_lock_of_a_writer(address: str) -> None:
     interpreter = Interpreter()
     try:
         keys = {"S3_ACCESS_KEY_ID": rgw.KEY, "S3_SECRET_ACCESS_KEY_ID": rgw.SECRET}
-        test_s3_lock.check_two_jobs(f"boto3:s3://{BUCKET}.{address}/jobs", interpreter, keys)
+        test_s3_lock.check_two_jobs(
+            f"boto3:s3://{BUCKET}.{address}/jobs", interpreter, keys
+        )
     finally:
         interpreter.close()
     lock = store(address).lock("alone/.writer", "job")
@@ -86,10 +106,14 @@ def test_the_lock_of_a_writer(address: str) -> None:
 def test_faults_on_the_line(address: str, tmp_path: Path) -> None:
     draw = random.Random(5)
     kinds = [fault for fault in FAULTS if fault != "hang"]
-    with FaultProxy(address, lambda *_: draw.choice(kinds) if draw.random() < 0.3 else None) as proxy:
+    with FaultProxy(
+        address, lambda *_: draw.choice(kinds) if draw.random() < 0.3 else None
+    ) as proxy:
         for step in (1, 2, 3):
             writer = CheckpointWriter(f"boto3:s3://{BUCKET}.{proxy.address}/faults")
-            writer.storage = writer.snapshot_storage = store(proxy.address, attempts=12, wait=0.01)
+            writer.storage = writer.snapshot_storage = store(
+                proxy.address, attempts=12, wait=0.01
+            )
             source, target = torch.full((100, 30), float(step)), torch.zeros(100, 30)
             assert writer.save(step, {"w": source}, {}, {}, final=True)
             found = CheckpointReader().newest(writer.folder)

@@ -25,7 +25,9 @@ SECRET_VARIABLES = (
     "DEPLOY_PRIVATE_KEY",
     "AZURE_CLIENT_SECRET",
 )
-ENVIRONMENT = {name: f"{CANARY}{number:02}" for number, name in enumerate(SECRET_VARIABLES)}
+ENVIRONMENT = {
+    name: f"{CANARY}{number:02}" for number, name in enumerate(SECRET_VARIABLES)
+}
 ENVIRONMENT["https_proxy"] = f"http://user:{CANARY}50@127.0.0.1:1"
 
 CONFIG = f"""
@@ -49,7 +51,12 @@ REFUSED = [
     ["ckpt", "ls", f"https://user:{CANARY}70@127.0.0.1:1/bucket/key"],
     ["data", "verify", f"https://user:{CANARY}71@host/data"],
     ["convert", "to-hf", f"https://host/x?Signature={CANARY}72", "out"],
-    ["train", "config.py", "--set", f"monitor.alert=https://open.feishu.cn/open-apis/bot/v2/hook/{CANARY}73"],
+    [
+        "train",
+        "config.py",
+        "--set",
+        f"monitor.alert=https://open.feishu.cn/open-apis/bot/v2/hook/{CANARY}73",
+    ],
     ["train", "config.py", "--set", f"storage.secret_access_key={CANARY}74"],
     ["train", "from_environment.py"],
     [f"--api-key={CANARY}75"],
@@ -88,7 +95,9 @@ def test_canaries_stay_where_they_are(tmp_path: Path, interpreter: Interpreter) 
         assert "Traceback" not in done.stderr, done.stderr
 
     # 3. Every file that was written.
-    written = [path for path in tmp_path.rglob("*") if path.is_file() and path not in sources]
+    written = [
+        path for path in tmp_path.rglob("*") if path.is_file() and path not in sources
+    ]
     names = {path.name for path in written}
     assert {"commit.json", "metrics.jsonl", "config.json"} <= names
     assert any("tfevents" in name for name in names)

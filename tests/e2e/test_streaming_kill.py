@@ -32,14 +32,18 @@ def write(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     draw = random.Random(3)
     texts = [
-        " ".join(f"w{draw.randrange(2, 256)}" for _ in range(draw.randrange(1, 20))) for _ in range(ROWS)
+        " ".join(f"w{draw.randrange(2, 256)}" for _ in range(draw.randrange(1, 20)))
+        for _ in range(ROWS)
     ]
     (folder / "text").mkdir()
     (folder / "text/b.txt").write_text("\n".join(texts[:500]))
     with zipfile.ZipFile(folder / "text/a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for number in range(4):
             rows = texts[500 + number * 250 : 750 + number * 250]
-            archive.writestr(f"{number}.jsonl", "\n".join(json.dumps({"text": text}) for text in rows))
+            archive.writestr(
+                f"{number}.jsonl",
+                "\n".join(json.dumps({"text": text}) for text in rows),
+            )
 
 
 def rows(folder: Path) -> dict[int, Any]:
@@ -49,14 +53,19 @@ def rows(folder: Path) -> dict[int, Any]:
         for line in path.read_text().splitlines():
             row = json.loads(line)
             if "loss" in row:
-                kept = [row[key] for key in ("loss", "grad_norm", "lr", "num_consumed_tokens")]
+                kept = [
+                    row[key]
+                    for key in ("loss", "grad_norm", "lr", "num_consumed_tokens")
+                ]
                 assert found.setdefault(row["step"], kept) == kept, (
                     f"step {row['step']} differs between two lives"
                 )
     return found
 
 
-def test_killed_in_the_middle_of_the_buffer(tmp_path: Path, interpreter: Interpreter) -> None:
+def test_killed_in_the_middle_of_the_buffer(
+    tmp_path: Path, interpreter: Interpreter
+) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     write(straight)
     finished = interpreter.run(["evomesh", "train", "config.py"], cwd=straight)

@@ -39,7 +39,8 @@ STEP_KEYS = [
     "fwd_bwd_time",
 ]
 LINE = re.compile(
-    r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3})\t(\w+) (\S+\.py):(\d+) in (\w+) -- (tflops=.*)$", re.M
+    r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3})\t(\w+) (\S+\.py):(\d+) in (\w+) -- (tflops=.*)$",
+    re.M,
 )
 FLOAT16 = """
 model["dtype"] = "torch.float16"
@@ -48,13 +49,21 @@ grad_scaler = dict(fp16=dict(initial_scale=2.0**33, min_scale=1, growth_interval
 BFLOAT16 = 'model["dtype"] = "torch.bfloat16"\nmodel["checkpoint"] = 0.5\n'
 
 
-def train(interpreter: Interpreter, folder: Path, *options: str, expect: int = 0) -> str:
+def train(
+    interpreter: Interpreter, folder: Path, *options: str, expect: int = 0
+) -> str:
     finished = interpreter.run(["evomesh", "train", "config.py", *options], cwd=folder)
     assert finished.returncode == expect, finished.stderr[-3000:]
     return finished.stdout + finished.stderr
 
 
-@covers("JOB_NAME", "data.total_steps", "data.train_folder", "data.valid_folder", "data.valid_every")
+@covers(
+    "JOB_NAME",
+    "data.total_steps",
+    "data.train_folder",
+    "data.valid_folder",
+    "data.valid_every",
+)
 def test_a_run_prints_the_documents_line_and_records_the_same_numbers(
     tmp_path: Path, interpreter: Interpreter
 ) -> None:
@@ -77,14 +86,22 @@ def test_a_run_prints_the_documents_line_and_records_the_same_numbers(
     validations = [row for row in metrics(tmp_path) if "val/en_loss" in row]
     assert [row["step"] for row in validations] == [9, 19]
     assert {"val/en_acc", "val/en_plex", "val/code_loss"} <= set(validations[0])
-    assert math.isclose(validations[0]["val/en_plex"], math.exp(validations[0]["val/en_loss"]))
+    assert math.isclose(
+        validations[0]["val/en_plex"], math.exp(validations[0]["val/en_loss"])
+    )
     assert list(tmp_path.glob("RUN/tiny/*/**/events.out.tfevents*"))
 
 
 @covers("data.skip_batches", "promise:skip-batches")
 @pytest.mark.parametrize(
     "extra",
-    ["", FLOAT16, BFLOAT16, 'model["dtype"] = "torch.float64"\n', 'model["dtype"] = "tf32"\n'],
+    [
+        "",
+        FLOAT16,
+        BFLOAT16,
+        'model["dtype"] = "torch.float64"\n',
+        'model["dtype"] = "tf32"\n',
+    ],
     ids=["float32", "float16", "bfloat16", "float64", "tf32"],
 )
 def test_stopped_and_resumed_equals_straight_to_the_bit(
@@ -92,32 +109,51 @@ def test_stopped_and_resumed_equals_straight_to_the_bit(
 ) -> None:
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     for folder in (straight, resumed):
-        write_run(folder, extra + 'data["valid_every"] = 7\ndata["skip_batches"] = "3,12-13"\n')
+        write_run(
+            folder,
+            extra + 'data["valid_every"] = 7\ndata["skip_batches"] = "3,12-13"\n',
+        )
     train(interpreter, straight)
     train(interpreter, resumed, "--set", "data.total_steps=10")
     assert max(losses(resumed)) == 9
     output = train(interpreter, resumed)
     assert "step-00000010" in output
-    assert len(list(resumed.glob("RUN/tiny/*"))) == 1  # the resumed run used the same run folder
+    assert (
+        len(list(resumed.glob("RUN/tiny/*"))) == 1
+    )  # the resumed run used the same run folder
     assert losses(resumed) == losses(straight)
     assert set(losses(straight)) == set(range(20)) - {3, 12, 13}
     hashes = tensor_hashes(straight / "ckpts/step-00000020")
     assert tensor_hashes(resumed / "ckpts/step-00000020") == hashes
     assert any(name.startswith("optim.exp_avg_sq.") for name in hashes)
-    skipped = [row["inf_nan_skip_batches"] for row in metrics(straight) if "inf_nan_skip_batches" in row]
-    assert (skipped[-1] > 0) == (extra == FLOAT16)  # the scale starts too high, so that steps are skipped
-    assert metrics(resumed)[-1].get("loss_scale") == metrics(straight)[-1].get("loss_scale")
+    skipped = [
+        row["inf_nan_skip_batches"]
+        for row in metrics(straight)
+        if "inf_nan_skip_batches" in row
+    ]
+    assert (skipped[-1] > 0) == (
+        extra == FLOAT16
+    )  # the scale starts too high, so that steps are skipped
+    assert metrics(resumed)[-1].get("loss_scale") == metrics(straight)[-1].get(
+        "loss_scale"
+    )
 
 
-def test_a_finished_run_started_again_does_nothing(tmp_path: Path, interpreter: Interpreter) -> None:
+def test_a_finished_run_started_again_does_nothing(
+    tmp_path: Path, interpreter: Interpreter
+) -> None:
     write_run(tmp_path)
     train(interpreter, tmp_path, "--set", "data.total_steps=5")
     before = metrics(tmp_path)
-    assert "nothing left to train" in train(interpreter, tmp_path, "--set", "data.total_steps=5")
+    assert "nothing left to train" in train(
+        interpreter, tmp_path, "--set", "data.total_steps=5"
+    )
     assert metrics(tmp_path) == before
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)]
+)
 def test_a_signal_ends_with_a_checkpoint_and_the_resumed_run_is_the_same(
     tmp_path: Path, interpreter: Interpreter, number: int, code: int
 ) -> None:
@@ -145,15 +181,20 @@ def test_a_signal_ends_with_a_checkpoint_and_the_resumed_run_is_the_same(
 def test_the_documents_train_py(tmp_path: Path, interpreter: Interpreter) -> None:
     write_run(tmp_path)
     script = str(Path(__file__).parents[2] / "train.py")
-    finished = interpreter.run([script, "--config", "config.py", "--run-dir", "here"], cwd=tmp_path)
+    finished = interpreter.run(
+        [script, "--config", "config.py", "--run-dir", "here"], cwd=tmp_path
+    )
     assert finished.returncode == 0, finished.stderr
     assert set(losses(tmp_path / "here")) == set(range(20))
 
 
 @covers("ckpt.enable_save_ckpt", "promise:synthetic-data")
-def test_synthetic_data_and_no_checkpoint(tmp_path: Path, interpreter: Interpreter) -> None:
+def test_synthetic_data_and_no_checkpoint(
+    tmp_path: Path, interpreter: Interpreter
+) -> None:
     write_run(
-        tmp_path, 'data["train_folder"] = data["valid_folder"] = None\nckpt = dict(enable_save_ckpt=False)\n'
+        tmp_path,
+        'data["train_folder"] = data["valid_folder"] = None\nckpt = dict(enable_save_ckpt=False)\n',
     )
     output = train(interpreter, tmp_path)
     assert "synthetic" in output
@@ -195,7 +236,9 @@ def test_bad_input_is_one_message_and_exit_2(
 
 def spoil_line(data: Path) -> None:
     lines = data.read_bytes().splitlines(keepends=True)
-    data.write_bytes(b"".join([*lines[:-2], b"x" * (len(lines[-2]) - 1) + b"\n", lines[-1]]))
+    data.write_bytes(
+        b"".join([*lines[:-2], b"x" * (len(lines[-2]) - 1) + b"\n", lines[-1]])
+    )
 
 
 def spoil_id(data: Path) -> None:
@@ -223,7 +266,11 @@ def spoil_offset(data: Path) -> None:
     ],
 )
 def test_bad_data_anywhere_in_a_file_ends_the_run_before_it_writes(
-    tmp_path: Path, interpreter: Interpreter, spoil: Callable[[Path], None], part: str, split: str
+    tmp_path: Path,
+    interpreter: Interpreter,
+    spoil: Callable[[Path], None],
+    part: str,
+    split: str,
 ) -> None:
     write_run(tmp_path, 'data["valid_every"] = 10\n')
     data = tmp_path / "data" / split / "en/data.bin"
@@ -231,7 +278,10 @@ def test_bad_data_anywhere_in_a_file_ends_the_run_before_it_writes(
     start = sum(map(len, lines[:-2]))
     spoil(data)
     output = train(interpreter, tmp_path, expect=2)
-    assert part.format(lines=f"line {len(lines) - 1}", start=start, shifted=start + 1) in output
+    assert (
+        part.format(lines=f"line {len(lines) - 1}", start=start, shifted=start + 1)
+        in output
+    )
     assert f"data/{split}/en/data.bin" in output
     assert "Traceback" not in output
     assert not (tmp_path / "ckpts").exists()
@@ -243,14 +293,22 @@ def test_a_bad_line_of_large_data_ends_the_run_when_it_is_read_and_costs_nothing
 ) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     for folder in (straight, stopped):  # no data is small now
-        write_run(folder, "from evomesh.data.token_files import bin_dataset\nbin_dataset.CHECKED_BYTES = 0\n")
+        write_run(
+            folder,
+            "from evomesh.data.token_files import bin_dataset\nbin_dataset.CHECKED_BYTES = 0\n",
+        )
     train(interpreter, straight)
     data = stopped / "data/train/en/data.bin"
     whole = data.read_bytes()
     lines = whole.splitlines(keepends=True)
-    data.write_bytes(b"".join([*lines[:30], b"x" * (len(lines[30]) - 1) + b"\n", *lines[31:]]))
+    data.write_bytes(
+        b"".join([*lines[:30], b"x" * (len(lines[30]) - 1) + b"\n", *lines[31:]])
+    )
     output = train(interpreter, stopped, expect=2)
-    assert "data/train/en/data.bin line 31 byte" in output and "the line is not JSON" in output
+    assert (
+        "data/train/en/data.bin line 31 byte" in output
+        and "the line is not JSON" in output
+    )
     assert "Traceback" not in output
     assert 0 < len(losses(stopped)) < 20
     data.write_bytes(whole)
@@ -259,7 +317,9 @@ def test_a_bad_line_of_large_data_ends_the_run_when_it_is_read_and_costs_nothing
 
 
 @pytest.mark.parametrize("key", ["run_dir", "tensorboard_folder"])
-def test_a_file_where_a_folder_should_be_made(tmp_path: Path, interpreter: Interpreter, key: str) -> None:
+def test_a_file_where_a_folder_should_be_made(
+    tmp_path: Path, interpreter: Interpreter, key: str
+) -> None:
     write_run(tmp_path, f'{key} = "taken/here"\n')
     (tmp_path / "taken").touch()
     output = train(interpreter, tmp_path, expect=2)
@@ -278,15 +338,26 @@ def test_a_checkpoint_of_another_shape_names_the_key_then_the_first_tensor_and_b
     another = ["--set", "model.hidden_size=48"]
     output = train(interpreter, tmp_path, *another, expect=2)
     assert re.search(r"model\.hidden_size.*32.*48", output)
-    output = train(interpreter, tmp_path, *another, "--set", "ckpt.allow_changed_model=True", expect=2)
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before  # nothing was written
+    output = train(
+        interpreter,
+        tmp_path,
+        *another,
+        "--set",
+        "ckpt.allow_changed_model=True",
+        expect=2,
+    )
+    assert {
+        path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")
+    } == before  # nothing was written
     assert "embedding.weight" in output
     assert "256,32" in output.replace(" ", "")
     assert "256,48" in output.replace(" ", "")
 
 
 @covers("max_consecutive_skips")
-def test_a_run_of_nan_steps_stops_with_its_own_exit_code(tmp_path: Path, interpreter: Interpreter) -> None:
+def test_a_run_of_nan_steps_stops_with_its_own_exit_code(
+    tmp_path: Path, interpreter: Interpreter
+) -> None:
     write_run(
         tmp_path,
         "adam['lr'] = 1e30\nhybrid_zero_optimizer = dict(clip_grad_norm=0.0)\nmax_consecutive_skips = 3\n",
@@ -303,7 +374,9 @@ def test_a_save_folder_that_is_a_file(tmp_path: Path, interpreter: Interpreter) 
     assert "a folder, or a name that is still free" in output
     assert "ckpt.save_ckpt_folder" in output
     assert "Traceback" not in output
-    output = train(interpreter, tmp_path, "--set", "ckpt.save_ckpt_folder=taken", expect=2)
+    output = train(
+        interpreter, tmp_path, "--set", "ckpt.save_ckpt_folder=taken", expect=2
+    )
     assert "taken is a file" in output
 
 
@@ -313,7 +386,9 @@ def test_a_signal_breaks_a_long_step_off_and_the_resumed_run_repeats_it(
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     for folder in (straight, stopped):
         write_run(
-            folder, BFLOAT16 + 'data |= dict(total_steps=5, micro_num=70, rampup_batch_size="35 35 2")\n'
+            folder,
+            BFLOAT16
+            + 'data |= dict(total_steps=5, micro_num=70, rampup_batch_size="35 35 2")\n',
         )
     train(interpreter, straight)
     running = interpreter.start(["evomesh", "train", "config.py"], cwd=stopped)
@@ -321,11 +396,16 @@ def test_a_signal_breaks_a_long_step_off_and_the_resumed_run_repeats_it(
     running.signal(signal.SIGTERM)
     finished = running.wait()
     assert finished.returncode == 75, finished.stderr
-    off = re.search(r"step (\d) was interrupted between micro-batches", finished.stdout + finished.stderr)
+    off = re.search(
+        r"step (\d) was interrupted between micro-batches",
+        finished.stdout + finished.stderr,
+    )
     assert off is not None, "the step ran to its end"
     step = int(off[1])
     assert set(losses(stopped)) == set(range(step))
-    assert [path.parent.name for path in stopped.glob("ckpts/step-*/commit.json")] == [f"step-{step:08d}"]
+    assert [path.parent.name for path in stopped.glob("ckpts/step-*/commit.json")] == [
+        f"step-{step:08d}"
+    ]
     train(interpreter, stopped)
     assert losses(stopped) == losses(straight)
     assert [row.get("grad_norm") for row in metrics(stopped)] == [
@@ -342,7 +422,12 @@ def test_a_full_disk_of_the_run_folder_does_not_stop_training(tmp_path: Path) ->
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-m", "evomesh", "train", "config.py"]
     ended = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        command,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     output = ended.stdout + ended.stderr
     assert ended.returncode == 0, output[-3000:]

@@ -31,8 +31,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model, token files and the config c.py for them."""
     folder = tmp_path_factory.mktemp("xtuner")
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {key: value for key, value in TINY_MODEL.items() if key != "architectures"}
-    LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.3)).save_pretrained(folder / "tiny")
+    sizes: dict[str, Any] = {
+        key: value for key, value in TINY_MODEL.items() if key != "architectures"
+    }
+    LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.3)).save_pretrained(
+        folder / "tiny"
+    )
     token_files(folder / "data", FILES, DOCUMENT)
     write_config(
         folder / "c.py",
@@ -48,7 +52,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(place: Path, interpreter: Interpreter) -> Path:
-    done = interpreter.run(["evomesh", "xtuner", "train", "c.py", *FLOAT32], cwd=place, timeout=200)
+    done = interpreter.run(
+        ["evomesh", "xtuner", "train", "c.py", *FLOAT32], cwd=place, timeout=200
+    )
     assert done.returncode == 0, done.stderr
     assert "one pass is 13 packs = 4.33333 steps" in done.stdout + done.stderr
     return place / "work_dirs" / "c"
@@ -58,10 +64,15 @@ def packs_of_xtuner(data: Path) -> list[list[np.ndarray]]:
     """Return the packs of all files as fragments of documents: each file shuffled by 1024, cut every LENGTH tokens."""
     packs = []
     for name in FILES:
-        documents = [json.loads(line)["tokens"] for line in (data / name).read_text().splitlines()]
+        documents = [
+            json.loads(line)["tokens"]
+            for line in (data / name).read_text().splitlines()
+        ]
         order = list(range(len(documents)))
         np.random.RandomState(1024).shuffle(order)
-        stream = [(token, document) for document in order for token in documents[document]]
+        stream = [
+            (token, document) for document in order for token in documents[document]
+        ]
         for start in range(0, len(stream) - LENGTH + 1, LENGTH):
             part = stream[start : start + LENGTH]
             bounds = [i for i in range(1, LENGTH) if part[i][1] != part[i - 1][1]]
@@ -73,9 +84,15 @@ def loss_of_xtuner(model: torch.nn.Module, packs: list[list[np.ndarray]]) -> flo
     """Return the mean over targets; documents do not see each other, but the last token of one predicts the next's."""
     losses = []
     for fragments in packs:
-        logits = torch.cat([model(torch.tensor(part)[None]).logits[0] for part in fragments])
+        logits = torch.cat(
+            [model(torch.tensor(part)[None]).logits[0] for part in fragments]
+        )
         targets = torch.tensor(np.concatenate(fragments))
-        losses.append(torch.nn.functional.cross_entropy(logits[:-1], targets[1:], reduction="none"))
+        losses.append(
+            torch.nn.functional.cross_entropy(
+                logits[:-1], targets[1:], reduction="none"
+            )
+        )
     return float(torch.cat(losses).mean())
 
 
@@ -97,16 +114,34 @@ def test_packs_order_and_loss_are_xtuners(place: Path, trained: Path) -> None:
 def test_rate_and_files(trained: Path) -> None:
     rows = metrics(trained)
     middle = 6e-6 + (4e-5 - 6e-6) * (1 + math.cos(math.pi / 2)) / 2
-    assert rows[0]["lr"] == pytest.approx(4e-5) and rows[2]["lr"] == pytest.approx(middle)
+    assert rows[0]["lr"] == pytest.approx(4e-5) and rows[2]["lr"] == pytest.approx(
+        middle
+    )
     steps = sorted(path.name for path in trained.glob("step-*"))
     assert steps == [f"step-0000000{step}" for step in range(1, 5)]
 
 
-def test_resume_and_then_a_longer_run(place: Path, trained: Path, interpreter: Interpreter) -> None:
+def test_resume_and_then_a_longer_run(
+    place: Path, trained: Path, interpreter: Interpreter
+) -> None:
     """Two passes in one run are one pass, then the second by --resume."""
-    longer = ["--cfg-options", "optim_wrapper.dtype=float32", "max_epochs=2", "param_scheduler=None"]
+    longer = [
+        "--cfg-options",
+        "optim_wrapper.dtype=float32",
+        "max_epochs=2",
+        "param_scheduler=None",
+    ]
     whole = ["evomesh", "xtuner", "train", "c.py", "--work-dir", "whole", *longer]
-    parts = ["evomesh", "xtuner", "train", "c.py", "--work-dir", "parts", "--resume", *longer]
+    parts = [
+        "evomesh",
+        "xtuner",
+        "train",
+        "c.py",
+        "--work-dir",
+        "parts",
+        "--resume",
+        *longer,
+    ]
     for command in (whole, [*parts, "data.total_steps=3"], parts):
         done = interpreter.run(command, cwd=place, timeout=200)
         assert done.returncode == 0, done.stderr
@@ -117,18 +152,33 @@ def test_resume_and_then_a_longer_run(place: Path, trained: Path, interpreter: I
     assert [resumed[step] for step in range(len(losses))] == losses
 
 
-def test_export_by_xtuners_path_and_split(place: Path, trained: Path, interpreter: Interpreter) -> None:
+def test_export_by_xtuners_path_and_split(
+    place: Path, trained: Path, interpreter: Interpreter
+) -> None:
     script = str(ROOT / "xtuner" / "tools" / "model_converters" / "pth_to_hf.py")
     done = interpreter.run([script, "c.py", str(trained), "hf"], cwd=place, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert (place / "hf" / "xtuner_config.py").read_bytes() == (place / "c.py").read_bytes()
+    assert (place / "hf" / "xtuner_config.py").read_bytes() == (
+        place / "c.py"
+    ).read_bytes()
     model = AutoModelForCausalLM.from_pretrained(place / "hf")
-    command = ["evomesh", "xtuner", "convert", "split", "hf", "parts_hf", "--max-shard-size", "20KB"]
+    command = [
+        "evomesh",
+        "xtuner",
+        "convert",
+        "split",
+        "hf",
+        "parts_hf",
+        "--max-shard-size",
+        "20KB",
+    ]
     done = interpreter.run(command, cwd=place, timeout=200)
     assert done.returncode == 0, done.stderr
     assert len(list((place / "parts_hf").glob("*.safetensors"))) > 3
     again = AutoModelForCausalLM.from_pretrained(place / "parts_hf").state_dict()
-    assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(
+        torch.equal(again[name], tensor) for name, tensor in model.state_dict().items()
+    )
 
 
 def test_order_file_by_xtuners_path(place: Path, interpreter: Interpreter) -> None:
@@ -142,12 +192,17 @@ def test_order_file_by_xtuners_path(place: Path, interpreter: Interpreter) -> No
 def test_the_data_commands(place: Path, interpreter: Interpreter) -> None:
     shown = interpreter.run(["evomesh", "xtuner", "log-dataset", "c.py"], cwd=place)
     assert shown.returncode == 0 and "pack 0 of 13, 64 tokens" in shown.stdout
-    checked = interpreter.run(["evomesh", "xtuner", "check-custom-dataset", "c.py"], cwd=place)
+    checked = interpreter.run(
+        ["evomesh", "xtuner", "check-custom-dataset", "c.py"], cwd=place
+    )
     assert checked.returncode == 0 and "no problems found" in checked.stdout
 
 
 CONVERSATIONS = [
-    [{"role": "user", "content": f"question {n}"}, {"role": "assistant", "content": f"answer {n}"}]
+    [
+        {"role": "user", "content": f"question {n}"},
+        {"role": "assistant", "content": f"answer {n}"},
+    ]
     for n in range(40)
 ]
 
@@ -165,11 +220,16 @@ def raw(place: Path) -> Path:
     special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=260, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=260,
+        special_tokens=special,
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(["question answer"], trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<s>", "eos_token": "</s>"})
+    )
     return folder
 
 
@@ -181,8 +241,12 @@ def test_raw_conversations_are_tokenized_before_training(
     place: Path, raw: Path, interpreter: Interpreter
 ) -> None:
     """The config's own way and both scripts write the same token files; the answers alone are targets."""
-    sizes: dict[str, Any] = {key: value for key, value in TINY_MODEL.items() if key != "architectures"}
-    LlamaForCausalLM(LlamaConfig(**sizes | {"vocab_size": 260})).save_pretrained(raw / "model")
+    sizes: dict[str, Any] = {
+        key: value for key, value in TINY_MODEL.items() if key != "architectures"
+    }
+    LlamaForCausalLM(LlamaConfig(**sizes | {"vocab_size": 260})).save_pretrained(
+        raw / "model"
+    )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(raw / name, raw / "model" / name)
     write_config(
@@ -195,7 +259,9 @@ def test_raw_conversations_are_tokenized_before_training(
     train = ["evomesh", "xtuner", "train", "raw.py", *FLOAT32, "data.total_steps=2"]
     ranks = interpreter.start_ranks(train, 1, cwd=place)
     refused = ranks[0].wait()
-    assert refused.returncode == 2 and "evomesh xtuner tokenize raw.py" in refused.stderr
+    assert (
+        refused.returncode == 2 and "evomesh xtuner tokenize raw.py" in refused.stderr
+    )
     done = interpreter.run(train, cwd=place, timeout=200)
     assert done.returncode == 0, done.stderr
     assert len(metrics(place / "work_dirs" / "raw")) == 2
@@ -203,10 +269,23 @@ def test_raw_conversations_are_tokenized_before_training(
     tools = ROOT / "xtuner" / "tools"
     common = ["--tokenizer-path", "raw/model"]
     ftdp = ["--processed-dir", "raw", "--tokenized-dir", "ftdp"]
-    plain = ["--data-folder", "raw/set", "--save-folder", "plain", "--file-type", ".jsonl", "--is-ftdp"]
+    plain = [
+        "--data-folder",
+        "raw/set",
+        "--save-folder",
+        "plain",
+        "--file-type",
+        ".jsonl",
+        "--is-ftdp",
+    ]
     plain += ["--prompt-template", "internlm2_chat"]
-    for script, options in (("tokenize_ftdp_datasets", ftdp), ("process_untokenized_datasets", plain)):
-        done = interpreter.run([str(tools / f"{script}.py"), *options, *common], cwd=place)
+    for script, options in (
+        ("tokenize_ftdp_datasets", ftdp),
+        ("process_untokenized_datasets", plain),
+    ):
+        done = interpreter.run(
+            [str(tools / f"{script}.py"), *options, *common], cwd=place
+        )
         assert done.returncode == 0, done.stderr
     made = tokens_of(place / "work_dirs/raw/tokenized/raw/dataset0.bin")
     assert tokens_of(place / "ftdp/chatml_llamav13_32k/train/cn/set/a.bin") == made
@@ -215,5 +294,9 @@ def test_raw_conversations_are_tokenized_before_training(
     assert len(made) == len(CONVERSATIONS)
     positive = [token for token in made[7] if token > 0]
     assert tokenizer.decode(positive, skip_special_tokens=False) == "answer 7<|im_end|>"
-    whole = tokenizer.decode([abs(token) for token in made[7]], skip_special_tokens=False)
-    assert whole.startswith("<s><|im_start|>user\nquestion 7<|im_end|>\n<|im_start|>assistant\n")
+    whole = tokenizer.decode(
+        [abs(token) for token in made[7]], skip_special_tokens=False
+    )
+    assert whole.startswith(
+        "<s><|im_start|>user\nquestion 7<|im_end|>\n<|im_start|>assistant\n"
+    )

@@ -39,7 +39,9 @@ def test_buckets_of_an_optimizer_go_round(
         assert torch.equal(found, x)
 
 
-def test_counts_on_the_host_need_no_device(device: torch.device, group: dist.ProcessGroup) -> None:
+def test_counts_on_the_host_need_no_device(
+    device: torch.device, group: dist.ProcessGroup
+) -> None:
     count = torch.tensor(7)
     dist.all_reduce(count, group=group)
     assert int(count) == 7 and count.device.type == "cpu"

@@ -38,16 +38,23 @@ class Training:
             initialize_weights(self.model, seed=1)
         whole = Config()
         self.optimizer = ZeroOptimizer(
-            self.model.named_parameters(), whole.adam, whole.hybrid_zero_optimizer, model=self.model
+            self.model.named_parameters(),
+            whole.adam,
+            whole.hybrid_zero_optimizer,
+            model=self.model,
         )
         self.optimizer.refresh_masters()
         self.ids = torch.zeros(sizes.tokens, dtype=torch.long, device=device)
         bounds = torch.tensor([0, sizes.tokens // 2, sizes.tokens], dtype=torch.int32)
-        self.documents = SequenceBounds(torch.zeros_like(self.ids), bounds.to(device), sizes.tokens, bounds)
+        self.documents = SequenceBounds(
+            torch.zeros_like(self.ids), bounds.to(device), sizes.tokens, bounds
+        )
 
     def step(self) -> None:
         self.optimizer.expect_micro_batches(1)
-        loss = self.model.loss(self.model(self.ids, self.documents), self.ids, grad_scale=1 / len(self.ids))
+        loss = self.model.loss(
+            self.model(self.ids, self.documents), self.ids, grad_scale=1 / len(self.ids)
+        )
         loss.scaled_sum.backward()  # type: ignore[no-untyped-call]
         del loss
         self.optimizer.step(1e-3, 0.95, 1.0)
@@ -56,10 +63,14 @@ class Training:
     def peak_of_tensors(self) -> int:
         tracker, documents = MemTracker(), self.documents
         accumulated = [
-            slot.accumulated_grad for slot in self.optimizer.slots if slot.accumulated_grad is not None
+            slot.accumulated_grad
+            for slot in self.optimizer.slots
+            if slot.accumulated_grad is not None
         ]
         held = (self.ids, documents.position_ids, documents.cu_seqlens, *accumulated)
-        tracker.track_external(self.model, *self.optimizer.state_tensors().values(), *held)
+        tracker.track_external(
+            self.model, *self.optimizer.state_tensors().values(), *held
+        )
         with tracker:
             self.step()
         return int(tracker.get_tracker_snapshot("peak")[META]["Total"])
@@ -73,18 +84,25 @@ class Training:
 def check(peak: int, of: Sizes, recompute: float, bound: float) -> None:
     expected = bytes_in_16_bits(of, recompute)
     assert peak == pytest.approx(expected, rel=bound)
-    assert peak - state_in_16_bits(of) == pytest.approx(expected - state_in_16_bits(of), rel=2 * bound)
+    assert peak - state_in_16_bits(of) == pytest.approx(
+        expected - state_in_16_bits(of), rel=2 * bound
+    )
 
 
 @pytest.mark.parametrize("recompute", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("shape", [(8, 256, 4, 704, 4000, 4096), (2, 256, 4, 704, 32000, 2048)])
+@pytest.mark.parametrize(
+    "shape", [(8, 256, 4, 704, 4000, 4096), (2, 256, 4, 704, 32000, 2048)]
+)
 def test_peak_of_tensors_on_the_meta_device(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], recompute: float
 ) -> None:
     monkeypatch.setattr(attention, "_flash_takes", lambda q: True)
     of = Sizes(*shape, chunk=tokens_per_chunk(shape[4], on_cuda=False))
     training = Training(of, recompute, META)
-    assert sum(parameter.numel() for parameter in training.model.parameters()) == of.parameters
+    assert (
+        sum(parameter.numel() for parameter in training.model.parameters())
+        == of.parameters
+    )
     training.step()  # the second step is like all others
     check(training.peak_of_tensors(), of, recompute, 0.02)
 
@@ -92,8 +110,12 @@ def test_peak_of_tensors_on_the_meta_device(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("recompute", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("shape", [(8, 1024, 8, 2816, 32000, 8192), (4, 2048, 16, 5504, 32000, 4096)])
-def test_peak_of_the_allocator_on_cuda(shape: tuple[int, ...], recompute: float) -> None:
+@pytest.mark.parametrize(
+    "shape", [(8, 1024, 8, 2816, 32000, 8192), (4, 2048, 16, 5504, 32000, 4096)]
+)
+def test_peak_of_the_allocator_on_cuda(
+    shape: tuple[int, ...], recompute: float
+) -> None:
     """Shapes so large that the libraries' workspaces, tens of MiB, are within the bound."""
     of = Sizes(*shape, chunk=tokens_per_chunk(shape[4], on_cuda=True))
     before = torch.cuda.memory_allocated()
@@ -106,7 +128,9 @@ def test_peak_of_the_allocator_on_cuda(shape: tuple[int, ...], recompute: float)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_nothing_grows_on_cuda() -> None:
     training = Training(
-        Sizes(1, 64, 4, 192, 1000, 64, tokens_per_chunk(1000, on_cuda=True)), 0.0, torch.device("cuda")
+        Sizes(1, 64, 4, 192, 1000, 64, tokens_per_chunk(1000, on_cuda=True)),
+        0.0,
+        torch.device("cuda"),
     )
     held = {}
     for step in range(1000):

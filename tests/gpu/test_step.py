@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from evomesh.config.schema import IGNORE, AdamConfig, Config, LossConfig, ModelConfig, ZeroConfig
+from evomesh.config.schema import (
+    IGNORE,
+    AdamConfig,
+    Config,
+    LossConfig,
+    ModelConfig,
+    ZeroConfig,
+)
 from evomesh.data.batch import Batch
 from evomesh.optim.scaler import LossScaler
 from evomesh.optim.zero import ZeroOptimizer
@@ -25,8 +32,17 @@ from tests.support.tolerances import FLOAT32_RUN
 
 CPU = torch.device("cpu")
 T, VOCAB, STEPS = 192, 257, 3
-HALF_LOSS, HALF_NORM = 1e-2, 5e-2  # relative: bfloat16 has 8 bits, and the loss averages over tokens
-SHAPE = dict(num_layers=2, hidden_size=128, num_attention_heads=4, num_kv_attention_heads=2, mlp_ratio=2.0)
+HALF_LOSS, HALF_NORM = (
+    1e-2,
+    5e-2,
+)  # relative: bfloat16 has 8 bits, and the loss averages over tokens
+SHAPE = dict(
+    num_layers=2,
+    hidden_size=128,
+    num_attention_heads=4,
+    num_kv_attention_heads=2,
+    mlp_ratio=2.0,
+)
 PACKS = [(192,), (64, 128), (1, 60, 3, 100, 28)]
 
 
@@ -34,19 +50,35 @@ class Training:
     """Weights are drawn in float64 and rounded, so that runs in all dtypes start from the same."""
 
     def __init__(self, device: torch.device, dtype: str, **changes: Any) -> None:
-        fixed = dict(model_type="LLAMA2", multiple_of=8, vocab_size=VOCAB, no_bias=True, compile=False)
+        fixed = dict(
+            model_type="LLAMA2",
+            multiple_of=8,
+            vocab_size=VOCAB,
+            no_bias=True,
+            compile=False,
+        )
         model = ModelConfig(**(fixed | SHAPE | changes), dtype=dtype)  # type: ignore[arg-type]
-        self.device, self.config = device, Config(model=model, adam=AdamConfig(adam_eps=1e-3))
+        self.device, self.config = (
+            device,
+            Config(model=model, adam=AdamConfig(adam_eps=1e-3)),
+        )
         self.stages = build_stages(self.config, Grid(), MODES["mtp"], device)
         drawn = build_stages(
-            self.config.model_copy(update={"model": _wide(model)}), Grid(), MODES["mtp"], CPU
+            self.config.model_copy(update={"model": _wide(model)}),
+            Grid(),
+            MODES["mtp"],
+            CPU,
         )
         drawn.initialize(5, Grid())
         with torch.no_grad():
             for name, parameter in self.stages.parameters().items():
-                parameter.copy_(drawn.parameters()[name] * (4 if parameter.dim() > 1 else 1))
+                parameter.copy_(
+                    drawn.parameters()[name] * (4 if parameter.dim() > 1 else 1)
+                )
         named = self.stages.parameters().items()
-        self.optimizer = ZeroOptimizer(named, self.config.adam, ZeroConfig(clip_grad_norm=0.5), Grid())
+        self.optimizer = ZeroOptimizer(
+            named, self.config.adam, ZeroConfig(clip_grad_norm=0.5), Grid()
+        )
         self.optimizer.refresh_masters()
         self.scaler = LossScaler(self.config.grad_scaler, dtype)  # type: ignore[arg-type]
 
@@ -83,7 +115,9 @@ def host_batch(number: int, pinned: bool) -> Batch:
     positions = torch.cat([torch.arange(n) for n in lengths]).repeat(2, 1)
     bounds = torch.tensor((0, *lengths)).cumsum(0).int().repeat(2, 1)
     tensors = (ids, labels, positions, types, bounds)
-    return Batch(*(x.pin_memory() if pinned else x for x in tensors), max_seqlen=max(lengths))
+    return Batch(
+        *(x.pin_memory() if pinned else x for x in tensors), max_seqlen=max(lengths)
+    )
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -97,21 +131,30 @@ def host_batch(number: int, pinned: bool) -> Batch:
     ],
 )
 def test_losses_and_norms_are_those_of_float64_on_the_cpu(
-    device: torch.device, dtype: str, loss: float, norm: float, recompute: float, compiled: bool
+    device: torch.device,
+    dtype: str,
+    loss: float,
+    norm: float,
+    recompute: float,
+    compiled: bool,
 ) -> None:
     if compiled and device.type == "cpu":
-        pytest.skip("tests/unit/models/test_compiled.py has it, without minutes of compiling")
+        pytest.skip(
+            "tests/unit/models/test_compiled.py has it, without minutes of compiling"
+        )
     ours = Training(device, dtype, checkpoint=recompute, compile=compiled)
     theirs = Training(CPU, "float64")
     for number in range(STEPS):
         found, expected = ours.step(number), theirs.step(number)
         assert found.update.check == "ok"
         assert found.loss == pytest.approx(expected.loss, rel=loss)
-        assert found.update.grad_norm == pytest.approx(expected.update.grad_norm, rel=norm)
-        tally, reference = found.tally.summary(), expected.tally.summary()
-        assert tally["tokens/a"] == reference["tokens/a"] and tally["loss/b"] == pytest.approx(
-            reference["loss/b"], rel=loss
+        assert found.update.grad_norm == pytest.approx(
+            expected.update.grad_norm, rel=norm
         )
+        tally, reference = found.tally.summary(), expected.tally.summary()
+        assert tally["tokens/a"] == reference["tokens/a"] and tally[
+            "loss/b"
+        ] == pytest.approx(reference["loss/b"], rel=loss)
         assert 0 < found.fwd_bwd_time < 600
 
 
@@ -157,14 +200,21 @@ def test_the_host_waits_once_a_step(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_says_when_the_host_waits() -> None:
     x = torch.ones(3, device="cuda")
-    for wait in (x.sum().item, x.nonzero, lambda: torch.as_tensor(0.5, device="cuda"), x.cpu):
+    for wait in (
+        x.sum().item,
+        x.nonzero,
+        lambda: torch.as_tensor(0.5, device="cuda"),
+        x.cpu,
+    ):
         with no_synchronization(x.device), pytest.raises(RuntimeError):
             wait()
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_an_overflow_is_skipped_without_a_trace(device: torch.device, dtype: str, bad: float) -> None:
+def test_an_overflow_is_skipped_without_a_trace(
+    device: torch.device, dtype: str, bad: float
+) -> None:
     ours, clean = Training(device, dtype), Training(device, dtype)
     for training in (ours, clean):
         training.step(0)

@@ -41,7 +41,10 @@ def covered() -> dict[str, list[str]]:
 
 def _marks(tree: ast.Module) -> Iterator[tuple[str, list[str]]]:
     for node in tree.body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark":
+        if (
+            isinstance(node, ast.Assign)
+            and ast.unparse(node.targets[0]) == "pytestmark"
+        ):
             yield "", _keys(ast.walk(node.value))
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test"):
@@ -49,5 +52,14 @@ def _marks(tree: ast.Module) -> Iterator[tuple[str, list[str]]]:
 
 
 def _keys(nodes: Iterator[ast.AST] | list[ast.expr]) -> list[str]:
-    calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == "covers"]
-    return [argument.value for call in calls for argument in call.args if isinstance(argument, ast.Constant)]
+    calls = [
+        node
+        for node in nodes
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "covers"
+    ]
+    return [
+        argument.value
+        for call in calls
+        for argument in call.args
+        if isinstance(argument, ast.Constant)
+    ]

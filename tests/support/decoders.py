@@ -16,9 +16,15 @@ VOCAB = 50
 
 def tiny_config(**changes: object) -> ModelConfig:
     shape = dict(
-        num_layers=2, hidden_size=32, num_attention_heads=4, num_kv_attention_heads=2, vocab_size=VOCAB
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_kv_attention_heads=2,
+        vocab_size=VOCAB,
     )
-    fixed = dict(model_type="LLAMA2", dtype="float64", mlp_ratio=2.0, multiple_of=8, no_bias=True)
+    fixed = dict(
+        model_type="LLAMA2", dtype="float64", mlp_ratio=2.0, multiple_of=8, no_bias=True
+    )
     return ModelConfig(**(fixed | shape | changes))
 
 
@@ -36,7 +42,9 @@ def enlarge(model: LanguageModel) -> None:
             parameter.mul_(8 if parameter.dim() > 1 else 1)
 
 
-def uncached_greedy(model: LanguageModel, prompt: Sequence[int], count: int) -> list[int]:
+def uncached_greedy(
+    model: LanguageModel, prompt: Sequence[int], count: int
+) -> list[int]:
     """Every token from a forward pass over all tokens before it."""
     ids = list(prompt)
     with torch.no_grad():

@@ -14,7 +14,9 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Script = Callable[[int, str, str], str | None]  # (number of the request, method, path) -> fault
+Script = Callable[
+    [int, str, str], str | None
+]  # (number of the request, method, path) -> fault
 FAULTS = ("500", "503", "slowdown", "reset", "reset after", "truncate", "hang")
 
 
@@ -35,7 +37,9 @@ class FaultProxy(ThreadingHTTPServer):
         self.lock = threading.Lock()
 
     def __enter__(self) -> Any:
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        ).start()
         self.address = f"127.0.0.1:{self.server_address[1]}"
         return self
 
@@ -67,7 +71,11 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.server.next_fault(self.command, self.path)
         if fault in ("500", "503", "slowdown"):
             code = "SlowDown" if fault == "slowdown" else "InternalError"
-            self._answer(500 if fault == "500" else 503, {}, f"<Error><Code>{code}</Code></Error>".encode())
+            self._answer(
+                500 if fault == "500" else 503,
+                {},
+                f"<Error><Code>{code}</Code></Error>".encode(),
+            )
             return
         if fault == "denied":
             self._answer(403, {}, b"<Error><Code>AccessDenied</Code></Error>")
@@ -80,7 +88,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._reset()
             return
         upstream = http.client.HTTPConnection(self.server.target, timeout=30)
-        headers = {name: value for name, value in self.headers.items() if name.lower() != "expect"}
+        headers = {
+            name: value
+            for name, value in self.headers.items()
+            if name.lower() != "expect"
+        }
         upstream.request(self.command, self.path, body=body, headers=headers)
         answer = upstream.getresponse()
         data = answer.read()
@@ -89,14 +101,20 @@ class _Handler(BaseHTTPRequestHandler):
             self._reset()
             return
         own = ("transfer-encoding", "connection", "content-length")
-        kept = {name: value for name, value in answer.getheaders() if name.lower() not in own}
+        kept = {
+            name: value
+            for name, value in answer.getheaders()
+            if name.lower() not in own
+        }
         if self.command == "HEAD":
             kept["Content-Length"] = answer.getheader("Content-Length") or "0"
         if fault == "flip" and data:  # one bit of the content
             data = data[:-1] + bytes([data[-1] ^ 1])
         self._answer(answer.status, kept, data, cut=fault == "truncate")
 
-    def _answer(self, status: int, headers: dict[str, str], data: bytes, cut: bool = False) -> None:
+    def _answer(
+        self, status: int, headers: dict[str, str], data: bytes, cut: bool = False
+    ) -> None:
         self.send_response_only(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -111,7 +129,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._reset()
 
     def _reset(self) -> None:
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.setsockopt(
+            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+        )
         self.close_connection = True
         self.connection.close()
 

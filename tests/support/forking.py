@@ -32,7 +32,9 @@ def context() -> ForkServerContext:
     ctx = multiprocessing.get_context("forkserver")
     ctx.set_forkserver_preload([*filter(_exists, _LIBRARIES), *_own_modules()])
     kept = {name: os.environ.get(name) for name in _ONE_THREAD}
-    os.environ.update(dict.fromkeys(_ONE_THREAD, "1"))  # read by the server when it imports torch
+    os.environ.update(
+        dict.fromkeys(_ONE_THREAD, "1")
+    )  # read by the server when it imports torch
     try:
         from multiprocessing import forkserver
 
@@ -44,7 +46,9 @@ def context() -> ForkServerContext:
 
 
 def _own_modules() -> list[str]:
-    names = [module.name for module in pkgutil.walk_packages(evomesh.__path__, "evomesh.")]
+    names = [
+        module.name for module in pkgutil.walk_packages(evomesh.__path__, "evomesh.")
+    ]
     return [name for name in names if name not in _HEAVY]
 
 

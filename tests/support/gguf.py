@@ -45,14 +45,22 @@ def _value(value: Any) -> bytes:
     if isinstance(value, str):
         return struct.pack("<I", 8) + _string(value)
     kind = {int: 5, float: 6, str: 8}[type(value[0])]
-    items = [_string(item) if kind == 8 else struct.pack("<i" if kind == 5 else "<f", item) for item in value]
+    items = [
+        _string(item) if kind == 8 else struct.pack("<i" if kind == 5 else "<f", item)
+        for item in value
+    ]
     return struct.pack("<IIQ", 9, kind, len(value)) + b"".join(items)
 
 
 def _tokens(file: Path) -> dict[str, Any]:
     model = SentencePieceProcessor(model_file=str(file))
     ids = range(model.vocab_size())
-    kinds = {2: model.is_unknown, 3: model.is_control, 5: model.is_unused, 6: model.is_byte}
+    kinds = {
+        2: model.is_unknown,
+        3: model.is_control,
+        5: model.is_unused,
+        6: model.is_byte,
+    }
     return {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": [model.id_to_piece(n) for n in ids],
@@ -63,13 +71,17 @@ def _tokens(file: Path) -> dict[str, Any]:
         "tokenizer.ggml.bos_token_id": model.bos_id(),
         "tokenizer.ggml.eos_token_id": model.eos_id(),
         "tokenizer.ggml.add_bos_token": False,
-        "tokenizer.ggml.add_space_prefix": model.encode("a", out_type=str)[0].startswith("\u2581"),
+        "tokenizer.ggml.add_space_prefix": model.encode("a", out_type=str)[
+            0
+        ].startswith("\u2581"),
     }
 
 
 def _interleave_rotary(value: Tensor, heads: int) -> Tensor:
     """Reorder rotary pairs from halves to adjacent rows, as llama.cpp's Llama has them."""
-    return value.view(heads, 2, -1, *value.shape[1:]).transpose(1, 2).reshape(value.shape)
+    return (
+        value.view(heads, 2, -1, *value.shape[1:]).transpose(1, 2).reshape(value.shape)
+    )
 
 
 def write_gguf(folder: Path, out: Path) -> None:
@@ -90,18 +102,28 @@ def write_gguf(folder: Path, out: Path) -> None:
         **_tokens(folder / "tokenizer.model"),
     }
     header, data = b"", b""
-    state = {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+    state = {
+        name: t
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, t in load_file(file).items()
+    }
     for name, tensor in state.items():
         module, _, kind = name.rpartition(".")
         _, _, rest = module.partition("model.layers.")
         layer, _, part = rest.partition(".")
         turned = {"self_attn.q_proj": heads, "self_attn.k_proj": groups}.get(part)
         value = _interleave_rotary(tensor, turned) if turned else tensor
-        theirs = f"blk.{layer}.{NAMES[part]}.{kind}" if layer else f"{NAMES[module]}.{kind}"
+        theirs = (
+            f"blk.{layer}.{NAMES[part]}.{kind}" if layer else f"{NAMES[module]}.{kind}"
+        )
         shape = tuple(reversed(value.shape))
-        header += _string(theirs) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, 0, len(data))
+        header += _string(theirs) + struct.pack(
+            f"<I{len(shape)}QIQ", len(shape), *shape, 0, len(data)
+        )
         data += value.to(torch.float32).contiguous().numpy().tobytes()
         data += b"\0" * (-len(data) % ALIGNMENT)
     top = b"GGUF" + struct.pack("<IQQ", 3, len(state), len(facts))
-    top += b"".join(_string(key) + _value(value) for key, value in facts.items()) + header
+    top += (
+        b"".join(_string(key) + _value(value) for key, value in facts.items()) + header
+    )
     out.write_bytes(top + b"\0" * (-len(top) % ALIGNMENT) + data)

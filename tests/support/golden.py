@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 
 
-def write_bin(path: Path, documents: Sequence[Sequence[int]], *, meta_dtype: str = "int64") -> Path:
+def write_bin(
+    path: Path, documents: Sequence[Sequence[int]], *, meta_dtype: str = "int64"
+) -> Path:
     """Writes ``path`` (one ``{"tokens": [...]}`` a line) and ``path.meta`` (npy [N, 2]: byte offset, token count)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows, offset = [], 0
@@ -26,7 +28,11 @@ def write_bin(path: Path, documents: Sequence[Sequence[int]], *, meta_dtype: str
 
 
 def write_folder(
-    root: Path, *, documents: int = 64, vocab_size: int = 256, types: Sequence[str] = ("en", "code")
+    root: Path,
+    *,
+    documents: int = 64,
+    vocab_size: int = 256,
+    types: Sequence[str] = ("en", "code"),
 ) -> Path:
     """A train folder with one file a type: arithmetic sequences, so that a small model can learn them."""
     draw = random.Random(0)
@@ -34,6 +40,11 @@ def write_folder(
         rows = []
         for _ in range(documents):
             start, step = draw.randrange(vocab_size), draw.randrange(1, 4)
-            rows.append([1 + (start + step * i) % (vocab_size - 1) for i in range(draw.randrange(20, 60))])
+            rows.append(
+                [
+                    1 + (start + step * i) % (vocab_size - 1)
+                    for i in range(draw.randrange(20, 60))
+                ]
+            )
         write_bin(root / name / "data.bin", rows)
     return root

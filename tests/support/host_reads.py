@@ -29,24 +29,39 @@ class _Copies(TorchDispatchMode):
         super().__init__()
         self.begun = 0  # copies to the device that nobody waits for
 
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         result = operation(*args, **kwargs)
         if operation in COPIES:
             source = args[-1] if operation is COPIES[0] else args[1]
             if source.is_cpu and not result.is_cpu:
-                if not (kwargs.get("non_blocking") or (operation is COPIES[1] and args[2:] == (True,))):
-                    raise HostWaits(f"blocking copy of {tuple(source.shape)} to the device")
+                if not (
+                    kwargs.get("non_blocking")
+                    or (operation is COPIES[1] and args[2:] == (True,))
+                ):
+                    raise HostWaits(
+                        f"blocking copy of {tuple(source.shape)} to the device"
+                    )
                 self.begun += 1
         return result
 
 
 class _Numbers(TorchFunctionMode):
     def __torch_function__(
-        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: Any = (),
+        kwargs: Any = None,
     ) -> Any:
         result = function(*args, **(kwargs or {}))
-        if function in FROM_NUMBERS and not result.is_cpu and not isinstance(args[0], Tensor):
+        if (
+            function in FROM_NUMBERS
+            and not result.is_cpu
+            and not isinstance(args[0], Tensor)
+        ):
             raise HostWaits(f"{args[0]!r} is copied to the device")
         return result
 

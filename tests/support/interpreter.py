@@ -74,8 +74,14 @@ class Running:
         deadline = time.monotonic() + timeout
         while text not in self.stdout and text not in self.stderr:
             ended = not self._process.is_alive()
-            if (ended and text not in self.stdout + self.stderr) or time.monotonic() > deadline:
-                why = f"exit code {self._process.exitcode}" if ended else f"{timeout:g} s passed"
+            if (
+                ended and text not in self.stdout + self.stderr
+            ) or time.monotonic() > deadline:
+                why = (
+                    f"exit code {self._process.exitcode}"
+                    if ended
+                    else f"{timeout:g} s passed"
+                )
                 raise AssertionError(
                     f"{text!r} never came ({why})\n{self.stdout[-3000:]}\n{self.stderr[-3000:]}"
                 )
@@ -122,21 +128,39 @@ class Interpreter:
         folder = Path(tempfile.mkdtemp(dir=self._root))
         for name in ("stdout", "stderr"):
             (folder / name).touch()
-        arguments = (command, str(Path(cwd).resolve()), dict(env or {}), threads, str(folder))
+        arguments = (
+            command,
+            str(Path(cwd).resolve()),
+            dict(env or {}),
+            threads,
+            str(folder),
+        )
         process = context().Process(target=_child, args=arguments)
         process.start()
         self._running.append(Running(process, folder))
         return self._running[-1]
 
-    def run(self, command: Command, *, timeout: float = 120.0, **options: Any) -> Finished:
+    def run(
+        self, command: Command, *, timeout: float = 120.0, **options: Any
+    ) -> Finished:
         return self.start(command, **options).wait(timeout)
 
-    def start_ranks(self, command: Command, ranks: int, **options: Any) -> list[Running]:
+    def start_ranks(
+        self, command: Command, ranks: int, **options: Any
+    ) -> list[Running]:
         """What ``torchrun --nproc_per_node=ranks`` would start, with its variables, and without its supervisor."""
-        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+        env = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "WORLD_SIZE": str(ranks),
+        }
         env |= {"LOCAL_WORLD_SIZE": str(ranks)} | dict(options.pop("env", None) or {})
         return [
-            self.start(command, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **options)
+            self.start(
+                command,
+                env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                **options,
+            )
             for rank in range(ranks)
         ]
 
@@ -153,14 +177,22 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def _child(command: Command, cwd: str, env: dict[str, str | None], threads: int, folder: str) -> None:
+def _child(
+    command: Command, cwd: str, env: dict[str, str | None], threads: int, folder: str
+) -> None:
     os.setsid()  # its own group, so that kill() reaches what it starts
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_APPEND), descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    sys.stdout, sys.stderr, sys.stdin = open(1, "w", buffering=1), open(2, "w", buffering=1), open(0)  # noqa: SIM115
+    sys.stdout, sys.stderr, sys.stdin = (
+        open(1, "w", buffering=1),  # noqa: SIM115  # open as long as the process
+        open(2, "w", buffering=1),  # noqa: SIM115
+        open(0),  # noqa: SIM115
+    )
     sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores Ctrl-C
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # the fork server ignores Ctrl-C
     os.chdir(cwd)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     for key, value in env.items():

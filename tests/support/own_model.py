@@ -34,23 +34,41 @@ def example() -> ModuleType:
 class StagedBlocks(LanguageModel):
     """Some of the example's blocks; the first stage has an embedding, the last a head. The loss is left out."""
 
-    def __init__(self, config: ModelConfig, device: torch.device | str, layers: range) -> None:
+    def __init__(
+        self, config: ModelConfig, device: torch.device | str, layers: range
+    ) -> None:
         super().__init__()
-        placement = Placement(dtype=parameter_dtype(config.dtype), device=torch.device(device))
-        self.rotary, self.dtype = RotaryEmbedding(config.head_dim, config.rope_base), placement.dtype
+        placement = Placement(
+            dtype=parameter_dtype(config.dtype), device=torch.device(device)
+        )
+        self.rotary, self.dtype = (
+            RotaryEmbedding(config.head_dim, config.rope_base),
+            placement.dtype,
+        )
         shape = config.vocab_size, config.hidden_size
         first, last = layers.start == 0, layers.stop == config.num_layers
         self.embedding = (
-            nn.Embedding(*shape, dtype=placement.dtype, device=placement.device) if first else None
+            nn.Embedding(*shape, dtype=placement.dtype, device=placement.device)
+            if first
+            else None
         )
-        self.layers = nn.ModuleDict({str(i): example().ParallelBlock(i, config, placement) for i in layers})
+        self.layers = nn.ModuleDict(
+            {str(i): example().ParallelBlock(i, config, placement) for i in layers}
+        )
         self.head = (
-            nn.Linear(*reversed(shape), bias=False, dtype=placement.dtype, device=placement.device)
+            nn.Linear(
+                *reversed(shape),
+                bias=False,
+                dtype=placement.dtype,
+                device=placement.device,
+            )
             if last
             else None
         )
 
-    def forward(self, x: Tensor, bounds: SequenceBounds, attend: AttentionFunction = attend) -> Tensor:
+    def forward(
+        self, x: Tensor, bounds: SequenceBounds, attend: AttentionFunction = attend
+    ) -> Tensor:
         x = x if self.embedding is None else self.embedding(x)
         tables = self.rotary.tables(bounds, self.dtype)
         for block in self.layers.values():

@@ -43,7 +43,12 @@ class RankError(AssertionError):
 
 @functools.cache
 def grid_of(
-    *, tensor: int = 1, mode: str = "mtp", pipeline: int = 1, weight: int = 1, zero1: int = -1
+    *,
+    tensor: int = 1,
+    mode: str = "mtp",
+    pipeline: int = 1,
+    weight: int = 1,
+    zero1: int = -1,
 ) -> Grid:
     """In a rank: the grid of these sizes over its world; made once, then kept."""
     parallel = ParallelConfig.model_validate(
@@ -72,7 +77,11 @@ class Pool:
         self._folder = Path(tempfile.mkdtemp(prefix="ranks"))
 
     def run(
-        self, function: Callable[..., Any], *args: Any, ranks: int = RANKS, timeout: float = 60.0
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        ranks: int = RANKS,
+        timeout: float = 60.0,
     ) -> list[Any]:
         """Calls ``function(rank, *args)`` on ranks 0 .. ``ranks`` - 1 and returns their results in order.
 
@@ -94,7 +103,9 @@ class Pool:
         if len(answers) == ranks and all(good for good, _ in answers.values()):
             return [answers[rank][1] for rank in range(ranks)]
         message = self._explain(workers, answers, timeout)
-        self._end(ranks)  # the others may be inside a collective: a fresh world for the next test
+        self._end(
+            ranks
+        )  # the others may be inside a collective: a fresh world for the next test
         raise RankError(message)
 
     def close(self) -> None:
@@ -117,13 +128,17 @@ class Pool:
             here, there = context().Pipe()
             stderr = folder / f"stderr{rank}"
             stderr.touch()
-            process = context().Process(target=_serve, args=(rank, ranks, str(folder), there), daemon=True)
+            process = context().Process(
+                target=_serve, args=(rank, ranks, str(folder), there), daemon=True
+            )
             process.start()
             there.close()
             workers.append(_Rank(process, here, stderr))
         self._worlds[ranks] = workers
 
-    def _collect(self, workers: list[_Rank], timeout: float) -> dict[int, tuple[bool, Any]]:
+    def _collect(
+        self, workers: list[_Rank], timeout: float
+    ) -> dict[int, tuple[bool, Any]]:
         answers: dict[int, tuple[bool, Any]] = {}
         pending = {worker.connection: index for index, worker in enumerate(workers)}
         deadline = time.monotonic() + timeout
@@ -138,12 +153,17 @@ class Pool:
                     answers[index] = pickle.loads(connection.recv_bytes())
                 except EOFError:
                     workers[index].process.join(GRACE)
-                    answers[index] = (False, f"died with exit code {workers[index].process.exitcode}")
+                    answers[index] = (
+                        False,
+                        f"died with exit code {workers[index].process.exitcode}",
+                    )
                 if not answers[index][0]:
                     deadline = min(deadline, time.monotonic() + GRACE)
         return answers
 
-    def _explain(self, workers: list[_Rank], answers: dict[int, tuple[bool, Any]], timeout: float) -> str:
+    def _explain(
+        self, workers: list[_Rank], answers: dict[int, tuple[bool, Any]], timeout: float
+    ) -> str:
         silent = [index for index in range(len(workers)) if index not in answers]
         for index in silent:
             pid = workers[index].process.pid
@@ -157,17 +177,23 @@ class Pool:
                     f"--- rank {index}: no answer (limit {timeout:g} s)\n{worker.stderr.read_text()[-4000:]}"
                 )
             elif not answers[index][0]:
-                lines.append(f"--- rank {index}: {answers[index][1]}\n{worker.stderr.read_text()[-2000:]}")
+                lines.append(
+                    f"--- rank {index}: {answers[index][1]}\n{worker.stderr.read_text()[-2000:]}"
+                )
         return "\n".join(lines)
 
 
 def _serve(rank: int, ranks: int, folder: str, connection: Connection) -> None:
     """The life of one rank: join the group, then answer jobs until the pipe closes."""
-    descriptor = os.open(f"{folder}/stderr{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    descriptor = os.open(
+        f"{folder}/stderr{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    )
     os.dup2(descriptor, 2)
     faulthandler.register(signal.SIGUSR1, all_threads=False)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks
+    )
     _share_groups()
     while True:
         try:

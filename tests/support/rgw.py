@@ -99,7 +99,9 @@ def gateway() -> Iterator[Gateway]:
 def _start(folder: Path, port: int) -> None:
     fsid, osd, conf = str(uuid.uuid4()), str(uuid.uuid4()), f"{folder}/ceph.conf"
     mon_port = _free_port()
-    Path(conf).write_text(CONFIG.format(fsid=fsid, folder=folder, port=port, mon_port=mon_port))
+    Path(conf).write_text(
+        CONFIG.format(fsid=fsid, folder=folder, port=port, mon_port=mon_port)
+    )
 
     def call(*command: str) -> None:
         done = subprocess.run(
@@ -110,7 +112,9 @@ def _start(folder: Path, port: int) -> None:
             timeout=120,
             env=os.environ | {"CEPH_CONF": conf},
         )
-        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-1000:]}{done.stderr[-2000:]}"
+        assert done.returncode == 0, (
+            f"{' '.join(command)}\n{done.stdout[-1000:]}{done.stderr[-2000:]}"
+        )
 
     call(
         "monmaptool",
@@ -127,7 +131,18 @@ def _start(folder: Path, port: int) -> None:
     call("ceph", "-c", conf, "osd", "new", osd, "0")
     call("ceph-osd", "-i", "0", "-c", conf, "--mkfs", "--osd-uuid", osd, "--fsid", fsid)
     call("ceph-osd", "-i", "0", "-c", conf, "--fsid", fsid)
-    call("ceph", "-c", conf, "osd", "crush", "add", "osd.0", "1.0", "root=default", "host=h0")
+    call(
+        "ceph",
+        "-c",
+        conf,
+        "osd",
+        "crush",
+        "add",
+        "osd.0",
+        "1.0",
+        "root=default",
+        "host=h0",
+    )
     call("radosgw", "-n", "client.rgw", "-c", conf)
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:

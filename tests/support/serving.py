@@ -27,12 +27,17 @@ from evomesh.serve.service import GenerationService, ServedModel, ServiceLimits
 
 VOCAB = 256
 TRAINED = 64
-TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}[assistant]"
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}[assistant]"
+)
 
 
 def byte_tokenizer(folder: Path, template: str = TEMPLATE) -> Path:
     """Writes a tokenizer with an id for each byte, and a chat template beside it."""
-    alphabet = {symbol: number for number, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    alphabet = {
+        symbol: number
+        for number, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    }
     tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -79,7 +84,9 @@ def tiny_service(
         vocab_size=VOCAB,
         trained_length=TRAINED,
     )
-    build = partial(GenerationEngine, slots=limits.slots, context_length=limits.context_length)
+    build = partial(
+        GenerationEngine, slots=limits.slots, context_length=limits.context_length
+    )
     builders: dict[RotaryType, Callable[[], GenerationEngine]] = {
         "origin": partial(build, model),
         "dynamic": partial(build, with_rotary_type(model, "dynamic")),
@@ -104,7 +111,9 @@ class Served:
 
 @contextlib.contextmanager
 def serving(
-    service: GenerationService, key: str | None = None, extend: Callable[[FastAPI], None] = lambda app: None
+    service: GenerationService,
+    key: str | None = None,
+    extend: Callable[[FastAPI], None] = lambda app: None,
 ) -> Iterator[Served]:
     """The service's API on a free port, until the block ends."""
     app = create_app(service, key=key)

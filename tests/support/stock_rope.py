@@ -12,7 +12,9 @@ from torch import Tensor
 MODELS = ("llama", "qwen2", "qwen3", "mistral")
 
 
-def stock_frequencies(config: Any, length: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, float]:
+def stock_frequencies(
+    config: Any, length: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Tensor, float]:
     """Return the frequencies [H/2] and the attention factor of a scaling, computed by transformers in float64."""
     rope_utils = importlib.import_module("transformers.modeling_rope_utils")
     with monkeypatch.context() as patch:
@@ -33,15 +35,25 @@ def keep_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make transformers compute norm, rotary and softmax in float64, which it does in float32 by name."""
 
     def norm(self: Any, x: Tensor) -> Tensor:
-        scaled: Tensor = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        scaled: Tensor = x * torch.rsqrt(
+            x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon
+        )
         return self.weight * scaled
 
     def rotary(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        frequencies, factor = plain_frequencies(config.rope_parameters["rope_theta"], head_dim), 1.0
+        head_dim = (
+            getattr(config, "head_dim", None)
+            or config.hidden_size // config.num_attention_heads
+        )
+        frequencies, factor = (
+            plain_frequencies(config.rope_parameters["rope_theta"], head_dim),
+            1.0,
+        )
         if config.rope_parameters["rope_type"] != "default":
-            frequencies, factor = stock_frequencies(config, position_ids.shape[-1], monkeypatch)
+            frequencies, factor = stock_frequencies(
+                config, position_ids.shape[-1], monkeypatch
+            )
         angles = position_ids[..., None].double() * frequencies
         both = torch.cat((angles, angles), dim=-1)
         return both.cos() * factor, both.sin() * factor
@@ -53,7 +65,11 @@ def keep_float64(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.nn.functional, "softmax", no_upcast)
     for model in MODELS:
-        module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+        module = importlib.import_module(
+            f"transformers.models.{model}.modeling_{model}"
+        )
         prefix = model.capitalize()
         monkeypatch.setattr(getattr(module, f"{prefix}RMSNorm"), "forward", norm)
-        monkeypatch.setattr(getattr(module, f"{prefix}RotaryEmbedding"), "forward", rotary)
+        monkeypatch.setattr(
+            getattr(module, f"{prefix}RotaryEmbedding"), "forward", rotary
+        )

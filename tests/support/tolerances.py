@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LAYOUT = 1e-10  # float64, max|a-b| / max|b| per tensor: another layout sums in another order
+LAYOUT = (
+    1e-10  # float64, max|a-b| / max|b| per tensor: another layout sums in another order
+)
 FIRST_LOSS = 1e-14  # float64, relative: data, ZeRO and pipeline splits change no sum inside a token's loss
 ACCUMULATION = 1e-12  # float64: micro-batches added up against one large batch
-FLOAT32_RUN = (
-    2e-5  # relative, losses of a few AdamW steps in another layout: Adam amplifies the order of sums
+FLOAT32_RUN = 2e-5  # relative, losses of a few AdamW steps in another layout: Adam amplifies the order of sums
+TRANSFORMERS = (
+    1e-9  # float64, logits and gradients against transformers with its upcasts patched
 )
-TRANSFORMERS = 1e-9  # float64, logits and gradients against transformers with its upcasts patched
 TRANSFORMERS_FLOAT32 = 1e-5  # the same unpatched: it drops to float32 inside
 
 
@@ -21,7 +23,10 @@ def distance(a: Tensor, b: Tensor) -> float:
         raise AssertionError(f"shapes differ: {tuple(a.shape)} and {tuple(b.shape)}")
     if b.numel() == 0:
         return 0.0
-    difference, size = (a.double() - b.double()).abs().max().item(), b.double().abs().max().item()
+    difference, size = (
+        (a.double() - b.double()).abs().max().item(),
+        b.double().abs().max().item(),
+    )
     return difference / size if size else difference
 
 

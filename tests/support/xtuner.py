@@ -33,7 +33,9 @@ def model_folder(folder: Path, **changes: object) -> Path:
     return folder
 
 
-def write_config(path: Path, *edits: tuple[str, str], name: str = "internlm2_7b_w_tokenized_dataset") -> Path:
+def write_config(
+    path: Path, *edits: tuple[str, str], name: str = "internlm2_7b_w_tokenized_dataset"
+) -> Path:
     """Write a shipped config with edits: each (old text, new text), as the lines of a diff; old text must be there."""
     text = (CONFIGS / f"{name}.py").read_text(encoding="utf-8")
     for old, new in edits:

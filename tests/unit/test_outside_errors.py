@@ -42,7 +42,9 @@ def raised(action: Callable[[], object]) -> BaseException:
         (errno.ETIMEDOUT, ["timed out", "rerun"], 75),
     ],
 )
-def test_system_errors_name_the_file_and_help(number: int, words: list[str], code: int) -> None:
+def test_system_errors_name_the_file_and_help(
+    number: int, words: list[str], code: int
+) -> None:
     message = as_user_error(OSError(number, os.strerror(number), "some/file"))
     assert message is not None and message.exit_code == code
     for word in ["some/file", *words]:
@@ -67,22 +69,38 @@ def test_memory_errors_have_numbers() -> None:
     huge = raised(lambda: torch.empty(10**15))
     message = as_user_error(huge)
     assert message is not None and message.exit_code == 2
-    assert "4,000,000.0 GB were asked for" in str(message) and "are free on this machine" in str(message)
+    assert "4,000,000.0 GB were asked for" in str(
+        message
+    ) and "are free on this machine" in str(message)
     for error in (
         MemoryError(),
         MemoryError("Unable to allocate 7 PiB for an array"),
         torch.OutOfMemoryError("CUDA"),
     ):
         message = as_user_error(error)
-        assert message is not None and "out of memory" in str(message) and "evomesh plan" in message.fix
+        assert (
+            message is not None
+            and "out of memory" in str(message)
+            and "evomesh plan" in message.fix
+        )
 
 
 @pytest.mark.parametrize(
     "error",
-    [ValueError("x"), KeyError("x"), RuntimeError("shape mismatch"), AssertionError(), TypeError("x")],
+    [
+        ValueError("x"),
+        KeyError("x"),
+        RuntimeError("shape mismatch"),
+        AssertionError(),
+        TypeError("x"),
+    ],
 )
-def test_bugs_keep_their_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # restored afterwards
+def test_bugs_keep_their_traceback(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        threading, "excepthook", threading.excepthook
+    )  # restored afterwards
     assert as_user_error(error) is None
     assert raised(lambda: run(lambda: (_ for _ in ()).throw(error))) is error
 
@@ -118,13 +136,21 @@ def write_to_a_full_disk() -> None:
 def test_a_full_standard_output_is_a_message(interpreter: Interpreter) -> None:
     finished = interpreter.run(write_to_a_full_disk)
     assert finished.returncode == 2
-    assert finished.stderr == "error: standard output: cannot write: No space left on device\n"
+    assert (
+        finished.stderr
+        == "error: standard output: cannot write: No space left on device\n"
+    )
 
 
 def fail_in_a_thread() -> None:
     def command() -> None:
-        for error in (OSError(errno.ENOSPC, "No space left on device", "f"), ZeroDivisionError("a bug")):
-            thread = threading.Thread(target=lambda error=error: (_ for _ in ()).throw(error), name="writer")
+        for error in (
+            OSError(errno.ENOSPC, "No space left on device", "f"),
+            ZeroDivisionError("a bug"),
+        ):
+            thread = threading.Thread(
+                target=lambda error=error: (_ for _ in ()).throw(error), name="writer"
+            )
             thread.start()
             thread.join()
 
@@ -134,8 +160,14 @@ def fail_in_a_thread() -> None:
 def test_threads_that_the_system_fails_leave_one_line(interpreter: Interpreter) -> None:
     finished = interpreter.run(fail_in_a_thread)
     assert finished.returncode == 0
-    assert finished.stderr.count("Traceback") == 1 and "ZeroDivisionError" in finished.stderr
-    assert "warning: writer ended: cannot read or write f: No space left on device" in finished.stderr
+    assert (
+        finished.stderr.count("Traceback") == 1
+        and "ZeroDivisionError" in finished.stderr
+    )
+    assert (
+        "warning: writer ended: cannot read or write f: No space left on device"
+        in finished.stderr
+    )
 
 
 def open_too_many_files() -> None:

@@ -17,7 +17,11 @@ import pytest
 import evomesh
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md")]
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / "docs").glob("*.md"),
+    *(ROOT / "examples").rglob("*.md"),
+]
 
 
 def typing_imports() -> dict[str, str]:
@@ -32,7 +36,11 @@ def modules_after(code: str) -> set[str]:
     """Return the modules that ``code`` imports in a fresh interpreter."""
     program = f"import sys; before = set(sys.modules); {code}; print(*set(sys.modules) - before)"
     command = [sys.executable, "-c", program]
-    return set(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
+    return set(
+        subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.split()
+    )
 
 
 class TestNames:
@@ -45,8 +53,16 @@ class TestNames:
         assert getattr(evomesh, name) is getattr(import_module(home), name)
         defined = ast.parse(Path(import_module(home).__file__ or "").read_text()).body
         assert name in {
-            *(node.name for node in defined if isinstance(node, ast.ClassDef | ast.FunctionDef)),
-            *(ast.unparse(node.targets[0]) for node in defined if isinstance(node, ast.Assign)),
+            *(
+                node.name
+                for node in defined
+                if isinstance(node, ast.ClassDef | ast.FunctionDef)
+            ),
+            *(
+                ast.unparse(node.targets[0])
+                for node in defined
+                if isinstance(node, ast.Assign)
+            ),
         }
 
     def test_no_name_is_that_of_a_subpackage(self) -> None:
@@ -58,7 +74,9 @@ class TestNames:
         assert {"__version__", *evomesh.__all__} <= set(dir(evomesh))
 
     def test_an_unknown_name_is_an_attribute_error(self) -> None:
-        with pytest.raises(AttributeError, match="module 'evomesh' has no attribute 'lode_config'"):
+        with pytest.raises(
+            AttributeError, match="module 'evomesh' has no attribute 'lode_config'"
+        ):
             evomesh.lode_config  # type: ignore[attr-defined]
 
 
@@ -67,7 +85,9 @@ class TestImport:
         loaded = modules_after("import evomesh")
         assert "evomesh" in loaded
         assert not {
-            name for name in loaded if name.split(".")[0] not in {"evomesh", *sys.stdlib_module_names}
+            name
+            for name in loaded
+            if name.split(".")[0] not in {"evomesh", *sys.stdlib_module_names}
         }
         assert not {name for name in loaded if name.startswith("evomesh.")}
 
@@ -87,7 +107,9 @@ def deeper_uses(code: str) -> list[str]:
             used += [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             used.append(f"{node.value.id}.{node.attr}")
-    return [name for name in used if name.startswith("evomesh.") and not is_public(name)]
+    return [
+        name for name in used if name.startswith("evomesh.") and not is_public(name)
+    ]
 
 
 def is_public(dotted: str) -> bool:
@@ -96,16 +118,22 @@ def is_public(dotted: str) -> bool:
 
 def snippets(page: Path) -> Iterator[str]:
     """Yield the Python code blocks of a Markdown page."""
-    for block in re.findall(r"^[ ]*```python\n(.*?)^[ ]*```", page.read_text(), re.DOTALL | re.MULTILINE):
+    for block in re.findall(
+        r"^[ ]*```python\n(.*?)^[ ]*```", page.read_text(), re.DOTALL | re.MULTILINE
+    ):
         yield textwrap.dedent(block)
 
 
 class TestExamplesAndPages:
-    @pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.py")), ids=lambda path: path.name)
+    @pytest.mark.parametrize(
+        "path", sorted((ROOT / "examples").rglob("*.py")), ids=lambda path: path.name
+    )
     def test_examples_use_public_names_only(self, path: Path) -> None:
         assert not deeper_uses(path.read_text())
 
-    @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+    @pytest.mark.parametrize(
+        "page", PAGES, ids=lambda page: str(page.relative_to(ROOT))
+    )
     def test_pages_use_public_names_only(self, page: Path) -> None:
         assert not [use for code in snippets(page) for use in deeper_uses(code)]
         mentioned = re.findall(r"\bevomesh\.[A-Za-z_][\w.]*\b", page.read_text())
@@ -113,9 +141,13 @@ class TestExamplesAndPages:
 
     def test_pages_show_the_public_names(self) -> None:
         code = "\n".join(code for page in PAGES for code in snippets(page))
-        assert {"load_config", "run_training", "load_model", "generate_tokens", "register_loader"} <= set(
-            re.findall(r"\w+", code)
-        )
+        assert {
+            "load_config",
+            "run_training",
+            "load_model",
+            "generate_tokens",
+            "register_loader",
+        } <= set(re.findall(r"\w+", code))
 
     @pytest.mark.parametrize(
         ("code", "use"),

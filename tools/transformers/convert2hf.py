@@ -19,14 +19,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--src_folder", "--src", required=True, help="save folder, or one checkpoint in it")
+    parser.add_argument(
+        "--src_folder",
+        "--src",
+        required=True,
+        help="save folder, or one checkpoint in it",
+    )
     parser.add_argument("--tgt_folder", "--tgt", required=True, help="new folder")
-    parser.add_argument("--tokenizer", help="sentencepiece .model, tokenizer.json or their folder")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: as trained")
-    parser.add_argument("--max_shard", default="10GB", help="maximum size of a weight file")
-    parser.add_argument("--max_pos", type=int, help="max_position_embeddings; default: as trained")
-    parser.add_argument("--rotary_type", choices=("origin", "dynamic"), help="default: as trained")
-    parser.add_argument("--scaling_factor", type=float, help="factor of rotary_type dynamic")
+    parser.add_argument(
+        "--tokenizer", help="sentencepiece .model, tokenizer.json or their folder"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="default: as trained",
+    )
+    parser.add_argument(
+        "--max_shard", default="10GB", help="maximum size of a weight file"
+    )
+    parser.add_argument(
+        "--max_pos", type=int, help="max_position_embeddings; default: as trained"
+    )
+    parser.add_argument(
+        "--rotary_type", choices=("origin", "dynamic"), help="default: as trained"
+    )
+    parser.add_argument(
+        "--scaling_factor", type=float, help="factor of rotary_type dynamic"
+    )
     given = parser.parse_args()
     options = ExportOptions(
         dtype=given.dtype,

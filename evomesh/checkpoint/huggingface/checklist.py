@@ -9,7 +9,10 @@ from pathlib import Path
 import torch
 
 from evomesh.checkpoint.hub_cache import local_folder
-from evomesh.checkpoint.huggingface.compare_logits import has_transformers, loaded_logits
+from evomesh.checkpoint.huggingface.compare_logits import (
+    has_transformers,
+    loaded_logits,
+)
 from evomesh.checkpoint.huggingface.config import CLASSES, read_config
 from evomesh.checkpoint.huggingface.folder import HfFolder
 from evomesh.checkpoint.huggingface.load import match_tensors
@@ -58,7 +61,9 @@ def checklist(path: str) -> list[ChecklistItem]:
     return [_run_check(name, check, folder) for name, check in checks]
 
 
-def _run_check(name: str, check: Callable[[HfFolder], str], folder: HfFolder) -> ChecklistItem:
+def _run_check(
+    name: str, check: Callable[[HfFolder], str], folder: HfFolder
+) -> ChecklistItem:
     try:
         return ChecklistItem(name, True, check(folder))
     except UserError as error:
@@ -72,9 +77,13 @@ def _config(folder: HfFolder) -> str:
     model = read_config(record, "config.json")
     absent = [key for key in ("architectures", *SPELLINGS) if record.get(key) is None]
     if absent:
-        raise UserError(f"{', '.join(absent)} missing from config.json; some readers need it")
+        raise UserError(
+            f"{', '.join(absent)} missing from config.json; some readers need it"
+        )
     if record["dtype"] != record["torch_dtype"]:
-        raise UserError(f"dtype {record['dtype']} and torch_dtype {record['torch_dtype']} differ")
+        raise UserError(
+            f"dtype {record['dtype']} and torch_dtype {record['torch_dtype']} differ"
+        )
     return f"{record['architectures'][0]}, {model.num_layers} layers, {record['dtype']}"
 
 
@@ -89,12 +98,18 @@ def _weights(folder: HfFolder) -> str:
         indexed = folder.json(index).get("metadata", {}).get("total_size")
         stored = sum(tensor.nbytes for tensor in map(folder.read, folder.files))
         if indexed != stored:
-            raise UserError(f"the index gives {indexed} bytes, the shards hold {stored}")
+            raise UserError(
+                f"the index gives {indexed} bytes, the shards hold {stored}"
+            )
     return f"{len(folder.files)} tensors in {len(files)} files"
 
 
 def _finite(folder: HfFolder) -> str:
-    bad = [name for name in folder.files if not bool(torch.isfinite(folder.read(name)).all())]
+    bad = [
+        name
+        for name in folder.files
+        if not bool(torch.isfinite(folder.read(name)).all())
+    ]
     if bad:
         raise UserError(f"NaN or infinity in {', '.join(bad[:8])} ({len(bad)} tensors)")
     return "no NaN or infinity"
@@ -107,9 +122,7 @@ def _tokenizer(folder: HfFolder) -> str:
         raise UserError("no tokenizer_config.json")
     if has_transformers():
         compare_tokenizers(tokenizer, Path(folder.path))
-    return (
-        f"{tokenizer.path.name}, {tokenizer.vocab_size} ids, bos {tokenizer.bos_id}, eos {tokenizer.eos_id}"
-    )
+    return f"{tokenizer.path.name}, {tokenizer.vocab_size} ids, bos {tokenizer.bos_id}, eos {tokenizer.eos_id}"
 
 
 def _template(folder: HfFolder) -> str:
@@ -124,9 +137,15 @@ def _eos(folder: HfFolder) -> str:
     vocab_size = folder.json("config.json")["vocab_size"]
     given = folder.json("generation_config.json").get("eos_token_id")
     eos = given if isinstance(given, list) else [given]
-    wrong = [token for token in eos if not isinstance(token, int) or not 0 <= token < vocab_size]
+    wrong = [
+        token
+        for token in eos
+        if not isinstance(token, int) or not 0 <= token < vocab_size
+    ]
     if wrong:
-        raise UserError(f"generation_config.json: eos_token_id {wrong[0]!r}: generation would never stop")
+        raise UserError(
+            f"generation_config.json: eos_token_id {wrong[0]!r}: generation would never stop"
+        )
     return f"eos {eos}"
 
 
@@ -136,7 +155,11 @@ def _transformers(folder: HfFolder) -> str:
         return f"skipped: it has no {CLASSES.get(record['model_type'], record['model_type'])} built in"
     if not has_transformers():
         return "skipped: transformers is not installed"
-    logits = loaded_logits(Path(folder.path), int(record["vocab_size"]), str(record.get("dtype", "float32")))
+    logits = loaded_logits(
+        Path(folder.path),
+        int(record["vocab_size"]),
+        str(record.get("dtype", "float32")),
+    )
     if not bool(torch.isfinite(logits).all()):
         raise UserError("its logits are not finite")
     return "loads without remote code, logits are finite"

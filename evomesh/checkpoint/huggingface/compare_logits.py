@@ -1,7 +1,7 @@
 """Compare the logits of a fixed batch, computed by the native model and by ``transformers``.
 
-Both use the same rounded weights. Neither ever holds more than one layer (or the embedding, or the head)
-of the model in memory.
+Both use the same rounded weights. Neither ever holds more than one layer (or the
+embedding, or the head) of the model in memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evomesh.checkpoint.huggingface.config import CLASSES, RotaryScaling, SpecialTokenIds, build_config
+from evomesh.checkpoint.huggingface.config import (
+    CLASSES,
+    RotaryScaling,
+    SpecialTokenIds,
+    build_config,
+)
 from evomesh.checkpoint.huggingface.folder import HfFolder
 from evomesh.checkpoint.huggingface.names import (
     INTERNLM2,
@@ -31,8 +36,13 @@ from evomesh.models.registry import build_model
 
 TEXTS = 2  # sequences in the fixed batch
 LENGTH = 32  # tokens of each
-TOLERANCE = 1e-4  # of the largest logit: both compute in float32, the weights being equal
-NORM_HEAD = {"float16": 5e-3, "bfloat16": 4e-2}  # an exported head is rounded after its rows are normalized
+TOLERANCE = (
+    1e-4  # of the largest logit: both compute in float32, the weights being equal
+)
+NORM_HEAD = {
+    "float16": 5e-3,
+    "bfloat16": 4e-2,
+}  # an exported head is rounded after its rows are normalized
 
 TensorReader = Callable[[str], Tensor]  # reads an unsharded tensor by its name
 
@@ -91,7 +101,9 @@ def stock_logits(record: dict[str, Any], weights: TensorReader, dtype: str) -> T
     config = model_class.config_class.from_dict(settings)
     with torch.device("meta"):
         model = model_class(config).eval()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its table is computed, not stored
+    model.model.rotary_emb = type(model.model.rotary_emb)(
+        config
+    )  # its table is computed, not stored
 
     def load_weights(module: nn.Module, path: str, names: list[str]) -> None:
         for name in names:
@@ -104,19 +116,26 @@ def stock_logits(record: dict[str, Any], weights: TensorReader, dtype: str) -> T
             nothing = torch.empty(0, device="meta")
             setattr(module, name, nn.Parameter(nothing, requires_grad=False))
 
-    # The model is built without storage. Hooks load the weights of a module before it runs and drop them afterwards.
+    # The model is built without storage. Hooks load the weights of a module before it
+    # runs and drop them afterwards.
     for path, module in model.named_modules():
         names = [name for name, _ in module.named_parameters(recurse=False)]
         if names:
             module.register_forward_pre_hook(
-                lambda module, _, path=path, names=names: load_weights(module, path, names)
+                lambda module, _, path=path, names=names: load_weights(
+                    module, path, names
+                )
             )
-            module.register_forward_hook(lambda module, *_, names=names: drop_weights(module, names))
+            module.register_forward_hook(
+                lambda module, *_, names=names: drop_weights(module, names)
+            )
     logits: Tensor = model(fixed_batch(config.vocab_size), use_cache=False).logits
     return logits
 
 
-def folder_logits(folder: HfFolder, model: ModelConfig, rotary: RotaryScaling, dtype: str) -> Tensor:
+def folder_logits(
+    folder: HfFolder, model: ModelConfig, rotary: RotaryScaling, dtype: str
+) -> Tensor:
     """Return logits [TEXTS, LENGTH, V] of a folder of any architecture; InternLM's are computed as a Llama.
 
     Args:
@@ -127,7 +146,11 @@ def folder_logits(folder: HfFolder, model: ModelConfig, rotary: RotaryScaling, d
     if architecture in ("internlm", "internlm2"):
         no_ids = SpecialTokenIds(None, ())
         record = build_config(model, "llama", rotary, no_ids, dtype)
-    reader = _internlm2_reader(folder, model) if architecture == "internlm2" else _llama_reader(folder)
+    reader = (
+        _internlm2_reader(folder, model)
+        if architecture == "internlm2"
+        else _llama_reader(folder)
+    )
     return stock_logits(record, reader, dtype)
 
 
@@ -145,7 +168,9 @@ def _llama_reader(folder: HfFolder) -> TensorReader:
 
 def _internlm2_reader(folder: HfFolder, model: ModelConfig) -> TensorReader:
     """Return a reader of InternLM2's tensors under Llama's names; the fused projection is split."""
-    halves = model.model_copy(update={"qk_interleaved": False})  # as both architectures have it
+    halves = model.model_copy(
+        update={"qk_interleaved": False}
+    )  # as both architectures have it
     llama_links = tensor_links(halves, LLAMA)
     fused_links = tensor_links(halves, INTERNLM2)
     # Llama's name -> its link, InternLM2's name, and the position among the parts of the fused tensor.

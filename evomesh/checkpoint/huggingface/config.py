@@ -22,7 +22,11 @@ CLASSES: dict[Architecture, str] = {
     "qwen3": "Qwen3ForCausalLM",
     "mistral": "MistralForCausalLM",
 }
-OWN_ARCHITECTURE: dict[str, Architecture] = {"QWEN2": "qwen2", "QWEN3": "qwen3", "MISTRAL": "mistral"}
+OWN_ARCHITECTURE: dict[str, Architecture] = {
+    "QWEN2": "qwen2",
+    "QWEN3": "qwen3",
+    "MISTRAL": "mistral",
+}
 
 
 def default_architecture(model: ModelConfig) -> Architecture:
@@ -74,7 +78,9 @@ def rotary_scaling(
     trained = model.max_position_embeddings
     if chosen == "origin" and (scaling is None or scaling.type != "longrope"):
         trained = max(trained, seq_len)
-    return RotaryScaling(chosen, factor or model.rope_scaling_factor, max_position or trained)
+    return RotaryScaling(
+        chosen, factor or model.rope_scaling_factor, max_position or trained
+    )
 
 
 def refuse_unexportable(model: ModelConfig, arch: Architecture) -> None:
@@ -113,21 +119,36 @@ def _unexportable_attention(model: ModelConfig, arch: Architecture) -> str | Non
         return f"qk_norm={model.qk_norm}"
     if model.sliding_window is not None and arch != "mistral":
         return f"sliding_window={model.sliding_window}"
-    if model.head_dim * model.num_attention_heads != model.hidden_size and arch in ("qwen2", "internlm2"):
+    if model.head_dim * model.num_attention_heads != model.hidden_size and arch in (
+        "qwen2",
+        "internlm2",
+    ):
         return f"head_dim={model.head_dim}"
     return None
 
 
 def build_config(
-    model: ModelConfig, arch: Architecture, rotary: RotaryScaling, ids: SpecialTokenIds, dtype: str
+    model: ModelConfig,
+    arch: Architecture,
+    rotary: RotaryScaling,
+    ids: SpecialTokenIds,
+    dtype: str,
 ) -> dict[str, Any]:
     """Return the content of config.json."""
     scaling = _scaling_record(model, rotary)
-    internlm = {"type": rotary.type, "base": model.rope_base, "scaling_factor": rotary.factor}
+    internlm = {
+        "type": rotary.type,
+        "base": model.rope_base,
+        "scaling_factor": rotary.factor,
+    }
     settings: dict[Architecture, dict[str, Any]] = {
         "llama": {"attention_bias": model.has_o_bias, "mlp_bias": False},
         "internlm2": {"bias": model.has_o_bias},
-        "qwen2": {"use_sliding_window": False, "sliding_window": None, "max_window_layers": model.num_layers},
+        "qwen2": {
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "max_window_layers": model.num_layers,
+        },
         "qwen3": {
             "attention_bias": model.has_o_bias,
             "use_sliding_window": False,
@@ -152,7 +173,10 @@ def build_config(
         "max_position_embeddings": rotary.max_position,
         "rope_theta": model.rope_base,
         "rope_scaling": scaling,
-        "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": model.rope_base},
+        "rope_parameters": {
+            **(scaling or {"rope_type": "default"}),
+            "rope_theta": model.rope_base,
+        },
         **({} if model.rope_scaling else {"rotary": internlm}),
         **settings[arch],
         "tie_word_embeddings": False,
@@ -168,10 +192,20 @@ def build_config(
 def _scaling_record(model: ModelConfig, rotary: RotaryScaling) -> dict[str, Any] | None:
     """Return ``rope_scaling`` of config.json, with the newer and the older name of its type; None for plain angles."""
     if model.rope_scaling is not None:
-        settings = model.rope_scaling.model_dump(mode="json", exclude={"type"}, exclude_none=True)
-        return {"rope_type": model.rope_scaling.type, "type": model.rope_scaling.type, **settings}
+        settings = model.rope_scaling.model_dump(
+            mode="json", exclude={"type"}, exclude_none=True
+        )
+        return {
+            "rope_type": model.rope_scaling.type,
+            "type": model.rope_scaling.type,
+            **settings,
+        }
     if rotary.type == "dynamic":
-        return {"rope_type": "dynamic", "type": "dynamic", "factor": float(rotary.factor)}
+        return {
+            "rope_type": "dynamic",
+            "type": "dynamic",
+            "factor": float(rotary.factor),
+        }
     return None
 
 
@@ -183,7 +217,9 @@ def build_generation_config(ids: SpecialTokenIds) -> dict[str, Any]:
     return {"bos_token_id": ids.bos, "eos_token_id": eos, "pad_token_id": ids.pad}
 
 
-def read_config(record: dict[str, Any], where: str, dtype: str | None = None) -> ModelConfig:
+def read_config(
+    record: dict[str, Any], where: str, dtype: str | None = None
+) -> ModelConfig:
     """Return ``read_model`` of a config.json.
 
     Raises:

@@ -1,7 +1,7 @@
 """Export a checkpoint, saved in any layout, as a folder that ``transformers`` loads without remote code.
 
-Tensors are read, converted and written one by one. The folder is written next to its target, compared with the native
-model, and then renamed.
+Tensors are read, converted and written one by one. The folder is written next to its
+target, compared with the native model, and then renamed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,12 @@ from evomesh.checkpoint.huggingface.config import (
 )
 from evomesh.checkpoint.huggingface.folder import HfFolder
 from evomesh.checkpoint.huggingface.load import foreign_tensors
-from evomesh.checkpoint.huggingface.names import NAME_MAPS, TensorLink, native_to_foreign, tensor_links
+from evomesh.checkpoint.huggingface.names import (
+    NAME_MAPS,
+    TensorLink,
+    native_to_foreign,
+    tensor_links,
+)
 from evomesh.checkpoint.huggingface.output_folder import new_folder
 from evomesh.checkpoint.huggingface.tokenizer import (
     compare_tokenizers,
@@ -47,7 +52,7 @@ from evomesh.checkpoint.native.disk_space import readable
 from evomesh.checkpoint.native.find import Checkpoint
 from evomesh.checkpoint.native.format import CheckpointError, TensorRecord
 from evomesh.checkpoint.native.read import read_tensor
-from evomesh.checkpoint.native.write import as_bytes
+from evomesh.checkpoint.native.write import as_bytes, safetensors_header
 from evomesh.config.record import config_from_dict
 from evomesh.config.schema import Config, ModelConfig, RotaryType
 from evomesh.config.user import expand_home
@@ -83,7 +88,9 @@ class ExportOptions:
     compare: bool = True
 
 
-def export(found: Checkpoint, out: str, options: ExportOptions, report: Callable[[str], None]) -> str:
+def export(
+    found: Checkpoint, out: str, options: ExportOptions, report: Callable[[str], None]
+) -> str:
     """Write the folder ``out``, local or in a store, and return it.
 
     Raises:
@@ -93,9 +100,13 @@ def export(found: Checkpoint, out: str, options: ExportOptions, report: Callable
     config = config_from_dict(found.config)
     arch = options.arch or default_architecture(config.model)
     refuse_unexportable(config.model, arch)
-    dtype = options.dtype or {"tf32": "float32"}.get(config.model.dtype, config.model.dtype)
+    dtype = options.dtype or {"tf32": "float32"}.get(
+        config.model.dtype, config.model.dtype
+    )
     if dtype not in DTYPES:
-        raise CheckpointError(f"dtype {dtype!r}", where="--dtype", expected=f"one of {', '.join(DTYPES)}")
+        raise CheckpointError(
+            f"dtype {dtype!r}", where="--dtype", expected=f"one of {', '.join(DTYPES)}"
+        )
     rotary = rotary_scaling(
         config.model,
         config.data.seq_len,
@@ -112,7 +123,9 @@ def export(found: Checkpoint, out: str, options: ExportOptions, report: Callable
         job.write_weights(work, options.max_shard_bytes)
         ids = special_ids(tokenizer, config.generation, config.model.vocab_size)
         record = build_config(config.model, arch, rotary, ids, dtype)
-        write_json(work / "config.json", record | {"evomesh_version": evomesh.__version__})
+        write_json(
+            work / "config.json", record | {"evomesh_version": evomesh.__version__}
+        )
         write_json(work / "generation_config.json", build_generation_config(ids))
         if tokenizer is not None:
             write_tokenizer(tokenizer, work, template, rotary.max_position)
@@ -130,10 +143,14 @@ def _template(file: str | None) -> str | None:
     try:
         return expand_home(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error})", where="--chat-template") from None
+        raise CheckpointError(
+            f"{file} cannot be read ({error})", where="--chat-template"
+        ) from None
 
 
-def _tokenizer(config: Config, given: str | None, report: Callable[[str], None]) -> Tokenizer | None:
+def _tokenizer(
+    config: Config, given: str | None, report: Callable[[str], None]
+) -> Tokenizer | None:
     if given == "none":
         return None
     if given is not None:
@@ -141,14 +158,18 @@ def _tokenizer(config: Config, given: str | None, report: Callable[[str], None])
     path = config.data.tokenizer_path
     if path is not None and expand_home(path).exists():
         return load_tokenizer(path, "data.tokenizer_path")
-    report(f"no tokenizer is exported: data.tokenizer_path is {path!r}; give one with --tokenizer PATH")
+    report(
+        f"no tokenizer is exported: data.tokenizer_path is {path!r}; give one with --tokenizer PATH"
+    )
     return None
 
 
 class _WeightExport:
     """Converts the weights of one checkpoint to one architecture and dtype."""
 
-    def __init__(self, found: Checkpoint, model: ModelConfig, arch: Architecture, dtype: str) -> None:
+    def __init__(
+        self, found: Checkpoint, model: ModelConfig, arch: Architecture, dtype: str
+    ) -> None:
         self.found, self.model, self.arch = found, model, arch
         self.dtype_name, self.dtype = dtype, getattr(torch, dtype)
         self.naming = NAME_MAPS[arch]
@@ -160,13 +181,20 @@ class _WeightExport:
         """Refuse a checkpoint whose tensors are not those of the model its own config describes."""
         wanted = {link.native: link.native_shape for link in self.links}
         stored = set(filter(_is_weight, self.records))
-        missing = [f"{name} {list(wanted[name])}" for name in wanted if name not in stored]
+        missing = [
+            f"{name} {list(wanted[name])}" for name in wanted if name not in stored
+        ]
         unknown = sorted(stored - wanted.keys())
         common = stored & wanted.keys()
-        wrong = sorted(name for name in common if not self._has_elements(name, wanted[name]))
+        wrong = sorted(
+            name for name in common if not self._has_elements(name, wanted[name])
+        )
         if not missing and not unknown and not wrong:
             return
-        described = [f"{self.records[name].described} instead of {list(wanted[name])}" for name in wrong]
+        described = [
+            f"{self.records[name].described} instead of {list(wanted[name])}"
+            for name in wrong
+        ]
         raise CheckpointError(
             f"the checkpoint does not match its own config: missing {missing}, unknown {unknown}, "
             f"wrong shape {described}",
@@ -174,7 +202,8 @@ class _WeightExport:
         )
 
     def _has_elements(self, name: str, shape: tuple[int, ...]) -> bool:
-        # Counts, not shapes: a fused tensor may be stored in another arrangement of the same elements.
+        # Counts, not shapes: a fused tensor may be stored in another arrangement of the
+        # same elements.
         return math.prod(self.records[name].shape) == math.prod(shape)
 
     @property
@@ -198,14 +227,19 @@ class _WeightExport:
             shards[-1].append(link)
             size += self._bytes(link)
         count = len(shards)
-        names = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+        names = [
+            f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)
+        ]
         if count == 1:
             names = ["model.safetensors"]
         for name, shard in zip(names, shards, strict=True):
             self._write_shard(folder / name, shard)
         if count > 1:
             weight_map = {
-                t: name for name, shard in zip(names, shards, strict=True) for ln in shard for t in ln.foreign
+                t: name
+                for name, shard in zip(names, shards, strict=True)
+                for ln in shard
+                for t in ln.foreign
             }
             index = {
                 "metadata": {"total_size": self.total_bytes},
@@ -221,7 +255,7 @@ class _WeightExport:
             for name, shape in zip(link.foreign, link.shapes, strict=True)
         ]
         with open(path, "xb") as file:
-            file.write(fmt.safetensors_header(entries))
+            file.write(safetensors_header(entries))
             for link in shard:
                 for tensor in self._converted(link, self.records[link.native]):
                     file.write(as_bytes(tensor.contiguous()))
@@ -231,7 +265,8 @@ class _WeightExport:
     def _converted(self, link: TensorLink, record: TensorRecord) -> list[Tensor]:
         value = read_tensor(self.found, record)
         if link.native == "head.weight" and self.model.norm_head:
-            # What the model multiplies with, rounded as it is there: readers of the folder know no norm_head.
+            # What the model multiplies with, rounded as it is there: readers of the
+            # folder know no norm_head.
             value = F.normalize(value.to(promote(value.dtype)), dim=1).to(value.dtype)
         narrow = value.to(self.dtype)
         if not bool(torch.isfinite(narrow).all()):
@@ -239,12 +274,16 @@ class _WeightExport:
             raise CheckpointError(
                 f"{link.native}: {bad} of {narrow.numel()} values are not finite as {self.dtype_name}",
                 where=self.found.folder,
-                fix="export another --dtype, such as bfloat16" if bool(torch.isfinite(value).all()) else "",
+                fix="export another --dtype, such as bfloat16"
+                if bool(torch.isfinite(value).all())
+                else "",
             )
         return native_to_foreign(link, narrow, self.model, self.naming)
 
 
-def _compare(job: _WeightExport, folder: Path, tokenizer: Tokenizer | None, rotary: RotaryScaling) -> str:
+def _compare(
+    job: _WeightExport, folder: Path, tokenizer: Tokenizer | None, rotary: RotaryScaling
+) -> str:
     """Compare the written folder with the native model; one layer of either is in memory at a time."""
     dtype, model = job.dtype_name, job.model
     changes = {
@@ -254,7 +293,10 @@ def _compare(job: _WeightExport, folder: Path, tokenizer: Tokenizer | None, rota
     }
     native = model.model_copy(update=changes)
     ours = native_logits(native, job.native, dtype)
-    written, halves = HfFolder(LocalStorage(), str(folder)), {"norm_head": False, "qk_interleaved": False}
+    written, halves = (
+        HfFolder(LocalStorage(), str(folder)),
+        {"norm_head": False, "qk_interleaved": False},
+    )
     back = native.model_copy(update=halves)  # what the folder describes
     if has_transformers():
         by = "transformers"

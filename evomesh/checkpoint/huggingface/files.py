@@ -22,7 +22,15 @@ from evomesh.checkpoint.native.write import as_bytes
 from evomesh.storage.base import Storage
 
 LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
-MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError, RecursionError)
+MALFORMED = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    EOFError,
+    RecursionError,
+)
 
 
 class WeightFile(Protocol):
@@ -55,7 +63,9 @@ class SafetensorsFile:
         try:
             self._read_header()
         except MALFORMED as error:
-            raise CheckpointError(f"not a complete safetensors file ({error})", where=path) from None
+            raise CheckpointError(
+                f"not a complete safetensors file ({error})", where=path
+            ) from None
 
     def _read_header(self) -> None:
         """Read the header: its length (8 bytes), then JSON; offsets in it count from the end of the header."""
@@ -73,7 +83,8 @@ class SafetensorsFile:
             shape = tuple(map(int, entry["shape"]))
             dtype = fmt.DTYPES[entry["dtype"]]
             first, last = entry["data_offsets"]
-            # The header is not trusted: the bytes are in the file, and as many as the shape needs.
+            # The header is not trusted: the bytes are in the file, and as many as the
+            # shape needs.
             expected = math.prod(shape) * dtype.itemsize
             is_inside = first >= 0 and last <= data_size
             if not is_inside or last - first != expected:
@@ -91,7 +102,9 @@ class SafetensorsFile:
         tensor = torch.empty(box.shape, dtype=self._dtypes[name])
         if not box.numel:
             return tensor
-        ranges = list(_byte_ranges(self.shapes[name], box, tensor.itemsize, self._starts[name]))
+        ranges = list(
+            _byte_ranges(self.shapes[name], box, tensor.itemsize, self._starts[name])
+        )
         target = as_bytes(tensor)
         filled = 0
         reader = self._storage.open(self._path)
@@ -102,7 +115,9 @@ class SafetensorsFile:
                 reader.read_into(start, target[filled : filled + size])
                 filled += size
         except EOFError as error:
-            raise CheckpointError(f"{name} is truncated ({error})", where=self._path) from None
+            raise CheckpointError(
+                f"{name} is truncated ({error})", where=self._path
+            ) from None
         finally:
             reader.close()
         return tensor
@@ -116,9 +131,10 @@ def _byte_ranges(
 ) -> Iterator[tuple[int, int]]:
     """Yield (start, stop) of the box's bytes in the file, in the order of its elements.
 
-    Trailing dims that the box takes in full are contiguous, together with the box's extent of the dim before them. So
-    one range is needed for each index into the dims before that. Of a tensor [4, 6, 8], the box [2, 3, 8] takes dim 2
-    in full: dims 1 and 2 form ranges of 3 * 8 elements, and there are 2 of them.
+    Trailing dims that the box takes in full are contiguous, together with the box's
+    extent of the dim before them. So one range is needed for each index into the dims
+    before that. Of a tensor [4, 6, 8], the box [2, 3, 8] takes dim 2 in full: dims 1
+    and 2 form ranges of 3 * 8 elements, and there are 2 of them.
 
     Args:
         shape: of the whole tensor.
@@ -152,14 +168,18 @@ class PickleFile:
     def __init__(self, storage: Storage, path: str) -> None:
         source = io.BytesIO(storage.read(path)) if storage.remote else path
         self._state = load_pickle(source, path)
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._state.items()}
+        self.shapes = {
+            name: tuple(tensor.shape) for name, tensor in self._state.items()
+        }
 
     def read(self, name: str, box: Box) -> Tensor:
         """Read a box of one tensor in its stored dtype."""
         return self._state[name][box.within(Box.whole(self.shapes[name]))]
 
 
-def load_pickle(source: str | os.PathLike[str] | io.BytesIO, where: str) -> dict[str, Tensor]:
+def load_pickle(
+    source: str | os.PathLike[str] | io.BytesIO, where: str
+) -> dict[str, Tensor]:
     """Load a state dict; only tensors are unpickled, never code.
 
     Raises:
@@ -167,11 +187,21 @@ def load_pickle(source: str | os.PathLike[str] | io.BytesIO, where: str) -> dict
     """
     try:
         state = _load_tensors(source)
-    except (RuntimeError, pickle.UnpicklingError, OSError, EOFError, ValueError) as error:
+    except (
+        RuntimeError,
+        pickle.UnpicklingError,
+        OSError,
+        EOFError,
+        ValueError,
+    ) as error:
         first_line = str(error).partition("\n")[0]
         reason = first_line or type(error).__name__
-        raise CheckpointError(f"cannot be read as tensors alone ({reason})", where=where) from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(
+            f"cannot be read as tensors alone ({reason})", where=where
+        ) from None
+    if not isinstance(state, dict) or not all(
+        isinstance(value, Tensor) for value in state.values()
+    ):
         raise CheckpointError(
             "holds more than named tensors",
             where=where,
@@ -185,5 +215,7 @@ def _load_tensors(source: str | os.PathLike[str] | io.BytesIO) -> Any:
         return torch.load(source, map_location="cpu", weights_only=True)
     try:
         return torch.load(source, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError:  # written before torch 1.6: not a zip file, which cannot be mapped
+    except (
+        RuntimeError
+    ):  # written before torch 1.6: not a zip file, which cannot be mapped
         return torch.load(source, map_location="cpu", weights_only=True)

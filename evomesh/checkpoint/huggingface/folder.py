@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from evomesh.checkpoint.hub_cache import local_folder
-from evomesh.checkpoint.huggingface.files import PickleFile, SafetensorsFile, WeightFile, load_pickle
+from evomesh.checkpoint.huggingface.files import (
+    PickleFile,
+    SafetensorsFile,
+    WeightFile,
+    load_pickle,
+)
 from evomesh.checkpoint.native.boxes import Box, Coordinates
 from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.storage.base import Storage, join
@@ -20,7 +25,8 @@ from evomesh.storage.urls import open_storage, split_url
 
 # Not parameters: ignored wherever they occur, since the config determines them.
 BUFFERS = ("rotary_emb.inv_freq", "rope.freqs")
-# Meta's files shard these matrices along dim 1, all others but the embedding along dim 0.
+# Meta's files shard these matrices along dim 1, all others but the embedding along dim
+# 0.
 META_ROW_PARALLEL = (".wo.weight", ".w2.weight")
 
 
@@ -49,7 +55,9 @@ def open_folder(url: str) -> HfFolder:
         return HfFolder(LocalStorage(), str(local_folder(url)))
     storage, path = open_storage(url)
     if not storage.list(path):
-        raise CheckpointError("no such folder", where=url, expected="a Hugging Face model folder")
+        raise CheckpointError(
+            "no such folder", where=url, expected="a Hugging Face model folder"
+        )
     return HfFolder(storage, path)
 
 
@@ -64,12 +72,15 @@ def read_json(storage: Storage, folder: str, name: str) -> dict[str, Any]:
         record = json.loads(storage.read(path))
     except FileNotFoundError:
         raise CheckpointError(
-            f"no {name} (the folder holds: {_listed_files(storage.list(folder))})", where=folder
+            f"no {name} (the folder holds: {_listed_files(storage.list(folder))})",
+            where=folder,
         ) from None
     except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"not JSON ({error})", where=path) from None
     if not isinstance(record, dict):
-        raise CheckpointError(f"a JSON {type(record).__name__}", where=path, expected="a JSON object")
+        raise CheckpointError(
+            f"a JSON {type(record).__name__}", where=path, expected="a JSON object"
+        )
     return record
 
 
@@ -94,7 +105,8 @@ class HfFolder:
         """Return tensor name -> file name."""
         names = self.storage.list(self.path)
         for stem in ("model.safetensors", "pytorch_model.bin"):
-            # As transformers does: a whole file comes before shards, which may be left of an earlier save.
+            # As transformers does: a whole file comes before shards, which may be left
+            # of an earlier save.
             if stem in names:
                 return dict.fromkeys(self._tensor_names(stem), stem)
             index = f"{stem}.index.json"
@@ -114,7 +126,9 @@ class HfFolder:
         """
         where = join(self.path, index)
         weight_map = self.json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(file, str) for file in weight_map.values()
+        ):
             raise CheckpointError(
                 "has no weight_map",
                 where=where,
@@ -139,7 +153,11 @@ class HfFolder:
                     where=where,
                 )
         self._refuse_duplicates(sorted(names_by_file), where)
-        return {name: file for name, file in weight_map.items() if not name.endswith(BUFFERS)}
+        return {
+            name: file
+            for name, file in weight_map.items()
+            if not name.endswith(BUFFERS)
+        }
 
     def _refuse_duplicates(self, files: list[str], where: str) -> None:
         """Refuse shards of which two hold one tensor: which of them a reader takes is chance."""
@@ -158,11 +176,15 @@ class HfFolder:
     @cached_property
     def shapes(self) -> dict[str, Coordinates]:
         """Return the shapes of all tensors, read from the headers alone."""
-        return {name: self._file(file).shapes[name] for name, file in self.files.items()}
+        return {
+            name: self._file(file).shapes[name] for name, file in self.files.items()
+        }
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
         """Read one tensor, or only a box of it, in its stored dtype."""
-        return self._file(self.files[name]).read(name, box or Box.whole(self.shapes[name]))
+        return self._file(self.files[name]).read(
+            name, box or Box.whole(self.shapes[name])
+        )
 
     def _tensor_names(self, file: str) -> list[str]:
         return [name for name in self._file(file).shapes if not name.endswith(BUFFERS)]
@@ -205,14 +227,20 @@ class MetaFolder:
     @cached_property
     def shapes(self) -> dict[str, Coordinates]:
         """Return the shapes of all unsharded tensors."""
-        return {name: self._unsharded_shape(name) for name in self._ranks[0] if not name.endswith(BUFFERS)}
+        return {
+            name: self._unsharded_shape(name)
+            for name in self._ranks[0]
+            if not name.endswith(BUFFERS)
+        }
 
     def _shard_dim(self, name: str) -> int | None:
         """Return the dim along which a tensor is sharded, None when it is replicated."""
         first = self._ranks[0][name]
         if first.dim() < 2 or len(self._ranks) == 1:
             return None
-        if name == "tok_embeddings.weight":  # Llama 1 and 2 shard its columns, Llama 3 its rows
+        if (
+            name == "tok_embeddings.weight"
+        ):  # Llama 1 and 2 shard its columns, Llama 3 its rows
             return 0 if first.shape[1] == self._hidden_size else 1
         return 1 if name.endswith(META_ROW_PARALLEL) else 0
 

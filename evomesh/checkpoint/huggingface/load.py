@@ -15,7 +15,12 @@ from torch import Tensor
 
 from evomesh.checkpoint.hub_cache import local_folder
 from evomesh.checkpoint.huggingface.config import read_config
-from evomesh.checkpoint.huggingface.folder import MetaFolder, WeightFolder, open_folder, read_json
+from evomesh.checkpoint.huggingface.folder import (
+    MetaFolder,
+    WeightFolder,
+    open_folder,
+    read_json,
+)
 from evomesh.checkpoint.huggingface.names import (
     META,
     NAME_MAPS,
@@ -74,15 +79,18 @@ class ForeignTensor:
         """Read the tensor, or a box of it: only the foreign rows and columns that hold its elements are read."""
         if self.link.of_heads:
             whole = foreign_to_native(
-                self.link, [self.folder.read(self.link.foreign[0])], self.config, self.name_map
+                self.link,
+                [self.folder.read(self.link.foreign[0])],
+                self.config,
+                self.name_map,
             )
             return whole if box is None else whole[box.within(Box.whole(self.shape))]
         if not self.link.fused:
             return self.folder.read(self.link.foreign[0], box)
         box = box or Box.whole(self.shape)
         first_row = box.offsets[0]
-        # Number the rows of the foreign matrices one after another, and convert the numbers like a tensor: the result
-        # tells which foreign row each of our rows is.
+        # Number the rows of the foreign matrices one after another, and convert the
+        # numbers like a tensor: the result tells which foreign row each of our rows is.
         row_counts = [shape[0] for shape in self.link.shapes]
         numbers = torch.split(torch.arange(self.shape[0]), row_counts)
         sources = foreign_to_native(self.link, numbers, self.config, self.name_map)
@@ -107,7 +115,9 @@ class ForeignTensor:
         return self.folder.read(name, span)[rows - first]
 
 
-def load_huggingface(path: str, model: dict[str, Any]) -> Iterator[tuple[str, ForeignTensor]]:
+def load_huggingface(
+    path: str, model: dict[str, Any]
+) -> Iterator[tuple[str, ForeignTensor]]:
     """Yield the tensors of a Hugging Face folder (InternLM, InternLM2 or Llama naming) under our names.
 
     Args:
@@ -118,7 +128,9 @@ def load_huggingface(path: str, model: dict[str, Any]) -> Iterator[tuple[str, Fo
     folder = open_folder(path)
     config = ModelConfig.model_validate(model, strict=False)
     record = folder.json("config.json")
-    compare_models(config, read_config(record, join(folder.path, "config.json")), folder.path)
+    compare_models(
+        config, read_config(record, join(folder.path, "config.json")), folder.path
+    )
     tied = bool(record.get("tie_word_embeddings"))
     if tied:
         logger.warning("%s: %s", folder.path, TIED)
@@ -141,11 +153,15 @@ def load_llama(path: str, model: dict[str, Any]) -> Iterator[tuple[str, ForeignT
         kv_heads = params.get("n_kv_heads") or heads
         differing = []
         if heads != config.num_attention_heads:
-            differing.append(f"n_heads={heads}, the run's is {config.num_attention_heads}")
+            differing.append(
+                f"n_heads={heads}, the run's is {config.num_attention_heads}"
+            )
         if kv_heads != config.kv_heads:
             differing.append(f"n_kv_heads={kv_heads}, the run's is {config.kv_heads}")
         if differing:
-            raise CheckpointError("; ".join(differing), where=str(folder / "params.json"))
+            raise CheckpointError(
+                "; ".join(differing), where=str(folder / "params.json")
+            )
     yield from foreign_tensors(MetaFolder(folder), META, config)
 
 
@@ -211,14 +227,22 @@ def _tied(link: TensorLink, name_map: NameMap) -> TensorLink:
     return TensorLink(link.native, (name_map.weight("embedding"),), link.shapes)
 
 
-def _differences(expected: dict[str, Shape], found: dict[str, Coordinates]) -> list[str]:
+def _differences(
+    expected: dict[str, Shape], found: dict[str, Coordinates]
+) -> list[str]:
     """Describe the differences between the expected tensors and those of a folder, one line per kind."""
-    kinds: dict[str, list[str]] = {"missing": [], "of another shape": [], "unexpected": []}
+    kinds: dict[str, list[str]] = {
+        "missing": [],
+        "of another shape": [],
+        "unexpected": [],
+    }
     for name, shape in expected.items():
         if name not in found:
             kinds["missing"].append(f"{name} {list(shape)}")
         elif found[name] != shape:
-            kinds["of another shape"].append(f"{name} is {list(found[name])}, not {list(shape)}")
+            kinds["of another shape"].append(
+                f"{name} is {list(found[name])}, not {list(shape)}"
+            )
     for name in sorted(found.keys() - expected.keys()):
         kinds["unexpected"].append(f"{name} {list(found[name])}")
     lines = []

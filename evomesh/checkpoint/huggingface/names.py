@@ -80,7 +80,8 @@ LLAMA_FAMILY = _name_map(
     head="lm_head",
 )
 HEAD_NORMS = {
-    f"layers.{{}}.attention.{name}": (f"model.layers.{{}}.self_attn.{name}",) for name in ("q_norm", "k_norm")
+    f"layers.{{}}.attention.{name}": (f"model.layers.{{}}.self_attn.{name}",)
+    for name in ("q_norm", "k_norm")
 }
 LLAMA = NameMap(
     LLAMA_FAMILY.modules | HEAD_NORMS
@@ -139,7 +140,10 @@ class TensorLink:
 def native_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Return the shape of every parameter by its global name, without the padding of the vocabulary."""
     model = build_model(config, device="meta")
-    return {name: spec_of(parameter).stored_shape for name, parameter in model.named_parameters()}
+    return {
+        name: spec_of(parameter).stored_shape
+        for name, parameter in model.named_parameters()
+    }
 
 
 def tensor_links(config: ModelConfig, name_map: NameMap) -> list[TensorLink]:
@@ -148,14 +152,21 @@ def tensor_links(config: ModelConfig, name_map: NameMap) -> list[TensorLink]:
     Raises:
         KeyError: the family has no name for a parameter.
     """
-    return [_link(name, shape, config, name_map) for name, shape in native_shapes(config).items()]
+    return [
+        _link(name, shape, config, name_map)
+        for name, shape in native_shapes(config).items()
+    ]
 
 
-def _link(name: str, shape: Shape, config: ModelConfig, name_map: NameMap) -> TensorLink:
+def _link(
+    name: str, shape: Shape, config: ModelConfig, name_map: NameMap
+) -> TensorLink:
     module, _, kind = name.rpartition(".")  # kind: weight or bias
     layer = next((part for part in module.split(".") if part.isdigit()), "")
     pattern = module.replace(f".{layer}.", ".{}.", 1) if layer else module
-    foreign = tuple(f"{name.format(layer)}.{kind}" for name in name_map.modules[pattern])
+    foreign = tuple(
+        f"{name.format(layer)}.{kind}" for name in name_map.modules[pattern]
+    )
     if len(foreign) == 1:
         return TensorLink(name, foreign, (shape,))
     heads = (config.num_attention_heads, config.kv_heads, config.kv_heads)
@@ -175,14 +186,18 @@ def native_to_foreign(
         return [_reorder_pairs(value, dim=0, to_halves=config.qk_interleaved)]
     if not link.fused:
         return [value]
-    groups = value.view(config.kv_heads, -1, config.head_dim, *value.shape[1:])  # [G, R + 2, H, D]
+    groups = value.view(
+        config.kv_heads, -1, config.head_dim, *value.shape[1:]
+    )  # [G, R + 2, H, D]
     if config.qk_interleaved != name_map.interleaved:
         groups = _reorder_rotary(groups, to_halves=config.qk_interleaved)
     if len(link.foreign) == 1:
         return [groups.reshape(value.shape)]
     queries = groups.shape[1] - 2  # R
     q, k, v = torch.split(groups, [queries, 1, 1], dim=1)
-    return [part.reshape(shape) for part, shape in zip((q, k, v), link.shapes, strict=True)]
+    return [
+        part.reshape(shape) for part, shape in zip((q, k, v), link.shapes, strict=True)
+    ]
 
 
 def foreign_to_native(
@@ -194,7 +209,9 @@ def foreign_to_native(
     if not link.fused:
         return values[0]
     columns = values[0].shape[1:]
-    parts = [value.view(config.kv_heads, -1, config.head_dim, *columns) for value in values]
+    parts = [
+        value.view(config.kv_heads, -1, config.head_dim, *columns) for value in values
+    ]
     groups = torch.cat(parts, dim=1)  # [G, R + 2, H, D]
     if config.qk_interleaved != name_map.interleaved:
         groups = _reorder_rotary(groups, to_halves=name_map.interleaved)
@@ -204,7 +221,8 @@ def foreign_to_native(
 def _reorder_rotary(groups: Tensor, *, to_halves: bool) -> Tensor:
     """Reorder the rows of the query and key heads in [G, R + 2, H, ...] from one rotary pairing to the other.
 
-    Interleaved, pair i of a head is rows 2 i and 2 i + 1; in halves, it is rows i and i + H / 2. Values stay.
+    Interleaved, pair i of a head is rows 2 i and 2 i + 1; in halves, it is rows i and i
+    + H / 2. Values stay.
     """
     queries_and_keys = groups[:, :-1]  # [G, R + 1, H, ...]
     values = groups[:, -1:]

@@ -44,12 +44,16 @@ def new_folder(target: str, needed: int) -> Iterator[Path]:
         else:
             _upload(storage, work, path)
     except OSError as error:
-        raise CheckpointError(f"cannot be written: {error.strerror or error}", where=target) from None
+        raise CheckpointError(
+            f"cannot be written: {error.strerror or error}", where=target
+        ) from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _refuse_in_use(local_path: Path | None, storage: Storage, path: str, target: str) -> None:
+def _refuse_in_use(
+    local_path: Path | None, storage: Storage, path: str, target: str
+) -> None:
     if local_path is None:
         in_use = bool(storage.list(path))
     elif local_path.is_dir():
@@ -58,7 +62,9 @@ def _refuse_in_use(local_path: Path | None, storage: Storage, path: str, target:
         in_use = local_path.exists()
     if in_use:
         raise CheckpointError(
-            "exists and is not empty", where=target, fix="give a new folder, or delete this one"
+            "exists and is not empty",
+            where=target,
+            fix="give a new folder, or delete this one",
         )
 
 
@@ -75,7 +81,9 @@ def _refuse_full(folder: Path, needed: int, target: str) -> None:
 
 def _upload(storage: Storage, work: Path, target: str) -> None:
     """Upload every file, config.json last: without it no reader takes the folder for a model."""
-    files = sorted(work.iterdir(), key=lambda file: (file.name == "config.json", file.name))
+    files = sorted(
+        work.iterdir(), key=lambda file: (file.name == "config.json", file.name)
+    )
     try:
         for file in files:
             writer = storage.create(join(target, file.name))

@@ -21,7 +21,6 @@ from evomesh.checkpoint.huggingface.names import NAME_MAPS
 from evomesh.checkpoint.native import format as fmt
 from evomesh.checkpoint.native.boxes import Box, LocalPart
 from evomesh.checkpoint.native.commit import (
-    as_checkpoint_error,
     commit,
     discard,
     new_attempt,
@@ -33,9 +32,11 @@ from evomesh.checkpoint.native.find import Checkpoint, open_checkpoint
 from evomesh.checkpoint.native.format import layout_record
 from evomesh.checkpoint.native.plan import TensorType, WriteItem, in_file_order
 from evomesh.checkpoint.native.read import read_tensor
+from evomesh.checkpoint.native.store_errors import as_checkpoint_error
 from evomesh.checkpoint.native.write import PieceSource, live_pieces
+from evomesh.config.data import DataConfig
 from evomesh.config.record import config_to_dict
-from evomesh.config.schema import Config, DataConfig, GenerationConfig, ModelConfig
+from evomesh.config.schema import Config, GenerationConfig, ModelConfig
 from evomesh.data.tokenizer import check_tokenizer_fits, load_tokenizer
 from evomesh.errors import UserError
 from evomesh.layers.dtype import parameter_dtype
@@ -44,7 +45,13 @@ from evomesh.storage.local import LocalStorage
 from evomesh.storage.urls import open_storage
 
 
-def from_hf(source: str, target: str, dtype: str | None, compare: bool, report: Callable[[str], None]) -> str:
+def from_hf(
+    source: str,
+    target: str,
+    dtype: str | None,
+    compare: bool,
+    report: Callable[[str], None],
+) -> str:
     """Write step 0 into the save folder ``target`` and return the step folder.
 
     Raises:
@@ -56,8 +63,16 @@ def from_hf(source: str, target: str, dtype: str | None, compare: bool, report: 
     storage, root = open_storage(target)
     step = refuse_committed(storage, root, 0)
     tensors = _tensor_types(model, weights)
-    record = new_record(0, new_attempt(), config=config_to_dict(config), state={}, layout=layout_record(1))
-    record = commit(storage, step, [_write_items(tensors)], tensors, record, _converted(weights))
+    record = new_record(
+        0,
+        new_attempt(),
+        config=config_to_dict(config),
+        state={},
+        layout=layout_record(1),
+    )
+    record = commit(
+        storage, step, [_write_items(tensors)], tensors, record, _converted(weights)
+    )
     if compare:
         try:
             report(_compare(open_checkpoint(storage, step), model, folder))
@@ -66,7 +81,9 @@ def from_hf(source: str, target: str, dtype: str | None, compare: bool, report: 
             if isinstance(error, OSError):
                 raise as_checkpoint_error(error, step) from None
             raise
-    report(f"wrote {step}: {model.model_type}, {model.dtype}, {readable(record.tensor_bytes)}")
+    report(
+        f"wrote {step}: {model.model_type}, {model.dtype}, {readable(record.tensor_bytes)}"
+    )
     return step
 
 
@@ -88,13 +105,20 @@ def read_folder(
         report(f"{folder.path}: {TIED}")
     weights = dict(foreign_tensors(folder, naming, model, tied))
     tokenizer = _tokenizer_path(folder, model, report)
-    seq_len = min(model.max_position_embeddings, model.sliding_window or model.max_position_embeddings)
+    seq_len = min(
+        model.max_position_embeddings,
+        model.sliding_window or model.max_position_embeddings,
+    )
     data = DataConfig(seq_len=seq_len, tokenizer_path=tokenizer)
-    config = Config(model=model, data=data, generation=_generation_section(folder, record))
+    config = Config(
+        model=model, data=data, generation=_generation_section(folder, record)
+    )
     return config, weights
 
 
-def _tensor_types(model: ModelConfig, weights: Mapping[str, ForeignTensor]) -> dict[str, TensorType]:
+def _tensor_types(
+    model: ModelConfig, weights: Mapping[str, ForeignTensor]
+) -> dict[str, TensorType]:
     dtype = fmt.DTYPE_NAMES[parameter_dtype(model.dtype)]
     return {name: TensorType(dtype, tensor.shape) for name, tensor in weights.items()}
 
@@ -118,9 +142,13 @@ def _converted(weights: Mapping[str, ForeignTensor]) -> PieceSource:
     return pieces
 
 
-def _tokenizer_path(folder: HfFolder, model: ModelConfig, report: Callable[[str], None]) -> str | None:
+def _tokenizer_path(
+    folder: HfFolder, model: ModelConfig, report: Callable[[str], None]
+) -> str | None:
     if not isinstance(folder.storage, LocalStorage):
-        report("the checkpoint names no tokenizer: copy the folder's here, and give it with --tokenizer PATH")
+        report(
+            "the checkpoint names no tokenizer: copy the folder's here, and give it with --tokenizer PATH"
+        )
         return None
     path = Path(folder.path).resolve()
     try:
@@ -131,7 +159,9 @@ def _tokenizer_path(folder: HfFolder, model: ModelConfig, report: Callable[[str]
     return str(path)
 
 
-def _generation_section(folder: HfFolder, config: dict[str, Any]) -> GenerationConfig | None:
+def _generation_section(
+    folder: HfFolder, config: dict[str, Any]
+) -> GenerationConfig | None:
     """Return a section with the folder's special ids, None if it has no eos id."""
     ids = dict(config)
     if folder.storage.exists(join(folder.path, "generation_config.json")):

@@ -21,7 +21,13 @@ from evomesh.data.sentencepiece_model import (
 from evomesh.data.tokenizer import HfTokenizer, Tokenizer
 from evomesh.storage.local import LocalStorage
 
-BESIDE = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
+BESIDE = (
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 TEXTS = (
     "Hello world",
     " a  b\tc\nd",
@@ -43,10 +49,14 @@ def special_ids(
     if generation is not None:
         bos = generation.bos_id if bos is None else bos
         pad = generation.pad_id
-    return SpecialTokenIds(bos, end_of_answer_ids(tokenizer, generation, vocab_size), pad)
+    return SpecialTokenIds(
+        bos, end_of_answer_ids(tokenizer, generation, vocab_size), pad
+    )
 
 
-def write_tokenizer(tokenizer: Tokenizer, target: Path, template: str | None, max_length: int) -> None:
+def write_tokenizer(
+    tokenizer: Tokenizer, target: Path, template: str | None, max_length: int
+) -> None:
     """Copy the tokenizer and the settings next to it, without remote code and references to it.
 
     Args:
@@ -78,7 +88,9 @@ def write_tokenizer(tokenizer: Tokenizer, target: Path, template: str | None, ma
     write_json(target / "tokenizer_config.json", settings)
 
 
-def _sentencepiece_settings(tokenizer: Tokenizer, target: Path, given: dict[str, Any]) -> dict[str, Any]:
+def _sentencepiece_settings(
+    tokenizer: Tokenizer, target: Path, given: dict[str, Any]
+) -> dict[str, Any]:
     """Return settings for a Llama tokenizer if it tokenizes like the model; else write a tokenizer.json and name it."""
     model = read_model(tokenizer.path)
     unknown = next(piece.piece for piece in model.pieces if piece.type == piece.UNKNOWN)
@@ -89,7 +101,9 @@ def _sentencepiece_settings(tokenizer: Tokenizer, target: Path, given: dict[str,
     if not fits_llama_tokenizer(model):
         backend = build_fast_tokenizer(model)
         if tokenizer.add_bos and tokenizer.bos_id is not None:
-            set_leading_bos(backend, tokenizer.special_tokens["bos_token"], tokenizer.bos_id)
+            set_leading_bos(
+                backend, tokenizer.special_tokens["bos_token"], tokenizer.bos_id
+            )
         backend.save(str(target / "tokenizer.json"))
         return common | {"tokenizer_class": "PreTrainedTokenizerFast"}
     return common | {
@@ -109,7 +123,9 @@ def compare_tokenizers(ours: Tokenizer, folder: Path) -> None:
     """
     from transformers import AutoTokenizer
 
-    theirs = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    theirs = AutoTokenizer.from_pretrained(
+        str(folder), trust_remote_code=False, local_files_only=True
+    )
     for text in TEXTS:
         wanted = ours.encode(text)
         found = list(theirs.encode(text, add_special_tokens=False))
@@ -122,4 +138,6 @@ def compare_tokenizers(ours: Tokenizer, folder: Path) -> None:
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
-    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )

@@ -13,7 +13,11 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from evomesh.checkpoint.internevo.model import BLOCK_MODULES, file_name, groups_to_blocks
+from evomesh.checkpoint.internevo.model import (
+    BLOCK_MODULES,
+    file_name,
+    groups_to_blocks,
+)
 from evomesh.checkpoint.native.find import Checkpoint
 from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.checkpoint.native.read import read_tensor
@@ -25,7 +29,8 @@ V1_MODULES = {ours: theirs for theirs, ours in BLOCK_MODULES.items()}  # of INTE
 V1_TOP = {"embedding": "embedding", "norm": "norm", "head": "head"}
 V2_TOP = {"embedding": "tok_embeddings", "norm": "norm", "head": "output"}
 
-# Returns the shard of each tensor-parallel rank, None for a rank whose file lacks the parameter.
+# Returns the shard of each tensor-parallel rank, None for a rank whose file lacks the
+# parameter.
 ShardFunction = Callable[[Tensor, int], list[Tensor | None]]
 
 
@@ -73,7 +78,11 @@ def write_model(
 
 
 def _stage_states(
-    found: Checkpoint, model: ModelConfig, layers: range, tensor: int, weight: int | None
+    found: Checkpoint,
+    model: ModelConfig,
+    layers: range,
+    tensor: int,
+    weight: int | None,
 ) -> dict[tuple[int, int], dict[str, Tensor]]:
     """Return the state dict of each (tp, wp) rank of one stage. Memory: the weights of the stage, once per replica."""
     states: dict[tuple[int, int], dict[str, Tensor]] = {
@@ -97,7 +106,8 @@ def _rank_shards(
 ) -> Iterator[tuple[tuple[int, int], Tensor]]:
     """Yield ((tp, wp), shard) of one parameter for each rank that holds it.
 
-    isp replicates a block over tp and shards its matrices over wp; all else is sharded over tp and replicated over wp.
+    isp replicates a block over tp and shards its matrices over wp; all else is sharded
+    over tp and replicated over wp.
     """
     wp_size = weight or 1
     in_isp_block = weight is not None and LAYER_PARAMETER.match(name) is not None
@@ -113,11 +123,15 @@ def _rank_shards(
 
 def _plain_section(model: ModelConfig) -> dict[str, bool | int | float | str]:
     return {
-        key: value for key, value in model.model_dump().items() if isinstance(value, bool | int | float | str)
+        key: value
+        for key, value in model.model_dump().items()
+        if isinstance(value, bool | int | float | str)
     }
 
 
-def _refuse_sizes(model: ModelConfig, tensor: int, pipeline: int, weight: int | None, where: str) -> None:
+def _refuse_sizes(
+    model: ModelConfig, tensor: int, pipeline: int, weight: int | None, where: str
+) -> None:
     """Check that InternEvo has the family, and that every sharded dim of it divides by the sizes.
 
     Raises:
@@ -131,15 +145,22 @@ def _refuse_sizes(model: ModelConfig, tensor: int, pipeline: int, weight: int | 
     }
     for described, size in sharded.items():
         if size % tensor:
-            raise CheckpointError(f"{described}, {size}, is not divisible by --tensor {tensor}", where=where)
+            raise CheckpointError(
+                f"{described}, {size}, is not divisible by --tensor {tensor}",
+                where=where,
+            )
     if weight:
         for rows in _block_rows(model):
             if rows % weight:
                 raise CheckpointError(
-                    f"matrices of {rows} rows are not divisible by --weight {weight}", where=where
+                    f"matrices of {rows} rows are not divisible by --weight {weight}",
+                    where=where,
                 )
     if pipeline > model.num_layers:
-        raise CheckpointError(f"{model.num_layers} layers are too few for --pipeline {pipeline}", where=where)
+        raise CheckpointError(
+            f"{model.num_layers} layers are too few for --pipeline {pipeline}",
+            where=where,
+        )
 
 
 def _refuse_family(model: ModelConfig, where: str) -> None:
@@ -149,8 +170,13 @@ def _refuse_family(model: ModelConfig, where: str) -> None:
         CheckpointError: none does.
     """
     if model.model_type not in ("INTERNLM", "INTERNLM2_PUBLIC", "LLAMA2"):
-        raise CheckpointError(f"InternEvo has no model type {model.model_type!r}", where=where)
-    plain_heads = model.attention_width == model.hidden_size and model.has_qkv_bias == model.has_o_bias
+        raise CheckpointError(
+            f"InternEvo has no model type {model.model_type!r}", where=where
+        )
+    plain_heads = (
+        model.attention_width == model.hidden_size
+        and model.has_qkv_bias == model.has_o_bias
+    )
     if model.qk_norm or model.sliding_window or not plain_heads:
         raise CheckpointError(
             "InternEvo's families have no qk_norm, no window, no head_dim but hidden_size / num_attention_heads, "
@@ -159,14 +185,17 @@ def _refuse_family(model: ModelConfig, where: str) -> None:
         )
     if model.rope_scaling is not None:
         raise CheckpointError(
-            f"InternEvo has no rope_scaling of type {model.rope_scaling.type!r}", where=where
+            f"InternEvo has no rope_scaling of type {model.rope_scaling.type!r}",
+            where=where,
         )
 
 
 def _block_rows(model: ModelConfig) -> tuple[int, ...]:
     """Return the rows of a block's matrices: those of queries, keys and values, merged or not, and of the rest."""
     kv_rows = model.kv_heads * model.head_dim
-    qkv_rows = kv_rows if model.model_type == "LLAMA2" else model.hidden_size + 2 * kv_rows
+    qkv_rows = (
+        kv_rows if model.model_type == "LLAMA2" else model.hidden_size + 2 * kv_rows
+    )
     return (qkv_rows, model.hidden_size, model.mlp_width)
 
 
@@ -186,7 +215,9 @@ def _first_rank_only(whole: Tensor, ranks: int) -> list[Tensor | None]:
     return [whole] + [None] * (ranks - 1)
 
 
-def _foreign_parameters(name: str, layers: range, model: ModelConfig) -> list[tuple[str, ShardFunction]]:
+def _foreign_parameters(
+    name: str, layers: range, model: ModelConfig
+) -> list[tuple[str, ShardFunction]]:
     """Return their names for one of our tensors in a stage, and how each is sharded; [] if another stage holds it."""
     v1 = model.model_type == "INTERNLM"
     match = LAYER_PARAMETER.match(name)
@@ -197,14 +228,19 @@ def _foreign_parameters(name: str, layers: range, model: ModelConfig) -> list[tu
         return []
     prefix = f"{'blocks' if v1 else 'layers'}.{number - layers.start}."
     if module == "attention.wqkv" and model.model_type == "LLAMA2":
-        return [(f"{prefix}attention.w{letter}.{kind}", _shard_one_of_qkv(model, letter)) for letter in "qkv"]
+        return [
+            (f"{prefix}attention.w{letter}.{kind}", _shard_one_of_qkv(model, letter))
+            for letter in "qkv"
+        ]
     if module == "attention.wqkv" and v1:
         return [(f"{prefix}mixer.Wqkv.{kind}", _shard_blocks(model))]
     their_module = V1_MODULES[module] if v1 else module
     return [(f"{prefix}{their_module}.{kind}", _block_shard(module, kind, v1))]
 
 
-def _foreign_top(name: str, layers: range, model: ModelConfig) -> list[tuple[str, ShardFunction]]:
+def _foreign_top(
+    name: str, layers: range, model: ModelConfig
+) -> list[tuple[str, ShardFunction]]:
     """Do ``_foreign_parameters`` outside the blocks: embedding in the first stage, norm and head in the last."""
     module, kind = name.rsplit(".", 1)
     is_first = layers.start == 0
@@ -213,7 +249,9 @@ def _foreign_top(name: str, layers: range, model: ModelConfig) -> list[tuple[str
     if not in_stage:
         return []
     names = V1_TOP if model.model_type == "INTERNLM" else V2_TOP
-    shard = {"embedding": _shard_columns, "norm": _replicate, "head": _shard_rows}[module]
+    shard = {"embedding": _shard_columns, "norm": _replicate, "head": _shard_rows}[
+        module
+    ]
     return [(f"{names[module]}.{kind}", shard)]
 
 
@@ -225,7 +263,9 @@ def _block_shard(module: str, kind: str, v1: bool) -> ShardFunction:
         return _shard_rows
     if kind == "weight":
         return _shard_columns
-    return _first_rank_only if v1 else _replicate  # a bias, added after the sum over ranks
+    return (
+        _first_rank_only if v1 else _replicate
+    )  # a bias, added after the sum over ranks
 
 
 def _shard_blocks(model: ModelConfig) -> ShardFunction:
@@ -251,7 +291,9 @@ def _shard_one_of_qkv(model: ModelConfig, letter: str) -> ShardFunction:
         groups = whole.reshape(
             model.kv_heads, queries + 2, model.head_dim, *whole.shape[1:]
         )  # [G, R + 2, H, D]
-        rows = groups[:, positions[letter]].flatten(0, 2)  # [N H, D], [G H, D] for k and v
+        rows = groups[:, positions[letter]].flatten(
+            0, 2
+        )  # [N H, D], [G H, D] for k and v
         return list(rows.chunk(ranks))
 
     return shard

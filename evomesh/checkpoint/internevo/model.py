@@ -6,8 +6,9 @@ How each family stores attention, N heads in all and n of them on a tensor rank:
 - INTERNLM2_PUBLIC: ``attention.wqkv``, one ``[q..q, k, v]`` group per key/value head, which is our order too;
 - LLAMA2: ``attention.wq``, ``wk`` and ``wv``, three tensors.
 
-Column-parallel matrices are sharded along dim 0, row-parallel ones along dim 1; isp shards every matrix of a block
-along dim 0 over wp. Layer numbers count from 0 in each stage.
+Column-parallel matrices are sharded along dim 0, row-parallel ones along dim 1; isp
+shards every matrix of a block along dim 0 over wp. Layer numbers count from 0 in each
+stage.
 
 Shapes: N attention heads, H head dim, D model.
 """
@@ -50,8 +51,16 @@ TOP_MODULES = {  # theirs -> ours, outside the blocks
     "head": "head",
     "output": "head",
 }
-OUTPUT_BIASES = ("out_proj.bias", "wo.bias")  # added after the sum over ranks, so not sharded
-ROW_PARALLEL = ("embedding.weight", "tok_embeddings.weight", "out_proj.weight", "wo.weight")
+OUTPUT_BIASES = (
+    "out_proj.bias",
+    "wo.bias",
+)  # added after the sum over ranks, so not sharded
+ROW_PARALLEL = (
+    "embedding.weight",
+    "tok_embeddings.weight",
+    "out_proj.weight",
+    "wo.weight",
+)
 EXCHANGED = {"feed_forward.w2": "feed_forward.w3", "feed_forward.w3": "feed_forward.w2"}
 
 InternEvoFamily = Literal["INTERNLM", "INTERNLM2_PUBLIC", "LLAMA2"]
@@ -84,7 +93,9 @@ class InternEvoFolder:
     def stage_states(self, pp: int) -> list[dict[str, Tensor]]:
         """Read the state dicts of a stage: one per tp rank, or in isp one per (wp, tp) with tp fastest."""
         return [
-            _read_state(self.files[pp, wp, tp]) for wp in range(self.wp_size) for tp in range(self.tp_size)
+            _read_state(self.files[pp, wp, tp])
+            for wp in range(self.wp_size)
+            for tp in range(self.tp_size)
         ]
 
 
@@ -118,7 +129,9 @@ def find_model_files(path: str) -> InternEvoFolder:
 
 
 def _refuse_incomplete(folder: InternEvoFolder) -> None:
-    grid = list(product(range(folder.pp_size), range(folder.wp_size), range(folder.tp_size)))
+    grid = list(
+        product(range(folder.pp_size), range(folder.wp_size), range(folder.tp_size))
+    )
     missing = [
         file_name(tp, wp if folder.isp else None, pp)
         for pp, wp, tp in grid
@@ -140,12 +153,16 @@ def _list_folder(path: str) -> list[str]:
     try:
         return os.listdir(path)
     except OSError as error:
-        raise CheckpointError(f"cannot list the folder: {error.strerror}", where=path) from None
+        raise CheckpointError(
+            f"cannot list the folder: {error.strerror}", where=path
+        ) from None
 
 
 def _read_state(path: str) -> dict[str, Tensor]:
     state = read_pickle(path)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(value, Tensor) for value in state.values()
+    ):
         raise CheckpointError("is not a state dict of tensors", where=path)
     return {str(name).removeprefix("model."): tensor for name, tensor in state.items()}
 
@@ -183,7 +200,9 @@ def family_of(folder: InternEvoFolder) -> InternEvoFamily:
     )
 
 
-def read_model(path: str, heads: HeadCounts, w2: W2Role = "auto") -> Iterator[tuple[str, Tensor]]:
+def read_model(
+    path: str, heads: HeadCounts, w2: W2Role = "auto"
+) -> Iterator[tuple[str, Tensor]]:
     """Yield unsharded tensors under our names, stage by stage.
 
     Args:
@@ -214,7 +233,8 @@ def merge_folder(
         states = read_states(pp)
         first_state = states[0]
         down = _down_projection(first_state, w2, folder.path)
-        # With interleaved stages a file holds several model chunks, whose number precedes the names.
+        # With interleaved stages a file holds several model chunks, whose number
+        # precedes the names.
         names_of_chunk: dict[int, list[str]] = {}
         for name in first_state:
             chunk, _ = _split_chunk(name)
@@ -224,7 +244,9 @@ def merge_folder(
             for name in names:
                 _, local_name = _split_chunk(name)
                 shards = [state[name] for state in states if name in state]
-                merged[local_name] = _merge_shards(local_name, shards, folder, family, heads, down)
+                merged[local_name] = _merge_shards(
+                    local_name, shards, folder, family, heads, down
+                )
             first_layer = first_layers.get((chunk, pp), 0)
             yield from _rename(merged, first_layer, heads, down, folder.path)
 
@@ -232,7 +254,8 @@ def merge_folder(
 def _first_layers(folder: InternEvoFolder) -> dict[tuple[int, int], int]:
     """Return (chunk, stage) -> global number of its first layer.
 
-    Layers run through all stages of the first chunk, then through all stages of the second, and so on.
+    Layers run through all stages of the first chunk, then through all stages of the
+    second, and so on.
     """
     counts: dict[tuple[int, int], int] = {}
     for pp in range(folder.pp_size):
@@ -255,7 +278,9 @@ def _split_chunk(name: str) -> tuple[int, str]:
     return (int(match[1]), name[match.end() :]) if match else (0, name)
 
 
-def _down_projection(state: dict[str, Tensor], w2: W2Role, where: str) -> DownProjection:
+def _down_projection(
+    state: dict[str, Tensor], w2: W2Role, where: str
+) -> DownProjection:
     """Return which of w2 and w3 is the down projection: the one whose columns are not those of w1."""
     columns: dict[str, int] = {}
     for name, tensor in state.items():
@@ -286,8 +311,8 @@ def _merge_shards(
     layer = LAYER_NAME.match(name)
     leaf = layer[2] if layer else name
     if folder.isp:
-        # Blocks are sharded over wp and replicated over tp; embedding and head are sharded over tp and replicated
-        # over wp. ``shards`` has tp fastest.
+        # Blocks are sharded over wp and replicated over tp; embedding and head are
+        # sharded over tp and replicated over wp. ``shards`` has tp fastest.
         shards = shards[:: folder.tp_size] if layer else shards[: folder.tp_size]
     dim = _shard_dim(leaf, in_isp_block=folder.isp and layer is not None, down=down)
     replicated = dim is None or len(shards) == 1
@@ -296,7 +321,9 @@ def _merge_shards(
         # [q; k; v] of the heads of rank 0, then of rank 1, ...: reordered rank by rank.
         ranks = 1 if folder.isp else folder.tp_size
         blocks = whole.chunk(ranks)
-        whole = torch.cat([_blocks_to_groups(block, heads.heads // ranks) for block in blocks])
+        whole = torch.cat(
+            [_blocks_to_groups(block, heads.heads // ranks) for block in blocks]
+        )
     return whole
 
 
@@ -312,7 +339,11 @@ def _shard_dim(leaf: str, *, in_isp_block: bool, down: DownProjection) -> int | 
 
 
 def _rename(
-    tensors: dict[str, Tensor], first_layer: int, heads: HeadCounts, down: DownProjection, where: str
+    tensors: dict[str, Tensor],
+    first_layer: int,
+    heads: HeadCounts,
+    down: DownProjection,
+    where: str,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the unsharded tensors of a model chunk under our names, wq, wk and wv as one wqkv."""
     for name, tensor in tensors.items():
@@ -325,7 +356,10 @@ def _rename(
             continue
         prefix = f"layers.{first_layer + int(layer[1])}."
         if module == "attention.wq":
-            qkv = [tensors[name.replace("attention.wq", f"attention.w{letter}")] for letter in "qkv"]
+            qkv = [
+                tensors[name.replace("attention.wq", f"attention.w{letter}")]
+                for letter in "qkv"
+            ]
             yield f"{prefix}attention.wqkv.{kind}", _group_qkv(qkv, heads.kv_heads)
         elif module not in ("attention.wk", "attention.wv"):
             ours = BLOCK_MODULES.get(module, module)

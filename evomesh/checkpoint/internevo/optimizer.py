@@ -1,9 +1,10 @@
 """Convert InternEvo's optimizer, counters and data position where it can be proved what they mean.
 
-A rank's optimizer file holds one flat float32 tensor per parameter group, with its two moments. InternEvo's rule tells
-which parameters were joined in it: whole parameters, the largest first, each to the rank with the fewest elements so
-far. The master weights prove it: rounded to the dtype of the weights they must be the weights, bit for bit; otherwise
-nothing is converted.
+A rank's optimizer file holds one flat float32 tensor per parameter group, with its two
+moments. InternEvo's rule tells which parameters were joined in it: whole parameters,
+the largest first, each to the rank with the fewest elements so far. The master weights
+prove it: rounded to the dtype of the weights they must be the weights, bit for bit;
+otherwise nothing is converted.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ def read_optimizer(
         )
 
     # 2. Merge them over the grid like the weights. Our checkpoints have masters of half-precision weights only.
-    half = {name for name, tensor in merge_folder(folder, heads, w2) if tensor.dtype in HALF}
+    half = {
+        name for name, tensor in merge_folder(folder, heads, w2) if tensor.dtype in HALF
+    }
     merged: dict[str, Tensor] = {}
     for kind, states in local.items():
         for name, tensor in _merge_kind(folder, states, heads, w2):
@@ -78,7 +81,9 @@ def read_optimizer(
     return merged, {"optimizer": optimizer, "scaler": scale}
 
 
-def _read_local(folder: InternEvoFolder) -> tuple[_LocalStates, set[int], dict[str, Any]]:
+def _read_local(
+    folder: InternEvoFolder,
+) -> tuple[_LocalStates, set[int], dict[str, Any]]:
     """Return local optimizer tensors by kind and (pp, tp), the step counts of all files, and the scaler's state."""
     local: _LocalStates = {kind: {} for kind in KINDS}
     steps: set[int] = set()
@@ -106,7 +111,9 @@ def read_counters(path: str) -> dict[str, Any]:
     context = _read_dict(path, "context.pt")
     sampler = _read_dict(path, "sampler.pt")
     schedule = _read_dict(path, "schedulder.pt")
-    step = _integer(context, "batch_count", path, "context.pt") + 1  # theirs is the number of the last batch
+    step = (
+        _integer(context, "batch_count", path, "context.pt") + 1
+    )  # theirs is the number of the last batch
     updates = int(context.get("step_count", step))
     if "last_epoch" in schedule and int(schedule["last_epoch"]) != updates:
         raise CheckpointError(
@@ -115,8 +122,12 @@ def read_counters(path: str) -> dict[str, Any]:
             fix=FIX,
         )
     train: dict[str, Any] = {
-        "num_consumed_tokens": _integer(context, "num_consumed_tokens", path, "context.pt"),
-        "inf_nan_skip_batches": _integer(context, "inf_nan_skip_batches", path, "context.pt"),
+        "num_consumed_tokens": _integer(
+            context, "num_consumed_tokens", path, "context.pt"
+        ),
+        "inf_nan_skip_batches": _integer(
+            context, "inf_nan_skip_batches", path, "context.pt"
+        ),
         "step": step,
         "step_count": updates,
         "consecutive_skips": 0,
@@ -126,8 +137,10 @@ def read_counters(path: str) -> dict[str, Any]:
     position = {
         "step": step,
         "seed": _integer(sampler, "seed", path, "sampler.pt"),
-        "global_batch": _integer(sampler, "batch_size", path, "sampler.pt") * data_ranks,
-        "offset": _integer(sampler, "num_consumed_samples_in_epoch", path, "sampler.pt") * data_ranks,
+        "global_batch": _integer(sampler, "batch_size", path, "sampler.pt")
+        * data_ranks,
+        "offset": _integer(sampler, "num_consumed_samples_in_epoch", path, "sampler.pt")
+        * data_ranks,
     }
     return {"train": train, "sampler": {"internevo": position}, "data": None}
 
@@ -136,7 +149,9 @@ def _read_dict(path: str, name: str) -> dict[str, Any]:
     file = os.path.join(path, name)
     content = read_pickle(file)
     if not isinstance(content, dict):
-        raise CheckpointError(f"holds a {type(content).__name__}", where=file, expected="a dict", fix=FIX)
+        raise CheckpointError(
+            f"holds a {type(content).__name__}", where=file, expected="a dict", fix=FIX
+        )
     return content
 
 
@@ -144,7 +159,10 @@ def _integer(record: dict[str, Any], name: str, path: str, file: str) -> int:
     value = record.get(name)
     if not isinstance(value, int):
         raise CheckpointError(
-            f"{name} is {value!r}", where=os.path.join(path, file), expected="an integer", fix=FIX
+            f"{name} is {value!r}",
+            where=os.path.join(path, file),
+            expected="an integer",
+            fix=FIX,
         )
     return value
 
@@ -173,7 +191,10 @@ def _read_content(file: str) -> dict[str, Any]:
     for key in ("base_optim_states", "flat_fp32_weights"):
         if not isinstance(content, dict) or not isinstance(content.get(key), dict):
             raise CheckpointError(
-                f"has no {key}", where=file, expected="InternEvo's optimizer state", fix=FIX
+                f"has no {key}",
+                where=file,
+                expected="InternEvo's optimizer state",
+                fix=FIX,
             )
     checked: dict[str, Any] = content
     return checked
@@ -194,7 +215,9 @@ def _unflatten(
     numbers = sorted(stored)
     if len(numbers) != len(groups):
         raise CheckpointError(
-            f"holds parameter groups {numbers}, but the weights form {len(groups)}", where=files[0], fix=FIX
+            f"holds parameter groups {numbers}, but the weights form {len(groups)}",
+            where=files[0],
+            fix=FIX,
         )
     tensors: dict[str, StateDict] = {kind: {} for kind in KINDS}
     steps: set[int] = set()
@@ -207,7 +230,9 @@ def _unflatten(
             steps.add(step)
             own_weights = {name: weights[name] for name in owned}
             for kind, flat in flats.items():
-                tensors[kind] |= _split_flat(flat, own_weights, f"{kind} of group {number}", file)
+                tensors[kind] |= _split_flat(
+                    flat, own_weights, f"{kind} of group {number}", file
+                )
             _prove_masters(tensors["master"], own_weights, file)
     in_order: dict[str, StateDict] = {}
     for kind, found in tensors.items():
@@ -229,13 +254,15 @@ def _assign_to_ranks(
 ) -> list[list[str]]:
     """Return the parameters of each ZeRO rank, in the order in which it joins them: InternEvo's greedy rule.
 
-    The largest parameter first, each one to the rank with the fewest elements so far: sizes 8, 5, 4 and 3 on two ranks
-    give 8 + 3 and 5 + 4.
+    The largest parameter first, each one to the rank with the fewest elements so far:
+    sizes 8, 5, 4 and 3 on two ranks give 8 + 3 and 5 + 4.
     """
     assigned: list[list[str]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
     sizes = {name: weights[name].numel() for name in names}
-    largest_first = sorted(names, key=lambda name: -sizes[name])  # stable: equal sizes keep their order
+    largest_first = sorted(
+        names, key=lambda name: -sizes[name]
+    )  # stable: equal sizes keep their order
     for name in largest_first:
         smallest_load = min(loads)
         lightest = loads.index(smallest_load)
@@ -244,7 +271,9 @@ def _assign_to_ranks(
     return assigned
 
 
-def _flat_tensors(content: dict[str, Any], group: int, file: str) -> tuple[dict[str, Any], int]:
+def _flat_tensors(
+    content: dict[str, Any], group: int, file: str
+) -> tuple[dict[str, Any], int]:
     """Return the flat master and moments of a parameter group by kind, and the step of the moments."""
     base = content["base_optim_states"]
     try:
@@ -297,7 +326,10 @@ def _prove_masters(masters: StateDict, weights: StateDict, file: str) -> None:
 
 
 def _merge_kind(
-    folder: InternEvoFolder, states: dict[tuple[int, int], StateDict], heads: HeadCounts, w2: W2Role
+    folder: InternEvoFolder,
+    states: dict[tuple[int, int], StateDict],
+    heads: HeadCounts,
+    w2: W2Role,
 ) -> Iterator[tuple[str, Tensor]]:
     """Merge the local tensors of one kind, by (pp, tp), like the weights."""
 

@@ -1,8 +1,9 @@
 """Read untrusted ``.pt`` files: tensors and plain containers only; nothing in them can run.
 
-The files are read here and not by ``torch.load``, which hands a zip file that holds ``constants.pkl`` to TorchScript
-(whose code then runs) and unpacks an old tar file with whatever links are in it. A file that names any class or
-function but those below is refused, with the name.
+The files are read here and not by ``torch.load``, which hands a zip file that holds
+``constants.pkl`` to TorchScript (whose code then runs) and unpacks an old tar file with
+whatever links are in it. A file that names any class or function but those below is
+refused, with the name.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ STORAGES = {
     "ComplexFloatStorage": torch.complex64,
 }
 ZIP = b"PK\x03\x04"  # the first bytes of what torch has written since 1.6
-MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the first two pickles of what it wrote before
+MAGIC, PROTOCOL = (
+    0x1950A86A20F9469CFC6C,
+    1001,
+)  # the first two pickles of what it wrote before
 SCRIPT = ("constants.pkl", "code")  # what only TorchScript archives hold
 READ_BYTES = 1 << 24  # bytes read at once
 RATIO = 2  # unpacked bytes for each byte of the file; torch stores without compression
@@ -82,14 +86,18 @@ class _Call:
         raise pickle.UnpicklingError("it changes a function")
 
 
-def _tensor(flat: Tensor, offset: int, size: Sequence[int], stride: Sequence[int], *rest: Any) -> Tensor:
+def _tensor(
+    flat: Tensor, offset: int, size: Sequence[int], stride: Sequence[int], *rest: Any
+) -> Tensor:
     """Return a view of a storage.
 
     ``rest``: whether it needs gradients and its hooks, which are ignored, and flags, which no checkpoint sets.
     """
     if not isinstance(flat, Tensor) or any(rest[2:]):
         raise pickle.UnpicklingError("a tensor in it is of an unknown kind")
-    return torch.as_strided(flat, size, stride, offset)  # refuses what is outside of ``flat``
+    return torch.as_strided(
+        flat, size, stride, offset
+    )  # refuses what is outside of ``flat``
 
 
 def _bytes(text: str, coding: str) -> bytes:
@@ -121,13 +129,17 @@ class _Unpickler(pickle.Unpickler):
     """Resolves names to the allowed ones only; ``read_storage(key, dtype, count)`` returns a storage as a tensor."""
 
     def __init__(
-        self, file: IO[bytes], read_storage: Callable[[str, torch.dtype, int], Tensor] | None = None
+        self,
+        file: IO[bytes],
+        read_storage: Callable[[str, torch.dtype, int], Tensor] | None = None,
     ) -> None:
         super().__init__(file, encoding="utf-8")
         self._read_storage = read_storage
 
     def find_class(self, module: str, name: str) -> Any:
-        module = "builtins" if module == "__builtin__" else module  # its name in protocol 2
+        module = (
+            "builtins" if module == "__builtin__" else module
+        )  # its name in protocol 2
         if (module, name) in ALLOWED:
             return ALLOWED[module, name]
         if module in ("torch", "torch.cuda") and name in STORAGES:
@@ -144,18 +156,29 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, saved: Any) -> Tensor:
         kind, dtype, key, _, count, *view = saved
-        if self._read_storage is None or kind != "storage" or not isinstance(dtype, torch.dtype) or any(view):
+        if (
+            self._read_storage is None
+            or kind != "storage"
+            or not isinstance(dtype, torch.dtype)
+            or any(view)
+        ):
             raise pickle.UnpicklingError("its tensors are stored in an unknown way")
         return self._read_storage(str(key), dtype, int(count))
 
 
-def _allocate(dtype: torch.dtype, count: int, available: int) -> tuple[Tensor, memoryview]:
+def _allocate(
+    dtype: torch.dtype, count: int, available: int
+) -> tuple[Tensor, memoryview]:
     """Return an empty tensor and its bytes; ``available``: bytes that the file can hold for it."""
     size = count * dtype.itemsize
     if not 0 <= size <= available:
-        raise pickle.UnpicklingError(f"a tensor in it takes {size} bytes, the file has {available}")
+        raise pickle.UnpicklingError(
+            f"a tensor in it takes {size} bytes, the file has {available}"
+        )
     buffer = bytearray(size)
-    tensor = torch.frombuffer(buffer, dtype=dtype) if size else torch.empty(0, dtype=dtype)
+    tensor = (
+        torch.frombuffer(buffer, dtype=dtype) if size else torch.empty(0, dtype=dtype)
+    )
     return tensor, memoryview(buffer)
 
 
@@ -179,7 +202,9 @@ def _read_zip(path: str) -> Any:
         entries = {entry.filename: entry for entry in archive.infolist()}
         root = _root_folder(path, list(entries))
         order_entry = f"{root}byteorder"  # absent in files of older versions
-        order = archive.read(order_entry).decode() if order_entry in entries else "little"
+        order = (
+            archive.read(order_entry).decode() if order_entry in entries else "little"
+        )
         _check_byte_order(path, order)
         storages: dict[str, Tensor] = {}
 
@@ -199,7 +224,9 @@ def _check_entries(path: str, archive: zipfile.ZipFile) -> None:
     """Refuse archives that unpack to far more than their size, and programs."""
     unpacked = sum(entry.file_size for entry in archive.infolist())
     if unpacked > RATIO * os.path.getsize(path) + (1 << 20):
-        raise CheckpointError("unpacks to more than twice its size: refused", where=path)
+        raise CheckpointError(
+            "unpacks to more than twice its size: refused", where=path
+        )
     inner_names = {part for name in archive.namelist() for part in name.split("/")[1:]}
     if not inner_names.isdisjoint(SCRIPT):
         raise CheckpointError(
@@ -211,17 +238,23 @@ def _check_entries(path: str, archive: zipfile.ZipFile) -> None:
 
 def _root_folder(path: str, names: list[str]) -> str:
     """Return the one folder of the archive, with a slash at the end."""
-    roots = [name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")]
+    roots = [
+        name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")
+    ]
     if len(roots) != 1:
         raise CheckpointError(
-            "is not a file of torch.save", where=path, expected="one data.pkl in one folder"
+            "is not a file of torch.save",
+            where=path,
+            expected="one data.pkl in one folder",
         )
     return roots[0]
 
 
 def _check_byte_order(path: str, order: str) -> None:
     if order != sys.byteorder:
-        raise CheckpointError("was written on a machine of another byte order", where=path)
+        raise CheckpointError(
+            "was written on a machine of another byte order", where=path
+        )
 
 
 def _read_old(path: str, file: IO[bytes]) -> Any:
@@ -243,7 +276,8 @@ def _read_old(path: str, file: IO[bytes]) -> Any:
         tensor, _ = storages[key]
         return tensor
 
-    # The tensors of ``content`` are empty until the bytes that follow it are read into their storages.
+    # The tensors of ``content`` are empty until the bytes that follow it are read into
+    # their storages.
     content = _Unpickler(file, allocate_storage).load()
     for key in _Unpickler(file).load():
         tensor, buffer = storages[str(key)]
@@ -271,7 +305,11 @@ def read_pickle(path: str) -> Any:
         raise
     except FileNotFoundError:
         raise CheckpointError("no such file", where=path) from None
-    except Exception as error:  # a damaged file can make the reader raise nearly anything
+    except (
+        Exception
+    ) as error:  # a damaged file can make the reader raise nearly anything
         raise CheckpointError(
-            f"cannot be read: {error}", where=path, expected="tensors in plain containers"
+            f"cannot be read: {error}",
+            where=path,
+            expected="tensors in plain containers",
         ) from None

@@ -33,12 +33,23 @@ class ErrorMessage:
     @staticmethod
     def of(error: UserError) -> ErrorMessage:
         of_store = isinstance(error, StorageError)
-        return ErrorMessage(error.found, error.where, error.expected, error.fix, of_store, error.exit_code)
+        return ErrorMessage(
+            error.found,
+            error.where,
+            error.expected,
+            error.fix,
+            of_store,
+            error.exit_code,
+        )
 
     def to_error(self) -> UserError:
         kind = StorageError if self.of_store else CheckpointError
         return kind(
-            self.found, where=self.where, expected=self.expected, fix=self.fix, exit_code=self.exit_code
+            self.found,
+            where=self.where,
+            expected=self.expected,
+            fix=self.fix,
+            exit_code=self.exit_code,
         )
 
 

@@ -40,7 +40,10 @@ class Box:
     @property
     def ends(self) -> Coordinates:
         """Index after the last element in every dim."""
-        return tuple(offset + length for offset, length in zip(self.offsets, self.shape, strict=True))
+        return tuple(
+            offset + length
+            for offset, length in zip(self.offsets, self.shape, strict=True)
+        )
 
     def overlap(self, other: Box) -> Box | None:
         """Return the region that both boxes contain, None if it is empty."""
@@ -59,7 +62,10 @@ class Box:
     def within(self, outer: Box) -> tuple[slice, ...]:
         """Return the slices that select this box from a tensor that holds ``outer``."""
         dims = zip(self.offsets, self.shape, outer.offsets, strict=True)
-        return tuple(slice(offset - base, offset - base + length) for offset, length, base in dims)
+        return tuple(
+            slice(offset - base, offset - base + length)
+            for offset, length, base in dims
+        )
 
 
 @dataclass(frozen=True)
@@ -73,8 +79,9 @@ class LocalPart:
 def split_box(box: Box, item_size: int, limit: int) -> Iterator[Box]:
     """Yield sub-boxes of at most ``limit`` bytes in row-major order, each contiguous in the bytes of ``box``.
 
-    The box is split along its first dim longer than 1; where one row of it is larger than the limit, the row is split
-    along the next dim. A float32 box [6, 100] with a limit of 1000 bytes becomes 3 boxes of 2 rows.
+    The box is split along its first dim longer than 1; where one row of it is larger
+    than the limit, the row is split along the next dim. A float32 box [6, 100] with a
+    limit of 1000 bytes becomes 3 boxes of 2 rows.
     """
     if box.numel * item_size <= limit or box.numel <= 1:
         yield box
@@ -101,14 +108,17 @@ def covers_once(shape: Coordinates, boxes: Sequence[Box]) -> bool:
 
 def _is_inside(box: Box, shape: Coordinates) -> bool:
     positive = all(offset >= 0 for offset in box.offsets)
-    return positive and all(end <= length for end, length in zip(box.ends, shape, strict=True))
+    return positive and all(
+        end <= length for end, length in zip(box.ends, shape, strict=True)
+    )
 
 
 def _all_disjoint(boxes: Sequence[Box]) -> bool:
     """Return whether no element is in two boxes, given that together they are as large as their tensor."""
-    # The edges of all boxes divide the tensor into a small grid of cells, each of which is inside a box or outside it.
-    # A cell that is not counted exactly once is a hole or an overlap. Rows 0 to 4 and 4 to 6 have the edges 0, 4 and 6:
-    # two cells, however large the tensor is.
+    # The edges of all boxes divide the tensor into a small grid of cells, each of which
+    # is inside a box or outside it. A cell that is not counted exactly once is a hole
+    # or an overlap. Rows 0 to 4 and 4 to 6 have the edges 0, 4 and 6: two cells,
+    # however large the tensor is.
     num_dims = len(boxes[0].shape)
     cell_of = [_cells(boxes, dim) for dim in range(num_dims)]
     num_cells = math.prod(len(cells) for cells in cell_of)
@@ -136,7 +146,9 @@ def _cells(boxes: Sequence[Box], dim: int) -> dict[int, int]:
 def local_box(spec: ShardSpec, grid: Grid) -> Box:
     """Return the box of the stored tensor that this rank holds; it may be empty."""
     ranges = spec.stored_ranges(grid)
-    return Box(tuple(held.start for held in ranges), tuple(len(held) for held in ranges))
+    return Box(
+        tuple(held.start for held in ranges), tuple(len(held) for held in ranges)
+    )
 
 
 def local_part(shard: LocalShard, grid: Grid) -> LocalPart | None:
@@ -148,10 +160,13 @@ def local_part(shard: LocalShard, grid: Grid) -> LocalPart | None:
         ValueError: the tensor does not have the shape that follows from its spec.
     """
     spec = shard.spec
-    # With weight sharding this is the local storage; the spec describes it like any other.
+    # With weight sharding this is the local storage; the spec describes it like any
+    # other.
     tensor = local_shard(shard.tensor.detach())
     if tensor.dim() != len(spec.shape):
-        raise ValueError(f"a local tensor of shape {tuple(tensor.shape)} cannot be part of {spec.shape}")
+        raise ValueError(
+            f"a local tensor of shape {tuple(tensor.shape)} cannot be part of {spec.shape}"
+        )
     for dim, held in enumerate(spec.local_ranges(grid.axes)):
         if len(held) != tensor.shape[dim] and tensor.numel():
             raise ValueError(

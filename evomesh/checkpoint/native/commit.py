@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import errno
 import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -26,35 +25,29 @@ from evomesh.checkpoint.native.format import (
     foreign_names,
     layout_record,
 )
-from evomesh.checkpoint.native.plan import TensorType, WriteItem, check_cover, describe, in_file_order
+from evomesh.checkpoint.native.plan import (
+    TensorType,
+    WriteItem,
+    check_cover,
+    describe,
+    in_file_order,
+)
 from evomesh.checkpoint.native.software import software
-from evomesh.checkpoint.native.write import PieceSource, WrittenFile, live_pieces, write_data
+from evomesh.checkpoint.native.store_errors import as_checkpoint_error
+from evomesh.checkpoint.native.write import (
+    PieceSource,
+    WrittenFile,
+    live_pieces,
+    write_data,
+)
 from evomesh.config.json_codec import encode_json
-from evomesh.errors import EXIT_RESTART, EXIT_USER_ERROR, UserError
+from evomesh.errors import UserError
 from evomesh.parallel.exchange import Exchange, SingleProcessExchange
 from evomesh.parallel.grid import Grid
 from evomesh.storage.base import Storage, join
 from evomesh.storage.urls import open_storage
 
 logger = logging.getLogger(__name__)
-FIXES = {
-    errno.ENOSPC: "free space, or keep fewer checkpoints with ckpt.keep_last",
-    errno.EDQUOT: "free space within the quota, or keep fewer checkpoints with ckpt.keep_last",
-    errno.EACCES: "make the folder writable for this user, or choose another save_ckpt_folder",
-    errno.EROFS: "choose a save_ckpt_folder on a writable file system",
-}
-# What a network file system reports while its server is away: the same command works once it is back.
-OUTAGES = (
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-    errno.EHOSTDOWN,
-    errno.EHOSTUNREACH,
-    errno.ENETDOWN,
-    errno.ENETUNREACH,
-    errno.ENOTCONN,
-    errno.ECONNREFUSED,
-    errno.ECONNRESET,
-)
 SHOWN_RANKS = 4  # failed ranks in an error message
 
 
@@ -71,6 +64,7 @@ def new_record(
     state: dict[str, Any],
     layout: dict[str, int],
     parent: ParentRecord | None = None,
+    snapshot: bool = False,
 ) -> CommitRecord:
     """Return a commit record that names no files yet; ``commit`` completes it.
 
@@ -87,13 +81,15 @@ def new_record(
         state=encode_json(state),
         layout=layout,
         parent=parent,
+        snapshot=snapshot,
     )
 
 
 def choose_folder(storage: Storage, root: str, step: int, attempt: str) -> str:
     """Return the folder for a checkpoint of ``step``: a new one, or what an interrupted save of that step left.
 
-    Nothing is written to a folder that is committed, leads elsewhere or holds files of somebody else.
+    Nothing is written to a folder that is committed, leads elsewhere or holds files of
+    somebody else.
     """
     folder = join(root, fmt.folder_name(step))
     own = join(root, fmt.folder_name(step, attempt))
@@ -125,7 +121,9 @@ def refuse_committed(storage: Storage, root: str, step: int) -> str:
     folder = join(root, fmt.folder_name(step))
     if storage.exists(join(folder, fmt.COMMIT)):
         raise CheckpointError(
-            f"step {step} is already committed there", where=folder, fix="choose another folder"
+            f"step {step} is already committed there",
+            where=folder,
+            fix="choose another folder",
         )
     return folder
 
@@ -156,7 +154,9 @@ def commit(
     _refuse_full_disk(storage, folder, sum(tensor.size for tensor in tensors.values()))
     numbered = dict(enumerate(files))
     try:
-        return commit_together(storage, SingleProcessExchange(), folder, numbered, tensors, record, source)
+        return commit_together(
+            storage, SingleProcessExchange(), folder, numbered, tensors, record, source
+        )
     except BaseException:  # a failure, or Ctrl-C
         discard(storage, folder, record.attempt, len(files))
         raise
@@ -220,7 +220,9 @@ class _RankReport:
     @staticmethod
     def from_json(value: dict[str, Any]) -> _RankReport:
         error = None if value["error"] is None else ErrorMessage(**value["error"])
-        return _RankReport([WrittenFile.from_json(file) for file in value["written"]], error)
+        return _RankReport(
+            [WrittenFile.from_json(file) for file in value["written"]], error
+        )
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,10 @@ class _Verdict:
     removable: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        return {"error": None if self.error is None else asdict(self.error), "removable": self.removable}
+        return {
+            "error": None if self.error is None else asdict(self.error),
+            "removable": self.removable,
+        }
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> _Verdict:
@@ -276,7 +281,9 @@ def commit_together(
     verdict = _Verdict()
     if gathered is not None:
         reports = [_RankReport.from_json(value) for value in gathered]
-        verdict, record = _finish(storage, folder, tensors, record, reports, before_publishing)
+        verdict, record = _finish(
+            storage, folder, tensors, record, reports, before_publishing
+        )
 
     # 3. All ranks learn the outcome; after a failure before the commit each deletes its own files.
     verdict = _Verdict.from_json(exchange.broadcast(verdict.to_json()))
@@ -302,7 +309,11 @@ def _write_files(
         storage.make_folder(folder)
         for number, items in files.items():
             if items:
-                written.append(write_data(storage, folder, fmt.file_name(attempt, number), items, source))
+                written.append(
+                    write_data(
+                        storage, folder, fmt.file_name(attempt, number), items, source
+                    )
+                )
         storage.sync(parent_folder(folder))
     except (OSError, UserError) as error:
         return _RankReport([], ErrorMessage.of(as_checkpoint_error(error, folder)))
@@ -319,13 +330,17 @@ def _finish(
 ) -> tuple[_Verdict, CommitRecord]:
     """Write the index and publish the record, if no rank failed; rank 0 only."""
     if any(report.error for report in reports):
-        return _Verdict(_merged([report.error for report in reports], folder), removable=True), record
+        return _Verdict(
+            _merged([report.error for report in reports], folder), removable=True
+        ), record
     written = [file for report in reports for file in report.written]
     removable = True
     try:
         record = write_index(storage, folder, tensors, written, record)
         before_publishing()
-        removable = False  # from here on the commit may be visible even if the call fails
+        removable = (
+            False  # from here on the commit may be visible even if the call fails
+        )
         publish(storage, folder, record)
     except (OSError, UserError) as error:
         failure = ErrorMessage.of(as_checkpoint_error(error, folder))
@@ -340,8 +355,12 @@ def _merged(errors: Sequence[ErrorMessage | None], folder: str) -> ErrorMessage:
     first = failed[0][1]
     if len(errors) == 1:
         return replace(first, where=first.where or folder)
-    found = "; ".join(f"rank {rank}: {error.found}" for rank, error in failed[:SHOWN_RANKS])
-    return ErrorMessage(found, folder, first.expected, first.fix, exit_code=first.exit_code)
+    found = "; ".join(
+        f"rank {rank}: {error.found}" for rank, error in failed[:SHOWN_RANKS]
+    )
+    return ErrorMessage(
+        found, folder, first.expected, first.fix, exit_code=first.exit_code
+    )
 
 
 def write_index(
@@ -442,24 +461,3 @@ def _delete(storage: Storage, folder: str, names: list[str]) -> None:
 def parent_folder(folder: str) -> str:
     """Return the folder that a step folder is in."""
     return folder.rpartition("/")[0] or "/"
-
-
-def as_checkpoint_error(error: Exception, path: str) -> CheckpointError:
-    """Return whatever a store raised as an error of one sentence with a fix."""
-    if isinstance(error, UserError):
-        return CheckpointError(
-            error.found,
-            where=error.where,
-            expected=error.expected,
-            fix=error.fix,
-            exit_code=error.exit_code,
-        )
-    if isinstance(error, OSError):
-        code = error.errno or 0
-        name = errno.errorcode.get(code, "unknown")
-        return CheckpointError(
-            f"{error.filename or path}: {error.strerror or error} ({name})",
-            fix=FIXES.get(code, ""),
-            exit_code=EXIT_RESTART if code in OUTAGES else EXIT_USER_ERROR,
-        )
-    return CheckpointError(f"{path}: {error}")

@@ -20,7 +20,10 @@ COMPARED_BYTES = 16 << 20  # of a tensor at a time
 
 def differences(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
     """Yield one line for each difference; none if a run could not tell the two apart."""
-    for section, before, after in (("config", a.config, b.config), ("state", a.state, b.state)):
+    for section, before, after in (
+        ("config", a.config, b.config),
+        ("state", a.state, b.state),
+    ):
         for line in _changed_values(before, after):
             yield f"{section}.{line}"
     first, second = a.records(), b.records()
@@ -41,7 +44,9 @@ def _changed_values(a: Any, b: Any, path: str = "") -> Iterator[str]:
     """Yield ``KEY.KEY: before -> after`` for each value that differs."""
     if isinstance(a, dict) and isinstance(b, dict):
         for key in sorted(set(a) | set(b)):
-            yield from _changed_values(a.get(key), b.get(key), f"{path}.{key}" if path else key)
+            yield from _changed_values(
+                a.get(key), b.get(key), f"{path}.{key}" if path else key
+            )
     elif a != b and repr(a) != repr(b):  # NaN is not equal to itself
         yield f"{path}: {a!r:.60} -> {b!r:.60}"
 
@@ -83,6 +88,9 @@ def tensors_not_finite(checkpoint: Checkpoint) -> Iterator[str]:
     for record in checkpoint.records().values():
         if not fmt.DTYPES[record.dtype].is_floating_point:
             continue
-        bad = sum(not_finite(read_tensor(checkpoint, record, piece.box)) for piece in record.pieces)
+        bad = sum(
+            not_finite(read_tensor(checkpoint, record, piece.box))
+            for piece in record.pieces
+        )
         if bad:
             yield f"{record.name}: {bad} values are NaN or infinite"

@@ -17,7 +17,12 @@ def readable(size: float) -> str:
 
 
 def check_space(
-    storage: Storage, root: str, one: int, held: int, saves: int | None = None, keep_last: int | None = None
+    storage: Storage,
+    root: str,
+    one: int,
+    held: int,
+    saves: int | None = None,
+    keep_last: int | None = None,
 ) -> str:
     """Return the forecast of disk need as one line.
 

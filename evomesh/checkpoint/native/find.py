@@ -10,7 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from evomesh.checkpoint.native import format as fmt
-from evomesh.checkpoint.native.format import CheckpointError, CommitRecord, FileRecord, TensorRecord
+from evomesh.checkpoint.native.format import (
+    CheckpointError,
+    CommitRecord,
+    FileRecord,
+    TensorRecord,
+)
 from evomesh.checkpoint.native.intact import read_until_intact, reading
 from evomesh.config.folders import shared_role
 from evomesh.config.json_codec import decode_json
@@ -76,7 +81,8 @@ class Checkpoint:
                 data = self.storage.read(join(self.folder, index.file), 0, index.size)
             if fmt.sha256(data) != index.sha256:
                 raise CheckpointError(
-                    f"{index.file} does not match the hash in {fmt.COMMIT}", where=self.folder
+                    f"{index.file} does not match the hash in {fmt.COMMIT}",
+                    where=self.folder,
                 )
             return data
 
@@ -132,7 +138,9 @@ def _read_commit_record(storage: Storage, folder: str) -> CommitRecord:
         with reading(fmt.COMMIT, folder):
             size = storage.size(path)
             if size > fmt.MAX_COMMIT_BYTES:
-                raise CheckpointError(f"{fmt.COMMIT} has {size} bytes, far more than any save writes")
+                raise CheckpointError(
+                    f"{fmt.COMMIT} has {size} bytes, far more than any save writes"
+                )
             return CommitRecord.from_bytes(storage.read(path, 0, size))
 
     try:
@@ -143,14 +151,21 @@ def _read_commit_record(storage: Storage, folder: str) -> CommitRecord:
     except CheckpointError as error:
         raise CheckpointError(error.found, where=folder) from None
     except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror or error}", where=folder) from None
+        raise CheckpointError(
+            f"cannot be read: {error.strerror or error}", where=folder
+        ) from None
 
 
-def _check_size(storage: Storage, folder: str, name: str, size: int, record: CommitRecord) -> None:
+def _check_size(
+    storage: Storage, folder: str, name: str, size: int, record: CommitRecord
+) -> None:
     with reading(name, folder, _writer_of(name, record)):
         actual = storage.size(join(folder, name))
     if actual != size:
-        raise CheckpointError(f"{name} has {actual} bytes, but the commit record lists {size}", where=folder)
+        raise CheckpointError(
+            f"{name} has {actual} bytes, but the commit record lists {size}",
+            where=folder,
+        )
 
 
 def _writer_of(name: str, record: CommitRecord) -> str:
@@ -215,7 +230,9 @@ class SaveFolder:
         if snapshots is not None:
             _refuse_shared_folder(url, snapshots)
         storage, root = open_storage(url)
-        snapshot_storage, snapshot_root = open_storage(snapshots or join(url, SNAPSHOTS))
+        snapshot_storage, snapshot_root = open_storage(
+            snapshots or join(url, SNAPSHOTS)
+        )
         return SaveFolder(storage, root, snapshot_storage, snapshot_root)
 
     def candidates(self) -> list[Candidate]:
@@ -226,8 +243,11 @@ class SaveFolder:
         except CheckpointError as error:
             logger.warning("snapshots are left out: %s", error.found)
             snapshots = []
-        # Of the same step a normal checkpoint comes first, because sorting keeps the order of equals.
-        return sorted([*normal, *snapshots], key=lambda candidate: candidate.step, reverse=True)
+        # Of the same step a normal checkpoint comes first, because sorting keeps the
+        # order of equals.
+        return sorted(
+            [*normal, *snapshots], key=lambda candidate: candidate.step, reverse=True
+        )
 
 
 def _refuse_shared_folder(save: str, snapshots: str) -> None:
@@ -286,22 +306,39 @@ def _locate(storage: Storage, path: str, url: str) -> CheckpointLookup:
     if parent.rpartition("/")[2] == SNAPSHOTS:
         found = candidates(storage, parent)
     else:
-        found = [candidate for candidate in all_candidates(storage, parent) if candidate.step == int(name)]
-    return CheckpointLookup(storage, found) if found else _nothing_found(storage, parent, url)
+        found = [
+            candidate
+            for candidate in all_candidates(storage, parent)
+            if candidate.step == int(name)
+        ]
+    return (
+        CheckpointLookup(storage, found)
+        if found
+        else _nothing_found(storage, parent, url)
+    )
 
 
 def _nothing_found(storage: Storage, near: str, url: str) -> CheckpointLookup:
     """Return a lookup whose error lists what is in or next to the folder ``near``."""
     steps = _steps_in(storage, near)
-    found = f"{near} has {steps}" if steps else _contents_or_neighbors(storage, near, url)
+    found = (
+        f"{near} has {steps}" if steps else _contents_or_neighbors(storage, near, url)
+    )
     return CheckpointLookup(
-        storage, [], f"no checkpoint at {url!r}; {found}", "give an existing step or folder"
+        storage,
+        [],
+        f"no checkpoint at {url!r}; {found}",
+        "give an existing step or folder",
     )
 
 
 def _steps_in(storage: Storage, folder: str) -> str:
     """Return "steps 40, 30, 20", newest first; "" if none is committed."""
-    steps = [str(candidate.step) for candidate in all_candidates(storage, folder) if candidate.committed]
+    steps = [
+        str(candidate.step)
+        for candidate in all_candidates(storage, folder)
+        if candidate.committed
+    ]
     return f"steps {_shortened(steps, 'older')}" if steps else ""
 
 
@@ -321,12 +358,16 @@ def _contents_or_neighbors(storage: Storage, near: str, url: str) -> str:
         state = "the folder is empty"
     else:
         state = f"{'the current folder' if near == '.' else near} has no such folder"
-    folders = [name.rstrip("/") for name in names if name.endswith("/") and name != f"{wrong}/"]
+    folders = [
+        name.rstrip("/") for name in names if name.endswith("/") and name != f"{wrong}/"
+    ]
     suggested = _suggested(storage, near, wrong, folders)
     return f"{state}; next to it: {'; '.join(suggested)}" if suggested else state
 
 
-def _suggested(storage: Storage, parent: str, wrong: str, folders: Sequence[str]) -> list[str]:
+def _suggested(
+    storage: Storage, parent: str, wrong: str, folders: Sequence[str]
+) -> list[str]:
     """Return the folders of a similar name, then those with checkpoints in them."""
     similar = difflib.get_close_matches(wrong, folders, n=SUGGESTED)
     others = [folder for folder in folders if folder not in similar]

@@ -21,7 +21,14 @@ import torch
 import xxhash
 
 from evomesh.checkpoint.native.boxes import Box, Coordinates, covers_once
-from evomesh.checkpoint.native.fields import array, flag, integer, integers, mapping, text
+from evomesh.checkpoint.native.fields import (
+    array,
+    flag,
+    integer,
+    integers,
+    mapping,
+    text,
+)
 from evomesh.errors import UserError
 
 FORMAT, VERSION = "evomesh-checkpoint", 1
@@ -29,12 +36,14 @@ PIECE_HASH, RECORD_HASH = "xxh3_128", "sha256"
 PIECE_BYTES = 4 << 20  # hash unit and read unit
 COMMIT = "commit.json"
 FOLDER = re.compile(r"step-([0-9]{8,18})(?:-([0-9a-f]{8}))?\Z")
-FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")  # a plain name: no folder, nothing hidden, no ".."
-# Every name that a save writes in a step folder, the temporary one of the commit record included.
+FILE_NAME = re.compile(
+    r"[A-Za-z0-9][A-Za-z0-9._-]*\Z"
+)  # a plain name: no folder, nothing hidden, no ".."
+# Every name that a save writes in a step folder, the temporary one of the commit record
+# included.
 DATA_NAME = re.compile(r"[0-9a-f]{8}-r[0-9]{5,}\.safetensors\Z")
 INDEX_NAME = re.compile(r"[0-9a-f]{8}-index\.jsonl\Z")
 UNPUBLISHED_NAME = re.compile(r"\.commit\.json\.[0-9a-f]{8}\Z")
-ALIGNMENT = 64
 MAX_DIMS = 32
 MAX_COMMIT_BYTES = 64 << 20  # of a commit record
 MAX_HEADER_BYTES = 100_000_000  # of a data file, as in the safetensors library
@@ -68,7 +77,11 @@ def canonical(value: Any) -> bytes:
         ValueError: NaN or infinity, which JSON does not have.
     """
     return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+        value,
+        sort_keys=True,
+        separators=(",", ":"),
+        ensure_ascii=False,
+        allow_nan=False,
     ).encode()
 
 
@@ -94,7 +107,9 @@ class FileRecord:
     @staticmethod
     def from_json(value: list[Any]) -> FileRecord:
         name, size, digest = array(value, "files")
-        return FileRecord(_checked_name(name), integer(size, "file size"), text(digest, "header hash"))
+        return FileRecord(
+            _checked_name(name), integer(size, "file size"), text(digest, "header hash")
+        )
 
 
 @dataclass(frozen=True)
@@ -112,7 +127,9 @@ class IndexRecord:
     def from_json(value: dict[str, Any]) -> IndexRecord:
         fields = mapping(value, "index")
         size = integer(fields["bytes"], "index.bytes")
-        return IndexRecord(_checked_name(fields["file"]), size, text(fields["sha256"], "index.sha256"))
+        return IndexRecord(
+            _checked_name(fields["file"]), size, text(fields["sha256"], "index.sha256")
+        )
 
 
 @dataclass(frozen=True)
@@ -128,14 +145,18 @@ class ParentRecord:
     @staticmethod
     def from_json(value: dict[str, Any]) -> ParentRecord:
         fields = mapping(value, "parent")
-        return ParentRecord(integer(fields["step"], "parent.step"), text(fields["attempt"], "parent.attempt"))
+        return ParentRecord(
+            integer(fields["step"], "parent.step"),
+            text(fields["attempt"], "parent.attempt"),
+        )
 
 
 @dataclass(frozen=True)
 class CommitRecord:
     """The content of ``commit.json``: what a checkpoint is, and which files it consists of.
 
-    A save begins with a record without files (``commit.new_record``) and completes it once they are written.
+    A save begins with a record without files (``commit.new_record``) and completes it
+    once they are written.
 
     Attributes:
         attempt: random name of the try at saving that succeeded; the names of its files begin with it.
@@ -219,7 +240,9 @@ class CommitRecord:
             )
         except (KeyError, TypeError, ValueError) as error:
             kind = type(error).__name__
-            raise CheckpointError(f"{COMMIT} has a bad field ({kind}: {error})") from None
+            raise CheckpointError(
+                f"{COMMIT} has a bad field ({kind}: {error})"
+            ) from None
 
     def to_bytes(self) -> bytes:
         """Return the content of ``commit.json``: the body and the hash of its canonical form."""
@@ -242,7 +265,9 @@ class CommitRecord:
 
 def _checked_name(name: Any) -> str:
     if not isinstance(name, str) or not FILE_NAME.match(name):
-        raise CheckpointError(f"{COMMIT} names the file {name!r}, which is not a plain file name")
+        raise CheckpointError(
+            f"{COMMIT} names the file {name!r}, which is not a plain file name"
+        )
     return name
 
 
@@ -257,14 +282,20 @@ def _unseal(data: bytes) -> dict[str, Any]:
         body, digest = content["body"], content["sha256"]
         intact = sha256(canonical(body)) == digest
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{COMMIT} is not a commit record ({type(error).__name__}: {error})") from None
+        raise CheckpointError(
+            f"{COMMIT} is not a commit record ({type(error).__name__}: {error})"
+        ) from None
     if not intact:
         raise CheckpointError(f"{COMMIT} does not match its own hash")
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise CheckpointError(f"{COMMIT} is not of format {FORMAT}")
     version, software = body.get("version"), body.get("software")
     if type(version) is not int or version != VERSION:
-        writer = software.get("evomesh") if isinstance(software, dict) else "of an unknown version"
+        writer = (
+            software.get("evomesh")
+            if isinstance(software, dict)
+            else "of an unknown version"
+        )
         raise CheckpointError(
             f"{COMMIT} has format version {str(version)[:20]}, but this evomesh reads version {VERSION}; "
             f"it was written by evomesh {str(writer)[:40]}"
@@ -287,14 +318,23 @@ class PieceRecord:
     digest: str
 
     def to_json(self) -> list[Any]:
-        return [self.file, list(self.box.offsets), list(self.box.shape), self.start, self.digest]
+        return [
+            self.file,
+            list(self.box.offsets),
+            list(self.box.shape),
+            self.start,
+            self.digest,
+        ]
 
     @staticmethod
     def from_json(value: list[Any]) -> PieceRecord:
         file, offsets, shape, start, digest = array(value, "piece")
         box = Box(integers(offsets, "offsets"), integers(shape, "shape"))
         return PieceRecord(
-            integer(file, "file number"), box, integer(start, "start"), text(digest, "piece hash")
+            integer(file, "file number"),
+            box,
+            integer(start, "start"),
+            text(digest, "piece hash"),
         )
 
 
@@ -335,14 +375,26 @@ class TensorRecord:
         """
         try:
             value = mapping(json.loads(line), "the line")
-            pieces = tuple(PieceRecord.from_json(piece) for piece in array(value["pieces"], "pieces"))
+            pieces = tuple(
+                PieceRecord.from_json(piece)
+                for piece in array(value["pieces"], "pieces")
+            )
             shape = integers(value["shape"], "shape")
-            record = TensorRecord(text(value["name"], "name"), text(value["dtype"], "dtype"), shape, pieces)
+            record = TensorRecord(
+                text(value["name"], "name"),
+                text(value["dtype"], "dtype"),
+                shape,
+                pieces,
+            )
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
-            raise CheckpointError(f"an index line is not a tensor record: {line[:80]!r} ({reason})") from None
+            raise CheckpointError(
+                f"an index line is not a tensor record: {line[:80]!r} ({reason})"
+            ) from None
         if len(record.shape) > MAX_DIMS:
-            raise CheckpointError(f"{record.name}: {len(record.shape)} dims, at most {MAX_DIMS} are possible")
+            raise CheckpointError(
+                f"{record.name}: {len(record.shape)} dims, at most {MAX_DIMS} are possible"
+            )
         if record.dtype not in DTYPES:
             raise CheckpointError(f"{record.name}: unknown dtype {record.dtype!r}")
         for piece in pieces:
@@ -359,10 +411,14 @@ def describe_type(dtype: str, shape: Sequence[int]) -> str:
     return f"{dtype}[{','.join(map(str, shape))}]"
 
 
-def _check_piece(record: TensorRecord, piece: PieceRecord, files: Sequence[FileRecord]) -> None:
+def _check_piece(
+    record: TensorRecord, piece: PieceRecord, files: Sequence[FileRecord]
+) -> None:
     box = piece.box
     if not len(box.offsets) == len(box.shape) == len(record.shape):
-        raise CheckpointError(f"{record.name}: a piece has impossible coordinates: {piece}")
+        raise CheckpointError(
+            f"{record.name}: a piece has impossible coordinates: {piece}"
+        )
     if any(end > length for end, length in zip(box.ends, record.shape, strict=True)):
         raise CheckpointError(
             f"{record.name}: the piece at {list(box.offsets)} reaches outside {record.described}"
@@ -373,7 +429,9 @@ def _check_piece(record: TensorRecord, piece: PieceRecord, files: Sequence[FileR
         )
     size = box.numel * record.item_size
     if size > PIECE_BYTES:
-        raise CheckpointError(f"{record.name}: a piece of {size} bytes, at most {PIECE_BYTES} are possible")
+        raise CheckpointError(
+            f"{record.name}: a piece of {size} bytes, at most {PIECE_BYTES} are possible"
+        )
     file = files[piece.file]
     end = piece.start + size
     if end > file.size:
@@ -401,43 +459,13 @@ def index_name(attempt: str) -> str:
 def foreign_names(names: Iterable[str]) -> list[str]:
     """Return those names in a step folder that no save gives: they are somebody else's files or folders."""
     patterns = (DATA_NAME, INDEX_NAME, UNPUBLISHED_NAME)
-    return [name for name in names if name != COMMIT and not any(pattern.match(name) for pattern in patterns)]
+    return [
+        name
+        for name in names
+        if name != COMMIT and not any(pattern.match(name) for pattern in patterns)
+    ]
 
 
 def folder_name(step: int, attempt: str = "") -> str:
     """Return ``step-00000040``, or ``step-00000040-ATTEMPT`` where that step is already committed."""
     return f"step-{step:08d}" + (f"-{attempt}" if attempt else "")
-
-
-def safetensors_header(entries: list[tuple[str, str, Coordinates, int]]) -> bytes:
-    """Return length and header of a safetensors file, padded so that the data begins at a multiple of 64 bytes.
-
-    Args:
-        entries: (key, dtype name, shape, bytes) in the order of the data.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for key, dtype, shape, size in entries:
-        end = position + size
-        header[key] = {
-            "dtype": dtype,
-            "shape": list(shape),
-            "data_offsets": [position, end],
-        }
-        position = end
-    text = json.dumps(
-        header,
-        separators=(",", ":"),
-        ensure_ascii=False,
-    )
-    content = text.encode()
-    # Spaces are valid JSON: they align the data without a change of the header's content. 100 bytes, with the 8 of the
-    # length before them, get 20 spaces.
-    padding = -(len(content) + 8) % ALIGNMENT
-    content += b" " * padding
-    return len(content).to_bytes(8, "little") + content
-
-
-def item_key(name: str, shape: Coordinates, box: Box) -> str:
-    """Return the key of a box in a safetensors file: ``NAME`` for a whole tensor, else ``NAME@first,element``."""
-    return name if box.shape == shape else f"{name}@{','.join(map(str, box.offsets))}"

@@ -1,7 +1,7 @@
 """Read what may be damaged: every way in which bytes cannot be had becomes one error, which a fallback understands.
 
-A store that is down is not damage. Its ``StorageError`` passes through, so that an outage never makes a run continue
-from an older checkpoint.
+A store that is down is not damage. Its ``StorageError`` passes through, so that an
+outage never makes a run continue from an older checkpoint.
 """
 
 from __future__ import annotations
@@ -39,21 +39,28 @@ def reading(what: str, folder: str, note: str = "") -> Iterator[None]:
         raise CheckpointError(f"{what} is missing{note}", where=folder) from None
     except (OSError, EOFError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{what} cannot be read: {reason}", where=folder) from None
+        raise CheckpointError(
+            f"{what} cannot be read: {reason}", where=folder
+        ) from None
     except MemoryError:
-        raise CheckpointError(f"{what} needs more memory than there is", where=folder) from None
+        raise CheckpointError(
+            f"{what} needs more memory than there is", where=folder
+        ) from None
     except Exception as error:
-        # Whoever can write a record with a right hash can also write one that breaks the code which reads it. Such a
-        # checkpoint must not keep a run from the one before it.
+        # Whoever can write a record with a right hash can also write one that breaks
+        # the code which reads it. Such a checkpoint must not keep a run from the one
+        # before it.
         reason = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{what} cannot be used: {reason[:200]}", where=folder) from None
+        raise CheckpointError(
+            f"{what} cannot be used: {reason[:200]}", where=folder
+        ) from None
 
 
 def read_until_intact(what: str, read_and_check: Callable[[], Result]) -> Result:
     """Call ``read_and_check`` until it succeeds, ``READS`` times at most.
 
-    A bit that flips once on its way from a disk or a store is no damage: the second reading is right. Damage on the
-    disk is the same every time.
+    A bit that flips once on its way from a disk or a store is no damage: the second
+    reading is right. Damage on the disk is the same every time.
 
     Raises:
         CheckpointError: that of the last reading.
@@ -66,6 +73,10 @@ def read_until_intact(what: str, read_and_check: Callable[[], Result]) -> Result
                 raise
             continue
         if attempt > 1:
-            logger.warning("%s arrived damaged and was read again: reading %d is right", what, attempt)
+            logger.warning(
+                "%s arrived damaged and was read again: reading %d is right",
+                what,
+                attempt,
+            )
         return result
     raise AssertionError("the last reading returns or raises")

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from evomesh.checkpoint.native import format as fmt
 from evomesh.checkpoint.native.agreement import run_on_all_ranks
-from evomesh.checkpoint.native.find import Candidate, Checkpoint, CheckpointLookup, SaveFolder, locate
+from evomesh.checkpoint.native.find import (
+    Candidate,
+    Checkpoint,
+    CheckpointLookup,
+    SaveFolder,
+    locate,
+)
 from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.checkpoint.native.intact import reading
 from evomesh.checkpoint.native.plan import describe
@@ -30,8 +36,8 @@ Check = Callable[[Checkpoint], None]
 class CheckpointReader:
     """Finds, verifies and loads checkpoints of any folder.
 
-    It holds no process group, lock or buffer. Every rank of ``exchange`` makes one and calls every method with the
-    same arguments in the same order.
+    It holds no process group, lock or buffer. Every rank of ``exchange`` makes one and
+    calls every method with the same arguments in the same order.
 
     Args:
         grid: where this rank is; with a tensor's ``ShardSpec`` it determines which boxes of it are here.
@@ -63,7 +69,9 @@ class CheckpointReader:
             CheckpointError: there are checkpoints, and none verifies (never a silent fresh start).
         """
         storages = (folder.storage, folder.snapshot_storage)
-        lookup = self._agree_on(storages, lambda: CheckpointLookup(folder.storage, folder.candidates()))
+        lookup = self._agree_on(
+            storages, lambda: CheckpointLookup(folder.storage, folder.candidates())
+        )
         return self._first_intact(lookup.candidates, verify, check)
 
     def resolve(self, url: str, verify: Depth = "data") -> Checkpoint:
@@ -82,7 +90,8 @@ class CheckpointReader:
         checkpoint = self._first_intact(lookup.candidates, verify)
         if checkpoint is None:
             lines = [
-                f"\n  {c.folder}: {', '.join(c.storage.list(c.folder)) or 'empty'}" for c in lookup.candidates
+                f"\n  {c.folder}: {', '.join(c.storage.list(c.folder)) or 'empty'}"
+                for c in lookup.candidates
             ]
             raise CheckpointError(
                 f"{url!r} has only interrupted saves, none with a {fmt.COMMIT}:{''.join(lines)}",
@@ -132,18 +141,25 @@ class CheckpointReader:
         """
         lookups: list[CheckpointLookup] = []
         run_on_all_ranks(
-            self.exchange, lambda: lookups.append(look_up()) if self.exchange.rank == 0 else None
+            self.exchange,
+            lambda: lookups.append(look_up()) if self.exchange.rank == 0 else None,
         )
         message = None
         if lookups:
             rows = [
-                [storages.index(candidate.storage), candidate.folder, candidate.step, candidate.committed]
+                [
+                    storages.index(candidate.storage),
+                    candidate.folder,
+                    candidate.step,
+                    candidate.committed,
+                ]
                 for candidate in lookups[0].candidates
             ]
             message = [rows, lookups[0].problem, lookups[0].fix]
         rows, problem, fix = self.exchange.broadcast(message)
         candidates = [
-            Candidate(storages[number], folder, step, committed) for number, folder, step, committed in rows
+            Candidate(storages[number], folder, step, committed)
+            for number, folder, step, committed in rows
         ]
         return CheckpointLookup(storages[0], candidates, problem, fix)
 
@@ -163,11 +179,14 @@ class CheckpointReader:
             for level, reason in skipped:
                 self._report(level, f"skipped {reason}")
             if skipped:
-                self._report(max(level for level, _ in skipped), f"using {checkpoint.folder}")
+                self._report(
+                    max(level for level, _ in skipped), f"using {checkpoint.folder}"
+                )
             return checkpoint
         if any(candidate.committed for candidate in candidates):
             raise CheckpointError(
-                "no checkpoint verifies:\n  " + "\n  ".join(reason for _, reason in skipped),
+                "no checkpoint verifies:\n  "
+                + "\n  ".join(reason for _, reason in skipped),
                 fix="repair one of them, or train into another save_ckpt_folder to start from scratch",
             )
         for level, reason in skipped:
@@ -181,7 +200,9 @@ class CheckpointReader:
             else:
                 logger.log(level, "%s", line)
 
-    def _verify(self, candidate: Candidate, depth: Depth, check: Check | None) -> Checkpoint:
+    def _verify(
+        self, candidate: Candidate, depth: Depth, check: Check | None
+    ) -> Checkpoint:
         """Verify one candidate; each rank reads its share of the data files."""
         exchange = self.exchange
 
@@ -195,6 +216,8 @@ class CheckpointReader:
         return run_on_all_ranks(exchange, verify_share)
 
 
-def resolve(url: str, verify: Depth = "record", report: Report | None = None) -> Checkpoint:
+def resolve(
+    url: str, verify: Depth = "record", report: Report | None = None
+) -> Checkpoint:
     """Return the checkpoint that a path means, on this process alone; see ``CheckpointReader.resolve``."""
     return CheckpointReader(report=report).resolve(url, verify)

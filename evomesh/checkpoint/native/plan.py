@@ -9,8 +9,20 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from evomesh.checkpoint.native.boxes import Box, Coordinates, LocalPart, covers_once, local_part
-from evomesh.checkpoint.native.format import DTYPE_NAMES, DTYPES, CheckpointError, canonical, sha256
+from evomesh.checkpoint.native.boxes import (
+    Box,
+    Coordinates,
+    LocalPart,
+    covers_once,
+    local_part,
+)
+from evomesh.checkpoint.native.format import (
+    DTYPE_NAMES,
+    DTYPES,
+    CheckpointError,
+    canonical,
+    sha256,
+)
 from evomesh.parallel.exchange import Exchange
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.spec import LocalShard, spec_of
@@ -30,7 +42,9 @@ class TensorType(NamedTuple):
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
-BoxHolder = tuple[int, int]  # a rank, and the number of the part among those of the rank
+BoxHolder = tuple[
+    int, int
+]  # a rank, and the number of the part among those of the rank
 
 
 @dataclass(frozen=True)
@@ -109,16 +123,27 @@ class SavePlan:
         items = []
         for name, number in self.owned:
             tensor = local[name]
-            items.append(WriteItem(name, tensor.dtype, tensor.shape, tensor.parts[number]))
+            items.append(
+                WriteItem(name, tensor.dtype, tensor.shape, tensor.parts[number])
+            )
         return in_file_order(items)
 
 
 def in_file_order(items: Iterable[WriteItem]) -> list[WriteItem]:
     """Sort items by element size, largest first, so that every offset in the file is a multiple of its item size."""
-    return sorted(items, key=lambda item: (-DTYPES[item.dtype].itemsize, item.name, item.part.box.offsets))
+    return sorted(
+        items,
+        key=lambda item: (
+            -DTYPES[item.dtype].itemsize,
+            item.name,
+            item.part.box.offsets,
+        ),
+    )
 
 
-def describe(tensors: Mapping[str, Tensor | LocalShard], grid: Grid) -> dict[str, LocalTensor]:
+def describe(
+    tensors: Mapping[str, Tensor | LocalShard], grid: Grid
+) -> dict[str, LocalTensor]:
     """Find which part of its global tensor each tensor of this rank holds.
 
     Args:
@@ -129,7 +154,11 @@ def describe(tensors: Mapping[str, Tensor | LocalShard], grid: Grid) -> dict[str
     """
     local = {}
     for name, tensor in tensors.items():
-        shard = tensor if isinstance(tensor, LocalShard) else LocalShard(tensor, spec_of(tensor))
+        shard = (
+            tensor
+            if isinstance(tensor, LocalShard)
+            else LocalShard(tensor, spec_of(tensor))
+        )
         dtype = shard.tensor.dtype
         if dtype not in DTYPE_NAMES:
             raise ValueError(f"{name}: a checkpoint cannot hold {dtype}")
@@ -137,13 +166,17 @@ def describe(tensors: Mapping[str, Tensor | LocalShard], grid: Grid) -> dict[str
             part = local_part(shard, grid)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        local[name] = LocalTensor(name, DTYPE_NAMES[dtype], shard.spec.stored_shape, [part] if part else [])
+        local[name] = LocalTensor(
+            name, DTYPE_NAMES[dtype], shard.spec.stored_shape, [part] if part else []
+        )
     return local
 
 
 def signature(local: Mapping[str, LocalTensor]) -> str:
     """Return a hash that changes when the layout of this rank's tensors does."""
-    return sha256(canonical([TensorBoxes.of(tensor).to_json() for tensor in local.values()]))
+    return sha256(
+        canonical([TensorBoxes.of(tensor).to_json() for tensor in local.values()])
+    )
 
 
 def make_plan(local: Mapping[str, LocalTensor], exchange: Exchange) -> SavePlan:
@@ -155,7 +188,8 @@ def make_plan(local: Mapping[str, LocalTensor], exchange: Exchange) -> SavePlan:
     message = [TensorBoxes.of(tensor).to_json() for tensor in local.values()]
     gathered = exchange.gather(message)
 
-    # Rank 0 decides for all; an error is its answer too, so that no rank waits for one that has raised.
+    # Rank 0 decides for all; an error is its answer too, so that no rank waits for one
+    # that has raised.
     answer: dict[str, Any] | None = None
     tensors: dict[str, TensorType] = {}
     if gathered is not None:
@@ -176,7 +210,9 @@ def make_plan(local: Mapping[str, LocalTensor], exchange: Exchange) -> SavePlan:
     return SavePlan(own_parts, tensors)
 
 
-def assign(held: Sequence[Sequence[TensorBoxes]]) -> tuple[list[list[OwnedPart]], dict[str, TensorType]]:
+def assign(
+    held: Sequence[Sequence[TensorBoxes]],
+) -> tuple[list[list[OwnedPart]], dict[str, TensorType]]:
     """Choose a rank for each distinct box.
 
     Args:
@@ -190,7 +226,8 @@ def assign(held: Sequence[Sequence[TensorBoxes]]) -> tuple[list[list[OwnedPart]]
     """
     tensors = _agreed_types(held)
     holders = _find_holders(held)
-    # Each box goes to the holder with the fewest bytes so far, so that all ranks write about the same.
+    # Each box goes to the holder with the fewest bytes so far, so that all ranks write
+    # about the same.
     load = [0] * len(held)
     owned: list[list[OwnedPart]] = [[] for _ in held]
     for name, tensor in tensors.items():
@@ -205,10 +242,13 @@ def assign(held: Sequence[Sequence[TensorBoxes]]) -> tuple[list[list[OwnedPart]]
     return owned, tensors
 
 
-def _find_holders(held: Sequence[Sequence[TensorBoxes]]) -> dict[str, dict[Box, list[BoxHolder]]]:
+def _find_holders(
+    held: Sequence[Sequence[TensorBoxes]],
+) -> dict[str, dict[Box, list[BoxHolder]]]:
     """Return the holders of each distinct box of each tensor.
 
-    A replicated box has several: of a weight on two data-parallel ranks, (0, 0) and (1, 0).
+    A replicated box has several: of a weight on two data-parallel ranks, (0, 0) and (1,
+    0).
     """
     holders: dict[str, dict[Box, list[BoxHolder]]] = {}
     for rank, rows in enumerate(held):
@@ -243,5 +283,9 @@ def check_cover(name: str, shape: Coordinates, boxes: Sequence[Box]) -> None:
         CheckpointError: naming the tensor and its boxes.
     """
     if not covers_once(shape, boxes):
-        shown = ", ".join(f"{list(box.offsets)}+{list(box.shape)}" for box in boxes[:SHOWN_BOXES])
-        raise CheckpointError(f"{name}{list(shape)}: local boxes overlap or leave a hole: {shown}")
+        shown = ", ".join(
+            f"{list(box.offsets)}+{list(box.shape)}" for box in boxes[:SHOWN_BOXES]
+        )
+        raise CheckpointError(
+            f"{name}{list(shape)}: local boxes overlap or leave a hole: {shown}"
+        )

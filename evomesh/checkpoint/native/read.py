@@ -13,7 +13,12 @@ from torch import Tensor
 from evomesh.checkpoint.native import format as fmt
 from evomesh.checkpoint.native.boxes import Box, LocalPart
 from evomesh.checkpoint.native.find import Checkpoint
-from evomesh.checkpoint.native.format import CheckpointError, PieceRecord, TensorRecord, describe_type
+from evomesh.checkpoint.native.format import (
+    CheckpointError,
+    PieceRecord,
+    TensorRecord,
+    describe_type,
+)
 from evomesh.checkpoint.native.intact import read_until_intact, reading
 from evomesh.checkpoint.native.plan import LocalTensor
 from evomesh.checkpoint.native.write import as_bytes
@@ -39,7 +44,10 @@ class ReadItem:
 
 
 def match(
-    records: Mapping[str, TensorRecord], local: Mapping[str, LocalTensor], cast: bool, where: str
+    records: Mapping[str, TensorRecord],
+    local: Mapping[str, LocalTensor],
+    cast: bool,
+    where: str,
 ) -> None:
     """Check that every wanted tensor is in the checkpoint, with its shape and dtype.
 
@@ -56,11 +64,15 @@ def match(
         same_dtype = cast or record.dtype == wanted.dtype
         if record.shape != wanted.shape or not same_dtype:
             expected = describe_type(wanted.dtype, wanted.shape)
-            differing.append(f"{name}: checkpoint has {record.described}, the model wants {expected}")
+            differing.append(
+                f"{name}: checkpoint has {record.described}, the model wants {expected}"
+            )
     refuse_differing(differing, where)
 
 
-def refuse_missing(missing: Sequence[str], available: Iterable[str], where: str) -> None:
+def refuse_missing(
+    missing: Sequence[str], available: Iterable[str], where: str
+) -> None:
     """Refuse a checkpoint that lacks wanted tensors.
 
     Raises:
@@ -90,8 +102,14 @@ def refuse_differing(differing: Sequence[str], where: str) -> None:
         return
     found = differing[0]
     if len(differing) > 1:
-        more = f"\n  and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
-        found = f"{len(differing)} tensors differ:\n  " + "\n  ".join(differing[:SHOWN]) + more
+        more = (
+            f"\n  and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
+        )
+        found = (
+            f"{len(differing)} tensors differ:\n  "
+            + "\n  ".join(differing[:SHOWN])
+            + more
+        )
     raise CheckpointError(
         found,
         where=where,
@@ -146,7 +164,9 @@ def items_for(
     return items
 
 
-def read_tensor(checkpoint: Checkpoint, record: TensorRecord, box: Box | None = None) -> Tensor:
+def read_tensor(
+    checkpoint: Checkpoint, record: TensorRecord, box: Box | None = None
+) -> Tensor:
     """Read a whole tensor, or a box of it, into memory; every piece is checked against its hash."""
     box = Box.whole(record.shape) if box is None else box
     tensor = torch.empty(box.shape, dtype=fmt.DTYPES[record.dtype])
@@ -165,17 +185,23 @@ def read_items(checkpoint: Checkpoint, items: Iterable[ReadItem]) -> int:
     by_file: dict[int, list[ReadItem]] = {}
     for item in sorted(items, key=lambda item: (item.piece.file, item.piece.start)):
         by_file.setdefault(item.piece.file, []).append(item)
-    largest = max((item.size for in_file in by_file.values() for item in in_file), default=0)
+    largest = max(
+        (item.size for in_file in by_file.values() for item in in_file), default=0
+    )
     buffer = torch.empty(largest, dtype=torch.uint8)
     return sum(_read_file(checkpoint, in_file, buffer) for in_file in by_file.values())
 
 
-def _read_file(checkpoint: Checkpoint, items: Sequence[ReadItem], buffer: Tensor) -> int:
+def _read_file(
+    checkpoint: Checkpoint, items: Sequence[ReadItem], buffer: Tensor
+) -> int:
     """Read items of one file."""
     memory = as_bytes(buffer)
     reader = _open(checkpoint, items[0])
     try:
-        reader.expect([(item.piece.start, item.piece.start + item.size) for item in items])
+        reader.expect(
+            [(item.piece.start, item.piece.start + item.size) for item in items]
+        )
         for item in items:
             _read_piece(checkpoint, item, reader, memory[: item.size])
             _copy(item, buffer[: item.size])
@@ -190,7 +216,9 @@ def _open(checkpoint: Checkpoint, item: ReadItem) -> StorageReader:
         return checkpoint.storage.open(join(checkpoint.folder, name))
 
 
-def _read_piece(checkpoint: Checkpoint, item: ReadItem, reader: StorageReader, memory: memoryview) -> None:
+def _read_piece(
+    checkpoint: Checkpoint, item: ReadItem, reader: StorageReader, memory: memoryview
+) -> None:
     """Read a piece into ``memory`` and check its hash."""
     piece = item.piece
     path = join(checkpoint.folder, checkpoint.files[piece.file].name)
@@ -200,7 +228,8 @@ def _read_piece(checkpoint: Checkpoint, item: ReadItem, reader: StorageReader, m
         return
 
     def read_again() -> None:
-        # Not through the reader, which may hold the damaged bytes in a block that it read ahead.
+        # Not through the reader, which may hold the damaged bytes in a block that it
+        # read ahead.
         with reading(_described(checkpoint, item), checkpoint.folder):
             memory[:] = checkpoint.storage.read(path, piece.start, len(memory))
         digest = fmt.piece_hash(memory)

@@ -1,6 +1,7 @@
 """Rewrite a checkpoint for another layout, without ranks and in bounded memory.
 
-Loading never needs this: any layout reads any checkpoint. It lets each rank of the new layout read one file only.
+Loading never needs this: any layout reads any checkpoint. It lets each rank of the new
+layout read one file only.
 """
 
 from __future__ import annotations
@@ -16,8 +17,19 @@ from evomesh.checkpoint.native import format as fmt
 from evomesh.checkpoint.native.boxes import Box, LocalPart, local_box, split_box
 from evomesh.checkpoint.native.commit import commit, new_attempt, refuse_committed
 from evomesh.checkpoint.native.find import Checkpoint
-from evomesh.checkpoint.native.format import ParentRecord, PieceRecord, TensorRecord, layout_record
-from evomesh.checkpoint.native.plan import TensorBoxes, TensorType, WriteItem, assign, in_file_order
+from evomesh.checkpoint.native.format import (
+    ParentRecord,
+    PieceRecord,
+    TensorRecord,
+    layout_record,
+)
+from evomesh.checkpoint.native.plan import (
+    TensorBoxes,
+    TensorType,
+    WriteItem,
+    assign,
+    in_file_order,
+)
 from evomesh.checkpoint.native.read import read_tensor
 from evomesh.checkpoint.native.write import as_bytes
 from evomesh.config.layout import AxisSizes, axis_sizes
@@ -55,7 +67,9 @@ def reshard(
 
     # 1. Which box of every tensor each rank of the new layout holds. A tensor that the model does not have (of another
     #    program, say) goes to rank 0 as a whole.
-    boxes = [_boxes_of_rank(records, model, parallel, sizes, rank) for rank in range(world)]
+    boxes = [
+        _boxes_of_rank(records, model, parallel, sizes, rank) for rank in range(world)
+    ]
     for name in set(records).difference(*boxes):
         boxes[0][name] = Box.whole(records[name].shape)
 
@@ -93,11 +107,15 @@ def reshard(
 
 
 def _held(record: TensorRecord, box: Box) -> TensorBoxes:
-    return TensorBoxes(record.name, TensorType(record.dtype, record.shape), (box,) if box.numel else ())
+    return TensorBoxes(
+        record.name, TensorType(record.dtype, record.shape), (box,) if box.numel else ()
+    )
 
 
 def _item(record: TensorRecord, box: Box) -> WriteItem:
-    return WriteItem(record.name, record.dtype, record.shape, LocalPart(torch.empty(0), box))
+    return WriteItem(
+        record.name, record.dtype, record.shape, LocalPart(torch.empty(0), box)
+    )
 
 
 def _boxes_of_rank(
@@ -109,7 +127,12 @@ def _boxes_of_rank(
 ) -> RankBoxes:
     """Return the boxes of the model and its optimizer state that one rank of the new layout holds."""
     members = axis_members(sizes, rank)
-    grid = Grid(**{name: Axis(name, len(ranks), ranks.index(rank)) for name, ranks in members.items()})
+    grid = Grid(
+        **{
+            name: Axis(name, len(ranks), ranks.index(rank))
+            for name, ranks in members.items()
+        }
+    )
     stage = layer_ranges(model.num_layers, sizes.pp)[grid.pp.rank]
     mode = MODES[parallel.tensor.mode]
     built = build_model(model, grid=grid, mode=mode, device="meta", layer_range=stage)
@@ -129,7 +152,9 @@ def _boxes_of_rank(
 class _ReshardSource:
     """The bytes of new boxes, assembled from the pieces of the old checkpoint; each is verified when it is read."""
 
-    def __init__(self, checkpoint: Checkpoint, records: Mapping[str, TensorRecord]) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, records: Mapping[str, TensorRecord]
+    ) -> None:
         self._checkpoint = checkpoint
         self._records = records
         self._cache: OrderedDict[PieceRecord, Tensor] = OrderedDict()
@@ -138,8 +163,9 @@ class _ReshardSource:
         """Yield the pieces of an item of the new checkpoint with their bytes."""
         record = self._records[item.name]
         dtype = fmt.DTYPES[record.dtype]
-        # A new piece takes what it needs from every old piece that it overlaps: rows 4 to 8 need rows 4 and 5 of the
-        # old piece 0 to 6, and rows 6 and 7 of the old piece 6 to 12.
+        # A new piece takes what it needs from every old piece that it overlaps: rows 4
+        # to 8 need rows 4 and 5 of the old piece 0 to 6, and rows 6 and 7 of the old
+        # piece 6 to 12.
         for box in split_box(item.part.box, record.item_size, fmt.PIECE_BYTES):
             target = torch.empty(box.shape, dtype=dtype)
             for piece in record.pieces:

@@ -22,14 +22,17 @@ SHOWN = 3  # foreign names in a warning
 class Retention:
     """Decides which checkpoints are kept: the newest ``keep_last``, steps that ``keep_every`` divides, pinned ones.
 
-    The newest two that verify are always kept. A damaged checkpoint is neither counted nor deleted: it may be the only
-    copy left. Neither is a folder deleted that is pinned, that is a link, or that holds a file which no save writes.
+    The newest two that verify are always kept. A damaged checkpoint is neither counted
+    nor deleted: it may be the only copy left. Neither is a folder deleted that is
+    pinned, that is a link, or that holds a file which no save writes.
 
     Args:
         keep_last: None keeps everything.
     """
 
-    def __init__(self, keep_last: int | None = None, keep_every: int | None = None) -> None:
+    def __init__(
+        self, keep_last: int | None = None, keep_every: int | None = None
+    ) -> None:
         self.keep_last = keep_last
         self._keep_every = keep_every
         self._verified: dict[str, bool] = {}
@@ -66,7 +69,9 @@ class Retention:
             if len(safe) < ALWAYS_KEPT:
                 return []
             kept |= safe
-        return self._deletable([candidate for candidate in intact if candidate.folder not in kept])
+        return self._deletable(
+            [candidate for candidate in intact if candidate.folder not in kept]
+        )
 
     def _is_kept(self, position: int, candidate: Candidate) -> bool:
         """Return whether a rule keeps a candidate, ``position`` being 0 for the newest."""
@@ -74,12 +79,18 @@ class Retention:
             return True
         return self._keep_every is not None and candidate.step % self._keep_every == 0
 
-    def _interrupted(self, found: Sequence[Candidate], newest_step: int) -> list[Candidate]:
+    def _interrupted(
+        self, found: Sequence[Candidate], newest_step: int
+    ) -> list[Candidate]:
         """Return what interrupted saves of steps before the newest left.
 
         Those of later steps may belong to a save that another job is still writing.
         """
-        older = [candidate for candidate in found if not candidate.committed and candidate.step < newest_step]
+        older = [
+            candidate
+            for candidate in found
+            if not candidate.committed and candidate.step < newest_step
+        ]
         return self._deletable(older)
 
     def _deletable(self, unneeded: Sequence[Candidate]) -> list[Candidate]:
@@ -87,7 +98,9 @@ class Retention:
         if not unneeded:
             return []
         storage = unneeded[0].storage
-        neighbors = {name.rstrip("/") for name in storage.list(parent_folder(unneeded[0].folder))}
+        neighbors = {
+            name.rstrip("/") for name in storage.list(parent_folder(unneeded[0].folder))
+        }
         deletable = []
         for candidate in unneeded:
             if candidate.folder.rpartition("/")[2] + PIN in neighbors:
@@ -131,7 +144,9 @@ class Retention:
 
     def _report_damage(self, candidate: Candidate, error: UserError) -> None:
         self._verified[candidate.folder] = False
-        logger.warning("%s is damaged (%s); it is kept for repair", candidate.folder, error.found)
+        logger.warning(
+            "%s is damaged (%s); it is kept for repair", candidate.folder, error.found
+        )
 
     def _delete_leftovers(self, candidate: Candidate) -> None:
         """Delete files that other attempts at saving left in a committed folder."""
@@ -143,7 +158,12 @@ class Retention:
         except UserError:
             return
         names = storage.list(folder)
-        needed = {fmt.COMMIT, record.index.file, *(file.name for file in record.files), *foreign_names(names)}
+        needed = {
+            fmt.COMMIT,
+            record.index.file,
+            *(file.name for file in record.files),
+            *foreign_names(names),
+        }
         for name in names:
             if name not in needed:
                 storage.delete(join(folder, name))
@@ -160,7 +180,8 @@ def _reason_to_stay(candidate: Candidate) -> str:
         shown = ", ".join(foreign[:SHOWN]) + (", ..." if len(foreign) > SHOWN else "")
         return f"it holds files that no save writes ({shown})"
     if not candidate.committed and any(fmt.INDEX_NAME.match(name) for name in names):
-        # A save that is interrupted has no index yet, but for the moment between index and commit record.
+        # A save that is interrupted has no index yet, but for the moment between index
+        # and commit record.
         return f"it may be a whole checkpoint that lost its {fmt.COMMIT}; delete the folder if it is not"
     return ""
 

@@ -9,7 +9,7 @@ import secrets
 import socket
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +17,6 @@ from torch import Tensor
 from evomesh.checkpoint.native import format as fmt
 from evomesh.checkpoint.native.agreement import ErrorMessage, run_on_all_ranks
 from evomesh.checkpoint.native.commit import (
-    as_checkpoint_error,
     choose_folder,
     commit_together,
     new_attempt,
@@ -26,16 +25,29 @@ from evomesh.checkpoint.native.commit import (
 )
 from evomesh.checkpoint.native.disk_space import check_space
 from evomesh.checkpoint.native.find import Checkpoint, SaveFolder
-from evomesh.checkpoint.native.format import CheckpointError, CommitRecord, ParentRecord, layout_record
-from evomesh.checkpoint.native.plan import LocalTensor, SavePlan, WriteItem, describe, make_plan, signature
+from evomesh.checkpoint.native.format import (
+    CheckpointError,
+    CommitRecord,
+    ParentRecord,
+    layout_record,
+)
+from evomesh.checkpoint.native.plan import (
+    LocalTensor,
+    SavePlan,
+    WriteItem,
+    describe,
+    make_plan,
+    signature,
+)
 from evomesh.checkpoint.native.retention import Retention
 from evomesh.checkpoint.native.staging import StagingBuffers
+from evomesh.checkpoint.native.store_errors import as_checkpoint_error
 from evomesh.errors import UserError
 from evomesh.monitor.log import ALL_RANKS
 from evomesh.parallel.exchange import Exchange, SingleProcessExchange
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.spec import LocalShard
-from evomesh.storage.base import Storage, StorageLock, join
+from evomesh.storage.base import LockHeldElsewhere, Storage, StorageLock, join
 from evomesh.storage.staged import staged
 
 logger = logging.getLogger(__name__)
@@ -61,13 +73,16 @@ class _SaveDecision:
     @staticmethod
     def from_json(value: dict[str, Any]) -> _SaveDecision:
         error = value.pop("error")
-        return _SaveDecision(**value, error=None if error is None else ErrorMessage(**error))
+        return _SaveDecision(
+            **value, error=None if error is None else ErrorMessage(**error)
+        )
 
 
 class CheckpointWriter:
     """The one writer of a save folder.
 
-    Every rank of ``exchange`` makes one with the same arguments and calls every method in the same order.
+    Every rank of ``exchange`` makes one with the same arguments and calls every method
+    in the same order.
 
     Args:
         folder: save folder as the user typed it (``llm_ckpts``, ``local:llm_ckpts``), or an open one.
@@ -95,8 +110,12 @@ class CheckpointWriter:
         if upload_folder is not None:
             name = f"{fmt.sha256(opened.root.encode())[:8]}-rank{self.exchange.rank}"
             self.storage = staged(self.storage, upload_folder, name)
-            self.snapshot_storage = staged(self.snapshot_storage, upload_folder, f"{name}-snapshot")
-        self._background_exchange = self.exchange.twin()  # for the thread that writes while training runs
+            self.snapshot_storage = staged(
+                self.snapshot_storage, upload_folder, f"{name}-snapshot"
+            )
+        self._background_exchange = (
+            self.exchange.twin()
+        )  # for the thread that writes while training runs
         self._retention = Retention(keep_last, keep_every)
         self._snapshot_retention = Retention(keep_last=SNAPSHOTS_KEPT)
         self._staging = StagingBuffers()
@@ -104,14 +123,20 @@ class CheckpointWriter:
         self._pending: Future[str] | None = None
         self._failed_saves = 0
         self._lock: StorageLock | None = None
-        self._plan: tuple[str, SavePlan] | None = None  # signature of the layout that it was made for, plan
+        self._plan: tuple[str, SavePlan] | None = (
+            None  # signature of the layout that it was made for, plan
+        )
         self._parent: ParentRecord | None = None  # last one loaded or committed
-        self._committed: dict[tuple[int, bool], str] = {}  # (step, snapshot) -> folder, of this process
+        self._committed: dict[
+            tuple[int, bool], str
+        ] = {}  # (step, snapshot) -> folder, of this process
 
     @property
     def folder(self) -> SaveFolder:
         """The save folder, for a reader."""
-        return SaveFolder(self.storage, self.root, self.snapshot_storage, self.snapshot_root)
+        return SaveFolder(
+            self.storage, self.root, self.snapshot_storage, self.snapshot_root
+        )
 
     def claim(self) -> None:
         """Make this job the one writer of the folder, until ``close`` or its end; ``save`` does it if need be.
@@ -152,10 +177,14 @@ class CheckpointWriter:
                 expected="one folder shared by all nodes",
                 fix="use a shared file system or an object store as save_ckpt_folder",
             )
-        self._lock = self._lock or _RemoteLock()
+        self._lock = self._lock or LockHeldElsewhere()
 
     def prepare(
-        self, tensors: Mapping[str, Tensor | LocalShard], *, saves: int | None = None, blocking: bool = True
+        self,
+        tensors: Mapping[str, Tensor | LocalShard],
+        *,
+        saves: int | None = None,
+        blocking: bool = True,
     ) -> None:
         """Refuse a bad layout, a busy folder and a disk that is too small, before any step is trained.
 
@@ -173,9 +202,28 @@ class CheckpointWriter:
 
     def _forecast(self, plan: SavePlan, saves: int | None) -> None:
         if self.exchange.rank == 0:
-            committed = sum(candidate.committed for candidate in self.folder.candidates())
+            committed = sum(
+                candidate.committed for candidate in self.folder.candidates()
+            )
             keep_last = self._retention.keep_last
-            self._report(check_space(self.storage, self.root, plan.total_bytes, committed, saves, keep_last))
+            self._report(
+                check_space(
+                    self.storage,
+                    self.root,
+                    plan.total_bytes,
+                    committed,
+                    saves,
+                    keep_last,
+                )
+            )
+
+    def _current_plan(
+        self, local: Mapping[str, LocalTensor], decision: _SaveDecision
+    ) -> SavePlan:
+        """Return the plan of the last save, or a new one if any rank needs one."""
+        if self._plan is None or decision.replan:
+            return self._replan(local)
+        return self._plan[1]
 
     def _replan(self, local: Mapping[str, LocalTensor]) -> SavePlan:
         """Make a plan for this layout and remember it for the next saves."""
@@ -199,7 +247,8 @@ class CheckpointWriter:
         Args:
             tensors: live tensors by global name; those of other ranks complete them.
             state, config: see ``new_record``; they must not depend on the layout.
-            blocking: False: return as soon as the tensors may change again; ``wait`` returns the outcome.
+            blocking: False: return as soon as the tensors may change again; ``wait``
+                returns the outcome.
             snapshot: into the snapshot folder.
             final: raise even the first refusal of the store.
 
@@ -214,33 +263,40 @@ class CheckpointWriter:
         self.wait()
         earlier = self._committed.get((step, snapshot))
         if earlier is not None:
-            self._report(
-                f"step {step} is already committed in {earlier}, not rewritten", is_known_to_all=True
-            )
+            self._report_earlier(step, earlier)
             return earlier
 
-        # 2. Rank 0 names the attempt and its folder; a changed layout needs another plan of who writes what.
+        # 2. Rank 0 names the attempt and its folder; a changed layout needs a new plan.
         local = describe(tensors, self.grid)
         try:
             decision = self._decide_attempt(step, snapshot, signature(local))
         except CheckpointError as error:
             self._on_failed_save(error, final)
             return None
-        plan = self._replan(local) if decision.replan or self._plan is None else self._plan[1]
+        plan = self._current_plan(local, decision)
 
         # 3. The record, still without its files.
         record = new_record(
-            step, decision.attempt, config=config, state=state, layout=self._layout(), parent=self._parent
+            step,
+            decision.attempt,
+            config=config,
+            state=state,
+            layout=self._layout(),
+            parent=self._parent,
+            snapshot=snapshot,
         )
-        record = replace(record, snapshot=snapshot)
 
-        # 4. Write, index and commit: now, or in the background from a copy of what this rank owns.
+        # 4. Write, index and commit: now, or in the background from a copy.
         items = plan.items(local)
         if blocking:
             self._run_now(plan, items, decision.folder, record)
             return self.wait(final=final)
-        self._run_in_background(plan, self._staging.copy(items), decision.folder, record)
-        return decision.folder
+        copies = self._staging.copy(items)
+        return self._run_in_background(plan, copies, decision.folder, record)
+
+    def _report_earlier(self, step: int, folder: str) -> None:
+        line = f"step {step} is already committed in {folder}, not rewritten"
+        self._report(line, is_known_to_all=True)
 
     def _decide_attempt(self, step: int, snapshot: bool, layout: str) -> _SaveDecision:
         """Let rank 0 choose the attempt and folder of a save, and whether any rank needs another plan.
@@ -262,10 +318,18 @@ class CheckpointWriter:
         decision = _SaveDecision.from_json(dict(self.exchange.broadcast(message)))
         if decision.error is not None:
             failure = decision.error
-            raise CheckpointError(failure.found, where=root, fix=failure.fix, exit_code=failure.exit_code)
+            raise CheckpointError(
+                failure.found, where=root, fix=failure.fix, exit_code=failure.exit_code
+            )
         return decision
 
-    def _run_now(self, plan: SavePlan, items: Sequence[WriteItem], folder: str, record: CommitRecord) -> None:
+    def _run_now(
+        self,
+        plan: SavePlan,
+        items: Sequence[WriteItem],
+        folder: str,
+        record: CommitRecord,
+    ) -> None:
         done: Future[str] = Future()
         try:
             done.set_result(self._commit(plan, items, folder, record))
@@ -274,12 +338,26 @@ class CheckpointWriter:
         self._pending = done
 
     def _run_in_background(
-        self, plan: SavePlan, items: Sequence[WriteItem], folder: str, record: CommitRecord
-    ) -> None:
-        self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self,
+        plan: SavePlan,
+        items: Sequence[WriteItem],
+        folder: str,
+        record: CommitRecord,
+    ) -> str:
+        """Start a commit in the background and return the folder it writes to."""
+        self._thread = self._thread or ThreadPoolExecutor(
+            1, thread_name_prefix="checkpoint"
+        )
         self._pending = self._thread.submit(self._commit, plan, items, folder, record)
+        return folder
 
-    def _commit(self, plan: SavePlan, items: Sequence[WriteItem], folder: str, record: CommitRecord) -> str:
+    def _commit(
+        self,
+        plan: SavePlan,
+        items: Sequence[WriteItem],
+        folder: str,
+        record: CommitRecord,
+    ) -> str:
         """Do the part of a save that can run in the background: write, commit, delete old checkpoints."""
         exchange = self._background_exchange
         storage, _ = self._target(record.snapshot)
@@ -295,7 +373,9 @@ class CheckpointWriter:
         self._parent = ParentRecord(record.step, record.attempt)
         self._committed[record.step, record.snapshot] = folder
         kind = "snapshot" if record.snapshot else "checkpoint"
-        self._report(f"{kind} of step {record.step} committed: {folder}", is_known_to_all=True)
+        self._report(
+            f"{kind} of step {record.step} committed: {folder}", is_known_to_all=True
+        )
         if exchange.rank == 0:
             self._delete_old(folder, record.snapshot)
         return folder
@@ -355,7 +435,8 @@ class CheckpointWriter:
                 f"the run ends because a checkpoint was refused, the third in a row: {error.found}",
                 where=error.where,
                 expected=error.expected,
-                fix=error.fix or "repair the store, then run the same command again to resume",
+                fix=error.fix
+                or "repair the store, then run the same command again to resume",
                 exit_code=error.exit_code,
             )
         if final:
@@ -389,13 +470,19 @@ class CheckpointWriter:
 
     def _target(self, snapshot: bool) -> tuple[Storage, str]:
         """Return the storage and root that a save goes to."""
-        return (self.snapshot_storage, self.snapshot_root) if snapshot else (self.storage, self.root)
+        return (
+            (self.snapshot_storage, self.snapshot_root)
+            if snapshot
+            else (self.storage, self.root)
+        )
 
     def _layout(self) -> dict[str, int]:
         sizes = {axis: getattr(self.grid, axis).size for axis in fmt.LAYOUT_AXES}
         return layout_record(self.exchange.size, **sizes)
 
-    def _report(self, line: str, level: int = logging.INFO, *, is_known_to_all: bool = False) -> None:
+    def _report(
+        self, line: str, level: int = logging.INFO, *, is_known_to_all: bool = False
+    ) -> None:
         """Log a line once for all ranks, so that it reaches the terminal in every layout.
 
         Args:
@@ -408,13 +495,3 @@ class CheckpointWriter:
             logger.log(level, "%s", line, extra=ALL_RANKS)
         else:
             logger.debug("%s", line)
-
-
-class _RemoteLock:
-    """The lock that rank 0 holds, as the other ranks see it."""
-
-    def check(self) -> None:
-        return
-
-    def release(self) -> None:
-        return

@@ -29,20 +29,27 @@ def software() -> dict[str, Any]:
 def source_revision(tree: Path) -> tuple[str, bool]:
     """Return revision and dirty flag of ``tree`` if it is the top of a git working tree.
 
-    A package installed into another project's working tree has no revision, because that project's is not its own.
+    A package installed into another project's working tree has no revision, because
+    that project's is not its own.
     """
     top = _git(tree, "rev-parse", "--show-toplevel")
     if not top or Path(top).resolve() != tree.resolve():
         return "", False
     # Without optional locks git writes nothing, not even a fresher index.
-    changes = _git(tree, "--no-optional-locks", "status", "--porcelain", "--untracked-files=no")
+    changes = _git(
+        tree, "--no-optional-locks", "status", "--porcelain", "--untracked-files=no"
+    )
     return _git(tree, "rev-parse", "--verify", "--quiet", "HEAD"), bool(changes)
 
 
 def _git(tree: Path, *arguments: str) -> str:
     try:
         done = subprocess.run(
-            ["git", "-C", str(tree), *arguments], capture_output=True, text=True, timeout=10, check=False
+            ["git", "-C", str(tree), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""

@@ -38,7 +38,13 @@ class StagingBuffers:
     def _buffer(self, item: WriteItem) -> torch.Tensor:
         key, source = (item.name, item.part.box.offsets), item.part.tensor
         buffer = self._buffers.get(key)
-        if buffer is None or buffer.shape != source.shape or buffer.dtype != source.dtype:
-            buffer = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+        if (
+            buffer is None
+            or buffer.shape != source.shape
+            or buffer.dtype != source.dtype
+        ):
+            buffer = torch.empty(
+                source.shape, dtype=source.dtype, pin_memory=source.is_cuda
+            )
             self._buffers[key] = buffer
         return buffer

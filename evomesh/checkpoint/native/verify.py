@@ -21,7 +21,9 @@ from evomesh.storage.base import join
 Depth = Literal["record", "data"]
 
 
-def verify(candidate: Candidate, depth: Depth = "record", share: int = 0, shares: int = 1) -> Checkpoint:
+def verify(
+    candidate: Candidate, depth: Depth = "record", share: int = 0, shares: int = 1
+) -> Checkpoint:
     """Open a candidate and verify it.
 
     Args:
@@ -33,7 +35,8 @@ def verify(candidate: Candidate, depth: Depth = "record", share: int = 0, shares
     with reading("the checkpoint", candidate.folder):
         checkpoint = open_checkpoint(candidate.storage, candidate.folder)
         records = checkpoint.records()
-        # Both are decoded once here, so that an odd one counts as damage and not as a fault of whoever uses it.
+        # Both are decoded once here, so that an odd one counts as damage and not as a
+        # fault of whoever uses it.
         _ = checkpoint.state, checkpoint.config
         if depth == "data":
             _verify_data(checkpoint, records, share, shares)
@@ -61,7 +64,9 @@ def _verify_data(
 
 def _verify_header(checkpoint: Checkpoint, file: FileRecord, size: int) -> None:
     if size > MAX_HEADER_BYTES:
-        raise CheckpointError(f"{file.name}: a header of {size} bytes", where=checkpoint.folder)
+        raise CheckpointError(
+            f"{file.name}: a header of {size} bytes", where=checkpoint.folder
+        )
     path = join(checkpoint.folder, file.name)
 
     def read() -> None:

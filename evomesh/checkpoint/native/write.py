@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor
 
 from evomesh.checkpoint.native import format as fmt
-from evomesh.checkpoint.native.boxes import Box, split_box
+from evomesh.checkpoint.native.boxes import Box, Coordinates, split_box
 from evomesh.checkpoint.native.format import CheckpointError, FileRecord, PieceRecord
 from evomesh.checkpoint.native.plan import WriteItem
 from evomesh.storage.base import Storage, join
 
+ALIGNMENT = 64  # bytes; where the data of a file begins
 # Yields the pieces of an item with their bytes, in order.
 PieceSource = Callable[[WriteItem], Iterator[tuple[Box, memoryview]]]
 
@@ -31,13 +33,17 @@ class WrittenFile:
     pieces: list[tuple[str, PieceRecord]]
 
     def to_json(self) -> list[Any]:
-        return [self.file.to_json(), [[name, piece.to_json()] for name, piece in self.pieces]]
+        return [
+            self.file.to_json(),
+            [[name, piece.to_json()] for name, piece in self.pieces],
+        ]
 
     @staticmethod
     def from_json(value: list[Any]) -> WrittenFile:
         file, pieces = value
         return WrittenFile(
-            FileRecord.from_json(file), [(name, PieceRecord.from_json(piece)) for name, piece in pieces]
+            FileRecord.from_json(file),
+            [(name, PieceRecord.from_json(piece)) for name, piece in pieces],
         )
 
 
@@ -82,8 +88,16 @@ def write_data(
         items: in the order of the file.
         source: where the bytes come from, by default the items' own tensors.
     """
-    header = fmt.safetensors_header(
-        [(fmt.item_key(i.name, i.shape, i.part.box), i.dtype, i.part.box.shape, i.size) for i in items]
+    header = safetensors_header(
+        [
+            (
+                item_key(i.name, i.shape, i.part.box),
+                i.dtype,
+                i.part.box.shape,
+                i.size,
+            )
+            for i in items
+        ]
     )
     position = len(header)
     pieces: list[tuple[str, PieceRecord]] = []
@@ -93,7 +107,9 @@ def write_data(
         for item in items:
             for box, data in source(item):
                 writer.write(data)
-                pieces.append((item.name, PieceRecord(0, box, position, fmt.piece_hash(data))))
+                pieces.append(
+                    (item.name, PieceRecord(0, box, position, fmt.piece_hash(data)))
+                )
                 position += len(data)
         writer.finish()
     finally:
@@ -106,8 +122,8 @@ def not_finite(tensor: Tensor) -> int:
     """Count the values that are NaN or infinite."""
     if not tensor.is_floating_point() or tensor.element_size() == 1:
         return 0
-    # One cheap pass is almost always enough: NaN and infinity survive a sum. A sum of finite values may overflow, so
-    # only then are the values looked at one by one.
+    # One cheap pass is almost always enough: NaN and infinity survive a sum. A sum of
+    # finite values may overflow, so only then are the values looked at one by one.
     if bool(torch.isfinite(tensor.sum())):
         return 0
     return int((~torch.isfinite(tensor)).sum())
@@ -116,3 +132,37 @@ def not_finite(tensor: Tensor) -> int:
 def as_bytes(tensor: Tensor) -> memoryview:
     """Return the writable memory of a contiguous CPU tensor."""
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def safetensors_header(entries: list[tuple[str, str, Coordinates, int]]) -> bytes:
+    """Return length and header of a safetensors file, padded so that the data begins at a multiple of 64 bytes.
+
+    Args:
+        entries: (key, dtype name, shape, bytes) in the order of the data.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for key, dtype, shape, size in entries:
+        end = position + size
+        header[key] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(
+        header,
+        separators=(",", ":"),
+        ensure_ascii=False,
+    )
+    content = text.encode()
+    # Spaces are valid JSON: they align the data without a change of the header's
+    # content. 100 bytes, with the 8 of the length before them, get 20 spaces.
+    padding = -(len(content) + 8) % ALIGNMENT
+    content += b" " * padding
+    return len(content).to_bytes(8, "little") + content
+
+
+def item_key(name: str, shape: Coordinates, box: Box) -> str:
+    """Return the key of a box in a safetensors file: ``NAME`` for a whole tensor, else ``NAME@first,element``."""
+    return name if box.shape == shape else f"{name}@{','.join(map(str, box.offsets))}"

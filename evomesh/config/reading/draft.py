@@ -41,7 +41,9 @@ class ConfigDraft:
         if isinstance(written, Mapping):
             section.update(plain(written))
         elif written is not None:
-            self.problem(name, f"found {shown(written)}", expected="dict(key=value, ...)")
+            self.problem(
+                name, f"found {shown(written)}", expected="dict(key=value, ...)"
+            )
         return section
 
     def warn(self, key: str, words: str) -> None:
@@ -49,8 +51,12 @@ class ConfigDraft:
         if text not in self.warnings:
             self.warnings.append(text)
 
-    def problem(self, key: str, found: str, *, expected: str = "", fix: str = "") -> None:
-        self.problems.append(UserError(found, where=self.where(key), expected=expected, fix=fix))
+    def problem(
+        self, key: str, found: str, *, expected: str = "", fix: str = ""
+    ) -> None:
+        self.problems.append(
+            UserError(found, where=self.where(key), expected=expected, fix=fix)
+        )
 
     def where(self, key: str) -> str:
         """Return the key as the user wrote it, with its file and line."""

@@ -31,7 +31,8 @@ FACTS = (
     "rope_scaling",
 )
 WIDTH = ("mlp_ratio", "multiple_of")
-# What a config may change: where the weights begin, not what they compute at the lengths they were trained on.
+# What a config may change: where the weights begin, not what they compute at the
+# lengths they were trained on.
 DEFAULTS = (
     "dtype",
     "qk_interleaved",
@@ -60,7 +61,9 @@ def resolve_from_hf(draft: ConfigDraft, model: dict[str, Any]) -> None:
         _put(draft, model, key, value)
     _resolve_width(draft, model, found, name)
     for key in DEFAULTS:
-        if model.get(key) is None and not (key == "qk_interleaved" and "adapt_hf" in model):
+        if model.get(key) is None and not (
+            key == "qk_interleaved" and "adapt_hf" in model
+        ):
             _put(draft, model, key, getattr(found, key))
 
 
@@ -77,11 +80,15 @@ def _read(draft: ConfigDraft, name: Any) -> ModelConfig | None:
     try:
         return read_model_folder(folder)
     except UserError as error:
-        draft.problem(KEY, f"{error.where}: {error.found}", expected=error.expected, fix=error.fix)
+        draft.problem(
+            KEY, f"{error.where}: {error.found}", expected=error.expected, fix=error.fix
+        )
         return None
 
 
-def _resolve_width(draft: ConfigDraft, model: dict[str, Any], found: ModelConfig, name: str) -> None:
+def _resolve_width(
+    draft: ConfigDraft, model: dict[str, Any], found: ModelConfig, name: str
+) -> None:
     """Take the width of the feed-forward network; a config may write the same width as another product."""
     written = {key: model[key] for key in WIDTH if key in model}
     if not written:
@@ -111,5 +118,8 @@ def _plain(value: Any) -> Any:
         value = value.model_dump()
     if not isinstance(value, Mapping):
         return value
-    lists_as_tuples = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
+    lists_as_tuples = {
+        key: tuple(item) if isinstance(item, list) else item
+        for key, item in value.items()
+    }
     return {key: item for key, item in lists_as_tuples.items() if item is not None}

@@ -23,7 +23,10 @@ INERT: dict[str, tuple[Any, str]] = {
         "the two input matrices of the feed-forward network are always multiplied separately",
     ),
     "model.selective_checkpoint": (False, "model.checkpoint recomputes whole layers"),
-    "loss.op_type": ("py_vocab_parallel", "there is one loss, fused with the output head"),
+    "loss.op_type": (
+        "py_vocab_parallel",
+        "there is one loss, fused with the output head",
+    ),
     "loss.moe_loss_coeff": (ABSENT, "there are no mixture-of-experts layers here"),
     "ckpt.generate_meta_data": (ABSENT, "every checkpoint loads in any layout"),
     "parallel.expert": (ABSENT, "there are no mixture-of-experts layers here"),
@@ -41,14 +44,23 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
     "model.is_reward": ((False, None), "reward models are not part of evomesh"),
     "model.deepnorm": ((False, None), "DeepNorm is not part of evomesh"),
-    "model.moe_use_residual": ((False, None), "mixture-of-experts models are not part of evomesh"),
-    "model.num_experts": ((1, 0, None), "mixture-of-experts models are not part of evomesh"),
+    "model.moe_use_residual": (
+        (False, None),
+        "mixture-of-experts models are not part of evomesh",
+    ),
+    "model.num_experts": (
+        (1, 0, None),
+        "mixture-of-experts models are not part of evomesh",
+    ),
     "parallel.gqa": ((False, None), "set model.num_kv_attention_heads instead"),
     "parallel.sequence_2D": (
         ({"enable": False}, False, None),
         "two-dimensional sequence parallelism is not part of evomesh",
     ),
-    "ckpt.enable_internevo2hf_ckpt": ((False, None), "export a finished checkpoint instead"),
+    "ckpt.enable_internevo2hf_ckpt": (
+        (False, None),
+        "export a finished checkpoint instead",
+    ),
 }
 # Inert keys that the resolved config keeps -> the value that needs no warning; the schema says why they have no effect.
 INERT_FIELDS: dict[str, Any] = {
@@ -66,7 +78,9 @@ def drop_inert(draft: ConfigDraft) -> None:
     for key, usual in INERT_FIELDS.items():
         section, name = _section_and_name(draft, key)
         if name in section and section[name] != usual:
-            draft.warn(key, f"{section[name]!r} has no effect: {_reason_without_effect(key)}")
+            draft.warn(
+                key, f"{section[name]!r} has no effect: {_reason_without_effect(key)}"
+            )
     for key, (usual, why) in INERT.items():
         section, name = _section_and_name(draft, key)
         if name in section:
@@ -79,7 +93,11 @@ def _reason_without_effect(key: str) -> str:
     section, _, name = key.partition(".")
     model = Config.model_fields[section].annotation
     assert isinstance(model, type) and issubclass(model, BaseModel)
-    return (model.model_fields[name].description or "").removeprefix("Accepted for InternEvo; ").rstrip(".")
+    return (
+        (model.model_fields[name].description or "")
+        .removeprefix("Accepted for InternEvo; ")
+        .rstrip(".")
+    )
 
 
 def refuse_foreign(draft: ConfigDraft) -> None:

@@ -10,7 +10,14 @@ from typing import Any
 
 from evomesh.errors import ConfigError, UserError
 
-WORDS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan, "true": True, "false": False, "none": None}
+WORDS = {
+    "inf": math.inf,
+    "-inf": -math.inf,
+    "nan": math.nan,
+    "true": True,
+    "false": False,
+    "none": None,
+}
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,9 @@ def _call_value(node: ast.Call, function: str) -> Any:
     """Evaluate ``dict(key=literal)`` or ``float("...")``."""
     keywords_only = not node.args and all(keyword.arg for keyword in node.keywords)
     if function == "dict" and keywords_only:
-        return {str(keyword.arg): _literal_value(keyword.value) for keyword in node.keywords}
+        return {
+            str(keyword.arg): _literal_value(keyword.value) for keyword in node.keywords
+        }
     if function == "float" and len(node.args) == 1:
         return float(ast.literal_eval(node.args[0]))
     raise ValueError("a call")
@@ -86,13 +95,16 @@ def apply_overrides(
     for override in overrides:
         top = override.keys[0]
         if top in namespace or create:
-            namespace[top] = _with_value_at(namespace.get(top), override.keys[1:], override.value)
+            namespace[top] = _with_value_at(
+                namespace.get(top), override.keys[1:], override.value
+            )
 
 
 def _with_value_at(old: Any, keys: tuple[str, ...], value: Any) -> Any:
     """Return ``old`` with ``value`` at ``keys``; nothing is changed in place."""
     if not keys:
-        # The int form of a parallel size over its dict form sets the size only: the mode stays.
+        # The int form of a parallel size over its dict form sets the size only: the
+        # mode stays.
         keeps_dict = isinstance(old, dict) and "size" in old and _is_int(value)
         return {**old, "size": value} if keeps_dict else value
     if isinstance(old, Mapping):

@@ -1,8 +1,9 @@
 """Execute a config file with overrides applied, leaving no trace in the process.
 
-Overrides take part in the execution: after each statement at the top of the file, those whose name exists by then are
-applied again. So ``--set data.total_steps=20`` also reaches ``lr_scheduler = dict(total_steps=data["total_steps"])``
-further down, and ``--set SEQ_LEN=512`` whatever is computed from it.
+Overrides take part in the execution: after each statement at the top of the file, those
+whose name exists by then are applied again. So ``--set data.total_steps=20`` also
+reaches ``lr_scheduler = dict(total_steps=data["total_steps"])`` further down, and
+``--set SEQ_LEN=512`` whatever is computed from it.
 """
 
 from __future__ import annotations
@@ -71,14 +72,23 @@ def read_source(path: str, overrides: Sequence[Override] = ()) -> ConfigSource:
     with imports_beside(file):
         execute(compile(instrument(tree), str(file), "exec"), namespace, path, text)
         lines = config_lines(tree, path, namespace)
-    inherited, inherited_lines, inherited_names = _read_bases(namespace.pop("_base_", ()), file, overrides)
-    values = {name: value for name, value in namespace.items() if _is_setting(name, value)}
+    inherited, inherited_lines, inherited_names = _read_bases(
+        namespace.pop("_base_", ()), file, overrides
+    )
+    values = {
+        name: value for name, value in namespace.items() if _is_setting(name, value)
+    }
     if inherited:
-        # Executing the file and its bases has applied the overrides to each; merging may have covered them again.
+        # Executing the file and its bases has applied the overrides to each; merging
+        # may have covered them again.
         values = merge_values(inherited, values)
         apply_overrides(values, overrides)
     return ConfigSource(
-        path, copy.deepcopy(values), inherited_names | namespace.keys(), {**inherited_lines, **lines}, text
+        path,
+        copy.deepcopy(values),
+        inherited_names | namespace.keys(),
+        {**inherited_lines, **lines},
+        text,
     )
 
 
@@ -112,7 +122,9 @@ def find_config_file(path: str) -> Path:
             "no such config file",
             path,
             expected=f"a file; looked in {file.parent.resolve()}",
-            fix=f"did you mean {near}?" if near else "evomesh config list shows the shipped configs",
+            fix=f"did you mean {near}?"
+            if near
+            else "evomesh config list shows the shipped configs",
         )
     if file.suffix != ".py":
         raise _source_error(
@@ -125,13 +137,19 @@ def find_config_file(path: str) -> Path:
 
 
 def _nearby_configs(file: Path) -> str:
-    there = sorted(p.name for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
+    there = (
+        sorted(p.name for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
+    )
     close = difflib.get_close_matches(file.name, there, n=3, cutoff=0.4) or there[:3]
     return ", ".join(str(file.parent / name) for name in close)
 
 
-def _source_error(found: str, where: str, *, expected: str = "", fix: str = "") -> ConfigError:
-    return ConfigError([UserError(found, where=where, expected=expected, fix=fix)], path=where)
+def _source_error(
+    found: str, where: str, *, expected: str = "", fix: str = ""
+) -> ConfigError:
+    return ConfigError(
+        [UserError(found, where=where, expected=expected, fix=fix)], path=where
+    )
 
 
 def parse_config(text: str, filename: str, shown: str) -> ast.Module:
@@ -146,7 +164,9 @@ def parse_config(text: str, filename: str, shown: str) -> ast.Module:
             fix="correct the line; configs are ordinary Python files",
         ) from None
     except ValueError as error:  # null bytes
-        raise _source_error(f"not valid Python: {error}", shown, fix="save it as a UTF-8 text file") from None
+        raise _source_error(
+            f"not valid Python: {error}", shown, fix="save it as a UTF-8 text file"
+        ) from None
 
 
 class _StatementInstrumenter(ast.NodeTransformer):
@@ -164,7 +184,9 @@ class _StatementInstrumenter(ast.NodeTransformer):
             out.append(kept)
             # Nothing may come before `from __future__ import ...`.
             is_future = isinstance(node, ast.ImportFrom) and node.module == "__future__"
-            is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            is_docstring = isinstance(node, ast.Expr) and isinstance(
+                node.value, ast.Constant
+            )
             self.future = self.future and (is_future or is_docstring)
             if not self.future:
                 out.append(_apply_call(node))
@@ -192,12 +214,16 @@ def _apply_call(node: ast.stmt) -> ast.stmt:
 
 
 def instrument(tree: ast.Module) -> ast.Module:
-    return ast.fix_missing_locations(_StatementInstrumenter().visit_Module(copy.deepcopy(tree)))
+    return ast.fix_missing_locations(
+        _StatementInstrumenter().visit_Module(copy.deepcopy(tree))
+    )
 
 
 def execute(code: CodeType, namespace: dict[str, Any], shown: str, text: str) -> None:
     try:
-        exec(code, namespace)  # a config is its author's program; it runs with the author's rights
+        exec(
+            code, namespace
+        )  # a config is its author's program; it runs with the author's rights
     except KeyboardInterrupt:
         raise
     except UserError:
@@ -205,7 +231,9 @@ def execute(code: CodeType, namespace: dict[str, Any], shown: str, text: str) ->
     except BaseException as error:
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if frame.filename == code.co_filename]
-        lineno = (own[-1].lineno if own else None) or getattr(error, "lineno", None) or 1
+        lineno = (
+            (own[-1].lineno if own else None) or getattr(error, "lineno", None) or 1
+        )
         rows = text.splitlines()
         line = rows[lineno - 1].strip() if lineno <= len(rows) else ""
         raise _source_error(
@@ -221,7 +249,9 @@ def _is_setting(name: str, value: Any) -> bool:
         return True
     if name.startswith("_") or name.isupper():
         return False
-    return value is None or isinstance(value, bool | int | float | str | Mapping | list | tuple | set)
+    return value is None or isinstance(
+        value, bool | int | float | str | Mapping | list | tuple | set
+    )
 
 
 def _read_bases(
@@ -249,7 +279,9 @@ def merge_values(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]
     for key, value in above.items():
         known = out.get(key)
         out[key] = (
-            merge_values(known, value) if isinstance(known, dict) and isinstance(value, dict) else value
+            merge_values(known, value)
+            if isinstance(known, dict) and isinstance(value, dict)
+            else value
         )
     return out
 
@@ -258,14 +290,15 @@ def merge_values(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]
 def imports_beside(file: Path) -> Iterator[None]:
     """Let the config import files beside it and below the working directory, relative imports included.
 
-    Afterwards ``sys.path`` is as before and modules imported from those folders are forgotten, so that another file of
-    the same name is read afresh.
+    Afterwards ``sys.path`` is as before and modules imported from those folders are
+    forgotten, so that another file of the same name is read afresh.
     """
     modules_before = set(sys.modules)
     path_before = list(sys.path)
     bytecode_before = sys.dont_write_bytecode
     folder = file.parent
-    # Packages for relative imports: `from . import x` is beside the file, `from .. import x` one folder up.
+    # Packages for relative imports: `from . import x` is beside the file, `from ..
+    # import x` one folder up.
     _add_package(PACKAGE, folder.parent.parent)
     _add_package(f"{PACKAGE}.parent", folder.parent)
     _add_package(f"{PACKAGE}.parent.here", folder)
@@ -278,7 +311,9 @@ def imports_beside(file: Path) -> Iterator[None]:
         sys.path[:] = path_before
         sys.dont_write_bytecode = bytecode_before
         for name in set(sys.modules) - modules_before:
-            if name.startswith(PACKAGE) or _is_authors_module(sys.modules[name], [file.parent, Path.cwd()]):
+            if name.startswith(PACKAGE) or _is_authors_module(
+                sys.modules[name], [file.parent, Path.cwd()]
+            ):
                 del sys.modules[name]
 
 
@@ -290,7 +325,8 @@ def _add_package(name: str, folder: Path) -> None:
 
 def _is_authors_module(module: ModuleType | None, folders: list[Path]) -> bool:
     """Return whether a module is the author's: below one of ``folders``, neither installed there nor evomesh's."""
-    # A package without an __init__.py has no file, only the folders that it is spread over.
+    # A package without an __init__.py has no file, only the folders that it is spread
+    # over.
     location = getattr(module, "__file__", None)
     if not location:
         search_path = getattr(module, "__path__", [])

@@ -22,9 +22,9 @@ def config_lines(
 ) -> AssignmentLines:
     """Return the line of every key that the file assigns.
 
-    Read are ``NAME = value``, ``NAME = dict(key=value)`` or ``{...}`` at any depth, and ``NAME["key"] = value``.
-    A later assignment wins; names that come from a module are looked up there. Values computed some other way are
-    found by their section's line.
+    Read are ``NAME = value``, ``NAME = dict(key=value)`` or ``{...}`` at any depth, and
+    ``NAME["key"] = value``. A later assignment wins; names that come from a module are
+    looked up there. Values computed some other way are found by their section's line.
 
     Args:
         tree: the parsed file.
@@ -78,7 +78,9 @@ def _target_key(node: ast.expr) -> str:
     return ""
 
 
-def _record_assignment(lines: AssignmentLines, key: str, value: ast.expr, shown: str) -> None:
+def _record_assignment(
+    lines: AssignmentLines, key: str, value: ast.expr, shown: str
+) -> None:
     if not key:
         return
     for old in [k for k in lines if k.startswith(key + ".")]:
@@ -86,7 +88,9 @@ def _record_assignment(lines: AssignmentLines, key: str, value: ast.expr, shown:
     _record_value(lines, key, value, shown)
 
 
-def _record_value(lines: AssignmentLines, key: str, value: ast.expr, shown: str) -> None:
+def _record_value(
+    lines: AssignmentLines, key: str, value: ast.expr, shown: str
+) -> None:
     lines[key] = f"{shown}:{value.lineno}"
     for name, name_line, item in dict_items(value):
         item_key = f"{key}.{name}"
@@ -138,7 +142,9 @@ def _record_import(
             lines[local_names.get(top, top) + dot + rest] = line
 
 
-def _module_lines(file: str, module: str, imported: dict[str, AssignmentLines]) -> AssignmentLines:
+def _module_lines(
+    file: str, module: str, imported: dict[str, AssignmentLines]
+) -> AssignmentLines:
     try:
         tree = ast.parse(Path(file).read_text(encoding="utf-8-sig"))
     except (OSError, SyntaxError, UnicodeDecodeError):
@@ -158,4 +164,6 @@ def _authors_file(module: str) -> str | None:
 
 def _relative_path(file: str) -> str:
     path = Path(file)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else file
+    return (
+        str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else file
+    )

@@ -75,7 +75,9 @@ def resolve(draft: ConfigDraft) -> None:
     """Fill ``draft.sections`` from ``draft.values``; unknown keys stay in, for the validation to report."""
     drop_inert(draft)
     for name in SECTIONS:
-        if name in draft.values and (name != "generation" or draft.values[name] is not None):
+        if name in draft.values and (
+            name != "generation" or draft.values[name] is not None
+        ):
             draft.take_section(name)
     _resolve_top_level(draft)
     _resolve_tensorboard(draft)
@@ -90,7 +92,9 @@ def resolve(draft: ConfigDraft) -> None:
 
 def written_key(key: str) -> str:
     """Return a resolved key as a config file writes it: ``run.job_name`` -> ``JOB_NAME``."""
-    written = {target: name for name, target in TOP_LEVEL.items()} | {"run.tensorboard_queue": QUEUE}
+    written = {target: name for name, target in TOP_LEVEL.items()} | {
+        "run.tensorboard_queue": QUEUE
+    }
     return written.get(key, key.replace("model.extra.", "model."))
 
 
@@ -122,7 +126,9 @@ def _resolve_tensorboard(draft: ConfigDraft) -> None:
         if written is None:
             continue
         if not isinstance(written, Mapping) or set(written) - {"queue_max_length"}:
-            draft.problem(key, f"found {shown(written)}", expected="dict(queue_max_length=10)")
+            draft.problem(
+                key, f"found {shown(written)}", expected="dict(queue_max_length=10)"
+            )
         elif "queue_max_length" in written:
             draft.take_section("run")["tensorboard_queue"] = written["queue_max_length"]
             draft.sources["run.tensorboard_queue"] = f"{key}.queue_max_length"
@@ -146,7 +152,9 @@ def _resolve_parallel(draft: ConfigDraft) -> None:
         _resolve_pipeline_mode(draft, pipeline)
 
 
-def _resolve_sequence_parallel(draft: ConfigDraft, parallel: dict[str, Any], sequence: Any) -> None:
+def _resolve_sequence_parallel(
+    draft: ConfigDraft, parallel: dict[str, Any], sequence: Any
+) -> None:
     """Take the tensor mode from ``sequence_parallel``, unless ``tensor.mode`` is set too."""
     key = "parallel.sequence_parallel"
     if not isinstance(sequence, bool):
@@ -159,7 +167,10 @@ def _resolve_sequence_parallel(draft: ConfigDraft, parallel: dict[str, Any], seq
         tensor["mode"] = "msp" if sequence else "mtp"
         draft.sources["parallel.tensor.mode"] = key
     elif sequence != (tensor["mode"] != "mtp"):  # only mtp is not sequence parallel
-        draft.warn(key, f"{sequence} has no effect: parallel.tensor.mode decides, and it is set")
+        draft.warn(
+            key,
+            f"{sequence} has no effect: parallel.tensor.mode decides, and it is set",
+        )
 
 
 def _resolve_pipeline_mode(draft: ConfigDraft, pipeline: dict[str, Any]) -> None:
@@ -168,7 +179,11 @@ def _resolve_pipeline_mode(draft: ConfigDraft, pipeline: dict[str, Any]) -> None
     schedules = {"1f1b": None, "zbv": "zbv"}
     name = str(mode).lower()
     if name not in schedules:
-        draft.problem("parallel.pipeline.mode", f"unknown schedule {mode!r}", expected='"1F1B" or "ZBV"')
+        draft.problem(
+            "parallel.pipeline.mode",
+            f"unknown schedule {mode!r}",
+            expected='"1F1B" or "ZBV"',
+        )
         return
     pipeline.setdefault("schedule", schedules[name])
     draft.sources["parallel.pipeline.schedule"] = "parallel.pipeline.mode"
@@ -197,7 +212,12 @@ def _resolve_data(draft: ConfigDraft) -> None:
         return
     seq_len = data.get("seq_len", 2048)
     bsz = data.get("micro_bsz")
-    are_counts = isinstance(packed, int) and isinstance(seq_len, int) and packed >= 1 and seq_len >= 1
+    are_counts = (
+        isinstance(packed, int)
+        and isinstance(seq_len, int)
+        and packed >= 1
+        and seq_len >= 1
+    )
     if not are_counts or packed % seq_len:
         draft.problem(
             "data.packed_length",
@@ -210,7 +230,8 @@ def _resolve_data(draft: ConfigDraft) -> None:
         draft.sources["data.micro_bsz"] = "data.packed_length"
     elif packed != seq_len * bsz:
         draft.warn(
-            "data.packed_length", f"{packed} has no effect: it is seq_len * micro_bsz = {seq_len * bsz}"
+            "data.packed_length",
+            f"{packed} has no effect: it is seq_len * micro_bsz = {seq_len * bsz}",
         )
 
 
@@ -224,7 +245,8 @@ def _resolve_model(draft: ConfigDraft) -> None:
     if model.get("dtype") is None:
         model.pop("dtype", None)
         draft.warn(
-            "model.dtype", 'is not set: float16 as documented; dtype="torch.bfloat16" needs no loss scale'
+            "model.dtype",
+            'is not set: float16 as documented; dtype="torch.bfloat16" needs no loss scale',
         )
     dtype = model.get("dtype", "float16")
     if type(dtype).__name__ == "dtype":  # a torch.dtype
@@ -241,11 +263,15 @@ def _resolve_model(draft: ConfigDraft) -> None:
             draft.sources[f"model.extra.{key}"] = f"model.{key}"
 
 
-def _resolve_rotary_order(draft: ConfigDraft, model: dict[str, Any], family: Any) -> None:
+def _resolve_rotary_order(
+    draft: ConfigDraft, model: dict[str, Any], family: Any
+) -> None:
     """Take ``qk_interleaved`` from its opposite ``adapt_hf``, else from the family's default."""
     adapt = model.pop("adapt_hf", None)
     if adapt is not None and not isinstance(adapt, bool):
-        draft.problem("model.adapt_hf", f"found {shown(adapt)}", expected="True or False")
+        draft.problem(
+            "model.adapt_hf", f"found {shown(adapt)}", expected="True or False"
+        )
     elif adapt is not None and model.get("qk_interleaved", not adapt) is adapt:
         draft.problem(
             "model.adapt_hf",
@@ -257,7 +283,9 @@ def _resolve_rotary_order(draft: ConfigDraft, model: dict[str, Any], family: Any
         model["qk_interleaved"] = not adapt
         draft.sources["model.qk_interleaved"] = "model.adapt_hf"
     if "qk_interleaved" not in model:
-        model["qk_interleaved"] = family in FAMILY_FACTS and "qk_interleaved" in FAMILY_FACTS[family].defaults
+        model["qk_interleaved"] = (
+            family in FAMILY_FACTS and "qk_interleaved" in FAMILY_FACTS[family].defaults
+        )
         draft.families["model.qk_interleaved"] = str(family)
 
 
@@ -294,11 +322,15 @@ def _resolve_rope_scaling(draft: ConfigDraft, model: dict[str, Any]) -> None:
             expected="dict(type='dynamic', factor=...)",
         )
     resolved = {"use_dynamic_ntk_rope": True}
-    resolved |= {"rope_scaling_factor": scaling["factor"]} if "factor" in scaling else {}
+    resolved |= (
+        {"rope_scaling_factor": scaling["factor"]} if "factor" in scaling else {}
+    )
     for name, value in resolved.items():
         if model.setdefault(name, value) != value:
             draft.problem(
-                f"model.{name}", f"{model[name]!r} contradicts rope_scaling", fix=f"remove model.{name}"
+                f"model.{name}",
+                f"{model[name]!r} contradicts rope_scaling",
+                fix=f"remove model.{name}",
             )
         draft.sources.setdefault(f"model.{name}", key)
 
@@ -319,9 +351,18 @@ def _resolve_checkpoint(draft: ConfigDraft) -> None:
         )
         ckpt["async_upload"] = False
     every = ckpt.get("checkpoint_every", math.inf)
-    if remote and "oss_snapshot_freq" not in ckpt and isinstance(every, int) and every > 1:
+    if (
+        remote
+        and "oss_snapshot_freq" not in ckpt
+        and isinstance(every, int)
+        and every > 1
+    ):
         ckpt["oss_snapshot_freq"] = every // 2
-    if ckpt.get("async_upload") is True and remote and ckpt.get("async_upload_tmp_folder") is None:
+    if (
+        ckpt.get("async_upload") is True
+        and remote
+        and ckpt.get("async_upload_tmp_folder") is None
+    ):
         job = draft.take_section("run").get("job_name", "AnonymousJob")
         ckpt["async_upload_tmp_folder"] = f"/dev/shm/{job}_tmp_ckpt/"
 
@@ -355,18 +396,26 @@ def _is_ignored_load_info(ckpt: dict[str, Any]) -> bool:
 def _resolve_load_info(draft: ConfigDraft, ckpt: dict[str, Any]) -> None:
     """Take ``load_ckpt_info`` from its older names: a folder to resume from, or one to load the weights of."""
     info = ckpt.get("load_ckpt_info")
-    for name, content in (("load_ckpt_folder", ("all",)), ("load_model_only_folder", ("model",))):
+    for name, content in (
+        ("load_ckpt_folder", ("all",)),
+        ("load_model_only_folder", ("model",)),
+    ):
         value = ckpt.pop(name, None)
         if value is None:
             continue
         if info is not None:
-            draft.warn(f"ckpt.{name}", "has no effect: ckpt.load_ckpt_info is its newer name, and it is set")
+            draft.warn(
+                f"ckpt.{name}",
+                "has no effect: ckpt.load_ckpt_info is its newer name, and it is set",
+            )
             continue
         info = {"path": value, "content": content} if isinstance(value, str) else value
         ckpt["load_ckpt_info"] = info
         draft.sources["ckpt.load_ckpt_info"] = f"ckpt.{name}"
         for key in ("path", "content", "ckpt_type"):
-            written = f"ckpt.{name}.{key}" if isinstance(value, dict) else f"ckpt.{name}"
+            written = (
+                f"ckpt.{name}.{key}" if isinstance(value, dict) else f"ckpt.{name}"
+            )
             draft.sources[f"ckpt.load_ckpt_info.{key}"] = written
     if isinstance(info, dict) and "path" in info and info["path"] is None:
         ckpt["load_ckpt_info"] = info = None  # InternEvo's way to say: from scratch
@@ -384,7 +433,9 @@ def _resolve_load_optimizer(draft: ConfigDraft, ckpt: dict[str, Any]) -> None:
     if wanted is None or wanted is True:
         return
     if wanted is not False:
-        draft.problem("ckpt.load_optimizer", f"found {shown(wanted)}", expected="True or False")
+        draft.problem(
+            "ckpt.load_optimizer", f"found {shown(wanted)}", expected="True or False"
+        )
         return
     info = ckpt.get("load_ckpt_info")
     if not isinstance(info, dict):

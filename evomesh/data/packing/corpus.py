@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from evomesh.config.schema import DataConfig
+from evomesh.config.data import DataConfig
 from evomesh.data.packing.loader import PackStream, StepSampler
 from evomesh.data.packing.mixture import MixedSampler, group_packs
 from evomesh.data.packing.packs import Pack, PackPlan, PackRule
@@ -95,10 +95,15 @@ class Corpus:
         Raises:
             UserError: there is less data than one step needs.
         """
-        # Sizes count packs of all ranks together, so that the order of packs does not depend on the layout.
+        # Sizes count packs of all ranks together, so that the order of packs does not
+        # depend on the layout.
         config = self.config
         global_batch = config.micro_num * dp_size
-        rampup = config.rampup_batch_size.times(dp_size) if config.rampup_batch_size else None
+        rampup = (
+            config.rampup_batch_size.times(dp_size)
+            if config.rampup_batch_size
+            else None
+        )
         first_step = rampup.start if rampup else global_batch
         if self.num_packs < first_step:
             raise UserError(
@@ -120,7 +125,9 @@ class Corpus:
             unit=dp_size if config.order == "xtuner" else 1,
         )
 
-    def stream(self, dp_rank: int = 0, dp_size: int = 1, state: dict[str, Any] | None = None) -> PackStream:
+    def stream(
+        self, dp_rank: int = 0, dp_size: int = 1, state: dict[str, Any] | None = None
+    ) -> PackStream:
         """Return the batches of one rank, from the first step or from where ``state`` was taken.
 
         Raises:
@@ -150,7 +157,9 @@ class Corpus:
         return report_table(self.report)
 
 
-def _resume_position(sampler: StepSampler, state: dict[str, Any], global_batch: int) -> SamplerPosition:
+def _resume_position(
+    sampler: StepSampler, state: dict[str, Any], global_batch: int
+) -> SamplerPosition:
     """Return the position to resume from: that of our state, or of InternEvo's, which has the same packs and order."""
     theirs = state.get("internevo")
     if theirs is None:
@@ -162,7 +171,9 @@ def _resume_position(sampler: StepSampler, state: dict[str, Any], global_batch: 
         "offset": position.offset,
     }
     different = [
-        f"{name} {theirs[name]}, here {value}" for name, value in ours.items() if theirs[name] != value
+        f"{name} {theirs[name]}, here {value}"
+        for name, value in ours.items()
+        if theirs[name] != value
     ]
     if different:
         raise UserError(
@@ -194,7 +205,9 @@ def open_corpus(config: DataConfig, vocab_size: int | None) -> Corpus:
     sources = _open_sources(config, files, types, vocab_size, shared)
 
     # 2. Plan the packs: each file is a separate stream, or all files are one stream.
-    streams = [sources] if config.remainder == "carry" else [[source] for source in sources]
+    streams = (
+        [sources] if config.remainder == "carry" else [[source] for source in sources]
+    )
     rule = PackRule.from_config(config)
     plans = [PackPlan(stream, rule, config.remainder, shared) for stream in streams]
     if not any(map(len, plans)):
@@ -209,7 +222,9 @@ def open_corpus(config: DataConfig, vocab_size: int | None) -> Corpus:
     if config.dataset_weights:
         _, unmatched = group_packs(report, config.dataset_weights)
         for name in unmatched:
-            warnings.append(f"{name} matches no key of data.dataset_weights and is not trained on")
+            warnings.append(
+                f"{name} matches no key of data.dataset_weights and is not trained on"
+            )
     return Corpus(config, plans, types, report, warnings)
 
 
@@ -229,7 +244,9 @@ def _synthetic_corpus(config: DataConfig, vocab_size: int | None) -> Corpus:
         vocab_size=vocab_size or 2**31,
     )
     plan = PackPlan([documents], PackRule.from_config(config))
-    row = source_row(documents, TYPES[0], documents=TRAIN_DOCUMENTS, tokens=plan.tokens, plan=plan)
+    row = source_row(
+        documents, TYPES[0], documents=TRAIN_DOCUMENTS, tokens=plan.tokens, plan=plan
+    )
     warning = "data.train_folder is None: training on synthetic counting sequences"
     return Corpus(config, [plan], TYPES, [row], [warning])
 
@@ -249,7 +266,9 @@ def _open_sources(
             file.path,
             name=file.name,
             type_id=types.index(file.type),
-            min_length=config.min_length if key is None else config.min_length_dict[key],
+            min_length=config.min_length
+            if key is None
+            else config.min_length_dict[key],
             vocab_size=vocab_size,
             last_long=last_long,
             shared=shared,

@@ -1,8 +1,9 @@
 """Look up which documents a step is trained on, and in which steps a document is used.
 
-Nothing is recorded for this. The packs of a step follow from data, seed, step and global batch, and the documents of a
-pack from the lengths in the metas, so every step of a run can be looked up before, during and after it, in any layout
-of the same global batch.
+Nothing is recorded for this. The packs of a step follow from data, seed, step and
+global batch, and the documents of a pack from the lengths in the metas, so every step
+of a run can be looked up before, during and after it, in any layout of the same global
+batch.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ class StepLedger:
             for micro_batch, pack in enumerate(packs[reader :: self.dp_size].tolist()):
                 yield from self._pack(step, reader, micro_batch, pack)
 
-    def _pack(self, step: int, rank: int, micro_batch: int, pack: int) -> Iterator[LedgerEntry]:
+    def _pack(
+        self, step: int, rank: int, micro_batch: int, pack: int
+    ) -> Iterator[LedgerEntry]:
         plan, number = self.corpus.locate(pack)
         for span in plan.spans(number):
             yield LedgerEntry(
@@ -85,7 +88,8 @@ class StepLedger:
         Raises:
             UserError: no such file or row, or the row is left out because it is too short.
         """
-        # The document's packs never change. So a step that uses it is one that draws one of these packs.
+        # The document's packs never change. So a step that uses it is one that draws
+        # one of these packs.
         plan_number, source_number, document = self._find(file, row)
         plan = self.corpus.plans[plan_number]
         packs_of_plan = plan.packs_of(source_number, document)
@@ -124,7 +128,9 @@ def _row(source: DocumentSource, document: int) -> int:
     return source.row(document) if isinstance(source, BinDataset) else document
 
 
-def _of_document(entries: Iterable[LedgerEntry], file: str, row: int) -> Iterator[LedgerEntry]:
+def _of_document(
+    entries: Iterable[LedgerEntry], file: str, row: int
+) -> Iterator[LedgerEntry]:
     for entry in entries:
         if entry.file == file and entry.row == row:
             yield entry
@@ -134,7 +140,11 @@ def _document(source: DocumentSource, row: int) -> int:
     """Return the number of a row among the documents that its source keeps."""
     rows = len(source.rows) if isinstance(source, BinDataset) else len(source.lengths)
     if not 0 <= row < rows:
-        raise UserError(f"{source.name} has no row {row}", where="--document", expected=f"0 to {rows - 1}")
+        raise UserError(
+            f"{source.name} has no row {row}",
+            where="--document",
+            expected=f"0 to {rows - 1}",
+        )
     kept = source.kept if isinstance(source, BinDataset) else None
     if kept is None:
         return row

@@ -28,7 +28,9 @@ class PackReader(Protocol):
 class StepSampler(Protocol):
     """Decides which packs make up a step: a ``PackSampler`` or a ``MixedSampler``."""
 
-    def take(self, position: SamplerPosition) -> tuple[NDArray[np.int64], SamplerPosition]: ...
+    def take(
+        self, position: SamplerPosition
+    ) -> tuple[NDArray[np.int64], SamplerPosition]: ...
     def seek(self, step: int) -> SamplerPosition: ...
     def state(self, position: SamplerPosition) -> dict[str, Any]: ...
     def resume(self, state: dict[str, Any]) -> SamplerPosition: ...
@@ -119,7 +121,9 @@ class PackStream:
         self._prefetch_position = start  # before the next batch to prefetch
         self._prefetched: deque[PrefetchedBatch] = deque()
         self._prefetch_depth = 1 + workers
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="data") if workers else None
+        self._pool = (
+            ThreadPoolExecutor(workers, thread_name_prefix="data") if workers else None
+        )
         self._extra_state = extra_state
 
     def __iter__(self) -> Iterator[Batch]:
@@ -150,7 +154,8 @@ class PackStream:
 
     def _prefetch(self) -> None:
         while len(self._prefetched) < self._prefetch_depth:
-            # Positions are computed here, in order; only reading and packing run on the workers.
+            # Positions are computed here, in order; only reading and packing run on the
+            # workers.
             position = self._prefetch_position
             packs, after = self.sampler.take(position)
             if len(packs) % self.dp_size:

@@ -69,18 +69,22 @@ class MixtureSchedule:
     def _next_source(self) -> int:
         """Return the eligible source with the earliest deadline, and count its pack.
 
-        With k sources and slack 1 / (2k - 2), a source of weight w that gave ``count`` packs is eligible for pack n
-        when ``w n - count >= slack``; its deadline is ``(count + 1 - slack) / w``.
+        With k sources and slack 1 / (2k - 2), a source of weight w that gave ``count``
+        packs is eligible for pack n when ``w n - count >= slack``; its deadline is
+        ``(count + 1 - slack) / w``.
         """
         self._n += 1
         inverse_slack = max(1, 2 * len(self.weights) - 2)
         deadlines = {}  # of the eligible sources
         for source, packs_in_period in enumerate(self._packs_in_period):
-            # Both conditions are multiplied by period / slack, so that they compare integers.
+            # Both conditions are multiplied by period / slack, so that they compare
+            # integers.
             count = self._counts[source]
             lag = packs_in_period * self._n - count * self.period
             if inverse_slack * lag >= self.period:
-                deadlines[source] = Fraction(inverse_slack * (count + 1) - 1, packs_in_period)
+                deadlines[source] = Fraction(
+                    inverse_slack * (count + 1) - 1, packs_in_period
+                )
         source = min(deadlines, key=lambda eligible: deadlines[eligible])
         self._counts[source] += 1
         return source
@@ -123,10 +127,13 @@ class MixedSampler:
         """Return the global batch of step ``step``, in packs."""
         return step_size(step, self.global_batch, self.rampup)
 
-    def take(self, position: SamplerPosition) -> tuple[NDArray[np.int64], SamplerPosition]:
+    def take(
+        self, position: SamplerPosition
+    ) -> tuple[NDArray[np.int64], SamplerPosition]:
         """Return the packs of the step at ``position``, and the position after it."""
         size = self.size(position.step)
-        # The schedule depends on the packs consumed so far alone: it names the source of each of the next ones.
+        # The schedule depends on the packs consumed so far alone: it names the source
+        # of each of the next ones.
         counts = self.schedule.counts(position.consumed)
         drawn_from = self.schedule.take(position.consumed, size)
         packs = []
@@ -198,7 +205,9 @@ class MixedSampler:
     def _position(self, step: int, consumed: int) -> SamplerPosition:
         """Return a position whose epoch is the smallest number of passes that any source has finished."""
         counts = self.schedule.counts(consumed)
-        passes = [count // len(packs) for count, packs in zip(counts, self.packs, strict=True)]
+        passes = [
+            count // len(packs) for count, packs in zip(counts, self.packs, strict=True)
+        ]
         return SamplerPosition(step, epoch=min(passes), offset=0, consumed=consumed)
 
 
@@ -232,7 +241,11 @@ def group_packs(
     sources = []
     for key, weight in weights.items():
         if not 0 < weight < float("inf"):
-            raise UserError(f"{key!r} has weight {weight}", where=WHERE, expected="a positive number")
+            raise UserError(
+                f"{key!r} has weight {weight}",
+                where=WHERE,
+                expected="a positive number",
+            )
         packs = np.concatenate(packs_of_key[key])
         if not len(packs):
             names = ", ".join(row["file"] for row in report[:8])

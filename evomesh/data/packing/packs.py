@@ -1,8 +1,9 @@
 """Pack documents into sequences of equal length, by InternEvo's rules.
 
-A file (or, with ``remainder="carry"``, all files one after the other) is one stream of tokens: its documents in the
-order of NumPy's ``RandomState(1024)`` shuffle, the same in every epoch. Pack k is tokens ``[kT, (k+1)T)`` of that
-stream. Planning is a shuffle, a gather and a cumulative sum; it never loops over documents in Python.
+A file (or, with ``remainder="carry"``, all files one after the other) is one stream of
+tokens: its documents in the order of NumPy's ``RandomState(1024)`` shuffle, the same in
+every epoch. Pack k is tokens ``[kT, (k+1)T)`` of that stream. Planning is a shuffle, a
+gather and a cumulative sum; it never loops over documents in Python.
 
 Shapes: T tokens of a pack, n documents that it touches.
 """
@@ -19,7 +20,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from evomesh.config.schema import IGNORE, DataConfig
+from evomesh.config.data import DataConfig
+from evomesh.config.schema import IGNORE
 from evomesh.data.token_files.bin_dataset import DocumentSource
 from evomesh.data.token_files.lines import TokenArray
 from evomesh.data.token_files.shared_index import digest, shared_array
@@ -69,7 +71,12 @@ class PackRule:
     @staticmethod
     def from_config(config: DataConfig) -> PackRule:
         """Return the rule that the ``data`` section asks for."""
-        return PackRule(config.packed_length, config.seq_len, config.pack_sample_into_one, config.order)
+        return PackRule(
+            config.packed_length,
+            config.seq_len,
+            config.pack_sample_into_one,
+            config.order,
+        )
 
 
 @dataclass(frozen=True)
@@ -150,7 +157,9 @@ class PackPlan:
 
     def _make_ends(self) -> IndexArray:
         lengths = np.empty(len(self.document_order), np.int64)
-        for source, (start, stop) in zip(self.sources, pairwise(self.first_document), strict=True):
+        for source, (start, stop) in zip(
+            self.sources, pairwise(self.first_document), strict=True
+        ):
             documents = self.document_order[start:stop]
             lengths[start:stop] = source.lengths[documents]
         return np.cumsum(lengths, out=lengths)
@@ -173,7 +182,8 @@ class PackPlan:
         first, stop = self.document_range(pack)
         ends = self.document_ends[first:stop] - start
         stored, types = self._read_documents(first, stop)
-        # The first document may begin in an earlier pack: drop its tokens before this pack's start.
+        # The first document may begin in an earlier pack: drop its tokens before this
+        # pack's start.
         before = len(stored) - int(ends[-1])
         return assemble(stored[before:], ends, types, self.rule)
 
@@ -208,7 +218,8 @@ class PackPlan:
         end = int(self.document_ends[position])
         if start == end:
             return range(0)
-        # Tokens 1500 to 4999 of the stream, in packs of 1024, are in the packs 1 to 4; a dropped tail is in none.
+        # Tokens 1500 to 4999 of the stream, in packs of 1024, are in the packs 1 to 4;
+        # a dropped tail is in none.
         length = self.rule.packed_length
         first_pack = start // length
         after_last = -(-end // length)  # rounded up
@@ -233,7 +244,9 @@ class PackPlan:
         return np.concatenate(tokens), np.concatenate(types)
 
 
-def assemble(stored: TokenArray, ends: IndexArray, types: IndexArray, rule: PackRule) -> Pack:
+def assemble(
+    stored: TokenArray, ends: IndexArray, types: IndexArray, rule: PackRule
+) -> Pack:
     """Make one pack from its documents' tokens.
 
     Args:
@@ -248,7 +261,8 @@ def assemble(stored: TokenArray, ends: IndexArray, types: IndexArray, rule: Pack
     tokens = np.zeros(length, np.int64)
     np.abs(stored[:filled], out=tokens[:filled])
 
-    # Edges of the documents inside the pack, then of the padding: 0 .. T, some of them equal.
+    # Edges of the documents inside the pack, then of the padding: 0 .. T, some of them
+    # equal.
     edges = np.empty(len(ends) + 2, np.int64)
     edges[0] = 0
     edges[-1] = length
@@ -278,8 +292,11 @@ def _labels(stored: TokenArray, ends: IndexArray, rule: PackRule) -> TokenArray:
         ends_inside = ends[ends <= length]
         labels[ends_inside - 1] = IGNORE  # a document's last token has no next one
     if rule.one_sample or rule.order == "xtuner":
-        labels[length - 1] = IGNORE  # these two rules do not look past the end of the pack
-    # A negative id is only an input. 0 is never a target: InternEvo's format cannot tell it from a masked 0.
+        labels[length - 1] = (
+            IGNORE  # these two rules do not look past the end of the pack
+        )
+    # A negative id is only an input. 0 is never a target: InternEvo's format cannot
+    # tell it from a masked 0.
     np.putmask(labels, labels <= 0, IGNORE)
     return labels
 
@@ -302,8 +319,9 @@ def split_bounds(bounds: IndexArray, seq_len: int) -> IndexArray:
     sizes = np.diff(bounds)
     if sizes.max(initial=0) <= seq_len:
         return bounds
-    # Segment i becomes counts[i] parts; its part j starts at bounds[i] + j * seq_len. The bounds [0 5 7] with seq_len 2
-    # have counts [3 1], so the parts are i = [0 0 0 1], j = [0 1 2 0], and the result is [0 2 4 5 7].
+    # Segment i becomes counts[i] parts; its part j starts at bounds[i] + j * seq_len.
+    # The bounds [0 5 7] with seq_len 2 have counts [3 1], so the parts are i = [0 0 0
+    # 1], j = [0 1 2 0], and the result is [0 2 4 5 7].
     counts = -(-sizes // seq_len)  # rounded up
     parts_before = np.cumsum(counts) - counts
     segments = np.arange(len(sizes))

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import numpy as np
 import xxhash
 
-from evomesh.config.schema import DataConfig
+from evomesh.config.data import DataConfig
 from evomesh.data.packing.packs import PackPlan
 from evomesh.data.token_files.bin_dataset import BinDataset, DocumentSource
 from evomesh.errors import UserError
@@ -21,7 +21,12 @@ MANIFEST_KEYS = ("file", "type", "documents", "tokens", "bytes", "hash")
 
 
 def source_row(
-    source: DocumentSource, type_name: str, *, documents: int, tokens: int, plan: PackPlan
+    source: DocumentSource,
+    type_name: str,
+    *,
+    documents: int,
+    tokens: int,
+    plan: PackPlan,
 ) -> dict[str, Any]:
     """Return the report row of a source that alone makes up a stream; ``documents`` includes the filtered ones."""
     return {
@@ -35,7 +40,9 @@ def source_row(
     }
 
 
-def file_row(source: BinDataset, types: Sequence[str], plan: PackPlan) -> dict[str, Any]:
+def file_row(
+    source: BinDataset, types: Sequence[str], plan: PackPlan
+) -> dict[str, Any]:
     """Return the report row of a token file, with its size and a hash of its meta."""
     row = source_row(
         source,
@@ -54,7 +61,10 @@ def file_row(source: BinDataset, types: Sequence[str], plan: PackPlan) -> dict[s
 def _share_of_stream(source: BinDataset, plan: PackPlan) -> dict[str, int]:
     """Return packs and dropped tokens of one file in a stream of all files: a pack counts where it ends."""
     number = plan.sources.index(source)
-    start, end = (_tokens_before(plan, document) for document in plan.first_document[number : number + 2])
+    start, end = (
+        _tokens_before(plan, document)
+        for document in plan.first_document[number : number + 2]
+    )
     length = plan.rule.packed_length
     is_last = end == plan.tokens
     return {
@@ -103,10 +113,15 @@ def _table_row(file: str, type_name: str, counts: Mapping[str, int]) -> list[str
     return [file, type_name, *(f"{counts[name]:,}" for name in COUNTS)]
 
 
-def make_manifest(report: Sequence[dict[str, Any]], types: Sequence[str]) -> dict[str, Any]:
+def make_manifest(
+    report: Sequence[dict[str, Any]], types: Sequence[str]
+) -> dict[str, Any]:
     """Describe the data: files with their sizes, documents, tokens and hashes, in order."""
     files = [{key: row[key] for key in MANIFEST_KEYS if key in row} for row in report]
-    identity = [(file["file"], file["type"], file.get("bytes"), file.get("hash")) for file in files]
+    identity = [
+        (file["file"], file["type"], file.get("bytes"), file.get("hash"))
+        for file in files
+    ]
     digest = xxhash.xxh3_64_hexdigest(repr(identity).encode())
     return {"files": files, "types": list(types), "hash": digest}
 
@@ -120,7 +135,9 @@ def check_manifest(saved: dict[str, Any] | str | None, current: dict[str, Any]) 
     saved_hash = saved.get("hash") if isinstance(saved, dict) else saved
     if saved is None or saved_hash == current["hash"]:
         return
-    lines = [f"the data changed since the checkpoint ({saved_hash} -> {current['hash']})"]
+    lines = [
+        f"the data changed since the checkpoint ({saved_hash} -> {current['hash']})"
+    ]
     if isinstance(saved, dict):
         lines += _list_changes(saved["files"], current["files"])
     raise UserError(
@@ -131,7 +148,9 @@ def check_manifest(saved: dict[str, Any] | str | None, current: dict[str, Any]) 
     )
 
 
-def _list_changes(old_files: list[dict[str, Any]], new_files: list[dict[str, Any]]) -> list[str]:
+def _list_changes(
+    old_files: list[dict[str, Any]], new_files: list[dict[str, Any]]
+) -> list[str]:
     """Return a line for each file that was removed, changed or added."""
     old = {file["file"]: file for file in old_files}
     new = {file["file"]: file for file in new_files}

@@ -1,9 +1,10 @@
 """Decide which packs make up step s: a function of the number of packs, the seed, s and the global batch only.
 
-InternEvo's rule: rank r of dp takes every dp-th index of one global permutation, ``micro_num`` of them per step. All
-ranks together then consume contiguous slices of the permutation, ``G = micro_num * dp`` packs per step, and rank r
-takes ``slice[r::dp]``. The slices depend on G alone, so a run can resume in another layout with the same G and see the
-same packs in the same steps.
+InternEvo's rule: rank r of dp takes every dp-th index of one global permutation,
+``micro_num`` of them per step. All ranks together then consume contiguous slices of the
+permutation, ``G = micro_num * dp`` packs per step, and rank r takes ``slice[r::dp]``.
+The slices depend on G alone, so a run can resume in another layout with the same G and
+see the same packs in the same steps.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def step_size(step: int, global_batch: int, rampup: BatchSizeRampup | None) -> i
 class PackSampler:
     """Go through all packs in passes, each in the order of one permutation.
 
-    Random access costs one shuffle of indices per finished pass and never reads a batch.
+    Random access costs one shuffle of indices per finished pass and never reads a
+    batch.
 
     Args:
         num_packs: packs in one pass.
@@ -79,7 +81,9 @@ class PackSampler:
         self._epoch = -1  # the pass that the permutation belongs to
         fewest = 1 if order == "xtuner" else self.size(0)
         if self.pass_packs < fewest:
-            raise ValueError(f"{num_packs} packs do not fill one step of {self.size(0)}")
+            raise ValueError(
+                f"{num_packs} packs do not fill one step of {self.size(0)}"
+            )
 
     @property
     def pass_packs(self) -> int:
@@ -92,16 +96,22 @@ class PackSampler:
         """Return the global batch of step ``step``, in packs."""
         return step_size(step, self.global_batch, self.rampup)
 
-    def take(self, position: SamplerPosition) -> tuple[NDArray[np.int64], SamplerPosition]:
+    def take(
+        self, position: SamplerPosition
+    ) -> tuple[NDArray[np.int64], SamplerPosition]:
         """Return the packs of all ranks for the step at ``position``, and the position after it."""
         size = self.size(position.step)
         if self.order == "xtuner":
             packs, epoch, offset = self._take_across_passes(position, size)
         else:
             packs, epoch, offset = self._take_within_pass(position, size)
-        return packs, SamplerPosition(position.step + 1, epoch, offset, position.consumed + size)
+        return packs, SamplerPosition(
+            position.step + 1, epoch, offset, position.consumed + size
+        )
 
-    def _take_within_pass(self, position: SamplerPosition, size: int) -> tuple[NDArray[np.int64], int, int]:
+    def _take_within_pass(
+        self, position: SamplerPosition, size: int
+    ) -> tuple[NDArray[np.int64], int, int]:
         """Return packs, epoch and offset after a step that is in one pass ("internevo")."""
         if size > self.pass_packs:
             raise UserError(
@@ -112,7 +122,9 @@ class PackSampler:
         epoch, offset = self._start_of_step(position, size)
         return self.permutation(epoch)[offset : offset + size], epoch, offset + size
 
-    def _take_across_passes(self, position: SamplerPosition, size: int) -> tuple[NDArray[np.int64], int, int]:
+    def _take_across_passes(
+        self, position: SamplerPosition, size: int
+    ) -> tuple[NDArray[np.int64], int, int]:
         """Return packs, epoch and offset after a step that may cross into the next passes ("xtuner")."""
         epoch = position.epoch
         offset = position.offset
@@ -141,8 +153,11 @@ class PackSampler:
             steps_in_pass = self.pass_packs // self.global_batch
             epoch, steps_taken = divmod(step, steps_in_pass)
             offset = steps_taken * self.global_batch
-            return SamplerPosition(step, epoch, offset, consumed=step * self.global_batch)
-        # The size of steps changes, or steps cross passes: count step by step, without looking at packs.
+            return SamplerPosition(
+                step, epoch, offset, consumed=step * self.global_batch
+            )
+        # The size of steps changes, or steps cross passes: count step by step, without
+        # looking at packs.
         position = SamplerPosition()
         while position.step < step:
             size = self.size(position.step)
@@ -164,7 +179,8 @@ class PackSampler:
             self._shuffle(np.random.RandomState((self.seed + epoch) % 2**32))
             self._epoch = epoch
             return self._permutation
-        # InternEvo draws all passes from one generator: an earlier pass means starting over.
+        # InternEvo draws all passes from one generator: an earlier pass means starting
+        # over.
         if epoch < self._epoch:
             self._rng = np.random.RandomState(self.seed)
             self._epoch = -1
@@ -204,7 +220,8 @@ class PackSampler:
                     fix="restore it, or load only the weights: "
                     'ckpt.load_ckpt_info=dict(path=..., content=("model",)), ckpt.auto_resume=False',
                 )
-        # Ramp-up and unit count packs of the global batch: those of the checkpoint keep the steps in another layout.
+        # Ramp-up and unit count packs of the global batch: those of the checkpoint keep
+        # the steps in another layout.
         if self.rampup is not None and state["rampup"] is not None:
             self.rampup = BatchSizeRampup(**state["rampup"])
         self.unit = int(state["unit"])

@@ -1,9 +1,11 @@
 """Tokenize and pack text while training reads it (``data.type="streaming"``).
 
-Row n of the endless row sequence belongs to lane ``n mod G``, where G is the global batch in packs. Each lane packs its
-own rows; step s is one pack of every lane, and rank r has lanes r, r + dp, ... So no row is lost or seen twice, a rank
-tokenizes only its own rows, and the content of a step depends on G, not on the layout. The position of a lane is
-(document, tokens of it already used); with the reader's cursor that is the whole state.
+Row n of the endless row sequence belongs to lane ``n mod G``, where G is the global
+batch in packs. Each lane packs its own rows; step s is one pack of every lane, and rank
+r has lanes r, r + dp, ... So no row is lost or seen twice, a rank tokenizes only its
+own rows, and the content of a step depends on G, not on the layout. The position of a
+lane is (document, tokens of it already used); with the reader's cursor that is the
+whole state.
 """
 
 from __future__ import annotations
@@ -18,12 +20,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
-from evomesh.config.schema import DataConfig
+from evomesh.config.data import DataConfig
 from evomesh.data.batch import Batch
 from evomesh.data.packing.loader import collate
 from evomesh.data.packing.packs import Pack, PackRule, assemble
+from evomesh.data.packing.validation import MemoryDocuments
 from evomesh.data.prepare.tokenize import TextOptions, boundary_ids
 from evomesh.data.records.rows import RowCursor, RowStream, find_split_files
 from evomesh.data.records.source_files import SourceFile
@@ -33,7 +35,9 @@ from evomesh.errors import UserError
 
 TYPES = ["en"]  # rows have no type; InternEvo reports this name
 PREFETCHED = 2  # batches prepared before the step asks
-MANY_ROWS = 100_000  # rows that are too short, one after the other, end a run after a pass
+MANY_ROWS = (
+    100_000  # rows that are too short, one after the other, end a run after a pass
+)
 
 
 @dataclass
@@ -157,8 +161,12 @@ class StreamingPacks:
             self.lanes = {lane: StreamingLane(n=lane) for lane in lanes}
         else:
             cursor = RowCursor(**state["cursor"])
-            self.lanes = {lane: StreamingLane(*state["lanes"][str(lane)]) for lane in lanes}
-        self._cursors = deque([cursor])  # starts of the windows that a lane may still need
+            self.lanes = {
+                lane: StreamingLane(*state["lanes"][str(lane)]) for lane in lanes
+            }
+        self._cursors = deque(
+            [cursor]
+        )  # starts of the windows that a lane may still need
         self._unused = UnusedRows(cursor)
         self._windows = rows.windows(cursor)
 
@@ -173,11 +181,14 @@ class StreamingPacks:
 
     def state(self) -> dict[str, Any]:
         """Return the positions of this rank's lanes and of the reader, as JSON."""
-        # Windows whose rows every lane has passed are not needed again; the first one left is where a resume reads.
+        # Windows whose rows every lane has passed are not needed again; the first one
+        # left is where a resume reads.
         oldest = min(lane.n for lane in self.lanes.values())
         while len(self._cursors) > 1 and self._cursors[1].n <= oldest:
             self._cursors.popleft()
-        lanes = {str(number): [lane.n, lane.used] for number, lane in self.lanes.items()}
+        lanes = {
+            str(number): [lane.n, lane.used] for number, lane in self.lanes.items()
+        }
         return {"cursor": asdict(self._cursors[0]), "lanes": lanes}
 
     def _read_window(self) -> None:
@@ -222,10 +233,13 @@ PrefetchResult = PrefetchedStep | BaseException  # an error of the background th
 class StreamingBatches:
     """A ``BatchStream`` over text; one background thread prefetches its batches.
 
-    With several ranks each state covers only the rank's lanes: a checkpoint needs ``merge_states`` of all of them.
+    With several ranks each state covers only the rank's lanes: a checkpoint needs
+    ``merge_states`` of all of them.
     """
 
-    def __init__(self, packs: StreamingPacks, step: int, extra_state: dict[str, Any]) -> None:
+    def __init__(
+        self, packs: StreamingPacks, step: int, extra_state: dict[str, Any]
+    ) -> None:
         self.packs = packs
         self._extra_state = extra_state
         self._state = {"step": step, **packs.state()}  # before the next batch
@@ -347,9 +361,13 @@ class StreamingData:
             state=state,
         )
         step = int(state["step"]) if state else 0
-        return StreamingBatches(packs, step, {"manifest": self.manifest["hash"], "num_lanes": num_lanes})
+        return StreamingBatches(
+            packs, step, {"manifest": self.manifest["hash"], "num_lanes": num_lanes}
+        )
 
-    def _check_state(self, state: dict[str, Any], lanes: Sequence[int], num_lanes: int) -> None:
+    def _check_state(
+        self, state: dict[str, Any], lanes: Sequence[int], num_lanes: int
+    ) -> None:
         if state.get("manifest") != self.manifest["hash"]:
             raise UserError(
                 f"the data changed since the checkpoint ({state.get('manifest')} -> {self.manifest['hash']})",
@@ -374,7 +392,9 @@ def open_streaming(config: DataConfig, vocab_size: int) -> StreamingData:
     """
     if config.train_folder is None:
         raise UserError(
-            'data.type="streaming" needs data.train_folder', where="data.train_folder", expected="a folder"
+            'data.type="streaming" needs data.train_folder',
+            where="data.train_folder",
+            expected="a folder",
         )
     if config.rampup_batch_size is not None:
         raise UserError(
@@ -383,18 +403,26 @@ def open_streaming(config: DataConfig, vocab_size: int) -> StreamingData:
             fix="remove it, or tokenize the text first",
         )
     files, warnings = find_split_files(
-        config.train_folder, "data.train_folder", config.subset_name, "train", config.split_name
+        config.train_folder,
+        "data.train_folder",
+        config.subset_name,
+        "train",
+        config.split_name,
     )
     tokenizer = _load_tokenizer(config)
     report = []
     identity: list[Any] = []
     for file in files:
-        report.append({"file": str(file.full_path), "type": TYPES[0], "bytes": file.size})
+        report.append(
+            {"file": str(file.full_path), "type": TYPES[0], "bytes": file.size}
+        )
         identity.append((_relative_name(file), file.size))
     identity += [tokenizer.hash, config.content_name]
     digest = xxhash.xxh3_64_hexdigest(repr(identity).encode())
     manifest = {"files": report, "types": TYPES, "hash": digest}
-    return StreamingData(config, files, tokenizer, vocab_size, manifest, report, warnings)
+    return StreamingData(
+        config, files, tokenizer, vocab_size, manifest, report, warnings
+    )
 
 
 def _relative_name(file: SourceFile) -> str:
@@ -426,21 +454,6 @@ def _check_ids(largest: int, vocab_size: int, tokenizer: Tokenizer, where: str) 
         )
 
 
-class MemoryDocuments:
-    """Tokenized documents held in memory: a validation set of text."""
-
-    type_id = 0
-
-    def __init__(self, name: str, documents: list[list[int]]) -> None:
-        self.name = name
-        self.documents = documents
-        self.lengths: NDArray[np.integer] = np.array([len(document) for document in documents], np.int64)
-
-    def read(self, documents: NDArray[np.integer]) -> TokenArray:
-        """Return the tokens of the given documents, one after the other."""
-        return np.concatenate([np.array(self.documents[int(number)], np.int64) for number in documents])
-
-
 def read_documents(config: DataConfig, vocab_size: int) -> MemoryDocuments:
     """Read and tokenize all documents of ``data.valid_folder``.
 
@@ -449,7 +462,11 @@ def read_documents(config: DataConfig, vocab_size: int) -> MemoryDocuments:
     """
     assert config.valid_folder is not None
     files, _ = find_split_files(
-        config.valid_folder, "data.valid_folder", config.subset_name, "valid", config.valid_split_name
+        config.valid_folder,
+        "data.valid_folder",
+        config.subset_name,
+        "valid",
+        config.valid_split_name,
     )
     tokenizer = _load_tokenizer(config)
     prefix, suffix = _boundary_ids(tokenizer)

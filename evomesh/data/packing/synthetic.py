@@ -10,7 +10,11 @@ from evomesh.data.token_files.lines import TokenArray
 SEED = 1999
 TRAIN_DOCUMENTS = 1_000_000
 VALID_DOCUMENTS = 500
-TYPES = ["en", "cn", "code"]  # names that InternEvo reports; every document is of type 0
+TYPES = [
+    "en",
+    "cn",
+    "code",
+]  # names that InternEvo reports; every document is of type 0
 
 
 class SyntheticDocuments:
@@ -27,7 +31,12 @@ class SyntheticDocuments:
     type_id = 0
 
     def __init__(
-        self, count: int, seq_len: int, *, fixed_length: bool = True, vocab_size: int = 2**31
+        self,
+        count: int,
+        seq_len: int,
+        *,
+        fixed_length: bool = True,
+        vocab_size: int = 2**31,
     ) -> None:
         self.seq_len = seq_len
         self.vocab_size = vocab_size

@@ -9,22 +9,31 @@ from itertools import accumulate
 from pathlib import PurePosixPath
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evomesh.config.schema import IGNORE
 from evomesh.data.batch import Batch
 from evomesh.data.packing.loader import collate
-from evomesh.data.packing.packs import IndexArray, Pack, PackRule, assemble, split_bounds
+from evomesh.data.packing.packs import (
+    IndexArray,
+    Pack,
+    PackRule,
+    assemble,
+    split_bounds,
+)
 from evomesh.data.token_files.bin_dataset import DocumentSource
 from evomesh.data.token_files.folders import TokenFile
+from evomesh.data.token_files.lines import TokenArray
 
 
 class ValidationSet:
     """A named set, read in file order: every token of every document except its first is a target exactly once.
 
-    A document longer than ``seq_len`` is split into segments of ``seq_len`` tokens, counted from its start. Attention
-    stays inside a segment, and its last token still predicts the document's next. So the loss of a set does not depend
-    on a document's neighbors, on the micro-batch size or on the number of ranks; packs hold several segments only to
-    need less padding.
+    A document longer than ``seq_len`` is split into segments of ``seq_len`` tokens,
+    counted from its start. Attention stays inside a segment, and its last token still
+    predicts the document's next. So the loss of a set does not depend on a document's
+    neighbors, on the micro-batch size or on the number of ranks; packs hold several
+    segments only to need less padding.
 
     Args:
         name: part of the metric's name, ``val/{name}_loss``.
@@ -45,9 +54,13 @@ class ValidationSet:
         self.rule = rule
         self.micro_num = micro_num
 
-        # The set is one stream of tokens: its documents one after the other. Bounds are tokens of the stream.
+        # The set is one stream of tokens: its documents one after the other. Bounds are
+        # tokens of the stream.
         counts = [len(source.lengths) for source in sources]
-        self._first_document = [0, *accumulate(counts)]  # number of each source's first document
+        self._first_document = [
+            0,
+            *accumulate(counts),
+        ]  # number of each source's first document
         lengths = np.concatenate([source.lengths for source in sources])
         after_zero = np.append(0, lengths)
         self._document_bounds = np.cumsum(after_zero, dtype=np.int64)
@@ -58,7 +71,8 @@ class ValidationSet:
         self._segment_bounds = split_bounds(not_empty, rule.seq_len)
         self._pack_bounds = _fill_packs(self._segment_bounds, rule.packed_length)
 
-        # The last document read, by number and tokens: a long one is read by several packs.
+        # The last document read, by number and tokens: a long one is read by several
+        # packs.
         nothing = np.empty(0, np.int64)
         self._last_read: tuple[int, IndexArray] = (-1, nothing)
 
@@ -89,8 +103,9 @@ class ValidationSet:
         start, stop = self._pack_bounds[pack : pack + 2]
         size = int(stop - start)
 
-        # Read the documents that the pack touches, and drop what the first one has before the pack. With the documents
-        # [0, 10) and [10, 15), a pack [8, 13) reads both, drops 8 tokens of the first, and uses 5 of the 7 left.
+        # Read the documents that the pack touches, and drop what the first one has
+        # before the pack. With the documents [0, 10) and [10, 15), a pack [8, 13) reads
+        # both, drops 8 tokens of the first, and uses 5 of the 7 left.
         first = np.searchsorted(self._document_bounds, start, side="right") - 1
         after_last = np.searchsorted(self._document_bounds, stop)
         documents = [self._read_document(number) for number in range(first, after_last)]
@@ -126,14 +141,17 @@ def _fill_packs(segment_bounds: IndexArray, length: int) -> IndexArray:
     end = segment_bounds[-1]
     bounds = [segment_bounds[0]]
     while bounds[-1] < end:
-        # The pack ends with the last segment that ends inside it; every segment is at most a pack long.
+        # The pack ends with the last segment that ends inside it; every segment is at
+        # most a pack long.
         limit = bounds[-1] + length
         next_segment = np.searchsorted(segment_bounds, limit, side="right")
         bounds.append(segment_bounds[next_segment - 1])
     return np.array(bounds, np.int64)
 
 
-def group_sets(files: Sequence[TokenFile], root_name: str) -> dict[str, list[TokenFile]]:
+def group_sets(
+    files: Sequence[TokenFile], root_name: str
+) -> dict[str, list[TokenFile]]:
     """Group files by set: one per folder, named after it, or by its path if two folders share a name.
 
     Args:
@@ -153,3 +171,22 @@ def group_sets(files: Sequence[TokenFile], root_name: str) -> dict[str, list[Tok
             name = folder.as_posix()
         sets.setdefault(name, []).append(file)
     return {name: sets[name] for name in sorted(sets)}
+
+
+class MemoryDocuments:
+    """Tokenized documents held in memory: a validation set of text."""
+
+    type_id = 0
+
+    def __init__(self, name: str, documents: list[list[int]]) -> None:
+        self.name = name
+        self.documents = documents
+        self.lengths: NDArray[np.integer] = np.array(
+            [len(document) for document in documents], np.int64
+        )
+
+    def read(self, documents: NDArray[np.integer]) -> TokenArray:
+        """Return the tokens of the given documents, one after the other."""
+        return np.concatenate(
+            [np.array(self.documents[int(number)], np.int64) for number in documents]
+        )

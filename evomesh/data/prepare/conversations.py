@@ -14,8 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evomesh.data.chat import ROLES, ChatTemplate, build_template
-from evomesh.data.prepare.read_conversation import RecordSchema, read_conversation, read_tools
+from evomesh.data.chat import ChatTemplate, build_template
+from evomesh.data.chat_styles import ROLES
+from evomesh.data.prepare.read_conversation import (
+    RecordSchema,
+    read_conversation,
+    read_tools,
+)
 from evomesh.data.prepare.tokenize import (
     ProgressCallback,
     check_same_tokenizer,
@@ -100,13 +105,18 @@ def tokenize_chats(
     # 3. Second pass: encode every conversation and write it to its file.
     counts = ChatCounts()
     with ExitStack() as stack:
-        writers = [stack.enter_context(BinWriter(path, append=append)) for path in paths]
+        writers = [
+            stack.enter_context(BinWriter(path, append=append)) for path in paths
+        ]
         for writer in writers:
             check_same_tokenizer(writer, tokenizer)
         done = 0
         num_threads = workers or os.cpu_count() or 1
         for chunk in _encode(files, template, options, num_threads):
-            documents = [_truncate(ids, template.ending, options.max_length, counts) for ids in chunk]
+            documents = [
+                _truncate(ids, template.ending, options.max_length, counts)
+                for ids in chunk
+            ]
             end = done + len(chunk)
             _write(documents, held_out[done:end], writers, template.ending, counts)
             done = end
@@ -115,7 +125,8 @@ def tokenize_chats(
                 progress(bytes_read, done, sum(writer.tokens for writer in writers))
 
         # 4. All files are complete: give them their names.
-        facts = describe_tokenizer(tokenizer) | {"options": asdict(options)} | asdict(counts)
+        facts = describe_tokenizer(tokenizer) | {"options": asdict(options)}
+        facts |= asdict(counts)
         _check_any_target(counts, len(held_out), files, options)
         fingerprints = {}
         for writer in writers:
@@ -126,7 +137,10 @@ def tokenize_chats(
 
 
 def _check_any_target(
-    counts: ChatCounts, conversations: int, files: list[SourceFile], options: ChatOptions
+    counts: ChatCounts,
+    conversations: int,
+    files: list[SourceFile],
+    options: ChatOptions,
 ) -> None:
     """Refuse input of which nothing was written."""
     if counts.without_target == conversations:
@@ -202,7 +216,10 @@ def _encode(
                 encoded.append(template.encode(messages, read_tools(record)))
             except UserError as error:
                 raise UserError(
-                    error.found, where=record.where, expected=error.expected, fix=error.fix
+                    error.found,
+                    where=record.where,
+                    expected=error.expected,
+                    fix=error.fix,
                 ) from None
         return encoded
 
@@ -213,7 +230,9 @@ def _encode(
             yield from pool.map(encode, pending)
 
 
-def _truncate(ids: list[int], ending: list[int], max_length: int, counts: ChatCounts) -> list[int]:
+def _truncate(
+    ids: list[int], ending: list[int], max_length: int, counts: ChatCounts
+) -> list[int]:
     """Shorten a conversation to ``max_length`` tokens, the ending included, and count what is lost."""
     if len(ids) <= max_length:
         return ids

@@ -35,7 +35,9 @@ class Measurement:
         return [self.size / max(1, tokens) for tokens in self.tokens]
 
 
-def measure(inputs: Sequence[str], text_field: str, tokenizers: Sequence[Tokenizer]) -> list[Measurement]:
+def measure(
+    inputs: Sequence[str], text_field: str, tokenizers: Sequence[Tokenizer]
+) -> list[Measurement]:
     """Encode and decode every text with each tokenizer.
 
     Returns:
@@ -44,7 +46,10 @@ def measure(inputs: Sequence[str], text_field: str, tokenizers: Sequence[Tokeniz
     Raises:
         UserError: an input cannot be read.
     """
-    return [_measure_kind(kind, files, text_field, tokenizers) for kind, files in _kinds(inputs)]
+    return [
+        _measure_kind(kind, files, text_field, tokenizers)
+        for kind, files in _kinds(inputs)
+    ]
 
 
 def _kinds(inputs: Sequence[str]) -> Iterator[tuple[str, list[SourceFile]]]:
@@ -56,7 +61,8 @@ def _kinds(inputs: Sequence[str]) -> Iterator[tuple[str, list[SourceFile]]]:
         for file in find_source_files([item]):
             kind = file.full_path.name
             if is_folder:
-                # Below "corpus", corpus/cn/web/a.jsonl is of the kind "cn", and corpus/b.jsonl of the kind "b.jsonl".
+                # Below "corpus", corpus/cn/web/a.jsonl is of the kind "cn", and
+                # corpus/b.jsonl of the kind "b.jsonl".
                 parts = file.full_path.relative_to(root).parts
                 kind = parts[0]
             groups.setdefault(kind, []).append(file)

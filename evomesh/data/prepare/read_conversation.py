@@ -6,7 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from evomesh.data.chat import ROLES, ChatMessage
+from evomesh.data.chat import ChatMessage
+from evomesh.data.chat_styles import ROLES
 from evomesh.data.records.reader import SourceRecord
 from evomesh.data.token_files.lines import json_kind
 from evomesh.errors import UserError
@@ -51,9 +52,15 @@ def read_conversation(
     if schema == "xtuner":
         return _read_xtuner(record, roles)
     key = "messages" if schema == "messages" else "conversations"
-    entries = record.value if isinstance(record.value, list) else _get(record.value, key, record)
+    entries = (
+        record.value
+        if isinstance(record.value, list)
+        else _get(record.value, key, record)
+    )
     if not isinstance(entries, list) or not entries:
-        raise UserError(f"{key} has no messages", where=record.where, expected="a list of them")
+        raise UserError(
+            f"{key} has no messages", where=record.where, expected="a list of them"
+        )
     messages = []
     if isinstance(record.value, dict):
         _refuse_unknown(record.value, (key, "system", "tools"), record)
@@ -76,7 +83,9 @@ def read_tools(record: SourceRecord) -> list[Any] | None:
         return None
     if not isinstance(tools, list):
         raise UserError(
-            f"tools is of type {json_kind(tools)}", where=record.where, expected="a list of JSON schemas"
+            f"tools is of type {json_kind(tools)}",
+            where=record.where,
+            expected="a list of JSON schemas",
         )
     return tools
 
@@ -107,7 +116,9 @@ def _read_message(
         _refuse_unknown(entry, ("from", "value", *FLAGS), record)
     if role not in (*ROLES, "tool"):
         raise UserError(
-            f"the role {role!r} is unknown", where=record.where, expected=f"one of {', '.join(ROLES)}"
+            f"the role {role!r} is unknown",
+            where=record.where,
+            expected=f"one of {', '.join(ROLES)}",
         )
     is_muted = _is_muted(entry, record)
     return ChatMessage(role, text, role in roles and not is_muted, extra)
@@ -138,7 +149,11 @@ def _read_alpaca(record: SourceRecord, roles: Sequence[str]) -> list[ChatMessage
     question = _get_text(record.value, "instruction", record)
     extra = _get_text(record.value, "input", record)
     answer = _get_text(record.value, "output", record)
-    _refuse_unknown(record.value, ("instruction", "input", "output", "system", "history", "text"), record)
+    _refuse_unknown(
+        record.value,
+        ("instruction", "input", "output", "system", "history", "text"),
+        record,
+    )
     if extra:
         question += f"\n{extra}"
     messages = _system_message(record, roles)
@@ -151,16 +166,24 @@ def _read_alpaca(record: SourceRecord, roles: Sequence[str]) -> list[ChatMessage
 
 
 def _read_xtuner(record: SourceRecord, roles: Sequence[str]) -> list[ChatMessage]:
-    turns = record.value if isinstance(record.value, list) else _get(record.value, "conversation", record)
+    turns = (
+        record.value
+        if isinstance(record.value, list)
+        else _get(record.value, "conversation", record)
+    )
     if not isinstance(turns, list) or not turns:
-        raise UserError("conversation has no turns", where=record.where, expected="a list of them")
+        raise UserError(
+            "conversation has no turns", where=record.where, expected="a list of them"
+        )
     messages = []
     for turn in turns:
         messages += _read_xtuner_turn(turn, record, roles)
     return messages
 
 
-def _read_xtuner_turn(turn: Any, record: SourceRecord, roles: Sequence[str]) -> list[ChatMessage]:
+def _read_xtuner_turn(
+    turn: Any, record: SourceRecord, roles: Sequence[str]
+) -> list[ChatMessage]:
     """Return the messages of one turn: its system text and its question if it has them, and its answer."""
     if isinstance(turn, dict):
         _refuse_unknown(turn, XTUNER_KEYS, record)
@@ -169,7 +192,9 @@ def _read_xtuner_turn(turn: Any, record: SourceRecord, roles: Sequence[str]) -> 
         text = _get_text(turn, key, record) if key != "system" else turn.get(key) or ""
         if text or key == "output":
             is_muted = key == "output" and turn.get("output_with_loss", True) is False
-            messages.append(ChatMessage(role, text, train=role in roles and not is_muted))
+            messages.append(
+                ChatMessage(role, text, train=role in roles and not is_muted)
+            )
     return messages
 
 
@@ -177,7 +202,11 @@ def _system_message(record: SourceRecord, roles: Sequence[str]) -> list[ChatMess
     """Return the message of a record's system text, if it has one."""
     if not record.value.get("system"):
         return []
-    return [ChatMessage("system", _get_text(record.value, "system", record), "system" in roles)]
+    return [
+        ChatMessage(
+            "system", _get_text(record.value, "system", record), "system" in roles
+        )
+    ]
 
 
 def _history(record: SourceRecord) -> list[tuple[str, str]]:
@@ -186,16 +215,24 @@ def _history(record: SourceRecord) -> list[tuple[str, str]]:
     is_known = isinstance(pairs, list) and all(_is_pair(pair) for pair in pairs)
     if not is_known:
         raise UserError(
-            "history has another form", where=record.where, expected="a list of [question, answer]"
+            "history has another form",
+            where=record.where,
+            expected="a list of [question, answer]",
         )
     return [(str(question), str(answer)) for question, answer in pairs]
 
 
 def _is_pair(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value)
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(isinstance(text, str) for text in value)
+    )
 
 
-def _refuse_unknown(value: dict[str, Any], known: Sequence[str], record: SourceRecord) -> None:
+def _refuse_unknown(
+    value: dict[str, Any], known: Sequence[str], record: SourceRecord
+) -> None:
     """Refuse keys that would vanish; labels and keys without a value may be there."""
     unknown = [
         key
@@ -217,11 +254,17 @@ def _get(value: Any, key: str, record: SourceRecord) -> Any:
     if isinstance(value, dict) and key in value:
         return value[key]
     keys = ", ".join(value) if isinstance(value, dict) else json_kind(value)
-    raise UserError(f"the record has no key {key!r} (it has: {keys or 'none'})", where=record.where)
+    raise UserError(
+        f"the record has no key {key!r} (it has: {keys or 'none'})", where=record.where
+    )
 
 
 def _get_text(value: Any, key: str, record: SourceRecord) -> str:
     text = _get(value, key, record)
     if not isinstance(text, str):
-        raise UserError(f"{key} is of type {json_kind(text)}", where=record.where, expected="a string")
+        raise UserError(
+            f"{key} is of type {json_kind(text)}",
+            where=record.where,
+            expected="a string",
+        )
     return text

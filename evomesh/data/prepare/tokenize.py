@@ -18,9 +18,13 @@ from evomesh.data.token_files.writer import BinWriter
 from evomesh.data.tokenizer import Tokenizer
 from evomesh.errors import UserError
 
-BATCH_CHARS = 1 << 20  # encoded in one call: enough to keep all cores busy, while memory stays constant
+BATCH_CHARS = (
+    1 << 20
+)  # encoded in one call: enough to keep all cores busy, while memory stays constant
 BATCH_DOCUMENTS = 4096
-BATCHES_PENDING = 2  # in the encoder: while one is encoded, the ids of the other become Python lists
+BATCHES_PENDING = (
+    2  # in the encoder: while one is encoded, the ids of the other become Python lists
+)
 
 ProgressCallback = Callable[[int, int, int], None]  # bytes read, documents, tokens
 
@@ -57,9 +61,13 @@ def tokenize_files(
         UserError: a record lacks the field, a file is damaged, there is no document, or bos or eos is missing.
     """
     prefix, suffix = boundary_ids(tokenizer, options)
-    with BinWriter(output, append=append) as writer, ThreadPoolExecutor(BATCHES_PENDING) as encoder:
+    with (
+        BinWriter(output, append=append) as writer,
+        ThreadPoolExecutor(BATCHES_PENDING) as encoder,
+    ):
         check_same_tokenizer(writer, tokenizer)
-        # Batches being encoded, oldest first, each with the input bytes read when it was complete.
+        # Batches being encoded, oldest first, each with the input bytes read when it
+        # was complete.
         pending: deque[tuple[Future[list[list[int]]], int]] = deque()
 
         def write_oldest() -> None:
@@ -98,10 +106,14 @@ def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
 def describe_sources(files: list[SourceFile]) -> list[dict[str, Any]]:
     """Return the names, sizes and hashes of the inputs, as a fingerprint stores them."""
     sources = []
-    for path, _ in groupby(file.path for file in files):  # the members of an archive are consecutive
+    for path, _ in groupby(
+        file.path for file in files
+    ):  # the members of an archive are consecutive
         with path.open("rb") as raw:
             digest = hashlib.file_digest(raw, "sha256").hexdigest()
-        sources.append({"file": path.name, "bytes": path.stat().st_size, "sha256": digest})
+        sources.append(
+            {"file": path.name, "bytes": path.stat().st_size, "sha256": digest}
+        )
     return sources
 
 
@@ -122,7 +134,9 @@ def set_encoder_threads(workers: int | None) -> None:
         os.environ["RAYON_NUM_THREADS"] = str(workers)
 
 
-def boundary_ids(tokenizer: Tokenizer, options: TextOptions) -> tuple[list[int], list[int]]:
+def boundary_ids(
+    tokenizer: Tokenizer, options: TextOptions
+) -> tuple[list[int], list[int]]:
     """Return the ids before and after every text.
 
     Raises:
@@ -145,7 +159,9 @@ def _require_token(tokenizer: Tokenizer, name: str, token_id: int | None) -> int
     return token_id
 
 
-def _batches(files: list[SourceFile], options: TextOptions) -> Iterator[tuple[list[str], int]]:
+def _batches(
+    files: list[SourceFile], options: TextOptions
+) -> Iterator[tuple[list[str], int]]:
     """Yield batches of texts, with the number of input bytes read so far (compressed bytes of compressed files)."""
     texts: list[str] = []
     chars = 0

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from evomesh.data.chat import STYLES
+from evomesh.data.chat_styles import STYLES
 from evomesh.data.records.reader import read_records, record_text
 from evomesh.data.records.source_files import SourceFile, open_files
 from evomesh.errors import UserError
@@ -22,7 +22,9 @@ TokenizerKind = Literal["bpe", "sentencepiece"]
 
 BOS, EOS = "<s>", "</s>"
 UNKNOWN = "<unk>"  # sentencepiece cannot do without; byte fallback leaves it unused
-MAX_SENTENCE = 1 << 16  # bytes; sentencepiece skips longer sentences, so longer lines are divided
+MAX_SENTENCE = (
+    1 << 16
+)  # bytes; sentencepiece skips longer sentences, so longer lines are divided
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,13 @@ def train_tokenizer(
         "add_eos_token": False,
     }
     if recipe.kind == "sentencepiece":
-        # No space is added in front of a text or after a special token, so that decoding restores every text.
-        spacing = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_prefix_space": False}
+        # No space is added in front of a text or after a special token, so that
+        # decoding restores every text.
+        spacing = {
+            "tokenizer_class": "LlamaTokenizer",
+            "legacy": False,
+            "add_prefix_space": False,
+        }
         settings |= {"unk_token": UNKNOWN, **spacing}
     with write_atomically(folder / "tokenizer_config.json") as file:
         file.write(json.dumps(settings, indent=2).encode())
@@ -114,7 +121,10 @@ def _train_bpe(texts: Iterator[str], recipe: TokenizerRecipe) -> bytes:
             expected=f"at least {fewest}",
         )
     trainer = trainers.BpeTrainer(
-        vocab_size=recipe.vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=recipe.vocab_size,
+        special_tokens=special,
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     learned = tokenizer.get_vocab_size()

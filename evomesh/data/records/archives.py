@@ -48,7 +48,9 @@ class ArchiveMember:
 def archive_kind(path: Path) -> str:
     """Return one of the values of ``ARCHIVE_SUFFIXES``, or "" if ``path`` is not named like an archive."""
     name = path.name.lower()
-    return next((kind for suffix, kind in ARCHIVE_SUFFIXES.items() if name.endswith(suffix)), "")
+    return next(
+        (kind for suffix, kind in ARCHIVE_SUFFIXES.items() if name.endswith(suffix)), ""
+    )
 
 
 def list_members(path: Path) -> list[ArchiveMember]:
@@ -58,7 +60,9 @@ def list_members(path: Path) -> list[ArchiveMember]:
         UserError: the archive is damaged, truncated or encrypted.
     """
     try:
-        members = _zip_members(path) if archive_kind(path) == "zip" else _tar_members(path)
+        members = (
+            _zip_members(path) if archive_kind(path) == "zip" else _tar_members(path)
+        )
     except READ_ERRORS as error:
         raise _unreadable(path, error) from None
     by_name = {member.name: member for member in members}
@@ -80,15 +84,21 @@ def open_members(path: Path, members: Sequence[ArchiveMember]) -> Iterator[IO[by
         raise _unreadable(path, error) from None
 
 
-def _open_zip_members(path: Path, members: Sequence[ArchiveMember]) -> Iterator[IO[bytes]]:
+def _open_zip_members(
+    path: Path, members: Sequence[ArchiveMember]
+) -> Iterator[IO[bytes]]:
     with zipfile.ZipFile(path) as archive:
         for member in members:
             with archive.open(member.name) as stream:
                 yield stream
 
 
-def _open_tar_members(path: Path, members: Sequence[ArchiveMember]) -> Iterator[IO[bytes]]:
-    in_stored_order = all(first.offset < second.offset for first, second in pairwise(members))
+def _open_tar_members(
+    path: Path, members: Sequence[ArchiveMember]
+) -> Iterator[IO[bytes]]:
+    in_stored_order = all(
+        first.offset < second.offset for first, second in pairwise(members)
+    )
     with _open_tar(path, in_stored_order) as tar:
         for member in members:
             info = tarfile.TarInfo(member.name)
@@ -104,7 +114,8 @@ def _open_tar(path: Path, in_stored_order: bool) -> Iterator[tarfile.TarFile]:
         if archive_kind(path) == "tar.gz":
             stream = stack.enter_context(cast(IO[bytes], gzip.GzipFile(fileobj=stream)))
             if not in_stored_order:
-                # Every step back in a gzip stream decompresses it from the start again, so decompress it once.
+                # Every step back in a gzip stream decompresses it from the start again,
+                # so decompress it once.
                 unpacked = stack.enter_context(tempfile.TemporaryFile())
                 shutil.copyfileobj(stream, unpacked, COPY_SIZE)
                 unpacked.seek(0)
@@ -114,9 +125,14 @@ def _open_tar(path: Path, in_stored_order: bool) -> Iterator[tarfile.TarFile]:
 
 def _tar_members(path: Path) -> list[ArchiveMember]:
     with _open_tar(path, in_stored_order=True) as tar:
-        members = [ArchiveMember(info.name, info.size, info.offset_data) for info in tar if info.isreg()]
-        # tarfile takes a damaged header for the end of the archive and would drop every member after it,
-        # so check that it stopped at a real end, which is a block of zeros.
+        members = [
+            ArchiveMember(info.name, info.size, info.offset_data)
+            for info in tar
+            if info.isreg()
+        ]
+        # tarfile takes a damaged header for the end of the archive and would drop every
+        # member after it, so check that it stopped at a real end, which is a block of
+        # zeros.
         assert tar.fileobj is not None
         tar.fileobj.seek(tar.offset)
         end_block = tar.fileobj.read(tarfile.BLOCKSIZE)

@@ -8,7 +8,9 @@ from typing import IO, Any, cast
 
 import zstandard
 
-COMPRESSED_CHUNK = 1 << 10  # bytes passed to zstandard at once: bounds the output of highly compressed files
+COMPRESSED_CHUNK = (
+    1 << 10
+)  # bytes passed to zstandard at once: bounds the output of highly compressed files
 BUFFER_SIZE = 1 << 20
 
 
@@ -24,7 +26,8 @@ def decompress(raw: IO[bytes], compression: str) -> IO[bytes]:
 class _ZstandardStream(io.RawIOBase):
     """Decompressed bytes of a zstandard file, frame after frame.
 
-    The library's own stream reader cannot tell a truncated file from one that ends there.
+    The library's own stream reader cannot tell a truncated file from one that ends
+    there.
     """
 
     def __init__(self, raw: IO[bytes]) -> None:
@@ -50,7 +53,11 @@ class _ZstandardStream(io.RawIOBase):
         """Decompress the next chunk into ``_ready``; return False at the end of the file."""
         inside_frame = self._frame is not None and not self._frame.eof
         # A finished frame may have been given bytes of the next one.
-        unused = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
+        unused = (
+            self._frame.unused_data
+            if self._frame is not None and self._frame.eof
+            else b""
+        )
         chunk = unused or self._raw.read(COMPRESSED_CHUNK)
         if not chunk:
             if inside_frame:

@@ -16,7 +16,9 @@ from evomesh.data.records.source_files import READ_ERRORS, SourceFile
 from evomesh.data.token_files.lines import json_kind
 from evomesh.errors import UserError
 
-UTF8_BOM = b"\xef\xbb\xbf"  # byte order mark, which some systems write in front of a text
+UTF8_BOM = (
+    b"\xef\xbb\xbf"  # byte order mark, which some systems write in front of a text
+)
 TABLE_ROWS = 1024  # rows decoded at once
 MAX_LINE_BYTES = 64 * 2**20  # of a line, however small the compressed file is
 
@@ -55,14 +57,16 @@ def read_records(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord]:
     try:
         yield from read(stream, file)
     except READ_ERRORS as error:
-        raise UserError(f"cannot read the file: {error}", where=str(file.full_path)) from None
+        raise UserError(
+            f"cannot read the file: {error}", where=str(file.full_path)
+        ) from None
 
 
 def read_raw_lines(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord]:
     """Yield lines verbatim, as InternEvo's tokenizer.py reads them.
 
-    A txt line is stripped, an element of a json list becomes JSON text, and any other line keeps its newline and is
-    read even if it is blank.
+    A txt line is stripped, an element of a json list becomes JSON text, and any other
+    line keeps its newline and is read even if it is blank.
 
     Raises:
         UserError: as ``read_records``.
@@ -78,7 +82,9 @@ def read_raw_lines(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord
                 where = f"{file.full_path} line {number}"
                 yield SourceRecord(_decode(line, where), where, line)
         except READ_ERRORS as error:
-            raise UserError(f"cannot read the file: {error}", where=str(file.full_path)) from None
+            raise UserError(
+                f"cannot read the file: {error}", where=str(file.full_path)
+            ) from None
 
 
 def _read_txt(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord]:
@@ -134,7 +140,9 @@ def _read_json(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord]:
             yield SourceRecord(value, f"{file.full_path} record {number}")
     except ijson.JSONError as error:
         raise UserError(
-            f"not JSON ({error})", where=str(file.full_path), expected="a list of records"
+            f"not JSON ({error})",
+            where=str(file.full_path),
+            expected="a list of records",
         ) from None
 
 
@@ -156,11 +164,14 @@ def _read_csv(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord]:
                     expected=f"{len(names)} fields, as in line 1",
                 )
     except csv.Error as error:
-        raise UserError(f"not csv ({error})", where=f"{file.full_path} line {rows.line_num}") from None
+        raise UserError(
+            f"not csv ({error})", where=f"{file.full_path} line {rows.line_num}"
+        ) from None
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise UserError(
-            f"byte 0x{byte:02x} is not UTF-8", where=f"{file.full_path} after line {rows.line_num}"
+            f"byte 0x{byte:02x} is not UTF-8",
+            where=f"{file.full_path} after line {rows.line_num}",
         ) from None
 
 
@@ -186,7 +197,9 @@ def _read_table(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord]:
                 number += 1
                 yield SourceRecord(row, f"{file.full_path} row {number}")
     except pyarrow.ArrowInvalid as error:
-        raise UserError(f"not a valid {file.format} file ({error})", where=str(file.full_path)) from None
+        raise UserError(
+            f"not a valid {file.format} file ({error})", where=str(file.full_path)
+        ) from None
 
 
 def _arrow_batches(stream: IO[bytes], pyarrow: Any) -> Iterator[Any]:
@@ -220,7 +233,8 @@ def _decode(line: bytes, where: str) -> str:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"byte 0x{line[error.start]:02x} is not UTF-8", where=f"{where} byte {error.start}"
+            f"byte 0x{line[error.start]:02x} is not UTF-8",
+            where=f"{where} byte {error.start}",
         ) from None
 
 
@@ -229,7 +243,9 @@ def _parse_json(line: bytes, where: str) -> Any:
         return orjson.loads(line)
     except orjson.JSONDecodeError as error:
         raise UserError(
-            f"the line is not JSON ({error})", where=where, expected="one JSON object per line"
+            f"the line is not JSON ({error})",
+            where=where,
+            expected="one JSON object per line",
         ) from None
 
 
@@ -242,7 +258,11 @@ def record_text(record: SourceRecord, field: str) -> str:
     if isinstance(record.value, str):
         return record.value
     if not isinstance(record.value, dict) or field not in record.value:
-        keys = ", ".join(record.value) if isinstance(record.value, dict) else json_kind(record.value)
+        keys = (
+            ", ".join(record.value)
+            if isinstance(record.value, dict)
+            else json_kind(record.value)
+        )
         raise UserError(
             f"the record has no field {field!r} (it has: {keys or 'none'})",
             where=record.where,
@@ -251,6 +271,8 @@ def record_text(record: SourceRecord, field: str) -> str:
     text = record.value[field]
     if not isinstance(text, str):
         raise UserError(
-            f"the field {field!r} is of type {json_kind(text)}", where=record.where, expected="a string"
+            f"the field {field!r} is of type {json_kind(text)}",
+            where=record.where,
+            expected="a string",
         )
     return text

@@ -12,7 +12,12 @@ from typing import IO, Any
 import numpy as np
 
 from evomesh.data.records.reader import SourceRecord, read_records, record_text
-from evomesh.data.records.source_files import FORMATS, SourceFile, list_source_files, open_files
+from evomesh.data.records.source_files import (
+    FORMATS,
+    SourceFile,
+    list_source_files,
+    open_files,
+)
 from evomesh.data.records.splits import (
     ALL_SPLITS,
     HELD_OUT_KINDS,
@@ -62,19 +67,27 @@ def find_split_files(
     # 3. What a user might not expect of the choice.
     warnings = _warn_mixed_formats(selected, root)
     if purpose == "train" and split is None:
-        left_out = {names[file]: split_of_file[file] for file in files if split_of_file[file] != chosen}
+        left_out = {
+            names[file]: split_of_file[file]
+            for file in files
+            if split_of_file[file] != chosen
+        }
         warnings += _warn_left_out(left_out, chosen)
     return selected, warnings
 
 
-def _select_subset(names: Mapping[SourceFile, Path], subset: str, root: Path) -> list[SourceFile]:
+def _select_subset(
+    names: Mapping[SourceFile, Path], subset: str, root: Path
+) -> list[SourceFile]:
     """Return the files of a format, or inside a folder or archive."""
     wanted = Path(subset).parts
 
     def is_inside(name: Path) -> bool:
         return len(name.parts) > len(wanted) and name.parts[: len(wanted)] == wanted
 
-    files = [file for file, name in names.items() if file.format == subset or is_inside(name)]
+    files = [
+        file for file, name in names.items() if file.format == subset or is_inside(name)
+    ]
     if files:
         return files
     choices = f"one of the formats {', '.join(sorted({file.format for file in names}))}"
@@ -93,7 +106,9 @@ def _warn_mixed_formats(files: Sequence[SourceFile], root: Path) -> list[str]:
     if len(counts) < 2:
         return []
     listed = ", ".join(f"{counts[format]} {format}" for format in sorted(counts))
-    return [f"{root} mixes formats ({listed}); all of them are read; set data.subset_name to choose one"]
+    return [
+        f"{root} mixes formats ({listed}); all of them are read; set data.subset_name to choose one"
+    ]
 
 
 def _warn_left_out(left_out: Mapping[Path, str], chosen: str) -> list[str]:
@@ -110,7 +125,9 @@ def _warn_left_out(left_out: Mapping[Path, str], chosen: str) -> list[str]:
             f"{len(unnamed)} file(s) such as {unnamed[0]} are left out because other files are named {chosen}; "
             f'data.split_name="{ALL_SPLITS}" reads all files'
         )
-    held_out = [name for name, split in left_out.items() if split_kind(split) in HELD_OUT_KINDS]
+    held_out = [
+        name for name, split in left_out.items() if split_kind(split) in HELD_OUT_KINDS
+    ]
     if held_out:
         warnings.append(
             f"{len(held_out)} file(s) such as {held_out[0]} are left out because their names contain "
@@ -157,8 +174,8 @@ class RowWindow:
 class RowStream:
     """All rows of all files, pass after pass, shuffled inside windows.
 
-    The shuffle is stateless: its generator is seeded with (seed, pass, window), so that a window is a function of its
-    cursor.
+    The shuffle is stateless: its generator is seeded with (seed, pass, window), so that
+    a window is a function of its cursor.
 
     Args:
         files: in order.
@@ -186,11 +203,15 @@ class RowStream:
                 yield window
                 cursor = window.next_cursor
             if not found_text:
-                raise UserError("no row contains any text", where=str(self.files[0].path.parent))
+                raise UserError(
+                    "no row contains any text", where=str(self.files[0].path.parent)
+                )
             cursor = RowCursor(n=cursor.n, epoch=cursor.epoch + 1)
             found_text = False
 
-    def _shuffle(self, block: Sequence[tuple[SourceRecord, int, int]], cursor: RowCursor) -> RowWindow:
+    def _shuffle(
+        self, block: Sequence[tuple[SourceRecord, int, int]], cursor: RowCursor
+    ) -> RowWindow:
         """Return the window at ``cursor``, which has the rows of ``block``."""
         generator = np.random.RandomState([self.seed, cursor.epoch, cursor.window])
         records = [block[index][0] for index in generator.permutation(len(block))]
@@ -211,9 +232,13 @@ class RowStream:
 
     def _rows(self, file: int, row: int) -> Iterator[tuple[SourceRecord, int, int]]:
         """Yield each record from a position on, with the numbers of its file and row."""
-        for file_number, (opened, stream, _) in enumerate(open_files(self.files[file:]), file):
+        for file_number, (opened, stream, _) in enumerate(
+            open_files(self.files[file:]), file
+        ):
             first = row if file_number == file else 0
-            for row_number, record in enumerate(read_records_from(stream, opened, first), first):
+            for row_number, record in enumerate(
+                read_records_from(stream, opened, first), first
+            ):
                 yield record, file_number, row_number
 
     def _text(self, record: SourceRecord) -> str:
@@ -224,7 +249,9 @@ class RowStream:
             raise UserError(error.found, where=error.where, fix=fix) from None
 
 
-def read_records_from(stream: IO[bytes], file: SourceFile, row: int) -> Iterator[SourceRecord]:
+def read_records_from(
+    stream: IO[bytes], file: SourceFile, row: int
+) -> Iterator[SourceRecord]:
     """Yield the records of an opened file from number ``row`` on; row groups of parquet are skipped unread."""
     if file.format != "parquet" or row == 0:
         yield from islice(read_records(stream, file), row, None)
@@ -240,7 +267,9 @@ def read_records_from(stream: IO[bytes], file: SourceFile, row: int) -> Iterator
             break
         number += group_rows
         group += 1
-    for batch in parquet.iter_batches(WINDOW, row_groups=list(range(group, parquet.num_row_groups))):
+    for batch in parquet.iter_batches(
+        WINDOW, row_groups=list(range(group, parquet.num_row_groups))
+    ):
         for value in batch.to_pylist():
             number += 1
             if number > row:

@@ -31,7 +31,12 @@ FORMATS = ("txt", "json", "jsonl", "csv", "parquet", "arrow")
 TABLE_FORMATS = ("parquet", "arrow")  # their readers seek
 COMPRESSIONS = ("gz", "zst")
 # of Hugging Face folders
-METADATA_FILES = ("dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json")
+METADATA_FILES = (
+    "dataset_info.json",
+    "dataset_dict.json",
+    "dataset_infos.json",
+    "state.json",
+)
 FINGERPRINT_SUFFIX = ".bin.json"  # beside token files
 APPLE_DOUBLE_PREFIX = "._"  # macOS stores the attributes of x as "._x" in archives
 COPY_SIZE = 1 << 20
@@ -79,7 +84,9 @@ def find_source_files(inputs: list[str]) -> list[SourceFile]:
         if path.is_dir():
             inside = list_source_files(path)
             if not inside:
-                raise UserError(f"no {', '.join(FORMATS)} file below {path}", where="input")
+                raise UserError(
+                    f"no {', '.join(FORMATS)} file below {path}", where="input"
+                )
             found += inside
         else:
             found += _match_files(item, path)
@@ -93,13 +100,19 @@ def _match_files(item: str, pattern: Path) -> list[SourceFile]:
         paths = sorted(Path(name) for name in glob.glob(str(pattern), recursive=True))
     if not paths:
         raise UserError(
-            f"no such file: {item}", where="input", expected="a file, a folder or a glob that matches files"
+            f"no such file: {item}",
+            where="input",
+            expected="a file, a folder or a glob that matches files",
         )
     found: list[SourceFile] = []
     for path in paths:
         files = _source_files_at(path)
         if not files:
-            problem = "contains no such file" if archive_kind(path) else "has an unknown format"
+            problem = (
+                "contains no such file"
+                if archive_kind(path)
+                else "has an unknown format"
+            )
             raise UserError(
                 f"{path.name!r} {problem}",
                 where=str(path),
@@ -132,7 +145,9 @@ def _source_files_at(path: Path) -> list[SourceFile]:
             where=str(path),
             fix="unpack it, or repack it as a .tar.gz",
         )
-    candidates: Sequence[ArchiveMember | None] = list_members(path) if archive_kind(path) else [None]
+    candidates: Sequence[ArchiveMember | None] = (
+        list_members(path) if archive_kind(path) else [None]
+    )
     files = [_classify(path, member) for member in candidates]
     return [file for file in files if file is not None]
 
@@ -157,7 +172,9 @@ def _classify(path: Path, member: ArchiveMember | None) -> SourceFile | None:
     return SourceFile(path, file_format, compression, member)
 
 
-def open_files(files: Sequence[SourceFile]) -> Iterator[tuple[SourceFile, IO[bytes], IO[bytes]]]:
+def open_files(
+    files: Sequence[SourceFile],
+) -> Iterator[tuple[SourceFile, IO[bytes], IO[bytes]]]:
     """Yield each file with its decompressed stream and the raw stream, whose position in ``size`` shows progress.
 
     Consecutive members of one archive are read in one pass through it.
@@ -183,7 +200,8 @@ def _open_archived(
 ) -> Iterator[tuple[SourceFile, IO[bytes], IO[bytes]]]:
     members = [file.member for file in files if file.member]
     for file, raw in zip(files, open_members(archive, members), strict=True):
-        # Tables are read with seeks, which are slow in compressed bytes; only plain tar stores members as they are.
+        # Tables are read with seeks, which are slow in compressed bytes; only plain tar
+        # stores members as they are.
         if file.format in TABLE_FORMATS and archive_kind(archive) != "tar":
             with tempfile.TemporaryFile() as copy:
                 _copy(raw, copy, file)
@@ -197,16 +215,22 @@ def _open(path: Path) -> IO[bytes]:
         # A pipe would block forever, and the input is read twice.
         if not path.is_file():
             raise UserError(
-                "not a regular file", where=str(path), expected="a regular file (it may be compressed)"
+                "not a regular file",
+                where=str(path),
+                expected="a regular file (it may be compressed)",
             )
         return path.open("rb")
     except OSError as error:
-        raise UserError(f"cannot read the file: {error.strerror}", where=str(path)) from None
+        raise UserError(
+            f"cannot read the file: {error.strerror}", where=str(path)
+        ) from None
 
 
 def _copy(source: IO[bytes], target: IO[bytes], file: SourceFile) -> None:
     try:
         shutil.copyfileobj(source, target, COPY_SIZE)
     except READ_ERRORS as error:
-        raise UserError(f"cannot read the file: {error}", where=str(file.full_path)) from None
+        raise UserError(
+            f"cannot read the file: {error}", where=str(file.full_path)
+        ) from None
     target.seek(0)

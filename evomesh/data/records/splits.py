@@ -22,7 +22,9 @@ SPLIT_WORDS = {
     "test": "test",
     "testing": "test",
 }
-SHARD_NAME = re.compile(r"^(\w+(?:\.\w+)*)-\d{5,}-of-\d{5,}")  # SPLIT-00000-of-00004.parquet, inside data/
+SHARD_NAME = re.compile(
+    r"^(\w+(?:\.\w+)*)-\d{5,}-of-\d{5,}"
+)  # SPLIT-00000-of-00004.parquet, inside data/
 
 
 def read_saved_splits(root: Path) -> dict[Path, list[str]]:
@@ -64,7 +66,9 @@ def split_kind(text: str) -> str:
     return next((kind for kind in (*HELD_OUT_KINDS, "train") if kind in kinds), "")
 
 
-def choose_split(splits: Sequence[str], wanted: str | None, purpose: str, folder: Path) -> str:
+def choose_split(
+    splits: Sequence[str], wanted: str | None, purpose: str, folder: Path
+) -> str:
     """Return the split to read, out of those that a folder has ("" for files that name none).
 
     Args:
@@ -104,7 +108,9 @@ def _find_split(names: Sequence[str], wanted: str, key: str, folder: Path) -> st
     name = wanted if wanted in names else SPLIT_WORDS.get(wanted.lower(), wanted)
     if name in names or wanted == ALL_SPLITS:
         return name
-    choices = f"one of {', '.join(names)}" if names else "none: no file's path names a split"
+    choices = (
+        f"one of {', '.join(names)}" if names else "none: no file's path names a split"
+    )
     raise UserError(
         f"{folder} has no split {wanted!r}",
         where=key,

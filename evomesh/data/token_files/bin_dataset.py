@@ -11,7 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomesh.data.token_files.cache import open_cache
-from evomesh.data.token_files.lines import BadLineError, TokenArray, largest_id, parse_line, parse_ranges
+from evomesh.data.token_files.lines import (
+    BadLineError,
+    TokenArray,
+    largest_id,
+    parse_line,
+    parse_ranges,
+)
 from evomesh.data.token_files.mapping import map_file
 from evomesh.data.token_files.meta import read_meta, rebuild
 from evomesh.data.token_files.shared_index import digest, shared_array
@@ -29,7 +35,9 @@ BLOCK = 512  # documents that ``check`` reads at once
 BLOCK_BYTES = 2**18  # and about how many bytes at most
 SHORT = 128  # average tokens per document below which a cache is read by one gather
 LONG = 1 << 16  # tokens from which a document is likely to be in several packs
-CHECKED_BYTES = 64 * 2**20  # read in a few seconds; ``evomesh data verify`` reads everything
+CHECKED_BYTES = (
+    64 * 2**20
+)  # read in a few seconds; ``evomesh data verify`` reads everything
 
 
 class DocumentSource(Protocol):
@@ -52,7 +60,9 @@ class LongLineCache:
         found: file, row and tokens, replaced together because several threads read.
     """
 
-    found: tuple[Path, int, TokenArray] = field(default_factory=lambda: (Path(), -1, np.empty(0, np.int64)))
+    found: tuple[Path, int, TokenArray] = field(
+        default_factory=lambda: (Path(), -1, np.empty(0, np.int64))
+    )
 
 
 class BinDataset:
@@ -90,9 +100,13 @@ class BinDataset:
         self.size = check_file(self.path)
         self.rows = read_meta(self.path, mapped=shared is not None)
         self._shared = shared
-        self.kept: NDArray[np.int32] | None = None  # row of each kept document; None: all rows
+        self.kept: NDArray[np.int32] | None = (
+            None  # row of each kept document; None: all rows
+        )
         self.lengths: NDArray[np.integer] = self.rows[:, 1]
-        has_short = min_length > 0 and len(self.rows) and int(self.lengths.min()) < min_length
+        has_short = (
+            min_length > 0 and len(self.rows) and int(self.lengths.min()) < min_length
+        )
         if has_short:
             self._drop_short(min_length)
         self._last_long = last_long or LongLineCache()
@@ -118,7 +132,8 @@ class BinDataset:
         """Keep only the documents that are long enough."""
         lengths = self.rows[:, 1]
         kept = self._build_once(
-            f"{min_length}.kept", lambda: np.flatnonzero(lengths >= min_length).astype(np.int32)
+            f"{min_length}.kept",
+            lambda: np.flatnonzero(lengths >= min_length).astype(np.int32),
         )
         self.kept = kept
         self.lengths = self._build_once(f"{min_length}.lengths", lambda: lengths[kept])
@@ -146,22 +161,33 @@ class BinDataset:
             UserError: a line does not match the meta, or an id is outside the vocabulary.
         """
         rows = np.asarray(documents) if self.kept is None else self.kept[documents]
-        tokens = self._read_lines(rows) if self._cache is None else self._read_cache(rows, self._cache)
+        tokens = (
+            self._read_lines(rows)
+            if self._cache is None
+            else self._read_cache(rows, self._cache)
+        )
         if self.vocab_size is not None and largest_id(tokens) >= self.vocab_size:
             self._refuse_id(rows, tokens)
         return tokens
 
-    def _read_cache(self, rows: NDArray[np.integer], cache: NDArray[np.int32]) -> TokenArray:
+    def _read_cache(
+        self, rows: NDArray[np.integer], cache: NDArray[np.int32]
+    ) -> TokenArray:
         if self._cache_starts is None:
-            self._cache_starts = self._build_once("starts", lambda: _starts(self.rows[:, 1]))
+            self._cache_starts = self._build_once(
+                "starts", lambda: _starts(self.rows[:, 1])
+            )
         starts = self._cache_starts[rows]
         lengths = self._row_lengths(rows)
         total = int(lengths.sum())
 
-        # Short documents: one index of every token is cheaper than a slice of every document. Documents of 2 and 3
-        # tokens that start at 10 and 40 in the cache give [0 1 2 3 4] + [10 10 38 38 38] = [10 11 40 41 42].
+        # Short documents: one index of every token is cheaper than a slice of every
+        # document. Documents of 2 and 3 tokens that start at 10 and 40 in the cache
+        # give [0 1 2 3 4] + [10 10 38 38 38] = [10 11 40 41 42].
         if total < len(rows) * SHORT:
-            offsets = starts - _starts(lengths)  # from a token of the result to the same token in the cache
+            offsets = starts - _starts(
+                lengths
+            )  # from a token of the result to the same token in the cache
             index = np.arange(total) + np.repeat(offsets, lengths)
             tokens: TokenArray = cache[index].astype(np.int64)
             return tokens
@@ -176,8 +202,9 @@ class BinDataset:
         is_long = self._row_lengths(rows) >= LONG
         if not is_long.any():
             return self._parse(rows)
-        # Each long document forms a separate group; the rows between two of them are parsed together. With a long one
-        # at position 2 of five, the borders 2 and 3 give the groups [0 1], [2] and [3 4].
+        # Each long document forms a separate group; the rows between two of them are
+        # parsed together. With a long one at position 2 of five, the borders 2 and 3
+        # give the groups [0 1], [2] and [3 4].
         long = np.flatnonzero(is_long)
         borders = np.unique([long, long + 1])
         tokens = []
@@ -327,7 +354,11 @@ class BinDataset:
     def _check_end(self) -> None:
         """Check that the last row's line is the last of the file: a cheap test for a torn file and for missing rows."""
         if not len(self.rows):
-            raise UserError("the meta has no rows", where=f"{self.path}.meta", fix=rebuild(self.path))
+            raise UserError(
+                "the meta has no rows",
+                where=f"{self.path}.meta",
+                fix=rebuild(self.path),
+            )
         last = len(self.rows) - 1
         line = self.line(last)
         extra = line.rstrip(b"\n").count(b"\n")
@@ -342,7 +373,9 @@ class BinDataset:
             raise UserError(
                 f"the token file ends at byte {self.size} in the middle of a line",
                 where=f"{self.path} line {last + 1} (starts at byte {start})",
-                expected=f"a complete line; the last good one is line {last}" if last else "a complete line",
+                expected=f"a complete line; the last good one is line {last}"
+                if last
+                else "a complete line",
                 fix=f"drop the torn line: evomesh data repair {self.path}",
             )
 
@@ -360,7 +393,8 @@ def evenly_spaced(total: int, count: int) -> NDArray[np.int64]:
 def check_sources(sources: Sequence[DocumentSource]) -> None:
     """Read token files before a run starts: completely if together they are small, else in evenly spaced blocks.
 
-    The blocks find defects that occur throughout a file, such as another vocabulary or the meta of another file.
+    The blocks find defects that occur throughout a file, such as another vocabulary or
+    the meta of another file.
 
     Raises:
         UserError: the first bad line or meta row that was read; training would have failed on it later. Or a file
@@ -397,10 +431,14 @@ def check_file(path: Path) -> int:
         with path.open("rb") as file:
             start = file.read(6)
     except OSError as error:
-        raise UserError(f"cannot read the token file: {error.strerror}", where=str(path)) from None
+        raise UserError(
+            f"cannot read the token file: {error.strerror}", where=str(path)
+        ) from None
     if size == 0:
         raise UserError(
-            "the token file is empty (0 bytes)", where=str(path), fix="delete it or tokenize again"
+            "the token file is empty (0 bytes)",
+            where=str(path),
+            fix="delete it or tokenize again",
         )
     for magic, kind in MAGIC.items():
         if start.startswith(magic):

@@ -9,7 +9,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from evomesh.data.token_files.lines import BadLineError, TokenArray, parse_line, parse_plain
+from evomesh.data.token_files.lines import (
+    BadLineError,
+    TokenArray,
+    parse_line,
+    parse_plain,
+)
 from evomesh.data.token_files.mapping import map_array
 from evomesh.data.token_files.meta import read_meta, rebuild
 from evomesh.data.token_files.part_files import open_part, remove_dead_parts
@@ -47,7 +52,9 @@ def write_cache(bin_path: Path) -> int:
     remove_dead_parts(cache_path(bin_path))
     part, locked = open_part(cache_path(bin_path))
     try:
-        flat = np.lib.format.open_memmap(part, mode="w+", dtype=np.int32, shape=(total,))
+        flat = np.lib.format.open_memmap(
+            part, mode="w+", dtype=np.int32, shape=(total,)
+        )
         filled = 0
         with bin_path.open("rb") as file:
             for first in range(0, len(lengths), BLOCK):
@@ -55,7 +62,9 @@ def write_cache(bin_path: Path) -> int:
                 lines = list(islice(file, len(declared)))
                 tokens = parse_plain(lines, declared)
                 if tokens is None:
-                    tokens = _parse_one_by_one(lines, declared.tolist(), bin_path, first)
+                    tokens = _parse_one_by_one(
+                        lines, declared.tolist(), bin_path, first
+                    )
                 flat[filled : filled + len(tokens)] = tokens
                 filled += len(tokens)
         if filled != total:
@@ -73,7 +82,9 @@ def write_cache(bin_path: Path) -> int:
     return total
 
 
-def _parse_one_by_one(lines: list[bytes], declared: list[int], bin_path: Path, first: int) -> TokenArray:
+def _parse_one_by_one(
+    lines: list[bytes], declared: list[int], bin_path: Path, first: int
+) -> TokenArray:
     """Parse lines with every check; ``first`` lines of the file come before them."""
     parsed: list[int] = []
     number = first

@@ -12,9 +12,7 @@ from evomesh.config.user import expand_home, user_name
 from evomesh.errors import UserError
 from evomesh.storage.atomic_file import write_atomically
 
-TREE = (
-    "folder/TYPE/.../NAME.bin with NAME.bin.meta beside it (TYPE: cn, en, code, ja, ar, kaoshi or any name)"
-)
+TREE = "folder/TYPE/.../NAME.bin with NAME.bin.meta beside it (TYPE: cn, en, code, ja, ar, kaoshi or any name)"
 
 
 @dataclass(frozen=True)
@@ -38,12 +36,15 @@ class TokenFile:
 def walk(folder: Path, suffix: str) -> Iterator[TokenFile]:
     """Yield the files below ``folder`` ending in ``suffix``: a folder's files before its folders, both by name.
 
-    Links are followed, but a folder that is reached again through a link inside itself is not entered again.
+    Links are followed, but a folder that is reached again through a link inside itself
+    is not entered again.
     """
     yield from _walk(folder, "", suffix, frozenset())
 
 
-def _walk(directory: Path, prefix: str, suffix: str, parents: frozenset[str]) -> Iterator[TokenFile]:
+def _walk(
+    directory: Path, prefix: str, suffix: str, parents: frozenset[str]
+) -> Iterator[TokenFile]:
     """Walk one folder.
 
     Args:
@@ -97,7 +98,9 @@ def check_folder(folder: str | Path, key: str) -> Path:
     return path
 
 
-def find_files(folder: Path, key: str, order_path: str | None = None) -> list[TokenFile]:
+def find_files(
+    folder: Path, key: str, order_path: str | None = None
+) -> list[TokenFile]:
     """Return the token files of a folder, in walk order or in the order of an order file.
 
     Raises:
@@ -124,7 +127,11 @@ def find_files(folder: Path, key: str, order_path: str | None = None) -> list[To
             expected=TREE,
             fix=f"tokenize text into it: evomesh tokenize TEXT --output {folder}/en/data.bin --tokenizer T",
         )
-    return files if order_path is None else _reorder(files, folder, expand_home(order_path))
+    return (
+        files
+        if order_path is None
+        else _reorder(files, folder, expand_home(order_path))
+    )
 
 
 def _reorder(files: list[TokenFile], folder: Path, order_path: Path) -> list[TokenFile]:
@@ -132,8 +139,12 @@ def _reorder(files: list[TokenFile], folder: Path, order_path: Path) -> list[Tok
     by_name = {file.name: file for file in files}
     listed = read_order(order_path)
     repeated = Counter(listed) - Counter(set(listed))
-    problems = [f"  listed, not in {folder}: {name}" for name in listed if name not in by_name]
-    problems += [f"  in {folder}, not listed: {name}" for name in sorted(by_name.keys() - listed)]
+    problems = [
+        f"  listed, not in {folder}: {name}" for name in listed if name not in by_name
+    ]
+    problems += [
+        f"  in {folder}, not listed: {name}" for name in sorted(by_name.keys() - listed)
+    ]
     problems += [f"  listed twice: {name}" for name in sorted(repeated)]
     if problems:
         header = "the order file and the folder do not have the same files"
@@ -155,8 +166,12 @@ def read_order(path: Path) -> list[str]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise UserError(f"cannot read the order file: {error.strerror}", where=str(path)) from None
-    return [PurePosixPath(line.rstrip("\r")).as_posix() for line in lines if line.strip()]
+        raise UserError(
+            f"cannot read the order file: {error.strerror}", where=str(path)
+        ) from None
+    return [
+        PurePosixPath(line.rstrip("\r")).as_posix() for line in lines if line.strip()
+    ]
 
 
 def assign_types(files: list[TokenFile], folder: Path) -> list[str]:
@@ -214,7 +229,9 @@ def write_order(folder: str | Path, output: Path, suffix: str = ".bin") -> int:
     """
     names = [file.name for file in walk(check_folder(folder, "data folder"), suffix)]
     if not names:
-        raise UserError(f"no file ending in {suffix!r} below {folder}", where="data folder")
+        raise UserError(
+            f"no file ending in {suffix!r} below {folder}", where="data folder"
+        )
     with write_atomically(output) as file:
         file.writelines(f"{name}\n".encode() for name in names)
     return len(names)

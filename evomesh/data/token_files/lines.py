@@ -18,9 +18,15 @@ _HEAD = b'{"tokens": ['
 _TAIL = b"]}\n"
 _FRAME = len(_HEAD) + len(_TAIL)
 _NUMBERS = b"0123456789,- "
-_BORDER = 9999999999  # separates two documents that are parsed together: no id is that large
+_BORDER = (
+    9999999999  # separates two documents that are parsed together: no id is that large
+)
 _JOINT = b", %d, " % _BORDER
-_MISSING_NUMBERS = (b",,", b"-,", b"--")  # a number without digits, once spaces are removed
+_MISSING_NUMBERS = (
+    b",,",
+    b"-,",
+    b"--",
+)  # a number without digits, once spaces are removed
 
 
 class BadLineError(Exception):
@@ -55,11 +61,14 @@ def parse_plain(lines: list[bytes], lengths: IntArray) -> TokenArray | None:
     return parse_ranges(memoryview(b"".join(lines)), starts, ends, lengths)
 
 
-def parse_ranges(file: memoryview, starts: IntArray, ends: IntArray, lengths: IntArray) -> TokenArray | None:
+def parse_ranges(
+    file: memoryview, starts: IntArray, ends: IntArray, lengths: IntArray
+) -> TokenArray | None:
     """Parse lines that have exactly InternEvo's form; return all their tokens, one line after the other.
 
-    Return None when any line has another form: ``parse_line`` then determines what it contains. Python only makes a
-    view of each line, and NumPy's text reader is twice as fast as a JSON parser that makes a Python int of each token.
+    Return None when any line has another form: ``parse_line`` then determines what it
+    contains. Python only makes a view of each line, and NumPy's text reader is twice as
+    fast as a JSON parser that makes a Python int of each token.
 
     Args:
         file: [bytes] holds the lines.
@@ -70,10 +79,13 @@ def parse_ranges(file: memoryview, starts: IntArray, ends: IntArray, lengths: In
     if not _have_frames(file, starts, ends):
         return None
 
-    # Parse all documents as one list of numbers, with a number that is not an id at each border.
+    # Parse all documents as one list of numbers, with a number that is not an id at
+    # each border.
     first_bytes = (starts + len(_HEAD)).tolist()
     last_bytes = (ends - len(_TAIL)).tolist()
-    views = [file[first:last] for first, last in zip(first_bytes, last_bytes, strict=True)]
+    views = [
+        file[first:last] for first, last in zip(first_bytes, last_bytes, strict=True)
+    ]
     text = _JOINT.join(views)
     if not _is_list_of_integers(text):
         return None
@@ -82,9 +94,14 @@ def parse_ranges(file: memoryview, starts: IntArray, ends: IntArray, lengths: In
     except ValueError:
         return None
 
-    # If the length of a document is wrong, a border remains among the tokens and exceeds the largest id.
+    # If the length of a document is wrong, a border remains among the tokens and
+    # exceeds the largest id.
     tokens = _remove_borders(numbers, lengths)
-    if tokens is None or _has_missing_number(text, tokens) or largest_id(tokens) > MAX_ID:
+    if (
+        tokens is None
+        or _has_missing_number(text, tokens)
+        or largest_id(tokens) > MAX_ID
+    ):
         return None
     return tokens
 
@@ -104,7 +121,9 @@ def _have_frames(file: memoryview, starts: IntArray, ends: IntArray) -> bool:
 def _occurs_at(file: memoryview, text: bytes, starts: IntArray) -> bool:
     """Return whether ``text`` starts at each of these bytes, by comparing overlapping views without a copy."""
     size = len(text)
-    slices: NDArray[np.bytes_] = np.ndarray((len(file) - size + 1,), f"S{size}", file, strides=(1,))
+    slices: NDArray[np.bytes_] = np.ndarray(
+        (len(file) - size + 1,), f"S{size}", file, strides=(1,)
+    )
     return bool((slices[starts] == text).all())
 
 
@@ -152,26 +171,39 @@ def parse_line(line: bytes) -> list[int]:
         BadLineError: the line is not such an object.
     """
     if b"\x00" in line:
-        raise BadLineError("the line has NUL bytes (was a write lost in a crash?)", byte=line.index(b"\x00"))
+        raise BadLineError(
+            "the line has NUL bytes (was a write lost in a crash?)",
+            byte=line.index(b"\x00"),
+        )
     try:
         line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise BadLineError(f"byte 0x{line[error.start]:02x} is not UTF-8", byte=error.start) from None
+        raise BadLineError(
+            f"byte 0x{line[error.start]:02x} is not UTF-8", byte=error.start
+        ) from None
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError:
         raise _not_json(line) from None
     if not isinstance(record, dict):
-        raise BadLineError(f"the line is a JSON {json_kind(record)}", 'an object {"tokens": [ids]}')
+        raise BadLineError(
+            f"the line is a JSON {json_kind(record)}", 'an object {"tokens": [ids]}'
+        )
     if "tokens" not in record:
         keys = ", ".join(sorted(record)) or "none"
-        raise BadLineError(f"the line has no key tokens (keys found: {keys})", 'an object {"tokens": [ids]}')
+        raise BadLineError(
+            f"the line has no key tokens (keys found: {keys})",
+            'an object {"tokens": [ids]}',
+        )
     tokens = record["tokens"]
     if not isinstance(tokens, list):
         raise BadLineError(f"tokens is a {json_kind(tokens)}", "a list of integers")
     for position, token in enumerate(tokens):
         if type(token) is not int or abs(token) > MAX_ID:
-            raise BadLineError(f"token {position} is {json.dumps(token)}", f"an integer of at most {MAX_ID}")
+            raise BadLineError(
+                f"token {position} is {json.dumps(token)}",
+                f"an integer of at most {MAX_ID}",
+            )
     return tokens
 
 
@@ -179,7 +211,11 @@ def _not_json(line: bytes) -> BadLineError:
     try:
         json.loads(line, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
-        return BadLineError(f"the line is not JSON ({error.msg})", 'an object {"tokens": [ids]}', error.pos)
+        return BadLineError(
+            f"the line is not JSON ({error.msg})",
+            'an object {"tokens": [ids]}',
+            error.pos,
+        )
     except BadLineError as bad:
         bad.byte = line.find(bad.found.split()[0].encode())
         return bad
@@ -194,5 +230,11 @@ def json_kind(value: object) -> str:
     """Return JSON's name for the type of a value; its Python type where JSON has none."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return "number"
-    names = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
+    names = {
+        dict: "object",
+        list: "list",
+        str: "string",
+        bool: "boolean",
+        type(None): "null",
+    }
     return names.get(type(value), type(value).__name__)

@@ -1,6 +1,7 @@
 """Map files for reading without keeping a handle: a data set may have more files than a process may have open.
 
-Python's ``mmap`` and ``numpy.memmap`` keep a handle for as long as the map exists, though the system needs none.
+Python's ``mmap`` and ``numpy.memmap`` keep a handle for as long as the map exists,
+though the system needs none.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def map_file(path: Path) -> memoryview:
     finally:
         os.close(handle)
     content = (ctypes.c_ubyte * size).from_address(address)
-    weakref.finalize(content, _libc().munmap, ctypes.c_void_p(address), ctypes.c_size_t(size))
+    weakref.finalize(
+        content, _libc().munmap, ctypes.c_void_p(address), ctypes.c_size_t(size)
+    )
     return memoryview(content).cast("B").toreadonly()
 
 

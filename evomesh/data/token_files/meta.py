@@ -12,7 +12,8 @@ from evomesh.data.token_files.mapping import map_array
 from evomesh.errors import UserError
 
 CHECK_ROWS = 1 << 20  # rows checked at once: bounds memory
-# Smaller metas are read, not mapped, so that a tree of many small files does not keep a handle for each.
+# Smaller metas are read, not mapped, so that a tree of many small files does not keep a
+# handle for each.
 MAP_BYTES = 1 << 20
 
 MetaArray = NDArray[np.int32] | NDArray[np.int64]
@@ -31,7 +32,8 @@ def rebuild(bin_path: str | Path) -> str:
 def read_meta(bin_path: Path, mapped: bool = False) -> MetaArray:
     """Open and check the meta of ``bin_path``: [N, 2], int32 or int64, memory-mapped when large or when ``mapped``.
 
-    Checks only what follows from the meta and the file size; a line is checked when it is read.
+    Checks only what follows from the meta and the file size; a line is checked when it
+    is read.
 
     Raises:
         UserError: the meta is missing, is not such an array, or its rows cannot belong to this file.
@@ -47,7 +49,9 @@ def read_meta(bin_path: Path, mapped: bool = False) -> MetaArray:
     _check_header(path, bin_path)
     is_small = path.stat().st_size < MAP_BYTES
     loads_whole = is_small and not mapped
-    rows: MetaArray = np.load(path, allow_pickle=False) if loads_whole else map_array(path)
+    rows: MetaArray = (
+        np.load(path, allow_pickle=False) if loads_whole else map_array(path)
+    )
     if rows.ndim != 2 or rows.shape[1] != 2:
         raise UserError(
             f"the meta has shape {rows.shape}",
@@ -77,8 +81,11 @@ def read_meta(bin_path: Path, mapped: bool = False) -> MetaArray:
 def _check_header(path: Path, bin_path: Path) -> None:
     size = path.stat().st_size
     if size == 0:
-        raise UserError("the meta is empty (0 bytes)", where=str(path), fix=rebuild(bin_path))
-    # NumPy's own messages name neither the file nor what to do, and np.load of a pickle must never be reached.
+        raise UserError(
+            "the meta is empty (0 bytes)", where=str(path), fix=rebuild(bin_path)
+        )
+    # NumPy's own messages name neither the file nor what to do, and np.load of a pickle
+    # must never be reached.
     with path.open("rb") as file:
         start = file.read(16)
         if start[:6] != b"\x93NUMPY":
@@ -100,7 +107,9 @@ def _check_header(path: Path, bin_path: Path) -> None:
             shape, _, dtype = read(file)
         except ValueError as error:
             raise UserError(
-                f"the meta has a broken .npy header ({error})", where=str(path), fix=rebuild(bin_path)
+                f"the meta has a broken .npy header ({error})",
+                where=str(path),
+                fix=rebuild(bin_path),
             ) from None
         if dtype.hasobject:
             raise UserError(
@@ -123,18 +132,24 @@ def _check_rows(rows: MetaArray, size: int, path: Path, bin_path: Path) -> None:
     """Check that offsets start at 0, increase and end inside the file, and that counts are not negative."""
 
     def refuse(row: int, found: str, expected: str) -> UserError:
-        return UserError(found, where=f"{path} row {row}", expected=expected, fix=rebuild(bin_path))
+        return UserError(
+            found, where=f"{path} row {row}", expected=expected, fix=rebuild(bin_path)
+        )
 
     if len(rows) == 0:
         return
     if rows[0, 0] != 0:
         first = int(rows[0, 0])
         raise refuse(
-            0, f"the first line starts at byte {first}", "byte 0 (a negative offset or a missing row)"
+            0,
+            f"the first line starts at byte {first}",
+            "byte 0 (a negative offset or a missing row)",
         )
     # In parts, so that a mapped meta is never in memory as a whole.
     for start in range(0, len(rows), CHECK_ROWS):
-        part = rows[start : start + CHECK_ROWS + 1]  # one more, to compare the last with its next
+        part = rows[
+            start : start + CHECK_ROWS + 1
+        ]  # one more, to compare the last with its next
         wrong = np.flatnonzero(part[1:, 0] <= part[:-1, 0])
         if len(wrong):
             row = start + int(wrong[0]) + 1
@@ -148,7 +163,9 @@ def _check_rows(rows: MetaArray, size: int, path: Path, bin_path: Path) -> None:
         wrong = np.flatnonzero(part[:, 1] < 0)
         if len(wrong):
             row = start + int(wrong[0])
-            raise refuse(row, f"the line has {int(rows[row, 1])} tokens", "a count of at least 0")
+            raise refuse(
+                row, f"the line has {int(rows[row, 1])} tokens", "a count of at least 0"
+            )
     if rows[-1, 0] >= size:
         row = int(np.searchsorted(rows[:, 0], size))
         raise refuse(
@@ -159,7 +176,9 @@ def _check_rows(rows: MetaArray, size: int, path: Path, bin_path: Path) -> None:
         )
 
 
-def write_meta(path: Path, offsets: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
+def write_meta(
+    path: Path, offsets: NDArray[np.int64], lengths: NDArray[np.int64]
+) -> None:
     """Write an int64 meta at exactly ``path``, durably: the caller renames it into place."""
     with path.open("wb") as file:
         np.save(file, np.stack([offsets, lengths], axis=1).astype("<i8"))

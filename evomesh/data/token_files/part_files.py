@@ -1,8 +1,9 @@
 """Part files: a large file grows under a hidden name, ``.NAME.HOST.RANDOM.part``, until it is complete.
 
-A running writer holds a lock on its part, which the kernel releases when the process ends for whatever reason. So an
-unlocked part was left by a killed run. Not every shared file system passes locks between machines: a part of another
-host counts as dead only if, in addition, nothing was written to it for a day.
+A running writer holds a lock on its part, which the kernel releases when the process
+ends for whatever reason. So an unlocked part was left by a killed run. Not every shared
+file system passes locks between machines: a part of another host counts as dead only
+if, in addition, nothing was written to it for a day.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from evomesh.errors import UserError
 logger = logging.getLogger(__name__)
 
 DEAD_SECONDS = 24 * 3600.0
-COMPANIONS = (".meta", ".json")  # suffixes of the files that a writer puts beside its part
+COMPANIONS = (
+    ".meta",
+    ".json",
+)  # suffixes of the files that a writer puts beside its part
 
 LockState = Literal["taken", "held", "unsupported"]
 
@@ -39,8 +43,11 @@ def open_part(path: Path) -> tuple[Path, IO[bytes]]:
         try:
             file = part.open("xb")
         except OSError as error:
-            raise UserError(f"cannot write there: {error.strerror}", where=str(path)) from None
-        # Another run may have taken it for a dead part, and removed it, before it was locked.
+            raise UserError(
+                f"cannot write there: {error.strerror}", where=str(path)
+            ) from None
+        # Another run may have taken it for a dead part, and removed it, before it was
+        # locked.
         _lock(file, wait=True)
         if os.fstat(file.fileno()).st_nlink:
             return part, file
@@ -50,7 +57,9 @@ def open_part(path: Path) -> tuple[Path, IO[bytes]]:
 def remove_dead_parts(path: Path) -> None:
     """Remove the parts of ``path`` that killed runs left, and log each."""
     name = re.escape(path.name)
-    pattern = re.compile(rf"(\.{name}\.([A-Za-z0-9-]+)\.[0-9a-f]{{8}}\.part)(\.meta|\.json)?")
+    pattern = re.compile(
+        rf"(\.{name}\.([A-Za-z0-9-]+)\.[0-9a-f]{{8}}\.part)(\.meta|\.json)?"
+    )
     matches = map(pattern.fullmatch, os.listdir(path.parent))
     parts = {match.group(1, 2) for match in matches if match}  # name of the part, host
     for part_name, host in sorted(parts):
@@ -60,12 +69,17 @@ def remove_dead_parts(path: Path) -> None:
         except OSError:  # another run removed it, or it belongs to another user
             continue
         if size is not None:
-            logger.warning("removed %s (%s bytes), left by a run that was killed", part, f"{size:,}")
+            logger.warning(
+                "removed %s (%s bytes), left by a run that was killed",
+                part,
+                f"{size:,}",
+            )
 
 
 def _remove_if_dead(part: Path, path: Path, host: str) -> int | None:
     """Remove a dead part with its companions; return their bytes, None when it may still be written."""
-    # A run that was killed between two renames left companions of a part that already has its final name.
+    # A run that was killed between two renames left companions of a part that already
+    # has its final name.
     with (part if part.exists() else path).open("r+b") as file:
         lock = _lock(file, wait=False)
         if lock == "held":

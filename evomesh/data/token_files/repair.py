@@ -45,7 +45,11 @@ def repair(path: Path) -> str:
             starts.append(position)
             position += len(line)
     if not lengths:
-        raise UserError("the file has no complete line", where=str(path), fix="tokenize the source again")
+        raise UserError(
+            "the file has no complete line",
+            where=str(path),
+            fix="tokenize the source again",
+        )
 
     # 2. Move the torn line, then write the meta of the others.
     if torn:
@@ -56,7 +60,11 @@ def repair(path: Path) -> str:
     with locked:
         write_meta(part, np.array(starts, np.int64), np.array(lengths, np.int64))
         os.replace(part, meta_path(path))
-    moved = f"; the torn last line ({len(torn)} bytes) was moved to {path.name}.torn" if torn else ""
+    moved = (
+        f"; the torn last line ({len(torn)} bytes) was moved to {path.name}.torn"
+        if torn
+        else ""
+    )
     return f"{path}: {len(lengths):,} documents, {sum(lengths):,} tokens{moved}"
 
 

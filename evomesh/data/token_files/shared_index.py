@@ -38,7 +38,9 @@ def digest(arrays: Iterable[NDArray[np.integer]]) -> str:
     return state.hexdigest()
 
 
-def shared_array(folder: Path, key: str, build: Callable[[], NDArray[Any]]) -> NDArray[Any]:
+def shared_array(
+    folder: Path, key: str, build: Callable[[], NDArray[Any]]
+) -> NDArray[Any]:
     """Map the array of ``key`` from ``folder``; build and write it first if it is not there.
 
     Processes that build it at the same time write the same bytes.

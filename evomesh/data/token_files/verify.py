@@ -90,7 +90,9 @@ def scan_file(path: Path, vocab_size: int | None = None) -> FileScan:
     _find_repeats(scan)
     _compare_fingerprint(scan)
     if scan.zeros:
-        scan.notes.append(f"{path}: id 0 occurs {scan.zeros:,} times; the format cannot make it a target")
+        scan.notes.append(
+            f"{path}: id 0 occurs {scan.zeros:,} times; the format cannot make it a target"
+        )
     return scan
 
 
@@ -104,7 +106,8 @@ def _read_lines(scan: FileScan, vocab_size: int | None) -> None:
         vocab_size = MAX_ID + 1
     with scan.path.open("rb") as file:
         while lines := file.readlines(BLOCK_BYTES):
-            # Parse the block in one go; only a block with a defect is read line by line.
+            # Parse the block in one go; only a block with a defect is read line by
+            # line.
             counts = np.array([line.count(b",") + 1 for line in lines])
             tokens = parse_plain(lines, counts)
             if tokens is None or largest_id(tokens) >= vocab_size:
@@ -125,7 +128,8 @@ def _read_lines(scan: FileScan, vocab_size: int | None) -> None:
             hashes += map(xxhash.xxh3_64_intdigest, lines)
             sizes += map(len, lines)
             position = file.tell()
-    # A line starts where those before it end: sizes 10, 20 and 5 give the offsets 0, 10 and 30.
+    # A line starts where those before it end: sizes 10, 20 and 5 give the offsets 0, 10
+    # and 30.
     ends = np.cumsum([0, *sizes])
     scan.offsets = ends[:-1]
     scan.lengths = np.concatenate(lengths)
@@ -149,11 +153,15 @@ def _read_one_by_one(
             tokens = _parse_tokens(line)
         except BadLineError as bad:
             torn = "" if line.endswith(b"\n") else "; the file ends in the middle of it"
-            scan.refuse_line(BROKEN, f"{bad.location(scan.path, number, position)}: {bad.found}{torn}")
+            scan.refuse_line(
+                BROKEN,
+                f"{bad.location(scan.path, number, position)}: {bad.found}{torn}",
+            )
         largest = largest_id(tokens)
         if largest >= vocab_size:
             scan.refuse_line(
-                OUTSIDE, f"{scan.path} line {number}: id {largest} is outside the vocabulary of {vocab_size}"
+                OUTSIDE,
+                f"{scan.path} line {number}: id {largest} is outside the vocabulary of {vocab_size}",
             )
         documents.append(tokens)
         position += len(line)
@@ -205,7 +213,9 @@ def _compare_meta(scan: FileScan) -> None:
         return
     where = meta_path(scan.path)
     if len(rows) != len(scan.offsets):
-        scan.problems.append(f"{where}: {len(rows):,} rows, the token file has {len(scan.offsets):,} lines")
+        scan.problems.append(
+            f"{where}: {len(rows):,} rows, the token file has {len(scan.offsets):,} lines"
+        )
     count = min(len(rows), len(scan.offsets))
     right = np.stack([scan.offsets[:count], scan.lengths[:count]], axis=1)
     is_wrong = (rows[:count] != right).any(axis=1)
@@ -223,7 +233,8 @@ def _find_repeats(scan: FileScan) -> None:
     count = len(scan.hashes)
     if count < 2:
         return
-    # Sorting brings equal lines together: shift is each line's distance to the previous equal one, 0 without one.
+    # Sorting brings equal lines together: shift is each line's distance to the previous
+    # equal one, 0 without one.
     order = np.argsort(scan.hashes, kind="stable")
     sorted_hashes = scan.hashes[order]
     equals_previous = sorted_hashes[1:] == sorted_hashes[:-1]
@@ -251,10 +262,16 @@ def _compare_fingerprint(scan: FileScan) -> None:
     record = read_fingerprint(scan.path)
     if record is None:
         return
-    counts = {"documents": len(scan.offsets), "tokens": scan.tokens, "max_id": scan.max_id}
+    counts = {
+        "documents": len(scan.offsets),
+        "tokens": scan.tokens,
+        "max_id": scan.max_id,
+    }
     for key, value in counts.items():
         if key in record and record[key] != value:
-            scan.problems.append(f"{scan.path}.json: {key} is {record[key]}, the token file has {value}")
+            scan.problems.append(
+                f"{scan.path}.json: {key} is {record[key]}, the token file has {value}"
+            )
 
 
 def _find_json_text(scan: FileScan, tokenizer: Tokenizer) -> list[str]:

@@ -40,13 +40,17 @@ class BinWriter:
         self.path = expand_home(path)
         if self.path.suffix != ".bin":
             raise UserError(
-                f"{self.path.name!r} does not end in .bin", where="output", expected="DIR/TYPE/NAME.bin"
+                f"{self.path.name!r} does not end in .bin",
+                where="output",
+                expected="DIR/TYPE/NAME.bin",
             )
         folder = self.path.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot create the folder: {error}", where=str(folder)) from None
+            raise UserError(
+                f"cannot create the folder: {error}", where=str(folder)
+            ) from None
         remove_dead_parts(self.path)
         self._part, self._file = open_part(self.path)
         self._lengths: list[NDArray[np.int64]] = []  # tokens of each line, in blocks
@@ -68,7 +72,10 @@ class BinWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.abort()  # after commit there is nothing left to remove
 
@@ -124,7 +131,9 @@ class BinWriter:
             self._file.flush()
             os.fsync(self._file.fileno())
             write_meta(meta, np.cumsum(sizes) - sizes, lengths)
-            fingerprint.write_bytes(orjson.dumps(record, option=orjson.OPT_INDENT_2) + b"\n")
+            fingerprint.write_bytes(
+                orjson.dumps(record, option=orjson.OPT_INDENT_2) + b"\n"
+            )
         # 2. Rename them. Until the last rename the file has no meta, so that a reader refuses it; after a crash here, a
         # rerun repairs it.
         meta_path(self.path).unlink(missing_ok=True)
@@ -191,5 +200,7 @@ def _report_disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot write: {error.strerror}", where=str(path), fix="free space there, or write elsewhere"
+            f"cannot write: {error.strerror}",
+            where=str(path),
+            fix="free space there, or write elsewhere",
         ) from None

@@ -19,13 +19,20 @@ from tests.unit.storage.test_storage import BUCKET, endpoint, keys  # noqa: F401
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "local":
         return str(tmp_path / "ckpts")
-    return f"s3:http://{request.getfixturevalue('endpoint')}/{BUCKET}/cli/{tmp_path.name}"
+    return (
+        f"s3:http://{request.getfixturevalue('endpoint')}/{BUCKET}/cli/{tmp_path.name}"
+    )
 
 
 def save(root: str, *steps: int, value: float = 0.0) -> CheckpointWriter:
     manager = CheckpointWriter(root)
     for step in steps:
-        manager.save(step, {"w": torch.full((50, 40), step + value), "b": torch.ones(3)}, {"n": step}, {})
+        manager.save(
+            step,
+            {"w": torch.full((50, 40), step + value), "b": torch.ones(3)},
+            {"n": step},
+            {},
+        )
     manager.close()
     return manager
 
@@ -47,7 +54,9 @@ def test_ls_lists_all_steps(root: str) -> None:
     manager.storage.delete(f"{manager.root}/step-00000002/commit.json")
     listing = ckpt("ls", root)
     assert steps(listing) == [3, 2, 1]
-    assert listing.count("committed") == 2 and re.search(r"^ *2 +interrupted", listing, re.M)
+    assert listing.count("committed") == 2 and re.search(
+        r"^ *2 +interrupted", listing, re.M
+    )
     assert "step-00000003" in listing
     with pytest.raises(UserError, match="no checkpoint at"):
         ckpt("ls", f"{root}/7")
@@ -57,7 +66,9 @@ def test_verify_names_what_is_damaged(root: str) -> None:
     manager = save(root, 1, 2)
     assert ckpt("verify", root).count(": good, 2 tensors") == 2
     folder = f"{manager.root}/step-00000002"
-    (data,) = (name for name in manager.storage.list(folder) if name.endswith(".safetensors"))
+    (data,) = (
+        name for name in manager.storage.list(folder) if name.endswith(".safetensors")
+    )
     content = bytearray(manager.storage.read(f"{folder}/{data}"))
     content[-1] ^= 1
     manager.storage.delete(f"{folder}/{data}")
@@ -66,8 +77,15 @@ def test_verify_names_what_is_damaged(root: str) -> None:
     writer.finish()
     assert "DAMAGED" not in ckpt("verify", "--quick", root)
     result = CliRunner().invoke(app, ["verify", root])
-    assert isinstance(result.exception, UserError) and "1 damaged" in result.exception.found
-    assert f"{folder}: DAMAGED" in result.output and data in result.output and "good" in result.output
+    assert (
+        isinstance(result.exception, UserError)
+        and "1 damaged" in result.exception.found
+    )
+    assert (
+        f"{folder}: DAMAGED" in result.output
+        and data in result.output
+        and "good" in result.output
+    )
 
 
 def test_prune_keeps_what_is_pinned_and_the_newest(root: str) -> None:

@@ -24,7 +24,12 @@ IDS = torch.tensor([3, 7, 11, 20, 5])
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """``ckpts``, and ``hf``, the folder made of it, with a tokenizer of single bytes."""
     byte_tokenizer(tmp_path / "tok")
-    config = model_config("INTERNLM2_PUBLIC", vocab_size=256, qk_interleaved=True, use_dynamic_ntk_rope=True)
+    config = model_config(
+        "INTERNLM2_PUBLIC",
+        vocab_size=256,
+        qk_interleaved=True,
+        use_dynamic_ntk_rope=True,
+    )
     settings = GenerationConfig(eos_id=(2, 9), bos_id=1)
     _, found = save_model(tmp_path / "ckpts", config, str(tmp_path / "tok"), settings)
     export(found, tmp_path / "hf", ExportOptions(compare=False), lambda line: None)
@@ -45,7 +50,9 @@ def test_a_hugging_face_folder_is_the_same_model(place: Path) -> None:
     assert ours.source == "step 7 of ckpts" and theirs.source == "hf"
 
 
-def test_a_model_of_the_hubs_cache(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_of_the_hubs_cache(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = place / "hub/models--some--model"
     (cache / "refs").mkdir(parents=True)
     (cache / "refs/main").write_text("abc")
@@ -61,14 +68,20 @@ def test_the_fingerprint_tells_weights_apart(place: Path) -> None:
     file = place / "hf/model.safetensors"
     data = bytearray(file.read_bytes())
     record = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    start = 8 + int.from_bytes(data[:8], "little") + record["model.norm.weight"]["data_offsets"][0]
+    start = (
+        8
+        + int.from_bytes(data[:8], "little")
+        + record["model.norm.weight"]["data_offsets"][0]
+    )
     data[start] ^= 1  # the last bit of a float64
     file.write_bytes(data)
     assert restore_model("hf").fingerprint != before
 
 
 def test_the_service_of_a_folder(place: Path) -> None:
-    ours, theirs = (load_service(name, "cpu", ModelOptions()).model for name in ("ckpts", "hf"))
+    ours, theirs = (
+        load_service(name, "cpu", ModelOptions()).model for name in ("ckpts", "hf")
+    )
     assert theirs.name == "hf"
     assert theirs.fingerprint.startswith("hf-")
     for key in ("vocab_size", "trained_length", "rotary_type"):

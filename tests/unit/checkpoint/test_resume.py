@@ -14,7 +14,13 @@ from evomesh.checkpoint.native.find import SaveFolder
 from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.native.plan import describe
 from evomesh.checkpoint.native.save import CheckpointWriter
-from evomesh.checkpoint.resume import check_config, decide, parse_content, restart_line, restore
+from evomesh.checkpoint.resume import (
+    check_config,
+    decide,
+    parse_content,
+    restart_line,
+    restore,
+)
 from evomesh.config.record import config_to_dict
 from evomesh.config.schema import CheckpointConfig, Config, LoadConfig
 from evomesh.errors import UserError
@@ -40,11 +46,19 @@ def config(root: Path, **values: Any) -> CheckpointConfig:
     return CheckpointConfig(save_ckpt_folder=str(root), **values)
 
 
-def test_auto_resume_is_the_default_and_takes_the_newest_even_if_saving_is_off(tmp_path: Path) -> None:
+def test_auto_resume_is_the_default_and_takes_the_newest_even_if_saving_is_off(
+    tmp_path: Path,
+) -> None:
     writer = saved(tmp_path, 5, 10)
-    start = decide(config(tmp_path, enable_save_ckpt=False), CheckpointReader(), writer.folder)
-    assert start.resumes and start.checkpoint is not None and start.checkpoint.step == 10
-    assert start.reason == f"resuming step 10 from {tmp_path}/step-00000010 (auto_resume)"
+    start = decide(
+        config(tmp_path, enable_save_ckpt=False), CheckpointReader(), writer.folder
+    )
+    assert (
+        start.resumes and start.checkpoint is not None and start.checkpoint.step == 10
+    )
+    assert (
+        start.reason == f"resuming step 10 from {tmp_path}/step-00000010 (auto_resume)"
+    )
     tensors = run(0)
     assert restore(start, CheckpointReader(), tensors) == {"step": 10}
     assert all(torch.equal(t, torch.full((3,), 10.0)) for t in tensors.values())
@@ -58,17 +72,28 @@ def test_auto_resume_ignores_load_info_loudly(tmp_path: Path) -> None:
         SaveFolder.open(str(tmp_path / "empty")),
     )
     assert not start.resumes and start.checkpoint is None
-    assert "starting from scratch" in start.reason and f"({tmp_path}/other) IGNORED" in start.reason
+    assert (
+        "starting from scratch" in start.reason
+        and f"({tmp_path}/other) IGNORED" in start.reason
+    )
 
 
 @covers("ckpt.load_ckpt_info.fallback")
 def test_a_fallback_is_used_only_where_nothing_can_be_resumed(tmp_path: Path) -> None:
     saved(tmp_path / "weights", 3)
     info = LoadConfig(path=str(tmp_path / "weights"), fallback=True)
-    empty = decide(config(tmp_path / "own", load_ckpt_info=info), CheckpointReader(), None)
-    assert empty.checkpoint is not None and empty.checkpoint.step == 3 and empty.content == {"model"}
+    empty = decide(
+        config(tmp_path / "own", load_ckpt_info=info), CheckpointReader(), None
+    )
+    assert (
+        empty.checkpoint is not None
+        and empty.checkpoint.step == 3
+        and empty.content == {"model"}
+    )
     writer = saved(tmp_path / "own", 5)
-    start = decide(config(tmp_path / "own", load_ckpt_info=info), CheckpointReader(), writer.folder)
+    start = decide(
+        config(tmp_path / "own", load_ckpt_info=info), CheckpointReader(), writer.folder
+    )
     assert start.checkpoint is not None and start.checkpoint.step == 5 and start.resumes
 
 
@@ -82,20 +107,38 @@ def test_a_fallback_is_used_only_where_nothing_can_be_resumed(tmp_path: Path) ->
 )
 def test_without_auto_resume_load_ckpt_info_decides(tmp_path: Path) -> None:
     writer = saved(tmp_path, 5, 10)
-    assert decide(config(tmp_path, auto_resume=False), CheckpointReader(), writer.folder).checkpoint is None
-    info = LoadConfig(path=f"local:{tmp_path}/5", content=("all",), ckpt_type="internlm")
+    assert (
+        decide(
+            config(tmp_path, auto_resume=False), CheckpointReader(), writer.folder
+        ).checkpoint
+        is None
+    )
+    info = LoadConfig(
+        path=f"local:{tmp_path}/5", content=("all",), ckpt_type="internlm"
+    )
     start = decide(
-        config(tmp_path, auto_resume=False, load_ckpt_info=info), CheckpointReader(), writer.folder
+        config(tmp_path, auto_resume=False, load_ckpt_info=info),
+        CheckpointReader(),
+        writer.folder,
     )
     assert start.checkpoint is not None and start.checkpoint.step == 5 and start.resumes
     missing = LoadConfig(path=f"local:{tmp_path}/6")
     with pytest.raises(UserError, match="has steps 10, 5"):
-        decide(config(tmp_path, auto_resume=False, load_ckpt_info=missing), CheckpointReader(), writer.folder)
+        decide(
+            config(tmp_path, auto_resume=False, load_ckpt_info=missing),
+            CheckpointReader(),
+            writer.folder,
+        )
     nowhere = LoadConfig(path="some/model")
     with pytest.raises(
-        UserError, match="neither an existing folder nor a model in the local Hugging Face cache"
+        UserError,
+        match="neither an existing folder nor a model in the local Hugging Face cache",
     ):
-        decide(config(tmp_path, auto_resume=False, load_ckpt_info=nowhere), CheckpointReader(), writer.folder)
+        decide(
+            config(tmp_path, auto_resume=False, load_ckpt_info=nowhere),
+            CheckpointReader(),
+            writer.folder,
+        )
 
 
 @covers("ckpt.load_ckpt_info.content", "promise:content")
@@ -109,11 +152,15 @@ def test_without_auto_resume_load_ckpt_info_decides(tmp_path: Path) -> None:
         (("all",), set(NAMES)),
     ],
 )
-def test_content_mixtures(tmp_path: Path, content: tuple[str, ...], loaded: set[str]) -> None:
+def test_content_mixtures(
+    tmp_path: Path, content: tuple[str, ...], loaded: set[str]
+) -> None:
     writer = saved(tmp_path, 5)
     info = LoadConfig(path=str(tmp_path), content=content)
     start = decide(
-        config(tmp_path, auto_resume=False, load_ckpt_info=info), CheckpointReader(), writer.folder
+        config(tmp_path, auto_resume=False, load_ckpt_info=info),
+        CheckpointReader(),
+        writer.folder,
     )
     tensors = run(0)
     restore(start, CheckpointReader(), tensors)
@@ -123,7 +170,9 @@ def test_content_mixtures(tmp_path: Path, content: tuple[str, ...], loaded: set[
 def test_unknown_content() -> None:
     with pytest.raises(UserError, match="content has 'weights'"):
         parse_content(("weights",))
-    assert parse_content("all") == parse_content(("model", "sampler", "optimizer", "scheduler"))
+    assert parse_content("all") == parse_content(
+        ("model", "sampler", "optimizer", "scheduler")
+    )
 
 
 def stored_with(root: Path, stored: Config) -> CheckpointWriter:
@@ -134,15 +183,23 @@ def stored_with(root: Path, stored: Config) -> CheckpointWriter:
 
 def changed(section: str, **values: Any) -> Config:
     base = Config()
-    return base.model_copy(update={section: getattr(base, section).model_copy(update=values)})
+    return base.model_copy(
+        update={section: getattr(base, section).model_copy(update=values)}
+    )
 
 
 @covers("ckpt.allow_changed_model")
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"rope_base": 5e4}, "model.rope_base: 10000.0 in the checkpoint, 50000.0 in the config"),
-        ({"qk_interleaved": True}, "model.qk_interleaved: False in the checkpoint, True in the config"),
+        (
+            {"rope_base": 5e4},
+            "model.rope_base: 10000.0 in the checkpoint, 50000.0 in the config",
+        ),
+        (
+            {"qk_interleaved": True},
+            "model.qk_interleaved: False in the checkpoint, True in the config",
+        ),
         ({"layer_norm_epsilon": 0.1}, "model.layer_norm_epsilon"),
         ({"norm_type": "layernorm"}, "model.norm_type: 'rmsnorm' in the checkpoint"),
         ({"model_type": "LLAMA2"}, "model.model_type"),
@@ -157,8 +214,13 @@ def test_a_resume_with_another_function_of_the_weights_is_refused_unless_asked_f
     present = changed("model", **values)
     with pytest.raises(UserError, match="compute something else") as caught:
         check_config(start, present, CheckpointReader())
-    assert words in str(caught.value) and "--set ckpt.allow_changed_model=True" in caught.value.fix
-    allowed = present.model_copy(update={"ckpt": CheckpointConfig(allow_changed_model=True)})
+    assert (
+        words in str(caught.value)
+        and "--set ckpt.allow_changed_model=True" in caught.value.fix
+    )
+    allowed = present.model_copy(
+        update={"ckpt": CheckpointConfig(allow_changed_model=True)}
+    )
     check_config(start, allowed, CheckpointReader())
     assert words in caplog.text
 
@@ -187,7 +249,9 @@ def test_a_start_from_weights_alone_may_change_their_function(
     caplog.clear()  # the save is logged too, where another test has raised the log level
     info = LoadConfig(path=str(tmp_path), content=("model",))
     start = decide(
-        config(tmp_path, auto_resume=False, load_ckpt_info=info), CheckpointReader(), writer.folder
+        config(tmp_path, auto_resume=False, load_ckpt_info=info),
+        CheckpointReader(),
+        writer.folder,
     )
     check_config(start, changed("model", rope_base=5e5), CheckpointReader())
     check_config(start, changed("adam", lr=5.0), CheckpointReader())
@@ -236,7 +300,9 @@ def test_a_state_that_cannot_continue_a_run_makes_the_one_before_it_the_start(
     writer = CheckpointWriter(str(tmp_path))
     writer.save(4, run(4), earlier, {})
     writer.save(5, run(5), {**state, part: value}, {})
-    start = decide(config(tmp_path), CheckpointReader(), writer.folder, check=check_counters)
+    start = decide(
+        config(tmp_path), CheckpointReader(), writer.folder, check=check_counters
+    )
     assert start.checkpoint is not None and start.checkpoint.step == 4
     assert "skipped" in caplog.text and "step-00000005" in caplog.text
 
@@ -254,8 +320,14 @@ def test_auto_resume_takes_the_newest_checkpoint_of_internevo(tmp_path: Path) ->
     folder = internevo(tmp_path, "50", "100", "snapshot/0")
     (tmp_path / "900").mkdir()  # empty
     start = decide(config(tmp_path), CheckpointReader(), folder)
-    assert start.resumes and start.path == f"local:{tmp_path}/100" and start.ckpt_type == "internevo"
-    assert start.reason == f"resuming InternEvo's checkpoint {tmp_path}/100 (auto_resume)"
+    assert (
+        start.resumes
+        and start.path == f"local:{tmp_path}/100"
+        and start.ckpt_type == "internevo"
+    )
+    assert (
+        start.reason == f"resuming InternEvo's checkpoint {tmp_path}/100 (auto_resume)"
+    )
     writer = saved(tmp_path, 101)  # from then on there are checkpoints of this program
     start = decide(config(tmp_path), CheckpointReader(), writer.folder)
     assert start.checkpoint is not None and start.checkpoint.step == 101
@@ -266,12 +338,19 @@ def test_auto_resume_never_starts_from_scratch_over_an_incomplete_checkpoint_of_
     tmp_path: Path, missing: str
 ) -> None:
     folder = internevo(tmp_path, "50", without=missing)
-    with pytest.raises(UserError, match=f"has no {missing}: it cannot resume a run") as caught:
+    with pytest.raises(
+        UserError, match=f"has no {missing}: it cannot resume a run"
+    ) as caught:
         decide(config(tmp_path), CheckpointReader(), folder)
-    assert f'load_ckpt_info=dict(path="{tmp_path}/50", content=("model",)' in caught.value.fix
+    assert (
+        f'load_ckpt_info=dict(path="{tmp_path}/50", content=("model",)'
+        in caught.value.fix
+    )
 
 
-def test_auto_resume_over_snapshots_of_internevo_stops_and_says_how(tmp_path: Path) -> None:
+def test_auto_resume_over_snapshots_of_internevo_stops_and_says_how(
+    tmp_path: Path,
+) -> None:
     folder = internevo(tmp_path, "snapshot/0", "snapshot/1")
     with pytest.raises(UserError, match="snapshots of InternEvo") as caught:
         decide(config(tmp_path), CheckpointReader(), folder)
@@ -285,7 +364,9 @@ def test_a_weights_only_checkpoint_cannot_resume(tmp_path: Path) -> None:
         decide(config(tmp_path), CheckpointReader(), writer.folder)
     info = LoadConfig(path=str(tmp_path), content=("model",))
     start = decide(
-        config(tmp_path, auto_resume=False, load_ckpt_info=info), CheckpointReader(), writer.folder
+        config(tmp_path, auto_resume=False, load_ckpt_info=info),
+        CheckpointReader(),
+        writer.folder,
     )
     tensors = run(0)
     restore(start, CheckpointReader(), tensors)
@@ -296,13 +377,20 @@ def test_a_weights_only_checkpoint_cannot_resume(tmp_path: Path) -> None:
 def test_a_custom_loader(tmp_path: Path) -> None:
     @checkpoint_loaders.register("my_format")
     def load(path: str, config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-        yield "w", torch.tensor([float(word) for word in Path(path, "w.txt").read_text().split()])
+        yield (
+            "w",
+            torch.tensor(
+                [float(word) for word in Path(path, "w.txt").read_text().split()]
+            ),
+        )
 
     (tmp_path / "w.txt").write_text("1 2 3")
     info = LoadConfig(path=str(tmp_path), content=("model",), ckpt_type="my_format")
     writer = CheckpointWriter(str(tmp_path / "save"))
     start = decide(
-        config(tmp_path / "save", auto_resume=False, load_ckpt_info=info), CheckpointReader(), writer.folder
+        config(tmp_path / "save", auto_resume=False, load_ckpt_info=info),
+        CheckpointReader(),
+        writer.folder,
     )
     tensors = run(0)
     restore(start, CheckpointReader(), tensors)
@@ -310,7 +398,9 @@ def test_a_custom_loader(tmp_path: Path) -> None:
 
 
 def test_foreign_tensors_that_do_not_fit_are_all_named() -> None:
-    def refused(source: dict[str, torch.Tensor], elsewhere: tuple[str, ...] = ()) -> str:
+    def refused(
+        source: dict[str, torch.Tensor], elsewhere: tuple[str, ...] = ()
+    ) -> str:
         with pytest.raises(UserError) as caught:
             fill(
                 describe({"a": torch.zeros(2), "b": torch.zeros(3, 1)}, Grid()),
@@ -322,7 +412,10 @@ def test_foreign_tensors_that_do_not_fit_are_all_named() -> None:
 
     a, b = torch.ones(2), torch.ones(3, 1)
     text = refused({"a": torch.ones(3), "b": torch.ones(3)})
-    assert "2 tensors differ" in text and "a: the checkpoint has [3], the model wants [2]" in text
+    assert (
+        "2 tensors differ" in text
+        and "a: the checkpoint has [3], the model wants [2]" in text
+    )
     assert "b: the checkpoint has [3], the model wants [3, 1]" in text
     assert "has no 'a', 'b' (2 names)" in refused({})
     assert "unexpected tensors in the checkpoint: 'c' (1 name)" in refused(
@@ -343,7 +436,9 @@ def test_unknown_type_names_the_known_ones(tmp_path: Path) -> None:
 def test_a_hugging_face_folder_is_recognised(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     info = LoadConfig(path=str(tmp_path), ckpt_type="internevo")
-    with pytest.raises(UserError, match="is a Hugging Face model folder, but ckpt_type='internevo'"):
+    with pytest.raises(
+        UserError, match="is a Hugging Face model folder, but ckpt_type='internevo'"
+    ):
         decide(
             config(tmp_path, auto_resume=False, load_ckpt_info=info),
             CheckpointReader(),
@@ -356,9 +451,14 @@ def test_a_folder_of_ours_given_as_another_kind(tmp_path: Path, kind: str) -> No
     writer = saved(tmp_path, 5)
     info = LoadConfig(path=str(tmp_path), ckpt_type=kind)
     with pytest.raises(
-        UserError, match=f"is an evomesh checkpoint, but ckpt_type='{kind}'(.|\\n)*'internevo'"
+        UserError,
+        match=f"is an evomesh checkpoint, but ckpt_type='{kind}'(.|\\n)*'internevo'",
     ):
-        decide(config(tmp_path, auto_resume=False, load_ckpt_info=info), CheckpointReader(), writer.folder)
+        decide(
+            config(tmp_path, auto_resume=False, load_ckpt_info=info),
+            CheckpointReader(),
+            writer.folder,
+        )
 
 
 def test_pickled_metadata_is_never_opened(tmp_path: Path) -> None:
@@ -372,10 +472,15 @@ def test_pickled_metadata_is_never_opened(tmp_path: Path) -> None:
         )
 
 
-def test_the_restart_line_names_the_checkpoint_that_a_restart_uses(tmp_path: Path) -> None:
+def test_the_restart_line_names_the_checkpoint_that_a_restart_uses(
+    tmp_path: Path,
+) -> None:
     assert "from scratch" in restart_line(SaveFolder.open(str(tmp_path)))
     writer = saved(tmp_path, 5, 10)
     (tmp_path / "step-00000010/commit.json").unlink()
-    assert restart_line(writer.folder) == f"a restart resumes from step 5: {tmp_path}/step-00000005"
+    assert (
+        restart_line(writer.folder)
+        == f"a restart resumes from step 5: {tmp_path}/step-00000005"
+    )
     (tmp_path / "step-00000005/commit.json").write_text("{}")
     assert "finds no checkpoint" in restart_line(writer.folder)

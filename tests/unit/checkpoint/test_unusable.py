@@ -32,7 +32,12 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("original") / "ckpts"
     writer = CheckpointWriter(str(root))
     for step in (1, 2):
-        writer.save(step, {"w": torch.full((4, 3), float(step)), "v": torch.ones(2)}, {"step": step}, {})
+        writer.save(
+            step,
+            {"w": torch.full((4, 3), float(step)), "v": torch.ones(2)},
+            {"step": step},
+            {},
+        )
     writer.close()
     return root
 
@@ -56,7 +61,9 @@ def file_of(root: Path, kind: str) -> Path:
 
 def assert_falls_back(root: Path, caplog: pytest.LogCaptureFixture, words: str) -> None:
     assert newest(root) == 1
-    skipped = [record for record in caplog.records if record.getMessage().startswith("skipped")]
+    skipped = [
+        record for record in caplog.records if record.getMessage().startswith("skipped")
+    ]
     (record,) = skipped
     assert NEWEST in record.getMessage() and words in record.getMessage()
     assert record.levelno == logging.WARNING
@@ -66,7 +73,9 @@ def assert_falls_back(root: Path, caplog: pytest.LogCaptureFixture, words: str) 
 
 
 @pytest.mark.parametrize("kind", ["data", "index", "commit"])
-@pytest.mark.parametrize("special", ["pipe", "device", "socket", "folder", "circle", "dangling"])
+@pytest.mark.parametrize(
+    "special", ["pipe", "device", "socket", "folder", "circle", "dangling"]
+)
 def test_a_special_file_is_never_opened(
     root: Path, caplog: pytest.LogCaptureFixture, kind: str, special: str
 ) -> None:
@@ -77,7 +86,10 @@ def test_a_special_file_is_never_opened(
     elif special == "device":
         path.symlink_to("/dev/zero")
     elif special == "socket":
-        with tempfile.TemporaryDirectory() as short, socket.socket(socket.AF_UNIX) as server:
+        with (
+            tempfile.TemporaryDirectory() as short,
+            socket.socket(socket.AF_UNIX) as server,
+        ):
             server.bind(f"{short}/s")  # a socket's path may have about 100 characters
             os.rename(f"{short}/s", path)
     elif special == "folder":
@@ -92,7 +104,9 @@ def test_a_special_file_is_never_opened(
 def test_what_nobody_may_read_is_skipped_and_never_a_fresh_start(
     original: Path, target: str, others: bool
 ) -> None:
-    with tempfile.TemporaryDirectory() as name:  # tmp_path cannot be entered by another user
+    with (
+        tempfile.TemporaryDirectory() as name
+    ):  # tmp_path cannot be entered by another user
         root = shutil.copytree(original, Path(name) / "ckpts")
         for path in (Path(name), *root.rglob("*")):
             path.chmod(0o755)
@@ -114,7 +128,9 @@ def test_what_nobody_may_read_is_skipped_and_never_a_fresh_start(
         assert "no checkpoint verifies" in text and "Permission denied" in text
 
 
-def test_a_save_folder_that_nobody_may_list_is_an_error_and_no_fresh_start(original: Path) -> None:
+def test_a_save_folder_that_nobody_may_list_is_an_error_and_no_fresh_start(
+    original: Path,
+) -> None:
     with tempfile.TemporaryDirectory() as name:
         root = shutil.copytree(original, Path(name) / "ckpts")
         Path(name).chmod(0o755)
@@ -132,7 +148,10 @@ def test_a_save_folder_that_nobody_may_list_is_an_error_and_no_fresh_start(origi
 
 @pytest.mark.parametrize("code", [5, 116, 121])  # EIO, ESTALE, EREMOTEIO
 def test_a_bad_sector(
-    root: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, code: int
+    root: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
 ) -> None:
     read = LocalReader.read_into
 
@@ -156,7 +175,14 @@ def test_a_renamed_step_folder_is_not_resumed_again_and_again(
 
 
 @pytest.mark.parametrize(
-    "name", ["step-00000009\n", "step-٠٠٠٠٠٠٠٩", "step-9", "step-00000009-xyz", "xstep-00000009"]
+    "name",
+    [
+        "step-00000009\n",
+        "step-٠٠٠٠٠٠٠٩",
+        "step-9",
+        "step-00000009-xyz",
+        "xstep-00000009",
+    ],
 )
 def test_names_that_only_look_like_a_step(root: Path, name: str) -> None:
     shutil.copytree(root / NEWEST, root / name)
@@ -172,7 +198,9 @@ def reseal(root: Path, change: Callable[[dict[str, Any]], object]) -> None:
     change(body)
     text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     digest = fmt.sha256(text.encode("utf-8", "surrogatepass"))
-    path.write_bytes(f'{{"body":{text},"sha256":"{digest}"}}'.encode("utf-8", "surrogatepass"))
+    path.write_bytes(
+        f'{{"body":{text},"sha256":"{digest}"}}'.encode("utf-8", "surrogatepass")
+    )
 
 
 def reindex(root: Path, lines: list[Any]) -> None:
@@ -182,7 +210,21 @@ def reindex(root: Path, lines: list[Any]) -> None:
     reseal(root, lambda body: body["index"].update(hashed))
 
 
-ODD = [None, True, -1, 1.5, 10**30, "x", "\x1b[2J", "\ud800", [], [[]], {}, {"$float": []}, {"$bytes": 7}]
+ODD = [
+    None,
+    True,
+    -1,
+    1.5,
+    10**30,
+    "x",
+    "\x1b[2J",
+    "\ud800",
+    [],
+    [[]],
+    {},
+    {"$float": []},
+    {"$bytes": 7},
+]
 FIELDS = [
     "step",
     "attempt",
@@ -210,10 +252,15 @@ def test_odd_fields_of_a_commit_record(root: Path, field: str, value: Any) -> No
 
 
 @pytest.mark.parametrize(
-    "field", ["step", "attempt", "created", "config", "state", "files", "index", "tensors"]
+    "field",
+    ["step", "attempt", "created", "config", "state", "files", "index", "tensors"],
 )
-@pytest.mark.parametrize("value", [None, True, -1, 1.5, 10**30, "\x1b[2J", [[]]], ids=range(7))
-def test_a_wrong_type_is_damage(root: Path, caplog: pytest.LogCaptureFixture, field: str, value: Any) -> None:
+@pytest.mark.parametrize(
+    "value", [None, True, -1, 1.5, 10**30, "\x1b[2J", [[]]], ids=range(7)
+)
+def test_a_wrong_type_is_damage(
+    root: Path, caplog: pytest.LogCaptureFixture, field: str, value: Any
+) -> None:
     reseal(root, lambda body: body.update({field: value}))
     assert_falls_back(root, caplog, "commit.json")
     assert "\x1b" not in caplog.text
@@ -250,30 +297,60 @@ ODD_LINES: list[Any] = [
     deep(500),
     *[line(name=value) for value in (None, 5, [], "\x1b[31m", "\u202ew")],
     *[line(dtype=value) for value in (None, [], {}, "F31", "f32")],
-    *[line(shape=value) for value in (None, 4, "43", [4, None], [4, True], [4, -3], [4.0, 3], [10**40, 3])],
+    *[
+        line(shape=value)
+        for value in (
+            None,
+            4,
+            "43",
+            [4, None],
+            [4, True],
+            [4, -3],
+            [4.0, 3],
+            [10**40, 3],
+        )
+    ],
     *[line(shape=[1] * 100, pieces=[]), line(shape=[2**62, 2**62], pieces=[])],
-    *[line(pieces=value) for value in (None, {}, [None], [[]], [[0]], [5], [[0, [0, 0], [4, 3], 256]])],
-    *[line(pieces=[[value, [0, 0], [4, 3], 256, "ab"]]) for value in (None, True, -1, 7, "0", 10**30)],
-    *[line(pieces=[[0, value, [4, 3], 256, "ab"]]) for value in (None, [0], [0, 0, 0], [0, "0"], [2**63, 0])],
+    *[
+        line(pieces=value)
+        for value in (None, {}, [None], [[]], [[0]], [5], [[0, [0, 0], [4, 3], 256]])
+    ],
+    *[
+        line(pieces=[[value, [0, 0], [4, 3], 256, "ab"]])
+        for value in (None, True, -1, 7, "0", 10**30)
+    ],
+    *[
+        line(pieces=[[0, value, [4, 3], 256, "ab"]])
+        for value in (None, [0], [0, 0, 0], [0, "0"], [2**63, 0])
+    ],
     *[
         line(pieces=[[0, [0, 0], value, 256, "ab"]])
         for value in (None, [4], [4, 3, 1], [4, 2], [2**40, 2**40])
     ],
-    *[line(pieces=[[0, [0, 0], [4, 3], value, "ab"]]) for value in (None, -1, 1.0, 10**9, 2**62)],
+    *[
+        line(pieces=[[0, [0, 0], [4, 3], value, "ab"]])
+        for value in (None, -1, 1.0, 10**9, 2**62)
+    ],
     line(pieces=[[0, [0, 0], [4, 3], 256, None]]),
     line(pieces=[[0, [0, 0], [4, 2], 256, "ab"], [0, [0, 1], [4, 1], 256, "ab"]]),
 ]
 
 
 @pytest.mark.parametrize("odd", ODD_LINES, ids=range(len(ODD_LINES)))
-def test_odd_lines_of_an_index(root: Path, caplog: pytest.LogCaptureFixture, odd: Any) -> None:
+def test_odd_lines_of_an_index(
+    root: Path, caplog: pytest.LogCaptureFixture, odd: Any
+) -> None:
     reindex(root, [line(name="v", shape=[2], pieces=[[0, [0], [2], 256, "ab"]]), odd])
     assert_falls_back(root, caplog, "step-00000002")
     assert "\x1b" not in caplog.text and "\u202e" not in caplog.text
 
 
-def test_a_tensor_that_is_listed_twice(root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    lines = [json.loads(text) for text in file_of(root, "index").read_text().splitlines()]
+def test_a_tensor_that_is_listed_twice(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = [
+        json.loads(text) for text in file_of(root, "index").read_text().splitlines()
+    ]
     reindex(root, [lines[0], lines[0]])
     assert_falls_back(root, caplog, "twice")
 
@@ -281,7 +358,9 @@ def test_a_tensor_that_is_listed_twice(root: Path, caplog: pytest.LogCaptureFixt
 def test_pieces_with_so_many_edges_that_counting_them_takes_all_memory(
     root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cubes = [[0, [n * 3, n * 3 + 1, n * 3 + 2], [1, 1, 1], 256, "ab"] for n in range(1000)]
+    cubes = [
+        [0, [n * 3, n * 3 + 1, n * 3 + 2], [1, 1, 1], 256, "ab"] for n in range(1000)
+    ]
     rest = [[0, [0, 0, 0], [3002, 3002, 1], 256, "ab"]]
     reindex(root, [line(shape=[3002, 3002, 3002], pieces=cubes + rest)])
     assert_falls_back(root, caplog, "step-00000002")
@@ -297,8 +376,18 @@ def test_a_commit_record_of_a_terabyte_of_nothing(
     assert_falls_back(root, caplog, "far more than any save writes")
 
 
-def test_a_check_of_the_caller_that_fails_in_any_way(root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert newest(root, check=lambda checkpoint: int(checkpoint.state["step"]) // (2 - checkpoint.step)) == 1
+def test_a_check_of_the_caller_that_fails_in_any_way(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert (
+        newest(
+            root,
+            check=lambda checkpoint: (
+                int(checkpoint.state["step"]) // (2 - checkpoint.step)
+            ),
+        )
+        == 1
+    )
     assert "the stored state cannot be used: ZeroDivisionError" in caplog.messages[0]
 
 
@@ -314,7 +403,11 @@ class FlippingReader:
 
     def read_into(self, start: int, buffer: memoryview) -> None:
         self._inner.read_into(start, buffer)
-        if self._path.endswith(self._storage.suffix) and len(buffer) and self._storage.flips > 0:
+        if (
+            self._path.endswith(self._storage.suffix)
+            and len(buffer)
+            and self._storage.flips > 0
+        ):
             self._storage.flips -= 1
             buffer[len(buffer) // 2] ^= 4
 
@@ -334,7 +427,9 @@ def test_a_bit_flipped_on_the_way_is_read_again(
     root: Path, caplog: pytest.LogCaptureFixture, suffix: str, flips: int, step: int
 ) -> None:
     storage = Flipping(suffix, flips)
-    found = CheckpointReader().newest(SaveFolder(storage, str(root), storage, str(root / "snapshot")))
+    found = CheckpointReader().newest(
+        SaveFolder(storage, str(root), storage, str(root / "snapshot"))
+    )
     assert found is not None and found.step == step
     words = "read again" if step == 2 else "does not match"
     assert words in caplog.text or "is not a commit record" in caplog.text
@@ -342,12 +437,18 @@ def test_a_bit_flipped_on_the_way_is_read_again(
 
 def test_a_bit_flipped_while_tensors_are_loaded(root: Path) -> None:
     storage = Flipping(".safetensors", 0)
-    found = CheckpointReader().newest(SaveFolder(storage, str(root), storage, str(root / "snapshot")))
+    found = CheckpointReader().newest(
+        SaveFolder(storage, str(root), storage, str(root / "snapshot"))
+    )
     assert found is not None
     storage.flips = 2
     target = {"w": torch.zeros(4, 3), "v": torch.zeros(2)}
     CheckpointReader().load(found, target)
-    assert storage.flips == 0 and bool((target["w"] == 2).all()) and bool((target["v"] == 1).all())
+    assert (
+        storage.flips == 0
+        and bool((target["w"] == 2).all())
+        and bool((target["v"] == 1).all())
+    )
 
 
 # ----------------------------------------------------------------------------------------------- what gets printed
@@ -365,11 +466,15 @@ def test_control_characters_are_printed_as_escapes(hostile: str) -> None:
     assert printable("a\nb", keep="") == r"a\nb"
 
 
-def test_an_error_message_never_acts_on_the_terminal(tmp_path: Path, hostile: str) -> None:
+def test_an_error_message_never_acts_on_the_terminal(
+    tmp_path: Path, hostile: str
+) -> None:
     name = hostile.replace("/", "")
     (tmp_path / name).mkdir()
     with pytest.raises(UserError) as caught:
         CheckpointReader().resolve(str(tmp_path))
     error = caught.value
     for text in (str(error), error.found, error.where, error.fix):
-        assert "owned" in str(error) and all(part.isprintable() for part in text.split("\n"))
+        assert "owned" in str(error) and all(
+            part.isprintable() for part in text.split("\n")
+        )

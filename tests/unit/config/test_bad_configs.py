@@ -36,7 +36,12 @@ VALUES: list[tuple[list[str], list[str]]] = [
     (["SEQLEN=2"], ["SEQLEN", "unknown key"]),
     (
         ["data.seq_len='2048'"],
-        ["data.seq_len (--set)", "'2048' (a string)", "an integer", "remove the quotes"],
+        [
+            "data.seq_len (--set)",
+            "'2048' (a string)",
+            "an integer",
+            "remove the quotes",
+        ],
     ),
     (["data.seq_len=0"], ["found 0", ">= 1"]),
     (["data.seq_len=-5"], ["found -5", ">= 1"]),
@@ -44,10 +49,19 @@ VALUES: list[tuple[list[str], list[str]]] = [
     (["data.seq_len=True"], ["found True (a bool)", "an integer"]),
     (["data.seq_len=99999999999999999999"], ["99999999999999999999"]),
     (["data.seq_len=2147483647", "data.micro_bsz=2"], ["4294967294", "2147483647"]),
-    (["data.empty_cache_and_diag_interval=99999999999999999999"], ["too large", "2**63"]),
-    (["model.hidden_size=100"], ["hidden_size=100", "num_attention_heads=32", "96 or 128", "25 or 50"]),
+    (
+        ["data.empty_cache_and_diag_interval=99999999999999999999"],
+        ["too large", "2**63"],
+    ),
+    (
+        ["model.hidden_size=100"],
+        ["hidden_size=100", "num_attention_heads=32", "96 or 128", "25 or 50"],
+    ),
     (["model.hidden_size=96"], ["odd width 3"]),
-    (["model.num_kv_attention_heads=5", "model_type=LLAMA2"], ["num_kv_attention_heads=5", "4 or 8"]),
+    (
+        ["model.num_kv_attention_heads=5", "model_type=LLAMA2"],
+        ["num_kv_attention_heads=5", "4 or 8"],
+    ),
     (["model.num_kv_attention_heads=8"], ["INTERNLM has one key/value head for each"]),
     (["model.no_bias=True"], ["INTERNLM always has attention biases"]),
     (["model_type=INTERNLM_MoE"], ["mixture-of-experts"]),
@@ -56,16 +70,34 @@ VALUES: list[tuple[list[str], list[str]]] = [
         ["parallel.tensor=8", "model_type=LLAMA2", "model.num_kv_attention_heads=4"],
         ["num_kv_attention_heads=4"],
     ),
-    (["parallel.tensor={'size': 2, 'mode': 'fsp'}", "data.seq_len=2049"], ["packed length 2049", "fsp"]),
+    (
+        ["parallel.tensor={'size': 2, 'mode': 'fsp'}", "data.seq_len=2049"],
+        ["packed length 2049", "fsp"],
+    ),
     (["parallel.tensor.mode=mps"], ["'mps'", "'mtp'", "did you mean"]),
     (["parallel.weight=4"], ["needs tensor mode isp, found mtp"]),
-    (["model.num_layers=3", "parallel.pipeline=4"], ["need 4 layers, num_layers=3", "at most 3"]),
-    (["model.num_chunks=2", "parallel.pipeline=4", "data.micro_num=6"], ["micro_num=6", "4 or 8"]),
+    (
+        ["model.num_layers=3", "parallel.pipeline=4"],
+        ["need 4 layers, num_layers=3", "at most 3"],
+    ),
+    (
+        ["model.num_chunks=2", "parallel.pipeline=4", "data.micro_num=6"],
+        ["micro_num=6", "4 or 8"],
+    ),
     (["data.rampup_batch_size='192 24'"], ["three positive integers", "2 items"]),
     (["data.rampup_batch_size='8 2 10'"], ["starts at 8", "micro_num=1"]),
-    (["data.rampup_batch_size='1 2 10'", "data.micro_num=4"], ["never reaches micro_num=4", "1 or 3"]),
-    (["data.rampup_batch_size='5 1 1'", "data.micro_num=4"], ["starts at 5", "micro_num=4"]),
-    (["data.rampup_batch_size='1 2 3'", "data.micro_num=4"], ["never reaches micro_num=4"]),
+    (
+        ["data.rampup_batch_size='1 2 10'", "data.micro_num=4"],
+        ["never reaches micro_num=4", "1 or 3"],
+    ),
+    (
+        ["data.rampup_batch_size='5 1 1'", "data.micro_num=4"],
+        ["starts at 5", "micro_num=4"],
+    ),
+    (
+        ["data.rampup_batch_size='1 2 3'", "data.micro_num=4"],
+        ["never reaches micro_num=4"],
+    ),
     (["data.rampup_batch_size='0 1 1'"], ["three positive integers", "'0 1 1'"]),
     (["data.rampup_batch_size=3"], ["found 3 (int)", "three positive integers"]),
     (["data.skip_batches='10-5'"], ["item 1", "'10-5'", "runs backwards", "5-10"]),
@@ -84,19 +116,28 @@ VALUES: list[tuple[list[str], list[str]]] = [
         ["model_type=QWEN3", "model.qk_norm=False"],
         ["model.qk_norm", "qk_norm is False, and QWEN3 models have qk_norm=True"],
     ),
-    (["model_type=QWEN2", "model.o_bias=True"], ["model.o_bias", "QWEN2 models have o_bias=False"]),
+    (
+        ["model_type=QWEN2", "model.o_bias=True"],
+        ["model.o_bias", "QWEN2 models have o_bias=False"],
+    ),
     (
         ["model_type=MISTRAL", "model.no_bias=False"],
         ["qkv_bias is True", "MISTRAL models have qkv_bias=False"],
     ),
-    (["model_type=LLAMA2", "model.sliding_window=4096"], ["LLAMA2 models have no window", "MISTRAL"]),
+    (
+        ["model_type=LLAMA2", "model.sliding_window=4096"],
+        ["LLAMA2 models have no window", "MISTRAL"],
+    ),
     (
         ["model_type=MISTRAL", "model.sliding_window=1024"],
         ["up to 2048 tokens with a window of 1024", "data.seq_len=1024 or less"],
     ),
     (["model.head_dim=7"], ["heads of odd width 7"]),
     (["model.rope_scaling={'factor': 2.0}"], ["model.rope_scaling", "add type=..."]),
-    (["model.rope_scaling={'type': 'llama3', 'factor': 8.0}"], ["'llama3' needs it", "low_freq_factor=..."]),
+    (
+        ["model.rope_scaling={'type': 'llama3', 'factor': 8.0}"],
+        ["'llama3' needs it", "low_freq_factor=..."],
+    ),
     (
         ["model.rope_scaling={'type': 'linear', 'factor': 2.0, 'beta_fast': 1.0}"],
         ["rope_scaling.beta_fast", "no meaning for type 'linear'", "some of factor"],
@@ -109,11 +150,17 @@ VALUES: list[tuple[list[str], list[str]]] = [
         ["rope_scaling.short_factor", "found 1 numbers", "32 positive ones"],
     ),
     (
-        ["model.rope_scaling={'type': 'linear', 'factor': 2.0}", "model.use_dynamic_ntk_rope=True"],
+        [
+            "model.rope_scaling={'type': 'linear', 'factor': 2.0}",
+            "model.use_dynamic_ntk_rope=True",
+        ],
         ["dynamic NTK together with", "'linear'"],
     ),
     (
-        ["model.rope_scaling={'type': 'dynamic', 'factor': 2.0}", "model.use_dynamic_ntk_rope=False"],
+        [
+            "model.rope_scaling={'type': 'dynamic', 'factor': 2.0}",
+            "model.use_dynamic_ntk_rope=False",
+        ],
         ["model.use_dynamic_ntk_rope", "False contradicts rope_scaling"],
     ),
     (
@@ -123,29 +170,47 @@ VALUES: list[tuple[list[str], list[str]]] = [
     (["adam.lr=nan"], ["adam.lr", "nan", ">= 0"]),
     (["adam.lr=inf"], ["adam.lr", "inf", "a finite number"]),
     (["lr_scheduler.warmup_ratio=1.5"], ["found 1.5", "<= 1"]),
-    (["lr_scheduler.init_steps=60000"], ["60000 steps of warm-up", "longer than the training, 50000"]),
+    (
+        ["lr_scheduler.init_steps=60000"],
+        ["60000 steps of warm-up", "longer than the training, 50000"],
+    ),
     (["lr_scheduler.eta_min=1.0"], ["eta_min=1", "above adam.lr"]),
     (["adam.adam_beta2=1.0"], ["adam.adam_beta2", "< 1"]),
     (["adam.adam_eps=0.0"], ["adam.adam_eps", "> 0"]),
     (["grad_scaler.backoff_factor=1.0"], ["< 1"]),
     (["grad_scaler.growth_factor=1.0"], ["> 1"]),
-    (["grad_scaler.fp16.min_scale=4e9"], ["min_scale=4e+09 is above max_scale=1.67772e+07"]),
+    (
+        ["grad_scaler.fp16.min_scale=4e9"],
+        ["min_scale=4e+09 is above max_scale=1.67772e+07"],
+    ),
     (["grad_scaler.fp16.initial_scale=4e9"], ["initial_scale=4e+09 is outside"]),
     (["grad_scaler.hysteresis=0"], ["grad_scaler.hysteresis", ">= 1"]),
     (["model.dtype=bf16"], ["'bf16'", "did you mean 'bfloat16'"]),
     (["model.dtype=torch.bfloat"], ["did you mean 'torch.bfloat16'"]),
     (["model.checkpoint=1.5"], ["found 1.5", "<= 1"]),
-    (["ckpt.checkpoint_every=0"], ["found 0", 'float("inf")', "enable_save_ckpt=False"]),
+    (
+        ["ckpt.checkpoint_every=0"],
+        ["found 0", 'float("inf")', "enable_save_ckpt=False"],
+    ),
     (["ckpt.checkpoint_every=-3"], ["found -3"]),
     (["ckpt.checkpoint_every=2.5"], ["found 2.5"]),
     (["ckpt.enable_save_ckpt=True"], ["no folder to save to", "save_ckpt_folder"]),
-    (["ckpt.load_ckpt_info={'path': 'x', 'content': ('modle',)}"], ["modle", "model, sampler, optimizer"]),
+    (
+        ["ckpt.load_ckpt_info={'path': 'x', 'content': ('modle',)}"],
+        ["modle", "model, sampler, optimizer"],
+    ),
     (
         ["ckpt.load_ckpt_info={'content': ('model',)}"],
         ["ckpt.load_ckpt_info.path", "is missing", "add path=..."],
     ),
-    (["ckpt.s3_endpoint=host"], ["ckpt.s3_endpoint", "found 'host'", "https://HOST:PORT"]),
-    (["ckpt.load_ckpt_info=5"], ["ckpt.load_ckpt_info", "found 5", "dict(key=value, ...)"]),
+    (
+        ["ckpt.s3_endpoint=host"],
+        ["ckpt.s3_endpoint", "found 'host'", "https://HOST:PORT"],
+    ),
+    (
+        ["ckpt.load_ckpt_info=5"],
+        ["ckpt.load_ckpt_info", "found 5", "dict(key=value, ...)"],
+    ),
     (["seed=4294967296"], ["seed", "< 4294967296"]),
     (["seed=abc"], ["seed", "'abc' (a string)", "an integer"]),
     (["JOB_NAME=../../etc"], ["JOB_NAME", "../../etc", "cannot name a folder"]),
@@ -189,14 +254,22 @@ def test_all_at_once_with_file_and_line(tmp_path: Path) -> None:
     [
         ("missing", None, ["no such config file", "looked in"]),
         ("a.yaml", "x: 1", ["configs are Python files", ".yaml"]),
-        ("a.py", "data = dict(\n  seq_len=1\nmodel = 3\n", ["not valid Python", "a.py:1", "data = dict("]),
+        (
+            "a.py",
+            "data = dict(\n  seq_len=1\nmodel = 3\n",
+            ["not valid Python", "a.py:1", "data = dict("],
+        ),
         (
             "a.py",
             "x = 1\ndata = dict(seq_len=1 / 0)\n",
             ["ZeroDivisionError", "a.py:2", "data = dict(seq_len=1 / 0)"],
         ),
         ("a.py", "import sys\nsys.exit(3)\n", ["SystemExit", "a.py:2"]),
-        ("a.py", "def f():\n    return nothing\n\nx = f()\n", ["NameError", "a.py:2", "return nothing"]),
+        (
+            "a.py",
+            "def f():\n    return nothing\n\nx = f()\n",
+            ["NameError", "a.py:2", "return nothing"],
+        ),
         ("a.py", "from nowhere_at_all import x\n", ["ModuleNotFoundError", "a.py:1"]),
     ],
 )
@@ -222,7 +295,10 @@ def test_override_that_cannot_be_read(base: Path, text: str) -> None:
 def test_world(base: Path) -> None:
     config = load_config(str(base), ["parallel.zero1=8"]).config
     assert check_world(config, 16) == []
-    assert "8 is more than the 4 data-parallel ranks; 4 is used" in check_world(config, 4)[0]
+    assert (
+        "8 is more than the 4 data-parallel ranks; 4 is used"
+        in check_world(config, 4)[0]
+    )
     with pytest.raises(ConfigError, match="8 does not divide the 12"):
         check_world(config, 12)
     split = config.model_copy(
@@ -233,6 +309,7 @@ def test_world(base: Path) -> None:
         }
     )
     with pytest.raises(
-        ConfigError, match=r"6 processes cannot be divided by pipeline.size \* tensor.size = 4"
+        ConfigError,
+        match=r"6 processes cannot be divided by pipeline.size \* tensor.size = 4",
     ):
         check_world(split, 6)

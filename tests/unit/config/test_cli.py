@@ -54,18 +54,26 @@ def test_check_of_a_model_of_ones_own(tmp_path: Path) -> None:
         run("check", str(config))
     text = str(caught.value)
     assert f"{config}: 4 problems in the config" in text
-    assert "model.gian: unknown key 'gian' for model type 'MINE'" in text and "did you mean 'gain'" in text
+    assert (
+        "model.gian: unknown key 'gian' for model type 'MINE'" in text
+        and "did you mean 'gain'" in text
+    )
     assert "needs 'gain'" in text
     assert "model.sizes: found [1, '2']" in text and "tuple[int, ...]" in text
     assert "model.name: found 3" in text
     config.write_text(OWN.replace('model_type = "MINE"', 'model_type = "MINNE"'))
-    with pytest.raises(UserError, match=r"unknown model type 'MINNE'(.|\n)*did you mean 'MINE'"):
+    with pytest.raises(
+        UserError, match=r"unknown model type 'MINNE'(.|\n)*did you mean 'MINE'"
+    ):
         run("check", str(config))
 
 
 def test_show() -> None:
     rows = [
-        line.split() for line in run("show", SEVEN_B, "--gpus", "8", "--set", "adam.lr=3e-4").splitlines()
+        line.split()
+        for line in run(
+            "show", SEVEN_B, "--gpus", "8", "--set", "adam.lr=3e-4"
+        ).splitlines()
     ]
     cells = {row[0]: row[1:] for row in rows if row}
     assert cells["adam.lr"] == ["0.0003", "--set"]
@@ -116,7 +124,11 @@ def test_a_copy_of_a_config_with_a_base_works(tmp_path: Path) -> None:
 
 
 def test_an_override_reaches_a_name_of_the_base() -> None:
-    shown = json.loads(run("show", str(ROOT / "configs/7B_llama2.py"), "--set", "SEQ_LEN=512", "--json"))
+    shown = json.loads(
+        run(
+            "show", str(ROOT / "configs/7B_llama2.py"), "--set", "SEQ_LEN=512", "--json"
+        )
+    )
     assert shown["config"]["data"]["seq_len"] == 512
 
 
@@ -127,8 +139,12 @@ def test_check_is_fast() -> None:
     times = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False
+        )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        times.append(
+            after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        )
         assert done.returncode == 0
     assert min(times) < 1.0

@@ -16,7 +16,9 @@ from tests.contract.config_keys import ROWS, CompatibilityRow
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("config") / "base.py"
-    path.write_text('data = dict(train_folder="x")\nmodel = dict(dtype="torch.float32")\n')
+    path.write_text(
+        'data = dict(train_folder="x")\nmodel = dict(dtype="torch.float32")\n'
+    )
     return path
 
 
@@ -31,7 +33,9 @@ def test_row(row: CompatibilityRow, base: Path) -> None:
         assert ("not available yet" in about[0].found) == (row.outcome == "later")
         return
     loaded = load_config(str(base), sets)
-    named = [words for words in loaded.warnings if words.startswith(f"{row.key} (--set)")]
+    named = [
+        words for words in loaded.warnings if words.startswith(f"{row.key} (--set)")
+    ]
     before = load_config(str(base), list(row.along))
     if row.outcome == "warning":
         assert len(named) == 1
@@ -43,6 +47,10 @@ def test_row(row: CompatibilityRow, base: Path) -> None:
 def test_every_key_has_a_row() -> None:
     rows = {row.key for row in ROWS}
     assert len(rows) == len(ROWS)
-    groups = {key for key in known_keys() if any(other.startswith(key + ".") for other in known_keys())}
+    groups = {
+        key
+        for key in known_keys()
+        if any(other.startswith(key + ".") for other in known_keys())
+    }
     assert set(known_keys()) - rows - groups == set()
     assert rows <= set(known_keys()) | set(SECTIONS)

@@ -27,7 +27,9 @@ def config(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize(("stage", "fsdp"), [(1, False), (2, True), (3, True)])
-def test_a_stage_cuts_over_all_data_parallel_ranks(stage: int, fsdp: bool, config: str) -> None:
+def test_a_stage_cuts_over_all_data_parallel_ranks(
+    stage: int, fsdp: bool, config: str
+) -> None:
     sets, warnings = deepspeed_settings(f"deepspeed_zero{stage}")
     zero1 = load_config(config, sets).config.parallel.zero1
     assert (zero1.size, zero1.fsdp) == (-1, fsdp)
@@ -36,8 +38,14 @@ def test_a_stage_cuts_over_all_data_parallel_ranks(stage: int, fsdp: bool, confi
 
 def test_the_stage_of_a_json_file_is_taken(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_param": {"device": "none"}}}))
-    assert deepspeed_settings(str(path))[0] == ["parallel.zero1=dict(size=-1, fsdp=True)"]
+    path.write_text(
+        json.dumps(
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "none"}}}
+        )
+    )
+    assert deepspeed_settings(str(path))[0] == [
+        "parallel.zero1=dict(size=-1, fsdp=True)"
+    ]
     for text in (
         "{",
         "{}",
@@ -58,6 +66,13 @@ def test_offload_and_unknown_names_are_refused() -> None:
 
 
 def test_the_flag_of_the_documents(config: str) -> None:
-    result = CliRunner().invoke(app, ["train", config, "--deepspeed", "deepspeed_zero2_offload"])
-    assert isinstance(result.exception, UserError) and "host memory" in str(result.exception)
-    assert "--work-dir" in CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "200"}).output
+    result = CliRunner().invoke(
+        app, ["train", config, "--deepspeed", "deepspeed_zero2_offload"]
+    )
+    assert isinstance(result.exception, UserError) and "host memory" in str(
+        result.exception
+    )
+    assert (
+        "--work-dir"
+        in CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "200"}).output
+    )

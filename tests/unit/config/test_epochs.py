@@ -6,26 +6,36 @@ import math
 
 import pytest
 
+from evomesh.config.data import DataConfig
 from evomesh.config.epochs import resolve_epochs
 from evomesh.config.loader import load_config
-from evomesh.config.schema import CheckpointConfig, Config, DataConfig
+from evomesh.config.schema import CheckpointConfig, Config
 from evomesh.errors import UserError
 from tests.support.covers import covers
 
 
 def xtuner_steps(packs: int, dp: int, accumulation: int, epochs: int) -> int:
     """Count as mmengine does: each rank has its share of each pass, a step is every accumulation-th iteration."""
-    iterations = sum(len(range(rank, packs // dp * dp, dp)) for _ in range(epochs) for rank in [0])
-    return sum(1 for iteration in range(iterations) if (iteration + 1) % accumulation == 0)
+    iterations = sum(
+        len(range(rank, packs // dp * dp, dp)) for _ in range(epochs) for rank in [0]
+    )
+    return sum(
+        1 for iteration in range(iterations) if (iteration + 1) % accumulation == 0
+    )
 
 
 @covers("data.epochs")
 @pytest.mark.parametrize(
-    ("packs", "dp", "accumulation", "epochs"), [(59, 1, 4, 1), (59, 8, 4, 3), (7, 2, 3, 2), (15, 8, 1, 3)]
+    ("packs", "dp", "accumulation", "epochs"),
+    [(59, 1, 4, 1), (59, 8, 4, 3), (7, 2, 3, 2), (15, 8, 1, 3)],
 )
 def test_xtuners_passes(packs: int, dp: int, accumulation: int, epochs: int) -> None:
-    config = Config(data=DataConfig(epochs=epochs, micro_num=accumulation, order="xtuner"))
-    assert resolve_epochs(config, packs, dp).data.total_steps == xtuner_steps(packs, dp, accumulation, epochs)
+    config = Config(
+        data=DataConfig(epochs=epochs, micro_num=accumulation, order="xtuner")
+    )
+    assert resolve_epochs(config, packs, dp).data.total_steps == xtuner_steps(
+        packs, dp, accumulation, epochs
+    )
 
 
 def test_internevos_pass_ends_where_no_whole_step_is_left() -> None:
@@ -44,16 +54,22 @@ def test_checkpoints_by_passes() -> None:
     assert math.isinf(Config().ckpt.checkpoint_every)
 
 
-@pytest.mark.parametrize(("packs", "message"), [(0, "no known length"), (3, "less than one step")])
+@pytest.mark.parametrize(
+    ("packs", "message"), [(0, "no known length"), (3, "less than one step")]
+)
 def test_passes_that_cannot_be_counted(packs: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         resolve_epochs(Config(data=DataConfig(epochs=1, micro_num=4)), packs, 1)
 
 
-@pytest.mark.parametrize("also", ["data.total_steps=5", "data.rampup_batch_size='1 1 5'"])
+@pytest.mark.parametrize(
+    "also", ["data.total_steps=5", "data.rampup_batch_size='1 1 5'"]
+)
 def test_one_length_only(also: str, tmp_path: object) -> None:
     path = f"{tmp_path}/c.py"
     with open(path, "w") as file:
-        file.write('data = dict(train_folder="x", micro_num=2)\nmodel = dict(dtype="float32")\n')
+        file.write(
+            'data = dict(train_folder="x", micro_num=2)\nmodel = dict(dtype="float32")\n'
+        )
     with pytest.raises(UserError, match=r"data\.epochs"):
         load_config(path, ["data.epochs=1", also])

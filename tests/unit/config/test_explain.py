@@ -16,7 +16,9 @@ SEVEN_B = str(Path(__file__).parents[3] / "configs" / "7B_sft.py")
 
 
 def explained(key: str, *more: str) -> str:
-    result = CliRunner().invoke(app, ["show", SEVEN_B, "--explain", key, *more], catch_exceptions=False)
+    result = CliRunner().invoke(
+        app, ["show", SEVEN_B, "--explain", key, *more], catch_exceptions=False
+    )
     assert result.exit_code == 0
     return result.output
 
@@ -28,7 +30,14 @@ def test_every_key_is_described(key: str) -> None:
 
 def test_a_key_is_explained_with_its_origin() -> None:
     text = explained("data.seq_len", "--set", "data.seq_len=512")
-    for words in ("Longest attention segment", "type         int", ">= 1", "2048", "512", "--set"):
+    for words in (
+        "Longest attention segment",
+        "type         int",
+        ">= 1",
+        "2048",
+        "512",
+        "--set",
+    ):
         assert words in text
     assert "Name of the run" in explained("JOB_NAME")
     assert "Older name" in explained("ckpt.load_ckpt_folder")

@@ -78,5 +78,8 @@ def test_the_config_check_refuses_a_shared_folder(disk: Path) -> None:
     Path("c.py").write_text(
         'data = dict(train_folder="x")\nckpt = dict(save_ckpt_folder="local:a", snapshot_ckpt_folder="link/")\n'
     )
-    with pytest.raises(UserError, match=r"ckpt.snapshot_ckpt_folder(.|\n)*the same folder(.|\n)*fix: remove"):
+    with pytest.raises(
+        UserError,
+        match=r"ckpt.snapshot_ckpt_folder(.|\n)*the same folder(.|\n)*fix: remove",
+    ):
         load_config("c.py")

@@ -11,10 +11,18 @@ from evomesh.config.json_codec import decode_json, encode_json, float_word
 
 
 def test_infinities_nan_and_bytes_come_back_from_strict_json() -> None:
-    value = {"high": math.inf, "low": [-math.inf, 1.5], "raw": b"\x00\xff", "none": None, "yes": True}
+    value = {
+        "high": math.inf,
+        "low": [-math.inf, 1.5],
+        "raw": b"\x00\xff",
+        "none": None,
+        "yes": True,
+    }
     text = json.dumps(encode_json(value), allow_nan=False)
     assert decode_json(json.loads(text)) == value
-    assert math.isnan(decode_json(json.loads(json.dumps(encode_json(math.nan), allow_nan=False))))
+    assert math.isnan(
+        decode_json(json.loads(json.dumps(encode_json(math.nan), allow_nan=False)))
+    )
 
 
 def test_encoded_form_is_the_one_that_checkpoints_on_disk_have() -> None:
@@ -22,7 +30,9 @@ def test_encoded_form_is_the_one_that_checkpoints_on_disk_have() -> None:
     assert encode_json((b"ab",)) == [{"$bytes": "YWI="}]
 
 
-@pytest.mark.parametrize("value", [{"$float": 1}, {1: 2}, {"x": object()}], ids=["tag", "key", "object"])
+@pytest.mark.parametrize(
+    "value", [{"$float": 1}, {1: 2}, {"x": object()}], ids=["tag", "key", "object"]
+)
 def test_what_would_not_come_back_is_refused(value: object) -> None:
     with pytest.raises(TypeError, match="cannot be stored as JSON"):
         encode_json(value)

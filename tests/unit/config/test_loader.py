@@ -44,7 +44,11 @@ def test_an_override_reaches_what_is_computed_from_it(tmp_path: Path) -> None:
         "EVERY = 50\nckpt = dict(checkpoint_every=int(EVERY / 2))\n"
     )
     config = load(tmp_path, text, "data.total_steps=7", "SEQ=32", "EVERY=8").config
-    assert (config.lr_scheduler.total_steps, config.data.seq_len, config.ckpt.checkpoint_every) == (7, 32, 4)
+    assert (
+        config.lr_scheduler.total_steps,
+        config.data.seq_len,
+        config.ckpt.checkpoint_every,
+    ) == (7, 32, 4)
     assert (
         load(
             tmp_path, text, "data.total_steps=7", "lr_scheduler.total_steps=9"
@@ -54,12 +58,21 @@ def test_an_override_reaches_what_is_computed_from_it(tmp_path: Path) -> None:
 
 
 def test_overrides_of_int_and_dict_forms(tmp_path: Path) -> None:
-    dicts = BASE + 'parallel = dict(zero1=dict(size=-1), tensor=dict(size=1, mode="fsp"))\n'
+    dicts = (
+        BASE + 'parallel = dict(zero1=dict(size=-1), tensor=dict(size=1, mode="fsp"))\n'
+    )
     ints = BASE + "parallel = dict(zero1=8, tensor=1)\n"
     assert load(tmp_path, dicts, "parallel.zero1=4").config.parallel.zero1.size == 4
-    assert load(tmp_path, dicts, "parallel.tensor=1").config.parallel.tensor.mode == "fsp"
+    assert (
+        load(tmp_path, dicts, "parallel.tensor=1").config.parallel.tensor.mode == "fsp"
+    )
     assert load(tmp_path, ints, "parallel.zero1.size=2").config.parallel.zero1.size == 2
-    assert load(tmp_path, BASE, "ckpt.load_ckpt_folder=local:a/1").config.ckpt.load_ckpt_info is not None
+    assert (
+        load(
+            tmp_path, BASE, "ckpt.load_ckpt_folder=local:a/1"
+        ).config.ckpt.load_ckpt_info
+        is not None
+    )
 
 
 @pytest.mark.parametrize(
@@ -75,21 +88,37 @@ def test_override_values(text: str, value: object) -> None:
 
 def test_read_base_and_relative_imports(tmp_path: Path) -> None:
     (tmp_path / "_base_").mkdir()
-    (tmp_path / "_base_" / "runtime.py").write_text("seed = 3\nadam = dict(\n    lr=0.5,\n)\n")
+    (tmp_path / "_base_" / "runtime.py").write_text(
+        "seed = 3\nadam = dict(\n    lr=0.5,\n)\n"
+    )
     text = (
         "from somewhere.unknown import read_base\nwith read_base():\n    from _base_.runtime import *\n"
-        "    from ._base_.runtime import adam as loss_of_time\n" + BASE + "adam['adam_eps'] = 1e-6\n"
+        "    from ._base_.runtime import adam as loss_of_time\n"
+        + BASE
+        + "adam['adam_eps'] = 1e-6\n"
         "del loss_of_time\n"
     )
     for lr in (0.5, 0.25):  # a second load reads the changed file
-        (tmp_path / "_base_" / "runtime.py").write_text(f"seed = 3\nadam = dict(\n    lr={lr},\n)\n")
+        (tmp_path / "_base_" / "runtime.py").write_text(
+            f"seed = 3\nadam = dict(\n    lr={lr},\n)\n"
+        )
         loaded = load(tmp_path, text)
-        assert (loaded.config.run.seed, loaded.config.adam.lr, loaded.config.adam.adam_eps) == (3, lr, 1e-6)
+        assert (
+            loaded.config.run.seed,
+            loaded.config.adam.lr,
+            loaded.config.adam.adam_eps,
+        ) == (3, lr, 1e-6)
         assert loaded.origins["adam.lr"].endswith("_base_/runtime.py:3")
-    assert not [name for name in sys.modules if name.startswith(("_base_", "evomesh_config_file"))]
+    assert not [
+        name
+        for name in sys.modules
+        if name.startswith(("_base_", "evomesh_config_file"))
+    ]
 
 
-def test_each_imported_module_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_imported_module_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each of ten modules imports the next one twice; the last one imports the first."""
     for number in range(10):
         following = (number + 1) % 10
@@ -100,7 +129,9 @@ def test_each_imported_module_is_read_once(tmp_path: Path, monkeypatch: pytest.M
     parsed: list[str] = []
     parse = source_lines.ast.parse
     monkeypatch.setattr(
-        source_lines.ast, "parse", lambda text, *more: parsed.append(text) or parse(text, *more)
+        source_lines.ast,
+        "parse",
+        lambda text, *more: parsed.append(text) or parse(text, *more),
     )
     loaded = load(tmp_path, "from part_0 import LR\nadam = dict(lr=LR)\n" + BASE)
     assert loaded.config.adam.lr == 0.5
@@ -113,8 +144,16 @@ def test_a_config_that_imports_evomesh_does_not_read_its_sources(
     """As a config with a custom model does; in a checkout the package is not in site-packages."""
     files: list[str] = []
     read = Path.read_text
-    monkeypatch.setattr(Path, "read_text", lambda path, **how: files.append(str(path)) or read(path, **how))
-    load(tmp_path, "from evomesh import register_model\nfrom evomesh.errors import UserError\n" + BASE)
+    monkeypatch.setattr(
+        Path,
+        "read_text",
+        lambda path, **how: files.append(str(path)) or read(path, **how),
+    )
+    load(
+        tmp_path,
+        "from evomesh import register_model\nfrom evomesh.errors import UserError\n"
+        + BASE,
+    )
     assert files == [str(tmp_path / "config.py")]
 
 
@@ -125,7 +164,9 @@ def test_files_of_one_name_do_not_meet(tmp_path: Path) -> None:
         folder = tmp_path / name
         folder.mkdir()
         (folder / "shared_part.py").write_text(f"seed = {seed}\n")
-        assert load(folder, "from shared_part import *\n" + BASE).config.run.seed == seed
+        assert (
+            load(folder, "from shared_part import *\n" + BASE).config.run.seed == seed
+        )
     assert sys.path == before
     assert "shared_part" not in sys.modules
 
@@ -133,16 +174,22 @@ def test_files_of_one_name_do_not_meet(tmp_path: Path) -> None:
 def test_a_byte_order_mark_is_not_part_of_the_config(tmp_path: Path) -> None:
     """Editors on Windows write one; Python reads such a file too."""
     (tmp_path / "_base_").mkdir()
-    (tmp_path / "_base_/more.py").write_text("adam = dict(\n    lr=0.5,\n)\n", encoding="utf-8-sig")
+    (tmp_path / "_base_/more.py").write_text(
+        "adam = dict(\n    lr=0.5,\n)\n", encoding="utf-8-sig"
+    )
     loaded = load(tmp_path, "\ufefffrom _base_.more import *\n" + BASE)
     assert loaded.config.adam.lr == 0.5
     assert loaded.origins["adam.lr"].endswith("_base_/more.py:2")
 
 
 def test_modules_may_import_each_other(tmp_path: Path) -> None:
-    (tmp_path / "first_part.py").write_text("data = dict(seq_len=64)\nfrom second_part import *\n")
+    (tmp_path / "first_part.py").write_text(
+        "data = dict(seq_len=64)\nfrom second_part import *\n"
+    )
     (tmp_path / "second_part.py").write_text("from first_part import data\nseed = 7\n")
-    loaded = load(tmp_path, "from first_part import *\n" + BASE.replace("data", "_data"))
+    loaded = load(
+        tmp_path, "from first_part import *\n" + BASE.replace("data", "_data")
+    )
     assert loaded.config.run.seed == 7
     assert loaded.origins["data.seq_len"].endswith("first_part.py:1")
     assert loaded.origins["seed"].endswith("second_part.py:2")
@@ -155,7 +202,9 @@ def test_modules_of_evomesh_have_no_lines_of_keys() -> None:
 
 def test_base_by_path(tmp_path: Path) -> None:
     (tmp_path / "base.py").write_text(BASE + "adam = dict(lr=0.5, adam_eps=1e-6)\n")
-    loaded = load(tmp_path, '_base_ = "base.py"\nadam = dict(lr=0.25)\n', "adam.weight_decay=0.5")
+    loaded = load(
+        tmp_path, '_base_ = "base.py"\nadam = dict(lr=0.25)\n', "adam.weight_decay=0.5"
+    )
     adam = loaded.config.adam
     assert (adam.lr, adam.adam_eps, adam.weight_decay) == (0.25, 1e-6, 0.5)
     assert loaded.origins["adam.adam_eps"].endswith("base.py:3")
@@ -163,7 +212,9 @@ def test_base_by_path(tmp_path: Path) -> None:
 
 def test_origins(tmp_path: Path) -> None:
     text = BASE + 'JOB_NAME = "j"\nparallel = dict(zero1=8)\n'
-    origins = load(tmp_path, text, "data.seq_len=64", "model_type=INTERNLM2_PUBLIC").origins
+    origins = load(
+        tmp_path, text, "data.seq_len=64", "model_type=INTERNLM2_PUBLIC"
+    ).origins
     path = tmp_path / "config.py"
     assert origins["JOB_NAME"] == f"{path}:3"
     assert origins["data.train_folder"] == f"{path}:1"
@@ -174,7 +225,11 @@ def test_origins(tmp_path: Path) -> None:
 
 
 def test_family_defaults(tmp_path: Path) -> None:
-    for family, interleaved in (("INTERNLM", False), ("INTERNLM2_PUBLIC", False), ("LLAMA2", True)):
+    for family, interleaved in (
+        ("INTERNLM", False),
+        ("INTERNLM2_PUBLIC", False),
+        ("LLAMA2", True),
+    ):
         model = load(tmp_path, BASE, f"model_type={family}").config.model
         assert (model.qk_interleaved, model.no_bias) == (interleaved, False)
         assert load(
@@ -183,13 +238,21 @@ def test_family_defaults(tmp_path: Path) -> None:
 
 
 def test_own_model_type_keeps_its_own_keys(tmp_path: Path) -> None:
-    model = load(tmp_path, BASE, "model_type=MINE", "model.experts=4", "model.num_layers=2").config.model
-    assert (model.model_type, model.num_layers, model.extra) == ("MINE", 2, {"experts": 4})
+    model = load(
+        tmp_path, BASE, "model_type=MINE", "model.experts=4", "model.num_layers=2"
+    ).config.model
+    assert (model.model_type, model.num_layers, model.extra) == (
+        "MINE",
+        2,
+        {"experts": 4},
+    )
 
 
 def test_load_folder_forms(tmp_path: Path) -> None:
     def info(*sets: str) -> tuple[str, tuple[str, ...], str]:
-        found = load(tmp_path, BASE, "ckpt.auto_resume=False", *sets).config.ckpt.load_ckpt_info
+        found = load(
+            tmp_path, BASE, "ckpt.auto_resume=False", *sets
+        ).config.ckpt.load_ckpt_info
         assert found is not None
         return found.path, found.content, found.ckpt_type
 
@@ -197,7 +260,9 @@ def test_load_folder_forms(tmp_path: Path) -> None:
     assert info("ckpt.load_model_only_folder=a") == ("a", ("model",), "internevo")
     form = "ckpt.load_ckpt_folder=dict(path='a', content=['model', 'sampler'], ckpt_type='normal')"
     assert info(form) == ("a", ("model", "sampler"), "normal")
-    both = load(tmp_path, BASE, "ckpt.load_ckpt_folder=a", "ckpt.load_ckpt_info=dict(path='b')")
+    both = load(
+        tmp_path, BASE, "ckpt.load_ckpt_folder=a", "ckpt.load_ckpt_info=dict(path='b')"
+    )
     assert both.config.ckpt.load_ckpt_info is not None
     assert both.config.ckpt.load_ckpt_info.path == "b"
     assert [w for w in both.warnings if w.startswith("ckpt.load_ckpt_folder")]
@@ -206,7 +271,9 @@ def test_load_folder_forms(tmp_path: Path) -> None:
 def test_a_load_path_of_none_is_a_start_from_scratch(tmp_path: Path) -> None:
     """As InternEvo's own configs/demo.py has it."""
     loaded = load(
-        tmp_path, BASE, "ckpt.load_ckpt_info=dict(path=None, content=('model',), ckpt_type='internevo')"
+        tmp_path,
+        BASE,
+        "ckpt.load_ckpt_info=dict(path=None, content=('model',), ckpt_type='internevo')",
     )
     assert loaded.config.ckpt.load_ckpt_info is None
     assert not [words for words in loaded.warnings if "load_ckpt_info" in words]
@@ -217,7 +284,10 @@ def test_a_load_path_of_none_is_a_start_from_scratch(tmp_path: Path) -> None:
     ("sets", "content"),
     [
         (("ckpt.load_ckpt_folder=a", "ckpt.load_optimizer=True"), ("all",)),
-        (("ckpt.load_ckpt_folder=a", "ckpt.load_optimizer=False"), ("model", "sampler", "scheduler")),
+        (
+            ("ckpt.load_ckpt_folder=a", "ckpt.load_optimizer=False"),
+            ("model", "sampler", "scheduler"),
+        ),
         (
             (
                 "ckpt.load_ckpt_info=dict(path='a', content=['model', 'optimizer'])",
@@ -228,8 +298,12 @@ def test_a_load_path_of_none_is_a_start_from_scratch(tmp_path: Path) -> None:
         (("ckpt.load_model_only_folder=a", "ckpt.load_optimizer=True"), ("model",)),
     ],
 )
-def test_load_optimizer(tmp_path: Path, sets: tuple[str, ...], content: tuple[str, ...]) -> None:
-    info = load(tmp_path, BASE, "ckpt.auto_resume=False", *sets).config.ckpt.load_ckpt_info
+def test_load_optimizer(
+    tmp_path: Path, sets: tuple[str, ...], content: tuple[str, ...]
+) -> None:
+    info = load(
+        tmp_path, BASE, "ckpt.auto_resume=False", *sets
+    ).config.ckpt.load_ckpt_info
     assert info is not None and info.content == content
 
 
@@ -237,14 +311,23 @@ def test_load_optimizer_without_anything_to_load(tmp_path: Path) -> None:
     assert not load(tmp_path, BASE, "ckpt.load_optimizer=True").warnings
     (words,) = load(tmp_path, BASE, "ckpt.load_optimizer=False").warnings
     assert words.startswith("ckpt.load_optimizer") and "no effect" in words
-    with pytest.raises(UserError, match=r"ckpt.load_optimizer(.|\n)*expected: True or False"):
+    with pytest.raises(
+        UserError, match=r"ckpt.load_optimizer(.|\n)*expected: True or False"
+    ):
         load(tmp_path, BASE, "ckpt.load_optimizer=1")
 
 
 def test_warnings_are_said_once(tmp_path: Path) -> None:
-    text = BASE + "lr_scheduler = dict(total_steps=100)\ngrad_scaler = dict(hysteresis=2)\n"
+    text = (
+        BASE
+        + "lr_scheduler = dict(total_steps=100)\ngrad_scaler = dict(hysteresis=2)\n"
+    )
     warnings = load(
-        tmp_path, text, "data.total_steps=50", "data.train_folder=None", "model.dtype=None"
+        tmp_path,
+        text,
+        "data.total_steps=50",
+        "data.train_folder=None",
+        "model.dtype=None",
     ).warnings
     assert len(warnings) == len(set(warnings))
     text = "\n".join(warnings)
@@ -253,7 +336,9 @@ def test_warnings_are_said_once(tmp_path: Path) -> None:
     assert "model.dtype (--set): is not set: float16" in text
     assert "grad_scaler" not in text  # float16 uses it
     assert "bfloat16: only float16" in "\n".join(
-        load(tmp_path, BASE, "grad_scaler.hysteresis=2", "model.dtype=torch.bfloat16").warnings
+        load(
+            tmp_path, BASE, "grad_scaler.hysteresis=2", "model.dtype=torch.bfloat16"
+        ).warnings
     )
 
 
@@ -272,11 +357,16 @@ def test_record_is_strict_json_and_comes_back(tmp_path: Path) -> None:
     assert config_to_dict(back) == config_to_dict(loaded.config)
 
 
-def test_environment_names_the_tensorboard_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_names_the_tensorboard_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("tensorboard_folder", "from_env")
     loaded = load(tmp_path, BASE)
     assert loaded.config.run.tensorboard_folder == "from_env"
-    assert loaded.origins["tensorboard_folder"] == "environment variable tensorboard_folder"
+    assert (
+        loaded.origins["tensorboard_folder"]
+        == "environment variable tensorboard_folder"
+    )
 
 
 def test_torch_is_never_imported() -> None:
@@ -286,7 +376,10 @@ def test_torch_is_never_imported() -> None:
         "assert result.exit_code == 0, result.output\nsys.exit('torch' in sys.modules)"
     )
     root = Path(__file__).parents[3]
-    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode
+        == 0
+    )
 
 
 def test_s3_endpoint_of_the_config(tmp_path: Path) -> None:
@@ -300,4 +393,7 @@ def test_s3_endpoint_of_the_config(tmp_path: Path) -> None:
     found = load(tmp_path, BASE, *sets).config.ckpt
     assert found.save_ckpt_folder == "s3:http://h:9000/b/runs"
     assert found.snapshot_ckpt_folder == "local:x"
-    assert found.load_ckpt_info is not None and found.load_ckpt_info.path == "s3:http://h:9000/b/old/49"
+    assert (
+        found.load_ckpt_info is not None
+        and found.load_ckpt_info.path == "s3:http://h:9000/b/old/49"
+    )

@@ -79,7 +79,9 @@ def test_secrets_are_known_by_their_form(text: str) -> None:
     assert hidden.startswith("before ") and hidden.endswith(" after")
 
 
-@pytest.mark.parametrize("name", [name for name in ENVIRONMENT if name != "PGPASSWORD_"])
+@pytest.mark.parametrize(
+    "name", [name for name in ENVIRONMENT if name != "PGPASSWORD_"]
+)
 @pytest.mark.parametrize("form", ["{}", "{!r}", "x{}y", "/{}/"])
 def test_values_of_secret_variables_are_hidden(name: str, form: str) -> None:
     hidden = redact_text(form.format(ENVIRONMENT[name]), ENVIRONMENT)
@@ -101,7 +103,11 @@ def test_values_of_secret_variables_are_hidden(name: str, form: str) -> None:
     ],
 )
 def test_other_texts_stay(text: str) -> None:
-    environment = {"PWD": "/home/someone/work", "HF_TOKEN_PATH": "/opt/services", "MAX_TOKEN": "131072"}
+    environment = {
+        "PWD": "/home/someone/work",
+        "HF_TOKEN_PATH": "/opt/services",
+        "MAX_TOKEN": "131072",
+    }
     assert redact_text(text, environment) == text
 
 
@@ -122,7 +128,9 @@ def test_settings_are_secret_by_their_key(key: str, is_secret: bool) -> None:
     assert redact_setting(key, "") == ""
 
 
-def test_a_stream_hides_what_is_written_and_is_otherwise_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_hides_what_is_written_and_is_otherwise_the_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("HF_TOKEN", f"{CANARY}01")
     below = io.StringIO()
     stream = RedactingStream(below)

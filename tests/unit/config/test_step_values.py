@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from evomesh.config.schema import DataConfig
+from evomesh.config.data import DataConfig
 from evomesh.config.step_values import BatchSizeRampup, SettingError, StepRanges
 
 
@@ -44,4 +44,7 @@ def test_the_schema_parses_what_is_written_and_dumps_it_again() -> None:
     assert (dumped["rampup_batch_size"], dumped["skip_batches"]) == ("1 1 10", "3,7-9")
     assert DataConfig.model_validate(dumped) == config
     empty = DataConfig.model_validate({"rampup_batch_size": None, "skip_batches": None})
-    assert (empty.model_dump()["rampup_batch_size"], empty.model_dump()["skip_batches"]) == ("", "")
+    assert (
+        empty.model_dump()["rampup_batch_size"],
+        empty.model_dump()["skip_batches"],
+    ) == ("", "")

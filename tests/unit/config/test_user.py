@@ -31,13 +31,17 @@ def test_a_number_stands_for_the_name(nobody: None) -> None:
     with pytest.raises((KeyError, OSError)):
         getpass.getuser()
     assert user_name().startswith("number ")
-    with pytest.raises(UserError, match=r"cannot read the folder nowhere: .*as user number"):
+    with pytest.raises(
+        UserError, match=r"cannot read the folder nowhere: .*as user number"
+    ):
         check_folder("nowhere", "data.train_folder")
 
 
 @pytest.mark.parametrize("path", ["~/data", "~", "~no-such-user/data"])
 def test_a_home_folder_that_does_not_exist(nobody: None, path: str) -> None:
-    with pytest.raises(UserError, match="home folder, and this user has none") as caught:
+    with pytest.raises(
+        UserError, match="home folder, and this user has none"
+    ) as caught:
         expand_home(path)
     assert caught.value.where == path and "HOME" in caught.value.fix
 

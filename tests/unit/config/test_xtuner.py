@@ -29,12 +29,16 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def load(folder: Path, *edits: Edit, overrides: tuple[str, ...] = (), **options: Any) -> LoadedConfig:
+def load(
+    folder: Path, *edits: Edit, overrides: tuple[str, ...] = (), **options: Any
+) -> LoadedConfig:
     return load_config(write_config(folder / "c.py", *edits, **options), overrides)
 
 
 def values(loaded: LoadedConfig) -> dict[str, Any]:
-    return {written_key(key): value for key, value in leaves(loaded.config.model_dump())}
+    return {
+        written_key(key): value for key, value in leaves(loaded.config.model_dump())
+    }
 
 
 TEMPLATE = {
@@ -90,8 +94,14 @@ def test_every_setting_of_the_template(here: Path) -> None:
     found = values(loaded)
     assert {key: found[key] for key in TEMPLATE} == TEMPLATE
     assert loaded.config.model.mlp_width == 14336
-    assert [words for words in loaded.warnings if "hf download internlm/internlm2-7b" in words]
-    assert len(loaded.warnings) == 2  # that, and the prompts that are not answered during training
+    assert [
+        words
+        for words in loaded.warnings
+        if "hf download internlm/internlm2-7b" in words
+    ]
+    assert (
+        len(loaded.warnings) == 2
+    )  # that, and the prompts that are not answered during training
 
 
 def test_each_value_names_the_line_that_decides_it(here: Path) -> None:
@@ -103,8 +113,14 @@ def test_each_value_names_the_line_that_decides_it(here: Path) -> None:
         return f"{name.split()[0]} <- {text[int(place.rpartition(':')[2]) - 1].strip()}"
 
     assert line("adam.lr") == "lr <- lr = 4e-5"
-    assert line("data.train_folder") == 'dataset_folder <- dataset_folder = "/path/to/sft/data/folder"'
-    assert line("data.min_length") == "train_dataset.dataset_cfg.min_length <- min_length=0,"
+    assert (
+        line("data.train_folder")
+        == 'dataset_folder <- dataset_folder = "/path/to/sft/data/folder"'
+    )
+    assert (
+        line("data.min_length")
+        == "train_dataset.dataset_cfg.min_length <- min_length=0,"
+    )
     assert "sampler=dict(type=InternRepoSampler" in line("data.order")
     assert origins["adam.adam_beta2"] == "--set betas"
     assert origins["adam.adam_eps"] == "XTuner's default of optim_wrapper.optimizer.eps"
@@ -129,14 +145,21 @@ GUIDES: dict[str, tuple[tuple[Edit, ...], dict[str, Any]]] = {
             ("max_length = 32768", "max_length = SEQ_LEN"),
             ("min_length=0", "min_length=50"),
         ),
-        {"data.train_folder": "tree/train", "data.seq_len": 2048, "data.min_length": 50},
+        {
+            "data.train_folder": "tree/train",
+            "data.seq_len": 2048,
+            "data.min_length": 50,
+        },
     ),
     "whole packs": (
         (("use_varlen_attn = True", "use_varlen_attn = False"),),
         {"data.pack_sample_into_one": True},
     ),
     "accumulation and epochs": (
-        (("accumulative_counts = 1\n", "accumulative_counts = 4\n"), ("max_epochs = 1", "max_epochs = 3")),
+        (
+            ("accumulative_counts = 1\n", "accumulative_counts = 4\n"),
+            ("max_epochs = 1", "max_epochs = 3"),
+        ),
         {"data.micro_num": 4, "data.epochs": 3, "ckpt.checkpoint_every": 125},
     ),
     "sequence parallel": (
@@ -148,7 +171,10 @@ GUIDES: dict[str, tuple[tuple[Edit, ...], dict[str, Any]]] = {
                 "from xtuner.dataset.samplers import InternRepoSampler",
                 "from xtuner.parallel.sequence import SequenceParallelSampler",
             ),
-            ("dict(type=InternRepoSampler, shuffle=True, seed=1024)", "dict(type=SequenceParallelSampler)"),
+            (
+                "dict(type=InternRepoSampler, shuffle=True, seed=1024)",
+                "dict(type=SequenceParallelSampler)",
+            ),
         ),
         {
             "parallel.tensor.size": 2,
@@ -175,12 +201,21 @@ def test_edits_of_the_guides(name: str, here: Path) -> None:
     before = values(load(here))
     after = values(load(here, *edits))
     assert {key: after[key] for key in changed} == changed
-    follows = ("model.", "lr_scheduler.")  # sizes of another model; figures of float arithmetic
-    unrelated = [key for key in before if key not in changed and not key.startswith(follows)]
-    assert {key: after[key] for key in unrelated} == {key: before[key] for key in unrelated}
+    follows = (
+        "model.",
+        "lr_scheduler.",
+    )  # sizes of another model; figures of float arithmetic
+    unrelated = [
+        key for key in before if key not in changed and not key.startswith(follows)
+    ]
+    assert {key: after[key] for key in unrelated} == {
+        key: before[key] for key in unrelated
+    }
 
 
-def test_the_template_multiplies_accumulation_by_the_sequence_size_once(here: Path) -> None:
+def test_the_template_multiplies_accumulation_by_the_sequence_size_once(
+    here: Path,
+) -> None:
     loaded = load(
         here,
         ("sequence_parallel_size = 1", "sequence_parallel_size = 4"),
@@ -189,7 +224,9 @@ def test_the_template_multiplies_accumulation_by_the_sequence_size_once(here: Pa
     data, parallel = loaded.config.data, loaded.config.parallel
     gpus = 64
     ours = gpus // parallel.tensor.size * data.micro_num * data.packed_length
-    theirs = gpus // 4 * (2 * 4) * 32768  # XTuner: N / SP x the number that mmengine receives x max_length
+    theirs = (
+        gpus // 4 * (2 * 4) * 32768
+    )  # XTuner: N / SP x the number that mmengine receives x max_length
     assert ours == theirs
 
 
@@ -216,15 +253,26 @@ UNITS: list[tuple[tuple[Edit, ...], dict[str, Any], str]] = [
         "the last 1 would end no step",
     ),
     ((("save_steps = 500", "save_steps = 800"),), {"ckpt.checkpoint_every": 100}, ""),
-    ((("save_steps = 500", "save_steps = 3"),), {"ckpt.checkpoint_every": 1}, "a checkpoint every 1 steps"),
+    (
+        (("save_steps = 500", "save_steps = 3"),),
+        {"ckpt.checkpoint_every": 1},
+        "a checkpoint every 1 steps",
+    ),
     (
         (("by_epoch=False, interval=save_steps", "by_epoch=True, interval=2"),),
         {"ckpt.checkpoint_every_epochs": 2, "ckpt.checkpoint_every": float("inf")},
         "",
     ),
-    ((("interval=save_steps", "interval=-1"),), {"ckpt.checkpoint_every": float("inf")}, ""),
     (
-        (("use_varlen_attn = True", "use_varlen_attn = False"), ("batch_size = 1", "batch_size = 3")),
+        (("interval=save_steps", "interval=-1"),),
+        {"ckpt.checkpoint_every": float("inf")},
+        "",
+    ),
+    (
+        (
+            ("use_varlen_attn = True", "use_varlen_attn = False"),
+            ("batch_size = 1", "batch_size = 3"),
+        ),
         {"data.micro_num": 24, "data.micro_bsz": 1},
         "",
     ),
@@ -232,8 +280,12 @@ UNITS: list[tuple[tuple[Edit, ...], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("edits", "expected", "warning"), UNITS)
-def test_units(edits: tuple[Edit, ...], expected: dict[str, Any], warning: str, here: Path) -> None:
-    loaded = load(here, ("accumulative_counts = 1\n", "accumulative_counts = 8\n"), *edits)
+def test_units(
+    edits: tuple[Edit, ...], expected: dict[str, Any], warning: str, here: Path
+) -> None:
+    loaded = load(
+        here, ("accumulative_counts = 1\n", "accumulative_counts = 8\n"), *edits
+    )
     found = values(loaded)
     assert {key: found[key] for key in expected} == expected
     assert warning in "\n".join(loaded.warnings)
@@ -243,7 +295,10 @@ RUNTIME: list[tuple[tuple[str, ...], dict[str, Any]]] = [
     (("work_dir=out",), {"run_dir": "out", "ckpt.save_ckpt_folder": "local:out"}),
     (("randomness.seed=7",), {"seed": 7, "data.seed": 1024}),
     (("randomness.deterministic=True",), {"cudnn_deterministic": True}),
-    (("resume=True",), {"ckpt.auto_resume": True, "ckpt.load_ckpt_info.fallback": True}),
+    (
+        ("resume=True",),
+        {"ckpt.auto_resume": True, "ckpt.load_ckpt_info.fallback": True},
+    ),
     (
         ("resume=True", "load_from=old"),
         {
@@ -254,23 +309,42 @@ RUNTIME: list[tuple[tuple[str, ...], dict[str, Any]]] = [
     ),
     (
         ("load_from=old",),
-        {"ckpt.load_ckpt_info.content": ("model",), "ckpt.load_ckpt_info.ckpt_type": "internevo"},
+        {
+            "ckpt.load_ckpt_info.content": ("model",),
+            "ckpt.load_ckpt_info.ckpt_type": "internevo",
+        },
     ),
-    (("visualizer=dict(vis_backends=[dict(type='TensorboardVisBackend')])",), {"enable_tb": True}),
+    (
+        ("visualizer=dict(vis_backends=[dict(type='TensorboardVisBackend')])",),
+        {"enable_tb": True},
+    ),
     (("save_total_limit=-1",), {"ckpt.keep_last": None}),
     (("optim_wrapper.dtype=float16",), {"model.dtype": "float16"}),
     (("optim_wrapper.clip_grad=None",), {"hybrid_zero_optimizer.clip_grad_norm": 0.0}),
     (("model.use_activation_checkpointing=False",), {"model.checkpoint": 0.0}),
-    (("sequence_parallel_size=2", "max_length=64"), {"parallel.tensor.size": 2, "data.micro_num": 2}),
+    (
+        ("sequence_parallel_size=2", "max_length=64"),
+        {"parallel.tensor.size": 2, "data.micro_num": 2},
+    ),
     # ours, over the translation
-    (("model.dtype=torch.float32", "data.total_steps=7"), {"model.dtype": "float32", "data.total_steps": 7}),
+    (
+        ("model.dtype=torch.float32", "data.total_steps=7"),
+        {"model.dtype": "float32", "data.total_steps": 7},
+    ),
     (("data.total_steps=7",), {"data.epochs": None}),
-    (("param_scheduler=None",), {"lr_scheduler.eta_min": 4e-5, "lr_scheduler.warmup_ratio": 0.0}),
+    (
+        ("param_scheduler=None",),
+        {"lr_scheduler.eta_min": 4e-5, "lr_scheduler.warmup_ratio": 0.0},
+    ),
 ]
 
 
-@pytest.mark.parametrize(("overrides", "expected"), RUNTIME, ids=lambda value: str(value)[:60])
-def test_runtime(overrides: tuple[str, ...], expected: dict[str, Any], here: Path) -> None:
+@pytest.mark.parametrize(
+    ("overrides", "expected"), RUNTIME, ids=lambda value: str(value)[:60]
+)
+def test_runtime(
+    overrides: tuple[str, ...], expected: dict[str, Any], here: Path
+) -> None:
     found = values(load(here, overrides=overrides))
     assert {key: found.get(key) for key in expected} == expected
 
@@ -295,8 +369,12 @@ REFUSED: list[tuple[tuple[Edit, ...], tuple[str, ...], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("edits", "overrides", "message"), REFUSED, ids=[row[2] for row in REFUSED])
-def test_refused(edits: tuple[Edit, ...], overrides: tuple[str, ...], message: str, here: Path) -> None:
+@pytest.mark.parametrize(
+    ("edits", "overrides", "message"), REFUSED, ids=[row[2] for row in REFUSED]
+)
+def test_refused(
+    edits: tuple[Edit, ...], overrides: tuple[str, ...], message: str, here: Path
+) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         load(here, *edits, overrides=overrides)
     assert "1 problem in the config" in str(caught.value)
@@ -304,10 +382,21 @@ def test_refused(edits: tuple[Edit, ...], overrides: tuple[str, ...], message: s
 
 def test_sizes_come_from_the_model_folder(here: Path) -> None:
     model_folder(here / "tiny", tie_word_embeddings=False)
-    loaded = load(here, overrides=("pretrained_model_name_or_path=tiny", "max_length=64"))
+    loaded = load(
+        here, overrides=("pretrained_model_name_or_path=tiny", "max_length=64")
+    )
     model = loaded.config.model
-    assert (model.model_type, model.num_layers, model.hidden_size, model.kv_heads) == ("LLAMA2", 2, 32, 2)
-    assert (model.mlp_width, model.rope_base, model.layer_norm_epsilon) == (48, 5000.0, 1e-6)
+    assert (model.model_type, model.num_layers, model.hidden_size, model.kv_heads) == (
+        "LLAMA2",
+        2,
+        32,
+        2,
+    )
+    assert (model.mlp_width, model.rope_base, model.layer_norm_epsilon) == (
+        48,
+        5000.0,
+        1e-6,
+    )
     assert loaded.origins["model.hidden_size"] == "tiny/config.json hidden_size"
     assert len(loaded.warnings) == 1
 
@@ -319,14 +408,20 @@ def test_a_model_in_the_cache_is_found_by_its_id(here: Path) -> None:
     refs.mkdir()
     (refs / "main").write_text("abc")
     config = load(here, overrides=("pretrained_model_name_or_path=owner/tiny",)).config
-    assert config.model.hidden_size == 32 and config.data.tokenizer_path == str(snapshot)
+    assert config.model.hidden_size == 32 and config.data.tokenizer_path == str(
+        snapshot
+    )
 
 
 @pytest.mark.parametrize("window", [None, 1_000_000, 16])
-def test_mistral_is_read_with_a_window_that_holds_its_sequences(window: int | None, here: Path) -> None:
+def test_mistral_is_read_with_a_window_that_holds_its_sequences(
+    window: int | None, here: Path
+) -> None:
     model_folder(here / "tiny", model_type="mistral", sliding_window=window)
     if window != 16:
-        model = load(here, overrides=("pretrained_model_name_or_path=tiny",)).config.model
+        model = load(
+            here, overrides=("pretrained_model_name_or_path=tiny",)
+        ).config.model
         assert (model.model_type, model.sliding_window) == ("MISTRAL", window)
         assert not model.has_qkv_bias and not model.has_o_bias
         return
@@ -337,7 +432,8 @@ def test_mistral_is_read_with_a_window_that_holds_its_sequences(window: int | No
 def test_nothing_that_a_config_imports_is_imported(here: Path) -> None:
     """None of the packages is needed, and of those that are installed none is loaded."""
     path = write_config(
-        here / "c.py", ("import AdamW", "import AdamW\nimport torch.cuda as cuda\nimport datasets")
+        here / "c.py",
+        ("import AdamW", "import AdamW\nimport torch.cuda as cuda\nimport datasets"),
     )
     program = (
         "import sys\nfrom evomesh.config.loader import load_config\n"
@@ -353,9 +449,14 @@ def test_nothing_that_a_config_imports_is_imported(here: Path) -> None:
 def test_a_name_of_another_package_has_no_truth(here: Path) -> None:
     path = write_config(
         here / "c.py",
-        ("\n# PART 1", "\nimport torch\nlr = 1.0 if torch.cuda.is_available() else 2.0\n# PART 1"),
+        (
+            "\n# PART 1",
+            "\nimport torch\nlr = 1.0 if torch.cuda.is_available() else 2.0\n# PART 1",
+        ),
     )
-    with pytest.raises(ConfigError, match=r"torch\.cuda\.is_available\(\.\.\.\) is not run"):
+    with pytest.raises(
+        ConfigError, match=r"torch\.cuda\.is_available\(\.\.\.\) is not run"
+    ):
         load_config(path)
 
 
@@ -376,7 +477,12 @@ def test_a_config_that_mmengine_dumped(here: Path) -> None:
         "custom_hooks = [dict(type='xtuner.engine.hooks.ThroughputHook')]\nlauncher = 'pytorch'\n"
     )
     found = values(load_config(here / "dumped.py"))
-    expected = {"data.seq_len": 4096, "data.micro_num": 2, "data.train_folder": "d", "adam.adam_beta2": 0.95}
+    expected = {
+        "data.seq_len": 4096,
+        "data.micro_num": 2,
+        "data.train_folder": "d",
+        "adam.adam_beta2": 0.95,
+    }
     assert {key: found[key] for key in expected} == expected
     assert found["ckpt.enable_save_ckpt"] is False
 
@@ -397,7 +503,11 @@ def test_configs_on_top_of_others(text: str, here: Path) -> None:
     write_config(here / "c.py")
     (here / "child.py").write_text(text)
     config = load_config(here / "child.py").config
-    assert (config.data.seq_len, config.adam.lr, config.run.job_name) == (64, 4e-5, "child")
+    assert (config.data.seq_len, config.adam.lr, config.run.job_name) == (
+        64,
+        4e-5,
+        "child",
+    )
 
 
 RAW = "internlm2_7b_w_untokenized_dataset"
@@ -408,7 +518,17 @@ PROCESS = "load_intern_repo_untokenized_dataset"
 @pytest.mark.parametrize(
     ("dataset", "expected"),
     [
-        ("", ["tokenize", "/path/to/sft/data/folder", "--format", "messages", "chatml", "32768"]),
+        (
+            "",
+            [
+                "tokenize",
+                "/path/to/sft/data/folder",
+                "--format",
+                "messages",
+                "chatml",
+                "32768",
+            ],
+        ),
         (
             "dict(type=process_hf_dataset, dataset=dict(type=load_dataset, path='json', data_files=['a.json']), "
             f"max_length=512, dataset_map_fn=alpaca_map_fn, template_map_fn={TYPES})",
@@ -426,11 +546,20 @@ PROCESS = "load_intern_repo_untokenized_dataset"
         ),
     ],
 )
-def test_raw_data_is_tokenized_by_a_command(dataset: str, expected: list[str], here: Path) -> None:
+def test_raw_data_is_tokenized_by_a_command(
+    dataset: str, expected: list[str], here: Path
+) -> None:
     imports = "from datasets import load_dataset\nfrom xtuner.dataset import process_hf_dataset\n"
     imports += "from xtuner.dataset.map_fns import alpaca_map_fn, pretrain_map_fn\n"
     edits = (
-        [("# PART 4: ", f"{imports}\ntrain_dataloader['dataset'] = {dataset}\n# PART 4: ")] if dataset else []
+        [
+            (
+                "# PART 4: ",
+                f"{imports}\ntrain_dataloader['dataset'] = {dataset}\n# PART 4: ",
+            )
+        ]
+        if dataset
+        else []
     )
     loaded = load(here, *edits, name=RAW)
     (command,) = loaded.preparation
@@ -449,10 +578,19 @@ def test_a_map_function_of_the_user_is_refused_with_the_formats(here: Path) -> N
 
 
 @covers("promise:copy-cfg")
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem
+)
 def test_shipped_configs_are_of_the_models_they_name(path: Path, here: Path) -> None:
     found = load_config(path).config
-    layers = {"internlm2_1_8b": 24, "internlm2_7b": 32, "internlm2_20b": 48, "mistral_7b": 32}
+    layers = {
+        "internlm2_1_8b": 24,
+        "internlm2_7b": 32,
+        "internlm2_20b": 48,
+        "mistral_7b": 32,
+    }
     name = path.stem.partition("_w_")[0]
     assert found.model.num_layers == layers[name]
-    assert found.model.model_type == ("MISTRAL" if name == "mistral_7b" else "INTERNLM2_PUBLIC")
+    assert found.model.model_type == (
+        "MISTRAL" if name == "mistral_7b" else "INTERNLM2_PUBLIC"
+    )

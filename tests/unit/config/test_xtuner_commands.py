@@ -39,8 +39,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_list_cfg() -> None:
-    assert run("xtuner", "list-cfg").split() == sorted(path.stem for path in CONFIGS.glob("*.py"))
-    assert run("xtuner", "list-cfg", "-p", "20B").split() == ["internlm2_20b_w_tokenized_dataset"]
+    assert run("xtuner", "list-cfg").split() == sorted(
+        path.stem for path in CONFIGS.glob("*.py")
+    )
+    assert run("xtuner", "list-cfg", "-p", "20B").split() == [
+        "internlm2_20b_w_tokenized_dataset"
+    ]
     with pytest.raises(UserError, match="contains 'llama9'"):
         run("xtuner", "list-cfg", "-p", "llama9")
 
@@ -50,10 +54,15 @@ def test_copy_cfg(here: Path) -> None:
     out = run("xtuner", "copy-cfg", "internlm2_7b_w_tokenized_dataset", ".")
     copied = here / "internlm2_7b_w_tokenized_dataset_copy.py"
     assert out == "wrote internlm2_7b_w_tokenized_dataset_copy.py\n"
-    assert copied.read_bytes() == (CONFIGS / "internlm2_7b_w_tokenized_dataset.py").read_bytes()
+    assert (
+        copied.read_bytes()
+        == (CONFIGS / "internlm2_7b_w_tokenized_dataset.py").read_bytes()
+    )
     with pytest.raises(UserError, match="exists already"):
         run("xtuner", "copy-cfg", "internlm2_7b_w_tokenized_dataset", ".")
-    with pytest.raises(UserError, match="did you mean internlm2_7b_w_tokenized_dataset"):
+    with pytest.raises(
+        UserError, match="did you mean internlm2_7b_w_tokenized_dataset"
+    ):
         run("xtuner", "copy-cfg", "internlm2_7b_w_tokenised_dataset", "new")
 
 
@@ -65,10 +74,17 @@ def test_translate_writes_the_same_config(name: str, here: Path) -> None:
     assert written == load_config(CONFIGS / f"{name}.py").config
     text = (here / "out.py").read_text(encoding="utf-8")
     assert f"seq_len=32768,  # {CONFIGS}/{name}.py:" in text and " max_length\n" in text
-    assert "EvaluateChatHook" in text and "xtuner." not in text and "mmengine" not in text
-    ruff = shutil.which("ruff", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    assert (
+        "EvaluateChatHook" in text and "xtuner." not in text and "mmengine" not in text
+    )
+    ruff = shutil.which(
+        "ruff",
+        path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+    )
     if ruff:
-        subprocess.run([ruff, "check", "--isolated", "--select", "E9,F", "out.py"], check=True)
+        subprocess.run(
+            [ruff, "check", "--isolated", "--select", "E9,F", "out.py"], check=True
+        )
     with pytest.raises(UserError, match="exists already"):
         run("config", "translate", name, "out.py")
 
@@ -90,18 +106,26 @@ THEIRS = [
     (["--seed", "3"], ["randomness.seed=3"]),
     (["--resume"], ["resume=True"]),
     (["--resume", "x/step-00000002"], ["resume=True", "load_from='x/step-00000002'"]),
-    (["--cfg-options", "lr=1e-3", "max_length=64", "--launcher", "pytorch"], ["lr=1e-3", "max_length=64"]),
+    (
+        ["--cfg-options", "lr=1e-3", "max_length=64", "--launcher", "pytorch"],
+        ["lr=1e-3", "max_length=64"],
+    ),
 ]
 OURS = [
     (["--work-dir", "w"], ["run_dir='w'", "ckpt.save_ckpt_folder='local:w'"]),
     (["--seed", "3"], ["seed=3"]),
     (["--resume"], ["ckpt.auto_resume=True"]),
-    (["--resume", "p"], ["ckpt.auto_resume=False", "ckpt.load_ckpt_info=dict(path='p', content='all')"]),
+    (
+        ["--resume", "p"],
+        ["ckpt.auto_resume=False", "ckpt.load_ckpt_info=dict(path='p', content='all')"],
+    ),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "overrides"), THEIRS, ids=str)
-def test_options_of_train(arguments: list[str], overrides: list[str], here: Path) -> None:
+def test_options_of_train(
+    arguments: list[str], overrides: list[str], here: Path
+) -> None:
     path = str(write_config(here / "c.py"))
     assert train_overrides(path, options(path, *arguments)) == overrides
     load_config(path, overrides)
@@ -123,8 +147,12 @@ def test_a_deepspeed_strategy_with_sequence_parallelism_shards_the_weight_axis(
     path = str(write_config(here / "c.py"))
     monkeypatch.setenv("NPROC_PER_NODE", "8")
     common = ["pretrained_model_name_or_path=tiny", "max_length=64"]
-    sequence = load_with_strategy(path, [*common, "sequence_parallel_size=2"], "deepspeed_zero3", "auto")
-    assert sequence.config.parallel.weight.size == 8  # divides 32, 64 (4 + 2 x 2 heads of 8) and 48
+    sequence = load_with_strategy(
+        path, [*common, "sequence_parallel_size=2"], "deepspeed_zero3", "auto"
+    )
+    assert (
+        sequence.config.parallel.weight.size == 8
+    )  # divides 32, 64 (4 + 2 x 2 heads of 8) and 48
     assert not sequence.config.parallel.zero1.fsdp
     assert "parallel.weight.size" in sequence.warnings[-1]
     whole = load_with_strategy(path, common, "deepspeed_zero3", "auto")
@@ -133,20 +161,36 @@ def test_a_deepspeed_strategy_with_sequence_parallelism_shards_the_weight_axis(
 
 def test_merge_is_refused_in_one_sentence() -> None:
     with pytest.raises(UserError, match="LoRA adapters are not part of evomesh"):
-        run("xtuner", "convert", "merge", "llm", "adapter", "out", "--max-shard-size", "2GB")
+        run(
+            "xtuner",
+            "convert",
+            "merge",
+            "llm",
+            "adapter",
+            "out",
+            "--max-shard-size",
+            "2GB",
+        )
 
 
 @pytest.mark.parametrize(
-    "name", ["mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"]
+    "name",
+    ["mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"],
 )
-def test_xtuners_own_checkpoints_are_named_with_the_way_to_read_them(name: str, here: Path) -> None:
+def test_xtuners_own_checkpoints_are_named_with_the_way_to_read_them(
+    name: str, here: Path
+) -> None:
     path = str(write_config(here / "c.py"))
     (here / "iter_500.pth").mkdir()
     (here / "iter_500.pth" / name).touch()
-    with pytest.raises(UserError, match=r"a checkpoint of XTuner(.|\n)*with XTuner's pth_to_hf"):
+    with pytest.raises(
+        UserError, match=r"a checkpoint of XTuner(.|\n)*with XTuner's pth_to_hf"
+    ):
         run("xtuner", "convert", "pth_to_hf", path, "iter_500.pth", "out")
     info = load_config(path, ["load_from=iter_500.pth", "resume=True"]).config.ckpt
-    with pytest.raises(UserError, match=r"a checkpoint of XTuner(.|\n)*with XTuner's pth_to_hf"):
+    with pytest.raises(
+        UserError, match=r"a checkpoint of XTuner(.|\n)*with XTuner's pth_to_hf"
+    ):
         decide(info, CheckpointReader(), None)
 
 
@@ -154,10 +198,14 @@ def test_show_does_not_count_tokens_of_passes(here: Path) -> None:
     path = str(write_config(here / "c.py"))
     out = run("config", "show", path)
     assert "passes over the data    1.0" in out and "tokens in total" not in out
-    assert "tokens in total" in run("config", "show", path, "--set", "data.total_steps=3")
+    assert "tokens in total" in run(
+        "config", "show", path, "--set", "data.total_steps=3"
+    )
 
 
-def test_unknown_launcher_and_config(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_launcher_and_config(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
         options("c.py", "--launcher", "mpi")
     assert caught.value.code == 2 and "pytorch" in capsys.readouterr().err
@@ -182,7 +230,9 @@ def test_the_command_xtuner_is_installed_only_where_there_is_none(
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert done.stdout == "mistral_7b_w_tokenized_dataset\n"
-    run("xtuner", "install-command", "--into", str(scripts))  # ours may be written again
+    run(
+        "xtuner", "install-command", "--into", str(scripts)
+    )  # ours may be written again
 
     (scripts / "xtuner").write_text("#!/bin/sh\necho the real one\n")
     with pytest.raises(UserError, match="another command of this name"):

@@ -16,7 +16,9 @@ WriteBin = Callable[..., Path]
 def write_bin(tmp_path: Path) -> WriteBin:
     """Return ``write_bin(documents, name="train/en/a.bin", dtype="int64")``, which writes InternEvo's format."""
 
-    def write(documents: list[list[int]], name: str = "train/en/a.bin", dtype: str = "int64") -> Path:
+    def write(
+        documents: list[list[int]], name: str = "train/en/a.bin", dtype: str = "int64"
+    ) -> Path:
         return golden.write_bin(tmp_path / name, documents, meta_dtype=dtype)
 
     return write

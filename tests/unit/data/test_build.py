@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from evomesh.config.schema import DataConfig
+from evomesh.config.data import DataConfig
 from evomesh.data.build import TrainData, build_train_data, check_manifest
 from evomesh.data.packing.corpus import Corpus
 from evomesh.errors import UserError
@@ -49,7 +49,9 @@ def tree(write_bin: Any, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def take_packs(data: TrainData, dp_rank: int = 0, dp_size: int = 1, steps: int = 3) -> list[list[int]]:
+def take_packs(
+    data: TrainData, dp_rank: int = 0, dp_size: int = 1, steps: int = 3
+) -> list[list[int]]:
     """Return the tokens of all packs that a rank reads in its first steps."""
     stream = data.stream(dp_rank=dp_rank, dp_size=dp_size)
     packs = [pack for _ in range(steps) for pack in next(stream).tokens.tolist()]
@@ -61,11 +63,19 @@ def take_packs(data: TrainData, dp_rank: int = 0, dp_size: int = 1, steps: int =
 def test_types_and_report_follow_the_files(tree: Path) -> None:
     data = build_train_data(config(tree), VOCAB)
     assert data.types == ["cn", "en"]
-    assert [row["file"] for row in data.report] == ["cn/deep/er/z.bin", "en/a.bin", "en/b/x.bin"]
+    assert [row["file"] for row in data.report] == [
+        "cn/deep/er/z.bin",
+        "en/a.bin",
+        "en/b/x.bin",
+    ]
     for row, seed in zip(data.report, (3, 2, 1), strict=True):
         tokens = sum(map(len, documents(seed)))
         assert (row["documents"], row["tokens"]) == (60, tokens)
-        assert (row["packs"], row["dropped"], row["filtered"]) == (tokens // 16, tokens % 16, 0)
+        assert (row["packs"], row["dropped"], row["filtered"]) == (
+            tokens // 16,
+            tokens % 16,
+            0,
+        )
     assert data.num_packs == sum(row["packs"] for row in data.report)
     assert json.loads(json.dumps(data.manifest)) == data.manifest
 
@@ -100,20 +110,30 @@ def test_a_batch_has_the_documented_shapes_and_padded_bounds(tree: Path) -> None
         assert bounds[-1] == 16
         assert bounds == sorted(bounds)
         for low, high in pairwise(bounds):
-            assert batch.position_ids[micro, low:high].tolist() == list(range(high - low))
+            assert batch.position_ids[micro, low:high].tolist() == list(
+                range(high - low)
+            )
             longest = max(longest, high - low)
     assert batch.max_seqlen == longest
     assert set(batch.type_ids.flatten().tolist()) <= {0, 1}
 
 
 @pytest.mark.parametrize("workers", [0, 3])
-def test_all_layouts_of_a_global_batch_see_the_same_packs(tree: Path, workers: int) -> None:
+def test_all_layouts_of_a_global_batch_see_the_same_packs(
+    tree: Path, workers: int
+) -> None:
     expected = None
     for micro_num, dp_size in ((4, 1), (2, 2), (1, 4)):
-        data = build_train_data(config(tree, micro_num=micro_num, num_worker=workers), VOCAB)
+        data = build_train_data(
+            config(tree, micro_num=micro_num, num_worker=workers), VOCAB
+        )
         shares = [take_packs(data, rank, dp_size, steps=12) for rank in range(dp_size)]
         steps = [
-            sorted(pack for share in shares for pack in share[step * micro_num : (step + 1) * micro_num])
+            sorted(
+                pack
+                for share in shares
+                for pack in share[step * micro_num : (step + 1) * micro_num]
+            )
             for step in range(12)
         ]
         assert expected in (None, steps)
@@ -126,7 +146,9 @@ def test_a_rank_reads_the_packs_that_internevo_gives_it(tree: Path) -> None:
     indices = np.arange(data.num_packs)
     np.random.RandomState(1024).shuffle(indices)
     for rank in range(3):
-        expected = [data.read(int(pack)).tokens.tolist() for pack in indices[rank::3][:8]]
+        expected = [
+            data.read(int(pack)).tokens.tolist() for pack in indices[rank::3][:8]
+        ]
         assert take_packs(data, rank, 3, steps=4) == expected
 
 
@@ -163,7 +185,10 @@ def test_synthetic_data_is_internevos() -> None:
     data = build_train_data(DataConfig(seq_len=64, num_worker=0), VOCAB)
     assert isinstance(data, Corpus)
     rng = np.random.RandomState(1999)
-    period, repeats = rng.randint(1, 30, size=1_000_000), rng.randint(10, 200, size=1_000_000)
+    period, repeats = (
+        rng.randint(1, 30, size=1_000_000),
+        rng.randint(10, 200, size=1_000_000),
+    )
     order = np.arange(1_000_000)
     np.random.RandomState(1024).shuffle(order)
     for pack in (0, 1, 777):
@@ -177,13 +202,17 @@ def test_synthetic_data_is_internevos() -> None:
 
 @covers("data.fixed_random_dataset_seqlen")
 def test_synthetic_data_of_any_length_is_packed() -> None:
-    data = build_train_data(DataConfig(seq_len=512, fixed_random_dataset_seqlen=False, num_worker=0), VOCAB)
+    data = build_train_data(
+        DataConfig(seq_len=512, fixed_random_dataset_seqlen=False, num_worker=0), VOCAB
+    )
     batch = next(data.stream())
     assert batch.tokens.shape == (1, 512)
     assert batch.cu_seqlens.shape[1] >= 2
 
 
-def assert_refused(part: str, section: DataConfig, vocab: int = VOCAB, **stream: Any) -> str:
+def assert_refused(
+    part: str, section: DataConfig, vocab: int = VOCAB, **stream: Any
+) -> str:
     """Check that a config's data is refused with a message that has ``part``; return the message."""
     with pytest.raises(UserError) as caught:
         next(build_train_data(section, vocab).stream(**stream))
@@ -194,11 +223,15 @@ def assert_refused(part: str, section: DataConfig, vocab: int = VOCAB, **stream:
 def test_a_data_folder_that_is_missing_or_a_file_is_refused(tmp_path: Path) -> None:
     assert "No such file" in assert_refused(str(tmp_path / "train"), config(tmp_path))
     (tmp_path / "file").write_text("")
-    assert_refused("Not a directory", config(tmp_path, train_folder=str(tmp_path / "file")))
+    assert_refused(
+        "Not a directory", config(tmp_path, train_folder=str(tmp_path / "file"))
+    )
 
 
 def test_an_unreadable_data_folder_is_refused() -> None:
-    with tempfile.TemporaryDirectory() as name:  # tmp_path cannot be entered by another user
+    with (
+        tempfile.TemporaryDirectory() as name
+    ):  # tmp_path cannot be entered by another user
 
         def attempt() -> str:
             with pytest.raises(UserError) as caught:
@@ -215,7 +248,9 @@ def test_a_folder_without_token_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     assert_refused("it contains: nothing", config(tmp_path))
     (tmp_path / "train" / "x.jsonl").write_text("{}")
-    assert "evomesh tokenize" in assert_refused("it contains: x.jsonl", config(tmp_path))
+    assert "evomesh tokenize" in assert_refused(
+        "it contains: x.jsonl", config(tmp_path)
+    )
 
 
 def test_a_meta_without_token_file_is_refused(tree: Path) -> None:
@@ -223,10 +258,14 @@ def test_a_meta_without_token_file_is_refused(tree: Path) -> None:
     assert_refused("a.bin.meta: the meta has no token file", config(tree))
 
 
-def test_an_id_outside_the_vocabulary_is_reported_with_file_and_line(write_bin: Any, tmp_path: Path) -> None:
+def test_an_id_outside_the_vocabulary_is_reported_with_file_and_line(
+    write_bin: Any, tmp_path: Path
+) -> None:
     path = write_bin([[1] * 40, [2, 1000] * 40])
     assert_refused(f"{path} line 2", config(tmp_path))
-    Path(f"{path}.json").write_text('{"max_id": 1000, "max_id_line": 2, "vocab_size": 1001}')
+    Path(f"{path}.json").write_text(
+        '{"max_id": 1000, "max_id_line": 2, "vocab_size": 1001}'
+    )
     assert "at least 1001" in assert_refused(f"{path} line 2", config(tmp_path))
 
 
@@ -256,7 +295,9 @@ def test_a_path_names_exactly_one_type(write_bin: Any, tmp_path: Path) -> None:
 
 def test_less_than_one_global_batch_is_refused(write_bin: Any, tmp_path: Path) -> None:
     write_bin([[1] * 50])
-    text = assert_refused("3 pack(s) of 16 tokens, one step needs 8", config(tmp_path), dp_size=4)
+    text = assert_refused(
+        "3 pack(s) of 16 tokens, one step needs 8", config(tmp_path), dp_size=4
+    )
     assert "micro_num 2 x 4" in text
 
 
@@ -272,7 +313,9 @@ def test_data_that_fills_no_pack_is_refused_unless_it_is_carried_or_padded(
     assert build_train_data(config(tmp_path, remainder="pad"), VOCAB).num_packs == 2
 
 
-def test_data_that_changed_since_the_checkpoint_is_refused(tree: Path, write_bin: Any) -> None:
+def test_data_that_changed_since_the_checkpoint_is_refused(
+    tree: Path, write_bin: Any
+) -> None:
     before = build_train_data(config(tree), VOCAB)
     state = before.stream().state()
     write_bin(documents(9), "train/en/a.bin")
@@ -295,7 +338,9 @@ def test_a_file_that_yields_no_pack_gives_a_warning(tree: Path, write_bin: Any) 
     ]
 
 
-def test_fewer_documents_than_min_length_gives_a_warning(write_bin: Any, tmp_path: Path) -> None:
+def test_fewer_documents_than_min_length_gives_a_warning(
+    write_bin: Any, tmp_path: Path
+) -> None:
     write_bin([[1] * 30] * 10)
     assert (
         "has 10 documents, fewer than min_length 20"
@@ -309,13 +354,18 @@ def test_fewer_documents_than_min_length_gives_a_warning(write_bin: Any, tmp_pat
 
 @covers("data.min_length_dict")
 def test_min_length_dict_sets_the_limit_by_path(tree: Path) -> None:
-    data = build_train_data(config(tree, min_length=5, min_length_dict={"en/b": 10, "cn": 0}), VOCAB)
+    data = build_train_data(
+        config(tree, min_length=5, min_length_dict={"en/b": 10, "cn": 0}), VOCAB
+    )
     kept = {row["file"]: row["documents"] - row["filtered"] for row in data.report}
     limits = {"en/b/x.bin": (1, 10), "cn/deep/er/z.bin": (3, 0), "en/a.bin": (2, 5)}
     assert kept == {
-        name: sum(len(one) >= low for one in documents(seed)) for name, (seed, low) in limits.items()
+        name: sum(len(one) >= low for one in documents(seed))
+        for name, (seed, low) in limits.items()
     }
-    assert_refused("several keys: en, en/b", config(tree, min_length_dict={"en": 1, "en/b": 10}))
+    assert_refused(
+        "several keys: en, en/b", config(tree, min_length_dict={"en": 1, "en/b": 10})
+    )
 
 
 @covers("data.data_order_path")
@@ -323,10 +373,16 @@ def test_an_order_file_sets_the_order_and_must_list_every_file(tree: Path) -> No
     order = tree / "data_order.txt"
     order.write_bytes(b"en/b/x.bin\r\n\r\ncn/deep/er/z.bin\nen/a.bin\n")
     data = build_train_data(config(tree, data_order_path=str(order)), VOCAB)
-    assert [row["file"] for row in data.report] == ["en/b/x.bin", "cn/deep/er/z.bin", "en/a.bin"]
+    assert [row["file"] for row in data.report] == [
+        "en/b/x.bin",
+        "cn/deep/er/z.bin",
+        "en/a.bin",
+    ]
     assert data.types == ["cn", "en"]
     order.write_text("en/b/x.bin\nen/c.bin\n")
-    text = assert_refused("not listed: cn/deep/er/z.bin", config(tree, data_order_path=str(order)))
+    text = assert_refused(
+        "not listed: cn/deep/er/z.bin", config(tree, data_order_path=str(order))
+    )
     assert "not in" in text
     assert "en/c.bin" in text
 
@@ -336,12 +392,19 @@ def test_symbolic_links_are_followed_once(tree: Path) -> None:
     os.symlink(tree / "train", tree / "train/ja/b/loop")
     data = build_train_data(config(tree), VOCAB)
     names = [row["file"] for row in data.report]
-    assert [name for name in names if name.startswith("ja/")] == ["ja/a.bin", "ja/b/x.bin"]
+    assert [name for name in names if name.startswith("ja/")] == [
+        "ja/a.bin",
+        "ja/b/x.bin",
+    ]
     assert len(names) == 5
 
 
-@pytest.mark.parametrize("ids", [[-5, -6, -7, -8], [0, 0, 0, 0]], ids=["masked", "zeros"])
-def test_a_file_without_a_target_is_refused(write_bin: Any, tmp_path: Path, ids: list[int]) -> None:
+@pytest.mark.parametrize(
+    "ids", [[-5, -6, -7, -8], [0, 0, 0, 0]], ids=["masked", "zeros"]
+)
+def test_a_file_without_a_target_is_refused(
+    write_bin: Any, tmp_path: Path, ids: list[int]
+) -> None:
     """Training on it would log a loss of 0 and end well."""
     write_bin(documents(1), "train/en/a.bin")
     write_bin([ids * 10] * 20, "train/en/b.bin")

@@ -41,7 +41,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+        vocab_size=300,
+        special_tokens=SPECIAL,
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(["hello world"], trainer)
     path = tmp_path_factory.mktemp("tokenizer")
@@ -57,8 +60,12 @@ def encode(
     """Decoded (everything, targets only) of one conversation."""
     tokenizer = load_tokenizer(folder)
     record = SourceRecord(turns, "here")
-    ids = build_template(template, tokenizer).encode(read_conversation(record, schema, **options))
-    return tokenizer.decode([abs(x) for x in ids]), tokenizer.decode([x for x in ids if x > 0])
+    ids = build_template(template, tokenizer).encode(
+        read_conversation(record, schema, **options)
+    )
+    return tokenizer.decode([abs(x) for x in ids]), tokenizer.decode(
+        [x for x in ids if x > 0]
+    )
 
 
 ALPACA = {"instruction": "Add.", "input": "1 2", "output": "3"}
@@ -73,12 +80,20 @@ TURNS = [
 
 def test_internlm_style_matches_internevo(folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
-    ids = build_template("internlm", tokenizer).encode(read_conversation(SourceRecord(ALPACA, ""), "alpaca"))
+    ids = build_template("internlm", tokenizer).encode(
+        read_conversation(SourceRecord(ALPACA, ""), "alpaca")
+    )
     plain = tokenizer.encode
     name = tokenizer.token_id
     expected = [name("<s>")]
     expected += [
-        -x for x in [*plain("<|User|>:Add.\n1 2"), name("<eoh>") or -1, *plain("\n"), *plain("<|Bot|>:")]
+        -x
+        for x in [
+            *plain("<|User|>:Add.\n1 2"),
+            name("<eoh>") or -1,
+            *plain("\n"),
+            *plain("<|Bot|>:"),
+        ]
     ]
     expected += [*plain("3"), name("<eoa>"), *plain("\n"), name("</s>")]
     assert ids == expected
@@ -102,7 +117,9 @@ def test_only_answers_are_targets_in_every_style(folder: Path) -> None:
     assert targets == "hello<|eot_id|>"
 
 
-def test_template_of_the_tokenizer_folder_gives_the_same_ids_and_targets(folder: Path) -> None:
+def test_template_of_the_tokenizer_folder_gives_the_same_ids_and_targets(
+    folder: Path,
+) -> None:
     whole, targets = encode(folder, "tokenizer", TURNS)
     assert whole == encode(folder, "chatml", TURNS)[0].removeprefix("<s>")
     assert targets == "hello<|im_end|>\nworld<|im_end|>\n"
@@ -133,7 +150,11 @@ def test_sharegpt_records_are_read_like_messages(folder: Path) -> None:
             "here: the record has no key 'input' (it has: instruction, output)",
         ),
         ("messages", {"text": "a"}, "no key 'messages'"),
-        ("messages", [{"role": "robot", "content": "a"}], "the role 'robot' is unknown"),
+        (
+            "messages",
+            [{"role": "robot", "content": "a"}],
+            "the role 'robot' is unknown",
+        ),
         ("messages", [{"role": "user", "content": 1}], "content is of type number"),
         ("sharegpt", {"conversations": []}, "conversations has no messages"),
     ],
@@ -152,7 +173,10 @@ def test_system_and_history_are_part_of_the_conversation(folder: Path) -> None:
         "<|im_end|>\n<|im_start|>user\nAdd.\n1 2<|im_end|>\n<|im_start|>assistant\n3<|im_end|>\n"
     )
     assert targets == "hello<|im_end|>3<|im_end|>"
-    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello", "weight": 0}]
+    turns = [
+        {"from": "human", "value": "hi"},
+        {"from": "gpt", "value": "hello", "weight": 0},
+    ]
     sharegpt = {"system": "Be brief.", "conversations": turns}
     whole, targets = encode(folder, "chatml", sharegpt, "sharegpt")
     assert "system\nBe brief.<|im_end|>" in whole
@@ -163,13 +187,27 @@ def test_system_and_history_are_part_of_the_conversation(folder: Path) -> None:
     ("schema", "value", "part"),
     [
         ("alpaca", ALPACA | {"prompt": "x"}, "unknown keys: 'prompt'"),
-        ("sharegpt", {"conversations": [{"from": "human", "value": "a"}], "lang": "en"}, "'lang'"),
-        ("sharegpt", {"conversations": [{"from": "human", "value": "a", "score": 1}]}, "'score'"),
-        ("messages", [{"role": "user", "content": "a", "weight": 0.5}], "weight of a message is 0.5"),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "human", "value": "a"}], "lang": "en"},
+            "'lang'",
+        ),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "human", "value": "a", "score": 1}]},
+            "'score'",
+        ),
+        (
+            "messages",
+            [{"role": "user", "content": "a", "weight": 0.5}],
+            "weight of a message is 0.5",
+        ),
         ("alpaca", ALPACA | {"history": ["a"]}, "history has another form"),
     ],
 )
-def test_keys_that_would_vanish_are_refused_by_name(schema: Any, value: Any, part: str) -> None:
+def test_keys_that_would_vanish_are_refused_by_name(
+    schema: Any, value: Any, part: str
+) -> None:
     with pytest.raises(UserError) as caught:
         read_conversation(SourceRecord(value, "here"), schema)
     assert part in str(caught.value)
@@ -177,18 +215,29 @@ def test_keys_that_would_vanish_are_refused_by_name(schema: Any, value: Any, par
 
 def test_built_in_templates_refuse_what_they_have_no_place_for(folder: Path) -> None:
     turns = [{"role": "tool", "content": "4", "name": "add"}]
-    with pytest.raises(UserError, match="no place for the role 'tool', the key 'name' of a message"):
+    with pytest.raises(
+        UserError, match="no place for the role 'tool', the key 'name' of a message"
+    ):
         encode(folder, "chatml", turns)
 
 
-def test_conversations_without_any_target_are_an_error(folder: Path, tmp_path: Path) -> None:
+def test_conversations_without_any_target_are_an_error(
+    folder: Path, tmp_path: Path
+) -> None:
     files = find_source_files([str(write_alpaca(tmp_path / "a.json", 3))])
     with pytest.raises(UserError, match="none of the 3 conversations has a target"):
-        tokenize_chats(files, tmp_path / "o.bin", load_tokenizer(folder), ChatOptions("alpaca", max_length=4))
+        tokenize_chats(
+            files,
+            tmp_path / "o.bin",
+            load_tokenizer(folder),
+            ChatOptions("alpaca", max_length=4),
+        )
 
 
 def write_alpaca(path: Path, count: int) -> Path:
-    path.write_text(json.dumps([ALPACA | {"output": f"answer {n}"} for n in range(count)]))
+    path.write_text(
+        json.dumps([ALPACA | {"output": f"answer {n}"} for n in range(count)])
+    )
     return path
 
 
@@ -197,24 +246,38 @@ def read_documents(path: Path) -> list[list[int]]:
     return [dataset.read(np.array([i])).tolist() for i in range(len(dataset))]
 
 
-def test_split_is_disjoint_complete_and_repeatable(folder: Path, tmp_path: Path) -> None:
+def test_split_is_disjoint_complete_and_repeatable(
+    folder: Path, tmp_path: Path
+) -> None:
     files = find_source_files([str(write_alpaca(tmp_path / "a.json", 150))])
     tokenizer = load_tokenizer(folder)
-    tokenize_chats(files, tmp_path / "all.bin", tokenizer, ChatOptions("alpaca"), workers=2)
+    tokenize_chats(
+        files, tmp_path / "all.bin", tokenizer, ChatOptions("alpaca"), workers=2
+    )
     for seed in (0, 0, 1):
         _, counts = tokenize_chats(
-            files, tmp_path / f"o{seed}", tokenizer, ChatOptions("alpaca", split_ratio=0.1, seed=seed)
+            files,
+            tmp_path / f"o{seed}",
+            tokenizer,
+            ChatOptions("alpaca", split_ratio=0.1, seed=seed),
         )
         assert counts.truncated == 0
     every = read_documents(tmp_path / "all.bin")
-    train, valid = (read_documents(tmp_path / "o0" / part / "en/dataset.bin") for part in ("train", "valid"))
+    train, valid = (
+        read_documents(tmp_path / "o0" / part / "en/dataset.bin")
+        for part in ("train", "valid")
+    )
     assert (len(train), len(valid)) == (135, 15)
     assert sorted(train + valid) == sorted(every)
-    assert [document for document in every if document in train] == train  # order is kept
+    assert [
+        document for document in every if document in train
+    ] == train  # order is kept
     assert read_documents(tmp_path / "o1/valid/en/dataset.bin") != valid
 
 
-def test_truncation_is_counted_and_keeps_the_ending(folder: Path, tmp_path: Path) -> None:
+def test_truncation_is_counted_and_keeps_the_ending(
+    folder: Path, tmp_path: Path
+) -> None:
     files = find_source_files([str(write_alpaca(tmp_path / "a.json", 3))])
     tokenizer = load_tokenizer(folder)
     tokenize_chats(files, tmp_path / "a.bin", tokenizer, ChatOptions("alpaca"))
@@ -224,38 +287,68 @@ def test_truncation_is_counted_and_keeps_the_ending(folder: Path, tmp_path: Path
         files, tmp_path / "b.bin", tokenizer, ChatOptions("alpaca", max_length=limit)
     )
     cut = read_documents(tmp_path / "b.bin")
-    assert [document[:-1] for document in cut] == [document[: limit - 1] for document in whole]
+    assert [document[:-1] for document in cut] == [
+        document[: limit - 1] for document in whole
+    ]
     assert all(document[-1] == tokenizer.eos_id for document in cut)
-    assert (counts.truncated, counts.lost_tokens) == (3, sum(len(document) - limit for document in whole))
+    assert (counts.truncated, counts.lost_tokens) == (
+        3,
+        sum(len(document) - limit for document in whole),
+    )
     assert facts[str(tmp_path / "b.bin")]["truncated"] == 3
 
 
-def test_conversation_truncated_before_its_answer_is_left_out(folder: Path, tmp_path: Path) -> None:
+def test_conversation_truncated_before_its_answer_is_left_out(
+    folder: Path, tmp_path: Path
+) -> None:
     """Its ending alone is not worth learning."""
     rows = [ALPACA, ALPACA | {"instruction": "long " * 50}, ALPACA]
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    files, tokenizer = find_source_files([str(tmp_path / "a.json")]), load_tokenizer(folder)
-    facts, counts = tokenize_chats(files, tmp_path / "a.bin", tokenizer, ChatOptions("alpaca", max_length=60))
+    files, tokenizer = (
+        find_source_files([str(tmp_path / "a.json")]),
+        load_tokenizer(folder),
+    )
+    facts, counts = tokenize_chats(
+        files, tmp_path / "a.bin", tokenizer, ChatOptions("alpaca", max_length=60)
+    )
     assert (counts.truncated, counts.without_target) == (1, 1)
-    assert facts[str(tmp_path / "a.bin")]["documents"] == len(read_documents(tmp_path / "a.bin")) == 2
+    assert (
+        facts[str(tmp_path / "a.bin")]["documents"]
+        == len(read_documents(tmp_path / "a.bin"))
+        == 2
+    )
 
 
 def test_append_adds_conversations_to_every_file(folder: Path, tmp_path: Path) -> None:
-    files, tokenizer = find_source_files([str(write_alpaca(tmp_path / "a.json", 20))]), load_tokenizer(folder)
-    for options, name in ((ChatOptions("alpaca"), "o.bin"), (ChatOptions("alpaca", split_ratio=0.1), "o")):
+    files, tokenizer = (
+        find_source_files([str(write_alpaca(tmp_path / "a.json", 20))]),
+        load_tokenizer(folder),
+    )
+    for options, name in (
+        (ChatOptions("alpaca"), "o.bin"),
+        (ChatOptions("alpaca", split_ratio=0.1), "o"),
+    ):
         first, _ = tokenize_chats(files, tmp_path / name, tokenizer, options)
         once = {path: read_documents(Path(path)) for path in first}
-        both, _ = tokenize_chats(files, tmp_path / name, tokenizer, options, append=True)
+        both, _ = tokenize_chats(
+            files, tmp_path / name, tokenizer, options, append=True
+        )
         for path, found in once.items():
             assert read_documents(Path(path)) == found * 2
             assert both[path]["documents"] == 2 * len(found)
             assert both[path]["sources"] == first[path]["sources"] * 2
-    other = load_tokenizer(sentencepiece_model(tmp_path, ["<eoh>", "<eoa>", "<|User|>", "<|Bot|>"]))
+    other = load_tokenizer(
+        sentencepiece_model(tmp_path, ["<eoh>", "<eoa>", "<|User|>", "<|Bot|>"])
+    )
     with pytest.raises(UserError, match="made with another tokenizer"):
-        tokenize_chats(files, tmp_path / "o.bin", other, ChatOptions("alpaca"), append=True)
+        tokenize_chats(
+            files, tmp_path / "o.bin", other, ChatOptions("alpaca"), append=True
+        )
 
 
-def test_progress_of_conversations_ends_at_the_size_of_the_input(folder: Path, tmp_path: Path) -> None:
+def test_progress_of_conversations_ends_at_the_size_of_the_input(
+    folder: Path, tmp_path: Path
+) -> None:
     files, tokenizer = (
         find_source_files([str(write_alpaca(tmp_path / "a.json", 300))]),
         load_tokenizer(folder),
@@ -270,17 +363,32 @@ def test_progress_of_conversations_ends_at_the_size_of_the_input(folder: Path, t
         progress=lambda *now: seen.append(now),
     )
     assert len(seen) > 2 and seen == sorted(seen)
-    assert seen[-1] == (files[0].size, 300, sum(map(len, read_documents(tmp_path / "o.bin"))))
+    assert seen[-1] == (
+        files[0].size,
+        300,
+        sum(map(len, read_documents(tmp_path / "o.bin"))),
+    )
 
 
 @pytest.mark.parametrize("roles", [("robot",), ("assistant", "gpt"), (), ("",)])
-def test_unknown_roles_are_rejected(folder: Path, tmp_path: Path, roles: tuple[str, ...]) -> None:
+def test_unknown_roles_are_rejected(
+    folder: Path, tmp_path: Path, roles: tuple[str, ...]
+) -> None:
     files = find_source_files([str(write_alpaca(tmp_path / "a.json", 3))])
-    with pytest.raises(UserError, match=r"--train-on: no role .*\n.*system, user, assistant"):
-        tokenize_chats(files, tmp_path / "o.bin", load_tokenizer(folder), ChatOptions("alpaca", roles=roles))
+    with pytest.raises(
+        UserError, match=r"--train-on: no role .*\n.*system, user, assistant"
+    ):
+        tokenize_chats(
+            files,
+            tmp_path / "o.bin",
+            load_tokenizer(folder),
+            ChatOptions("alpaca", roles=roles),
+        )
 
 
-def test_parquet_and_saved_datasets_are_read_like_json(folder: Path, tmp_path: Path) -> None:
+def test_parquet_and_saved_datasets_are_read_like_json(
+    folder: Path, tmp_path: Path
+) -> None:
     datasets = pytest.importorskip("datasets")
     rows = [ALPACA | {"output": str(n)} for n in range(5)]
     datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "disk"))
@@ -290,7 +398,10 @@ def test_parquet_and_saved_datasets_are_read_like_json(folder: Path, tmp_path: P
     found = []
     for name in ("a.json", "disk", "x.parquet"):
         tokenize_chats(
-            find_source_files([str(tmp_path / name)]), tmp_path / "o.bin", tokenizer, ChatOptions("alpaca")
+            find_source_files([str(tmp_path / name)]),
+            tmp_path / "o.bin",
+            tokenizer,
+            ChatOptions("alpaca"),
         )
         found.append(read_documents(tmp_path / "o.bin"))
     assert found[0] == found[1] == found[2]
@@ -298,7 +409,9 @@ def test_parquet_and_saved_datasets_are_read_like_json(folder: Path, tmp_path: P
 
 def test_missing_template_or_special_token_is_rejected(tmp_path: Path) -> None:
     path = sentencepiece_model(tmp_path, [])
-    with pytest.raises(UserError, match="no token <eoh>, which the chat template 'internlm' needs"):
+    with pytest.raises(
+        UserError, match="no token <eoh>, which the chat template 'internlm' needs"
+    ):
         build_template("internlm", load_tokenizer(path))
     with pytest.raises(UserError, match="no chat template 'x'"):
         build_template("x", load_tokenizer(path))
@@ -317,19 +430,33 @@ def test_special_tokens_are_looked_up_by_name(tmp_path: Path, kind: str) -> None
     name = {piece: int(plain.piece_to_id(piece)) for piece in (*ends, *marks)}
 
     def mark(piece: str, text: str) -> list[int]:
-        return list(plain.encode(piece + text)) if kind == "text" else [name[piece], *plain.encode(text)]
+        return (
+            list(plain.encode(piece + text))
+            if kind == "text"
+            else [name[piece], *plain.encode(text)]
+        )
 
     ids = build_template("internlm", load_tokenizer(path)).encode(
         read_conversation(SourceRecord(ALPACA, ""), "alpaca")
     )
     newline = plain.encode("\n")
-    expected = [-x for x in [*mark("<|User|>", ":Add.\n1 2"), name["<eoh>"], *newline, *mark("<|Bot|>", ":")]]
+    expected = [
+        -x
+        for x in [
+            *mark("<|User|>", ":Add.\n1 2"),
+            name["<eoh>"],
+            *newline,
+            *mark("<|Bot|>", ":"),
+        ]
+    ]
     assert ids == [1, *expected, *plain.encode("3"), name["<eoa>"], *newline, 2]
     assert len({name["<eoh>"], name["<eoa>"], 0}) == 3
     assert 103166 not in ids
 
 
-def sentencepiece_model(tmp_path: Path, symbols: list[str], control: list[str] | None = None) -> Path:
+def sentencepiece_model(
+    tmp_path: Path, symbols: list[str], control: list[str] | None = None
+) -> Path:
     text = tmp_path / "text.txt"
     text.write_text("hello world, this is a line\nand another one\n" * 50)
     control = control or []
@@ -348,10 +475,19 @@ def test_tools_tokenize_like_internevo(tmp_path: Path) -> None:
 
     def tool(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / "tools" / name), *arguments]
-        return subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
+        return subprocess.run(
+            command, env=environment, text=True, capture_output=True, check=False
+        )
 
     source = str(write_alpaca(tmp_path / "a.json", 20))
-    result = tool("alpaca_tokenizer.py", source, str(tmp_path / "out"), model, "--split_ratio", "0.2")
+    result = tool(
+        "alpaca_tokenizer.py",
+        source,
+        str(tmp_path / "out"),
+        model,
+        "--split_ratio",
+        "0.2",
+    )
     assert result.returncode == 0, result.stderr
     assert len(read_documents(tmp_path / "out/train/en/dataset.bin")) == 16
     valid = read_documents(tmp_path / "out/valid/en/dataset.bin")
@@ -361,13 +497,21 @@ def test_tools_tokenize_like_internevo(tmp_path: Path) -> None:
 
     (tmp_path / "raw.txt").write_text(" hello world\n\nthis is\n")
     output = str(tmp_path / "cn" / "o.bin")
-    arguments = ("--text_input_path", str(tmp_path / "raw.txt"), "--bin_output_path", output)
+    arguments = (
+        "--text_input_path",
+        str(tmp_path / "raw.txt"),
+        "--bin_output_path",
+        output,
+    )
     result = tool("tokenizer.py", *arguments)
     assert result.returncode == 2
     assert "--tokenizer_path" in result.stderr
     assert tool("tokenizer.py", *arguments, "--tokenizer_path", model).returncode == 0
     processor = sentencepiece.SentencePieceProcessor(model_file=model)
-    assert read_documents(Path(output)) == [processor.encode("hello world"), processor.encode("this is")]
+    assert read_documents(Path(output)) == [
+        processor.encode("hello world"),
+        processor.encode("this is"),
+    ]
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "tokenizer.model").write_bytes(Path(model).read_bytes())

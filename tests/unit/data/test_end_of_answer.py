@@ -10,7 +10,12 @@ from tokenizers import Tokenizer as Backend
 
 from evomesh.config.schema import GenerationConfig
 from evomesh.data.chat import build_template, choose_template, end_of_answer_ids
-from evomesh.data.tokenizer import Tokenizer, check_tokenizer_fits, encode_prompt, load_tokenizer
+from evomesh.data.tokenizer import (
+    Tokenizer,
+    check_tokenizer_fits,
+    encode_prompt,
+    load_tokenizer,
+)
 from evomesh.errors import UserError
 from tests.support.serving import VOCAB, byte_tokenizer
 
@@ -19,16 +24,22 @@ IDS = {name: VOCAB + number for number, name in enumerate(SPECIAL)}
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
 
 
-def chat_tokenizer(folder: Path, template: str = CHATML, add_bos: bool = False) -> Tokenizer:
+def chat_tokenizer(
+    folder: Path, template: str = CHATML, add_bos: bool = False
+) -> Tokenizer:
     byte_tokenizer(folder, template)
     backend = Backend.from_file(str(folder / "tokenizer.json"))
     backend.add_special_tokens(SPECIAL)
     backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": add_bos}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"add_bos_token": add_bos})
+    )
     return load_tokenizer(folder)
 
 
-def test_eos_turn_end_and_configured_ids_end_an_answer_in_this_order(tmp_path: Path) -> None:
+def test_eos_turn_end_and_configured_ids_end_an_answer_in_this_order(
+    tmp_path: Path,
+) -> None:
     tokenizer = chat_tokenizer(tmp_path)
     section = GenerationConfig(eos_id=(7, IDS["</s>"]), additional_eos_token_list=(9,))
     eos, turn_end = IDS["</s>"], IDS["<|im_end|>"]
@@ -41,30 +52,42 @@ def test_eos_turn_end_and_configured_ids_end_an_answer_in_this_order(tmp_path: P
 def test_the_template_in_use_replaces_the_tokenizers_own(tmp_path: Path) -> None:
     tokenizer = chat_tokenizer(tmp_path)
     internlm = build_template("internlm", tokenizer)
-    assert end_of_answer_ids(tokenizer, None, 300, internlm) == (IDS["</s>"], IDS["<eoa>"])
+    assert end_of_answer_ids(tokenizer, None, 300, internlm) == (
+        IDS["</s>"],
+        IDS["<eoa>"],
+    )
 
 
 def test_ids_that_the_model_cannot_generate_are_left_out(tmp_path: Path) -> None:
     tokenizer = chat_tokenizer(tmp_path)
-    assert end_of_answer_ids(tokenizer, GenerationConfig(eos_id=(7, 400, -1)), VOCAB) == (7,)
+    assert end_of_answer_ids(
+        tokenizer, GenerationConfig(eos_id=(7, 400, -1)), VOCAB
+    ) == (7,)
 
 
 def test_auto_is_the_tokenizers_own_template_if_it_has_one(tmp_path: Path) -> None:
     assert choose_template("auto", chat_tokenizer(tmp_path / "chat")) is not None
-    assert choose_template("auto", chat_tokenizer(tmp_path / "plain", template="")) is None
+    assert (
+        choose_template("auto", chat_tokenizer(tmp_path / "plain", template="")) is None
+    )
     assert choose_template("none", chat_tokenizer(tmp_path / "chat")) is None
 
 
 @pytest.mark.parametrize("add_bos", [False, True])
-def test_a_prompt_starts_with_bos_if_the_tokenizer_adds_it(tmp_path: Path, add_bos: bool) -> None:
+def test_a_prompt_starts_with_bos_if_the_tokenizer_adds_it(
+    tmp_path: Path, add_bos: bool
+) -> None:
     tokenizer = chat_tokenizer(tmp_path, add_bos=add_bos)
-    assert encode_prompt(tokenizer, "ab") == [IDS["<s>"]] * add_bos + tokenizer.encode("ab")
+    assert encode_prompt(tokenizer, "ab") == [IDS["<s>"]] * add_bos + tokenizer.encode(
+        "ab"
+    )
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
     tokenizer = chat_tokenizer(tmp_path)
     check_tokenizer_fits(tokenizer, tokenizer.vocab_size)
     with pytest.raises(
-        UserError, match=f"the tokenizer has {tokenizer.vocab_size} ids, the embedding 256 rows"
+        UserError,
+        match=f"the tokenizer has {tokenizer.vocab_size} ids, the embedding 256 rows",
     ):
         check_tokenizer_fits(tokenizer, VOCAB)

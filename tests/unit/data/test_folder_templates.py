@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 from sentencepiece import SentencePieceTrainer
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoTokenizer
 
 from evomesh.data.chat import ChatMessage, JinjaTemplate, end_of_answer_ids
@@ -93,27 +101,38 @@ def byte_level(folder: Path, special: list[str], *, bos: str = "") -> None:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=330, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=330,
+        special_tokens=special,
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     if bos:
         pair = [(bos, tokenizer.token_to_id(bos))]
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=pair)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=pair
+        )
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def spaced(folder: Path, special: list[str]) -> None:
     """A tokenizer.json with a mark for spaces and byte fallback, as Mistral's and Gemma's have it."""
-    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer = Tokenizer(
+        models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    )
     tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
     names = [*special, *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=names, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=names, show_progress=False
+    )
     tokenizer.train_from_iterator([text[:30] for text in CORPUS], trainer)
     record = json.loads(tokenizer.to_str())
-    record["added_tokens"] = [token for token in record["added_tokens"] if token["content"] in special]
+    record["added_tokens"] = [
+        token for token in record["added_tokens"] if token["content"] in special
+    ]
     (folder / "tokenizer.json").write_text(json.dumps(record))
 
 
@@ -214,21 +233,30 @@ FOLDERS: dict[str, tuple[Any, dict[str, Any], str]] = {
 
 
 @pytest.fixture(scope="module", params=FOLDERS)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     path = tmp_path_factory.mktemp("folder")
     build, settings, template = FOLDERS[request.param]
     build(path)
-    (path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+    (path / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"chat_template": template})
+    )
     return path
 
 
 @pytest.fixture(scope="module")
 def theirs(folder: Path) -> Any:
-    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    return AutoTokenizer.from_pretrained(
+        str(folder), trust_remote_code=False, local_files_only=True
+    )
 
 
 def messages(turns: list[dict[str, str]]) -> list[ChatMessage]:
-    return [ChatMessage(turn["role"], turn["content"], turn["role"] == "assistant") for turn in turns]
+    return [
+        ChatMessage(turn["role"], turn["content"], turn["role"] == "assistant")
+        for turn in turns
+    ]
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
@@ -239,28 +267,50 @@ def test_text_and_ids_of_transformers(folder: Path, theirs: Any, name: str) -> N
     whole = theirs.apply_chat_template(turns, return_dict=True)["input_ids"]
     assert [abs(token) for token in template.encode(messages(turns))] == whole
     prompt = turns[:-1]
-    wanted = theirs.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    wanted = theirs.apply_chat_template(
+        prompt, add_generation_prompt=True, return_dict=True
+    )["input_ids"]
     assert template.encode_prompt(messages(prompt)) == wanted
-    text = theirs.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    text = theirs.apply_chat_template(
+        prompt, add_generation_prompt=True, tokenize=False
+    )
     assert template.render(prompt, add_generation_prompt=True) == text
 
 
-def test_plain_texts_and_special_tokens_of_transformers(folder: Path, theirs: Any) -> None:
+def test_plain_texts_and_special_tokens_of_transformers(
+    folder: Path, theirs: Any
+) -> None:
     tokenizer = load_tokenizer(folder)
-    for text in ("the cat", " a  b\n\n", "x</s> y<|im_end|>z", "春眠 é🙂", "", "<s>[INST] a"):
-        assert tokenizer.encode(text) == theirs.encode(text, add_special_tokens=False), text
-    assert (tokenizer.bos_id, tokenizer.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)
+    for text in (
+        "the cat",
+        " a  b\n\n",
+        "x</s> y<|im_end|>z",
+        "春眠 é🙂",
+        "",
+        "<s>[INST] a",
+    ):
+        assert tokenizer.encode(text) == theirs.encode(
+            text, add_special_tokens=False
+        ), text
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (
+        theirs.bos_token_id,
+        theirs.eos_token_id,
+    )
     assert dict(tokenizer.special_tokens) == theirs.special_tokens_map
     assert tokenizer.vocab_size == max(theirs.get_vocab().values()) + 1
 
 
-def test_targets_are_what_follows_the_generation_prompt(folder: Path, theirs: Any) -> None:
+def test_targets_are_what_follows_the_generation_prompt(
+    folder: Path, theirs: Any
+) -> None:
     """An answer's targets decode to its text and its terminator, which is an id that ends an answer."""
     tokenizer = load_tokenizer(folder)
     template = JinjaTemplate(tokenizer)
     for turns in (CONVERSATIONS["one turn"], CONVERSATIONS["two turns"]):
         ids = template.encode(messages(turns))
-        answers = [turn["content"].strip() for turn in turns if turn["role"] == "assistant"]
+        answers = [
+            turn["content"].strip() for turn in turns if turn["role"] == "assistant"
+        ]
         targets = tokenizer.decode([token for token in ids if token > 0])
         for answer in answers:
             assert answer in targets
@@ -272,11 +322,15 @@ def test_targets_are_what_follows_the_generation_prompt(folder: Path, theirs: An
 def test_tagged_targets_are_the_assistant_mask(tmp_path: Path) -> None:
     build, settings, template = FOLDERS["smollm3"]
     build(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"chat_template": template})
+    )
     theirs = AutoTokenizer.from_pretrained(str(tmp_path))
     ours = JinjaTemplate(load_tokenizer(tmp_path))
     for turns in CONVERSATIONS.values():
-        wanted = theirs.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
+        wanted = theirs.apply_chat_template(
+            turns, return_dict=True, return_assistant_tokens_mask=True
+        )
         ids = ours.encode(messages(turns))
         assert [int(token > 0) for token in ids] == wanted["assistant_masks"]
     first_muted = messages(CONVERSATIONS["two turns"])
@@ -288,7 +342,9 @@ def test_tagged_targets_are_the_assistant_mask(tmp_path: Path) -> None:
 def test_history_that_the_template_rewrites_is_no_target(tmp_path: Path) -> None:
     build, settings, template = FOLDERS["qwen3"]
     build(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"chat_template": template})
+    )
     ours = JinjaTemplate(load_tokenizer(tmp_path))
     thought = ChatMessage("assistant", "<think>\nhm\n</think>\n\nthe cat", True)
     turns = [*messages([USER]), thought, *messages([MARKS, LAST])]
@@ -296,20 +352,27 @@ def test_history_that_the_template_rewrites_is_no_target(tmp_path: Path) -> None
         ours.encode(turns)
     turns[1] = ChatMessage("assistant", thought.text, False)
     assert (
-        ours.tokenizer.decode([token for token in ours.encode(turns) if token > 0]) == "12345\n<|im_end|>\n"
+        ours.tokenizer.decode([token for token in ours.encode(turns) if token > 0])
+        == "12345\n<|im_end|>\n"
     )
-    assert "hm" in ours.tokenizer.decode([abs(token) for token in ours.encode(turns[:2])])
+    assert "hm" in ours.tokenizer.decode(
+        [abs(token) for token in ours.encode(turns[:2])]
+    )
 
 
 def test_tools_and_message_keys_reach_the_template(tmp_path: Path) -> None:
     build, settings, _ = FOLDERS["qwen2"]
     build(tmp_path)
-    calls = CHATML.replace("m.content", "(m.tool_calls | tojson if m.tool_calls else m.content)")
+    calls = CHATML.replace(
+        "m.content", "(m.tool_calls | tojson if m.tool_calls else m.content)"
+    )
     named = [
         {"name": "default", "template": CHATML},
         {"name": "tool_use", "template": TOOLS.replace(CHATML, calls)},
     ]
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": named}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"chat_template": named})
+    )
     theirs = AutoTokenizer.from_pretrained(str(tmp_path))
     ours = JinjaTemplate(load_tokenizer(tmp_path))
     tools = [{"type": "function", "function": {"name": "f", "description": "<a> & 春"}}]
@@ -317,7 +380,9 @@ def test_tools_and_message_keys_reach_the_template(tmp_path: Path) -> None:
     turns = [USER, {"role": "assistant", "content": "", "tool_calls": call}]
     mine = [*messages([USER]), ChatMessage("assistant", "", True, {"tool_calls": call})]
     for given in (tools, None):
-        wanted = theirs.apply_chat_template(turns, tools=given, return_dict=True)["input_ids"]
+        wanted = theirs.apply_chat_template(turns, tools=given, return_dict=True)[
+            "input_ids"
+        ]
         assert [abs(token) for token in ours.encode(mine, given)] == wanted
 
 
@@ -325,8 +390,14 @@ def test_tools_and_message_keys_reach_the_template(tmp_path: Path) -> None:
     ("source", "part"),
     [
         ("{{ 'a' * 10000000000 }}", "longer than"),
-        ("{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}", "steps"),
-        ("{% macro f(x) %}{{ f(x) }}{{ f(x) }}{% endmacro %}{{ f(1) }}", "nested too deeply"),
+        (
+            "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
+            "steps",
+        ),
+        (
+            "{% macro f(x) %}{{ f(x) }}{{ f(x) }}{% endmacro %}{{ f(1) }}",
+            "nested too deeply",
+        ),
         (
             "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
             "longer",

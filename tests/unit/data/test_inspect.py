@@ -42,7 +42,9 @@ def worked_example(write_bin: Any) -> Path:
 def test_show_prints_what_the_model_sees(write_bin: Any) -> None:
     path = str(worked_example(write_bin))
     # packs of 6 in segments of at most 3
-    pack = json.loads(run("show", path, "--seq-len", "3", "--micro-bsz", "2", "--pack", "1", "--json"))
+    pack = json.loads(
+        run("show", path, "--seq-len", "3", "--micro-bsz", "2", "--pack", "1", "--json")
+    )
     assert pack == {
         "tokens": [7, 8, 9, 10, 11, 12],
         "labels": [IGNORED, 9, 10, 11, 12, 13],
@@ -51,7 +53,16 @@ def test_show_prints_what_the_model_sees(write_bin: Any) -> None:
         "type_ids": [0] * 6,
     }
     pack = json.loads(
-        run("show", path, "--seq-len", "3", "--micro-bsz", "2", "--pack-sample-into-one", "--json")
+        run(
+            "show",
+            path,
+            "--seq-len",
+            "3",
+            "--micro-bsz",
+            "2",
+            "--pack-sample-into-one",
+            "--json",
+        )
     )
     assert pack["cu_seqlens"] == [0, 3, 6]
     assert pack["labels"][-1] == IGNORED
@@ -61,14 +72,20 @@ def test_show_prints_what_the_model_sees(write_bin: Any) -> None:
         run("show", path, "--seq-len", "3", "--pack", "4")
 
 
-def test_show_of_a_folder_numbers_packs_as_training_does(write_bin: Any, tmp_path: Path) -> None:
+def test_show_of_a_folder_numbers_packs_as_training_does(
+    write_bin: Any, tmp_path: Path
+) -> None:
     write_bin([[1, 1, 1]], "train/cn/a.bin")
     write_bin([[2, 2, 2]], "train/en/a.bin")
-    pack = json.loads(run("show", str(tmp_path / "train"), "--seq-len", "3", "--pack", "1", "--json"))
+    pack = json.loads(
+        run("show", str(tmp_path / "train"), "--seq-len", "3", "--pack", "1", "--json")
+    )
     assert (pack["tokens"], pack["type_ids"]) == ([2, 2, 2], [1, 1, 1])
 
 
-def test_inspect_prints_counts_and_what_packing_leaves_out(write_bin: Any, tmp_path: Path) -> None:
+def test_inspect_prints_counts_and_what_packing_leaves_out(
+    write_bin: Any, tmp_path: Path
+) -> None:
     write_bin([[1, -2, 3], [4] * 9, [5]], "train/en/a.bin")
     text = run("inspect", str(tmp_path / "train"), "--seq-len", "4")
     assert "en/a.bin: 3 documents, 13 tokens (shortest 1, median 3, longest 9)" in text
@@ -77,7 +94,9 @@ def test_inspect_prints_counts_and_what_packing_leaves_out(write_bin: Any, tmp_p
 
 
 @covers("promise:data-order")
-def test_the_order_command_and_get_data_order_agree(write_bin: Any, tmp_path: Path) -> None:
+def test_the_order_command_and_get_data_order_agree(
+    write_bin: Any, tmp_path: Path
+) -> None:
     for name in (
         "data/train/en/b.bin",
         "data/train/en/a/x.bin",
@@ -86,9 +105,23 @@ def test_the_order_command_and_get_data_order_agree(write_bin: Any, tmp_path: Pa
     ):
         write_bin([[1]], name)
     run("order", str(tmp_path / "data"), "--output", str(tmp_path / "o.txt"))
-    expected = ["cn/a b.bin", "cn/train/data/y.bin", "train/en/b.bin", "train/en/a/x.bin"]
+    expected = [
+        "cn/a b.bin",
+        "cn/train/data/y.bin",
+        "train/en/b.bin",
+        "train/en/a/x.bin",
+    ]
     assert (tmp_path / "o.txt").read_text().splitlines() == expected
-    command = [sys.executable, str(ROOT / "tools/get_data_order.py"), "--data-folder", f"{tmp_path}/data/"]
+    command = [
+        sys.executable,
+        str(ROOT / "tools/get_data_order.py"),
+        "--data-folder",
+        f"{tmp_path}/data/",
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([*command, "--save-folder", str(tmp_path / "new/x")], check=True, env=environment)
+    subprocess.run(
+        [*command, "--save-folder", str(tmp_path / "new/x")],
+        check=True,
+        env=environment,
+    )
     assert (tmp_path / "new/x/data_order.txt").read_text().splitlines() == expected

@@ -26,7 +26,9 @@ def pair() -> Pair:
     return tiny(), stock_llama(tiny(), tiny_config())
 
 
-def theirs(model: LlamaForCausalLM, prompt: list[int], sampling: SamplingParams) -> list[list[int]]:
+def theirs(
+    model: LlamaForCausalLM, prompt: list[int], sampling: SamplingParams
+) -> list[list[int]]:
     """The answers of transformers, without the padding behind an end token."""
     wanted = asdict(sampling)
     del wanted["seed"], wanted["logprobs"]
@@ -34,11 +36,15 @@ def theirs(model: LlamaForCausalLM, prompt: list[int], sampling: SamplingParams)
     options = {key: value for key, value in wanted.items() if value is not None}
     config = GenerationConfig(**options, eos_token_id=ends or None, pad_token_id=0)
     out = model.generate(
-        torch.tensor([prompt]), generation_config=config, attention_mask=torch.ones(1, len(prompt))
+        torch.tensor([prompt]),
+        generation_config=config,
+        attention_mask=torch.ones(1, len(prompt)),
     )
     rows = [row[len(prompt) :].tolist() for row in out]
     ended = [[i for i, token in enumerate(row) if token in ends] for row in rows]
-    return [row[: end[0] + 1] if end else row for row, end in zip(rows, ended, strict=True)]
+    return [
+        row[: end[0] + 1] if end else row for row, end in zip(rows, ended, strict=True)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +59,9 @@ def theirs(model: LlamaForCausalLM, prompt: list[int], sampling: SamplingParams)
 def test_greedy(pair: Pair, options: dict[str, float]) -> None:
     ours, stock = pair
     sampling = SamplingParams(do_sample=False, **options)
-    assert generate_tokens(ours, PROMPTS, sampling) == [theirs(stock, prompt, sampling) for prompt in PROMPTS]
+    assert generate_tokens(ours, PROMPTS, sampling) == [
+        theirs(stock, prompt, sampling) for prompt in PROMPTS
+    ]
 
 
 @covers("generation.num_beams", "generation.length_penalty")
@@ -76,7 +84,8 @@ def test_greedy(pair: Pair, options: dict[str, float]) -> None:
 def test_beams(pair: Pair, options: dict[str, float], length_penalty: float) -> None:
     ours, stock = pair
     sampling = SamplingParams(
-        **{"do_sample": False, "max_new_tokens": 16, "length_penalty": length_penalty} | options
+        **{"do_sample": False, "max_new_tokens": 16, "length_penalty": length_penalty}
+        | options
     )
     together = generate_tokens(ours, PROMPTS, sampling)
     assert together == [theirs(stock, prompt, sampling) for prompt in PROMPTS]
@@ -86,10 +95,18 @@ def test_beams(pair: Pair, options: dict[str, float], length_penalty: float) -> 
 @covers("promise:dynamic-ntk")
 def test_dynamic_ntk_beyond_the_trained_length() -> None:
     """Cached keys keep the base of the length they were made at, as in transformers."""
-    config = tiny_config(max_position_embeddings=16, use_dynamic_ntk_rope=True, rope_scaling_factor=2.0)
-    long_prompt = [n % 50 for n in range(88)]  # its completion reaches 8 times the trained length
+    config = tiny_config(
+        max_position_embeddings=16, use_dynamic_ntk_rope=True, rope_scaling_factor=2.0
+    )
+    long_prompt = [
+        n % 50 for n in range(88)
+    ]  # its completion reaches 8 times the trained length
     for prompt in ([3, 7, 11], long_prompt):
-        ours = tiny(max_position_embeddings=16, use_dynamic_ntk_rope=True, rope_scaling_factor=2.0)
+        ours = tiny(
+            max_position_embeddings=16,
+            use_dynamic_ntk_rope=True,
+            rope_scaling_factor=2.0,
+        )
         stock = stock_llama(ours, config, rope_type="dynamic", factor=2.0)
         sampling = SamplingParams(do_sample=False, max_new_tokens=40)
         made = generate_tokens(ours, [prompt, [9, 9]], sampling)[0]
@@ -103,24 +120,37 @@ def test_samples_follow_the_model_and_the_cuts(pair: Pair) -> None:
     sampling = SamplingParams(
         temperature=2.0, top_k=4, top_p=0.9, max_new_tokens=2, num_return_sequences=2000
     )
-    counted = Counter(tuple(answer) for answer in generate_tokens(ours, [[3, 7, 11]], sampling)[0])
+    counted = Counter(
+        tuple(answer) for answer in generate_tokens(ours, [[3, 7, 11]], sampling)[0]
+    )
     wanted = {}
     for first, share in distribution(ours, [3, 7, 11], sampling).items():
-        for second, following in distribution(ours, [3, 7, 11, first], sampling).items():
+        for second, following in distribution(
+            ours, [3, 7, 11, first], sampling
+        ).items():
             wanted[first, second] = share * following
     assert set(counted) <= set(wanted)
     for pair_, share in wanted.items():
         deviation = (share * (1 - share) / 2000) ** 0.5
-        assert abs(counted[pair_] / 2000 - share) <= 4 * deviation, (pair_, counted[pair_], share)
+        assert abs(counted[pair_] / 2000 - share) <= 4 * deviation, (
+            pair_,
+            counted[pair_],
+            share,
+        )
 
 
-def distribution(model: LanguageModel, ids: list[int], sampling: SamplingParams) -> dict[int, float]:
+def distribution(
+    model: LanguageModel, ids: list[int], sampling: SamplingParams
+) -> dict[int, float]:
     """Apply the definition: the k most probable tokens, of these the smallest set whose probability reaches p."""
     with torch.no_grad():
-        logits = model.logits(model(torch.tensor(ids), single_sequence(len(ids))))[-1] / sampling.temperature
-    best = sorted(((float(value), token) for token, value in enumerate(logits)), reverse=True)[
-        : sampling.top_k
-    ]
+        logits = (
+            model.logits(model(torch.tensor(ids), single_sequence(len(ids))))[-1]
+            / sampling.temperature
+        )
+    best = sorted(
+        ((float(value), token) for token, value in enumerate(logits)), reverse=True
+    )[: sampling.top_k]
     total = sum(2.718281828459045**value for value, _ in best)
     head: dict[int, float] = {}
     for value, token in best:
@@ -132,14 +162,18 @@ def distribution(model: LanguageModel, ids: list[int], sampling: SamplingParams)
 def test_drawn_beams(pair: Pair) -> None:
     """With as many beams as there are answers of one token, the best one always wins; else the seed decides."""
     ours, _ = pair
-    every = SamplingParams(num_beams=50, num_return_sequences=50, max_new_tokens=1, seed=1)
+    every = SamplingParams(
+        num_beams=50, num_return_sequences=50, max_new_tokens=1, seed=1
+    )
     logits = ours.logits(ours(torch.tensor([3, 7]), single_sequence(2)))[-1]
     assert generate_tokens(ours, [[3, 7]], every)[0] == [
         [token] for token in logits.argsort(descending=True).tolist()
     ]
     answers = [
         generate_tokens(
-            ours, [[3, 7]], SamplingParams(num_beams=2, temperature=3.0, max_new_tokens=8, seed=seed)
+            ours,
+            [[3, 7]],
+            SamplingParams(num_beams=2, temperature=3.0, max_new_tokens=8, seed=seed),
         )[0][0]
         for seed in (1, 1, 2, 3)
     ]

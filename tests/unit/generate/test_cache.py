@@ -19,13 +19,17 @@ def test_cached_logits_equal_uncached_logits_whatever_the_sequences_do() -> None
     draw = torch.Generator().manual_seed(0)
     rows = [torch.randint(VOCAB, (30,), generator=draw).tolist() for _ in range(3)]
     with torch.inference_mode():
-        wanted = [model.logits(model(torch.tensor(row), single_sequence(30))) for row in rows]
+        wanted = [
+            model.logits(model(torch.tensor(row), single_sequence(30))) for row in rows
+        ]
         cache = KeyValueCache(3, 30)
         slots, lengths = [0, 1], [5, 12, 8]
 
         def read(new: list[int]) -> None:
             docs, attend = cache.prefill([lengths[row] for row in new], CPU)
-            ids = torch.tensor([token for row in new for token in rows[row][: lengths[row]]])
+            ids = torch.tensor(
+                [token for row in new for token in rows[row][: lengths[row]]]
+            )
             got = model.logits(model(ids, docs, attend))
             expected = torch.cat([wanted[row][: lengths[row]] for row in new])
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
@@ -56,7 +60,9 @@ def test_cached_logits_equal_uncached_logits_whatever_the_sequences_do() -> None
         slots = [2, 2]
         docs, attend = cache.decode_step(CPU)
         got = model.logits(model(torch.tensor([rows[2][lengths[2]]] * 2), docs, attend))
-        torch.testing.assert_close(got, wanted[2][lengths[2]].expand(2, -1), rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            got, wanted[2][lengths[2]].expand(2, -1), rtol=0, atol=1e-12
+        )
 
 
 def test_a_released_slot_keeps_no_trace() -> None:
@@ -92,9 +98,13 @@ def test_no_room(slots: int, lengths: list[int]) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_decoding_products_are_those_of_training(rows: int, bias: bool) -> None:
     draw = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(n, 12, dtype=torch.float64, generator=draw) for n in (rows, 7))
+    x, weight = (
+        torch.randn(n, 12, dtype=torch.float64, generator=draw) for n in (rows, 7)
+    )
     offset = torch.randn(7, dtype=torch.float64, generator=draw) if bias else None
     with torch.no_grad():
         got = linear(x, weight, offset)
     assert got.is_contiguous()
-    torch.testing.assert_close(got, torch.nn.functional.linear(x, weight, offset), rtol=0, atol=1e-14)
+    torch.testing.assert_close(
+        got, torch.nn.functional.linear(x, weight, offset), rtol=0, atol=1e-14
+    )

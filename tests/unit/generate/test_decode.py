@@ -15,16 +15,22 @@ GREEDY = SamplingParams(do_sample=False, max_new_tokens=20)
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("batch_size", [None, 1, 2])
-def test_cached_greedy_equals_uncached(interleaved: bool, batch_size: int | None) -> None:
+def test_cached_greedy_equals_uncached(
+    interleaved: bool, batch_size: int | None
+) -> None:
     model = tiny(qk_interleaved=interleaved)
     together = generate_tokens(model, PROMPTS, GREEDY, batch_size=batch_size)
     assert together == [[uncached_greedy(model, prompt, 20)] for prompt in PROMPTS]
-    assert len({token for answers in together for token in answers[0]}) > 3  # not one token over and over
+    assert (
+        len({token for answers in together for token in answers[0]}) > 3
+    )  # not one token over and over
 
 
 def test_answers_of_a_prompt_differ_and_do_not_depend_on_the_batch() -> None:
     model = tiny()
-    drawn = SamplingParams(temperature=2.0, num_return_sequences=3, seed=5, max_new_tokens=15)
+    drawn = SamplingParams(
+        temperature=2.0, num_return_sequences=3, seed=5, max_new_tokens=15
+    )
     together = generate_tokens(model, PROMPTS, drawn)
     assert len({tuple(answer) for answer in together[0]}) == 3
     assert generate_tokens(model, PROMPTS, drawn, batch_size=2) == together

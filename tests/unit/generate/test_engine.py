@@ -37,15 +37,21 @@ def test_requests_that_come_and_go_get_their_own_greedy_tokens() -> None:
     lengths = [12, 3, 7, 9, 5]
     made: dict[int, list[GeneratedToken]] = defaultdict(list)
     numbers = []
-    for prompt, length in zip(prompts, lengths, strict=True):  # more requests than slots, and not at once
-        numbers.append(engine.add(prompt, replace(GREEDY, max_new_tokens=length), (0, 0)))
+    for prompt, length in zip(
+        prompts, lengths, strict=True
+    ):  # more requests than slots, and not at once
+        numbers.append(
+            engine.add(prompt, replace(GREEDY, max_new_tokens=length), (0, 0))
+        )
         for token in engine.step():
             made[token.request].append(token)
     for request, tokens in drain(engine).items():
         made[request] += tokens
     for number, prompt, length in zip(numbers, prompts, lengths, strict=True):
         assert ids(made[number]) == uncached_greedy(model, prompt, length)
-        assert [token.finish for token in made[number]] == [""] * (length - 1) + ["length"]
+        assert [token.finish for token in made[number]] == [""] * (length - 1) + [
+            "length"
+        ]
     assert len({token.id for tokens in made.values() for token in tokens}) > 5
 
 
@@ -132,25 +138,33 @@ def test_draws_depend_on_seed_and_request_number_alone() -> None:
         return ids(made[number])
 
     assert answer((5, 0), 0) == answer((5, 0), 3)
-    answers = {tuple(answer((seed, request), 0)) for seed in (5, 6) for request in (0, 1, 2)}
+    answers = {
+        tuple(answer((seed, request), 0)) for seed in (5, 6) for request in (0, 1, 2)
+    }
     assert len(answers) == 6
 
 
 def test_logprobs_are_those_of_the_model() -> None:
     model = tiny()
     engine = GenerationEngine(model, slots=2, context_length=30)
-    first = engine.add([3, 7], SamplingParams(temperature=0.5, logprobs=3, max_new_tokens=5), (1, 1))
+    first = engine.add(
+        [3, 7], SamplingParams(temperature=0.5, logprobs=3, max_new_tokens=5), (1, 1)
+    )
     second = engine.add([3, 7, 8], replace(GREEDY, logprobs=0), (1, 1))
     third = engine.add([3], GREEDY, (1, 1))
     made = drain(engine)
     row = [3, 7]
     for token in made[first]:
         with torch.no_grad():
-            wanted = model.logits(model(torch.tensor(row), single_sequence(len(row))))[-1].log_softmax(-1)
+            wanted = model.logits(model(torch.tensor(row), single_sequence(len(row))))[
+                -1
+            ].log_softmax(-1)
         assert token.logprob == pytest.approx(float(wanted[token.id]), abs=1e-12)
         best = wanted.topk(3)
         assert [number for number, _ in token.top] == best.indices.tolist()
-        assert [value for _, value in token.top] == pytest.approx(best.values.tolist(), abs=1e-12)
+        assert [value for _, value in token.top] == pytest.approx(
+            best.values.tolist(), abs=1e-12
+        )
         row.append(token.id)
     assert all(token.top == [] and token.logprob is not None for token in made[second])
     assert all(token.top == [] and token.logprob is None for token in made[third])
@@ -167,7 +181,9 @@ def test_logprobs_are_those_of_the_model() -> None:
         ([1], {"num_return_sequences": 2}, "num_return_sequences=2"),
     ],
 )
-def test_impossible_requests_are_refused(prompt: list[int], options: dict[str, int], words: str) -> None:
+def test_impossible_requests_are_refused(
+    prompt: list[int], options: dict[str, int], words: str
+) -> None:
     engine = GenerationEngine(tiny(), slots=1, context_length=20)
     with pytest.raises(UserError, match=words):
         engine.add(prompt, SamplingParams(**options), (0, 0))
@@ -179,9 +195,13 @@ def test_logits_that_are_no_numbers_end_nothing_else() -> None:
     with torch.no_grad():
         model.embedding.weight[9] = float("nan")
     engine = GenerationEngine(model, slots=2, context_length=20)
-    bad = engine.add([9], SamplingParams(top_p=0.9, top_k=5, min_p=0.1, max_new_tokens=3), (0, 0))
+    bad = engine.add(
+        [9], SamplingParams(top_p=0.9, top_k=5, min_p=0.1, max_new_tokens=3), (0, 0)
+    )
     good = engine.add([3, 7, 11], replace(GREEDY, max_new_tokens=6), (0, 0))
-    after = engine.add([3], replace(GREEDY, max_new_tokens=6), (0, 0))  # in the slot of the bad one
+    after = engine.add(
+        [3], replace(GREEDY, max_new_tokens=6), (0, 0)
+    )  # in the slot of the bad one
     made = drain(engine)
     assert len(made[bad]) == 3 and all(0 <= token.id < VOCAB for token in made[bad])
     assert ids(made[good]) == uncached_greedy(model, [3, 7, 11], 6)

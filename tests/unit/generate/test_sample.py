@@ -26,14 +26,35 @@ VOCAB = 50
 @pytest.mark.parametrize("min_p", [0.0, 0.05, 1.0])
 @pytest.mark.parametrize("top_k", [0, 1, 7])
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3])
-def test_candidates_follow_transformers(top_k: int, top_p: float, min_p: float, keep: int) -> None:
-    logits = torch.randn(VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 3
+def test_candidates_follow_transformers(
+    top_k: int, top_p: float, min_p: float, keep: int
+) -> None:
+    logits = (
+        torch.randn(
+            VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+        )
+        * 3
+    )
     scores = TemperatureLogitsWarper(0.7)(None, logits[None])
-    scores = TopKLogitsWarper(top_k, min_tokens_to_keep=keep)(None, scores) if top_k else scores
-    scores = TopPLogitsWarper(top_p, min_tokens_to_keep=keep)(None, scores) if top_p < 1 else scores
-    scores = MinPLogitsWarper(min_p, min_tokens_to_keep=keep)(None, scores) if min_p else scores
+    scores = (
+        TopKLogitsWarper(top_k, min_tokens_to_keep=keep)(None, scores)
+        if top_k
+        else scores
+    )
+    scores = (
+        TopPLogitsWarper(top_p, min_tokens_to_keep=keep)(None, scores)
+        if top_p < 1
+        else scores
+    )
+    scores = (
+        MinPLogitsWarper(min_p, min_tokens_to_keep=keep)(None, scores)
+        if min_p
+        else scores
+    )
     ids, ours = candidates(
-        logits, SamplingParams(temperature=0.7, top_k=top_k, top_p=top_p, min_p=min_p), keep
+        logits,
+        SamplingParams(temperature=0.7, top_k=top_k, top_p=top_p, min_p=min_p),
+        keep,
     )
     whole = torch.zeros(VOCAB, dtype=torch.float64).index_put((ids,), ours.softmax(-1))
     torch.testing.assert_close(whole, scores[0].softmax(-1), rtol=1e-12, atol=1e-15)
@@ -42,9 +63,13 @@ def test_candidates_follow_transformers(top_k: int, top_p: float, min_p: float, 
 @covers("generation.repetition_penalty")
 @pytest.mark.parametrize("penalty", [1.0, 1.3, 0.8])
 def test_the_repetition_penalty_follows_transformers(penalty: float) -> None:
-    logits = torch.randn(VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    logits = torch.randn(
+        VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
     seen = torch.tensor([3, 9, 3, 3, 40, 41])
-    wanted = RepetitionPenaltyLogitsProcessor(penalty)(seen[None], logits[None].clone())[0]
+    wanted = RepetitionPenaltyLogitsProcessor(penalty)(
+        seen[None], logits[None].clone()
+    )[0]
     before = logits.clone()
     assert torch.equal(penalize(logits, seen, penalty), wanted)
     assert torch.equal(logits, before)
@@ -57,7 +82,11 @@ def test_draws_follow_the_distribution(options: dict[str, float]) -> None:
     sampler = TokenSampler(sampling, (0, 0))
     count = 4000
     drawn = (
-        torch.bincount(torch.tensor([sampler.next_token(logits) for _ in range(count)]), minlength=4) / count
+        torch.bincount(
+            torch.tensor([sampler.next_token(logits) for _ in range(count)]),
+            minlength=4,
+        )
+        / count
     )
     ids, left = candidates(logits, sampling)
     wanted = torch.zeros(4, dtype=torch.float64).index_put((ids,), left.softmax(-1))
@@ -69,8 +98,12 @@ def test_draws_follow_the_distribution(options: dict[str, float]) -> None:
 def test_no_sampling_and_no_temperature_are_greedy() -> None:
     logits = torch.tensor([0.0, 3.0, 2.9])
     for sampling in (SamplingParams(do_sample=False), SamplingParams(temperature=0.0)):
-        assert {TokenSampler(sampling, (0, n)).next_token(logits) for n in range(20)} == {1}
-    assert {TokenSampler(SamplingParams(), (0, n)).next_token(logits) for n in range(20)} > {1}
+        assert {
+            TokenSampler(sampling, (0, n)).next_token(logits) for n in range(20)
+        } == {1}
+    assert {
+        TokenSampler(SamplingParams(), (0, n)).next_token(logits) for n in range(20)
+    } > {1}
 
 
 @pytest.mark.parametrize(
@@ -92,7 +125,9 @@ def test_no_sampling_and_no_temperature_are_greedy() -> None:
     ],
 )
 def test_impossible_sampling_is_refused(bad: dict[str, float]) -> None:
-    with pytest.raises(UserError, match=f"{next(iter(bad))} is {next(iter(bad.values()))}"):
+    with pytest.raises(
+        UserError, match=f"{next(iter(bad))} is {next(iter(bad.values()))}"
+    ):
         SamplingParams(**bad)
 
 
@@ -104,7 +139,9 @@ def test_more_answers_than_there_can_be_are_refused() -> None:
     SamplingParams(num_return_sequences=3)
 
 
-def ranked_by_sorting(logits: torch.Tensor, sampling: SamplingParams) -> tuple[list[int], torch.Tensor]:
+def ranked_by_sorting(
+    logits: torch.Tensor, sampling: SamplingParams
+) -> tuple[list[int], torch.Tensor]:
     """Return the ids that remain, most probable first, and their probabilities, by sorting the whole vocabulary."""
     order = (logits.double() / sampling.temperature).sort(descending=True, stable=True)
     count = sampling.top_k or len(logits)
@@ -116,8 +153,12 @@ def ranked_by_sorting(logits: torch.Tensor, sampling: SamplingParams) -> tuple[l
     return order.indices[:count][remaining].tolist(), kept / kept.sum()
 
 
-@pytest.mark.parametrize("settings", [{"top_p": 0.90003}, {"top_p": 0.50007, "top_k": 3000}, {"top_k": 40}])
-@pytest.mark.parametrize("shape", ["peaked", "flat", "equal", "ties", "two", "far", "infinite"])
+@pytest.mark.parametrize(
+    "settings", [{"top_p": 0.90003}, {"top_p": 0.50007, "top_k": 3000}, {"top_k": 40}]
+)
+@pytest.mark.parametrize(
+    "shape", ["peaked", "flat", "equal", "ties", "two", "far", "infinite"]
+)
 def test_a_large_vocabulary_is_cut_and_drawn_as_if_it_were_sorted(
     shape: str, settings: dict[str, float]
 ) -> None:

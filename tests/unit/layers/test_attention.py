@@ -14,13 +14,19 @@ from evomesh.layers.sequence_bounds import single_sequence
 def documents(lengths: list[int], padding: int = 0) -> SequenceBounds:
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     bounds = torch.cat([bounds, bounds[-1:].expand(padding)]).int()
-    return SequenceBounds(torch.cat([torch.arange(n) for n in lengths]), bounds, max(lengths))
+    return SequenceBounds(
+        torch.cat([torch.arange(n) for n in lengths]), bounds, max(lengths)
+    )
 
 
 def oracle(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
     """softmax(q k^T / sqrt(H)) v with a dense mask, one head after the other."""
-    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    allowed = (document[:, None] == document[None]) & torch.ones(len(q), len(q), dtype=torch.bool).tril()
+    document = torch.repeat_interleave(
+        torch.arange(len(lengths)), torch.tensor(lengths)
+    )
+    allowed = (document[:, None] == document[None]) & torch.ones(
+        len(q), len(q), dtype=torch.bool
+    ).tril()
     group = q.shape[1] // k.shape[1]
     heads = []
     for n in range(q.shape[1]):
@@ -31,12 +37,19 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("lengths", [[7], [3, 3, 3], [5, 1, 1, 9, 2], [1, 1, 6], [300, 140, 140, 3]])
-def test_equals_dense_oracle_in_value_and_gradient(lengths: list[int], kv_heads: int) -> None:
+@pytest.mark.parametrize(
+    "lengths", [[7], [3, 3, 3], [5, 1, 1, 9, 2], [1, 1, 6], [300, 140, 140, 3]]
+)
+def test_equals_dense_oracle_in_value_and_gradient(
+    lengths: list[int], kv_heads: int
+) -> None:
     torch.manual_seed(0)
     total = sum(lengths)
     q = torch.randn(total, 4, 6, dtype=torch.float64, requires_grad=True)
-    k, v = (torch.randn(total, kv_heads, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    k, v = (
+        torch.randn(total, kv_heads, 6, dtype=torch.float64, requires_grad=True)
+        for _ in range(2)
+    )
     seen = torch.randn(total, 4, 6, dtype=torch.float64)
     ours = attend(q, k, v, documents(lengths, padding=2))
     expected = oracle(q, k, v, lengths)
@@ -51,7 +64,9 @@ def test_equals_dense_oracle_in_value_and_gradient(lengths: list[int], kv_heads:
 
 def test_lengths_skip_padding_and_empty_documents() -> None:
     docs = SequenceBounds(
-        torch.tensor([0, 1, 0, 1, 2]), torch.tensor([0, 2, 2, 5, 5, 5], dtype=torch.int32), 3
+        torch.tensor([0, 1, 0, 1, 2]),
+        torch.tensor([0, 2, 2, 5, 5, 5], dtype=torch.int32),
+        3,
     )
     assert docs.lengths() == [2, 3]
     assert docs.span().tolist() == [2, 2, 3, 3, 3]
@@ -94,6 +109,8 @@ def test_variable_length_kernel_gets_what_its_signature_knows(
         return query
 
     kernel = signature_now if newer else signature_before
-    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", SimpleNamespace(varlen_attn=kernel))
+    monkeypatch.setitem(
+        sys.modules, "torch.nn.attention.varlen", SimpleNamespace(varlen_attn=kernel)
+    )
     q, k = torch.randn(6, 4, 8), torch.randn(6, 2, 8)
     assert _varlen(q, k, k, documents([4, 2])) is q

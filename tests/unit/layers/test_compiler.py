@@ -82,7 +82,9 @@ def test_auto_warns_once_and_stays_eager_where_something_is_missing(
         assert not compiles_blocks("auto", CPU)
     (message,) = [record.getMessage() for record in caplog.records]
     assert named in message and "model.compile=False" in message
-    assert compiles_blocks(True, CUDA), "who asks for compiled blocks gets them, or the error of the compiler"
+    assert compiles_blocks(True, CUDA), (
+        "who asks for compiled blocks gets them, or the error of the compiler"
+    )
 
 
 @pytest.mark.parametrize("name", ["gcc", "clang", "own-cc"])

@@ -33,13 +33,18 @@ def drawn(
 @pytest.mark.parametrize("size", [2, 4])
 def test_parts_are_slices_of_the_whole(dim: int, size: int) -> None:
     whole = drawn()
-    parts = [drawn(spec=ShardSpec(SHAPE, (("tp", dim),)), tp=Axis("tp", size, rank)) for rank in range(size)]
+    parts = [
+        drawn(spec=ShardSpec(SHAPE, (("tp", dim),)), tp=Axis("tp", size, rank))
+        for rank in range(size)
+    ]
     assert torch.equal(torch.cat(parts, dim), whole)
 
 
 def test_nested_cuts_outer_to_inner() -> None:
     spec = ShardSpec(SHAPE, (("wp", 0), ("zero", 0), ("tp", 1)))
-    part = drawn(spec=spec, wp=Axis("wp", 2, 1), zero=Axis("zero", 3, 2), tp=Axis("tp", 2, 1))
+    part = drawn(
+        spec=spec, wp=Axis("wp", 2, 1), zero=Axis("zero", 3, 2), tp=Axis("tp", 2, 1)
+    )
     assert torch.equal(part, drawn()[250:300, 260:])
 
 
@@ -56,13 +61,17 @@ def test_seed_and_name_select_the_stream() -> None:
     same, other_seed, other_name = drawn(), drawn(seed=2), drawn(name="layers.1.w")
     assert torch.equal(same, drawn())
     for other in (other_seed, other_name):
-        correlation = torch.corrcoef(torch.stack([same.flatten(), other.flatten()]))[0, 1]
+        correlation = torch.corrcoef(torch.stack([same.flatten(), other.flatten()]))[
+            0, 1
+        ]
         assert abs(correlation) < 5 / math.sqrt(same.numel())
 
 
 def test_no_two_tiles_are_alike() -> None:
     values = drawn(spec=ShardSpec((512, 512)))
-    tiles = [values[i : i + 256, j : j + 256].flatten() for i in (0, 256) for j in (0, 256)]
+    tiles = [
+        values[i : i + 256, j : j + 256].flatten() for i in (0, 256) for j in (0, 256)
+    ]
     assert torch.corrcoef(torch.stack(tiles)).triu(1).abs().max() < 5 / 256
 
 

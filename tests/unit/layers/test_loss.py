@@ -5,13 +5,20 @@ import torch
 import torch.nn.functional as F
 
 from evomesh.config.schema import IGNORE
-from evomesh.layers.loss import MIN_CHUNK_TOKENS, LossOutput, linear_cross_entropy, tokens_per_chunk
+from evomesh.layers.loss import (
+    MIN_CHUNK_TOKENS,
+    LossOutput,
+    linear_cross_entropy,
+    tokens_per_chunk,
+)
 from tests.support.covers import covers
 
 T, D, V = 37, 12, 29
 
 
-def inputs(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs(
+    dtype: torch.dtype = torch.float64,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     hidden = torch.randn(T, D, dtype=torch.float64).to(dtype).requires_grad_()
     weight = torch.randn(V, D, dtype=torch.float64).to(dtype).requires_grad_()
@@ -21,15 +28,25 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tens
 
 
 def reference(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     logits = hidden @ weight.T
     loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
-    return loss, F.cross_entropy(logits, labels, reduction="none"), logits.argmax(-1) == labels
+    return (
+        loss,
+        F.cross_entropy(logits, labels, reduction="none"),
+        logits.argmax(-1) == labels,
+    )
 
 
 def check(
-    out: LossOutput, leaves: list[torch.Tensor], expected: torch.Tensor, like: list[torch.Tensor]
+    out: LossOutput,
+    leaves: list[torch.Tensor],
+    expected: torch.Tensor,
+    like: list[torch.Tensor],
 ) -> None:
     ours = torch.autograd.grad(out.scaled_sum, leaves)
     theirs = torch.autograd.grad(expected, like)
@@ -44,7 +61,13 @@ def check(
 def test_equals_torch(chunk: int, smoothing: float) -> None:
     hidden, weight, labels = inputs()
     out = linear_cross_entropy(
-        hidden, weight, labels, vocab_size=V, chunk=chunk, label_smoothing=smoothing, grad_scale=0.37
+        hidden,
+        weight,
+        labels,
+        vocab_size=V,
+        chunk=chunk,
+        label_smoothing=smoothing,
+        grad_scale=0.37,
     )
     expected, nll, correct = reference(hidden, weight, labels, smoothing)
     check(out, [hidden, weight], expected * 0.37, [hidden, weight])
@@ -55,8 +78,12 @@ def test_equals_torch(chunk: int, smoothing: float) -> None:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_padded_rows_are_outside_everything(smoothing: float) -> None:
     hidden, weight, labels = inputs()
-    padded = torch.cat([weight.detach(), torch.full((3, D), 50.0, dtype=torch.float64)]).requires_grad_()
-    out = linear_cross_entropy(hidden, padded, labels, vocab_size=V, label_smoothing=smoothing, chunk=8)
+    padded = torch.cat(
+        [weight.detach(), torch.full((3, D), 50.0, dtype=torch.float64)]
+    ).requires_grad_()
+    out = linear_cross_entropy(
+        hidden, padded, labels, vocab_size=V, label_smoothing=smoothing, chunk=8
+    )
     expected, *_ = reference(hidden, weight, labels, smoothing)
     grad_hidden, grad_padded = torch.autograd.grad(out.scaled_sum, [hidden, padded])
     assert torch.equal(grad_padded[V:], torch.zeros(3, D, dtype=torch.float64))
@@ -96,7 +123,9 @@ def test_confident_and_hopeless_tokens_keep_their_loss() -> None:
 
 def test_no_gradient_work_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, labels = inputs()
-    monkeypatch.setattr(torch, "mm", None)  # the product of the gradient with the weight
+    monkeypatch.setattr(
+        torch, "mm", None
+    )  # the product of the gradient with the weight
     with torch.no_grad():
         out = linear_cross_entropy(hidden, weight, labels, vocab_size=V)
     assert not out.scaled_sum.requires_grad
@@ -117,8 +146,12 @@ def test_half_precision_is_near_float64_and_sums_in_float32(dtype: torch.dtype) 
 
 def test_scale_lifts_float16_gradients_out_of_underflow() -> None:
     hidden, weight, labels = inputs(torch.float16)
-    tokens = 10.0**9  # a loss averaged over so many tokens has gradients below float16's smallest number
-    plain = linear_cross_entropy(hidden, weight, labels, vocab_size=V, grad_scale=1 / tokens)
+    tokens = (
+        10.0**9
+    )  # a loss averaged over so many tokens has gradients below float16's smallest number
+    plain = linear_cross_entropy(
+        hidden, weight, labels, vocab_size=V, grad_scale=1 / tokens
+    )
     assert not torch.autograd.grad(plain.scaled_sum, hidden)[0].any()
     scaled = linear_cross_entropy(
         hidden, weight, labels, vocab_size=V, grad_scale=torch.tensor(tokens / tokens)
@@ -126,7 +159,11 @@ def test_scale_lifts_float16_gradients_out_of_underflow() -> None:
     assert torch.autograd.grad(scaled.scaled_sum, hidden)[0].any()
 
 
-@pytest.mark.parametrize(("rows", "tokens"), [(8000, 8192), (32000, 2048), (100_000, 512), (500_000, 512)])
-def test_chunks_on_cuda_are_as_many_small_ones_as_the_budget_has_room_for(rows: int, tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "tokens"), [(8000, 8192), (32000, 2048), (100_000, 512), (500_000, 512)]
+)
+def test_chunks_on_cuda_are_as_many_small_ones_as_the_budget_has_room_for(
+    rows: int, tokens: int
+) -> None:
     assert tokens_per_chunk(rows, on_cuda=True) == tokens
     assert tokens_per_chunk(rows, on_cuda=False) == MIN_CHUNK_TOKENS

@@ -26,7 +26,9 @@ class Kernels(TorchDispatchMode):
         super().__init__()
         self.names: list[str] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         self.names.append(func.name())
         return func(*args, **(kwargs or {}))
 
@@ -35,7 +37,9 @@ class Kernels(TorchDispatchMode):
 
 
 @pytest.fixture(params=[True, False], ids=["oneDNN", "torch"])
-def one_dnn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+def one_dnn(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[bool]:
     if request.param and not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
     monkeypatch.setattr(products, "onednn_is_faster", lambda: request.param)
@@ -44,7 +48,9 @@ def one_dnn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(3)
-    return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    return [
+        torch.randn(shape, generator=generator).requires_grad_() for shape in shapes
+    ]
 
 
 def wide(tensors: list[Tensor]) -> list[Tensor]:
@@ -66,18 +72,27 @@ def test_a_product_and_its_gradients(one_dnn: bool, biased: bool, rows: int) -> 
     expected = exact[0] @ exact[1].T + (exact[2] if biased else 0)
     same(out, expected)
     for a, b in zip(
-        grads, torch.autograd.grad(expected, exact, torch.ones_like(expected).cumsum(0) / rows), strict=True
+        grads,
+        torch.autograd.grad(
+            expected, exact, torch.ones_like(expected).cumsum(0) / rows
+        ),
+        strict=True,
     ):
         same(a, b)
     assert kernels.count("mkldnn::") == (3 if one_dnn else 0)
-    assert kernels.count("aten::mm") + kernels.count("aten::addmm") == (0 if one_dnn else 3)
+    assert kernels.count("aten::mm") + kernels.count("aten::addmm") == (
+        0 if one_dnn else 3
+    )
 
 
 def test_only_the_wanted_gradients_are_made(one_dnn: bool) -> None:
     x, weight = leaves((T, I), (O, I))
     with Kernels() as kernels:
         linear(x.detach(), weight).sum().backward()
-    assert kernels.count("mkldnn::") + kernels.count("aten::mm") == 2 and weight.grad is not None
+    assert (
+        kernels.count("mkldnn::") + kernels.count("aten::mm") == 2
+        and weight.grad is not None
+    )
 
 
 @torch.no_grad()
@@ -116,14 +131,21 @@ def test_what_one_dnn_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
             {"cpu_name": "AMD EPYC", "avx512_f": False},
             False,
         ),  # MKL is the faster one, both being held to AVX2
-        ({"cpu_name": "Intel(R) Xeon(R) Processor", "avx512_f": True}, False),  # where MKL uses AVX-512 too
+        (
+            {"cpu_name": "Intel(R) Xeon(R) Processor", "avx512_f": True},
+            False,
+        ),  # where MKL uses AVX-512 too
         ({"cpu_name": "Hygon C86 7490", "avx512_f": True}, True),
         ({}, False),
     ],
 )
-def test_the_rule(monkeypatch: pytest.MonkeyPatch, processor: dict[str, Any], expected: bool) -> None:
+def test_the_rule(
+    monkeypatch: pytest.MonkeyPatch, processor: dict[str, Any], expected: bool
+) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor, raising=False)
-    assert products.onednn_is_faster.__wrapped__() == (expected and torch.backends.mkldnn.is_available())
+    assert products.onednn_is_faster.__wrapped__() == (
+        expected and torch.backends.mkldnn.is_available()
+    )
 
 
 def test_two_runs_are_the_same_to_the_bit(one_dnn: bool) -> None:
@@ -143,9 +165,13 @@ def test_the_loss(one_dnn: bool, ignored: str, chunk: int) -> None:
     if ignored != "none":
         labels[:: 3 if ignored == "some" else 1] = IGNORE
     exact = wide([hidden, weight])
-    out = linear_cross_entropy(hidden, weight, labels, vocab_size=O, chunk=chunk, grad_scale=0.3)
+    out = linear_cross_entropy(
+        hidden, weight, labels, vocab_size=O, chunk=chunk, grad_scale=0.3
+    )
     logits = exact[0] @ exact[1].T
-    expected = 0.3 * torch.nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE)
+    expected = 0.3 * torch.nn.functional.cross_entropy(
+        logits, labels, reduction="sum", ignore_index=IGNORE
+    )
     same(out.scaled_sum, expected)
     ours = torch.autograd.grad(out.scaled_sum, (hidden, weight))
     for a, b in zip(ours, torch.autograd.grad(expected, exact), strict=True):

@@ -14,31 +14,46 @@ from tests.support.stock_rope import stock_frequencies
 
 
 def test_angles_by_hand_in_float64() -> None:
-    cos, sin = RotaryEmbedding(head_dim=4, base=100.0).tables(single_sequence(3), torch.float64)
+    cos, sin = RotaryEmbedding(head_dim=4, base=100.0).tables(
+        single_sequence(3), torch.float64
+    )
     expected = torch.tensor([[p, p * 0.1] for p in range(3)], dtype=torch.float64)
     torch.testing.assert_close(cos, expected.cos(), rtol=1e-15, atol=0)
     torch.testing.assert_close(sin, expected.sin(), rtol=1e-15, atol=0)
-    assert RotaryEmbedding(4, 100.0).tables(single_sequence(3), torch.bfloat16)[0].dtype is torch.float32
+    assert (
+        RotaryEmbedding(4, 100.0).tables(single_sequence(3), torch.bfloat16)[0].dtype
+        is torch.float32
+    )
 
 
 @covers("model.use_dynamic_ntk_rope")
 @pytest.mark.parametrize("factor", [1.0, 2.0])
-def test_dynamic_ntk_stretches_the_base_beyond_the_trained_length(factor: float) -> None:
+def test_dynamic_ntk_stretches_the_base_beyond_the_trained_length(
+    factor: float,
+) -> None:
     length, trained, head_dim = 12, 8, 6
-    rotary = RotaryEmbedding(head_dim, 10000.0, dynamic_ntk=True, max_position=trained, factor=factor)
-    base = 10000.0 * (factor * length / trained - (factor - 1)) ** (head_dim / (head_dim - 2))
-    angle = [math.cos(7 * base ** (-2 * i / head_dim)) for i in range(3)]
-    assert rotary.tables(single_sequence(length), torch.float64)[0][7].tolist() == pytest.approx(
-        angle, rel=1e-13
+    rotary = RotaryEmbedding(
+        head_dim, 10000.0, dynamic_ntk=True, max_position=trained, factor=factor
     )
-    plain = RotaryEmbedding(head_dim, 10000.0).tables(single_sequence(trained), torch.float64)[0]
+    base = 10000.0 * (factor * length / trained - (factor - 1)) ** (
+        head_dim / (head_dim - 2)
+    )
+    angle = [math.cos(7 * base ** (-2 * i / head_dim)) for i in range(3)]
+    assert rotary.tables(single_sequence(length), torch.float64)[0][
+        7
+    ].tolist() == pytest.approx(angle, rel=1e-13)
+    plain = RotaryEmbedding(head_dim, 10000.0).tables(
+        single_sequence(trained), torch.float64
+    )[0]
     assert torch.equal(rotary.tables(single_sequence(trained), torch.float64)[0], plain)
 
 
 def test_a_packed_document_is_stretched_by_its_own_length() -> None:
     rotary = RotaryEmbedding(6, 10000.0, dynamic_ntk=True, max_position=8)
     packed = SequenceBounds(
-        torch.cat([torch.arange(12), torch.arange(5)]), torch.tensor([0, 12, 17, 17]).int(), 12
+        torch.cat([torch.arange(12), torch.arange(5)]),
+        torch.tensor([0, 12, 17, 17]).int(),
+        12,
     )
     cos, _ = rotary.tables(packed, torch.float64)
     assert torch.equal(cos[:12], rotary.tables(single_sequence(12), torch.float64)[0])
@@ -50,8 +65,15 @@ def test_a_packed_document_is_stretched_by_its_own_length() -> None:
 def test_split_and_rotation_as_complex_numbers(interleaved: bool, queries: int) -> None:
     torch.manual_seed(0)
     tokens, groups, head_dim = 5, 2, 8
-    qkv = torch.randn(tokens, groups * (queries + 2) * head_dim, dtype=torch.float64, requires_grad=True)
-    cos, sin = RotaryEmbedding(head_dim, 10000.0).tables(single_sequence(tokens), torch.float64)
+    qkv = torch.randn(
+        tokens,
+        groups * (queries + 2) * head_dim,
+        dtype=torch.float64,
+        requires_grad=True,
+    )
+    cos, sin = RotaryEmbedding(head_dim, 10000.0).tables(
+        single_sequence(tokens), torch.float64
+    )
     turn = torch.complex(cos, sin)[:, None, None]
 
     def rotated(x: torch.Tensor) -> torch.Tensor:
@@ -68,16 +90,24 @@ def test_split_and_rotation_as_complex_numbers(interleaved: bool, queries: int) 
         rotated(heads[:, :, queries : queries + 1]).squeeze(2),
         heads[:, :, -1],
     )
-    ours = split_and_rotate(qkv, cos, sin, kv_heads=groups, head_dim=head_dim, interleaved=interleaved)
+    ours = split_and_rotate(
+        qkv, cos, sin, kv_heads=groups, head_dim=head_dim, interleaved=interleaved
+    )
     seen = [torch.randn_like(x) for x in expected]
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-14)
-    (a,), (b,) = torch.autograd.grad(ours, qkv, seen), torch.autograd.grad(expected, qkv, seen)
+    (a,), (b,) = (
+        torch.autograd.grad(ours, qkv, seen),
+        torch.autograd.grad(expected, qkv, seen),
+    )
     torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-14)
 
 
 def stock_tables(
-    settings: dict[str, Any], head_dim: int, length: int, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any],
+    head_dim: int,
+    length: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Any:
     """Cosines and sines of transformers' own table [length, H/2], its float32 made float64."""
     config = pytest.importorskip("transformers").LlamaConfig(
@@ -91,7 +121,10 @@ def stock_tables(
     return angles.cos() * factor, angles.sin() * factor
 
 
-LONG = {"original_max_position_embeddings": 16, "short_factor": [1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0]}
+LONG = {
+    "original_max_position_embeddings": 16,
+    "short_factor": [1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0],
+}
 LONG["long_factor"] = [2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
 YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
 
@@ -145,7 +178,9 @@ def test_longrope_looks_at_each_packed_document_alone() -> None:
     scaling = RopeScaling.model_validate({"type": "longrope", **LONG}, strict=False)
     rotary = RotaryEmbedding(16, 500.0, max_position=64, scaling=scaling)
     packed = SequenceBounds(
-        torch.cat([torch.arange(20), torch.arange(5)]), torch.tensor([0, 20, 25, 25]).int(), 20
+        torch.cat([torch.arange(20), torch.arange(5)]),
+        torch.tensor([0, 20, 25, 25]).int(),
+        20,
     )
     cos, _ = rotary.tables(packed, torch.float64)
     assert torch.equal(cos[:20], rotary.tables(single_sequence(20), torch.float64)[0])

@@ -22,7 +22,11 @@ VOCAB, HIDDEN, HEADS, LAYERS, LENGTH = 61, 32, 4, 2, 23
 
 
 def our_config(
-    model_type: str, kv_heads: int, interleaved: bool, bias: bool, changes: dict[str, Any] | None = None
+    model_type: str,
+    kv_heads: int,
+    interleaved: bool,
+    bias: bool,
+    changes: dict[str, Any] | None = None,
 ) -> ModelConfig:
     return ModelConfig(
         **(changes or {}),
@@ -61,7 +65,9 @@ def halves(x: Tensor, head_dim: int) -> Tensor:
     return x.view(-1, head_dim // 2, 2, *x.shape[1:]).transpose(1, 2).reshape(x.shape)
 
 
-def named_pairs(ours: Decoder, theirs: torch.nn.Module, of) -> list[tuple[str, Tensor, Tensor]]:
+def named_pairs(
+    ours: Decoder, theirs: torch.nn.Module, of
+) -> list[tuple[str, Tensor, Tensor]]:
     """(their name, our value in their layout, their value); ``of`` picks the value or the gradient of a parameter."""
     their = dict(theirs.named_parameters())
     pairs = [
@@ -73,10 +79,19 @@ def named_pairs(ours: Decoder, theirs: torch.nn.Module, of) -> list[tuple[str, T
         block, prefix = ours.layers[str(i)], f"model.layers.{i}."
         for kind in ("weight", "bias"):
             if getattr(block.attention.wo, kind) is not None:
-                pairs.append((f"{prefix}self_attn.o_proj.{kind}", of(getattr(block.attention.wo, kind))))
+                pairs.append(
+                    (
+                        f"{prefix}self_attn.o_proj.{kind}",
+                        of(getattr(block.attention.wo, kind)),
+                    )
+                )
             if getattr(block.attention.wqkv, kind) is None:
                 continue
-            parts = split_rows(ours, i, kind) if of is identity else split_gradient(ours, i, kind)
+            parts = (
+                split_rows(ours, i, kind)
+                if of is identity
+                else split_gradient(ours, i, kind)
+            )
             for name, part in zip("qkv", parts, strict=True):
                 reorder = name != "v" and ours.config.qk_interleaved
                 pairs.append(
@@ -90,13 +105,24 @@ def named_pairs(ours: Decoder, theirs: torch.nn.Module, of) -> list[tuple[str, T
             pairs.append(
                 (
                     f"{prefix}self_attn.{name}.weight",
-                    halves(norm, ours.config.head_dim).flatten() if ours.config.qk_interleaved else norm,
+                    halves(norm, ours.config.head_dim).flatten()
+                    if ours.config.qk_interleaved
+                    else norm,
                 )
             )
-        pairs.append((prefix + "input_layernorm.weight", of(block.attention_norm.weight)))
-        pairs.append((prefix + "post_attention_layernorm.weight", of(block.ffn_norm.weight)))
+        pairs.append(
+            (prefix + "input_layernorm.weight", of(block.attention_norm.weight))
+        )
+        pairs.append(
+            (prefix + "post_attention_layernorm.weight", of(block.ffn_norm.weight))
+        )
         for name, part in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
-            pairs.append((f"{prefix}mlp.{name}.weight", of(getattr(block.feed_forward, part).weight)))
+            pairs.append(
+                (
+                    f"{prefix}mlp.{name}.weight",
+                    of(getattr(block.feed_forward, part).weight),
+                )
+            )
     assert {name for name, _ in pairs} == set(their)
     return [(name, value, of(their[name])) for name, value in pairs]
 
@@ -177,7 +203,10 @@ def worst_difference(ours: Decoder, theirs: torch.nn.Module) -> float:
     hidden = ours(ids, single_sequence(LENGTH))
     loss = ours.loss(hidden, labels)
     loss.scaled_sum.backward()
-    differences = [(ours.logits(hidden) - expected).abs().max(), (loss.scaled_sum - expected_loss).abs()]
+    differences = [
+        (ours.logits(hidden) - expected).abs().max(),
+        (loss.scaled_sum - expected_loss).abs(),
+    ]
     for _, a, b in named_pairs(ours, theirs, gradient):
         differences.append((a - b).abs().max() / b.abs().max().clamp(min=1e-3))
     return max(d.item() for d in differences)
@@ -197,7 +226,10 @@ CASES = [
 def test_float64_equals_transformers(
     model_type: str, kv_heads: int, interleaved: bool, bias: bool, float64_upcasts: None
 ) -> None:
-    assert worst_difference(*make_both(model_type, kv_heads, interleaved, bias)) < TRANSFORMERS
+    assert (
+        worst_difference(*make_both(model_type, kv_heads, interleaved, bias))
+        < TRANSFORMERS
+    )
 
 
 LLAMA3 = {
@@ -212,14 +244,24 @@ FAMILIES = {
     "llama-3.1": (
         "LLAMA2",
         False,
-        {"rope_scaling": RopeScaling(type="llama3", **LLAMA3), "max_position_embeddings": 64},
+        {
+            "rope_scaling": RopeScaling(type="llama3", **LLAMA3),
+            "max_position_embeddings": 64,
+        },
         "Llama",
-        {"rope_parameters": {"rope_type": "llama3", **LLAMA3, **THETA}, "max_position_embeddings": 64},
+        {
+            "rope_parameters": {"rope_type": "llama3", **LLAMA3, **THETA},
+            "max_position_embeddings": 64,
+        },
     ),
     "yarn": (
         "LLAMA2",
         False,
-        {"rope_scaling": RopeScaling(type="yarn", factor=4.0, original_max_position_embeddings=16)},
+        {
+            "rope_scaling": RopeScaling(
+                type="yarn", factor=4.0, original_max_position_embeddings=16
+            )
+        },
         "Llama",
         {
             "rope_parameters": {
@@ -231,7 +273,13 @@ FAMILIES = {
         },
     ),
     "qwen2": ("QWEN2", True, {"o_bias": False}, "Qwen2", {}),
-    "qwen3": ("QWEN3", False, {"qk_norm": True, "head_dim": 12}, "Qwen3", {"head_dim": 12}),
+    "qwen3": (
+        "QWEN3",
+        False,
+        {"qk_norm": True, "head_dim": 12},
+        "Qwen3",
+        {"head_dim": 12},
+    ),
     "mistral": (
         "MISTRAL",
         False,
@@ -242,7 +290,13 @@ FAMILIES = {
 }
 
 
-@covers("model.head_dim", "model.qkv_bias", "model.o_bias", "model.qk_norm", "model.sliding_window")
+@covers(
+    "model.head_dim",
+    "model.qkv_bias",
+    "model.o_bias",
+    "model.qk_norm",
+    "model.sliding_window",
+)
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_equals_transformers_in_float64(
@@ -260,8 +314,13 @@ def test_a_family_is_within_float32_of_unpatched_transformers(family: str) -> No
     assert worst_difference(*pair) < TRANSFORMERS_FLOAT32
 
 
-@pytest.mark.parametrize(("model_type", "kv_heads", "interleaved", "bias"), [CASES[1], CASES[4]])
+@pytest.mark.parametrize(
+    ("model_type", "kv_heads", "interleaved", "bias"), [CASES[1], CASES[4]]
+)
 def test_within_float32_of_unpatched_transformers(
     model_type: str, kv_heads: int, interleaved: bool, bias: bool
 ) -> None:
-    assert worst_difference(*make_both(model_type, kv_heads, interleaved, bias)) < TRANSFORMERS_FLOAT32
+    assert (
+        worst_difference(*make_both(model_type, kv_heads, interleaved, bias))
+        < TRANSFORMERS_FLOAT32
+    )

@@ -26,7 +26,9 @@ PACKS = [(48,), (24, 24), (3, 5, 40), (7,) * 6 + (6,), (1,) * 48]
 def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Graphs, guards and autograd as ever, but without generating code, which takes minutes here."""
     compile_module = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager"))
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager")
+    )
     torch._dynamo.reset()
     counters.clear()
     yield
@@ -41,7 +43,9 @@ def model_of(**changes: Any) -> LanguageModel:
 
 def documents(lengths: Sequence[int]) -> SequenceBounds:
     bounds = torch.tensor((0, *lengths)).cumsum(0).int()
-    return SequenceBounds(torch.cat([torch.arange(n) for n in lengths]), bounds, max(lengths))
+    return SequenceBounds(
+        torch.cat([torch.arange(n) for n in lengths]), bounds, max(lengths)
+    )
 
 
 def train(
@@ -50,8 +54,12 @@ def train(
     """Gradients of one forward and backward."""
     model.zero_grad()
     ids = torch.arange(T) % model.config.vocab_size
-    model.loss(model(ids, documents(lengths), attend), ids, grad_scale=1 / T).scaled_sum.backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.loss(
+        model(ids, documents(lengths), attend), ids, grad_scale=1 / T
+    ).scaled_sum.backward()
+    return {
+        name: parameter.grad.clone() for name, parameter in model.named_parameters()
+    }
 
 
 def graphs() -> int:
@@ -60,15 +68,21 @@ def graphs() -> int:
 
 @pytest.mark.parametrize("recompute", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_lengths_and_number_of_documents_compile_nothing_anew(dtype: str, recompute: float) -> None:
+def test_lengths_and_number_of_documents_compile_nothing_anew(
+    dtype: str, recompute: float
+) -> None:
     model = model_of(dtype=dtype, compile=True, checkpoint=recompute)
     train(model, PACKS[0])
     first = graphs()
-    assert 0 < first <= 4  # before and behind attention, in the block and in its attention: not of each layer
+    assert (
+        0 < first <= 4
+    )  # before and behind attention, in the block and in its attention: not of each layer
     for lengths in PACKS[1:]:
         train(model, lengths, partial(attend))  # a new one each time, as in generation
     assert graphs() == first
-    assert counters["frames"]["total"] == counters["frames"]["ok"]  # none was left to run uncompiled
+    assert (
+        counters["frames"]["total"] == counters["frames"]["ok"]
+    )  # none was left to run uncompiled
 
 
 def test_compiled_gradients_are_those_of_the_eager_model() -> None:

@@ -31,8 +31,12 @@ def load(name: str) -> ModuleType:
 def config(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The ``model`` section as the config file gives it, its model registered for this test only."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.setattr("evomesh.models.registry.model_initializer", ModelInitializer({}))
-    section: dict[str, Any] = dict(load("config").model, model_type="PARALLEL_BLOCKS", dtype="float32")
+    monkeypatch.setattr(
+        "evomesh.models.registry.model_initializer", ModelInitializer({})
+    )
+    section: dict[str, Any] = dict(
+        load("config").model, model_type="PARALLEL_BLOCKS", dtype="float32"
+    )
     own = {"first_gain": section.pop("first_gain")}
     return {**section, "extra": own}
 
@@ -47,7 +51,9 @@ def test_its_own_parameter_arrives_and_it_learns(config: dict[str, Any]) -> None
     losses = []
     for _ in range(12):
         optimizer.zero_grad()
-        loss = model.loss(model(ids[:-1], single_sequence(64)), ids[1:], 1 / 64).scaled_sum
+        loss = model.loss(
+            model(ids[:-1], single_sequence(64)), ids[1:], 1 / 64
+        ).scaled_sum
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -56,7 +62,9 @@ def test_its_own_parameter_arrives_and_it_learns(config: dict[str, Any]) -> None
 
 def test_a_misspelt_own_parameter_is_refused(config: dict[str, Any]) -> None:
     config["extra"] = {"first_gian": 0.5}
-    with pytest.raises(ConfigError, match=r"model\.first_gian.*\n.*\n.*did you mean 'first_gain'"):
+    with pytest.raises(
+        ConfigError, match=r"model\.first_gian.*\n.*\n.*did you mean 'first_gain'"
+    ):
         build_model(ModelConfig(**config))
 
 

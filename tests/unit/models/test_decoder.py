@@ -50,7 +50,9 @@ def make(config: ModelConfig, **layout: Any) -> Decoder:
 
 def pack(lengths: list[int]) -> SequenceBounds:
     bounds = torch.tensor([0, *lengths, 0]).cumsum(0).int()
-    return SequenceBounds(torch.cat([torch.arange(n) for n in lengths]), bounds, max(lengths))
+    return SequenceBounds(
+        torch.cat([torch.arange(n) for n in lengths]), bounds, max(lengths)
+    )
 
 
 def tokens() -> tuple[Tensor, Tensor]:
@@ -85,7 +87,10 @@ def test_names_are_the_global_ones() -> None:
         "feed_forward.w2.weight",
         "feed_forward.w3.weight",
     }
-    assert names == {f"layers.{i}.{part}" for i in (2, 3) for part in block} | {"norm.weight", "head.weight"}
+    assert names == {f"layers.{i}.{part}" for i in (2, 3) for part in block} | {
+        "norm.weight",
+        "head.weight",
+    }
 
 
 @pytest.mark.parametrize("ntk", [False, True])
@@ -98,7 +103,9 @@ def test_packed_documents_are_as_if_alone(ntk: bool) -> None:
     model.zero_grad()
     alone = []
     for start, stop in pairwise([0, *torch.tensor(LENGTHS).cumsum(0).tolist()]):
-        part = model.loss(model(ids[start:stop], single_sequence(stop - start)), labels[start:stop])
+        part = model.loss(
+            model(ids[start:stop], single_sequence(stop - start)), labels[start:stop]
+        )
         part.scaled_sum.backward()
         alone.append(part.nll)
     torch.testing.assert_close(packed.nll, torch.cat(alone), rtol=1e-12, atol=1e-12)
@@ -114,7 +121,9 @@ def test_micro_batches_add_up_to_one_batch(recompute: float) -> None:
     one = {n: g.clone() for n, g in gradients(model).items()}
     model.zero_grad()
     for part, lengths in ((slice(0, 15), LENGTHS[:3]), (slice(15, T), LENGTHS[3:])):
-        model.loss(model(ids[part], pack(lengths)), labels[part], scale, 0.1).scaled_sum.backward()
+        model.loss(
+            model(ids[part], pack(lengths)), labels[part], scale, 0.1
+        ).scaled_sum.backward()
     assert relative(gradients(model), one) < 1e-12
 
 
@@ -143,14 +152,24 @@ def test_recompute_changes_no_bit(dtype: str) -> None:
         ("LLAMA2", 0.0, 4, 0),
     ],
 )
-def test_how_many_layers_are_recomputed(family: str, fraction: float, layers: int, expected: int) -> None:
-    config = tiny(model_type=family, num_kv_attention_heads=None, checkpoint=fraction, num_layers=layers)
+def test_how_many_layers_are_recomputed(
+    family: str, fraction: float, layers: int, expected: int
+) -> None:
+    config = tiny(
+        model_type=family,
+        num_kv_attention_heads=None,
+        checkpoint=fraction,
+        num_layers=layers,
+    )
     assert make(config).recomputed_layers == expected
 
 
 def test_stages_make_up_the_whole_model() -> None:
     config = tiny()
-    model, stages = make(config), [make(config, layer_range=r) for r in (range(1), range(1, 3), range(3, 4))]
+    model, stages = (
+        make(config),
+        [make(config, layer_range=r) for r in (range(1), range(1, 3), range(3, 4))],
+    )
     split = {n: p for stage in stages for n, p in stage.named_parameters()}
     assert split.keys() == dict(model.named_parameters()).keys()
     ids, labels = tokens()
@@ -161,7 +180,9 @@ def test_stages_make_up_the_whole_model() -> None:
     stages[-1].loss(x, labels).scaled_sum.backward()
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, split[name]), name
-        assert parameter.grad is not None and torch.equal(parameter.grad, split[name].grad), name
+        assert parameter.grad is not None and torch.equal(
+            parameter.grad, split[name].grad
+        ), name
     with pytest.raises(ValueError, match="no output head"):
         stages[0].logits(x)
 
@@ -171,12 +192,21 @@ def test_post_norm_blocks_have_no_final_norm() -> None:
     assert model.norm is None
     ids, _ = tokens()
     block = model.layers["0"]
-    x, tables = model.embedding.weight[ids], model.rotary.tables(pack(LENGTHS), torch.float64)
+    x, tables = (
+        model.embedding.weight[ids],
+        model.rotary.tables(pack(LENGTHS), torch.float64),
+    )
     x = block.attention_norm(x + block.attention(x, tables, pack(LENGTHS)))
     x = block.ffn_norm(x + block.feed_forward(x))
     assert torch.equal(model(ids, pack(LENGTHS)), x)
     assert (
-        make(tiny(model_type="INTERNLM", num_kv_attention_heads=None, apply_post_layer_norm=True)).norm
+        make(
+            tiny(
+                model_type="INTERNLM",
+                num_kv_attention_heads=None,
+                apply_post_layer_norm=True,
+            )
+        ).norm
         is not None
     )
 
@@ -188,7 +218,9 @@ def test_norm_head_has_rows_of_length_one_and_their_gradient() -> None:
     _, labels = tokens()
     weight = model.head.weight
     unit = weight / weight.pow(2).sum(1, keepdim=True).sqrt()
-    torch.testing.assert_close(model.logits(hidden), hidden @ unit.T, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(
+        model.logits(hidden), hidden @ unit.T, rtol=1e-13, atol=1e-13
+    )
     expected = nn.functional.cross_entropy(hidden @ unit.T, labels, reduction="sum")
     leaves = [hidden, weight]
     ours = torch.autograd.grad(model.loss(hidden, labels).scaled_sum, leaves)
@@ -215,7 +247,10 @@ def test_residual_in_fp32_keeps_the_stream_wide() -> None:
     exact = make(tiny())
     errors = []
     for wide in (False, True):
-        model = make(tiny(dtype="bfloat16", residual_in_fp32=wide, num_layers=4), layer_range=range(3))
+        model = make(
+            tiny(dtype="bfloat16", residual_in_fp32=wide, num_layers=4),
+            layer_range=range(3),
+        )
         stream = model(ids, pack(LENGTHS))
         assert stream.dtype is (torch.float32 if wide else torch.bfloat16)
         expected = make(tiny(), layer_range=range(3))(ids, pack(LENGTHS))
@@ -231,15 +266,21 @@ def test_narrow_dtypes_train_near_float64(dtype: str, fp32_norm: bool) -> None:
     """Beside float64 with the same, rounded weights."""
     ids, labels = tokens()
     found: list[Any] = []
-    rounded = make(tiny(dtype=dtype, use_fp32_norm=fp32_norm, num_layers=2)).state_dict()
+    rounded = make(
+        tiny(dtype=dtype, use_fp32_norm=fp32_norm, num_layers=2)
+    ).state_dict()
     for kind in ("float64", dtype):
         model = make(tiny(dtype=kind, use_fp32_norm=fp32_norm, num_layers=2))
         model.load_state_dict(rounded)
         out = model.loss(model(ids, pack(LENGTHS)), labels)
         out.scaled_sum.backward()
         found.append((out, {n: g.double() for n, g in gradients(model).items()}))
-    tolerance = {"float32": 1e-5, "tf32": 1e-5, "bfloat16": 8e-2, "float16": 1e-2}[dtype]
-    assert found[1][0].scaled_sum.item() == pytest.approx(found[0][0].scaled_sum.item(), rel=tolerance)
+    tolerance = {"float32": 1e-5, "tf32": 1e-5, "bfloat16": 8e-2, "float16": 1e-2}[
+        dtype
+    ]
+    assert found[1][0].scaled_sum.item() == pytest.approx(
+        found[0][0].scaled_sum.item(), rel=tolerance
+    )
     for name, exact in found[0][1].items():
         difference = (found[1][1][name] - exact).norm() / exact.norm()
         assert difference < tolerance, name
@@ -262,7 +303,9 @@ def test_generation_can_keep_keys_and_values() -> None:
     model, (ids, _) = make(tiny()), tokens()
     kept: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def cached(q: Tensor, k: Tensor, v: Tensor, bounds: SequenceBounds, module: Attention) -> Tensor:
+    def cached(
+        q: Tensor, k: Tensor, v: Tensor, bounds: SequenceBounds, module: Attention
+    ) -> Tensor:
         layer = module.layer
         if layer in kept:
             k, v = torch.cat([kept[layer][0], k]), torch.cat([kept[layer][1], v])
@@ -272,7 +315,10 @@ def test_generation_can_keep_keys_and_values() -> None:
 
     with torch.no_grad():
         expected = model.logits(model(ids, single_sequence(T)))
-        steps = [model.logits(model(ids[i : i + 1], single_sequence(1, start=i), cached)) for i in range(T)]
+        steps = [
+            model.logits(model(ids[i : i + 1], single_sequence(1, start=i), cached))
+            for i in range(T)
+        ]
     torch.testing.assert_close(torch.cat(steps), expected, rtol=1e-11, atol=1e-11)
 
 
@@ -290,22 +336,63 @@ def test_generation_can_keep_keys_and_values() -> None:
         (
             "INTERNLM",
             {},
-            {"embedding": 0.0052, "wqkv": 0.006, "wo": 0.006 / 2, "w1": 0.006, "w2": 0.003, "head": 0.0052},
+            {
+                "embedding": 0.0052,
+                "wqkv": 0.006,
+                "wo": 0.006 / 2,
+                "w1": 0.006,
+                "w2": 0.003,
+                "head": 0.0052,
+            },
         ),
-        ("INTERNLM", {"use_scaled_init": False}, {"wo": 0.0015, "w2": 0.0015, "w3": 0.006}),
-        ("LLAMA2", {}, {"embedding": 0.02, "wqkv": 0.02, "wo": 0.01, "w1": 0.02, "w2": 0.01, "head": 0.02}),
-        ("INTERNLM2_PUBLIC", {"attn_other_init_std": 0.1, "init_type": "uniform"}, {"wo": 0.05, "w2": 0.01}),
-        ("LLAMA2", {"ffn_other_init_std": 0.3, "use_scaled_init": False}, {"wo": 0.02, "w2": 0.3}),
+        (
+            "INTERNLM",
+            {"use_scaled_init": False},
+            {"wo": 0.0015, "w2": 0.0015, "w3": 0.006},
+        ),
+        (
+            "LLAMA2",
+            {},
+            {
+                "embedding": 0.02,
+                "wqkv": 0.02,
+                "wo": 0.01,
+                "w1": 0.02,
+                "w2": 0.01,
+                "head": 0.02,
+            },
+        ),
+        (
+            "INTERNLM2_PUBLIC",
+            {"attn_other_init_std": 0.1, "init_type": "uniform"},
+            {"wo": 0.05, "w2": 0.01},
+        ),
+        (
+            "LLAMA2",
+            {"ffn_other_init_std": 0.3, "use_scaled_init": False},
+            {"wo": 0.02, "w2": 0.3},
+        ),
     ],
 )
-def test_initial_deviations(family: str, changes: dict[str, Any], expected: dict[str, float]) -> None:
+def test_initial_deviations(
+    family: str, changes: dict[str, Any], expected: dict[str, float]
+) -> None:
     """Of global layer 1: scaled by 1 / sqrt(2 (1 + 1))."""
     model = build_model(
-        ModelConfig(model_type=family, num_layers=2, hidden_size=64, vocab_size=64, **changes)
+        ModelConfig(
+            model_type=family, num_layers=2, hidden_size=64, vocab_size=64, **changes
+        )
     )
     for part, std in expected.items():
-        prefix = {"wqkv": "layers.1.attention.", "wo": "layers.1.attention.", "embedding": "", "head": ""}
-        initial = model.initial(f"{prefix.get(part, 'layers.1.feed_forward.')}{part}.weight")
+        prefix = {
+            "wqkv": "layers.1.attention.",
+            "wo": "layers.1.attention.",
+            "embedding": "",
+            "head": "",
+        }
+        initial = model.initial(
+            f"{prefix.get(part, 'layers.1.feed_forward.')}{part}.weight"
+        )
         assert initial.scale == pytest.approx(std, rel=1e-12)
         assert initial.kind == changes.get("init_type", "normal")
     assert model.initial("layers.1.attention.wqkv.bias").scale == 0
@@ -324,7 +411,11 @@ def test_start_is_independent_of_the_cut() -> None:
         parts.append(dict(part.named_parameters()))
     for name, parameter in model.named_parameters():
         dims = [dim for _, dim in spec_of(parameter).shards]
-        joined = torch.cat([part[name] for part in parts], dims[0]) if dims else parts[0][name]
+        joined = (
+            torch.cat([part[name] for part in parts], dims[0])
+            if dims
+            else parts[0][name]
+        )
         if name in ("embedding.weight", "head.weight"):
             assert len(joined) == V
             joined = joined[: V - 1]
@@ -335,7 +426,9 @@ def test_start_is_independent_of_the_cut() -> None:
 def test_compiled_blocks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced and differentiated as for a device, but run by torch's own operations: no C++ compiler is needed."""
     compile_module = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda module: compile_module(module, backend="aot_eager"))
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda module: compile_module(module, backend="aot_eager")
+    )
     ids, labels = tokens()
     results = []
     for compiled in (False, True):
@@ -343,5 +436,7 @@ def test_compiled_blocks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         out = model.loss(model(ids, pack(LENGTHS)), labels)
         out.scaled_sum.backward()
         results.append((out, gradients(model)))
-    torch.testing.assert_close(results[0][0].nll, results[1][0].nll, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        results[0][0].nll, results[1][0].nll, rtol=1e-12, atol=1e-12
+    )
     assert relative(results[1][1], results[0][1]) < 1e-12

@@ -90,7 +90,9 @@ def logits(values: dict[str, Any]) -> Tensor:
     ],
 )
 def test_a_value_reaches_the_model(key: str, value: Any) -> None:
-    base = dict(no_bias=True) if key != "adapt_hf" else dict(no_bias=True, adapt_hf=True)
+    base = (
+        dict(no_bias=True) if key != "adapt_hf" else dict(no_bias=True, adapt_hf=True)
+    )
     before, after = logits(base), logits({**base, key: value})
     assert torch.equal(before, logits(base))
     if key == "no_bias":  # biases begin at zero: they show in the parameters
@@ -105,13 +107,16 @@ def test_a_value_reaches_the_model(key: str, value: Any) -> None:
 def test_a_window_that_is_switched_off_asks_for_nothing(used: bool | None) -> None:
     values: dict[str, Any] = {**BASE, "model_type": "MISTRAL", "sliding_window": 8}
     draft = ConfigDraft(
-        {"model": values if used is None else values | {"use_sliding_window": used}}, lambda key: ""
+        {"model": values if used is None else values | {"use_sliding_window": used}},
+        lambda key: "",
     )
     resolve(draft)
     model = ModelConfig.model_validate(draft.sections["model"], strict=False)
     assert model.sliding_window == (None if used is False else 8)
     if used is not False:
-        with pytest.raises(UserError, match="a text of 9 tokens, and the model's sliding window is 8"):
+        with pytest.raises(
+            UserError, match="a text of 9 tokens, and the model's sliding window is 8"
+        ):
             build_model(model)(torch.zeros(9, dtype=torch.long), single_sequence(9))
 
 
@@ -124,7 +129,9 @@ def test_a_window_that_is_switched_off_asks_for_nothing(used: bool | None) -> No
         ("MISTRAL", (False, False, False)),
     ],
 )
-def test_a_family_sets_its_switches(family: str, switches: tuple[bool, bool, bool]) -> None:
+def test_a_family_sets_its_switches(
+    family: str, switches: tuple[bool, bool, bool]
+) -> None:
     draft = ConfigDraft({"model": {**BASE, "model_type": family}}, lambda key: "")
     resolve(draft)
     model = ModelConfig.model_validate(draft.sections["model"], strict=False)
@@ -132,5 +139,7 @@ def test_a_family_sets_its_switches(family: str, switches: tuple[bool, bool, boo
 
 
 def parameters(values: dict[str, Any]) -> list[str]:
-    config = ModelConfig.model_validate({**BASE, **values, "dtype": "float64"}, strict=False)
+    config = ModelConfig.model_validate(
+        {**BASE, **values, "dtype": "float64"}, strict=False
+    )
     return [name for name, _ in build_model(config).named_parameters()]

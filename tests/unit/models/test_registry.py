@@ -30,9 +30,15 @@ def test_unknown_model_type_names_the_nearest() -> None:
         build_model(ModelConfig(model_type="INTERNLM2_PUBLC"))
 
 
-def test_own_parameters_are_checked_against_the_builder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_parameters_are_checked_against_the_builder(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def builder(
-        config: ModelConfig, window: int, *, device: torch.device | str, gain: float = 1.0
+        config: ModelConfig,
+        window: int,
+        *,
+        device: torch.device | str,
+        gain: float = 1.0,
     ) -> Decoder:
         raise AssertionError("not reached")
 
@@ -40,7 +46,9 @@ def test_own_parameters_are_checked_against_the_builder(monkeypatch: pytest.Monk
     monkeypatch.setattr("evomesh.models.registry.model_initializer", registry)
     with pytest.raises(ConfigError) as error:
         build_model(ModelConfig(model_type="MINE", extra={"gian": 2.0}))
-    assert "unknown key 'gian'" in str(error.value) and "did you mean 'gain'?" in str(error.value)
+    assert "unknown key 'gian'" in str(error.value) and "did you mean 'gain'?" in str(
+        error.value
+    )
     assert "needs 'window'" in str(error.value)
 
 

@@ -14,7 +14,9 @@ from evomesh.monitor.log import ALL_RANKS, close_logging, setup_logging
 from evomesh.monitor.progress import ProgressLine
 
 LOGGER = logging.getLogger("evomesh.somewhere")
-LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}\tINFO test_log\.py:\d+ in test_\w+ -- tflops=1\n")
+LINE = re.compile(
+    r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}\tINFO test_log\.py:\d+ in test_\w+ -- tflops=1\n"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +25,9 @@ def _closed() -> Iterator[None]:
     close_logging()
 
 
-def test_line_has_the_documented_form_on_the_terminal_and_in_the_folder(tmp_path: Path) -> None:
+def test_line_has_the_documented_form_on_the_terminal_and_in_the_folder(
+    tmp_path: Path,
+) -> None:
     out = io.StringIO()
     setup_logging(tmp_path, "dp=0_tp=0_pp=0", console=Console(file=out))
     LOGGER.info("tflops=1")
@@ -44,7 +48,10 @@ def test_other_ranks_show_warnings_and_lines_for_all_ranks_only(tmp_path: Path) 
     LOGGER.info("step line")
     LOGGER.warning("careful")
     LOGGER.info("New Run", extra=ALL_RANKS)
-    assert [line.split(" -- ")[1] for line in out.getvalue().splitlines()] == ["careful", "New Run"]
+    assert [line.split(" -- ")[1] for line in out.getvalue().splitlines()] == [
+        "careful",
+        "New Run",
+    ]
     assert "step line" in (tmp_path / "logs" / "dp=1_tp=0_pp=0.log").read_text()
 
 
@@ -62,7 +69,10 @@ def test_secrets_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
         "TOKENIZERS_PARALLELISM": "sometimes",
         "HF_TOKEN": "short",
     }
-    assert redact_text("key abcdefgh123 sometimes short", environment) == "key <redacted> sometimes short"
+    assert (
+        redact_text("key abcdefgh123 sometimes short", environment)
+        == "key <redacted> sometimes short"
+    )
     assert (
         redact_text("https://open.feishu.cn/open-apis/bot/v2/hook/1-a-2", {})
         == "https://open.feishu.cn/open-apis/bot/v2/hook/<redacted>"
@@ -80,7 +90,10 @@ def test_secrets_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_progress_is_live_on_a_terminal_and_silent_elsewhere() -> None:
     plain, live = io.StringIO(), io.StringIO()
-    for console in (Console(file=plain), Console(file=live, force_terminal=True, width=100)):
+    for console in (
+        Console(file=plain),
+        Console(file=live, force_terminal=True, width=100),
+    ):
         setup_logging(console=console)
         with ProgressLine(total=20, step=10, console=console) as progress:
             progress.update(11, loss=2.5, speed=1234.0)

@@ -72,13 +72,26 @@ def test_tflops_of_the_documented_step() -> None:
 def test_values_read_back_exactly(tmp_path: Path) -> None:
     with MetricsFile(tmp_path / "run" / "metrics.jsonl") as metrics:
         metrics.write(RECORD)
-        metrics.write(replace(RECORD, step=1, grad_norm=math.nan, loss=math.inf, extras={"acc/代码": 1 / 3}))
+        metrics.write(
+            replace(
+                RECORD,
+                step=1,
+                grad_norm=math.nan,
+                loss=math.inf,
+                extras={"acc/代码": 1 / 3},
+            )
+        )
         first, second = [
-            json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+            json.loads(line)
+            for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
         ]
     assert first == RECORD.values()
     assert list(first) == list(RECORD.values())
-    assert (second["grad_norm"], second["loss"], second["acc/代码"]) == ("NaN", "Infinity", 1 / 3)
+    assert (second["grad_norm"], second["loss"], second["acc/代码"]) == (
+        "NaN",
+        "Infinity",
+        1 / 3,
+    )
     assert math.isnan(float(second["grad_norm"]))
 
 

@@ -44,10 +44,14 @@ def full_disk(size: int) -> Iterator[None]:
 
 
 def record(step: int) -> StepRecord:
-    return StepRecord(1.0, step, 2.0, 3.0, 1e-3, 1.0, 0.5, 1, 10, 0, 1, 8, 1, 1, 0.95, 0.1)
+    return StepRecord(
+        1.0, step, 2.0, 3.0, 1e-3, 1.0, 0.5, 1, 10, 0, 1, 8, 1, 1, 0.95, 0.1
+    )
 
 
-def test_the_first_failure_is_logged_and_later_ones_are_not(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_first_failure_is_logged_and_later_ones_are_not(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     def fail() -> None:
         calls.append(1)
         raise OSError(errno.ENOSPC, "No space left on device", "a/file")
@@ -59,7 +63,9 @@ def test_the_first_failure_is_logged_and_later_ones_are_not(caplog: pytest.LogCa
         for _ in range(3):
             output.attempt(fail)
         (line,) = caplog.messages
-        assert line.startswith("cannot write metrics.jsonl (No space left on device: a/file); ")
+        assert line.startswith(
+            "cannot write metrics.jsonl (No space left on device: a/file); "
+        )
         assert len(calls) == expected_calls
 
 
@@ -77,7 +83,10 @@ def test_metrics_are_never_torn(tmp_path: Path) -> None:
                 with pytest.raises(OSError):
                     metrics.write(record(step))
         metrics.write(record(3))
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 3]
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [
+        0,
+        3,
+    ]
 
 
 def test_a_metrics_file_that_was_removed(tmp_path: Path) -> None:
@@ -101,7 +110,9 @@ def test_a_log_file_on_a_full_disk_is_reported_by_the_terminal(tmp_path: Path) -
     terminal.close()
 
 
-def test_a_reader_that_leaves_silences_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_reader_that_leaves_silences_the_terminal(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     reader, writer = os.pipe()
     with open(writer, "w", buffering=1) as stream:
         setup_logging(console=Console(file=stream))
@@ -111,8 +122,12 @@ def test_a_reader_that_leaves_silences_the_terminal(capfd: pytest.CaptureFixture
     assert "Logging error" not in capfd.readouterr().err
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # one line in a command
-def test_tensorboard_without_its_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)  # one line in a command
+def test_tensorboard_without_its_folder(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = tmp_path / "board"
     board = TensorBoardWriter(folder, queue=1)
     board.scalars(0, {"loss": 1.0})

@@ -11,7 +11,15 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from evomesh.monitor.profile import KINDS, SKIPPED, STEPS, WARM_UP, StepProfile, region, seconds_by_kind
+from evomesh.monitor.profile import (
+    KINDS,
+    SKIPPED,
+    STEPS,
+    WARM_UP,
+    StepProfile,
+    region,
+    seconds_by_kind,
+)
 from tests.support.covers import covers
 
 
@@ -21,7 +29,9 @@ def profiled(*work: Any) -> tuple[dict[str, float], float]:
     with profile(
         activities=[ProfilerActivity.CPU],
         schedule=plan,
-        on_trace_ready=lambda profiler: found.append(seconds_by_kind(profiler.events())),
+        on_trace_ready=lambda profiler: found.append(
+            seconds_by_kind(profiler.events())
+        ),
     ) as profiler:
         for _ in range(3):
             for part in work:
@@ -58,10 +68,18 @@ def elsewhere() -> None:
 
 class TestSecondsByKind:
     def test_kinds_add_up_to_the_step(self) -> None:
-        seconds, total = profiled(product, attention, inside("loss"), torch.randn(500).sort)
+        seconds, total = profiled(
+            product, attention, inside("loss"), torch.randn(500).sort
+        )
         assert tuple(seconds) == KINDS
         assert sum(seconds.values()) == pytest.approx(total, rel=1e-9)
-        assert min(seconds[kind] for kind in ("matrix", "attention", "loss", "other", "idle")) > 0
+        assert (
+            min(
+                seconds[kind]
+                for kind in ("matrix", "attention", "loss", "other", "idle")
+            )
+            > 0
+        )
 
     @pytest.mark.parametrize(
         ("work", "kind"),
@@ -74,7 +92,10 @@ class TestSecondsByKind:
     )
     def test_every_operation_counts_once(self, work: Any, kind: str) -> None:
         seconds, _ = profiled(work)
-        assert {name for name, spent in seconds.items() if spent} - {"idle", "other"} == {kind}
+        assert {name for name, spent in seconds.items() if spent} - {
+            "idle",
+            "other",
+        } == {kind}
 
     def test_work_of_another_thread_is_beside_the_step(self) -> None:
         assert profiled(elsewhere)[0]["matrix"] == 0
@@ -87,15 +108,25 @@ class TestStepProfile:
             for _ in range(SKIPPED + WARM_UP + STEPS + 5):
                 product()
                 steps.step()
-        assert {path.name for path in (tmp_path / "traces").iterdir()} == {"rank.json", "rank.txt"}
+        assert {path.name for path in (tmp_path / "traces").iterdir()} == {
+            "rank.json",
+            "rank.txt",
+        }
         trace = json.loads((tmp_path / "traces/rank.json").read_text())
         assert (
-            sum(event["name"] == "aten::mm" for event in trace["traceEvents"] if event["ph"] == "X") == STEPS
+            sum(
+                event["name"] == "aten::mm"
+                for event in trace["traceEvents"]
+                if event["ph"] == "X"
+            )
+            == STEPS
         )
         rows = (tmp_path / "traces/rank.txt").read_text().splitlines()[1:]
         assert [row[:14].strip() for row in rows] == [*KINDS, "step"]
 
-    def test_a_run_that_is_too_short_says_so(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def test_a_run_that_is_too_short_says_so(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
         with StepProfile(tmp_path, "rank") as steps:
             for _ in range(3):
                 steps.step()

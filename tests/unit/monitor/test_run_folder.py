@@ -18,7 +18,12 @@ def test_folders_are_those_of_internevo() -> None:
     folder = run_folder(run, NOW)
     assert folder == Path("RUN/7b_train/07-07-12.26.58")
     name = rank_name(dp=0, tp=1, pp=2, main=True)
-    assert tensorboard_folder(run, folder, name) == folder / "tensorboards" / "main_dp=0_tp=1_pp=2"
+    assert (
+        tensorboard_folder(run, folder, name)
+        == folder / "tensorboards" / "main_dp=0_tp=1_pp=2"
+    )
     own = RunConfig(run_dir="here", tensorboard_folder="there")
     assert run_folder(own, NOW) == Path("here")
-    assert tensorboard_folder(own, Path("here"), "dp=0_tp=0_pp=0") == Path("there/dp=0_tp=0_pp=0")
+    assert tensorboard_folder(own, Path("here"), "dp=0_tp=0_pp=0") == Path(
+        "there/dp=0_tp=0_pp=0"
+    )

@@ -33,10 +33,16 @@ def test_squares_of_several_tensors_may_leave_float32() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "found"), [([1.0], "ok"), ([math.inf, 1.0], "inf"), ([-math.inf, math.nan], "nan")]
+    ("values", "found"),
+    [([1.0], "ok"), ([math.inf, 1.0], "inf"), ([-math.inf, math.nan], "nan")],
 )
 def test_what_is_found(values: list[float], found: str) -> None:
-    assert check_norm(float(global_norm([torch.ones(3), torch.tensor(values)], Grid(), CPU))) == found
+    assert (
+        check_norm(
+            float(global_norm([torch.ones(3), torch.tensor(values)], Grid(), CPU))
+        )
+        == found
+    )
 
 
 @covers("hybrid_zero_optimizer.clip_grad_norm")
@@ -47,7 +53,9 @@ def test_clip_factor_is_torchs() -> None:
         parameter.grad = gradient.clone()
         nn.utils.clip_grad_norm_([parameter], most)
         factor = clip_factor(torch.tensor(norm, dtype=torch.float64), most)
-        assert norm * float(factor) == pytest.approx(float(parameter.grad), rel=1e-12, abs=1e-300)
+        assert norm * float(factor) == pytest.approx(
+            float(parameter.grad), rel=1e-12, abs=1e-300
+        )
     assert clip_factor(torch.tensor(100.0), 0.0) == 1.0
 
 
@@ -58,6 +66,9 @@ def test_each_element_is_counted_by_exactly_one_rank() -> None:
         for zero in range(2)
         for replica in range(2)
         for tp in range(2)
-        if counts_in_norm(spec, (Axis("zero", 2, zero), Axis("replica", 2, replica), Axis("tp", 2, tp)))
+        if counts_in_norm(
+            spec,
+            (Axis("zero", 2, zero), Axis("replica", 2, replica), Axis("tp", 2, tp)),
+        )
     ]
     assert counted == [(0, 0, 0), (0, 0, 1), (1, 0, 0), (1, 0, 1)]

@@ -30,12 +30,23 @@ def peak_of_step(zero1: int, dtype: torch.dtype, overlap: bool) -> int:
     parallel = ParallelConfig.model_validate({"zero1": {"size": zero1}})
     with fake_world(8, 3):
         grid = build_grid(parallel, 8, 3)
-        linears = [nn.Linear(WIDTH, WIDTH, bias=False, device=META, dtype=dtype) for _ in range(LAYERS)]
+        linears = [
+            nn.Linear(WIDTH, WIDTH, bias=False, device=META, dtype=dtype)
+            for _ in range(LAYERS)
+        ]
         model = nn.Sequential(*linears)
-        zero = ZeroConfig(overlap_sync_grad=overlap, reduce_bucket_size=BUCKET, clip_grad_norm=0.0)
-        optimizer = ZeroOptimizer(model.named_parameters(), AdamConfig(), zero, grid, model)
+        zero = ZeroConfig(
+            overlap_sync_grad=overlap, reduce_bucket_size=BUCKET, clip_grad_norm=0.0
+        )
+        optimizer = ZeroOptimizer(
+            model.named_parameters(), AdamConfig(), zero, grid, model
+        )
         tracker = MemTracker()
-        accumulated = [slot.accumulated_grad for slot in optimizer.slots if slot.accumulated_grad is not None]
+        accumulated = [
+            slot.accumulated_grad
+            for slot in optimizer.slots
+            if slot.accumulated_grad is not None
+        ]
         tracker.track_external(model, *optimizer.state_tensors().values(), *accumulated)
         with tracker:
             optimizer.expect_micro_batches(1)
@@ -47,8 +58,12 @@ def peak_of_step(zero1: int, dtype: torch.dtype, overlap: bool) -> int:
 @pytest.mark.filterwarnings("ignore:Expected a tensor")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("zero1", [8, 2, 1])
-def test_overlap_needs_no_more_memory_than_one_bucket(zero1: int, dtype: torch.dtype) -> None:
-    plain, overlapped = (peak_of_step(zero1, dtype, overlap) for overlap in (False, True))
+def test_overlap_needs_no_more_memory_than_one_bucket(
+    zero1: int, dtype: torch.dtype
+) -> None:
+    plain, overlapped = (
+        peak_of_step(zero1, dtype, overlap) for overlap in (False, True)
+    )
     bound = BUCKET * 4
     if dtype == torch.float32 and zero1 > 1:
         # Without overlap, gradients are freed before the next sum arrives; with it, all sums wait for the end.
@@ -88,10 +103,22 @@ def test_a_launch_waits_for_the_streams_of_all_its_slots() -> None:
         events.append(("launch",))
         return SimpleNamespace(wait=lambda: bucket)
 
-    with mock.patch.multiple(buckets, record_event=record_event, launch_all_reduce=launch_all_reduce):
+    with mock.patch.multiple(
+        buckets, record_event=record_event, launch_all_reduce=launch_all_reduce
+    ):
         sync.expect_micro_batches(1)
         first, second = (bucket.slots[0] for bucket in sync.buckets)
-        for slot in (second, first):  # out of order: the first hook launches nothing, the second both
+        for slot in (
+            second,
+            first,
+        ):  # out of order: the first hook launches nothing, the second both
             slot.micro_batches = 1
             sync.mark_ready(slot)
-    assert events == [("record", 0), ("record", 1), ("wait", 1), ("launch",), ("wait", 0), ("launch",)]
+    assert events == [
+        ("record", 0),
+        ("record", 1),
+        ("wait", 1),
+        ("launch",),
+        ("wait", 0),
+        ("launch",),
+    ]

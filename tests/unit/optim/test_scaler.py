@@ -10,7 +10,10 @@ pytestmark = covers("promise:loss-scale")
 def make(**keys: object) -> LossScaler:
     fp16 = Fp16Config(initial_scale=16.0, growth_interval=3, min_scale=4.0)
     return LossScaler(
-        ScalerConfig.model_validate({"fp16": fp16, "max_scale": 64.0, "hysteresis": 2, **keys}), "float16"
+        ScalerConfig.model_validate(
+            {"fp16": fp16, "max_scale": 64.0, "hysteresis": 2, **keys}
+        ),
+        "float16",
     )
 
 
@@ -32,13 +35,28 @@ def test_grows_after_the_interval_up_to_the_maximum() -> None:
     assert scales(make(), "ooooooooo") == [16, 16, 32, 32, 32, 64, 64, 64, 64]
 
 
-@covers("grad_scaler.fp16.min_scale", "grad_scaler.backoff_factor", "grad_scaler.hysteresis")
-def test_backs_off_at_the_second_overflow_and_then_at_each_down_to_the_minimum() -> None:
+@covers(
+    "grad_scaler.fp16.min_scale", "grad_scaler.backoff_factor", "grad_scaler.hysteresis"
+)
+def test_backs_off_at_the_second_overflow_and_then_at_each_down_to_the_minimum() -> (
+    None
+):
     assert scales(make(), "iiii") == [16, 8, 4, 4]
 
 
 def test_an_overflow_restarts_the_count_of_good_steps_but_not_the_hysteresis() -> None:
-    assert scales(make(), "ooioo" + "i" + "ooo" + "i") == [16, 16, 16, 16, 16, 8, 8, 8, 16, 16]
+    assert scales(make(), "ooioo" + "i" + "ooo" + "i") == [
+        16,
+        16,
+        16,
+        16,
+        16,
+        8,
+        8,
+        8,
+        16,
+        16,
+    ]
 
 
 def test_nan_counts_as_overflow() -> None:

@@ -13,7 +13,15 @@ PAPER = (LrConfig(warmup_ratio=0.01, eta_min=1e-5), AdamConfig(lr=1e-4), 50000)
 @covers("promise:lr-schedule")
 @pytest.mark.parametrize(
     ("step", "expected"),
-    [(0, 2e-7), (1, 4e-7), (499, 1e-4), (500, 1e-4), (25250, 5.5e-5), (50000, 1e-5), (60000, 1e-5)],
+    [
+        (0, 2e-7),
+        (1, 4e-7),
+        (499, 1e-4),
+        (500, 1e-4),
+        (25250, 5.5e-5),
+        (50000, 1e-5),
+        (60000, 1e-5),
+    ],
 )
 def test_documented_table(step: int, expected: float) -> None:
     assert learning_rate(step, *PAPER) == pytest.approx(expected, rel=1e-12)
@@ -25,7 +33,9 @@ def test_cosine_is_torchs() -> None:
     sgd = torch.optim.SGD([parameter], lr=1e-4)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, 49500, eta_min=1e-5)
     for step in range(500, 1500):
-        assert learning_rate(step, *PAPER) == pytest.approx(cosine.get_last_lr()[0], rel=1e-9)
+        assert learning_rate(step, *PAPER) == pytest.approx(
+            cosine.get_last_lr()[0], rel=1e-9
+        )
         sgd.step()
         cosine.step()
 
@@ -46,16 +56,25 @@ def test_a_warm_up_from_a_fraction_is_torchs(warmup: int, start: float) -> None:
     sgd = torch.optim.SGD([parameter], lr=4e-5)
     linear = torch.optim.lr_scheduler.LinearLR(sgd, start, total_iters=warmup - 1)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, 100 - warmup, eta_min=6e-6)
-    both = torch.optim.lr_scheduler.SequentialLR(sgd, [linear, cosine], milestones=[warmup])
+    both = torch.optim.lr_scheduler.SequentialLR(
+        sgd, [linear, cosine], milestones=[warmup]
+    )
     config = LrConfig(warmup_ratio=warmup / 100, warmup_start=start, eta_min=6e-6)
     for step in range(100):
-        assert learning_rate(step, config, AdamConfig(lr=4e-5), 100) == pytest.approx(both.get_last_lr()[0])
+        assert learning_rate(step, config, AdamConfig(lr=4e-5), 100) == pytest.approx(
+            both.get_last_lr()[0]
+        )
         sgd.step()
         both.step()
 
 
 def test_a_warm_up_as_long_as_the_run_does_not_divide_by_zero() -> None:
-    assert learning_rate(10, LrConfig(warmup_ratio=1.0, eta_min=0.1), AdamConfig(lr=1.0), 10) == 0.1
+    assert (
+        learning_rate(
+            10, LrConfig(warmup_ratio=1.0, eta_min=0.1), AdamConfig(lr=1.0), 10
+        )
+        == 0.1
+    )
 
 
 @covers("adam.adam_beta2_c", "beta2_scheduler.init_beta2", "beta2_scheduler.c")
@@ -65,4 +84,6 @@ def test_beta2() -> None:
     growing = Beta2Config(init_beta2=0.9, c=0.8)
     assert beta2(0, growing, adam) == 0.9
     assert beta2(99, growing, adam) == pytest.approx(1 - 100**-0.8)
-    assert beta2(99, Beta2Config(), AdamConfig(adam_beta2=0.9, adam_beta2_c=0.8)) == beta2(99, growing, adam)
+    assert beta2(
+        99, Beta2Config(), AdamConfig(adam_beta2=0.9, adam_beta2_c=0.8)
+    ) == beta2(99, growing, adam)

@@ -22,25 +22,35 @@ def make_model(dtype: torch.dtype, seed: int = 0) -> nn.Sequential:
     return nn.Sequential(nn.Linear(7, 12), nn.Tanh(), nn.Linear(12, 5)).to(dtype)
 
 
-def make_optimizer(model: nn.Module, clip: float = 1.0, adam: AdamConfig = ADAM) -> ZeroOptimizer:
-    return ZeroOptimizer(model.named_parameters(), adam, ZeroConfig(clip_grad_norm=clip))
+def make_optimizer(
+    model: nn.Module, clip: float = 1.0, adam: AdamConfig = ADAM
+) -> ZeroOptimizer:
+    return ZeroOptimizer(
+        model.named_parameters(), adam, ZeroConfig(clip_grad_norm=clip)
+    )
 
 
 def inputs(step: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(16, 7, generator=torch.Generator().manual_seed(step), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        16, 7, generator=torch.Generator().manual_seed(step), dtype=torch.float64
+    ).to(dtype)
 
 
 def rates(step: int) -> tuple[float, float]:
     return 1e-2 / (step + 1), 0.9 + 0.01 * step
 
 
-def backward(model: nn.Module, step: int, scale: float = 1.0, micro_batches: int = 1) -> None:
+def backward(
+    model: nn.Module, step: int, scale: float = 1.0, micro_batches: int = 1
+) -> None:
     dtype = next(model.parameters()).dtype
     for part in inputs(step, dtype).chunk(micro_batches):
         (model(part).square().sum() * scale).backward()
 
 
-def run(model: nn.Module, optimizer: ZeroOptimizer, steps: range, scale: float = 1.0) -> list[StepResult]:
+def run(
+    model: nn.Module, optimizer: ZeroOptimizer, steps: range, scale: float = 1.0
+) -> list[StepResult]:
     results = []
     for step in steps:
         backward(model, step, scale)
@@ -51,12 +61,20 @@ def run(model: nn.Module, optimizer: ZeroOptimizer, steps: range, scale: float =
 
 def reference(model: nn.Module, steps: range, clip: float) -> list[float]:
     adamw = torch.optim.AdamW(
-        model.parameters(), weight_decay=ADAM.weight_decay, eps=ADAM.adam_eps, foreach=False, fused=False
+        model.parameters(),
+        weight_decay=ADAM.weight_decay,
+        eps=ADAM.adam_eps,
+        foreach=False,
+        fused=False,
     )
     norms = []
     for step in steps:
         backward(model, step)
-        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), clip if clip else math.inf)))
+        norms.append(
+            float(
+                nn.utils.clip_grad_norm_(model.parameters(), clip if clip else math.inf)
+            )
+        )
         for group in adamw.param_groups:
             group["lr"], group["betas"] = rates(step)[0], (0.9, rates(step)[1])
         adamw.step()
@@ -69,11 +87,21 @@ def distance(a: nn.Module, b: nn.Module) -> float:
     return max(tolerances.distance(p.detach(), q.detach()) for p, q in pairs)
 
 
-@covers("adam.lr", "adam.adam_beta1", "adam.adam_beta2", "adam.adam_eps", "adam.weight_decay")
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+@covers(
+    "adam.lr",
+    "adam.adam_beta1",
+    "adam.adam_beta2",
+    "adam.adam_eps",
+    "adam.weight_decay",
+)
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 2e-5)]
+)
 @pytest.mark.parametrize("clip", [0.0, 0.5, 1e6])
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
-def test_equals_torch_adamw(dtype: torch.dtype, bound: float, clip: float, scale: float) -> None:
+def test_equals_torch_adamw(
+    dtype: torch.dtype, bound: float, clip: float, scale: float
+) -> None:
     ours, theirs = make_model(dtype), make_model(dtype)
     results = run(ours, make_optimizer(ours, clip), range(5), scale)
     norms = reference(theirs, range(5), clip)
@@ -89,14 +117,22 @@ def test_half_precision_trains_float32_masters(dtype: torch.dtype) -> None:
     model = make_model(dtype)
     optimizer = make_optimizer(model, clip=0.0)
     masters = [p.detach().float().requires_grad_() for p in model.parameters()]
-    adamw = torch.optim.AdamW(masters, weight_decay=ADAM.weight_decay, foreach=False, fused=False)
+    adamw = torch.optim.AdamW(
+        masters, weight_decay=ADAM.weight_decay, foreach=False, fused=False
+    )
     for step in range(4):
         twin = make_model(dtype)
         twin.load_state_dict(model.state_dict())
         for part in inputs(step, dtype).chunk(4):
-            gradients = torch.autograd.grad(twin(part).square().sum(), list(twin.parameters()))
+            gradients = torch.autograd.grad(
+                twin(part).square().sum(), list(twin.parameters())
+            )
             for master, gradient in zip(masters, gradients, strict=True):
-                master.grad = gradient.float() if master.grad is None else master.grad + gradient.float()
+                master.grad = (
+                    gradient.float()
+                    if master.grad is None
+                    else master.grad + gradient.float()
+                )
         for group in adamw.param_groups:
             group["lr"], group["betas"] = rates(step)[0], (0.9, rates(step)[1])
         adamw.step()
@@ -106,7 +142,9 @@ def test_half_precision_trains_float32_masters(dtype: torch.dtype) -> None:
         optimizer.step(*rates(step), inv_scale=1.0)
         optimizer.zero_grad()
     tensors = optimizer.state_tensors()
-    for (name, parameter), master in zip(model.named_parameters(), masters, strict=True):
+    for (name, parameter), master in zip(
+        model.named_parameters(), masters, strict=True
+    ):
         ours = tensors[f"optim.master.{name}"]
         assert ours.dtype == torch.float32
         assert tolerances.distance(ours, master.detach()) <= 2e-5
@@ -124,7 +162,9 @@ def test_a_step_with_a_gradient_that_is_not_finite_touches_nothing(
     run(model, optimizer, range(2))
     before = {
         name: tensor.clone()
-        for name, tensor in (optimizer.state_tensors() | dict(model.named_parameters())).items()
+        for name, tensor in (
+            optimizer.state_tensors() | dict(model.named_parameters())
+        ).items()
     }
     backward(model, 2)
     slot = optimizer.slots[0]
@@ -136,7 +176,9 @@ def test_a_step_with_a_gradient_that_is_not_finite_touches_nothing(
     assert all(torch.equal(before[name], after[name]) for name in before)
     run(model, optimizer, range(2, 4))
     run(clean, other, range(4))
-    assert distance(model, clean) == 0  # the skipped step left no trace in the step count either
+    assert (
+        distance(model, clean) == 0
+    )  # the skipped step left no trace in the step count either
     assert optimizer.state() == other.state()
 
 
@@ -161,14 +203,24 @@ def test_state_has_the_documented_names_and_specs() -> None:
     names = [name for name, _ in model.named_parameters()]
     shards = make_optimizer(model).state_shards()
     assert sorted(shards) == sorted(
-        f"optim.{kind}.{name}" for kind in ("exp_avg", "exp_avg_sq", "master") for name in names
+        f"optim.{kind}.{name}"
+        for kind in ("exp_avg", "exp_avg_sq", "master")
+        for name in names
     )
-    assert all(shard.spec == ShardSpec(tuple(shard.tensor.shape)) for shard in shards.values())
-    assert not any("master" in name for name in make_optimizer(make_model(torch.float32)).state_tensors())
+    assert all(
+        shard.spec == ShardSpec(tuple(shard.tensor.shape)) for shard in shards.values()
+    )
+    assert not any(
+        "master" in name
+        for name in make_optimizer(make_model(torch.float32)).state_tensors()
+    )
 
 
 def test_state_of_a_padded_vocabulary_says_so() -> None:
-    weight = with_spec(nn.Parameter(torch.randn(8, 4)), ShardSpec((8, 4), (), frozenset({"tp"}), padding=3))
+    weight = with_spec(
+        nn.Parameter(torch.randn(8, 4)),
+        ShardSpec((8, 4), (), frozenset({"tp"}), padding=3),
+    )
     optimizer = ZeroOptimizer([("embedding.weight", weight)], ADAM, ZeroConfig())
     for shard in optimizer.state_shards().values():
         assert shard.spec == ShardSpec((8, 4), padding=3)
@@ -196,11 +248,15 @@ def test_masters_can_be_taken_from_loaded_weights() -> None:
 @covers("adam.no_decay")
 def test_weight_decay_of_what_no_decay_names_is_zero() -> None:
     model = make_model(torch.float32)
-    optimizer = make_optimizer(model, adam=AdamConfig(weight_decay=0.5, no_decay=("bias",)))
+    optimizer = make_optimizer(
+        model, adam=AdamConfig(weight_decay=0.5, no_decay=("bias",))
+    )
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer.step(0.1, 0.9, 1.0)  # no gradient: decay only
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter, before[name] * (1.0 if name.endswith("bias") else 0.95))
+        torch.testing.assert_close(
+            parameter, before[name] * (1.0 if name.endswith("bias") else 0.95)
+        )
 
 
 def test_frozen_parameters_are_left_out() -> None:
@@ -224,7 +280,9 @@ def test_many_micro_batches_are_one_large_batch() -> None:
     assert distance(many, one) <= tolerances.ACCUMULATION
 
 
-def test_start_line_says_how_many_elements_a_rank_updates(caplog: pytest.LogCaptureFixture) -> None:
+def test_start_line_says_how_many_elements_a_rank_updates(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     with caplog.at_level("INFO", logger="evomesh.optim.zero"):
         make_optimizer(make_model(torch.float32))
     assert caplog.messages == ["Number of elements on ranks: [161], rank:0"]

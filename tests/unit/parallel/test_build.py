@@ -16,7 +16,11 @@ from tests.support.covers import covers
 
 
 def parallel(
-    tensor: int = 1, mode: str = "mtp", pipeline: int = 1, weight: int = 1, zero1: int = -1
+    tensor: int = 1,
+    mode: str = "mtp",
+    pipeline: int = 1,
+    weight: int = 1,
+    zero1: int = -1,
 ) -> ParallelConfig:
     return ParallelConfig.model_validate(
         {
@@ -61,35 +65,49 @@ def test_isp_cuts_weights_and_sequence_independently() -> None:
 
 @pytest.mark.parametrize("mode", ["mtp", "isp"])
 @pytest.mark.parametrize(
-    ("tensor", "weight", "pipeline", "zero1"), itertools.product((1, 2, 4), (1, 2, 4), (1, 2), (1, 2, -1))
+    ("tensor", "weight", "pipeline", "zero1"),
+    itertools.product((1, 2, 4), (1, 2, 4), (1, 2), (1, 2, -1)),
 )
 def test_every_axis_partitions_the_world(
     mode: str, tensor: int, weight: int, pipeline: int, zero1: int
 ) -> None:
-    sizes = axis_sizes(parallel(tensor, mode, pipeline, weight if mode == "isp" else 1, zero1), 16)
+    sizes = axis_sizes(
+        parallel(tensor, mode, pipeline, weight if mode == "isp" else 1, zero1), 16
+    )
     for name in ("pp", "dp", "tp", "wp", "zero", "replica"):
         groups = {tuple(axis_members(sizes, rank)[name]) for rank in range(16)}
         assert sorted(rank for group in groups for rank in group) == list(range(16))
         assert all(rank in axis_members(sizes, rank)[name] for rank in range(16))
     inner = "wp" if mode == "isp" else "tp"
-    for rank in range(16):  # one stage is the product of the three axes of the parameter view
+    for rank in range(
+        16
+    ):  # one stage is the product of the three axes of the parameter view
         reached = {rank}
         for name in (inner, "zero", "replica"):
-            reached = {other for one in reached for other in axis_members(sizes, one)[name]}
+            reached = {
+                other for one in reached for other in axis_members(sizes, one)[name]
+            }
         first = rank - rank % sizes.ranks_per_stage
         assert reached == set(range(first, first + sizes.ranks_per_stage))
 
 
 @covers("parallel.zero1", "parallel.zero1.size")
-@pytest.mark.parametrize(("zero1", "size"), [(-1, 8), (0, 8), (-5, 8), (1, 1), (4, 4), (64, 8)])
+@pytest.mark.parametrize(
+    ("zero1", "size"), [(-1, 8), (0, 8), (-5, 8), (1, 1), (4, 4), (64, 8)]
+)
 def test_zero1_rules(zero1: int, size: int) -> None:
     assert axis_sizes(parallel(zero1=zero1), 8).zero == size
 
 
 def test_sizes_that_do_not_divide_are_refused() -> None:
-    with pytest.raises(UserError, match=r"6 processes cannot be divided by pipeline.size \* tensor.size = 4"):
+    with pytest.raises(
+        UserError,
+        match=r"6 processes cannot be divided by pipeline.size \* tensor.size = 4",
+    ):
         axis_sizes(parallel(tensor=4), 6)
-    with pytest.raises(UserError, match=r"zero1.size = 3 does not divide the 8 data-parallel ranks"):
+    with pytest.raises(
+        UserError, match=r"zero1.size = 3 does not divide the 8 data-parallel ranks"
+    ):
         axis_sizes(parallel(zero1=3), 8)
     with pytest.raises(UserError, match=r"pipeline.size \* weight.size = 8"):
         axis_sizes(parallel(mode="isp", tensor=2, weight=8), 12)
@@ -109,7 +127,11 @@ def test_state_of_what_isp_cuts_on_tp_is_cut_over_the_data_axis() -> None:
 
 @pytest.mark.parametrize(
     ("config", "of_world"),
-    [("cpu:gloo,cuda:nccl", "nccl"), ("cpu:gloo,cuda:gloo", None), ("cpu:fake,cuda:fake", None)],
+    [
+        ("cpu:gloo,cuda:nccl", "nccl"),
+        ("cpu:gloo,cuda:gloo", None),
+        ("cpu:fake,cuda:fake", None),
+    ],
 )
 def test_only_the_data_axis_has_a_backend_for_the_host(
     monkeypatch: pytest.MonkeyPatch, config: str, of_world: str | None

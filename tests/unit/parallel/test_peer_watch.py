@@ -44,7 +44,9 @@ class Job:
                 self.all_ended.set()
 
         store = second_connection(self.addresses[rank])
-        return PeerWatch(store, rank, HOSTS, end=end, stop_requested=lambda: rank in self.stopping)
+        return PeerWatch(
+            store, rank, HOSTS, end=end, stop_requested=lambda: rank in self.stopping
+        )
 
     def freeze(self, rank: int) -> None:
         """Make a rank fall silent."""
@@ -53,7 +55,12 @@ class Job:
 
 @pytest.fixture
 def job(monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
-    for name, value in (("BEAT_S", 0.02), ("SILENT_S", 1.0), ("SUSPECT_SILENT_S", 0.9), ("LINGER_S", 0.1)):
+    for name, value in (
+        ("BEAT_S", 0.02),
+        ("SILENT_S", 1.0),
+        ("SUSPECT_SILENT_S", 0.9),
+        ("LINGER_S", 0.1),
+    ):
         monkeypatch.setattr(peer_watch, name, value)
     job = Job()
     yield job
@@ -61,7 +68,9 @@ def job(monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
         watch._stopped.set()
 
 
-def start_but(job: Job, silent_rank: int, monkeypatch: pytest.MonkeyPatch, lost_s: float) -> None:
+def start_but(
+    job: Job, silent_rank: int, monkeypatch: pytest.MonkeyPatch, lost_s: float
+) -> None:
     monkeypatch.setattr(peer_watch, "LOST_S", lost_s)
     job.store.set(f"alive/{silent_rank}", "1")
     for rank, watch in job.watches.items():
@@ -95,20 +104,26 @@ def test_a_short_silence_is_named_and_survived(
     assert not job.ended
 
 
-def test_a_stop_request_is_not_delayed_by_a_frozen_rank(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_request_is_not_delayed_by_a_frozen_rank(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job.stopping.add(0)
     start_but(job, 2, monkeypatch, lost_s=1e6)
     assert job.all_ended.wait(20)
     assert {verdict.rank for verdict in job.ended.values()} == {2}
 
 
-def test_a_failed_collective_learns_the_name(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_collective_learns_the_name(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
     start_but(job, 2, monkeypatch, lost_s=1e6)
     verdict = job.watches[1].name_lost_rank(20)
     assert verdict is not None and verdict.rank == 2
 
 
-def test_the_first_error_is_everybodys(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_error_is_everybodys(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(peer_watch, "LOST_S", 1e6)
     for watch in job.watches.values():
         watch.start()
@@ -117,17 +132,23 @@ def test_the_first_error_is_everybodys(job: Job, monkeypatch: pytest.MonkeyPatch
     assert first == second == failed(1, "n1", "no space\n  fix: free some", 2)
     assert job.all_ended.wait(20)
     assert job.ended[0].sentence == "rank 1 on n1 ended: no space"
-    assert 1 not in job.ended, "the rank itself ends in its main thread, with its whole message"
+    assert 1 not in job.ended, (
+        "the rank itself ends in its main thread, with its whole message"
+    )
 
 
-def test_ranks_that_finish_are_not_missed(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_finish_are_not_missed(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(peer_watch, "LOST_S", 1.2)
     for watch in job.watches.values():
         watch.start()
     enders = [threading.Thread(target=watch.sign_off) for watch in job.watches.values()]
     enders[0].start()
     enders[0].join(0.2)
-    assert enders[0].is_alive(), "the store would end with rank 0 while others still need it"
+    assert enders[0].is_alive(), (
+        "the store would end with rank 0 while others still need it"
+    )
     for ender in enders[1:]:
         ender.start()
     for ender in enders:
@@ -143,7 +164,9 @@ def test_the_store_stays_until_every_other_rank_has_read_the_verdict(
     monkeypatch.setattr(peer_watch, "LINGER_S", 60.0)
     job.watches[author].announce("the folder is a file", 2)
     for reader in {0, 1, 2} - {author, 2}:
-        job.watches[reader]._accept(failed(author, HOSTS[author], "the folder is a file", 2))
+        job.watches[reader]._accept(
+            failed(author, HOSTS[author], "the folder is a file", 2)
+        )
     lingering = threading.Thread(target=job.watches[0].linger, daemon=True)
     lingering.start()
     lingering.join(0.5)

@@ -13,7 +13,12 @@ import pytest
 from evomesh.errors import UserError
 from evomesh.parallel import rendezvous
 from evomesh.parallel.peer_watch import PeerFailedError
-from evomesh.parallel.rendezvous import JobAddress, call_roll, open_store, report_early_failure
+from evomesh.parallel.rendezvous import (
+    JobAddress,
+    call_roll,
+    open_store,
+    report_early_failure,
+)
 from tests.support.interpreter import free_port
 
 LIMIT_S = 0.3
@@ -32,17 +37,23 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous, "PAUSE_S", 0.01)
 
 
-def here(rank: int = 0, world_size: int = 2, host: str = "127.0.0.1", port: int = 0) -> JobAddress:
+def here(
+    rank: int = 0, world_size: int = 2, host: str = "127.0.0.1", port: int = 0
+) -> JobAddress:
     return JobAddress(rank, world_size, host, port or free_port())
 
 
 def test_a_port_that_is_taken(taken_port: int) -> None:
-    with pytest.raises(UserError, match=f"MASTER_PORT: port {taken_port} is in use on this host") as caught:
+    with pytest.raises(
+        UserError, match=f"MASTER_PORT: port {taken_port} is in use on this host"
+    ) as caught:
         open_store(here(port=taken_port))
     assert caught.value.exit_code == 2 and "export MASTER_PORT=" in caught.value.fix
 
 
-@pytest.mark.parametrize("host", ["no-such-host.invalid", "a..b", "x" * 300, "bad host", "nöt.invalid"])
+@pytest.mark.parametrize(
+    "host", ["no-such-host.invalid", "a..b", "x" * 300, "bad host", "nöt.invalid"]
+)
 def test_a_name_without_an_address(host: str) -> None:
     message = re.escape(f"MASTER_ADDR: {host!r} has no address on this host")
     with pytest.raises(UserError, match=message):
@@ -51,7 +62,9 @@ def test_a_name_without_an_address(host: str) -> None:
 
 def test_nobody_listens() -> None:
     address = here(rank=1)
-    with pytest.raises(UserError, match=f"rank 0 does not answer at {address}: Connection refused") as caught:
+    with pytest.raises(
+        UserError, match=f"rank 0 does not answer at {address}: Connection refused"
+    ) as caught:
         open_store(address, limit_s=LIMIT_S)
     assert caught.value.exit_code == 75  # the node of rank 0 may come up
 
@@ -74,7 +87,10 @@ def test_what_is_waited_for_is_logged(
     monkeypatch.setattr(rendezvous.time, "monotonic", lambda: float(next(times)))
     with pytest.raises(UserError):
         open_store(here(rank=1, host="no-such-host.invalid"), limit_s=100)
-    assert "waiting for the name no-such-host.invalid (MASTER_ADDR) to resolve" in caplog.text
+    assert (
+        "waiting for the name no-such-host.invalid (MASTER_ADDR) to resolve"
+        in caplog.text
+    )
 
 
 def call_all(addresses: list[JobAddress], stores: list[Any]) -> list[Any]:
@@ -87,7 +103,9 @@ def call_all(addresses: list[JobAddress], stores: list[Any]) -> list[Any]:
         except UserError as error:
             outcomes[rank] = error
 
-    threads = [threading.Thread(target=call, args=(rank,)) for rank in range(len(addresses))]
+    threads = [
+        threading.Thread(target=call, args=(rank,)) for rank in range(len(addresses))
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -110,7 +128,9 @@ def test_a_rank_that_fails_before_they_meet_ends_the_others() -> None:
     assert not report_early_failure(addresses[2], "no such folder\n  fix: make it", 2)
     for outcome in call_all(addresses[:2], stores):
         assert isinstance(outcome, PeerFailedError)
-        assert outcome.found == f"rank 2 on {socket.gethostname()} ended: no such folder"
+        assert (
+            outcome.found == f"rank 2 on {socket.gethostname()} ended: no such folder"
+        )
         assert outcome.exit_code == 2
 
 
@@ -119,7 +139,9 @@ def test_equal_early_failures_are_printed_once(monkeypatch: pytest.MonkeyPatch) 
     elsewhere: dict[int, bool] = {}
 
     def fail(rank: int) -> None:
-        elsewhere[rank] = report_early_failure(here(rank, 4, port=port), "3 problems in the config", 2)
+        elsewhere[rank] = report_early_failure(
+            here(rank, 4, port=port), "3 problems in the config", 2
+        )
 
     threads = [threading.Thread(target=fail, args=(rank,)) for rank in range(4)]
     for thread in threads:
@@ -129,13 +151,17 @@ def test_equal_early_failures_are_printed_once(monkeypatch: pytest.MonkeyPatch) 
     assert sorted(elsewhere.values()) == [False, True, True, True]
 
 
-def test_a_failure_is_kept_when_nobody_can_be_told(monkeypatch: pytest.MonkeyPatch, taken_port: int) -> None:
+def test_a_failure_is_kept_when_nobody_can_be_told(
+    monkeypatch: pytest.MonkeyPatch, taken_port: int
+) -> None:
     monkeypatch.setattr(rendezvous, "EARLY_LIMIT_S", LIMIT_S)
     assert not report_early_failure(here(rank=1), "x", 2)
     assert not report_early_failure(here(port=taken_port), "x", 2)
 
 
-def test_a_restarted_attempt_does_not_see_the_verdict_of_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restarted_attempt_does_not_see_the_verdict_of_the_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert here().prefix == "evomesh/0"
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")

@@ -22,7 +22,12 @@ D, T = 2, 4
 LAYOUTS = [
     (pp, chunks, kind)
     for pp in (2, 3, 4, 5, 8)
-    for chunks, kind in ((1, "1f1b"), (2, "interleaved"), (3, "interleaved"), (2, "zbv"))
+    for chunks, kind in (
+        (1, "1f1b"),
+        (2, "interleaved"),
+        (3, "interleaved"),
+        (2, "zbv"),
+    )
 ]
 
 
@@ -33,7 +38,9 @@ class Stage(nn.Module):
         return torch.zeros(T, D)
 
     def loss(self, hidden: Tensor, *_: Any) -> LossOutput:
-        return LossOutput(torch.zeros(()), torch.zeros(T), torch.zeros(T, dtype=torch.bool))
+        return LossOutput(
+            torch.zeros(()), torch.zeros(T), torch.zeros(T, dtype=torch.bool)
+        )
 
 
 def batch_of(micro_batches: int) -> Batch:
@@ -43,7 +50,12 @@ def batch_of(micro_batches: int) -> Batch:
 
 
 def operations(
-    monkeypatch: pytest.MonkeyPatch, rank: int, pp: int, chunks: int, kind: str, micro_batches: int
+    monkeypatch: pytest.MonkeyPatch,
+    rank: int,
+    pp: int,
+    chunks: int,
+    kind: str,
+    micro_batches: int,
 ) -> list[tuple[str, int]]:
     """Return ("send" or "receive", other rank) in the order in which ``rank`` evaluates."""
     asked: list[tuple[str, int]] = []
@@ -69,7 +81,9 @@ def operations(
         device=torch.device("cpu"),
     )
     finished: list[int] = []
-    pipeline.evaluate(batch_of(micro_batches), lambda index, output: finished.append(index))
+    pipeline.evaluate(
+        batch_of(micro_batches), lambda index, output: finished.append(index)
+    )
     has_last = rank == (0 if kind == "zbv" else pp - 1)
     assert finished == (list(range(micro_batches)) if has_last else [])
     return asked
@@ -99,21 +113,36 @@ def stuck(queues: dict[Any, deque[tuple[str, int, int]]]) -> int:
 @pytest.mark.parametrize("micro_batches", [1, 3, 8])
 @pytest.mark.parametrize(("pp", "chunks", "kind"), LAYOUTS)
 def test_no_two_ranks_wait_for_each_other(
-    monkeypatch: pytest.MonkeyPatch, pp: int, chunks: int, kind: str, micro_batches: int, queue_per: str
+    monkeypatch: pytest.MonkeyPatch,
+    pp: int,
+    chunks: int,
+    kind: str,
+    micro_batches: int,
+    queue_per: str,
 ) -> None:
     """A queue for each rank and peer is NCCL's; one for each rank would hold for a group with one communicator."""
     queues: dict[Any, deque[tuple[str, int, int]]] = {}
     for rank in range(pp):
-        for operation, other in operations(monkeypatch, rank, pp, chunks, kind, micro_batches):
+        for operation, other in operations(
+            monkeypatch, rank, pp, chunks, kind, micro_batches
+        ):
             key = (rank, other) if queue_per == "pair" else rank
             queues.setdefault(key, deque()).append((operation, rank, other))
-    assert sum(map(len, queues.values())) == 2 * micro_batches * (pp * chunks - 1 - (kind == "zbv"))
+    assert sum(map(len, queues.values())) == 2 * micro_batches * (
+        pp * chunks - 1 - (kind == "zbv")
+    )
     assert stuck(queues) == 0
 
 
-@pytest.mark.parametrize(("pp", "chunks", "kind"), [layout for layout in LAYOUTS if layout[2] != "zbv"])
-def test_ranks_are_idle_only_while_the_pipeline_fills_and_drains(pp: int, chunks: int, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("pp", "chunks", "kind"), [layout for layout in LAYOUTS if layout[2] != "zbv"]
+)
+def test_ranks_are_idle_only_while_the_pipeline_fills_and_drains(
+    pp: int, chunks: int, kind: str
+) -> None:
     micro_batches = 4 * pp
-    slots = evaluation_slots([stage % pp for stage in range(pp * chunks)], micro_batches)
+    slots = evaluation_slots(
+        [stage % pp for stage in range(pp * chunks)], micro_batches
+    )
     assert len(slots) == micro_batches * chunks + pp - 1
     assert all(len({visit.stage % pp for visit in slot}) == len(slot) for slot in slots)

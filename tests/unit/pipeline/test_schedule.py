@@ -19,7 +19,8 @@ def test_zbv_needs_a_torch_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"hidden_size": 8, "dtype": torch.float32, "device": torch.device("cpu")}
     stages = [torch.nn.Linear(1, 1)] * 2, Grid(pp=Axis("pp", 2)), MODES["mtp"]
     with pytest.raises(
-        UserError, match=r"torch 2\.11\.0\+cu130 cannot(.|\n)*torch 2\.13 or later(.|\n)*interleaved"
+        UserError,
+        match=r"torch 2\.11\.0\+cu130 cannot(.|\n)*torch 2\.13 or later(.|\n)*interleaved",
     ):
         PipelineSchedule(*stages, schedule="zbv", **options)
     PipelineSchedule(*stages, schedule="interleaved", **options)

@@ -20,7 +20,9 @@ def test_the_documents_partitions() -> None:
     assert counts(28, 4, 2) == [3, 3, 4, 4] * 2  # each chunk is partitioned on its own
 
 
-@pytest.mark.parametrize(("layers", "pp", "chunks"), itertools.product((8, 9, 13, 31), (1, 2, 3, 4), (1, 2)))
+@pytest.mark.parametrize(
+    ("layers", "pp", "chunks"), itertools.product((8, 9, 13, 31), (1, 2, 3, 4), (1, 2))
+)
 @pytest.mark.parametrize("ends", [None, (0.0, 0.0), (1.7, 1.7)])
 def test_stages_are_contiguous_and_none_is_empty(
     layers: int, pp: int, chunks: int, ends: tuple[float, float] | None
@@ -37,7 +39,9 @@ def test_balance_takes_layers_from_the_ends() -> None:
 
 
 def test_too_many_stages() -> None:
-    with pytest.raises(ValueError, match="8 stages need at least as many layers, there are 7"):
+    with pytest.raises(
+        ValueError, match="8 stages need at least as many layers, there are 7"
+    ):
         layer_ranges(7, 4, 2)
 
 

@@ -21,7 +21,9 @@ from tests.support.pool import Pool
 SEVEN_B = str(Path(__file__).parents[3] / "configs/7B_sft.py")
 
 
-def without_loss(calls: Counter[tuple[str, str, int]]) -> dict[tuple[str, str, int], int]:
+def without_loss(
+    calls: Counter[tuple[str, str, int]],
+) -> dict[tuple[str, str, int], int]:
     """On the CPU the loss leaves out tokens without a target, of which a trace knows nothing: 4 numbers a token."""
     return {key: count for key, count in calls.items() if key[2] > T * 4 * 8}
 
@@ -41,22 +43,33 @@ def without_loss(calls: Counter[tuple[str, str, int]]) -> dict[tuple[str, str, i
     ids=str,
 )
 def test_a_trace_sends_what_a_real_step_sends(pool: Pool, layout: Layout) -> None:
-    for rank, (real, _) in enumerate(pool.run(step_traffic, layout, ranks=layout.ranks)):
+    for rank, (real, _) in enumerate(
+        pool.run(step_traffic, layout, ranks=layout.ranks)
+    ):
         found = trace(layout.config, layout.ranks, rank)
         calls = Counter(
-            (call.operation, call.axis, call.nbytes) for call in found.traffic.calls[: found.passes]
+            (call.operation, call.axis, call.nbytes)
+            for call in found.traffic.calls[: found.passes]
         )
         assert without_loss(calls) == without_loss(real)
 
 
 def test_seven_billion_on_1024_ranks() -> None:
-    sizes = ["parallel.tensor=dict(size=8,mode='msp')", "parallel.pipeline.size=4", "parallel.zero1.size=8"]
+    sizes = [
+        "parallel.tensor=dict(size=8,mode='msp')",
+        "parallel.pipeline.size=4",
+        "parallel.zero1.size=8",
+    ]
     config = load_config(SEVEN_B, sizes).config
     start = time.monotonic()
     found = trace(config, 1024, 517)
     assert time.monotonic() - start < 60
     grid = found.grid
-    assert [(axis.rank, axis.size) for axis in (grid.pp, grid.dp, grid.tp)] == [(2, 4), (0, 32), (5, 8)]
+    assert [(axis.rank, axis.size) for axis in (grid.pp, grid.dp, grid.tp)] == [
+        (2, 4),
+        (0, 32),
+        (5, 8),
+    ]
     layer = (
         4 * 4096**2 + 3 * 4096 * 11008 + 3 * 4096
     )  # products and the biases of q, k and v, all cut over tensor
@@ -67,7 +80,9 @@ def test_seven_billion_on_1024_ranks() -> None:
     sent = [call.nbytes for call in found.traffic.calls if call.operation == "send"]
     assert sent == [hidden // 8] * 2 * config.data.micro_num
     blocks = Counter(
-        call.operation for call in found.traffic.calls if call.axis == "tp" and call.nbytes == hidden
+        call.operation
+        for call in found.traffic.calls
+        if call.axis == "tp" and call.nbytes == hidden
     )
     assert blocks == {
         "all_gather": 4 * 8 * config.data.micro_num,
@@ -81,17 +96,29 @@ def test_optimizer_bytes_are_the_formula() -> None:
     vectors = 32 * (3 * 4096 + 3 * 4096) + 4096  # biases and norms, whole on every rank
     matrices = 7_321_948_160 - vectors
     assert found.parameters == 2 * (matrices + vectors)
-    assert found.optimizer == 12 * (matrices // 8 + vectors)  # master and two moments, float32
+    assert found.optimizer == 12 * (
+        matrices // 8 + vectors
+    )  # master and two moments, float32
 
 
 def test_cut_weights_are_a_part_of_the_whole() -> None:
-    sets = ["parallel.tensor=dict(size=2,mode='isp')", "parallel.weight.size=4", "data.micro_num=1"]
+    sets = [
+        "parallel.tensor=dict(size=2,mode='isp')",
+        "parallel.weight.size=4",
+        "data.micro_num=1",
+    ]
     isp = load_config(SEVEN_B, sets).config
-    ends = 2 * 103168 * 4096 // 2 + 4096  # embedding and head over tensor; the last norm whole
+    ends = (
+        2 * 103168 * 4096 // 2 + 4096
+    )  # embedding and head over tensor; the last norm whole
     blocks = 7_321_948_160 - 2 * 103168 * 4096 - 4096
     found = trace(isp, 8, 3)
     assert found.parameters == 2 * (blocks // 4 + ends)
-    sent = Counter((call.operation, call.nbytes) for call in found.traffic.calls if call.axis == "wp")
+    sent = Counter(
+        (call.operation, call.nbytes)
+        for call in found.traffic.calls
+        if call.axis == "wp"
+    )
     assert sent == {
         ("all_gather", 2 * blocks // 32): 2 * 32,
         ("reduce_scatter", 4 * blocks // 32): 32,  # in float32
@@ -99,7 +126,10 @@ def test_cut_weights_are_a_part_of_the_whole() -> None:
     fsdp = load_config(SEVEN_B, ["parallel.zero1.fsdp=True"]).config
     held = hold(fsdp, 64, 63)
     assert held.parameters == 2 * ((blocks + 2 * 103168 * 4096) // 64 + 4096)
-    assert (held.gradients, held.optimizer) == (2 * held.parameters, 6 * held.parameters)
+    assert (held.gradients, held.optimizer) == (
+        2 * held.parameters,
+        6 * held.parameters,
+    )
     assert held.layers == list(range(32))
 
 
@@ -110,17 +140,30 @@ def test_a_layout_that_does_not_fit_is_refused() -> None:
 
 def test_command() -> None:
     result = CliRunner().invoke(
-        app, ["plan", SEVEN_B, "--gpus", "1024", "--trace", "--set", "parallel.tensor.size=8"]
+        app,
+        [
+            "plan",
+            SEVEN_B,
+            "--gpus",
+            "1024",
+            "--trace",
+            "--set",
+            "parallel.tensor.size=8",
+        ],
     )
     assert result.exit_code == 0, result.output
     assert "rank 0 of 1024: pp 0 of 1, dp 0 of 128, tp 0 of 8" in result.output
     assert "one step of this rank" in result.output
-    assert math.isclose(float(result.output.split("parameters ")[1].split()[0]), 1748, rel_tol=0.01)
+    assert math.isclose(
+        float(result.output.split("parameters ")[1].split()[0]), 1748, rel_tol=0.01
+    )
 
 
 def test_command_without_a_trace_shows_sizes() -> None:
     sets = ["--set", "parallel=dict(tensor=dict(size=8,mode='msp'),pipeline=4,zero1=8)"]
-    result = CliRunner().invoke(app, ["plan", SEVEN_B, "--gpus", "1024", "--rank", "517", *sets])
+    result = CliRunner().invoke(
+        app, ["plan", SEVEN_B, "--gpus", "1024", "--rank", "517", *sets]
+    )
     assert result.exit_code == 0, result.output
     words = " ".join(result.output.split())
     assert "rank 517 of 1024: pp 2 of 4, dp 0 of 32, tp 5 of 8" in words

@@ -18,8 +18,12 @@ def model() -> LanguageModel:
 
 
 @pytest.fixture(scope="module")
-def served(model: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(tiny_service(tmp_path_factory.mktemp("tokenizer"), model, LIMITS)) as served:
+def served(
+    model: LanguageModel, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    with serving(
+        tiny_service(tmp_path_factory.mktemp("tokenizer"), model, LIMITS)
+    ) as served:
         yield served
 
 

@@ -27,7 +27,9 @@ GREEDY = {"model": "tiny", "prompt": "abc", "max_tokens": 20, "temperature": 0}
 def long(model: LanguageModel, tmp_path: Path) -> Iterator[Served]:
     """Room for answers that take seconds, but one at a time and one waiting."""
     with serving(
-        tiny_service(tmp_path, model, ServiceLimits(context_length=8192, slots=1, queue=1))
+        tiny_service(
+            tmp_path, model, ServiceLimits(context_length=8192, slots=1, queue=1)
+        )
     ) as served:
         yield served
 
@@ -39,7 +41,9 @@ def post(client: httpx.Client, path: str, body: dict[str, Any]) -> dict[str, Any
     return found
 
 
-def events(client: httpx.Client, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+def events(
+    client: httpx.Client, path: str, body: dict[str, Any]
+) -> list[dict[str, Any]]:
     with client.stream("POST", path, json=body | {"stream": True}) as answer:
         assert answer.status_code == 200
         assert answer.headers["content-type"].startswith("text/event-stream")
@@ -48,48 +52,76 @@ def events(client: httpx.Client, path: str, body: dict[str, Any]) -> list[dict[s
     return [json.loads(line) for line in lines]
 
 
-def expected(model: LanguageModel, prompt: list[int], count: int) -> tuple[list[int], list[float]]:
+def expected(
+    model: LanguageModel, prompt: list[int], count: int
+) -> tuple[list[int], list[float]]:
     """Greedy tokens and their log-probabilities, each from the whole text anew."""
     ids, logprobs = list(prompt), []
     with torch.no_grad():
         for _ in range(count):
-            row = model.logits(model(torch.tensor(ids), single_sequence(len(ids)))[-1:])[0].log_softmax(-1)
+            row = model.logits(
+                model(torch.tensor(ids), single_sequence(len(ids)))[-1:]
+            )[0].log_softmax(-1)
             ids.append(int(row.argmax()))
             logprobs.append(float(row.max()))
     return ids[len(prompt) :], logprobs
 
 
-def test_greedy_text_logprobs_and_usage(client: httpx.Client, served: Served, model: LanguageModel) -> None:
+def test_greedy_text_logprobs_and_usage(
+    client: httpx.Client, served: Served, model: LanguageModel
+) -> None:
     tokenizer = served.service.model.tokenizer
     ids, logprobs = expected(model, tokenizer.encode("abc"), 20)
     found = post(client, COMPLETIONS, GREEDY | {"logprobs": 2})
     (choice,) = found["choices"]
     assert choice["text"] == tokenizer.decode(ids)
     assert choice["finish_reason"] == "length"
-    assert found["usage"] == {"prompt_tokens": 3, "completion_tokens": 20, "total_tokens": 23}
+    assert found["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 20,
+        "total_tokens": 23,
+    }
     assert choice["logprobs"]["token_logprobs"] == pytest.approx(logprobs, abs=1e-9)
     assert all(
         max(top.values()) == own
         for top, own in zip(
-            choice["logprobs"]["top_logprobs"], choice["logprobs"]["token_logprobs"], strict=True
+            choice["logprobs"]["top_logprobs"],
+            choice["logprobs"]["token_logprobs"],
+            strict=True,
         )
     )
     assert (
-        post(client, COMPLETIONS, GREEDY | {"prompt": tokenizer.encode("abc")})["choices"][0]["text"]
+        post(client, COMPLETIONS, GREEDY | {"prompt": tokenizer.encode("abc")})[
+            "choices"
+        ][0]["text"]
         == choice["text"]
     )
 
 
-def test_chat_goes_through_the_template(client: httpx.Client, served: Served, model: LanguageModel) -> None:
+def test_chat_goes_through_the_template(
+    client: httpx.Client, served: Served, model: LanguageModel
+) -> None:
     tokenizer = served.service.model.tokenizer
     prompt = "[system]be short\n[user]hi there\n[assistant]"
     ids, logprobs = expected(model, tokenizer.encode(prompt), 8)
     parts = [{"type": "text", "text": "hi "}, {"type": "text", "text": "there"}]
-    messages = [{"role": "developer", "content": "be short"}, {"role": "user", "content": parts}]
-    body = {"model": "tiny", "messages": messages, "max_completion_tokens": 8, "temperature": 0}
+    messages = [
+        {"role": "developer", "content": "be short"},
+        {"role": "user", "content": parts},
+    ]
+    body = {
+        "model": "tiny",
+        "messages": messages,
+        "max_completion_tokens": 8,
+        "temperature": 0,
+    }
     found = post(client, CHAT, body | {"logprobs": True, "top_logprobs": 1})
     (choice,) = found["choices"]
-    assert choice["message"] == {"role": "assistant", "content": tokenizer.decode(ids), "refusal": None}
+    assert choice["message"] == {
+        "role": "assistant",
+        "content": tokenizer.decode(ids),
+        "refusal": None,
+    }
     content = choice["logprobs"]["content"]
     assert [one["logprob"] for one in content] == pytest.approx(logprobs, abs=1e-9)
     assert all(one["top_logprobs"][0]["logprob"] == one["logprob"] for one in content)
@@ -103,21 +135,40 @@ def test_chat_goes_through_the_template(client: httpx.Client, served: Served, mo
 
 
 def test_a_stream_adds_up_to_the_whole(client: httpx.Client) -> None:
-    body = GREEDY | {"temperature": 1.0, "seed": 7, "n": 2, "prompt": ["abc", "xyz"], "logprobs": 1}
+    body = GREEDY | {
+        "temperature": 1.0,
+        "seed": 7,
+        "n": 2,
+        "prompt": ["abc", "xyz"],
+        "logprobs": 1,
+    }
     whole_ = post(client, COMPLETIONS, body)
-    streamed = events(client, COMPLETIONS, body | {"stream_options": {"include_usage": True}})
+    streamed = events(
+        client, COMPLETIONS, body | {"stream_options": {"include_usage": True}}
+    )
     assert streamed.pop()["usage"] == whole_["usage"]
     for choice in whole_["choices"]:
-        mine = [one["choices"][0] for one in streamed if one["choices"][0]["index"] == choice["index"]]
+        mine = [
+            one["choices"][0]
+            for one in streamed
+            if one["choices"][0]["index"] == choice["index"]
+        ]
         assert "".join(one["text"] for one in mine) == choice["text"]
-        scored = [score for one in mine if one["logprobs"] for score in one["logprobs"]["token_logprobs"]]
+        scored = [
+            score
+            for one in mine
+            if one["logprobs"]
+            for score in one["logprobs"]["token_logprobs"]
+        ]
         assert scored == pytest.approx(choice["logprobs"]["token_logprobs"], abs=1e-9)
     assert len(whole_["choices"]) == 4
 
 
 def test_a_seed_means_the_same_texts(client: httpx.Client) -> None:
     def texts(seed: int | None) -> list[str]:
-        found = post(client, COMPLETIONS, GREEDY | {"temperature": 1.5, "n": 3, "seed": seed})
+        found = post(
+            client, COMPLETIONS, GREEDY | {"temperature": 1.5, "n": 3, "seed": seed}
+        )
         return [choice["text"] for choice in found["choices"]]
 
     one = texts(1)
@@ -126,19 +177,29 @@ def test_a_seed_means_the_same_texts(client: httpx.Client) -> None:
     assert texts(None) != texts(None)
 
 
-def test_a_stop_text_ends_the_answer_and_frees_the_slot(client: httpx.Client, served: Served) -> None:
+def test_a_stop_text_ends_the_answer_and_frees_the_slot(
+    client: httpx.Client, served: Served
+) -> None:
     text = post(client, COMPLETIONS, GREEDY | {"max_tokens": 60})["choices"][0]["text"]
     stop = text[10:13]
     cut = text[: text.index(stop)]
     body = GREEDY | {"max_tokens": 500, "stop": ["never this", stop]}
     found = post(client, COMPLETIONS, body)
-    assert (found["choices"][0]["text"], found["choices"][0]["finish_reason"]) == (cut, "stop")
+    assert (found["choices"][0]["text"], found["choices"][0]["finish_reason"]) == (
+        cut,
+        "stop",
+    )
     assert found["usage"]["completion_tokens"] < 60
-    assert "".join(one["choices"][0]["text"] for one in events(client, COMPLETIONS, body)) == cut
+    assert (
+        "".join(one["choices"][0]["text"] for one in events(client, COMPLETIONS, body))
+        == cut
+    )
     assert served.idle()
 
 
-def test_the_rotary_type_is_the_requests(client: httpx.Client, served: Served, model: LanguageModel) -> None:
+def test_the_rotary_type_is_the_requests(
+    client: httpx.Client, served: Served, model: LanguageModel
+) -> None:
     prompt = ("The quick brown fox. " * 8)[: TRAINED * 2]
     body = GREEDY | {"prompt": prompt, "max_tokens": 1, "logprobs": 0}
     tokenizer = served.service.model.tokenizer
@@ -147,12 +208,18 @@ def test_the_rotary_type_is_the_requests(client: httpx.Client, served: Served, m
         rotated = with_rotary_type(model, kind)
         found[kind] = expected(rotated, tokenizer.encode(prompt), 1)[1][0]
         answer = post(client, COMPLETIONS, body | {"rotary_type": kind})
-        assert answer["choices"][0]["logprobs"]["token_logprobs"][0] == pytest.approx(found[kind], abs=1e-9)
+        assert answer["choices"][0]["logprobs"]["token_logprobs"][0] == pytest.approx(
+            found[kind], abs=1e-9
+        )
     assert abs(found["origin"] - found["dynamic"]) > 1e-3
 
 
-def test_a_short_request_does_not_wait_for_a_long_one(model: LanguageModel, tmp_path: Path) -> None:
-    with serving(tiny_service(tmp_path, model, ServiceLimits(context_length=8192, slots=2))) as served:
+def test_a_short_request_does_not_wait_for_a_long_one(
+    model: LanguageModel, tmp_path: Path
+) -> None:
+    with serving(
+        tiny_service(tmp_path, model, ServiceLimits(context_length=8192, slots=2))
+    ) as served:
         body = GREEDY | {"max_tokens": 8000, "stream": True}
         with (
             httpx.Client(base_url=served.url) as client,
@@ -220,7 +287,11 @@ def begin(answer: httpx.Response) -> Iterator[str]:
 
 
 def talk(**more: Any) -> dict[str, Any]:
-    return {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "temperature": 0} | more
+    return {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "hi"}],
+        "temperature": 0,
+    } | more
 
 
 def test_a_full_queue_is_a_429(long: Served) -> None:
@@ -230,7 +301,9 @@ def test_a_full_queue_is_a_429(long: Served) -> None:
         ) as running:
             kept = begin(running)
             waiting = threading.Thread(
-                target=lambda: httpx.post(long.url + COMPLETIONS, json=GREEDY, timeout=30)
+                target=lambda: httpx.post(
+                    long.url + COMPLETIONS, json=GREEDY, timeout=30
+                )
             )
             waiting.start()
             assert reached(long, 2)
@@ -259,7 +332,10 @@ def test_a_broken_engine_is_replaced(
     with monkeypatch.context() as patch:
         patch.setattr(engine.GenerationEngine, "step", broken)
         answer = client.post(COMPLETIONS, json=GREEDY)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_failed")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (
+            503,
+            "engine_failed",
+        )
     assert served.idle()
     assert len(post(client, COMPLETIONS, GREEDY)["choices"]) == 1
     assert client.get("/healthz").json() == {"status": "ok"}
@@ -286,33 +362,54 @@ def test_metrics_count(client: httpx.Client) -> None:
     assert grown("evomesh_prompt_tokens_total") == 3
     assert grown('evomesh_requests_total{endpoint="/v1/completions",status="200"}') == 1
     assert grown('evomesh_requests_total{endpoint="/v1/completions",status="404"}') == 1
-    assert grown("evomesh_request_seconds_count") == grown("evomesh_first_token_seconds_count") == 1
+    assert (
+        grown("evomesh_request_seconds_count")
+        == grown("evomesh_first_token_seconds_count")
+        == 1
+    )
     assert after["evomesh_slots"] == 4
 
 
 def test_the_official_client(served: Served, tmp_path: Path) -> None:
     openai = pytest.importorskip("openai")
-    with openai.OpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0) as client:
+    with openai.OpenAI(
+        base_url=served.url + "/v1", api_key="none", max_retries=0
+    ) as client:
         assert [model.id for model in client.models.list()] == ["tiny"]
         assert client.models.retrieve("tiny").owned_by == "evomesh"
-        done = client.completions.create(model="tiny", prompt="abc", max_tokens=20, temperature=0, logprobs=1)
+        done = client.completions.create(
+            model="tiny", prompt="abc", max_tokens=20, temperature=0, logprobs=1
+        )
         assert done.usage.completion_tokens == 20
         assert len(done.choices[0].logprobs.tokens) == 20
         pieces = client.completions.create(
             model="tiny", prompt="abc", max_tokens=20, temperature=0, stream=True
         )
-        assert "".join(piece.choices[0].text for piece in pieces) == done.choices[0].text
+        assert (
+            "".join(piece.choices[0].text for piece in pieces) == done.choices[0].text
+        )
         messages = [{"role": "user", "content": "hi"}]
-        options = dict(model="tiny", messages=messages, max_tokens=9, seed=3, n=2, extra_body={"top_k": 40})
+        options = dict(
+            model="tiny",
+            messages=messages,
+            max_tokens=9,
+            seed=3,
+            n=2,
+            extra_body={"top_k": 40},
+        )
         said = client.chat.completions.create(**options, logprobs=True, top_logprobs=2)
         assert [len(choice.logprobs.content) for choice in said.choices] == [9, 9]
         chunks = list(
-            client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True})
+            client.chat.completions.create(
+                **options, stream=True, stream_options={"include_usage": True}
+            )
         )
         assert chunks[-1].usage == said.usage
         for choice in said.choices:
             parts = [
-                c.choices[0].delta.content or "" for c in chunks[:-1] if c.choices[0].index == choice.index
+                c.choices[0].delta.content or ""
+                for c in chunks[:-1]
+                if c.choices[0].index == choice.index
             ]
             assert "".join(parts) == choice.message.content
         with pytest.raises(openai.NotFoundError, match="no model"):
@@ -325,18 +422,29 @@ def test_the_official_client(served: Served, tmp_path: Path) -> None:
 def prompt_scores(model: LanguageModel, ids: list[int]) -> list[float]:
     """Log-probabilities of all tokens of a prompt but the first."""
     with torch.no_grad():
-        logprobs = model.logits(model(torch.tensor(ids), single_sequence(len(ids)))).log_softmax(-1)
+        logprobs = model.logits(
+            model(torch.tensor(ids), single_sequence(len(ids)))
+        ).log_softmax(-1)
     return [float(logprobs[place, token]) for place, token in enumerate(ids[1:])]
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("max_tokens", [0, 1, 5])
 def test_an_echo_scores_the_prompt(
-    client: httpx.Client, served: Served, model: LanguageModel, max_tokens: int, stream: bool
+    client: httpx.Client,
+    served: Served,
+    model: LanguageModel,
+    max_tokens: int,
+    stream: bool,
 ) -> None:
     tokenizer = served.service.model.tokenizer
     prompts = ["the prompt, é and 🙂", "another", "x"]
-    body = GREEDY | {"prompt": prompts, "max_tokens": max_tokens, "logprobs": 3, "echo": True}
+    body = GREEDY | {
+        "prompt": prompts,
+        "max_tokens": max_tokens,
+        "logprobs": 3,
+        "echo": True,
+    }
     found = {}
     if stream:
         for event in events(client, COMPLETIONS, body):
@@ -355,14 +463,16 @@ def test_an_echo_scores_the_prompt(
         new_ids, new_logprobs = expected(model, ids, max_tokens)
         scores = found[index]["logprobs"]
         assert found[index]["text"] == prompt + tokenizer.decode(new_ids)
-        assert len(scores["tokens"]) == len(scores["text_offset"]) == len(ids) + max_tokens
+        assert (
+            len(scores["tokens"]) == len(scores["text_offset"]) == len(ids) + max_tokens
+        )
         assert scores["token_logprobs"][0] is None and scores["top_logprobs"][0] is None
         wanted = prompt_scores(model, ids) + new_logprobs
         assert scores["token_logprobs"][1:] == pytest.approx(wanted, abs=1e-9)
         assert all(len(top) == 3 for top in scores["top_logprobs"][1:])
-        assert [max(top.values()) for top in scores["top_logprobs"][len(ids) :]] == pytest.approx(
-            new_logprobs
-        )
+        assert [
+            max(top.values()) for top in scores["top_logprobs"][len(ids) :]
+        ] == pytest.approx(new_logprobs)
 
 
 def test_an_echo_without_scores_and_with_stops_is_the_prompt_and_the_answer(
@@ -383,17 +493,32 @@ def test_the_bytes_of_an_answer_are_its_utf8(client: httpx.Client) -> None:
     content = choice["logprobs"]["content"]
     joined = bytes(byte for token in content for byte in token["bytes"])
     assert joined.decode(errors="replace") == choice["message"]["content"]
-    assert all(len(token["bytes"]) == 1 for token in content)  # the tokenizer's tokens are single bytes
-    assert all(len({top["token"] for top in token["top_logprobs"]}) == 4 for token in content)
+    assert all(
+        len(token["bytes"]) == 1 for token in content
+    )  # the tokenizer's tokens are single bytes
+    assert all(
+        len({top["token"] for top in token["top_logprobs"]}) == 4 for token in content
+    )
 
 
 def test_the_second_turn_of_the_official_client(served: Served) -> None:
     openai = pytest.importorskip("openai")
-    messages: list[Any] = [{"role": "developer", "content": "be short"}, {"role": "user", "content": "hi"}]
-    with openai.OpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0) as client:
-        first = client.chat.completions.create(model="tiny", messages=messages, max_tokens=4)
+    messages: list[Any] = [
+        {"role": "developer", "content": "be short"},
+        {"role": "user", "content": "hi"},
+    ]
+    with openai.OpenAI(
+        base_url=served.url + "/v1", api_key="none", max_retries=0
+    ) as client:
+        first = client.chat.completions.create(
+            model="tiny", messages=messages, max_tokens=4
+        )
         answer = first.choices[0].message
-        next_turn = {"role": "user", "name": "me", "content": [{"type": "text", "text": "and?"}]}
+        next_turn = {
+            "role": "user",
+            "name": "me",
+            "content": [{"type": "text", "text": "and?"}],
+        }
         counts = set()
         for own in (
             answer,
@@ -412,7 +537,16 @@ def test_the_second_turn_of_the_official_client(served: Served) -> None:
     ("extra", "status"),
     [
         (
-            dict.fromkeys(["refusal", "function_call", "tool_calls", "audio", "annotations", "unheard_of"]),
+            dict.fromkeys(
+                [
+                    "refusal",
+                    "function_call",
+                    "tool_calls",
+                    "audio",
+                    "annotations",
+                    "unheard_of",
+                ]
+            ),
             200,
         ),
         ({"tool_calls": [], "annotations": [], "refusal": ""}, 200),
@@ -428,10 +562,16 @@ def test_the_second_turn_of_the_official_client(served: Served) -> None:
 def test_what_a_message_may_have_beside_its_content(
     client: httpx.Client, extra: dict[str, Any], status: int
 ) -> None:
-    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a"} | extra]
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "a"} | extra,
+    ]
     answer = client.post(CHAT, json=talk(messages=messages, max_tokens=1))
     assert answer.status_code == status, answer.text
     if status == 400:
         (key,) = extra
         error = answer.json()["error"]
-        assert (error["code"], error["param"]) == ("unknown_parameter", f"messages.1.{key}")
+        assert (error["code"], error["param"]) == (
+            "unknown_parameter",
+            f"messages.1.{key}",
+        )

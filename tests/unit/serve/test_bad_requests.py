@@ -16,7 +16,11 @@ from tests.support.serving import Served, serving, tiny_service
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 GOOD = {"model": "tiny", "prompt": "abc", "max_tokens": 2}
 JSON = {"content-type": "application/json"}
-TALK = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+TALK = {
+    "model": "tiny",
+    "messages": [{"role": "user", "content": "hi"}],
+    "max_tokens": 2,
+}
 
 
 def refused(answer: httpx.Response, status: int, code: str, part: str = "") -> None:
@@ -24,7 +28,11 @@ def refused(answer: httpx.Response, status: int, code: str, part: str = "") -> N
     error = answer.json()["error"]
     assert error["code"] == code
     assert part in error["message"], error
-    assert error["type"] in ("invalid_request_error", "authentication_error", "rate_limit_error")
+    assert error["type"] in (
+        "invalid_request_error",
+        "authentication_error",
+        "rate_limit_error",
+    )
 
 
 @pytest.mark.parametrize(
@@ -44,9 +52,13 @@ def refused(answer: httpx.Response, status: int, code: str, part: str = "") -> N
     ],
 )
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
-def test_what_is_not_a_json_object(client: httpx.Client, path: str, body: bytes) -> None:
+def test_what_is_not_a_json_object(
+    client: httpx.Client, path: str, body: bytes
+) -> None:
     refused(
-        client.post(path, content=body, headers={"content-type": "application/json"}), 400, "invalid_json"
+        client.post(path, content=body, headers={"content-type": "application/json"}),
+        400,
+        "invalid_json",
     )
 
 
@@ -103,7 +115,12 @@ def test_what_is_not_a_json_object(client: httpx.Client, path: str, body: bytes)
 )
 def test_wrong_values_are_named(client: httpx.Client, key: str, value: Any) -> None:
     content = json.dumps(GOOD | {key: value})
-    refused(client.post(COMPLETIONS, content=content, headers=JSON), 400, "invalid_value", key)
+    refused(
+        client.post(COMPLETIONS, content=content, headers=JSON),
+        400,
+        "invalid_value",
+        key,
+    )
 
 
 def test_a_number_too_large_for_a_float(client: httpx.Client) -> None:
@@ -118,16 +135,38 @@ def test_a_number_too_large_for_a_float(client: httpx.Client) -> None:
         ({"messages": []}, "invalid_value", "messages"),
         ({"messages": "hi"}, "invalid_value", "messages"),
         ({"messages": [5]}, "invalid_value", "messages.0"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "invalid_value", "messages.0.role"),
-        ({"messages": [{"role": "user"}]}, "missing_parameter", "messages.0.content"),
-        ({"messages": [{"role": "user", "content": 5}]}, "invalid_value", "messages.0.content"),
         (
-            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            {"messages": [{"role": "tool", "content": "x"}]},
+            "invalid_value",
+            "messages.0.role",
+        ),
+        ({"messages": [{"role": "user"}]}, "missing_parameter", "messages.0.content"),
+        (
+            {"messages": [{"role": "user", "content": 5}]},
             "invalid_value",
             "messages.0.content",
         ),
         (
-            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "detail": 1}]}]},
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [{"type": "image_url", "image_url": {}}],
+                    }
+                ]
+            },
+            "invalid_value",
+            "messages.0.content",
+        ),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [{"type": "text", "text": "a", "detail": 1}],
+                    }
+                ]
+            },
             "invalid_value",
             "part 0 has 'detail'",
         ),
@@ -139,28 +178,63 @@ def test_a_number_too_large_for_a_float(client: httpx.Client) -> None:
         ({"messages": [5] * 9000}, "invalid_value", "messages.0"),
         ({"tool_choice": "required"}, "invalid_value", "tool_choice"),
         ({"modalities": ["audio"]}, "invalid_value", "modalities"),
-        ({"stop": list("abcde")}, "invalid_value", "5 stop strings; at most 4 are allowed"),
+        (
+            {"stop": list("abcde")},
+            "invalid_value",
+            "5 stop strings; at most 4 are allowed",
+        ),
         ({"top_logprobs": 3}, "invalid_value", "top_logprobs"),
         ({"logprobs": 3}, "invalid_value", "logprobs"),
         ({"tools": [{"type": "function"}]}, "invalid_value", "tools"),
-        ({"response_format": {"type": "json_object"}}, "invalid_value", "response_format"),
+        (
+            {"response_format": {"type": "json_object"}},
+            "invalid_value",
+            "response_format",
+        ),
         ({"max_completion_tokens": -1}, "invalid_value", "max_completion_tokens"),
     ],
 )
-def test_wrong_chats_are_named(client: httpx.Client, change: dict[str, Any], code: str, part: str) -> None:
+def test_wrong_chats_are_named(
+    client: httpx.Client, change: dict[str, Any], code: str, part: str
+) -> None:
     refused(client.post(CHAT, json=TALK | change), 400, code, part)
 
 
 def test_missing_unknown_and_null(client: httpx.Client) -> None:
-    refused(client.post(COMPLETIONS, json={"model": "tiny"}), 400, "missing_parameter", "prompt")
-    refused(client.post(COMPLETIONS, json={"prompt": "a"}), 400, "missing_parameter", "model")
-    refused(client.post(COMPLETIONS, json=GOOD | {"max_token": 5}), 400, "unknown_parameter", "max_token")
-    assert client.post(COMPLETIONS, json=GOOD | {"temperature": None, "stop": None}).status_code == 200
+    refused(
+        client.post(COMPLETIONS, json={"model": "tiny"}),
+        400,
+        "missing_parameter",
+        "prompt",
+    )
+    refused(
+        client.post(COMPLETIONS, json={"prompt": "a"}),
+        400,
+        "missing_parameter",
+        "model",
+    )
+    refused(
+        client.post(COMPLETIONS, json=GOOD | {"max_token": 5}),
+        400,
+        "unknown_parameter",
+        "max_token",
+    )
+    assert (
+        client.post(
+            COMPLETIONS, json=GOOD | {"temperature": None, "stop": None}
+        ).status_code
+        == 200
+    )
 
 
 @pytest.mark.parametrize("name", ["", "gpt-4", "../tiny", "x" * 5000])
 def test_unknown_model(client: httpx.Client, name: str) -> None:
-    refused(client.post(COMPLETIONS, json=GOOD | {"model": name}), 404, "model_not_found", "tiny")
+    refused(
+        client.post(COMPLETIONS, json=GOOD | {"model": name}),
+        404,
+        "model_not_found",
+        "tiny",
+    )
     refused(client.post(CHAT, json=TALK | {"model": name}), 404, "model_not_found")
     assert client.get("/v1/models/gpt-4").json()["error"]["code"] == "model_not_found"
 
@@ -181,57 +255,114 @@ def test_unknown_model(client: httpx.Client, name: str) -> None:
         ({"n": 9}, "invalid_value"),
     ],
 )
-def test_prompts_that_do_not_fit(client: httpx.Client, change: dict[str, Any], code: str) -> None:
+def test_prompts_that_do_not_fit(
+    client: httpx.Client, change: dict[str, Any], code: str
+) -> None:
     refused(client.post(COMPLETIONS, json=GOOD | change), 400, code)
 
 
-def test_bodies_too_large_or_of_another_type(client: httpx.Client, served: Served) -> None:
+def test_bodies_too_large_or_of_another_type(
+    client: httpx.Client, served: Served
+) -> None:
     limit = served.service.limits.body_bytes
-    refused(client.post(COMPLETIONS, json=GOOD | {"prompt": "a" * limit}), 413, "body_too_large")
-    parts = (b" " * 1000 for _ in range(limit // 1000 + 2))  # sent in chunks, without a length
-    refused(client.post(COMPLETIONS, content=parts, headers=JSON), 413, "body_too_large")
-    plain = client.post(COMPLETIONS, content=json.dumps(GOOD), headers={"content-type": "text/plain"})
+    refused(
+        client.post(COMPLETIONS, json=GOOD | {"prompt": "a" * limit}),
+        413,
+        "body_too_large",
+    )
+    parts = (
+        b" " * 1000 for _ in range(limit // 1000 + 2)
+    )  # sent in chunks, without a length
+    refused(
+        client.post(COMPLETIONS, content=parts, headers=JSON), 413, "body_too_large"
+    )
+    plain = client.post(
+        COMPLETIONS, content=json.dumps(GOOD), headers={"content-type": "text/plain"}
+    )
     refused(plain, 415, "unsupported_media_type")
 
 
 def test_unknown_paths_methods_and_hosts(client: httpx.Client) -> None:
     refused(client.get("/v1/nothing"), 404, "not_found")
     refused(client.get(COMPLETIONS), 405, "method_not_allowed")
-    refused(client.get("/v1/models", headers={"host": "evil.example"}), 400, "wrong_host")
+    refused(
+        client.get("/v1/models", headers={"host": "evil.example"}), 400, "wrong_host"
+    )
     refused(client.get("/healthz", headers={"host": ""}), 400, "wrong_host")
     for host in ("localhost", "127.0.0.1:80", "[::1]", "[::1]:80", "LOCALHOST:1"):
         assert client.get("/healthz", headers={"host": host}).status_code == 200
 
 
-def test_the_server_goes_on_after_all_of_it(client: httpx.Client, served: Served) -> None:
+def test_the_server_goes_on_after_all_of_it(
+    client: httpx.Client, served: Served
+) -> None:
     assert served.idle()
     assert client.post(COMPLETIONS, json=GOOD).status_code == 200
     assert " 500" not in client.get("/metrics").text.replace('status="500"', " 500")
 
 
 def test_keys(model: LanguageModel, tmp_path: Path) -> None:
-    with serving(tiny_service(tmp_path, model, ServiceLimits(64)), key="s3cret") as served:
+    with serving(
+        tiny_service(tmp_path, model, ServiceLimits(64)), key="s3cret"
+    ) as served:
         for path in ("/v1/models", "/v1/models/tiny", "/metrics"):
             refused(httpx.get(served.url + path), 401, "invalid_api_key", "no key")
-        for value in ("Bearer wrong", "Bearer s3cre", "Bearer s3crett", "Basic s3cret", "s3cret", "Bearer é"):
+        for value in (
+            "Bearer wrong",
+            "Bearer s3cre",
+            "Bearer s3crett",
+            "Basic s3cret",
+            "s3cret",
+            "Bearer é",
+        ):
             headers = {"authorization": value.encode()}
-            refused(httpx.post(served.url + COMPLETIONS, json=GOOD, headers=headers), 401, "invalid_api_key")
-            refused(httpx.post(served.url + CHAT, content=b"{", headers=headers), 401, "invalid_api_key")
+            refused(
+                httpx.post(served.url + COMPLETIONS, json=GOOD, headers=headers),
+                401,
+                "invalid_api_key",
+            )
+            refused(
+                httpx.post(served.url + CHAT, content=b"{", headers=headers),
+                401,
+                "invalid_api_key",
+            )
         good = {"authorization": "Bearer s3cret"}
-        assert httpx.post(served.url + COMPLETIONS, json=GOOD, headers=good).status_code == 200
+        assert (
+            httpx.post(served.url + COMPLETIONS, json=GOOD, headers=good).status_code
+            == 200
+        )
         assert httpx.get(served.url + "/healthz").status_code == 200
 
 
-def test_a_model_without_chat_template_says_so(model: LanguageModel, tmp_path: Path) -> None:
-    with serving(tiny_service(tmp_path, model, ServiceLimits(64), template="")) as served:
-        refused(httpx.post(served.url + CHAT, json=TALK), 400, "invalid_value", "no chat template")
+def test_a_model_without_chat_template_says_so(
+    model: LanguageModel, tmp_path: Path
+) -> None:
+    with serving(
+        tiny_service(tmp_path, model, ServiceLimits(64), template="")
+    ) as served:
+        refused(
+            httpx.post(served.url + CHAT, json=TALK),
+            400,
+            "invalid_value",
+            "no chat template",
+        )
 
 
 def test_a_template_that_refuses(model: LanguageModel, tmp_path: Path) -> None:
-    template = (
-        "{{ raise_exception('roles must alternate') if messages | length > 1 else messages[0].nothing.x }}"
-    )
-    with serving(tiny_service(tmp_path, model, ServiceLimits(64), template=template)) as served:
-        refused(httpx.post(served.url + CHAT, json=TALK), 400, "invalid_value", "rejects the conversation")
+    template = "{{ raise_exception('roles must alternate') if messages | length > 1 else messages[0].nothing.x }}"
+    with serving(
+        tiny_service(tmp_path, model, ServiceLimits(64), template=template)
+    ) as served:
+        refused(
+            httpx.post(served.url + CHAT, json=TALK),
+            400,
+            "invalid_value",
+            "rejects the conversation",
+        )
         twice = TALK | {"messages": [{"role": "user", "content": "hi"}] * 2}
-        refused(httpx.post(served.url + CHAT, json=twice), 400, "invalid_value", "roles must alternate")
+        refused(
+            httpx.post(served.url + CHAT, json=twice),
+            400,
+            "invalid_value",
+            "roles must alternate",
+        )

@@ -38,7 +38,12 @@ def test_very_many_values_are_refused(prompt: Any, part: str) -> None:
 
 @pytest.mark.parametrize(
     "prompt",
-    [[1] * (MAX_VALUES - 10), "," * (MAX_VALUES + 1), '\\",["' * MAX_VALUES, ["a, b, c, [d]"] * 100_000],
+    [
+        [1] * (MAX_VALUES - 10),
+        "," * (MAX_VALUES + 1),
+        '\\",["' * MAX_VALUES,
+        ["a, b, c, [d]"] * 100_000,
+    ],
     ids=["ids", "commas", "quotes", "texts"],
 )
 def test_large_prompts_are_parsed(prompt: Any) -> None:
@@ -47,7 +52,9 @@ def test_large_prompts_are_parsed(prompt: Any) -> None:
 
 def test_a_call_of_the_page_has_the_same_limit() -> None:
     conversation = [{"role": "user", "content": "a"}] * (MAX_CONTAINERS + 1)
-    body = json.dumps({"data": [conversation], "fn_index": 0, "session_hash": "x"}).encode()
+    body = json.dumps(
+        {"data": [conversation], "fn_index": 0, "session_hash": "x"}
+    ).encode()
     with pytest.raises(ApiError, match="20000 lists"):
         parse_call(body)
 
@@ -56,11 +63,15 @@ def test_a_call_of_the_page_has_the_same_limit() -> None:
 def page_server(model: Any, tmp_path: Any) -> Any:
     page = pytest.importorskip("evomesh.serve.page")
     service = tiny_service(tmp_path, model, LIMITS)
-    with serving(service, extend=lambda app: page.mount_page(app, service, None)) as served:
+    with serving(
+        service, extend=lambda app: page.mount_page(app, service, None)
+    ) as served:
         yield served
 
 
-def test_the_page_parses_in_the_thread_for_it(page_server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_parses_in_the_thread_for_it(
+    page_server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names: list[str] = []
 
     def refuse(body: bytes) -> dict[str, Any]:

@@ -20,7 +20,11 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def write(
-    tokenizer: Tokenizer, text: str, stops: list[str], end: str = "length", scored: bool = False
+    tokenizer: Tokenizer,
+    text: str,
+    stops: list[str],
+    end: str = "length",
+    scored: bool = False,
 ) -> list[TextDelta]:
     """Pieces of ``text`` told token by token, up to the one that finishes."""
     ids = tokenizer.encode(text)
@@ -30,7 +34,13 @@ def write(
         finish = end if place == len(ids) - 1 else ""
         pieces.append(
             writer.push(
-                GeneratedToken(0, token, -0.5 if scored else None, [(token, -0.5)] if scored else [], finish)
+                GeneratedToken(
+                    0,
+                    token,
+                    -0.5 if scored else None,
+                    [(token, -0.5)] if scored else [],
+                    finish,
+                )
             )
         )
         if pieces[-1].finish:
@@ -43,11 +53,16 @@ def write(
     st.text(alphabet="ab,é中🙂", min_size=1, max_size=30),
     st.lists(st.text(alphabet="ab,é中", min_size=1, max_size=4), max_size=3),
 )
-def test_pieces_are_the_text_before_the_first_stop(tokenizer: Tokenizer, text: str, stops: list[str]) -> None:
+def test_pieces_are_the_text_before_the_first_stop(
+    tokenizer: Tokenizer, text: str, stops: list[str]
+) -> None:
     pieces = write(tokenizer, text, stops)
     places = [text.find(stop) for stop in stops if stop in text]
     # The stop that is complete first ends the answer; a longer one that begins earlier has not been seen whole by then.
-    complete = min((text.find(stop) + len(stop) for stop in stops if stop in text), default=len(text))
+    complete = min(
+        (text.find(stop) + len(stop) for stop in stops if stop in text),
+        default=len(text),
+    )
     seen = text[:complete]
     cut = min((seen.find(stop) for stop in stops if stop in seen), default=len(text))
     assert "".join(piece.text for piece in pieces) == text[:cut]
@@ -57,7 +72,13 @@ def test_pieces_are_the_text_before_the_first_stop(tokenizer: Tokenizer, text: s
 
 def test_nothing_is_held_back_without_need(tokenizer: Tokenizer) -> None:
     assert [piece.text for piece in write(tokenizer, "one", [])] == ["o", "n", "e"]
-    assert [piece.text for piece in write(tokenizer, "a\nb\n\nc", ["\n\n"])] == ["a", "", "\nb", "", ""]
+    assert [piece.text for piece in write(tokenizer, "a\nb\n\nc", ["\n\n"])] == [
+        "a",
+        "",
+        "\nb",
+        "",
+        "",
+    ]
     assert [piece.text for piece in write(tokenizer, "é", [])] == ["", "é"]
 
 
@@ -78,7 +99,9 @@ def test_scores_stand_beside_their_text(tokenizer: Tokenizer) -> None:
     pieces = write(tokenizer, "abSTOP", ["STOP"], scored=True)
     scored = [one for piece in pieces for one in piece.scored]
     assert [(one.text, one.offset) for one in scored] == [("a", 0), ("b", 1)]
-    whole = [one for piece in write(tokenizer, "aé", [], scored=True) for one in piece.scored]
+    whole = [
+        one for piece in write(tokenizer, "aé", [], scored=True) for one in piece.scored
+    ]
     assert [one.offset for one in whole] == [0, 1, 1]
     assert write(tokenizer, "abSTO", ["STOP"], scored=True)[-1].text == "STO"
 
@@ -88,10 +111,16 @@ def test_tokens_whose_text_depends_on_the_one_before(tmp_path: Path) -> None:
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models
 
-    backend = Backend(models.WordLevel({"▁big": 0, "▁cat": 1, "s": 2, "?": 3}, unk_token="?"))
+    backend = Backend(
+        models.WordLevel({"▁big": 0, "▁cat": 1, "s": 2, "?": 3}, unk_token="?")
+    )
     backend.decoder = decoders.Metaspace()
     backend.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
     assert tokenizer.decode([0, 1, 2]) == "big cats"
     writer = Detokenizer(tokenizer, [0])
-    assert [writer.push(GeneratedToken(0, token)).text for token in (1, 2, 0)] == [" cat", "s", " big"]
+    assert [writer.push(GeneratedToken(0, token)).text for token in (1, 2, 0)] == [
+        " cat",
+        "s",
+        " big",
+    ]

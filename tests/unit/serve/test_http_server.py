@@ -24,7 +24,9 @@ HALF_HEADER = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nx: "
 
 
 def connect(served: Served) -> socket.socket:
-    connection = socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2])))
+    connection = socket.create_connection(
+        ("127.0.0.1", int(served.url.rpartition(":")[2]))
+    )
     connection.settimeout(20)
     return connection
 
@@ -77,9 +79,17 @@ def test_the_oldest_waiting_connection_is_closed_and_not_one_that_is_answered(
     model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(http_server, "MAX_WAITING", 2)
-    body = {"model": "tiny", "prompt": "abc", "max_tokens": 8000, "temperature": 0, "stream": True}
+    body = {
+        "model": "tiny",
+        "prompt": "abc",
+        "max_tokens": 8000,
+        "temperature": 0,
+        "stream": True,
+    }
     with (
-        serving(tiny_service(tmp_path, model, ServiceLimits(context_length=8192, slots=1))) as served,
+        serving(
+            tiny_service(tmp_path, model, ServiceLimits(context_length=8192, slots=1))
+        ) as served,
         httpx.stream("POST", served.url + COMPLETIONS, json=body, timeout=30) as answer,
     ):
         lines = answer.iter_lines()
@@ -105,7 +115,9 @@ def test_answers_on_a_kept_connection_leave_at_once(served: Served) -> None:
             assert client
 
 
-def test_a_half_sent_body_leaves_nothing_in_the_log(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_half_sent_body_leaves_nothing_in_the_log(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.DEBUG)
     head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     before = metric(served)
@@ -115,14 +127,20 @@ def test_a_half_sent_body_leaves_nothing_in_the_log(served: Served, caplog: pyte
     while metric(served) == before and time.monotonic() < end:
         time.sleep(0.01)
     assert metric(served) == before + 1
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING or record.exc_info]
+    assert not [
+        record
+        for record in caplog.records
+        if record.levelno >= logging.WARNING or record.exc_info
+    ]
 
 
 def metric(served: Served) -> float:
     """Return how many requests the server gave up since their clients had closed the connection."""
     name = 'evomesh_requests_total{endpoint="/v1/completions",status="499"}'
     lines = httpx.get(served.url + "/metrics").text.splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+    return sum(
+        float(line.rpartition(" ")[2]) for line in lines if line.startswith(name)
+    )
 
 
 def test_a_stop_ends_streams_with_an_event_and_no_traceback(
@@ -133,23 +151,32 @@ def test_a_stop_ends_streams_with_an_event_and_no_traceback(
 ) -> None:
     monkeypatch.setattr(http_server, "STOP_SECONDS", 0.2)
     caplog.set_level(logging.DEBUG)
-    service = tiny_service(tmp_path, model, ServiceLimits(context_length=200_000, slots=3))
+    service = tiny_service(
+        tmp_path, model, ServiceLimits(context_length=200_000, slots=3)
+    )
     body = {"model": "tiny", "prompt": "abc", "max_tokens": 100_000, "temperature": 0}
     found: dict[str, Any] = {}
     begun = threading.Event()
 
     def stream(url: str) -> None:
-        with httpx.stream("POST", url + COMPLETIONS, json=body | {"stream": True}, timeout=60) as answer:
+        with httpx.stream(
+            "POST", url + COMPLETIONS, json=body | {"stream": True}, timeout=60
+        ) as answer:
             lines: Iterator[str] = answer.iter_lines()
             next(lines)
             begun.set()
             found["events"] = [line for line in lines if line]
 
     def whole(url: str) -> None:
-        found["status"] = httpx.post(url + COMPLETIONS, json=body, timeout=60).status_code
+        found["status"] = httpx.post(
+            url + COMPLETIONS, json=body, timeout=60
+        ).status_code
 
     with serving(service) as served:
-        clients = [threading.Thread(target=work, args=(served.url,)) for work in (stream, whole)]
+        clients = [
+            threading.Thread(target=work, args=(served.url,))
+            for work in (stream, whole)
+        ]
         for client in clients:
             client.start()
         assert begun.wait(30)
@@ -168,7 +195,10 @@ def test_a_stop_ends_streams_with_an_event_and_no_traceback(
     ("prompt", "code"),
     [
         ('"' + "a" * 3_600_000 + '"', "context_length_exceeded"),
-        ("[" + "7," * 1_800_000 + "7]", "invalid_json"),  # more values than a body may have
+        (
+            "[" + "7," * 1_800_000 + "7]",
+            "invalid_json",
+        ),  # more values than a body may have
         ("[" + '"a",' * 900_000 + '"a"]', "invalid_json"),
         ("[" + "[]," * 1_200_000 + "[]]", "invalid_json"),
         ("[" + '{"a":1},' * 400_000 + "{}]", "invalid_json"),
@@ -178,7 +208,11 @@ def test_a_stop_ends_streams_with_an_event_and_no_traceback(
     ids=["text", "ids", "texts", "lists", "objects", "brackets", "quotes"],
 )
 def test_a_heavy_body_is_refused_for_what_it_is(
-    model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompt: str, code: str
+    model: LanguageModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    prompt: str,
+    code: str,
 ) -> None:
     def tokenize(self: object, texts: list[str]) -> list[list[int]]:
         raise AssertionError("a text that cannot fit is not tokenized")
@@ -188,7 +222,9 @@ def test_a_heavy_body_is_refused_for_what_it_is(
     service = tiny_service(tmp_path, model, ServiceLimits(context_length=512))
     monkeypatch.setattr(type(service.model.tokenizer), "encode_batch", tokenize)
     with serving(service) as served:
-        answer = httpx.post(served.url + COMPLETIONS, content=content, headers=headers, timeout=60)
+        answer = httpx.post(
+            served.url + COMPLETIONS, content=content, headers=headers, timeout=60
+        )
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, code)
 
 
@@ -206,6 +242,8 @@ def test_of_a_long_text_only_the_beginning_is_tokenized(
     monkeypatch.setattr(type(service.model.tokenizer), "encode_batch", count)
     context_length = service.limits.context_length
     text = "a " * (10 * context_length)
-    answer = httpx.post(served.url + COMPLETIONS, json={"model": "tiny", "prompt": text})
+    answer = httpx.post(
+        served.url + COMPLETIONS, json={"model": "tiny", "prompt": text}
+    )
     assert answer.json()["error"]["code"] == "context_length_exceeded"
     assert lengths == [8 * context_length]

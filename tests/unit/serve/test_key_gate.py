@@ -37,7 +37,11 @@ class Door:
 
     def status(self, key: str, client: str = "10.0.0.1") -> int:
         headers = [(b"authorization", f"Bearer {key}".encode())]
-        scope: dict[str, Any] = {"type": "http", "headers": headers, "client": (client, 1)}
+        scope: dict[str, Any] = {
+            "type": "http",
+            "headers": headers,
+            "client": (client, 1),
+        }
         try:
             self.gate.check(scope)
         except ApiError as error:
@@ -48,7 +52,10 @@ class Door:
         return 200
 
     def guess(self, count: int, client: str = "10.0.0.1") -> list[int]:
-        return [self.status(f"guess {self.clock.now} {number}", client) for number in range(count)]
+        return [
+            self.status(f"guess {self.clock.now} {number}", client)
+            for number in range(count)
+        ]
 
 
 @pytest.fixture
@@ -58,7 +65,9 @@ def door() -> Door:
 
 def test_a_client_has_few_tries_and_gets_them_back(door: Door) -> None:
     assert door.guess(12) == [401] * 10 + [429] * 2
-    assert door.status(KEY) == 429  # or the answer would still say whether a guess is right
+    assert (
+        door.status(KEY) == 429
+    )  # or the answer would still say whether a guess is right
     assert door.status(KEY, "10.0.0.2") == 200
     door.clock.now += 5.9
     assert door.status(KEY) == 429
@@ -101,7 +110,9 @@ def test_all_clients_together_have_a_limit(door: Door) -> None:
         (["::ffff:10.0.0.1", "::ffff:10.0.0.2"], 401),
     ],
 )
-def test_addresses_of_one_client_share_their_tries(door: Door, clients: list[str], expected: int) -> None:
+def test_addresses_of_one_client_share_their_tries(
+    door: Door, clients: list[str], expected: int
+) -> None:
     first, second = clients
     assert door.guess(10, first) == [401] * 10
     assert door.guess(1, second) == [expected]
@@ -121,14 +132,20 @@ def test_memory_is_bounded(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_api_and_page_share_the_limit(model: LanguageModel, tmp_path: Path) -> None:
     page = pytest.importorskip("evomesh.serve.page")
     service = tiny_service(tmp_path, model, ServiceLimits(64))
-    extended = serving(service, key=KEY, extend=lambda app: page.mount_page(app, service, KEY))
+    extended = serving(
+        service, key=KEY, extend=lambda app: page.mount_page(app, service, KEY)
+    )
     with extended as served, httpx.Client(base_url=served.url, timeout=60) as client:
 
         def log_in(key: str) -> int:
-            return client.post("/login", data={"username": "evomesh", "password": key}).status_code
+            return client.post(
+                "/login", data={"username": "evomesh", "password": key}
+            ).status_code
 
         def list_models(key: str) -> int:
-            return client.get("/v1/models", headers={"authorization": f"Bearer {key}"}).status_code
+            return client.get(
+                "/v1/models", headers={"authorization": f"Bearer {key}"}
+            ).status_code
 
         assert [log_in(KEY) for _ in range(12)] == [200] * 12
         assert [log_in(f"guess {number}") for number in range(6)] == [400] * 6

@@ -35,7 +35,9 @@ OTHER_SITE_HEADERS = [
 
 
 @pytest.fixture(scope="module")
-def served(model: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(
+    model: LanguageModel, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
     service = tiny_service(tmp_path_factory.mktemp("tokenizer"), model, LIMITS)
     with serving(service, extend=lambda app: mount_page(app, service, None)) as served:
         yield served
@@ -67,7 +69,9 @@ def uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "uploads"
 
 
-def call(client: httpx.Client, function: int, data: list[Any], **more: Any) -> tuple[int, str]:
+def call(
+    client: httpx.Client, function: int, data: list[Any], **more: Any
+) -> tuple[int, str]:
     """Return the status of a call, and everything that its session's stream then holds."""
     session = os.urandom(6).hex()
     body = {
@@ -80,7 +84,9 @@ def call(client: httpx.Client, function: int, data: list[Any], **more: Any) -> t
     answer = client.post(JOIN, json=body)
     if answer.status_code != 200:
         return answer.status_code, answer.text
-    return 200, client.get("/gradio_api/queue/data", params={"session_hash": session}).text
+    return 200, client.get(
+        "/gradio_api/queue/data", params={"session_hash": session}
+    ).text
 
 
 def message_of(*parts: Any) -> dict[str, Any]:
@@ -88,12 +94,21 @@ def message_of(*parts: Any) -> dict[str, Any]:
 
 
 def file_of(path: Path | str) -> dict[str, Any]:
-    return {"path": str(path), "meta": {"_type": "gradio.FileData"}, "orig_name": "x.txt", "url": None}
+    return {
+        "path": str(path),
+        "meta": {"_type": "gradio.FileData"},
+        "orig_name": "x.txt",
+        "url": None,
+    }
 
 
 def test_text_is_answered(client: httpx.Client, functions: dict[str, int]) -> None:
     status, streamed = call(client, functions["append"], ["hello", []])
-    answer = next(json.loads(line[6:]) for line in streamed.splitlines() if "process_completed" in line)
+    answer = next(
+        json.loads(line[6:])
+        for line in streamed.splitlines()
+        if "process_completed" in line
+    )
     history = answer["output"]["data"][1]
     assert (status, history) == (200, [message_of({"text": "hello", "type": "text"})])
     status, streamed = call(client, functions["chat"], [history, *CONTROLS])
@@ -102,7 +117,12 @@ def test_text_is_answered(client: httpx.Client, functions: dict[str, int]) -> No
     status, streamed = call(client, functions["complete"], ["abc", *CONTROLS])
     assert status == 200
     assert "3 new tokens" in streamed
-    body = {"data": ["hello", []], "fn_index": functions["append"], "session_hash": "x", "trigger_id": 1}
+    body = {
+        "data": ["hello", []],
+        "fn_index": functions["append"],
+        "session_hash": "x",
+        "trigger_id": 1,
+    }
     assert client.post(RUN, json=body).json()["data"][1] == history
     assert client.get("/").status_code == client.get("/theme.css").status_code == 200
 
@@ -113,22 +133,34 @@ def test_text_is_answered(client: httpx.Client, functions: dict[str, int]) -> No
     [
         lambda file: message_of({"type": "file", "file": file}),
         lambda file: message_of(
-            {"type": "text", "text": "a"}, {"type": "file", "file": file, "alt_text": None}
+            {"type": "text", "text": "a"},
+            {"type": "file", "file": file, "alt_text": None},
         ),
         lambda file: message_of({"type": "text", "text": "a", "file": file}),
-        lambda file: message_of({"type": "component", "component": "image", "value": file, "props": {}}),
+        lambda file: message_of(
+            {"type": "component", "component": "image", "value": file, "props": {}}
+        ),
         message_of,
         lambda file: {"role": "user", "content": file},
         lambda file: file,
     ],
 )
 def test_no_file_of_the_server_comes_back(
-    client: httpx.Client, functions: dict[str, int], uploads: Path, tmp_path: Path, name: str, wrap: Any
+    client: httpx.Client,
+    functions: dict[str, int],
+    uploads: Path,
+    tmp_path: Path,
+    name: str,
+    wrap: Any,
 ) -> None:
     private = tmp_path / "private.txt"
     private.write_text("the secret")
     message = wrap(file_of(private))
-    inputs: dict[str, list[Any]] = {"chat": [[message]], "append": ["x", [message]], "complete": [message]}
+    inputs: dict[str, list[Any]] = {
+        "chat": [[message]],
+        "append": ["x", [message]],
+        "complete": [message],
+    }
     values, rest = inputs[name], [] if name == "append" else CONTROLS
     status, streamed = call(client, functions[name], [*values, *rest])
     assert status == 400, streamed
@@ -138,7 +170,11 @@ def test_no_file_of_the_server_comes_back(
     assert not list(uploads.rglob("*"))
     url = file_of("http://127.0.0.1:9/x")
     assert (
-        call(client, functions[name], [wrap(url) if value is message else value for value in values])[0]
+        call(
+            client,
+            functions[name],
+            [wrap(url) if value is message else value for value in values],
+        )[0]
         == 400
     )
 
@@ -157,9 +193,16 @@ def test_gradio_checks_paths_itself(
         assert isinstance(mount.app, GradioGuard)
         mount.app = mount.app.app
 
-    with serving(service, extend=extend) as served, httpx.Client(base_url=served.url, timeout=60) as client:
+    with (
+        serving(service, extend=extend) as served,
+        httpx.Client(base_url=served.url, timeout=60) as client,
+    ):
         streams = [
-            call(client, number, [[message_of({"type": "file", "file": file_of(private)})], *CONTROLS])[1]
+            call(
+                client,
+                number,
+                [[message_of({"type": "file", "file": file_of(private)})], *CONTROLS],
+            )[1]
             for number in range(9)
         ]
         assert any("Cannot move" in text for text in streams)
@@ -204,7 +247,9 @@ def test_gradio_checks_paths_itself(
         ("GET", "/svelte/..%5c..%5cconfig"),
     ],
 )
-def test_routes_that_the_page_does_not_use_do_not_exist(client: httpx.Client, method: str, path: str) -> None:
+def test_routes_that_the_page_does_not_use_do_not_exist(
+    client: httpx.Client, method: str, path: str
+) -> None:
     answer = client.request(method, path)
     assert answer.status_code == 404, answer.text
     if method != "HEAD":
@@ -222,36 +267,64 @@ def test_nothing_is_uploaded(client: httpx.Client, uploads: Path) -> None:
 def test_calls_from_pages_of_other_sites_are_rejected(
     client: httpx.Client, functions: dict[str, int], headers: dict[str, str]
 ) -> None:
-    body = {"data": ["hello", []], "fn_index": functions["append"], "session_hash": "other"}
+    body = {
+        "data": ["hello", []],
+        "fn_index": functions["append"],
+        "session_hash": "other",
+    }
     assert client.post(JOIN, json=body, headers=headers).status_code == 403
     assert client.post(RUN, json=body, headers=headers).status_code == 403
-    assert client.post(JOIN, content=json.dumps(body), headers=headers).status_code == 403
     assert (
-        client.post("/login", data={"username": "evomesh", "password": "x"}, headers=headers).status_code
+        client.post(JOIN, content=json.dumps(body), headers=headers).status_code == 403
+    )
+    assert (
+        client.post(
+            "/login", data={"username": "evomesh", "password": "x"}, headers=headers
+        ).status_code
         == 403
     )
     cancel = {"session_hash": "other", "fn_index": 1, "event_id": "x"}
-    assert client.post("/gradio_api/cancel", json=cancel, headers=headers).status_code == 403
     assert (
-        client.get("/gradio_api/queue/data", params={"session_hash": "x"}, headers=headers).status_code == 403
+        client.post("/gradio_api/cancel", json=cancel, headers=headers).status_code
+        == 403
+    )
+    assert (
+        client.get(
+            "/gradio_api/queue/data", params={"session_hash": "x"}, headers=headers
+        ).status_code
+        == 403
     )
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/config", "/theme.css", "/healthz", "/metrics", "/v1/models", "/v1/none"]
+    "path",
+    ["/", "/config", "/theme.css", "/healthz", "/metrics", "/v1/models", "/v1/none"],
 )
 @pytest.mark.parametrize("headers", OTHER_SITE_HEADERS[:3])
 def test_no_answer_can_be_read_by_another_site(
     client: httpx.Client, path: str, headers: dict[str, str]
 ) -> None:
-    ask = {"access-control-request-method": "POST", "access-control-request-headers": "content-type"}
-    for answer in (client.get(path, headers=headers), client.options(path, headers=headers | ask)):
-        assert not [name for name in answer.headers if name.startswith("access-control")]
+    ask = {
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "content-type",
+    }
+    for answer in (
+        client.get(path, headers=headers),
+        client.options(path, headers=headers | ask),
+    ):
+        assert not [
+            name for name in answer.headers if name.startswith("access-control")
+        ]
 
 
-def test_the_page_itself_may_call(client: httpx.Client, served: Served, functions: dict[str, int]) -> None:
+def test_the_page_itself_may_call(
+    client: httpx.Client, served: Served, functions: dict[str, int]
+) -> None:
     body = {"data": ["", []], "fn_index": functions["append"], "session_hash": "own"}
-    for headers in ({"origin": served.url}, {"origin": "https://any.where", "sec-fetch-site": "same-origin"}):
+    for headers in (
+        {"origin": served.url},
+        {"origin": "https://any.where", "sec-fetch-site": "same-origin"},
+    ):
         assert client.post(JOIN, json=body, headers=headers).status_code == 200
 
 
@@ -263,7 +336,11 @@ def test_the_page_itself_may_call(client: httpx.Client, served: Served, function
         {"data": [[["hello", "there"]]]},
         {"data": [[{"role": "tool", "content": "x"}]]},
         {"data": [[{"role": "user", "content": 5}]]},
-        {"data": [[{"role": "user", "content": [{"type": "text", "text": {"path": "/"}}]}]]},
+        {
+            "data": [
+                [{"role": "user", "content": [{"type": "text", "text": {"path": "/"}}]}]
+            ]
+        },
         {"fn_index": "1"},
         {"fn_index": True},
         {"fn_index": None},
@@ -271,7 +348,9 @@ def test_the_page_itself_may_call(client: httpx.Client, served: Served, function
         {"trigger_id": {}},
     ],
 )
-def test_a_malformed_call_is_rejected(client: httpx.Client, body: dict[str, Any]) -> None:
+def test_a_malformed_call_is_rejected(
+    client: httpx.Client, body: dict[str, Any]
+) -> None:
     good = {"data": ["x", []], "fn_index": 0, "session_hash": "x"}
     assert client.post(JOIN, json=good | body).status_code == 400
     assert client.post("/gradio_api/cancel", json=good | body).status_code == 400
@@ -311,7 +390,9 @@ def test_unchecked_keys_of_a_call_do_not_reach_gradio(
         (8, 1),
     ],
 )
-def test_a_control_with_a_value_of_the_wrong_type_is_rejected(index: int, value: Any) -> None:
+def test_a_control_with_a_value_of_the_wrong_type_is_rejected(
+    index: int, value: Any
+) -> None:
     values: list[Any] = [*CONTROLS]
     values[index] = value
     with pytest.raises(UserError, match="has no valid value"):
@@ -329,20 +410,26 @@ def test_a_control_with_a_value_of_the_wrong_type_is_rejected(index: int, value:
         [message_of({"type": "file", "file": file_of("/etc/hostname")})],
     ],
 )
-def test_functions_accept_conversations_of_text_only(served: Served, history: Any) -> None:
+def test_functions_accept_conversations_of_text_only(
+    served: Served, history: Any
+) -> None:
     with pytest.raises(UserError, match="conversation"):
         append_message("hello", history)
 
     async def answers() -> list[Any]:
         return [
             answer
-            async for answer in ChatPage(served.service).answer_conversation(history, gr.Request(), *CONTROLS)
+            async for answer in ChatPage(served.service).answer_conversation(
+                history, gr.Request(), *CONTROLS
+            )
         ]
 
     assert [conversation for conversation, _ in asyncio.run(answers())] == [[]]
 
 
-def test_an_emptied_seed_box_means_a_random_seed(client: httpx.Client, functions: dict[str, int]) -> None:
+def test_an_emptied_seed_box_means_a_random_seed(
+    client: httpx.Client, functions: dict[str, int]
+) -> None:
     controls = [*CONTROLS]
     controls[7] = None
     status, streamed = call(client, functions["complete"], ["abc", *controls])
@@ -350,12 +437,16 @@ def test_an_emptied_seed_box_means_a_random_seed(client: httpx.Client, functions
     assert "3 new tokens" in streamed
 
 
-def test_browsers_are_told_to_load_no_images_of_other_servers(client: httpx.Client) -> None:
+def test_browsers_are_told_to_load_no_images_of_other_servers(
+    client: httpx.Client,
+) -> None:
     policy = client.get("/").headers["content-security-policy"]
     assert "img-src 'self' data: blob:;" in policy
 
 
-def test_a_status_line_shows_no_secret(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_status_line_shows_no_secret(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(text: str) -> list[int]:
         raise UserError("cannot read https://user:hunter2hunter2@example.org/tokenizer")
 
@@ -363,7 +454,9 @@ def test_a_status_line_shows_no_secret(served: Served, monkeypatch: pytest.Monke
 
     async def complete() -> str:
         request = gr.Request(session_hash="x")
-        async for _, status in ChatPage(served.service).complete_text("abc", request, *CONTROLS):
+        async for _, status in ChatPage(served.service).complete_text(
+            "abc", request, *CONTROLS
+        ):
             return status
         return ""
 

@@ -8,7 +8,8 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
-from evomesh.data.chat import STYLES, ChatMessage, build_template
+from evomesh.data.chat import ChatMessage, build_template
+from evomesh.data.chat_styles import STYLES
 from evomesh.data.tokenizer import Tokenizer, load_tokenizer
 from tests.support.serving import TEMPLATE, byte_tokenizer
 
@@ -23,7 +24,11 @@ def special_tokenizer(folder: Path, template: str = "") -> Tokenizer:
     byte_tokenizer(folder, template)
     backend = Backend.from_file(str(folder / "tokenizer.json"))
     backend.add_special_tokens(
-        ["<s>", "</s>", *{piece for style in STYLES.values() for piece in style.special}]
+        [
+            "<s>",
+            "</s>",
+            *{piece for style in STYLES.values() for piece in style.special},
+        ]
     )
     backend.save(str(folder / "tokenizer.json"))
     return load_tokenizer(folder)
@@ -34,10 +39,14 @@ def talk(turns: list[tuple[str, str]]) -> list[ChatMessage]:
 
 
 @pytest.mark.parametrize("name", [*STYLES, "tokenizer"])
-def test_a_prompt_is_the_beginning_of_the_training_text(tmp_path: Path, name: str) -> None:
+def test_a_prompt_is_the_beginning_of_the_training_text(
+    tmp_path: Path, name: str
+) -> None:
     tokenizer = special_tokenizer(tmp_path, CHATML if name == "tokenizer" else "")
     template = build_template(name, tokenizer)
-    whole = [abs(token) for token in template.encode(talk([*TURNS, ("assistant", "well")]))]
+    whole = [
+        abs(token) for token in template.encode(talk([*TURNS, ("assistant", "well")]))
+    ]
     prompt = template.encode_prompt(talk(TURNS))
     answer = tokenizer.encode("well")
     assert whole[: len(prompt)] == prompt
@@ -48,7 +57,13 @@ def test_a_prompt_is_the_beginning_of_the_training_text(tmp_path: Path, name: st
 @pytest.mark.parametrize("source", [CHATML, TEMPLATE])
 def test_jinja_prompts_equal_transformers(tmp_path: Path, source: str) -> None:
     tokenizer = special_tokenizer(tmp_path, source)
-    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), chat_template=source)
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "tokenizer.json"), chat_template=source
+    )
     turns = [{"role": role, "content": text} for role, text in TURNS]
-    wanted = theirs.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
-    assert build_template("tokenizer", tokenizer).encode_prompt(talk(TURNS)) == list(wanted)
+    wanted = theirs.apply_chat_template(
+        turns, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    assert build_template("tokenizer", tokenizer).encode_prompt(talk(TURNS)) == list(
+        wanted
+    )

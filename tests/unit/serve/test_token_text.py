@@ -18,7 +18,14 @@ from evomesh.serve.detokenizer import Detokenizer, ScoredToken
 from evomesh.serve.token_text import TokenTexts
 from tests.support.serving import byte_tokenizer
 
-KINDS = ("bytes", "byte-level", "byte-fallback", "metaspace", "wordpiece", "sentencepiece")
+KINDS = (
+    "bytes",
+    "byte-level",
+    "byte-fallback",
+    "metaspace",
+    "wordpiece",
+    "sentencepiece",
+)
 SENTENCES = [
     "the cat sat on the mat",
     "naïve café über alles",
@@ -50,23 +57,36 @@ def build_tokenizer(kind: str, folder: Path) -> Tokenizer:
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=380, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+            vocab_size=380,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         )
     elif kind == "byte-fallback":  # as in tokenizer.json files made from Llama's
         backend = Backend(models.BPE(byte_fallback=True))
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
         backend.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+            [
+                decoders.Replace("▁", " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(" ", 1, 0),
+            ]
         )
         trainer = trainers.BpeTrainer(
-            vocab_size=380, show_progress=False, special_tokens=[f"<0x{byte:02X}>" for byte in range(256)]
+            vocab_size=380,
+            show_progress=False,
+            special_tokens=[f"<0x{byte:02X}>" for byte in range(256)],
         )
     elif kind == "metaspace":
         backend.pre_tokenizer = pre_tokenizers.Metaspace()
         backend.decoder = decoders.Metaspace()
     else:
         backend = Backend(
-            models.WordPiece({"the": 0, "cat": 1, "##s": 2, "sat": 3, "[UNK]": 4}, unk_token="[UNK]")
+            models.WordPiece(
+                {"the": 0, "cat": 1, "##s": 2, "sat": 3, "[UNK]": 4}, unk_token="[UNK]"
+            )
         )
         backend.pre_tokenizer = pre_tokenizers.Whitespace()
         backend.decoder = decoders.WordPiece()
@@ -77,7 +97,9 @@ def build_tokenizer(kind: str, folder: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+def tokenizer(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Tokenizer:
     return build_tokenizer(request.param, tmp_path_factory.mktemp("tokenizer"))
 
 
@@ -89,8 +111,12 @@ def scored_answer(
     deltas = []
     for number, token in enumerate(answer):
         finish = "length" if number == len(answer) - 1 else ""
-        deltas.append(detokenizer.push(GeneratedToken(0, token, -0.5, [(token, -0.5)], finish)))
-    return "".join(delta.text for delta in deltas), [one for delta in deltas for one in delta.scored]
+        deltas.append(
+            detokenizer.push(GeneratedToken(0, token, -0.5, [(token, -0.5)], finish))
+        )
+    return "".join(delta.text for delta in deltas), [
+        one for delta in deltas for one in delta.scored
+    ]
 
 
 def without_marks(text: str) -> str:
@@ -113,9 +139,13 @@ def test_the_bytes_of_a_text_are_its_utf8(tokenizer: Tokenizer, text: str) -> No
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_the_bytes_of_any_tokens_read_as_the_text(tokenizer: Tokenizer, data: st.DataObject) -> None:
+def test_the_bytes_of_any_tokens_read_as_the_text(
+    tokenizer: Tokenizer, data: st.DataObject
+) -> None:
     """Characters may be incomplete; the bytes are then those of the tokens, not of the mark that replaces them."""
-    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), min_size=1, max_size=12))
+    ids = data.draw(
+        st.lists(st.integers(0, tokenizer.vocab_size - 1), min_size=1, max_size=12)
+    )
     written, scored = scored_answer(tokenizer, tokenizer.encode("the"), ids)
     joined = b"".join(one.content for one in scored)
     assert without_marks(joined.decode(errors="replace")) == without_marks(written)
@@ -128,12 +158,20 @@ def test_the_bytes_of_any_tokens_read_as_the_text(tokenizer: Tokenizer, data: st
         (
             "byte-fallback",
             "☃",
-            [("bytes:\\xe2", b"\xe2"), ("bytes:\\x98", b"\x98"), ("bytes:\\x83", b"\x83")],
+            [
+                ("bytes:\\xe2", b"\xe2"),
+                ("bytes:\\x98", b"\x98"),
+                ("bytes:\\x83", b"\x83"),
+            ],
         ),
         (
             "sentencepiece",
             "☃",
-            [("bytes:\\xe2", b"\xe2"), ("bytes:\\x98", b"\x98"), ("bytes:\\x83", b"\x83")],
+            [
+                ("bytes:\\xe2", b"\xe2"),
+                ("bytes:\\x98", b"\x98"),
+                ("bytes:\\x83", b"\x83"),
+            ],
         ),
         ("sentencepiece", "the", [(" the", b" the")]),
     ],
@@ -154,9 +192,14 @@ def test_control_tokens_have_a_name_and_no_bytes(tmp_path: Path) -> None:
     assert (end.text, end.content) == ("</s>", b"")
 
 
-def test_a_repeated_prompt_is_text_from_its_first_token_on(tokenizer: Tokenizer) -> None:
+def test_a_repeated_prompt_is_text_from_its_first_token_on(
+    tokenizer: Tokenizer,
+) -> None:
     ids = tokenizer.encode("the cats sat")
-    scores = [TokenScore(ids[0]), *(TokenScore(token, -1.0, [(token, -1.0)]) for token in ids[1:])]
+    scores = [
+        TokenScore(ids[0]),
+        *(TokenScore(token, -1.0, [(token, -1.0)]) for token in ids[1:]),
+    ]
     detokenizer = Detokenizer(tokenizer, [], stops=["cat"], score_end=True)
     repeated = detokenizer.push_prompt(scores, with_scores=True)
     assert repeated.text == tokenizer.decode(ids)

@@ -22,7 +22,9 @@ from .test_storage import BUCKET, endpoint, keys  # noqa: F401
 
 def on(address: str, root: str, attempts: int = 8) -> CheckpointWriter:
     writer = CheckpointWriter(f"boto3:s3://{BUCKET}.{address}/{root}")
-    writer.storage = S3Storage(make_client(f"http://{address}"), BUCKET, attempts=attempts, wait=0.01)
+    writer.storage = S3Storage(
+        make_client(f"http://{address}"), BUCKET, attempts=attempts, wait=0.01
+    )
     writer.snapshot_storage = writer.storage
     return writer
 
@@ -43,22 +45,36 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_each_request_fails_once(endpoint: str, tmp_path: Path, short: None, fault: str) -> None:  # noqa: F811
+def test_each_request_fails_once(
+    endpoint: str,  # noqa: F811
+    tmp_path: Path,
+    short: None,
+    fault: str,
+) -> None:
     """Every third request fails in this way; each is asked again until it succeeds."""
     every = 12 if fault == "hang" else 3
-    with FaultProxy(endpoint, lambda number, *_: fault if number % every == 0 else None, hang=1.5) as proxy:
+    with FaultProxy(
+        endpoint, lambda number, *_: fault if number % every == 0 else None, hang=1.5
+    ) as proxy:
         for step in (1,):
-            save_and_load(on(proxy.address, f"{fault.replace(' ', '')}/{tmp_path.name}"), step)
+            save_and_load(
+                on(proxy.address, f"{fault.replace(' ', '')}/{tmp_path.name}"), step
+            )
         assert len(proxy.faults) >= 1
 
 
 def test_random_faults(endpoint: str, tmp_path: Path, short: None) -> None:  # noqa: F811
     draw = random.Random(3)
     kinds = [fault for fault in FAULTS if fault != "hang"]
-    script: Callable[..., str | None] = lambda *_: draw.choice(kinds) if draw.random() < 0.3 else None  # noqa: E731
+
+    def script(*_: object) -> str | None:
+        return draw.choice(kinds) if draw.random() < 0.3 else None
+
     with FaultProxy(endpoint, script) as proxy:
         for step in range(1, 4):
-            save_and_load(on(proxy.address, f"random/{tmp_path.name}", attempts=12), step)
+            save_and_load(
+                on(proxy.address, f"random/{tmp_path.name}", attempts=12), step
+            )
 
 
 def test_a_store_that_stays_down_is_logged_and_training_continues(
@@ -68,20 +84,28 @@ def test_a_store_that_stays_down_is_logged_and_training_continues(
 ) -> None:
     caplog.set_level(logging.INFO)
     down = itertools.count()
-    with FaultProxy(endpoint, lambda *_: "slowdown" if next(down) > 40 else None) as proxy:
+    with FaultProxy(
+        endpoint, lambda *_: "slowdown" if next(down) > 40 else None
+    ) as proxy:
         writer = on(proxy.address, f"down/{tmp_path.name}", attempts=3)
         assert writer.save(1, {"w": torch.ones(3)}, {}, {})
         down = itertools.count(100)
         assert writer.save(2, {"w": torch.ones(3)}, {}, {}) is None
-        assert "gave up after 3 tries" in caplog.messages[-1] and "(HTTP 503)" in caplog.messages[-1]
+        assert (
+            "gave up after 3 tries" in caplog.messages[-1]
+            and "(HTTP 503)" in caplog.messages[-1]
+        )
         assert caplog.records[-1].levelno == logging.WARNING
         assert writer.save(3, {"w": torch.ones(3)}, {}, {}) is None
         with pytest.raises(
-            UserError, match=r"third in a row: gave up(.|\n)*fix: run the same command again"
+            UserError,
+            match=r"third in a row: gave up(.|\n)*fix: run the same command again",
         ) as caught:
             writer.save(4, {"w": torch.ones(3)}, {}, {})
         assert caught.value.exit_code == EXIT_RESTART
-        with pytest.raises(UserError, match="gave up") as caught:  # an outage is not taken for damage
+        with pytest.raises(
+            UserError, match="gave up"
+        ) as caught:  # an outage is not taken for damage
             CheckpointReader().newest(writer.folder)
         assert caught.value.exit_code == EXIT_RESTART
     found = CheckpointReader().newest(on(endpoint, f"down/{tmp_path.name}").folder)
@@ -101,7 +125,9 @@ def test_a_store_that_is_down_at_the_start_asks_for_a_restart(
             with pytest.raises(UserError, match="gave up after 2 tries") as caught:
                 writer.claim()
             assert caught.value.exit_code == EXIT_RESTART
-    with pytest.raises(UserError, match=r"gave up after 2 tries(.|\n)*once the store answers") as caught:
+    with pytest.raises(
+        UserError, match=r"gave up after 2 tries(.|\n)*once the store answers"
+    ) as caught:
         writer.claim()
     assert caught.value.exit_code == EXIT_RESTART
 
@@ -120,13 +146,17 @@ def test_an_object_that_nobody_may_read_is_skipped(
     writer.close()
     denied: Callable[..., str | None] = (  # noqa: E731
         lambda _, method, path: (
-            "denied" if method in ("GET", "HEAD") and "00002/" in path and name in path else None
+            "denied"
+            if method in ("GET", "HEAD") and "00002/" in path and name in path
+            else None
         )
     )
     with FaultProxy(endpoint, denied) as proxy:
         found = CheckpointReader().newest(on(proxy.address, root).folder)
     assert found is not None and found.step == 1
-    assert ("skipped" in caplog.text and "AccessDenied" in caplog.text) or "403" in caplog.text
+    assert (
+        "skipped" in caplog.text and "AccessDenied" in caplog.text
+    ) or "403" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["commit.json", "index.jsonl", "safetensors"])
@@ -143,7 +173,11 @@ def test_a_bit_flipped_once_on_the_line_is_read_again(
     flips = itertools.count()
 
     def flip(_: int, method: str, path: str) -> str | None:
-        wanted = method == "GET" and "00002/" in path and path.split("?", maxsplit=1)[0].endswith(kind)
+        wanted = (
+            method == "GET"
+            and "00002/" in path
+            and path.split("?", maxsplit=1)[0].endswith(kind)
+        )
         return "flip" if wanted and next(flips) == 0 else None
 
     with FaultProxy(endpoint, flip) as proxy:

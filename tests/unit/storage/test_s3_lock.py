@@ -18,12 +18,19 @@ from evomesh.errors import UserError
 from evomesh.storage.base import LockTakenError, StorageError
 from evomesh.storage.process_identity import ProcessIdentity
 from evomesh.storage.s3 import S3Storage, make_client
-from evomesh.storage.s3_lock import ConditionUnknownError, LockLostError, LockRecord, S3Lock
+from evomesh.storage.s3_lock import (
+    ConditionUnknownError,
+    LockLostError,
+    LockRecord,
+    S3Lock,
+)
 from tests.support.interpreter import Interpreter
 
 from .test_storage import BUCKET, endpoint, keys  # noqa: F401
 
-NEVER = 1e9  # a lease that is not renewed while a test runs: its holder might as well hang
+NEVER = (
+    1e9  # a lease that is not renewed while a test runs: its holder might as well hang
+)
 SOON = 0.2  # a waiting job gives up on the holder
 LONG = 30.0  # a waiting job surely sees a renewal of a living holder
 QUICK = 0.1  # renewed every 17 ms
@@ -42,7 +49,10 @@ class Objects:
     """
 
     def __init__(
-        self, obeys: tuple[str, ...] = ("IfNoneMatch", "IfMatch"), quoted: bool = True, refuses: bool = False
+        self,
+        obeys: tuple[str, ...] = ("IfNoneMatch", "IfMatch"),
+        quoted: bool = True,
+        refuses: bool = False,
     ) -> None:
         self.obeys, self.quoted, self.refuses = obeys, quoted, refuses
         self.content: dict[str, tuple[bytes, str]] = {}
@@ -66,12 +76,23 @@ class Objects:
             if self.down:
                 raise StorageError("gave up")
             if conditions and self.refuses:
-                raise ConditionUnknownError("put_object: NotImplemented (HTTP 501)", where=path)
-            self._check(path, {name: value for name, value in conditions.items() if name in self.obeys})
+                raise ConditionUnknownError(
+                    "put_object: NotImplemented (HTTP 501)", where=path
+                )
+            self._check(
+                path,
+                {
+                    name: value
+                    for name, value in conditions.items()
+                    if name in self.obeys
+                },
+            )
             self.puts += 1
             self.content[path] = (data, f'"tag{self.puts}"')
             tag = self.content[path][1]
-        if self.lose_answers:  # the client asks again, and its condition no longer holds
+        if (
+            self.lose_answers
+        ):  # the client asks again, and its condition no longer holds
             self.lose_answers -= 1
             return self.put(path, data, **conditions)
         return tag
@@ -83,7 +104,9 @@ class Objects:
         wanted = conditions.get("IfMatch")
         if wanted is not None and not current:
             raise FileNotFoundError(2, "no such object", path)
-        if wanted is not None and wanted != (current if self.quoted else current.strip('"')):
+        if wanted is not None and wanted != (
+            current if self.quoted else current.strip('"')
+        ):
             raise FileExistsError(17, "changed", path)
 
     def record(self) -> LockRecord:
@@ -105,7 +128,9 @@ def brief_settling(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("evomesh.storage.s3_lock.SETTLE_SECONDS", 0.05)
 
 
-def hung(objects: Any, process: ProcessIdentity = ELSEWHERE, holder: str = "job one") -> S3Lock:
+def hung(
+    objects: Any, process: ProcessIdentity = ELSEWHERE, holder: str = "job one"
+) -> S3Lock:
     """A lock of another machine that is not renewed."""
     return S3Lock(objects, "k", holder, lease=NEVER, process=process)
 
@@ -115,7 +140,8 @@ def test_a_second_job_is_refused_while_the_holder_lives(store: str) -> None:
     objects = STORES[store]()
     holder = S3Lock(objects, "k", "job one on host a", lease=QUICK, process=ELSEWHERE)
     with pytest.raises(
-        LockTakenError, match=r"memory://k: another live job writes here: job one on host a(.|\n)*fix"
+        LockTakenError,
+        match=r"memory://k: another live job writes here: job one on host a(.|\n)*fix",
     ):
         S3Lock(objects, "k", "job two", lease=LONG)
     holder.check()
@@ -141,13 +167,17 @@ def test_the_lock_of_a_dead_or_hanging_holder_is_taken_over_and_the_holder_is_fe
     assert "held by job one" in caplog.text and "taking over" in caplog.text
     second.check()
     for _ in range(2):  # comes back, and is refused permanently
-        with pytest.raises(LockLostError, match="another one writes here now: job two on host b"):
+        with pytest.raises(
+            LockLostError, match="another one writes here now: job two on host b"
+        ):
             first.check()
     second.release()
     with pytest.raises(LockLostError):
         first.check()
     first.release()
-    assert objects.record().process == second._process  # a fenced job does not touch the lock
+    assert (
+        objects.record().process == second._process
+    )  # a fenced job does not touch the lock
 
 
 def test_a_holder_that_hung_while_nobody_came_continues() -> None:
@@ -171,7 +201,8 @@ def test_of_two_waiting_jobs_one_gets_the_lock() -> None:
             outcomes.append("refused")
 
     threads = [
-        threading.Thread(target=compete, args=[process]) for process in (THIRD, ProcessIdentity("d", 1, 1))
+        threading.Thread(target=compete, args=[process])
+        for process in (THIRD, ProcessIdentity("d", 1, 1))
     ]
     for thread in threads:
         thread.start()
@@ -183,7 +214,9 @@ def test_of_two_waiting_jobs_one_gets_the_lock() -> None:
 def test_clocks_of_machines_are_never_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     """The record holds no time, and the wall clock is not read."""
     for name in ("time", "time_ns"):
-        monkeypatch.setattr(f"time.{name}", lambda: pytest.fail("the wall clock was read"))
+        monkeypatch.setattr(
+            f"time.{name}", lambda: pytest.fail("the wall clock was read")
+        )
     objects = Objects()
     hung(objects).check()
     fields = {"holder", "process", "renewal"}
@@ -215,9 +248,20 @@ def test_a_lock_object_that_was_deleted_by_hand_is_made_again() -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[]", b"null", b'{"holder": "x"}', b"[" * 100_000, b"\xff", b'{"holder": 1, "process": {}}'],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'{"holder": "x"}',
+        b"[" * 100_000,
+        b"\xff",
+        b'{"holder": 1, "process": {}}',
+    ],
 )
-def test_a_lock_object_with_other_content_expires_like_any_other(content: bytes) -> None:
+def test_a_lock_object_with_other_content_expires_like_any_other(
+    content: bytes,
+) -> None:
     objects = Objects()
     objects.content["k"] = (content, '"t"')
     S3Lock(objects, "k", "job two", lease=SOON).check()
@@ -225,7 +269,9 @@ def test_a_lock_object_with_other_content_expires_like_any_other(content: bytes)
 
 def test_escape_codes_in_the_name_of_a_holder_are_not_printed() -> None:
     objects = Objects()
-    holder = S3Lock(objects, "k", "\x1b[2J\nerror: fake", lease=QUICK, process=ELSEWHERE)
+    holder = S3Lock(
+        objects, "k", "\x1b[2J\nerror: fake", lease=QUICK, process=ELSEWHERE
+    )
     with pytest.raises(LockTakenError) as caught:
         S3Lock(objects, "k", "job two", lease=LONG)
     assert r"\x1b[2J\nerror: fake" in str(caught.value)
@@ -299,7 +345,11 @@ def save_once(url: str, step: int, lease: float) -> None:
 
 def save_with(writer: CheckpointWriter, step: int) -> None:
     try:
-        print("saved", writer.save(step, {"w": torch.ones(3)}, {}, {}, final=True), flush=True)
+        print(
+            "saved",
+            writer.save(step, {"w": torch.ones(3)}, {}, {}, final=True),
+            flush=True,
+        )
         writer.close()
     except UserError as error:
         print(f"refused: {error}", flush=True)
@@ -311,11 +361,17 @@ def check_two_jobs(url: str, interpreter: Interpreter, keys: dict[str, str]) -> 
     holder = interpreter.start(functools.partial(hold_and_save, url, QUICK), env=keys)
     holder.wait_for("holding")
     text = interpreter.run(functools.partial(save_once, url, 3, LONG), env=keys).stdout
-    assert f"another live job writes here: process {holder.pid} on" in text and "save_ckpt_folder" in text
+    assert (
+        f"another live job writes here: process {holder.pid} on" in text
+        and "save_ckpt_folder" in text
+    )
 
     # A holder that hangs loses the lock, and its save is refused when it comes back.
     holder.signal(signal.SIGSTOP)
-    assert "saved" in interpreter.run(functools.partial(save_once, url, 4, SOON), env=keys).stdout
+    assert (
+        "saved"
+        in interpreter.run(functools.partial(save_once, url, 4, SOON), env=keys).stdout
+    )
     holder.signal(signal.SIGCONT)
     holder.signal(signal.SIGUSR1)
     assert "another one writes here now" in holder.wait().stdout
@@ -329,20 +385,29 @@ def check_two_jobs(url: str, interpreter: Interpreter, keys: dict[str, str]) -> 
     killed = interpreter.start(functools.partial(hold_and_save, url, NEVER), env=keys)
     killed.wait_for("holding")
     killed.kill()
-    assert "saved" in interpreter.run(functools.partial(save_once, url, 6, NEVER), env=keys).stdout
+    assert (
+        "saved"
+        in interpreter.run(functools.partial(save_once, url, 6, NEVER), env=keys).stdout
+    )
 
 
 def test_two_jobs_on_one_folder(endpoint: str, tmp_path: Path) -> None:  # noqa: F811
     interpreter = Interpreter()
     try:
-        check_two_jobs(f"boto3:s3://{BUCKET}.{endpoint}/jobs/{tmp_path.name}", interpreter, MOTO_KEYS)
+        check_two_jobs(
+            f"boto3:s3://{BUCKET}.{endpoint}/jobs/{tmp_path.name}",
+            interpreter,
+            MOTO_KEYS,
+        )
     finally:
         interpreter.close()
 
 
 def test_a_lock_over_http(endpoint: str, tmp_path: Path) -> None:  # noqa: F811
     storage = S3Storage(make_client(f"http://{endpoint}"), BUCKET)
-    first = S3Lock(storage, f"{tmp_path.name}/.writer", "job one", lease=NEVER, process=ELSEWHERE)
+    first = S3Lock(
+        storage, f"{tmp_path.name}/.writer", "job one", lease=NEVER, process=ELSEWHERE
+    )
     second = S3Lock(storage, f"{tmp_path.name}/.writer", "job two", lease=SOON)
     with pytest.raises(LockLostError, match="job two"):
         first.check()

@@ -29,7 +29,9 @@ def endpoint() -> Iterator[str]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    client = s3.make_client(f"http://{host}:{port}", {"ACCESS_KEY": "k", "SECRET_ACCESS_KEY": "s"})
+    client = s3.make_client(
+        f"http://{host}:{port}", {"ACCESS_KEY": "k", "SECRET_ACCESS_KEY": "s"}
+    )
     client.create_bucket(Bucket=BUCKET)
     yield f"{host}:{port}"
     server.stop()
@@ -39,7 +41,9 @@ def endpoint() -> Iterator[str]:
 def keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("S3_ACCESS_KEY_ID", "k")
     monkeypatch.setenv("S3_SECRET_ACCESS_KEY_ID", "s")
-    monkeypatch.setenv("EVOMESH_S3_LEASE", "1e9")  # no renewals between the requests that a test looks at
+    monkeypatch.setenv(
+        "EVOMESH_S3_LEASE", "1e9"
+    )  # no renewals between the requests that a test looks at
 
 
 @pytest.fixture(params=["local", "boto3", "s3", "staged"])
@@ -52,7 +56,9 @@ def place(
     if request.param == "boto3":
         return open_storage(f"boto3:s3://{BUCKET}.{address}/runs/{tmp_path.name}")
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://{address}")
-    storage, root = open_storage(f"s3://{BUCKET}/other/{request.param}/{tmp_path.name}/")
+    storage, root = open_storage(
+        f"s3://{BUCKET}/other/{request.param}/{tmp_path.name}/"
+    )
     if request.param == "staged":
         storage = StagedStorage(storage, str(tmp_path / "tmp"), "rank0")  # type: ignore[assignment]
     return storage, root
@@ -93,13 +99,17 @@ def test_contract(place: tuple[Storage, str]) -> None:
         storage.publish(join(root, "f", "commit"), b"two", "t2")
     assert storage.read(join(root, "f", "commit")) == b"one"
     assert storage.list(root) == ["f/"]
-    assert [name for name in storage.list(join(root, "f")) if not name.startswith(".")] == ["commit", "data"]
+    assert [
+        name for name in storage.list(join(root, "f")) if not name.startswith(".")
+    ] == ["commit", "data"]
     storage.delete(path)
     storage.delete(path)
     assert not storage.exists(path)
 
 
-def test_an_aborted_file_is_never_seen(place: tuple[Storage, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_aborted_file_is_never_seen(
+    place: tuple[Storage, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     storage, root = place
     if not storage.remote:
         pytest.skip("on a disk the commit record decides")
@@ -110,7 +120,9 @@ def test_an_aborted_file_is_never_seen(place: tuple[Storage, str], monkeypatch: 
     assert storage.list(root) == []
 
 
-def test_many_parts(place: tuple[Storage, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_parts(
+    place: tuple[Storage, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     storage, root = place
     monkeypatch.setattr(s3, "PART", 5 << 20)
     storage.make_folder(root)
@@ -125,8 +137,12 @@ def test_checkpoints(endpoint: str, tmp_path: Path) -> None:
     manager = CheckpointWriter(url, keep_last=2)
     manager.prepare({"w": torch.ones(300, 5000)}, saves=5)
     for step in (10, 20, 30):
-        manager.save(step, {"w": torch.full((300, 5000), float(step))}, {"step": step}, {})
-    manager.save(35, {"w": torch.full((300, 5000), 35.0)}, {"step": 35}, {}, snapshot=True)
+        manager.save(
+            step, {"w": torch.full((300, 5000), float(step))}, {"step": step}, {}
+        )
+    manager.save(
+        35, {"w": torch.full((300, 5000), 35.0)}, {"step": 35}, {}, snapshot=True
+    )
     assert [c.step for c in manager.folder.candidates()] == [35, 30, 20]
     assert CheckpointReader().resolve(f"{url}/snapshot/1/").step == 35
     assert CheckpointReader().resolve(f"{url}/30").step == 30
@@ -145,7 +161,10 @@ def test_two_writers_past_the_lock(endpoint: str, tmp_path: Path) -> None:
     url = f"boto3:s3://{BUCKET}.{endpoint}/two/{tmp_path.name}"
     one, two = CheckpointWriter(url), CheckpointWriter(url)
     decide = two._decide_attempt
-    two._decide_attempt = lambda *a: (decide(*a), one.save(1, {"w": torch.ones(3)}, {}, {}))[0]  # type: ignore[method-assign]
+    two._decide_attempt = lambda *a: (
+        decide(*a),
+        one.save(1, {"w": torch.ones(3)}, {}, {}),
+    )[0]  # type: ignore[method-assign]
     with pytest.raises(UserError, match="another job committed step 1"):
         two.save(1, {"w": torch.zeros(3)}, {}, {}, final=True)
 
@@ -154,9 +173,19 @@ def test_two_writers_past_the_lock(endpoint: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "bucket", "key", "endpoint"),
     [
-        ("boto3:s3://model_weights.10.1.2.3/internlm/49", "model_weights", "internlm/49", "http://10.1.2.3"),
+        (
+            "boto3:s3://model_weights.10.1.2.3/internlm/49",
+            "model_weights",
+            "internlm/49",
+            "http://10.1.2.3",
+        ),
         ("boto3:s3://b.10.1.2.3:9000/k/", "b", "k", "http://10.1.2.3:9000"),
-        ("boto3:s3://b.oss.example.org/snapshot/1/", "b", "snapshot/1", "https://oss.example.org"),
+        (
+            "boto3:s3://b.oss.example.org/snapshot/1/",
+            "b",
+            "snapshot/1",
+            "https://oss.example.org",
+        ),
         ("s3:http://h:9000/b.dots/k/1/", "b.dots", "k/1", "http://h:9000"),
         ("s3:https://store.example.org/b", "b", "", "https://store.example.org"),
     ],
@@ -167,10 +196,12 @@ def test_urls(url: str, bucket: str, key: str, endpoint: str) -> None:
 
 
 def test_the_plain_form_takes_the_endpoint_from_the_environment() -> None:
-    assert s3_client.parse("s3", "//b/k/x", {"AWS_ENDPOINT_URL": "http://h:1"}) == s3_client.S3Address(
-        "b", "k/x", "http://h:1"
+    assert s3_client.parse(
+        "s3", "//b/k/x", {"AWS_ENDPOINT_URL": "http://h:1"}
+    ) == s3_client.S3Address("b", "k/x", "http://h:1")
+    assert s3_client.parse("s3", "//b.with.dots/k", {}) == s3_client.S3Address(
+        "b.with.dots", "k", None
     )
-    assert s3_client.parse("s3", "//b.with.dots/k", {}) == s3_client.S3Address("b.with.dots", "k", None)
     with pytest.raises(UserError, match="no bucket or no endpoint"):
         s3_client.parse("boto3", "s3://bucket/key")
 
@@ -180,7 +211,12 @@ def test_a_missing_bucket_and_missing_credentials(
 ) -> None:
     with pytest.raises(UserError, match=r"NoSuchBucket.*\n.*make the bucket"):
         CheckpointWriter(f"boto3:s3://nowhere.{endpoint}/x").claim()
-    for name in ("S3_ACCESS_KEY_ID", "S3_SECRET_ACCESS_KEY_ID", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+    for name in (
+        "S3_ACCESS_KEY_ID",
+        "S3_SECRET_ACCESS_KEY_ID",
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("HOME", str(tmp_path))

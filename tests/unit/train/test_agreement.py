@@ -10,7 +10,12 @@ from evomesh.config.schema import Config
 from evomesh.errors import UserError
 from evomesh.parallel.exchange import SingleProcessExchange
 from evomesh.train import agreement
-from evomesh.train.agreement import config_facts, data_facts, first_difference, require_agreement
+from evomesh.train.agreement import (
+    config_facts,
+    data_facts,
+    first_difference,
+    require_agreement,
+)
 from tests.unit.checkpoint.native.ranks import ThreadExchange, run_ranks
 
 
@@ -44,7 +49,9 @@ def outcome(configs: list[Config]) -> list[str]:
         ("loss", "label_smoothing", 0.1, "loss.label_smoothing differs: "),
     ],
 )
-def test_the_key_that_differs_is_named_on_all_ranks(section: str, key: str, value: Any, shown: str) -> None:
+def test_the_key_that_differs_is_named_on_all_ranks(
+    section: str, key: str, value: Any, shown: str
+) -> None:
     other = config(**{section: {key: value}})
     messages = outcome([config(), config(), other, config()])
     assert len(set(messages)) == 1
@@ -62,18 +69,28 @@ def test_equal_ranks_agree() -> None:
 
 
 def test_nodes_may_keep_things_in_other_places() -> None:
-    places = config(run={"run_dir": "/a"}, data={"train_folder": "/b", "shm_path": "/c"})
+    places = config(
+        run={"run_dir": "/a"}, data={"train_folder": "/b", "shm_path": "/c"}
+    )
     assert outcome([config(), places]) == ["", ""]
 
 
-@pytest.mark.parametrize("fact", ["evomesh's version", "evomesh's code", "torch's version"])
+@pytest.mark.parametrize(
+    "fact", ["evomesh's version", "evomesh's code", "torch's version"]
+)
 def test_other_code_is_named(fact: str) -> None:
     facts = config_facts(config())
-    ranks = [{"host": f"n{rank}", "facts": facts | {fact: str(rank)}} for rank in range(2)]
-    assert first_difference(ranks) == f"{fact} differs: 0 (rank 0 on n0), 1 (rank 1 on n1)"
+    ranks = [
+        {"host": f"n{rank}", "facts": facts | {fact: str(rank)}} for rank in range(2)
+    ]
+    assert (
+        first_difference(ranks) == f"{fact} differs: 0 (rank 0 on n0), 1 (rank 1 on n1)"
+    )
 
 
-def test_the_digest_of_the_code_follows_every_file(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_digest_of_the_code_follows_every_file(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "sub").mkdir()
     for name in ("__init__.py", "sub/a.py"):
         (tmp_path / name).write_text("x = 1\n")
@@ -97,10 +114,15 @@ def test_the_first_data_file_that_differs_is_named() -> None:
     assert "absent (rank 1 on n)" in first_difference(ranks)
     order = [{"files": files, "hash": "1"}, {"files": files[::-1], "hash": "2"}]
     ranks = [{"host": "n", "facts": data_facts(manifest)} for manifest in order]
-    assert first_difference(ranks).startswith("fingerprint of the training data differs: 1 ")
+    assert first_difference(ranks).startswith(
+        "fingerprint of the training data differs: 1 "
+    )
 
 
 def test_many_ranks_and_long_values_stay_readable() -> None:
-    ranks = [{"host": "n", "facts": {"key": "x" * 1000 + str(rank % 2)}} for rank in range(1024)]
+    ranks = [
+        {"host": "n", "facts": {"key": "x" * 1000 + str(rank % 2)}}
+        for rank in range(1024)
+    ]
     sentence = first_difference(ranks)
     assert len(sentence) < 500 and "and 509 more" in sentence

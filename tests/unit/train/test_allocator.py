@@ -33,12 +33,23 @@ PAGES = (48 << 20) // 4096
 
 def faults(how: str, cwd: Path | None = None, **variables: str) -> tuple[str, int]:
     """What a fresh process said of its preparation, and the faults of four large blocks after it."""
-    env = {name: value for name, value in os.environ.items() if name not in ("GLIBC_TUNABLES",)} | variables
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("GLIBC_TUNABLES",)
+    } | variables
     done = subprocess.run(
-        [sys.executable, "-c", COUNT, how], env=env, cwd=cwd, capture_output=True, text=True, check=True
+        [sys.executable, "-c", COUNT, how],
+        env=env,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     said = dict(
-        line.split() for line in done.stdout.splitlines() if line.startswith(("kept", "trained", "faults"))
+        line.split()
+        for line in done.stdout.splitlines()
+        if line.startswith(("kept", "trained", "faults"))
     )
     return said.get("kept", ""), int(said["faults"])
 
@@ -46,18 +57,26 @@ def faults(how: str, cwd: Path | None = None, **variables: str) -> tuple[str, in
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 class TestKeepFreedMemory:
     def test_freed_blocks_are_reused(self) -> None:
-        assert faults("default")[1] > 3 * PAGES  # what it is about: every block costs all its pages again
+        assert (
+            faults("default")[1] > 3 * PAGES
+        )  # what it is about: every block costs all its pages again
         kept, count = faults("keep")
         assert kept == "True"
         assert count < PAGES / 10
 
     def test_a_training_run_on_the_cpu_has_them_reused(self, tmp_path: Path) -> None:
         write_run(tmp_path)
-        assert faults("train", tmp_path, PYTHONPATH=str(Path(__file__).parents[3]))[1] < PAGES / 10
+        assert (
+            faults("train", tmp_path, PYTHONPATH=str(Path(__file__).parents[3]))[1]
+            < PAGES / 10
+        )
 
     @pytest.mark.parametrize(
         "variable",
-        [{"MALLOC_MMAP_THRESHOLD_": "1048576"}, {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=1048576"}],
+        [
+            {"MALLOC_MMAP_THRESHOLD_": "1048576"},
+            {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=1048576"},
+        ],
     )
     def test_the_users_choice_stands(self, variable: dict[str, str]) -> None:
         kept, count = faults("keep", **variable)

@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from evomesh.config.schema import IGNORE, Config, LossConfig, ModelConfig, ParallelConfig, ZeroConfig
+from evomesh.config.schema import (
+    IGNORE,
+    Config,
+    LossConfig,
+    ModelConfig,
+    ParallelConfig,
+    ZeroConfig,
+)
 from evomesh.data.batch import Batch
 from evomesh.layers import attention, loss
 from evomesh.optim.scaler import LossScaler
@@ -70,7 +77,9 @@ class CountedStep:
         self.stages = build_stages(config, grid, MODES[parallel.tensor.mode], META)
         settings = ZeroConfig(clip_grad_norm=clip, **(zero or {}))
         named = self.stages.parameters().items()
-        self.optimizer = ZeroOptimizer(named, config.adam, settings, grid, self.stages.module)
+        self.optimizer = ZeroOptimizer(
+            named, config.adam, settings, grid, self.stages.module
+        )
         self.scaler = LossScaler(config.grad_scaler, dtype)  # type: ignore[arg-type]
         self.reads: list[tuple[int, ...]] = []
         monkeypatch.setattr(step, "copy_to_host", self.copy_to_host)
@@ -101,12 +110,16 @@ class TestHostWaitsOfAStep:
     def test_one_wait_and_none_for_copying_the_batch(
         self, monkeypatch: pytest.MonkeyPatch, dtype: str, clip: float
     ) -> None:
-        counted_step = CountedStep(monkeypatch, dtype, clip, checkpoint=0.5, use_fp32_norm=dtype != "float64")
+        counted_step = CountedStep(
+            monkeypatch, dtype, clip, checkpoint=0.5, use_fp32_norm=dtype != "float64"
+        )
         for reduction in ("token", "micro_batch"):
             with no_host_waits() as copies:
                 counted_step(reduction)
             assert copies.begun == len(fields(Batch)) - 2  # all tensors of a host batch
-        assert counted_step.reads == [(2 + 3 * 2,)] * 2  # norm, objective and the tally of two types
+        assert (
+            counted_step.reads == [(2 + 3 * 2,)] * 2
+        )  # norm, objective and the tally of two types
 
     @pytest.mark.parametrize("kv_heads", [4, 2])
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -116,17 +129,26 @@ class TestHostWaitsOfAStep:
         """torch knows shape and device of the kernel's outputs, forward and backward, without running it."""
         monkeypatch.setattr(attention, "_flash_takes", lambda q: True)
         monkeypatch.setattr(attention, "_per_segment", None)
-        counted_step = CountedStep(monkeypatch, dtype, num_kv_attention_heads=kv_heads, checkpoint=0.5)
+        counted_step = CountedStep(
+            monkeypatch, dtype, num_kv_attention_heads=kv_heads, checkpoint=0.5
+        )
         with no_host_waits():
             counted_step()
         assert len(counted_step.reads) == 1
 
     @pytest.mark.parametrize(
-        "changes", [{"norm_head": True, "embed_grad_scale": 0.1}, {"use_dynamic_ntk_rope": True}]
+        "changes",
+        [{"norm_head": True, "embed_grad_scale": 0.1}, {"use_dynamic_ntk_rope": True}],
     )
-    def test_one_wait_for_every_model(self, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    def test_one_wait_for_every_model(
+        self, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+    ) -> None:
         counted_step = CountedStep(
-            monkeypatch, "bfloat16", model_type="INTERNLM2_PUBLIC", no_bias=False, **changes
+            monkeypatch,
+            "bfloat16",
+            model_type="INTERNLM2_PUBLIC",
+            no_bias=False,
+            **changes,
         )
         with no_host_waits():
             counted_step()
@@ -140,12 +162,17 @@ class TestHostWaitsOfAStep:
             {"tensor": {"size": 2, "mode": "msp"}, "zero1": {"size": 2}},
             {"tensor": {"size": 2, "mode": "fsp"}},
             {"zero1": {"fsdp": True}},
-            {"tensor": {"size": 2, "mode": "isp"}, "weight": {"size": 2, "overlap": True}},
+            {
+                "tensor": {"size": 2, "mode": "isp"},
+                "weight": {"size": 2, "overlap": True},
+            },
             {"pipeline": {"size": 2}},
         ],
         ids=str,
     )
-    def test_one_wait_in_every_layout(self, monkeypatch: pytest.MonkeyPatch, layout: dict[str, Any]) -> None:
+    def test_one_wait_in_every_layout(
+        self, monkeypatch: pytest.MonkeyPatch, layout: dict[str, Any]
+    ) -> None:
         """In a fake world of four ranks, whose collectives return immediately.
 
         A pipeline runs its last stage only, without torch's schedule, which cannot agree on shapes there.
@@ -155,14 +182,18 @@ class TestHostWaitsOfAStep:
         with fake_world(4, 3), weights_on_meta():
             overlap = {"overlap_sync_grad": True, "overlap_sync_param": True}
             grid = build_grid(parallel, 4, 3)
-            counted_step = CountedStep(monkeypatch, "bfloat16", grid=grid, parallel=parallel, zero=overlap)
+            counted_step = CountedStep(
+                monkeypatch, "bfloat16", grid=grid, parallel=parallel, zero=overlap
+            )
             with no_host_waits():
                 counted_step()
                 counted_step()
         assert len(counted_step.reads) == 2
 
     @pytest.mark.parametrize("place", ["layer", "loss", "optimizer", "update"])
-    def test_a_second_wait_fails_this_test(self, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    def test_a_second_wait_fails_this_test(
+        self, monkeypatch: pytest.MonkeyPatch, place: str
+    ) -> None:
         counted_step = CountedStep(monkeypatch, "bfloat16")
 
         def reading(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -175,7 +206,11 @@ class TestHostWaitsOfAStep:
         if place == "layer":
             monkeypatch.setattr(attention, "_causal", reading(attention._causal))
         elif place == "loss":
-            monkeypatch.setattr(loss._VocabularyShard, "_local_column", lambda self, target: target.tolist())
+            monkeypatch.setattr(
+                loss._VocabularyShard,
+                "_local_column",
+                lambda self, target: target.tolist(),
+            )
         elif place == "optimizer":
             monkeypatch.setattr("evomesh.optim.zero.clip_factor", reading(torch.square))
         else:
@@ -207,5 +242,8 @@ class TestHostWaitsOfAStep:
 )
 def test_every_kind_of_wait_is_detected(wait: Callable[[Tensor], Any]) -> None:
     x = torch.ones(3, device=META)
-    with no_host_waits(), pytest.raises((HostWaits, RuntimeError, NotImplementedError, TypeError)):
+    with (
+        no_host_waits(),
+        pytest.raises((HostWaits, RuntimeError, NotImplementedError, TypeError)),
+    ):
         wait(x)

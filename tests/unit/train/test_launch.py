@@ -47,7 +47,9 @@ def test_torchrun_inside_slurm_is_torchrun() -> None:
 
 def test_plain_python_is_one_process() -> None:
     assert detect({}) == ProcessInfo()
-    batch_script = {name: value for name, value in SLURM.items() if name != "SLURM_STEP_ID"}
+    batch_script = {
+        name: value for name, value in SLURM.items() if name != "SLURM_STEP_ID"
+    }
     assert detect(batch_script) == ProcessInfo(), (
         "a batch script that calls python without srun is one process"
     )
@@ -66,11 +68,19 @@ def test_plain_python_is_one_process() -> None:
             "slurm",
             "slurm variables are missing: SLURM_PROCID, SLURM_LOCALID, SLURM_NPROCS, SLURM_JOB_NODELIST",
         ),
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "auto", "missing: LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2"},
+            "auto",
+            "missing: LOCAL_RANK, MASTER_ADDR, MASTER_PORT",
+        ),
         ({**TORCHRUN, "RANK": "x"}, "auto", "RANK='x' is not a number"),
         ({**TORCHRUN, "RANK": "-1"}, "auto", "RANK='-1' is not a number"),
         ({**TORCHRUN, "RANK": "8"}, "auto", "RANK=8 with WORLD_SIZE=8"),
-        ({**TORCHRUN, "MASTER_PORT": "http"}, "auto", "MASTER_PORT='http' is not a number"),
+        (
+            {**TORCHRUN, "MASTER_PORT": "http"},
+            "auto",
+            "MASTER_PORT='http' is not a number",
+        ),
         ({**SLURM, "SLURM_PROCID": "4"}, "auto", "SLURM_PROCID=4 with SLURM_NPROCS=4"),
         (
             {**SLURM, "SLURM_JOB_NODELIST": "no-such-node.invalid"},
@@ -80,7 +90,9 @@ def test_plain_python_is_one_process() -> None:
         (TORCHRUN, "mpi", "unknown launcher 'mpi'"),
     ],
 )
-def test_wrong_variables_give_one_message(env: dict[str, str], launcher: str, message: str) -> None:
+def test_wrong_variables_give_one_message(
+    env: dict[str, str], launcher: str, message: str
+) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         detect(env, launcher)
 
@@ -112,7 +124,13 @@ def test_nproc_per_node_spawns() -> None:
         "--nproc_per_node=4",
         *argv,
     ]
-    env = {"NPROC_PER_NODE": "4", "NNODES": "2", "NODE_RANK": "1", "ADDR": "10.0.0.1", "PORT": "29400"}
+    env = {
+        "NPROC_PER_NODE": "4",
+        "NNODES": "2",
+        "NODE_RANK": "1",
+        "ADDR": "10.0.0.1",
+        "PORT": "29400",
+    }
     assert options(torchrun_command(env, argv)) == [
         *(
             "--nnodes=2",

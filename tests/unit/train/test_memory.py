@@ -26,7 +26,9 @@ BYTES = 4  # float32
 
 
 class Training:
-    def __init__(self, recompute: float = 0.0, tokens: int = T, layers: int = L) -> None:
+    def __init__(
+        self, recompute: float = 0.0, tokens: int = T, layers: int = L
+    ) -> None:
         config = ModelConfig(
             model_type="LLAMA2",
             num_layers=layers,
@@ -43,17 +45,26 @@ class Training:
         initialize_weights(self.model, seed=1)
         whole = Config()
         self.optimizer = ZeroOptimizer(
-            self.model.named_parameters(), whole.adam, whole.hybrid_zero_optimizer, model=self.model
+            self.model.named_parameters(),
+            whole.adam,
+            whole.hybrid_zero_optimizer,
+            model=self.model,
         )
-        self.ids = torch.randint(V, (tokens + 1,), generator=torch.Generator().manual_seed(0))
+        self.ids = torch.randint(
+            V, (tokens + 1,), generator=torch.Generator().manual_seed(0)
+        )
         bounds = torch.arange(0, tokens + 1, DOCUMENT, dtype=torch.int32)
-        self.documents = SequenceBounds(torch.arange(DOCUMENT).repeat(tokens // DOCUMENT), bounds, DOCUMENT)
+        self.documents = SequenceBounds(
+            torch.arange(DOCUMENT).repeat(tokens // DOCUMENT), bounds, DOCUMENT
+        )
         self.labels = self.ids[1:].clone()
 
     def step(self) -> None:
         self.optimizer.expect_micro_batches(1)
         hidden = self.model(self.ids[:-1], self.documents)
-        loss: Tensor = self.model.loss(hidden, self.labels, grad_scale=1 / len(self.labels)).scaled_sum
+        loss: Tensor = self.model.loss(
+            hidden, self.labels, grad_scale=1 / len(self.labels)
+        ).scaled_sum
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step(1e-3, 0.95, 1.0)
         self.optimizer.zero_grad()
@@ -63,8 +74,15 @@ class Training:
 
     def tracker(self) -> MemTracker:
         tracker = MemTracker()
-        held = (self.ids, self.labels, self.documents.position_ids, self.documents.cu_seqlens)
-        tracker.track_external(self.model, *self.optimizer.state_tensors().values(), *held)
+        held = (
+            self.ids,
+            self.labels,
+            self.documents.position_ids,
+            self.documents.cu_seqlens,
+        )
+        tracker.track_external(
+            self.model, *self.optimizer.state_tensors().values(), *held
+        )
         return tracker
 
     def total(self, tracker: MemTracker, when: str) -> int:
@@ -84,7 +102,9 @@ def held_by_the_loss() -> int:
 
 class TestPeakOfAStep:
     @pytest.mark.parametrize("recompute", [0.0, 0.5])
-    def test_is_weights_moments_activations_and_one_chunk_of_logits(self, recompute: float) -> None:
+    def test_is_weights_moments_activations_and_one_chunk_of_logits(
+        self, recompute: float
+    ) -> None:
         training = Training(recompute)
         training.step()  # the second step is like all others
         tracker = training.tracker()
@@ -98,7 +118,9 @@ class TestPeakOfAStep:
 class HeapUse(ctypes.Structure):
     """glibc's ``struct mallinfo2``."""
 
-    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    names = (
+        "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    )
     _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
 
 
@@ -119,5 +141,7 @@ def test_nothing_grows_over_a_thousand_steps() -> None:
         if step in (20, 999):
             gc.collect()
             held[step] = bytes_in_use()
-    kept_a_step = BYTES * DOCUMENT  # the smallest tensor that a step could forget, but for scalars
+    kept_a_step = (
+        BYTES * DOCUMENT
+    )  # the smallest tensor that a step could forget, but for scalars
     assert held[999] - held[20] < 979 * kept_a_step / 4

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from evomesh.config.schema import Config, DataConfig, RunConfig
+from evomesh.config.data import DataConfig
+from evomesh.config.schema import Config, RunConfig
 from evomesh.data.batch import Batch
 from evomesh.data.build import build_train_data
 from evomesh.optim.zero import StepResult
@@ -26,8 +27,12 @@ from tests.support.covers import covers
 
 @pytest.fixture
 def reporter(tmp_path: Path) -> RunReporter:
-    config = Config(run=RunConfig(run_dir=str(tmp_path)), data=DataConfig(seq_len=8, micro_num=2))
-    context = RunContext(Grid(), torch.device("cpu"), MODES["mtp"], 0, 1, datetime(2026, 3, 1))
+    config = Config(
+        run=RunConfig(run_dir=str(tmp_path)), data=DataConfig(seq_len=8, micro_num=2)
+    )
+    context = RunContext(
+        Grid(), torch.device("cpu"), MODES["mtp"], 0, 1, datetime(2026, 3, 1)
+    )
     state = TrainState()
     state.record_step(16, applied=True)
     return RunReporter(config, "", context, state, build_train_data(config.data, 256))
@@ -37,15 +42,22 @@ def batch(bounds: list[list[int]]) -> Batch:
     """Two micro-batches of 8 tokens with these document bounds."""
     zeros = torch.zeros(2, 8, dtype=torch.int64)
     longest = max(b - a for row in bounds for a, b in itertools.pairwise(row))
-    return Batch(zeros, zeros, zeros, zeros, torch.tensor(bounds, dtype=torch.int32), longest)
+    return Batch(
+        zeros, zeros, zeros, zeros, torch.tensor(bounds, dtype=torch.int32), longest
+    )
 
 
 def record(reporter: RunReporter, seconds: float, **figures: Any) -> Any:
     output = StepOutput(
-        2.5, LossTally(["en"], torch.device("cpu")), StepResult(torch.tensor(0.7, dtype=torch.float64)), 0.3
+        2.5,
+        LossTally(["en"], torch.device("cpu")),
+        StepResult(torch.tensor(0.7, dtype=torch.float64)),
+        0.3,
     )
     given = {"lr": 1e-3, "beta2": 0.95, "loss_scale": 1.0} | figures
-    return reporter.step(0, batch([[0, 3, 8, 8], [0, 8, 8, 8]]), output, seconds=seconds, **given)
+    return reporter.step(
+        0, batch([[0, 3, 8, 8], [0, 8, 8, 8]]), output, seconds=seconds, **given
+    )
 
 
 @covers("promise:batch-figures")
@@ -62,6 +74,8 @@ def test_speed_is_tokens_by_seconds(reporter: RunReporter) -> None:
 
 
 def test_validation_results_join_the_step(reporter: RunReporter) -> None:
-    joined = reporter.validation(record(reporter, 0.5), {"val/en_loss": 3.0, "val/en_acc": 0.25})
+    joined = reporter.validation(
+        record(reporter, 0.5), {"val/en_loss": 3.0, "val/en_acc": 0.25}
+    )
     assert joined.values()["val/en_loss"] == 3.0
     assert "val/en_loss" not in joined.line()

@@ -12,7 +12,12 @@ import pytest
 from evomesh.train.signals import StopRequest, exit_code
 from tests.support.interpreter import Interpreter
 
-CODES = [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)]
+CODES = [
+    (signal.SIGTERM, 75),
+    (signal.SIGUSR1, 75),
+    (signal.SIGHUP, 75),
+    (signal.SIGINT, 130),
+]
 
 
 def wait_in_python() -> None:
@@ -43,7 +48,10 @@ def test_before_the_first_step_a_signal_ends_the_process(
     finished = running.wait(60)
     assert finished.returncode == code
     name = signal.Signals(number).name
-    assert finished.stderr == f"stopped by {name} before the first step; rerun the same command\n"
+    assert (
+        finished.stderr
+        == f"stopped by {name} before the first step; rerun the same command\n"
+    )
 
 
 def record_and_finish() -> None:
@@ -55,7 +63,9 @@ def record_and_finish() -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), CODES)
-def test_later_a_signal_is_recorded_for_the_loop(interpreter: Interpreter, number: int, code: int) -> None:
+def test_later_a_signal_is_recorded_for_the_loop(
+    interpreter: Interpreter, number: int, code: int
+) -> None:
     running = interpreter.start(record_and_finish)
     running.wait_for("ready")
     running.signal(number)
@@ -81,7 +91,9 @@ def record_outside_python() -> None:
     store.wait(["a key that never comes"])
 
 
-def test_a_signal_is_recorded_while_the_main_thread_is_in_a_collective(interpreter: Interpreter) -> None:
+def test_a_signal_is_recorded_while_the_main_thread_is_in_a_collective(
+    interpreter: Interpreter,
+) -> None:
     running = interpreter.start(record_outside_python)
     running.wait_for("ready")
     running.signal(signal.SIGTERM)
@@ -125,7 +137,9 @@ def test_a_block_without_a_command_around_it_gives_the_signals_back() -> None:
     assert StopRequest.installed() is None
     with StopRequest() as request:
         assert StopRequest.installed() is request
-    assert signal.getsignal(signal.SIGTERM) == before and StopRequest.installed() is None
+    assert (
+        signal.getsignal(signal.SIGTERM) == before and StopRequest.installed() is None
+    )
 
 
 def test_outside_the_main_thread_there_are_no_signals() -> None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from evomesh.config.schema import IGNORE, Config, DataConfig, LossConfig, ModelConfig, ScalerConfig
+from evomesh.config.data import DataConfig
+from evomesh.config.schema import IGNORE, Config, LossConfig, ModelConfig, ScalerConfig
 from evomesh.data.batch import Batch
 from evomesh.data.build import build_valid_data
 from evomesh.layers.sequence_bounds import single_sequence
@@ -29,7 +30,12 @@ from tests.support.tolerances import ACCUMULATION, distance
 CPU = torch.device("cpu")
 VOCAB, LENGTH, DOCUMENTS = 256, 12, 6
 SHAPE = dict(
-    num_layers=2, hidden_size=16, num_attention_heads=2, mlp_ratio=2.0, multiple_of=8, vocab_size=VOCAB
+    num_layers=2,
+    hidden_size=16,
+    num_attention_heads=2,
+    mlp_ratio=2.0,
+    multiple_of=8,
+    vocab_size=VOCAB,
 )
 MODEL = ModelConfig(model_type="LLAMA2", dtype="float64", no_bias=True, **SHAPE)  # type: ignore[arg-type]
 
@@ -45,22 +51,36 @@ def stages_of(model: ModelConfig = MODEL) -> ModelStages:
 
 def batch_of(micro_num: int) -> Batch:
     """The same six documents in ``micro_num`` micro-batches; the number of targets differs from one to the next."""
-    ids = torch.randint(VOCAB, (DOCUMENTS * LENGTH + 1,), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        VOCAB, (DOCUMENTS * LENGTH + 1,), generator=torch.Generator().manual_seed(0)
+    )
     inputs, labels = ids[:-1].clone(), ids[1:].clone()
     for document in range(DOCUMENTS):
         labels[document * LENGTH : document * LENGTH + 2 * document] = IGNORE
-    bounds = torch.arange(0, DOCUMENTS * LENGTH // micro_num + 1, LENGTH, dtype=torch.int32)
+    bounds = torch.arange(
+        0, DOCUMENTS * LENGTH // micro_num + 1, LENGTH, dtype=torch.int32
+    )
     positions = torch.arange(LENGTH).repeat(DOCUMENTS)
-    rows = [part.view(micro_num, -1) for part in (inputs, labels, positions, torch.zeros_like(inputs))]
+    rows = [
+        part.view(micro_num, -1)
+        for part in (inputs, labels, positions, torch.zeros_like(inputs))
+    ]
     return Batch(*rows, bounds.repeat(micro_num, 1), LENGTH)
 
 
 def step(
-    stages: ModelStages, batch: Batch, loss: LossConfig, scaler: ScalerConfig | None = None
+    stages: ModelStages,
+    batch: Batch,
+    loss: LossConfig,
+    scaler: ScalerConfig | None = None,
 ) -> StepOutput:
     config = Config()
     optimizer = ZeroOptimizer(
-        stages.parameters().items(), config.adam, config.hybrid_zero_optimizer, Grid(), stages.module
+        stages.parameters().items(),
+        config.adam,
+        config.hybrid_zero_optimizer,
+        Grid(),
+        stages.module,
     )
     dtype = "float16" if scaler else "float64"
     with_scale = LossScaler(scaler or config.grad_scaler, dtype)
@@ -84,9 +104,9 @@ def token_losses(stages: ModelStages, ids: Tensor, labels: Tensor) -> Tensor:
     (model,) = stages.models
     with torch.no_grad():
         logits = model.logits(model(ids, single_sequence(len(ids))))
-    return torch.nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE)[
-        labels != IGNORE
-    ]
+    return torch.nn.functional.cross_entropy(
+        logits, labels, reduction="none", ignore_index=IGNORE
+    )[labels != IGNORE]
 
 
 def losses_of(batch: Batch) -> list[Tensor]:
@@ -106,10 +126,17 @@ def losses_of(batch: Batch) -> list[Tensor]:
 @pytest.mark.parametrize("micro_num", [2, 6])
 def test_many_micro_batches_are_one_large_batch(micro_num: int) -> None:
     one, many = stages_of(), stages_of()
-    first, second = step(one, batch_of(1), LossConfig()), step(many, batch_of(micro_num), LossConfig())
+    first, second = (
+        step(one, batch_of(1), LossConfig()),
+        step(many, batch_of(micro_num), LossConfig()),
+    )
     assert second.loss == pytest.approx(first.loss, rel=ACCUMULATION)
-    assert second.update.grad_norm == pytest.approx(first.update.grad_norm, rel=ACCUMULATION)
-    for (name, a), b in zip(many.parameters().items(), one.parameters().values(), strict=True):
+    assert second.update.grad_norm == pytest.approx(
+        first.update.grad_norm, rel=ACCUMULATION
+    )
+    for (name, a), b in zip(
+        many.parameters().items(), one.parameters().values(), strict=True
+    ):
         assert distance(a, b) <= ACCUMULATION, name
 
 
@@ -121,11 +148,15 @@ def test_reduction_weighs_tokens_or_micro_batches_equally() -> None:
     per_token = step(stages_of(), batch, LossConfig()).loss
     per_micro_batch = step(stages_of(), batch, LossConfig(reduction="micro_batch")).loss
     assert per_token == pytest.approx(float(torch.cat(losses).mean()), rel=1e-12)
-    assert per_micro_batch == pytest.approx(sum(float(part.mean()) for part in losses) / 3, rel=1e-12)
+    assert per_micro_batch == pytest.approx(
+        sum(float(part.mean()) for part in losses) / 3, rel=1e-12
+    )
     assert abs(per_token - per_micro_batch) > 1e-3
 
 
-def test_the_loss_scale_leaves_loss_and_norm_alone_and_an_overflow_leaves_the_weights() -> None:
+def test_the_loss_scale_leaves_loss_and_norm_alone_and_an_overflow_leaves_the_weights() -> (
+    None
+):
     plain = step(stages_of(), batch_of(2), LossConfig())
     scaled = step(stages_of(), batch_of(2), LossConfig(), ScalerConfig())
     assert scaled.loss == pytest.approx(plain.loss, rel=1e-12)
@@ -133,35 +164,60 @@ def test_the_loss_scale_leaves_loss_and_norm_alone_and_an_overflow_leaves_the_we
     stages = stages_of()
     with torch.no_grad():
         stages.parameters()["norm.weight"].fill_(math.inf)
-    before = {name: parameter.detach().clone() for name, parameter in stages.parameters().items()}
+    before = {
+        name: parameter.detach().clone()
+        for name, parameter in stages.parameters().items()
+    }
     assert step(stages, batch_of(2), LossConfig()).update.check != "ok"
-    assert all(torch.equal(parameter, before[name]) for name, parameter in stages.parameters().items())
+    assert all(
+        torch.equal(parameter, before[name])
+        for name, parameter in stages.parameters().items()
+    )
 
 
 def test_validation_is_the_mean_over_all_targets_of_a_set(tmp_path: Path) -> None:
     write_folder(tmp_path, documents=5)
-    options: dict[str, Any] = dict(seq_len=64, micro_bsz=1, micro_num=3, valid_folder=str(tmp_path))
+    options: dict[str, Any] = dict(
+        seq_len=64, micro_bsz=1, micro_num=3, valid_folder=str(tmp_path)
+    )
     stages = stages_of()
     stages.module.train()
-    found = validate(stages, build_valid_data(DataConfig(**options), VOCAB), Grid(), CPU)
+    found = validate(
+        stages, build_valid_data(DataConfig(**options), VOCAB), Grid(), CPU
+    )
     assert stages.module.training
     assert set(found) == {
-        f"val/{name}_{figure}" for name in ("en", "code") for figure in ("loss", "acc", "plex")
+        f"val/{name}_{figure}"
+        for name in ("en", "code")
+        for figure in ("loss", "acc", "plex")
     }
     for name in ("en", "code"):
         lines = (tmp_path / name / "data.bin").read_text().splitlines()
         documents = [torch.tensor(json.loads(line)["tokens"]) for line in lines]
-        losses = torch.cat([token_losses(stages, ids[:-1], ids[1:]) for ids in documents])
-        assert found[f"val/{name}_loss"] == pytest.approx(float(losses.mean()), rel=1e-12)
-        assert found[f"val/{name}_plex"] == pytest.approx(math.exp(float(losses.mean())), rel=1e-12)
+        losses = torch.cat(
+            [token_losses(stages, ids[:-1], ids[1:]) for ids in documents]
+        )
+        assert found[f"val/{name}_loss"] == pytest.approx(
+            float(losses.mean()), rel=1e-12
+        )
+        assert found[f"val/{name}_plex"] == pytest.approx(
+            math.exp(float(losses.mean())), rel=1e-12
+        )
 
 
 def test_an_interrupted_step_changes_nothing() -> None:
     stages, config = stages_of(), Config()
     optimizer = ZeroOptimizer(
-        stages.parameters().items(), config.adam, config.hybrid_zero_optimizer, Grid(), stages.module
+        stages.parameters().items(),
+        config.adam,
+        config.hybrid_zero_optimizer,
+        Grid(),
+        stages.module,
     )
-    before = {name: parameter.detach().clone() for name, parameter in stages.parameters().items()}
+    before = {
+        name: parameter.detach().clone()
+        for name, parameter in stages.parameters().items()
+    }
     asked: list[int] = []
 
     def stop_after_two(finished_micro_batches: int) -> bool:
@@ -181,16 +237,24 @@ def test_an_interrupted_step_changes_nothing() -> None:
         should_stop=stop_after_two,
     )
     assert output is None and asked == [1, 2]
-    assert all(torch.equal(parameter, before[name]) for name, parameter in stages.parameters().items())
+    assert all(
+        torch.equal(parameter, before[name])
+        for name, parameter in stages.parameters().items()
+    )
     assert all(parameter.grad is None for parameter in stages.parameters().values())
 
 
 LARGEST_SEED = 2**32 - 1  # of the schema
 
 
-@pytest.mark.parametrize("seed", [0, 1, 1024, 18_446_634, 20240101, 2**31, LARGEST_SEED])
+@pytest.mark.parametrize(
+    "seed", [0, 1, 1024, 18_446_634, 20240101, 2**31, LARGEST_SEED]
+)
 def test_every_seed_of_the_schema_seeds_every_step(seed: int) -> None:
-    assert Config.model_validate({"run": {"seed": seed}, "data": {"seed": seed}}).run.seed == seed
+    assert (
+        Config.model_validate({"run": {"seed": seed}, "data": {"seed": seed}}).run.seed
+        == seed
+    )
     draws = set()
     for step in (0, 1, 10**7):
         for rank in (0, 1, 1023):

@@ -17,10 +17,15 @@ from evomesh.train.stop import StopBoundary, StopDecision, StopPoll
 from tests.unit.checkpoint.native.ranks import ThreadExchange, run_ranks
 
 
-def test_numbers_in_the_stop_file_mean_what_they_do_in_internevo(tmp_path: Path) -> None:
+def test_numbers_in_the_stop_file_mean_what_they_do_in_internevo(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "folder" / "stop"
     poll = StopPoll(StopRequest(), str(path), SingleProcessExchange())
-    assert path.read_text().strip() == "0" and poll.after_step(0) == poll.after_step(5) == StopDecision()
+    assert (
+        path.read_text().strip() == "0"
+        and poll.after_step(0) == poll.after_step(5) == StopDecision()
+    )
     path.write_text("7")
     assert (
         poll.after_step(6) == StopDecision()
@@ -28,7 +33,9 @@ def test_numbers_in_the_stop_file_mean_what_they_do_in_internevo(tmp_path: Path)
         and poll.after_step(8) == StopDecision()
     )
     path.write_text("-9\n")
-    assert poll.after_step(8) == StopDecision() and poll.after_step(9) == StopDecision(save=True)
+    assert poll.after_step(8) == StopDecision() and poll.after_step(9) == StopDecision(
+        save=True
+    )
 
 
 def test_text_in_the_stop_file_is_ignored_with_one_warning(
@@ -52,7 +59,10 @@ def test_a_signal_on_one_rank_stops_all(tmp_path: Path) -> None:
             request.signal = signal.SIGTERM
         return before, poll.after_step(2), request.signal
 
-    assert run_ranks(4, one) == [(StopDecision(), StopDecision(stop=True), signal.SIGTERM)] * 4
+    assert (
+        run_ranks(4, one)
+        == [(StopDecision(), StopDecision(stop=True), signal.SIGTERM)] * 4
+    )
 
 
 STEPS, MICRO_BATCHES, RANKS = 4, 6, 4

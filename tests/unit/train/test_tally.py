@@ -19,7 +19,11 @@ TYPES = torch.tensor([0, 0, 0, 2, 2])
 def tally_of(*parts: slice) -> LossTally:
     tally = LossTally(["cn", "code", "en"], torch.device("cpu"))
     for part in parts:
-        tally.add(LossOutput(torch.tensor(0.0), NLL[part], CORRECT[part]), LABELS[part], TYPES[part])
+        tally.add(
+            LossOutput(torch.tensor(0.0), NLL[part], CORRECT[part]),
+            LABELS[part],
+            TYPES[part],
+        )
     return tally
 
 
@@ -40,7 +44,9 @@ def test_means_weigh_every_target_equally_and_absent_types_are_absent() -> None:
 
 
 def test_unequal_parts_give_the_same_means() -> None:
-    assert tally_of(slice(0, 1), slice(1, 5)).summary() == tally_of(slice(None)).summary()
+    assert (
+        tally_of(slice(0, 1), slice(1, 5)).summary() == tally_of(slice(None)).summary()
+    )
 
 
 def test_nothing_but_ignored_labels_gives_nothing() -> None:

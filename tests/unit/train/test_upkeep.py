@@ -22,7 +22,10 @@ def test_slow_is_above_the_ratio_times_the_median() -> None:
 @covers("data.empty_cache_and_diag_interval")
 @pytest.mark.parametrize(("interval", "every"), [(4, 4), (0, 50), (-1, 50)])
 def test_slow_ranks_are_named_every_interval(
-    interval: int, every: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    interval: int,
+    every: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(
         upkeep, "all_gather_objects", lambda value, axis: [value, 9.0, value]

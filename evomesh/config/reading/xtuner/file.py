@@ -74,7 +74,9 @@ def _literal_bases(tree: ast.Module) -> list[str]:
     """Return the files that ``_base_ = ...`` names, where it is written as strings."""
     for node in tree.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_base_":
-            strings = [item for item in ast.walk(node.value) if isinstance(item, ast.Constant)]
+            strings = [
+                item for item in ast.walk(node.value) if isinstance(item, ast.Constant)
+            ]
             return [item.value for item in strings if isinstance(item.value, str)]
     return []
 
@@ -97,7 +99,11 @@ def run_file(path: str, overrides: Sequence[Override]) -> XTunerFile:
         lines.update(base.lines)
         variables.update(base.variables)
         if "*" in names:
-            return {name: value for name, value in base.values.items() if not name.startswith("_")}
+            return {
+                name: value
+                for name, value in base.values.items()
+                if not name.startswith("_")
+            }
         return {new: base.values[name] for name, new in names.items()}
 
     namespace: dict[str, Any] = {

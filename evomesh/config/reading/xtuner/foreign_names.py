@@ -51,7 +51,9 @@ class ForeignName:
         return self
 
     def __bool__(self) -> NoReturn:
-        raise TypeError(f"{self.path} is not run, so whether it is true is unknown; write the value instead")
+        raise TypeError(
+            f"{self.path} is not run, so whether it is true is unknown; write the value instead"
+        )
 
     def __repr__(self) -> str:
         return self.path
@@ -81,7 +83,9 @@ def is_xtuner_config(tree: ast.Module) -> bool:
         elif isinstance(node, ast.Import):
             imported = [alias.name for alias in node.names]
         elif isinstance(node, ast.Assign):
-            assigned |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+            assigned |= {
+                target.id for target in node.targets if isinstance(target, ast.Name)
+            }
         if any(_package(module) in OWNERS for module in imported):
             return True
     return assigned >= RUNNER_NAMES
@@ -143,12 +147,19 @@ class ImportReplacer(ast.NodeTransformer):
 
     def _find_file(self, module: str, level: int) -> Path | None:
         """Return the file of a module beside the config (or, for relative imports, above it), None if there is none."""
-        relative = Path(*module.split(".")).with_suffix(".py") if module else Path("__init__.py")
+        relative = (
+            Path(*module.split(".")).with_suffix(".py")
+            if module
+            else Path("__init__.py")
+        )
         folders = self.folders
         if level:
             beside = self.folders[0]
             folders = [beside if level == 1 else beside.parents[level - 2]]
-        return next((folder / relative for folder in folders if (folder / relative).is_file()), None)
+        return next(
+            (folder / relative for folder in folders if (folder / relative).is_file()),
+            None,
+        )
 
     def _read_file(self, file: Path, names: list[ast.alias]) -> ast.stmt:
         """Return ``globals().update(READ_NAMES(file, {name: new name}))``."""

@@ -36,8 +36,16 @@ RUNNER_KEYS = (
     "test_cfg",
     "test_evaluator",
 )
-# Names that the runner reads although a config need not have them: an override may create them.
-CREATABLE = ("work_dir", "resume", "load_from", "randomness", "sequence_parallel_size", "visualizer")
+# Names that the runner reads although a config need not have them: an override may
+# create them.
+CREATABLE = (
+    "work_dir",
+    "resume",
+    "load_from",
+    "randomness",
+    "sequence_parallel_size",
+    "visualizer",
+)
 
 # Patterns of keys -> the reason; they need no warning, because what they ask for happens anyway.
 AS_ALWAYS = {
@@ -111,7 +119,10 @@ def report_unused(out: Translation) -> None:
 
 
 def _matching(key: str, patterns: dict[str, str]) -> str:
-    return next((reason for pattern, reason in patterns.items() if fnmatchcase(key, pattern)), "")
+    return next(
+        (reason for pattern, reason in patterns.items() if fnmatchcase(key, pattern)),
+        "",
+    )
 
 
 def _add_unknown(out: Translation, key: str, value: Any) -> None:

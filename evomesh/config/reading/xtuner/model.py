@@ -17,7 +17,10 @@ from evomesh.errors import UserError
 PRETRAINED = "model.llm.pretrained_model_name_or_path"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 # What makes a config one of adapters: the key, and its name.
-ADAPTERS = {"model.lora": "LoRA", "model.llm.quantization_config": "QLoRA (4-bit weights)"}
+ADAPTERS = {
+    "model.lora": "LoRA",
+    "model.llm.quantization_config": "QLoRA (4-bit weights)",
+}
 # From the sizes in config.json to the keys of the model section.
 SIZES = {
     "num_layers": "num_hidden_layers",
@@ -58,7 +61,12 @@ def translate_model(out: Translation) -> None:
     _put_sizes(out, name)
     _put_dtype(out)
     recompute = settings.get("model.use_activation_checkpointing", True)
-    out.put("model.checkpoint", recompute, "model.use_activation_checkpointing", "recomputation")
+    out.put(
+        "model.checkpoint",
+        recompute,
+        "model.use_activation_checkpointing",
+        "recomputation",
+    )
     _check_length(out)
     out.put("ckpt.load_ckpt_info.path", name, PRETRAINED)
     out.put("ckpt.load_ckpt_info.content", ["model"], PRETRAINED)
@@ -84,7 +92,11 @@ def _is_refused(settings: XTunerSettings) -> bool:
             expected="SupervisedFinetune: a language model, trained on all weights",
         )
     elif settings.get("model.freeze_llm"):
-        settings.problem("model.freeze_llm", "frozen weights are not part of evomesh", fix="remove it")
+        settings.problem(
+            "model.freeze_llm",
+            "frozen weights are not part of evomesh",
+            fix="remove it",
+        )
     return kind != "SupervisedFinetune"
 
 
@@ -98,9 +110,17 @@ def _put_sizes(out: Translation, name: str) -> None:
     defaults = ModelConfig(model_type=model.model_type)
     for key, theirs in SIZES.items():
         value = getattr(model, key)
-        is_needed = value != getattr(defaults, key) or key in ("num_layers", "hidden_size", "vocab_size")
+        is_needed = value != getattr(defaults, key) or key in (
+            "num_layers",
+            "hidden_size",
+            "vocab_size",
+        )
         if is_needed or key == "qk_interleaved":  # whose default depends on the family
-            written = value.model_dump(exclude_none=True) if isinstance(value, RopeScaling) else value
+            written = (
+                value.model_dump(exclude_none=True)
+                if isinstance(value, RopeScaling)
+                else value
+            )
             out.values.setdefault("model", {})[key] = written
             out.lines[f"model.{key}"] = f"{origin} {theirs}"
 
@@ -115,7 +135,11 @@ def _find_model(out: Translation, name: str) -> tuple[ModelConfig, str] | None:
         except UserError as error:
             settings.problems.append(error)
             return None
-    download = f"download it: hf download {name}" if name.count("/") == 1 else "give an existing folder"
+    download = (
+        f"download it: hf download {name}"
+        if name.count("/") == 1
+        else "give an existing folder"
+    )
     model = known_model(name)
     if model is None:
         settings.problem(
@@ -126,7 +150,8 @@ def _find_model(out: Translation, name: str) -> tuple[ModelConfig, str] | None:
         )
         return None
     out.warn(
-        PRETRAINED, f"{name} is not in the local Hugging Face cache, only its sizes are known; {download}"
+        PRETRAINED,
+        f"{name} is not in the local Hugging Face cache, only its sizes are known; {download}",
     )
     return model, f"{name} config.json"
 
@@ -138,7 +163,10 @@ def _put_dtype(out: Translation) -> None:
         out.put("model.dtype", f"torch.{name}", "optim_wrapper.dtype")
     else:
         out.put(
-            "model.dtype", "torch.bfloat16", "", "no dtype is given: XTuner's choice on devices that have it"
+            "model.dtype",
+            "torch.bfloat16",
+            "",
+            "no dtype is given: XTuner's choice on devices that have it",
         )
 
 

@@ -39,7 +39,9 @@ def translate_optimizer(out: Translation) -> None:
         )
     lr = settings.number(f"{OPTIMIZER}.lr", 1e-3)
     out.put("adam.lr", lr, f"{OPTIMIZER}.lr")
-    out.put("adam.adam_eps", settings.number(f"{OPTIMIZER}.eps", 1e-8), f"{OPTIMIZER}.eps")
+    out.put(
+        "adam.adam_eps", settings.number(f"{OPTIMIZER}.eps", 1e-8), f"{OPTIMIZER}.eps"
+    )
     decay = settings.number(f"{OPTIMIZER}.weight_decay", 0.01)
     out.put("adam.weight_decay", decay, f"{OPTIMIZER}.weight_decay")
     _put_betas(out)
@@ -69,7 +71,9 @@ def _put_betas(out: Translation) -> None:
     key = f"{OPTIMIZER}.betas"
     betas = out.settings.get(key, (0.9, 0.999))
     if not isinstance(betas, tuple | list) or len(betas) != 2:
-        out.settings.problem(key, f"found {shown(betas)}", expected="two numbers, such as (0.9, 0.95)")
+        out.settings.problem(
+            key, f"found {shown(betas)}", expected="two numbers, such as (0.9, 0.95)"
+        )
         return
     out.put("adam.adam_beta1", betas[0], key)
     out.put("adam.adam_beta2", betas[1], key)
@@ -81,7 +85,9 @@ def _put_clipping(out: Translation) -> None:
     norm = settings.get(f"{key}.max_norm")
     kind = settings.get(f"{key}.norm_type", 2)
     if kind != 2:
-        settings.problem(f"{key}.norm_type", f"found {kind!r}", expected="2, the Euclidean norm")
+        settings.problem(
+            f"{key}.norm_type", f"found {kind!r}", expected="2, the Euclidean norm"
+        )
     if norm is None:
         out.put("hybrid_zero_optimizer.clip_grad_norm", 0.0, key, "no clipping")
     else:
@@ -91,7 +97,10 @@ def _put_clipping(out: Translation) -> None:
 def _put_length(out: Translation) -> Length | None:
     """Translate ``max_epochs`` or ``max_iters``; exactly one of them is set."""
     settings = out.settings
-    epochs, iterations = settings.get("train_cfg.max_epochs"), settings.get("train_cfg.max_iters")
+    epochs, iterations = (
+        settings.get("train_cfg.max_epochs"),
+        settings.get("train_cfg.max_iters"),
+    )
     if (epochs is None) == (iterations is None):
         settings.problem(
             "train_cfg",
@@ -106,7 +115,9 @@ def _put_length(out: Translation) -> Length | None:
     count = settings.whole("train_cfg.max_iters", 1)
     per_step = accumulation(settings)
     remark = f"{count} micro-iterations, {per_step} per step"
-    out.put("data.total_steps", max(count // per_step, 1), "train_cfg.max_iters", remark)
+    out.put(
+        "data.total_steps", max(count // per_step, 1), "train_cfg.max_iters", remark
+    )
     if count % per_step:
         out.warn(
             "train_cfg.max_iters",
@@ -122,12 +133,25 @@ def _put_schedule(out: Translation, length: Length, lr: float) -> None:
     key = "param_scheduler"
     entries = settings.get(key) or []
     entries = [entries] if isinstance(entries, Mapping) else list(entries)
-    kinds = [last_name(entry.get("type")) for entry in entries if isinstance(entry, Mapping)]
-    if kinds not in ([], ["LinearLR"], ["CosineAnnealingLR"], ["LinearLR", "CosineAnnealingLR"]):
-        settings.problem(key, f"found {', '.join(kinds) or shown(entries)}", expected=BOTH_KINDS)
+    kinds = [
+        last_name(entry.get("type")) for entry in entries if isinstance(entry, Mapping)
+    ]
+    if kinds not in (
+        [],
+        ["LinearLR"],
+        ["CosineAnnealingLR"],
+        ["LinearLR", "CosineAnnealingLR"],
+    ):
+        settings.problem(
+            key, f"found {', '.join(kinds) or shown(entries)}", expected=BOTH_KINDS
+        )
         return
     if any(entry.get("by_epoch", True) != length.by_epoch for entry in entries):
-        theirs, ours = ("micro-iterations", "passes") if length.by_epoch else ("passes", "micro-iterations")
+        theirs, ours = (
+            ("micro-iterations", "passes")
+            if length.by_epoch
+            else ("passes", "micro-iterations")
+        )
         settings.problem(
             key,
             f"the schedule counts {theirs}, train_cfg counts {ours}",
@@ -160,12 +184,15 @@ def _put_warmup(out: Translation, entry: Mapping[str, Any], length: Length) -> N
     out.put("lr_scheduler.warmup_start", start, key, "LinearLR start_factor")
 
 
-def _put_cosine(out: Translation, entry: Mapping[str, Any], length: Length, lr: float) -> None:
+def _put_cosine(
+    out: Translation, entry: Mapping[str, Any], length: Length, lr: float
+) -> None:
     key = "param_scheduler"
     begin = entry.get("begin", 0)
     end = entry.get("end", math.inf)
     period = entry.get("T_max") or end - begin
-    # Templates give T_max=max_epochs although the cosine starts after the warm-up: its last part is never reached.
+    # Templates give T_max=max_epochs although the cosine starts after the warm-up: its
+    # last part is never reached.
     reaches_end = min(begin + period, end) >= length.value and period <= length.value
     if not reaches_end:
         out.settings.problem(

@@ -71,9 +71,13 @@ def prepare_raw_data(out: Translation, key: str, loader: str) -> None:
         if command is not None:
             out.preparation.append(command)
     out.put("data.train_folder", str(folder), key, "token files of the raw data")
-    missing = [command for command in out.preparation if not Path(_output_of(command)).exists()]
+    missing = [
+        command for command in out.preparation if not Path(_output_of(command)).exists()
+    ]
     for command in missing:
-        out.warn(key, f"raw data is tokenized before training: evomesh {' '.join(command)}")
+        out.warn(
+            key, f"raw data is tokenized before training: evomesh {' '.join(command)}"
+        )
 
 
 def _output_of(command: tuple[str, ...]) -> str:
@@ -92,12 +96,16 @@ def _datasets(out: Translation, key: str, loader: str) -> list[RawDataset]:
             found.append(RawDataset(f"{key}.datasets", kind, member))
         else:
             out.settings.problem(
-                f"{key}.datasets", f"dataset {number} is {shown(member)}", expected=", ".join(RAW_LOADERS[:3])
+                f"{key}.datasets",
+                f"dataset {number} is {shown(member)}",
+                expected=", ".join(RAW_LOADERS[:3]),
             )
     return found
 
 
-def _command(out: Translation, dataset: RawDataset, output: Path) -> tuple[str, ...] | None:
+def _command(
+    out: Translation, dataset: RawDataset, output: Path
+) -> tuple[str, ...] | None:
     """Return the arguments of ``evomesh`` that tokenize a dataset; a problem and None if there are none."""
     settings = out.settings
     values = dataset.values
@@ -105,8 +113,14 @@ def _command(out: Translation, dataset: RawDataset, output: Path) -> tuple[str, 
     tokenizer = settings.get(TOKENIZER)
     if sources is None or not isinstance(tokenizer, str):
         return None
-    is_repository = dataset.loader.startswith(("load_intern_repo", "process_untokenized"))
-    function = "openai_map_fn" if is_repository else _map_function(values.get("dataset_map_fn"))
+    is_repository = dataset.loader.startswith(
+        ("load_intern_repo", "process_untokenized")
+    )
+    function = (
+        "openai_map_fn"
+        if is_repository
+        else _map_function(values.get("dataset_map_fn"))
+    )
     kind = FORMATS.get(function)
     if kind is None:
         settings.problem(
@@ -118,11 +132,27 @@ def _command(out: Translation, dataset: RawDataset, output: Path) -> tuple[str, 
         return None
     folder = find_model_folder(tokenizer)
     tokenizer = str(folder or tokenizer)
-    command = ["tokenize", *sources, "--output", str(output), "--tokenizer", tokenizer, "--format", kind]
+    command = [
+        "tokenize",
+        *sources,
+        "--output",
+        str(output),
+        "--tokenizer",
+        tokenizer,
+        "--format",
+        kind,
+    ]
     if kind == "text":
         return tuple(command)
-    max_length = values.get("max_length") or settings.get("train_dataloader.dataset.packed_length", 2048)
-    command += ["--chat-template", _template(values.get("template_map_fn")), "--max-length", str(max_length)]
+    max_length = values.get("max_length") or settings.get(
+        "train_dataloader.dataset.packed_length", 2048
+    )
+    command += [
+        "--chat-template",
+        _template(values.get("template_map_fn")),
+        "--max-length",
+        str(max_length),
+    ]
     return tuple(command)
 
 
@@ -136,13 +166,19 @@ def _sources(out: Translation, dataset: RawDataset) -> list[str] | None:
         inner = {"path": inner}
     if not isinstance(inner, Mapping) or not isinstance(inner.get("path"), str):
         out.settings.problem(
-            key, f"found {shown(inner)}", expected='dict(type=load_dataset, path="json", ...)'
+            key,
+            f"found {shown(inner)}",
+            expected='dict(type=load_dataset, path="json", ...)',
         )
         return None
     files = inner.get("data_files")
     if files is not None:
         nested = files.values() if isinstance(files, Mapping) else [files]
-        return [str(file) for item in nested for file in ([item] if isinstance(item, str) else item)]
+        return [
+            str(file)
+            for item in nested
+            for file in ([item] if isinstance(item, str) else item)
+        ]
     path = inner["path"]
     if Path(path).exists():
         return [path]
@@ -157,7 +193,11 @@ def _sources(out: Translation, dataset: RawDataset) -> list[str] | None:
 
 def _map_function(value: Any) -> str:
     """Return the name of a map function; "" for None."""
-    return last_name(value.get("type") if isinstance(value, Mapping) else value) if value is not None else ""
+    return (
+        last_name(value.get("type") if isinstance(value, Mapping) else value)
+        if value is not None
+        else ""
+    )
 
 
 def _template(value: Any) -> str:

@@ -14,9 +14,7 @@ from evomesh.config.reading.xtuner.translation import Translation
 
 CHECKPOINT = "default_hooks.checkpoint"
 BACKENDS = {"TensorboardVisBackend": True, "LocalVisBackend": False}
-NO_SAMPLES = (
-    "no prompts are answered during training: evomesh generate answers them from any checkpoint of the run"
-)
+NO_SAMPLES = "no prompts are answered during training: evomesh generate answers them from any checkpoint of the run"
 # Hooks that do what evomesh does anyway, and what to know about the others.
 USUAL_HOOKS = ("DatasetInfoHook", "ThroughputHook", "VarlenAttnArgsToMessageHubHook")
 OTHER_HOOKS = {
@@ -48,7 +46,9 @@ def translate_runtime(out: Translation) -> None:
 def _put_layout(out: Translation) -> None:
     """Translate sequence parallelism: XTuner's exchange of heads for sequence parts is tensor mode isp."""
     size = out.settings.whole("sequence_parallel_size", 1)
-    out.put("parallel.zero1.size", -1, "", "over all data-parallel ranks, as DeepSpeed does")
+    out.put(
+        "parallel.zero1.size", -1, "", "over all data-parallel ranks, as DeepSpeed does"
+    )
     if size > 1:
         out.put("parallel.tensor.size", size, "sequence_parallel_size")
         out.put("parallel.tensor.mode", "isp", "sequence_parallel_size")
@@ -62,7 +62,12 @@ def _put_checkpoints(out: Translation) -> None:
         return
     out.put("ckpt.enable_save_ckpt", True, CHECKPOINT)
     folder = settings.get(f"{CHECKPOINT}.out_dir") or out.work_dir
-    out.put("ckpt.save_ckpt_folder", f"local:{folder}", f"{CHECKPOINT}.out_dir", "default: work_dir")
+    out.put(
+        "ckpt.save_ckpt_folder",
+        f"local:{folder}",
+        f"{CHECKPOINT}.out_dir",
+        "default: work_dir",
+    )
     _put_interval(out)
     keep = settings.whole(f"{CHECKPOINT}.max_keep_ckpts", -1)
     if keep > 0:
@@ -84,7 +89,12 @@ def _put_interval(out: Translation) -> None:
         return
     per_step = accumulation(settings)
     steps = max(1, int(interval // per_step))
-    out.put("ckpt.checkpoint_every", steps, key, f"{interval} micro-iterations, {per_step} per step")
+    out.put(
+        "ckpt.checkpoint_every",
+        steps,
+        key,
+        f"{interval} micro-iterations, {per_step} per step",
+    )
     if steps * per_step != interval:
         out.warn(
             key,
@@ -101,19 +111,32 @@ def _put_start(out: Translation) -> None:
     if isinstance(resume, str):
         path, resume = resume, True
     if path is not None and not isinstance(path, str):
-        settings.problem("load_from", f"found {shown(path)}", expected="a path, or None")
+        settings.problem(
+            "load_from", f"found {shown(path)}", expected="a path, or None"
+        )
         return
     if path is not None:
         out.values.get("ckpt", {}).pop("load_ckpt_info", None)
         is_hugging_face = (Path(path) / "config.json").exists() and not resume
         out.put("ckpt.load_ckpt_info.path", path, "load_from")
-        out.put("ckpt.load_ckpt_info.content", ["all"] if resume else ["model"], "resume")
-        out.put("ckpt.load_ckpt_info.ckpt_type", "hf" if is_hugging_face else "internevo", "load_from")
+        out.put(
+            "ckpt.load_ckpt_info.content", ["all"] if resume else ["model"], "resume"
+        )
+        out.put(
+            "ckpt.load_ckpt_info.ckpt_type",
+            "hf" if is_hugging_face else "internevo",
+            "load_from",
+        )
         out.put("ckpt.auto_resume", False, "load_from")
         return
     out.put("ckpt.auto_resume", bool(resume), "resume")
     if resume:
-        out.put("ckpt.load_ckpt_info.fallback", True, "resume", "the pretrained weights, for the first start")
+        out.put(
+            "ckpt.load_ckpt_info.fallback",
+            True,
+            "resume",
+            "the pretrained weights, for the first start",
+        )
 
 
 def _put_trackers(out: Translation) -> None:
@@ -135,6 +158,12 @@ def _put_trackers(out: Translation) -> None:
 def _check_hooks(out: Translation) -> None:
     hooks: Any = out.settings.get("custom_hooks") or []
     for hook in hooks:
-        name = last_name(hook.get("type")) if isinstance(hook, Mapping) else last_name(hook)
+        name = (
+            last_name(hook.get("type"))
+            if isinstance(hook, Mapping)
+            else last_name(hook)
+        )
         if name not in USUAL_HOOKS:
-            out.warn("custom_hooks", f"{name}: {OTHER_HOOKS.get(name, 'hooks are not run')}")
+            out.warn(
+                "custom_hooks", f"{name}: {OTHER_HOOKS.get(name, 'hooks are not run')}"
+            )

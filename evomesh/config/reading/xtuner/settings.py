@@ -58,18 +58,26 @@ class XTunerSettings:
         """Return a whole number, which may be written as 2.0; anything else is a problem, and ``default``."""
         value = self.number(key, default)
         if value != int(value):
-            self.problem(key, f"found {value}", expected=f"a whole number, such as {int(value)}")
+            self.problem(
+                key, f"found {value}", expected=f"a whole number, such as {int(value)}"
+            )
             return default
         return int(value)
 
-    def problem(self, key: str, found: str, *, expected: str = "", fix: str = "") -> None:
+    def problem(
+        self, key: str, found: str, *, expected: str = "", fix: str = ""
+    ) -> None:
         where = f"{key} ({place})" if (place := self.origin(key)) else key
         self.problems.append(UserError(found, where=where, expected=expected, fix=fix))
 
     def origin(self, key: str) -> str:
         """Return "FILE:LINE NAME" of the assignment that decides a key: of ``lr = 4e-5`` for an ``lr=lr`` in it."""
         name = self._decisive_name(key)
-        if any(_covers(overridden, other) for overridden in self._overridden for other in (name, key)):
+        if any(
+            _covers(overridden, other)
+            for overridden in self._overridden
+            for other in (name, key)
+        ):
             return f"--set {name}"
         line = line_of(self.file.lines, name)
         return f"{line} {name}" if line else ""
@@ -77,7 +85,8 @@ class XTunerSettings:
     def _decisive_name(self, key: str) -> str:
         """Follow variables: train_dataloader.dataset.folder -> train_dataset.folder -> dataset_folder."""
         for _ in range(MAX_VARIABLES):
-            # The longest prefix that is written as a variable decides: "a.b.c", else "a.b", else "a".
+            # The longest prefix that is written as a variable decides: "a.b.c", else
+            # "a.b", else "a".
             known = key
             while known and not self._is_variable(known):
                 known = known.rpartition(".")[0]
@@ -95,13 +104,19 @@ class XTunerSettings:
         """Return the keys below ``top_names`` that nothing has asked for, with their values."""
         rows = []
         for top in top_names:
-            rows += [item for item in leaves(self.file.values.get(top), top) if not self._is_used(item[0])]
+            rows += [
+                item
+                for item in leaves(self.file.values.get(top), top)
+                if not self._is_used(item[0])
+            ]
         return rows
 
     def used_below(self, section: str) -> list[str]:
         """Return the names below a section that were asked for, and so are known."""
         prefix = f"{section}." if section else ""
-        names = {key.removeprefix(prefix) for key in self._used if key.startswith(prefix)}
+        names = {
+            key.removeprefix(prefix) for key in self._used if key.startswith(prefix)
+        }
         return sorted(name for name in names if "." not in name)
 
     def _is_used(self, key: str) -> bool:

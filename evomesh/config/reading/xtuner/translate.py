@@ -20,7 +20,10 @@ from evomesh.config.schema import ModelConfig
 from evomesh.errors import ConfigError
 
 # Overrides of ours win over a translated key that means the same.
-RIVALS = {"data.total_steps": "epochs", "ckpt.checkpoint_every": "checkpoint_every_epochs"}
+RIVALS = {
+    "data.total_steps": "epochs",
+    "ckpt.checkpoint_every": "checkpoint_every_epochs",
+}
 
 
 def read_xtuner_source(path: str, overrides: Sequence[Override] = ()) -> ConfigSource:
@@ -50,7 +53,9 @@ def read_xtuner_source(path: str, overrides: Sequence[Override] = ()) -> ConfigS
     return ConfigSource(
         path,
         out.values,
-        frozenset(override.dotted for override in theirs if override.keys[0] in file.values),
+        frozenset(
+            override.dotted for override in theirs if override.keys[0] in file.values
+        ),
         out.lines,
         file.text,
         tuple(dict.fromkeys(out.warnings)),

@@ -44,11 +44,17 @@ class Translation:
         origin = ""
         if source:
             is_set = self.settings.peek(source, MISSING) is not MISSING
-            origin = self.settings.origin(source) if is_set else f"XTuner's default of {source}"
+            origin = (
+                self.settings.origin(source)
+                if is_set
+                else f"XTuner's default of {source}"
+            )
         words = [origin, remark and f"({remark})"]
         self.lines[key] = " ".join(word for word in words if word)
 
     def warn(self, key: str, words: str) -> None:
         """Report a setting that has no effect here, or another one."""
         origin = self.settings.origin(key)
-        self.warnings.append(f"{key} ({origin}): {words}" if origin else f"{key}: {words}")
+        self.warnings.append(
+            f"{key} ({origin}): {words}" if origin else f"{key}: {words}"
+        )

@@ -12,15 +12,18 @@ from evomesh.checkpoint.huggingface.export import export as export_checkpoint
 from evomesh.checkpoint.native.find import Checkpoint
 from evomesh.checkpoint.native.load import resolve
 from evomesh.checkpoint.native.save import CheckpointWriter
+from evomesh.config.data import DataConfig
 from evomesh.config.record import config_to_dict
-from evomesh.config.schema import Config, DataConfig, GenerationConfig, ModelConfig
+from evomesh.config.schema import Config, GenerationConfig, ModelConfig
 from evomesh.models.language_model import LanguageModel
 from evomesh.models.registry import build_model, initialize_weights
 
 VOCAB = 61
 
 
-def model_config(model_type: str = "LLAMA2", dtype: str = "float64", **changes: object) -> ModelConfig:
+def model_config(
+    model_type: str = "LLAMA2", dtype: str = "float64", **changes: object
+) -> ModelConfig:
     values: dict[str, object] = dict(
         model_type=model_type,
         num_layers=2,
@@ -47,7 +50,9 @@ def random_model(config: ModelConfig) -> LanguageModel:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
-                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                noise = torch.randn(
+                    parameter.shape, generator=generator, dtype=torch.float64
+                )
                 parameter.add_((noise * 0.2).to(parameter.dtype))
             else:
                 parameter.mul_(12 if config.model_type != "INTERNLM" else 40)
@@ -55,15 +60,26 @@ def random_model(config: ModelConfig) -> LanguageModel:
 
 
 def save_model(
-    root: Path, config: ModelConfig, tokenizer: str | None = None, generation: GenerationConfig | None = None
+    root: Path,
+    config: ModelConfig,
+    tokenizer: str | None = None,
+    generation: GenerationConfig | None = None,
 ) -> tuple[LanguageModel, Checkpoint]:
     model = random_model(config)
-    whole = Config(model=config, data=DataConfig(tokenizer_path=tokenizer, seq_len=48), generation=generation)
-    CheckpointWriter(str(root)).save(7, dict(model.named_parameters()), {"train": {}}, config_to_dict(whole))
+    whole = Config(
+        model=config,
+        data=DataConfig(tokenizer_path=tokenizer, seq_len=48),
+        generation=generation,
+    )
+    CheckpointWriter(str(root)).save(
+        7, dict(model.named_parameters()), {"train": {}}, config_to_dict(whole)
+    )
     return model, found_in(root)
 
 
-def export(found: Checkpoint, out: Path, options: ExportOptions, report: Callable[[str], None]) -> Path:
+def export(
+    found: Checkpoint, out: Path, options: ExportOptions, report: Callable[[str], None]
+) -> Path:
     return Path(export_checkpoint(found, str(out), options, report))
 
 

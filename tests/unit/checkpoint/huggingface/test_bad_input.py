@@ -22,7 +22,12 @@ from evomesh.checkpoint.native.save import CheckpointWriter
 from evomesh.config.record import config_to_dict
 from evomesh.config.schema import Config
 from evomesh.errors import UserError
-from tests.unit.checkpoint.huggingface.hf_models import export, found_in, model_config, save_model
+from tests.unit.checkpoint.huggingface.hf_models import (
+    export,
+    found_in,
+    model_config,
+    save_model,
+)
 from tests.unit.checkpoint.huggingface.test_tokenizer import train
 
 QUIET = ExportOptions(tokenizer="none", compare=False)
@@ -34,7 +39,9 @@ def silent(line: str) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return export(save_model(tmp_path / "c", model_config())[1], tmp_path / "hf", QUIET, silent)
+    return export(
+        save_model(tmp_path / "c", model_config())[1], tmp_path / "hf", QUIET, silent
+    )
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
@@ -42,7 +49,9 @@ def edit_config(folder: Path, **changes: Any) -> None:
     (folder / "config.json").write_text(json.dumps(record | changes))
 
 
-def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+def edit_weights(
+    folder: Path, change: Callable[[dict[str, torch.Tensor]], object]
+) -> None:
     state = load_file(folder / "model.safetensors")
     change(state)
     save_file(state, folder / "model.safetensors")
@@ -57,14 +66,25 @@ BAD: list[tuple[Callable[[Path], object], str]] = [
         lambda f: edit_weights(f, drop_two),
         r"(?s)missing \(2\): .*layers.1.mlp.up_proj.weight \[64, 32\].*lm_head",
     ),
-    (lambda f: edit_weights(f, lambda s: s.update(x=torch.ones(2))), r"unexpected \(1\): x \[2\]"),
     (
-        lambda f: edit_weights(f, lambda s: s.update({"model.norm.weight": torch.ones(31)})),
+        lambda f: edit_weights(f, lambda s: s.update(x=torch.ones(2))),
+        r"unexpected \(1\): x \[2\]",
+    ),
+    (
+        lambda f: edit_weights(
+            f, lambda s: s.update({"model.norm.weight": torch.ones(31)})
+        ),
         r"model.norm.weight is \[31\], not \[32\]",
     ),
-    (lambda f: edit_config(f, model_type="mamba"), "unknown architecture: model_type 'mamba'"),
+    (
+        lambda f: edit_config(f, model_type="mamba"),
+        "unknown architecture: model_type 'mamba'",
+    ),
     (lambda f: edit_config(f, hidden_size="32"), "hidden_size is '32'"),
-    (lambda f: edit_config(f, head_dim=16), r"q_proj.weight is \[32, 32\], not \[64, 32\]"),
+    (
+        lambda f: edit_config(f, head_dim=16),
+        r"q_proj.weight is \[32, 32\], not \[64, 32\]",
+    ),
     (lambda f: edit_config(f, head_dim="16"), "head_dim is '16'"),
     (lambda f: edit_config(f, hidden_act="gelu"), "hidden_act 'gelu' is not supported"),
     (
@@ -72,12 +92,18 @@ BAD: list[tuple[Callable[[Path], object], str]] = [
         "rotary scaling 'spiral' is not supported",
     ),
     (lambda f: edit_config(f, dtype="int8"), "dtype 'int8'"),
-    (lambda f: train(f, prefix=False), "the tokenizer has 3[0-9]+ ids, the embedding 61 rows"),
+    (
+        lambda f: train(f, prefix=False),
+        "the tokenizer has 3[0-9]+ ids, the embedding 61 rows",
+    ),
     (lambda f: (f / "config.json").write_text("{"), "not JSON"),
     (lambda f: (f / "config.json").write_text("[]"), "a JSON list"),
     (lambda f: (f / "config.json").unlink(), "no config.json"),
     (lambda f: (f / "model.safetensors").unlink(), "no weights"),
-    (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64), "not a complete safetensors file"),
+    (
+        lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64),
+        "not a complete safetensors file",
+    ),
     (
         lambda f: (
             (f / "model.safetensors")
@@ -90,7 +116,9 @@ BAD: list[tuple[Callable[[Path], object], str]] = [
 
 
 @pytest.mark.parametrize(("spoil", "words"), BAD)
-def test_bad_folder_leaves_no_checkpoint(spoil: Callable[[Path], object], words: str, folder: Path) -> None:
+def test_bad_folder_leaves_no_checkpoint(
+    spoil: Callable[[Path], object], words: str, folder: Path
+) -> None:
     spoil(folder)
     out = folder.parent / "out"
     with pytest.raises(UserError, match=words):
@@ -113,16 +141,20 @@ def test_no_code_in_a_pickle_is_run(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_of_another_model_is_refused_before_training(folder: Path) -> None:
-    other = model_config(num_attention_heads=8, num_layers=3)  # head counts show in no shape
+    other = model_config(
+        num_attention_heads=8, num_layers=3
+    )  # head counts show in no shape
     with pytest.raises(
-        UserError, match="num_layers=2, the run's is 3; num_attention_heads=4, the run's is 8"
+        UserError,
+        match="num_layers=2, the run's is 3; num_attention_heads=4, the run's is 8",
     ):
         list(load_huggingface(str(folder), other.model_dump()))
 
 
 def test_no_such_folder(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match="neither an existing folder nor a model in the local Hugging Face cache"
+        UserError,
+        match="neither an existing folder nor a model in the local Hugging Face cache",
     ):
         from_hf("internlm/internlm2-7b", str(tmp_path / "out"), None, False, silent)
 
@@ -132,20 +164,29 @@ def test_no_such_folder(tmp_path: Path) -> None:
     [
         ({"norm_type": "layernorm"}, "norm_type 'layernorm' cannot be represented"),
         ({"use_swiglu": False}, "use_swiglu=False cannot be represented"),
-        ({"apply_post_layer_norm": True}, "apply_post_layer_norm=True cannot be represented"),
+        (
+            {"apply_post_layer_norm": True},
+            "apply_post_layer_norm=True cannot be represented",
+        ),
     ],
 )
-def test_models_without_a_form_there(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_models_without_a_form_there(
+    changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
     _, found = save_model(tmp_path / "c", model_config("INTERNLM2_PUBLIC", **changes))
     with pytest.raises(UserError, match=words):
         export(found, tmp_path / "hf", QUIET, silent)
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
 
 
-def test_export_that_differs_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_that_differs_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, found = save_model(tmp_path / "c", model_config(qk_interleaved=True))
     monkeypatch.setattr(
-        export_module, "native_to_foreign", lambda link, value, config, naming: _unturned(link, value, config)
+        export_module,
+        "native_to_foreign",
+        lambda link, value, config, naming: _unturned(link, value, config),
     )
     with pytest.raises(UserError, match="logits differ by up to"):
         export(found, tmp_path / "hf", replace(QUIET, compare=True), silent)
@@ -156,14 +197,20 @@ def _unturned(link: Any, value: torch.Tensor, config: Any) -> list[torch.Tensor]
     """The mistake: rotary rows keep their order."""
     from evomesh.checkpoint.huggingface.names import LLAMA, native_to_foreign
 
-    return native_to_foreign(link, value, config.model_copy(update={"qk_interleaved": False}), LLAMA)
+    return native_to_foreign(
+        link, value, config.model_copy(update={"qk_interleaved": False}), LLAMA
+    )
 
 
-def test_places_that_cannot_be_written(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_places_that_cannot_be_written(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, found = save_model(tmp_path / "d", model_config())
     with pytest.raises(UserError, match="exists and is not empty"):
         export(found, folder, QUIET, silent)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(
+        "shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})()
+    )
     with pytest.raises(UserError, match=r"the export needs .* free"):
         export(found, tmp_path / "new", QUIET, silent)
     assert not (tmp_path / "new").exists()

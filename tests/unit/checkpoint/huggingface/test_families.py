@@ -25,7 +25,12 @@ from evomesh.generate.decode import generate_tokens
 from evomesh.generate.options import SamplingParams
 from evomesh.models.registry import build_model
 from tests.support.tolerances import TRANSFORMERS_FLOAT32
-from tests.unit.checkpoint.huggingface.hf_models import export, found_in, model_config, save_model
+from tests.unit.checkpoint.huggingface.hf_models import (
+    export,
+    found_in,
+    model_config,
+    save_model,
+)
 
 QUIET = ExportOptions(tokenizer="none")
 SIZES: dict[str, Any] = dict(
@@ -67,7 +72,9 @@ OURS: dict[str, dict[str, Any]] = {
 def stock_folder(name: str, folder: Path) -> Any:
     """Save a model of transformers with every weight at random, norms and biases too, and return it."""
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**{"tie_word_embeddings": False, **SIZES, **STOCK[name]})
+    config = getattr(transformers, f"{name}Config")(
+        **{"tie_word_embeddings": False, **SIZES, **STOCK[name]}
+    )
     model = getattr(transformers, f"{name}ForCausalLM")(config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -84,8 +91,14 @@ def test_a_folder_of_transformers_becomes_a_checkpoint_and_the_same_folder_again
     stock = stock_folder(name, tmp_path / "hf")
     lines: list[str] = []
     from_hf(str(tmp_path / "hf"), str(tmp_path / "c"), None, True, lines.append)
-    assert any("largest logit difference between the native model and transformers" in line for line in lines)
-    assert any("tie_word_embeddings" in line for line in lines) == stock.config.tie_word_embeddings
+    assert any(
+        "largest logit difference between the native model and transformers" in line
+        for line in lines
+    )
+    assert (
+        any("tie_word_embeddings" in line for line in lines)
+        == stock.config.tie_word_embeddings
+    )
     model = config_from_dict(found_in(tmp_path / "c").config).model
     assert model.model_type == FAMILY[name]
 
@@ -95,15 +108,21 @@ def test_a_folder_of_transformers_becomes_a_checkpoint_and_the_same_folder_again
     back = transformers.AutoModelForCausalLM.from_pretrained(str(out)).state_dict()
     for key, tensor in stock.state_dict().items():
         assert torch.equal(back[key], tensor), key
-    assert sum("between the native model and transformers" in line for line in lines) == 2
+    assert (
+        sum("between the native model and transformers" in line for line in lines) == 2
+    )
 
 
 @pytest.mark.parametrize("name", STOCK)
-def test_generation_repeats_transformers_token_by_token(name: str, tmp_path: Path) -> None:
+def test_generation_repeats_transformers_token_by_token(
+    name: str, tmp_path: Path
+) -> None:
     stock = stock_folder(name, tmp_path / "hf")
     ours = restore_model(str(tmp_path / "hf")).model
     prompts = [[3, 7, 11], [5, 4, 3, 2, 1, 9, 30]]
-    made = generate_tokens(ours, prompts, SamplingParams(do_sample=False, max_new_tokens=24))
+    made = generate_tokens(
+        ours, prompts, SamplingParams(do_sample=False, max_new_tokens=24)
+    )
     for prompt, (answer,) in zip(prompts, made, strict=True):
         found = stock.generate(
             torch.tensor([prompt]),
@@ -125,7 +144,9 @@ def test_a_trained_model_is_exported_as_its_own_architecture(
     lines: list[str] = []
     folder = export(found, tmp_path / "hf", QUIET, lines.append)
     assert any("transformers" in line for line in lines)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float64)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=torch.float64
+    )
     assert loaded.config.model_type == default_architecture(config)
     parameters = dict(model.named_parameters())
     for name, tensor in load_huggingface(str(folder), config.model_dump()):
@@ -135,14 +156,21 @@ def test_a_trained_model_is_exported_as_its_own_architecture(
     from evomesh.layers.sequence_bounds import single_sequence
 
     ours = model.logits(model(ids[0], single_sequence(20)))
-    assert float((ours - theirs).abs().max() / theirs.abs().max()) < TRANSFORMERS_FLOAT32
+    assert (
+        float((ours - theirs).abs().max() / theirs.abs().max()) < TRANSFORMERS_FLOAT32
+    )
 
 
 @pytest.mark.parametrize(
     ("family", "changes", "arch", "words"),
     [
         ("QWEN3", {"qk_norm": True}, "llama", "qk_norm=True"),
-        ("QWEN2", {"no_bias": False, "o_bias": False}, "llama", "qkv_bias=True with o_bias=False"),
+        (
+            "QWEN2",
+            {"no_bias": False, "o_bias": False},
+            "llama",
+            "qkv_bias=True with o_bias=False",
+        ),
         ("MISTRAL", {"sliding_window": 48}, "llama", "sliding_window=48"),
         ("LLAMA2", {"head_dim": 12}, "internlm2", "head_dim=12"),
         ("LLAMA2", {}, "qwen3", "qk_norm=False"),
@@ -218,7 +246,10 @@ def test_parameters_of_published_sizes(name: str) -> None:
     """A tied head is a separate parameter here: counted once, the numbers are the published ones."""
     published, record = PUBLISHED[name]
     model = read_model(record, name)
-    built = sum(parameter.numel() for parameter in build_model(model, device="meta").parameters())
+    built = sum(
+        parameter.numel()
+        for parameter in build_model(model, device="meta").parameters()
+    )
     assert built == parameter_count(model)
     tied = record.get("tie_word_embeddings", False)
     assert built - tied * model.vocab_size * model.hidden_size == published
@@ -227,12 +258,18 @@ def test_parameters_of_published_sizes(name: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "changes", "words"),
     [
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 32}, "use_sliding_window"),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 32},
+            "use_sliding_window",
+        ),
         ("gemma3_text", {}, "unknown architecture: model_type 'gemma3_text'"),
         ("mistral", {"sliding_window": 0}, "sliding_window is 0"),
     ],
 )
-def test_what_has_no_counterpart_is_refused(kind: str, changes: dict[str, Any], words: str) -> None:
+def test_what_has_no_counterpart_is_refused(
+    kind: str, changes: dict[str, Any], words: str
+) -> None:
     from evomesh.errors import UserError
 
     with pytest.raises(UserError, match=words):
@@ -243,5 +280,7 @@ def test_defaults_that_a_config_json_leaves_out_are_those_of_transformers() -> N
     for name, kind in (("Qwen3", "qwen3"), ("Mistral", "mistral"), ("Qwen2", "qwen2")):
         stock = getattr(transformers, f"{name}Config")(**SIZES)
         model: ModelConfig = read_model({**SIZES, "model_type": kind}, "config.json")
-        assert model.sliding_window == (stock.sliding_window if kind == "mistral" else None)
+        assert model.sliding_window == (
+            stock.sliding_window if kind == "mistral" else None
+        )
         assert model.head_dim == (getattr(stock, "head_dim", None) or 8)

@@ -29,7 +29,12 @@ from evomesh.storage import s3
 from evomesh.storage.base import join
 from evomesh.storage.local import LocalReader, LocalStorage
 from evomesh.storage.urls import open_storage
-from tests.unit.checkpoint.huggingface.hf_models import export, found_in, model_config, save_model
+from tests.unit.checkpoint.huggingface.hf_models import (
+    export,
+    found_in,
+    model_config,
+    save_model,
+)
 
 QUIET = ExportOptions(tokenizer="none", compare=False)
 BUCKET = "models"
@@ -58,14 +63,28 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_a_rank_reads_the_bytes_it_holds(
     arch: Any, interleaved: bool, tmp_path: Path, read: list[int]
 ) -> None:
-    config = model_config("INTERNLM2_PUBLIC", qk_interleaved=interleaved, no_bias=False, vocab_size=61)
+    config = model_config(
+        "INTERNLM2_PUBLIC", qk_interleaved=interleaved, no_bias=False, vocab_size=61
+    )
     model, found = save_model(tmp_path / "c", config)
-    folder = str(export(found, tmp_path / "hf", replace(QUIET, arch=arch, max_shard_bytes=30000), silent))
+    folder = str(
+        export(
+            found,
+            tmp_path / "hf",
+            replace(QUIET, arch=arch, max_shard_bytes=30000),
+            silent,
+        )
+    )
     truth = {name: value.detach() for name, value in model.named_parameters()}
-    records = [*(tmp_path / "hf").glob("*.json"), *(tmp_path / "hf").glob("*.safetensors")]
+    records = [
+        *(tmp_path / "hf").glob("*.json"),
+        *(tmp_path / "hf").glob("*.safetensors"),
+    ]
     besides = sum(file.stat().st_size for file in records if file.suffix == ".json")
     besides += sum(
-        8 + int.from_bytes(file.read_bytes()[:8], "little") for file in records if file.suffix != ".json"
+        8 + int.from_bytes(file.read_bytes()[:8], "little")
+        for file in records
+        if file.suffix != ".json"
     )
     for rank in range(4):
         grid = Grid(tp=Axis("tp", 2, rank % 2), pp=Axis("pp", 2, rank // 2))
@@ -73,13 +92,22 @@ def test_a_rank_reads_the_bytes_it_holds(
         local = build_model(config, grid=grid, layer_range=layers)
         parts = describe(dict(local.named_parameters()), grid)
         read.clear()
-        fill(parts, load_huggingface(folder, config.model_dump()), folder, elsewhere=truth)
-        held = sum(part.tensor.nbytes for tensor in parts.values() for part in tensor.parts)
+        fill(
+            parts,
+            load_huggingface(folder, config.model_dump()),
+            folder,
+            elsewhere=truth,
+        )
+        held = sum(
+            part.tensor.nbytes for tensor in parts.values() for part in tensor.parts
+        )
         assert held <= sum(read) <= held + besides
         for name, tensor in parts.items():
             for part in tensor.parts:
                 whole = Box((0,) * len(tensor.shape), tensor.shape)
-                assert torch.equal(part.tensor, truth[name][part.box.within(whole)]), name
+                assert torch.equal(part.tensor, truth[name][part.box.within(whole)]), (
+                    name
+                )
 
 
 def test_any_box_of_a_file(tmp_path: Path) -> None:
@@ -89,14 +117,23 @@ def test_any_box_of_a_file(tmp_path: Path) -> None:
     save_file({"a": value, "b": torch.tensor(2.0)}, tmp_path / "x.safetensors")
     file = SafetensorsFile(LocalStorage(), str(tmp_path / "x.safetensors"))
     whole = Box((0, 0, 0), (5, 7, 3))
-    for box in (Box((1, 2, 1), (3, 4, 2)), whole, Box((4, 0, 0), (1, 7, 3)), Box((2, 3, 0), (2, 1, 3))):
+    for box in (
+        Box((1, 2, 1), (3, 4, 2)),
+        whole,
+        Box((4, 0, 0), (1, 7, 3)),
+        Box((2, 3, 0), (2, 1, 3)),
+    ):
         assert torch.equal(file.read("a", box), value[box.within(whole)])
     assert file.read("b", Box((), ())).item() == 2.0
     assert file.read("a", Box((0, 0, 0), (0, 7, 3))).shape == (0, 7, 3)
 
 
-def test_one_layer_at_a_time_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, found = save_model(tmp_path / "c", model_config("LLAMA2", "float32", num_layers=4))
+def test_one_layer_at_a_time_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, found = save_model(
+        tmp_path / "c", model_config("LLAMA2", "float32", num_layers=4)
+    )
     build, stages, sizes = compare_logits.build_model, [], []
 
     def counted(*arguments: Any, **named: Any) -> Any:
@@ -111,7 +148,11 @@ def test_one_layer_at_a_time_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def check(module: torch.nn.Module, _: Any) -> None:
         """Before a module of transformers runs, all that ran have given their weights away."""
         if not type(module).__module__.startswith("evomesh"):
-            assert all(weight.is_meta for other in theirs for weight in other.parameters(recurse=False))
+            assert all(
+                weight.is_meta
+                for other in theirs
+                for weight in other.parameters(recurse=False)
+            )
             theirs.append(module)
 
     monkeypatch.setattr(compare_logits, "build_model", counted)
@@ -121,10 +162,18 @@ def test_one_layer_at_a_time_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyP
     finally:
         handle.remove()
     assert (
-        len(sizes) == 4 and max(sizes) < sum(map(math.prod, (r.shape for r in found.records().values()))) / 2
+        len(sizes) == 4
+        and max(sizes)
+        < sum(map(math.prod, (r.shape for r in found.records().values()))) / 2
     )
     assert (
-        len([module for module in theirs if next(module.parameters(recurse=False), None) is not None])
+        len(
+            [
+                module
+                for module in theirs
+                if next(module.parameters(recurse=False), None) is not None
+            ]
+        )
         == 4 * 9 + 3
     )
 
@@ -134,13 +183,17 @@ def store() -> Iterator[str]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    client = s3.make_client(f"http://{host}:{port}", {"ACCESS_KEY": "k", "SECRET_ACCESS_KEY": "s"})
+    client = s3.make_client(
+        f"http://{host}:{port}", {"ACCESS_KEY": "k", "SECRET_ACCESS_KEY": "s"}
+    )
     client.create_bucket(Bucket=BUCKET)
     yield f"boto3:s3://{BUCKET}.{host}:{port}"
     server.stop()
 
 
-def test_folders_in_a_store(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_in_a_store(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("S3_ACCESS_KEY_ID", "k")
     monkeypatch.setenv("S3_SECRET_ACCESS_KEY_ID", "s")
     from evomesh.checkpoint.huggingface.export import export as export_checkpoint
@@ -148,20 +201,26 @@ def test_folders_in_a_store(store: str, tmp_path: Path, monkeypatch: pytest.Monk
     model, found = save_model(tmp_path / "c", model_config("INTERNLM", "float32"))
     lines: list[str] = []
     url = f"{store}/hf"
-    export_checkpoint(found, url, replace(QUIET, compare=True, max_shard_bytes=20000), lines.append)
+    export_checkpoint(
+        found, url, replace(QUIET, compare=True, max_shard_bytes=20000), lines.append
+    )
     from_hf(url, f"{store}/ckpts", None, True, lines.append)
     from_hf(url, str(tmp_path / "back"), None, False, lines.append)
     assert sum("largest logit difference" in line for line in lines) == 2
     records = found_in(tmp_path / "back").records()
     for name, parameter in model.named_parameters():
-        assert torch.equal(read_tensor(found_in(tmp_path / "back"), records[name]), parameter.detach())
+        assert torch.equal(
+            read_tensor(found_in(tmp_path / "back"), records[name]), parameter.detach()
+        )
     with pytest.raises(UserError, match="exists and is not empty"):
         export_checkpoint(found, url, QUIET, silent)
 
     def broken(storage: Any, work: Path, target: str) -> None:
         (work / "zz").write_bytes(b"x")
         monkeypatch.setattr(
-            s3.S3Writer, "finish", lambda self: (_ for _ in ()).throw(OSError(5, "link down"))
+            s3.S3Writer,
+            "finish",
+            lambda self: (_ for _ in ()).throw(OSError(5, "link down")),
         )
         upload(storage, work, target)
 
@@ -173,7 +232,9 @@ def test_folders_in_a_store(store: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert storage.list(path) == [] and not storage.exists(join(path, "config.json"))
 
 
-def test_disk_too_small_for_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_too_small_for_an_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, found = save_model(tmp_path / "c", model_config())
     folder = export(found, tmp_path / "hf", QUIET, silent)
     monkeypatch.setattr(LocalStorage, "free_bytes", lambda self, folder: 1000)

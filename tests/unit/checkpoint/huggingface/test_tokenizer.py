@@ -10,7 +10,12 @@ import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoTokenizer
 
-from evomesh.checkpoint.huggingface.tokenizer import TEXTS, compare_tokenizers, write_json, write_tokenizer
+from evomesh.checkpoint.huggingface.tokenizer import (
+    TEXTS,
+    compare_tokenizers,
+    write_json,
+    write_tokenizer,
+)
 from evomesh.data.tokenizer import load_tokenizer
 from evomesh.errors import UserError
 
@@ -49,16 +54,23 @@ def train(folder: Path, *, prefix: bool, **options: Any) -> Path:
     [
         (False, {}),
         (True, {}),
-        (True, {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True}),
+        (
+            True,
+            {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True},
+        ),
         (True, {"model_type": "unigram", "vocab_size": 300}),
         (False, {"user_defined_symbols": ["<eoa>"]}),
     ],
 )
-def test_ids_of_sentencepiece(prefix: bool, options: dict[str, Any], tmp_path: Path) -> None:
+def test_ids_of_sentencepiece(
+    prefix: bool, options: dict[str, Any], tmp_path: Path
+) -> None:
     (tmp_path / "hf").mkdir()
     path = train(tmp_path, prefix=prefix, **options)
     write_tokenizer(load_tokenizer(path), tmp_path / "hf", None, 64)
-    theirs = AutoTokenizer.from_pretrained(str(tmp_path / "hf"), trust_remote_code=False)
+    theirs = AutoTokenizer.from_pretrained(
+        str(tmp_path / "hf"), trust_remote_code=False
+    )
     truth = SentencePieceProcessor(model_file=str(path))
     for text in (*TEXTS, *MORE, *CORPUS):
         ids = truth.encode(text)
@@ -66,10 +78,17 @@ def test_ids_of_sentencepiece(prefix: bool, options: dict[str, Any], tmp_path: P
         assert load_tokenizer(tmp_path / "hf").encode(text) == ids, text
         if text and not options:
             assert theirs.decode(ids) == text
-    assert (theirs.bos_token_id, theirs.eos_token_id) == (truth.bos_id(), truth.eos_id())
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (
+        truth.bos_id(),
+        truth.eos_id(),
+    )
     settings = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
     if not prefix and not options:  # InternLM's form
-        assert (settings["tokenizer_class"], settings["add_prefix_space"], settings["legacy"]) == (
+        assert (
+            settings["tokenizer_class"],
+            settings["add_prefix_space"],
+            settings["legacy"],
+        ) == (
             "LlamaTokenizer",
             False,
             False,
@@ -83,9 +102,14 @@ def test_bos_where_the_tokenizer_adds_it(prefix: bool, tmp_path: Path) -> None:
     write_json(tmp_path / "tokenizer_config.json", {"add_bos_token": True})
     tokenizer = load_tokenizer(path)
     write_tokenizer(tokenizer, tmp_path / "hf", "{{ messages[0].content }}", 64)
-    theirs = AutoTokenizer.from_pretrained(str(tmp_path / "hf"), trust_remote_code=False)
+    theirs = AutoTokenizer.from_pretrained(
+        str(tmp_path / "hf"), trust_remote_code=False
+    )
     assert theirs.encode("the cat") == [1, *tokenizer.encode("the cat")]
-    assert theirs.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
+    assert (
+        theirs.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+        == "hi"
+    )
     assert load_tokenizer(tmp_path / "hf").add_bos
 
 
@@ -94,6 +118,10 @@ def test_another_cut_is_refused(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(train(tmp_path, prefix=False))
     write_tokenizer(tokenizer, tmp_path / "hf", None, 64)
     file = tmp_path / "hf/tokenizer_config.json"
-    file.write_text(file.read_text().replace('"add_prefix_space": false', '"add_prefix_space": true'))
+    file.write_text(
+        file.read_text().replace(
+            '"add_prefix_space": false', '"add_prefix_space": true'
+        )
+    )
     with pytest.raises(UserError, match="transformers tokenizes 'Hello world' to"):
         compare_tokenizers(tokenizer, tmp_path / "hf")

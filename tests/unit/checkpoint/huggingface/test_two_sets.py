@@ -24,7 +24,12 @@ HEAD = "lm_head.weight"
 def folder(tmp_path: Path) -> Path:
     """One file, model.safetensors."""
     _, found = save_model(tmp_path / "native", model_config(dtype="float32"))
-    return export(found, tmp_path / "hf", ExportOptions(tokenizer="none", compare=False), lambda line: None)
+    return export(
+        found,
+        tmp_path / "hf",
+        ExportOptions(tokenizer="none", compare=False),
+        lambda line: None,
+    )
 
 
 def add_shards(folder: Path, change: float) -> None:
@@ -34,7 +39,11 @@ def add_shards(folder: Path, change: float) -> None:
     weight_map = {}
     for number, part in enumerate((names[::2], names[1::2]), 1):
         file = f"model-{number:05d}-of-00002.safetensors"
-        save_file({name: tensors[name] + change for name in part}, folder / file, metadata={"format": "pt"})
+        save_file(
+            {name: tensors[name] + change for name in part},
+            folder / file,
+            metadata={"format": "pt"},
+        )
         weight_map |= dict.fromkeys(part, file)
     index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -45,7 +54,9 @@ def head_of(folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("lost", [(), ("model-00001-of-00002.safetensors",)])
-def test_a_whole_file_beside_shards_of_an_earlier_save(folder: Path, lost: tuple[str, ...]) -> None:
+def test_a_whole_file_beside_shards_of_an_earlier_save(
+    folder: Path, lost: tuple[str, ...]
+) -> None:
     add_shards(folder, change=0.5)
     for name in lost:
         (folder / name).unlink()
@@ -53,7 +64,9 @@ def test_a_whole_file_beside_shards_of_an_earlier_save(folder: Path, lost: tuple
     if has_transformers():
         import transformers
 
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=torch.float32
+        )
         assert torch.equal(theirs.lm_head.weight, expected)
     assert torch.equal(head_of(folder), expected)
     ours = dict(restore_model(str(folder)).model.named_parameters())["head.weight"]
@@ -67,5 +80,8 @@ def test_a_tensor_in_two_shards_is_refused(folder: Path) -> None:
     tensors = load_file(second)
     extra = next(iter(load_file(folder / "model-00001-of-00002.safetensors").items()))
     save_file({**tensors, extra[0]: extra[1] + 1}, second, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=f"'{extra[0]}' is in model-00001(.|\\n)*each tensor in one shard"):
+    with pytest.raises(
+        UserError,
+        match=f"'{extra[0]}' is in model-00001(.|\\n)*each tensor in one shard",
+    ):
         head_of(folder)

@@ -43,7 +43,9 @@ def split_heads(family: str, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor
     return tuple(torch.randn(n, 2, H, generator=g) for n in (4, kv, kv))  # type: ignore[return-value]
 
 
-def make(root: Path, family: str, tp: int, pp: int, swap: bool = False, seed: int = 0) -> dict[str, Tensor]:
+def make(
+    root: Path, family: str, tp: int, pp: int, swap: bool = False, seed: int = 0
+) -> dict[str, Tensor]:
     """Writes the files of a random model; returns what we must read."""
     g = torch.Generator().manual_seed(seed)
     v1 = family == "INTERNLM"
@@ -59,21 +61,30 @@ def make(root: Path, family: str, tp: int, pp: int, swap: bool = False, seed: in
         for t in range(tp):
             file = files[p][t]
             if p == 0:
-                file["embedding.weight" if v1 else "tok_embeddings.weight"] = ours["embedding.weight"].chunk(
-                    tp, 1
-                )[t]
+                file["embedding.weight" if v1 else "tok_embeddings.weight"] = ours[
+                    "embedding.weight"
+                ].chunk(tp, 1)[t]
             if p == pp - 1:
                 file["norm.weight"] = ours["norm.weight"]
-                file["head.weight" if v1 else "output.weight"] = ours["head.weight"].chunk(tp)[t]
+                file["head.weight" if v1 else "output.weight"] = ours[
+                    "head.weight"
+                ].chunk(tp)[t]
     for p in range(pp):
         for i in range(counts[p]):
             q, k, v = split_heads(family, g)
             group = q.shape[0] // k.shape[0]
             name = f"layers.{first[p] + i}."
             ours[name + "attention.wqkv.weight"] = torch.cat(
-                [torch.cat([q[j * group : (j + 1) * group].flatten(0, 1), k[j], v[j]]) for j in range(len(k))]
+                [
+                    torch.cat(
+                        [q[j * group : (j + 1) * group].flatten(0, 1), k[j], v[j]]
+                    )
+                    for j in range(len(k))
+                ]
             )
-            wo, w1, w2, w3 = (torch.randn(*s, generator=g) for s in ((H, H), (F, H), (H, F), (F, H)))
+            wo, w1, w2, w3 = (
+                torch.randn(*s, generator=g) for s in ((H, H), (F, H), (H, F), (F, H))
+            )
             n1, n2, bias = (torch.randn(H, generator=g) for _ in range(3))
             ours |= {
                 name + "attention.wo.weight": wo,
@@ -97,7 +108,10 @@ def make(root: Path, family: str, tp: int, pp: int, swap: bool = False, seed: in
                     else ("attention.wo", "attention_norm", "ffn_norm", "feed_forward")
                 )
                 file[f"{pre}{names[0]}.weight"] = wo.chunk(tp, 1)[t]
-                file[f"{pre}{names[1]}.weight"], file[f"{pre}{names[2]}.weight"] = n1, n2
+                file[f"{pre}{names[1]}.weight"], file[f"{pre}{names[2]}.weight"] = (
+                    n1,
+                    n2,
+                )
                 file[f"{pre}{names[3]}.w1.weight"] = w1.chunk(tp)[t]
                 up, down = ("w2", "w3") if swap else ("w3", "w2")
                 file[f"{pre}{names[3]}.{up}.weight"] = w3.chunk(tp)[t]
@@ -111,11 +125,16 @@ def make(root: Path, family: str, tp: int, pp: int, swap: bool = False, seed: in
                     for x, rows in zip("qkv", part, strict=True):
                         file[f"{pre}attention.w{x}.weight"] = rows
                 else:
-                    file[f"{pre}attention.wqkv.weight"] = ours[name + "attention.wqkv.weight"].chunk(tp)[t]
+                    file[f"{pre}attention.wqkv.weight"] = ours[
+                        name + "attention.wqkv.weight"
+                    ].chunk(tp)[t]
     root.mkdir(parents=True, exist_ok=True)
     for p in range(pp):
         for t in range(tp):
-            torch.save({k: v.clone() for k, v in files[p][t].items()}, root / f"model_tp{t}_pp{p}.pt")
+            torch.save(
+                {k: v.clone() for k, v in files[p][t].items()},
+                root / f"model_tp{t}_pp{p}.pt",
+            )
     return ours
 
 
@@ -134,7 +153,9 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 3)])
 @pytest.mark.parametrize("swap", [False, True])
-def test_read_and_write_back(tmp_path: Path, family: str, tp: int, pp: int, swap: bool) -> None:
+def test_read_and_write_back(
+    tmp_path: Path, family: str, tp: int, pp: int, swap: bool
+) -> None:
     expected = make(tmp_path / "theirs", family, tp, pp, swap)
     read = dict(read_model(str(tmp_path / "theirs"), heads_of(family)))
     assert equal(read, expected)
@@ -143,16 +164,28 @@ def test_read_and_write_back(tmp_path: Path, family: str, tp: int, pp: int, swap
     manager = CheckpointWriter(str(tmp_path / "ours"))
     manager.save(7, read, {}, {})
     write_model(
-        CheckpointReader().resolve(str(tmp_path / "ours")), model_of(family), str(tmp_path / "back"), tp, pp
+        CheckpointReader().resolve(str(tmp_path / "ours")),
+        model_of(family),
+        str(tmp_path / "back"),
+        tp,
+        pp,
     )
     for file in (tmp_path / "theirs").iterdir():
-        assert equal(torch.load(tmp_path / "back" / file.name), torch.load(file)), file.name
+        assert equal(torch.load(tmp_path / "back" / file.name), torch.load(file)), (
+            file.name
+        )
     assert (tmp_path / "back" / "7.step").exists()
 
 
 def test_equal_shapes_need_a_word(tmp_path: Path) -> None:
-    state = {f"layers.0.feed_forward.w{i}.weight": torch.full((4, 4), float(i)) for i in (1, 2, 3)}
-    torch.save(state | {"layers.0.attention.wqkv.weight": torch.zeros(12, 4)}, tmp_path / "model_tp0_pp0.pt")
+    state = {
+        f"layers.0.feed_forward.w{i}.weight": torch.full((4, 4), float(i))
+        for i in (1, 2, 3)
+    }
+    torch.save(
+        state | {"layers.0.attention.wqkv.weight": torch.zeros(12, 4)},
+        tmp_path / "model_tp0_pp0.pt",
+    )
     with pytest.raises(UserError, match="--w2 down or --w2 up"):
         dict(read_model(str(tmp_path), HeadCounts(2, 2)))
     up = dict(read_model(str(tmp_path), HeadCounts(2, 2), "up"))
@@ -173,7 +206,9 @@ class Config(dict):  # type: ignore[type-arg]
 Config.__module__ = "internlm.core.context.parallel_context"
 
 
-def test_model_config_without_their_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_config_without_their_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import sys
     import types
 
@@ -188,7 +223,10 @@ def test_model_config_without_their_package(tmp_path: Path, monkeypatch: pytest.
     torch.save(Config(num_layers=4, dtype=torch.bfloat16), tmp_path / "model_config.pt")
     for name in [n for n in sys.modules if n.split(".")[0] == "internlm"]:
         monkeypatch.delitem(sys.modules, name)
-    assert read_pickle(str(tmp_path / "model_config.pt")) == {"num_layers": 4, "dtype": torch.bfloat16}
+    assert read_pickle(str(tmp_path / "model_config.pt")) == {
+        "num_layers": 4,
+        "dtype": torch.bfloat16,
+    }
 
 
 class Evil:
@@ -248,31 +286,45 @@ def test_weight_parallel_files(tmp_path: Path, family: str) -> None:
     found = CheckpointReader().resolve(str(tmp_path / "ours"))
     write_model(found, model_of(family), str(tmp_path / "back"), 2, 1, weight=4)
     for file in (tmp_path / "isp").iterdir():
-        assert equal(torch.load(tmp_path / "back" / file.name), torch.load(file)), file.name
+        assert equal(torch.load(tmp_path / "back" / file.name), torch.load(file)), (
+            file.name
+        )
     write_model(found, model_of(family), str(tmp_path / "deep"), 1, 2, weight=2)
     assert equal(dict(read_model(str(tmp_path / "deep"), heads_of(family))), expected)
-    with pytest.raises(UserError, match=r"matrices of \d+ rows are not divisible by --weight 5"):
+    with pytest.raises(
+        UserError, match=r"matrices of \d+ rows are not divisible by --weight 5"
+    ):
         write_model(found, model_of(family), str(tmp_path / "no"), 1, 1, weight=5)
     assert not (tmp_path / "no").exists()
 
 
 def test_interleaved_stages(tmp_path: Path) -> None:
     """Two chunks on two stages: layers run chunk after chunk, and names begin with the chunk."""
-    expected = make(tmp_path / "one", "INTERNLM2_PUBLIC", 1, 4)  # stages of 1, 1, 1, 2 layers
+    expected = make(
+        tmp_path / "one", "INTERNLM2_PUBLIC", 1, 4
+    )  # stages of 1, 1, 1, 2 layers
     parts = [torch.load(tmp_path / "one" / f"model_tp0_pp{p}.pt") for p in range(4)]
     (tmp_path / "two").mkdir()
     for p in range(2):
-        state = {f"{c}.{name}": t for c in range(2) for name, t in parts[2 * c + p].items()}
+        state = {
+            f"{c}.{name}": t for c in range(2) for name, t in parts[2 * c + p].items()
+        }
         torch.save(state, tmp_path / "two" / f"model_tp0_pp{p}.pt")
-    assert equal(dict(read_model(str(tmp_path / "two"), heads_of("INTERNLM2_PUBLIC"))), expected)
+    assert equal(
+        dict(read_model(str(tmp_path / "two"), heads_of("INTERNLM2_PUBLIC"))), expected
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_without_model_config_the_run_says_the_heads(tmp_path: Path, family: str) -> None:
+def test_without_model_config_the_run_says_the_heads(
+    tmp_path: Path, family: str
+) -> None:
     expected = make(tmp_path, family, 2, 2)
     loader = checkpoint_loaders.get("internevo")
     assert loader is not None
     assert equal(dict(loader(str(tmp_path), model_of(family).model_dump())), expected)
-    assert equal(dict(loader(f"local:{tmp_path}", model_of(family).model_dump())), expected)
+    assert equal(
+        dict(loader(f"local:{tmp_path}", model_of(family).model_dump())), expected
+    )
     with pytest.raises(UserError, match="is not on a local disk"):
         loader("s3://bucket/9", model_of(family).model_dump())

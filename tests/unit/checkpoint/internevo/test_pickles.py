@@ -19,7 +19,13 @@ import pytest
 import torch
 
 from evomesh.checkpoint.huggingface.files import load_pickle
-from evomesh.checkpoint.internevo.pickles import MAGIC, PROTOCOL, STORAGES, OpaqueStub, read_pickle
+from evomesh.checkpoint.internevo.pickles import (
+    MAGIC,
+    PROTOCOL,
+    STORAGES,
+    OpaqueStub,
+    read_pickle,
+)
 from evomesh.errors import UserError
 
 SCRIPT = """
@@ -44,7 +50,11 @@ class Program(torch.nn.Module):
         self.x = state[0]
         self.training = state[1]
 """
-SYSTEM = {"protocol_version": PROTOCOL, "little_endian": sys.byteorder == "little", "type_sizes": {}}
+SYSTEM = {
+    "protocol_version": PROTOCOL,
+    "little_endian": sys.byteorder == "little",
+    "type_sizes": {},
+}
 
 
 def program(folder: Path, victim: Path) -> Path:
@@ -77,7 +87,10 @@ def test_a_torchscript_archive_does_not_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("drop", ["constants.pkl", "code/"])
 def test_half_a_torchscript_archive_is_refused(tmp_path: Path, drop: str) -> None:
     victim, half = tmp_path / "victim", tmp_path / "half.pt"
-    with zipfile.ZipFile(program(tmp_path, victim)) as whole, zipfile.ZipFile(half, "w") as archive:
+    with (
+        zipfile.ZipFile(program(tmp_path, victim)) as whole,
+        zipfile.ZipFile(half, "w") as archive,
+    ):
         for entry in whole.infolist():
             if drop not in entry.filename:
                 archive.writestr(entry.filename, whole.read(entry))
@@ -93,7 +106,9 @@ def test_a_file_may_be_called_code(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("member", ["storages", "tensors"])
 @pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
-def test_an_old_tar_file_is_not_unpacked(tmp_path: Path, member: str, kind: bytes) -> None:
+def test_an_old_tar_file_is_not_unpacked(
+    tmp_path: Path, member: str, kind: bytes
+) -> None:
     """Unpacking a hard link changes the mode and time of the file that it names."""
     victim = tmp_path / "victim"
     victim.write_bytes(pickle.dumps(0))
@@ -125,7 +140,11 @@ def test_an_old_tar_file_is_not_unpacked(tmp_path: Path, member: str, kind: byte
 
 def old_file(path: Path, main: bytes, keys: bytes = pickle.dumps([])) -> Path:
     """In the form of torch before 1.6."""
-    path.write_bytes(b"".join(pickle.dumps(part, 2) for part in (MAGIC, PROTOCOL, SYSTEM)) + main + keys)
+    path.write_bytes(
+        b"".join(pickle.dumps(part, 2) for part in (MAGIC, PROTOCOL, SYSTEM))
+        + main
+        + keys
+    )
     return path
 
 
@@ -138,7 +157,12 @@ REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
 
 def changed(**values: bytes) -> bytes:
     """Opcodes that give the function that rebuilds tensors after they set attributes of it."""
-    return REBUILD + b"N}(" + b"".join(text(name) + value for name, value in values.items()) + b"u\x86b"
+    return (
+        REBUILD
+        + b"N}("
+        + b"".join(text(name) + value for name, value in values.items())
+        + b"u\x86b"
+    )
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -163,7 +187,9 @@ def test_no_patch_is_written(tmp_path: Path) -> None:
     """In old files torch writes a patch where the source of a module differs from what the file says."""
     victim = tmp_path / "victim"
     holder = changed(dump_patches=b"\x88", __name__=text(str(victim)))
-    module = b"(" + text("module") + holder + text("source.py") + text("other\n") + b"tQ"
+    module = (
+        b"(" + text("module") + holder + text("source.py") + text("other\n") + b"tQ"
+    )
     path = old_file(tmp_path / "x.pt", b"\x80\x02" + module + b".")
     name = torch._utils._rebuild_tensor_v2.__name__
     try:
@@ -188,12 +214,19 @@ class Codec:
 class Wrong:
     """A tensor of more elements than its storage has, or before its beginning."""
 
-    def __init__(self, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> None:
+    def __init__(
+        self, offset: int, size: tuple[int, ...], stride: tuple[int, ...]
+    ) -> None:
         self.place = offset, size, stride
 
     def __reduce__(self) -> Any:
         storage = torch.zeros(4).storage()  # type: ignore[no-untyped-call]
-        return torch._utils._rebuild_tensor_v2, (storage, *self.place, False, OrderedDict())
+        return torch._utils._rebuild_tensor_v2, (
+            storage,
+            *self.place,
+            False,
+            OrderedDict(),
+        )
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
@@ -226,7 +259,18 @@ def test_what_torch_saves_is_read(tmp_path: Path, legacy: bool) -> None:
         "scalar": torch.tensor(5),
         "empty": torch.zeros(0, 3),
         "parameter": torch.nn.Parameter(torch.ones(2)),
-        "plain": [1, 2.5, "text", None, True, (1, 2), {3}, b"\x00\xff", torch.Size([1, 2]), slice(1, 2)],
+        "plain": [
+            1,
+            2.5,
+            "text",
+            None,
+            True,
+            (1, 2),
+            {3},
+            b"\x00\xff",
+            torch.Size([1, 2]),
+            slice(1, 2),
+        ],
         "types": [torch.bfloat16, torch.device("cpu")],
         "ordered": OrderedDict(a=1),
         "random": {"numpy": np.arange(3), "torch": torch.get_rng_state()},
@@ -244,7 +288,9 @@ def test_what_torch_saves_is_read(tmp_path: Path, legacy: bool) -> None:
             assert found[name].dtype == value.dtype
             assert found[name].stride() == value.stride()
             assert torch.equal(found[name], value)
-    assert found["same"].data_ptr() == found["view"].data_ptr() - 5 * 4  # one storage, as it was saved
+    assert (
+        found["same"].data_ptr() == found["view"].data_ptr() - 5 * 4
+    )  # one storage, as it was saved
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -260,7 +306,9 @@ def test_a_file_that_ends_early_is_refused(tmp_path: Path, legacy: bool) -> None
 
 
 def test_a_tensor_larger_than_its_file_takes_no_memory(tmp_path: Path) -> None:
-    storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu")
+    storage = (
+        b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu")
+    )
     storage += b"\x8a\x06" + (1 << 40).to_bytes(6, "little") + b"NtQ."
     with pytest.raises(UserError, match="takes 4398046511104 bytes"):
         read_pickle(str(old_file(tmp_path / "x.pt", b"\x80\x02" + storage)))

@@ -39,7 +39,9 @@ class Disk(Quick):
     error: an errno, or None to end the process instead.
     """
 
-    def __init__(self, fail_at: int | None = None, error: int | None = None, sticky: bool = False) -> None:
+    def __init__(
+        self, fail_at: int | None = None, error: int | None = None, sticky: bool = False
+    ) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self._fail_at, self._error, self._sticky = fail_at, error, sticky
         self._names: dict[int, str] = {}
@@ -51,7 +53,9 @@ class Disk(Quick):
             number == self._fail_at or (self._sticky and number > self._fail_at)
         ):
             if call[0] == "write" and self._error is None:
-                half = bytes(call[2])[: len(call[2]) // 2]  # a process dies in the middle of a write
+                half = bytes(call[2])[
+                    : len(call[2]) // 2
+                ]  # a process dies in the middle of a write
                 os.write(call[3], half)
             self.failed = True
             self.calls.append(("failed", *call[:2]))
@@ -79,7 +83,9 @@ class Disk(Quick):
         super().fsync(file)
 
     def close(self, file: int) -> None:
-        super().close(file)  # closing always closes; a disk may still report a late error
+        super().close(
+            file
+        )  # closing always closes; a disk may still report a late error
         self._note("close", self._names[file])
 
     def sync_folder(self, path: str) -> None:
@@ -144,7 +150,9 @@ class _Tree:
             names.pop(name, None)
         elif kind in ("link", "rename"):
             target = str(call[2])
-            self.folder(os.path.dirname(target)).names[os.path.basename(target)] = names[name]
+            self.folder(os.path.dirname(target)).names[os.path.basename(target)] = (
+                names[name]
+            )
             if kind == "rename":
                 del names[name]
         elif kind in ("write", "fsync"):
@@ -182,7 +190,9 @@ def digest(folder: Path) -> str:
     return hasher.hexdigest()
 
 
-def images(root: str, calls: list[tuple[Any, ...]], target: Path) -> Iterator[tuple[int, str, Path]]:
+def images(
+    root: str, calls: list[tuple[Any, ...]], target: Path
+) -> Iterator[tuple[int, str, Path]]:
     """(number of calls done, model, folder) for a power loss after each call."""
     draw = random.Random(0)
     tree = _Tree(root)

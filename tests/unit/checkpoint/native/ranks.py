@@ -13,13 +13,17 @@ AXES = ("tp", "zero", "dp", "pp", "wp", "replica")  # inner to outer for rank nu
 
 
 class ThreadExchange:
-    def __init__(self, rank: int, size: int, board: dict[str, Any], barrier: threading.Barrier) -> None:
+    def __init__(
+        self, rank: int, size: int, board: dict[str, Any], barrier: threading.Barrier
+    ) -> None:
         self.rank, self.size, self._board, self._barrier = rank, size, board, barrier
 
     def gather(self, message: Any) -> list[Any] | None:
         self._board[f"m{self.rank}"] = message
         self._barrier.wait()
-        result = [self._board[f"m{r}"] for r in range(self.size)] if self.rank == 0 else None
+        result = (
+            [self._board[f"m{r}"] for r in range(self.size)] if self.rank == 0 else None
+        )
         self._barrier.wait()
         return result
 
@@ -32,7 +36,9 @@ class ThreadExchange:
         return result
 
     def twin(self) -> ThreadExchange:
-        twin = self._board.setdefault("twin", ({}, threading.Barrier(self.size, timeout=20)))
+        twin = self._board.setdefault(
+            "twin", ({}, threading.Barrier(self.size, timeout=20))
+        )
         self._barrier.wait()
         return ThreadExchange(self.rank, self.size, *twin)
 
@@ -74,7 +80,9 @@ def run_ranks(size: int, action: Callable[[ThreadExchange], T]) -> list[T]:
         thread.start()
     for thread in threads:
         thread.join()
-    real = [e for e in errors.values() if not isinstance(e, threading.BrokenBarrierError)]
+    real = [
+        e for e in errors.values() if not isinstance(e, threading.BrokenBarrierError)
+    ]
     for error in real or errors.values():
         raise error
     return [results[rank] for rank in range(size)]

@@ -35,7 +35,9 @@ from tests.support.nobody import as_nobody
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     manager = CheckpointWriter(str(tmp_path / "ckpts"))
-    manager.save(4, {"w": torch.ones(4, 3), "v": torch.ones(2)}, {"step": 4}, {"lr": 1.0})
+    manager.save(
+        4, {"w": torch.ones(4, 3), "v": torch.ones(2)}, {"step": 4}, {"lr": 1.0}
+    )
     return tmp_path / "ckpts"
 
 
@@ -61,7 +63,10 @@ def reindex(root: Path, old: bytes, new: bytes) -> None:
     index.write_bytes(data.replace(old, new))
 
     def change(body: dict[str, Any]) -> None:
-        body["index"] |= {"bytes": index.stat().st_size, "sha256": fmt.sha256(index.read_bytes())}
+        body["index"] |= {
+            "bytes": index.stat().st_size,
+            "sha256": fmt.sha256(index.read_bytes()),
+        }
 
     rewrite(root, change)
 
@@ -74,9 +79,19 @@ def resolve(path: object) -> str:
     return complaint(lambda: CheckpointReader().resolve(str(path)))
 
 
-def test_relative_and_prefixed_paths_resolve(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_and_prefixed_paths_resolve(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(root.parent)
-    for form in ("ckpts", "./ckpts", "local:ckpts", "local:./ckpts/", "ckpts/4", "local:ckpts/4/", str(root)):
+    for form in (
+        "ckpts",
+        "./ckpts",
+        "local:ckpts",
+        "local:./ckpts/",
+        "ckpts/4",
+        "local:ckpts/4/",
+        str(root),
+    ):
         assert CheckpointReader().resolve(form).step == 4
     text = complaint(lambda: CheckpointWriter("s4:bucket/x"))
     assert "unknown prefix 's4:'" in text and "local:PATH" in text and "boto3:" in text
@@ -89,12 +104,18 @@ def test_missing_and_empty_folders_list_what_is_next_to_them(
     (root.parent / "empty").mkdir()
     (root.parent / "notes").mkdir()
     (root.parent / "ckpts.txt").write_text("")
-    assert "the folder is empty; next to it: ckpts with steps 4\n" in resolve(root.parent / "empty")
-    assert "has no such folder; next to it: ckpts with steps 4\n" in resolve(root.parent / "elsewhere")
+    assert "the folder is empty; next to it: ckpts with steps 4\n" in resolve(
+        root.parent / "empty"
+    )
+    assert "has no such folder; next to it: ckpts with steps 4\n" in resolve(
+        root.parent / "elsewhere"
+    )
     assert "next to it: notes; ckpts with steps 4\n" in resolve(root.parent / "note")
     assert "has no such folder\n" in resolve(root / "step-00000004" / "49")
     monkeypatch.chdir(root.parent / "notes")
-    assert "'nowhere'; the current folder has no such folder\n" in resolve(Path("nowhere"))
+    assert "'nowhere'; the current folder has no such folder\n" in resolve(
+        Path("nowhere")
+    )
     for number in range(12):
         (root.parent / "notes" / f"page{number:02}").write_text("")
     assert (
@@ -106,7 +127,11 @@ def test_missing_and_empty_folders_list_what_is_next_to_them(
 def test_only_interrupted_saves(root: Path) -> None:
     (root / "step-00000004/commit.json").unlink()
     text = resolve(root)
-    assert "only interrupted saves" in text and "step-00000004" in text and "from scratch" in text
+    assert (
+        "only interrupted saves" in text
+        and "step-00000004" in text
+        and "from scratch" in text
+    )
     assert (
         CheckpointReader().newest(SaveFolder.open(str(root))) is None
     )  # for auto_resume that is a fresh start, said aloud
@@ -115,10 +140,16 @@ def test_only_interrupted_saves(root: Path) -> None:
 def test_a_newer_format(root: Path) -> None:
     rewrite(root, lambda body: body.update(version=2, software={"evomesh": "9.9"}))
     text = newest(root)
-    assert "format version 2" in text and "reads version 1" in text and "evomesh 9.9" in text
+    assert (
+        "format version 2" in text
+        and "reads version 1" in text
+        and "evomesh 9.9" in text
+    )
 
 
-@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a/b.safetensors", ".hidden", ""])
+@pytest.mark.parametrize(
+    "name", ["../../etc/passwd", "/etc/passwd", "a/b.safetensors", ".hidden", ""]
+)
 def test_file_names_that_leave_the_folder(root: Path, name: str) -> None:
     rewrite(root, lambda body: body["files"].__setitem__(0, [name, 1, ""]))
     assert "not a plain file name" in newest(root)
@@ -136,7 +167,11 @@ def test_symlinks_out_of_the_folder_do_no_harm(root: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        (b'"shape":[4,3]', b'"shape":[400000000000,3]', "do not cover F32[400000000000,3]"),
+        (
+            b'"shape":[4,3]',
+            b'"shape":[400000000000,3]',
+            "do not cover F32[400000000000,3]",
+        ),
         (b"[0,[0,0],[4,3],", b"[0,[0,-1],[4,3],", "offsets is -1, expected 0 to"),
         (b"[0,[0,0],[4,3],", b"[0,[1,0],[4,3],", "reaches outside"),
         (b"[0,[0,0],[4,3],", b"[7,[0,0],[4,3],", "file number 7"),
@@ -145,7 +180,9 @@ def test_symlinks_out_of_the_folder_do_no_harm(root: Path) -> None:
         (b'{"dtype"', b'{"dtype', "not a tensor record"),
     ],
 )
-def test_an_index_with_wrong_entries_is_refused(root: Path, old: bytes, new: bytes, words: str) -> None:
+def test_an_index_with_wrong_entries_is_refused(
+    root: Path, old: bytes, new: bytes, words: str
+) -> None:
     reindex(root, old, new)
     text = newest(root)
     assert words in text
@@ -180,11 +217,16 @@ def test_a_failed_import_leaves_the_commit_of_another_job_alone(root: Path) -> N
     before = sorted(path.name for path in Path(folder).iterdir())
     with pytest.raises(UserError, match="another job committed step 4"):
         commit(storage, folder, [[item]], {"w": TensorType("F32", (2,))}, record)
-    assert sorted(path.name for path in Path(folder).iterdir() if path.name in before) == before
+    assert (
+        sorted(path.name for path in Path(folder).iterdir() if path.name in before)
+        == before
+    )
     assert CheckpointReader().resolve(folder).step == 4
 
 
-def test_nan_is_neither_saved_nor_overlooked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_is_neither_saved_nor_overlooked(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     manager = CheckpointWriter(str(root))
     bad = torch.ones(4, 3)
     bad[1, 2] = torch.nan
@@ -194,13 +236,17 @@ def test_nan_is_neither_saved_nor_overlooked(root: Path, monkeypatch: pytest.Mon
     assert manager.save(6, {"w": huge}, {}, {}, final=True)
     monkeypatch.setattr("evomesh.checkpoint.native.write.not_finite", lambda tensor: 0)
     manager.save(7, {"w": bad}, {}, {})
-    found = verify(Candidate(LocalStorage(), str(root / "step-00000007"), 7, True), "data")
+    found = verify(
+        Candidate(LocalStorage(), str(root / "step-00000007"), 7, True), "data"
+    )
     monkeypatch.undo()
     assert list(tensors_not_finite(found)) == ["w: 1 values are NaN or infinite"]
 
 
 def test_a_folder_that_cannot_be_written() -> None:
-    with tempfile.TemporaryDirectory() as name:  # tmp_path cannot be entered by another user
+    with (
+        tempfile.TemporaryDirectory() as name
+    ):  # tmp_path cannot be entered by another user
         Path(name).chmod(0o555)
         text = as_nobody(lambda: complaint(lambda: CheckpointWriter(name).claim()))
         Path(name).chmod(0o755)
@@ -211,4 +257,8 @@ def test_a_folder_that_cannot_be_written() -> None:
 def test_a_file_where_the_folder_should_be(root: Path) -> None:
     (root.parent / "file").write_text("")
     text = complaint(lambda: CheckpointWriter(str(root.parent / "file")).claim())
-    assert "file is a file" in text and "expected: a folder" in text and "ckpt.save_ckpt_folder" in text
+    assert (
+        "file is a file" in text
+        and "expected: a folder" in text
+        and "ckpt.save_ckpt_folder" in text
+    )

@@ -22,7 +22,10 @@ ERRNOS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS, errno.ESTALE)
 
 
 def tensors(step: int) -> dict[str, torch.Tensor]:
-    return {"w": torch.full((40, 3), float(step)), "optim.exp_avg.w": torch.full((40, 3), step + 0.5)}
+    return {
+        "w": torch.full((40, 3), float(step)),
+        "optim.exp_avg.w": torch.full((40, 3), step + 0.5),
+    }
 
 
 def on(disk: SystemCalls, root: Path, **options: int) -> CheckpointWriter:
@@ -45,7 +48,9 @@ def newest_step(root: Path) -> int:
 
 
 def save(writer: CheckpointWriter, step: int) -> str | None:
-    return writer.save(step, tensors(step), {"step": step}, {}, snapshot=step % 2 == 0 and step > 2)
+    return writer.save(
+        step, tensors(step), {"step": step}, {}, snapshot=step % 2 == 0 and step > 2
+    )
 
 
 def test_power_loss_after_every_call(tmp_path: Path) -> None:
@@ -98,7 +103,9 @@ def calls_of_a_save(root: Path) -> int:
     return len(disk.calls) - before
 
 
-def test_the_process_dies_in_every_call_and_the_next_one_resumes(tmp_path: Path) -> None:
+def test_the_process_dies_in_every_call_and_the_next_one_resumes(
+    tmp_path: Path,
+) -> None:
     count = calls_of_a_save(tmp_path / "count")
     for number in range(count):
         root = tmp_path / str(number)
@@ -118,7 +125,9 @@ def test_every_call_returns_an_error_and_training_continues(
 ) -> None:
     caplog.set_level(logging.INFO)
     count = calls_of_a_save(tmp_path / "count")
-    for (number, code), sticky in itertools.product(itertools.product(range(count), ERRNOS), (False, True)):
+    for (number, code), sticky in itertools.product(
+        itertools.product(range(count), ERRNOS), (False, True)
+    ):
         root = tmp_path / f"{number}-{code}-{sticky}"
         save(on(Quick(), root), 1)
         writer = on(Quick(), root)
@@ -146,7 +155,13 @@ def test_a_full_disk_gets_its_space_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("code", "exit_code"),
-    [(errno.ESTALE, 75), (errno.ETIMEDOUT, 75), (errno.EHOSTDOWN, 75), (errno.EDQUOT, 2), (errno.EROFS, 2)],
+    [
+        (errno.ESTALE, 75),
+        (errno.ETIMEDOUT, 75),
+        (errno.EHOSTDOWN, 75),
+        (errno.EDQUOT, 2),
+        (errno.EROFS, 2),
+    ],
 )
 def test_a_network_file_system_that_is_away_asks_for_a_restart(
     tmp_path: Path, code: int, exit_code: int
@@ -161,7 +176,9 @@ def test_a_network_file_system_that_is_away_asks_for_a_restart(
     assert caught.value.exit_code == exit_code
 
 
-def test_refusals_in_a_row_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_refusals_in_a_row_end_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     writer = on(Quick(), tmp_path / "ckpts")
     save(writer, 1)
     writer.storage = LocalStorage(Disk(fail_at=0, error=errno.ENOSPC, sticky=True))
@@ -174,9 +191,12 @@ def test_refusals_in_a_row_end_the_run(tmp_path: Path, caplog: pytest.LogCapture
             and "ckpt.keep_last" in record.getMessage()
         )
     with pytest.raises(
-        CheckpointError, match=r"third in a row: .*ENOSPC(.|\n)*fix: free space, or keep"
+        CheckpointError,
+        match=r"third in a row: .*ENOSPC(.|\n)*fix: free space, or keep",
     ) as caught:
         save(writer, 9)
-    assert caught.value.exit_code == 2  # somebody must free space before a restart helps
+    assert (
+        caught.value.exit_code == 2
+    )  # somebody must free space before a restart helps
     with pytest.raises(CheckpointError, match="ENOSPC"):
         writer.save(11, tensors(11), {}, {}, final=True)

@@ -51,13 +51,17 @@ def local(grid: Grid, fill: bool) -> dict[str, LocalShard]:
         for axis_name, dim in CUTS[name]:
             axis = getattr(grid, axis_name)
             chunks = part.chunk(axis.size, dim)  # torch's own rule is the oracle
-            part = chunks[axis.rank] if axis.rank < len(chunks) else part.narrow(dim, 0, 0)
+            part = (
+                chunks[axis.rank] if axis.rank < len(chunks) else part.narrow(dim, 0, 0)
+            )
         part = part.clone() if fill else torch.zeros_like(part)
         out[name] = LocalShard(part, ShardSpec(tuple(whole.shape), CUTS[name]))
     return out
 
 
-@pytest.mark.parametrize(("source", "target"), itertools.product(LAYOUTS, LAYOUTS), ids=str)
+@pytest.mark.parametrize(
+    ("source", "target"), itertools.product(LAYOUTS, LAYOUTS), ids=str
+)
 def test_loading_in_another_layout_is_bit_identical(
     tmp_path: Path, source: dict[str, int], target: dict[str, int]
 ) -> None:
@@ -73,12 +77,16 @@ def test_loading_in_another_layout_is_bit_identical(
         assert found is not None
         wanted, expected = local(grid, fill=False), local(grid, fill=True)
         assert reader.load(found, wanted) == {"a": 1}
-        assert all(torch.equal(wanted[name].tensor, expected[name].tensor) for name in expected)
+        assert all(
+            torch.equal(wanted[name].tensor, expected[name].tensor) for name in expected
+        )
         return found.record.tensor_bytes
 
     run_ranks(len(grids(**source)), save)
     stored = run_ranks(len(grids(**target)), load)
-    assert stored[0] == sum(t.numel() * t.element_size() for t in GLOBAL.values())  # every element once
+    assert stored[0] == sum(
+        t.numel() * t.element_size() for t in GLOBAL.values()
+    )  # every element once
 
 
 def test_padding_rows_are_not_stored(tmp_path: Path) -> None:
@@ -122,7 +130,9 @@ def test_a_failed_rank_is_named_everywhere_and_nothing_is_committed(
     caplog.set_level(logging.INFO)
 
     def save(exchange: ThreadExchange) -> None:
-        writer = CheckpointWriter(str(tmp_path), exchange=exchange, grid=grids(tp=2)[exchange.rank])
+        writer = CheckpointWriter(
+            str(tmp_path), exchange=exchange, grid=grids(tp=2)[exchange.rank]
+        )
         part = LocalShard(torch.zeros(2, 2), ShardSpec((4, 2), (("tp", 0),)))
         if exchange.rank == 1:
 

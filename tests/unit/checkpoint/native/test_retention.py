@@ -25,21 +25,32 @@ def writer_of(root: Path, **options: int) -> CheckpointWriter:
 
 def save(writer: CheckpointWriter, *steps: int, snapshot: bool = False) -> None:
     for step in steps:
-        assert writer.save(step, {"w": torch.full((3,), float(step))}, {}, {}, snapshot=snapshot)
+        assert writer.save(
+            step, {"w": torch.full((3,), float(step))}, {}, {}, snapshot=snapshot
+        )
 
 
 def steps(root: Path) -> list[str]:
-    return sorted(path.name for path in root.glob("step-*") if not path.name.endswith(".pin"))
+    return sorted(
+        path.name for path in root.glob("step-*") if not path.name.endswith(".pin")
+    )
 
 
 def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.levelno == logging.WARNING
+    ]
 
 
 @pytest.mark.parametrize("keep_last", [None, 1])
 @pytest.mark.parametrize("committed", [False, True])
 def test_a_linked_step_folder_is_left_alone_with_all_that_is_behind_it(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, keep_last: int | None, committed: bool
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    keep_last: int | None,
+    committed: bool,
 ) -> None:
     root, elsewhere = tmp_path / "ckpts", tmp_path / "archive"
     save(writer_of(elsewhere), 3)
@@ -48,7 +59,9 @@ def test_a_linked_step_folder_is_left_alone_with_all_that_is_behind_it(
     before = sorted((elsewhere / "step-00000003").iterdir())
     root.mkdir()
     (root / "step-00000003").symlink_to(elsewhere / "step-00000003")
-    writer = writer_of(root) if keep_last is None else writer_of(root, keep_last=keep_last)
+    writer = (
+        writer_of(root) if keep_last is None else writer_of(root, keep_last=keep_last)
+    )
     save(writer, 5, 6, 7)
     assert sorted((elsewhere / "step-00000003").iterdir()) == before
     assert "step-00000003" in steps(root)
@@ -58,7 +71,14 @@ def test_a_linked_step_folder_is_left_alone_with_all_that_is_behind_it(
 
 
 @pytest.mark.parametrize(
-    "name", ["weights.pt", "notes/", "model.safetensors", ".hidden", "0badc0de-r00000.safetensors.bak"]
+    "name",
+    [
+        "weights.pt",
+        "notes/",
+        "model.safetensors",
+        ".hidden",
+        "0badc0de-r00000.safetensors.bak",
+    ],
 )
 @pytest.mark.parametrize("own_too", [False, True])
 def test_a_step_folder_with_files_of_another_program_stays(
@@ -90,7 +110,9 @@ def test_a_checkpoint_to_which_somebody_added_a_file_stays(tmp_path: Path) -> No
     assert len(list((tmp_path / "step-00000001").iterdir())) == 4
 
 
-def test_files_of_others_in_the_newest_folder_stay_and_leftovers_go(tmp_path: Path) -> None:
+def test_files_of_others_in_the_newest_folder_stay_and_leftovers_go(
+    tmp_path: Path,
+) -> None:
     folder = tmp_path / "step-00000003"
     folder.mkdir()
     (folder / "0badc0de-r00001.safetensors").write_text("left by an interrupted save")
@@ -103,7 +125,9 @@ def test_files_of_others_in_the_newest_folder_stay_and_leftovers_go(tmp_path: Pa
 
 
 @pytest.mark.parametrize("missing", ["commit.json", "*.safetensors", "*.jsonl", "*"])
-def test_a_pinned_checkpoint_stays_whatever_is_missing_in_it(tmp_path: Path, missing: str) -> None:
+def test_a_pinned_checkpoint_stays_whatever_is_missing_in_it(
+    tmp_path: Path, missing: str
+) -> None:
     writer = writer_of(tmp_path, keep_last=1)
     save(writer, 1)
     (tmp_path / "step-00000001.pin").touch()
@@ -135,7 +159,9 @@ def test_a_checkpoint_that_lost_its_commit_record_stays(
     assert len([text for text in warned(caplog) if "lost its commit.json" in text]) == 1
 
 
-def test_a_damaged_checkpoint_is_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_checkpoint_is_reported_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     writer = writer_of(tmp_path, keep_last=2)
     save(writer, 1)
     next((tmp_path / "step-00000001").glob("*.safetensors")).unlink()
@@ -145,7 +171,9 @@ def test_a_damaged_checkpoint_is_reported_once(tmp_path: Path, caplog: pytest.Lo
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling link", "folder of others", "file"])
-def test_a_save_never_writes_into_what_is_not_its_own(tmp_path: Path, kind: str) -> None:
+def test_a_save_never_writes_into_what_is_not_its_own(
+    tmp_path: Path, kind: str
+) -> None:
     root, place = tmp_path / "ckpts", tmp_path / "elsewhere"
     root.mkdir()
     taken = root / "step-00000005"
@@ -166,7 +194,9 @@ def test_a_save_never_writes_into_what_is_not_its_own(tmp_path: Path, kind: str)
     assert found is not None and found.folder == folder
 
 
-def test_prune_obeys_the_same_rules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prune_obeys_the_same_rules(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save(writer_of(tmp_path / "other"), 1)
     root = tmp_path / "ckpts"
     save(writer_of(root), 2, 3, 4, 5, 6)
@@ -174,7 +204,13 @@ def test_prune_obeys_the_same_rules(tmp_path: Path, capsys: pytest.CaptureFixtur
     (root / "step-00000002/mine.txt").write_text("x")
     (root / "step-00000003.pin").touch()
     ckpt.prune(str(root), keep_last=2)
-    kept = ["step-00000001", "step-00000002", "step-00000003", "step-00000005", "step-00000006"]
+    kept = [
+        "step-00000001",
+        "step-00000002",
+        "step-00000003",
+        "step-00000005",
+        "step-00000006",
+    ]
     assert steps(root) == kept
     assert "5 checkpoints stay" in capsys.readouterr().out
     assert len(list((tmp_path / "other/step-00000001").iterdir())) == 3
@@ -187,7 +223,9 @@ def test_snapshots_never_share_the_folder_of_checkpoints(tmp_path: Path) -> None
             SaveFolder.open(f"local:{tmp_path}/ckpts", snapshots)
 
 
-def test_failing_to_delete_does_not_fail_the_save(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_failing_to_delete_does_not_fail_the_save(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     writer = writer_of(tmp_path, keep_last=1)
     save(writer, 1, 2)
 

@@ -27,8 +27,15 @@ def save(root: Path, *steps: int) -> None:
         grid = grids(tp=2)[exchange.rank]
         writer = CheckpointWriter(str(root), grid=grid, exchange=exchange)
         for step in steps:
-            part = LocalShard(torch.full((20, 9), float(step)), ShardSpec((40, 9), (("tp", 0),)))
-            writer.save(step, {"layers.0.w": part, "optim.exp_avg.layers.0.w": part}, {"step": step}, {})
+            part = LocalShard(
+                torch.full((20, 9), float(step)), ShardSpec((40, 9), (("tp", 0),))
+            )
+            writer.save(
+                step,
+                {"layers.0.w": part, "optim.exp_avg.layers.0.w": part},
+                {"step": step},
+                {},
+            )
 
     run_ranks(2, one)
 
@@ -63,14 +70,22 @@ def test_every_flip_and_cut_is_found_and_named(root: Path) -> None:
         if case % 4 == 3:
             file.write_bytes(data[:at])
         elif case % 40 == 2:
-            file.write_bytes(data[:at] + b"\0" * min(512, len(data) - at) + data[at + 512 :])
+            file.write_bytes(
+                data[:at] + b"\0" * min(512, len(data) - at) + data[at + 512 :]
+            )
         else:
-            file.write_bytes(data[:at] + bytes([data[at] ^ 1 << draw.randrange(8)]) + data[at + 1 :])
+            file.write_bytes(
+                data[:at] + bytes([data[at] ^ 1 << draw.randrange(8)]) + data[at + 1 :]
+            )
         if file.read_bytes() == data:
             continue  # zeros over zeros
         text = complaint(folder)
         assert file.name in text, (case, text)
-        named += bool(re.search(r"layers\.0\.w: piece at \[\d+, 0\] in .* does not match its hash", text))
+        named += bool(
+            re.search(
+                r"layers\.0\.w: piece at \[\d+, 0\] in .* does not match its hash", text
+            )
+        )
         file.write_bytes(data)
     assert named > CASES // 6
     verify(Candidate(LocalStorage(), str(folder), 2, True), "data")
@@ -94,14 +109,19 @@ def test_swapped_renamed_missing_and_extra_files(root: Path) -> None:
     second.write_bytes(keep[0])  # ranks swapped
     assert "does not match its hash" in complaint(new)
     second.write_bytes(keep[1])
-    first.write_bytes(next(iter(sorted(old.glob("*r00000*")))).read_bytes())  # from another step
+    first.write_bytes(
+        next(iter(sorted(old.glob("*r00000*")))).read_bytes()
+    )  # from another step
     assert "does not match its hash" in complaint(new)
     first.unlink()
     assert re.search(
-        r"r00000.safetensors is missing \(written by rank 0 of layout dp=1 pp=1 tp=2 world=2", complaint(new)
+        r"r00000.safetensors is missing \(written by rank 0 of layout dp=1 pp=1 tp=2 world=2",
+        complaint(new),
     )
     first.write_bytes(keep[0])
     (new / "notes.txt").write_text("extra files do no harm")
     verify(Candidate(LocalStorage(), str(new), 2, True), "data")
-    shutil.copy(old / "commit.json", new / "commit.json")  # a record that names files of another attempt
+    shutil.copy(
+        old / "commit.json", new / "commit.json"
+    )  # a record that names files of another attempt
     assert "named after step 2, but commit.json is of step 1" in complaint(new)

@@ -22,7 +22,9 @@ def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
     return {
         "embedding.weight": torch.randn(103, 16, generator=g).to(torch.bfloat16),
         "layers.0.w": torch.randn(16, 43, generator=g),
-        "optim.exp_avg.layers.0.w": torch.randn(16, 43, generator=g, dtype=torch.float64),
+        "optim.exp_avg.layers.0.w": torch.randn(
+            16, 43, generator=g, dtype=torch.float64
+        ),
         "count": torch.tensor(7),
         "mask": torch.tensor([True, False, True]),
         "empty": torch.zeros(0, 4),
@@ -57,7 +59,11 @@ def test_round_trip_is_bit_equal(tmp_path: Path) -> None:
     state = CheckpointReader().load(found, target)
     assert same(source, target)
     assert state["scaler"]["scale"] == math.inf and math.isnan(state["scaler"]["bad"])
-    assert state["rng"] == b"\x00\xff" and state["text"] == "中文" and state["big"] == 2**60
+    assert (
+        state["rng"] == b"\x00\xff"
+        and state["text"] == "中文"
+        and state["big"] == 2**60
+    )
 
 
 def test_any_safetensors_reader_opens_the_data_file(tmp_path: Path) -> None:
@@ -104,26 +110,44 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
     writer.save(1, {"a.weight": torch.zeros(2, 3), "b": torch.zeros(1)}, {}, {})
     found = CheckpointReader().newest(writer.folder)
     assert found is not None
-    with pytest.raises(UserError, match=r"a\.weight: checkpoint has F32\[2,3\], the model wants F32\[2,4\]"):
-        CheckpointReader().load(found, {"a.weight": torch.zeros(2, 4), "b": torch.zeros(1)})
+    with pytest.raises(
+        UserError,
+        match=r"a\.weight: checkpoint has F32\[2,3\], the model wants F32\[2,4\]",
+    ):
+        CheckpointReader().load(
+            found, {"a.weight": torch.zeros(2, 4), "b": torch.zeros(1)}
+        )
     with pytest.raises(UserError) as caught:
-        CheckpointReader().load(found, {"a.weight": torch.zeros(2, 4), "b": torch.zeros(7)})
+        CheckpointReader().load(
+            found, {"a.weight": torch.zeros(2, 4), "b": torch.zeros(7)}
+        )
     assert str(caught.value).splitlines()[:3] == [
         f"{found.folder}: 2 tensors differ:",
         "  a.weight: checkpoint has F32[2,3], the model wants F32[2,4]",
         "  b: checkpoint has F32[1], the model wants F32[7]",
     ]
     with pytest.raises(UserError, match=r"wants BF16\[2,3\]"):
-        CheckpointReader().load(found, {"a.weight": torch.zeros(2, 3, dtype=torch.bfloat16)}, strict=False)
-    with pytest.raises(UserError, match=r"no 'a\.wieght' \(1 name\); the closest name there is 'a\.weight'"):
-        CheckpointReader().load(found, {"a.wieght": torch.zeros(2, 3), "b": torch.zeros(1)})
-    with pytest.raises(UserError, match=r"unexpected tensors in the checkpoint: 'b' \(1 name\)"):
+        CheckpointReader().load(
+            found, {"a.weight": torch.zeros(2, 3, dtype=torch.bfloat16)}, strict=False
+        )
+    with pytest.raises(
+        UserError,
+        match=r"no 'a\.wieght' \(1 name\); the closest name there is 'a\.weight'",
+    ):
+        CheckpointReader().load(
+            found, {"a.wieght": torch.zeros(2, 3), "b": torch.zeros(1)}
+        )
+    with pytest.raises(
+        UserError, match=r"unexpected tensors in the checkpoint: 'b' \(1 name\)"
+    ):
         CheckpointReader().load(found, {"a.weight": torch.zeros(2, 3)})
     CheckpointReader().load(found, {"a.weight": torch.zeros(2, 3)}, strict=False)
 
 
 @covers("ckpt.save_ckpt_folder")
-@pytest.mark.parametrize("form", ["", "/", "/2", "/2/", "/step-00000002", "/step-00000002/"])
+@pytest.mark.parametrize(
+    "form", ["", "/", "/2", "/2/", "/step-00000002", "/step-00000002/"]
+)
 def test_every_form_of_a_path_resolves(tmp_path: Path, form: str) -> None:
     writer = CheckpointWriter(str(tmp_path))
     for step in (1, 2):
@@ -146,7 +170,9 @@ def test_a_committed_step_is_not_rewritten(tmp_path: Path) -> None:
     writer.close()
     second = again.save(1, {"a": torch.zeros(2)}, {}, {})
     assert second != first
-    assert json.loads((tmp_path / "step-00000001" / "commit.json").read_text()) == before
+    assert (
+        json.loads((tmp_path / "step-00000001" / "commit.json").read_text()) == before
+    )
 
 
 @pytest.mark.parametrize("url", ["s4:bucket/x", "volc:vc://b.e/k", "local:"])
@@ -166,4 +192,6 @@ def test_large_tensors_are_cut_into_pieces(tmp_path: Path) -> None:
     assert max(p.box.numel * 4 for r in records.values() for p in r.pieces) <= 4 << 20
     target = {"big": torch.zeros_like(big), "t": torch.zeros(1000, 1100, 3)}
     CheckpointReader().load(found, target)
-    assert torch.equal(target["big"], big) and torch.equal(target["t"], big.transpose(0, 2))
+    assert torch.equal(target["big"], big) and torch.equal(
+        target["t"], big.transpose(0, 2)
+    )

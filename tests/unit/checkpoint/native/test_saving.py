@@ -115,7 +115,9 @@ def test_snapshots_keep_two_and_never_lose_the_newest(tmp_path: Path) -> None:
 
 
 @covers("ckpt.keep_last", "ckpt.keep_every")
-def test_retention_keeps_the_newest_the_multiples_and_the_pinned(tmp_path: Path) -> None:
+def test_retention_keeps_the_newest_the_multiples_and_the_pinned(
+    tmp_path: Path,
+) -> None:
     writer = quick(tmp_path, keep_last=3, keep_every=10)
     for step in range(1, 31):
         writer.save(step, tensors(step), {}, {})
@@ -141,13 +143,20 @@ def test_retention_never_deletes_the_last_two_that_verify(tmp_path: Path) -> Non
     assert {5, 6} <= {c.step for c in writer.folder.candidates()}
 
 
-def test_leftovers_of_interrupted_saves_go_after_the_next_commit(tmp_path: Path) -> None:
+def test_leftovers_of_interrupted_saves_go_after_the_next_commit(
+    tmp_path: Path,
+) -> None:
     writer = quick(tmp_path)
     for step in (3, 9):
         (tmp_path / f"step-0000000{step}").mkdir()
-        (tmp_path / f"step-0000000{step}" / "0badc0de-r00000.safetensors").write_bytes(b"x")
+        (tmp_path / f"step-0000000{step}" / "0badc0de-r00000.safetensors").write_bytes(
+            b"x"
+        )
     writer.save(5, tensors(5), {}, {})
-    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000005", "step-00000009"]
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == [
+        "step-00000005",
+        "step-00000009",
+    ]
     writer.save(9, tensors(9), {}, {})
     assert len(list((tmp_path / "step-00000009").iterdir())) == 3
 
@@ -173,9 +182,16 @@ class Small(LocalStorage):
 def test_forecast_of_disk_need() -> None:
     assert readable(3 << 19) == "1.5 MiB"
     line = check_space(Small(10 << 20), "ckpts", one=1 << 20, held=0, saves=5)
-    assert line == "one checkpoint takes 1.0 MiB, 5 of them 5.0 MiB; 10.0 MiB are free in ckpts"
-    assert "NOT ENOUGH" in check_space(Small(3 << 20), "ckpts", one=1 << 20, held=0, saves=5)
-    assert "NOT ENOUGH" not in check_space(Small(3 << 20), "ckpts", one=1 << 20, held=0, saves=5, keep_last=2)
+    assert (
+        line
+        == "one checkpoint takes 1.0 MiB, 5 of them 5.0 MiB; 10.0 MiB are free in ckpts"
+    )
+    assert "NOT ENOUGH" in check_space(
+        Small(3 << 20), "ckpts", one=1 << 20, held=0, saves=5
+    )
+    assert "NOT ENOUGH" not in check_space(
+        Small(3 << 20), "ckpts", one=1 << 20, held=0, saves=5, keep_last=2
+    )
     with pytest.raises(UserError, match="cannot hold two checkpoints"):
         check_space(Small(1 << 20), "ckpts", one=1 << 20, held=0)
     check_space(Small(1 << 20), "ckpts", one=1 << 20, held=1)
@@ -201,9 +217,14 @@ def test_two_writers_one_wins_the_other_says_why(tmp_path: Path) -> None:
         holder = interpreter.start(functools.partial(hold, str(tmp_path)))
         holder.wait_for("holding")
         text = interpreter.run(functools.partial(try_to_save, str(tmp_path))).stdout
-        assert f"another live job writes here: process {holder.pid} on" in text and "save_ckpt_folder" in text
+        assert (
+            f"another live job writes here: process {holder.pid} on" in text
+            and "save_ckpt_folder" in text
+        )
         holder.kill()  # the lock of a killed job is free at once
-        assert interpreter.run(functools.partial(try_to_save, str(tmp_path))).stdout == ""
+        assert (
+            interpreter.run(functools.partial(try_to_save, str(tmp_path))).stdout == ""
+        )
     finally:
         interpreter.close()
     assert loaded(CheckpointWriter(str(tmp_path))) == (1, 1.0)

@@ -16,7 +16,11 @@ from evomesh.checkpoint.native.software import software, source_revision
 
 
 def git(folder: Path, *arguments: str) -> str:
-    who = {f"GIT_{role}_{part}": "test" for role in ("AUTHOR", "COMMITTER") for part in ("NAME", "EMAIL")}
+    who = {
+        f"GIT_{role}_{part}": "test"
+        for role in ("AUTHOR", "COMMITTER")
+        for part in ("NAME", "EMAIL")
+    }
     command = ["git", "-C", str(folder), *arguments]
     return subprocess.run(
         command, check=True, capture_output=True, text=True, env=os.environ | who
@@ -46,13 +50,17 @@ def test_a_package_inside_another_projects_tree_has_no_revision(tmp_path: Path) 
     assert source_revision(inside) == ("", False)
 
 
-def test_without_git_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_git_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert source_revision(Path(evomesh.__file__).parents[1]) == ("", False)
 
 
 def test_the_commit_record_holds_it(tmp_path: Path) -> None:
     CheckpointWriter(str(tmp_path / "ckpts")).save(1, {"w": torch.ones(3)}, {}, {})
-    body = json.loads((tmp_path / "ckpts/step-00000001/commit.json").read_text())["body"]
+    body = json.loads((tmp_path / "ckpts/step-00000001/commit.json").read_text())[
+        "body"
+    ]
     assert body["software"] == software()
     assert set(software()) == {"evomesh", "revision", "dirty", "torch", "python"}

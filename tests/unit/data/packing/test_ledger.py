@@ -10,14 +10,19 @@ import pytest
 from typer.testing import CliRunner
 
 from evomesh.cli.app import app
-from evomesh.config.schema import DataConfig
+from evomesh.config.data import DataConfig
 from evomesh.config.step_values import BatchSizeRampup
 from evomesh.data.packing.corpus import Corpus, open_corpus
 from evomesh.data.packing.ledger import LedgerEntry, StepLedger
 from evomesh.errors import UserError
 from tests.support.golden import write_bin
 
-FILES = {"en/a.bin": 37, "en/b.bin": 5, "cn/deep/z.bin": 61, "code/c.bin": 24}  # file: documents
+FILES = {
+    "en/a.bin": 37,
+    "en/b.bin": 5,
+    "cn/deep/z.bin": 61,
+    "code/c.bin": 24,
+}  # file: documents
 STEPS = 13
 
 
@@ -26,7 +31,10 @@ def documents_of(file: str) -> list[list[int]]:
     first = 1 + 10_000 * list(FILES).index(file)
     lengths = [(7 * row + len(file)) % 29 for row in range(FILES[file])]
     starts = [first + sum(lengths[:row]) for row in range(len(lengths))]
-    return [list(range(start, start + length)) for start, length in zip(starts, lengths, strict=True)]
+    return [
+        list(range(start, start + length))
+        for start, length in zip(starts, lengths, strict=True)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +46,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def open_data(folder: Path, **values: Any) -> Corpus:
-    options = {"seq_len": 8, "micro_bsz": 2, "micro_num": 2, "num_worker": 0, "train_folder": str(folder)}
+    options = {
+        "seq_len": 8,
+        "micro_bsz": 2,
+        "micro_num": 2,
+        "num_worker": 0,
+        "train_folder": str(folder),
+    }
     return open_corpus(DataConfig(**(options | values)), None)
 
 
@@ -57,18 +71,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("values", VARIANTS.values(), ids=VARIANTS.keys())
 @pytest.mark.parametrize("dp_size", [1, 3])
 class TestAgainstBatches:
-    def test_a_step_is_what_the_ranks_read(self, folder: Path, values: dict[str, Any], dp_size: int) -> None:
+    def test_a_step_is_what_the_ranks_read(
+        self, folder: Path, values: dict[str, Any], dp_size: int
+    ) -> None:
         corpus = open_data(folder, **values)
         lookup = StepLedger(corpus, dp_size)
         streams = [corpus.stream(rank, dp_size) for rank in range(dp_size)]
         for step in range(STEPS):
             for rank, stream in enumerate(streams):
                 tokens = next(stream).tokens.tolist()
-                told = [[0] * len(row) for row in tokens]  # zeros where no document is: padding
+                told = [
+                    [0] * len(row) for row in tokens
+                ]  # zeros where no document is: padding
                 for entry in lookup.step(step, rank):
                     assert (entry.step, entry.rank) == (step, rank)
                     part = documents_of(entry.file)[entry.row][entry.start : entry.stop]
-                    told[entry.micro_batch][entry.offset : entry.offset + len(part)] = part
+                    told[entry.micro_batch][entry.offset : entry.offset + len(part)] = (
+                        part
+                    )
                 assert told == tokens
 
     def test_the_uses_of_a_document_are_all_there_are(
@@ -79,14 +99,22 @@ class TestAgainstBatches:
         for step in range(STEPS):
             for entry in lookup.step(step):
                 brute.setdefault((entry.file, entry.row), []).append(entry)
-        assert any(len({entry.step for entry in entries}) > 1 for entries in brute.values())  # passes repeat
+        assert any(
+            len({entry.step for entry in entries}) > 1 for entries in brute.values()
+        )  # passes repeat
         for (file, row), entries in list(brute.items())[::3]:
-            assert sorted(lookup.uses(file, row, STEPS), key=str) == sorted(entries, key=str)
+            assert sorted(lookup.uses(file, row, STEPS), key=str) == sorted(
+                entries, key=str
+            )
 
 
 def test_documents_that_are_not_there(folder: Path) -> None:
     lookup = StepLedger(open_data(folder, min_length=9), 1)
-    short = next(row for row, document in enumerate(documents_of("en/a.bin")) if len(document) < 9)
+    short = next(
+        row
+        for row, document in enumerate(documents_of("en/a.bin"))
+        if len(document) < 9
+    )
     for file, row, words in (
         ("en/x.bin", 0, "no token file 'en/x.bin'"),
         ("en/a.bin", 37, "0 to 36"),
@@ -106,7 +134,9 @@ parallel = dict(tensor=2)
 
 def run(folder: Path, tmp_path: Path, *options: str) -> str:
     (tmp_path / "c.py").write_text(CONFIG.format(folder=str(folder)))
-    result = CliRunner().invoke(app, ["ledger", str(tmp_path / "c.py"), *options], catch_exceptions=False)
+    result = CliRunner().invoke(
+        app, ["ledger", str(tmp_path / "c.py"), *options], catch_exceptions=False
+    )
     assert result.exit_code == 0
     return result.output
 
@@ -114,14 +144,20 @@ def run(folder: Path, tmp_path: Path, *options: str) -> str:
 def test_command_lists_a_step_and_a_document(folder: Path, tmp_path: Path) -> None:
     rows = [
         json.loads(line)
-        for line in run(folder, tmp_path, "--gpus", "4", "--step", "3", "--json").splitlines()
+        for line in run(
+            folder, tmp_path, "--gpus", "4", "--step", "3", "--json"
+        ).splitlines()
     ]
-    assert {row["rank"] for row in rows} == {0, 1}  # four processes, two of them of one tensor group
+    assert {row["rank"] for row in rows} == {
+        0,
+        1,
+    }  # four processes, two of them of one tensor group
     assert sum(row["stop"] - row["start"] for row in rows) == 2 * 2 * 16
     name = f"{rows[0]['file']}:{rows[0]['row']}"
     uses = run(folder, tmp_path, "--gpus", "4", "--document", name)
     assert (
-        f"step 3 rank {rows[0]['rank']} micro-batch {rows[0]['micro_batch']} pack {rows[0]['pack']}" in uses
+        f"step 3 rank {rows[0]['rank']} micro-batch {rows[0]['micro_batch']} pack {rows[0]['pack']}"
+        in uses
     )
     skipped = run(folder, tmp_path, "--step", "1", "--rank", "0").splitlines()
     assert all(line.endswith("(skipped: data.skip_batches)") for line in skipped)
@@ -135,7 +171,10 @@ def test_command_lists_a_step_and_a_document(folder: Path, tmp_path: Path) -> No
         (["--document", "en/a.bin"], "expected: FILE:ROW"),
         (["--step", "1", "--gpus", "4", "--rank", "2"], "0 to 1"),
         (["--step", "6", "--gpus", "2"], r"0 to 5 \(data.total_steps\)"),
-        (["--step", "1", "--set", "data.type=streaming"], "only known while it is read"),
+        (
+            ["--step", "1", "--set", "data.type=streaming"],
+            "only known while it is read",
+        ),
     ],
 )
 def test_mistakes(folder: Path, tmp_path: Path, options: list[str], words: str) -> None:

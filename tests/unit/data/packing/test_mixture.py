@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evomesh.config.schema import DataConfig
+from evomesh.config.data import DataConfig
 from evomesh.config.step_values import BatchSizeRampup
 from evomesh.data.build import build_train_data
 from evomesh.data.packing.mixture import MixedSampler, MixtureSchedule, WeightedSource
@@ -20,23 +20,37 @@ from evomesh.data.packing.sampler import SamplerPosition
 from evomesh.errors import UserError
 from tests.support.covers import covers
 
-weights = st.lists(st.integers(1, 50).map(lambda n: n / 7 if n % 2 else float(n)), min_size=1, max_size=6)
+weights = st.lists(
+    st.integers(1, 50).map(lambda n: n / 7 if n % 2 else float(n)),
+    min_size=1,
+    max_size=6,
+)
 
 
 @given(weights, st.integers(0, 500))
 @settings(max_examples=150, deadline=None)
-def test_every_prefix_is_within_one_pack_of_its_share(found: list[float], start: int) -> None:
+def test_every_prefix_is_within_one_pack_of_its_share(
+    found: list[float], start: int
+) -> None:
     shares = MixtureSchedule(found)
     counts = shares.counts(start)
-    exact = [Fraction(str(one)) / sum(Fraction(str(other)) for other in found) for one in found]
+    exact = [
+        Fraction(str(one)) / sum(Fraction(str(other)) for other in found)
+        for one in found
+    ]
     for n, source in enumerate(shares.take(start, 60), start + 1):
         counts[source] += 1
-        assert all(abs(count - weight * n) < 1 for count, weight in zip(counts, exact, strict=True))
+        assert all(
+            abs(count - weight * n) < 1
+            for count, weight in zip(counts, exact, strict=True)
+        )
 
 
 @given(weights, st.integers(0, 400), st.integers(1, 30))
 @settings(max_examples=100, deadline=None)
-def test_a_mixture_can_start_at_any_pack(found: list[float], start: int, size: int) -> None:
+def test_a_mixture_can_start_at_any_pack(
+    found: list[float], start: int, size: int
+) -> None:
     straight = MixtureSchedule(found).take(0, start + size)
     assert MixtureSchedule(found).take(start, size) == straight[start:]
 
@@ -47,12 +61,19 @@ def test_decimal_weights_repeat_without_drift() -> None:
     assert shares.counts(10**9) == [700_000_000, 200_000_000, 100_000_000]
 
 
-def sampler(global_batch: int = 4, rampup: BatchSizeRampup | None = None) -> MixedSampler:
-    sources = [WeightedSource("a", 0.75, np.arange(0, 7)), WeightedSource("b", 0.25, np.arange(7, 10))]
+def sampler(
+    global_batch: int = 4, rampup: BatchSizeRampup | None = None
+) -> MixedSampler:
+    sources = [
+        WeightedSource("a", 0.75, np.arange(0, 7)),
+        WeightedSource("b", 0.25, np.arange(7, 10)),
+    ]
     return MixedSampler(sources, 5, global_batch, rampup)
 
 
-def walk(mixed: MixedSampler, steps: int, position: SamplerPosition | None = None) -> list[list[int]]:
+def walk(
+    mixed: MixedSampler, steps: int, position: SamplerPosition | None = None
+) -> list[list[int]]:
     position, found = position or SamplerPosition(), []
     for _ in range(steps):
         packs, position = mixed.take(position)
@@ -83,7 +104,9 @@ def test_resume(stop: int, rampup: BatchSizeRampup | None) -> None:
 
 
 @covers("data.dataset_weights", "promise:dataset-weights")
-def test_dataset_weights_of_a_config_set_the_shares(write_bin: Any, tmp_path: Path) -> None:
+def test_dataset_weights_of_a_config_set_the_shares(
+    write_bin: Any, tmp_path: Path
+) -> None:
     write_bin([[1] * 400], "train/en/a.bin")
     write_bin([[2] * 400], "train/en/b.bin")
     write_bin([[3] * 100], "train/code/c.bin")
@@ -94,8 +117,12 @@ def test_dataset_weights_of_a_config_set_the_shares(write_bin: Any, tmp_path: Pa
         "num_worker": 1,
         "train_folder": str(tmp_path / "train"),
     }
-    data = build_train_data(DataConfig(**options, dataset_weights={"en/": 3.0, "code/": 1.0}), 10)
-    assert data.warnings == ["cn/d.bin matches no key of data.dataset_weights and is not trained on"]
+    data = build_train_data(
+        DataConfig(**options, dataset_weights={"en/": 3.0, "code/": 1.0}), 10
+    )
+    assert data.warnings == [
+        "cn/d.bin matches no key of data.dataset_weights and is not trained on"
+    ]
     stream = data.stream()
     first = [int(token) for _ in range(50) for token in next(stream).tokens[:, 0]]
     assert {token: first.count(token) for token in set(first)} == {

@@ -17,7 +17,9 @@ from evomesh.errors import UserError
 from tests.support.covers import covers
 
 
-def internevo_order(num_packs: int, seed: int, micro_num: int, dp: int, steps: int) -> list[list[list[int]]]:
+def internevo_order(
+    num_packs: int, seed: int, micro_num: int, dp: int, steps: int
+) -> list[list[list[int]]]:
     """Return the packs that InternEvo's sampler yields, by step and rank.
 
     In each pass a rank takes a strided share of one permutation, ``micro_num`` packs at a time.
@@ -30,7 +32,9 @@ def internevo_order(num_packs: int, seed: int, micro_num: int, dp: int, steps: i
             generators[rank].shuffle(indices)
             indices = indices[: num_packs // (micro_num * dp) * (micro_num * dp)]
             own = indices[rank::dp].tolist()
-            streams[rank] += [own[i : i + micro_num] for i in range(0, len(own), micro_num)]
+            streams[rank] += [
+                own[i : i + micro_num] for i in range(0, len(own), micro_num)
+            ]
     return [[streams[rank][step] for rank in range(dp)] for step in range(steps)]
 
 
@@ -56,7 +60,9 @@ def test_the_order_of_packs_is_internevos(
     micro_num, dp = layout
     num_packs = micro_num * dp + surplus
     sampler = PackSampler(num_packs, seed, micro_num * dp)
-    assert our_order(sampler, dp, steps) == internevo_order(num_packs, seed, micro_num, dp, steps)
+    assert our_order(sampler, dp, steps) == internevo_order(
+        num_packs, seed, micro_num, dp, steps
+    )
 
 
 @given(st.integers(24, 90), st.integers(0, 25), st.sampled_from([1, 2, 3, 4, 6, 12]), st.sampled_from([1, 2, 6, 12]),
@@ -67,7 +73,9 @@ def test_another_layout_of_the_same_global_batch_resumes_with_the_same_packs(
 ) -> None:
     def build(dp: int) -> PackSampler:
         rampup = BatchSizeRampup(1, 1, 3).times(dp) if ramp else None
-        return PackSampler(num_packs, 7, 12, rampup, order, dp if order == "xtuner" else 1)
+        return PackSampler(
+            num_packs, 7, 12, rampup, order, dp if order == "xtuner" else 1
+        )
 
     straight = build(dp_before)
     position = SamplerPosition()
@@ -84,7 +92,12 @@ def test_another_layout_of_the_same_global_batch_resumes_with_the_same_packs(
         assert packs.tolist() == sets[step]
 
 
-@given(st.integers(12, 90), st.integers(0, 60), st.booleans(), st.sampled_from(["internevo", "xtuner"]))
+@given(
+    st.integers(12, 90),
+    st.integers(0, 60),
+    st.booleans(),
+    st.sampled_from(["internevo", "xtuner"]),
+)
 @settings(max_examples=100, deadline=None)
 def test_seek_finds_the_position_of_an_uninterrupted_run(
     num_packs: int, step: int, ramp: bool, order: Any
@@ -104,7 +117,9 @@ def test_seek_finds_the_position_of_an_uninterrupted_run(
 def test_a_pass_has_each_pack_once_and_the_next_another_order() -> None:
     sampler = PackSampler(20, 1024, 5)
     steps = our_order(sampler, 1, 8)
-    first, second = ([pack for step in half for pack in step[0]] for half in (steps[:4], steps[4:]))
+    first, second = (
+        [pack for step in half for pack in step[0]] for half in (steps[:4], steps[4:])
+    )
     assert sorted(first) == sorted(second) == list(range(20))
     assert first != second
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from evomesh.config.schema import DataConfig
+from evomesh.config.data import DataConfig
 from evomesh.data.build import build_train_data, build_valid_data
 from evomesh.data.records import rows as rows_module
 from evomesh.data.records.rows import RowCursor, RowStream, find_split_files
@@ -91,11 +91,20 @@ def test_one_pass_holds_every_token_once(tmp_path: Path, tokenizer: Path) -> Non
     assert len(repeated) <= 60
     assert missing <= 60
     again = take(build_train_data(config(folder, tokenizer), WORDS).stream(), 2 * steps)
-    assert max(Counter(token for batch in again for row in batch for token in row if token > 1).values()) <= 3
+    assert (
+        max(
+            Counter(
+                token for batch in again for row in batch for token in row if token > 1
+            ).values()
+        )
+        <= 3
+    )
     assert again[: len(batches)] == batches
 
 
-def test_text_is_packed_by_the_rules_of_tokenized_data(tmp_path: Path, tokenizer: Path) -> None:
+def test_text_is_packed_by_the_rules_of_tokenized_data(
+    tmp_path: Path, tokenizer: Path
+) -> None:
     folder = write(tmp_path / "d", texts(100))
     batch = next(build_train_data(config(folder, tokenizer), WORDS).stream())
     for lane in range(2):
@@ -109,14 +118,22 @@ def test_text_is_packed_by_the_rules_of_tokenized_data(tmp_path: Path, tokenizer
 
 
 @pytest.mark.parametrize("split", [(1, 4), (2, 2), (4, 1)])
-def test_steps_do_not_depend_on_the_layout(tmp_path: Path, tokenizer: Path, split: tuple[int, int]) -> None:
+def test_steps_do_not_depend_on_the_layout(
+    tmp_path: Path, tokenizer: Path, split: tuple[int, int]
+) -> None:
     folder = write(tmp_path / "d", texts(200))
     micro_num, dp_size = split
-    whole = take(build_train_data(config(folder, tokenizer, micro_num=4), WORDS).stream(), 20)
+    whole = take(
+        build_train_data(config(folder, tokenizer, micro_num=4), WORDS).stream(), 20
+    )
     data = build_train_data(config(folder, tokenizer, micro_num=micro_num), WORDS)
-    shares = [take(data.stream(dp_rank=rank, dp_size=dp_size), 20) for rank in range(dp_size)]
+    shares = [
+        take(data.stream(dp_rank=rank, dp_size=dp_size), 20) for rank in range(dp_size)
+    ]
     for step in range(20):
-        assert sorted(row for share in shares for row in share[step]) == sorted(whole[step])
+        assert sorted(row for share in shares for row in share[step]) == sorted(
+            whole[step]
+        )
 
 
 def test_any_layout_resumes_from_any_step(tmp_path: Path, tokenizer: Path) -> None:
@@ -125,13 +142,21 @@ def test_any_layout_resumes_from_any_step(tmp_path: Path, tokenizer: Path) -> No
     streams = [data.stream(dp_rank=rank, dp_size=2) for rank in range(2)]
     states, rows = [], []
     for _ in range(30):
-        states.append(json.loads(json.dumps(data.merge_states([stream.state() for stream in streams]))))
-        rows.append(sorted(row for stream in streams for row in next(stream).tokens.tolist()))
+        states.append(
+            json.loads(
+                json.dumps(data.merge_states([stream.state() for stream in streams]))
+            )
+        )
+        rows.append(
+            sorted(row for stream in streams for row in next(stream).tokens.tolist())
+        )
     for stream in streams:
         stream.close()
     one = build_train_data(config(folder, tokenizer, micro_num=4), WORDS)
     for step in range(0, 27, 2):
-        assert [sorted(batch) for batch in take(one.stream(state=states[step]), 3)] == rows[step : step + 3]
+        assert [
+            sorted(batch) for batch in take(one.stream(state=states[step]), 3)
+        ] == rows[step : step + 3]
     from_the_start = one.stream()
     for _ in range(5):
         from_the_start.skip()
@@ -141,7 +166,9 @@ def test_any_layout_resumes_from_any_step(tmp_path: Path, tokenizer: Path) -> No
         data.stream(dp_size=3, state=states[3])
     write(folder, texts(61))
     with pytest.raises(UserError, match="data changed"):
-        build_train_data(config(folder, tokenizer, micro_num=4), WORDS).stream(state=states[3])
+        build_train_data(config(folder, tokenizer, micro_num=4), WORDS).stream(
+            state=states[3]
+        )
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "txt", "json", "jsonl.gz"])
@@ -154,7 +181,9 @@ def test_all_kinds_of_files_give_the_same_rows(tmp_path: Path, kind: str) -> Non
     if kind == "parquet":
         table.to_parquet(str(folder / "train.parquet"), batch_size=7)
     elif kind == "arrow":
-        datasets.DatasetDict({"train": table, "test": table.select(range(3))}).save_to_disk(str(folder))
+        datasets.DatasetDict(
+            {"train": table, "test": table.select(range(3))}
+        ).save_to_disk(str(folder))
     elif kind == "txt":
         (folder / "a.txt").write_text("\n".join(found))
     elif kind == "json":
@@ -175,7 +204,10 @@ def test_all_kinds_of_files_give_the_same_rows(tmp_path: Path, kind: str) -> Non
     for before, window in pairwise(windows):
         assert next(stream.windows(before.next_cursor)) == window
     if kind == "arrow":
-        assert len(find_split_files(str(folder), "data.valid_folder", None, "valid")[0]) == 1
+        assert (
+            len(find_split_files(str(folder), "data.valid_folder", None, "valid")[0])
+            == 1
+        )
 
 
 @covers("data.subset_name")
@@ -187,7 +219,9 @@ def test_split_and_subset_are_chosen_by_name(tmp_path: Path) -> None:
         ]
 
     folder = write(tmp_path / "d", texts(9))
-    (folder / "train.bin.json").write_text("{}")  # the fingerprint of a token file is not data
+    (folder / "train.bin.json").write_text(
+        "{}"
+    )  # the fingerprint of a token file is not data
     (folder / "more.txt").write_text("w5\n")
     files, warnings = find_split_files(str(folder), "k", None, "train")
     assert len(files) == 3
@@ -205,27 +239,42 @@ def test_split_and_subset_are_chosen_by_name(tmp_path: Path) -> None:
         archive.writestr("old/test.txt", "w6\n")
         archive.writestr("new/train.txt", "w6\n")
         archive.writestr("old/readme.md", "no data")
-    assert names("txt") == ["books.zip/new/train.txt", "books.zip/old/train.txt", "train.txt"]
+    assert names("txt") == [
+        "books.zip/new/train.txt",
+        "books.zip/old/train.txt",
+        "train.txt",
+    ]
     assert names("books.zip") == names("txt")[:2]
     assert names("books.zip/old") == names("txt")[1:2]
     assert names(None, "valid") == ["books.zip/old/test.txt"]
     with pytest.raises(
-        UserError, match=r"no folder or archive 'arrow'(.|\n)*formats jsonl, txt, or one of books.zip"
+        UserError,
+        match=r"no folder or archive 'arrow'(.|\n)*formats jsonl, txt, or one of books.zip",
     ):
         names("arrow")
 
 
 @covers("data.split_name", "data.valid_split_name")
-def test_training_and_validation_read_the_splits_that_are_named(tmp_path: Path, tokenizer: Path) -> None:
+def test_training_and_validation_read_the_splits_that_are_named(
+    tmp_path: Path, tokenizer: Path
+) -> None:
     (tmp_path / "train_a.txt").write_text("w5 w6 w7\n" * 40)
     (tmp_path / "data").mkdir()
     (tmp_path / "data/extra-00000-of-00001.txt").write_text("w8 w9\n" * 40)
-    options = {"split_name": "extra", "valid_folder": str(tmp_path), "valid_split_name": "train"}
+    options = {
+        "split_name": "extra",
+        "valid_folder": str(tmp_path),
+        "valid_split_name": "train",
+    }
     made = config(tmp_path, tokenizer, **options)
     tokens = next(build_train_data(made, WORDS).stream()).tokens
     assert set(tokens.flatten().tolist()) == {8, 9, 1}
     (valid,) = build_valid_data(made, WORDS)
-    assert {label for batch in valid.batches(0, 1) for label in batch.labels.flatten().tolist()} == {
+    assert {
+        label
+        for batch in valid.batches(0, 1)
+        for label in batch.labels.flatten().tolist()
+    } == {
         6,
         7,
         1,
@@ -283,7 +332,9 @@ def test_an_archive_gives_the_rows_of_its_files_from_any_cursor(
     stored = dict(reversed(members.items())) if backwards else members
     pack_members(folder / name, stored | {"notes.md": b"no data", "._h.txt": b"\xff"})
     files, _ = find_split_files(str(folder), "k", None, "train")
-    assert [str(file.full_path.relative_to(folder / name)) for file in files] == sorted(members)
+    assert [str(file.full_path.relative_to(folder / name)) for file in files] == sorted(
+        members
+    )
     stream = RowStream(files, "text", 3)
     windows = []
     for window in stream.windows(RowCursor()):
@@ -292,12 +343,16 @@ def test_an_archive_gives_the_rows_of_its_files_from_any_cursor(
         windows.append(window)
     assert [text for window in windows for text in window.texts] != found
     in_order = [record.value for record, _, _ in stream._rows(0, 0)]
-    assert [value if isinstance(value, str) else value["text"] for value in in_order] == found
+    assert [
+        value if isinstance(value, str) else value["text"] for value in in_order
+    ] == found
     for before, window in pairwise(windows):
         assert next(stream.windows(before.next_cursor)) == window
 
 
-def test_a_resume_in_the_middle_of_an_archive_is_exact(tmp_path: Path, tokenizer: Path) -> None:
+def test_a_resume_in_the_middle_of_an_archive_is_exact(
+    tmp_path: Path, tokenizer: Path
+) -> None:
     members = kinds_of_files([text for text in texts(120) if text])
     folder = tmp_path / "d"
     folder.mkdir()
@@ -320,25 +375,53 @@ def test_a_resume_in_the_middle_of_an_archive_is_exact(tmp_path: Path, tokenizer
 @pytest.mark.parametrize(
     ("name", "spoil", "part"),
     [
-        ("x.zip", lambda whole: whole[:-40], "cannot read the archive: File is not a zip file"),
-        ("x.tar.gz", lambda whole: whole[:-40], "cannot read the archive: Compressed file ended"),
-        ("x.tar.gz", lambda whole: b"plain" + whole, "cannot read the archive: Not a gzipped file"),
-        ("x.tar", lambda whole: whole[:1600], "cannot read the archive: unexpected end of data"),
+        (
+            "x.zip",
+            lambda whole: whole[:-40],
+            "cannot read the archive: File is not a zip file",
+        ),
+        (
+            "x.tar.gz",
+            lambda whole: whole[:-40],
+            "cannot read the archive: Compressed file ended",
+        ),
+        (
+            "x.tar.gz",
+            lambda whole: b"plain" + whole,
+            "cannot read the archive: Not a gzipped file",
+        ),
+        (
+            "x.tar",
+            lambda whole: whole[:1600],
+            "cannot read the archive: unexpected end of data",
+        ),
         ("x.tar", lambda whole: whole[:1100], r"truncated at byte 1024"),
-        ("x.tar", lambda whole: whole[:1024], r"truncated at byte 1024 \(unpacked\), after 1 file"),
-        ("x.tar", lambda whole: whole[:1030] + b"?" + whole[1031:], r"damaged at byte 1024"),
+        (
+            "x.tar",
+            lambda whole: whole[:1024],
+            r"truncated at byte 1024 \(unpacked\), after 1 file",
+        ),
+        (
+            "x.tar",
+            lambda whole: whole[:1030] + b"?" + whole[1031:],
+            r"damaged at byte 1024",
+        ),
         ("x.tar", lambda whole: b"no tar" * 200, "cannot read the archive"),
         ("x.7z", lambda whole: whole, "archives of this kind are not supported"),
     ],
 )
-def test_broken_archives_are_refused_by_name(tmp_path: Path, name: str, spoil: Any, part: str) -> None:
+def test_broken_archives_are_refused_by_name(
+    tmp_path: Path, name: str, spoil: Any, part: str
+) -> None:
     pack_members(tmp_path / "x.tar", {"a.txt": b"w2\n", "b.txt": b"w3\n" * 300})
     whole = tmp_path / name
     if name != "x.7z":
         pack_members(whole, {"a.txt": b"w2\n", "b.txt": b"w3\n" * 300})
     folder = tmp_path / "d"
     folder.mkdir()
-    (folder / name).write_bytes(spoil((whole if whole.exists() else tmp_path / "x.tar").read_bytes()))
+    (folder / name).write_bytes(
+        spoil((whole if whole.exists() else tmp_path / "x.tar").read_bytes())
+    )
     with pytest.raises(UserError, match=part) as caught:
         find_split_files(str(folder), "k", None, "train")
     assert str(folder / name) in str(caught.value)
@@ -349,7 +432,9 @@ def test_broken_files_and_members_are_refused_by_name(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.txt", "w2\n" * 100)
     path.write_bytes(path.read_bytes().replace(b"w2\nw2", b"w2\nw3", 1))
-    with pytest.raises(UserError, match=r"x.zip/a.txt: cannot read the file: Bad CRC-32"):
+    with pytest.raises(
+        UserError, match=r"x.zip/a.txt: cannot read the file: Bad CRC-32"
+    ):
         list(RowStream(find_source_files([str(path)]), "text", 0)._rows(0, 0))
     for content, part in [
         (b"text,id\nw2\n", "a.csv line 2: the row has 1 fields"),
@@ -359,18 +444,26 @@ def test_broken_files_and_members_are_refused_by_name(tmp_path: Path) -> None:
     ]:
         (tmp_path / "a.csv").write_bytes(content)
         with pytest.raises(UserError, match=part):
-            next(RowStream(find_source_files([str(tmp_path / "a.csv")]), "text", 0).windows(RowCursor()))
+            next(
+                RowStream(
+                    find_source_files([str(tmp_path / "a.csv")]), "text", 0
+                ).windows(RowCursor())
+            )
     pack_members(path, {"a.md": b"x"})
     with pytest.raises(UserError, match=r"'x\.zip' contains no such file"):
         find_source_files([str(path)])
 
 
-def test_a_validation_set_of_text_has_every_target_once(tmp_path: Path, tokenizer: Path) -> None:
+def test_a_validation_set_of_text_has_every_target_once(
+    tmp_path: Path, tokenizer: Path
+) -> None:
     folder = tmp_path / "v"
     folder.mkdir()
     found = [text for text in texts(40, 1) if text]
     (folder / "validation.txt").write_text("\n".join(found) + "\n")
-    (valid,) = build_valid_data(config(folder, tokenizer, valid_folder=str(folder)), WORDS)
+    (valid,) = build_valid_data(
+        config(folder, tokenizer, valid_folder=str(folder)), WORDS
+    )
     got = [
         label
         for batch in valid.batches(0, 1)
@@ -388,9 +481,16 @@ def test_bad_settings_and_texts_are_refused(tmp_path: Path, tokenizer: Path) -> 
 
     def assert_refused(part: str, vocab_size: int = WORDS, **values: Any) -> None:
         with pytest.raises(UserError, match=part):
-            next(build_train_data(config(folder, tokenizer, **values), vocab_size).stream())
+            next(
+                build_train_data(
+                    config(folder, tokenizer, **values), vocab_size
+                ).stream()
+            )
 
-    assert_refused(r"no field 'body' \(it has: text, id\)[^$]*data.content_name", content_name="body")
+    assert_refused(
+        r"no field 'body' \(it has: text, id\)[^$]*data.content_name",
+        content_name="body",
+    )
     assert_refused("outside the model's vocabulary", vocab_size=20)
     assert_refused("needs data.tokenizer_path", tokenizer_path=None)
     assert_refused("fixed number of packs", rampup_batch_size="1 1 1")
@@ -413,12 +513,17 @@ def test_rows_that_are_all_too_short_end_the_run_with_their_numbers(
     folder = write(tmp_path / "d", ["w2 w3 w4", "w5", "w6 w7"] * 20)
     data = build_train_data(config(folder, tokenizer, min_length=5), WORDS)
     stream = data.stream(dp_rank=dp_size - 1, dp_size=dp_size)
-    with pytest.raises(UserError, match=r"none of \d+ rows has data.min_length=5 tokens, the longest has 4"):
+    with pytest.raises(
+        UserError,
+        match=r"none of \d+ rows has data.min_length=5 tokens, the longest has 4",
+    ):
         next(stream)
     stream.close()
 
 
 def test_one_row_that_is_long_enough_is_enough(tmp_path: Path, tokenizer: Path) -> None:
     folder = write(tmp_path / "d", ["w2"] * 40 + [" ".join(["w9"] * 40)] + ["w3"] * 20)
-    batches = take(build_train_data(config(folder, tokenizer, min_length=30), WORDS).stream(), 4)
+    batches = take(
+        build_train_data(config(folder, tokenizer, min_length=30), WORDS).stream(), 4
+    )
     assert {token for batch in batches for row in batch for token in row} == {1, 9}

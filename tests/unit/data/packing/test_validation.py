@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evomesh.config.schema import DataConfig
+from evomesh.config.data import DataConfig
 from evomesh.data.build import build_valid_data
 from evomesh.errors import UserError
 from tests.support.covers import covers
@@ -17,7 +17,12 @@ IGNORED = -100
 
 
 def config(tmp_path: Path, **values: Any) -> DataConfig:
-    options = {"seq_len": 8, "micro_num": 3, "micro_bsz": 2, "valid_folder": str(tmp_path / "valid")}
+    options = {
+        "seq_len": 8,
+        "micro_num": 3,
+        "micro_bsz": 2,
+        "valid_folder": str(tmp_path / "valid"),
+    }
     return DataConfig(**(options | values))
 
 
@@ -34,9 +39,14 @@ def pairs_of(found: list[list[int]], seq_len: int) -> list[tuple[int, int, int]]
 @covers("data.valid_micro_num")
 @pytest.mark.parametrize("dp_size", [1, 2, 5])
 @pytest.mark.parametrize("micro_num", [1, 3])
-def test_every_target_is_seen_once(write_bin: Any, tmp_path: Path, dp_size: int, micro_num: int) -> None:
+def test_every_target_is_seen_once(
+    write_bin: Any, tmp_path: Path, dp_size: int, micro_num: int
+) -> None:
     rng = np.random.RandomState(0)
-    first, second = ([rng.randint(-5, 99, rng.randint(1, 40)).tolist() for _ in range(37)] for _ in range(2))
+    first, second = (
+        [rng.randint(-5, 99, rng.randint(1, 40)).tolist() for _ in range(37)]
+        for _ in range(2)
+    )
     write_bin(first, "valid/en/a.bin")
     write_bin(second, "valid/en/b.bin")
     (found,) = build_valid_data(config(tmp_path, valid_micro_num=micro_num), 100)
@@ -67,12 +77,20 @@ def test_a_long_document_is_split_into_segments_that_predict_the_next_one(
     (found,) = build_valid_data(config(tmp_path, valid_micro_num=2), 100)
     batch = next(found.batches(0, 1))
     assert batch.cu_seqlens.tolist() == [[0, 3, 5, 13, 16], [0, 8, 12, 16, 16]]
-    assert batch.labels[0].tolist() == [2, 3, IGNORED, 5, IGNORED] + [6] * 8 + [IGNORED] * 3
+    assert (
+        batch.labels[0].tolist()
+        == [2, 3, IGNORED, 5, IGNORED] + [6] * 8 + [IGNORED] * 3
+    )
     assert batch.labels[1].tolist() == [6] * 10 + [7, IGNORED] + [IGNORED] * 4
 
 
 def test_every_folder_is_a_validation_set(write_bin: Any, tmp_path: Path) -> None:
-    for name in ("valid/en/a.bin", "valid/code/x/a.bin", "valid/code/y/a.bin", "valid/more/x/b.bin"):
+    for name in (
+        "valid/en/a.bin",
+        "valid/code/x/a.bin",
+        "valid/code/y/a.bin",
+        "valid/more/x/b.bin",
+    ):
         write_bin([[1, 2, 3]], name)
     assert [found.name for found in build_valid_data(config(tmp_path), 100)] == [
         "code/x",
@@ -83,12 +101,17 @@ def test_every_folder_is_a_validation_set(write_bin: Any, tmp_path: Path) -> Non
 
 
 @covers("data.valid_min_length")
-def test_documents_have_no_minimum_length_by_default(write_bin: Any, tmp_path: Path) -> None:
+def test_documents_have_no_minimum_length_by_default(
+    write_bin: Any, tmp_path: Path
+) -> None:
     write_bin([[1, 2]] * 5, "valid/en/a.bin")
     write_bin([[1, 2]] * 5, "valid/cn/a.bin")
     write_bin([[1, 2, 3]] * 5, "valid/ar/a.bin")
     assert len(build_valid_data(config(tmp_path), 100)) == 3
-    assert [found.name for found in build_valid_data(config(tmp_path, valid_min_length=3), 100)] == ["ar"]
+    assert [
+        found.name
+        for found in build_valid_data(config(tmp_path, valid_min_length=3), 100)
+    ] == ["ar"]
 
 
 def test_without_a_folder_the_set_is_synthetic() -> None:
@@ -97,11 +120,15 @@ def test_without_a_folder_the_set_is_synthetic() -> None:
 
 
 @covers("data.allow_tokenizer_mismatch")
-def test_training_and_validation_data_need_the_same_tokenizer(write_bin: Any, tmp_path: Path) -> None:
+def test_training_and_validation_data_need_the_same_tokenizer(
+    write_bin: Any, tmp_path: Path
+) -> None:
     for part, digest in (("train", "a"), ("valid", "b")):
         path = write_bin([[1, 2, 3]], f"{part}/en/a.bin")
         Path(f"{path}.json").write_text(f'{{"tokenizer_hash": "{digest * 64}"}}')
     both = {"train_folder": str(tmp_path / "train")}
     with pytest.raises(UserError, match="two tokenizers"):
         build_valid_data(config(tmp_path, **both), 100)
-    assert build_valid_data(config(tmp_path, allow_tokenizer_mismatch=True, **both), 100)
+    assert build_valid_data(
+        config(tmp_path, allow_tokenizer_mismatch=True, **both), 100
+    )

@@ -26,7 +26,12 @@ from evomesh.data.token_files.repair import repair
 from evomesh.data.tokenizer import load_tokenizer
 from evomesh.errors import UserError
 
-TEXTS = ["hello world, hello", "a second one\nwith two lines", "Ünïcödé 感恩生活", "x" * 50]
+TEXTS = [
+    "hello world, hello",
+    "a second one\nwith two lines",
+    "Ünïcödé 感恩生活",
+    "x" * 50,
+]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +56,11 @@ def tokenize(
     inputs: list[str], output: Path, bpe: Path, append: bool = False, **options: Any
 ) -> dict[str, Any]:
     return tokenize_files(
-        find_source_files(inputs), output, load_tokenizer(bpe), TextOptions(**options), append=append
+        find_source_files(inputs),
+        output,
+        load_tokenizer(bpe),
+        TextOptions(**options),
+        append=append,
     )
 
 
@@ -67,16 +76,23 @@ def encode(bpe: Path, texts: list[str]) -> list[list[int]]:
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:
     path.write_text(
-        "\n".join(json.dumps({"id": 1, "text": text}) for text in texts) + "\n\n", encoding="utf-8"
+        "\n".join(json.dumps({"id": 1, "text": text}) for text in texts) + "\n\n",
+        encoding="utf-8",
     )
     return path
 
 
-def test_txt_json_and_jsonl_become_the_same_documents(tmp_path: Path, bpe: Path) -> None:
-    tokenize([str(write_jsonl(tmp_path / "a.jsonl", TEXTS))], tmp_path / "out/en/a.bin", bpe)
+def test_txt_json_and_jsonl_become_the_same_documents(
+    tmp_path: Path, bpe: Path
+) -> None:
+    tokenize(
+        [str(write_jsonl(tmp_path / "a.jsonl", TEXTS))], tmp_path / "out/en/a.bin", bpe
+    )
     assert read_documents(tmp_path / "out/en/a.bin") == encode(bpe, TEXTS)
     assert np.load(tmp_path / "out/en/a.bin.meta").dtype == np.int64
-    (tmp_path / "a.json").write_text("  " + json.dumps([{"text": text} for text in TEXTS]))
+    (tmp_path / "a.json").write_text(
+        "  " + json.dumps([{"text": text} for text in TEXTS])
+    )
     tokenize([str(tmp_path / "a.json")], tmp_path / "b.bin", bpe)
     assert read_documents(tmp_path / "b.bin") == encode(bpe, TEXTS)
     (tmp_path / "a.txt").write_text("  one \n\n\t two\n")
@@ -102,7 +118,9 @@ def test_archives_are_read_as_folders(tmp_path: Path, bpe: Path) -> None:
     raw = write_jsonl(tmp_path / "x.jsonl", TEXTS).read_bytes()
     with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("b/two.jsonl", raw)
-        archive.writestr("a.csv", "text,id\r\n" + "\r\n".join(f'"{text}",1' for text in TEXTS))
+        archive.writestr(
+            "a.csv", "text,id\r\n" + "\r\n".join(f'"{text}",1' for text in TEXTS)
+        )
     facts = tokenize([str(tmp_path / "x.zip")], tmp_path / "a.bin", bpe)
     assert read_documents(tmp_path / "a.bin") == encode(bpe, TEXTS * 2)
     assert [source["file"] for source in facts["sources"]] == ["x.zip"]
@@ -120,7 +138,9 @@ def test_raw_lines_are_encoded_verbatim(tmp_path: Path, bpe: Path) -> None:
     assert read_documents(tmp_path / "b.bin") == encode(bpe, ['{"text": "\\u611f"}'])
 
 
-def test_bos_and_eos_follow_options_and_tokenizer_config(tmp_path: Path, bpe: Path) -> None:
+def test_bos_and_eos_follow_options_and_tokenizer_config(
+    tmp_path: Path, bpe: Path
+) -> None:
     source = str(write_jsonl(tmp_path / "a.jsonl", ["hello"]))
     plain = encode(bpe, ["hello"])[0][:-1]
     for options, tokens in (
@@ -136,7 +156,9 @@ def test_bos_and_eos_follow_options_and_tokenizer_config(tmp_path: Path, bpe: Pa
         '{"add_bos_token": true, "bos_token": "<s>", "eos_token": "z"}'
     )
     tokenize([source], tmp_path / "a.bin", tmp_path / "custom")
-    assert read_documents(tmp_path / "a.bin") == [[0, *plain, Tokenizer.from_file(str(bpe)).token_to_id("z")]]
+    assert read_documents(tmp_path / "a.bin") == [
+        [0, *plain, Tokenizer.from_file(str(bpe)).token_to_id("z")]
+    ]
 
 
 def test_rerun_replaces_and_append_adds(tmp_path: Path, bpe: Path) -> None:
@@ -146,7 +168,11 @@ def test_rerun_replaces_and_append_adds(tmp_path: Path, bpe: Path) -> None:
     assert first == again
     both = tokenize([source], tmp_path / "a.bin", bpe, append=True)
     assert read_documents(tmp_path / "a.bin") == encode(bpe, TEXTS * 2)
-    assert (both["documents"], both["tokens"], len(both["sources"])) == (8, 2 * first["tokens"], 2)
+    assert (both["documents"], both["tokens"], len(both["sources"])) == (
+        8,
+        2 * first["tokens"],
+        2,
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "a.bin",
         "a.bin.json",
@@ -158,15 +184,27 @@ def test_rerun_replaces_and_append_adds(tmp_path: Path, bpe: Path) -> None:
 def test_failed_run_keeps_the_old_file(tmp_path: Path, bpe: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     tokenize([str(source)], tmp_path / "a.bin", bpe)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix != ".jsonl"}
+    before = {
+        path.name: path.read_bytes()
+        for path in tmp_path.iterdir()
+        if path.suffix != ".jsonl"
+    }
     source.write_text(source.read_text() + '{"txt": "no"}\n')
-    with pytest.raises(UserError, match=r"a.jsonl line 6.*no field 'text' \(it has: txt\)"):
+    with pytest.raises(
+        UserError, match=r"a.jsonl line 6.*no field 'text' \(it has: txt\)"
+    ):
         tokenize([str(source)], tmp_path / "a.bin", bpe)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix != ".jsonl"} == before
+    assert {
+        path.name: path.read_bytes()
+        for path in tmp_path.iterdir()
+        if path.suffix != ".jsonl"
+    } == before
 
 
 def test_fingerprint_describes_the_file(tmp_path: Path, bpe: Path) -> None:
-    facts = tokenize([str(write_jsonl(tmp_path / "a.jsonl", TEXTS))], tmp_path / "a.bin", bpe)
+    facts = tokenize(
+        [str(write_jsonl(tmp_path / "a.jsonl", TEXTS))], tmp_path / "a.bin", bpe
+    )
     assert json.loads((tmp_path / "a.bin.json").read_text()) == facts
     found = read_documents(tmp_path / "a.bin")
     assert facts["max_id"] == max(map(max, found))
@@ -196,7 +234,9 @@ def test_bad_input_is_rejected_and_nothing_is_written(
     with pytest.raises(UserError) as caught:
         tokenize([str(tmp_path / name)], tmp_path / "out" / "a.bin", bpe)
     assert part in str(caught.value)
-    assert list((tmp_path / "out").glob("*") if (tmp_path / "out").exists() else []) == []
+    assert (
+        list((tmp_path / "out").glob("*") if (tmp_path / "out").exists() else []) == []
+    )
 
 
 def test_missing_tokenizer_is_rejected(tmp_path: Path) -> None:
@@ -207,11 +247,11 @@ def test_missing_tokenizer_is_rejected(tmp_path: Path) -> None:
 
 
 def test_tokenizing_does_not_import_torch() -> None:
-    modules = (
-        "evomesh.cli.tokenize, evomesh.cli.data, evomesh.data.prepare.tokenize, evomesh.data.packing.packs"
-    )
+    modules = "evomesh.cli.tokenize, evomesh.cli.data, evomesh.data.prepare.tokenize, evomesh.data.packing.packs"
     code = f"import sys, {modules}; "
-    subprocess.run([sys.executable, "-c", code + "sys.exit('torch' in sys.modules)"], check=True)
+    subprocess.run(
+        [sys.executable, "-c", code + "sys.exit('torch' in sys.modules)"], check=True
+    )
 
 
 def test_byte_order_mark_is_not_text(tmp_path: Path, bpe: Path) -> None:
@@ -242,7 +282,11 @@ def test_compressed_file_truncated_anywhere_is_rejected(
     source = tmp_path / ("a.jsonl.gz" if compressed[:1] == b"\x1f" else "a.jsonl.zst")
     source.write_bytes(compressed)
     tokenize([str(source)], tmp_path / "a.bin", bpe, raw_lines=raw_lines)
-    frames = 2 if compressed[: len(compressed) // 2] == compressed[len(compressed) // 2 :] else 1
+    frames = (
+        2
+        if compressed[: len(compressed) // 2] == compressed[len(compressed) // 2 :]
+        else 1
+    )
     for size in range(1, len(compressed)):
         if frames == 2 and size == len(compressed) // 2:
             continue  # ends after a complete frame, and so is a complete file
@@ -251,14 +295,22 @@ def test_compressed_file_truncated_anywhere_is_rejected(
             tokenize([str(source)], tmp_path / "a.bin", bpe, raw_lines=raw_lines)
 
 
-def test_empty_and_skippable_zstandard_frames_are_read(tmp_path: Path, bpe: Path) -> None:
+def test_empty_and_skippable_zstandard_frames_are_read(
+    tmp_path: Path, bpe: Path
+) -> None:
     raw = write_jsonl(
-        tmp_path / "x.jsonl", [f"{number} {text}" for number in range(3000) for text in TEXTS]
+        tmp_path / "x.jsonl",
+        [f"{number} {text}" for number in range(3000) for text in TEXTS],
     ).read_bytes()
     compress = zstandard.ZstdCompressor().compress
     skipped = b"\x50\x2a\x4d\x18\x03\x00\x00\x00abc"
     compressed = (
-        compress(b"") + skipped + compress(raw[:100_000]) + skipped + compress(raw[100_000:]) + skipped
+        compress(b"")
+        + skipped
+        + compress(raw[:100_000])
+        + skipped
+        + compress(raw[100_000:])
+        + skipped
     )
     (tmp_path / "a.jsonl.zst").write_bytes(compressed)
     with decompress((tmp_path / "a.jsonl.zst").open("rb"), "zst") as stream:
@@ -276,20 +328,39 @@ def test_append_to_a_file_without_fingerprint(tmp_path: Path, bpe: Path) -> None
     output = tmp_path / "a.bin"
     output.write_bytes(b'{"tokens": [5, -9000]}\n{"tokens": [7]}')
     repair(output)
-    facts = tokenize([str(write_jsonl(tmp_path / "a.jsonl", TEXTS))], output, bpe, append=True)
+    facts = tokenize(
+        [str(write_jsonl(tmp_path / "a.jsonl", TEXTS))], output, bpe, append=True
+    )
     assert read_documents(output) == [[5, -9000], [7], *encode(bpe, TEXTS)]
     assert (facts["max_id"], facts["max_id_line"]) == (9000, 1)
-    assert facts["bin_hash"] == f"xxh3_128:{xxhash.xxh3_128_hexdigest(output.read_bytes())}"
+    assert (
+        facts["bin_hash"]
+        == f"xxh3_128:{xxhash.xxh3_128_hexdigest(output.read_bytes())}"
+    )
 
 
 def test_full_disk_is_reported_without_traceback(tmp_path: Path, bpe: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", TEXTS * 500)
     code = "import resource, sys; from evomesh.cli.main import main; "
     code += "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)); main()"
-    command = ["tokenize", str(source), "-o", str(tmp_path / "out/a.bin"), "-t", str(bpe), "--no-eos"]
+    command = [
+        "tokenize",
+        str(source),
+        "-o",
+        str(tmp_path / "out/a.bin"),
+        "-t",
+        str(bpe),
+        "--no-eos",
+    ]
     ended = subprocess.run(
-        [sys.executable, "-c", code, *command], capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, *command],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert ended.returncode == 2, ended.stderr
-    assert "out/a.bin: cannot write: File too large" in ended.stderr and "Traceback" not in ended.stderr
+    assert (
+        "out/a.bin: cannot write: File too large" in ended.stderr
+        and "Traceback" not in ended.stderr
+    )
     assert list((tmp_path / "out").iterdir()) == []

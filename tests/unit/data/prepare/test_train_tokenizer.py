@@ -36,13 +36,33 @@ def run(*arguments: str) -> str:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """raw/{en,code}/x.jsonl, and a tokenizer of each kind."""
     folder = tmp_path_factory.mktemp("tokenizers")
-    for kind, texts in (("en", TEXTS), ("code", [f"x_{n} = [{n}, y({n})]" for n in range(100)])):
+    for kind, texts in (
+        ("en", TEXTS),
+        ("code", [f"x_{n} = [{n}, y({n})]" for n in range(100)]),
+    ):
         (folder / "raw" / kind).mkdir(parents=True)
         rows = [json.dumps({"body": text}) for text in texts]
         (folder / "raw" / kind / "x.jsonl").write_text("\n".join(rows))
     for kind in ("bpe", "sentencepiece"):
-        options = ["--vocab-size", "340", "--kind", kind, "--chat", "chatml", "--special", "<tool>"]
-        out = run("train", str(folder / "raw"), "-o", str(folder / kind), *options, "--text-field", "body")
+        options = [
+            "--vocab-size",
+            "340",
+            "--kind",
+            kind,
+            "--chat",
+            "chatml",
+            "--special",
+            "<tool>",
+        ]
+        out = run(
+            "train",
+            str(folder / "raw"),
+            "-o",
+            str(folder / kind),
+            *options,
+            "--text-field",
+            "body",
+        )
         assert "340 ids" in out
     return folder
 
@@ -54,29 +74,58 @@ class TestTrained:
         for text in [*TEXTS, *HARD]:
             assert tokenizer.decode(tokenizer.encode(text)) == text
 
-    def test_marks_are_single_tokens_and_text_merges(self, folder: Path, kind: str) -> None:
+    def test_marks_are_single_tokens_and_text_merges(
+        self, folder: Path, kind: str
+    ) -> None:
         tokenizer = load_tokenizer(folder / kind)
         for mark in ("<|im_start|>", "<|im_end|>", "<tool>", "<s>", "</s>"):
             number = tokenizer.token_id(mark)
             assert number is not None
-            assert mark in ("<s>", "</s>") or number in tokenizer.encode(f"the {mark} cat")
-        assert (tokenizer.bos_id, tokenizer.eos_id) == (tokenizer.token_id("<s>"), tokenizer.token_id("</s>"))
-        assert len(tokenizer.encode("the cat sat")) <= 4  # words of the texts became tokens
+            assert mark in ("<s>", "</s>") or number in tokenizer.encode(
+                f"the {mark} cat"
+            )
+        assert (tokenizer.bos_id, tokenizer.eos_id) == (
+            tokenizer.token_id("<s>"),
+            tokenizer.token_id("</s>"),
+        )
+        assert (
+            len(tokenizer.encode("the cat sat")) <= 4
+        )  # words of the texts became tokens
 
-    def test_a_second_training_does_not_replace_it(self, folder: Path, kind: str) -> None:
+    def test_a_second_training_does_not_replace_it(
+        self, folder: Path, kind: str
+    ) -> None:
         with pytest.raises(UserError, match="datasets made with it"):
-            run("train", str(folder / "raw"), "-o", str(folder / kind), "--vocab-size", "340")
+            run(
+                "train",
+                str(folder / "raw"),
+                "-o",
+                str(folder / kind),
+                "--vocab-size",
+                "340",
+            )
 
 
 def test_the_libraries_read_the_files(folder: Path) -> None:
     ids = load_tokenizer(folder / "bpe").encode("the dog saw")
-    assert tokenizers.Tokenizer.from_file(str(folder / "bpe/tokenizer.json")).encode("the dog saw").ids == ids
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "sentencepiece/tokenizer.model"))
-    assert processor.encode("the dog saw") == load_tokenizer(folder / "sentencepiece").encode("the dog saw")
+    assert (
+        tokenizers.Tokenizer.from_file(str(folder / "bpe/tokenizer.json"))
+        .encode("the dog saw")
+        .ids
+        == ids
+    )
+    processor = sentencepiece.SentencePieceProcessor(
+        model_file=str(folder / "sentencepiece/tokenizer.model")
+    )
+    assert processor.encode("the dog saw") == load_tokenizer(
+        folder / "sentencepiece"
+    ).encode("the dog saw")
     assert processor.vocab_size() == 340
 
 
-def test_a_line_longer_than_sentencepieces_limit_is_learned_from(tmp_path: Path) -> None:
+def test_a_line_longer_than_sentencepieces_limit_is_learned_from(
+    tmp_path: Path,
+) -> None:
     """Its default would skip the line, and with it the only text."""
     (tmp_path / "long.txt").write_text("abcabd " * 20000)
     run(
@@ -108,15 +157,30 @@ def test_inspect_measures_by_kind_of_text(folder: Path) -> None:
 
 
 def test_compare(folder: Path, tmp_path: Path) -> None:
-    whole = {"model": {"type": "WordLevel", "vocab": {"[UNK]": 0, "cat": 1}, "unk_token": "[UNK]"}}
-    bare = tokenizers.Tokenizer.from_str(json.dumps({"version": "1.0", "added_tokens": [], **whole}))
+    whole = {
+        "model": {
+            "type": "WordLevel",
+            "vocab": {"[UNK]": 0, "cat": 1},
+            "unk_token": "[UNK]",
+        }
+    }
+    bare = tokenizers.Tokenizer.from_str(
+        json.dumps({"version": "1.0", "added_tokens": [], **whole})
+    )
     (tmp_path / "word").mkdir()
     bare.save(str(tmp_path / "word/tokenizer.json"))
     out = run(
-        "compare", str(folder / "bpe"), str(tmp_path / "word"), str(folder / "raw/en"), "--text-field", "body"
+        "compare",
+        str(folder / "bpe"),
+        str(tmp_path / "word"),
+        str(folder / "raw/en"),
+        "--text-field",
+        "body",
     )
     assert "warning" in out and "does not restore 400 of 400 texts" in out
-    assert "-" in out.splitlines()[-1] and out.splitlines()[-1].endswith(f"compared with {folder / 'bpe'}")
+    assert "-" in out.splitlines()[-1] and out.splitlines()[-1].endswith(
+        f"compared with {folder / 'bpe'}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -124,13 +188,18 @@ def test_compare(folder: Path, tmp_path: Path) -> None:
     [
         (["--vocab-size", "200"], "at least 258"),
         (["--vocab-size", "90000"], "the texts give only"),
-        (["--vocab-size", "90000", "--kind", "sentencepiece"], "sentencepiece cannot learn 90000"),
+        (
+            ["--vocab-size", "90000", "--kind", "sentencepiece"],
+            "sentencepiece cannot learn 90000",
+        ),
         (["--vocab-size", "300", "--kind", "word"], "no kind 'word'"),
         (["--vocab-size", "300", "--chat", "alpaca"], "no chat template 'alpaca'"),
         (["--vocab-size", "300", "--text-field", "text"], "no field 'text'"),
     ],
 )
-def test_mistakes_write_nothing(folder: Path, tmp_path: Path, options: list[str], words: str) -> None:
+def test_mistakes_write_nothing(
+    folder: Path, tmp_path: Path, options: list[str], words: str
+) -> None:
     arguments = ["--text-field", "body", *options]
     with pytest.raises(UserError, match=words):
         run("train", str(folder / "raw"), "-o", str(tmp_path / "new"), *arguments)

@@ -16,14 +16,18 @@ from evomesh.errors import UserError
 LIMIT = 1 << 16
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.csv", "a.jsonl.gz", "a.txt.zst", "a.csv.zst"])
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.txt", "a.csv", "a.jsonl.gz", "a.txt.zst", "a.csv.zst"]
+)
 @pytest.mark.parametrize("read", [read_records, read_raw_lines])
 def test_an_endless_line_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, read: object
 ) -> None:
     monkeypatch.setattr(reader, "MAX_LINE_BYTES", LIMIT)
     content = b"text\n" * (".csv" in name) + b"{" + b" " * (64 * LIMIT)
-    packed = {".gz": gzip.compress, ".zst": zstandard.compress}.get(Path(name).suffix, bytes)(content)
+    packed = {".gz": gzip.compress, ".zst": zstandard.compress}.get(
+        Path(name).suffix, bytes
+    )(content)
     (tmp_path / name).write_bytes(packed)
     (file,) = find_source_files([str(tmp_path / name)])
     for source, opened, _ in open_files([file]):

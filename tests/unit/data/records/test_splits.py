@@ -43,7 +43,9 @@ def test_split_is_chosen_by_purpose_or_name(
     if isinstance(expected, str):
         with pytest.raises(UserError, match=expected) as caught:
             find_split_files(str(tmp_path), "k", None, use, split)
-        assert caught.value.where == ("data.split_name" if use == "train" else "data.valid_split_name")
+        assert caught.value.where == (
+            "data.split_name" if use == "train" else "data.valid_split_name"
+        )
         return
     found = {
         str(file.full_path.relative_to(tmp_path))
@@ -55,14 +57,18 @@ def test_split_is_chosen_by_purpose_or_name(
 def test_folders_that_datasets_saved_name_the_splits(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     table = datasets.Dataset.from_dict({"text": ["w5", "w6"]})
-    datasets.DatasetDict({"en": table, "fr": table.select([1])}).save_to_disk(str(tmp_path / "x"))
+    datasets.DatasetDict({"en": table, "fr": table.select([1])}).save_to_disk(
+        str(tmp_path / "x")
+    )
     with pytest.raises(UserError, match="candidate splits: en, fr"):
         find_split_files(str(tmp_path), "k", None, "train")
     (found,), _ = find_split_files(str(tmp_path), "k", None, "train", "fr")
     assert found.full_path.parent == tmp_path / "x/fr"
 
 
-def test_training_warns_of_files_whose_names_mark_them_as_held_out(tmp_path: Path) -> None:
+def test_training_warns_of_files_whose_names_mark_them_as_held_out(
+    tmp_path: Path,
+) -> None:
     for name in ("a.txt", "sub/valid.txt", "sub/test.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("w5\n")

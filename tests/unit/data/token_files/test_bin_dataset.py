@@ -51,7 +51,10 @@ def test_the_documented_example_is_read(write_bin: Any, dtype: str) -> None:
     path = write_bin(DOCUMENTED, dtype=dtype)
     assert np.load(f"{path}.meta").tolist() == [[0, 11], [90, 15], [208, 13]]
     assert read_all(path) == DOCUMENTED
-    assert BinDataset(path).read(np.array([2, 0])).tolist() == DOCUMENTED[2] + DOCUMENTED[0]
+    assert (
+        BinDataset(path).read(np.array([2, 0])).tolist()
+        == DOCUMENTED[2] + DOCUMENTED[0]
+    )
 
 
 @covers("promise:example-lines")
@@ -90,7 +93,9 @@ def test_a_file_without_meta_is_refused(write_bin: Any) -> None:
 def test_a_meta_of_text_is_refused(write_bin: Any) -> None:
     path = write_bin([[1]])
     Path(f"{path}.meta").write_text("(0, 11), (90, 15), (208, 13)")
-    assert_refused(path, "not an .npy file (it starts with '(0, 11), (90, 15'", "repair")
+    assert_refused(
+        path, "not an .npy file (it starts with '(0, 11), (90, 15'", "repair"
+    )
 
 
 @pytest.mark.parametrize("cut", [0, 40, 130])
@@ -98,7 +103,13 @@ def test_a_truncated_meta_is_refused(write_bin: Any, cut: int) -> None:
     path = write_bin([[1], [2]])
     os.truncate(f"{path}.meta", cut)
     assert_refused(
-        path, ".meta", "empty (0 bytes)" if cut == 0 else "broken .npy header" if cut == 40 else "130 bytes"
+        path,
+        ".meta",
+        "empty (0 bytes)"
+        if cut == 0
+        else "broken .npy header"
+        if cut == 40
+        else "130 bytes",
     )
 
 
@@ -126,7 +137,10 @@ def test_offsets_that_do_not_increase_are_refused(write_bin: Any) -> None:
     path = write_bin([[1], [2], [3]])
     set_meta(path, np.array([[0, 1], [30, 1], [15, 1]]))
     assert_refused(
-        path, "row 2", "offset 15 does not increase", "45 bytes" if path.stat().st_size == 45 else "bytes"
+        path,
+        "row 2",
+        "offset 15 does not increase",
+        "45 bytes" if path.stat().st_size == 45 else "bytes",
     )
 
 
@@ -148,7 +162,11 @@ def test_an_offset_inside_a_line_is_refused(write_bin: Any) -> None:
     rows[1, 0] += 4
     set_meta(path, rows)
     assert_refused(
-        path, "row 1", f"offset {rows[1, 0]} is not the start of a line", f"byte {rows[1, 0] - 4}", "repair"
+        path,
+        "row 1",
+        f"offset {rows[1, 0]} is not the start of a line",
+        f"byte {rows[1, 0] - 4}",
+        "repair",
     )
 
 
@@ -215,7 +233,13 @@ def test_a_meta_with_more_rows_than_lines_is_refused(write_bin: Any) -> None:
 def test_a_truncated_file_is_refused_and_can_be_repaired(write_bin: Any) -> None:
     path = write_bin([[1, 2], [3, 4], [5, 6]])
     os.truncate(path, path.stat().st_size - 4)
-    assert_refused(path, "line 3", f"byte {path.stat().st_size}", "last good one is line 2", "repair")
+    assert_refused(
+        path,
+        "line 3",
+        f"byte {path.stat().st_size}",
+        "last good one is line 2",
+        "repair",
+    )
     assert "2 documents" in repair(path)
     assert read_all(path) == [[1, 2], [3, 4]]
     assert path.with_name("a.bin.torn").read_bytes() == b'{"tokens": [5, '
@@ -236,14 +260,18 @@ def test_an_empty_file_is_refused(write_bin: Any) -> None:
         ('{"tokens": [1, 2', ["not JSON"]),
     ],
 )
-def test_a_line_without_a_list_of_tokens_is_refused(write_bin: Any, line: str, parts: list[str]) -> None:
+def test_a_line_without_a_list_of_tokens_is_refused(
+    write_bin: Any, line: str, parts: list[str]
+) -> None:
     path = write_bin([[1], [2]])
     path.write_text('{"tokens": [1]}\n' + line + '\n{"tokens": [3]}\n')
     set_meta(path, np.array([[0, 1], [16, 2], [17 + len(line), 1]]))
     assert_refused(path, f"{path} line 2", *parts)
 
 
-@pytest.mark.parametrize("value", ["1.5", "true", "null", '"7"', "99999999999999999999", "5e0"])
+@pytest.mark.parametrize(
+    "value", ["1.5", "true", "null", '"7"', "99999999999999999999", "5e0"]
+)
 def test_a_token_that_is_not_an_integer_is_refused(write_bin: Any, value: str) -> None:
     path = write_bin([[1, 2], [3]])
     text = '{"tokens": [1, 2, ' + value + "]}\n"
@@ -255,7 +283,9 @@ def test_a_token_that_is_not_an_integer_is_refused(write_bin: Any, value: str) -
 @pytest.mark.parametrize("token", [50, -50, 51])
 def test_a_token_outside_the_vocabulary_is_refused(write_bin: Any, token: int) -> None:
     path = write_bin([[1, 2], [3, token, 4]])
-    assert_refused(path, f"{path} line 2", f"token 1 is {token}", "vocab_size=50", vocab_size=50)
+    assert_refused(
+        path, f"{path} line 2", f"token 1 is {token}", "vocab_size=50", vocab_size=50
+    )
     assert read_all(write_bin([[49, -49, 0]]), vocab_size=50) == [[49, -49, 0]]
 
 
@@ -267,7 +297,9 @@ def test_a_token_outside_the_vocabulary_is_refused(write_bin: Any, token: int) -
         (b'{"tokens": [NaN, 2]}', "NaN"),
     ],
 )
-def test_bytes_that_are_not_json_text_are_refused(write_bin: Any, line: bytes, part: str) -> None:
+def test_bytes_that_are_not_json_text_are_refused(
+    write_bin: Any, line: bytes, part: str
+) -> None:
     path = write_bin([[1], [2]])
     path.write_bytes(b'{"tokens": [1]}\n' + line + b"\n")
     set_meta(path, np.array([[0, 1], [16, 2]]))
@@ -281,9 +313,12 @@ def test_an_int32_meta_of_a_file_above_2_gib_is_refused(write_bin: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("magic", "kind"), [(b"\x1f\x8b\x08\x00", "gzip"), (b"\x28\xb5\x2f\xfd", "zstandard")]
+    ("magic", "kind"),
+    [(b"\x1f\x8b\x08\x00", "gzip"), (b"\x28\xb5\x2f\xfd", "zstandard")],
 )
-def test_a_compressed_file_is_refused_by_name(write_bin: Any, magic: bytes, kind: str) -> None:
+def test_a_compressed_file_is_refused_by_name(
+    write_bin: Any, magic: bytes, kind: str
+) -> None:
     path = write_bin([[1]])
     path.write_bytes(magic + b"data")
     assert_refused(path, str(path), kind, magic[:2].hex(" "))
@@ -301,7 +336,9 @@ def test_the_check_before_a_run_reads_every_document_of_small_data_only(
 ) -> None:
     path = write_bin([[1]] * (bin_dataset.BLOCK + 1) + [[200], [1]])
     dataset = BinDataset(path, vocab_size=100)
-    with pytest.raises(UserError, match=f"line {bin_dataset.BLOCK + 2}: token 0 is 200"):
+    with pytest.raises(
+        UserError, match=f"line {bin_dataset.BLOCK + 2}: token 0 is 200"
+    ):
         check_sources([dataset])
     monkeypatch.setattr(bin_dataset, "CHECKED_BYTES", dataset.size - 1)
     check_sources([dataset])
@@ -313,19 +350,29 @@ def test_documents_can_be_read_from_several_threads(write_bin: Any) -> None:
     documents = [[i] * (i % 7 + 1) for i in range(1, 300)]
     dataset = BinDataset(write_bin(documents))
     with ThreadPoolExecutor(4) as pool:
-        read = list(pool.map(lambda i: dataset.read(np.array([i])).tolist(), range(len(documents))))
+        read = list(
+            pool.map(
+                lambda i: dataset.read(np.array([i])).tolist(), range(len(documents))
+            )
+        )
     assert read == documents
 
 
-def test_a_cache_holds_the_same_tokens_and_is_ignored_once_the_file_changes(write_bin: Any) -> None:
-    short = [[i, -i - 1, 7] * (i % 4) for i in range(1, 60)]  # read through an index of their tokens
+def test_a_cache_holds_the_same_tokens_and_is_ignored_once_the_file_changes(
+    write_bin: Any,
+) -> None:
+    short = [
+        [i, -i - 1, 7] * (i % 4) for i in range(1, 60)
+    ]  # read through an index of their tokens
     documents = [*short, [6] * 1000]  # the last one is read as a slice
     path = write_bin(documents)
     assert write_cache(path) == sum(map(len, documents))
     dataset = BinDataset(path, min_length=4)
     assert dataset._cache is not None
     assert read_all(path) == documents
-    assert read_all(path, min_length=4) == [document for document in documents if len(document) >= 4]
+    assert read_all(path, min_length=4) == [
+        document for document in documents if len(document) >= 4
+    ]
     assert_refused(path, f"{path} line 10", "token 1 is -11", vocab_size=11)
     write_bin([[5] * 3] * 5)
     os.utime(path, ns=(path.stat().st_mtime_ns + 10**9,) * 2)
@@ -336,7 +383,10 @@ def test_a_cache_holds_the_same_tokens_and_is_ignored_once_the_file_changes(writ
 def test_a_broken_file_is_not_cached(write_bin: Any) -> None:
     path = write_bin([[1, 2]] * 3)
     for spoil, part in (
-        (lambda text: text.replace(b"1, 2", b"1, x", 1), "line 1: the line is not JSON"),
+        (
+            lambda text: text.replace(b"1, 2", b"1, x", 1),
+            "line 1: the line is not JSON",
+        ),
         (
             lambda text: text.replace(b"1, 2", b"1, 23", 1)[:-5],
             "line 1: the meta declares 2|line 3: the line is not JSON",
@@ -347,7 +397,10 @@ def test_a_broken_file_is_not_cached(write_bin: Any) -> None:
         with pytest.raises(UserError, match=part):
             write_cache(path)
         path.write_bytes(whole)
-    assert sorted(file.name for file in path.parent.iterdir()) == ["a.bin", "a.bin.meta"]
+    assert sorted(file.name for file in path.parent.iterdir()) == [
+        "a.bin",
+        "a.bin.meta",
+    ]
 
 
 def test_the_fast_parser_never_differs_from_json() -> None:
@@ -358,7 +411,9 @@ def test_the_fast_parser_never_differs_from_json() -> None:
             [draw.randrange(-99, 99) for _ in range(draw.randrange(1, 5))]
             for _ in range(draw.randrange(1, 4))
         ]
-        lines = [json.dumps({"tokens": tokens}).encode() + b"\n" for tokens in documents]
+        lines = [
+            json.dumps({"tokens": tokens}).encode() + b"\n" for tokens in documents
+        ]
         lengths = [len(tokens) for tokens in documents]
         if draw.random() < 0.8:
             # Insert something into a line, or put it in place of a byte.
@@ -366,14 +421,31 @@ def test_the_fast_parser_never_differs_from_json() -> None:
             line = bytearray(lines[row])
             start = draw.randrange(len(line))
             line[start : start + draw.randrange(2)] = draw.choice(
-                [b"", b"1", b",", b" ", b"-", b"]", b"[", b'"', b"\n", b"}", b".5", b"1 2", b", 3", b"e1"]
+                [
+                    b"",
+                    b"1",
+                    b",",
+                    b" ",
+                    b"-",
+                    b"]",
+                    b"[",
+                    b'"',
+                    b"\n",
+                    b"}",
+                    b".5",
+                    b"1 2",
+                    b", 3",
+                    b"e1",
+                ]
             )
             lines[row] = bytes(line)
         tokens = parse_plain(lines, np.array(lengths))
         if tokens is None:
             continue
         plain += 1
-        text = [re.sub(rb"(?<![0-9])0+(?=[0-9])", b"", line) for line in lines]  # NumPy reads 07 as 7
+        text = [
+            re.sub(rb"(?<![0-9])0+(?=[0-9])", b"", line) for line in lines
+        ]  # NumPy reads 07 as 7
         records = [json.loads(line)["tokens"] for line in text]
         assert [len(record) for record in records] == lengths
         assert tokens.tolist() == [token for record in records for token in record]
@@ -386,12 +458,16 @@ def test_large_data_is_checked_in_evenly_spaced_blocks(
     """What is wrong everywhere is found before a run begins; one bad line at its first use, by name."""
     monkeypatch.setattr(bin_dataset, "BLOCK", 4)
     monkeypatch.setattr(bin_dataset, "CHECKED_BYTES", 3000)
-    path = write_bin([[row % 50 + 1] * 10 for row in range(600)])  # 30 KB: a tenth is read
+    path = write_bin(
+        [[row % 50 + 1] * 10 for row in range(600)]
+    )  # 30 KB: a tenth is read
     assert path.stat().st_size > 25_000
     read: list[int] = []
     one_pass = BinDataset.read
     monkeypatch.setattr(
-        BinDataset, "read", lambda self, rows: (read.extend(rows.tolist()), one_pass(self, rows))[1]
+        BinDataset,
+        "read",
+        lambda self, rows: (read.extend(rows.tolist()), one_pass(self, rows))[1],
     )
     check_sources([BinDataset(path, vocab_size=60)])
     assert 40 <= len(read) <= 80 and read[:4] == [0, 1, 2, 3] and read[-1] == 599
@@ -400,7 +476,11 @@ def test_large_data_is_checked_in_evenly_spaced_blocks(
         check_sources([BinDataset(path, vocab_size=30)])
     lines = path.read_bytes().splitlines(keepends=True)
     bad = next(row for row in range(600) if row not in read)
-    path.write_bytes(b"".join([*lines[:bad], b"x" * (len(lines[bad]) - 1) + b"\n", *lines[bad + 1 :]]))
+    path.write_bytes(
+        b"".join(
+            [*lines[:bad], b"x" * (len(lines[bad]) - 1) + b"\n", *lines[bad + 1 :]]
+        )
+    )
     dataset = BinDataset(path, vocab_size=60)
     check_sources([dataset])
     with pytest.raises(UserError, match=f"line {bad + 1} byte .*not JSON"):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from evomesh.config.schema import DataConfig
+from evomesh.config.data import DataConfig
 from evomesh.data.build import build_train_data
 from evomesh.data.token_files.shared_index import shared_array
 from evomesh.errors import UserError
@@ -22,12 +22,18 @@ pytestmark = covers("promise:shared-memory")
 
 
 def first_batch(tmp_path: Path, **values: Any) -> torch.Tensor:
-    options: dict[str, Any] = {"seq_len": 8, "num_worker": 0, "train_folder": str(tmp_path / "train")}
+    options: dict[str, Any] = {
+        "seq_len": 8,
+        "num_worker": 0,
+        "train_folder": str(tmp_path / "train"),
+    }
     return next(build_train_data(DataConfig(**options, **values), 100).stream()).tokens
 
 
 @covers("data.use_shm", "data.shm_path")
-def test_batches_are_the_same_and_the_index_is_reused(write_bin: Any, tmp_path: Path) -> None:
+def test_batches_are_the_same_and_the_index_is_reused(
+    write_bin: Any, tmp_path: Path
+) -> None:
     rng = np.random.RandomState(0)
     write_bin([rng.randint(1, 99, 5).tolist() for _ in range(50)])
     folder = tmp_path / "shm" / "deep"
@@ -51,12 +57,18 @@ def test_a_process_holds_nothing_that_grows_with_the_documents(tmp_path: Path) -
     path.write_bytes(b"".join(lines))
     ends = np.cumsum([len(line) for line in lines])
     np.save(
-        path.with_suffix(".npy"), np.stack([ends - [len(line) for line in lines], [1, 2] * 20_000], axis=1)
+        path.with_suffix(".npy"),
+        np.stack([ends - [len(line) for line in lines], [1, 2] * 20_000], axis=1),
     )
     path.with_suffix(".npy").rename(f"{path}.meta")
     held = {}
     for use_shm in (False, True):
-        options = {"use_shm": use_shm, "shm_path": str(tmp_path / "shm"), "min_length": 2, "num_worker": 0}
+        options = {
+            "use_shm": use_shm,
+            "shm_path": str(tmp_path / "shm"),
+            "min_length": 2,
+            "num_worker": 0,
+        }
         config = DataConfig(seq_len=8, train_folder=str(tmp_path / "train"), **options)
         tracemalloc.start()
         data = build_train_data(config, 100)
@@ -70,7 +82,9 @@ def test_a_process_holds_nothing_that_grows_with_the_documents(tmp_path: Path) -
     assert len(list((tmp_path / "shm").iterdir())) == 4
 
 
-def test_stale_indexes_and_partial_files_are_removed(write_bin: Any, tmp_path: Path) -> None:
+def test_stale_indexes_and_partial_files_are_removed(
+    write_bin: Any, tmp_path: Path
+) -> None:
     write_bin([[1] * 50])
     folder = tmp_path / "shm"
     folder.mkdir()

@@ -76,7 +76,10 @@ def test_wrong_rows_are_listed_with_the_correct_values(write_bin: Any) -> None:
     set_meta(path, wrong)
     found = problems(path)
     assert len(found) == 2
-    assert f"row 3: {tuple(wrong[3].tolist())}, the line has {tuple(right[3].tolist())}" in found[0]
+    assert (
+        f"row 3: {tuple(wrong[3].tolist())}, the line has {tuple(right[3].tolist())}"
+        in found[0]
+    )
     assert "row 7" in found[1]
     result = CliRunner().invoke(app, ["verify", str(path)])
     assert result.exit_code == 1
@@ -110,7 +113,9 @@ def test_bad_ids_and_bad_lines_are_problems(write_bin: Any) -> None:
 def test_a_block_that_was_appended_twice_is_a_problem(write_bin: Any) -> None:
     first, second = documents(1, 30), documents(2, 10)
     path = write_bin(first + second + second)
-    assert problems(path) == [f"{path}: lines 41 .. 50 repeat lines 31 .. 40: written twice in append mode?"]
+    assert problems(path) == [
+        f"{path}: lines 41 .. 50 repeat lines 31 .. 40: written twice in append mode?"
+    ]
     path = write_bin(first + first)
     assert "lines 31 .. 60 repeat lines 1 .. 30" in problems(path)[0]
     path = write_bin([*first, first[3], *second])
@@ -119,11 +124,15 @@ def test_a_block_that_was_appended_twice_is_a_problem(write_bin: Any) -> None:
     assert "1 documents occur more than once" in scans[0].notes[0]
 
 
-def test_validation_documents_in_training_are_a_problem(write_bin: Any, tmp_path: Path) -> None:
+def test_validation_documents_in_training_are_a_problem(
+    write_bin: Any, tmp_path: Path
+) -> None:
     write_bin(documents(1), "train/en/a.bin")
     path = write_bin([*documents(2, 5), documents(1)[4]], "valid/en/a.bin")
     found = problems(tmp_path / "train", valid=str(tmp_path / "valid"))
-    assert found == [f"{path}: 1 of 6 validation documents are also in training (first: line 6)"]
+    assert found == [
+        f"{path}: 1 of 6 validation documents are also in training (first: line 6)"
+    ]
 
 
 class CodePointTokenizer:

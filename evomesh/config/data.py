@@ -1,0 +1,122 @@
+"""The ``data`` section of a config: files, packs, steps and order."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from evomesh.config.section import Section
+from evomesh.config.step_values import RampupSetting, StepRanges, StepsSetting
+
+
+class DataConfig(Section):
+    type: Literal["tokenized", "streaming"] = Field(
+        "tokenized",
+        description="tokenized: token files; streaming: text is tokenized while it is read.",
+    )
+    seq_len: int = Field(
+        2048, ge=1, description="Longest attention segment, in tokens."
+    )
+    micro_num: int = Field(1, ge=1, description="Micro-batches per step.")
+    micro_bsz: int = Field(1, ge=1, description="Packed length = micro_bsz * seq_len.")
+    total_steps: int = Field(
+        50000, ge=1, description="Training ends after this many steps."
+    )
+    epochs: float | None = Field(
+        None, gt=0, description="Passes over the token files; sets total_steps."
+    )
+    train_folder: str | None = Field(
+        None,
+        description="Folder of tokenized data; None: synthetic data, with a warning.",
+    )
+    valid_folder: str | None = Field(None, description="Folder of validation sets.")
+    valid_micro_num: int | None = Field(
+        None, ge=1, description="Micro-batches of a validation step; None: micro_num."
+    )
+    valid_every: int = Field(0, description="Steps between validations; <= 0: never.")
+    valid_min_length: int = Field(
+        0, ge=0, description="Validation samples with fewer tokens are left out."
+    )
+    min_length: int = Field(
+        0,
+        ge=0,
+        description="Documents with fewer tokens are left out (InternEvo's guide says rows).",
+    )
+    min_length_dict: dict[str, int] = Field(
+        {}, description="min_length by part of the path."
+    )
+    pack_sample_into_one: bool = Field(
+        False, description="Attend across the documents of a pack."
+    )
+    remainder: Literal["drop", "carry", "pad"] = Field(
+        "drop", description="What happens to tokens that do not fill a pack."
+    )
+    order: Literal["internevo", "xtuner"] = Field(
+        "internevo", description="Shuffle and label as InternEvo or as XTuner does."
+    )
+    data_order_path: str | None = Field(
+        None, description="File with the order of the data files, in XTuner's format."
+    )
+    dataset_weights: dict[str, float] | None = Field(
+        None, description="Shares of the packs, by part of the path."
+    )
+    skip_batches: StepsSetting = Field(
+        StepRanges(), description="Steps whose data is consumed without training on it."
+    )
+    rampup_batch_size: RampupSetting = Field(
+        None,
+        description="Growing micro_num: start, increment, steps between increments.",
+    )
+    seed: int = Field(
+        1024, ge=0, lt=2**32, description="Seed of the order of the packs."
+    )
+    num_worker: int = Field(1, ge=0, description="Background reader threads.")
+    gradient_accumulation: int | None = Field(
+        None, ge=1, description="Another name of micro_num, and must equal it."
+    )
+    use_packed_dataset: bool = Field(
+        True, description="Accepted for InternEvo; data is always packed."
+    )
+    fixed_random_dataset_seqlen: bool = Field(
+        True, description="Synthetic samples fill seq_len."
+    )
+    empty_cache_and_diag_interval: int = Field(
+        50,
+        description="Steps between freeing cached memory and looking for slow ranks.",
+    )
+    diag_outlier_ratio: float = Field(
+        1.1,
+        ge=1.0,
+        description="A rank is slow if it takes this many times the median.",
+    )
+    use_shm: bool = Field(
+        False, description="Keep one copy of the packing index per node."
+    )
+    shm_path: str = Field(
+        "/dev/shm/metacache", description="Where use_shm keeps the packing index."
+    )
+    tokenizer_path: str | None = Field(None, description="Tokenizer of the data.")
+    content_name: str = Field("text", description="Text column of streaming data.")
+    subset_name: str | None = Field(None, description="Subset of streaming data.")
+    split_name: str | None = Field(
+        None,
+        description="Split of streaming data; None: the one named train, if that is unambiguous.",
+    )
+    valid_split_name: str | None = Field(
+        None,
+        description="Split of streaming data to validate on; None: the one named validation, else test.",
+    )
+    allow_tokenizer_mismatch: bool = Field(
+        False,
+        description="Train even if training and validation data have different tokenizers.",
+    )
+
+    @property
+    def packed_length(self) -> int:
+        """Tokens in one pack, which is one micro-batch."""
+        return self.seq_len * self.micro_bsz
+
+    @property
+    def validation_micro_num(self) -> int:
+        return self.valid_micro_num or self.micro_num

@@ -1,0 +1,103 @@
+"""Facts of the built-in chat templates: the marks and special tokens around each role's messages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class TurnStyle:
+    """The rendering of one role's messages.
+
+    Attributes:
+        opening: fragments before the text; never targets.
+        closing: fragments after the text; targets if the message is one.
+    """
+
+    opening: tuple[str, ...]
+    closing: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ChatStyle:
+    """A built-in chat template, made of fragments.
+
+    A fragment that is the exact name of a special token becomes that token's id; other
+    fragments are encoded as text.
+
+    Attributes:
+        turns: by role.
+        special: fragments that must be single tokens of the tokenizer.
+        eos: whether the conversation ends with eos (a target).
+        separator: fragments after every message; never targets.
+    """
+
+    turns: dict[str, TurnStyle]
+    special: tuple[str, ...]
+    eos: bool
+    separator: tuple[str, ...] = ()
+
+
+# InternLM: <|User|>:text<eoh>\n<|Bot|>:answer<eoa>\n and one eos at the end of the conversation
+INTERNLM = ChatStyle(
+    {
+        "system": TurnStyle(("<|System|>:",), ("\n",)),
+        "user": TurnStyle(("<|User|>:",), ("<eoh>", "\n")),
+        "assistant": TurnStyle(("<|Bot|>:",), ("<eoa>", "\n")),
+    },
+    ("<eoh>", "<eoa>"),
+    eos=True,
+)
+
+
+# ChatML in InternLM2's version
+CHATML = ChatStyle(
+    {role: TurnStyle(("<|im_start|>", f"{role}\n"), ("<|im_end|>",)) for role in ROLES},
+    ("<|im_start|>", "<|im_end|>"),
+    eos=False,
+    separator=("\n",),
+)
+
+
+LLAMA3 = ChatStyle(
+    {
+        role: TurnStyle(
+            ("<|start_header_id|>", role, "<|end_header_id|>", "\n\n"), ("<|eot_id|>",)
+        )
+        for role in ROLES
+    },
+    ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    eos=False,
+)
+
+
+STYLES = {"internlm": INTERNLM, "chatml": CHATML, "llama3": LLAMA3}
+
+
+# Text to InternEvo's tokenizer, special tokens of others.
+ROLE_MARKS = ("<|System|>", "<|User|>", "<|Bot|>")
+
+
+# Names of the same special tokens in published InternLM2 tokenizers.
+TOKEN_ALIASES = {
+    "<|im_start|>": ("[UNUSED_TOKEN_146]",),
+    "<|im_end|>": ("[UNUSED_TOKEN_145]",),
+}
+
+
+# InternEvo's tokenizer does not name these tokens; alpaca_tokenizer.py writes their
+# ids. It is known by its size.
+INTERNEVO_TOKEN_IDS = {103168: {"<eoh>": 103167, "<eoa>": 103166}}
+
+
+# Tokens with which published chat models end an answer.
+TURN_ENDS = (
+    "<|im_end|>",
+    *TOKEN_ALIASES["<|im_end|>"],
+    "<eoa>",
+    "<|eot_id|>",
+    "<|end|>",
+    "<|eom_id|>",
+)
