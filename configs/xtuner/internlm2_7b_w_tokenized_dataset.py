@@ -34,9 +34,8 @@ from xtuner.utils import PROMPT_TEMPLATE
 
 # PART 1: settings
 # Model
-pretrained_model_name_or_path = (
-    "internlm/internlm2-7b"  # a hub id in the local cache, or a folder
-)
+# a hub id in the local cache, or a folder
+pretrained_model_name_or_path = "internlm/internlm2-7b"
 use_varlen_attn = True  # attention stays inside a document
 
 # Data

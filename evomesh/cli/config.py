@@ -100,7 +100,7 @@ def show(
             typer.echo(f"{label:<12} {text}")
         return
     warnings = [*loaded.warnings, *(check_world(loaded.config, gpus) if gpus else [])]
-    figures = derived(loaded, gpus or 1)
+    figures = derived(loaded, gpus)
     values = config_to_dict(loaded.config)
     if as_json:
         document = {
@@ -119,6 +119,10 @@ def show(
     typer.echo()
     figure_rows = [(name, _format_value(value)) for name, value in figures.items()]
     _print_table(("derived", "value"), figure_rows)
+    if gpus is None:
+        typer.echo(
+            "derived for the fewest gpus of this layout; --gpus sets another number"
+        )
     for words in warnings:
         typer.echo(f"warning: {words}")
 
@@ -151,34 +155,48 @@ def copy(
     target = Path(dest)
     if target.is_dir():
         target /= source.name
-    if target.exists():
-        raise UserError(
-            "already exists",
-            where=str(target),
-            fix="choose another name, or remove it first",
-        )
     if target.suffix != ".py" or not target.parent.is_dir():
         raise UserError(
             "cannot be written",
             where=dest,
             expected="an existing folder, or NAME.py in one",
         )
-    copies = {
-        base: target.parent / base.relative_to(source.parent)
-        for base in _base_files(source)
-    }
-    for base, copied in copies.items():
+    for written in copy_with_base(source, target):
+        typer.echo(str(written))
+
+
+def copy_with_base(source: Path, target: Path) -> list[Path]:
+    """Copy a shipped config to ``target`` and its base file beside it; return what was written.
+
+    Raises:
+        UserError: ``target`` exists, or another file is where the base would be, or one cannot be written.
+    """
+    if target.exists():
+        raise UserError(
+            "already exists",
+            where=str(target),
+            fix="choose another name, or remove it first",
+        )
+    copies = {}
+    for base in _base_files(source):
+        copied = target.parent / base.relative_to(source.parent)
         if copied.exists() and copied.read_bytes() != base.read_bytes():
             raise UserError(
                 "already exists, with different content",
                 where=str(copied),
                 fix="choose another folder",
             )
+        copies[base] = copied
     copies[source] = target
-    for original, copied in copies.items():
-        copied.parent.mkdir(exist_ok=True)
-        shutil.copyfile(original, copied)
-        typer.echo(str(copied))
+    try:
+        for original, copied in copies.items():
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(original, copied)
+    except OSError as error:
+        raise UserError(
+            f"cannot be written: {error.strerror}", where=str(target)
+        ) from None
+    return list(copies.values())
 
 
 @app.command()
@@ -276,15 +294,16 @@ def _base_files(config: Path) -> list[Path]:
     return []
 
 
-def derived(loaded: LoadedConfig, gpus: int) -> dict[str, Any]:
-    """Return the sizes derived from the config for ``gpus`` processes."""
-    from evomesh.config.layout import data_parallel_size
+def derived(loaded: LoadedConfig, gpus: int | None) -> dict[str, Any]:
+    """Return the sizes derived from the config for ``gpus`` processes; None: the fewest that hold one copy."""
+    from evomesh.config.layout import data_parallel_size, smallest_world
     from evomesh.config.size import parameter_count, parameter_counts, tokens_per_step
 
     config = loaded.config
-    dp = data_parallel_size(config.parallel, gpus)
+    processes = smallest_world(config.parallel) if gpus is None else gpus
+    dp = data_parallel_size(config.parallel, processes)
     figures: dict[str, Any] = {
-        "gpus": gpus,
+        "gpus": processes,
         "data-parallel size": dp,
         "packed length (tokens)": config.data.packed_length,
         "tokens per step": tokens_per_step(config, dp),

@@ -69,25 +69,13 @@ def copy_cfg(
         Path, typer.Argument(metavar="DIR", help="Folder for NAME_copy.py.")
     ],
 ) -> None:
-    """Copy a shipped config to DIR/NAME_copy.py, to edit it."""
-    from evomesh.cli.config import xtuner_config
+    """Copy a shipped config to DIR/NAME_copy.py, to edit it, and the file that it is based on."""
+    from evomesh.cli.config import copy_with_base, xtuner_config
 
     source = xtuner_config(name.removesuffix(".py"))
     target = folder / f"{source.stem}_copy.py"
-    if target.exists():
-        raise UserError(
-            "exists already",
-            where=str(target),
-            fix="remove it, or choose another folder",
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
-    except OSError as error:
-        raise UserError(
-            f"cannot be written: {error.strerror}", where=str(target)
-        ) from None
-    print(f"wrote {target}")
+    for written in copy_with_base(source, target):
+        print(f"wrote {written}")
 
 
 @app.command("install-command")

@@ -44,6 +44,14 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     return world_size // parallel.pipeline.size // parallel.tensor.size
 
 
+def smallest_world(parallel: ParallelConfig) -> int:
+    """Return the fewest processes that the sizes of the axes divide: those of one copy of the weights."""
+    is_isp = parallel.tensor.mode == "isp"
+    weight = parallel.weight.size if is_isp else 1
+    ranks_per_stage = math.lcm(parallel.tensor.size, weight)
+    return parallel.pipeline.size * ranks_per_stage
+
+
 def axis_sizes(parallel: ParallelConfig, world_size: int) -> AxisSizes:
     """Return the sizes of all axes for ``world_size`` processes.
 

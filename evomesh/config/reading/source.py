@@ -11,23 +11,32 @@ from __future__ import annotations
 import ast
 import copy
 import difflib
-import importlib
-import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
+from evomesh.config.reading.config_modules import (
+    PACKAGE,
+    READ_BASE,
+    ModuleRunner,
+    base_modules,
+    config_imports,
+)
 from evomesh.config.reading.overrides import Override, apply_overrides
 from evomesh.config.reading.source_lines import AssignmentLines, config_lines
 from evomesh.config.reading.spellings import SECTIONS, TOP_LEVEL
 from evomesh.errors import ConfigError, UserError
 
-APPLY, READ_BASE = "__apply_overrides__", "read_base"
-PACKAGE = "evomesh_config_file"  # three levels of it, so that relative imports may climb twice
+APPLY = "__apply_overrides__"
+MODULE_FOLDERS = (
+    "a module in the folder of the config or one above it, in the current folder, "
+    "or one that is installed"
+)
+HERE = f"{PACKAGE}.parent.here"  # the package of modules beside the config
 
 
 @dataclass(frozen=True)
@@ -63,13 +72,13 @@ def read_source(path: str, overrides: Sequence[Override] = ()) -> ConfigSource:
     text = read_text(file, path)
     tree = parse_config(text, str(file), path)
     namespace: dict[str, Any] = {
-        "__name__": f"{PACKAGE}.parent.here.config",
-        "__package__": f"{PACKAGE}.parent.here",
+        "__name__": f"{HERE}.config",
+        "__package__": HERE,
         "__file__": str(file),
     }
-    namespace[READ_BASE] = nullcontext
-    namespace[APPLY] = lambda: apply_overrides(namespace, overrides)
-    with imports_beside(file):
+    _add_helpers(namespace, overrides)
+    bases = base_modules(tree, HERE)
+    with config_imports(file, bases, _base_runner(bases, overrides)):
         execute(compile(instrument(tree), str(file), "exec"), namespace, path, text)
         lines = config_lines(tree, path, namespace)
     inherited, inherited_lines, inherited_names = _read_bases(
@@ -90,6 +99,24 @@ def read_source(path: str, overrides: Sequence[Override] = ()) -> ConfigSource:
         {**inherited_lines, **lines},
         text,
     )
+
+
+def _add_helpers(namespace: dict[str, Any], overrides: Sequence[Override]) -> None:
+    """Add the names that an instrumented file calls."""
+    namespace[READ_BASE] = nullcontext
+    namespace[APPLY] = lambda: apply_overrides(namespace, overrides)
+
+
+def _base_runner(bases: set[str], overrides: Sequence[Override]) -> ModuleRunner:
+    """Return what runs a ``read_base`` file: overrides take part, and it may have bases, which join ``bases``."""
+
+    def run(source: bytes, module: ModuleType, file: str) -> None:
+        tree = ast.parse(source, file)
+        bases.update(base_modules(tree, module.__package__ or ""))
+        _add_helpers(module.__dict__, overrides)
+        exec(compile(instrument(tree), file, "exec"), module.__dict__)
+
+    return run
 
 
 def read_text(file: Path, shown: str) -> str:
@@ -236,9 +263,11 @@ def execute(code: CodeType, namespace: dict[str, Any], shown: str, text: str) ->
         )
         rows = text.splitlines()
         line = rows[lineno - 1].strip() if lineno <= len(rows) else ""
+        is_not_found = isinstance(error, ModuleNotFoundError)
         raise _source_error(
             f"{type(error).__name__} while the config ran: {error}\n    {line}",
             f"{shown}:{lineno}",
+            expected=MODULE_FOLDERS if is_not_found else "",
             fix="correct the line; python CONFIG shows the full traceback",
         ) from None
 
@@ -284,60 +313,3 @@ def merge_values(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]
             else value
         )
     return out
-
-
-@contextmanager
-def imports_beside(file: Path) -> Iterator[None]:
-    """Let the config import files beside it and below the working directory, relative imports included.
-
-    Afterwards ``sys.path`` is as before and modules imported from those folders are
-    forgotten, so that another file of the same name is read afresh.
-    """
-    modules_before = set(sys.modules)
-    path_before = list(sys.path)
-    bytecode_before = sys.dont_write_bytecode
-    folder = file.parent
-    # Packages for relative imports: `from . import x` is beside the file, `from ..
-    # import x` one folder up.
-    _add_package(PACKAGE, folder.parent.parent)
-    _add_package(f"{PACKAGE}.parent", folder.parent)
-    _add_package(f"{PACKAGE}.parent.here", folder)
-    sys.path[:0] = [str(folder), str(Path.cwd())]
-    sys.dont_write_bytecode = True
-    importlib.invalidate_caches()
-    try:
-        yield
-    finally:
-        sys.path[:] = path_before
-        sys.dont_write_bytecode = bytecode_before
-        for name in set(sys.modules) - modules_before:
-            if name.startswith(PACKAGE) or _is_authors_module(
-                sys.modules[name], [file.parent, Path.cwd()]
-            ):
-                del sys.modules[name]
-
-
-def _add_package(name: str, folder: Path) -> None:
-    package = ModuleType(name)
-    package.__path__ = [str(folder)]
-    sys.modules[name] = package
-
-
-def _is_authors_module(module: ModuleType | None, folders: list[Path]) -> bool:
-    """Return whether a module is the author's: below one of ``folders``, neither installed there nor evomesh's."""
-    # A package without an __init__.py has no file, only the folders that it is spread
-    # over.
-    location = getattr(module, "__file__", None)
-    if not location:
-        search_path = getattr(module, "__path__", [])
-        location = next(iter(search_path), None)
-    if location is None or module is None:
-        return False
-    package = module.__name__.partition(".")[0]
-    own_package = __name__.partition(".")[0]
-    if package == own_package:
-        return False
-    file = Path(location).resolve()
-    is_installed = "site-packages" in file.parts
-    is_below = any(file.is_relative_to(folder) for folder in folders)
-    return is_below and not is_installed

@@ -85,6 +85,27 @@ def test_show() -> None:
     assert "data-parallel size      8" in run("show", SEVEN_B, "--gpus", "8")
 
 
+@pytest.mark.parametrize(
+    ("parallel", "gpus", "dp"),
+    [
+        ("dict(tensor=dict(size=2,mode='msp'),pipeline=4)", 8, 1),
+        ("dict(tensor=dict(size=2,mode='isp'),weight=4)", 4, 2),
+        ("dict(tensor=dict(size=4,mode='isp'),weight=6,pipeline=2)", 24, 3),
+        ("dict(zero1=8)", 1, 1),
+    ],
+)
+def test_show_without_gpus_takes_the_fewest_of_the_layout(
+    parallel: str, gpus: int, dp: int
+) -> None:
+    sets = ["--set", f"parallel={parallel}", "--set", "model.num_attention_heads=24"]
+    sets += ["--set", "model.hidden_size=1536", "--set", "model.mlp_ratio=4.0"]
+    derived = json.loads(run("show", SEVEN_B, *sets, "--json"))["derived"]
+    assert (derived["gpus"], derived["data-parallel size"]) == (gpus, dp)
+    assert derived["tokens per step"] == 2048 * 2 * 4 * dp
+    text = run("show", SEVEN_B, *sets)
+    assert "for the fewest gpus of this layout; --gpus sets another number" in text
+
+
 def test_show_json() -> None:
     document = json.loads(run("show", SEVEN_B, "--gpus", "8", "--json"))
     assert document["derived"]["parameters"] == 7_321_948_160

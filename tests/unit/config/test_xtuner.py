@@ -184,7 +184,12 @@ GUIDES: dict[str, tuple[tuple[Edit, ...], dict[str, Any]]] = {
         },
     ),
     "weights only": (
-        (("type=CheckpointHook, by", "type=CheckpointHook, save_optimizer=False, by"),),
+        (
+            (
+                "type=CheckpointHook,\n",
+                "type=CheckpointHook,\n        save_optimizer=False,\n",
+            ),
+        ),
         {"ckpt.save_optimizer": False},
     ),
     "order of the files": (
@@ -259,7 +264,10 @@ UNITS: list[tuple[tuple[Edit, ...], dict[str, Any], str]] = [
         "a checkpoint every 1 steps",
     ),
     (
-        (("by_epoch=False, interval=save_steps", "by_epoch=True, interval=2"),),
+        (
+            ("by_epoch=False,\n", "by_epoch=True,\n"),
+            ("interval=save_steps", "interval=2"),
+        ),
         {"ckpt.checkpoint_every_epochs": 2, "ckpt.checkpoint_every": float("inf")},
         "",
     ),

@@ -58,12 +58,25 @@ def test_copy_cfg(here: Path) -> None:
         copied.read_bytes()
         == (CONFIGS / "internlm2_7b_w_tokenized_dataset.py").read_bytes()
     )
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         run("xtuner", "copy-cfg", "internlm2_7b_w_tokenized_dataset", ".")
     with pytest.raises(
         UserError, match="did you mean internlm2_7b_w_tokenized_dataset"
     ):
         run("xtuner", "copy-cfg", "internlm2_7b_w_tokenised_dataset", "new")
+
+
+def test_a_copy_brings_the_config_that_it_is_based_on(here: Path) -> None:
+    name = "mistral_7b_w_tokenized_dataset"
+    out = run("xtuner", "copy-cfg", name, "new")
+    assert out.splitlines() == [
+        "wrote new/internlm2_7b_w_tokenized_dataset.py",
+        f"wrote new/{name}_copy.py",
+    ]
+    copied = load_config(f"new/{name}_copy.py").config
+    assert copied.model == load_config(CONFIGS / f"{name}.py").config.model
+    assert copied.ckpt.load_ckpt_info is not None
+    assert copied.ckpt.load_ckpt_info.path == "mistralai/Mistral-7B-v0.3"
 
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted(CONFIGS.glob("*.py"))])
@@ -73,7 +86,8 @@ def test_translate_writes_the_same_config(name: str, here: Path) -> None:
     written = load_config("out.py").config
     assert written == load_config(CONFIGS / f"{name}.py").config
     text = (here / "out.py").read_text(encoding="utf-8")
-    assert f"seq_len=32768,  # {CONFIGS}/{name}.py:" in text and " max_length\n" in text
+    file = name if "untokenized" in name else "internlm2_7b_w_tokenized_dataset"
+    assert f"seq_len=32768,  # {CONFIGS}/{file}.py:" in text and " max_length\n" in text
     assert (
         "EvaluateChatHook" in text and "xtuner." not in text and "mmengine" not in text
     )

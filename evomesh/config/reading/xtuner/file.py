@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evomesh.config.reading.config_modules import config_imports
 from evomesh.config.reading.overrides import Override, apply_overrides
 from evomesh.config.reading.source import (
     APPLY,
-    PACKAGE,
+    HERE,
     execute,
     find_config_file,
-    imports_beside,
     instrument,
     merge_values,
     parse_config,
@@ -107,8 +107,8 @@ def run_file(path: str, overrides: Sequence[Override]) -> XTunerFile:
         return {new: base.values[name] for name, new in names.items()}
 
     namespace: dict[str, Any] = {
-        "__name__": f"{PACKAGE}.parent.here.config",
-        "__package__": f"{PACKAGE}.parent.here",
+        "__name__": f"{HERE}.config",
+        "__package__": HERE,
         "__file__": str(file),
         STAND_IN: ForeignName,
         READ_NAMES: read_names,
@@ -117,7 +117,7 @@ def run_file(path: str, overrides: Sequence[Override]) -> XTunerFile:
     namespace[APPLY] = lambda: apply_overrides(namespace, overrides)
     replacer = ImportReplacer([file.parent, Path.cwd()], STAND_IN, READ_NAMES)
     replaced = ast.fix_missing_locations(replacer.visit(copy.deepcopy(tree)))
-    with imports_beside(file):
+    with config_imports(file):
         execute(compile(instrument(replaced), str(file), "exec"), namespace, path, text)
     values = {name: value for name, value in namespace.items() if not _is_private(name)}
     below: dict[str, Any] = {}
