@@ -1,1 +1,5 @@
-"""Pipeline parallelism: the layers of each stage, and the order in which micro-batches run through the stages."""
+"""Pipeline parallelism: which layers a stage holds, and when it runs which micro-batch.
+
+layers -> stages (stages, split) -> schedule (schedule) -> forward and backward
+                                 -> evaluation order (evaluation_order)
+"""

@@ -244,16 +244,14 @@ class CheckpointWriter:
     ) -> str | None:
         """Commit a checkpoint of ``step`` and return its folder.
 
+        Returns None if the store refused (disk full, ...), which is logged.
+
         Args:
             tensors: live tensors by global name; those of other ranks complete them.
             state, config: see ``new_record``; they must not depend on the layout.
-            blocking: False: return as soon as the tensors may change again; ``wait``
-                returns the outcome.
+            blocking: False: return once the tensors may change; see ``wait``.
             snapshot: into the snapshot folder.
             final: raise even the first refusal of the store.
-
-        Returns:
-            None if the store refused (disk full, ...): that is logged and training may continue.
 
         Raises:
             UserError: a second writer, or too many refusals in a row.
