@@ -19,7 +19,8 @@ from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.native.plan import describe
 from evomesh.config.record import config_from_dict
 from evomesh.config.schema import Config, ModelConfig, RunConfig
-from evomesh.data.chat import ChatTemplate, choose_template, end_of_answer_ids
+from evomesh.data.chat import choose_template, end_of_answer_ids
+from evomesh.data.chat_message import ChatTemplate
 from evomesh.data.tokenizer import Tokenizer, check_tokenizer_fits, load_tokenizer
 from evomesh.errors import UserError
 from evomesh.models.language_model import LanguageModel

@@ -25,19 +25,21 @@ class ChatStyle:
     """A built-in chat template, made of fragments.
 
     A fragment that is the exact name of a special token becomes that token's id; other
-    fragments are encoded as text.
+    fragments are text.
 
     Attributes:
         turns: by role.
         special: fragments that must be single tokens of the tokenizer.
         eos: whether the conversation ends with eos (a target).
         separator: fragments after every message; never targets.
+        strips: whether the published template of the style strips spaces off messages.
     """
 
     turns: dict[str, TurnStyle]
     special: tuple[str, ...]
     eos: bool
     separator: tuple[str, ...] = ()
+    strips: bool = False
 
 
 # InternLM: <|User|>:text<eoh>\n<|Bot|>:answer<eoa>\n and one eos at the end of the conversation
@@ -70,6 +72,7 @@ LLAMA3 = ChatStyle(
     },
     ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     eos=False,
+    strips=True,
 )
 
 

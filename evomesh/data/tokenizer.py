@@ -81,6 +81,10 @@ class Tokenizer(Protocol):
         """Return the ids of a text, without bos and eos."""
         ...
 
+    def encode_with_spans(self, text: str) -> EncodedText:
+        """Return the ids of ``encode`` and the characters that each stands for."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens included."""
         ...
@@ -91,6 +95,10 @@ class Tokenizer(Protocol):
 
     def token_name(self, token_id: int) -> str:
         """Return the exact name of a token, "" for an id without a token; the inverse of ``token_id``."""
+        ...
+
+    def is_added(self, token_id: int) -> bool:
+        """Return whether an id is recognized in text by its name, as special tokens are."""
         ...
 
 
@@ -157,11 +165,13 @@ class HfTokenizer:
         ]
 
     def encode(self, text: str) -> list[int]:
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        # As a batch: the library's own ``encode`` keeps the interpreter to itself for
+        # all of a long text, in which no other thread of a server answers.
+        (ids,) = self.encode_batch([text])
+        return ids
 
     def encode_with_spans(self, text: str) -> EncodedText:
-        """Return the ids of ``encode`` and the characters that each stands for."""
-        encoding = self._backend.encode(text, add_special_tokens=False)
+        (encoding,) = self._backend.encode_batch([text], add_special_tokens=False)
         return EncodedText(list(encoding.ids), list(encoding.offsets))
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -175,7 +185,6 @@ class HfTokenizer:
         return self._backend.id_to_token(token_id) or ""
 
     def is_added(self, token_id: int) -> bool:
-        """Return whether an id is recognized in text by its name, as special tokens are."""
         return token_id in self._backend.get_added_tokens_decoder()
 
     def save(self, path: Path) -> None:
@@ -325,6 +334,20 @@ class SentencePieceTokenizer:
         ids: list[int] = self._backend.encode(text)
         return ids
 
+    def encode_with_spans(self, text: str) -> EncodedText:
+        from sentencepiece import sentencepiece_pb2 as records
+
+        record = self._backend.encode(text, out_type="serialized_proto")
+        pieces = records.SentencePieceText.FromString(record).pieces  # type: ignore[attr-defined]  # made at run time
+        # The library counts in bytes of UTF-8: this gives the character at each byte.
+        character_at = [0]
+        for number, character in enumerate(text, 1):
+            character_at += [number] * len(character.encode())
+        spans = [
+            (character_at[piece.begin], character_at[piece.end]) for piece in pieces
+        ]
+        return EncodedText([piece.id for piece in pieces], spans)
+
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._backend.decode([int(token) for token in ids]))
 
@@ -342,6 +365,13 @@ class SentencePieceTokenizer:
             if 0 <= token_id < self.vocab_size
             else ""
         )
+
+    def is_added(self, token_id: int) -> bool:
+        # Control symbols are never recognized; between letters, only a symbol of the
+        # user's own stays a token.
+        between_letters = self._backend.encode(f"a{self.token_name(token_id)}a")
+        is_control = bool(self._backend.is_control(token_id))
+        return not is_control and token_id in between_letters
 
 
 def load_tokenizer(path: str | Path, where: str = "--tokenizer") -> Tokenizer:

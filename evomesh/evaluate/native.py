@@ -19,7 +19,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 
-from evomesh.data.chat import JinjaTemplate
+from evomesh.data.folder_template import JinjaTemplate
 from evomesh.data.tokenizer import Tokenizer, leading_bos
 from evomesh.errors import UserError
 from evomesh.generate.engine import GenerationEngine

@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from evomesh.config.redact import redact_text
-from evomesh.data.chat import ChatMessage
+from evomesh.data.chat_message import ChatMessage
 from evomesh.data.tokenizer import leading_bos
 from evomesh.errors import UserError
 from evomesh.serve.answers import ApiAnswer

@@ -16,7 +16,7 @@ from starlette.routing import Mount
 
 from evomesh.config.redact import redact_text
 from evomesh.config.schema import RotaryType
-from evomesh.data.chat import ChatMessage
+from evomesh.data.chat_message import ChatMessage
 from evomesh.errors import UserError
 from evomesh.generate.options import SamplingParams
 from evomesh.serve.detokenizer import TextDelta

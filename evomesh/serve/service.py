@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from evomesh.config.schema import RotaryType
-from evomesh.data.chat import ChatMessage, ChatTemplate
+from evomesh.data.chat_message import ChatMessage, ChatTemplate
 from evomesh.data.tokenizer import Tokenizer, leading_bos
 from evomesh.errors import UserError
 from evomesh.generate.engine import GeneratedToken, TokenScore, check_prompt

@@ -18,7 +18,7 @@ from evomesh.checkpoint.huggingface.folder import HfFolder
 from evomesh.checkpoint.huggingface.load import match_tensors
 from evomesh.checkpoint.huggingface.names import NAME_MAPS
 from evomesh.checkpoint.huggingface.tokenizer import compare_tokenizers
-from evomesh.data.chat import JinjaTemplate
+from evomesh.data.folder_template import JinjaTemplate
 from evomesh.data.tokenizer import check_tokenizer_fits, load_tokenizer
 from evomesh.errors import UserError
 from evomesh.storage.local import LocalStorage

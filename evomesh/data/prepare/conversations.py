@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evomesh.data.chat import ChatTemplate, build_template
+from evomesh.data.chat import build_template
+from evomesh.data.chat_message import ChatTemplate
 from evomesh.data.chat_styles import ROLES
 from evomesh.data.prepare.read_conversation import (
     RecordSchema,

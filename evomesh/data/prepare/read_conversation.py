@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from evomesh.data.chat import ChatMessage
+from evomesh.data.chat_message import ChatMessage
 from evomesh.data.chat_styles import ROLES
 from evomesh.data.records.reader import SourceRecord
 from evomesh.data.token_files.lines import json_kind

@@ -19,7 +19,9 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer
 
-from evomesh.data.chat import ChatMessage, JinjaTemplate, end_of_answer_ids
+from evomesh.data.chat import end_of_answer_ids
+from evomesh.data.chat_message import ChatMessage
+from evomesh.data.folder_template import JinjaTemplate
 from evomesh.data.template import TemplateRenderer
 from evomesh.data.tokenizer import load_tokenizer
 from evomesh.errors import UserError

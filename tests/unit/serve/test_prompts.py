@@ -8,7 +8,8 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
-from evomesh.data.chat import ChatMessage, build_template
+from evomesh.data.chat import build_template
+from evomesh.data.chat_message import ChatMessage
 from evomesh.data.chat_styles import STYLES
 from evomesh.data.tokenizer import Tokenizer, load_tokenizer
 from tests.support.serving import TEMPLATE, byte_tokenizer
