@@ -171,13 +171,11 @@ class JinjaTemplate:
             ).text
         until = whole
         if number + 1 < len(messages):
-            # Some templates write eos at the end of any text: what both renderings
-            # share is the message.
             closed = self._render(messages[: number + 1], tools=tools).text
             prompted = self._render(
                 messages[: number + 1], tools=tools, add_generation_prompt=True
             ).text
-            until = _shared_start(closed, prompted)
+            until = closed[: self._end_of_messages(closed, prompted)]
         if not (until.startswith(before) and whole.startswith(until)):
             raise UserError(
                 f"the chat template changes earlier messages when a later one is added: message {number + 1} of "
@@ -187,6 +185,26 @@ class JinjaTemplate:
                 f"--chat-template {'|'.join(STYLES)}",
             )
         return len(before), len(until)
+
+    def _end_of_messages(self, closed: str, prompted: str) -> int:
+        """Return where the last message ends in two texts of the same messages.
+
+        Args:
+            closed: rendered without a generation prompt; some templates write eos at the end of it.
+            prompted: rendered with one.
+        """
+        if prompted.startswith(closed) or closed.startswith(prompted):
+            return min(len(closed), len(prompted))
+        # What follows the message may begin alike in both, as "<|endoftext|>" and
+        # "<|assistant|>" do: only whole tokens that both have are part of it.
+        end = 0
+        one = self.tokenizer.encode_with_spans(closed)
+        other = self.tokenizer.encode_with_spans(prompted)
+        for token, span, other_token in zip(*one, other.ids, strict=False):
+            if token != other_token:
+                break
+            end = span[1]
+        return end
 
     def _render(
         self,
@@ -204,16 +222,6 @@ class JinjaTemplate:
         return self._renderers[name].render(
             turns, add_generation_prompt=add_generation_prompt, variables=variables
         )
-
-
-def _shared_start(first: str, second: str) -> str:
-    """Return the longest text that both begin with."""
-    length = 0
-    for one, other in zip(first, second, strict=False):
-        if one != other:
-            break
-        length += 1
-    return first[:length]
 
 
 def _token_boundary(encoded: EncodedText, end: int) -> int:

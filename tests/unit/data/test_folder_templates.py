@@ -3,280 +3,184 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
-from sentencepiece import SentencePieceTrainer
-from tokenizers import (
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
 from transformers import AutoTokenizer
 
-from evomesh.data.chat import end_of_answer_ids
+from evomesh.data.chat import build_template, end_of_answer_ids
 from evomesh.data.chat_message import ChatMessage
 from evomesh.data.folder_template import JinjaTemplate
+from evomesh.data.prepare.read_conversation import read_conversation, read_tools
+from evomesh.data.records.reader import SourceRecord
 from evomesh.data.template import TemplateRenderer
 from evomesh.data.tokenizer import load_tokenizer
 from evomesh.errors import UserError
+from tests.support.chat_folders import (
+    ANSWER,
+    CHATML,
+    CONVERSATIONS,
+    FOLDERS,
+    LAST,
+    MARKS,
+    THOUGHT,
+    TOOL,
+    TOOLS,
+    USER,
+)
 
-CORPUS = [
-    "what is the answer to the question",
-    "the cat sat on the mat 12345",
-    "be brief, please\n\n",
-    "春眠不觉晓",
+STYLED_FOLDERS = [name for name, row in FOLDERS.items() if row.style]
+PLAIN_CONVERSATIONS = [
+    name
+    for name, turns in CONVERSATIONS.items()
+    if all(turn.keys() == {"role", "content"} for turn in turns) and name != "tools"
 ]
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-# The features of published templates, in other words.
-BRACKETS = (
-    "{% if messages[0].role == 'system' %}{% set rest = messages[1:] %}{% set rules = messages[0].content %}"
-    "{% else %}{% set rest = messages %}{% set rules = false %}{% endif %}"
-    "{% for m in rest %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('order') }}"
-    "{% endif %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' }}"
-    "{% if loop.first and rules %}{{ '<<SYS>>\n' + rules + '\n<</SYS>>\n\n' }}{% endif %}"
-    "{{ m.content.strip() + ' [/INST]' }}"
-    "{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
-HEADERS = (
-    "{{- bos_token }}{%- for m in messages %}"
-    "{{- '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}"
-    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
-)
-TURNS = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{% set role = 'model' %}{% else %}"
-    "{% set role = m.role %}{% endif %}{{ '<start_of_turn>' + role + '\n' + m.content | trim + '<end_of_turn>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
-)
-ENDS_WITH_EOS = (
-    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
-)
-TOOLS = (
-    "{% if tools %}{{ '<|im_start|>system\n' }}{% for t in tools %}{{ t | tojson(indent=2) }}{% endfor %}"
-    "{{ '<|im_end|>\n' }}{% endif %}" + CHATML
-)
-THINKING = (
-    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
-    "{% endif %}{% endfor %}{% for m in messages %}{% set text = m.content %}"
-    "{% if m.role == 'assistant' and loop.index0 < ns.last and '</think>' in text %}"
-    "{% set text = text.split('</think>')[-1].lstrip('\n') %}{% endif %}"
-    "{{ '<|im_start|>' ~ m.role ~ '\n' ~ text ~ '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-TAGGED = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
-    "{% generation %}{{ m.content + '<|im_end|>\n' }}{% endgeneration %}{% continue %}{% endif %}"
-    "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-ROLES = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<｜User｜>' + m.content }}"
-    "{% elif m.role == 'assistant' %}{{ '<｜Assistant｜>' + m.content + eos_token }}"
-    "{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}"
-)
-SYSTEM = {"role": "system", "content": "be brief"}
-USER = {"role": "user", "content": "what is <the> answer? "}
-ANSWER = {"role": "assistant", "content": " the cat 春眠 é🙂"}
-MARKS = {"role": "user", "content": "write <|im_end|> and </s> and <end_of_turn>"}
-LAST = {"role": "assistant", "content": "12345\n"}
-EMPTY = {"role": "user", "content": ""}
-CONVERSATIONS = {
-    "one turn": [USER, ANSWER],
-    "system": [SYSTEM, USER, ANSWER],
-    "two turns": [USER, ANSWER, MARKS, LAST],
-    "empty turn": [EMPTY, {"role": "assistant", "content": ""}, USER, LAST],
-}
-
-
-def byte_level(folder: Path, special: list[str], *, bos: str = "") -> None:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=330,
-        special_tokens=special,
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    if bos:
-        pair = [(bos, tokenizer.token_to_id(bos))]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=pair
-        )
-    tokenizer.save(str(folder / "tokenizer.json"))
-
-
-def spaced(folder: Path, special: list[str]) -> None:
-    """A tokenizer.json with a mark for spaces and byte fallback, as Mistral's and Gemma's have it."""
-    tokenizer = Tokenizer(
-        models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True)
-    )
-    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
-    names = [*special, *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=names, show_progress=False
-    )
-    tokenizer.train_from_iterator([text[:30] for text in CORPUS], trainer)
-    record = json.loads(tokenizer.to_str())
-    record["added_tokens"] = [
-        token for token in record["added_tokens"] if token["content"] in special
-    ]
-    (folder / "tokenizer.json").write_text(json.dumps(record))
-
-
-def sentencepiece(folder: Path, symbols: list[str], *, prefix: bool) -> None:
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS * 9), model_prefix=str(folder / "tokenizer"), model_type="bpe",
-        vocab_size=330, byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        add_dummy_prefix=prefix, user_defined_symbols=symbols, hard_vocab_limit=False, minloglevel=2,
-    )  # fmt: skip
-
-
-IM = ["<|im_start|>", "<|im_end|>"]
-FOLDERS: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "llama2": (
-        lambda path: sentencepiece(path, [], prefix=True),
-        {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True, "bos_token": "<s>"},
-        BRACKETS,
-    ),
-    "llama2 legacy": (
-        lambda path: sentencepiece(path, [], prefix=True),
-        {"tokenizer_class": "LlamaTokenizer", "legacy": True, "bos_token": "<s>"},
-        BRACKETS,
-    ),
-    "llama3": (
-        lambda path: byte_level(
-            path,
-            ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"],
-            bos="<|begin_of_text|>",
-        ),
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": "<|begin_of_text|>",
-            "eos_token": "<|eot_id|>",
-        },
-        HEADERS,
-    ),
-    "internlm": (
-        lambda path: sentencepiece(path, [], prefix=False),
-        {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False, "additional_special_tokens": IM},
-        "{{ bos_token }}" + CHATML,
-    ),
-    "qwen2": (
-        lambda path: byte_level(path, ["<|endoftext|>"]),
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": None,
-            "eos_token": "<|im_end|>",
-            "pad_token": "<|endoftext|>",
-            "additional_special_tokens": IM,
-        },
-        TOOLS,
-    ),
-    "qwen3": (
-        lambda path: byte_level(path, ["<|endoftext|>", *IM]),
-        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None, "eos_token": "<|im_end|>"},
-        THINKING,
-    ),
-    "mistral": (
-        lambda path: spaced(path, ["<unk>", "<s>", "</s>"]),
-        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"},
-        BRACKETS,
-    ),
-    "gemma": (
-        lambda path: spaced(path, ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]),
-        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<eos>"},
-        TURNS,
-    ),
-    "phi3": (
-        lambda path: spaced(path, ["<unk>", "<s>", "</s>", "<|endoftext|>", "<|end|>", "<|assistant|>"]),
-        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<|endoftext|>"},
-        ENDS_WITH_EOS,
-    ),
-    "smollm3": (
-        lambda path: byte_level(path, ["<|begin_of_text|>", *IM]),
-        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None, "eos_token": "<|im_end|>"},
-        TAGGED,
-    ),
-    "deepseek": (
-        lambda path: byte_level(
-            path, ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"]
-        ),
-        {
-            "tokenizer_class": "LlamaTokenizerFast",
-            "bos_token": {
-                "__type": "AddedToken",
-                "content": "<｜begin▁of▁sentence｜>",
-                "normalized": True,
-                "lstrip": False,
-                "rstrip": False,
-                "single_word": False,
-            },
-            "eos_token": "<｜end▁of▁sentence｜>",
-            "unk_token": None,
-        },
-        ROLES,
-    ),
-}  # fmt: skip
+PLAIN_CHATML = CHATML.replace("@[", "").replace("]@", "")
 
 
 @pytest.fixture(scope="module", params=FOLDERS)
-def folder(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    path = tmp_path_factory.mktemp("folder")
-    build, settings, template = FOLDERS[request.param]
-    build(path)
-    (path / "tokenizer_config.json").write_text(
-        json.dumps(settings | {"chat_template": template})
-    )
-    return path
+def row(request: pytest.FixtureRequest) -> str:
+    """The name of a folder of the table."""
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")
-def theirs(folder: Path) -> Any:
+def folder(row: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return FOLDERS[row].write(tmp_path_factory.mktemp("folder"))
+
+
+def load_theirs(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(
         str(folder), trust_remote_code=False, local_files_only=True
     )
 
 
-def messages(turns: list[dict[str, str]]) -> list[ChatMessage]:
-    return [
-        ChatMessage(turn["role"], turn["content"], turn["role"] == "assistant")
-        for turn in turns
-    ]
+@pytest.fixture(scope="module")
+def theirs(folder: Path) -> Any:
+    return load_theirs(folder)
+
+
+@pytest.fixture(scope="module")
+def ours(folder: Path) -> JinjaTemplate:
+    return JinjaTemplate(load_tokenizer(folder))
+
+
+@pytest.fixture(scope="module")
+def tagged(row: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The same folder in transformers, with tags around what the model writes."""
+    return load_theirs(
+        FOLDERS[row].write(tmp_path_factory.mktemp("tagged"), tagged=True)
+    )
+
+
+def tools_of(turns: list[dict[str, Any]]) -> list[Any] | None:
+    return [TOOL] if any(turn["role"] == "tool" for turn in turns) else None
+
+
+def read(turns: list[dict[str, Any]]) -> tuple[list[ChatMessage], list[Any] | None]:
+    """Return messages and tools as they are read from a record."""
+    record = SourceRecord({"messages": turns, "tools": tools_of(turns)}, "here")
+    return read_conversation(record, "messages"), read_tools(record)
+
+
+def messages(turns: list[dict[str, Any]]) -> list[ChatMessage]:
+    return read(turns)[0]
+
+
+def encode_theirs(theirs: Any, turns: list[dict[str, Any]], **options: Any) -> Any:
+    """Return what transformers encodes; None if the template rejects the conversation."""
+    try:
+        return theirs.apply_chat_template(
+            turns, tools=tools_of(turns), return_dict=True, **options
+        )
+    except jinja2.TemplateError:
+        return None
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_text_and_ids_of_transformers(folder: Path, theirs: Any, name: str) -> None:
+def test_text_and_ids_of_transformers(
+    ours: JinjaTemplate, theirs: Any, name: str
+) -> None:
     turns = CONVERSATIONS[name]
-    tokenizer = load_tokenizer(folder)
-    template = JinjaTemplate(tokenizer)
-    whole = theirs.apply_chat_template(turns, return_dict=True)["input_ids"]
-    assert [abs(token) for token in template.encode(messages(turns))] == whole
-    prompt = turns[:-1]
-    wanted = theirs.apply_chat_template(
-        prompt, add_generation_prompt=True, return_dict=True
-    )["input_ids"]
-    assert template.encode_prompt(messages(prompt)) == wanted
-    text = theirs.apply_chat_template(
-        prompt, add_generation_prompt=True, tokenize=False
+    given, tools = read(turns)
+    untrained = [replace(message, train=False) for message in given]
+    wanted = encode_theirs(theirs, turns)
+    if wanted is None:
+        with pytest.raises(UserError, match="rejects the conversation"):
+            ours.encode(untrained, tools)
+    else:
+        found = ours.encode(untrained, tools)
+        assert [abs(token) for token in found] == wanted["input_ids"]
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_prompts_of_transformers(ours: JinjaTemplate, theirs: Any, name: str) -> None:
+    """Up to each answer of a conversation: the ids that a server answers, and the text that an evaluation reads."""
+    turns = CONVERSATIONS[name]
+    answers = [n for n, turn in enumerate(turns) if turn["role"] == "assistant"]
+    for number in answers:
+        prompt = turns[:number]
+        if tools_of(prompt):
+            continue  # a server has no tools
+        wanted = encode_theirs(theirs, prompt, add_generation_prompt=True)
+        if wanted is None:
+            with pytest.raises(UserError, match="rejects the conversation"):
+                ours.encode_prompt(messages(prompt))
+            continue
+        assert ours.encode_prompt(messages(prompt)) == wanted["input_ids"]
+        text = theirs.apply_chat_template(
+            prompt, add_generation_prompt=True, tokenize=False
+        )
+        assert ours.render(prompt, add_generation_prompt=True) == text
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_targets_are_what_the_model_writes(
+    ours: JinjaTemplate, tagged: Any, name: str
+) -> None:
+    """Marked in the template by hand, and counted by transformers."""
+    turns = CONVERSATIONS[name]
+    given, tools = read(turns)
+    wanted = encode_theirs(tagged, turns, return_assistant_tokens_mask=True)
+    is_rewritten = (
+        name == "history rewritten" and "ns.last" in ours.tokenizer.chat_template
     )
-    assert template.render(prompt, add_generation_prompt=True) == text
+    if wanted is None or is_rewritten:
+        with pytest.raises(
+            UserError, match=r"rejects the conversation|changes earlier"
+        ):
+            ours.encode(given, tools)
+        return
+    ids = ours.encode(given, tools)
+    # An id of 0 has no sign.
+    pairs = [
+        pair for pair in zip(ids, wanted["assistant_masks"], strict=True) if pair[0]
+    ]
+    assert [int(token > 0) for token, _ in pairs] == [target for _, target in pairs]
+    assert any(target for _, target in pairs)
+
+
+@pytest.mark.parametrize("name", PLAIN_CONVERSATIONS)
+@pytest.mark.parametrize("row", STYLED_FOLDERS, indirect=True, scope="module")
+def test_a_built_in_style_gives_the_ids_of_the_template(
+    row: str, ours: JinjaTemplate, name: str
+) -> None:
+    turns = CONVERSATIONS[name]
+    style = FOLDERS[row].style
+    built_in = build_template(style, ours.tokenizer)
+    wanted = ours.encode(messages(turns))
+    found = built_in.encode(messages(turns))
+    assert [abs(token) for token in found] == [abs(token) for token in wanted]
+    prompt = messages(turns[:1])
+    assert built_in.encode_prompt(prompt) == ours.encode_prompt(prompt)
+    # The template's last newline is a target, the style's is not; a bos keeps its sign.
+    newline = ours.tokenizer.encode("\n")
+    ignored = {*newline, ours.tokenizer.bos_id}
+    targets = [token for token in found if token > 0 and token not in ignored]
+    assert targets == [token for token in wanted if token > 0 and token not in ignored]
 
 
 def test_plain_texts_and_special_tokens_of_transformers(
@@ -302,57 +206,28 @@ def test_plain_texts_and_special_tokens_of_transformers(
     assert tokenizer.vocab_size == max(theirs.get_vocab().values()) + 1
 
 
-def test_targets_are_what_follows_the_generation_prompt(
-    folder: Path, theirs: Any
-) -> None:
-    """An answer's targets decode to its text and its terminator, which is an id that ends an answer."""
-    tokenizer = load_tokenizer(folder)
-    template = JinjaTemplate(tokenizer)
+def test_the_terminator_of_an_answer_ends_answers(ours: JinjaTemplate) -> None:
     for turns in (CONVERSATIONS["one turn"], CONVERSATIONS["two turns"]):
-        ids = template.encode(messages(turns))
-        answers = [
-            turn["content"].strip() for turn in turns if turn["role"] == "assistant"
-        ]
-        targets = tokenizer.decode([token for token in ids if token > 0])
-        for answer in answers:
-            assert answer in targets
-        assert "what is" not in targets and "write" not in targets
-        ends = end_of_answer_ids(tokenizer, None, 1000, template)
+        ids = ours.encode(messages(turns))
+        ends = end_of_answer_ids(ours.tokenizer, None, 1000, ours)
+        answers = [turn for turn in turns if turn["role"] == "assistant"]
         assert len([token for token in ids if token in ends]) >= len(answers)
 
 
-def test_tagged_targets_are_the_assistant_mask(tmp_path: Path) -> None:
-    build, settings, template = FOLDERS["smollm3"]
-    build(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps(settings | {"chat_template": template})
-    )
-    theirs = AutoTokenizer.from_pretrained(str(tmp_path))
-    ours = JinjaTemplate(load_tokenizer(tmp_path))
-    for turns in CONVERSATIONS.values():
-        wanted = theirs.apply_chat_template(
-            turns, return_dict=True, return_assistant_tokens_mask=True
-        )
-        ids = ours.encode(messages(turns))
-        assert [int(token > 0) for token in ids] == wanted["assistant_masks"]
+def test_an_answer_that_is_not_trained_has_no_targets(tmp_path: Path) -> None:
+    ours = JinjaTemplate(load_tokenizer(FOLDERS["smollm3"].write(tmp_path)))
     first_muted = messages(CONVERSATIONS["two turns"])
     first_muted[1] = ChatMessage("assistant", ANSWER["content"], False)
     targets = [token for token in ours.encode(first_muted) if token > 0]
-    assert theirs.decode(targets) == "12345\n<|im_end|>\n"
+    assert ours.tokenizer.decode(targets) == "12345\n<|im_end|>\n"
 
 
 def test_history_that_the_template_rewrites_is_no_target(tmp_path: Path) -> None:
-    build, settings, template = FOLDERS["qwen3"]
-    build(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps(settings | {"chat_template": template})
-    )
-    ours = JinjaTemplate(load_tokenizer(tmp_path))
-    thought = ChatMessage("assistant", "<think>\nhm\n</think>\n\nthe cat", True)
-    turns = [*messages([USER]), thought, *messages([MARKS, LAST])]
+    ours = JinjaTemplate(load_tokenizer(FOLDERS["qwen3"].write(tmp_path)))
+    turns = messages([USER, THOUGHT, MARKS, LAST])
     with pytest.raises(UserError, match=r"message 2 of 4"):
         ours.encode(turns)
-    turns[1] = ChatMessage("assistant", thought.text, False)
+    turns[1] = replace(turns[1], train=False)
     assert (
         ours.tokenizer.decode([token for token in ours.encode(turns) if token > 0])
         == "12345\n<|im_end|>\n"
@@ -362,30 +237,22 @@ def test_history_that_the_template_rewrites_is_no_target(tmp_path: Path) -> None
     )
 
 
-def test_tools_and_message_keys_reach_the_template(tmp_path: Path) -> None:
-    build, settings, _ = FOLDERS["qwen2"]
-    build(tmp_path)
-    calls = CHATML.replace(
-        "m.content", "(m.tool_calls | tojson if m.tool_calls else m.content)"
-    )
+def test_tools_choose_the_template_that_is_named_so(tmp_path: Path) -> None:
     named = [
-        {"name": "default", "template": CHATML},
-        {"name": "tool_use", "template": TOOLS.replace(CHATML, calls)},
+        {"name": "default", "template": PLAIN_CHATML},
+        {"name": "tool_use", "template": TOOLS.replace("@[", "").replace("]@", "")},
     ]
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps(settings | {"chat_template": named})
-    )
-    theirs = AutoTokenizer.from_pretrained(str(tmp_path))
-    ours = JinjaTemplate(load_tokenizer(tmp_path))
-    tools = [{"type": "function", "function": {"name": "f", "description": "<a> & 春"}}]
-    call = [{"function": {"name": "f", "arguments": {"x": 1}}}]
-    turns = [USER, {"role": "assistant", "content": "", "tool_calls": call}]
-    mine = [*messages([USER]), ChatMessage("assistant", "", True, {"tool_calls": call})]
-    for given in (tools, None):
-        wanted = theirs.apply_chat_template(turns, tools=given, return_dict=True)[
-            "input_ids"
-        ]
-        assert [abs(token) for token in ours.encode(mine, given)] == wanted
+    folder = FOLDERS["qwen2"].write(tmp_path)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["chat_template"] = named
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    theirs = load_theirs(folder)
+    ours = JinjaTemplate(load_tokenizer(folder))
+    turns = CONVERSATIONS["one turn"]
+    for given in ([TOOL], None):
+        wanted = theirs.apply_chat_template(turns, tools=given, return_dict=True)
+        found = ours.encode(messages(turns), given)
+        assert [abs(token) for token in found] == wanted["input_ids"]
 
 
 @pytest.mark.parametrize(
