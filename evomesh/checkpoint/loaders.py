@@ -33,6 +33,7 @@ from evomesh.checkpoint.native.plan import LocalTensor
 from evomesh.checkpoint.native.read import (
     refuse_differing,
     refuse_missing,
+    refuse_not_finite,
     refuse_unwanted,
 )
 
@@ -116,6 +117,7 @@ checkpoint_loaders = LoaderRegistry(
         "internevo": load_internevo,
         "hf": load_huggingface,
         "hf_llama": load_huggingface,
+        "hf_model": load_huggingface,
         "llama": load_llama,
     }
 )
@@ -139,7 +141,8 @@ def fill(
         elsewhere: names that other ranks want, those of other pipeline stages; this rank ignores them.
 
     Raises:
-        CheckpointError: wanted tensors are missing, some are wanted by no rank, or shapes differ; all are named.
+        CheckpointError: wanted tensors are missing, some are wanted by no rank, or shapes differ (all are named); or
+            NaN or infinity in the first tensor that has any.
     """
     missing = set(local)
     unknown: list[str] = []
@@ -154,17 +157,22 @@ def fill(
             shapes = f"the checkpoint has {list(tensor.shape)}, the model wants {list(wanted.shape)}"
             differing.append(f"{name}: {shapes}")
         elif not differing:
-            _copy(wanted, tensor)
+            _copy(wanted, tensor, where)
     refuse_differing(differing, where)
     refuse_missing(sorted(missing), unknown, where)
     refuse_unwanted(unknown, elsewhere, where)
 
 
-def _copy(wanted: LocalTensor, tensor: Tensor | LazyTensor) -> None:
-    whole = Box.whole(wanted.shape)
-    with torch.no_grad():
-        for part in wanted.parts:
-            if isinstance(tensor, Tensor):
-                part.tensor.copy_(tensor[part.box.within(whole)])
-            else:
-                part.tensor.copy_(tensor.read(part.box))
+def _copy(wanted: LocalTensor, tensor: Tensor | LazyTensor, where: str) -> None:
+    """Copy this rank's parts of a tensor, and check that they are finite."""
+    for part in wanted.parts:
+        values = _read_box(tensor, part.box)
+        with torch.no_grad():
+            part.tensor.copy_(values)
+        refuse_not_finite(wanted.name, values, part.tensor, where)
+
+
+def _read_box(tensor: Tensor | LazyTensor, box: Box) -> Tensor:
+    if isinstance(tensor, Tensor):
+        return tensor[box.within(Box.whole(tuple(tensor.shape)))]
+    return tensor.read(box)

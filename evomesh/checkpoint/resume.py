@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -37,7 +38,7 @@ DETECTED_TYPES = (
     "normal",
     "evomesh",
 )  # evomesh's or InternEvo's, detected from the folder
-WEIGHT_TYPES = ("hf", "hf_llama", "llama")  # weights of other programs
+WEIGHT_TYPES = ("hf", "hf_llama", "hf_model", "llama")  # weights of other programs
 RIGHT_TYPES = {
     "evomesh": "internevo",
     "internevo": "internevo",
@@ -426,8 +427,12 @@ def _load_foreign(
         group = states if is_state else parameters
         group[name] = tensor
     if start.wants("model"):
-        stored = loader(start.path, model)
-        fill(parameters, stored, start.path, wanted_anywhere)
+        read = partial(loader, start.path, model)
+        # What is wrong with one rank's part of a tensor ends all ranks with that message.
+        run_on_all_ranks(
+            reader.exchange,
+            lambda: fill(parameters, read(), start.path, wanted_anywhere),
+        )
     if start.content == {"model"}:
         return {}
     return _load_foreign_state(start, states, model, wanted_anywhere)

@@ -104,7 +104,7 @@ def read_model(
         UserError: an architecture or a setting that cannot be represented here, or a key that is absent.
     """
     kind = record.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(
             f"unknown architecture: model_type {kind!r} ({_joined(record.get('architectures'))})",
             where=where,
@@ -121,15 +121,16 @@ def read_model(
     family = FAMILIES[kind]
     if family == "INTERNLM" and not bias:  # our INTERNLM always has biases
         family = "LLAMA2"
-    kv_heads = record.get("num_key_value_heads") or heads
     mlp_ratio, multiple_of = _mlp_ratio(width, hidden)
-    return ModelConfig(
+    settings: dict[str, Any] = dict(
         model_type=family,
         num_layers=reader.positive_integer("num_hidden_layers"),
         hidden_size=hidden,
         vocab_size=reader.positive_integer("vocab_size"),
         num_attention_heads=heads,
-        num_kv_attention_heads=None if family == "INTERNLM" else kv_heads,
+        num_kv_attention_heads=(
+            None if family == "INTERNLM" else reader.kv_heads(heads)
+        ),
         mlp_ratio=mlp_ratio,
         multiple_of=multiple_of,
         dtype=reader.dtype(dtype),
@@ -137,7 +138,7 @@ def read_model(
         o_bias=False if family == "QWEN2" else None,
         qk_norm=family == "QWEN3",
         sliding_window=reader.sliding_window(),
-        layer_norm_epsilon=float(record.get("rms_norm_eps", 1e-6)),
+        layer_norm_epsilon=reader.number("rms_norm_eps", 1e-6),
         no_bias=not bias,
         qk_interleaved=False,
         rope_base=reader.rope_base(),
@@ -146,6 +147,7 @@ def read_model(
         max_position_embeddings=reader.max_position(),
         rope_scaling=reader.rope_scaling(head_dim),
     )
+    return reader.validated(settings)
 
 
 def _mlp_ratio(width: int, hidden: int) -> tuple[float, int]:
@@ -173,6 +175,51 @@ class _ConfigReader:
             )
         return value
 
+    def number(self, key: str, default: float) -> float:
+        return self._as_number(key, self.record.get(key, default))
+
+    def kv_heads(self, heads: int) -> int:
+        """Return the number of key/value heads; absent or null, it is that of the query heads."""
+        if self.record.get("num_key_value_heads") is None:
+            return heads
+        return self.positive_integer("num_key_value_heads")
+
+    def validated(self, settings: dict[str, Any]) -> ModelConfig:
+        """Return the model section of the settings that were read.
+
+        Raises:
+            UserError: values that no model can have, such as heads of an odd width.
+        """
+        try:
+            return ModelConfig(**settings)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            found = f"{key} is {first['input']!r}: " if key else ""
+            raise UserError(
+                f"{found}{first['msg']}",
+                where=self.where,
+                expected="the sizes of a model",
+            ) from None
+
+    def _as_number(self, key: str, value: Any) -> float:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise UserError(
+                f"{key} is {value!r}", where=self.where, expected="a number"
+            )
+        return float(value)
+
+    def _mapping(self, key: str) -> dict[str, Any]:
+        """Return a value that is a JSON object, or {} where it is absent or null."""
+        value = self.record.get(key)
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            raise UserError(
+                f"{key} is {value!r}", where=self.where, expected="a JSON object"
+            )
+        return value
+
     def dtype(self, override: str | None) -> DType:
         record = self.record
         found = (
@@ -195,6 +242,7 @@ class _ConfigReader:
         activation = self.record.get("hidden_act", "silu")
         head_dim = self.record.get("head_dim")
         kv_heads = self.record.get("num_key_value_heads")
+        groups = self.kv_heads(heads)
         setting = None
         if activation not in ("silu", "swish"):
             setting = f"hidden_act {activation!r}"
@@ -209,6 +257,8 @@ class _ConfigReader:
             heads,
         ):
             setting = "GQA"
+        elif heads % groups != 0:
+            setting = f"{heads} attention heads with {groups} key/value heads"
         elif self.record.get("use_sliding_window"):
             setting = "use_sliding_window: a window in some of the layers"
         if setting:
@@ -241,11 +291,8 @@ class _ConfigReader:
         )
 
     def _partial_rotary(self) -> float:
-        return float(
-            self._rope().get("partial_rotary_factor")
-            or self.record.get("partial_rotary_factor")
-            or 1
-        )
+        key = "partial_rotary_factor"
+        return self._as_number(key, self._rope().get(key) or self.record.get(key) or 1)
 
     def _rope(self) -> dict[str, Any]:
         """Return the rotary settings: the newer spelling before the older one, InternLM's last.
@@ -253,11 +300,8 @@ class _ConfigReader:
         But InternLM's ``rotary.type`` "origin" comes first: editing this one word must
         turn dynamic scaling off, as InternEvo's guide describes.
         """
-        rope = {
-            **(self.record.get("rope_scaling") or {}),
-            **(self.record.get("rope_parameters") or {}),
-        }
-        rotary = self.record.get("rotary") or {}
+        rope = self._mapping("rope_scaling") | self._mapping("rope_parameters")
+        rotary = self._mapping("rotary")
         has_other_spelling = self.record.keys() & {"rope_scaling", "rope_parameters"}
         if rotary.get("type") and (
             not has_other_spelling or rotary["type"] == "origin"
@@ -270,11 +314,15 @@ class _ConfigReader:
         """Return the factor of dynamic NTK scaling, None without scaling."""
         if self._rope_type() != "dynamic":
             return None
-        return float(self._rope().get("factor", 1.0))
+        return self._as_number("factor", self._rope().get("factor", 1.0))
 
     def _rope_type(self) -> str:
         rope = self._rope()
         kind = rope.get("rope_type") or rope.get("type") or "default"
+        if not isinstance(kind, str):
+            raise UserError(
+                f"rope_type is {kind!r}", where=self.where, expected="a name"
+            )
         return {"origin": "default", "su": "longrope"}.get(kind, kind)
 
     def rope_scaling(self, head_dim: int) -> RopeScaling | None:
@@ -330,16 +378,18 @@ class _ConfigReader:
         return {"type": kind, **settings}
 
     def max_position(self) -> int:
-        return int(self.record.get("max_position_embeddings", 2048))
+        if self.record.get("max_position_embeddings") is None:
+            return 2048
+        return self.positive_integer("max_position_embeddings")
 
     def rope_base(self) -> float:
-        rotary = self.record.get("rotary") or {}
+        rotary = self._mapping("rotary")
         base = (
             self._rope().get("rope_theta")
             or self.record.get("rope_theta")
             or rotary.get("base")
         )
-        return float(base or 10000.0)
+        return self._as_number("rope_theta", base or 10000.0)
 
 
 def _joined(value: object) -> str:

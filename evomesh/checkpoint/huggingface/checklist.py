@@ -15,8 +15,7 @@ from evomesh.checkpoint.huggingface.compare_logits import (
 )
 from evomesh.checkpoint.huggingface.config import CLASSES, read_config
 from evomesh.checkpoint.huggingface.folder import HfFolder
-from evomesh.checkpoint.huggingface.load import match_tensors
-from evomesh.checkpoint.huggingface.names import NAME_MAPS
+from evomesh.checkpoint.huggingface.match import describe_folder, match_tensors
 from evomesh.checkpoint.huggingface.tokenizer import compare_tokenizers
 from evomesh.data.folder_template import JinjaTemplate
 from evomesh.data.tokenizer import check_tokenizer_fits, load_tokenizer
@@ -88,10 +87,8 @@ def _config(folder: HfFolder) -> str:
 
 
 def _weights(folder: HfFolder) -> str:
-    record = folder.json("config.json")
-    model = read_config(record, "config.json")
-    tied = bool(record.get("tie_word_embeddings"))
-    match_tensors(folder, NAME_MAPS[record["model_type"]], model, tied)
+    described = describe_folder(folder)
+    match_tensors(folder, described.naming, described.model, described.tied)
     index = "model.safetensors.index.json"
     files = set(folder.files.values())
     if index in folder.storage.list(folder.path) and "model.safetensors" not in files:

@@ -138,13 +138,19 @@ class HfFolder:
         for name, file in weight_map.items():
             names_by_file.setdefault(file, set()).add(name)
 
+        lost = sorted(names_by_file.keys() - set(names))
+        if lost:
+            shards = "the shard" if len(lost) == 1 else f"{len(lost)} shards:"
+            more = ", ..." if len(lost) > 8 else ""
+            shown = ", ".join(map(repr, lost[:8])) + more
+            raise CheckpointError(
+                f"lists {shards} {shown}, which the folder does not have",
+                where=where,
+                expected="every file that the index names, in this folder",
+                fix="copy or download the folder again",
+            )
         # A shard may hold more than the index lists, never less.
         for file, listed in sorted(names_by_file.items()):
-            if file not in names:
-                raise CheckpointError(
-                    f"lists the shard {file!r}, which is not in the folder",
-                    where=where,
-                )
             stored = self._tensor_names(file)
             absent = sorted(listed.difference(stored))
             if absent:

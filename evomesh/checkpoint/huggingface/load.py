@@ -14,26 +14,22 @@ import torch
 from torch import Tensor
 
 from evomesh.checkpoint.hub_cache import local_folder
-from evomesh.checkpoint.huggingface.config import read_config
 from evomesh.checkpoint.huggingface.folder import (
     MetaFolder,
     WeightFolder,
     open_folder,
     read_json,
 )
+from evomesh.checkpoint.huggingface.match import describe_folder, match_tensors
 from evomesh.checkpoint.huggingface.names import (
     META,
-    NAME_MAPS,
     NameMap,
-    Shape,
     TensorLink,
     foreign_to_native,
-    tensor_links,
 )
 from evomesh.checkpoint.native.boxes import Box, Coordinates
 from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.config.schema import ModelConfig
-from evomesh.storage.base import join
 from evomesh.storage.local import LocalStorage
 from evomesh.storage.urls import split_url
 
@@ -59,7 +55,9 @@ COMPARED = (
     "layer_norm_epsilon",
     "rope_base",
     "rope_scaling",
+    "use_dynamic_ntk_rope",
 )
+DYNAMIC = ("rope_scaling_factor", "max_position_embeddings")  # settings of dynamic NTK
 
 
 @dataclass(frozen=True)
@@ -127,14 +125,11 @@ def load_huggingface(
     """
     folder = open_folder(path)
     config = ModelConfig.model_validate(model, strict=False)
-    record = folder.json("config.json")
-    compare_models(
-        config, read_config(record, join(folder.path, "config.json")), folder.path
-    )
-    tied = bool(record.get("tie_word_embeddings"))
-    if tied:
+    described = describe_folder(folder)
+    compare_models(config, described.model, folder.path)
+    if described.tied:
         logger.warning("%s: %s", folder.path, TIED)
-    yield from foreign_tensors(folder, NAME_MAPS[record["model_type"]], config, tied)
+    yield from foreign_tensors(folder, described.naming, config, described.tied)
 
 
 def load_llama(path: str, model: dict[str, Any]) -> Iterator[tuple[str, ForeignTensor]]:
@@ -168,14 +163,15 @@ def load_llama(path: str, model: dict[str, Any]) -> Iterator[tuple[str, ForeignT
 def compare_models(run: ModelConfig, folder: ModelConfig, where: str) -> None:
     """Compare the settings of the run with those of the folder.
 
-    Dynamic NTK may differ: it acts beyond the trained length only.
-
     Raises:
         CheckpointError: they differ; each with both values.
     """
+    keys = list(COMPARED)
+    if run.use_dynamic_ntk_rope and folder.use_dynamic_ntk_rope:
+        keys += DYNAMIC
     differing = [
         f"{key}={getattr(folder, key)}, the run's is {getattr(run, key)}"
-        for key in COMPARED
+        for key in keys
         if getattr(folder, key) != getattr(run, key)
     ]
     if differing:
@@ -192,62 +188,3 @@ def foreign_tensors(
     """Yield (our name, tensor) for all tensors of the model, after ``match_tensors``."""
     for link in match_tensors(folder, name_map, config, tied):
         yield link.native, ForeignTensor(link, folder, name_map, config)
-
-
-def match_tensors(
-    folder: WeightFolder, name_map: NameMap, config: ModelConfig, tied: bool = False
-) -> list[TensorLink]:
-    """Return all links of the model, after comparing names and shapes with the folder's headers.
-
-    Args:
-        tied: the folder may lack the head, which then is the embedding.
-    Raises:
-        CheckpointError: names every tensor that is missing, unexpected, or of another shape.
-    """
-    links = tensor_links(config, name_map)
-    if tied and name_map.weight("head") not in folder.shapes:
-        links = [_tied(link, name_map) for link in links]
-    expected: dict[str, Shape] = {}
-    for link in links:
-        expected.update(zip(link.foreign, link.shapes, strict=True))
-    problems = _differences(expected, folder.shapes)
-    if problems:
-        raise CheckpointError(
-            "the tensors are not those of this model:\n  " + "\n  ".join(problems),
-            where=folder.path,
-            fix="compare the model section with the folder's config.json",
-        )
-    return links
-
-
-def _tied(link: TensorLink, name_map: NameMap) -> TensorLink:
-    """Return the link, for the head one to the foreign embedding."""
-    if link.native != "head.weight":
-        return link
-    return TensorLink(link.native, (name_map.weight("embedding"),), link.shapes)
-
-
-def _differences(
-    expected: dict[str, Shape], found: dict[str, Coordinates]
-) -> list[str]:
-    """Describe the differences between the expected tensors and those of a folder, one line per kind."""
-    kinds: dict[str, list[str]] = {
-        "missing": [],
-        "of another shape": [],
-        "unexpected": [],
-    }
-    for name, shape in expected.items():
-        if name not in found:
-            kinds["missing"].append(f"{name} {list(shape)}")
-        elif found[name] != shape:
-            kinds["of another shape"].append(
-                f"{name} is {list(found[name])}, not {list(shape)}"
-            )
-    for name in sorted(found.keys() - expected.keys()):
-        kinds["unexpected"].append(f"{name} {list(found[name])}")
-    lines = []
-    for kind, tensors in kinds.items():
-        if tensors:
-            listed = "; ".join(tensors)
-            lines.append(f"{kind} ({len(tensors)}): {listed}")
-    return lines

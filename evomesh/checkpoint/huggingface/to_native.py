@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,10 +13,10 @@ from evomesh.checkpoint.huggingface.compare_logits import (
     largest_logit_difference,
     native_logits,
 )
-from evomesh.checkpoint.huggingface.config import read_config, rotary_scaling
+from evomesh.checkpoint.huggingface.config import rotary_scaling
 from evomesh.checkpoint.huggingface.folder import HfFolder, open_folder
 from evomesh.checkpoint.huggingface.load import TIED, ForeignTensor, foreign_tensors
-from evomesh.checkpoint.huggingface.names import NAME_MAPS
+from evomesh.checkpoint.huggingface.match import describe_folder
 from evomesh.checkpoint.native import format as fmt
 from evomesh.checkpoint.native.boxes import Box, LocalPart
 from evomesh.checkpoint.native.commit import (
@@ -31,7 +30,7 @@ from evomesh.checkpoint.native.disk_space import readable
 from evomesh.checkpoint.native.find import Checkpoint, open_checkpoint
 from evomesh.checkpoint.native.format import layout_record
 from evomesh.checkpoint.native.plan import TensorType, WriteItem, in_file_order
-from evomesh.checkpoint.native.read import read_tensor
+from evomesh.checkpoint.native.read import read_tensor, refuse_not_finite
 from evomesh.checkpoint.native.store_errors import as_checkpoint_error
 from evomesh.checkpoint.native.write import PieceSource, live_pieces
 from evomesh.config.data import DataConfig
@@ -71,7 +70,12 @@ def from_hf(
         layout=layout_record(1),
     )
     record = commit(
-        storage, step, [_write_items(tensors)], tensors, record, _converted(weights)
+        storage,
+        step,
+        [_write_items(tensors)],
+        tensors,
+        record,
+        _converted(weights, folder.path),
     )
     if compare:
         try:
@@ -97,22 +101,19 @@ def read_folder(
     Raises:
         CheckpointError: not a folder of a known architecture, wrong tensors, or a tokenizer larger than the embedding.
     """
-    record = folder.json("config.json")
-    model = read_config(record, join(folder.path, "config.json"), dtype)
-    naming = NAME_MAPS[record["model_type"]]
-    tied = bool(record.get("tie_word_embeddings"))
-    if tied:
+    described = describe_folder(folder, dtype)
+    model = described.model
+    if described.tied:
         report(f"{folder.path}: {TIED}")
-    weights = dict(foreign_tensors(folder, naming, model, tied))
+    tensors = foreign_tensors(folder, described.naming, model, described.tied)
+    weights = dict(tensors)
     tokenizer = _tokenizer_path(folder, model, report)
     seq_len = min(
         model.max_position_embeddings,
         model.sliding_window or model.max_position_embeddings,
     )
     data = DataConfig(seq_len=seq_len, tokenizer_path=tokenizer)
-    config = Config(
-        model=model, data=data, generation=_generation_section(folder, record)
-    )
+    config = Config(model=model, data=data, generation=_generation_section(folder))
     return config, weights
 
 
@@ -131,11 +132,13 @@ def _write_items(tensors: Mapping[str, TensorType]) -> list[WriteItem]:
     )
 
 
-def _converted(weights: Mapping[str, ForeignTensor]) -> PieceSource:
+def _converted(weights: Mapping[str, ForeignTensor], source: str) -> PieceSource:
     """Return a source that converts each tensor when it is written, so that only one is in memory."""
 
     def pieces(item: WriteItem) -> Iterator[tuple[Box, memoryview]]:
-        tensor = weights[item.name].read().to(fmt.DTYPES[item.dtype]).contiguous()
+        stored = weights[item.name].read()
+        tensor = stored.to(fmt.DTYPES[item.dtype]).contiguous()
+        refuse_not_finite(item.name, stored, tensor, source)
         part = LocalPart(tensor, item.part.box)
         yield from live_pieces(WriteItem(item.name, item.dtype, item.shape, part))
 
@@ -156,14 +159,18 @@ def _tokenizer_path(
     except UserError:
         return None
     check_tokenizer_fits(tokenizer, model.vocab_size)
+    spare = model.vocab_size - tokenizer.vocab_size
+    if spare:
+        report(
+            f"{path}: the embedding has {model.vocab_size} rows, the tokenizer {tokenizer.vocab_size} ids: "
+            f"the last {spare} rows are of no token"
+        )
     return str(path)
 
 
-def _generation_section(
-    folder: HfFolder, config: dict[str, Any]
-) -> GenerationConfig | None:
+def _generation_section(folder: HfFolder) -> GenerationConfig | None:
     """Return a section with the folder's special ids, None if it has no eos id."""
-    ids = dict(config)
+    ids = folder.json("config.json")
     if folder.storage.exists(join(folder.path, "generation_config.json")):
         ids |= folder.json("generation_config.json")
     eos = ids.get("eos_token_id")

@@ -21,7 +21,7 @@ from evomesh.checkpoint.native.format import (
 )
 from evomesh.checkpoint.native.intact import read_until_intact, reading
 from evomesh.checkpoint.native.plan import LocalTensor
-from evomesh.checkpoint.native.write import as_bytes
+from evomesh.checkpoint.native.write import as_bytes, not_finite
 from evomesh.storage.base import StorageReader, join
 
 logger = logging.getLogger(__name__)
@@ -115,6 +115,32 @@ def refuse_differing(differing: Sequence[str], where: str) -> None:
         where=where,
         expected="the same model shape and dtype as in the run that wrote it",
         fix="compare the model section with the one stored in the checkpoint: evomesh ckpt ls",
+    )
+
+
+def refuse_not_finite(name: str, stored: Tensor, values: Tensor, where: str) -> None:
+    """Refuse weights with NaN or infinity.
+
+    Args:
+        stored: as the file has them.
+        values: in the dtype of the model, which may hold less.
+
+    Raises:
+        CheckpointError: with their number, and whether the file or the dtype is the cause.
+    """
+    bad = not_finite(values)
+    if not bad:
+        return
+    if not_finite(stored):
+        fix = "take another copy of the weights: training and inference would give NaN"
+    else:
+        fix = "choose a dtype with a larger range, such as bfloat16"
+    dtype = str(values.dtype).removeprefix("torch.")
+    raise CheckpointError(
+        f"{name}: {bad} of {values.numel()} values are NaN or infinite as {dtype}",
+        where=where,
+        expected="finite weights",
+        fix=fix,
     )
 
 

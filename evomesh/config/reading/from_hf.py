@@ -29,17 +29,17 @@ FACTS = (
     "sliding_window",
     "rope_base",
     "rope_scaling",
-)
-WIDTH = ("mlp_ratio", "multiple_of")
-# What a config may change: where the weights begin, not what they compute at the
-# lengths they were trained on.
-DEFAULTS = (
-    "dtype",
-    "qk_interleaved",
-    "max_position_embeddings",
     "use_dynamic_ntk_rope",
     "rope_scaling_factor",
 )
+WIDTH = ("mlp_ratio", "multiple_of")
+# What a config may change: the weights compute the same all the same.
+LENGTH = ("max_position_embeddings",)
+DEFAULTS = ("dtype", "qk_interleaved", *LENGTH)
+# They belong together: a section that names one of them describes its own scaling.
+SCALING = ("rope_scaling", "use_dynamic_ntk_rope", "rope_scaling_factor")
+HF_LOADERS = ("hf", "hf_llama", "hf_model", "llama")
+LOAD_INFO = "ckpt.load_ckpt_info"
 
 
 def resolve_from_hf(draft: ConfigDraft, model: dict[str, Any]) -> None:
@@ -65,6 +65,43 @@ def resolve_from_hf(draft: ConfigDraft, model: dict[str, Any]) -> None:
             key == "qk_interleaved" and "adapt_hf" in model
         ):
             _put(draft, model, key, getattr(found, key))
+
+
+def take_from_load_info(draft: ConfigDraft, model: dict[str, Any]) -> None:
+    """Fill what the model section leaves out from the folder whose weights ``ckpt.load_ckpt_info`` takes.
+
+    What the section contradicts is refused when the weights are loaded, with both
+    values; so is a folder that cannot be read from here.
+    """
+    found = _first_weights(draft)
+    if found is None:
+        return
+    keys = [*FACTS, *LENGTH]
+    if any(model.get(key) is not None for key in SCALING):
+        keys = [key for key in keys if key not in SCALING]
+    if found.kv_heads == found.num_attention_heads:
+        keys.remove("num_kv_attention_heads")  # the default of every family
+    if not any(key in model for key in WIDTH):
+        keys += WIDTH
+    for key in keys:
+        if model.get(key) is None:
+            _put(draft, model, key, getattr(found, key), LOAD_INFO)
+
+
+def _first_weights(draft: ConfigDraft) -> ModelConfig | None:
+    """Return the model of the local folder in ``ckpt.load_ckpt_info``, None without a readable one."""
+    ckpt = draft.values.get("ckpt", draft.sections.get("ckpt"))
+    info = ckpt.get("load_ckpt_info") if isinstance(ckpt, Mapping) else None
+    if not isinstance(info, Mapping) or info.get("ckpt_type") not in HF_LOADERS:
+        return None
+    path = info.get("path")
+    folder = find_model_folder(path) if isinstance(path, str) else None
+    if folder is None:
+        return None
+    try:
+        return read_model_folder(folder)
+    except UserError:
+        return None
 
 
 def _read(draft: ConfigDraft, name: Any) -> ModelConfig | None:
@@ -105,9 +142,15 @@ def _resolve_width(
         )
 
 
-def _put(draft: ConfigDraft, model: dict[str, Any], key: str, value: Any) -> None:
+def _put(
+    draft: ConfigDraft,
+    model: dict[str, Any],
+    key: str,
+    value: Any,
+    source: str = KEY,
+) -> None:
     if key not in model and value is not None:
-        draft.sources[f"model.{key}"] = KEY
+        draft.sources[f"model.{key}"] = source
     if value is not None:
         model[key] = value
 

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from evomesh.config.families import FAMILY_FACTS
 from evomesh.config.reading.draft import ConfigDraft, shown
-from evomesh.config.reading.from_hf import resolve_from_hf
+from evomesh.config.reading.from_hf import resolve_from_hf, take_from_load_info
 from evomesh.config.reading.ignored_keys import drop_inert, refuse_foreign
 from evomesh.config.schema import Config, ModelConfig, ModelFamily
 
@@ -239,6 +239,7 @@ def _resolve_model(draft: ConfigDraft) -> None:
     model = draft.take_section("model")
     _resolve_rope_scaling(draft, model)
     resolve_from_hf(draft, model)
+    take_from_load_info(draft, model)
     family = model.get("model_type", ModelConfig.model_fields["model_type"].default)
     if "checkpoint" in model and isinstance(model["checkpoint"], bool):
         model["checkpoint"] = float(model["checkpoint"])
