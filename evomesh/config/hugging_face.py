@@ -146,6 +146,7 @@ def read_model(
         rope_scaling_factor=scaling or 1.0,
         max_position_embeddings=reader.max_position(),
         rope_scaling=reader.rope_scaling(head_dim),
+        tie_word_embeddings=bool(record.get("tie_word_embeddings", False)),
     )
     return reader.validated(settings)
 

@@ -165,16 +165,24 @@ def _unsharded_warnings(config: Config, zero: int) -> list[str]:
         "feed-forward inputs": model.mlp_width // tp,
         "embedding and head": math.ceil(model.vocab_size / tp),
     }
+    if model.tie_word_embeddings:
+        del rows_per_tensor_rank["embedding and head"]
     uneven = [
         f"{name} ({rows} rows per tensor rank)"
         for name, rows in rows_per_tensor_rank.items()
         if rows % zero
     ]
-    if not uneven:
-        return []
-    return [
-        f"parallel.zero1.fsdp: {zero} ranks do not divide {', '.join(uneven)}; these stay replicated"
-    ]
+    warnings = []
+    if uneven:
+        warnings.append(
+            f"parallel.zero1.fsdp: {zero} ranks do not divide {', '.join(uneven)}; these stay replicated"
+        )
+    if model.tie_word_embeddings:
+        warnings.append(
+            "parallel.zero1.fsdp: the tied embedding stays replicated, because the beginning and the end of the model "
+            "use it; its optimizer state is sharded"
+        )
+    return warnings
 
 
 def _tensor_findings(config: Config) -> Iterator[ConfigFinding]:
@@ -192,6 +200,13 @@ def _tensor_findings(config: Config) -> Iterator[ConfigFinding]:
                 f"{tp} does not divide {name}={count}",
                 expected=f"size={nearest(tp, count)}",
             )
+    if model.tie_word_embeddings and model.embed_split_hidden and tp > 1:
+        yield ConfigFinding(
+            ("model.tie_word_embeddings", "model.embed_split_hidden"),
+            "embed_split_hidden shards the embedding by columns, and the head that is tied to it by rows",
+            expected="one of them",
+            fix="remove model.embed_split_hidden",
+        )
     if mode != "mtp" and data.packed_length % tp:
         yield ConfigFinding(
             (key, "data.seq_len", "data.micro_bsz"),

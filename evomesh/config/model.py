@@ -104,6 +104,10 @@ class ModelConfig(Section):
         None,
         description="Scaling of the rotary angles: dict(type=..., factor=...), as in config.json.",
     )
+    tie_word_embeddings: bool = Field(
+        False,
+        description="Embedding and output head are one weight, which a checkpoint holds once.",
+    )
     embed_grad_scale: float = Field(
         1.0, description="Scale of the embedding's gradient."
     )

@@ -44,6 +44,7 @@ FUNCTION = (
     "model.qk_norm",
     "model.sliding_window",
     "model.norm_head",
+    "model.tie_word_embeddings",
     "model.extra",
 )
 # They act through dynamic NTK and longrope only.

@@ -28,12 +28,13 @@ def parameter_counts(model: ModelConfig) -> dict[str, int]:
     head_norms = 2 * model.head_dim if model.qk_norm else 0  # of queries and of keys
     post_norm = model.apply_post_layer_norm and model.model_type == "INTERNLM2_PUBLIC"
     final_norms = 0 if post_norm else 1
+    ends = model.vocab_size * hidden
     return {
-        "embedding": model.vocab_size * hidden,
+        "embedding": ends,
         "attention": layers * attention,
         "feed_forward": layers * feed_forward,
         "norms": norm * (2 * layers + final_norms) + layers * head_norms,
-        "head": model.vocab_size * hidden,
+        "head": 0 if model.tie_word_embeddings else ends,
     }
 
 

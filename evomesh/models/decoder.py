@@ -19,10 +19,14 @@ shows what the modes communicate:
     embedding                         vocabulary over tp, or hidden size with embed_split_hidden
     head                              vocabulary over tp
     norm (the last one)               replicated
+    embedding and head, tied          one weight [V, D]: vocabulary over tp
 
-With fsdp all but the last norm are sharded along dim 0 over the zero axis too, where
-its size divides the dim. Sharded over wp or zero, weights are gathered before their
-block computes.
+With fsdp all but the last norm and a tied embedding are sharded along dim 0 over the
+zero axis too, where its size divides the dim. Sharded over wp or zero, weights are
+gathered before their block computes.
+
+A tied weight has one name, ``embedding.weight``. The first and the last stage of a
+pipeline both hold it; each has a summand of its gradient.
 """
 
 from __future__ import annotations
@@ -162,11 +166,23 @@ class OutputHead(nn.Module):
 
     Training reads the weight inside ``forward`` only, because weight sharding gathers
     it for the forward of a module.
+
+    Args:
+        tied_to: the weight of the embedding, with ``tie_word_embeddings``; else None.
     """
 
-    def __init__(self, config: ModelConfig, rows: int, placement: Placement) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        rows: int,
+        placement: Placement,
+        tied_to: nn.Parameter | None = None,
+    ) -> None:
         super().__init__()
         self.config, self.placement = config, placement
+        if tied_to is not None:
+            self.weight = tied_to
+            return
         self.weight = ColumnParallelLinear(
             config.hidden_size, rows, bias=False, placement=placement
         ).weight
@@ -214,7 +230,8 @@ class Decoder(LanguageModel):
     Args:
         family: one of ``models/{internlm,internlm2,llama}.py``.
         layer_range: global indices of this stage's layers; None for all. The stage that starts at 0 has the embedding,
-            the one that ends at ``num_layers`` has the last norm and the head.
+            the one that ends at ``num_layers`` has the last norm and the head, and with tied weights the embedding too,
+            which only the head uses there.
     """
 
     def __init__(
@@ -248,9 +265,11 @@ class Decoder(LanguageModel):
         # hold equally many rows.
         rows = -(-config.vocab_size // axis.size) * axis.size
         padding = rows - config.vocab_size
-        self.embedding = (
-            self._build_embedding(rows, padding) if layers.start == 0 else None
-        )
+        self.is_first = layers.start == 0
+        is_last = layers.stop == config.num_layers
+        self.embedding: Embedding | None = None
+        if self.is_first or (is_last and config.tie_word_embeddings):
+            self.embedding = self._build_embedding(rows, padding)
         self.layers = nn.ModuleDict()
         for i in layers:
             self.layers[str(i)] = DecoderBlock(
@@ -258,14 +277,9 @@ class Decoder(LanguageModel):
             )
         self.norm: Norm | None = None
         self.head: OutputHead | None = None
-        if layers.stop == config.num_layers:
-            self.norm = (
-                None
-                if self.post_norm
-                else make_norm(config, placement.on_tensor_axis())
-            )
-            self.head = OutputHead(config, rows, placement.on_tensor_axis())
-            _mark_padding(self.head.weight, padding)
+        if is_last:
+            self.norm = self._build_last_norm()
+            self.head = self._build_head(rows, padding)
         self.compiled = compiles_blocks(config.compile, placement.device)
         if self.compiled:
             for block in self.layers.values():
@@ -282,6 +296,32 @@ class Decoder(LanguageModel):
         _mark_padding(embedding.weight, padding)
         return embedding
 
+    def _build_last_norm(self) -> Norm | None:
+        """Return the norm before the head; with ``post_norm`` the last block ends with one."""
+        if self.post_norm:
+            return None
+        return make_norm(self.config, self.placement.on_tensor_axis())
+
+    def _build_head(self, rows: int, padding: int) -> OutputHead:
+        tied_to = self.embedding_weight if self.config.tie_word_embeddings else None
+        head = OutputHead(
+            self.config, rows, self.placement.on_tensor_axis(), tied_to=tied_to
+        )
+        _mark_padding(head.weight, padding)
+        return head
+
+    @property
+    def embedding_weight(self) -> nn.Parameter:
+        """Return the weight of the embedding, which a middle stage does not have."""
+        assert self.embedding is not None
+        return self.embedding.weight
+
+    def share_embedding(self, weight: nn.Parameter) -> None:
+        """Take the tied weight of another stage on this rank for embedding and head."""
+        for module in (self.embedding, self.head):
+            if module is not None:
+                module.weight = weight
+
     @property
     def recomputed_layers(self) -> int:
         """Return how many of this stage's first layers discard their activations and recompute them in backward."""
@@ -296,7 +336,8 @@ class Decoder(LanguageModel):
     def forward(
         self, x: Tensor, bounds: SequenceBounds, attend: AttentionFunction = attend
     ) -> Tensor:
-        if self.embedding is not None:
+        if self.is_first:
+            assert self.embedding is not None
             x = self.embedding(x)
             if self.config.residual_in_fp32:
                 x = x.to(promote(self.dtype))

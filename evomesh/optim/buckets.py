@@ -147,7 +147,7 @@ class GradientSync:
         if (
             bucket is None
             or not self.overlap
-            or slot.micro_batches != self._micro_batches
+            or slot.backwards != slot.uses * self._micro_batches
         ):
             return
         bucket.count_ready()

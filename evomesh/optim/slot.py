@@ -29,7 +29,9 @@ class ParameterSlot:
         master: the tensor that AdamW updates: own rows of ``local``, in place, or a float32 copy of them.
         accumulated_grad: float32 sum of the micro-batches' gradients of a float16 or bfloat16 parameter,
             [n, numel / n] for the n ranks of ``shard_axis``; the optimizer's buckets provide the memory.
-        micro_batches: gradients accumulated since ``reset``.
+        uses: gradients of one micro-batch: 2 where a rank holds both ends of a pipeline
+            and their tied embedding, else 1.
+        backwards: gradients accumulated since ``reset``.
     """
 
     name: str
@@ -41,7 +43,8 @@ class ParameterSlot:
     counts_in_norm: bool
     master: Tensor
     accumulated_grad: Tensor | None = None
-    micro_batches: int = 0
+    uses: int = 1
+    backwards: int = 0
 
     @property
     def own_rows(self) -> Tensor:
@@ -65,12 +68,12 @@ class ParameterSlot:
         if self.accumulated_grad is not None:
             assert self.param.grad is not None
             gradient = local_shard(self.param.grad).reshape(self.accumulated_grad.shape)
-            if self.micro_batches:
+            if self.backwards:
                 self.accumulated_grad.add_(gradient)
             else:
                 self.accumulated_grad.copy_(gradient)
             self.param.grad = None
-        self.micro_batches += 1
+        self.backwards += 1
 
     def gradient_rows(self) -> Tensor:
         """Return the local gradient as [n, numel / n], a view: row r is for rank r of ``shard_axis``.
@@ -80,7 +83,7 @@ class ParameterSlot:
         if self.accumulated_grad is not None:
             return (
                 self.accumulated_grad
-                if self.micro_batches
+                if self.backwards
                 else self.accumulated_grad.zero_()
             )
         grad = self.param.grad
@@ -89,7 +92,7 @@ class ParameterSlot:
 
     def reset(self) -> None:
         self.param.grad = None
-        self.micro_batches = 0
+        self.backwards = 0
 
 
 def make_slot(name: str, param: nn.Parameter, grid: Grid) -> ParameterSlot:
@@ -109,15 +112,20 @@ def make_slot(name: str, param: nn.Parameter, grid: Grid) -> ParameterSlot:
         shards = (*shards, (shard_axis.name, 0))
     state_spec = replace(spec, shards=shards, partial=frozenset())
 
-    # 2. The gradient is summed over all ranks that saw other tokens; the shard axis sums by its reduce-scatter.
+    # 2. A tied embedding is in two stages of a pipeline. Their sum comes after the sums inside each stage, so that
+    #    both add the same two numbers.
+    ends = [grid.ends] if grid.ends.name in spec.partial else []
+
+    # 3. The gradient is summed over all ranks that saw other tokens; the shard axis sums by its reduce-scatter.
     partial = [replica] if fully_sharded else [zero, replica]
     if inner.name in spec.partial:
         partial.append(inner)
+    partial += ends
     sum_axes = tuple(
         axis for axis in partial if axis.size > 1 and axis is not shard_axis
     )
 
-    # 3. 16-bit parameters have float32 master weights of this rank's rows.
+    # 4. 16-bit parameters have float32 master weights of this rank's rows.
     slot = ParameterSlot(
         name=name,
         param=param,
@@ -125,10 +133,8 @@ def make_slot(name: str, param: nn.Parameter, grid: Grid) -> ParameterSlot:
         shard_axis=shard_axis,
         sum_axes=sum_axes,
         spec=state_spec,
-        counts_in_norm=counts_in_norm(state_spec, axes),
+        counts_in_norm=counts_in_norm(state_spec, (*axes, *ends)),
         master=local,
     )
-    slot.master = slot.own_rows
-    if slot.is_half:
-        slot.master = slot.own_rows.to(torch.float32)
+    slot.master = slot.own_rows.to(slot.gradient_dtype)
     return slot

@@ -9,6 +9,7 @@ rows are gathered. With one process none of this communicates or copies.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -83,6 +84,7 @@ class ZeroOptimizer:
             for name, param in named_parameters
             if param.requires_grad
         ]
+        _count_uses(self.slots, model)
         self._gradients = GradientSync(
             self.slots, zero.reduce_bucket_size, zero.overlap_sync_grad
         )
@@ -244,11 +246,7 @@ class ZeroOptimizer:
         head, and shards, which FSDP2 reads before the block that they belong to.
         """
         name_of = {slot.param: slot.name for slot in self.slots}
-        roots = [model]
-        if isinstance(model, nn.ModuleList):
-            # A list has no forward to hook: each of its models is a root.
-            roots = list(model.children())
-        for root in roots:
+        for root in _roots(model):
             names_of_module: dict[nn.Module, list[str]] = {}
             for parameter, module in _waiting_modules(root).items():
                 name = name_of.get(parameter)
@@ -268,6 +266,20 @@ class ZeroOptimizer:
         module.register_forward_pre_hook(
             wait, prepend=True
         )  # before FSDP2 looks at the shards
+
+
+def _roots(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that have a forward: a list of models has none, each of its models has."""
+    return list(model.children()) if isinstance(model, nn.ModuleList) else [model]
+
+
+def _count_uses(slots: list[ParameterSlot], model: nn.Module | None) -> None:
+    """Count the models of this rank that hold each parameter: each runs a backward pass for it."""
+    holders: Counter[nn.Parameter] = Counter()
+    for root in [] if model is None else _roots(model):
+        holders.update(root.parameters())
+    for slot in slots:
+        slot.uses = max(holders[slot.param], 1)
 
 
 def _waiting_modules(root: nn.Module) -> dict[nn.Parameter, nn.Module]:

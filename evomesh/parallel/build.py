@@ -47,6 +47,13 @@ def axis_members(sizes: AxisSizes, rank: int) -> dict[str, list[int]]:
     return members
 
 
+def pipeline_ends(sizes: AxisSizes, rank: int) -> list[int]:
+    """Return the first and the last rank of the pipeline through ``rank``; between them: only ``rank``."""
+    pipeline = axis_members(sizes, rank)["pp"]
+    ends = [pipeline[0], pipeline[-1]]
+    return ends if sizes.pp > 1 and rank in ends else [rank]
+
+
 def build_grid(parallel: ParallelConfig, world_size: int, rank: int) -> Grid:
     """Create a process group for every axis of size > 1, in which case the default group must exist.
 
@@ -75,7 +82,9 @@ def build_grid(parallel: ParallelConfig, world_size: int, rank: int) -> Grid:
 
     # Data-parallel ranks also send each other counts and objects from the host; all
     # other axes carry device tensors.
-    members_of = axis_members(axis_sizes(parallel, world_size), rank)
+    sizes = axis_sizes(parallel, world_size)
+    members_of = axis_members(sizes, rank)
+    members_of["ends"] = pipeline_ends(sizes, rank)
     axes = {}
     for name, members in members_of.items():
         axes[name] = axis(name, members)

@@ -34,7 +34,8 @@ class Grid:
     """Two views of the same ranks; the ranks of the last axis are adjacent.
 
     The activation view is (pp, dp, tp). The weight view is (pp, replica, zero, wp) in
-    isp, and ends in tp elsewhere.
+    isp, and ends in tp elsewhere. ``ends`` belongs to neither: it joins the first and
+    the last rank of the pipeline, which both hold a tied embedding.
     """
 
     pp: Axis = Axis("pp")
@@ -43,6 +44,7 @@ class Grid:
     wp: Axis = Axis("wp")
     zero: Axis = Axis("zero")
     replica: Axis = Axis("replica")
+    ends: Axis = Axis("ends")
 
     @property
     def shard_axes(self) -> dict[str, Axis]:

@@ -55,6 +55,7 @@ def shard_weights(
     if axis.name == "wp":
         _refuse_indivisible(model, in_units - sharded, axis)
     specs = _specs_after_sharding(model, sharded, axis)
+    shared = _shared_parameters(model)
 
     # 2. FSDP2 takes over the units.
     _apply_fsdp(model, units, sharded, axis, device)
@@ -64,8 +65,27 @@ def shard_weights(
     # 3. Allocate what was on the meta device; FSDP2 has replaced the parameters, so each gets its spec again.
     if any(parameter.is_meta for parameter in model.parameters()):
         model.to_empty(device=device)
+        _share_again(model, shared)
     for name, parameter in model.named_parameters():
         with_spec(parameter, specs[name])
+
+
+def _shared_parameters(model: nn.Module) -> dict[str, str]:
+    """Map each further name of a parameter that several modules hold to its first name."""
+    first_name: dict[nn.Parameter, str] = {}
+    further: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = first_name.setdefault(parameter, name)
+        if first != name:
+            further[name] = first
+    return further
+
+
+def _share_again(model: nn.Module, shared: dict[str, str]) -> None:
+    """Undo what ``to_empty`` does to a shared parameter: it allocates one for each module."""
+    for name, first in shared.items():
+        module, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(module), attribute, model.get_parameter(first))
 
 
 def _specs_after_sharding(

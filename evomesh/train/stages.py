@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from evomesh.models.language_model import LanguageModel
 from evomesh.models.registry import build_model, clear_padding, initialize_weights
 from evomesh.parallel.grid import Axis, Grid
 from evomesh.parallel.modes import TensorMode
+from evomesh.parallel.spec import spec_of, with_spec
 from evomesh.parallel.weights import shard_weights
 from evomesh.pipeline.schedule import PipelineSchedule, Schedule, SingleStageSchedule
 from evomesh.pipeline.stages import layer_ranges, stages_of_rank
@@ -59,6 +60,8 @@ def build_stages(
         _build_chunk(config, grid, mode, device, layer_range)
         for layer_range in _layer_ranges(config, grid, kind)
     ]
+    if grid.pp.size > 1:
+        _tie_ends(models)
     if grid.pp.size == 1:
         return ModelStages(models, SingleStageSchedule(models[0]), models[0])
     dtype = parameter_dtype(config.model.dtype)
@@ -73,6 +76,28 @@ def build_stages(
     )
     module = nn.ModuleList(models) if len(models) > 1 else models[0]
     return ModelStages(models, schedule, module)
+
+
+def _tie_ends(models: list[LanguageModel]) -> None:
+    """Let the first and the last stage of a pipeline train one embedding where it is tied.
+
+    In a V-shaped pipeline one rank holds both: they share the parameter. Elsewhere two
+    ranks hold a copy each, whose gradient is a summand over the axis ``ends``.
+    """
+    decoders = [model for model in models if isinstance(model, Decoder)]
+    tied = [
+        model
+        for model in decoders
+        if model.config.tie_word_embeddings and model.embedding is not None
+    ]
+    if not tied:
+        return
+    weight = tied[0].embedding_weight
+    if len(tied) == 1:
+        spec = spec_of(weight)
+        with_spec(weight, replace(spec, partial=spec.partial | {"ends"}))
+    for model in tied[1:]:
+        model.share_embedding(weight)
 
 
 def _layer_ranges(config: Config, grid: Grid, kind: str) -> list[range] | list[None]:
@@ -135,7 +160,8 @@ def _sharding_units(model: nn.Module, axis: Axis) -> list[nn.Module]:
     """Return the modules whose weights are gathered together: the blocks and, under fsdp, embedding and head.
 
     For a custom model only the blocks, because other weights might be read outside
-    their module's forward.
+    their module's forward. A tied embedding is used by two modules, at the beginning
+    and at the end of forward: it stays whole.
     """
     layers = getattr(model, "layers", None)
     if not isinstance(layers, nn.ModuleDict | nn.ModuleList) or not len(layers):
@@ -148,6 +174,8 @@ def _sharding_units(model: nn.Module, axis: Axis) -> list[nn.Module]:
         )
     blocks = list(layers.values() if isinstance(layers, nn.ModuleDict) else layers)
     if axis.name == "wp" or not isinstance(model, Decoder):
+        return blocks
+    if model.config.tie_word_embeddings:
         return blocks
     return [
         module

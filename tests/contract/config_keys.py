@@ -123,6 +123,7 @@ ROWS: tuple[CompatibilityRow, ...] = (
         E,
         ("model_type=MISTRAL", "model.sliding_window=4096"),
     ),
+    CompatibilityRow("model.tie_word_embeddings", True, E),
     CompatibilityRow("model.mlp_ratio", 2.5, E),
     CompatibilityRow("model.multiple_of", 64, E),
     CompatibilityRow("model.dtype", "torch.bfloat16", E),

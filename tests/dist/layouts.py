@@ -55,6 +55,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "QWEN2", "o_bias": False},
     "qwen3": {"model_type": "QWEN3", "no_bias": True, "qk_norm": True, "head_dim": 8},
     "mistral": {"model_type": "MISTRAL", "no_bias": True, "head_dim": 8, "sliding_window": T},
+    "tied": {"model_type": "QWEN2", "o_bias": False, "tie_word_embeddings": True},
     "llama3": {"model_type": "LLAMA2", "no_bias": True, "rope_scaling": LLAMA3},
     "post_norm": {"model_type": "INTERNLM2_PUBLIC", "apply_post_layer_norm": True, "norm_type": "layernorm"},
 }

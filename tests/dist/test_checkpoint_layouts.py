@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from evomesh.checkpoint.native.boxes import Box
@@ -23,6 +25,7 @@ from evomesh.parallel.grid import Grid
 from evomesh.parallel.spec import LocalShard
 from evomesh.parallel.modes import MODES
 from evomesh.train.stages import build_stages
+from tests.support.covers import covers
 from tests.support.pool import Pool, grid_of
 
 LAYOUTS: tuple[dict[str, Any], ...] = (
@@ -50,6 +53,15 @@ MODEL = ModelConfig(
 )
 
 
+TIED = MODEL.model_copy(update={"tie_word_embeddings": True})
+TIED_LAYOUTS: tuple[dict[str, Any], ...] = (
+    {"pipeline": 4},
+    {"tensor": 2, "pipeline": 2},
+    {"mode": "isp", "tensor": 2, "weight": 2},
+    {"tensor": 2, "zero1": 2, "fsdp": True},
+)
+
+
 def truth(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """The whole tensor, a function of its name."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
@@ -60,9 +72,11 @@ def grid_for(layout: dict[str, Any]) -> Grid:
     return grid_of(**{key: value for key, value in layout.items() if key != "fsdp"})
 
 
-def tensors_of(grid: Grid, layout: dict[str, Any]) -> dict[str, torch.Tensor | LocalShard]:
+def tensors_of(
+    grid: Grid, layout: dict[str, Any], model: ModelConfig = MODEL
+) -> dict[str, torch.Tensor | LocalShard]:
     parallel = {"pipeline": {"size": grid.pp.size}, "zero1": {"fsdp": layout.get("fsdp", False)}}
-    config = Config(model=MODEL, parallel=ParallelConfig.model_validate(parallel))
+    config = Config(model=model, parallel=ParallelConfig.model_validate(parallel))
     stages = build_stages(config, grid, MODES[layout.get("mode", "mtp")], torch.device("cpu"))
     for parameter in stages.parameters().values():
         parameter.data.zero_()
@@ -88,13 +102,13 @@ def set_or_check(tensors: dict[str, torch.Tensor | LocalShard], grid: Grid, writ
                 part.tensor.zero_()
 
 
-def all_pairs(rank: int, root: str) -> int:
+def all_pairs(rank: int, root: str, model: ModelConfig, layouts: Sequence[dict[str, Any]]) -> int:
     all_tensors, grids = [], []
     exchange = GroupExchange()
-    for number, layout in enumerate(LAYOUTS):
+    for number, layout in enumerate(layouts):
         grid = grid_for(layout)
         writer = CheckpointWriter(f"{root}/{number}", grid=grid, exchange=exchange)
-        tensors = tensors_of(grid, layout)
+        tensors = tensors_of(grid, layout, model)
         set_or_check(tensors, grid, write=True)
         writer.save(1, tensors, {"from": number}, {}, final=True)
         for tensor in tensors.values():
@@ -103,7 +117,7 @@ def all_pairs(rank: int, root: str) -> int:
         all_tensors.append(tensors)
         grids.append(grid)
     pairs = 0
-    for source, target in itertools.product(range(len(LAYOUTS)), repeat=2):
+    for source, target in itertools.product(range(len(layouts)), repeat=2):
         reader = CheckpointReader(grids[target], exchange)
         found = reader.resolve(f"{root}/{source}", verify="record")
         assert reader.load(found, all_tensors[target]) == {"from": source}
@@ -112,12 +126,20 @@ def all_pairs(rank: int, root: str) -> int:
     return pairs
 
 
-def test_every_pair_of_layouts(pool: Pool, tmp_path: Path) -> None:
-    assert pool.run(all_pairs, str(tmp_path), timeout=120) == [len(LAYOUTS) ** 2] * 4
-    assert len(LAYOUTS) ** 2 >= 40
-    for number in range(len(LAYOUTS)):  # and into one process, that is another world size
-        tensors = tensors_of(Grid(), {})
-        CheckpointReader().load(CheckpointReader().resolve(str(tmp_path / str(number))), tensors)
+@covers("model.tie_word_embeddings")
+@pytest.mark.parametrize(
+    ("model", "layouts", "pairs"), [(MODEL, LAYOUTS, 81), (TIED, TIED_LAYOUTS, 16)], ids=["untied", "tied"]
+)
+def test_every_pair_of_layouts(
+    pool: Pool, tmp_path: Path, model: ModelConfig, layouts: Sequence[dict[str, Any]], pairs: int
+) -> None:
+    assert pool.run(all_pairs, str(tmp_path), model, layouts, timeout=120) == [pairs] * 4
+    for number in range(len(layouts)):  # and into one process, that is another world size
+        tensors = tensors_of(Grid(), {}, model)
+        found = CheckpointReader().resolve(str(tmp_path / str(number)))
+        assert ("head.weight" in found.records()) == (not model.tie_word_embeddings)
+        assert found.records().keys() == tensors.keys(), "each tensor is stored once"
+        CheckpointReader().load(found, tensors)
         set_or_check(tensors, Grid(), write=False)
 
 

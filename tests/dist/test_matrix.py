@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.modes import MODES as MODE_OF
 from evomesh.train.stages import build_stages
-from tests.dist.layouts import SEED, Layout, Trained, forward_backward, join, packs, train
+from tests.dist.layouts import RATE, SEED, Layout, Trained, forward_backward, join, packs, train
 from tests.support.pool import Pool, grid_of
 from tests.support.tolerances import FIRST_LOSS, LAYOUT, assert_close, assert_equal_bits
 from tests.support.covers import covers
@@ -123,7 +123,24 @@ FAMILY = [
     Layout(tensor=4, mode="isp", family="llama3"),
     Layout(tensor=2, mode="mtp", pipeline=2, family="llama3"),
 ]
-ALL = MODES + VARIANTS + PIPELINES + WEIGHTS + ZERO + FSDP + FAMILY
+TIED = [
+    *(Layout(**SPLIT, mode=mode, family="tied") for mode in ("mtp", "msp", "fsp", "isp")),
+    *(Layout(tensor=2, mode=mode, pipeline=2, family="tied") for mode in ("mtp", "msp", "fsp", "isp")),
+    Layout(pipeline=4, family="tied"),
+    Layout(pipeline=2, chunks=2, family="tied"),
+    Layout(pipeline=2, chunks=2, schedule="zbv", family="tied"),
+    Layout(pipeline=4, family="tied", model={"checkpoint": 1.0}),
+    Layout(tensor=2, mode="isp", weight=4, family="tied"),
+    Layout(tensor=2, mode="isp", weight=2, pipeline=2, family="tied"),
+    Layout(parallel=CUT, family="tied"),
+    Layout(pipeline=2, parallel=CUT, family="tied"),
+    *(Layout(pipeline=pp, zero1=zero1, adam=True, family="tied") for pp, zero1 in ((1, 2), (2, -1), (2, 1), (4, -1))),
+    Layout(tensor=2, mode="isp", pipeline=2, adam=True, family="tied"),
+    Layout(tensor=2, mode="msp", pipeline=2, chunks=2, adam=True, family="tied"),
+    Layout(pipeline=2, chunks=2, schedule="zbv", adam=True, family="tied"),
+    Layout(pipeline=2, parallel=CUT, adam=True, family="tied"),
+]  # fmt: skip
+ALL = MODES + VARIANTS + PIPELINES + WEIGHTS + ZERO + FSDP + FAMILY + TIED
 
 
 @functools.cache
@@ -140,7 +157,7 @@ def one_process(layout: Layout) -> Trained:
     return reference(layout.family, layout.smoothing, layout.packs, layout.adam, model)
 
 
-@covers("model.embed_split_hidden", "parallel.pipeline.balance", "parallel.weight.overlap", "parallel.pipeline.schedule", "parallel.pipeline.mode", "parallel.pipeline.interleaved_overlap")
+@covers("model.embed_split_hidden", "model.tie_word_embeddings", "parallel.pipeline.balance", "parallel.weight.overlap", "parallel.pipeline.schedule", "parallel.pipeline.mode", "parallel.pipeline.interleaved_overlap")
 @pytest.mark.parametrize("layout", ALL, ids=str)
 def test_trains_like_one_process(pool: Pool, layout: Layout) -> None:
     whole, found = one_process(layout), join(pool.run(train, layout, ranks=layout.ranks))
@@ -203,9 +220,10 @@ SIXTEEN_BITS = [
 ]
 
 
-def in_sixteen_bits(rank: int, schedule: str, overlap: bool = False) -> dict[str, torch.Tensor]:
-    """The float32 gradients of one step over two stages and two data ranks."""
-    layout = Layout(pipeline=2, chunks=2, schedule=schedule, packs=8, model={"dtype": "bfloat16"})
+def run_in_sixteen_bits(schedule: str, overlap: bool, family: str = "llama") -> ZeroOptimizer:
+    """Run forward and backward of one step over two stages and two data ranks."""
+    sizes = {"pipeline": 2, "chunks": 2, "schedule": schedule, "packs": 8}
+    layout = Layout(**sizes, model={"dtype": "bfloat16"}, family=family)
     grid = grid_of(pipeline=2)
     stages = build_stages(layout.config, grid, MODE_OF["mtp"], torch.device("cpu"))
     stages.initialize(SEED, grid)
@@ -217,7 +235,18 @@ def in_sixteen_bits(rank: int, schedule: str, overlap: bool = False) -> dict[str
     optimizer.expect_micro_batches(layout.packs // grid.dp.size)
     forward_backward(stages, layout, grid, 0)
     assert all(parameter.grad is None for parameter in stages.parameters().values())
-    return {slot.name: slot.gradient_rows().reshape(slot.local.shape).clone() for slot in optimizer.slots}
+    return optimizer
+
+
+def in_sixteen_bits(rank: int, schedule: str, overlap: bool = False) -> dict[str, torch.Tensor]:
+    """The float32 gradients of this rank, not summed over ranks."""
+    slots = run_in_sixteen_bits(schedule, overlap).slots
+    return {slot.name: slot.gradient_rows().reshape(slot.local.shape).clone() for slot in slots}
+
+
+def gradient_norm(rank: int, overlap: bool, family: str) -> float:
+    """The norm over all ranks of the gradients that AdamW gets."""
+    return run_in_sixteen_bits("zbv", overlap, family).step(RATE, 0.95, 1.0).grad_norm
 
 
 def test_zbv_adds_up_16_bit_gradients_in_float32(pool: Pool) -> None:
@@ -232,6 +261,12 @@ def test_zbv_adds_up_16_bit_gradients_in_float32(pool: Pool) -> None:
             assert_equal_bits(gradient, found[0][key], str(key))
     # in bfloat16 sums of four would have no more than 8 bits
     assert any(not torch.equal(g, g.to(torch.bfloat16).float()) for g in found[1].values())
+
+
+def test_zbv_waits_for_both_gradients_of_a_tied_embedding(pool: Pool) -> None:
+    """One rank holds both ends: a bucket that is launched after the first would miss what the second adds."""
+    plain, overlapped = (pool.run(gradient_norm, overlap, "tied") for overlap in (False, True))
+    assert plain == overlapped
 
 
 def sharded_after_each(rank: int, layout: Layout) -> list[bool]:

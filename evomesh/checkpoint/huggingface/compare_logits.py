@@ -175,12 +175,16 @@ def _internlm2_reader(folder: HfFolder, model: ModelConfig) -> TensorReader:
     fused_links = tensor_links(halves, INTERNLM2)
     # Llama's name -> its link, InternLM2's name, and the position among the parts of the fused tensor.
     sources: dict[str, tuple[TensorLink, str, int]] = {}
+    embedding = LLAMA.weight("embedding")
+    head = LLAMA.weight("head")
     for link, fused in zip(llama_links, fused_links, strict=True):
         for position, name in enumerate(link.foreign):
             sources[name] = (link, fused.foreign[0], position)
 
     def weights(name: str) -> Tensor:
-        link, source, position = sources[name]
+        link, source, position = sources[
+            embedding if halves.tie_word_embeddings and name == head else name
+        ]
         parts = native_to_foreign(link, folder.read(source), halves, LLAMA)
         return parts[position]
 

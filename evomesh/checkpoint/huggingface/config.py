@@ -96,6 +96,8 @@ def refuse_unexportable(model: ModelConfig, arch: Architecture) -> None:
         setting = f"norm_type {model.norm_type!r}"
     elif not model.use_swiglu:
         setting = "use_swiglu=False"
+    elif model.tie_word_embeddings and model.norm_head:
+        setting = "norm_head=True with tie_word_embeddings=True"
     elif model.apply_post_layer_norm and model.model_type == "INTERNLM2_PUBLIC":
         setting = "apply_post_layer_norm=True"
     else:
@@ -179,7 +181,7 @@ def build_config(
         },
         **({} if model.rope_scaling else {"rotary": internlm}),
         **settings[arch],
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": model.tie_word_embeddings,
         "use_cache": True,
         "bos_token_id": ids.bos,
         "eos_token_id": ids.eos[0] if ids.eos else None,

@@ -20,7 +20,11 @@ from evomesh.checkpoint.huggingface.folder import (
     open_folder,
     read_json,
 )
-from evomesh.checkpoint.huggingface.match import describe_folder, match_tensors
+from evomesh.checkpoint.huggingface.match import (
+    describe_folder,
+    match_tensors,
+    refuse_another_head,
+)
 from evomesh.checkpoint.huggingface.names import (
     META,
     NameMap,
@@ -35,9 +39,9 @@ from evomesh.storage.urls import split_url
 
 logger = logging.getLogger(__name__)
 
-TIED = (
-    "its head is its embedding (tie_word_embeddings). Here both start from the same values and are trained apart; "
-    "the head has separate parameters and optimizer state, and an export is not tied"
+UNTIED = (
+    "its head is its embedding, and the run has model.tie_word_embeddings=False: both start from the same values and "
+    "are trained apart"
 )
 # Settings that change what the weights compute; shapes do not show all of them.
 COMPARED = (
@@ -127,8 +131,14 @@ def load_huggingface(
     config = ModelConfig.model_validate(model, strict=False)
     described = describe_folder(folder)
     compare_models(config, described.model, folder.path)
-    if described.tied:
-        logger.warning("%s: %s", folder.path, TIED)
+    if config.tie_word_embeddings and not described.tied:
+        raise CheckpointError(
+            "the folder has a head beside the embedding, and the run has model.tie_word_embeddings=True",
+            where=folder.path,
+            fix="remove model.tie_word_embeddings",
+        )
+    if described.tied and not config.tie_word_embeddings:
+        logger.warning("%s: %s", folder.path, UNTIED)
     yield from foreign_tensors(folder, described.naming, config, described.tied)
 
 
@@ -157,7 +167,10 @@ def load_llama(path: str, model: dict[str, Any]) -> Iterator[tuple[str, ForeignT
             raise CheckpointError(
                 "; ".join(differing), where=str(folder / "params.json")
             )
-    yield from foreign_tensors(MetaFolder(folder), META, config)
+    weights = MetaFolder(folder)
+    if config.tie_word_embeddings:
+        refuse_another_head(weights, META)
+    yield from foreign_tensors(weights, META, config)
 
 
 def compare_models(run: ModelConfig, folder: ModelConfig, where: str) -> None:

@@ -76,7 +76,7 @@ def describe_folder(folder: HfFolder, dtype: str | None = None) -> FolderModel:
         )
     assert naming is not None  # read_config refuses unknown families
     if tied:
-        _refuse_another_head(folder, naming)
+        refuse_another_head(folder, naming)
     return FolderModel(model, naming, tied)
 
 
@@ -146,7 +146,7 @@ def _sizes_of_tensors(
         yield "num_hidden_layers", count, f"the tensors are of {count} layers"
 
 
-def _refuse_another_head(folder: HfFolder, naming: NameMap) -> None:
+def refuse_another_head(folder: WeightFolder, naming: NameMap) -> None:
     """Refuse a folder that ties its head to its embedding and holds a head with other values.
 
     Readers disagree: older versions of transformers drop that head, newer ones keep it.
@@ -216,7 +216,10 @@ def _mismatches(
     expected: dict[str, Shape] = {}
     for link in _links(folder, name_map, config, tied):
         expected.update(zip(link.foreign, link.shapes, strict=True))
-    found = folder.shapes
+    found = dict(folder.shapes)
+    if config.tie_word_embeddings:
+        # A folder may repeat the embedding as the head (see `refuse_another_head`).
+        found.pop(name_map.weight("head"), None)
     missing = []
     differing = []
     for name, shape in expected.items():

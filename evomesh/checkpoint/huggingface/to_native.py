@@ -15,7 +15,7 @@ from evomesh.checkpoint.huggingface.compare_logits import (
 )
 from evomesh.checkpoint.huggingface.config import rotary_scaling
 from evomesh.checkpoint.huggingface.folder import HfFolder, open_folder
-from evomesh.checkpoint.huggingface.load import TIED, ForeignTensor, foreign_tensors
+from evomesh.checkpoint.huggingface.load import ForeignTensor, foreign_tensors
 from evomesh.checkpoint.huggingface.match import describe_folder
 from evomesh.checkpoint.native import format as fmt
 from evomesh.checkpoint.native.boxes import Box, LocalPart
@@ -103,9 +103,7 @@ def read_folder(
     """
     described = describe_folder(folder, dtype)
     model = described.model
-    if described.tied:
-        report(f"{folder.path}: {TIED}")
-    tensors = foreign_tensors(folder, described.naming, model, described.tied)
+    tensors = foreign_tensors(folder, described.naming, model)
     weights = dict(tensors)
     tokenizer = _tokenizer_path(folder, model, report)
     seq_len = min(

@@ -183,6 +183,12 @@ def _refuse_family(model: ModelConfig, where: str) -> None:
             "and biases in all attention projections or in none",
             where=where,
         )
+    if model.tie_word_embeddings:
+        raise CheckpointError(
+            "InternEvo's families have an output head beside the embedding, and this model has one weight for both",
+            where=where,
+            fix="export it for transformers: evomesh convert to-hf",
+        )
     if model.rope_scaling is not None:
         raise CheckpointError(
             f"InternEvo has no rope_scaling of type {model.rope_scaling.type!r}",

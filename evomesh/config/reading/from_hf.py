@@ -31,6 +31,7 @@ FACTS = (
     "rope_scaling",
     "use_dynamic_ntk_rope",
     "rope_scaling_factor",
+    "tie_word_embeddings",
 )
 WIDTH = ("mlp_ratio", "multiple_of")
 # What a config may change: the weights compute the same all the same.

@@ -59,6 +59,14 @@ VALUES: list[tuple[list[str], list[str]]] = [
     ),
     (["model.hidden_size=96"], ["odd width 3"]),
     (
+        [
+            "model.tie_word_embeddings=True",
+            "model.embed_split_hidden=True",
+            "parallel.tensor.size=2",
+        ],
+        ["model.tie_word_embeddings", "the embedding by columns", "by rows"],
+    ),
+    (
         ["model.num_kv_attention_heads=5", "model_type=LLAMA2"],
         ["num_kv_attention_heads=5", "4 or 8"],
     ),

@@ -73,8 +73,9 @@ def named_pairs(
     pairs = [
         ("model.embed_tokens.weight", of(ours.embedding.weight)),
         ("model.norm.weight", of(ours.norm.weight)),
-        ("lm_head.weight", of(ours.head.weight)),
     ]
+    if not ours.config.tie_word_embeddings:
+        pairs.append(("lm_head.weight", of(ours.head.weight)))
     for i in range(LAYERS):
         block, prefix = ours.layers[str(i)], f"model.layers.{i}."
         for kind in ("weight", "bias"):
@@ -183,8 +184,7 @@ def make_both(
             num_attention_heads=HEADS,
             num_key_value_heads=kv_heads,
             rms_norm_eps=ours.config.layer_norm_epsilon,
-            **{"attention_bias": bias, **settings},
-            tie_word_embeddings=False,
+            **{"attention_bias": bias, "tie_word_embeddings": False, **settings},
             attn_implementation="eager",
         )
     ).double()
@@ -273,6 +273,13 @@ FAMILIES = {
         },
     ),
     "qwen2": ("QWEN2", True, {"o_bias": False}, "Qwen2", {}),
+    "qwen2-tied": (
+        "QWEN2",
+        True,
+        {"o_bias": False, "tie_word_embeddings": True},
+        "Qwen2",
+        {"tie_word_embeddings": True},
+    ),
     "qwen3": (
         "QWEN3",
         False,

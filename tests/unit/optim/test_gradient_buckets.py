@@ -112,7 +112,7 @@ def test_a_launch_waits_for_the_streams_of_all_its_slots() -> None:
             second,
             first,
         ):  # out of order: the first hook launches nothing, the second both
-            slot.micro_batches = 1
+            slot.backwards = 1
             sync.mark_ready(slot)
     assert events == [
         ("record", 0),

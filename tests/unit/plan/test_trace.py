@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,28 @@ def test_a_trace_sends_what_a_real_step_sends(pool: Pool, layout: Layout) -> Non
             for call in found.traffic.calls[: found.passes]
         )
         assert without_loss(calls) == without_loss(real)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+def test_a_tied_embedding_is_held_once_at_each_end(schedule: str) -> None:
+    """Against the same layout untied: the last rank holds one weight, in a V the first rank one instead of two."""
+    chunks = 2 if schedule == "zbv" else 1
+    layout = Layout(
+        pipeline=4, chunks=chunks, schedule=schedule, model={"num_layers": 8}
+    )
+    untied = layout.config
+    tied = untied.model_copy(
+        update={"model": untied.model.model_copy(update={"tie_word_embeddings": True})}
+    )
+    matrix = untied.model.vocab_size * untied.model.hidden_size * 8  # float64
+    saved = [
+        hold(untied, 4, rank).parameters - hold(tied, 4, rank).parameters
+        for rank in range(4)
+    ]
+    assert saved == ([matrix, 0, 0, 0] if schedule == "zbv" else [0, 0, 0, 0])
+    whole = Layout(ranks=1, model={"num_layers": 8})
+    one = replace(whole, model={**whole.model, "tie_word_embeddings": True})
+    assert hold(whole.config, 1).parameters - hold(one.config, 1).parameters == matrix
 
 
 def test_seven_billion_on_1024_ranks() -> None:

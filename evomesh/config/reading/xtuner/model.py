@@ -42,6 +42,7 @@ SIZES = {
     "qk_norm": "model_type",
     "sliding_window": "sliding_window",
     "rope_scaling": "rope_scaling",
+    "tie_word_embeddings": "tie_word_embeddings",
 }
 
 

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from evomesh.checkpoint.huggingface.config import default_architecture
 from evomesh.checkpoint.huggingface.export import ExportOptions
+from evomesh.checkpoint.huggingface.folder import HfFolder
 from evomesh.checkpoint.huggingface.load import load_huggingface
 from evomesh.checkpoint.huggingface.to_native import from_hf
 from evomesh.checkpoint.native.format import CheckpointError
@@ -24,6 +26,7 @@ from evomesh.config.size import parameter_count
 from evomesh.generate.decode import generate_tokens
 from evomesh.generate.options import SamplingParams
 from evomesh.models.registry import build_model
+from evomesh.storage.local import LocalStorage
 from tests.support.tolerances import TRANSFORMERS_FLOAT32
 from tests.unit.checkpoint.huggingface.hf_models import (
     export,
@@ -95,16 +98,18 @@ def test_a_folder_of_transformers_becomes_a_checkpoint_and_the_same_folder_again
         "largest logit difference between the native model and transformers" in line
         for line in lines
     )
-    assert (
-        any("tie_word_embeddings" in line for line in lines)
-        == stock.config.tie_word_embeddings
-    )
-    model = config_from_dict(found_in(tmp_path / "c").config).model
+    found = found_in(tmp_path / "c")
+    model = config_from_dict(found.config).model
     assert model.model_type == FAMILY[name]
+    tied = stock.config.tie_word_embeddings
+    assert model.tie_word_embeddings == tied
+    assert ("head.weight" in found.records()) == (not tied)
 
     out = export(found_in(tmp_path / "c"), tmp_path / "back", QUIET, lines.append)
     record = json.loads((out / "config.json").read_text())
     assert record["architectures"] == [f"{name}ForCausalLM"]
+    assert record["tie_word_embeddings"] == tied
+    assert ("lm_head.weight" in HfFolder(LocalStorage(), str(out)).shapes) == (not tied)
     back = transformers.AutoModelForCausalLM.from_pretrained(str(out)).state_dict()
     for key, tensor in stock.state_dict().items():
         assert torch.equal(back[key], tensor), key
@@ -203,6 +208,55 @@ def test_a_config_that_contradicts_the_folder_is_refused_with_both_values(
         list(load_huggingface(str(tmp_path / "hf"), run.model_dump()))
 
 
+def test_an_untied_run_takes_the_embedding_as_its_head(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stock_folder("Qwen2", tmp_path / "hf")
+    run = read_model_folder(tmp_path / "hf")
+    assert run.tie_word_embeddings
+    untied = run.model_copy(update={"tie_word_embeddings": False})
+    tensors = dict(load_huggingface(str(tmp_path / "hf"), untied.model_dump()))
+    assert torch.equal(
+        tensors["head.weight"].read(), tensors["embedding.weight"].read()
+    )
+    assert "trained apart" in caplog.text
+
+
+def rewrite(folder: Path, tied: bool, head: torch.Tensor | None) -> None:
+    """Set the switch of a folder, and the head in its only file."""
+    record = json.loads((folder / "config.json").read_text())
+    record["tie_word_embeddings"] = tied
+    (folder / "config.json").write_text(json.dumps(record))
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("lm_head.weight", None)
+    if head is not None:
+        tensors["lm_head.weight"] = head
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_the_head_of_a_tied_folder_must_repeat_the_embedding(tmp_path: Path) -> None:
+    stock = stock_folder("Qwen2", tmp_path / "hf")
+    run = read_model_folder(tmp_path / "hf").model_dump()
+    embedding = stock.get_input_embeddings().weight.detach()
+    rewrite(tmp_path / "hf", True, embedding.clone())
+    assert "head.weight" not in dict(load_huggingface(str(tmp_path / "hf"), run))
+    rewrite(tmp_path / "hf", True, embedding + 1)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from model"):
+        list(load_huggingface(str(tmp_path / "hf"), run))
+
+
+def test_a_tied_run_refuses_an_untied_folder(tmp_path: Path) -> None:
+    stock = stock_folder("Qwen2", tmp_path / "hf")
+    run = read_model_folder(tmp_path / "hf").model_dump()
+    rewrite(tmp_path / "hf", False, stock.get_input_embeddings().weight.detach() + 1)
+    with pytest.raises(CheckpointError, match=r"model.tie_word_embeddings=True"):
+        list(load_huggingface(str(tmp_path / "hf"), run))
+    rewrite(tmp_path / "hf", False, None)
+    untied = run | {"tie_word_embeddings": False}
+    with pytest.raises(CheckpointError, match=r"missing \(1\): lm_head.weight"):
+        list(load_huggingface(str(tmp_path / "hf"), untied))
+
+
 # config.json of published models: what decides the shapes, as facts
 PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
     "Qwen3-8B": (
@@ -243,16 +297,13 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_of_published_sizes(name: str) -> None:
-    """A tied head is a separate parameter here: counted once, the numbers are the published ones."""
     published, record = PUBLISHED[name]
     model = read_model(record, name)
     built = sum(
         parameter.numel()
         for parameter in build_model(model, device="meta").parameters()
     )
-    assert built == parameter_count(model)
-    tied = record.get("tie_word_embeddings", False)
-    assert built - tied * model.vocab_size * model.hidden_size == published
+    assert built == parameter_count(model) == published
 
 
 @pytest.mark.parametrize(
