@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -178,7 +179,7 @@ def _writer_of(name: str, record: CommitRecord) -> str:
 
 
 def candidates(storage: Storage, root: str) -> list[Candidate]:
-    """List the step folders directly in ``root``, newest step first.
+    """List the step folders directly in ``root``, newest step first; of one step, what was written last.
 
     Raises:
         CheckpointError: the folder cannot be listed.
@@ -192,11 +193,30 @@ def candidates(storage: Storage, root: str) -> list[Candidate]:
             folder = join(root, name)
             step = int(match[1])
             found.append(_candidate(storage, folder, step))
-    return sorted(
-        found,
-        key=lambda candidate: (candidate.step, candidate.folder),
-        reverse=True,
-    )
+    return _newest_first(found)
+
+
+def _newest_first(found: list[Candidate]) -> list[Candidate]:
+    """Sort by step, and folders of one step by the time of their commit records.
+
+    A run that redoes a committed step appends its attempt, a random name, to the
+    folder's: the names say nothing of the order. Records are read of such steps only.
+    """
+    per_step = Counter(candidate.step for candidate in found)
+    keys = {}
+    for candidate in found:
+        is_redone = per_step[candidate.step] > 1
+        written = _time_written(candidate) if is_redone else ""
+        keys[candidate.folder] = (candidate.step, written, candidate.folder)
+    return sorted(found, key=lambda candidate: keys[candidate.folder], reverse=True)
+
+
+def _time_written(candidate: Candidate) -> str:
+    """Return the UTC time of a commit record; "" if there is none that can be read."""
+    try:
+        return _read_commit_record(candidate.storage, candidate.folder).created
+    except UserError:
+        return ""
 
 
 def _candidate(storage: Storage, folder: str, step: int) -> Candidate:

@@ -24,7 +24,9 @@ class Retention:
 
     The newest two that verify are always kept. A damaged checkpoint is neither counted
     nor deleted: it may be the only copy left. Neither is a folder deleted that is
-    pinned, that is a link, or that holds a file which no save writes.
+    pinned, that is a link, or that holds a file which no save writes. Checkpoints of
+    later steps than the one just committed are another run's; they are not counted
+    either, or they would push this run's own out at once.
 
     Args:
         keep_last: None keeps everything.
@@ -42,18 +44,44 @@ class Retention:
         """Take a checkpoint that this process committed as verified: its hashes were computed from memory."""
         self._verified[folder] = True
 
-    def apply(self, storage: Storage, root: str) -> list[str]:
-        """Delete what no rule keeps and return the folders. Call it after a commit only, on one rank."""
+    def apply(self, storage: Storage, root: str, own: str) -> list[str]:
+        """Delete what no rule keeps and return the folders. Call it on one rank.
+
+        Args:
+            own: the step folder that this run has just committed.
+        """
         found = candidates(storage, root)
-        committed = [candidate for candidate in found if candidate.committed]
-        if not committed:
+        newest = next((each for each in found if each.folder == own), None)
+        if newest is None:
             return []
+        later = [each for each in found if each.committed and each.step > newest.step]
+        self._warn_of_later(newest, later)
+        older = [each for each in found if each.committed and each.step <= newest.step]
+        committed = [newest, *(each for each in older if each != newest)]
         deleted = self.to_delete(committed) if self.keep_last is not None else []
-        deleted += self._interrupted(found, committed[0].step)
+        deleted += self._interrupted(found, newest.step)
         for candidate in deleted:
             delete_checkpoint(candidate)
-        self._delete_leftovers(committed[0])
+        self._delete_leftovers(newest)
         return [candidate.folder for candidate in deleted]
+
+    def _warn_of_later(self, own: Candidate, later: Sequence[Candidate]) -> None:
+        """Say once that the folder holds another run's checkpoints, which a resume would choose."""
+        root = parent_folder(own.folder)
+        if not later or root in self._warned:
+            return
+        self._warned.add(root)
+        steps = ", ".join(str(candidate.step) for candidate in later[:SHOWN])
+        more = ", ..." if len(later) > SHOWN else ""
+        logger.warning(
+            "%s holds checkpoints of later steps (%s%s) than this run's %d: they are another run's and stay, and "
+            "auto_resume would continue from step %d; move them away, or give this run a save_ckpt_folder of its own",
+            root,
+            steps,
+            more,
+            own.step,
+            later[0].step,
+        )
 
     def to_delete(self, committed: list[Candidate]) -> list[Candidate]:
         """Return those of the committed checkpoints, newest first, that no rule keeps."""

@@ -393,7 +393,7 @@ class CheckpointWriter:
         retention = self._snapshot_retention if snapshot else self._retention
         retention.trust(committed)
         try:
-            for folder in retention.apply(storage, root):
+            for folder in retention.apply(storage, root, committed):
                 self._report(f"deleted {folder}")
         except (OSError, UserError) as error:
             self._report(f"old checkpoints were not deleted: {error}", logging.WARNING)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from evomesh.checkpoint.native.find import SaveFolder
+from evomesh.checkpoint.native.find import Candidate, SaveFolder
+from evomesh.checkpoint.native.format import CommitRecord
 from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.native.save import CheckpointWriter
 from evomesh.cli import ckpt
@@ -235,3 +237,52 @@ def test_failing_to_delete_does_not_fail_the_save(
     writer.storage.delete = refuse  # type: ignore[method-assign]
     save(writer, 3, 4)
     assert "old checkpoints were not deleted" in warned(caplog)[-1]
+
+
+def test_a_run_from_scratch_keeps_its_own_next_to_later_steps_of_another_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(writer_of(tmp_path), 70, 80, 90)
+    save(writer_of(tmp_path, keep_last=2), 1, 2, 3, 4)
+    later = [f"step-{step:08}" for step in (70, 80, 90)]
+    assert steps(tmp_path) == ["step-00000003", "step-00000004", *later]
+    (text,) = warned(caplog)
+    assert "(90, 80, 70)" in text
+
+
+def test_once_a_run_has_passed_another_run_s_steps_they_are_old_like_its_own(
+    tmp_path: Path,
+) -> None:
+    save(writer_of(tmp_path), 7, 8)
+    save(writer_of(tmp_path, keep_last=2), 6, 9, 10)
+    assert steps(tmp_path) == ["step-00000009", "step-00000010"]
+
+
+def test_snapshots_of_a_run_from_scratch_stay_too(tmp_path: Path) -> None:
+    save(writer_of(tmp_path), 70, 80, snapshot=True)
+    save(writer_of(tmp_path), 1, 2, 3, snapshot=True)
+    kept = [f"step-{step:08}" for step in (2, 3, 70, 80)]
+    assert steps(tmp_path / "snapshot") == kept
+
+
+def test_of_a_step_that_several_runs_committed_the_last_written_is_the_newest(
+    tmp_path: Path,
+) -> None:
+    for hour in (1, 3, 2, 4):
+        save(writer_of(tmp_path), 5)
+        set_created(tmp_path, f"2026-01-01T0{hour}:00:00Z")
+    found = SaveFolder.open(str(tmp_path)).candidates()
+    hours = [CommitRecord.from_bytes(commit_of(each)).created[12] for each in found]
+    assert hours == ["4", "3", "2", "1"]
+
+
+def commit_of(candidate: Candidate) -> bytes:
+    return Path(candidate.folder, "commit.json").read_bytes()
+
+
+def set_created(root: Path, time: str) -> None:
+    """Write the time into the commit record that was written last."""
+    records = list(root.glob("step-*/commit.json"))
+    newest = max(records, key=lambda path: path.stat().st_mtime_ns)
+    record = CommitRecord.from_bytes(newest.read_bytes())
+    newest.write_bytes(replace(record, created=time).to_bytes())
