@@ -201,6 +201,7 @@ def check_config(start: StartPoint, config: Config, reader: CheckpointReader) ->
     """
     if start.checkpoint is None or not (start.wants("model") or start.resumes):
         return
+    _refuse_other_dtype(start, config)
     differences = compare_configs(start.checkpoint.config, config_to_dict(config))
     if differences.function and start.resumes and not config.ckpt.allow_changed_model:
         lines = "".join(f"\n  {difference}" for difference in differences.function)
@@ -221,6 +222,30 @@ def check_config(start: StartPoint, config: Config, reader: CheckpointReader) ->
             *_changed_batch(start.checkpoint, config, reader),
         ):
             logger.warning("the training changes: %s", line)
+
+
+def _refuse_other_dtype(start: StartPoint, config: Config) -> None:
+    """Refuse to continue a run in another dtype: weights, masters and moments would not be those of either.
+
+    Raises:
+        CheckpointError: with both dtypes.
+    """
+    checkpoint = start.checkpoint
+    if checkpoint is None or not start.resumes:
+        return
+    stored = checkpoint.config.get("model", {}).get("dtype")
+    present = config.model.dtype
+    names = (stored, present)
+    stored_as = ["float32" if name == "tf32" else name for name in names]
+    if stored is None or stored_as[0] == stored_as[1]:
+        return
+    raise CheckpointError(
+        f"model.dtype is {stored!r} in the checkpoint and {present!r} in the config",
+        where=checkpoint.folder,
+        expected="the dtype that the run began in",
+        fix=f"set model.dtype to {stored!r}, or start anew from the weights: auto_resume=False, "
+        f'load_ckpt_info=dict(path="{checkpoint.folder}", content=("model",))',
+    )
 
 
 def _changed_batch(
@@ -345,10 +370,12 @@ def require_optimizer(checkpoint: Checkpoint, content: frozenset[str]) -> None:
         return
     if not any(name.startswith(OPTIMIZER) for name in checkpoint.records()):
         raise CheckpointError(
-            f"step {checkpoint.step} has weights only (saved with save_optimizer=False): it cannot resume a run",
+            f"step {checkpoint.step} has weights only (saved with save_optimizer=False): "
+            "it cannot resume a run",
             where=checkpoint.folder,
             expected="a checkpoint with optimizer state",
-            fix='start anew from its weights: auto_resume=False, load_ckpt_info=dict(path=..., content=("model",))',
+            fix="start anew from its weights: auto_resume=False, "
+            f'load_ckpt_info=dict(path="{checkpoint.folder}", content=("model",))',
         )
 
 
@@ -396,7 +423,10 @@ def restore(
     # With all tensors chosen, a stored one that is not among them is an error; else it
     # is one that nobody wants.
     is_complete = len(chosen) == len(tensors)
-    return reader.load(checkpoint, chosen, strict=is_complete)
+    # Weights alone may be of another dtype. With the optimizer's state they may not: a
+    # run in float32 has no master weights that one in bfloat16 could continue.
+    weights_only = start.content == {"model"}
+    return reader.load(checkpoint, chosen, strict=is_complete, cast=weights_only)
 
 
 def _load_foreign(

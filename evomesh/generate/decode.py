@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from evomesh.errors import UserError
 from evomesh.generate.beam import beam_search
-from evomesh.generate.engine import GenerationEngine, check_prompt
+from evomesh.generate.engine import GenerationEngine, check_eos_ids, check_prompt
 from evomesh.generate.options import SamplingParams
 from evomesh.models.language_model import LanguageModel
 
@@ -41,12 +41,13 @@ def stream_tokens(
         numbers: numbers of the prompts, 0, 1, ... if None: answer a of prompt number p draws from the random stream
             (seed, p * num_return_sequences + a).
     Raises:
-        UserError: a prompt is empty or contains ids that the model does not know.
+        UserError: a prompt is empty, or it or ``sampling.eos_ids`` contains ids that the model does not know.
     """
     answers_per_prompt = sampling.num_return_sequences
     slots = batch_size or max(len(prompts) * answers_per_prompt, 1)
     context_length = _context_length(prompts, sampling)
     engine = GenerationEngine(model, slots=slots, context_length=context_length)
+    check_eos_ids(sampling, engine.vocab_size)
     for index, prompt in enumerate(prompts):
         check_prompt(
             prompt, engine.context_length, engine.vocab_size, f"prompt {index}"
@@ -106,6 +107,7 @@ def _search_in_batches(
 ) -> list[list[list[int]]]:
     vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
     context_length = _context_length(prompts, sampling)
+    check_eos_ids(sampling, vocab_size)
     for index, prompt in enumerate(prompts):
         check_prompt(prompt, context_length, vocab_size, f"prompt {index}")
     answers = []

@@ -324,6 +324,21 @@ def _target_scores(
     return scores
 
 
+def check_eos_ids(sampling: SamplingParams, vocab_size: int | None) -> None:
+    """Refuse ids that should end an answer and that the model can never generate.
+
+    Raises:
+        UserError: one is outside the vocabulary.
+    """
+    for token in sampling.eos_ids:
+        if token < 0 or (vocab_size is not None and token >= vocab_size):
+            raise UserError(
+                f"the end-of-answer id {token} is outside the vocabulary: no answer would end with it",
+                expected=f"ids from 0 to {(vocab_size or 0) - 1}",
+                fix="correct --eos-id, generation.eos_id or generation.additional_eos_token_list",
+            )
+
+
 def check_prompt(
     prompt: Sequence[int],
     context_length: int,

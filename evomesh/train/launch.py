@@ -28,7 +28,7 @@ from evomesh.parallel.process_group import first_ranks_number, join_world, leave
 from evomesh.train.agreement import config_facts, require_agreement
 from evomesh.train.determinism import enable_determinism
 from evomesh.train.job import explain_to_peers
-from evomesh.train.launchers import ProcessInfo, detect
+from evomesh.train.launchers import ProcessInfo, detect, idle_tasks
 from evomesh.train.signals import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,10 @@ def launch(
     # 1. What this process can check alone.
     process = detect(os.environ, launcher, port)
     setup_logging(shows=process.rank == 0)  # until the run folder is known
-    warnings = check_world(config, process.world_size)
+    warnings = [
+        *check_world(config, process.world_size),
+        *idle_tasks(os.environ, process),
+    ]
     device = device_of_rank(process.local_rank)
     torch.backends.cudnn.benchmark = config.run.cudnn_benchmark
     torch.backends.cudnn.deterministic = config.run.cudnn_deterministic

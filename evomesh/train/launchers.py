@@ -70,6 +70,18 @@ def detect(
     return ProcessInfo()
 
 
+def idle_tasks(env: Mapping[str, str], process: ProcessInfo) -> list[str]:
+    """Return a warning if this one process is a Slurm job's batch script, whose further tasks would do nothing."""
+    tasks = env.get("SLURM_NTASKS", "")
+    is_batch_script = "SLURM_JOB_ID" in env and "SLURM_STEP_ID" not in env
+    if process.world_size > 1 or not is_batch_script or tasks in ("", "1"):
+        return []
+    return [
+        f"this Slurm job has {tasks} tasks, but was not started with srun: it trains with one process; to use all of "
+        "them: srun python train.py --config CONFIG"
+    ]
+
+
 def _from_torchrun(env: Mapping[str, str]) -> ProcessInfo:
     _require(
         env,

@@ -62,8 +62,10 @@ def check_counters(checkpoint: Checkpoint) -> None:
         isinstance(part, dict) for part in (train, optimizer, state.get("scaler"))
     ):
         raise CheckpointError(
-            "the stored state lacks the counters of the training",
+            "it has no counters of a training, as weights that were imported have none: it cannot resume a run",
             where=checkpoint.folder,
+            fix="start anew from its weights: auto_resume=False, "
+            f'load_ckpt_info=dict(path="{checkpoint.folder}", content=("model",))',
         )
     assert isinstance(train, dict)
     assert isinstance(optimizer, dict)

@@ -51,14 +51,17 @@ class Retention:
             own: the step folder that this run has just committed.
         """
         found = candidates(storage, root)
-        newest = next((each for each in found if each.folder == own), None)
-        if newest is None:
+        committed = [candidate for candidate in found if candidate.committed]
+        mine = [candidate for candidate in committed if candidate.folder == own]
+        if not mine:
             return []
-        later = [each for each in found if each.committed and each.step > newest.step]
+        newest = mine[0]
+        later, older = [], []
+        for candidate in committed:
+            (later if candidate.step > newest.step else older).append(candidate)
         self._warn_of_later(newest, later)
-        older = [each for each in found if each.committed and each.step <= newest.step]
-        committed = [newest, *(each for each in older if each != newest)]
-        deleted = self.to_delete(committed) if self.keep_last is not None else []
+        older.remove(newest)
+        deleted = self.to_delete([newest, *older]) if self.keep_last is not None else []
         deleted += self._interrupted(found, newest.step)
         for candidate in deleted:
             delete_checkpoint(candidate)
@@ -75,7 +78,7 @@ class Retention:
         more = ", ..." if len(later) > SHOWN else ""
         logger.warning(
             "%s holds checkpoints of later steps (%s%s) than this run's %d: they are another run's and stay, and "
-            "auto_resume would continue from step %d; move them away, or give this run a save_ckpt_folder of its own",
+            "auto_resume would continue from step %d; move them away, or set another save_ckpt_folder",
             root,
             steps,
             more,

@@ -57,10 +57,7 @@ def read_conversation(
         if isinstance(record.value, list)
         else _get(record.value, key, record)
     )
-    if not isinstance(entries, list) or not entries:
-        raise UserError(
-            f"{key} has no messages", where=record.where, expected="a list of them"
-        )
+    entries = _get_list(entries, key, record)
     messages = []
     if isinstance(record.value, dict):
         _refuse_unknown(record.value, (key, "system", "tools"), record)
@@ -78,7 +75,7 @@ def read_tools(record: SourceRecord) -> list[Any] | None:
     """
     tools = record.value.get("tools") if isinstance(record.value, dict) else None
     if isinstance(tools, str):
-        tools = _parse_tools(tools, record)
+        tools = _parse_json_text(tools, "tools", record)
     if not tools:
         return None
     if not isinstance(tools, list):
@@ -90,12 +87,30 @@ def read_tools(record: SourceRecord) -> list[Any] | None:
     return tools
 
 
-def _parse_tools(text: str, record: SourceRecord) -> Any:
-    """Return what a text of JSON holds; records of ShareGPT's form give tools so."""
+def _parse_json_text(text: str, key: str, record: SourceRecord) -> Any:
+    """Return what a text of JSON holds; None for an empty one.
+
+    Columns of csv and parquet files hold lists as such texts, and records of ShareGPT's
+    form hold tools so.
+    """
     try:
         return json.loads(text) if text.strip() else None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"tools is not JSON ({error})", where=record.where) from None
+        raise UserError(f"{key} is not JSON ({error})", where=record.where) from None
+
+
+def _get_list(value: Any, key: str, record: SourceRecord) -> list[Any]:
+    """Return the messages or turns of a record, given as a list or as a text of JSON."""
+    if isinstance(value, str):
+        value = _parse_json_text(value, key, record)
+    if isinstance(value, list) and value:
+        return value
+    found = "is empty" if value == [] else f"is of type {json_kind(value)}"
+    raise UserError(
+        f"{key} {found}",
+        where=record.where,
+        expected="a list of at least one message",
+    )
 
 
 def _read_message(
@@ -147,7 +162,8 @@ def _is_muted(entry: dict[str, Any], record: SourceRecord) -> bool:
 
 def _read_alpaca(record: SourceRecord, roles: Sequence[str]) -> list[ChatMessage]:
     question = _get_text(record.value, "instruction", record)
-    extra = _get_text(record.value, "input", record)
+    has_input = record.value.get("input") is not None
+    extra = _get_text(record.value, "input", record) if has_input else ""
     answer = _get_text(record.value, "output", record)
     _refuse_unknown(
         record.value,
@@ -171,10 +187,7 @@ def _read_xtuner(record: SourceRecord, roles: Sequence[str]) -> list[ChatMessage
         if isinstance(record.value, list)
         else _get(record.value, "conversation", record)
     )
-    if not isinstance(turns, list) or not turns:
-        raise UserError(
-            "conversation has no turns", where=record.where, expected="a list of them"
-        )
+    turns = _get_list(turns, "conversation", record)
     messages = []
     for turn in turns:
         messages += _read_xtuner_turn(turn, record, roles)

@@ -19,6 +19,12 @@ from evomesh.errors import UserError
 UTF8_BOM = (
     b"\xef\xbb\xbf"  # byte order mark, which some systems write in front of a text
 )
+OTHER_FORMATS = {  # by their first bytes: what it is, and how to fix it
+    b"\x1f\x8b": ("compressed with gzip", "give it a name that ends with .gz"),
+    b"\x28\xb5\x2f\xfd": ("compressed with zstd", "give it a name that ends with .zst"),
+    b"\xff\xfe": ("in UTF-16", "convert it: iconv -f UTF-16 -t UTF-8"),
+    b"\xfe\xff": ("in UTF-16", "convert it: iconv -f UTF-16 -t UTF-8"),
+}
 TABLE_ROWS = 1024  # rows decoded at once
 MAX_LINE_BYTES = 64 * 2**20  # of a line, however small the compressed file is
 
@@ -232,9 +238,17 @@ def _decode(line: bytes, where: str) -> str:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
+        found = f"byte 0x{line[error.start]:02x} is not UTF-8"
+        fix = "convert the file: iconv -f ENCODING -t UTF-8"
+        for start, (kind, fix_of_kind) in OTHER_FORMATS.items():
+            if line.startswith(start):
+                found += f": the file is {kind}"
+                fix = fix_of_kind
         raise UserError(
-            f"byte 0x{line[error.start]:02x} is not UTF-8",
+            found,
             where=f"{where} byte {error.start}",
+            expected="text in UTF-8",
+            fix=fix,
         ) from None
 
 
@@ -242,11 +256,22 @@ def _parse_json(line: bytes, where: str) -> Any:
     try:
         return orjson.loads(line)
     except orjson.JSONDecodeError as error:
+        _decode(line, where)  # bytes that are no text have a clearer message
         raise UserError(
             f"the line is not JSON ({error})",
             where=where,
             expected="one JSON object per line",
+            fix=_json_advice(line),
         ) from None
+
+
+def _json_advice(line: bytes) -> str:
+    """Return how to fix what Python's json writes and reads although JSON has it not; "" for another defect."""
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return ""
+    return "write null for NaN and Infinity, and no half of a surrogate pair: JSON has neither"
 
 
 def record_text(record: SourceRecord, field: str) -> str:
@@ -257,12 +282,15 @@ def record_text(record: SourceRecord, field: str) -> str:
     """
     if isinstance(record.value, str):
         return record.value
-    if not isinstance(record.value, dict) or field not in record.value:
-        keys = (
-            ", ".join(record.value)
-            if isinstance(record.value, dict)
-            else json_kind(record.value)
+    if not isinstance(record.value, dict):
+        raise UserError(
+            f"the record is of type {json_kind(record.value)}",
+            where=record.where,
+            expected=f"an object with the field {field!r}",
+            fix="name a file that holds one list of records .json, and one with a record per line .jsonl",
         )
+    if field not in record.value:
+        keys = ", ".join(record.value)
         raise UserError(
             f"the record has no field {field!r} (it has: {keys or 'none'})",
             where=record.where,

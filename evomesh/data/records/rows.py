@@ -245,8 +245,10 @@ class RowStream:
         try:
             return record_text(record, self.field)
         except UserError as error:
-            fix = 'name the text column: data.content_name="..."'
-            raise UserError(error.found, where=error.where, fix=fix) from None
+            if isinstance(record.value, dict) and self.field not in record.value:
+                fix = 'name the text column: data.content_name="..."'
+                raise UserError(error.found, where=error.where, fix=fix) from None
+            raise
 
 
 def read_records_from(

@@ -262,7 +262,8 @@ class BinDataset:
         """Read ``count`` of the ``blocks``, evenly spaced, so that what ``read`` refuses is refused now.
 
         Returns:
-            The number of tokens read, and of those among them that can be targets: positive ids.
+            The number of tokens read, and of those among them that can be targets: positive ids
+            after the first of a document, which nothing predicts.
 
         Raises:
             UserError: as ``read``; or the whole file was read, and it has no target.
@@ -272,8 +273,12 @@ class BinDataset:
             start = number * self.block
             stop = min(start + self.block, len(self))
             ids = self.read(np.arange(start, stop))
+            is_target = ids > 0
+            lengths = self.lengths[start:stop].astype(np.int64)
+            first_tokens = np.cumsum(lengths) - lengths
+            is_target[first_tokens[lengths > 0]] = False
             tokens += len(ids)
-            targets += int((ids > 0).sum())
+            targets += int(is_target.sum())
         if tokens == self.kept_tokens and tokens and not targets:
             raise _without_target(tokens, str(self.path))
         return tokens, targets
@@ -417,10 +422,11 @@ def check_sources(sources: Sequence[DocumentSource]) -> None:
 
 def _without_target(tokens: int, where: str) -> UserError:
     return UserError(
-        f"none of {tokens:,} tokens is a target: every id is negative (masked) or 0",
+        f"none of {tokens:,} tokens is a target: every id is negative (masked), 0, or the first of its document",
         where=where,
         expected="documents with positive ids, which the loss counts",
-        fix="check which roles were trained on when the conversations were tokenized: --train-on",
+        fix="check which roles were trained on when the conversations were tokenized (--train-on), and that documents "
+        "are longer than one token",
     )
 
 

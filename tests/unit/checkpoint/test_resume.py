@@ -225,6 +225,44 @@ def test_a_resume_with_another_function_of_the_weights_is_refused_unless_asked_f
     assert words in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("stored", "present"),
+    [("float32", "bfloat16"), ("bfloat16", "float32"), ("tf32", "float16")],
+)
+def test_a_run_resumes_in_its_dtype_only_and_its_weights_start_in_any(
+    tmp_path: Path, stored: str, present: str
+) -> None:
+    writer = stored_with(tmp_path, changed("model", dtype=stored))
+    run_config = changed("model", dtype=present)
+    resumed = decide(config(tmp_path), CheckpointReader(), writer.folder)
+    with pytest.raises(UserError, match=f"'{stored}' .* '{present}'") as caught:
+        check_config(resumed, run_config, CheckpointReader())
+    assert 'content=("model",)' in caught.value.fix
+
+    info = LoadConfig(path=str(tmp_path), content=("model",))
+    fresh = config(tmp_path, auto_resume=False, load_ckpt_info=info)
+    start = decide(fresh, CheckpointReader(), writer.folder)
+    check_config(start, run_config, CheckpointReader())
+    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in run(0).items()}
+    restore(start, CheckpointReader(), tensors)
+    assert tensors["w"].dtype == torch.bfloat16 and tensors["w"][0] == 5
+
+
+def test_float32_and_tf32_differ_in_products_only(tmp_path: Path) -> None:
+    writer = stored_with(tmp_path, changed("model", dtype="float32"))
+    start = decide(config(tmp_path), CheckpointReader(), writer.folder)
+    check_config(start, changed("model", dtype="tf32"), CheckpointReader())
+
+
+def test_imported_weights_say_how_to_start_from_them(tmp_path: Path) -> None:
+    writer = CheckpointWriter(str(tmp_path))
+    writer.save(0, {"w": torch.zeros(3)}, {}, {})
+    with pytest.raises(UserError, match=r'fix: start anew .*content=\("model",\)'):
+        decide(
+            config(tmp_path), CheckpointReader(), writer.folder, check=check_counters
+        )
+
+
 def test_another_training_is_logged_with_both_values_and_other_changes_are_silent(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

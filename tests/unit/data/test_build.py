@@ -331,6 +331,15 @@ def test_data_that_changed_since_the_checkpoint_is_refused(
         assert line in str(caught.value)
 
 
+def test_a_resume_without_the_data_folder_is_refused_by_file(tree: Path) -> None:
+    """Without a folder a run trains on random tokens, which have no hash."""
+    with_data = build_train_data(config(tree), VOCAB)
+    random = build_train_data(config(tree, train_folder=None), VOCAB)
+    for before, after in ((with_data, random), (random, with_data)):
+        with pytest.raises(UserError, match=r"removed: .*\n +added: "):
+            check_manifest(before.manifest, after.manifest)
+
+
 def test_a_file_that_yields_no_pack_gives_a_warning(tree: Path, write_bin: Any) -> None:
     write_bin([[1, 2]], "train/en/tiny.bin")
     assert build_train_data(config(tree), VOCAB).warnings == [
@@ -400,14 +409,21 @@ def test_symbolic_links_are_followed_once(tree: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "ids", [[-5, -6, -7, -8], [0, 0, 0, 0]], ids=["masked", "zeros"]
+    "lines",
+    [
+        [[-5, -6, -7, -8] * 10] * 20,
+        [[0, 0, 0, 0] * 10] * 20,
+        [[2]] * 800,
+        [[7] + [-5] * 39] * 20,
+    ],
+    ids=["masked", "zeros", "single tokens", "masked but the first"],
 )
 def test_a_file_without_a_target_is_refused(
-    write_bin: Any, tmp_path: Path, ids: list[int]
+    write_bin: Any, tmp_path: Path, lines: list[list[int]]
 ) -> None:
     """Training on it would log a loss of 0 and end well."""
     write_bin(documents(1), "train/en/a.bin")
-    write_bin([ids * 10] * 20, "train/en/b.bin")
+    write_bin(lines, "train/en/b.bin")
     with pytest.raises(UserError, match=r"none of 800 tokens is a target") as caught:
         build_train_data(config(tmp_path), VOCAB)
     assert caught.value.where.endswith("train/en/b.bin")

@@ -146,8 +146,8 @@ def test_sharegpt_records_are_read_like_messages(folder: Path) -> None:
     [
         (
             "alpaca",
-            {"instruction": "a", "output": "b"},
-            "here: the record has no key 'input' (it has: instruction, output)",
+            {"instruction": "a", "input": "b"},
+            "here: the record has no key 'output' (it has: instruction, input)",
         ),
         ("messages", {"text": "a"}, "no key 'messages'"),
         (
@@ -156,13 +156,40 @@ def test_sharegpt_records_are_read_like_messages(folder: Path) -> None:
             "the role 'robot' is unknown",
         ),
         ("messages", [{"role": "user", "content": 1}], "content is of type number"),
-        ("sharegpt", {"conversations": []}, "conversations has no messages"),
+        ("sharegpt", {"conversations": []}, "conversations is empty"),
+        ("sharegpt", {"conversations": None}, "conversations is of type null"),
+        ("messages", {"messages": "hello"}, "messages is not JSON"),
+        ("messages", {"messages": "{}"}, "messages is of type object"),
+        ("xtuner", {"conversation": 3}, "conversation is of type number"),
     ],
 )
 def test_bad_records_are_rejected(schema: Any, value: Any, part: str) -> None:
     with pytest.raises(UserError) as caught:
         read_conversation(SourceRecord(value, "here"), schema)
     assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("absent", [{}, {"input": None}, {"input": ""}])
+def test_an_alpaca_record_needs_no_input(folder: Path, absent: dict[str, Any]) -> None:
+    record = {"instruction": "Add.", "output": "3"} | absent
+    whole, _ = encode(folder, "chatml", record, "alpaca")
+    assert "user\nAdd.<|im_end|>" in whole
+
+
+@pytest.mark.parametrize(
+    ("schema", "key", "turn"),
+    [
+        ("messages", "messages", {"role": "assistant", "content": "a"}),
+        ("sharegpt", "conversations", {"from": "gpt", "value": "a"}),
+        ("xtuner", "conversation", {"input": "q", "output": "a"}),
+    ],
+)
+def test_a_list_of_messages_may_be_a_text_of_json(
+    folder: Path, schema: Any, key: str, turn: dict[str, str]
+) -> None:
+    """As in a column of a csv or parquet file."""
+    as_list = encode(folder, "chatml", {key: [turn]}, schema)
+    assert encode(folder, "chatml", {key: json.dumps([turn])}, schema) == as_list
 
 
 def test_system_and_history_are_part_of_the_conversation(folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from evomesh.errors import UserError
@@ -54,6 +56,16 @@ def test_bad_prompts_are_named_before_anything_is_made() -> None:
         generate_tokens(tiny(), [[1], [2], [3, 50]], GREEDY)
     with pytest.raises(UserError, match="neither max_new_tokens nor max_length"):
         generate_tokens(tiny(), [[1]], SamplingParams())
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+@pytest.mark.parametrize("token", [-1, 50])
+def test_an_id_that_can_never_end_an_answer_is_refused(
+    num_beams: int, token: int
+) -> None:
+    sampling = replace(GREEDY, eos_ids=(2, token), num_beams=num_beams)
+    with pytest.raises(UserError, match=f"id {token} is outside the vocabulary"):
+        generate_tokens(tiny(), [[1]], sampling)
 
 
 def test_no_prompts_no_answers() -> None:

@@ -7,7 +7,13 @@ import re
 import pytest
 
 from evomesh.errors import UserError
-from evomesh.train.launchers import ProcessInfo, detect, first_node, torchrun_command
+from evomesh.train.launchers import (
+    ProcessInfo,
+    detect,
+    first_node,
+    idle_tasks,
+    torchrun_command,
+)
 from tests.support.covers import covers
 
 pytestmark = covers("promise:nproc-per-node")
@@ -53,6 +59,17 @@ def test_plain_python_is_one_process() -> None:
     assert detect(batch_script) == ProcessInfo(), (
         "a batch script that calls python without srun is one process"
     )
+    batch_script["SLURM_NTASKS"] = "4"
+    (warning,) = idle_tasks(batch_script, ProcessInfo())
+    assert "4 tasks" in warning and "srun" in warning
+
+
+@pytest.mark.parametrize(
+    "env", [{}, {**SLURM, "SLURM_NTASKS": "1"}, {"SLURM_JOB_ID": "7"}]
+)
+def test_no_task_is_idle_in_a_step_or_outside_slurm(env: dict[str, str]) -> None:
+    assert idle_tasks(env, ProcessInfo()) == []
+    assert idle_tasks({**SLURM, "SLURM_NTASKS": "4"}, detect(SLURM)) == []
 
 
 @pytest.mark.parametrize(

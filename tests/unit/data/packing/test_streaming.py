@@ -449,6 +449,11 @@ def test_broken_files_and_members_are_refused_by_name(tmp_path: Path) -> None:
                     find_source_files([str(tmp_path / "a.csv")]), "text", 0
                 ).windows(RowCursor())
             )
+    (tmp_path / "a.jsonl").write_text('{"text": null}\n')
+    files = find_source_files([str(tmp_path / "a.jsonl")])
+    with pytest.raises(UserError, match="of type null") as caught:
+        next(RowStream(files, "text", 0).windows(RowCursor()))
+    assert "content_name" not in caught.value.fix  # the column has the right name
     pack_members(path, {"a.md": b"x"})
     with pytest.raises(UserError, match=r"'x\.zip' contains no such file"):
         find_source_files([str(path)])
