@@ -52,16 +52,13 @@ class Retention:
         """
         found = candidates(storage, root)
         committed = [candidate for candidate in found if candidate.committed]
-        mine = [candidate for candidate in committed if candidate.folder == own]
-        if not mine:
+        if not any(candidate.folder == own for candidate in committed):
             return []
-        newest = mine[0]
-        later, older = [], []
-        for candidate in committed:
-            (later if candidate.step > newest.step else older).append(candidate)
+        newest, later, older = _around(own, committed)
         self._warn_of_later(newest, later)
-        older.remove(newest)
-        deleted = self.to_delete([newest, *older]) if self.keep_last is not None else []
+        deleted = []
+        if self.keep_last is not None:
+            deleted = self.to_delete([newest, *older])
         deleted += self._interrupted(found, newest.step)
         for candidate in deleted:
             delete_checkpoint(candidate)
@@ -198,6 +195,20 @@ class Retention:
         for name in names:
             if name not in needed:
                 storage.delete(join(folder, name))
+
+
+def _around(
+    own: str, committed: Sequence[Candidate]
+) -> tuple[Candidate, list[Candidate], list[Candidate]]:
+    """Return a run's newest checkpoint, those of later steps and the rest, both newest first."""
+    (newest,) = [candidate for candidate in committed if candidate.folder == own]
+    later = [candidate for candidate in committed if candidate.step > newest.step]
+    older = [
+        candidate
+        for candidate in committed
+        if candidate.step <= newest.step and candidate != newest
+    ]
+    return newest, later, older
 
 
 def _reason_to_stay(candidate: Candidate) -> str:
