@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 from evomesh.config.explain import describe  # noqa: E402
 from tests.contract.config_keys import ROWS  # noqa: E402
+from tests.contract.internevo_configs import KEY_SETS  # noqa: E402
 from tests.contract.promises import DIFFERENCES, PROMISES, Promise  # noqa: E402
 from tests.support.covers import covered  # noqa: E402
 
@@ -31,6 +32,10 @@ Any key that is not in this table is an error that names the nearest one, except
 `model`. Names in capitals or with a leading underscore, modules, functions and classes are yours.
 
 `evomesh config show CONFIG --explain KEY` prints what a key does, its type, its default and where its value comes from.
+
+"""
+CONFIGS = """Keys and values of every config in InternEvo's repository are in `tests/contract/internevo_configs.py`.
+Each is a test case: `evomesh config check` accepts it and a step of its layout is traced, or it refuses these keys.
 
 """
 WORDS = {
@@ -59,6 +64,16 @@ def held_by(promise: Promise) -> str:
     return ", ".join(f"`{file}`" for file in files)
 
 
+def configs() -> list[tuple[str, ...]]:
+    """Return one row per config of InternEvo's repository: accepted, or the keys that are refused and why."""
+    rows = []
+    for keys in KEY_SETS:
+        refused = [f"`{key}` ({word})" for key, word in keys.outcome.items()]
+        outcome = f"**refused**: {', '.join(refused)}" if refused else "effect"
+        rows.append((f"`{keys.name}`", keys.values.get("model_type", ""), outcome))
+    return rows
+
+
 def page() -> str:
     keys = [
         (f"`{r.key}`", f"`{r.example!r}`", WORDS[r.outcome], describe(r.key))
@@ -73,6 +88,9 @@ def page() -> str:
         + table(
             ("key", "for example", "here", "what it does, or why it does nothing"), keys
         )
+        + "\n## Configs of InternEvo's repository\n\n"
+        + CONFIGS
+        + table(("config", "model type", "here"), configs())
         + "\n## Promises of InternEvo\n\n"
         + f"{kept} of {len(PROMISES)} are kept; the table is in `tests/contract/promises.py`.\n\n"
         + table(("source", "promise", "tests"), promises)

@@ -13,7 +13,7 @@ from evomesh.config.step_values import RampupSetting, StepRanges, StepsSetting
 class DataConfig(Section):
     type: Literal["tokenized", "streaming"] = Field(
         "tokenized",
-        description="tokenized: token files; streaming: text is tokenized while it is read.",
+        description="tokenized: token files; streaming, or hf: text is tokenized while it is read.",
     )
     seq_len: int = Field(
         2048, ge=1, description="Longest attention segment, in tokens."

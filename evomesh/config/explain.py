@@ -24,7 +24,7 @@ def describe(key: str) -> str:
         UserError: there is no such key; names the nearest.
     """
     if key in REFUSED:
-        return f"Refused: {REFUSED[key][1]}."
+        return f"Refused: {REFUSED[key].reason}."
     if key in INERT:
         return f"Has no effect: {INERT[key][1]}."
     if key in SPELLINGS:

@@ -14,8 +14,22 @@ from evomesh.config.reading.draft import leaves
 from evomesh.config.rope import scaling_problems
 from evomesh.config.schema import Config, ModelConfig
 from evomesh.config.step_values import RAMPUP_FORM, BatchSizeRampup
+from evomesh.config.switches import SWITCHES
 
 INT32, INT64 = 2**31 - 1, 2**63 - 1
+STREAMING_KEYS = (
+    "data.content_name",
+    "data.subset_name",
+    "data.split_name",
+    "data.valid_split_name",
+)
+TOKEN_FILE_KEYS = (
+    "data.dataset_weights",
+    "data.data_order_path",
+    "data.min_length_dict",
+    "data.remainder",
+    "data.use_shm",
+)
 CONTENT = ("model", "sampler", "optimizer", "scheduler", "all")
 
 
@@ -364,10 +378,50 @@ def _load_content_findings(content: tuple[str, ...]) -> Iterator[ConfigFinding]:
 def _warnings(
     config: Config, given: Callable[[str], bool]
 ) -> Iterator[tuple[str, str]]:
+    yield from _switched_off_warnings(config, given)
+    yield from _without_effect_warnings(config, given)
     yield from _training_warnings(config, given)
     yield from _parallel_warnings(config)
     yield from _alert_warnings(config)
     yield from _snapshot_warnings(config)
+
+
+def _switched_off_warnings(
+    config: Config, given: Callable[[str], bool]
+) -> Iterator[tuple[str, str]]:
+    """Yield the keys that were set while the switch that they need has its default, which is off."""
+    values = dict(leaves(config.model_dump()))
+    defaults = dict(leaves(Config().model_dump()))
+    for switch in SWITCHES:
+        is_off = switch.key in values and switch.is_off(values[switch.key])
+        if not is_off or switch.off_by_default is False or given(switch.key):
+            continue
+        for key in switch.governed:
+            is_set = given(key) and values.get(key) != defaults.get(key)
+            if is_set:
+                yield key, f"has no effect while {switch.key} is {values[switch.key]}"
+
+
+def _without_effect_warnings(
+    config: Config, given: Callable[[str], bool]
+) -> Iterator[tuple[str, str]]:
+    """Yield the keys that were set and that the values of others make inert."""
+    streams = config.data.type == "streaming"
+    family = config.model.model_type
+    has_post_norm = family == "INTERNLM2_PUBLIC" or family not in FAMILY_FACTS
+    conditions = (
+        (STREAMING_KEYS, streams, 'it is for data.type="streaming"'),
+        (TOKEN_FILE_KEYS, not streams, 'it is for data.type="tokenized"'),
+        (
+            ("model.apply_post_layer_norm",),
+            has_post_norm or not config.model.apply_post_layer_norm,
+            f"{family} has its norms before each sublayer",
+        ),
+    )
+    for keys, acts, reason in conditions:
+        for key in keys:
+            if not acts and given(key):
+                yield key, f"has no effect: {reason}"
 
 
 def _training_warnings(

@@ -124,6 +124,14 @@ class WeightConfig(Section):
         False,
         description="Accepted for InternEvo; memory of gathered weights is reused anyway.",
     )
+    forward_overlap_per: Literal["layer", "module"] = Field(
+        "layer",
+        description="Weights gathered together: a layer's, or its attention's and its feed-forward network's apart.",
+    )
+    launch_allgather_before: Literal["wqkv", "attn", "wo", "w1"] = Field(
+        "wo",
+        description="Where in a layer the gather of the next layer's weights starts (forward_overlap_per layer).",
+    )
 
 
 class ParallelConfig(Section):

@@ -12,6 +12,7 @@ import torch
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from torch import nn
 
+from evomesh.config.foreign_models import foreign_model
 from evomesh.config.schema import ModelConfig
 from evomesh.errors import ConfigError, UserError
 from evomesh.layers.init import InitialWeight, fill_parameter
@@ -56,16 +57,23 @@ class ModelInitializer:
 
     def get_module(self, name: str) -> Any:
         if name not in self._builders:
-            near = difflib.get_close_matches(name, self._builders, n=1)
-            raise UserError(
-                f"unknown model type {name!r}",
-                where="model_type",
-                expected=f"one of {', '.join(self.names())}",
-                fix=f"did you mean {near[0]!r}?"
-                if near
-                else "register it with evomesh.register_model",
-            )
+            raise self._unknown_type(name)
         return self._builders[name]
+
+    def _unknown_type(self, name: str) -> UserError:
+        """Return the error of a type that nobody registered; of one of InternEvo's, with what to take instead."""
+        expected = f"one of {', '.join(self.names())}"
+        foreign = foreign_model(name)
+        if foreign is not None:
+            found = f"{name} is not part of evomesh: {foreign.reason}"
+            fix = foreign.instead
+        else:
+            found = f"unknown model type {name!r}"
+            near = difflib.get_close_matches(name, self._builders, n=1)
+            fix = "register it with evomesh.register_model"
+            if near:
+                fix = f"did you mean {near[0]!r}?"
+        return UserError(found, where="model_type", expected=expected, fix=fix)
 
 
 def _origin(builder: Any) -> tuple[str, str]:

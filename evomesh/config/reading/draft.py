@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from evomesh.config.switches import OffKeys
 from evomesh.errors import UserError
 
 
@@ -19,6 +20,7 @@ class ConfigDraft:
         sections: the resolved form, to be validated.
         sources: resolved key -> the key as written, where they differ.
         families: resolved key -> the model family whose default it has.
+        off: keys whose block is switched off: nothing about them is a problem.
     """
 
     values: dict[str, Any]
@@ -28,6 +30,7 @@ class ConfigDraft:
     families: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     problems: list[UserError] = field(default_factory=list)
+    off: OffKeys = field(default_factory=OffKeys)
 
     def take_section(self, name: str) -> dict[str, Any]:
         """Move a section from ``values`` to ``sections`` the first time, and return it: a plain dict to edit in place.
@@ -54,6 +57,8 @@ class ConfigDraft:
     def problem(
         self, key: str, found: str, *, expected: str = "", fix: str = ""
     ) -> None:
+        if key in self.off or self.sources.get(key, key) in self.off:
+            return
         self.problems.append(
             UserError(found, where=self.where(key), expected=expected, fix=fix)
         )

@@ -105,6 +105,27 @@ def _first_weights(draft: ConfigDraft) -> ModelConfig | None:
         return None
 
 
+def take_checkpoint_folder(
+    draft: ConfigDraft, model: dict[str, Any], model_type: str
+) -> None:
+    """Resolve InternEvo's types "INTERNLM_FROM_HF", "AUTO" ...: the model is that of the checkpoint to start from."""
+    if "from_hf" in model:
+        return
+    ckpt = draft.values.get("ckpt")
+    info = ckpt.get("load_ckpt_info") if isinstance(ckpt, Mapping) else None
+    path = info.get("path") if isinstance(info, Mapping) else None
+    if isinstance(path, str):
+        model["from_hf"] = path.removeprefix("local:")
+        draft.sources[KEY] = "ckpt.load_ckpt_info.path"
+    else:
+        draft.problem(
+            "model_type",
+            f"{model_type} takes the model from a Hugging Face folder, and there is none",
+            expected="ckpt.load_ckpt_info=dict(path=FOLDER, ...), or model.from_hf",
+            fix=f'set {KEY}="FOLDER"',
+        )
+
+
 def _read(draft: ConfigDraft, name: Any) -> ModelConfig | None:
     folder = find_model_folder(name) if isinstance(name, str) else None
     if folder is None:

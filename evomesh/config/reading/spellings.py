@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from typing import Any, get_args
 
 from evomesh.config.families import FAMILY_FACTS
+from evomesh.config.reading.checkpoint import resolve_checkpoint
 from evomesh.config.reading.draft import ConfigDraft, shown
-from evomesh.config.reading.from_hf import resolve_from_hf, take_from_load_info
+from evomesh.config.reading.from_hf import (
+    resolve_from_hf,
+    take_checkpoint_folder,
+    take_from_load_info,
+)
 from evomesh.config.reading.ignored_keys import drop_inert, refuse_foreign
+from evomesh.config.reading.parallel import resolve_parallel
 from evomesh.config.schema import Config, ModelConfig, ModelFamily
+from evomesh.config.switches import find_off_keys
 
 BUILT_IN = get_args(ModelFamily)
-REMOTE = ("boto3:", "volc:", "oss2:", "s3:")
 
+# Other names that InternEvo has, or had, for a model type.
+RENAMED_MODELS = {"INTERNLM2": "INTERNLM2_PUBLIC", "LLAMA": "LLAMA2"}
+
+# InternEvo's other values of data.type -> why they are refused, what to take.
+FOREIGN_DATA = {
+    "mm": ("evomesh trains on text, not on images", "tokenize the texts alone"),
+    "lumina_pickle": (
+        "evomesh trains on text, not on images",
+        "tokenize the texts alone",
+    ),
+    "megatron": (
+        "Megatron's .bin and .idx files are not read",
+        "make token files of the texts: evomesh tokenize",
+    ),
+    "mocked": (
+        "it is a mock of InternEvo's tests",
+        "set data.train_folder=None for synthetic data",
+    ),
+}
 # Top-level names of a config file -> where the resolved config keeps them.
 TOP_LEVEL = {
     "JOB_NAME": "run.job_name",
@@ -44,6 +68,8 @@ SPELLINGS = {
     "ckpt.load_ckpt_folder": "Older name of ckpt.load_ckpt_info; a string means content all.",
     "ckpt.load_optimizer": "Older key: False takes the optimizer out of load_ckpt_info.content.",
     "ckpt.load_model_only_folder": "Older name of ckpt.load_ckpt_info with content model.",
+    "parallel.sequence_2D": "Heads times ring of InternEvo: with context_size=1 or head_size=1 it is mode isp of "
+    "parallel.tensor, any other is refused.",
     "data.packed_length": "Sets data.micro_bsz if that is absent; otherwise it must agree.",
     "model.adapt_hf": "The opposite of model.qk_interleaved.",
     "model.from_hf": "Hugging Face folder, or id of a model in the local hub cache, whose config.json gives the family "
@@ -73,6 +99,8 @@ TUPLES = (
 
 def resolve(draft: ConfigDraft) -> None:
     """Fill ``draft.sections`` from ``draft.values``; unknown keys stay in, for the validation to report."""
+    draft.off = find_off_keys(draft.values)
+    _resolve_model_type(draft)
     drop_inert(draft)
     for name in SECTIONS:
         if name in draft.values and (
@@ -81,13 +109,35 @@ def resolve(draft: ConfigDraft) -> None:
             draft.take_section(name)
     _resolve_top_level(draft)
     _resolve_tensorboard(draft)
-    _resolve_parallel(draft)
+    resolve_parallel(draft)
     _resolve_zero(draft)
     _resolve_data(draft)
     _resolve_model(draft)
     refuse_foreign(draft)
-    _resolve_checkpoint(draft)
+    resolve_checkpoint(draft)
     _resolve_tuples(draft)
+
+
+def _resolve_model_type(draft: ConfigDraft) -> None:
+    """Resolve other names of a model, and the types that take the model from a Hugging Face folder."""
+    model = draft.take_section("model") if draft.values.get("model") else {}
+    for section in (draft.values, model):
+        name = section.get("model_type")
+        if not isinstance(name, str):
+            continue
+        if name == "INTERNLM_MoE":
+            draft.problem(
+                "model_type",
+                f"{name}: mixture-of-experts models are not part of evomesh",
+                expected=f"{', '.join(BUILT_IN)} or a custom model type",
+                fix="use a dense model",
+            )
+            section["model_type"] = "INTERNLM"
+        elif name == "AUTO" or name.endswith("_HF"):
+            del section["model_type"]
+            take_checkpoint_folder(draft, draft.take_section("model"), name)
+        else:
+            section["model_type"] = RENAMED_MODELS.get(name, name)
 
 
 def written_key(key: str) -> str:
@@ -134,61 +184,6 @@ def _resolve_tensorboard(draft: ConfigDraft) -> None:
             draft.sources["run.tensorboard_queue"] = f"{key}.queue_max_length"
 
 
-def _resolve_parallel(draft: ConfigDraft) -> None:
-    """Resolve int forms, ``sequence_parallel`` and ``pipeline.mode``."""
-    parallel = draft.take_section("parallel")
-    sequence = parallel.pop("sequence_parallel", None)
-    for name in ("zero1", "tensor", "pipeline", "weight"):
-        value = parallel.get(name)
-        if isinstance(value, int) and not isinstance(value, bool):
-            parallel[name] = {"size": value}
-            draft.sources[f"parallel.{name}.size"] = f"parallel.{name}"
-        elif name in parallel and value is None:
-            del parallel[name]
-    if sequence is not None:
-        _resolve_sequence_parallel(draft, parallel, sequence)
-    pipeline = parallel.get("pipeline")
-    if isinstance(pipeline, dict) and "mode" in pipeline:
-        _resolve_pipeline_mode(draft, pipeline)
-
-
-def _resolve_sequence_parallel(
-    draft: ConfigDraft, parallel: dict[str, Any], sequence: Any
-) -> None:
-    """Take the tensor mode from ``sequence_parallel``, unless ``tensor.mode`` is set too."""
-    key = "parallel.sequence_parallel"
-    if not isinstance(sequence, bool):
-        draft.problem(key, f"found {shown(sequence)}", expected="True or False")
-        return
-    tensor = parallel.setdefault("tensor", {})
-    if not isinstance(tensor, dict):
-        return  # the validation reports it
-    if "mode" not in tensor:
-        tensor["mode"] = "msp" if sequence else "mtp"
-        draft.sources["parallel.tensor.mode"] = key
-    elif sequence != (tensor["mode"] != "mtp"):  # only mtp is not sequence parallel
-        draft.warn(
-            key,
-            f"{sequence} has no effect: parallel.tensor.mode decides, and it is set",
-        )
-
-
-def _resolve_pipeline_mode(draft: ConfigDraft, pipeline: dict[str, Any]) -> None:
-    """Take the schedule from ``pipeline.mode``, its older name."""
-    mode = pipeline.pop("mode")
-    schedules = {"1f1b": None, "zbv": "zbv"}
-    name = str(mode).lower()
-    if name not in schedules:
-        draft.problem(
-            "parallel.pipeline.mode",
-            f"unknown schedule {mode!r}",
-            expected='"1F1B" or "ZBV"',
-        )
-        return
-    pipeline.setdefault("schedule", schedules[name])
-    draft.sources["parallel.pipeline.schedule"] = "parallel.pipeline.mode"
-
-
 def _resolve_zero(draft: ConfigDraft) -> None:
     zero = draft.take_section("hybrid_zero_optimizer")
     if "zero_overlap_communication" in zero:
@@ -207,6 +202,7 @@ def _resolve_zero(draft: ConfigDraft) -> None:
 
 def _resolve_data(draft: ConfigDraft) -> None:
     data = draft.take_section("data")
+    _resolve_data_type(draft, data)
     packed = data.pop("packed_length", None)
     if packed is None:
         return
@@ -233,6 +229,17 @@ def _resolve_data(draft: ConfigDraft) -> None:
             "data.packed_length",
             f"{packed} has no effect: it is seq_len * micro_bsz = {seq_len * bsz}",
         )
+
+
+def _resolve_data_type(draft: ConfigDraft, data: dict[str, Any]) -> None:
+    """Take "streaming" from "hf", its older name, and refuse InternEvo's other types."""
+    kind = data.get("type")
+    if kind == "hf":
+        data["type"] = "streaming"
+    elif isinstance(kind, str) and kind in FOREIGN_DATA:
+        reason, instead = FOREIGN_DATA[kind]
+        del data["type"]
+        draft.problem("data.type", f"{kind!r} is refused: {reason}", fix=instead)
 
 
 def _resolve_model(draft: ConfigDraft) -> None:
@@ -334,126 +341,6 @@ def _resolve_rope_scaling(draft: ConfigDraft, model: dict[str, Any]) -> None:
                 fix=f"remove model.{name}",
             )
         draft.sources.setdefault(f"model.{name}", key)
-
-
-def _resolve_checkpoint(draft: ConfigDraft) -> None:
-    ckpt = draft.take_section("ckpt")
-    _resolve_load_info(draft, ckpt)
-    _resolve_s3_endpoint(ckpt)
-    folder = ckpt.get("save_ckpt_folder")
-    if ckpt.get("enable_save_ckpt") is None:
-        ckpt["enable_save_ckpt"] = bool(folder)
-        draft.sources["ckpt.enable_save_ckpt"] = "ckpt.save_ckpt_folder"
-    remote = isinstance(folder, str) and folder.startswith(REMOTE)
-    if ckpt.get("async_upload") is True and not remote:
-        draft.warn(
-            "ckpt.async_upload",
-            "True has no effect: it applies to remote folders (boto3:..., s3://...), and this one is local",
-        )
-        ckpt["async_upload"] = False
-    every = ckpt.get("checkpoint_every", math.inf)
-    if (
-        remote
-        and "oss_snapshot_freq" not in ckpt
-        and isinstance(every, int)
-        and every > 1
-    ):
-        ckpt["oss_snapshot_freq"] = every // 2
-    if (
-        ckpt.get("async_upload") is True
-        and remote
-        and ckpt.get("async_upload_tmp_folder") is None
-    ):
-        job = draft.take_section("run").get("job_name", "AnonymousJob")
-        ckpt["async_upload_tmp_folder"] = f"/dev/shm/{job}_tmp_ckpt/"
-
-
-def _resolve_s3_endpoint(ckpt: dict[str, Any]) -> None:
-    """Rewrite ``s3://BUCKET/KEY`` as ``s3:ENDPOINT/BUCKET/KEY``, so that a path contains its endpoint."""
-    endpoint = ckpt.get("s3_endpoint")
-    if not isinstance(endpoint, str):
-        return
-    info = ckpt.get("load_ckpt_info")
-    paths = [(ckpt, "save_ckpt_folder"), (ckpt, "snapshot_ckpt_folder")]
-    if isinstance(info, dict):
-        info = dict(info)
-        ckpt["load_ckpt_info"] = info
-        paths.append((info, "path"))
-    for section, key in paths:
-        path = section.get(key)
-        if isinstance(path, str) and path.startswith("s3://"):
-            bucket_and_key = path.removeprefix("s3://")
-            section[key] = f"s3:{endpoint.rstrip('/')}/{bucket_and_key}"
-
-
-def _is_ignored_load_info(ckpt: dict[str, Any]) -> bool:
-    """Return whether ``auto_resume`` comes before ``load_ckpt_info``, which is not even its fallback."""
-    info = ckpt.get("load_ckpt_info")
-    if not isinstance(info, dict) or info.get("fallback") is True:
-        return False
-    return ckpt.get("auto_resume", True) is True
-
-
-def _resolve_load_info(draft: ConfigDraft, ckpt: dict[str, Any]) -> None:
-    """Take ``load_ckpt_info`` from its older names: a folder to resume from, or one to load the weights of."""
-    info = ckpt.get("load_ckpt_info")
-    for name, content in (
-        ("load_ckpt_folder", ("all",)),
-        ("load_model_only_folder", ("model",)),
-    ):
-        value = ckpt.pop(name, None)
-        if value is None:
-            continue
-        if info is not None:
-            draft.warn(
-                f"ckpt.{name}",
-                "has no effect: ckpt.load_ckpt_info is its newer name, and it is set",
-            )
-            continue
-        info = {"path": value, "content": content} if isinstance(value, str) else value
-        ckpt["load_ckpt_info"] = info
-        draft.sources["ckpt.load_ckpt_info"] = f"ckpt.{name}"
-        for key in ("path", "content", "ckpt_type"):
-            written = (
-                f"ckpt.{name}.{key}" if isinstance(value, dict) else f"ckpt.{name}"
-            )
-            draft.sources[f"ckpt.load_ckpt_info.{key}"] = written
-    if isinstance(info, dict) and "path" in info and info["path"] is None:
-        ckpt["load_ckpt_info"] = info = None  # InternEvo's way to say: from scratch
-    _resolve_load_optimizer(draft, ckpt)
-    if _is_ignored_load_info(ckpt):
-        draft.warn(
-            "ckpt.load_ckpt_info",
-            "is not used: ckpt.auto_resume is True, which is also its default; set it to False to start from this",
-        )
-
-
-def _resolve_load_optimizer(draft: ConfigDraft, ckpt: dict[str, Any]) -> None:
-    """Resolve ``load_optimizer`` of InternEvo 0.1 and 0.2: False leaves the optimizer state out."""
-    wanted = ckpt.pop("load_optimizer", None)
-    if wanted is None or wanted is True:
-        return
-    if wanted is not False:
-        draft.problem(
-            "ckpt.load_optimizer", f"found {shown(wanted)}", expected="True or False"
-        )
-        return
-    info = ckpt.get("load_ckpt_info")
-    if not isinstance(info, dict):
-        draft.warn(
-            "ckpt.load_optimizer",
-            "False has no effect: a resumed run takes the optimizer state of its checkpoint, "
-            "and there is no load_ckpt_info to leave it out of",
-        )
-        return
-    content = info.get("content", ("model",))
-    if not isinstance(content, str | list | tuple):
-        return  # the validation names it
-    parts = [content] if isinstance(content, str) else list(content)
-    if "all" in parts:
-        parts = ["model", "sampler", "scheduler"]
-    kept = tuple(part for part in parts if part != "optimizer")
-    ckpt["load_ckpt_info"] = {**info, "content": kept}
 
 
 def _resolve_tuples(draft: ConfigDraft) -> None:
