@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -21,13 +20,28 @@ from evomesh.parallel.grid import Axis
 from evomesh.parallel.spec import ShardSpec, spec_of, with_spec
 
 
+@dataclass(frozen=True)
+class GatherPoint:
+    """A place in forward at which the weights of later units begin to be gathered.
+
+    Attributes:
+        module: forward of this module is the place.
+        units: the units whose gathers start there.
+        is_after: they start after the module's forward instead of before it.
+    """
+
+    module: nn.Module
+    units: tuple[nn.Module, ...]
+    is_after: bool = False
+
+
 def shard_weights(
     model: nn.Module,
     units: Sequence[nn.Module],
     axis: Axis,
     device: torch.device,
     *,
-    overlap: bool = False,
+    prefetch: Sequence[GatherPoint] = (),
 ) -> None:
     """Shard every parameter of ``units`` along dim 0 over ``axis``, in place; the rest of ``model`` is unchanged.
 
@@ -36,11 +50,11 @@ def shard_weights(
     over another axis is sharded again here.
 
     Args:
-        units: the modules whose weights are gathered together, in the order of forward. Parameters on the meta device
+        units: the modules whose weights are gathered together, a module before what contains it. Parameters on meta
             are allocated on ``device`` once they are sharded, so that no rank ever holds the unsharded model.
         axis: ``wp`` (isp), or ``zero`` (``parallel.zero1.fsdp``), over which indivisible parameters are replicated.
         device: the device the model computes on.
-        overlap: prefetch the next unit's weights while one computes.
+        prefetch: where in forward the gathers of later units start; without, each unit gathers when it begins.
 
     Raises:
         UserError: dim 0 of a parameter is not divisible by the size of ``wp``.
@@ -59,8 +73,8 @@ def shard_weights(
 
     # 2. FSDP2 takes over the units.
     _apply_fsdp(model, units, sharded, axis, device)
-    if overlap:
-        _prefetch_next_unit(units)
+    for point in prefetch:
+        _start_gathers_at(point)
 
     # 3. Allocate what was on the meta device; FSDP2 has replaced the parameters, so each gets its spec again.
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -126,6 +140,8 @@ def _apply_fsdp(
     }
     for unit in units:
         for module in _same_dtype(unit):
+            if isinstance(module, FSDPModule):
+                continue  # the unit inside this one has taken it
             reduce_dtype = torch.promote_types(_dtype(module), torch.float32)
             policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
             fully_shard(
@@ -147,13 +163,27 @@ def _apply_fsdp(
             )  # gloo has no sum with a built-in factor
 
 
-def _prefetch_next_unit(units: Sequence[nn.Module]) -> None:
+def _start_gathers_at(point: GatherPoint) -> None:
     from torch.distributed.fsdp import FSDPModule
 
-    for unit, following in pairwise(units):
-        cast(FSDPModule, unit).set_modules_to_forward_prefetch(
-            [cast(FSDPModule, following)]
-        )
+    units = [cast(FSDPModule, unit) for unit in point.units]
+    if isinstance(point.module, FSDPModule) and not point.is_after:
+        # FSDP2's own hook starts them, which works in compiled blocks too.
+        point.module.set_modules_to_forward_prefetch(units)
+        return
+
+    def start(*_: object) -> None:
+        # A recomputed forward runs in backward, where the later units have done
+        # their work: gathering them again would be traffic for nothing.
+        is_in_backward = torch._C._current_graph_task_id() != -1
+        if not is_in_backward:
+            for unit in units:
+                unit.unshard(async_op=True)
+
+    if point.is_after:
+        point.module.register_forward_hook(start)
+    else:
+        point.module.register_forward_pre_hook(start)
 
 
 def _sharded_spec(parameter: nn.Parameter, axis: Axis) -> ShardSpec:

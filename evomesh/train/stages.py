@@ -9,18 +9,18 @@ from torch import nn
 
 from evomesh.config.layout import pipeline_schedule
 from evomesh.config.schema import Config, ModelConfig
-from evomesh.errors import UserError
 from evomesh.layers.compiler import compiles_blocks
 from evomesh.layers.dtype import parameter_dtype, promote
 from evomesh.models.decoder import Decoder
 from evomesh.models.language_model import LanguageModel
 from evomesh.models.registry import build_model, clear_padding, initialize_weights
-from evomesh.parallel.grid import Axis, Grid
+from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import TensorMode
 from evomesh.parallel.spec import spec_of, with_spec
 from evomesh.parallel.weights import shard_weights
 from evomesh.pipeline.schedule import PipelineSchedule, Schedule, SingleStageSchedule
 from evomesh.pipeline.stages import layer_ranges, stages_of_rank
+from evomesh.train.sharding_units import gather_points, sharding_units
 
 
 @dataclass(frozen=True)
@@ -145,40 +145,13 @@ def _build_chunk(
     model = build_model(
         settings, grid=grid, mode=mode, device="meta", layer_range=layer_range
     )
+    weight = config.parallel.weight
     shard_weights(
         model,
-        _sharding_units(model, axis),
+        sharding_units(model, axis, weight),
         axis,
         device,
-        overlap=config.parallel.weight.overlap,
+        prefetch=gather_points(model, axis, weight) if weight.overlap else (),
     )
     clear_padding(model, grid)
     return model
-
-
-def _sharding_units(model: nn.Module, axis: Axis) -> list[nn.Module]:
-    """Return the modules whose weights are gathered together: the blocks and, under fsdp, embedding and head.
-
-    For a custom model only the blocks, because other weights might be read outside
-    their module's forward. A tied embedding is used by two modules, at the beginning
-    and at the end of forward: it stays whole.
-    """
-    layers = getattr(model, "layers", None)
-    if not isinstance(layers, nn.ModuleDict | nn.ModuleList) or not len(layers):
-        raise UserError(
-            f"{type(model).__name__} has no layers whose weights can be sharded",
-            where="parallel.weight.size"
-            if axis.name == "wp"
-            else "parallel.zero1.fsdp",
-            expected="a model with its blocks in self.layers, an nn.ModuleDict or nn.ModuleList",
-        )
-    blocks = list(layers.values() if isinstance(layers, nn.ModuleDict) else layers)
-    if axis.name == "wp" or not isinstance(model, Decoder):
-        return blocks
-    if model.config.tie_word_embeddings:
-        return blocks
-    return [
-        module
-        for module in (model.embedding, *blocks, model.head)
-        if module is not None
-    ]

@@ -77,6 +77,22 @@ WEIGHTS = [
     Layout(tensor=4, mode="isp", weight=2, family="internlm2"),
     Layout(tensor=4, mode="isp", weight=4, family="post_norm"),
     Layout(tensor=2, mode="isp", weight=4, parallel={"weight": {"overlap": True}}),
+    *(
+        Layout(tensor=2, mode="isp", weight=4, family=family, parallel={"weight": {"overlap": True, key: value}})
+        for family, key, value in (
+            ("llama", "launch_allgather_before", "attn"),
+            ("internlm", "launch_allgather_before", "wqkv"),
+            ("internlm2", "forward_overlap_per", "module"),
+        )
+    ),
+    Layout(
+        mode="isp",
+        weight=2,
+        family="qwen3",
+        model={"checkpoint": 1.0, "use_fp32_norm": True},
+        parallel={"weight": {"overlap": True, "forward_overlap_per": "module"}},
+        adam=True,
+    ),
     Layout(tensor=2, mode="isp", weight=4, model={"checkpoint": 0.5}),
     Layout(tensor=2, mode="isp", weight=2, pipeline=2),
     Layout(mode="isp", weight=2, pipeline=2, chunks=2),

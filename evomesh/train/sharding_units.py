@@ -1,0 +1,117 @@
+"""Which modules gather their sharded weights together, and where in forward the next gather starts.
+
+With ``parallel.weight.forward_overlap_per="layer"`` a unit is a block, and the gather of
+the next block starts in the middle of this one, at ``launch_allgather_before``:
+
+    block i      wqkv   attention   wo   feed-forward
+                 ^wqkv  ^attn       ^wo  ^w1            the gather of block i + 1 starts
+
+Early hides more of a slow gather, late holds two blocks' weights for a shorter time.
+With "module" attention and feed-forward network are units of their block, and each one
+starts the gather of the next.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import nn
+
+from evomesh.config.schema import WeightConfig
+from evomesh.errors import UserError
+from evomesh.models.decoder import Decoder, DecoderBlock
+from evomesh.parallel.grid import Axis
+from evomesh.parallel.weights import GatherPoint
+
+
+def sharding_units(
+    model: nn.Module, axis: Axis, weight: WeightConfig
+) -> list[nn.Module]:
+    """Return the modules whose weights are gathered together, a module before the one that contains it.
+
+    They are the blocks and, under fsdp, embedding and head. For a custom model only the
+    blocks, because other weights might be read outside their module's forward. A tied
+    embedding is used by two modules, at the beginning and at the end of forward: it
+    stays whole.
+
+    Raises:
+        UserError: a custom model has no layers.
+    """
+    units: list[nn.Module] = []
+    for layer in _layers_in_order(model, axis):
+        if _splits(layer, model, weight):
+            block = cast(DecoderBlock, layer)
+            units += [block.attention, block.feed_forward]
+        units.append(layer)
+    return units
+
+
+def gather_points(
+    model: nn.Module, axis: Axis, weight: WeightConfig
+) -> list[GatherPoint]:
+    """Return where in forward the gather of each layer after the first one, or of each module, starts."""
+    points: list[GatherPoint] = []
+    layers = _layers_in_order(model, axis)
+    for number, layer in enumerate(layers):
+        next_units: tuple[nn.Module, ...] = ()
+        for following in layers[number + 1 : number + 2]:
+            next_units = (following,)
+            if _splits(following, model, weight):
+                next_units = (following, cast(DecoderBlock, following).attention)
+        if _splits(layer, model, weight):
+            block = cast(DecoderBlock, layer)
+            points.append(GatherPoint(block.attention, (block.feed_forward,)))
+            points.append(GatherPoint(block.feed_forward, next_units))
+        else:
+            module, is_after = _point_in_layer(layer, model, weight)
+            points.append(GatherPoint(module, next_units, is_after))
+    return [point for point in points if point.units]
+
+
+def _layers_in_order(model: nn.Module, axis: Axis) -> list[nn.Module]:
+    """Return the modules that hold the sharded weights, in the order of forward."""
+    layers = getattr(model, "layers", None)
+    if not isinstance(layers, nn.ModuleDict | nn.ModuleList) or not len(layers):
+        raise UserError(
+            f"{type(model).__name__} has no layers whose weights can be sharded",
+            where="parallel.weight.size"
+            if axis.name == "wp"
+            else "parallel.zero1.fsdp",
+            expected="a model with its blocks in self.layers, an nn.ModuleDict or nn.ModuleList",
+        )
+    blocks = list(layers.values() if isinstance(layers, nn.ModuleDict) else layers)
+    if axis.name == "wp" or not isinstance(model, Decoder):
+        return blocks
+    if model.config.tie_word_embeddings:
+        return blocks
+    ends_and_blocks = (model.embedding, *blocks, model.head)
+    return [module for module in ends_and_blocks if module is not None]
+
+
+def _splits(layer: nn.Module, model: nn.Module, weight: WeightConfig) -> bool:
+    """Return whether attention and feed-forward network of a layer gather their weights apart.
+
+    A compiled block is one graph, without hooks inside: it stays whole.
+    """
+    per_module = weight.overlap and weight.forward_overlap_per == "module"
+    return per_module and isinstance(layer, DecoderBlock) and not _is_compiled(model)
+
+
+def _point_in_layer(
+    layer: nn.Module, model: nn.Module, weight: WeightConfig
+) -> tuple[nn.Module, bool]:
+    """Return the module in a layer at which the next gather starts, and whether that is after its forward."""
+    if not isinstance(layer, DecoderBlock) or _is_compiled(model):
+        return layer, False
+    # The product of queries with keys is no module: it starts where wqkv has ended.
+    points: dict[str, tuple[nn.Module, bool]] = {
+        "wqkv": (layer.attention.wqkv, False),
+        "attn": (layer.attention.wqkv, True),
+        "wo": (layer.attention.wo, False),
+        "w1": (layer.feed_forward, False),
+    }
+    return points[weight.launch_allgather_before]
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return isinstance(model, Decoder) and model.compiled
