@@ -76,7 +76,8 @@ class DataConfig(Section):
         None, ge=1, description="Another name of micro_num, and must equal it."
     )
     use_packed_dataset: bool = Field(
-        True, description="Accepted for InternEvo; data is always packed."
+        True,
+        description="False: one document a row, cut and padded to seq_len; micro_bsz rows a micro-batch.",
     )
     fixed_random_dataset_seqlen: bool = Field(
         True, description="Synthetic samples fill seq_len."

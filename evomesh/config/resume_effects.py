@@ -64,7 +64,6 @@ NOTHING = (
     "data.valid_split_name",
     "data.num_worker",
     "data.gradient_accumulation",
-    "data.use_packed_dataset",
     "data.empty_cache_and_diag_interval",
     "data.diag_outlier_ratio",
     "data.use_shm",

@@ -249,6 +249,13 @@ def _data_findings(config: Config) -> Iterator[ConfigFinding]:
             "with a growing batch the steps of a pass are not all of one size",
             fix="set data.total_steps instead of data.epochs",
         )
+    if data.order == "xtuner" and not data.use_packed_dataset:
+        yield ConfigFinding(
+            ("data.use_packed_dataset", "data.order"),
+            "rows of one document with XTuner's order, which packs documents",
+            expected='use_packed_dataset=True, or order="internevo"',
+            fix="remove data.use_packed_dataset",
+        )
     if data.rampup_batch_size is not None:
         yield from _rampup_findings(data.rampup_batch_size, data.micro_num)
 
@@ -410,6 +417,11 @@ def _without_effect_warnings(
     family = config.model.model_type
     has_post_norm = family == "INTERNLM2_PUBLIC" or family not in FAMILY_FACTS
     conditions = (
+        (
+            ("data.pack_sample_into_one",),
+            config.data.use_packed_dataset or not config.data.pack_sample_into_one,
+            "data.use_packed_dataset is False, which keeps documents in rows",
+        ),
         (STREAMING_KEYS, streams, 'it is for data.type="streaming"'),
         (TOKEN_FILE_KEYS, not streams, 'it is for data.type="tokenized"'),
         (

@@ -13,7 +13,8 @@ from evomesh.config.data import DataConfig
 from evomesh.config.schema import IGNORE
 from evomesh.config.user import expand_home
 from evomesh.data.packing.corpus import Corpus, open_corpus
-from evomesh.data.packing.packs import Pack, PackPlan, PackRule
+from evomesh.data.packing.packs import Pack
+from evomesh.data.packing.rows import make_plan
 from evomesh.data.token_files.bin_dataset import BinDataset, evenly_spaced
 from evomesh.data.token_files.folders import find_bins
 from evomesh.data.tokenizer import Tokenizer
@@ -32,9 +33,7 @@ def open_packs(path: str, config: DataConfig) -> Corpus:
     if expand_home(path).is_dir():
         return open_corpus(config.model_copy(update={"train_folder": path}), None)
     source = BinDataset(path, min_length=config.min_length)
-    return Corpus(
-        config, [PackPlan([source], PackRule.from_config(config), config.remainder)]
-    )
+    return Corpus(config, [make_plan([source], config)])
 
 
 def pack_json(pack: Pack) -> dict[str, list[int]]:

@@ -1,4 +1,4 @@
-"""Which modules gather their sharded weights together, and where in forward the next gather starts.
+"""Units of modules that gather their sharded weights together, and where in forward the next gather starts.
 
 With ``parallel.weight.forward_overlap_per="layer"`` a unit is a block, and the gather of
 the next block starts in the middle of this one, at ``launch_allgather_before``:

@@ -110,7 +110,7 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("data.seed", 3, E),
     CompatibilityRow("data.num_worker", 2, E),
     CompatibilityRow("data.gradient_accumulation", 3, R),
-    CompatibilityRow("data.use_packed_dataset", False, W),
+    CompatibilityRow("data.use_packed_dataset", False, E),
     CompatibilityRow("data.fixed_random_dataset_seqlen", False, E),
     CompatibilityRow("data.empty_cache_and_diag_interval", 10, E),
     CompatibilityRow("data.diag_outlier_ratio", 1.5, E),

@@ -143,7 +143,6 @@ REFUSED: dict[str, Refusal] = {
 }
 # Inert keys that the resolved config keeps -> the value that needs no warning; the schema says why they have no effect.
 INERT_FIELDS: dict[str, Any] = {
-    "data.use_packed_dataset": True,
     "model.use_flash_attn": True,
     "model.parallel_output": True,
     "model.dropout_selective_checkpoint": True,

@@ -12,7 +12,7 @@ import numpy as np
 from evomesh.config.data import DataConfig
 from evomesh.data.packing.loader import PackStream, StepSampler
 from evomesh.data.packing.mixture import MixedSampler, group_packs
-from evomesh.data.packing.packs import Pack, PackPlan, PackRule
+from evomesh.data.packing.packs import Pack, PackPlan
 from evomesh.data.packing.report import (
     check_manifest,
     file_row,
@@ -22,6 +22,7 @@ from evomesh.data.packing.report import (
     report_table,
     source_row,
 )
+from evomesh.data.packing.rows import make_plan
 from evomesh.data.packing.sampler import PackSampler, SamplerPosition
 from evomesh.data.packing.synthetic import TRAIN_DOCUMENTS, TYPES, SyntheticDocuments
 from evomesh.data.token_files.bin_dataset import BinDataset, LongLineCache
@@ -208,8 +209,7 @@ def open_corpus(config: DataConfig, vocab_size: int | None) -> Corpus:
     streams = (
         [sources] if config.remainder == "carry" else [[source] for source in sources]
     )
-    rule = PackRule.from_config(config)
-    plans = [PackPlan(stream, rule, config.remainder, shared) for stream in streams]
+    plans = [make_plan(stream, config, shared) for stream in streams]
     if not any(map(len, plans)):
         refuse_empty(config, sources)
 
@@ -243,9 +243,14 @@ def _synthetic_corpus(config: DataConfig, vocab_size: int | None) -> Corpus:
         fixed_length=config.fixed_random_dataset_seqlen,
         vocab_size=vocab_size or 2**31,
     )
-    plan = PackPlan([documents], PackRule.from_config(config))
+    # A remainder of synthetic data is nothing to keep.
+    plan = make_plan([documents], config.model_copy(update={"remainder": "drop"}))
     row = source_row(
-        documents, TYPES[0], documents=TRAIN_DOCUMENTS, tokens=plan.tokens, plan=plan
+        documents,
+        TYPES[0],
+        documents=TRAIN_DOCUMENTS,
+        tokens=int(documents.lengths.sum()),
+        plan=plan,
     )
     warning = "data.train_folder is None: training on synthetic counting sequences"
     return Corpus(config, [plan], TYPES, [row], [warning])

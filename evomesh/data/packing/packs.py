@@ -61,12 +61,14 @@ class PackRule:
         seq_len: longest segment with order "internevo"; longer ones are split, and targets cross the split.
         one_sample: ``pack_sample_into_one``: a segment is every ``seq_len`` tokens, whatever the documents.
         order: "internevo": a document's last token has no target; "xtuner": it predicts the next document's first.
+        rows: rows of one document each (``use_packed_dataset=False``, see rows.py); 0: documents laid end to end.
     """
 
     packed_length: int
     seq_len: int
     one_sample: bool = False
     order: PackOrder = "internevo"
+    rows: int = 0
 
     @staticmethod
     def from_config(config: DataConfig) -> PackRule:
@@ -76,6 +78,7 @@ class PackRule:
             config.seq_len,
             config.pack_sample_into_one,
             config.order,
+            rows=0 if config.use_packed_dataset else config.micro_bsz,
         )
 
 
@@ -116,6 +119,8 @@ class PackPlan:
         dropped: tokens at its end that are in no pack.
     """
 
+    ends_name = "ends"  # of document_ends, in the folder of shared arrays
+
     def __init__(
         self,
         sources: Sequence[DocumentSource],
@@ -135,7 +140,9 @@ class PackPlan:
         else:
             key = digest(source.lengths for source in self.sources)
             self.document_order = shared_array(shared, f"{key}.order", self._make_order)
-            self.document_ends = shared_array(shared, f"{key}.ends", self._make_ends)
+            self.document_ends = shared_array(
+                shared, f"{key}.{self.ends_name}", self._make_ends
+            )
         self.tokens = int(self.document_ends[-1]) if len(self.document_ends) else 0
         self.num_packs, left_over = divmod(self.tokens, rule.packed_length)
         self.dropped = left_over

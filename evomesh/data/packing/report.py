@@ -181,10 +181,7 @@ def find_warnings(
     for row, source in zip(report, sources, strict=True):
         name = row["file"]
         if row["packs"] == 0 and config.remainder != "carry":
-            warnings.append(
-                f"{name} yields no pack: {source.kept_tokens:,} tokens after filtering, "
-                f"a pack needs {config.packed_length:,}"
-            )
+            warnings.append(f"{name} yields no pack: {_missing(source, config)}")
         if 0 < len(source.rows) < config.min_length:
             warnings.append(
                 f"{name} has {len(source.rows)} documents, fewer than min_length {config.min_length} "
@@ -197,6 +194,19 @@ def find_warnings(
                 f"was the file written twice in append mode? check: evomesh data verify {source.path}"
             )
     return warnings
+
+
+def _missing(source: BinDataset, config: DataConfig) -> str:
+    """Return what a file has and what a pack needs: tokens, or documents where each has a row."""
+    if config.use_packed_dataset:
+        return (
+            f"{source.kept_tokens:,} tokens after filtering, "
+            f"a pack needs {config.packed_length:,}"
+        )
+    return (
+        f"{len(source):,} documents after filtering, a micro-batch needs "
+        f"{config.micro_bsz:,}, one a row (data.use_packed_dataset=False)"
+    )
 
 
 def _repeated_rows(source: BinDataset) -> int:
@@ -226,6 +236,13 @@ def refuse_empty(config: DataConfig, sources: Sequence[BinDataset]) -> NoReturn:
     if kept == 0 and stored > 0:
         _refuse_all_filtered(config, sources)
     largest = max(sources, key=lambda source: source.kept_tokens)
+    if not config.use_packed_dataset:
+        raise UserError(
+            f"no file fills a micro-batch: the largest, {largest.name}, has {_missing(largest, config)}",
+            where="data.train_folder",
+            expected=f"at least {config.micro_bsz} documents in one file",
+            fix='add data, lower data.micro_bsz, or set data.remainder="carry" or "pad"',
+        )
     raise UserError(
         f"no file fills a pack: {kept:,} tokens in {len(sources)} file(s), "
         f"the largest, {largest.name}, has {largest.kept_tokens:,}, one pack needs {config.packed_length:,}",

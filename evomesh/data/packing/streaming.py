@@ -23,13 +23,14 @@ import xxhash
 
 from evomesh.config.data import DataConfig
 from evomesh.data.batch import Batch
+from evomesh.data.packing.lanes import StreamingLane
 from evomesh.data.packing.loader import collate
-from evomesh.data.packing.packs import Pack, PackRule, assemble
+from evomesh.data.packing.packs import Pack, PackRule
 from evomesh.data.packing.validation import MemoryDocuments
 from evomesh.data.prepare.tokenize import TextOptions, boundary_ids
 from evomesh.data.records.rows import RowCursor, RowStream, find_split_files
 from evomesh.data.records.source_files import SourceFile
-from evomesh.data.token_files.lines import TokenArray, largest_id
+from evomesh.data.token_files.lines import largest_id
 from evomesh.data.tokenizer import Tokenizer, load_tokenizer
 from evomesh.errors import UserError
 
@@ -38,50 +39,6 @@ PREFETCHED = 2  # batches prepared before the step asks
 MANY_ROWS = (
     100_000  # rows that are too short, one after the other, end a run after a pass
 )
-
-
-@dataclass
-class StreamingLane:
-    """A sequence of documents that fills one pack of every step.
-
-    Attributes:
-        n: row of the next document.
-        used: tokens of it that are already in packs.
-        waiting: documents that were read and not used up: row and tokens, rows in ascending order.
-    """
-
-    n: int
-    used: int = 0
-    waiting: deque[tuple[int, TokenArray]] = field(default_factory=deque)
-
-    def next_pack(self, rule: PackRule, num_lanes: int) -> Pack | None:
-        """Return the next pack, or None when more documents are needed."""
-        # 1. Collect documents until they fill the pack; the first may be partly used.
-        documents: list[TokenArray] = []
-        ends: list[int] = []
-        filled = -self.used
-        for _, tokens in self.waiting:
-            filled += len(tokens)
-            documents.append(tokens)
-            ends.append(filled)
-            if filled >= rule.packed_length:
-                break
-        if filled < rule.packed_length:
-            return None
-
-        # 2. Assemble it.
-        stored = np.concatenate(documents)[self.used :]
-        types = np.zeros(len(ends), np.int64)
-        pack = assemble(stored, np.array(ends), types, rule)
-
-        # 3. Drop the documents that are used up; the rest of the last one starts the next pack.
-        rest = filled - rule.packed_length
-        used_up = len(documents) - 1 if rest else len(documents)
-        for _ in range(used_up):
-            row, _ = self.waiting.popleft()
-            self.n = row + num_lanes
-        self.used = len(documents[-1]) - rest if rest else 0
-        return pack
 
 
 @dataclass
