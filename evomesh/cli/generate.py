@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -172,8 +173,12 @@ def _print_stream(
     tokenizer = loaded.tokenizer
     all_ids = list(ids)
     shown = tokenizer.decode(all_ids)  # the text that is printed already
+    tokens = stream_tokens(loaded.model, [ids], sampling)
+    first = list(
+        islice(tokens, 1)
+    )  # what is refused is refused before the prompt is shown
     print(shown, end="", flush=True)
-    for new in stream_tokens(loaded.model, [ids], sampling):
+    for new in chain(first, tokens):
         if new.finish == "stop":
             break
         all_ids.append(new.token)

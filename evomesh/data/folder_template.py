@@ -36,7 +36,8 @@ class JinjaTemplate:
                 found or "no chat template",
                 where=where,
                 expected="chat_template.jinja, or chat_template in tokenizer_config.json",
-                fix=f"use a built-in one: --chat-template {'|'.join(STYLES)}",
+                fix="add one to the folder, or, with a command that has the option, use a built-in one: "
+                f"--chat-template {'|'.join(STYLES)}",
             )
         assert isinstance(
             tokenizer, HfTokenizer

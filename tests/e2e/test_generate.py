@@ -132,6 +132,7 @@ def test_a_users_own_model_trains_and_writes(
     ("options", "part"),
     [
         (["--prompt", ""], "prompt is empty"),
+        (["--prompt", "1", "--eos-id", "999"], "id 999 is outside the vocabulary"),
         (["--prompt", "a", "--ckpt", "nowhere"], "nowhere"),
         (["--prompt", "a", "--top-p", "0"], "top_p"),
         (["--prompt", "a", "--device", "gpu"], "--device: 'gpu' cannot be used"),
@@ -143,6 +144,7 @@ def test_bad_input_is_one_message_and_exit_2(
 ) -> None:
     done = generate(trained, interpreter, *options)
     assert done.returncode == 2
+    assert done.stdout == ""
     assert part in done.stderr
     assert "Traceback" not in done.stderr
 

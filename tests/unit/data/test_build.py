@@ -340,6 +340,14 @@ def test_a_resume_without_the_data_folder_is_refused_by_file(tree: Path) -> None
             check_manifest(before.manifest, after.manifest)
 
 
+def test_a_tokenizer_path_that_is_a_typo_gives_a_warning(tree: Path) -> None:
+    present, absent = str(tree / "train"), str(tree / "tokenzier.json")
+    data = build_train_data(config(tree, tokenizer_path=present), VOCAB)
+    assert not any("tokenizer_path" in line for line in data.warnings)
+    data = build_train_data(config(tree, tokenizer_path=absent), VOCAB)
+    assert any(f"tokenizer_path={absent!r} does not" in line for line in data.warnings)
+
+
 def test_a_file_that_yields_no_pack_gives_a_warning(tree: Path, write_bin: Any) -> None:
     write_bin([[1, 2]], "train/en/tiny.bin")
     assert build_train_data(config(tree), VOCAB).warnings == [
