@@ -25,6 +25,9 @@ def run(command: Callable[[], object], *, trains: bool = False) -> None:
     Args:
         trains: watch for signals from now on: they end the process with 75 or 130, see ``StopRequest``.
     """
+    # Torch reads it when it is loaded. Its warnings of a lost connection are pages of
+    # C++ stack frames; `peer_watch` names the rank instead.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     _accept_any_text()
     _hide_secrets()
     threading.excepthook = _report_thread_error

@@ -22,10 +22,6 @@ ConfigArgument = Annotated[
         metavar="CONFIG", help="A config file, or a name that list-cfg prints."
     ),
 ]
-RANKS = (
-    "RANK",
-    "SLURM_PROCID",
-)  # one of several processes, to which tokenizing is not shared out
 
 
 def tokenize(config: ConfigArgument) -> None:
@@ -46,14 +42,14 @@ def make_token_files(loaded: LoadedConfig, *, is_alone: bool = False) -> None:
     Raises:
         UserError: this is one of several processes.
     """
+    from evomesh.train.launchers import detect
+
     for command in loaded.preparation:
         output = Path(command[command.index("--output") + 1])
         if output.exists():
             continue
-        started_by_launcher = (
-            any(name in os.environ for name in RANKS) and "SLURM_STEP_ID" in os.environ
-        )
-        if not is_alone and ("LOCAL_RANK" in os.environ or started_by_launcher):
+        # Tokenizing is not shared out over ranks.
+        if not is_alone and detect(os.environ).world_size > 1:
             raise UserError(
                 f"the raw data has no token files yet: {output}",
                 where=loaded.path,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -89,11 +90,12 @@ def make_client(endpoint: str | None, env: Mapping[str, str] = os.environ) -> An
     """Return a boto3 client without retries; credentials and timeouts are those of the environment.
 
     Raises:
-        UserError: boto3 is not installed.
+        UserError: boto3 is not installed, or does not accept what the environment says.
     """
     try:
         import boto3
         from botocore.config import Config
+        from botocore.exceptions import BotoCoreError
     except ImportError:
         raise UserError(
             "an s3 path needs boto3", fix="pip install 'evomesh[s3]'"
@@ -102,22 +104,60 @@ def make_client(endpoint: str | None, env: Mapping[str, str] = os.environ) -> An
         # There is one layer of retries, that of S3Storage: it knows which calls may be
         # repeated and logs each pause.
         retries={"max_attempts": 0},
-        connect_timeout=float(env.get("EVOMESH_S3_CONNECT_TIMEOUT", "10")),
-        read_timeout=float(env.get("EVOMESH_S3_READ_TIMEOUT", "60")),
+        connect_timeout=_seconds(env, "EVOMESH_S3_CONNECT_TIMEOUT", 10.0),
+        read_timeout=_seconds(env, "EVOMESH_S3_READ_TIMEOUT", 60.0),
         s3={"addressing_style": "path" if endpoint else "auto"},
         max_pool_connections=CONNECTIONS,
         request_checksum_calculation="when_required",  # stores other than AWS's refuse the newer trailers
         response_checksum_validation="when_required",
     )
-    return boto3.client(
-        "s3",
-        endpoint_url=endpoint,
-        aws_access_key_id=_first(env, KEY_NAMES),
-        aws_secret_access_key=_first(env, SECRET_NAMES),
-        region_name=_first(env, ("AWS_DEFAULT_REGION", "AWS_REGION")) or "us-east-1",
-        config=config,
-        verify=False if env.get("EVOMESH_S3_VERIFY", "1") in ("0", "false") else None,
+    try:
+        return boto3.client(
+            "s3",
+            endpoint_url=endpoint,
+            aws_access_key_id=_first(env, KEY_NAMES),
+            aws_secret_access_key=_first(env, SECRET_NAMES),
+            region_name=_first(env, ("AWS_DEFAULT_REGION", "AWS_REGION"))
+            or "us-east-1",
+            config=config,
+            verify=False
+            if env.get("EVOMESH_S3_VERIFY", "1") in ("0", "false")
+            else None,
+        )
+    except (BotoCoreError, ValueError, OSError) as error:
+        raise _refuse_settings(error, env) from None
+
+
+def _refuse_settings(error: Exception, env: Mapping[str, str]) -> UserError:
+    """Return the message for settings that boto3 does not accept, naming where they may come from."""
+    names = sorted(name for name in env if name.startswith("AWS_"))
+    names += [name for name in (*KEY_NAMES, *SECRET_NAMES) if name in env]
+    set_here = ", ".join(dict.fromkeys(names)) or "none"
+    return UserError(
+        f"the settings for S3 cannot be used: {error}",
+        where="environment",
+        expected="a profile that exists, both keys or neither, a URL of the store",
+        fix=f"correct or unset the variable, or the line in ~/.aws/config; set here: {set_here}",
     )
+
+
+def _seconds(env: Mapping[str, str], name: str, default: float) -> float:
+    """Return a time limit from the environment."""
+    text = env.get(name)
+    if not text:
+        return default
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise UserError(
+            f"{name}={text!r} is not a time limit",
+            where="environment",
+            expected="a number of seconds above 0",
+            fix=f"unset {name} for {default:g} s",
+        )
+    return seconds
 
 
 def _first(env: Mapping[str, str], names: tuple[str, ...]) -> str | None:

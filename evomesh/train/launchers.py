@@ -20,9 +20,15 @@ logger = logging.getLogger(__name__)
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NPROCS", "SLURM_JOB_NODELIST")
+# The tasks of this step, of which `srun -n 1` in an allocation of eight has one; the
+# other two may be those of the whole job.
+SLURM_TASKS = ("SLURM_STEP_NUM_TASKS", "SLURM_NPROCS", "SLURM_NTASKS")
+FIRST_SHELL_STEP = 0xFFFFFFFA  # numbers from here on are no srun: salloc's shell, batch
+LARGEST_NUMBER = 1_000_000  # of ranks, nodes and ports: more is a typing error
 DLC_PROCESSES = (
     "KUBERNETES_CONTAINER_RESOURCE_GPU"  # Aliyun DLC sets it: processes per node
 )
+SUPERVISOR = "evomesh.cli.supervise"  # torchrun with evomesh's exit codes and signals
 LAUNCHERS = ("auto", "torch", "slurm")
 
 
@@ -58,11 +64,11 @@ def detect(
             where="--launcher",
             expected=" | ".join(LAUNCHERS),
         )
-    # RANK without the other variables is a broken launch, not a single process. A batch script outside srun has no
-    # SLURM_STEP_ID: it is one process.
+    # RANK without the other variables is a broken launch, not a single process.
+    env = _non_empty(env)
     is_auto = launcher == "auto"
     has_torchrun = "RANK" in env or "LOCAL_RANK" in env
-    has_slurm = "SLURM_PROCID" in env and "SLURM_STEP_ID" in env
+    has_slurm = "SLURM_PROCID" in env and _is_srun_step(env)
     if launcher == "torch" or (is_auto and has_torchrun):
         return _from_torchrun(env)
     if launcher == "slurm" or (is_auto and has_slurm):
@@ -71,15 +77,32 @@ def detect(
 
 
 def idle_tasks(env: Mapping[str, str], process: ProcessInfo) -> list[str]:
-    """Return a warning if this one process is a Slurm job's batch script, whose further tasks would do nothing."""
+    """Return a warning if this one process is the shell of a Slurm job, whose further tasks would do nothing."""
     tasks = env.get("SLURM_NTASKS", "")
-    is_batch_script = "SLURM_JOB_ID" in env and "SLURM_STEP_ID" not in env
-    if process.world_size > 1 or not is_batch_script or tasks in ("", "1"):
+    is_shell = "SLURM_JOB_ID" in env and not _is_srun_step(env)
+    if process.world_size > 1 or not is_shell or tasks in ("", "1"):
         return []
     return [
         f"this Slurm job has {tasks} tasks, but was not started with srun: it trains with one process; to use all of "
         "them: srun python train.py --config CONFIG"
     ]
+
+
+def _non_empty(env: Mapping[str, str]) -> dict[str, str]:
+    """Leave out variables without a value, which job scripts use to unset one."""
+    return {name: value for name, value in env.items() if value.strip()}
+
+
+def _is_srun_step(env: Mapping[str, str]) -> bool:
+    """Return whether srun started this process as a task.
+
+    A batch script has no step of its own; the shell of an interactive allocation is a
+    step with a reserved number, and carries the job's count of tasks.
+    """
+    if "SLURM_STEP_ID" not in env:
+        return False
+    step = env["SLURM_STEP_ID"]
+    return not (step.isdecimal() and int(step) >= FIRST_SHELL_STEP)
 
 
 def _from_torchrun(env: Mapping[str, str]) -> ProcessInfo:
@@ -97,31 +120,37 @@ def _from_torchrun(env: Mapping[str, str]) -> ProcessInfo:
         _whole_number(env, "MASTER_PORT"),
     )
     _check_port(process.port, "MASTER_PORT")
-    return _check_range(process, "RANK", "WORLD_SIZE")
+    if "LOCAL_WORLD_SIZE" in env:
+        on_node = _whole_number(env, "LOCAL_WORLD_SIZE")
+        _check_range(process.local_rank, on_node, "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    _check_range(process.rank, process.world_size, "RANK", "WORLD_SIZE")
+    return process
 
 
 def _from_slurm(env: Mapping[str, str], port: int) -> ProcessInfo:
+    tasks = next((name for name in SLURM_TASKS if name in env), "SLURM_NPROCS")
+    names = tuple(tasks if name == "SLURM_NPROCS" else name for name in SLURM)
     _require(
         env,
-        SLURM,
+        names,
         "slurm",
         "srun -n N --ntasks-per-node=G --gpus-per-task=1 python train.py --config C",
     )
+    rank = _whole_number(env, "SLURM_PROCID")
+    world_size = _whole_number(env, tasks)
+    local_rank = _whole_number(env, "SLURM_LOCALID")
+    _check_range(rank, world_size, "SLURM_PROCID", tasks)
+    if world_size == 1:  # meets nobody: whatever the addresses are, they do not matter
+        return ProcessInfo(local_rank=local_rank)
+
     nodes = env.get("SLURM_STEP_NODELIST", env["SLURM_JOB_NODELIST"])
     host = env.get("MASTER_ADDR") or node_address(first_node(nodes))
-    number = _whole_number(env, "MASTER_PORT") if "MASTER_PORT" in env else port
-    _check_port(number, "MASTER_PORT" if "MASTER_PORT" in env else "--port")
-    world_size, local_rank = (
-        _whole_number(env, "SLURM_NPROCS"),
-        _whole_number(env, "SLURM_LOCALID"),
-    )
-    return _check_range(
-        ProcessInfo(
-            _whole_number(env, "SLURM_PROCID"), world_size, local_rank, host, number
-        ),
-        "SLURM_PROCID",
-        "SLURM_NPROCS",
-    )
+    if "MASTER_PORT" in env:
+        port = _whole_number(env, "MASTER_PORT")
+        _check_port(port, "MASTER_PORT")
+    else:
+        _check_port(port, "--port")
+    return ProcessInfo(rank, world_size, local_rank, host, port)
 
 
 def _require(
@@ -138,17 +167,17 @@ def _require(
 
 
 def _whole_number(env: Mapping[str, str], name: str) -> int:
-    try:
-        value = int(env[name])
-    except ValueError:
-        value = -1
-    if value < 0:
+    """Return a count or an index; int() alone would also take "1_0" and "-1"."""
+    text = env[name].strip()
+    number = int(text) if text.isascii() and text.isdecimal() else -1
+    if not 0 <= number <= LARGEST_NUMBER:
         raise UserError(
             f"{name}={env[name]!r} is not a number",
             where="environment",
-            expected="a whole number >= 0",
+            expected=f"a whole number from 0 to {LARGEST_NUMBER:,}",
+            fix=f"unset {name}, or let the launcher set it",
         )
-    return value
+    return number
 
 
 def _check_port(number: int, name: str) -> None:
@@ -160,14 +189,14 @@ def _check_port(number: int, name: str) -> None:
         )
 
 
-def _check_range(process: ProcessInfo, rank: str, world: str) -> ProcessInfo:
-    if process.rank >= process.world_size:
+def _check_range(index: int, count: int, index_name: str, count_name: str) -> None:
+    if index >= count:
         raise UserError(
-            f"{rank}={process.rank} with {world}={process.world_size}",
+            f"{index_name}={index} with {count_name}={count}",
             where="environment",
-            expected=f"{rank} from 0 to {world} - 1",
+            expected=f"{index_name} from 0 to {count_name} - 1",
+            fix=f"unset both, or let the launcher set them: an earlier one may have left {index_name}",
         )
-    return process
 
 
 def first_node(nodes: str) -> str:
@@ -219,6 +248,7 @@ def torchrun_command(
     Args:
         argv: ``sys.argv`` of this process.
     """
+    env = _non_empty(env)
     on_dlc = DLC_PROCESSES in env
     is_counted = "NPROC_PER_NODE" in env
     is_started = launcher == "slurm" or "LOCAL_RANK" in env
@@ -235,7 +265,7 @@ def torchrun_command(
     return [
         sys.executable,
         "-m",
-        "torch.distributed.run",
+        SUPERVISOR,
         *rendezvous,
         f"--nproc_per_node={max(processes, 1)}",
         *argv,
@@ -246,6 +276,7 @@ def planned_world_size(env: Mapping[str, str], launcher: str = "auto") -> int:
     """Return the processes of the run, counting those that ``spawn_ranks`` has still to start."""
     if torchrun_command(env, [], launcher) is None:
         return detect(env, launcher).world_size
+    env = _non_empty(env)
     on_dlc = DLC_PROCESSES in env
     processes = _whole_number(
         env, "NPROC_PER_NODE" if "NPROC_PER_NODE" in env else DLC_PROCESSES
@@ -262,20 +293,23 @@ def _node_count_and_rank(env: Mapping[str, str], on_dlc: bool) -> tuple[int, int
     )
     nodes = _whole_number(env, names[0]) if names[0] in env else 1
     node_rank = _whole_number(env, names[1]) if names[1] in env else 0
+    _check_range(node_rank, nodes, names[1], names[0])
     return nodes, node_rank
 
 
 def _rendezvous(env: Mapping[str, str], nodes: int, node_rank: int) -> list[str]:
-    address, port = (
-        env.get("MASTER_ADDR") or env.get("ADDR"),
-        env.get("MASTER_PORT") or env.get("PORT"),
-    )
-    if not address or not port:  # nodes that choose their own ports would never connect
+    """Return torchrun's options for the address at which the nodes meet."""
+    address = env.get("MASTER_ADDR") or env.get("ADDR")
+    port_name = "MASTER_PORT" if "MASTER_PORT" in env else "PORT"
+    # Nodes that choose their own ports would never connect.
+    if not address or port_name not in env:
         raise UserError(
             f"{nodes} nodes, but no address where they connect",
             where="environment",
             expected="MASTER_ADDR (or ADDR) and MASTER_PORT (or PORT), the same on every node",
         )
+    port = _whole_number(env, port_name)
+    _check_port(port, port_name)
     return [
         f"--nnodes={nodes}",
         f"--node_rank={node_rank}",

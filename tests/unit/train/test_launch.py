@@ -12,6 +12,7 @@ from evomesh.train.launchers import (
     detect,
     first_node,
     idle_tasks,
+    planned_world_size,
     torchrun_command,
 )
 from tests.support.covers import covers
@@ -49,6 +50,33 @@ def test_slurm(launcher: str) -> None:
 def test_torchrun_inside_slurm_is_torchrun() -> None:
     assert detect({**SLURM, **TORCHRUN}).world_size == 8
     assert detect({**SLURM, **TORCHRUN}, "slurm").world_size == 4
+
+
+def test_a_step_of_fewer_tasks_than_its_job() -> None:
+    """``srun -n 1`` in an allocation of four tasks meets nobody."""
+    step = {**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}
+    step["SLURM_JOB_NODELIST"] = "no-such-node.invalid"
+    assert detect(step, "slurm") == ProcessInfo(local_rank=1)
+    without_ntasks = {**SLURM, "SLURM_STEP_NUM_TASKS": "4"}
+    del without_ntasks["SLURM_NPROCS"]
+    assert detect(without_ntasks).world_size == 4
+    only_ntasks = {**SLURM, "SLURM_NTASKS": "4"}
+    del only_ntasks["SLURM_NPROCS"]
+    assert detect(only_ntasks).world_size == 4
+
+
+# The reserved numbers of slurm.h: an interactive allocation's shell and a batch script.
+@pytest.mark.parametrize("step", ["4294967290", "4294967291"])
+def test_the_shell_of_an_allocation_is_one_process(step: str) -> None:
+    assert detect({**SLURM, "SLURM_STEP_ID": step}) == ProcessInfo()
+
+
+@pytest.mark.parametrize("value", ["", " "])
+def test_an_empty_variable_is_none(value: str) -> None:
+    emptied = dict.fromkeys((*TORCHRUN, "NPROC_PER_NODE"), value)
+    assert detect(emptied) == ProcessInfo()
+    assert torchrun_command(emptied, ["train.py"]) is None
+    assert planned_world_size(emptied) == 1
 
 
 def test_plain_python_is_one_process() -> None:
@@ -93,6 +121,18 @@ def test_no_task_is_idle_in_a_step_or_outside_slurm(env: dict[str, str]) -> None
         ({**TORCHRUN, "RANK": "x"}, "auto", "RANK='x' is not a number"),
         ({**TORCHRUN, "RANK": "-1"}, "auto", "RANK='-1' is not a number"),
         ({**TORCHRUN, "RANK": "8"}, "auto", "RANK=8 with WORLD_SIZE=8"),
+        ({**TORCHRUN, "WORLD_SIZE": "1_0"}, "auto", "WORLD_SIZE='1_0' is not a number"),
+        ({**TORCHRUN, "WORLD_SIZE": "9" * 20}, "auto", "999' is not a number"),
+        (
+            {**TORCHRUN, "LOCAL_WORLD_SIZE": "1"},
+            "auto",
+            "LOCAL_RANK=1 with LOCAL_WORLD_SIZE=1",
+        ),
+        (
+            {**TORCHRUN, "LOCAL_WORLD_SIZE": "two"},
+            "auto",
+            "LOCAL_WORLD_SIZE='two' is not a number",
+        ),
         (
             {**TORCHRUN, "MASTER_PORT": "http"},
             "auto",
@@ -130,7 +170,7 @@ def test_first_node(nodes: str, first: str) -> None:
 
 def options(command: list[str] | None) -> list[str]:
     assert command is not None
-    assert command[1:3] == ["-m", "torch.distributed.run"]
+    assert command[1:3] == ["-m", "evomesh.cli.supervise"]
     return command[3:]
 
 
@@ -158,8 +198,14 @@ def test_nproc_per_node_spawns() -> None:
         ),
         *argv,
     ]
-    with pytest.raises(UserError, match="no address where they connect"):
-        torchrun_command({**env, "PORT": ""}, argv)
+    for changed, message in (
+        ({"PORT": ""}, "no address where they connect"),
+        ({"PORT": "99999"}, "PORT=99999 is not a port"),
+        ({"NODE_RANK": "2"}, "NODE_RANK=2 with NNODES=2"),
+        ({"NPROC_PER_NODE": "gpu"}, "NPROC_PER_NODE='gpu' is not a number"),
+    ):
+        with pytest.raises(UserError, match=message):
+            torchrun_command({**env, **changed}, argv)
 
 
 def test_aliyun_counts_nodes() -> None:
