@@ -1,7 +1,7 @@
 """Start this node's ranks and watch them: torchrun, with the exit codes and signals of evomesh.
 
-torchrun itself ends with 1 and a traceback of its own whatever ended the job, dies of
-SIGUSR1 without its ranks, and kills after 30 seconds a rank that is still saving.
+torchrun itself ends with 1 and a traceback whatever ended the job, dies of SIGUSR1
+without its ranks, and kills after 30 seconds a rank that is still saving.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 FORWARDED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # to every rank, which saves
-SAVING_LIMIT_S = "600"  # how long a rank that was told to stop may take
+SAVING_LIMIT_S = "600"  # how long a rank may take to stop
 
 
 def main() -> None:
@@ -33,12 +33,13 @@ def supervise() -> None:
     Raises:
         UserError: a rank was killed, or the nodes cannot meet.
     """
-    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.run import parse_args
     from torch.distributed.run import run as run_ranks
+
+    from evomesh.parallel.process_group import GroupError
 
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SAVING_LIMIT_S)
     arguments = parse_args(sys.argv[1:])  # type: ignore[no-untyped-call]
@@ -50,7 +51,7 @@ def supervise() -> None:
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
         end_like(rank, failure)
-    except (DistError, RendezvousError) as error:
+    except (GroupError, RendezvousError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(
             f"the nodes of this job cannot meet: {reason}",

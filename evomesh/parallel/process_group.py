@@ -23,6 +23,8 @@ from evomesh.parallel.rendezvous import (
     second_connection,
 )
 
+GroupError = dist.DistError  # torch's, where processes cannot meet or lose each other
+
 _NETWORK_VARIABLES = ("GLOO_", "NCCL_", "TORCH_", "TP_SOCKET")
 _LOST_CONNECTION = re.compile(
     r"gloo|NCCL|c10d|Connection (?:closed|reset|refused)|Broken pipe|Socket|Timed out|recv|store->get"

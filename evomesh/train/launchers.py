@@ -96,7 +96,7 @@ def _non_empty(env: Mapping[str, str]) -> dict[str, str]:
 def _is_srun_step(env: Mapping[str, str]) -> bool:
     """Return whether srun started this process as a task.
 
-    A batch script has no step of its own; the shell of an interactive allocation is a
+    A batch script belongs to no step; the shell of an interactive allocation is a
     step with a reserved number, and carries the job's count of tasks.
     """
     if "SLURM_STEP_ID" not in env:

@@ -121,6 +121,8 @@ NOT_COLLECTIVES = (
     "torch.distributed.pipelining",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
+    "torch.distributed.run",  # torchrun, which starts processes
+    "torch.distributed.elastic",
 )
 
 
