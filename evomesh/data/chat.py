@@ -10,7 +10,7 @@ from evomesh.data.chat_message import ChatTemplate
 from evomesh.data.chat_styles import INTERNLM, STYLES
 from evomesh.data.folder_template import JinjaTemplate
 from evomesh.data.style_template import InternlmTemplate, StyleTemplate
-from evomesh.data.tokenizer import Tokenizer
+from evomesh.data.tokenizer import Tokenizer, check_embedded
 from evomesh.errors import UserError
 
 
@@ -68,13 +68,23 @@ def end_of_answer_ids(
     Args:
         tokenizer: None where there is none; its eos and its template then contribute nothing.
         generation: the config's section, None where it has none.
-        vocab_size: ids that the model cannot generate are left out.
+        vocab_size: rows of the model's embedding.
         template: the template in use; None: the tokenizer's own, if it has one.
+
+    Raises:
+        UserError: one of the ids has no row in the embedding; an answer would never end with it.
     """
-    ids: list[int] = []
+    named: list[tuple[str, int]] = []  # each id after what names it
     if tokenizer is not None:
-        ids += [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-        ids += turn_end_ids(tokenizer) if template is None else template.eos_ids
+        turn_ends = turn_end_ids(tokenizer) if template is None else template.eos_ids
+        if tokenizer.eos_id is not None:
+            named.append(("the tokenizer's eos", tokenizer.eos_id))
+        for token in turn_ends:
+            named.append(("the end of an answer in the chat template", token))
     if generation is not None:
-        ids += [*generation.eos_id, *generation.additional_eos_token_list]
-    return tuple(dict.fromkeys(token for token in ids if 0 <= token < vocab_size))
+        for key in ("eos_id", "additional_eos_token_list"):
+            for token in getattr(generation, key):
+                named.append((f"generation.{key}", token))
+    for name, token in named:
+        check_embedded(token, vocab_size, name)
+    return tuple(dict.fromkeys(token for _, token in named))

@@ -431,6 +431,24 @@ def check_tokenizer_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
         )
 
 
+def check_embedded(token: int, vocab_size: int, name: str) -> None:
+    """Refuse a special token's id that has no row in the embedding.
+
+    Args:
+        name: what names the id, for the message.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not 0 <= token < vocab_size:
+        raise UserError(
+            f"the id {token} has no row in the embedding, which has {vocab_size}",
+            where=name,
+            expected=f"ids from 0 to {vocab_size - 1}",
+            fix="name a token of the vocabulary, or train with a larger model.vocab_size",
+        )
+
+
 def leading_bos(tokenizer: Tokenizer) -> list[int]:
     """Return the ids that the tokenizer puts in front of a text: [bos], or nothing."""
     return (

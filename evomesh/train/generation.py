@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from dataclasses import replace
 from typing import Any
 
 from evomesh.checkpoint.detect import kind_of
@@ -20,6 +21,7 @@ from evomesh.config.schema import (
     PipelineConfig,
     TensorConfig,
 )
+from evomesh.data.chat import end_of_answer_ids
 from evomesh.data.prompts import find_tasks, read_prompts
 from evomesh.data.tokenizer import Tokenizer, load_tokenizer
 from evomesh.errors import UserError
@@ -75,10 +77,11 @@ def run_generation_section(
             where="generation",
             fix="add generation = dict(...)",
         )
-    sampling = SamplingParams.from_config(section)
+    vocab_size = loaded.config.model.vocab_size
+    end_ids = end_of_answer_ids(None, section, vocab_size)
+    sampling = replace(SamplingParams.from_config(section), eos_ids=end_ids)
     prompt_folder, key = find_prompt_folder(loaded.config)
     output = create_output_folder(section, prompt_folder)
-    vocab_size = loaded.config.model.vocab_size
     tasks = {
         task: read_prompts(files, vocab_size)
         for task, files in find_tasks(prompt_folder, key, vocab_size).items()

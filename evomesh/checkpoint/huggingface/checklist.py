@@ -17,6 +17,7 @@ from evomesh.checkpoint.huggingface.config import CLASSES, read_config
 from evomesh.checkpoint.huggingface.folder import HfFolder
 from evomesh.checkpoint.huggingface.match import describe_folder, match_tensors
 from evomesh.checkpoint.huggingface.tokenizer import compare_tokenizers
+from evomesh.data.chat import end_of_answer_ids
 from evomesh.data.folder_template import JinjaTemplate
 from evomesh.data.tokenizer import check_tokenizer_fits, load_tokenizer
 from evomesh.errors import UserError
@@ -127,23 +128,42 @@ def _template(folder: HfFolder) -> str:
     if not tokenizer.chat_template:
         return "none: a base model"
     JinjaTemplate(tokenizer)
-    return "present, and it compiles"
+    if not has_transformers():
+        return "present, and it compiles"
+    return "present, and gives the ids of transformers"
 
 
 def _eos(folder: HfFolder) -> str:
+    """Check that every id that ends an answer is named in generation_config.json, and that the model knows it."""
     vocab_size = folder.json("config.json")["vocab_size"]
-    given = folder.json("generation_config.json").get("eos_token_id")
+    record = folder.json("generation_config.json")
+    given = record.get("eos_token_id")
     eos = given if isinstance(given, list) else [given]
-    wrong = [
-        token
-        for token in eos
-        if not isinstance(token, int) or not 0 <= token < vocab_size
-    ]
-    if wrong:
+    for token in eos:
+        if not _is_embedded(token, vocab_size):
+            raise UserError(
+                f"generation_config.json: eos_token_id {token!r}: generation would never stop"
+            )
+    bos = record.get("bos_token_id")
+    if bos is not None and not _is_embedded(bos, vocab_size):
         raise UserError(
-            f"generation_config.json: eos_token_id {wrong[0]!r}: generation would never stop"
+            f"generation_config.json: bos_token_id {bos!r}, but the embedding has {vocab_size} rows"
         )
+    try:
+        tokenizer = load_tokenizer(folder.path, folder.path)
+    except UserError:
+        return f"eos {eos}"  # the check of the tokenizer says that there is none
+    for token in end_of_answer_ids(tokenizer, None, vocab_size):
+        if token not in eos:
+            raise UserError(
+                f"generation_config.json: eos_token_id {eos} lacks {token} ({tokenizer.token_name(token)}), with which "
+                "the tokenizer or its chat template ends a text: answers would not stop there"
+            )
     return f"eos {eos}"
+
+
+def _is_embedded(token: object, vocab_size: int) -> bool:
+    return isinstance(token, int) and 0 <= token < vocab_size
 
 
 def _transformers(folder: HfFolder) -> str:

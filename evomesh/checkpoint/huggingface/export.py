@@ -120,17 +120,22 @@ def export(
     template = _template(options.chat_template)
     job = _WeightExport(found, config.model, arch, dtype)
     with new_folder(out, job.total_bytes) as work:
-        job.write_weights(work, options.max_shard_bytes)
-        ids = special_ids(tokenizer, config.generation, config.model.vocab_size)
+        # What can be refused comes before the weights, which take long.
+        written = None
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, work, template, rotary.max_position)
+            written = load_tokenizer(work)
+        ids = special_ids(written, config.generation, config.model.vocab_size)
         record = build_config(config.model, arch, rotary, ids, dtype)
         write_json(
             work / "config.json", record | {"evomesh_version": evomesh.__version__}
         )
         write_json(work / "generation_config.json", build_generation_config(ids))
-        if tokenizer is not None:
-            write_tokenizer(tokenizer, work, template, rotary.max_position)
+        if options.compare and tokenizer is not None and has_transformers():
+            compare_tokenizers(tokenizer, work)
+        job.write_weights(work, options.max_shard_bytes)
         if options.compare:
-            report(_compare(job, work, tokenizer, rotary))
+            report(_compare(job, work, rotary))
     scaling = config.model.rope_scaling
     kind = scaling.type if scaling else rotary.type
     report(f"wrote {out}: {arch}, {dtype}, {readable(job.total_bytes)}, rotary {kind}")
@@ -281,9 +286,7 @@ class _WeightExport:
         return native_to_foreign(link, narrow, self.model, self.naming)
 
 
-def _compare(
-    job: _WeightExport, folder: Path, tokenizer: Tokenizer | None, rotary: RotaryScaling
-) -> str:
+def _compare(job: _WeightExport, folder: Path, rotary: RotaryScaling) -> str:
     """Compare the written folder with the native model; one layer of either is in memory at a time."""
     dtype, model = job.dtype_name, job.model
     changes = {
@@ -301,8 +304,6 @@ def _compare(
     if has_transformers():
         by = "transformers"
         theirs = folder_logits(written, back, rotary, dtype)
-        if tokenizer is not None:
-            compare_tokenizers(tokenizer, folder)
     else:
         by = "the exported folder read back (transformers is not installed)"
         stored = dict(foreign_tensors(written, job.naming, back))

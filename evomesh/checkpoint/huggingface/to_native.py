@@ -36,7 +36,7 @@ from evomesh.checkpoint.native.write import PieceSource, live_pieces
 from evomesh.config.data import DataConfig
 from evomesh.config.record import config_to_dict
 from evomesh.config.schema import Config, GenerationConfig, ModelConfig
-from evomesh.data.tokenizer import check_tokenizer_fits, load_tokenizer
+from evomesh.data.tokenizer import check_embedded, check_tokenizer_fits, load_tokenizer
 from evomesh.errors import UserError
 from evomesh.layers.dtype import parameter_dtype
 from evomesh.storage.base import join
@@ -111,7 +111,8 @@ def read_folder(
         model.sliding_window or model.max_position_embeddings,
     )
     data = DataConfig(seq_len=seq_len, tokenizer_path=tokenizer)
-    config = Config(model=model, data=data, generation=_generation_section(folder))
+    generation = _generation_section(folder, model.vocab_size)
+    config = Config(model=model, data=data, generation=generation)
     return config, weights
 
 
@@ -166,8 +167,12 @@ def _tokenizer_path(
     return str(path)
 
 
-def _generation_section(folder: HfFolder) -> GenerationConfig | None:
-    """Return a section with the folder's special ids, None if it has no eos id."""
+def _generation_section(folder: HfFolder, vocab_size: int) -> GenerationConfig | None:
+    """Return a section with the folder's special ids, None if it has no eos id.
+
+    Raises:
+        UserError: an id that ends an answer has no row in the embedding.
+    """
     ids = folder.json("config.json")
     if folder.storage.exists(join(folder.path, "generation_config.json")):
         ids |= folder.json("generation_config.json")
@@ -175,8 +180,11 @@ def _generation_section(folder: HfFolder) -> GenerationConfig | None:
     bos = ids.get("bos_token_id")
     if eos is None:
         return None
+    eos_ids = tuple(eos) if isinstance(eos, list) else (eos,)
+    for token in eos_ids:
+        check_embedded(token, vocab_size, f"eos_token_id of {folder.path}")
     return GenerationConfig(
-        eos_id=tuple(eos) if isinstance(eos, list) else (eos,),
+        eos_id=eos_ids,
         bos_id=1 if bos is None else bos,
         pad_id=ids.get("pad_token_id"),
     )

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from jinja2.exceptions import TemplateError
 
 from evomesh.checkpoint.huggingface.config import SpecialTokenIds
 from evomesh.checkpoint.huggingface.folder import read_json
 from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.config.schema import GenerationConfig
 from evomesh.data.chat import end_of_answer_ids
+from evomesh.data.chat_message import ChatMessage
+from evomesh.data.folder_template import JinjaTemplate
 from evomesh.data.sentencepiece_model import (
     build_fast_tokenizer,
     fits_llama_tokenizer,
     read_model,
     set_leading_bos,
 )
-from evomesh.data.tokenizer import HfTokenizer, Tokenizer
+from evomesh.data.tokenizer import (
+    HfTokenizer,
+    Tokenizer,
+    check_embedded,
+    load_tokenizer,
+)
+from evomesh.errors import UserError
 from evomesh.storage.local import LocalStorage
 
 BESIDE = (
@@ -28,6 +39,7 @@ BESIDE = (
     "merges.txt",
     "chat_template.jinja",
 )
+NAMED_TEMPLATES = "additional_chat_templates"
 TEXTS = (
     "Hello world",
     " a  b\tc\nd",
@@ -41,7 +53,13 @@ TEXTS = (
 def special_ids(
     tokenizer: Tokenizer | None, generation: GenerationConfig | None, vocab_size: int
 ) -> SpecialTokenIds:
-    """Return bos, the ids that end an answer, and pad; without a tokenizer, those of the config or its defaults."""
+    """Return bos, the ids that end an answer, and pad; without a tokenizer, those of the config or its defaults.
+
+    A negative pad id stands for none, as in the config.json of the first Llama models.
+
+    Raises:
+        UserError: an id has no row in the embedding.
+    """
     if tokenizer is None:
         generation = generation or GenerationConfig()
     bos = None if tokenizer is None else tokenizer.bos_id
@@ -49,6 +67,11 @@ def special_ids(
     if generation is not None:
         bos = generation.bos_id if bos is None else bos
         pad = generation.pad_id
+    if pad is not None and pad < 0:
+        pad = None
+    for name, token in (("generation.bos_id", bos), ("generation.pad_id", pad)):
+        if token is not None:
+            check_embedded(token, vocab_size, name)
     return SpecialTokenIds(
         bos, end_of_answer_ids(tokenizer, generation, vocab_size), pad
     )
@@ -69,6 +92,8 @@ def write_tokenizer(
     for name in BESIDE:
         if (beside / name).is_file():
             shutil.copyfile(beside / name, target / name)
+    if (beside / NAMED_TEMPLATES).is_dir():
+        shutil.copytree(beside / NAMED_TEMPLATES, target / NAMED_TEMPLATES)
     settings: dict[str, Any] = {}
     if (beside / "tokenizer_config.json").is_file():
         settings = read_json(LocalStorage(), str(beside), "tokenizer_config.json")
@@ -116,10 +141,12 @@ def _sentencepiece_settings(
 
 
 def compare_tokenizers(ours: Tokenizer, folder: Path) -> None:
-    """Compare the ids that the training tokenizer and ``transformers`` with the exported folder give for a few texts.
+    """Compare the ids that the training tokenizer and ``transformers`` with the exported folder give.
+
+    A few texts are compared, and a conversation in the folder's own chat template.
 
     Raises:
-        CheckpointError: they differ.
+        CheckpointError: they differ, or ``transformers`` gives a token an id that the training tokenizer lacks.
     """
     from transformers import AutoTokenizer
 
@@ -135,6 +162,59 @@ def compare_tokenizers(ours: Tokenizer, folder: Path) -> None:
                 where=str(ours.path),
                 fix="export without a tokenizer (--tokenizer none) and add one that agrees",
             )
+
+    known = theirs.get_vocab()
+    last_token = max(known, key=known.__getitem__)
+    if known[last_token] >= ours.vocab_size:
+        raise CheckpointError(
+            f"transformers gives the token {last_token!r} the id {known[last_token]}",
+            where=str(folder),
+            expected=f"ids below {ours.vocab_size}, as in training",
+            fix="name it in added_tokens_decoder of tokenizer_config.json with the id that it has",
+        )
+    _compare_chats(load_tokenizer(folder), theirs, folder)
+
+
+def _compare_chats(ours: Tokenizer, theirs: Any, folder: Path) -> None:
+    """Compare the ids of a conversation in the folder's template, and of a prompt.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    if not ours.chat_template:
+        return
+    template = JinjaTemplate(ours)
+    question = {"role": "user", "content": f"{TEXTS[0]}\n{TEXTS[4]}"}
+    answer = {"role": "assistant", "content": TEXTS[3]}
+    conversations: list[list[dict[str, str]]] = [[question], [question, answer]]
+    for turns in conversations:
+        is_prompt = turns[-1] is question
+        wanted = _rendered_ids(template, turns, is_prompt)
+        try:
+            found = theirs.apply_chat_template(
+                turns, add_generation_prompt=is_prompt, return_dict=True
+            )["input_ids"]
+        except TemplateError:
+            found = None
+        if wanted != found:
+            raise CheckpointError(
+                f"transformers encodes the conversation {turns} as {found}, evomesh as {wanted}",
+                where=str(folder),
+                fix="give another template with --chat-template, or export without a tokenizer (--tokenizer none)",
+            )
+
+
+def _rendered_ids(
+    template: JinjaTemplate, turns: Sequence[dict[str, str]], is_prompt: bool
+) -> list[int] | None:
+    """Return the ids of a conversation, all positive; None if the template rejects it."""
+    messages = [ChatMessage(turn["role"], turn["content"], False) for turn in turns]
+    try:
+        if is_prompt:
+            return template.encode_prompt(messages)
+        return [abs(token) for token in template.encode(messages)]
+    except UserError:
+        return None
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:

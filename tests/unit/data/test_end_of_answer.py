@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer as Backend
@@ -58,11 +59,30 @@ def test_the_template_in_use_replaces_the_tokenizers_own(tmp_path: Path) -> None
     )
 
 
-def test_ids_that_the_model_cannot_generate_are_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("section", "part"),
+    [
+        ({"eos_id": (7, 400)}, "generation.eos_id: the id 400 has no row"),
+        ({"eos_id": (-1,)}, "generation.eos_id: the id -1 has no row"),
+        (
+            {"additional_eos_token_list": (300,)},
+            "generation.additional_eos_token_list: the id 300 has no row in the embedding, which has 300",
+        ),
+    ],
+)
+def test_ids_that_the_model_cannot_generate_are_refused(
+    section: dict[str, Any], part: str
+) -> None:
+    with pytest.raises(UserError, match=part):
+        end_of_answer_ids(None, GenerationConfig(**section), 300)
+
+
+def test_ends_of_a_tokenizer_past_the_embedding_are_refused(tmp_path: Path) -> None:
     tokenizer = chat_tokenizer(tmp_path)
-    assert end_of_answer_ids(
-        tokenizer, GenerationConfig(eos_id=(7, 400, -1)), VOCAB
-    ) == (7,)
+    with pytest.raises(UserError, match="the tokenizer's eos: the id 257 has no row"):
+        end_of_answer_ids(tokenizer, None, VOCAB)
+    with pytest.raises(UserError, match="the end of an answer in the chat template"):
+        end_of_answer_ids(tokenizer, None, IDS["<|im_end|>"])
 
 
 def test_auto_is_the_tokenizers_own_template_if_it_has_one(tmp_path: Path) -> None:
