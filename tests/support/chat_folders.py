@@ -16,6 +16,7 @@ from typing import Any
 from sentencepiece import SentencePieceTrainer
 from tokenizers import (
     AddedToken,
+    Regex,
     Tokenizer,
     decoders,
     models,
@@ -119,7 +120,17 @@ def added(content: str, **flags: bool) -> dict[str, Any]:
 def byte_level(folder: Path, special: list[str], *, bos: str = "") -> None:
     """Write the tokenizer.json of Llama 3, Qwen, SmolLM and DeepSeek: bytes, and special tokens."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # Lines end in a piece of their own, as with Llama 3 and Qwen: the end of a prompt is cut
+    # alike with and without an answer after it.
+    lines_and_words = pre_tokenizers.Split(
+        Regex(r"\s*[\r\n]+|\s+(?!\S)| ?\S+"), behavior="isolated"
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            lines_and_words,
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
