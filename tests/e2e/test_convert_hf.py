@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from evomesh.checkpoint.huggingface.checklist import checklist
 from evomesh.config.schema import GenerationConfig
 from evomesh.generate.decode import generate_tokens
 from evomesh.generate.options import SamplingParams
@@ -177,6 +180,27 @@ def test_checklist(
     _, folder = exported
     said = run("evomesh", "convert", "check", str(folder), cwd=tmp_path)
     assert said.count("passed  ") == 7 and "FAILED" not in said
+
+
+@pytest.mark.parametrize(
+    ("eos", "part"),
+    [
+        (2, "lacks 3 (<|im_end|>)"),
+        ([2, 3, 999], "eos_token_id 999"),
+        (None, "eos_token_id None"),
+    ],
+)
+def test_the_checklist_names_ids_that_end_no_answer(
+    exported: tuple[LanguageModel, Path], tmp_path: Path, eos: Any, part: str
+) -> None:
+    folder = tmp_path / "hf"
+    shutil.copytree(exported[1], folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    failed = {
+        item.name: item.detail for item in checklist(str(folder)) if not item.passed
+    }
+    assert failed.keys() == {"end of text"}
+    assert part in failed["end of text"]
 
 
 @covers("promise:ckpt-types-hf")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,15 @@ from transformers import AutoTokenizer
 from evomesh.checkpoint.huggingface.tokenizer import (
     TEXTS,
     compare_tokenizers,
+    special_ids,
     write_json,
     write_tokenizer,
 )
+from evomesh.config.schema import GenerationConfig
+from evomesh.data.folder_template import JinjaTemplate
 from evomesh.data.tokenizer import load_tokenizer
 from evomesh.errors import UserError
+from tests.support.chat_folders import FOLDERS
 
 CORPUS = [
     "the cat sat on the mat",
@@ -125,3 +130,61 @@ def test_another_cut_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="transformers tokenizes 'Hello world' to"):
         compare_tokenizers(tokenizer, tmp_path / "hf")
+
+
+def test_a_folder_in_which_transformers_gives_other_ids_is_refused(
+    tmp_path: Path,
+) -> None:
+    """As a Llama tokenizer, InternLM2's marks get new ids past the embedding."""
+    row = FOLDERS["internlm2"]
+    named_llama = replace(
+        row, settings=row.settings | {"tokenizer_class": "LlamaTokenizer"}
+    )
+    tokenizer = load_tokenizer(named_llama.write(tmp_path))
+    with pytest.raises(UserError, match=r"gives the token .*\n.*ids below 330"):
+        compare_tokenizers(tokenizer, tmp_path)
+    (tmp_path / "hf").mkdir()
+    write_tokenizer(tokenizer, tmp_path / "hf", None, 64)
+    compare_tokenizers(tokenizer, tmp_path / "hf")
+
+
+def test_a_conversation_is_compared_with_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tokenizer(FOLDERS["qwen3"].write(tmp_path))
+    compare_tokenizers(tokenizer, tmp_path)
+    monkeypatch.setattr(JinjaTemplate, "encode_prompt", lambda *_: [1])
+    with pytest.raises(UserError, match="transformers encodes the conversation"):
+        compare_tokenizers(tokenizer, tmp_path)
+
+
+def test_the_template_of_an_export_names_the_ids_that_end_answers(
+    tmp_path: Path,
+) -> None:
+    tokenizer = load_tokenizer(FOLDERS["llama3"].write(tmp_path))
+    (tmp_path / "hf").mkdir()
+    template = (
+        "{% for m in messages %}{{ m.content + '<|end_header_id|>' }}{% endfor %}"
+    )
+    write_tokenizer(tokenizer, tmp_path / "hf", template, 64)
+    ids = special_ids(load_tokenizer(tmp_path / "hf"), None, 330)
+    assert ids.eos == (tokenizer.eos_id, tokenizer.token_id("<|end_header_id|>"))
+
+
+def test_templates_in_files_of_their_own_are_exported(tmp_path: Path) -> None:
+    tokenizer_path = FOLDERS["qwen3"].write(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates/tool_use.jinja").write_text("{{ tools }}")
+    (tmp_path / "hf").mkdir()
+    tokenizer = load_tokenizer(tokenizer_path)
+    write_tokenizer(tokenizer, tmp_path / "hf", None, 64)
+    assert load_tokenizer(tmp_path / "hf").templates == tokenizer.templates
+
+
+def test_special_ids_without_a_row_in_the_embedding_are_refused() -> None:
+    for key in ("bos_id", "pad_id"):
+        section = GenerationConfig.model_validate({key: 330})
+        with pytest.raises(UserError, match=f"generation.{key}: the id 330 has no row"):
+            special_ids(None, section, 330)
+    assert special_ids(None, GenerationConfig(pad_id=-1), 330).pad is None
