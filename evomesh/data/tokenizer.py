@@ -368,7 +368,7 @@ class SentencePieceTokenizer:
 
     def is_added(self, token_id: int) -> bool:
         # Control symbols are never recognized; between letters, only a symbol of the
-        # user's own stays a token.
+        # the user stays one token.
         between_letters = self._backend.encode(f"a{self.token_name(token_id)}a")
         is_control = bool(self._backend.is_control(token_id))
         return not is_control and token_id in between_letters

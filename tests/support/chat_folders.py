@@ -120,7 +120,7 @@ def added(content: str, **flags: bool) -> dict[str, Any]:
 def byte_level(folder: Path, special: list[str], *, bos: str = "") -> None:
     """Write the tokenizer.json of Llama 3, Qwen, SmolLM and DeepSeek: bytes, and special tokens."""
     tokenizer = Tokenizer(models.BPE())
-    # Lines end in a piece of their own, as with Llama 3 and Qwen: the end of a prompt is cut
+    # Line ends are separate pieces, as with Llama 3 and Qwen: the end of a prompt is cut
     # alike with and without an answer after it.
     lines_and_words = pre_tokenizers.Split(
         Regex(r"\s*[\r\n]+|\s+(?!\S)| ?\S+"), behavior="isolated"

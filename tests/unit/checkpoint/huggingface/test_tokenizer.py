@@ -171,7 +171,7 @@ def test_the_template_of_an_export_names_the_ids_that_end_answers(
     assert ids.eos == (tokenizer.eos_id, tokenizer.token_id("<|end_header_id|>"))
 
 
-def test_templates_in_files_of_their_own_are_exported(tmp_path: Path) -> None:
+def test_templates_in_separate_files_are_exported(tmp_path: Path) -> None:
     tokenizer_path = FOLDERS["qwen3"].write(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
     (tmp_path / "additional_chat_templates").mkdir()
