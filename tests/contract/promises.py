@@ -161,6 +161,11 @@ PROMISES: tuple[Promise, ...] = (
         "tools/transformers/convert2hf.py --src_folder --tgt_folder --tokenizer",
     ),
     Promise("tensorboard", "tutorial", "tensorboard --logdir"),
+    Promise(
+        "tutorial-end-to-end",
+        "tutorial",
+        "get_dataset, tokenizer, torchrun, convert2hf, test.py, in this order",
+    ),
     Promise("copy-cfg", "tokenized", "xtuner copy-cfg NAME DIR writes NAME_copy.py"),
     Promise("pth-to-hf", "tokenized", "pth_to_hf CONFIG SRC DST"),
 )
