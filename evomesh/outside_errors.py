@@ -20,9 +20,11 @@ _NETWORK = (
     errno.ECONNREFUSED,
     errno.ECONNRESET,
     errno.ECONNABORTED,
+    errno.EHOSTDOWN,
     errno.EHOSTUNREACH,
     errno.ENETUNREACH,
     errno.ENETDOWN,
+    errno.ENOTCONN,
     errno.ETIMEDOUT,
     errno.ESTALE,
     errno.EREMOTEIO,
@@ -64,15 +66,19 @@ def _system_error(error: OSError) -> UserError:
         reason = f"cannot move {names[0]} to {names[1]}: {reason}"
     elif names:
         reason = f"cannot read or write {names[0]}: {reason}"
-    is_network = error.errno in _NETWORK
     return UserError(
         reason,
-        fix=_fix(error.errno),
-        exit_code=EXIT_RESTART if is_network else EXIT_USER_ERROR,
+        fix=fix_for(error.errno),
+        exit_code=EXIT_RESTART if is_outage(error.errno) else EXIT_USER_ERROR,
     )
 
 
-def _fix(number: int | None) -> str:
+def is_outage(number: int | None) -> bool:
+    """Return True for errors of a network or a server that may answer again in a while."""
+    return number in _NETWORK
+
+
+def fix_for(number: int | None) -> str:
     """Return what helps against a system error, "" where the message is all there is to say."""
     if number in _NOT_READABLE:
         return f"change its permissions, or run as a user who may use it (this is user number {os.geteuid()})"

@@ -439,9 +439,10 @@ class CheckpointWriter:
             )
         if final:
             raise error
+        place = f"{error.where}: " if error.where else ""
         fix = f"; fix: {error.fix}" if error.fix else ""
         self._report(
-            f"checkpoint not saved ({error.found}){fix}; continuing to train ({count})",
+            f"checkpoint not saved ({place}{error.found}){fix}; continuing to train ({count})",
             logging.WARNING,
             is_known_to_all=True,
         )

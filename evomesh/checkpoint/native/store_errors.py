@@ -6,7 +6,9 @@ import errno
 
 from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.errors import EXIT_RESTART, EXIT_USER_ERROR, UserError
+from evomesh.outside_errors import fix_for, is_outage
 
+# What helps against a refused save in particular, where the config has a key for it.
 FIXES = {
     errno.ENOSPC: "free space, or keep fewer checkpoints with ckpt.keep_last",
     errno.EDQUOT: "free space within the quota, or keep fewer checkpoints with ckpt.keep_last",
@@ -15,23 +17,12 @@ FIXES = {
 }
 
 
-# What a network file system reports while its server is away: the same command works
-# once it is back.
-OUTAGES = (
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-    errno.EHOSTDOWN,
-    errno.EHOSTUNREACH,
-    errno.ENETDOWN,
-    errno.ENETUNREACH,
-    errno.ENOTCONN,
-    errno.ECONNREFUSED,
-    errno.ECONNRESET,
-)
-
-
 def as_checkpoint_error(error: Exception, path: str) -> CheckpointError:
-    """Return whatever a store raised as an error of one sentence with a fix."""
+    """Return whatever a store raised as an error of one sentence with a fix.
+
+    Args:
+        path: folder of the checkpoint; a file in it is named relative to it.
+    """
     if isinstance(error, UserError):
         return CheckpointError(
             error.found,
@@ -41,11 +32,18 @@ def as_checkpoint_error(error: Exception, path: str) -> CheckpointError:
             exit_code=error.exit_code,
         )
     if isinstance(error, OSError):
-        code = error.errno or 0
-        name = errno.errorcode.get(code, "unknown")
         return CheckpointError(
-            f"{error.filename or path}: {error.strerror or error} ({name})",
-            fix=FIXES.get(code, ""),
-            exit_code=EXIT_RESTART if code in OUTAGES else EXIT_USER_ERROR,
+            _describe(error, path),
+            where=path,
+            fix=FIXES.get(error.errno or 0) or fix_for(error.errno),
+            exit_code=EXIT_RESTART if is_outage(error.errno) else EXIT_USER_ERROR,
         )
-    return CheckpointError(f"{path}: {error}")
+    return CheckpointError(str(error), where=path)
+
+
+def _describe(error: OSError, path: str) -> str:
+    """Return the system's words, after the name of the file if they are about one."""
+    name = errno.errorcode.get(error.errno or 0, "unknown")
+    reason = f"{error.strerror or error} ({name})"
+    file = str(error.filename or "").removeprefix(path).lstrip("/")
+    return f"{file}: {reason}" if file else reason
