@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 from evomesh.config.explain import describe  # noqa: E402
 from tests.contract.config_keys import ROWS  # noqa: E402
-from tests.contract.internevo_configs import KEY_SETS  # noqa: E402
+from tests.contract.internevo_configs import KEY_SETS, TUTORIAL  # noqa: E402
 from tests.contract.promises import DIFFERENCES, PROMISES, Promise  # noqa: E402
 from tests.support.covers import covered  # noqa: E402
 
@@ -34,8 +34,9 @@ Any key that is not in this table is an error that names the nearest one, except
 `evomesh config show CONFIG --explain KEY` prints what a key does, its type, its default and where its value comes from.
 
 """
-CONFIGS = """Keys and values of every config in InternEvo's repository are in `tests/contract/internevo_configs.py`.
-Each is a test case: `evomesh config check` accepts it and a step of its layout is traced, or it refuses these keys.
+CONFIGS = """Keys and values of every config in InternEvo's repository, and of the tutorial's, are in
+`tests/contract/internevo_configs.py`. Each is a test case: `evomesh config check` accepts it and a step of its layout
+is traced, or it refuses these keys.
 
 """
 WORDS = {
@@ -67,7 +68,7 @@ def held_by(promise: Promise) -> str:
 def configs() -> list[tuple[str, ...]]:
     """Return one row per config of InternEvo's repository: accepted, or the keys that are refused and why."""
     rows = []
-    for keys in KEY_SETS:
+    for keys in (*KEY_SETS, TUTORIAL):
         refused = [f"`{key}` ({word})" for key, word in keys.outcome.items()]
         outcome = f"**refused**: {', '.join(refused)}" if refused else "effect"
         rows.append((f"`{keys.name}`", keys.values.get("model_type", ""), outcome))

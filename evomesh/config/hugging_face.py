@@ -56,11 +56,20 @@ def cache_folder() -> Path:
 
 def cached_model(name: str) -> Path | None:
     """Return the cached folder of the main revision of hub model ``name`` ("owner/model"), None if it is not cached."""
-    model = cache_folder() / f"models--{name.replace('/', '--')}"
-    main = model / "refs" / "main"
+    return _cached_snapshot("models", name)
+
+
+def cached_dataset(name: str) -> Path | None:
+    """Return the cached folder of the main revision of hub dataset ``name``, None if it is not cached."""
+    return _cached_snapshot("datasets", name)
+
+
+def _cached_snapshot(kind: str, name: str) -> Path | None:
+    repository = cache_folder() / f"{kind}--{name.replace('/', '--')}"
+    main = repository / "refs" / "main"
     if not main.is_file():
         return None
-    snapshot = model / "snapshots" / main.read_text().strip()
+    snapshot = repository / "snapshots" / main.read_text().strip()
     return snapshot if snapshot.is_dir() else None
 
 

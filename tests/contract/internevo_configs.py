@@ -318,3 +318,15 @@ KEY_SETS: tuple[KeySet, ...] = (
         model__rope_base=1000000,
         parallel=OLD_PARALLEL | dict(zero1=dict(size=16, fsdp=False), tensor=2, sequence_parallel=True)),
 )  # fmt: skip
+# Of the tutorial train_your_internlm: keys of 2023, and top-level names of TensorBoard.
+TUTORIAL = row(
+    "7b_pretrain_config.py", without=("model_type", "use_fp32_norm", "monitor"),
+    **sizes(103168, 4096, 32, 32, None, 8 / 3), model__dtype="torch.float16", model__use_flash_attn=True,
+    data__micro_bsz=2, data__valid_every=100, data__total_steps=50000, data__train_folder="data/train",
+    data__valid_folder="data/val", hybrid_zero_optimizer__overlap_sync_param=True, enable_tb=True,
+    tensorboard_folder="logs", parallel=dict(zero1=8, pipeline=dict(size=1, interleaved_overlap=True),
+                                             sequence_parallel=False),
+    ckpt=dict(enable_save_ckpt=True, save_ckpt_folder="local:ckpts/7b_pretrain", load_optimizer=True,
+              load_model_only_folder=None, checkpoint_every=100,
+              snapshot_ckpt_folder="local:ckpts/7b_pretrain/snapshot"),
+)  # fmt: skip

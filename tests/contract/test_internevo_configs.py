@@ -13,9 +13,10 @@ from evomesh.config.loader import load_config
 from evomesh.config.size import parameter_count
 from evomesh.errors import ConfigError, UserError
 from evomesh.plan.trace import trace
-from tests.contract.internevo_configs import COMMON, KEY_SETS, KeySet
+from tests.contract.internevo_configs import COMMON, KEY_SETS, TUTORIAL, KeySet
 
-ACCEPTED = [keys for keys in KEY_SETS if not keys.outcome]
+ALL = (*KEY_SETS, TUTORIAL)
+ACCEPTED = [keys for keys in ALL if not keys.outcome]
 
 
 def write(keys: KeySet, folder: Path) -> str:
@@ -34,7 +35,7 @@ def test_there_is_a_row_for_each_of_the_39_configs() -> None:
     assert len({keys.name for keys in KEY_SETS}) == len(KEY_SETS) == 39
 
 
-@pytest.mark.parametrize("keys", KEY_SETS, ids=lambda keys: keys.name)
+@pytest.mark.parametrize("keys", ALL, ids=lambda keys: keys.name)
 def test_check_accepts_it_or_says_why_not(keys: KeySet, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["config", "check", write(keys, tmp_path)])
     if not keys.outcome:

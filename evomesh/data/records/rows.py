@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from evomesh.config.hugging_face import cache_folder, cached_dataset
 from evomesh.data.records.reader import SourceRecord, read_records, record_text
 from evomesh.data.records.source_files import (
     FORMATS,
@@ -32,13 +34,33 @@ from evomesh.errors import UserError
 WINDOW = 1024  # rows that are shuffled among themselves
 
 
+def _find_folder(name: str, key: str) -> Path:
+    """Return the folder that a path names, or the id of a dataset in the local hub cache.
+
+    Raises:
+        UserError: there is neither; a hub id is answered with the command that downloads it.
+    """
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".")
+    if not is_hub_id or Path(name).exists():
+        return check_folder(name, key)
+    cached = cached_dataset(name)
+    if cached is None:
+        raise UserError(
+            f"no folder {name}, and no dataset of this name in the hub cache {cache_folder()}",
+            where=key,
+            expected="a folder of text files, or the id of a downloaded dataset",
+            fix=f"hf download {name} --repo-type dataset",
+        )
+    return cached
+
+
 def find_split_files(
     folder: str, key: str, subset: str | None, purpose: str, split: str | None = None
 ) -> tuple[list[SourceFile], list[str]]:
     """Find the data files of one split, in sorted order, and the warnings that a user should read.
 
     Args:
-        folder: local folder.
+        folder: local folder, or id of a dataset in the local hub cache.
         key: the config key that names the folder, for messages.
         subset: ``data.subset_name``: a folder or archive inside, or a format (such as "parquet").
         purpose: "train" or "valid".
@@ -48,7 +70,7 @@ def find_split_files(
         UserError: there are no files, the choice of the split is ambiguous, or an archive is damaged.
     """
     # 1. The files below the folder that belong to the subset.
-    root = check_folder(folder, key)
+    root = _find_folder(folder, key)
     names = {file: file.full_path.relative_to(root) for file in list_source_files(root)}
     if not names:
         raise UserError(

@@ -481,6 +481,27 @@ def test_a_validation_set_of_text_has_every_target_once(
 
 
 @covers("data.content_name")
+def test_a_hub_id_is_a_dataset_of_the_local_cache(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    by_id = config(tmp_path, tokenizer, train_folder="owner/stories")
+    with pytest.raises(
+        UserError, match="hf download owner/stories --repo-type dataset"
+    ):
+        build_train_data(by_id, 2000)
+    repository = tmp_path / "hub" / "datasets--owner--stories"
+    snapshot = write(repository / "snapshots" / "abc", texts(20))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    by_path = config(snapshot, tokenizer)
+    found, expected = (
+        take(build_train_data(data, 2000).stream(), 3) for data in (by_id, by_path)
+    )
+    assert found == expected
+
+
 def test_bad_settings_and_texts_are_refused(tmp_path: Path, tokenizer: Path) -> None:
     folder = write(tmp_path / "d", texts(30))
 
