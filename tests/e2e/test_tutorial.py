@@ -36,7 +36,7 @@ SIZES = {
 
 @pytest.fixture
 def tutorial(tmp_path: Path) -> Path:
-    """Lay out the tutorial's repository: this project as ``InternLM``, and its own files beside it.
+    """Set up the tutorial's repository: this project as ``InternLM``, and its own files beside it.
 
     The dataset is a local folder of one jsonl file, and the tokenizer is trained
     on it under the name that the tutorial uses.

@@ -8,14 +8,14 @@ import os
 JOB_NAME = "7b_pretrain"
 DO_ALERT = False
 
-SEQ_LEN = int(os.environ.get("SEQ_LEN", 2048))
-HIDDEN_SIZE = int(os.environ.get("HIDDEN_SIZE", 4096))
-NUM_ATTENTION_HEAD = int(os.environ.get("NUM_ATTENTION_HEAD", 32))
-NUM_LAYER = int(os.environ.get("NUM_LAYER", 32))
-VOCAB_SIZE = int(os.environ.get("VOCAB_SIZE", 103168))
-TOTAL_STEPS = int(os.environ.get("TOTAL_STEPS", 50000))
-EVERY = int(os.environ.get("EVERY", 100))
-ZERO1_SIZE = int(os.environ.get("ZERO1_SIZE", 8))
+SEQ_LEN = int(os.environ.get("SEQ_LEN", "2048"))
+HIDDEN_SIZE = int(os.environ.get("HIDDEN_SIZE", "4096"))
+NUM_ATTENTION_HEAD = int(os.environ.get("NUM_ATTENTION_HEAD", "32"))
+NUM_LAYER = int(os.environ.get("NUM_LAYER", "32"))
+VOCAB_SIZE = int(os.environ.get("VOCAB_SIZE", "103168"))
+TOTAL_STEPS = int(os.environ.get("TOTAL_STEPS", "50000"))
+EVERY = int(os.environ.get("EVERY", "100"))
+ZERO1_SIZE = int(os.environ.get("ZERO1_SIZE", "8"))
 MLP_RATIO = 8 / 3
 
 tensorboard_folder = "logs"
