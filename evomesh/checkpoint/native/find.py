@@ -372,6 +372,10 @@ def _contents_or_neighbors(storage: Storage, near: str, url: str) -> str:
     path = open_storage(url)[1]
     names = storage.list(near)
     if near == path:
+        folders = [name.rstrip("/") for name in names if name.endswith("/")]
+        save_folders = _suggested(storage, path, "", folders)
+        if save_folders:
+            return f"it holds {'; '.join(save_folders)}"
         return f"it holds {_shortened(names, 'more')}, but no step folder"
     wrong = path.rpartition("/")[2]
     if f"{wrong}/" in names:

@@ -111,6 +111,8 @@ def test_missing_and_empty_folders_list_what_is_next_to_them(
         root.parent / "elsewhere"
     )
     assert "next to it: notes; ckpts with steps 4\n" in resolve(root.parent / "note")
+    # The folder above the save folder, as in llm_ckpts for llm_ckpts/demo.
+    assert "; it holds ckpts with steps 4\n" in resolve(root.parent)
     assert "has no such folder\n" in resolve(root / "step-00000004" / "49")
     monkeypatch.chdir(root.parent / "notes")
     assert "'nowhere'; the current folder has no such folder\n" in resolve(
