@@ -17,6 +17,7 @@ EXIT_USER_ERROR = 2
 EXIT_TRAINING_STOPPED = 6  # numbers went wrong: too many skipped steps in a row
 EXIT_RESTART = 75  # EX_TEMPFAIL: state is saved, start the same command again
 EXIT_INTERRUPTED = 130  # Ctrl-C: 128 + SIGINT
+EXIT_READER_LEFT = 141  # the reader of the output closed the pipe: 128 + SIGPIPE
 
 
 def printable(text: str, keep: str = "\n\t") -> str:

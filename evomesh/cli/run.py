@@ -9,18 +9,46 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO, cast
 
 from evomesh.config.redact import RedactingStream, redact_text
-from evomesh.errors import EXIT_BUG, EXIT_INTERRUPTED, UserError
+from evomesh.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_READER_LEFT, UserError
 from evomesh.outside_errors import as_user_error, discard
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torchrun looks for the message that it prints last
 
 
+class OutputStream(RedactingStream):
+    """Standard output or error: hides secrets and remembers whether its reader closed the pipe (``| head``)."""
+
+    reader_left = False
+
+    def write(self, text: str) -> int:
+        """Write text; a closed pipe raises as ever."""
+        with self._noting_closed_pipe():
+            return super().write(text)
+
+    def flush(self) -> None:
+        """Write what is buffered."""
+        with self._noting_closed_pipe():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _noting_closed_pipe(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            self.reader_left = True
+            raise
+
+
 def run(command: Callable[[], object], *, trains: bool = False) -> None:
     """Call ``command``; an error whose cause is not a bug is printed without a traceback and ends the process.
+
+    A command whose reader closed the pipe ends as ``cat`` would, without a word and
+    with the shell's code for SIGPIPE. A training run does not: it trains for its
+    checkpoints, not for its reader, and ends with its own code.
 
     Args:
         trains: watch for signals from now on: they end the process with 75 or 130, see ``StopRequest``.
@@ -35,20 +63,23 @@ def run(command: Callable[[], object], *, trains: bool = False) -> None:
         from evomesh.train.signals import StopRequest
 
         StopRequest().watch()
+    # typer and rich replace the streams and raise SystemExit(1) where a pipe is closed, so
+    # that neither the exception nor sys.stdout tells: ask the streams that they replaced.
+    streams: list[object] = [sys.stdout, sys.stderr]
     try:
         _call(command)
     except KeyboardInterrupt:
         _end(EXIT_INTERRUPTED)
+    except (SystemExit, OSError) as ended:
+        if not trains:
+            _end_without_reader(streams)
+        if isinstance(ended, SystemExit):
+            raise
+        _report(ended)
     except Exception as error:
-        message = as_user_error(error)
-        if message is None or os.environ.get("EVOMESH_DEBUG"):
-            _write_error_file(traceback.format_exc())
-            if not _is_in_world():
-                raise
-            traceback.print_exc()
-            _end(EXIT_BUG)
-        else:
-            _fail(message)
+        _report(error)
+    if not trains:
+        _end_without_reader(streams)
 
 
 def _call(command: Callable[[], object]) -> None:
@@ -59,6 +90,29 @@ def _call(command: Callable[[], object]) -> None:
         _flush_output()
         raise
     _flush_output()
+
+
+def _end_without_reader(streams: Sequence[object]) -> None:
+    """End the process quietly if the reader of one of its streams has closed the pipe."""
+    outputs = [stream for stream in streams if isinstance(stream, OutputStream)]
+    if not any(output.reader_left for output in outputs):
+        return
+    # The other stream may lead into the same pipe (2>&1), which Python flushes at exit.
+    for output in outputs:
+        discard(cast(TextIO, output))
+    _end(EXIT_READER_LEFT)
+
+
+def _report(error: Exception) -> None:
+    """Print an error as a message and end the process; raise a bug again, for its traceback."""
+    message = as_user_error(error)
+    if message is not None and not os.environ.get("EVOMESH_DEBUG"):
+        _fail(message)
+    _write_error_file(traceback.format_exc())
+    if not _is_in_world():
+        raise error
+    traceback.print_exc()
+    _end(EXIT_BUG)
 
 
 def _fail(message: UserError) -> None:
@@ -96,14 +150,14 @@ def _accept_any_text() -> None:
 
 def _hide_secrets() -> None:
     """Hide secrets in all that is printed from now on, tracebacks included."""
-    if sys.stdout is not None and not isinstance(sys.stdout, RedactingStream):
-        sys.stdout = cast(TextIO, RedactingStream(sys.stdout))
-    if sys.stderr is not None and not isinstance(sys.stderr, RedactingStream):
-        sys.stderr = cast(TextIO, RedactingStream(sys.stderr))
+    if sys.stdout is not None and not isinstance(sys.stdout, OutputStream):
+        sys.stdout = cast(TextIO, OutputStream(sys.stdout))
+    if sys.stderr is not None and not isinstance(sys.stderr, OutputStream):
+        sys.stderr = cast(TextIO, OutputStream(sys.stderr))
 
 
 def _flush_output() -> None:
-    """Write what the standard output still holds; a full disk is an error, a reader that left is none."""
+    """Write what the standard output still holds; a full disk is an error, and a closed pipe is noted by the stream."""
     if sys.stdout is None:
         return
     try:
