@@ -30,10 +30,17 @@ def main() -> None:
         default=0.1,
         help="share of the records held out for validation",
     )
+    parser.add_argument(
+        "--encoding", default="utf-8", help="of the dataset, such as gb18030"
+    )
     options = parser.parse_args()
     chat = ChatOptions("alpaca", "internlm", split_ratio=options.split_ratio)
     tokenize_conversations(
-        [options.dataset_path], options.output_path, options.tokenizer_path, chat
+        [options.dataset_path],
+        options.output_path,
+        options.tokenizer_path,
+        chat,
+        encoding=options.encoding,
     )
 
 

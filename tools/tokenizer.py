@@ -35,11 +35,14 @@ def main() -> None:
         "--tokenizer_path",
         help="sentencepiece .model or tokenizer.json (default: tools/V7_sft.model)",
     )
+    parser.add_argument(
+        "--encoding", default="utf-8", help="of the text file, such as gb18030"
+    )
     options = parser.parse_args()
     tokenizer = load_tokenizer(
         options.tokenizer_path or default_tokenizer(), "--tokenizer_path"
     )
-    files = find_source_files([options.text_input_path])
+    files = find_source_files([options.text_input_path], options.encoding)
     fingerprint = tokenize_files(
         files,
         options.bin_output_path,

@@ -191,17 +191,42 @@ def verify(
             help="Validation data to check for documents that are also in PATH."
         ),
     ] = None,
+    min_length: MinLengthOption = 0,
+    config: Annotated[
+        str | None,
+        typer.Option(help="Check too that this config can train on the data."),
+    ] = None,
 ) -> None:
     """Check every line of token files. Exit code 1 if there are problems.
 
-    Checks offsets, counts, ids, repeats, tokenized JSON, and overlap with validation
-    data.
+    Checks offsets, counts, ids, targets, lengths, repeats, tokenized JSON, and overlap
+    with validation data.
     """
+    from evomesh.data.build import find_training_problems
     from evomesh.data.token_files.verify import verify as run
     from evomesh.data.tokenizer import load_tokenizer
 
     loaded = load_tokenizer(tokenizer) if tokenizer else None
-    scans, problems = run(path, vocab_size=vocab_size, tokenizer=loaded, valid=valid)
+    section = None
+    valid_min_length = 0
+    if config is not None:
+        from evomesh.config.loader import load_config
+
+        whole = load_config(config).config
+        section = whole.data
+        vocab_size = vocab_size or whole.model.vocab_size
+        min_length = min_length or section.min_length
+        valid_min_length = section.valid_min_length
+    scans, problems = run(
+        path,
+        vocab_size=vocab_size,
+        tokenizer=loaded,
+        valid=valid,
+        min_length=min_length,
+        valid_min_length=valid_min_length,
+    )
+    if section is not None and not problems:
+        problems = find_training_problems(section, path)
     for found in scans:
         print(
             f"{found.path}: {len(found.offsets):,} documents, {found.tokens:,} tokens, largest id {found.max_id}"

@@ -26,6 +26,10 @@ RendezvousPortOption = Annotated[
     int, typer.Option(help="Rendezvous port of the slurm launcher.")
 ]
 
+EncodingOption = Annotated[
+    str, typer.Option(help="Encoding of text files, such as gb18030 or utf-16.")
+]
+
 _CHECKPOINT_HELP = (
     "Save folder (its newest step), one step in it, or Hugging Face model folder."
 )

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from evomesh.cli.options import EncodingOption
+
 if TYPE_CHECKING:
     from evomesh.data.prepare.conversations import ChatOptions
     from evomesh.data.prepare.read_conversation import RecordSchema
@@ -96,6 +98,7 @@ def tokenize(
     tokenizer: TokenizerOption,
     format: FormatOption = "text",
     text_field: TextFieldOption = "text",
+    encoding: EncodingOption = "utf-8",
     raw_lines: RawLinesOption = False,
     bos: BosOption = None,
     eos: EosOption = True,
@@ -128,7 +131,9 @@ def tokenize(
             split_ratio,
             seed,
         )
-        tokenize_conversations(inputs, output, tokenizer, options, workers, append)
+        tokenize_conversations(
+            inputs, output, tokenizer, options, workers, append, encoding
+        )
         return
     if format != "text":
         raise UserError(
@@ -142,7 +147,7 @@ def tokenize(
             fix="tokenize training and validation text separately",
         )
     text_options = TextOptions(text_field, raw_lines, bos, eos)
-    tokenize_text(inputs, output, tokenizer, text_options, append)
+    tokenize_text(inputs, output, tokenizer, text_options, append, encoding)
 
 
 def tokenize_text(
@@ -151,13 +156,14 @@ def tokenize_text(
     tokenizer: str,
     options: TextOptions,
     append: bool = False,
+    encoding: str = "utf-8",
 ) -> None:
     """Run ``evomesh tokenize --format text``."""
     from evomesh.data.prepare.tokenize import tokenize_files
     from evomesh.data.records.source_files import find_source_files
     from evomesh.data.tokenizer import load_tokenizer
 
-    files = find_source_files(inputs)
+    files = find_source_files(inputs, encoding)
     with progress_bar(sum(file.size for file in files)) as progress:
         fingerprint = tokenize_files(
             files,
@@ -180,13 +186,14 @@ def tokenize_conversations(
     options: ChatOptions,
     workers: int | None = None,
     append: bool = False,
+    encoding: str = "utf-8",
 ) -> None:
     """Run ``evomesh tokenize --format alpaca|messages|sharegpt|xtuner``."""
     from evomesh.data.prepare.conversations import tokenize_chats
     from evomesh.data.records.source_files import find_source_files
     from evomesh.data.tokenizer import load_tokenizer
 
-    files = find_source_files(inputs)
+    files = find_source_files(inputs, encoding)
     loaded = load_tokenizer(tokenizer)
     with progress_bar(sum(file.size for file in files)) as progress:
         fingerprints, counts = tokenize_chats(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from evomesh.cli.options import EncodingOption
 from evomesh.errors import UserError
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def train(
         ),
     ] = "",
     text_field: TextFieldOption = "text",
+    encoding: EncodingOption = "utf-8",
 ) -> None:
     """Train a tokenizer on text: txt, json, jsonl, csv, parquet and arrow, as `evomesh tokenize` reads them."""
     if kind not in KINDS:
@@ -73,7 +75,8 @@ def train(
     from evomesh.data.tokenizer import load_tokenizer
 
     recipe = TokenizerRecipe(vocab_size, kind, tuple(special or ()), chat)  # type: ignore[arg-type]
-    path = train_tokenizer(find_source_files(inputs), Path(output), recipe, text_field)
+    files = find_source_files(inputs, encoding)
+    path = train_tokenizer(files, Path(output), recipe, text_field)
     for line in _describe(load_tokenizer(path)):
         typer.echo(line)
 
@@ -86,6 +89,7 @@ def inspect(
         typer.Argument(metavar="[IN...]", help="Texts to measure it on."),
     ] = None,
     text_field: TextFieldOption = "text",
+    encoding: EncodingOption = "utf-8",
 ) -> None:
     """Show a tokenizer's sizes and special ids, and its bytes per token on texts, by kind."""
     from evomesh.data.prepare.measure_tokenizer import measure
@@ -95,7 +99,8 @@ def inspect(
     for line in _describe(loaded):
         typer.echo(line)
     if inputs:
-        _print_table(measure(inputs, text_field, [loaded]), [tokenizer])
+        rows = measure(inputs, text_field, [loaded], encoding)
+        _print_table(rows, [tokenizer])
 
 
 @app.command()
@@ -104,12 +109,14 @@ def compare(
     second: TokenizerArgument,
     inputs: InputsArgument,
     text_field: TextFieldOption = "text",
+    encoding: EncodingOption = "utf-8",
 ) -> None:
     """Compare the bytes per token of two tokenizers on the same texts, by kind."""
     from evomesh.data.prepare.measure_tokenizer import measure
     from evomesh.data.tokenizer import load_tokenizer
 
-    rows = measure(inputs, text_field, [load_tokenizer(first), load_tokenizer(second)])
+    tokenizers = [load_tokenizer(first), load_tokenizer(second)]
+    rows = measure(inputs, text_field, tokenizers, encoding)
     _print_table(rows, [first, second])
     tokens = [sum(counts) for counts in zip(*(row.tokens for row in rows), strict=True)]
     if all(tokens):

@@ -99,6 +99,10 @@ class DataConfig(Section):
     )
     tokenizer_path: str | None = Field(None, description="Tokenizer of the data.")
     content_name: str = Field("text", description="Text column of streaming data.")
+    encoding: str = Field(
+        "utf-8",
+        description="Encoding of the text files of streaming data, such as gb18030.",
+    )
     subset_name: str | None = Field(None, description="Subset of streaming data.")
     split_name: str | None = Field(
         None,

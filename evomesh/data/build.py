@@ -6,21 +6,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from evomesh.config.data import DataConfig
 from evomesh.data.packing.corpus import open_corpus
 from evomesh.data.packing.loader import BatchStream
 from evomesh.data.packing.packs import PackRule
 from evomesh.data.packing.report import check_manifest
-from evomesh.data.packing.streaming import open_streaming, read_documents
+from evomesh.data.packing.streaming import open_streaming
 from evomesh.data.packing.synthetic import VALID_DOCUMENTS, SyntheticDocuments
-from evomesh.data.packing.validation import ValidationSet, group_sets
+from evomesh.data.packing.text_documents import read_documents
+from evomesh.data.packing.validation import ValidationSet
 from evomesh.data.token_files.bin_dataset import (
     BinDataset,
     DocumentSource,
     check_sources,
 )
 from evomesh.data.token_files.fingerprint import check_same_tokenizer, check_vocabulary
-from evomesh.data.token_files.folders import check_folder, find_files
+from evomesh.data.token_files.folders import check_folder, find_files, group_sets
+from evomesh.errors import UserError
 
 __all__ = [
     "BatchStream",
@@ -83,15 +87,28 @@ def build_train_data(config: DataConfig, vocab_size: int) -> TrainData:
     sources: list[DocumentSource] = []
     for plan in corpus.plans:
         sources += plan.sources
-    check_sources(sources)
+    crosses_documents = PackRule.from_config(config).crosses_documents
+    check_sources(sources, crosses_documents=crosses_documents)
     return corpus
+
+
+def find_training_problems(config: DataConfig, folder: str) -> list[str]:
+    """Return why a run with this ``data`` section would refuse the token files of a folder; none: it would train."""
+    options = {"train_folder": folder, "type": "tokenized"}
+    section = config.model_copy(update=options)
+    try:
+        open_corpus(section, None)
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 def build_valid_data(config: DataConfig, vocab_size: int) -> list[ValidationSet]:
     """Open the sets of ``data.valid_folder``; InternEvo's synthetic set "val" when there is no folder.
 
     Raises:
-        UserError: there is no usable file, one is broken, or its tokenizer differs from that of the training files.
+        UserError: there is no usable file, one is broken, its tokenizer differs from that of the training files, or a
+            set has no target or no document that is long enough.
     """
     rule = PackRule(config.packed_length, config.seq_len)
     micro_num = config.validation_micro_num
@@ -105,8 +122,6 @@ def build_valid_data(config: DataConfig, vocab_size: int) -> list[ValidationSet]
         return [ValidationSet("val", [synthetic], rule, micro_num)]
     if config.type == "streaming":
         documents = read_documents(config, vocab_size)
-        if not len(documents.lengths):
-            return []
         return [ValidationSet(documents.name, [documents], rule, micro_num)]
     return _open_valid_sets(config, vocab_size, rule)
 
@@ -114,7 +129,7 @@ def build_valid_data(config: DataConfig, vocab_size: int) -> list[ValidationSet]
 def _open_valid_sets(
     config: DataConfig, vocab_size: int, rule: PackRule
 ) -> list[ValidationSet]:
-    """Open the token files of ``data.valid_folder``: each folder with a document that is long enough is a set."""
+    """Open the token files of ``data.valid_folder``: each folder is a set."""
     assert config.valid_folder is not None
     folder = check_folder(config.valid_folder, "data.valid_folder")
     files = find_files(folder, "data.valid_folder")
@@ -125,7 +140,6 @@ def _open_valid_sets(
     check_same_tokenizer([*train_files, *files], config.allow_tokenizer_mismatch)
 
     sets = []
-    all_sources: list[DocumentSource] = []
     for name, members in group_sets(files, folder.resolve().name).items():
         sources = []
         for file in members:
@@ -135,10 +149,25 @@ def _open_valid_sets(
                 min_length=config.valid_min_length,
                 vocab_size=vocab_size,
             )
-            if len(source):
-                sources.append(source)
-        if sources:
-            sets.append(ValidationSet(name, sources, rule, config.validation_micro_num))
-            all_sources += sources
-    check_sources(all_sources)
+            sources.append(source)
+        kept = [source for source in sources if len(source)]
+        if not kept:
+            raise _too_short(name, sources, config)
+        sets.append(ValidationSet(name, kept, rule, config.validation_micro_num))
+    all_sources = [source for found in sets for source in found.sources]
+    check_sources(all_sources, crosses_documents=False)
     return sets
+
+
+def _too_short(
+    name: str, sources: Sequence[BinDataset], config: DataConfig
+) -> UserError:
+    lengths = np.concatenate([source.rows[:, 1] for source in sources])
+    longest = int(lengths.max())
+    return UserError(
+        f"none of the {len(lengths):,} documents of the validation set {name} has "
+        f"data.valid_min_length={config.valid_min_length} tokens, the longest has {longest:,}",
+        where="data.valid_folder",
+        expected="at least one document that is long enough in every set",
+        fix=f"lower data.valid_min_length to {longest} or less, or move the set out of the folder",
+    )

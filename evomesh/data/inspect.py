@@ -32,7 +32,8 @@ def open_packs(path: str, config: DataConfig) -> Corpus:
     """Open the packs of one file, or those of a training folder under the numbers that training uses."""
     if expand_home(path).is_dir():
         return open_corpus(config.model_copy(update={"train_folder": path}), None)
-    source = BinDataset(path, min_length=config.min_length)
+    (file,) = find_bins(path)
+    source = BinDataset(file.path, min_length=config.min_length)
     return Corpus(config, [make_plan([source], config)])
 
 

@@ -7,10 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evomesh.data.packing.validation import group_sets
 from evomesh.data.token_files.bin_dataset import BinDataset
 from evomesh.data.token_files.fingerprint import check_vocabulary
-from evomesh.data.token_files.folders import TokenFile, check_folder, find_files
+from evomesh.data.token_files.folders import (
+    TokenFile,
+    check_folder,
+    find_files,
+    group_sets,
+)
 
 
 @dataclass(frozen=True)

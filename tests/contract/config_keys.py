@@ -118,6 +118,7 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("data.shm_path", "/tmp/x", E),
     CompatibilityRow("data.tokenizer_path", "tok.json", E),
     CompatibilityRow("data.content_name", "body", E),
+    CompatibilityRow("data.encoding", "gb18030", E),
     CompatibilityRow("data.subset_name", "en", E),
     CompatibilityRow("data.split_name", "train_sft", E),
     CompatibilityRow("data.valid_split_name", "test", E),

@@ -70,6 +70,11 @@ class PackRule:
     order: PackOrder = "internevo"
     rows: int = 0
 
+    @property
+    def crosses_documents(self) -> bool:
+        """Return whether a document's first token is the target of the token before it."""
+        return self.order == "xtuner" and not self.rows
+
     @staticmethod
     def from_config(config: DataConfig) -> PackRule:
         """Return the rule that the ``data`` section asks for."""

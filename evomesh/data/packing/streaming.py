@@ -26,59 +26,23 @@ from evomesh.data.batch import Batch
 from evomesh.data.packing.lanes import StreamingLane
 from evomesh.data.packing.loader import collate
 from evomesh.data.packing.packs import Pack, PackRule
-from evomesh.data.packing.validation import MemoryDocuments
-from evomesh.data.prepare.tokenize import TextOptions, boundary_ids
-from evomesh.data.records.rows import RowCursor, RowStream, find_split_files
+from evomesh.data.packing.text_documents import (
+    UnusedRows,
+    check_ids,
+    encode_texts,
+    find_text_files,
+    load_text_tokenizer,
+    text_boundary_ids,
+)
+from evomesh.data.records.rows import RowCursor, RowStream
 from evomesh.data.records.source_files import SourceFile
-from evomesh.data.token_files.lines import largest_id
-from evomesh.data.tokenizer import Tokenizer, load_tokenizer
+from evomesh.data.token_files.bin_dataset import count_targets
+from evomesh.data.token_files.lines import TokenArray, largest_id
+from evomesh.data.tokenizer import Tokenizer
 from evomesh.errors import UserError
 
 TYPES = ["en"]  # rows have no type; InternEvo reports this name
 PREFETCHED = 2  # batches prepared before the step asks
-MANY_ROWS = (
-    100_000  # rows that are too short, one after the other, end a run after a pass
-)
-
-
-@dataclass
-class UnusedRows:
-    """Ends a run whose rows are all too short, which would read its data again and again.
-
-    Attributes:
-        start: where the pass began that is being read.
-        rows: rows since the last document that was long enough.
-        longest: tokens of the longest of them.
-    """
-
-    start: RowCursor
-    rows: int = 0
-    longest: int = 0
-
-    def add(self, tokens: int) -> None:
-        self.rows += 1
-        self.longest = max(self.longest, tokens)
-
-    def end_window(self, after: RowCursor, documents: int, min_length: int) -> None:
-        """Take note of a window with so many documents.
-
-        Raises:
-            UserError: whole passes gave none. A rank reads other rows in each pass, so it waits until it has seen as
-                many rows as a pass has, or very many.
-        """
-        if documents:
-            self.rows = self.longest = 0
-        if after.epoch == self.start.epoch:
-            return
-        rows_of_pass = after.n - self.start.n
-        self.start = after
-        if self.rows >= min(rows_of_pass, MANY_ROWS) > 0:
-            raise UserError(
-                f"none of {self.rows:,} rows has data.min_length={min_length} tokens, the longest has {self.longest}",
-                where="data.train_folder",
-                expected="at least one row that is long enough",
-                fix=f"lower data.min_length to {self.longest} or less, or add longer texts",
-            )
 
 
 class StreamingPacks:
@@ -112,7 +76,7 @@ class StreamingPacks:
         self.num_lanes = num_lanes
         self.min_length = min_length
         self.vocab_size = vocab_size
-        self._prefix, self._suffix = _boundary_ids(tokenizer)
+        self._prefix, self._suffix = text_boundary_ids(tokenizer)
         if state is None:
             cursor = RowCursor()
             self.lanes = {lane: StreamingLane(n=lane) for lane in lanes}
@@ -152,24 +116,33 @@ class StreamingPacks:
         """Read the next window of rows and hand this rank's documents in it to their lanes."""
         window = next(self._windows)
         self._cursors.append(window.next_cursor)
-        documents = 0
+        targets = 0
         rows = []
         texts = []
         for row, text in enumerate(window.texts, window.first_row):
             if text and self._needs(row):
                 rows.append(row)
                 texts.append(text)
-        for row, ids in zip(rows, self.tokenizer.encode_batch(texts), strict=True):
+        for row, ids in zip(rows, encode_texts(self.tokenizer, texts), strict=True):
             tokens = np.array(self._prefix + ids + self._suffix, np.int64)
             if len(tokens) < max(1, self.min_length):
                 self._unused.add(len(tokens))
                 continue
-            documents += 1
+            found = self._count_targets(tokens)
+            targets += found
+            if not found:
+                self._unused.add(len(tokens), is_document=True)
             location = window.locations[row - window.first_row]
-            _check_ids(largest_id(tokens), self.vocab_size, self.tokenizer, location)
+            check_ids(largest_id(tokens), self.vocab_size, self.tokenizer, location)
             lane = self.lanes[row % self.num_lanes]
             lane.waiting.append((row, tokens))
-        self._unused.end_window(window.next_cursor, documents, self.min_length)
+        self._unused.end_window(window.next_cursor, targets, self.min_length)
+
+    def _count_targets(self, tokens: TokenArray) -> int:
+        """Return how many tokens of a document can be targets."""
+        if self.rule.crosses_documents:
+            return count_targets(tokens)
+        return count_targets(tokens, np.array([len(tokens)]))
 
     def _needs(self, row: int) -> bool:
         """Return whether a row belongs to a lane of this rank that has not used it yet."""
@@ -359,14 +332,8 @@ def open_streaming(config: DataConfig, vocab_size: int) -> StreamingData:
             where="data.rampup_batch_size",
             fix="remove it, or tokenize the text first",
         )
-    files, warnings = find_split_files(
-        config.train_folder,
-        "data.train_folder",
-        config.subset_name,
-        "train",
-        config.split_name,
-    )
-    tokenizer = _load_tokenizer(config)
+    files, warnings = find_text_files(config, "train")
+    tokenizer = load_text_tokenizer(config)
     report = []
     identity: list[Any] = []
     for file in files:
@@ -384,60 +351,3 @@ def open_streaming(config: DataConfig, vocab_size: int) -> StreamingData:
 
 def _relative_name(file: SourceFile) -> str:
     return str(file.full_path.relative_to(file.path.parent))
-
-
-def _load_tokenizer(config: DataConfig) -> Tokenizer:
-    if config.tokenizer_path is None:
-        raise UserError(
-            'data.type="streaming" needs data.tokenizer_path',
-            where="data.tokenizer_path",
-            expected="a tokenizer",
-        )
-    return load_tokenizer(config.tokenizer_path, "data.tokenizer_path")
-
-
-def _boundary_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Return the ids before and after every text: those of ``evomesh tokenize``, without an eos if there is none."""
-    return boundary_ids(tokenizer, TextOptions(eos=tokenizer.eos_id is not None))
-
-
-def _check_ids(largest: int, vocab_size: int, tokenizer: Tokenizer, where: str) -> None:
-    if largest >= vocab_size:
-        raise UserError(
-            f"token id {largest} is outside the model's vocabulary",
-            where=where,
-            expected=f"ids below model.vocab_size={vocab_size}",
-            fix=f"set model.vocab_size to at least {tokenizer.vocab_size}, the tokenizer's",
-        )
-
-
-def read_documents(config: DataConfig, vocab_size: int) -> MemoryDocuments:
-    """Read and tokenize all documents of ``data.valid_folder``.
-
-    Raises:
-        UserError: there is no file or no text, or an id is outside the vocabulary.
-    """
-    assert config.valid_folder is not None
-    files, _ = find_split_files(
-        config.valid_folder,
-        "data.valid_folder",
-        config.subset_name,
-        "valid",
-        config.valid_split_name,
-    )
-    tokenizer = _load_tokenizer(config)
-    prefix, suffix = _boundary_ids(tokenizer)
-    min_length = max(1, config.valid_min_length)
-    documents: list[list[int]] = []
-    rows = RowStream(files, config.content_name, config.seed)
-    for window in rows.windows(RowCursor()):
-        if window.next_cursor.epoch:  # the first pass is over
-            break
-        texts = [text for text in window.texts if text]
-        for ids in tokenizer.encode_batch(texts):
-            document = prefix + ids + suffix
-            if len(document) >= min_length:
-                documents.append(document)
-    largest = max(map(max, documents), default=-1)
-    _check_ids(largest, vocab_size, tokenizer, config.valid_folder)
-    return MemoryDocuments(files[0].path.parent.name, documents)

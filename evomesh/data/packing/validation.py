@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from pathlib import PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +20,6 @@ from evomesh.data.packing.packs import (
     split_bounds,
 )
 from evomesh.data.token_files.bin_dataset import DocumentSource
-from evomesh.data.token_files.folders import TokenFile
 from evomesh.data.token_files.lines import TokenArray
 
 
@@ -149,36 +146,12 @@ def _fill_packs(segment_bounds: IndexArray, length: int) -> IndexArray:
     return np.array(bounds, np.int64)
 
 
-def group_sets(
-    files: Sequence[TokenFile], root_name: str
-) -> dict[str, list[TokenFile]]:
-    """Group files by set: one per folder, named after it, or by its path if two folders share a name.
-
-    Args:
-        root_name: name of the set of files that are in no folder.
-    """
-    folders = {PurePosixPath(file.name).parent for file in files}
-    folders_with_name = Counter(folder.name for folder in folders)
-
-    sets: dict[str, list[TokenFile]] = {}
-    for file in files:
-        folder = PurePosixPath(file.name).parent
-        if folder == PurePosixPath():
-            name = root_name
-        elif folders_with_name[folder.name] == 1:
-            name = folder.name
-        else:
-            name = folder.as_posix()
-        sets.setdefault(name, []).append(file)
-    return {name: sets[name] for name in sorted(sets)}
-
-
 class MemoryDocuments:
     """Tokenized documents held in memory: a validation set of text."""
 
     type_id = 0
 
-    def __init__(self, name: str, documents: list[list[int]]) -> None:
+    def __init__(self, name: str, documents: Sequence[TokenArray]) -> None:
         self.name = name
         self.documents = documents
         self.lengths: NDArray[np.integer] = np.array(
@@ -187,6 +160,4 @@ class MemoryDocuments:
 
     def read(self, documents: NDArray[np.integer]) -> TokenArray:
         """Return the tokens of the given documents, one after the other."""
-        return np.concatenate(
-            [np.array(self.documents[int(number)], np.int64) for number in documents]
-        )
+        return np.concatenate([self.documents[int(number)] for number in documents])

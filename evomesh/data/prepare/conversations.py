@@ -128,7 +128,7 @@ def tokenize_chats(
         # 4. All files are complete: give them their names.
         facts = describe_tokenizer(tokenizer) | {"options": asdict(options)}
         facts |= asdict(counts)
-        _check_any_target(counts, len(held_out), files, options)
+        _check_any_target(counts, len(held_out), writers, files, options)
         fingerprints = {}
         for writer in writers:
             all_sources = [*writer.previous.get("sources", []), *sources]
@@ -140,10 +140,20 @@ def tokenize_chats(
 def _check_any_target(
     counts: ChatCounts,
     conversations: int,
+    writers: Sequence[BinWriter],
     files: list[SourceFile],
     options: ChatOptions,
 ) -> None:
-    """Refuse input of which nothing was written."""
+    """Refuse input of which one of the files to write gets nothing, before any of them has its name."""
+    is_any_empty = any(not writer.documents for writer in writers)
+    if is_any_empty and counts.without_target < conversations:
+        raise UserError(
+            f"no conversation is left for one of the two sets: {counts.without_target} of {conversations} have no "
+            "target",
+            where="--split-ratio",
+            expected=f"messages of {', '.join(options.roles)} in both sets",
+            fix="give more conversations, or draw others with --seed",
+        )
     if counts.without_target == conversations:
         raise UserError(
             f"none of the {conversations} conversations has a target ({counts.truncated} of them were truncated to "

@@ -36,7 +36,10 @@ class Measurement:
 
 
 def measure(
-    inputs: Sequence[str], text_field: str, tokenizers: Sequence[Tokenizer]
+    inputs: Sequence[str],
+    text_field: str,
+    tokenizers: Sequence[Tokenizer],
+    encoding: str = "utf-8",
 ) -> list[Measurement]:
     """Encode and decode every text with each tokenizer.
 
@@ -48,17 +51,19 @@ def measure(
     """
     return [
         _measure_kind(kind, files, text_field, tokenizers)
-        for kind, files in _kinds(inputs)
+        for kind, files in _kinds(inputs, encoding)
     ]
 
 
-def _kinds(inputs: Sequence[str]) -> Iterator[tuple[str, list[SourceFile]]]:
+def _kinds(
+    inputs: Sequence[str], encoding: str
+) -> Iterator[tuple[str, list[SourceFile]]]:
     """Group the files of a folder by the first folder below it, as training data is laid out; others by their name."""
     groups: dict[str, list[SourceFile]] = {}
     for item in inputs:
         root = expand_home(item)
         is_folder = root.is_dir()
-        for file in find_source_files([item]):
+        for file in find_source_files([item], encoding):
             kind = file.full_path.name
             if is_folder:
                 # Below "corpus", corpus/cn/web/a.jsonl is of the kind "cn", and

@@ -12,6 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
 
+from evomesh.data.records.encodings import UTF8
 from evomesh.data.records.reader import read_raw_lines, read_records, record_text
 from evomesh.data.records.source_files import SourceFile, open_files
 from evomesh.data.token_files.writer import BinWriter
@@ -106,14 +107,18 @@ def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
 def describe_sources(files: list[SourceFile]) -> list[dict[str, Any]]:
     """Return the names, sizes and hashes of the inputs, as a fingerprint stores them."""
     sources = []
-    for path, _ in groupby(
-        file.path for file in files
-    ):  # the members of an archive are consecutive
+    # The members of an archive are consecutive.
+    for (path, encoding), _ in groupby((file.path, file.encoding) for file in files):
         with path.open("rb") as raw:
             digest = hashlib.file_digest(raw, "sha256").hexdigest()
-        sources.append(
-            {"file": path.name, "bytes": path.stat().st_size, "sha256": digest}
-        )
+        source: dict[str, Any] = {
+            "file": path.name,
+            "bytes": path.stat().st_size,
+            "sha256": digest,
+        }
+        if encoding != UTF8:
+            source["encoding"] = encoding
+        sources.append(source)
     return sources
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import gzip
-import shutil
+import math
 import tarfile
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, cast
 
+from evomesh.data.records.limits import unpack_limit, unpacks_too_far
+from evomesh.data.records.spill import spilled
 from evomesh.errors import UserError
 
 ARCHIVE_SUFFIXES = {".tar": "tar", ".tar.gz": "tar.gz", ".tgz": "tar.gz", ".zip": "zip"}
@@ -37,11 +38,13 @@ class ArchiveMember:
     Attributes:
         name: path inside the archive.
         size: unpacked bytes.
+        packed: its share of the archive's bytes.
         offset: where its content starts in the unpacked tar; 0 in a zip.
     """
 
     name: str
     size: int
+    packed: int
     offset: int = 0
 
 
@@ -57,7 +60,7 @@ def list_members(path: Path) -> list[ArchiveMember]:
     """List the files in an archive, sorted by name; of several with the same name, the last, as unpacking does.
 
     Raises:
-        UserError: the archive is damaged, truncated or encrypted.
+        UserError: the archive is damaged, truncated or encrypted, or unpacks too far.
     """
     try:
         members = (
@@ -99,7 +102,14 @@ def _open_tar_members(
     in_stored_order = all(
         first.offset < second.offset for first, second in pairwise(members)
     )
-    with _open_tar(path, in_stored_order) as tar:
+    with ExitStack() as stack:
+        stream = stack.enter_context(_open_tar_stream(path))
+        if archive_kind(path) == "tar.gz" and not in_stored_order:
+            # Every step back in a gzip stream decompresses it from the start again, so
+            # decompress it once, up to the end of the last member.
+            end = max(member.offset + member.size for member in members)
+            stream = stack.enter_context(spilled(stream, end, str(path)))
+        tar = stack.enter_context(tarfile.open(fileobj=stream, mode="r:"))
         for member in members:
             info = tarfile.TarInfo(member.name)
             info.size = member.size
@@ -108,45 +118,71 @@ def _open_tar_members(
 
 
 @contextmanager
-def _open_tar(path: Path, in_stored_order: bool) -> Iterator[tarfile.TarFile]:
-    with ExitStack() as stack:
-        stream: IO[bytes] = stack.enter_context(path.open("rb"))
+def _open_tar_stream(path: Path) -> Iterator[IO[bytes]]:
+    """Open the bytes of a tar, decompressed."""
+    with path.open("rb") as file:
         if archive_kind(path) == "tar.gz":
-            stream = stack.enter_context(cast(IO[bytes], gzip.GzipFile(fileobj=stream)))
-            if not in_stored_order:
-                # Every step back in a gzip stream decompresses it from the start again,
-                # so decompress it once.
-                unpacked = stack.enter_context(tempfile.TemporaryFile())
-                shutil.copyfileobj(stream, unpacked, COPY_SIZE)
-                unpacked.seek(0)
-                stream = cast(IO[bytes], unpacked)
-        yield stack.enter_context(tarfile.open(fileobj=stream, mode="r:"))
+            with gzip.GzipFile(fileobj=file) as unpacked:
+                yield cast(IO[bytes], unpacked)
+        else:
+            yield file
 
 
 def _tar_members(path: Path) -> list[ArchiveMember]:
-    with _open_tar(path, in_stored_order=True) as tar:
-        members = [
-            ArchiveMember(info.name, info.size, info.offset_data)
-            for info in tar
-            if info.isreg()
-        ]
-        # tarfile takes a damaged header for the end of the archive and would drop every
-        # member after it, so check that it stopped at a real end, which is a block of
-        # zeros.
-        assert tar.fileobj is not None
-        tar.fileobj.seek(tar.offset)
-        end_block = tar.fileobj.read(tarfile.BLOCKSIZE)
-        if end_block != bytes(tarfile.BLOCKSIZE):
-            state = "damaged" if len(end_block) == tarfile.BLOCKSIZE else "truncated"
-            raise UserError(
-                f"the archive is {state} at byte {tar.offset} (unpacked), after {len(members)} file(s)",
-                where=str(path),
-                fix="copy or download it again",
-            )
-        # Read to the end: a compressed tar stores its checksum there.
-        while tar.fileobj.read(COPY_SIZE):
-            pass
-    return members
+    """List the regular files of a tar, and read it to its end."""
+    archive_bytes = path.stat().st_size
+    limit = unpack_limit(archive_bytes)
+    with (
+        _open_tar_stream(path) as stream,
+        tarfile.open(fileobj=stream, mode="r:") as tar,
+    ):
+        found: list[tarfile.TarInfo] = []
+        for info in tar:
+            # A member's header is enough: its content would be decompressed only to find
+            # the next header.
+            if info.offset_data + info.size > limit:
+                raise unpacks_too_far(f"{path}/{info.name}", archive_bytes)
+            if info.issparse():
+                raise UserError(
+                    f"the member {info.name} is stored as a sparse file",
+                    where=str(path),
+                    fix="repack it without --sparse",
+                )
+            if info.isreg():
+                found.append(info)
+        unpacked_bytes = _read_to_end(tar, path, len(found))
+    share = archive_bytes / max(1, unpacked_bytes)
+    return [
+        ArchiveMember(
+            info.name, info.size, math.ceil(info.size * share), info.offset_data
+        )
+        for info in found
+    ]
+
+
+def _read_to_end(tar: tarfile.TarFile, path: Path, count: int) -> int:
+    """Check that a tar whose ``count`` files were listed is complete; return its unpacked bytes."""
+    # tarfile takes a damaged header for the end of the archive and would drop every
+    # member after it, so check that it stopped at a real end, which is a block of zeros.
+    stream = tar.fileobj
+    assert stream is not None
+    stream.seek(tar.offset)
+    end_block = stream.read(tarfile.BLOCKSIZE)
+    if end_block != bytes(tarfile.BLOCKSIZE):
+        state = "damaged" if len(end_block) == tarfile.BLOCKSIZE else "truncated"
+        raise UserError(
+            f"the archive is {state} at byte {tar.offset} (unpacked), after {count} file(s)",
+            where=str(path),
+            fix="copy or download it again",
+        )
+    # A compressed tar stores its checksum at its end.
+    unpacked_bytes = tar.offset + len(end_block)
+    archive_bytes = path.stat().st_size
+    while block := stream.read(COPY_SIZE):
+        unpacked_bytes += len(block)
+        if unpacked_bytes > unpack_limit(archive_bytes):
+            raise unpacks_too_far(str(path), archive_bytes)
+    return unpacked_bytes
 
 
 def _zip_members(path: Path) -> list[ArchiveMember]:
@@ -159,7 +195,18 @@ def _zip_members(path: Path) -> list[ArchiveMember]:
             where=str(path),
             fix="unpack the archive with its password first",
         )
-    return [ArchiveMember(info.filename, info.file_size) for info in files]
+    # The sizes are those of the directory: zipfile reads no member past its size. Members
+    # that share their bytes are found by their sum.
+    for info in files:
+        if info.file_size > unpack_limit(info.compress_size):
+            raise unpacks_too_far(f"{path}/{info.filename}", info.compress_size)
+    archive_bytes = path.stat().st_size
+    if sum(info.file_size for info in files) > unpack_limit(archive_bytes):
+        raise unpacks_too_far(str(path), archive_bytes)
+    return [
+        ArchiveMember(info.filename, info.file_size, info.compress_size)
+        for info in files
+    ]
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:

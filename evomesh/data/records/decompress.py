@@ -1,4 +1,4 @@
-"""Read .gz and .zst files as streams, raising an error where one is truncated."""
+"""Read .gz and .zst files as streams, raising an error where one is truncated or unpacks too far."""
 
 from __future__ import annotations
 
@@ -8,19 +8,51 @@ from typing import IO, Any, cast
 
 import zstandard
 
+from evomesh.data.records.limits import UnpackLimitError, unpack_limit
+
 COMPRESSED_CHUNK = (
     1 << 10
 )  # bytes passed to zstandard at once: bounds the output of highly compressed files
 BUFFER_SIZE = 1 << 20
 
 
-def decompress(raw: IO[bytes], compression: str) -> IO[bytes]:
-    """Return a stream of the decompressed bytes of ``raw``; ``compression`` is "gz", "zst" or "" (none)."""
+def decompress(raw: IO[bytes], compression: str, packed_bytes: int) -> IO[bytes]:
+    """Return a stream of the decompressed bytes of ``raw``.
+
+    Args:
+        compression: "gz", "zst" or "" (none).
+        packed_bytes: size of the compressed file, which limits what it may unpack to.
+
+    Raises:
+        UnpackLimitError: on reading past that limit.
+    """
+    unpacked: io.RawIOBase
     if compression == "gz":
-        return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
-    if compression == "zst":
-        return io.BufferedReader(_ZstandardStream(raw), BUFFER_SIZE)
-    return raw
+        unpacked = cast(io.RawIOBase, gzip.GzipFile(fileobj=raw))
+    elif compression == "zst":
+        unpacked = _ZstandardStream(raw)
+    else:
+        return raw
+    limited = _LimitedStream(unpacked, unpack_limit(packed_bytes))
+    return io.BufferedReader(limited, BUFFER_SIZE)
+
+
+class _LimitedStream(io.RawIOBase):
+    """A stream that may be read up to a number of bytes."""
+
+    def __init__(self, stream: io.RawIOBase, limit: int) -> None:
+        self._stream = stream
+        self._left = limit
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        count = self._stream.readinto(buffer) or 0
+        self._left -= count
+        if self._left < 0:
+            raise UnpackLimitError
+        return count
 
 
 class _ZstandardStream(io.RawIOBase):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -9,24 +10,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any, AnyStr
 
-import ijson
 import orjson
 
+from evomesh.data.records import limits
+from evomesh.data.records.encodings import not_utf8
+from evomesh.data.records.json_stream import read_elements
+from evomesh.data.records.limits import UnpackLimitError
 from evomesh.data.records.source_files import READ_ERRORS, SourceFile
 from evomesh.data.token_files.lines import json_kind
 from evomesh.errors import UserError
 
-UTF8_BOM = (
-    b"\xef\xbb\xbf"  # byte order mark, which some systems write in front of a text
-)
-OTHER_FORMATS = {  # by their first bytes: what it is, and how to fix it
-    b"\x1f\x8b": ("compressed with gzip", "give it a name that ends with .gz"),
-    b"\x28\xb5\x2f\xfd": ("compressed with zstd", "give it a name that ends with .zst"),
-    b"\xff\xfe": ("in UTF-16", "convert it: iconv -f UTF-16 -t UTF-8"),
-    b"\xfe\xff": ("in UTF-16", "convert it: iconv -f UTF-16 -t UTF-8"),
-}
+UTF8_BOM = codecs.BOM_UTF8  # which some systems write in front of a text
 TABLE_ROWS = 1024  # rows decoded at once
-MAX_LINE_BYTES = 64 * 2**20  # of a line, however small the compressed file is
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,8 @@ def read_records(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord]:
     Blank lines are skipped; a txt line is stripped.
 
     Raises:
-        UserError: the content is not in the format that the name states; names file and line.
+        UserError: the content is not in the format that the name states, or a record is larger than ``limits`` allow;
+            names file and line.
     """
     read = {
         "txt": _read_txt,
@@ -60,11 +56,26 @@ def read_records(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord]:
         "parquet": _read_table,
         "arrow": _read_table,
     }[file.format]
+    yield from _with_place(read(stream, file), file)
+
+
+def _with_place(
+    records: Iterator[SourceRecord], file: SourceFile
+) -> Iterator[SourceRecord]:
+    """Yield records; an error of the stream below them becomes a message that names the last good one."""
+    place = str(file.full_path)
     try:
-        yield from read(stream, file)
+        for record in records:
+            yield record
+            place = f"after {record.where}"
+    except UnpackLimitError:
+        raise file.unpacks_too_far(place) from None
     except READ_ERRORS as error:
         raise UserError(
-            f"cannot read the file: {error}", where=str(file.full_path)
+            f"cannot read the file: {error}",
+            where=place,
+            expected="a complete file",
+            fix="copy or download it again",
         ) from None
 
 
@@ -83,14 +94,13 @@ def read_raw_lines(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord
         for record in read_records(stream, file):
             yield SourceRecord(json.dumps(record.value), record.where)
     else:
-        try:
-            for number, line in enumerate(_bounded_lines(stream, file), 1):
-                where = f"{file.full_path} line {number}"
-                yield SourceRecord(_decode(line, where), where, line)
-        except READ_ERRORS as error:
-            raise UserError(
-                f"cannot read the file: {error}", where=str(file.full_path)
-            ) from None
+        yield from _with_place(_raw_lines(stream, file), file)
+
+
+def _raw_lines(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord]:
+    for number, line in enumerate(_bounded_lines(stream, file), 1):
+        where = f"{file.full_path} line {number}"
+        yield SourceRecord(_decode(line, where), where, line)
 
 
 def _read_txt(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord]:
@@ -114,51 +124,67 @@ def _bounded_lines(stream: IO[AnyStr], file: SourceFile) -> Iterator[AnyStr]:
     """Yield the lines of a stream.
 
     Raises:
-        UserError: a line is longer than ``MAX_LINE_BYTES``.
+        UserError: a line is longer than a record may be.
     """
     number = 0
-    while line := stream.readline(MAX_LINE_BYTES + 1):
+    while line := stream.readline(limits.MAX_RECORD_BYTES + 1):
         number += 1
-        if len(line) > MAX_LINE_BYTES:
-            raise UserError(
-                f"the line is longer than {MAX_LINE_BYTES >> 20} MiB",
-                where=f"{file.full_path} line {number}",
-                expected="one record per line",
-            )
+        if len(line) > limits.MAX_RECORD_BYTES:
+            raise limits.record_too_long(f"{file.full_path} line {number}")
         yield line
 
 
 def _read_json(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord]:
-    try:
-        start = stream.read(1)
-        if start == UTF8_BOM[:1] and stream.read(2) == UTF8_BOM[1:]:
-            start = stream.read(1)
-        while start.isspace():
-            start = stream.read(1)
-        if start != b"[":
-            raise UserError(
-                f"the file starts with {start.decode('utf-8', 'replace')!r}",
-                where=str(file.full_path),
-                expected="a list of records; if the file has one record per line, name it .jsonl",
-            )
-        whole = _PrefixedStream(start, stream)
-        for number, value in enumerate(ijson.items(whole, "item", use_float=True), 1):
-            yield SourceRecord(value, f"{file.full_path} record {number}")
-    except ijson.JSONError as error:
-        raise UserError(
-            f"not JSON ({error})",
-            where=str(file.full_path),
-            expected="a list of records",
-        ) from None
+    path = str(file.full_path)
+    for number, value in enumerate(read_elements(stream, path), 1):
+        yield SourceRecord(value, f"{path} record {number}")
+
+
+class _RowLines:
+    """The lines of a csv file, for csv's reader, which joins those of a quoted field without a limit.
+
+    Attributes:
+        first_line: number of the line that the current row starts at.
+    """
+
+    def __init__(self, text: IO[str], file: SourceFile) -> None:
+        self._lines = _bounded_lines(text, file)
+        self._path = file.full_path
+        self._read = 0  # lines
+        self._row_length = 0  # characters of the current row
+        self.first_line = 1
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._lines)
+        self._read += 1
+        self._row_length += len(line)
+        if self._row_length > limits.MAX_RECORD_BYTES:
+            fix = "a quote that is opened there is probably never closed: close or double it"
+            raise limits.record_too_long(self.where, fix)
+        return line
+
+    @property
+    def where(self) -> str:
+        return f"{self._path} line {self.first_line}"
+
+    def start_row(self) -> None:
+        """Note that a row is complete."""
+        self.first_line = self._read + 1
+        self._row_length = 0
 
 
 def _read_csv(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord]:
     """Yield the rows of a csv file; its first line names the fields."""
-    csv.field_size_limit(MAX_LINE_BYTES)
+    csv.field_size_limit(limits.MAX_RECORD_BYTES)
     text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
-    rows = csv.reader(_bounded_lines(text, file), strict=True)
+    lines = _RowLines(text, file)
+    rows = csv.reader(lines, strict=True)
     try:
         names = next(rows, [])
+        lines.start_row()
         for row in rows:
             where = f"{file.full_path} line {rows.line_num}"
             if len(row) == len(names):
@@ -168,17 +194,20 @@ def _read_csv(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord]:
                     f"the row has {len(row)} fields",
                     where=where,
                     expected=f"{len(names)} fields, as in line 1",
+                    fix="quote fields that contain commas or line breaks, double the quotes inside them, "
+                    "and separate fields by commas",
                 )
+            lines.start_row()
     except csv.Error as error:
         raise UserError(
-            f"not csv ({error})", where=f"{file.full_path} line {rows.line_num}"
+            f"not csv ({error})",
+            where=lines.where,
+            expected="fields separated by commas; quotes inside a quoted field are doubled",
+            fix="close or double the quotes of the row that starts there",
         ) from None
     except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise UserError(
-            f"byte 0x{byte:02x} is not UTF-8",
-            where=f"{file.full_path} after line {rows.line_num}",
-        ) from None
+        where = f"{file.full_path} after line {rows.line_num}"
+        raise not_utf8(error.object, error, where) from None
 
 
 def _read_table(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord]:
@@ -204,8 +233,13 @@ def _read_table(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord]:
                 yield SourceRecord(row, f"{file.full_path} row {number}")
     except pyarrow.ArrowInvalid as error:
         raise UserError(
-            f"not a valid {file.format} file ({error})", where=str(file.full_path)
+            f"not a valid {file.format} file ({error})",
+            where=str(file.full_path),
+            fix="copy or download it again",
         ) from None
+    except UnicodeDecodeError as error:
+        where = f"{file.full_path} after row {number}"
+        raise not_utf8(error.object, error, where) from None
 
 
 def _arrow_batches(stream: IO[bytes], pyarrow: Any) -> Iterator[Any]:
@@ -219,44 +253,21 @@ def _arrow_batches(stream: IO[bytes], pyarrow: Any) -> Iterator[Any]:
             yield reader.get_batch(number)
 
 
-class _PrefixedStream:
-    """A stream with bytes put back in front."""
-
-    def __init__(self, prefix: bytes, stream: IO[bytes]) -> None:
-        self._prefix = prefix
-        self._stream = stream
-
-    def read(self, size: int = -1) -> bytes:
-        if size == 0:
-            return b""
-        prefix = self._prefix
-        self._prefix = b""
-        return prefix or self._stream.read(size)
-
-
 def _decode(line: bytes, where: str) -> str:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        found = f"byte 0x{line[error.start]:02x} is not UTF-8"
-        fix = "convert the file: iconv -f ENCODING -t UTF-8"
-        for start, (kind, fix_of_kind) in OTHER_FORMATS.items():
-            if line.startswith(start):
-                found += f": the file is {kind}"
-                fix = fix_of_kind
-        raise UserError(
-            found,
-            where=f"{where} byte {error.start}",
-            expected="text in UTF-8",
-            fix=fix,
-        ) from None
+        raise not_utf8(line, error, f"{where} byte {error.start}") from None
 
 
 def _parse_json(line: bytes, where: str) -> Any:
     try:
         return orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        _decode(line, where)  # bytes that are no text have a clearer message
+        _decode(line, where)
+        # orjson has its own limit of nesting, which is above ours.
+        if "recursion" in str(error).lower():
+            raise limits.record_too_deep(where) from None
         raise UserError(
             f"the line is not JSON ({error})",
             where=where,
@@ -266,11 +277,11 @@ def _parse_json(line: bytes, where: str) -> Any:
 
 
 def _json_advice(line: bytes) -> str:
-    """Return how to fix what Python's json writes and reads although JSON has it not; "" for another defect."""
+    """Return how to fix what Python's json writes and reads although JSON has it not; or another defect."""
     try:
         json.loads(line)
     except (ValueError, RecursionError):
-        return ""
+        return "correct the line; if the file is one JSON list, name it .json"
     return "write null for NaN and Infinity, and no half of a surrogate pair: JSON has neither"
 
 
@@ -302,5 +313,6 @@ def record_text(record: SourceRecord, field: str) -> str:
             f"the field {field!r} is of type {json_kind(text)}",
             where=record.where,
             expected="a string",
+            fix="name the field that holds the text: --text-field NAME",
         )
     return text

@@ -23,15 +23,19 @@ from evomesh.data.records.source_files import (
 from evomesh.data.records.splits import (
     ALL_SPLITS,
     HELD_OUT_KINDS,
+    SHARD_NAME,
     choose_split,
     read_saved_splits,
     split_kind,
     split_of,
+    usual_name,
 )
 from evomesh.data.token_files.folders import check_folder
 from evomesh.errors import UserError
 
 WINDOW = 1024  # rows that are shuffled among themselves
+WINDOW_CHARS = 1 << 28  # of a window's texts, which are in memory together
+PREFERRED = ("parquet", "arrow", "json", "csv", "txt")  # among equally many files
 
 
 def _find_folder(name: str, key: str) -> Path:
@@ -71,6 +75,27 @@ def find_split_files(
     """
     # 1. The files below the folder that belong to the subset.
     root = _find_folder(folder, key)
+    names = _list_names(root, key)
+    files = list(names) if subset is None else _select_subset(names, subset, root)
+
+    # 2. Those of the split.
+    split_of_file = _find_splits(files, names, subset, split, root)
+    splits = sorted(set(split_of_file.values()))
+    chosen = choose_split(splits, split, purpose, root)
+    selected = [
+        file for file, name in split_of_file.items() if chosen in (name, ALL_SPLITS)
+    ]
+
+    # 3. Those of one format, and what a user might not expect of the choice.
+    selected, warnings = _choose_format(selected, root)
+    if purpose == "train" and split is None:
+        split_of_name = {names[file]: name for file, name in split_of_file.items()}
+        warnings += _warn_left_out(split_of_name, chosen)
+    return selected, warnings
+
+
+def _list_names(root: Path, key: str) -> dict[SourceFile, Path]:
+    """Return the files below a folder with their names relative to it."""
     names = {file: file.full_path.relative_to(root) for file in list_source_files(root)}
     if not names:
         raise UserError(
@@ -78,24 +103,7 @@ def find_split_files(
             where=key,
             expected=f"{', '.join(FORMATS)} files, or .tar, .tar.gz or .zip archives of them",
         )
-    files = list(names) if subset is None else _select_subset(names, subset, root)
-
-    # 2. Those of the split.
-    saved = read_saved_splits(root)
-    split_of_file = {file: split_of(names[file], saved) for file in files}
-    chosen = choose_split(sorted(set(split_of_file.values())), split, purpose, root)
-    selected = [file for file in files if chosen in (split_of_file[file], ALL_SPLITS)]
-
-    # 3. What a user might not expect of the choice.
-    warnings = _warn_mixed_formats(selected, root)
-    if purpose == "train" and split is None:
-        left_out = {
-            names[file]: split_of_file[file]
-            for file in files
-            if split_of_file[file] != chosen
-        }
-        warnings += _warn_left_out(left_out, chosen)
-    return selected, warnings
+    return names
 
 
 def _select_subset(
@@ -123,23 +131,77 @@ def _select_subset(
     )
 
 
-def _warn_mixed_formats(files: Sequence[SourceFile], root: Path) -> list[str]:
-    counts = Counter(file.format for file in files)
+def _find_splits(
+    files: Sequence[SourceFile],
+    names: Mapping[SourceFile, Path],
+    subset: str | None,
+    wanted: str | None,
+    root: Path,
+) -> dict[SourceFile, str]:
+    """Return the files that make up the dataset, each with its split: the shards of the Hub's layout, else all.
+
+    Args:
+        wanted: a split that the user named; where no shard is of it, other files may be.
+    """
+    saved = read_saved_splits(root)
+    every = {file: split_of(names[file], saved) for file in files}
+    shards = {
+        file: name for file, name in every.items() if _is_shard(names[file], subset)
+    }
+    if wanted is not None and usual_name(wanted) not in shards.values():
+        return every
+    return shards or every
+
+
+def _is_shard(name: Path, subset: str | None) -> bool:
+    """Return whether a file is a shard of the Hub's layout, ``data/SPLIT-00000-of-00002.parquet``.
+
+    Where a folder has such shards, they are the dataset, and what is beside them is not:
+    copies in other formats, archives of the same texts, readmes.
+    """
+    tops = [Path("data")]
+    if subset is not None:
+        tops.append(Path(subset) / "data")
+    return name.parent in tops and SHARD_NAME.match(name.name) is not None
+
+
+def _choose_format(
+    files: Sequence[SourceFile], root: Path
+) -> tuple[list[SourceFile], list[str]]:
+    """Return the files of the most frequent format, as ``datasets`` does, and a warning if there are others.
+
+    What is inside an archive was put there together, and is all read.
+    """
+    counts = Counter(_reader(file) for file in files if file.member is None)
     if len(counts) < 2:
-        return []
-    listed = ", ".join(f"{counts[format]} {format}" for format in sorted(counts))
-    return [
-        f"{root} mixes formats ({listed}); all of them are read; set data.subset_name to choose one"
-    ]
+        return list(files), []
+
+    def rank(reader: str) -> tuple[int, int]:
+        return counts[reader], -PREFERRED.index(reader)
+
+    main = max(counts, key=rank)
+    listed = ", ".join(f"{counts[reader]} {reader}" for reader in sorted(counts))
+    warning = (
+        f"{root} mixes formats ({listed}); only the {main} files are read; "
+        "set data.subset_name to choose another"
+    )
+    kept = [file for file in files if file.member or _reader(file) == main]
+    return kept, [warning]
 
 
-def _warn_left_out(left_out: Mapping[Path, str], chosen: str) -> list[str]:
+def _reader(file: SourceFile) -> str:
+    """Return the format, or "json" for both kinds of JSON, which make up one dataset."""
+    return "json" if file.format == "jsonl" else file.format
+
+
+def _warn_left_out(split_of_name: Mapping[Path, str], chosen: str) -> list[str]:
     """Name the files that training does not read.
 
     Args:
-        left_out: split of each of these files.
+        split_of_name: split of each file.
         chosen: the split that is read.
     """
+    left_out = {name: split for name, split in split_of_name.items() if split != chosen}
     warnings = []
     unnamed = [name for name, split in left_out.items() if not split_kind(split)]
     if unnamed:
@@ -219,7 +281,7 @@ class RowStream:
         found_text = cursor.window > 0
         while True:
             rows = self._rows(cursor.file, cursor.row)
-            while block := list(islice(rows, WINDOW)):
+            while block := self._take_window(rows):
                 window = self._shuffle(block, cursor)
                 found_text = found_text or any(window.texts)
                 yield window
@@ -230,6 +292,19 @@ class RowStream:
                 )
             cursor = RowCursor(n=cursor.n, epoch=cursor.epoch + 1)
             found_text = False
+
+    def _take_window(
+        self, rows: Iterator[tuple[SourceRecord, int, int]]
+    ) -> list[tuple[SourceRecord, int, int]]:
+        """Return the next rows: ``WINDOW``, or fewer where their texts are very long."""
+        block = []
+        chars = 0
+        for row in islice(rows, WINDOW):
+            block.append(row)
+            chars += _text_length(row[0], self.field)
+            if chars >= WINDOW_CHARS:
+                break
+        return block
 
     def _shuffle(
         self, block: Sequence[tuple[SourceRecord, int, int]], cursor: RowCursor
@@ -271,6 +346,13 @@ class RowStream:
                 fix = 'name the text column: data.content_name="..."'
                 raise UserError(error.found, where=error.where, fix=fix) from None
             raise
+
+
+def _text_length(record: SourceRecord, field: str) -> int:
+    """Return the number of characters of a record's text, 0 where it has none."""
+    value = record.value
+    text = value.get(field) if isinstance(value, dict) else value
+    return len(text) if isinstance(text, str) else 0
 
 
 def read_records_from(

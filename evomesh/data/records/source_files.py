@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import glob
 import os
-import shutil
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import IO, cast
+from typing import IO
 
 import zstandard
 
@@ -25,21 +24,31 @@ from evomesh.data.records.archives import (
     open_members,
 )
 from evomesh.data.records.decompress import decompress
+from evomesh.data.records.encodings import UTF8, check_encoding, recode
+from evomesh.data.records.limits import UnpackLimitError, unpack_limit, unpacks_too_far
+from evomesh.data.records.spill import spilled
 from evomesh.errors import UserError
+from evomesh.outside_errors import fix_for
 
 FORMATS = ("txt", "json", "jsonl", "csv", "parquet", "arrow")
 TABLE_FORMATS = ("parquet", "arrow")  # their readers seek
 COMPRESSIONS = ("gz", "zst")
-# of Hugging Face folders
+# Of Hugging Face folders: about the dataset, or a tokenizer and model beside it.
 METADATA_FILES = (
     "dataset_info.json",
     "dataset_dict.json",
     "dataset_infos.json",
     "state.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
 )
+HIDDEN = (".", "__")  # first letters of folders
 FINGERPRINT_SUFFIX = ".bin.json"  # beside token files
 APPLE_DOUBLE_PREFIX = "._"  # macOS stores the attributes of x as "._x" in archives
-COPY_SIZE = 1 << 20
 READ_ERRORS = (OSError, EOFError, zlib.error, zipfile.BadZipFile, zstandard.ZstdError)
 
 
@@ -52,12 +61,14 @@ class SourceFile:
         format: one of ``FORMATS``.
         compression: one of ``COMPRESSIONS``, or "".
         member: the member of the archive ``path``; None: ``path`` itself is the file.
+        encoding: of a text file.
     """
 
     path: Path
     format: str
     compression: str
     member: ArchiveMember | None = None
+    encoding: str = UTF8
 
     @property
     def full_path(self) -> Path:
@@ -69,28 +80,59 @@ class SourceFile:
         """Return the file's bytes; of an archive's member, those after unpacking the archive."""
         return self.member.size if self.member else self.path.stat().st_size
 
+    @property
+    def packed_size(self) -> int:
+        """Return the bytes that the file takes on the disk, which limit what it may unpack to."""
+        return self.member.packed if self.member else self.path.stat().st_size
 
-def find_source_files(inputs: list[str]) -> list[SourceFile]:
+    def unpacks_too_far(self, where: str = "") -> UserError:
+        """Return the error for a file that unpacks to more than its limit."""
+        return unpacks_too_far(where or str(self.full_path), self.packed_size)
+
+
+def find_source_files(inputs: list[str], encoding: str = UTF8) -> list[SourceFile]:
     """Find the files that paths, globs and folders name; archives are treated as folders.
 
-    Folders are walked in sorted order. A file appears once per mention.
+    Folders are walked in sorted order.
+
+    Args:
+        encoding: of the text files.
 
     Raises:
-        UserError: an input matches nothing, a file's format is unknown, or an archive is damaged.
+        UserError: an input matches nothing, a file's format or the encoding is unknown, an archive is damaged, or two
+            inputs name the same file, whose documents would be there twice.
     """
+    encoding = check_encoding(encoding, "--encoding")
     found: list[SourceFile] = []
-    for item in inputs:
-        path = expand_home(item)
-        if path.is_dir():
-            inside = list_source_files(path)
-            if not inside:
+    named_by: dict[str, int] = {}  # real path of a file -> number of the input
+    for number, item in enumerate(inputs):
+        files = _find_input(item)
+        for real_path in {os.path.realpath(file.path) for file in files}:
+            first = named_by.setdefault(real_path, number)
+            if first != number:
                 raise UserError(
-                    f"no {', '.join(FORMATS)} file below {path}", where="input"
+                    f"the file is named twice, by {inputs[first]} and by {item}",
+                    where=real_path,
+                    expected="every file once",
+                    fix=f"remove {item}, or narrow one of the two",
                 )
-            found += inside
-        else:
-            found += _match_files(item, path)
-    return found
+        found += files
+    return [replace(file, encoding=encoding) for file in found]
+
+
+def _find_input(item: str) -> list[SourceFile]:
+    """Return the files that one path, glob or folder names."""
+    path = expand_home(item)
+    if not path.is_dir():
+        return _match_files(item, path)
+    inside = list_source_files(path)
+    if not inside:
+        raise UserError(
+            f"no {', '.join(FORMATS)} file below {path}",
+            where="input",
+            fix="name the folder that holds them, or a file",
+        )
+    return inside
 
 
 def _match_files(item: str, pattern: Path) -> list[SourceFile]:
@@ -124,16 +166,18 @@ def _match_files(item: str, pattern: Path) -> list[SourceFile]:
 
 
 def list_source_files(folder: Path) -> list[SourceFile]:
-    """List all input files below a folder, in sorted order; files of unknown formats are ignored.
+    """List all input files below a folder, in sorted order; hidden ones and unknown formats are ignored.
 
     Raises:
         UserError: an archive is damaged, or of a kind that is not supported.
     """
     found: list[SourceFile] = []
     for directory, folders, names in os.walk(folder, followlinks=True):
-        folders.sort()
+        # As datasets does: .git, .cache and what editors leave are no data.
+        folders[:] = sorted(name for name in folders if not name.startswith(HIDDEN))
         for name in sorted(names):
-            found += _source_files_at(Path(directory) / name)
+            if not name.startswith("."):
+                found += _source_files_at(Path(directory) / name)
     return found
 
 
@@ -189,8 +233,8 @@ def open_files(
     for (path, is_plain), group in groupby(files, key=path_and_kind):
         if is_plain:
             for file in group:
-                with _open(path) as raw:
-                    yield file, decompress(raw, file.compression), raw
+                with _open(path) as raw, _readable(file, raw) as stream:
+                    yield file, stream, raw
         else:
             yield from _open_archived(path, list(group))
 
@@ -200,14 +244,37 @@ def _open_archived(
 ) -> Iterator[tuple[SourceFile, IO[bytes], IO[bytes]]]:
     members = [file.member for file in files if file.member]
     for file, raw in zip(files, open_members(archive, members), strict=True):
-        # Tables are read with seeks, which are slow in compressed bytes; only plain tar
-        # stores members as they are.
-        if file.format in TABLE_FORMATS and archive_kind(archive) != "tar":
-            with tempfile.TemporaryFile() as copy:
-                _copy(raw, copy, file)
-                yield file, cast(IO[bytes], copy), raw
-        else:
-            yield file, decompress(raw, file.compression), raw
+        with _readable(file, raw) as stream:
+            yield file, stream, raw
+
+
+@contextmanager
+def _readable(file: SourceFile, raw: IO[bytes]) -> Iterator[IO[bytes]]:
+    """Yield the stream that the reader of the file's format needs: decompressed, in UTF-8, for tables seekable."""
+    stream = decompress(raw, file.compression, file.packed_size)
+    if file.format not in TABLE_FORMATS:
+        yield recode(stream, file.encoding, str(file.full_path))
+        return
+    # Tables are read with seeks, which are slow in compressed bytes or impossible; plain
+    # tar alone stores members as they are.
+    is_packed = file.member is not None and archive_kind(file.path) != "tar"
+    if not is_packed and not file.compression:
+        yield raw
+        return
+    with ExitStack() as stack:
+        try:
+            size = max(file.size, unpack_limit(file.packed_size))
+            where = str(file.full_path)
+            copy = stack.enter_context(spilled(stream, size, where))
+        except UnpackLimitError:
+            raise file.unpacks_too_far() from None
+        except READ_ERRORS as error:
+            raise UserError(
+                f"cannot read the file: {error}",
+                where=where,
+                fix="copy or download it again",
+            ) from None
+        yield copy
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -218,19 +285,12 @@ def _open(path: Path) -> IO[bytes]:
                 "not a regular file",
                 where=str(path),
                 expected="a regular file (it may be compressed)",
+                fix="write what it yields to a file first",
             )
         return path.open("rb")
     except OSError as error:
         raise UserError(
-            f"cannot read the file: {error.strerror}", where=str(path)
+            f"cannot read the file: {error.strerror}",
+            where=str(path),
+            fix=fix_for(error.errno),
         ) from None
-
-
-def _copy(source: IO[bytes], target: IO[bytes], file: SourceFile) -> None:
-    try:
-        shutil.copyfileobj(source, target, COPY_SIZE)
-    except READ_ERRORS as error:
-        raise UserError(
-            f"cannot read the file: {error}", where=str(file.full_path)
-        ) from None
-    target.seek(0)

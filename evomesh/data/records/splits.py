@@ -18,8 +18,9 @@ SPLIT_WORDS = {
     "valid": "validation",
     "val": "validation",
     "dev": "validation",
-    "eval": "validation",
     "test": "test",
+    "eval": "test",
+    "evaluation": "test",
     "testing": "test",
 }
 SHARD_NAME = re.compile(
@@ -50,7 +51,7 @@ def split_of(name: Path, saved: dict[Path, list[str]]) -> str:
     # 2. Hugging Face repositories name the shards of a split after it.
     shard = SHARD_NAME.match(name.name)
     if shard and "data" in name.parts[:-1]:
-        return SPLIT_WORDS.get(shard[1].lower(), shard[1])
+        return usual_name(shard[1])
     # 3. Otherwise a word in the path decides, the innermost first.
     for part in reversed(name.parts):
         kind = split_kind(part)
@@ -82,12 +83,20 @@ def choose_split(
     key = "data.split_name" if purpose == "train" else "data.valid_split_name"
     names = [name for name in splits if name]
     if wanted is not None:
+        if wanted == "train" and _is_unnamed_training(splits):
+            return ""
         return _find_split(names, wanted, key, folder)
     candidates = _candidates(splits, purpose)
     if len(candidates) == 1:
         return candidates[0]
 
-    # No candidate is left where training finds nothing but held-out files.
+    raise _ambiguous(candidates, names, key, folder)
+
+
+def _ambiguous(
+    candidates: Sequence[str], names: Sequence[str], key: str, folder: Path
+) -> UserError:
+    """Return the error for a folder with several candidates, or with none: it has only held-out files."""
     if candidates:
         listed = ", ".join(name or "files that name no split" for name in candidates)
         found = f"{folder} has several candidate splits: {listed}"
@@ -95,7 +104,7 @@ def choose_split(
         found = f"{folder} has only held-out files"
     examples = [name for name in (*candidates, *names) if name]
     example = examples[0] if examples else ALL_SPLITS
-    raise UserError(
+    return UserError(
         found,
         where=key,
         expected=f"one of {', '.join(names)}, or {ALL_SPLITS!r} for every file",
@@ -103,9 +112,19 @@ def choose_split(
     )
 
 
+def usual_name(split: str) -> str:
+    """Return "train", "validation" or "test" for a word that means one of them, else the name itself."""
+    return SPLIT_WORDS.get(split.lower(), split)
+
+
+def _is_unnamed_training(splits: Sequence[str]) -> bool:
+    """Return whether the files that name no split are the training split, as ``datasets`` calls them."""
+    return "" in splits and all(split_kind(name) != "train" for name in splits)
+
+
 def _find_split(names: Sequence[str], wanted: str, key: str, folder: Path) -> str:
     """Return the split that a user named, possibly by another word for it ("dev" for "validation")."""
-    name = wanted if wanted in names else SPLIT_WORDS.get(wanted.lower(), wanted)
+    name = wanted if wanted in names else usual_name(wanted)
     if name in names or wanted == ALL_SPLITS:
         return name
     choices = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -258,12 +259,14 @@ class BinDataset:
         """Number of blocks of the file."""
         return -(-len(self) // self.block)
 
-    def check(self, count: int) -> tuple[int, int]:
+    def check(self, count: int, *, crosses_documents: bool = False) -> tuple[int, int]:
         """Read ``count`` of the ``blocks``, evenly spaced, so that what ``read`` refuses is refused now.
 
+        Args:
+            crosses_documents: a document's first token may be the target of the token before it.
+
         Returns:
-            The number of tokens read, and of those among them that can be targets: positive ids
-            after the first of a document, which nothing predicts.
+            The number of tokens read, and of those among them that can be targets.
 
         Raises:
             UserError: as ``read``; or the whole file was read, and it has no target.
@@ -273,14 +276,11 @@ class BinDataset:
             start = number * self.block
             stop = min(start + self.block, len(self))
             ids = self.read(np.arange(start, stop))
-            is_target = ids > 0
-            lengths = self.lengths[start:stop].astype(np.int64)
-            first_tokens = np.cumsum(lengths) - lengths
-            is_target[first_tokens[lengths > 0]] = False
             tokens += len(ids)
-            targets += int(is_target.sum())
+            lengths = None if crosses_documents else self.lengths[start:stop]
+            targets += count_targets(ids, lengths)
         if tokens == self.kept_tokens and tokens and not targets:
-            raise _without_target(tokens, str(self.path))
+            raise without_target(tokens, str(self.path))
         return tokens, targets
 
     def _map(self) -> memoryview:
@@ -395,11 +395,31 @@ def evenly_spaced(total: int, count: int) -> NDArray[np.int64]:
     return np.unique(np.linspace(0, total - 1, min(count, total)).astype(np.int64))
 
 
-def check_sources(sources: Sequence[DocumentSource]) -> None:
+def count_targets(ids: TokenArray, lengths: NDArray[np.integer] | None = None) -> int:
+    """Return how many ids of documents can be targets: the positive ones.
+
+    Args:
+        ids: of the documents, one after the other.
+        lengths: of the documents; a document's first token is then no target, since nothing in it comes before. None:
+            every token has one before it.
+    """
+    is_target = ids > 0
+    if lengths is not None:
+        not_empty = lengths[lengths > 0]
+        is_target[_starts(not_empty)] = False
+    return int(is_target.sum())
+
+
+def check_sources(
+    sources: Sequence[DocumentSource], *, crosses_documents: bool = False
+) -> None:
     """Read token files before a run starts: completely if together they are small, else in evenly spaced blocks.
 
     The blocks find defects that occur throughout a file, such as another vocabulary or
     the meta of another file.
+
+    Args:
+        crosses_documents: as for ``BinDataset.check``.
 
     Raises:
         UserError: the first bad line or meta row that was read; training would have failed on it later. Or a file
@@ -412,15 +432,18 @@ def check_sources(sources: Sequence[DocumentSource]) -> None:
     tokens = targets = 0
     for file in files:
         due += file.blocks * share
-        tokens_of_file, targets_of_file = file.check(int(due))
+        tokens_of_file, targets_of_file = file.check(
+            int(due), crosses_documents=crosses_documents
+        )
         due -= int(due)
         tokens += tokens_of_file
         targets += targets_of_file
     if tokens and not targets:
-        raise _without_target(tokens, f"{len(files)} files, such as {files[0].path}")
+        raise without_target(tokens, f"{len(files)} files, such as {files[0].path}")
 
 
-def _without_target(tokens: int, where: str) -> UserError:
+def without_target(tokens: int, where: str) -> UserError:
+    """Return the error for documents that have no target."""
     return UserError(
         f"none of {tokens:,} tokens is a target: every id is negative (masked), 0, or the first of its document",
         where=where,
@@ -433,9 +456,12 @@ def _without_target(tokens: int, where: str) -> UserError:
 def check_file(path: Path) -> int:
     """Return the size in bytes of a token file, after checking that it exists and is neither empty nor compressed."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(6)
+        status = path.stat()
+        size = status.st_size
+        start = b""
+        if stat.S_ISREG(status.st_mode):  # opening a pipe would block forever
+            with path.open("rb") as file:
+                start = file.read(6)
     except OSError as error:
         raise UserError(
             f"cannot read the token file: {error.strerror}", where=str(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -17,7 +18,11 @@ from evomesh.data.token_files.lines import (
 )
 from evomesh.data.token_files.mapping import map_array
 from evomesh.data.token_files.meta import read_meta, rebuild
-from evomesh.data.token_files.part_files import open_part, remove_dead_parts
+from evomesh.data.token_files.part_files import (
+    open_part,
+    remove_dead_parts,
+    report_disk_errors,
+)
 from evomesh.errors import UserError
 
 BLOCK = 512  # lines parsed together
@@ -52,9 +57,11 @@ def write_cache(bin_path: Path) -> int:
     remove_dead_parts(cache_path(bin_path))
     part, locked = open_part(cache_path(bin_path))
     try:
-        flat = np.lib.format.open_memmap(
-            part, mode="w+", dtype=np.int32, shape=(total,)
-        )
+        # Written, not mapped: on a full disk a write is refused, while the first touch of
+        # a mapped page would kill the process.
+        header = {"descr": "<i4", "fortran_order": False, "shape": (total,)}
+        with report_disk_errors(cache_path(bin_path)):
+            np.lib.format.write_array_header_1_0(locked, header)
         filled = 0
         with bin_path.open("rb") as file:
             for first in range(0, len(lengths), BLOCK):
@@ -65,7 +72,8 @@ def write_cache(bin_path: Path) -> int:
                     tokens = _parse_one_by_one(
                         lines, declared.tolist(), bin_path, first
                     )
-                flat[filled : filled + len(tokens)] = tokens
+                with report_disk_errors(cache_path(bin_path)):
+                    locked.write(tokens.astype("<i4").tobytes())
                 filled += len(tokens)
         if filled != total:
             raise UserError(
@@ -73,12 +81,13 @@ def write_cache(bin_path: Path) -> int:
                 where=str(bin_path),
                 fix=rebuild(bin_path),
             )
-        flat.flush()
-        del flat
+        with report_disk_errors(cache_path(bin_path)):
+            locked.flush()
         os.replace(part, cache_path(bin_path))
     finally:
         part.unlink(missing_ok=True)
-        locked.close()
+        with suppress(OSError):  # a full disk fails again at close
+            locked.close()
     return total
 
 

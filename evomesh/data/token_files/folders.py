@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from evomesh.config.user import expand_home, user_name
 from evomesh.errors import UserError
+from evomesh.outside_errors import fix_for
 from evomesh.storage.atomic_file import write_atomically
 
 TREE = "folder/TYPE/.../NAME.bin with NAME.bin.meta beside it (TYPE: cn, en, code, ja, ar, kaoshi or any name)"
@@ -69,15 +72,65 @@ def find_bins(path: str) -> list[TokenFile]:
     """Return the token file at a path, or all below a folder, in walk order.
 
     Raises:
-        UserError: there is none below the folder.
+        UserError: there is nothing at the path, no token file, or no permission to read it.
     """
     root = expand_home(path)
-    if not root.is_dir():
-        return [TokenFile(root, str(root))]
-    files = list(walk(root, ".bin"))
-    if not files:
-        raise UserError("no .bin file below the folder", where=str(root))
-    return files
+    if root.is_dir():
+        check_folder(root, "PATH")
+        files = list(walk(root, ".bin"))
+        if not files:
+            raise UserError(
+                "no .bin file below the folder", where=str(root), expected=TREE
+            )
+        return files
+    try:
+        mode = root.stat().st_mode
+    except OSError as error:
+        raise UserError(
+            f"cannot read it: {error.strerror}",
+            where=str(root),
+            expected="a .bin file, or a folder with such files",
+            fix=fix_for(error.errno),
+        ) from None
+    # A pipe would block forever, and every file is read twice.
+    if not stat.S_ISREG(mode) or root.suffix != ".bin":
+        raise UserError(
+            "not a token file",
+            where=str(root),
+            expected="a regular file whose name ends in .bin, or a folder with such files",
+            fix="tokenize text into one: evomesh tokenize TEXT --output DIR/TYPE/NAME.bin --tokenizer T",
+        )
+    if not os.access(root, os.R_OK):
+        raise UserError(
+            "cannot read it: Permission denied",
+            where=str(root),
+            fix=fix_for(errno.EACCES),
+        )
+    return [TokenFile(root, str(root))]
+
+
+def group_sets(
+    files: Sequence[TokenFile], root_name: str
+) -> dict[str, list[TokenFile]]:
+    """Group files by set: one per folder, named after it, or by its path if two folders share a name.
+
+    Args:
+        root_name: name of the set of files that are in no folder.
+    """
+    folders = {PurePosixPath(file.name).parent for file in files}
+    folders_with_name = Counter(folder.name for folder in folders)
+
+    sets: dict[str, list[TokenFile]] = {}
+    for file in files:
+        folder = PurePosixPath(file.name).parent
+        if folder == PurePosixPath():
+            name = root_name
+        elif folders_with_name[folder.name] == 1:
+            name = folder.name
+        else:
+            name = folder.as_posix()
+        sets.setdefault(name, []).append(file)
+    return {name: sets[name] for name in sorted(sets)}
 
 
 def check_folder(folder: str | Path, key: str) -> Path:

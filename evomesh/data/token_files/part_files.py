@@ -16,10 +16,13 @@ import re
 import secrets
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Literal
 
 from evomesh.errors import UserError
+from evomesh.outside_errors import fix_for
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +47,9 @@ def open_part(path: Path) -> tuple[Path, IO[bytes]]:
             file = part.open("xb")
         except OSError as error:
             raise UserError(
-                f"cannot write there: {error.strerror}", where=str(path)
+                f"cannot write there: {error.strerror}",
+                where=str(path),
+                fix=fix_for(error.errno) or "write to another folder",
             ) from None
         # Another run may have taken it for a dead part, and removed it, before it was
         # locked.
@@ -109,3 +114,16 @@ def _lock(file: IO[bytes], *, wait: bool) -> LockState:
 
 def _host() -> str:
     return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
+
+
+@contextmanager
+def report_disk_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError of the disk into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write: {error.strerror}",
+            where=str(path),
+            fix=fix_for(error.errno) or "free space there, or write elsewhere",
+        ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,9 +13,14 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from evomesh.data.token_files.bin_dataset import check_file, evenly_spaced
+from evomesh.data.token_files.bin_dataset import (
+    check_file,
+    count_targets,
+    evenly_spaced,
+    without_target,
+)
 from evomesh.data.token_files.fingerprint import read_fingerprint
-from evomesh.data.token_files.folders import find_bins
+from evomesh.data.token_files.folders import TokenFile, find_bins, group_sets
 from evomesh.data.token_files.lines import (
     MAX_ID,
     BadLineError,
@@ -49,6 +55,7 @@ class FileScan:
         max_id: largest absolute id.
         zeros: number of ids 0.
         masked: number of negative ids.
+        targets: number of ids that can be targets where no target crosses documents.
     """
 
     path: Path
@@ -61,6 +68,7 @@ class FileScan:
     max_id: int = -1
     zeros: int = 0
     masked: int = 0
+    targets: int = 0
 
     @property
     def tokens(self) -> int:
@@ -87,6 +95,8 @@ def scan_file(path: Path, vocab_size: int | None = None) -> FileScan:
             scan.problems.append(f"{path}: {count - SHOWN} more {kind}")
     if not scan.refused[BROKEN]:
         _compare_meta(scan)
+        if scan.tokens and not scan.targets:
+            scan.problems.append(str(without_target(scan.tokens, str(path))))
     _find_repeats(scan)
     _compare_fingerprint(scan)
     if scan.zeros:
@@ -124,6 +134,7 @@ def _read_lines(scan: FileScan, vocab_size: int | None) -> None:
             is_masked = tokens < 0
             scan.zeros += int(is_zero.sum())
             scan.masked += int(is_masked.sum())
+            scan.targets += count_targets(tokens, counts)
             lengths.append(counts)
             hashes += map(xxhash.xxh3_64_intdigest, lines)
             sizes += map(len, lines)
@@ -175,6 +186,8 @@ def verify(
     vocab_size: int | None = None,
     tokenizer: Tokenizer | None = None,
     valid: str | None = None,
+    min_length: int = 0,
+    valid_min_length: int = 0,
 ) -> tuple[list[FileScan], list[str]]:
     """Scan a file or every file of a folder; return the scans and all problems.
 
@@ -183,19 +196,62 @@ def verify(
         vocab_size: ids at or above it are problems; None with a tokenizer: the tokenizer's.
         tokenizer: decodes samples to find JSON text that was tokenized by mistake.
         valid: file or folder of validation data that must share no document with ``path``.
+        min_length: documents with fewer tokens are left out of training.
+        valid_min_length: of validation.
+
+    Raises:
+        UserError: there is no token file at one of the paths, or one is in both.
     """
     if tokenizer is not None and vocab_size is None:
         vocab_size = tokenizer.vocab_size
-    scans = [scan_file(file.path, vocab_size) for file in find_bins(path)]
+    files = find_bins(path)
+    valid_files = find_bins(valid) if valid is not None else []
+    _refuse_shared_file(files, valid_files)
+
+    scans = [scan_file(file.path, vocab_size) for file in files]
     problems = []
     for scan in scans:
         problems += scan.problems
         if tokenizer is not None and not scan.problems:
             problems += _find_json_text(scan, tokenizer)
-    if valid is not None:
-        valid_scans = [scan_file(file.path) for file in find_bins(valid)]
-        problems += _find_overlap(scans, valid_scans)
+    problems += _find_short(path, scans, min_length)
+
+    # Each folder of validation data is a set, and needs a document that is long enough.
+    for name, members in group_sets(valid_files, str(valid)).items():
+        scans_of_set = [scan_file(file.path, vocab_size) for file in members]
+        for scan in scans_of_set:
+            problems += scan.problems
+        problems += _find_short(name, scans_of_set, valid_min_length)
+        problems += _find_overlap(scans, scans_of_set)
     return scans, problems
+
+
+def _refuse_shared_file(
+    files: Sequence[TokenFile], valid_files: Sequence[TokenFile]
+) -> None:
+    """Refuse a file that is training and validation data; every document of it would be reported."""
+    training = {os.path.realpath(file.path) for file in files}
+    for file in valid_files:
+        if os.path.realpath(file.path) in training:
+            raise UserError(
+                "the file is in PATH and in --valid",
+                where=str(file.path),
+                expected="training and validation data in separate folders",
+                fix="name the folder of the training data alone as PATH",
+            )
+
+
+def _find_short(name: str, scans: Sequence[FileScan], min_length: int) -> list[str]:
+    """Return a problem if no document of a set is long enough."""
+    if any(scan.refused[BROKEN] for scan in scans):
+        return []
+    lengths = np.concatenate([scan.lengths for scan in scans])
+    if not len(lengths) or int(lengths.max()) >= min_length:
+        return []
+    return [
+        f"{name}: none of {len(lengths):,} documents has the minimum length of {min_length} tokens, "
+        f"the longest has {int(lengths.max()):,}"
+    ]
 
 
 def _parse_tokens(line: bytes) -> TokenArray:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +18,11 @@ from evomesh.data.token_files.bin_dataset import BinDataset
 from evomesh.data.token_files.fingerprint import fingerprint_path, read_fingerprint
 from evomesh.data.token_files.lines import format_lines, largest_id
 from evomesh.data.token_files.meta import meta_path, read_meta, write_meta
-from evomesh.data.token_files.part_files import open_part, remove_dead_parts
+from evomesh.data.token_files.part_files import (
+    open_part,
+    remove_dead_parts,
+    report_disk_errors,
+)
 from evomesh.errors import UserError
 
 COPY_BYTES = 1 << 22  # bytes of an existing file copied at once
@@ -91,7 +94,7 @@ class BinWriter:
         self._lengths.append(np.array(lengths, np.int64))
         self._sizes.append(np.diff(newlines, prepend=-1))
         self._hash.update(blob)
-        with _report_disk_errors(self.path):
+        with report_disk_errors(self.path):
             self._file.write(blob)
         self.documents += len(documents)
         self.tokens += sum(lengths)
@@ -114,7 +117,12 @@ class BinWriter:
     def commit(self, facts: dict[str, Any]) -> dict[str, Any]:
         """Finish the three files and rename them into place; return the fingerprint: ``facts`` and the counts."""
         if not self.documents:
-            raise UserError("the input has no documents", where=str(self.path))
+            raise UserError(
+                "the input has no documents",
+                where=str(self.path),
+                expected="at least one",
+                fix="check the input: empty lines, an empty list or a header alone are no documents",
+            )
         lengths = np.concatenate(self._lengths)
         sizes = np.concatenate(self._sizes)
         record = facts | {
@@ -127,7 +135,7 @@ class BinWriter:
         # 1. Write all three files completely, under hidden names.
         meta = Path(f"{self._part}.meta")
         fingerprint = Path(f"{self._part}.json")
-        with _report_disk_errors(self.path):
+        with report_disk_errors(self.path):
             self._file.flush()
             os.fsync(self._file.fileno())
             write_meta(meta, np.cumsum(sizes) - sizes, lengths)
@@ -158,12 +166,13 @@ class BinWriter:
         with self.path.open("rb") as source:
             while block := source.read(COPY_BYTES):
                 self._hash.update(block)
-                with _report_disk_errors(self.path):
+                with report_disk_errors(self.path):
                     self._file.write(block)
                 last = block[-1:]
         if last != b"\n":  # files of other tools may lack the last newline
             self._hash.update(b"\n")
-            self._file.write(b"\n")
+            with report_disk_errors(self.path):
+                self._file.write(b"\n")
         # A line ends where the next one starts, the last one at the end of the file.
         offsets = rows[:, 0].astype(np.int64)
         self._sizes.append(np.diff(offsets, append=self._file.tell()))
@@ -191,16 +200,3 @@ class BinWriter:
             ends = np.cumsum(existing.lengths[start:stop])
             document = np.searchsorted(ends, tokens.argmax(), side="right")
             self.max_id_line = start + int(document) + 1
-
-
-@contextmanager
-def _report_disk_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError of the disk into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write: {error.strerror}",
-            where=str(path),
-            fix="free space there, or write elsewhere",
-        ) from None

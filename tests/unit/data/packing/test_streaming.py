@@ -231,7 +231,7 @@ def test_split_and_subset_are_chosen_by_name(tmp_path: Path) -> None:
     ]
     (folder / "train.txt").write_text("w5\n")
     assert (
-        "(3 jsonl, 1 txt); all of them are read; set data.subset_name"
+        "(3 json, 1 txt); only the json files are read; set data.subset_name"
         in find_split_files(str(folder), "k", None, "train")[1][0]
     )
     with zipfile.ZipFile(folder / "books.zip", "w") as archive:
@@ -553,3 +553,90 @@ def test_one_row_that_is_long_enough_is_enough(tmp_path: Path, tokenizer: Path) 
         build_train_data(config(folder, tokenizer, min_length=30), WORDS).stream(), 4
     )
     assert {token for batch in batches for row in batch for token in row} == {1, 9}
+
+
+@pytest.mark.parametrize(
+    ("lines", "options", "words"),
+    [
+        (["w2 w3", "w4", ""], {"valid_min_length": 5},
+         "none of 2 rows has data.valid_min_length=5 tokens, the longest has 3"),
+        (["unknown", "words"], {}, "none of 4 tokens is a target"),
+        ([""], {}, "no row contains any text"),
+    ],
+)  # fmt: skip
+def test_a_validation_set_of_text_without_anything_to_measure_is_refused(
+    tmp_path: Path,
+    tokenizer: Path,
+    lines: list[str],
+    options: dict[str, Any],
+    words: str,
+) -> None:
+    (tmp_path / "validation.txt").write_text("\n".join(lines) + "\n")
+    # Id 0 is never a target; without eos nothing else is in the documents.
+    made = Tokenizer.from_file(str(tokenizer))
+    if "unknown" in lines:
+        made = Tokenizer(models.WordLevel({"<unk>": 0, "w2": 1}, unk_token="<unk>"))
+        made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        lines[0] = lines[1] = "unknown words"
+        (tmp_path / "validation.txt").write_text("\n".join(lines) + "\n")
+    made.save(str(tmp_path / "tokenizer.json"))
+    found = config(tmp_path, tmp_path / "tokenizer.json", valid_folder=str(tmp_path))
+    with pytest.raises(UserError, match=words) as caught:
+        build_valid_data(found.model_copy(update=options), WORDS)
+    assert "data.valid_folder" in str(caught.value) or str(tmp_path) in str(
+        caught.value
+    )
+
+
+def test_training_on_text_without_a_target_ends_with_its_numbers(
+    tmp_path: Path,
+) -> None:
+    made = Tokenizer(models.WordLevel({"<unk>": 0, "w2": 1}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    (tmp_path / "tok").mkdir()
+    made.save(str(tmp_path / "tok/tokenizer.json"))
+    folder = write(tmp_path / "d", ["a b c", "w2", "d e"] * 20)
+    data = build_train_data(config(folder, tmp_path / "tok/tokenizer.json"), WORDS)
+    stream = data.stream()
+    with pytest.raises(UserError, match=r"none of \d+ tokens is a target"):
+        for _ in range(30):
+            next(stream)
+    stream.close()
+
+
+@covers("data.encoding")
+def test_text_in_another_encoding_gives_the_same_steps(
+    tmp_path: Path, tokenizer: Path
+) -> None:
+    plain = write(tmp_path / "a", [f"w{n} 你好 w{n + 1}" for n in range(2, 90)])
+    other = tmp_path / "b"
+    other.mkdir()
+    for path in plain.iterdir():
+        lines = path.read_text().splitlines()
+        text = "".join(
+            json.dumps(json.loads(line), ensure_ascii=False) + "\n" for line in lines
+        )
+        (other / path.name).write_bytes(text.encode("gb18030"))
+    expected = take(build_train_data(config(plain, tokenizer), WORDS).stream(), 4)
+    recoded = config(other, tokenizer, encoding="gb18030")
+    assert take(build_train_data(recoded, WORDS).stream(), 4) == expected
+    with pytest.raises(UserError, match=r"not UTF-8(.|\n)*data.encoding='gb18030'"):
+        next(build_train_data(config(other, tokenizer), WORDS).stream())
+    with pytest.raises(UserError, match="no encoding 'klingon'") as caught:
+        build_train_data(config(other, tokenizer, encoding="klingon"), WORDS)
+    assert caught.value.where == "data.encoding"
+
+
+def test_windows_of_very_long_texts_end_early(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write(tmp_path / "d", texts(60))
+    monkeypatch.setattr(rows_module, "WINDOW_CHARS", 100)
+    files, _ = find_split_files(str(folder), "k", None, "train")
+    windows = RowStream(files, "text", 0).windows(RowCursor())
+    found = [window for _, window in zip(range(30), windows, strict=False)]
+    lengths = [sum(map(len, window.texts)) for window in found]
+    assert max(lengths) < 200 and min(len(window.texts) for window in found) < 8
+    # A resume from any window continues with the next.
+    again = RowStream(files, "text", 0).windows(found[7].next_cursor)
+    assert [next(again).texts for _ in range(5)] == [w.texts for w in found[8:13]]

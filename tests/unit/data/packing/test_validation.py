@@ -105,13 +105,44 @@ def test_documents_have_no_minimum_length_by_default(
     write_bin: Any, tmp_path: Path
 ) -> None:
     write_bin([[1, 2]] * 5, "valid/en/a.bin")
-    write_bin([[1, 2]] * 5, "valid/cn/a.bin")
+    write_bin([[1, 2], [1, 2, 3]] * 5, "valid/cn/a.bin")
+    (every, _) = build_valid_data(config(tmp_path), 100)
+    assert len(every.sources[0].lengths) == 10
+    Path(tmp_path / "valid/en/a.bin").rename(tmp_path / "a.bin")
+    Path(tmp_path / "valid/en/a.bin.meta").unlink()
+    (long,) = build_valid_data(config(tmp_path, valid_min_length=3), 100)
+    assert long.sources[0].lengths.tolist() == [3] * 5
+
+
+def test_a_set_without_a_document_that_is_long_enough_is_refused(
+    write_bin: Any, tmp_path: Path
+) -> None:
+    write_bin([[1, 2]] * 5, "valid/en/a.bin")
+    write_bin([[1, 2]] * 3, "valid/cn/a.bin")
     write_bin([[1, 2, 3]] * 5, "valid/ar/a.bin")
-    assert len(build_valid_data(config(tmp_path), 100)) == 3
-    assert [
-        found.name
-        for found in build_valid_data(config(tmp_path, valid_min_length=3), 100)
-    ] == ["ar"]
+    with pytest.raises(UserError) as caught:
+        build_valid_data(config(tmp_path, valid_min_length=3), 100)
+    assert (
+        "none of the 3 documents of the validation set cn has data.valid_min_length=3 tokens, the longest has 2"
+        in caught.value.found
+    )
+    assert caught.value.where == "data.valid_folder" and caught.value.fix
+
+
+@pytest.mark.parametrize(
+    "documents", [[[5]] * 4, [[-5, -6, -7]] * 4, [[3, -4], [2], [9, 0]], [[0, 0]]]
+)
+def test_a_set_without_a_target_is_refused(
+    write_bin: Any, tmp_path: Path, documents: list[list[int]]
+) -> None:
+    write_bin(documents, "valid/en/a.bin")
+    write_bin([[1, 2]] * 5, "valid/cn/a.bin")
+    assert not pairs_of(documents, 8)
+    tokens = sum(map(len, documents))
+    with pytest.raises(
+        UserError, match=f"en/a.bin: none of {tokens} tokens is a target"
+    ):
+        build_valid_data(config(tmp_path), 100)
 
 
 def test_without_a_folder_the_set_is_synthetic() -> None:

@@ -318,7 +318,8 @@ def test_empty_and_skippable_zstandard_frames_are_read(
         + skipped
     )
     (tmp_path / "a.jsonl.zst").write_bytes(compressed)
-    with decompress((tmp_path / "a.jsonl.zst").open("rb"), "zst") as stream:
+    packed = (tmp_path / "a.jsonl.zst").open("rb")
+    with decompress(packed, "zst", len(compressed)) as stream:
         assert stream.read() == raw
 
 
@@ -365,7 +366,24 @@ def test_full_disk_is_reported_without_traceback(tmp_path: Path, bpe: Path) -> N
     )
     assert ended.returncode == 2, ended.stderr
     assert (
-        "out/a.bin: cannot write: File too large" in ended.stderr
+        "out/a.bin: cannot write: File too large\n  fix: raise the limit of file sizes"
+        in ended.stderr
         and "Traceback" not in ended.stderr
     )
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_file_that_two_inputs_name_is_refused(tmp_path: Path, bpe: Path) -> None:
+    (tmp_path / "d").mkdir()
+    path = write_jsonl(tmp_path / "d/a.jsonl", TEXTS)
+    (tmp_path / "link.jsonl").symlink_to(path)
+    twice = [
+        [str(path), str(path)],
+        [str(tmp_path / "d"), str(path)],
+        [str(tmp_path / "d/*.jsonl"), str(tmp_path / "d/../d/a.jsonl")],
+        [str(tmp_path / "link.jsonl"), str(path)],
+    ]
+    for inputs in twice:
+        with pytest.raises(UserError, match="named twice, by") as caught:
+            tokenize(inputs, tmp_path / "a.bin", bpe)
+        assert inputs[1] in caught.value.fix

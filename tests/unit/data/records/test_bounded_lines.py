@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from evomesh.data.records import reader
+from evomesh.data.records import limits
 from evomesh.data.records.reader import read_raw_lines, read_records
 from evomesh.data.records.source_files import find_source_files, open_files
 from evomesh.errors import UserError
@@ -23,7 +23,7 @@ LIMIT = 1 << 16
 def test_an_endless_line_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, read: object
 ) -> None:
-    monkeypatch.setattr(reader, "MAX_LINE_BYTES", LIMIT)
+    monkeypatch.setattr(limits, "MAX_RECORD_BYTES", LIMIT)
     content = b"text\n" * (".csv" in name) + b"{" + b" " * (64 * LIMIT)
     packed = {".gz": gzip.compress, ".zst": zstandard.compress}.get(
         Path(name).suffix, bytes
@@ -31,5 +31,5 @@ def test_an_endless_line_is_refused(
     (tmp_path / name).write_bytes(packed)
     (file,) = find_source_files([str(tmp_path / name)])
     for source, opened, _ in open_files([file]):
-        with pytest.raises(UserError, match="the line is longer than 0 MiB"):
+        with pytest.raises(UserError, match="the record is longer than 65,536 bytes"):
             list(read(opened, source))  # type: ignore[operator]

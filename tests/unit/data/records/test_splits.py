@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from evomesh.data.records.reader import read_records, record_text
 from evomesh.data.records.rows import find_split_files
+from evomesh.data.records.source_files import open_files
 from evomesh.errors import UserError
 
 
@@ -80,3 +83,63 @@ def test_training_warns_of_files_whose_names_mark_them_as_held_out(
     ]
     assert find_split_files(str(tmp_path), "k", None, "train", "all")[1] == []
     assert find_split_files(str(tmp_path), "k", None, "valid")[1] == []
+
+
+TREES = {
+    "shards": "data/train-00000-of-00002 data/train-00001-of-00002 data/test-00000-of-00001 train.jsonl extra/a.jsonl",
+    "custom splits": "data/train-00000-of-00001 data/train_gen-00000-of-00001 data/test_sft-00000-of-00001 more.txt",
+    "beside parquet": "train.parquet README.md notes.txt .cache/x.txt",
+    "copies in other formats": "TinyV2-train.txt Tiny-train.txt Tiny-valid.txt data/train-00000-of-00001-ab.parquet "
+    "data/validation-00000-of-00001-ab.parquet",
+    "most frequent": "a.jsonl b.jsonl c.json d.txt e.txt",
+    "equally frequent": "a.txt b.parquet",
+    "folders": "train/a.jsonl train/b.jsonl valid/a.jsonl eval/c.jsonl",
+    "words": "my-train.jsonl my_dev.jsonl my.eval.jsonl",
+    "hidden": ".git/a.jsonl __MACOSX/b.jsonl c.jsonl .d.jsonl",
+    "no split": "x/a.jsonl y/b.jsonl",
+}
+
+
+def write_tree(root: Path, names: str) -> None:
+    """Write files that hold their own names, in the format that the name ends with (parquet without one)."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for name in names.split():
+        path = root / name
+        if not path.suffix or "-of-" in path.suffix:
+            path = path.with_name(f"{path.name}.parquet")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".parquet":
+            table = pyarrow.table({"text": [name]})
+            parquet.write_table(table, path)
+        elif path.suffix == ".json":
+            path.write_text(json.dumps([{"text": name}]))
+        elif path.suffix == ".jsonl":
+            path.write_text(json.dumps({"text": name}) + "\n")
+        else:
+            path.write_text(name)
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_the_files_are_those_that_datasets_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tree: str
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    write_tree(tmp_path / "d", TREES[tree])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    loaded = datasets.load_dataset(str(tmp_path / "d"), cache_dir=str(tmp_path / "c"))
+    for purpose, split in (("train", "train"), ("valid", "validation")):
+        if split not in loaded:
+            continue
+        files, _ = find_split_files(str(tmp_path / "d"), "k", None, purpose, split)
+        found = []
+        for opened, stream, _ in open_files(files):
+            for record in read_records(stream, opened):
+                found.append(record_text(record, "text"))
+        assert sorted(found) == sorted(loaded[split]["text"])
+
+
+def test_shards_of_a_subset_win_inside_it(tmp_path: Path) -> None:
+    write_tree(tmp_path, "en/data/train-00000-of-00001 en/copy.txt fr/a.txt")
+    files, _ = find_split_files(str(tmp_path), "k", "en", "train")
+    assert [file.format for file in files] == ["parquet"]

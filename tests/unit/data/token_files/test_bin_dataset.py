@@ -334,7 +334,7 @@ def test_min_length_counts_tokens(write_bin: Any) -> None:
 def test_the_check_before_a_run_reads_every_document_of_small_data_only(
     write_bin: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write_bin([[1]] * (bin_dataset.BLOCK + 1) + [[200], [1]])
+    path = write_bin([[1, 1]] * (bin_dataset.BLOCK + 1) + [[200, 1], [1, 1]])
     dataset = BinDataset(path, vocab_size=100)
     with pytest.raises(
         UserError, match=f"line {bin_dataset.BLOCK + 2}: token 0 is 200"

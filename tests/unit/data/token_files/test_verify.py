@@ -161,3 +161,99 @@ def test_a_fingerprint_of_another_file_is_a_problem(write_bin: Any) -> None:
         "documents is 41, the token file has 40",
         f"tokens is 3, the token file has {sum(map(len, documents()))}",
     ]
+
+
+@pytest.mark.parametrize(
+    "stored", [[[-3, -4], [-5, -1, -2]], [[7], [8], [6]], [[7, -2], [0, 0], [9]]]
+)
+def test_a_file_without_a_target_is_a_problem(
+    write_bin: Any, tmp_path: Path, stored: list[list[int]]
+) -> None:
+    bad = write_bin(stored, "d/en/a.bin")
+    write_bin([[1, 2]], "d/en/b.bin")
+    tokens = sum(map(len, stored))
+    (found,) = problems(tmp_path / "d")
+    assert found.startswith(f"{bad}: none of {tokens} tokens is a target")
+    assert "fix:" in found
+    # Validation data is checked alike.
+    (found,) = problems(tmp_path / "d/en/b.bin", valid=str(bad))
+    assert found.startswith(f"{bad}: none of {tokens} tokens is a target")
+
+
+def test_a_set_without_a_document_that_is_long_enough_is_a_problem(
+    write_bin: Any, tmp_path: Path
+) -> None:
+    write_bin([[1, 2, 3], [1, 2, 4]], "d/en/a.bin")
+    write_bin([[4, 5, 6, 7], [4, 5, 6, 8], [4, 5]], "d/en/b.bin")
+    write_bin([[1, 8], [2, 8], [3, 8], [4, 8]], "v/en/a.bin")
+    write_bin([[1, 8, 9]], "v/cn/a.bin")
+    folder = tmp_path / "d"
+    assert problems(folder, min_length=4) == []
+    assert problems(folder, min_length=5) == [
+        f"{folder}: none of 5 documents has the minimum length of 5 tokens, the longest has 4"
+    ]
+    valid = {"valid": str(tmp_path / "v"), "valid_min_length": 3}
+    assert problems(folder, **valid) == [
+        "en: none of 4 documents has the minimum length of 3 tokens, the longest has 2"
+    ]
+
+
+def test_a_file_that_is_in_both_sets_is_refused(write_bin: Any, tmp_path: Path) -> None:
+    path = write_bin(documents(), "d/valid/a.bin")
+    for valid in (path, path.parent, tmp_path / "d"):
+        with pytest.raises(UserError, match="in PATH and in --valid") as caught:
+            problems(tmp_path / "d", valid=str(valid))
+        assert caught.value.fix
+
+
+def test_a_config_decides_what_is_enough(write_bin: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "d"
+    write_bin([[1, 2, n] for n in range(3, 11)], "d/en/a.bin")
+
+    def run(**data: Any) -> tuple[int, str]:
+        made = tmp_path / "c.py"
+        made.write_text(f"data = {data}\nmodel = dict(vocab_size=90, num_layers=1)\n")
+        arguments = ["verify", str(folder), "--config", str(made)]
+        result = CliRunner().invoke(app, arguments)
+        return result.exit_code, result.output
+
+    assert run(seq_len=8)[0] == 0
+    code, output = run(seq_len=8, min_length=4)
+    assert code == 1 and "minimum length of 4 tokens, the longest has 3" in output
+    code, output = run(seq_len=64)
+    assert code == 1 and "24 tokens in 1 file(s)" in output
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("verify", []),
+        ("inspect", []),
+        ("show", []),
+        ("repair", []),
+        ("cache", []),
+        ("order", []),
+        ("verify", ["--valid", "ELSEWHERE"]),
+    ],
+)
+@pytest.mark.parametrize(
+    "kind", ["missing", "missing.bin", "empty", "text", "pipe.bin"]
+)
+def test_a_path_without_token_files_is_the_user_s_mistake(
+    write_bin: Any, tmp_path: Path, command: str, options: list[str], kind: str
+) -> None:
+    bad = tmp_path / kind
+    if kind == "empty":
+        bad.mkdir()
+    elif kind == "text":
+        bad.write_text("no tokens")
+    elif kind == "pipe.bin":
+        os.mkfifo(bad)
+    words = [command, str(bad)]
+    if options:
+        words = [command, str(write_bin(documents())), "--valid", str(bad)]
+    if command == "order":
+        words += ["--output", str(tmp_path / "order.txt")]
+    error = CliRunner().invoke(app, words).exception
+    assert isinstance(error, UserError) and error.exit_code == 2
+    assert str(bad) in str(error)
