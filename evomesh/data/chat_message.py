@@ -83,6 +83,7 @@ def _covered(encoded: EncodedText, span: Span) -> list[int]:
     The bytes of one character may be tokens of which only the last stands for it.
     """
     first, last = span
+    # The bytes before the last one have an empty span at the start of their character.
     return [
         position
         for position, (start, end) in enumerate(encoded.spans)

@@ -82,6 +82,8 @@ class JinjaTemplate:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
+        # Tokens that the template names, even where this conversation does not render
+        # them, as with Llama 3.1's end of a message that calls a tool.
         named = [name for name in TURN_ENDS if name in self.tokenizer.chat_template]
         found = [*map(self.tokenizer.token_id, named), self.turn_end()]
         return tuple(dict.fromkeys(token for token in found if token is not None))
@@ -164,19 +166,25 @@ class JinjaTemplate:
         Raises:
             UserError: later messages change the text of this one or of those before it.
         """
+        # 1. What is there before the message is written: for an answer, the prompt.
         is_answer = messages[number].role == "assistant"
         before = ""
         if number:
             before = self._render(
                 messages[:number], tools=tools, add_generation_prompt=is_answer
             ).text
+
+        # 2. What is there after it; the last message takes all that the template adds.
         until = whole
         if number + 1 < len(messages):
-            closed = self._render(messages[: number + 1], tools=tools).text
+            so_far = messages[: number + 1]
+            closed = self._render(so_far, tools=tools).text
             prompted = self._render(
-                messages[: number + 1], tools=tools, add_generation_prompt=True
+                so_far, tools=tools, add_generation_prompt=True
             ).text
             until = closed[: self._end_of_messages(closed, prompted)]
+
+        # 3. Both must begin the whole text, else no span of it is the message.
         if not (until.startswith(before) and whole.startswith(until)):
             raise UserError(
                 f"the chat template changes earlier messages when a later one is added: message {number + 1} of "
@@ -198,13 +206,13 @@ class JinjaTemplate:
             return min(len(closed), len(prompted))
         # What follows the message may begin alike in both, as "<|endoftext|>" and
         # "<|assistant|>" do: only whole tokens that both have are part of it.
+        encoded = self.tokenizer.encode_with_spans(closed)
+        prompted_ids = self.tokenizer.encode(prompted)
         end = 0
-        one = self.tokenizer.encode_with_spans(closed)
-        other = self.tokenizer.encode_with_spans(prompted)
-        for token, span, other_token in zip(*one, other.ids, strict=False):
-            if token != other_token:
+        for position, token in enumerate(encoded.ids):
+            if prompted_ids[position : position + 1] != [token]:
                 break
-            end = span[1]
+            end = encoded.spans[position][1]
         return end
 
     def _render(

@@ -108,12 +108,16 @@ class StyleTemplate:
     def _render(self, messages: Sequence[ChatMessage]) -> Iterator[ChatPart]:
         """Yield the parts of a conversation: bos, then those of each message."""
         bos_id = self.tokenizer.bos_id
-        # Some tokenizers name the opening mark itself as bos (SmolLM2): it is not doubled.
-        if bos_id is not None and bos_id not in self.special_ids.values():
-            yield ChatPart(self.tokenizer.token_name(bos_id), True, bos_id)
+        # SmolLM2's tokenizer names the opening mark itself as bos: it is not doubled.
+        is_a_mark = bos_id in self.special_ids.values()
+        if bos_id is not None and not is_a_mark:
+            bos = self.tokenizer.token_name(bos_id)
+            yield ChatPart(bos, is_target=True, token_id=bos_id)
         for message in messages:
             turn = self.style.turns[message.role]
-            text = message.text.strip() if self.style.strips else message.text
+            text = message.text
+            if self.style.strips:
+                text = text.strip()
             for fragment in turn.opening:
                 yield self._fragment(fragment, is_target=False)
             yield ChatPart(text, message.train)
@@ -138,15 +142,17 @@ class StyleTemplate:
         ids: list[int] = []
         text_parts: list[ChatPart] = []
         for part in parts:
-            if part.token_id is None or self.tokenizer.is_added(part.token_id):
+            token_id = part.token_id
+            if token_id is None or self.tokenizer.is_added(token_id):
                 text_parts.append(part)
                 continue
             ids += self._encode_as_one(text_parts)
-            ids.append(part.token_id if part.is_target else -part.token_id)
+            ids.append(token_id if part.is_target else -token_id)
             text_parts = []
         return ids + self._encode_as_one(text_parts)
 
     def _encode_as_one(self, parts: Sequence[ChatPart]) -> list[int]:
+        """Return the ids of the parts' joined text, of which the targets are positive."""
         targets: list[Span] = []
         start = 0
         for part in parts:
@@ -212,13 +218,17 @@ class InternlmTemplate(StyleTemplate):
         ids: list[int] = []
         for mark in ROLE_MARKS:
             mark_id = self.tokenizer.token_id(mark)
-            is_control = mark_id is not None and not self.tokenizer.is_added(mark_id)
-            if mark_id is not None and is_control and opening.startswith(mark):
+            if mark_id is None or not opening.startswith(mark):
+                continue
+            if not self.tokenizer.is_added(mark_id):
                 ids.append(-mark_id)
                 opening = opening.removeprefix(mark)
         whole = opening + text
-        targets = [(len(opening), len(whole))] if is_target else []
-        return ids + mark_targets(self.tokenizer.encode_with_spans(whole), targets)
+        encoded = self.tokenizer.encode_with_spans(whole)
+        targets: list[Span] = []
+        if is_target:
+            targets.append((len(opening), len(whole)))
+        return ids + mark_targets(encoded, targets)
 
 
 def _find_special_id(token: str, tokenizer: Tokenizer) -> int | None:

@@ -351,10 +351,9 @@ def _check_operands(operator: str, left: Any, right: Any) -> None:
     """Refuse an operation whose result is too large to be held."""
     if operator == "**" and (abs(left) > MAX_TEXT or abs(right) > 64):
         raise SecurityError("a power is too large")
-    if operator == "*":
-        _check_length(
-            _size(left) * _size(right) if _is_sized(left) or _is_sized(right) else 0
-        )
+    repeats_text = operator == "*" and (_is_sized(left) or _is_sized(right))
+    if repeats_text:
+        _check_length(_size(left) * _size(right))
     if operator == "+" and _is_sized(left):
         _check_length(len(left) + _size(right))
     if operator == "%" and isinstance(left, str):

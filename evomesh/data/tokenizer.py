@@ -195,11 +195,12 @@ class HfTokenizer:
         """Return the first common name of a special token that exists; a sentencepiece model has its own."""
         if self.path.suffix == ".model":
             trainer = read_model(self.path).trainer_spec
-            common = (trainer.bos_piece if name == "bos_token" else trainer.eos_piece,)
-        known = [
-            candidate for candidate in common if self.token_id(candidate) is not None
-        ]
-        return known[0] if known else None
+            is_bos = name == "bos_token"
+            common = [trainer.bos_piece if is_bos else trainer.eos_piece]
+        for candidate in common:
+            if self.token_id(candidate) is not None:
+                return candidate
+        return None
 
 
 def _load_json(path: Path, folder: TokenizerFolder) -> Any:
@@ -218,14 +219,16 @@ def _load_json(path: Path, folder: TokenizerFolder) -> Any:
 
 def _is_rebuilt_as_llama(path: Path, folder: TokenizerFolder) -> bool:
     """Return whether ``transformers`` takes pieces alone from the file, and spaces from its class for Llama models."""
-    model_type = read_json(path.parent / "config.json").get("model_type", "llama")
+    config = read_json(path.parent / "config.json")
+    model_type = config.get("model_type", "llama")
     if folder.class_name != "LlamaTokenizer" or model_type != "llama":
         return False
     record = read_json(path)
-    is_bytes = "ByteLevel" in str(record.get("pre_tokenizer")) or "ByteLevel" in str(
-        record.get("decoder")
-    )
-    return bool(record.get("model", {}).get("type") == "BPE") and not is_bytes
+    algorithm = record.get("model", {}).get("type")
+    # A tokenizer of bytes has no treatment of spaces that the class could replace.
+    steps = [record.get("pre_tokenizer"), record.get("decoder")]
+    is_bytes = "ByteLevel" in str(steps)
+    return bool(algorithm == "BPE") and not is_bytes
 
 
 def _load_model(path: Path, folder: TokenizerFolder) -> Any:
@@ -340,13 +343,19 @@ class SentencePieceTokenizer:
         record = self._backend.encode(text, out_type="serialized_proto")
         pieces = records.SentencePieceText.FromString(record).pieces  # type: ignore[attr-defined]  # made at run time
         # The library counts in bytes of UTF-8: this gives the character at each byte.
+        # Of "é!", whose characters have two bytes and one, it is 0, 1, 1, 2.
         character_at = [0]
         for number, character in enumerate(text, 1):
-            character_at += [number] * len(character.encode())
-        spans = [
-            (character_at[piece.begin], character_at[piece.end]) for piece in pieces
-        ]
-        return EncodedText([piece.id for piece in pieces], spans)
+            size = len(character.encode())
+            character_at += [number] * size
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        for piece in pieces:
+            start = character_at[piece.begin]
+            end = character_at[piece.end]
+            ids.append(piece.id)
+            spans.append((start, end))
+        return EncodedText(ids, spans)
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._backend.decode([int(token) for token in ids]))
@@ -367,8 +376,8 @@ class SentencePieceTokenizer:
         )
 
     def is_added(self, token_id: int) -> bool:
-        # Control symbols are never recognized; between letters, only a symbol of the
-        # the user stays one token.
+        # Control symbols are never recognized; between letters, only a user-defined
+        # symbol stays one token.
         between_letters = self._backend.encode(f"a{self.token_name(token_id)}a")
         is_control = bool(self._backend.is_control(token_id))
         return not is_control and token_id in between_letters

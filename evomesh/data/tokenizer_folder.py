@@ -204,17 +204,21 @@ def _object(settings: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
 
 def _chat_templates(path: Path, settings: dict[str, Any]) -> dict[str, str]:
     """Return the chat templates by name; files replace the setting."""
-    found = {}
-    file = path / "chat_template.jinja"
-    if file.is_file():
-        found["default"] = file.read_text(encoding="utf-8")
-    for other in sorted((path / "additional_chat_templates").glob("*.jinja")):
-        found[other.stem] = other.read_text(encoding="utf-8")
-    if found:
-        return found
+    files = {}
+    default = path / "chat_template.jinja"
+    if default.is_file():
+        files["default"] = default
+    named_folder = path / "additional_chat_templates"
+    for file in sorted(named_folder.glob("*.jinja")):
+        files[file.stem] = file
+    if files:
+        return {name: file.read_text(encoding="utf-8") for name, file in files.items()}
+
+    # The setting is one template, a mapping of names, or a list of objects with
+    # ``name`` and ``template``.
     given = settings.get("chat_template") or {}
     if isinstance(given, list):
-        return {str(entry["name"]): str(entry["template"]) for entry in given}
-    if isinstance(given, dict):
-        return {str(name): str(template) for name, template in given.items()}
-    return {"default": str(given)}
+        given = {entry["name"]: entry["template"] for entry in given}
+    if not isinstance(given, dict):
+        given = {"default": given}
+    return {str(name): str(template) for name, template in given.items()}

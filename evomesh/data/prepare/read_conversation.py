@@ -162,8 +162,9 @@ def _is_muted(entry: dict[str, Any], record: SourceRecord) -> bool:
 
 def _read_alpaca(record: SourceRecord, roles: Sequence[str]) -> list[ChatMessage]:
     question = _get_text(record.value, "instruction", record)
-    has_input = record.value.get("input") is not None
-    extra = _get_text(record.value, "input", record) if has_input else ""
+    extra = ""
+    if record.value.get("input") is not None:
+        extra = _get_text(record.value, "input", record)
     answer = _get_text(record.value, "output", record)
     _refuse_unknown(
         record.value,
@@ -200,14 +201,18 @@ def _read_xtuner_turn(
     """Return the messages of one turn: its system text and its question if it has them, and its answer."""
     if isinstance(turn, dict):
         _refuse_unknown(turn, XTUNER_KEYS, record)
+    question = _get_text(turn, "input", record)
+    answer = _get_text(turn, "output", record)
     messages = []
-    for key, role in (("system", "system"), ("input", "user"), ("output", "assistant")):
-        text = _get_text(turn, key, record) if key != "system" else turn.get(key) or ""
-        if text or key == "output":
-            is_muted = key == "output" and turn.get("output_with_loss", True) is False
-            messages.append(
-                ChatMessage(role, text, train=role in roles and not is_muted)
-            )
+    if turn.get("system"):
+        rules = _get_text(turn, "system", record)
+        messages.append(ChatMessage("system", rules, "system" in roles))
+    # Without a question a turn is text to continue, as in pre-training.
+    if question:
+        messages.append(ChatMessage("user", question, "user" in roles))
+    is_muted = turn.get("output_with_loss", True) is False
+    is_target = "assistant" in roles and not is_muted
+    messages.append(ChatMessage("assistant", answer, is_target))
     return messages
 
 
@@ -215,11 +220,8 @@ def _system_message(record: SourceRecord, roles: Sequence[str]) -> list[ChatMess
     """Return the message of a record's system text, if it has one."""
     if not record.value.get("system"):
         return []
-    return [
-        ChatMessage(
-            "system", _get_text(record.value, "system", record), "system" in roles
-        )
-    ]
+    rules = _get_text(record.value, "system", record)
+    return [ChatMessage("system", rules, "system" in roles)]
 
 
 def _history(record: SourceRecord) -> list[tuple[str, str]]:

@@ -156,6 +156,12 @@ def test_sharegpt_records_are_read_like_messages(folder: Path) -> None:
             "the role 'robot' is unknown",
         ),
         ("messages", [{"role": "user", "content": 1}], "content is of type number"),
+        ("xtuner", {"conversation": ["a"]}, "the record has no key 'input'"),
+        (
+            "xtuner",
+            {"conversation": [{"system": 7, "input": "a", "output": "b"}]},
+            "system is of type number",
+        ),
         ("sharegpt", {"conversations": []}, "conversations is empty"),
         ("sharegpt", {"conversations": None}, "conversations is of type null"),
         ("messages", {"messages": "hello"}, "messages is not JSON"),
