@@ -111,6 +111,7 @@ def _format_ranges(numbers: list[int]) -> str:
 def _traffic_table(traffic: TrafficLog) -> Table:
     from rich.table import Table
 
+    # One row for each operation on each axis, such as all_gather on tp.
     table = Table("operation", "axis", title="one step of this rank")
     table.add_column("calls", justify="right")
     table.add_column("MiB", justify="right")

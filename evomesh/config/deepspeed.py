@@ -55,11 +55,16 @@ def _shard_isp(
 ) -> tuple[list[str], list[str]]:
     """Return the settings that shard the weights of tensor mode isp over as many ranks as divide their widths."""
     model = config.model
-    ranks = world_size // config.parallel.pipeline.size
-    size = math.gcd(ranks, model.hidden_size, model.qkv_width, model.mlp_width)
-    size = max(size, config.parallel.weight.size)
-    words = f"weights and gradients are sharded over {size} ranks (parallel.weight.size), as tensor mode isp does it"
-    return [f"parallel.weight.size={size}"], [f"--deepspeed {flag}: {words}"]
+    parallel = config.parallel
+    ranks = world_size // parallel.pipeline.size
+    divisor = math.gcd(ranks, model.hidden_size, model.qkv_width, model.mlp_width)
+    size = max(divisor, parallel.weight.size)
+    setting = f"parallel.weight.size={size}"
+    warning = (
+        f"--deepspeed {flag}: weights and gradients are sharded over {size} ranks "
+        "(parallel.weight.size), as tensor mode isp does it"
+    )
+    return [setting], [warning]
 
 
 def _stage_and_offload(flag: str) -> tuple[int, bool]:

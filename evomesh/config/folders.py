@@ -70,12 +70,16 @@ def shared_role(save: str, snapshots: str) -> str:
     two stay. Their folder may be inside the save folder, as it is by default, but must
     not be it or contain it.
     """
-    one, two = FolderPlace.of(save), FolderPlace.of(snapshots)
-    if one == two or (one.contains(two) and two.contains(one)):
+    saved = FolderPlace.of(save)
+    snapshot = FolderPlace.of(snapshots)
+    is_inside = saved.contains(snapshot)
+    is_around = snapshot.contains(saved)
+    if saved == snapshot or (is_inside and is_around):
         return "the same folder as save_ckpt_folder"
-    if two.contains(one):
+    if is_around:
         return "a folder that contains save_ckpt_folder"
-    below_save = FolderPlace("", "", two.parts[len(one.parts) :])
-    if one.contains(two) and below_save.in_step_folder:
+    parts_below = snapshot.parts[len(saved.parts) :]
+    below_save = FolderPlace("", "", parts_below)
+    if is_inside and below_save.in_step_folder:
         return "inside the folder of one checkpoint"
     return ""

@@ -400,13 +400,15 @@ def _switched_off_warnings(
     values = dict(leaves(config.model_dump()))
     defaults = dict(leaves(Config().model_dump()))
     for switch in SWITCHES:
-        is_off = switch.key in values and switch.is_off(values[switch.key])
-        if not is_off or switch.off_by_default is False or given(switch.key):
+        if switch.key not in values or not switch.off_by_default:
             continue
+        value = values[switch.key]
+        if given(switch.key) or not switch.is_off(value):
+            continue  # whoever writes a switch knows what it turns off
         for key in switch.governed:
-            is_set = given(key) and values.get(key) != defaults.get(key)
-            if is_set:
-                yield key, f"has no effect while {switch.key} is {values[switch.key]}"
+            differs = values.get(key) != defaults.get(key)
+            if differs and given(key):
+                yield key, f"has no effect while {switch.key} is {value}"
 
 
 def _without_effect_warnings(

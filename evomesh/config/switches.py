@@ -37,13 +37,14 @@ class Switch:
         key: the switch, dotted.
         governed: keys that do nothing while it is off; one that ends in ".*" is everything below a key.
         is_off: whether a value of the switch turns them off.
-        off_by_default: they are off where the config does not write the switch; None: the schema's default decides.
+        off_by_default: a key that is set without the switch is reported; False: other rules do so, or the switch is
+            a key of InternEvo alone.
     """
 
     key: str
     governed: tuple[str, ...]
     is_off: Callable[[Any], bool] = _is_false
-    off_by_default: bool | None = None
+    off_by_default: bool = True
 
     def governs(self, key: str) -> bool:
         """Return whether a key, dotted, is one that the switch turns off."""
@@ -194,26 +195,30 @@ def _off_blocks(values: Mapping[str, Any], above: str = "") -> Iterator[str]:
     """Yield the blocks at any depth that switch themselves off."""
     for name, value in values.items():
         key = f"{above}.{name}" if above else str(name)
-        is_foreign = above == "parallel" and name not in OUR_BLOCKS
-        if isinstance(value, Mapping):
-            enable = value.get("enable", value.get("enabled"))
-            size = value.get("size")
-            if enable is False or (is_foreign and size == 1):
+        is_foreign_size = above == "parallel" and name not in OUR_BLOCKS
+        if is_foreign_size and _is_size_one(value):
+            yield key
+        elif isinstance(value, Mapping):
+            if False in (value.get("enable"), value.get("enabled")):
                 yield key
             else:
                 yield from _off_blocks(value, key)
-        elif is_foreign and value == 1 and value is not True:
-            yield key
+
+
+def _is_size_one(value: Any) -> bool:
+    """Return whether a block of ``parallel``, or its int form, is not parallel at all."""
+    size = value.get("size") if isinstance(value, Mapping) else value
+    return size == 1 and size is not True
 
 
 def _lookup(values: Mapping[str, Any], key: str) -> tuple[bool, Any]:
     """Return whether a dotted key is written, and its value; the int form of a parallel size counts."""
     node: Any = values
-    parts = key.split(".")
-    for number, part in enumerate(parts):
+    for part in key.split("."):
         if isinstance(node, Mapping) and part in node:
             node = node[part]
-            continue
-        is_int_form = parts[number:] == ["size"] and isinstance(node, int)
-        return (True, node) if is_int_form else (False, None)
+        elif part == "size" and isinstance(node, int):
+            return True, node  # parallel.pipeline=2
+        else:
+            return False, None
     return True, node

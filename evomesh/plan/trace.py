@@ -129,15 +129,22 @@ def _held(
 ) -> tuple[int, int, int, list[int]]:
     """Return bytes of parameters, gradients and optimizer state, and the indices of the layers."""
     parameters = stages.parameters()
-    parameter_bytes = _bytes(list(parameters.values()))
-    gradient_bytes = sum(
-        slot.local.numel() * slot.gradient_dtype.itemsize for slot in optimizer.slots
+    state = optimizer.state_tensors()
+    # A gradient accumulates in another dtype than its parameter may have.
+    gradient_bytes = 0
+    for slot in optimizer.slots:
+        gradient_bytes += slot.local.numel() * slot.gradient_dtype.itemsize
+    layers = set()
+    for name in parameters:
+        if name.startswith("layers."):
+            _, index, *_ = name.split(".")
+            layers.add(int(index))
+    return (
+        _bytes(list(parameters.values())),
+        gradient_bytes,
+        _bytes(list(state.values())),
+        sorted(layers),
     )
-    state_bytes = _bytes(list(optimizer.state_tensors().values()))
-    layers = {
-        int(name.split(".")[1]) for name in parameters if name.startswith("layers.")
-    }
-    return parameter_bytes, gradient_bytes, state_bytes, sorted(layers)
 
 
 @contextmanager
@@ -156,13 +163,20 @@ def weights_on_meta() -> Iterator[None]:
 
 def _batch(config: Config) -> Batch:
     """Make M micro-batches of segments of ``seq_len`` tokens; only the bounds have values."""
-    count = config.data.micro_num
-    tokens = config.data.packed_length
+    data = config.data
+    count = data.micro_num
+    tokens = data.packed_length
     ids = torch.zeros(count, tokens, dtype=torch.long, device="meta")
-    bounds = torch.arange(0, tokens + 1, config.data.seq_len, dtype=torch.int32).expand(
-        count, -1
+    bounds_of_one = torch.arange(0, tokens + 1, data.seq_len, dtype=torch.int32)
+    bounds = bounds_of_one.expand(count, -1)
+    return Batch(
+        tokens=ids,
+        labels=ids,
+        position_ids=ids,
+        type_ids=ids,
+        cu_seqlens=bounds,
+        max_seqlen=data.seq_len,
     )
-    return Batch(ids, ids, ids, ids, bounds, config.data.seq_len)
 
 
 def _bytes(tensors: list[Tensor]) -> int:

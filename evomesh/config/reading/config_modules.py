@@ -49,10 +49,13 @@ def _imported_modules(body: Sequence[ast.stmt], package: str) -> set[str]:
     for node in body:
         if not isinstance(node, ast.ImportFrom):
             continue
-        written = "." * node.level + (node.module or "")
-        name = importlib.util.resolve_name(written, package)
+        dots = "." * node.level
+        written = dots + (node.module or "")
+        module = importlib.util.resolve_name(written, package)
+        names.add(module)
         # `from ._base_ import runtime` names a package, and its module is the file.
-        names |= {name, *(f"{name}.{alias.name}" for alias in node.names)}
+        for alias in node.names:
+            names.add(f"{module}.{alias.name}")
     return names
 
 

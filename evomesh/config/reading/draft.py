@@ -57,11 +57,12 @@ class ConfigDraft:
     def problem(
         self, key: str, found: str, *, expected: str = "", fix: str = ""
     ) -> None:
-        if key in self.off or self.sources.get(key, key) in self.off:
+        """Record a problem with a key, resolved or as written; none with a key that is switched off."""
+        written = self.sources.get(key, key)
+        if key in self.off or written in self.off:
             return
-        self.problems.append(
-            UserError(found, where=self.where(key), expected=expected, fix=fix)
-        )
+        where = self.where(key)
+        self.problems.append(UserError(found, where=where, expected=expected, fix=fix))
 
     def where(self, key: str) -> str:
         """Return the key as the user wrote it, with its file and line."""

@@ -12,7 +12,8 @@ from evomesh.config.model import ModelConfig, ModelFamily
 from evomesh.config.reading.draft import ConfigDraft
 from evomesh.config.schema import Config
 
-# key -> (the value that describes what happens anyway and needs no warning; why any other has no effect)
+# key -> (the value that describes what happens anyway and needs no warning; why any
+# other has no effect). An empty block stands for a block whose switches are all off.
 ABSENT = object()
 NO_EXPERTS = "there are no mixture-of-experts layers here"
 TEXT_ONLY = "evomesh trains on text, and this describes images"
@@ -166,13 +167,13 @@ def drop_inert(draft: ConfigDraft) -> None:
         if name not in section:
             continue
         value = section.pop(name)
-        asks = value != usual and not (usual == {} and _has_no_true(value))
-        if asks and key not in draft.off:
+        is_usual = value == usual or (usual == {} and _has_no_true(value))
+        if not is_usual and key not in draft.off:
             draft.warn(key, f"{value!r} has no effect: {why}")
 
 
 def _has_no_true(value: Any) -> bool:
-    """Return whether a block has switches and none of them is on."""
+    """Return whether a value is a block in which no switch is on."""
     return isinstance(value, Mapping) and True not in value.values()
 
 
@@ -217,12 +218,16 @@ def _is_custom_parameter(draft: ConfigDraft, key: str) -> bool:
 
 def _section_and_name(draft: ConfigDraft, key: str) -> tuple[dict[str, Any], str]:
     """Return the section that a key is in, or would be in, as a dict to edit, and the key's name there."""
-    section, dot, name = key.rpartition(".")
-    if not dot:
-        return draft.values, key
-    top, _, below = section.partition(".")
-    known = top in draft.values or top in draft.sections
-    node: Any = draft.take_section(top) if known else {}
-    for part in below.split(".") if below else []:
-        node = node.get(part) if isinstance(node, dict) else None
-    return (node if isinstance(node, dict) else {}), name
+    *sections, name = key.split(".")
+    if not sections:
+        return draft.values, name
+    top, *below = sections
+    is_written = top in draft.values or top in draft.sections
+    if not is_written:
+        return {}, name
+    node: Any = draft.take_section(top)
+    for part in below:
+        node = node.get(part, {})
+        if not isinstance(node, dict):
+            return {}, name  # such as the int form of a parallel size
+    return node, name

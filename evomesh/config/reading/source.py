@@ -222,12 +222,14 @@ class _StatementInstrumenter(ast.NodeTransformer):
     def _instrument_statement(self, node: ast.stmt) -> ast.stmt | None:
         """Return the statement with the blocks in it instrumented; None for an import of ``read_base`` alone."""
         if isinstance(node, ast.ImportFrom):
-            node.names = [alias for alias in node.names if alias.name != READ_BASE]
-            return node if node.names else None
-        if isinstance(node, ast.With | ast.If | ast.Try | ast.For):
-            node.body = self._instrument_block(node.body)
-            if not isinstance(node, ast.With) and node.orelse:
-                node.orelse = self._instrument_block(node.orelse)
+            kept = [alias for alias in node.names if alias.name != READ_BASE]
+            node.names = kept
+            return node if kept else None
+        if not isinstance(node, ast.With | ast.If | ast.Try | ast.For):
+            return node
+        node.body = self._instrument_block(node.body)
+        if not isinstance(node, ast.With) and node.orelse:
+            node.orelse = self._instrument_block(node.orelse)
         return node
 
     def visit_Module(self, node: ast.Module) -> ast.Module:

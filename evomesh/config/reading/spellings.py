@@ -300,7 +300,8 @@ def _resolve_rotary_order(
 def _resolve_family(draft: ConfigDraft, model: dict[str, Any], family: Any) -> None:
     """Take the family's default of each key that the config leaves out."""
     facts = FAMILY_FACTS.get(family) if isinstance(family, str) else None
-    for key, value in (facts.defaults if facts else {}).items():
+    defaults = facts.defaults if facts else {}
+    for key, value in defaults.items():
         if key not in model:
             model[key] = value
             draft.families[f"model.{key}"] = str(family)
