@@ -66,9 +66,12 @@ def _system_error(error: OSError) -> UserError:
         reason = f"cannot move {names[0]} to {names[1]}: {reason}"
     elif names:
         reason = f"cannot read or write {names[0]}: {reason}"
+    fix = fix_for(error.errno)
+    if "temporary directory" in reason:  # tempfile's, which found none to write to
+        fix = "export TMPDIR=FOLDER, one with free space; see also: ulimit -f"
     return UserError(
         reason,
-        fix=fix_for(error.errno),
+        fix=fix,
         exit_code=EXIT_RESTART if is_outage(error.errno) else EXIT_USER_ERROR,
     )
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -23,6 +24,9 @@ from evomesh.parallel.rendezvous import (
     second_connection,
 )
 
+logger = logging.getLogger(__name__)
+
+NO_GPU = "none"
 GroupError = dist.DistError  # torch's, where processes cannot meet or lose each other
 
 _NETWORK_VARIABLES = ("GLOO_", "NCCL_", "TORCH_", "TP_SOCKET")
@@ -54,14 +58,24 @@ def join_world(
         return None
     _allow_many_ranks()
     store = open_store(address)
+    store.set(f"gpu/{address.rank}", gpu_identity(device))
     hosts = call_roll(store, address)
+    # All are here, so all have written theirs; equal lists lead to equal backends.
+    gpus = store.multi_get([f"gpu/{rank}" for rank in range(address.world_size)])
+    sharers = ranks_on_one_gpu([gpu.decode() for gpu in gpus])
+    if sharers and address.rank == 0:
+        logger.warning(
+            "ranks %s share one GPU, which NCCL refuses: gloo takes its place, through the host and slowly; "
+            "start one rank for each GPU",
+            ", ".join(map(str, sharers)),
+        )
     watch = PeerWatch(
         second_connection(address), address.rank, hosts, stop_requested=stop_requested
     )
     watch.start()
     try:
         dist.init_process_group(
-            backend(device),
+            backend(device, is_shared=bool(sharers)),
             timeout=timeout,
             store=PrefixStore("group", store),
             rank=address.rank,
@@ -121,14 +135,34 @@ def leave_world() -> None:
         dist.destroy_process_group()
 
 
-def backend(device: torch.device) -> str:
-    """Return the backends: NCCL for CUDA tensors and gloo for CPU tensors, or gloo for both on a shared device."""
+def gpu_identity(device: torch.device) -> str:
+    """Return the UUID of a CUDA device, ``NO_GPU`` for the CPU.
+
+    Indices do not tell GPUs apart: each rank may see only its own, as number 0.
+    """
     if device.type != "cuda":
+        return NO_GPU
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def ranks_on_one_gpu(identities: Sequence[str]) -> list[int]:
+    """Return the ranks, given each rank's ``gpu_identity``, that share the first GPU that several have."""
+    ranks_of: dict[str, list[int]] = {}
+    for rank, identity in enumerate(identities):
+        if identity != NO_GPU:
+            ranks_of.setdefault(identity, []).append(rank)
+    return next((ranks for ranks in ranks_of.values() if len(ranks) > 1), [])
+
+
+def backend(device: torch.device, *, is_shared: bool = False) -> str:
+    """Return the backends: NCCL for CUDA tensors and gloo for CPU tensors, or gloo for both.
+
+    Args:
+        is_shared: whether several ranks of the job compute on one GPU, which NCCL refuses.
+    """
+    if device.type != "cuda" or is_shared:
         return "gloo"
-    several_ranks_per_device = (
-        int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count()
-    )
-    return "gloo" if several_ranks_per_device else "cpu:gloo,cuda:nccl"
+    return "cpu:gloo,cuda:nccl"
 
 
 def device_backend() -> str | None:

@@ -7,8 +7,10 @@ variable and the value. The waits are Python loops, in which signals are answere
 from __future__ import annotations
 
 import datetime
+import errno
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from evomesh.errors import EXIT_RESTART, UserError
+from evomesh.outside_errors import fix_for
 from evomesh.parallel.peer_watch import (
     PeerFailedError,
     Verdict,
@@ -107,6 +110,13 @@ def _refusal(address: JobAddress, reason: str, serve: bool) -> UserError:
             f"port {address.port} may not be opened by this user",
             where="MASTER_PORT",
             expected="a port from 1024 to 65535",
+        )
+    # The store's server (libuv) says the last of these when it gets no descriptor.
+    if re.search("EMFILE|too many open files|init uv loop", reason, re.IGNORECASE):
+        return UserError(
+            f"too many open files to open a connection at {address}",
+            where="environment",
+            fix=fix_for(errno.EMFILE),
         )
     doing = "listen at" if serve else "connect to"
     return UserError(

@@ -6,13 +6,16 @@ import errno
 import os
 import resource
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
+from evomesh.checkpoint.native.store_errors import as_checkpoint_error
 from evomesh.cli.run import run
 from evomesh.errors import UserError
 from evomesh.outside_errors import as_user_error
@@ -49,6 +52,17 @@ def test_system_errors_name_the_file_and_help(
     assert message is not None and message.exit_code == code
     for word in ["some/file", *words]:
         assert word in str(message)
+
+
+def test_checkpoints_give_the_same_help() -> None:
+    limit = OSError(errno.EFBIG, os.strerror(errno.EFBIG), "ckpts/step-00000004/x")
+    assert "ulimit -f" in as_checkpoint_error(limit, "ckpts/step-00000004").fix
+
+
+def test_no_folder_for_temporary_files() -> None:
+    with mock.patch.object(tempfile, "_candidate_tempdir_list", lambda: ["/none"]):
+        message = as_user_error(raised(tempfile._get_default_tempdir))
+    assert message is not None and "TMPDIR" in message.fix
 
 
 def test_real_errors(tmp_path: Path) -> None:

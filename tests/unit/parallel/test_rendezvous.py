@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import resource
 import socket
 import threading
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ from evomesh.parallel.rendezvous import (
     open_store,
     report_early_failure,
 )
-from tests.support.interpreter import free_port
+from tests.support.interpreter import Interpreter, free_port
 
 LIMIT_S = 0.3
 
@@ -49,6 +51,22 @@ def test_a_port_that_is_taken(taken_port: int) -> None:
     ) as caught:
         open_store(here(port=taken_port))
     assert caught.value.exit_code == 2 and "export MASTER_PORT=" in caught.value.fix
+
+
+def listen_without_a_descriptor() -> None:
+    address = here()
+    limit = os.open(os.devnull, os.O_RDONLY) + 1
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    try:
+        open_store(address)
+    except UserError as error:
+        print(error)
+
+
+def test_no_descriptor_for_the_store(interpreter: Interpreter) -> None:
+    finished = interpreter.run(listen_without_a_descriptor)
+    assert finished.stdout.startswith("environment: too many open files"), finished
+    assert "ulimit -n" in finished.stdout
 
 
 @pytest.mark.parametrize(
