@@ -39,7 +39,7 @@ def test_backends() -> None:
     [
         # torchrun --virtual-local-rank: each rank sees one GPU, as number 0.
         ([str(FIRST), str(SECOND)], "cpu:gloo,cuda:nccl", ""),
-        # Slurm with two tasks on one GPU, with no variable that says so.
+        # Slurm with two tasks on one GPU, without a variable that shows it.
         ([str(FIRST), str(FIRST)], "gloo", "ranks 0, 1 share one GPU"),
         ([str(FIRST), str(SECOND), str(SECOND)], "gloo", "ranks 1, 2 share one GPU"),
         (["none", "none"], "cpu:gloo,cuda:nccl", ""),
