@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from evomesh.config.schema import Config
 from evomesh.errors import UserError
+from evomesh.user_files import read_json
 
 NAMES = ("deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3")
 SHARDED = "weights are sharded over the data-parallel ranks (parallel.zero1.fsdp=True)"
@@ -77,14 +77,16 @@ def _stage_and_offload(flag: str) -> tuple[int, bool]:
             where="--deepspeed",
             expected=f"{' | '.join(NAMES)}, or a .json file",
         )
+    expected = '{"zero_optimization": {"stage": 1, 2 or 3}}'
+    settings = read_json(Path(flag), f"--deepspeed {flag}", expected)
     try:
-        zero: Any = json.loads(Path(flag).read_text())["zero_optimization"]
+        zero: Any = settings["zero_optimization"]
         stage = int(zero["stage"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"cannot read a ZeRO stage: {type(error).__name__} {error}",
             where=f"--deepspeed {flag}",
-            expected='{"zero_optimization": {"stage": 1, 2 or 3}}',
+            expected=expected,
         ) from None
     if stage not in WARNINGS:
         raise UserError(

@@ -7,7 +7,6 @@ for the same.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from evomesh.config.rope import (
 from evomesh.config.schema import DType, ModelConfig
 from evomesh.config.user import expand_home
 from evomesh.errors import UserError
+from evomesh.user_files import read_json, read_text
 
 # model_type of a config.json -> our family
 FAMILIES = {
@@ -69,7 +69,7 @@ def _cached_snapshot(kind: str, name: str) -> Path | None:
     main = repository / "refs" / "main"
     if not main.is_file():
         return None
-    snapshot = repository / "snapshots" / main.read_text().strip()
+    snapshot = repository / "snapshots" / read_text(main).strip()
     return snapshot if snapshot.is_dir() else None
 
 
@@ -86,14 +86,7 @@ def read_model_folder(folder: Path) -> ModelConfig:
         UserError: no readable ``config.json``, or a model that evomesh cannot represent.
     """
     file = folder / "config.json"
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot be read: {error}",
-            where=str(file),
-            expected="a Hugging Face model folder",
-        ) from None
+    record = read_json(file, expected="a Hugging Face model folder")
     if not isinstance(record, dict):
         raise UserError(
             f"a JSON {type(record).__name__}", where=str(file), expected="a JSON object"

@@ -7,11 +7,11 @@ added_tokens.json do not count.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evomesh import user_files
 from evomesh.errors import UserError
 
 SPECIAL_NAMES = (
@@ -144,10 +144,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         return {}
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"not JSON ({error})", where=str(path)) from None
+    record = user_files.read_json(path)
     return record if isinstance(record, dict) else {}
 
 
@@ -212,7 +209,7 @@ def _chat_templates(path: Path, settings: dict[str, Any]) -> dict[str, str]:
     for file in sorted(named_folder.glob("*.jinja")):
         files[file.stem] = file
     if files:
-        return {name: file.read_text(encoding="utf-8") for name, file in files.items()}
+        return {name: user_files.read_text(file) for name, file in files.items()}
 
     # The setting is one template, a mapping of names, or a list of objects with
     # ``name`` and ``template``.

@@ -17,6 +17,7 @@ from evomesh.layers.attention import check_window
 from evomesh.models.language_model import has_rotary_types, with_rotary_type
 from evomesh.serve.loop import EngineLoop
 from evomesh.serve.service import GenerationService, ServedModel, ServiceLimits
+from evomesh.user_files import read_text
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 EXTENSION = (
@@ -125,7 +126,7 @@ def read_key(host: str, key_file: str | None) -> str | None:
             raise UserError(
                 f"no file {path}", where="--key-file", expected="a file with the key"
             )
-        key = path.read_text(encoding="utf-8").strip()
+        key = read_text(path, "--key-file", "a file with the key").strip()
         if not key:
             raise UserError(
                 f"{path} is empty", where="--key-file", expected="a file with the key"

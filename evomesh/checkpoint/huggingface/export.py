@@ -59,6 +59,7 @@ from evomesh.config.user import expand_home
 from evomesh.data.tokenizer import Tokenizer, check_tokenizer_fits, load_tokenizer
 from evomesh.layers.dtype import promote
 from evomesh.storage.local import LocalStorage
+from evomesh.user_files import read_text
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
@@ -145,12 +146,7 @@ def export(
 def _template(file: str | None) -> str | None:
     if file is None:
         return None
-    try:
-        return expand_home(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            f"{file} cannot be read ({error})", where="--chat-template"
-        ) from None
+    return read_text(expand_home(file), "--chat-template", "a Jinja template")
 
 
 def _tokenizer(

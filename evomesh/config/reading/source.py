@@ -62,13 +62,23 @@ class ConfigSource:
     preparation: tuple[tuple[str, ...], ...] = ()
 
 
-def read_source(path: str, overrides: Sequence[Override] = ()) -> ConfigSource:
+def read_source(
+    path: str,
+    overrides: Sequence[Override] = (),
+    *,
+    above: tuple[Path, ...] = (),
+) -> ConfigSource:
     """Execute the config file at ``path``.
 
+    Args:
+        above: the files that led here by ``_base_``, the user's first.
+
     Raises:
-        ConfigError: no such file, not a ``.py`` file, not Python, or an exception while it ran.
+        ConfigError: no such file, not a ``.py`` file, not Python, its own base, or an
+            exception while it ran.
     """
     file = find_config_file(path)
+    check_no_cycle(file, above, path)
     text = read_text(file, path)
     tree = parse_config(text, str(file), path)
     namespace: dict[str, Any] = {
@@ -82,7 +92,7 @@ def read_source(path: str, overrides: Sequence[Override] = ()) -> ConfigSource:
         execute(compile(instrument(tree), str(file), "exec"), namespace, path, text)
         lines = config_lines(tree, path, namespace)
     inherited, inherited_lines, inherited_names = _read_bases(
-        namespace.pop("_base_", ()), file, overrides
+        namespace.pop("_base_", ()), (*above, file), overrides
     )
     values = {
         name: value for name, value in namespace.items() if _is_setting(name, value)
@@ -285,20 +295,39 @@ def _is_setting(name: str, value: Any) -> bool:
     )
 
 
+def check_no_cycle(file: Path, above: tuple[Path, ...], shown: str) -> None:
+    """Refuse a file that is among those that led to it.
+
+    Raises:
+        ConfigError: it is; with the chain of files.
+    """
+    if file not in above:
+        return
+    chain = " -> ".join(one.name for one in (*above[above.index(file) :], file))
+    raise _source_error(
+        f"is its own base: {chain}",
+        shown,
+        expected="_base_ names files that do not lead back",
+        fix="move what the files share to a separate file",
+    )
+
+
 def _read_bases(
-    base: str | Sequence[str], file: Path, overrides: Sequence[Override]
+    base: str | Sequence[str],
+    above: tuple[Path, ...],
+    overrides: Sequence[Override],
 ) -> tuple[dict[str, Any], dict[str, str], frozenset[str]]:
     """Read the files of ``_base_``, merged key by key: their values, lines and names.
 
-    Paths are relative to the file; the file itself wins over all of them.
+    Paths are relative to the last file of ``above``, which wins over all of them.
     """
     values: dict[str, Any] = {}
     lines: dict[str, str] = {}
     names: frozenset[str] = frozenset()
     paths = [base] if isinstance(base, str) else base
     for path in paths:
-        base_file = file.parent / path
-        source = read_source(str(base_file), overrides)
+        base_file = above[-1].parent / path
+        source = read_source(str(base_file), overrides, above=above)
         values = merge_values(values, source.values)
         lines.update(source.lines)
         names |= source.names

@@ -34,7 +34,7 @@ def read_saved_splits(root: Path) -> dict[Path, list[str]]:
     for path in sorted(root.rglob("dataset_dict.json")):
         try:
             names = json.loads(path.read_bytes())["splits"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
         saved[path.parent.relative_to(root)] = [str(name) for name in names]
     return saved

@@ -14,6 +14,7 @@ from evomesh.config.user import expand_home, user_name
 from evomesh.errors import UserError
 from evomesh.outside_errors import fix_for
 from evomesh.storage.atomic_file import write_atomically
+from evomesh.user_files import read_text
 
 TREE = "folder/TYPE/.../NAME.bin with NAME.bin.meta beside it (TYPE: cn, en, code, ja, ar, kaoshi or any name)"
 
@@ -216,12 +217,8 @@ def read_order(path: Path) -> list[str]:
         UserError: it cannot be read.
     """
     file = path / "data_order.txt" if path.is_dir() else path
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(
-            f"cannot read the order file: {error.strerror}", where=str(path)
-        ) from None
+    expected = "an order file: one relative path per line"
+    lines = read_text(file, expected=expected).splitlines()
     return [
         PurePosixPath(line.rstrip("\r")).as_posix() for line in lines if line.strip()
     ]

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -397,3 +398,33 @@ def test_s3_endpoint_of_the_config(tmp_path: Path) -> None:
         found.load_ckpt_info is not None
         and found.load_ckpt_info.path == "s3:http://h:9000/b/old/49"
     )
+
+
+@pytest.mark.parametrize("is_xtuner", [False, True])
+@pytest.mark.parametrize(
+    "chain", [("config.py",), ("a.py", "config.py"), ("a.py", "b.py", "a.py")]
+)
+def test_a_file_that_is_its_own_base(
+    tmp_path: Path, chain: tuple[str, ...], is_xtuner: bool
+) -> None:
+    config = tmp_path / "config.py"
+    config.write_text(BASE + f"_base_ = '{chain[0]}'\n")
+    for file, base in pairwise(chain):
+        if file != "config.py":
+            (tmp_path / file).write_text(f"_base_ = '{base}'\n")
+    if is_xtuner:
+        config.write_text(
+            f"from mmengine.config import read_base\n_base_ = '{chain[0]}'\n"
+        )
+    with pytest.raises(UserError, match="is its own base: ") as caught:
+        load_config(str(config))
+    assert f"-> {chain[-1]}" in str(caught.value)
+
+
+def test_two_files_may_share_a_base(tmp_path: Path) -> None:
+    (tmp_path / "shared.py").write_text("adam = dict(lr=7e-4)\n")
+    for name in ("a.py", "b.py"):
+        (tmp_path / name).write_text("_base_ = 'shared.py'\n")
+    config = tmp_path / "config.py"
+    config.write_text(BASE + "_base_ = ['a.py', 'b.py']\n")
+    assert load_config(str(config)).config.adam.lr == 7e-4

@@ -15,6 +15,7 @@ from evomesh.config.reading.overrides import Override, apply_overrides
 from evomesh.config.reading.source import (
     APPLY,
     HERE,
+    check_no_cycle,
     execute,
     find_config_file,
     instrument,
@@ -55,9 +56,17 @@ class XTunerFile:
     text: str
 
 
-def is_xtuner_file(path: str) -> bool:
-    """Return whether the config at ``path``, or a ``_base_`` that it names, is XTuner's; False if it cannot be read."""
-    file = Path(path)
+def is_xtuner_file(path: str, above: tuple[Path, ...] = ()) -> bool:
+    """Return whether the config at ``path``, or a ``_base_`` that it names, is XTuner's.
+
+    False if it cannot be read, or is its own base: whoever reads it will say so.
+
+    Args:
+        above: the files that led here by ``_base_``.
+    """
+    file = Path(path).resolve()
+    if file in above:
+        return False
     try:
         text = file.read_bytes().decode("utf-8-sig")
         if not any(word in text for word in (*OWNERS, *RUNNER_NAMES, "_base_")):
@@ -67,7 +76,8 @@ def is_xtuner_file(path: str) -> bool:
         return False
     if is_xtuner_config(tree):
         return True
-    return any(is_xtuner_file(str(file.parent / base)) for base in _literal_bases(tree))
+    bases = [str(file.parent / base) for base in _literal_bases(tree)]
+    return any(is_xtuner_file(base, (*above, file)) for base in bases)
 
 
 def _literal_bases(tree: ast.Module) -> list[str]:
@@ -81,13 +91,20 @@ def _literal_bases(tree: ast.Module) -> list[str]:
     return []
 
 
-def run_file(path: str, overrides: Sequence[Override]) -> XTunerFile:
+def run_file(
+    path: str, overrides: Sequence[Override], *, above: tuple[Path, ...] = ()
+) -> XTunerFile:
     """Execute the config at ``path``; overrides of names that it has take part in the execution.
 
+    Args:
+        above: the files that led here as bases or by imports.
+
     Raises:
-        ConfigError: no such file, not Python, or an exception while it ran.
+        ConfigError: no such file, not Python, its own base, or an exception while it ran.
     """
     file = find_config_file(path)
+    check_no_cycle(file, above, path)
+    here = (*above, file)
     text = read_text(file, path)
     tree = parse_config(text, str(file), path)
     lines: dict[str, str] = {}
@@ -95,7 +112,7 @@ def run_file(path: str, overrides: Sequence[Override]) -> XTunerFile:
 
     def read_names(beside: str, names: dict[str, str]) -> dict[str, Any]:
         """Return what ``from FILE import names`` would: all public names for "*"."""
-        base = run_file(beside, overrides)
+        base = run_file(beside, overrides, above=here)
         lines.update(base.lines)
         variables.update(base.variables)
         if "*" in names:
@@ -122,7 +139,7 @@ def run_file(path: str, overrides: Sequence[Override]) -> XTunerFile:
     values = {name: value for name, value in namespace.items() if not _is_private(name)}
     below: dict[str, Any] = {}
     for base_path in _as_list(namespace.get("_base_", [])):
-        base = run_file(str(file.parent / base_path), overrides)
+        base = run_file(str(file.parent / base_path), overrides, above=here)
         below = merge_values(below, base.values)
         lines.update(base.lines)
         variables.update(base.variables)

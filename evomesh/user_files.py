@@ -1,0 +1,62 @@
+"""Read small text files that a user names, or that are in a folder of theirs.
+
+Whatever is wrong with such a file becomes one message: missing, unreadable, in another
+encoding, or not JSON, brackets nested beyond Python's limit included.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from evomesh.errors import UserError
+from evomesh.outside_errors import fix_for
+
+
+def read_text(file: Path, where: str = "", expected: str = "") -> str:
+    """Return the text of a UTF-8 file, without a byte order mark.
+
+    Args:
+        where: what named the file, such as an option; "": the file itself.
+        expected: what the file should hold.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    place = where or str(file)
+    name = f"{file} " if where else ""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(
+            f"{name}cannot be read: {reason}",
+            where=place,
+            expected=expected,
+            fix=fix_for(error.errno),
+        ) from None
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise UserError(
+            f"{name}is not UTF-8: byte 0x{byte:02x} at position {error.start}",
+            where=place,
+            expected=expected or "text in UTF-8",
+            fix=f"convert it: iconv -f ENCODING -t UTF-8 {file}",
+        ) from None
+
+
+def read_json(file: Path, where: str = "", expected: str = "") -> Any:
+    """Return the value in a JSON file.
+
+    Raises:
+        UserError: it cannot be read, or is not JSON.
+    """
+    text = read_text(file, where, expected)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        name = f"{file}: " if where else ""
+        raise UserError(
+            f"{name}not JSON ({error})", where=where or str(file), expected=expected
+        ) from None
