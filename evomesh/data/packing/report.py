@@ -118,11 +118,12 @@ def make_manifest(
     report: Sequence[dict[str, Any]], types: Sequence[str]
 ) -> dict[str, Any]:
     """Describe the data: files with their sizes, documents, tokens and hashes, in order."""
-    files = [{key: row[key] for key in MANIFEST_KEYS if key in row} for row in report]
-    identity = [
-        (file["file"], file["type"], file.get("bytes"), file.get("hash"))
-        for file in files
-    ]
+    files = []
+    identity = []
+    for row in report:
+        files.append({key: row[key] for key in MANIFEST_KEYS if key in row})
+        # Synthetic documents have neither bytes nor a hash.
+        identity.append((row["file"], row["type"], row.get("bytes"), row.get("hash")))
     digest = xxhash.xxh3_64_hexdigest(repr(identity).encode())
     return {"files": files, "types": list(types), "hash": digest}
 

@@ -104,13 +104,14 @@ class StreamingPacks:
         """Return the positions of this rank's lanes and of the reader, as JSON."""
         # Windows whose rows every lane has passed are not needed again; the first one
         # left is where a resume reads.
-        oldest = min(lane.n for lane in self.lanes.values())
-        while len(self._cursors) > 1 and self._cursors[1].n <= oldest:
+        oldest_row = min(lane.n for lane in self.lanes.values())
+        while len(self._cursors) > 1 and self._cursors[1].n <= oldest_row:
             self._cursors.popleft()
-        lanes = {
-            str(number): [lane.n, lane.used] for number, lane in self.lanes.items()
-        }
-        return {"cursor": asdict(self._cursors[0]), "lanes": lanes}
+        cursor = self._cursors[0]
+        positions = {}
+        for number, lane in self.lanes.items():
+            positions[str(number)] = [lane.n, lane.used]
+        return {"cursor": asdict(cursor), "lanes": positions}
 
     def _read_window(self) -> None:
         """Read the next window of rows and hand this rank's documents in it to their lanes."""

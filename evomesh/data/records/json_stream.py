@@ -117,22 +117,36 @@ class _GuardedStream:
             raise not_utf8(block, error, self._where_read) from None
 
     def _check_depth(self, block: bytes) -> None:
-        outside = STRING.sub(rb"\1", self._open_string + block)
-        # What is left of quotes is a string that the next block continues.
-        outside, quote, inside = outside.partition(b'"')
-        backslashes = len(inside) - len(inside.rstrip(b"\\"))
-        self._open_string = quote + b"\\" * (backslashes % 2)
-
-        codes = np.frombuffer(outside.translate(None, NOT_STRUCTURE), np.uint8)
-        if not len(codes):
+        """Follow the nesting through a block, and count the elements that end in it."""
+        structure = self._strip_strings(block).translate(None, NOT_STRUCTURE)
+        if not structure:
             return
-        opens = (codes == ord("[")) | (codes == ord("{"))
-        closes = (codes == ord("]")) | (codes == ord("}"))
-        depths = self._depth + np.cumsum(opens.astype(np.int64) - closes)
-        ends = np.cumsum((codes == ord(",")) & (depths == 0))  # of elements
+        # The depth after each sign: of {"a":[1],"b" outside strings, { [ ] , are left,
+        # and a list at depth 0 gives 1 2 1 1.
+        signs = np.frombuffer(structure, np.uint8)
+        is_open = (signs == ord("[")) | (signs == ord("{"))
+        is_close = (signs == ord("]")) | (signs == ord("}"))
+        steps = is_open.astype(np.int64) - is_close
+        depths = self._depth + np.cumsum(steps)
+
+        # A comma of the list itself ends an element.
+        is_end = (signs == ord(",")) & (depths == 0)
+        ended = np.cumsum(is_end)
         too_deep = np.flatnonzero(depths > limits.MAX_NESTING)
         if len(too_deep):
-            self._seen += int(ends[too_deep[0]])
+            self._seen += int(ended[too_deep[0]])
             raise limits.record_too_deep(self._where_read)
         self._depth = int(depths[-1])
-        self._seen += int(ends[-1])
+        self._seen += int(ended[-1])
+
+    def _strip_strings(self, block: bytes) -> bytes:
+        """Return a block without its strings; the one that it ends inside is continued by the next block."""
+        text = self._open_string + block
+        outside = STRING.sub(rb"\1", text)
+        outside, quote, inside = outside.partition(b'"')
+        # After an odd number of backslashes, the next byte is escaped: a quote there does
+        # not end the string.
+        num_backslashes = len(inside) - len(inside.rstrip(b"\\"))
+        is_escaping = num_backslashes % 2 == 1
+        self._open_string = quote + b"\\" if is_escaping else quote
+        return outside

@@ -139,10 +139,13 @@ def _find_split(names: Sequence[str], wanted: str, key: str, folder: Path) -> st
 
 def _candidates(splits: Sequence[str], purpose: str) -> list[str]:
     """Return the splits that ``purpose`` can mean, of the first kind that the folder has any of."""
-    by_kind: dict[str, list[str]] = {"validation": [], "test": [], "train": [], "": []}
-    for name in splits:
-        by_kind[split_kind(name)].append(name)
-    training = by_kind["train"] or by_kind[""]
-    if purpose == "train":
-        return training
-    return by_kind["validation"] or by_kind["test"] or training
+    # Best kind first. Files that name no split are training data where no split is named
+    # so, and training data is validated on where nothing else is there.
+    kinds = ["train", ""]
+    if purpose == "valid":
+        kinds = ["validation", "test", *kinds]
+    for kind in kinds:
+        found = [name for name in splits if split_kind(name) == kind]
+        if found:
+            return found
+    return []
