@@ -46,11 +46,15 @@ def check(
     loaded = load_config(config, overrides or [])
     if loaded.config.model.model_type not in get_args(ModelFamily):
         _check_custom_model(loaded)
-    warnings = [*loaded.warnings, *(check_world(loaded.config, gpus) if gpus else [])]
+    warnings = list(loaded.warnings)
+    if gpus is not None:
+        warnings += check_world(loaded.config, gpus)
     for words in warnings:
         typer.echo(f"warning: {words}")
-    plural = "s" if len(warnings) != 1 else ""
-    count = f", {len(warnings)} warning{plural}" if warnings else ""
+    count = ""
+    if warnings:
+        plural = "s" if len(warnings) > 1 else ""
+        count = f", {len(warnings)} warning{plural}"
     typer.echo(f"{config}: ok{count}")
 
 
@@ -334,14 +338,11 @@ def _print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None
         _print_rich_table(head, rows)
         return
     lines = [head, *rows]
-    widths = []
-    for column in zip(*lines, strict=True):
-        widths.append(max(map(len, column)))
+    columns = zip(*lines, strict=True)
+    widths = [max(map(len, column)) for column in columns]
     for line in lines:
-        cells = []
-        for cell, width in zip(line, widths, strict=True):
-            cells.append(cell.ljust(width))
-        text = "  ".join(cells)
+        padded = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        text = "  ".join(padded)
         typer.echo(text.rstrip())
 
 

@@ -54,19 +54,23 @@ def explain(loaded: LoadedConfig, key: str) -> list[tuple[str, str]]:
         return rows
     section = section_class(field.annotation)
     if section is not None:
-        return [*rows, ("keys", ", ".join(section.model_fields))]
+        keys = ", ".join(section.model_fields)
+        return [*rows, ("keys", keys)]
+
+    # What it may be.
+    kind = _type_name(field.annotation)
     default = "required" if field.is_required() else str(field.default)
-    rows.append(("type", _type_name(field.annotation)))
-    rows.append(("default", default))
+    rows += [("type", kind), ("default", default)]
     bounds = _bounds(field)
     if bounds:
         rows.append(("allowed", bounds))
+
+    # What it is in this config.
     value: Any = loaded.config
     for name in _resolved_key(key).split("."):
         value = getattr(value, name, None)
-    rows.append(("value", str(value)))
-    rows.append(("from", loaded.origins.get(key, "default")))
-    return rows
+    origin = loaded.origins.get(key, "default")
+    return [*rows, ("value", str(value)), ("from", origin)]
 
 
 def field_of(key: str) -> FieldInfo | None:

@@ -238,10 +238,11 @@ def _key_of_error(location: Sequence[int | str], is_unknown: bool) -> str:
     for part in location:
         if not isinstance(part, str) or "[" in part:
             continue
-        field = section.model_fields.get(part) if section is not None else None
+        fields = {} if section is None else section.model_fields
+        field = fields.get(part)
         if not key or is_unknown or field is not None:
             key.append(part)
-        section = section_class(field.annotation) if field is not None else None
+        section = None if field is None else section_class(field.annotation)
     return ".".join(key)
 
 

@@ -246,17 +246,20 @@ class PipelineSchedule:
         module_of = dict(zip(self._stages, self._modules, strict=True))
         rank_of_stage = [self._rank_of(stage) for stage in range(self._num_stages)]
         arrived: dict[StageVisit, Tensor] = {}  # inputs of visits on this rank
-        for index in range(num_micro_batches if 0 in self._stages else 0):
-            arrived[StageVisit(0, index)] = torch.tensor([index])
+        if 0 in self._stages:
+            for index in range(num_micro_batches):
+                arrived[StageVisit(0, index)] = torch.tensor([index])
         sends: list[Any] = []
-        inputs = _ScheduleInputs(batch, [1.0] * num_micro_batches, 0.0, on_output)
+        unscaled = [1.0] * num_micro_batches
+        inputs = _ScheduleInputs(batch, unscaled, 0.0, on_output)
         with self._stage_inputs(inputs):
             for visits in evaluation_slots(rank_of_stage, num_micro_batches):
                 # This rank has at most one visit in a slot.
-                own = [visit for visit in visits if visit.stage in module_of]
-                outputs = {
-                    visit: module_of[visit.stage](arrived.pop(visit)) for visit in own
-                }
+                outputs = {}
+                for visit in visits:
+                    if visit.stage in module_of:
+                        module = module_of[visit.stage]
+                        outputs[visit] = module(arrived.pop(visit))
                 # No output is kept for longer than until the next one: earlier sends
                 # end first.
                 _wait_for(sends)
@@ -317,7 +320,9 @@ class PipelineSchedule:
         self, module: _StageModule, stage: int, index: int, tokens: int
     ) -> None:
         x = self._receive(stage - 1, index, tokens)
-        output = module(x if module.first else x.requires_grad_())
+        if not module.first:
+            x.requires_grad_()  # the stage before wants its gradient
+        output = module(x)
         if module.last:
             torch.autograd.backward(output)
         else:
@@ -332,12 +337,12 @@ class PipelineSchedule:
         """Receive hidden states from ``stage``; the first stage gets the number of the micro-batch instead."""
         if stage < 0:
             return torch.tensor([[index]])
-        buffer = torch.empty(
-            self._message_shape(tokens), dtype=self._dtype, device=self._device
-        )
-        if self._rank_of(stage) == self._pp.rank:  # in a rehearsal, at the turn of a V
+        shape = self._message_shape(tokens)
+        buffer = torch.empty(shape, dtype=self._dtype, device=self._device)
+        sender = self._rank_of(stage)
+        if sender == self._pp.rank:  # in a rehearsal, at the turn of a V
             return buffer
-        return receive(buffer, self._pp, self._rank_of(stage))
+        return receive(buffer, self._pp, sender)
 
     def _send(self, stage: int, output: Tensor) -> Any:
         """Send to ``stage`` and return the pending send; None where that stage is on this rank."""

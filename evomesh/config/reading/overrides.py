@@ -78,11 +78,12 @@ def _literal_value(node: ast.expr) -> Any:
 
 def _call_value(node: ast.Call, function: str) -> Any:
     """Evaluate ``dict(key=literal)`` or ``float("...")``."""
-    keywords_only = not node.args and all(keyword.arg for keyword in node.keywords)
+    # `dict(**other)` is a keyword without a name.
+    names = [keyword.arg for keyword in node.keywords]
+    keywords_only = not node.args and None not in names
     if function == "dict" and keywords_only:
-        return {
-            str(keyword.arg): _literal_value(keyword.value) for keyword in node.keywords
-        }
+        values = [_literal_value(keyword.value) for keyword in node.keywords]
+        return dict(zip(names, values, strict=True))
     if function == "float" and len(node.args) == 1:
         return float(ast.literal_eval(node.args[0]))
     raise ValueError("a call")

@@ -83,11 +83,15 @@ def is_xtuner_file(path: str, above: tuple[Path, ...] = ()) -> bool:
 def _literal_bases(tree: ast.Module) -> list[str]:
     """Return the files that ``_base_ = ...`` names, where it is written as strings."""
     for node in tree.body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_base_":
-            strings = [
-                item for item in ast.walk(node.value) if isinstance(item, ast.Constant)
-            ]
-            return [item.value for item in strings if isinstance(item.value, str)]
+        if not isinstance(node, ast.Assign):
+            continue
+        if ast.unparse(node.targets[0]) != "_base_":
+            continue
+        files = []
+        for item in ast.walk(node.value):
+            if isinstance(item, ast.Constant) and isinstance(item.value, str):
+                files.append(item.value)
+        return files
     return []
 
 
