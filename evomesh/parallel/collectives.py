@@ -344,7 +344,9 @@ def launch_all_gather(
     """Launch the gather of every rank's ``chunk`` [chunk] into [n, chunk], the contiguous ``out`` if given."""
     if axis.size == 1:
         return PendingCollective(chunk.unsqueeze(0), None, chunk)
-    bucket = chunk.new_empty((axis.size, *chunk.shape)) if out is None else out
+    bucket = out
+    if bucket is None:
+        bucket = chunk.new_empty((axis.size, *chunk.shape))
     work = _gather_single(bucket.view(-1), chunk, group=axis.group, async_op=True)
     return PendingCollective(bucket, work, chunk)
 

@@ -189,11 +189,13 @@ class PeerWatch:
 
     def sign_off(self) -> None:
         """Stop: this rank has finished. Rank 0, with which the store ends, waits for the others."""
+        others = len(self.hosts) - 1
         with contextlib.suppress(RuntimeError):
-            if self.rank:
+            if self.rank != 0:
                 self._store.add(_LEFT, 1)
-            while not self.rank and self._store.add(_LEFT, 0) < len(self.hosts) - 1:
-                time.sleep(0.02)
+            else:
+                while self._store.add(_LEFT, 0) < others:
+                    time.sleep(0.02)
         self._stopped.set()
         self._threads[0].join(2 * BEAT_S)
 

@@ -286,14 +286,17 @@ def planned_world_size(env: Mapping[str, str], launcher: str = "auto") -> int:
 
 
 def _node_count_and_rank(env: Mapping[str, str], on_dlc: bool) -> tuple[int, int]:
-    names = (
-        ("WORLD_SIZE", "RANK")
-        if on_dlc and "NNODES" not in env
-        else ("NNODES", "NODE_RANK")
-    )
-    nodes = _whole_number(env, names[0]) if names[0] in env else 1
-    node_rank = _whole_number(env, names[1]) if names[1] in env else 0
-    _check_range(node_rank, nodes, names[1], names[0])
+    """Return how many nodes this job has, and which of them this is; (1, 0) where no variable counts them."""
+    count_name, index_name = "NNODES", "NODE_RANK"
+    if on_dlc and count_name not in env:
+        count_name, index_name = "WORLD_SIZE", "RANK"
+    nodes = 1
+    if count_name in env:
+        nodes = _whole_number(env, count_name)
+    node_rank = 0
+    if index_name in env:
+        node_rank = _whole_number(env, index_name)
+    _check_range(node_rank, nodes, index_name, count_name)
     return nodes, node_rank
 
 

@@ -162,7 +162,11 @@ class StopPoll:
         if self._exchange.size == 1:
             return own_signal, self._read_file()
         signals = self._exchange.gather(own_signal)
-        requests = [max(signals), self._read_file()] if signals is not None else None
+        requests = None
+        if signals is not None:
+            # Rank 0 alone reads the file: a network file system may show it to some
+            # ranks a step earlier than to others.
+            requests = [max(signals), self._read_file()]
         signal_number, file_number = self._exchange.broadcast(requests)
         return signal_number, file_number
 

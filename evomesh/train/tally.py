@@ -45,10 +45,10 @@ class LossTally:
         # Sums over a [T, types] membership mask, because scattered adds have no fixed
         # order on CUDA. ``where`` instead of a product, because 0 * inf would leak one
         # type's overflow into the others.
-        is_of_type = type_ids[:, None] == torch.arange(
-            len(self.types), device=type_ids.device
-        )
-        self.sums += torch.where(is_of_type, per_token[:, :, None], 0.0).sum(1)
+        types = torch.arange(len(self.types), device=type_ids.device)
+        is_of_type = type_ids[:, None] == types
+        per_token_and_type = torch.where(is_of_type, per_token[:, :, None], 0.0)
+        self.sums += per_token_and_type.sum(1)
 
     def reduce(self, *axes: Axis) -> LossTally:
         """Sum over the ranks of ``axes``; every rank gets the result."""
