@@ -114,47 +114,50 @@ class HfTokenizer:
 
     def __init__(self, path: Path) -> None:
         folder = read_tokenizer_folder(path.parent)
-        self._backend = (
-            _load_model(path, folder)
-            if path.suffix == ".model"
-            else _load_json(path, folder)
-        )
+        is_sentencepiece = path.suffix == ".model"
+
+        # 1. The model, with the tokens that other files of the folder add to it.
+        load = _load_model if is_sentencepiece else _load_json
+        self._backend = load(path, folder)
         _add_tokens(self._backend, folder)
         self._backend.no_truncation()
         self._backend.no_padding()
         self.path = path
         self.hash = _hash(path, folder)
-        self.vocab_size = (
-            max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
-            + 1
-        )
-        settings = folder.settings
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self.adds_tokens = bool(folder.added) or folder.class_name == "LlamaTokenizer"
-        names = dict(folder.special)
-        for name, common in (("bos_token", BOS_NAMES), ("eos_token", EOS_NAMES)):
-            found = None if folder.names(name) else self._first_known(name, common)
-            if found is not None:
-                names[name] = found
-        self.special_tokens: Mapping[str, str] = names
-        self.bos_id = (
-            self.token_id(names["bos_token"]) if "bos_token" in names else None
-        )
-        self.eos_id = (
-            self.token_id(names["eos_token"]) if "eos_token" in names else None
-        )
-        if (
-            path.suffix == ".model"
-            and self.bos_id is not None
-            and settings.get("add_bos_token")
-        ):
-            set_leading_bos(self._backend, names["bos_token"], self.bos_id)
-        # Without an explicit setting, encode an empty text and see whether it starts
-        # with bos.
+
+        # 2. Special tokens: as the folder says, else by the names in common use.
+        self.special_tokens: Mapping[str, str] = self._special_tokens(folder)
+        self.bos_id = self._special_id("bos_token")
+        self.eos_id = self._special_id("eos_token")
+
+        # 3. A leading bos: as the folder says, else as the model encodes an empty text.
+        wants_bos = folder.settings.get("add_bos_token")
+        if is_sentencepiece and wants_bos and self.bos_id is not None:
+            bos = self.special_tokens["bos_token"]
+            set_leading_bos(self._backend, bos, self.bos_id)
         first = self._backend.encode("", add_special_tokens=True).ids[:1]
         starts_with_bos = self.bos_id is not None and first == [self.bos_id]
-        self.add_bos = bool(settings.get("add_bos_token", starts_with_bos))
+        self.add_bos = bool(folder.settings.get("add_bos_token", starts_with_bos))
+
         self.templates: Mapping[str, str] = folder.templates
         self.chat_template = folder.templates.get("default", "")
+
+    def _special_tokens(self, folder: TokenizerFolder) -> dict[str, str]:
+        names = dict(folder.special)
+        for name, common in (("bos_token", BOS_NAMES), ("eos_token", EOS_NAMES)):
+            if folder.names(name):
+                continue  # even as null: then there is none
+            found = self._first_known(name, common)
+            if found is not None:
+                names[name] = found
+        return names
+
+    def _special_id(self, name: str) -> int | None:
+        token = self.special_tokens.get(name)
+        return None if token is None else self.token_id(token)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [
