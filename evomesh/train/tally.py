@@ -56,6 +56,11 @@ class LossTally:
             self.types, self.sums.device, all_reduce_no_grad(self.sums, *axes)
         )
 
+    @property
+    def targets(self) -> int:
+        """Number of target tokens, of all types."""
+        return int(self.sums[2].sum())
+
     def summary(self) -> dict[str, float]:
         """Return the means over all tokens and over each data type.
 

@@ -174,6 +174,8 @@ class Trainer:
         )
         if output is None:
             return None
+        if not output.tally.targets:
+            raise self._no_target(step, batch)
         state.record_step(
             batch.tokens.numel() * run.grid.dp.size, applied=output.update.check == "ok"
         )
@@ -186,6 +188,20 @@ class Trainer:
             beta2=adam_beta2,
             loss_scale=loss_scale,
             seconds=seconds,
+        )
+
+    def _no_target(self, step: int, batch: Batch) -> UserError:
+        """Describe a step that taught nothing, although its weight decay would have counted.
+
+        It is found by the results of the step, which every rank reads anyway; counting
+        before the step would cost every step a wait.
+        """
+        tokens = batch.tokens.numel() * self.run.grid.dp.size
+        return UserError(
+            f"step {step}: none of its {tokens:,} tokens is a target",
+            expected="at least one token with a positive id",
+            fix=f'leave this step out with data.skip_batches="{step}", raise data.micro_num, or see what it holds: '
+            f"evomesh ledger CONFIG --step {step}",
         )
 
     def _refuse_endless_skipping(self, step: int) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from tests.support.covers import covers
+from tests.support.golden import write_bin
 from tests.support.interpreter import Interpreter
 from tests.support.runs import losses, metrics, tensor_hashes, write_run
 
@@ -454,3 +455,27 @@ def test_a_run_folder_that_is_removed_does_not_stop_training(
     assert "step=399," in output and "Traceback" not in output
     assert output.count("cannot write metrics.jsonl (the file was removed") == 1
     assert (tmp_path / "ckpts/step-00000400/commit.json").exists()
+
+
+@pytest.mark.parametrize("reduction", ["token", "micro_batch"])
+def test_a_step_without_a_target_ends_the_run_and_can_be_left_out(
+    tmp_path: Path, interpreter: Interpreter, reduction: str
+) -> None:
+    """Half of the packs are masked; following the message step by step trains the others."""
+    write_run(
+        tmp_path,
+        f'data |= dict(micro_bsz=1, micro_num=1, total_steps=6)\nloss = dict(reduction="{reduction}")\n',
+    )
+    shutil.rmtree(tmp_path / "data/train")
+    ids = list(range(1, 33))
+    documents = [ids if i % 2 else [-token for token in ids] for i in range(6)]
+    write_bin(tmp_path / "data/train/en/a.bin", documents)
+    skipped: list[str] = []
+    for _ in range(3):
+        options = ("--set", f"data.skip_batches='{','.join(skipped)}'")
+        output = train(interpreter, tmp_path, *options, expect=2)
+        found = re.search(r"step (\d+): none of its 32 tokens is a target", output)
+        assert found and f'data.skip_batches="{found[1]}"' in output
+        skipped.append(found[1])
+    train(interpreter, tmp_path, "--set", f"data.skip_batches='{','.join(skipped)}'")
+    assert sorted([*losses(tmp_path), *map(int, skipped)]) == list(range(6))
