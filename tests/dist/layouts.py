@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from evomesh.config.schema import Config
-from evomesh.config.schema import IGNORE
+from evomesh.config.schema import IGNORE, Config
 from evomesh.data.batch import Batch
 from evomesh.layers.loss import LossOutput
 from evomesh.optim.zero import ZeroOptimizer
@@ -50,14 +50,27 @@ LLAMA3 = {
 }
 FAMILIES: dict[str, dict[str, Any]] = {
     "internlm": {"model_type": "INTERNLM", "num_kv_attention_heads": None},
-    "internlm2": {"model_type": "INTERNLM2_PUBLIC", "norm_head": True, "embed_grad_scale": 0.1},
+    "internlm2": {
+        "model_type": "INTERNLM2_PUBLIC",
+        "norm_head": True,
+        "embed_grad_scale": 0.1,
+    },
     "llama": {"model_type": "LLAMA2", "no_bias": True, "qk_interleaved": True},
     "qwen2": {"model_type": "QWEN2", "o_bias": False},
     "qwen3": {"model_type": "QWEN3", "no_bias": True, "qk_norm": True, "head_dim": 8},
-    "mistral": {"model_type": "MISTRAL", "no_bias": True, "head_dim": 8, "sliding_window": T},
+    "mistral": {
+        "model_type": "MISTRAL",
+        "no_bias": True,
+        "head_dim": 8,
+        "sliding_window": T,
+    },
     "tied": {"model_type": "QWEN2", "o_bias": False, "tie_word_embeddings": True},
     "llama3": {"model_type": "LLAMA2", "no_bias": True, "rope_scaling": LLAMA3},
-    "post_norm": {"model_type": "INTERNLM2_PUBLIC", "apply_post_layer_norm": True, "norm_type": "layernorm"},
+    "post_norm": {
+        "model_type": "INTERNLM2_PUBLIC",
+        "apply_post_layer_norm": True,
+        "norm_type": "layernorm",
+    },
 }
 
 
@@ -82,12 +95,23 @@ class Layout:
 
     def __str__(self) -> str:
         data = self.ranks // self.tensor // self.pipeline
-        parts = [self.family, f"{self.mode}{self.tensor}", f"dp{data}", f"pp{self.pipeline}"]
+        parts = [
+            self.family,
+            f"{self.mode}{self.tensor}",
+            f"dp{data}",
+            f"pp{self.pipeline}",
+        ]
         parts += [f"wp{self.weight}"] if self.weight > 1 else []
         parts += [f"zero{self.zero1}"] if self.zero1 > 0 else []
-        parts += [f"{self.schedule or 'chunks'}{self.chunks}"] if self.chunks > 1 else []
+        parts += (
+            [f"{self.schedule or 'chunks'}{self.chunks}"] if self.chunks > 1 else []
+        )
         parts += [f"{key}={value}" for key, value in self.model.items()]
-        parts += [f"{key}={value}" for section in self.parallel.values() for key, value in section.items()]
+        parts += [
+            f"{key}={value}"
+            for section in self.parallel.values()
+            for key, value in section.items()
+        ]
         parts += ["adam"] if self.adam else []
         parts += [f"packs{self.packs}"] if self.packs != 4 else []
         return "-".join(parts + ["smooth"] * bool(self.smoothing))
@@ -102,9 +126,18 @@ class Layout:
         }
         for name, section in self.parallel.items():
             parallel[name] |= section
-        model = {**SIZES, **FAMILIES[self.family], **self.model, "num_chunks": self.chunks}
+        model = {
+            **SIZES,
+            **FAMILIES[self.family],
+            **self.model,
+            "num_chunks": self.chunks,
+        }
         return Config.model_validate(
-            {"model": model, "parallel": parallel, "data": {"seq_len": T, "micro_num": self.packs}}
+            {
+                "model": model,
+                "parallel": parallel,
+                "data": {"seq_len": T, "micro_num": self.packs},
+            }
         )
 
 
@@ -130,7 +163,9 @@ class Trained:
 def packs(step: int, indices: range) -> Batch:
     """Packs ``indices`` of global ``step``, with ragged documents: a fixed function of both (invariant 10)."""
     rows = [pack(step, index) for index in indices]
-    ids, labels, positions, bounds = (torch.stack(column) for column in zip(*rows, strict=True))
+    ids, labels, positions, bounds = (
+        torch.stack(column) for column in zip(*rows, strict=True)
+    )
     return Batch(ids, labels, positions, torch.zeros_like(ids), bounds, T)
 
 
@@ -138,12 +173,19 @@ def pack(step: int, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Input ids, labels, positions [T] and document bounds [K] of one pack."""
     draw = torch.Generator().manual_seed(1000 * step + index)
     ids = torch.randint(0, VOCAB, (T,), generator=draw)
-    cuts = sorted({0, T, *torch.randint(1, T, (index % 3 + 1,), generator=draw).tolist()})
+    cuts = sorted(
+        {0, T, *torch.randint(1, T, (index % 3 + 1,), generator=draw).tolist()}
+    )
     labels, positions = torch.full((T,), IGNORE), torch.zeros(T, dtype=torch.long)
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in pairwise(cuts):
         labels[start : stop - 1] = ids[start + 1 : stop]
         positions[start:stop] = torch.arange(stop - start)
-    return ids, labels, positions, torch.tensor(cuts + [T] * (5 - len(cuts)), dtype=torch.int32)
+    return (
+        ids,
+        labels,
+        positions,
+        torch.tensor(cuts + [T] * (5 - len(cuts)), dtype=torch.int32),
+    )
 
 
 def train(rank: int, layout: Layout) -> Trained:
@@ -179,8 +221,12 @@ def adam(stages: ModelStages, layout: Layout, grid: Grid) -> list[float]:
     """Three steps of the real optimizer; a large epsilon, since Adam's division amplifies the order of sums."""
     config = layout.config
     settings = config.adam.model_copy(update={"adam_eps": 1.0})
-    zero = config.hybrid_zero_optimizer.model_copy(update={"clip_grad_norm": 0.3, "reduce_bucket_size": 4000})
-    optimizer = ZeroOptimizer(stages.parameters().items(), settings, zero, grid, stages.module)
+    zero = config.hybrid_zero_optimizer.model_copy(
+        update={"clip_grad_norm": 0.3, "reduce_bucket_size": 4000}
+    )
+    optimizer = ZeroOptimizer(
+        stages.parameters().items(), settings, zero, grid, stages.module
+    )
     losses = []
     for step in range(STEPS):
         optimizer.expect_micro_batches(layout.packs // grid.dp.size)
@@ -193,7 +239,9 @@ def adam(stages: ModelStages, layout: Layout, grid: Grid) -> list[float]:
     return losses
 
 
-def forward_backward(stages: ModelStages, layout: Layout, grid: Grid, step: int) -> float:
+def forward_backward(
+    stages: ModelStages, layout: Layout, grid: Grid, step: int
+) -> float:
     everything = packs(step, range(layout.packs))
     scale = 1.0 / int((everything.labels != IGNORE).sum())
     own = packs(step, range(grid.dp.rank, layout.packs, grid.dp.size))
@@ -206,7 +254,9 @@ def forward_backward(stages: ModelStages, layout: Layout, grid: Grid, step: int)
 
     stages.schedule.train(own, [scale] * len(own.tokens), layout.smoothing, add)
     assert seen in (
-        ([], list(range(len(own.tokens)))) if grid.pp.size > 1 else (list(range(len(own.tokens))),)
+        ([], list(range(len(own.tokens))))
+        if grid.pp.size > 1
+        else (list(range(len(own.tokens))),)
     )
     return float(all_reduce_no_grad(total, grid.dp, grid.pp))
 
@@ -224,23 +274,31 @@ def synchronise(stages: ModelStages, grid: Grid) -> None:
             zero = Axis(zero.name)
         partial = [getattr(grid, name) for name in sorted(spec.partial)]
         assert parameter.grad is not None
-        local(parameter.grad).copy_(all_reduce_no_grad(local(parameter.grad), *partial, zero, replica))
+        local(parameter.grad).copy_(
+            all_reduce_no_grad(local(parameter.grad), *partial, zero, replica)
+        )
 
 
-def pieces(stages: ModelStages, grid: Grid, gradients: bool = False) -> dict[str, Piece]:
+def pieces(
+    stages: ModelStages, grid: Grid, gradients: bool = False
+) -> dict[str, Piece]:
     found = {}
     for name, parameter in stages.parameters().items():
         spec: ShardSpec = spec_of(parameter)
         ranges = spec.local_ranges(grid.axes)
         tensor = parameter.grad if gradients else parameter.detach()
         assert tensor is not None
-        found[name] = Piece(local(tensor).clone(), tuple((r.start, r.stop) for r in ranges), spec.shape)
+        found[name] = Piece(
+            local(tensor).clone(), tuple((r.start, r.stop) for r in ranges), spec.shape
+        )
     return found
 
 
 def join(ranks: list[Trained]) -> Trained:
     """All ranks' parts put together; parts of the same place must be bit-equal (replicas, invariant 6)."""
-    assert len({tuple(one.losses) for one in ranks}) == 1, "every rank reports the same loss"
+    assert len({tuple(one.losses) for one in ranks}) == 1, (
+        "every rank reports the same loss"
+    )
     return Trained(
         ranks[0].losses,
         _join([one.initial for one in ranks]),
@@ -253,9 +311,13 @@ def _join(parts: list[dict[str, Piece]]) -> dict[str, Tensor]:
     whole: dict[str, Tensor] = {}
     for part in parts:
         for name, piece in part.items():
-            tensor = whole.setdefault(name, torch.full(piece.shape, torch.nan, dtype=piece.local.dtype))
+            tensor = whole.setdefault(
+                name, torch.full(piece.shape, torch.nan, dtype=piece.local.dtype)
+            )
             place = tensor[tuple(slice(*where) for where in piece.where)]
-            assert place.isnan().all() or torch.equal(place, piece.local), f"replicas of {name} differ"
+            assert place.isnan().all() or torch.equal(place, piece.local), (
+                f"replicas of {name} differ"
+            )
             place.copy_(piece.local)
     for name, tensor in whole.items():
         assert not tensor.isnan().any(), f"no rank holds all of {name}"

@@ -12,18 +12,23 @@ import pytest
 import torch
 
 from evomesh.checkpoint.native.boxes import Box
-from evomesh.parallel.exchange import GroupExchange
-from evomesh.checkpoint.native.find import SaveFolder
 from evomesh.checkpoint.native.format import DTYPES
 from evomesh.checkpoint.native.load import CheckpointReader
-from evomesh.checkpoint.native.save import CheckpointWriter
 from evomesh.checkpoint.native.plan import describe
 from evomesh.checkpoint.native.reshard import reshard
-from evomesh.config.schema import AdamConfig, Config, ModelConfig, ParallelConfig, ZeroConfig
+from evomesh.checkpoint.native.save import CheckpointWriter
+from evomesh.config.schema import (
+    AdamConfig,
+    Config,
+    ModelConfig,
+    ParallelConfig,
+    ZeroConfig,
+)
 from evomesh.optim.zero import ZeroOptimizer
+from evomesh.parallel.exchange import GroupExchange
 from evomesh.parallel.grid import Grid
-from evomesh.parallel.spec import LocalShard
 from evomesh.parallel.modes import MODES
+from evomesh.parallel.spec import LocalShard
 from evomesh.train.stages import build_stages
 from tests.support.covers import covers
 from tests.support.pool import Pool, grid_of
@@ -75,12 +80,19 @@ def grid_for(layout: dict[str, Any]) -> Grid:
 def tensors_of(
     grid: Grid, layout: dict[str, Any], model: ModelConfig = MODEL
 ) -> dict[str, torch.Tensor | LocalShard]:
-    parallel = {"pipeline": {"size": grid.pp.size}, "zero1": {"fsdp": layout.get("fsdp", False)}}
+    parallel = {
+        "pipeline": {"size": grid.pp.size},
+        "zero1": {"fsdp": layout.get("fsdp", False)},
+    }
     config = Config(model=model, parallel=ParallelConfig.model_validate(parallel))
-    stages = build_stages(config, grid, MODES[layout.get("mode", "mtp")], torch.device("cpu"))
+    stages = build_stages(
+        config, grid, MODES[layout.get("mode", "mtp")], torch.device("cpu")
+    )
     for parameter in stages.parameters().values():
         parameter.data.zero_()
-    optimizer = ZeroOptimizer(stages.parameters().items(), AdamConfig(), ZeroConfig(), grid)
+    optimizer = ZeroOptimizer(
+        stages.parameters().items(), AdamConfig(), ZeroConfig(), grid
+    )
     return stages.parameters() | optimizer.state_shards()
 
 
@@ -89,7 +101,9 @@ def memory_of(tensor: torch.Tensor | LocalShard) -> torch.Tensor:
 
 
 @torch.no_grad()
-def set_or_check(tensors: dict[str, torch.Tensor | LocalShard], grid: Grid, write: bool) -> None:
+def set_or_check(
+    tensors: dict[str, torch.Tensor | LocalShard], grid: Grid, write: bool
+) -> None:
     for name, tensor in tensors.items():
         (described,) = describe({name: tensor}, grid).values()
         whole = truth(name, described.shape, DTYPES[described.dtype])
@@ -102,7 +116,9 @@ def set_or_check(tensors: dict[str, torch.Tensor | LocalShard], grid: Grid, writ
                 part.tensor.zero_()
 
 
-def all_pairs(rank: int, root: str, model: ModelConfig, layouts: Sequence[dict[str, Any]]) -> int:
+def all_pairs(
+    rank: int, root: str, model: ModelConfig, layouts: Sequence[dict[str, Any]]
+) -> int:
     all_tensors, grids = [], []
     exchange = GroupExchange()
     for number, layout in enumerate(layouts):
@@ -128,13 +144,23 @@ def all_pairs(rank: int, root: str, model: ModelConfig, layouts: Sequence[dict[s
 
 @covers("model.tie_word_embeddings")
 @pytest.mark.parametrize(
-    ("model", "layouts", "pairs"), [(MODEL, LAYOUTS, 81), (TIED, TIED_LAYOUTS, 16)], ids=["untied", "tied"]
+    ("model", "layouts", "pairs"),
+    [(MODEL, LAYOUTS, 81), (TIED, TIED_LAYOUTS, 16)],
+    ids=["untied", "tied"],
 )
 def test_every_pair_of_layouts(
-    pool: Pool, tmp_path: Path, model: ModelConfig, layouts: Sequence[dict[str, Any]], pairs: int
+    pool: Pool,
+    tmp_path: Path,
+    model: ModelConfig,
+    layouts: Sequence[dict[str, Any]],
+    pairs: int,
 ) -> None:
-    assert pool.run(all_pairs, str(tmp_path), model, layouts, timeout=120) == [pairs] * 4
-    for number in range(len(layouts)):  # and into one process, that is another world size
+    assert (
+        pool.run(all_pairs, str(tmp_path), model, layouts, timeout=120) == [pairs] * 4
+    )
+    for number in range(
+        len(layouts)
+    ):  # and into one process, that is another world size
         tensors = tensors_of(Grid(), {}, model)
         found = CheckpointReader().resolve(str(tmp_path / str(number)))
         assert ("head.weight" in found.records()) == (not model.tie_word_embeddings)
@@ -166,11 +192,17 @@ def test_offline_reshard(pool: Pool, tmp_path: Path) -> None:
         ParallelConfig.model_validate(layout),
         4,
     )
-    assert pool.run(load_resharded, str(tmp_path / "four"), {"tensor": 2, "pipeline": 2}) == [4] * 4
-    reshard(
-        CheckpointReader().resolve(str(tmp_path / "four")), str(tmp_path / "back"), MODEL, ParallelConfig(), 1
+    assert (
+        pool.run(load_resharded, str(tmp_path / "four"), {"tensor": 2, "pipeline": 2})
+        == [4] * 4
     )
-    back = CheckpointWriter(str(tmp_path / "back"))
+    reshard(
+        CheckpointReader().resolve(str(tmp_path / "four")),
+        str(tmp_path / "back"),
+        MODEL,
+        ParallelConfig(),
+        1,
+    )
     for tensor in tensors.values():
         memory_of(tensor).zero_()
     CheckpointReader().load(CheckpointReader().resolve(str(tmp_path / "back")), tensors)

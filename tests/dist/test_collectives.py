@@ -17,7 +17,9 @@ SHAPE = (8, 12, 4)
 
 
 def seeded(rank: int, shape: tuple[int, ...] = SHAPE) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+    return torch.randn(
+        shape, dtype=torch.float64, generator=torch.Generator().manual_seed(rank)
+    )
 
 
 def forward_and_backward(
@@ -50,7 +52,10 @@ def expected(name: str, tensors: list[Tensor], dims: tuple[int, ...]) -> list[Te
     if name == "shard_to_axis":
         return [t.chunk(size, dims[0])[rank] for rank, t in enumerate(tensors)]
     parts = [t.chunk(size, dims[0]) for t in tensors]
-    return [torch.cat([parts[sender][rank] for sender in range(size)], dims[1]) for rank in range(size)]
+    return [
+        torch.cat([parts[sender][rank] for sender in range(size)], dims[1])
+        for rank in range(size)
+    ]
 
 
 # forward -> backward; all_reduce and copy_to_axis need no communication in one direction
@@ -78,13 +83,17 @@ CASES += [
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize(("name", "dims"), CASES, ids=lambda case: str(case).replace(" ", ""))
+@pytest.mark.parametrize(
+    ("name", "dims"), CASES, ids=lambda case: str(case).replace(" ", "")
+)
 def test_forward_is_the_move_and_backward_its_dual(
     pool: Pool, name: str, dims: tuple[int, ...], ranks: int
 ) -> None:
     results = pool.run(forward_and_backward, ranks, name, dims, SHAPE, ranks=ranks)
     outputs = expected(name, [seeded(rank) for rank in range(ranks)], dims)
-    grads = [seeded(100 + rank, tuple(output.shape)) for rank, output in enumerate(outputs)]
+    grads = [
+        seeded(100 + rank, tuple(output.shape)) for rank, output in enumerate(outputs)
+    ]
     back = expected(DUALS[name], grads, tuple(reversed(dims)))
     for rank, (y, grad, kept) in enumerate(results):
         torch.testing.assert_close(y, outputs[rank], rtol=0, atol=1e-14)
@@ -92,7 +101,9 @@ def test_forward_is_the_move_and_backward_its_dual(
         assert kept, "a collective wrote to its input"
 
 
-@pytest.mark.parametrize(("name", "dims"), CASES, ids=lambda case: str(case).replace(" ", ""))
+@pytest.mark.parametrize(
+    ("name", "dims"), CASES, ids=lambda case: str(case).replace(" ", "")
+)
 def test_axis_of_one_rank_is_the_identity(name: str, dims: tuple[int, ...]) -> None:
     x = seeded(0)
     assert getattr(c, name)(x, Axis("tp"), *dims) is x
@@ -104,7 +115,12 @@ def buckets(rank: int) -> object:
     scattered = c.launch_reduce_scatter(bucket, axis)
     total = c.launch_all_reduce(bucket, axis)
     gathered = c.launch_all_gather(scattered.wait(), axis)
-    return scattered.wait(), gathered.wait(), total.wait(), torch.equal(bucket, seeded(rank, (4, 6)))
+    return (
+        scattered.wait(),
+        gathered.wait(),
+        total.wait(),
+        torch.equal(bucket, seeded(rank, (4, 6))),
+    )
 
 
 def test_buckets_in_flight(pool: Pool) -> None:
@@ -128,7 +144,11 @@ def counted(rank: int) -> object:
 def test_traffic_counter_sees_forward_and_backward_by_axis(pool: Pool) -> None:
     whole = 2 * 4 * 8 * 4
     for count, nbytes in pool.run(counted):
-        assert count == {("all_gather", "tp"): 2, ("reduce_scatter", "tp"): 2, ("all_reduce", "pp"): 1}
+        assert count == {
+            ("all_gather", "tp"): 2,
+            ("reduce_scatter", "tp"): 2,
+            ("all_reduce", "pp"): 1,
+        }
         assert nbytes == {
             ("all_gather", "tp"): 2 * whole,
             ("reduce_scatter", "tp"): 2 * whole,

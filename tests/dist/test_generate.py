@@ -27,9 +27,15 @@ from tests.support.pool import Pool, grid_of
 
 PROMPTS = [[3, 7, 11], [20], [5, 4, 3, 2, 1, 9, 30, 66]]
 GREEDY = SamplingParams(do_sample=False, max_new_tokens=12)
-DRAWN = SamplingParams(temperature=2.0, top_k=20, max_new_tokens=12, num_return_sequences=2)
+DRAWN = SamplingParams(
+    temperature=2.0, top_k=20, max_new_tokens=12, num_return_sequences=2
+)
 BEAMS = SamplingParams(
-    do_sample=False, num_beams=3, num_return_sequences=2, eos_ids=(1, 4, 9), max_new_tokens=12
+    do_sample=False,
+    num_beams=3,
+    num_return_sequences=2,
+    eos_ids=(1, 4, 9),
+    max_new_tokens=12,
 )
 SLOTS, CONTEXT_LENGTH = 2, 24
 
@@ -44,14 +50,24 @@ class Held:
 
 def decode(rank: int, config: Config) -> tuple[list[Any], Held]:
     config = inference_layout(config)
-    sizes = {"tensor": config.parallel.tensor.size, "pipeline": config.parallel.pipeline.size}
+    sizes = {
+        "tensor": config.parallel.tensor.size,
+        "pipeline": config.parallel.pipeline.size,
+    }
     grid = grid_of(**sizes) if max(sizes.values()) > 1 else Grid()
-    stages = build_stages(config, grid, MODES[config.parallel.tensor.mode], torch.device("cpu"))
+    stages = build_stages(
+        config, grid, MODES[config.parallel.tensor.mode], torch.device("cpu")
+    )
     stages.initialize(SEED, grid)
     (part,) = stages.models
     enlarge(part)
-    model: LanguageModel = StagedModel(part, grid.pp, config.model) if grid.pp.size > 1 else part
-    answers = [generate_tokens(model, PROMPTS, sampling, batch_size=2) for sampling in (GREEDY, DRAWN, BEAMS)]
+    model: LanguageModel = (
+        StagedModel(part, grid.pp, config.model) if grid.pp.size > 1 else part
+    )
+    answers = [
+        generate_tokens(model, PROMPTS, sampling, batch_size=2)
+        for sampling in (GREEDY, DRAWN, BEAMS)
+    ]
     engine = GenerationEngine(model, slots=SLOTS, context_length=CONTEXT_LENGTH)
     engine.add([1, 2], GREEDY, (0, 0))
     engine.step()
@@ -59,7 +75,11 @@ def decode(rank: int, config: Config) -> tuple[list[Any], Held]:
 
 
 def matrices(model: nn.Module) -> dict[str, int]:
-    return {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.dim() > 1}
+    return {
+        name: parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 1
+    }
 
 
 @functools.cache
@@ -92,7 +112,9 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_ranks_decode_like_one_process_and_hold_their_share(layout: Layout, pool: Pool) -> None:
+def test_ranks_decode_like_one_process_and_hold_their_share(
+    layout: Layout, pool: Pool
+) -> None:
     wanted, whole = alone(layout.family)
     ranks = pool.run(decode, layout.config)
     assert [answers for answers, _ in ranks] == [wanted] * 4
@@ -102,9 +124,9 @@ def test_ranks_decode_like_one_process_and_hold_their_share(layout: Layout, pool
         parts = [held.matrices.get(name, 0) for _, held in ranks]
         assert sum(parts) >= elements
         rows = sum(parts) - elements
-        assert rows == 0 or (name in ("embedding.weight", "head.weight") and rows < 4 * elements // VOCAB), (
-            name
-        )
+        assert rows == 0 or (
+            name in ("embedding.weight", "head.weight") and rows < 4 * elements // VOCAB
+        ), name
 
 
 def test_isp_takes_the_largest_axis_that_divides_heads_and_widths() -> None:
@@ -114,11 +136,28 @@ def test_isp_takes_the_largest_axis_that_divides_heads_and_widths() -> None:
 
     assert tensor_size() == 4
     assert tensor_size(num_kv_attention_heads=2) == 2
-    assert tensor_size(num_attention_heads=6, num_kv_attention_heads=6, hidden_size=48) == 2
+    assert (
+        tensor_size(num_attention_heads=6, num_kv_attention_heads=6, hidden_size=48)
+        == 2
+    )
     assert tensor_size(mlp_ratio=1.3, multiple_of=1) == 1  # a width of 41
-    wide = Layout(tensor=1, mode="isp", weight=4, model={"num_kv_attention_heads": 2}).config
+    wide = Layout(
+        tensor=1, mode="isp", weight=4, model={"num_kv_attention_heads": 2}
+    ).config
     used = inference_layout(wide).parallel
     assert used.tensor.size == 2  # neither axis, but what it shares with the heads
-    assert "each rank holds 1/2 of its layers' weights, not 1/4" in warn_of_larger_shards(wide.parallel, used)
-    for whole in (Layout(tensor=2, mode="isp", weight=4), Layout(tensor=2, mode="fsp"), Layout()):
-        assert warn_of_larger_shards(whole.config.parallel, inference_layout(whole.config).parallel) == ""
+    assert (
+        "each rank holds 1/2 of its layers' weights, not 1/4"
+        in warn_of_larger_shards(wide.parallel, used)
+    )
+    for whole in (
+        Layout(tensor=2, mode="isp", weight=4),
+        Layout(tensor=2, mode="fsp"),
+        Layout(),
+    ):
+        assert (
+            warn_of_larger_shards(
+                whole.config.parallel, inference_layout(whole.config).parallel
+            )
+            == ""
+        )

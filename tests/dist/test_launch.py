@@ -7,8 +7,8 @@ import pytest
 from evomesh.config.schema import Config
 from evomesh.parallel.collectives import all_reduce_no_grad
 from evomesh.train.launch import launch
-from tests.support.interpreter import Interpreter
 from tests.support.covers import covers
+from tests.support.interpreter import Interpreter
 
 pytestmark = covers("promise:start-lines")
 
@@ -17,14 +17,26 @@ def join_and_count() -> None:
     import torch
     import torch.distributed as dist
 
-    config = Config.model_validate({"parallel": {"tensor": {"size": 2}, "timeout": 77.0}})
+    config = Config.model_validate(
+        {"parallel": {"tensor": {"size": 2}, "timeout": 77.0}}
+    )
     with launch(config) as place:
         groups = [dist.group.WORLD, place.grid.tp.group, place.grid.dp.group]
         cpu = torch.device("cpu")
-        print("timeouts", *[group._get_backend(cpu).options._timeout.total_seconds() for group in groups])
+        print(
+            "timeouts",
+            *[
+                group._get_backend(cpu).options._timeout.total_seconds()
+                for group in groups
+            ],
+        )
         print(
             "sum",
-            int(all_reduce_no_grad(torch.tensor(place.rank), place.grid.tp, place.grid.dp)),
+            int(
+                all_reduce_no_grad(
+                    torch.tensor(place.rank), place.grid.tp, place.grid.dp
+                )
+            ),
             place.started,
         )
     assert not dist.is_initialized()
@@ -32,9 +44,18 @@ def join_and_count() -> None:
 
 @covers("parallel.timeout")
 def test_two_data_by_two_tensor_ranks(interpreter: Interpreter) -> None:
-    finished = [running.wait(60) for running in interpreter.start_ranks(join_and_count, 4)]
-    assert [one.returncode for one in finished] == [0] * 4, "\n".join(one.stderr for one in finished)
-    sums = {line for one in finished for line in one.stdout.splitlines() if line.startswith("sum")}
+    finished = [
+        running.wait(60) for running in interpreter.start_ranks(join_and_count, 4)
+    ]
+    assert [one.returncode for one in finished] == [0] * 4, "\n".join(
+        one.stderr for one in finished
+    )
+    sums = {
+        line
+        for one in finished
+        for line in one.stdout.splitlines()
+        if line.startswith("sum")
+    }
     assert all("timeouts 77.0 77.0 77.0\n" in one.stdout for one in finished)
     assert len(sums) == 1 and sums.pop().startswith("sum 6 "), "one sum, one time"
     assert (
@@ -42,12 +63,20 @@ def test_two_data_by_two_tensor_ranks(interpreter: Interpreter) -> None:
         "pipeline parallel size: 1, tensor parallel size: 2\n"
     ) in finished[0].stdout
     assert (
-        " in set_seed -- initialized seed on rank 0, numpy: 1024, python random: 1024" in finished[0].stdout
+        " in set_seed -- initialized seed on rank 0, numpy: 1024, python random: 1024"
+        in finished[0].stdout
     )
-    assert [",tp:1,pp=0,dp=0====" in one.stdout for one in finished] == [False, True, False, False]
+    assert [",tp:1,pp=0,dp=0====" in one.stdout for one in finished] == [
+        False,
+        True,
+        False,
+        False,
+    ]
 
 
-def test_an_error_does_not_wait_for_collectives_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_does_not_wait_for_collectives_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Destroying an NCCL group waits for its collectives, which the other ranks may never join."""
     left: list[bool] = []
     monkeypatch.setattr("evomesh.train.launch.leave_world", lambda: left.append(True))

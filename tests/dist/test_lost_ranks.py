@@ -23,7 +23,9 @@ LAYOUTS = {
 }
 
 
-def start(interpreter: Interpreter, folder: Path, ranks: int, extra: str) -> list[Running]:
+def start(
+    interpreter: Interpreter, folder: Path, ranks: int, extra: str
+) -> list[Running]:
     write_run(folder, QUICK + ENDLESS + extra)
     return interpreter.start_ranks(["evomesh", "train", "config.py"], ranks, cwd=folder)
 
@@ -68,7 +70,9 @@ def test_a_frozen_rank_is_named_and_the_others_end(
     assert ranks[frozen].wait(60).returncode == 75
 
 
-def test_a_frozen_rank_does_not_delay_sigterm(tmp_path: Path, interpreter: Interpreter) -> None:
+def test_a_frozen_rank_does_not_delay_sigterm(
+    tmp_path: Path, interpreter: Interpreter
+) -> None:
     patient = "peer_watch.LOST_S = 1e6\n"
     ranks = start(interpreter, tmp_path, 3, patient)
     wait_for_step(ranks)
@@ -78,7 +82,10 @@ def test_a_frozen_rank_does_not_delay_sigterm(tmp_path: Path, interpreter: Inter
     assert [rank.wait(60).returncode for rank in ranks[:2]] == [75, 75]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGHUP, 75)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGHUP, 75)],
+)
 def test_a_signal_to_one_rank_before_they_meet_ends_all(
     tmp_path: Path, interpreter: Interpreter, number: int, code: int
 ) -> None:
@@ -89,24 +96,39 @@ def test_a_signal_to_one_rank_before_they_meet_ends_all(
     ranks[1].wait_for("loading")
     ranks[1].signal(number)
     finished = [rank.wait(50) for rank in ranks]
-    assert [one.returncode for one in finished] == [code, code], finished[0].stderr[-2000:]
-    assert f"rank 1 on {HOST} ended: stopped by {signal.Signals(number).name}" in finished[0].stderr
+    assert [one.returncode for one in finished] == [code, code], finished[0].stderr[
+        -2000:
+    ]
+    assert (
+        f"rank 1 on {HOST} ended: stopped by {signal.Signals(number).name}"
+        in finished[0].stderr
+    )
 
 
-def test_the_same_error_is_printed_by_one_rank_only(tmp_path: Path, interpreter: Interpreter) -> None:
-    for number, option in enumerate(("data.train_folder=nowhere", "model.hidden_size=33")):
+def test_the_same_error_is_printed_by_one_rank_only(
+    tmp_path: Path, interpreter: Interpreter
+) -> None:
+    for number, option in enumerate(
+        ("data.train_folder=nowhere", "model.hidden_size=33")
+    ):
         folder = tmp_path / str(number)
         write_run(folder)
         command = ["evomesh", "train", "config.py", "--set", option]
-        finished = [rank.wait(60) for rank in interpreter.start_ranks(command, 3, cwd=folder)]
+        finished = [
+            rank.wait(60) for rank in interpreter.start_ranks(command, 3, cwd=folder)
+        ]
         assert [one.returncode for one in finished] == [2, 2, 2]
         text = "".join(one.stdout + one.stderr for one in finished)
         assert text.count("error: ") == 1, text
         assert "Traceback" not in text
 
 
-def test_an_error_of_one_rank_is_everybodys(tmp_path: Path, interpreter: Interpreter) -> None:
-    only_one = 'import os\nrun_dir = "taken/here" if os.environ["RANK"] == "1" else None\n'
+def test_an_error_of_one_rank_is_everybodys(
+    tmp_path: Path, interpreter: Interpreter
+) -> None:
+    only_one = (
+        'import os\nrun_dir = "taken/here" if os.environ["RANK"] == "1" else None\n'
+    )
     write_run(tmp_path, only_one)
     (tmp_path / "taken").touch()
     ranks = interpreter.start_ranks(["evomesh", "train", "config.py"], 3, cwd=tmp_path)
@@ -114,28 +136,46 @@ def test_an_error_of_one_rank_is_everybodys(tmp_path: Path, interpreter: Interpr
     assert [one.returncode for one in finished] == [2, 2, 2], finished[0].stderr[-2000:]
     assert "error: run_dir (taken/here): " in finished[1].stderr
     for other in (finished[0], finished[2]):
-        assert f"rank 1 on {HOST} ended: run_dir (taken/here)" in other.stdout + other.stderr
+        assert (
+            f"rank 1 on {HOST} ended: run_dir (taken/here)"
+            in other.stdout + other.stderr
+        )
 
 
-def test_ranks_with_other_configs_do_not_train(tmp_path: Path, interpreter: Interpreter) -> None:
-    write_run(tmp_path, 'import os\nadam["lr"] = 1e-3 * (1 + int(os.environ["RANK"]))\n')
+def test_ranks_with_other_configs_do_not_train(
+    tmp_path: Path, interpreter: Interpreter
+) -> None:
+    write_run(
+        tmp_path, 'import os\nadam["lr"] = 1e-3 * (1 + int(os.environ["RANK"]))\n'
+    )
     ranks = interpreter.start_ranks(["evomesh", "train", "config.py"], 2, cwd=tmp_path)
     finished = [rank.wait(60) for rank in ranks]
     assert [one.returncode for one in finished] == [2, 2]
     text = "".join(one.stderr for one in finished)
-    assert f"adam.lr differs: 0.001 (rank 0 on {HOST}), 0.002 (rank 1 on {HOST})" in text
+    assert (
+        f"adam.lr differs: 0.001 (rank 0 on {HOST}), 0.002 (rank 1 on {HOST})" in text
+    )
     assert "step=0," not in "".join(one.stdout for one in finished)
 
 
-def test_ranks_with_other_data_do_not_train(tmp_path: Path, interpreter: Interpreter) -> None:
-    write_run(tmp_path, 'import os\nif os.environ["RANK"] == "1":\n    data["train_folder"] = "data/valid"\n')
+def test_ranks_with_other_data_do_not_train(
+    tmp_path: Path, interpreter: Interpreter
+) -> None:
+    write_run(
+        tmp_path,
+        'import os\nif os.environ["RANK"] == "1":\n    data["train_folder"] = "data/valid"\n',
+    )
     ranks = interpreter.start_ranks(["evomesh", "train", "config.py"], 2, cwd=tmp_path)
     finished = [rank.wait(60) for rank in ranks]
     assert [one.returncode for one in finished] == [2, 2]
-    assert "data file code/data.bin differs: " in "".join(one.stderr for one in finished)
+    assert "data file code/data.bin differs: " in "".join(
+        one.stderr for one in finished
+    )
 
 
-def test_torchrun_finds_the_error_in_its_file(tmp_path: Path, interpreter: Interpreter) -> None:
+def test_torchrun_finds_the_error_in_its_file(
+    tmp_path: Path, interpreter: Interpreter
+) -> None:
     import json
 
     write_run(tmp_path)
@@ -143,5 +183,8 @@ def test_torchrun_finds_the_error_in_its_file(tmp_path: Path, interpreter: Inter
     command = ["evomesh", "train", "config.py", "--set", "data.train_folder=nowhere"]
     assert interpreter.run(command, cwd=tmp_path, env=environment).returncode == 2
     message = json.loads((tmp_path / "error.json").read_text())["message"]
-    assert "nowhere" in message["message"] and "nowhere" in message["extraInfo"]["py_callstack"]
+    assert (
+        "nowhere" in message["message"]
+        and "nowhere" in message["extraInfo"]["py_callstack"]
+    )
     assert int(message["extraInfo"]["timestamp"]) > 0

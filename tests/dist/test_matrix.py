@@ -16,10 +16,19 @@ from torch.distributed.tensor import DTensor
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.modes import MODES as MODE_OF
 from evomesh.train.stages import build_stages
-from tests.dist.layouts import RATE, SEED, Layout, Trained, forward_backward, join, packs, train
+from tests.dist.layouts import (
+    RATE,
+    SEED,
+    Layout,
+    Trained,
+    forward_backward,
+    join,
+    packs,
+    train,
+)
+from tests.support.covers import covers
 from tests.support.pool import Pool, grid_of
 from tests.support.tolerances import FIRST_LOSS, LAYOUT, assert_close, assert_equal_bits
-from tests.support.covers import covers
 
 pytestmark = covers("promise:tensor-modes", "promise:weight-overlap")
 
@@ -34,10 +43,19 @@ MODES = [
 VARIANTS = [
     Layout(),
     Layout(ranks=2, family="internlm"),
-    *(Layout(tensor=4, mode=mode, model={"embed_split_hidden": True}) for mode in ("mtp", "fsp")),
-    *(Layout(tensor=2, mode=mode, model={"parallel_output": False}) for mode in ("mtp", "msp")),
+    *(
+        Layout(tensor=4, mode=mode, model={"embed_split_hidden": True})
+        for mode in ("mtp", "fsp")
+    ),
+    *(
+        Layout(tensor=2, mode=mode, model={"parallel_output": False})
+        for mode in ("mtp", "msp")
+    ),
     *(Layout(tensor=4, mode=mode, smoothing=0.1) for mode in ("mtp", "fsp")),
-    *(Layout(tensor=2, mode=mode, model={"checkpoint": 0.5}) for mode in ("mtp", "msp", "fsp", "isp")),
+    *(
+        Layout(tensor=2, mode=mode, model={"checkpoint": 0.5})
+        for mode in ("mtp", "msp", "fsp", "isp")
+    ),
     Layout(tensor=2, mode="msp", model={"use_swiglu": False}),
     Layout(tensor=2, mode="fsp", model={"residual_in_fp32": True}),
 ]
@@ -52,20 +70,34 @@ PIPELINES = [
     Layout(pipeline=4, packs=2),
     Layout(pipeline=4, packs=1),
     Layout(pipeline=2, ranks=2, model={"num_layers": 5}),
-    Layout(pipeline=4, model={"num_layers": 7}, parallel={"pipeline": {"balance": True}}),
+    Layout(
+        pipeline=4, model={"num_layers": 7}, parallel={"pipeline": {"balance": True}}
+    ),
     Layout(pipeline=2, ranks=2, chunks=2),
     Layout(pipeline=2, chunks=2, packs=8),
     Layout(pipeline=2, chunks=2, family="internlm", model={"num_layers": 7}),
     Layout(pipeline=4, chunks=2, model={"num_layers": 8}),
     Layout(pipeline=2, ranks=2, chunks=2, schedule="zbv"),
-    Layout(pipeline=4, chunks=2, schedule="zbv", model={"num_layers": 8}, family="internlm2"),
+    Layout(
+        pipeline=4,
+        chunks=2,
+        schedule="zbv",
+        model={"num_layers": 8},
+        family="internlm2",
+    ),
     *(
         Layout(tensor=2, mode=mode, pipeline=2, family=family)
         for mode in ("mtp", "msp", "fsp", "isp")
         for family in ("internlm", "internlm2")
     ),
-    *(Layout(tensor=2, mode=mode, pipeline=2, chunks=2) for mode in ("mtp", "msp", "fsp", "isp")),
-    *(Layout(tensor=2, mode=mode, pipeline=2, chunks=2, schedule="zbv") for mode in ("mtp", "msp")),
+    *(
+        Layout(tensor=2, mode=mode, pipeline=2, chunks=2)
+        for mode in ("mtp", "msp", "fsp", "isp")
+    ),
+    *(
+        Layout(tensor=2, mode=mode, pipeline=2, chunks=2, schedule="zbv")
+        for mode in ("mtp", "msp")
+    ),
     Layout(tensor=2, mode="mtp", pipeline=2, model={"checkpoint": 1.0}),
 ]
 WEIGHTS = [
@@ -78,7 +110,13 @@ WEIGHTS = [
     Layout(tensor=4, mode="isp", weight=4, family="post_norm"),
     Layout(tensor=2, mode="isp", weight=4, parallel={"weight": {"overlap": True}}),
     *(
-        Layout(tensor=2, mode="isp", weight=4, family=family, parallel={"weight": {"overlap": True, key: value}})
+        Layout(
+            tensor=2,
+            mode="isp",
+            weight=4,
+            family=family,
+            parallel={"weight": {"overlap": True, key: value}},
+        )
         for family, key, value in (
             ("llama", "launch_allgather_before", "attn"),
             ("internlm", "launch_allgather_before", "wqkv"),
@@ -96,12 +134,17 @@ WEIGHTS = [
     Layout(tensor=2, mode="isp", weight=4, model={"checkpoint": 0.5}),
     Layout(tensor=2, mode="isp", weight=2, pipeline=2),
     Layout(mode="isp", weight=2, pipeline=2, chunks=2),
-    Layout(tensor=2, mode="isp", weight=2, pipeline=2, chunks=2, model={"checkpoint": 1.0}),
+    Layout(
+        tensor=2, mode="isp", weight=2, pipeline=2, chunks=2, model={"checkpoint": 1.0}
+    ),
 ]
 ZERO = [
     Layout(adam=True),
     Layout(zero1=2, adam=True, family="internlm"),
-    *(Layout(tensor=2, mode=mode, adam=True, family="internlm2") for mode in ("mtp", "msp", "fsp", "isp")),
+    *(
+        Layout(tensor=2, mode=mode, adam=True, family="internlm2")
+        for mode in ("mtp", "msp", "fsp", "isp")
+    ),
     Layout(mode="isp", weight=2, adam=True),
     Layout(tensor=2, mode="isp", weight=4, adam=True),
     Layout(pipeline=2, adam=True),
@@ -125,12 +168,18 @@ FSDP = [
 ]  # fmt: skip
 SPLIT = {"tensor": 2, "ranks": 4}
 FAMILY = [
-    *(Layout(**SPLIT, mode=mode, family="qwen3") for mode in ("mtp", "msp", "fsp", "isp")),
+    *(
+        Layout(**SPLIT, mode=mode, family="qwen3")
+        for mode in ("mtp", "msp", "fsp", "isp")
+    ),
     *(Layout(**SPLIT, mode=mode, family="qwen2") for mode in ("mtp", "fsp", "isp")),
     Layout(tensor=2, mode="isp", weight=4, family="qwen3"),
     Layout(tensor=2, mode="mtp", pipeline=2, family="qwen3"),
     Layout(tensor=2, mode="msp", pipeline=2, chunks=2, family="qwen2"),
-    *(Layout(tensor=2, mode=mode, adam=True, family="qwen3") for mode in ("mtp", "msp", "isp")),
+    *(
+        Layout(tensor=2, mode=mode, adam=True, family="qwen3")
+        for mode in ("mtp", "msp", "isp")
+    ),
     Layout(tensor=2, mode="mtp", parallel=CUT, family="qwen3"),
     Layout(tensor=2, mode="mtp", parallel=CUT, adam=True, family="qwen3"),
     Layout(mode="isp", weight=2, adam=True, family="qwen2"),
@@ -161,27 +210,56 @@ ALL = MODES + VARIANTS + PIPELINES + WEIGHTS + ZERO + FSDP + FAMILY + TIED
 
 @functools.cache
 def reference(
-    family: str, smoothing: float, packs: int, adam: bool, model: tuple[tuple[str, Any], ...]
+    family: str,
+    smoothing: float,
+    packs: int,
+    adam: bool,
+    model: tuple[tuple[str, Any], ...],
 ) -> Trained:
-    layout = Layout(ranks=1, family=family, smoothing=smoothing, packs=packs, adam=adam, model=dict(model))
+    layout = Layout(
+        ranks=1,
+        family=family,
+        smoothing=smoothing,
+        packs=packs,
+        adam=adam,
+        model=dict(model),
+    )
     return join([train(0, layout)])
 
 
 def one_process(layout: Layout) -> Trained:
     """The same training without any layout: of the varied keys only those that change the model itself remain."""
-    model = tuple((key, value) for key, value in layout.model.items() if key in ("use_swiglu", "num_layers"))
+    model = tuple(
+        (key, value)
+        for key, value in layout.model.items()
+        if key in ("use_swiglu", "num_layers")
+    )
     return reference(layout.family, layout.smoothing, layout.packs, layout.adam, model)
 
 
-@covers("model.embed_split_hidden", "model.tie_word_embeddings", "parallel.pipeline.balance", "parallel.weight.overlap", "parallel.pipeline.schedule", "parallel.pipeline.mode", "parallel.pipeline.interleaved_overlap")
+@covers(
+    "model.embed_split_hidden",
+    "model.tie_word_embeddings",
+    "parallel.pipeline.balance",
+    "parallel.weight.overlap",
+    "parallel.pipeline.schedule",
+    "parallel.pipeline.mode",
+    "parallel.pipeline.interleaved_overlap",
+)
 @pytest.mark.parametrize("layout", ALL, ids=str)
 def test_trains_like_one_process(pool: Pool, layout: Layout) -> None:
-    whole, found = one_process(layout), join(pool.run(train, layout, ranks=layout.ranks))
+    whole, found = (
+        one_process(layout),
+        join(pool.run(train, layout, ranks=layout.ranks)),
+    )
     for name, tensor in whole.initial.items():
         assert_equal_bits(found.initial[name], tensor, f"initial {name}")
     for step, (a, b) in enumerate(zip(found.losses, whole.losses, strict=True)):
         assert_close(
-            torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64), LAYOUT, f"loss {step}"
+            torch.tensor(a, dtype=torch.float64),
+            torch.tensor(b, dtype=torch.float64),
+            LAYOUT,
+            f"loss {step}",
         )
     for name, tensor in whole.gradients.items():
         assert_close(found.gradients[name], tensor, LAYOUT, f"gradient of {name}")
@@ -192,7 +270,9 @@ def test_trains_like_one_process(pool: Pool, layout: Layout) -> None:
 def test_the_matrix_is_large_and_the_page_counts_it() -> None:
     assert len({str(layout) for layout in ALL}) == len(ALL) >= 40
     page = (Path(__file__).parents[2] / "docs/parallelism.md").read_text()
-    for name, number in re.findall(r"^\| .*\(`([A-Z]+)`\) \| (\d+) \|", page, re.MULTILINE):
+    for name, number in re.findall(
+        r"^\| .*\(`([A-Z]+)`\) \| (\d+) \|", page, re.MULTILINE
+    ):
         assert len(globals()[name]) == int(number), name
 
 
@@ -208,8 +288,13 @@ def test_the_matrix_is_large_and_the_page_counts_it() -> None:
     ],
     ids=str,
 )
-def test_first_loss_without_a_tensor_split_moves_in_the_last_bit_only(pool: Pool, layout: Layout) -> None:
-    found, whole = join(pool.run(train, layout, ranks=layout.ranks)).losses[0], one_process(layout).losses[0]
+def test_first_loss_without_a_tensor_split_moves_in_the_last_bit_only(
+    pool: Pool, layout: Layout
+) -> None:
+    found, whole = (
+        join(pool.run(train, layout, ranks=layout.ranks)).losses[0],
+        one_process(layout).losses[0],
+    )
     assert abs(found - whole) <= FIRST_LOSS * abs(whole)
 
 
@@ -236,7 +321,9 @@ SIXTEEN_BITS = [
 ]
 
 
-def run_in_sixteen_bits(schedule: str, overlap: bool, family: str = "llama") -> ZeroOptimizer:
+def run_in_sixteen_bits(
+    schedule: str, overlap: bool, family: str = "llama"
+) -> ZeroOptimizer:
     """Run forward and backward of one step over two stages and two data ranks."""
     sizes = {"pipeline": 2, "chunks": 2, "schedule": schedule, "packs": 8}
     layout = Layout(**sizes, model={"dtype": "bfloat16"}, family=family)
@@ -247,17 +334,24 @@ def run_in_sixteen_bits(schedule: str, overlap: bool, family: str = "llama") -> 
     zero = config.hybrid_zero_optimizer.model_copy(
         update={"overlap_sync_grad": overlap, "reduce_bucket_size": 4000}
     )
-    optimizer = ZeroOptimizer(stages.parameters().items(), config.adam, zero, grid, stages.module)
+    optimizer = ZeroOptimizer(
+        stages.parameters().items(), config.adam, zero, grid, stages.module
+    )
     optimizer.expect_micro_batches(layout.packs // grid.dp.size)
     forward_backward(stages, layout, grid, 0)
     assert all(parameter.grad is None for parameter in stages.parameters().values())
     return optimizer
 
 
-def in_sixteen_bits(rank: int, schedule: str, overlap: bool = False) -> dict[str, torch.Tensor]:
+def in_sixteen_bits(
+    rank: int, schedule: str, overlap: bool = False
+) -> dict[str, torch.Tensor]:
     """The float32 gradients of this rank, not summed over ranks."""
     slots = run_in_sixteen_bits(schedule, overlap).slots
-    return {slot.name: slot.gradient_rows().reshape(slot.local.shape).clone() for slot in slots}
+    return {
+        slot.name: slot.gradient_rows().reshape(slot.local.shape).clone()
+        for slot in slots
+    }
 
 
 def gradient_norm(rank: int, overlap: bool, family: str) -> float:
@@ -270,31 +364,58 @@ def test_zbv_adds_up_16_bit_gradients_in_float32(pool: Pool) -> None:
     found = []
     for options in SIXTEEN_BITS:
         ranks = pool.run(in_sixteen_bits, *options.values())
-        found.append({(rank % 2, name): g for rank, part in enumerate(ranks) for name, g in part.items()})
+        found.append(
+            {
+                (rank % 2, name): g
+                for rank, part in enumerate(ranks)
+                for name, g in part.items()
+            }
+        )
     for one in found[1:]:
         assert one.keys() == found[0].keys()
         for key, gradient in one.items():
             assert_equal_bits(gradient, found[0][key], str(key))
     # in bfloat16 sums of four would have no more than 8 bits
-    assert any(not torch.equal(g, g.to(torch.bfloat16).float()) for g in found[1].values())
+    assert any(
+        not torch.equal(g, g.to(torch.bfloat16).float()) for g in found[1].values()
+    )
 
 
 def test_zbv_waits_for_both_gradients_of_a_tied_embedding(pool: Pool) -> None:
     """One rank holds both ends: a bucket that is launched after the first would miss what the second adds."""
-    plain, overlapped = (pool.run(gradient_norm, overlap, "tied") for overlap in (False, True))
+    plain, overlapped = (
+        pool.run(gradient_norm, overlap, "tied") for overlap in (False, True)
+    )
     assert plain == overlapped
 
 
 def sharded_after_each(rank: int, layout: Layout) -> list[bool]:
     """Whether every block's weights were cut again, after each micro-batch that the last stage finished."""
-    grid = grid_of(tensor=layout.tensor, mode=layout.mode, pipeline=layout.pipeline, weight=layout.weight)
-    stages = build_stages(layout.config, grid, MODE_OF[layout.mode], torch.device("cpu"))
+    grid = grid_of(
+        tensor=layout.tensor,
+        mode=layout.mode,
+        pipeline=layout.pipeline,
+        weight=layout.weight,
+    )
+    stages = build_stages(
+        layout.config, grid, MODE_OF[layout.mode], torch.device("cpu")
+    )
     stages.initialize(SEED, grid)
     seen: list[bool] = []
 
     def look(*_: object) -> None:
-        blocks = [module for module in stages.module.modules() if isinstance(module, FSDPModule)]
-        seen.append(all(isinstance(p, DTensor) for block in blocks[1:] for p in block.parameters()))
+        blocks = [
+            module
+            for module in stages.module.modules()
+            if isinstance(module, FSDPModule)
+        ]
+        seen.append(
+            all(
+                isinstance(p, DTensor)
+                for block in blocks[1:]
+                for p in block.parameters()
+            )
+        )
 
     batch = packs(0, range(layout.packs))
     for block in stages.models[0].layers.values():
@@ -304,7 +425,9 @@ def sharded_after_each(rank: int, layout: Layout) -> list[bool]:
 
 
 @pytest.mark.parametrize("pipeline", [1, 2])
-def test_weights_are_cut_again_between_blocks_and_micro_batches(pool: Pool, pipeline: int) -> None:
+def test_weights_are_cut_again_between_blocks_and_micro_batches(
+    pool: Pool, pipeline: int
+) -> None:
     layout = Layout(mode="isp", weight=2, pipeline=pipeline)
     for seen in pool.run(sharded_after_each, layout):
         assert len(seen) == layout.packs * 4 // pipeline
@@ -317,4 +440,7 @@ def test_the_run_can_tell_layouts_apart() -> None:
     plain, smooth = one_process(layout), one_process(replace(layout, smoothing=0.1))
     assert plain.losses[0] != smooth.losses[0]
     assert plain.losses[0] != plain.losses[2]
-    assert all(not torch.equal(plain.initial[name], tensor) for name, tensor in plain.final.items())
+    assert all(
+        not torch.equal(plain.initial[name], tensor)
+        for name, tensor in plain.final.items()
+    )

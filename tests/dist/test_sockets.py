@@ -26,20 +26,28 @@ def count_sockets() -> None:
             if descriptor.is_symlink()
         )
         for exchange in exchanges:
-            exchange.broadcast(exchange.gather(context.rank))  # the groups work, and nobody leaves before the count
+            exchange.broadcast(
+                exchange.gather(context.rank)
+            )  # the groups work, and nobody leaves before the count
         print("sockets", context.rank, sockets)
 
 
 def sockets_of_last_rank(interpreter: Interpreter, ranks: int, lazy: str | None) -> int:
-    running = interpreter.start_ranks(count_sockets, ranks, env={"TORCH_GLOO_LAZY_INIT": lazy})
+    running = interpreter.start_ranks(
+        count_sockets, ranks, env={"TORCH_GLOO_LAZY_INIT": lazy}
+    )
     finished = [one.wait(60) for one in running]
-    assert [one.returncode for one in finished] == [0] * ranks, "\n".join(one.stderr for one in finished)
+    assert [one.returncode for one in finished] == [0] * ranks, "\n".join(
+        one.stderr for one in finished
+    )
     match = re.search(rf"sockets {ranks - 1} (\d+)", finished[-1].stdout)
     assert match, finished[-1].stdout
     return int(match[1])
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts descriptors in /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/fd").exists(), reason="counts descriptors in /proc"
+)
 def test_groups_do_not_connect_every_two_ranks(interpreter: Interpreter) -> None:
     """Two more ranks would add a connection to each of them in each of the four groups, eight in all.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,9 @@ from tests.support.pool import Pool, RankError, grid_of
 
 
 def total(rank: int, offset: int, ranks: int) -> int:
-    return int(all_reduce_no_grad(torch.tensor(rank + offset), grid_of(tensor=ranks).tp))
+    return int(
+        all_reduce_no_grad(torch.tensor(rank + offset), grid_of(tensor=ranks).tp)
+    )
 
 
 def fail_on_one(rank: int) -> None:
@@ -58,11 +59,15 @@ def test_interpreter_runs_a_script(interpreter: Interpreter, tmp_path: Path) -> 
     script.write_text(
         "import os, sys, torch\nprint(sys.argv[1], os.environ['X'], os.getcwd())\nsys.exit(3)\n"
     )
-    finished = interpreter.run([str(script), "argument"], env={"X": "value"}, cwd=tmp_path)
+    finished = interpreter.run(
+        [str(script), "argument"], env={"X": "value"}, cwd=tmp_path
+    )
     assert (finished.returncode, finished.stdout) == (3, f"argument value {tmp_path}\n")
 
 
-def test_interpreter_shows_a_traceback(interpreter: Interpreter, tmp_path: Path) -> None:
+def test_interpreter_shows_a_traceback(
+    interpreter: Interpreter, tmp_path: Path
+) -> None:
     script = tmp_path / "script.py"
     script.write_text("raise ValueError('the reason')\n")
     finished = interpreter.run([str(script)])
@@ -70,7 +75,9 @@ def test_interpreter_shows_a_traceback(interpreter: Interpreter, tmp_path: Path)
     assert "ValueError: the reason" in finished.stderr
 
 
-def test_interpreter_can_be_killed_at_a_moment(interpreter: Interpreter, tmp_path: Path) -> None:
+def test_interpreter_can_be_killed_at_a_moment(
+    interpreter: Interpreter, tmp_path: Path
+) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "import time\nfor i in range(1000):\n    print(f'step={i},', flush=True)\n    time.sleep(0.01)\n"
@@ -82,7 +89,9 @@ def test_interpreter_can_be_killed_at_a_moment(interpreter: Interpreter, tmp_pat
     assert "step=999," not in running.stdout
 
 
-def test_interpreter_starts_with_torch_imported(interpreter: Interpreter, tmp_path: Path) -> None:
+def test_interpreter_starts_with_torch_imported(
+    interpreter: Interpreter, tmp_path: Path
+) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "import sys\nprint(sys.modules.keys() >= {'torch.distributed.fsdp', 'evomesh.cli.main'})\n"
@@ -94,7 +103,10 @@ def test_write_bin_reproduces_the_documents_offsets(tmp_path: Path) -> None:
     import numpy as np
 
     path = write_bin(tmp_path / "x.bin", [[1] * 11, [22] * 15, []])
-    assert path.read_text().splitlines()[0] == '{"tokens": [' + ", ".join(["1"] * 11) + "]}"
+    assert (
+        path.read_text().splitlines()[0]
+        == '{"tokens": [' + ", ".join(["1"] * 11) + "]}"
+    )
     meta = np.load(f"{path}.meta")
     assert meta.dtype == np.int64
     first = len('{"tokens": []}\n') + 11 + 2 * 10

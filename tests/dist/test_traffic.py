@@ -1,4 +1,4 @@
-"""What each mode sends, by block and step: the table of docs/parallelism.md, never more than InternEvo (spec's table).
+"""What each mode sends, by block and step: the table of docs/parallelism.md, and never more than InternEvo.
 
 A is the bytes of one micro-batch's hidden states [T, D], W of one block's weights, Q of one micro-batch's fused q, k, v.
 """
@@ -19,7 +19,10 @@ from tests.dist.layouts import SEED, Layout, T, packs
 from tests.support.pool import Pool, grid_of
 
 FLOAT64 = 8
-D, Q_WIDTH = 32, 64  # of the layouts' model: 8 query heads and 2 x 4 key and value heads of 4
+D, Q_WIDTH = (
+    32,
+    64,
+)  # of the layouts' model: 8 query heads and 2 x 4 key and value heads of 4
 A, Q = T * D * FLOAT64, T * Q_WIDTH * FLOAT64
 W = FLOAT64 * (D * Q_WIDTH + D * D + 3 * D * 48 + 2 * D)
 
@@ -39,9 +42,16 @@ INTERNEVO = {  # calls of the same size in a Llama block: column layers 5, row l
 }
 
 
-def step_traffic(rank: int, layout: Layout) -> tuple[Counter[tuple[str, str, int]], int]:
+def step_traffic(
+    rank: int, layout: Layout
+) -> tuple[Counter[tuple[str, str, int]], int]:
     """(operation, axis, bytes) -> calls of one step, and this rank's stage."""
-    grid = grid_of(tensor=layout.tensor, mode=layout.mode, pipeline=layout.pipeline, weight=layout.weight)
+    grid = grid_of(
+        tensor=layout.tensor,
+        mode=layout.mode,
+        pipeline=layout.pipeline,
+        weight=layout.weight,
+    )
     stages = build_stages(layout.config, grid, MODES[layout.mode], torch.device("cpu"))
     stages.initialize(SEED, grid)
     batch = packs(0, range(layout.packs))
@@ -49,8 +59,12 @@ def step_traffic(rank: int, layout: Layout) -> tuple[Counter[tuple[str, str, int
         batch, [1.0] * layout.packs, 0.0, lambda index, output: None
     )  # torch agrees on shapes once
     with record_traffic(grid) as traffic:
-        stages.schedule.train(batch, [1.0] * layout.packs, 0.0, lambda index, output: None)
-    return Counter((call.operation, call.axis, call.nbytes) for call in traffic.calls), grid.pp.rank
+        stages.schedule.train(
+            batch, [1.0] * layout.packs, 0.0, lambda index, output: None
+        )
+    return Counter(
+        (call.operation, call.axis, call.nbytes) for call in traffic.calls
+    ), grid.pp.rank
 
 
 def of_one_block(pool: Pool, **sizes: object) -> dict[tuple[str, str], list[int]]:
@@ -81,15 +95,22 @@ def test_weight_sharding_gathers_twice_and_reduces_once_a_block(pool: Pool) -> N
 
 def test_recompute_adds_the_forward_again(pool: Pool) -> None:
     plain = of_one_block(pool, tensor=2, mode="mtp", ranks=2)[("all_reduce", "tp")]
-    layouts = [Layout(packs=1, tensor=2, ranks=2, model={"num_layers": n, "checkpoint": 1.0}) for n in (2, 3)]
+    layouts = [
+        Layout(packs=1, tensor=2, ranks=2, model={"num_layers": n, "checkpoint": 1.0})
+        for n in (2, 3)
+    ]
     two, three = (pool.run(step_traffic, layout, ranks=2)[0][0] for layout in layouts)
     assert (three - two)[("all_reduce", "tp", A)] == len(
         plain
     ) + 1  # the block's last product is not needed again
 
 
-@pytest.mark.parametrize(("mode", "piece"), [("mtp", A // 2), ("msp", A // 2), ("isp", A // 2)])
-def test_the_pipeline_sends_each_tensor_rank_s_piece_only(pool: Pool, mode: str, piece: int) -> None:
+@pytest.mark.parametrize(
+    ("mode", "piece"), [("mtp", A // 2), ("msp", A // 2), ("isp", A // 2)]
+)
+def test_the_pipeline_sends_each_tensor_rank_s_piece_only(
+    pool: Pool, mode: str, piece: int
+) -> None:
     layout = Layout(tensor=2, mode=mode, pipeline=2)
     for traffic, stage in pool.run(step_traffic, layout):
         sends = {key: calls for key, calls in traffic.items() if key[0] == "send"}
@@ -111,4 +132,6 @@ def test_the_page_shows_the_measured_table() -> None:
         row = re.search(rf"^\| {mode} \|.*$", page, re.MULTILINE)
         assert row is not None
         for (operation, _), sizes in calls.items():
-            assert f"{len(sizes)} {operation.replace('_', '-')}" in row[0], f"{mode}: {operation}"
+            assert f"{len(sizes)} {operation.replace('_', '-')}" in row[0], (
+                f"{mode}: {operation}"
+            )

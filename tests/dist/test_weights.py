@@ -19,11 +19,21 @@ from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import MODES
 from evomesh.parallel.traffic import record_traffic
 from evomesh.train.stages import ModelStages, build_stages
-from tests.dist.layouts import SEED, VOCAB, Layout, Trained, forward_backward, join, local, packs, train
+from tests.dist.layouts import (
+    SEED,
+    VOCAB,
+    Layout,
+    Trained,
+    forward_backward,
+    join,
+    local,
+    packs,
+    train,
+)
+from tests.support.covers import covers
 from tests.support.own_model import register
 from tests.support.pool import Pool, grid_of
 from tests.support.tolerances import LAYOUT, assert_close
-from tests.support.covers import covers
 
 CUT = {"zero1": {"fsdp": True}}
 EVEN = {"vocab_size": 68}  # divides by 4; the packs' ids are below 67
@@ -38,7 +48,9 @@ def built(layout: Layout) -> tuple[ModelStages, Grid]:
         weight=layout.weight,
         zero1=layout.zero1,
     )
-    return build_stages(layout.config, grid, MODES[layout.mode], torch.device("cpu")), grid
+    return build_stages(
+        layout.config, grid, MODES[layout.mode], torch.device("cpu")
+    ), grid
 
 
 def build_one(layout: Layout) -> ModelStages:
@@ -59,15 +71,26 @@ def held(rank: int, layout: Layout) -> Held:
     stages, grid = built(layout)
     stages.initialize(SEED, grid)
     config = layout.config
-    optimizer = ZeroOptimizer(stages.parameters().items(), config.adam, config.hybrid_zero_optimizer, grid)
+    optimizer = ZeroOptimizer(
+        stages.parameters().items(), config.adam, config.hybrid_zero_optimizer, grid
+    )
     with record_traffic(grid) as traffic:
         forward_backward(stages, layout, grid, 0)
     parameters = stages.parameters().values()
     gradients = [local(p.grad) for p in parameters if p.grad is not None]
-    state = sum(tensor.numel() for name, tensor in optimizer.state_tensors().items() if ".exp_avg." in name)
+    state = sum(
+        tensor.numel()
+        for name, tensor in optimizer.state_tensors().items()
+        if ".exp_avg." in name
+    )
     return Held(
         sum(local(p).numel() for p in parameters),
-        sum({g.untyped_storage().data_ptr(): g.untyped_storage().nbytes() for g in gradients}.values())
+        sum(
+            {
+                g.untyped_storage().data_ptr(): g.untyped_storage().nbytes()
+                for g in gradients
+            }.values()
+        )
         // FLOAT64,
         state,
         traffic.count(),
@@ -76,7 +99,9 @@ def held(rank: int, layout: Layout) -> Held:
 
 @covers("parallel.zero1.fsdp")
 def test_fsdp_leaves_each_rank_its_part_of_everything(pool: Pool) -> None:
-    whole = sum(p.numel() for p in build_one(Layout(ranks=1, model=EVEN)).parameters().values())
+    whole = sum(
+        p.numel() for p in build_one(Layout(ranks=1, model=EVEN)).parameters().values()
+    )
     norm = 32  # the last one, whole on every rank
     for found in pool.run(held, Layout(model=EVEN, parallel=CUT)):
         part = (whole - norm) // 4 + norm
@@ -85,10 +110,15 @@ def test_fsdp_leaves_each_rank_its_part_of_everything(pool: Pool) -> None:
         assert found.parameters == (whole - norm) // 2 + norm
 
 
-def test_fsdp_gathers_each_unit_twice_and_reduces_it_once_a_micro_batch(pool: Pool) -> None:
+def test_fsdp_gathers_each_unit_twice_and_reduces_it_once_a_micro_batch(
+    pool: Pool,
+) -> None:
     units = 4 + 2  # blocks, embedding and head
     for found in pool.run(held, Layout(model=EVEN, parallel=CUT)):
-        gathers, reductions = found.calls["all_gather", "dp"], found.calls["reduce_scatter", "dp"]
+        gathers, reductions = (
+            found.calls["all_gather", "dp"],
+            found.calls["reduce_scatter", "dp"],
+        )
         assert (gathers, reductions) == (2 * units, units)
 
 
@@ -116,7 +146,11 @@ def padding_is_clean(rank: int, layout: Layout) -> tuple[bool, Counter[bool]]:
             * (spec.shape[0] // (grid.tp.size if axis == "tp" else 4))
             for axis, _ in spec.shards
         )
-        rows.update((row == 0).all().item() for i, row in enumerate(weight) if first + i >= VOCAB)
+        rows.update(
+            (row == 0).all().item()
+            for i, row in enumerate(weight)
+            if first + i >= VOCAB
+        )
     return poisoned, rows
 
 
@@ -125,7 +159,9 @@ def padding_is_clean(rank: int, layout: Layout) -> tuple[bool, Counter[bool]]:
     [Layout(tensor=2, mode="isp", weight=2), Layout(tensor=2, zero1=2, parallel=CUT)],
     ids=str,
 )
-def test_padded_rows_are_zero_before_anything_is_loaded(pool: Pool, layout: Layout) -> None:
+def test_padded_rows_are_zero_before_anything_is_loaded(
+    pool: Pool, layout: Layout
+) -> None:
     answers = pool.run(padding_is_clean, layout)
     assert all(poisoned for poisoned, _ in answers)
     total = sum((rows for _, rows in answers), Counter[bool]())
@@ -139,13 +175,17 @@ def evaluates_and_trains_on(rank: int, layout: Layout) -> list[float]:
     batch = packs(0, range(1))
     losses: list[float] = []
     for step in range(2):
-        stages.schedule.evaluate(batch, lambda index, output: losses.append(float(output.nll.sum())))
+        stages.schedule.evaluate(
+            batch, lambda index, output: losses.append(float(output.nll.sum()))
+        )
         forward_backward(stages, layout, grid, step)
         with torch.no_grad():
             for parameter in stages.parameters().values():
                 local(parameter).mul_(1.5)
                 parameter.grad = None
-    stages.schedule.evaluate(batch, lambda index, output: losses.append(float(output.nll.sum())))
+    stages.schedule.evaluate(
+        batch, lambda index, output: losses.append(float(output.nll.sum()))
+    )
     return losses
 
 
@@ -153,12 +193,26 @@ def evaluates_and_trains_on(rank: int, layout: Layout) -> list[float]:
     "layout",
     [
         Layout(model=EVEN, parallel=CUT),
-        Layout(model=EVEN, tensor=2, mode="isp", weight=4, parallel={"weight": {"overlap": True}}),
-        Layout(model=EVEN, mode="isp", weight=2, pipeline=2, parallel={"weight": {"overlap": True}}),
+        Layout(
+            model=EVEN,
+            tensor=2,
+            mode="isp",
+            weight=4,
+            parallel={"weight": {"overlap": True}},
+        ),
+        Layout(
+            model=EVEN,
+            mode="isp",
+            weight=2,
+            pipeline=2,
+            parallel={"weight": {"overlap": True}},
+        ),
     ],
     ids=str,
 )
-def test_evaluation_between_updates_sees_the_newest_weights(pool: Pool, layout: Layout) -> None:
+def test_evaluation_between_updates_sees_the_newest_weights(
+    pool: Pool, layout: Layout
+) -> None:
     plain = evaluates_and_trains_on(0, Layout(model=EVEN, ranks=1))
     cut = pool.run(evaluates_and_trains_on, layout)[-1]  # a rank of the last stage
     assert len(set(cut)) == 3
@@ -173,11 +227,17 @@ def own_model(rank: int, layout: Layout) -> Trained:
     return train(rank, layout)
 
 
-def staged(config: ModelConfig, *, grid: Grid, device: str, layer_range: range | None) -> Decoder:
+def staged(
+    config: ModelConfig, *, grid: Grid, device: str, layer_range: range | None
+) -> Decoder:
     return Decoder(config, LLAMA, grid=grid, device=device, layer_range=layer_range)
 
 
-OWN = {"model_type": "PARALLEL_BLOCKS", "extra": {"first_gain": 0.5}, "num_kv_attention_heads": 8}
+OWN = {
+    "model_type": "PARALLEL_BLOCKS",
+    "extra": {"first_gain": 0.5},
+    "num_kv_attention_heads": 8,
+}
 STAGED = {"model_type": "STAGED"}
 
 

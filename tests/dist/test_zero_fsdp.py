@@ -39,7 +39,9 @@ def inputs(rank: int, step: int, index: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(5, 8, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def train(rank: int, layout: dict[str, Any], dtype: torch.dtype, zero: dict[str, Any]) -> dict[str, Tensor]:
+def train(
+    rank: int, layout: dict[str, Any], dtype: torch.dtype, zero: dict[str, Any]
+) -> dict[str, Tensor]:
     grid = grid_of(**layout)
     model = Model(dtype)
     mesh = DeviceMesh.from_group(grid.wp.group, "cpu")
@@ -47,7 +49,9 @@ def train(rank: int, layout: dict[str, Any], dtype: torch.dtype, zero: dict[str,
         fully_shard(
             layer,
             mesh=mesh,
-            mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.promote_types(dtype, torch.float32)),
+            mp_policy=MixedPrecisionPolicy(
+                reduce_dtype=torch.promote_types(dtype, torch.float32)
+            ),
         )
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -55,7 +59,9 @@ def train(rank: int, layout: dict[str, Any], dtype: torch.dtype, zero: dict[str,
             module.set_force_sum_reduction_for_comms(True)
     for parameter in model.parameters():
         with_spec(parameter, ShardSpec(tuple(parameter.shape), (("wp", 0),)))
-    optimizer = ZeroOptimizer(model.named_parameters(), ADAM, ZeroConfig.model_validate(zero), grid, model)
+    optimizer = ZeroOptimizer(
+        model.named_parameters(), ADAM, ZeroConfig.model_validate(zero), grid, model
+    )
     for step in range(3):
         optimizer.expect_micro_batches(MICRO_BATCHES)
         for index in range(MICRO_BATCHES):
@@ -83,12 +89,19 @@ LAYOUTS = [
 def test_equals_one_process(pool: Pool, layout: dict[str, Any]) -> None:
     model = Model(torch.float64)
     adamw = torch.optim.AdamW(
-        model.parameters(), lr=1e-2, betas=(0.9, 0.9), eps=1e-2, weight_decay=0.01, foreach=False
+        model.parameters(),
+        lr=1e-2,
+        betas=(0.9, 0.9),
+        eps=1e-2,
+        weight_decay=0.01,
+        foreach=False,
     )
     for step in range(3):
         for rank in range(4):
             for index in range(MICRO_BATCHES):
-                model(inputs(rank, step, index, torch.float64)).square().sum().backward()
+                model(
+                    inputs(rank, step, index, torch.float64)
+                ).square().sum().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adamw.step()
         adamw.zero_grad()
@@ -100,6 +113,11 @@ def test_equals_one_process(pool: Pool, layout: dict[str, Any]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_overlap_changes_no_bit(pool: Pool, dtype: torch.dtype) -> None:
     plain = pool.run(train, LAYOUTS[0], dtype, {})
-    for zero in ({"overlap_sync_grad": True, "reduce_bucket_size": 40}, {"overlap_sync_param": True}):
-        for ours, theirs in zip(pool.run(train, LAYOUTS[0], dtype, zero), plain, strict=True):
+    for zero in (
+        {"overlap_sync_grad": True, "reduce_bucket_size": 40},
+        {"overlap_sync_param": True},
+    ):
+        for ours, theirs in zip(
+            pool.run(train, LAYOUTS[0], dtype, zero), plain, strict=True
+        ):
             assert all(torch.equal(ours[name], theirs[name]) for name in theirs), zero

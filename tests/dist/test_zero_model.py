@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from evomesh.config.schema import AdamConfig, ModelConfig, ZeroConfig
-from evomesh.config.schema import IGNORE
+from evomesh.config.schema import IGNORE, AdamConfig, ModelConfig, ZeroConfig
 from evomesh.layers.attention import SequenceBounds
 from evomesh.models.registry import build_model, initialize_weights
 from evomesh.optim.zero import ZeroOptimizer
@@ -34,19 +33,31 @@ MODEL = ModelConfig(
     dtype="float64",
     norm_type="layernorm",
 )
-ADAM = AdamConfig(adam_eps=1e-2, weight_decay=0.1)  # large: Adam's division amplifies the order of sums
+ADAM = AdamConfig(
+    adam_eps=1e-2, weight_decay=0.1
+)  # large: Adam's division amplifies the order of sums
 LAYOUTS: list[dict[str, Any]] = [
     *({"zero1": zero} for zero in (1, 2, 4)),
-    *({"tensor": 2, "mode": mode, "zero1": zero} for mode in ("mtp", "msp", "fsp") for zero in (1, 2)),
+    *(
+        {"tensor": 2, "mode": mode, "zero1": zero}
+        for mode in ("mtp", "msp", "fsp")
+        for zero in (1, 2)
+    ),
     *({"tensor": 4, "mode": mode} for mode in ("mtp", "msp", "fsp")),
     *({"tensor": 2, "mode": "isp", "zero1": zero} for zero in (1, 2, 4)),
 ]
 
 
 def pack(step: int, index: int) -> tuple[Tensor, Tensor, SequenceBounds]:
-    ids = torch.randint(0, VOCAB, (T,), generator=torch.Generator().manual_seed(100 * step + index))
+    ids = torch.randint(
+        0, VOCAB, (T,), generator=torch.Generator().manual_seed(100 * step + index)
+    )
     labels = torch.cat([ids[1:], torch.tensor([IGNORE])])
-    return ids, labels, SequenceBounds(torch.arange(T), torch.tensor([0, T], dtype=torch.int32), T)
+    return (
+        ids,
+        labels,
+        SequenceBounds(torch.arange(T), torch.tensor([0, T], dtype=torch.int32), T),
+    )
 
 
 def train(
@@ -75,7 +86,10 @@ def train(
     for name, parameter in model.named_parameters():
         spec = spec_of(parameter)
         ranges = spec.local_ranges({"tp": grid.tp, "wp": grid.wp})
-        found[name] = (tuple((r.start, r.stop) for r in ranges), parameter.detach().clone())
+        found[name] = (
+            tuple((r.start, r.stop) for r in ranges),
+            parameter.detach().clone(),
+        )
     return losses, norms, found
 
 
@@ -86,12 +100,20 @@ def one_process() -> tuple[list[float], list[float], Any]:
 
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_trains_like_one_process(pool: Pool, layout: dict[str, Any], overlap: bool) -> None:
+def test_trains_like_one_process(
+    pool: Pool, layout: dict[str, Any], overlap: bool
+) -> None:
     losses, norms, whole = one_process()
-    options = {"reduce_bucket_size": 3000, "overlap_sync_grad": overlap, "overlap_sync_param": overlap}
+    options = {
+        "reduce_bucket_size": 3000,
+        "overlap_sync_grad": overlap,
+        "overlap_sync_param": overlap,
+    }
     answers = pool.run(train, layout, options)
     for found_losses, found_norms, found in answers:
-        assert found_losses == pytest.approx(losses, rel=FIRST_LOSS if "tensor" not in layout else LAYOUT)
+        assert found_losses == pytest.approx(
+            losses, rel=FIRST_LOSS if "tensor" not in layout else LAYOUT
+        )
         assert found_norms == pytest.approx(norms, rel=LAYOUT)
         for name, (where, tensor) in found.items():
             expected = whole[name][1]
@@ -113,7 +135,11 @@ def padded_rows(rank: int) -> list[Tensor]:
         model = build_model(MODEL, grid=grid_of(tensor=4), mode=MODES["mtp"])
     finally:
         torch.use_deterministic_algorithms(False)
-    return [p.detach() for name, p in model.named_parameters() if name in ("embedding.weight", "head.weight")]
+    return [
+        p.detach()
+        for name, p in model.named_parameters()
+        if name in ("embedding.weight", "head.weight")
+    ]
 
 
 def test_padded_rows_are_zero_before_weights_are_loaded(pool: Pool) -> None:
