@@ -1,6 +1,7 @@
 """What each mode sends, by block and step: the table of docs/parallelism.md, and never more than InternEvo.
 
-A is the bytes of one micro-batch's hidden states [T, D], W of one block's weights, Q of one micro-batch's fused q, k, v.
+A is the bytes of one micro-batch's hidden states [T, D], W of one block's weights, Q
+of one micro-batch's fused q, k, v.
 """
 
 from __future__ import annotations
