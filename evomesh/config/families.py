@@ -18,6 +18,7 @@ class FamilyFacts:
         defaults: keys of the model section whose default differs from the schema's.
         qkv_bias, o_bias, qk_norm: what every model of the family has; None: the config decides.
         sliding_window: whether the family may have a window.
+        layer_types: whether it may have it in some of its layers only.
     """
 
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -25,14 +26,27 @@ class FamilyFacts:
     o_bias: bool | None = None
     qk_norm: bool | None = None
     sliding_window: bool = False
+    layer_types: bool = False
 
 
 FAMILY_FACTS: dict[str, FamilyFacts] = {
     "INTERNLM": FamilyFacts(qkv_bias=True, o_bias=True),
     "INTERNLM2_PUBLIC": FamilyFacts(),
     "LLAMA2": FamilyFacts({"qk_interleaved": True}),
-    "QWEN2": FamilyFacts({"o_bias": False}, qkv_bias=True, o_bias=False, qk_norm=False),
-    "QWEN3": FamilyFacts({"no_bias": True, "qk_norm": True}, qk_norm=True),
+    "QWEN2": FamilyFacts(
+        {"o_bias": False},
+        qkv_bias=True,
+        o_bias=False,
+        qk_norm=False,
+        sliding_window=True,
+        layer_types=True,
+    ),
+    "QWEN3": FamilyFacts(
+        {"no_bias": True, "qk_norm": True},
+        qk_norm=True,
+        sliding_window=True,
+        layer_types=True,
+    ),
     "MISTRAL": FamilyFacts(
         {"no_bias": True},
         qkv_bias=False,

@@ -23,7 +23,7 @@ from evomesh.config.rope import (
     RopeType,
     scaling_problems,
 )
-from evomesh.config.schema import DType, ModelConfig
+from evomesh.config.schema import DType, LayerType, ModelConfig
 from evomesh.config.user import expand_home
 from evomesh.errors import UserError
 from evomesh.user_files import read_json, read_text
@@ -139,7 +139,7 @@ def read_model(
         head_dim=head_dim,
         o_bias=False if family == "QWEN2" else None,
         qk_norm=family == "QWEN3",
-        sliding_window=reader.sliding_window(),
+        **reader.window_settings(),
         layer_norm_epsilon=reader.number("rms_norm_eps", 1e-6),
         no_bias=not bias,
         qk_interleaved=False,
@@ -262,8 +262,6 @@ class _ConfigReader:
             setting = "GQA"
         elif heads % groups != 0:
             setting = f"{heads} attention heads with {groups} key/value heads"
-        elif self.record.get("use_sliding_window"):
-            setting = "use_sliding_window: a window in some of the layers"
         if setting:
             raise UserError(f"{setting} is not supported", where=self.where)
 
@@ -281,17 +279,51 @@ class _ConfigReader:
         return bool(self.record.get(key, kind == "internlm"))
 
     def sliding_window(self) -> int | None:
-        """Return Mistral's window; where the file has none, transformers takes 4096. Qwen has a switch for it."""
-        if (
-            self.record.get("model_type") != "mistral"
-            or self.record.get("sliding_window", 4096) is None
-        ):
+        """Return the window; where the file has none, transformers takes 4096. Qwen has a switch for it."""
+        if self.record.get("model_type") in ("qwen2", "qwen3"):
+            has_window = bool(self.record.get("use_sliding_window", False))
+        else:
+            has_window = self.record.get("model_type") == "mistral"
+        if not has_window or self.record.get("sliding_window", 4096) is None:
             return None
-        return (
-            self.positive_integer("sliding_window")
-            if "sliding_window" in self.record
-            else 4096
-        )
+        if "sliding_window" not in self.record:
+            return 4096
+        return self.positive_integer("sliding_window")
+
+    def layer_types(self) -> tuple[LayerType, ...] | None:
+        """Return which layers have the window; None: all of them, as in Mistral.
+
+        Qwen's older files have ``max_window_layers`` instead of a list: layers from
+        that one on have the window, in transformers from layer 28 on without a number.
+        """
+        layers = self.positive_integer("num_hidden_layers")
+        if self.record.get("model_type") not in ("qwen2", "qwen3"):
+            return None
+        types = self.record.get("layer_types")
+        if types is None:
+            first = self.number("max_window_layers", 28)
+            return tuple(
+                "sliding_attention" if layer >= first else "full_attention"
+                for layer in range(layers)
+            )
+        known = get_args(LayerType)
+        if len(types) != layers or not set(types) <= set(known):
+            raise UserError(
+                f"layer_types has {len(types)} entries: {_joined(types)}",
+                where=self.where,
+                expected=f"{layers} of {' or '.join(known)}",
+            )
+        return tuple(types)
+
+    def window_settings(self) -> dict[str, Any]:
+        """Return ``sliding_window`` and ``layer_types`` of the model section, each meaning written in one way."""
+        window = self.sliding_window()
+        types = self.layer_types() if window is not None else None
+        if types is not None and "sliding_attention" not in types:
+            window = None
+        if window is None or types is None or "full_attention" not in types:
+            types = None
+        return {"sliding_window": window, "layer_types": types}
 
     def _partial_rotary(self) -> float:
         key = "partial_rotary_factor"

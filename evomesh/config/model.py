@@ -13,6 +13,7 @@ DType = Literal["float64", "float32", "tf32", "bfloat16", "float16"]
 ModelFamily = Literal[
     "INTERNLM", "INTERNLM2_PUBLIC", "LLAMA2", "QWEN2", "QWEN3", "MISTRAL"
 ]
+LayerType = Literal["full_attention", "sliding_attention"]
 RotaryType = Literal[
     "origin", "dynamic"
 ]  # beyond the trained length: unscaled, or with dynamic NTK
@@ -85,8 +86,11 @@ class ModelConfig(Section):
     sliding_window: int | None = Field(
         None,
         ge=1,
-        description="Tokens that a position sees, itself included. Texts must not be longer: within that length the "
-        "window changes nothing.",
+        description="Tokens that a position sees, itself included; None: all before it.",
+    )
+    layer_types: tuple[LayerType, ...] | None = Field(
+        None,
+        description="sliding_attention or full_attention for each layer, as in config.json; None: all have the window.",
     )
     qk_interleaved: bool = Field(
         False,
@@ -207,6 +211,21 @@ class ModelConfig(Section):
     @property
     def has_o_bias(self) -> bool:
         return not self.no_bias if self.o_bias is None else self.o_bias
+
+    def window_of(self, layer: int) -> int | None:
+        """Return the window of a layer by its global index, None if it has none."""
+        types = self.layer_types
+        if types is not None and types[layer] == "full_attention":
+            return None
+        return self.sliding_window
+
+    def mean_attention_span(self, seq_len: int) -> float:
+        """Return the most tokens that a position of ``seq_len`` tokens sees, the mean over the layers."""
+        spans = [
+            min(self.window_of(layer) or seq_len, seq_len)
+            for layer in range(self.num_layers)
+        ]
+        return sum(spans) / len(spans)
 
     @property
     def attention_width(self) -> int:

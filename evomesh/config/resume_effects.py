@@ -43,6 +43,7 @@ FUNCTION = (
     "model.o_bias",
     "model.qk_norm",
     "model.sliding_window",
+    "model.layer_types",
     "model.norm_head",
     "model.tie_word_embeddings",
     "model.extra",

@@ -15,6 +15,7 @@ from evomesh.config.rope import scaling_problems
 from evomesh.config.schema import Config, ModelConfig
 from evomesh.config.step_values import RAMPUP_FORM, BatchSizeRampup
 from evomesh.config.switches import SWITCHES
+from evomesh.config.windows import window_findings
 
 INT32, INT64 = 2**31 - 1, 2**63 - 1
 STREAMING_KEYS = (
@@ -62,7 +63,7 @@ def check(
         *_number_findings(config),
         *_model_findings(config),
         *_rope_findings(config),
-        *_window_findings(config),
+        *window_findings(config.model),
         *_data_findings(config),
         *_loss_scale_findings(config),
         *_learning_rate_findings(config),
@@ -185,25 +186,6 @@ def _family_findings(model: ModelConfig) -> Iterator[ConfigFinding]:
                 f"{key} is {value}, and {family} models have {key}={wanted}",
                 fix=f"remove it, {other}",
             )
-    if model.sliding_window is not None and not facts.sliding_window:
-        yield ConfigFinding(
-            ("model.sliding_window",),
-            f"{family} models have no window",
-            fix='remove model.sliding_window, or take model_type="MISTRAL"',
-        )
-
-
-def _window_findings(config: Config) -> Iterator[ConfigFinding]:
-    window, data = config.model.sliding_window, config.data
-    longest = data.packed_length if data.pack_sample_into_one else data.seq_len
-    if window is not None and window < longest:
-        yield ConfigFinding(
-            ("model.sliding_window", "data.seq_len"),
-            f"sequences of up to {longest} tokens with a window of {window}: windows shorter than the text are not "
-            "part of evomesh",
-            expected=f"data.seq_len={window} or less",
-            fix="train on shorter sequences, or on a model without a window",
-        )
 
 
 def _rope_findings(config: Config) -> Iterator[ConfigFinding]:

@@ -17,12 +17,19 @@ from typing import Literal
 from pydantic import Field
 
 from evomesh.config.data import DataConfig
-from evomesh.config.model import DType, ModelConfig, ModelFamily, RotaryType
+from evomesh.config.model import (
+    DType,
+    LayerType,
+    ModelConfig,
+    ModelFamily,
+    RotaryType,
+)
 from evomesh.config.section import Section
 
 __all__ = [
     "DType",
     "DataConfig",
+    "LayerType",
     "ModelConfig",
     "ModelFamily",
     "RotaryType",

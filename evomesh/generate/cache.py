@@ -18,12 +18,15 @@ from evomesh.layers.attention import (
     AttentionFunction,
     SequenceBounds,
     attend,
-    check_window,
 )
 
 
 class KeyValueCache:
     """Rotated keys and values of up to S sequences of unequal length: two tensors [S, G, C, H] for each layer.
+
+    A layer with a window W keeps the last W tokens of a sequence, [S, G, min(C, W), H]:
+    position p is at row p mod W, which later position p + W takes over. Keys are
+    rotated already, so that their order does not matter.
 
     Sequences in use occupy slots 0 .. B - 1, so that a decoding step reads a view of
     the cache and copies nothing. Before each call of the model comes ``prefill`` (whole
@@ -62,9 +65,15 @@ class KeyValueCache:
         bounds = SequenceBounds(positions.to(device), cu_seqlens.to(device), longest)
 
         def store(cached: Tensor, packed: Tensor) -> None:
+            capacity = cached.shape[2]
             sequences = torch.split(packed, list(lengths))  # each [length, G, H]
             for slot, sequence in enumerate(sequences, first_slot):
-                cached[slot, :, : len(sequence)] = sequence.transpose(0, 1)
+                length = len(sequence)
+                if length <= capacity:
+                    cached[slot, :, :length] = sequence.transpose(0, 1)
+                    continue
+                kept = torch.arange(length - capacity, length, device=device)
+                cached[slot, :, kept % capacity] = sequence[kept].transpose(0, 1)
 
         def store_and_attend(
             q: Tensor,
@@ -73,7 +82,7 @@ class KeyValueCache:
             bounds: SequenceBounds,
             module: Attention,
         ) -> Tensor:
-            cached_keys, cached_values = self._tensors(module.layer, k)
+            cached_keys, cached_values = self._tensors(module, k)
             store(cached_keys, k)
             store(cached_values, v)
             out: Tensor = attend(q, k, v, bounds, module)
@@ -100,13 +109,7 @@ class KeyValueCache:
         bounds = SequenceBounds(positions, one_token_each, 1)
 
         # Sequences of equal length need no mask, and one slice takes all new keys.
-        # Otherwise each sequence sees its own positions only: [B, 1, 1, L], one row for
-        # all heads.
         equally_long = min(self.lengths) + 1 == longest
-        visible: Tensor | None = None
-        if not equally_long:
-            visible = torch.arange(longest, device=device) <= positions[:, None]
-            visible = visible[:, None, None]
         rows = torch.arange(count, device=device)
         self.lengths = [length + 1 for length in self.lengths]
 
@@ -117,22 +120,27 @@ class KeyValueCache:
             bounds: SequenceBounds,
             module: Attention,
         ) -> Tensor:
-            check_window(longest, module.window)
-            keys, values = self._tensors(module.layer, k)
+            keys, values = self._tensors(module, k)
+            capacity = keys.shape[2]
+            seen = min(longest, capacity)
+            visible: Tensor | None = None
             if equally_long:
-                new_position = longest - 1
-                keys[:count, :, new_position] = k
-                values[:count, :, new_position] = v
+                row = (longest - 1) % capacity
+                keys[:count, :, row] = k
+                values[:count, :, row] = v
             else:
-                keys[rows, :, positions] = k
-                values[rows, :, positions] = v
+                keys[rows, :, positions % capacity] = k
+                values[rows, :, positions % capacity] = v
+                # Each sequence sees its own positions only: [B, 1, 1, seen], one row for all heads.
+                visible = torch.arange(seen, device=device) <= positions[:, None]
+                visible = visible[:, None, None]
             # The query heads of a group take the place of SDPA's query positions, so that no key is repeated:
-            # q [B, N, H] -> [B, G, N / G, H], keys and values [B, G, L, H].
+            # q [B, N, H] -> [B, G, N / G, H], keys and values [B, G, seen, H].
             groups = k.shape[1]
             head_dim = q.shape[2]
             grouped_q = q.reshape(count, groups, -1, head_dim)
-            seen_keys = keys[:count, :, :longest]
-            seen_values = values[:count, :, :longest]
+            seen_keys = keys[:count, :, :seen]
+            seen_values = values[:count, :, :seen]
             context = F.scaled_dot_product_attention(
                 grouped_q, seen_keys, seen_values, attn_mask=visible
             )
@@ -182,13 +190,15 @@ class KeyValueCache:
     def _all_tensors(self) -> Iterator[Tensor]:
         return chain.from_iterable(self._layers.values())
 
-    def _tensors(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _tensors(self, module: Attention, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and values of a layer; zeros at first, since masked uninitialized memory could be NaN.
 
         Args:
             like: [T, G, H], of the wanted type and device.
         """
+        layer = module.layer
         if layer not in self._layers:
-            shape = (self.slots, like.shape[1], self.context_length, like.shape[2])
+            tokens = min(self.context_length, module.window or self.context_length)
+            shape = (self.slots, like.shape[1], tokens, like.shape[2])
             self._layers[layer] = (like.new_zeros(shape), like.new_zeros(shape))
         return self._layers[layer]

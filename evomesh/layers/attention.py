@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
 from typing import Any
@@ -15,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evomesh.errors import UserError
 from evomesh.layers.linear import ColumnParallelLinear, RowParallelLinear
 from evomesh.layers.norm import Norm
 from evomesh.layers.placement import Placement
@@ -28,7 +28,6 @@ __all__ = [
     "AttentionFunction",
     "SequenceBounds",
     "attend",
-    "check_window",
     "outside_graph",
 ]
 
@@ -38,6 +37,9 @@ AttentionFunction = Callable[
     [Tensor, Tensor, Tensor, SequenceBounds, "Attention"], Tensor
 ]
 FLASH_HEAD_DIM = 256  # the largest that the flash kernel supports
+MIN_WINDOW_BLOCK = (
+    128  # queries of one call, so that a small window makes no tiny products
+)
 
 
 def attend(
@@ -47,31 +49,18 @@ def attend(
     bounds: SequenceBounds,
     module: Attention | None = None,
 ) -> Tensor:
-    """Compute causal softmax(q k^T / sqrt(H)) v within each segment.
+    """Compute causal softmax(q k^T / sqrt(H)) v within each segment, and within ``module.window`` where there is one.
 
     Args:
         q: [T, N, H]; k and v: [T, G, H].
-        module: unused here; attention functions that keep a key/value cache look it up by ``module.layer``.
+        module: has the window; attention functions that keep a key/value cache look it up by ``module.layer``.
     """
-    return (
-        _varlen(q, k, v, bounds) if _flash_takes(q) else _per_segment(q, k, v, bounds)
-    )
-
-
-def check_window(tokens: int, window: int | None) -> None:
-    """Refuse a segment that is longer than the window of the model's attention, beyond which no token looks.
-
-    Raises:
-        UserError: with both lengths.
-    """
-    if window is not None and tokens > window:
-        raise UserError(
-            f"a text of {tokens} tokens, and the model's sliding window is {window}",
-            where="model.sliding_window",
-            expected=f"texts of up to {window} tokens: longer ones need a window in the attention, which evomesh "
-            "does not have",
-            fix="shorten the text, or the answer",
-        )
+    window = None if module is None else module.window
+    if window is not None and window >= bounds.max_seqlen:
+        window = None  # it reaches every earlier token
+    if _flash_takes(q) and (window is None or _varlen_has_windows()):
+        return _varlen(q, k, v, bounds, window)
+    return _per_segment(q, k, v, bounds, window)
 
 
 def outside_graph(attend: AttentionFunction) -> AttentionFunction:
@@ -117,26 +106,39 @@ def _has_flash(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def _varlen_has_windows() -> bool:
+    """Return whether torch's ``varlen_attn`` takes a window: its signature changed after 2.11."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "window_size" in inspect.signature(varlen_attn).parameters
+
+
 @cache
-def _varlen_options(varlen_attn: Callable[..., Any], grouped: bool) -> dict[str, Any]:
+def _varlen_options(
+    varlen_attn: Callable[..., Any], grouped: bool, window: int | None
+) -> dict[str, Any]:
     """Return the options of causal attention for torch's ``varlen_attn``, whose signature changed after 2.11."""
     known = inspect.signature(varlen_attn).parameters
-    options: dict[str, Any] = (
-        {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    )
-    return (
-        options | {"enable_gqa": True} if grouped and "enable_gqa" in known else options
-    )
+    options: dict[str, Any] = {"is_causal": True}
+    if "window_size" in known:
+        # Keys before and after the query; the query itself is not counted, -1 means all.
+        before = -1 if window is None else window - 1
+        options = {"window_size": (before, 0)}
+    if grouped and "enable_gqa" in known:
+        options["enable_gqa"] = True
+    return options
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, bounds: SequenceBounds) -> Tensor:
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, bounds: SequenceBounds, window: int | None = None
+) -> Tensor:
     """Attend with torch's variable-length flash kernel; the maximum length is an argument, so the host never waits."""
     from torch.nn.attention.varlen import varlen_attn
 
     heads = q.shape[1]
     kv_heads = k.shape[1]
     grouped = kv_heads != heads
-    options = _varlen_options(varlen_attn, grouped)
+    options = _varlen_options(varlen_attn, grouped, window)
     if grouped and "enable_gqa" not in options:
         # This version of the kernel wants as many key/value heads as query heads.
         k = _repeat_heads(k, heads // kv_heads)
@@ -153,42 +155,87 @@ def _repeat_heads(x: Tensor, copies: int) -> Tensor:
     return x.unsqueeze(2).expand(-1, -1, copies, -1).flatten(1, 2)
 
 
-def _per_segment(q: Tensor, k: Tensor, v: Tensor, bounds: SequenceBounds) -> Tensor:
+@dataclass(frozen=True)
+class SegmentRun:
+    """Consecutive segments of equal length: lengths 5 5 5 2 make the runs (5, 3) and (2, 1).
+
+    Attributes:
+        length: L, tokens of each segment.
+        count: number of segments.
+    """
+
+    length: int
+    count: int
+
+    def as_batch(self, x: Tensor) -> Tensor:
+        """Return a view of the run's rows as a batch, [count * L, heads, H] -> [count, heads, L, H]."""
+        batch = x.view(self.count, self.length, *x.shape[1:])
+        return batch.transpose(1, 2)
+
+
+def _runs(lengths: list[int]) -> list[SegmentRun]:
+    return [
+        SegmentRun(length, len(list(equally_long)))
+        for length, equally_long in groupby(lengths)
+    ]
+
+
+def _per_segment(
+    q: Tensor, k: Tensor, v: Tensor, bounds: SequenceBounds, window: int | None = None
+) -> Tensor:
     """Attend with one call per run of equally long segments: work grows with their lengths squared, not with T squared.
 
     ``torch.split`` rather than slices, because its backward is one concatenation for all runs.
     """
-    # A run is `count` consecutive segments of L tokens each: segment lengths 5 5 5 2
-    # make the runs (5, 3) and (2, 1).
-    runs = [(length, len(list(group))) for length, group in groupby(bounds.lengths())]
-    tokens_of_runs = [length * count for length, count in runs]
-    q_runs = torch.split(q, tokens_of_runs)
-    k_runs = torch.split(k, tokens_of_runs)
-    v_runs = torch.split(v, tokens_of_runs)
+    runs = _runs(bounds.lengths())
+    tokens = [run.length * run.count for run in runs]
+    q_runs = torch.split(q, tokens)
+    k_runs = torch.split(k, tokens)
+    v_runs = torch.split(v, tokens)
     outs = []
-    for (length, count), q_run, k_run, v_run in zip(
-        runs, q_runs, k_runs, v_runs, strict=True
-    ):
+    for run, q_run, k_run, v_run in zip(runs, q_runs, k_runs, v_runs, strict=True):
         out = _causal(
-            _segments_to_batch(q_run, count, length),
-            _segments_to_batch(k_run, count, length),
-            _segments_to_batch(v_run, count, length),
+            run.as_batch(q_run), run.as_batch(k_run), run.as_batch(v_run), window
         )
-        outs.append(
-            out.transpose(1, 2).flatten(0, 1)
-        )  # [count, N, L, H] -> [count * L, N, H]
+        # [count, N, L, H] -> [count * L, N, H]
+        outs.append(out.transpose(1, 2).flatten(0, 1))
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
-def _segments_to_batch(x: Tensor, count: int, length: int) -> Tensor:
-    """Return a view of the segments of a run as a batch, [count * L, heads, H] -> [count, heads, L, H]."""
-    return x.view(count, length, *x.shape[1:]).transpose(1, 2)
-
-
-def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _causal(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """Attend within segments of equal length: q [batch, N, L, H], k and v [batch, G, L, H]."""
+    if window is not None and window < q.shape[2]:
+        return _in_window(q, k, v, window)
     return F.scaled_dot_product_attention(
         q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
     )
+
+
+def _in_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Attend to the last ``window`` keys, the query's own included, where L is longer than that.
+
+    A block of queries at a time, with the keys that any of them sees: work grows with
+    L times the window, not with L squared.
+    """
+    length = q.shape[2]
+    block = max(window, MIN_WINDOW_BLOCK)
+    grouped = q.shape[1] != k.shape[1]
+    outs = []
+    for start in range(0, length, block):
+        stop = min(start + block, length)
+        first_key = max(start - window + 1, 0)
+        queries = torch.arange(start, stop, device=q.device)[:, None]
+        keys = torch.arange(first_key, stop, device=q.device)
+        visible = (keys <= queries) & (keys > queries - window)
+        out = F.scaled_dot_product_attention(
+            q[:, :, start:stop],
+            k[:, :, first_key:stop],
+            v[:, :, first_key:stop],
+            attn_mask=visible,
+            enable_gqa=grouped,
+        )
+        outs.append(out)
+    return torch.cat(outs, dim=2)
 
 
 class Attention(nn.Module):
@@ -203,7 +250,7 @@ class Attention(nn.Module):
         head_dim: H; None: D / N.
         out_bias: bias of the output projection; None: as ``bias``, which is that of queries, keys and values.
         head_norms: norms of queries and keys over each head (``qk_norm``), whose weights [H] all heads share.
-        window: longest segment, in tokens (``sliding_window``); None: any.
+        window: tokens that a query sees, its own included (``sliding_window``); None: all earlier ones.
     """
 
     def __init__(
@@ -272,15 +319,16 @@ class Attention(nn.Module):
         """Return the fused projection [T, G (R + 2) H] with each query head and each key head normed."""
         if self.q_norm is None or self.k_norm is None:
             return qkv
-        groups = qkv.view(
-            qkv.shape[0], self.kv_heads, -1, self.head_dim
-        )  # [T, G, R + 2, H]
+        tokens = qkv.shape[0]
+        groups = qkv.view(tokens, self.kv_heads, -1, self.head_dim)  # [T, G, R + 2, H]
         queries = groups[:, :, :-2]
         keys = groups[:, :, -2:-1]
-        normed_queries = self.q_norm(queries.reshape(-1, self.head_dim)).view(
-            queries.shape
-        )
-        normed_keys = self.k_norm(keys.reshape(-1, self.head_dim)).view(keys.shape)
-        return torch.cat((normed_queries, normed_keys, groups[:, :, -1:]), dim=2).view(
-            qkv.shape
-        )
+        values = groups[:, :, -1:]
+        normed = (_norm_heads(self.q_norm, queries), _norm_heads(self.k_norm, keys))
+        return torch.cat((*normed, values), dim=2).view(qkv.shape)
+
+
+def _norm_heads(norm: Norm, heads: Tensor) -> Tensor:
+    """Norm each head of [T, G, heads, H] by itself."""
+    rows: Tensor = norm(heads.reshape(-1, heads.shape[-1]))
+    return rows.view(heads.shape)

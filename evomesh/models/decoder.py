@@ -46,7 +46,6 @@ from evomesh.layers.attention import (
     AttentionFunction,
     SequenceBounds,
     attend,
-    check_window,
     outside_graph,
 )
 from evomesh.layers.compiler import compiles_blocks
@@ -108,7 +107,7 @@ class DecoderBlock(nn.Module):
             head_dim=config.head_dim,
             out_bias=config.has_o_bias,
             head_norms=_head_norms(config, placement) if config.qk_norm else None,
-            window=config.sliding_window,
+            window=config.window_of(layer),
         )
         self.attention_norm = make_norm(config, placement)
         self.feed_forward = FeedForward(
@@ -343,7 +342,6 @@ class Decoder(LanguageModel):
                 x = x.to(promote(self.dtype))
         if self.compiled:
             attend = outside_graph(attend)
-        check_window(bounds.max_seqlen, self.config.sliding_window)
         tables = self.rotary.tables(bounds, self.dtype)
         recomputed = self.recomputed_layers if torch.is_grad_enabled() else 0
         for i, block in enumerate(self.layers.values()):

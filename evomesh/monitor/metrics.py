@@ -168,6 +168,7 @@ def model_tflops(
     seq_len: int,
     hidden_size: int,
     attention_width: int | None = None,
+    attention_span: float | None = None,
     num_layers: int,
     vocab_size: int,
     mlp_ratio: float,
@@ -185,6 +186,7 @@ def model_tflops(
         sequences: number of sequences of ``seq_len`` tokens in the global batch: micro_bsz * micro_num * data-parallel
             size.
         attention_width: number of query heads times their width; None: hidden_size, as in the formula.
+        attention_span: tokens that a token sees, the mean over the layers; None: seq_len, as without windows.
         mlp_ratio: of the gated feed-forward network, whose three matrices make 1.5 times a plain one.
     """
     passes = 4 if recompute else 3  # backward costs two forward passes
@@ -193,7 +195,7 @@ def model_tflops(
     # network, then scores and values.
     width = attention_width or hidden_size
     projections = (8 * width + 4 * 1.5 * mlp_ratio * hidden_size) * tokens * hidden_size
-    attention = 4 * tokens * seq_len * width
+    attention = 4 * tokens * (attention_span or seq_len) * width
     head = (
         6 * tokens * hidden_size * vocab_size
     )  # forward and backward; it is never recomputed

@@ -13,7 +13,6 @@ from evomesh.config.schema import RotaryType
 from evomesh.config.user import expand_home
 from evomesh.errors import UserError
 from evomesh.generate.engine import GenerationEngine
-from evomesh.layers.attention import check_window
 from evomesh.models.language_model import has_rotary_types, with_rotary_type
 from evomesh.serve.loop import EngineLoop
 from evomesh.serve.service import GenerationService, ServedModel, ServiceLimits
@@ -70,10 +69,6 @@ def load_service(ckpt: str, device: str, options: ModelOptions) -> GenerationSer
     if context_length is None:
         extended = options.extended_context or rotary_type == "dynamic"
         context_length = trained_length * EXTENSION if extended else trained_length
-    window = config.model.sliding_window
-    if window is not None and options.context_length is None:
-        context_length = min(context_length, window)
-    check_window(context_length, window)
     model = ServedModel(
         name=options.name or config.run.job_name,
         fingerprint=loaded.fingerprint,

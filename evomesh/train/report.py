@@ -198,6 +198,7 @@ class RunReporter:
                 seq_len=data.seq_len,
                 hidden_size=model.hidden_size,
                 attention_width=model.attention_width,
+                attention_span=model.mean_attention_span(data.seq_len),
                 num_layers=model.num_layers,
                 vocab_size=model.vocab_size,
                 mlp_ratio=model.mlp_ratio,

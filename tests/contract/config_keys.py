@@ -143,6 +143,12 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("model.qk_norm", True, E, ("model_type=LLAMA2",)),
     CompatibilityRow("model.sliding_window", 4096, E, ("model_type=MISTRAL",)),
     CompatibilityRow(
+        "model.layer_types",
+        ["full_attention", "sliding_attention"],
+        E,
+        ("model_type=QWEN3", "model.num_layers=2", "model.sliding_window=64"),
+    ),
+    CompatibilityRow(
         "model.use_sliding_window",
         False,
         E,

@@ -119,8 +119,10 @@ def _unexportable_attention(model: ModelConfig, arch: Architecture) -> str | Non
         return f"qkv_bias={biases[0]} with o_bias={biases[1]}"
     if model.qk_norm != (arch == "qwen3"):
         return f"qk_norm={model.qk_norm}"
-    if model.sliding_window is not None and arch != "mistral":
+    if model.sliding_window is not None and arch not in ("mistral", "qwen2", "qwen3"):
         return f"sliding_window={model.sliding_window}"
+    if model.layer_types is not None and arch not in ("qwen2", "qwen3"):
+        return "layer_types"
     if model.head_dim * model.num_attention_heads != model.hidden_size and arch in (
         "qwen2",
         "internlm2",
@@ -146,17 +148,8 @@ def build_config(
     settings: dict[Architecture, dict[str, Any]] = {
         "llama": {"attention_bias": model.has_o_bias, "mlp_bias": False},
         "internlm2": {"bias": model.has_o_bias},
-        "qwen2": {
-            "use_sliding_window": False,
-            "sliding_window": None,
-            "max_window_layers": model.num_layers,
-        },
-        "qwen3": {
-            "attention_bias": model.has_o_bias,
-            "use_sliding_window": False,
-            "sliding_window": None,
-            "max_window_layers": model.num_layers,
-        },
+        "qwen2": _qwen_window(model),
+        "qwen3": {"attention_bias": model.has_o_bias, **_qwen_window(model)},
         "mistral": {"sliding_window": model.sliding_window},
     }
     return {
@@ -188,6 +181,22 @@ def build_config(
         "pad_token_id": ids.pad,
         "torch_dtype": dtype,
         "dtype": dtype,
+    }
+
+
+def _qwen_window(model: ModelConfig) -> dict[str, Any]:
+    """Return Qwen's settings of the window: which layers have it, and for older readers the first that has."""
+    windows = [model.window_of(layer) for layer in range(model.num_layers)]
+    types = [
+        "full_attention" if window is None else "sliding_attention"
+        for window in windows
+    ]
+    full_layers = types.index("sliding_attention") if any(windows) else len(types)
+    return {
+        "use_sliding_window": any(windows),
+        "sliding_window": model.sliding_window,
+        "max_window_layers": full_layers,
+        "layer_types": types,
     }
 
 

@@ -56,6 +56,7 @@ COMPARED = (
     "has_o_bias",
     "qk_norm",
     "sliding_window",
+    "layer_types",
     "layer_norm_epsilon",
     "rope_base",
     "rope_scaling",

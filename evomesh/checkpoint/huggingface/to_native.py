@@ -106,11 +106,7 @@ def read_folder(
     tensors = foreign_tensors(folder, described.naming, model)
     weights = dict(tensors)
     tokenizer = _tokenizer_path(folder, model, report)
-    seq_len = min(
-        model.max_position_embeddings,
-        model.sliding_window or model.max_position_embeddings,
-    )
-    data = DataConfig(seq_len=seq_len, tokenizer_path=tokenizer)
+    data = DataConfig(seq_len=model.max_position_embeddings, tokenizer_path=tokenizer)
     generation = _generation_section(folder, model.vocab_size)
     config = Config(model=model, data=data, generation=generation)
     return config, weights

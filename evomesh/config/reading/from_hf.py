@@ -27,6 +27,7 @@ FACTS = (
     "o_bias",
     "qk_norm",
     "sliding_window",
+    "layer_types",
     "rope_base",
     "rope_scaling",
     "use_dynamic_ntk_rope",

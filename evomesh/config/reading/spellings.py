@@ -92,6 +92,7 @@ TUPLES = (
     "generation.eos_id",
     "generation.additional_eos_token_list",
     "adam.no_decay",
+    "model.layer_types",
     "model.rope_scaling.short_factor",
     "model.rope_scaling.long_factor",
 )
@@ -264,6 +265,7 @@ def _resolve_model(draft: ConfigDraft) -> None:
     _resolve_family(draft, model, family)
     if model.pop("use_sliding_window", True) is False:
         model.pop("sliding_window", None)
+        model.pop("layer_types", None)
     if family not in BUILT_IN:
         extra = model.setdefault("extra", {})
         for key in [key for key in model if key not in ModelConfig.model_fields]:

@@ -134,11 +134,35 @@ VALUES: list[tuple[list[str], list[str]]] = [
     ),
     (
         ["model_type=LLAMA2", "model.sliding_window=4096"],
-        ["LLAMA2 models have no window", "MISTRAL"],
+        ["LLAMA2 models do not have a window", "QWEN2 or QWEN3 or MISTRAL"],
     ),
     (
-        ["model_type=MISTRAL", "model.sliding_window=1024"],
-        ["up to 2048 tokens with a window of 1024", "data.seq_len=1024 or less"],
+        [
+            "model_type=MISTRAL",
+            "model.sliding_window=8",
+            "model.layer_types=['full_attention']",
+        ],
+        ["MISTRAL models do not have layers of two kinds", "QWEN2 or QWEN3"],
+    ),
+    (
+        [
+            "model_type=QWEN3",
+            "model.sliding_window=8",
+            "model.layer_types=['full_attention']",
+        ],
+        ["1 layer types for 48 layers", "one for each layer"],
+    ),
+    (
+        [
+            "model_type=QWEN3",
+            "model.num_layers=1",
+            "model.layer_types=['sliding_attention']",
+        ],
+        ["layer_types without sliding_window"],
+    ),
+    (
+        ["model_type=QWEN3", "model.layer_types=['local']"],
+        ["model.layer_types", "'full_attention' or 'sliding_attention'"],
     ),
     (["model.head_dim=7"], ["heads of odd width 7"]),
     (["model.rope_scaling={'factor': 2.0}"], ["model.rope_scaling", "add type=..."]),

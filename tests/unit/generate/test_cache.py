@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from evomesh.generate.cache import KeyValueCache
 from evomesh.layers.products import linear
 from evomesh.layers.sequence_bounds import single_sequence
+from tests.support.covers import covers
 from tests.support.decoders import VOCAB, tiny
 
 CPU = torch.device("cpu")
 
 
-def test_cached_logits_equal_uncached_logits_whatever_the_sequences_do() -> None:
+WINDOWS = [
+    {},
+    {"model_type": "MISTRAL", "sliding_window": 6},
+    {
+        "model_type": "QWEN2",
+        "no_bias": False,
+        "o_bias": False,
+        "sliding_window": 9,
+        "layer_types": ("sliding_attention", "full_attention"),
+    },
+]
+
+
+@covers("model.sliding_window", "model.layer_types")
+@pytest.mark.parametrize("changes", WINDOWS)
+def test_cached_logits_equal_uncached_logits_whatever_the_sequences_do(
+    changes: dict[str, Any],
+) -> None:
     """A third sequence joins two, the first leaves, the others are swapped: each continues as if alone."""
-    model = tiny()
+    model = tiny(**changes)
     draw = torch.Generator().manual_seed(0)
     rows = [torch.randint(VOCAB, (30,), generator=draw).tolist() for _ in range(3)]
     with torch.inference_mode():
@@ -108,3 +128,13 @@ def test_decoding_products_are_those_of_training(rows: int, bias: bool) -> None:
     torch.testing.assert_close(
         got, torch.nn.functional.linear(x, weight, offset), rtol=0, atol=1e-14
     )
+
+
+def test_a_layer_with_a_window_keeps_no_more_than_it() -> None:
+    """Two layers of 4 slots, 2 heads, 8 wide, keys and values, in float64: 100 tokens in one, 9 in the other."""
+    model = tiny(**WINDOWS[2])
+    cache = KeyValueCache(4, 100)
+    docs, attend = cache.prefill([12], CPU)
+    with torch.inference_mode():
+        model(torch.arange(12), docs, attend)
+    assert cache.size_in_bytes() == 4 * 2 * 8 * 2 * 8 * (100 + 9)

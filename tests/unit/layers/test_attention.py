@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from evomesh.layers.attention import SequenceBounds, _varlen, attend
 from evomesh.layers.sequence_bounds import single_sequence
+from tests.support.covers import covers
 
 
 def documents(lengths: list[int], padding: int = 0) -> SequenceBounds:
@@ -19,7 +21,9 @@ def documents(lengths: list[int], padding: int = 0) -> SequenceBounds:
     )
 
 
-def oracle(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+def oracle(
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int | None = None
+) -> Tensor:
     """softmax(q k^T / sqrt(H)) v with a dense mask, one head after the other."""
     document = torch.repeat_interleave(
         torch.arange(len(lengths)), torch.tensor(lengths)
@@ -27,6 +31,8 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
     allowed = (document[:, None] == document[None]) & torch.ones(
         len(q), len(q), dtype=torch.bool
     ).tril()
+    if window is not None:
+        allowed = allowed.triu(1 - window)
     group = q.shape[1] // k.shape[1]
     heads = []
     for n in range(q.shape[1]):
@@ -36,12 +42,14 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
     return torch.stack(heads, dim=1)
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@covers("model.sliding_window")
+@pytest.mark.parametrize("window", [None, 1, 4, 150])
+@pytest.mark.parametrize("kv_heads", [4, 1])
 @pytest.mark.parametrize(
     "lengths", [[7], [3, 3, 3], [5, 1, 1, 9, 2], [1, 1, 6], [300, 140, 140, 3]]
 )
 def test_equals_dense_oracle_in_value_and_gradient(
-    lengths: list[int], kv_heads: int
+    lengths: list[int], kv_heads: int, window: int | None
 ) -> None:
     torch.manual_seed(0)
     total = sum(lengths)
@@ -51,8 +59,9 @@ def test_equals_dense_oracle_in_value_and_gradient(
         for _ in range(2)
     )
     seen = torch.randn(total, 4, 6, dtype=torch.float64)
-    ours = attend(q, k, v, documents(lengths, padding=2))
-    expected = oracle(q, k, v, lengths)
+    module: Any = SimpleNamespace(window=window)
+    ours = attend(q, k, v, documents(lengths, padding=2), module)
+    expected = oracle(q, k, v, lengths, window)
     torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-12)
     for a, b in zip(
         torch.autograd.grad(ours, [q, k, v], seen),

@@ -290,9 +290,25 @@ FAMILIES = {
     "mistral": (
         "MISTRAL",
         False,
-        {"head_dim": 12, "sliding_window": LENGTH},
+        {"head_dim": 12, "sliding_window": 7},
         "Mistral",
-        {"head_dim": 12, "sliding_window": LENGTH},
+        {"head_dim": 12, "sliding_window": 7},
+    ),
+    "qwen3-window": (
+        "QWEN3",
+        False,
+        {
+            "qk_norm": True,
+            "sliding_window": 4,
+            "layer_types": ("full_attention", "sliding_attention"),
+        },
+        "Qwen3",
+        {
+            "head_dim": 8,
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "max_window_layers": 1,
+        },
     ),
 }
 
@@ -303,6 +319,7 @@ FAMILIES = {
     "model.o_bias",
     "model.qk_norm",
     "model.sliding_window",
+    "model.layer_types",
 )
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)

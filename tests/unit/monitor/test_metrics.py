@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from evomesh.config.schema import ModelConfig
 from evomesh.monitor.metrics import MetricsFile, StepRecord, model_tflops
 from tests.support.covers import covers
 
@@ -67,6 +68,33 @@ def test_tflops_of_the_documented_step() -> None:
     )
     assert seconds == pytest.approx(11.50, abs=0.005)
     assert tflops == pytest.approx(63.270, abs=0.0005)
+
+
+@covers("model.sliding_window")
+def test_a_window_leaves_out_the_scores_beyond_it() -> None:
+    """By hand: 3 passes, 2 layers, 4 operations a score, 10 tokens, each 10 and then 4 scores over a width of 8."""
+    model = ModelConfig(
+        num_layers=2,
+        sliding_window=4,
+        layer_types=("full_attention", "sliding_attention"),
+    )
+    assert model.mean_attention_span(10) == 7.0
+    assert model.mean_attention_span(3) == 3.0
+    sizes = dict(
+        seconds=1e-12,
+        sequences=1,
+        seq_len=10,
+        hidden_size=8,
+        num_layers=2,
+        vocab_size=1,
+        mlp_ratio=1.0,
+        recompute=False,
+        world_size=1,
+    )
+    less = model_tflops(**sizes) - model_tflops(
+        **sizes, attention_span=model.mean_attention_span(10)
+    )
+    assert less == pytest.approx(3 * 4 * 10 * 6 * 8)
 
 
 def test_values_read_back_exactly(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ SIZES = {
     "o_bias": "model_type",
     "qk_norm": "model_type",
     "sliding_window": "sliding_window",
+    "layer_types": "layer_types",
     "rope_scaling": "rope_scaling",
     "tie_word_embeddings": "tie_word_embeddings",
 }

@@ -60,15 +60,20 @@ LLAMA3 = {
 }
 STOCK: dict[str, dict[str, Any]] = {
     "Llama": {"rope_parameters": LLAMA3, "head_dim": 12, "tie_word_embeddings": True},
-    "Qwen2": {"tie_word_embeddings": True},
+    "Qwen2": {
+        "tie_word_embeddings": True,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "max_window_layers": 1,
+    },
     "Qwen3": {"head_dim": 12},
-    "Mistral": {"head_dim": 12, "sliding_window": 48},
+    "Mistral": {"head_dim": 12, "sliding_window": 6},
 }
 FAMILY = {"Llama": "LLAMA2", "Qwen2": "QWEN2", "Qwen3": "QWEN3", "Mistral": "MISTRAL"}
 OURS: dict[str, dict[str, Any]] = {
     "QWEN2": {"no_bias": False, "o_bias": False},
     "QWEN3": {"qk_norm": True, "head_dim": 12},
-    "MISTRAL": {"head_dim": 12, "sliding_window": 48},
+    "MISTRAL": {"head_dim": 12, "sliding_window": 6},
 }
 
 
@@ -311,8 +316,8 @@ def test_parameters_of_published_sizes(name: str) -> None:
     [
         (
             "qwen2",
-            {"use_sliding_window": True, "sliding_window": 32},
-            "use_sliding_window",
+            {"use_sliding_window": True, "layer_types": ["full_attention"]},
+            "layer_types has 1 entries",
         ),
         ("gemma3_text", {}, "unknown architecture: model_type 'gemma3_text'"),
         ("mistral", {"sliding_window": 0}, "sliding_window is 0"),
@@ -325,6 +330,32 @@ def test_what_has_no_counterpart_is_refused(
 
     with pytest.raises(UserError, match=words):
         read_model({**SIZES, "model_type": kind, **changes}, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("settings", "window", "types"),
+    [
+        ({"sliding_window": 5}, None, None),
+        ({"use_sliding_window": True, "max_window_layers": 2}, None, None),
+        ({"use_sliding_window": True, "max_window_layers": 0}, 4096, None),
+        (
+            {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+            5,
+            ("full_attention", "sliding_attention"),
+        ),
+    ],
+)
+def test_the_window_of_qwen_is_that_of_transformers(
+    settings: dict[str, Any], window: int | None, types: tuple[str, ...] | None
+) -> None:
+    stock = transformers.Qwen2Config(**SIZES, **settings)
+    model = read_model({**SIZES, "model_type": "qwen2", **settings}, "config.json")
+    assert (model.sliding_window, model.layer_types) == (window, types)
+    windows = [
+        stock.sliding_window if kind == "sliding_attention" else None
+        for kind in stock.layer_types
+    ]
+    assert [model.window_of(layer) for layer in range(2)] == windows
 
 
 def test_defaults_that_a_config_json_leaves_out_are_those_of_transformers() -> None:

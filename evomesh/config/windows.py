@@ -1,0 +1,45 @@
+"""Rules of attention windows: which families have them, and in which layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from evomesh.config.families import FAMILY_FACTS
+from evomesh.config.finding import ConfigFinding
+from evomesh.config.model import ModelConfig
+
+
+def window_findings(model: ModelConfig) -> Iterator[ConfigFinding]:
+    """Yield what a model section says about windows and its family does not have, or its layers contradict."""
+    yield from _family_findings(model)
+    types = model.layer_types
+    if types is None:
+        return
+    if len(types) != model.num_layers:
+        yield ConfigFinding(
+            ("model.layer_types", "model.num_layers"),
+            f"{len(types)} layer types for {model.num_layers} layers",
+            expected="one for each layer",
+        )
+    if model.sliding_window is None:
+        yield ConfigFinding(
+            ("model.layer_types", "model.sliding_window"),
+            "layer_types without sliding_window: no layer has a window",
+            fix="set model.sliding_window, or remove model.layer_types",
+        )
+
+
+def _family_findings(model: ModelConfig) -> Iterator[ConfigFinding]:
+    facts = FAMILY_FACTS.get(model.model_type)
+    if facts is None:  # a custom model decides for itself
+        return
+    may_have = {"sliding_window": "a window", "layer_types": "layers of two kinds"}
+    for key, described in may_have.items():
+        if getattr(model, key) is None or getattr(facts, key):
+            continue
+        families = [name for name, has in FAMILY_FACTS.items() if getattr(has, key)]
+        yield ConfigFinding(
+            (f"model.{key}",),
+            f"{model.model_type} models do not have {described}",
+            fix=f"remove model.{key}, or take model_type {' or '.join(families)}",
+        )
