@@ -10,12 +10,18 @@ import torch
 
 from evomesh.checkpoint.hub_cache import local_folder
 from evomesh.checkpoint.huggingface.compare_logits import (
-    has_transformers,
-    loaded_logits,
+    largest_logit_difference,
+    native_logits,
 )
-from evomesh.checkpoint.huggingface.config import CLASSES, read_config
+from evomesh.checkpoint.huggingface.config import read_config
 from evomesh.checkpoint.huggingface.folder import HfFolder
+from evomesh.checkpoint.huggingface.load import foreign_tensors
 from evomesh.checkpoint.huggingface.match import describe_folder, match_tensors
+from evomesh.checkpoint.huggingface.stock_logits import (
+    WITHOUT_CLASS,
+    has_transformers,
+    stock_logits,
+)
 from evomesh.checkpoint.huggingface.tokenizer import compare_tokenizers
 from evomesh.data.chat import end_of_answer_ids
 from evomesh.data.folder_template import JinjaTemplate
@@ -167,16 +173,20 @@ def _is_embedded(token: object, vocab_size: int) -> bool:
 
 
 def _transformers(folder: HfFolder) -> str:
-    record = folder.json("config.json")
-    if record["model_type"] in ("internlm", "internlm2"):
-        return f"skipped: it has no {CLASSES.get(record['model_type'], record['model_type'])} built in"
+    """Load the folder with transformers, and compare the logits with the native model's."""
     if not has_transformers():
         return "skipped: transformers is not installed"
-    logits = loaded_logits(
-        Path(folder.path),
-        int(record["vocab_size"]),
-        str(record.get("dtype", "float32")),
+    described = describe_folder(folder)
+    model = described.model
+    weights = dict(foreign_tensors(folder, described.naming, model, described.tied))
+    dtype = {"tf32": "float32"}.get(model.dtype, model.dtype)
+    theirs = stock_logits(Path(folder.path), [dtype])
+    ours = native_logits(model, lambda name: weights[name].read(), dtype)
+    difference = largest_logit_difference(
+        ours, theirs, folder.path, sides=("the native model", "transformers")
     )
-    if not bool(torch.isfinite(logits).all()):
-        raise UserError("its logits are not finite")
-    return "loads without remote code, logits are finite"
+    how = "loads without remote code"
+    kind = folder.json("config.json")["model_type"]
+    if kind in WITHOUT_CLASS:
+        how = f"has no class for {kind}; compared as a Llama"
+    return f"{how}; largest logit difference to the native model: {difference:.3g}"

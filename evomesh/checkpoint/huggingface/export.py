@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +18,9 @@ from torch import Tensor
 
 import evomesh
 from evomesh.checkpoint.huggingface.compare_logits import (
-    folder_logits,
-    has_transformers,
     largest_logit_difference,
     native_logits,
+    tolerance_of,
 )
 from evomesh.checkpoint.huggingface.config import (
     Architecture,
@@ -32,6 +31,7 @@ from evomesh.checkpoint.huggingface.config import (
     refuse_unexportable,
     rotary_scaling,
 )
+from evomesh.checkpoint.huggingface.data_files import DataFiles
 from evomesh.checkpoint.huggingface.folder import HfFolder
 from evomesh.checkpoint.huggingface.load import foreign_tensors
 from evomesh.checkpoint.huggingface.names import (
@@ -40,7 +40,9 @@ from evomesh.checkpoint.huggingface.names import (
     native_to_foreign,
     tensor_links,
 )
+from evomesh.checkpoint.huggingface.original import Original, find_original
 from evomesh.checkpoint.huggingface.output_folder import new_folder
+from evomesh.checkpoint.huggingface.stock_logits import has_transformers, stock_logits
 from evomesh.checkpoint.huggingface.tokenizer import (
     compare_tokenizers,
     special_ids,
@@ -136,7 +138,8 @@ def export(
             compare_tokenizers(tokenizer, work)
         job.write_weights(work, options.max_shard_bytes)
         if options.compare:
-            report(_compare(job, work, rotary))
+            for line in _compare(job, work, rotary):
+                report(line)
     scaling = config.model.rope_scaling
     kind = scaling.type if scaling else rotary.type
     report(f"wrote {out}: {arch}, {dtype}, {readable(job.total_bytes)}, rotary {kind}")
@@ -282,8 +285,14 @@ class _WeightExport:
         return native_to_foreign(link, narrow, self.model, self.naming)
 
 
-def _compare(job: _WeightExport, folder: Path, rotary: RotaryScaling) -> str:
-    """Compare the written folder with the native model; one layer of either is in memory at a time."""
+def _compare(
+    job: _WeightExport, folder: Path, rotary: RotaryScaling
+) -> Iterator[str]:
+    """Compare the written folder with the native model, and with the folder that this one was imported from.
+
+    Yields:
+        A line for each comparison.
+    """
     dtype, model = job.dtype_name, job.model
     changes = {
         "use_dynamic_ntk_rope": rotary.type == "dynamic",
@@ -291,22 +300,48 @@ def _compare(job: _WeightExport, folder: Path, rotary: RotaryScaling) -> str:
         "max_position_embeddings": rotary.max_position,
     }
     native = model.model_copy(update=changes)
-    ours = native_logits(native, job.native, dtype)
-    written, halves = (
-        HfFolder(LocalStorage(), str(folder)),
-        {"norm_head": False, "qk_interleaved": False},
-    )
-    back = native.model_copy(update=halves)  # what the folder describes
+    ours = native_logits(native, DataFiles(job.found).read, dtype)
     if has_transformers():
         by = "transformers"
-        theirs = folder_logits(written, back, rotary, dtype)
+        theirs = stock_logits(folder, [dtype])
     else:
         by = "the exported folder read back (transformers is not installed)"
-        stored = dict(foreign_tensors(written, job.naming, back))
-        theirs = native_logits(back, lambda name: stored[name].read(), dtype)
-    difference = largest_logit_difference(ours, theirs, model, dtype, str(folder))
+        theirs = _read_back(job, folder, native)
+    difference = largest_logit_difference(
+        ours,
+        theirs,
+        str(folder),
+        sides=("the native model", by),
+        tolerance=tolerance_of(model, dtype),
+    )
     largest = f"(largest logit {ours.abs().max():.3g})"
-    return f"largest logit difference between the native model and {by}: {difference:.3g} {largest}"
+    yield f"largest logit difference between the native model and {by}: {difference:.3g} {largest}"
+
+    original = find_original(job.found.state)
+    if original is not None and has_transformers():
+        yield _compare_with_original(original, theirs, folder, dtype)
+
+
+def _compare_with_original(
+    original: Original, exported: Tensor, folder: Path, dtype: str
+) -> str:
+    """Compare the logits of the written folder with those of the one that the checkpoint was imported from."""
+    try:
+        before = stock_logits(original.path, [original.dtype, dtype])
+    except CheckpointError as error:
+        return f"the original {original.path} was not compared: {error.found}"
+    sides = ("the exported folder", f"the original {original.path}")
+    difference = largest_logit_difference(exported, before, str(folder), sides=sides)
+    return f"largest logit difference between {' and '.join(sides)}, both in transformers: {difference:.3g}"
+
+
+def _read_back(job: _WeightExport, folder: Path, native: ModelConfig) -> Tensor:
+    """Return the logits of the written folder, as evomesh reads it."""
+    halves = {"norm_head": False, "qk_interleaved": False}
+    described = native.model_copy(update=halves)
+    written = HfFolder(LocalStorage(), str(folder))
+    stored = dict(foreign_tensors(written, job.naming, described))
+    return native_logits(described, lambda name: stored[name].read(), job.dtype_name)
 
 
 def _is_weight(name: str) -> bool:

@@ -8,15 +8,18 @@ from pathlib import Path
 import torch
 
 from evomesh.checkpoint.huggingface.compare_logits import (
-    folder_logits,
-    has_transformers,
     largest_logit_difference,
     native_logits,
 )
-from evomesh.checkpoint.huggingface.config import rotary_scaling
 from evomesh.checkpoint.huggingface.folder import HfFolder, open_folder
 from evomesh.checkpoint.huggingface.load import ForeignTensor, foreign_tensors
 from evomesh.checkpoint.huggingface.match import describe_folder
+from evomesh.checkpoint.huggingface.original import describe_original
+from evomesh.checkpoint.huggingface.stock_logits import (
+    has_transformers,
+    local_copy,
+    stock_logits,
+)
 from evomesh.checkpoint.native import format as fmt
 from evomesh.checkpoint.native.boxes import Box, LocalPart
 from evomesh.checkpoint.native.commit import (
@@ -66,7 +69,7 @@ def from_hf(
         0,
         new_attempt(),
         config=config_to_dict(config),
-        state={},
+        state=describe_original(folder, model.dtype),
         layout=layout_record(1),
     )
     record = commit(
@@ -189,10 +192,11 @@ def _generation_section(folder: HfFolder, vocab_size: int) -> GenerationConfig |
 def _compare(found: Checkpoint, model: ModelConfig, folder: HfFolder) -> str:
     if not has_transformers():
         return "logits were not compared: transformers is not installed"
-    records = found.records()
     dtype = {"tf32": "float32"}.get(model.dtype, model.dtype)
-    rotary = rotary_scaling(model, model.max_position_embeddings)
-    theirs = folder_logits(folder, model, rotary, dtype)
+    with local_copy(folder) as original:
+        theirs = stock_logits(Path(original), [dtype])
+    records = found.records()
     ours = native_logits(model, lambda name: read_tensor(found, records[name]), dtype)
-    difference = largest_logit_difference(ours, theirs, model, dtype, folder.path)
+    sides = ("the native model", "transformers")
+    difference = largest_logit_difference(ours, theirs, folder.path, sides=sides)
     return f"largest logit difference between the native model and transformers: {difference:.3g}"

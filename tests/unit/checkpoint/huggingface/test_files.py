@@ -131,51 +131,68 @@ def test_any_box_of_a_file(tmp_path: Path) -> None:
 def test_one_layer_at_a_time_is_held(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Only the reference may be whole: transformers loads a folder as its users do.
+
+    Writing holds one native tensor, our side of the comparison one layer, and of the
+    reference one module at a time is wider than in the file.
+    """
     _, found = save_model(
         tmp_path / "c", model_config("LLAMA2", "float32", num_layers=4)
     )
     build, stages, sizes = compare_logits.build_model, [], []
+    read, tensors = export_module.read_tensor, []
+    stock, references = export_module.stock_logits, []
+
+    def read_alone(*arguments: Any) -> torch.Tensor:
+        assert all(tensor() is None for tensor in tensors)
+        value = read(*arguments)
+        tensors.append(weakref.ref(value))
+        return value
 
     def counted(*arguments: Any, **named: Any) -> Any:
-        assert all(stage() is None for stage in stages)
+        assert not references  # a whole reference and a layer of ours never coexist
+        assert all(other() is None for other in (*tensors, *stages))
         model = build(*arguments, **named)
         stages.append(weakref.ref(model))
         sizes.append(sum(parameter.numel() for parameter in model.parameters()))
         return model
 
+    def reference(*arguments: Any) -> torch.Tensor:
+        assert all(other() is None for other in (*tensors, *stages))
+        references.append(arguments)
+        return stock(*arguments)
+
     theirs: list[torch.nn.Module] = []
 
     def check(module: torch.nn.Module, _: Any) -> None:
-        """Before a module of transformers runs, all that ran have given their weights away."""
+        """Before a module of transformers runs, all that ran have the weights of the file again."""
         if not type(module).__module__.startswith("evomesh"):
-            assert all(
-                weight.is_meta
-                for other in theirs
-                for weight in other.parameters(recurse=False)
-            )
+            for other in theirs:
+                for weight in other.parameters(recurse=False):
+                    assert weight.dtype is torch.bfloat16
             theirs.append(module)
 
+    monkeypatch.setattr(export_module, "read_tensor", read_alone)
+    monkeypatch.setattr(export_module, "stock_logits", reference)
     monkeypatch.setattr(compare_logits, "build_model", counted)
     handle = torch.nn.modules.module.register_module_forward_pre_hook(check)
     try:
-        export(found, tmp_path / "hf", replace(QUIET, compare=True), silent)
+        # Narrower than what is computed in, so that a module that stays wide is seen.
+        options = replace(QUIET, compare=True, dtype="bfloat16")
+        export(found, tmp_path / "hf", options, silent)
     finally:
         handle.remove()
-    assert (
-        len(sizes) == 4
-        and max(sizes)
-        < sum(map(math.prod, (r.shape for r in found.records().values()))) / 2
-    )
-    assert (
-        len(
-            [
-                module
-                for module in theirs
-                if next(module.parameters(recurse=False), None) is not None
-            ]
-        )
-        == 4 * 9 + 3
-    )
+    total = sum(math.prod(record.shape) for record in found.records().values())
+    assert len(tensors) == len(found.records())
+    assert len(sizes) == 4
+    assert max(sizes) < total / 2
+    assert len(references) == 1
+    with_weights = [
+        module
+        for module in theirs
+        if next(module.parameters(recurse=False), None) is not None
+    ]
+    assert len(with_weights) == 4 * 9 + 3
 
 
 @pytest.fixture(scope="module")

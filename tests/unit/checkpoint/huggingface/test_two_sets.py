@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from evomesh.checkpoint.huggingface.compare_logits import has_transformers
 from evomesh.checkpoint.huggingface.export import ExportOptions
 from evomesh.checkpoint.huggingface.folder import HfFolder
+from evomesh.checkpoint.huggingface.stock_logits import has_transformers
 from evomesh.checkpoint.restore import restore_model
 from evomesh.errors import UserError
 from evomesh.storage.local import LocalStorage

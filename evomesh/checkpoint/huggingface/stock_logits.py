@@ -1,0 +1,251 @@
+"""Compute the logits of a Hugging Face folder with ``transformers``, which reads the folder itself.
+
+Nothing here uses our readers, names or conversions, since it is what they are compared
+with. The weights stay in the dtype of the files (safetensors: mapped from the disk); a
+module has them in the dtype to compute in only while it runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evomesh.checkpoint.huggingface.folder import BUFFERS, HfFolder
+from evomesh.checkpoint.native.format import CheckpointError
+from evomesh.storage.base import Storage, join
+from evomesh.storage.local import LocalStorage
+
+TEXTS = 2  # sequences in the fixed batch
+LENGTH = 32  # tokens of each
+# Families that transformers has no class for; it computes them as a Llama.
+WITHOUT_CLASS = ("internlm", "internlm2")
+# In the order in which transformers looks for weights.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+COPIED_BYTES = 1 << 24  # at once, from a store
+
+
+def has_transformers() -> bool:
+    """Return whether ``transformers`` is installed."""
+    return importlib.util.find_spec("transformers") is not None
+
+
+def fixed_batch(vocab_size: int) -> Tensor:
+    """Return [TEXTS, LENGTH] token ids, always the same."""
+    generator = torch.Generator().manual_seed(20)
+    return torch.randint(vocab_size, (TEXTS, LENGTH), generator=generator)
+
+
+def wide_dtype(dtype: str) -> str:
+    """Return the dtype to compute in: float64 for float64 weights, else float32."""
+    return "float64" if dtype == "float64" else "float32"
+
+
+@torch.inference_mode()
+def stock_logits(folder: Path, dtypes: Sequence[str]) -> Tensor:
+    """Return the logits [TEXTS, LENGTH, V] of a local folder that ``transformers`` loads without remote code.
+
+    InternLM's folders, for which it has no class, are computed as the Llama that they
+    describe.
+
+    Args:
+        dtypes: what the weights are rounded to, one after the other.
+    Raises:
+        CheckpointError: transformers misses tensors of the model, or finds others.
+    """
+    transformers: Any = importlib.import_module("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if record["model_type"] in WITHOUT_CLASS:
+        model = _as_llama(folder, record, transformers)
+    else:
+        model = _loaded(folder, dtypes[0], transformers)
+    for module in model.modules():
+        _round_while_running(module, dtypes)
+    batch = fixed_batch(model.config.vocab_size)
+    logits: Tensor = model.eval()(batch, use_cache=False).logits
+    return logits
+
+
+def _loaded(folder: Path, dtype: str, transformers: Any) -> Any:
+    """Load a folder the usual way."""
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    try:
+        model, info = load(
+            str(folder),
+            dtype=getattr(torch, dtype),
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever it raises says something about the folder
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"transformers cannot load it: {type(error).__name__}: {reason}",
+            where=str(folder),
+        ) from None
+    wrong = {}
+    for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(map(str, info.get(key) or ()))
+        wrong[key] = [name for name in names if not name.endswith(BUFFERS)]
+    if any(wrong.values()):
+        raise CheckpointError(f"transformers reports {wrong}", where=str(folder))
+    return model
+
+
+def _round_while_running(module: nn.Module, dtypes: Sequence[str]) -> None:
+    """Let a module's own weights be rounded, and widened to compute in, before it runs; and put back after it."""
+    stored = dict(module.named_parameters(recurse=False))
+    if not stored:
+        return
+
+    def widen(module: nn.Module, _: Any) -> None:
+        for name, parameter in stored.items():
+            value = parameter.detach()
+            for dtype in (*dtypes, wide_dtype(dtypes[-1])):
+                value = value.to(getattr(torch, dtype))
+            setattr(module, name, nn.Parameter(value, requires_grad=False))
+
+    def put_back(module: nn.Module, *_: Any) -> None:
+        for name, parameter in stored.items():
+            setattr(module, name, parameter)
+
+    module.register_forward_pre_hook(widen)
+    module.register_forward_hook(put_back)
+
+
+def _as_llama(folder: Path, record: dict[str, Any], transformers: Any) -> Any:
+    """Build the Llama that a folder of InternLM or InternLM2 describes.
+
+    Both are Llamas with biases that are switched by ``bias``; InternLM2 has other names
+    and one matrix for queries, keys and values.
+    """
+    fused = record["model_type"] == "internlm2"
+    rotary = record.get("rotary") or {}
+    settings = {
+        **record,
+        "model_type": "llama",
+        "attention_bias": record.get("bias", not fused),
+        "rope_theta": record.get("rope_theta") or rotary.get("base", 10000.0),
+    }
+    config = transformers.LlamaConfig.from_dict(settings)
+    weights = _read_weights(folder)
+    if fused:
+        weights = _llama_names(weights, config)
+    if config.tie_word_embeddings and "lm_head.weight" not in weights:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    model.load_state_dict(weights, assign=True)
+    # Its table of angles is computed and not stored, so it is still without values.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """Read all tensors of a folder with the libraries that wrote them."""
+    from safetensors.torch import load_file
+
+    first = next(name for name in WEIGHT_FILES if (folder / name).exists())
+    files = [first]
+    if first.endswith(".index.json"):
+        index = json.loads((folder / first).read_text(encoding="utf-8"))
+        files = sorted(set(index["weight_map"].values()))
+    weights: dict[str, Tensor] = {}
+    for name in files:
+        path = folder / name
+        if path.suffix == ".safetensors":
+            weights |= load_file(path)
+        else:
+            weights |= torch.load(path, map_location="cpu", weights_only=True)
+    return {
+        name: value for name, value in weights.items() if not name.endswith(BUFFERS)
+    }
+
+
+# InternLM2's module -> Llama's
+_LLAMA_MODULES = {
+    "tok_embeddings": "embed_tokens",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+
+
+def _llama_names(weights: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    """Return InternLM2's weights under Llama's names.
+
+    Rows of ``wqkv``: for each key/value head its query heads, then the key, then the
+    value.
+    """
+    head_dim = config.head_dim
+    queries = config.num_attention_heads // config.num_key_value_heads
+    renamed: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        if ".attention.wqkv." not in name:
+            renamed[_llama_name(name)] = value
+            continue
+        columns = value.shape[1:]
+        heads = value.reshape(-1, queries + 2, head_dim, *columns)
+        parts = {
+            "q_proj": heads[:, :queries],
+            "k_proj": heads[:, queries],
+            "v_proj": heads[:, queries + 1],
+        }
+        for part, rows in parts.items():
+            llama = name.replace("attention.wqkv", f"self_attn.{part}")
+            renamed[llama] = rows.reshape(-1, *columns)
+    return renamed
+
+
+def _llama_name(name: str) -> str:
+    if name.startswith("output."):
+        return name.replace("output.", "lm_head.", 1)
+    for theirs, llama in _LLAMA_MODULES.items():
+        if f".{theirs}." in name:
+            return name.replace(theirs, llama)
+    return name
+
+
+def local_copy(folder: HfFolder) -> AbstractContextManager[str]:
+    """Return a context with the local path of a folder; of one in a store, a copy that is deleted at the end."""
+    if isinstance(folder.storage, LocalStorage):
+        return nullcontext(folder.path)
+    copy = TemporaryDirectory(prefix="evomesh-compare-")
+    names = folder.storage.list(folder.path)
+    wanted = {"config.json", *folder.files.values()}
+    wanted |= {name for name in names if name in WEIGHT_FILES and name.endswith("json")}
+    try:
+        for name in sorted(wanted):
+            source = join(folder.path, name)
+            _download(folder.storage, source, Path(copy.name, name))
+    except BaseException:
+        copy.cleanup()
+        raise
+    return copy
+
+
+def _download(storage: Storage, source: str, target: Path) -> None:
+    size = storage.size(source)
+    with open(target, "wb") as file:
+        for start in range(0, size, COPIED_BYTES):
+            length = min(COPIED_BYTES, size - start)
+            file.write(storage.read(source, start, length))
