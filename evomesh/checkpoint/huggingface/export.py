@@ -285,9 +285,7 @@ class _WeightExport:
         return native_to_foreign(link, narrow, self.model, self.naming)
 
 
-def _compare(
-    job: _WeightExport, folder: Path, rotary: RotaryScaling
-) -> Iterator[str]:
+def _compare(job: _WeightExport, folder: Path, rotary: RotaryScaling) -> Iterator[str]:
     """Compare the written folder with the native model, and with the folder that this one was imported from.
 
     Yields:

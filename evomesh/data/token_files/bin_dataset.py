@@ -453,8 +453,17 @@ def without_target(tokens: int, where: str) -> UserError:
     )
 
 
+class UnreadableFileError(UserError):
+    """The system does not let a token file be read, which says nothing about its content."""
+
+
 def check_file(path: Path) -> int:
-    """Return the size in bytes of a token file, after checking that it exists and is neither empty nor compressed."""
+    """Return the size in bytes of a token file, after checking that it exists and is neither empty nor compressed.
+
+    Raises:
+        UnreadableFileError: the system refuses to read it.
+        UserError: it is empty or compressed.
+    """
     try:
         status = path.stat()
         size = status.st_size
@@ -463,7 +472,7 @@ def check_file(path: Path) -> int:
             with path.open("rb") as file:
                 start = file.read(6)
     except OSError as error:
-        raise UserError(
+        raise UnreadableFileError(
             f"cannot read the token file: {error.strerror}", where=str(path)
         ) from None
     if size == 0:

@@ -14,6 +14,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from evomesh.data.token_files.bin_dataset import (
+    UnreadableFileError,
     check_file,
     count_targets,
     evenly_spaced,
@@ -82,10 +83,16 @@ class FileScan:
 
 
 def scan_file(path: Path, vocab_size: int | None = None) -> FileScan:
-    """Read every line of a token file and compare them with its meta and fingerprint."""
+    """Read every line of a token file and compare them with its meta and fingerprint.
+
+    Raises:
+        UnreadableFileError, OSError: the system refuses to read it, so nothing is found out about its content.
+    """
     scan = FileScan(path)
     try:
         check_file(path)
+    except UnreadableFileError:
+        raise
     except UserError as error:
         scan.problems.append(str(error))
         return scan

@@ -14,6 +14,7 @@ import torch
 from moto.server import ThreadedMotoServer
 
 from evomesh.checkpoint.huggingface import compare_logits, output_folder
+from evomesh.checkpoint.huggingface import export as export_module
 from evomesh.checkpoint.huggingface.export import ExportOptions
 from evomesh.checkpoint.huggingface.files import SafetensorsFile
 from evomesh.checkpoint.huggingface.load import load_huggingface
