@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,26 @@ def test_an_intact_file_has_no_problems(write_bin: Any) -> None:
     result = CliRunner().invoke(app, ["verify", str(path)])
     assert result.exit_code == 0
     assert "no problems found" in result.output
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_file_that_the_system_does_not_open_is_no_finding(
+    write_bin: Any, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """The first opening reads the magic bytes, the second the lines: neither tells anything about the data."""
+    path = write_bin(documents())
+    right, openings = Path.open, []
+
+    def fails(self: Path, *arguments: Any, **named: Any) -> Any:
+        if self == path:
+            openings.append(self)
+            if len(openings) == number:
+                raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return right(self, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", fails)
+    with pytest.raises((UserError, PermissionError), match="Permission denied"):
+        verify(str(path))
 
 
 @pytest.mark.parametrize("block", [1, 100, 1 << 22])
