@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -205,6 +206,7 @@ def _serve_model(
         )
     if page and browser:
         _open_browser(url)
+    gc.collect()  # the server exempts all that exists from the collection of garbage
     create_server(app, service.engines.end_answers).run(sockets=[listening])
 
 

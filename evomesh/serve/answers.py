@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import orjson
+
 from evomesh.serve.detokenizer import ScoredToken, TextDelta, TopToken
 
 LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity; OpenAI's API writes this
@@ -132,11 +134,11 @@ class ApiAnswer:
 
 
 def _chat_logprobs(scored: list[ScoredToken]) -> dict[str, Any]:
-    content: list[dict[str, Any]] = []
+    content: list[orjson.Fragment] = []
     for token in scored:
         record = _token_record(token)
         record["top_logprobs"] = [_token_record(top) for top in token.top]
-        content.append(record)
+        content.append(_encoded(record))
     return {"content": content, "refusal": None}
 
 
@@ -152,9 +154,18 @@ def _completion_logprobs(scored: list[ScoredToken]) -> dict[str, Any]:
     return {
         "tokens": [token.text for token in scored],
         "token_logprobs": [_finite(token.logprob) for token in scored],
-        "top_logprobs": [_top_by_text(token) for token in scored],
+        "top_logprobs": [_encoded(_top_by_text(token)) for token in scored],
         "text_offset": [token.offset for token in scored],
     }
+
+
+def _encoded(value: dict[str, Any] | None) -> orjson.Fragment:
+    """Return a part of a response as JSON already.
+
+    The library keeps all other threads waiting while it encodes. Token by token they
+    get their turns; a million log-probabilities at once would take a second.
+    """
+    return orjson.Fragment(orjson.dumps(value))
 
 
 def _top_by_text(token: ScoredToken) -> dict[str, float | None] | None:

@@ -56,6 +56,7 @@ from evomesh.serve.service import (
 T = TypeVar("T")
 RequestType = TypeVar("RequestType", bound=ApiRequest)
 DeltaStream = AsyncGenerator[tuple[int, TextDelta], None]
+SCORES_AT_ONCE = 64  # tokens whose log-probabilities are encoded on the event loop
 
 
 class EventStream(StreamingResponse):
@@ -270,7 +271,7 @@ class ApiRoutes:
                         opened.add(index)
                         yield encode_event(answer.opening_event(index))
                     if delta.text or delta.finish or delta.scored:
-                        yield encode_event(answer.delta_event(index, delta))
+                        yield await _encode_delta(answer, index, delta)
             except EngineError as error:
                 yield encode_event(
                     ApiError(503, str(error), code="engine_failed").body()
@@ -389,6 +390,15 @@ def json_response(
 
 def encode_event(value: object) -> bytes:
     return b"data: " + orjson.dumps(value) + b"\n\n"
+
+
+async def _encode_delta(answer: ApiAnswer, index: int, delta: TextDelta) -> bytes:
+    """Return the event of a text delta; that of a whole prompt with its scores is encoded in a thread."""
+    if len(delta.scored) <= SCORES_AT_ONCE:
+        return encode_event(answer.delta_event(index, delta))
+    return await asyncio.to_thread(
+        lambda: encode_event(answer.delta_event(index, delta))
+    )
 
 
 async def _drain(deltas: DeltaStream) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import orjson
 from fastapi import Request
 from fastapi.responses import Response
@@ -22,9 +23,13 @@ BODY_SECONDS = 30.0  # a client that takes longer to send its body blocks a conn
 # before: a body of 4 MiB may hold two million token ids, which take 0.2 s. At these
 # limits it takes some 10 ms.
 MAX_CONTAINERS = 20_000  # lists and objects of a body
-MAX_VALUES = 2**17  # of these and of all items in them
+MAX_OBJECT_KEYS = 64  # of one object
+MAX_KEYS = 2 * MAX_CONTAINERS + MAX_OBJECT_KEYS  # of all; unlike items, each is hashed
+MAX_VALUES = 2**17  # lists and objects, and all items in them
+SCAN_BYTES = 2**17  # of a body, that are looked at together
+MAX_MESSAGE = 1000  # characters of an error, which may repeat what the client sent
+MAX_PARAM = 100
 CLIENT_CLOSED_REQUEST = 499  # nobody reads this response; the metrics count it
-STRING_OR_MARK = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[{,]', re.DOTALL)
 
 
 class ApiError(Exception):
@@ -48,9 +53,9 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
+        self.message = shorten(message, MAX_MESSAGE)
         self.code = code
-        self.param = param
+        self.param = None if param is None else shorten(param, MAX_PARAM)
         self.headers = headers
 
     def body(self) -> dict[str, Any]:
@@ -67,6 +72,11 @@ class ApiError(Exception):
             "code": self.code,
         }
         return {"error": error}
+
+
+def shorten(text: str, length: int) -> str:
+    """Return a text, cut if it is longer than ``length`` characters."""
+    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
@@ -110,28 +120,82 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     return bytes(body)
 
 
+@dataclass
+class MarkCounts:
+    """What a JSON text holds so far, by the marks outside of its strings."""
+
+    containers: int = 0
+    keys: int = 0
+    commas: int = 0
+
+
 def check_structure(body: bytes) -> None:
     """Reject a JSON text that takes long to parse for its size: one of very many values.
 
     Raises:
         ApiError: 400.
     """
-    # Brackets and commas in texts count at first; only if there are many, see which of
-    # them are inside of strings.
-    containers = body.count(b"[") + body.count(b"{")
-    if containers <= MAX_CONTAINERS and containers + body.count(b",") <= MAX_VALUES:
-        return
-    containers = 0
-    commas = 0
-    for found in STRING_OR_MARK.finditer(body):
-        commas += found[0] == b","
-        containers += found[0] in (b"[", b"{")
-        if containers > MAX_CONTAINERS:
-            message = f"the body has more than {MAX_CONTAINERS} lists and objects"
-            raise ApiError(400, message, code="invalid_json")
-        if containers + commas > MAX_VALUES:
-            message = f"the body has more than {MAX_VALUES} values, such as token ids; send several requests"
-            raise ApiError(400, message, code="invalid_json")
+    counts = MarkCounts()
+    scanner = StringScanner()
+    for start in range(0, len(body), SCAN_BYTES):
+        size = min(SCAN_BYTES, len(body) - start)
+        block = np.frombuffer(body, np.uint8, size, start)
+        marks = block[~scanner.inside(block)]
+        occurrences = np.bincount(marks, minlength=256)
+        counts.containers += int(occurrences[ord("[")] + occurrences[ord("{")])
+        counts.keys += int(occurrences[ord(":")])
+        counts.commas += int(occurrences[ord(",")])
+        _check_counts(counts)
+
+
+def _check_counts(counts: MarkCounts) -> None:
+    found = ""
+    if counts.containers > MAX_CONTAINERS:
+        found = f"{MAX_CONTAINERS} lists and objects"
+    elif counts.keys > MAX_KEYS:
+        found = f"{MAX_KEYS} keys"
+    elif counts.containers + counts.commas > MAX_VALUES:
+        found = f"{MAX_VALUES} values, such as token ids"
+    if found:
+        message = f"the body has more than {found}; send several requests"
+        raise ApiError(400, message, code="invalid_json")
+
+
+class StringScanner:
+    """Finds the strings of a JSON text that comes in blocks.
+
+    All of it is numpy on whole blocks, which lets other threads run. A regular
+    expression would keep them waiting for as long as the longest string takes.
+    """
+
+    def __init__(self) -> None:
+        self._is_inside = False  # the last block ended inside a string
+        self._is_escaping = False  # and with a backslash that escapes what follows
+
+    def inside(self, block: np.ndarray) -> np.ndarray:
+        """Return for each byte of the next block whether it is part of a string, opening quote included."""
+        quotes = block == ord('"')
+        quotes[self._escaped(block)] = False
+        inside = np.bitwise_xor.accumulate(quotes) ^ self._is_inside
+        self._is_inside = bool(inside[-1])
+        return inside
+
+    def _escaped(self, block: np.ndarray) -> np.ndarray:
+        """Return the positions in the next block that follow a backslash which escapes them."""
+        is_backslash = block == ord("\\")
+        carried = self._is_escaping
+        if carried:
+            is_backslash[0] = False
+        # Of a run of backslashes the first escapes the second, the third the fourth ...
+        backslashes = np.flatnonzero(is_backslash)
+        begins_run = np.diff(backslashes, prepend=-2) > 1
+        run_begins = np.maximum.accumulate(np.where(begins_run, backslashes, 0))
+        escaping = backslashes[(backslashes - run_begins) % 2 == 0]
+        escaped = escaping + 1
+        self._is_escaping = bool(escaped.size) and int(escaped[-1]) == block.size
+        if self._is_escaping:
+            escaped = escaped[:-1]
+        return np.append(escaped, 0) if carried else escaped
 
 
 async def run_in(

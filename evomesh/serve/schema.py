@@ -23,7 +23,7 @@ from pydantic import (
 
 from evomesh.config.schema import RotaryType
 from evomesh.generate.options import SamplingParams
-from evomesh.serve.requests import ApiError, check_structure
+from evomesh.serve.requests import MAX_OBJECT_KEYS, ApiError, check_structure
 
 INT64 = 2**63 - 1
 MAX_TOKENS = (
@@ -68,7 +68,7 @@ class ApiRequest(BaseModel):
     rotary_type: RotaryType | None = None
     # These describe the client, not the answer.
     user: str | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: SkipValidation[dict[str, Any]] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     # Accepted if they ask for what happens anyway.
@@ -80,6 +80,13 @@ class ApiRequest(BaseModel):
     @classmethod
     def _accept_float_zero(cls, value: object) -> object:
         return 0 if value == 0 and type(value) in (int, float) else value
+
+    @field_validator("metadata", mode="before")
+    @classmethod
+    def _check_metadata(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            raise ValueError("expected an object")
+        return value
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -303,11 +310,30 @@ def parse_request(kind: type[RequestType], body: bytes) -> RequestType:
         ) from None
     if not isinstance(value, dict):
         raise ApiError(400, "the body is not a JSON object", code="invalid_json")
+    _check_objects(value)
     given = {key: item for key, item in value.items() if item is not None}
     try:
         return kind.model_validate(given)
     except ValidationError as error:
         raise _first_error(error) from None
+
+
+def _check_objects(value: dict[str, Any]) -> None:
+    """Reject a body with an object of very many keys, at any depth: pydantic would list each that it does not know.
+
+    Raises:
+        ApiError: 400.
+    """
+    containers: list[Any] = [value]
+    while containers:
+        container = containers.pop()
+        items = container
+        if isinstance(container, dict):
+            if len(container) > MAX_OBJECT_KEYS:
+                message = f"an object has {len(container)} keys; at most {MAX_OBJECT_KEYS} are allowed"
+                raise ApiError(400, message, code="invalid_value")
+            items = container.values()
+        containers += [item for item in items if isinstance(item, dict | list)]
 
 
 def _first_error(error: ValidationError) -> ApiError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import logging
 import socket
@@ -113,6 +115,37 @@ def test_answers_on_a_kept_connection_leave_at_once(served: Served) -> None:
         with accepted:
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
             assert client
+
+
+def test_one_turn_of_the_event_loop_reads_a_small_part_of_a_body(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    receive = http_server.BoundedProtocol.data_received
+
+    def note(self: http_server.BoundedProtocol, data: bytes) -> None:
+        sizes.append(len(data))
+        receive(self, data)
+
+    monkeypatch.setattr(http_server.BoundedProtocol, "data_received", note)
+    content = b"1\r\na\r\n" * 100_000  # chunks of one byte each
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    with connect(served) as connection:
+        connection.sendall(head + b"transfer-encoding: chunked\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(content)
+        assert connection.recv(4096).startswith(b"HTTP/1.1 413")
+    assert len(sizes) > 10
+    assert max(sizes) <= 2**14
+
+
+def test_the_search_for_garbage_leaves_out_what_was_there_before(
+    model: LanguageModel, tmp_path: Path
+) -> None:
+    before = gc.get_freeze_count()
+    with serving(tiny_service(tmp_path, model, ServiceLimits(64))):
+        assert gc.get_freeze_count() > before + 10_000
+    assert gc.get_freeze_count() <= before
 
 
 def test_a_half_sent_body_leaves_nothing_in_the_log(
