@@ -3,7 +3,8 @@
 A connection waits for its client while a request, or a part of one, has not arrived.
 Such waiting is bounded in time (``HEADER_SECONDS`` here, ``BODY_SECONDS`` in
 ``requests.py``) and in number: if too many connections wait, the one that has waited
-longest is closed for each new one.
+longest is closed for each new one. A client that stops reading its answer is given
+``SEND_SECONDS``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from evomesh.errors import UserError
 
 READ_BYTES = 2**14  # that one turn of the event loop takes from a connection
 HEADER_SECONDS = 10.0
+SEND_SECONDS = 20.0  # in which a client reads at least some of an answer
 MAX_WAITING = 512
 SWITCH_SECONDS = 0.0005  # after which a thread gives way to another
 SHARE_OF_FILES = 4  # waiting connections take at most one in so many of the files that the process may open
@@ -39,6 +41,7 @@ class BoundedProtocol(H11Protocol):
         super().__init__(*arguments, **options)
         self.waiting_since: float | None = None
         self._header_timer: asyncio.TimerHandle | None = None
+        self._send_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -64,8 +67,18 @@ class BoundedProtocol(H11Protocol):
         super().on_response_complete()
         self._follow_waiting()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_sending()
+
+    def resume_writing(self) -> None:
+        self._stop_send_timer()
+        super().resume_writing()
+        self._follow_waiting()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_header_timer()
+        self._stop_send_timer()
         super().connection_lost(exc)
 
     def _follow_waiting(self) -> None:
@@ -80,13 +93,44 @@ class BoundedProtocol(H11Protocol):
             self._stop_header_timer()
         elif self._header_timer is None:
             self._header_timer = self.loop.call_later(
-                HEADER_SECONDS, self.close_waiting
+                HEADER_SECONDS, self._end_header_wait
             )
 
     def _stop_header_timer(self) -> None:
         if self._header_timer is not None:
             self._header_timer.cancel()
             self._header_timer = None
+
+    def _end_header_wait(self) -> None:
+        """Close the connection, unless its client is still reading the last answer."""
+        self._header_timer = None
+        if self.transport.get_write_buffer_size():
+            self._watch_sending()
+        else:
+            self.close_waiting()
+
+    def _watch_sending(self) -> None:
+        """Close the connection if the client reads nothing of what was written for ``SEND_SECONDS``."""
+        self._stop_send_timer()
+        unsent = self.transport.get_write_buffer_size()
+        self._send_timer = self.loop.call_later(
+            SEND_SECONDS, self._check_progress, unsent
+        )
+
+    def _check_progress(self, unsent_before: int) -> None:
+        self._send_timer = None
+        unsent = self.transport.get_write_buffer_size()
+        if unsent >= unsent_before:
+            self.close_waiting()
+        elif unsent:
+            self._watch_sending()
+        else:
+            self._follow_waiting()
+
+    def _stop_send_timer(self) -> None:
+        if self._send_timer is not None:
+            self._send_timer.cancel()
+            self._send_timer = None
 
     def close_waiting(self) -> None:
         """Close the connection without an answer; it no longer counts as waiting."""
@@ -156,7 +200,7 @@ def create_server(app: FastAPI, end_answers: Callable[[], None]) -> GracefulServ
         loop="asyncio",
         http=BoundedProtocol,
         ws="none",
-        log_level="warning",
+        log_level="error",  # its warnings are of what clients sent
         access_log=False,
         limit_concurrency=1024,
         timeout_graceful_shutdown=int(STOP_SECONDS + CLOSE_SECONDS) + 2,

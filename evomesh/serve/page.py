@@ -6,8 +6,9 @@ import math
 import os
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -19,6 +20,7 @@ from evomesh.config.schema import RotaryType
 from evomesh.data.chat_message import ChatMessage
 from evomesh.errors import UserError
 from evomesh.generate.options import SamplingParams
+from evomesh.serve.answer_progress import AnswerProgress
 from evomesh.serve.detokenizer import TextDelta
 from evomesh.serve.loop import EngineError
 from evomesh.serve.page_security import GradioGuard, message_text
@@ -31,17 +33,13 @@ os.environ.setdefault(
 
 import gradio as gr
 
+Delta = tuple[int, TextDelta]  # index of the prompt, and what was added to its answer
 STYLE = """
 footer {display: none !important}
 .status p {font-variant-numeric: tabular-nums; color: var(--body-text-color-subdued); margin: 0}
 """
 NEEDLE = "The pass key is {key}. Remember it: {key} is the pass key.\n"
 HAY = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
-FINISH_REASONS = {
-    "stop": "end of answer",
-    "length": "maximum length reached",
-    "stopped": "stopped",
-}
 QUESTION = "What is the pass key? The pass key is"
 SEED_INDEX = 7  # of the controls
 UPDATE_SECONDS = 0.03  # between updates: nobody could see more of them
@@ -108,11 +106,30 @@ class ChatPage:
 
     def __init__(self, service: GenerationService) -> None:
         self.service = service
+        self._answers_of: Counter[str] = Counter()  # by session, those in progress
         self._stopped_sessions: set[str] = set()
 
     def stop_answer(self, request: gr.Request) -> None:
         """End the answer that the session is getting."""
-        self._stopped_sessions.add(str(request.session_hash))
+        session = str(request.session_hash)
+        if session in self._answers_of:
+            self._stopped_sessions.add(session)
+
+    @asynccontextmanager
+    async def _stoppable(
+        self, session: str, answer: AsyncGenerator[Delta, None]
+    ) -> AsyncIterator[AsyncGenerator[Delta, None]]:
+        """Let a session stop an answer while it is generated, and close it at the end."""
+        self._stopped_sessions.discard(session)
+        self._answers_of[session] += 1
+        try:
+            yield answer
+        finally:
+            await answer.aclose()
+            self._answers_of[session] -= 1
+            if not self._answers_of[session]:
+                del self._answers_of[session]
+                self._stopped_sessions.discard(session)
 
     async def answer_conversation(
         self, history: list[dict[str, Any]], request: gr.Request, *controls: Any
@@ -132,9 +149,9 @@ class ChatPage:
             prompt = await run_in(
                 self.service.tokenizers, self.service.chat_ids, messages
             )
-            async with aclosing(
-                self._stream_answer(prompt, settings, request)
-            ) as answer:
+            session = str(request.session_hash)
+            stream = self._stream_answer(prompt, settings, session)
+            async with aclosing(stream) as answer:
                 async for text, status in answer:
                     yield (
                         [*conversation, {"role": "assistant", "content": text}],
@@ -152,20 +169,18 @@ class ChatPage:
                 raise UserError("the prompt is not text")
             prompt = await run_in(self.service.tokenizers, self.service.text_ids, text)
             settings = read_settings(controls)
-            async with aclosing(
-                self._stream_answer(prompt, settings, request)
-            ) as answer:
+            session = str(request.session_hash)
+            stream = self._stream_answer(prompt, settings, session)
+            async with aclosing(stream) as answer:
                 async for completion, status in answer:
                     yield completion, status
         except UserError as error:
             yield "", warning(error)
 
     async def _stream_answer(
-        self, prompt: Sequence[int], settings: PageSettings, request: gr.Request
+        self, prompt: Sequence[int], settings: PageSettings, session: str
     ) -> AsyncGenerator[tuple[str, str], None]:
         """Yield (text so far, status line), at most once every ``UPDATE_SECONDS`` and at the end."""
-        session = str(request.session_hash)
-        self._stopped_sessions.discard(session)
         sampling = self._sampling_params(prompt, settings)
         rotary_type: RotaryType = "dynamic" if settings.dynamic else "origin"
         progress = AnswerProgress(len(prompt))
@@ -174,7 +189,7 @@ class ChatPage:
         yield text, f"{len(prompt)} prompt tokens"
         try:
             answer = self.service.answer([prompt], sampling, rotary_type=rotary_type)
-            async with aclosing(answer) as deltas:
+            async with self._stoppable(session, answer) as deltas:
                 async for _, delta in deltas:
                     progress.add(delta)
                     text += delta.text
@@ -226,40 +241,6 @@ class ChatPage:
         lines = [HAY] * max(2, hay_tokens // tokens_per_line)
         lines.insert(len(lines) // 8, needle)
         return "".join(lines) + QUESTION
-
-
-class AnswerProgress:
-    """Tokens and times of an answer, for the status line."""
-
-    def __init__(self, prompt_tokens: int) -> None:
-        self.prompt_tokens = prompt_tokens
-        self.new_tokens = 0
-        self.finish = ""  # "stop", "length", "stopped" by the user, or "" while the answer continues
-        self._started = self._first = self._last = time.perf_counter()
-
-    def add(self, delta: TextDelta) -> None:
-        """Count the next delta."""
-        self._last = time.perf_counter()
-        if self.new_tokens == 0:
-            self._first = self._last
-        self.new_tokens = delta.tokens
-        self.finish = delta.finish
-
-    def status(self) -> str:
-        """Return the status line."""
-        seconds = self._last - self._first
-        speed = "…"
-        if self.new_tokens > 1 and seconds > 0:
-            speed = f"{(self.new_tokens - 1) / seconds:.1f}"
-        parts = [
-            f"{self.prompt_tokens} prompt tokens",
-            f"first token after {self._first - self._started:.2f} s",
-            f"{self.new_tokens} new tokens",
-            f"{speed} tokens/s",
-        ]
-        if self.finish:
-            parts.append(FINISH_REASONS[self.finish])
-        return " · ".join(parts)
 
 
 def warning(error: UserError) -> str:

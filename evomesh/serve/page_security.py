@@ -7,17 +7,21 @@ refer to a file.
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import orjson
 from fastapi import Request
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from evomesh.errors import UserError
-from evomesh.serve.key_gate import KeyGate
+from evomesh.serve.key_gate import KeyGate, client_name
 from evomesh.serve.requests import ApiError, check_structure, read_body, run_in
 
 READABLE_PATH = re.compile(
@@ -29,10 +33,18 @@ READABLE_PATH = re.compile(
 LOGIN_PATH = "/login"
 LOGGED_IN = 200  # gradio's status for a right key
 PATHS_WITH_QUERY = {"/gradio_api/queue/data"}  # all other paths lose their query string
+STREAM_PATH = re.compile(r"/gradio_api/(heartbeat/.*|queue/data)")
+MAX_STREAMS = 512  # an open page has one or two
+MAX_CLIENT_STREAMS = 128
+MAX_NAME = 64  # characters of what a browser calls its session and its calls
 MAX_FORM_BYTES = 4096  # of the login form
+# Gradio's page has scripts and styles in the document itself, and its templates are
+# compiled in the browser.
 CONTENT_POLICY = (
+    b"default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
     b"img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; "
-    b"frame-src 'self'; object-src 'none'; form-action 'self'"
+    b"frame-src 'self'; worker-src 'self' blob:; object-src 'none'; form-action 'self'; base-uri 'self'; "
+    b"frame-ancestors 'self'"
 )
 ROLES = ("user", "assistant")
 
@@ -57,6 +69,7 @@ class GradioGuard:
         self.max_body_bytes = max_body_bytes
         self.parser = parser
         self.gate = gate
+        self.streams = OpenStreams()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on to gradio if it is one that the page makes.
@@ -89,9 +102,15 @@ class GradioGuard:
             raise ApiError(404, "the page has no such route", code="not_found")
         elif path.startswith("/gradio_api/") or path == "/logout":
             check_same_site(headers)
-        await self.app(
-            _without_origin_and_query(scope), receive, _with_content_policy(send)
-        )
+        response = PageResponse(send)
+        with self.streams.entered(scope):
+            try:
+                await self.app(_without_origin_and_query(scope), receive, response.send)
+            except Exception as error:
+                if not response.is_started or not _is_http_error(error):
+                    raise
+                # Gradio has sent the error as the last event of a stream.
+                await response.send({"type": "http.response.body", "body": b""})
 
 
 def is_readable(path: str) -> bool:
@@ -151,7 +170,7 @@ def parse_call(body: bytes) -> dict[str, Any]:
     checked: dict[str, Any] = {
         "data": [_check_value(value) for value in values],
         "fn_index": _get_typed(call, "fn_index", int),
-        "session_hash": _get_typed(call, "session_hash", str),
+        "session_hash": _get_name(call, "session_hash"),
     }
     if call.get("trigger_id") is not None:
         checked["trigger_id"] = _get_typed(call, "trigger_id", int)
@@ -166,9 +185,9 @@ def parse_cancellation(body: bytes) -> dict[str, Any]:
     """
     cancellation = _parse_object(body)
     return {
-        "session_hash": _get_typed(cancellation, "session_hash", str),
+        "session_hash": _get_name(cancellation, "session_hash"),
         "fn_index": _get_typed(cancellation, "fn_index", int),
-        "event_id": _get_typed(cancellation, "event_id", str),
+        "event_id": _get_name(cancellation, "event_id"),
     }
 
 
@@ -242,6 +261,14 @@ def _get_typed(record: dict[str, Any], name: str, expected: type) -> Any:
     return value
 
 
+def _get_name(record: dict[str, Any], key: str) -> str:
+    """Return a short text; gradio and the page keep it."""
+    name: str = _get_typed(record, key, str)
+    if len(name) > MAX_NAME:
+        raise _invalid_value(key)
+    return name
+
+
 def _invalid_value(name: str) -> ApiError:
     return ApiError(
         400,
@@ -261,16 +288,56 @@ def _without_origin_and_query(scope: Scope) -> Scope:
     return {**scope, "headers": headers, "query_string": query}
 
 
-def _with_content_policy(send: Send) -> Send:
-    """Return a channel that tells browsers to load nothing from other servers, such as images in an answer."""
+class PageResponse:
+    """The response to a request of the page, as far as it was sent."""
 
-    async def send_with_policy(message: Message) -> None:
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.is_started = False
+
+    async def send(self, message: Message) -> None:
+        """Send a part; the first tells browsers to load nothing from other servers, such as images in an answer."""
         if message["type"] == "http.response.start":
+            self.is_started = True
             header = (b"content-security-policy", CONTENT_POLICY)
             message = {**message, "headers": [*message.get("headers", []), header]}
-        await send(message)
+        await self._send(message)
 
-    return send_with_policy
+
+class OpenStreams:
+    """Counts the streams of open pages, which stay open for as long as their pages and would keep others out."""
+
+    def __init__(self) -> None:
+        self._count_by_client: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def entered(self, scope: Scope) -> Iterator[None]:
+        """Count a request while it is answered, if it opens a stream.
+
+        Raises:
+            ApiError: 429: there are too many.
+        """
+        if STREAM_PATH.fullmatch(scope["path"]) is None:
+            yield
+            return
+        client = client_name(scope)
+        counts = self._count_by_client
+        if counts.total() >= MAX_STREAMS or counts[client] >= MAX_CLIENT_STREAMS:
+            raise ApiError(429, "too many open pages", code="too_many_streams")
+        counts[client] += 1
+        try:
+            yield
+        finally:
+            counts[client] -= 1
+            if not counts[client]:
+                del counts[client]
+
+
+def _is_http_error(error: Exception) -> bool:
+    """Return whether an exception is a status for the client, or stands for one that came too late."""
+    return isinstance(error, HTTPException) or isinstance(
+        error.__cause__, HTTPException
+    )
 
 
 def _with_limit(gate: KeyGate, scope: Scope, send: Send) -> Send:

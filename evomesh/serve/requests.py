@@ -122,7 +122,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 
 @dataclass
 class MarkCounts:
-    """What a JSON text holds so far, by the marks outside of its strings."""
+    """Counts of what a JSON text holds so far, from the marks outside of its strings."""
 
     containers: int = 0
     keys: int = 0

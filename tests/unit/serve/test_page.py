@@ -4,8 +4,10 @@ for a page of another site."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,10 @@ from starlette.routing import Mount
 
 from evomesh.errors import UserError
 from evomesh.models.language_model import LanguageModel
+from evomesh.serve import page_security
 from evomesh.serve.page import ChatPage, PageSettings, append_message, mount_page
-from evomesh.serve.page_security import GradioGuard
+from evomesh.serve.page_security import GradioGuard, OpenStreams
+from evomesh.serve.requests import ApiError
 from tests.support.serving import Served, serving, tiny_service
 from tests.unit.serve.conftest import LIMITS
 
@@ -442,6 +446,98 @@ def test_browsers_are_told_to_load_no_images_of_other_servers(
 ) -> None:
     policy = client.get("/").headers["content-security-policy"]
     assert "img-src 'self' data: blob:;" in policy
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "default-src 'self';",
+        "object-src 'none';",
+        "base-uri 'self';",
+        "frame-ancestors",
+    ],
+)
+def test_browsers_are_told_to_load_nothing_else_of_other_servers(
+    client: httpx.Client, part: str
+) -> None:
+    for path in ("/", "/theme.css", "/gradio_api/info"):
+        policy = client.get(path).headers["content-security-policy"]
+        assert part in policy
+        assert not re.search(r"https?:|\*", policy)
+
+
+def test_the_stream_of_an_unknown_session_ends_without_a_traceback(
+    client: httpx.Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    answer = client.get("/gradio_api/queue/data", params={"session_hash": "unknown"})
+    event = json.loads(answer.text.removeprefix("data: "))
+    assert event["session_not_found"] is True
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_streams_of_pages_are_limited_per_client_and_in_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(page_security, "MAX_STREAMS", 4)
+    monkeypatch.setattr(page_security, "MAX_CLIENT_STREAMS", 2)
+    streams = OpenStreams()
+
+    def scope_of(client: str, path: str = "/gradio_api/heartbeat/x") -> dict[str, Any]:
+        return {"type": "http", "path": path, "client": (client, 1)}
+
+    def is_refused(client: str) -> bool:
+        try:
+            with streams.entered(scope_of(client)):
+                return False
+        except ApiError as error:
+            return error.status == 429
+
+    with contextlib.ExitStack() as opened:
+        opened.enter_context(streams.entered(scope_of("10.0.0.1")))
+        opened.enter_context(streams.entered(scope_of("10.0.0.1")))
+        assert is_refused("10.0.0.1") and not is_refused("10.0.0.2")
+        opened.enter_context(streams.entered(scope_of("10.0.0.2")))
+        opened.enter_context(
+            streams.entered(scope_of("10.0.0.3", "/gradio_api/queue/data"))
+        )
+        assert is_refused("10.0.0.4")
+        for path in ("/", "/config", "/gradio_api/queue/join"):  # no streams
+            opened.enter_context(streams.entered(scope_of("10.0.0.1", path)))
+    assert not is_refused("10.0.0.1") and not is_refused("10.0.0.4")
+
+
+def test_an_open_heartbeat_counts(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page_security, "MAX_CLIENT_STREAMS", 1)
+    with client.stream("GET", "/gradio_api/heartbeat/a") as beat:
+        assert beat.status_code == 200
+        assert client.get("/gradio_api/heartbeat/b").status_code == 429
+
+
+def test_long_names_of_sessions_are_rejected(client: httpx.Client) -> None:
+    body = {"data": ["x", []], "fn_index": 0, "session_hash": "x" * 65}
+    assert client.post(JOIN, json=body).status_code == 400
+
+
+def test_a_session_without_an_answer_leaves_nothing_of_its_stops(
+    served: Served,
+) -> None:
+    page = ChatPage(served.service)
+    for number in range(50):
+        page.stop_answer(gr.Request(session_hash=f"session {number}"))
+    assert not page._stopped_sessions
+
+    async def stop_at_once() -> list[str]:
+        request = gr.Request(session_hash="x")
+        statuses = []
+        async for _, status in page.complete_text("abc", request, *CONTROLS):
+            page.stop_answer(request)
+            statuses.append(status)
+        return statuses
+
+    asyncio.run(stop_at_once())
+    assert not page._stopped_sessions and not page._answers_of
 
 
 def test_a_status_line_shows_no_secret(
