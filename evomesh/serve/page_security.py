@@ -87,10 +87,7 @@ class GradioGuard:
         method = scope["method"]
         headers = Headers(scope=scope)
         if method == "POST" and path == LOGIN_PATH:
-            check_same_site(headers)
-            check_form_size(headers)
-            if self.gate is not None:
-                send = _with_limit(self.gate, scope, send)
+            send = self._check_login(scope, headers, send)
         elif method == "POST" and path in CALL_PARSERS:
             check_same_site(headers)
             received = await read_body(Request(scope, receive), self.max_body_bytes)
@@ -102,15 +99,26 @@ class GradioGuard:
             raise ApiError(404, "the page has no such route", code="not_found")
         elif path.startswith("/gradio_api/") or path == "/logout":
             check_same_site(headers)
-        response = PageResponse(send)
         with self.streams.entered(scope):
-            try:
-                await self.app(_without_origin_and_query(scope), receive, response.send)
-            except Exception as error:
-                if not response.is_started or not _is_http_error(error):
-                    raise
-                # Gradio has sent the error as the last event of a stream.
-                await response.send({"type": "http.response.body", "body": b""})
+            await self._forward(scope, receive, PageResponse(send))
+
+    def _check_login(self, scope: Scope, headers: Headers, send: Send) -> Send:
+        """Check a login, and return the channel for its answer, which counts wrong keys."""
+        check_same_site(headers)
+        check_form_size(headers)
+        return send if self.gate is None else _with_limit(self.gate, scope, send)
+
+    async def _forward(
+        self, scope: Scope, receive: Receive, response: PageResponse
+    ) -> None:
+        """Let gradio answer a checked request."""
+        try:
+            await self.app(_without_origin_and_query(scope), receive, response.send)
+        except Exception as error:
+            if not response.is_started or not _is_http_error(error):
+                raise
+            # Gradio has sent the error as the last event of a stream.
+            await response.send({"type": "http.response.body", "body": b""})
 
 
 def is_readable(path: str) -> bool:

@@ -16,6 +16,7 @@ import torch
 
 from evomesh.layers.sequence_bounds import single_sequence
 from evomesh.models.language_model import LanguageModel, with_rotary_type
+from evomesh.serve import app
 from evomesh.serve.service import ServiceLimits
 from tests.support.serving import TRAINED, Served, serving, tiny_service
 
@@ -473,6 +474,27 @@ def test_an_echo_scores_the_prompt(
         assert [
             max(top.values()) for top in scores["top_logprobs"][len(ids) :]
         ] == pytest.approx(new_logprobs)
+
+
+def test_the_scores_of_a_whole_prompt_are_not_encoded_on_the_event_loop(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: dict[str, int] = {}  # largest event by the kind of thread that encoded it
+    encode = app.encode_event
+
+    def note(value: Any) -> bytes:
+        kind = threading.current_thread().name.partition("_")[0]
+        event = encode(value)
+        sizes[kind] = max(len(event), sizes.get(kind, 0))
+        return event
+
+    monkeypatch.setattr(app, "encode_event", note)
+    body = GREEDY | {"prompt": "ab" * 150, "echo": True, "logprobs": 5}
+    (first, *rest) = events(client, COMPLETIONS, body)
+    assert len(first["choices"][0]["logprobs"]["tokens"]) == 300
+    assert rest
+    worker = sizes.pop("asyncio")  # the pool of asyncio.to_thread
+    assert worker > 20 * max(sizes.values())
 
 
 def test_an_echo_without_scores_and_with_stops_is_the_prompt_and_the_answer(
