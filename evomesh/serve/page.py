@@ -475,5 +475,5 @@ def mount_page(app: FastAPI, service: GenerationService, key: str | None) -> Non
     mount = app.routes[-1]
     assert isinstance(mount, Mount)
     mount.app = GradioGuard(
-        mount.app, service.limits.body_bytes, service.parser, app.state.key_gate
+        mount.app, service.limits.page_call_bytes, service.parser, app.state.key_gate
     )

@@ -33,12 +33,15 @@ class ServiceLimits:
         slots: sequences that are generated at the same time.
         queue: sequences that may wait for a slot.
         body_bytes: maximum size of a request.
+        page_call_bytes: maximum size of a call of the chat page, which holds its whole
+            conversation. Gradio parses it on the event loop.
     """
 
     context_length: int
     slots: int = 8
     queue: int = 64
     body_bytes: int = 4 * 2**20
+    page_call_bytes: int = 2**20
 
     @property
     def text_characters(self) -> int:

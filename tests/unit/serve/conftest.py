@@ -9,7 +9,9 @@ from evomesh.models.language_model import LanguageModel
 from evomesh.serve.service import ServiceLimits
 from tests.support.serving import Served, serving, tiny_model, tiny_service
 
-LIMITS = ServiceLimits(context_length=512, slots=4, queue=4, body_bytes=20_000)
+LIMITS = ServiceLimits(
+    context_length=512, slots=4, queue=4, body_bytes=20_000, page_call_bytes=15_000
+)
 
 
 @pytest.fixture(scope="session")
