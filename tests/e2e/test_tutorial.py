@@ -6,6 +6,7 @@ Sizes, the number of ranks and the dataset are overridden by environment variabl
 from __future__ import annotations
 
 import json
+import os
 import pydoc_data.topics
 import re
 import shutil
@@ -18,7 +19,6 @@ import sentencepiece
 
 from tests.e2e.conftest import Run
 from tests.support.covers import covers
-from tests.support.interpreter import Interpreter
 
 ROOT = Path(__file__).parents[2]
 TUTORIAL = Path(__file__).parent / "tutorial"
@@ -71,18 +71,11 @@ def tutorial(tmp_path: Path) -> Path:
 
 @pytest.mark.timeout(600)
 @covers("promise:tutorial-end-to-end")
-def test_the_tutorial_from_dataset_to_text(
-    tutorial: Path,
-    run: Run,
-    interpreter: Interpreter,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for name, value in SIZES.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("DATASET", str(tutorial / "dataset"))
+def test_the_tutorial_from_dataset_to_text(tutorial: Path, run: Run) -> None:
+    env = SIZES | {"DATASET": str(tutorial / "dataset")}
 
     # 1. Dataset: 1 % of it is held out.
-    run("data/get_dataset.py", cwd=tutorial)
+    run("data/get_dataset.py", cwd=tutorial, env=env)
     sizes = {}
     for part, file in (
         ("train", "small-the_pile.train"),
@@ -109,7 +102,13 @@ def test_the_tutorial_from_dataset_to_text(
         *("./InternLM/train.py", "--config=./7b_pretrain_config.py"),
     ]
     done = subprocess.run(
-        command, cwd=tutorial, capture_output=True, text=True, check=False, timeout=300
+        command,
+        cwd=tutorial,
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout + done.stderr

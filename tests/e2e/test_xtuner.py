@@ -257,11 +257,10 @@ def test_raw_conversations_are_tokenized_before_training(
         name="internlm2_7b_w_untokenized_dataset",
     )
     train = ["evomesh", "xtuner", "train", "raw.py", *FLOAT32, "data.total_steps=2"]
-    ranks = interpreter.start_ranks(train, 1, cwd=place)
-    refused = ranks[0].wait()
-    assert (
-        refused.returncode == 2 and "evomesh xtuner tokenize raw.py" in refused.stderr
-    )
+    ranks = interpreter.start_ranks(train, 2, cwd=place)
+    refused = [rank.wait() for rank in ranks]
+    assert [rank.returncode for rank in refused] == [2, 2]
+    assert any("evomesh xtuner tokenize raw.py" in rank.stderr for rank in refused)
     done = interpreter.run(train, cwd=place, timeout=200)
     assert done.returncode == 0, done.stderr
     assert len(metrics(place / "work_dirs" / "raw")) == 2
