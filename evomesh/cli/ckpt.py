@@ -97,11 +97,12 @@ def verify(
         typer.Option("--deep", help="Also look for NaN and infinity in every tensor."),
     ] = False,
 ) -> None:
-    """Check every byte of every checkpoint at PATH. Exit code 2 if one is damaged."""
+    """Check every byte of every checkpoint at PATH. Exit code 2 if one is damaged, or if there is none."""
     from evomesh.checkpoint.native import verify as verification
     from evomesh.checkpoint.native.compare import tensors_not_finite
     from evomesh.checkpoint.native.disk_space import readable
 
+    num_checkpoints = 0
     damaged: list[str] = []
     newest_finite: int | None = None
     for candidate in _candidates(path):
@@ -109,6 +110,7 @@ def verify(
         if not candidate.committed:
             print(f"{folder}: interrupted save, not a checkpoint")
             continue
+        num_checkpoints += 1
         try:
             checkpoint = verification.verify(candidate, "record" if quick else "data")
         except UserError as error:
@@ -133,6 +135,11 @@ def verify(
         raise UserError(
             f"{len(damaged)} damaged: {', '.join(damaged)}",
             fix="none needed to resume: it uses the newest intact checkpoint",
+        )
+    if not num_checkpoints:
+        raise UserError(
+            f"no checkpoint in {path}, only interrupted saves",
+            expected="at least one step folder with a commit.json",
         )
 
 

@@ -88,6 +88,16 @@ def test_verify_names_what_is_damaged(root: str) -> None:
     )
 
 
+def test_verify_of_interrupted_saves_alone_is_an_error(root: str) -> None:
+    """A script that verifies before it copies must not take an unfinished save for a good one."""
+    manager = save(root, 1)
+    folder = f"{manager.root}/step-00000001"
+    manager.storage.delete(f"{folder}/commit.json")
+    result = CliRunner().invoke(app, ["verify", f"{root}/1"])
+    assert isinstance(result.exception, UserError)
+    assert "only interrupted saves" in result.exception.found
+
+
 def test_prune_keeps_what_is_pinned_and_the_newest(root: str) -> None:
     save(root, 1, 2, 3, 4, 5, 6)
     assert "pinned" in ckpt("pin", f"{root}/1")
