@@ -471,11 +471,15 @@ def test_a_step_without_a_target_ends_the_run_and_can_be_left_out(
     documents = [ids if i % 2 else [-token for token in ids] for i in range(6)]
     write_bin(tmp_path / "data/train/en/a.bin", documents)
     skipped: list[str] = []
+
+    def options() -> list[str]:
+        steps = ",".join(skipped)
+        return ["--run-dir", "run", "--set", f"data.skip_batches='{steps}'"]
+
     for _ in range(3):
-        options = ("--set", f"data.skip_batches='{','.join(skipped)}'")
-        output = train(interpreter, tmp_path, *options, expect=2)
+        output = train(interpreter, tmp_path, *options(), expect=2)
         found = re.search(r"step (\d+): none of its 32 tokens is a target", output)
         assert found and f'data.skip_batches="{found[1]}"' in output
         skipped.append(found[1])
-    train(interpreter, tmp_path, "--set", f"data.skip_batches='{','.join(skipped)}'")
-    assert sorted([*losses(tmp_path), *map(int, skipped)]) == list(range(6))
+    train(interpreter, tmp_path, *options())
+    assert sorted([*losses(tmp_path / "run"), *map(int, skipped)]) == list(range(6))
