@@ -330,11 +330,15 @@ MOTO_KEYS = {"S3_ACCESS_KEY_ID": "k", "S3_SECRET_ACCESS_KEY_ID": "s"}
 def hold_and_save(url: str, lease: float) -> None:
     """Take the lock, and save step 5 after a SIGUSR1."""
     os.environ["EVOMESH_S3_LEASE"] = str(lease)
-    signal.signal(signal.SIGUSR1, lambda *_: None)
+    requested = threading.Event()
+    signal.signal(signal.SIGUSR1, lambda *_: requested.set())
     writer = CheckpointWriter(url)
     writer.claim()
     print(f"holding as {os.getpid()}", flush=True)
-    signal.pause()
+    # The system may hand the signal to the thread that renews the lock, and
+    # ``signal.pause`` would then wait forever.
+    while not requested.wait(0.05):
+        pass
     save_with(writer, 5)
 
 
