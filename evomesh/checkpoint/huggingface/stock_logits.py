@@ -10,8 +10,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -225,22 +225,20 @@ def _llama_name(name: str) -> str:
     return name
 
 
-def local_copy(folder: HfFolder) -> AbstractContextManager[str]:
-    """Return a context with the local path of a folder; of one in a store, a copy that is deleted at the end."""
+@contextmanager
+def local_copy(folder: HfFolder) -> Iterator[str]:
+    """Yield the local path of a folder; of one in a store, a copy that is deleted at the end."""
     if isinstance(folder.storage, LocalStorage):
-        return nullcontext(folder.path)
-    copy = TemporaryDirectory(prefix="evomesh-compare-")
+        yield folder.path
+        return
     names = folder.storage.list(folder.path)
     wanted = {"config.json", *folder.files.values()}
     wanted |= {name for name in names if name in WEIGHT_FILES and name.endswith("json")}
-    try:
+    with TemporaryDirectory(prefix="evomesh-compare-") as copy:
         for name in sorted(wanted):
             source = join(folder.path, name)
-            _download(folder.storage, source, Path(copy.name, name))
-    except BaseException:
-        copy.cleanup()
-        raise
-    return copy
+            _download(folder.storage, source, Path(copy, name))
+        yield copy
 
 
 def _download(storage: Storage, source: str, target: Path) -> None:
