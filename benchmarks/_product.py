@@ -55,9 +55,8 @@ def made_up(ids: torch.Tensor, lengths: Sequence[int], *, pin: bool = False) -> 
     positions = torch.cat([torch.arange(n) for n in lengths]).repeat(count, 1)
     bounds = torch.tensor((0, *lengths)).cumsum(0).int().repeat(count, 1)
     labels = ids.roll(-1, 1)
-    labels[:, bounds[0, 1:].long() - 1] = (
-        IGNORE  # a document's last token has no next one
-    )
+    # A document's last token has no next one.
+    labels[:, bounds[0, 1:].long() - 1] = IGNORE
     rows = (ids, labels, positions, torch.zeros_like(ids), bounds)
     return Batch(
         *(row.pin_memory() if pin else row for row in rows), max_seqlen=max(lengths)

@@ -19,10 +19,9 @@ from pathlib import Path
 import numpy as np
 import orjson
 
-SHORT, LONG = (
-    16,
-    512,
-)  # tokens of a document: many short ones show what a document costs, long ones what a token costs
+# Tokens of a document: many short ones show what a document costs, long ones what a
+# token costs.
+SHORT, LONG = (16, 512)
 LONG_UP_TO = 100_000  # documents of LONG tokens beyond this would only fill the disk
 SEQ_LEN = 4096
 READ_SECONDS = 3.0

@@ -167,9 +167,8 @@ def main() -> None:
             batch * args.new / statistics.median(times)
             for times in zip(*pairs[1:], strict=True)
         ]
-        ratio = statistics.median(
-            b / a for a, b in pairs[1:]
-        )  # the first round warms up
+        # The first round warms up.
+        ratio = statistics.median(b / a for a, b in pairs[1:])
         print(
             f"  batch {batch}: evomesh {speeds[0]:.1f}, transformers {speeds[1]:.1f} tokens/s; median ratio {ratio:.2f}"
         )

@@ -30,9 +30,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # where the package is not installed
+# Where the package is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from _memory import Sizes, bytes_in_16_bits
 from _product import Training, made_up
@@ -53,16 +52,8 @@ ON_CUDA, ON_CPU = (
     (("1.3B", "7B-width"), (2048, 4096, 8192, 32768)),
     (("10M",), (256, 1024)),
 )
-LENGTHS = (
-    0.29,
-    0.02,
-    0.17,
-    0.08,
-    0.25,
-    0.05,
-    0.11,
-    0.03,
-)  # --packed: documents, as shares of a pack
+# --packed: documents, as shares of a pack.
+LENGTHS = (0.29, 0.02, 0.17, 0.08, 0.25, 0.05, 0.11, 0.03)
 
 
 @dataclass(frozen=True)

@@ -155,9 +155,8 @@ def main() -> None:
         with running(service) as url:
             measure(url, 1, body)
             ratios = []
-            for _ in range(
-                args.rounds
-            ):  # in turns, so that a slow moment of the machine meets both
+            # In turns, so that a slow moment of the machine meets both.
+            for _ in range(args.rounds):
                 one, wait_one = measure(url, 1, body)
                 many, wait_many = measure(url, args.clients, body)
                 ratios.append(many / one)

@@ -46,27 +46,12 @@ SHAPES = {
     "60M": Shape(8, 512, 8, 1408, 32000, (512,) * 4),
     "200M": Shape(12, 1024, 16, 2816, 32000, (512,) * 4),
 }
-PRODUCTS = (
-    (2048, 2048, 2048),
-    (2048, 512, 1408),
-    (512, 512, 16000),
-)  # rows, summed, columns
+# Rows, summed, columns.
+PRODUCTS = ((2048, 2048, 2048), (2048, 512, 1408), (512, 512, 16000))
 KEPT_UP = 0.3  # seconds
 UNTIMED = 5  # steps, until compilation is done and the heap has grown to its final size
-RAGGED = (
-    301,
-    23,
-    180,
-    64,
-    512,
-    7,
-    140,
-    285,
-    96,
-    33,
-    210,
-    197,
-)  # --packed: 2048 tokens, cut to the shape's total
+# --packed: 2048 tokens, cut to the shape's total.
+RAGGED = (301, 23, 180, 64, 512, 7, 140, 285, 96, 33, 210, 197)
 
 
 def ragged(total: int) -> tuple[int, ...]:

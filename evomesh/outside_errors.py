@@ -16,6 +16,7 @@ from typing import IO
 
 from evomesh.errors import EXIT_RESTART, EXIT_USER_ERROR, UserError
 
+# Of a network or a network file system: the same command may work in a while.
 _NETWORK = (
     errno.ECONNREFUSED,
     errno.ECONNRESET,
@@ -28,7 +29,7 @@ _NETWORK = (
     errno.ETIMEDOUT,
     errno.ESTALE,
     errno.EREMOTEIO,
-)  # of a network or a network file system: the same command may work in a while
+)
 _NOT_READABLE = (errno.EACCES, errno.EPERM)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
@@ -103,9 +104,8 @@ def fix_for(number: int | None) -> str:
 
 def _out_of_memory(error: BaseException) -> UserError:
     wanted = _CPU_ALLOCATOR.search(str(error))
-    detail = str(error).partition("\n")[
-        0
-    ]  # CUDA's own sentence has all its numbers, and so has NumPy's
+    # CUDA's own sentence has all its numbers, and so has NumPy's.
+    detail = str(error).partition("\n")[0]
     if wanted is not None:
         detail = f"{gigabytes(int(wanted[1]))} were asked for"
     found = f"out of memory: {detail}" if detail else "out of memory"

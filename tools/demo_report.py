@@ -26,15 +26,8 @@ from evomesh.data.build import ValidationSet, build_train_data, build_valid_data
 
 CONFIG = "configs/demo.py"
 CHECKPOINTS = "llm_ckpts/demo"
-BIGRAM_WEIGHTS = (
-    1,
-    3,
-    10,
-    30,
-    100,
-    300,
-    1000,
-)  # tried for the interpolation with the unigram
+# Tried for the interpolation with the unigram.
+BIGRAM_WEIGHTS = (1, 3, 10, 30, 100, 300, 1000)
 
 
 class TokenPairs(NamedTuple):

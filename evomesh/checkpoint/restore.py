@@ -29,9 +29,8 @@ from evomesh.parallel.grid import Grid
 
 logger = logging.getLogger(__name__)
 
-FINGERPRINT_ELEMENTS = (
-    256  # of each parameter, hashed into the fingerprint of a Hugging Face folder
-)
+# Of each parameter, hashed into the fingerprint of a Hugging Face folder.
+FINGERPRINT_ELEMENTS = 256
 
 
 @dataclass(frozen=True)

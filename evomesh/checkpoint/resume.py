@@ -32,19 +32,16 @@ OPTIMIZER = "optim."  # prefix of the optimizer's tensors
 MASTER = "optim.master."
 CONTENTS = ("model", "optimizer", "scheduler", "sampler")
 EVERYTHING = frozenset(CONTENTS)
-DETECTED_TYPES = (
-    "internevo",
-    "internlm",
-    "normal",
-    "evomesh",
-)  # evomesh's or InternEvo's, detected from the folder
+# Evomesh's or InternEvo's, detected from the folder.
+DETECTED_TYPES = ("internevo", "internlm", "normal", "evomesh")
 WEIGHT_TYPES = ("hf", "hf_llama", "hf_model", "llama")  # weights of other programs
+# By kind of folder.
 RIGHT_TYPES = {
     "evomesh": "internevo",
     "internevo": "internevo",
     "hf": "hf",
     "llama": "llama",
-}  # by kind of folder
+}
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,8 @@ import typer
 from evomesh.cli.options import OverrideOption
 from evomesh.errors import ConfigError, UserError
 
-if (
-    TYPE_CHECKING
-):  # commands import what they need, so that `evomesh --help` is there at once
+# Commands import what they need, so that `evomesh --help` is there at once.
+if TYPE_CHECKING:
     from evomesh.config.loader import LoadedConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)

@@ -174,9 +174,8 @@ def _print_stream(
     all_ids = list(ids)
     shown = tokenizer.decode(all_ids)  # the text that is printed already
     tokens = stream_tokens(loaded.model, [ids], sampling)
-    first = list(
-        islice(tokens, 1)
-    )  # what is refused is refused before the prompt is shown
+    # What is refused is refused before the prompt is shown.
+    first = list(islice(tokens, 1))
     print(shown, end="", flush=True)
     for new in chain(first, tokens):
         if new.finish == "stop":

@@ -8,11 +8,8 @@ from pathlib import Path
 from evomesh.config.reading.xtuner.raw_data import TEMPLATES
 from evomesh.errors import UserError
 
-FORMATS = {
-    "openai": "messages",
-    "alpaca": "alpaca",
-    None: "xtuner",
-}  # --dataset-format -> evomesh tokenize --format
+# --dataset-format -> evomesh tokenize --format.
+FORMATS = {"openai": "messages", "alpaca": "alpaca", None: "xtuner"}
 FTDP_LENGTH = 32 * 1024  # tokens of a conversation that XTuner's script keeps
 FTDP_FOLDER = "chatml_llamav13_32k/train/cn"
 
@@ -31,9 +28,8 @@ def process_untokenized_datasets() -> None:
     template = TEMPLATES.get(options.prompt_template, "tokenizer")
     for file in files:
         name = file.relative_to(options.data_folder).with_suffix(".bin")
-        inside = (
-            name if len(name.parts) > 1 else Path("raw") / name
-        )  # token files are in folders of a type
+        # Token files are in folders of a type.
+        inside = name if len(name.parts) > 1 else Path("raw") / name
         _tokenize(
             file,
             options.save_folder / inside,

@@ -129,9 +129,8 @@ def _check_rules(
 
     findings, warnings = check(config, is_given)
     for finding in findings:
-        has_invalid_value = not failed.isdisjoint(
-            finding.keys
-        )  # such a key has a problem already
+        # Such a key has a problem already.
+        has_invalid_value = not failed.isdisjoint(finding.keys)
         if not has_invalid_value:
             _add_finding(draft, finding)
     for key, words in warnings:

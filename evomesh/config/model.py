@@ -14,9 +14,8 @@ ModelFamily = Literal[
     "INTERNLM", "INTERNLM2_PUBLIC", "LLAMA2", "QWEN2", "QWEN3", "MISTRAL"
 ]
 LayerType = Literal["full_attention", "sliding_attention"]
-RotaryType = Literal[
-    "origin", "dynamic"
-]  # beyond the trained length: unscaled, or with dynamic NTK
+# Beyond the trained length: unscaled, or with dynamic NTK.
+RotaryType = Literal["origin", "dynamic"]
 
 
 class ModelConfig(Section):

@@ -19,9 +19,8 @@ SECRET_KEYS = (
     "monitor.alert.feishu_alert_address",
     "monitor.alert.light_monitor_address",
 )
-SHORTEST_SECRET = (
-    8  # shorter values of environment variables are words like "1" and "true"
-)
+# Shorter values of environment variables are words like "1" and "true".
+SHORTEST_SECRET = 8
 
 _SECRET_WORDS = (
     r"secret|passw(?:or)?d|passphrase|pwd|api[_-]?key|access[_-]?key(?:[_-]?id)?|private[_-]?key|account[_-]?key|client[_-]?key"

@@ -174,9 +174,8 @@ def _comparable(config: dict[str, Any]) -> dict[str, Any]:
         for key, value in leaves(config)
         if not key.startswith("model.rope_scaling.")
     }
-    values["model.rope_scaling"] = config.get("model", {}).get(
-        "rope_scaling"
-    )  # a scaling or None, as one value
+    # A scaling or None, as one value.
+    values["model.rope_scaling"] = config.get("model", {}).get("rope_scaling")
     if values.get("model.num_kv_attention_heads") is None:
         values["model.num_kv_attention_heads"] = values.get("model.num_attention_heads")
     return values

@@ -26,6 +26,7 @@ from evomesh.config.model import (
 )
 from evomesh.config.section import Section
 
+# Imported here and from here.
 __all__ = [
     "DType",
     "DataConfig",
@@ -34,12 +35,11 @@ __all__ = [
     "ModelFamily",
     "RotaryType",
     "Section",
-]  # imported here and from here
+]
 
 INF = math.inf
-IGNORE = (
-    -100
-)  # label of a position that is an input but not a target (torch's ignore_index)
+# Label of a position that is an input but not a target (torch's ignore_index).
+IGNORE = -100
 
 Mode = Literal["mtp", "msp", "fsp", "isp"]
 
@@ -440,9 +440,8 @@ class Config(Section):
     ``train``, ``plan``, ``serve`` and ``cli`` read it; ``checkpoint`` records it, and builds one for a foreign model.
     """
 
-    run: RunConfig = (
-        RunConfig()
-    )  # not a section of a config file: its keys are top-level names
+    # Not a section of a config file: its keys are top-level names.
+    run: RunConfig = RunConfig()
     data: DataConfig = Field(DataConfig(), description="Data, packing and batches.")
     model: ModelConfig = Field(
         ModelConfig(), description="Shape and numerics of the model."

@@ -22,9 +22,8 @@ def parameter_counts(model: ModelConfig) -> dict[str, int]:
     matrices = 3 if model.use_swiglu else 2
     feed_forward = matrices * hidden * model.mlp_width
 
-    norm = (
-        2 * hidden if model.norm_type == "layernorm" else hidden
-    )  # layernorm has a bias
+    # Layernorm has a bias.
+    norm = 2 * hidden if model.norm_type == "layernorm" else hidden
     head_norms = 2 * model.head_dim if model.qk_norm else 0  # of queries and of keys
     post_norm = model.apply_post_layer_norm and model.model_type == "INTERNLM2_PUBLIC"
     final_norms = 0 if post_norm else 1

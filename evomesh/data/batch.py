@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-if (
-    TYPE_CHECKING
-):  # packing imports this module, and ``evomesh data`` must start without torch
+# Packing imports this module, and ``evomesh data`` must start without torch.
+if TYPE_CHECKING:
     import torch
     from torch import Tensor
 

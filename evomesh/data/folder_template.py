@@ -39,9 +39,8 @@ class JinjaTemplate:
                 fix="add one to the folder, or, with a command that has the option, use a built-in one: "
                 f"--chat-template {'|'.join(STYLES)}",
             )
-        assert isinstance(
-            tokenizer, HfTokenizer
-        )  # a model without files beside it has no template
+        # A model without files beside it has no template.
+        assert isinstance(tokenizer, HfTokenizer)
         self.tokenizer = tokenizer
         self._renderers = {
             name: TemplateRenderer(source, where)

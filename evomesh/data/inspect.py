@@ -136,9 +136,8 @@ def id_summary(files: Sequence[BinDataset], samples: int = 1000) -> str:
     ids = np.concatenate(sampled)
     if not len(ids):
         return "no tokens in the sampled documents"
-    values, counts = np.unique(
-        np.abs(ids), return_counts=True
-    )  # a masked id counts like any other
+    # A masked id counts like any other.
+    values, counts = np.unique(np.abs(ids), return_counts=True)
     shares = counts / len(ids)
     most_frequent = np.argsort(-counts)[:5]
     top = ", ".join(f"{values[n]} ({shares[n]:.1%})" for n in most_frequent)

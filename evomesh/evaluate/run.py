@@ -23,9 +23,8 @@ def find_tasks(tasks: Sequence[str]) -> TaskManager:
     Raises:
         UserError: a task does not exist.
     """
-    logging.getLogger("lm_eval").setLevel(
-        logging.ERROR
-    )  # it logs its defaults verbosely
+    # It logs its defaults verbosely.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     task_manager = TaskManager(
         include_defaults=any(not _is_file(task) for task in tasks)
     )

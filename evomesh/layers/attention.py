@@ -37,9 +37,8 @@ AttentionFunction = Callable[
     [Tensor, Tensor, Tensor, SequenceBounds, "Attention"], Tensor
 ]
 FLASH_HEAD_DIM = 256  # the largest that the flash kernel supports
-MIN_WINDOW_BLOCK = (
-    128  # queries of one call, so that a small window makes no tiny products
-)
+# Queries of one call, so that a small window makes no tiny products.
+MIN_WINDOW_BLOCK = 128
 
 
 def attend(
@@ -272,9 +271,8 @@ class Attention(nn.Module):
         self.layer, self.interleaved, self.window = layer, interleaved, window
         self.head_dim = head_dim or size // heads
         self.placement = placement
-        self.kv_heads = (
-            kv_heads // placement.axis.size
-        )  # of this rank, each with its group of query heads
+        # Of this rank, each with its group of query heads.
+        self.kv_heads = kv_heads // placement.axis.size
         self.wqkv = ColumnParallelLinear(
             size, (heads + 2 * kv_heads) * self.head_dim, bias=bias, placement=placement
         )

@@ -68,9 +68,8 @@ def sum_rows(values: Tensor, ids: Tensor, rows: int) -> Tensor:
             values, ids, rows, -1, False
         )
         return total
-    return values.new_zeros(rows, values.shape[1]).index_add_(
-        0, ids, values
-    )  # one thread, in token order
+    # One thread, in token order.
+    return values.new_zeros(rows, values.shape[1]).index_add_(0, ids, values)
 
 
 class Embedding(nn.Module):

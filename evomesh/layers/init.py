@@ -94,7 +94,7 @@ def _local_rectangle(
         )
     rows, second = ranges[:2]
     # Indices 2 to 3 of the second dim of [R, 4, 5] are columns 10 to 19 of the matrix
-    # [R, 20].
+    # [R, 20]
     inner = math.prod(spec.shape[2:])  # columns per index of the second dim
     columns = range(second.start * inner, second.stop * inner)
     return rows, columns

@@ -25,9 +25,8 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(
-            x, dim=-1, keepdim=True
-        )  # [T, 1]; from here on in place
+        # [T, 1]; from here on in place.
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         mean_square = norm.square_().div_(x.shape[-1])
         scale = mean_square.add_(eps).rsqrt_()
         ctx.save_for_backward(x, scale, weight)

@@ -19,9 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FEW_ROWS = range(
-    5, 33
-)  # rows for which MKL is 1.1 to 1.7 times as fast with the weight as its left operand
+# Rows for which MKL is 1.1 to 1.7 times as fast with the weight as its left operand.
+FEW_ROWS = range(5, 33)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

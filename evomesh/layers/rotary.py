@@ -88,9 +88,8 @@ class RotaryEmbedding:
         # longrope: one divisor a frequency, another one in segments beyond the original length.
         short = frequencies.new_tensor(_given(scaling.short_factor))
         long = frequencies.new_tensor(_given(scaling.long_factor))
-        is_long = bounds.span() > _given(
-            scaling.original_max_position_embeddings
-        )  # [T]
+        # [T]
+        is_long = bounds.span() > _given(scaling.original_max_position_embeddings)
         divisors = torch.where(is_long[:, None], long, short)
         return frequencies / divisors
 

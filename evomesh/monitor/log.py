@@ -17,9 +17,8 @@ from evomesh.outside_errors import discard
 LINE = (
     "%(asctime)s\t%(levelname)s %(filename)s:%(lineno)s in %(funcName)s -- %(message)s"
 )
-ALL_RANKS = {
-    "all_ranks": True
-}  # logger.info(message, extra=ALL_RANKS): shown on the terminal by every rank
+# Logger.info(message, extra=ALL_RANKS): shown on the terminal by every rank.
+ALL_RANKS = {"all_ranks": True}
 _ROOT = logging.getLogger("evomesh")
 
 

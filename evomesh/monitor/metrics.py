@@ -196,8 +196,7 @@ def model_tflops(
     width = attention_width or hidden_size
     projections = (8 * width + 4 * 1.5 * mlp_ratio * hidden_size) * tokens * hidden_size
     attention = 4 * tokens * (attention_span or seq_len) * width
-    head = (
-        6 * tokens * hidden_size * vocab_size
-    )  # forward and backward; it is never recomputed
+    # Forward and backward; it is never recomputed.
+    head = 6 * tokens * hidden_size * vocab_size
     operations = passes * (projections + attention) * num_layers + head
     return operations / (seconds * world_size * 1e12)

@@ -239,9 +239,8 @@ class ParameterBucket:
         """Start gathering. The rows are sent from a copy, which also rounds them: the output must not alias them."""
         axis = self.slots[0].shard_axis
         dtype = self.slots[0].local.dtype
-        rows = torch.cat(
-            [slot.master.reshape(-1).to(dtype) for slot in self.slots]
-        )  # [chunk]
+        # [chunk]
+        rows = torch.cat([slot.master.reshape(-1).to(dtype) for slot in self.slots])
         out = self.slots[0].local.view(axis.size, -1) if self._in_place else None
         self.pending = launch_all_gather(rows, axis, out)
 
@@ -254,9 +253,8 @@ class ParameterBucket:
         if self._in_place:
             return
         sizes = [slot.master.numel() for slot in self.slots]
-        columns = torch.split(
-            bucket, sizes, dim=1
-        )  # [n, rows of one parameter that one rank owns]
+        # [n, rows of one parameter that one rank owns]
+        columns = torch.split(bucket, sizes, dim=1)
         for slot, rows in zip(self.slots, columns, strict=True):
             parameter = slot.local.view(slot.shard_axis.size, -1)
             parameter.copy_(rows)

@@ -105,9 +105,8 @@ class ZeroOptimizer:
                 slot.param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
         if model is not None and self._parameters.overlap:
             self._await_in_forward(model)
-        elements = sum(
-            slot.master.numel() for slot in self.slots
-        )  # the same on every rank, rows being equal
+        # The same on every rank, rows being equal.
+        elements = sum(slot.master.numel() for slot in self.slots)
         logger.info(
             "Number of elements on ranks: %s, rank:%d",
             [elements] * grid.zero.size,
@@ -263,9 +262,8 @@ class ZeroOptimizer:
         if getattr(module, "_compiled_call_impl", None) is not None:
             # Handles and names do not belong in a compiled graph.
             wait = torch.compiler.disable(wait)  # type: ignore[no-untyped-call, unused-ignore]
-        module.register_forward_pre_hook(
-            wait, prepend=True
-        )  # before FSDP2 looks at the shards
+        # Before FSDP2 looks at the shards.
+        module.register_forward_pre_hook(wait, prepend=True)
 
 
 def _roots(model: nn.Module) -> list[nn.Module]:

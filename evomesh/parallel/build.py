@@ -24,12 +24,10 @@ def axis_members(sizes: AxisSizes, rank: int) -> dict[str, list[int]]:
     """Return the global ranks on each axis through ``rank``, in axis order."""
     local = rank % sizes.ranks_per_stage  # rank within its stage
     stage_start = rank - local
-    weight_shards = (
-        sizes.wp if sizes.isp else sizes.tp
-    )  # adjacent ranks that hold different shards of the weights
-    zero_block = (
-        sizes.zero * weight_shards
-    )  # adjacent ranks that hold one copy of the optimizer state
+    # Adjacent ranks that hold different shards of the weights.
+    weight_shards = sizes.wp if sizes.isp else sizes.tp
+    # Adjacent ranks that hold one copy of the optimizer state.
+    zero_block = sizes.zero * weight_shards
     zero_start = rank - local % zero_block
 
     # An axis is an arithmetic sequence of ranks: (first rank, distance, size).

@@ -100,9 +100,8 @@ def _apply(function: Any, x: Tensor, axis: Axis, *dims: int) -> Tensor:
     if axis.size == 1:
         return x
     for dim in dims:
-        if (
-            not 0 <= dim < x.dim()
-        ):  # movedim(-1, 0) is not undone by movedim(0, -1) in the dual
+        # Movedim(-1, 0) is not undone by movedim(0, -1) in the dual.
+        if not 0 <= dim < x.dim():
             raise ValueError(f"dim {dim} of a tensor with {x.dim()} dims")
     y: Tensor = function.apply(x, axis, *dims)
     return y
@@ -292,9 +291,8 @@ class _PendingRowSum(PendingCollective):
     """
 
     axis: Axis
-    shape: torch.Size | None = (
-        None  # shape of the whole tensor if every rank needs all of it
-    )
+    # Shape of the whole tensor if every rank needs all of it.
+    shape: torch.Size | None = None
 
     def wait(self) -> Tensor:
         rows = super().wait()

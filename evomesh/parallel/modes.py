@@ -14,9 +14,8 @@ class TensorMode:
     regather_input: (
         bool  # backward gathers the input again, so that forward need not keep it
     )
-    weight_axis: Literal[
-        "tp", "wp"
-    ]  # axis over which the weights of blocks are sharded
+    # Axis over which the weights of blocks are sharded.
+    weight_axis: Literal["tp", "wp"]
 
 
 MODES = {

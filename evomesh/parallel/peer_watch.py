@@ -31,17 +31,12 @@ BEAT_S = 1.0
 SILENT_S = 8.0  # a rank is named
 SUSPECT_SILENT_S = 4.0  # the same once a collective has failed, which is what a killed rank does to its neighbors
 LOST_S = 30.0  # the job ends: a short freeze (swap, a migrated machine) is survived
-NAMING_LIMIT_S = (
-    14.0  # how long a rank whose collective failed waits for the name of the lost one
-)
+# How long a rank whose collective failed waits for the name of the lost one.
+NAMING_LIMIT_S = 14.0
 LINGER_S = 10.0  # the store ends with rank 0, which leaves the others time to read the verdict, on busy machines too
 DONE = b"done"
-_VERDICT, _READERS, _LEFT, _SUSPICION = (
-    "verdict",
-    "readers",
-    "left",
-    "suspicion",
-)  # keys
+# keys
+_VERDICT, _READERS, _LEFT, _SUSPICION = ("verdict", "readers", "left", "suspicion")
 
 
 @dataclass(frozen=True)
@@ -225,9 +220,8 @@ class PeerWatch:
 
     def _beat_until_stopped(self) -> None:
         number = 0
-        with contextlib.suppress(
-            RuntimeError
-        ):  # the guard notices a store that has gone
+        # The guard notices a store that has gone.
+        with contextlib.suppress(RuntimeError):
             while not self._stopped.wait(BEAT_S if number else 0):
                 number += 1
                 self._store.set(f"alive/{self.rank}", str(number))

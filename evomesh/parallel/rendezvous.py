@@ -129,10 +129,8 @@ def _wait_for_name(address: JobAddress, limit_s: float) -> None:
     def resolves() -> bool:
         try:
             socket.getaddrinfo(address.host, address.port)
-        except (
-            OSError,
-            UnicodeError,
-        ):  # a name with an empty or too long label is no name for Python either
+        # A name with an empty or too long label is no name for Python either.
+        except (OSError, UnicodeError):
             return False
         return True
 

@@ -122,11 +122,8 @@ def _apply_fsdp(
     axis: Axis,
     device: torch.device,
 ) -> None:
-    from torch.distributed.fsdp import (
-        FSDPModule,
-        MixedPrecisionPolicy,
-        fully_shard,
-    )  # slow to import
+    # Slow to import.
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     assert axis.group is not None
     # FSDP2 warns about in-place changes to views that modules return; there are none
@@ -158,9 +155,8 @@ def _apply_fsdp(
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(
-                True
-            )  # gloo has no sum with a built-in factor
+            # Gloo has no sum with a built-in factor.
+            module.set_force_sum_reduction_for_comms(True)
 
 
 def _start_gathers_at(point: GatherPoint) -> None:

@@ -217,10 +217,8 @@ class PipelineSchedule:
         """Run forward and backward; ``should_stop`` is not called (see ``train_step``)."""
         del should_stop
         num_micro_batches, tokens = batch.tokens.shape
-        key = (
-            num_micro_batches,
-            tokens,
-        )  # torch's schedules are built for a fixed number of micro-batches
+        # Torch's schedules are built for a fixed number of micro-batches.
+        key = (num_micro_batches, tokens)
         if key not in self._torch_schedules:
             self._torch_schedules[key] = self._build_torch_schedule(
                 num_micro_batches, tokens
@@ -373,9 +371,8 @@ class PipelineSchedule:
                 module.inputs = None
 
     def _build_torch_schedule(self, num_micro_batches: int, tokens: int) -> Any:
-        from torch.distributed import (
-            pipelining,
-        )  # imports FSDP and DTensor, 0.7 s that only pipelines pay
+        # Imports FSDP and DTensor, 0.7 s that only pipelines pay.
+        from torch.distributed import pipelining
 
         stages = self._build_torch_stages(tokens)
         # Sums, never means: the division by the number of targets is in the scales.

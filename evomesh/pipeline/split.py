@@ -17,9 +17,8 @@ class ZeroBubbleStage(PipelineStage):
         self, bwd_chunk_id: int, last_backward: bool = False
     ) -> None:
         super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
-        if (
-            self.stage_index == 0
-        ):  # it has no input gradients, so torch ran its backward in one pass, with hooks
+        # It has no input gradients, so torch ran its backward in one pass, with hooks.
+        if self.stage_index == 0:
             return
         for parameter in self.submod.parameters():
             if parameter.grad is None:

@@ -11,9 +11,8 @@ from evomesh.generate.engine import GeneratedToken, TokenScore
 from evomesh.serve.token_text import TokenTexts
 
 CONTEXT_TOKENS = 6  # decoded together with the new ones, since a token's text may depend on the one before
-LONGEST_CHARACTER = (
-    8  # tokens; bytes that are not a character by then never will be one
-)
+# Tokens; bytes that are not a character by then never will be one.
+LONGEST_CHARACTER = 8
 
 
 @dataclass(frozen=True)
@@ -90,9 +89,8 @@ class Detokenizer:
         self._emitted_characters = 0
         self._tokens = 0
         self._scored: list[ScoredToken] = []  # of text that is not emitted yet
-        self._unread_scores = (
-            0  # how many of them, at the end, are of tokens that are no text yet
-        )
+        # How many of them, at the end, are of tokens that are no text yet.
+        self._unread_scores = 0
 
     def push_prompt(
         self,

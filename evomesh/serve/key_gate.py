@@ -30,9 +30,8 @@ CLIENT_SECONDS = 6.0  # until one more try is back
 TOTAL_TRIES = 100
 TOTAL_SECONDS = 1.0
 MAX_CLIENTS = 4096  # the ones seen last are remembered; the limit of all clients holds for forgotten ones too
-IPV6_NETWORK = (
-    64  # bits of an address that name a network; a client has all the addresses of one
-)
+# Bits of an address that name a network; a client has all the addresses of one.
+IPV6_NETWORK = 64
 
 
 class TryBucket:
@@ -95,9 +94,8 @@ class KeyGate:
         """
         header = Headers(scope=scope).get("authorization", "")
         scheme, _, text = header.partition(" ")
-        given = (
-            text.strip().encode()
-        )  # as bytes: compare_digest rejects text that is not ASCII
+        # As bytes: compare_digest rejects text that is not ASCII.
+        given = text.strip().encode()
         if not given or scheme.lower() != "bearer":
             raise _unauthorized("no key; send it as: Authorization: Bearer KEY")
         client = self.take_try(scope)

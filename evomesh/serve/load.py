@@ -19,9 +19,8 @@ from evomesh.serve.service import GenerationService, ServedModel, ServiceLimits
 from evomesh.user_files import read_text
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
-EXTENSION = (
-    4  # default context length over trained length, where longer texts are expected
-)
+# Default context length over trained length, where longer texts are expected.
+EXTENSION = 4
 
 
 @dataclass(frozen=True)

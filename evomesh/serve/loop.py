@@ -273,9 +273,8 @@ class EngineLoop:
         for event_loop, its_events in by_loop.items():
             try:
                 event_loop.call_soon_threadsafe(_enqueue, its_events)
-            except (
-                RuntimeError
-            ):  # the event loop is closed: nobody waits for these any more
+            # The event loop is closed: nobody waits for these any more.
+            except RuntimeError:
                 for event in its_events:
                     self._cancel(event.submission, event.index)
 

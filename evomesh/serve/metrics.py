@@ -83,9 +83,8 @@ class MetricsMiddleware:
 
         async def send_and_count(message: Message) -> None:
             if message["type"] == "http.response.start":
-                route = scope.get(
-                    "route"
-                )  # set by the router, if there is one for the path
+                # Set by the router, if there is one for the path.
+                route = scope.get("route")
                 path = getattr(route, "path", "")
                 if path:
                     status = str(message["status"])

@@ -27,9 +27,8 @@ from evomesh.serve.page_security import GradioGuard, message_text
 from evomesh.serve.requests import run_in
 from evomesh.serve.service import GenerationService, QueueFullError
 
-os.environ.setdefault(
-    "GRADIO_ANALYTICS_ENABLED", "False"
-)  # read when gradio is imported
+# Read when gradio is imported.
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
 
@@ -469,9 +468,8 @@ def mount_page(app: FastAPI, service: GenerationService, key: str | None) -> Non
         css=STYLE,
         footer_links=[],
     )
-    blocks.has_launched = (
-        True  # gradio checks paths only from then on, and mounting does not set it
-    )
+    # Gradio checks paths only from then on, and mounting does not set it.
+    blocks.has_launched = True
     mount = app.routes[-1]
     assert isinstance(mount, Mount)
     mount.app = GradioGuard(

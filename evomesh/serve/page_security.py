@@ -136,9 +136,8 @@ def check_same_site(headers: Headers) -> None:
     origin = headers.get("origin")
     if fetch_site is not None:
         same_site = fetch_site in ("same-origin", "none")
-    elif (
-        origin is not None
-    ):  # browsers send the other header to https and localhost only
+    # Browsers send the other header to https and localhost only.
+    elif origin is not None:
         origin_host = origin.partition("://")[2]
         own_host = headers.get("host", "")
         same_site = origin_host.lower() == own_host.lower()

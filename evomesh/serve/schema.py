@@ -26,12 +26,10 @@ from evomesh.generate.options import SamplingParams
 from evomesh.serve.requests import MAX_OBJECT_KEYS, ApiError, check_structure
 
 INT64 = 2**63 - 1
-MAX_TOKENS = (
-    2**31 - 1
-)  # the real limit is the model's context length, which has its own error
-UNION_MEMBER = re.compile(
-    r"(str|int|list\[.*|constrained-.*)$"
-)  # pydantic lists these among the keys
+# The real limit is the model's context length, which has its own error.
+MAX_TOKENS = 2**31 - 1
+# Pydantic lists these among the keys.
+UNION_MEMBER = re.compile(r"(str|int|list\[.*|constrained-.*)$")
 MAX_STOPS = 4  # as in OpenAI's API
 MAX_STOP_CHARACTERS = 256
 

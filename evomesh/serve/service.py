@@ -19,9 +19,8 @@ from evomesh.serve.token_text import TokenTexts
 
 CHARACTERS_PER_TOKEN = 64  # no text has more of them on average
 PREFIX_CHARACTERS = 8  # per token of the context length: most texts have fewer of them
-PREFIX_MARGIN = (
-    64  # tokens by which a beginning may have more than it has inside of the whole text
-)
+# Tokens by which a beginning may have more than it has inside of the whole text.
+PREFIX_MARGIN = 64
 
 
 @dataclass(frozen=True)

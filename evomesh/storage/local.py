@@ -12,11 +12,8 @@ from evomesh.storage.base import LockTakenError, StorageError, join
 
 logger = logging.getLogger(__name__)
 
-NO_FOLDER_SYNC = (
-    errno.EINVAL,
-    errno.ENOTSUP,
-    errno.EBADF,
-)  # some network file systems cannot sync a folder
+# Some network file systems cannot sync a folder.
+NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)
 
 

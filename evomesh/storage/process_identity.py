@@ -7,10 +7,8 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-ENDED = (
-    "Z",
-    "X",
-)  # states of a process that ended and that its parent has not collected yet
+# States of a process that ended and that its parent has not collected yet.
+ENDED = ("Z", "X")
 
 
 @dataclass(frozen=True)

@@ -44,11 +44,8 @@ REPEATABLE = (
     "ConditionalRequestConflict",
     "OperationAborted",
 )
-UNREADABLE = (
-    "AccessDenied",
-    "403",
-    "InvalidObjectState",
-)  # of one object, where others can be read
+# Of one object, where others can be read.
+UNREADABLE = ("AccessDenied", "403", "InvalidObjectState")
 ADVICE = {
     "NoSuchBucket": "make the bucket, or correct its name in the path",
     "InvalidAccessKeyId": "set S3_ACCESS_KEY_ID (or AWS_ACCESS_KEY_ID) to a key this store knows",
@@ -242,9 +239,8 @@ class S3Storage:
 
     def lock(self, path: str, holder: str) -> S3Lock:
         lease = float(os.environ.get("EVOMESH_S3_LEASE", LEASE_SECONDS))
-        self.list(
-            path.rpartition("/")[0]
-        )  # an unknown bucket or key is best refused by a listing
+        # An unknown bucket or key is best refused by a listing.
+        self.list(path.rpartition("/")[0])
         return S3Lock(self, path, holder, lease=lease)
 
 
@@ -321,9 +317,8 @@ class S3Writer:
         self._upload: str | None = None
         self._parts: list[Future[str]] = []
         self._size = 0
-        self._free_parts = threading.Semaphore(
-            IN_FLIGHT
-        )  # bounds the copies of parts in memory
+        # Bounds the copies of parts in memory.
+        self._free_parts = threading.Semaphore(IN_FLIGHT)
 
     def write(self, data: memoryview | bytes) -> None:
         self._size += len(data)
@@ -391,9 +386,8 @@ class S3Writer:
             try:
                 for part in self._parts:
                     if not part.cancel():
-                        wait(
-                            [part]
-                        )  # a part that arrives after the abort would stay in the bucket
+                        # A part that arrives after the abort would stay in the bucket.
+                        wait([part])
                 self._storage.call("abort_multipart_upload", self._key, UploadId=upload)
             except (StorageError, OSError) as error:
                 logger.warning(

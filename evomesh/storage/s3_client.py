@@ -14,11 +14,8 @@ from evomesh.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-KEY_NAMES = (
-    "S3_ACCESS_KEY_ID",
-    "ACCESS_KEY",
-    "AWS_ACCESS_KEY_ID",
-)  # InternEvo's names come first
+# InternEvo's names come first.
+KEY_NAMES = ("S3_ACCESS_KEY_ID", "ACCESS_KEY", "AWS_ACCESS_KEY_ID")
 SECRET_NAMES = ("S3_SECRET_ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "AWS_SECRET_ACCESS_KEY")
 CONNECTIONS = 16
 

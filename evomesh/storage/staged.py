@@ -58,9 +58,8 @@ class StagedStorage:
     def __init__(self, target: Storage, folder: str, name: str) -> None:
         self.target = target
         self._folder = join(folder, name)
-        shutil.rmtree(
-            self._folder, ignore_errors=True
-        )  # leftovers of a killed run: never committed
+        # Leftovers of a killed run: never committed.
+        shutil.rmtree(self._folder, ignore_errors=True)
         try:
             os.makedirs(self._folder, mode=0o700)
         except OSError as error:

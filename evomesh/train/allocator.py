@@ -12,13 +12,10 @@ import ctypes
 import os
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_LARGEST_HEAP_BLOCK = (
-    256 << 20
-)  # bytes; the heap can fragment, and the logits of a chunk take 64 MiB
-_ENVIRONMENT_VARIABLES = (
-    "MALLOC_TRIM_THRESHOLD_",
-    "MALLOC_MMAP_THRESHOLD_",
-)  # mallopt(3)
+# Bytes; the heap can fragment, and the logits of a chunk take 64 MiB.
+_LARGEST_HEAP_BLOCK = 256 << 20
+# mallopt(3)
+_ENVIRONMENT_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
 
 
 def keep_freed_memory() -> bool:
@@ -39,7 +36,8 @@ def keep_freed_memory() -> bool:
     )
     if user_has_chosen or mallopt is None:
         return False
+    # C int.
     return bool(
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_HEAP_BLOCK)
         and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    )  # C int
+    )

@@ -9,10 +9,8 @@ import torch
 from evomesh.errors import UserError
 
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
-_REPEATABLE_WORKSPACES = (
-    ":4096:8",
-    ":16:8",
-)  # sizes with which cuBLAS repeats its sums, by NVIDIA's documentation
+# Sizes with which cuBLAS repeats its sums, by NVIDIA's documentation.
+_REPEATABLE_WORKSPACES = (":4096:8", ":16:8")
 
 
 def enable_determinism() -> None:

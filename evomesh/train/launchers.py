@@ -25,9 +25,8 @@ SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NPROCS", "SLURM_JOB_NODELIST")
 SLURM_TASKS = ("SLURM_STEP_NUM_TASKS", "SLURM_NPROCS", "SLURM_NTASKS")
 FIRST_SHELL_STEP = 0xFFFFFFFA  # numbers from here on are no srun: salloc's shell, batch
 LARGEST_NUMBER = 1_000_000  # of ranks, nodes and ports: more is a typing error
-DLC_PROCESSES = (
-    "KUBERNETES_CONTAINER_RESOURCE_GPU"  # Aliyun DLC sets it: processes per node
-)
+# Aliyun DLC sets it: processes per node.
+DLC_PROCESSES = "KUBERNETES_CONTAINER_RESOURCE_GPU"
 SUPERVISOR = "evomesh.cli.supervise"  # torchrun with evomesh's exit codes and signals
 LAUNCHERS = ("auto", "torch", "slurm")
 

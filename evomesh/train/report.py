@@ -186,9 +186,8 @@ class RunReporter:
         seconds: float,
     ) -> StepRecord:
         data, model = self.config.data, self.config.model
-        segment_lengths = batch.cu_seqlens.diff(
-            dim=1
-        )  # [M, K - 1]; 0 where the bounds are padded
+        # [M, K - 1]; 0 where the bounds are padded.
+        segment_lengths = batch.cu_seqlens.diff(dim=1)
         segments_per_micro_batch = (segment_lengths > 0).sum(1)
         tokens = batch.tokens.numel() * self.dp_size
         return StepRecord(

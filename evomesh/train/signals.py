@@ -109,15 +109,13 @@ class StopRequest:
                 if number not in self._previous_handlers:
                     continue
                 ctrl_c += number == signal.SIGINT
-                self.signal = self.signal or signal.Signals(
-                    number
-                )  # the main thread may be in a collective
+                # The main thread may be in a collective.
+                self.signal = self.signal or signal.Signals(number)
                 if not self._is_recorded_only:
                     self._end(signal.Signals(number))
                 if ctrl_c > 1:
-                    time.sleep(
-                        SECOND_CTRL_C_S
-                    )  # the main thread raises KeyboardInterrupt, unless it is stuck
+                    # The main thread raises KeyboardInterrupt, unless it is stuck.
+                    time.sleep(SECOND_CTRL_C_S)
                     os._exit(EXIT_INTERRUPTED)
 
     def _end(self, received: signal.Signals) -> None:
@@ -128,9 +126,8 @@ class StopRequest:
         )
         self._tell_peers(code, sentence)
         with contextlib.suppress(OSError):
-            os.write(
-                2, f"{sentence}\n".encode()
-            )  # not print: the main thread may hold the stream's lock
+            # Not print: the main thread may hold the stream's lock.
+            os.write(2, f"{sentence}\n".encode())
         os._exit(code)
 
     def _tell_peers(self, code: int, sentence: str) -> None:

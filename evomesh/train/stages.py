@@ -115,9 +115,8 @@ def _layer_ranges(config: Config, grid: Grid, kind: str) -> list[range] | list[N
 
 def end_weights(model: ModelConfig) -> tuple[float, float]:
     """Return the sizes of embedding and head, in parameters of one layer."""
-    attention_width = (
-        model.qkv_width + model.attention_width
-    )  # wqkv and wo, over hidden_size
+    # Wqkv and wo, over hidden_size.
+    attention_width = model.qkv_width + model.attention_width
     mlp_matrices = 3 if model.use_swiglu else 2
     layer = model.hidden_size * (attention_width + mlp_matrices * model.mlp_width)
     end = model.vocab_size * model.hidden_size / layer

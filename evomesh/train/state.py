@@ -76,10 +76,8 @@ def check_counters(checkpoint: Checkpoint) -> None:
             f"parts of the stored state cannot be used: {', '.join(odd)}",
             where=checkpoint.folder,
         )
-    if checkpoint.step not in (
-        train["step"],
-        0,
-    ):  # an imported checkpoint is step 0, whatever its counters
+    # An imported checkpoint is step 0, whatever its counters.
+    if checkpoint.step not in (train["step"], 0):
         raise CheckpointError(
             f"a checkpoint of step {checkpoint.step} with the counters of step {train['step']}",
             where=checkpoint.folder,

@@ -158,9 +158,8 @@ def test_every_pair_of_layouts(
     assert (
         pool.run(all_pairs, str(tmp_path), model, layouts, timeout=120) == [pairs] * 4
     )
-    for number in range(
-        len(layouts)
-    ):  # and into one process, that is another world size
+    # And into one process, that is another world size.
+    for number in range(len(layouts)):
         tensors = tensors_of(Grid(), {}, model)
         found = CheckpointReader().resolve(str(tmp_path / str(number)))
         assert ("head.weight" in found.records()) == (not model.tie_word_embeddings)

@@ -26,9 +26,8 @@ def count_sockets() -> None:
             if descriptor.is_symlink()
         )
         for exchange in exchanges:
-            exchange.broadcast(
-                exchange.gather(context.rank)
-            )  # the groups work, and nobody leaves before the count
+            # The groups work, and nobody leaves before the count.
+            exchange.broadcast(exchange.gather(context.rank))
         print("sockets", context.rank, sockets)
 
 

@@ -20,10 +20,8 @@ from tests.dist.layouts import SEED, Layout, T, packs
 from tests.support.pool import Pool, grid_of
 
 FLOAT64 = 8
-D, Q_WIDTH = (
-    32,
-    64,
-)  # of the layouts' model: 8 query heads and 2 x 4 key and value heads of 4
+# Of the layouts' model: 8 query heads and 2 x 4 key and value heads of 4.
+D, Q_WIDTH = (32, 64)
 A, Q = T * D * FLOAT64, T * Q_WIDTH * FLOAT64
 W = FLOAT64 * (D * Q_WIDTH + D * D + 3 * D * 48 + 2 * D)
 
@@ -56,9 +54,8 @@ def step_traffic(
     stages = build_stages(layout.config, grid, MODES[layout.mode], torch.device("cpu"))
     stages.initialize(SEED, grid)
     batch = packs(0, range(layout.packs))
-    stages.schedule.train(
-        batch, [1.0] * layout.packs, 0.0, lambda index, output: None
-    )  # torch agrees on shapes once
+    # Torch agrees on shapes once.
+    stages.schedule.train(batch, [1.0] * layout.packs, 0.0, lambda index, output: None)
     with record_traffic(grid) as traffic:
         stages.schedule.train(
             batch, [1.0] * layout.packs, 0.0, lambda index, output: None

@@ -19,15 +19,13 @@ from tests.support.covers import covers
 from tests.support.pool import Pool, grid_of
 from tests.support.tolerances import LAYOUT, assert_close
 
-ADAM = AdamConfig(
-    weight_decay=0.1, adam_eps=1e-2
-)  # large, since Adam's division amplifies the order of sums
+# Large, since Adam's division amplifies the order of sums.
+ADAM = AdamConfig(weight_decay=0.1, adam_eps=1e-2)
 TP = {
     "embedding.weight": ShardSpec((16, 6), (("tp", 0),)),
     "layers.0.wo.weight": ShardSpec((8, 12), (("tp", 1),)),
-    "layers.0.norm.weight": ShardSpec(
-        (6,), (), frozenset({"tp"})
-    ),  # as in sequence-parallel modes
+    # As in sequence-parallel modes.
+    "layers.0.norm.weight": ShardSpec((6,), (), frozenset({"tp"})),
     "layers.0.odd.weight": ShardSpec((6, 5)),  # rows divide by 2, not by 4
     "layers.0.bias": ShardSpec((8,), (("tp", 0),)),
     "gate.weight": ShardSpec((4, 4)),

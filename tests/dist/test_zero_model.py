@@ -33,9 +33,8 @@ MODEL = ModelConfig(
     dtype="float64",
     norm_type="layernorm",
 )
-ADAM = AdamConfig(
-    adam_eps=1e-2, weight_decay=0.1
-)  # large: Adam's division amplifies the order of sums
+# Large: Adam's division amplifies the order of sums.
+ADAM = AdamConfig(adam_eps=1e-2, weight_decay=0.1)
 LAYOUTS: list[dict[str, Any]] = [
     *({"zero1": zero} for zero in (1, 2, 4)),
     *(
@@ -117,9 +116,8 @@ def test_trains_like_one_process(
         assert found_norms == pytest.approx(norms, rel=LAYOUT)
         for name, (where, tensor) in found.items():
             expected = whole[name][1]
-            rows = slice(
-                where[0][0], min(where[0][1], len(expected))
-            )  # rows behind are the layout's own padding
+            # Rows behind are the layout's own padding.
+            rows = slice(where[0][0], min(where[0][1], len(expected)))
             part = expected[(rows, *(slice(*place) for place in where[1:]))]
             assert_close(tensor[: len(part)], part, LAYOUT, name)
             assert not tensor[len(part) :].any()

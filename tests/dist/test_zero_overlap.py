@@ -222,9 +222,8 @@ def test_with_overlap_each_bucket_leaves_when_the_last_micro_batch_has_filled_it
     assert trace.between("backward", "forward") == []
     expected = [("launch", "reduce_scatter", MATRIX)] * 2  # head, last block
     assert trace.between("last backward", "step")[:2] == expected
-    assert (
-        len(trace.between("last backward", "step")) == 5
-    )  # four matrices, and the vectors together
+    # Four matrices, and the vectors together.
+    assert len(trace.between("last backward", "step")) == 5
     again = trace.events[trace.events.index("end") :]
     assert again[again.index("last backward") : again.index("step")] == [
         "last backward",
@@ -433,6 +432,5 @@ def test_memory_is_what_the_formula_says(
     steps = 2 * 4  # one scalar a parameter
     for measured in pool.run(memory, dtype, {"zero1": size}, {}):
         for found, formula in zip(measured, (peak, rest), strict=True):
-            assert (
-                formula + steps <= found <= formula + steps + 2000
-            )  # the input, its gradient hook's scraps
+            # The input, its gradient hook's scraps.
+            assert formula + steps <= found <= formula + steps + 2000

@@ -32,10 +32,8 @@ from tests.unit.checkpoint.huggingface.hf_models import (
 )
 
 ROOT = Path(__file__).parents[2]
-PROMPTS = [
-    [3, 7, 11, 20],
-    [5, 4, 60],
-]  # the top two logits of every greedy step differ by more than 1e-3
+# The top two logits of every greedy step differ by more than 1e-3.
+PROMPTS = [[3, 7, 11, 20], [5, 4, 60]]
 TEXT = ["the cat sat on the mat", "a dog saw the cat", "春眠不觉晓 naïve café"] * 4
 
 
@@ -118,9 +116,8 @@ def test_greedy_text_is_that_of_transformers(
 def test_generation_stops_at_every_eos(exported: tuple[LanguageModel, Path]) -> None:
     ours, folder = exported
     record = json.loads((folder / "generation_config.json").read_text())
-    assert (
-        record["eos_token_id"] == [2, 3] and record["bos_token_id"] == 1
-    )  # 3: the chat template ends turns with it
+    # 3: the chat template ends turns with it.
+    assert record["eos_token_id"] == [2, 3] and record["bos_token_id"] == 1
     theirs = AutoModelForCausalLM.from_pretrained(str(folder)).eval()
     greedy = SamplingParams(do_sample=False, max_new_tokens=20)
     free = generate_tokens(ours, PROMPTS[:1], greedy)[0][0]

@@ -99,9 +99,8 @@ def test_the_tutorial_goes_from_jsonl_to_training(
     output = evomesh(interpreter, text, "train", "config.py", *folders, *growing)
     assert len(losses(text)) == 20
     rows = [line.split() for line in output.splitlines() if line.startswith("en/")]
-    assert [row[:2] for row in rows] == [
-        ["en/pile.bin", "en"]
-    ]  # the raw file beside it is not data
+    # The raw file beside it is not data.
+    assert [row[:2] for row in rows] == [["en/pile.bin", "en"]]
     consumed = [row["num_consumed_tokens"] for row in metrics(text) if "loss" in row]
     assert consumed == [
         64 * (step + 1) if step < 5 else 64 * 5 + 128 * (step - 4) for step in range(20)

@@ -131,6 +131,5 @@ def test_the_tutorials_requirements_resolve_to_the_pinned_versions() -> None:
         command, cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert (
-        "torch==" not in done.stdout
-    )  # the pinned torch of this environment satisfies it
+    # The pinned torch of this environment satisfies it.
+    assert "torch==" not in done.stdout

@@ -136,9 +136,8 @@ def test_training(tmp_path: Path, interpreter: Interpreter) -> None:
 
     def check(folder: Path) -> None:
         assert (folder / "ckpts/step-00000002/commit.json").exists(), folder
-        for metrics in folder.glob(
-            "RUN/*/*/metrics.jsonl"
-        ):  # a start that failed may have left its folder
+        # A start that failed may have left its folder.
+        for metrics in folder.glob("RUN/*/*/metrics.jsonl"):
             steps = [
                 json.loads(line)["step"] for line in metrics.read_text().splitlines()
             ]

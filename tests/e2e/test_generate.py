@@ -240,10 +240,8 @@ def test_any_layout_and_batch_size_gives_the_same_results(
         for name in PROMPTS
     }
     shutil.rmtree(section / "out")
-    for layout in (
-        "parallel.pipeline=2",
-        "parallel.tensor=1",
-    ):  # two stages; two data-parallel ranks
+    # Two stages; two data-parallel ranks.
+    for layout in ("parallel.pipeline=2", "parallel.tensor=1"):
         ranks = interpreter.start_ranks(
             [*command, "--launcher", "torch", "--set", layout], 2, cwd=section
         )

@@ -43,9 +43,8 @@ def test_switches_of_a_run(tmp_path: Path, interpreter: Interpreter) -> None:
 def restored_determinism(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Undo what the deterministic mode sets in this process."""
     for name in ("CUBLAS_WORKSPACE_CONFIG", "TORCHINDUCTOR_DETERMINISTIC"):
-        monkeypatch.setenv(
-            name, ""
-        )  # so that the variable is restored, too, where the code has set it
+        # So that the variable is restored, too, where the code has set it.
+        monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     yield

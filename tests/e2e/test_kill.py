@@ -108,9 +108,8 @@ def killed_until_done(
     hits, safe = 0, 0
     while hits < kills:
         running = start(interpreter, folder, ranks)
-        if (
-            draw.random() < 0.8
-        ):  # mostly while it trains and saves, sometimes while it starts
+        # Mostly while it trains and saves, sometimes while it starts.
+        if draw.random() < 0.8:
             running[0].wait_for("step=", timeout=120)
         time.sleep(draw.uniform(0, 0.3))
         try:

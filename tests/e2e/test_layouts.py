@@ -19,10 +19,8 @@ from tests.support.tolerances import FLOAT32_RUN
 pytestmark = covers("promise:interleaved")
 
 ROOT = Path(__file__).parents[2]
-STEPS, PACKS = (
-    4,
-    8,
-)  # optimizer steps, and packs in each of them over all data-parallel ranks
+# Optimizer steps, and packs in each of them over all data-parallel ranks.
+STEPS, PACKS = (4, 8)
 EXTRA = """
 data |= dict(total_steps=4, valid_every=4, micro_num={micro_num}, train_folder="{demo}/train")
 parallel = dict({parallel})
@@ -125,13 +123,8 @@ def test_layout_trains_like_one_process(
     reference: tuple[dict[int, float], float],
 ) -> None:
     write(tmp_path, demo, *LAYOUTS[name])
-    command = [
-        str(ROOT / "train.py"),
-        "--config",
-        "config.py",
-        "--launcher",
-        "torch",
-    ]  # with torchrun's variables
+    # With torchrun's variables.
+    command = [str(ROOT / "train.py"), "--config", "config.py", "--launcher", "torch"]
     ranks = interpreter.start_ranks(command, 4, cwd=tmp_path)
     finished = [rank.wait(120) for rank in ranks]
     assert [one.returncode for one in finished] == [0] * 4, "\n".join(
@@ -142,9 +135,8 @@ def test_layout_trains_like_one_process(
     assert found.keys() == expected.keys()
     for step, loss in expected.items():
         assert found[step] == pytest.approx(loss, rel=FLOAT32_RUN), f"step {step}"
-    assert [log for one in finished if (log := printed(one))] == [
-        found
-    ]  # by one rank alone
+    # By one rank alone.
+    assert [log for one in finished if (log := printed(one))] == [found]
     assert metrics(tmp_path)[-1]["val/en_loss"] == pytest.approx(
         validation, rel=FLOAT32_RUN
     )
@@ -369,8 +361,7 @@ def test_impossible_layouts_are_one_message(
     ranks = interpreter.start_ranks(["evomesh", "train", "config.py"], 4, cwd=tmp_path)
     finished = [rank.wait(60) for rank in ranks]
     assert [rank.returncode for rank in finished] == [2] * 4
-    assert [rank.stderr.count(message) for rank in finished if rank.stderr] == [
-        1
-    ]  # one rank speaks for all
+    # One rank speaks for all.
+    assert [rank.stderr.count(message) for rank in finished if rank.stderr] == [1]
     assert not any("Traceback" in rank.stderr for rank in finished)
     assert not (tmp_path / "RUN").exists()

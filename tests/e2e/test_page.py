@@ -155,11 +155,8 @@ def test_greedy_and_dynamic_ntk_decide_the_completion(
     # The pass key is random, and after some of them the tiny model continues alike with both rotary types.
     prompt.fill(re.sub(r"\b\d{5}\b", "13001", prompt.input_value()))
     texts = []
-    for dynamic, count in (
-        (False, 40),
-        (True, 41),
-        (False, 42),
-    ):  # different lengths tell the status lines apart
+    # Different lengths tell the status lines apart.
+    for dynamic, count in ((False, 40), (True, 41), (False, 42)):
         choose(page, "Max new tokens", count)
         page.get_by_label("Dynamic NTK").set_checked(dynamic)
         page.locator("#complete").click()

@@ -113,11 +113,8 @@ def uninterrupted(
         ("zero1=2", 2, 2),
         ('tensor=dict(size=2, mode="isp"), weight=dict(size=4)', 4, 2),
         ("zero1=dict(size=2, fsdp=True), tensor=2", 4, 2),
-        (
-            "pipeline=2",
-            2,
-            1,
-        ),  # stages are never between the same two micro-batches: the step is finished
+        # Stages are never between the same two micro-batches: the step is finished.
+        ("pipeline=2", 2, 1),
     ],
 )
 def test_a_signal_to_one_rank_breaks_a_long_step_off_on_all(
@@ -132,9 +129,8 @@ def test_a_signal_to_one_rank_breaks_a_long_step_off_on_all(
     running = interpreter.start_ranks(
         ["evomesh", "train", "config.py"], ranks, cwd=tmp_path
     )
-    speaker = running[
-        1 if "pipeline" in parallel else 0
-    ]  # the first rank of the last stage
+    # The first rank of the last stage.
+    speaker = running[1 if "pipeline" in parallel else 0]
     speaker.wait_for("starting from scratch", timeout=120)
     started = time.monotonic()
     speaker.wait_for("step=0,", timeout=120)

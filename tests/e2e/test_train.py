@@ -119,9 +119,8 @@ def test_stopped_and_resumed_equals_straight_to_the_bit(
     assert max(losses(resumed)) == 9
     output = train(interpreter, resumed)
     assert "step-00000010" in output
-    assert (
-        len(list(resumed.glob("RUN/tiny/*"))) == 1
-    )  # the resumed run used the same run folder
+    # The resumed run used the same run folder.
+    assert len(list(resumed.glob("RUN/tiny/*"))) == 1
     assert losses(resumed) == losses(straight)
     assert set(losses(straight)) == set(range(20)) - {3, 12, 13}
     hashes = tensor_hashes(straight / "ckpts/step-00000020")
@@ -132,9 +131,8 @@ def test_stopped_and_resumed_equals_straight_to_the_bit(
         for row in metrics(straight)
         if "inf_nan_skip_batches" in row
     ]
-    assert (skipped[-1] > 0) == (
-        extra == FLOAT16
-    )  # the scale starts too high, so that steps are skipped
+    # The scale starts too high, so that steps are skipped.
+    assert (skipped[-1] > 0) == (extra == FLOAT16)
     assert metrics(resumed)[-1].get("loss_scale") == metrics(straight)[-1].get(
         "loss_scale"
     )

@@ -11,9 +11,8 @@ MORE = "data |= dict(total_steps=8, micro_num=1, empty_cache_and_diag_interval=4
 
 
 def test_profile_and_slow_ranks(tmp_path: Path, interpreter: Interpreter) -> None:
-    write_run(
-        tmp_path, MORE.format(ratio=1.0)
-    )  # of two ranks one is always above their median
+    # Of two ranks one is always above their median.
+    write_run(tmp_path, MORE.format(ratio=1.0))
     ranks = interpreter.start_ranks(
         ["evomesh", "train", "config.py", "--profile"], 2, cwd=tmp_path
     )

@@ -32,10 +32,8 @@ from tests.support.tolerances import FLOAT32_RUN
 
 CPU = torch.device("cpu")
 T, VOCAB, STEPS = 192, 257, 3
-HALF_LOSS, HALF_NORM = (
-    1e-2,
-    5e-2,
-)  # relative: bfloat16 has 8 bits, and the loss averages over tokens
+# Relative: bfloat16 has 8 bits, and the loss averages over tokens.
+HALF_LOSS, HALF_NORM = (1e-2, 5e-2)
 SHAPE = dict(
     num_layers=2,
     hidden_size=128,

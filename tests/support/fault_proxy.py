@@ -14,9 +14,8 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Script = Callable[
-    [int, str, str], str | None
-]  # (number of the request, method, path) -> fault
+# (number of the request, method, path) -> fault.
+Script = Callable[[int, str, str], str | None]
 FAULTS = ("500", "503", "slowdown", "reset", "reset after", "truncate", "hang")
 
 

@@ -32,9 +32,8 @@ def context() -> ForkServerContext:
     ctx = multiprocessing.get_context("forkserver")
     ctx.set_forkserver_preload([*filter(_exists, _LIBRARIES), *_own_modules()])
     kept = {name: os.environ.get(name) for name in _ONE_THREAD}
-    os.environ.update(
-        dict.fromkeys(_ONE_THREAD, "1")
-    )  # read by the server when it imports torch
+    # Read by the server when it imports torch.
+    os.environ.update(dict.fromkeys(_ONE_THREAD, "1"))
     try:
         from multiprocessing import forkserver
 

@@ -190,9 +190,8 @@ def _child(
         open(0),  # noqa: SIM115
     )
     sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # the fork server ignores Ctrl-C
+    # The fork server ignores Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(cwd)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     for key, value in env.items():

@@ -103,9 +103,8 @@ class Pool:
         if len(answers) == ranks and all(good for good, _ in answers.values()):
             return [answers[rank][1] for rank in range(ranks)]
         message = self._explain(workers, answers, timeout)
-        self._end(
-            ranks
-        )  # the others may be inside a collective: a fresh world for the next test
+        # The others may be inside a collective: a fresh world for the next test.
+        self._end(ranks)
         raise RankError(message)
 
     def close(self) -> None:

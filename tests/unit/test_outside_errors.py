@@ -112,9 +112,8 @@ def test_memory_errors_have_numbers() -> None:
 def test_bugs_keep_their_traceback(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        threading, "excepthook", threading.excepthook
-    )  # restored afterwards
+    # Restored afterwards.
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     assert as_user_error(error) is None
     assert raised(lambda: run(lambda: (_ for _ in ()).throw(error))) is error
 

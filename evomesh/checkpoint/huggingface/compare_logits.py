@@ -28,13 +28,10 @@ from evomesh.config.schema import ModelConfig
 from evomesh.layers.sequence_bounds import single_sequence
 from evomesh.models.registry import build_model
 
-TOLERANCE = (
-    1e-4  # of the largest logit: both compute in float32, the weights being equal
-)
-NORM_HEAD = {
-    "float16": 5e-3,
-    "bfloat16": 4e-2,
-}  # an exported head is rounded after its rows are normalized
+# Of the largest logit: both compute in float32, the weights being equal.
+TOLERANCE = 1e-4
+# An exported head is rounded after its rows are normalized.
+NORM_HEAD = {"float16": 5e-3, "bfloat16": 4e-2}
 
 TensorReader = Callable[[str], Tensor]  # reads an unsharded tensor by its name
 

@@ -215,7 +215,6 @@ def _load_tensors(source: str | os.PathLike[str] | io.BytesIO) -> Any:
         return torch.load(source, map_location="cpu", weights_only=True)
     try:
         return torch.load(source, map_location="cpu", weights_only=True, mmap=True)
-    except (
-        RuntimeError
-    ):  # written before torch 1.6: not a zip file, which cannot be mapped
+    # Written before torch 1.6: not a zip file, which cannot be mapped.
+    except RuntimeError:
         return torch.load(source, map_location="cpu", weights_only=True)

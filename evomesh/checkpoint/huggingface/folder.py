@@ -244,9 +244,8 @@ class MetaFolder:
         first = self._ranks[0][name]
         if first.dim() < 2 or len(self._ranks) == 1:
             return None
-        if (
-            name == "tok_embeddings.weight"
-        ):  # Llama 1 and 2 shard its columns, Llama 3 its rows
+        # Llama 1 and 2 shard its columns, Llama 3 its rows.
+        if name == "tok_embeddings.weight":
             return 0 if first.shape[1] == self._hidden_size else 1
         return 1 if name.endswith(META_ROW_PARALLEL) else 0
 

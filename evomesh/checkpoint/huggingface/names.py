@@ -83,9 +83,8 @@ HEAD_NORMS = {
     f"layers.{{}}.attention.{name}": (f"model.layers.{{}}.self_attn.{name}",)
     for name in ("q_norm", "k_norm")
 }
-LLAMA = NameMap(
-    LLAMA_FAMILY.modules | HEAD_NORMS
-)  # Qwen3 has the norms of queries and keys, the others do not
+# Qwen3 has the norms of queries and keys, the others do not.
+LLAMA = NameMap(LLAMA_FAMILY.modules | HEAD_NORMS)
 INTERNLM2 = _name_map(
     embedding="model.tok_embeddings",
     layer="model.layers.{}.",
@@ -186,9 +185,8 @@ def native_to_foreign(
         return [_reorder_pairs(value, dim=0, to_halves=config.qk_interleaved)]
     if not link.fused:
         return [value]
-    groups = value.view(
-        config.kv_heads, -1, config.head_dim, *value.shape[1:]
-    )  # [G, R + 2, H, D]
+    # [G, R + 2, H, D]
+    groups = value.view(config.kv_heads, -1, config.head_dim, *value.shape[1:])
     if config.qk_interleaved != name_map.interleaved:
         groups = _reorder_rotary(groups, to_halves=config.qk_interleaved)
     if len(link.foreign) == 1:

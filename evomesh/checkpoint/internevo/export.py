@@ -269,9 +269,8 @@ def _block_shard(module: str, kind: str, v1: bool) -> ShardFunction:
         return _shard_rows
     if kind == "weight":
         return _shard_columns
-    return (
-        _first_rank_only if v1 else _replicate
-    )  # a bias, added after the sum over ranks
+    # A bias, added after the sum over ranks.
+    return _first_rank_only if v1 else _replicate
 
 
 def _shard_blocks(model: ModelConfig) -> ShardFunction:
@@ -294,12 +293,12 @@ def _shard_one_of_qkv(model: ModelConfig, letter: str) -> ShardFunction:
     }
 
     def shard(whole: Tensor, ranks: int) -> list[Tensor | None]:
+        # [G, R + 2, H, D]
         groups = whole.reshape(
             model.kv_heads, queries + 2, model.head_dim, *whole.shape[1:]
-        )  # [G, R + 2, H, D]
-        rows = groups[:, positions[letter]].flatten(
-            0, 2
-        )  # [N H, D], [G H, D] for k and v
+        )
+        # [N H, D], [G H, D] for k and v.
+        rows = groups[:, positions[letter]].flatten(0, 2)
         return list(rows.chunk(ranks))
 
     return shard

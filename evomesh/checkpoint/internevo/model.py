@@ -51,10 +51,8 @@ TOP_MODULES = {  # theirs -> ours, outside the blocks
     "head": "head",
     "output": "head",
 }
-OUTPUT_BIASES = (
-    "out_proj.bias",
-    "wo.bias",
-)  # added after the sum over ranks, so not sharded
+# Added after the sum over ranks, so not sharded.
+OUTPUT_BIASES = ("out_proj.bias", "wo.bias")
 ROW_PARALLEL = (
     "embedding.weight",
     "tok_embeddings.weight",
@@ -372,9 +370,8 @@ def _rename(
 
 def _group_qkv(qkv: list[Tensor], kv_heads: int) -> Tensor:
     """Merge q, k and v along dim 0 into one [q..q, k, v] group per key/value head."""
-    groups = [
-        rows.reshape(kv_heads, -1, *rows.shape[1:]) for rows in qkv
-    ]  # each [kv_heads, rows of a group, ...]
+    # Each [kv_heads, rows of a group, ...].
+    groups = [rows.reshape(kv_heads, -1, *rows.shape[1:]) for rows in qkv]
     return torch.cat(groups, dim=1).flatten(0, 1)
 
 

@@ -111,9 +111,8 @@ def read_counters(path: str) -> dict[str, Any]:
     context = _read_dict(path, "context.pt")
     sampler = _read_dict(path, "sampler.pt")
     schedule = _read_dict(path, "schedulder.pt")
-    step = (
-        _integer(context, "batch_count", path, "context.pt") + 1
-    )  # theirs is the number of the last batch
+    # Theirs is the number of the last batch.
+    step = _integer(context, "batch_count", path, "context.pt") + 1
     updates = int(context.get("step_count", step))
     if "last_epoch" in schedule and int(schedule["last_epoch"]) != updates:
         raise CheckpointError(
@@ -260,9 +259,8 @@ def _assign_to_ranks(
     assigned: list[list[str]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
     sizes = {name: weights[name].numel() for name in names}
-    largest_first = sorted(
-        names, key=lambda name: -sizes[name]
-    )  # stable: equal sizes keep their order
+    # Stable: equal sizes keep their order.
+    largest_first = sorted(names, key=lambda name: -sizes[name])
     for name in largest_first:
         smallest_load = min(loads)
         lightest = loads.index(smallest_load)

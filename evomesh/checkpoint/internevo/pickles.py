@@ -45,10 +45,8 @@ STORAGES = {
     "ComplexFloatStorage": torch.complex64,
 }
 ZIP = b"PK\x03\x04"  # the first bytes of what torch has written since 1.6
-MAGIC, PROTOCOL = (
-    0x1950A86A20F9469CFC6C,
-    1001,
-)  # the first two pickles of what it wrote before
+# The first two pickles of what it wrote before.
+MAGIC, PROTOCOL = (0x1950A86A20F9469CFC6C, 1001)
 SCRIPT = ("constants.pkl", "code")  # what only TorchScript archives hold
 READ_BYTES = 1 << 24  # bytes read at once
 RATIO = 2  # unpacked bytes for each byte of the file; torch stores without compression
@@ -95,9 +93,8 @@ def _tensor(
     """
     if not isinstance(flat, Tensor) or any(rest[2:]):
         raise pickle.UnpicklingError("a tensor in it is of an unknown kind")
-    return torch.as_strided(
-        flat, size, stride, offset
-    )  # refuses what is outside of ``flat``
+    # Refuses what is outside of ``flat``.
+    return torch.as_strided(flat, size, stride, offset)
 
 
 def _bytes(text: str, coding: str) -> bytes:
@@ -137,9 +134,8 @@ class _Unpickler(pickle.Unpickler):
         self._read_storage = read_storage
 
     def find_class(self, module: str, name: str) -> Any:
-        module = (
-            "builtins" if module == "__builtin__" else module
-        )  # its name in protocol 2
+        # Its name in protocol 2.
+        module = "builtins" if module == "__builtin__" else module
         if (module, name) in ALLOWED:
             return ALLOWED[module, name]
         if module in ("torch", "torch.cuda") and name in STORAGES:

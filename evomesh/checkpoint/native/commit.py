@@ -338,9 +338,8 @@ def _finish(
     try:
         record = write_index(storage, folder, tensors, written, record)
         before_publishing()
-        removable = (
-            False  # from here on the commit may be visible even if the call fails
-        )
+        # From here on the commit may be visible even if the call fails.
+        removable = False
         publish(storage, folder, record)
     except (OSError, UserError) as error:
         failure = ErrorMessage.of(as_checkpoint_error(error, folder))

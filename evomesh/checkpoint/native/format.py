@@ -36,9 +36,8 @@ PIECE_HASH, RECORD_HASH = "xxh3_128", "sha256"
 PIECE_BYTES = 4 << 20  # hash unit and read unit
 COMMIT = "commit.json"
 FOLDER = re.compile(r"step-([0-9]{8,18})(?:-([0-9a-f]{8}))?\Z")
-FILE_NAME = re.compile(
-    r"[A-Za-z0-9][A-Za-z0-9._-]*\Z"
-)  # a plain name: no folder, nothing hidden, no ".."
+# A plain name: no folder, nothing hidden, no "..".
+FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 # Every name that a save writes in a step folder, the temporary one of the commit record
 # included.
 DATA_NAME = re.compile(r"[0-9a-f]{8}-r[0-9]{5,}\.safetensors\Z")

@@ -42,9 +42,8 @@ class TensorType(NamedTuple):
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
-BoxHolder = tuple[
-    int, int
-]  # a rank, and the number of the part among those of the rank
+# A rank, and the number of the part among those of the rank.
+BoxHolder = tuple[int, int]
 
 
 @dataclass(frozen=True)

@@ -113,9 +113,8 @@ class CheckpointWriter:
             self.snapshot_storage = staged(
                 self.snapshot_storage, upload_folder, f"{name}-snapshot"
             )
-        self._background_exchange = (
-            self.exchange.twin()
-        )  # for the thread that writes while training runs
+        # For the thread that writes while training runs.
+        self._background_exchange = self.exchange.twin()
         self._retention = Retention(keep_last, keep_every)
         self._snapshot_retention = Retention(keep_last=SNAPSHOTS_KEPT)
         self._staging = StagingBuffers()
@@ -123,9 +122,8 @@ class CheckpointWriter:
         self._pending: Future[str] | None = None
         self._failed_saves = 0
         self._lock: StorageLock | None = None
-        self._plan: tuple[str, SavePlan] | None = (
-            None  # signature of the layout that it was made for, plan
-        )
+        # Signature of the layout that it was made for, plan.
+        self._plan: tuple[str, SavePlan] | None = None
         self._parent: ParentRecord | None = None  # last one loaded or committed
         self._committed: dict[
             tuple[int, bool], str

@@ -260,9 +260,8 @@ def instrument(tree: ast.Module) -> ast.Module:
 
 def execute(code: CodeType, namespace: dict[str, Any], shown: str, text: str) -> None:
     try:
-        exec(
-            code, namespace
-        )  # a config is its author's program; it runs with the author's rights
+        # A config is its author's program; it runs with the author's rights.
+        exec(code, namespace)
     except KeyboardInterrupt:
         raise
     except UserError:

@@ -35,9 +35,8 @@ class MixtureSchedule:
         exact = [Fraction(str(weight)) for weight in weights]
         total = sum(exact)
         self.weights = [weight / total for weight in exact]
-        self.period = math.lcm(
-            *[weight.denominator for weight in self.weights]
-        )  # packs after which it repeats
+        # Packs after which it repeats.
+        self.period = math.lcm(*[weight.denominator for weight in self.weights])
         self._packs_in_period = [int(weight * self.period) for weight in self.weights]
         self._n = 0  # packs so far
         self._counts = [0] * len(weights)  # of them, packs of each source

@@ -162,9 +162,8 @@ class PackPlan:
         order = np.empty(self.first_document[-1], np.int32)
         for start, stop in pairwise(self.first_document):
             order[start:stop] = np.arange(stop - start)
-            np.random.RandomState(PACK_SEED).shuffle(
-                order[start:stop]
-            )  # its swaps do not depend on the dtype
+            # Its swaps do not depend on the dtype.
+            np.random.RandomState(PACK_SEED).shuffle(order[start:stop])
         return order
 
     def _make_ends(self) -> IndexArray:
@@ -304,9 +303,8 @@ def _labels(stored: TokenArray, ends: IndexArray, rule: PackRule) -> TokenArray:
         ends_inside = ends[ends <= length]
         labels[ends_inside - 1] = IGNORE  # a document's last token has no next one
     if rule.one_sample or rule.order == "xtuner":
-        labels[length - 1] = (
-            IGNORE  # these two rules do not look past the end of the pack
-        )
+        # These two rules do not look past the end of the pack.
+        labels[length - 1] = IGNORE
     # A negative id is only an input. 0 is never a target: InternEvo's format cannot
     # tell it from a masked 0.
     np.putmask(labels, labels <= 0, IGNORE)

@@ -85,9 +85,8 @@ class StreamingPacks:
             self.lanes = {
                 lane: StreamingLane(*state["lanes"][str(lane)]) for lane in lanes
             }
-        self._cursors = deque(
-            [cursor]
-        )  # starts of the windows that a lane may still need
+        # Starts of the windows that a lane may still need.
+        self._cursors = deque([cursor])
         self._unused = UnusedRows(cursor)
         self._windows = rows.windows(cursor)
 

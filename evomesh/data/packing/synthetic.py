@@ -10,11 +10,8 @@ from evomesh.data.token_files.lines import TokenArray
 SEED = 1999
 TRAIN_DOCUMENTS = 1_000_000
 VALID_DOCUMENTS = 500
-TYPES = [
-    "en",
-    "cn",
-    "code",
-]  # names that InternEvo reports; every document is of type 0
+# Names that InternEvo reports; every document is of type 0.
+TYPES = ["en", "cn", "code"]
 
 
 class SyntheticDocuments:

@@ -54,10 +54,8 @@ class ValidationSet:
         # The set is one stream of tokens: its documents one after the other. Bounds are
         # tokens of the stream.
         counts = [len(source.lengths) for source in sources]
-        self._first_document = [
-            0,
-            *accumulate(counts),
-        ]  # number of each source's first document
+        # Number of each source's first document.
+        self._first_document = [0, *accumulate(counts)]
         lengths = np.concatenate([source.lengths for source in sources])
         after_zero = np.append(0, lengths)
         self._document_bounds = np.cumsum(after_zero, dtype=np.int64)

@@ -19,13 +19,11 @@ from evomesh.data.token_files.writer import BinWriter
 from evomesh.data.tokenizer import Tokenizer
 from evomesh.errors import UserError
 
-BATCH_CHARS = (
-    1 << 20
-)  # encoded in one call: enough to keep all cores busy, while memory stays constant
+# Encoded in one call: enough to keep all cores busy, while memory stays constant.
+BATCH_CHARS = 1 << 20
 BATCH_DOCUMENTS = 4096
-BATCHES_PENDING = (
-    2  # in the encoder: while one is encoded, the ids of the other become Python lists
-)
+# In the encoder: while one is encoded, the ids of the other become Python lists.
+BATCHES_PENDING = 2
 
 ProgressCallback = Callable[[int, int, int], None]  # bytes read, documents, tokens
 

@@ -22,9 +22,8 @@ TokenizerKind = Literal["bpe", "sentencepiece"]
 
 BOS, EOS = "<s>", "</s>"
 UNKNOWN = "<unk>"  # sentencepiece cannot do without; byte fallback leaves it unused
-MAX_SENTENCE = (
-    1 << 16
-)  # bytes; sentencepiece skips longer sentences, so longer lines are divided
+# Bytes; sentencepiece skips longer sentences, so longer lines are divided.
+MAX_SENTENCE = 1 << 16
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,8 @@ import zstandard
 
 from evomesh.data.records.limits import UnpackLimitError, unpack_limit
 
-COMPRESSED_CHUNK = (
-    1 << 10
-)  # bytes passed to zstandard at once: bounds the output of highly compressed files
+# Bytes passed to zstandard at once: bounds the output of highly compressed files.
+COMPRESSED_CHUNK = 1 << 10
 BUFFER_SIZE = 1 << 20
 
 

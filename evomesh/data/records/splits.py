@@ -23,9 +23,8 @@ SPLIT_WORDS = {
     "evaluation": "test",
     "testing": "test",
 }
-SHARD_NAME = re.compile(
-    r"^(\w+(?:\.\w+)*)-\d{5,}-of-\d{5,}"
-)  # SPLIT-00000-of-00004.parquet, inside data/
+# SPLIT-00000-of-00004.parquet, inside data/.
+SHARD_NAME = re.compile(r"^(\w+(?:\.\w+)*)-\d{5,}-of-\d{5,}")
 
 
 def read_saved_splits(root: Path) -> dict[Path, list[str]]:

@@ -36,9 +36,8 @@ BLOCK = 512  # documents that ``check`` reads at once
 BLOCK_BYTES = 2**18  # and about how many bytes at most
 SHORT = 128  # average tokens per document below which a cache is read by one gather
 LONG = 1 << 16  # tokens from which a document is likely to be in several packs
-CHECKED_BYTES = (
-    64 * 2**20
-)  # read in a few seconds; ``evomesh data verify`` reads everything
+# Read in a few seconds; ``evomesh data verify`` reads everything.
+CHECKED_BYTES = 64 * 2**20
 
 
 class DocumentSource(Protocol):
@@ -101,9 +100,8 @@ class BinDataset:
         self.size = check_file(self.path)
         self.rows = read_meta(self.path, mapped=shared is not None)
         self._shared = shared
-        self.kept: NDArray[np.int32] | None = (
-            None  # row of each kept document; None: all rows
-        )
+        # Row of each kept document; None: all rows.
+        self.kept: NDArray[np.int32] | None = None
         self.lengths: NDArray[np.integer] = self.rows[:, 1]
         has_short = (
             min_length > 0 and len(self.rows) and int(self.lengths.min()) < min_length
@@ -186,9 +184,8 @@ class BinDataset:
         # document. Documents of 2 and 3 tokens that start at 10 and 40 in the cache
         # give [0 1 2 3 4] + [10 10 38 38 38] = [10 11 40 41 42].
         if total < len(rows) * SHORT:
-            offsets = starts - _starts(
-                lengths
-            )  # from a token of the result to the same token in the cache
+            # From a token of the result to the same token in the cache.
+            offsets = starts - _starts(lengths)
             index = np.arange(total) + np.repeat(offsets, lengths)
             tokens: TokenArray = cache[index].astype(np.int64)
             return tokens

@@ -18,15 +18,11 @@ _HEAD = b'{"tokens": ['
 _TAIL = b"]}\n"
 _FRAME = len(_HEAD) + len(_TAIL)
 _NUMBERS = b"0123456789,- "
-_BORDER = (
-    9999999999  # separates two documents that are parsed together: no id is that large
-)
+# Separates two documents that are parsed together: no id is that large.
+_BORDER = 9999999999
 _JOINT = b", %d, " % _BORDER
-_MISSING_NUMBERS = (
-    b",,",
-    b"-,",
-    b"--",
-)  # a number without digits, once spaces are removed
+# A number without digits, once spaces are removed.
+_MISSING_NUMBERS = (b",,", b"-,", b"--")
 
 
 class BadLineError(Exception):

@@ -147,9 +147,8 @@ def _check_rows(rows: MetaArray, size: int, path: Path, bin_path: Path) -> None:
         )
     # In parts, so that a mapped meta is never in memory as a whole.
     for start in range(0, len(rows), CHECK_ROWS):
-        part = rows[
-            start : start + CHECK_ROWS + 1
-        ]  # one more, to compare the last with its next
+        # One more, to compare the last with its next.
+        part = rows[start : start + CHECK_ROWS + 1]
         wrong = np.flatnonzero(part[1:, 0] <= part[:-1, 0])
         if len(wrong):
             row = start + int(wrong[0]) + 1

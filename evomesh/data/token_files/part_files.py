@@ -27,10 +27,8 @@ from evomesh.outside_errors import fix_for
 logger = logging.getLogger(__name__)
 
 DEAD_SECONDS = 24 * 3600.0
-COMPANIONS = (
-    ".meta",
-    ".json",
-)  # suffixes of the files that a writer puts beside its part
+# Suffixes of the files that a writer puts beside its part.
+COMPANIONS = (".meta", ".json")
 
 LockState = Literal["taken", "held", "unsupported"]
 

@@ -104,9 +104,8 @@ def test_a_special_file_is_never_opened(
 def test_what_nobody_may_read_is_skipped_and_never_a_fresh_start(
     original: Path, target: str, others: bool
 ) -> None:
-    with (
-        tempfile.TemporaryDirectory() as name
-    ):  # tmp_path cannot be entered by another user
+    # Tmp_path cannot be entered by another user.
+    with tempfile.TemporaryDirectory() as name:
         root = shutil.copytree(original, Path(name) / "ckpts")
         for path in (Path(name), *root.rglob("*")):
             path.chmod(0o755)

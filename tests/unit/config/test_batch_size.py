@@ -57,9 +57,8 @@ def test_the_guides_formula_doubles_the_batch_of_its_own_example() -> None:
         GUIDE.tokens_per_step, 64, sequence_parallel=1, max_length=4096
     )
     assert (GUIDE.tokens_per_step, match.exact) == (524_288, 2)
-    by_the_guide = (
-        GUIDE.tensor * GUIDE.pipeline * GUIDE.tensor // 1
-    )  # TP * PP * TP / SP
+    # TP * PP * TP / SP.
+    by_the_guide = GUIDE.tensor * GUIDE.pipeline * GUIDE.tensor // 1
     assert (
         XTunerBatch(64, 1, by_the_guide, 4096).tokens_per_step
         == 2 * GUIDE.tokens_per_step

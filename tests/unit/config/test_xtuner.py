@@ -99,9 +99,8 @@ def test_every_setting_of_the_template(here: Path) -> None:
         for words in loaded.warnings
         if "hf download internlm/internlm2-7b" in words
     ]
-    assert (
-        len(loaded.warnings) == 2
-    )  # that, and the prompts that are not answered during training
+    # That, and the prompts that are not answered during training.
+    assert len(loaded.warnings) == 2
 
 
 def test_each_value_names_the_line_that_decides_it(here: Path) -> None:
@@ -206,10 +205,8 @@ def test_edits_of_the_guides(name: str, here: Path) -> None:
     before = values(load(here))
     after = values(load(here, *edits))
     assert {key: after[key] for key in changed} == changed
-    follows = (
-        "model.",
-        "lr_scheduler.",
-    )  # sizes of another model; figures of float arithmetic
+    # Sizes of another model; figures of float arithmetic.
+    follows = ("model.", "lr_scheduler.")
     unrelated = [
         key for key in before if key not in changed and not key.startswith(follows)
     ]
@@ -229,9 +226,8 @@ def test_the_template_multiplies_accumulation_by_the_sequence_size_once(
     data, parallel = loaded.config.data, loaded.config.parallel
     gpus = 64
     ours = gpus // parallel.tensor.size * data.micro_num * data.packed_length
-    theirs = (
-        gpus // 4 * (2 * 4) * 32768
-    )  # XTuner: N / SP x the number that mmengine receives x max_length
+    # XTuner: N / SP x the number that mmengine receives x max_length.
+    theirs = gpus // 4 * (2 * 4) * 32768
     assert ours == theirs
 
 

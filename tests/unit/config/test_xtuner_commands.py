@@ -164,9 +164,8 @@ def test_a_deepspeed_strategy_with_sequence_parallelism_shards_the_weight_axis(
     sequence = load_with_strategy(
         path, [*common, "sequence_parallel_size=2"], "deepspeed_zero3", "auto"
     )
-    assert (
-        sequence.config.parallel.weight.size == 8
-    )  # divides 32, 64 (4 + 2 x 2 heads of 8) and 48
+    # Divides 32, 64 (4 + 2 x 2 heads of 8) and 48.
+    assert sequence.config.parallel.weight.size == 8
     assert not sequence.config.parallel.zero1.fsdp
     assert "parallel.weight.size" in sequence.warnings[-1]
     whole = load_with_strategy(path, common, "deepspeed_zero3", "auto")
@@ -244,9 +243,8 @@ def test_the_command_xtuner_is_installed_only_where_there_is_none(
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert done.stdout == "mistral_7b_w_tokenized_dataset\n"
-    run(
-        "xtuner", "install-command", "--into", str(scripts)
-    )  # ours may be written again
+    # Ours may be written again.
+    run("xtuner", "install-command", "--into", str(scripts))
 
     (scripts / "xtuner").write_text("#!/bin/sh\necho the real one\n")
     with pytest.raises(UserError, match="another command of this name"):

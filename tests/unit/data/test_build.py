@@ -229,9 +229,8 @@ def test_a_data_folder_that_is_missing_or_a_file_is_refused(tmp_path: Path) -> N
 
 
 def test_an_unreadable_data_folder_is_refused() -> None:
-    with (
-        tempfile.TemporaryDirectory() as name
-    ):  # tmp_path cannot be entered by another user
+    # Tmp_path cannot be entered by another user.
+    with tempfile.TemporaryDirectory() as name:
 
         def attempt() -> str:
             with pytest.raises(UserError) as caught:

@@ -98,9 +98,8 @@ def test_dynamic_ntk_beyond_the_trained_length() -> None:
     config = tiny_config(
         max_position_embeddings=16, use_dynamic_ntk_rope=True, rope_scaling_factor=2.0
     )
-    long_prompt = [
-        n % 50 for n in range(88)
-    ]  # its completion reaches 8 times the trained length
+    # Its completion reaches 8 times the trained length.
+    long_prompt = [n % 50 for n in range(88)]
     for prompt in ([3, 7, 11], long_prompt):
         ours = tiny(
             max_position_embeddings=16,

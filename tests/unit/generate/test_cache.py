@@ -103,9 +103,8 @@ def test_memory_is_that_of_all_slots() -> None:
     with torch.inference_mode():
         docs, attend = cache.prefill([2], CPU)
         model(torch.arange(2), docs, attend)
-    assert (
-        cache.size_in_bytes() == 2 * 2 * 3 * 10 * 2 * 8 * 8
-    )  # k and v, layers, slots, tokens, heads, width, bytes
+    # K and v, layers, slots, tokens, heads, width, bytes.
+    assert cache.size_in_bytes() == 2 * 2 * 3 * 10 * 2 * 8 * 8
 
 
 @pytest.mark.parametrize(("slots", "lengths"), [(1, [2, 2]), (2, [2, 9])])

@@ -23,9 +23,8 @@ def test_cached_greedy_equals_uncached(
     model = tiny(qk_interleaved=interleaved)
     together = generate_tokens(model, PROMPTS, GREEDY, batch_size=batch_size)
     assert together == [[uncached_greedy(model, prompt, 20)] for prompt in PROMPTS]
-    assert (
-        len({token for answers in together for token in answers[0]}) > 3
-    )  # not one token over and over
+    # Not one token over and over.
+    assert len({token for answers in together for token in answers[0]}) > 3
 
 
 def test_answers_of_a_prompt_differ_and_do_not_depend_on_the_batch() -> None:

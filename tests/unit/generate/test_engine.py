@@ -37,9 +37,8 @@ def test_requests_that_come_and_go_get_their_own_greedy_tokens() -> None:
     lengths = [12, 3, 7, 9, 5]
     made: dict[int, list[GeneratedToken]] = defaultdict(list)
     numbers = []
-    for prompt, length in zip(
-        prompts, lengths, strict=True
-    ):  # more requests than slots, and not at once
+    # More requests than slots, and not at once.
+    for prompt, length in zip(prompts, lengths, strict=True):
         numbers.append(
             engine.add(prompt, replace(GREEDY, max_new_tokens=length), (0, 0))
         )
@@ -199,9 +198,8 @@ def test_logits_that_are_no_numbers_end_nothing_else() -> None:
         [9], SamplingParams(top_p=0.9, top_k=5, min_p=0.1, max_new_tokens=3), (0, 0)
     )
     good = engine.add([3, 7, 11], replace(GREEDY, max_new_tokens=6), (0, 0))
-    after = engine.add(
-        [3], replace(GREEDY, max_new_tokens=6), (0, 0)
-    )  # in the slot of the bad one
+    # In the slot of the bad one.
+    after = engine.add([3], replace(GREEDY, max_new_tokens=6), (0, 0))
     made = drain(engine)
     assert len(made[bad]) == 3 and all(0 <= token.id < VOCAB for token in made[bad])
     assert ids(made[good]) == uncached_greedy(model, [3, 7, 11], 6)

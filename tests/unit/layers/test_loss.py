@@ -123,9 +123,8 @@ def test_confident_and_hopeless_tokens_keep_their_loss() -> None:
 
 def test_no_gradient_work_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, labels = inputs()
-    monkeypatch.setattr(
-        torch, "mm", None
-    )  # the product of the gradient with the weight
+    # The product of the gradient with the weight.
+    monkeypatch.setattr(torch, "mm", None)
     with torch.no_grad():
         out = linear_cross_entropy(hidden, weight, labels, vocab_size=V)
     assert not out.scaled_sum.requires_grad
@@ -146,9 +145,8 @@ def test_half_precision_is_near_float64_and_sums_in_float32(dtype: torch.dtype) 
 
 def test_scale_lifts_float16_gradients_out_of_underflow() -> None:
     hidden, weight, labels = inputs(torch.float16)
-    tokens = (
-        10.0**9
-    )  # a loss averaged over so many tokens has gradients below float16's smallest number
+    # A loss averaged over so many tokens has gradients below float16's smallest number.
+    tokens = 10.0**9
     plain = linear_cross_entropy(
         hidden, weight, labels, vocab_size=V, grad_scale=1 / tokens
     )

@@ -127,14 +127,10 @@ def test_what_one_dnn_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
     ("processor", "expected"),
     [
         ({"cpu_name": "AMD EPYC", "avx512_f": True}, True),
-        (
-            {"cpu_name": "AMD EPYC", "avx512_f": False},
-            False,
-        ),  # MKL is the faster one, both being held to AVX2
-        (
-            {"cpu_name": "Intel(R) Xeon(R) Processor", "avx512_f": True},
-            False,
-        ),  # where MKL uses AVX-512 too
+        # MKL is the faster one, both being held to AVX2.
+        ({"cpu_name": "AMD EPYC", "avx512_f": False}, False),
+        # Where MKL uses AVX-512 too.
+        ({"cpu_name": "Intel(R) Xeon(R) Processor", "avx512_f": True}, False),
         ({"cpu_name": "Hygon C86 7490", "avx512_f": True}, True),
         ({}, False),
     ],

@@ -55,9 +55,8 @@ def test_embedding_gradient_of_a_frequent_token_is_summed_in_float32() -> None:
         layer.weight,
         torch.ones(1000, 1, dtype=torch.bfloat16),
     )
-    assert (
-        grad[0].item() == 1000
-    )  # one after the other in bfloat16, the sum would stick at 256
+    # One after the other in bfloat16, the sum would stick at 256.
+    assert grad[0].item() == 1000
 
 
 class Operators(TorchDispatchMode):

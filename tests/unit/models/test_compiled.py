@@ -74,15 +74,13 @@ def test_lengths_and_number_of_documents_compile_nothing_anew(
     model = model_of(dtype=dtype, compile=True, checkpoint=recompute)
     train(model, PACKS[0])
     first = graphs()
-    assert (
-        0 < first <= 4
-    )  # before and behind attention, in the block and in its attention: not of each layer
+    # Before and behind attention, in the block and in its attention: not of each layer.
+    assert 0 < first <= 4
     for lengths in PACKS[1:]:
         train(model, lengths, partial(attend))  # a new one each time, as in generation
     assert graphs() == first
-    assert (
-        counters["frames"]["total"] == counters["frames"]["ok"]
-    )  # none was left to run uncompiled
+    # None was left to run uncompiled.
+    assert counters["frames"]["total"] == counters["frames"]["ok"]
 
 
 def test_compiled_gradients_are_those_of_the_eager_model() -> None:

@@ -122,9 +122,8 @@ def test_a_reader_that_leaves_silences_the_terminal(
     assert "Logging error" not in capfd.readouterr().err
 
 
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
-)  # one line in a command
+# One line in a command.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_tensorboard_without_its_folder(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -108,10 +108,8 @@ def test_a_launch_waits_for_the_streams_of_all_its_slots() -> None:
     ):
         sync.expect_micro_batches(1)
         first, second = (bucket.slots[0] for bucket in sync.buckets)
-        for slot in (
-            second,
-            first,
-        ):  # out of order: the first hook launches nothing, the second both
+        # Out of order: the first hook launches nothing, the second both.
+        for slot in (second, first):
             slot.backwards = 1
             sync.mark_ready(slot)
     assert events == [

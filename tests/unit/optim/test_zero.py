@@ -176,9 +176,8 @@ def test_a_step_with_a_gradient_that_is_not_finite_touches_nothing(
     assert all(torch.equal(before[name], after[name]) for name in before)
     run(model, optimizer, range(2, 4))
     run(clean, other, range(4))
-    assert (
-        distance(model, clean) == 0
-    )  # the skipped step left no trace in the step count either
+    # The skipped step left no trace in the step count either.
+    assert distance(model, clean) == 0
     assert optimizer.state() == other.state()
 
 

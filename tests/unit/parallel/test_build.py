@@ -79,9 +79,8 @@ def test_every_axis_partitions_the_world(
         assert sorted(rank for group in groups for rank in group) == list(range(16))
         assert all(rank in axis_members(sizes, rank)[name] for rank in range(16))
     inner = "wp" if mode == "isp" else "tp"
-    for rank in range(
-        16
-    ):  # one stage is the product of the three axes of the parameter view
+    # One stage is the product of the three axes of the parameter view.
+    for rank in range(16):
         reached = {rank}
         for name in (inner, "zero", "replica"):
             reached = {

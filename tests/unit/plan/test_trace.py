@@ -93,9 +93,8 @@ def test_seven_billion_on_1024_ranks() -> None:
         (0, 32),
         (5, 8),
     ]
-    layer = (
-        4 * 4096**2 + 3 * 4096 * 11008 + 3 * 4096
-    )  # products and the biases of q, k and v, all cut over tensor
+    # Products and the biases of q, k and v, all cut over tensor.
+    layer = 4 * 4096**2 + 3 * 4096 * 11008 + 3 * 4096
     whole = 3 * 4096  # norms and the bias of the output product
     assert found.parameters == 2 * 8 * (layer // 8 + whole)
     assert found.gradients == 2 * found.parameters
@@ -119,9 +118,8 @@ def test_optimizer_bytes_are_the_formula() -> None:
     vectors = 32 * (3 * 4096 + 3 * 4096) + 4096  # biases and norms, whole on every rank
     matrices = 7_321_948_160 - vectors
     assert found.parameters == 2 * (matrices + vectors)
-    assert found.optimizer == 12 * (
-        matrices // 8 + vectors
-    )  # master and two moments, float32
+    # Master and two moments, float32.
+    assert found.optimizer == 12 * (matrices // 8 + vectors)
 
 
 def test_cut_weights_are_a_part_of_the_whole() -> None:
@@ -131,9 +129,8 @@ def test_cut_weights_are_a_part_of_the_whole() -> None:
         "data.micro_num=1",
     ]
     isp = load_config(SEVEN_B, sets).config
-    ends = (
-        2 * 103168 * 4096 // 2 + 4096
-    )  # embedding and head over tensor; the last norm whole
+    # Embedding and head over tensor; the last norm whole.
+    ends = 2 * 103168 * 4096 // 2 + 4096
     blocks = 7_321_948_160 - 2 * 103168 * 4096 - 4096
     found = trace(isp, 8, 3)
     assert found.parameters == 2 * (blocks // 4 + ends)

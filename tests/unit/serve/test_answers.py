@@ -515,9 +515,8 @@ def test_the_bytes_of_an_answer_are_its_utf8(client: httpx.Client) -> None:
     content = choice["logprobs"]["content"]
     joined = bytes(byte for token in content for byte in token["bytes"])
     assert joined.decode(errors="replace") == choice["message"]["content"]
-    assert all(
-        len(token["bytes"]) == 1 for token in content
-    )  # the tokenizer's tokens are single bytes
+    # The tokenizer's tokens are single bytes.
+    assert all(len(token["bytes"]) == 1 for token in content)
     assert all(
         len({top["token"] for top in token["top_logprobs"]}) == 4 for token in content
     )

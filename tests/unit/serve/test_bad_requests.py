@@ -270,9 +270,8 @@ def test_bodies_too_large_or_of_another_type(
         413,
         "body_too_large",
     )
-    parts = (
-        b" " * 1000 for _ in range(limit // 1000 + 2)
-    )  # sent in chunks, without a length
+    # Sent in chunks, without a length.
+    parts = (b" " * 1000 for _ in range(limit // 1000 + 2))
     refused(
         client.post(COMPLETIONS, content=parts, headers=JSON), 413, "body_too_large"
     )

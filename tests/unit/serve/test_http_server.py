@@ -233,10 +233,8 @@ def test_a_stop_ends_streams_with_an_event_and_no_traceback(
     ("prompt", "code"),
     [
         ('"' + "a" * 3_600_000 + '"', "context_length_exceeded"),
-        (
-            "[" + "7," * 1_800_000 + "7]",
-            "invalid_json",
-        ),  # more values than a body may have
+        # More values than a body may have.
+        ("[" + "7," * 1_800_000 + "7]", "invalid_json"),
         ("[" + '"a",' * 900_000 + '"a"]', "invalid_json"),
         ("[" + "[]," * 1_200_000 + "[]]", "invalid_json"),
         ("[" + '{"a":1},' * 400_000 + "{}]", "invalid_json"),

@@ -65,9 +65,8 @@ def door() -> Door:
 
 def test_a_client_has_few_tries_and_gets_them_back(door: Door) -> None:
     assert door.guess(12) == [401] * 10 + [429] * 2
-    assert (
-        door.status(KEY) == 429
-    )  # or the answer would still say whether a guess is right
+    # Or the answer would still say whether a guess is right.
+    assert door.status(KEY) == 429
     assert door.status(KEY, "10.0.0.2") == 200
     door.clock.now += 5.9
     assert door.status(KEY) == 429

@@ -28,9 +28,8 @@ from tests.support.interpreter import Interpreter
 
 from .test_storage import BUCKET, endpoint, keys  # noqa: F401
 
-NEVER = (
-    1e9  # a lease that is not renewed while a test runs: its holder might as well hang
-)
+# A lease that is not renewed while a test runs: its holder might as well hang.
+NEVER = 1e9
 SOON = 0.2  # a waiting job gives up on the holder
 LONG = 30.0  # a waiting job surely sees a renewal of a living holder
 QUICK = 0.1  # renewed every 17 ms
@@ -90,9 +89,8 @@ class Objects:
             self.puts += 1
             self.content[path] = (data, f'"tag{self.puts}"')
             tag = self.content[path][1]
-        if (
-            self.lose_answers
-        ):  # the client asks again, and its condition no longer holds
+        # The client asks again, and its condition no longer holds.
+        if self.lose_answers:
             self.lose_answers -= 1
             return self.put(path, data, **conditions)
         return tag
@@ -175,9 +173,8 @@ def test_the_lock_of_a_dead_or_hanging_holder_is_taken_over_and_the_holder_is_fe
     with pytest.raises(LockLostError):
         first.check()
     first.release()
-    assert (
-        objects.record().process == second._process
-    )  # a fenced job does not touch the lock
+    # A fenced job does not touch the lock.
+    assert objects.record().process == second._process
 
 
 def test_a_holder_that_hung_while_nobody_came_continues() -> None:
@@ -311,9 +308,8 @@ def test_a_store_without_conditional_writes_is_reported_once(
 def test_which_process_has_ended() -> None:
     here = ProcessIdentity.of_this_process()
     assert not here.has_ended(here)
-    assert ProcessIdentity(here.machine, here.pid, here.started + 1).has_ended(
-        here
-    )  # the number is used again
+    # The number is used again.
+    assert ProcessIdentity(here.machine, here.pid, here.started + 1).has_ended(here)
     assert not ProcessIdentity("elsewhere", 999_999_999, 1).has_ended(here)
     assert ProcessIdentity(here.machine, 999_999_999, 1).has_ended(here)
     child = os.fork()

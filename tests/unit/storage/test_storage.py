@@ -41,9 +41,8 @@ def endpoint() -> Iterator[str]:
 def keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("S3_ACCESS_KEY_ID", "k")
     monkeypatch.setenv("S3_SECRET_ACCESS_KEY_ID", "s")
-    monkeypatch.setenv(
-        "EVOMESH_S3_LEASE", "1e9"
-    )  # no renewals between the requests that a test looks at
+    # No renewals between the requests that a test looks at.
+    monkeypatch.setenv("EVOMESH_S3_LEASE", "1e9")
 
 
 @pytest.fixture(params=["local", "boto3", "s3", "staged"])

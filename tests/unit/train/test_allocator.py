@@ -57,9 +57,8 @@ def faults(how: str, cwd: Path | None = None, **variables: str) -> tuple[str, in
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 class TestKeepFreedMemory:
     def test_freed_blocks_are_reused(self) -> None:
-        assert (
-            faults("default")[1] > 3 * PAGES
-        )  # what it is about: every block costs all its pages again
+        # What it is about: every block costs all its pages again.
+        assert faults("default")[1] > 3 * PAGES
         kept, count = faults("keep")
         assert kept == "True"
         assert count < PAGES / 10

@@ -141,7 +141,6 @@ def test_nothing_grows_over_a_thousand_steps() -> None:
         if step in (20, 999):
             gc.collect()
             held[step] = bytes_in_use()
-    kept_a_step = (
-        BYTES * DOCUMENT
-    )  # the smallest tensor that a step could forget, but for scalars
+    # The smallest tensor that a step could forget, but for scalars.
+    kept_a_step = BYTES * DOCUMENT
     assert held[999] - held[20] < 979 * kept_a_step / 4

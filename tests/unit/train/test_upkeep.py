@@ -27,9 +27,10 @@ def test_slow_ranks_are_named_every_interval(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    # One peer takes 9 s.
     monkeypatch.setattr(
         upkeep, "all_gather_objects", lambda value, axis: [value, 9.0, value]
-    )  # one peer takes 9 s
+    )
     keeping = PeriodicUpkeep(interval, 1.5, Axis("dp", 3, 0))
     with caplog.at_level(logging.WARNING):
         for step in range(1, 2 * every + 1):

@@ -20,10 +20,8 @@ PACKAGES = (
     "transformers",
     "trl",
 )
-RUNNER_NAMES = {
-    "train_dataloader",
-    "optim_wrapper",
-}  # mmengine's runner takes these; dumped configs import nothing
+# Mmengine's runner takes these; dumped configs import nothing.
+RUNNER_NAMES = {"train_dataloader", "optim_wrapper"}
 
 
 class ForeignName:

@@ -141,9 +141,8 @@ def test_no_code_in_a_pickle_is_run(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_of_another_model_is_refused_before_training(folder: Path) -> None:
-    other = model_config(
-        num_attention_heads=8, num_layers=3
-    )  # head counts show in no shape
+    # Head counts show in no shape.
+    other = model_config(num_attention_heads=8, num_layers=3)
     with pytest.raises(
         UserError,
         match="num_layers=2, the run's is 3; num_attention_heads=4, the run's is 8",

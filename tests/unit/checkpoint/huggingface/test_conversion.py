@@ -40,10 +40,8 @@ IDS = torch.randint(VOCAB, (20,), generator=torch.Generator().manual_seed(1))
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("LLAMA2", {}),
     ("LLAMA2", {"qk_interleaved": True}),
-    (
-        "LLAMA2",
-        {"rope_base": 500000.0, "num_kv_attention_heads": 1, "vocab_size": 97},
-    ),  # Llama 3's kind of shape
+    # Llama 3's kind of shape.
+    ("LLAMA2", {"rope_base": 500000.0, "num_kv_attention_heads": 1, "vocab_size": 97}),
     ("INTERNLM", {}),
     ("INTERNLM2_PUBLIC", {}),
     ("INTERNLM2_PUBLIC", {"qk_interleaved": True, "no_bias": False, "norm_head": True}),

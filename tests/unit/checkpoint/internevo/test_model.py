@@ -300,9 +300,8 @@ def test_weight_parallel_files(tmp_path: Path, family: str) -> None:
 
 def test_interleaved_stages(tmp_path: Path) -> None:
     """Two chunks on two stages: layers run chunk after chunk, and names begin with the chunk."""
-    expected = make(
-        tmp_path / "one", "INTERNLM2_PUBLIC", 1, 4
-    )  # stages of 1, 1, 1, 2 layers
+    # Stages of 1, 1, 1, 2 layers.
+    expected = make(tmp_path / "one", "INTERNLM2_PUBLIC", 1, 4)
     parts = [torch.load(tmp_path / "one" / f"model_tp0_pp{p}.pt") for p in range(4)]
     (tmp_path / "two").mkdir()
     for p in range(2):

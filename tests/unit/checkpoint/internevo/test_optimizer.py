@@ -244,9 +244,8 @@ def test_trained_on_after_conversion_and_without(
     )
     assert [row["step"] for row in weights + both] == [0, 1, 0, 1]
     assert weights[0]["loss"] == both[0]["loss"]
-    assert (
-        weights[1]["loss"] != both[1]["loss"]
-    )  # an update with moments of nine others
+    # An update with moments of nine others.
+    assert weights[1]["loss"] != both[1]["loss"]
 
 
 PARTS = ("'model'", "'model', 'optimizer'")

@@ -288,9 +288,8 @@ def test_what_torch_saves_is_read(tmp_path: Path, legacy: bool) -> None:
             assert found[name].dtype == value.dtype
             assert found[name].stride() == value.stride()
             assert torch.equal(found[name], value)
-    assert (
-        found["same"].data_ptr() == found["view"].data_ptr() - 5 * 4
-    )  # one storage, as it was saved
+    # One storage, as it was saved.
+    assert found["same"].data_ptr() == found["view"].data_ptr() - 5 * 4
 
 
 @pytest.mark.parametrize("legacy", [False, True])

@@ -53,9 +53,8 @@ class Disk(Quick):
             number == self._fail_at or (self._sticky and number > self._fail_at)
         ):
             if call[0] == "write" and self._error is None:
-                half = bytes(call[2])[
-                    : len(call[2]) // 2
-                ]  # a process dies in the middle of a write
+                # A process dies in the middle of a write.
+                half = bytes(call[2])[: len(call[2]) // 2]
                 os.write(call[3], half)
             self.failed = True
             self.calls.append(("failed", *call[:2]))
@@ -83,9 +82,8 @@ class Disk(Quick):
         super().fsync(file)
 
     def close(self, file: int) -> None:
-        super().close(
-            file
-        )  # closing always closes; a disk may still report a late error
+        # Closing always closes; a disk may still report a late error.
+        super().close(file)
         self._note("close", self._names[file])
 
     def sync_folder(self, path: str) -> None:

@@ -134,9 +134,8 @@ def test_only_interrupted_saves(root: Path) -> None:
         and "step-00000004" in text
         and "from scratch" in text
     )
-    assert (
-        CheckpointReader().newest(SaveFolder.open(str(root))) is None
-    )  # for auto_resume that is a fresh start, said aloud
+    # For auto_resume that is a fresh start, said aloud.
+    assert CheckpointReader().newest(SaveFolder.open(str(root))) is None
 
 
 def test_a_newer_format(root: Path) -> None:
@@ -246,9 +245,8 @@ def test_nan_is_neither_saved_nor_overlooked(
 
 
 def test_a_folder_that_cannot_be_written() -> None:
-    with (
-        tempfile.TemporaryDirectory() as name
-    ):  # tmp_path cannot be entered by another user
+    # Tmp_path cannot be entered by another user.
+    with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o555)
         text = as_nobody(lambda: complaint(lambda: CheckpointWriter(name).claim()))
         Path(name).chmod(0o755)

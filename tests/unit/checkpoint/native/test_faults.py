@@ -195,8 +195,7 @@ def test_refusals_in_a_row_end_the_run(
         match=r"third in a row: .*ENOSPC(.|\n)*fix: free space, or keep",
     ) as caught:
         save(writer, 9)
-    assert (
-        caught.value.exit_code == 2
-    )  # somebody must free space before a restart helps
+    # Somebody must free space before a restart helps.
+    assert caught.value.exit_code == 2
     with pytest.raises(CheckpointError, match="ENOSPC"):
         writer.save(11, tensors(11), {}, {}, final=True)

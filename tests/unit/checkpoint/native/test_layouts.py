@@ -84,9 +84,8 @@ def test_loading_in_another_layout_is_bit_identical(
 
     run_ranks(len(grids(**source)), save)
     stored = run_ranks(len(grids(**target)), load)
-    assert stored[0] == sum(
-        t.numel() * t.element_size() for t in GLOBAL.values()
-    )  # every element once
+    # Every element once.
+    assert stored[0] == sum(t.numel() * t.element_size() for t in GLOBAL.values())
 
 
 def test_padding_rows_are_not_stored(tmp_path: Path) -> None:

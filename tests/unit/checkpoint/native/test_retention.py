@@ -97,9 +97,8 @@ def test_a_step_folder_with_files_of_another_program_stays(
     before = sorted(path.name for path in foreign.iterdir())
     save(writer_of(tmp_path, keep_last=1), 5, 6, 7)
     assert sorted(path.name for path in foreign.iterdir()) == before
-    (text,) = [
-        text for text in warned(caplog) if "step-00000002" in text
-    ]  # once, though there were three saves
+    # Once, though there were three saves.
+    (text,) = [text for text in warned(caplog) if "step-00000002" in text]
     assert name.rstrip("/") in text
 
 

@@ -109,9 +109,8 @@ def test_swapped_renamed_missing_and_extra_files(root: Path) -> None:
     second.write_bytes(keep[0])  # ranks swapped
     assert "does not match its hash" in complaint(new)
     second.write_bytes(keep[1])
-    first.write_bytes(
-        next(iter(sorted(old.glob("*r00000*")))).read_bytes()
-    )  # from another step
+    # From another step.
+    first.write_bytes(next(iter(sorted(old.glob("*r00000*")))).read_bytes())
     assert "does not match its hash" in complaint(new)
     first.unlink()
     assert re.search(
@@ -121,7 +120,6 @@ def test_swapped_renamed_missing_and_extra_files(root: Path) -> None:
     first.write_bytes(keep[0])
     (new / "notes.txt").write_text("extra files do no harm")
     verify(Candidate(LocalStorage(), str(new), 2, True), "data")
-    shutil.copy(
-        old / "commit.json", new / "commit.json"
-    )  # a record that names files of another attempt
+    # A record that names files of another attempt.
+    shutil.copy(old / "commit.json", new / "commit.json")
     assert "named after step 2, but commit.json is of step 1" in complaint(new)

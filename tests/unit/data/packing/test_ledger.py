@@ -17,12 +17,8 @@ from evomesh.data.packing.ledger import LedgerEntry, StepLedger
 from evomesh.errors import UserError
 from tests.support.golden import write_bin
 
-FILES = {
-    "en/a.bin": 37,
-    "en/b.bin": 5,
-    "cn/deep/z.bin": 61,
-    "code/c.bin": 24,
-}  # file: documents
+# File: documents.
+FILES = {"en/a.bin": 37, "en/b.bin": 5, "cn/deep/z.bin": 61, "code/c.bin": 24}
 STEPS = 13
 
 
@@ -80,9 +76,8 @@ class TestAgainstBatches:
         for step in range(STEPS):
             for rank, stream in enumerate(streams):
                 tokens = next(stream).tokens.tolist()
-                told = [
-                    [0] * len(row) for row in tokens
-                ]  # zeros where no document is: padding
+                # Zeros where no document is: padding.
+                told = [[0] * len(row) for row in tokens]
                 for entry in lookup.step(step, rank):
                     assert (entry.step, entry.rank) == (step, rank)
                     part = documents_of(entry.file)[entry.row][entry.start : entry.stop]
@@ -99,9 +94,10 @@ class TestAgainstBatches:
         for step in range(STEPS):
             for entry in lookup.step(step):
                 brute.setdefault((entry.file, entry.row), []).append(entry)
+        # Passes repeat.
         assert any(
             len({entry.step for entry in entries}) > 1 for entries in brute.values()
-        )  # passes repeat
+        )
         for (file, row), entries in list(brute.items())[::3]:
             assert sorted(lookup.uses(file, row, STEPS), key=str) == sorted(
                 entries, key=str
@@ -148,10 +144,8 @@ def test_command_lists_a_step_and_a_document(folder: Path, tmp_path: Path) -> No
             folder, tmp_path, "--gpus", "4", "--step", "3", "--json"
         ).splitlines()
     ]
-    assert {row["rank"] for row in rows} == {
-        0,
-        1,
-    }  # four processes, two of them of one tensor group
+    # Four processes, two of them of one tensor group.
+    assert {row["rank"] for row in rows} == {0, 1}
     assert sum(row["stop"] - row["start"] for row in rows) == 2 * 2 * 16
     name = f"{rows[0]['file']}:{rows[0]['row']}"
     uses = run(folder, tmp_path, "--gpus", "4", "--document", name)

@@ -219,9 +219,8 @@ def test_split_and_subset_are_chosen_by_name(tmp_path: Path) -> None:
         ]
 
     folder = write(tmp_path / "d", texts(9))
-    (folder / "train.bin.json").write_text(
-        "{}"
-    )  # the fingerprint of a token file is not data
+    # The fingerprint of a token file is not data.
+    (folder / "train.bin.json").write_text("{}")
     (folder / "more.txt").write_text("w5\n")
     files, warnings = find_split_files(str(folder), "k", None, "train")
     assert len(files) == 3

@@ -88,9 +88,8 @@ class TestTrained:
             tokenizer.token_id("<s>"),
             tokenizer.token_id("</s>"),
         )
-        assert (
-            len(tokenizer.encode("the cat sat")) <= 4
-        )  # words of the texts became tokens
+        # Words of the texts became tokens.
+        assert len(tokenizer.encode("the cat sat")) <= 4
 
     def test_a_second_training_does_not_replace_it(
         self, folder: Path, kind: str

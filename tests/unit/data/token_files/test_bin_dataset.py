@@ -361,9 +361,8 @@ def test_documents_can_be_read_from_several_threads(write_bin: Any) -> None:
 def test_a_cache_holds_the_same_tokens_and_is_ignored_once_the_file_changes(
     write_bin: Any,
 ) -> None:
-    short = [
-        [i, -i - 1, 7] * (i % 4) for i in range(1, 60)
-    ]  # read through an index of their tokens
+    # Read through an index of their tokens.
+    short = [[i, -i - 1, 7] * (i % 4) for i in range(1, 60)]
     documents = [*short, [6] * 1000]  # the last one is read as a slice
     path = write_bin(documents)
     assert write_cache(path) == sum(map(len, documents))
@@ -443,9 +442,8 @@ def test_the_fast_parser_never_differs_from_json() -> None:
         if tokens is None:
             continue
         plain += 1
-        text = [
-            re.sub(rb"(?<![0-9])0+(?=[0-9])", b"", line) for line in lines
-        ]  # NumPy reads 07 as 7
+        # NumPy reads 07 as 7.
+        text = [re.sub(rb"(?<![0-9])0+(?=[0-9])", b"", line) for line in lines]
         records = [json.loads(line)["tokens"] for line in text]
         assert [len(record) for record in records] == lengths
         assert tokens.tolist() == [token for record in records for token in record]
@@ -458,9 +456,8 @@ def test_large_data_is_checked_in_evenly_spaced_blocks(
     """What is wrong everywhere is found before a run begins; one bad line at its first use, by name."""
     monkeypatch.setattr(bin_dataset, "BLOCK", 4)
     monkeypatch.setattr(bin_dataset, "CHECKED_BYTES", 3000)
-    path = write_bin(
-        [[row % 50 + 1] * 10 for row in range(600)]
-    )  # 30 KB: a tenth is read
+    # 30 KB: a tenth is read.
+    path = write_bin([[row % 50 + 1] * 10 for row in range(600)])
     assert path.stat().st_size > 25_000
     read: list[int] = []
     one_pass = BinDataset.read
