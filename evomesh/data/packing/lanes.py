@@ -48,10 +48,10 @@ class StreamingLane:
         types = np.zeros(len(ends), np.int64)
         pack = assemble(stored, np.array(ends), types, rule)
 
-        # 3. Drop the documents that are used up; the rest of the last one starts the next pack.
+        # 3. Drop the consumed documents; the rest of the last one starts the next pack.
         rest = filled - rule.packed_length
-        used_up = len(documents) - 1 if rest else len(documents)
-        for _ in range(used_up):
+        num_consumed = len(documents) - 1 if rest else len(documents)
+        for _ in range(num_consumed):
             row, _ = self.waiting.popleft()
             self.n = row + num_lanes
         self.used = len(documents[-1]) - rest if rest else 0

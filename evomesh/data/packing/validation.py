@@ -98,8 +98,8 @@ class ValidationSet:
         start, stop = self._pack_bounds[pack : pack + 2]
         size = int(stop - start)
 
-        # Read the documents that the pack touches, and drop what the first one has
-        # before the pack. With the documents [0, 10) and [10, 15), a pack [8, 13) reads
+        # Read the documents that overlap the pack, and drop the tokens of the first one
+        # that precede it. With the documents [0, 10) and [10, 15), a pack [8, 13) reads
         # both, drops 8 tokens of the first, and uses 5 of the 7 left.
         first = np.searchsorted(self._document_bounds, start, side="right") - 1
         after_last = np.searchsorted(self._document_bounds, stop)

@@ -396,9 +396,9 @@ def count_targets(ids: TokenArray, lengths: NDArray[np.integer] | None = None) -
     """Return how many ids of documents can be targets: the positive ones.
 
     Args:
-        ids: of the documents, one after the other.
-        lengths: of the documents; a document's first token is then no target, since nothing in it comes before. None:
-            every token has one before it.
+        ids: the ids of the documents, concatenated.
+        lengths: of the documents; the first token of each is then not a target, since
+            nothing precedes it. None: every token has a predecessor.
     """
     is_target = ids > 0
     if lengths is not None:

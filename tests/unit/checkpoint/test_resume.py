@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -248,10 +249,17 @@ def test_a_run_resumes_in_its_dtype_only_and_its_weights_start_in_any(
     assert tensors["w"].dtype == torch.bfloat16 and tensors["w"][0] == 5
 
 
-def test_float32_and_tf32_differ_in_products_only(tmp_path: Path) -> None:
+def test_float32_and_tf32_differ_in_products_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is another training, which is logged, and not another function, which is refused."""
+    caplog.set_level(logging.INFO)
     writer = stored_with(tmp_path, changed("model", dtype="float32"))
     start = decide(config(tmp_path), CheckpointReader(), writer.folder)
+    caplog.clear()
     check_config(start, changed("model", dtype="tf32"), CheckpointReader())
+    (message,) = caplog.messages
+    assert "model.dtype" in message and "float32" in message and "tf32" in message
 
 
 def test_imported_weights_say_how_to_start_from_them(tmp_path: Path) -> None:
