@@ -6,6 +6,7 @@ import functools
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -326,15 +327,15 @@ MOTO_KEYS = {"S3_ACCESS_KEY_ID": "k", "S3_SECRET_ACCESS_KEY_ID": "s"}
 def hold_and_save(url: str, lease: float) -> None:
     """Take the lock, and save step 5 after a SIGUSR1."""
     os.environ["EVOMESH_S3_LEASE"] = str(lease)
-    requested = threading.Event()
-    signal.signal(signal.SIGUSR1, lambda *_: requested.set())
+    received: list[int] = []
+    signal.signal(signal.SIGUSR1, lambda number, _: received.append(number))
     writer = CheckpointWriter(url)
     writer.claim()
     print(f"holding as {os.getpid()}", flush=True)
-    # The system may hand the signal to the thread that renews the lock, and
-    # ``signal.pause`` would then wait forever.
-    while not requested.wait(0.05):
-        pass
+    # Not ``signal.pause``: the system may hand the signal to the thread that renews
+    # the lock. Not an Event: its lock may be held where the handler interrupts.
+    while not received:
+        time.sleep(0.05)
     save_with(writer, 5)
 
 
