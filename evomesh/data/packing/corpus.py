@@ -206,9 +206,9 @@ def open_corpus(config: DataConfig, vocab_size: int | None) -> Corpus:
     sources = _open_sources(config, files, types, vocab_size, shared)
 
     # 2. Plan the packs: each file is a separate stream, or all files are one stream.
-    streams = (
-        [sources] if config.remainder == "carry" else [[source] for source in sources]
-    )
+    streams = [[source] for source in sources]
+    if config.remainder == "carry":
+        streams = [sources]
     plans = [make_plan(stream, config, shared) for stream in streams]
     if not any(map(len, plans)):
         refuse_empty(config, sources)
@@ -216,8 +216,7 @@ def open_corpus(config: DataConfig, vocab_size: int | None) -> Corpus:
     # 3. Report what each file contributes.
     report = []
     for plan, stream in zip(plans, streams, strict=True):
-        for source in stream:
-            report.append(file_row(source, types, plan))
+        report += [file_row(source, types, plan) for source in stream]
     warnings = find_warnings(report, sources, config)
     if config.dataset_weights:
         _, unmatched = group_packs(report, config.dataset_weights)

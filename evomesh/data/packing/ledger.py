@@ -90,21 +90,25 @@ class StepLedger:
         """
         # The document's packs never change. So a step that uses it is one that draws
         # one of these packs.
-        plan_number, source_number, document = self._find(file, row)
-        plan = self.corpus.plans[plan_number]
-        packs_of_plan = plan.packs_of(source_number, document)
-        first = self.corpus.first_pack(plan_number)
-        wanted = [first + pack for pack in packs_of_plan]
+        wanted = self._packs_of(file, row)
         position = self.sampler.seek(0)
         for step in range(steps):
             packs, position = self.sampler.take(position)
             is_wanted = np.isin(packs, wanted)
             for index in np.flatnonzero(is_wanted).tolist():
-                # Rank r reads packs[r::dp_size].
+                # Rank r reads packs[r::dp_size]: of eight packs for two ranks, index 5
+                # is micro-batch 2 of rank 1.
                 micro_batch, rank = divmod(index, self.dp_size)
                 pack = int(packs[index])
                 entries = self._pack(step, rank, micro_batch, pack)
                 yield from _of_document(entries, file, row)
+
+    def _packs_of(self, file: str, row: int) -> list[int]:
+        """Return the numbers in the corpus of the packs that hold a part of a document."""
+        plan_number, source_number, document = self._find(file, row)
+        first = self.corpus.first_pack(plan_number)
+        plan = self.corpus.plans[plan_number]
+        return [first + pack for pack in plan.packs_of(source_number, document)]
 
     def _find(self, file: str, row: int) -> tuple[int, int, int]:
         """Return the stream, the source in it and the number among its kept documents of a file's row."""

@@ -38,19 +38,23 @@ class StepSampler(Protocol):
 
 def collate(packs: Sequence[Pack]) -> Batch:
     """Stack M packs into a batch [M, T]; cu_seqlens are padded on the right by repeating T."""
-    most_bounds = max(len(pack.cu_seqlens) for pack in packs)
-    bounds = []
-    for pack in packs:
-        missing = most_bounds - len(pack.cu_seqlens)
-        bounds.append(np.pad(pack.cu_seqlens, (0, missing), mode="edge"))
+    bounds = _pad_bounds([pack.cu_seqlens for pack in packs])
+    lengths = np.diff(bounds)
     return Batch(
         tokens=_stack(pack.tokens for pack in packs),
         labels=_stack(pack.labels for pack in packs),
         position_ids=_stack(pack.position_ids for pack in packs),
         type_ids=_stack(pack.type_ids for pack in packs),
         cu_seqlens=_stack(bounds),
-        max_seqlen=int(np.diff(bounds).max()),
+        max_seqlen=int(lengths.max()),
     )
+
+
+def _pad_bounds(bounds: Sequence[NDArray[np.int32]]) -> list[NDArray[np.int32]]:
+    """Repeat the last bound of each pack until all have as many."""
+    # Bounds 0 3 8 and 0 8 become 0 3 8 and 0 8 8: the segment that is added is empty.
+    most = max(map(len, bounds))
+    return [np.pad(each, (0, most - len(each)), mode="edge") for each in bounds]
 
 
 def _stack(rows: Iterable[NDArray[Any]]) -> torch.Tensor:

@@ -32,11 +32,11 @@ class MixtureSchedule:
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
-        exact = [Fraction(str(weight)) for weight in weights]
-        total = sum(exact)
-        self.weights = [weight / total for weight in exact]
-        # Packs after which it repeats.
-        self.period = math.lcm(*[weight.denominator for weight in self.weights])
+        self.weights = _shares(weights)
+        # Packs after which it repeats: the weights 1/2, 1/3 and 1/6 give 3, 2 and 1 of
+        # every 6.
+        denominators = [weight.denominator for weight in self.weights]
+        self.period = math.lcm(*denominators)
         self._packs_in_period = [int(weight * self.period) for weight in self.weights]
         self._n = 0  # packs so far
         self._counts = [0] * len(weights)  # of them, packs of each source
@@ -87,6 +87,15 @@ class MixtureSchedule:
         source = min(deadlines, key=lambda eligible: deadlines[eligible])
         self._counts[source] += 1
         return source
+
+
+def _shares(weights: Sequence[float]) -> list[Fraction]:
+    """Return weights divided by their sum."""
+    # The weight as a person writes it: Fraction("0.1") is 1 / 10, while Fraction(0.1)
+    # is 3602879701896397 / 2**55, which would make the period astronomical.
+    exact = [Fraction(str(weight)) for weight in weights]
+    total = sum(exact)
+    return [weight / total for weight in exact]
 
 
 class WeightedSource(NamedTuple):

@@ -159,6 +159,7 @@ class PackPlan:
         return self.num_packs
 
     def _make_order(self) -> NDArray[np.int32]:
+        # A file has the same order whatever the other files are: its generator is new.
         order = np.empty(self.first_document[-1], np.int32)
         for start, stop in pairwise(self.first_document):
             order[start:stop] = np.arange(stop - start)
@@ -167,13 +168,18 @@ class PackPlan:
         return order
 
     def _make_ends(self) -> IndexArray:
+        ranges = pairwise(self.first_document)
         lengths = np.empty(len(self.document_order), np.int64)
-        for source, (start, stop) in zip(
-            self.sources, pairwise(self.first_document), strict=True
-        ):
+        for source, (start, stop) in zip(self.sources, ranges, strict=True):
             documents = self.document_order[start:stop]
             lengths[start:stop] = source.lengths[documents]
+        # In place: a corpus may have a billion documents, 8 bytes each.
         return np.cumsum(lengths, out=lengths)
+
+    def _span(self, position: int) -> tuple[int, int]:
+        """Return the tokens ``[start, end)`` of the stream that the document at a position has."""
+        start = int(self.document_ends[position - 1]) if position else 0
+        return start, int(self.document_ends[position])
 
     def document_range(self, pack: int) -> tuple[int, int]:
         """Return the positions ``[first, stop)`` in the stream of the documents that ``pack`` touches."""
@@ -205,9 +211,9 @@ class PackPlan:
         first, stop = self.document_range(pack)
         spans = []
         for position in range(first, stop):
-            document_start = int(self.document_ends[position - 1]) if position else 0
+            document_start, document_end = self._span(position)
             inside_start = max(start, document_start)
-            inside_stop = min(end, int(self.document_ends[position]))
+            inside_stop = min(end, document_end)
             if inside_start >= inside_stop:
                 continue  # a document without tokens
             span = DocumentSpan(
@@ -222,11 +228,8 @@ class PackPlan:
 
     def packs_of(self, source: int, document: int) -> range:
         """Return the packs that hold tokens of a kept document of ``self.sources[source]``."""
-        first, stop = self.first_document[source : source + 2]
-        is_document = self.document_order[first:stop] == document
-        position = first + int(np.flatnonzero(is_document)[0])
-        start = int(self.document_ends[position - 1]) if position else 0
-        end = int(self.document_ends[position])
+        position = self._position(source, document)
+        start, end = self._span(position)
         if start == end:
             return range(0)
         # Tokens 1500 to 4999 of the stream, in packs of 1024, are in the packs 1 to 4;
@@ -236,10 +239,17 @@ class PackPlan:
         after_last = -(-end // length)  # rounded up
         return range(first_pack, min(after_last, self.num_packs))
 
+    def _position(self, source: int, document: int) -> int:
+        """Return the position in the stream of a kept document of ``self.sources[source]``."""
+        first, stop = self.first_document[source : source + 2]
+        is_document = self.document_order[first:stop] == document
+        (number,) = np.flatnonzero(is_document).tolist()
+        return first + int(number)
+
     def _read_documents(self, first: int, stop: int) -> tuple[TokenArray, IndexArray]:
         """Return tokens and types of the documents at positions ``[first, stop)``, which may span several sources."""
         tokens: list[TokenArray] = []
-        types: list[IndexArray] = []
+        types: list[int] = []
         number = bisect_right(self.first_document, first) - 1
         while first < stop:
             source = self.sources[number]
@@ -247,18 +257,30 @@ class PackPlan:
             documents = self.document_order[first:source_stop]
             if len(documents):
                 tokens.append(source.read(documents))
-                types.append(np.full(len(documents), source.type_id, np.int64))
+                types += [source.type_id] * len(documents)
             first = source_stop
             number += 1
-        if len(tokens) == 1:
-            return tokens[0], types[0]
-        return np.concatenate(tokens), np.concatenate(types)
+        # Mostly one file, whose tokens need no copy.
+        stored = tokens[0] if len(tokens) == 1 else np.concatenate(tokens)
+        return stored, np.array(types, np.int64)
 
 
 def assemble(
     stored: TokenArray, ends: IndexArray, types: IndexArray, rule: PackRule
 ) -> Pack:
     """Make one pack from its documents' tokens.
+
+    With T = 8, order "internevo" and the documents 1 2 3, 4 -5 6 and 7 8 9 9 of the
+    types 0, 1 and 0, which end at 3, 6 and 10:
+
+        tokens        1  2  3  4  5  6  7  8
+        labels        2  3  .  .  6  .  8  9    "." is IGNORE
+        position_ids  0  1  2  0  1  2  0  1
+        type_ids      0  0  0  1  1  1  0  0
+        cu_seqlens    0  3  6  8
+
+    A label is the next token, unless that begins another document or is masked (-5).
+    The last label, 9, is already a token of the next pack.
 
     Args:
         stored: tokens from the pack's start to the end of the last document it touches, signs as stored. When they
@@ -268,18 +290,16 @@ def assemble(
         rule: packed length T, segments and targets.
     """
     length = rule.packed_length
-    filled = min(len(stored), length)
+    inside = stored[:length]
     tokens = np.zeros(length, np.int64)
-    np.abs(stored[:filled], out=tokens[:filled])
+    tokens[: len(inside)] = np.abs(inside)
 
     # Edges of the documents inside the pack, then of the padding: 0 .. T, some of them
     # equal.
-    edges = np.empty(len(ends) + 2, np.int64)
-    edges[0] = 0
-    edges[-1] = length
-    np.minimum(ends, length, out=edges[1:-1])
+    ends_inside = np.minimum(ends, length)
+    edges = np.concatenate([[0], ends_inside, [length]])
     types_and_padding = np.append(types, 0)
-    type_ids = np.repeat(types_and_padding, np.diff(edges))
+    sizes = np.diff(edges)
 
     # A position counts from the start of its segment.
     bounds = _segment_bounds(edges, rule)
@@ -288,7 +308,7 @@ def assemble(
         tokens=tokens,
         labels=_labels(stored, ends, rule),
         position_ids=np.arange(length) - segment_start,
-        type_ids=type_ids,
+        type_ids=np.repeat(types_and_padding, sizes),
         cu_seqlens=bounds.astype(np.int32),
     )
 
@@ -300,11 +320,11 @@ def _labels(stored: TokenArray, ends: IndexArray, rule: PackRule) -> TokenArray:
     following = stored[1 : length + 1]
     labels[: len(following)] = following
     if rule.order == "internevo":
-        ends_inside = ends[ends <= length]
-        labels[ends_inside - 1] = IGNORE  # a document's last token has no next one
+        last_tokens = ends[ends <= length] - 1
+        labels[last_tokens] = IGNORE  # a document's last token has no next one
     if rule.one_sample or rule.order == "xtuner":
         # These two rules do not look past the end of the pack.
-        labels[length - 1] = IGNORE
+        labels[-1] = IGNORE
     # A negative id is only an input. 0 is never a target: InternEvo's format cannot
     # tell it from a masked 0.
     np.putmask(labels, labels <= 0, IGNORE)
@@ -334,9 +354,8 @@ def split_bounds(bounds: IndexArray, seq_len: int) -> IndexArray:
     # 1], j = [0 1 2 0], and the result is [0 2 4 5 7].
     counts = -(-sizes // seq_len)  # rounded up
     parts_before = np.cumsum(counts) - counts
-    segments = np.arange(len(sizes))
-    segment = np.repeat(segments, counts)  # i of each part
-    parts = np.arange(len(segment))
-    j = parts - parts_before[segment]
-    starts = bounds[segment] + j * seq_len
+    i = np.repeat(np.arange(len(sizes)), counts)
+    part_numbers = np.arange(len(i))
+    j = part_numbers - parts_before[i]
+    starts = bounds[i] + j * seq_len
     return np.append(starts, bounds[-1])

@@ -5,6 +5,7 @@ The rows and the manifest are plain JSON: the manifest is stored in every checkp
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -86,7 +87,9 @@ def report_table(report: Sequence[dict[str, Any]]) -> str:
         cells = _table_row(row["file"], row["type"], row)
         table.append(cells)
     if len(report) > 1:
-        totals = {name: sum(row[name] for row in report) for name in COUNTS}
+        totals: Counter[str] = Counter()
+        for row in report:
+            totals.update({name: row[name] for name in COUNTS})
         cells = _table_row(f"{len(report)} files", "", totals)
         table.append(cells)
     return _align_columns(table)
@@ -94,14 +97,11 @@ def report_table(report: Sequence[dict[str, Any]]) -> str:
 
 def _align_columns(table: Sequence[Sequence[str]]) -> str:
     """Return the table as text: names in the first two columns on the left, counts on the right."""
-    columns = []
-    for number, cells in enumerate(zip(*table, strict=True)):
-        side = "<" if number < 2 else ">"
-        columns.append(_align(cells, side))
-    lines = []
-    for row in zip(*columns, strict=True):
-        lines.append("  ".join(row))
-    return "\n".join(lines)
+    columns = list(zip(*table, strict=True))
+    names = [_align(cells, "<") for cells in columns[:2]]
+    counts = [_align(cells, ">") for cells in columns[2:]]
+    rows = zip(*names, *counts, strict=True)
+    return "\n".join(map("  ".join, rows))
 
 
 def _align(cells: Sequence[str], side: str) -> list[str]:
@@ -119,13 +119,18 @@ def make_manifest(
 ) -> dict[str, Any]:
     """Describe the data: files with their sizes, documents, tokens and hashes, in order."""
     files = []
-    identity = []
     for row in report:
-        files.append({key: row[key] for key in MANIFEST_KEYS if key in row})
-        # Synthetic documents have neither bytes nor a hash.
-        identity.append((row["file"], row["type"], row.get("bytes"), row.get("hash")))
-    digest = xxhash.xxh3_64_hexdigest(repr(identity).encode())
+        file = {key: row[key] for key in MANIFEST_KEYS if key in row}
+        files.append(file)
+    # Checkpoints store this hash: another way to write it would refuse old ones.
+    identity = repr([_identity(file) for file in files])
+    digest = xxhash.xxh3_64_hexdigest(identity.encode())
     return {"files": files, "types": list(types), "hash": digest}
+
+
+def _identity(file: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what makes a file another one; synthetic documents have neither bytes nor a hash."""
+    return file["file"], file["type"], file.get("bytes"), file.get("hash")
 
 
 def check_manifest(saved: dict[str, Any] | str | None, current: dict[str, Any]) -> None:
@@ -158,12 +163,12 @@ def _list_changes(
     new = {file["file"]: file for file in new_files}
     lines = []
     for name, file in old.items():
-        current = new.get(name)
-        if current is None:
-            lines.append(f"  removed: {name} ({_content(file)})")
-        elif current != file:
-            change = f"{_content(file)} -> {_content(current)}"
-            lines.append(f"  changed: {name} ({change})")
+        content = _content(file)
+        if name not in new:
+            lines.append(f"  removed: {name} ({content})")
+        elif new[name] != file:
+            new_content = _content(new[name])
+            lines.append(f"  changed: {name} ({content} -> {new_content})")
     for name, file in new.items():
         if name not in old:
             lines.append(f"  added: {name} ({_content(file)})")
@@ -233,9 +238,13 @@ def _repeated_rows(source: BinDataset) -> int:
     middle = int(source.rows[half, 0])  # byte at which the second half starts
     if 2 * middle != source.size:
         return 0
+    # Offsets of the second half are larger by the size of the first, the counts of
+    # tokens are equal.
     first_half = source.rows[:half]
-    second_half = source.rows[half:] - np.array([middle, 0])
-    return half if np.array_equal(first_half, second_half) else 0
+    second_half = source.rows[half:]
+    expected = first_half + np.array([middle, 0])
+    is_repeated = np.array_equal(second_half, expected)
+    return half if is_repeated else 0
 
 
 def refuse_empty(config: DataConfig, sources: Sequence[BinDataset]) -> NoReturn:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -69,12 +70,15 @@ class RowPlan(PackPlan):
     def _tokens_in_rows(self) -> int:
         """Return the tokens of documents that are in some row: not cut, and not of a last pack left out."""
         rows = self.num_packs * self.rule.rows
+        ranges = pairwise(self.first_document)
         in_rows = 0
-        for number, source in enumerate(self.sources):
-            start, stop = self.first_document[number : number + 2]
-            documents = self.document_order[start : min(stop, max(rows, start))]
-            lengths = np.minimum(source.lengths[documents], self.rule.seq_len)
-            in_rows += int(lengths.sum())
+        for source, (start, stop) in zip(self.sources, ranges, strict=True):
+            # The document at position i has row i: those past the last row are dropped.
+            after_last = max(start, min(stop, rows))
+            documents = self.document_order[start:after_last]
+            lengths = source.lengths[documents]
+            cut_lengths = np.minimum(lengths, self.rule.seq_len)
+            in_rows += int(cut_lengths.sum())
         return in_rows
 
     def _make_ends(self) -> IndexArray:
@@ -90,9 +94,10 @@ class RowPlan(PackPlan):
         documents = []
         types = []
         for span in self.spans(pack):
-            tokens = span.source.read(np.array([span.document]))
+            source = span.source
+            tokens = source.read(np.array([span.document]))
             documents.append(tokens)
-            types.append(span.source.type_id)
+            types.append(source.type_id)
         return assemble_rows(documents, types, self.rule)
 
     def spans(self, pack: int) -> list[DocumentSpan]:
@@ -118,12 +123,15 @@ def assemble_rows(
     stored = np.zeros(len(documents) * rule.seq_len, np.int64)
     ends = []
     row_types = []
-    for row, (tokens, kind) in enumerate(zip(documents, types, strict=True)):
-        start = row * rule.seq_len
+    row_start = 0
+    for tokens, kind in zip(documents, types, strict=True):
         cut = tokens[: rule.seq_len]
-        stored[start : start + len(cut)] = cut
-        ends += [start + len(cut), start + rule.seq_len]
+        document_end = row_start + len(cut)
+        row_end = row_start + rule.seq_len
+        stored[row_start:document_end] = cut
+        ends += [document_end, row_end]
         row_types += [kind, 0]
+        row_start = row_end
     return assemble(
         stored,
         np.array(ends, np.int64),

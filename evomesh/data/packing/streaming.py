@@ -101,42 +101,50 @@ class StreamingPacks:
 
     def state(self) -> dict[str, Any]:
         """Return the positions of this rank's lanes and of the reader, as JSON."""
-        # Windows whose rows every lane has passed are not needed again; the first one
-        # left is where a resume reads.
+        self._drop_passed_windows()
+        positions = {}
+        for number, lane in self.lanes.items():
+            key = str(number)  # as all keys of JSON
+            positions[key] = [lane.n, lane.used]
+        return {"cursor": asdict(self._cursors[0]), "lanes": positions}
+
+    def _drop_passed_windows(self) -> None:
+        """Drop the starts of windows whose rows every lane has passed: a resume reads from the first one left."""
         oldest_row = min(lane.n for lane in self.lanes.values())
         while len(self._cursors) > 1 and self._cursors[1].n <= oldest_row:
             self._cursors.popleft()
-        cursor = self._cursors[0]
-        positions = {}
-        for number, lane in self.lanes.items():
-            positions[str(number)] = [lane.n, lane.used]
-        return {"cursor": asdict(cursor), "lanes": positions}
 
     def _read_window(self) -> None:
         """Read the next window of rows and hand this rank's documents in it to their lanes."""
+        # The rows of other ranks are not tokenized.
         window = next(self._windows)
         self._cursors.append(window.next_cursor)
-        targets = 0
-        rows = []
-        texts = []
+        texts = {}
         for row, text in enumerate(window.texts, window.first_row):
             if text and self._needs(row):
-                rows.append(row)
-                texts.append(text)
-        for row, ids in zip(rows, encode_texts(self.tokenizer, texts), strict=True):
+                texts[row] = text
+
+        targets = 0
+        encoded = encode_texts(self.tokenizer, list(texts.values()))
+        for row, ids in zip(texts, encoded, strict=True):
             tokens = np.array(self._prefix + ids + self._suffix, np.int64)
-            if len(tokens) < max(1, self.min_length):
-                self._unused.add(len(tokens))
-                continue
-            found = self._count_targets(tokens)
-            targets += found
-            if not found:
-                self._unused.add(len(tokens), is_document=True)
             location = window.locations[row - window.first_row]
-            check_ids(largest_id(tokens), self.vocab_size, self.tokenizer, location)
-            lane = self.lanes[row % self.num_lanes]
-            lane.waiting.append((row, tokens))
+            targets += self._add_document(row, tokens, location)
         self._unused.end_window(window.next_cursor, targets, self.min_length)
+
+    def _add_document(self, row: int, tokens: TokenArray, location: str) -> int:
+        """Hand a document to its lane unless it is too short; return how many of its tokens can be targets."""
+        if len(tokens) < max(1, self.min_length):
+            self._unused.add(len(tokens))
+            return 0
+        largest = largest_id(tokens)
+        check_ids(largest, self.vocab_size, self.tokenizer, location)
+        targets = self._count_targets(tokens)
+        if not targets:
+            self._unused.add(len(tokens), is_document=True)
+        lane = self.lanes[row % self.num_lanes]
+        lane.waiting.append((row, tokens))
+        return targets
 
     def _count_targets(self, tokens: TokenArray) -> int:
         """Return how many tokens of a document can be targets."""

@@ -80,10 +80,11 @@ def find_text_files(
     """Return the files to train or validate on, in the encoding of the config, and warnings."""
     key = f"data.{purpose}_folder"
     encoding = check_encoding(config.encoding, "data.encoding")
-    if purpose == "train":
-        folder, split = config.train_folder, config.split_name
-    else:
-        folder, split = config.valid_folder, config.valid_split_name
+    folder = config.train_folder
+    split = config.split_name
+    if purpose == "valid":
+        folder = config.valid_folder
+        split = config.valid_split_name
     assert folder is not None
     files, warnings = find_split_files(folder, key, config.subset_name, purpose, split)
     return [replace(file, encoding=encoding) for file in files], warnings
@@ -135,30 +136,38 @@ def read_documents(config: DataConfig, vocab_size: int) -> MemoryDocuments:
         UserError: there is no file, no text, no document that is long enough or no target, or an id is outside the
             vocabulary.
     """
+    # 1. Tokenize the texts.
     files, _ = find_text_files(config, "valid")
     tokenizer = load_text_tokenizer(config)
     prefix, suffix = text_boundary_ids(tokenizer)
     min_length = max(1, config.valid_min_length)
     documents: list[TokenArray] = []
     unused = UnusedRows(RowCursor())
-    targets = 0
     rows = RowStream(files, config.content_name, config.seed)
-    for window in rows.windows(RowCursor()):
-        if window.next_cursor.epoch:  # the first pass is over
-            break
-        texts = [text for text in window.texts if text]
-        for ids in encode_texts(tokenizer, texts):
-            document = np.array(prefix + ids + suffix, np.int64)
-            if len(document) < min_length:
-                unused.add(len(document))
-                continue
-            targets += count_targets(document, np.array([len(document)]))
+    for ids in _encode_first_pass(rows, tokenizer):
+        document = np.array(prefix + ids + suffix, np.int64)
+        if len(document) < min_length:
+            unused.add(len(document))
+        else:
             documents.append(document)
     if not documents:
         raise unused.too_short("data.valid_folder", "data.valid_min_length", min_length)
-    largest = max(largest_id(document) for document in documents)
+
+    # 2. Check what training would only find in the middle of a run.
+    largest = max(map(largest_id, documents))
     check_ids(largest, vocab_size, tokenizer, str(config.valid_folder))
+    # The first token of a document has no predecessor.
+    targets = sum(count_targets(document[1:]) for document in documents)
     if not targets:
         tokens = sum(map(len, documents))
         raise without_target(tokens, "data.valid_folder")
     return MemoryDocuments(files[0].path.parent.name, documents)
+
+
+def _encode_first_pass(rows: RowStream, tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """Yield the ids of every text once."""
+    for window in rows.windows(RowCursor()):
+        if window.next_cursor.epoch:  # the first pass is over
+            return
+        texts = [text for text in window.texts if text]
+        yield from encode_texts(tokenizer, texts)

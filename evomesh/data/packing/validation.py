@@ -95,23 +95,19 @@ class ValidationSet:
         if pack >= self.num_packs:
             nothing = np.empty(0, np.int64)
             return assemble(nothing, nothing, nothing, self.rule)
-        start, stop = self._pack_bounds[pack : pack + 2]
-        size = int(stop - start)
+        # The documents that overlap the pack: of [0, 10) and [10, 15), a pack [8, 13)
+        # has both.
+        start, stop = self._pack_bounds[pack : pack + 2].tolist()
+        bounds = self._document_bounds
+        first = int(np.searchsorted(bounds, start, side="right")) - 1
+        after_last = int(np.searchsorted(bounds, stop))
+        stored = self._read_from(start, range(first, after_last))
 
-        # Read the documents that overlap the pack, and drop the tokens of the first one
-        # that precede it. With the documents [0, 10) and [10, 15), a pack [8, 13) reads
-        # both, drops 8 tokens of the first, and uses 5 of the 7 left.
-        first = np.searchsorted(self._document_bounds, start, side="right") - 1
-        after_last = np.searchsorted(self._document_bounds, stop)
-        documents = [self._read_document(number) for number in range(first, after_last)]
-        before = start - self._document_bounds[first]
-        stored = np.concatenate(documents)[before:]
-
-        document_ends = self._document_bounds[first + 1 : after_last + 1]
+        size = stop - start
+        document_ends = bounds[first + 1 : after_last + 1]
         ends = np.minimum(document_ends, stop) - start
         types = np.zeros(len(ends), np.int64)
-        tokens = stored[:size]
-        assembled = assemble(tokens, ends, types, self.rule)
+        assembled = assemble(stored[:size], ends, types, self.rule)
 
         # The pack may end inside a document, whose next token is a target too.
         if len(stored) > size:
@@ -120,27 +116,37 @@ class ValidationSet:
             assembled.labels[size - 1] = label
         return assembled
 
+    def _read_from(self, start: int, numbers: range) -> TokenArray:
+        """Return the tokens of neighboring documents, without those of the first that precede ``start`` in the set."""
+        documents = [self._read_document(number) for number in numbers]
+        before = start - self._document_bounds[numbers.start]
+        return np.concatenate(documents)[before:]
+
     def _read_document(self, number: int) -> IndexArray:
         """Read a document of the set; the last one is kept, since a long document is in many packs."""
         last_number, tokens = self._last_read
         if number != last_number:
-            source = bisect_right(self._first_document, number) - 1
-            document = number - self._first_document[source]
-            tokens = self.sources[source].read(np.array([document]))
+            source_number = bisect_right(self._first_document, number) - 1
+            source = self.sources[source_number]
+            document = number - self._first_document[source_number]
+            tokens = source.read(np.array([document]))
             self._last_read = (number, tokens)
         return tokens
 
 
 def _fill_packs(segment_bounds: IndexArray, length: int) -> IndexArray:
     """Return the bounds of packs that take as many whole segments as fit into ``length`` tokens."""
-    end = segment_bounds[-1]
-    bounds = [segment_bounds[0]]
-    while bounds[-1] < end:
+    # Segments 0 3 5 9 12 fill packs of 8 tokens as 0 5 12: the third ends at 9, past
+    # the first pack.
+    start = segment_bounds[0]
+    bounds = [start]
+    while start < segment_bounds[-1]:
         # The pack ends with the last segment that ends inside it; every segment is at
         # most a pack long.
-        limit = bounds[-1] + length
+        limit = start + length
         next_segment = np.searchsorted(segment_bounds, limit, side="right")
-        bounds.append(segment_bounds[next_segment - 1])
+        start = segment_bounds[next_segment - 1]
+        bounds.append(start)
     return np.array(bounds, np.int64)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomesh.data.token_files.cache import open_cache
+from evomesh.data.token_files.file_check import check_file
 from evomesh.data.token_files.lines import (
     BadLineError,
+    IntArray,
     TokenArray,
     largest_id,
     parse_line,
@@ -24,14 +26,6 @@ from evomesh.data.token_files.meta import read_meta, rebuild
 from evomesh.data.token_files.shared_index import digest, shared_array
 from evomesh.errors import UserError
 
-MAGIC = {
-    b"\x1f\x8b": "gzip",
-    b"\x28\xb5\x2f\xfd": "zstandard",
-    b"BZh": "bzip2",
-    b"PK\x03\x04": "zip",
-    b"\xfd7zXZ": "xz",
-}
-
 BLOCK = 512  # documents that ``check`` reads at once
 BLOCK_BYTES = 2**18  # and about how many bytes at most
 SHORT = 128  # average tokens per document below which a cache is read by one gather
@@ -39,15 +33,17 @@ LONG = 1 << 16  # tokens from which a document is likely to be in several packs
 # Read in a few seconds; ``evomesh data verify`` reads everything.
 CHECKED_BYTES = 64 * 2**20
 
+CacheArray = NDArray[np.int32]
+
 
 class DocumentSource(Protocol):
     """A source of documents with known lengths, which are read by number."""
 
     name: str
     type_id: int
-    lengths: NDArray[np.integer]  # [n], of the documents that are long enough
+    lengths: IntArray  # [n], of the documents that are long enough
 
-    def read(self, documents: NDArray[np.integer]) -> TokenArray:
+    def read(self, documents: IntArray) -> TokenArray:
         """Return the tokens of the given documents, one after the other, with their signs as stored."""
         ...
 
@@ -102,7 +98,7 @@ class BinDataset:
         self._shared = shared
         # Row of each kept document; None: all rows.
         self.kept: NDArray[np.int32] | None = None
-        self.lengths: NDArray[np.integer] = self.rows[:, 1]
+        self.lengths: IntArray = self.rows[:, 1]
         has_short = (
             min_length > 0 and len(self.rows) and int(self.lengths.min()) < min_length
         )
@@ -153,50 +149,38 @@ class BinDataset:
         end = int(self.rows[row + 1, 0]) if row + 1 < len(self.rows) else self.size
         return bytes(self._map()[start:end])
 
-    def read(self, documents: NDArray[np.integer]) -> TokenArray:
+    def read(self, documents: IntArray) -> TokenArray:
         """Return the tokens of the given kept documents, one after the other; negative ids are inputs but not targets.
 
         Raises:
             UserError: a line does not match the meta, or an id is outside the vocabulary.
         """
-        rows = np.asarray(documents) if self.kept is None else self.kept[documents]
-        tokens = (
-            self._read_lines(rows)
-            if self._cache is None
-            else self._read_cache(rows, self._cache)
-        )
+        rows = np.asarray(documents)
+        if self.kept is not None:
+            rows = self.kept[documents]
+        if self._cache is None:
+            tokens = self._read_lines(rows)
+        else:
+            tokens = self._read_cache(rows, self._cache)
         if self.vocab_size is not None and largest_id(tokens) >= self.vocab_size:
             self._refuse_id(rows, tokens)
         return tokens
 
-    def _read_cache(
-        self, rows: NDArray[np.integer], cache: NDArray[np.int32]
-    ) -> TokenArray:
-        if self._cache_starts is None:
-            self._cache_starts = self._build_once(
-                "starts", lambda: _starts(self.rows[:, 1])
-            )
-        starts = self._cache_starts[rows]
+    def _read_cache(self, rows: IntArray, cache: CacheArray) -> TokenArray:
+        starts = self._starts_in_cache()[rows]
         lengths = self._row_lengths(rows)
-        total = int(lengths.sum())
+        are_short = int(lengths.sum()) < len(rows) * SHORT
+        read = _gather if are_short else _join_slices
+        return read(cache, starts, lengths)
 
-        # Short documents: one index of every token is cheaper than a slice of every
-        # document. Documents of 2 and 3 tokens that start at 10 and 40 in the cache
-        # give [0 1 2 3 4] + [10 10 38 38 38] = [10 11 40 41 42].
-        if total < len(rows) * SHORT:
-            # From a token of the result to the same token in the cache.
-            offsets = starts - _starts(lengths)
-            index = np.arange(total) + np.repeat(offsets, lengths)
-            tokens: TokenArray = cache[index].astype(np.int64)
-            return tokens
+    def _starts_in_cache(self) -> NDArray[np.int64]:
+        """Return where each row's tokens start in the cache, which has no index: it has them end to end."""
+        if self._cache_starts is None:
+            build = partial(_starts, self.rows[:, 1])
+            self._cache_starts = self._build_once("starts", build)
+        return self._cache_starts
 
-        parts = []
-        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
-            stop = start + length
-            parts.append(cache[start:stop])
-        return np.concatenate(parts).astype(np.int64)
-
-    def _read_lines(self, rows: NDArray[np.integer]) -> TokenArray:
+    def _read_lines(self, rows: IntArray) -> TokenArray:
         is_long = self._row_lengths(rows) >= LONG
         if not is_long.any():
             return self._parse(rows)
@@ -205,18 +189,19 @@ class BinDataset:
         # give the groups [0 1], [2] and [3 4].
         long = np.flatnonzero(is_long)
         borders = np.unique([long, long + 1])
-        tokens = []
+        parts = []
         for group in np.split(rows, borders):
             if not len(group):
                 continue
-            first_length = self._row_lengths(group[:1]).item()
-            read = self._read_long if first_length >= LONG else self._parse
-            tokens.append(read(group))
-        if len(tokens) == 1:
-            return tokens[0]
-        return np.concatenate(tokens)
+            if self._row_lengths(group)[0] >= LONG:
+                tokens = self._read_long(group)
+            else:
+                tokens = self._parse(group)
+            parts.append(tokens)
+        # A long document alone is shared with the next pack inside it, without a copy.
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _read_long(self, row: NDArray[np.integer]) -> TokenArray:
+    def _read_long(self, row: IntArray) -> TokenArray:
         """Read one long document; ``row`` has a single entry."""
         path, last, tokens = self._last_long.found
         if path != self.path or last != int(row[0]):
@@ -225,25 +210,29 @@ class BinDataset:
             self._last_long.found = (self.path, int(row[0]), tokens)
         return tokens
 
-    def _parse(self, rows: NDArray[np.integer]) -> TokenArray:
+    def _parse(self, rows: IntArray) -> TokenArray:
         starts = self._row_offsets(rows)
+        ends = self._row_ends(rows)
+        lengths = self._row_lengths(rows)
+        tokens = parse_ranges(self._map(), starts, ends, lengths)
+        if tokens is not None:
+            return tokens
+        # A line has a defect: find it line by line, to name its row and byte.
+        checked = map(self._parse_with_checks, rows.tolist())
+        return np.concatenate(list(checked))
+
+    def _row_offsets(self, rows: IntArray) -> NDArray[np.int64]:
+        return np.asarray(self.rows[rows, 0], np.int64)
+
+    def _row_ends(self, rows: IntArray) -> NDArray[np.int64]:
         # A line ends where the next one starts, the last one at the end of the file.
         last = len(self.rows) - 1
         next_rows = np.minimum(rows + 1, last)
         ends = self._row_offsets(next_rows)
         ends[rows == last] = self.size
-        lengths = self._row_lengths(rows)
-        tokens = parse_ranges(self._map(), starts, ends, lengths)
-        if tokens is None:
-            # A line has a defect: find it line by line, to name its row and byte.
-            documents = [self._parse_with_checks(row) for row in rows.tolist()]
-            tokens = np.concatenate(documents)
-        return tokens
+        return ends
 
-    def _row_offsets(self, rows: NDArray[np.integer]) -> NDArray[np.int64]:
-        return np.asarray(self.rows[rows, 0], np.int64)
-
-    def _row_lengths(self, rows: NDArray[np.integer]) -> NDArray[np.int64]:
+    def _row_lengths(self, rows: IntArray) -> NDArray[np.int64]:
         return np.asarray(self.rows[rows, 1], np.int64)
 
     @property
@@ -255,6 +244,11 @@ class BinDataset:
     def blocks(self) -> int:
         """Number of blocks of the file."""
         return -(-len(self) // self.block)
+
+    def documents_of_block(self, number: int) -> IntArray:
+        """Return the documents that make up a block."""
+        start = number * self.block
+        return np.arange(start, min(start + self.block, len(self)))
 
     def check(self, count: int, *, crosses_documents: bool = False) -> tuple[int, int]:
         """Read ``count`` of the ``blocks``, evenly spaced, so that what ``read`` refuses is refused now.
@@ -268,15 +262,19 @@ class BinDataset:
         Raises:
             UserError: as ``read``; or the whole file was read, and it has no target.
         """
-        tokens = targets = 0
+        tokens = 0
+        targets = 0
         for number in evenly_spaced(self.blocks, count).tolist():
-            start = number * self.block
-            stop = min(start + self.block, len(self))
-            ids = self.read(np.arange(start, stop))
+            documents = self.documents_of_block(number)
+            ids = self.read(documents)
+            lengths = None
+            if not crosses_documents:
+                lengths = self.lengths[documents]
             tokens += len(ids)
-            lengths = None if crosses_documents else self.lengths[start:stop]
             targets += count_targets(ids, lengths)
-        if tokens == self.kept_tokens and tokens and not targets:
+        # A few blocks without a target prove nothing: the others may have one.
+        read_everything = tokens == self.kept_tokens
+        if tokens and read_everything and not targets:
             raise without_target(tokens, str(self.path))
         return tokens, targets
 
@@ -339,7 +337,7 @@ class BinDataset:
                 start, end = end, end + len(line)
         return start, end
 
-    def _refuse_id(self, rows: NDArray[np.integer], tokens: TokenArray) -> None:
+    def _refuse_id(self, rows: IntArray, tokens: TokenArray) -> None:
         """Refuse the first id of the documents in ``rows`` that is outside the vocabulary."""
         is_outside = np.abs(tokens) >= self.vocab_size
         first_bad = int(np.flatnonzero(is_outside)[0])
@@ -382,9 +380,28 @@ class BinDataset:
             )
 
 
-def _starts(lengths: NDArray[np.integer]) -> NDArray[np.int64]:
+def _starts(lengths: IntArray) -> NDArray[np.int64]:
     """Return where each document starts when documents of these lengths follow one another."""
     return np.cumsum(lengths, dtype=np.int64) - lengths
+
+
+def _gather(cache: CacheArray, starts: TokenArray, lengths: TokenArray) -> TokenArray:
+    """Read short documents by one index of every token, which is cheaper than a slice of every document."""
+    # Documents of 2 and 3 tokens that start at 10 and 40 in the cache are the tokens
+    # [0 1 2 3 4] of the result: [0 1 2 3 4] + [10 10 38 38 38] = [10 11 40 41 42].
+    offsets = starts - _starts(lengths)
+    index = np.arange(lengths.sum()) + np.repeat(offsets, lengths)
+    tokens: TokenArray = cache[index].astype(np.int64)
+    return tokens
+
+
+def _join_slices(
+    cache: CacheArray, starts: TokenArray, lengths: TokenArray
+) -> TokenArray:
+    """Read documents by a slice of each."""
+    borders = np.stack([starts, starts + lengths], axis=1)
+    parts = [cache[start:end] for start, end in borders.tolist()]
+    return np.concatenate(parts).astype(np.int64)
 
 
 def evenly_spaced(total: int, count: int) -> NDArray[np.int64]:
@@ -392,7 +409,7 @@ def evenly_spaced(total: int, count: int) -> NDArray[np.int64]:
     return np.unique(np.linspace(0, total - 1, min(count, total)).astype(np.int64))
 
 
-def count_targets(ids: TokenArray, lengths: NDArray[np.integer] | None = None) -> int:
+def count_targets(ids: TokenArray, lengths: IntArray | None = None) -> int:
     """Return how many ids of documents can be targets: the positive ones.
 
     Args:
@@ -426,7 +443,8 @@ def check_sources(
     total_bytes = sum(file.size for file in files)
     share = min(1.0, CHECKED_BYTES / max(1, total_bytes))
     due = 0.0  # blocks to read; the fraction is carried over, so that many small files are not all skipped
-    tokens = targets = 0
+    tokens = 0
+    targets = 0
     for file in files:
         due += file.blocks * share
         tokens_of_file, targets_of_file = file.check(
@@ -448,42 +466,3 @@ def without_target(tokens: int, where: str) -> UserError:
         fix="check which roles were trained on when the conversations were tokenized (--train-on), and that documents "
         "are longer than one token",
     )
-
-
-class UnreadableFileError(UserError):
-    """The system does not let a token file be read, which says nothing about its content."""
-
-
-def check_file(path: Path) -> int:
-    """Return the size in bytes of a token file, after checking that it exists and is neither empty nor compressed.
-
-    Raises:
-        UnreadableFileError: the system refuses to read it.
-        UserError: it is empty or compressed.
-    """
-    try:
-        status = path.stat()
-        size = status.st_size
-        start = b""
-        if stat.S_ISREG(status.st_mode):  # opening a pipe would block forever
-            with path.open("rb") as file:
-                start = file.read(6)
-    except OSError as error:
-        raise UnreadableFileError(
-            f"cannot read the token file: {error.strerror}", where=str(path)
-        ) from None
-    if size == 0:
-        raise UserError(
-            "the token file is empty (0 bytes)",
-            where=str(path),
-            fix="delete it or tokenize again",
-        )
-    for magic, kind in MAGIC.items():
-        if start.startswith(magic):
-            raise UserError(
-                f"the token file is {kind}-compressed (it starts with bytes {magic.hex(' ')})",
-                where=str(path),
-                expected="plain lines",
-                fix=f"decompress it first, then: evomesh data repair {path}",
-            )
-    return size

@@ -59,6 +59,7 @@ def write_cache(bin_path: Path) -> int:
     try:
         # Written, not mapped: on a full disk a write is refused, while the first touch of
         # a mapped page would kill the process.
+        # The header alone is that of an .npy file; the tokens follow block by block.
         header = {"descr": "<i4", "fortran_order": False, "shape": (total,)}
         with report_disk_errors(cache_path(bin_path)):
             np.lib.format.write_array_header_1_0(locked, header)

@@ -32,6 +32,11 @@ class TokenFile:
     name: str
 
     @property
+    def folder(self) -> PurePosixPath:
+        """Folder of its name; "." directly in the data folder."""
+        return PurePosixPath(self.name).parent
+
+    @property
     def type(self) -> str:
         """Type of its documents: the first folder of its name."""
         return PurePosixPath(self.name).parts[0]
@@ -59,10 +64,13 @@ def _walk(
     if real_path in parents:
         return
     parents |= {real_path}
+    # InternEvo walks in the order of the file system, so that the packs of a run differ
+    # between machines. Sorted, they do not.
     entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
     for entry in entries:
-        if entry.is_file() and entry.name.endswith(suffix):
-            yield TokenFile(Path(entry.path), prefix + entry.name)
+        path = Path(entry.path)
+        if entry.is_file() and path.name.endswith(suffix):
+            yield TokenFile(path, prefix + path.name)
     for entry in entries:
         if entry.is_dir():
             inner_prefix = f"{prefix}{entry.name}/"
@@ -118,18 +126,19 @@ def group_sets(
     Args:
         root_name: name of the set of files that are in no folder.
     """
-    folders = {PurePosixPath(file.name).parent for file in files}
+    folders = {file.folder for file in files}
     folders_with_name = Counter(folder.name for folder in folders)
 
+    # The files a/web/1.bin, b/web/2.bin and b/code/3.bin are the sets "a/web", "b/web"
+    # and "code".
     sets: dict[str, list[TokenFile]] = {}
     for file in files:
-        folder = PurePosixPath(file.name).parent
-        if folder == PurePosixPath():
+        if file.folder == PurePosixPath():
             name = root_name
-        elif folders_with_name[folder.name] == 1:
-            name = folder.name
+        elif folders_with_name[file.folder.name] == 1:
+            name = file.folder.name
         else:
-            name = folder.as_posix()
+            name = file.folder.as_posix()
         sets.setdefault(name, []).append(file)
     return {name: sets[name] for name in sorted(sets)}
 
@@ -277,7 +286,8 @@ def write_order(folder: str | Path, output: Path, suffix: str = ".bin") -> int:
     Raises:
         UserError: there is no such file below the folder.
     """
-    names = [file.name for file in walk(check_folder(folder, "data folder"), suffix)]
+    root = check_folder(folder, "data folder")
+    names = [file.name for file in walk(root, suffix)]
     if not names:
         raise UserError(
             f"no file ending in {suffix!r} below {folder}", where="data folder"

@@ -106,16 +106,22 @@ def _have_frames(file: memoryview, starts: IntArray, ends: IntArray) -> bool:
     """Return whether every line is in the file, starts with the head and ends with the tail."""
     if not len(starts):
         return False
+    # A wrong meta may name any bytes; NumPy would take a negative start from the end.
     is_inside = starts.min() >= 0 and ends.max() <= len(file)
+    if not is_inside:
+        return False
     shortest = (ends - starts).min()
-    if not is_inside or shortest <= _FRAME:
+    if shortest <= _FRAME:
         return False
     has_heads = _occurs_at(file, _HEAD, starts)
-    return has_heads and _occurs_at(file, _TAIL, ends - len(_TAIL))
+    tails = ends - len(_TAIL)
+    return has_heads and _occurs_at(file, _TAIL, tails)
 
 
 def _occurs_at(file: memoryview, text: bytes, starts: IntArray) -> bool:
     """Return whether ``text`` starts at each of these bytes, by comparing overlapping views without a copy."""
+    # Entry i of the array is the bytes [i, i + size): the array has the memory of the
+    # file, and a step of one byte from entry to entry.
     size = len(text)
     slices: NDArray[np.bytes_] = np.ndarray(
         (len(file) - size + 1,), f"S{size}", file, strides=(1,)
@@ -139,7 +145,8 @@ def _remove_borders(numbers: TokenArray, lengths: IntArray) -> TokenArray | None
         return None
     if not num_borders:
         return numbers
-    # Border i follows the documents 0 .. i and the i borders between them.
+    # Border i follows the documents 0 .. i and the i borders between them: documents of
+    # 2, 3 and 1 tokens have the borders 2 and 6 in 1 2 # 3 4 5 # 6.
     ends = np.cumsum(lengths)[:-1]
     borders = ends + np.arange(num_borders)
     is_token = np.ones(len(numbers), bool)

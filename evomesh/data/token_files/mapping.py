@@ -11,7 +11,7 @@ import mmap
 import os
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,8 @@ def map_file(path: Path) -> memoryview:
         address = _map(handle, size)
     finally:
         os.close(handle)
+    # The map belongs to this object: every view of it keeps it alive, and the system
+    # takes the memory back when the last one is gone.
     content = (ctypes.c_ubyte * size).from_address(address)
     weakref.finalize(
         content, _libc().munmap, ctypes.c_void_p(address), ctypes.c_size_t(size)
@@ -49,23 +51,34 @@ def map_array(path: Path) -> NDArray[Any]:
         ValueError: it is not a whole ``.npy`` file of plain numbers.
     """
     with path.open("rb") as file:
-        version = np.lib.format.read_magic(file)
-        read_header = np.lib.format.read_array_header_1_0
-        if version != (1, 0):
-            read_header = np.lib.format.read_array_header_2_0
-        shape, is_fortran, dtype = read_header(file)
+        shape, is_fortran, dtype = read_array_header(file)
         start = file.tell()
+    # Objects are stored as a pickle, which can run any code when it is loaded.
     if dtype.hasobject:
         raise ValueError(f"{path} holds Python objects")
     count = int(np.prod(shape, dtype=np.int64))
     if not count:
         return np.empty(shape, dtype)
-    array = np.frombuffer(map_file(path), dtype, count, start)
+    content = map_file(path)
+    array = np.frombuffer(content, dtype, count, start)
     return array.reshape(shape, order="F" if is_fortran else "C")
+
+
+def read_array_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Read the header of an ``.npy`` file up to its content; return shape, whether in Fortran order, and dtype.
+
+    Raises:
+        ValueError: it is not such a file.
+    """
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    return np.lib.format.read_array_header_2_0(file)
 
 
 def _map(handle: int, size: int) -> int:
     libc = _libc()
+    # ctypes takes a result for an int of 32 bits, which would cut an address.
     libc.mmap.restype = ctypes.c_void_p
     address = libc.mmap(
         None,

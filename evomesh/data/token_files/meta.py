@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from evomesh.data.token_files.mapping import map_array
+from evomesh.data.token_files.mapping import map_array, read_array_header
 from evomesh.errors import UserError
 
 CHECK_ROWS = 1 << 20  # rows checked at once: bounds memory
@@ -66,6 +66,8 @@ def read_meta(bin_path: Path, mapped: bool = False) -> MetaArray:
             expected="<i4 (int32) or <i8 (int64), little-endian",
             fix=rebuild(bin_path),
         )
+    # InternEvo's own tokenizer writes int32 offsets. Past 2 GiB they wrap to negative
+    # numbers, and from 4 GiB on to offsets of other lines, which nothing else notices.
     size = bin_path.stat().st_size
     if rows.dtype.itemsize == 4 and size > np.iinfo(np.int32).max:
         raise UserError(
@@ -98,13 +100,7 @@ def _check_header(path: Path, bin_path: Path) -> None:
             )
         file.seek(0)
         try:
-            version = np.lib.format.read_magic(file)
-            read = (
-                np.lib.format.read_array_header_1_0
-                if version == (1, 0)
-                else np.lib.format.read_array_header_2_0
-            )
-            shape, _, dtype = read(file)
+            shape, _, dtype = read_array_header(file)
         except ValueError as error:
             raise UserError(
                 f"the meta has a broken .npy header ({error})",

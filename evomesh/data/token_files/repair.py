@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evomesh.data.token_files.bin_dataset import check_file
+from evomesh.data.token_files.file_check import check_file
 from evomesh.data.token_files.folders import find_bins
 from evomesh.data.token_files.lines import BadLineError, parse_line
 from evomesh.data.token_files.meta import meta_path, write_meta

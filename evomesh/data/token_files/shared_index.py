@@ -31,10 +31,14 @@ def digest(arrays: Iterable[NDArray[np.integer]]) -> str:
     """Return a hash of arrays of lengths, in order: an index depends on nothing else."""
     state = xxhash.xxh3_128()
     for lengths in arrays:
-        state.update(f"{len(lengths)}:".encode())
+        # The count keeps [1 2] [3] and [1] [2 3] apart.
+        header = f"{len(lengths)}:"
+        state.update(header.encode())
+        # A column of a meta is strided and may be int32: copy it, a part at a time.
         for start in range(0, len(lengths), DIGEST_ROWS):
             part = lengths[start : start + DIGEST_ROWS]
-            state.update(np.ascontiguousarray(part, np.int64).data)
+            contiguous = np.ascontiguousarray(part, np.int64)
+            state.update(contiguous.data)
     return state.hexdigest()
 
 

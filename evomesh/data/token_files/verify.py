@@ -14,12 +14,11 @@ import xxhash
 from numpy.typing import NDArray
 
 from evomesh.data.token_files.bin_dataset import (
-    UnreadableFileError,
-    check_file,
     count_targets,
     evenly_spaced,
     without_target,
 )
+from evomesh.data.token_files.file_check import UnreadableFileError, check_file
 from evomesh.data.token_files.fingerprint import read_fingerprint
 from evomesh.data.token_files.folders import TokenFile, find_bins, group_sets
 from evomesh.data.token_files.lines import (
@@ -209,22 +208,24 @@ def verify(
     Raises:
         UserError: there is no token file at one of the paths, or one is in both.
     """
+    # 1. The files, none of them on both sides.
     if tokenizer is not None and vocab_size is None:
         vocab_size = tokenizer.vocab_size
     files = find_bins(path)
     valid_files = find_bins(valid) if valid is not None else []
     _refuse_shared_file(files, valid_files)
 
+    # 2. Training data: one set, whatever its folders.
     scans = [scan_file(file.path, vocab_size) for file in files]
     problems = []
     for scan in scans:
-        problems += scan.problems
-        if tokenizer is not None and not scan.problems:
-            problems += _find_json_text(scan, tokenizer)
+        problems += scan.problems or _find_json_text(scan, tokenizer)
     problems += _find_short(path, scans, min_length)
 
-    # Each folder of validation data is a set, and needs a document that is long enough.
-    for name, members in group_sets(valid_files, str(valid)).items():
+    # 3. Validation data: each folder is a set, and needs a document that is long
+    # enough.
+    valid_sets = group_sets(valid_files, str(valid))
+    for name, members in valid_sets.items():
         scans_of_set = [scan_file(file.path, vocab_size) for file in members]
         for scan in scans_of_set:
             problems += scan.problems
@@ -279,9 +280,9 @@ def _compare_meta(scan: FileScan) -> None:
         scan.problems.append(
             f"{where}: {len(rows):,} rows, the token file has {len(scan.offsets):,} lines"
         )
-    count = min(len(rows), len(scan.offsets))
-    right = np.stack([scan.offsets[:count], scan.lengths[:count]], axis=1)
-    is_wrong = (rows[:count] != right).any(axis=1)
+    right = np.stack([scan.offsets, scan.lengths], axis=1)
+    common = min(len(rows), len(right))
+    is_wrong = (rows[:common] != right[:common]).any(axis=1)
     wrong = np.flatnonzero(is_wrong)
     for row in wrong[:SHOWN]:
         stored = tuple(rows[row].tolist())
@@ -337,26 +338,34 @@ def _compare_fingerprint(scan: FileScan) -> None:
             )
 
 
-def _find_json_text(scan: FileScan, tokenizer: Tokenizer) -> list[str]:
+def _find_json_text(scan: FileScan, tokenizer: Tokenizer | None) -> list[str]:
     """Return a problem if samples read like JSON records: whole lines were tokenized instead of their text."""
+    if tokenizer is None:
+        return []
     samples = evenly_spaced(len(scan.offsets), LEAK_SAMPLES).tolist()
-    leaks = []
+    leaks: dict[int, str] = {}  # line number -> start of its text
     with scan.path.open("rb") as file:
         for row in samples:
-            file.seek(int(scan.offsets[row]))
+            offset = int(scan.offsets[row])
+            file.seek(offset)
             tokens = _parse_tokens(file.readline())
-            ids = np.abs(tokens[:LEAK_TOKENS])
-            text = tokenizer.decode(ids[ids < tokenizer.vocab_size].tolist())
-            text = text.lstrip("<s> \n")
+            text = _decode_start(tokens, tokenizer)
             if text.startswith(('{"', "{ '", '[{"')) and '":' in text:
-                leaks.append((row + 1, text[:60]))
+                leaks[row + 1] = text[:60]
     if len(leaks) < LEAK_SHARE * len(samples):
         return []
-    line, text = leaks[0]
+    line = min(leaks)
     return [
-        f"{scan.path}: {len(leaks)} of {len(samples)} samples read like JSON records (line {line}: {text!r}): "
+        f"{scan.path}: {len(leaks)} of {len(samples)} samples read like JSON records (line {line}: {leaks[line]!r}): "
         "whole lines were tokenized; use evomesh tokenize --text-field"
     ]
+
+
+def _decode_start(tokens: TokenArray, tokenizer: Tokenizer) -> str:
+    """Return the text of a document's first tokens, without a bos; ids that the tokenizer lacks are left out."""
+    ids = np.abs(tokens[:LEAK_TOKENS])
+    known = ids[ids < tokenizer.vocab_size]
+    return tokenizer.decode(known.tolist()).lstrip("<s> \n")
 
 
 def _find_overlap(train: Sequence[FileScan], valid: Sequence[FileScan]) -> list[str]:
