@@ -19,6 +19,8 @@ class FamilyFacts:
         qkv_bias, o_bias, qk_norm: what every model of the family has; None: the config decides.
         sliding_window: whether the family may have a window.
         layer_types: whether it may have it in some of its layers only.
+        architecture: values of ``ARCHITECTURE_KEYS`` that every model of the family has, where they are not the
+            schema's defaults; None: the config decides about all of these keys.
     """
 
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -27,12 +29,17 @@ class FamilyFacts:
     qk_norm: bool | None = None
     sliding_window: bool = False
     layer_types: bool = False
+    architecture: dict[str, Any] | None = field(default_factory=dict)
 
+
+# Keys that tell the newer architectures apart. In a family of transformers they have one
+# value each, or its folders could not say which; in InternEvo's families they are free.
+ARCHITECTURE_KEYS = ("norm_placement", "qk_norm_over")
 
 FAMILY_FACTS: dict[str, FamilyFacts] = {
-    "INTERNLM": FamilyFacts(qkv_bias=True, o_bias=True),
-    "INTERNLM2_PUBLIC": FamilyFacts(),
-    "LLAMA2": FamilyFacts({"qk_interleaved": True}),
+    "INTERNLM": FamilyFacts(qkv_bias=True, o_bias=True, architecture=None),
+    "INTERNLM2_PUBLIC": FamilyFacts(architecture=None),
+    "LLAMA2": FamilyFacts({"qk_interleaved": True}, architecture=None),
     "QWEN2": FamilyFacts(
         {"o_bias": False},
         qkv_bias=True,
@@ -54,4 +61,15 @@ FAMILY_FACTS: dict[str, FamilyFacts] = {
         qk_norm=False,
         sliding_window=True,
     ),
+    "OLMO2": FamilyFacts(
+        {"no_bias": True, "qk_norm": True},
+        qk_norm=True,
+        architecture={"norm_placement": "after", "qk_norm_over": "projection"},
+    ),
 }
+
+
+def architecture_of(family: str) -> dict[str, Any]:
+    """Return the values of ``ARCHITECTURE_KEYS`` that a family fixes and that are not the schema's defaults."""
+    facts = FAMILY_FACTS.get(family)
+    return dict(facts.architecture or {}) if facts else {}

@@ -16,6 +16,7 @@ from typing import Any, cast, get_args
 
 from pydantic import ValidationError
 
+from evomesh.config.families import FAMILY_FACTS, architecture_of
 from evomesh.config.rope import (
     OPTIONAL,
     REQUIRED,
@@ -34,6 +35,7 @@ FAMILIES = {
     "qwen2": "QWEN2",
     "qwen3": "QWEN3",
     "mistral": "MISTRAL",
+    "olmo2": "OLMO2",
     "internlm": "INTERNLM",
     "internlm2": "INTERNLM2_PUBLIC",
 }
@@ -138,7 +140,8 @@ def read_model(
         dtype=reader.dtype(dtype),
         head_dim=head_dim,
         o_bias=False if family == "QWEN2" else None,
-        qk_norm=family == "QWEN3",
+        qk_norm=bool(FAMILY_FACTS[family].qk_norm),
+        **architecture_of(family),
         **reader.window_settings(),
         layer_norm_epsilon=reader.number("rms_norm_eps", 1e-6),
         no_bias=not bias,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from evomesh.config.data import DataConfig
 from evomesh.config.finding import ConfigFinding, nearest
-from evomesh.config.schema import Config, ParallelConfig
+from evomesh.config.schema import Config, ModelConfig, ParallelConfig
 from evomesh.errors import ConfigError, UserError
 
 RESHARDS_EARLY = (
@@ -161,7 +161,7 @@ def _unsharded_warnings(config: Config, zero: int) -> list[str]:
     rows_per_tensor_rank = {
         "query, key and value": model.qkv_width // tp,
         "output projections": model.hidden_size,
-        **({"norms of queries and keys": model.head_dim} if model.qk_norm else {}),
+        **_head_norm_rows(model, tp),
         "feed-forward inputs": model.mlp_width // tp,
         "embedding and head": math.ceil(model.vocab_size / tp),
     }
@@ -183,6 +183,16 @@ def _unsharded_warnings(config: Config, zero: int) -> list[str]:
             "use it; its optimizer state is sharded"
         )
     return warnings
+
+
+def _head_norm_rows(model: ModelConfig, tp: int = 1) -> dict[str, int]:
+    """Return the weights that a tensor rank has of the norms of queries and of keys, by a name for messages."""
+    if not model.qk_norm:
+        return {}
+    if model.qk_norm_over == "head":
+        return {"width of a head, which qk_norm has weights for": model.head_dim}
+    queries, keys = model.qk_norm_widths
+    return {"norm of queries": queries // tp, "norm of keys": keys // tp}
 
 
 def _tensor_findings(config: Config) -> Iterator[ConfigFinding]:
@@ -240,11 +250,7 @@ def _weight_findings(config: Config) -> Iterator[ConfigFinding]:
     rows = {
         "hidden_size": model.hidden_size,
         "width of q, k and v": model.qkv_width,
-        **(
-            {"width of a head, which qk_norm has weights for": model.head_dim}
-            if model.qk_norm
-            else {}
-        ),
+        **_head_norm_rows(model),
         "feed-forward width": model.mlp_width,
     }
     for name, length in rows.items():

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from evomesh.config.families import ARCHITECTURE_KEYS
 from evomesh.config.rope import RopeScaling
 from evomesh.config.section import Section
 
 DType = Literal["float64", "float32", "tf32", "bfloat16", "float16"]
 ModelFamily = Literal[
-    "INTERNLM", "INTERNLM2_PUBLIC", "LLAMA2", "QWEN2", "QWEN3", "MISTRAL"
+    "INTERNLM", "INTERNLM2_PUBLIC", "LLAMA2", "QWEN2", "QWEN3", "MISTRAL", "OLMO2"
 ]
+NormPlacement = Literal["before", "after", "both"]
 LayerType = Literal["full_attention", "sliding_attention"]
 # Beyond the trained length: unscaled, or with dynamic NTK.
 RotaryType = Literal["origin", "dynamic"]
@@ -23,7 +26,7 @@ class ModelConfig(Section):
 
     model_type: str = Field(
         "INTERNLM",
-        description="INTERNLM, INTERNLM2_PUBLIC, LLAMA2, QWEN2, QWEN3, MISTRAL or a registered custom model.",
+        description="INTERNLM, INTERNLM2_PUBLIC, LLAMA2, QWEN2, QWEN3, MISTRAL, OLMO2 or a registered custom model.",
     )
     num_layers: int = Field(48, ge=1, description="Number of decoder layers.")
     hidden_size: int = Field(2048, ge=1, description="Width of the residual stream.")
@@ -67,6 +70,11 @@ class ModelConfig(Section):
         False,
         description="Place norms after the residual additions (INTERNLM2_PUBLIC).",
     )
+    norm_placement: NormPlacement = Field(
+        "before",
+        description="Norms of a layer: before attention and feed-forward network, after them, or both; "
+        "after means x + norm(f(x)).",
+    )
     use_swiglu: bool = Field(True, description="True: SwiGLU; False: GELU.")
     no_bias: bool = Field(
         False,
@@ -80,7 +88,12 @@ class ModelConfig(Section):
     )
     qk_norm: bool = Field(
         False,
-        description="Norm of each query and key head before the rotation; one weight for all heads.",
+        description="Norms of queries and keys before the rotation; see qk_norm_over.",
+    )
+    qk_norm_over: Literal["head", "projection"] = Field(
+        "head",
+        description="What qk_norm norms at once: each head, with one weight for all heads, "
+        "or all query heads (all key heads) together.",
     )
     sliding_window: int | None = Field(
         None,
@@ -211,6 +224,15 @@ class ModelConfig(Section):
     def has_o_bias(self) -> bool:
         return not self.no_bias if self.o_bias is None else self.o_bias
 
+    @property
+    def qk_norm_widths(self) -> tuple[int, int]:
+        """Return how many weights the norms of queries and of keys have, (0, 0) without ``qk_norm``."""
+        if not self.qk_norm:
+            return 0, 0
+        if self.qk_norm_over == "head":
+            return self.head_dim, self.head_dim
+        return self.attention_width, self.kv_heads * self.head_dim
+
     def window_of(self, layer: int) -> int | None:
         """Return the window of a layer by its global index, None if it has none."""
         types = self.layer_types
@@ -248,3 +270,16 @@ class ModelConfig(Section):
             -(-int(self.hidden_size * self.mlp_ratio) // self.multiple_of)
             * self.multiple_of
         )
+
+
+def differing_key(model: ModelConfig, family: Mapping[str, Any]) -> str | None:
+    """Return the first of ``ARCHITECTURE_KEYS`` in which a model differs from a family, None without one.
+
+    Args:
+        family: values of these keys that are not the defaults, as ``architecture_of`` returns them.
+    """
+    for key in ARCHITECTURE_KEYS:
+        wanted = family.get(key, ModelConfig.model_fields[key].default)
+        if getattr(model, key) != wanted:
+            return key
+    return None

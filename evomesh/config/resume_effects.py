@@ -42,6 +42,8 @@ FUNCTION = (
     "model.qkv_bias",
     "model.o_bias",
     "model.qk_norm",
+    "model.qk_norm_over",
+    "model.norm_placement",
     "model.sliding_window",
     "model.layer_types",
     "model.norm_head",

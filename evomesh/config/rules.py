@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 
+from evomesh.config.architecture import architecture_findings
 from evomesh.config.families import FAMILY_FACTS
 from evomesh.config.finding import ConfigFinding, nearest
 from evomesh.config.folders import shared_role
@@ -64,6 +65,7 @@ def check(
         *_model_findings(config),
         *_rope_findings(config),
         *window_findings(config.model),
+        *architecture_findings(config.model),
         *_data_findings(config),
         *_loss_scale_findings(config),
         *_learning_rate_findings(config),

@@ -24,7 +24,7 @@ def parameter_counts(model: ModelConfig) -> dict[str, int]:
 
     # Layernorm has a bias.
     norm = 2 * hidden if model.norm_type == "layernorm" else hidden
-    head_norms = 2 * model.head_dim if model.qk_norm else 0  # of queries and of keys
+    norms_of_layer = 4 if model.norm_placement == "both" else 2
     post_norm = model.apply_post_layer_norm and model.model_type == "INTERNLM2_PUBLIC"
     final_norms = 0 if post_norm else 1
     ends = model.vocab_size * hidden
@@ -32,7 +32,8 @@ def parameter_counts(model: ModelConfig) -> dict[str, int]:
         "embedding": ends,
         "attention": layers * attention,
         "feed_forward": layers * feed_forward,
-        "norms": norm * (2 * layers + final_norms) + layers * head_norms,
+        "norms": norm * (norms_of_layer * layers + final_norms)
+        + layers * sum(model.qk_norm_widths),
         "head": 0 if model.tie_word_embeddings else ends,
     }
 

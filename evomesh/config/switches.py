@@ -74,6 +74,7 @@ SWITCHES: tuple[Switch, ...] = (
         "model.use_sliding_window", ("model.sliding_window", "model.max_window_layers")
     ),
     Switch("model.num_experts", EXPERT_KEYS, _is_at_most_one, off_by_default=False),
+    Switch("model.qk_norm", ("model.qk_norm_over",)),
     Switch("model.use_dynamic_ntk_rope", ("model.rope_scaling_factor",)),
     Switch(
         "data.is_multimodal",

@@ -248,7 +248,8 @@ class Attention(nn.Module):
         interleaved: rotary pairs are adjacent columns (``qk_interleaved``).
         head_dim: H; None: D / N.
         out_bias: bias of the output projection; None: as ``bias``, which is that of queries, keys and values.
-        head_norms: norms of queries and keys over each head (``qk_norm``), whose weights [H] all heads share.
+        qk_norms: norms of queries and of keys (``qk_norm``): of each head, with weights [H] that all heads share, or of
+            all query heads (key heads) together.
         window: tokens that a query sees, its own included (``sliding_window``); None: all earlier ones.
     """
 
@@ -264,7 +265,7 @@ class Attention(nn.Module):
         placement: Placement,
         head_dim: int | None = None,
         out_bias: bool | None = None,
-        head_norms: tuple[Norm, Norm] | None = None,
+        qk_norms: tuple[Norm, Norm] | None = None,
         window: int | None = None,
     ) -> None:
         super().__init__()
@@ -282,8 +283,10 @@ class Attention(nn.Module):
         )
         self.q_norm: Norm | None = None
         self.k_norm: Norm | None = None
-        if head_norms is not None:
-            self.q_norm, self.k_norm = head_norms
+        if qk_norms is not None:
+            self.q_norm, self.k_norm = qk_norms
+        # Of a key/value head: its query heads, its key and its value.
+        self.group_width = (heads // kv_heads + 2) * self.head_dim
 
     def forward(
         self,
@@ -292,12 +295,11 @@ class Attention(nn.Module):
         bounds: SequenceBounds,
         attend: AttentionFunction = attend,
     ) -> Tensor:
-        qkv = self.wqkv(x)
+        qkv = self._with_norms(self.wqkv(x))
         if self.placement.exchanges_heads:
             # q, k and v of a key/value head are adjacent, so that one exchange moves
             # all three.
             qkv = all_to_all(qkv, self.placement.axis, split_dim=1, concat_dim=0)
-        qkv = self._with_normed_heads(qkv)
         q, k, v = split_and_rotate(
             qkv,
             *tables,
@@ -313,20 +315,26 @@ class Attention(nn.Module):
         out: Tensor = self.wo(context)
         return out
 
-    def _with_normed_heads(self, qkv: Tensor) -> Tensor:
-        """Return the fused projection [T, G (R + 2) H] with each query head and each key head normed."""
+    def _with_norms(self, qkv: Tensor) -> Tensor:
+        """Return the fused projection [T, G (R + 2) H] with its queries and its keys normed.
+
+        In isp this comes before heads are exchanged: each rank then has whole rows of
+        the projection, and no norm needs communication.
+        """
         if self.q_norm is None or self.k_norm is None:
             return qkv
-        tokens = qkv.shape[0]
-        groups = qkv.view(tokens, self.kv_heads, -1, self.head_dim)  # [T, G, R + 2, H]
+        # [T, G, R + 2, H]
+        groups = qkv.view(
+            len(qkv), -1, self.group_width // self.head_dim, self.head_dim
+        )
         queries = groups[:, :, :-2]
         keys = groups[:, :, -2:-1]
         values = groups[:, :, -1:]
-        normed = (_norm_heads(self.q_norm, queries), _norm_heads(self.k_norm, keys))
+        normed = (_norm_rows(self.q_norm, queries), _norm_rows(self.k_norm, keys))
         return torch.cat((*normed, values), dim=2).view(qkv.shape)
 
 
-def _norm_heads(norm: Norm, heads: Tensor) -> Tensor:
-    """Norm each head of [T, G, heads, H] by itself."""
-    rows: Tensor = norm(heads.reshape(-1, heads.shape[-1]))
+def _norm_rows(norm: Norm, heads: Tensor) -> Tensor:
+    """Norm [T, G, heads, H] in rows of as many columns as the norm has weights: a head, or all of a token's."""
+    rows: Tensor = norm(heads.reshape(-1, norm.weight.shape[0]))
     return rows.view(heads.shape)

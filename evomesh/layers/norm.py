@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from evomesh.layers.dtype import promote
 from evomesh.layers.placement import Placement
+from evomesh.parallel.collectives import all_reduce, copy_to_axis
+from evomesh.parallel.grid import Axis
 from evomesh.parallel.spec import ShardSpec
 
 
@@ -53,6 +55,7 @@ class Norm(nn.Module):
         kind: "rmsnorm" (y = w x / sqrt(mean(x^2) + eps)) or "layernorm" (with weight and bias).
         fp32_weight: keep the parameters in at least float32 (``use_fp32_norm``).
         of_heads: the input is some of the heads, on each rank of the tensor axis others (``qk_norm``).
+        sharded: tensor parallelism shards the columns of the input and the weight, [T, D / tp]; for rmsnorm.
     """
 
     def __init__(
@@ -64,28 +67,50 @@ class Norm(nn.Module):
         fp32_weight: bool,
         placement: Placement,
         of_heads: bool = False,
+        sharded: bool = False,
     ) -> None:
         super().__init__()
         self.size, self.eps, self.placement = size, eps, placement
-        # Replicated over tp; weight sharding shards it like every parameter of a block.
-        shards = (("wp", 0),) if placement.mode.weight_axis == "wp" else ()
-        # Ranks with other heads have other summands of the gradient, also where all of
-        # them see the whole sequence.
-        splits_heads = of_heads and placement.mode.weight_axis == "tp"
-        partial = frozenset({"tp"}) if splits_heads else placement.partial
-        spec = ShardSpec((size,), shards, partial)
+        splits_columns = sharded and placement.mode.weight_axis == "tp"
+        self.columns_axis = placement.axis if splits_columns else Axis("tp")
+        spec = self._spec(of_heads, sharded)
+        local_size = size // self.columns_axis.size
         dtype = promote(placement.dtype) if fp32_weight else placement.dtype
-        self.weight = placement.make_parameter((size,), spec, dtype)
+        self.weight = placement.make_parameter((local_size,), spec, dtype)
         self.bias = None
         if kind == "layernorm":
             self.bias = placement.make_parameter((size,), spec, dtype)
+
+    def _spec(self, of_heads: bool, sharded: bool) -> ShardSpec:
+        if self.placement.mode.weight_axis == "wp":
+            # Weight sharding shards it like every parameter of a block.
+            return ShardSpec((self.size,), (("wp", 0),), self.placement.partial)
+        if sharded:
+            return ShardSpec((self.size,), (("tp", 0),))
+        # Ranks with other heads have other summands of the gradient, also where all of
+        # them see the whole sequence.
+        partial = frozenset({"tp"}) if of_heads else self.placement.partial
+        return ShardSpec((self.size,), (), partial)
+
+    def _scale_of_columns(self, x_shard: Tensor) -> Tensor:
+        """Return 1 / sqrt(mean(x^2) + eps) of whole rows, [T, 1], where each rank has some of the columns.
+
+        The sum of the squares is ``P -> I``, and each rank multiplies other columns by
+        what follows from it: ``I -> R``.
+        """
+        local_sum = x_shard.square().sum(dim=-1, keepdim=True)
+        total = all_reduce(local_sum, self.columns_axis)
+        total = copy_to_axis(total, self.columns_axis)
+        return (total / self.size + self.eps).rsqrt()
 
     def forward(self, x: Tensor) -> Tensor:
         wide = promote(self.placement.dtype)
         wide_x = x.to(wide)
         weight = self.weight.to(wide)
         out: Tensor
-        if self.bias is not None:
+        if self.columns_axis.size > 1:
+            out = wide_x * self._scale_of_columns(wide_x) * weight
+        elif self.bias is not None:
             out = F.layer_norm(
                 wide_x, (self.size,), weight, self.bias.to(wide), self.eps
             )

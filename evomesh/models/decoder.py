@@ -15,7 +15,7 @@ shows what the modes communicate:
     layers.N.feed_forward.w2          columns over tp               rows over wp
     bias of wqkv                      over tp                       over wp
     bias of wo, norms of blocks       replicated                    over wp
-    attention.q_norm, k_norm          replicated                    over wp
+    attention.q_norm, k_norm          replicated; over tp where they norm all heads together     over wp
     embedding                         vocabulary over tp, or hidden size with embed_split_hidden
     head                              vocabulary over tp
     norm (the last one)               replicated
@@ -89,13 +89,22 @@ class DecoderFamily:
 
 
 class DecoderBlock(nn.Module):
-    """[T, D] -> [T, D]: x + attention(norm(x)), then x + feed_forward(norm(x)); with ``post_norm``, norm(x + f(x))."""
+    """[T, D] -> [T, D]: x + attention(norm(x)), then x + feed_forward(norm(x)).
+
+    ``config.norm_placement`` puts the norms elsewhere:
+
+        before    x + f(norm(x))           Llama and most others
+        after     x + norm(f(x))           OLMo 2
+        both      x + norm(f(norm(x)))     Gemma 2 and 3
+        post_norm       norm(x + f(x))     InternLM2 with ``apply_post_layer_norm``
+    """
 
     def __init__(
         self, layer: int, config: ModelConfig, *, post_norm: bool, placement: Placement
     ) -> None:
         super().__init__()
         self.post_norm = post_norm
+        self.norm_placement = config.norm_placement
         self.attention = Attention(
             layer,
             config.hidden_size,
@@ -106,7 +115,7 @@ class DecoderBlock(nn.Module):
             placement=placement,
             head_dim=config.head_dim,
             out_bias=config.has_o_bias,
-            head_norms=_head_norms(config, placement) if config.qk_norm else None,
+            qk_norms=_qk_norms(config, placement) if config.qk_norm else None,
             window=config.window_of(layer),
         )
         self.attention_norm = make_norm(config, placement)
@@ -117,6 +126,9 @@ class DecoderBlock(nn.Module):
             placement=placement,
         )
         self.ffn_norm = make_norm(config, placement)
+        if config.norm_placement == "both":
+            self.attention_out_norm = make_norm(config, placement)
+            self.ffn_out_norm = make_norm(config, placement)
 
     def forward(
         self,
@@ -129,8 +141,19 @@ class DecoderBlock(nn.Module):
             x = self.attention_norm(x + self.attention(x, tables, bounds, attend))
             normed: Tensor = self.ffn_norm(x + self.feed_forward(x))
             return normed
-        x = x + self.attention(self.attention_norm(x), tables, bounds, attend)
-        out: Tensor = x + self.feed_forward(self.ffn_norm(x))
+        if self.norm_placement == "after":
+            attended = self.attention(x, tables, bounds, attend)
+            x = x + self.attention_norm(attended)
+            after: Tensor = x + self.ffn_norm(self.feed_forward(x))
+            return after
+        attended = self.attention(self.attention_norm(x), tables, bounds, attend)
+        if self.norm_placement == "both":
+            attended = self.attention_out_norm(attended)
+        x = x + attended
+        fed_forward = self.feed_forward(self.ffn_norm(x))
+        if self.norm_placement == "both":
+            fed_forward = self.ffn_out_norm(fed_forward)
+        out: Tensor = x + fed_forward
         return out
 
 
@@ -144,18 +167,20 @@ def make_norm(config: ModelConfig, placement: Placement) -> Norm:
     )
 
 
-def _head_norms(config: ModelConfig, placement: Placement) -> tuple[Norm, Norm]:
-    """Return the norms of queries and of keys, each over the width of a head."""
+def _qk_norms(config: ModelConfig, placement: Placement) -> tuple[Norm, Norm]:
+    """Return the norms of queries and of keys, each over the width of a head or of all of them."""
+    of_heads = config.qk_norm_over == "head"
     query_norm, key_norm = (
         Norm(
             "rmsnorm",
-            config.head_dim,
+            width,
             eps=config.layer_norm_epsilon,
             fp32_weight=config.use_fp32_norm,
             placement=placement,
-            of_heads=True,
+            of_heads=of_heads,
+            sharded=not of_heads,
         )
-        for _ in range(2)
+        for width in config.qk_norm_widths
     )
     return query_norm, key_norm
 

@@ -22,6 +22,7 @@ from evomesh.models.internlm2 import INTERNLM2
 from evomesh.models.language_model import LanguageModel
 from evomesh.models.llama import LLAMA
 from evomesh.models.mistral import MISTRAL
+from evomesh.models.olmo import OLMO2
 from evomesh.models.qwen import QWEN2, QWEN3
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import MODES, TensorMode
@@ -91,6 +92,7 @@ model_initializer = ModelInitializer(
         "QWEN2": partial(Decoder, family=QWEN2),
         "QWEN3": partial(Decoder, family=QWEN3),
         "MISTRAL": partial(Decoder, family=MISTRAL),
+        "OLMO2": partial(Decoder, family=OLMO2),
     }
 )
 

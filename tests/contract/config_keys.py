@@ -141,6 +141,13 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("model.qkv_bias", False, E, ("model_type=LLAMA2",)),
     CompatibilityRow("model.o_bias", False, E, ("model_type=LLAMA2",)),
     CompatibilityRow("model.qk_norm", True, E, ("model_type=LLAMA2",)),
+    CompatibilityRow(
+        "model.qk_norm_over",
+        "projection",
+        E,
+        ("model_type=LLAMA2", "model.qk_norm=True"),
+    ),
+    CompatibilityRow("model.norm_placement", "after", E, ("model_type=LLAMA2",)),
     CompatibilityRow("model.sliding_window", 4096, E, ("model_type=MISTRAL",)),
     CompatibilityRow(
         "model.layer_types",

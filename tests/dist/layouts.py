@@ -70,6 +70,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "sliding_window": 9,
     },
     "tied": {"model_type": "QWEN2", "o_bias": False, "tie_word_embeddings": True},
+    "olmo2": {
+        "model_type": "OLMO2",
+        "no_bias": True,
+        "qk_norm": True,
+        "qk_norm_over": "projection",
+        "norm_placement": "after",
+    },
     "llama3": {"model_type": "LLAMA2", "no_bias": True, "rope_scaling": LLAMA3},
     "post_norm": {
         "model_type": "INTERNLM2_PUBLIC",

@@ -167,6 +167,20 @@ FSDP = [
     Layout(pipeline=2, parallel=CUT, adam=True),
 ]  # fmt: skip
 SPLIT = {"tensor": 2, "ranks": 4}
+
+
+def every_kind_of_layout(family: str) -> list[Layout]:
+    """Return the tensor modes, pipelines, sharded weights, fsdp and the real optimizer, each at least once."""
+    return [
+        *(Layout(**SPLIT, mode=mode, family=family) for mode in ("mtp", "msp", "fsp", "isp")),
+        Layout(tensor=2, mode="isp", weight=4, family=family),
+        Layout(tensor=2, mode="mtp", pipeline=2, family=family),
+        Layout(tensor=2, mode="msp", pipeline=2, chunks=2, family=family),
+        *(Layout(tensor=2, mode=mode, adam=True, family=family) for mode in ("msp", "isp")),
+        Layout(tensor=2, mode="mtp", parallel=CUT, adam=True, family=family),
+    ]  # fmt: skip
+
+
 FAMILY = [
     *(
         Layout(**SPLIT, mode=mode, family="qwen3")
@@ -187,6 +201,7 @@ FAMILY = [
     Layout(tensor=2, mode="isp", weight=2, family="mistral", adam=True),
     Layout(tensor=4, mode="isp", family="llama3"),
     Layout(tensor=2, mode="mtp", pipeline=2, family="llama3"),
+    *every_kind_of_layout("olmo2"),
 ]
 TIED = [
     *(Layout(**SPLIT, mode=mode, family="tied") for mode in ("mtp", "msp", "fsp", "isp")),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-MODELS = ("llama", "qwen2", "qwen3", "mistral")
+MODELS = ("llama", "qwen2", "qwen3", "mistral", "olmo2")
 
 
 def stock_frequencies(

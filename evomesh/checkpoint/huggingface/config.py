@@ -10,22 +10,26 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from evomesh.checkpoint.native.format import CheckpointError
+from evomesh.config.families import FAMILY_FACTS, architecture_of
 from evomesh.config.hugging_face import FAMILIES, read_model
+from evomesh.config.model import differing_key
 from evomesh.config.schema import ModelConfig, RotaryType
 from evomesh.errors import UserError
 
-Architecture = Literal["llama", "internlm2", "qwen2", "qwen3", "mistral"]
+Architecture = Literal["llama", "internlm2", "qwen2", "qwen3", "mistral", "olmo2"]
 CLASSES: dict[Architecture, str] = {
     "llama": "LlamaForCausalLM",
     "internlm2": "InternLM2ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "mistral": "MistralForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
 }
 OWN_ARCHITECTURE: dict[str, Architecture] = {
     "QWEN2": "qwen2",
     "QWEN3": "qwen3",
     "MISTRAL": "mistral",
+    "OLMO2": "olmo2",
 }
 
 
@@ -102,6 +106,9 @@ def refuse_unexportable(model: ModelConfig, arch: Architecture) -> None:
         setting = "apply_post_layer_norm=True"
     else:
         setting = _unexportable_attention(model, arch)
+    differing = differing_key(model, architecture_of(FAMILIES[arch]))
+    if setting is None and differing is not None:
+        setting = f"{differing}={getattr(model, differing)!r}"
     if setting:
         families = ", ".join(sorted(set(FAMILIES.values())))
         raise CheckpointError(
@@ -117,7 +124,7 @@ def _unexportable_attention(model: ModelConfig, arch: Architecture) -> str | Non
     possible_biases = {"qwen2": [(True, False)], "mistral": [(False, False)]}
     if biases not in possible_biases.get(arch, [(True, True), (False, False)]):
         return f"qkv_bias={biases[0]} with o_bias={biases[1]}"
-    if model.qk_norm != (arch == "qwen3"):
+    if model.qk_norm != bool(FAMILY_FACTS[FAMILIES[arch]].qk_norm):
         return f"qk_norm={model.qk_norm}"
     if model.sliding_window is not None and arch not in ("mistral", "qwen2", "qwen3"):
         return f"sliding_window={model.sliding_window}"
@@ -151,6 +158,7 @@ def build_config(
         "qwen2": _qwen_window(model),
         "qwen3": {"attention_bias": model.has_o_bias, **_qwen_window(model)},
         "mistral": {"sliding_window": model.sliding_window},
+        "olmo2": {"attention_bias": model.has_o_bias},
     }
     return {
         "architectures": [CLASSES[arch]],

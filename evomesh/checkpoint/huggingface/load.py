@@ -33,6 +33,7 @@ from evomesh.checkpoint.huggingface.names import (
 )
 from evomesh.checkpoint.native.boxes import Box, Coordinates
 from evomesh.checkpoint.native.format import CheckpointError
+from evomesh.config.families import ARCHITECTURE_KEYS
 from evomesh.config.schema import ModelConfig
 from evomesh.storage.local import LocalStorage
 from evomesh.storage.urls import split_url
@@ -55,6 +56,7 @@ COMPARED = (
     "has_qkv_bias",
     "has_o_bias",
     "qk_norm",
+    *ARCHITECTURE_KEYS,
     "sliding_window",
     "layer_types",
     "layer_norm_epsilon",

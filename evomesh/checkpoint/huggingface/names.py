@@ -85,6 +85,14 @@ HEAD_NORMS = {
 }
 # Qwen3 has the norms of queries and keys, the others do not.
 LLAMA = NameMap(LLAMA_FAMILY.modules | HEAD_NORMS)
+# Norms come after attention and feed-forward network, whose other norms it does not have.
+OLMO2 = NameMap(
+    LLAMA.modules
+    | {
+        "layers.{}.attention_norm": ("model.layers.{}.post_attention_layernorm",),
+        "layers.{}.ffn_norm": ("model.layers.{}.post_feedforward_layernorm",),
+    }
+)
 INTERNLM2 = _name_map(
     embedding="model.tok_embeddings",
     layer="model.layers.{}.",
@@ -108,6 +116,7 @@ NAME_MAPS = {
     "qwen2": LLAMA,
     "qwen3": LLAMA,
     "mistral": LLAMA,
+    "olmo2": OLMO2,
     "internlm": LLAMA,
     "internlm2": INTERNLM2,
 }
@@ -182,7 +191,7 @@ def native_to_foreign(
         value: the native tensor; a fused weight is [G (R + 2) H, D], a fused bias [G (R + 2) H].
     """
     if link.of_heads and config.qk_interleaved != name_map.interleaved:
-        return [_reorder_pairs(value, dim=0, to_halves=config.qk_interleaved)]
+        return [_reorder_heads(value, config, to_halves=config.qk_interleaved)]
     if not link.fused:
         return [value]
     # [G, R + 2, H, D]
@@ -203,7 +212,7 @@ def foreign_to_native(
 ) -> Tensor:
     """Convert foreign tensors to the native one: the inverse of ``native_to_foreign``."""
     if link.of_heads and config.qk_interleaved != name_map.interleaved:
-        return _reorder_pairs(values[0], dim=0, to_halves=name_map.interleaved)
+        return _reorder_heads(values[0], config, to_halves=name_map.interleaved)
     if not link.fused:
         return values[0]
     columns = values[0].shape[1:]
@@ -226,6 +235,12 @@ def _reorder_rotary(groups: Tensor, *, to_halves: bool) -> Tensor:
     values = groups[:, -1:]
     reordered = _reorder_pairs(queries_and_keys, dim=2, to_halves=to_halves)
     return torch.cat((reordered, values), dim=1)
+
+
+def _reorder_heads(weight: Tensor, config: ModelConfig, *, to_halves: bool) -> Tensor:
+    """Reorder the weight of a norm of queries or keys: [H], or [heads * H] of all heads together."""
+    heads = weight.view(-1, config.head_dim)
+    return _reorder_pairs(heads, dim=1, to_halves=to_halves).reshape(weight.shape)
 
 
 def _reorder_pairs(x: Tensor, *, dim: int, to_halves: bool) -> Tensor:

@@ -21,6 +21,7 @@ from evomesh.checkpoint.internevo.model import (
 from evomesh.checkpoint.native.find import Checkpoint
 from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.checkpoint.native.read import read_tensor
+from evomesh.config.model import differing_key
 from evomesh.config.schema import ModelConfig
 from evomesh.pipeline.stages import layer_ranges
 
@@ -172,6 +173,12 @@ def _refuse_family(model: ModelConfig, where: str) -> None:
     if model.model_type not in ("INTERNLM", "INTERNLM2_PUBLIC", "LLAMA2"):
         raise CheckpointError(
             f"InternEvo has no model type {model.model_type!r}", where=where
+        )
+    unusual = differing_key(model, {})
+    if unusual is not None:
+        raise CheckpointError(
+            f"InternEvo's families do not have {unusual}={getattr(model, unusual)!r}",
+            where=where,
         )
     plain_heads = (
         model.attention_width == model.hidden_size

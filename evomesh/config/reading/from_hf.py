@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from evomesh.config.families import ARCHITECTURE_KEYS
 from evomesh.config.hugging_face import find_model_folder, read_model_folder
 from evomesh.config.reading.draft import ConfigDraft, shown
 from evomesh.config.rope import RopeScaling
@@ -26,6 +27,7 @@ FACTS = (
     "qkv_bias",
     "o_bias",
     "qk_norm",
+    *ARCHITECTURE_KEYS,
     "sliding_window",
     "layer_types",
     "rope_base",

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from evomesh.config.families import FAMILY_FACTS
+from evomesh.config.families import FAMILY_FACTS, architecture_of
 from evomesh.config.reading.checkpoint import resolve_checkpoint
 from evomesh.config.reading.draft import ConfigDraft, shown
 from evomesh.config.reading.from_hf import (
@@ -302,7 +302,7 @@ def _resolve_rotary_order(
 def _resolve_family(draft: ConfigDraft, model: dict[str, Any], family: Any) -> None:
     """Take the family's default of each key that the config leaves out."""
     facts = FAMILY_FACTS.get(family) if isinstance(family, str) else None
-    defaults = facts.defaults if facts else {}
+    defaults = facts.defaults | architecture_of(family) if facts else {}
     for key, value in defaults.items():
         if key not in model:
             model[key] = value

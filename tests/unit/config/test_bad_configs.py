@@ -164,6 +164,25 @@ VALUES: list[tuple[list[str], list[str]]] = [
         ["model_type=QWEN3", "model.layer_types=['local']"],
         ["model.layer_types", "'full_attention' or 'sliding_attention'"],
     ),
+    (
+        ["model_type=OLMO2", "model.norm_placement='before'"],
+        [
+            "norm_placement is 'before', and OLMO2 models have norm_placement='after'",
+            "LLAMA2",
+        ],
+    ),
+    (
+        ["model_type=QWEN3", "model.qk_norm_over='projection'"],
+        ["QWEN3 models have qk_norm_over='head'", "or LLAMA2 or OLMO2"],
+    ),
+    (
+        [
+            "model_type=INTERNLM2_PUBLIC",
+            "model.apply_post_layer_norm=True",
+            "model.norm_placement='after'",
+        ],
+        ["norm_placement='after' together with apply_post_layer_norm"],
+    ),
     (["model.head_dim=7"], ["heads of odd width 7"]),
     (["model.rope_scaling={'factor': 2.0}"], ["model.rope_scaling", "add type=..."]),
     (

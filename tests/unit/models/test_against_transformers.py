@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from evomesh.config.families import architecture_of
 from evomesh.config.rope import RopeScaling
 from evomesh.config.schema import ModelConfig
 from evomesh.layers.sequence_bounds import single_sequence
@@ -65,6 +66,18 @@ def halves(x: Tensor, head_dim: int) -> Tensor:
     return x.view(-1, head_dim // 2, 2, *x.shape[1:]).transpose(1, 2).reshape(x.shape)
 
 
+BLOCK_NORMS = {
+    "before": {
+        "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+    },
+    "after": {
+        "attention_norm": "post_attention_layernorm",
+        "ffn_norm": "post_feedforward_layernorm",
+    },
+}
+
+
 def named_pairs(
     ours: Decoder, theirs: torch.nn.Module, of
 ) -> list[tuple[str, Tensor, Tensor]]:
@@ -111,12 +124,9 @@ def named_pairs(
                     else norm,
                 )
             )
-        pairs.append(
-            (prefix + "input_layernorm.weight", of(block.attention_norm.weight))
-        )
-        pairs.append(
-            (prefix + "post_attention_layernorm.weight", of(block.ffn_norm.weight))
-        )
+        for name, theirs_name in BLOCK_NORMS[ours.config.norm_placement].items():
+            norm = of(getattr(block, name).weight)
+            pairs.append((f"{prefix}{theirs_name}.weight", norm))
         for name, part in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
             pairs.append(
                 (
@@ -294,6 +304,13 @@ FAMILIES = {
         "Mistral",
         {"head_dim": 12, "sliding_window": 7},
     ),
+    "olmo2": (
+        "OLMO2",
+        False,
+        {"qk_norm": True, **architecture_of("OLMO2")},
+        "Olmo2",
+        {},
+    ),
     "qwen3-window": (
         "QWEN3",
         False,
@@ -318,6 +335,8 @@ FAMILIES = {
     "model.qkv_bias",
     "model.o_bias",
     "model.qk_norm",
+    "model.qk_norm_over",
+    "model.norm_placement",
     "model.sliding_window",
     "model.layer_types",
 )

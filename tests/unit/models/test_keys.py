@@ -121,6 +121,7 @@ def test_a_window_that_is_switched_off_asks_for_nothing(used: bool | None) -> No
         ("QWEN2", (True, False, False)),
         ("QWEN3", (False, False, True)),
         ("MISTRAL", (False, False, False)),
+        ("OLMO2", (False, False, True)),
     ],
 )
 def test_a_family_sets_its_switches(

@@ -19,6 +19,7 @@ from evomesh.checkpoint.huggingface.load import load_huggingface
 from evomesh.checkpoint.huggingface.to_native import from_hf
 from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.checkpoint.restore import restore_model
+from evomesh.config.families import architecture_of
 from evomesh.config.hugging_face import read_model, read_model_folder
 from evomesh.config.record import config_from_dict
 from evomesh.config.schema import ModelConfig
@@ -68,12 +69,20 @@ STOCK: dict[str, dict[str, Any]] = {
     },
     "Qwen3": {"head_dim": 12},
     "Mistral": {"head_dim": 12, "sliding_window": 6},
+    "Olmo2": {},
 }
-FAMILY = {"Llama": "LLAMA2", "Qwen2": "QWEN2", "Qwen3": "QWEN3", "Mistral": "MISTRAL"}
+FAMILY = {
+    "Llama": "LLAMA2",
+    "Qwen2": "QWEN2",
+    "Qwen3": "QWEN3",
+    "Mistral": "MISTRAL",
+    "Olmo2": "OLMO2",
+}
 OURS: dict[str, dict[str, Any]] = {
     "QWEN2": {"no_bias": False, "o_bias": False},
     "QWEN3": {"qk_norm": True, "head_dim": 12},
     "MISTRAL": {"head_dim": 12, "sliding_window": 6},
+    "OLMO2": {"qk_norm": True, **architecture_of("OLMO2")},
 }
 
 
@@ -184,6 +193,13 @@ def test_a_trained_model_is_exported_as_its_own_architecture(
         ("MISTRAL", {"sliding_window": 48}, "llama", "sliding_window=48"),
         ("LLAMA2", {"head_dim": 12}, "internlm2", "head_dim=12"),
         ("LLAMA2", {}, "qwen3", "qk_norm=False"),
+        ("LLAMA2", {"norm_placement": "after"}, "llama", "norm_placement='after'"),
+        (
+            "OLMO2",
+            {"qk_norm": True, **architecture_of("OLMO2")},
+            "qwen3",
+            "norm_placement='after'",
+        ),
     ],
 )
 def test_an_architecture_without_the_switch_is_refused(
@@ -287,6 +303,14 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
         dict(
             model_type="mistral", hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
             num_key_value_heads=8, intermediate_size=14336, vocab_size=32000, sliding_window=4096,
+        ),
+    ),
+    "OLMo-2-1124-7B": (
+        7_298_617_344,
+        dict(
+            model_type="olmo2", hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
+            num_key_value_heads=32, intermediate_size=11008, vocab_size=100352, rope_theta=5e5,
+            max_position_embeddings=4096, rms_norm_eps=1e-6,
         ),
     ),
     "Qwen2.5-7B": (
