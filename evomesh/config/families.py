@@ -44,7 +44,6 @@ FAMILY_FACTS: dict[str, FamilyFacts] = {
         {"o_bias": False},
         qkv_bias=True,
         o_bias=False,
-        qk_norm=False,
         sliding_window=True,
         layer_types=True,
     ),
@@ -58,7 +57,6 @@ FAMILY_FACTS: dict[str, FamilyFacts] = {
         {"no_bias": True},
         qkv_bias=False,
         o_bias=False,
-        qk_norm=False,
         sliding_window=True,
     ),
     "OLMO2": FamilyFacts(

@@ -278,6 +278,11 @@ class Beta2Config(Section):
 
 class LossConfig(Section):
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing.")
+    z_loss_coeff: float = Field(
+        0.0,
+        ge=0,
+        description="Factor of log(Z)^2 in the loss of a target, which keeps logits from drifting; 1e-4 is usual.",
+    )
     reduction: Literal["token", "micro_batch"] = Field(
         "token",
         description="Mean over all tokens of a step, or InternEvo's mean of micro-batch means.",

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from evomesh.config.schema import IGNORE
+from evomesh.config.schema import IGNORE, LossConfig
 from evomesh.layers.dtype import promote
 from evomesh.layers.products import matmul_nt, uses_onednn
 from evomesh.monitor.profile import region
@@ -26,18 +26,41 @@ MIN_CHUNK_TOKENS = 512  # tokens per chunk, at least
 CUDA_CHUNK_LOGITS = 2**26  # logits of one chunk on CUDA, at most: 256 MiB in float32
 
 
+@dataclass(frozen=True)
+class LossTerms:
+    """Terms of the loss of a target besides its negative log-likelihood.
+
+    Attributes:
+        label_smoothing: share of the target spread evenly over the vocabulary.
+        z_loss_coeff: c of the z-loss c log(Z)^2, where Z is the sum of the exponentials of all logits. It keeps
+            the logits from drifting: adding a constant to all of them changes no probability (PaLM, 2204.02311).
+    """
+
+    label_smoothing: float = 0.0
+    z_loss_coeff: float = 0.0
+
+    @classmethod
+    def of(cls, config: LossConfig) -> LossTerms:
+        return cls(config.label_smoothing, config.z_loss_coeff)
+
+
+PLAIN = LossTerms()
+
+
 class LossOutput(NamedTuple):
     """Loss of one packed sequence; a tuple, so that torch finds the tensors in it where a module returns one.
 
     Attributes:
-        scaled_sum: scalar, ``grad_scale`` times the sum of the (smoothed) token losses; call backward on it.
+        scaled_sum: scalar, ``grad_scale`` times the sum of the token losses (all ``LossTerms``); call backward on it.
         nll: [T] negative log-likelihood of each label (never smoothed), at least float32, 0 where ignored; no gradient.
         correct: [T] bool, no logit is larger than the label's.
+        scaled_z_loss: scalar, the part of ``scaled_sum`` that is z-loss; None without it; no gradient.
     """
 
     scaled_sum: Tensor
     nll: Tensor
     correct: Tensor
+    scaled_z_loss: Tensor | None = None
 
 
 def linear_cross_entropy(
@@ -48,6 +71,7 @@ def linear_cross_entropy(
     vocab_size: int,
     grad_scale: float | Tensor = 1.0,
     label_smoothing: float = 0.0,
+    z_loss_coeff: float = 0.0,
     chunk: int = 0,
     axis: Axis = Axis("tp"),  # noqa: B008  # frozen
 ) -> LossOutput:
@@ -59,7 +83,7 @@ def linear_cross_entropy(
         labels: [T] int64, ``IGNORE`` where there is no target.
         grad_scale: factor of the loss, applied before gradients are cast to the weight's dtype, so that float16
             gradients can be lifted out of its underflow.
-        label_smoothing: share of the target spread evenly over the vocabulary.
+        label_smoothing, z_loss_coeff: see ``LossTerms``.
         chunk: C; 0 means ``tokens_per_chunk``.
         axis: the tensor axis; every rank of it gets the whole result.
     """
@@ -69,18 +93,23 @@ def linear_cross_entropy(
         hidden.requires_grad or weight.requires_grad
     )
     with region("loss"):
-        scaled_sum, nll, correct = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        scaled_sum, nll, correct, scaled_z_loss = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
             hidden,
             weight,
             labels,
             scale,
             vocab_size,
-            label_smoothing,
+            LossTerms(label_smoothing, z_loss_coeff),
             chunk,
             with_grad,
             axis,
         )
-    return LossOutput(scaled_sum, nll, correct)
+    return LossOutput(
+        scaled_sum,
+        nll,
+        correct,
+        scaled_z_loss if z_loss_coeff else None,
+    )
 
 
 def tokens_per_chunk(rows: int, on_cuda: bool) -> int:
@@ -106,8 +135,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                   top     = max of z over the vocabulary         [C, 1]   all-reduce MAX
                   e_shard = exp(z_shard - top)                   [C, V]   overwrites z_shard
                   e_sum   = sum of e over the vocabulary         [C, 1]   all-reduce SUM, with z[label]
-                  nll     = top + log(e_sum) - z[label]          [C, 1]
-        logits    g_shard = scale (e_shard / e_sum - y_shard)    [C, V]   overwrites e_shard
+                  log_sum = top + log(e_sum)                     [C, 1]
+        loss    = log_sum - z[label] + c log_sum^2     [C, 1]   c: z_loss_coeff
+        logits    g_shard = scale ((1 + 2 c log_sum) e_shard / e_sum - y_shard)  [C, V]   overwrites e_shard
         dgrad     dh_chunk = g_shard w_shard                     [C, D]   P: the dual of whatever replicated h sums it
         wgrad     dw_shard = sum over chunks of g_shard^T h_chunk  [V, D]   complete: every rank has all tokens
 
@@ -125,18 +155,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         scale: Tensor,
         vocab_size: int,
-        smoothing: float,
+        terms: LossTerms,
         chunk: int,
         with_grad: bool,
         axis: Axis,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         device, wide = hidden.device, promote(hidden.dtype)
 
         # 1. Keep the rows that need a product, and make room for their results.
         kept = _rows_with_target(labels)
         kept_hidden = hidden[kept]
         kept_labels = labels[kept]
-        loss = torch.zeros((), dtype=wide, device=device)
+        loss, z_loss = torch.zeros(2, dtype=wide, device=device)
         kept_nll = torch.zeros(len(kept_labels), dtype=wide, device=device)
         kept_correct = torch.zeros(len(kept_labels), dtype=torch.bool, device=device)
         shard = _VocabularyShard.of_rank(weight.shape[0], vocab_size, axis)
@@ -149,34 +179,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
             # 2. Logits of the chunk, then its loss. From here on `logits` holds exp(logit - top).
             logits = matmul_nt(kept_hidden[part], weight).to(wide)
-            result = shard.exponentiate_(logits, label, with_mean=smoothing > 0)
+            result = shard.exponentiate_(
+                logits, label, with_mean=terms.label_smoothing > 0
+            )
             kept_correct[part] = result.correct & is_target
             kept_nll[part] = result.nll.where(is_target, 0.0)
-            token_loss = result.nll
-            if smoothing:
-                token_loss = (1 - smoothing) * result.nll + smoothing * result.mean_nll
-            loss += token_loss.where(is_target, 0.0).sum()
+            cross_entropy = result.cross_entropy(terms.label_smoothing)
+            loss += cross_entropy.where(is_target, 0.0).sum()
+            if terms.z_loss_coeff:
+                z_loss += result.z_loss(terms).where(is_target, 0.0).sum()
 
             # 3. Gradients of the chunk. From here on `logits` holds e_sum * d(token loss) / d(logit).
             if gradients is not None:
-                shard.subtract_target_(logits, label, result.exp_sum, smoothing)
+                shard.subtract_target_(logits, label, result, terms)
                 token_scale = (scale * is_target)[:, None]
                 gradients.add(part, logits, token_scale / result.exp_sum)
             del logits  # or the logits of two chunks would exist at one time
 
         # 4. Scatter the kept rows back to all T tokens.
-        nll = torch.zeros(labels.shape, dtype=wide, device=device)
-        nll[kept] = kept_nll
-        correct = torch.zeros(labels.shape, dtype=torch.bool, device=device)
-        correct[kept] = kept_correct
+        nll = _spread(kept_nll, kept, len(labels))
+        correct = _spread(kept_correct, kept, len(labels))
         if gradients is not None:
             grad_hidden = gradients.hidden
             if isinstance(kept, Tensor):
-                grad_hidden = torch.zeros_like(hidden)
-                grad_hidden[kept] = gradients.hidden
+                grad_hidden = _spread(gradients.hidden, kept, len(labels))
             ctx.save_for_backward(grad_hidden, gradients.weight_gradient())
-        ctx.mark_non_differentiable(nll, correct)
-        return loss * scale, nll, correct
+        scaled_z_loss = z_loss * scale
+        ctx.mark_non_differentiable(nll, correct, scaled_z_loss)
+        return (loss + z_loss) * scale, nll, correct, scaled_z_loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -252,15 +282,26 @@ class _ChunkLoss:
 
     Attributes:
         exp_sum: [C, 1] sum over the vocabulary of the shifted exponentials.
+        log_sum: [C] logarithm of the sum of the exponentials of all logits.
         nll: [C] negative log-likelihood of the label.
         mean_nll: [C] mean of -log p over the vocabulary; meaningless unless requested.
         correct: [C] whether no logit is larger than the label's.
     """
 
     exp_sum: Tensor
+    log_sum: Tensor
     nll: Tensor
     mean_nll: Tensor
     correct: Tensor
+
+    def cross_entropy(self, smoothing: float) -> Tensor:
+        """Return [C], the cross entropy with the smoothed target."""
+        if not smoothing:
+            return self.nll
+        return (1 - smoothing) * self.nll + smoothing * self.mean_nll
+
+    def z_loss(self, terms: LossTerms) -> Tensor:
+        return terms.z_loss_coeff * self.log_sum.square()
 
 
 @dataclass(frozen=True)
@@ -323,15 +364,24 @@ class _VocabularyShard:
         correct = label_logit == top
         return _ChunkLoss(
             exp_sum,
+            log_sum.squeeze(1),
             nll.squeeze(1),
             mean_nll.squeeze(1),
             correct.squeeze(1),
         )
 
     def subtract_target_(
-        self, exponentials: Tensor, label: Tensor, exp_sum: Tensor, smoothing: float
+        self, exponentials: Tensor, label: Tensor, loss: _ChunkLoss, terms: LossTerms
     ) -> None:
-        """Replace ``exponentials`` [C, V] by ``exp_sum`` times (probability minus the smoothed target)."""
+        """Replace ``exponentials`` [C, V] by ``exp_sum`` times d(token loss) / d(logit).
+
+        That is the probability minus the smoothed target; z-loss adds 2 c log_sum times the probability.
+        """
+        exp_sum = loss.exp_sum
+        smoothing = terms.label_smoothing
+        if terms.z_loss_coeff:
+            factor = 1 + 2 * terms.z_loss_coeff * loss.log_sum
+            exponentials.mul_(factor[:, None])
         column, is_here = self._local_column(label)
         exponentials.scatter_add_(1, column, is_here * exp_sum * (smoothing - 1))
         if smoothing:
@@ -351,6 +401,13 @@ def _scalar_on_device(
     if isinstance(value, Tensor):
         return value.to(device, dtype)
     return torch.full((), value, dtype=dtype, device=device)
+
+
+def _spread(kept_rows: Tensor, kept: Tensor | slice, rows: int) -> Tensor:
+    """Return [rows, ...] with ``kept_rows`` where ``kept`` selects, and zeros elsewhere."""
+    out = kept_rows.new_zeros(rows, *kept_rows.shape[1:])
+    out[kept] = kept_rows
+    return out
 
 
 def _rows_with_target(labels: Tensor) -> Tensor | slice:

@@ -53,7 +53,7 @@ from evomesh.layers.dtype import parameter_dtype, promote
 from evomesh.layers.embedding import Embedding, scale_gradient
 from evomesh.layers.init import InitialWeight
 from evomesh.layers.linear import ColumnParallelLinear
-from evomesh.layers.loss import LossOutput, linear_cross_entropy
+from evomesh.layers.loss import LossOutput, LossTerms, linear_cross_entropy
 from evomesh.layers.mlp import FeedForward
 from evomesh.layers.norm import Norm
 from evomesh.layers.placement import Placement
@@ -216,7 +216,7 @@ class OutputHead(nn.Module):
         hidden: Tensor,
         labels: Tensor,
         grad_scale: float | Tensor,
-        label_smoothing: float,
+        terms: LossTerms,
     ) -> LossOutput:
         return linear_cross_entropy(
             self._gathered(hidden),
@@ -224,7 +224,8 @@ class OutputHead(nn.Module):
             labels,
             vocab_size=self.config.vocab_size,
             grad_scale=grad_scale,
-            label_smoothing=label_smoothing,
+            label_smoothing=terms.label_smoothing,
+            z_loss_coeff=terms.z_loss_coeff,
             axis=self.placement.axis,
         )
 
@@ -391,10 +392,11 @@ class Decoder(LanguageModel):
         labels: Tensor,
         grad_scale: float | Tensor = 1.0,
         label_smoothing: float = 0.0,
+        z_loss_coeff: float = 0.0,
     ) -> LossOutput:
         """Sum the token losses of ``hidden`` [T, D] against ``labels`` [T] int64; see ``layers/loss.py``."""
         output: LossOutput = self._require_head()(
-            hidden, labels, grad_scale, label_smoothing
+            hidden, labels, grad_scale, LossTerms(label_smoothing, z_loss_coeff)
         )
         return output
 

@@ -38,8 +38,13 @@ class LanguageModel(nn.Module):
         labels: Tensor,
         grad_scale: float | Tensor = 1.0,
         label_smoothing: float = 0.0,
+        z_loss_coeff: float = 0.0,
     ) -> LossOutput:
-        """Sum the losses of ``hidden`` [T, D] over the targets in ``labels`` [T] int64; see ``layers/loss.py``."""
+        """Sum the losses of ``hidden`` [T, D] over the targets in ``labels`` [T] int64; see ``layers/loss.py``.
+
+        ``z_loss_coeff`` is given by keyword, and only where ``loss.z_loss_coeff`` is set: a custom model without it
+        trains as long as the config does not ask for it.
+        """
         raise NotImplementedError
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from evomesh.data.batch import Batch
 from evomesh.errors import UserError
-from evomesh.layers.loss import LossOutput
+from evomesh.layers.loss import PLAIN, LossOutput, LossTerms
 from evomesh.layers.sequence_bounds import SequenceBounds, micro_batch_bounds
 from evomesh.parallel.collectives import (
     gather_from_axis,
@@ -44,6 +44,7 @@ class StageModel(Protocol):
         labels: Tensor,
         grad_scale: float | Tensor = 1.0,
         label_smoothing: float = 0.0,
+        z_loss_coeff: float = 0.0,
     ) -> LossOutput: ...
 
 
@@ -54,7 +55,7 @@ class Schedule(Protocol):
         self,
         batch: Batch,
         scales: Sequence[float],
-        smoothing: float,
+        terms: LossTerms,
         on_output: OnOutput,
         should_stop: ShouldStop | None = None,
     ) -> bool:
@@ -78,14 +79,14 @@ class SingleStageSchedule:
         self,
         batch: Batch,
         scales: Sequence[float],
-        smoothing: float,
+        terms: LossTerms,
         on_output: OnOutput,
         should_stop: ShouldStop | None = None,
     ) -> bool:
         for index, scale in enumerate(scales):
             if index > 0 and should_stop is not None and should_stop(index):
                 return False
-            output = self._loss(batch, index, scale, smoothing)
+            output = self._loss(batch, index, scale, terms)
             torch.autograd.backward(output.scaled_sum)
             on_output(index, output)
         return True
@@ -93,13 +94,23 @@ class SingleStageSchedule:
     @torch.no_grad()
     def evaluate(self, batch: Batch, on_output: OnOutput) -> None:
         for index in range(len(batch.tokens)):
-            on_output(index, self._loss(batch, index, 1.0, 0.0))
+            on_output(index, self._loss(batch, index, 1.0, PLAIN))
 
     def _loss(
-        self, batch: Batch, index: int, scale: float, smoothing: float
+        self, batch: Batch, index: int, scale: float, terms: LossTerms
     ) -> LossOutput:
         hidden = self.model(batch.tokens[index], micro_batch_bounds(batch, index))
-        return self.model.loss(hidden, batch.labels[index], scale, smoothing)
+        return _model_loss(self.model, hidden, batch.labels[index], scale, terms)
+
+
+def _model_loss(
+    model: StageModel, hidden: Tensor, labels: Tensor, scale: float, terms: LossTerms
+) -> LossOutput:
+    """Call ``model.loss``, whose ``z_loss_coeff`` a custom model may lack (the build refuses that)."""
+    z_loss = {}
+    if terms.z_loss_coeff:
+        z_loss["z_loss_coeff"] = terms.z_loss_coeff
+    return model.loss(hidden, labels, scale, terms.label_smoothing, **z_loss)
 
 
 @dataclass
@@ -108,7 +119,7 @@ class _ScheduleInputs:
 
     batch: Batch
     scales: Sequence[float]
-    smoothing: float
+    terms: LossTerms
     on_output: OnOutput
 
 
@@ -158,7 +169,7 @@ class _StageModule(nn.Module):
         model: Any = self.model
         labels = batch.labels[micro_batch]
         scale = self.inputs.scales[micro_batch]
-        output = model.loss(hidden, labels, scale, self.inputs.smoothing)
+        output = _model_loss(model, hidden, labels, scale, self.inputs.terms)
         self.inputs.on_output(micro_batch, output)
         loss: Tensor = output.scaled_sum
         return loss
@@ -210,7 +221,7 @@ class PipelineSchedule:
         self,
         batch: Batch,
         scales: Sequence[float],
-        smoothing: float,
+        terms: LossTerms,
         on_output: OnOutput,
         should_stop: ShouldStop | None = None,
     ) -> bool:
@@ -227,7 +238,7 @@ class PipelineSchedule:
             (torch.arange(num_micro_batches)[:, None],) if 0 in self._stages else ()
         )
         target = batch.labels if self._num_stages - 1 in self._stages else None
-        with self._stage_inputs(_ScheduleInputs(batch, scales, smoothing, on_output)):
+        with self._stage_inputs(_ScheduleInputs(batch, scales, terms, on_output)):
             self._torch_schedules[key].step(
                 *arguments, target=target, return_outputs=False
             )
@@ -249,7 +260,7 @@ class PipelineSchedule:
                 arrived[StageVisit(0, index)] = torch.tensor([index])
         sends: list[Any] = []
         unscaled = [1.0] * num_micro_batches
-        inputs = _ScheduleInputs(batch, unscaled, 0.0, on_output)
+        inputs = _ScheduleInputs(batch, unscaled, PLAIN, on_output)
         with self._stage_inputs(inputs):
             for visits in evaluation_slots(rank_of_stage, num_micro_batches):
                 # This rank has at most one visit in a slot.
@@ -297,7 +308,7 @@ class PipelineSchedule:
         self,
         batch: Batch,
         scales: Sequence[float],
-        smoothing: float,
+        terms: LossTerms,
         on_output: OnOutput,
         should_stop: ShouldStop | None = None,
     ) -> bool:
@@ -308,7 +319,7 @@ class PipelineSchedule:
         """
         del should_stop
         tokens = batch.tokens.shape[1]
-        with self._stage_inputs(_ScheduleInputs(batch, scales, smoothing, on_output)):
+        with self._stage_inputs(_ScheduleInputs(batch, scales, terms, on_output)):
             for module, stage in zip(self._modules, self._stages, strict=True):
                 for index in range(len(scales)):
                     self._rehearse_micro_batch(module, stage, index, tokens)

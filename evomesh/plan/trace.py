@@ -18,6 +18,7 @@ from torch import Tensor
 from evomesh.config.layout import check_world
 from evomesh.config.schema import Config
 from evomesh.data.batch import Batch
+from evomesh.layers.loss import LossTerms
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.build import build_grid
 from evomesh.parallel.grid import Grid
@@ -88,7 +89,7 @@ def trace(config: Config, world_size: int, rank: int = 0) -> StepTrace:
                 if isinstance(schedule, PipelineSchedule)
                 else schedule.train
             )
-            run(batch, scales, config.loss.label_smoothing, lambda index, output: None)
+            run(batch, scales, LossTerms.of(config.loss), lambda index, output: None)
             passes = len(traffic.calls)
             optimizer.communicate_only()
         return StepTrace(grid, *held, traffic, passes)

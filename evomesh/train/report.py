@@ -29,6 +29,7 @@ from evomesh.train.state import TrainState
 from evomesh.train.step import StepOutput
 
 logger = logging.getLogger(__name__)
+Z_LOSS = "z_loss"  # in the log line, metrics.jsonl and TensorBoard; with loss.z_loss_coeff only
 
 
 class RunReporter:
@@ -136,14 +137,17 @@ class RunReporter:
             seconds=seconds,
         )
         if self.main:
+            # Other extras have a line each; z-loss is part of the loss.
+            terms = {key: record.extras[key] for key in record.extras if key == Z_LOSS}
+            line = replace(record, extras=terms).line()
             if output.update.check == "ok":
-                logger.info("%s", replace(record, extras={}).line())
+                logger.info("%s", line)
             else:
                 logger.warning(
                     "step %d skipped: the gradient is %s (%s)",
                     step,
                     output.update.check,
-                    replace(record, extras={}).line(),
+                    line,
                 )
         if self._progress is not None:
             self._progress.update(step + 1, record.loss, record.tgs * self.world_size)
@@ -219,9 +223,13 @@ class RunReporter:
             smallest_batch=int(segments_per_micro_batch.min()),
             adam_beta2=beta2,
             fwd_bwd_time=output.fwd_bwd_time,
-            extras={
-                key: value
-                for key, value in output.tally.summary().items()
-                if key != "loss"
-            },
+            extras=self._extras(output),
         )
+
+    def _extras(self, output: StepOutput) -> dict[str, float]:
+        """Return the figures of a step that InternEvo's line does not have."""
+        extras = output.tally.summary()
+        extras.pop("loss", None)  # the record has the objective under this name
+        if self.config.loss.z_loss_coeff:
+            extras[Z_LOSS] = output.z_loss
+        return extras

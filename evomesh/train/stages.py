@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from evomesh.config.layout import pipeline_schedule
 from evomesh.config.schema import Config, ModelConfig
+from evomesh.errors import UserError
 from evomesh.layers.compiler import compiles_blocks
 from evomesh.layers.dtype import parameter_dtype, promote
 from evomesh.models.decoder import Decoder
@@ -60,6 +62,8 @@ def build_stages(
         _build_chunk(config, grid, mode, device, layer_range)
         for layer_range in _layer_ranges(config, grid, kind)
     ]
+    if config.loss.z_loss_coeff:
+        _refuse_missing_z_loss(config.model.model_type, models[0])
     if grid.pp.size > 1:
         _tie_ends(models)
     if grid.pp.size == 1:
@@ -76,6 +80,20 @@ def build_stages(
     )
     module = nn.ModuleList(models) if len(models) > 1 else models[0]
     return ModelStages(models, schedule, module)
+
+
+def _refuse_missing_z_loss(name: str, model: LanguageModel) -> None:
+    """Refuse z-loss with a custom model whose ``loss`` would not take it."""
+    parameters = inspect.signature(model.loss).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if "z_loss_coeff" not in parameters and not takes_any:
+        raise UserError(
+            f"loss of model type {name!r} takes no z_loss_coeff",
+            where="loss.z_loss_coeff",
+            expected="loss(hidden, labels, grad_scale, label_smoothing, z_loss_coeff), "
+            "as in evomesh.models.language_model.LanguageModel",
+            fix="add the parameter and pass it to linear_cross_entropy, or remove loss.z_loss_coeff",
+        )
 
 
 def _tie_ends(models: list[LanguageModel]) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from evomesh.config.schema import IGNORE, LossConfig
 from evomesh.data.batch import Batch
-from evomesh.layers.loss import LossOutput
+from evomesh.layers.loss import LossOutput, LossTerms
 from evomesh.monitor.profile import region
 from evomesh.optim.scaler import LossScaler
 from evomesh.optim.zero import StepResult, ZeroOptimizer
@@ -26,16 +26,18 @@ class StepOutput:
     """The results of one step; every value is on the host.
 
     Attributes:
-        loss: the training objective, label smoothing included, per target token of the global batch.
+        loss: the training objective, label smoothing and z-loss included, per target token of the global batch.
         tally: sums over the global batch, by data type.
         update: gradient norm, and whether the update was applied.
         fwd_bwd_time: seconds in forward and backward.
+        z_loss: the part of ``loss`` that is z-loss.
     """
 
     loss: float
     tally: LossTally
     update: StepResult
-    fwd_bwd_time: float
+    fwd_bwd_time: float = 0.0
+    z_loss: float = 0.0
 
 
 def seed_step(seed: int, step: int, dp_rank: int) -> None:
@@ -82,15 +84,15 @@ def train_step(
 
     # 2. Forward and backward. The sums stay on the device.
     tally = LossTally(data_types, device)
-    objective = torch.zeros((), dtype=torch.float64, device=device)
+    objectives = torch.zeros(2, dtype=torch.float64, device=device)
 
     def add_loss(index: int, output: LossOutput) -> None:
-        objective.add_(output.scaled_sum.detach().double() / scaler.scale)
+        _add_objectives(objectives, output, scaler.scale)
         tally.add(output, batch.labels[index], batch.type_ids[index])
 
     optimizer.expect_micro_batches(len(scales))
-    smoothing = loss_config.label_smoothing
-    if not schedule.train(batch, scales, smoothing, add_loss, should_stop):
+    terms = LossTerms.of(loss_config)
+    if not schedule.train(batch, scales, terms, add_loss, should_stop):
         optimizer.zero_grad()
         return None
     watch.stop()
@@ -101,36 +103,44 @@ def train_step(
     optimizer.zero_grad()
 
     # 4. Results: one copy to the host.
-    loss, update, host_tally = _read_results(norm, objective, tally, grid)
-    scaler.update(update.check)
-    return StepOutput(loss, host_tally, update, watch.seconds())
+    results = _read_results(norm, objectives, tally, grid)
+    scaler.update(results.update.check)
+    return replace(results, fwd_bwd_time=watch.seconds())
+
+
+def _add_objectives(objectives: Tensor, output: LossOutput, scale: float) -> None:
+    """Add the objective of a micro-batch to ``objectives`` [2], and to its second the part that is z-loss."""
+    objectives[0].add_(output.scaled_sum.detach().double() / scale)
+    if output.scaled_z_loss is not None:
+        objectives[1].add_(output.scaled_z_loss.double() / scale)
 
 
 def _read_results(
     norm: Tensor,
-    objective: Tensor,
+    objectives: Tensor,
     tally: LossTally,
     grid: Grid,
-) -> tuple[float, StepResult, LossTally]:
-    """Sum objective and tally over all ranks and bring them to the host together with the gradient norm.
+) -> StepOutput:
+    """Sum objectives [2] and tally over all ranks and bring them to the host together with the gradient norm.
 
     Only ranks of the last pipeline stage have added losses, so the sum over pp counts
     each loss once.
     """
-    objective = all_reduce_no_grad(objective, grid.dp, grid.pp)
+    objectives = all_reduce_no_grad(objectives, grid.dp, grid.pp)
     sums = tally.reduce(grid.dp, grid.pp).sums
-    # One tensor [2 + sums], so that the host waits once: norm, objective, then the sums
-    # of the tally.
+    # One tensor [3 + sums], so that the host waits once: norm, the two objectives, then
+    # the sums of the tally.
     on_device = [
         norm.unsqueeze(0),
-        objective.unsqueeze(0),
+        objectives,
         sums.flatten(),
     ]
     results = copy_to_host(torch.cat(on_device))
-    host_norm, host_objective = results[:2]
-    host_sums = results[2:].view_as(sums)
+    host_norm, loss, z_loss = results[:3]
+    host_sums = results[3:].view_as(sums)
     host_tally = LossTally(tally.types, results.device, host_sums)
-    return float(host_objective), StepResult(host_norm), host_tally
+    update = StepResult(host_norm)
+    return StepOutput(float(loss), host_tally, update, z_loss=float(z_loss))
 
 
 def copy_to_host(results: Tensor) -> Tensor:

@@ -128,6 +128,7 @@ class ParallelBlocks(LanguageModel):
         labels: Tensor,
         grad_scale: float | Tensor = 1.0,
         label_smoothing: float = 0.0,
+        z_loss_coeff: float = 0.0,
     ) -> LossOutput:
         return linear_cross_entropy(
             hidden,
@@ -136,6 +137,7 @@ class ParallelBlocks(LanguageModel):
             vocab_size=self.config.vocab_size,
             grad_scale=grad_scale,
             label_smoothing=label_smoothing,
+            z_loss_coeff=z_loss_coeff,
         )
 
     def logits(self, hidden: Tensor) -> Tensor:

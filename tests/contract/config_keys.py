@@ -291,6 +291,7 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("beta2_scheduler.c", 0.8, E),
     CompatibilityRow("beta2_scheduler.cur_iter", 5, W),
     CompatibilityRow("loss.label_smoothing", 0.1, E),
+    CompatibilityRow("loss.z_loss_coeff", 1e-4, E),
     CompatibilityRow("loss.reduction", "micro_batch", E),
     CompatibilityRow("loss.op_type", "flash_vocab_parallel", W),
     CompatibilityRow("loss.moe_loss_coeff", 0.1, W),

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from evomesh.config.schema import IGNORE, Config
 from evomesh.data.batch import Batch
-from evomesh.layers.loss import LossOutput
+from evomesh.layers.loss import LossOutput, LossTerms
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.collectives import all_reduce_no_grad
 from evomesh.parallel.grid import Axis, Grid
@@ -102,6 +102,7 @@ class Layout:
     model: dict[str, Any] = field(default_factory=dict, hash=False)
     parallel: dict[str, dict[str, Any]] = field(default_factory=dict, hash=False)
     smoothing: float = 0.0
+    z_loss: float = 0.0
     packs: int = 4
     adam: bool = False  # ZeroOptimizer instead of plain SGD
 
@@ -126,7 +127,13 @@ class Layout:
         ]
         parts += ["adam"] if self.adam else []
         parts += [f"packs{self.packs}"] if self.packs != 4 else []
-        return "-".join(parts + ["smooth"] * bool(self.smoothing))
+        parts += ["smooth"] if self.smoothing else []
+        parts += ["z"] if self.z_loss else []
+        return "-".join(parts)
+
+    @property
+    def terms(self) -> LossTerms:
+        return LossTerms(self.smoothing, self.z_loss)
 
     @property
     def config(self) -> Config:
@@ -264,7 +271,7 @@ def forward_backward(
         total.add_(output.scaled_sum.detach())
         seen.append(index)
 
-    stages.schedule.train(own, [scale] * len(own.tokens), layout.smoothing, add)
+    stages.schedule.train(own, [scale] * len(own.tokens), layout.terms, add)
     assert seen in (
         ([], list(range(len(own.tokens))))
         if grid.pp.size > 1

@@ -13,6 +13,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from evomesh.layers.loss import PLAIN, LossTerms
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.modes import MODES as MODE_OF
 from evomesh.train.stages import build_stages
@@ -220,13 +221,22 @@ TIED = [
     Layout(pipeline=2, chunks=2, schedule="zbv", adam=True, family="tied"),
     Layout(pipeline=2, parallel=CUT, adam=True, family="tied"),
 ]  # fmt: skip
-ALL = MODES + VARIANTS + PIPELINES + WEIGHTS + ZERO + FSDP + FAMILY + TIED
+STABILITY = [
+    *(Layout(**SPLIT, mode=mode, z_loss=0.1) for mode in ("mtp", "msp", "fsp", "isp")),
+    Layout(tensor=2, mode="msp", pipeline=2, chunks=2, z_loss=0.1, smoothing=0.1, family="tied"),
+    Layout(pipeline=2, z_loss=0.1, adam=True, family="internlm2"),
+    *(Layout(**SPLIT, mode=mode, model={"qk_norm": True}, family=family)
+      for mode, family in (("mtp", "internlm"), ("msp", "internlm2"), ("fsp", "post_norm"), ("isp", "llama"))),
+    Layout(tensor=2, mode="mtp", pipeline=2, model={"qk_norm": True}, family="qwen2"),
+    Layout(tensor=2, mode="isp", weight=2, model={"qk_norm": True}, family="mistral", adam=True),
+]  # fmt: skip
+ALL = MODES + VARIANTS + PIPELINES + WEIGHTS + ZERO + FSDP + FAMILY + TIED + STABILITY
 
 
 @functools.cache
 def reference(
     family: str,
-    smoothing: float,
+    terms: LossTerms,
     packs: int,
     adam: bool,
     model: tuple[tuple[str, Any], ...],
@@ -234,7 +244,8 @@ def reference(
     layout = Layout(
         ranks=1,
         family=family,
-        smoothing=smoothing,
+        smoothing=terms.label_smoothing,
+        z_loss=terms.z_loss_coeff,
         packs=packs,
         adam=adam,
         model=dict(model),
@@ -247,9 +258,9 @@ def one_process(layout: Layout) -> Trained:
     model = tuple(
         (key, value)
         for key, value in layout.model.items()
-        if key in ("use_swiglu", "num_layers")
+        if key in ("use_swiglu", "num_layers", "qk_norm")
     )
-    return reference(layout.family, layout.smoothing, layout.packs, layout.adam, model)
+    return reference(layout.family, layout.terms, layout.packs, layout.adam, model)
 
 
 @covers(
@@ -435,7 +446,9 @@ def sharded_after_each(rank: int, layout: Layout) -> list[bool]:
     batch = packs(0, range(layout.packs))
     for block in stages.models[0].layers.values():
         block.register_forward_pre_hook(look, prepend=True)
-    stages.schedule.train(batch, [1.0] * layout.packs, 0.0, lambda index, output: None)
+    stages.schedule.train(
+        batch, [1.0] * layout.packs, PLAIN, lambda index, output: None
+    )
     return seen
 
 

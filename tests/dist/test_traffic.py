@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from evomesh.layers.loss import PLAIN
 from evomesh.parallel.modes import MODES
 from evomesh.parallel.traffic import record_traffic
 from evomesh.train.stages import build_stages
@@ -55,10 +56,12 @@ def step_traffic(
     stages.initialize(SEED, grid)
     batch = packs(0, range(layout.packs))
     # Torch agrees on shapes once.
-    stages.schedule.train(batch, [1.0] * layout.packs, 0.0, lambda index, output: None)
+    stages.schedule.train(
+        batch, [1.0] * layout.packs, PLAIN, lambda index, output: None
+    )
     with record_traffic(grid) as traffic:
         stages.schedule.train(
-            batch, [1.0] * layout.packs, 0.0, lambda index, output: None
+            batch, [1.0] * layout.packs, PLAIN, lambda index, output: None
         )
     return Counter(
         (call.operation, call.axis, call.nbytes) for call in traffic.calls

@@ -55,10 +55,11 @@ def check(
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
 
 
-@covers("loss.label_smoothing")
+@covers("loss.label_smoothing", "loss.z_loss_coeff")
 @pytest.mark.parametrize("chunk", [1, 7, 37, 512])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_equals_torch(chunk: int, smoothing: float) -> None:
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
+def test_equals_torch(chunk: int, smoothing: float, z_loss: float) -> None:
     hidden, weight, labels = inputs()
     out = linear_cross_entropy(
         hidden,
@@ -67,24 +68,43 @@ def test_equals_torch(chunk: int, smoothing: float) -> None:
         vocab_size=V,
         chunk=chunk,
         label_smoothing=smoothing,
+        z_loss_coeff=z_loss,
         grad_scale=0.37,
     )
     expected, nll, correct = reference(hidden, weight, labels, smoothing)
+    log_sums = (hidden @ weight.T).logsumexp(-1)[labels != IGNORE]
+    z_term = z_loss * log_sums.square().sum()
+    expected = expected + z_term
+    if z_loss:
+        assert out.scaled_z_loss is not None and not out.scaled_z_loss.requires_grad
+        torch.testing.assert_close(
+            out.scaled_z_loss, z_term.detach() * 0.37, rtol=1e-13, atol=1e-13
+        )
+    else:
+        assert out.scaled_z_loss is None
     check(out, [hidden, weight], expected * 0.37, [hidden, weight])
     torch.testing.assert_close(out.nll, nll.detach(), rtol=1e-13, atol=1e-13)
     assert torch.equal(out.correct, correct) and not out.nll.requires_grad
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_padded_rows_are_outside_everything(smoothing: float) -> None:
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.3)])
+def test_padded_rows_are_outside_everything(smoothing: float, z_loss: float) -> None:
     hidden, weight, labels = inputs()
     padded = torch.cat(
         [weight.detach(), torch.full((3, D), 50.0, dtype=torch.float64)]
     ).requires_grad_()
     out = linear_cross_entropy(
-        hidden, padded, labels, vocab_size=V, label_smoothing=smoothing, chunk=8
+        hidden,
+        padded,
+        labels,
+        vocab_size=V,
+        label_smoothing=smoothing,
+        z_loss_coeff=z_loss,
+        chunk=8,
     )
     expected, *_ = reference(hidden, weight, labels, smoothing)
+    log_sums = (hidden @ weight.T).logsumexp(-1)[labels != IGNORE]
+    expected = expected + z_loss * log_sums.square().sum()
     grad_hidden, grad_padded = torch.autograd.grad(out.scaled_sum, [hidden, padded])
     assert torch.equal(grad_padded[V:], torch.zeros(3, D, dtype=torch.float64))
     expected_hidden, expected_weight = torch.autograd.grad(expected, [hidden, weight])

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from evomesh.config.schema import ModelConfig
+from evomesh.config.schema import Config, LossConfig, ModelConfig
 from evomesh.errors import ConfigError, UserError
 from evomesh.layers.sequence_bounds import single_sequence
 from evomesh.models.registry import ModelInitializer, build_model, initialize_weights
 from evomesh.parallel.grid import Axis, Grid
+from evomesh.parallel.modes import MODES
+from evomesh.train.stages import build_stages
 
 FOLDER = Path(__file__).parents[3] / "examples" / "custom_model"
 
@@ -66,6 +68,27 @@ def test_a_misspelt_own_parameter_is_refused(config: dict[str, Any]) -> None:
         ConfigError, match=r"model\.first_gian.*\n.*\n.*did you mean 'first_gain'"
     ):
         build_model(ModelConfig(**config))
+
+
+def test_z_loss_is_refused_by_a_loss_that_would_leave_it_out(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Config(model=ModelConfig(**config), loss=LossConfig(z_loss_coeff=1e-4))
+    cpu = torch.device("cpu")
+    stages = build_stages(run, Grid(), MODES["mtp"], cpu)  # the example's loss has it
+
+    def loss_without_z(
+        self: Any,
+        hidden: torch.Tensor,
+        labels: torch.Tensor,
+        grad_scale: float = 1.0,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(type(stages.models[0]), "loss", loss_without_z)
+    with pytest.raises(UserError, match="'PARALLEL_BLOCKS' takes no z_loss_coeff"):
+        build_stages(run, Grid(), MODES["mtp"], cpu)
 
 
 @pytest.mark.parametrize(

@@ -117,8 +117,8 @@ class TestHostWaitsOfAStep:
             with no_host_waits() as copies:
                 counted_step(reduction)
             assert copies.begun == len(fields(Batch)) - 2  # all tensors of a host batch
-        # Norm, objective and the tally of two types.
-        assert counted_step.reads == [(2 + 3 * 2,)] * 2
+        # Norm, objective, its z-loss, and the tally of two types.
+        assert counted_step.reads == [(3 + 3 * 2,)] * 2
 
     @pytest.mark.parametrize("kv_heads", [4, 2])
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

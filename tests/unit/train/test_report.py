@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from evomesh.config.data import DataConfig
-from evomesh.config.schema import Config, RunConfig
+from evomesh.config.schema import Config, LossConfig, RunConfig
 from evomesh.data.batch import Batch
 from evomesh.data.build import build_train_data
 from evomesh.optim.zero import StepResult
@@ -53,6 +53,7 @@ def record(reporter: RunReporter, seconds: float, **figures: Any) -> Any:
         LossTally(["en"], torch.device("cpu")),
         StepResult(torch.tensor(0.7, dtype=torch.float64)),
         0.3,
+        z_loss=0.125,
     )
     given = {"lr": 1e-3, "beta2": 0.95, "loss_scale": 1.0} | figures
     return reporter.step(
@@ -71,6 +72,23 @@ def test_samples_are_counted_as_segments(reporter: RunReporter) -> None:
 def test_speed_is_tokens_by_seconds(reporter: RunReporter) -> None:
     assert record(reporter, 0.5).tgs == 32.0
     assert record(reporter, 0.25).tflops == 2 * record(reporter, 0.5).tflops
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 1e-4])
+def test_z_loss_is_reported_where_it_is_trained(
+    reporter: RunReporter, coefficient: float
+) -> None:
+    loss = LossConfig(z_loss_coeff=coefficient)
+    reporter.config = reporter.config.model_copy(update={"loss": loss})
+    lines: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "evomesh.train.report.logger.info", lambda _, line: lines.append(line)
+        )
+        figures = record(reporter, 0.5).values()
+    asked = coefficient > 0
+    assert (figures.get("z_loss") == 0.125) == asked
+    assert lines[0].endswith(",z_loss=0.125") == asked
 
 
 def test_validation_results_join_the_step(reporter: RunReporter) -> None:

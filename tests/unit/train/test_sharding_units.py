@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from evomesh.layers.loss import PLAIN
 from evomesh.parallel.build import build_grid
 from evomesh.parallel.modes import MODES
 from evomesh.parallel.process_group import fake_world
@@ -70,7 +71,7 @@ def test_the_next_gather_starts_where_the_config_says(start: str) -> None:
             mark(wqkv, traffic, "end", after=True)
             mark(block.attention.wo, traffic, "wo", after=False)
             mark(block.feed_forward, traffic, "w1", after=False)
-            stages.schedule.train(batch, [1.0], 0.0, lambda index, output: None)
+            stages.schedule.train(batch, [1.0], PLAIN, lambda index, output: None)
     names = [call.operation for call in traffic.calls if call.axis != "tp" or call.operation == EXCHANGE]  # fmt: skip
     assert names[: len(ORDER[start])] == ORDER[start]
 
