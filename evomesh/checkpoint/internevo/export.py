@@ -32,7 +32,8 @@ V2_TOP = {"embedding": "tok_embeddings", "norm": "norm", "head": "output"}
 
 # Returns the shard of each tensor-parallel rank, None for a rank whose file lacks the
 # parameter.
-ShardFunction = Callable[[Tensor, int], list[Tensor | None]]
+Shards = list[Tensor | None]
+ShardFunction = Callable[[Tensor, int], Shards]
 
 
 def write_model(
@@ -43,13 +44,19 @@ def write_model(
     pipeline: int,
     weight: int | None = None,
 ) -> list[str]:
-    """Write ``model_tp{t}_pp{p}.pt``, ``model_config.pt`` (a plain dict) and ``{step}.step``; return the model files.
+    """Write one of our checkpoints as InternEvo's and return the model files.
+
+        model_tp{t}_pp{p}.pt    state dict of a rank
+        model_config.pt         the model section, a plain dict
+        {step}.step             marks the folder as complete
 
     Args:
-        weight: weight-parallel size of isp, whose files are ``model_tp{t}_wp{w}_pp{p}.pt``; None: not isp.
+        weight: weight-parallel size of isp, whose files are
+            ``model_tp{t}_wp{w}_pp{p}.pt``; None: not isp.
 
     Raises:
-        CheckpointError: sizes that do not divide, a family that InternEvo does not have, or a target that is in use.
+        CheckpointError: sizes that do not divide, a family that InternEvo does not have,
+            or a target that is in use.
     """
     _refuse_sizes(model, tensor, pipeline, weight, found.folder)
     if os.path.isdir(target) and os.listdir(target):
@@ -73,6 +80,7 @@ def write_model(
     section = _plain_section(model)
     section_file = os.path.join(target, "model_config.pt")
     torch.save(section, section_file)
+    # InternEvo takes a folder with this file for complete, so it is written last.
     step_file = os.path.join(target, f"{found.step}.step")
     torch.save({"step": found.step}, step_file)
     return written
@@ -85,10 +93,13 @@ def _stage_states(
     tensor: int,
     weight: int | None,
 ) -> dict[tuple[int, int], dict[str, Tensor]]:
-    """Return the state dict of each (tp, wp) rank of one stage. Memory: the weights of the stage, once per replica."""
-    states: dict[tuple[int, int], dict[str, Tensor]] = {
-        position: {} for position in product(range(tensor), range(weight or 1))
-    }
+    """Return the state dict of each (tp, wp) rank of one stage.
+
+    Memory: the weights of the stage, once per replica.
+    """
+    states: dict[tuple[int, int], dict[str, Tensor]] = {}
+    for position in product(range(tensor), range(weight or 1)):
+        states[position] = {}
     for name, record in found.records().items():
         if name.startswith("optim."):
             continue
@@ -112,31 +123,37 @@ def _rank_shards(
     """
     wp_size = weight or 1
     in_isp_block = weight is not None and LAYER_PARAMETER.match(name) is not None
-    shards = shard(whole, 1 if in_isp_block else tensor)
+    over_wp = in_isp_block and "norm" not in name
+    tp_shards = 1 if in_isp_block else tensor
+    shards = shard(whole, tp_shards)
     for tp, wp in product(range(tensor), range(wp_size)):
-        part = shards[tp % len(shards)]  # one shard only in a block of isp
+        position = (tp, wp)
+        part = shards[tp % tp_shards]
         if part is None:
             continue
-        if in_isp_block and "norm" not in name:
-            part = part.chunk(wp_size)[wp]
-        yield (tp, wp), part.contiguous().clone()
+        if over_wp:
+            parts = part.chunk(wp_size)
+            part = parts[wp]
+        # torch.save writes the whole storage of a view: without the clone each file
+        # would hold the tensor of all ranks.
+        yield position, part.contiguous().clone()
 
 
 def _plain_section(model: ModelConfig) -> dict[str, bool | int | float | str]:
-    return {
-        key: value
-        for key, value in model.model_dump().items()
-        if isinstance(value, bool | int | float | str)
-    }
+    section = {}
+    for key, value in model.model_dump().items():
+        if isinstance(value, bool | int | float | str):
+            section[key] = value
+    return section
 
 
 def _refuse_sizes(
     model: ModelConfig, tensor: int, pipeline: int, weight: int | None, where: str
 ) -> None:
-    """Check that InternEvo has the family, and that every sharded dim of it divides by the sizes.
+    """Check that InternEvo has the family, and that the sizes divide its sharded dims.
 
     Raises:
-        CheckpointError: it does not.
+        CheckpointError: one of the two is not so.
     """
     _refuse_family(model, where)
     sharded = {
@@ -204,57 +221,71 @@ def _refuse_family(model: ModelConfig, where: str) -> None:
 
 
 def _block_rows(model: ModelConfig) -> tuple[int, ...]:
-    """Return the rows of a block's matrices: those of queries, keys and values, merged or not, and of the rest."""
+    """Return the rows of a block's matrices.
+
+    Those of queries, keys and values come first, merged or not.
+    """
     kv_rows = model.kv_heads * model.head_dim
-    qkv_rows = (
-        kv_rows if model.model_type == "LLAMA2" else model.hidden_size + 2 * kv_rows
-    )
+    merged_rows = model.hidden_size + 2 * kv_rows
+    qkv_rows = kv_rows if model.model_type == "LLAMA2" else merged_rows
     return (qkv_rows, model.hidden_size, model.mlp_width)
 
 
-def _shard_rows(whole: Tensor, ranks: int) -> list[Tensor | None]:
+def _shard_rows(whole: Tensor, ranks: int) -> Shards:
     return list(whole.chunk(ranks))
 
 
-def _shard_columns(whole: Tensor, ranks: int) -> list[Tensor | None]:
+def _shard_columns(whole: Tensor, ranks: int) -> Shards:
     return list(whole.chunk(ranks, 1))
 
 
-def _replicate(whole: Tensor, ranks: int) -> list[Tensor | None]:
+def _replicate(whole: Tensor, ranks: int) -> Shards:
     return [whole] * ranks
 
 
-def _first_rank_only(whole: Tensor, ranks: int) -> list[Tensor | None]:
+def _first_rank_only(whole: Tensor, ranks: int) -> Shards:
     return [whole] + [None] * (ranks - 1)
 
 
 def _foreign_parameters(
     name: str, layers: range, model: ModelConfig
 ) -> list[tuple[str, ShardFunction]]:
-    """Return their names for one of our tensors in a stage, and how each is sharded; [] if another stage holds it."""
+    """Return their names for one of our tensors in a stage, and how each is sharded.
+
+    [] if another stage holds it.
+    """
     v1 = model.model_type == "INTERNLM"
     match = LAYER_PARAMETER.match(name)
     if match is None:
         return _foreign_top(name, layers, model)
-    number, module, kind = int(match[1]), match[2], match[3]
+    number = int(match[1])
+    module = match[2]
+    kind = match[3]
     if number not in layers:
         return []
-    prefix = f"{'blocks' if v1 else 'layers'}.{number - layers.start}."
+    blocks = "blocks" if v1 else "layers"
+    # Their numbers begin anew in each stage.
+    prefix = f"{blocks}.{number - layers.start}."
     if module == "attention.wqkv" and model.model_type == "LLAMA2":
-        return [
-            (f"{prefix}attention.w{letter}.{kind}", _shard_one_of_qkv(model, letter))
-            for letter in "qkv"
-        ]
+        parameters = []
+        for letter in "qkv":
+            shard = _shard_one_of_qkv(model, letter)
+            parameters.append((f"{prefix}attention.w{letter}.{kind}", shard))
+        return parameters
     if module == "attention.wqkv" and v1:
         return [(f"{prefix}mixer.Wqkv.{kind}", _shard_blocks(model))]
     their_module = V1_MODULES[module] if v1 else module
-    return [(f"{prefix}{their_module}.{kind}", _block_shard(module, kind, v1))]
+    shard = _block_shard(module, kind, v1)
+    return [(f"{prefix}{their_module}.{kind}", shard)]
 
 
 def _foreign_top(
     name: str, layers: range, model: ModelConfig
 ) -> list[tuple[str, ShardFunction]]:
-    """Do ``_foreign_parameters`` outside the blocks: embedding in the first stage, norm and head in the last."""
+    """Do ``_foreign_parameters`` outside the blocks.
+
+    The embedding is in the first stage, norm and head are in the last.
+    """
     module, kind = name.rsplit(".", 1)
     is_first = layers.start == 0
     is_last = layers.stop == model.num_layers
@@ -262,10 +293,9 @@ def _foreign_top(
     if not in_stage:
         return []
     names = V1_TOP if model.model_type == "INTERNLM" else V2_TOP
-    shard = {"embedding": _shard_columns, "norm": _replicate, "head": _shard_rows}[
-        module
-    ]
-    return [(f"{names[module]}.{kind}", shard)]
+    # InternEvo shards the embedding along D, not along the vocabulary as the head.
+    shards = {"embedding": _shard_columns, "norm": _replicate, "head": _shard_rows}
+    return [(f"{names[module]}.{kind}", shards[module])]
 
 
 def _block_shard(module: str, kind: str, v1: bool) -> ShardFunction:
@@ -281,9 +311,12 @@ def _block_shard(module: str, kind: str, v1: bool) -> ShardFunction:
 
 
 def _shard_blocks(model: ModelConfig) -> ShardFunction:
-    """Return a function that shards wqkv by heads and reorders each shard to INTERNLM's [q; k; v]."""
+    """Return a function that shards wqkv by heads, each shard in INTERNLM's order.
 
-    def shard(whole: Tensor, ranks: int) -> list[Tensor | None]:
+    That is [q; k; v] of the heads of the shard.
+    """
+
+    def shard(whole: Tensor, ranks: int) -> Shards:
         heads = model.num_attention_heads // ranks
         return [groups_to_blocks(part, heads) for part in whole.chunk(ranks)]
 
@@ -293,19 +326,22 @@ def _shard_blocks(model: ModelConfig) -> ShardFunction:
 def _shard_one_of_qkv(model: ModelConfig, letter: str) -> ShardFunction:
     """Return a function that takes q, k or v out of wqkv and shards it by rows."""
     queries = model.num_attention_heads // model.kv_heads  # R
+    k = queries  # positions of k and v in a group, after the queries
+    v = queries + 1
     positions = {
-        "q": slice(0, queries),
-        "k": slice(queries, queries + 1),
-        "v": slice(queries + 1, queries + 2),
+        "q": slice(0, k),
+        "k": slice(k, v),
+        "v": slice(v, v + 1),
     }
+    position = positions[letter]
+    heads_of_groups = (model.kv_heads, queries + 2, model.head_dim)
 
-    def shard(whole: Tensor, ranks: int) -> list[Tensor | None]:
-        # [G, R + 2, H, D]
-        groups = whole.reshape(
-            model.kv_heads, queries + 2, model.head_dim, *whole.shape[1:]
-        )
-        # [N H, D], [G H, D] for k and v.
-        rows = groups[:, positions[letter]].flatten(0, 2)
+    def shard(whole: Tensor, ranks: int) -> Shards:
+        # N = 4, G = 2: the rows of wqkv are q0 q1 k0 v0, q2 q3 k1 v1, each of H rows.
+        columns = whole.shape[1:]
+        groups = whole.reshape(*heads_of_groups, *columns)  # [G, R + 2, H, D]
+        chosen = groups[:, position]
+        rows = chosen.flatten(0, 2)  # [N H, D], [G H, D] for k and v
         return list(rows.chunk(ranks))
 
     return shard

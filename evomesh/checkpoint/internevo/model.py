@@ -89,12 +89,15 @@ class InternEvoFolder:
     isp: bool
 
     def stage_states(self, pp: int) -> list[dict[str, Tensor]]:
-        """Read the state dicts of a stage: one per tp rank, or in isp one per (wp, tp) with tp fastest."""
-        return [
-            _read_state(self.files[pp, wp, tp])
-            for wp in range(self.wp_size)
-            for tp in range(self.tp_size)
-        ]
+        """Read the state dicts of a stage.
+
+        One per tp rank, or in isp one per (wp, tp) with tp fastest.
+        """
+        states = []
+        for wp, tp in product(range(self.wp_size), range(self.tp_size)):
+            state = _read_state(self.files[pp, wp, tp])
+            states.append(state)
+        return states
 
 
 def find_model_files(path: str) -> InternEvoFolder:
@@ -127,14 +130,14 @@ def find_model_files(path: str) -> InternEvoFolder:
 
 
 def _refuse_incomplete(folder: InternEvoFolder) -> None:
-    grid = list(
-        product(range(folder.pp_size), range(folder.wp_size), range(folder.tp_size))
-    )
-    missing = [
-        file_name(tp, wp if folder.isp else None, pp)
-        for pp, wp, tp in grid
-        if (pp, wp, tp) not in folder.files
-    ]
+    sizes = (folder.pp_size, folder.wp_size, folder.tp_size)
+    grid = list(product(*map(range, sizes)))
+    missing = []
+    for position in grid:
+        if position not in folder.files:
+            pp, wp, tp = position
+            wp_in_name = wp if folder.isp else None
+            missing.append(file_name(tp, wp_in_name, pp))
     if missing:
         raise CheckpointError(
             f"{', '.join(missing[:4])} of {len(grid)} files are missing",
@@ -157,16 +160,23 @@ def _list_folder(path: str) -> list[str]:
 
 
 def _read_state(path: str) -> dict[str, Tensor]:
-    state = read_pickle(path)
-    if not isinstance(state, dict) or not all(
-        isinstance(value, Tensor) for value in state.values()
-    ):
+    content = read_pickle(path)
+    if not isinstance(content, dict):
         raise CheckpointError("is not a state dict of tensors", where=path)
-    return {str(name).removeprefix("model."): tensor for name, tensor in state.items()}
+    state = {}
+    for name, tensor in content.items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError("is not a state dict of tensors", where=path)
+        local_name = str(name).removeprefix("model.")
+        state[local_name] = tensor
+    return state
 
 
 def read_model_section(path: str) -> dict[str, Any] | None:
-    """Return the plain values of ``model_config.pt`` in the folder ``path``, None if there is no such file."""
+    """Return the plain values of ``model_config.pt`` in the folder ``path``.
+
+    None if there is no such file.
+    """
     file = os.path.join(path, "model_config.pt")
     if not os.path.exists(file):
         return None
@@ -174,11 +184,13 @@ def read_model_section(path: str) -> dict[str, Any] | None:
     if not isinstance(section, dict):
         raise CheckpointError("is not a model section", where=file)
     plain: dict[str, Any] = {}
-    for key, value in section.items():
+    for name, value in section.items():
+        key = str(name)
+        is_plain = isinstance(value, bool | int | float | str)
         if isinstance(value, torch.dtype):
-            plain[str(key)] = str(value)
-        elif value is None or isinstance(value, bool | int | float | str):
-            plain[str(key)] = value
+            plain[key] = str(value)
+        elif is_plain or value is None:
+            plain[key] = value
     return plain
 
 
@@ -207,7 +219,8 @@ def read_model(
         w2: what their w2 is; checkpoints of early 2023 have w2 and w3 exchanged.
 
     Raises:
-        CheckpointError: missing files, unknown parameters, or w2 and w3 that shapes cannot tell apart.
+        CheckpointError: missing files, unknown parameters, or w2 and w3 that shapes
+            cannot tell apart.
     """
     yield from merge_folder(find_model_files(path), heads, w2)
 
@@ -221,65 +234,88 @@ def merge_folder(
     """Merge the shards of a folder like ``read_model``.
 
     Args:
-        stage_states: returns what to merge of a stage instead of ``folder.stage_states``, tensors of the same names and
-            shapes: optimizer state, say.
+        stage_states: returns what to merge of a stage instead of ``folder.stage_states``,
+            tensors of the same names and shapes: optimizer state, say.
     """
     family = family_of(folder)
     first_layers = _first_layers(folder)
     read_states = stage_states or folder.stage_states
     for pp in range(folder.pp_size):
+        # One stage at a time is in memory.
         states = read_states(pp)
         first_state = states[0]
         down = _down_projection(first_state, w2, folder.path)
-        # With interleaved stages a file holds several model chunks, whose number
-        # precedes the names.
-        names_of_chunk: dict[int, list[str]] = {}
-        for name in first_state:
-            chunk, _ = _split_chunk(name)
-            names_of_chunk.setdefault(chunk, []).append(name)
-        for chunk, names in sorted(names_of_chunk.items()):
-            merged: dict[str, Tensor] = {}
-            for name in names:
+        names_of_chunk = _names_of_chunk(first_state)
+        for chunk in sorted(names_of_chunk):
+            merged = {}
+            for name in names_of_chunk[chunk]:
                 _, local_name = _split_chunk(name)
+                # In InternEvo's v1 only the first rank has an output bias.
                 shards = [state[name] for state in states if name in state]
-                merged[local_name] = _merge_shards(
-                    local_name, shards, folder, family, heads, down
-                )
+                whole = _merge_shards(local_name, shards, folder, family, heads, down)
+                merged[local_name] = whole
             first_layer = first_layers.get((chunk, pp), 0)
             yield from _rename(merged, first_layer, heads, down, folder.path)
+
+
+def _names_of_chunk(state: dict[str, Tensor]) -> dict[int, list[str]]:
+    """Return the names of each model chunk in a file.
+
+    With interleaved stages a file holds several chunks, whose number precedes the names:
+    ``0.layers.1.norm1.weight`` and ``1.layers.1.norm1.weight``.
+    """
+    names_of_chunk: dict[int, list[str]] = {}
+    for name in state:
+        chunk, _ = _split_chunk(name)
+        names_of_chunk.setdefault(chunk, []).append(name)
+    return names_of_chunk
 
 
 def _first_layers(folder: InternEvoFolder) -> dict[tuple[int, int], int]:
     """Return (chunk, stage) -> global number of its first layer.
 
     Layers run through all stages of the first chunk, then through all stages of the
-    second, and so on.
+    second, and so on: of 8 layers on 2 stages with 2 chunks, stage 0 has layers 0, 1
+    and 4, 5, and stage 1 has 2, 3 and 6, 7.
     """
-    counts: dict[tuple[int, int], int] = {}
+    num_layers: dict[tuple[int, int], int] = {}
     for pp in range(folder.pp_size):
-        for name in _read_state(folder.files[pp, 0, 0]):
+        state = _read_state(folder.files[pp, 0, 0])
+        for name in state:
             chunk, local_name = _split_chunk(name)
             layer = LAYER_NAME.match(local_name)
             if layer:
-                counts[chunk, pp] = max(counts.get((chunk, pp), 0), int(layer[1]) + 1)
-    first_layers: dict[tuple[int, int], int] = {}
+                after_it = int(layer[1]) + 1
+                known = num_layers.get((chunk, pp), 0)
+                num_layers[chunk, pp] = max(known, after_it)
+    first_layers = {}
     total = 0
-    for key in sorted(counts):
+    # Sorted by chunk, then by stage.
+    for key in sorted(num_layers):
         first_layers[key] = total
-        total += counts[key]
+        total += num_layers[key]
     return first_layers
 
 
 def _split_chunk(name: str) -> tuple[int, str]:
-    """Split a parameter name into the number of its model chunk, 0 if it has none, and the name in the chunk."""
+    """Split a parameter name into the number of its model chunk and the name in it.
+
+    The number is 0 if the name has none.
+    """
     match = CHUNK_PREFIX.match(name)
-    return (int(match[1]), name[match.end() :]) if match else (0, name)
+    if match is None:
+        return 0, name
+    return int(match[1]), name[match.end() :]
 
 
 def _down_projection(
     state: dict[str, Tensor], w2: W2Role, where: str
 ) -> DownProjection:
-    """Return which of w2 and w3 is the down projection: the one whose columns are not those of w1."""
+    """Return which of w2 and w3 is the down projection.
+
+    It is the one whose columns are not those of w1.
+    """
+    # w1 and the up projection are [F / tp, D], the down projection is [D, F / tp].
     columns: dict[str, int] = {}
     for name, tensor in state.items():
         match = re.search(r"\.w([123])\.weight$", name)
@@ -308,20 +344,28 @@ def _merge_shards(
     """Return the unsharded tensor ``name`` of a stage."""
     layer = LAYER_NAME.match(name)
     leaf = layer[2] if layer else name
-    if folder.isp:
-        # Blocks are sharded over wp and replicated over tp; embedding and head are
-        # sharded over tp and replicated over wp. ``shards`` has tp fastest.
-        shards = shards[:: folder.tp_size] if layer else shards[: folder.tp_size]
-    dim = _shard_dim(leaf, in_isp_block=folder.isp and layer is not None, down=down)
-    replicated = dim is None or len(shards) == 1
-    whole = shards[0] if replicated else torch.cat(shards, dim or 0)
+    in_isp_block = folder.isp and layer is not None
+    # In isp blocks are sharded over wp and replicated over tp; embedding and head are
+    # sharded over tp and replicated over wp. ``shards`` has tp fastest: with tp 2 and
+    # wp 3 its shards are those of (wp, tp) 00 01 10 11 20 21.
+    if in_isp_block:
+        shards = shards[:: folder.tp_size]
+    elif folder.isp:
+        shards = shards[: folder.tp_size]
+
+    whole = shards[0]
+    dim = _shard_dim(leaf, in_isp_block=in_isp_block, down=down)
+    if dim is not None and len(shards) > 1:
+        whole = torch.cat(shards, dim)
+
     if family == "INTERNLM" and "Wqkv" in leaf:
         # [q; k; v] of the heads of rank 0, then of rank 1, ...: reordered rank by rank.
         ranks = 1 if folder.isp else folder.tp_size
-        blocks = whole.chunk(ranks)
-        whole = torch.cat(
-            [_blocks_to_groups(block, heads.heads // ranks) for block in blocks]
-        )
+        heads_of_rank = heads.heads // ranks
+        groups = []
+        for blocks in whole.chunk(ranks):
+            groups.append(_blocks_to_groups(blocks, heads_of_rank))
+        whole = torch.cat(groups)
     return whole
 
 
@@ -333,7 +377,8 @@ def _shard_dim(leaf: str, *, in_isp_block: bool, down: DownProjection) -> int | 
         return 0
     if leaf.endswith(OUTPUT_BIASES):
         return None
-    return 1 if leaf.endswith((*ROW_PARALLEL, f"{down}.weight")) else 0
+    row_parallel = (*ROW_PARALLEL, f"{down}.weight")
+    return 1 if leaf.endswith(row_parallel) else 0
 
 
 def _rename(
@@ -343,29 +388,40 @@ def _rename(
     down: DownProjection,
     where: str,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the unsharded tensors of a model chunk under our names, wq, wk and wv as one wqkv."""
+    """Yield the unsharded tensors of a model chunk under our names.
+
+    wq, wk and wv become one wqkv.
+    """
     for name, tensor in tensors.items():
         layer = LAYER_NAME.match(name)
-        module, kind = (layer[2] if layer else name).rsplit(".", 1)
+        leaf = layer[2] if layer else name
+        module, kind = leaf.rsplit(".", 1)
         if layer is None:
             if module not in TOP_MODULES:
                 raise CheckpointError(f"unknown parameter {name!r}", where=where)
             yield f"{TOP_MODULES[module]}.{kind}", tensor
             continue
-        prefix = f"layers.{first_layer + int(layer[1])}."
+        number = first_layer + int(layer[1])
         if module == "attention.wq":
-            qkv = [
-                tensors[name.replace("attention.wq", f"attention.w{letter}")]
-                for letter in "qkv"
-            ]
-            yield f"{prefix}attention.wqkv.{kind}", _group_qkv(qkv, heads.kv_heads)
+            qkv = []
+            for letter in "qkv":
+                sibling = name.replace("attention.wq", f"attention.w{letter}")
+                qkv.append(tensors[sibling])
+            merged = _group_qkv(qkv, heads.kv_heads)
+            yield f"layers.{number}.attention.wqkv.{kind}", merged
         elif module not in ("attention.wk", "attention.wv"):
-            ours = BLOCK_MODULES.get(module, module)
-            if down == "w3":
-                ours = EXCHANGED.get(ours, ours)
+            ours = _block_module(module, down)
             if ours not in BLOCK_MODULES.values():
                 raise CheckpointError(f"unknown parameter {name!r}", where=where)
-            yield f"{prefix}{ours}.{kind}", tensor
+            yield f"layers.{number}.{ours}.{kind}", tensor
+
+
+def _block_module(module: str, down: DownProjection) -> str:
+    """Return our name of a module in a block; an unknown one as it is."""
+    ours = BLOCK_MODULES.get(module, module)
+    if down == "w3":
+        ours = EXCHANGED.get(ours, ours)
+    return ours
 
 
 def _group_qkv(qkv: list[Tensor], kv_heads: int) -> Tensor:
@@ -382,6 +438,6 @@ def _blocks_to_groups(rows: Tensor, heads: int) -> Tensor:
 
 
 def groups_to_blocks(rows: Tensor, heads: int) -> Tensor:
-    """Reorder one [q, k, v] group per head along dim 0 to INTERNLM's [q; k; v] of all of them."""
+    """Reorder one [q, k, v] group per head along dim 0 to INTERNLM's [q; k; v]."""
     groups = rows.reshape(heads, 3, -1, *rows.shape[1:])  # [n, 3, H, ...]
     return groups.transpose(0, 1).flatten(0, 2)

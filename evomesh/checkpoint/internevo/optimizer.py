@@ -1,4 +1,4 @@
-"""Convert InternEvo's optimizer, counters and data position where it can be proved what they mean.
+"""Convert InternEvo's optimizer, counters and data position where their meaning is proved.
 
 A rank's optimizer file holds one flat float32 tensor per parameter group, with its two
 moments. InternEvo's rule tells which parameters were joined in it: whole parameters,
@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,8 @@ KINDS = ("master", *MOMENTS)
 HALF = (torch.float16, torch.bfloat16)
 FIX = 'load the weights alone: --weights-only, or load_ckpt_info content=("model",)'
 StateDict = dict[str, Tensor]
-_LocalStates = dict[str, dict[tuple[int, int], StateDict]]  # by kind, then by (pp, tp)
+_RankStates = dict[tuple[int, int], StateDict]  # by (pp, tp)
+_LocalStates = dict[str, _RankStates]  # by kind
 
 
 def read_optimizer(
@@ -40,10 +41,15 @@ def read_optimizer(
     heads: HeadCounts,
     w2: W2Role = "auto",
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return unsharded optimizer tensors under our names, and {"optimizer": ..., "scaler": ...} as we save them.
+    """Read optimizer state from a folder of InternEvo.
+
+    Returns:
+        unsharded optimizer tensors under our names, and {"optimizer": ..., "scaler": ...}
+        as we save them.
 
     Raises:
-        CheckpointError: a file is missing, is of isp, or contradicts the rule in the module's docstring; names it.
+        CheckpointError: a file is missing, is of isp, or contradicts the rule in the
+            module's docstring; names it.
     """
     folder = find_model_files(path)
     if folder.isp:
@@ -61,10 +67,12 @@ def read_optimizer(
             fix=FIX,
         )
 
-    # 2. Merge them over the grid like the weights. Our checkpoints have masters of half-precision weights only.
-    half = {
-        name for name, tensor in merge_folder(folder, heads, w2) if tensor.dtype in HALF
-    }
+    # 2. Merge them over the grid like the weights. Our checkpoints have masters of
+    #    half-precision weights only.
+    half = set()
+    for name, tensor in merge_folder(folder, heads, w2):
+        if tensor.dtype in HALF:
+            half.add(name)
     merged: dict[str, Tensor] = {}
     for kind, states in local.items():
         for name, tensor in _merge_kind(folder, states, heads, w2):
@@ -81,29 +89,44 @@ def read_optimizer(
     return merged, {"optimizer": optimizer, "scaler": scale}
 
 
-def _read_local(
-    folder: InternEvoFolder,
-) -> tuple[_LocalStates, set[int], dict[str, Any]]:
-    """Return local optimizer tensors by kind and (pp, tp), the step counts of all files, and the scaler's state."""
-    local: _LocalStates = {kind: {} for kind in KINDS}
-    steps: set[int] = set()
-    scaler: dict[str, Any] = {}
+class _LocalOptimizer(NamedTuple):
+    """The optimizer state of all files, not yet merged over the grid.
+
+    Attributes:
+        states: local tensors by kind and (pp, tp).
+        steps: the step counts of all files.
+        scaler: state of the loss scaler.
+    """
+
+    states: _LocalStates
+    steps: set[int]
+    scaler: dict[str, Any]
+
+
+def _read_local(folder: InternEvoFolder) -> _LocalOptimizer:
+    states: _LocalStates = {kind: {} for kind in KINDS}
+    steps = set()
+    scaler = {}
     for pp in range(folder.pp_size):
-        for tp, weights in enumerate(folder.stage_states(pp)):
+        weights_of_ranks = folder.stage_states(pp)
+        for tp, weights in enumerate(weights_of_ranks):
             files = _zero_files(folder.path, tp, pp)
             contents = [_read_content(file) for file in files]
             by_kind, rank_steps = _unflatten(weights, contents, files)
             for kind, tensors in by_kind.items():
-                local[kind][pp, tp] = tensors
+                of_kind = states[kind]
+                of_kind[pp, tp] = tensors
             steps |= rank_steps
             # Every file has the state of the same scaler.
             first_content = contents[0]
             scaler = first_content.get("grad_scaler", {})
-    return local, steps, scaler
+    return _LocalOptimizer(states, steps, scaler)
 
 
 def read_counters(path: str) -> dict[str, Any]:
-    """Return {"train": ..., "sampler": ...} of context.pt, schedulder.pt (InternEvo's spelling) and sampler.pt.
+    """Return {"train": ..., "sampler": ...} of InternEvo's counters.
+
+    They are in context.pt, sampler.pt and schedulder.pt (InternEvo's spelling).
 
     Raises:
         CheckpointError: one of them is missing, or they contradict one another; names it.
@@ -111,8 +134,17 @@ def read_counters(path: str) -> dict[str, Any]:
     context = _read_dict(path, "context.pt")
     sampler = _read_dict(path, "sampler.pt")
     schedule = _read_dict(path, "schedulder.pt")
-    # Theirs is the number of the last batch.
-    step = _integer(context, "batch_count", path, "context.pt") + 1
+
+    def of_context(name: str) -> int:
+        return _integer(context, name, path, "context.pt")
+
+    def of_sampler(name: str) -> int:
+        return _integer(sampler, name, path, "sampler.pt")
+
+    # ``batch_count`` is the number of the last batch, ``step_count`` counts updates: a
+    # batch whose gradient overflowed is in the first only. Their learning rate follows
+    # the second.
+    step = of_context("batch_count") + 1
     updates = int(context.get("step_count", step))
     if "last_epoch" in schedule and int(schedule["last_epoch"]) != updates:
         raise CheckpointError(
@@ -121,25 +153,20 @@ def read_counters(path: str) -> dict[str, Any]:
             fix=FIX,
         )
     train: dict[str, Any] = {
-        "num_consumed_tokens": _integer(
-            context, "num_consumed_tokens", path, "context.pt"
-        ),
-        "inf_nan_skip_batches": _integer(
-            context, "inf_nan_skip_batches", path, "context.pt"
-        ),
+        "num_consumed_tokens": of_context("num_consumed_tokens"),
+        "inf_nan_skip_batches": of_context("inf_nan_skip_batches"),
         "step": step,
         "step_count": updates,
         "consecutive_skips": 0,
         "run_folder": "",
     }
-    data_ranks = _integer(sampler, "data_world_size", path, "sampler.pt")
+    # Each data-parallel rank has a sampler of its share, so all of theirs is per rank.
+    data_ranks = of_sampler("data_world_size")
     position = {
         "step": step,
-        "seed": _integer(sampler, "seed", path, "sampler.pt"),
-        "global_batch": _integer(sampler, "batch_size", path, "sampler.pt")
-        * data_ranks,
-        "offset": _integer(sampler, "num_consumed_samples_in_epoch", path, "sampler.pt")
-        * data_ranks,
+        "seed": of_sampler("seed"),
+        "global_batch": of_sampler("batch_size") * data_ranks,
+        "offset": of_sampler("num_consumed_samples_in_epoch") * data_ranks,
     }
     return {"train": train, "sampler": {"internevo": position}, "data": None}
 
@@ -167,22 +194,25 @@ def _integer(record: dict[str, Any], name: str, path: str, file: str) -> int:
 
 
 def _zero_files(path: str, tp: int, pp: int) -> list[str]:
-    """Return the optimizer files of all ZeRO ranks at one position of the tensor x pipeline grid."""
+    """Return the optimizer files of all ZeRO ranks at one grid position."""
     pattern = re.compile(rf"^optimizer_tp{tp}_pp{pp}_zo(\d+)\.pt$")
-    names: dict[int, str] = {}
+    files: dict[int, str] = {}
     for name in os.listdir(path):
         match = pattern.match(name)
         if match:
-            names[int(match[1])] = name
-    if not names or sorted(names) != list(range(len(names))):
-        have = ", ".join(sorted(names.values())) or "none"
+            zero_rank = int(match[1])
+            files[zero_rank] = os.path.join(path, name)
+    ranks = sorted(files)
+    if not files or ranks != list(range(len(files))):
+        names = sorted(os.path.basename(file) for file in files.values())
+        have = ", ".join(names) or "none"
         raise CheckpointError(
             f"optimizer_tp{tp}_pp{pp}_zo*.pt is incomplete; the folder has: {have}",
             where=path,
             expected="zo0, zo1, ...",
             fix=FIX,
         )
-    return [os.path.join(path, names[zero]) for zero in sorted(names)]
+    return [files[rank] for rank in ranks]
 
 
 def _read_content(file: str) -> dict[str, Any]:
@@ -205,13 +235,18 @@ def _unflatten(
     """Split the flat tensors of all ZeRO ranks at one grid position.
 
     Returns:
-        Local tensors by kind and name, in the order of ``weights``; and the step counts of the moments.
+        Local tensors by kind and name, in the order of ``weights``; and the step counts
+        of the moments.
     """
+    # The flat master of a rank, by a layer with a wqkv of 12, a w1 of 8 and a norm of 4
+    # elements on two ranks, all of one group:
+    #
+    #     zo0   wqkv wqkv wqkv ...                  12 elements
+    #     zo1   w1 w1 ... norm norm ...              8 + 4
+    #
+    # No file says where one parameter ends: the rule of ``_assign_to_ranks`` does.
     groups = _parameter_groups(weights)
-    stored: set[int] = set()
-    for content in contents:
-        stored.update(map(int, content["flat_fp32_weights"]))
-    numbers = sorted(stored)
+    numbers = _group_numbers(contents)
     if len(numbers) != len(groups):
         raise CheckpointError(
             f"holds parameter groups {numbers}, but the weights form {len(groups)}",
@@ -222,25 +257,38 @@ def _unflatten(
     steps: set[int] = set()
     for number, names in zip(numbers, groups, strict=True):
         assigned = _assign_to_ranks(weights, names, len(files))
-        for content, file, owned in zip(contents, files, assigned, strict=True):
+        for rank, owned in enumerate(assigned):
             if not owned:  # a group with fewer parameters than there are ranks
                 continue
-            flats, step = _flat_tensors(content, number, file)
+            file = files[rank]
+            flats, step = _flat_tensors(contents[rank], number, file)
             steps.add(step)
             own_weights = {name: weights[name] for name in owned}
             for kind, flat in flats.items():
-                tensors[kind] |= _split_flat(
-                    flat, own_weights, f"{kind} of group {number}", file
-                )
+                described = f"{kind} of group {number}"
+                parts = _split_flat(flat, own_weights, described, file)
+                tensors[kind].update(parts)
             _prove_masters(tensors["master"], own_weights, file)
-    in_order: dict[str, StateDict] = {}
+    in_order = {}
     for kind, found in tensors.items():
         in_order[kind] = {name: found[name] for name in weights}
     return in_order, steps
 
 
+def _group_numbers(contents: list[dict[str, Any]]) -> list[int]:
+    """Return the numbers of the parameter groups that any rank's file has."""
+    numbers: set[int] = set()
+    for content in contents:
+        masters = content["flat_fp32_weights"]
+        numbers.update(int(number) for number in masters)
+    return sorted(numbers)
+
+
 def _parameter_groups(weights: StateDict) -> list[list[str]]:
-    """Return the parameter names of each group: half precision first, then what stays in float32 (norms)."""
+    """Return the parameter names of each group.
+
+    Half precision comes first, then what stays in float32 (norms).
+    """
     half = [name for name, tensor in weights.items() if tensor.dtype in HALF]
     wide = [name for name, tensor in weights.items() if tensor.dtype not in HALF]
     return [names for names in (half, wide) if names]
@@ -251,10 +299,11 @@ def _assign_to_ranks(
     names: list[str],
     ranks: int,
 ) -> list[list[str]]:
-    """Return the parameters of each ZeRO rank, in the order in which it joins them: InternEvo's greedy rule.
+    """Return the parameters of each ZeRO rank, in the order in which it joins them.
 
-    The largest parameter first, each one to the rank with the fewest elements so far:
-    sizes 8, 5, 4 and 3 on two ranks give 8 + 3 and 5 + 4.
+    This is InternEvo's greedy rule: the largest parameter first, each one to the rank
+    with the fewest elements so far. Sizes 8, 5, 4 and 3 on two ranks give 8 + 3 and
+    5 + 4.
     """
     assigned: list[list[str]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
@@ -272,13 +321,17 @@ def _assign_to_ranks(
 def _flat_tensors(
     content: dict[str, Any], group: int, file: str
 ) -> tuple[dict[str, Any], int]:
-    """Return the flat master and moments of a parameter group by kind, and the step of the moments."""
+    """Return the flat master and moments of a parameter group by kind, and their step."""
+    masters = content["flat_fp32_weights"]
     base = content["base_optim_states"]
     try:
-        (number,) = base["param_groups"][group]["params"]
+        # A group has one parameter, the flat tensor; AdamW knows it by its number.
+        groups = base["param_groups"]
+        (number,) = groups[group]["params"]
         moments = base["state"][number]
-        flats = {"master": content["flat_fp32_weights"][group]}
-        flats |= {kind: moments[kind] for kind in MOMENTS}
+        flats = {"master": masters[group]}
+        for kind in MOMENTS:
+            flats[kind] = moments[kind]
         return flats, int(moments["step"])
     except (KeyError, IndexError, TypeError, ValueError):
         raise CheckpointError(
@@ -292,7 +345,10 @@ def _split_flat(
     described: str,
     file: str,
 ) -> StateDict:
-    """Split one flat tensor into tensors of the names and shapes of ``weights``, which it joins in this order."""
+    """Split one flat tensor into tensors of the names and shapes of ``weights``.
+
+    It joins them in this order.
+    """
     sizes = [weight.numel() for weight in weights.values()]
     elements = flat.numel() if isinstance(flat, Tensor) else 0
     if not isinstance(flat, Tensor) or elements != sum(sizes):
@@ -309,13 +365,18 @@ def _split_flat(
 
 
 def _prove_masters(masters: StateDict, weights: StateDict, file: str) -> None:
-    """Check that the rounded masters are the weights, which proves the order in which parameters were joined.
+    """Check that the rounded masters are the weights.
+
+    This proves the order in which parameters were joined.
 
     Raises:
         CheckpointError: one is not.
     """
+    # Two parameters of equal size can change places without a sign in any shape. Their
+    # values tell them apart: after any training no two are equal bit for bit.
     for name, weight in weights.items():
-        if not torch.equal(masters[name].to(weight.dtype), weight):
+        rounded = masters[name].to(weight.dtype)
+        if not torch.equal(rounded, weight):
             raise CheckpointError(
                 f"the master of {name} is not its weight: the parameters were not joined in the known order",
                 where=file,
@@ -324,10 +385,7 @@ def _prove_masters(masters: StateDict, weights: StateDict, file: str) -> None:
 
 
 def _merge_kind(
-    folder: InternEvoFolder,
-    states: dict[tuple[int, int], StateDict],
-    heads: HeadCounts,
-    w2: W2Role,
+    folder: InternEvoFolder, states: _RankStates, heads: HeadCounts, w2: W2Role
 ) -> Iterator[tuple[str, Tensor]]:
     """Merge the local tensors of one kind, by (pp, tp), like the weights."""
 

@@ -70,7 +70,10 @@ class OpaqueStub:
 
 
 class _Call:
-    """A function that a pickle may call and cannot change: pickles can set attributes of what they name."""
+    """A function that a pickle may call and cannot change.
+
+    Pickles can set attributes of what they name.
+    """
 
     __slots__ = ("_function",)
 
@@ -89,7 +92,8 @@ def _tensor(
 ) -> Tensor:
     """Return a view of a storage.
 
-    ``rest``: whether it needs gradients and its hooks, which are ignored, and flags, which no checkpoint sets.
+    ``rest``: whether it needs gradients and its hooks, which are ignored, and flags,
+    which no checkpoint sets.
     """
     if not isinstance(flat, Tensor) or any(rest[2:]):
         raise pickle.UnpicklingError("a tensor in it is of an unknown kind")
@@ -123,7 +127,10 @@ ALLOWED: dict[tuple[str, str], Any] = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Resolves names to the allowed ones only; ``read_storage(key, dtype, count)`` returns a storage as a tensor."""
+    """Resolves names to the allowed ones only.
+
+    ``read_storage(key, dtype, count)`` returns a storage as a tensor.
+    """
 
     def __init__(
         self,
@@ -134,15 +141,22 @@ class _Unpickler(pickle.Unpickler):
         self._read_storage = read_storage
 
     def find_class(self, module: str, name: str) -> Any:
-        # Its name in protocol 2.
-        module = "builtins" if module == "__builtin__" else module
-        if (module, name) in ALLOWED:
-            return ALLOWED[module, name]
+        # ``builtins`` in protocol 2, which torch writes.
+        if module == "__builtin__":
+            module = "builtins"
+        # The one gate: ``pickle`` asks here for every class and function before it calls
+        # any. What is not returned below cannot run.
+        allowed = ALLOWED.get((module, name))
+        if allowed is not None:
+            return allowed
         if module in ("torch", "torch.cuda") and name in STORAGES:
             return STORAGES[name]
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if module.startswith(("internlm.", "internevo.")) and name == "Config":
+        if module == "torch":
+            attribute = getattr(torch, name, None)
+            if isinstance(attribute, torch.dtype):
+                return attribute
+        is_internevo = module.startswith(("internlm.", "internevo."))
+        if is_internevo and name == "Config":
             return ConfigStub
         if (module, name) in ARRAYS:
             return OpaqueStub
@@ -162,10 +176,17 @@ class _Unpickler(pickle.Unpickler):
         return self._read_storage(str(key), dtype, int(count))
 
 
-def _allocate(
-    dtype: torch.dtype, count: int, available: int
-) -> tuple[Tensor, memoryview]:
-    """Return an empty tensor and its bytes; ``available``: bytes that the file can hold for it."""
+Allocation = tuple[Tensor, memoryview]  # a tensor and its bytes
+
+
+def _allocate(dtype: torch.dtype, count: int, available: int) -> Allocation:
+    """Return an empty tensor and its bytes.
+
+    Args:
+        available: bytes that the file can hold for it.
+    """
+    # The count is the pickle's word: without the limit a small file could ask for any
+    # amount of memory.
     size = count * dtype.itemsize
     if not 0 <= size <= available:
         raise pickle.UnpicklingError(
@@ -192,28 +213,38 @@ def _fill(file: IO[bytes], buffer: memoryview) -> None:
 
 
 def _read_zip(path: str) -> Any:
-    """Read the format of torch since 1.6: a zip file with ``data.pkl`` and one entry for each storage."""
+    """Read the format of torch since 1.6.
+
+    It is a zip file with ``data.pkl`` and one entry for each storage.
+    """
+    #     model_tp0_pp0/data.pkl       the containers; a tensor names its storage by key
+    #     model_tp0_pp0/byteorder      "little"; absent in files of older versions
+    #     model_tp0_pp0/data/0         the bytes of storage 0
+    #     model_tp0_pp0/data/1
     with zipfile.ZipFile(path) as archive:
         _check_entries(path, archive)
         entries = {entry.filename: entry for entry in archive.infolist()}
         root = _root_folder(path, list(entries))
-        order_entry = f"{root}byteorder"  # absent in files of older versions
-        order = (
-            archive.read(order_entry).decode() if order_entry in entries else "little"
-        )
+        order_entry = f"{root}byteorder"
+        order = "little"
+        if order_entry in entries:
+            order = archive.read(order_entry).decode()
         _check_byte_order(path, order)
         storages: dict[str, Tensor] = {}
 
         def read_storage(key: str, dtype: torch.dtype, count: int) -> Tensor:
             if key not in storages:
-                entry = entries[f"{root}data/{key}"]
-                storages[key], buffer = _allocate(dtype, count, entry.file_size)
+                name = f"{root}data/{key}"
+                entry = entries[name]
+                tensor, buffer = _allocate(dtype, count, entry.file_size)
                 with archive.open(entry) as file:
                     _fill(file, buffer)
+                storages[key] = tensor
             return storages[key]
 
         with archive.open(entries[f"{root}data.pkl"]) as file:
-            return _Unpickler(file, read_storage).load()
+            unpickler = _Unpickler(file, read_storage)
+            return unpickler.load()
 
 
 def _check_entries(path: str, archive: zipfile.ZipFile) -> None:
@@ -223,7 +254,10 @@ def _check_entries(path: str, archive: zipfile.ZipFile) -> None:
         raise CheckpointError(
             "unpacks to more than twice its size: refused", where=path
         )
-    inner_names = {part for name in archive.namelist() for part in name.split("/")[1:]}
+    inner_names = set()
+    for name in archive.namelist():
+        _, *parts = name.split("/")
+        inner_names.update(parts)
     if not inner_names.isdisjoint(SCRIPT):
         raise CheckpointError(
             "is a TorchScript archive, which is a program: refused",
@@ -254,28 +288,44 @@ def _check_byte_order(path: str, order: str) -> None:
 
 
 def _read_old(path: str, file: IO[bytes]) -> Any:
-    """Read the format of torch before 1.6: pickles one after another, then the bytes of the storages."""
-    magic = _Unpickler(file).load()
-    if magic != MAGIC or _Unpickler(file).load() != PROTOCOL:
+    """Read the format of torch before 1.6.
+
+    It is pickles one after another, then the bytes of the storages:
+
+        magic number, protocol, {"little_endian": True, ...}
+        the content, whose tensors name their storages by key
+        the keys, in the order of what follows
+        of each storage: number of its elements (8 bytes), its bytes
+    """
+
+    def next_pickle() -> Any:
+        return _Unpickler(file).load()
+
+    # 1. The head.
+    if next_pickle() != MAGIC or next_pickle() != PROTOCOL:
         raise CheckpointError("is not a file of torch.save", where=path)
-    little_endian = _Unpickler(file).load()["little_endian"]
-    _check_byte_order(path, "little" if little_endian else "big")
-    storages: dict[str, tuple[Tensor, memoryview]] = {}
+    system = next_pickle()
+    order = "little" if system["little_endian"] else "big"
+    _check_byte_order(path, order)
+
+    # 2. The content. Its tensors are empty until the bytes that follow it are read into
+    #    their storages.
+    storages: dict[str, Allocation] = {}
     available = os.path.getsize(path)
 
     def allocate_storage(key: str, dtype: torch.dtype, count: int) -> Tensor:
         nonlocal available
         if key not in storages:
-            storages[key] = _allocate(dtype, count, available)
-            _, buffer = storages[key]
+            tensor, buffer = _allocate(dtype, count, available)
             available -= len(buffer)
+            storages[key] = (tensor, buffer)
         tensor, _ = storages[key]
         return tensor
 
-    # The tensors of ``content`` are empty until the bytes that follow it are read into
-    # their storages.
     content = _Unpickler(file, allocate_storage).load()
-    for key in _Unpickler(file).load():
+
+    # 3. The bytes of the storages.
+    for key in next_pickle():
         tensor, buffer = storages[str(key)]
         count = int.from_bytes(file.read(8), sys.byteorder)
         if count != tensor.numel():
@@ -288,8 +338,8 @@ def read_pickle(path: str) -> Any:
     """Read a ``.pt`` file, tensors on the CPU.
 
     Raises:
-        CheckpointError: unreadable, not of torch, a program, unpacks to far more than its size, or names something
-            not allowed.
+        CheckpointError: unreadable, not of torch, a program, unpacks to far more than its
+            size, or names something not allowed.
     """
     try:
         with open(path, "rb") as file:
@@ -301,9 +351,8 @@ def read_pickle(path: str) -> Any:
         raise
     except FileNotFoundError:
         raise CheckpointError("no such file", where=path) from None
-    except (
-        Exception
-    ) as error:  # a damaged file can make the reader raise nearly anything
+    except Exception as error:
+        # A damaged file can make the reader raise nearly anything.
         raise CheckpointError(
             f"cannot be read: {error}",
             where=path,

@@ -1,4 +1,7 @@
-"""Axis-aligned boxes of global tensors: overlaps, pieces, and whether they cover a tensor exactly once."""
+"""Axis-aligned boxes of global tensors.
+
+Overlaps, pieces, and whether boxes cover a tensor exactly once.
+"""
 
 from __future__ import annotations
 
@@ -53,9 +56,13 @@ class Box:
         return None if any(length <= 0 for length in shape) else Box(start, shape)
 
     def narrow(self, dim: int, part: range) -> Box:
-        """Return the box that holds only ``part`` of the indices of ``dim``, counted from the box's first."""
-        offsets, shape = list(self.offsets), list(self.shape)
+        """Return the box that holds only ``part`` of the indices of ``dim``.
+
+        Indices count from the box's first.
+        """
+        offsets = list(self.offsets)
         offsets[dim] += part.start
+        shape = list(self.shape)
         shape[dim] = len(part)
         return Box(tuple(offsets), tuple(shape))
 
@@ -77,28 +84,35 @@ class LocalPart:
 
 
 def split_box(box: Box, item_size: int, limit: int) -> Iterator[Box]:
-    """Yield sub-boxes of at most ``limit`` bytes in row-major order, each contiguous in the bytes of ``box``.
+    """Yield sub-boxes of at most ``limit`` bytes, in row-major order.
 
-    The box is split along its first dim longer than 1; where one row of it is larger
-    than the limit, the row is split along the next dim. A float32 box [6, 100] with a
-    limit of 1000 bytes becomes 3 boxes of 2 rows.
+    Each is contiguous in the bytes of ``box``. The box is split along its first dim
+    longer than 1; where one row of it is larger than the limit, the row is split along
+    the next dim. A float32 box [6, 100] with a limit of 1000 bytes becomes 3 boxes of 2
+    rows.
     """
-    if box.numel * item_size <= limit or box.numel <= 1:
+    size = box.numel * item_size
+    if size <= limit or box.numel <= 1:
         yield box
         return
-    dim = next(dim for dim, length in enumerate(box.shape) if length > 1)
-    row_elements = math.prod(box.shape[dim + 1 :])
-    row_bytes = row_elements * item_size
+    # Dims of length 1 before this one do not part the memory, so whole rows of it are
+    # contiguous. Rows of a later dim would be strewn over the box.
+    dim = 0
+    while box.shape[dim] == 1:
+        dim += 1
+    length = box.shape[dim]
+    row_bytes = size // length
     rows = max(1, limit // row_bytes)
-    whole = range(box.shape[dim])
-    for first in whole[::rows]:
-        part = whole[first : first + rows]
-        narrowed = box.narrow(dim, part)
+    for first in range(0, length, rows):
+        after_last = min(first + rows, length)
+        narrowed = box.narrow(dim, range(first, after_last))
         yield from split_box(narrowed, item_size, limit)
 
 
 def covers_once(shape: Coordinates, boxes: Sequence[Box]) -> bool:
-    """Return whether the boxes hold every element of a tensor of ``shape`` exactly once."""
+    """Return whether the boxes hold every element of ``shape`` exactly once."""
+    # Boxes inside the tensor, with as many elements as it has: a hole then means that
+    # two of them overlap, so it is enough to prove them disjoint.
     if sum(box.numel for box in boxes) != math.prod(shape):
         return False
     if not all(_is_inside(box, shape) for box in boxes):
@@ -114,30 +128,49 @@ def _is_inside(box: Box, shape: Coordinates) -> bool:
 
 
 def _all_disjoint(boxes: Sequence[Box]) -> bool:
-    """Return whether no element is in two boxes, given that together they are as large as their tensor."""
+    """Return whether no element is in two boxes.
+
+    Together they must be as large as their tensor.
+    """
     # The edges of all boxes divide the tensor into a small grid of cells, each of which
     # is inside a box or outside it. A cell that is not counted exactly once is a hole
     # or an overlap. Rows 0 to 4 and 4 to 6 have the edges 0, 4 and 6: two cells,
     # however large the tensor is.
     num_dims = len(boxes[0].shape)
-    cell_of = [_cells(boxes, dim) for dim in range(num_dims)]
-    num_cells = math.prod(len(cells) for cells in cell_of)
-    if num_cells > MAX_CELLS:
-        return False  # the boxes of a save are aligned to one another; so many edges were made up
-    shape = [len(cells) - 1 for cells in cell_of]
-    count = np.zeros(shape, dtype=np.int32)
+    cell_of = []
+    num_cells = []
+    num_edges = 1
+    for dim in range(num_dims):
+        cells = _cells(boxes, dim)
+        cell_of.append(cells)
+        num_cells.append(len(cells) - 1)
+        num_edges *= len(cells)
+    if num_edges > MAX_CELLS:
+        # The boxes of a save are aligned to one another: so many edges were made up.
+        return False
+    count = np.zeros(num_cells, dtype=np.int32)
     for box in boxes:
-        covered = []
-        for cells, start, end in zip(cell_of, box.offsets, box.ends, strict=True):
-            first = cells[start]
-            after_last = cells[end]
-            covered.append(slice(first, after_last))
-        count[tuple(covered)] += 1
-    return bool((count == 1).all())
+        covered = _cells_of(box, cell_of)
+        count[covered] += 1
+    is_once = count == 1
+    return bool(is_once.all())
+
+
+def _cells_of(box: Box, cell_of: Sequence[dict[int, int]]) -> tuple[slice, ...]:
+    """Return the slices of the cells that a box covers."""
+    covered = []
+    for cells, start, end in zip(cell_of, box.offsets, box.ends, strict=True):
+        first = cells[start]
+        after_last = cells[end]
+        covered.append(slice(first, after_last))
+    return tuple(covered)
 
 
 def _cells(boxes: Sequence[Box], dim: int) -> dict[int, int]:
-    """Map the edges of all boxes along ``dim`` to ascending numbers: cell n is between edges n and n + 1."""
+    """Map the edges of all boxes along ``dim`` to ascending numbers.
+
+    Cell n is between edges n and n + 1.
+    """
     edges = {box.offsets[dim] for box in boxes}
     edges |= {box.ends[dim] for box in boxes}
     return {edge: number for number, edge in enumerate(sorted(edges))}
@@ -152,9 +185,9 @@ def local_box(spec: ShardSpec, grid: Grid) -> Box:
 
 
 def local_part(shard: LocalShard, grid: Grid) -> LocalPart | None:
-    """Return what a checkpoint stores of a tensor of this rank: a view without padding rows, and its box.
+    """Return what a checkpoint stores of a tensor of this rank.
 
-    None if this rank holds no element.
+    It is a view without padding rows, and its box; None if this rank holds no element.
 
     Raises:
         ValueError: the tensor does not have the shape that follows from its spec.
@@ -172,6 +205,9 @@ def local_part(shard: LocalShard, grid: Grid) -> LocalPart | None:
             raise ValueError(
                 f"{tensor.shape[dim]} local rows in dim {dim}, but its share of {spec.shape[dim]} is {len(held)}"
             )
+    # A vocabulary of 32,001 rows on 2 ranks: each has 16,001 local rows, of which the
+    # last one of rank 1 is padding. Its box ends before it: padding belongs to a layout,
+    # and a checkpoint to none.
     box = local_box(spec, grid)
     if not box.numel:
         return None

@@ -1,4 +1,13 @@
-"""One attempt at saving, in the order that makes every crash harmless: data, index, then the commit record."""
+"""One attempt at saving, in the order that makes every crash harmless.
+
+    write                                       killed after it, there is
+    1. data files, synced, on every rank        a folder without an index
+    2. index, synced, by rank 0                 a folder without a commit record
+    3. commit.json, made visible at once        a checkpoint
+
+Nobody reads a folder without a commit record. The next save of the same step writes its
+files beside what is left there, and retention deletes the rest.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +15,25 @@ import datetime
 import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from evomesh.checkpoint.native import format as fmt
-from evomesh.checkpoint.native.agreement import ErrorMessage
+from evomesh.checkpoint.native.agreement import (
+    ErrorMessage,
+    error_from_json,
+    error_to_json,
+)
 from evomesh.checkpoint.native.disk_space import readable
 from evomesh.checkpoint.native.format import (
     CheckpointError,
     CommitRecord,
     FileRecord,
-    IndexRecord,
     ParentRecord,
     PieceRecord,
     TensorRecord,
-    foreign_names,
-    layout_record,
 )
 from evomesh.checkpoint.native.plan import (
     TensorType,
@@ -86,18 +96,21 @@ def new_record(
 
 
 def choose_folder(storage: Storage, root: str, step: int, attempt: str) -> str:
-    """Return the folder for a checkpoint of ``step``: a new one, or what an interrupted save of that step left.
+    """Return the folder for a checkpoint of ``step``.
 
-    Nothing is written to a folder that is committed, leads elsewhere or holds files of
-    somebody else.
+    It is a new one, or what an interrupted save of that step left. Nothing is written to
+    a folder that is committed, leads elsewhere or holds files of somebody else.
     """
     folder = join(root, fmt.folder_name(step))
-    own = join(root, fmt.folder_name(step, attempt))
+    own_name = fmt.folder_name(step, attempt)
+    own = join(root, own_name)
     is_committed = storage.exists(join(folder, fmt.COMMIT))
+    # A committed step that is saved again was damaged or of another run: this one resumed
+    # from an earlier step. What is there may still be wanted, so both stay.
     if is_committed or storage.is_link(folder):
         return own
     names = storage.list(folder)
-    if foreign_names(names):
+    if fmt.foreign_names(names):
         return own
     if not names and _is_file(storage, folder):
         return own
@@ -149,7 +162,8 @@ def commit(
         the complete record.
 
     Raises:
-        CheckpointError: the disk is too small, a write failed, or the items leave a hole; nothing is left then.
+        CheckpointError: the disk is too small, a write failed, or the items leave a
+            hole; nothing is left then.
     """
     _refuse_full_disk(storage, folder, sum(tensor.size for tensor in tensors.values()))
     numbered = dict(enumerate(files))
@@ -184,13 +198,8 @@ def commit_tensors(
         for part in tensor.parts:
             item = WriteItem(tensor.name, tensor.dtype, tensor.shape, part)
             items.append(item)
-    record = new_record(
-        step,
-        attempt,
-        config=config,
-        state=state,
-        layout=layout_record(1),
-    )
+    layout = fmt.layout_record(1)
+    record = new_record(step, attempt, config=config, state=state, layout=layout)
     files = [in_file_order(items)]
     commit(storage, folder, files, types, record)
     return folder
@@ -214,15 +223,13 @@ class _RankReport:
     error: ErrorMessage | None = None
 
     def to_json(self) -> dict[str, Any]:
-        error = None if self.error is None else asdict(self.error)
-        return {"written": [file.to_json() for file in self.written], "error": error}
+        written = [file.to_json() for file in self.written]
+        return {"written": written, "error": error_to_json(self.error)}
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> _RankReport:
-        error = None if value["error"] is None else ErrorMessage(**value["error"])
-        return _RankReport(
-            [WrittenFile.from_json(file) for file in value["written"]], error
-        )
+        written = [WrittenFile.from_json(file) for file in value["written"]]
+        return _RankReport(written, error_from_json(value["error"]))
 
 
 @dataclass(frozen=True)
@@ -238,15 +245,11 @@ class _Verdict:
     removable: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "error": None if self.error is None else asdict(self.error),
-            "removable": self.removable,
-        }
+        return {"error": error_to_json(self.error), "removable": self.removable}
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> _Verdict:
-        error = None if value["error"] is None else ErrorMessage(**value["error"])
-        return _Verdict(error, value["removable"])
+        return _Verdict(error_from_json(value["error"]), value["removable"])
 
 
 def commit_together(
@@ -259,24 +262,31 @@ def commit_together(
     source: PieceSource = live_pieces,
     before_publishing: Callable[[], None] = lambda: None,
 ) -> CommitRecord:
-    """Commit a checkpoint from all ranks of ``exchange``; every rank calls it and gets the same verdict.
+    """Commit a checkpoint from all ranks of ``exchange``.
+
+    Every rank calls it and gets the same verdict.
 
     Args:
-        files: the items of this rank's data files by file number; numbers are unique over all ranks.
+        files: the items of this rank's data files by file number; numbers are unique
+            over all ranks.
         tensors: the types of all tensors; used on rank 0 only.
         record: the same on every rank, from ``new_record``.
-        before_publishing: called on rank 0 once all is written; raises if this job must not commit.
+        before_publishing: called on rank 0 once all is written; raises if this job must
+            not commit.
 
     Returns:
         the complete record on rank 0, ``record`` elsewhere.
 
     Raises:
-        CheckpointError: on every rank, naming the ranks that failed; the files of the attempt are deleted again.
+        CheckpointError: on every rank, naming the ranks that failed; the files of the
+            attempt are deleted again.
     """
     # 1. Every rank writes its data files and waits until they are durable.
     report = _write_files(storage, folder, files, record.attempt, source)
 
-    # 2. Rank 0 collects what was written, writes the index, and publishes the commit record.
+    # 2. Rank 0 collects what was written, writes the index, and publishes the commit
+    #    record. The gather is also the barrier: a rank sends its report once its files
+    #    are durable, so there is no record before the last file.
     gathered = exchange.gather(report.to_json())
     verdict = _Verdict()
     if gathered is not None:
@@ -285,8 +295,10 @@ def commit_together(
             storage, folder, tensors, record, reports, before_publishing
         )
 
-    # 3. All ranks learn the outcome; after a failure before the commit each deletes its own files.
-    verdict = _Verdict.from_json(exchange.broadcast(verdict.to_json()))
+    # 3. All ranks learn the outcome; after a failure before the commit each deletes its
+    #    own files.
+    message = exchange.broadcast(verdict.to_json())
+    verdict = _Verdict.from_json(message)
     if verdict.error is not None:
         if verdict.removable:
             names = [fmt.file_name(record.attempt, number) for number in files]
@@ -309,14 +321,16 @@ def _write_files(
         storage.make_folder(folder)
         for number, items in files.items():
             if items:
-                written.append(
-                    write_data(
-                        storage, folder, fmt.file_name(attempt, number), items, source
-                    )
-                )
+                name = fmt.file_name(attempt, number)
+                file = write_data(storage, folder, name, items, source)
+                written.append(file)
+        # On a shared file system another rank may have made the folder: its name is
+        # durable once this rank has synced the folder above it.
         storage.sync(parent_folder(folder))
     except (OSError, UserError) as error:
-        return _RankReport([], ErrorMessage.of(as_checkpoint_error(error, folder)))
+        # An error is reported, not raised: rank 0 waits for a message of every rank.
+        failure = as_checkpoint_error(error, folder)
+        return _RankReport([], ErrorMessage.of(failure))
     return _RankReport(written)
 
 
@@ -329,16 +343,19 @@ def _finish(
     before_publishing: Callable[[], None],
 ) -> tuple[_Verdict, CommitRecord]:
     """Write the index and publish the record, if no rank failed; rank 0 only."""
-    if any(report.error for report in reports):
-        return _Verdict(
-            _merged([report.error for report in reports], folder), removable=True
-        ), record
-    written = [file for report in reports for file in report.written]
+    errors = [report.error for report in reports]
+    if any(errors):
+        return _Verdict(_merged(errors, folder), removable=True), record
+    written = []
+    for report in reports:
+        written += report.written
     removable = True
     try:
         record = write_index(storage, folder, tensors, written, record)
         before_publishing()
-        # From here on the commit may be visible even if the call fails.
+        # From here on the commit may be visible even if the call fails: a store may have
+        # stored the record and its answer may be lost. Files that a visible record names
+        # must never be deleted; those of a failed commit are retention's to delete.
         removable = False
         publish(storage, folder, record)
     except (OSError, UserError) as error:
@@ -349,16 +366,25 @@ def _finish(
 
 
 def _merged(errors: Sequence[ErrorMessage | None], folder: str) -> ErrorMessage:
-    """Return one error for those of the ranks: the error of a process alone as it is, else the ranks by name."""
-    failed = [(rank, error) for rank, error in enumerate(errors) if error is not None]
-    first = failed[0][1]
+    """Return one error for those of the ranks, which names the ranks.
+
+    The error of a process alone stays as it is.
+    """
+    failed = []
+    lines = []
+    for rank, error in enumerate(errors):
+        if error is not None:
+            failed.append(error)
+            lines.append(f"rank {rank}: {error.found}")
+    first = failed[0]
     if len(errors) == 1:
         return replace(first, where=first.where or folder)
-    found = "; ".join(
-        f"rank {rank}: {error.found}" for rank, error in failed[:SHOWN_RANKS]
-    )
     return ErrorMessage(
-        found, folder, first.expected, first.fix, exit_code=first.exit_code
+        found="; ".join(lines[:SHOWN_RANKS]),
+        where=folder,
+        expected=first.expected,
+        fix=first.fix,
+        exit_code=first.exit_code,
     )
 
 
@@ -374,19 +400,25 @@ def write_index(
     Raises:
         CheckpointError: a tensor is not covered exactly once.
     """
+    # A piece names its file by position in the commit record, which is known here only.
     files: list[FileRecord] = []
     pieces: dict[str, list[PieceRecord]] = {name: [] for name in tensors}
     for number, file in enumerate(written):
         files.append(file.file)
         for name, piece in file.pieces:
-            pieces[name].append(replace(piece, file=number))
+            numbered = replace(piece, file=number)
+            pieces[name].append(numbered)
+
+    # The plan covered every tensor; this looks at what was written. Sorted by name and
+    # offset, the same state in the same layout gives the same index to the byte.
     lines = []
     tensor_bytes = 0
     for name in sorted(tensors):
         dtype, shape = tensors[name]
-        in_order = tuple(sorted(pieces[name], key=lambda piece: piece.box.offsets))
+        in_order = sorted(pieces[name], key=lambda piece: piece.box.offsets)
         check_cover(name, shape, [piece.box for piece in in_order])
-        lines.append(TensorRecord(name, dtype, shape, in_order).to_line())
+        tensor = TensorRecord(name, dtype, shape, tuple(in_order))
+        lines.append(tensor.to_line())
         tensor_bytes += tensors[name].size
     data = b"".join(lines)
     index = fmt.index_name(record.attempt)
@@ -401,14 +433,14 @@ def write_index(
         record,
         software=software(),  # it asks git: here it runs once, and in the background
         files=tuple(files),
-        index=IndexRecord(index, len(data), fmt.sha256(data)),
+        index=fmt.IndexRecord(index, len(data), fmt.sha256(data)),
         tensors=len(lines),
         tensor_bytes=tensor_bytes,
     )
 
 
 def publish(storage: Storage, folder: str, record: CommitRecord) -> None:
-    """Make the commit record appear; one that another job published there is never replaced.
+    """Make the commit record appear, without replacing that of another job.
 
     Raises:
         CheckpointError: another job committed here.
@@ -430,6 +462,8 @@ def publish(storage: Storage, folder: str, record: CommitRecord) -> None:
 
 def discard(storage: Storage, folder: str, attempt: str, files: int = 1) -> None:
     """Delete everything that an attempt has written, its commit record first."""
+    # The reverse of a commit: killed in between, it leaves no record that names files
+    # which are gone.
     path = join(folder, fmt.COMMIT)
     try:
         if storage.exists(path):
@@ -447,10 +481,14 @@ def discard(storage: Storage, folder: str, attempt: str, files: int = 1) -> None
 
 
 def _delete(storage: Storage, folder: str, names: list[str]) -> None:
-    """Delete files, and the folder if it is empty then; what cannot be deleted now is left to the next retention."""
+    """Delete files, and the folder if it is empty then.
+
+    What cannot be deleted now is left to the next retention.
+    """
     try:
         for name in names:
-            storage.delete(join(folder, name))
+            path = join(folder, name)
+            storage.delete(path)
         if not storage.list(folder):
             storage.delete_folder(folder)
     except (OSError, UserError) as error:

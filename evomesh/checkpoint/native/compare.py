@@ -43,12 +43,18 @@ def differences(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
 def _changed_values(a: Any, b: Any, path: str = "") -> Iterator[str]:
     """Yield ``KEY.KEY: before -> after`` for each value that differs."""
     if isinstance(a, dict) and isinstance(b, dict):
-        for key in sorted(set(a) | set(b)):
-            yield from _changed_values(
-                a.get(key), b.get(key), f"{path}.{key}" if path else key
-            )
-    elif a != b and repr(a) != repr(b):  # NaN is not equal to itself
-        yield f"{path}: {a!r:.60} -> {b!r:.60}"
+        prefix = f"{path}." if path else ""
+        keys = sorted({*a, *b})
+        for key in keys:
+            before = a.get(key)
+            after = b.get(key)
+            yield from _changed_values(before, after, prefix + key)
+        return
+    # NaN is not equal to itself, but its text is.
+    old = repr(a)
+    new = repr(b)
+    if a != b and old != new:
+        yield f"{path}: {old:.60} -> {new:.60}"
 
 
 def _unequal_elements(

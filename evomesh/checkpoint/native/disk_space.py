@@ -10,10 +10,13 @@ UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 def readable(size: float) -> str:
     """Return ``1.5 GiB`` for a number of bytes."""
+    if size < 1024:
+        return f"{size:.0f} B"
     unit = 0
     while size >= 1024 and unit < len(UNITS) - 1:
-        size, unit = size / 1024, unit + 1
-    return f"{size:.0f} {UNITS[unit]}" if unit == 0 else f"{size:.1f} {UNITS[unit]}"
+        size /= 1024
+        unit += 1
+    return f"{size:.1f} {UNITS[unit]}"
 
 
 def check_space(
@@ -33,7 +36,8 @@ def check_space(
         keep_last: how many retention keeps, None for all.
 
     Raises:
-        CheckpointError: less space than two checkpoints need, so the old one could not stay until the new one is safe.
+        CheckpointError: less space than two checkpoints need, so the old one could not
+            stay until the new one is safe.
     """
     free = storage.free_bytes(root)
     most = saves

@@ -119,16 +119,20 @@ def open_checkpoint(storage: Storage, folder: str) -> Checkpoint:
         CheckpointError: naming the file and what is wrong with it.
     """
     record = _read_commit_record(storage, folder)
-    named_step = fmt.FOLDER.match(folder.rpartition("/")[2])
+    _, _, name = folder.rpartition("/")
+    named_step = fmt.FOLDER.match(name)
     if named_step and int(named_step[1]) != record.step:
         raise CheckpointError(
             f"the folder is named after step {int(named_step[1])}, but {fmt.COMMIT} is of step {record.step}",
             where=folder,
             fix=f"rename the folder to {fmt.folder_name(record.step)}",
         )
+    # Sizes cost one request each and find what goes wrong most often: a copy that was
+    # interrupted. Bytes are read by ``verify`` only.
     for file in record.files:
         _check_size(storage, folder, file.name, file.size, record)
-    _check_size(storage, folder, record.index.file, record.index.size, record)
+    index = record.index
+    _check_size(storage, folder, index.file, index.size, record)
     return Checkpoint(storage, folder, record)
 
 
@@ -179,7 +183,9 @@ def _writer_of(name: str, record: CommitRecord) -> str:
 
 
 def candidates(storage: Storage, root: str) -> list[Candidate]:
-    """List the step folders directly in ``root``, newest step first; of one step, what was written last.
+    """List the step folders directly in ``root``, newest step first.
+
+    Of folders of one step, what was written last comes first.
 
     Raises:
         CheckpointError: the folder cannot be listed.
@@ -188,11 +194,13 @@ def candidates(storage: Storage, root: str) -> list[Candidate]:
         names = storage.list(root)
     found = []
     for name in names:
+        if not name.endswith("/"):
+            continue  # a file, whatever it is called
         match = fmt.FOLDER.match(name.rstrip("/"))
-        if match and name.endswith("/"):
-            folder = join(root, name)
+        if match:
             step = int(match[1])
-            found.append(_candidate(storage, folder, step))
+            candidate = _candidate(storage, join(root, name), step)
+            found.append(candidate)
     return _newest_first(found)
 
 
@@ -202,13 +210,14 @@ def _newest_first(found: list[Candidate]) -> list[Candidate]:
     A run that redoes a committed step appends its attempt, a random name, to the
     folder's: the names say nothing of the order. Records are read of such steps only.
     """
-    per_step = Counter(candidate.step for candidate in found)
-    keys = {}
-    for candidate in found:
-        is_redone = per_step[candidate.step] > 1
+    folders_of_step = Counter(candidate.step for candidate in found)
+
+    def age(candidate: Candidate) -> tuple[int, str, str]:
+        is_redone = folders_of_step[candidate.step] > 1
         written = _time_written(candidate) if is_redone else ""
-        keys[candidate.folder] = (candidate.step, written, candidate.folder)
-    return sorted(found, key=lambda candidate: keys[candidate.folder], reverse=True)
+        return candidate.step, written, candidate.folder
+
+    return sorted(found, key=age, reverse=True)
 
 
 def _time_written(candidate: Candidate) -> str:
@@ -223,13 +232,18 @@ def _candidate(storage: Storage, folder: str, step: int) -> Candidate:
     try:
         committed = storage.exists(join(folder, fmt.COMMIT))
     except OSError:
-        committed = True  # nobody may look into it: as long as that is so, it counts as a checkpoint
+        # Nobody may look into it, so it must count as a checkpoint: a resume reports it
+        # instead of starting from scratch beside it, and retention does not delete it.
+        committed = True
     return Candidate(storage, folder, step, committed)
 
 
 @dataclass(frozen=True)
 class SaveFolder:
-    """The folders a run saves to: ``root`` for checkpoints, another, maybe in another store, for snapshots."""
+    """The folders a run saves to: ``root`` for checkpoints, another one for snapshots.
+
+    The two may be in different stores.
+    """
 
     storage: Storage
     root: str
@@ -255,8 +269,15 @@ class SaveFolder:
         )
         return SaveFolder(storage, root, snapshot_storage, snapshot_root)
 
+    def lookup(self) -> CheckpointLookup:
+        """Look up all that the folder holds."""
+        return CheckpointLookup(self.storage, self.candidates())
+
     def candidates(self) -> list[Candidate]:
-        """List the step folders of checkpoints and snapshots, newest step first, interrupted saves included."""
+        """List the step folders of checkpoints and snapshots, newest step first.
+
+        Those of interrupted saves are included.
+        """
         normal = candidates(self.storage, self.root)
         try:
             snapshots = candidates(self.snapshot_storage, self.snapshot_root)
@@ -312,44 +333,52 @@ def locate(url: str, storage: Storage | None = None) -> CheckpointLookup:
 
 
 def _locate(storage: Storage, path: str, url: str) -> CheckpointLookup:
-    parent, _, name = path.rpartition("/")
-    parent = parent or "."
+    before, _, name = path.rpartition("/")
+    parent = before or "."
+    # 1. ROOT/step-00000049: that folder.
     match = fmt.FOLDER.match(name)
     if match and storage.list(path):
-        return CheckpointLookup(storage, [_candidate(storage, path, int(match[1]))])
+        step = int(match[1])
+        candidate = _candidate(storage, path, step)
+        return CheckpointLookup(storage, [candidate])
+
+    # 2. ROOT: a save folder, also one whose name is a number.
     inside = all_candidates(storage, path)
     if inside:
         return CheckpointLookup(storage, inside)
     if not name.isdigit():
-        near = path if storage.list(path) else parent
+        has_files = bool(storage.list(path))
+        near = path if has_files else parent
         return _nothing_found(storage, near, url)
-    if parent.rpartition("/")[2] == SNAPSHOTS:
-        found = candidates(storage, parent)
-    else:
-        found = [
-            candidate
-            for candidate in all_candidates(storage, parent)
-            if candidate.step == int(name)
-        ]
-    return (
-        CheckpointLookup(storage, found)
-        if found
-        else _nothing_found(storage, parent, url)
-    )
+
+    # 3. ROOT/49 or ROOT/snapshot/1.
+    found = _numbered(storage, parent, int(name))
+    if not found:
+        return _nothing_found(storage, parent, url)
+    return CheckpointLookup(storage, found)
+
+
+def _numbered(storage: Storage, parent: str, number: int) -> list[Candidate]:
+    """Return the candidates that InternEvo's ``PARENT/NUMBER`` means."""
+    _, _, parent_name = parent.rpartition("/")
+    if parent_name == SNAPSHOTS:
+        # InternEvo writes its snapshots to folders 0 and 1 in turn, and its configs name
+        # one of the two. Here they are named after their steps: any number means the
+        # newest.
+        return candidates(storage, parent)
+    in_parent = all_candidates(storage, parent)
+    return [candidate for candidate in in_parent if candidate.step == number]
 
 
 def _nothing_found(storage: Storage, near: str, url: str) -> CheckpointLookup:
     """Return a lookup whose error lists what is in or next to the folder ``near``."""
     steps = _steps_in(storage, near)
-    found = (
-        f"{near} has {steps}" if steps else _contents_or_neighbors(storage, near, url)
-    )
-    return CheckpointLookup(
-        storage,
-        [],
-        f"no checkpoint at {url!r}; {found}",
-        "give an existing step or folder",
-    )
+    found = f"{near} has {steps}"
+    if not steps:
+        found = _contents_or_neighbors(storage, near, url)
+    problem = f"no checkpoint at {url!r}; {found}"
+    fix = "give an existing step or folder"
+    return CheckpointLookup(storage, [], problem, fix)
 
 
 def _steps_in(storage: Storage, folder: str) -> str:
@@ -368,25 +397,29 @@ def _shortened(names: Sequence[str], rest: str) -> str:
 
 
 def _contents_or_neighbors(storage: Storage, near: str, url: str) -> str:
-    """Return what the folder holds; for an absent or empty one, the folders next to it that may have been meant."""
-    path = open_storage(url)[1]
+    """Return what the folder holds, in words.
+
+    For an absent or empty one, the folders next to it that may have been meant.
+    """
+    _, path = open_storage(url)
     names = storage.list(near)
+    folders = [name.rstrip("/") for name in names if name.endswith("/")]
     if near == path:
-        folders = [name.rstrip("/") for name in names if name.endswith("/")]
         save_folders = _suggested(storage, path, "", folders)
         if save_folders:
             return f"it holds {'; '.join(save_folders)}"
         return f"it holds {_shortened(names, 'more')}, but no step folder"
-    wrong = path.rpartition("/")[2]
-    if f"{wrong}/" in names:
+    _, _, wrong = path.rpartition("/")
+    if wrong in folders:
         state = "the folder is empty"
+        folders.remove(wrong)
     else:
-        state = f"{'the current folder' if near == '.' else near} has no such folder"
-    folders = [
-        name.rstrip("/") for name in names if name.endswith("/") and name != f"{wrong}/"
-    ]
+        where = "the current folder" if near == "." else near
+        state = f"{where} has no such folder"
     suggested = _suggested(storage, near, wrong, folders)
-    return f"{state}; next to it: {'; '.join(suggested)}" if suggested else state
+    if not suggested:
+        return state
+    return f"{state}; next to it: {'; '.join(suggested)}"
 
 
 def _suggested(

@@ -38,8 +38,7 @@ COMMIT = "commit.json"
 FOLDER = re.compile(r"step-([0-9]{8,18})(?:-([0-9a-f]{8}))?\Z")
 # A plain name: no folder, nothing hidden, no "..".
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
-# Every name that a save writes in a step folder, the temporary one of the commit record
-# included.
+# Every name that a save writes in a step folder, besides that of the commit record.
 DATA_NAME = re.compile(r"[0-9a-f]{8}-r[0-9]{5,}\.safetensors\Z")
 INDEX_NAME = re.compile(r"[0-9a-f]{8}-index\.jsonl\Z")
 UNPUBLISHED_NAME = re.compile(r"\.commit\.json\.[0-9a-f]{8}\Z")
@@ -213,35 +212,51 @@ class CommitRecord:
             CheckpointError: a field is missing or of the wrong kind, or a file name leaves the folder.
         """
         try:
-            layout = {}
-            for axis, size in mapping(body.get("layout", {}), "layout").items():
-                layout[text(axis, "layout")] = integer(size, f"layout.{axis}")
-            parent = None
-            if body.get("parent") is not None:
-                parent = ParentRecord.from_json(body["parent"])
-            files = []
-            for file in array(body["files"], "files"):
-                files.append(FileRecord.from_json(file))
-            return CommitRecord(
-                step=integer(body["step"], "step"),
-                attempt=text(body["attempt"], "attempt"),
-                created=text(body["created"], "created"),
-                config=mapping(body["config"], "config"),
-                state=mapping(body["state"], "state"),
-                layout=layout,
-                parent=parent,
-                snapshot=flag(body.get("snapshot", False), "snapshot"),
-                software=mapping(body.get("software", {}), "software"),
-                files=tuple(files),
-                index=IndexRecord.from_json(body["index"]),
-                tensors=integer(body["tensors"], "tensors"),
-                tensor_bytes=integer(body["tensor_bytes"], "tensor_bytes"),
-            )
+            return CommitRecord._from_fields(body)
         except (KeyError, TypeError, ValueError) as error:
             kind = type(error).__name__
             raise CheckpointError(
                 f"{COMMIT} has a bad field ({kind}: {error})"
             ) from None
+
+    @staticmethod
+    def _from_fields(body: dict[str, Any]) -> CommitRecord:
+        def count(key: str) -> int:
+            return integer(body[key], key)
+
+        def word(key: str) -> str:
+            return text(body[key], key)
+
+        def section(key: str) -> dict[str, Any]:
+            return mapping(body[key], key)
+
+        layout = {}
+        sizes = mapping(body.get("layout", {}), "layout")
+        for axis, size in sizes.items():
+            layout[text(axis, "layout")] = integer(size, f"layout.{axis}")
+        parent = None
+        if body.get("parent") is not None:
+            parent = ParentRecord.from_json(body["parent"])
+        files = []
+        for file in array(body["files"], "files"):
+            files.append(FileRecord.from_json(file))
+        is_snapshot = body.get("snapshot", False)
+        versions = body.get("software", {})
+        return CommitRecord(
+            step=count("step"),
+            attempt=word("attempt"),
+            created=word("created"),
+            config=section("config"),
+            state=section("state"),
+            layout=layout,
+            parent=parent,
+            snapshot=flag(is_snapshot, "snapshot"),
+            software=mapping(versions, "software"),
+            files=tuple(files),
+            index=IndexRecord.from_json(body["index"]),
+            tensors=count("tensors"),
+            tensor_bytes=count("tensor_bytes"),
+        )
 
     def to_bytes(self) -> bytes:
         """Return the content of ``commit.json``: the body and the hash of its canonical form."""
@@ -278,8 +293,10 @@ def seal(body: dict[str, Any]) -> bytes:
 def _unseal(data: bytes) -> dict[str, Any]:
     try:
         content = json.loads(data)
-        body, digest = content["body"], content["sha256"]
-        intact = sha256(canonical(body)) == digest
+        body = content["body"]
+        # The hash is that of the parsed value in canonical form, not of the file's bytes:
+        # a record that an editor has indented anew is still intact.
+        intact = sha256(canonical(body)) == content["sha256"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{COMMIT} is not a commit record ({type(error).__name__}: {error})"
@@ -288,13 +305,12 @@ def _unseal(data: bytes) -> dict[str, Any]:
         raise CheckpointError(f"{COMMIT} does not match its own hash")
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise CheckpointError(f"{COMMIT} is not of format {FORMAT}")
-    version, software = body.get("version"), body.get("software")
+    version = body.get("version")
     if type(version) is not int or version != VERSION:
-        writer = (
-            software.get("evomesh")
-            if isinstance(software, dict)
-            else "of an unknown version"
-        )
+        software = body.get("software")
+        writer: Any = "of an unknown version"
+        if isinstance(software, dict):
+            writer = software.get("evomesh")
         raise CheckpointError(
             f"{COMMIT} has format version {str(version)[:20]}, but this evomesh reads version {VERSION}; "
             f"it was written by evomesh {str(writer)[:40]}"
@@ -305,6 +321,17 @@ def _unseal(data: bytes) -> dict[str, Any]:
 def layout_record(world: int, **sizes: int) -> dict[str, int]:
     """Return the ``layout`` of a commit record for ``world`` processes; axes that are not named have size 1."""
     return {"world": world} | {axis: sizes.get(axis, 1) for axis in LAYOUT_AXES}
+
+
+# Two ranks shard the columns of w2, bfloat16 [16, 43]. Its line of the index has a piece
+# of each, and says nothing of ranks or layouts:
+#
+#     number of the data file, offsets, shape, first byte, hash
+#     [0, [0, 0],  [16, 22], 46720, "abde..."]     columns 0 to 21
+#     [1, [0, 22], [16, 21], 46720, "07c1..."]     columns 22 to 42
+#
+# Any other layout reads it by overlap: a rank that wants rows 0 to 7 needs both pieces,
+# one that wants columns 30 to 42 the second only.
 
 
 @dataclass(frozen=True)
@@ -396,6 +423,9 @@ class TensorRecord:
             )
         if record.dtype not in DTYPES:
             raise CheckpointError(f"{record.name}: unknown dtype {record.dtype!r}")
+        # The hash proves that this index was written, not that it makes sense. A piece
+        # out of bounds would read bytes of another tensor, and a hole would leave what
+        # the allocator had there in a weight: both are refused before any data is read.
         for piece in pieces:
             _check_piece(record, piece, files)
         if not covers_once(record.shape, [piece.box for piece in pieces]):

@@ -1,7 +1,8 @@
-"""Read what may be damaged: every way in which bytes cannot be had becomes one error, which a fallback understands.
+"""Read what may be damaged.
 
-A store that is down is not damage. Its ``StorageError`` passes through, so that an
-outage never makes a run continue from an older checkpoint.
+Every way in which bytes cannot be had becomes one error, which a fallback understands. A
+store that is down is not damage. Its ``StorageError`` passes through, so that an outage
+never makes a run continue from an older checkpoint.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Result = TypeVar("Result")
 
 @contextmanager
 def reading(what: str, folder: str, note: str = "") -> Iterator[None]:
-    """Turn the errors of reading ``what`` into a ``CheckpointError`` that names it and the folder.
+    """Turn the errors of reading ``what`` into a ``CheckpointError`` that names it.
 
     Args:
         note: what else helps somebody who looks for a missing file.

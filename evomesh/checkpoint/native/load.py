@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -33,6 +34,24 @@ Report = Callable[[str], None]
 Check = Callable[[Checkpoint], None]
 
 
+@dataclass(frozen=True)
+class _SkippedCandidate:
+    """Why a candidate is not used; only for a committed one this is a warning.
+
+    Attributes:
+        level: of the log.
+    """
+
+    level: int
+    reason: str
+
+    @staticmethod
+    def of(candidate: Candidate, error: CheckpointError) -> _SkippedCandidate:
+        level = logging.WARNING if candidate.committed else logging.INFO
+        fix = f" (fix: {error.fix})" if error.fix else ""
+        return _SkippedCandidate(level, f"{candidate.folder}: {error.found}{fix}")
+
+
 class CheckpointReader:
     """Finds, verifies and loads checkpoints of any folder.
 
@@ -40,9 +59,11 @@ class CheckpointReader:
     calls every method with the same arguments in the same order.
 
     Args:
-        grid: where this rank is; with a tensor's ``ShardSpec`` it determines which boxes of it are here.
+        grid: where this rank is; with a tensor's ``ShardSpec`` it determines which boxes
+            of it are here.
         exchange: how the ranks agree; by default this process reads alone.
-        report: where messages of one line go, on rank 0; None: to the log, those on damage as warnings.
+        report: where messages of one line go, on rank 0; None: to the log, those on
+            damage as warnings.
     """
 
     def __init__(
@@ -58,20 +79,20 @@ class CheckpointReader:
     def newest(
         self, folder: SaveFolder, verify: Depth = "data", check: Check | None = None
     ) -> Checkpoint | None:
-        """Return the newest checkpoint of a save folder that verifies, None if there is none.
+        """Return the newest checkpoint of a save folder that verifies, None if it has none.
 
         Reports each newer one that does not, with the reason.
 
         Args:
-            check: raises whatever it likes at a checkpoint that cannot be used although its hashes are right.
+            check: raises any error at a checkpoint that cannot be used although its
+                hashes are right.
 
         Raises:
-            CheckpointError: there are checkpoints, and none verifies (never a silent fresh start).
+            CheckpointError: there are checkpoints, and none verifies (never a silent
+                fresh start).
         """
         storages = (folder.storage, folder.snapshot_storage)
-        lookup = self._agree_on(
-            storages, lambda: CheckpointLookup(folder.storage, folder.candidates())
-        )
+        lookup = self._agree_on(storages, folder.lookup)
         return self._first_intact(lookup.candidates, verify, check)
 
     def resolve(self, url: str, verify: Depth = "data") -> Checkpoint:
@@ -81,7 +102,8 @@ class CheckpointReader:
             url: ``llm_ckpts``, ``llm_ckpts/49``, ``llm_ckpts/snapshot/1/`` or a step folder.
 
         Raises:
-            CheckpointError: nothing there (with what is near it), only interrupted saves, or none that verifies.
+            CheckpointError: nothing there (with what is near it), only interrupted saves,
+                or none that verifies.
         """
         storage, _ = open_storage(url)
         lookup = self._agree_on((storage,), lambda: locate(url, storage))
@@ -89,12 +111,12 @@ class CheckpointReader:
             raise CheckpointError(lookup.problem, fix=lookup.fix)
         checkpoint = self._first_intact(lookup.candidates, verify)
         if checkpoint is None:
-            lines = [
-                f"\n  {c.folder}: {', '.join(c.storage.list(c.folder)) or 'empty'}"
-                for c in lookup.candidates
-            ]
+            lines = [f"{url!r} has only interrupted saves, none with a {fmt.COMMIT}:"]
+            for candidate in lookup.candidates:
+                names = candidate.storage.list(candidate.folder)
+                lines.append(f"{candidate.folder}: {', '.join(names) or 'empty'}")
             raise CheckpointError(
-                f"{url!r} has only interrupted saves, none with a {fmt.COMMIT}:{''.join(lines)}",
+                "\n  ".join(lines),
                 fix="give an older checkpoint, or start from scratch without a load path",
             )
         return checkpoint
@@ -107,17 +129,23 @@ class CheckpointReader:
         strict: bool = True,
         cast: bool = False,
     ) -> dict[str, Any]:
-        """Fill the tensors in place, whatever layout they were saved in, and return the stored state.
+        """Fill the tensors in place, whatever layout they were saved in.
 
         Args:
             tensors: live tensors by global name.
             strict: refuse a checkpoint with tensors that no rank wants.
             cast: convert from another dtype.
 
+        Returns:
+            the stored state.
+
         Raises:
-            CheckpointError: on every rank, for a name, shape, dtype or hash that does not fit; the tensors then hold
-                a mixture and must be loaded again.
+            CheckpointError: on every rank, for a name, shape, dtype or hash that does not
+                fit; the tensors then hold a mixture and must be loaded again.
         """
+        # The layout that wrote the checkpoint plays no part: each rank reads the pieces
+        # that overlap its own boxes. Only whether a tensor is wanted by nobody needs all
+        # ranks, since a pipeline stage wants some layers only.
         local = describe(tensors, self.grid)
         names = self.exchange.gather(list(local))
 
@@ -125,7 +153,8 @@ class CheckpointReader:
             records = checkpoint.records()
             match(records, local, cast, checkpoint.folder)
             if strict and names is not None:
-                refuse_unwanted(records, set().union(*names), checkpoint.folder)
+                wanted = set().union(*names)
+                refuse_unwanted(records, wanted, checkpoint.folder)
             read_items(checkpoint, items_for(records, local))
 
         run_on_all_ranks(self.exchange, fill)
@@ -134,64 +163,70 @@ class CheckpointReader:
     def _agree_on(
         self, storages: Sequence[Storage], look_up: Callable[[], CheckpointLookup]
     ) -> CheckpointLookup:
-        """Return rank 0's lookup everywhere, since a listing may change from one moment to the next.
+        """Return rank 0's lookup everywhere.
+
+        A listing may change from one moment to the next.
 
         Args:
             storages: those that the candidates are in, the same on every rank.
         """
-        lookups: list[CheckpointLookup] = []
-        run_on_all_ranks(
-            self.exchange,
-            lambda: lookups.append(look_up()) if self.exchange.rank == 0 else None,
-        )
+
+        def look_up_on_rank_0() -> CheckpointLookup | None:
+            return look_up() if self.exchange.rank == 0 else None
+
+        lookup = run_on_all_ranks(self.exchange, look_up_on_rank_0)
+        # A storage cannot be sent to another rank; its number in ``storages`` can.
         message = None
-        if lookups:
-            rows = [
-                [
-                    storages.index(candidate.storage),
-                    candidate.folder,
-                    candidate.step,
-                    candidate.committed,
-                ]
-                for candidate in lookups[0].candidates
-            ]
-            message = [rows, lookups[0].problem, lookups[0].fix]
-        rows, problem, fix = self.exchange.broadcast(message)
-        candidates = [
-            Candidate(storages[number], folder, step, committed)
-            for number, folder, step, committed in rows
-        ]
+        if lookup is not None:
+            rows = []
+            for found in lookup.candidates:
+                number = storages.index(found.storage)
+                row = [number, found.folder, found.step, found.committed]
+                rows.append(row)
+            message = [rows, lookup.problem, lookup.fix]
+        answer = self.exchange.broadcast(message)
+        rows, problem, fix = answer
+        candidates = []
+        for number, *fields in rows:
+            storage = storages[number]
+            candidates.append(Candidate(storage, *fields))
         return CheckpointLookup(storages[0], candidates, problem, fix)
 
     def _first_intact(
         self, candidates: Sequence[Candidate], depth: Depth, check: Check | None = None
     ) -> Checkpoint | None:
         """Return the first candidate that verifies, None if all are interrupted saves."""
-        skipped: list[tuple[int, str]] = []  # log level, reason
+        # A ``StorageError`` is not caught: a store that is down must stop the run, not
+        # send it back to an older checkpoint.
+        skipped: list[_SkippedCandidate] = []
         for candidate in candidates:
             try:
                 checkpoint = self._verify(candidate, depth, check)
             except CheckpointError as error:
-                level = logging.WARNING if candidate.committed else logging.INFO
-                fix = f" (fix: {error.fix})" if error.fix else ""
-                skipped.append((level, f"{candidate.folder}: {error.found}{fix}"))
+                skipped.append(_SkippedCandidate.of(candidate, error))
                 continue
-            for level, reason in skipped:
-                self._report(level, f"skipped {reason}")
-            if skipped:
-                self._report(
-                    max(level for level, _ in skipped), f"using {checkpoint.folder}"
-                )
+            self._report_skipped(skipped, checkpoint)
             return checkpoint
         if any(candidate.committed for candidate in candidates):
+            lines = [row.reason for row in skipped]
             raise CheckpointError(
-                "no checkpoint verifies:\n  "
-                + "\n  ".join(reason for _, reason in skipped),
+                "\n  ".join(["no checkpoint verifies:", *lines]),
                 fix="repair one of them, or train into another save_ckpt_folder to start from scratch",
             )
-        for level, reason in skipped:
-            self._report(level, f"ignored {reason}")
+        for row in skipped:
+            self._report(row.level, f"ignored {row.reason}")
         return None
+
+    def _report_skipped(
+        self, skipped: Sequence[_SkippedCandidate], used: Checkpoint
+    ) -> None:
+        """Report why newer candidates are not used, and which one is."""
+        if not skipped:
+            return
+        for row in skipped:
+            self._report(row.level, f"skipped {row.reason}")
+        highest = max(row.level for row in skipped)
+        self._report(highest, f"using {used.folder}")
 
     def _report(self, level: int, line: str) -> None:
         if self.exchange.rank == 0:
@@ -219,5 +254,8 @@ class CheckpointReader:
 def resolve(
     url: str, verify: Depth = "record", report: Report | None = None
 ) -> Checkpoint:
-    """Return the checkpoint that a path means, on this process alone; see ``CheckpointReader.resolve``."""
+    """Return the checkpoint that a path means, on this process alone.
+
+    See ``CheckpointReader.resolve``.
+    """
     return CheckpointReader(report=report).resolve(url, verify)

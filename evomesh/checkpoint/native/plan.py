@@ -1,4 +1,7 @@
-"""Plan a save: every element of every tensor is written by exactly one rank, chosen once per layout."""
+"""Plan a save: every element of every tensor is written by exactly one rank.
+
+The rank is chosen once per layout.
+"""
 
 from __future__ import annotations
 
@@ -37,13 +40,21 @@ class TensorType(NamedTuple):
     shape: Coordinates
 
     @property
+    def item_size(self) -> int:
+        """Bytes of an element."""
+        return DTYPES[self.dtype].itemsize
+
+    @property
     def size(self) -> int:
         """Bytes of the whole tensor."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * self.item_size
 
 
-# A rank, and the number of the part among those of the rank.
-BoxHolder = tuple[int, int]
+class BoxHolder(NamedTuple):
+    """A rank that holds a box, and which of the rank's parts of the tensor it is."""
+
+    rank: int
+    number: int
 
 
 @dataclass(frozen=True)
@@ -107,7 +118,7 @@ class OwnedPart(NamedTuple):
 
 @dataclass(frozen=True)
 class SavePlan:
-    """The parts that this rank writes (``owned``) and, on rank 0, the types of all tensors (``tensors``)."""
+    """The parts that this rank writes, and the types of all tensors (rank 0 only)."""
 
     owned: list[OwnedPart]
     tensors: dict[str, TensorType]
@@ -129,7 +140,12 @@ class SavePlan:
 
 
 def in_file_order(items: Iterable[WriteItem]) -> list[WriteItem]:
-    """Sort items by element size, largest first, so that every offset in the file is a multiple of its item size."""
+    """Sort items by element size, largest first.
+
+    Every offset in the file is then a multiple of its item size.
+    """
+    # [3] float32 after [3] bfloat16 would begin at byte 6. The other way around it is
+    # bytes 0 and 12, and a reader that maps the file can view both in place.
     return sorted(
         items,
         key=lambda item: (
@@ -153,11 +169,9 @@ def describe(
     """
     local = {}
     for name, tensor in tensors.items():
-        shard = (
-            tensor
-            if isinstance(tensor, LocalShard)
-            else LocalShard(tensor, spec_of(tensor))
-        )
+        shard = tensor
+        if not isinstance(shard, LocalShard):
+            shard = LocalShard(shard, spec_of(shard))
         dtype = shard.tensor.dtype
         if dtype not in DTYPE_NAMES:
             raise ValueError(f"{name}: a checkpoint cannot hold {dtype}")
@@ -182,84 +196,108 @@ def make_plan(local: Mapping[str, LocalTensor], exchange: Exchange) -> SavePlan:
     """Assign each distinct box to the least loaded rank that holds it.
 
     Raises:
-        CheckpointError: on every rank, if ranks disagree about a tensor or their boxes do not cover it exactly once.
+        CheckpointError: on every rank, if ranks disagree about a tensor or their boxes
+            do not cover it exactly once.
     """
+    # 1. Rank 0 learns the boxes of all ranks.
     message = [TensorBoxes.of(tensor).to_json() for tensor in local.values()]
     gathered = exchange.gather(message)
 
-    # Rank 0 decides for all; an error is its answer too, so that no rank waits for one
-    # that has raised.
+    # 2. It decides for all; an error is its answer too, so that no rank waits for one
+    #    that has raised.
     answer: dict[str, Any] | None = None
     tensors: dict[str, TensorType] = {}
     if gathered is not None:
         held = []
         for rows in gathered:
-            held.append([TensorBoxes.from_json(value) for value in rows])
+            boxes_of_rank = [TensorBoxes.from_json(value) for value in rows]
+            held.append(boxes_of_rank)
         try:
             owned, tensors = assign(held)
             answer = {"owned": owned}
         except CheckpointError as error:
             answer = {"error": error.found}
     answer = exchange.broadcast(answer)
+
+    # 3. Every rank takes its share of the answer.
     if "error" in answer:
         raise CheckpointError(answer["error"])
     own_parts = []
-    for fields in answer["owned"][exchange.rank]:
-        own_parts.append(OwnedPart(*fields))
+    owned_by_rank = answer["owned"]
+    for fields in owned_by_rank[exchange.rank]:
+        part = OwnedPart(*fields)
+        own_parts.append(part)
     return SavePlan(own_parts, tensors)
 
 
-def assign(
-    held: Sequence[Sequence[TensorBoxes]],
-) -> tuple[list[list[OwnedPart]], dict[str, TensorType]]:
+# For each rank, the boxes of the tensors that it holds.
+HeldBoxes = Sequence[Sequence[TensorBoxes]]
+# Of one tensor: a rank for each replica of a box.
+HoldersOfBoxes = dict[Box, list[BoxHolder]]
+# The same for each tensor by name.
+Holders = dict[str, HoldersOfBoxes]
+OwnedParts = list[OwnedPart]
+
+
+class Assignment(NamedTuple):
+    """The parts that each rank writes, and the types of all tensors."""
+
+    owned: list[OwnedParts]
+    tensors: dict[str, TensorType]
+
+
+def assign(held: HeldBoxes) -> Assignment:
     """Choose a rank for each distinct box.
 
-    Args:
-        held: the boxes that each rank holds.
-
-    Returns:
-        the parts that each rank writes, and the types of all tensors.
-
     Raises:
-        CheckpointError: ranks disagree about a tensor, or the boxes do not cover it exactly once.
+        CheckpointError: ranks disagree about a tensor, or the boxes do not cover it
+            exactly once.
     """
     tensors = _agreed_types(held)
     holders = _find_holders(held)
-    # Each box goes to the holder with the fewest bytes so far, so that all ranks write
-    # about the same.
-    load = [0] * len(held)
-    owned: list[list[OwnedPart]] = [[] for _ in held]
+    owned: list[OwnedParts] = []
+    load = []  # bytes that each rank writes so far
+    for _ in held:
+        owned.append([])
+        load.append(0)
+
+    def load_of(holder: BoxHolder) -> int:
+        return load[holder.rank]
+
     for name, tensor in tensors.items():
-        holders_of_box = holders[name]
-        check_cover(name, tensor.shape, list(holders_of_box))
-        item_size = DTYPES[tensor.dtype].itemsize
-        for box, candidates in holders_of_box.items():
-            rank, number = min(candidates, key=lambda holder: load[holder[0]])
-            load[rank] += box.numel * item_size
+        boxes = holders[name]
+        # Equal boxes are replicas, of which one is written. Boxes that overlap without
+        # being equal are a mistake in a spec, and it is found here, before any file.
+        check_cover(name, tensor.shape, list(boxes))
+        for box, candidates in boxes.items():
+            # Each box goes to the holder with the fewest bytes so far, so that all ranks
+            # write about the same; the first of equals, so that a plan can be repeated.
+            rank, number = min(candidates, key=load_of)
+            size = box.numel * tensor.item_size
+            load[rank] += size
             part = OwnedPart(name, number)
             owned[rank].append(part)
-    return owned, tensors
+    return Assignment(owned, tensors)
 
 
-def _find_holders(
-    held: Sequence[Sequence[TensorBoxes]],
-) -> dict[str, dict[Box, list[BoxHolder]]]:
+def _find_holders(held: HeldBoxes) -> Holders:
     """Return the holders of each distinct box of each tensor.
 
     A replicated box has several: of a weight on two data-parallel ranks, (0, 0) and (1,
     0).
     """
-    holders: dict[str, dict[Box, list[BoxHolder]]] = {}
+    holders: Holders = {}
     for rank, rows in enumerate(held):
         for row in rows:
-            holders_of_box = holders.setdefault(row.name, {})
+            holders_of_boxes = holders.setdefault(row.name, {})
             for number, box in enumerate(row.boxes):
-                holder = (rank, number)
-                holders_of_box.setdefault(box, []).append(holder)
+                holders_of_box = holders_of_boxes.setdefault(box, [])
+                holder = BoxHolder(rank, number)
+                holders_of_box.append(holder)
     return holders
 
 
-def _agreed_types(held: Sequence[Sequence[TensorBoxes]]) -> dict[str, TensorType]:
+def _agreed_types(held: HeldBoxes) -> dict[str, TensorType]:
     """Collect the types of all tensors; every rank must name the same one."""
     types: dict[str, TensorType] = {}
     first_rank: dict[str, int] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -102,14 +103,10 @@ def refuse_differing(differing: Sequence[str], where: str) -> None:
         return
     found = differing[0]
     if len(differing) > 1:
-        more = (
-            f"\n  and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
-        )
-        found = (
-            f"{len(differing)} tensors differ:\n  "
-            + "\n  ".join(differing[:SHOWN])
-            + more
-        )
+        lines = [f"{len(differing)} tensors differ:", *differing[:SHOWN]]
+        if len(differing) > SHOWN:
+            lines.append(f"and {len(differing) - SHOWN} more")
+        found = "\n  ".join(lines)
     raise CheckpointError(
         found,
         where=where,
@@ -193,12 +190,20 @@ def items_for(
 def read_tensor(
     checkpoint: Checkpoint, record: TensorRecord, box: Box | None = None
 ) -> Tensor:
-    """Read a whole tensor, or a box of it, into memory; every piece is checked against its hash."""
-    box = Box.whole(record.shape) if box is None else box
-    tensor = torch.empty(box.shape, dtype=fmt.DTYPES[record.dtype])
-    part = LocalPart(tensor, box)
-    pieces = [piece for piece in record.pieces if piece.box.overlap(box) is not None]
-    read_items(checkpoint, [ReadItem(record, piece, (part,)) for piece in pieces])
+    """Read a whole tensor, or a box of it, into memory.
+
+    Every piece is checked against its hash.
+    """
+    if box is None:
+        box = Box.whole(record.shape)
+    dtype = fmt.DTYPES[record.dtype]
+    tensor = torch.empty(box.shape, dtype=dtype)
+    targets = (LocalPart(tensor, box),)
+    items = []
+    for piece in record.pieces:
+        if piece.box.overlap(box) is not None:
+            items.append(ReadItem(record, piece, targets))
+    read_items(checkpoint, items)
     return tensor
 
 
@@ -208,14 +213,27 @@ def read_items(checkpoint: Checkpoint, items: Iterable[ReadItem]) -> int:
     Raises:
         CheckpointError: a piece is damaged; names the tensor, the file and the bytes.
     """
-    by_file: dict[int, list[ReadItem]] = {}
-    for item in sorted(items, key=lambda item: (item.piece.file, item.piece.start)):
-        by_file.setdefault(item.piece.file, []).append(item)
-    largest = max(
-        (item.size for in_file in by_file.values() for item in in_file), default=0
-    )
+    in_order = sorted(items, key=_place_in_files)
+    # A piece is read whole, since its hash covers all of it, and what is wanted is copied
+    # out. One buffer of at most 4 MiB serves all pieces, so that loading needs no more
+    # memory than the tensors themselves.
+    largest = 0
+    for item in in_order:
+        largest = max(largest, item.size)
     buffer = torch.empty(largest, dtype=torch.uint8)
-    return sum(_read_file(checkpoint, in_file, buffer) for in_file in by_file.values())
+    num_bytes = 0
+    for _, group in itertools.groupby(in_order, key=_file_number):
+        in_file = list(group)
+        num_bytes += _read_file(checkpoint, in_file, buffer)
+    return num_bytes
+
+
+def _file_number(item: ReadItem) -> int:
+    return item.piece.file
+
+
+def _place_in_files(item: ReadItem) -> tuple[int, int]:
+    return item.piece.file, item.piece.start
 
 
 def _read_file(
@@ -225,9 +243,13 @@ def _read_file(
     memory = as_bytes(buffer)
     reader = _open(checkpoint, items[0])
     try:
-        reader.expect(
-            [(item.piece.start, item.piece.start + item.size) for item in items]
-        )
+        # A store can then answer many small reads with one large request.
+        ranges = []
+        for item in items:
+            start = item.piece.start
+            ranges.append((start, start + item.size))
+        reader.expect(ranges)
+
         for item in items:
             _read_piece(checkpoint, item, reader, memory[: item.size])
             _copy(item, buffer[: item.size])
@@ -282,9 +304,14 @@ def _copy(item: ReadItem, data: Tensor) -> None:
     if not item.targets:
         return
     piece = item.piece.box
-    source = data.view(fmt.DTYPES[item.record.dtype]).view(piece.shape)
+    dtype = fmt.DTYPES[item.record.dtype]
+    source = data.view(dtype).view(piece.shape)
+    # Columns 0 to 21 are stored and the rank holds 16 to 31 of them: columns 16 to 21 of
+    # the piece go to columns 0 to 5 of the local tensor.
     with torch.no_grad():
         for part in item.targets:
             both = piece.overlap(part.box)
             assert both is not None
-            part.tensor[both.within(part.box)].copy_(source[both.within(piece)])
+            in_source = both.within(piece)
+            in_target = both.within(part.box)
+            part.tensor[in_target].copy_(source[in_source])

@@ -7,7 +7,7 @@ layout read one file only.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -31,7 +31,7 @@ from evomesh.checkpoint.native.plan import (
     in_file_order,
 )
 from evomesh.checkpoint.native.read import read_tensor
-from evomesh.checkpoint.native.write import as_bytes
+from evomesh.checkpoint.native.write import Pieces, as_bytes
 from evomesh.config.layout import AxisSizes, axis_sizes
 from evomesh.config.schema import ModelConfig, ParallelConfig
 from evomesh.models.registry import build_model
@@ -54,7 +54,10 @@ def reshard(
     parallel: ParallelConfig,
     world: int,
 ) -> str:
-    """Write ``source`` into the save folder ``target`` as ``world`` ranks of ``parallel`` would; return the folder.
+    """Write ``source`` as ``world`` ranks of ``parallel`` would, and return the folder.
+
+    Args:
+        target: save folder to write into.
 
     Raises:
         CheckpointError: damaged source, or the step is already committed in the target.
@@ -65,8 +68,8 @@ def reshard(
     records = source.records()
     sizes = axis_sizes(parallel, world)
 
-    # 1. Which box of every tensor each rank of the new layout holds. A tensor that the model does not have (of another
-    #    program, say) goes to rank 0 as a whole.
+    # 1. Which box of every tensor each rank of the new layout holds. A tensor that the
+    #    model does not have (of another program, say) goes to rank 0 as a whole.
     boxes = [
         _boxes_of_rank(records, model, parallel, sizes, rank) for rank in range(world)
     ]
@@ -95,27 +98,19 @@ def reshard(
         layout=layout_record(world, **axes),
     )
     contents = _ReshardSource(source, records)
-    commit(
-        storage,
-        folder,
-        files,
-        tensors,
-        record,
-        contents.pieces,
-    )
+    commit(storage, folder, files, tensors, record, contents.pieces)
     return folder
 
 
 def _held(record: TensorRecord, box: Box) -> TensorBoxes:
-    return TensorBoxes(
-        record.name, TensorType(record.dtype, record.shape), (box,) if box.numel else ()
-    )
+    boxes = (box,) if box.numel else ()
+    return TensorBoxes(record.name, TensorType(record.dtype, record.shape), boxes)
 
 
 def _item(record: TensorRecord, box: Box) -> WriteItem:
-    return WriteItem(
-        record.name, record.dtype, record.shape, LocalPart(torch.empty(0), box)
-    )
+    # No tensor exists for it: ``_ReshardSource`` yields its bytes piece by piece.
+    part = LocalPart(torch.empty(0), box)
+    return WriteItem(record.name, record.dtype, record.shape, part)
 
 
 def _boxes_of_rank(
@@ -125,32 +120,44 @@ def _boxes_of_rank(
     sizes: AxisSizes,
     rank: int,
 ) -> RankBoxes:
-    """Return the boxes of the model and its optimizer state that one rank of the new layout holds."""
+    """Return the boxes of the model and its optimizer state that a rank will hold.
+
+    ``rank`` is one of the new layout.
+    """
     members = axis_members(sizes, rank)
-    grid = Grid(
-        **{
-            name: Axis(name, len(ranks), ranks.index(rank))
-            for name, ranks in members.items()
-        }
+    axes = {}
+    for name, ranks in members.items():
+        axes[name] = Axis(name, len(ranks), ranks.index(rank))
+    grid = Grid(**axes)
+    # The model of that rank is built without memory, for its specs alone: the same code
+    # that shards a model in training decides here, and no rule exists twice.
+    stages = layer_ranges(model.num_layers, sizes.pp)
+    built = build_model(
+        model,
+        grid=grid,
+        mode=MODES[parallel.tensor.mode],
+        device="meta",
+        layer_range=stages[grid.pp.rank],
     )
-    stage = layer_ranges(model.num_layers, sizes.pp)[grid.pp.rank]
-    mode = MODES[parallel.tensor.mode]
-    built = build_model(model, grid=grid, mode=mode, device="meta", layer_range=stage)
     specs: dict[str, ShardSpec] = {}
     for name, parameter in built.named_parameters():
         specs[name] = spec_of(parameter)
         state = make_slot(name, parameter, grid).spec
         for kind in ("exp_avg", "exp_avg_sq", "master"):
             specs[f"optim.{kind}.{name}"] = state
-    return {
-        name: local_box(spec, grid)
-        for name, spec in specs.items()
-        if name in records and spec.stored_shape == records[name].shape
-    }
+    boxes = {}
+    for name, spec in specs.items():
+        record = records.get(name)
+        if record is not None and spec.stored_shape == record.shape:
+            boxes[name] = local_box(spec, grid)
+    return boxes
 
 
 class _ReshardSource:
-    """The bytes of new boxes, assembled from the pieces of the old checkpoint; each is verified when it is read."""
+    """The bytes of new boxes, assembled from the pieces of the old checkpoint.
+
+    Each piece is verified when it is read.
+    """
 
     def __init__(
         self, checkpoint: Checkpoint, records: Mapping[str, TensorRecord]
@@ -159,27 +166,33 @@ class _ReshardSource:
         self._records = records
         self._cache: OrderedDict[PieceRecord, Tensor] = OrderedDict()
 
-    def pieces(self, item: WriteItem) -> Iterator[tuple[Box, memoryview]]:
+    def pieces(self, item: WriteItem) -> Pieces:
         """Yield the pieces of an item of the new checkpoint with their bytes."""
         record = self._records[item.name]
-        dtype = fmt.DTYPES[record.dtype]
-        # A new piece takes what it needs from every old piece that it overlaps: rows 4
-        # to 8 need rows 4 and 5 of the old piece 0 to 6, and rows 6 and 7 of the old
-        # piece 6 to 12.
         for box in split_box(item.part.box, record.item_size, fmt.PIECE_BYTES):
-            target = torch.empty(box.shape, dtype=dtype)
-            for piece in record.pieces:
-                both = piece.box.overlap(box)
-                if both is None:
-                    continue
-                source = self._read(record, piece)
-                in_source = both.within(piece.box)
-                in_target = both.within(box)
-                target[in_target] = source[in_source]
-            yield box, as_bytes(target)
+            yield box, as_bytes(self._assemble(record, box))
+
+    def _assemble(self, record: TensorRecord, box: Box) -> Tensor:
+        """Take what a new piece needs from every old piece that it overlaps.
+
+        Rows 4 to 8 need rows 4 and 5 of the old piece 0 to 6, and rows 6 and 7 of the
+        old piece 6 to 12.
+        """
+        target = torch.empty(box.shape, dtype=fmt.DTYPES[record.dtype])
+        for piece in record.pieces:
+            both = piece.box.overlap(box)
+            if both is None:
+                continue
+            source = self._read(record, piece)
+            in_source = both.within(piece.box)
+            in_target = both.within(box)
+            target[in_target] = source[in_source]
+        return target
 
     def _read(self, record: TensorRecord, piece: PieceRecord) -> Tensor:
         """Read a piece of the old checkpoint, or take it from the cache."""
+        # Neighboring new pieces need the same old one: where columns become rows, all of
+        # them do. Without the cache each would read and hash it again.
         if piece not in self._cache:
             self._cache[piece] = read_tensor(self._checkpoint, record, piece.box)
             while len(self._cache) > CACHED_PIECES:

@@ -1,4 +1,7 @@
-"""Delete old checkpoints by the rules of retention, their files in a safe order, and nothing of anybody else."""
+"""Delete old checkpoints by the rules of retention.
+
+Their files go in a safe order, and nothing of anybody else's does.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,14 @@ SHOWN = 3  # foreign names in a warning
 
 
 class Retention:
-    """Decides which checkpoints are kept: the newest ``keep_last``, steps that ``keep_every`` divides, pinned ones.
+    """Decides which checkpoints are kept.
 
-    The newest two that verify are always kept. A damaged checkpoint is neither counted
-    nor deleted: it may be the only copy left. Neither is a folder deleted that is
-    pinned, that is a link, or that holds a file which no save writes. Checkpoints of
-    later steps than the one just committed are another run's; they are not counted
-    either, or they would push this run's own out at once.
+    These are the newest ``keep_last``, steps that ``keep_every`` divides, pinned ones,
+    and always the newest two that verify. A damaged checkpoint is neither counted nor
+    deleted: it may be the only copy left. Neither is a folder deleted that is pinned,
+    that is a link, or that holds a file which no save writes. Checkpoints of later steps
+    than the one just committed are another run's; they are not counted either, or they
+    would push this run's own out at once.
 
     Args:
         keep_last: None keeps everything.
@@ -41,7 +45,10 @@ class Retention:
         self._warned: set[str] = set()
 
     def trust(self, folder: str) -> None:
-        """Take a checkpoint that this process committed as verified: its hashes were computed from memory."""
+        """Take a checkpoint that this process committed as verified.
+
+        Its hashes were computed from memory.
+        """
         self._verified[folder] = True
 
     def apply(self, storage: Storage, root: str, own: str) -> list[str]:
@@ -50,23 +57,32 @@ class Retention:
         Args:
             own: the step folder that this run has just committed.
         """
+        # 1. What is there. The checkpoint just committed can be missing: a store may list
+        #    it late, and a user may have moved it. Then nothing is certain, so nothing is
+        #    deleted.
         found = candidates(storage, root)
         committed = [candidate for candidate in found if candidate.committed]
-        if not any(candidate.folder == own for candidate in committed):
+        if own not in {candidate.folder for candidate in committed}:
             return []
         newest, later, older = _around(own, committed)
         self._warn_of_later(newest, later)
-        deleted = []
+
+        # 2. What no rule keeps.
+        unneeded = []
         if self.keep_last is not None:
-            deleted = self.to_delete([newest, *older])
-        deleted += self._interrupted(found, newest.step)
-        for candidate in deleted:
+            unneeded = self.to_delete([newest, *older])
+        unneeded += self._interrupted(found, newest.step)
+
+        # 3. Delete it.
+        deleted = []
+        for candidate in unneeded:
             delete_checkpoint(candidate)
+            deleted.append(candidate.folder)
         self._delete_leftovers(newest)
-        return [candidate.folder for candidate in deleted]
+        return deleted
 
     def _warn_of_later(self, own: Candidate, later: Sequence[Candidate]) -> None:
-        """Say once that the folder holds another run's checkpoints, which a resume would choose."""
+        """Warn once that a resume would choose another run's checkpoints."""
         root = parent_folder(own.folder)
         if not later or root in self._warned:
             return
@@ -85,20 +101,22 @@ class Retention:
 
     def to_delete(self, committed: list[Candidate]) -> list[Candidate]:
         """Return those of the committed checkpoints, newest first, that no rule keeps."""
+        # A damaged checkpoint takes no place among the newest ``keep_last``: with
+        # keep_last 2 and the newest two damaged, the two before them stay.
         intact = [candidate for candidate in committed if self._opens(candidate)]
-        kept = {
-            candidate.folder
-            for position, candidate in enumerate(intact)
-            if self._is_kept(position, candidate)
-        }
-        if len(kept) < len(intact):
-            # Only now is data read, and only until two safe checkpoints are known.
-            safe = self._newest_that_verify(intact)
-            if len(safe) < ALWAYS_KEPT:
-                return []
-            kept |= safe
+        unneeded = []
+        for position, candidate in enumerate(intact):
+            if not self._is_kept(position, candidate):
+                unneeded.append(candidate)
+        if not unneeded:
+            return []
+        # Only now is data read, and only until two safe checkpoints are known. Where
+        # there are no two, nothing is deleted: even an old one may be needed.
+        safe = self._newest_that_verify(intact)
+        if len(safe) < ALWAYS_KEPT:
+            return []
         return self._deletable(
-            [candidate for candidate in intact if candidate.folder not in kept]
+            [candidate for candidate in unneeded if candidate.folder not in safe]
         )
 
     def _is_kept(self, position: int, candidate: Candidate) -> bool:
@@ -122,16 +140,20 @@ class Retention:
         return self._deletable(older)
 
     def _deletable(self, unneeded: Sequence[Candidate]) -> list[Candidate]:
-        """Return those of the candidates that are this program's own and not pinned; warn once of each other one."""
+        """Return those of the candidates that a save wrote and nobody pinned.
+
+        Warns once of each that holds something else.
+        """
         if not unneeded:
             return []
-        storage = unneeded[0].storage
-        neighbors = {
-            name.rstrip("/") for name in storage.list(parent_folder(unneeded[0].folder))
-        }
+        first = unneeded[0]
+        parent = parent_folder(first.folder)
+        names = first.storage.list(parent)
+        neighbors = {name.rstrip("/") for name in names}
         deletable = []
         for candidate in unneeded:
-            if candidate.folder.rpartition("/")[2] + PIN in neighbors:
+            _, _, step_folder = candidate.folder.rpartition("/")
+            if step_folder + PIN in neighbors:
                 continue
             reason = _reason_to_stay(candidate)
             if not reason:
@@ -212,15 +234,17 @@ def _around(
 
 
 def _reason_to_stay(candidate: Candidate) -> str:
-    """Return why a step folder must not be deleted although no rule keeps it; "" if it may."""
-    storage, folder = candidate.storage, candidate.folder
+    """Return why a step folder that no rule keeps must stay; "" if it may be deleted."""
+    storage = candidate.storage
+    folder = candidate.folder
     if storage.is_link(folder):
         return "it is a link to another place"
     names = storage.list(folder)
     foreign = foreign_names(names)
     if foreign:
-        shown = ", ".join(foreign[:SHOWN]) + (", ..." if len(foreign) > SHOWN else "")
-        return f"it holds files that no save writes ({shown})"
+        shown = ", ".join(foreign[:SHOWN])
+        more = ", ..." if len(foreign) > SHOWN else ""
+        return f"it holds files that no save writes ({shown}{more})"
     if not candidate.committed and any(fmt.INDEX_NAME.match(name) for name in names):
         # A save that is interrupted has no index yet, but for the moment between index
         # and commit record.
@@ -229,10 +253,16 @@ def _reason_to_stay(candidate: Candidate) -> str:
 
 
 def delete_checkpoint(candidate: Candidate) -> None:
-    """Delete a checkpoint, its commit record first: killed at any point, it leaves no checkpoint or a whole one."""
-    storage, folder = candidate.storage, candidate.folder
+    """Delete a checkpoint, its commit record first.
+
+    Killed at any point, it leaves no checkpoint or a whole one.
+    """
+    storage = candidate.storage
+    folder = candidate.folder
     if candidate.committed:
         storage.delete(join(folder, fmt.COMMIT))
+        # Without this a power failure may undo the deletion of the record and keep that
+        # of a data file: a checkpoint that claims to be whole.
         storage.sync(folder)
     names = storage.list(folder)
     foreign = foreign_names(names)

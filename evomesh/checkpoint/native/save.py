@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import secrets
-import socket
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -15,7 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from evomesh.checkpoint.native import format as fmt
-from evomesh.checkpoint.native.agreement import ErrorMessage, run_on_all_ranks
+from evomesh.checkpoint.native.agreement import (
+    ErrorMessage,
+    error_from_json,
+    run_on_all_ranks,
+)
+from evomesh.checkpoint.native.claim import FolderClaim
 from evomesh.checkpoint.native.commit import (
     choose_folder,
     commit_together,
@@ -47,7 +48,7 @@ from evomesh.monitor.log import ALL_RANKS
 from evomesh.parallel.exchange import Exchange, SingleProcessExchange
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.spec import LocalShard
-from evomesh.storage.base import LockHeldElsewhere, Storage, StorageLock, join
+from evomesh.storage.base import Storage
 from evomesh.storage.staged import staged
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,8 @@ class _SaveDecision:
 
     Attributes:
         folder: step folder.
-        replan: the tensors of some rank changed their layout, so the plan must be made again.
+        replan: the tensors of some rank changed their layout, so the plan must be made
+            again.
         error: why the store cannot be used, None if it can.
     """
 
@@ -72,10 +74,8 @@ class _SaveDecision:
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> _SaveDecision:
-        error = value.pop("error")
-        return _SaveDecision(
-            **value, error=None if error is None else ErrorMessage(**error)
-        )
+        error = error_from_json(value.pop("error"))
+        return _SaveDecision(**value, error=error)
 
 
 class CheckpointWriter:
@@ -85,11 +85,14 @@ class CheckpointWriter:
     in the same order.
 
     Args:
-        folder: save folder as the user typed it (``llm_ckpts``, ``local:llm_ckpts``), or an open one.
-        grid: where this rank is; with a tensor's ``ShardSpec`` it determines which box of it is here.
+        folder: save folder as the user typed it (``llm_ckpts``, ``local:llm_ckpts``), or
+            an open one.
+        grid: where this rank is; with a tensor's ``ShardSpec`` it determines which box of
+            it is here.
         exchange: how the ranks agree; by default this process saves alone.
         keep_last, keep_every: see ``Retention``; None keeps everything.
-        upload_folder: local folder in which files for an object store are written first (``async_upload_tmp_folder``).
+        upload_folder: local folder in which files for an object store are written first
+            (``async_upload_tmp_folder``).
     """
 
     def __init__(
@@ -103,8 +106,10 @@ class CheckpointWriter:
         upload_folder: str | None = None,
     ) -> None:
         opened = SaveFolder.open(folder) if isinstance(folder, str) else folder
-        self.root, self.snapshot_root = opened.root, opened.snapshot_root
-        self.storage, self.snapshot_storage = opened.storage, opened.snapshot_storage
+        self.root = opened.root
+        self.snapshot_root = opened.snapshot_root
+        self.storage = opened.storage
+        self.snapshot_storage = opened.snapshot_storage
         self.grid = grid or Grid()
         self.exchange = exchange or SingleProcessExchange()
         if upload_folder is not None:
@@ -113,7 +118,10 @@ class CheckpointWriter:
             self.snapshot_storage = staged(
                 self.snapshot_storage, upload_folder, f"{name}-snapshot"
             )
-        # For the thread that writes while training runs.
+        self._claim = FolderClaim(self.root, self.exchange)
+        # For the thread that writes while training runs. In one group with the messages
+        # of the main thread, each rank would send the two kinds in another order, and
+        # collectives are matched by order alone.
         self._background_exchange = self.exchange.twin()
         self._retention = Retention(keep_last, keep_every)
         self._snapshot_retention = Retention(keep_last=SNAPSHOTS_KEPT)
@@ -121,13 +129,12 @@ class CheckpointWriter:
         self._thread: ThreadPoolExecutor | None = None
         self._pending: Future[str] | None = None
         self._failed_saves = 0
-        self._lock: StorageLock | None = None
         # Signature of the layout that it was made for, plan.
         self._plan: tuple[str, SavePlan] | None = None
-        self._parent: ParentRecord | None = None  # last one loaded or committed
-        self._committed: dict[
-            tuple[int, bool], str
-        ] = {}  # (step, snapshot) -> folder, of this process
+        # The last one loaded or committed.
+        self._parent: ParentRecord | None = None
+        # (step, snapshot) -> folder; of this process only.
+        self._committed: dict[tuple[int, bool], str] = {}
 
     @property
     def folder(self) -> SaveFolder:
@@ -137,45 +144,15 @@ class CheckpointWriter:
         )
 
     def claim(self) -> None:
-        """Make this job the one writer of the folder, until ``close`` or its end; ``save`` does it if need be.
+        """Make this job the one writer of the folder, until ``close`` or its end.
+
+        ``save`` does it if need be.
 
         Raises:
-            UserError: another running job holds the folder, it cannot be written, or not all ranks see it.
+            UserError: another running job holds the folder, it cannot be written, or not
+                all ranks see it.
         """
-        if self._lock is not None:
-            return
-        probe = self.exchange.broadcast(f".probe-{secrets.token_hex(4)}")
-        run_on_all_ranks(self.exchange, lambda: self._lock_folder(probe))
-        run_on_all_ranks(self.exchange, lambda: self._check_shared_folder(probe))
-        if self.exchange.rank == 0:
-            with contextlib.suppress(OSError):  # an empty file that stays does no harm
-                self.storage.delete(join(self.root, probe))
-
-    def _lock_folder(self, probe: str) -> None:
-        """Take the lock and write the probe file; rank 0 only."""
-        if self.exchange.rank:
-            return
-        holder = f"process {os.getpid()} on {socket.gethostname()}"
-        try:
-            self._lock = self.storage.lock(join(self.root, ".writer"), holder)
-            self.storage.create(join(self.root, probe)).finish()
-        except OSError as error:
-            self._release_lock()
-            raise as_checkpoint_error(error, self.root) from None
-        except UserError:
-            self._release_lock()
-            raise
-
-    def _check_shared_folder(self, probe: str) -> None:
-        """Refuse a folder in which this rank does not see the probe file of rank 0."""
-        if not self.storage.exists(join(self.root, probe)):
-            raise CheckpointError(
-                f"rank {self.exchange.rank} on {socket.gethostname()} does not see what rank 0 writes",
-                where=self.root,
-                expected="one folder shared by all nodes",
-                fix="use a shared file system or an object store as save_ckpt_folder",
-            )
-        self._lock = self._lock or LockHeldElsewhere()
+        self._claim.take(self.storage)
 
     def prepare(
         self,
@@ -184,7 +161,9 @@ class CheckpointWriter:
         saves: int | None = None,
         blocking: bool = True,
     ) -> None:
-        """Refuse a bad layout, a busy folder and a disk that is too small, before any step is trained.
+        """Refuse what would fail the first save, before any step is trained.
+
+        That is a bad layout, a busy folder, or a disk that is too small.
 
         Args:
             tensors: as in ``save``.
@@ -199,21 +178,19 @@ class CheckpointWriter:
         run_on_all_ranks(self.exchange, lambda: self._forecast(plan, saves))
 
     def _forecast(self, plan: SavePlan, saves: int | None) -> None:
-        if self.exchange.rank == 0:
-            committed = sum(
-                candidate.committed for candidate in self.folder.candidates()
-            )
-            keep_last = self._retention.keep_last
-            self._report(
-                check_space(
-                    self.storage,
-                    self.root,
-                    plan.total_bytes,
-                    committed,
-                    saves,
-                    keep_last,
-                )
-            )
+        """Log the forecast of disk need; rank 0 only."""
+        if self.exchange.rank:
+            return
+        found = self.folder.candidates()
+        forecast = check_space(
+            self.storage,
+            self.root,
+            one=plan.total_bytes,
+            held=sum(candidate.committed for candidate in found),
+            saves=saves,
+            keep_last=self._retention.keep_last,
+        )
+        self._report(forecast)
 
     def _current_plan(
         self, local: Mapping[str, LocalTensor], decision: _SaveDecision
@@ -295,29 +272,42 @@ class CheckpointWriter:
         self._report(line, is_known_to_all=True)
 
     def _decide_attempt(self, step: int, snapshot: bool, layout: str) -> _SaveDecision:
-        """Let rank 0 choose the attempt and folder of a save, and whether any rank needs another plan.
+        """Let rank 0 choose attempt and folder, and whether a new plan is needed.
 
         Args:
             layout: the signature of this rank's tensors.
         """
-        storage, root = self._target(snapshot)
-        changed = self.exchange.gather(self._plan is None or self._plan[0] != layout)
+        # A new plan is a collective, so either all ranks make one or none does: a change
+        # on one rank counts for all.
+        is_changed = self._plan is None or self._plan[0] != layout
+        changed = self.exchange.gather(is_changed)
         message = None
         if changed is not None:
-            attempt = new_attempt()
-            folder, failure = "", None
-            try:
-                folder = choose_folder(storage, root, step, attempt)
-            except (OSError, UserError) as error:
-                failure = ErrorMessage.of(as_checkpoint_error(error, root))
-            message = asdict(_SaveDecision(attempt, folder, any(changed), failure))
-        decision = _SaveDecision.from_json(dict(self.exchange.broadcast(message)))
-        if decision.error is not None:
-            failure = decision.error
+            replan = any(changed)
+            decision = self._new_attempt(step, snapshot, replan)
+            message = asdict(decision)
+        answer = self.exchange.broadcast(message)
+        decision = _SaveDecision.from_json(dict(answer))
+        error = decision.error
+        if error is not None:
+            _, root = self._target(snapshot)
             raise CheckpointError(
-                failure.found, where=root, fix=failure.fix, exit_code=failure.exit_code
+                error.found, where=root, fix=error.fix, exit_code=error.exit_code
             )
         return decision
+
+    def _new_attempt(self, step: int, snapshot: bool, replan: bool) -> _SaveDecision:
+        """Name an attempt and its folder; rank 0 only."""
+        storage, root = self._target(snapshot)
+        attempt = new_attempt()
+        folder = ""
+        message = None
+        try:
+            folder = choose_folder(storage, root, step, attempt)
+        except (OSError, UserError) as error:
+            failure = as_checkpoint_error(error, root)
+            message = ErrorMessage.of(failure)
+        return _SaveDecision(attempt, folder, replan, message)
 
     def _run_now(
         self,
@@ -326,9 +316,11 @@ class CheckpointWriter:
         folder: str,
         record: CommitRecord,
     ) -> None:
+        # As a pending save that is over: ``wait`` treats a failure of both kinds alike.
         done: Future[str] = Future()
         try:
-            done.set_result(self._commit(plan, items, folder, record))
+            committed = self._commit(plan, items, folder, record)
+            done.set_result(committed)
         except CheckpointError as error:
             done.set_exception(error)
         self._pending = done
@@ -354,7 +346,10 @@ class CheckpointWriter:
         folder: str,
         record: CommitRecord,
     ) -> str:
-        """Do the part of a save that can run in the background: write, commit, delete old checkpoints."""
+        """Do the part of a save that can run in the background.
+
+        Write, commit, delete old checkpoints.
+        """
         exchange = self._background_exchange
         storage, _ = self._target(record.snapshot)
         commit_together(
@@ -364,7 +359,7 @@ class CheckpointWriter:
             {exchange.rank: items},
             plan.tensors,
             record,
-            before_publishing=self._check_lock,
+            before_publishing=self._claim.check,
         )
         self._parent = ParentRecord(record.step, record.attempt)
         self._committed[record.step, record.snapshot] = folder
@@ -372,18 +367,10 @@ class CheckpointWriter:
         self._report(
             f"{kind} of step {record.step} committed: {folder}", is_known_to_all=True
         )
+        # Only now, with the new one safe, may an old one be deleted.
         if exchange.rank == 0:
             self._delete_old(folder, record.snapshot)
         return folder
-
-    def _check_lock(self) -> None:
-        """Refuse a commit where another job took the folder over while this one hung.
-
-        Raises:
-            StorageError: it did, or the store is down.
-        """
-        if self._lock is not None:
-            self._lock.check()
 
     def _delete_old(self, committed: str, snapshot: bool) -> None:
         """Apply retention after a commit; a failure to delete does not fail the save."""
@@ -391,10 +378,12 @@ class CheckpointWriter:
         retention = self._snapshot_retention if snapshot else self._retention
         retention.trust(committed)
         try:
-            for folder in retention.apply(storage, root, committed):
-                self._report(f"deleted {folder}")
+            deleted = retention.apply(storage, root, committed)
         except (OSError, UserError) as error:
             self._report(f"old checkpoints were not deleted: {error}", logging.WARNING)
+            return
+        for folder in deleted:
+            self._report(f"deleted {folder}")
 
     @property
     def saving(self) -> bool:
@@ -402,14 +391,17 @@ class CheckpointWriter:
         return self._pending is not None and not self._pending.done()
 
     def wait(self, *, final: bool = False) -> str | None:
-        """Wait for the pending save and return its folder; None if there is none or the store refused it.
+        """Wait for the pending save and return its folder.
+
+        None if there is none or the store refused it.
 
         Raises:
             UserError: as ``save``.
         """
         if self._pending is None:
             return None
-        pending, self._pending = self._pending, None
+        pending = self._pending
+        self._pending = None
         try:
             folder = pending.result()
         except CheckpointError as error:
@@ -422,7 +414,8 @@ class CheckpointWriter:
         """Log the failure, or raise it if the save was final or too many failed in a row.
 
         Raises:
-            CheckpointError: with the exit code of a restart if the store is down, of a user's mistake if it is full.
+            CheckpointError: with the exit code of a restart if the store is down, of a
+                user's mistake if it is full.
         """
         self._failed_saves += 1
         count = f"refusal {self._failed_saves} of {MAX_FAILED_SAVES} in a row"
@@ -446,10 +439,15 @@ class CheckpointWriter:
         )
 
     def continue_from(self, checkpoint: Checkpoint) -> None:
-        """Record what the run was resumed from: the parent of its next checkpoint, and not to be saved again."""
+        """Record what the run was resumed from.
+
+        It is the parent of the next checkpoint, and its step is not saved again.
+        """
         self._parent = ParentRecord(checkpoint.step, checkpoint.attempt)
+        parent = parent_folder(checkpoint.folder)
         for snapshot in (False, True):
-            if parent_folder(checkpoint.folder) == self._target(snapshot)[1]:
+            _, root = self._target(snapshot)
+            if parent == root:
                 self._committed[checkpoint.step, snapshot] = checkpoint.folder
 
     def close(self) -> None:
@@ -457,21 +455,14 @@ class CheckpointWriter:
         if self._thread is not None:
             self._thread.shutdown()
             self._thread = None
-        self._release_lock()
+        self._claim.release()
         self._background_exchange.close()
-
-    def _release_lock(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
 
     def _target(self, snapshot: bool) -> tuple[Storage, str]:
         """Return the storage and root that a save goes to."""
-        return (
-            (self.snapshot_storage, self.snapshot_root)
-            if snapshot
-            else (self.storage, self.root)
-        )
+        if snapshot:
+            return self.snapshot_storage, self.snapshot_root
+        return self.storage, self.root
 
     def _layout(self) -> dict[str, int]:
         sizes = {axis: getattr(self.grid, axis).size for axis in fmt.LAYOUT_AXES}
@@ -483,7 +474,8 @@ class CheckpointWriter:
         """Log a line once for all ranks, so that it reaches the terminal in every layout.
 
         Args:
-            is_known_to_all: every rank calls this, so the run's main rank can log it, next to the steps.
+            is_known_to_all: every rank calls this, so the run's main rank can log it,
+                next to the steps.
         """
         speaks = self.exchange.rank == 0
         if is_known_to_all and self.grid.world_size == self.exchange.size:

@@ -32,20 +32,22 @@ def source_revision(tree: Path) -> tuple[str, bool]:
     A package installed into another project's working tree has no revision, because
     that project's is not its own.
     """
-    top = _git(tree, "rev-parse", "--show-toplevel")
+    top = _git(tree, "rev-parse --show-toplevel")
     if not top or Path(top).resolve() != tree.resolve():
         return "", False
-    # Without optional locks git writes nothing, not even a fresher index.
-    changes = _git(
-        tree, "--no-optional-locks", "status", "--porcelain", "--untracked-files=no"
-    )
-    return _git(tree, "rev-parse", "--verify", "--quiet", "HEAD"), bool(changes)
+    revision = _git(tree, "rev-parse --verify --quiet HEAD")
+    # Without optional locks git writes nothing, not even a fresher index. A training run
+    # must not hold the lock that a commit in the same tree waits for.
+    status = "--no-optional-locks status --porcelain --untracked-files=no"
+    changes = _git(tree, status)
+    return revision, bool(changes)
 
 
-def _git(tree: Path, *arguments: str) -> str:
+def _git(tree: Path, arguments: str) -> str:
+    """Return what git prints; "" if it fails, hangs or is not installed."""
     try:
         done = subprocess.run(
-            ["git", "-C", str(tree), *arguments],
+            ["git", "-C", str(tree), *arguments.split()],
             capture_output=True,
             text=True,
             timeout=10,

@@ -1,4 +1,7 @@
-"""Staging buffers: host memory that a background save copies into, so that training waits for one copy only."""
+"""Staging buffers: host memory that a background save copies into.
+
+Training waits for one copy only.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,19 @@ from evomesh.checkpoint.native.plan import WriteItem
 
 
 class StagingBuffers:
-    """Host buffers that are allocated once and used for every save; pinned if the source is on a GPU."""
+    """Host buffers that are allocated once and used for every save.
+
+    They are pinned if the source is on a GPU.
+    """
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, Coordinates], torch.Tensor] = {}
 
     def prepare(self, items: list[WriteItem]) -> None:
-        """Allocate the buffers and touch their pages, so that the first save does not have to."""
+        """Allocate the buffers and touch their pages, so that no save has to."""
+        # Memory that was only allocated has no pages yet: the first save would wait for
+        # the system to map each of them, and a machine without enough memory would kill
+        # the run there and not at its start.
         for item in items:
             self._buffer(item).zero_()
 
@@ -36,15 +45,22 @@ class StagingBuffers:
         return copies
 
     def _buffer(self, item: WriteItem) -> torch.Tensor:
-        key, source = (item.name, item.part.box.offsets), item.part.tensor
+        part = item.part
+        source = part.tensor
+        key = (item.name, part.box.offsets)
         buffer = self._buffers.get(key)
-        if (
-            buffer is None
-            or buffer.shape != source.shape
-            or buffer.dtype != source.dtype
-        ):
-            buffer = torch.empty(
-                source.shape, dtype=source.dtype, pin_memory=source.is_cuda
-            )
+        if buffer is None or not _fits(buffer, source):
+            buffer = _new_buffer(source)
             self._buffers[key] = buffer
         return buffer
+
+
+def _new_buffer(source: torch.Tensor) -> torch.Tensor:
+    # Pageable memory would make ``copy_(non_blocking=True)`` from a GPU wait for each
+    # tensor in turn.
+    is_pinned = source.is_cuda
+    return torch.empty(source.shape, dtype=source.dtype, pin_memory=is_pinned)
+
+
+def _fits(buffer: torch.Tensor, source: torch.Tensor) -> bool:
+    return buffer.shape == source.shape and buffer.dtype == source.dtype

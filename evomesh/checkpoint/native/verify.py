@@ -27,7 +27,8 @@ def verify(
     """Open a candidate and verify it.
 
     Args:
-        share, shares: read the data files of this share only, since the ranks of a run divide them.
+        share, shares: read the data files of this share only, since the ranks of a run
+            divide them.
 
     Raises:
         CheckpointError: naming the file, and the tensor if the damage is in one.
@@ -46,16 +47,19 @@ def verify(
 def _verify_data(
     checkpoint: Checkpoint, records: Mapping[str, TensorRecord], share: int, shares: int
 ) -> None:
-    items = [
-        ReadItem(record, piece)
-        for record in records.values()
-        for piece in record.pieces
-        if piece.file % shares == share
-    ]
-    # The header of a file ends where its first piece begins.
+    # Rank 1 of 8 reads files 1, 9, 17 ...: the job reads each byte once, not once a rank.
+    items = []
+    for record in records.values():
+        for piece in record.pieces:
+            is_own = piece.file % shares == share
+            if is_own:
+                items.append(ReadItem(record, piece))
+    # The header of a file ends where its first piece begins. It has a hash in the commit
+    # record, since no piece covers it: other programs find the tensors by it alone.
     header_bytes: dict[int, int] = {}
     for item in items:
-        file, start = item.piece.file, item.piece.start
+        file = item.piece.file
+        start = item.piece.start
         header_bytes[file] = min(header_bytes.get(file, start), start)
     for number, size in header_bytes.items():
         _verify_header(checkpoint, checkpoint.files[number], size)

@@ -17,8 +17,9 @@ from evomesh.checkpoint.native.plan import WriteItem
 from evomesh.storage.base import Storage, join
 
 ALIGNMENT = 64  # bytes; where the data of a file begins
-# Yields the pieces of an item with their bytes, in order.
-PieceSource = Callable[[WriteItem], Iterator[tuple[Box, memoryview]]]
+# The pieces of an item with their bytes, in the order of the file.
+Pieces = Iterator[tuple[Box, memoryview]]
+PieceSource = Callable[[WriteItem], Pieces]
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class WrittenFile:
     """A data file that was written: what the index must know about it.
 
     Attributes:
-        pieces: (tensor name, piece); only ``write_index`` knows the number of the file, here it is 0.
+        pieces: (tensor name, piece); only ``write_index`` knows the number of the file,
+            here it is 0.
     """
 
     file: FileRecord
@@ -47,14 +49,18 @@ class WrittenFile:
         )
 
 
-def live_pieces(item: WriteItem) -> Iterator[tuple[Box, memoryview]]:
+def live_pieces(item: WriteItem) -> Pieces:
     """Yield the pieces of a tensor in memory; at most one piece is copied at a time.
 
     Raises:
         CheckpointError: NaN or infinity in it: a run could not resume from such a checkpoint.
     """
-    tensor, outer = item.part.tensor, item.part.box
+    tensor = item.part.tensor
+    outer = item.part.box
     item_size = fmt.DTYPES[item.dtype].itemsize
+    # Pieces are contiguous in the bytes of their box (``split_box``). So a contiguous
+    # tensor in host memory, as staging buffers are, is written without any copy; another
+    # is copied a piece at a time, and a save never needs the memory of a second model.
     in_place = tensor.is_contiguous() and tensor.device.type == "cpu"
     memory = as_bytes(tensor) if in_place else None
     position = 0
@@ -88,17 +94,12 @@ def write_data(
         items: in the order of the file.
         source: where the bytes come from, by default the items' own tensors.
     """
-    header = safetensors_header(
-        [
-            (
-                item_key(i.name, i.shape, i.part.box),
-                i.dtype,
-                i.part.box.shape,
-                i.size,
-            )
-            for i in items
-        ]
-    )
+    entries = []
+    for item in items:
+        box = item.part.box
+        key = item_key(item.name, item.shape, box)
+        entries.append((key, item.dtype, box.shape, item.size))
+    header = safetensors_header(entries)
     position = len(header)
     pieces: list[tuple[str, PieceRecord]] = []
     writer = storage.create(join(folder, name))
@@ -106,16 +107,20 @@ def write_data(
         writer.write(header)
         for item in items:
             for box, data in source(item):
+                # Hashed in memory, before a disk or a network had a chance to change it.
+                digest = fmt.piece_hash(data)
                 writer.write(data)
-                pieces.append(
-                    (item.name, PieceRecord(0, box, position, fmt.piece_hash(data)))
-                )
+                piece = PieceRecord(0, box, position, digest)
+                pieces.append((item.name, piece))
                 position += len(data)
         writer.finish()
     finally:
         writer.abort()
+    # ``finish`` made the bytes durable, this does it for the name: after a power failure
+    # a file system may have the one without the other.
     storage.sync(folder)
-    return WrittenFile(FileRecord(name, position, fmt.piece_hash(header)), pieces)
+    record = FileRecord(name, position, fmt.piece_hash(header))
+    return WrittenFile(record, pieces)
 
 
 def not_finite(tensor: Tensor) -> int:
@@ -135,11 +140,19 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 
 def safetensors_header(entries: list[tuple[str, str, Coordinates, int]]) -> bytes:
-    """Return length and header of a safetensors file, padded so that the data begins at a multiple of 64 bytes.
+    """Return length and header of a safetensors file.
+
+    It is padded so that the data begins at a multiple of 64 bytes.
 
     Args:
         entries: (key, dtype name, shape, bytes) in the order of the data.
     """
+    #     8 bytes  length of the header, little-endian
+    #     n bytes  {"__metadata__":{"format":"pt"},
+    #               "w2@0,22":{"dtype":"BF16","shape":[16,21],"data_offsets":[0,672]}}
+    #     then the data; offsets count from its first byte
+    #
+    # Older versions of transformers refuse a file without "format".
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for key, dtype, shape, size in entries:
@@ -164,5 +177,11 @@ def safetensors_header(entries: list[tuple[str, str, Coordinates, int]]) -> byte
 
 
 def item_key(name: str, shape: Coordinates, box: Box) -> str:
-    """Return the key of a box in a safetensors file: ``NAME`` for a whole tensor, else ``NAME@first,element``."""
-    return name if box.shape == shape else f"{name}@{','.join(map(str, box.offsets))}"
+    """Return the key of a box in a safetensors file.
+
+    ``NAME`` for a whole tensor, else ``NAME@first,element``.
+    """
+    if box.shape == shape:
+        return name
+    first_element = ",".join(map(str, box.offsets))
+    return f"{name}@{first_element}"
