@@ -21,6 +21,7 @@ class FamilyFacts:
         layer_types: whether it may have it in some of its layers only.
         architecture: values of ``ARCHITECTURE_KEYS`` that every model of the family has, where they are not the
             schema's defaults; None: the config decides about all of these keys.
+        mlp_bias: whether its feed-forward networks may have biases.
     """
 
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -30,6 +31,7 @@ class FamilyFacts:
     sliding_window: bool = False
     layer_types: bool = False
     architecture: dict[str, Any] | None = field(default_factory=dict)
+    mlp_bias: bool = False
 
 
 # Keys that tell the newer architectures apart. In a family of transformers they have one
@@ -39,7 +41,8 @@ ARCHITECTURE_KEYS = ("norm_placement", "qk_norm_over")
 FAMILY_FACTS: dict[str, FamilyFacts] = {
     "INTERNLM": FamilyFacts(qkv_bias=True, o_bias=True, architecture=None),
     "INTERNLM2_PUBLIC": FamilyFacts(architecture=None),
-    "LLAMA2": FamilyFacts({"qk_interleaved": True}, architecture=None),
+    "INTERNLM3": FamilyFacts({"no_bias": True}, mlp_bias=True),
+    "LLAMA2": FamilyFacts({"qk_interleaved": True}, mlp_bias=True, architecture=None),
     "QWEN2": FamilyFacts(
         {"o_bias": False},
         qkv_bias=True,

@@ -34,7 +34,6 @@ _FOREIGN: dict[str, ForeignModel] = {
     "CHAMELEON": _IMAGES,
     "GEMMA": _NOT_YET,
     "BAICHUAN2": _NOT_YET,
-    "INTERNLM3": _NOT_YET,
 }
 
 

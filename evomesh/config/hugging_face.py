@@ -17,6 +17,11 @@ from typing import Any, cast, get_args
 from pydantic import ValidationError
 
 from evomesh.config.families import FAMILY_FACTS, architecture_of
+from evomesh.config.hugging_face_facts import (
+    HUGGING_FACE_FACTS,
+    HuggingFaceFacts,
+    Switch,
+)
 from evomesh.config.rope import (
     OPTIONAL,
     REQUIRED,
@@ -28,17 +33,6 @@ from evomesh.config.schema import DType, LayerType, ModelConfig
 from evomesh.config.user import expand_home
 from evomesh.errors import UserError
 from evomesh.user_files import read_json, read_text
-
-# model_type of a config.json -> our family
-FAMILIES = {
-    "llama": "LLAMA2",
-    "qwen2": "QWEN2",
-    "qwen3": "QWEN3",
-    "mistral": "MISTRAL",
-    "olmo2": "OLMO2",
-    "internlm": "INTERNLM",
-    "internlm2": "INTERNLM2_PUBLIC",
-}
 
 # Of rope_scaling or rope_parameters, but no settings of a scaling.
 SETTINGS_BESIDE_SCALING = (
@@ -108,22 +102,25 @@ def read_model(
         UserError: an architecture or a setting that cannot be represented here, or a key that is absent.
     """
     kind = record.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in HUGGING_FACE_FACTS:
         raise UserError(
             f"unknown architecture: model_type {kind!r} ({_joined(record.get('architectures'))})",
             where=where,
-            expected=f"one of {', '.join(FAMILIES)}",
+            expected=f"one of {', '.join(HUGGING_FACE_FACTS)}",
+            fix="import a folder of one of these, or write the model yourself: evomesh.register_model",
         )
-    reader = _ConfigReader(record, where)
+    facts = HUGGING_FACE_FACTS[kind]
+    reader = _ConfigReader(record, where, facts)
     hidden = reader.positive_integer("hidden_size")
     heads = reader.positive_integer("num_attention_heads")
     width = reader.positive_integer("intermediate_size")
     reader.refuse_unsupported(hidden, heads)
     head_dim = reader.head_dim(hidden, heads)
     scaling = reader.dynamic_factor()
-    bias = reader.bias(kind)
-    family = FAMILIES[kind]
-    if family == "INTERNLM" and not bias:  # our INTERNLM always has biases
+    biases = reader.bias_settings()
+    family = facts.family
+    # Our INTERNLM always has biases.
+    if family == "INTERNLM" and biases["no_bias"]:
         family = "LLAMA2"
     mlp_ratio, multiple_of = _mlp_ratio(width, hidden)
     settings: dict[str, Any] = dict(
@@ -139,12 +136,11 @@ def read_model(
         multiple_of=multiple_of,
         dtype=reader.dtype(dtype),
         head_dim=head_dim,
-        o_bias=False if family == "QWEN2" else None,
+        **biases,
         qk_norm=bool(FAMILY_FACTS[family].qk_norm),
         **architecture_of(family),
         **reader.window_settings(),
         layer_norm_epsilon=reader.number("rms_norm_eps", 1e-6),
-        no_bias=not bias,
         qk_interleaved=False,
         rope_base=reader.rope_base(),
         use_dynamic_ntk_rope=scaling is not None,
@@ -172,6 +168,7 @@ class _ConfigReader:
 
     record: dict[str, Any]
     where: str
+    facts: HuggingFaceFacts
 
     def positive_integer(self, key: str) -> int:
         value = self.record.get(key)
@@ -252,7 +249,7 @@ class _ConfigReader:
         setting = None
         if activation not in ("silu", "swish"):
             setting = f"hidden_act {activation!r}"
-        elif self.record.get("mlp_bias"):
+        elif self.record.get("mlp_bias") and not self.facts.mlp_bias:
             setting = "mlp_bias"
         elif self._partial_rotary() != 1:
             setting = f"partial_rotary_factor {self._partial_rotary()}"
@@ -269,17 +266,26 @@ class _ConfigReader:
             raise UserError(f"{setting} is not supported", where=self.where)
 
     def head_dim(self, hidden: int, heads: int) -> int:
-        """Return the width of a head; where the file has none, transformers takes 128 for Qwen3."""
+        """Return the width of a head; where the file has none, what transformers takes for its type."""
         if self.record.get("head_dim") is not None:
             return self.positive_integer("head_dim")
-        return 128 if self.record.get("model_type") == "qwen3" else hidden // heads
+        return self.facts.head_dim or hidden // heads
 
-    def bias(self, kind: str) -> bool:
-        """Return whether queries, keys and values have biases: a setting, but for Qwen2 and Mistral."""
-        if kind in ("qwen2", "mistral"):
-            return kind == "qwen2"
-        key = "bias" if kind in ("internlm", "internlm2") else "attention_bias"
-        return bool(self.record.get(key, kind == "internlm"))
+    def bias_settings(self) -> dict[str, Any]:
+        """Return ``no_bias``, ``o_bias`` and ``mlp_bias`` of the model section."""
+        qkv_bias = self._bias(self.facts.qkv_bias)
+        o_bias = self._bias(self.facts.o_bias)
+        return {
+            "no_bias": not qkv_bias,
+            "o_bias": None if o_bias == qkv_bias else o_bias,
+            "mlp_bias": self._bias(self.facts.mlp_bias),
+        }
+
+    def _bias(self, switch: Switch) -> bool:
+        """Return whether a model has a bias that is switched by a key, or that every model of its type has or lacks."""
+        if isinstance(switch, bool):
+            return switch
+        return bool(self.record.get(switch, self.facts.bias_default))
 
     def sliding_window(self) -> int | None:
         """Return the window; where the file has none, transformers takes 4096. Qwen has a switch for it."""
@@ -417,7 +423,7 @@ class _ConfigReader:
 
     def max_position(self) -> int:
         if self.record.get("max_position_embeddings") is None:
-            return 2048
+            return self.facts.max_position
         return self.positive_integer("max_position_embeddings")
 
     def rope_base(self) -> float:
@@ -427,7 +433,7 @@ class _ConfigReader:
             or self.record.get("rope_theta")
             or rotary.get("base")
         )
-        return self._as_number("rope_theta", base or 10000.0)
+        return self._as_number("rope_theta", base or self.facts.rope_base)
 
 
 def _joined(value: object) -> str:

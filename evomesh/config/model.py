@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -13,7 +13,14 @@ from evomesh.config.section import Section
 
 DType = Literal["float64", "float32", "tf32", "bfloat16", "float16"]
 ModelFamily = Literal[
-    "INTERNLM", "INTERNLM2_PUBLIC", "LLAMA2", "QWEN2", "QWEN3", "MISTRAL", "OLMO2"
+    "INTERNLM",
+    "INTERNLM2_PUBLIC",
+    "INTERNLM3",
+    "LLAMA2",
+    "QWEN2",
+    "QWEN3",
+    "MISTRAL",
+    "OLMO2",
 ]
 NormPlacement = Literal["before", "after", "both"]
 LayerType = Literal["full_attention", "sliding_attention"]
@@ -26,7 +33,7 @@ class ModelConfig(Section):
 
     model_type: str = Field(
         "INTERNLM",
-        description="INTERNLM, INTERNLM2_PUBLIC, LLAMA2, QWEN2, QWEN3, MISTRAL, OLMO2 or a registered custom model.",
+        description=f"{', '.join(get_args(ModelFamily))} or a registered custom model.",
     )
     num_layers: int = Field(48, ge=1, description="Number of decoder layers.")
     hidden_size: int = Field(2048, ge=1, description="Width of the residual stream.")
@@ -85,6 +92,10 @@ class ModelConfig(Section):
     )
     o_bias: bool | None = Field(
         None, description="Bias of the attention output; None: unless no_bias."
+    )
+    mlp_bias: bool = Field(
+        False,
+        description="Biases of the feed-forward network (LLAMA2, INTERNLM3).",
     )
     qk_norm: bool = Field(
         False,

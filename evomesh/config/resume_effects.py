@@ -41,6 +41,7 @@ FUNCTION = (
     "model.head_dim",
     "model.qkv_bias",
     "model.o_bias",
+    "model.mlp_bias",
     "model.qk_norm",
     "model.qk_norm_over",
     "model.norm_placement",

@@ -21,6 +21,8 @@ def parameter_counts(model: ModelConfig) -> dict[str, int]:
     attention = hidden * qkv + model.attention_width * hidden + biases
     matrices = 3 if model.use_swiglu else 2
     feed_forward = matrices * hidden * model.mlp_width
+    if model.mlp_bias:
+        feed_forward += (matrices - 1) * model.mlp_width + hidden
 
     # Layernorm has a bias.
     norm = 2 * hidden if model.norm_type == "layernorm" else hidden

@@ -1,4 +1,4 @@
-"""Rules of attention windows: which families have them, and in which layers."""
+"""Rules of what only some families have: attention windows, in all layers or some, and feed-forward biases."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from evomesh.config.model import ModelConfig
 
 
 def window_findings(model: ModelConfig) -> Iterator[ConfigFinding]:
-    """Yield what a model section says about windows and its family does not have, or its layers contradict."""
+    """Yield what a model section says and its family does not have, and windows that its layers contradict."""
     yield from _family_findings(model)
     types = model.layer_types
     if types is None:
@@ -33,9 +33,13 @@ def _family_findings(model: ModelConfig) -> Iterator[ConfigFinding]:
     facts = FAMILY_FACTS.get(model.model_type)
     if facts is None:  # a custom model decides for itself
         return
-    may_have = {"sliding_window": "a window", "layer_types": "layers of two kinds"}
+    may_have = {
+        "sliding_window": "a window",
+        "layer_types": "layers of two kinds",
+        "mlp_bias": "biases in their feed-forward networks",
+    }
     for key, described in may_have.items():
-        if getattr(model, key) is None or getattr(facts, key):
+        if getattr(model, key) in (None, False) or getattr(facts, key):
             continue
         families = [name for name, has in FAMILY_FACTS.items() if getattr(has, key)]
         yield ConfigFinding(

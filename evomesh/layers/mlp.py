@@ -47,22 +47,29 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 class FeedForward(nn.Module):
-    """[T, D] -> [T, D]: w2(silu(w1 x) * w3 x), or w2(gelu(w1 x)) with the tanh approximation; no biases.
+    """[T, D] -> [T, D]: w2(silu(w1 x) * w3 x), or w2(gelu(w1 x)) with the tanh approximation.
 
     Args:
         width: F.
         swiglu: False for the GELU network, which has no ``w3``.
+        bias: biases of all of its projections (``mlp_bias``).
     """
 
     def __init__(
-        self, size: int, width: int, *, swiglu: bool, placement: Placement
+        self,
+        size: int,
+        width: int,
+        *,
+        swiglu: bool,
+        placement: Placement,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         self.swiglu = swiglu
-        self.w1 = ColumnParallelLinear(size, width, bias=False, placement=placement)
+        self.w1 = ColumnParallelLinear(size, width, bias=bias, placement=placement)
         if swiglu:
-            self.w3 = ColumnParallelLinear(size, width, bias=False, placement=placement)
-        self.w2 = RowParallelLinear(width, size, bias=False, placement=placement)
+            self.w3 = ColumnParallelLinear(size, width, bias=bias, placement=placement)
+        self.w2 = RowParallelLinear(width, size, bias=bias, placement=placement)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.swiglu:

@@ -13,8 +13,8 @@ shows what the modes communicate:
     layers.N.attention.wo             columns over tp               rows over wp
     layers.N.feed_forward.w1, w3      rows over tp                  rows over wp
     layers.N.feed_forward.w2          columns over tp               rows over wp
-    bias of wqkv                      over tp                       over wp
-    bias of wo, norms of blocks       replicated                    over wp
+    bias of wqkv, w1, w3              over tp                       over wp
+    bias of wo, w2, norms of blocks   replicated                    over wp
     attention.q_norm, k_norm          replicated; over tp where they norm all heads together     over wp
     embedding                         vocabulary over tp, or hidden size with embed_split_hidden
     head                              vocabulary over tp
@@ -124,6 +124,7 @@ class DecoderBlock(nn.Module):
             config.mlp_width,
             swiglu=config.use_swiglu,
             placement=placement,
+            bias=config.mlp_bias,
         )
         self.ffn_norm = make_norm(config, placement)
         if config.norm_placement == "both":

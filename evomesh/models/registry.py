@@ -19,6 +19,7 @@ from evomesh.layers.init import InitialWeight, fill_parameter
 from evomesh.models.decoder import Decoder
 from evomesh.models.internlm import INTERNLM
 from evomesh.models.internlm2 import INTERNLM2
+from evomesh.models.internlm3 import INTERNLM3
 from evomesh.models.language_model import LanguageModel
 from evomesh.models.llama import LLAMA
 from evomesh.models.mistral import MISTRAL
@@ -88,6 +89,7 @@ model_initializer = ModelInitializer(
     {
         "INTERNLM": partial(Decoder, family=INTERNLM),
         "INTERNLM2_PUBLIC": partial(Decoder, family=INTERNLM2),
+        "INTERNLM3": partial(Decoder, family=INTERNLM3),
         "LLAMA2": partial(Decoder, family=LLAMA),
         "QWEN2": partial(Decoder, family=QWEN2),
         "QWEN3": partial(Decoder, family=QWEN3),

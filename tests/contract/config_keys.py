@@ -140,6 +140,7 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("model.head_dim", 128, E, ("model_type=LLAMA2",)),
     CompatibilityRow("model.qkv_bias", False, E, ("model_type=LLAMA2",)),
     CompatibilityRow("model.o_bias", False, E, ("model_type=LLAMA2",)),
+    CompatibilityRow("model.mlp_bias", True, E, ("model_type=LLAMA2",)),
     CompatibilityRow("model.qk_norm", True, E, ("model_type=LLAMA2",)),
     CompatibilityRow(
         "model.qk_norm_over",
@@ -216,7 +217,6 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("model.selective_checkpoint", True, W),
     CompatibilityRow("model.is_reward", True, R),
     CompatibilityRow("model.deepnorm", True, R),
-    CompatibilityRow("model.mlp_bias", True, R),
     CompatibilityRow("model.add_unit_offset", True, R),
     CompatibilityRow("model.scale_embeddings", True, R),
     CompatibilityRow("model.max_window_layers", 28, R),

@@ -55,6 +55,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "norm_head": True,
         "embed_grad_scale": 0.1,
     },
+    "internlm3": {
+        "model_type": "INTERNLM3",
+        "no_bias": True,
+        "qkv_bias": True,
+        "mlp_bias": True,
+        "head_dim": 8,
+        "use_dynamic_ntk_rope": True,
+        "max_position_embeddings": 12,
+    },
     "llama": {"model_type": "LLAMA2", "no_bias": True, "qk_interleaved": True},
     "qwen2": {
         "model_type": "QWEN2",

@@ -203,6 +203,7 @@ FAMILY = [
     Layout(tensor=4, mode="isp", family="llama3"),
     Layout(tensor=2, mode="mtp", pipeline=2, family="llama3"),
     *every_kind_of_layout("olmo2"),
+    *every_kind_of_layout("internlm3"),
 ]
 TIED = [
     *(Layout(**SPLIT, mode=mode, family="tied") for mode in ("mtp", "msp", "fsp", "isp")),

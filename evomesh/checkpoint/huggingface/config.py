@@ -11,15 +11,19 @@ from typing import Any, Literal
 
 from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.config.families import FAMILY_FACTS, architecture_of
-from evomesh.config.hugging_face import FAMILIES, read_model
+from evomesh.config.hugging_face import read_model
+from evomesh.config.hugging_face_facts import HUGGING_FACE_FACTS, Switch
 from evomesh.config.model import differing_key
 from evomesh.config.schema import ModelConfig, RotaryType
 from evomesh.errors import UserError
 
-Architecture = Literal["llama", "internlm2", "qwen2", "qwen3", "mistral", "olmo2"]
+Architecture = Literal[
+    "llama", "internlm2", "internlm3", "qwen2", "qwen3", "mistral", "olmo2"
+]
 CLASSES: dict[Architecture, str] = {
     "llama": "LlamaForCausalLM",
     "internlm2": "InternLM2ForCausalLM",
+    "internlm3": "InternLM3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -34,7 +38,12 @@ OWN_ARCHITECTURE: dict[str, Architecture] = {
 
 
 def default_architecture(model: ModelConfig) -> Architecture:
-    """Return the architecture that a model is exported as: its own where transformers has it, else Llama's."""
+    """Return the architecture that a model is exported as: its own where transformers has it, else Llama's.
+
+    InternLM3 with biases that a Llama cannot have keeps its own, which needs remote code.
+    """
+    if model.model_type == "INTERNLM3" and _unexportable_biases(model, "llama"):
+        return "internlm3"
     return OWN_ARCHITECTURE.get(model.model_type, "llama")
 
 
@@ -94,7 +103,8 @@ def refuse_unexportable(model: ModelConfig, arch: Architecture) -> None:
         CheckpointError: it cannot.
     """
     setting = None
-    if model.model_type not in FAMILIES.values():
+    known = {facts.family for facts in HUGGING_FACE_FACTS.values()}
+    if model.model_type not in known:
         setting = f"the custom model_type {model.model_type!r}"
     elif model.norm_type != "rmsnorm":
         setting = f"norm_type {model.norm_type!r}"
@@ -106,11 +116,11 @@ def refuse_unexportable(model: ModelConfig, arch: Architecture) -> None:
         setting = "apply_post_layer_norm=True"
     else:
         setting = _unexportable_attention(model, arch)
-    differing = differing_key(model, architecture_of(FAMILIES[arch]))
+    differing = differing_key(model, architecture_of(HUGGING_FACE_FACTS[arch].family))
     if setting is None and differing is not None:
         setting = f"{differing}={getattr(model, differing)!r}"
     if setting:
-        families = ", ".join(sorted(set(FAMILIES.values())))
+        families = ", ".join(sorted(known))
         raise CheckpointError(
             f"{setting} cannot be represented in the {arch} architecture",
             where="the checkpoint's model section",
@@ -120,21 +130,44 @@ def refuse_unexportable(model: ModelConfig, arch: Architecture) -> None:
 
 def _unexportable_attention(model: ModelConfig, arch: Architecture) -> str | None:
     """Return the setting of the attention that another architecture than ``arch`` has, None without one."""
-    biases = (model.has_qkv_bias, model.has_o_bias)
-    possible_biases = {"qwen2": [(True, False)], "mistral": [(False, False)]}
-    if biases not in possible_biases.get(arch, [(True, True), (False, False)]):
-        return f"qkv_bias={biases[0]} with o_bias={biases[1]}"
-    if model.qk_norm != bool(FAMILY_FACTS[FAMILIES[arch]].qk_norm):
+    family = FAMILY_FACTS[HUGGING_FACE_FACTS[arch].family]
+    biases = _unexportable_biases(model, arch)
+    if biases is not None:
+        return biases
+    if model.qk_norm != bool(family.qk_norm):
         return f"qk_norm={model.qk_norm}"
-    if model.sliding_window is not None and arch not in ("mistral", "qwen2", "qwen3"):
+    if model.sliding_window is not None and not family.sliding_window:
         return f"sliding_window={model.sliding_window}"
-    if model.layer_types is not None and arch not in ("qwen2", "qwen3"):
+    if model.layer_types is not None and not family.layer_types:
         return "layer_types"
     if model.head_dim * model.num_attention_heads != model.hidden_size and arch in (
         "qwen2",
         "internlm2",
     ):
         return f"head_dim={model.head_dim}"
+    return None
+
+
+def _bias_switches(model: ModelConfig, arch: Architecture) -> list[tuple[Switch, bool]]:
+    """Return (switch of the architecture, value that the model needs) of each of its biases."""
+    facts = HUGGING_FACE_FACTS[arch]
+    return [
+        (facts.qkv_bias, model.has_qkv_bias),
+        (facts.o_bias, model.has_o_bias),
+        (facts.mlp_bias, model.mlp_bias),
+    ]
+
+
+def _unexportable_biases(model: ModelConfig, arch: Architecture) -> str | None:
+    """Return the biases of a model if the architecture fixes one to another value, or has one key for two of them."""
+    written: dict[str, bool] = {}
+    for switch, value in _bias_switches(model, arch):
+        possible = switch
+        if isinstance(switch, str):
+            possible = written.setdefault(switch, value)
+        if possible != value:
+            attention = f"qkv_bias={model.has_qkv_bias} with o_bias={model.has_o_bias}"
+            return f"{attention} and mlp_bias={model.mlp_bias}"
     return None
 
 
@@ -153,12 +186,14 @@ def build_config(
         "scaling_factor": rotary.factor,
     }
     settings: dict[Architecture, dict[str, Any]] = {
-        "llama": {"attention_bias": model.has_o_bias, "mlp_bias": False},
-        "internlm2": {"bias": model.has_o_bias},
         "qwen2": _qwen_window(model),
-        "qwen3": {"attention_bias": model.has_o_bias, **_qwen_window(model)},
+        "qwen3": _qwen_window(model),
         "mistral": {"sliding_window": model.sliding_window},
-        "olmo2": {"attention_bias": model.has_o_bias},
+    }
+    biases = {
+        switch: value
+        for switch, value in _bias_switches(model, arch)
+        if isinstance(switch, str)
     }
     return {
         "architectures": [CLASSES[arch]],
@@ -181,7 +216,8 @@ def build_config(
             "rope_theta": model.rope_base,
         },
         **({} if model.rope_scaling else {"rotary": internlm}),
-        **settings[arch],
+        **biases,
+        **settings.get(arch, {}),
         "tie_word_embeddings": model.tie_word_embeddings,
         "use_cache": True,
         "bos_token_id": ids.bos,

@@ -55,6 +55,7 @@ COMPARED = (
     "head_dim",
     "has_qkv_bias",
     "has_o_bias",
+    "mlp_bias",
     "qk_norm",
     *ARCHITECTURE_KEYS,
     "sliding_window",

@@ -119,6 +119,7 @@ NAME_MAPS = {
     "olmo2": OLMO2,
     "internlm": LLAMA,
     "internlm2": INTERNLM2,
+    "internlm3": LLAMA,
 }
 
 

@@ -27,7 +27,7 @@ from evomesh.storage.local import LocalStorage
 TEXTS = 2  # sequences in the fixed batch
 LENGTH = 32  # tokens of each
 # Families that transformers has no class for; it computes them as a Llama.
-WITHOUT_CLASS = ("internlm", "internlm2")
+WITHOUT_CLASS = ("internlm", "internlm2", "internlm3")
 # In the order in which transformers looks for weights.
 WEIGHT_FILES = (
     "model.safetensors",
@@ -130,17 +130,21 @@ def _round_while_running(module: nn.Module, dtypes: Sequence[str]) -> None:
 
 
 def _as_llama(folder: Path, record: dict[str, Any], transformers: Any) -> Any:
-    """Build the Llama that a folder of InternLM or InternLM2 describes.
+    """Build the Llama that a folder of InternLM, InternLM2 or InternLM3 describes.
 
-    Both are Llamas with biases that are switched by ``bias``; InternLM2 has other names
-    and one matrix for queries, keys and values.
+    All are Llamas with biases that are switched by ``bias``; InternLM2 has other names
+    and one matrix for queries, keys and values. In InternLM3 ``bias`` is that of the
+    attention output and the feed-forward network, ``qkv_bias`` the others'.
     """
-    fused = record["model_type"] == "internlm2"
+    kind = record["model_type"]
+    fused = kind == "internlm2"
+    bias = bool(record.get("bias", kind == "internlm"))
     rotary = record.get("rotary") or {}
     settings = {
         **record,
         "model_type": "llama",
-        "attention_bias": record.get("bias", not fused),
+        "attention_bias": bias or bool(record.get("qkv_bias")),
+        "mlp_bias": bias and kind == "internlm3",
         "rope_theta": record.get("rope_theta") or rotary.get("base", 10000.0),
     }
     config = transformers.LlamaConfig.from_dict(settings)
@@ -151,10 +155,20 @@ def _as_llama(folder: Path, record: dict[str, Any], transformers: Any) -> Any:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
+    if kind == "internlm3" and config.attention_bias:
+        # A Llama has all biases of attention or none: those that are off are zeros.
+        absent = model.state_dict().keys() - weights.keys()
+        for name in filter(_is_attention_bias, absent):
+            weight = weights[name.replace(".bias", ".weight")]
+            weights[name] = weight.new_zeros(weight.shape[0])
     model.load_state_dict(weights, assign=True)
     # Its table of angles is computed and not stored, so it is still without values.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return model
+
+
+def _is_attention_bias(name: str) -> bool:
+    return ".self_attn." in name and name.endswith(".bias")
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

@@ -201,10 +201,11 @@ def _refuse_family(model: ModelConfig, where: str) -> None:
         model.attention_width == model.hidden_size
         and model.has_qkv_bias == model.has_o_bias
     )
-    if model.qk_norm or model.sliding_window or not plain_heads:
+    has_others = model.qk_norm or model.sliding_window or model.mlp_bias
+    if has_others or not plain_heads:
         raise CheckpointError(
-            "InternEvo's families have no qk_norm, no window, no head_dim but hidden_size / num_attention_heads, "
-            "and biases in all attention projections or in none",
+            "InternEvo's families have no qk_norm, no window, no mlp_bias, no head_dim but hidden_size / "
+            "num_attention_heads, and biases in all attention projections or in none",
             where=where,
         )
     if model.tie_word_embeddings:

@@ -26,6 +26,7 @@ FACTS = (
     "no_bias",
     "qkv_bias",
     "o_bias",
+    "mlp_bias",
     "qk_norm",
     *ARCHITECTURE_KEYS,
     "sliding_window",

@@ -115,7 +115,6 @@ REFUSED: dict[str, Refusal] = {
     "model.attn_drop_rate": _DROPOUT,
     "model.is_reward": Refusal("reward models are not part of evomesh"),
     "model.deepnorm": Refusal("DeepNorm is not part of evomesh"),
-    "model.mlp_bias": Refusal("feed-forward networks have no biases here"),
     "model.add_unit_offset": Refusal("norms with weight 1 + w are not part of evomesh"),
     "model.scale_embeddings": Refusal("scaled embeddings are not part of evomesh"),
     "model.max_window_layers": Refusal(

@@ -137,6 +137,13 @@ VALUES: list[tuple[list[str], list[str]]] = [
         ["LLAMA2 models do not have a window", "QWEN2 or QWEN3 or MISTRAL"],
     ),
     (
+        ["model_type=QWEN3", "model.mlp_bias=True"],
+        [
+            "QWEN3 models do not have biases in their feed-forward networks",
+            "INTERNLM3 or LLAMA2",
+        ],
+    ),
+    (
         [
             "model_type=MISTRAL",
             "model.sliding_window=8",

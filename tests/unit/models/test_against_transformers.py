@@ -15,6 +15,7 @@ from evomesh.layers.sequence_bounds import single_sequence
 from evomesh.models.decoder import Decoder
 from evomesh.models.registry import build_model, initialize_weights
 from tests.support.covers import covers
+from tests.support.reference_decoder import ReferenceDecoder
 from tests.support.stock_rope import keep_float64
 from tests.support.tolerances import TRANSFORMERS, TRANSFORMERS_FLOAT32
 
@@ -134,6 +135,9 @@ def named_pairs(
                     of(getattr(block.feed_forward, part).weight),
                 )
             )
+            if ours.config.mlp_bias:
+                bias = getattr(block.feed_forward, part).bias
+                pairs.append((f"{prefix}mlp.{name}.bias", of(bias)))
     assert {name for name, _ in pairs} == set(their)
     return [(name, value, of(their[name])) for name, value in pairs]
 
@@ -168,7 +172,7 @@ def make_both(
     bias: bool,
     changes: dict[str, Any] | None = None,
     stock: str = "Llama",
-    **settings: Any,
+    settings: dict[str, Any] | None = None,
 ):
     """Build one of our models and the one of transformers with its weights.
 
@@ -185,22 +189,33 @@ def make_both(
             if parameter.dim() == 1:
                 torch.manual_seed(len(name))
                 parameter.add_(torch.randn_like(parameter) * 0.2)
-    theirs = getattr(transformers, f"{stock}ForCausalLM")(
-        getattr(transformers, f"{stock}Config")(
-            vocab_size=VOCAB,
-            hidden_size=HIDDEN,
-            intermediate_size=ours.config.mlp_width,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            num_key_value_heads=kv_heads,
-            rms_norm_eps=ours.config.layer_norm_epsilon,
-            **{"attention_bias": bias, "tie_word_embeddings": False, **settings},
-            attn_implementation="eager",
-        )
-    ).double()
+    record = dict(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=ours.config.mlp_width,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=kv_heads,
+        rms_norm_eps=ours.config.layer_norm_epsilon,
+        **{"attention_bias": bias, "tie_word_embeddings": False, **(settings or {})},
+    )
+    theirs = stock_model(stock, record).double()
     for _, ours_value, theirs_value in named_pairs(ours, theirs, identity):
         theirs_value.copy_(ours_value)
     return ours, theirs
+
+
+REFERENCES = {"InternLM3": "internlm3"}  # without a class in transformers
+
+
+def stock_model(stock: str, record: dict[str, Any]) -> torch.nn.Module:
+    """Build a model of transformers, or where it has no such class, the reference of the tests."""
+    if stock in REFERENCES:
+        return ReferenceDecoder({**record, "model_type": REFERENCES[stock]})
+    config = getattr(transformers, f"{stock}Config")(
+        **record, attn_implementation="eager"
+    )
+    return getattr(transformers, f"{stock}ForCausalLM")(config)
 
 
 def worst_difference(ours: Decoder, theirs: torch.nn.Module) -> float:
@@ -249,6 +264,17 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 THETA = {"rope_theta": 10000.0}
+PLAIN = {"max_position_embeddings": 64}
+# Longer than the trained length: the base is stretched.
+DYNAMIC = {
+    "max_position_embeddings": 16,
+    "rope_scaling": {"rope_type": "dynamic", "factor": 3.0},
+}
+DYNAMIC_OURS = {
+    "max_position_embeddings": 16,
+    "use_dynamic_ntk_rope": True,
+    "rope_scaling_factor": 3.0,
+}
 # model type, bias, our further settings, prefix of the stock class, its further settings
 FAMILIES = {
     "llama-3.1": (
@@ -311,6 +337,34 @@ FAMILIES = {
         "Olmo2",
         {},
     ),
+    "llama-mlp-bias": (
+        "LLAMA2",
+        True,
+        {"mlp_bias": True},
+        "Llama",
+        {"mlp_bias": True},
+    ),
+    "internlm3": (
+        "INTERNLM3",
+        False,
+        {"head_dim": 12, **DYNAMIC_OURS},
+        "InternLM3",
+        {"head_dim": 12, **DYNAMIC},
+    ),
+    "internlm3-input-biases": (
+        "INTERNLM3",
+        False,
+        {"qkv_bias": True},
+        "InternLM3",
+        {"qkv_bias": True, **PLAIN},
+    ),
+    "internlm3-output-biases": (
+        "INTERNLM3",
+        False,
+        {"o_bias": True, "mlp_bias": True},
+        "InternLM3",
+        {"bias": True, **PLAIN},
+    ),
     "qwen3-window": (
         "QWEN3",
         False,
@@ -334,6 +388,7 @@ FAMILIES = {
     "model.head_dim",
     "model.qkv_bias",
     "model.o_bias",
+    "model.mlp_bias",
     "model.qk_norm",
     "model.qk_norm_over",
     "model.norm_placement",
@@ -346,14 +401,14 @@ def test_a_family_equals_transformers_in_float64(
     family: str, interleaved: bool, float64_upcasts: None
 ) -> None:
     model_type, bias, changes, stock, settings = FAMILIES[family]
-    pair = make_both(model_type, 2, interleaved, bias, changes, stock, **settings)
+    pair = make_both(model_type, 2, interleaved, bias, changes, stock, settings)
     assert worst_difference(*pair) < TRANSFORMERS
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_is_within_float32_of_unpatched_transformers(family: str) -> None:
     model_type, bias, changes, stock, settings = FAMILIES[family]
-    pair = make_both(model_type, 2, False, bias, changes, stock, **settings)
+    pair = make_both(model_type, 2, False, bias, changes, stock, settings)
     assert worst_difference(*pair) < TRANSFORMERS_FLOAT32
 
 

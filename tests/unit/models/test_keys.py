@@ -118,6 +118,7 @@ def test_a_window_that_is_switched_off_asks_for_nothing(used: bool | None) -> No
     ("family", "switches"),
     [
         ("LLAMA2", (True, True, False)),
+        ("INTERNLM3", (False, False, False)),
         ("QWEN2", (True, False, False)),
         ("QWEN3", (False, False, True)),
         ("MISTRAL", (False, False, False)),

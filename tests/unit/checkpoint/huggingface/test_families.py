@@ -313,6 +313,15 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
             max_position_embeddings=4096, rms_norm_eps=1e-6,
         ),
     ),
+    "internlm3-8b-instruct": (
+        8_804_241_408,
+        dict(
+            model_type="internlm3", hidden_size=4096, num_hidden_layers=48, num_attention_heads=32,
+            num_key_value_heads=2, head_dim=128, intermediate_size=10240, vocab_size=128512, rope_theta=5e7,
+            rope_scaling=dict(rope_type="dynamic", factor=6.0), max_position_embeddings=32768, bias=False,
+            qkv_bias=False, rms_norm_eps=1e-5,
+        ),
+    ),
     "Qwen2.5-7B": (
         7_615_616_512,
         dict(
@@ -324,6 +333,9 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+WITHOUT_CLASS = {"internlm3": "llama"}
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_of_published_sizes(name: str) -> None:
     published, record = PUBLISHED[name]
@@ -333,6 +345,17 @@ def test_parameters_of_published_sizes(name: str) -> None:
         for parameter in build_model(model, device="meta").parameters()
     )
     assert built == parameter_count(model) == published
+    assert stock_count(record) == published
+
+
+def stock_count(record: dict[str, Any]) -> int:
+    """Return the parameters of the model that transformers builds; of a Llama where it has no class."""
+    kind = WITHOUT_CLASS.get(record["model_type"], record["model_type"])
+    sizes = {key: value for key, value in record.items() if key != "model_type"}
+    config = transformers.AutoConfig.for_model(kind, **sizes)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(
