@@ -36,7 +36,8 @@ from evomesh.train.agreement import data_facts, require_agreement
 from evomesh.train.launch import RunContext
 from evomesh.train.report import RunReporter
 from evomesh.train.stages import ModelStages, build_stages
-from evomesh.train.state import TrainState, check_counters
+from evomesh.train.state import TrainState
+from evomesh.train.stored_state import check_stored_state
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ def build_run(loaded: LoadedConfig, context: RunContext) -> TrainingRun:
     exchange = default_exchange()
     reader = CheckpointReader(grid, exchange)
     folder = save_folder(config.ckpt)
-    start = decide(config.ckpt, reader, folder, check=check_counters)
+    start = decide(config.ckpt, reader, folder, check=check_stored_state)
     check_config(start, config, reader)
     stored = _restore_weights(config, start, reader, stages, optimizer, grid)
     state = _restore_counters(start, stored, optimizer, scaler)

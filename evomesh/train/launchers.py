@@ -27,6 +27,9 @@ FIRST_SHELL_STEP = 0xFFFFFFFA  # numbers from here on are no srun: salloc's shel
 LARGEST_NUMBER = 1_000_000  # of ranks, nodes and ports: more is a typing error
 # Aliyun DLC sets it: processes per node.
 DLC_PROCESSES = "KUBERNETES_CONTAINER_RESOURCE_GPU"
+# Names with an underscore are none of the internet's, but some clusters have them.
+HOST_NAME = re.compile(r"[\w.-]+")
+IPV6_ADDRESS = re.compile(r"[0-9A-Fa-f:.]+(%[\w.-]+)?")
 SUPERVISOR = "evomesh.cli.supervise"  # torchrun with evomesh's exit codes and signals
 LAUNCHERS = ("auto", "torch", "slurm")
 
@@ -115,7 +118,7 @@ def _from_torchrun(env: Mapping[str, str]) -> ProcessInfo:
         _whole_number(env, "RANK"),
         _whole_number(env, "WORLD_SIZE"),
         _whole_number(env, "LOCAL_RANK"),
-        env["MASTER_ADDR"],
+        _host(env["MASTER_ADDR"], "MASTER_ADDR"),
         _whole_number(env, "MASTER_PORT"),
     )
     _check_port(process.port, "MASTER_PORT")
@@ -143,7 +146,8 @@ def _from_slurm(env: Mapping[str, str], port: int) -> ProcessInfo:
         return ProcessInfo(local_rank=local_rank)
 
     nodes = env.get("SLURM_STEP_NODELIST", env["SLURM_JOB_NODELIST"])
-    host = env.get("MASTER_ADDR") or node_address(first_node(nodes))
+    address = env.get("MASTER_ADDR")
+    host = _host(address, "MASTER_ADDR") if address else node_address(first_node(nodes))
     if "MASTER_PORT" in env:
         port = _whole_number(env, "MASTER_PORT")
         _check_port(port, "MASTER_PORT")
@@ -177,6 +181,26 @@ def _whole_number(env: Mapping[str, str], name: str) -> int:
             fix=f"unset {name}, or let the launcher set it",
         )
     return number
+
+
+def _host(text: str, name: str) -> str:
+    """Return a host without the brackets that an IPv6 address has in a URL, ``[::1]``.
+
+    Raises:
+        UserError: a URL, a host with its port, or anything else that no lookup can resolve.
+    """
+    host = text.strip()
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    # Two colons or more are an IPv6 address; a zone follows a percent sign.
+    is_address = host.count(":") > 1 and IPV6_ADDRESS.fullmatch(host)
+    if is_address or HOST_NAME.fullmatch(host):
+        return host
+    raise UserError(
+        f"{name}={text!r} is not a host",
+        where="environment",
+        expected="a name or address alone, such as n1, 10.0.0.1 or fe80::1%eth0; the port is in MASTER_PORT",
+    )
 
 
 def _check_port(number: int, name: str) -> None:
@@ -301,15 +325,16 @@ def _node_count_and_rank(env: Mapping[str, str], on_dlc: bool) -> tuple[int, int
 
 def _rendezvous(env: Mapping[str, str], nodes: int, node_rank: int) -> list[str]:
     """Return torchrun's options for the address at which the nodes meet."""
-    address = env.get("MASTER_ADDR") or env.get("ADDR")
+    address_name = "MASTER_ADDR" if "MASTER_ADDR" in env else "ADDR"
     port_name = "MASTER_PORT" if "MASTER_PORT" in env else "PORT"
     # Nodes that choose their own ports would never connect.
-    if not address or port_name not in env:
+    if address_name not in env or port_name not in env:
         raise UserError(
             f"{nodes} nodes, but no address where they connect",
             where="environment",
             expected="MASTER_ADDR (or ADDR) and MASTER_PORT (or PORT), the same on every node",
         )
+    address = _host(env[address_name], address_name)
     port = _whole_number(env, port_name)
     _check_port(port, port_name)
     return [

@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from evomesh.checkpoint.native.find import Checkpoint
-from evomesh.checkpoint.native.format import CheckpointError
-
 
 @dataclass
 class TrainState:
@@ -47,55 +44,3 @@ class TrainState:
         """Take over what ``state`` returned."""
         for field in fields(self):
             setattr(self, field.name, state[field.name])
-
-
-def check_counters(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint whose stored state cannot continue a run, so that the one before it is used.
-
-    Raises:
-        CheckpointError: a part is missing, or a counter is not one.
-    """
-    state = checkpoint.state
-    train = state.get("train")
-    optimizer = state.get("optimizer")
-    if not all(
-        isinstance(part, dict) for part in (train, optimizer, state.get("scaler"))
-    ):
-        raise CheckpointError(
-            "it has no counters of a training, as weights that were imported have none: it cannot resume a run",
-            where=checkpoint.folder,
-            fix="start anew from its weights: auto_resume=False, "
-            f'load_ckpt_info=dict(path="{checkpoint.folder}", content=("model",))',
-        )
-    assert isinstance(train, dict)
-    assert isinstance(optimizer, dict)
-    odd = _odd_counters({**train, "optimizer.steps": optimizer.get("steps")})
-    odd += [name for name in ("sampler", "data") if name not in state]
-    if odd:
-        raise CheckpointError(
-            f"parts of the stored state cannot be used: {', '.join(odd)}",
-            where=checkpoint.folder,
-        )
-    # An imported checkpoint is step 0, whatever its counters.
-    if checkpoint.step not in (train["step"], 0):
-        raise CheckpointError(
-            f"a checkpoint of step {checkpoint.step} with the counters of step {train['step']}",
-            where=checkpoint.folder,
-        )
-
-
-def _odd_counters(counters: dict[str, Any]) -> list[str]:
-    """Return the names of counters that are absent or are no counts."""
-    names = [field.name for field in fields(TrainState) if field.name != "run_folder"]
-    odd = [
-        name
-        for name in (*names, "optimizer.steps")
-        if not _is_count(counters.get(name))
-    ]
-    if not isinstance(counters.get("run_folder"), str):
-        odd.append("run_folder")
-    return odd
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63

@@ -26,7 +26,7 @@ from evomesh.config.record import config_to_dict
 from evomesh.config.schema import CheckpointConfig, Config, LoadConfig
 from evomesh.errors import UserError
 from evomesh.parallel.grid import Axis, Grid
-from evomesh.train.state import check_counters
+from evomesh.train.stored_state import check_stored_state
 from tests.support.covers import covers
 
 NAMES = ("w", "optim.exp_avg.w", "optim.exp_avg_sq.w", "optim.master.w")
@@ -267,7 +267,10 @@ def test_imported_weights_say_how_to_start_from_them(tmp_path: Path) -> None:
     writer.save(0, {"w": torch.zeros(3)}, {}, {})
     with pytest.raises(UserError, match=r'fix: start anew .*content=\("model",\)'):
         decide(
-            config(tmp_path), CheckpointReader(), writer.folder, check=check_counters
+            config(tmp_path),
+            CheckpointReader(),
+            writer.folder,
+            check=check_stored_state,
         )
 
 
@@ -311,7 +314,30 @@ COUNTERS = {
     "num_consumed_tokens": 9,
     "inf_nan_skip_batches": 0,
     "consecutive_skips": 0,
+    "run_folder": "",
 }
+POSITION = {"step": 5, "epoch": 0, "offset": 10, "consumed": 10}
+SAMPLER = {
+    "position": POSITION,
+    "num_packs": 100,
+    "seed": 1024,
+    "order": "internevo",
+    "unit": 1,
+    "rampup": None,
+}
+CURSOR = {"n": 7, "epoch": 0, "window": 1, "file": 0, "row": 7}
+STREAMING = {"step": 5, "num_lanes": 2, "cursor": CURSOR, "lanes": {"0": [4, 0]}}
+STATE = {
+    "train": COUNTERS,
+    "optimizer": {"steps": 5},
+    "scaler": {"scale": 1.0, "good_steps": 0, "overflows": 0},
+    "sampler": SAMPLER,
+    "data": {"hash": "ab", "files": [{"file": "a.bin"}], "types": ["en"]},
+}
+
+
+def without(values: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key != name}
 
 
 @pytest.mark.parametrize(
@@ -321,36 +347,85 @@ COUNTERS = {
         ("train", []),
         ("train", {"step": 5}),
         ("train", {**COUNTERS, "run_folder": 5}),
-        ("train", {**COUNTERS, "run_folder": "", "step_count": "5"}),
-        ("train", {**COUNTERS, "run_folder": "", "step_count": True}),
-        ("train", {**COUNTERS, "run_folder": "", "num_consumed_tokens": -1}),
-        ("train", {**COUNTERS, "run_folder": "", "num_consumed_tokens": 10**30}),
-        ("train", {**COUNTERS, "run_folder": "", "step": 4}),
+        ("train", {**COUNTERS, "step_count": "5"}),
+        ("train", {**COUNTERS, "step_count": True}),
+        ("train", {**COUNTERS, "num_consumed_tokens": -1}),
+        ("train", {**COUNTERS, "num_consumed_tokens": 10**30}),
+        ("train", {**COUNTERS, "step": 4}),
         ("optimizer", None),
         ("optimizer", {"steps": 1.5}),
         ("optimizer", {}),
         ("scaler", 3),
+        ("scaler", {"scale": "1", "good_steps": 0, "overflows": 0}),
+        ("scaler", {"scale": float("nan"), "good_steps": 0, "overflows": 0}),
+        ("scaler", {"scale": 1.0, "good_steps": None, "overflows": 0}),
+        ("data", {}),
+        ("data", {"hash": "ab", "files": {}, "types": []}),
+        ("data", {"hash": "ab", "files": [{}], "types": []}),
+        ("data", -1),
+        ("sampler", None),
+        ("sampler", {}),
+        ("sampler", {**SAMPLER, "position": 1.5}),
+        ("sampler", {**SAMPLER, "position": {**POSITION, "offset": 1.5}}),
+        ("sampler", {**SAMPLER, "position": {**POSITION, "offset": []}}),
+        ("sampler", {**SAMPLER, "position": {**POSITION, "more": 1}}),
+        ("sampler", {**SAMPLER, "position": without(POSITION, "epoch")}),
+        ("sampler", {**SAMPLER, "unit": None}),
+        ("sampler", {**SAMPLER, "order": 1}),
+        ("sampler", without(SAMPLER, "rampup")),
+        ("sampler", {**SAMPLER, "rampup": {"start": 1}}),
+        ("sampler", {**SAMPLER, "counts": {"en/": "1"}}),
+        ("sampler", {**STREAMING, "cursor": {**CURSOR, "row": -1}}),
+        ("sampler", {**STREAMING, "lanes": {"0": [4]}}),
+        ("sampler", {**STREAMING, "lanes": [[4, 0]]}),
+        ("sampler", {"internevo": {"step": 5}}),
     ],
 )
 def test_a_state_that_cannot_continue_a_run_makes_the_one_before_it_the_start(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, part: str, value: Any
 ) -> None:
-    state = {
-        "train": {**COUNTERS, "run_folder": ""},
-        "optimizer": {"steps": 5},
-        "scaler": {},
-        "sampler": {},
-        "data": {},
-    }
-    earlier = {**state, "train": {**COUNTERS, "run_folder": "", "step": 4}}
+    earlier = {**STATE, "train": {**COUNTERS, "step": 4}}
     writer = CheckpointWriter(str(tmp_path))
     writer.save(4, run(4), earlier, {})
-    writer.save(5, run(5), {**state, part: value}, {})
+    writer.save(5, run(5), {**STATE, part: value}, {})
     start = decide(
-        config(tmp_path), CheckpointReader(), writer.folder, check=check_counters
+        config(tmp_path), CheckpointReader(), writer.folder, check=check_stored_state
     )
     assert start.checkpoint is not None and start.checkpoint.step == 4
     assert "skipped" in caplog.text and "step-00000005" in caplog.text
+
+
+@pytest.mark.parametrize("section", ["model", "adam", "data"])
+def test_a_stored_config_whose_sections_are_none_makes_the_one_before_it_the_start(
+    tmp_path: Path, section: str
+) -> None:
+    writer = CheckpointWriter(str(tmp_path))
+    writer.save(4, run(4), {**STATE, "train": {**COUNTERS, "step": 4}}, {})
+    writer.save(5, run(5), STATE, {section: [1]})
+    start = decide(
+        config(tmp_path), CheckpointReader(), writer.folder, check=check_stored_state
+    )
+    assert start.checkpoint is not None and start.checkpoint.step == 4
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        SAMPLER,
+        {**SAMPLER, "rampup": {"start": 1, "increment": 1, "every": 2}},
+        {"position": POSITION, "seed": 1, "rampup": None, "counts": {"en/": 3}},
+        STREAMING,
+    ],
+)
+def test_the_positions_of_every_source_of_data_are_accepted(
+    tmp_path: Path, sampler: dict[str, Any]
+) -> None:
+    writer = CheckpointWriter(str(tmp_path))
+    writer.save(5, run(5), {**STATE, "sampler": sampler}, {})
+    start = decide(
+        config(tmp_path), CheckpointReader(), writer.folder, check=check_stored_state
+    )
+    assert start.checkpoint is not None and start.checkpoint.step == 5
 
 
 def internevo(root: Path, *folders: str, without: str = "") -> SaveFolder:

@@ -47,6 +47,41 @@ def test_slurm(launcher: str) -> None:
     assert detect({**SLURM, "MASTER_ADDR": "10.0.0.9"}, launcher).host == "10.0.0.9"
 
 
+@pytest.mark.parametrize(
+    ("typed", "host"),
+    [
+        ("[::1]", "::1"),
+        (" [fe80::1%eth0] ", "fe80::1%eth0"),
+        ("::ffff:10.0.0.1", "::ffff:10.0.0.1"),
+        ("[10.0.0.1]", "10.0.0.1"),
+        (" n1.cluster ", "n1.cluster"),
+        ("gpu_01", "gpu_01"),
+    ],
+)
+def test_a_host_is_a_name_or_an_address_with_or_without_brackets(
+    typed: str, host: str
+) -> None:
+    address = {"MASTER_ADDR": typed}
+    assert detect({**TORCHRUN, **address}).host == host
+    assert detect({**SLURM, **address}, "slurm").host == host
+    nodes = {"NPROC_PER_NODE": "2", "NNODES": "2", "MASTER_PORT": "29500", **address}
+    command = torchrun_command(nodes, [])
+    assert command is not None and f"--master_addr={host}" in command
+
+
+@pytest.mark.parametrize(
+    "typed",
+    ["tcp://n1", "n1:29500", "10.0.0.1:29500", "[::1]:29500", "[::1", "a b", "a,b"],
+)
+def test_what_no_lookup_can_resolve_is_refused_at_once(typed: str) -> None:
+    for env in (TORCHRUN, {**SLURM, "SLURM_NPROCS": "4"}):
+        with pytest.raises(UserError, match=re.escape(f"{typed!r} is not a host")):
+            detect({**env, "MASTER_ADDR": typed})
+    nodes = {"NPROC_PER_NODE": "2", "NNODES": "2", "PORT": "29500", "ADDR": typed}
+    with pytest.raises(UserError, match=re.escape(f"ADDR={typed!r} is not a host")):
+        torchrun_command(nodes, [])
+
+
 def test_torchrun_inside_slurm_is_torchrun() -> None:
     assert detect({**SLURM, **TORCHRUN}).world_size == 8
     assert detect({**SLURM, **TORCHRUN}, "slurm").world_size == 4

@@ -1,0 +1,141 @@
+"""Check the state that a checkpoint stores besides its tensors, before a run continues from it.
+
+A record with the right hash may hold anything: one that was made by hand, by another
+version, or by an attacker. What is refused here is skipped, and the checkpoint before
+it is used; what only fails later would end the run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from evomesh.checkpoint.native.fields import array, integer, mapping
+from evomesh.checkpoint.native.find import Checkpoint
+from evomesh.checkpoint.native.format import CheckpointError
+from evomesh.config.step_values import BatchSizeRampup
+from evomesh.data.packing.sampler import SamplerPosition
+from evomesh.data.records.rows import RowCursor
+from evomesh.train.state import TrainState
+
+# InternEvo's position in the data, as `read_counters` of its checkpoints returns it.
+INTERNEVO_POSITION = ("step", "seed", "global_batch", "offset")
+
+
+def check_stored_state(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint whose stored state cannot continue a run, so that the one before it is used.
+
+    Raises:
+        CheckpointError: a part is missing or of the wrong kind; names it.
+    """
+    state = checkpoint.state
+    parts = (state.get("train"), state.get("optimizer"), state.get("scaler"))
+    if not all(isinstance(part, dict) for part in parts):
+        raise CheckpointError(
+            "it has no counters of a training, as weights that were imported have none: it cannot resume a run",
+            where=checkpoint.folder,
+            fix="start anew from its weights: auto_resume=False, "
+            f'load_ckpt_info=dict(path="{checkpoint.folder}", content=("model",))',
+        )
+    try:
+        _check_parts(state)
+        for name, section in checkpoint.config.items():
+            if section is not None:
+                mapping(section, f"config.{name}")
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise CheckpointError(
+            f"parts of the stored state cannot be used: {reason}",
+            where=checkpoint.folder,
+        ) from None
+    # An imported checkpoint is step 0, whatever its counters.
+    step = state["train"]["step"]
+    if checkpoint.step not in (step, 0):
+        raise CheckpointError(
+            f"a checkpoint of step {checkpoint.step} with the counters of step {step}",
+            where=checkpoint.folder,
+        )
+
+
+def _check_parts(state: Mapping[str, Any]) -> None:
+    """Check counters, loss scale, data and position in the data.
+
+    Raises:
+        KeyError, TypeError, ValueError: naming the first value that is missing or odd.
+    """
+    train = state["train"]
+    counters = [field.name for field in fields(TrainState)]
+    counters.remove("run_folder")
+    _check_integers(train, counters, "train")
+    _check_text(train["run_folder"], "train.run_folder")
+    _check_integers(state["optimizer"], ["steps"], "optimizer")
+    _check_scaler(state["scaler"])
+    _check_manifest(state["data"])
+    _check_position(mapping(state["sampler"], "sampler"))
+
+
+def _check_integers(values: Any, names: list[str], where: str) -> None:
+    """Check that each of the names has a count."""
+    values = mapping(values, where)
+    for name in names:
+        integer(values[name], f"{where}.{name}")
+
+
+def _check_text(value: Any, name: str) -> None:
+    # Names of files and folders may hold any character, unlike those of tensors.
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is not text")
+
+
+def _check_fields(values: Any, kind: type[Any], where: str) -> None:
+    """Check that a dataclass of integers can be made of the values."""
+    names = [field.name for field in fields(kind)]
+    _check_integers(values, names, where)
+    unknown = sorted(set(values) - set(names))
+    if unknown:
+        raise ValueError(f"{where} has an unknown key {unknown[0][:60]!r}")
+
+
+def _check_scaler(scaler: Mapping[str, Any]) -> None:
+    # That of an imported checkpoint is empty.
+    if not scaler:
+        return
+    _check_integers(scaler, ["good_steps", "overflows"], "scaler")
+    scale = scaler["scale"]
+    if type(scale) not in (int, float) or not math.isfinite(scale) or scale <= 0:
+        raise ValueError("scaler.scale is not a positive number")
+
+
+def _check_manifest(manifest: Any) -> None:
+    # InternEvo's checkpoints describe no data.
+    if manifest is None:
+        return
+    _check_text(mapping(manifest, "data")["hash"], "data.hash")
+    for file in array(manifest["files"], "data.files"):
+        _check_text(mapping(file, "data.files")["file"], "data.files.file")
+
+
+def _check_position(sampler: Mapping[str, Any]) -> None:
+    """Check a position of any source of data: token files, a mixture of them, streaming, InternEvo's."""
+    if "internevo" in sampler:
+        _check_integers(sampler["internevo"], list(INTERNEVO_POSITION), "sampler")
+        return
+    if "lanes" in sampler:
+        _check_integers(sampler, ["step", "num_lanes"], "sampler")
+        _check_fields(sampler["cursor"], RowCursor, "sampler.cursor")
+        for lane in mapping(sampler["lanes"], "sampler.lanes").values():
+            row, used = array(lane, "sampler.lanes")
+            integer(row, "sampler.lanes")
+            integer(used, "sampler.lanes")
+        return
+    _check_fields(sampler["position"], SamplerPosition, "sampler.position")
+    if sampler["rampup"] is not None:
+        _check_fields(sampler["rampup"], BatchSizeRampup, "sampler.rampup")
+    if "counts" in sampler:
+        counts = mapping(sampler["counts"], "sampler.counts")
+        _check_integers(counts, list(counts), "sampler.counts")
+        return
+    _check_integers(sampler, ["num_packs", "seed", "unit"], "sampler")
+    _check_text(sampler["order"], "sampler.order")
