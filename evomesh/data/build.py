@@ -140,7 +140,9 @@ def _open_valid_sets(
     check_same_tokenizer([*train_files, *files], config.allow_tokenizer_mismatch)
 
     sets = []
-    for name, members in group_sets(files, folder.resolve().name).items():
+    all_sources: list[DocumentSource] = []
+    groups = group_sets(files, folder.resolve().name)
+    for name, members in groups.items():
         sources = []
         for file in members:
             source = BinDataset(
@@ -153,8 +155,9 @@ def _open_valid_sets(
         kept = [source for source in sources if len(source)]
         if not kept:
             raise _too_short(name, sources, config)
-        sets.append(ValidationSet(name, kept, rule, config.validation_micro_num))
-    all_sources = [source for found in sets for source in found.sources]
+        valid_set = ValidationSet(name, kept, rule, config.validation_micro_num)
+        sets.append(valid_set)
+        all_sources += kept
     check_sources(all_sources, crosses_documents=False)
     return sets
 

@@ -5,6 +5,8 @@ A leading bos keeps its sign, as in InternEvo's alpaca_tokenizer.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from evomesh.config.schema import GenerationConfig
 from evomesh.data.chat_message import ChatTemplate
 from evomesh.data.chat_styles import INTERNLM, STYLES
@@ -74,17 +76,20 @@ def end_of_answer_ids(
     Raises:
         UserError: one of the ids has no row in the embedding; an answer would never end with it.
     """
-    named: list[tuple[str, int]] = []  # each id after what names it
+    # The ids after what names them, in order.
+    ids_of: dict[str, Sequence[int]] = {}
     if tokenizer is not None:
+        eos_id = tokenizer.eos_id
         turn_ends = turn_end_ids(tokenizer) if template is None else template.eos_ids
-        if tokenizer.eos_id is not None:
-            named.append(("the tokenizer's eos", tokenizer.eos_id))
-        for token in turn_ends:
-            named.append(("the end of an answer in the chat template", token))
+        ids_of["the tokenizer's eos"] = [] if eos_id is None else [eos_id]
+        ids_of["the end of an answer in the chat template"] = turn_ends
     if generation is not None:
-        for key in ("eos_id", "additional_eos_token_list"):
-            for token in getattr(generation, key):
-                named.append((f"generation.{key}", token))
-    for name, token in named:
-        check_embedded(token, vocab_size, name)
-    return tuple(dict.fromkeys(token for _, token in named))
+        more_ids = generation.additional_eos_token_list
+        ids_of["generation.eos_id"] = generation.eos_id
+        ids_of["generation.additional_eos_token_list"] = more_ids
+    distinct: dict[int, None] = {}  # a set that keeps the order
+    for name, ids in ids_of.items():
+        for token in ids:
+            check_embedded(token, vocab_size, name)
+            distinct[token] = None
+    return tuple(distinct)

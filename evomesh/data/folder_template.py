@@ -208,10 +208,11 @@ class JinjaTemplate:
         encoded = self.tokenizer.encode_with_spans(closed)
         prompted_ids = self.tokenizer.encode(prompted)
         end = 0
-        for position, token in enumerate(encoded.ids):
-            if prompted_ids[position : position + 1] != [token]:
+        pairs = zip(encoded.ids, prompted_ids, encoded.spans, strict=False)
+        for token, prompted_token, (_, token_end) in pairs:
+            if token != prompted_token:
                 break
-            end = encoded.spans[position][1]
+            end = token_end
         return end
 
     def _render(

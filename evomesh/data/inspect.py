@@ -51,7 +51,8 @@ def pack_json(pack: Pack) -> dict[str, list[int]]:
 def pack_text(pack: Pack, tokenizer: Tokenizer | None) -> str:
     """Return a pack segment by segment: ids and labels, or with a tokenizer text in which masked tokens are dim."""
     lines = []
-    for number, (start, stop) in enumerate(pairwise(pack.cu_seqlens.tolist())):
+    bounds = pack.cu_seqlens.tolist()
+    for number, (start, stop) in enumerate(pairwise(bounds)):
         ids = pack.tokens[start:stop]
         labels = pack.labels[start:stop]
         is_target = labels != IGNORE
@@ -61,16 +62,15 @@ def pack_text(pack: Pack, tokenizer: Tokenizer | None) -> str:
             f"segment {number}: tokens {start} .. {stop - 1}, {targets} targets, type {type_id}"
         )
         if tokenizer is None:
-            shown_ids = map(str, ids.tolist())
             shown_labels = np.where(is_target, labels.astype(str), ".")
-            lines.append("  tokens " + " ".join(shown_ids))
+            lines.append("  tokens " + " ".join(ids.astype(str)))
             lines.append("  labels " + " ".join(shown_labels))
-        else:
-            # A token is trained if it is the label of the position before it; the first
-            # token never is.
-            trained = np.append(False, is_target[:-1])
-            text = dimmed(ids, trained, tokenizer)
-            lines.append(text)
+            continue
+        # A token is trained if it is the label of the position before it; the first
+        # token never is.
+        trained = np.append(False, is_target[:-1])
+        text = dimmed(ids, trained, tokenizer)
+        lines.append(text)
     return "\n".join(lines)
 
 
@@ -114,17 +114,17 @@ def histogram(lengths: NDArray[Any]) -> str:
     num_bins = int(lengths.max()).bit_length() + 1
     starts = np.append(0, 2 ** np.arange(num_bins))
     bins = np.searchsorted(starts, lengths, side="right") - 1
-    documents = np.bincount(bins).tolist()
+    documents = np.bincount(bins)
     tokens = np.bincount(bins, weights=lengths)
     shares = tokens / max(1, tokens.sum())
+    bar_widths = np.round(BAR_WIDTH * documents / documents.max())
 
     rows = []
-    for number, count in enumerate(documents):
-        if not count:
-            continue
-        low = int(starts[number])
-        high = int(starts[number + 1]) - 1
-        bar = "#" * max(1, round(BAR_WIDTH * count / max(documents)))
+    for number in np.flatnonzero(documents):
+        low = starts[number]
+        high = starts[number + 1] - 1
+        count = documents[number]
+        bar = "#" * max(1, int(bar_widths[number]))
         row = f"  {low:>9,} .. {high:<9,} {count:>11,} documents {shares[number]:6.1%} of tokens  {bar}"
         rows.append(row)
     return "\n".join(rows)

@@ -94,7 +94,9 @@ def _normalizer(spec: Any) -> Any:
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+        several_spaces = Regex(" {2,}")
+        steps.append(normalizers.Strip())
+        steps.append(normalizers.Replace(several_spaces, " "))
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(SPACE))
     steps.append(normalizers.Replace(" ", SPACE))
@@ -138,15 +140,16 @@ def merges(model: Any) -> list[tuple[str, str]]:
     # Cut every piece at every place: "the" joins "t" + "he" and "th" + "e", if these
     # are pieces.
     pairs = []
-    for text, rank in ranks.items():
+    for text in ranks:
         for middle in range(1, len(text)):
             left = text[:middle]
             right = text[middle:]
-            left_rank = ranks.get(left)
-            right_rank = ranks.get(right)
-            if left_rank is None or right_rank is None:
-                continue
-            order = (rank, left_rank, right_rank)
-            pairs.append((order, (left, right)))
-    pairs.sort()
-    return [pair for _, pair in pairs]
+            if left in ranks and right in ranks:
+                pairs.append((left, right))
+
+    def time_of_merge(pair: tuple[str, str]) -> tuple[Any, ...]:
+        left, right = pair
+        return ranks[left + right], ranks[left], ranks[right]
+
+    pairs.sort(key=time_of_merge)
+    return pairs

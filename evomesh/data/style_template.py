@@ -114,17 +114,23 @@ class StyleTemplate:
             bos = self.tokenizer.token_name(bos_id)
             yield ChatPart(bos, is_target=True, token_id=bos_id)
         for message in messages:
-            turn = self.style.turns[message.role]
-            text = message.text
-            if self.style.strips:
-                text = text.strip()
-            for fragment in turn.opening:
-                yield self._fragment(fragment, is_target=False)
-            yield ChatPart(text, message.train)
-            for fragment in turn.closing:
-                yield self._fragment(fragment, is_target=message.train)
-            for fragment in self.style.separator:
-                yield self._fragment(fragment, is_target=False)
+            yield from self._render_message(message)
+
+    def _render_message(self, message: ChatMessage) -> Iterator[ChatPart]:
+        """Yield the parts of a message; only its text and what closes it can be targets."""
+        # In chatml: <|im_start|>, "assistant\n", the text, <|im_end|> and "\n". A model
+        # writes the third and the fourth.
+        turn = self.style.turns[message.role]
+        text = message.text
+        if self.style.strips:
+            text = text.strip()
+        for fragment in turn.opening:
+            yield self._fragment(fragment, is_target=False)
+        yield ChatPart(text, message.train)
+        for fragment in turn.closing:
+            yield self._fragment(fragment, is_target=message.train)
+        for fragment in self.style.separator:
+            yield self._fragment(fragment, is_target=False)
 
     def _fragment(self, fragment: str, *, is_target: bool) -> ChatPart:
         token_id = self.special_ids.get(fragment)
@@ -182,20 +188,21 @@ class InternlmTemplate(StyleTemplate):
         return [abs(token) for token in ids]
 
     def _encode_turns(self, messages: Sequence[ChatMessage]) -> list[int]:
-        ids = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+        ids = []
+        if self.tokenizer.bos_id is not None:
+            ids.append(self.tokenizer.bos_id)
         for message in messages:
             turn = self.style.turns[message.role]
             opening = "".join(turn.opening)
+            rest = self._encode_fragments(turn.closing)
             if message.role == "user":
                 # alpaca_tokenizer.py encodes the user's role mark and text as one
                 # string, and those of other roles apart.
                 ids += self._encode_marked(opening, message.text, message.train)
             else:
                 ids += self._encode_marked(opening)
-                body = self.tokenizer.encode(message.text)
-                ids += body if message.train else mask(body)
-            closing = self._encode_fragments(turn.closing)
-            ids += closing if message.train else mask(closing)
+                rest = self.tokenizer.encode(message.text) + rest
+            ids += rest if message.train else mask(rest)
         return ids
 
     def _encode_fragments(self, fragments: Iterable[str]) -> list[int]:

@@ -145,12 +145,11 @@ class _TemplateEnvironment(ImmutableSandboxedEnvironment):
         self, source: str, name: str | None, filename: str | None
     ) -> nodes.Template:
         """Parse a template so that its loops count their steps and ``~`` checks what it joins."""
+        # ``for x in items`` becomes ``for x in _evomesh_loop(items)``, and ``a ~ b``
+        # becomes ``_evomesh_join(a, b)``: the sandbox intercepts neither.
         template = super()._parse(source, name, filename)
         for loop in template.find_all(nodes.For):
-            counter = nodes.Name("_evomesh_loop", "load", lineno=loop.lineno)
-            loop.iter = nodes.Call(
-                counter, [loop.iter], [], None, None, lineno=loop.lineno
-            )
+            loop.iter = _call("_evomesh_loop", [loop.iter], loop.lineno)
         _replace_joins(template)
         return template
 
@@ -297,23 +296,28 @@ def _prepare_message(given: Mapping[str, Any]) -> dict[str, Any]:
 def _replace_joins(parent: nodes.Node) -> None:
     """Make ``a ~ b`` a call, below a node."""
     for name, value in list(parent.iter_fields()):
-        children = value if isinstance(value, list) else [value]
-        replaced = [
-            _join_call(child) if isinstance(child, nodes.Concat) else child
-            for child in children
-        ]
-        for child in replaced:
-            if isinstance(child, nodes.Node):
-                _replace_joins(child)
-        setattr(parent, name, replaced if isinstance(value, list) else replaced[0])
+        if isinstance(value, list):
+            setattr(parent, name, [_replace_join(child) for child in value])
+        else:
+            setattr(parent, name, _replace_join(value))
 
 
-def _join_call(join: nodes.Concat) -> nodes.Call:
-    function = nodes.Name("_evomesh_join", "load", lineno=join.lineno)
-    call = nodes.Call(function, join.nodes, [], None, None, lineno=join.lineno)
-    assert join.environment is not None
-    call.set_environment(join.environment)
-    return call
+def _replace_join(value: Any) -> Any:
+    """Return the field of a node with ``a ~ b``, and every one below it, as a call."""
+    if isinstance(value, nodes.Concat):
+        environment = value.environment
+        assert environment is not None
+        value = _call("_evomesh_join", value.nodes, value.lineno)
+        value.set_environment(environment)
+    if isinstance(value, nodes.Node):
+        _replace_joins(value)
+    return value
+
+
+def _call(function: str, arguments: Sequence[nodes.Node], line: int) -> nodes.Call:
+    """Return the node of a call of a global function."""
+    name = nodes.Name(function, "load", lineno=line)
+    return nodes.Call(name, list(arguments), [], None, None, lineno=line)
 
 
 def _to_json(
@@ -349,15 +353,20 @@ def _check_attribute(name: Any) -> None:
 
 def _check_operands(operator: str, left: Any, right: Any) -> None:
     """Refuse an operation whose result is too large to be held."""
-    if operator == "**" and (abs(left) > MAX_TEXT or abs(right) > 64):
-        raise SecurityError("a power is too large")
-    repeats_text = operator == "*" and (_is_sized(left) or _is_sized(right))
-    if repeats_text:
-        _check_length(_size(left) * _size(right))
-    if operator == "+" and _is_sized(left):
-        _check_length(len(left) + _size(right))
-    if operator == "%" and isinstance(left, str):
-        _check_widths(*map(int, _digits(left)))
+    # Of two numbers, only a power can be too large.
+    if operator == "**":
+        if abs(left) > MAX_TEXT or abs(right) > 64:
+            raise SecurityError("a power is too large")
+    elif operator == "*":
+        if _is_sized(left) or _is_sized(right):
+            _check_length(_size(left) * _size(right))
+    elif operator == "+":
+        if _is_sized(left):
+            _check_length(_size(left) + _size(right))
+    elif isinstance(left, str):
+        # The widths of "%9d %20s" % values.
+        widths = map(int, _digits(left))
+        _check_widths(*widths)
 
 
 def _is_sized(value: Any) -> bool:

@@ -114,16 +114,18 @@ class HfTokenizer:
 
     def __init__(self, path: Path) -> None:
         folder = read_tokenizer_folder(path.parent)
-        is_sentencepiece = path.suffix == ".model"
+        self.path = path
+        self.templates: Mapping[str, str] = folder.templates
+        self.chat_template = folder.templates.get("default", "")
 
         # 1. The model, with the tokens that other files of the folder add to it.
-        load = _load_model if is_sentencepiece else _load_json
+        load = _load_model if path.suffix == ".model" else _load_json
         self._backend = load(path, folder)
         _add_tokens(self._backend, folder)
         self._backend.no_truncation()
         self._backend.no_padding()
-        self.path = path
         self.hash = _hash(path, folder)
+        # Ids may have gaps: the largest counts, not their number.
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self.adds_tokens = bool(folder.added) or folder.class_name == "LlamaTokenizer"
@@ -132,18 +134,18 @@ class HfTokenizer:
         self.special_tokens: Mapping[str, str] = self._special_tokens(folder)
         self.bos_id = self._special_id("bos_token")
         self.eos_id = self._special_id("eos_token")
+        self.add_bos = self._puts_bos(folder)
 
-        # 3. A leading bos: as the folder says, else as the model encodes an empty text.
+    def _puts_bos(self, folder: TokenizerFolder) -> bool:
+        """Return whether texts begin with bos: as the folder says, else as the model encodes an empty text."""
         wants_bos = folder.settings.get("add_bos_token")
-        if is_sentencepiece and wants_bos and self.bos_id is not None:
+        if self.path.suffix == ".model" and wants_bos and self.bos_id is not None:
             bos = self.special_tokens["bos_token"]
             set_leading_bos(self._backend, bos, self.bos_id)
-        first = self._backend.encode("", add_special_tokens=True).ids[:1]
-        starts_with_bos = self.bos_id is not None and first == [self.bos_id]
-        self.add_bos = bool(folder.settings.get("add_bos_token", starts_with_bos))
-
-        self.templates: Mapping[str, str] = folder.templates
-        self.chat_template = folder.templates.get("default", "")
+        if "add_bos_token" in folder.settings:
+            return bool(wants_bos)
+        encoded = self._backend.encode("", add_special_tokens=True)
+        return self.bos_id is not None and encoded.ids[:1] == [self.bos_id]
 
     def _special_tokens(self, folder: TokenizerFolder) -> dict[str, str]:
         names = dict(folder.special)
@@ -227,11 +229,12 @@ def _is_rebuilt_as_llama(path: Path, folder: TokenizerFolder) -> bool:
     if folder.class_name != "LlamaTokenizer" or model_type != "llama":
         return False
     record = read_json(path)
-    algorithm = record.get("model", {}).get("type")
+    model = record.get("model", {})
+    if model.get("type") != "BPE":
+        return False
     # A tokenizer of bytes has no treatment of spaces that the class could replace.
     steps = [record.get("pre_tokenizer"), record.get("decoder")]
-    is_bytes = "ByteLevel" in str(steps)
-    return bool(algorithm == "BPE") and not is_bytes
+    return "ByteLevel" not in str(steps)
 
 
 def _load_model(path: Path, folder: TokenizerFolder) -> Any:

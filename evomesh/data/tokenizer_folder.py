@@ -100,29 +100,22 @@ def read_tokenizer_folder(path: Path) -> TokenizerFolder:
     Raises:
         UserError: a file is not JSON, or has another form than expected.
     """
+    # 1. Tokens with ids: from the newer setting, else from the two older files.
     settings = read_json(path / "tokenizer_config.json")
-    added: dict[str, AddedTokenSpec] = {}
     if "added_tokens_decoder" in settings:
-        for token_id, token in _object(settings, "added_tokens_decoder", path).items():
-            spec = _added_token(token, int(token_id), special=False)
-            added[spec.content] = spec
+        added = _tokens_of_setting(settings, path)
     else:
         settings |= read_json(path / "special_tokens_map.json")
-        named = _special_tokens(settings)
-        extra = {_content(token) for token in _extra_tokens(settings)}
-        for content, token_id in sorted(
-            read_json(path / "added_tokens.json").items(), key=_by_id
-        ):
-            is_special = content in extra or content in named.values()
-            added[content] = AddedTokenSpec(
-                content, token_id, is_special, not is_special
-            )
+        added = _tokens_of_files(settings, path)
+
+    # 2. Special tokens that these lack: each gets the next free id.
     special = _special_tokens(settings)
-    for token in [
+    mentioned = [
         *map(settings.get, SPECIAL_NAMES),
         *special.values(),
         *_extra_tokens(settings),
-    ]:
+    ]
+    for token in mentioned:
         if token and _content(token) not in added:
             spec = _added_token(token, None, special=True)
             added[spec.content] = spec
@@ -134,6 +127,33 @@ def read_tokenizer_folder(path: Path) -> TokenizerFolder:
         special,
         _chat_templates(path, settings),
     )
+
+
+def _tokens_of_setting(
+    settings: dict[str, Any], path: Path
+) -> dict[str, AddedTokenSpec]:
+    """Return the tokens of ``added_tokens_decoder`` by their content: {"7": {"content": "<x>", ...}}."""
+    added = {}
+    tokens = _object(settings, "added_tokens_decoder", path)
+    for token_id, token in tokens.items():
+        spec = _added_token(token, int(token_id), special=False)
+        added[spec.content] = spec
+    return added
+
+
+def _tokens_of_files(settings: dict[str, Any], path: Path) -> dict[str, AddedTokenSpec]:
+    """Return the tokens of added_tokens.json by their content, in the order of their ids: {"<x>": 7}."""
+    named = _special_tokens(settings)
+    extra = map(_content, _extra_tokens(settings))
+    special_contents = {*named.values(), *extra}
+    added = {}
+    id_of = read_json(path / "added_tokens.json")
+    for content in sorted(id_of, key=lambda content: int(id_of[content])):
+        is_special = content in special_contents
+        added[content] = AddedTokenSpec(
+            content, id_of[content], is_special, normalized=not is_special
+        )
+    return added
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -172,20 +192,14 @@ def _content(token: Any) -> str:
 def _added_token(token: Any, token_id: int | None, *, special: bool) -> AddedTokenSpec:
     """Return an added token of a string or an object."""
     if not isinstance(token, dict):
-        return AddedTokenSpec(str(token), token_id, special, False)
+        return AddedTokenSpec(str(token), token_id, special, normalized=False)
     flags = tuple((name, bool(token.get(name, False))) for name in FLAGS)
     is_special = bool(token.get("special", special))
-    return AddedTokenSpec(
-        _content(token),
-        token_id,
-        is_special,
-        bool(token.get("normalized", not is_special)),
-        flags,
-    )
-
-
-def _by_id(entry: tuple[str, Any]) -> int:
-    return int(entry[1])
+    # A special token is looked for in the text as it was written, others in the
+    # normalized text.
+    is_normalized = bool(token.get("normalized", not is_special))
+    content = _content(token)
+    return AddedTokenSpec(content, token_id, is_special, is_normalized, flags)
 
 
 def _object(settings: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
@@ -201,16 +215,17 @@ def _object(settings: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
 
 def _chat_templates(path: Path, settings: dict[str, Any]) -> dict[str, str]:
     """Return the chat templates by name; files replace the setting."""
-    files = {}
+    templates = {}
     default = path / "chat_template.jinja"
     if default.is_file():
-        files["default"] = default
+        templates["default"] = user_files.read_text(default)
     named_folder = path / "additional_chat_templates"
     for file in sorted(named_folder.glob("*.jinja")):
-        files[file.stem] = file
-    if files:
-        return {name: user_files.read_text(file) for name, file in files.items()}
+        templates[file.stem] = user_files.read_text(file)
+    return templates or _templates_of_setting(settings)
 
+
+def _templates_of_setting(settings: dict[str, Any]) -> dict[str, str]:
     # The setting is one template, a mapping of names, or a list of objects with
     # ``name`` and ``template``.
     given = settings.get("chat_template") or {}

@@ -116,20 +116,22 @@ class StreamingPacks:
 
     def _read_window(self) -> None:
         """Read the next window of rows and hand this rank's documents in it to their lanes."""
-        # The rows of other ranks are not tokenized.
         window = next(self._windows)
         self._cursors.append(window.next_cursor)
+        # The rows of other ranks are not tokenized.
         texts = {}
-        for row, text in enumerate(window.texts, window.first_row):
+        locations = {}
+        places = zip(window.texts, window.locations, strict=True)
+        for row, (text, location) in enumerate(places, window.first_row):
             if text and self._needs(row):
                 texts[row] = text
+                locations[row] = location
 
         targets = 0
         encoded = encode_texts(self.tokenizer, list(texts.values()))
         for row, ids in zip(texts, encoded, strict=True):
             tokens = np.array(self._prefix + ids + self._suffix, np.int64)
-            location = window.locations[row - window.first_row]
-            targets += self._add_document(row, tokens, location)
+            targets += self._add_document(row, tokens, locations[row])
         self._unused.end_window(window.next_cursor, targets, self.min_length)
 
     def _add_document(self, row: int, tokens: TokenArray, location: str) -> int:

@@ -9,7 +9,6 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from evomesh.config.schema import IGNORE
 from evomesh.data.batch import Batch
 from evomesh.data.packing.loader import collate
 from evomesh.data.packing.packs import (
@@ -110,10 +109,8 @@ class ValidationSet:
         assembled = assemble(stored[:size], ends, types, self.rule)
 
         # The pack may end inside a document, whose next token is a target too.
-        if len(stored) > size:
-            following = int(stored[size])
-            label = following if following > 0 else IGNORE
-            assembled.labels[size - 1] = label
+        if len(stored) > size and stored[size] > 0:
+            assembled.labels[size - 1] = stored[size]
         return assembled
 
     def _read_from(self, start: int, numbers: range) -> TokenArray:

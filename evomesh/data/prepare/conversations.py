@@ -118,12 +118,13 @@ def tokenize_chats(
                 _truncate(ids, template.ending, options.max_length, counts)
                 for ids in chunk
             ]
-            end = done + len(chunk)
-            _write(documents, held_out[done:end], writers, template.ending, counts)
-            done = end
+            is_held_out = held_out[done : done + len(chunk)]
+            _write(documents, is_held_out, writers, template.ending, counts)
+            done += len(chunk)
             if progress:
                 bytes_read = input_size * done // len(held_out)
-                progress(bytes_read, done, sum(writer.tokens for writer in writers))
+                tokens = sum(writer.tokens for writer in writers)
+                progress(bytes_read, done, tokens)
 
         # 4. All files are complete: give them their names.
         facts = describe_tokenizer(tokenizer) | {"options": asdict(options)}
@@ -265,9 +266,10 @@ def _write(
         # The first token has no predecessor, and the ending alone teaches nothing.
         stop = len(document) - len(ending)
         has_target = any(token > 0 for token in document[1:stop])
-        if has_target:
-            kept[int(is_held_out)].append(document)
-        else:
+        if not has_target:
             counts.without_target += 1
+            continue
+        set_number = int(is_held_out)
+        kept[set_number].append(document)
     for writer, chosen in zip(writers, kept, strict=True):
         writer.write(chosen, masked=True)

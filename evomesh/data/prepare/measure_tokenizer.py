@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from operator import ne
 
 from evomesh.config.user import expand_home
 from evomesh.data.prepare.train_tokenizer import read_texts
@@ -80,16 +81,20 @@ def _measure_kind(
     text_field: str,
     tokenizers: Sequence[Tokenizer],
 ) -> Measurement:
-    zeros = [0] * len(tokenizers)
-    row = Measurement(kind, 0, 0, list(zeros), list(zeros))
+    row = Measurement(
+        kind,
+        texts=0,
+        size=0,
+        tokens=[0] * len(tokenizers),
+        lossy=[0] * len(tokenizers),
+    )
     unread = read_texts(files, text_field)
     while texts := list(islice(unread, BATCH)):
         row.texts += len(texts)
         row.size += sum(len(text.encode()) for text in texts)
         for number, tokenizer in enumerate(tokenizers):
             encoded = tokenizer.encode_batch(texts)
+            decoded = map(tokenizer.decode, encoded)
             row.tokens[number] += sum(map(len, encoded))
-            for ids, text in zip(encoded, texts, strict=True):
-                if tokenizer.decode(ids) != text:
-                    row.lossy[number] += 1
+            row.lossy[number] += sum(map(ne, decoded, texts))
     return row

@@ -117,18 +117,24 @@ def _read_message(
     entry: Any, schema: RecordSchema, record: SourceRecord, roles: Sequence[str]
 ) -> ChatMessage:
     """Return one message of a list."""
+    extra = {}
+    known: tuple[str, ...]
     if schema == "messages":
         role = _get_text(entry, "role", record)
-        extra = {key: entry[key] for key in TEMPLATE_KEYS if entry.get(key) is not None}
-        has_text = entry.get("content") is not None or "tool_calls" not in extra
-        text = _get_text(entry, "content", record) if has_text else ""
-        _refuse_unknown(entry, ("role", "content", *TEMPLATE_KEYS, *FLAGS), record)
+        for key in TEMPLATE_KEYS:
+            if entry.get(key) is not None:
+                extra[key] = entry[key]
+        text = ""
+        # A message that calls tools may come without content, or with a null one.
+        if entry.get("content") is not None or "tool_calls" not in extra:
+            text = _get_text(entry, "content", record)
+        known = ("role", "content", *TEMPLATE_KEYS, *FLAGS)
     else:
         sender = _get_text(entry, "from", record)
         role = SHAREGPT_ROLES.get(sender, sender)
-        extra = {}
         text = _get_text(entry, "value", record)
-        _refuse_unknown(entry, ("from", "value", *FLAGS), record)
+        known = ("from", "value", *FLAGS)
+    _refuse_unknown(entry, known, record)
     if role not in (*ROLES, "tool"):
         raise UserError(
             f"the role {role!r} is unknown",
@@ -166,6 +172,7 @@ def _read_alpaca(record: SourceRecord, roles: Sequence[str]) -> list[ChatMessage
     if record.value.get("input") is not None:
         extra = _get_text(record.value, "input", record)
     answer = _get_text(record.value, "output", record)
+    # "text" is the whole prompt of Alpaca's own data, which repeats the other keys.
     _refuse_unknown(
         record.value,
         ("instruction", "input", "output", "system", "history", "text"),
@@ -174,11 +181,13 @@ def _read_alpaca(record: SourceRecord, roles: Sequence[str]) -> list[ChatMessage
     if extra:
         question += f"\n{extra}"
     messages = _system_message(record, roles)
+    trains_user = "user" in roles
+    trains_assistant = "assistant" in roles
     for old_question, old_answer in _history(record):
-        messages.append(ChatMessage("user", old_question, "user" in roles))
-        messages.append(ChatMessage("assistant", old_answer, "assistant" in roles))
-    messages.append(ChatMessage("user", question, train="user" in roles))
-    messages.append(ChatMessage("assistant", answer, train="assistant" in roles))
+        messages.append(ChatMessage("user", old_question, trains_user))
+        messages.append(ChatMessage("assistant", old_answer, trains_assistant))
+    messages.append(ChatMessage("user", question, trains_user))
+    messages.append(ChatMessage("assistant", answer, trains_assistant))
     return messages
 
 
@@ -227,14 +236,14 @@ def _system_message(record: SourceRecord, roles: Sequence[str]) -> list[ChatMess
 def _history(record: SourceRecord) -> list[tuple[str, str]]:
     """Return the pairs of question and answer before a record's own."""
     pairs = record.value.get("history") or []
-    is_known = isinstance(pairs, list) and all(_is_pair(pair) for pair in pairs)
+    is_known = isinstance(pairs, list) and all(map(_is_pair, pairs))
     if not is_known:
         raise UserError(
             "history has another form",
             where=record.where,
             expected="a list of [question, answer]",
         )
-    return [(str(question), str(answer)) for question, answer in pairs]
+    return [(question, answer) for question, answer in pairs]
 
 
 def _is_pair(value: Any) -> bool:

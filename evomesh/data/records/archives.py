@@ -99,22 +99,27 @@ def _open_zip_members(
 def _open_tar_members(
     path: Path, members: Sequence[ArchiveMember]
 ) -> Iterator[IO[bytes]]:
-    in_stored_order = all(
-        first.offset < second.offset for first, second in pairwise(members)
-    )
     with ExitStack() as stack:
         stream = stack.enter_context(_open_tar_stream(path))
-        if archive_kind(path) == "tar.gz" and not in_stored_order:
+        if archive_kind(path) == "tar.gz" and not _are_in_stored_order(members):
             # Every step back in a gzip stream decompresses it from the start again, so
             # decompress it once, up to the end of the last member.
             end = max(member.offset + member.size for member in members)
-            stream = stack.enter_context(spilled(stream, end, str(path)))
+            copy = spilled(stream, end, str(path))
+            stream = stack.enter_context(copy)
         tar = stack.enter_context(tarfile.open(fileobj=stream, mode="r:"))
         for member in members:
+            # The place is known from listing the archive, so that no header is read
+            # again.
             info = tarfile.TarInfo(member.name)
             info.size = member.size
             info.offset_data = member.offset
             yield cast(IO[bytes], tar.extractfile(info))
+
+
+def _are_in_stored_order(members: Sequence[ArchiveMember]) -> bool:
+    pairs = pairwise(member.offset for member in members)
+    return all(first < second for first, second in pairs)
 
 
 @contextmanager
@@ -188,25 +193,27 @@ def _read_to_end(tar: tarfile.TarFile, path: Path, count: int) -> int:
 def _zip_members(path: Path) -> list[ArchiveMember]:
     with zipfile.ZipFile(path) as archive:
         files = [info for info in archive.infolist() if not info.is_dir()]
-    encrypted = [info.filename for info in files if info.flag_bits & 1]
-    if encrypted:
-        raise UserError(
-            f"the member {encrypted[0]} is encrypted",
-            where=str(path),
-            fix="unpack the archive with its password first",
-        )
-    # The sizes are those of the directory: zipfile reads no member past its size. Members
-    # that share their bytes are found by their sum.
+    members = []
+    unpacked_bytes = 0
     for info in files:
-        if info.file_size > unpack_limit(info.compress_size):
-            raise unpacks_too_far(f"{path}/{info.filename}", info.compress_size)
+        if info.flag_bits & 1:
+            raise UserError(
+                f"the member {info.filename} is encrypted",
+                where=str(path),
+                fix="unpack the archive with its password first",
+            )
+        # The size is that of the directory: zipfile reads no member past it.
+        packed = info.compress_size
+        if info.file_size > unpack_limit(packed):
+            raise unpacks_too_far(f"{path}/{info.filename}", packed)
+        unpacked_bytes += info.file_size
+        member = ArchiveMember(info.filename, info.file_size, packed)
+        members.append(member)
+    # Members may share their bytes, each of them within its limit: the sum tells.
     archive_bytes = path.stat().st_size
-    if sum(info.file_size for info in files) > unpack_limit(archive_bytes):
+    if unpacked_bytes > unpack_limit(archive_bytes):
         raise unpacks_too_far(str(path), archive_bytes)
-    return [
-        ArchiveMember(info.filename, info.file_size, info.compress_size)
-        for info in files
-    ]
+    return members
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:

@@ -71,9 +71,8 @@ class _RecodedStream(io.RawIOBase):
             block = self._stream.read(BLOCK_BYTES)
             self._at_end = not block
             self._ready = self._decode(block).encode(UTF8, "surrogatepass")
-        target = memoryview(buffer)
-        count = min(len(target), len(self._ready))
-        target[:count] = self._ready[:count]
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
         self._ready = self._ready[count:]
         return count
 

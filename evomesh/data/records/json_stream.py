@@ -23,6 +23,12 @@ STRING = re.compile(
 )
 STRUCTURE = b"[{]},"
 NOT_STRUCTURE = bytes(set(range(256)) - set(STRUCTURE))
+# What each byte adds to the depth. Outside its strings {"a":[1],"b" is { [ ] , whose
+# steps are 1 1 -1 0, and a list at depth 0 is at the depths 1 2 1 1 after them.
+STEP_OF_BYTE = np.zeros(256, np.int64)
+STEP_OF_BYTE[list(b"[{")] = 1
+STEP_OF_BYTE[list(b"]}")] = -1
+STEP_OF_BYTE.flags.writeable = False
 
 
 def read_elements(stream: IO[bytes], path: str) -> Iterator[Any]:
@@ -118,23 +124,20 @@ class _GuardedStream:
 
     def _check_depth(self, block: bytes) -> None:
         """Follow the nesting through a block, and count the elements that end in it."""
-        structure = self._strip_strings(block).translate(None, NOT_STRUCTURE)
+        outside = self._strip_strings(block)
+        structure = outside.translate(None, NOT_STRUCTURE)
         if not structure:
             return
-        # The depth after each sign: of {"a":[1],"b" outside strings, { [ ] , are left,
-        # and a list at depth 0 gives 1 2 1 1.
         signs = np.frombuffer(structure, np.uint8)
-        is_open = (signs == ord("[")) | (signs == ord("{"))
-        is_close = (signs == ord("]")) | (signs == ord("}"))
-        steps = is_open.astype(np.int64) - is_close
-        depths = self._depth + np.cumsum(steps)
+        depths = self._depth + np.cumsum(STEP_OF_BYTE[signs])
 
         # A comma of the list itself ends an element.
         is_end = (signs == ord(",")) & (depths == 0)
         ended = np.cumsum(is_end)
-        too_deep = np.flatnonzero(depths > limits.MAX_NESTING)
-        if len(too_deep):
-            self._seen += int(ended[too_deep[0]])
+        is_too_deep = depths > limits.MAX_NESTING
+        if is_too_deep.any():
+            first = is_too_deep.argmax()
+            self._seen += int(ended[first])
             raise limits.record_too_deep(self._where_read)
         self._depth = int(depths[-1])
         self._seen += int(ended[-1])

@@ -92,9 +92,11 @@ def read_raw_lines(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord
         yield from read_records(stream, file)
     elif file.format == "json":
         for record in read_records(stream, file):
-            yield SourceRecord(json.dumps(record.value), record.where)
+            text = json.dumps(record.value)
+            yield SourceRecord(text, record.where)
     else:
-        yield from _with_place(_raw_lines(stream, file), file)
+        lines = _raw_lines(stream, file)
+        yield from _with_place(lines, file)
 
 
 def _raw_lines(stream: IO[bytes], file: SourceFile) -> Iterator[SourceRecord]:

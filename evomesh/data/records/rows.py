@@ -76,20 +76,18 @@ def find_split_files(
     # 1. The files below the folder that belong to the subset.
     root = _find_folder(folder, key)
     names = _list_names(root, key)
-    files = list(names) if subset is None else _select_subset(names, subset, root)
+    files = _select_subset(names, subset, root)
 
     # 2. Those of the split.
-    split_of_file = _find_splits(files, names, subset, split, root)
-    splits = sorted(set(split_of_file.values()))
-    chosen = choose_split(splits, split, purpose, root)
-    selected = [
-        file for file, name in split_of_file.items() if chosen in (name, ALL_SPLITS)
-    ]
+    splits = _find_splits(files, names, subset, split, root)
+    distinct = sorted(set(splits.values()))
+    chosen = choose_split(distinct, split, purpose, root)
+    selected = [file for file, name in splits.items() if chosen in (name, ALL_SPLITS)]
 
     # 3. Those of one format, and what a user might not expect of the choice.
     selected, warnings = _choose_format(selected, root)
     if purpose == "train" and split is None:
-        split_of_name = {names[file]: name for file, name in split_of_file.items()}
+        split_of_name = {names[file]: name for file, name in splits.items()}
         warnings += _warn_left_out(split_of_name, chosen)
     return selected, warnings
 
@@ -107,20 +105,21 @@ def _list_names(root: Path, key: str) -> dict[SourceFile, Path]:
 
 
 def _select_subset(
-    names: Mapping[SourceFile, Path], subset: str, root: Path
+    names: Mapping[SourceFile, Path], subset: str | None, root: Path
 ) -> list[SourceFile]:
-    """Return the files of a format, or inside a folder or archive."""
-    wanted = Path(subset).parts
-
-    def is_inside(name: Path) -> bool:
-        return len(name.parts) > len(wanted) and name.parts[: len(wanted)] == wanted
-
-    files = [
-        file for file, name in names.items() if file.format == subset or is_inside(name)
-    ]
+    """Return the files of a format, or inside a folder or archive; all of them without a subset."""
+    if subset is None:
+        return list(names)
+    files = []
+    for file, name in names.items():
+        is_inside = Path(subset) in name.parents
+        if file.format == subset or is_inside:
+            files.append(file)
     if files:
         return files
-    choices = f"one of the formats {', '.join(sorted({file.format for file in names}))}"
+
+    formats = sorted({file.format for file in names})
+    choices = f"one of the formats {', '.join(formats)}"
     folders = sorted({name.parts[0] for name in names.values() if len(name.parts) > 1})
     if folders:
         choices += f", or one of {', '.join(folders[:8])}"
@@ -172,14 +171,15 @@ def _choose_format(
 
     What is inside an archive was put there together, and is all read.
     """
-    counts = Counter(_reader(file) for file in files if file.member is None)
+    plain_files = [file for file in files if file.member is None]
+    counts = Counter(map(_reader, plain_files))
     if len(counts) < 2:
         return list(files), []
 
-    def rank(reader: str) -> tuple[int, int]:
-        return counts[reader], -PREFERRED.index(reader)
-
-    main = max(counts, key=rank)
+    # Of equally many files, those of the format that is first in PREFERRED: ``max``
+    # returns the first of equals.
+    formats = sorted(counts, key=PREFERRED.index)
+    main = max(formats, key=counts.__getitem__)
     listed = ", ".join(f"{counts[reader]} {reader}" for reader in sorted(counts))
     warning = (
         f"{root} mixes formats ({listed}); only the {main} files are read; "
@@ -329,14 +329,14 @@ class RowStream:
 
     def _rows(self, file: int, row: int) -> Iterator[tuple[SourceRecord, int, int]]:
         """Yield each record from a position on, with the numbers of its file and row."""
-        for file_number, (opened, stream, _) in enumerate(
-            open_files(self.files[file:]), file
-        ):
-            first = row if file_number == file else 0
-            for row_number, record in enumerate(
-                read_records_from(stream, opened, first), first
-            ):
-                yield record, file_number, row_number
+        # Only the first file is entered in the middle.
+        first_row = row
+        for opened, stream, _ in open_files(self.files[file:]):
+            records = read_records_from(stream, opened, first_row)
+            for number, record in enumerate(records, first_row):
+                yield record, file, number
+            first_row = 0
+            file += 1
 
     def _text(self, record: SourceRecord) -> str:
         try:

@@ -173,11 +173,14 @@ def list_source_files(folder: Path) -> list[SourceFile]:
     """
     found: list[SourceFile] = []
     for directory, folders, names in os.walk(folder, followlinks=True):
-        # As datasets does: .git, .cache and what editors leave are no data.
-        folders[:] = sorted(name for name in folders if not name.startswith(HIDDEN))
+        # As datasets does: .git, .cache and what editors leave are no data. ``os.walk``
+        # enters what is left in its list, in that order.
+        visible = [name for name in folders if not name.startswith(HIDDEN)]
+        folders[:] = sorted(visible)
         for name in sorted(names):
+            path = Path(directory, name)
             if not name.startswith("."):
-                found += _source_files_at(Path(directory) / name)
+                found += _source_files_at(path)
     return found
 
 
@@ -198,20 +201,21 @@ def _source_files_at(path: Path) -> list[SourceFile]:
 
 def _classify(path: Path, member: ArchiveMember | None) -> SourceFile | None:
     """Return the input file, or None if its name has no known format."""
-    name = Path(member.name).name if member else path.name
+    name = path.name
+    if member:
+        name = Path(member.name).name
+        if name.startswith(APPLE_DOUBLE_PREFIX):
+            return None
     if name in METADATA_FILES or name.endswith(FINGERPRINT_SUFFIX):
-        return None
-    if member and name.startswith(APPLE_DOUBLE_PREFIX):
         return None
     # "texts.jsonl.gz" is of the format "jsonl", compressed with "gz".
     parts = name.lower().split(".")
     compression = ""
     if parts[-1] in COMPRESSIONS:
         compression = parts.pop()
-    if len(parts) < 2:
-        return None
-    file_format = parts[-1]
-    if file_format not in FORMATS:
+    # A name without a dot, such as "json", has no format.
+    *stem, file_format = parts
+    if not stem or file_format not in FORMATS:
         return None
     return SourceFile(path, file_format, compression, member)
 
@@ -230,13 +234,14 @@ def open_files(
     def path_and_kind(file: SourceFile) -> tuple[Path, bool]:
         return file.path, file.member is None
 
+    # An archive may also be named as a plain file, hence the kind in the key.
     for (path, is_plain), group in groupby(files, key=path_and_kind):
-        if is_plain:
-            for file in group:
-                with _open(path) as raw, _readable(file, raw) as stream:
-                    yield file, stream, raw
-        else:
+        if not is_plain:
             yield from _open_archived(path, list(group))
+            continue
+        for file in group:
+            with _open(path) as raw, _readable(file, raw) as stream:
+                yield file, stream, raw
 
 
 def _open_archived(

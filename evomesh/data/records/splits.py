@@ -31,11 +31,13 @@ def read_saved_splits(root: Path) -> dict[Path, list[str]]:
     """Return the split names of each folder below ``root`` that ``datasets`` saved; each split is a subfolder."""
     saved = {}
     for path in sorted(root.rglob("dataset_dict.json")):
+        # A file of another kind with this name is no error: it lists no splits.
         try:
             names = json.loads(path.read_bytes())["splits"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
-        saved[path.parent.relative_to(root)] = [str(name) for name in names]
+        folder = path.parent.relative_to(root)
+        saved[folder] = list(map(str, names))
     return saved
 
 
