@@ -9,7 +9,7 @@ Shapes: T packed tokens, N targets, D model, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -54,6 +54,14 @@ class TextScore:
 
     logprob: float
     is_greedy: bool
+
+
+@dataclass
+class PendingAnswer:
+    """An answer that is being generated: the strings that end it, and its ids so far."""
+
+    stops: list[str]
+    ids: list[int] = field(default_factory=list)
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
@@ -133,6 +141,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
         """Return the log-likelihood of whole texts, in windows of the context length; each token is scored once."""
+        # The windows overlap by one token of context only: of the tokens 1 .. 7 with a
+        # context length of 3, they score 1 2 3, 4 5 6 and 7.
         windows: list[tuple[None, list[int], list[int]]] = []
         owners: list[int] = []  # number of the request that each window belongs to
         for number, request in enumerate(requests):
@@ -222,7 +232,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
             max(lengths),
         )
 
-        # 2. The rows that predict targets are the last ones of each request.
+        # 2. The rows that predict targets are the last ones of each request: the inputs
+        #    1 2 3 and 4 5 with the targets 3 9 and 6 are packed as 1 2 3 4 5, and the
+        #    rows 1, 2 and 4 predict 3, 9 and 6.
         packed: list[int] = []
         packed_targets: list[int] = []
         rows: list[int] = []
@@ -233,9 +245,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
             rows += range(end - len(request.targets), end)
         ids = torch.tensor(packed, device=device)
         targets = torch.tensor(packed_targets, device=device)
+        predicting = torch.tensor(rows, device=device)
         hidden = self.model(ids, bounds)
-        predicting = hidden[torch.tensor(rows, device=device)]
-        logprobs, is_top = self._score_targets(predicting, targets)
+        logprobs, is_top = self._score_targets(hidden[predicting], targets)
 
         # 3. Sum over the targets of each request.
         scores: dict[int, TextScore] = {}
@@ -279,38 +291,31 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         engine = GenerationEngine(
             self.model, slots=slots, context_length=context_length
         )
-        answers: list[list[int]] = [[] for _ in requests]
-        stops: list[list[str]] = []
-        numbers: dict[int, int] = {}  # the engine's request -> ours
+        answers: dict[int, PendingAnswer] = {}  # by the engine's number of the request
         for number, request in enumerate(requests):
             prompt, options = request.args
-            sampling, until = self._sampling_params(options)
-            stops.append(until)
+            sampling, stops = self._sampling_params(options)
             assert sampling.max_new_tokens is not None
+            # As the harness's own backend does, a prompt loses its beginning.
             max_prompt_tokens = context_length - sampling.max_new_tokens
-            ids = self.tok_encode(prompt)
-            ids = ids[-max_prompt_tokens:]
+            ids = self.tok_encode(prompt)[-max_prompt_tokens:]
             stream = (sampling.seed, number)
             engine_number = engine.add(ids, sampling, stream)
-            numbers[engine_number] = number
+            answers[engine_number] = PendingAnswer(stops)
 
         # 2. Collect their tokens until a stop string or the end.
-        with tqdm(
-            total=len(requests), desc="answers", disable=disable_tqdm
-        ) as progress:
+        progress_bar = tqdm(total=len(requests), desc="answers", disable=disable_tqdm)
+        with progress_bar as progress:
             while engine.active:
                 for token in engine.step():
-                    number = numbers[token.request]
+                    answer = answers[token.request]
                     if token.finish != "stop":
-                        answers[number].append(token.id)
-                    stopped = self._has_stop(answers[number], stops[number])
+                        answer.ids.append(token.id)
+                    stopped = self._has_stop(answer)
                     if stopped:
                         engine.cancel(token.request)
                     progress.update(bool(stopped or token.finish))
-        return [
-            self._text_before(answer, until)
-            for answer, until in zip(answers, stops, strict=True)
-        ]
+        return [self._text_before_stop(answer) for answer in answers.values()]
 
     def _sampling_params(
         self, options: dict[str, Any]
@@ -334,14 +339,14 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
             **given, max_new_tokens=max_new_tokens, eos_ids=self.eos_ids
         ), until
 
-    def _has_stop(self, answer: list[int], stops: list[str]) -> bool:
-        if not stops:
+    def _has_stop(self, answer: PendingAnswer) -> bool:
+        if not answer.stops:
             return False
-        text = self.text_tokenizer.decode(answer)
-        return any(stop in text for stop in stops)
+        text = self.text_tokenizer.decode(answer.ids)
+        return any(stop in text for stop in answer.stops)
 
-    def _text_before(self, answer: list[int], stops: list[str]) -> str:
-        text = self.text_tokenizer.decode(answer)
-        for stop in stops:
+    def _text_before_stop(self, answer: PendingAnswer) -> str:
+        text = self.text_tokenizer.decode(answer.ids)
+        for stop in answer.stops:
             text = text.split(stop)[0]
         return text

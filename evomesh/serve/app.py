@@ -232,10 +232,12 @@ class ApiRoutes:
     def _echo(self, api_request: ApiRequest) -> Echo | None:
         if not isinstance(api_request, CompletionRequest) or not api_request.echo:
             return None
-        has_text = isinstance(api_request.prompts[0], str)
-        silent_tokens = (
-            len(leading_bos(self.service.model.tokenizer)) if has_text else 0
-        )
+        # The client did not write the bos in front of a text; in a list of ids, all are
+        # the client's.
+        silent_tokens = 0
+        if isinstance(api_request.prompts[0], str):
+            bos = leading_bos(self.service.model.tokenizer)
+            silent_tokens = len(bos)
         return Echo(silent_tokens, only_prompt=api_request.max_tokens == 0)
 
     async def _record(self, answer: ApiAnswer, deltas: DeltaStream) -> DeltaStream:

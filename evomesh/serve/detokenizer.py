@@ -122,15 +122,7 @@ class Detokenizer:
     def push(self, token: GeneratedToken) -> TextDelta:
         """Take the next token and return the text that is now complete; after a ``finish``, push no more."""
         self._tokens += 1
-        score = TokenScore(token.id, token.logprob, token.top)
-        has_score = token.logprob is not None
-        is_text = token.finish != "stop"  # the id that ends an answer is a mark
-        if is_text:
-            self._append(score, with_score=has_score)
-        self._held_back += self._decode_new(flush=bool(token.finish))
-        if not is_text and has_score and self._score_end:
-            scored_end = replace(self._score(score), content=b"")
-            self._scored.append(scored_end)
+        self._take(token)
 
         # The first complete stop string ends the answer.
         positions = [self._held_back.find(stop) for stop in self._stops]
@@ -151,6 +143,19 @@ class Detokenizer:
         text = self._held_back[:complete]
         scored = self._take_scored(before=complete)
         return self._emit(text, "", scored)
+
+    def _take(self, token: GeneratedToken) -> None:
+        """Add a generated token's text to what is held back, and its score to those of that text."""
+        score = TokenScore(token.id, token.logprob, token.top)
+        has_score = token.logprob is not None
+        is_text = token.finish != "stop"  # the id that ends an answer is a mark
+        if is_text:
+            self._append(score, with_score=has_score)
+        self._held_back += self._decode_new(flush=bool(token.finish))
+        # The mark comes after all text, which the flush has just completed.
+        if not is_text and has_score and self._score_end:
+            scored_end = replace(self._score(score), content=b"")
+            self._scored.append(scored_end)
 
     def _append(self, score: TokenScore, with_score: bool) -> None:
         """Add a token to those that are no text yet."""
@@ -178,6 +183,9 @@ class Detokenizer:
 
     def _decode_new(self, flush: bool) -> str:
         """Return the text of the new tokens, if it consists of whole characters or must be flushed; else ""."""
+        # Tokenizers decode a text, not a token: a space or a character may need the
+        # tokens before it. So the new text is the difference of two texts with the same
+        # beginning.
         known_ids = self._ids[self._start : self._read]
         all_ids = self._ids[self._start :]
         known = self._tokenizer.decode(known_ids)
@@ -204,17 +212,19 @@ class Detokenizer:
         joined = b"".join(scored.content for scored in group)
         # Bytes that are no character stay as they are. Decoders differ in how many
         # marks they write for them.
-        if _collapse_marks(joined.decode(errors="replace")) == _collapse_marks(text):
+        decoded = joined.decode(errors="replace")
+        if _collapse_marks(decoded) == _collapse_marks(text):
             return
+        # The first word of a text loses the space that its token has inside one. After
+        # any other change only the sum is known: it goes to the last token.
+        new_content = text.encode()
         contents = [scored.content for scored in group]
-        if joined.removeprefix(b" ") == text.encode():  # the first word of a text
+        if joined.removeprefix(b" ") == new_content:
             contents[0] = contents[0].removeprefix(b" ")
         else:
-            contents = [b""] * (count - 1) + [text.encode()]
-        self._scored[-count:] = [
-            replace(scored, content=content)
-            for scored, content in zip(group, contents, strict=True)
-        ]
+            contents = [b""] * (count - 1) + [new_content]
+        matched = map(_with_content, group, contents)
+        self._scored[-count:] = matched
 
     def _take_scored(self, before: int | None = None) -> list[ScoredToken]:
         """Remove and return the scored tokens that begin in the next ``before`` characters; None: all."""
@@ -238,6 +248,10 @@ class Detokenizer:
         self._held_back = self._held_back[len(text) :]
         self._emitted_characters += len(text)
         return TextDelta(text, self._tokens, scored, finish)
+
+
+def _with_content(scored: ScoredToken, content: bytes) -> ScoredToken:
+    return replace(scored, content=content)
 
 
 def _collapse_marks(text: str) -> str:

@@ -49,15 +49,15 @@ class BoundedProtocol(H11Protocol):
         # whose parsing would keep all other connections waiting for half a second.
         transport.max_size = READ_BYTES  # type: ignore[attr-defined]
         self._follow_waiting()
+        # Too many wait, this one included: the one that has waited longest makes room.
         waiting: dict[BoundedProtocol, float] = {}
         for connection in self.connections:
-            if (
-                isinstance(connection, BoundedProtocol)
-                and connection.waiting_since is not None
-            ):
+            assert isinstance(connection, BoundedProtocol)
+            if connection.waiting_since is not None:
                 waiting[connection] = connection.waiting_since
         if len(waiting) > max_waiting():
-            min(waiting, key=waiting.__getitem__).close_waiting()
+            longest = min(waiting, key=waiting.__getitem__)
+            longest.close_waiting()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -174,6 +174,8 @@ class GracefulServer(uvicorn.Server):
             sys.setswitchinterval(usual)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # uvicorn alone would wait for all answers, or cut them off without a word. Here
+        # they may finish, then end with an error event, then are cut off.
         loop = asyncio.get_running_loop()
         ending = loop.call_later(STOP_SECONDS, self._end_answers)
         closing = loop.call_later(STOP_SECONDS + CLOSE_SECONDS, self._close_connections)

@@ -63,6 +63,8 @@ class Submission:
             event = await self.events.get()
             if isinstance(event.token, Exception):
                 raise event.token
+            # Tokens of a closed request may still arrive: the engine generated them
+            # before it read that nobody wants more.
             if event.index in self.open:
                 return event.index, event.token
 
@@ -133,6 +135,8 @@ class EngineLoop:
         self.builders = builders
         self.commands: SimpleQueue[_Command] = SimpleQueue()
         self._engines: dict[RotaryType, GenerationEngine] = {}
+        # Both ways: tokens come with the engine's number of a request, cancellations
+        # with the submission's.
         self._owners: dict[_EngineHandle, tuple[Submission, int]] = {}
         self._handles: dict[tuple[Submission, int], _EngineHandle] = {}
         self._thread = Thread(target=self._run, name="engine", daemon=True)
@@ -258,18 +262,21 @@ class EngineLoop:
     def _discard_engine(self, rotary_type: RotaryType, failure: EngineError) -> None:
         """Drop an engine and give everyone who waits for it the reason."""
         del self._engines[rotary_type]
-        events: list[_TokenEvent] = []
-        for handle, (submission, index) in list(self._owners.items()):
-            if handle.rotary_type == rotary_type:
-                self._forget(handle)
-                events.append(_TokenEvent(submission, index, failure))
+        lost = [handle for handle in self._owners if handle.rotary_type == rotary_type]
+        events = []
+        for handle in lost:
+            submission, index = self._owners[handle]
+            event = _TokenEvent(submission, index, failure)
+            events.append(event)
+            self._forget(handle)
         self._post(events)
 
     def _post(self, events: Sequence[_TokenEvent]) -> None:
         """Pass events to their event loops; each loop is woken once for all its events of a step."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[_TokenEvent]] = defaultdict(list)
+        by_loop = defaultdict(list)
         for event in events:
-            by_loop[event.submission.event_loop].append(event)
+            event_loop = event.submission.event_loop
+            by_loop[event_loop].append(event)
         for event_loop, its_events in by_loop.items():
             try:
                 event_loop.call_soon_threadsafe(_enqueue, its_events)

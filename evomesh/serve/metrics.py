@@ -76,19 +76,21 @@ class MetricsMiddleware:
     """
 
     def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
-        self.app, self.metrics = app, metrics
+        self.app = app
+        self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        requests = self.metrics.requests
-
         async def send_and_count(message: Message) -> None:
             if message["type"] == "http.response.start":
-                # Set by the router, if there is one for the path.
-                route = scope.get("route")
-                path = getattr(route, "path", "")
-                if path:
-                    status = str(message["status"])
-                    requests.labels(path, status).inc()
+                self._count(scope, str(message["status"]))
             await send(message)
 
         await self.app(scope, receive, send_and_count)
+
+    def _count(self, scope: Scope, status: str) -> None:
+        """Count a response under the path of its route, of which there are few: a client can invent any path."""
+        # The router sets it, if it has a route for the path.
+        route = scope.get("route")
+        path = getattr(route, "path", "")
+        if path:
+            self.metrics.requests.labels(path, status).inc()

@@ -234,11 +234,12 @@ class ChatPage:
         needle = NEEDLE.format(key=key)
 
         # Fill up with lines of hay, and put the needle after an eighth of them.
-        other_tokens = len(service.text_ids(needle + QUESTION))
-        hay_tokens = min(desired_tokens, max_tokens) - other_tokens
-        tokens_per_line = len(service.text_ids(HAY))
-        lines = [HAY] * max(2, hay_tokens // tokens_per_line)
-        lines.insert(len(lines) // 8, needle)
+        other_ids = service.text_ids(needle + QUESTION)
+        hay_tokens = min(desired_tokens, max_tokens) - len(other_ids)
+        ids_of_line = service.text_ids(HAY)
+        num_lines = max(2, hay_tokens // len(ids_of_line))
+        lines = [HAY] * num_lines
+        lines.insert(num_lines // 8, needle)
         return "".join(lines) + QUESTION
 
 
@@ -436,8 +437,9 @@ def _connect_completion_tab(
     settings: list[Any],
     status: gr.Markdown,
 ) -> None:
+    asked = [tab.prompt, *settings]
     shown = [tab.completion, status]
-    tab.complete.click(page.complete_text, [tab.prompt, *settings], shown, **STREAMING)
+    tab.complete.click(page.complete_text, asked, shown, **STREAMING)
     tab.stop.click(page.stop_answer, None, None, **IMMEDIATE)
     tab.example.click(page.long_text, None, tab.prompt, **IMMEDIATE)
 

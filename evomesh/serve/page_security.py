@@ -83,30 +83,36 @@ class GradioGuard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        # Every request is one of three kinds: a login, a call, or the reading of a path.
         path = scope["path"]
-        method = scope["method"]
-        headers = Headers(scope=scope)
-        if method == "POST" and path == LOGIN_PATH:
-            send = self._check_login(scope, headers, send)
-        elif method == "POST" and path in CALL_PARSERS:
-            check_same_site(headers)
-            received = await read_body(Request(scope, receive), self.max_body_bytes)
-            # Gradio gets a new body, which holds nothing but what was checked.
-            body = await run_in(self.parser, _checked_call, path, received)
-            scope = _with_content_length(scope, len(body))
-            receive = _replay(body, receive)
-        elif method not in ("GET", "HEAD") or not is_readable(path):
-            raise ApiError(404, "the page has no such route", code="not_found")
-        elif path.startswith("/gradio_api/") or path == "/logout":
-            check_same_site(headers)
+        is_post = scope["method"] == "POST"
+        if is_post and path == LOGIN_PATH:
+            send = self._check_login(scope, send)
+        elif is_post and path in CALL_PARSERS:
+            scope, receive = await self._check_call(scope, receive)
+        else:
+            _check_reading(scope)
         with self.streams.entered(scope):
-            await self._forward(scope, receive, PageResponse(send))
+            response = PageResponse(send)
+            await self._forward(scope, receive, response)
 
-    def _check_login(self, scope: Scope, headers: Headers, send: Send) -> Send:
+    def _check_login(self, scope: Scope, send: Send) -> Send:
         """Check a login, and return the channel for its answer, which counts wrong keys."""
+        headers = Headers(scope=scope)
         check_same_site(headers)
         check_form_size(headers)
         return send if self.gate is None else _with_limit(self.gate, scope, send)
+
+    async def _check_call(
+        self, scope: Scope, receive: Receive
+    ) -> tuple[Scope, Receive]:
+        """Check a call of one of the page's functions, and return what gradio gets in its place."""
+        check_same_site(Headers(scope=scope))
+        request = Request(scope, receive)
+        received = await read_body(request, self.max_body_bytes)
+        # Gradio gets a new body, which holds nothing but what was checked.
+        body = await run_in(self.parser, _checked_call, scope["path"], received)
+        return _with_content_length(scope, len(body)), _replay(body, receive)
 
     async def _forward(
         self, scope: Scope, receive: Receive, response: PageResponse
@@ -119,6 +125,20 @@ class GradioGuard:
                 raise
             # Gradio has sent the error as the last event of a stream.
             await response.send({"type": "http.response.body", "body": b""})
+
+
+def _check_reading(scope: Scope) -> None:
+    """Check a request that changes nothing.
+
+    Raises:
+        ApiError: 404: the page reads no such path; 403: it is sent for another site's page.
+    """
+    path = scope["path"]
+    if scope["method"] not in ("GET", "HEAD") or not is_readable(path):
+        raise ApiError(404, "the page has no such route", code="not_found")
+    # Other sites may link to the page itself, and load its pictures.
+    if path.startswith("/gradio_api/") or path == "/logout":
+        check_same_site(Headers(scope=scope))
 
 
 def is_readable(path: str) -> bool:
@@ -221,14 +241,15 @@ def message_text(message: Any) -> str:
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else [content]
-    texts: list[str] = []
-    for part in parts:
-        text = part.get("text") if isinstance(part, dict) else None
-        # Any further key could make gradio take the part for a file.
-        if not isinstance(text, str) or part != {"type": "text", "text": text}:
-            raise UserError("a message of the conversation contains more than text")
-        texts.append(text)
-    return "".join(texts)
+    return "".join(map(_part_text, parts))
+
+
+def _part_text(part: Any) -> str:
+    """Return the text of {"type": "text", "text": "..."}; any further key could make gradio take it for a file."""
+    text = part.get("text") if isinstance(part, dict) else None
+    if not isinstance(text, str) or part != {"type": "text", "text": text}:
+        raise UserError("a message of the conversation contains more than text")
+    return text
 
 
 def _check_value(value: Any) -> Any:

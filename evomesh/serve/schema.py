@@ -335,9 +335,11 @@ def _check_objects(value: dict[str, Any]) -> None:
 
 
 def _first_error(error: ValidationError) -> ApiError:
+    # All of them would take as long as the body is; the first is enough to go on with.
     first = error.errors(include_url=False, include_context=False)[0]
-    parts = [str(part) for part in first["loc"]]
-    key = ".".join(part for part in parts if not UNION_MEMBER.match(part))
+    parts = map(str, first["loc"])
+    names = [part for part in parts if not UNION_MEMBER.match(part)]
+    key = ".".join(names)
     message = first["msg"].removeprefix("Value error, ")
     if not key:  # a check of several keys names the one that it is about
         key, _, message = message.partition(": ")

@@ -147,9 +147,9 @@ class GenerationService:
             )
         # Tokenize the beginning of a long text; mostly that is too long already.
         length = self.limits.context_length
-        beginning = "".join(text[: length * PREFIX_CHARACTERS] for text in texts)[
-            : length * PREFIX_CHARACTERS
-        ]
+        most = length * PREFIX_CHARACTERS
+        beginnings = [text[:most] for text in texts]
+        beginning = "".join(beginnings)[:most]
         if len(beginning) < characters:
             (ids,) = self.model.tokenizer.encode_batch([beginning])
             if len(ids) > length + PREFIX_MARGIN:

@@ -52,24 +52,25 @@ class TokenTexts:
         return TokenText(text or self._tokenizer.token_name(token_id), content)
 
     def _content(self, token_id: int) -> bytes:
-        decode = self._tokenizer.decode
         name = self._tokenizer.token_name(token_id)
-        alone = decode([token_id])
-        # 1. A byte token of sentencepiece, such as "<0x0A>"; but a token may also have this as its text.
+        alone = self._tokenizer.decode([token_id])
+        # 1. A byte token of sentencepiece, such as "<0x0A>"; but a token may also have
+        #    this as its text.
         byte = BYTE_NAME.fullmatch(name)
         if byte is not None and alone != name:
             return bytes.fromhex(byte[1])
 
-        # 2. A name in which each symbol stands for a byte, as in byte-level BPE. A name that means something else does
-        #    not give the token's text.
+        # 2. A name in which each symbol stands for a byte, as in byte-level BPE. A name
+        #    that means something else does not give the token's text.
         symbols = [self._byte_of_symbol.get(symbol) for symbol in name]
         content = bytes(symbol for symbol in symbols if symbol is not None)
         is_complete = len(content) == len(symbols)
         if is_complete and content.decode(errors="replace") == alone:
             return content
 
-        # 3. Any other token. The beginning of a text may lose a space, so take the second of two.
-        twice = decode([token_id, token_id])
+        # 3. Any other token. The beginning of a text may lose a space, so take the
+        #    second of two.
+        twice = self._tokenizer.decode([token_id, token_id])
         second = twice[len(alone) :]
         return second.encode()
 

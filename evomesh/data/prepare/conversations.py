@@ -127,15 +127,24 @@ def tokenize_chats(
                 progress(bytes_read, done, tokens)
 
         # 4. All files are complete: give them their names.
+        _check_any_target(counts, len(held_out), writers, files, options)
         facts = describe_tokenizer(tokenizer) | {"options": asdict(options)}
         facts |= asdict(counts)
-        _check_any_target(counts, len(held_out), writers, files, options)
-        fingerprints = {}
-        for writer in writers:
-            all_sources = [*writer.previous.get("sources", []), *sources]
-            fingerprint = writer.commit(facts | {"sources": all_sources})
-            fingerprints[str(writer.path)] = fingerprint
+        fingerprints = _commit(writers, sources, facts)
     return fingerprints, counts
+
+
+def _commit(
+    writers: Sequence[BinWriter], sources: list[dict[str, Any]], facts: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Give the files their names; return the fingerprint of each by its path."""
+    fingerprints = {}
+    for writer in writers:
+        # A file that is appended to keeps the sources of what it held before.
+        all_sources = [*writer.previous.get("sources", []), *sources]
+        fingerprint = writer.commit(facts | {"sources": all_sources})
+        fingerprints[str(writer.path)] = fingerprint
+    return fingerprints
 
 
 def _check_any_target(
