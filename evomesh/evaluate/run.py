@@ -25,7 +25,7 @@ def find_tasks(tasks: Sequence[str]) -> TaskManager:
     """
     # It logs its defaults verbosely.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    # The index of the built-in tasks takes seconds to read: only for their names.
+    # The index of built-in tasks takes seconds to read: only where one of them is named.
     task_manager = TaskManager(
         include_defaults=any(not _is_file(task) for task in tasks)
     )

@@ -52,7 +52,8 @@ class BoundedProtocol(H11Protocol):
         # Too many wait, this one included: the one that has waited longest makes room.
         waiting: dict[BoundedProtocol, float] = {}
         for connection in self.connections:
-            assert isinstance(connection, BoundedProtocol)
+            if not isinstance(connection, BoundedProtocol):
+                continue
             if connection.waiting_since is not None:
                 waiting[connection] = connection.waiting_since
         if len(waiting) > max_waiting():

@@ -102,7 +102,7 @@ class KeyGate:
         if secrets.compare_digest(given, self._key):
             self.accept(client)
             return
-        # A digest, so that the memory of the server holds no key of anybody.
+        # A digest, so that nobody's secret stays in memory and a long one takes no room.
         digest = hashlib.sha256(given).digest()
         if digest == client.last_wrong:
             self._put_back(client)

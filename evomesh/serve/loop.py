@@ -113,6 +113,9 @@ class _TokenEvent:
     token: GeneratedToken | Exception
 
 
+_Owner = tuple[Submission, int]  # a request of a submission
+
+
 @dataclass(frozen=True)
 class _EngineHandle:
     """A request as its engine knows it."""
@@ -137,8 +140,8 @@ class EngineLoop:
         self._engines: dict[RotaryType, GenerationEngine] = {}
         # Both ways: tokens come with the engine's number of a request, cancellations
         # with the submission's.
-        self._owners: dict[_EngineHandle, tuple[Submission, int]] = {}
-        self._handles: dict[tuple[Submission, int], _EngineHandle] = {}
+        self._owners: dict[_EngineHandle, _Owner] = {}
+        self._handles: dict[_Owner, _EngineHandle] = {}
         self._thread = Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:

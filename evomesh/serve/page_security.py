@@ -136,7 +136,7 @@ def _check_reading(scope: Scope) -> None:
     path = scope["path"]
     if scope["method"] not in ("GET", "HEAD") or not is_readable(path):
         raise ApiError(404, "the page has no such route", code="not_found")
-    # Other sites may link to the page itself, and load its pictures.
+    # A link on another site may lead to the page itself.
     if path.startswith("/gradio_api/") or path == "/logout":
         check_same_site(Headers(scope=scope))
 

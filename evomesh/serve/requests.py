@@ -205,8 +205,8 @@ def _escaping(backslashes: np.ndarray) -> np.ndarray:
     # runs 3 4 5 and 9 begin at 3 3 3 and 9: an even distance from there escapes.
     begins_run = np.diff(backslashes, prepend=-2) > 1
     run_begins = np.maximum.accumulate(np.where(begins_run, backslashes, 0))
-    distance = backslashes - run_begins
-    return backslashes[distance % 2 == 0]
+    is_even = (backslashes - run_begins) % 2 == 0
+    return np.compress(is_even, backslashes)
 
 
 async def run_in(

@@ -335,7 +335,6 @@ def _check_objects(value: dict[str, Any]) -> None:
 
 
 def _first_error(error: ValidationError) -> ApiError:
-    # All of them would take as long as the body is; the first is enough to go on with.
     first = error.errors(include_url=False, include_context=False)[0]
     parts = map(str, first["loc"])
     names = [part for part in parts if not UNION_MEMBER.match(part)]
