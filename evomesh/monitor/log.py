@@ -1,4 +1,7 @@
-"""The run's log: one line format on the terminal and in the run folder, with secrets redacted in both."""
+"""The run's log: one line format on the terminal and in the run folder.
+
+Secrets are redacted in both.
+"""
 
 from __future__ import annotations
 
@@ -28,27 +31,29 @@ def setup_logging(
     shows: bool = True,
     console: Console | None = None,
 ) -> Console:
-    """Send the ``evomesh`` loggers to the terminal and, given a ``folder``, to ``folder/logs/RANK_NAME.log``.
+    """Send the ``evomesh`` loggers to the terminal and, given a folder, to a file in it.
 
     A second call replaces the handlers of the first: a run logs to the terminal until
     its folder is known.
 
     Args:
+        folder: of the run; its file is ``logs/RANK_NAME.log``.
         rank_name: for example ``dp=0_tp=0_pp=0``.
-        shows: whether this rank's lines appear on the terminal; otherwise only warnings and ``ALL_RANKS`` lines do.
-        console: shared with ``ProgressLine``, so that log lines are printed above the live line.
+        shows: whether this rank's lines appear on the terminal; otherwise only warnings
+            and ``ALL_RANKS`` lines do.
+        console: shared with ``ProgressLine``, so that log lines are printed above the
+            live line.
     """
     console = console or Console(file=sys.stdout)
-    terminal: logging.Handler = (
-        ConsoleHandler(console)
-        if console.is_terminal
-        else TerminalHandler(console.file)
-    )
-    terminal.addFilter(
-        lambda record: (
-            shows or record.levelno >= logging.WARNING or hasattr(record, "all_ranks")
-        )
-    )
+
+    def is_shown(record: logging.LogRecord) -> bool:
+        is_warning = record.levelno >= logging.WARNING
+        return shows or is_warning or hasattr(record, "all_ranks")
+
+    terminal: logging.Handler = TerminalHandler(console.file)
+    if console.is_terminal:
+        terminal = ConsoleHandler(console)
+    terminal.addFilter(is_shown)
     handlers = [terminal]
     if folder is not None:
         path = folder / "logs" / f"{rank_name}.log"
@@ -73,9 +78,13 @@ def close_logging() -> None:
 
 
 class TerminalHandler(logging.StreamHandler[IO[str]]):
-    """Handler of a pipe or file; silent once the reader has gone (``| head``) or the disk is full."""
+    """Handler of a pipe or file.
+
+    It is silent once the reader has gone (``| head``) or the disk is full.
+    """
 
     def handleError(self, record: logging.LogRecord) -> None:
+        # ``logging`` would print a traceback to stderr for each line that is lost.
         if isinstance(sys.exc_info()[1], OSError):
             discard(self.stream)
         else:
@@ -90,10 +99,11 @@ class ConsoleHandler(logging.Handler):
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
+        # The line as it is: ``[/rank0]`` in a path is not markup, and a line that rich
+        # had wrapped could not be copied whole.
+        line = self.format(record)
         try:
-            self._console.print(
-                self.format(record), markup=False, highlight=False, soft_wrap=True
-            )
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
         except (OSError, SystemExit):  # rich exits where the reader of a pipe has gone
             discard(self._console.file)
         except Exception:
@@ -101,7 +111,10 @@ class ConsoleHandler(logging.Handler):
 
 
 class LogFileHandler(logging.FileHandler):
-    """Handler of the log file in the run folder; a full disk is reported once, by the other handlers."""
+    """Handler of the log file in the run folder.
+
+    A full disk is reported once, by the other handlers.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, encoding="utf-8", errors="backslashreplace")

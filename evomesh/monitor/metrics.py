@@ -1,4 +1,7 @@
-"""The figures of one step: its log line, its object in ``metrics.jsonl``, and its model TFLOP/s."""
+"""The figures of one step.
+
+Its log line, its object in ``metrics.jsonl``, and its model TFLOP/s.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,8 @@ class StepRecord:
         largest_batch, smallest_batch: most and fewest segments in one micro-batch.
         adam_beta2: beta2 that this step used.
         fwd_bwd_time: seconds.
-        extras: more figures by name, for example ``acc``, ``perplexity``, ``loss/en``, ``val/en_loss``.
+        extras: more figures by name, for example ``acc``, ``perplexity``, ``loss/en``,
+            ``val/en_loss``.
     """
 
     tflops: float
@@ -57,51 +61,59 @@ class StepRecord:
 
     def values(self) -> dict[str, float]:
         """Return all figures under the names of the log line, in full precision."""
-        figures = {
-            item.name: getattr(self, item.name)
-            for item in fields(self)
-            if item.name != "extras"
-        }
-        named = {
-            TGS if name == "tgs" else name: value for name, value in figures.items()
-        }
-        return named | self.extras
+        figures: dict[str, float] = {}
+        for item in fields(self):
+            if item.name == "extras":
+                continue
+            # InternEvo's name of this figure is not an identifier.
+            name = TGS if item.name == "tgs" else item.name
+            figures[name] = getattr(self, item.name)
+        return figures | self.extras
 
     def line(self) -> str:
-        """Return ``tflops=...,step=...,loss=...,``: speed and time with two decimals, without validation figures."""
-        rounded = {TGS: round(self.tgs, 2), "fwd_bwd_time": round(self.fwd_bwd_time, 2)}
-        shown = self.values() | rounded
-        return ",".join(
-            f"{name}={value}"
-            for name, value in shown.items()
-            if not name.startswith("val/")
-        )
+        """Return ``tflops=...,step=...,loss=...,``.
+
+        Speed and time have two decimals, and validation figures are left out.
+        """
+        shown = self.values()
+        shown[TGS] = round(self.tgs, 2)
+        shown["fwd_bwd_time"] = round(self.fwd_bwd_time, 2)
+        parts = []
+        for name, value in shown.items():
+            if not name.startswith("val/"):
+                parts.append(f"{name}={value}")
+        return ",".join(parts)
 
 
 class MetricsFile:
-    """``metrics.jsonl``: one JSON object per step, written as soon as the step is done, no step twice.
+    """``metrics.jsonl``: one JSON object per step, no step twice.
 
-    Floats are written so that they read back exactly. JSON has no NaN and no infinity:
+    It is written as soon as the step is done. Floats are
+    written so that they read back exactly. JSON has no NaN and no infinity:
     these are written as the strings "NaN", "Infinity" and "-Infinity", which
     ``float()`` reads.
 
     Args:
         path: created with its folders if absent.
-        step: the next step. Objects of this step and later ones, which a resumed run writes again, are removed, and
-            so is a line that a crash left unfinished.
+        step: the next step. Objects of this step and later ones, which a resumed run
+            writes again, are removed, and so is a line that a crash left unfinished.
     """
 
     def __init__(self, path: Path, step: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
+        # The last checkpoint was of step 40 and the run was killed in step 47: of the
+        # lines 0 to 46 and half a line, 0 to 39 stay.
         kept_bytes = 0
         with path.open("a+b") as file:
             file.seek(0)
             for line in file:
                 is_torn = not line.endswith(b"\n")
-                if is_torn or _step_of(line) >= step:
+                is_redone = _step_of(line) >= step
+                if is_torn or is_redone:
                     break
                 kept_bytes += len(line)
+        # Unbuffered: a line is in the file even if the process is killed right after it.
         self._file = path.open("ab", buffering=0)
         self._file.truncate(kept_bytes)
         self._whole_bytes = kept_bytes  # of complete lines
@@ -110,16 +122,13 @@ class MetricsFile:
         """Append the object of one step.
 
         Raises:
-            OSError: the disk is full, or the file was removed. No part of the object stays in the file.
+            OSError: the disk is full, or the file was removed. No part of the object
+                stays in the file.
         """
         values = {}
         for name, value in record.values().items():
             values[name] = float_word(value)
-        text = json.dumps(
-            values,
-            ensure_ascii=False,
-            allow_nan=False,
-        )
+        text = json.dumps(values, ensure_ascii=False, allow_nan=False)
         line = text.encode(errors="backslashreplace") + b"\n"
         # A file without a name has no link, and what is written to it is lost.
         status = os.fstat(self._file.fileno())
@@ -136,7 +145,8 @@ class MetricsFile:
     def _append(self, line: bytes) -> None:
         view = memoryview(line)
         while view:  # a disk with little room takes a part
-            view = view[self._file.write(view) :]
+            count = self._file.write(view)
+            view = view[count:]
         self._whole_bytes += len(line)
 
     def close(self) -> None:
@@ -183,19 +193,27 @@ def model_tflops(
 
     Args:
         seconds: time of the whole step.
-        sequences: number of sequences of ``seq_len`` tokens in the global batch: micro_bsz * micro_num * data-parallel
-            size.
-        attention_width: number of query heads times their width; None: hidden_size, as in the formula.
-        attention_span: tokens that a token sees, the mean over the layers; None: seq_len, as without windows.
-        mlp_ratio: of the gated feed-forward network, whose three matrices make 1.5 times a plain one.
+        sequences: number of sequences of ``seq_len`` tokens in the global batch:
+            micro_bsz * micro_num * data-parallel size.
+        attention_width: number of query heads times their width; None: hidden_size, as
+            in the formula.
+        attention_span: tokens that a token sees, the mean over the layers; None:
+            seq_len, as without windows.
+        mlp_ratio: of the gated feed-forward network, whose three matrices make 1.5 times
+            a plain one.
     """
     passes = 4 if recompute else 3  # backward costs two forward passes
     tokens = sequences * seq_len
-    # One forward pass of one block: four attention projections and the feed-forward
-    # network, then scores and values.
+    # One forward pass of one block, 2 operations for each multiply and add:
+    #   four attention projections   tokens x 4 x D x width x 2
+    #   feed-forward network         tokens x 3 x D x F x 2, with F = mlp_ratio D, which
+    #                                the formula writes as 1.5 times a plain one
+    #   scores and values            tokens x 2 x span x width x 2
     width = attention_width or hidden_size
-    projections = (8 * width + 4 * 1.5 * mlp_ratio * hidden_size) * tokens * hidden_size
-    attention = 4 * tokens * (attention_span or seq_len) * width
+    span = attention_span or seq_len
+    feed_forward = 4 * 1.5 * mlp_ratio * hidden_size
+    projections = (8 * width + feed_forward) * tokens * hidden_size
+    attention = 4 * tokens * span * width
     # Forward and backward; it is never recomputed.
     head = 6 * tokens * hidden_size * vocab_size
     operations = passes * (projections + attention) * num_layers + head

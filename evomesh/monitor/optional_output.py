@@ -1,4 +1,7 @@
-"""Outputs that a run can do without: a full disk or a removed folder is logged once, and training continues."""
+"""Outputs that a run can do without.
+
+A full disk or a removed folder is logged once, and training continues.
+"""
 
 from __future__ import annotations
 
@@ -29,18 +32,18 @@ class OptionalOutput:
             write()
         except OSError as error:
             if not self.has_failed:
-                reason = f"{error.strerror or error}" + (
-                    f": {error.filename}" if error.filename else ""
-                )
-                outcome = (
-                    "some of it will be missing"
-                    if self.tries_again
-                    else "nothing more is written to it"
-                )
-                logger.warning(
-                    "cannot write %s (%s); %s, and training continues",
-                    self.name,
-                    reason,
-                    outcome,
-                )
+                self._warn(error)
             self.has_failed = True
+
+    def _warn(self, error: OSError) -> None:
+        file = f": {error.filename}" if error.filename else ""
+        outcome = "nothing more is written to it"
+        if self.tries_again:
+            outcome = "some of it will be missing"
+        logger.warning(
+            "cannot write %s (%s%s); %s, and training continues",
+            self.name,
+            error.strerror or error,
+            file,
+            outcome,
+        )

@@ -1,4 +1,7 @@
-"""A profile of a few steps: torch's trace, and a table of where the time goes that adds up to the step."""
+"""A profile of a few steps.
+
+It is torch's trace, and a table of where the time goes that adds up to the step.
+"""
 
 from __future__ import annotations
 
@@ -52,15 +55,21 @@ _OPERATIONS = {
 
 
 def region(kind: str) -> record_function:
-    """Return a context manager whose operations all count as ``kind``; next to free while nothing is profiled."""
+    """Return a context manager whose operations all count as ``kind``.
+
+    It costs next to nothing while nothing is profiled.
+    """
     return record_function(_REGION + kind)
 
 
 class StepProfile:
-    """Profiler of ``STEPS`` steps of a run after ``SKIPPED + WARM_UP`` others; call ``step`` after each step.
+    """Profiler of ``STEPS`` steps of a run after ``SKIPPED + WARM_UP`` others.
+
+    Call ``step`` after each step.
 
     Args:
-        folder: receives ``NAME.json``, for chrome://tracing or ui.perfetto.dev, and ``NAME.txt``, the table.
+        folder: receives ``NAME.json``, for chrome://tracing or ui.perfetto.dev, and
+            ``NAME.txt``, the table.
         name: name of this rank.
     """
 
@@ -105,22 +114,24 @@ class StepProfile:
         self._profiler.step()
 
     def _write(self, profiler: Any) -> None:
+        # torch calls this at its exit too, with no steps or with those already written.
         events = profiler.events()
         has_steps = any(event.name.startswith(_STEP) for event in events)
         if self.done or not has_steps:
             return
         self.done = True
-        self.folder.mkdir(parents=True, exist_ok=True)
-        trace_file = self.folder / f"{self.name}.json"
+        folder = self.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        trace_file = folder / f"{self.name}.json"
         profiler.export_chrome_trace(str(trace_file))
         seconds, total = seconds_by_kind(events)
         text = table(seconds, total)
-        table_file = self.folder / f"{self.name}.txt"
-        table_file.write_text(text + "\n")
-        logger.info("profile of %d steps, trace in %s\n%s", STEPS, self.folder, text)
+        table_file = folder / f"{self.name}.txt"
+        table_file.write_text(f"{text}\n")
+        logger.info("profile of %d steps, trace in %s\n%s", STEPS, folder, text)
 
 
-def seconds_by_kind(events: Iterable[Any]) -> tuple[dict[str, float], float]:
+def seconds_by_kind(all_events: Iterable[Any]) -> tuple[dict[str, float], float]:
     """Return the seconds of each of ``KINDS``, and of the steps, over all profiled steps.
 
     On a device, kernels are counted, each under the operation that launched it, and
@@ -128,30 +139,48 @@ def seconds_by_kind(events: Iterable[Any]) -> tuple[dict[str, float], float]:
     than the step and idle is 0. On the CPU, operations are counted, and idle is the
     time without an operation: mostly Python.
     """
-    events = list(events)
-    seconds = dict.fromkeys(KINDS, 0.0)
-    steps = [event for event in events if event.name.startswith(_STEP)]
-    total = _cpu_seconds(steps)
+    events = list(all_events)
+    total = _cpu_seconds(events, _STEP)
     on_device = any(event.kernels for event in events)
-    for event in events:
-        if _counts(event, on_device):
-            seconds[_kind(event)] += _microseconds(event, on_device) / 1e6
-    if on_device:  # while the host waits for data, the device is idle
-        waits = [event for event in events if event.name == _REGION + "data wait"]
-        seconds["data wait"] = _cpu_seconds(waits)
+    seconds = _seconds_of_operations(events, on_device)
+    if on_device:
+        # While the host waits for data the device is idle: no kernel shows it, only the
+        # region on the host does.
+        wait = f"{_REGION}data wait"
+        seconds["data wait"] = _cpu_seconds(events, wait)
     busy = sum(seconds.values())
-    seconds["idle"] = max(total - busy, 0.0)
+    idle = total - busy
+    seconds["idle"] = max(idle, 0.0)
     return seconds, total
 
 
-def _cpu_seconds(events: Iterable[Any]) -> float:
-    """Return the summed time of events, which have it in microseconds."""
-    microseconds: float = sum(event.cpu_time_total for event in events)
+def _seconds_of_operations(events: list[Any], on_device: bool) -> dict[str, float]:
+    """Return the seconds of each kind, without waiting and idle time."""
+    # Each operation counts with its own time, without those that it calls: mm within
+    # linear counts once.
+    seconds = dict.fromkeys(KINDS, 0.0)
+    for event in events:
+        if _counts(event, on_device):
+            kind = _kind(event)
+            seconds[kind] += _microseconds(event, on_device) / 1e6
+    return seconds
+
+
+def _cpu_seconds(events: list[Any], prefix: str) -> float:
+    """Return the summed time of the events whose name begins with ``prefix``."""
+    microseconds = 0.0
+    for event in events:
+        if event.name.startswith(prefix):
+            microseconds += event.cpu_time_total
     return microseconds / 1e6
 
 
 def _counts(event: Any, on_device: bool) -> bool:
-    """Return whether an event is an operation of the step, not a region or the work of a background thread."""
+    """Return whether an event is an operation of the step.
+
+    A region is none, and neither is the work of a background thread.
+    """
+    # Within a step everything of the main thread has the step as its ancestor.
     in_background = not on_device and not _ancestors(event)
     return not in_background and not event.name.startswith((_STEP, _REGION))
 
@@ -180,13 +209,25 @@ def _ancestors(event: Any) -> list[Any]:
 
 
 def _kind(event: Any) -> str:
-    """Return the kind of the outermost region around an event, else of the innermost operation that has one."""
-    names = [event.name, *(parent.name for parent in _ancestors(event))]
+    """Return the kind of the outermost region around an event.
+
+    Without a region it is that of the innermost operation that has one.
+    """
+    # Innermost first: aten::copy_ in aten::mm in "evomesh: loss" is part of the loss.
+    around = [event, *_ancestors(event)]
+    names: list[str] = [inner.name for inner in around]
     for name in reversed(names):
         if name.startswith(_REGION):
-            return str(name.removeprefix(_REGION))
+            return name.removeprefix(_REGION)
     for name in names:
-        for kind, parts in _OPERATIONS.items():
-            if any(part in name for part in parts):
-                return kind
+        kind = _kind_of_operation(name)
+        if kind is not None:
+            return kind
     return "other"
+
+
+def _kind_of_operation(name: str) -> str | None:
+    for kind, parts in _OPERATIONS.items():
+        if any(part in name for part in parts):
+            return kind
+    return None

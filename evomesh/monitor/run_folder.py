@@ -11,26 +11,32 @@ from evomesh.errors import UserError
 
 
 def run_folder(run: RunConfig, now: datetime) -> Path:
-    """Return ``RUN/{JOB_NAME}/{mm-dd-HH.MM.SS}``, or ``--run-dir``. All ranks of a run must pass the same time."""
-    return (
-        Path(run.run_dir)
-        if run.run_dir
-        else Path("RUN") / run.job_name / now.strftime("%m-%d-%H.%M.%S")
-    )
+    """Return ``RUN/{JOB_NAME}/{mm-dd-HH.MM.SS}``, or ``--run-dir``.
+
+    All ranks of a run must pass the same time.
+    """
+    if run.run_dir:
+        return Path(run.run_dir)
+    return Path("RUN") / run.job_name / now.strftime("%m-%d-%H.%M.%S")
 
 
 def rank_name(dp: int, tp: int, pp: int, main: bool = False) -> str:
-    """Return the name of a rank's log and TensorBoard folder; ``main_`` marks the rank that logs the loss."""
-    return f"{'main_' if main else ''}dp={dp}_tp={tp}_pp={pp}"
+    """Return the name of a rank's log and TensorBoard folder.
+
+    ``main_`` marks the rank that logs the loss.
+    """
+    prefix = "main_" if main else ""
+    return f"{prefix}dp={dp}_tp={tp}_pp={pp}"
 
 
 def tensorboard_folder(run: RunConfig, folder: Path, name: str) -> Path:
-    """Return the folder of one rank, in the config's ``tensorboard_folder`` or the run folder's ``tensorboards``."""
-    parent = (
-        Path(run.tensorboard_folder)
-        if run.tensorboard_folder
-        else folder / "tensorboards"
-    )
+    """Return the folder of one rank.
+
+    It is in the config's ``tensorboard_folder`` or the run folder's ``tensorboards``.
+    """
+    parent = folder / "tensorboards"
+    if run.tensorboard_folder:
+        parent = Path(run.tensorboard_folder)
     return parent / name
 
 

@@ -31,8 +31,12 @@ class TensorBoardWriter:
         # off.
         from torch.utils.tensorboard import SummaryWriter
 
-        if resume_from is not None and resume_from.resolve() != folder.resolve():
-            shutil.copytree(resume_from, folder, dirs_exist_ok=True)
+        if resume_from is not None:
+            is_other_folder = resume_from.resolve() != folder.resolve()
+            if is_other_folder:
+                shutil.copytree(resume_from, folder, dirs_exist_ok=True)
+        # An event file cannot be shortened like ``metrics.jsonl``: with ``purge_step``
+        # TensorBoard hides the points that a resumed run draws again. 0 would hide all.
         self._writer = SummaryWriter(str(folder), purge_step=step or None)
         self._queue = queue
         # (step, values) not yet written. SummaryWriter has a queue too, but it counts

@@ -17,7 +17,7 @@ from typing import IO
 
 @contextmanager
 def write_atomically(path: Path) -> Iterator[IO[bytes]]:
-    """Open a hidden file beside ``path`` for writing and rename it to ``path`` at the end of the block.
+    """Open a hidden file beside ``path`` and rename it to ``path`` at the end of the block.
 
     The folder is created. After an error in the block ``path`` is as before and the
     hidden file is gone; a killed process leaves ``.NAME.PID.part``.

@@ -13,7 +13,10 @@ from evomesh.errors import UserError
 
 
 class StorageError(UserError):
-    """The store refused or failed: says which path and why. One that is down has the exit code of a restart."""
+    """The store refused or failed: says which path and why.
+
+    One that is down has the exit code of a restart.
+    """
 
 
 class LockTakenError(StorageError):
@@ -106,7 +109,8 @@ class Storage(Protocol):
         """Make a whole small file appear at once and durably.
 
         Args:
-            token: names the writer: the temporary file of one never collides with that of another.
+            token: names the writer: the temporary file of one never collides with that
+                of another.
 
         Raises:
             FileExistsError: there is one.
@@ -129,7 +133,9 @@ class Storage(Protocol):
         """
 
     def exists(self, path: str) -> bool:
-        """Return whether the name is taken: on a disk by whatever it is, in an object store by an object.
+        """Return whether the name is taken.
+
+        On a disk anything takes it, in an object store only an object.
 
         Raises:
             OSError: nobody may look.
@@ -139,7 +145,10 @@ class Storage(Protocol):
         """Return whether a file or folder is a symbolic link; an object store has none."""
 
     def list(self, folder: str) -> list[str]:
-        """Return the sorted names in the folder, folders with a ``/`` at the end; [] when it is absent."""
+        """Return the sorted names in the folder, folders with a ``/`` at the end.
+
+        [] when it is absent.
+        """
 
     def delete(self, path: str) -> None:
         """Delete a file; an absent one is fine."""

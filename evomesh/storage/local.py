@@ -18,7 +18,10 @@ NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)
 
 
 class SystemCalls:
-    """The calls that change or sync files, one method each, so that a test can fail or count every one of them."""
+    """The calls that change or sync files, one method each.
+
+    A test can fail or count every one of them.
+    """
 
     def mkdir(self, path: str) -> None:
         os.mkdir(path)
@@ -63,7 +66,10 @@ def _regular(status: os.stat_result, path: str) -> os.stat_result:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Return whether an entry is a folder or a link to one; a link that leads in a circle is neither."""
+    """Return whether an entry is a folder or a link to one.
+
+    A link that leads in a circle is neither.
+    """
     try:
         return entry.is_dir()
     except OSError:
@@ -72,22 +78,28 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 class LocalWriter:
     def __init__(self, calls: SystemCalls, path: str) -> None:
-        self._calls, self._path = calls, path
+        self._calls = calls
+        self._path = path
         self._file = calls.create(path)
 
     def write(self, data: memoryview | bytes) -> None:
         view = memoryview(data)
         while view:  # one call may take less than all of it
-            view = view[self._calls.write(self._file, view) :]
+            count = self._calls.write(self._file, view)
+            view = view[count:]
 
     def finish(self) -> None:
+        # A network file system may report a full disk or a lost server only here or when
+        # the file is closed: both must have succeeded before a record names the file.
         self._calls.fsync(self._file)
-        file, self._file = self._file, -1
+        file = self._file
+        self._file = -1
         self._calls.close(file)
 
     def abort(self) -> None:
         if self._file >= 0:
-            file, self._file = self._file, -1
+            file = self._file
+            self._file = -1
             try:
                 self._calls.close(file)
             except OSError as error:
@@ -95,7 +107,10 @@ class LocalWriter:
 
 
 class LocalReader:
-    """Reads by ``preadv``: a file that shrinks gives an error here, where a mapped one would kill the process."""
+    """Reads by ``preadv``.
+
+    A file that shrinks gives an error here, where a mapped one would kill the process.
+    """
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -128,15 +143,26 @@ class LocalReader:
 
 
 class LocalLock:
-    """A POSIX record lock: the kernel drops it when the process ends, and a forked child does not inherit it."""
+    """A POSIX record lock.
+
+    The kernel drops it when the process ends, however it ends, and a forked child does
+    not inherit it.
+    """
 
     def __init__(self, path: str, holder: str) -> None:
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        # The file is never deleted: a job that still had the old one open would lock it,
+        # and the next one the new one, both with success.
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        self._file = os.open(path, flags, 0o666)
         try:
+            # Not flock: a child of fork (a DataLoader worker, a compiler) shares such a
+            # lock and would hold it after this process is gone.
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            other = os.pread(self._file, 1000, 0).decode(errors="replace").strip()
+            content = os.pread(self._file, 1000, 0)
+            other = content.decode(errors="replace").strip()
             os.close(self._file)
+            self._file = -1
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise LockTakenError(path, other or "(it left no name)") from None
             logger.warning(
@@ -144,13 +170,13 @@ class LocalLock:
                 path,
                 error,
             )
-            self._file = -1
             return
         os.ftruncate(self._file, 0)
-        os.pwrite(self._file, (holder + "\n").encode(), 0)
+        line = f"{holder}\n"
+        os.pwrite(self._file, line.encode(), 0)
 
     def check(self) -> None:
-        """Do nothing: the kernel keeps the lock as long as the process lives, however long it hangs."""
+        """Do nothing: the kernel keeps the lock as long as the process lives."""
 
     def release(self) -> None:
         if self._file >= 0:
@@ -190,6 +216,7 @@ class LocalStorage:
         return LocalWriter(self._calls, path)
 
     def publish(self, path: str, data: bytes, token: str) -> None:
+        # 1. The whole content, durable, under a name that no reader looks for.
         folder, name = os.path.split(path)
         temporary = join(folder, f".{name}.{token}")
         writer = self.create(temporary)
@@ -198,8 +225,11 @@ class LocalStorage:
             writer.finish()
         finally:
             writer.abort()
+
+        # 2. Its name. A link is a rename that cannot replace: of two jobs only one can
+        #    commit. Killed between the two calls, there are two names of one file, and
+        #    retention deletes the temporary one.
         try:
-            # A link is a rename that cannot replace: of two jobs only one can commit.
             self._calls.link(temporary, path)
             self._calls.unlink(temporary)
         except OSError as error:
@@ -208,6 +238,8 @@ class LocalStorage:
             if os.path.lexists(path):
                 raise FileExistsError(errno.EEXIST, "already published", path) from None
             self._calls.rename(temporary, path)
+
+        # 3. The name is durable.
         self.sync(folder or ".")
 
     def sync(self, folder: str) -> None:
@@ -230,7 +262,9 @@ class LocalStorage:
     def read(self, path: str, start: int = 0, length: int | None = None) -> bytes:
         reader = self.open(path)
         try:
-            data = bytearray(self.size(path) - start if length is None else length)
+            if length is None:
+                length = self.size(path) - start
+            data = bytearray(length)
             reader.read_into(start, memoryview(data))
         finally:
             reader.close()
@@ -250,13 +284,15 @@ class LocalStorage:
         return os.path.islink(path)
 
     def list(self, folder: str) -> list[str]:
+        names = []
         try:
             with os.scandir(folder) as entries:
-                return sorted(
-                    entry.name + ("/" if _is_folder(entry) else "") for entry in entries
-                )
+                for entry in entries:
+                    slash = "/" if _is_folder(entry) else ""
+                    names.append(entry.name + slash)
         except (FileNotFoundError, NotADirectoryError):
             return []
+        return sorted(names)
 
     def delete(self, path: str) -> None:
         try:

@@ -1,7 +1,8 @@
 """Objects in an S3 store, by boto3.
 
-An object appears whole or not at all. The commit record is put with ``If-None-Match: *``, so of two writers one wins.
-``s3_client.py`` has the forms of a URL, ``s3_lock.py`` the lock of a writer.
+An object appears whole or not at all. The commit record is put with ``If-None-Match:
+*``, so of two writers one wins. ``s3_client.py`` has the forms of a URL,
+``s3_answers.py`` what a refusal means, ``s3_lock.py`` the lock of a writer.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
-from evomesh.errors import EXIT_RESTART, EXIT_USER_ERROR
+from evomesh.errors import EXIT_RESTART
 from evomesh.storage.base import StorageError, join
+from evomesh.storage.s3_answers import repeatable_answer, repeatable_failure
 from evomesh.storage.s3_client import make_client, parse
 from evomesh.storage.s3_lock import LEASE_SECONDS, ConditionUnknownError, S3Lock
 
@@ -30,30 +32,6 @@ GAP = 4 << 10  # unwanted bytes that a merged read may fetch between two wanted 
 IN_FLIGHT = 8  # parts or blocks that travel at the same time
 ATTEMPTS = 6
 LONGEST_PAUSE = 20.0  # seconds between two tries
-MISSING = ("404", "NoSuchKey", "NotFound")
-EXISTS = ("412", "PreconditionFailed")
-# Codes below 500 that ask for another try. A conflict is two conditional writes that
-# meet: one of them is to come back.
-REPEATABLE = (
-    "SlowDown",
-    "RequestTimeout",
-    "Throttling",
-    "TooManyRequests",
-    "429",
-    "409",
-    "ConditionalRequestConflict",
-    "OperationAborted",
-)
-# Of one object, where others can be read.
-UNREADABLE = ("AccessDenied", "403", "InvalidObjectState")
-ADVICE = {
-    "NoSuchBucket": "make the bucket, or correct its name in the path",
-    "InvalidAccessKeyId": "set S3_ACCESS_KEY_ID (or AWS_ACCESS_KEY_ID) to a key this store knows",
-    "SignatureDoesNotMatch": "set S3_SECRET_ACCESS_KEY_ID (or AWS_SECRET_ACCESS_KEY) to the key's own secret",
-    "AccessDenied": "give this key the right to list, read, write and delete in the bucket",
-    "403": "check the credentials, and that they may use the bucket",
-    "RequestTimeTooSkewed": "set this machine's clock",
-}
 OUTAGE_FIX = "run the same command again once the store answers; check the endpoint if it never did"
 
 
@@ -71,8 +49,10 @@ class S3Storage:
     def __init__(
         self, client: Any, bucket: str, *, attempts: int = ATTEMPTS, wait: float = 0.5
     ) -> None:
-        self._client, self.bucket = client, bucket
-        self._attempts, self._wait = attempts, wait
+        self._client = client
+        self.bucket = bucket
+        self._attempts = attempts
+        self._wait = wait
         self.pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="s3")
 
     def name_of(self, path: str) -> str:
@@ -86,14 +66,15 @@ class S3Storage:
             FileNotFoundError, FileExistsError: what S3's 404 and 412 mean.
             StorageError: everything else, in words.
         """
-        named = {"Key": key} if key else {}
-        return self.repeat(
-            operation,
-            key,
-            lambda: getattr(self._client, operation)(
-                Bucket=self.bucket, **named, **arguments
-            ),
-        )
+        arguments["Bucket"] = self.bucket
+        if key:
+            arguments["Key"] = key
+
+        def send() -> Any:
+            method = getattr(self._client, operation)
+            return method(**arguments)
+
+        return self.repeat(operation, key, send)
 
     def repeat(self, operation: str, key: str, request: Callable[[], T]) -> T:
         """Run ``request`` until it succeeds or another try would not change the answer.
@@ -109,9 +90,9 @@ class S3Storage:
             try:
                 return request()
             except ClientError as error:
-                reason = _repeatable_answer(error.response, operation, place)
+                reason = repeatable_answer(error.response, operation, place)
             except (BotoCoreError, OSError, EOFError) as error:
-                reason = _repeatable_failure(error, operation, place)
+                reason = repeatable_failure(error, operation, place)
             if attempt < self._attempts:
                 pause = min(LONGEST_PAUSE, self._wait * 2 ** (attempt - 1))
                 logger.warning(
@@ -150,12 +131,15 @@ class S3Storage:
         return str(answer["ETag"])
 
     def publish(self, path: str, data: bytes, token: str) -> None:
+        # The store compares and writes in one step. Looking first and writing after it
+        # would let two jobs that look at the same moment both commit.
         try:
             self.put(path, data, IfNoneMatch="*")
         except ConditionUnknownError:
+            # An old store without conditional writes: looking first is the best it allows.
             if self.exists(path):
                 raise FileExistsError(errno.EEXIST, "the object exists", path) from None
-            self.put(path, data)  # an old store without conditional writes
+            self.put(path, data)
 
     def sync(self, folder: str) -> None:
         return
@@ -165,15 +149,16 @@ class S3Storage:
 
     def read(self, path: str, start: int = 0, length: int | None = None) -> bytes:
         if length == 0:
-            return b""
-        span = {}
-        if start or length is not None:
-            last = "" if length is None else start + length - 1
-            span["Range"] = f"bytes={start}-{last}"
+            return b""  # a range of no bytes cannot be written: "0-" means all of them
+        request = {"Bucket": self.bucket, "Key": path}
+        span = _range_header(start, length)
+        if span:
+            request["Range"] = span
 
         def fetch() -> bytes:
-            answer = self._client.get_object(Bucket=self.bucket, Key=path, **span)
-            data = _body(answer)
+            # The body is read inside of what is repeated: most connections that break do
+            # so on the way, after the answer has begun.
+            data = _body(self._client.get_object(**request))
             if length is not None and len(data) != length:
                 raise EOFError(f"{len(data)} bytes came, {length} were wanted")
             return data
@@ -211,11 +196,7 @@ class S3Storage:
         # continues.
         while True:
             answer = self.call(
-                "list_objects_v2",
-                "",
-                Prefix=prefix,
-                Delimiter="/",
-                **position,
+                "list_objects_v2", "", Prefix=prefix, Delimiter="/", **position
             )
             for entry in answer.get("CommonPrefixes", []):
                 name = entry["Prefix"].removeprefix(prefix)
@@ -244,56 +225,6 @@ class S3Storage:
         return S3Lock(self, path, holder, lease=lease)
 
 
-def _repeatable_answer(response: dict[str, Any], operation: str, place: str) -> str:
-    """Return the reason of an answer that asks for another try; raise what any other one means."""
-    error = response.get("Error", {})
-    metadata = response.get("ResponseMetadata", {})
-    code = str(error.get("Code", ""))
-    status = int(metadata.get("HTTPStatusCode", 0))
-    shown_code = code or "error"
-    reason = f"{operation}: {shown_code} (HTTP {status})"
-    # 501, not implemented, is the one answer of a server at fault that stays the same.
-    is_fault = status >= 500 and status != 501
-    may_change = is_fault or code in REPEATABLE
-    if not may_change or code in MISSING or code in EXISTS:
-        _raise_refusal(reason, operation, place, code, status)
-    return reason
-
-
-def _raise_refusal(
-    reason: str,
-    operation: str,
-    place: str,
-    code: str,
-    status: int,
-) -> NoReturn:
-    # The store's answers as the errors of local files, so that callers know one kind.
-    if code in MISSING:
-        raise FileNotFoundError(errno.ENOENT, "no such object", place) from None
-    if code in EXISTS:
-        raise FileExistsError(errno.EEXIST, "the object exists", place) from None
-    refusal = f"the store refuses: {reason}"
-    is_read = operation in ("get_object", "head_object")
-    if is_read and code in UNREADABLE:
-        raise PermissionError(errno.EACCES, refusal, place) from None
-    is_unknown_condition = code == "NotImplemented" or status == 501
-    kind = ConditionUnknownError if is_unknown_condition else StorageError
-    advice = ADVICE.get(code, "")
-    raise kind(refusal, where=place, fix=advice) from None
-
-
-def _repeatable_failure(error: Exception, operation: str, place: str) -> str:
-    """Return the reason of a request without an answer, unless credentials are missing."""
-    if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
-        raise StorageError(
-            "no credentials for the object store",
-            where=place,
-            fix="set S3_ACCESS_KEY_ID and S3_SECRET_ACCESS_KEY_ID",
-            exit_code=EXIT_USER_ERROR,
-        ) from None
-    return f"{operation}: {error}"
-
-
 def _body(answer: dict[str, Any]) -> bytes:
     """Return the content of an answer.
 
@@ -308,11 +239,24 @@ def _body(answer: dict[str, Any]) -> bytes:
     return data
 
 
+def _range_header(start: int, length: int | None) -> str:
+    """Return ``bytes=FIRST-LAST``, the last one included; "" for a whole object."""
+    if length is not None:
+        last = start + length - 1
+        return f"bytes={start}-{last}"
+    return f"bytes={start}-" if start else ""
+
+
 class S3Writer:
-    """A multipart upload; a small file is put in one request."""
+    """A multipart upload; a small file is put in one request.
+
+    An upload that is not completed is no object: a killed run leaves parts that no
+    listing shows and no reader finds, which a lifecycle rule of the bucket can delete.
+    """
 
     def __init__(self, storage: S3Storage, key: str) -> None:
-        self._storage, self._key = storage, key
+        self._storage = storage
+        self._key = key
         self._buffer = bytearray()
         self._upload: str | None = None
         self._parts: list[Future[str]] = []
@@ -329,9 +273,8 @@ class S3Writer:
 
     def _send(self, part: bytes) -> None:
         if self._upload is None:
-            self._upload = self._storage.call("create_multipart_upload", self._key)[
-                "UploadId"
-            ]
+            answer = self._storage.call("create_multipart_upload", self._key)
+            self._upload = answer["UploadId"]
         number = len(self._parts) + 1
         self._free_parts.acquire()
 
@@ -357,10 +300,9 @@ class S3Writer:
         else:
             if self._buffer:
                 self._send(bytes(self._buffer))
-            tags = [
-                {"PartNumber": i + 1, "ETag": part.result()}
-                for i, part in enumerate(self._parts)
-            ]
+            tags = []
+            for number, part in enumerate(self._parts, start=1):
+                tags.append({"PartNumber": number, "ETag": part.result()})
             try:
                 self._storage.call(
                     "complete_multipart_upload",
@@ -373,7 +315,8 @@ class S3Writer:
                 # upload when asked again.
                 if not self._storage.exists(self._key):
                     raise
-        self._upload, self._buffer = None, bytearray()
+        self._upload = None
+        self._buffer = bytearray()
         actual = self._storage.size(self._key)
         if actual != self._size:
             raise StorageError(
@@ -398,10 +341,11 @@ class S3Writer:
 
 
 class S3Reader:
-    """Reads ranges; what ``expect`` announced is fetched ahead in merged blocks."""
+    """Reads ranges; what ``expect`` announced is prefetched in merged blocks."""
 
     def __init__(self, storage: S3Storage, key: str) -> None:
-        self._storage, self._key = storage, key
+        self._storage = storage
+        self._key = key
         self._blocks: list[tuple[int, int]] = []
         self._ahead: dict[int, Future[bytes]] = {}
 
@@ -409,22 +353,27 @@ class S3Reader:
         self._blocks = list(merge(ranges))
 
     def read_into(self, start: int, buffer: memoryview) -> None:
-        stop = start + len(buffer)
+        size = len(buffer)
+        stop = start + size
         for number, (first, last) in enumerate(self._blocks):
             is_inside = first <= start and stop <= last
-            if is_inside:
-                data = self._block(number)
-                begin = start - first
-                buffer[:] = data[begin : begin + len(buffer)]
-                return
+            if not is_inside:
+                continue
+            data = self._block(number)
+            begin = start - first
+            end = begin + size
+            buffer[:] = data[begin:end]
+            return
         # Not announced by `expect`: read alone.
-        buffer[:] = self._storage.read(self._key, start, len(buffer))
+        buffer[:] = self._storage.read(self._key, start, size)
 
     def _block(self, number: int) -> bytes:
         """Return a block, and have the next ones read in the background."""
+        # Reads come in file order, so earlier blocks are done with. At most IN_FLIGHT
+        # blocks of PART bytes are in memory, 128 MiB.
         done = [earlier for earlier in self._ahead if earlier < number]
         for earlier in done:
-            del self._ahead[earlier]  # reads come in file order
+            del self._ahead[earlier]
         stop = min(number + IN_FLIGHT, len(self._blocks))
         for ahead in range(number, stop):
             if ahead in self._ahead:
@@ -443,26 +392,36 @@ class S3Reader:
 
 
 def merge(ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Yield the (start, stop) ranges in order, adjacent ones joined up to ``PART`` bytes."""
-    current: tuple[int, int] | None = None
-    for start, stop in sorted(ranges):
-        if current and start <= current[1] + GAP and stop - current[0] <= PART:
-            current = current[0], max(current[1], stop)
+    """Yield the (start, stop) ranges in order, adjacent ones joined up to ``PART`` bytes.
+
+    0..100, 100..200 and 1,000,000..1,000,100 become 0..200 and the last one alone: a
+    request takes longer to start than ``GAP`` bytes take to arrive.
+    """
+    if not ranges:
+        return
+    in_order = sorted(ranges)
+    first, last = in_order[0]
+    for start, stop in in_order[1:]:
+        is_near = start <= last + GAP
+        if is_near and stop - first <= PART:
+            last = max(last, stop)
             continue
-        if current:
-            yield current
-        current = start, stop
-    if current:
-        yield current
+        yield first, last
+        first = start
+        last = stop
+    yield first, last
 
 
 def _md5(data: bytes) -> str:
-    return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+    # The store compares it with what arrived: a part that was damaged on its way is
+    # refused and sent again.
+    digest = hashlib.md5(data, usedforsecurity=False).digest()
+    return base64.b64encode(digest).decode()
 
 
 def open_s3(scheme: str, rest: str) -> tuple[S3Storage, str]:
     """Return the storage and the key that a URL means."""
     address = parse(scheme, rest)
-    return S3Storage(make_client(address.endpoint), address.bucket), join(
-        address.key or "/"
-    ).strip("/")
+    storage = S3Storage(make_client(address.endpoint), address.bucket)
+    key = join(address.key or "/")
+    return storage, key.strip("/")

@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 # InternEvo's names come first.
 KEY_NAMES = ("S3_ACCESS_KEY_ID", "ACCESS_KEY", "AWS_ACCESS_KEY_ID")
 SECRET_NAMES = ("S3_SECRET_ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "AWS_SECRET_ACCESS_KEY")
+REGION_NAMES = ("AWS_DEFAULT_REGION", "AWS_REGION")
 CONNECTIONS = 16
 
 
@@ -84,7 +85,9 @@ def _endpoint_url(endpoint: str) -> str:
 
 
 def make_client(endpoint: str | None, env: Mapping[str, str] = os.environ) -> Any:
-    """Return a boto3 client without retries; credentials and timeouts are those of the environment.
+    """Return a boto3 client without retries.
+
+    Credentials and timeouts are those of the environment.
 
     Raises:
         UserError: boto3 is not installed, or does not accept what the environment says.
@@ -105,31 +108,36 @@ def make_client(endpoint: str | None, env: Mapping[str, str] = os.environ) -> An
         read_timeout=_seconds(env, "EVOMESH_S3_READ_TIMEOUT", 60.0),
         s3={"addressing_style": "path" if endpoint else "auto"},
         max_pool_connections=CONNECTIONS,
-        request_checksum_calculation="when_required",  # stores other than AWS's refuse the newer trailers
+        # boto3 adds a checksum after the body of every request by default, which stores
+        # other than AWS's refuse.
+        request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
+    region = _first(env, REGION_NAMES)
+    is_unverified = env.get("EVOMESH_S3_VERIFY", "1") in ("0", "false")
     try:
         return boto3.client(
             "s3",
             endpoint_url=endpoint,
             aws_access_key_id=_first(env, KEY_NAMES),
             aws_secret_access_key=_first(env, SECRET_NAMES),
-            region_name=_first(env, ("AWS_DEFAULT_REGION", "AWS_REGION"))
-            or "us-east-1",
+            region_name=region or "us-east-1",
             config=config,
-            verify=False
-            if env.get("EVOMESH_S3_VERIFY", "1") in ("0", "false")
-            else None,
+            verify=False if is_unverified else None,
         )
     except (BotoCoreError, ValueError, OSError) as error:
         raise _refuse_settings(error, env) from None
 
 
 def _refuse_settings(error: Exception, env: Mapping[str, str]) -> UserError:
-    """Return the message for settings that boto3 does not accept, naming where they may come from."""
-    names = sorted(name for name in env if name.startswith("AWS_"))
-    names += [name for name in (*KEY_NAMES, *SECRET_NAMES) if name in env]
-    set_here = ", ".join(dict.fromkeys(names)) or "none"
+    """Return the message for settings that boto3 does not accept.
+
+    It names the variables that they may come from.
+    """
+    of_aws = sorted(name for name in env if name.startswith("AWS_"))
+    keys = [name for name in (*KEY_NAMES, *SECRET_NAMES) if name in env]
+    without_doubles = dict.fromkeys([*of_aws, *keys])
+    set_here = ", ".join(without_doubles) or "none"
     return UserError(
         f"the settings for S3 cannot be used: {error}",
         where="environment",

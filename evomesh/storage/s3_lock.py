@@ -21,7 +21,7 @@ import logging
 import threading
 import time
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from evomesh.errors import UserError, printable
 from evomesh.storage.base import LockTakenError, StorageError
@@ -35,6 +35,8 @@ POLLS = 30  # looks of a waiting job in that time
 SETTLE_SECONDS = 2.0  # before a store without conditional writes is read back
 NO_SUCH_TAG = '"00000000000000000000000000000000"'
 UNNAMED = "(it left no name)"
+# What a record that somebody else wrote raises when it is parsed.
+MALFORMED = (ValueError, KeyError, TypeError, RecursionError)
 
 
 class TaggedObjects(Protocol):
@@ -78,23 +80,21 @@ class LockRecord:
 
     @staticmethod
     def from_bytes(data: bytes) -> LockRecord:
-        """Parse the object; one that says nothing useful has a holder without a name, of an unknown process."""
+        """Parse the object.
+
+        One that says nothing useful has a holder without a name, of an unknown process.
+        """
         try:
-            value: dict[str, Any] = json.loads(data)
-            process = value["process"]
-            identity = ProcessIdentity(
-                str(process["machine"]),
-                int(process["pid"]),
-                int(process["started"]),
-            )
+            value = json.loads(data)
+            process = ProcessIdentity.from_json(value["process"])
             # It comes from the store and is shown in messages: without control
             # characters, and not endless.
             holder = printable(str(value["holder"]), keep="")
             renewal = int(value["renewal"])
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except MALFORMED:
             unknown = ProcessIdentity("", 0, 0)
             return LockRecord(UNNAMED, unknown)
-        return LockRecord(holder[:200], identity, renewal)
+        return LockRecord(holder[:200], process, renewal)
 
 
 class ConditionUnknownError(StorageError):
@@ -121,7 +121,8 @@ class S3Lock:
         path: of the lock object.
         holder: left in it for people to read.
         lease: seconds without a renewal after which the lock is free.
-        process: that holds it, by default this one. As with locks on a disk, a process may take its own lock again.
+        process: that holds it, by default this one. As with locks on a disk, a process
+            may take its own lock again.
 
     Raises:
         LockTakenError: a living job holds it.
@@ -146,7 +147,8 @@ class S3Lock:
         self._renewal = 0
         self._tag = ""
         self._conditional = True
-        self._quoted = True  # Ceph's gateway compares If-Match without the quotes that its ETags have
+        # Ceph's gateway compares If-Match without the quotes that its ETags have.
+        self._quoted = True
         self._lost: LockLostError | None = None
         self._turn = threading.Lock()  # one renewal at a time
         self._ended = threading.Event()
@@ -168,7 +170,10 @@ class S3Lock:
             self._renew()
 
     def release(self) -> None:
-        """Let the next writer start at once. The object stays, with a record that names no holder."""
+        """Let the next writer start at once.
+
+        The object stays, with a record that names no holder.
+        """
         self._ended.set()
         # A renewal that waits for a store which is down must not keep the run from
         # ending.
@@ -223,7 +228,11 @@ class S3Lock:
         return True
 
     def _is_free(self, record: LockRecord) -> bool:
-        """Return whether the lock was released, is this process's own, or is of a process that is known to be gone."""
+        """Return whether nobody holds the lock.
+
+        It was released, is this process's own, or is of a process that is known to be
+        gone.
+        """
         return (
             not record.holder
             or record.process == self._process
@@ -231,7 +240,7 @@ class S3Lock:
         )
 
     def _stays_unchanged(self, record: LockRecord, tag: str) -> bool:
-        """Wait for a change; return whether there was none for a whole lease, or the lock is free now.
+        """Wait for a change; return whether there was none for a whole lease.
 
         Raises:
             LockTakenError: the holder renewed the lock.
@@ -252,7 +261,7 @@ class S3Lock:
             if current != tag:
                 latest = LockRecord.from_bytes(data)
                 if self._is_free(latest):
-                    return False
+                    return False  # ``_acquire`` looks again
                 raise LockTakenError(self._name, latest.holder)
         logger.warning(
             "%s: no sign of life from %s: taking over", self._name, record.holder
@@ -281,7 +290,10 @@ class S3Lock:
             raise self._lost
 
     def _adopt_or_lose(self) -> None:
-        """Find out who changed the object: this process, in a renewal whose answer was lost, or another one."""
+        """Find out who changed the object: this process or another one.
+
+        It was this one if the answer to a renewal was lost.
+        """
         try:
             data, tag = self._objects.read_tagged(self._path)
         except FileNotFoundError:
@@ -314,7 +326,9 @@ class S3Lock:
         return True
 
     def _was_written(self) -> bool:
-        """Return whether a write that the store refused took place: its answer was lost, and it was sent again."""
+        """Return whether a write that the store refused took place after all."""
+        # Its answer was lost, it was sent again, and the second try met the object of the
+        # first: refused, but by this process's own record.
         try:
             data, tag = self._objects.read_tagged(self._path)
         except FileNotFoundError:
@@ -326,7 +340,10 @@ class S3Lock:
         return True
 
     def _replace_in_other_form(self, tag: str) -> bool:
-        """Try again if nobody changed the object: then the store wants its ETag without quotes, or cannot compare."""
+        """Try again if nobody changed the object.
+
+        Then the store wants its ETag without quotes, or cannot compare.
+        """
         try:
             _, current = self._objects.read_tagged(self._path)
         except FileNotFoundError:
@@ -340,13 +357,18 @@ class S3Lock:
         return self._replace(tag)
 
     def _replace_unconditionally(self, tag: str) -> bool:
-        """Do the best that a store without conditions allows: look, write, wait, and look whether it is still there."""
+        """Write as safely as a store without conditions allows.
+
+        Look, write, wait, and look whether it is still there.
+        """
         try:
             if self._objects.read_tagged(self._path)[1] != tag:
                 return False
         except FileNotFoundError:
             if tag:
                 return False
+        # Two jobs may both have found no object. Both write, and of the two objects the
+        # later one stays; after a wait longer than a write takes, each sees whose it is.
         is_new = not self._tag
         written = self._put()
         if is_new:
@@ -364,7 +386,11 @@ class S3Lock:
     # ------------------------------------------------------------------------------- stores without conditions
 
     def _check_conditions(self) -> None:
-        """Find out whether the store obeys conditions: each of these two writes must be refused."""
+        """Find out whether the store obeys conditions.
+
+        Each of these two writes must be refused. Some stores accept the headers and
+        ignore them.
+        """
         conditions: list[dict[str, str]] = [
             {"IfNoneMatch": "*"},
             {"IfMatch": NO_SUCH_TAG},
@@ -390,9 +416,10 @@ class S3Lock:
 
 
 def _now() -> float:
-    """Return seconds of a clock that nobody sets and that also runs while the machine sleeps."""
-    return (
-        time.clock_gettime(time.CLOCK_BOOTTIME)
-        if hasattr(time, "CLOCK_BOOTTIME")
-        else time.monotonic()
-    )
+    """Return seconds of a clock that nobody sets.
+
+    It also runs while the machine sleeps, where there is such a clock.
+    """
+    if hasattr(time, "CLOCK_BOOTTIME"):
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.monotonic()

@@ -20,13 +20,16 @@ class StagedWriter:
     """A file that is written to the upload folder and uploaded by ``finish``."""
 
     def __init__(self, storage: StagedStorage, path: str, local: str) -> None:
-        self._storage, self._path, self._local = storage, path, local
+        self._storage = storage
+        self._path = path
+        self._local = local
         self._file = open(local, "xb", buffering=0)  # noqa: SIM115
 
     def write(self, data: memoryview | bytes) -> None:
         view = memoryview(data)
-        while view:
-            view = view[self._file.write(view) :]
+        while view:  # one call may take less than all of it
+            count = self._file.write(view)
+            view = view[count:]
 
     def finish(self) -> None:
         self._file.close()
@@ -79,5 +82,8 @@ class StagedStorage:
 
 
 def staged(storage: Storage, folder: str, name: str) -> Storage:
-    """Return a storage that makes its new files in ``folder`` first if it is remote, else ``storage`` itself."""
+    """Return a storage that makes its new files in ``folder`` first if it is remote.
+
+    A local one is returned as it is.
+    """
     return StagedStorage(storage, folder, name) if storage.remote else storage
