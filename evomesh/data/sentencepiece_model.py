@@ -117,18 +117,6 @@ def _decoder(spec: Any) -> Any:
     return decoders.Sequence(steps)
 
 
-def llama_decoder(has_prefix: bool) -> Any:
-    """Build the decoder of LlamaTokenizer."""
-    from tokenizers import decoders
-
-    steps: list[Any] = [
-        decoders.Replace(SPACE, " "),
-        decoders.ByteFallback(),
-        decoders.Fuse(),
-    ]
-    return decoders.Sequence(steps + [decoders.Strip(content=" ", left=1)] * has_prefix)
-
-
 def merges(model: Any) -> list[tuple[str, str]]:
     """Return every pair of pieces that joins to a piece, the earliest merges first."""
     # Pieces are learned by decreasing score, so a score gives the time of a merge; the
@@ -153,3 +141,19 @@ def merges(model: Any) -> list[tuple[str, str]]:
 
     pairs.sort(key=time_of_merge)
     return pairs
+
+
+def merges_by_id(vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+    """Return every pair of pieces that joins to a piece, in the order of the joined pieces' ids.
+
+    So ``transformers`` finds the merges of a model; a shorter left part comes first.
+    """
+    pairs = []
+    for piece, number in vocabulary.items():
+        for middle in range(1, len(piece)):
+            left = piece[:middle]
+            right = piece[middle:]
+            if left in vocabulary and right in vocabulary:
+                pairs.append(((number, middle), (left, right)))
+    pairs.sort()
+    return [pair for _, pair in pairs]

@@ -9,24 +9,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from evomesh.config.user import expand_home
-from evomesh.data.sentencepiece_model import (
-    SPACE,
-    build_fast_tokenizer,
-    llama_decoder,
-    read_model,
-    set_leading_bos,
-)
-from evomesh.data.tokenizer_folder import (
-    TokenizerFolder,
-    read_json,
-    read_tokenizer_folder,
-)
+from evomesh.data.tokenizer_backend import build_backend
+from evomesh.data.tokenizer_class import BACKEND
+from evomesh.data.tokenizer_folder import TokenizerFolder, read_tokenizer_folder
 from evomesh.errors import UserError
 
-# Taken for bos and eos where no file beside the tokenizer names them.
+# Taken for bos and eos of a tokenizer.json without any file beside it.
 BOS_NAMES = (
     "<s>",
     "<|begin_of_text|>",
@@ -57,7 +48,7 @@ class Tokenizer(Protocol):
         hash: SHA-256 of that file, and of the tokens that its folder adds; equal hashes give equal ids.
         vocab_size: all ids are less than this.
         bos_id, eos_id: None if the tokenizer has none.
-        add_bos: whether the tokenizer's config puts bos at the start of texts.
+        leading: the ids that the tokenizer puts in front of texts, such as bos.
         chat_template: jinja text from the tokenizer's folder, "" if there is none.
         templates: all chat templates of the folder by name; ``chat_template`` is "default".
         special_tokens: the text of each special token by its name ("bos_token").
@@ -68,7 +59,7 @@ class Tokenizer(Protocol):
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
-    add_bos: bool
+    leading: Sequence[int]
     chat_template: str
     templates: Mapping[str, str]
     special_tokens: Mapping[str, str]
@@ -108,53 +99,34 @@ class HfTokenizer:
     Args:
         path: a tokenizer.json, or a sentencepiece model beside which the folder has other files.
 
-    Attributes:
-        adds_tokens: whether files beside the model change its tokens or its treatment of spaces.
     """
 
     def __init__(self, path: Path) -> None:
         folder = read_tokenizer_folder(path.parent)
+        built = build_backend(path, folder)
+        self._backend = built.backend
         self.path = path
+        self.hash = _hash(path, folder, built.class_name)
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+
+        self.special_tokens: Mapping[str, str] = built.special
+        if not folder.exists:
+            self.special_tokens = self._common_ends()
+        self.bos_id = self._special_id("bos_token")
+        self.eos_id = self._special_id("eos_token")
+        self.leading: Sequence[int] = built.leading
+
         self.templates: Mapping[str, str] = folder.templates
         self.chat_template = folder.templates.get("default", "")
 
-        # 1. The model, with the tokens that other files of the folder add to it.
-        load = _load_model if path.suffix == ".model" else _load_json
-        self._backend = load(path, folder)
-        _add_tokens(self._backend, folder)
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self.hash = _hash(path, folder)
-        # Ids may have gaps: the largest counts, not their number.
-        vocabulary = self._backend.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        self.adds_tokens = bool(folder.added) or folder.class_name == "LlamaTokenizer"
-
-        # 2. Special tokens: as the folder says, else by the names in common use.
-        self.special_tokens: Mapping[str, str] = self._special_tokens(folder)
-        self.bos_id = self._special_id("bos_token")
-        self.eos_id = self._special_id("eos_token")
-        self.add_bos = self._puts_bos(folder)
-
-    def _puts_bos(self, folder: TokenizerFolder) -> bool:
-        """Return whether texts begin with bos: as the folder says, else as the model encodes an empty text."""
-        wants_bos = folder.settings.get("add_bos_token")
-        if self.path.suffix == ".model" and wants_bos and self.bos_id is not None:
-            bos = self.special_tokens["bos_token"]
-            set_leading_bos(self._backend, bos, self.bos_id)
-        if "add_bos_token" in folder.settings:
-            return bool(wants_bos)
-        encoded = self._backend.encode("", add_special_tokens=True)
-        return self.bos_id is not None and encoded.ids[:1] == [self.bos_id]
-
-    def _special_tokens(self, folder: TokenizerFolder) -> dict[str, str]:
-        names = dict(folder.special)
+    def _common_ends(self) -> dict[str, str]:
+        """Return bos and eos by the names in common use."""
+        names = {}
         for name, common in (("bos_token", BOS_NAMES), ("eos_token", EOS_NAMES)):
-            if folder.names(name):
-                continue  # even as null: then there is none
-            found = self._first_known(name, common)
-            if found is not None:
-                names[name] = found
+            known = [token for token in common if self.token_id(token) is not None]
+            if known:
+                names[name] = known[0]
         return names
 
     def _special_id(self, name: str) -> int | None:
@@ -196,114 +168,6 @@ class HfTokenizer:
         """Write a tokenizer.json with all tokens, those of the folder included."""
         self._backend.save(str(path))
 
-    def _first_known(self, name: str, common: Sequence[str]) -> str | None:
-        """Return the first common name of a special token that exists; a sentencepiece model has its own."""
-        if self.path.suffix == ".model":
-            trainer = read_model(self.path).trainer_spec
-            is_bos = name == "bos_token"
-            common = [trainer.bos_piece if is_bos else trainer.eos_piece]
-        for candidate in common:
-            if self.token_id(candidate) is not None:
-                return candidate
-        return None
-
-
-def _load_json(path: Path, folder: TokenizerFolder) -> Any:
-    """Load a tokenizer.json."""
-    from tokenizers import Tokenizer as Backend
-
-    try:
-        backend = Backend.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise UserError(f"not a tokenizer.json ({error})", where=str(path)) from None
-    if _is_rebuilt_as_llama(path, folder):
-        backend.normalizer = None
-        _space_like_llama(backend, folder)
-    return backend
-
-
-def _is_rebuilt_as_llama(path: Path, folder: TokenizerFolder) -> bool:
-    """Return whether ``transformers`` takes pieces alone from the file, and spaces from its class for Llama models."""
-    config = read_json(path.parent / "config.json")
-    model_type = config.get("model_type", "llama")
-    if folder.class_name != "LlamaTokenizer" or model_type != "llama":
-        return False
-    record = read_json(path)
-    model = record.get("model", {})
-    if model.get("type") != "BPE":
-        return False
-    # A tokenizer of bytes has no treatment of spaces that the class could replace.
-    steps = [record.get("pre_tokenizer"), record.get("decoder")]
-    return "ByteLevel" not in str(steps)
-
-
-def _load_model(path: Path, folder: TokenizerFolder) -> Any:
-    """Build a backend from a sentencepiece model; ids that the folder gives another name have that name."""
-    try:
-        model = read_model(path)
-    except Exception as error:  # protobuf's own
-        raise UserError(
-            f"not a sentencepiece model ({error})", where=str(path)
-        ) from None
-    known = {piece.piece for piece in model.pieces}
-    for token in folder.added:
-        if (
-            token.id is not None
-            and token.id < len(model.pieces)
-            and token.content not in known
-        ):
-            piece = model.pieces[token.id]
-            piece.piece = token.content
-            piece.type = piece.USER_DEFINED
-    backend = build_fast_tokenizer(model)
-    if folder.class_name == "LlamaTokenizer":
-        backend.normalizer = None
-        _space_like_llama(backend, folder)
-    return backend
-
-
-def _space_like_llama(backend: Any, folder: TokenizerFolder) -> None:
-    """Treat spaces as LlamaTokenizer: one in front of the text, or with ``legacy`` of every part between tokens."""
-    from tokenizers import pre_tokenizers
-
-    has_prefix = folder.settings.get("add_prefix_space")
-    has_prefix = True if has_prefix is None else bool(has_prefix)
-    prefixed = "always" if folder.settings.get("legacy") else "first"
-    scheme = prefixed if has_prefix else "never"
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(
-        replacement=SPACE, prepend_scheme=scheme, split=False
-    )
-    backend.decoder = llama_decoder(has_prefix)
-
-
-def _add_tokens(backend: Any, folder: TokenizerFolder) -> None:
-    """Add the folder's tokens.
-
-    Raises:
-        UserError: the folder gives a token another id than it has.
-    """
-    from tokenizers import AddedToken
-
-    for token in folder.added:
-        flags = dict(token.flags)
-        backend.add_tokens(
-            [
-                AddedToken(
-                    token.content,
-                    special=token.special,
-                    normalized=token.normalized,
-                    **flags,
-                )
-            ]
-        )
-        token_id = backend.token_to_id(token.content)
-        if token.id is not None and token_id != token.id:
-            raise UserError(
-                f"the files give the token {token.content!r} the id {token.id}, but it has {token_id}",
-                where=str(folder.path),
-                expected="added_tokens_decoder and added_tokens.json with the ids of the vocabulary",
-            )
-
 
 class SentencePieceTokenizer:
     """A ``sentencepiece`` model without any file beside it; bos is not prepended."""
@@ -331,7 +195,7 @@ class SentencePieceTokenizer:
             for name, token_id in ends.items()
             if token_id is not None
         }
-        self.add_bos = False
+        self.leading: Sequence[int] = ()
         self.templates: Mapping[str, str] = {}
         self.chat_template = ""
 
@@ -464,31 +328,30 @@ def check_embedded(token: int, vocab_size: int, name: str) -> None:
         )
 
 
-def leading_bos(tokenizer: Tokenizer) -> list[int]:
-    """Return the ids that the tokenizer puts in front of a text: [bos], or nothing."""
-    return (
-        [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
-    )
-
-
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     """Return the ids of a text to complete, after the bos that the tokenizer puts in front of texts."""
-    return leading_bos(tokenizer) + tokenizer.encode(text)
+    return [*tokenizer.leading, *tokenizer.encode(text)]
 
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _hash(path: Path, folder: TokenizerFolder) -> str:
-    """Return a hash of all that determines the ids; that of the file if the folder adds no token."""
-    if not folder.added:
+def _hash(path: Path, folder: TokenizerFolder, class_name: str) -> str:
+    """Return a hash of all that determines the ids; that of the file if the folder adds nothing to it."""
+    named = [token for token in folder.named.values() if token is not None]
+    splits = bool(folder.settings.get("split_special_tokens"))
+    as_it_is = path.suffix == ".json" and class_name == BACKEND and not splits
+    if as_it_is and not (folder.added or folder.extra or named):
         return _sha256(path)
-    spacing = [
-        folder.class_name,
-        folder.settings.get("legacy"),
-        folder.settings.get("add_prefix_space"),
+    settings = [folder.settings.get(key) for key in ("legacy", "add_prefix_space")]
+    facts = [
+        _sha256(path),
+        class_name,
+        folder.added,
+        named,
+        folder.extra,
+        settings,
+        splits,
     ]
-    return hashlib.sha256(
-        repr([_sha256(path), folder.added, spacing]).encode()
-    ).hexdigest()
+    return hashlib.sha256(repr(facts).encode()).hexdigest()

@@ -23,22 +23,6 @@ SPECIAL_NAMES = (
     "cls_token",
     "mask_token",
 )
-# The special tokens of tokenizer classes, where a folder does not name them; of any
-# other class: none.
-CLASS_DEFAULTS = {
-    "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
-    "GemmaTokenizer": {
-        "bos_token": "<bos>",
-        "eos_token": "<eos>",
-        "pad_token": "<pad>",
-        "unk_token": "<unk>",
-    },
-    "Qwen2Tokenizer": {
-        "eos_token": "<|endoftext|>",
-        "pad_token": "<|endoftext|>",
-        "unk_token": "<|endoftext|>",
-    },
-}
 FLAGS = ("single_word", "lstrip", "rstrip")
 MEMBERS = (
     "tokenizer_config.json",
@@ -53,15 +37,40 @@ class AddedTokenSpec:
     """A token that a folder adds to the vocabulary.
 
     Attributes:
-        id: the id that the folder gives it; None: the next one.
+        special: whether it is left out where special tokens are skipped.
+        normalized: whether it is found in normalized text only.
         flags: further arguments of ``tokenizers.AddedToken``.
     """
 
     content: str
-    id: int | None
     special: bool
     normalized: bool
     flags: tuple[tuple[str, bool], ...] = ()
+
+    @classmethod
+    def of(cls, token: Any, *, special: bool) -> AddedTokenSpec:
+        """Return the token that a file describes by a string or an object.
+
+        Args:
+            special: whether it is special if an object does not say.
+        """
+        if not isinstance(token, dict):
+            return cls(str(token), special, False)
+        flags = tuple((name, bool(token.get(name, False))) for name in FLAGS)
+        is_special = bool(token.get("special", special))
+        normalized = bool(token.get("normalized", not is_special))
+        return cls(str(token.get("content", "")), is_special, normalized, flags)
+
+    def build(self) -> Any:
+        """Build the library's own object."""
+        from tokenizers import AddedToken
+
+        return AddedToken(
+            self.content,
+            special=self.special,
+            normalized=self.normalized,
+            **dict(self.flags),
+        )
 
 
 @dataclass(frozen=True)
@@ -72,26 +81,25 @@ class TokenizerFolder:
         path: the folder.
         exists: whether there is any such file.
         settings: tokenizer_config.json, with special_tokens_map.json where that counts.
-        added: tokens to add, in order.
-        special: the text of each special token by its name ("bos_token").
+        model_config: the config.json of a model; empty if there is none.
+        added: tokens to add, by id.
+        lists_added: whether these are all: then a tokenizer.json's own do not count.
+        named: the special tokens by name ("bos_token"); None where a file says that there is none.
+        extra: further special tokens; None if tokenizer_config.json lists none.
+        fallback_extra: those that count where it lists none and the model has no symbols of its own.
         templates: chat templates by name; the usual one is "default".
     """
 
     path: Path
     exists: bool
     settings: dict[str, Any]
-    added: list[AddedTokenSpec]
-    special: dict[str, str]
+    model_config: dict[str, Any]
+    added: dict[int, AddedTokenSpec]
+    lists_added: bool
+    named: dict[str, AddedTokenSpec | None]
+    extra: list[AddedTokenSpec] | None
+    fallback_extra: list[AddedTokenSpec]
     templates: dict[str, str]
-
-    @property
-    def class_name(self) -> str:
-        """The tokenizer class without its suffix; "" if the folder names none."""
-        return str(self.settings.get("tokenizer_class") or "").removesuffix("Fast")
-
-    def names(self, special: str) -> bool:
-        """Return whether the folder says which token a special one is, or that there is none."""
-        return special in self.settings or bool(self.class_name)
 
 
 def read_tokenizer_folder(path: Path) -> TokenizerFolder:
@@ -100,60 +108,35 @@ def read_tokenizer_folder(path: Path) -> TokenizerFolder:
     Raises:
         UserError: a file is not JSON, or has another form than expected.
     """
-    # 1. Tokens with ids: from the newer setting, else from the two older files.
     settings = read_json(path / "tokenizer_config.json")
-    if "added_tokens_decoder" in settings:
-        added = _tokens_of_setting(settings, path)
-    else:
-        settings |= read_json(path / "special_tokens_map.json")
-        added = _tokens_of_files(settings, path)
+    lists_added = "added_tokens_decoder" in settings
+    older = {} if lists_added else read_json(path / "special_tokens_map.json")
+    extra, fallback = _extra_tokens(settings, older)
+    settings |= older
+    named = _named_tokens(settings)
 
-    # 2. Special tokens that these lack: each gets the next free id.
-    special = _special_tokens(settings)
-    mentioned = [
-        *map(settings.get, SPECIAL_NAMES),
-        *special.values(),
-        *_extra_tokens(settings),
-    ]
-    for token in mentioned:
-        if token and _content(token) not in added:
-            spec = _added_token(token, None, special=True)
-            added[spec.content] = spec
+    added: dict[int, AddedTokenSpec] = {}
+    if lists_added:
+        for token_id, token in _object(settings, "added_tokens_decoder", path).items():
+            added[int(token_id)] = AddedTokenSpec.of(token, special=False)
+    else:
+        special = {token.content for token in named.values() if token is not None}
+        special |= {token.content for token in extra or []}
+        for content, number in read_json(path / "added_tokens.json").items():
+            is_special = content in special
+            added[int(number)] = AddedTokenSpec(content, is_special, not is_special)
     return TokenizerFolder(
         path,
         any((path / name).is_file() for name in MEMBERS),
         settings,
-        list(added.values()),
-        special,
+        read_json(path / "config.json"),
+        added,
+        lists_added,
+        named,
+        extra,
+        fallback,
         _chat_templates(path, settings),
     )
-
-
-def _tokens_of_setting(
-    settings: dict[str, Any], path: Path
-) -> dict[str, AddedTokenSpec]:
-    """Return the tokens of ``added_tokens_decoder`` by their content: {"7": {"content": "<x>", ...}}."""
-    added = {}
-    tokens = _object(settings, "added_tokens_decoder", path)
-    for token_id, token in tokens.items():
-        spec = _added_token(token, int(token_id), special=False)
-        added[spec.content] = spec
-    return added
-
-
-def _tokens_of_files(settings: dict[str, Any], path: Path) -> dict[str, AddedTokenSpec]:
-    """Return the tokens of added_tokens.json by their content, in the order of their ids: {"<x>": 7}."""
-    named = _special_tokens(settings)
-    extra = map(_content, _extra_tokens(settings))
-    special_contents = {*named.values(), *extra}
-    added = {}
-    id_of = read_json(path / "added_tokens.json")
-    for content in sorted(id_of, key=lambda content: int(id_of[content])):
-        is_special = content in special_contents
-        added[content] = AddedTokenSpec(
-            content, id_of[content], is_special, normalized=not is_special
-        )
-    return added
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -168,38 +151,53 @@ def read_json(path: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:
-    class_name = str(settings.get("tokenizer_class") or "").removesuffix("Fast")
-    named = CLASS_DEFAULTS.get(class_name, {}) | {
+def _named_tokens(settings: dict[str, Any]) -> dict[str, AddedTokenSpec | None]:
+    """Return the special tokens that have a name: bos_token and the like, image_token and others of a model."""
+    named: dict[str, Any] = {
         name: settings[name] for name in SPECIAL_NAMES if name in settings
     }
-    return {name: _content(token) for name, token in named.items() if token}
+    for name, token in settings.items():
+        is_token = isinstance(token, (str, dict)) and name.endswith("_token")
+        if is_token and name not in SPECIAL_NAMES:
+            named[name] = token
+    for key in ("extra_special_tokens", "model_specific_special_tokens"):
+        if isinstance(settings.get(key), dict):
+            named |= settings[key]
+    return {name: _named_token(token) for name, token in named.items()}
 
 
-def _extra_tokens(settings: dict[str, Any]) -> list[Any]:
-    extra = (
-        settings.get("extra_special_tokens")
-        or settings.get("additional_special_tokens")
-        or []
-    )
-    return list(extra.values()) if isinstance(extra, dict) else list(extra)
+def _named_token(token: Any) -> AddedTokenSpec | None:
+    return AddedTokenSpec.of(token, special=True) if token else None
 
 
-def _content(token: Any) -> str:
-    return str(token.get("content", "")) if isinstance(token, dict) else str(token)
+def _extra_tokens(
+    settings: dict[str, Any], older: dict[str, Any]
+) -> tuple[list[AddedTokenSpec] | None, list[AddedTokenSpec]]:
+    """Return the special tokens without names, and those that are listed under the older key alone.
+
+    Args:
+        settings: tokenizer_config.json; its older key counts as the newer one if that has nothing.
+        older: special_tokens_map.json.
+    """
+    extra = settings.get("extra_special_tokens")
+    additional = settings.get("additional_special_tokens")
+    if not extra and additional is not None:
+        extra = additional
+        additional = None
+    if isinstance(older.get("extra_special_tokens"), list):
+        more = [
+            token
+            for token in older["extra_special_tokens"]
+            if token not in (extra or [])
+        ]
+        extra = [*(extra or []), *more]
+    fallback = older.get("additional_special_tokens", additional)
+    listed = _specs(extra) if isinstance(extra, list) else None
+    return listed, _specs(fallback or [])
 
 
-def _added_token(token: Any, token_id: int | None, *, special: bool) -> AddedTokenSpec:
-    """Return an added token of a string or an object."""
-    if not isinstance(token, dict):
-        return AddedTokenSpec(str(token), token_id, special, normalized=False)
-    flags = tuple((name, bool(token.get(name, False))) for name in FLAGS)
-    is_special = bool(token.get("special", special))
-    # A special token is looked for in the text as it was written, others in the
-    # normalized text.
-    is_normalized = bool(token.get("normalized", not is_special))
-    content = _content(token)
-    return AddedTokenSpec(content, token_id, is_special, is_normalized, flags)
+def _specs(tokens: list[Any]) -> list[AddedTokenSpec]:
+    return [AddedTokenSpec.of(token, special=True) for token in tokens]
 
 
 def _object(settings: dict[str, Any], key: str, path: Path) -> dict[str, Any]:

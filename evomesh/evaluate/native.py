@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from evomesh.data.folder_template import JinjaTemplate
-from evomesh.data.tokenizer import Tokenizer, leading_bos
+from evomesh.data.tokenizer import Tokenizer
 from evomesh.errors import UserError
 from evomesh.generate.engine import GenerationEngine
 from evomesh.generate.options import SamplingParams
@@ -131,7 +131,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
     ) -> list[int]:
         """Return ids, with the tokenizer's bos in front unless the text starts with it or the caller forbids it."""
         ids = self.text_tokenizer.encode(string)
-        bos = leading_bos(self.text_tokenizer)
+        bos = list(self.text_tokenizer.leading)
         if not bos or add_special_tokens is False:
             return ids
         has_bos = add_special_tokens is None and ids[:1] == bos

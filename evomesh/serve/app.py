@@ -25,7 +25,6 @@ from starlette.types import Receive, Scope, Send
 
 from evomesh.config.redact import redact_text
 from evomesh.data.chat_message import ChatMessage
-from evomesh.data.tokenizer import leading_bos
 from evomesh.errors import UserError
 from evomesh.serve.answers import ApiAnswer
 from evomesh.serve.detokenizer import TextDelta
@@ -236,8 +235,7 @@ class ApiRoutes:
         # the client's.
         silent_tokens = 0
         if isinstance(api_request.prompts[0], str):
-            bos = leading_bos(self.service.model.tokenizer)
-            silent_tokens = len(bos)
+            silent_tokens = len(self.service.model.tokenizer.leading)
         return Echo(silent_tokens, only_prompt=api_request.max_tokens == 0)
 
     async def _record(self, answer: ApiAnswer, deltas: DeltaStream) -> DeltaStream:

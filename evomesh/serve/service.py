@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from evomesh.config.schema import RotaryType
 from evomesh.data.chat_message import ChatMessage, ChatTemplate
-from evomesh.data.tokenizer import Tokenizer, leading_bos
+from evomesh.data.tokenizer import Tokenizer
 from evomesh.errors import UserError
 from evomesh.generate.engine import GeneratedToken, TokenScore, check_prompt
 from evomesh.generate.options import SamplingParams
@@ -130,7 +130,7 @@ class GenerationService:
         # As a batch, which the library encodes without keeping the interpreter to
         # itself.
         (ids,) = tokenizer.encode_batch([text])
-        return leading_bos(tokenizer) + ids
+        return [*tokenizer.leading, *ids]
 
     def check_text(self, *texts: str) -> None:
         """Reject texts that together are longer than any that fits.

@@ -21,7 +21,6 @@ from evomesh.data.sentencepiece_model import (
     build_fast_tokenizer,
     fits_llama_tokenizer,
     read_model,
-    set_leading_bos,
 )
 from evomesh.data.tokenizer import (
     HfTokenizer,
@@ -120,22 +119,17 @@ def _sentencepiece_settings(
     model = read_model(tokenizer.path)
     unknown = next(piece.piece for piece in model.pieces if piece.type == piece.UNKNOWN)
     common = {"unk_token": given.get("unk_token") or unknown}
-    if isinstance(tokenizer, HfTokenizer) and tokenizer.adds_tokens:
+    if isinstance(tokenizer, HfTokenizer):
         tokenizer.save(target / "tokenizer.json")
         return given | {"tokenizer_class": "PreTrainedTokenizerFast"}
     if not fits_llama_tokenizer(model):
-        backend = build_fast_tokenizer(model)
-        if tokenizer.add_bos and tokenizer.bos_id is not None:
-            set_leading_bos(
-                backend, tokenizer.special_tokens["bos_token"], tokenizer.bos_id
-            )
-        backend.save(str(target / "tokenizer.json"))
+        build_fast_tokenizer(model).save(str(target / "tokenizer.json"))
         return common | {"tokenizer_class": "PreTrainedTokenizerFast"}
     return common | {
         "tokenizer_class": "LlamaTokenizer",
         "add_prefix_space": False,
         "legacy": False,
-        "add_bos_token": given.get("add_bos_token", tokenizer.add_bos),
+        "add_bos_token": given.get("add_bos_token", False),
         "add_eos_token": given.get("add_eos_token", False),
     }
 

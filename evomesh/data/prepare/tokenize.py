@@ -145,8 +145,11 @@ def boundary_ids(
     Raises:
         UserError: bos or eos is requested, and the tokenizer has none.
     """
-    add_bos = tokenizer.add_bos if options.bos is None else options.bos
-    prefix = [_require_token(tokenizer, "bos", tokenizer.bos_id)] if add_bos else []
+    prefix = list(tokenizer.leading)
+    if options.bos is not None:
+        prefix = []
+    if options.bos:
+        prefix.append(_require_token(tokenizer, "bos", tokenizer.bos_id))
     suffix = [_require_token(tokenizer, "eos", tokenizer.eos_id)] if options.eos else []
     return prefix, suffix
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer as Backend
+from tokenizers import processors
 
 from evomesh.config.schema import GenerationConfig
 from evomesh.data.chat import build_template, choose_template, end_of_answer_ids
@@ -31,10 +32,13 @@ def chat_tokenizer(
     byte_tokenizer(folder, template)
     backend = Backend.from_file(str(folder / "tokenizer.json"))
     backend.add_special_tokens(SPECIAL)
+    if add_bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", IDS["<s>"])]
+        )
     backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"add_bos_token": add_bos})
-    )
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return load_tokenizer(folder)
 
 

@@ -115,7 +115,7 @@ def test_bos_where_the_tokenizer_adds_it(prefix: bool, tmp_path: Path) -> None:
         theirs.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
         == "hi"
     )
-    assert load_tokenizer(tmp_path / "hf").add_bos
+    assert list(load_tokenizer(tmp_path / "hf").leading)
 
 
 def test_another_cut_is_refused(tmp_path: Path) -> None:

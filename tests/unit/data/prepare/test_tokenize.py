@@ -16,7 +16,14 @@ import numpy as np
 import pytest
 import xxhash
 import zstandard
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from evomesh.data.prepare.tokenize import TextOptions, tokenize_files
 from evomesh.data.records.decompress import decompress
@@ -150,15 +157,22 @@ def test_bos_and_eos_follow_options_and_tokenizer_config(
     ):
         tokenize([source], tmp_path / "a.bin", bpe, **options)
         assert read_documents(tmp_path / "a.bin") == [tokens]
+    # A tokenizer.json says itself whether bos is added: as with transformers, the
+    # setting beside it does not count.
     (tmp_path / "custom").mkdir()
-    (tmp_path / "custom/tokenizer.json").write_bytes(bpe.read_bytes())
     (tmp_path / "custom/tokenizer_config.json").write_text(
-        '{"add_bos_token": true, "bos_token": "<s>", "eos_token": "z"}'
+        '{"add_bos_token": false, "bos_token": "<s>", "eos_token": "z"}'
     )
-    tokenize([source], tmp_path / "a.bin", tmp_path / "custom")
-    assert read_documents(tmp_path / "a.bin") == [
-        [0, *plain, Tokenizer.from_file(str(bpe)).token_to_id("z")]
-    ]
+    backend = Tokenizer.from_file(str(bpe))
+    last = backend.token_to_id("z")
+    for bos in ([], [0]):
+        if bos:
+            backend.post_processor = processors.TemplateProcessing(
+                single="<s> $A", special_tokens=[("<s>", 0)]
+            )
+        backend.save(str(tmp_path / "custom/tokenizer.json"))
+        tokenize([source], tmp_path / "a.bin", tmp_path / "custom")
+        assert read_documents(tmp_path / "a.bin") == [[*bos, *plain, last]]
 
 
 def test_rerun_replaces_and_append_adds(tmp_path: Path, bpe: Path) -> None:
