@@ -30,7 +30,7 @@ SPLITS = {
 
 
 class Pieces(NamedTuple):
-    """What a file of either kind gives to a class that builds its tokenizer itself.
+    """Pieces and merges of a file, for a class that builds its tokenizer from these.
 
     Attributes:
         vocabulary: ids by piece.

@@ -30,7 +30,7 @@ QWEN_TOKENS = {"eos_token": END, "unk_token": END, "pad_token": END}
 
 @dataclass(frozen=True)
 class ClassRules:
-    """What a tokenizer class does with a folder.
+    """The rules by which a tokenizer class reads a folder.
 
     Attributes:
         treatment: of spaces, digits and Unicode.
@@ -97,7 +97,7 @@ OF_PIECES = (
 )  # treatments that a sentencepiece model can have
 OTHER_NAMES = {"Phi3Tokenizer": "LlamaTokenizer"}
 
-# Classes that build a tokenizer in a way of their own, mostly of models that only encode.
+# Classes that build a tokenizer in another way, mostly of models that only encode.
 UNREAD = frozenset(
     {
         "AlbertTokenizer", "BartTokenizer", "BarthezTokenizer", "BartphoTokenizer",

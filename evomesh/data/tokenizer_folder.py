@@ -86,7 +86,7 @@ class TokenizerFolder:
         lists_added: whether these are all: then a tokenizer.json's own do not count.
         named: the special tokens by name ("bos_token"); None where a file says that there is none.
         extra: further special tokens; None if tokenizer_config.json lists none.
-        fallback_extra: those that count where it lists none and the model has no symbols of its own.
+        fallback_extra: those that count where it lists none and the model defines no symbols.
         templates: chat templates by name; the usual one is "default".
     """
 
