@@ -54,6 +54,7 @@ def _shard_isp(
     flag: str, config: Config, world_size: int
 ) -> tuple[list[str], list[str]]:
     """Return the settings that shard the weights of tensor mode isp over as many ranks as divide their widths."""
+    # Every matrix is sharded by rows, so that the number of ranks must divide them all.
     model = config.model
     parallel = config.parallel
     ranks = world_size // parallel.pipeline.size
@@ -68,9 +69,15 @@ def _shard_isp(
 
 
 def _stage_and_offload(flag: str) -> tuple[int, bool]:
+    """Return the ZeRO stage that a flag asks for, and whether it moves state to host memory.
+
+    "deepspeed_zero2_offload" and its short form "zero2_offload" are (2, True); a JSON
+    file says both in its "zero_optimization".
+    """
     name = flag if flag.startswith("deepspeed_") else f"deepspeed_{flag}"
-    if name.removesuffix("_offload") in NAMES:
-        return int(name.removesuffix("_offload")[-1]), name.endswith("_offload")
+    strategy = name.removesuffix("_offload")
+    if strategy in NAMES:
+        return int(strategy[-1]), strategy != name
     if not flag.endswith(".json"):
         raise UserError(
             f"unknown strategy {flag!r}",
@@ -92,5 +99,7 @@ def _stage_and_offload(flag: str) -> tuple[int, bool]:
         raise UserError(
             f"stage {stage}", where=f"--deepspeed {flag}", expected="1, 2 or 3"
         )
-    devices = [zero.get(key) or {} for key in ("offload_optimizer", "offload_param")]
-    return stage, any(device.get("device", "none") != "none" for device in devices)
+    # A block without a device, and a device "none", offload nothing.
+    blocks = [zero.get(key) or {} for key in ("offload_optimizer", "offload_param")]
+    devices = {block.get("device", "none") for block in blocks}
+    return stage, devices != {"none"}

@@ -58,19 +58,20 @@ def explain(loaded: LoadedConfig, key: str) -> list[tuple[str, str]]:
         return [*rows, ("keys", keys)]
 
     # What it may be.
-    kind = _type_name(field.annotation)
+    rows.append(("type", _type_name(field.annotation)))
     default = "required" if field.is_required() else str(field.default)
-    rows += [("type", kind), ("default", default)]
+    rows.append(("default", default))
     bounds = _bounds(field)
     if bounds:
         rows.append(("allowed", bounds))
 
-    # What it is in this config.
+    # What it is in this config. A section that is None has no keys: all are None then.
     value: Any = loaded.config
     for name in _resolved_key(key).split("."):
         value = getattr(value, name, None)
-    origin = loaded.origins.get(key, "default")
-    return [*rows, ("value", str(value)), ("from", origin)]
+    rows.append(("value", str(value)))
+    rows.append(("from", loaded.origins.get(key, "default")))
+    return rows
 
 
 def field_of(key: str) -> FieldInfo | None:

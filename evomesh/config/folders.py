@@ -36,15 +36,19 @@ class FolderPlace:
     @staticmethod
     def of(url: str) -> FolderPlace:
         """Return the place that a setting means; links on a disk are followed."""
+        # boto3:s3://runs.oss.example.com/a/b and s3:http://oss.example.com/runs/a/b are
+        # one place: bucket "runs", host "oss.example.com", parts ("a", "b").
         for form in FORMS:
             match = form.match(url)
-            if match:
-                fields = match.groupdict()
-                host = fields.get("host") or ""
-                parts = _path_parts(fields["key"])
-                return FolderPlace(fields["bucket"], host, parts)
-        path = os.path.realpath(LOCAL.sub("", url))
-        return FolderPlace("", "", _path_parts(path))
+            if match is None:
+                continue
+            fields = match.groupdict()
+            host = fields.get("host") or ""
+            parts = _path_parts(fields["key"])
+            return FolderPlace(fields["bucket"], host, parts)
+        path = LOCAL.sub("", url)
+        parts = _path_parts(os.path.realpath(path))
+        return FolderPlace("", "", parts)
 
     def contains(self, other: FolderPlace) -> bool:
         """Return whether ``other`` is this folder or inside it."""

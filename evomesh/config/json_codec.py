@@ -18,10 +18,15 @@ def encode_json(value: Any) -> Any:
     Raises:
         TypeError: a value that ``decode_json`` could not restore.
     """
+    # 1. What JSON has no form for becomes an object with one key, which nothing else
+    #    may begin with "$": inf is {"$float": "inf"}.
     if isinstance(value, float) and not math.isfinite(value):
         return {"$float": repr(value)}
     if isinstance(value, bytes):
-        return {"$bytes": base64.b64encode(value).decode()}
+        text = base64.b64encode(value).decode()
+        return {"$bytes": text}
+
+    # 2. Everything else as it is.
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from evomesh.config.finding import ConfigFinding
 from evomesh.config.reading.draft import ConfigDraft, leaves, shown
@@ -79,11 +80,8 @@ def load_config(
     # 1. Execute the file. It applies the overrides of names that it has; the others create keys.
     path = os.fspath(path)
     sets = parse_overrides(overrides)
-    source = (
-        read_xtuner_source(path, sets)
-        if is_xtuner_file(path)
-        else read_source(path, sets)
-    )
+    read = read_xtuner_source if is_xtuner_file(path) else read_source
+    source = read(path, sets)
     draft = ConfigDraft(
         dict(source.values), lambda key: _location_of(key, source, sets)
     )
@@ -142,11 +140,12 @@ def known_keys() -> list[str]:
     """Return every key a config file may have, dotted, as written there."""
     keys = [*TOP_LEVEL, QUEUE, *SPELLINGS, *INERT, *REFUSED]
     for name in SECTIONS:
-        keys += [
-            written_key(key)
-            for key in _keys_below(Config.model_fields[name].annotation, name)
-        ]
-    return list(dict.fromkeys(key for key in keys if key != "model.extra"))
+        annotation = Config.model_fields[name].annotation
+        keys += map(written_key, _keys_below(annotation, name))
+    distinct = dict.fromkeys(keys)
+    # Parameters of a custom model are written in the model section itself.
+    del distinct["model.extra"]
+    return list(distinct)
 
 
 def _keys_below(annotation: Any, key: str) -> Iterator[str]:
@@ -232,16 +231,20 @@ def _errors_by_key(error: ValidationError) -> Iterator[tuple[str, list[Any]]]:
 
 def _key_of_error(location: Sequence[int | str], is_unknown: bool) -> str:
     """Return the dotted key in pydantic's location, which also has union members and tuple positions."""
+    # ("model", "compile", "bool") and ("model", "compile", "literal['auto']") are both
+    # model.compile, and ("adam", "no_decay", 0) is adam.no_decay.
     key: list[str] = []
-    section: type[BaseModel] | None = Config
+    fields: dict[str, FieldInfo] = dict(Config.model_fields)
     for part in location:
         if not isinstance(part, str) or "[" in part:
             continue
-        fields = {} if section is None else section.model_fields
         field = fields.get(part)
         if not key or is_unknown or field is not None:
             key.append(part)
-        section = None if field is None else section_class(field.annotation)
+        fields = {}
+        if field is not None:
+            section = section_class(field.annotation)
+            fields = dict(section.model_fields) if section else {}
     return ".".join(key)
 
 
@@ -279,26 +282,29 @@ def _accepted_values(details: list[Any]) -> str:
             bound = context[name]
             return f"a number {sign} {bound}"
 
-    # The value fails every alternative of a union, and each one gives a detail: "int | Literal['auto']" has two.
-    accepted = []
+    # The value fails every alternative of a union, and each one gives a detail:
+    # "int | Literal['auto']" has two.
+    accepted: dict[str, None] = {}  # a set that keeps the order
     for detail in details:
         kind = detail["type"]
         literals = detail.get("ctx", {}).get("expected", "")
-        accepted.append(ERRORS.get(kind, literals))
-    without_repeats = dict.fromkeys(accepted)
-    return " or ".join(without_repeats)
+        words = ERRORS.get(kind, literals)
+        accepted[words] = None
+    return " or ".join(accepted)
 
 
 def _suggested_fix(key: str, detail: Any) -> str:
     """Return the nearest allowed word for a misspelled one, or advice on quoted numbers."""
     value = detail["input"]
+    kind = detail["type"]
     if not isinstance(value, str):
         return ""
-    if detail["type"] in ("float_type", "int_type"):
-        return "remove the quotes" if _is_number(value) else ""
-    if detail["type"] != "literal_error":
+    if kind in ("float_type", "int_type") and _is_number(value):
+        return "remove the quotes"
+    if kind != "literal_error":
         return ""
-    listed = detail["ctx"]["expected"].replace(" or ", ", ")  # "'a', 'b' or 'c'"
+    # Pydantic lists the allowed words as "'a', 'b' or 'c'".
+    listed = detail["ctx"]["expected"].replace(" or ", ", ")
     allowed = [word.strip("' ") for word in listed.split(",")]
     if key == "model.dtype":
         allowed += [f"torch.{word}" for word in allowed]

@@ -217,15 +217,15 @@ class ModelConfig(Section):
         """Fill ``head_dim`` from the width and the number of heads, where these are numbers."""
         if not isinstance(values, dict) or values.get("head_dim") is not None:
             return values
-        width = values.get("hidden_size", cls.model_fields["hidden_size"].default)
-        heads = values.get(
-            "num_attention_heads", cls.model_fields["num_attention_heads"].default
-        )
-        are_numbers = isinstance(width, int) and isinstance(heads, int) and heads > 0
-        derived = {"head_dim": max(width // heads, 1)} if are_numbers else {}
-        return {
-            key: value for key, value in values.items() if key != "head_dim"
-        } | derived
+        completed = dict(values)
+        completed.pop("head_dim", None)
+        fields = cls.model_fields
+        width = values.get("hidden_size", fields["hidden_size"].default)
+        heads = values.get("num_attention_heads", fields["num_attention_heads"].default)
+        # Values of another kind are reported by the validation that follows.
+        if isinstance(width, int) and isinstance(heads, int) and heads > 0:
+            completed["head_dim"] = max(width // heads, 1)
+        return completed
 
     @property
     def has_qkv_bias(self) -> bool:

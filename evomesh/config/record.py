@@ -41,10 +41,11 @@ def config_from_dict(record: dict[str, Any]) -> Config:
 
 def _plain_value(value: Any, key: str) -> Any:
     if isinstance(value, dict):
-        prefix = f"{key}." if key else ""
-        return {
-            name: _plain_value(item, f"{prefix}{name}") for name, item in value.items()
-        }
+        record = {}
+        for name, item in value.items():
+            dotted = f"{key}.{name}" if key else name
+            record[name] = _plain_value(item, dotted)
+        return record
     if isinstance(value, list | tuple):
         return [_plain_value(item, key) for item in value]
     if isinstance(value, str):

@@ -10,6 +10,7 @@ here changes the training.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -131,20 +132,20 @@ def compare_configs(
         stored, present: as ``config_to_dict`` returns them. A key that a checkpoint of an older version does not have
             counts as the default.
     """
-    before, now = _comparable(_completed(dict(stored))), _comparable(dict(present))
-    changed = [
-        ConfigDifference(key, before[key], value)
-        for key, value in now.items()
-        if key in before and before[key] != value
-    ]
-    uses_length = any(_uses_trained_length(config) for config in (before, now))
-    function = [
-        item for item in changed if effect_of(item.key, uses_length) == "function"
-    ]
-    training = [
-        item for item in changed if effect_of(item.key, uses_length) == "training"
-    ]
-    return ConfigDifferences(tuple(function), tuple(training))
+    completed = _completed(dict(stored))
+    before = _comparable(completed)
+    now = _comparable(dict(present))
+    uses_length = _uses_trained_length(before) or _uses_trained_length(now)
+    by_effect: dict[str, list[ConfigDifference]] = defaultdict(list)
+    for key, value in now.items():
+        # A key that only this version has is no difference.
+        if key in before and before[key] != value:
+            difference = ConfigDifference(key, before[key], value)
+            effect = effect_of(key, uses_length)
+            by_effect[effect].append(difference)
+    return ConfigDifferences(
+        function=tuple(by_effect["function"]), training=tuple(by_effect["training"])
+    )
 
 
 def _uses_trained_length(values: Mapping[str, Any]) -> bool:

@@ -17,8 +17,14 @@ def parameter_counts(model: ModelConfig) -> dict[str, int]:
     layers = model.num_layers
     qkv = model.qkv_width
 
-    biases = (qkv if model.has_qkv_bias else 0) + (hidden if model.has_o_bias else 0)
-    attention = hidden * qkv + model.attention_width * hidden + biases
+    # wqkv [qkv, hidden] and wo [hidden, width of all heads], each with its bias.
+    attention = hidden * qkv + model.attention_width * hidden
+    if model.has_qkv_bias:
+        attention += qkv
+    if model.has_o_bias:
+        attention += hidden
+
+    # w1 and, with SwiGLU, w3 [width, hidden], and w2 [hidden, width].
     matrices = 3 if model.use_swiglu else 2
     feed_forward = matrices * hidden * model.mlp_width
     if model.mlp_bias:
@@ -28,14 +34,14 @@ def parameter_counts(model: ModelConfig) -> dict[str, int]:
     norm = 2 * hidden if model.norm_type == "layernorm" else hidden
     norms_of_layer = 4 if model.norm_placement == "both" else 2
     post_norm = model.apply_post_layer_norm and model.model_type == "INTERNLM2_PUBLIC"
-    final_norms = 0 if post_norm else 1
+    num_norms = norms_of_layer * layers + (0 if post_norm else 1)
+    qk_norms = layers * sum(model.qk_norm_widths)
     ends = model.vocab_size * hidden
     return {
         "embedding": ends,
         "attention": layers * attention,
         "feed_forward": layers * feed_forward,
-        "norms": norm * (norms_of_layer * layers + final_norms)
-        + layers * sum(model.qk_norm_widths),
+        "norms": num_norms * norm + qk_norms,
         "head": 0 if model.tie_word_embeddings else ends,
     }
 

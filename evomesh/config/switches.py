@@ -199,11 +199,12 @@ def _off_blocks(values: Mapping[str, Any], above: str = "") -> Iterator[str]:
         is_foreign_size = above == "parallel" and name not in OUR_BLOCKS
         if is_foreign_size and _is_size_one(value):
             yield key
-        elif isinstance(value, Mapping):
-            if False in (value.get("enable"), value.get("enabled")):
-                yield key
-            else:
-                yield from _off_blocks(value, key)
+        elif not isinstance(value, Mapping):
+            continue
+        elif False in (value.get("enable"), value.get("enabled")):
+            yield key
+        else:
+            yield from _off_blocks(value, key)
 
 
 def _is_size_one(value: Any) -> bool:

@@ -18,23 +18,24 @@ def config_text(loaded: LoadedConfig) -> str:
 
     What could not be carried over is listed at the end.
     """
+    # 1. The values, as a tree of sections, and the origin of each.
     values: dict[str, Any] = {}
     comments: dict[str, str] = {}
     for resolved, value in leaves(loaded.config.model_dump()):
         key = written_key(resolved)
         origin = loaded.origins.get(key, "default")
-        if origin.startswith("default") or (
-            value is None and origin.startswith("XTuner")
-        ):
+        if origin.startswith("default") or _is_translated_none(value, origin):
             continue
         comments[key] = origin
         _place(values, key.split("."), value)
+
+    # 2. Plain names first, then the sections, each after an empty line.
     lines = [
         f'"""Written by `evomesh config translate {loaded.path}`; comments say where values come from."""'
     ]
-    for name, value in sorted(
-        values.items(), key=lambda item: isinstance(item[1], dict)
-    ):
+    names = sorted(values, key=lambda name: isinstance(values[name], dict))
+    for name in names:
+        value = values[name]
         if isinstance(value, dict):
             lines.append("")
         lines += _assignment(name, value, name, comments, indent="", end="")
@@ -42,6 +43,11 @@ def config_text(loaded: LoadedConfig) -> str:
         lines += ["", "# Not carried over, or to be known:"]
         lines += [f"# - {words}" for words in loaded.warnings]
     return "\n".join(lines) + "\n"
+
+
+def _is_translated_none(value: Any, origin: str) -> bool:
+    """Return whether XTuner's None was taken over, which is the default here too."""
+    return value is None and origin.startswith("XTuner")
 
 
 def _literal(value: Any) -> str:

@@ -33,13 +33,12 @@ def base_modules(tree: ast.Module, package: str) -> set[str]:
     Args:
         package: what relative imports are relative to.
     """
+    blocks = [node for node in ast.walk(tree) if isinstance(node, ast.With)]
     names: set[str] = set()
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.With):
-            continue
-        managers = [ast.unparse(item.context_expr) for item in node.items]
+    for block in blocks:
+        managers = [ast.unparse(item.context_expr) for item in block.items]
         if f"{READ_BASE}()" in managers:
-            names |= _imported_modules(node.body, package)
+            names |= _imported_modules(block.body, package)
     return names
 
 
@@ -72,6 +71,8 @@ def config_imports(
         bases: names of its ``read_base`` modules; ``run_base`` may add to them.
         run_base: executes the source of one of them instead of the interpreter.
     """
+    # The import system is global: what is changed here is put back below, even when the
+    # config fails.
     modules_before = set(sys.modules)
     path_before = list(sys.path)
     bytecode_before = sys.dont_write_bytecode

@@ -62,7 +62,8 @@ class ConfigDraft:
         if key in self.off or written in self.off:
             return
         where = self.where(key)
-        self.problems.append(UserError(found, where=where, expected=expected, fix=fix))
+        error = UserError(found, where=where, expected=expected, fix=fix)
+        self.problems.append(error)
 
     def where(self, key: str) -> str:
         """Return the key as the user wrote it, with its file and line."""

@@ -81,16 +81,17 @@ def take_from_load_info(draft: ConfigDraft, model: dict[str, Any]) -> None:
     found = _first_weights(draft)
     if found is None:
         return
-    keys = [*FACTS, *LENGTH]
-    if any(model.get(key) is not None for key in SCALING):
-        keys = [key for key in keys if key not in SCALING]
+    keys = {*FACTS, *LENGTH}
+    given = {key for key, value in model.items() if value is not None}
+    if not given.isdisjoint(SCALING):
+        keys -= set(SCALING)
+    if model.keys().isdisjoint(WIDTH):
+        keys |= set(WIDTH)
     if found.kv_heads == found.num_attention_heads:
         keys.remove("num_kv_attention_heads")  # the default of every family
-    if not any(key in model for key in WIDTH):
-        keys += WIDTH
-    for key in keys:
-        if model.get(key) is None:
-            _put(draft, model, key, getattr(found, key), LOAD_INFO)
+    for key in sorted(keys - given):
+        value = getattr(found, key)
+        _put(draft, model, key, value, LOAD_INFO)
 
 
 def _first_weights(draft: ConfigDraft) -> ModelConfig | None:

@@ -155,10 +155,10 @@ def drop_inert(draft: ConfigDraft) -> None:
     """Warn of keys without effect and remove those that the resolved config does not keep."""
     for key, usual in INERT_FIELDS.items():
         section, name = _section_and_name(draft, key)
-        if name in section and section[name] != usual:
-            draft.warn(
-                key, f"{section[name]!r} has no effect: {_reason_without_effect(key)}"
-            )
+        value = section.get(name, usual)
+        if value != usual:
+            reason = _reason_without_effect(key)
+            draft.warn(key, f"{value!r} has no effect: {reason}")
     for key, (usual, why) in INERT.items():
         if _is_custom_parameter(draft, key):
             continue
@@ -166,8 +166,8 @@ def drop_inert(draft: ConfigDraft) -> None:
         if name not in section:
             continue
         value = section.pop(name)
-        is_usual = value == usual or (usual == {} and _has_no_true(value))
-        if not is_usual and key not in draft.off:
+        is_off_block = usual == {} and _has_no_true(value)
+        if value != usual and not is_off_block and key not in draft.off:
             draft.warn(key, f"{value!r} has no effect: {why}")
 
 

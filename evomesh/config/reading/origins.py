@@ -18,11 +18,7 @@ def origins(
     config: Config, draft: ConfigDraft, source: ConfigSource, sets: Sequence[Override]
 ) -> dict[str, str]:
     """Map each key, as a config file writes it, to "default", "FILE:LINE", "--set", "legacy KEY FILE:LINE" ..."""
-    overridden = set()
-    for item in sets:
-        overridden |= {key for key, _ in leaves(item.value, item.dotted)}
-    # parallel.tensor=2 is the int form of parallel.tensor.size=2.
-    overridden |= {f"{key}.size" for key in overridden if key.startswith("parallel.")}
+    overridden = _overridden_keys(sets)
     in_file = {key for key, _ in leaves(source.values)}
     written_lines = in_file - overridden
     result = {}
@@ -38,6 +34,15 @@ def origins(
         is_legacy = written != key and not origin.startswith(("default", ENVIRONMENT))
         result[key] = f"legacy {written} {origin}" if is_legacy else origin
     return result
+
+
+def _overridden_keys(sets: Sequence[Override]) -> set[str]:
+    """Return the keys that overrides set; parallel.tensor=2 is the int form of parallel.tensor.size=2."""
+    keys = set()
+    for item in sets:
+        keys |= {key for key, _ in leaves(item.value, item.dotted)}
+    sizes = {f"{key}.size" for key in keys if key.startswith("parallel.")}
+    return keys | sizes
 
 
 def _default_origin(draft: ConfigDraft, resolved: str, written: str) -> str:

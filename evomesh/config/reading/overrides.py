@@ -38,7 +38,8 @@ def parse_overrides(texts: Sequence[str]) -> list[Override]:
     Raises:
         ConfigError: without ``=``, or a key that is not dotted names. All of them at once.
     """
-    problems, out = [], []
+    problems = []
+    out = []
     for text in texts:
         key, equals, value = text.partition("=")
         keys = tuple(part.strip() for part in key.split("."))
@@ -78,14 +79,14 @@ def _literal_value(node: ast.expr) -> Any:
 
 def _call_value(node: ast.Call, function: str) -> Any:
     """Evaluate ``dict(key=literal)`` or ``float("...")``."""
+    values = {keyword.arg: _literal_value(keyword.value) for keyword in node.keywords}
+    arguments = node.args
     # `dict(**other)` is a keyword without a name.
-    names = [keyword.arg for keyword in node.keywords]
-    keywords_only = not node.args and None not in names
-    if function == "dict" and keywords_only:
-        values = [_literal_value(keyword.value) for keyword in node.keywords]
-        return dict(zip(names, values, strict=True))
-    if function == "float" and len(node.args) == 1:
-        return float(ast.literal_eval(node.args[0]))
+    if function == "dict" and not arguments and None not in values:
+        return values
+    if function == "float" and len(arguments) == 1:
+        text = ast.literal_eval(arguments[0])
+        return float(text)
     raise ValueError("a call")
 
 
@@ -108,16 +109,21 @@ def _with_value_at(old: Any, keys: tuple[str, ...], value: Any) -> Any:
         # mode stays.
         keeps_dict = isinstance(old, dict) and "size" in old and _is_int(value)
         return {**old, "size": value} if keeps_dict else value
-    if isinstance(old, Mapping):
-        base = dict(old)
-    elif _is_int(old):
-        base = {"size": old}  # the int form of a parallel size
-    elif isinstance(old, str):
-        base = {"path": old}  # the string form of load_ckpt_folder
-    else:
-        base = {}
-    base[keys[0]] = _with_value_at(base.get(keys[0]), keys[1:], value)
+    first, *rest = keys
+    base = _as_dict(old)
+    base[first] = _with_value_at(base.get(first), tuple(rest), value)
     return base
+
+
+def _as_dict(value: Any) -> dict[str, Any]:
+    """Return a value in the form that further keys can be put into."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if _is_int(value):
+        return {"size": value}  # the int form of a parallel size
+    if isinstance(value, str):
+        return {"path": value}  # the string form of load_ckpt_folder
+    return {}
 
 
 def _is_int(value: Any) -> bool:

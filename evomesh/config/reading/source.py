@@ -220,11 +220,7 @@ class _StatementInstrumenter(ast.NodeTransformer):
                 continue
             out.append(kept)
             # Nothing may come before `from __future__ import ...`.
-            is_future = isinstance(node, ast.ImportFrom) and node.module == "__future__"
-            is_docstring = isinstance(node, ast.Expr) and isinstance(
-                node.value, ast.Constant
-            )
-            self.future = self.future and (is_future or is_docstring)
+            self.future = self.future and _may_precede_future_import(node)
             if not self.future:
                 out.append(_apply_call(node))
         return out or [ast.Pass()]
@@ -232,18 +228,26 @@ class _StatementInstrumenter(ast.NodeTransformer):
     def _instrument_statement(self, node: ast.stmt) -> ast.stmt | None:
         """Return the statement with the blocks in it instrumented; None for an import of ``read_base`` alone."""
         if isinstance(node, ast.ImportFrom):
-            kept = [alias for alias in node.names if alias.name != READ_BASE]
-            node.names = kept
-            return node if kept else None
-        if not isinstance(node, ast.With | ast.If | ast.Try | ast.For):
-            return node
-        node.body = self._instrument_block(node.body)
-        if not isinstance(node, ast.With) and node.orelse:
-            node.orelse = self._instrument_block(node.orelse)
+            node.names = [alias for alias in node.names if alias.name != READ_BASE]
+            return node if node.names else None
+        # Only blocks that run at the top of the file: the names in a function are local.
+        if isinstance(node, ast.With):
+            node.body = self._instrument_block(node.body)
+        elif isinstance(node, ast.If | ast.Try | ast.For):
+            node.body = self._instrument_block(node.body)
+            if node.orelse:
+                node.orelse = self._instrument_block(node.orelse)
         return node
 
     def visit_Module(self, node: ast.Module) -> ast.Module:
         return ast.Module(self._instrument_block(node.body), [])
+
+
+def _may_precede_future_import(node: ast.stmt) -> bool:
+    """Return whether a statement is such an import itself, or a docstring."""
+    if isinstance(node, ast.ImportFrom):
+        return node.module == "__future__"
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 def _apply_call(node: ast.stmt) -> ast.stmt:
@@ -323,10 +327,10 @@ def _read_bases(
     values: dict[str, Any] = {}
     lines: dict[str, str] = {}
     names: frozenset[str] = frozenset()
+    folder = above[-1].parent
     paths = [base] if isinstance(base, str) else base
     for path in paths:
-        base_file = above[-1].parent / path
-        source = read_source(str(base_file), overrides, above=above)
+        source = read_source(str(folder / path), overrides, above=above)
         values = merge_values(values, source.values)
         lines.update(source.lines)
         names |= source.names
@@ -334,12 +338,12 @@ def _read_bases(
 
 
 def merge_values(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Return ``below`` with the values of ``above`` put over it, section by section."""
     out = dict(below)
     for key, value in above.items():
         known = out.get(key)
-        out[key] = (
-            merge_values(known, value)
-            if isinstance(known, dict) and isinstance(value, dict)
-            else value
-        )
+        if isinstance(known, dict) and isinstance(value, dict):
+            out[key] = merge_values(known, value)
+        else:
+            out[key] = value
     return out

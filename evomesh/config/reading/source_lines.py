@@ -100,20 +100,14 @@ def _record_value(
 
 def dict_items(value: ast.expr) -> Iterator[tuple[str, int, ast.expr]]:
     """Yield (key, its line, value) of ``dict(key=value)`` or ``{"key": value}``; nothing for any other expression."""
-    if isinstance(value, ast.Call):
-        function = value.func
-        if not isinstance(function, ast.Name) or function.id != "dict":
-            return
+    if isinstance(value, ast.Dict):
+        for name, item in zip(value.keys, value.values, strict=True):
+            if isinstance(name, ast.Constant) and isinstance(name.value, str):
+                yield name.value, name.lineno, item
+    elif isinstance(value, ast.Call) and ast.unparse(value.func) == "dict":
         for keyword in value.keywords:
             if keyword.arg:
                 yield keyword.arg, keyword.lineno, keyword.value
-    elif isinstance(value, ast.Dict):
-        for name, item in zip(value.keys, value.values, strict=True):
-            if not isinstance(name, ast.Constant):
-                continue
-            key = name.value
-            if isinstance(key, str):
-                yield key, name.lineno, item
 
 
 def _record_import(
@@ -135,11 +129,14 @@ def _record_import(
     if file not in imported:
         imported[file] = {}  # a module that imports itself in a circle adds nothing
         imported[file] = _module_lines(file, module, imported)
+    # `from x import data as d` gives data.seq_len of x to d.seq_len.
     local_names = {alias.name: alias.asname or alias.name for alias in node.names}
+    imports_all = "*" in local_names
     for key, line in imported[file].items():
         top, dot, rest = key.partition(".")
-        if "*" in local_names or top in local_names:
-            lines[local_names.get(top, top) + dot + rest] = line
+        if imports_all or top in local_names:
+            local_name = local_names.get(top, top)
+            lines[local_name + dot + rest] = line
 
 
 def _module_lines(

@@ -150,13 +150,15 @@ def written_key(key: str) -> str:
 
 
 def _resolve_top_level(draft: ConfigDraft) -> None:
+    """Move top-level names into their sections: JOB_NAME becomes run.job_name."""
     for name, target in TOP_LEVEL.items():
+        section_name, _, key = target.partition(".")
         if name in draft.values:
-            section_name, _, key = target.partition(".")
             section = draft.take_section(section_name)
             section[key] = draft.values.pop(name)
             draft.sources[target] = name
-        elif target.startswith("model.") and name in draft.take_section("model"):
+        # Some files have such a name inside the model section instead.
+        elif section_name == "model" and name in draft.take_section("model"):
             draft.sources[target] = target
     run = draft.take_section("run")
     for key in ("tensorboard_folder", "resume_tb_folder"):
@@ -257,10 +259,7 @@ def _resolve_model(draft: ConfigDraft) -> None:
             "model.dtype",
             'is not set: float16 as documented; dtype="torch.bfloat16" needs no loss scale',
         )
-    dtype = model.get("dtype", "float16")
-    if type(dtype).__name__ == "dtype":  # a torch.dtype
-        dtype = str(dtype)
-    model["dtype"] = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    model["dtype"] = _dtype_name(model.get("dtype", "float16"))
     _resolve_rotary_order(draft, model, family)
     _resolve_family(draft, model, family)
     if model.pop("use_sliding_window", True) is False:
@@ -271,6 +270,13 @@ def _resolve_model(draft: ConfigDraft) -> None:
         for key in [key for key in model if key not in ModelConfig.model_fields]:
             extra[key] = model.pop(key)
             draft.sources[f"model.extra.{key}"] = f"model.{key}"
+
+
+def _dtype_name(dtype: Any) -> Any:
+    """Return "float16" for "torch.half", torch.half and the like; a value of another kind as it is."""
+    # A file may import torch, but this package must not: the class is known by its name.
+    name = str(dtype) if type(dtype).__name__ == "dtype" else dtype
+    return DTYPES.get(name, name) if isinstance(name, str) else name
 
 
 def _resolve_rotary_order(
@@ -301,8 +307,9 @@ def _resolve_rotary_order(
 
 def _resolve_family(draft: ConfigDraft, model: dict[str, Any], family: Any) -> None:
     """Take the family's default of each key that the config leaves out."""
-    facts = FAMILY_FACTS.get(family) if isinstance(family, str) else None
-    defaults = facts.defaults | architecture_of(family) if facts else {}
+    defaults = {}
+    if isinstance(family, str) and family in FAMILY_FACTS:
+        defaults = FAMILY_FACTS[family].defaults | architecture_of(family)
     for key, value in defaults.items():
         if key not in model:
             model[key] = value
@@ -346,6 +353,17 @@ def _resolve_rope_scaling(draft: ConfigDraft, model: dict[str, Any]) -> None:
         draft.sources.setdefault(f"model.{name}", key)
 
 
+def _put_tuple(section: dict[str, Any], key: str) -> None:
+    """Make a value a tuple in place; None is removed, and what cannot be a tuple is for the validation to report."""
+    value = section[key]
+    if value is None:
+        del section[key]
+    elif isinstance(value, list | set):
+        section[key] = tuple(value)
+    elif isinstance(value, int | str) and not isinstance(value, bool):
+        section[key] = (value,)
+
+
 def _resolve_tuples(draft: ConfigDraft) -> None:
     """Accept one value or a list where the schema has a tuple."""
     for dotted in TUPLES:
@@ -353,15 +371,8 @@ def _resolve_tuples(draft: ConfigDraft) -> None:
         node: Any = draft.sections
         for name in above:
             node = node.get(name) if isinstance(node, dict) else None
-        if not isinstance(node, dict) or key not in node:
-            continue
-        value = node[key]
-        if value is None:
-            del node[key]
-        elif isinstance(value, list | set):
-            node[key] = tuple(value)
-        elif isinstance(value, int | str) and not isinstance(value, bool):
-            node[key] = (value,)
+        if isinstance(node, dict) and key in node:
+            _put_tuple(node, key)
     smoothing = draft.sections.get("loss", {})
     if "label_smoothing" in smoothing and smoothing["label_smoothing"] is None:
         smoothing["label_smoothing"] = 0.0

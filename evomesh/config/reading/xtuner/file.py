@@ -69,6 +69,7 @@ def is_xtuner_file(path: str, above: tuple[Path, ...] = ()) -> bool:
         return False
     try:
         text = file.read_bytes().decode("utf-8-sig")
+        # Parsing is slow, and most files have none of these words.
         if not any(word in text for word in (*OWNERS, *RUNNER_NAMES, "_base_")):
             return False
         tree = ast.parse(text)
@@ -85,13 +86,9 @@ def _literal_bases(tree: ast.Module) -> list[str]:
     for node in tree.body:
         if not isinstance(node, ast.Assign):
             continue
-        if ast.unparse(node.targets[0]) != "_base_":
-            continue
-        files = []
-        for item in ast.walk(node.value):
-            if isinstance(item, ast.Constant) and isinstance(item.value, str):
-                files.append(item.value)
-        return files
+        if ast.unparse(node.targets[0]) == "_base_":
+            constants = [n for n in ast.walk(node.value) if isinstance(n, ast.Constant)]
+            return [item.value for item in constants if isinstance(item.value, str)]
     return []
 
 

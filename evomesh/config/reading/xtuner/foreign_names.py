@@ -73,20 +73,17 @@ def last_name(value: Any) -> str:
 
 def is_xtuner_config(tree: ast.Module) -> bool:
     """Return whether a file imports from XTuner or mmengine, or assigns what mmengine's runner takes."""
+    imported: list[str | None] = []
     assigned: set[str] = set()
     for node in ast.walk(tree):
-        imported: list[str | None] = []
         if isinstance(node, ast.ImportFrom) and not node.level:
-            imported = [node.module]
+            imported.append(node.module)
         elif isinstance(node, ast.Import):
-            imported = [alias.name for alias in node.names]
+            imported += [alias.name for alias in node.names]
         elif isinstance(node, ast.Assign):
-            assigned |= {
-                target.id for target in node.targets if isinstance(target, ast.Name)
-            }
-        if any(_package(module) in OWNERS for module in imported):
-            return True
-    return assigned >= RUNNER_NAMES
+            assigned |= set(map(ast.unparse, node.targets))
+    packages = set(map(_package, imported))
+    return not packages.isdisjoint(OWNERS) or assigned >= RUNNER_NAMES
 
 
 class ImportReplacer(ast.NodeTransformer):
@@ -124,18 +121,23 @@ class ImportReplacer(ast.NodeTransformer):
         module = node.module or ""
         out: list[ast.stmt] = [node]
         if not node.level and _package(module) in PACKAGES:
-            # ``from torch.optim import AdamW as A`` becomes ``A = STAND_IN("torch.optim.AdamW")``.
-            out = []
-            for alias in node.names:
-                if alias.name not in (READ_BASE, "*"):
-                    name = alias.asname or alias.name
-                    path = f"{module}.{alias.name}"
-                    out.append(self._assign(name, path))
+            out = self._stand_ins(module, node.names)
         elif file := self._find_file(module, node.level):
             out = [self._read_file(file, node.names)]
         if not out:
             out = [ast.Pass()]  # a block must not be empty
         return [ast.copy_location(statement, node) for statement in out]
+
+    def _stand_ins(self, module: str, names: list[ast.alias]) -> list[ast.stmt]:
+        # ``from torch.optim import AdamW as A`` becomes
+        # ``A = STAND_IN("torch.optim.AdamW")``.
+        out = []
+        for alias in names:
+            if alias.name not in (READ_BASE, "*"):
+                path = f"{module}.{alias.name}"
+                assignment = self._assign(alias.asname or alias.name, path)
+                out.append(assignment)
+        return out
 
     def _assign(self, name: str, path: str) -> ast.stmt:
         """Return ``NAME = STAND_IN(path)``."""
@@ -164,9 +166,10 @@ class ImportReplacer(ast.NodeTransformer):
         keys: list[ast.expr | None] = []
         values: list[ast.expr] = []
         for alias in names:
-            keys.append(ast.Constant(alias.name))
-            new_name = alias.asname or alias.name
-            values.append(ast.Constant(new_name))
+            key = ast.Constant(alias.name)
+            value = ast.Constant(alias.asname or alias.name)
+            keys.append(key)
+            values.append(value)
         found = _call(
             _load(self.read_names),
             ast.Constant(str(file)),

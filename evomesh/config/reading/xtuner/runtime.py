@@ -140,19 +140,23 @@ def _put_start(out: Translation) -> None:
 
 
 def _put_trackers(out: Translation) -> None:
-    visualizer = out.settings.get("visualizer")
-    backends: Any = []
-    if isinstance(visualizer, Mapping):
-        backends = visualizer.get("vis_backends") or []
-    if isinstance(backends, Mapping):
-        backends = [backends]
-    names = [last_name(backend.get("type")) for backend in backends]
+    names = _tracker_names(out.settings.get("visualizer"))
     writes_tensorboard = any(BACKENDS.get(name, False) for name in names)
     out.put("enable_tb", writes_tensorboard, "visualizer")
     unknown = [name for name in names if name not in BACKENDS]
     if unknown:
         listed = ", ".join(unknown)
         out.warn("visualizer", f"{listed} is not written to; TensorboardVisBackend is")
+
+
+def _tracker_names(visualizer: Any) -> list[str]:
+    """Return the classes in ``dict(vis_backends=[dict(type=TensorboardVisBackend), ...])``, or in one such dict."""
+    backends: Any = []
+    if isinstance(visualizer, Mapping):
+        backends = visualizer.get("vis_backends") or []
+    if isinstance(backends, Mapping):
+        backends = [backends]
+    return [last_name(backend.get("type")) for backend in backends]
 
 
 def _check_hooks(out: Translation) -> None:

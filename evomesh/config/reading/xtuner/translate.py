@@ -48,14 +48,14 @@ def read_xtuner_source(path: str, overrides: Sequence[Override] = ()) -> ConfigS
     if settings.problems:
         raise ConfigError(settings.problems, path=path)
     for override in overrides:
-        section, _, _ = override.dotted.partition(".")
-        out.values.get(section, {}).pop(RIVALS.get(override.dotted, ""), None)
+        rival = RIVALS.get(override.dotted, "")
+        section = out.values.get(override.keys[0], {})
+        section.pop(rival, None)
+    applied = [item.dotted for item in theirs if item.keys[0] in file.values]
     return ConfigSource(
         path,
         out.values,
-        frozenset(
-            override.dotted for override in theirs if override.keys[0] in file.values
-        ),
+        frozenset(applied),
         out.lines,
         file.text,
         tuple(dict.fromkeys(out.warnings)),
