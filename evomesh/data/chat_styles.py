@@ -77,6 +77,39 @@ LLAMA3 = ChatStyle(
 
 
 STYLES = {"internlm": INTERNLM, "chatml": CHATML, "llama3": LLAMA3}
+# Those that a Jinja template gives the same ids: InternLM's fragments are encoded apart.
+TEMPLATED_STYLES = ("chatml", "llama3")
+
+
+def style_source(style: ChatStyle) -> str:
+    """Return a Jinja template that renders conversations in a style.
+
+    Every role of a style has the same fragments, but for its name.
+    """
+    turn = style.turns["assistant"]
+    opening = _role_from_message(turn.opening)
+    content = "message.content | trim" if style.strips else "message.content"
+    closing = _quote("".join((*turn.closing, *style.separator)))
+    prompt = _quote("".join(turn.opening))
+    # SmolLM2's tokenizer names the opening mark itself as bos: it is not doubled.
+    return (
+        f"{{% if bos_token != {_quote(turn.opening[0])} %}}{{{{ bos_token }}}}{{% endif %}}"
+        "{% for message in messages %}"
+        f"{{{{ {opening} ~ ({content}) ~ {closing} }}}}"
+        "{% endfor %}"
+        f"{{% if add_generation_prompt %}}{{{{ {prompt} }}}}{{% endif %}}"
+    )
+
+
+def _role_from_message(opening: tuple[str, ...]) -> str:
+    """Return the Jinja expression of an opening, with the message's role for "assistant"."""
+    before, _, after = "".join(opening).partition("assistant")
+    return f"{_quote(before)} ~ message.role ~ {_quote(after)}"
+
+
+def _quote(text: str) -> str:
+    """Return a text as Jinja's string."""
+    return "'" + text.replace("\n", "\\n") + "'"
 
 
 # Text to InternEvo's tokenizer, special tokens of others.

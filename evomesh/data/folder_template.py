@@ -172,6 +172,8 @@ class JinjaTemplate:
             before = self._render(
                 messages[:number], tools=tools, add_generation_prompt=is_answer
             ).text
+        elif is_answer:
+            before = self._before_first_answer(tools, whole)
 
         # 2. What is there after it; the last message takes all that the template adds.
         until = whole
@@ -193,6 +195,20 @@ class JinjaTemplate:
                 f"--chat-template {'|'.join(STYLES)}",
             )
         return len(before), len(until)
+
+    def _before_first_answer(self, tools: Sequence[Any] | None, whole: str) -> str:
+        """Return what is there before an answer that begins a conversation: up to the generation prompt."""
+        question = [ChatMessage("user", "question", False)]
+        try:
+            closed = self._render(question, tools=tools).text
+            prompted = self._render(
+                question, tools=tools, add_generation_prompt=True
+            ).text
+        except UserError:
+            return ""
+        prompt = prompted[self._end_of_messages(closed, prompted) :]
+        opening, found, _ = whole.partition(prompt)
+        return opening + found if prompt and found else ""
 
     def _end_of_messages(self, closed: str, prompted: str) -> int:
         """Return where the last message ends in two texts of the same messages.

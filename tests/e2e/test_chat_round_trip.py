@@ -15,11 +15,12 @@ from evomesh.checkpoint.huggingface.checklist import checklist
 from evomesh.checkpoint.huggingface.export import ExportOptions
 from evomesh.checkpoint.restore import load_model
 from evomesh.cli.convert_hf import write_folder
+from evomesh.cli.generate import complete_prompt
 from evomesh.data.chat_message import ChatMessage
 from evomesh.data.prepare.conversations import ChatOptions, tokenize_chats
 from evomesh.data.records.source_files import find_source_files
 from evomesh.data.token_files.bin_dataset import BinDataset
-from evomesh.data.tokenizer import load_tokenizer
+from evomesh.data.tokenizer import encode_prompt, load_tokenizer
 from evomesh.evaluate.native import HarnessModel
 from evomesh.generate.decode import generate_tokens
 from evomesh.generate.options import SamplingParams
@@ -76,7 +77,11 @@ def ask(url: str) -> Any:
 
 @pytest.mark.parametrize("row", FOLDERS)
 def test_prompts_are_those_of_training_and_answers_end(
-    row: str, interpreter: Interpreter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    row: str,
+    interpreter: Interpreter,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     trained = train(tmp_path, row, interpreter)
     monkeypatch.chdir(tmp_path)
@@ -107,6 +112,18 @@ def test_prompts_are_those_of_training_and_answers_end(
         [[answer]] = generate_tokens(loaded.model, [prompt], greedy)
         assert answer == trained[first_target : first_target + len(answer)]
         assert answer[-1] in loaded.eos_ids
+
+        # ``evomesh generate --prompt``: a text to complete, here the rendered question.
+        # The bos that the tokenizer puts in front is not written out.
+        text = theirs.apply_chat_template(
+            [QUESTION], add_generation_prompt=True, tokenize=False
+        )
+        if loaded.tokenizer.leading:
+            text = text.removeprefix(loaded.tokenizer.special_tokens["bos_token"])
+        assert encode_prompt(loaded.tokenizer, text) == prompt
+        capsys.readouterr()
+        complete_prompt(loaded, text, sampling)
+        assert ANSWER["content"] in capsys.readouterr().out
 
     # A server with the export.
     service = load_service("hf", "cpu", ModelOptions(name="hf"))

@@ -407,4 +407,5 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "reasoning": [USER, REASONED],
     "ends with the user": [USER, ANSWER, user("the")],
     "wrong order": [USER, USER, ANSWER],
+    "begins with an answer": [LAST, USER, ANSWER],
 }  # fmt: skip

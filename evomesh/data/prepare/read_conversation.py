@@ -14,7 +14,8 @@ from evomesh.errors import UserError
 
 RecordSchema = Literal["alpaca", "messages", "sharegpt", "xtuner"]
 FLAGS = ("loss", "train", "weight")  # keys of a message that say whether it is a target
-XTUNER_KEYS = ("system", "input", "output", "output_with_loss")
+XTUNER_FLAG = "output_with_loss"
+XTUNER_KEYS = ("system", "input", "output", XTUNER_FLAG)
 SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -145,13 +146,15 @@ def _read_message(
     return ChatMessage(role, text, role in roles and not is_muted, extra)
 
 
-def _is_muted(entry: dict[str, Any], record: SourceRecord) -> bool:
-    """Return whether a message says that it is not a target.
+def _is_muted(
+    entry: dict[str, Any], record: SourceRecord, flags: Sequence[str] = FLAGS
+) -> bool:
+    """Return whether a message or turn says that it is not a target.
 
     Raises:
         UserError: one of its flags is neither true nor false.
     """
-    for key in FLAGS:
+    for key in flags:
         value = entry.get(key)
         if value is None:
             continue
@@ -175,7 +178,7 @@ def _read_alpaca(record: SourceRecord, roles: Sequence[str]) -> list[ChatMessage
     # "text" is the whole prompt of Alpaca's own data, which repeats the other keys.
     _refuse_unknown(
         record.value,
-        ("instruction", "input", "output", "system", "history", "text"),
+        ("instruction", "input", "output", "system", "history", "tools", "text"),
         record,
     )
     if extra:
@@ -198,6 +201,8 @@ def _read_xtuner(record: SourceRecord, roles: Sequence[str]) -> list[ChatMessage
         else _get(record.value, "conversation", record)
     )
     turns = _get_list(turns, "conversation", record)
+    if isinstance(record.value, dict):
+        _refuse_unknown(record.value, ("conversation", "tools"), record)
     messages = []
     for turn in turns:
         messages += _read_xtuner_turn(turn, record, roles)
@@ -219,8 +224,7 @@ def _read_xtuner_turn(
     # Without a question a turn is text to continue, as in pre-training.
     if question:
         messages.append(ChatMessage("user", question, "user" in roles))
-    is_muted = turn.get("output_with_loss", True) is False
-    is_target = "assistant" in roles and not is_muted
+    is_target = "assistant" in roles and not _is_muted(turn, record, (XTUNER_FLAG,))
     messages.append(ChatMessage("assistant", answer, is_target))
     return messages
 
@@ -236,6 +240,8 @@ def _system_message(record: SourceRecord, roles: Sequence[str]) -> list[ChatMess
 def _history(record: SourceRecord) -> list[tuple[str, str]]:
     """Return the pairs of question and answer before a record's own."""
     pairs = record.value.get("history") or []
+    if isinstance(pairs, str):
+        pairs = _parse_json_text(pairs, "history", record) or []
     is_known = isinstance(pairs, list) and all(map(_is_pair, pairs))
     if not is_known:
         raise UserError(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from evomesh.data.chat_styles import STYLES
+from evomesh.data.chat_styles import STYLES, TEMPLATED_STYLES, style_source
 from evomesh.data.records.reader import read_records, record_text
 from evomesh.data.records.source_files import SourceFile, open_files
 from evomesh.errors import UserError
@@ -51,7 +51,7 @@ class TokenizerRecipe:
 def train_tokenizer(
     files: Sequence[SourceFile], folder: Path, recipe: TokenizerRecipe, text_field: str
 ) -> Path:
-    """Train a tokenizer and write its folder: the model, and tokenizer_config.json with bos and eos.
+    """Train a tokenizer and write its folder: the model, and tokenizer_config.json with bos, eos and chat template.
 
     Args:
         files: the texts to learn from; read once, one at a time.
@@ -90,6 +90,8 @@ def train_tokenizer(
             "add_prefix_space": False,
         }
         settings |= {"unk_token": UNKNOWN, **spacing}
+    if recipe.chat in TEMPLATED_STYLES:
+        settings["chat_template"] = style_source(STYLES[recipe.chat])
     with write_atomically(folder / "tokenizer_config.json") as file:
         file.write(json.dumps(settings, indent=2).encode())
     with write_atomically(folder / name) as file:

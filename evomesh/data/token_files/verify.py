@@ -221,6 +221,7 @@ def verify(
     for scan in scans:
         problems += scan.problems or _find_json_text(scan, tokenizer)
     problems += _find_short(path, scans, min_length)
+    _note_equal_files(scans)
 
     # 3. Validation data: each folder is a set, and needs a document that is long
     # enough.
@@ -260,6 +261,20 @@ def _find_short(name: str, scans: Sequence[FileScan], min_length: int) -> list[s
         f"{name}: none of {len(lengths):,} documents has the minimum length of {min_length} tokens, "
         f"the longest has {int(lengths.max()):,}"
     ]
+
+
+def _note_equal_files(scans: Sequence[FileScan]) -> None:
+    """Note each file whose documents are, line by line, those of a file before it."""
+    first_with: dict[bytes, Path] = {}
+    for scan in scans:
+        if not len(scan.hashes):
+            continue
+        content = scan.hashes.tobytes()
+        original = first_with.setdefault(content, scan.path)
+        if original != scan.path:
+            scan.notes.append(
+                f"{scan.path}: its {len(scan.hashes):,} documents are those of {original}, in the same order"
+            )
 
 
 def _parse_tokens(line: bytes) -> TokenArray:

@@ -167,6 +167,17 @@ def test_sharegpt_records_are_read_like_messages(folder: Path) -> None:
         ("messages", {"messages": "hello"}, "messages is not JSON"),
         ("messages", {"messages": "{}"}, "messages is of type object"),
         ("xtuner", {"conversation": 3}, "conversation is of type number"),
+        (
+            "xtuner",
+            {"conversation": [{"input": "q", "output": "a"}], "system": "s", "meta": 1},
+            "unknown keys: 'system', 'meta'",
+        ),
+        (
+            "xtuner",
+            {"conversation": [{"input": "q", "output": "a", "output_with_loss": "no"}]},
+            "output_with_loss of a message is 'no'",
+        ),
+        ("alpaca", ALPACA | {"history": "[1"}, "history is not JSON"),
     ],
 )
 def test_bad_records_are_rejected(schema: Any, value: Any, part: str) -> None:
@@ -196,6 +207,22 @@ def test_a_list_of_messages_may_be_a_text_of_json(
     """As in a column of a csv or parquet file."""
     as_list = encode(folder, "chatml", {key: [turn]}, schema)
     assert encode(folder, "chatml", {key: json.dumps([turn])}, schema) == as_list
+
+
+def test_history_may_be_a_text_of_json(folder: Path) -> None:
+    as_list = encode(
+        folder, "chatml", ALPACA | {"history": [["hi", "hello"]]}, "alpaca"
+    )
+    as_text = ALPACA | {"history": '[["hi", "hello"]]'}
+    assert encode(folder, "chatml", as_text, "alpaca") == as_list
+
+
+@pytest.mark.parametrize(("flag", "targets"), [(0, ""), (None, "a<|im_end|>")])
+def test_a_turn_of_xtuner_is_muted_by_zero_too(
+    folder: Path, flag: int | None, targets: str
+) -> None:
+    turn = {"input": "q", "output": "a", "output_with_loss": flag}
+    assert encode(folder, "chatml", [turn], "xtuner")[1] == targets
 
 
 def test_system_and_history_are_part_of_the_conversation(folder: Path) -> None:

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tokenizers
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from evomesh.cli.app import app
+from evomesh.data.chat import build_template
+from evomesh.data.chat_message import ChatMessage
 from evomesh.data.tokenizer import load_tokenizer
 from evomesh.errors import UserError
 
@@ -203,3 +206,42 @@ def test_mistakes_write_nothing(
     with pytest.raises(UserError, match=words):
         run("train", str(folder / "raw"), "-o", str(tmp_path / "new"), *arguments)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("chat", ["chatml", "llama3"])
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece"])
+def test_the_folder_has_the_chat_template_of_its_marks(
+    folder: Path, tmp_path: Path, kind: str, chat: str
+) -> None:
+    """With transformers, it gives the ids of the built-in style, and the answers are the same targets."""
+    options = ["--vocab-size", "340", "--kind", kind, "--chat", chat]
+    options += ["--text-field", "body"]
+    run("train", str(folder / "raw"), "-o", str(tmp_path / "tok"), *options)
+    theirs = AutoTokenizer.from_pretrained(str(tmp_path / "tok"), local_files_only=True)
+    tokenizer = load_tokenizer(tmp_path / "tok")
+    style = build_template(chat, tokenizer)
+    turns = [
+        {"role": "system", "content": "be\nbrief"},
+        {"role": "user", "content": "the cat 12 é"},
+        {"role": "assistant", "content": "sat"},
+    ]
+    messages = [
+        ChatMessage(turn["role"], turn["content"], turn["role"] == "assistant")
+        for turn in turns
+    ]
+    found = theirs.apply_chat_template(turns, return_dict=True)["input_ids"]
+    assert found == [abs(token) for token in style.encode(messages)]
+    prompt = theirs.apply_chat_template(
+        turns[:2], add_generation_prompt=True, return_dict=True
+    )
+    assert prompt["input_ids"] == style.encode_prompt(messages[:2])
+    own = build_template("tokenizer", tokenizer).encode(messages)
+    answer = tokenizer.decode([token for token in own if token > 0])
+    assert answer.startswith("sat<|e") or answer == "sat<|im_end|>\n"
+
+
+def test_marks_without_a_template_leave_none(folder: Path, tmp_path: Path) -> None:
+    """The fragments of InternLM's style are encoded apart, as no template can."""
+    options = ["--vocab-size", "340", "--chat", "internlm", "--text-field", "body"]
+    run("train", str(folder / "raw"), "-o", str(tmp_path / "tok"), *options)
+    assert load_tokenizer(tmp_path / "tok").chat_template == ""

@@ -145,6 +145,22 @@ def test_a_block_that_was_appended_twice_is_a_problem(write_bin: Any) -> None:
     assert "1 documents occur more than once" in scans[0].notes[0]
 
 
+def test_files_with_the_same_documents_are_noted(
+    write_bin: Any, tmp_path: Path
+) -> None:
+    """They may be a copy by mistake, or a source that is to count twice."""
+    original = write_bin(documents(1), "train/en/a.bin")
+    write_bin(documents(2), "train/en/b.bin")
+    write_bin(documents(1)[::-1], "train/en/c.bin")
+    copy = write_bin(documents(1), "train/zh/d.bin")
+    scans, found = verify(str(tmp_path / "train"))
+    assert found == []
+    notes = [note for scan in scans for note in scan.notes]
+    assert notes == [
+        f"{copy}: its 40 documents are those of {original}, in the same order"
+    ]
+
+
 def test_validation_documents_in_training_are_a_problem(
     write_bin: Any, tmp_path: Path
 ) -> None:
