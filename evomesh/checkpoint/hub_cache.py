@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from evomesh.checkpoint.native.format import CheckpointError
-from evomesh.config.hugging_face import cache_folder, cached_model
+from evomesh.config.hub_folders import cache_folder, cached_model
 from evomesh.config.user import expand_home
 from evomesh.storage.urls import split_url
 

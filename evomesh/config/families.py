@@ -22,6 +22,8 @@ class FamilyFacts:
         architecture: values of ``ARCHITECTURE_KEYS`` that every model of the family has, where they are not the
             schema's defaults; None: the config decides about all of these keys.
         mlp_bias: whether its feed-forward networks may have biases.
+        nope_interval: one of so many layers has no rotary positions by default; None: all layers of the family rotate.
+        grouped: whether several query heads may share a key/value head.
     """
 
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -32,6 +34,13 @@ class FamilyFacts:
     layer_types: bool = False
     architecture: dict[str, Any] | None = field(default_factory=dict)
     mlp_bias: bool = False
+    nope_interval: int | None = None
+    grouped: bool = True
+
+    @property
+    def nope_layers(self) -> bool:
+        """Whether layers without rotary positions are part of the family."""
+        return self.nope_interval is not None
 
 
 # Keys that tell the newer architectures apart. In a family of transformers they have one
@@ -39,7 +48,9 @@ class FamilyFacts:
 ARCHITECTURE_KEYS = ("norm_placement", "qk_norm_over")
 
 FAMILY_FACTS: dict[str, FamilyFacts] = {
-    "INTERNLM": FamilyFacts(qkv_bias=True, o_bias=True, architecture=None),
+    "INTERNLM": FamilyFacts(
+        qkv_bias=True, o_bias=True, architecture=None, grouped=False
+    ),
     "INTERNLM2_PUBLIC": FamilyFacts(architecture=None),
     "INTERNLM3": FamilyFacts({"no_bias": True}, mlp_bias=True),
     "LLAMA2": FamilyFacts({"qk_interleaved": True}, mlp_bias=True, architecture=None),
@@ -61,6 +72,25 @@ FAMILY_FACTS: dict[str, FamilyFacts] = {
         qkv_bias=False,
         o_bias=False,
         sliding_window=True,
+    ),
+    "PHI3": FamilyFacts(
+        {"no_bias": True},
+        qkv_bias=False,
+        o_bias=False,
+        sliding_window=True,
+    ),
+    "SMOLLM3": FamilyFacts(
+        {"no_bias": True},
+        sliding_window=True,
+        layer_types=True,
+        mlp_bias=True,
+        nope_interval=4,
+    ),
+    "BAICHUAN2": FamilyFacts(
+        {"no_bias": True, "norm_head": True},
+        qkv_bias=False,
+        o_bias=False,
+        grouped=False,
     ),
     "OLMO2": FamilyFacts(
         {"no_bias": True, "qk_norm": True},

@@ -33,7 +33,6 @@ _FOREIGN: dict[str, ForeignModel] = {
     "LLAVA": _IMAGES,
     "CHAMELEON": _IMAGES,
     "GEMMA": _NOT_YET,
-    "BAICHUAN2": _NOT_YET,
 }
 
 

@@ -1,4 +1,4 @@
-"""Read the sizes of a model from ``config.json`` of a Hugging Face folder, or of the local cache; without torch.
+"""Read the sizes of a model from ``config.json`` of a Hugging Face folder; without torch.
 
 Newer files have ``dtype`` and ``rope_parameters``, older ones ``torch_dtype``,
 ``rope_theta`` and ``rope_scaling``: either is read. ``rotary.type`` is InternLM's word
@@ -8,7 +8,6 @@ for the same.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +29,10 @@ from evomesh.config.rope import (
     scaling_problems,
 )
 from evomesh.config.schema import DType, LayerType, ModelConfig
-from evomesh.config.user import expand_home
 from evomesh.errors import UserError
-from evomesh.user_files import read_json, read_text
+from evomesh.user_files import read_json
+
+BAICHUAN_1_VOCAB = 64000
 
 # Of rope_scaling or rope_parameters, but no settings of a scaling.
 SETTINGS_BESIDE_SCALING = (
@@ -42,37 +42,6 @@ SETTINGS_BESIDE_SCALING = (
     "partial_rotary_factor",
     "finetuned",
 )
-
-
-def cache_folder() -> Path:
-    """Return the folder into which the hub's own tools download models."""
-    home = expand_home(os.environ.get("HF_HOME", "~/.cache/huggingface"))
-    return Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
-
-
-def cached_model(name: str) -> Path | None:
-    """Return the cached folder of the main revision of hub model ``name`` ("owner/model"), None if it is not cached."""
-    return _cached_snapshot("models", name)
-
-
-def cached_dataset(name: str) -> Path | None:
-    """Return the cached folder of the main revision of hub dataset ``name``, None if it is not cached."""
-    return _cached_snapshot("datasets", name)
-
-
-def _cached_snapshot(kind: str, name: str) -> Path | None:
-    repository = cache_folder() / f"{kind}--{name.replace('/', '--')}"
-    main = repository / "refs" / "main"
-    if not main.is_file():
-        return None
-    snapshot = repository / "snapshots" / read_text(main).strip()
-    return snapshot if snapshot.is_dir() else None
-
-
-def find_model_folder(name: str) -> Path | None:
-    """Return the folder that a path or a hub id names, None if there is neither."""
-    folder = expand_home(name.removeprefix("local:"))
-    return folder if folder.is_dir() else cached_model(name)
 
 
 def read_model_folder(folder: Path) -> ModelConfig:
@@ -140,6 +109,8 @@ def read_model(
         qk_norm=bool(FAMILY_FACTS[family].qk_norm),
         **architecture_of(family),
         **reader.window_settings(),
+        nope_layers=reader.nope_layers(),
+        norm_head=reader.norm_head(),
         layer_norm_epsilon=reader.number("rms_norm_eps", 1e-6),
         qk_interleaved=False,
         rope_base=reader.rope_base(),
@@ -264,6 +235,25 @@ class _ConfigReader:
             setting = f"{heads} attention heads with {groups} key/value heads"
         if setting:
             raise UserError(f"{setting} is not supported", where=self.where)
+        if self.facts.family == "BAICHUAN2":
+            self._refuse_alibi(hidden)
+
+    def _refuse_alibi(self, hidden: int) -> None:
+        """Refuse Baichuan 13B, which is told from 7B by its width, and by a length under another name."""
+        if hidden != 5120 and "max_position_embeddings" in self.record:
+            return
+        raise UserError(
+            f"hidden_size {hidden} without max_position_embeddings: Baichuan 13B, whose attention adds ALiBi biases "
+            "to the scores instead of rotating queries and keys",
+            where=self.where,
+            expected="rotary positions, as in Baichuan 7B and Baichuan2 7B",
+            fix="take Baichuan2-7B, or another family",
+        )
+
+    def norm_head(self) -> bool:
+        """Return whether the rows of the head are normalized: in Baichuan2, told from Baichuan by its vocabulary."""
+        is_baichuan = self.facts.family == "BAICHUAN2"
+        return is_baichuan and self.positive_integer("vocab_size") != BAICHUAN_1_VOCAB
 
     def head_dim(self, hidden: int, heads: int) -> int:
         """Return the width of a head; where the file has none, what transformers takes for its type."""
@@ -288,31 +278,57 @@ class _ConfigReader:
         return bool(self.record.get(switch, self.facts.bias_default))
 
     def sliding_window(self) -> int | None:
-        """Return the window; where the file has none, transformers takes 4096. Qwen has a switch for it."""
-        if self.record.get("model_type") in ("qwen2", "qwen3"):
-            has_window = bool(self.record.get("use_sliding_window", False))
-        else:
-            has_window = self.record.get("model_type") == "mistral"
-        if not has_window or self.record.get("sliding_window", 4096) is None:
+        """Return the window; where the file has none, what transformers takes for its type."""
+        keys = self.facts.window
+        if keys == "none":
+            return None
+        if keys == "switch" and not self.record.get("use_sliding_window", False):
             return None
         if "sliding_window" not in self.record:
-            return 4096
+            return self.facts.window_default
+        if self.record["sliding_window"] is None:
+            return None
         return self.positive_integer("sliding_window")
+
+    def nope_layers(self) -> tuple[int, ...]:
+        """Return the layers without rotation: those with a 0 in ``no_rope_layers``, else every ``nope_interval``-th."""
+        if self.facts.nope_interval is None:
+            return ()
+        layers = self.positive_integer("num_hidden_layers")
+        rotates = self.record.get("no_rope_layers")
+        if rotates is None:
+            interval = self.record.get(
+                "no_rope_layer_interval", self.facts.nope_interval
+            )
+            rotates = [(layer + 1) % interval for layer in range(layers)]
+        # Longer lists are those of a larger model: transformers reads as many as there
+        # are layers.
+        if not isinstance(rotates, list) or len(rotates) < layers:
+            raise UserError(
+                f"no_rope_layers is {rotates!r}",
+                where=self.where,
+                expected=f"{layers} numbers: 0 for a layer without rotary positions, 1 for the others",
+            )
+        return tuple(layer for layer in range(layers) if not rotates[layer])
 
     def layer_types(self) -> tuple[LayerType, ...] | None:
         """Return which layers have the window; None: all of them, as in Mistral.
 
         Qwen's older files have ``max_window_layers`` instead of a list: layers from
         that one on have the window, in transformers from layer 28 on without a number.
+        In SmolLM3 it is those without rotation.
         """
         layers = self.positive_integer("num_hidden_layers")
-        if self.record.get("model_type") not in ("qwen2", "qwen3"):
+        if self.facts.window != "switch":
             return None
         types = self.record.get("layer_types")
         if types is None:
             first = self.number("max_window_layers", 28)
+            windowed = [layer for layer in range(layers) if layer >= first]
+            if self.facts.nope_interval is not None:
+                windowed = list(self.nope_layers())
             return tuple(
-                "sliding_attention" if layer >= first else "full_attention"
+                "sliding_attention" if layer in windowed else "full_attention"
                 for layer in range(layers)
             )
         known = get_args(LayerType)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 # A switch is the key of config.json that has it, or what every model of the type has.
 Switch = str | bool
+# A window that a type never has, has by ``sliding_window`` alone, or by ``use_sliding_window``
+# in the layers of ``layer_types``.
+WindowKeys = Literal["none", "size", "switch"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,9 @@ class HuggingFaceFacts:
         head_dim: width of a head in a file without it; None: hidden_size / num_attention_heads.
         max_position: ``max_position_embeddings`` of a file without it.
         rope_base: ``rope_theta`` of a file without it.
+        window: keys of the attention window.
+        window_default: ``sliding_window`` of a file without it; None: no window.
+        nope_interval: one of so many layers has no rotation, in a file without ``no_rope_layers``; None: all rotate.
     """
 
     family: str
@@ -29,13 +36,36 @@ class HuggingFaceFacts:
     head_dim: int | None = None
     max_position: int = 2048
     rope_base: float = 10000.0
+    window: WindowKeys = "none"
+    window_default: int | None = 4096
+    nope_interval: int | None = None
 
 
 HUGGING_FACE_FACTS: dict[str, HuggingFaceFacts] = {
     "llama": HuggingFaceFacts("LLAMA2", mlp_bias="mlp_bias"),
-    "qwen2": HuggingFaceFacts("QWEN2", qkv_bias=True, o_bias=False),
-    "qwen3": HuggingFaceFacts("QWEN3", head_dim=128),
-    "mistral": HuggingFaceFacts("MISTRAL", qkv_bias=False, o_bias=False),
+    "qwen2": HuggingFaceFacts("QWEN2", qkv_bias=True, o_bias=False, window="switch"),
+    "qwen3": HuggingFaceFacts("QWEN3", head_dim=128, window="switch"),
+    "mistral": HuggingFaceFacts("MISTRAL", qkv_bias=False, o_bias=False, window="size"),
+    "phi3": HuggingFaceFacts(
+        "PHI3",
+        qkv_bias=False,
+        o_bias=False,
+        max_position=4096,
+        window="size",
+        window_default=None,
+    ),
+    "smollm3": HuggingFaceFacts(
+        "SMOLLM3",
+        mlp_bias="mlp_bias",
+        max_position=32768,
+        rope_base=2_000_000.0,
+        window="switch",
+        window_default=None,
+        nope_interval=4,
+    ),
+    "baichuan": HuggingFaceFacts(
+        "BAICHUAN2", qkv_bias=False, o_bias=False, max_position=4096
+    ),
     "olmo2": HuggingFaceFacts("OLMO2"),
     "internlm": HuggingFaceFacts(
         "INTERNLM", qkv_bias="bias", o_bias="bias", bias_default=True

@@ -21,6 +21,9 @@ ModelFamily = Literal[
     "QWEN3",
     "MISTRAL",
     "OLMO2",
+    "PHI3",
+    "SMOLLM3",
+    "BAICHUAN2",
 ]
 NormPlacement = Literal["before", "after", "both"]
 LayerType = Literal["full_attention", "sliding_attention"]
@@ -95,7 +98,7 @@ class ModelConfig(Section):
     )
     mlp_bias: bool = Field(
         False,
-        description="Biases of the feed-forward network (LLAMA2, INTERNLM3).",
+        description="Biases of the feed-forward network (LLAMA2, INTERNLM3, SMOLLM3).",
     )
     qk_norm: bool = Field(
         False,
@@ -114,6 +117,10 @@ class ModelConfig(Section):
     layer_types: tuple[LayerType, ...] | None = Field(
         None,
         description="sliding_attention or full_attention for each layer, as in config.json; None: all have the window.",
+    )
+    nope_layers: tuple[int, ...] = Field(
+        (),
+        description="Layers without rotary positions, by index; unset: by family (SMOLLM3: every fourth).",
     )
     qk_interleaved: bool = Field(
         False,
@@ -243,6 +250,10 @@ class ModelConfig(Section):
         if self.qk_norm_over == "head":
             return self.head_dim, self.head_dim
         return self.attention_width, self.kv_heads * self.head_dim
+
+    def rotates(self, layer: int) -> bool:
+        """Return whether a layer, by its global index, has rotary positions."""
+        return layer not in self.nope_layers
 
     def window_of(self, layer: int) -> int | None:
         """Return the window of a layer by its global index, None if it has none."""

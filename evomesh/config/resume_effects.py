@@ -48,6 +48,7 @@ FUNCTION = (
     "model.norm_placement",
     "model.sliding_window",
     "model.layer_types",
+    "model.nope_layers",
     "model.norm_head",
     "model.tie_word_embeddings",
     "model.extra",

@@ -150,10 +150,11 @@ def _model_findings(config: Config) -> Iterator[ConfigFinding]:
             expected=f"num_kv_attention_heads={nearest(kv, heads)}",
         )
     yield from _family_findings(model)
-    if model.model_type == "INTERNLM" and kv != heads:
+    facts = FAMILY_FACTS.get(model.model_type)
+    if facts is not None and not facts.grouped and kv != heads:
         yield ConfigFinding(
             ("model.num_kv_attention_heads",),
-            f"INTERNLM has one key/value head for each of its {heads} heads, found {kv}",
+            f"{model.model_type} has one key/value head for each of its {heads} heads, found {kv}",
             fix='remove model.num_kv_attention_heads, or take model_type="LLAMA2" or "INTERNLM2_PUBLIC"',
         )
 

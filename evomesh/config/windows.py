@@ -1,4 +1,4 @@
-"""Rules of what only some families have: attention windows, in all layers or some, and feed-forward biases."""
+"""Rules of what only some families have: windows, layers of several kinds, feed-forward biases."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from evomesh.config.model import ModelConfig
 def window_findings(model: ModelConfig) -> Iterator[ConfigFinding]:
     """Yield what a model section says and its family does not have, and windows that its layers contradict."""
     yield from _family_findings(model)
+    yield from _nope_findings(model)
     types = model.layer_types
     if types is None:
         return
@@ -29,6 +30,18 @@ def window_findings(model: ModelConfig) -> Iterator[ConfigFinding]:
         )
 
 
+def _nope_findings(model: ModelConfig) -> Iterator[ConfigFinding]:
+    beyond = [
+        layer for layer in model.nope_layers if layer not in range(model.num_layers)
+    ]
+    if beyond:
+        yield ConfigFinding(
+            ("model.nope_layers", "model.num_layers"),
+            f"nope_layers has {', '.join(map(str, beyond))}, and there are {model.num_layers} layers",
+            expected=f"indices from 0 to {model.num_layers - 1}",
+        )
+
+
 def _family_findings(model: ModelConfig) -> Iterator[ConfigFinding]:
     facts = FAMILY_FACTS.get(model.model_type)
     if facts is None:  # a custom model decides for itself
@@ -37,9 +50,10 @@ def _family_findings(model: ModelConfig) -> Iterator[ConfigFinding]:
         "sliding_window": "a window",
         "layer_types": "layers of two kinds",
         "mlp_bias": "biases in their feed-forward networks",
+        "nope_layers": "layers without rotary positions",
     }
     for key, described in may_have.items():
-        if getattr(model, key) in (None, False) or getattr(facts, key):
+        if getattr(model, key) in (None, False, ()) or getattr(facts, key):
             continue
         families = [name for name, has in FAMILY_FACTS.items() if getattr(has, key)]
         yield ConfigFinding(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from evomesh.layers.linear import ColumnParallelLinear, RowParallelLinear
 from evomesh.layers.norm import Norm
 from evomesh.layers.placement import Placement
-from evomesh.layers.rotary import split_and_rotate
+from evomesh.layers.rotary import split_and_rotate, split_heads
 from evomesh.layers.sequence_bounds import SequenceBounds
 from evomesh.parallel.collectives import all_to_all
 
@@ -251,6 +251,8 @@ class Attention(nn.Module):
         qk_norms: norms of queries and of keys (``qk_norm``): of each head, with weights [H] that all heads share, or of
             all query heads (key heads) together.
         window: tokens that a query sees, its own included (``sliding_window``); None: all earlier ones.
+        rotates: False for a layer without rotary positions (``nope_layers``), which sees the order of tokens through
+            the causal mask alone.
     """
 
     def __init__(
@@ -267,8 +269,10 @@ class Attention(nn.Module):
         out_bias: bool | None = None,
         qk_norms: tuple[Norm, Norm] | None = None,
         window: int | None = None,
+        rotates: bool = True,
     ) -> None:
         super().__init__()
+        self.rotates = rotates
         self.layer, self.interleaved, self.window = layer, interleaved, window
         self.head_dim = head_dim or size // heads
         self.placement = placement
@@ -300,13 +304,16 @@ class Attention(nn.Module):
             # q, k and v of a key/value head are adjacent, so that one exchange moves
             # all three.
             qkv = all_to_all(qkv, self.placement.axis, split_dim=1, concat_dim=0)
-        q, k, v = split_and_rotate(
-            qkv,
-            *tables,
-            kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            interleaved=self.interleaved,
-        )
+        if self.rotates:
+            q, k, v = split_and_rotate(
+                qkv,
+                *tables,
+                kv_heads=self.kv_heads,
+                head_dim=self.head_dim,
+                interleaved=self.interleaved,
+            )
+        else:
+            q, k, v = split_heads(qkv, kv_heads=self.kv_heads, head_dim=self.head_dim)
         context = attend(q, k, v, bounds, self).flatten(1)
         if self.placement.exchanges_heads:
             context = all_to_all(

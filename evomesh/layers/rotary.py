@@ -233,6 +233,17 @@ class _SplitRotate(torch.autograd.Function):
         return dqkv.view(tokens, -1), None, None, None, None, None
 
 
+def split_heads(
+    qkv: Tensor, *, kv_heads: int, head_dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Split a fused projection like ``split_and_rotate``, for a layer without rotary positions."""
+    groups = qkv.view(qkv.shape[0], kv_heads, -1, head_dim)  # [T, G, R + 2, H]
+    q = groups[:, :, :-2].flatten(1, 2)
+    k = groups[:, :, -2].contiguous()
+    v = groups[:, :, -1].contiguous()
+    return q, k, v
+
+
 def split_and_rotate(
     qkv: Tensor,
     cos: Tensor,

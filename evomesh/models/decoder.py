@@ -117,6 +117,7 @@ class DecoderBlock(nn.Module):
             out_bias=config.has_o_bias,
             qk_norms=_qk_norms(config, placement) if config.qk_norm else None,
             window=config.window_of(layer),
+            rotates=config.rotates(layer),
         )
         self.attention_norm = make_norm(config, placement)
         self.feed_forward = FeedForward(

@@ -16,6 +16,7 @@ from evomesh.config.foreign_models import foreign_model
 from evomesh.config.schema import ModelConfig
 from evomesh.errors import ConfigError, UserError
 from evomesh.layers.init import InitialWeight, fill_parameter
+from evomesh.models.baichuan import BAICHUAN2
 from evomesh.models.decoder import Decoder
 from evomesh.models.internlm import INTERNLM
 from evomesh.models.internlm2 import INTERNLM2
@@ -24,7 +25,9 @@ from evomesh.models.language_model import LanguageModel
 from evomesh.models.llama import LLAMA
 from evomesh.models.mistral import MISTRAL
 from evomesh.models.olmo import OLMO2
+from evomesh.models.phi3 import PHI3
 from evomesh.models.qwen import QWEN2, QWEN3
+from evomesh.models.smollm3 import SMOLLM3
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import MODES, TensorMode
 from evomesh.parallel.spec import local_shard, spec_of
@@ -95,6 +98,9 @@ model_initializer = ModelInitializer(
         "QWEN3": partial(Decoder, family=QWEN3),
         "MISTRAL": partial(Decoder, family=MISTRAL),
         "OLMO2": partial(Decoder, family=OLMO2),
+        "PHI3": partial(Decoder, family=PHI3),
+        "SMOLLM3": partial(Decoder, family=SMOLLM3),
+        "BAICHUAN2": partial(Decoder, family=BAICHUAN2),
     }
 )
 

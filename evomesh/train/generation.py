@@ -56,6 +56,9 @@ MODEL_SETTINGS_WITHOUT_SHAPE = (
     "rope_base",
     "rope_scaling",
     "norm_head",
+    "sliding_window",
+    "layer_types",
+    "nope_layers",
 )
 
 

@@ -141,6 +141,9 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("model.qkv_bias", False, E, ("model_type=LLAMA2",)),
     CompatibilityRow("model.o_bias", False, E, ("model_type=LLAMA2",)),
     CompatibilityRow("model.mlp_bias", True, E, ("model_type=LLAMA2",)),
+    CompatibilityRow(
+        "model.nope_layers", [1], E, ("model_type=SMOLLM3", "model.num_layers=2")
+    ),
     CompatibilityRow("model.qk_norm", True, E, ("model_type=LLAMA2",)),
     CompatibilityRow(
         "model.qk_norm_over",

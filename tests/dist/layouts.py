@@ -78,6 +78,29 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "head_dim": 8,
         "sliding_window": 9,
     },
+    "phi3": {
+        "model_type": "PHI3",
+        "no_bias": True,
+        "sliding_window": 6,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": (1.0, 1.5),
+            "long_factor": (1.0, 4.0),
+            "original_max_position_embeddings": 12,
+        },
+    },
+    "smollm3": {
+        "model_type": "SMOLLM3",
+        "no_bias": True,
+        "nope_layers": (1, 3),
+        "tie_word_embeddings": True,
+    },
+    "baichuan2": {
+        "model_type": "BAICHUAN2",
+        "no_bias": True,
+        "num_kv_attention_heads": None,
+        "norm_head": True,
+    },
     "tied": {"model_type": "QWEN2", "o_bias": False, "tie_word_embeddings": True},
     "olmo2": {
         "model_type": "OLMO2",

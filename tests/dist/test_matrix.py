@@ -204,6 +204,9 @@ FAMILY = [
     Layout(tensor=2, mode="mtp", pipeline=2, family="llama3"),
     *every_kind_of_layout("olmo2"),
     *every_kind_of_layout("internlm3"),
+    *every_kind_of_layout("phi3"),
+    *every_kind_of_layout("smollm3"),
+    *every_kind_of_layout("baichuan2"),
 ]
 TIED = [
     *(Layout(**SPLIT, mode=mode, family="tied") for mode in ("mtp", "msp", "fsp", "isp")),

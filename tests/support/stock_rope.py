@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-MODELS = ("llama", "qwen2", "qwen3", "mistral", "olmo2")
+MODELS = ("llama", "qwen2", "qwen3", "mistral", "olmo2", "phi3", "smollm3")
+PREFIXES = {"smollm3": "SmolLM3"}  # of the classes of a module
 
 
 def stock_frequencies(
@@ -68,7 +69,7 @@ def keep_float64(monkeypatch: pytest.MonkeyPatch) -> None:
         module = importlib.import_module(
             f"transformers.models.{model}.modeling_{model}"
         )
-        prefix = model.capitalize()
+        prefix = PREFIXES.get(model, model.capitalize())
         monkeypatch.setattr(getattr(module, f"{prefix}RMSNorm"), "forward", norm)
         monkeypatch.setattr(
             getattr(module, f"{prefix}RotaryEmbedding"), "forward", rotary

@@ -11,14 +11,23 @@ from typing import Any, Literal
 
 from evomesh.checkpoint.native.format import CheckpointError
 from evomesh.config.families import FAMILY_FACTS, architecture_of
-from evomesh.config.hugging_face import read_model
+from evomesh.config.hugging_face import BAICHUAN_1_VOCAB, read_model
 from evomesh.config.hugging_face_facts import HUGGING_FACE_FACTS, Switch
 from evomesh.config.model import differing_key
 from evomesh.config.schema import ModelConfig, RotaryType
 from evomesh.errors import UserError
 
 Architecture = Literal[
-    "llama", "internlm2", "internlm3", "qwen2", "qwen3", "mistral", "olmo2"
+    "llama",
+    "internlm2",
+    "internlm3",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "olmo2",
+    "phi3",
+    "smollm3",
+    "baichuan",
 ]
 CLASSES: dict[Architecture, str] = {
     "llama": "LlamaForCausalLM",
@@ -28,12 +37,18 @@ CLASSES: dict[Architecture, str] = {
     "qwen3": "Qwen3ForCausalLM",
     "mistral": "MistralForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "baichuan": "BaichuanForCausalLM",
 }
+BAICHUAN_ROPE_BASE = 10000.0  # its readers know no other
 OWN_ARCHITECTURE: dict[str, Architecture] = {
     "QWEN2": "qwen2",
     "QWEN3": "qwen3",
     "MISTRAL": "mistral",
     "OLMO2": "olmo2",
+    "PHI3": "phi3",
+    "SMOLLM3": "smollm3",
 }
 
 
@@ -110,6 +125,10 @@ def refuse_unexportable(model: ModelConfig, arch: Architecture) -> None:
         setting = f"norm_type {model.norm_type!r}"
     elif not model.use_swiglu:
         setting = "use_swiglu=False"
+    elif arch == "baichuan" and model.norm_head != (
+        model.vocab_size != BAICHUAN_1_VOCAB
+    ):
+        setting = f"norm_head={model.norm_head} with vocab_size={model.vocab_size}"
     elif model.tie_word_embeddings and model.norm_head:
         setting = "norm_head=True with tie_word_embeddings=True"
     elif model.apply_post_layer_norm and model.model_type == "INTERNLM2_PUBLIC":
@@ -140,12 +159,44 @@ def _unexportable_attention(model: ModelConfig, arch: Architecture) -> str | Non
         return f"sliding_window={model.sliding_window}"
     if model.layer_types is not None and not family.layer_types:
         return "layer_types"
+    if model.nope_layers and not family.nope_layers:
+        return f"nope_layers={model.nope_layers}"
+    if not family.grouped and model.kv_heads != model.num_attention_heads:
+        return f"num_kv_attention_heads={model.kv_heads}"
     if model.head_dim * model.num_attention_heads != model.hidden_size and arch in (
         "qwen2",
         "internlm2",
+        "baichuan",
     ):
         return f"head_dim={model.head_dim}"
     return None
+
+
+def refuse_other_positions(
+    model: ModelConfig, arch: Architecture, rotary: RotaryScaling
+) -> None:
+    """Check that the architecture has the rotary positions of an export.
+
+    Raises:
+        CheckpointError: a scaling, or a base, that its readers do not know.
+    """
+    scaling = "dynamic" if rotary.type == "dynamic" else None
+    if model.rope_scaling is not None:
+        scaling = model.rope_scaling.type
+    possible = {"phi3": ("longrope",), "baichuan": ()}.get(arch)
+    setting = None
+    if possible is not None and scaling is not None and scaling not in possible:
+        setting = f"rotary scaling {scaling!r}"
+    elif arch == "baichuan" and model.rope_base != BAICHUAN_ROPE_BASE:
+        setting = f"rope_base={model.rope_base:g}"
+    if setting:
+        raise CheckpointError(
+            f"{setting} cannot be represented in the {arch} architecture",
+            where="the checkpoint's model section",
+            expected=" or ".join(("plain rotary positions", *(possible or ())))
+            + f" with rope_base={BAICHUAN_ROPE_BASE:g}" * (arch == "baichuan"),
+            fix="export it as another one: --arch llama",
+        )
 
 
 def _bias_switches(model: ModelConfig, arch: Architecture) -> list[tuple[Switch, bool]]:
@@ -189,6 +240,8 @@ def build_config(
         "qwen2": _qwen_window(model),
         "qwen3": _qwen_window(model),
         "mistral": {"sliding_window": model.sliding_window},
+        "phi3": _phi3_lengths(model, rotary),
+        "smollm3": _smollm3_layers(model),
     }
     biases = {
         switch: value
@@ -242,6 +295,24 @@ def _qwen_window(model: ModelConfig) -> dict[str, Any]:
         "max_window_layers": full_layers,
         "layer_types": types,
     }
+
+
+def _phi3_lengths(model: ModelConfig, rotary: RotaryScaling) -> dict[str, Any]:
+    """Return Phi-3's window and original length, which readers take from here, not from the settings of longrope."""
+    scaling = model.rope_scaling
+    original = scaling.original_max_position_embeddings if scaling else None
+    return {
+        "sliding_window": model.sliding_window,
+        "original_max_position_embeddings": original or rotary.max_position,
+    }
+
+
+def _smollm3_layers(model: ModelConfig) -> dict[str, Any]:
+    """Return SmolLM3's settings of its layers: 1 for a layer that rotates, and which of them have the window."""
+    window = _qwen_window(model)
+    del window["max_window_layers"]
+    rotates = [int(model.rotates(layer)) for layer in range(model.num_layers)]
+    return {"no_rope_layers": rotates, **window}
 
 
 def _scaling_record(model: ModelConfig, rotary: RotaryScaling) -> dict[str, Any] | None:

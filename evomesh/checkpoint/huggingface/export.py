@@ -28,6 +28,7 @@ from evomesh.checkpoint.huggingface.config import (
     build_config,
     build_generation_config,
     default_architecture,
+    refuse_other_positions,
     refuse_unexportable,
     rotary_scaling,
 )
@@ -37,6 +38,7 @@ from evomesh.checkpoint.huggingface.load import foreign_tensors
 from evomesh.checkpoint.huggingface.names import (
     NAME_MAPS,
     TensorLink,
+    foreign_shapes,
     native_to_foreign,
     tensor_links,
 )
@@ -117,6 +119,7 @@ def export(
         factor=options.scaling_factor,
         max_position=options.max_position,
     )
+    refuse_other_positions(config.model, arch, rotary)
     tokenizer = _tokenizer(config, options.tokenizer, report)
     if tokenizer is not None:
         check_tokenizer_fits(tokenizer, config.model.vocab_size)
@@ -177,6 +180,8 @@ class _WeightExport:
         self.found, self.model, self.arch = found, model, arch
         self.dtype_name, self.dtype = dtype, getattr(torch, dtype)
         self.naming = NAME_MAPS[arch]
+        # Baichuan2's readers normalize it themselves.
+        self.normalizes_head = model.norm_head and arch != "baichuan"
         self.links = tensor_links(model, self.naming)
         self.records = found.records()
         self._check()
@@ -225,7 +230,10 @@ class _WeightExport:
         shards: list[list[TensorLink]] = [[]]
         size = 0
         for link in self.links:
-            if shards[-1] and size + self._bytes(link) > limit:
+            # Rows of one tensor stay in one shard, whatever its limit.
+            begins_tensor = link.first_rows[0] == 0
+            is_full = size + self._bytes(link) > limit
+            if shards[-1] and is_full and begins_tensor:
                 shards.append([])
                 size = 0
             shards[-1].append(link)
@@ -253,10 +261,10 @@ class _WeightExport:
 
     def _write_shard(self, path: Path, shard: list[TensorLink]) -> None:
         word = fmt.DTYPE_NAMES[self.dtype]
+        # Parts of one tensor come one after the other, as its rows do.
         entries = [
             (name, word, shape, math.prod(shape) * self.dtype.itemsize)
-            for link in shard
-            for name, shape in zip(link.foreign, link.shapes, strict=True)
+            for name, shape in foreign_shapes(shard).items()
         ]
         with open(path, "xb") as file:
             file.write(safetensors_header(entries))
@@ -268,7 +276,7 @@ class _WeightExport:
 
     def _converted(self, link: TensorLink, record: TensorRecord) -> list[Tensor]:
         value = read_tensor(self.found, record)
-        if link.native == "head.weight" and self.model.norm_head:
+        if link.native == "head.weight" and self.normalizes_head:
             # What the model multiplies with, rounded as it is there: readers of the
             # folder know no norm_head.
             value = F.normalize(value.to(promote(value.dtype)), dim=1).to(value.dtype)
@@ -335,7 +343,10 @@ def _compare_with_original(
 
 def _read_back(job: _WeightExport, folder: Path, native: ModelConfig) -> Tensor:
     """Return the logits of the written folder, as evomesh reads it."""
-    halves = {"norm_head": False, "qk_interleaved": False}
+    halves = {
+        "norm_head": native.norm_head and not job.normalizes_head,
+        "qk_interleaved": False,
+    }
     described = native.model_copy(update=halves)
     written = HfFolder(LocalStorage(), str(folder))
     stored = dict(foreign_tensors(written, job.naming, described))

@@ -60,6 +60,7 @@ COMPARED = (
     *ARCHITECTURE_KEYS,
     "sliding_window",
     "layer_types",
+    "nope_layers",
     "layer_norm_epsilon",
     "rope_base",
     "rope_scaling",
@@ -91,9 +92,10 @@ class ForeignTensor:
                 self.name_map,
             )
             return whole if box is None else whole[box.within(Box.whole(self.shape))]
-        if not self.link.fused:
-            return self.folder.read(self.link.foreign[0], box)
         box = box or Box.whole(self.shape)
+        if not self.link.fused:
+            name, first_row = self.link.foreign[0], self.link.first_rows[0]
+            return self.folder.read(name, _moved_down(box, first_row))
         first_row = box.offsets[0]
         # Number the rows of the foreign matrices one after another, and convert the
         # numbers like a tensor: the result tells which foreign row each of our rows is.
@@ -102,11 +104,13 @@ class ForeignTensor:
         sources = foreign_to_native(self.link, numbers, self.config, self.name_map)
         wanted = sources[first_row : first_row + box.shape[0]]
         parts = []
-        for name, numbered in zip(self.link.foreign, numbers, strict=True):
+        for name, numbered, part_row in zip(
+            self.link.foreign, numbers, self.link.first_rows, strict=True
+        ):
             first, last = numbered[0], numbered[-1]
             in_this = (wanted >= first) & (wanted <= last)
             if bool(in_this.any()):
-                rows = wanted[in_this] - first
+                rows = wanted[in_this] - first + part_row
                 values = self._read_rows(name, rows, box)
                 parts.append((in_this, values))
         value = parts[0][1].new_empty(box.shape)
@@ -119,6 +123,13 @@ class ForeignTensor:
         first, last = int(rows.min()), int(rows.max())
         span = Box((first, *box.offsets[1:]), (last - first + 1, *box.shape[1:]))
         return self.folder.read(name, span)[rows - first]
+
+
+def _moved_down(box: Box, rows: int) -> Box:
+    """Return the box of a part that begins so many rows down in the tensor that holds it."""
+    if not rows:
+        return box
+    return Box((box.offsets[0] + rows, *box.offsets[1:]), box.shape)
 
 
 def load_huggingface(
@@ -184,6 +195,10 @@ def compare_models(run: ModelConfig, folder: ModelConfig, where: str) -> None:
         CheckpointError: they differ; each with both values.
     """
     keys = list(COMPARED)
+    # A run may normalize a head that the folder does not: rows of an export are
+    # normalized already.
+    if folder.norm_head:
+        keys.append("norm_head")
     if run.use_dynamic_ntk_rope and folder.use_dynamic_ntk_rope:
         keys += DYNAMIC
     differing = [

@@ -7,7 +7,7 @@ is stored none the less.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from evomesh.checkpoint.huggingface.folder import HfFolder, WeightFolder
 from evomesh.checkpoint.huggingface.names import (
     NAME_MAPS,
     NameMap,
-    Shape,
     TensorLink,
+    foreign_shapes,
     tensor_links,
 )
 from evomesh.checkpoint.native.boxes import Box, Coordinates
@@ -106,7 +106,7 @@ def _contradictions_of_heads(
     """
     projections = naming.modules["layers.{}.attention.wqkv"]
     width = record.get("head_dim")
-    if len(projections) != 3 or not isinstance(width, int):
+    if len(set(projections)) != 3 or not isinstance(width, int):
         return
     queries, keys, _ = (f"{name.format(0)}.weight" for name in projections)
     for key, name in (
@@ -125,15 +125,18 @@ def _sizes_of_tensors(
 ) -> Iterator[tuple[str, int, str]]:
     """Yield (key of config.json, size, the tensor that has it)."""
     embedding = naming.weight("embedding")
-    gate = naming.modules["layers.{}.feed_forward.w1"][0].format(0) + ".weight"
-    for key, name, dim in (
-        ("vocab_size", embedding, 0),
-        ("hidden_size", embedding, 1),
-        ("intermediate_size", gate, 0),
+    gate_module = naming.modules["layers.{}.feed_forward.w1"]
+    gate = gate_module[0].format(0) + ".weight"
+    # One tensor may hold gate and up projection.
+    parts_of_gate = list(naming.modules.values()).count(gate_module)
+    for key, name, dim, parts in (
+        ("vocab_size", embedding, 0, 1),
+        ("hidden_size", embedding, 1, 1),
+        ("intermediate_size", gate, 0, parts_of_gate),
     ):
         shape = shapes.get(name, ())
         if len(shape) == 2:
-            yield key, shape[dim], f"{name} is {list(shape)}"
+            yield key, shape[dim] // parts, f"{name} is {list(shape)}"
     prefix = naming.modules["layers.{}.attention_norm"][0].partition("{}")[0]
     layers = {
         name.removeprefix(prefix).partition(".")[0]
@@ -206,16 +209,14 @@ def _tied(link: TensorLink, name_map: NameMap) -> TensorLink:
     """Return the link, for the head one to the foreign embedding."""
     if link.native != "head.weight":
         return link
-    return TensorLink(link.native, (name_map.weight("embedding"),), link.shapes)
+    return replace(link, foreign=(name_map.weight("embedding"),))
 
 
 def _mismatches(
     folder: WeightFolder, name_map: NameMap, config: ModelConfig, tied: bool
 ) -> list[str]:
     """Describe the differences between the model's tensors and those of a folder, one line per kind."""
-    expected: dict[str, Shape] = {}
-    for link in _links(folder, name_map, config, tied):
-        expected.update(zip(link.foreign, link.shapes, strict=True))
+    expected = foreign_shapes(_links(folder, name_map, config, tied))
     found = dict(folder.shapes)
     if config.tie_word_embeddings:
         # A folder may repeat the embedding as the head (see `refuse_another_head`).

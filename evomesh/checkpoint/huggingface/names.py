@@ -7,7 +7,7 @@ Shapes: G key/value heads, R query heads per key/value head, H head dim, D model
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +34,9 @@ class NameMap:
 
     Attributes:
         modules: native module -> foreign ones; ``{}`` stands for the layer. Three names for wqkv mean that q, k and v
-            are separate, one that they are fused in our order, group by group.
+            are separate, one that they are fused in our order, group by group. A name that occurs several times is of
+            one tensor that holds all of these parts, one below the other: Phi-3's ``qkv_proj`` has the rows of q, then
+            of k, then of v, and its ``gate_up_proj`` those of w1, then of w3.
         interleaved: rotary pairs are neighboring rows of a head, not row i of its first and of its second half.
     """
 
@@ -93,6 +95,25 @@ OLMO2 = NameMap(
         "layers.{}.ffn_norm": ("model.layers.{}.post_feedforward_layernorm",),
     }
 )
+PHI3 = _name_map(
+    embedding="model.embed_tokens",
+    layer="model.layers.{}.",
+    qkv=("self_attn.qkv_proj",) * 3,
+    block=(
+        "self_attn.o_proj",
+        "mlp.gate_up_proj",
+        "mlp.gate_up_proj",
+        "mlp.down_proj",
+        "input_layernorm",
+        "post_attention_layernorm",
+    ),
+    norm="model.norm",
+    head="lm_head",
+)
+BAICHUAN = NameMap(
+    LLAMA_FAMILY.modules
+    | {"layers.{}.attention.wqkv": ("model.layers.{}.self_attn.W_pack",) * 3}
+)
 INTERNLM2 = _name_map(
     embedding="model.tok_embeddings",
     layer="model.layers.{}.",
@@ -117,6 +138,9 @@ NAME_MAPS = {
     "qwen3": LLAMA,
     "mistral": LLAMA,
     "olmo2": OLMO2,
+    "phi3": PHI3,
+    "smollm3": LLAMA,
+    "baichuan": BAICHUAN,
     "internlm": LLAMA,
     "internlm2": INTERNLM2,
     "internlm3": LLAMA,
@@ -125,11 +149,18 @@ NAME_MAPS = {
 
 @dataclass(frozen=True)
 class TensorLink:
-    """A native tensor and the one or three foreign ones that hold the same numbers, with the shapes of those."""
+    """A native tensor and the one or three foreign parts that hold the same numbers.
+
+    Attributes:
+        foreign: names of the tensors that the parts are in: whole ones, or rows of one that several parts share.
+        shapes: of the parts.
+        first_rows: where each part begins in its tensor.
+    """
 
     native: str
     foreign: tuple[str, ...]
     shapes: tuple[Shape, ...]
+    first_rows: tuple[int, ...]
 
     @property
     def fused(self) -> bool:
@@ -161,15 +192,34 @@ def tensor_links(config: ModelConfig, name_map: NameMap) -> list[TensorLink]:
     Raises:
         KeyError: the family has no name for a parameter.
     """
-    return [
-        _link(name, shape, config, name_map)
-        for name, shape in native_shapes(config).items()
-    ]
+    links = []
+    used_rows: dict[str, int] = {}  # of each foreign tensor, by the parts before
+    for name, shape in native_shapes(config).items():
+        foreign, shapes = _foreign_parts(name, shape, config, name_map)
+        first_rows = []
+        for part, part_shape in zip(foreign, shapes, strict=True):
+            first_row = used_rows.get(part, 0)
+            used_rows[part] = first_row + part_shape[0]
+            first_rows.append(first_row)
+        links.append(TensorLink(name, foreign, shapes, tuple(first_rows)))
+    return links
 
 
-def _link(
+def foreign_shapes(links: Iterable[TensorLink]) -> dict[str, Shape]:
+    """Return the shapes of the foreign tensors that hold all parts of the links, in the order of their first parts."""
+    found: dict[str, Shape] = {}
+    for link in links:
+        for name, shape, first_row in zip(
+            link.foreign, link.shapes, link.first_rows, strict=True
+        ):
+            found[name] = (first_row + shape[0], *shape[1:])
+    return found
+
+
+def _foreign_parts(
     name: str, shape: Shape, config: ModelConfig, name_map: NameMap
-) -> TensorLink:
+) -> tuple[tuple[str, ...], tuple[Shape, ...]]:
+    """Return the names and the shapes of the foreign parts of one native tensor."""
     module, _, kind = name.rpartition(".")  # kind: weight or bias
     layer = next((part for part in module.split(".") if part.isdigit()), "")
     pattern = module.replace(f".{layer}.", ".{}.", 1) if layer else module
@@ -177,10 +227,10 @@ def _link(
         f"{name.format(layer)}.{kind}" for name in name_map.modules[pattern]
     )
     if len(foreign) == 1:
-        return TensorLink(name, foreign, (shape,))
+        return foreign, (shape,)
     heads = (config.num_attention_heads, config.kv_heads, config.kv_heads)
     shapes = tuple((count * config.head_dim, *shape[1:]) for count in heads)
-    return TensorLink(name, foreign, shapes)
+    return foreign, shapes
 
 
 def native_to_foreign(

@@ -27,7 +27,7 @@ from evomesh.storage.local import LocalStorage
 TEXTS = 2  # sequences in the fixed batch
 LENGTH = 32  # tokens of each
 # Families that transformers has no class for; it computes them as a Llama.
-WITHOUT_CLASS = ("internlm", "internlm2", "internlm3")
+WITHOUT_CLASS = ("internlm", "internlm2", "internlm3", "baichuan")
 # In the order in which transformers looks for weights.
 WEIGHT_FILES = (
     "model.safetensors",
@@ -130,11 +130,13 @@ def _round_while_running(module: nn.Module, dtypes: Sequence[str]) -> None:
 
 
 def _as_llama(folder: Path, record: dict[str, Any], transformers: Any) -> Any:
-    """Build the Llama that a folder of InternLM, InternLM2 or InternLM3 describes.
+    """Build the Llama that a folder of InternLM, InternLM2, InternLM3 or Baichuan describes.
 
     All are Llamas with biases that are switched by ``bias``; InternLM2 has other names
     and one matrix for queries, keys and values. In InternLM3 ``bias`` is that of the
-    attention output and the feed-forward network, ``qkv_bias`` the others'.
+    attention output and the feed-forward network, ``qkv_bias`` the others'. Baichuan has
+    one matrix with the rows of q, of k and of v, and Baichuan2 normalizes those of the
+    head; Baichuan, which does not, is told by its vocabulary of 64,000.
     """
     kind = record["model_type"]
     fused = kind == "internlm2"
@@ -151,6 +153,8 @@ def _as_llama(folder: Path, record: dict[str, Any], transformers: Any) -> Any:
     weights = _read_weights(folder)
     if fused:
         weights = _llama_names(weights, config)
+    if kind == "baichuan":
+        weights = _llama_of_baichuan(weights, config)
     if config.tie_word_embeddings and "lm_head.weight" not in weights:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     with torch.device("meta"):
@@ -227,6 +231,21 @@ def _llama_names(weights: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
         for part, rows in parts.items():
             llama = name.replace("attention.wqkv", f"self_attn.{part}")
             renamed[llama] = rows.reshape(-1, *columns)
+    return renamed
+
+
+def _llama_of_baichuan(weights: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    """Return Baichuan's weights as Llama's: W_pack in three, and the head as its model uses it."""
+    renamed: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        if ".W_pack." not in name:
+            renamed[name] = value
+            continue
+        for part, rows in zip("qkv", value.chunk(3), strict=True):
+            renamed[name.replace("W_pack", f"{part}_proj")] = rows.contiguous()
+    if config.vocab_size != 64000:
+        head = renamed["lm_head.weight"].double()
+        renamed["lm_head.weight"] = head / head.norm(dim=1, keepdim=True)
     return renamed
 
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from evomesh.config.families import ARCHITECTURE_KEYS
-from evomesh.config.hugging_face import find_model_folder, read_model_folder
+from evomesh.config.hub_folders import find_model_folder
+from evomesh.config.hugging_face import read_model_folder
 from evomesh.config.reading.draft import ConfigDraft, shown
 from evomesh.config.rope import RopeScaling
 from evomesh.config.schema import ModelConfig
@@ -31,6 +32,7 @@ FACTS = (
     *ARCHITECTURE_KEYS,
     "sliding_window",
     "layer_types",
+    "nope_layers",
     "rope_base",
     "rope_scaling",
     "use_dynamic_ntk_rope",
@@ -55,7 +57,9 @@ def resolve_from_hf(draft: ConfigDraft, model: dict[str, Any]) -> None:
     found = _read(draft, name)
     if found is None:
         return
-    for key in FACTS:
+    # Of a folder without a normalized head, the config decides.
+    facts = (*FACTS, "norm_head") if found.norm_head else FACTS
+    for key in facts:
         value = _plain(getattr(found, key))
         if _plain(model.get(key, value)) != value:
             draft.problem(
@@ -81,7 +85,7 @@ def take_from_load_info(draft: ConfigDraft, model: dict[str, Any]) -> None:
     found = _first_weights(draft)
     if found is None:
         return
-    keys = {*FACTS, *LENGTH}
+    keys = {*FACTS, *LENGTH, "norm_head"}
     given = {key for key, value in model.items() if value is not None}
     if not given.isdisjoint(SCALING):
         keys -= set(SCALING)

@@ -93,6 +93,7 @@ TUPLES = (
     "generation.additional_eos_token_list",
     "adam.no_decay",
     "model.layer_types",
+    "model.nope_layers",
     "model.rope_scaling.short_factor",
     "model.rope_scaling.long_factor",
 )
@@ -314,6 +315,11 @@ def _resolve_family(draft: ConfigDraft, model: dict[str, Any], family: Any) -> N
         if key not in model:
             model[key] = value
             draft.families[f"model.{key}"] = str(family)
+    layers = model.get("num_layers", ModelConfig.model_fields["num_layers"].default)
+    interval = facts.nope_interval if facts else None
+    if interval and isinstance(layers, int) and "nope_layers" not in model:
+        model["nope_layers"] = list(range(interval - 1, layers, interval))
+        draft.families["model.nope_layers"] = str(family)
     if model.get("head_dim", 0) is None:
         del model["head_dim"]
 

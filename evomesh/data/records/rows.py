@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from evomesh.config.hugging_face import cache_folder, cached_dataset
+from evomesh.config.hub_folders import cache_folder, cached_dataset
 from evomesh.data.records.reader import SourceRecord, read_records, record_text
 from evomesh.data.records.source_files import (
     FORMATS,

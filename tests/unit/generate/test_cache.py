@@ -26,6 +26,7 @@ WINDOWS = [
         "sliding_window": 9,
         "layer_types": ("sliding_attention", "full_attention"),
     },
+    {"model_type": "SMOLLM3", "nope_layers": (1,), "sliding_window": 6},
 ]
 
 

@@ -30,14 +30,14 @@ def our_config(
     bias: bool,
     changes: dict[str, Any] | None = None,
 ) -> ModelConfig:
+    heads = {"num_kv_attention_heads": kv_heads}
     return ModelConfig(
-        **(changes or {}),
+        **(heads | (changes or {})),
         model_type=model_type,
         num_layers=LAYERS,
         hidden_size=HIDDEN,
         vocab_size=VOCAB,
         num_attention_heads=HEADS,
-        num_kv_attention_heads=kv_heads,
         mlp_ratio=2.0,
         multiple_of=8,
         dtype="float64",
@@ -138,8 +138,30 @@ def named_pairs(
             if ours.config.mlp_bias:
                 bias = getattr(block.feed_forward, part).bias
                 pairs.append((f"{prefix}mlp.{name}.bias", of(bias)))
+    pairs = with_fused(pairs, set(their))
     assert {name for name, _ in pairs} == set(their)
     return [(name, value, of(their[name])) for name, value in pairs]
+
+
+# A matrix of theirs -> those whose rows it has, one below the other.
+FUSED = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attn.W_pack": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+}
+
+
+def with_fused(
+    pairs: list[tuple[str, Tensor]], theirs: set[str]
+) -> list[tuple[str, Tensor]]:
+    """Put parts together where their model has one matrix for several."""
+    values = dict(pairs)
+    for name in theirs - values.keys():
+        for whole, parts in FUSED.items():
+            if f".{whole}." in name:
+                rows = [values.pop(name.replace(whole, part)) for part in parts]
+                values[name] = torch.cat(rows)
+    return list(values.items())
 
 
 def identity(x: Tensor) -> Tensor:
@@ -195,7 +217,7 @@ def make_both(
         intermediate_size=ours.config.mlp_width,
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
-        num_key_value_heads=kv_heads,
+        num_key_value_heads=ours.config.kv_heads,
         rms_norm_eps=ours.config.layer_norm_epsilon,
         **{"attention_bias": bias, "tie_word_embeddings": False, **(settings or {})},
     )
@@ -205,7 +227,10 @@ def make_both(
     return ours, theirs
 
 
-REFERENCES = {"InternLM3": "internlm3"}  # without a class in transformers
+REFERENCES = {
+    "InternLM3": "internlm3",
+    "Baichuan": "baichuan",
+}  # without a class in transformers
 
 
 def stock_model(stock: str, record: dict[str, Any]) -> torch.nn.Module:
@@ -264,6 +289,12 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 THETA = {"rope_theta": 10000.0}
+NO_PAD = {"pad_token_id": None}  # the default is beyond the small vocabulary
+LONGROPE = {
+    "short_factor": [1.0, 1.1, 1.2, 1.5],
+    "long_factor": [1.0, 2.0, 3.0, 4.0],
+    "original_max_position_embeddings": 16,
+}
 PLAIN = {"max_position_embeddings": 64}
 # Longer than the trained length: the base is stretched.
 DYNAMIC = {
@@ -365,6 +396,61 @@ FAMILIES = {
         "InternLM3",
         {"bias": True, **PLAIN},
     ),
+    "phi3": (
+        "PHI3",
+        False,
+        {"sliding_window": 7},
+        "Phi3",
+        {"sliding_window": 7, **NO_PAD},
+    ),
+    "phi3-longrope": (
+        "PHI3",
+        False,
+        {
+            "rope_scaling": RopeScaling.model_validate(
+                {"type": "longrope", **LONGROPE}, strict=False
+            ),
+            "max_position_embeddings": 64,
+        },
+        "Phi3",
+        {
+            "rope_parameters": {"rope_type": "longrope", **LONGROPE, **THETA},
+            "original_max_position_embeddings": 16,
+            "max_position_embeddings": 64,
+            **NO_PAD,
+        },
+    ),
+    "smollm3": (
+        "SMOLLM3",
+        False,
+        {"nope_layers": (1,), "mlp_bias": True},
+        "SmolLM3",
+        {"no_rope_layers": [1, 0], "mlp_bias": True, **THETA, **NO_PAD},
+    ),
+    "smollm3-window": (
+        "SMOLLM3",
+        False,
+        {
+            "nope_layers": (0,),
+            "sliding_window": 5,
+            "layer_types": ("sliding_attention", "full_attention"),
+        },
+        "SmolLM3",
+        {
+            "no_rope_layers": [0, 1],
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            **THETA,
+            **NO_PAD,
+        },
+    ),
+    "baichuan2": (
+        "BAICHUAN2",
+        False,
+        {"num_kv_attention_heads": 4, "norm_head": True},
+        "Baichuan",
+        PLAIN,
+    ),
     "qwen3-window": (
         "QWEN3",
         False,
@@ -389,6 +475,7 @@ FAMILIES = {
     "model.qkv_bias",
     "model.o_bias",
     "model.mlp_bias",
+    "model.nope_layers",
     "model.qk_norm",
     "model.qk_norm_over",
     "model.norm_placement",

@@ -119,6 +119,9 @@ def test_a_window_that_is_switched_off_asks_for_nothing(used: bool | None) -> No
     [
         ("LLAMA2", (True, True, False)),
         ("INTERNLM3", (False, False, False)),
+        ("PHI3", (False, False, False)),
+        ("SMOLLM3", (False, False, False)),
+        ("BAICHUAN2", (False, False, False)),
         ("QWEN2", (True, False, False)),
         ("QWEN3", (False, False, True)),
         ("MISTRAL", (False, False, False)),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from evomesh.config.hugging_face import find_model_folder, read_model_folder
+from evomesh.config.hub_folders import find_model_folder
+from evomesh.config.hugging_face import read_model_folder
 from evomesh.config.known_models import known_model
 from evomesh.config.reading.draft import shown
 from evomesh.config.reading.xtuner.foreign_names import last_name

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evomesh.config.hugging_face import find_model_folder
+from evomesh.config.hub_folders import find_model_folder
 from evomesh.config.reading.draft import shown
 from evomesh.config.reading.xtuner.foreign_names import last_name
 from evomesh.config.reading.xtuner.translation import Translation

@@ -70,6 +70,24 @@ STOCK: dict[str, dict[str, Any]] = {
     "Qwen3": {"head_dim": 12},
     "Mistral": {"head_dim": 12, "sliding_window": 6},
     "Olmo2": {},
+    "Phi3": {
+        "sliding_window": 6,
+        "original_max_position_embeddings": 40,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 500.0,
+            "short_factor": [1.0, 1.1, 1.2, 1.5],
+            "long_factor": [1.0, 2.0, 3.0, 4.0],
+            "original_max_position_embeddings": 40,
+        },
+    },
+    "SmolLM3": {
+        "no_rope_layers": [1, 0],
+        "tie_word_embeddings": True,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+    },
 }
 FAMILY = {
     "Llama": "LLAMA2",
@@ -77,11 +95,15 @@ FAMILY = {
     "Qwen3": "QWEN3",
     "Mistral": "MISTRAL",
     "Olmo2": "OLMO2",
+    "Phi3": "PHI3",
+    "SmolLM3": "SMOLLM3",
 }
 OURS: dict[str, dict[str, Any]] = {
     "QWEN2": {"no_bias": False, "o_bias": False},
     "QWEN3": {"qk_norm": True, "head_dim": 12},
     "MISTRAL": {"head_dim": 12, "sliding_window": 6},
+    "PHI3": {"sliding_window": 6},
+    "SMOLLM3": {"nope_layers": (0,), "mlp_bias": True, "sliding_window": 6},
     "OLMO2": {"qk_norm": True, **architecture_of("OLMO2")},
 }
 
@@ -193,6 +215,21 @@ def test_a_trained_model_is_exported_as_its_own_architecture(
         ("MISTRAL", {"sliding_window": 48}, "llama", "sliding_window=48"),
         ("LLAMA2", {"head_dim": 12}, "internlm2", "head_dim=12"),
         ("LLAMA2", {}, "qwen3", "qk_norm=False"),
+        ("SMOLLM3", {"nope_layers": (1,)}, "llama", "nope_layers="),
+        ("SMOLLM3", {"mlp_bias": True}, "phi3", "mlp_bias=True"),
+        ("LLAMA2", {}, "baichuan", "num_kv_attention_heads=2|norm_head=False"),
+        (
+            "BAICHUAN2",
+            {"num_kv_attention_heads": 4, "norm_head": True, "rope_base": 500.0},
+            "baichuan",
+            "rope_base=500 cannot be represented in the baichuan architecture",
+        ),
+        (
+            "PHI3",
+            {"use_dynamic_ntk_rope": True},
+            "phi3",
+            "rotary scaling 'dynamic' cannot be represented in the phi3 architecture",
+        ),
         ("LLAMA2", {"norm_placement": "after"}, "llama", "norm_placement='after'"),
         (
             "OLMO2",
@@ -278,6 +315,8 @@ def test_a_tied_run_refuses_an_untied_folder(tmp_path: Path) -> None:
         list(load_huggingface(str(tmp_path / "hf"), untied))
 
 
+DELETED = object()  # value of a key that a config.json does not have
+
 # config.json of published models: what decides the shapes, as facts
 PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
     "Qwen3-8B": (
@@ -322,6 +361,38 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
             qkv_bias=False, rms_norm_eps=1e-5,
         ),
     ),
+    "Phi-3-mini-4k-instruct": (
+        3_821_079_552,
+        dict(
+            model_type="phi3", hidden_size=3072, num_hidden_layers=32, num_attention_heads=32,
+            num_key_value_heads=32, intermediate_size=8192, vocab_size=32064, sliding_window=2047,
+            max_position_embeddings=4096, original_max_position_embeddings=4096,
+        ),
+    ),
+    "SmolLM3-3B": (
+        3_075_098_624,
+        dict(
+            model_type="smollm3", hidden_size=2048, num_hidden_layers=36, num_attention_heads=16,
+            num_key_value_heads=4, intermediate_size=11008, vocab_size=128256, rope_theta=5e6,
+            no_rope_layers=[1, 1, 1, 0] * 9, tie_word_embeddings=True,
+        ),
+    ),
+    "SmolLM2-135M": (
+        134_515_008,
+        dict(
+            model_type="llama", hidden_size=576, num_hidden_layers=30, num_attention_heads=9,
+            num_key_value_heads=3, intermediate_size=1536, vocab_size=49152, rope_theta=1e5,
+            max_position_embeddings=8192, tie_word_embeddings=True,
+        ),
+    ),
+    "Baichuan2-7B-Base": (
+        7_505_973_248,
+        dict(
+            model_type="baichuan", hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
+            intermediate_size=11008, vocab_size=125696, rms_norm_eps=1e-6, max_position_embeddings=4096,
+            tie_word_embeddings=False,
+        ),
+    ),
     "Qwen2.5-7B": (
         7_615_616_512,
         dict(
@@ -333,7 +404,7 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-WITHOUT_CLASS = {"internlm3": "llama"}
+WITHOUT_CLASS = {"internlm3": "llama", "baichuan": "llama"}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -368,6 +439,10 @@ def stock_count(record: dict[str, Any]) -> int:
         ),
         ("gemma3_text", {}, "unknown architecture: model_type 'gemma3_text'"),
         ("mistral", {"sliding_window": 0}, "sliding_window is 0"),
+        ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers is "),
+        ("phi3", {"partial_rotary_factor": 0.75}, "partial_rotary_factor 0.75"),
+        ("baichuan", {"hidden_size": 5120, "num_attention_heads": 40}, "ALiBi"),
+        ("baichuan", {"max_position_embeddings": DELETED}, "ALiBi"),
     ],
 )
 def test_what_has_no_counterpart_is_refused(
@@ -376,7 +451,9 @@ def test_what_has_no_counterpart_is_refused(
     from evomesh.errors import UserError
 
     with pytest.raises(UserError, match=words):
-        read_model({**SIZES, "model_type": kind, **changes}, "config.json")
+        record = {**SIZES, "model_type": kind, **changes}
+        given = {key: value for key, value in record.items() if value is not DELETED}
+        read_model(given, "config.json")
 
 
 @pytest.mark.parametrize(
@@ -406,10 +483,15 @@ def test_the_window_of_qwen_is_that_of_transformers(
 
 
 def test_defaults_that_a_config_json_leaves_out_are_those_of_transformers() -> None:
-    for name, kind in (("Qwen3", "qwen3"), ("Mistral", "mistral"), ("Qwen2", "qwen2")):
+    for name in ("Qwen3", "Mistral", "Qwen2", "Phi3", "SmolLM3"):
+        kind = name.lower()
         stock = getattr(transformers, f"{name}Config")(**SIZES)
         model: ModelConfig = read_model({**SIZES, "model_type": kind}, "config.json")
         assert model.sliding_window == (
             stock.sliding_window if kind == "mistral" else None
         )
         assert model.head_dim == (getattr(stock, "head_dim", None) or 8)
+        assert model.rope_base == stock.rope_parameters["rope_theta"]
+    four = {**SIZES, "num_hidden_layers": 9, "model_type": "smollm3"}
+    assert read_model(four, "config.json").nope_layers == (3, 7)
+    assert transformers.SmolLM3Config(**four).no_rope_layers == [1, 1, 1, 0] * 2 + [1]

@@ -51,6 +51,7 @@ FOLDERS: dict[str, dict[str, Any]] = {
     "internlm3-input-biases": {**INTERNLM3, "qkv_bias": True},
     "internlm3-output-biases": {**INTERNLM3, "bias": True},
     "internlm3-all-biases": {**INTERNLM3, "bias": True, "qkv_bias": True},
+    "baichuan2": {**SIZES, "model_type": "baichuan"},
 }
 # What an export takes where no architecture is given.
 DEFAULT = {
@@ -58,9 +59,16 @@ DEFAULT = {
     "internlm3-input-biases": "internlm3",
     "internlm3-output-biases": "internlm3",
     "internlm3-all-biases": "llama",
+    "baichuan2": "llama",
 }
 OURS: dict[str, dict[str, Any]] = {
     "internlm3": {"model_type": "INTERNLM3", "qkv_bias": True, "head_dim": 12},
+    "baichuan": {
+        "model_type": "BAICHUAN2",
+        "num_kv_attention_heads": 4,
+        "norm_head": True,
+        "rope_base": 10000.0,
+    },
 }
 
 
