@@ -81,8 +81,8 @@ OutArgument = Annotated[
 ArchOption = Annotated[
     str | None,
     typer.Option(
-        help="llama, qwen2, qwen3, mistral, olmo2, phi3, smollm3 (built into transformers) or internlm2, internlm3, baichuan (names and "
-        "settings of their remote code) [default: the model's own, else llama]."
+        help="llama, qwen2, qwen3, mistral, olmo2, phi3, smollm3 (built into transformers) or internlm2, "
+        "internlm3, baichuan (names and settings of their remote code) [default: the model's own, else llama]."
     ),
 ]
 DtypeOption = Annotated[

@@ -39,7 +39,7 @@ class FamilyFacts:
 
     @property
     def nope_layers(self) -> bool:
-        """Whether layers without rotary positions are part of the family."""
+        """Return whether the family may have layers without rotary positions."""
         return self.nope_interval is not None
 
 

@@ -108,9 +108,7 @@ def read_model(
         **biases,
         qk_norm=bool(FAMILY_FACTS[family].qk_norm),
         **architecture_of(family),
-        **reader.window_settings(),
-        nope_layers=reader.nope_layers(),
-        norm_head=reader.norm_head(),
+        **reader.layer_settings(),
         layer_norm_epsilon=reader.number("rms_norm_eps", 1e-6),
         qk_interleaved=False,
         rope_base=reader.rope_base(),
@@ -118,7 +116,7 @@ def read_model(
         rope_scaling_factor=scaling or 1.0,
         max_position_embeddings=reader.max_position(),
         rope_scaling=reader.rope_scaling(head_dim),
-        tie_word_embeddings=bool(record.get("tie_word_embeddings", False)),
+        **reader.head_settings(),
     )
     return reader.validated(settings)
 
@@ -239,7 +237,7 @@ class _ConfigReader:
             self._refuse_alibi(hidden)
 
     def _refuse_alibi(self, hidden: int) -> None:
-        """Refuse Baichuan 13B, which is told from 7B by its width, and by a length under another name."""
+        """Refuse Baichuan 13B: it has another width than 7B, and another name for its length."""
         if hidden != 5120 and "max_position_embeddings" in self.record:
             return
         raise UserError(
@@ -250,10 +248,17 @@ class _ConfigReader:
             fix="take Baichuan2-7B, or another family",
         )
 
-    def norm_head(self) -> bool:
-        """Return whether the rows of the head are normalized: in Baichuan2, told from Baichuan by its vocabulary."""
+    def head_settings(self) -> dict[str, bool]:
+        """Return whether the output head is the embedding, and whether its rows are normalized.
+
+        They are in Baichuan2, which has another vocabulary than Baichuan.
+        """
+        vocab_size = self.positive_integer("vocab_size")
         is_baichuan = self.facts.family == "BAICHUAN2"
-        return is_baichuan and self.positive_integer("vocab_size") != BAICHUAN_1_VOCAB
+        return {
+            "tie_word_embeddings": bool(self.record.get("tie_word_embeddings", False)),
+            "norm_head": is_baichuan and vocab_size != BAICHUAN_1_VOCAB,
+        }
 
     def head_dim(self, hidden: int, heads: int) -> int:
         """Return the width of a head; where the file has none, what transformers takes for its type."""
@@ -340,15 +345,19 @@ class _ConfigReader:
             )
         return tuple(types)
 
-    def window_settings(self) -> dict[str, Any]:
-        """Return ``sliding_window`` and ``layer_types`` of the model section, each meaning written in one way."""
+    def layer_settings(self) -> dict[str, Any]:
+        """Return the window, ``layer_types`` and ``nope_layers``, each meaning written in one way."""
         window = self.sliding_window()
         types = self.layer_types() if window is not None else None
         if types is not None and "sliding_attention" not in types:
             window = None
         if window is None or types is None or "full_attention" not in types:
             types = None
-        return {"sliding_window": window, "layer_types": types}
+        return {
+            "sliding_window": window,
+            "layer_types": types,
+            "nope_layers": self.nope_layers(),
+        }
 
     def _partial_rotary(self) -> float:
         key = "partial_rotary_factor"

@@ -12,6 +12,7 @@ from evomesh.checkpoint.detect import kind_of
 from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.resume import StartPoint, decide, restore
 from evomesh.config.loader import LoadedConfig
+from evomesh.config.record import config_to_dict
 from evomesh.config.schema import (
     CheckpointConfig,
     Config,
@@ -214,8 +215,10 @@ def load_weights(
             return
         reader.load(start.checkpoint, parameters, strict=False, cast=True)
     trained_with = start.checkpoint.config.get("model", {})
+    # As a checkpoint stores them: lists for tuples, dicts for sections.
+    settings = config_to_dict(config)["model"]
     for key in MODEL_SETTINGS_WITHOUT_SHAPE:
-        value = getattr(config.model, key)
+        value = settings[key]
         if key in trained_with and trained_with[key] != value:
             logger.warning(
                 "model.%s is %s, but the checkpoint was trained with %s",

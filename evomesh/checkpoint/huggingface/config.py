@@ -125,16 +125,14 @@ def refuse_unexportable(model: ModelConfig, arch: Architecture) -> None:
         setting = f"norm_type {model.norm_type!r}"
     elif not model.use_swiglu:
         setting = "use_swiglu=False"
-    elif arch == "baichuan" and model.norm_head != (
-        model.vocab_size != BAICHUAN_1_VOCAB
-    ):
-        setting = f"norm_head={model.norm_head} with vocab_size={model.vocab_size}"
-    elif model.tie_word_embeddings and model.norm_head:
-        setting = "norm_head=True with tie_word_embeddings=True"
     elif model.apply_post_layer_norm and model.model_type == "INTERNLM2_PUBLIC":
         setting = "apply_post_layer_norm=True"
     else:
-        setting = _unexportable_attention(model, arch)
+        setting = (
+            _unexportable_head(model, arch)
+            or _unexportable_attention(model, arch)
+            or _unexportable_layers(model, arch)
+        )
     differing = differing_key(model, architecture_of(HUGGING_FACE_FACTS[arch].family))
     if setting is None and differing is not None:
         setting = f"{differing}={getattr(model, differing)!r}"
@@ -147,6 +145,29 @@ def refuse_unexportable(model: ModelConfig, arch: Architecture) -> None:
         )
 
 
+def _unexportable_head(model: ModelConfig, arch: Architecture) -> str | None:
+    """Return the settings of the output head that another architecture than ``arch`` has, None without one."""
+    if model.tie_word_embeddings and model.norm_head:
+        return "norm_head=True with tie_word_embeddings=True"
+    # Its readers decide by the vocabulary whether to normalize the rows.
+    is_normalized = model.vocab_size != BAICHUAN_1_VOCAB
+    if arch == "baichuan" and model.norm_head != is_normalized:
+        return f"norm_head={model.norm_head} with vocab_size={model.vocab_size}"
+    return None
+
+
+def _unexportable_layers(model: ModelConfig, arch: Architecture) -> str | None:
+    """Return what some layers have and no layer of ``arch`` may have, None without one."""
+    family = FAMILY_FACTS[HUGGING_FACE_FACTS[arch].family]
+    if model.sliding_window is not None and not family.sliding_window:
+        return f"sliding_window={model.sliding_window}"
+    if model.layer_types is not None and not family.layer_types:
+        return "layer_types"
+    if model.nope_layers and not family.nope_layers:
+        return f"nope_layers={model.nope_layers}"
+    return None
+
+
 def _unexportable_attention(model: ModelConfig, arch: Architecture) -> str | None:
     """Return the setting of the attention that another architecture than ``arch`` has, None without one."""
     family = FAMILY_FACTS[HUGGING_FACE_FACTS[arch].family]
@@ -155,12 +176,6 @@ def _unexportable_attention(model: ModelConfig, arch: Architecture) -> str | Non
         return biases
     if model.qk_norm != bool(family.qk_norm):
         return f"qk_norm={model.qk_norm}"
-    if model.sliding_window is not None and not family.sliding_window:
-        return f"sliding_window={model.sliding_window}"
-    if model.layer_types is not None and not family.layer_types:
-        return "layer_types"
-    if model.nope_layers and not family.nope_layers:
-        return f"nope_layers={model.nope_layers}"
     if not family.grouped and model.kv_heads != model.num_attention_heads:
         return f"num_kv_attention_heads={model.kv_heads}"
     if model.head_dim * model.num_attention_heads != model.hidden_size and arch in (

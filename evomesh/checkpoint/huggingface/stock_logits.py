@@ -136,7 +136,7 @@ def _as_llama(folder: Path, record: dict[str, Any], transformers: Any) -> Any:
     and one matrix for queries, keys and values. In InternLM3 ``bias`` is that of the
     attention output and the feed-forward network, ``qkv_bias`` the others'. Baichuan has
     one matrix with the rows of q, of k and of v, and Baichuan2 normalizes those of the
-    head; Baichuan, which does not, is told by its vocabulary of 64,000.
+    head; Baichuan, which does not, has a vocabulary of 64,000.
     """
     kind = record["model_type"]
     fused = kind == "internlm2"
