@@ -308,20 +308,26 @@ def _resolve_rotary_order(
 
 def _resolve_family(draft: ConfigDraft, model: dict[str, Any], family: Any) -> None:
     """Take the family's default of each key that the config leaves out."""
-    defaults = {}
-    if isinstance(family, str) and family in FAMILY_FACTS:
-        defaults = FAMILY_FACTS[family].defaults | architecture_of(family)
+    defaults = _family_defaults(family, model) if isinstance(family, str) else {}
     for key, value in defaults.items():
         if key not in model:
             model[key] = value
             draft.families[f"model.{key}"] = str(family)
-    layers = model.get("num_layers", ModelConfig.model_fields["num_layers"].default)
-    interval = facts.nope_interval if facts else None
-    if interval and isinstance(layers, int) and "nope_layers" not in model:
-        model["nope_layers"] = list(range(interval - 1, layers, interval))
-        draft.families["model.nope_layers"] = str(family)
     if model.get("head_dim", 0) is None:
         del model["head_dim"]
+
+
+def _family_defaults(family: str, model: dict[str, Any]) -> dict[str, Any]:
+    """Return the family's default of each key that has one; which layers have no rotation depends on their number."""
+    facts = FAMILY_FACTS.get(family)
+    if facts is None:
+        return {}
+    defaults = facts.defaults | architecture_of(family)
+    layers = model.get("num_layers", ModelConfig.model_fields["num_layers"].default)
+    interval = facts.nope_interval
+    if interval is not None and isinstance(layers, int):
+        defaults["nope_layers"] = list(range(interval - 1, layers, interval))
+    return defaults
 
 
 def _resolve_rope_scaling(draft: ConfigDraft, model: dict[str, Any]) -> None:

@@ -137,10 +137,22 @@ VALUES: list[tuple[list[str], list[str]]] = [
         ["LLAMA2 models do not have a window", "QWEN2 or QWEN3 or MISTRAL"],
     ),
     (
+        ["model_type=LLAMA2", "model.nope_layers=[0]"],
+        ["LLAMA2 models do not have layers without rotary positions", "SMOLLM3"],
+    ),
+    (
+        ["model_type=SMOLLM3", "model.num_layers=4", "model.nope_layers=[3,4]"],
+        ["nope_layers has 4, and there are 4 layers", "indices from 0 to 3"],
+    ),
+    (
+        ["model_type=BAICHUAN2", "model.num_kv_attention_heads=8"],
+        ["BAICHUAN2 has one key/value head for each of its 32 heads, found 8"],
+    ),
+    (
         ["model_type=QWEN3", "model.mlp_bias=True"],
         [
             "QWEN3 models do not have biases in their feed-forward networks",
-            "INTERNLM3 or LLAMA2",
+            "INTERNLM3 or LLAMA2 or SMOLLM3",
         ],
     ),
     (

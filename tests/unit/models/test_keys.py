@@ -137,6 +137,19 @@ def test_a_family_sets_its_switches(
     assert (model.has_qkv_bias, model.has_o_bias, model.qk_norm) == switches
 
 
+@covers("model.nope_layers")
+@pytest.mark.parametrize(
+    ("given", "layers"), [({}, (3, 7)), ({"nope_layers": [0]}, (0,))]
+)
+def test_every_fourth_layer_of_smollm3_does_not_rotate_unless_the_config_says_so(
+    given: dict[str, Any], layers: tuple[int, ...]
+) -> None:
+    values = {**BASE, "model_type": "SMOLLM3", "num_layers": 9, **given}
+    draft = ConfigDraft({"model": values}, lambda key: "")
+    resolve(draft)
+    assert draft.sections["model"]["nope_layers"] == layers
+
+
 def parameters(values: dict[str, Any]) -> list[str]:
     config = ModelConfig.model_validate(
         {**BASE, **values, "dtype": "float64"}, strict=False
