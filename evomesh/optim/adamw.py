@@ -33,11 +33,13 @@ class AdamW:
     moments: dict[Tensor, AdamMoments] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # torch's optimizers allocate in the first step. Here a checkpoint is loaded into
+        # the moments before it, and a lack of memory shows at once.
         for target in self.decays:
             step = torch.zeros((), dtype=torch.float32, device=target.device)
-            self.moments[target] = AdamMoments(
-                torch.zeros_like(target), torch.zeros_like(target), step
-            )
+            exp_avg = torch.zeros_like(target)
+            exp_avg_sq = torch.zeros_like(target)
+            self.moments[target] = AdamMoments(exp_avg, exp_avg_sq, step)
 
     def step(
         self,

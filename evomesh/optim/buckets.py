@@ -100,17 +100,21 @@ class GradientBucket:
 
         # The launched collective has summed over the shard axis, or else over the first
         # of the sum axes.
-        remaining = self.slots[0].sum_axes
-        if self.slots[0].shard_axis.size == 1:
+        first = self.slots[0]
+        remaining = first.sum_axes
+        if first.shard_axis.size == 1:
             remaining = remaining[1:]
         for axis in remaining:
             total = launch_all_reduce(total, axis).wait()
+        self._give_to_masters(total)
 
-        # `total` is this rank's row of the bucket: its rows of one parameter after the other.
-        sizes = [slot.master.numel() for slot in self.slots]
+    def _give_to_masters(self, total: Tensor) -> None:
+        """Give each master its part of this rank's row of the bucket: its rows of one parameter after the other."""
+        masters = [slot.master for slot in self.slots]
+        sizes = [master.numel() for master in masters]
         gradients = torch.split(total.view(-1), sizes)
-        for slot, gradient in zip(self.slots, gradients, strict=True):
-            slot.master.grad = gradient.view(slot.master.shape)
+        for master, gradient in zip(masters, gradients, strict=True):
+            master.grad = gradient.view(master.shape)
 
 
 class GradientSync:
@@ -218,7 +222,8 @@ def _gradient_buckets(
         same_sum.setdefault(kind, []).append(slot)
     buckets: list[GradientBucket] = []
     for group in same_sum.values():
-        buckets += map(GradientBucket, pack_into_buckets(group, bucket_size))
+        packs = pack_into_buckets(group, bucket_size)
+        buckets += map(GradientBucket, packs)
     # A bucket is full when backward reaches the last of its slots.
     position = {slot: index for index, slot in enumerate(slots)}
     return sorted(buckets, key=lambda bucket: position[bucket.slots[-1]])
@@ -237,11 +242,12 @@ class ParameterBucket:
 
     def launch(self) -> None:
         """Start gathering. The rows are sent from a copy, which also rounds them: the output must not alias them."""
-        axis = self.slots[0].shard_axis
-        dtype = self.slots[0].local.dtype
+        first = self.slots[0]
+        axis = first.shard_axis
+        dtype = first.local.dtype
         # [chunk]
         rows = torch.cat([slot.master.reshape(-1).to(dtype) for slot in self.slots])
-        out = self.slots[0].local.view(axis.size, -1) if self._in_place else None
+        out = first.local.view(axis.size, -1) if self._in_place else None
         self.pending = launch_all_gather(rows, axis, out)
 
     def finish(self) -> None:
@@ -273,17 +279,19 @@ class ParameterSync:
         self, slots: Sequence[ParameterSlot], bucket_size: int, overlap: bool
     ) -> None:
         self.overlap = overlap
+        sharded = [slot for slot in slots if slot.shard_axis.size > 1]
         same_gather: dict[object, list[ParameterSlot]] = {}
-        for slot in slots:
-            if slot.shard_axis.size > 1:
-                kind = (slot.shard_axis, slot.local.dtype)
-                same_gather.setdefault(kind, []).append(slot)
+        for slot in sharded:
+            kind = (slot.shard_axis, slot.local.dtype)
+            same_gather.setdefault(kind, []).append(slot)
         self.buckets: list[ParameterBucket] = []
         for group in same_gather.values():
-            self.buckets += map(ParameterBucket, pack_into_buckets(group, bucket_size))
+            packs = pack_into_buckets(group, bucket_size)
+            self.buckets += map(ParameterBucket, packs)
         self._bucket_of: dict[str, ParameterBucket] = {}
         for bucket in self.buckets:
-            self._bucket_of |= {slot.name: bucket for slot in bucket.slots}
+            names = [slot.name for slot in bucket.slots]
+            self._bucket_of |= dict.fromkeys(names, bucket)
 
     def start(self) -> None:
         """Launch all gathers; without overlap, finish each before the next."""

@@ -25,6 +25,7 @@ class LossScaler:
         self.overflows = 0
 
     def update(self, found: GradientCheck) -> None:
+        """Count a step, and change the scale where it is time to."""
         if not self.active:
             return
         if found == "ok":
@@ -33,11 +34,13 @@ class LossScaler:
                 self.good_steps = 0
                 self.overflows = 0
                 self.scale = self._clamp(self.scale * self.config.growth_factor)
-        else:
-            self.good_steps = 0
-            self.overflows += 1
-            if self.overflows >= self.config.hysteresis:
-                self.scale = self._clamp(self.scale * self.config.backoff_factor)
+            return
+        # Overflows are counted until the next growth, not until the next good step: with
+        # a hysteresis of 2 a single one leaves the scale, the second lowers it.
+        self.good_steps = 0
+        self.overflows += 1
+        if self.overflows >= self.config.hysteresis:
+            self.scale = self._clamp(self.scale * self.config.backoff_factor)
 
     def state(self) -> dict[str, Any]:
         return {

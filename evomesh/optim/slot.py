@@ -121,9 +121,7 @@ def make_slot(name: str, param: nn.Parameter, grid: Grid) -> ParameterSlot:
     if inner.name in spec.partial:
         partial.append(inner)
     partial += ends
-    sum_axes = tuple(
-        axis for axis in partial if axis.size > 1 and axis is not shard_axis
-    )
+    summed = [axis for axis in partial if axis.size > 1 and axis is not shard_axis]
 
     # 4. 16-bit parameters have float32 master weights of this rank's rows.
     slot = ParameterSlot(
@@ -131,7 +129,7 @@ def make_slot(name: str, param: nn.Parameter, grid: Grid) -> ParameterSlot:
         param=param,
         local=local,
         shard_axis=shard_axis,
-        sum_axes=sum_axes,
+        sum_axes=tuple(summed),
         spec=state_spec,
         counts_in_norm=counts_in_norm(state_spec, (*axes, *ends)),
         master=local,

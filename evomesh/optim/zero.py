@@ -78,7 +78,9 @@ class ZeroOptimizer:
         grid: Grid = Grid(),  # noqa: B008 (frozen)
         model: nn.Module | None = None,
     ) -> None:
-        self.adam, self.zero, self.grid = adam, zero, grid
+        self.adam = adam
+        self.zero = zero
+        self.grid = grid
         self.slots = [
             make_slot(name, param, grid)
             for name, param in named_parameters
@@ -215,11 +217,12 @@ class ZeroOptimizer:
         shards: dict[str, LocalShard] = {}
         for slot in self.slots:
             moments = self._adamw.moments[slot.master]
-            kinds = {"exp_avg": moments.exp_avg, "exp_avg_sq": moments.exp_avg_sq}
+            tensors = {"exp_avg": moments.exp_avg, "exp_avg_sq": moments.exp_avg_sq}
             if slot.is_half:
-                kinds["master"] = slot.master
-            for kind, tensor in kinds.items():
-                shards[f"optim.{kind}.{slot.name}"] = LocalShard(tensor, slot.spec)
+                tensors["master"] = slot.master
+            for kind, tensor in tensors.items():
+                name = f"optim.{kind}.{slot.name}"
+                shards[name] = LocalShard(tensor, slot.spec)
         return shards
 
     def state(self) -> dict[str, Any]:
@@ -244,13 +247,14 @@ class ZeroOptimizer:
         The others include the head, which the loss may read without a forward of the
         head, and shards, which FSDP2 reads before the block that they belong to.
         """
-        name_of = {slot.param: slot.name for slot in self.slots}
         for root in _roots(model):
+            waits_in = _waiting_modules(root)
             names_of_module: dict[nn.Module, list[str]] = {}
-            for parameter, module in _waiting_modules(root).items():
-                name = name_of.get(parameter)
-                if name is not None:
-                    names_of_module.setdefault(module, []).append(name)
+            for slot in self.slots:
+                module = waits_in.get(slot.param)
+                if module is not None:
+                    names = names_of_module.setdefault(module, [])
+                    names.append(slot.name)
             for module, names in names_of_module.items():
                 self._wait_before(module, names)
 
@@ -283,11 +287,11 @@ def _count_uses(slots: list[ParameterSlot], model: nn.Module | None) -> None:
 def _waiting_modules(root: nn.Module) -> dict[nn.Parameter, nn.Module]:
     """Map each parameter to the module whose forward waits for it: its block of a module list or dict, else root."""
     waits_in: dict[nn.Parameter, nn.Module] = dict.fromkeys(root.parameters(), root)
-    for parent in root.modules():
-        if not isinstance(parent, nn.ModuleList | nn.ModuleDict):
-            continue
-        for block in parent.children():
-            for parameter in block.parameters():
-                if not is_sharded(parameter):
-                    waits_in[parameter] = block
+    blocks: list[nn.Module] = []
+    for module in root.modules():
+        if isinstance(module, nn.ModuleList | nn.ModuleDict):
+            blocks += module.children()
+    for block in blocks:
+        unsharded = [one for one in block.parameters() if not is_sharded(one)]
+        waits_in |= dict.fromkeys(unsharded, block)
     return waits_in

@@ -82,9 +82,9 @@ def source_digest() -> str:
     digest = hashlib.sha256()
     folder = Path(evomesh.__file__).parent
     for path in sorted(folder.rglob("*.py")):
-        digest.update(
-            path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes()
-        )
+        name = path.relative_to(folder).as_posix()
+        digest.update(name.encode() + b"\0")
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from dataclasses import replace
 from typing import Any
@@ -155,15 +156,11 @@ def inference_layout(config: Config) -> Config:
 
 def _largest_tensor_size(model: ModelConfig, parallel: ParallelConfig) -> int:
     """Return the largest size that divides the weight or the tensor axis of isp, and all heads and widths."""
-    widths = (model.num_attention_heads, model.kv_heads, model.mlp_width)
+    # A size divides the widths if it divides their greatest common divisor; so the
+    # largest for one axis is the common divisor with that.
+    width = math.gcd(model.num_attention_heads, model.kv_heads, model.mlp_width)
     axes = (parallel.weight.size, parallel.tensor.size)
-    sizes = [
-        size
-        for size in range(1, max(axes) + 1)
-        if any(axis % size == 0 for axis in axes)
-        and all(width % size == 0 for width in widths)
-    ]
-    return max(sizes)
+    return max(math.gcd(axis, width) for axis in axes)
 
 
 def warn_of_larger_shards(trained: ParallelConfig, used: ParallelConfig) -> str:
@@ -181,13 +178,14 @@ def warn_of_larger_shards(trained: ParallelConfig, used: ParallelConfig) -> str:
 
 def load_stage(config: Config, context: RunContext) -> LanguageModel:
     """Build this rank's part of the model and fill it from the checkpoint that the config names."""
-    stages = build_stages(config, context.grid, context.mode, context.device)
-    (model,) = stages.models
+    grid = context.grid
+    stages = build_stages(config, grid, context.mode, context.device)
+    (model,) = stages.models  # the layout has one chunk a rank
     load_weights(config, stages.parameters(), context)
     model.eval()
-    if context.grid.pp.size == 1:
+    if grid.pp.size == 1:
         return model
-    return StagedModel(model, context.grid.pp, config.model)
+    return StagedModel(model, grid.pp, config.model)
 
 
 def load_weights(

@@ -51,15 +51,25 @@ class RunReporter:
         state: TrainState,
         data: TrainData,
     ) -> None:
-        self.config, self.text, self.state, self.data = config, text, state, data
-        self.world_size, self.dp_size = context.world_size, context.grid.dp.size
         grid = context.grid
+        self.config = config
+        self.text = text
+        self.state = state
+        self.data = data
+        self.world_size = context.world_size
+        self.dp_size = grid.dp.size
         self.main = grid.is_main
         self.name = rank_name(grid.dp.rank, grid.tp.rank, grid.pp.rank, self.main)
+
+        # A run that resumes writes where it did before, unless the config names a
+        # folder.
         if config.run.run_dir or not state.run_folder:
-            state.run_folder = str(run_folder(config.run, context.started))
+            folder = run_folder(config.run, context.started)
+            state.run_folder = str(folder)
         self.folder = Path(state.run_folder)
         self._check_folders()
+
+        # A full disk must not end a run: training continues without these files.
         self._open_files = ExitStack()
         self._metrics: MetricsFile | None = None
         self._board: TensorBoardWriter | None = None
@@ -83,21 +93,11 @@ class RunReporter:
         console = setup_logging(self.folder, self.name, shows=self.main)
         if not self.main:
             return self
-        run, step = self.config.run, self.state.step
-        self._metrics = self._open_files.enter_context(
-            MetricsFile(self.folder / "metrics.jsonl", step)
-        )
-        if run.enable_tb:
-            earlier = Path(run.resume_tb_folder) if run.resume_tb_folder else None
-            folder = tensorboard_folder(run, self.folder, self.name)
-            board = TensorBoardWriter(folder, step, run.tensorboard_queue, earlier)
-            self._open_files.callback(self._board_output.attempt, board.close)
-            if step == 0:
-                self._board_output.attempt(
-                    lambda: board.text("cmd", " ".join(sys.argv))
-                )
-                self._board_output.attempt(lambda: board.text("config", self.text))
-            self._board = board
+        step = self.state.step
+        metrics = MetricsFile(self.folder / "metrics.jsonl", step)
+        self._metrics = self._open_files.enter_context(metrics)
+        if self.config.run.enable_tb:
+            self._board = self._open_board(step)
         logger.info("run folder: %s", self.folder)
         logger.info("training data:\n%s", self.data.table())
         for warning in self.data.warnings:
@@ -114,6 +114,19 @@ class RunReporter:
         trace: TracebackType | None,
     ) -> None:
         self._open_files.close()
+
+    def _open_board(self, step: int) -> TensorBoardWriter:
+        """Open TensorBoard, which a new run starts with its command and its config."""
+        run = self.config.run
+        earlier = Path(run.resume_tb_folder) if run.resume_tb_folder else None
+        folder = tensorboard_folder(run, self.folder, self.name)
+        board = TensorBoardWriter(folder, step, run.tensorboard_queue, earlier)
+        self._open_files.callback(self._board_output.attempt, board.close)
+        if step == 0:
+            command = " ".join(sys.argv)
+            self._board_output.attempt(lambda: board.text("cmd", command))
+            self._board_output.attempt(lambda: board.text("config", self.text))
+        return board
 
     def step(
         self,
@@ -170,7 +183,8 @@ class RunReporter:
 
     def write(self, record: StepRecord) -> None:
         """Write one object to ``metrics.jsonl`` and its scalars to TensorBoard."""
-        metrics, board = self._metrics, self._board
+        metrics = self._metrics
+        board = self._board
         if metrics is not None:
             self._metrics_output.attempt(lambda: metrics.write(record))
         if board is not None:

@@ -13,6 +13,7 @@ starts the gather of the next.
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import cast
 
 from torch import nn
@@ -52,12 +53,9 @@ def gather_points(
     """Return where in forward the gather of each layer after the first one, or of each module, starts."""
     points: list[GatherPoint] = []
     layers = _layers_in_order(model, axis)
-    for number, layer in enumerate(layers):
-        next_units: tuple[nn.Module, ...] = ()
-        for following in layers[number + 1 : number + 2]:
-            next_units = (following,)
-            if _splits(following, model, weight):
-                next_units = (following, cast(DecoderBlock, following).attention)
+    # The last layer has none after it.
+    for layer, following in zip_longest(layers, layers[1:]):
+        next_units = _first_units(following, model, weight)
         if _splits(layer, model, weight):
             block = cast(DecoderBlock, layer)
             points.append(GatherPoint(block.attention, (block.feed_forward,)))
@@ -66,6 +64,17 @@ def gather_points(
             module, is_after = _point_in_layer(layer, model, weight)
             points.append(GatherPoint(module, next_units, is_after))
     return [point for point in points if point.units]
+
+
+def _first_units(
+    layer: nn.Module | None, model: nn.Module, weight: WeightConfig
+) -> tuple[nn.Module, ...]:
+    """Return the units that a layer needs first: itself, with the norms, and its attention where that is separate."""
+    if layer is None:
+        return ()
+    if _splits(layer, model, weight):
+        return layer, cast(DecoderBlock, layer).attention
+    return (layer,)
 
 
 def _layers_in_order(model: nn.Module, axis: Axis) -> list[nn.Module]:

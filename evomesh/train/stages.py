@@ -122,13 +122,14 @@ def _layer_ranges(config: Config, grid: Grid, kind: str) -> list[range] | list[N
     """Return the layers of each chunk of this rank; one None, which means all layers, without a pipeline."""
     if grid.pp.size == 1:
         return [None]
-    chunks = config.model.num_chunks
-    ends = end_weights(config.model) if config.parallel.pipeline.balance else None
-    ranges = layer_ranges(config.model.num_layers, grid.pp.size, chunks, ends)
-    return [
-        ranges[stage]
-        for stage in stages_of_rank(grid.pp.rank, grid.pp.size, chunks, kind)
-    ]
+    model = config.model
+    chunks = model.num_chunks
+    ends = None
+    if config.parallel.pipeline.balance:
+        ends = end_weights(model)
+    ranges = layer_ranges(model.num_layers, grid.pp.size, chunks, ends)
+    stages = stages_of_rank(grid.pp.rank, grid.pp.size, chunks, kind)
+    return [ranges[stage] for stage in stages]
 
 
 def end_weights(model: ModelConfig) -> tuple[float, float]:

@@ -42,6 +42,8 @@ class StepOutput:
 
 def seed_step(seed: int, step: int, dp_rank: int) -> None:
     """Seed torch's generator for one step, so that random draws (a custom model's dropout) resume without state."""
+    # Distinct for all steps and ranks below a million: no two of them draw the same
+    # numbers.
     mixed = (seed * 1_000_003 + step) * 1_000_003 + dp_rank
     torch.manual_seed(mixed % 2**63)  # torch refuses numbers of more than 64 bits
 
@@ -159,9 +161,14 @@ def micro_batch_weights(
     Args:
         labels: [M, T] of this rank, on the host.
     """
+    # A micro-batch without a target has a loss of 0 whatever its factor: any divisor
+    # but 0 will do.
     targets = (labels != IGNORE).sum(1)
     if loss_config.reduction == "micro_batch":
         num_micro_batches = len(targets) * grid.dp.size
-        return [1.0 / (max(count, 1) * num_micro_batches) for count in targets.tolist()]
+        divisors = [max(count, 1) * num_micro_batches for count in targets.tolist()]
+        return [1.0 / divisor for divisor in divisors]
+    # Two ranks with 30 and 10 targets divide by 40 both: a mean of the ranks' means
+    # would weigh the 10 three times.
     total = int(all_reduce_no_grad(targets.sum(), grid.dp))
     return [1.0 / max(total, 1)] * len(targets)

@@ -94,14 +94,20 @@ class StopBoundary:
             stop_requested: this rank has received a signal.
         """
         here = (step, micro_batches)
-        while True:
-            expected = self._last_seen
-            wanted = self._next_register(expected, here, stop_requested)
-            actual = self._store.compare_set(self.KEY, expected, wanted).decode()
-            self._last_seen = actual
-            if actual == wanted:
-                _, stop_at = _parse_register(actual)
-                return stop_at is not None and here >= stop_at
+        wanted = self._next_register(self._last_seen, here, stop_requested)
+        # Another rank may have written since: then the store answers with what it holds,
+        # and the decision is made again from that. Each failure means that another rank
+        # succeeded, so no two ranks keep each other from it.
+        while not self._write(wanted):
+            wanted = self._next_register(self._last_seen, here, stop_requested)
+        _, stop_at = _parse_register(wanted)
+        return stop_at is not None and here >= stop_at
+
+    def _write(self, wanted: str) -> bool:
+        """Write the register unless it changed since it was last seen; return whether it is as wanted."""
+        held = self._store.compare_set(self.KEY, self._last_seen, wanted)
+        self._last_seen = held.decode()
+        return self._last_seen == wanted
 
     @staticmethod
     def _next_register(register: str, here: Boundary, stop_requested: bool) -> str:
@@ -118,14 +124,20 @@ class StopBoundary:
 
 
 def _parse_register(register: str) -> tuple[Boundary, Boundary | None]:
-    """Return (farthest boundary passed, boundary to stop at if any)."""
+    """Return (farthest boundary passed, boundary to stop at if any).
+
+    "passed 7 2" is ((7, 2), None): some rank has finished two micro-batches of step 7,
+    and none more. "stop 7 3" is ((7, 2), (7, 3)).
+    """
     if not register:
         return (-1, 0), None
-    word, step, micro_batches = register.split()
-    boundary = int(step), int(micro_batches)
+    word, *numbers = register.split()
+    step, micro_batches = map(int, numbers)
+    boundary = (step, micro_batches)
     if word == "passed":
         return boundary, None
-    return (boundary[0], boundary[1] - 1), boundary
+    farthest = (step, micro_batches - 1)
+    return farthest, boundary
 
 
 class StopPoll:

@@ -33,11 +33,13 @@ class Trainer:
     """
 
     def __init__(self, run: TrainingRun, profile: bool = False) -> None:
-        self.run, self.profile = run, profile
-        self.config, self.state = run.config, run.state
-        self.skipped_steps = self.config.data.skip_batches
+        self.run = run
+        self.profile = profile
+        self.config = run.config
+        self.state = run.state
         self.saved_step = run.resumed_step
-        data = self.config.data
+        data = run.config.data
+        self.skipped_steps = data.skip_batches
         self.upkeep = PeriodicUpkeep(
             data.empty_cache_and_diag_interval, data.diag_outlier_ratio, run.grid.dp
         )

@@ -22,12 +22,17 @@ def validate(
     for valid in sets:
         tally = LossTally([valid.name], device)
         for host_batch in valid.batches(grid.dp.rank, grid.dp.size):
-            _tally_batch(stages, host_batch.to(device), tally)
-        summary = tally.reduce(grid.dp, grid.pp).summary()
-        if summary:
-            results[f"val/{valid.name}_loss"] = summary["loss"]
-            results[f"val/{valid.name}_acc"] = summary["acc"]
-            results[f"val/{valid.name}_plex"] = summary["perplexity"]
+            batch = host_batch.to(device)
+            _tally_batch(stages, batch, tally)
+        # Sums first, then one mean: the loss does not depend on how many ranks share
+        # the set.
+        total = tally.reduce(grid.dp, grid.pp)
+        summary = total.summary()
+        if not summary:
+            continue
+        results[f"val/{valid.name}_loss"] = summary["loss"]
+        results[f"val/{valid.name}_acc"] = summary["acc"]
+        results[f"val/{valid.name}_plex"] = summary["perplexity"]
     stages.module.train(was_training)
     return results
 
