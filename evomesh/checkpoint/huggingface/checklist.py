@@ -1,4 +1,7 @@
-"""Run the checklist of docs/handover.md: what inference engines and evaluation harnesses expect of a folder."""
+"""Run the checklist of docs/handover.md.
+
+It holds what inference engines and evaluation harnesses expect of a folder.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,9 @@ from evomesh.data.tokenizer import check_tokenizer_fits, load_tokenizer
 from evomesh.errors import UserError
 from evomesh.storage.local import LocalStorage
 
+INDEX = "model.safetensors.index.json"
+# transformers renamed torch_dtype and rope_theta, and other engines still look for the
+# old names: a folder has both.
 SPELLINGS = (
     "torch_dtype",
     "dtype",
@@ -37,6 +43,10 @@ SPELLINGS = (
     "rms_norm_eps",
     "max_position_embeddings",
 )
+
+
+# Returns a line on what it found, and raises what is wrong.
+Check = Callable[[HfFolder], str]
 
 
 @dataclass(frozen=True)
@@ -55,21 +65,19 @@ def checklist(path: str) -> list[ChecklistItem]:
         CheckpointError: no such folder.
     """
     folder = HfFolder(LocalStorage(), str(local_folder(path)))
-    checks: list[tuple[str, Callable[[HfFolder], str]]] = [
-        ("config.json", _config),
-        ("weights", _weights),
-        ("finite", _finite),
-        ("tokenizer", _tokenizer),
-        ("chat template", _template),
-        ("end of text", _eos),
-        ("transformers", _transformers),
-    ]
-    return [_run_check(name, check, folder) for name, check in checks]
+    checks: dict[str, Check] = {
+        "config.json": _config,
+        "weights": _weights,
+        "finite": _finite,
+        "tokenizer": _tokenizer,
+        "chat template": _template,
+        "end of text": _eos,
+        "transformers": _transformers,
+    }
+    return [_run_check(name, check, folder) for name, check in checks.items()]
 
 
-def _run_check(
-    name: str, check: Callable[[HfFolder], str], folder: HfFolder
-) -> ChecklistItem:
+def _run_check(name: str, check: Check, folder: HfFolder) -> ChecklistItem:
     try:
         return ChecklistItem(name, True, check(folder))
     except UserError as error:
@@ -96,36 +104,46 @@ def _config(folder: HfFolder) -> str:
 def _weights(folder: HfFolder) -> str:
     described = describe_folder(folder)
     match_tensors(folder, described.naming, described.model, described.tied)
-    index = "model.safetensors.index.json"
     files = set(folder.files.values())
-    if index in folder.storage.list(folder.path) and "model.safetensors" not in files:
-        indexed = folder.json(index).get("metadata", {}).get("total_size")
-        stored = sum(tensor.nbytes for tensor in map(folder.read, folder.files))
-        if indexed != stored:
-            raise UserError(
-                f"the index gives {indexed} bytes, the shards hold {stored}"
-            )
+    in_folder = folder.storage.list(folder.path)
+    has_shards = INDEX in in_folder and "model.safetensors" not in files
+    if has_shards:
+        _check_total_size(folder)
     return f"{len(folder.files)} tensors in {len(files)} files"
 
 
+def _check_total_size(folder: HfFolder) -> None:
+    """Compare the bytes that the index gives with those of the shards."""
+    metadata = folder.json(INDEX).get("metadata", {})
+    indexed = metadata.get("total_size")
+    stored = 0
+    for name in folder.files:
+        stored += folder.read(name).nbytes
+    if indexed != stored:
+        raise UserError(f"the index gives {indexed} bytes, the shards hold {stored}")
+
+
 def _finite(folder: HfFolder) -> str:
-    bad = [
-        name
-        for name in folder.files
-        if not bool(torch.isfinite(folder.read(name)).all())
-    ]
+    bad = []
+    for name in folder.files:
+        finite = torch.isfinite(folder.read(name))
+        if not bool(finite.all()):
+            bad.append(name)
     if bad:
         raise UserError(f"NaN or infinity in {', '.join(bad[:8])} ({len(bad)} tensors)")
     return "no NaN or infinity"
 
 
 def _tokenizer(folder: HfFolder) -> str:
+    path = Path(folder.path)
     tokenizer = load_tokenizer(folder.path, folder.path)
-    check_tokenizer_fits(tokenizer, int(folder.json("config.json")["vocab_size"]))
-    if not Path(folder.path, "tokenizer_config.json").is_file():
+    vocab_size = int(folder.json("config.json")["vocab_size"])
+    check_tokenizer_fits(tokenizer, vocab_size)
+    settings = path / "tokenizer_config.json"
+    if not settings.is_file():
         raise UserError("no tokenizer_config.json")
     if has_transformers():
-        compare_tokenizers(tokenizer, Path(folder.path))
+        compare_tokenizers(tokenizer, path)
     return f"{tokenizer.path.name}, {tokenizer.vocab_size} ids, bos {tokenizer.bos_id}, eos {tokenizer.eos_id}"
 
 
@@ -140,7 +158,12 @@ def _template(folder: HfFolder) -> str:
 
 
 def _eos(folder: HfFolder) -> str:
-    """Check that every id that ends an answer is named in generation_config.json, and that the model knows it."""
+    """Check the ids that end an answer.
+
+    Each is named in generation_config.json, and the model knows it.
+    """
+    # An id beyond the embedding is never sampled, and one that is not named is sampled
+    # and passed over: either way answers run to the length limit.
     vocab_size = folder.json("config.json")["vocab_size"]
     record = folder.json("generation_config.json")
     given = record.get("eos_token_id")

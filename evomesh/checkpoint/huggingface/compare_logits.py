@@ -1,4 +1,4 @@
-"""Compare the logits of a fixed batch: of the native model, and of ``transformers`` with a Hugging Face folder.
+"""Compare the logits of the native model with those of ``transformers`` on a fixed batch.
 
 Both sides compute in float32 (float64 for a float64 folder) with the same rounded
 weights, so they differ by the order of summation only.
@@ -38,7 +38,10 @@ TensorReader = Callable[[str], Tensor]  # reads an unsharded tensor by its name
 
 @torch.inference_mode()
 def native_logits(config: ModelConfig, weights: TensorReader, dtype: str) -> Tensor:
-    """Return the native model's logits [TEXTS, LENGTH, V], its weights rounded to ``dtype``, one layer at a time."""
+    """Return the native model's logits [TEXTS, LENGTH, V].
+
+    Its weights are rounded to ``dtype``.
+    """
     changes = {
         "dtype": wide_dtype(dtype),
         "use_fp32_norm": False,
@@ -47,12 +50,17 @@ def native_logits(config: ModelConfig, weights: TensorReader, dtype: str) -> Ten
     }
     config = config.model_copy(update=changes)
     rounded_dtype = getattr(torch, dtype)
+    bounds = single_sequence(LENGTH)
     rows = list(fixed_batch(config.vocab_size))
+    # Each layer is built as a pipeline stage with that layer alone, so that one layer in
+    # float32 is in memory at a time: a model of 70B has 280 GB of them.
     for layer in range(config.num_layers):
-        stage = build_model(config, layer_range=range(layer, layer + 1)).eval()
+        stage = build_model(config, layer_range=range(layer, layer + 1))
+        stage.eval()
         for name, parameter in stage.named_parameters():
-            parameter.copy_(weights(name).to(rounded_dtype))
-        rows = [stage(row, single_sequence(LENGTH)) for row in rows]
+            rounded = weights(name).to(rounded_dtype)
+            parameter.copy_(rounded)
+        rows = [stage(row, bounds) for row in rows]
         if layer == config.num_layers - 1:
             rows = [stage.logits(row) for row in rows]
         del stage  # freed before the next one is built
@@ -85,7 +93,8 @@ def largest_logit_difference(
             raise CheckpointError(f"the logits of {side} are not finite", where=where)
     size = float(reference.abs().max())
     limit = size * tolerance
-    difference = float((found - reference).abs().max())
+    distance = (found - reference).abs()
+    difference = float(distance.max())
     if not difference <= limit:
         raise CheckpointError(
             f"logits differ by up to {difference:.3g} between {sides[0]} and {sides[1]} (largest logit {size:.3g})",

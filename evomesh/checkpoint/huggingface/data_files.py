@@ -1,4 +1,4 @@
-"""Read the tensors of a checkpoint as the headers of its data files name them, without the index.
+"""Read the tensors of a checkpoint by the headers of its data files, without the index.
 
 A start or an export reads by ``index.jsonl``. What it read is compared with this: the
 same bytes, found by the names and shapes that the safetensors files give themselves. A
@@ -28,6 +28,10 @@ class _StoredBox:
     file: SafetensorsFile
     key: str
 
+    def read(self) -> Tensor:
+        """Read the part."""
+        return self.file.read(self.key, Box.whole(self.shape))
+
 
 class DataFiles:
     """All tensors in the data files of a checkpoint."""
@@ -36,15 +40,22 @@ class DataFiles:
         self._where = found.folder
         self._boxes: dict[str, list[_StoredBox]] = {}
         for record in found.files:
-            file = SafetensorsFile(found.storage, join(found.folder, record.name))
-            for key, shape in file.shapes.items():
-                # A part of a tensor has the key NAME@first,element.
-                name, _, first = key.partition("@")
-                offsets = (0,) * len(shape)
-                if first:
-                    offsets = tuple(map(int, first.split(",")))
-                box = _StoredBox(offsets, shape, file, key)
-                self._boxes.setdefault(name, []).append(box)
+            path = join(found.folder, record.name)
+            file = SafetensorsFile(found.storage, path)
+            self._add(file)
+
+    def _add(self, file: SafetensorsFile) -> None:
+        """Add the boxes of one data file."""
+        for key, shape in file.shapes.items():
+            # A part of a tensor has the key NAME@first,element: "w2@0,22".
+            name, _, first = key.partition("@")
+            offsets = Box.whole(shape).offsets
+            if first:
+                numbers = first.split(",")
+                offsets = tuple(map(int, numbers))
+            box = _StoredBox(offsets, shape, file, key)
+            of_tensor = self._boxes.setdefault(name, [])
+            of_tensor.append(box)
 
     def read(self, name: str) -> Tensor:
         """Read a whole tensor.
@@ -55,16 +66,20 @@ class DataFiles:
         boxes = self._boxes.get(name)
         if not boxes:
             raise CheckpointError(f"no data file holds {name}", where=self._where)
-        parts = [box.file.read(box.key, Box.whole(box.shape)) for box in boxes]
+        parts = [box.read() for box in boxes]
         shape = _shape_of_whole(boxes)
+        whole = Box.whole(shape)
         tensor = torch.empty(shape, dtype=parts[0].dtype)
         filled = torch.zeros(shape, dtype=torch.bool)
+        num_stored = 0
         for box, part in zip(boxes, parts, strict=True):
-            region = Box(box.offsets, box.shape).within(Box.whole(shape))
+            region = Box(box.offsets, box.shape).within(whole)
             tensor[region] = part
             filled[region] = True
-        stored = sum(part.numel() for part in parts)
-        if stored != tensor.numel() or not bool(filled.all()):
+            num_stored += part.numel()
+        # All filled, by as many elements as there are: none was filled twice.
+        is_exact = num_stored == tensor.numel()
+        if not is_exact or not bool(filled.all()):
             raise CheckpointError(
                 f"the parts of {name} in the data files overlap or leave a hole",
                 where=self._where,

@@ -1,4 +1,7 @@
-"""Read one weight file: safetensors in any storage, or PyTorch pickles without running code that they name."""
+"""Read one weight file.
+
+It is safetensors in any storage, or a PyTorch pickle, none of whose code runs.
+"""
 
 from __future__ import annotations
 
@@ -68,13 +71,21 @@ class SafetensorsFile:
             ) from None
 
     def _read_header(self) -> None:
-        """Read the header: its length (8 bytes), then JSON; offsets in it count from the end of the header."""
-        file_size = self._storage.size(self._path)
-        length_bytes = self._storage.read(self._path, 0, 8)
+        """Read the header.
+
+        Its length (8 bytes) comes first, then JSON; offsets in it count from its end.
+        """
+        #     8 bytes  n, little-endian
+        #     n bytes  {"lm_head.weight":{"dtype":"BF16","shape":[32000,4096],
+        #               "data_offsets":[0,262144000]}, ...}
+        storage = self._storage
+        path = self._path
+        file_size = storage.size(path)
+        length_bytes = storage.read(path, 0, 8)
         length = int.from_bytes(length_bytes, "little")
         if length > min(file_size - 8, LARGEST_HEADER):
             raise ValueError(f"a header of {length} bytes in a file of {file_size}")
-        text = self._storage.read(self._path, 8, length)
+        text = storage.read(path, 8, length)
         header: dict[str, Any] = json.loads(text)
         header.pop("__metadata__", None)
         data_start = 8 + length
@@ -102,9 +113,9 @@ class SafetensorsFile:
         tensor = torch.empty(box.shape, dtype=self._dtypes[name])
         if not box.numel:
             return tensor
-        ranges = list(
-            _byte_ranges(self.shapes[name], box, tensor.itemsize, self._starts[name])
-        )
+        shape = self.shapes[name]
+        start_in_file = self._starts[name]
+        ranges = list(_byte_ranges(shape, box, tensor.itemsize, start_in_file))
         target = as_bytes(tensor)
         filled = 0
         reader = self._storage.open(self._path)
@@ -163,7 +174,10 @@ def _byte_ranges(
 
 
 class PickleFile:
-    """A file like ``pytorch_model.bin``; a local one is mapped, so tensors stay on disk until they are used."""
+    """A file like ``pytorch_model.bin``.
+
+    A local one is mapped, so tensors stay on disk until they are used.
+    """
 
     def __init__(self, storage: Storage, path: str) -> None:
         source = io.BytesIO(storage.read(path)) if storage.remote else path
@@ -174,7 +188,9 @@ class PickleFile:
 
     def read(self, name: str, box: Box) -> Tensor:
         """Read a box of one tensor in its stored dtype."""
-        return self._state[name][box.within(Box.whole(self.shapes[name]))]
+        whole = Box.whole(self.shapes[name])
+        tensor = self._state[name]
+        return tensor[box.within(whole)]
 
 
 def load_pickle(
@@ -199,15 +215,15 @@ def load_pickle(
         raise CheckpointError(
             f"cannot be read as tensors alone ({reason})", where=where
         ) from None
-    if not isinstance(state, dict) or not all(
-        isinstance(value, Tensor) for value in state.values()
-    ):
+    values = state.values() if isinstance(state, dict) else [None]
+    if not all(isinstance(value, Tensor) for value in values):
         raise CheckpointError(
             "holds more than named tensors",
             where=where,
             expected="a state dict",
         )
-    return state
+    checked: dict[str, Tensor] = state
+    return checked
 
 
 def _load_tensors(source: str | os.PathLike[str] | io.BytesIO) -> Any:

@@ -89,7 +89,10 @@ def _listed_files(names: list[str]) -> str:
 
 
 class HfFolder:
-    """A Hugging Face folder in any storage: ``model.safetensors`` or ``pytorch_model.bin``, or shards with an index."""
+    """A Hugging Face folder in any storage.
+
+    It holds ``model.safetensors`` or ``pytorch_model.bin``, or shards with an index.
+    """
 
     def __init__(self, storage: Storage, path: str) -> None:
         self.storage = storage
@@ -119,24 +122,20 @@ class HfFolder:
         )
 
     def _read_index(self, index: str, names: list[str]) -> dict[str, str]:
-        """Read tensor name -> file name from an index, after checking that the shards agree with it.
+        """Read tensor name -> file name from an index.
+
+        The shards must agree with it.
 
         Args:
-            names: of all files in the folder; no other file is opened, whatever path the index gives.
+            names: of all files in the folder; no other file is opened, whatever path the
+                index gives.
         """
         where = join(self.path, index)
-        weight_map = self.json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(file, str) for file in weight_map.values()
-        ):
-            raise CheckpointError(
-                "has no weight_map",
-                where=where,
-                expected="a file name for each tensor name",
-            )
+        weight_map = self._weight_map(index)
         names_by_file: dict[str, set[str]] = {}
         for name, file in weight_map.items():
-            names_by_file.setdefault(file, set()).add(name)
+            names_of_file = names_by_file.setdefault(file, set())
+            names_of_file.add(name)
 
         lost = sorted(names_by_file.keys() - set(names))
         if lost:
@@ -159,11 +158,23 @@ class HfFolder:
                     where=where,
                 )
         self._refuse_duplicates(sorted(names_by_file), where)
-        return {
-            name: file
-            for name, file in weight_map.items()
-            if not name.endswith(BUFFERS)
-        }
+        without_buffers = {}
+        for name, file in weight_map.items():
+            if not name.endswith(BUFFERS):
+                without_buffers[name] = file
+        return without_buffers
+
+    def _weight_map(self, index: str) -> dict[str, str]:
+        weight_map: Any = self.json(index).get("weight_map")
+        files = weight_map.values() if isinstance(weight_map, dict) else [None]
+        if not all(isinstance(file, str) for file in files):
+            raise CheckpointError(
+                "has no weight_map",
+                where=join(self.path, index),
+                expected="a file name for each tensor name",
+            )
+        checked: dict[str, str] = weight_map
+        return checked
 
     def _refuse_duplicates(self, files: list[str], where: str) -> None:
         """Refuse shards of which two hold one tensor: which of them a reader takes is chance."""
@@ -182,15 +193,18 @@ class HfFolder:
     @cached_property
     def shapes(self) -> dict[str, Coordinates]:
         """Return the shapes of all tensors, read from the headers alone."""
-        return {
-            name: self._file(file).shapes[name] for name, file in self.files.items()
-        }
+        shapes = {}
+        for name, file_name in self.files.items():
+            file = self._file(file_name)
+            shapes[name] = file.shapes[name]
+        return shapes
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
         """Read one tensor, or only a box of it, in its stored dtype."""
-        return self._file(self.files[name]).read(
-            name, box or Box.whole(self.shapes[name])
-        )
+        file = self._file(self.files[name])
+        if box is None:
+            box = Box.whole(self.shapes[name])
+        return file.read(name, box)
 
     def _tensor_names(self, file: str) -> list[str]:
         return [name for name in self._file(file).shapes if not name.endswith(BUFFERS)]
@@ -233,11 +247,11 @@ class MetaFolder:
     @cached_property
     def shapes(self) -> dict[str, Coordinates]:
         """Return the shapes of all unsharded tensors."""
-        return {
-            name: self._unsharded_shape(name)
-            for name in self._ranks[0]
-            if not name.endswith(BUFFERS)
-        }
+        shapes = {}
+        for name in self._ranks[0]:
+            if not name.endswith(BUFFERS):
+                shapes[name] = self._unsharded_shape(name)
+        return shapes
 
     def _shard_dim(self, name: str) -> int | None:
         """Return the dim along which a tensor is sharded, None when it is replicated."""
@@ -258,7 +272,13 @@ class MetaFolder:
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
         """Read one tensor, or only a box of it, in its stored dtype."""
-        dim = self._shard_dim(name)
+        value = self._merge(name)
+        if box is None:
+            return value
+        whole = Box.whole(self.shapes[name])
+        return value[box.within(whole)]
+
+    def _merge(self, name: str) -> Tensor:
         shards = [state[name] for state in self._ranks]
-        value = shards[0] if dim is None else torch.cat(shards, dim)
-        return value if box is None else value[box.within(Box.whole(self.shapes[name]))]
+        dim = self._shard_dim(name)
+        return shards[0] if dim is None else torch.cat(shards, dim)

@@ -1,4 +1,7 @@
-"""Remember which Hugging Face folder a checkpoint was imported from, and find it again, unchanged."""
+"""Remember which Hugging Face folder a checkpoint was imported from, and find it again.
+
+Only an unchanged folder is found.
+"""
 
 from __future__ import annotations
 
@@ -37,20 +40,30 @@ def describe_original(folder: HfFolder, dtype: str) -> dict[str, Any]:
 
 
 def find_original(state: Mapping[str, Any]) -> Original | None:
-    """Return the folder that a checkpoint with this state was imported from, None unless it is still as it was."""
+    """Return the folder that a checkpoint with this state was imported from.
+
+    None unless it is still as it was.
+    """
     record = state.get(KEY)
     if not isinstance(record, Mapping):
         return None
-    folder = HfFolder(LocalStorage(), str(record.get("folder")))
-    config = Path(folder.path, "config.json")
-    if not config.is_file() or _fingerprint(folder) != record.get("fingerprint"):
+    path = Path(str(record.get("folder")))
+    config = path / "config.json"
+    if not config.is_file():
+        return None
+    folder = HfFolder(LocalStorage(), str(path))
+    if _fingerprint(folder) != record.get("fingerprint"):
         return None
     dtype = str(record.get("dtype"))
-    return Original(Path(folder.path), "float32" if dtype == "tf32" else dtype)
+    if dtype == "tf32":
+        dtype = "float32"
+    return Original(path, dtype)
 
 
 def _fingerprint(folder: HfFolder) -> str:
     """Return a hash of config.json and of the names, sizes and times of the weight files."""
+    # Not of their bytes: reading 140 GB to find out whether to compare would take longer
+    # than the comparison.
     config = folder.storage.read(join(folder.path, "config.json"))
     digest = hashlib.sha256(config)
     for name in sorted(set(folder.files.values())):

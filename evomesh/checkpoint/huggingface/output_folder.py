@@ -21,18 +21,25 @@ BLOCK = 8 << 20  # bytes read at a time while copying
 
 @contextmanager
 def new_folder(target: str, needed: int) -> Iterator[Path]:
-    """Yield a local folder to fill. Without an error it becomes ``target``, on disk or in a store; else it is deleted.
+    """Yield a local folder to fill.
+
+    Without an error it becomes ``target``, on disk or in a store; else it is deleted.
 
     Args:
         needed: bytes that will be written.
+
     Raises:
-        CheckpointError: the target is in use, the disk is too full, or it cannot be written.
+        CheckpointError: the target is in use, the disk is too full, or it cannot be
+            written.
     """
-    local = split_url(target)[0] == "local"
+    scheme, _ = split_url(target)
+    local = scheme == "local"
     storage, path = open_storage(target)
     local_path = expand_home(path) if local else Path(tempfile.gettempdir(), "export")
     _refuse_in_use(local_path if local else None, storage, path, target)
     _refuse_full(local_path.absolute().parent, needed, target)
+    # Beside the target, so on the same file system: there a rename takes one step, and
+    # no reader sees half a folder. A killed export leaves this hidden folder only.
     work = local_path.parent / f".{local_path.name}.{secrets.token_hex(4)}.tmp"
     try:
         work.mkdir(parents=True)
