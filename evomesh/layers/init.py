@@ -60,7 +60,8 @@ def fill_parameter(
         rows, columns = _local_rectangle(name, spec, axes)
         local = parameter.view(len(rows), len(columns))
         # Band by band: `band` holds the global rows of one row of tiles, `owned` those
-        # of them in this shard.
+        # of them in this shard. Rows 200 to 399 are the last 56 of the band 0 to 255
+        # and the first 144 of the band 256 to 511.
         for band_index in _tiles_over(rows):
             band = _tile_range(band_index, matrix_rows)
             drawn = _draw_band(
@@ -142,6 +143,13 @@ def _draw_band(
     return torch.from_numpy(band[:, start:stop])
 
 
+def _stream_key(name: str, seed: int) -> int:
+    """Return the key of a parameter's generator: 128 bits that its name and the seed determine."""
+    stream = f"{seed}/{name}"
+    digest = hashlib.blake2b(stream.encode(), digest_size=16)
+    return int.from_bytes(digest.digest(), "little")
+
+
 def _draw_tile(
     name: str,
     tile: tuple[int, int],
@@ -149,14 +157,10 @@ def _draw_tile(
     initial: InitialWeight,
     seed: int,
 ) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
-    # The key of the generator: 128 bits that the seed and the name determine.
-    stream = f"{seed}/{name}".encode()
-    digest = hashlib.blake2b(stream, digest_size=16).digest()
-    key = int.from_bytes(digest, "little")
     # The lower two of the four counter words count draws, the upper two are the index
     # of the tile.
     counter = [0, 0, *tile]
-    philox = np.random.Philox(key=key, counter=counter)
+    philox = np.random.Philox(key=_stream_key(name, seed), counter=counter)
     generator = np.random.Generator(philox)
     if initial.kind == "normal":
         standard = generator.standard_normal(shape, dtype=np.float32)

@@ -138,11 +138,8 @@ class _RegatherLinear(torch.autograd.Function):
 
         dx_shard = reduce_scatter_no_grad(dx, ctx.axis)
 
-        # wgrad
-        dw_shards = []
-        for dy_shard in dy_shards:
-            dw_shard = matmul_nt(dy_shard.T, x.T)
-            dw_shards.append(dw_shard)
+        # wgrad: dw = dy^T x, whose second operand matmul_nt takes transposed.
+        dw_shards = [matmul_nt(dy_shard.T, x.T) for dy_shard in dy_shards]
         return dx_shard, None, *dw_shards, *db_shards
 
 
@@ -172,18 +169,20 @@ class RowParallelLinear(nn.Module):
         self.weight = placement.make_parameter((out_features, columns), weight_spec)
         self.bias = None
         if bias:
+            # Tensor parallelism adds the bias to the sum, so that every rank needs all
+            # of it.
             bias_shards = weight_shards if weight_axis == "wp" else ()
             bias_spec = ShardSpec((out_features,), bias_shards, placement.partial)
             self.bias = placement.make_parameter((out_features,), bias_spec)
 
     def forward(self, x_shard: Tensor) -> Tensor:
-        axis, mode = self.placement.axis, self.placement.mode
+        axis = self.placement.axis
+        mode = self.placement.mode
         if axis.size == 1 or mode.weight_axis == "wp":
             return linear(x_shard, self.weight, self.bias)
         summand = linear(x_shard, self.weight)
-        out = (
-            reduce_scatter(summand, axis)
-            if mode.sequence_parallel
-            else all_reduce(summand, axis)
-        )
+        if mode.sequence_parallel:
+            out = reduce_scatter(summand, axis)
+        else:
+            out = all_reduce(summand, axis)
         return out if self.bias is None else out + self.bias

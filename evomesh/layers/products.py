@@ -28,11 +28,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if uses_onednn(x, weight):
         out: Tensor = _OneDnnLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return out
-    weight_as_left_operand = (
-        x.is_cpu and len(x) in FEW_ROWS and not torch.is_grad_enabled()
-    )
-    if not weight_as_left_operand:
+    has_few_rows = x.is_cpu and len(x) in FEW_ROWS
+    if not has_few_rows or torch.is_grad_enabled():
         return F.linear(x, weight, bias)
+    # weight x^T is the transposed result: decoding a few sequences at a time, the copy
+    # back costs less than MKL gains.
     transposed = weight @ x.T  # [O, T]
     out = transposed.T.contiguous()
     return out if bias is None else out.add_(bias)

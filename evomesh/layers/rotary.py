@@ -44,15 +44,10 @@ class RotaryEmbedding:
         self, bounds: SequenceBounds, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """Return the cosines and sines of one pack, each [T, H/2] in at least float32."""
-        # In float64, because a float32 angle loses accuracy as positions grow.
+        # In float64, because a float32 angle loses accuracy as positions grow: one near
+        # 100,000 is rounded by up to 0.004.
         positions = bounds.position_ids.to(torch.float64)
-        options: dict[str, Any] = {"dtype": torch.float64, "device": positions.device}
-        even_columns = torch.arange(0, self.head_dim, 2, **options)  # 2i, [H/2]
-        exponent = even_columns / self.head_dim
-        base = torch.full((1,), self.base, **options)
-        if self.dynamic_ntk:
-            base = base * self._ntk_factor(bounds)
-        frequencies = base[:, None] ** -exponent  # [1 or T, H/2]
+        frequencies = self._frequencies(bounds)
         if self.scaling is not None:
             frequencies = self._scaled(frequencies, bounds, self.scaling)
         angles = positions[:, None] * frequencies
@@ -66,6 +61,17 @@ class RotaryEmbedding:
             sin = sin * attention_factor
         wide = promote(dtype)
         return cos.to(wide), sin.to(wide)
+
+    def _frequencies(self, bounds: SequenceBounds) -> Tensor:
+        """Return the angle per position of each pair, [1, H/2] float64; [T, H/2] with dynamic NTK."""
+        device = bounds.position_ids.device
+        options: dict[str, Any] = {"dtype": torch.float64, "device": device}
+        even_columns = torch.arange(0, self.head_dim, 2, **options)  # 2i, [H/2]
+        exponent = even_columns / self.head_dim
+        base = torch.full((1,), self.base, **options)
+        if self.dynamic_ntk:
+            base = base * self._ntk_factor(bounds)
+        return base[:, None] ** -exponent
 
     def _ntk_factor(self, bounds: SequenceBounds) -> Tensor:
         """Return what dynamic NTK multiplies the base by for each token, [T] float64: 1 up to ``max_position``."""
@@ -123,22 +129,37 @@ def _given(value: Value | None) -> Value:
 
 def _llama3_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     """Divide slow frequencies by ``factor``, keep fast ones, and interpolate between them by turns (Llama 3.1)."""
-    low, high = _given(scaling.low_freq_factor), _given(scaling.high_freq_factor)
-    turns = frequencies * (
-        _given(scaling.original_max_position_embeddings) / (2 * math.pi)
-    )
+    low = _given(scaling.low_freq_factor)
+    high = _given(scaling.high_freq_factor)
+    original = _given(scaling.original_max_position_embeddings)
+    # Turns that the angle makes within the original length.
+    turns = frequencies * (original / (2 * math.pi))
     kept = ((turns - low) / (high - low)).clamp(0, 1)  # 0: divided, 1: as it is
-    return frequencies * kept + frequencies / _given(scaling.factor) * (1 - kept)
+    slow = frequencies / _given(scaling.factor)
+    return frequencies * kept + slow * (1 - kept)
 
 
 def _yarn_frequencies(
     frequencies: Tensor, scaling: RopeScaling, head_dim: int, base: float
 ) -> Tensor:
     """Divide slow frequencies by ``factor``, keep fast ones, and interpolate between them by index (YaRN)."""
+    first, last = _yarn_ramp(scaling, head_dim, base)
+    width = last - first or 0.001
+    indices = torch.arange(
+        head_dim // 2, dtype=frequencies.dtype, device=frequencies.device
+    )
+    divided = ((indices - first) / width).clamp(0, 1)  # 0: as it is, 1: divided
+    slow = frequencies / _given(scaling.factor)
+    return slow * divided + frequencies * (1 - divided)
+
+
+def _yarn_ramp(scaling: RopeScaling, head_dim: int, base: float) -> tuple[float, float]:
+    """Return the indices of the last frequency that is kept and of the first that is divided."""
     original = _given(scaling.original_max_position_embeddings)
 
     def index_of(turns: float) -> float:
         """Return the index, a real number, of the frequency with so many turns within the original length."""
+        # original * base^(-2i/H) = 2 pi turns, solved for i.
         return (
             head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
         )
@@ -148,14 +169,9 @@ def _yarn_frequencies(
     if scaling.truncate is not False:
         first = math.floor(first)
         last = math.ceil(last)
-    first = max(first, 0)
-    last = min(last, head_dim - 1)
-    width = last - first or 0.001
-    indices = torch.arange(
-        head_dim // 2, dtype=frequencies.dtype, device=frequencies.device
-    )
-    divided = ((indices - first) / width).clamp(0, 1)  # 0: as it is, 1: divided
-    return frequencies / _given(scaling.factor) * divided + frequencies * (1 - divided)
+    # As transformers has it: the upper bound is H - 1, although there are H / 2
+    # frequencies.
+    return max(first, 0), min(last, head_dim - 1)
 
 
 def _yarn_magnitude(factor: float, scale: float) -> float:
@@ -220,15 +236,14 @@ class _SplitRotate(torch.autograd.Function):
         dq, dk, dv = grads
         tokens, kv_heads, head_dim = dk.shape
         dq = dq.reshape(tokens, kv_heads, -1, head_dim)  # [T, G, R, H]
+        dk = dk.unsqueeze(2)  # [T, G, 1, H]
         queries = dq.shape[2]
-        dqkv = dq.new_empty(tokens, kv_heads, queries + 2, head_dim)
         # Write each part to its place in the fused gradient; the angle is negated by
         # negating the sine.
+        dqkv = dq.new_empty(tokens, kv_heads, queries + 2, head_dim)
         minus_sin = -sin
-        dq_out = dqkv[:, :, :-2]
-        _rotate(dq, cos, minus_sin, dq_out, ctx.interleaved)
-        dk_out = dqkv[:, :, -2:-1]
-        _rotate(dk.unsqueeze(2), cos, minus_sin, dk_out, ctx.interleaved)
+        _rotate(dq, cos, minus_sin, dqkv[:, :, :-2], ctx.interleaved)
+        _rotate(dk, cos, minus_sin, dqkv[:, :, -2:-1], ctx.interleaved)
         dqkv[:, :, -1] = dv
         return dqkv.view(tokens, -1), None, None, None, None, None
 
