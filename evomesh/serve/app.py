@@ -231,12 +231,11 @@ class ApiRoutes:
     def _echo(self, api_request: ApiRequest) -> Echo | None:
         if not isinstance(api_request, CompletionRequest) or not api_request.echo:
             return None
-        # The client did not write the bos in front of a text; in a list of ids, all are
-        # the client's.
-        silent_tokens = 0
-        if isinstance(api_request.prompts[0], str):
-            silent_tokens = len(self.service.model.tokenizer.leading)
-        return Echo(silent_tokens, only_prompt=api_request.max_tokens == 0)
+        texts: list[str] = []  # of each choice; none if the client sent ids
+        for prompt in api_request.prompts:
+            if isinstance(prompt, str):
+                texts += [prompt] * api_request.n
+        return Echo(texts or None, only_prompt=api_request.max_tokens == 0)
 
     async def _record(self, answer: ApiAnswer, deltas: DeltaStream) -> DeltaStream:
         """Pass deltas through, and add them to the answer and to the metrics."""

@@ -13,6 +13,7 @@ from evomesh.serve.token_text import TokenTexts
 CONTEXT_TOKENS = 6  # decoded together with the new ones, since a token's text may depend on the one before
 # Tokens; bytes that are not a character by then never will be one.
 LONGEST_CHARACTER = 8
+MARK = "\ufffd"  # stands for bytes that are no character
 
 
 @dataclass(frozen=True)
@@ -97,20 +98,20 @@ class Detokenizer:
         scores: Sequence[TokenScore],
         *,
         with_scores: bool,
-        silent: int = 0,
+        text: str | None = None,
         is_all: bool = False,
     ) -> TextDelta:
         """Take the prompt itself, for an answer that repeats it, and return its text; stop strings do not apply.
 
         Args:
-            silent: leading tokens that are no text.
+            text: what the client wrote, which is repeated as it is: decoding might change its spaces. None: the client
+                sent ids.
             is_all: nothing follows.
         """
-        for score in scores[:silent]:
-            if with_scores:
-                self._scored.append(replace(self._score(score), content=b""))
+        if text is not None:
+            return self._repeat_text(scores, text, with_scores, is_all)
         last = len(scores) - 1
-        for number, score in enumerate(scores[silent:], silent):
+        for number, score in enumerate(scores):
             self._append(score, with_scores)
             self._held_back += self._decode_new(flush=is_all and number == last)
         if is_all:
@@ -118,6 +119,24 @@ class Detokenizer:
         return self._emit(
             self._held_back, "", self._take_scored(before=len(self._held_back))
         )
+
+    def _repeat_text(
+        self, scores: Sequence[TokenScore], text: str, with_scores: bool, is_all: bool
+    ) -> TextDelta:
+        """Take the tokens of a text, and return it as it is."""
+        ids = [score.id for score in scores]
+        self._ids = ids[-CONTEXT_TOKENS:]
+        self._read = len(self._ids)
+        if with_scores:
+            # A bos that the tokenizer puts in front is no text.
+            spans = self._tokenizer.encode_with_spans(text).spans
+            starts = [start for start, _ in spans]
+            silent = len(ids) - len(starts)
+            offsets = [0] * silent + starts
+            for score, offset in zip(scores, offsets, strict=True):
+                self._scored.append(replace(self._score(score), offset=offset))
+        self._held_back = text
+        return self._emit(text, "length" if is_all else "", self._take_scored())
 
     def push(self, token: GeneratedToken) -> TextDelta:
         """Take the next token and return the text that is now complete; after a ``finish``, push no more."""
@@ -193,13 +212,15 @@ class Detokenizer:
         if len(text) <= len(known):
             return ""
         new_tokens = len(self._ids) - self._read
-        incomplete = text.endswith("\ufffd") and new_tokens < LONGEST_CHARACTER
+        incomplete = text.endswith(MARK) and new_tokens < LONGEST_CHARACTER
         if incomplete and not flush:
             return ""
         self._start = self._read
         self._read = len(self._ids)
         new_text = text[len(known) :]
+        count = self._unread_scores
         self._match_contents(new_text)
+        self._place_whole_tokens(count, new_text)
         return new_text
 
     def _match_contents(self, text: str) -> None:
@@ -215,6 +236,13 @@ class Detokenizer:
         decoded = joined.decode(errors="replace")
         if _collapse_marks(decoded) == _collapse_marks(text):
             return
+        # Of a run of byte tokens that is no text, sentencepiece's decoder writes a mark
+        # for each byte, for those that are ASCII as well.
+        rest = text.lstrip(MARK)
+        marks = len(text) - len(rest)
+        bytes_before = len(joined) - len(rest.encode())
+        if joined.endswith(rest.encode()) and bytes_before <= marks:
+            return
         # The first word of a text loses the space that its token has inside one. After
         # any other change only the sum is known: it goes to the last token.
         new_content = text.encode()
@@ -225,6 +253,23 @@ class Detokenizer:
             contents = [b""] * (count - 1) + [new_content]
         matched = map(_with_content, group, contents)
         self._scored[-count:] = matched
+
+    def _place_whole_tokens(self, count: int, text: str) -> None:
+        """Set where the last tokens begin that are whole texts; those before them may be parts of characters.
+
+        Of bytes that are no character and "at", which become "\ufffdat", the last begins
+        after the mark.
+        """
+        end = len(text)
+        for position in range(1, count):
+            scored = self._scored[-position]
+            own_text = scored.content.decode(errors="replace")
+            if not own_text or not text[:end].endswith(own_text):
+                return
+            end -= len(own_text)
+            # All tokens of a group were taken at the place where its text begins.
+            moved = replace(scored, offset=scored.offset + end)
+            self._scored[-position] = moved
 
     def _take_scored(self, before: int | None = None) -> list[ScoredToken]:
         """Remove and return the scored tokens that begin in the next ``before`` characters; None: all."""
@@ -255,7 +300,7 @@ def _with_content(scored: ScoredToken, content: bytes) -> ScoredToken:
 
 
 def _collapse_marks(text: str) -> str:
-    return re.sub("\ufffd+", "\ufffd", text)
+    return re.sub(f"{MARK}+", MARK, text)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -91,11 +91,11 @@ class Echo:
     """Answers begin with their prompt.
 
     Attributes:
-        silent_tokens: leading tokens of each prompt that the server added, such as bos: they are no text.
+        texts: the prompts as the client wrote them; None if it sent ids.
         only_prompt: answers consist of the prompt alone.
     """
 
-    silent_tokens: int = 0
+    texts: Sequence[str] | None = None
     only_prompt: bool = False
 
 
@@ -249,8 +249,9 @@ class GenerationService:
                 index, token = await submission.next()
                 if echo is not None and index not in begun:
                     begun.add(index)
+                    text = None if echo.texts is None else echo.texts[index]
                     repeated = await self._repeat_prompt(
-                        detokenizers[index], prompts[index], token, echo
+                        detokenizers[index], prompts[index], text, token, echo
                     )
                     if echo.only_prompt:
                         submission.close(index)
@@ -282,6 +283,7 @@ class GenerationService:
         self,
         detokenizer: Detokenizer,
         prompt: Sequence[int],
+        text: str | None,
         first: GeneratedToken,
         echo: Echo,
     ) -> TextDelta:
@@ -293,6 +295,6 @@ class GenerationService:
             detokenizer.push_prompt,
             scores,
             with_scores=with_scores,
-            silent=echo.silent_tokens,
+            text=text,
             is_all=echo.only_prompt,
         )

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evomesh.data.tokenizer import Tokenizer, load_tokenizer
-from evomesh.generate.engine import GeneratedToken
+from evomesh.generate.engine import GeneratedToken, TokenScore
 from evomesh.serve.detokenizer import Detokenizer, TextDelta
+from tests.support.chat_folders import FOLDERS
 from tests.support.serving import byte_tokenizer
 
 
@@ -124,3 +125,48 @@ def test_tokens_whose_text_depends_on_the_one_before(tmp_path: Path) -> None:
         "s",
         " big",
     ]
+
+
+@pytest.mark.parametrize("row", ["llama2", "internlm", "qwen3"])
+def test_a_text_is_repeated_as_it_was_written(row: str, tmp_path: Path) -> None:
+    """Decoding loses the space at its beginning, where a tokenizer puts one in front of texts."""
+    tokenizer = load_tokenizer(FOLDERS[row].write(tmp_path))
+    text = " the  cat\n\né "
+    ids = [*tokenizer.leading, *tokenizer.encode(text)]
+    scores = [TokenScore(token, -1.0) for token in ids]
+    writer = Detokenizer(tokenizer, [])
+    delta = writer.push_prompt(scores, with_scores=True, text=text)
+    assert delta.text == text
+    offsets = [scored.offset for scored in delta.scored]
+    assert offsets == sorted(offsets)
+    assert len(offsets) == len(ids)
+    # From the second token of the text on, the text at the offset is the token's.
+    for scored in delta.scored[len(tokenizer.leading) + 1 :]:
+        is_whole = not scored.text.startswith("bytes:")
+        assert not is_whole or text.startswith(scored.text, scored.offset)
+    # What follows is placed after it.
+    word = tokenizer.encode("x")[-1]
+    after = writer.push(GeneratedToken(0, word, -1.0, finish="length"))
+    assert after.text == "x"
+    assert after.scored[-1].offset == len(text)
+
+
+def test_bytes_that_are_no_character_stay_the_tokens_own(tmp_path: Path) -> None:
+    """A decoder writes a mark for each byte of such a run, even for one that is a letter."""
+    tokenizer = load_tokenizer(FOLDERS["llama2"].write(tmp_path))
+    names = ["<0xB9>", "<0x41>", "<0xC3>", "t", "<0xE6>", "<0x98>", "<0xA5>", "t"]
+    ids = [tokenizer.token_id(name) for name in names]
+    contents = [b"\xb9", b"A", b"\xc3", b"t", b"\xe6", b"\x98", b"\xa5", b"t"]
+    writer = Detokenizer(tokenizer, tokenizer.encode("the"))
+    scored = []
+    text = ""
+    for number, token in enumerate(ids):
+        assert token is not None
+        finish = "length" if number + 1 == len(ids) else ""
+        delta = writer.push(GeneratedToken(0, token, -1.0, finish=finish))
+        text += delta.text
+        scored += delta.scored
+    assert text == "\ufffd\ufffd\ufffdt春t"
+    assert [one.content for one in scored] == contents
+    places = {one.text: one.offset for one in scored[3:]}
+    assert (scored[3].offset, places["bytes:\\xe6"], scored[-1].offset) == (3, 4, 5)
