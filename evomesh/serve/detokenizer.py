@@ -236,7 +236,7 @@ class Detokenizer:
         decoded = joined.decode(errors="replace")
         if _collapse_marks(decoded) == _collapse_marks(text):
             return
-        # Of a run of byte tokens that is no text, sentencepiece's decoder writes a mark
+        # Of a run of byte tokens that are not text, sentencepiece's decoder writes a mark
         # for each byte, for those that are ASCII as well.
         rest = text.lstrip(MARK)
         marks = len(text) - len(rest)

@@ -14,6 +14,7 @@ from evomesh.data.packing.loader import PackStream, StepSampler
 from evomesh.data.packing.mixture import MixedSampler, group_packs
 from evomesh.data.packing.packs import Pack, PackPlan
 from evomesh.data.packing.report import (
+    check_filtered,
     check_manifest,
     file_row,
     find_warnings,
@@ -204,6 +205,7 @@ def open_corpus(config: DataConfig, vocab_size: int | None) -> Corpus:
         check_vocabulary(files, vocab_size)
     shared = _shared_folder(config)
     sources = _open_sources(config, files, types, vocab_size, shared)
+    check_filtered(config, sources)
 
     # 2. Plan the packs: each file is a separate stream, or all files are one stream.
     streams = [[source] for source in sources]

@@ -275,13 +275,26 @@ def refuse_empty(config: DataConfig, sources: Sequence[BinDataset]) -> NoReturn:
     )
 
 
-def _refuse_all_filtered(config: DataConfig, sources: Sequence[BinDataset]) -> NoReturn:
+def check_filtered(config: DataConfig, sources: Sequence[BinDataset]) -> None:
+    """Refuse a file whose documents are all shorter than the minimum length: it would vanish from the run.
+
+    Raises:
+        UserError: there is one, and other files have longer documents.
+    """
+    empty = [source for source in sources if source.tokens and not source.kept_tokens]
+    if empty and len(empty) < len(sources):
+        _refuse_all_filtered(config, empty[:1], f" of {empty[0].name}")
+
+
+def _refuse_all_filtered(
+    config: DataConfig, sources: Sequence[BinDataset], place: str = ""
+) -> NoReturn:
     lengths = np.concatenate([source.rows[:, 1] for source in sources])
     tenth, median, ninetieth = np.percentile(lengths, (10, 50, 90)).astype(int)
     raise UserError(
-        f"all {len(lengths):,} documents are shorter than the minimum length",
+        f"all {len(lengths):,} documents{place} are shorter than the minimum length",
         where="data.min_length",
         expected=f"at most {int(lengths.max())} tokens, the longest document (shortest {int(lengths.min())}, "
         f"median {median}, 90th percentile {ninetieth}); min_length is {config.min_length}",
-        fix=f"set data.min_length to {tenth} or less",
+        fix=f"set data.min_length to {tenth} or less, or that of the file in data.min_length_dict",
     )

@@ -220,7 +220,7 @@ def verify(
     problems = []
     for scan in scans:
         problems += scan.problems or _find_json_text(scan, tokenizer)
-    problems += _find_short(path, scans, min_length)
+    problems += _find_short_files(path, scans, min_length)
     _note_equal_files(scans)
 
     # 3. Validation data: each folder is a set, and needs a document that is long
@@ -261,6 +261,19 @@ def _find_short(name: str, scans: Sequence[FileScan], min_length: int) -> list[s
         f"{name}: none of {len(lengths):,} documents has the minimum length of {min_length} tokens, "
         f"the longest has {int(lengths.max()):,}"
     ]
+
+
+def _find_short_files(
+    path: str, scans: Sequence[FileScan], min_length: int
+) -> list[str]:
+    """Return a problem for the set, or for each of its files, without a document that is long enough."""
+    of_set = _find_short(path, scans, min_length)
+    if of_set:
+        return of_set
+    problems = []
+    for scan in scans:
+        problems += _find_short(str(scan.path), [scan], min_length)
+    return problems
 
 
 def _note_equal_files(scans: Sequence[FileScan]) -> None:

@@ -354,6 +354,17 @@ def test_a_file_that_yields_no_pack_gives_a_warning(tree: Path, write_bin: Any) 
     ]
 
 
+def test_a_file_whose_documents_are_all_too_short_is_refused(
+    tree: Path, write_bin: Any
+) -> None:
+    """Also one of many: what it holds would vanish from the run."""
+    write_bin([[1, 2], [3, 4, 5]], "train/en/tiny.bin")
+    assert build_train_data(config(tree, min_length=3), VOCAB).warnings
+    found = r"all 2 documents of en/tiny.bin .*\n.*at most 3 tokens.*min_length is 4"
+    with pytest.raises(UserError, match=found):
+        build_train_data(config(tree, min_length=4), VOCAB)
+
+
 def test_fewer_documents_than_min_length_gives_a_warning(
     write_bin: Any, tmp_path: Path
 ) -> None:

@@ -225,7 +225,10 @@ def test_a_set_without_a_document_that_is_long_enough_is_a_problem(
     write_bin([[1, 8], [2, 8], [3, 8], [4, 8]], "v/en/a.bin")
     write_bin([[1, 8, 9]], "v/cn/a.bin")
     folder = tmp_path / "d"
-    assert problems(folder, min_length=4) == []
+    assert problems(folder, min_length=3) == []
+    assert problems(folder, min_length=4) == [
+        f"{folder}/en/a.bin: none of 2 documents has the minimum length of 4 tokens, the longest has 3"
+    ]
     assert problems(folder, min_length=5) == [
         f"{folder}: none of 5 documents has the minimum length of 5 tokens, the longest has 4"
     ]
