@@ -85,9 +85,15 @@ def test_span_counts_positions_before_the_first_token() -> None:
     assert single_sequence(2, start=5).span().tolist() == [7, 7]
 
 
-@pytest.mark.parametrize("newer", [True, False])
+@pytest.mark.parametrize(
+    ("newer", "window", "keys_around"),
+    [(True, None, (-1, 0)), (True, 3, (2, 0)), (False, None, None)],
+)
 def test_variable_length_kernel_gets_what_its_signature_knows(
-    newer: bool, monkeypatch: pytest.MonkeyPatch
+    newer: bool,
+    window: int | None,
+    keys_around: tuple[int, int] | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def signature_now(
         query: Tensor,
@@ -101,7 +107,7 @@ def test_variable_length_kernel_gets_what_its_signature_knows(
         window_size: tuple[int, int] = (-1, -1),
         enable_gqa: bool = False,
     ) -> Tensor:
-        assert window_size == (-1, 0) and enable_gqa and key.shape[1] == 2
+        assert window_size == keys_around and enable_gqa and key.shape[1] == 2
         return query
 
     def signature_before(
@@ -122,4 +128,4 @@ def test_variable_length_kernel_gets_what_its_signature_knows(
         sys.modules, "torch.nn.attention.varlen", SimpleNamespace(varlen_attn=kernel)
     )
     q, k = torch.randn(6, 4, 8), torch.randn(6, 2, 8)
-    assert _varlen(q, k, k, documents([4, 2])) is q
+    assert _varlen(q, k, k, documents([4, 2]), window) is q

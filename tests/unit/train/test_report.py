@@ -74,6 +74,23 @@ def test_speed_is_tokens_by_seconds(reporter: RunReporter) -> None:
     assert record(reporter, 0.25).tflops == 2 * record(reporter, 0.5).tflops
 
 
+@covers("model.sliding_window")
+def test_the_logged_tflops_leave_out_scores_beyond_the_window(
+    reporter: RunReporter,
+) -> None:
+    """All else equal, 8 tokens see 8 others without a window, and 3 with one: the difference is 5 of 8 scores."""
+    model = reporter.config.model
+    spans = {}
+    for window in (None, 3):
+        config = model.model_copy(update={"sliding_window": window})
+        reporter.config = reporter.config.model_copy(update={"model": config})
+        spans[window] = record(reporter, 0.5).tflops
+    scores = 3 * 4 * model.num_layers * model.attention_width  # of a pair of tokens
+    pairs = 2 * 8 * (8 - 3)
+    less = scores * pairs / 0.5 / 1e12
+    assert spans[None] - spans[3] == pytest.approx(less, rel=1e-6)
+
+
 @pytest.mark.parametrize("coefficient", [0.0, 1e-4])
 def test_z_loss_is_reported_where_it_is_trained(
     reporter: RunReporter, coefficient: float

@@ -154,6 +154,18 @@ def test_a_folder_of_transformers_becomes_a_checkpoint_and_the_same_folder_again
     )
 
 
+def test_the_parts_of_a_fused_matrix_stay_in_one_shard(tmp_path: Path) -> None:
+    stock = stock_folder("Phi3", tmp_path / "hf")
+    lines: list[str] = []
+    from_hf(str(tmp_path / "hf"), str(tmp_path / "c"), None, False, lines.append)
+    small = replace(QUIET, max_shard_bytes=10_000)
+    out = export(found_in(tmp_path / "c"), tmp_path / "back", small, lines.append)
+    assert len(list(out.glob("model-*.safetensors"))) > 4
+    back = transformers.AutoModelForCausalLM.from_pretrained(str(out)).state_dict()
+    for key, tensor in stock.state_dict().items():
+        assert torch.equal(back[key], tensor), key
+
+
 @pytest.mark.parametrize("name", STOCK)
 def test_generation_repeats_transformers_token_by_token(
     name: str, tmp_path: Path
