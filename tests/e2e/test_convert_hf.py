@@ -147,14 +147,31 @@ def test_tokenizer_of_the_folder(exported: tuple[LanguageModel, Path]) -> None:
     assert not list(folder.glob("*.py"))
 
 
-@pytest.mark.parametrize("family", ["INTERNLM", "INTERNLM2_PUBLIC"])
+READ_BY_CTRANSLATE2: dict[str, dict[str, Any]] = {
+    "INTERNLM": {},
+    "INTERNLM2_PUBLIC": {},
+    "INTERNLM3": {"no_bias": False},
+    "LLAMA2": {"tie_word_embeddings": True},
+    "QWEN3": {"qk_norm": True, "head_dim": 12},
+    "MISTRAL": {"head_dim": 12},
+    "BAICHUAN2": {"num_kv_attention_heads": 4, "norm_head": True},
+}
+
+
+@pytest.mark.parametrize("family", READ_BY_CTRANSLATE2)
 def test_logits_of_ctranslate2(family: str, tmp_path: Path, run: Run) -> None:
     """An engine that is not PyTorch."""
     ctranslate2 = pytest.importorskip("ctranslate2")
     size = make_tokenizer(tmp_path / "tok")
     ours, _ = save_model(
         tmp_path / "c",
-        model_config(family, "float32", vocab_size=size, qk_interleaved=True),
+        model_config(
+            family,
+            "float32",
+            vocab_size=size,
+            qk_interleaved=True,
+            **READ_BY_CTRANSLATE2[family],
+        ),
     )
     run("evomesh", "convert", "to-hf", "c", "hf", "--tokenizer", "tok", cwd=tmp_path)
     ctranslate2.converters.TransformersConverter(str(tmp_path / "hf")).convert(
