@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.modes import MODES as MODE_OF
 from evomesh.train.stages import build_stages
 from tests.dist.layouts import (
+    FAMILIES,
     RATE,
     SEED,
     Layout,
@@ -304,6 +306,13 @@ def test_the_matrix_is_large_and_the_page_counts_it() -> None:
         r"^\| .*\(`([A-Z]+)`\) \| (\d+) \|", page, re.MULTILINE
     ):
         assert len(globals()[name]) == int(number), name
+
+
+def test_the_page_of_families_counts_their_layouts() -> None:
+    page = (Path(__file__).parents[2] / "docs/models.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (\d+) \| [^|]*\|$", page, re.MULTILINE)
+    counts = Counter(FAMILIES[layout.family]["model_type"] for layout in ALL)
+    assert {name: int(number) for name, number in rows} == counts
 
 
 @pytest.mark.parametrize(

@@ -431,6 +431,13 @@ def test_parameters_of_published_sizes(name: str) -> None:
     assert stock_count(record) == published
 
 
+def test_the_page_of_families_has_the_parameters_of_each() -> None:
+    page = Path(__file__).parents[4] / "docs" / "models.md"
+    lines = page.read_text(encoding="utf-8").splitlines()
+    for name, (count, _) in PUBLISHED.items():
+        assert any(f"| {name} | {count:,} |" in line for line in lines), name
+
+
 def stock_count(record: dict[str, Any]) -> int:
     """Return the parameters of the model that transformers builds; of a Llama where it has no class."""
     kind = WITHOUT_CLASS.get(record["model_type"], record["model_type"])
