@@ -16,9 +16,12 @@ def steps_per_epoch(config: Config, num_packs: int, dp_size: int) -> float:
         num_packs: packs in one pass.
         dp_size: data-parallel ranks.
     """
+    # 1003 packs on 8 ranks with micro_num 4, so 32 packs a step: XTuner's pass has 1000
+    # packs, 31.25 steps, and InternEvo's 31 steps.
     packs_per_step = config.data.micro_num * dp_size
     if config.data.order == "xtuner":
-        return num_packs // dp_size * dp_size / packs_per_step
+        packs_of_pass = num_packs // dp_size * dp_size
+        return packs_of_pass / packs_per_step
     return float(num_packs // packs_per_step)
 
 
@@ -28,7 +31,8 @@ def resolve_epochs(config: Config, num_packs: int, dp_size: int) -> Config:
     Raises:
         UserError: the number of packs is not known beforehand, or the epochs are less than one step.
     """
-    data, ckpt = config.data, config.ckpt
+    data = config.data
+    ckpt = config.ckpt
     if data.epochs is None and ckpt.checkpoint_every_epochs is None:
         return config
     key = "data.epochs" if data.epochs is not None else "ckpt.checkpoint_every_epochs"
@@ -48,12 +52,8 @@ def resolve_epochs(config: Config, num_packs: int, dp_size: int) -> Config:
                 where=key,
                 fix="add data, or lower data.micro_num or data.seq_len",
             )
-        config = config.model_copy(
-            update={"data": data.model_copy(update={"total_steps": total_steps})}
-        )
+        data = data.model_copy(update={"total_steps": total_steps})
     if ckpt.checkpoint_every_epochs is not None:
         every = max(1, int(ckpt.checkpoint_every_epochs * per_epoch))
-        config = config.model_copy(
-            update={"ckpt": ckpt.model_copy(update={"checkpoint_every": every})}
-        )
-    return config
+        ckpt = ckpt.model_copy(update={"checkpoint_every": every})
+    return config.model_copy(update={"data": data, "ckpt": ckpt})

@@ -116,14 +116,16 @@ def layout_findings(config: Config) -> Iterator[ConfigFinding]:
 def _zero_group(parallel: ParallelConfig, world_size: int) -> int:
     """Return the largest zero axis: the ranks of a stage that hold the same shard of the weights."""
     ranks_per_stage = world_size // parallel.pipeline.size
-    weight_shards = (
-        parallel.weight.size if parallel.tensor.mode == "isp" else parallel.tensor.size
-    )
+    is_isp = parallel.tensor.mode == "isp"
+    weight_shards = parallel.weight.size if is_isp else parallel.tensor.size
     return ranks_per_stage // weight_shards
 
 
 def _size_problems(parallel: ParallelConfig, world_size: int) -> Iterator[UserError]:
-    pp, zero = parallel.pipeline.size, parallel.zero1.size
+    # In isp the ranks of a stage are arranged twice, as dp x tp for the data and as
+    # replica x zero x wp for the weights: both products must divide the world.
+    pp = parallel.pipeline.size
+    zero = parallel.zero1.size
     products = {"pipeline.size * tensor.size": pp * parallel.tensor.size}
     if parallel.tensor.mode == "isp":
         products["pipeline.size * weight.size"] = pp * parallel.weight.size
@@ -131,10 +133,8 @@ def _size_problems(parallel: ParallelConfig, world_size: int) -> Iterator[UserEr
     for name, size in products.items():
         if world_size % size:
             fits = False
-            processes, sizes = (
-                nearest(world_size, multiples_of=size),
-                nearest(size, world_size),
-            )
+            processes = nearest(world_size, multiples_of=size)
+            sizes = nearest(size, world_size)
             yield UserError(
                 f"{world_size} processes cannot be divided by {name} = {size}",
                 where="parallel",
@@ -151,13 +151,16 @@ def _size_problems(parallel: ParallelConfig, world_size: int) -> Iterator[UserEr
 
 def _unsharded_warnings(config: Config, zero: int) -> list[str]:
     """Return a warning of the weights that ``parallel.zero1.fsdp`` cannot shard over ``zero`` ranks."""
-    model, tp = config.model, config.parallel.tensor.size
+    model = config.model
+    tp = config.parallel.tensor.size
     if not config.parallel.zero1.fsdp:
         return []
     if zero == 1:
         return [
             "parallel.zero1.fsdp: has no effect, because there is only one rank to share the weights"
         ]
+    # FSDP2 shards a weight by its first dimension, and pads it where the ranks do not
+    # divide its rows; an exact share is what checkpoints can describe.
     rows_per_tensor_rank = {
         "query, key and value": model.qkv_width // tp,
         "output projections": model.hidden_size,
@@ -232,7 +235,8 @@ def _tensor_findings(config: Config) -> Iterator[ConfigFinding]:
 
 
 def _weight_findings(config: Config) -> Iterator[ConfigFinding]:
-    model, parallel = config.model, config.parallel
+    model = config.model
+    parallel = config.parallel
     size = parallel.weight.size
     if parallel.zero1.fsdp and parallel.tensor.mode == "isp":
         yield ConfigFinding(
@@ -263,11 +267,10 @@ def _weight_findings(config: Config) -> Iterator[ConfigFinding]:
 
 
 def _stage_findings(config: Config) -> Iterator[ConfigFinding]:
-    model, pp, chunks = (
-        config.model,
-        config.parallel.pipeline.size,
-        config.model.num_chunks,
-    )
+    model = config.model
+    pp = config.parallel.pipeline.size
+    chunks = model.num_chunks
+    # Each chunk needs a layer, or a stage would have nothing to compute.
     if pp * chunks > model.num_layers:
         yield ConfigFinding(
             ("parallel.pipeline.size", "model.num_chunks", "model.num_layers"),
@@ -277,7 +280,8 @@ def _stage_findings(config: Config) -> Iterator[ConfigFinding]:
 
 
 def _schedule_findings(config: Config) -> Iterator[ConfigFinding]:
-    chunks, schedule = config.model.num_chunks, pipeline_schedule(config)
+    chunks = config.model.num_chunks
+    schedule = pipeline_schedule(config)
     key = ("parallel.pipeline.schedule", "model.num_chunks")
     fits = {"1f1b": chunks == 1, "interleaved": chunks > 1, "zbv": chunks == 2}
     if not fits[schedule]:
@@ -303,6 +307,7 @@ def _interleaved_findings(data: DataConfig, pp: int) -> Iterator[ConfigFinding]:
             f"micro_num={data.micro_num} is not a multiple of the {pp} stages of an interleaved pipeline",
             expected=f"micro_num={nearest(data.micro_num, multiples_of=pp)}",
         )
+    # All sizes of the ramp are multiples of the stages if start and increment are.
     rampup = data.rampup_batch_size
     if rampup is not None and math.gcd(rampup.start, rampup.increment) % pp:
         yield ConfigFinding(

@@ -139,7 +139,7 @@ def compare_configs(
     uses_length = _uses_trained_length(before) or _uses_trained_length(now)
     by_effect: dict[str, list[ConfigDifference]] = defaultdict(list)
     for key, value in now.items():
-        # A key that only this version has is no difference.
+        # A key that only this version has is not a difference.
         if key in before and before[key] != value:
             difference = ConfigDifference(key, before[key], value)
             effect = effect_of(key, uses_length)

@@ -122,7 +122,9 @@ def scaling_problems(scaling: RopeScaling, head_dim: int) -> list[tuple[str, str
                     f"some of {', '.join(known)}",
                 )
             )
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    # Between the two the angles are interpolated, by (turns - low) / (high - low).
+    low = scaling.low_freq_factor
+    high = scaling.high_freq_factor
     if low is not None and high is not None and low >= high:
         problems.append(
             (
@@ -133,9 +135,9 @@ def scaling_problems(scaling: RopeScaling, head_dim: int) -> list[tuple[str, str
         )
     for key in ("short_factor", "long_factor"):
         divisors = values.get(key)
-        if divisors is not None and (
-            len(divisors) != head_dim // 2 or min(divisors) <= 0
-        ):
+        if divisors is None:
+            continue
+        if len(divisors) != head_dim // 2 or min(divisors) <= 0:
             problems.append(
                 (
                     key,

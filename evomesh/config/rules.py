@@ -99,6 +99,11 @@ def _twice_given(given: Callable[[str], bool]) -> Iterator[ConfigFinding]:
 
 
 def _number_findings(config: Config) -> Iterator[ConfigFinding]:
+    """Yield numbers that no key can mean.
+
+    NaN passes every bound of the schema, since each comparison with it is false; torch
+    and NumPy take integers of 64 bits.
+    """
     may_be_infinite = ("ckpt.checkpoint_every", "ckpt.oss_snapshot_freq")
     for key, value in leaves(config.model_dump()):
         keys = (key,)
@@ -122,8 +127,13 @@ def _number_findings(config: Config) -> Iterator[ConfigFinding]:
 
 def _model_findings(config: Config) -> Iterator[ConfigFinding]:
     model = config.model
-    heads, hidden, kv = model.num_attention_heads, model.hidden_size, model.kv_heads
-    h, d = "model.num_attention_heads", "model.hidden_size"
+    heads = model.num_attention_heads
+    hidden = model.hidden_size
+    kv = model.kv_heads
+    h = "model.num_attention_heads"
+    d = "model.hidden_size"
+    # A head_dim that differs from the derived one was set by the user: then the heads
+    # together may be wider or narrower than the model, as in Qwen 3.
     if hidden % heads and model.head_dim == max(hidden // heads, 1):
         yield ConfigFinding(
             (d, h),
@@ -212,16 +222,17 @@ def _rope_findings(config: Config) -> Iterator[ConfigFinding]:
 
 def _data_findings(config: Config) -> Iterator[ConfigFinding]:
     data = config.data
+    # The bounds of a pack's segments, cu_seqlens, are int32: the flash kernels take no
+    # other.
     if data.packed_length > INT32:
         yield ConfigFinding(
             ("data.seq_len", "data.micro_bsz"),
             f"seq_len * micro_bsz = {data.packed_length} tokens in one pack",
             expected=f"at most 2**31 - 1 = {INT32}",
         )
-    if (
-        data.gradient_accumulation not in (None, data.micro_num)
-        and config.parallel.pipeline.size == 1
-    ):
+    # InternEvo asserts this without a pipeline, and ignores the key with one.
+    is_other = data.gradient_accumulation not in (None, data.micro_num)
+    if is_other and config.parallel.pipeline.size == 1:
         yield ConfigFinding(
             ("data.gradient_accumulation", "data.micro_num"),
             f"gradient_accumulation={data.gradient_accumulation} but micro_num={data.micro_num}",
@@ -263,11 +274,9 @@ def _rampup_findings(ramp: BatchSizeRampup, micro_num: int) -> Iterator[ConfigFi
 
 def _loss_scale_findings(config: Config) -> Iterator[ConfigFinding]:
     scaler = config.grad_scaler
-    start, low, high = (
-        scaler.fp16.initial_scale,
-        scaler.fp16.min_scale,
-        scaler.max_scale,
-    )
+    start = scaler.fp16.initial_scale
+    low = scaler.fp16.min_scale
+    high = scaler.max_scale
     keys = (
         "grad_scaler.fp16.min_scale",
         "grad_scaler.max_scale",
@@ -288,7 +297,9 @@ def _loss_scale_findings(config: Config) -> Iterator[ConfigFinding]:
 
 
 def _learning_rate_findings(config: Config) -> Iterator[ConfigFinding]:
-    lr, steps = config.lr_scheduler, config.data.total_steps
+    lr = config.lr_scheduler
+    steps = config.data.total_steps
+    # The schedule may be longer than the training; its warm-up is a share of it.
     scheduled = lr.total_steps or steps
     warmup = lr.init_steps + int(scheduled * lr.warmup_ratio)
     if warmup > min(scheduled, steps):
@@ -323,7 +334,8 @@ def _job_name_findings(config: Config) -> Iterator[ConfigFinding]:
 
 
 def _checkpoint_findings(config: Config) -> Iterator[ConfigFinding]:
-    ckpt, every = config.ckpt, config.ckpt.checkpoint_every
+    ckpt = config.ckpt
+    every = ckpt.checkpoint_every
     if ckpt.enable_save_ckpt and not ckpt.save_ckpt_folder:
         yield ConfigFinding(
             ("ckpt.enable_save_ckpt", "ckpt.save_ckpt_folder"),
@@ -426,7 +438,8 @@ def _without_effect_warnings(
 def _training_warnings(
     config: Config, given: Callable[[str], bool]
 ) -> Iterator[tuple[str, str]]:
-    data, lr = config.data, config.lr_scheduler
+    data = config.data
+    lr = config.lr_scheduler
     if data.train_folder is None and data.type == "tokenized":
         yield (
             "data.train_folder",
@@ -446,7 +459,8 @@ def _training_warnings(
 
 
 def _parallel_warnings(config: Config) -> Iterator[tuple[str, str]]:
-    parallel, chunks = config.parallel, config.model.num_chunks
+    parallel = config.parallel
+    chunks = config.model.num_chunks
     sharded = parallel.weight.size > 1 or parallel.zero1.fsdp
     if parallel.weight.overlap and not sharded:
         yield "parallel.weight.overlap", "has no effect while parallel.weight.size is 1"

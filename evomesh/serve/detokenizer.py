@@ -90,7 +90,7 @@ class Detokenizer:
         self._emitted_characters = 0
         self._tokens = 0
         self._scored: list[ScoredToken] = []  # of text that is not emitted yet
-        # How many of them, at the end, are of tokens that are no text yet.
+        # How many of them, at the end, are of tokens that are not text yet.
         self._unread_scores = 0
 
     def push_prompt(
@@ -177,7 +177,7 @@ class Detokenizer:
             self._scored.append(scored_end)
 
     def _append(self, score: TokenScore, with_score: bool) -> None:
-        """Add a token to those that are no text yet."""
+        """Add a token to those that are not text yet."""
         self._ids.append(score.id)
         if with_score:
             self._scored.append(self._score(score))
@@ -231,7 +231,7 @@ class Detokenizer:
             return
         group = self._scored[-count:]
         joined = b"".join(scored.content for scored in group)
-        # Bytes that are no character stay as they are. Decoders differ in how many
+        # Bytes that are not a character stay as they are. Decoders differ in how many
         # marks they write for them.
         decoded = joined.decode(errors="replace")
         if _collapse_marks(decoded) == _collapse_marks(text):

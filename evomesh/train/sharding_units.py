@@ -112,7 +112,7 @@ def _point_in_layer(
     """Return the module in a layer at which the next gather starts, and whether that is after its forward."""
     if not isinstance(layer, DecoderBlock) or _is_compiled(model):
         return layer, False
-    # The product of queries with keys is no module: it starts where wqkv has ended.
+    # The product of queries with keys is not a module: it starts where wqkv has ended.
     points: dict[str, tuple[nn.Module, bool]] = {
         "wqkv": (layer.attention.wqkv, False),
         "attn": (layer.attention.wqkv, True),

@@ -14,6 +14,7 @@ def resolve_checkpoint(draft: ConfigDraft) -> None:
     ckpt = draft.take_section("ckpt")
     _resolve_load_info(draft, ckpt)
     _resolve_s3_endpoint(ckpt)
+    # InternEvo saves by default and fails without a folder; here the folder decides.
     folder = ckpt.get("save_ckpt_folder")
     if ckpt.get("enable_save_ckpt") is None:
         ckpt["enable_save_ckpt"] = bool(folder)
@@ -25,19 +26,16 @@ def resolve_checkpoint(draft: ConfigDraft) -> None:
             "True has no effect: it applies to remote folders (boto3:..., s3://...), and this one is local",
         )
         ckpt["async_upload"] = False
+    if not remote:
+        return
+    # InternEvo's defaults of a remote folder: a snapshot halfway between two
+    # checkpoints, and memory as the place of files that wait for their upload.
     every = ckpt.get("checkpoint_every", math.inf)
-    if (
-        remote
-        and "oss_snapshot_freq" not in ckpt
-        and isinstance(every, int)
-        and every > 1
-    ):
+    has_halfway = isinstance(every, int) and every > 1
+    if has_halfway and "oss_snapshot_freq" not in ckpt:
         ckpt["oss_snapshot_freq"] = every // 2
-    if (
-        ckpt.get("async_upload") is True
-        and remote
-        and ckpt.get("async_upload_tmp_folder") is None
-    ):
+    uploads = ckpt.get("async_upload") is True
+    if uploads and ckpt.get("async_upload_tmp_folder") is None:
         job = draft.take_section("run").get("job_name", "AnonymousJob")
         ckpt["async_upload_tmp_folder"] = f"/dev/shm/{job}_tmp_ckpt/"
 
@@ -123,6 +121,7 @@ def _resolve_load_optimizer(draft: ConfigDraft, ckpt: dict[str, Any]) -> None:
     content = info.get("content", ("model",))
     if not isinstance(content, str | list | tuple):
         return  # the validation names it
+    # "all" without the optimizer has no word: name the other parts.
     parts = [content] if isinstance(content, str) else list(content)
     if "all" in parts:
         parts = ["model", "sampler", "scheduler"]

@@ -9,6 +9,8 @@ from evomesh.config.reading.draft import ConfigDraft, shown
 
 def resolve_parallel(draft: ConfigDraft) -> None:
     """Resolve int forms, ``sequence_parallel`` and ``pipeline.mode``."""
+    # InternEvo's configs have parallel = dict(zero1=8, tensor=2, sequence_parallel=True)
+    # or, newer, zero1=dict(size=8), tensor=dict(size=2, mode="msp").
     parallel = draft.take_section("parallel")
     sequence = parallel.pop("sequence_parallel", None)
     for name in ("zero1", "tensor", "pipeline", "weight"):

@@ -77,6 +77,7 @@ def read_source(
         ConfigError: no such file, not a ``.py`` file, not Python, its own base, or an
             exception while it ran.
     """
+    # 1. Execute the file, with a call after each statement that applies the overrides.
     file = find_config_file(path)
     check_no_cycle(file, above, path)
     text = read_text(file, path)
@@ -91,6 +92,8 @@ def read_source(
     with config_imports(file, bases, _base_runner(bases, overrides)):
         execute(compile(instrument(tree), str(file), "exec"), namespace, path, text)
         lines = config_lines(tree, path, namespace)
+
+    # 2. Put its settings over those of its bases.
     inherited, inherited_lines, inherited_names = _read_bases(
         namespace.pop("_base_", ()), (*above, file), overrides
     )

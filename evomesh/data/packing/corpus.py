@@ -244,7 +244,7 @@ def _synthetic_corpus(config: DataConfig, vocab_size: int | None) -> Corpus:
         fixed_length=config.fixed_random_dataset_seqlen,
         vocab_size=vocab_size or 2**31,
     )
-    # A remainder of synthetic data is nothing to keep.
+    # Nobody misses the end of synthetic data.
     plan = make_plan([documents], config.model_copy(update={"remainder": "drop"}))
     row = source_row(
         documents,

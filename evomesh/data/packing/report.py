@@ -129,7 +129,7 @@ def make_manifest(
 
 
 def _identity(file: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return what makes a file another one; synthetic documents have neither bytes nor a hash."""
+    """Return the facts that identify a file and its content; synthetic documents have neither bytes nor a hash."""
     return file["file"], file["type"], file.get("bytes"), file.get("hash")
 
 
@@ -181,7 +181,7 @@ def _content(file: dict[str, Any]) -> str:
 
 
 def _absent_tokenizer(config: DataConfig) -> list[str]:
-    """Return a warning if the config names a tokenizer that is not there: a typo, found after the training else."""
+    """Return a warning if the config names a tokenizer that is not there: a typo would show only after training."""
     path = config.tokenizer_path
     if path is None or expand_home(path).exists():
         return []

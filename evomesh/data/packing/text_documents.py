@@ -46,7 +46,7 @@ class UnusedRows:
             self.tokens += tokens
 
     def end_window(self, after: RowCursor, targets: int, min_length: int) -> None:
-        """Take note of a window with so many targets.
+        """Record that a window has been read, and how many targets it had.
 
         Raises:
             UserError: whole passes gave none. A rank reads other rows in each pass, so it waits until it has seen as

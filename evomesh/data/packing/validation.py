@@ -79,7 +79,7 @@ class ValidationSet:
         return -(-self.num_packs // (dp_size * self.micro_num))
 
     def batches(self, dp_rank: int, dp_size: int) -> Iterator[Batch]:
-        """Yield this rank's batches, which all ranks have the same number of.
+        """Yield this rank's batches; every rank has the same number of them.
 
         A rank that has no pack left gets one whose targets are all ignored.
         """

@@ -154,7 +154,7 @@ def _check_any_target(
     files: list[SourceFile],
     options: ChatOptions,
 ) -> None:
-    """Refuse input of which one of the files to write gets nothing, before any of them has its name."""
+    """Refuse input that leaves one of the files empty, before any file gets its name."""
     is_any_empty = any(not writer.documents for writer in writers)
     if is_any_empty and counts.without_target < conversations:
         raise UserError(

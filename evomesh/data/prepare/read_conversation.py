@@ -72,7 +72,7 @@ def read_tools(record: SourceRecord) -> list[Any] | None:
     """Return the JSON schemas of the functions that a record lets the assistant call; None if it has none.
 
     Raises:
-        UserError: they are no list.
+        UserError: they are not a list.
     """
     tools = record.value.get("tools") if isinstance(record.value, dict) else None
     if isinstance(tools, str):
@@ -91,8 +91,8 @@ def read_tools(record: SourceRecord) -> list[Any] | None:
 def _parse_json_text(text: str, key: str, record: SourceRecord) -> Any:
     """Return what a text of JSON holds; None for an empty one.
 
-    Columns of csv and parquet files hold lists as such texts, and records of ShareGPT's
-    form hold tools so.
+    Columns of csv and parquet files hold lists as such texts, and so do records in
+    ShareGPT's form with their tools.
     """
     try:
         return json.loads(text) if text.strip() else None
@@ -263,7 +263,7 @@ def _is_pair(value: Any) -> bool:
 def _refuse_unknown(
     value: dict[str, Any], known: Sequence[str], record: SourceRecord
 ) -> None:
-    """Refuse keys that would vanish; labels and keys without a value may be there."""
+    """Refuse keys that would be lost silently; labels and keys without a value are allowed."""
     unknown = [
         key
         for key, found in value.items()

@@ -80,7 +80,7 @@ class _RecodedStream(io.RawIOBase):
         try:
             text = self._decoder.decode(block, final=self._at_end)
         except UnicodeDecodeError as error:
-            # Earlier bytes of the block are good, and tell the line.
+            # The bytes before it are good: their line ends give the line number.
             good = error.object[: error.start].decode(self._encoding, "replace")
             line = self._lines + good.count("\n") + 1
             raise UserError(

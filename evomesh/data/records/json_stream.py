@@ -84,7 +84,7 @@ class _GuardedStream:
         self._complete = 0  # elements that the parser has returned
         self._seen = 0  # elements of which the end was read
         self._record_bytes = 0  # read since the parser returned the last one
-        self._depth = -1  # the list itself is no nesting
+        self._depth = -1  # the list itself does not count
         self._open_string = b""  # how a block that begins inside a string is to be read
         self._decoder = codecs.getincrementaldecoder("utf-8")()
 

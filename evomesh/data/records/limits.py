@@ -11,7 +11,8 @@ from evomesh.errors import UserError
 
 MAX_RECORD_BYTES = 64 * 2**20  # of a line, a csv row or a JSON element
 MAX_NESTING = 512  # lists and objects inside one another
-# Text packs 3 to 20 times, a log file perhaps 100 times, and gzip at most 1032 times.
+# Text shrinks by a factor of 3 to 20, a log file perhaps by 100, and with gzip nothing
+# by more than 1032.
 MAX_UNPACK_RATIO = 250
 ALWAYS_UNPACKED = 256 * 2**20  # any file may unpack to this many bytes
 
@@ -52,7 +53,7 @@ def unpacks_too_far(where: str, packed_bytes: int) -> UserError:
         f"{packed_bytes:,} bytes unpack to more than {limit}",
         where=where,
         expected=f"at most {mebibytes(ALWAYS_UNPACKED)}, or {MAX_UNPACK_RATIO} times the packed size: "
-        "text packs 3 to 20 times",
+        "text shrinks by a factor of 3 to 20",
         fix="if you trust the file, unpack it yourself and name the unpacked file",
     )
 

@@ -279,7 +279,7 @@ def _parse_json(line: bytes, where: str) -> Any:
 
 
 def _json_advice(line: bytes) -> str:
-    """Return how to fix what Python's json writes and reads although JSON has it not; or another defect."""
+    """Return how to fix a value that Python's json accepts and JSON does not have, or any other defect."""
     try:
         json.loads(line)
     except (ValueError, RecursionError):

@@ -173,7 +173,7 @@ def list_source_files(folder: Path) -> list[SourceFile]:
     """
     found: list[SourceFile] = []
     for directory, folders, names in os.walk(folder, followlinks=True):
-        # As datasets does: .git, .cache and what editors leave are no data. ``os.walk``
+        # As datasets does: .git, .cache and what editors leave are not data. ``os.walk``
         # enters what is left in its list, in that order.
         visible = [name for name in folders if not name.startswith(HIDDEN)]
         folders[:] = sorted(visible)

@@ -31,7 +31,7 @@ def read_saved_splits(root: Path) -> dict[Path, list[str]]:
     """Return the split names of each folder below ``root`` that ``datasets`` saved; each split is a subfolder."""
     saved = {}
     for path in sorted(root.rglob("dataset_dict.json")):
-        # A file of another kind with this name is no error: it lists no splits.
+        # A file of another kind may have this name: it lists no splits.
         try:
             names = json.loads(path.read_bytes())["splits"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -125,7 +125,7 @@ class BinWriter:
                 "the input has no documents",
                 where=str(self.path),
                 expected="at least one",
-                fix="check the input: empty lines, an empty list or a header alone are no documents",
+                fix="check the input: empty lines, an empty list or a header alone are not documents",
             )
         lengths = np.concatenate(self._lengths)
         sizes = np.concatenate(self._sizes)

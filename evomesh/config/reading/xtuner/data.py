@@ -96,16 +96,18 @@ def _put_packing(out: Translation) -> None:
     length = settings.whole(key, 8192)
     out.put("data.seq_len", length, key)
     out.put("data.micro_bsz", 1, "", "a pack of XTuner holds one sequence length")
+    # Without use_varlen_attn XTuner's attention knows no documents: a pack is one
+    # sequence, whose documents see each other.
     varlen = settings.get("model.use_varlen_attn", False)
     out.put(
         "data.pack_sample_into_one", not varlen, "model.use_varlen_attn", "its opposite"
     )
-    for name in (f"{DATASET}.pack_to_max_length", f"{DATASET}.use_varlen_attn"):
-        value = settings.get(name, True)
-        if value is False and name.endswith("pack_to_max_length"):
-            settings.problem(
-                name, "False: samples are padded", expected="True: evomesh always packs"
-            )
+    settings.get(f"{DATASET}.use_varlen_attn")  # of the dataset: it follows the model's
+    packs = f"{DATASET}.pack_to_max_length"
+    if settings.get(packs, True) is False:
+        settings.problem(
+            packs, "False: samples are padded", expected="True: evomesh always packs"
+        )
     sequence = settings.whole("sequence_parallel_size", 1)
     if sequence > 1 and length % sequence:
         settings.problem(

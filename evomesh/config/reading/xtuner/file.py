@@ -59,7 +59,7 @@ class XTunerFile:
 def is_xtuner_file(path: str, above: tuple[Path, ...] = ()) -> bool:
     """Return whether the config at ``path``, or a ``_base_`` that it names, is XTuner's.
 
-    False if it cannot be read, or is its own base: whoever reads it will say so.
+    False if it cannot be read, or is its own base: whoever reads it next reports that.
 
     Args:
         above: the files that led here by ``_base_``.

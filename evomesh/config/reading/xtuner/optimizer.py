@@ -97,10 +97,8 @@ def _put_clipping(out: Translation) -> None:
 def _put_length(out: Translation) -> Length | None:
     """Translate ``max_epochs`` or ``max_iters``; exactly one of them is set."""
     settings = out.settings
-    epochs, iterations = (
-        settings.get("train_cfg.max_epochs"),
-        settings.get("train_cfg.max_iters"),
-    )
+    epochs = settings.get("train_cfg.max_epochs")
+    iterations = settings.get("train_cfg.max_iters")
     if (epochs is None) == (iterations is None):
         settings.problem(
             "train_cfg",
@@ -112,6 +110,8 @@ def _put_length(out: Translation) -> Length | None:
         value = settings.number("train_cfg.max_epochs", 1)
         out.put("data.epochs", value, "train_cfg.max_epochs")
         return Length(value, by_epoch=True)
+    # mmengine calls each forward and backward an iteration: 1000 of them with
+    # accumulative_counts 4 are 250 optimizer steps.
     count = settings.whole("train_cfg.max_iters", 1)
     per_step = accumulation(settings)
     remark = f"{count} micro-iterations, {per_step} per step"
@@ -146,12 +146,13 @@ def _put_schedule(out: Translation, length: Length, lr: float) -> None:
             key, f"found {', '.join(kinds) or shown(entries)}", expected=BOTH_KINDS
         )
         return
+    # mmengine compares the bounds of a schedule with its own counter: in other units
+    # than the length, the warm-up would end somewhere else than the author meant.
     if any(entry.get("by_epoch", True) != length.by_epoch for entry in entries):
-        theirs, ours = (
-            ("micro-iterations", "passes")
-            if length.by_epoch
-            else ("passes", "micro-iterations")
-        )
+        theirs = "passes"
+        ours = "micro-iterations"
+        if length.by_epoch:
+            theirs, ours = ours, theirs
         settings.problem(
             key,
             f"the schedule counts {theirs}, train_cfg counts {ours}",

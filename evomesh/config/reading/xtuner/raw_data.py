@@ -113,14 +113,10 @@ def _command(
     tokenizer = settings.get(TOKENIZER)
     if sources is None or not isinstance(tokenizer, str):
         return None
-    is_repository = dataset.loader.startswith(
-        ("load_intern_repo", "process_untokenized")
-    )
-    function = (
-        "openai_map_fn"
-        if is_repository
-        else _map_function(values.get("dataset_map_fn"))
-    )
+    # Repositories of raw text are read in OpenAI's form, whatever the config says.
+    function = "openai_map_fn"
+    if not dataset.loader.startswith(("load_intern_repo", "process_untokenized")):
+        function = _map_function(values.get("dataset_map_fn"))
     kind = FORMATS.get(function)
     if kind is None:
         settings.problem(
@@ -171,14 +167,13 @@ def _sources(out: Translation, dataset: RawDataset) -> list[str] | None:
             expected='dict(type=load_dataset, path="json", ...)',
         )
         return None
+    # A name, a list of names, or one of the two for each split.
     files = inner.get("data_files")
     if files is not None:
-        nested = files.values() if isinstance(files, Mapping) else [files]
-        return [
-            str(file)
-            for item in nested
-            for file in ([item] if isinstance(item, str) else item)
-        ]
+        found: list[str] = []
+        for item in files.values() if isinstance(files, Mapping) else [files]:
+            found += [item] if isinstance(item, str) else map(str, item)
+        return found
     path = inner["path"]
     if Path(path).exists():
         return [path]
@@ -193,11 +188,11 @@ def _sources(out: Translation, dataset: RawDataset) -> list[str] | None:
 
 def _map_function(value: Any) -> str:
     """Return the name of a map function; "" for None."""
-    return (
-        last_name(value.get("type") if isinstance(value, Mapping) else value)
-        if value is not None
-        else ""
-    )
+    if value is None:
+        return ""
+    # The function itself, or dict(type=FUNCTION, ...).
+    named = value.get("type") if isinstance(value, Mapping) else value
+    return last_name(named)
 
 
 def _template(value: Any) -> str:

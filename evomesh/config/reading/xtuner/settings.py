@@ -72,13 +72,12 @@ class XTunerSettings:
 
     def origin(self, key: str) -> str:
         """Return "FILE:LINE NAME" of the assignment that decides a key: of ``lr = 4e-5`` for an ``lr=lr`` in it."""
+        # An override may name the variable, --set lr=1e-5, or the key that it ends in,
+        # --set optim_wrapper.optimizer.lr=1e-5.
         name = self._decisive_name(key)
-        if any(
-            _covers(overridden, other)
-            for overridden in self._overridden
-            for other in (name, key)
-        ):
-            return f"--set {name}"
+        for overridden in self._overridden:
+            if _covers(overridden, name) or _covers(overridden, key):
+                return f"--set {name}"
         line = line_of(self.file.lines, name)
         return f"{line} {name}" if line else ""
 
