@@ -159,8 +159,8 @@ def _unsharded_warnings(config: Config, zero: int) -> list[str]:
         return [
             "parallel.zero1.fsdp: has no effect, because there is only one rank to share the weights"
         ]
-    # FSDP2 shards a weight by its first dimension, and pads it where the ranks do not
-    # divide its rows; an exact share is what checkpoints can describe.
+    # FSDP2 shards a weight by its rows. Where the ranks do not divide these, their shares
+    # would not be equal, as a shard spec has them: such a weight is not sharded.
     rows_per_tensor_rank = {
         "query, key and value": model.qkv_width // tp,
         "output projections": model.hidden_size,
