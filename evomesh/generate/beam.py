@@ -17,7 +17,7 @@ from torch import Tensor
 from evomesh.generate.cache import KeyValueCache
 from evomesh.generate.options import SamplingParams
 from evomesh.generate.sample import candidates, penalize
-from evomesh.models.language_model import LanguageModel
+from evomesh.models.language_model import LanguageModel, short_length
 
 
 @dataclass
@@ -177,16 +177,11 @@ def beam_search(
     """
     device = next(model.parameters()).device
     searches = _start_searches(prompts, sampling, context_length, numbers)
-    cache = KeyValueCache(len(prompts) * sampling.num_beams, context_length)
+    slots = len(prompts) * sampling.num_beams
+    cache = KeyValueCache(slots, context_length)
 
     # 1. The prompts: one beam each, whose last token gives the first logits [P, V].
-    lengths = [len(prompt) for prompt in prompts]
-    bounds, attend = cache.prefill(lengths, device)
-    packed = [token for prompt in prompts for token in prompt]
-    ids = torch.tensor(packed, device=device)
-    hidden = model(ids, bounds, attend)
-    last_tokens = torch.tensor(lengths, device=device).cumsum(0) - 1
-    logits = model.logits(hidden[last_tokens])
+    logits = _read(model, cache, prompts, device)
 
     # 2. One token of every running beam at a time, until no search has one left.
     active = searches
@@ -195,15 +190,37 @@ def beam_search(
         active = [search for search in active if search.running]
         if not active:
             break
+        sequences = [beam.ids for search in active for beam in search.running]
+        if any(len(sequence) - 1 == short_length(model) for sequence in sequences):
+            # Their cached keys are rotated by angles of shorter texts.
+            cache = KeyValueCache(slots, context_length)
+            logits = _read(model, cache, sequences, device)
+            continue
         cache.reorder(parents)
         bounds, attend = cache.decode_step(device)
-        new_tokens = [beam.ids[-1] for search in active for beam in search.running]
+        new_tokens = [sequence[-1] for sequence in sequences]
         ids = torch.tensor(new_tokens, device=device)
         hidden = model(ids, bounds, attend)
         logits = model.logits(hidden)
 
     # 3. The best answers, without the prompt.
     return [search.best_answers() for search in searches]
+
+
+def _read(
+    model: LanguageModel,
+    cache: KeyValueCache,
+    sequences: Sequence[Sequence[int]],
+    device: torch.device,
+) -> Tensor:
+    """Read whole sequences into an empty cache and return the logits of their last tokens, [sequences, V]."""
+    lengths = [len(sequence) for sequence in sequences]
+    bounds, attend = cache.prefill(lengths, device)
+    packed = [token for sequence in sequences for token in sequence]
+    hidden = model(torch.tensor(packed, device=device), bounds, attend)
+    last_tokens = torch.tensor(lengths, device=device).cumsum(0) - 1
+    logits: Tensor = model.logits(hidden[last_tokens])
+    return logits
 
 
 def _start_searches(

@@ -21,7 +21,7 @@ from evomesh.generate.sample import (
     penalize,
     top_logprobs,
 )
-from evomesh.models.language_model import LanguageModel
+from evomesh.models.language_model import LanguageModel, short_length
 
 LOGIT_ROWS = 512  # rows of V logits of a prompt in memory at a time
 
@@ -62,6 +62,7 @@ class _ActiveRequest:
     sampling: SamplingParams
     sampler: TokenSampler
     max_total_length: int
+    is_read: bool = False  # the prompt was, and has its scores
 
     def append(
         self,
@@ -118,6 +119,7 @@ class GenerationEngine:
         self.prefill_tokens = prefill_tokens
         self.device = next(model.parameters()).device
         self.cache = KeyValueCache(slots, context_length)
+        self._short_length = short_length(model)
         self._running: list[_ActiveRequest] = []  # by slot
         self._waiting: deque[_ActiveRequest] = deque()
         self._next_number = 0
@@ -178,6 +180,7 @@ class GenerationEngine:
         A request whose token has a ``finish`` has left its slot. After an exception,
         discard the engine.
         """
+        self._queue_outgrown()
         admitted = self._admit()
         tokens: list[GeneratedToken] = []
         if self._running:
@@ -194,6 +197,15 @@ class GenerationEngine:
                 self._release(slot)
         return tokens
 
+    def _queue_outgrown(self) -> None:
+        """Take the slots of requests that grow beyond ``short_length`` now; first in the queue, they are read again."""
+        for slot in reversed(range(len(self._running))):
+            request = self._running[slot]
+            # The last token is not in the cache yet.
+            if len(request.ids) - 1 == self._short_length:
+                self._release(slot)
+                self._waiting.appendleft(request)
+
     def _admit(self) -> list[_ActiveRequest]:
         """Take waiting requests, as far as slots and ``prefill_tokens`` allow."""
         admitted: list[_ActiveRequest] = []
@@ -208,7 +220,7 @@ class GenerationEngine:
         return admitted
 
     def _prefill(self, admitted: list[_ActiveRequest]) -> list[GeneratedToken]:
-        """Read the prompts of new requests and choose their first tokens."""
+        """Read the tokens of requests without a slot, of most the prompt, and choose their next ones."""
         # The prompts are packed without padding: lengths 3 and 2 give T = 5 tokens with
         # sequence bounds 0, 3, 5.
         lengths: list[int] = []
@@ -228,10 +240,11 @@ class GenerationEngine:
         prompt_scores: list[list[TokenScore]] = []
         for request, end in zip(admitted, ends.tolist(), strict=True):
             scores: list[TokenScore] = []
-            if request.sampling.score_prompt:
+            if request.sampling.score_prompt and not request.is_read:
                 start = end - len(request.ids)
                 scores = self._score_prompt(request, hidden[start:end])
             prompt_scores.append(scores)
+            request.is_read = True
 
         self._running += admitted
         tokens = self._choose_tokens(admitted, logits)

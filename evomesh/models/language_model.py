@@ -56,6 +56,19 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
 
+def short_length(model: nn.Module) -> int | None:
+    """Return the length up to which a model of rope type longrope rotates by its short factors; None for other models.
+
+    A sequence that grows beyond it is rotated by other angles as a whole, so that keys
+    in a cache no longer fit: its tokens are read again, as transformers does.
+    """
+    scaling = getattr(getattr(model, "config", None), "rope_scaling", None)
+    if scaling is None or scaling.type != "longrope":
+        return None
+    length: int | None = scaling.original_max_position_embeddings
+    return length
+
+
 def has_rotary_types(model: nn.Module) -> bool:
     """Return whether dynamic NTK can be switched: ``model.rotary`` is a ``RotaryEmbedding`` without another scaling.
 

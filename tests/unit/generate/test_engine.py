@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from evomesh.config.rope import RopeScaling
 from evomesh.errors import UserError
 from evomesh.generate.engine import GeneratedToken, GenerationEngine
 from evomesh.generate.options import SamplingParams
@@ -52,6 +53,27 @@ def test_requests_that_come_and_go_get_their_own_greedy_tokens() -> None:
             "length"
         ]
     assert len({token.id for tokens in made.values() for token in tokens}) > 5
+
+
+@covers("model.rope_scaling")
+def test_requests_that_outgrow_the_short_factors_of_longrope_are_read_again() -> None:
+    """Cached keys have the angles of texts of up to 9 tokens; the oracle rotates all tokens anew each time."""
+    scaling = RopeScaling(
+        type="longrope",
+        short_factor=(1.0, 1.2, 1.4, 1.6),
+        long_factor=(1.0, 3.0, 6.0, 9.0),
+        original_max_position_embeddings=9,
+    )
+    model = tiny(rope_scaling=scaling, max_position_embeddings=64)
+    engine = GenerationEngine(model, slots=2, context_length=40)
+    prompts = [[3, 7, 11], list(range(9)), list(range(10)), [5, 4, 3, 2, 1, 9, 30]]
+    scored = replace(GREEDY, score_prompt=True)
+    numbers = [engine.add(prompt, scored, (0, 0)) for prompt in prompts]
+    made = drain(engine)
+    for number, prompt in zip(numbers, prompts, strict=True):
+        assert ids(made[number]) == uncached_greedy(model, prompt, 12)
+        scores = [len(token.prompt_scores) for token in made[number]]
+        assert scores == [len(prompt)] + [0] * 11
 
 
 def test_each_active_request_gets_one_token_a_step_and_waiting_ones_wait() -> None:
