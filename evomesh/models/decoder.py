@@ -242,12 +242,16 @@ class OutputHead(nn.Module):
         return self.placement.gather_sequence(hidden.to(self.placement.dtype))
 
     def _effective_weight(self) -> Tensor:
-        """Return the weight with its gradient scaled like the embedding's, and normalized rows if ``norm_head``."""
+        """Return the weight with its gradient scaled like the embedding's.
+
+        Its rows are normalized with ``norm_head``.
+        """
         weight = scale_gradient(self.weight, self.config.embed_grad_scale)
         if self.config.norm_head:
-            weight = F.normalize(weight.to(promote(self.placement.dtype)), dim=1).to(
-                self.placement.dtype
-            )
+            # In every forward pass, since the optimizer changes the rows' lengths.
+            dtype = self.placement.dtype
+            wide = weight.to(promote(dtype))
+            weight = F.normalize(wide, dim=1).to(dtype)
         return weight
 
 
@@ -289,7 +293,7 @@ class Decoder(LanguageModel):
             axis, mode, self.dtype, torch.device(device)
         )
         # The vocabulary is padded to a multiple of the axis size, so that all ranks
-        # hold equally many rows.
+        # hold equally many rows: 32,001 over 2 ranks become 16,001 and 16,001.
         rows = -(-config.vocab_size // axis.size) * axis.size
         padding = rows - config.vocab_size
         self.is_first = layers.start == 0
@@ -330,10 +334,10 @@ class Decoder(LanguageModel):
         return make_norm(self.config, self.placement.on_tensor_axis())
 
     def _build_head(self, rows: int, padding: int) -> OutputHead:
+        # In the last stage of a pipeline the embedding is there for its weight alone.
         tied_to = self.embedding_weight if self.config.tie_word_embeddings else None
-        head = OutputHead(
-            self.config, rows, self.placement.on_tensor_axis(), tied_to=tied_to
-        )
+        placement = self.placement.on_tensor_axis()
+        head = OutputHead(self.config, rows, placement, tied_to=tied_to)
         _mark_padding(head.weight, padding)
         return head
 
@@ -351,14 +355,15 @@ class Decoder(LanguageModel):
 
     @property
     def recomputed_layers(self) -> int:
-        """Return how many of this stage's first layers discard their activations and recompute them in backward."""
+        """Return how many of this stage's first layers recompute their activations.
+
+        These discard them in the forward pass and compute them again in backward.
+        """
         # Rounded first, so that 10 * 0.3 counts as 3 whatever its last binary digit.
         layers = round(len(self.layers) * self.config.checkpoint, 9)
-        return (
-            math.ceil(layers)
-            if self.family.recompute_rounding == "ceil"
-            else math.floor(layers)
-        )
+        if self.family.recompute_rounding == "ceil":
+            return math.ceil(layers)
+        return math.floor(layers)
 
     def forward(
         self, x: Tensor, bounds: SequenceBounds, attend: AttentionFunction = attend
@@ -419,37 +424,45 @@ class Decoder(LanguageModel):
         if "norm." in part:
             return InitialWeight("constant", 1.0)
         writes_to_residual = part in ("wo.weight", "w2.weight")
-        std = (
-            self._residual_std(part, name)
-            if writes_to_residual
-            else self._input_std(part)
-        )
+        if writes_to_residual:
+            std = self._residual_std(part, name)
+        else:
+            std = self._input_std(part)
         return InitialWeight(self.config.init_type, std)
 
     def _input_std(self, part: str) -> float:
         """Return the standard deviation of a weight that does not write to the residual stream."""
-        config, family = self.config, self.family
-        return {
-            "embedding.weight": _first(config.embedding_init_std, family.embedding_std),
-            "head.weight": _first(config.out_head_init_std, family.head_std),
-            "wqkv.weight": _first(config.attn_wqkv_init_std, family.wqkv_std),
-            "w1.weight": _first(config.ffn_uplayer_init_std, family.up_std),
-            "w3.weight": _first(config.ffn_uplayer_init_std, family.up_std),
-        }[part]
+        config = self.config
+        family = self.family
+        if part == "embedding.weight":
+            return _first(config.embedding_init_std, family.embedding_std)
+        if part == "head.weight":
+            return _first(config.out_head_init_std, family.head_std)
+        if part == "wqkv.weight":
+            return _first(config.attn_wqkv_init_std, family.wqkv_std)
+        assert part in ("w1.weight", "w3.weight"), part
+        return _first(config.ffn_uplayer_init_std, family.up_std)
 
     def _residual_std(self, part: str, name: str) -> float:
         """Return the standard deviation of wo or w2, which write to the residual stream.
 
         ``use_scaled_init`` keeps its variance from growing with depth (Radford et al., 2019).
         """
-        config, family = self.config, self.family
-        is_wo = part == "wo.weight"
-        configured = config.attn_other_init_std if is_wo else config.ffn_other_init_std
+        config = self.config
+        family = self.family
+        if part == "wo.weight":
+            configured = config.attn_other_init_std
+            default = family.wo_std
+        else:
+            configured = config.ffn_other_init_std
+            default = family.down_std
         if not config.use_scaled_init:
             return _first(configured, family.unscaled_std)
-        layer = int(name.split(".")[1])
-        std = _first(configured, family.wo_std if is_wo else family.down_std)
-        return std / math.sqrt(2 * (layer + 1))
+        # GPT-2 divides by the depth of the whole model, InternEvo by that of the layer:
+        # after layer l the stream is a sum of 2 (l + 1) such terms.
+        _, layer, *_ = name.split(".")
+        num_terms = 2 * (int(layer) + 1)
+        return _first(configured, default) / math.sqrt(num_terms)
 
 
 def _first(configured: float | None, default: float) -> float:

@@ -49,10 +49,8 @@ class DataFiles:
         for key, shape in file.shapes.items():
             # A part of a tensor has the key NAME@first,element: "w2@0,22".
             name, _, first = key.partition("@")
-            offsets = Box.whole(shape).offsets
-            if first:
-                numbers = first.split(",")
-                offsets = tuple(map(int, numbers))
+            whole = Box.whole(shape)
+            offsets = _parsed(first) if first else whole.offsets
             box = _StoredBox(offsets, shape, file, key)
             of_tensor = self._boxes.setdefault(name, [])
             of_tensor.append(box)
@@ -85,6 +83,11 @@ class DataFiles:
                 where=self._where,
             )
         return tensor
+
+
+def _parsed(first_element: str) -> Coordinates:
+    numbers = first_element.split(",")
+    return tuple(map(int, numbers))
 
 
 def _shape_of_whole(boxes: list[_StoredBox]) -> Coordinates:

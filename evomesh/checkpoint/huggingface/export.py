@@ -56,7 +56,7 @@ from evomesh.checkpoint.native.disk_space import readable
 from evomesh.checkpoint.native.find import Checkpoint
 from evomesh.checkpoint.native.format import CheckpointError, TensorRecord
 from evomesh.checkpoint.native.read import read_tensor
-from evomesh.checkpoint.native.write import as_bytes, safetensors_header
+from evomesh.checkpoint.native.write import as_bytes, not_finite, safetensors_header
 from evomesh.config.record import config_from_dict
 from evomesh.config.schema import Config, ModelConfig, RotaryType
 from evomesh.config.user import expand_home
@@ -177,8 +177,11 @@ class _WeightExport:
     def __init__(
         self, found: Checkpoint, model: ModelConfig, arch: Architecture, dtype: str
     ) -> None:
-        self.found, self.model, self.arch = found, model, arch
-        self.dtype_name, self.dtype = dtype, getattr(torch, dtype)
+        self.found = found
+        self.model = model
+        self.arch = arch
+        self.dtype_name = dtype
+        self.dtype: torch.dtype = getattr(torch, dtype)
         self.naming = NAME_MAPS[arch]
         # Baichuan2's readers normalize it themselves.
         self.normalizes_head = model.norm_head and arch != "baichuan"
@@ -187,28 +190,26 @@ class _WeightExport:
         self._check()
 
     def _check(self) -> None:
-        """Refuse a checkpoint whose tensors are not those of the model its own config describes."""
+        """Refuse a checkpoint whose tensors are not those that its config describes."""
         wanted = {link.native: link.native_shape for link in self.links}
         stored = set(filter(_is_weight, self.records))
-        missing = [
-            f"{name} {list(wanted[name])}" for name in wanted if name not in stored
-        ]
+        missing = []
+        for name, shape in wanted.items():
+            if name not in stored:
+                missing.append(f"{name} {list(shape)}")
         unknown = sorted(stored - wanted.keys())
-        common = stored & wanted.keys()
-        wrong = sorted(
-            name for name in common if not self._has_elements(name, wanted[name])
-        )
-        if not missing and not unknown and not wrong:
-            return
-        described = [
-            f"{self.records[name].described} instead of {list(wanted[name])}"
-            for name in wrong
-        ]
-        raise CheckpointError(
-            f"the checkpoint does not match its own config: missing {missing}, unknown {unknown}, "
-            f"wrong shape {described}",
-            where=self.found.folder,
-        )
+        wrong = []
+        for name in sorted(stored & wanted.keys()):
+            shape = wanted[name]
+            if not self._has_elements(name, shape):
+                found = self.records[name].described
+                wrong.append(f"{found} instead of {list(shape)}")
+        if missing or unknown or wrong:
+            raise CheckpointError(
+                f"the checkpoint does not match its own config: missing {missing}, unknown {unknown}, "
+                f"wrong shape {wrong}",
+                where=self.found.folder,
+            )
 
     def _has_elements(self, name: str, shape: tuple[int, ...]) -> bool:
         # Counts, not shapes: a fused tensor may be stored in another arrangement of the
@@ -227,6 +228,24 @@ class _WeightExport:
 
     def write_weights(self, folder: Path, limit: int) -> None:
         """Write the shards and, if there are several, their index."""
+        shards = self._shards(limit)
+        if len(shards) == 1:
+            self._write_shard(folder / "model.safetensors", shards[0])
+            return
+        weight_map = {}
+        for number, shard in enumerate(shards, start=1):
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            self._write_shard(folder / name, shard)
+            for link in shard:
+                weight_map.update(dict.fromkeys(link.foreign, name))
+        index = {
+            "metadata": {"total_size": self.total_bytes},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        write_json(folder / "model.safetensors.index.json", index)
+
+    def _shards(self, limit: int) -> list[list[TensorLink]]:
+        """Divide the tensors, in the order of the layers, into shards of ``limit`` bytes."""
         shards: list[list[TensorLink]] = [[]]
         size = 0
         for link in self.links:
@@ -238,68 +257,62 @@ class _WeightExport:
                 size = 0
             shards[-1].append(link)
             size += self._bytes(link)
-        count = len(shards)
-        names = [
-            f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)
-        ]
-        if count == 1:
-            names = ["model.safetensors"]
-        for name, shard in zip(names, shards, strict=True):
-            self._write_shard(folder / name, shard)
-        if count > 1:
-            weight_map = {
-                t: name
-                for name, shard in zip(names, shards, strict=True)
-                for ln in shard
-                for t in ln.foreign
-            }
-            index = {
-                "metadata": {"total_size": self.total_bytes},
-                "weight_map": dict(sorted(weight_map.items())),
-            }
-            write_json(folder / "model.safetensors.index.json", index)
+        return shards
 
     def _write_shard(self, path: Path, shard: list[TensorLink]) -> None:
-        word = fmt.DTYPE_NAMES[self.dtype]
-        # Parts of one tensor come one after the other, as its rows do.
-        entries = [
-            (name, word, shape, math.prod(shape) * self.dtype.itemsize)
-            for name, shape in foreign_shapes(shard).items()
-        ]
+        # The sizes are known before any data is: the header is written first, and one
+        # tensor is in memory at a time.
+        header = self._header(shard)
         with open(path, "xb") as file:
-            file.write(safetensors_header(entries))
+            file.write(header)
             for link in shard:
-                for tensor in self._converted(link, self.records[link.native]):
-                    file.write(as_bytes(tensor.contiguous()))
+                record = self.records[link.native]
+                converted = self._converted(link, record)
+                for tensor in converted:
+                    whole = tensor.contiguous()
+                    file.write(as_bytes(whole))
             file.flush()
             os.fsync(file.fileno())
+
+    def _header(self, shard: list[TensorLink]) -> bytes:
+        dtype_name = fmt.DTYPE_NAMES[self.dtype]
+        # Parts of one tensor come one after the other, as its rows do.
+        entries = []
+        for name, shape in foreign_shapes(shard).items():
+            size = math.prod(shape) * self.dtype.itemsize
+            entries.append((name, dtype_name, shape, size))
+        return safetensors_header(entries)
 
     def _converted(self, link: TensorLink, record: TensorRecord) -> list[Tensor]:
         value = read_tensor(self.found, record)
         if link.native == "head.weight" and self.normalizes_head:
             # What the model multiplies with, rounded as it is there: readers of the
             # folder know no norm_head.
-            value = F.normalize(value.to(promote(value.dtype)), dim=1).to(value.dtype)
+            wide = value.to(promote(value.dtype))
+            normalized = F.normalize(wide, dim=1)
+            value = normalized.to(value.dtype)
         narrow = value.to(self.dtype)
-        if not bool(torch.isfinite(narrow).all()):
-            bad = int((~torch.isfinite(narrow)).sum())
+        bad = not_finite(narrow)
+        if bad:
+            is_cause = not_finite(value) == 0
             raise CheckpointError(
                 f"{link.native}: {bad} of {narrow.numel()} values are not finite as {self.dtype_name}",
                 where=self.found.folder,
-                fix="export another --dtype, such as bfloat16"
-                if bool(torch.isfinite(value).all())
-                else "",
+                fix="export another --dtype, such as bfloat16" if is_cause else "",
             )
         return native_to_foreign(link, narrow, self.model, self.naming)
 
 
 def _compare(job: _WeightExport, folder: Path, rotary: RotaryScaling) -> Iterator[str]:
-    """Compare the written folder with the native model, and with the folder that this one was imported from.
+    """Compare the written folder with the native model.
+
+    A folder that the checkpoint was imported from is compared too.
 
     Yields:
         A line for each comparison.
     """
-    dtype, model = job.dtype_name, job.model
+    dtype = job.dtype_name
+    model = job.model
     changes = {
         "use_dynamic_ntk_rope": rotary.type == "dynamic",
         "rope_scaling_factor": rotary.factor,
@@ -343,14 +356,19 @@ def _compare_with_original(
 
 def _read_back(job: _WeightExport, folder: Path, native: ModelConfig) -> Tensor:
     """Return the logits of the written folder, as evomesh reads it."""
-    halves = {
+    changes = {
         "norm_head": native.norm_head and not job.normalizes_head,
         "qk_interleaved": False,
     }
-    described = native.model_copy(update=halves)
+    described = native.model_copy(update=changes)
     written = HfFolder(LocalStorage(), str(folder))
     stored = dict(foreign_tensors(written, job.naming, described))
-    return native_logits(described, lambda name: stored[name].read(), job.dtype_name)
+
+    def read(name: str) -> Tensor:
+        tensor = stored[name]
+        return tensor.read()
+
+    return native_logits(described, read, job.dtype_name)
 
 
 def _is_weight(name: str) -> bool:

@@ -91,7 +91,8 @@ class SafetensorsFile:
         data_start = 8 + length
         data_size = file_size - data_start
         for name, entry in header.items():
-            shape = tuple(map(int, entry["shape"]))
+            lengths = entry["shape"]
+            shape = tuple(map(int, lengths))
             dtype = fmt.DTYPES[entry["dtype"]]
             first, last = entry["data_offsets"]
             # The header is not trusted: the bytes are in the file, and as many as the

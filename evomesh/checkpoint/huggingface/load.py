@@ -6,8 +6,9 @@ These are the loaders of ``ckpt_type`` "hf", "hf_llama" and "llama".
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,46 +84,68 @@ class ForeignTensor:
         return self.link.native_shape
 
     def read(self, box: Box | None = None) -> Tensor:
-        """Read the tensor, or a box of it: only the foreign rows and columns that hold its elements are read."""
-        if self.link.of_heads:
-            whole = foreign_to_native(
-                self.link,
-                [self.folder.read(self.link.foreign[0])],
-                self.config,
-                self.name_map,
-            )
-            return whole if box is None else whole[box.within(Box.whole(self.shape))]
-        box = box or Box.whole(self.shape)
-        if not self.link.fused:
-            name, first_row = self.link.foreign[0], self.link.first_rows[0]
-            return self.folder.read(name, _moved_down(box, first_row))
-        first_row = box.offsets[0]
+        """Read the tensor, or a box of it.
+
+        Only the foreign rows and columns that hold its elements are read.
+        """
+        link = self.link
+        whole = Box.whole(self.shape)
+        if box is None:
+            box = whole
+        name = link.foreign[0]
+        if link.of_heads:
+            # A vector, whose elements may be in another order: read whole.
+            value = self._convert([self.folder.read(name)])
+            return value[box.within(whole)]
+        if not link.fused:
+            moved = _moved_down(box, link.first_rows[0])
+            return self.folder.read(name, moved)
+        return self._read_fused(box)
+
+    def _convert(self, values: Sequence[Tensor]) -> Tensor:
+        return foreign_to_native(self.link, values, self.config, self.name_map)
+
+    def _read_fused(self, box: Box) -> Tensor:
+        """Read a box of wqkv, whose rows are those of q, k and v in another order."""
         # Number the rows of the foreign matrices one after another, and convert the
         # numbers like a tensor: the result tells which foreign row each of our rows is.
-        row_counts = [shape[0] for shape in self.link.shapes]
-        numbers = torch.split(torch.arange(self.shape[0]), row_counts)
-        sources = foreign_to_native(self.link, numbers, self.config, self.name_map)
-        wanted = sources[first_row : first_row + box.shape[0]]
+        # Two heads of one row each, in q, k and v: numbers 0 1, 2 3, 4 5 become
+        # 0 2 4 1 3 5, so a rank with the first three rows reads one row of each matrix.
+        link = self.link
+        row_counts = [shape[0] for shape in link.shapes]
+        all_numbers = torch.arange(self.shape[0])
+        numbers = torch.split(all_numbers, row_counts)
+        sources = self._convert(numbers)
+        first_row = box.offsets[0]
+        end_row = first_row + box.shape[0]
+        wanted = sources[first_row:end_row]
+
         parts = []
-        for name, numbered, part_row in zip(
-            self.link.foreign, numbers, self.link.first_rows, strict=True
-        ):
-            first, last = numbered[0], numbered[-1]
-            in_this = (wanted >= first) & (wanted <= last)
+        first = 0  # number of the first row of a matrix
+        for part, name in enumerate(link.foreign):
+            after_last = first + row_counts[part]
+            in_this = (wanted >= first) & (wanted < after_last)
             if bool(in_this.any()):
-                rows = wanted[in_this] - first + part_row
+                rows = wanted[in_this] - first + link.first_rows[part]
                 values = self._read_rows(name, rows, box)
                 parts.append((in_this, values))
-        value = parts[0][1].new_empty(box.shape)
+            first = after_last
+        _, any_values = parts[0]
+        value = any_values.new_empty(box.shape)
         for in_this, values in parts:
             value[in_this] = values
         return value
 
     def _read_rows(self, name: str, rows: Tensor, box: Box) -> Tensor:
-        """Read some rows of a foreign matrix, only the columns of ``box``, in one read that spans the rows."""
-        first, last = int(rows.min()), int(rows.max())
-        span = Box((first, *box.offsets[1:]), (last - first + 1, *box.shape[1:]))
-        return self.folder.read(name, span)[rows - first]
+        """Read some rows of a foreign matrix, only the columns of ``box``.
+
+        One read spans all rows.
+        """
+        first = int(rows.min())
+        num_rows = int(rows.max()) - first + 1
+        span = Box((first, *box.offsets[1:]), (num_rows, *box.shape[1:]))
+        values = self.folder.read(name, span)
+        return values[rows - first]
 
 
 def _moved_down(box: Box, rows: int) -> Box:
@@ -162,30 +185,48 @@ def load_llama(path: str, model: dict[str, Any]) -> Iterator[tuple[str, ForeignT
 
     A Hugging Face folder is read as such.
     """
-    folder = local_folder(path) if split_url(path)[0] == "local" else None
-    if folder is None or not any(folder.glob("consolidated.*.pth")):
+    folder = _meta_folder(path)
+    if folder is None:
         yield from load_huggingface(path, model)
         return
     config = ModelConfig.model_validate(model, strict=False)
     if (folder / "params.json").is_file():
-        params = read_json(LocalStorage(), str(folder), "params.json")
-        heads = params.get("n_heads", config.num_attention_heads)
-        kv_heads = params.get("n_kv_heads") or heads
-        differing = []
-        if heads != config.num_attention_heads:
-            differing.append(
-                f"n_heads={heads}, the run's is {config.num_attention_heads}"
-            )
-        if kv_heads != config.kv_heads:
-            differing.append(f"n_kv_heads={kv_heads}, the run's is {config.kv_heads}")
-        if differing:
-            raise CheckpointError(
-                "; ".join(differing), where=str(folder / "params.json")
-            )
+        _refuse_other_heads(folder, config)
     weights = MetaFolder(folder)
     if config.tie_word_embeddings:
         refuse_another_head(weights, META)
     yield from foreign_tensors(weights, META, config)
+
+
+def _meta_folder(path: str) -> Path | None:
+    """Return the local folder of Meta's files, None for another one."""
+    scheme, _ = split_url(path)
+    if scheme != "local":
+        return None
+    folder = local_folder(path)
+    has_files = any(folder.glob("consolidated.*.pth"))
+    return folder if has_files else None
+
+
+def _refuse_other_heads(folder: Path, config: ModelConfig) -> None:
+    """Refuse Meta's weights with other numbers of heads than the run's.
+
+    No shape shows them: 32 heads of 128 and 64 of 64 have the same matrices.
+
+    Raises:
+        CheckpointError: with both numbers.
+    """
+    params = read_json(LocalStorage(), str(folder), "params.json")
+    heads = params.get("n_heads", config.num_attention_heads)
+    kv_heads = params.get("n_kv_heads") or heads
+    differing = []
+    if heads != config.num_attention_heads:
+        differing.append(f"n_heads={heads}, the run's is {config.num_attention_heads}")
+    if kv_heads != config.kv_heads:
+        differing.append(f"n_kv_heads={kv_heads}, the run's is {config.kv_heads}")
+    if differing:
+        where = str(folder / "params.json")
+        raise CheckpointError("; ".join(differing), where=where)
 
 
 def compare_models(run: ModelConfig, folder: ModelConfig, where: str) -> None:

@@ -137,13 +137,18 @@ def _sizes_of_tensors(
         shape = shapes.get(name, ())
         if len(shape) == 2:
             yield key, shape[dim] // parts, f"{name} is {list(shape)}"
-    prefix = naming.modules["layers.{}.attention_norm"][0].partition("{}")[0]
-    layers = {
-        name.removeprefix(prefix).partition(".")[0]
-        for name in shapes
-        if name.startswith(prefix)
-    }
-    numbers = [int(layer) for layer in layers if layer.isdecimal()]
+
+    # model.layers.31.input_layernorm.weight: the number is between the two dots after
+    # what all layers begin with.
+    norm = naming.modules["layers.{}.attention_norm"][0]
+    prefix, _, _ = norm.partition("{}")
+    numbers = []
+    for name in shapes:
+        if not name.startswith(prefix):
+            continue
+        layer, _, _ = name.removeprefix(prefix).partition(".")
+        if layer.isdecimal():
+            numbers.append(int(layer))
     if numbers:
         count = max(numbers) + 1
         yield "num_hidden_layers", count, f"the tensors are of {count} layers"

@@ -1,12 +1,15 @@
-"""Map the names and layouts of weights in other systems' folders: one table per family, read in both directions.
+"""Map the names and layouts of weights in other systems' folders.
 
-"Native" are our names and layouts, "foreign" those of the folder.
+There is one table per family, which is read in both directions. "Native"
+are our names and layouts, "foreign" those of the folder.
 
 Shapes: G key/value heads, R query heads per key/value head, H head dim, D model.
 """
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +21,7 @@ from evomesh.models.registry import build_model
 from evomesh.parallel.spec import spec_of
 
 Shape = tuple[int, ...]
+LAYER_NUMBER = re.compile(r"\.(\d+)\.")
 BLOCK_MODULES = (  # of a block beside attention.wqkv; a table lists the foreign names in this order
     "attention.wo",
     "feed_forward.w1",
@@ -192,96 +196,136 @@ def tensor_links(config: ModelConfig, name_map: NameMap) -> list[TensorLink]:
     Raises:
         KeyError: the family has no name for a parameter.
     """
+    # Phi-3's qkv_proj holds q, k and v, one below the other: with 32 + 8 + 8 heads of 96
+    # the parts begin at rows 0, 3072 and 3840.
     links = []
-    used_rows: dict[str, int] = {}  # of each foreign tensor, by the parts before
+    used_rows: Counter[str] = Counter()  # of each foreign tensor, by the parts before
     for name, shape in native_shapes(config).items():
-        foreign, shapes = _foreign_parts(name, shape, config, name_map)
+        foreign = _foreign_names(name, name_map)
+        shapes = _shapes_of_parts(shape, len(foreign), config)
         first_rows = []
-        for part, part_shape in zip(foreign, shapes, strict=True):
-            first_row = used_rows.get(part, 0)
-            used_rows[part] = first_row + part_shape[0]
+        for part, part_name in enumerate(foreign):
+            rows, *_ = shapes[part]
+            first_row = used_rows[part_name]
             first_rows.append(first_row)
-        links.append(TensorLink(name, foreign, shapes, tuple(first_rows)))
+            used_rows[part_name] += rows
+        link = TensorLink(name, foreign, shapes, tuple(first_rows))
+        links.append(link)
     return links
 
 
 def foreign_shapes(links: Iterable[TensorLink]) -> dict[str, Shape]:
-    """Return the shapes of the foreign tensors that hold all parts of the links, in the order of their first parts."""
+    """Return the shapes of the foreign tensors that hold all parts of the links.
+
+    They are in the order of their first parts.
+    """
     found: dict[str, Shape] = {}
     for link in links:
-        for name, shape, first_row in zip(
-            link.foreign, link.shapes, link.first_rows, strict=True
-        ):
-            found[name] = (first_row + shape[0], *shape[1:])
+        for part, name in enumerate(link.foreign):
+            first_row = link.first_rows[part]
+            shape = link.shapes[part]
+            rows, *columns = shape
+            # The last part of a tensor ends where the tensor does.
+            end = first_row + rows
+            found[name] = (end, *columns)
     return found
 
 
-def _foreign_parts(
-    name: str, shape: Shape, config: ModelConfig, name_map: NameMap
-) -> tuple[tuple[str, ...], tuple[Shape, ...]]:
-    """Return the names and the shapes of the foreign parts of one native tensor."""
-    module, _, kind = name.rpartition(".")  # kind: weight or bias
-    layer = next((part for part in module.split(".") if part.isdigit()), "")
-    pattern = module.replace(f".{layer}.", ".{}.", 1) if layer else module
-    foreign = tuple(
-        f"{name.format(layer)}.{kind}" for name in name_map.modules[pattern]
-    )
-    if len(foreign) == 1:
-        return foreign, (shape,)
-    heads = (config.num_attention_heads, config.kv_heads, config.kv_heads)
-    shapes = tuple((count * config.head_dim, *shape[1:]) for count in heads)
-    return foreign, shapes
+def _foreign_names(name: str, name_map: NameMap) -> tuple[str, ...]:
+    """Return the names of the foreign parts of one native tensor."""
+    # layers.31.attention.wqkv.bias -> layers.{}.attention.wqkv, 31 and bias
+    module, _, kind = name.rpartition(".")
+    match = LAYER_NUMBER.search(module)
+    layer = match[1] if match else ""
+    pattern = LAYER_NUMBER.sub(".{}.", module, count=1)
+    foreign = []
+    for foreign_pattern in name_map.modules[pattern]:
+        foreign_module = foreign_pattern.format(layer)
+        foreign_name = f"{foreign_module}.{kind}"
+        foreign.append(foreign_name)
+    return tuple(foreign)
+
+
+def _shapes_of_parts(
+    shape: Shape, num_parts: int, config: ModelConfig
+) -> tuple[Shape, ...]:
+    """Return the shapes of the one part, or of q, k and v."""
+    if num_parts == 1:
+        return (shape,)
+    _, *columns = shape
+    shapes = []
+    for heads in (config.num_attention_heads, config.kv_heads, config.kv_heads):
+        rows = heads * config.head_dim
+        shapes.append((rows, *columns))
+    return tuple(shapes)
 
 
 def native_to_foreign(
     link: TensorLink, value: Tensor, config: ModelConfig, name_map: NameMap
 ) -> list[Tensor]:
-    """Convert a native tensor to the foreign ones: a fused weight is split, its rotary rows are reordered.
+    """Convert a native tensor to the foreign ones.
+
+    A fused weight is split, and its rotary rows are reordered.
 
     Args:
-        value: the native tensor; a fused weight is [G (R + 2) H, D], a fused bias [G (R + 2) H].
+        value: the native tensor; a fused weight is [G (R + 2) H, D], a fused bias
+            [G (R + 2) H].
     """
-    if link.of_heads and config.qk_interleaved != name_map.interleaved:
-        return [_reorder_heads(value, config, to_halves=config.qk_interleaved)]
+    is_reordered = config.qk_interleaved != name_map.interleaved
+    to_halves = config.qk_interleaved
+    if link.of_heads and is_reordered:
+        return [_reorder_heads(value, config, to_halves=to_halves)]
     if not link.fused:
         return [value]
-    # [G, R + 2, H, D]
-    groups = value.view(config.kv_heads, -1, config.head_dim, *value.shape[1:])
-    if config.qk_interleaved != name_map.interleaved:
-        groups = _reorder_rotary(groups, to_halves=config.qk_interleaved)
+    groups = _groups(value, config)
+    if is_reordered:
+        groups = _reorder_rotary(groups, to_halves=to_halves)
     if len(link.foreign) == 1:
         return [groups.reshape(value.shape)]
     queries = groups.shape[1] - 2  # R
-    q, k, v = torch.split(groups, [queries, 1, 1], dim=1)
-    return [
-        part.reshape(shape) for part, shape in zip((q, k, v), link.shapes, strict=True)
-    ]
+    qkv = torch.split(groups, [queries, 1, 1], dim=1)
+    parts = []
+    for part, shape in zip(qkv, link.shapes, strict=True):
+        parts.append(part.reshape(shape))
+    return parts
+
+
+def _groups(rows: Tensor, config: ModelConfig) -> Tensor:
+    """View rows of heads by key/value head: wqkv as [G, R + 2, H, D], q as [G, R, H, D]."""
+    columns = rows.shape[1:]
+    return rows.view(config.kv_heads, -1, config.head_dim, *columns)
 
 
 def foreign_to_native(
     link: TensorLink, values: Sequence[Tensor], config: ModelConfig, name_map: NameMap
 ) -> Tensor:
     """Convert foreign tensors to the native one: the inverse of ``native_to_foreign``."""
-    if link.of_heads and config.qk_interleaved != name_map.interleaved:
-        return _reorder_heads(values[0], config, to_halves=name_map.interleaved)
+    is_reordered = config.qk_interleaved != name_map.interleaved
+    to_halves = name_map.interleaved
+    first = values[0]
+    if link.of_heads and is_reordered:
+        return _reorder_heads(first, config, to_halves=to_halves)
     if not link.fused:
-        return values[0]
-    columns = values[0].shape[1:]
-    parts = [
-        value.view(config.kv_heads, -1, config.head_dim, *columns) for value in values
-    ]
+        return first
+    parts = [_groups(value, config) for value in values]
     groups = torch.cat(parts, dim=1)  # [G, R + 2, H, D]
-    if config.qk_interleaved != name_map.interleaved:
-        groups = _reorder_rotary(groups, to_halves=name_map.interleaved)
-    return groups.reshape(-1, *columns)
+    if is_reordered:
+        groups = _reorder_rotary(groups, to_halves=to_halves)
+    return groups.flatten(0, 2)
 
 
 def _reorder_rotary(groups: Tensor, *, to_halves: bool) -> Tensor:
-    """Reorder the rows of the query and key heads in [G, R + 2, H, ...] from one rotary pairing to the other.
+    """Reorder the rows of query and key heads from one rotary pairing to the other.
 
     Interleaved, pair i of a head is rows 2 i and 2 i + 1; in halves, it is rows i and i
     + H / 2. Values stay.
+
+    Args:
+        groups: [G, R + 2, H, ...].
     """
+    # H = 6, rows by pair and side: interleaved 0a 0b 1a 1b 2a 2b, halves 0a 1a 2a 0b 1b
+    # 2b. Scores are sums over rows, so they do not change as long as queries and keys
+    # have one order and the rotation pairs the same rows.
     queries_and_keys = groups[:, :-1]  # [G, R + 1, H, ...]
     values = groups[:, -1:]
     reordered = _reorder_pairs(queries_and_keys, dim=2, to_halves=to_halves)

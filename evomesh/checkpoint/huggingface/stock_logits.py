@@ -36,6 +36,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 COPIED_BYTES = 1 << 24  # at once, from a store
+QKV = ("q_proj", "k_proj", "v_proj")
 
 
 def has_transformers() -> bool:
@@ -56,10 +57,10 @@ def wide_dtype(dtype: str) -> str:
 
 @torch.inference_mode()
 def stock_logits(folder: Path, dtypes: Sequence[str]) -> Tensor:
-    """Return the logits [TEXTS, LENGTH, V] of a local folder that ``transformers`` loads without remote code.
+    """Return the logits [TEXTS, LENGTH, V] of a local folder.
 
-    InternLM's folders, for which it has no class, are computed as the Llama that they
-    describe.
+    ``transformers`` loads it without remote code. InternLM's folders, for which it has no
+    class, are computed as the Llama that they describe.
 
     Args:
         dtypes: what the weights are rounded to, one after the other.
@@ -68,7 +69,8 @@ def stock_logits(folder: Path, dtypes: Sequence[str]) -> Tensor:
     """
     transformers: Any = importlib.import_module("transformers")
     transformers.utils.logging.disable_progress_bar()
-    record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = folder / "config.json"
+    record = json.loads(config.read_text(encoding="utf-8"))
     if record["model_type"] in WITHOUT_CLASS:
         model = _as_llama(folder, record, transformers)
     else:
@@ -76,7 +78,8 @@ def stock_logits(folder: Path, dtypes: Sequence[str]) -> Tensor:
     for module in model.modules():
         _round_while_running(module, dtypes)
     batch = fixed_batch(model.config.vocab_size)
-    logits: Tensor = model.eval()(batch, use_cache=False).logits
+    model.eval()
+    logits: Tensor = model(batch, use_cache=False).logits
     return logits
 
 
@@ -109,17 +112,24 @@ def _loaded(folder: Path, dtype: str, transformers: Any) -> Any:
 
 
 def _round_while_running(module: nn.Module, dtypes: Sequence[str]) -> None:
-    """Let a module's own weights be rounded, and widened to compute in, before it runs; and put back after it."""
-    stored = dict(module.named_parameters(recurse=False))
+    """Let a module's own weights be rounded, and widened to compute in, before it runs.
+
+    They are put back after it.
+    """
+    # model.to(float32) would hold the whole model in float32, twice the memory that its
+    # files take. So only the weights of the module that runs are wide.
+    own_parameters = module.named_parameters(recurse=False)
+    stored = dict(own_parameters)
     if not stored:
         return
+    last = dtypes[-1]
+    steps = [*dtypes, wide_dtype(last)]
 
     def widen(module: nn.Module, _: Any) -> None:
         for name, parameter in stored.items():
-            value = parameter.detach()
-            for dtype in (*dtypes, wide_dtype(dtypes[-1])):
-                value = value.to(getattr(torch, dtype))
-            setattr(module, name, nn.Parameter(value, requires_grad=False))
+            value = _round(parameter.detach(), steps)
+            wide = nn.Parameter(value, requires_grad=False)
+            setattr(module, name, wide)
 
     def put_back(module: nn.Module, *_: Any) -> None:
         for name, parameter in stored.items():
@@ -127,6 +137,14 @@ def _round_while_running(module: nn.Module, dtypes: Sequence[str]) -> None:
 
     module.register_forward_pre_hook(widen)
     module.register_forward_hook(put_back)
+
+
+def _round(value: Tensor, dtypes: Sequence[str]) -> Tensor:
+    """Convert a tensor to one dtype after the other."""
+    for name in dtypes:
+        dtype = getattr(torch, name)
+        value = value.to(dtype)
+    return value
 
 
 def _as_llama(folder: Path, record: dict[str, Any], transformers: Any) -> Any:
@@ -139,19 +157,10 @@ def _as_llama(folder: Path, record: dict[str, Any], transformers: Any) -> Any:
     head; Baichuan, which does not, has a vocabulary of 64,000.
     """
     kind = record["model_type"]
-    fused = kind == "internlm2"
-    bias = bool(record.get("bias", kind == "internlm"))
-    rotary = record.get("rotary") or {}
-    settings = {
-        **record,
-        "model_type": "llama",
-        "attention_bias": bias or bool(record.get("qkv_bias")),
-        "mlp_bias": bias and kind == "internlm3",
-        "rope_theta": record.get("rope_theta") or rotary.get("base", 10000.0),
-    }
+    settings = _llama_settings(record)
     config = transformers.LlamaConfig.from_dict(settings)
     weights = _read_weights(folder)
-    if fused:
+    if kind == "internlm2":
         weights = _llama_names(weights, config)
     if kind == "baichuan":
         weights = _llama_of_baichuan(weights, config)
@@ -163,12 +172,31 @@ def _as_llama(folder: Path, record: dict[str, Any], transformers: Any) -> Any:
         # A Llama has all biases of attention or none: those that are off are zeros.
         absent = model.state_dict().keys() - weights.keys()
         for name in filter(_is_attention_bias, absent):
-            weight = weights[name.replace(".bias", ".weight")]
+            name_of_weight = name.replace(".bias", ".weight")
+            weight = weights[name_of_weight]
             weights[name] = weight.new_zeros(weight.shape[0])
     model.load_state_dict(weights, assign=True)
     # Its table of angles is computed and not stored, so it is still without values.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    decoder = model.model
+    rotary_class = type(decoder.rotary_emb)
+    decoder.rotary_emb = rotary_class(config)
     return model
+
+
+def _llama_settings(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the config.json of the Llama that a config.json of these families means."""
+    kind = record["model_type"]
+    bias = bool(record.get("bias", kind == "internlm"))
+    # The InternLM of 2023 has its base in a section ``rotary``.
+    rotary = record.get("rotary") or {}
+    base = rotary.get("base", 10000.0)
+    return {
+        **record,
+        "model_type": "llama",
+        "attention_bias": bias or bool(record.get("qkv_bias")),
+        "mlp_bias": bias and kind == "internlm3",
+        "rope_theta": record.get("rope_theta") or base,
+    }
 
 
 def _is_attention_bias(name: str) -> bool:
@@ -179,21 +207,25 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     """Read all tensors of a folder with the libraries that wrote them."""
     from safetensors.torch import load_file
 
-    first = next(name for name in WEIGHT_FILES if (folder / name).exists())
+    candidates = [folder / name for name in WEIGHT_FILES]
+    found = [file for file in candidates if file.exists()]
+    first = found[0]
     files = [first]
-    if first.endswith(".index.json"):
-        index = json.loads((folder / first).read_text(encoding="utf-8"))
-        files = sorted(set(index["weight_map"].values()))
-    weights: dict[str, Tensor] = {}
-    for name in files:
-        path = folder / name
-        if path.suffix == ".safetensors":
-            weights |= load_file(path)
+    if first.suffix == ".json":
+        index = json.loads(first.read_text(encoding="utf-8"))
+        shards = set(index["weight_map"].values())
+        files = [folder / name for name in sorted(shards)]
+    stored: dict[str, Tensor] = {}
+    for file in files:
+        if file.suffix == ".safetensors":
+            stored |= load_file(file)
         else:
-            weights |= torch.load(path, map_location="cpu", weights_only=True)
-    return {
-        name: value for name, value in weights.items() if not name.endswith(BUFFERS)
-    }
+            stored |= torch.load(file, map_location="cpu", weights_only=True)
+    weights = {}
+    for name, value in stored.items():
+        if not name.endswith(BUFFERS):
+            weights[name] = value
+    return weights
 
 
 # InternLM2's module -> Llama's
@@ -214,19 +246,20 @@ def _llama_names(weights: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     Rows of ``wqkv``: for each key/value head its query heads, then the key, then the
     value.
     """
-    head_dim = config.head_dim
     queries = config.num_attention_heads // config.num_key_value_heads
+    k = queries  # positions of k and v in a group, after the queries
+    v = queries + 1
     renamed: dict[str, Tensor] = {}
     for name, value in weights.items():
         if ".attention.wqkv." not in name:
             renamed[_llama_name(name)] = value
             continue
         columns = value.shape[1:]
-        heads = value.reshape(-1, queries + 2, head_dim, *columns)
+        heads = value.reshape(-1, queries + 2, config.head_dim, *columns)
         parts = {
             "q_proj": heads[:, :queries],
-            "k_proj": heads[:, queries],
-            "v_proj": heads[:, queries + 1],
+            "k_proj": heads[:, k],
+            "v_proj": heads[:, v],
         }
         for part, rows in parts.items():
             llama = name.replace("attention.wqkv", f"self_attn.{part}")
@@ -235,17 +268,24 @@ def _llama_names(weights: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
 
 
 def _llama_of_baichuan(weights: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-    """Return Baichuan's weights as Llama's: W_pack in three, and the head as its model uses it."""
+    """Return Baichuan's weights as Llama's.
+
+    W_pack is split in three, and the head is as its model uses it.
+    """
     renamed: dict[str, Tensor] = {}
     for name, value in weights.items():
         if ".W_pack." not in name:
             renamed[name] = value
             continue
-        for part, rows in zip("qkv", value.chunk(3), strict=True):
-            renamed[name.replace("W_pack", f"{part}_proj")] = rows.contiguous()
+        parts = value.chunk(3)
+        for part, rows in zip(QKV, parts, strict=True):
+            llama = name.replace("W_pack", part)
+            renamed[llama] = rows.contiguous()
     if config.vocab_size != 64000:
-        head = renamed["lm_head.weight"].double()
-        renamed["lm_head.weight"] = head / head.norm(dim=1, keepdim=True)
+        name = "lm_head.weight"
+        head = renamed[name].double()
+        lengths = head.norm(dim=1, keepdim=True)
+        renamed[name] = head / lengths
     return renamed
 
 
@@ -264,13 +304,16 @@ def local_copy(folder: HfFolder) -> Iterator[str]:
     if isinstance(folder.storage, LocalStorage):
         yield folder.path
         return
-    names = folder.storage.list(folder.path)
-    wanted = {"config.json", *folder.files.values()}
-    wanted |= {name for name in names if name in WEIGHT_FILES and name.endswith("json")}
+    storage = folder.storage
+    names = {"config.json", *folder.files.values()}
+    for name in storage.list(folder.path):
+        if name in WEIGHT_FILES and name.endswith("json"):
+            names.add(name)
     with TemporaryDirectory(prefix="evomesh-compare-") as copy:
-        for name in sorted(wanted):
+        for name in sorted(names):
             source = join(folder.path, name)
-            _download(folder.storage, source, Path(copy, name))
+            target = Path(copy, name)
+            _download(storage, source, target)
         yield copy
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from evomesh.checkpoint.huggingface.compare_logits import (
     largest_logit_difference,
@@ -35,7 +37,7 @@ from evomesh.checkpoint.native.format import layout_record
 from evomesh.checkpoint.native.plan import TensorType, WriteItem, in_file_order
 from evomesh.checkpoint.native.read import read_tensor, refuse_not_finite
 from evomesh.checkpoint.native.store_errors import as_checkpoint_error
-from evomesh.checkpoint.native.write import PieceSource, live_pieces
+from evomesh.checkpoint.native.write import Pieces, PieceSource, live_pieces
 from evomesh.config.data import DataConfig
 from evomesh.config.record import config_to_dict
 from evomesh.config.schema import Config, GenerationConfig, ModelConfig
@@ -97,21 +99,29 @@ def from_hf(
 def read_folder(
     folder: HfFolder, dtype: str | None, report: Callable[[str], None]
 ) -> tuple[Config, dict[str, ForeignTensor]]:
-    """Return a config of a folder's model, tokenizer and generation ids, and its weights, none of them read yet.
+    """Return the config that a folder describes, and its weights, none of them read yet.
+
+    The config has the sections of its model, its tokenizer and its generation ids.
 
     Args:
         dtype: of the parameters; None: the folder's.
+
     Raises:
-        CheckpointError: not a folder of a known architecture, wrong tensors, or a tokenizer larger than the embedding.
+        CheckpointError: not a folder of a known architecture, wrong tensors, or a
+            tokenizer larger than the embedding.
     """
     described = describe_folder(folder, dtype)
     model = described.model
     tensors = foreign_tensors(folder, described.naming, model)
     weights = dict(tensors)
-    tokenizer = _tokenizer_path(folder, model, report)
-    data = DataConfig(seq_len=model.max_position_embeddings, tokenizer_path=tokenizer)
-    generation = _generation_section(folder, model.vocab_size)
-    config = Config(model=model, data=data, generation=generation)
+    config = Config(
+        model=model,
+        data=DataConfig(
+            seq_len=model.max_position_embeddings,
+            tokenizer_path=_tokenizer_path(folder, model, report),
+        ),
+        generation=_generation_section(folder, model.vocab_size),
+    )
     return config, weights
 
 
@@ -131,14 +141,23 @@ def _write_items(tensors: Mapping[str, TensorType]) -> list[WriteItem]:
 
 
 def _converted(weights: Mapping[str, ForeignTensor], source: str) -> PieceSource:
-    """Return a source that converts each tensor when it is written, so that only one is in memory."""
+    """Return a source that converts each tensor when it is written.
 
-    def pieces(item: WriteItem) -> Iterator[tuple[Box, memoryview]]:
-        stored = weights[item.name].read()
-        tensor = stored.to(fmt.DTYPES[item.dtype]).contiguous()
-        refuse_not_finite(item.name, stored, tensor, source)
-        part = LocalPart(tensor, item.part.box)
-        yield from live_pieces(WriteItem(item.name, item.dtype, item.shape, part))
+    Only one is in memory at a time.
+    """
+
+    def pieces(item: WriteItem) -> Pieces:
+        name = item.name
+        tensor = weights[name]
+        stored = tensor.read()
+        dtype = fmt.DTYPES[item.dtype]
+        rounded = stored.to(dtype)
+        # 1e5 is finite in the folder and infinite in float16: looked at after rounding.
+        refuse_not_finite(name, stored, rounded, source)
+        contiguous = rounded.contiguous()
+        part = LocalPart(contiguous, item.part.box)
+        in_memory = replace(item, part=part)
+        yield from live_pieces(in_memory)
 
     return pieces
 
@@ -192,11 +211,16 @@ def _generation_section(folder: HfFolder, vocab_size: int) -> GenerationConfig |
 def _compare(found: Checkpoint, model: ModelConfig, folder: HfFolder) -> str:
     if not has_transformers():
         return "logits were not compared: transformers is not installed"
-    dtype = {"tf32": "float32"}.get(model.dtype, model.dtype)
+    dtype = "float32" if model.dtype == "tf32" else model.dtype
     with local_copy(folder) as original:
         theirs = stock_logits(Path(original), [dtype])
     records = found.records()
-    ours = native_logits(model, lambda name: read_tensor(found, records[name]), dtype)
+
+    def read(name: str) -> Tensor:
+        record = records[name]
+        return read_tensor(found, record)
+
+    ours = native_logits(model, read, dtype)
     sides = ("the native model", "transformers")
     difference = largest_logit_difference(ours, theirs, folder.path, sides=sides)
     return f"largest logit difference between the native model and transformers: {difference:.3g}"

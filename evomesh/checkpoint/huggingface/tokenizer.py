@@ -1,4 +1,7 @@
-"""Write the tokenizer's files next to exported weights, so that other systems tokenize text as in training."""
+"""Write the tokenizer's files next to exported weights.
+
+Other systems then tokenize text as in training.
+"""
 
 from __future__ import annotations
 
@@ -79,37 +82,57 @@ def special_ids(
 def write_tokenizer(
     tokenizer: Tokenizer, target: Path, template: str | None, max_length: int
 ) -> None:
-    """Copy the tokenizer and the settings next to it, without remote code and references to it.
+    """Copy the tokenizer and the settings next to it, without remote code.
+
+    References to remote code are left out too.
 
     Args:
         template: Jinja text of the chat template; None: the tokenizer's template.
     """
     fast = tokenizer.path.suffix == ".json"
-    beside = tokenizer.path.parent
     model_name = "tokenizer.json" if fast else "tokenizer.model"
     shutil.copyfile(tokenizer.path, target / model_name)
-    for name in BESIDE:
-        if (beside / name).is_file():
-            shutil.copyfile(beside / name, target / name)
-    if (beside / NAMED_TEMPLATES).is_dir():
-        shutil.copytree(beside / NAMED_TEMPLATES, target / NAMED_TEMPLATES)
-    settings: dict[str, Any] = {}
-    if (beside / "tokenizer_config.json").is_file():
-        settings = read_json(LocalStorage(), str(beside), "tokenizer_config.json")
-    if settings.pop("auto_map", None) is not None:
-        settings.pop("tokenizer_class", None)
+    _copy_files_beside(tokenizer.path.parent, target)
+    settings = _copied_settings(tokenizer)
     settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     settings.setdefault("model_max_length", max_length)
+    # The default of older transformers, True, removes the space of " ." in decoded text.
     settings.setdefault("clean_up_tokenization_spaces", False)
-    for key in ("bos_token", "eos_token"):
-        if key in tokenizer.special_tokens and not settings.get(key):
-            settings[key] = tokenizer.special_tokens[key]
     if not fast:
         settings |= _sentencepiece_settings(tokenizer, target, settings)
     if template is not None:
-        (target / "chat_template.jinja").write_text(template, encoding="utf-8")
+        # Older readers look for it in the settings only.
+        template_file = target / "chat_template.jinja"
+        template_file.write_text(template, encoding="utf-8")
         settings["chat_template"] = template
     write_json(target / "tokenizer_config.json", settings)
+
+
+def _copy_files_beside(source: Path, target: Path) -> None:
+    for name in BESIDE:
+        file = source / name
+        if file.is_file():
+            shutil.copyfile(file, target / name)
+    templates = source / NAMED_TEMPLATES
+    if templates.is_dir():
+        shutil.copytree(templates, target / NAMED_TEMPLATES)
+
+
+def _copied_settings(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the settings beside a tokenizer that an export keeps."""
+    name = "tokenizer_config.json"
+    folder = tokenizer.path.parent
+    settings = {}
+    if (folder / name).is_file():
+        settings = read_json(LocalStorage(), str(folder), name)
+    # ``auto_map`` names a Python file of the folder, and the class is one of that file.
+    if settings.pop("auto_map", None) is not None:
+        settings.pop("tokenizer_class", None)
+    for key in ("bos_token", "eos_token"):
+        token = tokenizer.special_tokens.get(key)
+        if token is not None and not settings.get(key):
+            settings[key] = token
+    return settings
 
 
 def _sentencepiece_settings(
