@@ -65,13 +65,18 @@ def explain(loaded: LoadedConfig, key: str) -> list[tuple[str, str]]:
     if bounds:
         rows.append(("allowed", bounds))
 
-    # What it is in this config. A section that is None has no keys: all are None then.
-    value: Any = loaded.config
-    for name in _resolved_key(key).split("."):
-        value = getattr(value, name, None)
-    rows.append(("value", str(value)))
+    # What it is in this config.
+    rows.append(("value", str(_value_of(loaded.config, key))))
     rows.append(("from", loaded.origins.get(key, "default")))
     return rows
+
+
+def _value_of(config: Config, key: str) -> Any:
+    """Return the value of a key as written; None in a section that is None."""
+    value: Any = config
+    for name in _resolved_key(key).split("."):
+        value = getattr(value, name, None)
+    return value
 
 
 def field_of(key: str) -> FieldInfo | None:

@@ -121,11 +121,12 @@ class RunReporter:
         earlier = Path(run.resume_tb_folder) if run.resume_tb_folder else None
         folder = tensorboard_folder(run, self.folder, self.name)
         board = TensorBoardWriter(folder, step, run.tensorboard_queue, earlier)
-        self._open_files.callback(self._board_output.attempt, board.close)
+        attempt = self._board_output.attempt
+        self._open_files.callback(attempt, board.close)
         if step == 0:
             command = " ".join(sys.argv)
-            self._board_output.attempt(lambda: board.text("cmd", command))
-            self._board_output.attempt(lambda: board.text("config", self.text))
+            attempt(lambda: board.text("cmd", command))
+            attempt(lambda: board.text("config", self.text))
         return board
 
     def step(

@@ -166,8 +166,8 @@ def micro_batch_weights(
     targets = (labels != IGNORE).sum(1)
     if loss_config.reduction == "micro_batch":
         num_micro_batches = len(targets) * grid.dp.size
-        divisors = [max(count, 1) * num_micro_batches for count in targets.tolist()]
-        return [1.0 / divisor for divisor in divisors]
+        divisors = targets.clamp(min=1) * num_micro_batches
+        return [1.0 / divisor for divisor in divisors.tolist()]
     # Two ranks with 30 and 10 targets divide by 40 both: a mean of the ranks' means
     # would weigh the 10 three times.
     total = int(all_reduce_no_grad(targets.sum(), grid.dp))

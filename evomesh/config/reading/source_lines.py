@@ -102,6 +102,7 @@ def dict_items(value: ast.expr) -> Iterator[tuple[str, int, ast.expr]]:
     """Yield (key, its line, value) of ``dict(key=value)`` or ``{"key": value}``; nothing for any other expression."""
     if isinstance(value, ast.Dict):
         for name, item in zip(value.keys, value.values, strict=True):
+            # A key may also be computed, or be absent as in {**other}.
             if isinstance(name, ast.Constant) and isinstance(name.value, str):
                 yield name.value, name.lineno, item
     elif isinstance(value, ast.Call) and ast.unparse(value.func) == "dict":

@@ -267,10 +267,16 @@ def _resolve_model(draft: ConfigDraft) -> None:
         model.pop("sliding_window", None)
         model.pop("layer_types", None)
     if family not in BUILT_IN:
-        extra = model.setdefault("extra", {})
-        for key in [key for key in model if key not in ModelConfig.model_fields]:
-            extra[key] = model.pop(key)
-            draft.sources[f"model.extra.{key}"] = f"model.{key}"
+        _move_custom_parameters(draft, model)
+
+
+def _move_custom_parameters(draft: ConfigDraft, model: dict[str, Any]) -> None:
+    """Move the keys that only a registered model knows into ``model.extra``."""
+    extra = model.setdefault("extra", {})
+    custom = [key for key in model if key not in ModelConfig.model_fields]
+    for key in custom:
+        extra[key] = model.pop(key)
+        draft.sources[f"model.extra.{key}"] = f"model.{key}"
 
 
 def _dtype_name(dtype: Any) -> Any:

@@ -69,16 +69,15 @@ class RowPlan(PackPlan):
 
     def _tokens_in_rows(self) -> int:
         """Return the tokens of documents that are in some row: not cut, and not of a last pack left out."""
+        # The document at position i has row i: those past the last row are dropped.
         rows = self.num_packs * self.rule.rows
         ranges = pairwise(self.first_document)
         in_rows = 0
         for source, (start, stop) in zip(self.sources, ranges, strict=True):
-            # The document at position i has row i: those past the last row are dropped.
             after_last = max(start, min(stop, rows))
             documents = self.document_order[start:after_last]
-            lengths = source.lengths[documents]
-            cut_lengths = np.minimum(lengths, self.rule.seq_len)
-            in_rows += int(cut_lengths.sum())
+            lengths = np.minimum(source.lengths[documents], self.rule.seq_len)
+            in_rows += int(lengths.sum())
         return in_rows
 
     def _make_ends(self) -> IndexArray:

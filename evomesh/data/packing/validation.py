@@ -94,16 +94,11 @@ class ValidationSet:
         if pack >= self.num_packs:
             nothing = np.empty(0, np.int64)
             return assemble(nothing, nothing, nothing, self.rule)
-        # The documents that overlap the pack: of [0, 10) and [10, 15), a pack [8, 13)
-        # has both.
         start, stop = self._pack_bounds[pack : pack + 2].tolist()
-        bounds = self._document_bounds
-        first = int(np.searchsorted(bounds, start, side="right")) - 1
-        after_last = int(np.searchsorted(bounds, stop))
-        stored = self._read_from(start, range(first, after_last))
-
         size = stop - start
-        document_ends = bounds[first + 1 : after_last + 1]
+        numbers = self._documents_of(start, stop)
+        stored = self._read_from(start, numbers)
+        document_ends = self._document_bounds[numbers.start + 1 : numbers.stop + 1]
         ends = np.minimum(document_ends, stop) - start
         types = np.zeros(len(ends), np.int64)
         assembled = assemble(stored[:size], ends, types, self.rule)
@@ -112,6 +107,13 @@ class ValidationSet:
         if len(stored) > size and stored[size] > 0:
             assembled.labels[size - 1] = stored[size]
         return assembled
+
+    def _documents_of(self, start: int, stop: int) -> range:
+        """Return the documents that overlap tokens of the set: of [0, 10) and [10, 15), both overlap [8, 13)."""
+        bounds = self._document_bounds
+        first = np.searchsorted(bounds, start, side="right") - 1
+        after_last = np.searchsorted(bounds, stop)
+        return range(int(first), int(after_last))
 
     def _read_from(self, start: int, numbers: range) -> TokenArray:
         """Return the tokens of neighboring documents, without those of the first that precede ``start`` in the set."""

@@ -141,8 +141,8 @@ def _commit(
     fingerprints = {}
     for writer in writers:
         # A file that is appended to keeps the sources of what it held before.
-        all_sources = [*writer.previous.get("sources", []), *sources]
-        fingerprint = writer.commit(facts | {"sources": all_sources})
+        earlier = writer.previous.get("sources", [])
+        fingerprint = writer.commit(facts | {"sources": earlier + sources})
         fingerprints[str(writer.path)] = fingerprint
     return fingerprints
 

@@ -87,9 +87,13 @@ def _literal_bases(tree: ast.Module) -> list[str]:
         if not isinstance(node, ast.Assign):
             continue
         if ast.unparse(node.targets[0]) == "_base_":
-            constants = [n for n in ast.walk(node.value) if isinstance(n, ast.Constant)]
-            return [item.value for item in constants if isinstance(item.value, str)]
+            return _strings_in(node.value)
     return []
+
+
+def _strings_in(value: ast.expr) -> list[str]:
+    constants = [node for node in ast.walk(value) if isinstance(node, ast.Constant)]
+    return [node.value for node in constants if isinstance(node.value, str)]
 
 
 def run_file(
@@ -111,45 +115,56 @@ def run_file(
     lines: dict[str, str] = {}
     variables: dict[str, str] = {}
 
-    def read_names(beside: str, names: dict[str, str]) -> dict[str, Any]:
-        """Return what ``from FILE import names`` would: all public names for "*"."""
-        base = run_file(beside, overrides, above=here)
-        lines.update(base.lines)
-        variables.update(base.variables)
-        if "*" in names:
-            return {
-                name: value
-                for name, value in base.values.items()
-                if not name.startswith("_")
-            }
-        return {new: base.values[name] for name, new in names.items()}
+    def read_beside(other: str) -> XTunerFile:
+        """Execute a file that this one imports or is based on; what this one assigns again wins."""
+        found = run_file(other, overrides, above=here)
+        lines.update(found.lines)
+        variables.update(found.variables)
+        return found
 
+    # 1. Execute the file, with imports replaced: ``from .base import lr`` reads that
+    #    file, and ``from transformers import AutoModel`` makes a stand-in.
     namespace: dict[str, Any] = {
         "__name__": f"{HERE}.config",
         "__package__": HERE,
         "__file__": str(file),
         STAND_IN: ForeignName,
-        READ_NAMES: read_names,
+        READ_NAMES: lambda other, names: _import(read_beside(other), names),
         READ_BASE: nullcontext,
     }
     namespace[APPLY] = lambda: apply_overrides(namespace, overrides)
-    replacer = ImportReplacer([file.parent, Path.cwd()], STAND_IN, READ_NAMES)
-    replaced = ast.fix_missing_locations(replacer.visit(copy.deepcopy(tree)))
+    code = compile(_without_imports(tree, file), str(file), "exec")
     with config_imports(file):
-        execute(compile(instrument(replaced), str(file), "exec"), namespace, path, text)
+        execute(code, namespace, path, text)
     values = {name: value for name, value in namespace.items() if not _is_private(name)}
+
+    # 2. Put its values over those of its bases. An override wins over all of them, also
+    #    where a base has the key and the file replaces its section.
     below: dict[str, Any] = {}
     for base_path in _as_list(namespace.get("_base_", [])):
-        base = run_file(str(file.parent / base_path), overrides, above=here)
+        base = read_beside(str(file.parent / base_path))
         below = merge_values(below, base.values)
-        lines.update(base.lines)
-        variables.update(base.variables)
     lines.update(config_lines(tree, path, {"__package__": ""}))
     variables.update(_find_variables(tree))
     merged = merge_values(below, values)
     if below:
         apply_overrides(merged, overrides)
     return XTunerFile(path, merged, lines, variables, text)
+
+
+def _import(file: XTunerFile, names: dict[str, str]) -> dict[str, Any]:
+    """Return what ``from FILE import names`` would: all public names for "*"."""
+    values = file.values
+    if "*" in names:
+        return {name: values[name] for name in values if not name.startswith("_")}
+    return {new: values[name] for name, new in names.items()}
+
+
+def _without_imports(tree: ast.Module, file: Path) -> ast.Module:
+    """Return the program with imports of foreign names and of files beside it replaced, and overrides applied."""
+    replacer = ImportReplacer([file.parent, Path.cwd()], STAND_IN, READ_NAMES)
+    replaced = replacer.visit(copy.deepcopy(tree))
+    return instrument(ast.fix_missing_locations(replaced))
 
 
 def _is_private(name: str) -> bool:
