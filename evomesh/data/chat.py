@@ -76,7 +76,7 @@ def end_of_answer_ids(
     Raises:
         UserError: one of the ids has no row in the embedding; an answer would never end with it.
     """
-    # The ids after what names them, in order.
+    # The ids, by what names them.
     ids_of: dict[str, Sequence[int]] = {}
     if tokenizer is not None:
         eos_id = tokenizer.eos_id

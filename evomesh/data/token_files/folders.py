@@ -64,8 +64,8 @@ def _walk(
     if real_path in parents:
         return
     parents |= {real_path}
-    # InternEvo walks in the order of the file system, so that the packs of a run differ
-    # between machines. Sorted, they do not.
+    # InternEvo sorts the files of a folder, but enters folders as the file system lists
+    # them, so that the order of the data differs between machines. Here both are sorted.
     entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
     for entry in entries:
         path = Path(entry.path)
