@@ -252,11 +252,12 @@ def split_heads(
     qkv: Tensor, *, kv_heads: int, head_dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Split a fused projection like ``split_and_rotate``, for a layer without rotary positions."""
-    groups = qkv.view(qkv.shape[0], kv_heads, -1, head_dim)  # [T, G, R + 2, H]
-    q = groups[:, :, :-2].flatten(1, 2)
-    k = groups[:, :, -2].contiguous()
-    v = groups[:, :, -1].contiguous()
-    return q, k, v
+    tokens = qkv.shape[0]
+    groups = qkv.view(tokens, kv_heads, -1, head_dim)  # [T, G, R + 2, H]
+    queries = groups[:, :, :-2]
+    keys = groups[:, :, -2]
+    values = groups[:, :, -1]
+    return queries.flatten(1, 2), keys.contiguous(), values.contiguous()
 
 
 def split_and_rotate(

@@ -200,6 +200,7 @@ FAMILY = [
     Layout(tensor=2, mode="mtp", parallel=CUT, family="qwen3"),
     Layout(tensor=2, mode="mtp", parallel=CUT, adam=True, family="qwen3"),
     Layout(mode="isp", weight=2, adam=True, family="qwen2"),
+    *(Layout(**SPLIT, mode=mode, family="mistral") for mode in ("mtp", "fsp")),
     Layout(tensor=2, mode="msp", pipeline=2, family="mistral"),
     Layout(tensor=2, mode="isp", weight=2, family="mistral", adam=True),
     Layout(tensor=4, mode="isp", family="llama3"),

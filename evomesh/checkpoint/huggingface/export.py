@@ -18,6 +18,7 @@ from torch import Tensor
 
 import evomesh
 from evomesh.checkpoint.huggingface.compare_logits import (
+    TOLERANCE,
     largest_logit_difference,
     native_logits,
     tolerance_of,
@@ -313,6 +314,8 @@ def _compare(job: _WeightExport, folder: Path, rotary: RotaryScaling) -> Iterato
     """
     dtype = job.dtype_name
     model = job.model
+    # What is normalized and then rounded differs from what is rounded first.
+    tolerance = tolerance_of(model, dtype) if job.normalizes_head else TOLERANCE
     changes = {
         "use_dynamic_ntk_rope": rotary.type == "dynamic",
         "rope_scaling_factor": rotary.factor,
@@ -331,18 +334,18 @@ def _compare(job: _WeightExport, folder: Path, rotary: RotaryScaling) -> Iterato
         theirs,
         str(folder),
         sides=("the native model", by),
-        tolerance=tolerance_of(model, dtype),
+        tolerance=tolerance,
     )
     largest = f"(largest logit {ours.abs().max():.3g})"
     yield f"largest logit difference between the native model and {by}: {difference:.3g} {largest}"
 
     original = find_original(job.found.state)
     if original is not None and has_transformers():
-        yield _compare_with_original(original, theirs, folder, dtype)
+        yield _compare_with_original(original, theirs, folder, dtype, tolerance)
 
 
 def _compare_with_original(
-    original: Original, exported: Tensor, folder: Path, dtype: str
+    original: Original, exported: Tensor, folder: Path, dtype: str, tolerance: float
 ) -> str:
     """Compare the logits of the written folder with those of the one that the checkpoint was imported from."""
     try:
@@ -350,7 +353,9 @@ def _compare_with_original(
     except CheckpointError as error:
         return f"the original {original.path} was not compared: {error.found}"
     sides = ("the exported folder", f"the original {original.path}")
-    difference = largest_logit_difference(exported, before, str(folder), sides=sides)
+    difference = largest_logit_difference(
+        exported, before, str(folder), sides=sides, tolerance=tolerance
+    )
     return f"largest logit difference between {' and '.join(sides)}, both in transformers: {difference:.3g}"
 
 

@@ -77,6 +77,9 @@ def stock_logits(folder: Path, dtypes: Sequence[str]) -> Tensor:
         model = _loaded(folder, dtypes[0], transformers)
     for module in model.modules():
         _round_while_running(module, dtypes)
+    if _is_baichuan2(record):
+        # After the hook that rounds the rows, as Baichuan2 normalizes what is stored.
+        model.lm_head.register_forward_pre_hook(_normalize_rows)
     batch = fixed_batch(model.config.vocab_size)
     model.eval()
     logits: Tensor = model(batch, use_cache=False).logits
@@ -147,14 +150,23 @@ def _round(value: Tensor, dtypes: Sequence[str]) -> Tensor:
     return value
 
 
+def _is_baichuan2(record: dict[str, Any]) -> bool:
+    """Return whether a folder is of Baichuan2; the first Baichuan has a vocabulary of 64,000 and a plain head."""
+    return bool(record["model_type"] == "baichuan" and record["vocab_size"] != 64000)
+
+
+def _normalize_rows(head: nn.Module, _: Any) -> None:
+    rows = head.get_parameter("weight")
+    head.weight = nn.Parameter(rows / rows.norm(dim=1, keepdim=True))
+
+
 def _as_llama(folder: Path, record: dict[str, Any], transformers: Any) -> Any:
     """Build the Llama that a folder of InternLM, InternLM2, InternLM3 or Baichuan describes.
 
     All are Llamas with biases that are switched by ``bias``; InternLM2 has other names
     and one matrix for queries, keys and values. In InternLM3 ``bias`` is that of the
     attention output and the feed-forward network, ``qkv_bias`` the others'. Baichuan has
-    one matrix with the rows of q, of k and of v, and Baichuan2 normalizes those of the
-    head; Baichuan, which does not, has a vocabulary of 64,000.
+    one matrix with the rows of q, of k and of v.
     """
     kind = record["model_type"]
     settings = _llama_settings(record)
@@ -163,7 +175,7 @@ def _as_llama(folder: Path, record: dict[str, Any], transformers: Any) -> Any:
     if kind == "internlm2":
         weights = _llama_names(weights, config)
     if kind == "baichuan":
-        weights = _llama_of_baichuan(weights, config)
+        weights = _without_w_pack(weights)
     if config.tie_word_embeddings and "lm_head.weight" not in weights:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     with torch.device("meta"):
@@ -267,11 +279,8 @@ def _llama_names(weights: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     return renamed
 
 
-def _llama_of_baichuan(weights: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-    """Return Baichuan's weights as Llama's.
-
-    W_pack is split in three, and the head is as its model uses it.
-    """
+def _without_w_pack(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return Baichuan's weights with the rows of each W_pack in three matrices: of q, of k and of v."""
     renamed: dict[str, Tensor] = {}
     for name, value in weights.items():
         if ".W_pack." not in name:
@@ -281,11 +290,6 @@ def _llama_of_baichuan(weights: dict[str, Tensor], config: Any) -> dict[str, Ten
         for part, rows in zip(QKV, parts, strict=True):
             llama = name.replace("W_pack", part)
             renamed[llama] = rows.contiguous()
-    if config.vocab_size != 64000:
-        name = "lm_head.weight"
-        head = renamed[name].double()
-        lengths = head.norm(dim=1, keepdim=True)
-        renamed[name] = head / lengths
     return renamed
 
 

@@ -479,6 +479,46 @@ def test_what_has_no_counterpart_is_refused(
 
 
 @pytest.mark.parametrize(
+    ("name", "changes", "lines"),
+    [
+        (
+            "Phi3",
+            {"intermediate_size": 100},
+            [
+                "intermediate_size is 100, but model.layers.0.mlp.gate_up_proj.weight is [128, 32]",
+                "model.layers.1.mlp.gate_up_proj.weight is [128, 32], not [200, 32]",
+            ],
+        ),
+        (
+            "Phi3",
+            {"num_key_value_heads": 4},
+            ["layers.1.self_attn.qkv_proj.weight is [64, 32], not [96, 32]"],
+        ),
+        (
+            "SmolLM3",
+            {"mlp_bias": True},
+            ["missing (6): model.layers.0.mlp.gate_proj.bias [64]"],
+        ),
+        (
+            "Llama",
+            {"model_type": "phi5", "architectures": ["Phi5ForCausalLM"]},
+            ["model_type 'phi5' (Phi5ForCausalLM)", "phi3", "register_model"],
+        ),
+    ],
+)
+def test_a_folder_of_other_tensors_is_refused_with_both_shapes(
+    name: str, changes: dict[str, Any], lines: list[str], tmp_path: Path
+) -> None:
+    stock_folder(name, tmp_path / "hf")
+    config = tmp_path / "hf" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    with pytest.raises(CheckpointError) as caught:
+        from_hf(str(tmp_path / "hf"), str(tmp_path / "c"), None, True, print)
+    for line in lines:
+        assert line in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("settings", "window", "types"),
     [
         ({"sliding_window": 5}, None, None),

@@ -99,6 +99,20 @@ def test_a_folder_becomes_a_checkpoint_and_the_same_folder_again(
     assert record["model_type"] == DEFAULT[name]
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("arch", [None, "baichuan"])
+def test_a_head_whose_rows_are_normalized_passes_the_check_in_16_bits(
+    arch: Any, dtype: str, tmp_path: Path
+) -> None:
+    save_reference(FOLDERS["baichuan2"], tmp_path / "hf")
+    lines: list[str] = []
+    from_hf(str(tmp_path / "hf"), str(tmp_path / "c"), dtype, True, lines.append)
+    options = replace(QUIET, arch=arch)
+    export(found_in(tmp_path / "c"), tmp_path / "back", options, lines.append)
+    compared = [line for line in lines if "largest logit difference" in line]
+    assert len(compared) == 3
+
+
 @pytest.mark.parametrize("name", FOLDERS)
 def test_generation_repeats_the_reference_token_by_token(
     name: str, tmp_path: Path
