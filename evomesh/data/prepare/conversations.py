@@ -99,7 +99,8 @@ def tokenize_chats(
     paths = _output_paths(Path(output), options.split_ratio)
 
     # 2. First pass over the input: count the conversations and draw the held-out ones.
-    held_out = _draw_held_out(files, options)
+    sizes = _count_conversations(files)
+    held_out = _draw_held_out(sum(sizes.values()), options)
     sources = describe_sources(files)
     input_size = sum(file.size for file in files)
 
@@ -111,15 +112,16 @@ def tokenize_chats(
         ]
         for writer in writers:
             check_same_tokenizer(writer, tokenizer)
-        done = 0
+        has_target: list[bool] = []
         num_threads = workers or os.cpu_count() or 1
         for chunk in _encode(files, template, options, num_threads):
             documents = [
                 _truncate(ids, template.ending, options.max_length, counts)
                 for ids in chunk
             ]
+            done = len(has_target)
             is_held_out = held_out[done : done + len(chunk)]
-            _write(documents, is_held_out, writers, template.ending, counts)
+            has_target += _write(documents, is_held_out, writers, template.ending)
             done += len(chunk)
             if progress:
                 bytes_read = input_size * done // len(held_out)
@@ -127,7 +129,9 @@ def tokenize_chats(
                 progress(bytes_read, done, tokens)
 
         # 4. All files are complete: give them their names.
-        _check_any_target(counts, len(held_out), writers, files, options)
+        counts.without_target = has_target.count(False)
+        _check_files(has_target, sizes, counts, options)
+        _check_sets(writers, len(held_out), counts, options)
         facts = describe_tokenizer(tokenizer) | {"options": asdict(options)}
         facts |= asdict(counts)
         fingerprints = _commit(writers, sources, facts)
@@ -147,31 +151,43 @@ def _commit(
     return fingerprints
 
 
-def _check_any_target(
+def _check_files(
+    has_target: Sequence[bool],
+    sizes: dict[str, int],
     counts: ChatCounts,
-    conversations: int,
-    writers: Sequence[BinWriter],
-    files: list[SourceFile],
     options: ChatOptions,
 ) -> None:
-    """Refuse input that leaves one of the files empty, before any file gets its name."""
-    is_any_empty = any(not writer.documents for writer in writers)
-    if is_any_empty and counts.without_target < conversations:
-        raise UserError(
-            f"no conversation is left for one of the two sets: {counts.without_target} of {conversations} have no "
-            "target",
-            where="--split-ratio",
-            expected=f"messages of {', '.join(options.roles)} in both sets",
-            fix="give more conversations, or draw others with --seed",
-        )
-    if counts.without_target == conversations:
-        raise UserError(
-            f"none of the {conversations} conversations has a target ({counts.truncated} of them were truncated to "
-            f"{options.max_length} tokens)",
-            where=str(files[0].path),
-            expected=f"messages of {', '.join(options.roles)} that are not excluded",
-            fix="check --train-on, --max-length and the flags of the messages",
-        )
+    """Refuse an input file of which nothing would be left, before any output gets its name."""
+    start = 0
+    for name, size in sizes.items():
+        end = start + size
+        if size and not any(has_target[start:end]):
+            raise UserError(
+                f"none of the {size} conversations has a target ({counts.truncated} of all were truncated to "
+                f"{options.max_length} tokens)",
+                where=name,
+                expected=f"messages of {', '.join(options.roles)} that are not excluded",
+                fix="check --train-on, --max-length and the flags of the messages, or leave the file out",
+            )
+        start = end
+
+
+def _check_sets(
+    writers: Sequence[BinWriter],
+    conversations: int,
+    counts: ChatCounts,
+    options: ChatOptions,
+) -> None:
+    """Refuse input that leaves one of the two sets empty."""
+    if all(writer.documents for writer in writers):
+        return
+    raise UserError(
+        f"no conversation is left for one of the two sets: {counts.without_target} of {conversations} have no "
+        "target",
+        where="--split-ratio",
+        expected=f"messages of {', '.join(options.roles)} in both sets",
+        fix="give more conversations, or draw others with --seed",
+    )
 
 
 def _check_roles(roles: Sequence[str]) -> None:
@@ -202,11 +218,20 @@ def _read_all(files: list[SourceFile]) -> Iterator[SourceRecord]:
         yield from read_records(stream, file)
 
 
-def _draw_held_out(files: list[SourceFile], options: ChatOptions) -> NDArray[np.bool_]:
-    """Return whether each conversation is held out; drawn without replacement, so that the share is exact."""
-    total = sum(1 for _ in _read_all(files))
-    if not total:
+def _count_conversations(files: list[SourceFile]) -> dict[str, int]:
+    """Return the number of conversations of each file, in the order in which they are read."""
+    sizes: dict[str, int] = {}
+    for file, stream, _ in open_files(files):
+        count = sum(1 for _ in read_records(stream, file))
+        name = str(file.path)
+        sizes[name] = sizes.get(name, 0) + count
+    if not any(sizes.values()):
         raise UserError("the input contains no conversation", where=str(files[0].path))
+    return sizes
+
+
+def _draw_held_out(total: int, options: ChatOptions) -> NDArray[np.bool_]:
+    """Return whether each conversation is held out; drawn without replacement, so that the share is exact."""
     count = int(total * options.split_ratio)
     if options.split_ratio and not 0 < count < total:
         raise UserError(
@@ -267,18 +292,22 @@ def _write(
     held_out: NDArray[np.bool_],
     writers: Sequence[BinWriter],
     ending: list[int],
-    counts: ChatCounts,
-) -> None:
-    """Write each document to the training file (the first) or the held-out file; one without a target to neither."""
+) -> list[bool]:
+    """Write each document to the training file (the first) or the held-out file; one without a target to neither.
+
+    Returns:
+        whether each document has a target.
+    """
+    found: list[bool] = []
     kept: list[list[list[int]]] = [[] for _ in writers]
     for document, is_held_out in zip(documents, held_out, strict=True):
         # The first token has no predecessor, and the ending alone teaches nothing.
         stop = len(document) - len(ending)
         has_target = any(token > 0 for token in document[1:stop])
-        if not has_target:
-            counts.without_target += 1
-            continue
-        set_number = int(is_held_out)
-        kept[set_number].append(document)
+        found.append(has_target)
+        if has_target:
+            set_number = int(is_held_out)
+            kept[set_number].append(document)
     for writer, chosen in zip(writers, kept, strict=True):
         writer.write(chosen, masked=True)
+    return found

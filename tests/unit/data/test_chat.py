@@ -294,6 +294,36 @@ def test_conversations_without_any_target_are_an_error(
         )
 
 
+def test_one_of_many_files_without_any_target_is_an_error(
+    folder: Path, tmp_path: Path
+) -> None:
+    muted = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yo", "loss": False},
+    ]
+    rows = [{"messages": TURNS}, {"messages": muted}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "b.jsonl").write_text(json.dumps(rows[1]))
+    names = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
+    options = ChatOptions("messages", template="chatml")
+    with pytest.raises(UserError, match=r"b.jsonl: none of the 1 conversations"):
+        tokenize_chats(
+            find_source_files(names),
+            tmp_path / "o.bin",
+            load_tokenizer(folder),
+            options,
+        )
+    assert not (tmp_path / "o.bin").exists()
+    # A conversation without one is left out and counted.
+    _, counts = tokenize_chats(
+        find_source_files(names[:1]),
+        tmp_path / "o.bin",
+        load_tokenizer(folder),
+        options,
+    )
+    assert counts.without_target == 1
+
+
 def write_alpaca(path: Path, count: int) -> Path:
     path.write_text(
         json.dumps([ALPACA | {"output": f"answer {n}"} for n in range(count)])
