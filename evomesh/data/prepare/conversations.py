@@ -107,11 +107,7 @@ def tokenize_chats(
     # 3. Second pass: encode every conversation and write it to its file.
     counts = ChatCounts()
     with ExitStack() as stack:
-        writers = [
-            stack.enter_context(BinWriter(path, append=append)) for path in paths
-        ]
-        for writer in writers:
-            check_same_tokenizer(writer, tokenizer)
+        writers = _open_writers(paths, tokenizer, append, stack)
         has_target: list[bool] = []
         num_threads = workers or os.cpu_count() or 1
         for chunk in _encode(files, template, options, num_threads):
@@ -136,6 +132,18 @@ def tokenize_chats(
         facts |= asdict(counts)
         fingerprints = _commit(writers, sources, facts)
     return fingerprints, counts
+
+
+def _open_writers(
+    paths: Sequence[Path], tokenizer: Tokenizer, append: bool, stack: ExitStack
+) -> list[BinWriter]:
+    """Open the files to write, which ``stack`` closes; one that is appended to has the same tokenizer."""
+    writers = []
+    for path in paths:
+        writer = stack.enter_context(BinWriter(path, append=append))
+        check_same_tokenizer(writer, tokenizer)
+        writers.append(writer)
+    return writers
 
 
 def _commit(
