@@ -91,17 +91,17 @@ def build_backend(path: Path, folder: TokenizerFolder) -> FolderBackend:
 
     # Tokens that the folder adds: those with ids first, then those with names.
     named = _specs(draft.tokens | folder.named)
-    special = {name: token.content for name, token in named.items()}
+    without_id = [*named.values(), *draft.extra]
     _add_tokens(backend, draft.added, folder)
-    _add_missing(backend, [*named.values(), *draft.extra])
+    _add_missing(backend, without_id)
     if draft.class_name == "Qwen2Tokenizer":
         # The class adds them once more, without flags for the spaces around them.
-        extra = [token.content for token in draft.extra]
-        _add_again(backend, [*special.values(), *extra])
+        _add_again(backend, [token.content for token in without_id])
     backend.encode_special_tokens = bool(folder.settings.get("split_special_tokens"))
     backend.no_truncation()
     backend.no_padding()
 
+    special = {name: token.content for name, token in named.items()}
     bos = special.get("bos_token")
     if bos is not None and _sets_bos(draft, folder, is_json):
         set_leading_bos(backend, bos, backend.token_to_id(bos))
@@ -113,11 +113,14 @@ def build_backend(path: Path, folder: TokenizerFolder) -> FolderBackend:
 def leading_ids(backend: Any) -> list[int]:
     """Return the ids that a tokenizer puts in front of texts: of bos, of two marks as with GLM, or none."""
     text = "a"
-    plain = backend.encode(text, add_special_tokens=False).ids
-    whole = backend.encode(text, add_special_tokens=True).ids
-    for start in range(len(whole) - len(plain) + 1):
-        if whole[start : start + len(plain)] == plain:
-            return list(whole[:start])
+    plain: list[int] = backend.encode(text, add_special_tokens=False).ids
+    whole: list[int] = backend.encode(text, add_special_tokens=True).ids
+    # Of "a" as [7] and as [1, 7, 2], the first one stands in front.
+    num_added = len(whole) - len(plain)
+    for start in range(num_added + 1):
+        end = start + len(plain)
+        if whole[start:end] == plain:
+            return whole[:start]
     return []
 
 
@@ -181,10 +184,14 @@ def _pieces_of(record: dict[str, Any], post_processor: Any) -> Pieces:
     model = record["model"]
     vocabulary = model.get("vocab") or {}
     if isinstance(vocabulary, list):
-        vocabulary = {piece: number for number, (piece, _) in enumerate(vocabulary)}
+        # Of a unigram model: pieces with scores, in the order of their ids.
+        pieces = [piece for piece, _ in vocabulary]
+        vocabulary = {piece: number for number, piece in enumerate(pieces)}
     merges = []
     for merge in model.get("merges") or []:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        # A pair, or in older files a text such as "th e".
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        left, right = pair
         merges.append((left, right))
     return Pieces(vocabulary, merges, post_processor)
 

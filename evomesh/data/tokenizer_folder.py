@@ -153,12 +153,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _named_tokens(settings: dict[str, Any]) -> dict[str, AddedTokenSpec | None]:
     """Return the special tokens that have a name: bos_token and the like, image_token and others of a model."""
-    named: dict[str, Any] = {
-        name: settings[name] for name in SPECIAL_NAMES if name in settings
-    }
+    named: dict[str, Any] = {}
     for name, token in settings.items():
-        is_token = isinstance(token, (str, dict)) and name.endswith("_token")
-        if is_token and name not in SPECIAL_NAMES:
+        # null says that there is no such token; add_bos_token and the like are no names.
+        is_usual = name in SPECIAL_NAMES
+        is_of_model = name.endswith("_token") and isinstance(token, (str, dict))
+        if is_usual or is_of_model:
             named[name] = token
     for key in ("extra_special_tokens", "model_specific_special_tokens"):
         if isinstance(settings.get(key), dict):
