@@ -13,6 +13,26 @@ def architecture_findings(model: ModelConfig) -> Iterator[ConfigFinding]:
     """Yield each key that has another value than all models of the family have."""
     family = model.model_type
     facts = FAMILY_FACTS.get(family)
+    yield from _contradictions(model)
+    if facts is None or facts.architecture is None:
+        return  # a custom model and InternEvo's families decide for themselves
+    for key in ARCHITECTURE_KEYS:
+        wanted = facts.architecture.get(key, ModelConfig.model_fields[key].default)
+        value = getattr(model, key)
+        if value == wanted or key in facts.free:
+            continue
+        having = [
+            name for name, others in FAMILY_FACTS.items() if others.may_have(key, value)
+        ]
+        yield ConfigFinding(
+            (f"model.{key}",),
+            f"{key} is {value!r}, and {family} models have {key}={wanted!r}",
+            fix=f"remove model.{key}, or take model_type {' or '.join(having)}",
+        )
+
+
+def _contradictions(model: ModelConfig) -> Iterator[ConfigFinding]:
+    """Yield keys of which one leaves no meaning to another."""
     if model.norm_placement != "before" and model.apply_post_layer_norm:
         yield ConfigFinding(
             ("model.apply_post_layer_norm", "model.norm_placement"),
@@ -20,20 +40,23 @@ def architecture_findings(model: ModelConfig) -> Iterator[ConfigFinding]:
             expected="one of them",
             fix="remove model.apply_post_layer_norm",
         )
-    if facts is None or facts.architecture is None:
-        return  # a custom model and InternEvo's families decide for themselves
-    for key in ARCHITECTURE_KEYS:
-        wanted = facts.architecture.get(key, ModelConfig.model_fields[key].default)
-        value = getattr(model, key)
-        if value == wanted:
-            continue
-        having = [
-            name
-            for name, others in FAMILY_FACTS.items()
-            if others.architecture is None or others.architecture.get(key) == value
-        ]
+    if model.add_unit_offset and model.norm_type != "rmsnorm":
         yield ConfigFinding(
-            (f"model.{key}",),
-            f"{key} is {value!r}, and {family} models have {key}={wanted!r}",
-            fix=f"remove model.{key}, or take model_type {' or '.join(having)}",
+            ("model.add_unit_offset", "model.norm_type"),
+            f"add_unit_offset with norm_type={model.norm_type!r}",
+            expected="norm_type='rmsnorm', whose weights alone can be offset",
+            fix="remove model.add_unit_offset",
+        )
+    if model.gate_activation != "silu" and not model.use_swiglu:
+        yield ConfigFinding(
+            ("model.gate_activation", "model.use_swiglu"),
+            "gate_activation with use_swiglu=False, whose network has no gate",
+            expected="one of them",
+            fix="remove model.use_swiglu",
+        )
+    if model.local_rope_base is not None and model.sliding_window is None:
+        yield ConfigFinding(
+            ("model.local_rope_base", "model.sliding_window"),
+            "local_rope_base without sliding_window: no layer has a window",
+            fix="set model.sliding_window and model.layer_types, or remove model.local_rope_base",
         )

@@ -24,6 +24,7 @@ class FamilyFacts:
         mlp_bias: whether its feed-forward networks may have biases.
         nope_interval: one of so many layers has no rotary positions by default; None: all layers of the family rotate.
         grouped: whether several query heads may share a key/value head.
+        free: those of these keys that the config decides in a family that fixes the others.
     """
 
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -34,6 +35,7 @@ class FamilyFacts:
     layer_types: bool = False
     architecture: dict[str, Any] | None = field(default_factory=dict)
     mlp_bias: bool = False
+    free: tuple[str, ...] = ()
     nope_interval: int | None = None
     grouped: bool = True
 
@@ -42,11 +44,32 @@ class FamilyFacts:
         """Return whether the family may have layers without rotary positions."""
         return self.nope_interval is not None
 
+    def may_have(self, key: str, value: Any) -> bool:
+        """Return whether a model of the family may have this value, no default, of one of ``ARCHITECTURE_KEYS``."""
+        if self.architecture is None or key in self.free:
+            return True
+        return bool(self.architecture.get(key) == value)
+
 
 # Keys that tell the newer architectures apart. In a family of transformers they have one
 # value each, or its folders could not say which; in InternEvo's families they are free.
-ARCHITECTURE_KEYS = ("norm_placement", "qk_norm_over")
+ARCHITECTURE_KEYS = (
+    "norm_placement",
+    "qk_norm_over",
+    "add_unit_offset",
+    "scale_embeddings",
+    "gate_activation",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "local_rope_base",
+)
 
+_GEMMA: dict[str, Any] = {
+    "add_unit_offset": True,
+    "scale_embeddings": True,
+    "gate_activation": "gelu_tanh",
+}
 FAMILY_FACTS: dict[str, FamilyFacts] = {
     "INTERNLM": FamilyFacts(
         qkv_bias=True, o_bias=True, architecture=None, grouped=False
@@ -96,6 +119,36 @@ FAMILY_FACTS: dict[str, FamilyFacts] = {
         {"no_bias": True, "qk_norm": True},
         qk_norm=True,
         architecture={"norm_placement": "after", "qk_norm_over": "projection"},
+    ),
+    "GEMMA": FamilyFacts(
+        {"no_bias": True, "tie_word_embeddings": True},
+        qk_norm=False,
+        architecture=_GEMMA,
+    ),
+    "GEMMA2": FamilyFacts(
+        {
+            "no_bias": True,
+            "tie_word_embeddings": True,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        qk_norm=False,
+        sliding_window=True,
+        layer_types=True,
+        architecture=_GEMMA | {"norm_placement": "both"},
+        free=(
+            "query_pre_attn_scalar",
+            "attn_logit_softcapping",
+            "final_logit_softcapping",
+        ),
+    ),
+    "GEMMA3": FamilyFacts(
+        {"no_bias": True, "tie_word_embeddings": True, "qk_norm": True},
+        qk_norm=True,
+        sliding_window=True,
+        layer_types=True,
+        architecture=_GEMMA | {"norm_placement": "both"},
+        free=("query_pre_attn_scalar", "final_logit_softcapping", "local_rope_base"),
     ),
 }
 

@@ -21,10 +21,6 @@ _IMAGES = ForeignModel(
     "it is multimodal, and evomesh trains on text",
     "take the language model alone, such as LLAMA2",
 )
-_NOT_YET = ForeignModel(
-    "this family is not available yet",
-    "register a builder with evomesh.register_model",
-)
 _FROM_FOLDER = ForeignModel(
     "model code of other packages is not run",
     'remove model_type and set model.from_hf="FOLDER", whose config.json gives the family',
@@ -32,7 +28,6 @@ _FROM_FOLDER = ForeignModel(
 _FOREIGN: dict[str, ForeignModel] = {
     "LLAVA": _IMAGES,
     "CHAMELEON": _IMAGES,
-    "GEMMA": _NOT_YET,
 }
 
 

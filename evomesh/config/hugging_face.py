@@ -8,19 +8,23 @@ for the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast, get_args
 
 from pydantic import ValidationError
 
-from evomesh.config.families import FAMILY_FACTS, architecture_of
+from evomesh.config.families import FAMILY_FACTS
+from evomesh.config.hugging_face_architecture import (
+    architecture_settings,
+    local_rope_base,
+)
 from evomesh.config.hugging_face_facts import (
     HUGGING_FACE_FACTS,
     HuggingFaceFacts,
     Switch,
 )
+from evomesh.config.hugging_face_record import ConfigRecord, LayerReader, joined
 from evomesh.config.rope import (
     OPTIONAL,
     REQUIRED,
@@ -28,7 +32,7 @@ from evomesh.config.rope import (
     RopeType,
     scaling_problems,
 )
-from evomesh.config.schema import DType, LayerType, ModelConfig
+from evomesh.config.schema import DType, ModelConfig
 from evomesh.errors import UserError
 from evomesh.user_files import read_json
 
@@ -70,15 +74,7 @@ def read_model(
     Raises:
         UserError: an architecture or a setting that cannot be represented here, or a key that is absent.
     """
-    kind = record.get("model_type")
-    if not isinstance(kind, str) or kind not in HUGGING_FACE_FACTS:
-        raise UserError(
-            f"unknown architecture: model_type {kind!r} ({_joined(record.get('architectures'))})",
-            where=where,
-            expected=f"one of {', '.join(HUGGING_FACE_FACTS)}",
-            fix="import a folder of one of these, or write the model yourself: evomesh.register_model",
-        )
-    facts = HUGGING_FACE_FACTS[kind]
+    facts = _facts_of(record, where)
     reader = _ConfigReader(record, where, facts)
     hidden = reader.positive_integer("hidden_size")
     heads = reader.positive_integer("num_attention_heads")
@@ -107,8 +103,7 @@ def read_model(
         head_dim=head_dim,
         **biases,
         qk_norm=bool(FAMILY_FACTS[family].qk_norm),
-        **architecture_of(family),
-        **reader.layer_settings(),
+        **LayerReader(record, where, facts).settings(),
         layer_norm_epsilon=reader.number("rms_norm_eps", 1e-6),
         qk_interleaved=False,
         rope_base=reader.rope_base(),
@@ -117,8 +112,37 @@ def read_model(
         max_position_embeddings=reader.max_position(),
         rope_scaling=reader.rope_scaling(head_dim),
         **reader.head_settings(),
+        **architecture_settings(record, where, facts, head_dim),
     )
+    settings["local_rope_base"] = reader.local_rope_base(settings)
     return reader.validated(settings)
+
+
+def _facts_of(record: dict[str, Any], where: str) -> HuggingFaceFacts:
+    """Return the facts of the architecture that a config.json names.
+
+    Raises:
+        UserError: it is unknown.
+    """
+    kind = record.get("model_type")
+    if not isinstance(kind, str) or kind not in HUGGING_FACE_FACTS:
+        raise UserError(
+            f"unknown architecture: model_type {kind!r} ({joined(record.get('architectures'))})",
+            where=where,
+            expected=f"one of {', '.join(HUGGING_FACE_FACTS)}",
+            fix=_fix_of_unknown(record),
+        )
+    return HUGGING_FACE_FACTS[kind]
+
+
+def _fix_of_unknown(record: dict[str, Any]) -> str:
+    inner = record.get("text_config")
+    if isinstance(inner, dict) and inner.get("model_type") in HUGGING_FACE_FACTS:
+        return (
+            f"its language model is of type {inner['model_type']!r}: save that alone with transformers, "
+            "and import that folder"
+        )
+    return "import a folder of one of these, or write the model yourself: evomesh.register_model"
 
 
 def _mlp_ratio(width: int, hidden: int) -> tuple[float, int]:
@@ -131,24 +155,8 @@ def _mlp_ratio(width: int, hidden: int) -> tuple[float, int]:
     return (width + 0.5) / hidden, multiple
 
 
-@dataclass(frozen=True)
-class _ConfigReader:
+class _ConfigReader(ConfigRecord):
     """Reads and checks settings of a config.json."""
-
-    record: dict[str, Any]
-    where: str
-    facts: HuggingFaceFacts
-
-    def positive_integer(self, key: str) -> int:
-        value = self.record.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(
-                f"{key} is {value!r}", where=self.where, expected="a positive integer"
-            )
-        return value
-
-    def number(self, key: str, default: float) -> float:
-        return self._as_number(key, self.record.get(key, default))
 
     def kv_heads(self, heads: int) -> int:
         """Return the number of key/value heads; absent or null, it is that of the query heads."""
@@ -174,24 +182,6 @@ class _ConfigReader:
                 expected="the sizes of a model",
             ) from None
 
-    def _as_number(self, key: str, value: Any) -> float:
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise UserError(
-                f"{key} is {value!r}", where=self.where, expected="a number"
-            )
-        return float(value)
-
-    def _mapping(self, key: str) -> dict[str, Any]:
-        """Return a value that is a JSON object, or {} where it is absent or null."""
-        value = self.record.get(key)
-        if value is None:
-            return {}
-        if not isinstance(value, dict):
-            raise UserError(
-                f"{key} is {value!r}", where=self.where, expected="a JSON object"
-            )
-        return value
-
     def dtype(self, override: str | None) -> DType:
         record = self.record
         found = (
@@ -211,14 +201,11 @@ class _ConfigReader:
         Raises:
             UserError: one of them is in use.
         """
-        activation = self.record.get("hidden_act", "silu")
         head_dim = self.record.get("head_dim")
         kv_heads = self.record.get("num_key_value_heads")
         groups = self.kv_heads(heads)
         setting = None
-        if activation not in ("silu", "swish"):
-            setting = f"hidden_act {activation!r}"
-        elif self.record.get("mlp_bias") and not self.facts.mlp_bias:
+        if self.record.get("mlp_bias") and not self.facts.mlp_bias:
             setting = "mlp_bias"
         elif self._partial_rotary() != 1:
             setting = f"partial_rotary_factor {self._partial_rotary()}"
@@ -248,6 +235,14 @@ class _ConfigReader:
             fix="take Baichuan2-7B, or another family",
         )
 
+    def local_rope_base(self, settings: Mapping[str, Any]) -> float | None:
+        """Return the rotary base of layers with a window, None where they have the angles of all layers."""
+        if settings["sliding_window"] is None:
+            return None
+        base = local_rope_base(self.record, self.where, self.facts)
+        is_scaled = settings["rope_scaling"] or settings["use_dynamic_ntk_rope"]
+        return None if base == settings["rope_base"] and not is_scaled else base
+
     def head_settings(self) -> dict[str, bool]:
         """Return whether the output head is the embedding, and whether its rows are normalized.
 
@@ -256,7 +251,9 @@ class _ConfigReader:
         vocab_size = self.positive_integer("vocab_size")
         is_baichuan = self.facts.family == "BAICHUAN2"
         return {
-            "tie_word_embeddings": bool(self.record.get("tie_word_embeddings", False)),
+            "tie_word_embeddings": bool(
+                self.record.get("tie_word_embeddings", self.facts.tied)
+            ),
             "norm_head": is_baichuan and vocab_size != BAICHUAN_1_VOCAB,
         }
 
@@ -282,86 +279,9 @@ class _ConfigReader:
             return switch
         return bool(self.record.get(switch, self.facts.bias_default))
 
-    def sliding_window(self) -> int | None:
-        """Return the window; where the file has none, what transformers takes for its type."""
-        keys = self.facts.window
-        if keys == "none":
-            return None
-        if keys == "switch" and not self.record.get("use_sliding_window", False):
-            return None
-        if "sliding_window" not in self.record:
-            return self.facts.window_default
-        if self.record["sliding_window"] is None:
-            return None
-        return self.positive_integer("sliding_window")
-
-    def nope_layers(self) -> tuple[int, ...]:
-        """Return the layers without rotation: those with a 0 in ``no_rope_layers``, else every ``nope_interval``-th."""
-        if self.facts.nope_interval is None:
-            return ()
-        layers = self.positive_integer("num_hidden_layers")
-        rotates = self.record.get("no_rope_layers")
-        if rotates is None:
-            interval = self.record.get(
-                "no_rope_layer_interval", self.facts.nope_interval
-            )
-            rotates = [(layer + 1) % interval for layer in range(layers)]
-        # Longer lists are those of a larger model: transformers reads as many as there
-        # are layers.
-        if not isinstance(rotates, list) or len(rotates) < layers:
-            raise UserError(
-                f"no_rope_layers is {rotates!r}",
-                where=self.where,
-                expected=f"{layers} numbers: 0 for a layer without rotary positions, 1 for the others",
-            )
-        return tuple(layer for layer in range(layers) if not rotates[layer])
-
-    def layer_types(self) -> tuple[LayerType, ...] | None:
-        """Return which layers have the window; None: all of them, as in Mistral.
-
-        Qwen's older files have ``max_window_layers`` instead of a list: layers from
-        that one on have the window, in transformers from layer 28 on without a number.
-        In SmolLM3 it is those without rotation.
-        """
-        layers = self.positive_integer("num_hidden_layers")
-        if self.facts.window != "switch":
-            return None
-        types = self.record.get("layer_types")
-        if types is None:
-            first = self.number("max_window_layers", 28)
-            windowed = [layer for layer in range(layers) if layer >= first]
-            if self.facts.nope_interval is not None:
-                windowed = list(self.nope_layers())
-            return tuple(
-                "sliding_attention" if layer in windowed else "full_attention"
-                for layer in range(layers)
-            )
-        known = get_args(LayerType)
-        if len(types) != layers or not set(types) <= set(known):
-            raise UserError(
-                f"layer_types has {len(types)} entries: {_joined(types)}",
-                where=self.where,
-                expected=f"{layers} of {' or '.join(known)}",
-            )
-        return tuple(types)
-
-    def layer_settings(self) -> dict[str, Any]:
-        """Return the window, ``layer_types`` and ``nope_layers``, each meaning written in one way."""
-        window = self.sliding_window()
-        types = self.layer_types() if window is not None else None
-        if types is not None and "sliding_attention" not in types:
-            window = None
-        if window is None or types is None or "full_attention" not in types:
-            types = None
-        return {
-            "sliding_window": window,
-            "layer_types": types,
-            "nope_layers": self.nope_layers(),
-        }
-
     def _partial_rotary(self) -> float:
         key = "partial_rotary_factor"
-        return self._as_number(key, self._rope().get(key) or self.record.get(key) or 1)
+        return self.as_number(key, self._rope().get(key) or self.record.get(key) or 1)
 
     def _rope(self) -> dict[str, Any]:
         """Return the rotary settings: the newer spelling before the older one, InternLM's last.
@@ -369,8 +289,11 @@ class _ConfigReader:
         But InternLM's ``rotary.type`` "origin" comes first: editing this one word must
         turn dynamic scaling off, as InternEvo's guide describes.
         """
-        rope = self._mapping("rope_scaling") | self._mapping("rope_parameters")
-        rotary = self._mapping("rotary")
+        newer = self.mapping("rope_parameters")
+        # Gemma 3 has settings for each kind of layer; those of windows are its local base.
+        newer = newer.get("full_attention") or newer
+        rope = self.mapping("rope_scaling") | newer
+        rotary = self.mapping("rotary")
         has_other_spelling = self.record.keys() & {"rope_scaling", "rope_parameters"}
         if rotary.get("type") and (
             not has_other_spelling or rotary["type"] == "origin"
@@ -383,7 +306,7 @@ class _ConfigReader:
         """Return the factor of dynamic NTK scaling, None without scaling."""
         if self._rope_type() != "dynamic":
             return None
-        return self._as_number("factor", self._rope().get("factor", 1.0))
+        return self.as_number("factor", self._rope().get("factor", 1.0))
 
     def _rope_type(self) -> str:
         rope = self._rope()
@@ -452,16 +375,10 @@ class _ConfigReader:
         return self.positive_integer("max_position_embeddings")
 
     def rope_base(self) -> float:
-        rotary = self._mapping("rotary")
+        rotary = self.mapping("rotary")
         base = (
             self._rope().get("rope_theta")
             or self.record.get("rope_theta")
             or rotary.get("base")
         )
-        return self._as_number("rope_theta", base or self.facts.rope_base)
-
-
-def _joined(value: object) -> str:
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return ", ".join(map(str, value))
-    return str(value)
+        return self.as_number("rope_theta", base or self.facts.rope_base)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 # A switch is the key of config.json that has it, or what every model of the type has.
@@ -26,6 +27,11 @@ class HuggingFaceFacts:
         window: keys of the attention window.
         window_default: ``sliding_window`` of a file without it; None: no window.
         nope_interval: one of so many layers has no rotation, in a file without ``no_rope_layers``; None: all rotate.
+        tied: ``tie_word_embeddings`` of a file without it.
+        absent: numbers that a file leaves out, by the keys that it shares with our model section.
+        activation_key: the key that transformers reads the activation of the gate from.
+        activations: names of the one that the family has; an export writes the first.
+        full_every: every so many layers one has no window, in a file without ``layer_types``; None: no such pattern.
     """
 
     family: str
@@ -39,8 +45,15 @@ class HuggingFaceFacts:
     window: WindowKeys = "none"
     window_default: int | None = 4096
     nope_interval: int | None = None
+    tied: bool = False
+    absent: Mapping[str, float] = field(default_factory=dict)
+    activation_key: str = "hidden_act"
+    activations: tuple[str, ...] = ("silu", "swish")
+    full_every: int | None = None
 
 
+# "gelu" in Gemma's first files means the tanh approximation, too.
+GELU_TANH = ("gelu_pytorch_tanh", "gelu")
 HUGGING_FACE_FACTS: dict[str, HuggingFaceFacts] = {
     "llama": HuggingFaceFacts("LLAMA2", mlp_bias="mlp_bias"),
     "qwen2": HuggingFaceFacts("QWEN2", qkv_bias=True, o_bias=False, window="switch"),
@@ -67,6 +80,40 @@ HUGGING_FACE_FACTS: dict[str, HuggingFaceFacts] = {
         "BAICHUAN2", qkv_bias=False, o_bias=False, max_position=4096
     ),
     "olmo2": HuggingFaceFacts("OLMO2"),
+    "gemma": HuggingFaceFacts(
+        "GEMMA",
+        head_dim=256,
+        max_position=8192,
+        tied=True,
+        activations=GELU_TANH,
+    ),
+    "gemma2": HuggingFaceFacts(
+        "GEMMA2",
+        head_dim=256,
+        max_position=8192,
+        tied=True,
+        absent={
+            "query_pre_attn_scalar": 256,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        activation_key="hidden_activation",
+        activations=GELU_TANH[:1],
+        window="size",
+        full_every=2,
+    ),
+    "gemma3_text": HuggingFaceFacts(
+        "GEMMA3",
+        head_dim=256,
+        max_position=131072,
+        rope_base=1e6,
+        tied=True,
+        absent={"query_pre_attn_scalar": 256},
+        activation_key="hidden_activation",
+        activations=GELU_TANH[:1],
+        window="size",
+        full_every=6,
+    ),
     "internlm": HuggingFaceFacts(
         "INTERNLM", qkv_bias="bias", o_bias="bias", bias_default=True
     ),

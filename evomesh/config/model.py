@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from evomesh.config.families import ARCHITECTURE_KEYS
+from evomesh.config.families import ARCHITECTURE_KEYS, FAMILY_FACTS, FamilyFacts
 from evomesh.config.rope import RopeScaling
 from evomesh.config.section import Section
 
@@ -24,7 +23,11 @@ ModelFamily = Literal[
     "PHI3",
     "SMOLLM3",
     "BAICHUAN2",
+    "GEMMA",
+    "GEMMA2",
+    "GEMMA3",
 ]
+GateActivation = Literal["silu", "gelu_tanh"]
 NormPlacement = Literal["before", "after", "both"]
 LayerType = Literal["full_attention", "sliding_attention"]
 # Beyond the trained length: unscaled, or with dynamic NTK.
@@ -85,7 +88,18 @@ class ModelConfig(Section):
         description="Norms of a layer: before attention and feed-forward network, after them, or both; "
         "after means x + norm(f(x)).",
     )
-    use_swiglu: bool = Field(True, description="True: SwiGLU; False: GELU.")
+    add_unit_offset: bool = Field(
+        False,
+        description="RMSNorm multiplies by 1 + weight, and weights begin at 0.",
+    )
+    use_swiglu: bool = Field(
+        True,
+        description="True: a gated network, such as SwiGLU; False: GELU, in GEMMA of the gate.",
+    )
+    gate_activation: GateActivation = Field(
+        "silu",
+        description="Of the gate in gated networks: silu (SwiGLU), or gelu_tanh (GeGLU).",
+    )
     no_bias: bool = Field(
         False,
         description="Omit the biases of the attention projections; INTERNLM always has them.",
@@ -122,11 +136,32 @@ class ModelConfig(Section):
         (),
         description="Layers without rotary positions, by index; unset: by family (SMOLLM3: every fourth).",
     )
+    query_pre_attn_scalar: float | None = Field(
+        None,
+        gt=0,
+        description="Attention scores are divided by its square root; None: by that of head_dim.",
+    )
+    attn_logit_softcapping: float | None = Field(
+        None,
+        gt=0,
+        description="Soft cap c of attention scores: c tanh(scores / c); None: none.",
+    )
+    final_logit_softcapping: float | None = Field(
+        None,
+        gt=0,
+        description="Soft cap c of the logits, in training and generation: c tanh(logits / c); None: none.",
+    )
     qk_interleaved: bool = Field(
         False,
         description="Rotary pairs are adjacent columns, or in two halves. Default by family.",
     )
     rope_base: float = Field(10000.0, gt=0, description="Base of the rotary angles.")
+    local_rope_base: float | None = Field(
+        None,
+        gt=0,
+        description="Base of the rotary angles in layers with a window, which then have no rope_scaling; "
+        "None: that of all layers.",
+    )
     rope_scaling_factor: float = Field(1.0, ge=1, description="Factor of dynamic NTK.")
     max_position_embeddings: int = Field(
         2048, ge=1, description="Trained length, for dynamic NTK and longrope."
@@ -141,6 +176,10 @@ class ModelConfig(Section):
     tie_word_embeddings: bool = Field(
         False,
         description="Embedding and output head are one weight, which a checkpoint holds once.",
+    )
+    scale_embeddings: bool = Field(
+        False,
+        description="Multiply embeddings by sqrt(hidden_size), rounded to dtype.",
     )
     embed_grad_scale: float = Field(
         1.0, description="Scale of the embedding's gradient."
@@ -262,6 +301,10 @@ class ModelConfig(Section):
             return None
         return self.sliding_window
 
+    def uses_local_rope_base(self, layer: int) -> bool:
+        """Return whether a layer, by its global index, has the angles of ``local_rope_base``."""
+        return self.local_rope_base is not None and self.window_of(layer) is not None
+
     def mean_attention_span(self, seq_len: int) -> float:
         """Return the most tokens that a position of ``seq_len`` tokens sees, the mean over the layers."""
         spans = [
@@ -294,14 +337,16 @@ class ModelConfig(Section):
         )
 
 
-def differing_key(model: ModelConfig, family: Mapping[str, Any]) -> str | None:
-    """Return the first of ``ARCHITECTURE_KEYS`` in which a model differs from a family, None without one.
+def differing_key(model: ModelConfig, family: str | None = None) -> str | None:
+    """Return the first of ``ARCHITECTURE_KEYS`` that no model of a family has as this one has it, None without one.
 
     Args:
-        family: values of these keys that are not the defaults, as ``architecture_of`` returns them.
+        family: None: one with the schema's default of each key.
     """
+    facts = FamilyFacts() if family is None else FAMILY_FACTS[family]
+    fixed = facts.architecture or {}
     for key in ARCHITECTURE_KEYS:
-        wanted = family.get(key, ModelConfig.model_fields[key].default)
-        if getattr(model, key) != wanted:
+        wanted = fixed.get(key, ModelConfig.model_fields[key].default)
+        if key not in facts.free and getattr(model, key) != wanted:
             return key
     return None

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from evomesh.layers.attention import (
@@ -19,6 +18,7 @@ from evomesh.layers.attention import (
     SequenceBounds,
     attend,
 )
+from evomesh.layers.scores import attend_to_visible
 
 
 class KeyValueCache:
@@ -141,8 +141,8 @@ class KeyValueCache:
             grouped_q = q.reshape(count, groups, -1, head_dim)
             seen_keys = keys[:count, :, :seen]
             seen_values = values[:count, :, :seen]
-            context = F.scaled_dot_product_attention(
-                grouped_q, seen_keys, seen_values, attn_mask=visible
+            context = attend_to_visible(
+                grouped_q, seen_keys, seen_values, visible, module.scores
             )
             return context.flatten(1, 2)
 

@@ -20,6 +20,12 @@ from evomesh.layers.linear import ColumnParallelLinear, RowParallelLinear
 from evomesh.layers.norm import Norm
 from evomesh.layers.placement import Placement
 from evomesh.layers.rotary import split_and_rotate, split_heads
+from evomesh.layers.scores import (
+    CAPPED_BLOCK,
+    PLAIN_SCORES,
+    ScoreRule,
+    attend_to_visible,
+)
 from evomesh.layers.sequence_bounds import SequenceBounds
 from evomesh.parallel.collectives import all_to_all
 
@@ -52,14 +58,19 @@ def attend(
 
     Args:
         q: [T, N, H]; k and v: [T, G, H].
-        module: has the window; attention functions that keep a key/value cache look it up by ``module.layer``.
+        module: has the window and what replaces q k^T / sqrt(H); attention functions that keep a key/value cache look
+            it up by ``module.layer``.
     """
     window = None if module is None else module.window
+    scores = PLAIN_SCORES if module is None else module.scores
     if window is not None and window >= bounds.max_seqlen:
         window = None  # it reaches every earlier token
-    if _flash_takes(q) and (window is None or _varlen_has_windows()):
-        return _varlen(q, k, v, bounds, window)
-    return _per_segment(q, k, v, bounds, window)
+    # The flash kernel has no soft cap of scores.
+    is_capped = scores.softcap is not None
+    kernel_fits = not is_capped and _flash_takes(q)
+    if kernel_fits and (window is None or _varlen_has_windows()):
+        return _varlen(q, k, v, bounds, window, scores.scale)
+    return _per_segment(q, k, v, bounds, window, scores)
 
 
 def outside_graph(attend: AttentionFunction) -> AttentionFunction:
@@ -129,7 +140,12 @@ def _varlen_options(
 
 
 def _varlen(
-    q: Tensor, k: Tensor, v: Tensor, bounds: SequenceBounds, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: SequenceBounds,
+    window: int | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """Attend with torch's variable-length flash kernel; the maximum length is an argument, so the host never waits."""
     from torch.nn.attention.varlen import varlen_attn
@@ -142,6 +158,9 @@ def _varlen(
         # This version of the kernel wants as many key/value heads as query heads.
         k = _repeat_heads(k, heads // kv_heads)
         v = _repeat_heads(v, heads // kv_heads)
+    if scale is not None:
+        # Not every version of the kernel takes a scale; all divide by sqrt(H).
+        q = q * (scale * q.shape[2] ** 0.5)
     cu_seqlens = bounds.cu_seqlens
     longest = bounds.max_seqlen
     out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
@@ -180,7 +199,12 @@ def _runs(lengths: list[int]) -> list[SegmentRun]:
 
 
 def _per_segment(
-    q: Tensor, k: Tensor, v: Tensor, bounds: SequenceBounds, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: SequenceBounds,
+    window: int | None = None,
+    scores: ScoreRule = PLAIN_SCORES,
 ) -> Tensor:
     """Attend with one call per run of equally long segments: work grows with their lengths squared, not with T squared.
 
@@ -194,44 +218,57 @@ def _per_segment(
     outs = []
     for run, q_run, k_run, v_run in zip(runs, q_runs, k_runs, v_runs, strict=True):
         out = _causal(
-            run.as_batch(q_run), run.as_batch(k_run), run.as_batch(v_run), window
+            run.as_batch(q_run),
+            run.as_batch(k_run),
+            run.as_batch(v_run),
+            window,
+            scores,
         )
         # [count, N, L, H] -> [count * L, N, H]
         outs.append(out.transpose(1, 2).flatten(0, 1))
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+def _causal(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, scores: ScoreRule
+) -> Tensor:
     """Attend within segments of equal length: q [batch, N, L, H], k and v [batch, G, L, H]."""
     if window is not None and window < q.shape[2]:
-        return _in_window(q, k, v, window)
+        block = max(window, MIN_WINDOW_BLOCK)
+        return _in_blocks(q, k, v, window, block, scores)
+    if scores.softcap is not None:
+        return _in_blocks(q, k, v, q.shape[2], CAPPED_BLOCK, scores)
     return F.scaled_dot_product_attention(
-        q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+        q,
+        k,
+        v,
+        is_causal=True,
+        enable_gqa=q.shape[1] != k.shape[1],
+        scale=scores.scale,
     )
 
 
-def _in_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Attend to the last ``window`` keys, the query's own included, where L is longer than that.
+def _in_blocks(
+    q: Tensor, k: Tensor, v: Tensor, window: int, block: int, scores: ScoreRule
+) -> Tensor:
+    """Attend to the last ``window`` keys, the query's own included.
 
-    A block of queries at a time, with the keys that any of them sees: work grows with
-    L times the window, not with L squared.
+    A block of queries at a time, with the keys that any of them sees: where L is longer
+    than the window, work grows with L times the window, not with L squared.
     """
     length = q.shape[2]
-    block = max(window, MIN_WINDOW_BLOCK)
-    grouped = q.shape[1] != k.shape[1]
     outs = []
     for start in range(0, length, block):
         stop = min(start + block, length)
         first_key = max(start - window + 1, 0)
         queries = torch.arange(start, stop, device=q.device)[:, None]
         keys = torch.arange(first_key, stop, device=q.device)
-        visible = (keys <= queries) & (keys > queries - window)
-        out = F.scaled_dot_product_attention(
+        out = attend_to_visible(
             q[:, :, start:stop],
             k[:, :, first_key:stop],
             v[:, :, first_key:stop],
-            attn_mask=visible,
-            enable_gqa=grouped,
+            visible=(keys <= queries) & (keys > queries - window),
+            rule=scores,
         )
         outs.append(out)
     return torch.cat(outs, dim=2)
@@ -253,6 +290,7 @@ class Attention(nn.Module):
         window: tokens that a query sees, its own included (``sliding_window``); None: all earlier ones.
         rotates: False for a layer without rotary positions (``nope_layers``), which sees the order of tokens through
             the causal mask alone.
+        scores: scale and soft cap of the scores.
     """
 
     def __init__(
@@ -270,9 +308,10 @@ class Attention(nn.Module):
         qk_norms: tuple[Norm, Norm] | None = None,
         window: int | None = None,
         rotates: bool = True,
+        scores: ScoreRule = PLAIN_SCORES,
     ) -> None:
         super().__init__()
-        self.rotates = rotates
+        self.rotates, self.scores = rotates, scores
         self.layer, self.interleaved, self.window = layer, interleaved, window
         self.head_dim = head_dim or size // heads
         self.placement = placement

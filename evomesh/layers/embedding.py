@@ -78,6 +78,7 @@ class Embedding(nn.Module):
     Args:
         rows: V.
         grad_scale: factor on the gradient that reaches the weight (``embed_grad_scale``).
+        scale: factor on the rows that are looked up, rounded to the dtype of the weight (``scale_embeddings``).
     """
 
     def __init__(
@@ -88,8 +89,11 @@ class Embedding(nn.Module):
         grad_scale: float,
         split_hidden: bool,
         placement: Placement,
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
+        # Rounded as the published weights were trained: sqrt(3072) is 55.5 in bfloat16.
+        self.scale = torch.tensor(scale, dtype=placement.dtype).item()
         self.placement, self.grad_scale, self.split_hidden = (
             placement,
             grad_scale,
@@ -110,6 +114,8 @@ class Embedding(nn.Module):
             out = self._from_columns(ids)
         else:
             out = self._from_rows(ids)
+        if self.scale != 1.0:
+            out = out * self.scale
         return scale_gradient(out, self.grad_scale)
 
     def _from_columns(self, ids: Tensor) -> Tensor:

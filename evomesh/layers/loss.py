@@ -39,6 +39,10 @@ class LossTerms:
     label_smoothing: float = 0.0
     z_loss_coeff: float = 0.0
 
+    @property
+    def smooths(self) -> bool:
+        return self.label_smoothing > 0
+
     @classmethod
     def of(cls, config: LossConfig) -> LossTerms:
         return cls(config.label_smoothing, config.z_loss_coeff)
@@ -72,6 +76,7 @@ def linear_cross_entropy(
     grad_scale: float | Tensor = 1.0,
     label_smoothing: float = 0.0,
     z_loss_coeff: float = 0.0,
+    softcap: float | None = None,
     chunk: int = 0,
     axis: Axis = Axis("tp"),  # noqa: B008  # frozen
 ) -> LossOutput:
@@ -84,6 +89,7 @@ def linear_cross_entropy(
         grad_scale: factor of the loss, applied before gradients are cast to the weight's dtype, so that float16
             gradients can be lifted out of its underflow.
         label_smoothing, z_loss_coeff: see ``LossTerms``.
+        softcap: soft cap of the logits (``soft_cap``); None: none.
         chunk: C; 0 means ``tokens_per_chunk``.
         axis: the tensor axis; every rank of it gets the whole result.
     """
@@ -100,6 +106,7 @@ def linear_cross_entropy(
             scale,
             vocab_size,
             LossTerms(label_smoothing, z_loss_coeff),
+            softcap,
             chunk,
             with_grad,
             axis,
@@ -110,6 +117,23 @@ def linear_cross_entropy(
         correct,
         scaled_z_loss if z_loss_coeff else None,
     )
+
+
+def soft_cap(logits: Tensor, cap: float) -> Tensor:
+    """Return cap tanh(logits / cap), which is within (-cap, cap) (``final_logit_softcapping``)."""
+    return torch.tanh(logits / cap) * cap
+
+
+def _logits_and_slope(
+    hidden: Tensor, weight: Tensor, cap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the logits of a chunk [C, V], and with a soft cap its derivative, 1 - tanh(logits / cap)^2."""
+    logits = matmul_nt(hidden, weight).to(promote(hidden.dtype))
+    if cap is None:
+        return logits, None
+    tanh = logits.div_(cap).tanh_()
+    slope = 1 - tanh.square()
+    return tanh.mul_(cap), slope
 
 
 def tokens_per_chunk(rows: int, on_cuda: bool) -> int:
@@ -156,6 +180,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale: Tensor,
         vocab_size: int,
         terms: LossTerms,
+        softcap: float | None,
         chunk: int,
         with_grad: bool,
         axis: Axis,
@@ -178,10 +203,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             label = kept_labels[part].clamp(min=0)[:, None]
 
             # 2. Logits of the chunk, then its loss. From here on `logits` holds exp(logit - top).
-            logits = matmul_nt(kept_hidden[part], weight).to(wide)
-            result = shard.exponentiate_(
-                logits, label, with_mean=terms.label_smoothing > 0
-            )
+            logits, slope = _logits_and_slope(kept_hidden[part], weight, softcap)
+            result = shard.exponentiate_(logits, label, with_mean=terms.smooths)
             kept_correct[part] = result.correct & is_target
             kept_nll[part] = result.nll.where(is_target, 0.0)
             cross_entropy = result.cross_entropy(terms.label_smoothing)
@@ -192,9 +215,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # 3. Gradients of the chunk. From here on `logits` holds e_sum * d(token loss) / d(logit).
             if gradients is not None:
                 shard.subtract_target_(logits, label, result, terms)
+                if slope is not None:
+                    logits.mul_(slope)
                 token_scale = (scale * is_target)[:, None]
                 gradients.add(part, logits, token_scale / result.exp_sum)
-            del logits  # or the logits of two chunks would exist at one time
+            del logits, slope  # or the logits of two chunks would exist at one time
 
         # 4. Scatter the kept rows back to all T tokens.
         nll = _spread(kept_nll, kept, len(labels))
@@ -217,7 +242,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if factor.device.type != "cpu" or factor.item() != 1.0:
             grad_hidden = grad_hidden * factor
             grad_weight = grad_weight * factor
-        return grad_hidden, grad_weight, *[None] * 7
+        return grad_hidden, grad_weight, *[None] * 8
 
 
 class _GradientAccumulator:

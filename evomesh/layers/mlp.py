@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evomesh.config.model import GateActivation
 from evomesh.layers.linear import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -39,10 +40,34 @@ class _SwiGlu(torch.autograd.Function):
         return grad_gate, F.silu(gate).mul_(grads[0])
 
 
-def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+class _GeGlu(torch.autograd.Function):
+    """y = gelu(gate) up, with the tanh approximation of GELU; like _SwiGlu."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.gelu(gate, approximate="tanh").mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        grad_gate = torch.ops.aten.gelu_backward(
+            grads[0] * up, gate, approximate="tanh"
+        )
+        return grad_gate, F.gelu(gate, approximate="tanh").mul_(grads[0])
+
+
+def _gated(gate: Tensor, up: Tensor, activation: GateActivation) -> Tensor:
+    """Return activation(gate) up."""
+    out: Tensor
+    if activation == "gelu_tanh":
+        if torch.compiler.is_compiling():
+            return F.gelu(gate, approximate="tanh") * up
+        out = _GeGlu.apply(gate, up)  # type: ignore[no-untyped-call]
+        return out
     if torch.compiler.is_compiling():
         return F.silu(gate) * up
-    out: Tensor = _SwiGlu.apply(gate, up)  # type: ignore[no-untyped-call]
+    out = _SwiGlu.apply(gate, up)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -53,6 +78,7 @@ class FeedForward(nn.Module):
         width: F.
         swiglu: False for the GELU network, which has no ``w3``.
         bias: biases of all of its projections (``mlp_bias``).
+        activation: of the gate (``gate_activation``).
     """
 
     def __init__(
@@ -63,8 +89,10 @@ class FeedForward(nn.Module):
         swiglu: bool,
         placement: Placement,
         bias: bool = False,
+        activation: GateActivation = "silu",
     ) -> None:
         super().__init__()
+        self.activation = activation
         self.swiglu = swiglu
         self.w1 = ColumnParallelLinear(size, width, bias=bias, placement=placement)
         if swiglu:
@@ -74,7 +102,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.swiglu:
             gate, up = column_parallel_linears(x, self.w1, self.w3)
-            hidden = _swiglu(gate, up)
+            hidden = _gated(gate, up, self.activation)
         else:
             hidden = F.gelu(self.w1(x), approximate="tanh")
         out: Tensor = self.w2(hidden)

@@ -55,6 +55,7 @@ class Norm(nn.Module):
         kind: "rmsnorm" (y = w x / sqrt(mean(x^2) + eps)) or "layernorm" (with weight and bias).
         fp32_weight: keep the parameters in at least float32 (``use_fp32_norm``).
         of_heads: the input is some of the heads, on each rank of the tensor axis others (``qk_norm``).
+        offset: multiply by 1 + w, so that weights are deviations from 1 (``add_unit_offset``).
         sharded: tensor parallelism shards the columns of the input and the weight, [T, D / tp]; for rmsnorm.
     """
 
@@ -67,9 +68,11 @@ class Norm(nn.Module):
         fp32_weight: bool,
         placement: Placement,
         of_heads: bool = False,
+        offset: bool = False,
         sharded: bool = False,
     ) -> None:
         super().__init__()
+        self.offset = offset
         self.size, self.eps, self.placement = size, eps, placement
         splits_columns = sharded and placement.mode.weight_axis == "tp"
         self.columns_axis = placement.axis if splits_columns else Axis("tp")
@@ -107,6 +110,9 @@ class Norm(nn.Module):
         wide = promote(self.placement.dtype)
         wide_x = x.to(wide)
         weight = self.weight.to(wide)
+        if self.offset:
+            # In the wide dtype: bfloat16 has steps of 1/128 near 1, and finer ones near 0.
+            weight = weight + 1
         out: Tensor
         if self.columns_axis.size > 1:
             out = wide_x * self._scale_of_columns(wide_x) * weight

@@ -53,12 +53,13 @@ from evomesh.layers.dtype import parameter_dtype, promote
 from evomesh.layers.embedding import Embedding, scale_gradient
 from evomesh.layers.init import InitialWeight
 from evomesh.layers.linear import ColumnParallelLinear
-from evomesh.layers.loss import LossOutput, LossTerms, linear_cross_entropy
+from evomesh.layers.loss import LossOutput, LossTerms, linear_cross_entropy, soft_cap
 from evomesh.layers.mlp import FeedForward
 from evomesh.layers.norm import Norm
 from evomesh.layers.placement import Placement
 from evomesh.layers.products import linear
 from evomesh.layers.rotary import RotaryEmbedding
+from evomesh.layers.scores import ScoreRule
 from evomesh.models.language_model import LanguageModel
 from evomesh.parallel.collectives import gather_from_axis
 from evomesh.parallel.grid import Grid
@@ -118,12 +119,15 @@ class DecoderBlock(nn.Module):
             qk_norms=_qk_norms(config, placement) if config.qk_norm else None,
             window=config.window_of(layer),
             rotates=config.rotates(layer),
+            scores=ScoreRule.of(config),
         )
+        self.uses_local_base = config.uses_local_rope_base(layer)
         self.attention_norm = make_norm(config, placement)
         self.feed_forward = FeedForward(
             config.hidden_size,
             config.mlp_width,
             swiglu=config.use_swiglu,
+            activation=config.gate_activation,
             placement=placement,
             bias=config.mlp_bias,
         )
@@ -166,6 +170,7 @@ def make_norm(config: ModelConfig, placement: Placement) -> Norm:
         eps=config.layer_norm_epsilon,
         fp32_weight=config.use_fp32_norm,
         placement=placement,
+        offset=config.add_unit_offset,
     )
 
 
@@ -179,6 +184,7 @@ def _qk_norms(config: ModelConfig, placement: Placement) -> tuple[Norm, Norm]:
             eps=config.layer_norm_epsilon,
             fp32_weight=config.use_fp32_norm,
             placement=placement,
+            offset=config.add_unit_offset,
             of_heads=of_heads,
             sharded=not of_heads,
         )
@@ -228,6 +234,7 @@ class OutputHead(nn.Module):
             grad_scale=grad_scale,
             label_smoothing=terms.label_smoothing,
             z_loss_coeff=terms.z_loss_coeff,
+            softcap=self.config.final_logit_softcapping,
             axis=self.placement.axis,
         )
 
@@ -235,7 +242,9 @@ class OutputHead(nn.Module):
         shard = linear(self._gathered(hidden), self._effective_weight())  # [T, V / tp]
         logits = gather_from_axis(shard, self.placement.axis, dim=1)
         unpadded = logits[:, : self.config.vocab_size]
-        return unpadded.to(promote(self.placement.dtype))
+        wide = unpadded.to(promote(self.placement.dtype))
+        softcap = self.config.final_logit_softcapping
+        return wide if softcap is None else soft_cap(wide, softcap)
 
     def _gathered(self, hidden: Tensor) -> Tensor:
         """Return the hidden states of the whole sequence, [T, D], in the dtype of the weight."""
@@ -288,6 +297,9 @@ class Decoder(LanguageModel):
             factor=config.rope_scaling_factor,
             scaling=config.rope_scaling,
         )
+        self.local_rotary: RotaryEmbedding | None = None
+        if config.local_rope_base is not None:
+            self.local_rotary = RotaryEmbedding(config.head_dim, config.local_rope_base)
         axis = (grid or Grid()).tp
         self.placement = placement = Placement(
             axis, mode, self.dtype, torch.device(device)
@@ -322,6 +334,7 @@ class Decoder(LanguageModel):
             self.config.hidden_size,
             grad_scale=self.config.embed_grad_scale,
             split_hidden=self.config.embed_split_hidden,
+            scale=self.config.hidden_size**0.5 if self.config.scale_embeddings else 1.0,
             placement=self.placement.on_tensor_axis(),
         )
         _mark_padding(embedding.weight, padding)
@@ -376,21 +389,25 @@ class Decoder(LanguageModel):
         if self.compiled:
             attend = outside_graph(attend)
         tables = self.rotary.tables(bounds, self.dtype)
+        local_tables = tables
+        if self.local_rotary is not None:
+            local_tables = self.local_rotary.tables(bounds, self.dtype)
         recomputed = self.recomputed_layers if torch.is_grad_enabled() else 0
         for i, block in enumerate(self.layers.values()):
+            angles = local_tables if block.uses_local_base else tables
             if i < recomputed:
                 # There is no dropout, hence no random state to restore.
                 x = checkpoint(
                     block,
                     x,
-                    tables,
+                    angles,
                     bounds,
                     attend,
                     use_reentrant=False,
                     preserve_rng_state=False,
                 )
             else:
-                x = block(x, tables, bounds, attend)
+                x = block(x, angles, bounds, attend)
         return x if self.norm is None else self.norm(x)
 
     def loss(
@@ -422,7 +439,9 @@ class Decoder(LanguageModel):
         if part.endswith(".bias"):
             return InitialWeight("constant", 0.0)
         if "norm." in part:
-            return InitialWeight("constant", 1.0)
+            return InitialWeight(
+                "constant", 0.0 if self.config.add_unit_offset else 1.0
+            )
         writes_to_residual = part in ("wo.weight", "w2.weight")
         if writes_to_residual:
             std = self._residual_std(part, name)

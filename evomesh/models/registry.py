@@ -18,6 +18,7 @@ from evomesh.errors import ConfigError, UserError
 from evomesh.layers.init import InitialWeight, fill_parameter
 from evomesh.models.baichuan import BAICHUAN2
 from evomesh.models.decoder import Decoder
+from evomesh.models.gemma import GEMMA
 from evomesh.models.internlm import INTERNLM
 from evomesh.models.internlm2 import INTERNLM2
 from evomesh.models.internlm3 import INTERNLM3
@@ -101,6 +102,9 @@ model_initializer = ModelInitializer(
         "PHI3": partial(Decoder, family=PHI3),
         "SMOLLM3": partial(Decoder, family=SMOLLM3),
         "BAICHUAN2": partial(Decoder, family=BAICHUAN2),
+        "GEMMA": partial(Decoder, family=GEMMA),
+        "GEMMA2": partial(Decoder, family=GEMMA),
+        "GEMMA3": partial(Decoder, family=GEMMA),
     }
 )
 

@@ -12,6 +12,7 @@ from typing import Any
 from evomesh.checkpoint.detect import kind_of
 from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.resume import StartPoint, decide, restore
+from evomesh.config.families import ARCHITECTURE_KEYS
 from evomesh.config.loader import LoadedConfig
 from evomesh.config.record import config_to_dict
 from evomesh.config.schema import (
@@ -55,6 +56,9 @@ MODEL_SETTINGS_WITHOUT_SHAPE = (
     "apply_post_layer_norm",
     "use_swiglu",
     "qk_interleaved",
+    *ARCHITECTURE_KEYS,
+    "sliding_window",
+    "layer_types",
     "rope_base",
     "rope_scaling",
     "norm_head",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from evomesh.config.families import architecture_of
 from evomesh.config.schema import IGNORE, Config
 from evomesh.data.batch import Batch
 from evomesh.layers.loss import LossOutput, LossTerms
@@ -108,6 +109,33 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "qk_norm": True,
         "qk_norm_over": "projection",
         "norm_placement": "after",
+    },
+    "gemma": {
+        "model_type": "GEMMA",
+        "no_bias": True,
+        "tie_word_embeddings": True,
+        "head_dim": 8,
+        **architecture_of("GEMMA"),
+    },
+    "gemma2": {
+        "model_type": "GEMMA2",
+        "no_bias": True,
+        "tie_word_embeddings": True,
+        "sliding_window": 5,
+        "layer_types": ("sliding_attention", "full_attention") * 2,
+        "query_pre_attn_scalar": 20.0,
+        "attn_logit_softcapping": 1.5,
+        "final_logit_softcapping": 2.5,
+        **architecture_of("GEMMA2"),
+    },
+    "gemma3": {
+        "model_type": "GEMMA3",
+        "no_bias": True,
+        "qk_norm": True,
+        "sliding_window": 5,
+        "layer_types": ("sliding_attention", "full_attention") * 2,
+        "local_rope_base": 100.0,
+        **architecture_of("GEMMA3"),
     },
     "llama3": {"model_type": "LLAMA2", "no_bias": True, "rope_scaling": LLAMA3},
     "post_norm": {

@@ -210,6 +210,9 @@ FAMILY = [
     *every_kind_of_layout("phi3"),
     *every_kind_of_layout("smollm3"),
     *every_kind_of_layout("baichuan2"),
+    *every_kind_of_layout("gemma"),
+    *every_kind_of_layout("gemma2"),
+    *every_kind_of_layout("gemma3"),
 ]
 TIED = [
     *(Layout(**SPLIT, mode=mode, family="tied") for mode in ("mtp", "msp", "fsp", "isp")),

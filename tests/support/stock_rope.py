@@ -9,12 +9,26 @@ import pytest
 import torch
 from torch import Tensor
 
-MODELS = ("llama", "qwen2", "qwen3", "mistral", "olmo2", "phi3", "smollm3")
+MODELS = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "olmo2",
+    "phi3",
+    "smollm3",
+    "gemma",
+    "gemma2",
+    "gemma3",
+)
 PREFIXES = {"smollm3": "SmolLM3"}  # of the classes of a module
 
 
 def stock_frequencies(
-    config: Any, length: int, monkeypatch: pytest.MonkeyPatch
+    config: Any,
+    length: int,
+    monkeypatch: pytest.MonkeyPatch,
+    layer_type: str | None = None,
 ) -> tuple[Tensor, float]:
     """Return the frequencies [H/2] and the attention factor of a scaling, computed by transformers in float64."""
     rope_utils = importlib.import_module("transformers.modeling_rope_utils")
@@ -22,9 +36,19 @@ def stock_frequencies(
         patch.setattr(torch, "float", torch.float64)
         patch.setattr(torch, "float32", torch.float64)
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
-        make = rope_utils.ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]]
-        found: tuple[Tensor, float] = make(config, torch.device("cpu"), seq_len=length)
+        kind = settings_of(config, layer_type)["rope_type"]
+        make = rope_utils.ROPE_INIT_FUNCTIONS[kind]
+        options = {} if layer_type is None else {"layer_type": layer_type}
+        found: tuple[Tensor, float] = make(
+            config, torch.device("cpu"), seq_len=length, **options
+        )
     return found
+
+
+def settings_of(config: Any, layer_type: str | None) -> dict[str, Any]:
+    """Return the rotary settings of a kind of layers, None: of all."""
+    settings: dict[str, Any] = config.rope_parameters
+    return settings if layer_type is None else settings[layer_type]
 
 
 def plain_frequencies(base: float, head_dim: int) -> Tensor:
@@ -41,19 +65,27 @@ def keep_float64(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         return self.weight * scaled
 
-    def rotary(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def offset_norm(self: Any, x: Tensor) -> Tensor:
+        scaled: Tensor = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (1 + self.weight) * scaled
+
+    def scaled_embedding(self: Any, ids: Tensor) -> Tensor:
+        rows: Tensor = self.weight[ids]
+        return rows * self.scalar_embed_scale
+
+    def rotary(
+        self: Any, x: Tensor, position_ids: Tensor, layer_type: str | None = None
+    ) -> tuple[Tensor, Tensor]:
         config = self.config
         head_dim = (
             getattr(config, "head_dim", None)
             or config.hidden_size // config.num_attention_heads
         )
-        frequencies, factor = (
-            plain_frequencies(config.rope_parameters["rope_theta"], head_dim),
-            1.0,
-        )
-        if config.rope_parameters["rope_type"] != "default":
+        settings = settings_of(config, layer_type)
+        frequencies, factor = plain_frequencies(settings["rope_theta"], head_dim), 1.0
+        if settings["rope_type"] != "default":
             frequencies, factor = stock_frequencies(
-                config, position_ids.shape[-1], monkeypatch
+                config, position_ids.shape[-1], monkeypatch, layer_type
             )
         angles = position_ids[..., None].double() * frequencies
         both = torch.cat((angles, angles), dim=-1)
@@ -70,7 +102,15 @@ def keep_float64(monkeypatch: pytest.MonkeyPatch) -> None:
             f"transformers.models.{model}.modeling_{model}"
         )
         prefix = PREFIXES.get(model, model.capitalize())
-        monkeypatch.setattr(getattr(module, f"{prefix}RMSNorm"), "forward", norm)
+        is_gemma = model.startswith("gemma")
+        monkeypatch.setattr(
+            getattr(module, f"{prefix}RMSNorm"),
+            "forward",
+            offset_norm if is_gemma else norm,
+        )
         monkeypatch.setattr(
             getattr(module, f"{prefix}RotaryEmbedding"), "forward", rotary
         )
+        if is_gemma:
+            embedding = getattr(module, f"{prefix}TextScaledWordEmbedding")
+            monkeypatch.setattr(embedding, "forward", scaled_embedding)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from evomesh.checkpoint.native.format import CheckpointError
-from evomesh.config.families import FAMILY_FACTS, architecture_of
+from evomesh.config.families import FAMILY_FACTS
 from evomesh.config.hugging_face import BAICHUAN_1_VOCAB, read_model
 from evomesh.config.hugging_face_facts import HUGGING_FACE_FACTS, Switch
 from evomesh.config.model import differing_key
@@ -28,6 +28,9 @@ Architecture = Literal[
     "phi3",
     "smollm3",
     "baichuan",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
 ]
 CLASSES: dict[Architecture, str] = {
     "llama": "LlamaForCausalLM",
@@ -40,6 +43,9 @@ CLASSES: dict[Architecture, str] = {
     "phi3": "Phi3ForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
     "baichuan": "BaichuanForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
 }
 BAICHUAN_ROPE_BASE = 10000.0  # its readers know no other
 OWN_ARCHITECTURE: dict[str, Architecture] = {
@@ -49,6 +55,9 @@ OWN_ARCHITECTURE: dict[str, Architecture] = {
     "OLMO2": "olmo2",
     "PHI3": "phi3",
     "SMOLLM3": "smollm3",
+    "GEMMA": "gemma",
+    "GEMMA2": "gemma2",
+    "GEMMA3": "gemma3_text",
 }
 
 
@@ -133,7 +142,7 @@ def refuse_unexportable(model: ModelConfig, arch: Architecture) -> None:
             or _unexportable_attention(model, arch)
             or _unexportable_layers(model, arch)
         )
-    differing = differing_key(model, architecture_of(HUGGING_FACE_FACTS[arch].family))
+    differing = differing_key(model, HUGGING_FACE_FACTS[arch].family)
     if setting is None and differing is not None:
         setting = f"{differing}={getattr(model, differing)!r}"
     if setting:
@@ -178,6 +187,11 @@ def _unexportable_attention(model: ModelConfig, arch: Architecture) -> str | Non
         return f"qk_norm={model.qk_norm}"
     if not family.grouped and model.kv_heads != model.num_attention_heads:
         return f"num_kv_attention_heads={model.kv_heads}"
+    scalar = model.query_pre_attn_scalar
+    if scalar is not None and scalar != int(scalar):
+        return f"query_pre_attn_scalar={scalar}, which is an integer there,"
+    if "local_rope_base" in family.free and _scales_windows(model):
+        return "rope_scaling of layers with a window, or dynamic NTK,"
     if model.head_dim * model.num_attention_heads != model.hidden_size and arch in (
         "qwen2",
         "internlm2",
@@ -212,6 +226,14 @@ def refuse_other_positions(
             + f" with rope_base={BAICHUAN_ROPE_BASE:g}" * (arch == "baichuan"),
             fix="export it as another one: --arch llama",
         )
+
+
+def _scales_windows(model: ModelConfig) -> bool:
+    """Return whether layers with a window have scaled angles, which a family with two rope bases cannot say."""
+    shares_angles = model.sliding_window is not None and model.local_rope_base is None
+    return shares_angles and (
+        model.rope_scaling is not None or model.use_dynamic_ntk_rope
+    )
 
 
 def _bias_switches(model: ModelConfig, arch: Architecture) -> list[tuple[Switch, bool]]:
@@ -257,6 +279,9 @@ def build_config(
         "mistral": {"sliding_window": model.sliding_window},
         "phi3": _phi3_lengths(model, rotary),
         "smollm3": _smollm3_layers(model),
+        "gemma": _gemma(model, arch),
+        "gemma2": _gemma(model, arch) | _gemma_window(model),
+        "gemma3_text": _gemma3(model, arch, scaling),
     }
     biases = {
         switch: value
@@ -273,7 +298,7 @@ def build_config(
         "num_attention_heads": model.num_attention_heads,
         "num_key_value_heads": model.kv_heads,
         "head_dim": model.head_dim,
-        "hidden_act": "silu",
+        "hidden_act": HUGGING_FACE_FACTS[arch].activations[0],
         "initializer_range": 0.02,
         "rms_norm_eps": model.layer_norm_epsilon,
         "max_position_embeddings": rotary.max_position,
@@ -328,6 +353,50 @@ def _smollm3_layers(model: ModelConfig) -> dict[str, Any]:
     del window["max_window_layers"]
     rotates = [int(model.rotates(layer)) for layer in range(model.num_layers)]
     return {"no_rope_layers": rotates, **window}
+
+
+def _gemma(model: ModelConfig, arch: Architecture) -> dict[str, Any]:
+    """Return Gemma's name of the activation, and its settings of scores and logits."""
+    facts = HUGGING_FACE_FACTS[arch]
+    settings: dict[str, Any] = {"hidden_activation": facts.activations[0]}
+    for key in FAMILY_FACTS[facts.family].free:
+        settings[key] = getattr(model, key)
+    settings.pop("local_rope_base", None)
+    if "query_pre_attn_scalar" in settings:
+        # An integer: transformers takes no other number.
+        settings["query_pre_attn_scalar"] = int(
+            model.query_pre_attn_scalar or model.head_dim
+        )
+    return settings
+
+
+def _gemma_window(model: ModelConfig) -> dict[str, Any]:
+    """Return which layers have the window; transformers wants a number even if none has."""
+    windows = _qwen_window(model)
+    return {
+        "sliding_window": model.sliding_window or 4096,
+        "layer_types": windows["layer_types"],
+    }
+
+
+def _gemma3(
+    model: ModelConfig, arch: Architecture, scaling: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Return also the rotary settings of layers with and without a window, in the newer and the older spelling."""
+    local_base = model.local_rope_base or model.rope_base
+    everywhere = {
+        **(scaling or {"rope_type": "default"}),
+        "rope_theta": model.rope_base,
+    }
+    return {
+        **_gemma(model, arch),
+        **_gemma_window(model),
+        "rope_local_base_freq": local_base,
+        "rope_parameters": {
+            "full_attention": everywhere,
+            "sliding_attention": {"rope_type": "default", "rope_theta": local_base},
+        },
+    }
 
 
 def _scaling_record(model: ModelConfig, rotary: RotaryScaling) -> dict[str, Any] | None:

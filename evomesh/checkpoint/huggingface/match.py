@@ -56,9 +56,10 @@ def describe_folder(folder: HfFolder, dtype: str | None = None) -> FolderModel:
     where = join(folder.path, "config.json")
     naming = NAME_MAPS.get(str(record.get("model_type")))
     problems = [] if naming is None else _contradictions(record, folder, naming)
-    tied = bool(record.get("tie_word_embeddings"))
     try:
         model = read_config(record, where, dtype)
+        # What an absent key means is up to the family: Gemma's are tied.
+        tied = model.tie_word_embeddings
         if naming is not None and problems:
             problems += _mismatches(folder, naming, model, tied)
     except CheckpointError as error:

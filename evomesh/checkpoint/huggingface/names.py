@@ -118,6 +118,14 @@ BAICHUAN = NameMap(
     LLAMA_FAMILY.modules
     | {"layers.{}.attention.wqkv": ("model.layers.{}.self_attn.W_pack",) * 3}
 )
+GEMMA2 = NameMap(
+    LLAMA.modules
+    | {
+        "layers.{}.attention_out_norm": ("model.layers.{}.post_attention_layernorm",),
+        "layers.{}.ffn_norm": ("model.layers.{}.pre_feedforward_layernorm",),
+        "layers.{}.ffn_out_norm": ("model.layers.{}.post_feedforward_layernorm",),
+    }
+)
 INTERNLM2 = _name_map(
     embedding="model.tok_embeddings",
     layer="model.layers.{}.",
@@ -145,6 +153,9 @@ NAME_MAPS = {
     "phi3": PHI3,
     "smollm3": LLAMA,
     "baichuan": BAICHUAN,
+    "gemma": LLAMA,
+    "gemma2": GEMMA2,
+    "gemma3_text": GEMMA2,
     "internlm": LLAMA,
     "internlm2": INTERNLM2,
     "internlm3": LLAMA,

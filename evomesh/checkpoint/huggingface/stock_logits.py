@@ -76,6 +76,7 @@ def stock_logits(folder: Path, dtypes: Sequence[str]) -> Tensor:
     else:
         model = _loaded(folder, dtypes[0], transformers)
     for module in model.modules():
+        _widen_scale(module, wide_dtype(dtypes[-1]))
         _round_while_running(module, dtypes)
     if _is_baichuan2(record):
         # After the hook that rounds the rows, as Baichuan2 normalizes what is stored.
@@ -112,6 +113,16 @@ def _loaded(folder: Path, dtype: str, transformers: Any) -> Any:
     if any(wrong.values()):
         raise CheckpointError(f"transformers reports {wrong}", where=str(folder))
     return model
+
+
+def _widen_scale(module: nn.Module, dtype: str) -> None:
+    """Give Gemma's embedding its factor sqrt(hidden_size) in the dtype to compute in.
+
+    It is a constant, not a weight; loading in bfloat16 has rounded it.
+    """
+    scale = getattr(module, "scalar_embed_scale", None)
+    if scale is not None:
+        module.embed_scale = torch.tensor(scale, dtype=getattr(torch, dtype))
 
 
 def _round_while_running(module: nn.Module, dtypes: Sequence[str]) -> None:

@@ -191,7 +191,7 @@ def _refuse_family(model: ModelConfig, where: str) -> None:
         raise CheckpointError(
             f"InternEvo has no model type {model.model_type!r}", where=where
         )
-    unusual = differing_key(model, {})
+    unusual = differing_key(model)
     if unusual is not None:
         raise CheckpointError(
             f"InternEvo's families do not have {unusual}={getattr(model, unusual)!r}",

@@ -182,7 +182,8 @@ def _put(
 ) -> None:
     if key not in model and value is not None:
         draft.sources[f"model.{key}"] = source
-    if value is not None:
+    # None is a value where a family has another default, as Gemma 2 of its soft caps.
+    if value is not None or key in ARCHITECTURE_KEYS:
         model[key] = value
 
 

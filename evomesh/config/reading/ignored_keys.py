@@ -115,8 +115,6 @@ REFUSED: dict[str, Refusal] = {
     "model.attn_drop_rate": _DROPOUT,
     "model.is_reward": Refusal("reward models are not part of evomesh"),
     "model.deepnorm": Refusal("DeepNorm is not part of evomesh"),
-    "model.add_unit_offset": Refusal("norms with weight 1 + w are not part of evomesh"),
-    "model.scale_embeddings": Refusal("scaled embeddings are not part of evomesh"),
     "model.max_window_layers": Refusal(
         "a window in some layers only is not part of evomesh",
         "set model.use_sliding_window=False",

@@ -321,6 +321,9 @@ def _resolve_family(draft: ConfigDraft, model: dict[str, Any], family: Any) -> N
             draft.families[f"model.{key}"] = str(family)
     if model.get("head_dim", 0) is None:
         del model["head_dim"]
+    # InternEvo's word for the activation of the gate, which such a family fixes.
+    if "gate_activation" in defaults and model.get("use_swiglu") is False:
+        del model["use_swiglu"]
 
 
 def _family_defaults(family: str, model: dict[str, Any]) -> dict[str, Any]:

@@ -202,6 +202,41 @@ VALUES: list[tuple[list[str], list[str]]] = [
         ],
         ["norm_placement='after' together with apply_post_layer_norm"],
     ),
+    (
+        ["model_type=GEMMA", "model.attn_logit_softcapping=50.0"],
+        [
+            "attn_logit_softcapping is 50.0, and GEMMA models have attn_logit_softcapping=None",
+            "or LLAMA2 or GEMMA2",
+        ],
+    ),
+    (
+        ["model_type=GEMMA2", "model.scale_embeddings=False"],
+        ["scale_embeddings is False, and GEMMA2 models have scale_embeddings=True"],
+    ),
+    (
+        ["model_type=GEMMA3", "model.local_rope_base=1e4"],
+        ["local_rope_base without sliding_window"],
+    ),
+    (
+        [
+            "model_type=LLAMA2",
+            "model.add_unit_offset=True",
+            "model.norm_type=layernorm",
+        ],
+        ["add_unit_offset with norm_type='layernorm'"],
+    ),
+    (
+        [
+            "model_type=LLAMA2",
+            "model.use_swiglu=False",
+            "model.gate_activation='gelu_tanh'",
+        ],
+        ["gate_activation with use_swiglu=False", "no gate"],
+    ),
+    (
+        ["model_type=LLAMA2", "model.final_logit_softcapping=0"],
+        ["model.final_logit_softcapping", "> 0"],
+    ),
     (["model.head_dim=7"], ["heads of odd width 7"]),
     (["model.rope_scaling={'factor': 2.0}"], ["model.rope_scaling", "add type=..."]),
     (

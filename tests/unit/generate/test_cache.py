@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from evomesh.config.families import architecture_of
 from evomesh.generate.cache import KeyValueCache
 from evomesh.layers.products import linear
 from evomesh.layers.sequence_bounds import single_sequence
@@ -27,6 +28,19 @@ WINDOWS = [
         "layer_types": ("sliding_attention", "full_attention"),
     },
     {"model_type": "SMOLLM3", "nope_layers": (1,), "sliding_window": 6},
+    {
+        "model_type": "GEMMA3",
+        "tie_word_embeddings": True,
+        "qk_norm": True,
+        "sliding_window": 9,
+        "layer_types": ("sliding_attention", "full_attention"),
+        "local_rope_base": 50.0,
+        "attn_logit_softcapping": 1.5,
+        "final_logit_softcapping": 2.0,
+        "query_pre_attn_scalar": 20.0,
+        **architecture_of("GEMMA3"),
+    },
+    {"qk_norm": True, **architecture_of("OLMO2")},
 ]
 
 

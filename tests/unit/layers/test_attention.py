@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from evomesh.layers import attention
 from evomesh.layers.attention import SequenceBounds, _varlen, attend
+from evomesh.layers.scores import PLAIN_SCORES, ScoreRule
 from evomesh.layers.sequence_bounds import single_sequence
 from tests.support.covers import covers
 
@@ -22,9 +24,14 @@ def documents(lengths: list[int], padding: int = 0) -> SequenceBounds:
 
 
 def oracle(
-    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: list[int],
+    window: int | None = None,
+    rule: ScoreRule = PLAIN_SCORES,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(H)) v with a dense mask, one head after the other."""
+    """softmax(q k^T / sqrt(H)) v with a dense mask, one head after the other; or with scores of another rule."""
     document = torch.repeat_interleave(
         torch.arange(len(lengths)), torch.tensor(lengths)
     )
@@ -36,20 +43,31 @@ def oracle(
     group = q.shape[1] // k.shape[1]
     heads = []
     for n in range(q.shape[1]):
-        scores = q[:, n] @ k[:, n // group].T / q.shape[2] ** 0.5
+        scores = q[:, n] @ k[:, n // group].T
+        scores = scores * (rule.scale or q.shape[2] ** -0.5)
+        if rule.softcap is not None:
+            scores = rule.softcap * torch.tanh(scores / rule.softcap)
         weights = torch.exp(scores - scores.max()) * allowed
         heads.append(weights / weights.sum(1, keepdim=True) @ v[:, n // group])
     return torch.stack(heads, dim=1)
 
 
-@covers("model.sliding_window")
+RULES = [PLAIN_SCORES, ScoreRule(scale=0.3), ScoreRule(softcap=1.5)]
+
+
+@covers(
+    "model.sliding_window",
+    "model.attn_logit_softcapping",
+    "model.query_pre_attn_scalar",
+)
+@pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("window", [None, 1, 4, 150])
 @pytest.mark.parametrize("kv_heads", [4, 1])
 @pytest.mark.parametrize(
     "lengths", [[7], [3, 3, 3], [5, 1, 1, 9, 2], [1, 1, 6], [300, 140, 140, 3]]
 )
 def test_equals_dense_oracle_in_value_and_gradient(
-    lengths: list[int], kv_heads: int, window: int | None
+    lengths: list[int], kv_heads: int, window: int | None, rule: ScoreRule
 ) -> None:
     torch.manual_seed(0)
     total = sum(lengths)
@@ -59,9 +77,9 @@ def test_equals_dense_oracle_in_value_and_gradient(
         for _ in range(2)
     )
     seen = torch.randn(total, 4, 6, dtype=torch.float64)
-    module: Any = SimpleNamespace(window=window)
+    module: Any = SimpleNamespace(window=window, scores=rule)
     ours = attend(q, k, v, documents(lengths, padding=2), module)
-    expected = oracle(q, k, v, lengths, window)
+    expected = oracle(q, k, v, lengths, window, rule)
     torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-12)
     for a, b in zip(
         torch.autograd.grad(ours, [q, k, v], seen),
@@ -129,3 +147,30 @@ def test_variable_length_kernel_gets_what_its_signature_knows(
     )
     q, k = torch.randn(6, 4, 8), torch.randn(6, 2, 8)
     assert _varlen(q, k, k, documents([4, 2]), window) is q
+
+
+def test_the_flash_kernel_gets_queries_that_make_up_for_its_own_scale(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It divides by sqrt(H): the scores must come out as 0.3 q k^T."""
+
+    def kernel(query: Tensor, *others: Tensor, window_size: tuple[int, int]) -> Tensor:
+        return query / 8**0.5
+
+    monkeypatch.setitem(
+        sys.modules, "torch.nn.attention.varlen", SimpleNamespace(varlen_attn=kernel)
+    )
+    q = torch.randn(6, 4, 8)
+    found = _varlen(q, q, q, documents([4, 2]), scale=0.3)
+    torch.testing.assert_close(found, 0.3 * q)
+
+
+def test_a_soft_cap_never_reaches_the_flash_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention, "_flash_takes", lambda q: True)
+    module: Any = SimpleNamespace(window=None, scores=ScoreRule(softcap=1.5))
+    q = torch.randn(6, 4, 8, dtype=torch.float64)
+    found = attend(q, q, q, documents([4, 2]), module)
+    expected = oracle(q, q, q, [4, 2], rule=module.scores)
+    torch.testing.assert_close(found, expected)

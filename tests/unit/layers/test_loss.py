@@ -27,13 +27,21 @@ def inputs(
     return hidden, weight, labels
 
 
+def reference_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, softcap: float | None
+) -> torch.Tensor:
+    logits = hidden @ weight.T
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
 def reference(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     labels: torch.Tensor,
     smoothing: float = 0.0,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    logits = hidden @ weight.T
+    logits = reference_logits(hidden, weight, softcap)
     loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
     return (
         loss,
@@ -55,11 +63,14 @@ def check(
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
 
 
-@covers("loss.label_smoothing", "loss.z_loss_coeff")
+@covers("loss.label_smoothing", "loss.z_loss_coeff", "model.final_logit_softcapping")
+@pytest.mark.parametrize("softcap", [None, 2.5])
 @pytest.mark.parametrize("chunk", [1, 7, 37, 512])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("z_loss", [0.0, 0.3])
-def test_equals_torch(chunk: int, smoothing: float, z_loss: float) -> None:
+def test_equals_torch(
+    chunk: int, smoothing: float, z_loss: float, softcap: float | None
+) -> None:
     hidden, weight, labels = inputs()
     out = linear_cross_entropy(
         hidden,
@@ -69,10 +80,12 @@ def test_equals_torch(chunk: int, smoothing: float, z_loss: float) -> None:
         chunk=chunk,
         label_smoothing=smoothing,
         z_loss_coeff=z_loss,
+        softcap=softcap,
         grad_scale=0.37,
     )
-    expected, nll, correct = reference(hidden, weight, labels, smoothing)
-    log_sums = (hidden @ weight.T).logsumexp(-1)[labels != IGNORE]
+    expected, nll, correct = reference(hidden, weight, labels, smoothing, softcap)
+    logits = reference_logits(hidden, weight, softcap)
+    log_sums = logits.logsumexp(-1)[labels != IGNORE]
     z_term = z_loss * log_sums.square().sum()
     expected = expected + z_term
     if z_loss:

@@ -76,6 +76,12 @@ BLOCK_NORMS = {
         "attention_norm": "post_attention_layernorm",
         "ffn_norm": "post_feedforward_layernorm",
     },
+    "both": {
+        "attention_norm": "input_layernorm",
+        "attention_out_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "ffn_out_norm": "post_feedforward_layernorm",
+    },
 }
 
 
@@ -219,7 +225,12 @@ def make_both(
         num_attention_heads=HEADS,
         num_key_value_heads=ours.config.kv_heads,
         rms_norm_eps=ours.config.layer_norm_epsilon,
-        **{"attention_bias": bias, "tie_word_embeddings": False, **(settings or {})},
+        **{
+            "attention_bias": bias,
+            "tie_word_embeddings": False,
+            "pad_token_id": None,  # an embedding gives its row no gradient
+            **(settings or {}),
+        },
     )
     theirs = stock_model(stock, record).double()
     for _, ours_value, theirs_value in named_pairs(ours, theirs, identity):
@@ -237,9 +248,8 @@ def stock_model(stock: str, record: dict[str, Any]) -> torch.nn.Module:
     """Build a model of transformers, or where it has no such class, the reference of the tests."""
     if stock in REFERENCES:
         return ReferenceDecoder({**record, "model_type": REFERENCES[stock]})
-    config = getattr(transformers, f"{stock}Config")(
-        **record, attn_implementation="eager"
-    )
+    config_class = "Gemma3TextConfig" if stock == "Gemma3" else f"{stock}Config"
+    config = getattr(transformers, config_class)(**record, attn_implementation="eager")
     return getattr(transformers, f"{stock}ForCausalLM")(config)
 
 
@@ -305,6 +315,12 @@ DYNAMIC_OURS = {
     "max_position_embeddings": 16,
     "use_dynamic_ntk_rope": True,
     "rope_scaling_factor": 3.0,
+}
+# Small enough that scores and logits are where tanh bends.
+SOFT_CAPS = {
+    "query_pre_attn_scalar": 20,
+    "attn_logit_softcapping": 1.5,
+    "final_logit_softcapping": 2.5,
 }
 # model type, bias, our further settings, prefix of the stock class, its further settings
 FAMILIES = {
@@ -451,6 +467,64 @@ FAMILIES = {
         "Baichuan",
         PLAIN,
     ),
+    "gemma": (
+        "GEMMA",
+        False,
+        {"head_dim": 12, "tie_word_embeddings": True, **architecture_of("GEMMA")},
+        "Gemma",
+        {"head_dim": 12, "tie_word_embeddings": True},
+    ),
+    "gemma2": (
+        "GEMMA2",
+        False,
+        {
+            "head_dim": 12,
+            "tie_word_embeddings": True,
+            "sliding_window": 5,
+            "layer_types": ("sliding_attention", "full_attention"),
+            **SOFT_CAPS,
+            **architecture_of("GEMMA2"),
+        },
+        "Gemma2",
+        {
+            "head_dim": 12,
+            "tie_word_embeddings": True,
+            "sliding_window": 5,
+            **SOFT_CAPS,
+        },
+    ),
+    "gemma3": (
+        "GEMMA3",
+        False,
+        {
+            "head_dim": 12,
+            "tie_word_embeddings": True,
+            "qk_norm": True,
+            "sliding_window": 5,
+            "layer_types": ("sliding_attention", "full_attention"),
+            "query_pre_attn_scalar": 20.0,
+            "rope_base": 1e6,
+            "local_rope_base": 1e4,
+            "rope_scaling": RopeScaling(type="linear", factor=8.0),
+            **architecture_of("GEMMA3"),
+        },
+        "Gemma3",
+        {
+            "head_dim": 12,
+            "tie_word_embeddings": True,
+            "sliding_window": 5,
+            "query_pre_attn_scalar": 20,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "linear",
+                    "factor": 8.0,
+                    "rope_theta": 1e6,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
     "qwen3-window": (
         "QWEN3",
         False,
@@ -479,6 +553,13 @@ FAMILIES = {
     "model.qk_norm",
     "model.qk_norm_over",
     "model.norm_placement",
+    "model.add_unit_offset",
+    "model.scale_embeddings",
+    "model.gate_activation",
+    "model.query_pre_attn_scalar",
+    "model.attn_logit_softcapping",
+    "model.final_logit_softcapping",
+    "model.local_rope_base",
     "model.sliding_window",
     "model.layer_types",
 )

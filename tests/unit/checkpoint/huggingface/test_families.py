@@ -88,6 +88,28 @@ STOCK: dict[str, dict[str, Any]] = {
         "sliding_window": 5,
         "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
     },
+    "Gemma": {"head_dim": 12, "tie_word_embeddings": True},
+    "Gemma2": {
+        "head_dim": 12,
+        "tie_word_embeddings": True,
+        "sliding_window": 5,
+        "query_pre_attn_scalar": 20,
+        "attn_logit_softcapping": 1.5,
+        "final_logit_softcapping": 2.5,
+    },
+    "Gemma3": {
+        "head_dim": 12,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "linear",
+                "factor": 8.0,
+                "rope_theta": 1e6,
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    },
 }
 FAMILY = {
     "Llama": "LLAMA2",
@@ -97,6 +119,9 @@ FAMILY = {
     "Olmo2": "OLMO2",
     "Phi3": "PHI3",
     "SmolLM3": "SMOLLM3",
+    "Gemma": "GEMMA",
+    "Gemma2": "GEMMA2",
+    "Gemma3": "GEMMA3",
 }
 OURS: dict[str, dict[str, Any]] = {
     "QWEN2": {"no_bias": False, "o_bias": False},
@@ -105,13 +130,29 @@ OURS: dict[str, dict[str, Any]] = {
     "PHI3": {"sliding_window": 6},
     "SMOLLM3": {"nope_layers": (0,), "mlp_bias": True, "sliding_window": 6},
     "OLMO2": {"qk_norm": True, **architecture_of("OLMO2")},
+    "GEMMA": {"tie_word_embeddings": True, **architecture_of("GEMMA")},
+    "GEMMA2": {
+        "tie_word_embeddings": True,
+        "query_pre_attn_scalar": 20.0,
+        "final_logit_softcapping": 2.5,
+        **architecture_of("GEMMA2"),
+    },
+    "GEMMA3": {
+        "tie_word_embeddings": True,
+        "qk_norm": True,
+        "sliding_window": 5,
+        "layer_types": ("sliding_attention", "full_attention"),
+        "local_rope_base": 100.0,
+        **architecture_of("GEMMA3"),
+    },
 }
 
 
 def stock_folder(name: str, folder: Path) -> Any:
     """Save a model of transformers with every weight at random, norms and biases too, and return it."""
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(
+    config_class = "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config"
+    config = getattr(transformers, config_class)(
         **{"tie_word_embeddings": False, **SIZES, **STOCK[name]}
     )
     model = getattr(transformers, f"{name}ForCausalLM")(config)
@@ -164,6 +205,20 @@ def test_the_parts_of_a_fused_matrix_stay_in_one_shard(tmp_path: Path) -> None:
     back = transformers.AutoModelForCausalLM.from_pretrained(str(out)).state_dict()
     for key, tensor in stock.state_dict().items():
         assert torch.equal(back[key], tensor), key
+
+
+def test_a_bfloat16_gemma_is_compared_with_its_factor_not_rounded(
+    tmp_path: Path,
+) -> None:
+    """sqrt(48) is 6.928, and 6.938 in bfloat16: both sides compute in float32, where it is the former."""
+    config = transformers.GemmaConfig(**(SIZES | {"hidden_size": 48, "head_dim": 12}))
+    torch.manual_seed(0)
+    model = transformers.GemmaForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "hf")
+    lines: list[str] = []
+    from_hf(str(tmp_path / "hf"), str(tmp_path / "c"), None, True, lines.append)
+    assert any("transformers: " in line for line in lines)
+    assert build_model(read_model_folder(tmp_path / "hf")).embedding.scale == 6.9375
 
 
 # Phi-3 grows beyond its original length on the way, with beams too.
@@ -359,6 +414,28 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
             num_key_value_heads=8, intermediate_size=14336, vocab_size=32000, sliding_window=4096,
         ),
     ),
+    "gemma-2b": (
+        2_506_172_416,
+        dict(
+            model_type="gemma", hidden_size=2048, num_hidden_layers=18, num_attention_heads=8,
+            num_key_value_heads=1, intermediate_size=16384, vocab_size=256000, hidden_act="gelu",
+        ),
+    ),
+    "gemma-2-2b": (
+        2_614_341_888,
+        dict(
+            model_type="gemma2", hidden_size=2304, num_hidden_layers=26, num_attention_heads=8,
+            num_key_value_heads=4, intermediate_size=9216, vocab_size=256000, sliding_window=4096,
+        ),
+    ),
+    "gemma-3-1b": (
+        999_885_952,
+        dict(
+            model_type="gemma3_text", hidden_size=1152, num_hidden_layers=26, num_attention_heads=4,
+            num_key_value_heads=1, intermediate_size=6912, vocab_size=262144, sliding_window=512,
+            rope_theta=1e6, rope_local_base_freq=1e4, sliding_window_pattern=6,
+        ),
+    ),
     "OLMo-2-1124-7B": (
         7_298_617_344,
         dict(
@@ -431,6 +508,30 @@ def test_parameters_of_published_sizes(name: str) -> None:
         for parameter in build_model(model, device="meta").parameters()
     )
     assert built == parameter_count(model) == published
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if "gemma" in name])
+def test_gemma_files_leave_out_what_transformers_adds(name: str) -> None:
+    """Every key that a published config.json lacks: transformers' own configuration has the same values and sizes."""
+    published, record = PUBLISHED[name]
+    model = read_model(record, name)
+    kind = dict(record)
+    stock = transformers.AutoConfig.for_model(kind.pop("model_type"), **kind)
+    with torch.device("meta"):
+        built = transformers.AutoModelForCausalLM.from_config(stock)
+    assert sum(parameter.numel() for parameter in built.parameters()) == published
+    assert model.tie_word_embeddings and stock.tie_word_embeddings
+    assert model.head_dim == stock.head_dim
+    scalar = getattr(stock, "query_pre_attn_scalar", stock.head_dim)
+    assert (model.query_pre_attn_scalar or model.head_dim) == scalar
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        assert getattr(model, key) == getattr(stock, key, None)
+    types = getattr(stock, "layer_types", None)
+    assert model.layer_types == (None if types is None else tuple(types))
+    if "gemma3" in record["model_type"]:
+        bases = stock.rope_parameters
+        assert model.rope_base == bases["full_attention"]["rope_theta"]
+        assert model.local_rope_base == bases["sliding_attention"]["rope_theta"]
     assert stock_count(record) == published
 
 
@@ -459,7 +560,34 @@ def stock_count(record: dict[str, Any]) -> int:
             {"use_sliding_window": True, "layer_types": ["full_attention"]},
             "layer_types has 1 entries",
         ),
-        ("gemma3_text", {}, "unknown architecture: model_type 'gemma3_text'"),
+        ("gemma3n_text", {}, "unknown architecture: model_type 'gemma3n_text'"),
+        (
+            "gemma3",
+            {"text_config": {"model_type": "gemma3_text"}},
+            "(?s)unknown architecture.*of type 'gemma3_text': save that alone",
+        ),
+        ("gemma2", {"hidden_activation": "relu"}, "hidden_activation 'relu'"),
+        ("gemma2", {"query_pre_attn_scalar": "x"}, "query_pre_attn_scalar is 'x'"),
+        (
+            "gemma3_text",
+            {"attn_logit_softcapping": 50.0},
+            "attn_logit_softcapping, which transformers ignores",
+        ),
+        (
+            "gemma3_text",
+            {"use_bidirectional_attention": True},
+            "use_bidirectional_attention",
+        ),
+        (
+            "gemma3_text",
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "default"},
+                    "sliding_attention": {"rope_type": "linear", "factor": 2.0},
+                }
+            },
+            "'linear' of layers with a window",
+        ),
         ("mistral", {"sliding_window": 0}, "sliding_window is 0"),
         ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers is "),
         ("phi3", {"partial_rotary_factor": 0.75}, "partial_rotary_factor 0.75"),

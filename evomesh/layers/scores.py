@@ -1,0 +1,131 @@
+"""Attention scores: how they are scaled, and the soft cap of Gemma 2, for which torch has no fused kernel.
+
+Shapes: B batch, N query heads, G key/value heads, R = N / G, L queries, S keys, H head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from evomesh.config.schema import ModelConfig
+from evomesh.layers.dtype import promote
+
+# Queries of one call with a soft cap, whose scores [B, N, L, S] are in memory.
+CAPPED_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class ScoreRule:
+    """The scores of queries and keys: scale q k^T, then softcap tanh(scores / softcap).
+
+    Attributes:
+        scale: None: 1 / sqrt(H).
+        softcap: bound of the scores; None: they are not bounded.
+    """
+
+    scale: float | None = None
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> ScoreRule:
+        scalar = config.query_pre_attn_scalar
+        scale = None if scalar is None else scalar**-0.5
+        return cls(scale, config.attn_logit_softcapping)
+
+
+PLAIN_SCORES = ScoreRule()
+
+
+def attend_to_visible(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor | None,
+    rule: ScoreRule = PLAIN_SCORES,
+) -> Tensor:
+    """Return softmax(scores) v [B, N, L, H] for q [B, N, L, H], k and v [B, G, S, H].
+
+    Args:
+        visible: bool, which keys a query sees: [L, S], or [B, 1, 1, S]; None: all.
+    """
+    if rule.softcap is not None:
+        scale = rule.scale or q.shape[3] ** -0.5
+        out: Tensor = _CappedAttention.apply(q, k, v, visible, scale, rule.softcap)  # type: ignore[no-untyped-call]
+        return out
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=visible,
+        enable_gqa=q.shape[1] != k.shape[1],
+        scale=rule.scale,
+    )
+
+
+class _CappedAttention(torch.autograd.Function):
+    """Attention with bounded scores; backward computes the probabilities again, so that only q, k and v are kept.
+
+        forward    t = tanh(scale q k^T / cap),  p = softmax(cap t),  o = p v
+        backward   dv = p^T do,  dp = do v^T,  dz = p (dp - sum(dp p))
+                   ds = dz (1 - t^2),  dq = scale ds k,  dk = scale ds^T q
+
+    The query heads of a group are rows of one matrix, [B, G, R L, H], so that the
+    products with a transpose also sum over the group.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        visible: Tensor | None,
+        scale: float,
+        softcap: float,
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, visible)
+        ctx.scale, ctx.softcap = scale, softcap
+        _, probabilities = _capped_scores(_by_group(q, k), k, visible, scale, softcap)
+        out = probabilities.to(v.dtype) @ v  # [B, G, R L, H]
+        return out.view(q.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, visible = ctx.saved_tensors
+        rows = _by_group(q, k)
+        tanh, probabilities = _capped_scores(rows, k, visible, ctx.scale, ctx.softcap)
+        do = _by_group(grads[0], k)
+        dv = probabilities.to(do.dtype).mT @ do
+        dp = (do @ v.mT).to(probabilities.dtype)
+        mean = (dp * probabilities).sum(dim=-1, keepdim=True)
+        dz = probabilities * (dp - mean)
+        ds = (dz * (1 - tanh.square()) * ctx.scale).to(q.dtype)
+        dq = (ds @ k).view(q.shape)
+        dk = ds.mT @ rows
+        return dq, dk, dv, None, None, None
+
+
+def _by_group(x: Tensor, k: Tensor) -> Tensor:
+    """Return [B, N, L, H] as [B, G, R L, H]."""
+    batch, _, _, width = x.shape
+    return x.reshape(batch, k.shape[1], -1, width)
+
+
+def _capped_scores(
+    rows: Tensor, k: Tensor, visible: Tensor | None, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """Return tanh(scores / softcap) and the probabilities, both [B, G, R L, S] in at least float32."""
+    scores = (rows @ k.mT).to(promote(rows.dtype))
+    tanh = scores.mul_(scale / softcap).tanh_()
+    capped = tanh * softcap
+    if visible is not None:
+        # Each query head of a group sees the same keys: [B, G, R, L, S].
+        by_head = capped.view(*capped.shape[:2], -1, visible.shape[-2], k.shape[2])
+        hidden_keys = ~visible if visible.dim() == 2 else ~visible[:, :, None]
+        by_head.masked_fill_(hidden_keys, -torch.inf)
+    return tanh, capped.softmax(dim=-1)
