@@ -16,25 +16,23 @@ KINDS = {
     "hf": "a Hugging Face model folder",
     "llama": "Llama's consolidated weights",
     "dcp": "a torch distributed checkpoint (its pickled metadata is never opened)",
-    "deepspeed": "a checkpoint of XTuner, in DeepSpeed's format, which is not read",
+    "xtuner": "a checkpoint of XTuner or DeepSpeed",
     "torch": "pickled PyTorch files",
 }
 # How to bring a checkpoint of another kind into a form that evomesh reads.
 CONVERSIONS = {
     "internevo": "convert it first: evomesh convert from-internevo FOLDER OUT",
-    "deepspeed": "write a Hugging Face folder with XTuner's pth_to_hf, which evomesh reads",
+    "xtuner": "evomesh xtuner convert pth_to_hf CONFIG PATH OUT makes a Hugging Face folder of it",
 }
 PATTERNS: Sequence[tuple[str, re.Pattern[str]]] = (
     ("internevo", re.compile(r"^model_(tp|wp|pp|moe)[a-z0-9_]*\.pt$")),
-    (
-        "deepspeed",
-        re.compile(
-            r"^(mp_rank_|(bf16_)?zero_pp_rank_)[a-z0-9_]*_(model|optim)_states\.pt$"
-        ),
-    ),
+    ("xtuner", re.compile(r"^[a-z0-9_]*mp_rank_\d+_(model|optim)_states\.pt$")),
     ("dcp", re.compile(r"^(\.metadata|__\d+_\d+\.distcp)$")),
     ("hf", re.compile(r"^(model|pytorch_model).*\.(safetensors|bin)(\.index\.json)?$")),
     ("llama", re.compile(r"^consolidated\.\d+\.(pth|pt|safetensors)$")),
+    # A folder that holds such checkpoints, or mmengine's files. A trainer that writes
+    # Hugging Face folders may keep DeepSpeed's beside them.
+    ("xtuner", re.compile(r"^((iter|epoch)_\d+\.pth/?|latest|last_checkpoint)$")),
     ("torch", re.compile(r"\.(pt|pth|bin|ckpt|pkl)$")),
 )
 
@@ -78,14 +76,27 @@ def internevo_snapshots(storage: Storage, root: str) -> list[str]:
     return [folder for folder in folders if _is_internevo(storage, folder)]
 
 
+def holds_xtuner(storage: Storage, root: str) -> bool:
+    """Return whether a work folder holds checkpoints of XTuner (``iter_500.pth``)."""
+    patterns = [pattern for kind, pattern in PATTERNS if kind == "xtuner"]
+    return any(
+        pattern.search(name) for name in storage.list(root) for pattern in patterns
+    )
+
+
 def _is_internevo(storage: Storage, folder: str) -> bool:
     return any(INTERNEVO.search(name) for name in storage.list(folder))
 
 
 def kind_at(url: str) -> str | None:
-    """Return ``kind_of`` a path in any form: ``ROOT/49`` and ``ROOT/snapshot/1`` are of the kind of their root."""
+    """Return ``kind_of`` a path in any form: ``ROOT/49`` and ``ROOT/snapshot/1`` are of the kind of their root.
+
+    A file ``NAME.pth`` is one of XTuner.
+    """
     storage, folder = open_storage(url)
     kind = kind_of(storage, folder)
     if kind is None and folder.rpartition("/")[2].isdigit():
         kind = kind_of(storage, folder.rpartition("/")[0] or ".")
+    if kind is None and folder.endswith(".pth") and storage.exists(folder):
+        kind = "xtuner"
     return kind

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from evomesh.checkpoint.deepspeed.load import load_xtuner, load_xtuner_state
 from evomesh.checkpoint.hub_cache import local_folder
 from evomesh.checkpoint.huggingface.load import load_huggingface, load_llama
 from evomesh.checkpoint.internevo.model import (
@@ -84,6 +85,19 @@ def load_internevo(path: str, config: dict[str, Any]) -> Iterator[tuple[str, Ten
     return read_model(folder, _head_counts(folder, config))
 
 
+def load_foreign_state(
+    kind: str, path: str, config: dict[str, Any], optimizer: bool, counters: bool
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return what a foreign run holds beside its weights: see ``load_internevo_state``; of XTuner's the counters.
+
+    Args:
+        kind: "internevo" or "xtuner".
+    """
+    if kind == "xtuner":
+        return {}, load_xtuner_state(path) if counters else {}
+    return load_internevo_state(path, config, optimizer, counters)
+
+
 def load_internevo_state(
     path: str, config: dict[str, Any], optimizer: bool, counters: bool
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -119,6 +133,7 @@ checkpoint_loaders = LoaderRegistry(
         "hf_llama": load_huggingface,
         "hf_model": load_huggingface,
         "llama": load_llama,
+        "xtuner": load_xtuner,
     }
 )
 

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 
 import torch
 
-from evomesh.checkpoint.detect import KINDS, kind_at
+from evomesh.checkpoint.detect import CONVERSIONS, KINDS, kind_at
 from evomesh.checkpoint.hub_cache import hub_model
 from evomesh.checkpoint.huggingface.folder import HfFolder, open_folder
 from evomesh.checkpoint.huggingface.to_native import read_folder
@@ -130,7 +130,7 @@ def restore_model(
             f"is {KINDS[kind]}",
             where=path,
             expected="an evomesh checkpoint or a Hugging Face model folder",
-            fix="convert it first: evomesh convert --help",
+            fix=CONVERSIONS.get(kind, "convert it first: evomesh convert --help"),
         )
     reader = CheckpointReader()
     found = reader.resolve(path, "data" if verify else "record")

@@ -3,36 +3,38 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from evomesh.checkpoint import detect
+from evomesh.checkpoint.foreign_runs import NO_MOMENTS, newest_of_other_systems
 from evomesh.checkpoint.hub_cache import hub_model, local_folder
-from evomesh.checkpoint.loaders import checkpoint_loaders, fill, load_internevo_state
+from evomesh.checkpoint.loaders import checkpoint_loaders, fill, load_foreign_state
 from evomesh.checkpoint.native.agreement import run_on_all_ranks
 from evomesh.checkpoint.native.find import Checkpoint, SaveFolder
 from evomesh.checkpoint.native.format import CheckpointError
-from evomesh.checkpoint.native.intact import reading
 from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.native.plan import LocalTensor, describe
+from evomesh.checkpoint.start_point import (
+    CONTENTS,
+    COUNTED,
+    EVERYTHING,
+    StartPoint,
+)
 from evomesh.config.record import config_to_dict
 from evomesh.config.resume_effects import compare_configs
 from evomesh.config.schema import CheckpointConfig, Config, LoadConfig
 from evomesh.errors import UserError
 from evomesh.parallel.spec import LocalShard
-from evomesh.storage.base import join
 from evomesh.storage.urls import open_storage, split_url
 
 logger = logging.getLogger(__name__)
 OPTIMIZER = "optim."  # prefix of the optimizer's tensors
 MASTER = "optim.master."
-CONTENTS = ("model", "optimizer", "scheduler", "sampler")
-EVERYTHING = frozenset(CONTENTS)
-# Evomesh's or InternEvo's, detected from the folder.
+# Evomesh's, InternEvo's or XTuner's, detected from the folder.
 DETECTED_TYPES = ("internevo", "internlm", "normal", "evomesh")
 WEIGHT_TYPES = ("hf", "hf_llama", "hf_model", "llama")  # weights of other programs
 # By kind of folder.
@@ -41,41 +43,8 @@ RIGHT_TYPES = {
     "internevo": "internevo",
     "hf": "hf",
     "llama": "llama",
+    "xtuner": "xtuner",
 }
-
-
-@dataclass(frozen=True)
-class StartPoint:
-    """The source that a run starts from.
-
-    Attributes:
-        reason: one line for the log.
-        checkpoint: in the native format; None for another source or for none.
-        path: the foreign folder to read with the loader ``ckpt_type``, "" for none.
-        ckpt_type: name of that loader.
-        content: what to load, a subset of ``CONTENTS``; all of them together continue the run that wrote it.
-    """
-
-    reason: str
-    checkpoint: Checkpoint | None = None
-    path: str = ""
-    ckpt_type: str = ""
-    content: frozenset[str] = frozenset()
-
-    @property
-    def resumes(self) -> bool:
-        """True if it continues a run: counters, data position, schedules and random streams too."""
-        return self.content == EVERYTHING
-
-    @property
-    def resumed_step(self) -> int | None:
-        """The finished steps of the run that it continues, if it continues one."""
-        if self.checkpoint is None or not self.resumes:
-            return None
-        return self.checkpoint.step
-
-    def wants(self, part: str) -> bool:
-        return part in self.content
 
 
 def decide(
@@ -131,59 +100,13 @@ def _newest_in(
     checkpoint = reader.newest(folder, check=check)
     if checkpoint is None:
         return run_on_all_ranks(
-            reader.exchange, lambda: _newest_of_internevo(folder, note)
+            reader.exchange, lambda: newest_of_other_systems(folder, note)
         )
     require_optimizer(checkpoint, EVERYTHING)
     reason = (
         f"resuming step {checkpoint.step} from {checkpoint.folder} (auto_resume){note}"
     )
     return StartPoint(reason, checkpoint, content=EVERYTHING)
-
-
-def _newest_of_internevo(folder: SaveFolder, note: str) -> StartPoint | None:
-    """Return InternEvo's newest checkpoint in a save folder, all of it; None if there is none.
-
-    Raises:
-        CheckpointError: it cannot be read from there.
-    """
-    with reading("the folder", folder.root):
-        steps = detect.internevo_steps(folder.storage, folder.root)
-        snapshots = detect.internevo_snapshots(folder.storage, folder.root)
-    if not steps and not snapshots:
-        return None
-    newest = join(folder.root, str(steps[0])) if steps else snapshots[-1]
-    if not steps or folder.storage.remote:
-        found = (
-            f"InternEvo's checkpoint {newest}"
-            if steps
-            else "snapshots of InternEvo and no checkpoint"
-        )
-        raise CheckpointError(
-            f"the save folder holds {found}, which auto_resume cannot read",
-            where=folder.root,
-            expected="checkpoints of evomesh, or InternEvo's on a disk",
-            fix=f"start from it: auto_resume=False, {_load_info_for(newest)} (a folder in a store must be copied to "
-            "a disk first); or set another save_ckpt_folder to start from scratch",
-        )
-    missing = sorted(
-        {"context.pt", "sampler.pt", "schedulder.pt"} - set(folder.storage.list(newest))
-    )
-    if missing:
-        raise CheckpointError(
-            f"InternEvo's newest checkpoint has no {', '.join(missing)}: it cannot resume a run",
-            where=newest,
-            expected="a complete checkpoint of InternEvo",
-            fix=f"start from its weights: auto_resume=False, {_load_info_for(newest, 'model')}; remove the folder to "
-            "resume from the one before it; or set another save_ckpt_folder to start from scratch",
-        )
-    reason = f"resuming InternEvo's checkpoint {newest} (auto_resume){note}"
-    return StartPoint(
-        reason, path=f"local:{newest}", ckpt_type="internevo", content=EVERYTHING
-    )
-
-
-def _load_info_for(folder: str, content: str = "all") -> str:
-    return f'load_ckpt_info=dict(path="{folder}", content=("{content}",), ckpt_type="internevo")'
 
 
 def check_config(start: StartPoint, config: Config, reader: CheckpointReader) -> None:
@@ -290,9 +213,9 @@ def _from_load_info(info: LoadConfig, reader: CheckpointReader) -> StartPoint:
             )
         if actual in (None, "evomesh"):
             return _from_native(info, reader, exists=actual is not None)
-        if actual != "internevo":
+        if actual not in ("internevo", "xtuner"):
             raise _wrong_type(info, actual)
-        kind = "internevo"
+        kind = actual
     elif kind in WEIGHT_TYPES and actual in ("evomesh", "internevo"):
         raise _wrong_type(info, actual)
     return _from_foreign(info, kind)
@@ -318,16 +241,24 @@ def _from_foreign(info: LoadConfig, kind: str) -> StartPoint:
             expected=f"one of {', '.join(sorted({*DETECTED_TYPES, *checkpoint_loaders.names()}))}",
             fix="register a custom one: evomesh.register_loader",
         )
-    if content != {"model"} and kind != "internevo":
+    note = ""
+    if kind == "xtuner" and content == EVERYTHING:
+        content = COUNTED
+        note = f"; {NO_MOMENTS}"
+    readable = {"internevo": EVERYTHING, "xtuner": COUNTED}.get(kind, {"model"})
+    if not content <= readable:
         raise CheckpointError(
-            f"only the model can be read from {info.path} ({kind}), but content asks for {_named(content)}",
+            f"only the {_named(readable)} can be read from {info.path} ({kind}), but content asks for "
+            f"{_named(content)}",
             fix='content=("model",)',
         )
-    reason = f"loading {_named(content)} from {info.path} ({kind}, load_ckpt_info)"
+    reason = (
+        f"loading {_named(content)} from {info.path} ({kind}, load_ckpt_info){note}"
+    )
     return StartPoint(reason, path=info.path, ckpt_type=kind, content=content)
 
 
-def _named(content: frozenset[str]) -> str:
+def _named(content: Collection[str]) -> str:
     return ", ".join(part for part in CONTENTS if part in content)
 
 
@@ -472,7 +403,8 @@ def _load_foreign_state(
     wanted_anywhere: set[str],
 ) -> dict[str, Any]:
     """Fill the optimizer's tensors if they are wanted, and return the stored counters and data position."""
-    optimizer, state = load_internevo_state(
+    optimizer, state = load_foreign_state(
+        start.ckpt_type,
         start.path,
         model,
         optimizer=start.wants("optimizer"),

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from evomesh.errors import UserError
+
+if TYPE_CHECKING:
+    from evomesh.checkpoint.huggingface.export import ExportOptions
+    from evomesh.config.schema import Config
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -28,7 +33,10 @@ def pth_to_hf(
         typer.Argument(help="The training's config; it is copied to xtuner_config.py."),
     ],
     source: Annotated[
-        str, typer.Argument(help="Work folder, or one checkpoint in it.")
+        str,
+        typer.Argument(
+            help="Work folder or one checkpoint in it, of evomesh or of XTuner (iter_N.pth, file or folder)."
+        ),
     ],
     save_dir: Annotated[str, typer.Argument(help="New folder.")],
     fp32: Annotated[
@@ -49,6 +57,7 @@ def pth_to_hf(
     cfg_options: CfgOptions = None,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder, with the config beside it."""
+    from evomesh.checkpoint.detect import kind_at
     from evomesh.checkpoint.huggingface.export import ExportOptions
     from evomesh.cli.config import find_named_config
     from evomesh.cli.convert_hf import shard_bytes, write_folder
@@ -57,17 +66,42 @@ def pth_to_hf(
     from evomesh.storage.urls import open_storage
 
     config = find_named_config(config)
-    named = load_config(config, cfg_options or []).config.data.tokenizer_path
+    training = load_config(config, cfg_options or []).config
+    named = training.data.tokenizer_path
     options = ExportOptions(
         dtype="float32" if fp32 else None,
         max_shard_bytes=shard_bytes(max_shard_size),
         tokenizer=tokenizer or (named if named and Path(named).exists() else None),
     )
-    write_folder(source, save_dir, options)
+    if kind_at(source) == "xtuner":
+        _write_from_xtuner(source, save_dir, training, options)
+    else:
+        write_folder(source, save_dir, options)
     storage, folder = open_storage(save_dir)
     writer = storage.create(join(folder, "xtuner_config.py"))
     writer.write(Path(config).read_bytes())
     writer.finish()
+
+
+def _write_from_xtuner(
+    source: str, target: str, training: Config, options: ExportOptions
+) -> None:
+    """Export a checkpoint of XTuner, by way of one of evomesh that is removed again."""
+    from evomesh.checkpoint.deepspeed.to_native import from_xtuner
+    from evomesh.cli.convert_hf import write_folder
+
+    with _folder_beside(target) as folder:
+        from_xtuner(source, folder, training, options.dtype, print)
+        write_folder(folder, target, options)
+
+
+@contextmanager
+def _folder_beside(target: str) -> Iterator[str]:
+    """Make a folder next to ``target``, on the same disk, for as long as it is used."""
+    beside = Path(target).resolve().parent
+    beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".convert-", dir=beside) as folder:
+        yield folder
 
 
 @app.command(
@@ -101,11 +135,6 @@ def split(
     from evomesh.cli.convert_hf import shard_bytes, write_folder
 
     options = ExportOptions(max_shard_bytes=shard_bytes(max_shard_size))
-    beside = Path(target).resolve().parent
-    beside.mkdir(parents=True, exist_ok=True)
-    folder = tempfile.mkdtemp(prefix=".split-", dir=beside)
-    try:
+    with _folder_beside(target) as folder:
         from_hf(source, folder, None, False, lambda line: None)
         write_folder(folder, target, options)
-    finally:
-        shutil.rmtree(folder)

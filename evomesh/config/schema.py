@@ -299,7 +299,7 @@ class LoadConfig(Section):
     )
     ckpt_type: str = Field(
         "internevo",
-        description="internevo, internlm, normal; hf (hf_llama, hf_model), llama; or a registered loader.",
+        description="internevo, internlm, normal; hf (hf_llama, hf_model), llama; xtuner; or a registered loader.",
     )
     fallback: bool = Field(
         False, description="With auto_resume: used where nothing can be resumed."

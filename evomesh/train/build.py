@@ -13,7 +13,8 @@ from torch import Tensor
 from evomesh.checkpoint.native.find import SaveFolder
 from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.native.save import CheckpointWriter
-from evomesh.checkpoint.resume import StartPoint, check_config, decide, restore
+from evomesh.checkpoint.resume import check_config, decide, restore
+from evomesh.checkpoint.start_point import StartPoint
 from evomesh.config.epochs import resolve_epochs, steps_per_epoch
 from evomesh.config.loader import LoadedConfig
 from evomesh.config.schema import CheckpointConfig, Config
@@ -223,7 +224,7 @@ def _restore_counters(
 ) -> TrainState:
     """Return the counters of the run; loads those of optimizer and loss scaler."""
     state = TrainState()
-    if start.resumes:
+    if start.keeps_counters:
         state.load_state(stored["train"])
     elif start.wants("scheduler"):
         state.step_count = int(stored["train"]["step_count"])

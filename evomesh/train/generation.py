@@ -11,7 +11,8 @@ from typing import Any
 
 from evomesh.checkpoint.detect import kind_of
 from evomesh.checkpoint.native.load import CheckpointReader
-from evomesh.checkpoint.resume import StartPoint, decide, restore
+from evomesh.checkpoint.resume import decide, restore
+from evomesh.checkpoint.start_point import StartPoint
 from evomesh.config.families import ARCHITECTURE_KEYS
 from evomesh.config.loader import LoadedConfig
 from evomesh.config.record import config_to_dict

@@ -168,6 +168,11 @@ PROMISES: tuple[Promise, ...] = (
     ),
     Promise("copy-cfg", "tokenized", "xtuner copy-cfg NAME DIR writes NAME_copy.py"),
     Promise("pth-to-hf", "tokenized", "pth_to_hf CONFIG SRC DST"),
+    Promise(
+        "xtuner-checkpoints",
+        "tokenized",
+        "iter_N.pth of mmengine and of DeepSpeed's ZeRO 1, 2, 3: pth_to_hf, --resume, load_from",
+    ),
 )
 
 # Where this system differs from InternEvo on purpose.

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tests.support.covers import covers
+from tests.support.deepspeed import Zero
 from tests.support.interpreter import Interpreter
 from tests.support.runs import metrics
 from tests.support.xtuner import ROOT, TINY_MODEL, token_files, write_config
@@ -150,6 +151,28 @@ def test_resume_and_then_a_longer_run(
     resumed = {row["step"]: row["loss"] for row in metrics(place / "parts")}
     assert len(losses) == 13 * 2 // ACCUMULATION
     assert [resumed[step] for step in range(len(losses))] == losses
+
+
+@covers("promise:xtuner-checkpoints")
+def test_a_run_of_xtuner_is_resumed(place: Path, interpreter: Interpreter) -> None:
+    """Its weights, and the packs that follow its steps; DeepSpeed's folder, as a run with ZeRO 2 leaves it."""
+    model = AutoModelForCausalLM.from_pretrained(place / "tiny")
+    state = {f"llm.{name}": value for name, value in model.state_dict().items()}
+    Zero([state], steps=2).write(place / "theirs" / "iter_6.pth")
+    command = ["evomesh", "xtuner", "train", "c.py", "--work-dir", "theirs", "--resume"]
+    done = interpreter.run(
+        [*command, *FLOAT32, "data.total_steps=3"], cwd=place, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert "moments start anew" in done.stdout + done.stderr
+    packs = packs_of_xtuner(place / "data")
+    order = np.arange(len(packs))
+    np.random.RandomState(1024).shuffle(order)
+    with torch.no_grad():
+        third = loss_of_xtuner(model, [packs[i] for i in order[6:9]])
+    (row,) = metrics(place / "theirs")
+    assert row["step"] == 2
+    assert row["loss"] == pytest.approx(third, rel=1e-5)
 
 
 def test_export_by_xtuners_path_and_split(

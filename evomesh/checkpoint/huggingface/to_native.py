@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ from evomesh.checkpoint.native.commit import (
 )
 from evomesh.checkpoint.native.disk_space import readable
 from evomesh.checkpoint.native.find import Checkpoint, open_checkpoint
-from evomesh.checkpoint.native.format import layout_record
+from evomesh.checkpoint.native.format import CommitRecord, layout_record
 from evomesh.checkpoint.native.plan import TensorType, WriteItem, in_file_order
 from evomesh.checkpoint.native.read import read_tensor, refuse_not_finite
 from evomesh.checkpoint.native.store_errors import as_checkpoint_error
@@ -44,7 +45,7 @@ from evomesh.config.schema import Config, GenerationConfig, ModelConfig
 from evomesh.data.tokenizer import check_embedded, check_tokenizer_fits, load_tokenizer
 from evomesh.errors import UserError
 from evomesh.layers.dtype import parameter_dtype
-from evomesh.storage.base import join
+from evomesh.storage.base import Storage, join
 from evomesh.storage.local import LocalStorage
 from evomesh.storage.urls import open_storage
 
@@ -65,22 +66,9 @@ def from_hf(
     config, weights = read_folder(folder, dtype, report)
     model = config.model
     storage, root = open_storage(target)
-    step = refuse_committed(storage, root, 0)
-    tensors = _tensor_types(model, weights)
-    record = new_record(
-        0,
-        new_attempt(),
-        config=config_to_dict(config),
-        state=describe_original(folder, model.dtype),
-        layout=layout_record(1),
-    )
-    record = commit(
-        storage,
-        step,
-        [_write_items(tensors)],
-        tensors,
-        record,
-        _converted(weights, folder.path),
+    state = describe_original(folder, model.dtype)
+    step, record = commit_weights(
+        storage, root, config, weights, folder.path, state=state
     )
     if compare:
         try:
@@ -94,6 +82,36 @@ def from_hf(
         f"wrote {step}: {model.model_type}, {model.dtype}, {readable(record.tensor_bytes)}"
     )
     return step
+
+
+def commit_weights(
+    storage: Storage,
+    root: str,
+    config: Config,
+    weights: Mapping[str, ForeignTensor],
+    source: str,
+    *,
+    state: dict[str, Any],
+) -> tuple[str, CommitRecord]:
+    """Commit the weights of a foreign folder as step 0 of a save folder; return the step folder and its record.
+
+    Args:
+        source: the foreign folder, for errors.
+    Raises:
+        CheckpointError: step 0 is there, no space, or a weight is not finite; nothing is left then.
+    """
+    step = refuse_committed(storage, root, 0)
+    tensors = _tensor_types(config.model, weights)
+    record = new_record(
+        0,
+        new_attempt(),
+        config=config_to_dict(config),
+        state=state,
+        layout=layout_record(1),
+    )
+    items = [_write_items(tensors)]
+    converted = _converted(weights, source)
+    return step, commit(storage, step, items, tensors, record, converted)
 
 
 def read_folder(

@@ -25,8 +25,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from evomesh.checkpoint.internevo.pickles import read_pickle
 from evomesh.checkpoint.native.format import CheckpointError
+from evomesh.checkpoint.pickles import read_pickle
 
 MODEL_FILE = re.compile(r"^model_tp(?P<tp>\d+)(?:_wp(?P<wp>\d+))?_pp(?P<pp>\d+)\.pt$")
 CHUNK_PREFIX = re.compile(

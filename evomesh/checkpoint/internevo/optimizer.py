@@ -24,8 +24,8 @@ from evomesh.checkpoint.internevo.model import (
     find_model_files,
     merge_folder,
 )
-from evomesh.checkpoint.internevo.pickles import read_pickle
 from evomesh.checkpoint.native.format import CheckpointError
+from evomesh.checkpoint.pickles import read_pickle
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("master", *MOMENTS)

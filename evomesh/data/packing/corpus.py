@@ -162,7 +162,12 @@ class Corpus:
 def _resume_position(
     sampler: StepSampler, state: dict[str, Any], global_batch: int
 ) -> SamplerPosition:
-    """Return the position to resume from: that of our state, or of InternEvo's, which has the same packs and order."""
+    """Return the position to resume from: that of our state, or of InternEvo's, which has the same packs and order.
+
+    XTuner's state has the number of steps alone.
+    """
+    if "xtuner" in state:
+        return sampler.seek(int(state["xtuner"]["step"]))
     theirs = state.get("internevo")
     if theirs is None:
         return sampler.resume(state)

@@ -10,15 +10,21 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
+from evomesh.checkpoint.native.find import SaveFolder
 from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.resume import decide
+from evomesh.checkpoint.start_point import StartPoint
 from evomesh.cli.app import app
 from evomesh.cli.xtuner_train import _parser, load_with_strategy, train_overrides
 from evomesh.config.loader import load_config
 from evomesh.errors import UserError
 from tests.support.covers import covers
+from tests.support.deepspeed import Zero, write_file
 from tests.support.xtuner import CONFIGS, ROOT, model_folder, write_config
 
 
@@ -186,25 +192,107 @@ def test_merge_is_refused_in_one_sentence() -> None:
         )
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"],
-)
-def test_xtuners_own_checkpoints_are_named_with_the_way_to_read_them(
-    name: str, here: Path
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    """A folder with the config.json of a tiny model, and weights under XTuner's names."""
+    folder = model_folder(tmp_path_factory.mktemp("model") / "tiny")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(folder)).state_dict()
+    return folder, {f"llm.{name}": value for name, value in model.items()}
+
+
+def config_of(folder: Path, model: Path) -> str:
+    return str(write_config(folder / "c.py", ("internlm/internlm2-7b", str(model))))
+
+
+@covers("promise:pth-to-hf", "promise:xtuner-checkpoints")
+@pytest.mark.parametrize("written", ["file", "zero2", "zero3"])
+def test_pth_to_hf_reads_what_xtuner_wrote(
+    written: str, tiny: tuple[Path, dict[str, Tensor]], here: Path
 ) -> None:
-    path = str(write_config(here / "c.py"))
-    (here / "iter_500.pth").mkdir()
-    (here / "iter_500.pth" / name).touch()
-    with pytest.raises(
-        UserError, match=r"a checkpoint of XTuner(.|\n)*with XTuner's pth_to_hf"
+    folder, state = tiny
+    path = here / "iter_9.pth"
+    if written == "file":
+        write_file(path, state)
+    else:
+        Zero([state], stage=int(written[-1]), ranks=3).write(path)
+    config = config_of(here, folder)
+    out = run("xtuner", "convert", "pth_to_hf", config, str(path), "hf", "--fp32")
+    assert "its optimizer state is not used" in out
+    exported = LlamaForCausalLM.from_pretrained(here / "hf").state_dict()
+    assert exported.keys() == {name.removeprefix("llm.") for name in state}
+    for name, value in exported.items():
+        assert torch.equal(value, state[f"llm.{name}"]), name
+    assert (here / "hf" / "xtuner_config.py").read_text() == Path(config).read_text()
+    # Nothing is left of the way there.
+    assert {file.name for file in here.iterdir()} == {"c.py", "hf", "iter_9.pth"}
+
+
+def test_pth_to_hf_keeps_the_dtype_of_the_training(
+    tiny: tuple[Path, dict[str, Tensor]], here: Path
+) -> None:
+    folder, state = tiny
+    path = Zero([state]).write(here / "work" / "iter_9.pth")
+    config = config_of(here, folder)
+    # The work folder means its newest checkpoint.
+    run("xtuner", "convert", "pth_to_hf", config, str(path.parent), "hf")
+    model = LlamaForCausalLM.from_pretrained(here / "hf", dtype="auto")
+    name = "model.norm.weight"
+    assert torch.equal(model.state_dict()[name], state[f"llm.{name}"].bfloat16())
+
+
+def test_pth_to_hf_leaves_nothing_after_a_refusal(
+    tiny: tuple[Path, dict[str, Tensor]], here: Path
+) -> None:
+    folder, state = tiny
+    other = {name: value for name, value in state.items() if "norm" not in name}
+    Zero([other]).write(here / "iter_9.pth")
+    config = config_of(here, folder)
+    with pytest.raises(UserError, match=r"missing(.|\n)*model\.norm\.weight"):
+        run("xtuner", "convert", "pth_to_hf", config, "iter_9.pth", "hf")
+    assert {file.name for file in here.iterdir()} == {"c.py", "iter_9.pth"}
+
+
+def start_of(path: str, *overrides: str) -> StartPoint:
+    config = load_config(path, list(overrides)).config.ckpt
+    assert config.save_ckpt_folder is not None
+    folder = SaveFolder.open(config.save_ckpt_folder, None)
+    return decide(config, CheckpointReader(), folder)
+
+
+def test_where_a_run_starts_from(
+    tiny: tuple[Path, dict[str, Tensor]], here: Path
+) -> None:
+    """XTuner's ``load_from`` takes the weights, ``resume`` the steps too; optimizer state is not read, and this is
+    said."""
+    folder, state = tiny
+    Zero([state]).write(here / "iter_9.pth")
+    config = config_of(here, folder)
+    weights = start_of(config, "load_from=iter_9.pth")
+    assert (weights.ckpt_type, weights.content) == ("xtuner", {"model"})
+    assert not weights.keeps_counters
+    work = "work_dir='.'"
+    for resumed in (
+        start_of(config, "load_from=iter_9.pth", "resume=True"),
+        start_of(config, "resume=True", work),
     ):
-        run("xtuner", "convert", "pth_to_hf", path, "iter_500.pth", "out")
-    info = load_config(path, ["load_from=iter_500.pth", "resume=True"]).config.ckpt
-    with pytest.raises(
-        UserError, match=r"a checkpoint of XTuner(.|\n)*with XTuner's pth_to_hf"
+        assert resumed.ckpt_type == "xtuner" and resumed.path.endswith("iter_9.pth")
+        assert resumed.content == {"model", "scheduler", "sampler"}
+        assert resumed.keeps_counters and "moments start anew" in resumed.reason
+    ours = str(ROOT / "configs" / "7B_internlm2.py")
+    info = "ckpt.load_ckpt_info=dict(path='iter_9.pth', content=('model', 'optimizer'))"
+    with pytest.raises(UserError, match="only the model, scheduler, sampler can be"):
+        start_of(ours, "ckpt.auto_resume=False", info)
+
+
+def test_other_commands_name_the_one_that_reads_xtuners_checkpoint(here: Path) -> None:
+    write_file(here / "iter_9.pth", {"llm.w": torch.ones(2)})
+    for command in (
+        ("convert", "to-hf", "iter_9.pth", "out"),
+        ("generate", "--ckpt", "iter_9.pth", "--prompt", "a"),
     ):
-        decide(info, CheckpointReader(), None)
+        with pytest.raises(UserError, match=r"evomesh xtuner convert pth_to_hf"):
+            run(*command)
 
 
 def test_show_does_not_count_tokens_of_passes(here: Path) -> None:

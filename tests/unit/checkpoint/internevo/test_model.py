@@ -13,10 +13,10 @@ from torch import Tensor
 
 from evomesh.checkpoint.internevo.export import write_model
 from evomesh.checkpoint.internevo.model import HeadCounts, find_model_files, read_model
-from evomesh.checkpoint.internevo.pickles import read_pickle
 from evomesh.checkpoint.loaders import checkpoint_loaders
 from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.native.save import CheckpointWriter
+from evomesh.checkpoint.pickles import read_pickle
 from evomesh.config.schema import ModelConfig
 from evomesh.errors import UserError
 from tests.support.covers import covers

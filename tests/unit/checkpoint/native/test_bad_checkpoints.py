@@ -1,7 +1,7 @@
 """Paths that are not a usable checkpoint: each is refused with what was found, where, and how to fix it.
 
 Tested elsewhere: fallback, corruption, swapped and missing files (test_rot.py), pickles and zip bombs
-(internevo/test_pickles.py), other layouts (test_layouts.py), content and foreign folders (../test_resume.py), two
+(../test_pickles.py), other layouts (test_layouts.py), content and foreign folders (../test_resume.py), two
 writers and the full disk (test_saving.py, test_faults.py).
 """
 

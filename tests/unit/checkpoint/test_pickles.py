@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from evomesh.checkpoint.huggingface.files import load_pickle
-from evomesh.checkpoint.internevo.pickles import (
+from evomesh.checkpoint.pickles import (
     MAGIC,
     PROTOCOL,
     STORAGES,

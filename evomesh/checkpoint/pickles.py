@@ -3,23 +3,27 @@
 The files are read here and not by ``torch.load``, which hands a zip file that holds
 ``constants.pkl`` to TorchScript (whose code then runs) and unpacks an old tar file with
 whatever links are in it. A file that names any class or function but those below is
-refused, with the name.
+refused, with the name. ``read_pickle`` reads all tensors, ``open_pickle`` leaves them
+in the file.
 """
 
 from __future__ import annotations
 
 import os
 import pickle
+import struct
 import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 
 from evomesh.checkpoint.native.format import CheckpointError
+from evomesh.checkpoint.stored_tensor import FileStorage, StoredTensor, check_view
 
 ARRAYS = {
     *(
@@ -48,8 +52,15 @@ ZIP = b"PK\x03\x04"  # the first bytes of what torch has written since 1.6
 # The first two pickles of what it wrote before.
 MAGIC, PROTOCOL = (0x1950A86A20F9469CFC6C, 1001)
 SCRIPT = ("constants.pkl", "code")  # what only TorchScript archives hold
+PLAIN_TENSOR = (
+    "torch.Tensor"  # stands for the class, of which a pickle needs the name only
+)
 READ_BYTES = 1 << 24  # bytes read at once
 RATIO = 2  # unpacked bytes for each byte of the file; torch stores without compression
+# Of the header before the bytes of a zip entry: its size, and where the lengths of the
+# name and of the extra field stand, which follow it.
+ENTRY_HEADER = 30
+ENTRY_LENGTHS = slice(26, 30)
 
 
 class ConfigStub(dict[str, Any]):
@@ -60,12 +71,22 @@ class ConfigStub(dict[str, Any]):
 
 
 class OpaqueStub:
-    """Stands for NumPy's arrays (the state of a random generator, say); their content is dropped."""
+    """Stands for objects whose content is dropped: NumPy's arrays (the state of a random generator, say)."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         return
 
     def __setstate__(self, state: Any) -> None:
+        return
+
+    # What a pickle calls to fill containers.
+    def __setitem__(self, key: Any, value: Any) -> None:
+        return
+
+    def append(self, value: Any) -> None:
+        return
+
+    def extend(self, values: Any) -> None:
         return
 
 
@@ -88,16 +109,23 @@ class _Call:
 
 
 def _tensor(
-    flat: Tensor, offset: int, size: Sequence[int], stride: Sequence[int], *rest: Any
-) -> Tensor:
+    flat: Tensor | FileStorage,
+    offset: int,
+    size: Sequence[int],
+    stride: Sequence[int],
+    *rest: Any,
+) -> Tensor | StoredTensor:
     """Return a view of a storage.
 
     ``rest``: whether it needs gradients and its hooks, which are ignored, and flags,
     which no checkpoint sets.
     """
-    if not isinstance(flat, Tensor) or any(rest[2:]):
+    if not isinstance(flat, Tensor | FileStorage) or any(rest[2:]):
         raise pickle.UnpicklingError("a tensor in it is of an unknown kind")
-    # Refuses what is outside of ``flat``.
+    if isinstance(flat, FileStorage):
+        check_view(flat.count, offset, size, stride)
+        return StoredTensor(flat, offset, tuple(size), tuple(stride))
+    check_view(flat.numel(), offset, size, stride)
     return torch.as_strided(flat, size, stride, offset)
 
 
@@ -108,14 +136,37 @@ def _bytes(text: str, coding: str) -> bytes:
     return text.encode(coding)
 
 
-def _parameter(data: Tensor, *rest: Any) -> Tensor:
+def _parameter(data: Tensor | StoredTensor, *rest: Any) -> Tensor | StoredTensor:
     return data
+
+
+def _plain(
+    rebuild: Any, kind: Any, arguments: Sequence[Any], attributes: Any
+) -> Tensor | StoredTensor:
+    """Return a tensor without the attributes that were set on it, as DeepSpeed sets them."""
+    if not isinstance(rebuild, _Call) or kind != PLAIN_TENSOR:
+        raise pickle.UnpicklingError("a tensor in it is of an unknown class")
+    rebuilt = rebuild(*arguments)
+    if not isinstance(rebuilt, Tensor | StoredTensor):
+        raise pickle.UnpicklingError("a tensor in it is none")
+    return rebuilt
+
+
+def _enumerated(value: int) -> int:
+    """Return the value of an enumeration's member."""
+    if type(value) is not int:
+        raise pickle.UnpicklingError("a number in it is none")
+    return value
 
 
 ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): _Call(_tensor),
     ("torch._utils", "_rebuild_parameter"): _Call(_parameter),
+    ("torch._utils", "_rebuild_parameter_with_state"): _Call(_parameter),
+    ("torch._tensor", "_rebuild_from_type_v2"): _Call(_plain),
+    ("torch", "Tensor"): PLAIN_TENSOR,
+    ("torch.nn.parameter", "Parameter"): PLAIN_TENSOR,
     ("torch", "Size"): torch.Size,
     ("torch", "device"): torch.device,
     ("builtins", "set"): set,
@@ -123,22 +174,28 @@ ALLOWED: dict[tuple[str, str], Any] = {
     ("builtins", "dict"): dict,
     ("builtins", "slice"): slice,
     ("_codecs", "encode"): _Call(_bytes),
+    ("deepspeed.runtime.zero.config", "ZeroStageEnum"): _Call(_enumerated),
 }
 
 
 class _Unpickler(pickle.Unpickler):
     """Resolves names to the allowed ones only.
 
-    ``read_storage(key, dtype, count)`` returns a storage as a tensor.
+    Args:
+        read_storage: called with key, dtype and count; returns a storage, read or not.
+        inert: packages of whose classes stubs are made, never imported.
     """
 
     def __init__(
         self,
         file: IO[bytes],
-        read_storage: Callable[[str, torch.dtype, int], Tensor] | None = None,
+        read_storage: Callable[[str, torch.dtype, int], Tensor | FileStorage]
+        | None = None,
+        inert: Collection[str] = (),
     ) -> None:
         super().__init__(file, encoding="utf-8")
         self._read_storage = read_storage
+        self._inert = inert
 
     def find_class(self, module: str, name: str) -> Any:
         # ``builtins`` in protocol 2, which torch writes.
@@ -158,13 +215,13 @@ class _Unpickler(pickle.Unpickler):
         is_internevo = module.startswith(("internlm.", "internevo."))
         if is_internevo and name == "Config":
             return ConfigStub
-        if (module, name) in ARRAYS:
+        if (module, name) in ARRAYS or module.partition(".")[0] in self._inert:
             return OpaqueStub
         raise pickle.UnpicklingError(
             f"it names {module}.{name}, which is neither a tensor nor a plain container"
         )
 
-    def persistent_load(self, saved: Any) -> Tensor:
+    def persistent_load(self, saved: Any) -> Tensor | FileStorage:
         kind, dtype, key, _, count, *view = saved
         if (
             self._read_storage is None
@@ -222,29 +279,62 @@ def _read_zip(path: str) -> Any:
     #     model_tp0_pp0/data/0         the bytes of storage 0
     #     model_tp0_pp0/data/1
     with zipfile.ZipFile(path) as archive:
-        _check_entries(path, archive)
-        entries = {entry.filename: entry for entry in archive.infolist()}
-        root = _root_folder(path, list(entries))
-        order_entry = f"{root}byteorder"
-        order = "little"
-        if order_entry in entries:
-            order = archive.read(order_entry).decode()
-        _check_byte_order(path, order)
+        entries = _checked_entries(path, archive)
         storages: dict[str, Tensor] = {}
 
         def read_storage(key: str, dtype: torch.dtype, count: int) -> Tensor:
             if key not in storages:
-                name = f"{root}data/{key}"
-                entry = entries[name]
+                entry = entries[f"data/{key}"]
                 tensor, buffer = _allocate(dtype, count, entry.file_size)
                 with archive.open(entry) as file:
                     _fill(file, buffer)
                 storages[key] = tensor
             return storages[key]
 
-        with archive.open(entries[f"{root}data.pkl"]) as file:
-            unpickler = _Unpickler(file, read_storage)
-            return unpickler.load()
+        with archive.open(entries["data.pkl"]) as file:
+            return _Unpickler(file, read_storage).load()
+
+
+def _open_zip(path: str, inert: Collection[str]) -> Any:
+    """Read ``data.pkl`` of such a file alone; its tensors are ``StoredTensor``."""
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as raw:
+        entries = _checked_entries(path, archive)
+        storages: dict[str, FileStorage] = {}
+
+        def find_storage(key: str, dtype: torch.dtype, count: int) -> FileStorage:
+            if key not in storages:
+                entry = entries[f"data/{key}"]
+                position = _position(raw, entry, count * dtype.itemsize)
+                storages[key] = FileStorage(path, position, dtype, count, entry.CRC)
+            return storages[key]
+
+        with archive.open(entries["data.pkl"]) as file:
+            return _Unpickler(file, find_storage, inert).load()
+
+
+def _position(raw: IO[bytes], entry: zipfile.ZipInfo, size: int) -> int:
+    """Return where the bytes of an entry start in the file; they must be ``size`` and not compressed."""
+    raw.seek(entry.header_offset)
+    header = raw.read(ENTRY_HEADER)
+    if not header.startswith(ZIP) or len(header) < ENTRY_HEADER:
+        raise EOFError(f"{entry.filename} is not where the file's table has it")
+    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != size:
+        raise pickle.UnpicklingError(
+            f"a tensor in it takes {size} bytes, the file has {entry.file_size} for it"
+        )
+    name_length, extra_length = struct.unpack("<HH", header[ENTRY_LENGTHS])
+    return entry.header_offset + ENTRY_HEADER + int(name_length) + int(extra_length)
+
+
+def _checked_entries(path: str, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """Return the entries by their names in the archive's folder, after checking that it is one of ``torch.save``."""
+    _check_entries(path, archive)
+    entries = {entry.filename: entry for entry in archive.infolist()}
+    root = _root_folder(path, list(entries))
+    order_entry = f"{root}byteorder"  # absent in files of older versions
+    order = archive.read(order_entry).decode() if order_entry in entries else "little"
+    _check_byte_order(path, order)
+    return {name.removeprefix(root): entry for name, entry in entries.items()}
 
 
 def _check_entries(path: str, archive: zipfile.ZipFile) -> None:
@@ -334,19 +424,11 @@ def _read_old(path: str, file: IO[bytes]) -> Any:
     return content
 
 
-def read_pickle(path: str) -> Any:
-    """Read a ``.pt`` file, tensors on the CPU.
-
-    Raises:
-        CheckpointError: unreadable, not of torch, a program, unpacks to far more than its
-            size, or names something not allowed.
-    """
+@contextmanager
+def _refusing_damage(path: str) -> Iterator[None]:
+    """Turn whatever a damaged file makes its reader raise into one error."""
     try:
-        with open(path, "rb") as file:
-            if file.read(len(ZIP)) == ZIP:
-                return _read_zip(path)
-            file.seek(0)
-            return _read_old(path, file)
+        yield
     except CheckpointError:
         raise
     except FileNotFoundError:
@@ -358,3 +440,30 @@ def read_pickle(path: str) -> Any:
             where=path,
             expected="tensors in plain containers",
         ) from None
+
+
+def read_pickle(path: str) -> Any:
+    """Read a ``.pt`` file, tensors on the CPU.
+
+    Raises:
+        CheckpointError: unreadable, not of torch, a program, unpacks to far more than its size, or names something
+            not allowed.
+    """
+    with _refusing_damage(path), open(path, "rb") as file:
+        if file.read(len(ZIP)) == ZIP:
+            return _read_zip(path)
+        file.seek(0)
+        return _read_old(path, file)
+
+
+def open_pickle(path: str, inert: Collection[str] = ()) -> Any:
+    """Read what a ``.pt`` file holds beside its tensors, which are returned as ``StoredTensor``.
+
+    Args:
+        inert: packages whose objects are replaced with empty ones; neither package nor object is loaded.
+
+    Raises:
+        CheckpointError: as ``read_pickle``, and for files of torch before 1.6.
+    """
+    with _refusing_damage(path):
+        return _open_zip(path, inert)
