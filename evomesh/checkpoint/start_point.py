@@ -1,4 +1,4 @@
-"""What a run starts from: a checkpoint or a foreign folder, and which parts of it."""
+"""Starting points of a run: a checkpoint or a foreign folder, and which parts of it."""
 
 from __future__ import annotations
 

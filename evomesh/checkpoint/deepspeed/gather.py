@@ -1,11 +1,11 @@
 """Put the parameters of a model together from the parts that DeepSpeed's ranks hold.
 
-ZeRO 1 and 2 lay the parameters of an optimizer group end to end and cut the whole into
+ZeRO 1 and 2 put the parameters of an optimizer group end to end and cut the whole into
 one part for each rank, so a parameter may continue on the next rank:
 
     rank 0: a a a a b b | rank 1: b b c c c .       (. is padding)
 
-ZeRO 3 cuts each parameter into equal parts, padded on the last rank, and lays a rank's
+ZeRO 3 cuts each parameter into equal parts, padded on the last rank, and puts a rank's
 parts end to end:
 
     rank 0: a a b b c c | rank 1: a a b . c .
@@ -64,6 +64,7 @@ class FlatParts:
             last = first + part.numel
             if start < last and stop > first:
                 numbers = part.read().reshape(-1)
+                # Of the wanted range, what this part has of it.
                 begin = max(start - first, 0)
                 end = min(stop, last) - first
                 pieces.append(numbers[begin:end])
@@ -135,39 +136,36 @@ def _unreadable(folder: ZeroFolder, key: str, expected: str) -> CheckpointError:
 
 def _shapes(folder: ZeroFolder, key: str) -> list[dict[str, Shape]]:
     """Return the shapes by name under a key, in their order: one dict for each optimizer group."""
-    groups = folder.first.get(key) or []
-    if isinstance(groups, Mapping):
-        groups = [groups]
+    stored = folder.first.get(key) or []
+    # Those of frozen parameters, which are in no group, are one dict.
+    groups = [stored] if isinstance(stored, Mapping) else stored
     shapes = []
     for group in groups:
-        if not isinstance(group, Mapping) or not all(map(_is_shape, group.values())):
+        if not isinstance(group, Mapping):
             raise _unreadable(folder, key, "shapes by name")
-        shapes.append({name: tuple(shape) for name, shape in group.items()})
+        named = {}
+        for name, shape in group.items():
+            if not _is_shape(shape):
+                raise _unreadable(folder, key, "shapes by name")
+            named[name] = tuple(shape)
+        shapes.append(named)
     return shapes
 
 
 def _is_shape(value: Any) -> bool:
-    return isinstance(value, tuple | list) and all(
-        type(size) is int and size >= 0 for size in value
-    )
+    if not isinstance(value, tuple | list):
+        return False
+    return all(type(size) is int and size >= 0 for size in value)
 
 
 def _trained(folder: ZeroFolder) -> dict[str, Weight]:
     """Return the parameters that were trained, from the master weights."""
     shapes = _shapes(folder, "param_shapes")
-    key = GROUPS[folder.stage]
-    flat = []  # [rank][group]
-    for state in folder.optimizers:
-        groups = state.get(key)
-        if not isinstance(groups, list) or not all(
-            isinstance(group, StoredTensor) for group in groups
-        ):
-            raise _unreadable(folder, key, "a list of flat tensors")
-        flat.append(groups)
+    flat = [_flat_groups(folder, state) for state in folder.optimizers]  # [rank][group]
     if folder.stage == 3:
         return dict(_from_equal_parts(folder, shapes, flat))
-    if any(len(groups) != len(shapes) for groups in flat):
-        counts = sorted({len(groups) for groups in flat})
+    counts = sorted({len(groups) for groups in flat})
+    if counts != [len(shapes)]:
         raise CheckpointError(
             f"{len(shapes)} optimizer groups in the model's file, {counts} in *_optim_states.pt",
             where=str(folder.path),
@@ -181,22 +179,34 @@ def _trained(folder: ZeroFolder) -> dict[str, Weight]:
     return weights
 
 
+def _flat_groups(folder: ZeroFolder, state: Mapping[str, Any]) -> list[StoredTensor]:
+    """Return one rank's part of the master weights, a flat tensor for each group."""
+    key = GROUPS[folder.stage]
+    groups = state.get(key)
+    if not isinstance(groups, list):
+        raise _unreadable(folder, key, "a list of flat tensors")
+    for group in groups:
+        if not isinstance(group, StoredTensor):
+            raise _unreadable(folder, key, "a list of flat tensors")
+    return groups
+
+
 def _gaps(folder: ZeroFolder, group: int, count: int) -> Sequence[int]:
     """Return the padding after each parameter of a group; older versions have none."""
-    stated = folder.optimizers[0].get("param_alignment_paddings")
+    key = "param_alignment_paddings"
+    stated = folder.optimizers[0].get(key)
     if stated is None:
         return [0] * count
-    try:
+    gaps: Any = None
+    if isinstance(stated, list) and group < len(stated):
         gaps = stated[group]
-        if len(gaps) != count:
-            # Stated for a part of the parameters only, where all of them are 0.
-            gaps = [0] * count if not any(gaps) else []
-    except (TypeError, IndexError, KeyError):
-        gaps = []
-    if len(gaps) != count or any(type(gap) is not int or gap < 0 for gap in gaps):
-        raise _unreadable(
-            folder, "param_alignment_paddings", f"{count} numbers for group {group}"
-        )
+    if not _is_shape(gaps):
+        raise _unreadable(folder, key, f"{count} numbers for group {group}")
+    if not any(gaps):
+        # Files of version 0.19 may list those of this rank's parameters alone.
+        return [0] * count
+    if len(gaps) != count:
+        raise _unreadable(folder, key, f"{count} numbers for group {group}")
     return list(gaps)
 
 
@@ -234,10 +244,11 @@ def _from_equal_parts(
 ) -> Iterator[tuple[str, Weight]]:
     """Yield the parameters of which each rank holds an equal part (ZeRO 3)."""
     ranks = len(flat)
-    # The groups of a rank continue one another, so a part may lie across two.
+    # The groups of a rank continue one another, so a part may be in two of them.
     sources = tuple(FlatParts(tuple(groups)) for groups in flat)
-    merged = {name: shape for group in shapes for name, shape in group.items()}
-    needed = sum(-(-math.prod(shape) // ranks) for shape in merged.values())
+    merged = _merged(shapes)
+    parts = {name: -(-math.prod(shape) // ranks) for name, shape in merged.items()}
+    needed = sum(parts.values())
     for rank, source in enumerate(sources):
         if source.numel != needed:
             raise CheckpointError(
@@ -249,28 +260,35 @@ def _from_equal_parts(
             )
     start = 0
     for name, shape in merged.items():
-        stop = start + -(-math.prod(shape) // ranks)
+        stop = start + parts[name]
         yield name, GatheredWeight(shape, sources, start, stop)
         start = stop
 
 
+def _merged(groups: Sequence[Mapping[str, Shape]]) -> dict[str, Shape]:
+    """Return the shapes of all groups in one dict, in their order."""
+    shapes: dict[str, Shape] = {}
+    for group in groups:
+        shapes.update(group)
+    return shapes
+
+
 def _frozen(folder: ZeroFolder) -> Iterator[tuple[str, Weight]]:
     """Yield the parameters that were not trained: whole in the model's file, or in a part for each rank (ZeRO 3)."""
-    groups = _shapes(folder, "frozen_param_shapes")
-    shapes = {name: shape for group in groups for name, shape in group.items()}
-    parts = [
-        _tensors(folder, model, "frozen_param_fragments") for model in folder.models
-    ]
+    shapes = _merged(_shapes(folder, "frozen_param_shapes"))
+    key = "frozen_param_fragments"
+    parts_by_rank = [_tensors(folder, model, key) for model in folder.models]
+    ranks = len(parts_by_rank)
     for name, shape in shapes.items():
         numel = math.prod(shape)
-        held = [tensors[name] for tensors in parts if name in tensors]
-        each = -(-numel // len(parts))
-        if len(held) < len(parts) or any(part.numel != each for part in held):
-            sizes = [part.numel for part in held]
+        part_size = -(-numel // ranks)
+        held = [parts[name] for parts in parts_by_rank if name in parts]
+        sizes = [part.numel for part in held]
+        if sizes != [part_size] * ranks:
             raise CheckpointError(
                 f"frozen parameter {name} of {numel:,} numbers has parts of {sizes}",
                 where=str(folder.path),
-                expected=f"{len(parts)} parts of {each:,}",
+                expected=f"{ranks} parts of {part_size:,}",
             )
         sources = tuple(FlatParts((part,)) for part in held)
-        yield name, GatheredWeight(shape, sources, 0, each)
+        yield name, GatheredWeight(shape, sources, 0, part_size)

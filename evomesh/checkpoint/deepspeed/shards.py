@@ -53,51 +53,71 @@ class ZeroFolder:
         return self.models[0]
 
 
+@dataclass
+class _Listing:
+    """The names of a folder's files: the model's one file, and the files by rank."""
+
+    whole_model: str
+    models: dict[int, str]
+    optimizers: dict[int, str]
+
+
 def open_zero_folder(path: Path) -> ZeroFolder:
     """Open the files of a checkpoint's folder.
 
     Raises:
         CheckpointError: a file is missing, torn or of another checkpoint; named with the numbers that differ.
     """
-    model_files: dict[int, str] = {}
-    optimizer_files: dict[int, str] = {}
-    whole_model = ""
+    files = _list_files(path)
+    optimizers = _open_optimizers(path, files.optimizers)
+    stage = _common_stage(path, files.optimizers, optimizers)
+    if stage == 3:
+        _refuse_gaps(path, files.models, len(optimizers), "model_states.pt")
+        names = [files.models[rank] for rank in sorted(files.models)]
+    elif files.whole_model:
+        names = [files.whole_model]
+    else:
+        raise _without_model(path, stage, bool(files.models))
+    models = tuple(_open(path / name) for name in names)
+    return ZeroFolder(path, stage, models, optimizers)
+
+
+def _list_files(path: Path) -> _Listing:
+    """Sort the names of a folder.
+
+    Raises:
+        CheckpointError: two files are of one rank, or the files are of different stages or of a split model.
+    """
+    listing = _Listing("", {}, {})
     for name in sorted(entry.name for entry in path.iterdir()):
         match = _parse(name, path)
         if match is None:
             continue
         if match["rank"] is None:
-            whole_model = name
+            listing.whole_model = name
             continue
-        files = model_files if match["kind"] == "model" else optimizer_files
+        files = listing.models if match["kind"] == "model" else listing.optimizers
         rank = int(match["rank"])
         if rank in files:
-            raise CheckpointError(
-                f"two files of rank {rank}: {files[rank]} and {name}",
-                where=str(path),
-                expected="the files of one checkpoint",
-                fix="remove those of the other run",
-            )
+            raise _of_two_runs(path, f"two files of rank {rank}: {files[rank]}, {name}")
         files[rank] = name
-    if whole_model and model_files:
-        raise CheckpointError(
-            f"mixes ZeRO stages: {whole_model} is of stage 0, 1 or 2, {len(model_files)} files such as "
-            f"{model_files[min(model_files)]} are of stage 3",
-            where=str(path),
-            expected="the files of one checkpoint",
-            fix="remove those of the other run",
+    if listing.whole_model and listing.models:
+        of_stage_3 = listing.models[min(listing.models)]
+        raise _of_two_runs(
+            path,
+            f"mixes ZeRO stages: {listing.whole_model} is of stage 0, 1 or 2, {len(listing.models)} files such as "
+            f"{of_stage_3} are of stage 3",
         )
-    optimizers = _open_optimizers(path, optimizer_files)
-    stage = _common_stage(path, optimizer_files, optimizers)
-    if stage == 3:
-        _refuse_gaps(path, model_files, len(optimizers), "model_states.pt")
-        names = [model_files[rank] for rank in sorted(model_files)]
-    else:
-        names = [whole_model]
-    if names == [""]:
-        raise _without_model(path, stage, bool(model_files))
-    models = tuple(_open(path / name) for name in names)
-    return ZeroFolder(path, stage, models, optimizers)
+    return listing
+
+
+def _of_two_runs(path: Path, found: str) -> CheckpointError:
+    return CheckpointError(
+        found,
+        where=str(path),
+        expected="the files of one checkpoint",
+        fix="remove those of the other run",
+    )
 
 
 def _parse(name: str, path: Path) -> re.Match[str] | None:
@@ -154,12 +174,9 @@ def _open_optimizers(
     world_size = max(counts.values())
     odd = [rank for rank, count in counts.items() if count != world_size]
     if odd:
-        raise CheckpointError(
-            f"{files[odd[0]]} is of {counts[odd[0]]} ranks, others are of {world_size}",
-            where=str(path),
-            expected="the files of one checkpoint",
-            fix="remove those of the other run",
-        )
+        rank = odd[0]
+        found = f"{files[rank]} is of {counts[rank]} ranks, others are of {world_size}"
+        raise _of_two_runs(path, found)
     _refuse_gaps(path, files, world_size, "optim_states.pt")
     return tuple(states[rank] for rank in range(world_size))
 

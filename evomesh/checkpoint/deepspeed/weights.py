@@ -92,21 +92,25 @@ def _without_prefixes(weights: Mapping[str, Weight], where: str) -> dict[str, We
     """
     plain = {name.removeprefix(WRAPPER): weight for name, weight in weights.items()}
     _refuse_adapters(plain, where)
+    # Trainers other than XTuner save the language model alone.
     has_prefix = any(name.startswith(MODEL) for name in plain)
-    others = [name for name in plain if has_prefix and not name.startswith(MODEL)]
-    parameters = [name for name in others if len(plain[name].shape) > 1]
-    if parameters:
+    named = {}
+    others = []
+    for name, weight in plain.items():
+        bare = name.removeprefix(MODEL)
+        if has_prefix and bare == name:
+            # Counters and the like are no model's.
+            if len(weight.shape) > 1:
+                others.append(name)
+        elif not bare.endswith(BUFFERS):
+            named[bare] = weight
+    if others:
         raise CheckpointError(
-            f"{len(parameters)} tensors are not of the language model: {', '.join(parameters[:4])}",
+            f"{len(others)} tensors are not of the language model: {', '.join(others[:4])}",
             where=where,
             expected=f"names that start with {MODEL}",
             fix="image and reward models are not part of evomesh: convert it with XTuner",
         )
-    named = {}
-    for name, weight in plain.items():
-        bare = name.removeprefix(MODEL)
-        if name not in others and not bare.endswith(BUFFERS):
-            named[bare] = weight
     return named
 
 
