@@ -55,7 +55,7 @@ def test_requests_that_come_and_go_get_their_own_greedy_tokens() -> None:
     assert len({token.id for tokens in made.values() for token in tokens}) > 5
 
 
-@covers("model.rope_scaling")
+@covers("model.rope_scaling.type")
 def test_requests_that_outgrow_the_short_factors_of_longrope_are_read_again() -> None:
     """Cached keys have the angles of texts of up to 9 tokens; the oracle rotates all tokens anew each time."""
     scaling = RopeScaling(
