@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -63,8 +64,6 @@ MODEL_SETTINGS_WITHOUT_SHAPE = (
     "rope_base",
     "rope_scaling",
     "norm_head",
-    "sliding_window",
-    "layer_types",
     "nope_layers",
 )
 
@@ -218,17 +217,25 @@ def load_weights(
             return
         reader.load(start.checkpoint, parameters, strict=False, cast=True)
     trained_with = start.checkpoint.config.get("model", {})
-    # As a checkpoint stores them: lists for tuples, dicts for sections.
+    for line in other_settings(config, trained_with):
+        logger.warning("%s", line)
+
+
+def other_settings(config: Config, trained_with: Mapping[str, Any]) -> list[str]:
+    """Describe each setting that changes what the weights of a checkpoint compute, and that no shape shows.
+
+    Args:
+        trained_with: the model section of the checkpoint, in which tuples are lists and sections are dicts.
+    """
     settings = config_to_dict(config)["model"]
+    lines = []
     for key in MODEL_SETTINGS_WITHOUT_SHAPE:
         value = settings[key]
         if key in trained_with and trained_with[key] != value:
-            logger.warning(
-                "model.%s is %s, but the checkpoint was trained with %s",
-                key,
-                value,
-                trained_with[key],
+            lines.append(
+                f"model.{key} is {value}, but the checkpoint was trained with {trained_with[key]}"
             )
+    return lines
 
 
 def _find_weights(path: str, reader: CheckpointReader) -> StartPoint:
