@@ -119,8 +119,11 @@ def scored_answer(
     ]
 
 
+MARK = "\ufffd"  # what decoders write for bytes that are no character
+
+
 def without_marks(text: str) -> str:
-    return text.replace("\ufffd", "")
+    return text.replace(MARK, "")
 
 
 @settings(max_examples=60, deadline=None)
@@ -148,7 +151,14 @@ def test_the_bytes_of_any_tokens_read_as_the_text(
     )
     written, scored = scored_answer(tokenizer, tokenizer.encode("the"), ids)
     joined = b"".join(one.content for one in scored)
-    assert without_marks(joined.decode(errors="replace")) == without_marks(written)
+    assert MARK.encode() not in joined
+    decoded = joined.decode(errors="replace")
+    if MARK not in written:
+        assert decoded == written
+    # Of a run of byte tokens that is not a text, the decoder replaces every byte, those
+    # of letters as well: the bytes have more than the text, in the same order.
+    rest = iter(without_marks(decoded))
+    assert all(letter in rest for letter in without_marks(written))
 
 
 @pytest.mark.parametrize(
