@@ -234,12 +234,10 @@ class _StatementInstrumenter(ast.NodeTransformer):
             node.names = [alias for alias in node.names if alias.name != READ_BASE]
             return node if node.names else None
         # Only blocks that run at the top of the file: the names in a function are local.
-        if isinstance(node, ast.With):
+        if isinstance(node, ast.With | ast.If | ast.Try | ast.For):
             node.body = self._instrument_block(node.body)
-        elif isinstance(node, ast.If | ast.Try | ast.For):
-            node.body = self._instrument_block(node.body)
-            if node.orelse:
-                node.orelse = self._instrument_block(node.orelse)
+        if isinstance(node, ast.If | ast.Try | ast.For) and node.orelse:
+            node.orelse = self._instrument_block(node.orelse)
         return node
 
     def visit_Module(self, node: ast.Module) -> ast.Module:

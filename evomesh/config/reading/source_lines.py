@@ -101,14 +101,18 @@ def _record_value(
 def dict_items(value: ast.expr) -> Iterator[tuple[str, int, ast.expr]]:
     """Yield (key, its line, value) of ``dict(key=value)`` or ``{"key": value}``; nothing for any other expression."""
     if isinstance(value, ast.Dict):
-        for name, item in zip(value.keys, value.values, strict=True):
-            # A key may also be computed, or be absent as in {**other}.
-            if isinstance(name, ast.Constant) and isinstance(name.value, str):
-                yield name.value, name.lineno, item
+        yield from _display_items(value)
     elif isinstance(value, ast.Call) and ast.unparse(value.func) == "dict":
         for keyword in value.keywords:
-            if keyword.arg:
+            if keyword.arg:  # dict(**other) has none
                 yield keyword.arg, keyword.lineno, keyword.value
+
+
+def _display_items(value: ast.Dict) -> Iterator[tuple[str, int, ast.expr]]:
+    """Yield the items of ``{"key": value}``; a key may also be computed, or be absent as in ``{**other}``."""
+    for name, item in zip(value.keys, value.values, strict=True):
+        if isinstance(name, ast.Constant) and isinstance(name.value, str):
+            yield name.value, name.lineno, item
 
 
 def _record_import(

@@ -34,7 +34,7 @@ from evomesh.data.packing.text_documents import (
     load_text_tokenizer,
     text_boundary_ids,
 )
-from evomesh.data.records.rows import RowCursor, RowStream
+from evomesh.data.records.rows import RowCursor, RowStream, RowWindow
 from evomesh.data.records.source_files import SourceFile
 from evomesh.data.token_files.bin_dataset import count_targets
 from evomesh.data.token_files.lines import TokenArray, largest_id
@@ -118,21 +118,19 @@ class StreamingPacks:
         """Read the next window of rows and hand this rank's documents in it to their lanes."""
         window = next(self._windows)
         self._cursors.append(window.next_cursor)
-        # The rows of other ranks are not tokenized.
-        texts = {}
-        locations = {}
-        places = zip(window.texts, window.locations, strict=True)
-        for row, (text, location) in enumerate(places, window.first_row):
-            if text and self._needs(row):
-                texts[row] = text
-                locations[row] = location
-
-        targets = 0
+        texts = self._needed_texts(window)
         encoded = encode_texts(self.tokenizer, list(texts.values()))
+        targets = 0
         for row, ids in zip(texts, encoded, strict=True):
             tokens = np.array(self._prefix + ids + self._suffix, np.int64)
-            targets += self._add_document(row, tokens, locations[row])
+            location = window.locations[row - window.first_row]
+            targets += self._add_document(row, tokens, location)
         self._unused.end_window(window.next_cursor, targets, self.min_length)
+
+    def _needed_texts(self, window: RowWindow) -> dict[int, str]:
+        """Return the texts of this rank's rows by row; those of other ranks are not tokenized."""
+        rows = enumerate(window.texts, window.first_row)
+        return {row: text for row, text in rows if text and self._needs(row)}
 
     def _add_document(self, row: int, tokens: TokenArray, location: str) -> int:
         """Hand a document to its lane unless it is too short; return how many of its tokens can be targets."""

@@ -118,15 +118,18 @@ class ImportReplacer(ast.NodeTransformer):
         return [ast.copy_location(statement, node) for statement in out]
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> list[ast.stmt]:
-        module = node.module or ""
-        out: list[ast.stmt] = [node]
-        if not node.level and _package(module) in PACKAGES:
-            out = self._stand_ins(module, node.names)
-        elif file := self._find_file(module, node.level):
-            out = [self._read_file(file, node.names)]
-        if not out:
-            out = [ast.Pass()]  # a block must not be empty
+        out = self._replacements(node) or [ast.Pass()]  # a block must not be empty
         return [ast.copy_location(statement, node) for statement in out]
+
+    def _replacements(self, node: ast.ImportFrom) -> list[ast.stmt]:
+        """Return stand-ins, the reading of a file beside the config, or the import as it is."""
+        module = node.module or ""
+        if not node.level and _package(module) in PACKAGES:
+            return self._stand_ins(module, node.names)
+        file = self._find_file(module, node.level)
+        if file is None:
+            return [node]
+        return [self._read_file(file, node.names)]
 
     def _stand_ins(self, module: str, names: list[ast.alias]) -> list[ast.stmt]:
         # ``from torch.optim import AdamW as A`` becomes
