@@ -20,6 +20,11 @@ WARNINGS = {
     3: [f"{SHARDED} by PyTorch, without the DeepSpeed package: the same numbers"],
 }
 
+NO_OFFLOAD = (
+    "nothing is moved to host memory: the numbers are the same, the memory on the device is that of the strategy "
+    "without offload; if it is too much: deepspeed_zero3 on more processes, or model.checkpoint=1.0"
+)
+
 
 def deepspeed_settings(
     flag: str, config: Config | None = None, world_size: int = 1
@@ -34,20 +39,17 @@ def deepspeed_settings(
         config: the run's config, for its layout and sizes; None: no tensor mode isp.
         world_size: processes of the run.
     Raises:
-        UserError: an unknown name; offloading to host memory; a file without a stage.
+        UserError: an unknown name; a file without a stage.
     """
     stage, offloads = _stage_and_offload(flag)
-    if offloads:
-        raise UserError(
-            "offloading optimizer state or weights to host memory is not supported",
-            where=f"--deepspeed {flag}",
-            expected=" | ".join(NAMES),
-            fix="--deepspeed deepspeed_zero3 on more processes, or model.checkpoint=1.0",
-        )
     if stage > 1 and config is not None and config.parallel.tensor.mode == "isp":
-        return _shard_isp(flag, config, world_size)
-    warnings = [f"--deepspeed {flag}: {words}" for words in WARNINGS[stage]]
-    return [f"parallel.zero1=dict(size=-1, fsdp={stage > 1})"], warnings
+        settings, warnings = _shard_isp(flag, config, world_size)
+    else:
+        settings = [f"parallel.zero1=dict(size=-1, fsdp={stage > 1})"]
+        warnings = [f"--deepspeed {flag}: {words}" for words in WARNINGS[stage]]
+    if offloads:
+        warnings.append(f"--deepspeed {flag}: {NO_OFFLOAD}")
+    return settings, warnings
 
 
 def _shard_isp(

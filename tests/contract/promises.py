@@ -130,7 +130,11 @@ PROMISES: tuple[Promise, ...] = (
         "tokenized",
         "xtuner train CONFIG --launcher --deepspeed --work-dir",
     ),
-    Promise("deepspeed", "tokenized", "--deepspeed deepspeed_zero1|2|3"),
+    Promise(
+        "deepspeed",
+        "tokenized",
+        "--deepspeed deepspeed_zero1|2|3, zero*_offload, a JSON file",
+    ),
     Promise("nproc-per-node", "tokenized", "NPROC_PER_NODE and Aliyun DLC's variables"),
     # checkpoints
     Promise(

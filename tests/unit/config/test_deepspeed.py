@@ -58,18 +58,33 @@ def test_the_stage_of_a_json_file_is_taken(tmp_path: Path) -> None:
             deepspeed_settings(str(path))
 
 
-def test_offload_and_unknown_names_are_refused() -> None:
-    with pytest.raises(UserError, match="host memory"):
-        deepspeed_settings("deepspeed_zero3_offload")
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("spelling", ["name", "optimizer", "param"])
+def test_offload_changes_the_memory_alone_and_is_reported(
+    stage: int, spelling: str, tmp_path: Path
+) -> None:
+    flag = f"deepspeed_zero{stage}_offload"
+    if spelling != "name":
+        zero = {"stage": stage, f"offload_{spelling}": {"device": "cpu"}}
+        path = tmp_path / "ds.json"
+        path.write_text(json.dumps({"zero_optimization": zero}))
+        flag = str(path)
+    settings, warnings = deepspeed_settings(flag)
+    assert settings == deepspeed_settings(f"deepspeed_zero{stage}")[0]
+    (line,) = [warning for warning in warnings if "host memory" in warning]
+    assert line.startswith(f"--deepspeed {flag}: nothing is moved")
+
+
+def test_unknown_names_are_refused() -> None:
     with pytest.raises(UserError, match="unknown strategy 'zero9'"):
         deepspeed_settings("zero9")
 
 
 def test_the_flag_of_the_documents(config: str) -> None:
     result = CliRunner().invoke(
-        app, ["train", config, "--deepspeed", "deepspeed_zero2_offload"]
+        app, ["train", config, "--deepspeed", "deepspeed_zero4_offload"]
     )
-    assert isinstance(result.exception, UserError) and "host memory" in str(
+    assert isinstance(result.exception, UserError) and "unknown strategy" in str(
         result.exception
     )
     assert (
