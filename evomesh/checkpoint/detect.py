@@ -95,8 +95,9 @@ def kind_at(url: str) -> str | None:
     """
     storage, folder = open_storage(url)
     kind = kind_of(storage, folder)
-    if kind is None and folder.rpartition("/")[2].isdigit():
-        kind = kind_of(storage, folder.rpartition("/")[0] or ".")
+    parent, _, name = folder.rpartition("/")
+    if kind is None and name.isdigit():
+        kind = kind_of(storage, parent or ".")
     if kind is None and folder.endswith(".pth") and storage.exists(folder):
         kind = "xtuner"
     return kind

@@ -114,7 +114,8 @@ def load_internevo_state(
     tensors: dict[str, Tensor] = {}
     state: dict[str, Any] = {}
     if optimizer:
-        tensors, state = read_optimizer(folder, _head_counts(folder, config))
+        heads = _head_counts(folder, config)
+        tensors, state = read_optimizer(folder, heads)
     if counters:
         state |= read_counters(folder)
     return tensors, state

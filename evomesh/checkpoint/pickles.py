@@ -303,18 +303,27 @@ def _open_zip(path: str, inert: Collection[str]) -> Any:
 
         def find_storage(key: str, dtype: torch.dtype, count: int) -> FileStorage:
             if key not in storages:
-                entry = entries[f"data/{key}"]
-                position = _position(raw, entry, count * dtype.itemsize)
-                storages[key] = FileStorage(path, position, dtype, count, entry.CRC)
+                name = f"data/{key}"
+                entry = entries[name]
+                size = count * dtype.itemsize
+                start = _position(raw, entry, size)
+                storages[key] = FileStorage(path, start, dtype, count, entry.CRC)
             return storages[key]
 
         with archive.open(entries["data.pkl"]) as file:
-            return _Unpickler(file, find_storage, inert).load()
+            unpickler = _Unpickler(file, find_storage, inert)
+            return unpickler.load()
 
 
 def _position(raw: IO[bytes], entry: zipfile.ZipInfo, size: int) -> int:
-    """Return where the bytes of an entry start in the file; they must be ``size`` and not compressed."""
-    raw.seek(entry.header_offset)
+    """Return where the bytes of an entry start in the file.
+
+    There must be ``size`` of them, not compressed.
+    """
+    # An entry has a second header before its bytes, with fields of any length: the
+    # archive's table gives the header's place only.
+    start = entry.header_offset
+    raw.seek(start)
     header = raw.read(ENTRY_HEADER)
     if not header.startswith(ZIP) or len(header) < ENTRY_HEADER:
         raise EOFError(f"{entry.filename} is not where the file's table has it")
@@ -322,19 +331,29 @@ def _position(raw: IO[bytes], entry: zipfile.ZipInfo, size: int) -> int:
         raise pickle.UnpicklingError(
             f"a tensor in it takes {size} bytes, the file has {entry.file_size} for it"
         )
-    name_length, extra_length = struct.unpack("<HH", header[ENTRY_LENGTHS])
-    return entry.header_offset + ENTRY_HEADER + int(name_length) + int(extra_length)
+    lengths = struct.unpack("<HH", header[ENTRY_LENGTHS])
+    name_length, extra_length = map(int, lengths)
+    return start + ENTRY_HEADER + name_length + extra_length
 
 
 def _checked_entries(path: str, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """Return the entries by their names in the archive's folder, after checking that it is one of ``torch.save``."""
+    """Return the entries by their names in the archive's folder.
+
+    The archive must be one of ``torch.save``.
+    """
     _check_entries(path, archive)
-    entries = {entry.filename: entry for entry in archive.infolist()}
-    root = _root_folder(path, list(entries))
-    order_entry = f"{root}byteorder"  # absent in files of older versions
-    order = archive.read(order_entry).decode() if order_entry in entries else "little"
+    names = sorted(set(archive.namelist()))
+    root = _root_folder(path, names)
+    entries = {}
+    for entry in archive.infolist():
+        name = entry.filename.removeprefix(root)
+        entries[name] = entry
+    order = "little"
+    if "byteorder" in entries:  # absent in files of older versions
+        content = archive.read(f"{root}byteorder")
+        order = content.decode()
     _check_byte_order(path, order)
-    return {name.removeprefix(root): entry for name, entry in entries.items()}
+    return entries
 
 
 def _check_entries(path: str, archive: zipfile.ZipFile) -> None:

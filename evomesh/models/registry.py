@@ -252,9 +252,11 @@ def build_model(
     parameters = inspect.signature(builder).parameters
     open_ended = _is_open_ended(builder)
     custom = _custom_arguments(config, builder)
-    used = {
-        key: value for key, value in given.items() if key in parameters or open_ended
-    }
+    # A custom builder declares what it uses; the rest is not passed to it.
+    used = {}
+    for key, value in given.items():
+        if key in parameters or open_ended:
+            used[key] = value
     _check_layout(config.model_type, set(used), grid, layer_range)
     if config.dtype == "tf32":
         # torch has a process-wide switch only: float32 matrix products may use TF32 on

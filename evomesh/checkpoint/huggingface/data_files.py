@@ -49,8 +49,7 @@ class DataFiles:
         for key, shape in file.shapes.items():
             # A part of a tensor has the key NAME@first,element: "w2@0,22".
             name, _, first = key.partition("@")
-            whole = Box.whole(shape)
-            offsets = _parsed(first) if first else whole.offsets
+            offsets = _offsets(first, len(shape))
             box = _StoredBox(offsets, shape, file, key)
             of_tensor = self._boxes.setdefault(name, [])
             of_tensor.append(box)
@@ -85,7 +84,10 @@ class DataFiles:
         return tensor
 
 
-def _parsed(first_element: str) -> Coordinates:
+def _offsets(first_element: str, num_dims: int) -> Coordinates:
+    """Return the offsets in a key, zeros for a whole tensor."""
+    if not first_element:
+        return (0,) * num_dims
     numbers = first_element.split(",")
     return tuple(map(int, numbers))
 
