@@ -33,6 +33,17 @@ _NETWORK = (
 _NOT_READABLE = (errno.EACCES, errno.EPERM)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
+# Libraries that read their settings from the environment while they are loaded, and how
+# the names of their variables begin.
+_VARIABLES = {
+    "torch": ("TORCH", "PYTORCH"),
+    "transformers": ("TRANSFORMERS_", "HF_"),
+    "huggingface_hub": ("HF_", "HUGGINGFACE_"),
+    "datasets": ("HF_",),
+    "gradio": ("GRADIO_",),
+    "gradio_client": ("GRADIO_",),
+}
+TORCH_LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"  # every command sets it, see `run`
 _CPU_ALLOCATOR = re.compile(
     r"(?:not enough|can't allocate) memory: you tried to allocate (\d+) bytes"
 )
@@ -48,6 +59,9 @@ def as_user_error(error: BaseException) -> UserError | None:
         return _out_of_memory(error)
     if isinstance(error, RuntimeError) and _CPU_ALLOCATOR.search(str(error)):
         return _out_of_memory(error)
+    library = _library_being_loaded(error)
+    if library:
+        return _bad_setting(library, error)
     if isinstance(error, UnicodeEncodeError):
         return UserError(
             f"{error.object!r} cannot be written in the encoding {error.encoding}",
@@ -55,6 +69,35 @@ def as_user_error(error: BaseException) -> UserError | None:
             fix="export LC_ALL=C.UTF-8   (or PYTHONUTF8=1)",
         )
     return None
+
+
+def _library_being_loaded(error: BaseException) -> str:
+    """Return the library of ``_VARIABLES`` whose import failed with this error, "" for any other error."""
+    library = ""
+    trace = error.__traceback__
+    while trace is not None:
+        # The code of a module, outside its functions, runs while it is loaded.
+        if trace.tb_frame.f_code.co_name == "<module>":
+            module = trace.tb_frame.f_globals.get("__name__", "")
+            library = module.partition(".")[0]
+        trace = trace.tb_next
+    return library if library in _VARIABLES else ""
+
+
+def _bad_setting(library: str, error: BaseException) -> UserError | None:
+    """Return the message for a variable that a library does not accept; None where no variable of it is set."""
+    prefixes = _VARIABLES[library]
+    names = {name for name in os.environ if name.startswith(prefixes)}
+    found = sorted(names - {TORCH_LOG_LEVEL})
+    if not found:
+        return None
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    return UserError(
+        f"{library} cannot be loaded: {reason}",
+        where=f"environment ({', '.join(found)})",
+        expected=f"values that {library} knows",
+        fix=f"unset {' '.join(found)}   (or only the wrong one of them)",
+    )
 
 
 def _system_error(error: OSError) -> UserError:

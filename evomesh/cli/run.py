@@ -14,7 +14,7 @@ from typing import TextIO, cast
 
 from evomesh.config.redact import RedactingStream, redact_text
 from evomesh.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_READER_LEFT, UserError
-from evomesh.outside_errors import as_user_error, discard
+from evomesh.outside_errors import TORCH_LOG_LEVEL, as_user_error, discard
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torchrun looks for the message that it prints last
 
@@ -55,7 +55,7 @@ def run(command: Callable[[], object], *, trains: bool = False) -> None:
     """
     # Torch reads it when it is loaded. Its warnings of a lost connection are pages of
     # C++ stack frames; `peer_watch` names the rank instead.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault(TORCH_LOG_LEVEL, "ERROR")
     _accept_any_text()
     _hide_secrets()
     threading.excepthook = _report_thread_error

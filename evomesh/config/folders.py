@@ -6,6 +6,8 @@ import os
 import re
 from dataclasses import dataclass
 
+from evomesh.config.user import expand_home
+
 LOCAL = re.compile(r"^local:", re.IGNORECASE)
 # boto3:s3://BUCKET.ENDPOINT/KEY, s3:ENDPOINT/BUCKET/KEY and s3://BUCKET/KEY
 BOTO3 = re.compile(
@@ -46,7 +48,7 @@ class FolderPlace:
             host = fields.get("host") or ""
             parts = _path_parts(fields["key"])
             return FolderPlace(fields["bucket"], host, parts)
-        path = LOCAL.sub("", url)
+        path = expand_home(LOCAL.sub("", url))
         parts = _path_parts(os.path.realpath(path))
         return FolderPlace("", "", parts)
 

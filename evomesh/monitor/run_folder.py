@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 from evomesh.config.schema import RunConfig
+from evomesh.config.user import expand_home
 from evomesh.errors import UserError
 
 
@@ -16,7 +17,7 @@ def run_folder(run: RunConfig, now: datetime) -> Path:
     All ranks of a run must pass the same time.
     """
     if run.run_dir:
-        return Path(run.run_dir)
+        return expand_home(run.run_dir)
     return Path("RUN") / run.job_name / now.strftime("%m-%d-%H.%M.%S")
 
 
@@ -36,7 +37,7 @@ def tensorboard_folder(run: RunConfig, folder: Path, name: str) -> Path:
     """
     parent = folder / "tensorboards"
     if run.tensorboard_folder:
-        parent = Path(run.tensorboard_folder)
+        parent = expand_home(run.tensorboard_folder)
     return parent / name
 
 

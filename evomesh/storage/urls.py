@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from evomesh.config.user import expand_home
 from evomesh.errors import UserError
 from evomesh.storage.base import Storage
 from evomesh.storage.local import LocalStorage
@@ -14,11 +15,22 @@ FORMS = "a plain path, local:PATH, boto3:s3://BUCKET.ENDPOINT/KEY, s3:ENDPOINT/B
 
 
 def split_url(url: str) -> tuple[str, str]:
-    """Return ``("local", path)`` for a plain or ``local:`` path, else the prefix and what follows its colon."""
+    """Return ``("local", path)`` for a plain or ``local:`` path, else the prefix and what follows its colon.
+
+    A path on a disk may begin with ``~``.
+
+    Raises:
+        UserError: there is no home folder.
+    """
+    scheme = "local"
+    path = url
     match = PREFIX.match(url)
-    if match is None:
-        return "local", url
-    return match[1].lower(), url[match.end() :]
+    if match is not None:
+        scheme = match[1].lower()
+        path = url[match.end() :]
+    if scheme == "local" and path.startswith("~"):
+        path = str(expand_home(path))
+    return scheme, path
 
 
 def open_storage(url: str) -> tuple[Storage, str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from evomesh.config.schema import Config
+from evomesh.config.user import expand_home
 from evomesh.data.batch import Batch
 from evomesh.data.build import TrainData
 from evomesh.errors import UserError
@@ -84,10 +85,9 @@ class RunReporter:
             check_folder(
                 tensorboard_folder(run, self.folder, self.name), "tensorboard_folder"
             )
-            if run.resume_tb_folder and not Path(run.resume_tb_folder).is_dir():
-                raise UserError(
-                    "no such folder", where=f"resume_tb_folder ({run.resume_tb_folder})"
-                )
+            earlier = run.resume_tb_folder
+            if earlier and not expand_home(earlier).is_dir():
+                raise UserError("no such folder", where=f"resume_tb_folder ({earlier})")
 
     def __enter__(self) -> RunReporter:
         console = setup_logging(self.folder, self.name, shows=self.main)
@@ -118,7 +118,7 @@ class RunReporter:
     def _open_board(self, step: int) -> TensorBoardWriter:
         """Open TensorBoard, which a new run starts with its command and its config."""
         run = self.config.run
-        earlier = Path(run.resume_tb_folder) if run.resume_tb_folder else None
+        earlier = expand_home(run.resume_tb_folder) if run.resume_tb_folder else None
         folder = tensorboard_folder(run, self.folder, self.name)
         board = TensorBoardWriter(folder, step, run.tensorboard_queue, earlier)
         attempt = self._board_output.attempt

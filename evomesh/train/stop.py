@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import signal
 from dataclasses import dataclass
-from pathlib import Path
 
+from evomesh.config.user import expand_home
 from evomesh.errors import UserError
 from evomesh.parallel.build import SharedStore
 from evomesh.parallel.exchange import Exchange
@@ -22,7 +22,7 @@ class StopFile:
     """
 
     def __init__(self, path: str) -> None:
-        self._path = Path(path)
+        self._path = expand_home(path)
         self._last_reported = "0"
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -118,6 +118,30 @@ def test_bugs_keep_their_traceback(
     assert raised(lambda: run(lambda: (_ for _ in ()).throw(error))) is error
 
 
+def load(source: str, name: str) -> Callable[[], object]:
+    """Return an action that runs source as the code of a module that is being imported."""
+    code = compile(source, f"{name}.py", "exec")
+    return lambda: exec(code, {"__name__": name})
+
+
+def test_a_variable_that_a_library_refuses_while_it_is_loaded_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in os.environ:
+        if name.startswith(("TORCH", "PYTORCH")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("TORCH_LOGS", "nonsense")
+    parse = "def parse():\n raise ValueError('\\nbad log settings\\nall, aot')\nparse()"
+    message = as_user_error(raised(load(parse, "torch._logging")))
+    assert message is not None and message.exit_code == 2
+    assert "torch cannot be loaded: bad log settings" in message.found
+    assert "TORCH_LOGS" in message.where and "unset TORCH_LOGS" in message.fix
+    # The same error of a module of ours, or of torch without a variable, is a bug.
+    assert as_user_error(raised(load(parse, "evomesh.x"))) is None
+    monkeypatch.delenv("TORCH_LOGS")
+    assert as_user_error(raised(load(parse, "torch._logging"))) is None
+
+
 def test_messages_of_our_own_stay_as_they_are() -> None:
     error = UserError("found")
     assert as_user_error(error) is error

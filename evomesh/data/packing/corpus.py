@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from evomesh.config.data import DataConfig
+from evomesh.config.user import expand_home
 from evomesh.data.packing.loader import PackStream, StepSampler
 from evomesh.data.packing.mixture import MixedSampler, group_packs
 from evomesh.data.packing.packs import Pack, PackPlan
@@ -238,8 +239,9 @@ def _shared_folder(config: DataConfig) -> Path | None:
     """Return the folder of the arrays that the node's processes share, after removing those no run uses."""
     if not config.use_shm:
         return None
-    remove_stale(Path(config.shm_path))
-    return Path(config.shm_path)
+    folder = expand_home(config.shm_path)
+    remove_stale(folder)
+    return folder
 
 
 def _synthetic_corpus(config: DataConfig, vocab_size: int | None) -> Corpus:

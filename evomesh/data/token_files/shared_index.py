@@ -8,6 +8,7 @@ a crashed run are used by the next run of the same data; a file that no run has 
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -23,6 +24,9 @@ from evomesh.errors import UserError
 from evomesh.storage.atomic_file import write_atomically
 
 SUFFIX = ".index.npy"
+# The digest of what the index depends on, and what it holds.
+INDEX_NAME = re.compile(r"[0-9a-f]{32}\.([0-9]+\.)?[a-z_]+\.index\.npy")
+PART_NAME = re.compile(rf"\.{INDEX_NAME.pattern}\.[0-9]+\.part")
 STALE_SECONDS = 24 * 3600.0
 DIGEST_ROWS = 1 << 20
 
@@ -69,11 +73,15 @@ def shared_array(
 
 
 def remove_stale(folder: Path) -> list[str]:
-    """Remove indexes and partial files that no run has used for a day; return their names."""
-    indexes = sorted(folder.glob(f"*{SUFFIX}"))
-    parts = sorted(folder.glob(".*.part"))
+    """Remove indexes and partial files that no run has used for a day; return their names.
+
+    The user chose the folder, and others may keep files in it: only names that
+    ``shared_array`` gives are removed.
+    """
     removed = []
-    for path in indexes + parts:
+    for path in sorted(folder.glob("*")):
+        if not (INDEX_NAME.fullmatch(path.name) or PART_NAME.fullmatch(path.name)):
+            continue
         with suppress(OSError):
             idle = time.time() - path.stat().st_mtime
             if idle > STALE_SECONDS:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import getpass
 import pwd
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
+from evomesh.config.folders import shared_role
+from evomesh.config.schema import RunConfig
 from evomesh.config.user import expand_home, user_name
 from evomesh.data.token_files.folders import check_folder
 from evomesh.errors import UserError
+from evomesh.monitor.run_folder import run_folder, tensorboard_folder
+from evomesh.storage.urls import open_storage
+from evomesh.train.stop import StopFile
 
 PACKAGE = Path(__file__).parents[3] / "evomesh"
 
@@ -50,6 +56,21 @@ def test_a_home_folder_is_filled_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/somewhere")
     assert expand_home("~/data") == Path("/somewhere/data")
     assert expand_home("a/~") == Path("a/~")
+
+
+def test_every_folder_of_a_run_may_begin_with_a_tilde(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for url in ("~/ckpts", "local:~/ckpts"):
+        assert open_storage(url)[1] == str(tmp_path / "ckpts")
+        assert shared_role(url, str(tmp_path / "ckpts"))
+    run = RunConfig(run_dir="~/run", tensorboard_folder="~/board")
+    now = datetime(2026, 1, 31)
+    assert run_folder(run, now) == tmp_path / "run"
+    assert tensorboard_folder(run, tmp_path, "a") == tmp_path / "board/a"
+    StopFile("~/stop")
+    assert (tmp_path / "stop").read_text() == "0\n"
 
 
 def test_nothing_asks_the_system_directly() -> None:

@@ -14,7 +14,7 @@ import torch
 
 from evomesh.config.data import DataConfig
 from evomesh.data.build import build_train_data
-from evomesh.data.token_files.shared_index import shared_array
+from evomesh.data.token_files.shared_index import remove_stale, shared_array
 from evomesh.errors import UserError
 from tests.support.covers import covers
 
@@ -88,14 +88,34 @@ def test_stale_indexes_and_partial_files_are_removed(
     write_bin([[1] * 50])
     folder = tmp_path / "shm"
     folder.mkdir()
-    old = [folder / "a.ends.index.npy", folder / ".a.order.1.part", folder / "else.txt"]
-    for path in [*old, folder / "new.order.index.npy"]:
+    key = "0123456789abcdef" * 2
+    new = folder / f"{key}.order.index.npy"
+    own = [f"{key}.ends.index.npy", f"{key}.4.kept.index.npy"]
+    own += [f".{name}.17.part" for name in own]
+    foreign = ["else.txt", "faiss.index.npy", ".download.part", f"{key}.npy"]
+    old = [folder / name for name in [*own, *foreign]]
+    for path in [*old, new]:
         path.write_bytes(b"x")
     for path in old:
         os.utime(path, (time.time() - 90_000,) * 2)
     first_batch(tmp_path, use_shm=True, shm_path=str(folder))
-    assert [path.exists() for path in old] == [False, False, True]
-    assert (folder / "new.order.index.npy").exists()
+    assert [path.name for path in old if path.exists()] == foreign
+    assert new.exists()
+
+
+def test_every_index_that_is_written_is_removed_when_stale(
+    write_bin: Any, tmp_path: Path
+) -> None:
+    """The names that are removed are those that are given, in every mode of packing."""
+    write_bin([[1] * 50, [2] * 3])
+    folder = tmp_path / "shm"
+    for values in ({}, {"min_length": 4}, {"use_packed_dataset": False}):
+        first_batch(tmp_path, use_shm=True, shm_path=str(folder), **values)
+    written = list(folder.iterdir())
+    for path in written:
+        os.utime(path, (time.time() - 90_000,) * 2)
+    assert len(written) > 4
+    assert sorted(remove_stale(folder)) == sorted(path.name for path in written)
 
 
 def test_an_unwritable_shared_folder_is_refused(tmp_path: Path) -> None:
