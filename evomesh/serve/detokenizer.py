@@ -250,7 +250,12 @@ class Detokenizer:
         if joined.removeprefix(b" ") == new_content:
             contents[0] = contents[0].removeprefix(b" ")
         else:
-            contents = [b""] * (count - 1) + [new_content]
+            # Parts of characters before it keep their bytes, which became the marks.
+            before = contents[:-1]
+            if not 0 < sum(map(len, before)) <= marks:
+                before = [b""] * (count - 1)
+                rest = text
+            contents = [*before, rest.encode()]
         matched = map(_with_content, group, contents)
         self._scored[-count:] = matched
 
