@@ -40,8 +40,8 @@ lint: $(VENV)/.dev ## style, types, import layers
 test: $(VENV)/.dev ## all tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
 
-test-fast: $(VENV)/.dev ## unit and architecture tests only, for the inner loop
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup tests/unit tests/arch
+test-fast: $(VENV)/.dev ## unit and architecture tests that start no process or server, for the inner loop
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup -m "not slow" tests/unit tests/arch
 
 bench: $(VENV)/.dev ## measure here, and write docs/benchmarks.md
 	$(PY) benchmarks/report.py

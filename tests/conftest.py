@@ -9,6 +9,9 @@ import pytest
 from tests.support.interpreter import Interpreter
 from tests.support.pool import Pool
 
+# Fixtures that start processes or servers.
+SHARED_PROCESSES = {"pool", "interpreter", "endpoint"}
+
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
@@ -24,3 +27,10 @@ def interpreter() -> Iterator[Interpreter]:
     interpreter = Interpreter()
     yield interpreter
     interpreter.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of shared processes and servers, which `make test-fast` leaves out."""
+    for item in items:
+        if SHARED_PROCESSES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)

@@ -130,7 +130,15 @@ def prose(path: Path) -> list[tuple[int, str]]:
     return lines
 
 
+@functools.cache
+def joined_prose(path: Path) -> str:
+    """Return the texts of ``prose`` as lines of one string, in which a phrase is found at once."""
+    return "\n".join(text for _, text in prose(path))
+
+
 def matches(phrase: Phrase, path: Path) -> list[str]:
+    if not re.search(phrase.pattern, joined_prose(path), re.IGNORECASE):
+        return []
     found = []
     for number, line in prose(path):
         match = re.search(phrase.pattern, line, re.IGNORECASE)
@@ -141,6 +149,7 @@ def matches(phrase: Phrase, path: Path) -> list[str]:
     return found
 
 
+@functools.cache
 def files() -> list[Path]:
     """All files with prose: Python, Markdown and the build files."""
     inside = [

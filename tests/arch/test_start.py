@@ -9,6 +9,8 @@ import pytest
 
 from tests.support.runs import metrics, write_run
 
+pytestmark = pytest.mark.slow
+
 COMMAND = """
 import sys
 from evomesh.cli.main import main

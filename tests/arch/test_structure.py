@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections import defaultdict
@@ -24,6 +25,7 @@ def ids(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@functools.cache  # each check reads every file
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), str(path))
 

@@ -81,6 +81,7 @@ class TestNames:
 
 
 class TestImport:
+    @pytest.mark.slow
     def test_import_loads_nothing_but_the_standard_library(self) -> None:
         loaded = modules_after("import evomesh")
         assert "evomesh" in loaded
@@ -91,6 +92,7 @@ class TestImport:
         }
         assert not {name for name in loaded if name.startswith("evomesh.")}
 
+    @pytest.mark.slow
     def test_loading_a_config_does_without_torch(self) -> None:
         loaded = modules_after("from evomesh import ConfigError, load_config")
         assert "evomesh.config.loader" in loaded

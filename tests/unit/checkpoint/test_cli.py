@@ -15,7 +15,7 @@ from evomesh.errors import UserError
 from tests.unit.storage.test_storage import BUCKET, endpoint, keys  # noqa: F401
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "local":
         return str(tmp_path / "ckpts")

@@ -99,6 +99,7 @@ def test_a_special_file_is_never_opened(
     assert_falls_back(root, caplog, path.name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["data", "index", "commit", "folder"])
 @pytest.mark.parametrize("others", [True, False])
 def test_what_nobody_may_read_is_skipped_and_never_a_fresh_start(
@@ -127,6 +128,7 @@ def test_what_nobody_may_read_is_skipped_and_never_a_fresh_start(
         assert "no checkpoint verifies" in text and "Permission denied" in text
 
 
+@pytest.mark.slow
 def test_a_save_folder_that_nobody_may_list_is_an_error_and_no_fresh_start(
     original: Path,
 ) -> None:

@@ -153,6 +153,7 @@ def test_an_override_reaches_a_name_of_the_base() -> None:
     assert shown["config"]["data"]["seq_len"] == 512
 
 
+@pytest.mark.slow
 @covers("promise:config-check-is-fast")
 def test_check_is_fast() -> None:
     """Processor time, best of three, interpreter start included: what the wall shows on a machine at rest."""

@@ -370,6 +370,7 @@ def test_environment_names_the_tensorboard_folder(
     )
 
 
+@pytest.mark.slow
 def test_torch_is_never_imported() -> None:
     code = (
         "import sys\nfrom typer.testing import CliRunner\nfrom evomesh.cli.config import app\n"

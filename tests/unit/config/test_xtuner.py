@@ -425,6 +425,7 @@ def test_mistral_is_read_with_its_window(window: int | None, here: Path) -> None
     assert not model.has_qkv_bias and not model.has_o_bias
 
 
+@pytest.mark.slow
 def test_nothing_that_a_config_imports_is_imported(here: Path) -> None:
     """None of the packages is needed, and of those that are installed none is loaded."""
     path = write_config(

@@ -85,6 +85,7 @@ def test_a_copy_brings_the_config_that_it_is_based_on(here: Path) -> None:
     assert copied.ckpt.load_ckpt_info.path == "mistralai/Mistral-7B-v0.3"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [path.stem for path in sorted(CONFIGS.glob("*.py"))])
 def test_translate_writes_the_same_config(name: str, here: Path) -> None:
     out = run("config", "translate", name, "out.py")

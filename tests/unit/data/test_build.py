@@ -228,6 +228,7 @@ def test_a_data_folder_that_is_missing_or_a_file_is_refused(tmp_path: Path) -> N
     )
 
 
+@pytest.mark.slow
 def test_an_unreadable_data_folder_is_refused() -> None:
     # Tmp_path cannot be entered by another user.
     with tempfile.TemporaryDirectory() as name:

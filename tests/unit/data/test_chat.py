@@ -558,6 +558,7 @@ def sentencepiece_model(
     return tmp_path / "sp.model"
 
 
+@pytest.mark.slow
 @covers("promise:tokenizer-tool", "promise:alpaca-tool")
 def test_tools_tokenize_like_internevo(tmp_path: Path) -> None:
     model = str(sentencepiece_model(tmp_path, ["<eoh>", "<eoa>"]))

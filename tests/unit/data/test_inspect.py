@@ -93,6 +93,7 @@ def test_inspect_prints_counts_and_what_packing_leaves_out(
     assert "ids of 13 sampled tokens: 5 distinct, 1 .. 5, 7.7% masked" in text
 
 
+@pytest.mark.slow
 @covers("promise:data-order")
 def test_the_order_command_and_get_data_order_agree(
     write_bin: Any, tmp_path: Path

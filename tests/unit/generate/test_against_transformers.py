@@ -17,6 +17,8 @@ from tests.support.covers import covers
 from tests.support.decoders import tiny, tiny_config
 from tests.support.stock import stock_llama
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [[3, 7, 11], [20], [5, 4, 3, 2, 1, 9, 30]]
 Pair = tuple[LanguageModel, LlamaForCausalLM]
 

@@ -17,6 +17,8 @@ from evomesh.models.language_model import LanguageModel
 from evomesh.models.registry import build_model, initialize_weights
 from tests.support.decoders import tiny_config
 
+pytestmark = pytest.mark.slow
+
 LAYERS = 12  # more than torch compiles one function for, before it gives up (recompile_limit, 8)
 T = 48
 PACKS = [(48,), (24, 24), (3, 5, 40), (7,) * 6 + (6,), (1,) * 48]

@@ -422,6 +422,7 @@ def test_start_is_independent_of_the_cut() -> None:
         assert torch.equal(joined, parameter), name
 
 
+@pytest.mark.slow
 @covers("model.compile")
 def test_compiled_blocks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced and differentiated as for a device, but run by torch's own operations: no C++ compiler is needed."""

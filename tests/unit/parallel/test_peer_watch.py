@@ -12,6 +12,8 @@ from evomesh.parallel.peer_watch import DONE, Heartbeats, PeerWatch, Verdict, fa
 from evomesh.parallel.rendezvous import JobAddress, open_store, second_connection
 from tests.support.interpreter import free_port
 
+pytestmark = pytest.mark.slow
+
 HOSTS = {0: "n0", 1: "n1", 2: "n2"}
 
 

@@ -23,6 +23,8 @@ from evomesh.parallel.rendezvous import (
 )
 from tests.support.interpreter import Interpreter, free_port
 
+pytestmark = pytest.mark.slow
+
 LIMIT_S = 0.3
 
 

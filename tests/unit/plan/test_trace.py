@@ -112,6 +112,7 @@ def test_seven_billion_on_1024_ranks() -> None:
     }
 
 
+@pytest.mark.slow
 def test_optimizer_bytes_are_the_formula() -> None:
     config = load_config(SEVEN_B, ["parallel.zero1.size=8"]).config
     found = trace(config, 8, 3)
@@ -122,6 +123,7 @@ def test_optimizer_bytes_are_the_formula() -> None:
     assert found.optimizer == 12 * (matrices // 8 + vectors)
 
 
+@pytest.mark.slow
 def test_cut_weights_are_a_part_of_the_whole() -> None:
     sets = [
         "parallel.tensor=dict(size=2,mode='isp')",
@@ -158,6 +160,7 @@ def test_a_layout_that_does_not_fit_is_refused() -> None:
         trace(load_config(SEVEN_B, ["parallel.tensor.size=8"]).config, 12)
 
 
+@pytest.mark.slow
 def test_command() -> None:
     result = CliRunner().invoke(
         app,

@@ -20,6 +20,8 @@ from evomesh.serve import app
 from evomesh.serve.service import ServiceLimits
 from tests.support.serving import TRAINED, Served, serving, tiny_service
 
+pytestmark = pytest.mark.slow
+
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 GREEDY = {"model": "tiny", "prompt": "abc", "max_tokens": 20, "temperature": 0}
 

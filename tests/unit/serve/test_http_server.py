@@ -21,6 +21,8 @@ from evomesh.serve import http_server
 from evomesh.serve.service import ServiceLimits
 from tests.support.serving import Served, serving, tiny_service
 
+pytestmark = pytest.mark.slow
+
 COMPLETIONS = "/v1/completions"
 HALF_HEADER = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nx: "
 

@@ -306,6 +306,7 @@ def test_a_store_without_conditional_writes_is_reported_once(
 # ------------------------------------------------------------------------------------------------ whole processes
 
 
+@pytest.mark.slow
 def test_which_process_has_ended() -> None:
     here = ProcessIdentity.of_this_process()
     assert not here.has_ended(here)

@@ -45,7 +45,12 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EVOMESH_S3_LEASE", "1e9")
 
 
-@pytest.fixture(params=["local", "boto3", "s3", "staged"])
+SERVED = [
+    pytest.param(kind, marks=pytest.mark.slow) for kind in ("boto3", "s3", "staged")
+]
+
+
+@pytest.fixture(params=["local", *SERVED])
 def place(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Storage, str]:

@@ -10,6 +10,8 @@ import pytest
 
 from tests.support.runs import write_run
 
+pytestmark = pytest.mark.slow
+
 COUNT = """
 import resource, sys, torch
 from evomesh.config.loader import load_config

@@ -32,6 +32,8 @@ from evomesh.train import step
 from evomesh.train.stages import build_stages
 from tests.support.host_reads import HostWaits, no_host_waits
 
+pytestmark = pytest.mark.slow
+
 META = torch.device("meta")
 ALONE, ONE = Grid(), ParallelConfig()
 T, VOCAB = 48, 64

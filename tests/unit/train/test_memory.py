@@ -20,6 +20,8 @@ from evomesh.layers.sequence_bounds import SequenceBounds
 from evomesh.models.registry import build_model, initialize_weights
 from evomesh.optim.zero import ZeroOptimizer
 
+pytestmark = pytest.mark.slow
+
 T, D, F, V, N, L = 2 * MIN_CHUNK_TOKENS, 64, 192, 2000, 4, 6
 DOCUMENT = 64
 BYTES = 4  # float32

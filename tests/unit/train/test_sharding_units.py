@@ -18,6 +18,8 @@ from evomesh.train.stages import build_stages
 from tests.dist.layouts import Layout, packs
 from tests.support.covers import covers
 
+pytestmark = pytest.mark.slow
+
 GATHER, EXCHANGE = "all_gather", "all_to_all"
 # Of the first layer, in forward: begin and end of wqkv, the exchanges of isp, then wo and the feed-forward network.
 ORDER = {

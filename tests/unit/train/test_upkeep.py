@@ -19,6 +19,7 @@ def test_slow_is_above_the_ratio_times_the_median() -> None:
     assert slow_ranks([3.0], 1.0) == []
 
 
+@pytest.mark.slow
 @covers("data.empty_cache_and_diag_interval")
 @pytest.mark.parametrize(("interval", "every"), [(4, 4), (0, 50), (-1, 50)])
 def test_slow_ranks_are_named_every_interval(

@@ -244,6 +244,7 @@ def test_nan_is_neither_saved_nor_overlooked(
     assert list(tensors_not_finite(found)) == ["w: 1 values are NaN or infinite"]
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written() -> None:
     # Tmp_path cannot be entered by another user.
     with tempfile.TemporaryDirectory() as name:

@@ -53,6 +53,7 @@ def save(writer: CheckpointWriter, step: int) -> str | None:
     )
 
 
+@pytest.mark.slow
 def test_power_loss_after_every_call(tmp_path: Path) -> None:
     root = tmp_path / "live" / "ckpts"
     root.parent.mkdir()
@@ -120,6 +121,7 @@ def test_the_process_dies_in_every_call_and_the_next_one_resumes(
         assert newest_step(root) == 3
 
 
+@pytest.mark.slow
 def test_every_call_returns_an_error_and_training_continues(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -211,6 +211,7 @@ def try_to_save(root: str) -> None:
         print(error, flush=True)
 
 
+@pytest.mark.slow
 def test_two_writers_one_wins_the_other_says_why(tmp_path: Path) -> None:
     interpreter = Interpreter()
     try:

@@ -265,6 +265,7 @@ def test_missing_tokenizer_is_rejected(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.slow
 def test_tokenizing_does_not_import_torch() -> None:
     modules = "evomesh.cli.tokenize, evomesh.cli.data, evomesh.data.prepare.tokenize, evomesh.data.packing.packs"
     code = f"import sys, {modules}; "
@@ -359,6 +360,7 @@ def test_append_to_a_file_without_fingerprint(tmp_path: Path, bpe: Path) -> None
     )
 
 
+@pytest.mark.slow
 def test_full_disk_is_reported_without_traceback(tmp_path: Path, bpe: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", TEXTS * 500)
     code = "import resource, sys; from evomesh.cli.main import main; "

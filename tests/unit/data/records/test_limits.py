@@ -189,6 +189,7 @@ def test_a_compressed_member_of_an_archive_is_limited_by_its_share_of_it(
         assert f"after {path}/x.jsonl.zst line 1: " in refusal(path)
 
 
+@pytest.mark.slow
 def test_text_of_usual_ratios_is_read(tmp_path: Path) -> None:
     rng = np.random.RandomState(0)
     words = ["".join(map(chr, rng.randint(97, 123, 6))) for _ in range(5000)]

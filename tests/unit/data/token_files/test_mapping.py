@@ -25,6 +25,7 @@ def is_mapped(path: Path) -> bool:
     return str(path) in Path("/proc/self/maps").read_text()
 
 
+@pytest.mark.slow
 def test_bytes_without_a_handle(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     path.write_bytes(b"0123456789" * 1000)
@@ -90,6 +91,7 @@ def read_more_files_than_handles() -> None:
         )
 
 
+@pytest.mark.slow
 def test_more_token_files_than_a_process_may_open(
     tmp_path: Path, interpreter: Interpreter
 ) -> None:

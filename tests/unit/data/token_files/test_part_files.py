@@ -78,6 +78,7 @@ def running_tokenize(
         source.unlink()
 
 
+@pytest.mark.slow
 def test_a_killed_tokenize_leaves_the_old_files_and_a_rerun_removes_its_part(
     tmp_path: Path, tokenizer_json: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -137,6 +138,7 @@ def test_without_locks_a_part_has_to_be_a_day_old(
     assert not part.exists()
 
 
+@pytest.mark.slow
 def test_a_rerun_cleans_up_after_a_kill_between_two_renames(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys; from evomesh.data.token_files import writer; replace = os.replace\n"
