@@ -27,7 +27,6 @@ from evomesh.checkpoint.native import format as fmt
 from evomesh.checkpoint.native.boxes import Box, LocalPart
 from evomesh.checkpoint.native.commit import (
     commit,
-    discard,
     new_attempt,
     new_record,
     refuse_committed,
@@ -38,6 +37,7 @@ from evomesh.checkpoint.native.format import CommitRecord, layout_record
 from evomesh.checkpoint.native.plan import TensorType, WriteItem, in_file_order
 from evomesh.checkpoint.native.read import read_tensor, refuse_not_finite
 from evomesh.checkpoint.native.store_errors import as_checkpoint_error
+from evomesh.checkpoint.native.unfinished import discard
 from evomesh.checkpoint.native.write import Pieces, PieceSource, live_pieces
 from evomesh.config.data import DataConfig
 from evomesh.config.record import config_to_dict

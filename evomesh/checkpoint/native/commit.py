@@ -1,12 +1,15 @@
 """One attempt at saving, in the order that makes every crash harmless.
 
     write                                       killed after it, there is
-    1. data files, synced, on every rank        a folder without an index
-    2. index, synced, by rank 0                 a folder without a commit record
-    3. commit.json, made visible at once        a checkpoint
+    1. mark of an unfinished save, by rank 0    a folder with a mark
+    2. data files, synced, on every rank        a folder without an index
+    3. index, synced, by rank 0                 a folder without a commit record
+    4. commit.json, made visible at once        a checkpoint
+    5. (the mark is deleted)                    a checkpoint
 
 Nobody reads a folder without a commit record. The next save of the same step writes its
-files beside what is left there, and retention deletes the rest.
+files beside what is left there. Retention deletes what an interrupted save left, which it
+knows by the mark: a checkpoint that lost its record and index has none, and stays.
 """
 
 from __future__ import annotations
@@ -44,6 +47,13 @@ from evomesh.checkpoint.native.plan import (
 )
 from evomesh.checkpoint.native.software import software
 from evomesh.checkpoint.native.store_errors import as_checkpoint_error
+from evomesh.checkpoint.native.unfinished import (
+    delete_files,
+    discard,
+    mark,
+    mark_name,
+    unmark,
+)
 from evomesh.checkpoint.native.write import (
     PieceSource,
     WrittenFile,
@@ -281,8 +291,11 @@ def commit_together(
         CheckpointError: on every rank, naming the ranks that failed; the files of the
             attempt are deleted again.
     """
-    # 1. Every rank writes its data files and waits until they are durable.
-    report = _write_files(storage, folder, files, record.attempt, source)
+    # 1. Rank 0 marks the folder, and every rank writes its data files and waits until
+    #    they are durable.
+    report = _write_files(
+        storage, folder, files, record.attempt, source, marks=exchange.rank == 0
+    )
 
     # 2. Rank 0 collects what was written, writes the index, and publishes the commit
     #    record. The gather is also the barrier: a rank sends its report once its files
@@ -304,7 +317,8 @@ def commit_together(
             names = [fmt.file_name(record.attempt, number) for number in files]
             if exchange.rank == 0:
                 names.append(fmt.index_name(record.attempt))
-            _delete(storage, folder, names)
+                names.append(mark_name(record.attempt))
+            delete_files(storage, folder, names)
         raise verdict.error.to_error()
     return record
 
@@ -315,10 +329,14 @@ def _write_files(
     files: Mapping[int, Sequence[WriteItem]],
     attempt: str,
     source: PieceSource,
+    *,
+    marks: bool,
 ) -> _RankReport:
     written = []
     try:
         storage.make_folder(folder)
+        if marks:
+            mark(storage, folder, attempt)
         for number, items in files.items():
             if items:
                 name = fmt.file_name(attempt, number)
@@ -362,6 +380,7 @@ def _finish(
         failure = ErrorMessage.of(as_checkpoint_error(error, folder))
         others = [None] * (len(reports) - 1)
         return _Verdict(_merged([failure, *others], folder), removable), record
+    unmark(storage, folder, record.attempt)
     return _Verdict(), record
 
 
@@ -458,41 +477,6 @@ def publish(storage: Storage, folder: str, record: CommitRecord) -> None:
             expected="one job per save folder",
             fix="stop one of the two jobs, or give each its own save_ckpt_folder",
         ) from None
-
-
-def discard(storage: Storage, folder: str, attempt: str, files: int = 1) -> None:
-    """Delete everything that an attempt has written, its commit record first."""
-    # The reverse of a commit: killed in between, it leaves no record that names files
-    # which are gone.
-    path = join(folder, fmt.COMMIT)
-    try:
-        if storage.exists(path):
-            record = CommitRecord.from_bytes(storage.read(path))
-            if record.attempt != attempt:
-                return  # another job committed here
-        storage.delete(path)
-    except (OSError, UserError) as error:
-        logger.warning("%s: cleaning up a failed save: %s", folder, error)
-        return
-    names = [fmt.index_name(attempt)]
-    for number in range(files):
-        names.append(fmt.file_name(attempt, number))
-    _delete(storage, folder, names)
-
-
-def _delete(storage: Storage, folder: str, names: list[str]) -> None:
-    """Delete files, and the folder if it is empty then.
-
-    What cannot be deleted now is left to the next retention.
-    """
-    try:
-        for name in names:
-            path = join(folder, name)
-            storage.delete(path)
-        if not storage.list(folder):
-            storage.delete_folder(folder)
-    except (OSError, UserError) as error:
-        logger.warning("%s: cleaning up a failed save: %s", folder, error)
 
 
 def parent_folder(folder: str) -> str:

@@ -4,6 +4,7 @@
         3f9c21ab-r00000.safetensors     boxes that rank 0 owns
         3f9c21ab-index.jsonl            one line per global tensor: shape, dtype, pieces with their hashes
         commit.json                     written last; without it the folder is not a checkpoint
+        3f9c21ab-unfinished             empty; there until commit.json is
 
 docs/checkpoints.md describes every field; only this module knows how they are written.
 """
@@ -38,10 +39,11 @@ COMMIT = "commit.json"
 FOLDER = re.compile(r"step-([0-9]{8,18})(?:-([0-9a-f]{8}))?\Z")
 # A plain name: no folder, nothing hidden, no "..".
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
-# Every name that a save writes in a step folder, besides that of the commit record.
-DATA_NAME = re.compile(r"[0-9a-f]{8}-r[0-9]{5,}\.safetensors\Z")
-INDEX_NAME = re.compile(r"[0-9a-f]{8}-index\.jsonl\Z")
-UNPUBLISHED_NAME = re.compile(r"\.commit\.json\.[0-9a-f]{8}\Z")
+# Every name that a save gives in a step folder.
+SAVED_NAME = re.compile(
+    r"(?:[0-9a-f]{8}-(?:r[0-9]{5,}\.safetensors|index\.jsonl|unfinished)"
+    r"|commit\.json|\.commit\.json\.[0-9a-f]{8})\Z"
+)
 MAX_DIMS = 32
 MAX_COMMIT_BYTES = 64 << 20  # of a commit record
 MAX_HEADER_BYTES = 100_000_000  # of a data file, as in the safetensors library
@@ -487,12 +489,7 @@ def index_name(attempt: str) -> str:
 
 def foreign_names(names: Iterable[str]) -> list[str]:
     """Return those names in a step folder that no save gives: they are somebody else's files or folders."""
-    patterns = (DATA_NAME, INDEX_NAME, UNPUBLISHED_NAME)
-    return [
-        name
-        for name in names
-        if name != COMMIT and not any(pattern.match(name) for pattern in patterns)
-    ]
+    return [name for name in names if not SAVED_NAME.match(name)]
 
 
 def folder_name(step: int, attempt: str = "") -> str:

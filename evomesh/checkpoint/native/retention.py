@@ -9,9 +9,10 @@ import logging
 from collections.abc import Sequence
 
 from evomesh.checkpoint.native import format as fmt
-from evomesh.checkpoint.native.commit import parent_folder
+from evomesh.checkpoint.native.commit import new_attempt, parent_folder
 from evomesh.checkpoint.native.find import Candidate, candidates, open_checkpoint
 from evomesh.checkpoint.native.format import foreign_names
+from evomesh.checkpoint.native.unfinished import is_marked, mark_for_deletion
 from evomesh.checkpoint.native.verify import verify
 from evomesh.errors import UserError
 from evomesh.storage.base import Storage, join
@@ -245,9 +246,9 @@ def _reason_to_stay(candidate: Candidate) -> str:
         shown = ", ".join(foreign[:SHOWN])
         more = ", ..." if len(foreign) > SHOWN else ""
         return f"it holds files that no save writes ({shown}{more})"
-    if not candidate.committed and any(fmt.INDEX_NAME.match(name) for name in names):
-        # A save that is interrupted has no index yet, but for the moment between index
-        # and commit record.
+    if candidate.committed:
+        return ""
+    if names and not is_marked(names):
         return f"it may be a whole checkpoint that lost its {fmt.COMMIT}; delete the folder if it is not"
     return ""
 
@@ -260,13 +261,15 @@ def delete_checkpoint(candidate: Candidate) -> None:
     storage = candidate.storage
     folder = candidate.folder
     if candidate.committed:
+        mark_for_deletion(storage, folder, new_attempt())
         storage.delete(join(folder, fmt.COMMIT))
         # Without this a power failure may undo the deletion of the record and keep that
         # of a data file: a checkpoint that claims to be whole.
         storage.sync(folder)
     names = storage.list(folder)
     foreign = foreign_names(names)
-    for name in names:
+    marks_last = sorted(names, key=lambda name: is_marked([name]))
+    for name in marks_last:
         if name not in foreign:
             storage.delete(join(folder, name))
     try:

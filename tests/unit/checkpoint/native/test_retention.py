@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -148,16 +150,69 @@ def test_a_pin_counts_whatever_it_is(tmp_path: Path, kind: str) -> None:
     assert "step-00000001" in steps(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "lost", [["commit.json"], ["commit.json", "*.jsonl"], ["commit.json", "*-r*"]]
+)
+@pytest.mark.parametrize("keep_last", [None, 1])
 def test_a_checkpoint_that_lost_its_commit_record_stays(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    lost: list[str],
+    keep_last: int | None,
 ) -> None:
     """All its data may be there: somebody moved the record away, or a repair is in progress."""
-    writer = writer_of(tmp_path)
+    options = {} if keep_last is None else {"keep_last": keep_last}
+    writer = writer_of(tmp_path, **options)
     save(writer, 1)
-    (tmp_path / "step-00000001/commit.json").rename(tmp_path / "commit.json.bak")
+    for pattern in lost:
+        for path in (tmp_path / "step-00000001").glob(pattern):
+            path.unlink()
+    left = sorted((tmp_path / "step-00000001").iterdir())
     save(writer, 2, 3)
-    assert steps(tmp_path) == ["step-00000001", "step-00000002", "step-00000003"]
+    assert left and sorted((tmp_path / "step-00000001").iterdir()) == left
     assert len([text for text in warned(caplog) if "lost its commit.json" in text]) == 1
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("calls", range(6))
+def test_what_a_killed_deletion_left_is_deleted_by_the_next_save(
+    tmp_path: Path, calls: int
+) -> None:
+    """The third save deletes step 1 and is killed before its call number ``calls``: mark, record, and so on."""
+    writer = writer_of(tmp_path, keep_last=1)
+    save(writer, 1, 2)
+    left = calls
+    delete, create = writer.storage.delete, writer.storage.create
+
+    def counted(call: Callable[[str], Any]) -> Callable[[str], Any]:
+        def run(path: str) -> Any:
+            nonlocal left
+            if "step-00000001" in path:
+                if left == 0:
+                    raise Killed
+                left -= 1
+            return call(path)
+
+        return run
+
+    writer.storage.delete = counted(delete)  # type: ignore[method-assign]
+    writer.storage.create = counted(create)  # type: ignore[method-assign]
+    if calls < 5:
+        with pytest.raises(Killed):
+            save(writer, 3)
+    else:
+        save(writer, 3)
+    save(writer_of(tmp_path, keep_last=1), 4)
+    assert steps(tmp_path) == ["step-00000003", "step-00000004"]
+
+
+def test_the_mark_of_a_save_is_gone_once_it_is_committed(tmp_path: Path) -> None:
+    save(writer_of(tmp_path), 1)
+    suffixes = {path.suffix for path in (tmp_path / "step-00000001").iterdir()}
+    assert suffixes == {".jsonl", ".safetensors", ".json"}
 
 
 def test_a_damaged_checkpoint_is_reported_once(

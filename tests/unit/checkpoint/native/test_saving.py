@@ -152,6 +152,7 @@ def test_leftovers_of_interrupted_saves_go_after_the_next_commit(
         (tmp_path / f"step-0000000{step}" / "0badc0de-r00000.safetensors").write_bytes(
             b"x"
         )
+        (tmp_path / f"step-0000000{step}" / "0badc0de-unfinished").touch()
     writer.save(5, tensors(5), {}, {})
     assert sorted(p.name for p in tmp_path.glob("step-*")) == [
         "step-00000005",
