@@ -1,17 +1,23 @@
 """Read small text files that a user names, or that are in a folder of theirs.
 
-Whatever is wrong with such a file becomes one message: missing, unreadable, in another
-encoding, or not JSON, brackets nested beyond Python's limit included.
+Whatever is wrong with such a file becomes one message: missing, unreadable, a pipe or a
+device, too large, in another encoding, or not JSON, brackets nested beyond Python's limit
+included.
 """
 
 from __future__ import annotations
 
 import json
+import stat
 from pathlib import Path
 from typing import Any
 
 from evomesh.errors import UserError
 from evomesh.outside_errors import fix_for
+
+MAX_BYTES = 256 << 20
+# ``--key-file <(command)`` and ``/dev/stdin``: pipes that the shell has connected.
+SHELL_PIPES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
 
 
 def read_text(file: Path, where: str = "", expected: str = "") -> str:
@@ -22,11 +28,16 @@ def read_text(file: Path, where: str = "", expected: str = "") -> str:
         expected: what the file should hold.
 
     Raises:
-        UserError: it cannot be read, or is not UTF-8.
+        UserError: it cannot be read, is not a regular file, is too large, or is not UTF-8.
     """
     place = where or str(file)
     name = f"{file} " if where else ""
     try:
+        unfit = _unfit(file)
+        if unfit:
+            raise UserError(
+                f"{name}{unfit}", where=place, expected=expected or "a small text file"
+            )
         return file.read_text(encoding="utf-8-sig")
     except OSError as error:
         reason = error.strerror or str(error)
@@ -44,6 +55,21 @@ def read_text(file: Path, where: str = "", expected: str = "") -> str:
             expected=expected or "text in UTF-8",
             fix=f"convert it: iconv -f ENCODING -t UTF-8 {file}",
         ) from None
+
+
+def _unfit(file: Path) -> str:
+    """Return why a file is not to be read, "" if it may be.
+
+    A named pipe would wait for a writer forever, and a device may never end.
+    """
+    status = file.stat()
+    if status.st_size > MAX_BYTES:
+        return f"has {status.st_size:,} bytes, more than {MAX_BYTES:,}"
+    is_file_or_folder = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
+    if is_file_or_folder or str(file).startswith(SHELL_PIPES):
+        return ""
+    kind = "a named pipe" if stat.S_ISFIFO(status.st_mode) else "a device or socket"
+    return f"is {kind}, not a regular file"
 
 
 def read_json(file: Path, where: str = "", expected: str = "") -> Any:

@@ -11,6 +11,7 @@ from evomesh.errors import UserError
 from evomesh.parallel.build import SharedStore
 from evomesh.parallel.exchange import Exchange
 from evomesh.train.signals import StopRequest
+from evomesh.user_files import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -32,20 +33,27 @@ class StopFile:
             raise UserError(
                 f"cannot create the stop file: {error.strerror}", where=path
             ) from None
+        if not self._path.is_file():
+            raise UserError(
+                f"{path} is not a regular file",
+                where="ckpt.stop_file_path",
+                expected="a file with a step number, or a new name",
+            )
 
     def read(self) -> int:
         """Return the requested step. Anything that is not a number is ignored with one warning."""
         try:
-            text = self._path.read_text().strip()
+            if not self._path.exists():
+                return 0
+            text = read_text(self._path).strip()
             number = int(text or "0")
-        except FileNotFoundError:
-            return 0
-        except (OSError, ValueError) as error:
-            if str(error) != self._last_reported:
+        except (OSError, ValueError, UserError) as error:
+            problem = error.found if isinstance(error, UserError) else str(error)
+            if problem != self._last_reported:
                 logger.warning(
-                    "stop file %s: %s; write a step number, or 0", self._path, error
+                    "stop file %s: %s; write a step number, or 0", self._path, problem
                 )
-            self._last_reported = str(error)
+            self._last_reported = problem
             return 0
         if text != self._last_reported and number:
             what = "save and stop" if number > 0 else "save"

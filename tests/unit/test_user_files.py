@@ -56,6 +56,29 @@ def test_files_that_cannot_be_read(tmp_path: Path, make: str) -> None:
     assert caught.value.where == str(file)
 
 
+@pytest.mark.timeout(20)
+def test_what_would_never_end_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="is a named pipe"):
+        read_text(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="is a device") as caught:
+        read_order(tmp_path / "zero")
+    assert caught.value.exit_code == 2
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate((256 << 20) + 1)
+    with pytest.raises(UserError, match="has 268,435,457 bytes, more than"):
+        read_text(tmp_path / "sparse", "--key-file")
+
+
+def test_a_pipe_of_the_shell_is_read() -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b"secret\n")
+    os.close(writer)
+    assert read_text(Path(f"/dev/fd/{reader}")) == "secret\n"
+    os.close(reader)
+
+
 @pytest.mark.parametrize("content", [b"\xff\xfe", NESTED])
 def test_every_reader_of_such_a_file_gives_a_message(
     tmp_path: Path, content: bytes

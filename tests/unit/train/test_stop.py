@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import threading
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import HashStore
 
+from evomesh.errors import UserError
 from evomesh.parallel.exchange import SingleProcessExchange
 from evomesh.train.signals import StopRequest
 from evomesh.train.stop import StopBoundary, StopDecision, StopPoll
@@ -48,6 +50,33 @@ def test_text_in_the_stop_file_is_ignored_with_one_warning(
     assert len(caplog.records) == 1 and "write a step number" in caplog.text
     path.unlink()
     assert poll.after_step(4) == StopDecision()
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", ["pipe", "folder", "/dev/zero"])
+def test_a_stop_file_that_is_no_file_is_refused(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "stop"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(kind)
+    with pytest.raises(UserError, match="not a regular file"):
+        StopPoll(StopRequest(), str(path), SingleProcessExchange())
+
+
+@pytest.mark.timeout(20)
+def test_a_stop_file_that_becomes_a_pipe_does_not_stop_the_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "stop"
+    poll = StopPoll(StopRequest(), str(path), SingleProcessExchange())
+    path.unlink()
+    os.mkfifo(path)
+    assert [poll.after_step(step) for step in range(3)] == [StopDecision()] * 3
+    (record,) = caplog.records
+    assert "is a named pipe" in record.getMessage()
 
 
 def test_a_signal_on_one_rank_stops_all(tmp_path: Path) -> None:
