@@ -226,13 +226,21 @@ class ModelConfig(Section):
         description="Initial standard deviation of the output head; None: by family.",
     )
     drop_rate: float = Field(
-        0.0, description="Dropout; refused unless 0: evomesh has none."
+        0.0,
+        ge=0,
+        lt=1,
+        description="Dropout of the embedding's output and of every attention's and feed-forward network's; "
+        "the same masks in every layout.",
     )
     attn_drop_rate: float = Field(
-        0.0, description="Attention dropout; refused unless 0: evomesh has none."
+        0.0,
+        ge=0,
+        lt=1,
+        description="Dropout of attention probabilities; slow: they are computed one by one, without a fused kernel.",
     )
     dropout_selective_checkpoint: bool = Field(
-        True, description="Accepted for InternEvo; there is no dropout."
+        True,
+        description="Accepted for InternEvo; masks take no memory worth recomputing them for.",
     )
     num_chunks: int = Field(
         1, ge=1, description="Model chunks per rank in an interleaved pipeline."
@@ -272,6 +280,10 @@ class ModelConfig(Section):
         if isinstance(width, int) and isinstance(heads, int) and heads > 0:
             completed["head_dim"] = max(width // heads, 1)
         return completed
+
+    @property
+    def has_dropout(self) -> bool:
+        return self.drop_rate > 0 or self.attn_drop_rate > 0
 
     @property
     def has_qkv_bias(self) -> bool:

@@ -94,8 +94,6 @@ NOTHING = (
     "model.ffn_uplayer_init_std",
     "model.ffn_other_init_std",
     "model.out_head_init_std",
-    "model.drop_rate",
-    "model.attn_drop_rate",
     "model.dropout_selective_checkpoint",
     "model.num_chunks",
     "model.use_flash_attn",

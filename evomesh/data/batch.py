@@ -12,6 +12,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class TokenNumbers:
+    """Numbers that dropout masks are drawn from; see ``layers/dropout.py``.
+
+    Attributes:
+        key: [2] int64, seed and step.
+        tokens: [M, T] int64, number of each token in the step, over all ranks.
+    """
+
+    key: Tensor
+    tokens: Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
     """M micro-batches of one pack each: T tokens in K - 1 segments.
 
@@ -23,6 +36,7 @@ class Batch:
         cu_seqlens: [M, K] int32, segment bounds 0 .. T of each micro-batch, padded on the right by repeating T.
         max_seqlen: longest segment over all micro-batches (a Python int: reading it never syncs with the device).
         host_bounds: ``cu_seqlens`` on the host, set once the batch is on a device.
+        numbers: set for training with dropout; without it nothing is dropped.
     """
 
     tokens: Tensor
@@ -32,6 +46,20 @@ class Batch:
     cu_seqlens: Tensor
     max_seqlen: int
     host_bounds: Tensor | None = None
+    numbers: TokenNumbers | None = None
+
+    def numbered(self, seed: int, step: int, dp_rank: int, dp_size: int) -> Batch:
+        """Return the batch of data-parallel rank ``dp_rank`` with the numbers of its tokens in ``step``.
+
+        Micro-batch m holds pack ``dp_rank + m * dp_size`` of the step (invariant 10), so a token has the same number
+        in every layout.
+        """
+        import torch
+
+        num_packs, length = self.tokens.shape
+        packs = dp_rank + torch.arange(num_packs) * dp_size
+        tokens = packs[:, None] * length + torch.arange(length)
+        return replace(self, numbers=TokenNumbers(torch.tensor([seed, step]), tokens))
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on ``device``, with its bounds also kept on the host.
@@ -44,6 +72,9 @@ class Batch:
         def copy(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)
 
+        numbers = self.numbers
+        if numbers is not None:
+            numbers = TokenNumbers(copy(numbers.key), copy(numbers.tokens))
         return replace(
             self,
             tokens=copy(self.tokens),
@@ -52,4 +83,5 @@ class Batch:
             type_ids=copy(self.type_ids),
             cu_seqlens=copy(self.cu_seqlens),
             host_bounds=self.cu_seqlens,
+            numbers=numbers,
         )

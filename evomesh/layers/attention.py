@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
 from typing import Any
@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evomesh.layers.dropout import MaskNumbers, drop_probabilities
+from evomesh.layers.dtype import promote
 from evomesh.layers.linear import ColumnParallelLinear, RowParallelLinear
 from evomesh.layers.norm import Norm
 from evomesh.layers.placement import Placement
@@ -65,6 +67,8 @@ def attend(
     scores = PLAIN_SCORES if module is None else module.scores
     if window is not None and window >= bounds.max_seqlen:
         window = None  # it reaches every earlier token
+    if bounds.numbers is not None and module is not None and module.drop_rate:
+        return _dropping(q, k, v, bounds, window, module)
     # The flash kernel has no soft cap of scores.
     is_capped = scores.softcap is not None
     kernel_fits = not is_capped and _flash_takes(q)
@@ -274,6 +278,77 @@ def _in_blocks(
     return torch.cat(outs, dim=2)
 
 
+def _dropping(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: SequenceBounds,
+    window: int | None,
+    module: Attention,
+) -> Tensor:
+    """Attend with dropped probabilities, one segment at a time.
+
+    The probabilities exist one by one here. Torch's fused kernels draw their masks from a
+    generator, in an order that a layout changes.
+    """
+    assert bounds.numbers is not None
+    numbers = bounds.numbers
+    first_head = module.placement.axis.rank * q.shape[1]
+    outs = []
+    start = 0
+    for length in bounds.lengths():
+        segment = slice(start, start + length)
+        segment_numbers = replace(numbers, tokens=numbers.tokens[segment])
+        out = _dropping_segment(
+            *(x[segment].transpose(0, 1) for x in (q, k, v)),
+            window=window or length,
+            rate=module.drop_rate,
+            numbers=segment_numbers,
+            first_head=first_head,
+            rule=module.scores,
+        )
+        outs.append(out.transpose(0, 1))
+        start += length
+    return torch.cat(outs)
+
+
+def _dropping_segment(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    rate: float,
+    numbers: MaskNumbers,
+    first_head: int,
+    rule: ScoreRule,
+) -> Tensor:
+    """Attend within one segment: q [N, L, H], k and v [G, L, H] -> [N, L, H], a block of queries at a time."""
+    heads, length, width = q.shape
+    k = k.repeat_interleave(heads // k.shape[0], dim=0)
+    v = v.repeat_interleave(heads // v.shape[0], dim=0)
+    outs = []
+    for start in range(0, length, MIN_WINDOW_BLOCK):
+        stop = min(start + MIN_WINDOW_BLOCK, length)
+        first_key = max(start - window + 1, 0)
+        queries = torch.arange(start, stop, device=q.device)[:, None]
+        keys = torch.arange(first_key, stop, device=q.device)
+        visible = (keys <= queries) & (keys > queries - window)
+        products = q[:, start:stop] @ k[:, first_key:stop].transpose(1, 2)
+        scores = rule.apply(products.to(promote(q.dtype)), width)
+        probabilities = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
+        dropped = drop_probabilities(
+            probabilities,
+            rate,
+            numbers,
+            queries=numbers.tokens[start:stop],
+            first_key=first_key,
+            first_head=first_head,
+        )
+        outs.append(dropped.to(v.dtype) @ v[:, first_key:stop])
+    return torch.cat(outs, dim=1)
+
+
 class Attention(nn.Module):
     """[T, D] -> [T, D]: fused projection, rotation, attention by segment, output projection.
 
@@ -291,6 +366,7 @@ class Attention(nn.Module):
         rotates: False for a layer without rotary positions (``nope_layers``), which sees the order of tokens through
             the causal mask alone.
         scores: scale and soft cap of the scores.
+        drop_rate: of attention probabilities (``attn_drop_rate``), where the bounds have mask numbers.
     """
 
     def __init__(
@@ -309,10 +385,12 @@ class Attention(nn.Module):
         window: int | None = None,
         rotates: bool = True,
         scores: ScoreRule = PLAIN_SCORES,
+        drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
         self.rotates, self.scores = rotates, scores
         self.layer, self.interleaved, self.window = layer, interleaved, window
+        self.drop_rate = drop_rate
         self.head_dim = head_dim or size // heads
         self.placement = placement
         # Of this rank, each with its group of query heads.

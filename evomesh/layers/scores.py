@@ -37,6 +37,13 @@ class ScoreRule:
         scale = None if scalar is None else scalar**-0.5
         return cls(scale, config.attn_logit_softcapping)
 
+    def apply(self, products: Tensor, head_dim: int) -> Tensor:
+        """Return the scores of products q k^T of vectors with ``head_dim`` elements."""
+        scores = products * (self.scale or head_dim**-0.5)
+        if self.softcap is None:
+            return scores
+        return self.softcap * torch.tanh(scores / self.softcap)
+
 
 PLAIN_SCORES = ScoreRule()
 

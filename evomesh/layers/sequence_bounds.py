@@ -5,12 +5,14 @@ Shapes: T packed tokens, K segment bounds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from evomesh.layers.dropout import MaskNumbers
 
 
 # Not frozen: torch 2.11's compiler inspects frozen dataclasses, and recompiles for each
@@ -24,12 +26,20 @@ class SequenceBounds:
         cu_seqlens: [K] int32, bounds 0 .. T, padded on the right by repeating T.
         max_seqlen: an upper bound of the segment length, a Python int so that no kernel waits for the device.
         host_bounds: ``cu_seqlens`` in host memory, if the original was kept when it moved to a device.
+        numbers: what dropout masks are drawn from; None where nothing is dropped.
     """
 
     position_ids: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
     host_bounds: Tensor | None = None
+    numbers: MaskNumbers | None = None
+
+    def at_layer(self, layer: int) -> SequenceBounds:
+        """Return the bounds with mask numbers of ``layer``."""
+        if self.numbers is None:
+            return self
+        return replace(self, numbers=self.numbers.at_layer(layer))
 
     def lengths(self) -> list[int]:
         """Return the lengths of the non-empty segments; waits for the device if there are no bounds on the host."""
@@ -51,6 +61,15 @@ class SequenceBounds:
         return positions[last_token] + 1
 
 
+class NumberedTokens(Protocol):
+    """Seed and step [2], and the number of each token [M, T], as ``data/batch.py`` has them."""
+
+    @property
+    def key(self) -> Tensor: ...
+    @property
+    def tokens(self) -> Tensor: ...
+
+
 class PackedSequences(Protocol):
     """M packs side by side: the arrays of a batch from which sequence bounds are made."""
 
@@ -62,16 +81,22 @@ class PackedSequences(Protocol):
     def max_seqlen(self) -> int: ...
     @property
     def host_bounds(self) -> Tensor | None: ...
+    @property
+    def numbers(self) -> NumberedTokens | None: ...
 
 
 def micro_batch_bounds(batch: PackedSequences, index: int) -> SequenceBounds:
     """Return the sequence bounds of micro-batch ``index`` of a batch."""
     host_bounds = None if batch.host_bounds is None else batch.host_bounds[index]
+    numbers = None
+    if batch.numbers is not None:
+        numbers = MaskNumbers.of_pack(batch.numbers.key, batch.numbers.tokens[index])
     return SequenceBounds(
         batch.position_ids[index],
         batch.cu_seqlens[index],
         batch.max_seqlen,
         host_bounds,
+        numbers,
     )
 
 

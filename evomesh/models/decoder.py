@@ -49,6 +49,12 @@ from evomesh.layers.attention import (
     outside_graph,
 )
 from evomesh.layers.compiler import compiles_blocks
+from evomesh.layers.dropout import (
+    ATTENTION_OUTPUT,
+    EMBEDDING,
+    FEED_FORWARD_OUTPUT,
+    drop_columns,
+)
 from evomesh.layers.dtype import parameter_dtype, promote
 from evomesh.layers.embedding import Embedding, scale_gradient
 from evomesh.layers.init import InitialWeight
@@ -60,6 +66,7 @@ from evomesh.layers.placement import Placement
 from evomesh.layers.products import linear
 from evomesh.layers.rotary import RotaryEmbedding
 from evomesh.layers.scores import ScoreRule
+from evomesh.models.initial_weights import initial_weight
 from evomesh.models.language_model import LanguageModel
 from evomesh.parallel.collectives import gather_from_axis
 from evomesh.parallel.grid import Grid
@@ -98,6 +105,8 @@ class DecoderBlock(nn.Module):
         after     x + norm(f(x))           OLMo 2
         both      x + norm(f(norm(x)))     Gemma 2 and 3
         post_norm       norm(x + f(x))     InternLM2 with ``apply_post_layer_norm``
+
+    ``drop_rate`` drops elements of what is added to x.
     """
 
     def __init__(
@@ -106,6 +115,7 @@ class DecoderBlock(nn.Module):
         super().__init__()
         self.post_norm = post_norm
         self.norm_placement = config.norm_placement
+        self.drop_rate, self.axis = config.drop_rate, placement.axis
         self.attention = Attention(
             layer,
             config.hidden_size,
@@ -120,6 +130,7 @@ class DecoderBlock(nn.Module):
             window=config.window_of(layer),
             rotates=config.rotates(layer),
             scores=ScoreRule.of(config),
+            drop_rate=config.attn_drop_rate,
         )
         self.uses_local_base = config.uses_local_rope_base(layer)
         self.attention_norm = make_norm(config, placement)
@@ -143,23 +154,31 @@ class DecoderBlock(nn.Module):
         bounds: SequenceBounds,
         attend: AttentionFunction,
     ) -> Tensor:
+        def drop(branch: Tensor, site: int) -> Tensor:
+            return drop_columns(
+                branch, self.drop_rate, bounds.numbers, site, self.axis.rank
+            )
+
         if self.post_norm:
-            x = self.attention_norm(x + self.attention(x, tables, bounds, attend))
-            normed: Tensor = self.ffn_norm(x + self.feed_forward(x))
+            attended = self.attention(x, tables, bounds, attend)
+            x = self.attention_norm(x + drop(attended, ATTENTION_OUTPUT))
+            fed_forward = drop(self.feed_forward(x), FEED_FORWARD_OUTPUT)
+            normed: Tensor = self.ffn_norm(x + fed_forward)
             return normed
         if self.norm_placement == "after":
             attended = self.attention(x, tables, bounds, attend)
-            x = x + self.attention_norm(attended)
-            after: Tensor = x + self.ffn_norm(self.feed_forward(x))
+            x = x + drop(self.attention_norm(attended), ATTENTION_OUTPUT)
+            fed_forward = self.ffn_norm(self.feed_forward(x))
+            after: Tensor = x + drop(fed_forward, FEED_FORWARD_OUTPUT)
             return after
         attended = self.attention(self.attention_norm(x), tables, bounds, attend)
         if self.norm_placement == "both":
             attended = self.attention_out_norm(attended)
-        x = x + attended
+        x = x + drop(attended, ATTENTION_OUTPUT)
         fed_forward = self.feed_forward(self.ffn_norm(x))
         if self.norm_placement == "both":
             fed_forward = self.ffn_out_norm(fed_forward)
-        out: Tensor = x + fed_forward
+        out: Tensor = x + drop(fed_forward, FEED_FORWARD_OUTPUT)
         return out
 
 
@@ -383,7 +402,13 @@ class Decoder(LanguageModel):
     ) -> Tensor:
         if self.is_first:
             assert self.embedding is not None
-            x = self.embedding(x)
+            x = drop_columns(
+                self.embedding(x),
+                self.config.drop_rate,
+                bounds.numbers,
+                EMBEDDING,
+                self.placement.axis.rank,
+            )
             if self.config.residual_in_fp32:
                 x = x.to(promote(self.dtype))
         if self.compiled:
@@ -393,21 +418,22 @@ class Decoder(LanguageModel):
         if self.local_rotary is not None:
             local_tables = self.local_rotary.tables(bounds, self.dtype)
         recomputed = self.recomputed_layers if torch.is_grad_enabled() else 0
-        for i, block in enumerate(self.layers.values()):
+        for i, (layer, block) in enumerate(self.layers.items()):
+            layer_bounds = bounds.at_layer(int(layer))
             angles = local_tables if block.uses_local_base else tables
             if i < recomputed:
-                # There is no dropout, hence no random state to restore.
+                # Dropout masks are numbers of a counter: no random state to restore.
                 x = checkpoint(
                     block,
                     x,
                     angles,
-                    bounds,
+                    layer_bounds,
                     attend,
                     use_reentrant=False,
                     preserve_rng_state=False,
                 )
             else:
-                x = block(x, angles, bounds, attend)
+                x = block(x, angles, layer_bounds, attend)
         return x if self.norm is None else self.norm(x)
 
     def loss(
@@ -435,57 +461,7 @@ class Decoder(LanguageModel):
 
     def initial(self, name: str) -> InitialWeight:
         """Return the distribution of the initial values of the parameter with this global name."""
-        part = ".".join(name.split(".")[-2:])  # such as wqkv.weight
-        if part.endswith(".bias"):
-            return InitialWeight("constant", 0.0)
-        if "norm." in part:
-            return InitialWeight(
-                "constant", 0.0 if self.config.add_unit_offset else 1.0
-            )
-        writes_to_residual = part in ("wo.weight", "w2.weight")
-        if writes_to_residual:
-            std = self._residual_std(part, name)
-        else:
-            std = self._input_std(part)
-        return InitialWeight(self.config.init_type, std)
-
-    def _input_std(self, part: str) -> float:
-        """Return the standard deviation of a weight that does not write to the residual stream."""
-        config = self.config
-        family = self.family
-        if part == "embedding.weight":
-            return _first(config.embedding_init_std, family.embedding_std)
-        if part == "head.weight":
-            return _first(config.out_head_init_std, family.head_std)
-        if part == "wqkv.weight":
-            return _first(config.attn_wqkv_init_std, family.wqkv_std)
-        assert part in ("w1.weight", "w3.weight"), part
-        return _first(config.ffn_uplayer_init_std, family.up_std)
-
-    def _residual_std(self, part: str, name: str) -> float:
-        """Return the standard deviation of wo or w2, which write to the residual stream.
-
-        ``use_scaled_init`` keeps its variance from growing with depth (Radford et al., 2019).
-        """
-        config = self.config
-        family = self.family
-        if part == "wo.weight":
-            configured = config.attn_other_init_std
-            default = family.wo_std
-        else:
-            configured = config.ffn_other_init_std
-            default = family.down_std
-        if not config.use_scaled_init:
-            return _first(configured, family.unscaled_std)
-        # GPT-2 divides by the depth of the whole model, InternEvo by that of the layer:
-        # after layer l the stream is a sum of 2 (l + 1) such terms.
-        _, layer, *_ = name.split(".")
-        num_terms = 2 * (int(layer) + 1)
-        return _first(configured, default) / math.sqrt(num_terms)
-
-
-def _first(configured: float | None, default: float) -> float:
-    return default if configured is None else configured
+        return initial_weight(name, self.config, self.family)
 
 
 def _mark_padding(weight: nn.Parameter, padding: int) -> None:

@@ -157,6 +157,9 @@ class Trainer:
         """Run one optimizer step and return its record; None when it was interrupted."""
         run, state, config = self.run, self.state, self.config
         seed_step(config.run.seed, step, run.grid.dp.rank)
+        if config.model.has_dropout:
+            dp = run.grid.dp
+            batch = batch.numbered(config.run.seed, step, dp.rank, dp.size)
         lr = learning_rate(
             state.step_count, config.lr_scheduler, config.adam, config.data.total_steps
         )

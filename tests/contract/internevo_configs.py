@@ -269,7 +269,7 @@ KEY_SETS: tuple[KeySet, ...] = (
                                      scoring_func="softmax", routed_scaling_factor=1.0),
         parallel__tensor=dict(size=1, mode="isp"), parallel__weight=dict(size=8, overlap=True),
         parallel__expert=dict(size=8, no_tp=True), parallel__expert_weight=dict(size=2, overlap=True)),
-    row("7B_chameleon.py", IMAGES | {"model.drop_rate": "dropout"},
+    row("7B_chameleon.py", IMAGES,
         **CHAMELEON, **sizes(65536, 4096, 32, 32, 32, 2.6875), model__drop_rate=0.05, adam__weight_decay=0.0,
         parallel__tensor=dict(size=4, mode="mtp"),
         parallel__pipeline=dict(size=4, interleaved_overlap=True, zero_bubble=False)),

@@ -324,6 +324,8 @@ def forward_backward(
     everything = packs(step, range(layout.packs))
     scale = 1.0 / int((everything.labels != IGNORE).sum())
     own = packs(step, range(grid.dp.rank, layout.packs, grid.dp.size))
+    if layout.config.model.has_dropout:
+        own = own.numbered(SEED, step, grid.dp.rank, grid.dp.size)
     total = torch.zeros((), dtype=torch.float64)
     seen = []
 

@@ -240,7 +240,25 @@ STABILITY = [
     Layout(tensor=2, mode="mtp", pipeline=2, model={"qk_norm": True}, family="qwen2"),
     Layout(tensor=2, mode="isp", weight=2, model={"qk_norm": True}, family="mistral", adam=True),
 ]  # fmt: skip
-ALL = MODES + VARIANTS + PIPELINES + WEIGHTS + ZERO + FSDP + FAMILY + TIED + STABILITY
+HIDDEN_DROPOUT = {"drop_rate": 0.2}
+BOTH_DROPOUTS = {"drop_rate": 0.1, "attn_drop_rate": 0.3}
+DROPOUT = [
+    Layout(model=HIDDEN_DROPOUT),
+    *(Layout(**SPLIT, mode=mode, model=BOTH_DROPOUTS) for mode in ("mtp", "msp", "fsp", "isp")),
+    Layout(tensor=4, mode="isp", model=BOTH_DROPOUTS | {"checkpoint": 0.5}, family="mistral"),
+    Layout(tensor=2, mode="msp", pipeline=2, chunks=2, model=BOTH_DROPOUTS | {"checkpoint": 1.0}, family="qwen2"),
+    Layout(pipeline=2, chunks=2, schedule="zbv", model=HIDDEN_DROPOUT, family="post_norm"),
+    Layout(tensor=2, mode="isp", weight=4, model=BOTH_DROPOUTS, adam=True),
+    Layout(pipeline=2, parallel=CUT, model=BOTH_DROPOUTS),
+]  # fmt: skip
+ALL = [
+    *(MODES + VARIANTS + PIPELINES + WEIGHTS + ZERO),
+    *(FSDP + FAMILY + TIED + STABILITY + DROPOUT),
+]
+
+
+# Of the varied keys those that change the function that is trained.
+FUNCTION = ("use_swiglu", "num_layers", "qk_norm", "drop_rate", "attn_drop_rate")
 
 
 @functools.cache
@@ -266,9 +284,7 @@ def reference(
 def one_process(layout: Layout) -> Trained:
     """The same training without any layout: of the varied keys only those that change the model itself remain."""
     model = tuple(
-        (key, value)
-        for key, value in layout.model.items()
-        if key in ("use_swiglu", "num_layers", "qk_norm")
+        (key, value) for key, value in layout.model.items() if key in FUNCTION
     )
     return reference(layout.family, layout.terms, layout.packs, layout.adam, model)
 

@@ -80,9 +80,6 @@ class Refusal:
     accepted: tuple[Any, ...] = ()
 
 
-_DROPOUT = Refusal(
-    "dropout is not part of evomesh: train on more text, or use weight decay"
-)
 _EXPERTS = Refusal(
     "mixture-of-experts models are not part of evomesh", "take a dense model"
 )
@@ -111,8 +108,6 @@ REFUSED: dict[str, Refusal] = {
     "model.vit_cfg": _IMAGES,
     "model.vision_proj_cfg": _IMAGES,
     "model.image_token_id": _IMAGES,
-    "model.drop_rate": _DROPOUT,
-    "model.attn_drop_rate": _DROPOUT,
     "model.is_reward": Refusal("reward models are not part of evomesh"),
     "model.deepnorm": Refusal("DeepNorm is not part of evomesh"),
     "model.max_window_layers": Refusal(

@@ -118,7 +118,7 @@ class TestHostWaitsOfAStep:
         for reduction in ("token", "micro_batch"):
             with no_host_waits() as copies:
                 counted_step(reduction)
-            assert copies.begun == len(fields(Batch)) - 2  # all tensors of a host batch
+            assert copies.begun == len(fields(Batch)) - 3  # all tensors of a host batch
         # Norm, objective, its z-loss, and the tally of two types.
         assert counted_step.reads == [(3 + 3 * 2,)] * 2
 
