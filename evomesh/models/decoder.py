@@ -32,8 +32,7 @@ pipeline both hold it; each has a summand of its gradient.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -66,34 +65,13 @@ from evomesh.layers.placement import Placement
 from evomesh.layers.products import linear
 from evomesh.layers.rotary import RotaryEmbedding
 from evomesh.layers.scores import ScoreRule
+from evomesh.models.family import DecoderFamily
 from evomesh.models.initial_weights import initial_weight
 from evomesh.models.language_model import LanguageModel
 from evomesh.parallel.collectives import gather_from_axis
 from evomesh.parallel.grid import Grid
 from evomesh.parallel.modes import MODES, TensorMode
 from evomesh.parallel.spec import spec_of, with_spec
-
-
-@dataclass(frozen=True)
-class DecoderFamily:
-    """The differences between the built-in families that are not in their configs.
-
-    Attributes:
-        embedding_std .. head_std: default standard deviations of the initial weights.
-        unscaled_std: standard deviation of ``wo`` and ``w2`` when ``use_scaled_init`` is off.
-        recompute_rounding: how (layers * ``checkpoint`` fraction) is rounded.
-        post_norm: ``apply_post_layer_norm`` moves each norm after the residual addition; else the key has no effect.
-    """
-
-    embedding_std: float
-    wqkv_std: float
-    wo_std: float
-    up_std: float
-    down_std: float
-    head_std: float
-    unscaled_std: float
-    recompute_rounding: Literal["floor", "ceil"]
-    post_norm: bool
 
 
 class DecoderBlock(nn.Module):

@@ -6,11 +6,11 @@ import math
 
 from evomesh.config.model import ModelConfig
 from evomesh.layers.init import InitialWeight
-from evomesh.models.registry import ModelFamily
+from evomesh.models.family import DecoderFamily
 
 
 def initial_weight(
-    name: str, config: ModelConfig, family: ModelFamily
+    name: str, config: ModelConfig, family: DecoderFamily
 ) -> InitialWeight:
     """Return the distribution of the initial values of the parameter with this global name."""
     part = ".".join(name.split(".")[-2:])  # such as wqkv.weight
@@ -26,7 +26,7 @@ def initial_weight(
     return InitialWeight(config.init_type, std)
 
 
-def _input_std(part: str, config: ModelConfig, family: ModelFamily) -> float:
+def _input_std(part: str, config: ModelConfig, family: DecoderFamily) -> float:
     """Return the standard deviation of a weight that does not write to the residual stream."""
     if part == "embedding.weight":
         return _first(config.embedding_init_std, family.embedding_std)
@@ -39,7 +39,7 @@ def _input_std(part: str, config: ModelConfig, family: ModelFamily) -> float:
 
 
 def _residual_std(
-    part: str, name: str, config: ModelConfig, family: ModelFamily
+    part: str, name: str, config: ModelConfig, family: DecoderFamily
 ) -> float:
     """Return the standard deviation of wo or w2, which write to the residual stream.
 

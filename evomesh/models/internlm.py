@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from evomesh.models.decoder import DecoderFamily
+from evomesh.models.family import DecoderFamily
 
 # apply_post_layer_norm is accepted and has no effect in this family.
 INTERNLM = DecoderFamily(

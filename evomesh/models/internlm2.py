@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from evomesh.models.decoder import DecoderFamily
+from evomesh.models.family import DecoderFamily
 
 INTERNLM2 = DecoderFamily(
     embedding_std=0.02,
