@@ -12,6 +12,7 @@ from evomesh.config.schema import ModelConfig
 from evomesh.data.batch import Batch
 from evomesh.layers.attention import attend
 from evomesh.layers.dropout import MaskNumbers, drop_columns, philox
+from evomesh.layers.scores import PLAIN_SCORES, ScoreRule
 from evomesh.layers.sequence_bounds import SequenceBounds, micro_batch_bounds
 from evomesh.models.registry import build_model, initialize_weights
 from tests.support.covers import covers
@@ -108,26 +109,39 @@ class _Module:
         class axis:
             rank = 0
 
-    def __init__(self, window: int | None, drop_rate: float) -> None:
-        self.window, self.drop_rate = window, drop_rate
+    def __init__(self, window: int | None, drop_rate: float, scores: ScoreRule) -> None:
+        self.window, self.drop_rate, self.scores = window, drop_rate, scores
 
 
 @covers("model.attn_drop_rate")
-@pytest.mark.parametrize("window", [None, 6])
-def test_attention_drops_single_probabilities(window: int | None) -> None:
+@pytest.mark.parametrize(
+    ("window", "rule"),
+    [
+        (None, PLAIN_SCORES),
+        (6, PLAIN_SCORES),
+        (6, ScoreRule(scale=0.5, softcap=1.5)),
+        (None, ScoreRule(scale=0.2)),
+    ],
+)
+def test_attention_drops_single_probabilities(
+    window: int | None, rule: ScoreRule
+) -> None:
     torch.manual_seed(0)
     q = torch.randn(T, 4, 8, dtype=torch.float64)
     k, v = torch.randn(2, T, 2, 8, dtype=torch.float64)
     cuts = torch.tensor([0, 9, T], dtype=torch.int32)
     bounds = SequenceBounds(torch.zeros(T), cuts, 15, None, numbers(2**32 - 7, 3))
-    module: Any = _Module(window, 0.3)
+    module: Any = _Module(window, 0.3, rule)
     found = attend(q, k, v, bounds, module)
     expected = torch.zeros_like(q)
     for start, stop in ((0, 9), (9, T)):
         for token, head in product(range(start, stop), range(4)):
             first = max(start, token + 1 - (window or T))
             seen = k[first : token + 1, head // 2]
-            share = (seen @ q[token, head] / 8**0.5).softmax(0)
+            scores = seen @ q[token, head] * (rule.scale or 8**-0.5)
+            if rule.softcap is not None:
+                scores = rule.softcap * torch.tanh(scores / rule.softcap)
+            share = scores.softmax(0)
             number = 2**32 - 7 + token
             for key in range(first, token + 1):
                 place = key - start
