@@ -1,4 +1,4 @@
-"""What a built-in family of decoders fixes beside its config."""
+"""The facts of a built-in family of decoders that are not in its config."""
 
 from __future__ import annotations
 

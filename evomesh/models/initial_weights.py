@@ -1,4 +1,4 @@
-"""Which initial weight a parameter of a decoder gets: InternEvo's standard deviations by kind of matrix."""
+"""The initial weight of each parameter of a decoder: InternEvo's standard deviations by kind of matrix."""
 
 from __future__ import annotations
 
