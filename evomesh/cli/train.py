@@ -35,6 +35,18 @@ DeepspeedOption = Annotated[
         help="XTuner's flag: deepspeed_zero1, 2 or 3; sets parallel.zero1 to the equivalent."
     ),
 ]
+# Options that InternEvo's train.py takes and never reads: launcher scripts pass them.
+HostOption = Annotated[str | None, typer.Option("--host", hidden=True)]
+BackendOption = Annotated[str | None, typer.Option("--backend", hidden=True)]
+WorldSizeOption = Annotated[int | None, typer.Option("--world_size", hidden=True)]
+RankOption = Annotated[int | None, typer.Option("--rank", hidden=True)]
+LocalRankOption = Annotated[
+    int | None, typer.Option("--local_rank", "--local-rank", hidden=True)
+]
+AliTopologyOption = Annotated[bool, typer.Option("--enable_ali_topology", hidden=True)]
+VolcTopologyOption = Annotated[
+    bool, typer.Option("--disable_volc_topology", hidden=True)
+]
 
 
 def train(
@@ -79,6 +91,13 @@ def shim(
     run_dir: RunDirOption = None,
     profile: ProfileOption = False,
     deepspeed: DeepspeedOption = None,
+    host: HostOption = None,
+    backend: BackendOption = None,
+    world_size: WorldSizeOption = None,
+    rank: RankOption = None,
+    local_rank: LocalRankOption = None,
+    enable_ali_topology: AliTopologyOption = False,
+    disable_volc_topology: VolcTopologyOption = False,
 ) -> None:
     """Train with InternEvo's command line: train.py --config CONFIG --launcher torch."""
     train(config, overrides, launcher, port, seed, run_dir, profile, deepspeed)

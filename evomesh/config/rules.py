@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from evomesh.config.architecture import architecture_findings
+from evomesh.config.data_rules import data_findings
 from evomesh.config.families import FAMILY_FACTS
 from evomesh.config.finding import ConfigFinding, nearest
 from evomesh.config.folders import shared_role
@@ -14,11 +15,10 @@ from evomesh.config.layout import layout_findings
 from evomesh.config.reading.draft import leaves
 from evomesh.config.rope import scaling_problems
 from evomesh.config.schema import Config, ModelConfig
-from evomesh.config.step_values import RAMPUP_FORM, BatchSizeRampup
 from evomesh.config.switches import SWITCHES
 from evomesh.config.windows import window_findings
 
-INT32, INT64 = 2**31 - 1, 2**63 - 1
+INT64 = 2**63 - 1
 STREAMING_KEYS = (
     "data.content_name",
     "data.subset_name",
@@ -66,7 +66,7 @@ def check(
         *_rope_findings(config),
         *window_findings(config.model),
         *architecture_findings(config.model),
-        *_data_findings(config),
+        *data_findings(config),
         *_loss_scale_findings(config),
         *_learning_rate_findings(config),
         *_job_name_findings(config),
@@ -217,58 +217,6 @@ def _rope_findings(config: Config) -> Iterator[ConfigFinding]:
             f"dynamic NTK together with rope_scaling of type {model.rope_scaling.type!r}",
             expected="one of them",
             fix="remove model.use_dynamic_ntk_rope",
-        )
-
-
-def _data_findings(config: Config) -> Iterator[ConfigFinding]:
-    data = config.data
-    # The bounds of a pack's segments, cu_seqlens, are int32: the flash kernels take no
-    # other.
-    if data.packed_length > INT32:
-        yield ConfigFinding(
-            ("data.seq_len", "data.micro_bsz"),
-            f"seq_len * micro_bsz = {data.packed_length} tokens in one pack",
-            expected=f"at most 2**31 - 1 = {INT32}",
-        )
-    # InternEvo asserts this without a pipeline, and ignores the key with one.
-    is_other = data.gradient_accumulation not in (None, data.micro_num)
-    if is_other and config.parallel.pipeline.size == 1:
-        yield ConfigFinding(
-            ("data.gradient_accumulation", "data.micro_num"),
-            f"gradient_accumulation={data.gradient_accumulation} but micro_num={data.micro_num}",
-            expected="the same number: both are the micro-batches of one step",
-            fix="remove data.gradient_accumulation",
-        )
-    if data.epochs is not None and data.rampup_batch_size is not None:
-        yield ConfigFinding(
-            ("data.epochs", "data.rampup_batch_size"),
-            "with a growing batch the steps of a pass are not all of one size",
-            fix="set data.total_steps instead of data.epochs",
-        )
-    if data.order == "xtuner" and not data.use_packed_dataset:
-        yield ConfigFinding(
-            ("data.use_packed_dataset", "data.order"),
-            "rows of one document with XTuner's order, which packs documents",
-            expected='use_packed_dataset=True, or order="internevo"',
-            fix="remove data.use_packed_dataset",
-        )
-    if data.rampup_batch_size is not None:
-        yield from _rampup_findings(data.rampup_batch_size, data.micro_num)
-
-
-def _rampup_findings(ramp: BatchSizeRampup, micro_num: int) -> Iterator[ConfigFinding]:
-    key = ("data.rampup_batch_size", "data.micro_num")
-    if ramp.start > micro_num:
-        yield ConfigFinding(
-            key,
-            f"starts at {ramp.start} micro-batches, above micro_num={micro_num}",
-            expected=RAMPUP_FORM,
-        )
-    elif (micro_num - ramp.start) % ramp.increment:
-        yield ConfigFinding(
-            key,
-            f"from {ramp.start} in steps of {ramp.increment} never reaches micro_num={micro_num}",
-            expected=f"an increment of {nearest(ramp.increment, micro_num - ramp.start)}",
         )
 
 

@@ -85,7 +85,7 @@ ROWS: tuple[CompatibilityRow, ...] = (
     CompatibilityRow("int8_mode", "tile_block", W),
     CompatibilityRow("fp8", {"margin": 0}, R),
     CompatibilityRow("cpu_offloading", {"enable": True}, R),
-    CompatibilityRow("data.type", "streaming", E),
+    CompatibilityRow("data.type", "streaming", E, ("data.tokenizer_path='t'",)),
     CompatibilityRow("data.seq_len", 1024, E),
     CompatibilityRow("data.micro_num", 2, E),
     CompatibilityRow("data.micro_bsz", 2, E),

@@ -36,6 +36,10 @@ MODULE_FOLDERS = (
     "a module in the folder of the config or one above it, in the current folder, "
     "or one that is installed"
 )
+REGISTER_FIX = (
+    "InternEvo's modules are not part of evomesh: register a model with "
+    "evomesh.register_model(NAME, builder), see docs/models.md"
+)
 HERE = f"{PACKAGE}.parent.here"  # the package of modules beside the config
 
 
@@ -284,8 +288,17 @@ def execute(code: CodeType, namespace: dict[str, Any], shown: str, text: str) ->
             f"{type(error).__name__} while the config ran: {error}\n    {line}",
             f"{shown}:{lineno}",
             expected=MODULE_FOLDERS if is_not_found else "",
-            fix="correct the line; python CONFIG shows the full traceback",
+            fix=_fix_of_line(error),
         ) from None
+
+
+def _fix_of_line(error: BaseException) -> str:
+    """Return the fix for an error in a line of a config."""
+    if isinstance(error, ModuleNotFoundError):
+        package, _, _ = (error.name or "").partition(".")
+        if package in ("internlm", "internevo"):  # such as internlm.model.registry
+            return REGISTER_FIX
+    return "correct the line; python CONFIG shows the full traceback"
 
 
 def _is_setting(name: str, value: Any) -> bool:

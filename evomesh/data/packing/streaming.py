@@ -326,20 +326,8 @@ def open_streaming(config: DataConfig, vocab_size: int) -> StreamingData:
     """Find the files and the tokenizer of a streaming config.
 
     Raises:
-        UserError: one of them is missing, or ``data.rampup_batch_size`` is set.
+        UserError: one of them cannot be read.
     """
-    if config.train_folder is None:
-        raise UserError(
-            'data.type="streaming" needs data.train_folder',
-            where="data.train_folder",
-            expected="a folder",
-        )
-    if config.rampup_batch_size is not None:
-        raise UserError(
-            'data.type="streaming" needs a fixed number of packs per step',
-            where="data.rampup_batch_size",
-            fix="remove it, or tokenize the text first",
-        )
     files, warnings = find_text_files(config, "train")
     tokenizer = load_text_tokenizer(config)
     report = []

@@ -105,12 +105,7 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[in
 
 
 def load_text_tokenizer(config: DataConfig) -> Tokenizer:
-    if config.tokenizer_path is None:
-        raise UserError(
-            'data.type="streaming" needs data.tokenizer_path',
-            where="data.tokenizer_path",
-            expected="a tokenizer",
-        )
+    assert config.tokenizer_path is not None  # config/rules.py
     return load_tokenizer(config.tokenizer_path, "data.tokenizer_path")
 
 

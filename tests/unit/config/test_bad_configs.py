@@ -58,6 +58,19 @@ VALUES: list[tuple[list[str], list[str]]] = [
         ["hidden_size=100", "num_attention_heads=32", "96 or 128", "25 or 50"],
     ),
     (["model.hidden_size=96"], ["odd width 3"]),
+    (["data.type=streaming"], ["data.tokenizer_path", "needs data.tokenizer_path"]),
+    (
+        ["data.type=streaming", "data.tokenizer_path=t", "data.train_folder=None"],
+        ["needs data.train_folder", "a folder with text"],
+    ),
+    (
+        [
+            "data.type=streaming",
+            "data.tokenizer_path=t",
+            "data.rampup_batch_size='1 1 1'",
+        ],
+        ["data.rampup_batch_size", "fixed number of packs", "tokenize the text first"],
+    ),
     (
         [
             "model.tie_word_embeddings=True",
@@ -419,3 +432,12 @@ def test_world(base: Path) -> None:
         match=r"6 processes cannot be divided by pipeline.size \* tensor.size = 4",
     ):
         check_world(split, 6)
+
+
+def test_a_module_of_internevo_is_pointed_to_the_registry(tmp_path: Path) -> None:
+    path = tmp_path / "c.py"
+    path.write_text("from internlm.model.registry import model_initializer\n" + BASE)
+    text = message(path)
+    assert "No module named 'internlm'" in text and "evomesh.register_model" in text
+    path.write_text("import no_such_module\n" + BASE)
+    assert "register_model" not in message(path)

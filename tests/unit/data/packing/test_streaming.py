@@ -517,8 +517,6 @@ def test_bad_settings_and_texts_are_refused(tmp_path: Path, tokenizer: Path) -> 
         content_name="body",
     )
     assert_refused("outside the model's vocabulary", vocab_size=20)
-    assert_refused("needs data.tokenizer_path", tokenizer_path=None)
-    assert_refused("fixed number of packs", rampup_batch_size="1 1 1")
     assert_refused("No such file", train_folder=str(tmp_path / "no"))
     write(folder, [""] * 30)
     assert_refused("no row contains any text")

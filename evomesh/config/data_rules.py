@@ -1,0 +1,86 @@
+"""Rules of the data section that involve several keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from evomesh.config.data import DataConfig
+from evomesh.config.finding import ConfigFinding, nearest
+from evomesh.config.schema import Config
+from evomesh.config.step_values import RAMPUP_FORM, BatchSizeRampup
+
+INT32 = 2**31 - 1
+
+
+def data_findings(config: Config) -> Iterator[ConfigFinding]:
+    """Yield what is wrong with the data section."""
+    data = config.data
+    # The bounds of a pack's segments, cu_seqlens, are int32: the flash kernels take no
+    # other.
+    if data.packed_length > INT32:
+        yield ConfigFinding(
+            ("data.seq_len", "data.micro_bsz"),
+            f"seq_len * micro_bsz = {data.packed_length} tokens in one pack",
+            expected=f"at most 2**31 - 1 = {INT32}",
+        )
+    # InternEvo asserts this without a pipeline, and ignores the key with one.
+    is_other = data.gradient_accumulation not in (None, data.micro_num)
+    if is_other and config.parallel.pipeline.size == 1:
+        yield ConfigFinding(
+            ("data.gradient_accumulation", "data.micro_num"),
+            f"gradient_accumulation={data.gradient_accumulation} but micro_num={data.micro_num}",
+            expected="the same number: both are the micro-batches of one step",
+            fix="remove data.gradient_accumulation",
+        )
+    if data.epochs is not None and data.rampup_batch_size is not None:
+        yield ConfigFinding(
+            ("data.epochs", "data.rampup_batch_size"),
+            "with a growing batch the steps of a pass are not all of one size",
+            fix="set data.total_steps instead of data.epochs",
+        )
+    if data.order == "xtuner" and not data.use_packed_dataset:
+        yield ConfigFinding(
+            ("data.use_packed_dataset", "data.order"),
+            "rows of one document with XTuner's order, which packs documents",
+            expected='use_packed_dataset=True, or order="internevo"',
+            fix="remove data.use_packed_dataset",
+        )
+    if data.type == "streaming":
+        yield from _streaming_findings(data)
+    if data.rampup_batch_size is not None:
+        yield from _rampup_findings(data.rampup_batch_size, data.micro_num)
+
+
+def _streaming_findings(data: DataConfig) -> Iterator[ConfigFinding]:
+    """Text is tokenized during training, so what that takes must be named before."""
+    needed = {
+        "data.train_folder": (data.train_folder, "a folder with text"),
+        "data.tokenizer_path": (data.tokenizer_path, "a tokenizer"),
+    }
+    for key, (value, expected) in needed.items():
+        if value is None:
+            yield ConfigFinding(
+                (key,), f'data.type="streaming" needs {key}', expected=expected
+            )
+    if data.rampup_batch_size is not None:
+        yield ConfigFinding(
+            ("data.rampup_batch_size", "data.type"),
+            'data.type="streaming" needs a fixed number of packs per step',
+            fix="remove rampup_batch_size, or tokenize the text first",
+        )
+
+
+def _rampup_findings(ramp: BatchSizeRampup, micro_num: int) -> Iterator[ConfigFinding]:
+    key = ("data.rampup_batch_size", "data.micro_num")
+    if ramp.start > micro_num:
+        yield ConfigFinding(
+            key,
+            f"starts at {ramp.start} micro-batches, above micro_num={micro_num}",
+            expected=RAMPUP_FORM,
+        )
+    elif (micro_num - ramp.start) % ramp.increment:
+        yield ConfigFinding(
+            key,
+            f"from {ramp.start} in steps of {ramp.increment} never reaches micro_num={micro_num}",
+            expected=f"an increment of {nearest(ramp.increment, micro_num - ramp.start)}",
+        )
