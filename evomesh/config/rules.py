@@ -263,12 +263,6 @@ def _learning_rate_findings(config: Config) -> Iterator[ConfigFinding]:
             expected="a warm-up shorter than data.total_steps",
             fix=f"lower warmup_ratio, or set lr_scheduler.total_steps={steps} too",
         )
-    if lr.eta_min > config.adam.lr:
-        yield ConfigFinding(
-            ("lr_scheduler.eta_min", "adam.lr"),
-            f"eta_min={lr.eta_min:g} is above adam.lr={config.adam.lr:g}",
-            expected="the rate at the end, at most the peak",
-        )
 
 
 def _job_name_findings(config: Config) -> Iterator[ConfigFinding]:
@@ -398,6 +392,12 @@ def _training_warnings(
             "lr_scheduler.total_steps",
             f"{lr.total_steps} differs from data.total_steps={data.total_steps}: training ends after "
             f"{data.total_steps} steps, the learning rate falls over {lr.total_steps}",
+        )
+    if lr.eta_min > config.adam.lr:
+        # InternEvo computes its formula with any pair, and two of its configs have one.
+        yield (
+            "lr_scheduler.eta_min",
+            f"{lr.eta_min:g} is above adam.lr={config.adam.lr:g}: after the warm-up the learning rate rises to it",
         )
     if given("grad_scaler") and config.model.dtype != "float16":
         yield (

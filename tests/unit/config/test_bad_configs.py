@@ -292,7 +292,6 @@ VALUES: list[tuple[list[str], list[str]]] = [
         ["lr_scheduler.init_steps=60000"],
         ["60000 steps of warm-up", "longer than the training, 50000"],
     ),
-    (["lr_scheduler.eta_min=1.0"], ["eta_min=1", "above adam.lr"]),
     (["adam.adam_beta2=1.0"], ["adam.adam_beta2", "< 1"]),
     (["adam.adam_eps=0.0"], ["adam.adam_eps", "> 0"]),
     (["grad_scaler.backoff_factor=1.0"], ["< 1"]),

@@ -343,6 +343,17 @@ def test_warnings_are_said_once(tmp_path: Path) -> None:
     )
 
 
+def test_a_rate_that_rises_at_the_end_is_a_warning(tmp_path: Path) -> None:
+    sets = ("adam.lr=2e-6", "lr_scheduler.eta_min=1e-5")
+    (text,) = [one for one in load(tmp_path, BASE, *sets).warnings if "eta_min" in one]
+    assert "1e-05 is above adam.lr=2e-06" in text and "rises to it" in text
+    assert not [
+        one
+        for one in load(tmp_path, BASE, sets[0], "lr_scheduler.eta_min=2e-6").warnings
+        if "eta_min" in one
+    ]
+
+
 def test_record_is_strict_json_and_comes_back(tmp_path: Path) -> None:
     loaded = load(
         tmp_path, BASE, "monitor.alert.feishu_alert_address=http://hook/SECRET", "generation.eos_id=[2, 0]",

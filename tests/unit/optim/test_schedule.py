@@ -40,6 +40,15 @@ def test_cosine_is_torchs() -> None:
         cosine.step()
 
 
+def test_a_rate_at_the_end_above_the_peak_is_risen_to() -> None:
+    """Two of InternEvo's configs have one; half way its formula gives the mean."""
+    config = LrConfig(eta_min=1e-5)
+    ends = [
+        learning_rate(step, config, AdamConfig(lr=2e-6), 50) for step in (0, 25, 50)
+    ]
+    assert ends == pytest.approx([2e-6, 6e-6, 1e-5], rel=1e-12)
+
+
 @covers("lr_scheduler.init_steps", "lr_scheduler.warmup_ratio")
 def test_init_steps_come_before_the_warm_up() -> None:
     config = LrConfig(init_steps=3, warmup_ratio=0.2, total_steps=20)
