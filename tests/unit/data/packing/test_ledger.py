@@ -166,7 +166,10 @@ def test_command_lists_a_step_and_a_document(folder: Path, tmp_path: Path) -> No
         (["--step", "1", "--gpus", "4", "--rank", "2"], "0 to 1"),
         (["--step", "6", "--gpus", "2"], r"0 to 5 \(data.total_steps\)"),
         (
-            ["--step", "1", "--set", "data.type=streaming"],
+            [
+                *("--step", "1", "--set", "data.type=streaming"),
+                *("--set", "data.tokenizer_path=t"),
+            ],
             "only known while it is read",
         ),
     ],
