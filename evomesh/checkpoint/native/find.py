@@ -18,6 +18,7 @@ from evomesh.checkpoint.native.format import (
     TensorRecord,
 )
 from evomesh.checkpoint.native.intact import read_until_intact, reading
+from evomesh.checkpoint.native.unfinished import is_marked
 from evomesh.config.folders import shared_role
 from evomesh.config.json_codec import decode_json
 from evomesh.errors import UserError
@@ -136,6 +137,14 @@ def open_checkpoint(storage: Storage, folder: str) -> Checkpoint:
     return Checkpoint(storage, folder, record)
 
 
+def _why_uncommitted(names: Sequence[str]) -> str:
+    """Say what a step folder without a commit record is, as far as its files show."""
+    reason = f"no {fmt.COMMIT}: an interrupted save"
+    if names and not is_marked(names):
+        reason += ", or a checkpoint that lost its record"
+    return f"{reason} ({', '.join(names) or 'no files'})"
+
+
 def _read_commit_record(storage: Storage, folder: str) -> CommitRecord:
     path = join(folder, fmt.COMMIT)
 
@@ -150,8 +159,7 @@ def _read_commit_record(storage: Storage, folder: str) -> CommitRecord:
 
     try:
         if not storage.exists(path):
-            names = ", ".join(storage.list(folder)) or "no files"
-            raise CheckpointError(f"no {fmt.COMMIT}: an interrupted save ({names})")
+            raise CheckpointError(_why_uncommitted(storage.list(folder)))
         return read_until_intact(path, read)
     except CheckpointError as error:
         raise CheckpointError(error.found, where=folder) from None

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from evomesh.checkpoint.native.find import Candidate, SaveFolder
+from evomesh.checkpoint.native.find import Candidate, SaveFolder, open_checkpoint
 from evomesh.checkpoint.native.format import CommitRecord
 from evomesh.checkpoint.native.load import CheckpointReader
 from evomesh.checkpoint.native.save import CheckpointWriter
@@ -207,6 +207,17 @@ def test_what_a_killed_deletion_left_is_deleted_by_the_next_save(
         save(writer, 3)
     save(writer_of(tmp_path, keep_last=1), 4)
     assert steps(tmp_path) == ["step-00000003", "step-00000004"]
+
+
+def test_a_marked_folder_is_an_interrupted_save_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "step-00000001"
+    folder.mkdir()
+    (folder / "0badc0de-unfinished").touch()
+    with pytest.raises(UserError) as caught:
+        open_checkpoint(LocalStorage(), str(folder))
+    assert "an interrupted save (0badc0de-unfinished)" in str(caught.value)
 
 
 def test_the_mark_of_a_save_is_gone_once_it_is_committed(tmp_path: Path) -> None:

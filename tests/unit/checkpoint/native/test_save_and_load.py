@@ -89,7 +89,8 @@ def test_a_damaged_newest_checkpoint_is_skipped_with_the_reason(tmp_path: Path) 
     found = CheckpointReader(report=said.append).newest(writer.folder)
     assert found is not None and found.step == 1
     text = "\n".join(said)
-    assert "step-00000003: no commit.json: an interrupted save" in text
+    lost = "no commit.json: an interrupted save, or a checkpoint that lost its record"
+    assert f"step-00000003: {lost}" in text
     assert "does not match its hash" in text and data.name in text and "using" in text
 
 
