@@ -20,7 +20,7 @@ from evomesh.errors import UserError
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 LINES_AND_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-# How Qwen's tokenizers cut text: contractions, words, single digits, signs, line ends.
+# How Qwen's tokenizers split text: contractions, words, single digits, signs, line ends.
 SPLITS = {
     "qwen2": rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}"
     rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{LINES_AND_SPACES}",
@@ -70,7 +70,7 @@ class FolderBackend:
         backend: a ``tokenizers.Tokenizer``.
         special: the text of each special token by its name ("bos_token").
         class_name: the class that ``transformers`` loads the folder with.
-        leading: the ids that are put in front of texts.
+        leading: the ids that are prepended to texts.
     """
 
     backend: Any
@@ -242,7 +242,7 @@ def _ends_of(model: Any) -> dict[str, str]:
 
 
 def _build_plain(model: Any) -> Any:
-    """Build a sentencepiece model's tokenizer for a folder without a class: no space is put in front of a text."""
+    """Build a sentencepiece model's tokenizer for a folder without a class: no space is prepended to a text."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, normalizers
 

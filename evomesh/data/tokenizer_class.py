@@ -36,7 +36,7 @@ class ClassRules:
         treatment: of spaces, digits and Unicode.
         tokens: the special tokens where the folder does not name them.
         composes: whether text is brought to Unicode's composed form (NFC) first.
-        adds_bos: whether bos is put in front of texts where the folder does not say.
+        adds_bos: whether bos is prepended to texts where the folder does not say.
         keeps_end: whether what a tokenizer.json puts around texts is kept.
     """
 

@@ -175,7 +175,7 @@ class GracefulServer(uvicorn.Server):
             sys.setswitchinterval(usual)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        # uvicorn alone would wait for all answers, or cut them off without a word. Here
+        # uvicorn alone would wait for all answers, or drop them without a word. Here
         # they may finish, then end with an error event, then their connections close.
         loop = asyncio.get_running_loop()
         ending = loop.call_later(STOP_SECONDS, self._end_answers)

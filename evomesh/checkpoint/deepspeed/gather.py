@@ -1,11 +1,11 @@
 """Put the parameters of a model together from the parts that DeepSpeed's ranks hold.
 
-ZeRO 1 and 2 put the parameters of an optimizer group end to end and cut the whole into
+ZeRO 1 and 2 put the parameters of an optimizer group end to end and split the whole into
 one part for each rank, so a parameter may continue on the next rank:
 
     rank 0: a a a a b b | rank 1: b b c c c .       (. is padding)
 
-ZeRO 3 cuts each parameter into equal parts, padded on the last rank, and puts a rank's
+ZeRO 3 shards each parameter into equal parts, padded on the last rank, and puts a rank's
 parts end to end:
 
     rank 0: a a b b c c | rank 1: a a b . c .

@@ -78,7 +78,7 @@ def read_array_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[
 
 def _map(handle: int, size: int) -> int:
     libc = _libc()
-    # ctypes takes a result for an int of 32 bits, which would cut an address.
+    # ctypes takes a result for an int of 32 bits, which would truncate an address.
     libc.mmap.restype = ctypes.c_void_p
     address = libc.mmap(
         None,
