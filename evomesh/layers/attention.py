@@ -6,7 +6,7 @@ Shapes: T packed tokens, D model, N query heads, G key/value heads, H head dim, 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
@@ -21,7 +21,7 @@ from evomesh.layers.dtype import promote
 from evomesh.layers.linear import ColumnParallelLinear, RowParallelLinear
 from evomesh.layers.norm import Norm
 from evomesh.layers.placement import Placement
-from evomesh.layers.rotary import split_and_rotate, split_heads
+from evomesh.layers.rotary import parts_of_groups, split_and_rotate, split_heads
 from evomesh.layers.scores import (
     CAPPED_BLOCK,
     PLAIN_SCORES,
@@ -252,6 +252,28 @@ def _causal(
     )
 
 
+def _query_blocks(
+    length: int, window: int, block: int
+) -> Iterator[tuple[slice, slice]]:
+    """Yield the positions of each block of queries, and of the keys that any of them sees.
+
+    A window of 4 and blocks of 2: queries 4 and 5 see the keys 1 to 5.
+    """
+    for start in range(0, length, block):
+        stop = min(start + block, length)
+        first_key = max(start - window + 1, 0)
+        yield slice(start, stop), slice(first_key, stop)
+
+
+def _visible(queries: slice, keys: slice, window: int, device: torch.device) -> Tensor:
+    """Return bool [queries, keys]: a query sees itself and the ``window`` - 1 keys before it."""
+    query = torch.arange(queries.start, queries.stop, device=device)[:, None]
+    key = torch.arange(keys.start, keys.stop, device=device)
+    is_causal = key <= query
+    is_within_window = key > query - window
+    return is_causal & is_within_window
+
+
 def _in_blocks(
     q: Tensor, k: Tensor, v: Tensor, window: int, block: int, scores: ScoreRule
 ) -> Tensor:
@@ -260,18 +282,13 @@ def _in_blocks(
     A block of queries at a time, with the keys that any of them sees: where L is longer
     than the window, work grows with L times the window, not with L squared.
     """
-    length = q.shape[2]
     outs = []
-    for start in range(0, length, block):
-        stop = min(start + block, length)
-        first_key = max(start - window + 1, 0)
-        queries = torch.arange(start, stop, device=q.device)[:, None]
-        keys = torch.arange(first_key, stop, device=q.device)
+    for queries, keys in _query_blocks(q.shape[2], window, block):
         out = attend_to_visible(
-            q[:, :, start:stop],
-            k[:, :, first_key:stop],
-            v[:, :, first_key:stop],
-            visible=(keys <= queries) & (keys > queries - window),
+            q[:, :, queries],
+            k[:, :, keys],
+            v[:, :, keys],
+            visible=_visible(queries, keys, window, q.device),
             rule=scores,
         )
         outs.append(out)
@@ -325,27 +342,25 @@ def _dropping_segment(
 ) -> Tensor:
     """Attend within one segment: q [N, L, H], k and v [G, L, H] -> [N, L, H], a block of queries at a time."""
     heads, length, width = q.shape
-    k = k.repeat_interleave(heads // k.shape[0], dim=0)
-    v = v.repeat_interleave(heads // v.shape[0], dim=0)
+    heads_per_group = heads // k.shape[0]
+    k = k.repeat_interleave(heads_per_group, dim=0)
+    v = v.repeat_interleave(heads_per_group, dim=0)
     outs = []
-    for start in range(0, length, MIN_WINDOW_BLOCK):
-        stop = min(start + MIN_WINDOW_BLOCK, length)
-        first_key = max(start - window + 1, 0)
-        queries = torch.arange(start, stop, device=q.device)[:, None]
-        keys = torch.arange(first_key, stop, device=q.device)
-        visible = (keys <= queries) & (keys > queries - window)
-        products = q[:, start:stop] @ k[:, first_key:stop].transpose(1, 2)
+    for queries, keys in _query_blocks(length, window, MIN_WINDOW_BLOCK):
+        products = q[:, queries] @ k[:, keys].transpose(1, 2)
         scores = rule.apply(products.to(promote(q.dtype)), width)
-        probabilities = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
+        hidden_keys = ~_visible(queries, keys, window, q.device)
+        probabilities = scores.masked_fill(hidden_keys, -torch.inf).softmax(dim=-1)
         dropped = drop_probabilities(
             probabilities,
             rate,
             numbers,
-            queries=numbers.tokens[start:stop],
-            first_key=first_key,
+            queries=numbers.tokens[queries],
+            first_key=keys.start,
             first_head=first_head,
         )
-        outs.append(dropped.to(v.dtype) @ v[:, first_key:stop])
+        out = dropped.to(v.dtype) @ v[:, keys]
+        outs.append(out)
     return torch.cat(outs, dim=1)
 
 
@@ -388,8 +403,11 @@ class Attention(nn.Module):
         drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        self.rotates, self.scores = rotates, scores
-        self.layer, self.interleaved, self.window = layer, interleaved, window
+        self.layer = layer
+        self.interleaved = interleaved
+        self.window = window
+        self.rotates = rotates
+        self.scores = scores
         self.drop_rate = drop_rate
         self.head_dim = head_dim or size // heads
         self.placement = placement
@@ -447,15 +465,11 @@ class Attention(nn.Module):
         """
         if self.q_norm is None or self.k_norm is None:
             return qkv
-        # [T, G, R + 2, H]
-        groups = qkv.view(
-            len(qkv), -1, self.group_width // self.head_dim, self.head_dim
-        )
-        queries = groups[:, :, :-2]
-        keys = groups[:, :, -2:-1]
-        values = groups[:, :, -1:]
-        normed = (_norm_rows(self.q_norm, queries), _norm_rows(self.k_norm, keys))
-        return torch.cat((*normed, values), dim=2).view(qkv.shape)
+        kv_heads = qkv.shape[1] // self.group_width
+        queries, keys, values = parts_of_groups(qkv, kv_heads, self.head_dim)
+        queries = _norm_rows(self.q_norm, queries)
+        keys = _norm_rows(self.k_norm, keys)
+        return torch.cat((queries, keys, values), dim=2).view(qkv.shape)
 
 
 def _norm_rows(norm: Norm, heads: Tensor) -> Tensor:

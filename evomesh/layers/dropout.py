@@ -16,6 +16,7 @@ the right bits, so both halves are taken by masks.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -90,16 +91,20 @@ def philox(key: Tensor, counter: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         counter: four int64 tensors that broadcast together, words of 32 bits; the first rounds stay as small as they.
     """
     low_key, high_key = (key & WORD).unbind()
+    low_step, high_step = KEY_STEPS
+    low_multiplier, high_multiplier = MULTIPLIERS
     c0, c1, c2, c3 = counter
     for _ in range(ROUNDS):
-        first = c0 * MULTIPLIERS[0]
-        second = c2 * MULTIPLIERS[1]
-        c0 = _upper(second) ^ c1 ^ low_key
-        c1 = second & WORD
-        c2 = _upper(first) ^ c3 ^ high_key
-        c3 = first & WORD
-        low_key = (low_key + KEY_STEPS[0]) & WORD
-        high_key = (high_key + KEY_STEPS[1]) & WORD
+        # The upper word of each product meets a word of the other half and of the key;
+        # its lower word moves by one place.
+        low = c0 * low_multiplier
+        high = c2 * high_multiplier
+        c0 = _upper(high) ^ c1 ^ low_key
+        c1 = _lower(high)
+        c2 = _upper(low) ^ c3 ^ high_key
+        c3 = _lower(low)
+        low_key = _lower(low_key + low_step)
+        high_key = _lower(high_key + high_step)
     return c0, c1, c2, c3
 
 
@@ -108,8 +113,16 @@ def _upper(product: Tensor) -> Tensor:
     return (product >> 32) & WORD
 
 
+def _lower(product: Tensor) -> Tensor:
+    return product & WORD
+
+
 def drop_columns(
-    x: Tensor, rate: float, numbers: MaskNumbers | None, site: int, rank: int
+    x: Tensor,
+    rate: float,
+    numbers: MaskNumbers | None,
+    site: int,
+    rank: int,
 ) -> Tensor:
     """Zero each element of ``x`` [S, D] with probability ``rate`` and scale the others by 1 / (1 - rate).
 
@@ -122,9 +135,12 @@ def drop_columns(
     rows, width = x.shape
     if rows != len(numbers.tokens):
         numbers = numbers.shard(rows, rank)
-    columns = torch.arange(-(-width // WORDS), device=x.device)
+    # A counter gives the words of four columns; the last one may have some to spare.
+    counters = math.ceil(width / WORDS)
+    columns = torch.arange(counters, device=x.device)
     tokens = numbers.tokens[:, None]
-    words = numbers.words(tokens, columns, site, head=torch.zeros_like(tokens))
+    no_head = torch.zeros_like(tokens)
+    words = numbers.words(tokens, columns, site, no_head)
     return keep(x, words[:, :width], rate)
 
 

@@ -94,11 +94,9 @@ class Embedding(nn.Module):
         super().__init__()
         # Rounded as the published weights were trained: sqrt(3072) is 55.5 in bfloat16.
         self.scale = torch.tensor(scale, dtype=placement.dtype).item()
-        self.placement, self.grad_scale, self.split_hidden = (
-            placement,
-            grad_scale,
-            split_hidden,
-        )
+        self.placement = placement
+        self.grad_scale = grad_scale
+        self.split_hidden = split_hidden
         shard_dim = 1 if split_hidden else 0
         shards = ((placement.mode.weight_axis, shard_dim),)
         local_shape = [rows, hidden_size]
@@ -130,10 +128,13 @@ class Embedding(nn.Module):
         """Look up the rows that this rank holds, zeros for others: ``P@tp -> I@tp`` (mtp) or ``P@tp -> S(0)@tp``."""
         axis = self.placement.axis
         rows = self.weight.shape[0]
-        local_ids = ids - axis.rank * rows
-        elsewhere = (local_ids < 0) | (local_ids >= rows)
-        found = self._look_up(local_ids.masked_fill(elsewhere, 0))
-        summand = found.masked_fill(elsewhere[:, None], 0.0)
+        first_row = axis.rank * rows
+        local_ids = ids - first_row
+        is_elsewhere = (local_ids < 0) | (local_ids >= rows)
+        # Rows of other ranks: look up row 0, then set what was found to zero.
+        local_ids = local_ids.masked_fill(is_elsewhere, 0)
+        found = self._look_up(local_ids)
+        summand = found.masked_fill(is_elsewhere[:, None], 0.0)
         if self.placement.mode.sequence_parallel:
             return reduce_scatter(summand, axis)
         return all_reduce(summand, axis)

@@ -160,12 +160,13 @@ def _draw_tile(
     # The lower two of the four counter words count draws, the upper two are the index
     # of the tile.
     counter = [0, 0, *tile]
-    philox = np.random.Philox(key=_stream_key(name, seed), counter=counter)
+    key = _stream_key(name, seed)
+    philox = np.random.Philox(key=key, counter=counter)
     generator = np.random.Generator(philox)
     if initial.kind == "normal":
         standard = generator.standard_normal(shape, dtype=np.float32)
         return standard * np.float32(initial.scale)
     # A uniform distribution on [-a, a] has the standard deviation a / sqrt(3).
     half_width = np.float32(math.sqrt(3) * initial.scale)
-    unit = generator.random(shape, dtype=np.float32)
+    unit = generator.random(shape, dtype=np.float32)  # in [0, 1)
     return (unit * 2 - 1) * half_width

@@ -42,13 +42,14 @@ class ColumnParallelLinear(nn.Module):
         super().__init__()
         self.placement = placement
         shards = ((placement.mode.weight_axis, 0),)
-        rows = out_features // placement.weight_shards
+        local_rows = out_features // placement.weight_shards
         weight_spec = ShardSpec((out_features, in_features), shards)
-        self.weight = placement.make_parameter((rows, in_features), weight_spec)
+        local_shape = (local_rows, in_features)
+        self.weight = placement.make_parameter(local_shape, weight_spec)
         self.bias = None
         if bias:
             bias_spec = ShardSpec((out_features,), shards)
-            self.bias = placement.make_parameter((rows,), bias_spec)
+            self.bias = placement.make_parameter((local_rows,), bias_spec)
 
     def forward(self, x: Tensor) -> Tensor:
         return column_parallel_linears(x, self)[0]
@@ -129,17 +130,18 @@ class _RegatherLinear(torch.autograd.Function):
         for dy_shard, w_shard in zip(dy_shards, w_shards, strict=True):
             dx = matmul_nt(dy_shard, w_shard.T, accumulate=dx)
         assert dx is not None
-
-        # bgrad
-        db_shards: list[Tensor | None] = []
-        for dy_shard, has_bias in zip(dy_shards, ctx.has_bias, strict=True):
-            db_shard = dy_shard.sum(0) if has_bias else None
-            db_shards.append(db_shard)
-
         dx_shard = reduce_scatter_no_grad(dx, ctx.axis)
 
-        # wgrad: dw = dy^T x, whose second operand matmul_nt takes transposed.
-        dw_shards = [matmul_nt(dy_shard.T, x.T) for dy_shard in dy_shards]
+        # bgrad and wgrad; dw = dy^T x is a product a b^T with b = x^T.
+        db_shards: list[Tensor | None] = []
+        dw_shards = []
+        for dy_shard, has_bias in zip(dy_shards, ctx.has_bias, strict=True):
+            db_shard = None
+            if has_bias:
+                db_shard = dy_shard.sum(0)
+            db_shards.append(db_shard)
+            dw_shard = matmul_nt(dy_shard.T, x.T)
+            dw_shards.append(dw_shard)
         return dx_shard, None, *dw_shards, *db_shards
 
 
@@ -162,18 +164,23 @@ class RowParallelLinear(nn.Module):
         weight_axis = placement.mode.weight_axis
         # Weight sharding (wp) shards dim 0 of every parameter; tensor parallelism
         # shards the summed dimension.
-        weight_dim = 1 if weight_axis == "tp" else 0
-        weight_shards = ((weight_axis, weight_dim),)
+        sharded_dim = 0 if weight_axis == "wp" else 1
+        weight_shards = ((weight_axis, sharded_dim),)
         weight_spec = ShardSpec((out_features, in_features), weight_shards)
-        columns = in_features // placement.weight_shards
-        self.weight = placement.make_parameter((out_features, columns), weight_spec)
+        local_columns = in_features // placement.weight_shards
+        local_shape = (out_features, local_columns)
+        self.weight = placement.make_parameter(local_shape, weight_spec)
         self.bias = None
         if bias:
-            # Tensor parallelism adds the bias to the sum, so that every rank needs all
-            # of it.
-            bias_shards = weight_shards if weight_axis == "wp" else ()
-            bias_spec = ShardSpec((out_features,), bias_shards, placement.partial)
+            bias_spec = self._bias_spec(out_features)
             self.bias = placement.make_parameter((out_features,), bias_spec)
+
+    def _bias_spec(self, out_features: int) -> ShardSpec:
+        shards: tuple[tuple[str, int], ...] = ()
+        if self.placement.mode.weight_axis == "wp":
+            shards = (("wp", 0),)
+        # Tensor parallelism adds the bias to the sum, so that every rank needs all of it.
+        return ShardSpec((out_features,), shards, self.placement.partial)
 
     def forward(self, x_shard: Tensor) -> Tensor:
         axis = self.placement.axis

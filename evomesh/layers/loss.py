@@ -128,7 +128,8 @@ def _logits_and_slope(
     hidden: Tensor, weight: Tensor, cap: float | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return the logits of a chunk [C, V], and with a soft cap its derivative, 1 - tanh(logits / cap)^2."""
-    logits = matmul_nt(hidden, weight).to(promote(hidden.dtype))
+    logits = matmul_nt(hidden, weight)
+    logits = logits.to(promote(hidden.dtype))
     if cap is None:
         return logits, None
     tanh = logits.div_(cap).tanh_()
@@ -268,12 +269,15 @@ class _GradientAccumulator:
         """
         weight = self._weight
         hidden_chunk = self._hidden_rows[part]
-        if weight.dtype == logit_grad.dtype:
-            self.hidden[part] = matmul_nt(logit_grad, weight.T).mul_(factor)
+        is_wide = weight.dtype == logit_grad.dtype
+        if is_wide:
             hidden_chunk = hidden_chunk * factor
         else:
             logit_grad = logit_grad.mul_(factor).to(weight.dtype)
-            self.hidden[part] = matmul_nt(logit_grad, weight.T)
+        hidden_grad = matmul_nt(logit_grad, weight.T)
+        if is_wide:
+            hidden_grad.mul_(factor)
+        self.hidden[part] = hidden_grad
         self._add_to_weight(logit_grad, hidden_chunk)
 
     def _add_to_weight(self, logit_grad: Tensor, hidden_chunk: Tensor) -> None:
@@ -396,7 +400,11 @@ class _VocabularyShard:
         )
 
     def subtract_target_(
-        self, exponentials: Tensor, label: Tensor, loss: _ChunkLoss, terms: LossTerms
+        self,
+        exponentials: Tensor,
+        label: Tensor,
+        loss: _ChunkLoss,
+        terms: LossTerms,
     ) -> None:
         """Replace ``exponentials`` [C, V] by ``exp_sum`` times d(token loss) / d(logit).
 
@@ -407,10 +415,14 @@ class _VocabularyShard:
         if terms.z_loss_coeff:
             factor = 1 + 2 * terms.z_loss_coeff * loss.log_sum
             exponentials.mul_(factor[:, None])
+
+        # The smoothed target: 1 - s at the label, and s / vocabulary size in every column.
         column, is_here = self._local_column(label)
-        exponentials.scatter_add_(1, column, is_here * exp_sum * (smoothing - 1))
+        minus_target = is_here * exp_sum * (smoothing - 1)
+        exponentials.scatter_add_(1, column, minus_target)
         if smoothing:
-            exponentials[:, : self.unpadded] -= exp_sum * (smoothing / self.vocab_size)
+            in_vocabulary = exponentials[:, : self.unpadded]
+            in_vocabulary -= exp_sum * (smoothing / self.vocab_size)
 
     def _local_column(self, label: Tensor) -> tuple[Tensor, Tensor]:
         """Return each label's local column (0 if another rank has it), and whether this rank has it."""

@@ -104,6 +104,7 @@ class FeedForward(nn.Module):
             gate, up = column_parallel_linears(x, self.w1, self.w3)
             hidden = _gated(gate, up, self.activation)
         else:
-            hidden = F.gelu(self.w1(x), approximate="tanh")
+            up = self.w1(x)
+            hidden = F.gelu(up, approximate="tanh")
         out: Tensor = self.w2(hidden)
         return out

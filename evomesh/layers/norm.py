@@ -19,32 +19,43 @@ from evomesh.parallel.spec import ShardSpec
 
 
 class _RmsNorm(torch.autograd.Function):
-    """y = w n, n = x r, r = 1 / sqrt(mean(x^2) + eps);  dx = r (w dy - n mean(w dy n)),  dw = sum over T of dy n.
+    """RMSNorm for the CPU, where torch's own takes many passes; it keeps only x and r.
 
-    For the CPU, where torch's own takes many passes; it keeps only x and r. Not for
-    compiled blocks: see _SwiGlu.
+        forward    r  = 1 / sqrt(mean(x^2) + eps)           [T, 1]
+                   n  = x r                                 [T, D]
+                   y  = w n                                 [T, D]
+        backward   dn = w dy                                [T, D]
+                   dx = r (dn - n mean(dn n))               [T, D]
+                   dw = sum over T of dy n                  [D]
+
+    r depends on x: dx loses the part of dn along n, since a longer x has the same n.
+    Not for compiled blocks: see _SwiGlu.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        # [T, 1]; from here on in place.
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        mean_square = norm.square_().div_(x.shape[-1])
-        scale = mean_square.add_(eps).rsqrt_()
+        # One tensor [T, 1], overwritten until it is r.
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale.square_().div_(x.shape[-1])
+        scale.add_(eps).rsqrt_()
         ctx.save_for_backward(x, scale, weight)
-        out: Tensor = (x * scale).mul_(weight)
-        return out
+        out: Tensor = x * scale
+        return out.mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, scale, weight = ctx.saved_tensors
         dy = grads[0]
-        normed = x * scale  # n
+        size = x.shape[-1]
+        normed = x * scale
         dy_normed = dy * normed
-        mean = (dy_normed @ weight).div_(x.shape[-1])  # mean(w dy n), [T]
-        dn = dy * weight
-        dx = dn.addcmul_(normed, mean.unsqueeze(-1), value=-1).mul_(scale)
         dw = dy_normed.sum(0)
+
+        # A product with the weight sums over D: mean(dn n) = (dy n) w / D, [T].
+        mean = (dy_normed @ weight).div_(size)
+        dn = dy * weight
+        dx = dn.addcmul_(normed, mean.unsqueeze(-1), value=-1)
+        dx.mul_(scale)
         return dx, dw, None
 
 
@@ -73,7 +84,9 @@ class Norm(nn.Module):
     ) -> None:
         super().__init__()
         self.offset = offset
-        self.size, self.eps, self.placement = size, eps, placement
+        self.size = size
+        self.eps = eps
+        self.placement = placement
         splits_columns = sharded and placement.mode.weight_axis == "tp"
         self.columns_axis = placement.axis if splits_columns else Axis("tp")
         spec = self._spec(of_heads, sharded)
@@ -113,15 +126,20 @@ class Norm(nn.Module):
         if self.offset:
             # In the wide dtype: bfloat16 has steps of 1/128 near 1, and finer ones near 0.
             weight = weight + 1
-        out: Tensor
-        if self.columns_axis.size > 1:
-            out = wide_x * self._scale_of_columns(wide_x) * weight
-        elif self.bias is not None:
-            out = F.layer_norm(
-                wide_x, (self.size,), weight, self.bias.to(wide), self.eps
-            )
-        elif x.is_cuda or torch.compiler.is_compiling():
-            out = F.rms_norm(wide_x, (self.size,), weight, self.eps)
-        else:
-            out = _RmsNorm.apply(wide_x, weight, self.eps)  # type: ignore[no-untyped-call]
+        out = self._normed(wide_x, weight)
         return out.to(self.placement.dtype)
+
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return the norm of ``x`` by the fastest way there is for it; both are in the wide dtype."""
+        if self.columns_axis.size > 1:
+            return x * self._scale_of_columns(x) * weight
+        shape = (self.size,)
+        if self.bias is not None:
+            bias = self.bias.to(x.dtype)
+            return F.layer_norm(x, shape, weight, bias, self.eps)
+        # torch's norm is one kernel on CUDA, and many passes on the CPU.
+        if x.is_cuda or torch.compiler.is_compiling():
+            return F.rms_norm(x, shape, weight, self.eps)
+        out: Tensor
+        out = _RmsNorm.apply(x, weight, self.eps)  # type: ignore[no-untyped-call]
+        return out

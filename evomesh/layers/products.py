@@ -25,17 +25,20 @@ FEW_ROWS = range(5, 33)
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x weight^T + bias [T, O] for x [T, I] and weight [O, I]."""
+    out: Tensor
     if uses_onednn(x, weight):
-        out: Tensor = _OneDnnLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        out = _OneDnnLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return out
     has_few_rows = x.is_cpu and len(x) in FEW_ROWS
     if not has_few_rows or torch.is_grad_enabled():
         return F.linear(x, weight, bias)
-    # weight x^T is the transposed result: decoding a few sequences at a time, the copy
-    # back costs less than MKL gains.
+    # Decoding a few sequences at a time: weight x^T is the transposed result, and the
+    # copy back costs less than MKL gains.
     transposed = weight @ x.T  # [O, T]
     out = transposed.T.contiguous()
-    return out if bias is None else out.add_(bias)
+    if bias is not None:
+        out.add_(bias)
+    return out
 
 
 def matmul_nt(
@@ -100,7 +103,15 @@ def onednn_is_faster() -> bool:
 
 
 class _OneDnnLinear(torch.autograd.Function):
-    """y = x W^T + b; dgrad dx = dy W; wgrad dW = dy^T x; bgrad db = sum over T of dy."""
+    """Linear layer whose three products oneDNN computes.
+
+        forward   y  = x w^T + b                [T, O]
+        dgrad     dx = dy w                     [T, I]
+        wgrad     dw = dy^T x                   [O, I]
+        bgrad     db = sum over T of dy         [O]
+
+    Each product is written as a b^T, the form that ``matmul_nt`` computes.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -113,8 +124,14 @@ class _OneDnnLinear(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         dy = grads[0]
+        dx = None
+        dw = None
+        db = None
         needs_dx, needs_dw, needs_db = ctx.needs_input_grad
-        dx = matmul_nt(dy, weight.T) if needs_dx else None
-        dw = matmul_nt(dy.T, x.T) if needs_dw else None
-        db = dy.sum(0) if needs_db else None
+        if needs_dx:
+            dx = matmul_nt(dy, weight.T)
+        if needs_dw:
+            dw = matmul_nt(dy.T, x.T)
+        if needs_db:
+            db = dy.sum(0)
         return dx, dw, db

@@ -65,13 +65,14 @@ class RotaryEmbedding:
     def _frequencies(self, bounds: SequenceBounds) -> Tensor:
         """Return the angle per position of each pair, [1, H/2] float64; [T, H/2] with dynamic NTK."""
         device = bounds.position_ids.device
-        options: dict[str, Any] = {"dtype": torch.float64, "device": device}
-        even_columns = torch.arange(0, self.head_dim, 2, **options)  # 2i, [H/2]
+        columns = torch.arange(self.head_dim, dtype=torch.float64, device=device)
+        even_columns = columns[::2]  # 2i, [H/2]
         exponent = even_columns / self.head_dim
-        base = torch.full((1,), self.base, **options)
+        base = columns.new_full((1, 1), self.base)
         if self.dynamic_ntk:
-            base = base * self._ntk_factor(bounds)
-        return base[:, None] ** -exponent
+            factor = self._ntk_factor(bounds)
+            base = base * factor[:, None]  # [T, 1]
+        return base**-exponent
 
     def _ntk_factor(self, bounds: SequenceBounds) -> Tensor:
         """Return what dynamic NTK multiplies the base by for each token, [T] float64: 1 up to ``max_position``."""
@@ -82,7 +83,10 @@ class RotaryEmbedding:
         return factor
 
     def _scaled(
-        self, frequencies: Tensor, bounds: SequenceBounds, scaling: RopeScaling
+        self,
+        frequencies: Tensor,
+        bounds: SequenceBounds,
+        scaling: RopeScaling,
     ) -> Tensor:
         """Return the frequencies [1, H/2] as a model with ``scaling`` has them, [1 or T, H/2]."""
         if scaling.type == "linear":
@@ -92,11 +96,11 @@ class RotaryEmbedding:
         if scaling.type == "yarn":
             return _yarn_frequencies(frequencies, scaling, self.head_dim, self.base)
         # longrope: one divisor a frequency, another one in segments beyond the original length.
-        short = frequencies.new_tensor(_given(scaling.short_factor))
-        long = frequencies.new_tensor(_given(scaling.long_factor))
-        # [T]
-        is_long = bounds.span() > _given(scaling.original_max_position_embeddings)
-        divisors = torch.where(is_long[:, None], long, short)
+        original_length = _given(scaling.original_max_position_embeddings)
+        is_long = bounds.span() > original_length  # [T]
+        long_divisors = frequencies.new_tensor(_given(scaling.long_factor))
+        short_divisors = frequencies.new_tensor(_given(scaling.short_factor))
+        divisors = torch.where(is_long[:, None], long_divisors, short_divisors)
         return frequencies / divisors
 
     def _attention_factor(self) -> float:
@@ -106,18 +110,16 @@ class RotaryEmbedding:
             return 1.0
         if scaling.attention_factor is not None:
             return scaling.attention_factor
-        original = _given(scaling.original_max_position_embeddings)
-        factor = scaling.factor or self.max_position / original
+        original_length = _given(scaling.original_max_position_embeddings)
+        factor = scaling.factor or self.max_position / original_length
         if scaling.type == "longrope":
-            return (
-                math.sqrt(1 + math.log(factor) / math.log(original))
-                if factor > 1
-                else 1.0
-            )
+            if factor <= 1:
+                return 1.0
+            return math.sqrt(1 + math.log(factor) / math.log(original_length))
         if scaling.mscale and scaling.mscale_all_dim:
-            return _yarn_magnitude(factor, scaling.mscale) / _yarn_magnitude(
-                factor, scaling.mscale_all_dim
-            )
+            # DeepSeek's two scales: where they are equal, the tables stay as they are.
+            magnitude = _yarn_magnitude(factor, scaling.mscale)
+            return magnitude / _yarn_magnitude(factor, scaling.mscale_all_dim)
         return _yarn_magnitude(factor, 1.0)
 
 
@@ -131,10 +133,12 @@ def _llama3_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     """Divide slow frequencies by ``factor``, keep fast ones, and interpolate between them by turns (Llama 3.1)."""
     low = _given(scaling.low_freq_factor)
     high = _given(scaling.high_freq_factor)
-    original = _given(scaling.original_max_position_embeddings)
-    # Turns that the angle makes within the original length.
-    turns = frequencies * (original / (2 * math.pi))
-    kept = ((turns - low) / (high - low)).clamp(0, 1)  # 0: divided, 1: as it is
+    original_length = _given(scaling.original_max_position_embeddings)
+    # An angle of f per position makes L f / (2 pi) turns within L positions.
+    turns_per_radian = original_length / (2 * math.pi)
+    turns = frequencies * turns_per_radian
+    position_in_range = (turns - low) / (high - low)
+    kept = position_in_range.clamp(0, 1)  # 0: divided, 1: as it is
     slow = frequencies / _given(scaling.factor)
     return frequencies * kept + slow * (1 - kept)
 
@@ -144,25 +148,30 @@ def _yarn_frequencies(
 ) -> Tensor:
     """Divide slow frequencies by ``factor``, keep fast ones, and interpolate between them by index (YaRN)."""
     first, last = _yarn_ramp(scaling, head_dim, base)
-    width = last - first or 0.001
+    width = last - first
+    if width == 0:
+        width = 0.001  # as transformers has it: a step instead of a ramp
     indices = torch.arange(
-        head_dim // 2, dtype=frequencies.dtype, device=frequencies.device
+        head_dim // 2,
+        dtype=frequencies.dtype,
+        device=frequencies.device,
     )
-    divided = ((indices - first) / width).clamp(0, 1)  # 0: as it is, 1: divided
+    position_in_ramp = (indices - first) / width
+    divided = position_in_ramp.clamp(0, 1)  # 0: as it is, 1: divided
     slow = frequencies / _given(scaling.factor)
     return slow * divided + frequencies * (1 - divided)
 
 
 def _yarn_ramp(scaling: RopeScaling, head_dim: int, base: float) -> tuple[float, float]:
     """Return the indices of the last frequency that is kept and of the first that is divided."""
-    original = _given(scaling.original_max_position_embeddings)
+    original_length = _given(scaling.original_max_position_embeddings)
 
     def index_of(turns: float) -> float:
         """Return the index, a real number, of the frequency with so many turns within the original length."""
-        # original * base^(-2i/H) = 2 pi turns, solved for i.
-        return (
-            head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
-        )
+        # L base^(-2i/H) = 2 pi turns, solved for i.
+        positions_per_radian = original_length / (turns * 2 * math.pi)
+        numerator = head_dim * math.log(positions_per_radian)
+        return numerator / (2 * math.log(base))
 
     first = index_of(scaling.beta_fast or 32.0)
     last = index_of(scaling.beta_slow or 1.0)
@@ -171,11 +180,16 @@ def _yarn_ramp(scaling: RopeScaling, head_dim: int, base: float) -> tuple[float,
         last = math.ceil(last)
     # As transformers has it: the upper bound is H - 1, although there are H / 2
     # frequencies.
-    return max(first, 0), min(last, head_dim - 1)
+    first = max(first, 0)
+    last = min(last, head_dim - 1)
+    return first, last
 
 
 def _yarn_magnitude(factor: float, scale: float) -> float:
-    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+    """Return what makes up for the flatter attention of a longer context: 0.1 scale ln(factor) + 1."""
+    if factor <= 1:
+        return 1.0
+    return 0.1 * scale * math.log(factor) + 1.0
 
 
 def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -196,10 +210,25 @@ def _rotate(
     out_b.copy_(torch.addcmul(b * cos, a, sin))
 
 
+def parts_of_groups(
+    qkv: Tensor, kv_heads: int, head_dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return views of the fused projection [T, G (R + 2) H]: queries [T, G, R, H], keys and values [T, G, 1, H]."""
+    groups = qkv.view(qkv.shape[0], kv_heads, -1, head_dim)  # [T, G, R + 2, H]
+    queries = groups[:, :, :-2]
+    keys = groups[:, :, -2:-1]
+    values = groups[:, :, -1:]
+    return queries, keys, values
+
+
 class _SplitRotate(torch.autograd.Function):
     """Split and rotate qkv in one pass, and its gradient in another; slices and concatenations would take one per part.
 
-    The backward of a rotation is the rotation by the negative angle.
+        forward    for each pair (a, b) of a query or key:
+                   out_a = a cos - b sin,  out_b = b cos + a sin
+        backward   the transpose of a rotation, which is the rotation by the negative angle
+
+    Values are copied.
     """
 
     @staticmethod
@@ -217,16 +246,12 @@ class _SplitRotate(torch.autograd.Function):
         ctx.save_for_backward(cos, sin)
         ctx.interleaved = interleaved
 
-        # Views of qkv: R query heads, the key head and the value head of each group.
-        groups = qkv.view(qkv.shape[0], kv_heads, -1, head_dim)  # [T, G, R + 2, H]
-        q_in = groups[:, :, :-2]
-        k_in = groups[:, :, -2:-1]
-        v_in = groups[:, :, -1]
+        q_in, k_in, v_in = parts_of_groups(qkv, kv_heads, head_dim)
         q = torch.empty_like(q_in)
         k = torch.empty_like(k_in)
         _rotate(q_in, cos, sin, q, interleaved)
         _rotate(k_in, cos, sin, k, interleaved)
-        return q.flatten(1, 2), k.squeeze(2), v_in.contiguous()
+        return q.flatten(1, 2), k.squeeze(2), v_in.squeeze(2).contiguous()
 
     @staticmethod
     def backward(
@@ -235,29 +260,30 @@ class _SplitRotate(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         dq, dk, dv = grads
         tokens, kv_heads, head_dim = dk.shape
-        dq = dq.reshape(tokens, kv_heads, -1, head_dim)  # [T, G, R, H]
-        dk = dk.unsqueeze(2)  # [T, G, 1, H]
-        queries = dq.shape[2]
+        heads = dq.shape[1] + 2 * kv_heads
+
         # Write each part to its place in the fused gradient; the angle is negated by
         # negating the sine.
-        dqkv = dq.new_empty(tokens, kv_heads, queries + 2, head_dim)
+        dqkv = dq.new_empty(tokens, heads * head_dim)
+        dq_place, dk_place, dv_place = parts_of_groups(dqkv, kv_heads, head_dim)
+        dq = dq.reshape(dq_place.shape)  # [T, G, R, H]
+        dk = dk.unsqueeze(2)  # [T, G, 1, H]
         minus_sin = -sin
-        _rotate(dq, cos, minus_sin, dqkv[:, :, :-2], ctx.interleaved)
-        _rotate(dk, cos, minus_sin, dqkv[:, :, -2:-1], ctx.interleaved)
-        dqkv[:, :, -1] = dv
-        return dqkv.view(tokens, -1), None, None, None, None, None
+        _rotate(dq, cos, minus_sin, dq_place, ctx.interleaved)
+        _rotate(dk, cos, minus_sin, dk_place, ctx.interleaved)
+        dv_place.copy_(dv.unsqueeze(2))
+        return dqkv, None, None, None, None, None
 
 
 def split_heads(
     qkv: Tensor, *, kv_heads: int, head_dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Split a fused projection like ``split_and_rotate``, for a layer without rotary positions."""
-    tokens = qkv.shape[0]
-    groups = qkv.view(tokens, kv_heads, -1, head_dim)  # [T, G, R + 2, H]
-    queries = groups[:, :, :-2]
-    keys = groups[:, :, -2]
-    values = groups[:, :, -1]
-    return queries.flatten(1, 2), keys.contiguous(), values.contiguous()
+    queries, keys, values = parts_of_groups(qkv, kv_heads, head_dim)
+    q = queries.flatten(1, 2)
+    k = keys.squeeze(2).contiguous()
+    v = values.squeeze(2).contiguous()
+    return q, k, v
 
 
 def split_and_rotate(
@@ -274,16 +300,27 @@ def split_and_rotate(
     ``qkv`` is group-major: for each key/value head its R query heads, the key head, the value head.
     """
     if qkv.is_cpu and not torch.is_grad_enabled():
-        # Without gradient q and k are rotated in one pass, and v stays a view of qkv.
-        groups = qkv.view(qkv.shape[0], kv_heads, -1, head_dim)  # [T, G, R + 2, H]
-        q_and_k = groups[:, :, :-1]
-        v = groups[:, :, -1]
-        rotated = torch.empty_like(q_and_k)
-        cos = cos[:, None, None]
-        sin = sin[:, None, None]
-        _rotate(q_and_k, cos, sin, rotated, interleaved)
-        q = rotated[:, :, :-1].flatten(1, 2)
-        k = rotated[:, :, -1]
-        return q, k, v
+        return _rotate_together(qkv, cos, sin, kv_heads, head_dim, interleaved)
     q, k, v = _SplitRotate.apply(qkv, cos, sin, kv_heads, head_dim, interleaved)  # type: ignore[no-untyped-call]
+    return q, k, v
+
+
+def _rotate_together(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    kv_heads: int,
+    head_dim: int,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotate q and k in one pass, without a gradient; v stays a view of ``qkv``."""
+    groups = qkv.view(qkv.shape[0], kv_heads, -1, head_dim)  # [T, G, R + 2, H]
+    q_and_k = groups[:, :, :-1]
+    v = groups[:, :, -1]
+    cos = cos[:, None, None]
+    sin = sin[:, None, None]
+    rotated = torch.empty_like(q_and_k)
+    _rotate(q_and_k, cos, sin, rotated, interleaved)
+    q = rotated[:, :, :-1].flatten(1, 2)
+    k = rotated[:, :, -1]
     return q, k, v

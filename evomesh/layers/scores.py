@@ -96,25 +96,43 @@ class _CappedAttention(torch.autograd.Function):
         softcap: float,
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, visible)
-        ctx.scale, ctx.softcap = scale, softcap
-        _, probabilities = _capped_scores(_by_group(q, k), k, visible, scale, softcap)
+        ctx.scale = scale
+        ctx.softcap = softcap
+        q_rows = _by_group(q, k)
+        _, probabilities = _capped_scores(
+            q_rows, k, visible, scale=scale, softcap=softcap
+        )
         out = probabilities.to(v.dtype) @ v  # [B, G, R L, H]
         return out.view(q.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, visible = ctx.saved_tensors
-        rows = _by_group(q, k)
-        tanh, probabilities = _capped_scores(rows, k, visible, ctx.scale, ctx.softcap)
+        q_rows = _by_group(q, k)  # [B, G, R L, H], as do
         do = _by_group(grads[0], k)
+        tanh, probabilities = _capped_scores(
+            q_rows,
+            k,
+            visible,
+            scale=ctx.scale,
+            softcap=ctx.softcap,
+        )
         dv = probabilities.to(do.dtype).mT @ do
-        dp = (do @ v.mT).to(probabilities.dtype)
-        mean = (dp * probabilities).sum(dim=-1, keepdim=True)
-        dz = probabilities * (dp - mean)
-        ds = (dz * (1 - tanh.square()) * ctx.scale).to(q.dtype)
-        dq = (ds @ k).view(q.shape)
-        dk = ds.mT @ rows
-        return dq, dk, dv, None, None, None
+
+        # The softmax: each row of dz sums to 0, as each row of p sums to 1.
+        dp = do @ v.mT
+        dp = dp.to(probabilities.dtype)
+        row_sum = (dp * probabilities).sum(dim=-1, keepdim=True)
+        dz = probabilities * (dp - row_sum)
+
+        # The cap: 1 - t^2 is 0 where the cap bounds a score.
+        slope = 1 - tanh.square()
+        ds = dz * slope * ctx.scale
+        ds = ds.to(q.dtype)
+
+        dq = ds @ k
+        dk = ds.mT @ q_rows
+        return dq.view(q.shape), dk, dv, None, None, None
 
 
 def _by_group(x: Tensor, k: Tensor) -> Tensor:
@@ -124,15 +142,30 @@ def _by_group(x: Tensor, k: Tensor) -> Tensor:
 
 
 def _capped_scores(
-    rows: Tensor, k: Tensor, visible: Tensor | None, scale: float, softcap: float
+    q_rows: Tensor,
+    k: Tensor,
+    visible: Tensor | None,
+    *,
+    scale: float,
+    softcap: float,
 ) -> tuple[Tensor, Tensor]:
     """Return tanh(scores / softcap) and the probabilities, both [B, G, R L, S] in at least float32."""
-    scores = (rows @ k.mT).to(promote(rows.dtype))
+    products = q_rows @ k.mT
+    scores = products.to(promote(q_rows.dtype))
     tanh = scores.mul_(scale / softcap).tanh_()
     capped = tanh * softcap
     if visible is not None:
-        # Each query head of a group sees the same keys: [B, G, R, L, S].
-        by_head = capped.view(*capped.shape[:2], -1, visible.shape[-2], k.shape[2])
-        hidden_keys = ~visible if visible.dim() == 2 else ~visible[:, :, None]
-        by_head.masked_fill_(hidden_keys, -torch.inf)
+        _hide(capped, visible)
     return tanh, capped.softmax(dim=-1)
+
+
+def _hide(scores: Tensor, visible: Tensor) -> None:
+    """Set the scores [B, G, R L, S] of keys that are not ``visible`` to minus infinity."""
+    batch, groups, _, keys = scores.shape
+    queries = visible.shape[-2]
+    hidden_keys = ~visible
+    if visible.dim() == 4:
+        hidden_keys = hidden_keys[:, :, None]  # [B, 1, 1, 1, S]
+    # Each query head of a group sees the same keys: [B, G, R, L, S].
+    by_head = scores.view(batch, groups, -1, queries, keys)
+    by_head.masked_fill_(hidden_keys, -torch.inf)

@@ -51,14 +51,16 @@ class SequenceBounds:
     def span(self) -> Tensor:
         """Return [T] int64: for each token, the last position of its segment plus one."""
         positions = self.position_ids
+        bounds = self.cu_seqlens
         tokens = torch.arange(
-            positions.shape[0], device=positions.device, dtype=self.cu_seqlens.dtype
+            len(positions), device=positions.device, dtype=bounds.dtype
         )
         # The number of bounds at or before a token is the index of its segment's end;
         # padded bounds come after all.
-        end_index = torch.searchsorted(self.cu_seqlens, tokens, right=True)
-        last_token = self.cu_seqlens[end_index].long() - 1
-        return positions[last_token] + 1
+        end_index = torch.searchsorted(bounds, tokens, right=True)
+        segment_end = bounds[end_index].long()
+        last_position = positions[segment_end - 1]
+        return last_position + 1
 
 
 class NumberedTokens(Protocol):
