@@ -3,27 +3,29 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 EVOMESH := $(VENV)/bin/evomesh
+CONSTRAINTS ?= constraints.txt
+TORCH_VERSIONS ?= 2.11.0 2.15.0
 DEMO ?= demo_data
 export DEMO_DATA := $(DEMO)
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: help env train test test-fast lint bench clean
+.PHONY: help env train test test-fast test-versions lint bench gpu wheels clean
 
 help: ## this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(VENV)/.core ## the environment for training only
 
 $(PY):
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.core: $(PY) pyproject.toml constraints.txt
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable .
+$(VENV)/.core: $(PY) pyproject.toml $(CONSTRAINTS)
+	$(PY) -m pip install --quiet --constraint $(CONSTRAINTS) --editable .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.core
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PY) -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	@touch $@
 
 train: $(VENV)/.core ## real text -> tokenizer -> dataset -> trained model -> validation -> sample
@@ -43,8 +45,26 @@ test: $(VENV)/.dev ## all tests
 test-fast: $(VENV)/.dev ## unit and architecture tests that start no process or server, for the inner loop
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup -m "not slow" tests/unit tests/arch
 
+# Another version of torch than the pinned one brings several GB of CUDA libraries, so this is never part of `make test`.
+test-versions: ## unit, architecture and distributed tests on other versions of torch (TORCH_VERSIONS="2.11.0 2.15.0")
+	@for version in $(TORCH_VERSIONS); do \
+	  folder=.venvs/torch-$$version; mkdir -p $$folder && \
+	  sed "s/^torch==.*/torch==$$version/" constraints.txt > $$folder/constraints.txt && \
+	  $(MAKE) VENV=$$folder/venv CONSTRAINTS=$$folder/constraints.txt $$folder/venv/.dev && \
+	  echo "== torch $$version" && \
+	  OMP_NUM_THREADS=1 $$folder/venv/bin/python -m pytest -n 2 --dist loadgroup tests/unit tests/arch tests/dist || exit 1; \
+	done
+
 bench: $(VENV)/.dev ## measure here, and write docs/benchmarks.md
 	$(PY) benchmarks/report.py
+
+# A machine with a GPU often has a torch of its own, which must stay: the environment is made only where there is none.
+gpu: ## the first hour on a GPU: tests, layouts, speed, profile, generation, serving -> gpu.md
+	@if $(PYTHON) -c 'import torch' 2>/dev/null; then $(PYTHON) benchmarks/gpu.py $(PARTS); \
+	else $(MAKE) $(VENV)/.dev && $(PY) benchmarks/gpu.py $(PARTS); fi
+
+wheels: $(VENV)/.dev ## dependencies, all but torch, for a GPU machine without a package index (FOR=3.12: its Python)
+	$(PY) tools/wheels.py wheels --python $(or $(FOR),3.12)
 
 clean: ## everything the two commands made, but for the environment
 	rm -rf $(DEMO) RUN llm_ckpts

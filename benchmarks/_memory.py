@@ -12,7 +12,7 @@ HALF, WIDE = 2, 4  # bytes of a 16-bit and of a float32 number
 
 @dataclass(frozen=True)
 class Sizes:
-    """A Llama without grouped heads: every number that the bytes depend on."""
+    """A Llama: every number that the bytes depend on."""
 
     layers: int
     hidden: int
@@ -21,10 +21,16 @@ class Sizes:
     vocab: int
     tokens: int
     chunk: int
+    kv_heads: int | None = None  # None: as many as heads
+
+    @property
+    def kv_width(self) -> int:
+        return self.hidden * (self.kv_heads or self.heads) // self.heads
 
     @property
     def parameters(self) -> int:
-        block = 4 * self.hidden**2 + 3 * self.hidden * self.mlp + 2 * self.hidden
+        attention = 2 * self.hidden**2 + 2 * self.hidden * self.kv_width
+        block = attention + 3 * self.hidden * self.mlp + 2 * self.hidden
         return self.layers * block + 2 * self.vocab * self.hidden + self.hidden
 
 
@@ -52,9 +58,8 @@ def layer_in_16_bits(of: Sizes) -> int:
     """The float32 input of both norms, and what comes out; q, k, v, what attention gives and its log sums; gate, up and
     their product."""
     norms = 2 * (WIDE + HALF) * of.hidden
-    return of.tokens * (
-        norms + 4 * HALF * of.hidden + WIDE * of.heads + 3 * HALF * of.mlp
-    )
+    attention = 2 * HALF * (of.hidden + of.kv_width) + WIDE * of.heads
+    return of.tokens * (norms + attention + 3 * HALF * of.mlp)
 
 
 def backward_in_16_bits(of: Sizes, recompute: float) -> int:

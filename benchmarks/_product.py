@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -19,10 +19,15 @@ from evomesh.train.step import StepOutput, train_step
 class Training:
     """Model, optimizer and scaler as `evomesh train` builds them; ``step`` is what it does with a batch."""
 
-    def __init__(self, model: ModelConfig, device: torch.device) -> None:
+    def __init__(
+        self, model: ModelConfig, device: torch.device, *, draw_on_device: bool = False
+    ) -> None:
         config, self.grid = Config(model=model), Grid()
         self.stages = build_stages(config, self.grid, MODES["mtp"], device)
-        self.stages.initialize(1, self.grid)
+        if draw_on_device:
+            draw_weights(self.stages.parameters().values())
+        else:
+            self.stages.initialize(1, self.grid)
         self.optimizer = ZeroOptimizer(
             self.stages.parameters().items(),
             config.adam,
@@ -47,6 +52,17 @@ class Training:
         )
         assert output is not None
         return output
+
+
+def draw_weights(parameters: Iterable[torch.Tensor]) -> None:
+    """Matrices small and random, norms one: what matters for speed."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in parameters:
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.02)
+            else:
+                parameter.fill_(1.0)
 
 
 def made_up(ids: torch.Tensor, lengths: Sequence[int], *, pin: bool = False) -> Batch:

@@ -46,6 +46,7 @@ from evomesh.train.allocator import keep_freed_memory
 SHAPES = {
     "1.3B": Shape(24, 2048, 16, 5504, 32000, ()),
     "7B-width": Shape(8, 4096, 32, 11008, 32000, ()),
+    "8B, half its layers": Shape(16, 4096, 32, 14336, 128256, (), 8),
     "10M": Shape(4, 256, 4, 704, 16000, ()),
 }
 ON_CUDA, ON_CPU = (
@@ -85,6 +86,7 @@ class Case:
             hidden_size=shape.hidden,
             vocab_size=shape.vocab,
             num_attention_heads=shape.heads,
+            num_kv_attention_heads=shape.kv_heads,
             mlp_ratio=shape.mlp / shape.hidden,
             multiple_of=1,
             dtype=self.dtype,  # type: ignore[arg-type]
@@ -102,6 +104,10 @@ class Case:
         )
         return made_up(ids, self.lengths, pin=self.device.type == "cuda")
 
+    def model_flops(self) -> float:
+        """Of a step, however much is recomputed."""
+        return self.micro_num * model_flops(self.shape, self.lengths)
+
     def bytes(self) -> int:
         """By arithmetic, in 16 bits."""
         shape = self.shape
@@ -113,6 +119,7 @@ class Case:
             shape.vocab,
             self.tokens,
             tokens_per_chunk(shape.vocab, True),
+            shape.kv_heads,
         )
         return bytes_in_16_bits(sizes, self.recompute)
 
@@ -129,11 +136,10 @@ class Measured:
 
 
 def measure(case: Case, steps: int, compiled: bool) -> Measured:
-    training, batch, on_cuda = (
-        Training(case.model(compiled), case.device),
-        case.batch(),
-        case.device.type == "cuda",
-    )
+    on_cuda = case.device.type == "cuda"
+    # Not the product's own weights: drawing billions of them takes longer than all the steps.
+    training = Training(case.model(compiled), case.device, draw_on_device=on_cuda)
+    batch = case.batch()
     seconds = []
     for step in range(-2, steps):  # two to warm up: compilation, the allocator
         if step == 0 and on_cuda:
@@ -170,10 +176,8 @@ def product_rate(device: torch.device, dtype: torch.dtype, repeats: int = 10) ->
 
 
 def row(case: Case, found: Measured, rate: float) -> str:
-    shape, exact = (
-        case.shape,
-        case.micro_num * model_flops(case.shape, case.lengths) / found.seconds,
-    )
+    shape = case.shape
+    exact = case.model_flops() / found.seconds
     formula = model_tflops(
         seconds=found.seconds,
         sequences=case.micro_num,

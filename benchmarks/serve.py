@@ -1,6 +1,6 @@
 """Tokens per second of 8 clients against one, through HTTP, on the same server; plus the time to the first token.
 
-    python benchmarks/serve.py [--ckpt DIR --tokenizer T] [--clients 8] [--tokens 128]
+    python benchmarks/serve.py [--ckpt DIR --tokenizer T] [--clients 8] [--tokens 128] [--dtype bfloat16]
 
 Without a checkpoint, a model with random weights of the size given by --hidden and --layers.
 """
@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -33,22 +34,42 @@ from evomesh.serve.loop import EngineLoop
 from evomesh.serve.service import GenerationService, ServedModel, ServiceLimits
 
 
-def random_service(
-    hidden: int, layers: int, vocab: int, slots: int, folder: Path
-) -> GenerationService:
+@dataclass(frozen=True)
+class RandomModel:
+    """Sizes of a model with random weights, and torch's name of their dtype."""
+
+    hidden: int
+    layers: int
+    vocab: int
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Tokens per second of one client and of many in turn, and their median seconds to the first token."""
+
+    clients: int
+    one: float
+    many: float
+    wait_one: float
+    wait_many: float
+
+
+def random_service(sizes: RandomModel, slots: int, folder: Path) -> GenerationService:
+    vocab = sizes.vocab
     config = ModelConfig(
         model_type="LLAMA2",
-        num_layers=layers,
-        hidden_size=hidden,
-        num_attention_heads=hidden // 64,
-        num_kv_attention_heads=max(1, hidden // 192),
+        num_layers=sizes.layers,
+        hidden_size=sizes.hidden,
+        num_attention_heads=sizes.hidden // 64,
+        num_kv_attention_heads=max(1, sizes.hidden // 192),
         mlp_ratio=8 / 3,
         vocab_size=vocab,
         no_bias=True,
-        dtype="float32",
+        dtype=sizes.dtype,  # type: ignore[arg-type]
         max_position_embeddings=1024,
     )
-    model = build_model(config)
+    model = build_model(config).to("cuda" if torch.cuda.is_available() else "cpu")
     initialize_weights(model, seed=1)
     alphabet = {
         symbol: number
@@ -119,6 +140,34 @@ def measure(url: str, clients: int, body: dict[str, object]) -> tuple[float, flo
     )
 
 
+def turns(
+    service: GenerationService, clients: int, tokens: int, rounds: int
+) -> Iterator[Compared]:
+    """One client and many in turn, so that a slow moment of the machine meets both; the first request warms up."""
+    body = {
+        "model": service.model.name,
+        "prompt": "def main(argv):\n    ",
+        "max_tokens": tokens,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    with running(service) as url:
+        measure(url, 1, body)
+        for _ in range(rounds):
+            one, wait_one = measure(url, 1, body)
+            many, wait_many = measure(url, clients, body)
+            yield Compared(clients, one, many, wait_one, wait_many)
+
+
+def compare(
+    sizes: RandomModel, clients: int, tokens: int, rounds: int
+) -> Iterator[Compared]:
+    with tempfile.TemporaryDirectory() as folder:
+        service = random_service(sizes, clients, Path(folder))
+        yield from turns(service, clients, tokens, rounds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -131,41 +180,25 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with tempfile.TemporaryDirectory() as folder:
-        if args.ckpt:
-            service = load_service(
-                args.ckpt,
-                device,
-                ModelOptions(args.tokenizer, template="none", slots=args.clients),
-            )
-        else:
-            service = random_service(
-                args.hidden, args.layers, args.vocab, args.clients, Path(folder)
-            )
-        body = {
-            "model": service.model.name,
-            "prompt": "def main(argv):\n    ",
-            "max_tokens": args.tokens,
-            "temperature": 0,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        with running(service) as url:
-            measure(url, 1, body)
-            ratios = []
-            # In turns, so that a slow moment of the machine meets both.
-            for _ in range(args.rounds):
-                one, wait_one = measure(url, 1, body)
-                many, wait_many = measure(url, args.clients, body)
-                ratios.append(many / one)
-                print(
-                    f"1 client: {one:7.1f} tokens/s, first after {wait_one * 1000:5.0f} ms   "
-                    f"{args.clients} clients: {many:7.1f} tokens/s, first after {wait_many * 1000:5.0f} ms   "
-                    f"ratio {many / one:.2f}",
-                    flush=True,
-                )
+    if args.ckpt:
+        options = ModelOptions(args.tokenizer, template="none", slots=args.clients)
+        service = load_service(args.ckpt, device, options)
+        found = turns(service, args.clients, args.tokens, args.rounds)
+    else:
+        sizes = RandomModel(args.hidden, args.layers, args.vocab, args.dtype)
+        found = compare(sizes, args.clients, args.tokens, args.rounds)
+    ratios = []
+    for turn in found:
+        ratios.append(turn.many / turn.one)
+        print(
+            f"1 client: {turn.one:7.1f} tokens/s, first after {turn.wait_one * 1000:5.0f} ms   "
+            f"{turn.clients} clients: {turn.many:7.1f} tokens/s, first after {turn.wait_many * 1000:5.0f} ms   "
+            f"ratio {ratios[-1]:.2f}",
+            flush=True,
+        )
     print(
         f"median ratio {statistics.median(ratios):.2f} on {device}, {torch.get_num_threads()} threads"
     )

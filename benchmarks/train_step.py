@@ -39,6 +39,7 @@ class Shape:
     mlp: int
     vocab: int
     documents: tuple[int, ...]  # lengths, packed into one sequence
+    kv_heads: int | None = None  # None: as many as heads
 
 
 SHAPES = {
@@ -170,7 +171,9 @@ def one_dnn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def model_flops(shape: Shape, lengths: tuple[int, ...]) -> float:
-    block = 4 * shape.hidden**2 + 3 * shape.hidden * shape.mlp
+    kv_width = shape.hidden * (shape.kv_heads or shape.heads) // shape.heads
+    attention_weights = 2 * shape.hidden**2 + 2 * shape.hidden * kv_width
+    block = attention_weights + 3 * shape.hidden * shape.mlp
     parameters = shape.layers * block + shape.hidden * shape.vocab
     attention = 6 * shape.layers * shape.hidden * sum(n * n for n in lengths)
     return 6.0 * parameters * sum(lengths) + attention
