@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 EVOMESH := $(VENV)/bin/evomesh
 CONSTRAINTS ?= constraints.txt
-TORCH_VERSIONS ?= 2.11.0 2.15.0
+TORCH_VERSIONS ?= 2.11.0 2.14.1
 DEMO ?= demo_data
 export DEMO_DATA := $(DEMO)
 export OMP_NUM_THREADS ?= 2
@@ -46,7 +46,7 @@ test-fast: $(VENV)/.dev ## unit and architecture tests that start no process or 
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup -m "not slow" tests/unit tests/arch
 
 # Another version of torch than the pinned one brings several GB of CUDA libraries, so this is never part of `make test`.
-test-versions: ## unit, architecture and distributed tests on other versions of torch (TORCH_VERSIONS="2.11.0 2.15.0")
+test-versions: ## unit, architecture and distributed tests on other versions of torch (TORCH_VERSIONS="2.11.0 2.14.1")
 	@for version in $(TORCH_VERSIONS); do \
 	  folder=.venvs/torch-$$version; mkdir -p $$folder && \
 	  sed "s/^torch==.*/torch==$$version/" constraints.txt > $$folder/constraints.txt && \
@@ -58,7 +58,7 @@ test-versions: ## unit, architecture and distributed tests on other versions of 
 bench: $(VENV)/.dev ## measure here, and write docs/benchmarks.md
 	$(PY) benchmarks/report.py
 
-# A machine with a GPU often has a torch of its own, which must stay: the environment is made only where there is none.
+# A machine with a GPU often has its own torch, which must stay: the environment is made only where there is none.
 gpu: ## the first hour on a GPU: tests, layouts, speed, profile, generation, serving -> gpu.md
 	@if $(PYTHON) -c 'import torch' 2>/dev/null; then $(PYTHON) benchmarks/gpu.py $(PARTS); \
 	else $(MAKE) $(VENV)/.dev && $(PY) benchmarks/gpu.py $(PARTS); fi

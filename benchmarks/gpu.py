@@ -2,7 +2,7 @@
 
 Run: make gpu          (or: python benchmarks/gpu.py [PART ...] [--minutes 10] [--output gpu.md])
 
-Each part of `gpu_parts.py` runs in a process of its own for at most so many minutes, and each row reaches the screen
+Each part of `gpu_parts.py` runs in a separate process for at most so many minutes, and each row reaches the screen
 and the file when it is measured, so that a machine which is lent for a while leaves what it had time for:
 
     tests     tests/gpu
@@ -14,8 +14,8 @@ and the file when it is measured, so that a machine which is lent for a while le
 
 It needs Python 3.11, torch 2.11 and the package's other dependencies. Where there is no package index, bring them:
 `make wheels` on a machine that has one fills wheels/, and what is missing here is installed from there into
-.gpu_site/, next to the Python that is used and not into it. Without a GPU, small shapes run on the CPU, and the table
-says so.
+.gpu_site/, next to the Python that is used and not into it. Without a GPU, small shapes run on the CPU, as the
+table's first line reports.
 
 Exit code 1: a part failed, or a row is not what it has to be.
 """
@@ -124,7 +124,7 @@ def lines_of_part(part: str, command: list[str], minutes: float) -> Iterator[str
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "PYTHONUNBUFFERED": "1",
     }
-    # A session of its own, so that the end of the time reaches the part's ranks and servers too.
+    # A separate session, so that the end of the time reaches the part's ranks and servers too.
     process = subprocess.Popen(
         command,
         cwd=ROOT,

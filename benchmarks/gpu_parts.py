@@ -20,7 +20,7 @@ import torch
 from gpu import HEADS, PARTS, ROOT, table_line
 from gpu_step import SHAPES, Case, measure, product_rate
 
-# As a package: the checkout has a generate.py of its own.
+# As a package: the checkout has its own generate.py.
 from benchmarks import generate, serve
 from evomesh.layers.compiler import missing_for_compiling
 
