@@ -68,6 +68,7 @@ NOTHING = (
     "parallel.",
     "ckpt.",
     "monitor.",
+    "grad_profiling.",
     "generation.",
     "data.train_folder",
     "data.valid_folder",

@@ -11,6 +11,7 @@ from evomesh.config.data_rules import data_findings
 from evomesh.config.families import FAMILY_FACTS
 from evomesh.config.finding import ConfigFinding, nearest
 from evomesh.config.folders import shared_role
+from evomesh.config.grad_profiling import profiling_findings
 from evomesh.config.layout import layout_findings
 from evomesh.config.reading.draft import leaves
 from evomesh.config.rope import scaling_problems
@@ -72,6 +73,7 @@ def check(
         *_job_name_findings(config),
         *layout_findings(config),
         *_checkpoint_findings(config),
+        *profiling_findings(config.grad_profiling, config.model),
     ]
     findings += _twice_given(given)
     findings += [

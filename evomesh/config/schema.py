@@ -1,6 +1,6 @@
 """Every section of a config as one frozen pydantic model; nothing here imports torch.
 
-The sections ``model`` and ``data`` have files of their name.
+The sections ``model``, ``data`` and ``grad_profiling`` have files of their name.
 
 Field names are InternEvo's. A field's default and description are written here and
 nowhere else. The loader (``loader.py``) resolves older spellings
@@ -17,6 +17,7 @@ from typing import Literal
 from pydantic import Field
 
 from evomesh.config.data import DataConfig
+from evomesh.config.grad_profiling import GradProfilingConfig
 from evomesh.config.model import (
     DType,
     LayerType,
@@ -30,6 +31,7 @@ from evomesh.config.section import Section
 __all__ = [
     "DType",
     "DataConfig",
+    "GradProfilingConfig",
     "LayerType",
     "ModelConfig",
     "ModelFamily",
@@ -474,6 +476,10 @@ class Config(Section):
     )
     monitor: MonitorConfig = Field(
         MonitorConfig(), description="Alerts; also TensorBoard settings."
+    )
+    grad_profiling: GradProfilingConfig = Field(
+        GradProfilingConfig(),
+        description="Gradient norms and zeros of single layers, for the metrics.",
     )
     generation: GenerationConfig | None = Field(
         None,

@@ -26,6 +26,7 @@ from evomesh.optim.buckets import (
     copy_masters_to_parameters,
 )
 from evomesh.optim.clip import GradientCheck, check_norm, clip_factor, global_norm
+from evomesh.optim.gradient_profile import GradientProfile
 from evomesh.optim.groups import has_weight_decay
 from evomesh.optim.slot import ParameterSlot, make_slot
 from evomesh.parallel.grid import Grid
@@ -40,9 +41,11 @@ class StepResult:
 
     Attributes:
         norm: float64 scalar, global norm of the unscaled gradient before clipping; inf or NaN if the step was skipped.
+        profile: [R], what ``GradientProfile.measure`` returned; None without a profile.
     """
 
     norm: Tensor
+    profile: Tensor | None = None
 
     @property
     def grad_norm(self) -> float:
@@ -120,7 +123,13 @@ class ZeroOptimizer:
         self._gradients.expect_micro_batches(micro_batches)
 
     @torch.no_grad()
-    def step(self, lr: float, beta2: float, inv_scale: float) -> StepResult:
+    def step(
+        self,
+        lr: float,
+        beta2: float,
+        inv_scale: float,
+        profile: GradientProfile | None = None,
+    ) -> StepResult:
         """Make one update with the gradients accumulated since ``zero_grad``; the host never waits for the device.
 
         Only the device knows whether the gradient is finite, so phases 4 to 6 always
@@ -129,6 +138,7 @@ class ZeroOptimizer:
 
         Args:
             inv_scale: 1 / the loss scale that the gradients carry.
+            profile: measures the gradients of this step too.
 
         Returns:
             the norm, the same on every rank. If it is not finite, nothing changes.
@@ -150,6 +160,7 @@ class ZeroOptimizer:
 
         # 3. One norm over all parameters and ranks, each element counted once.
         norm = global_norm(counted, self.grid, self.device) * inv_scale
+        measured = None if profile is None else profile.measure()
 
         # 4. AdamW on this rank's rows, with the clipped gradient; skipped by the device if the norm is not finite.
         divisor = self._scale_gradients(gradients, norm, inv_scale)
@@ -163,7 +174,7 @@ class ZeroOptimizer:
         # 6. Free the gradients of the masters.
         for slot in self.slots:
             slot.master.grad = None
-        return StepResult(norm)
+        return StepResult(norm, measured)
 
     def _scale_gradients(
         self, gradients: list[Tensor], norm: Tensor, inv_scale: float

@@ -27,6 +27,7 @@ from evomesh.data.build import (
     build_valid_data,
     check_manifest,
 )
+from evomesh.optim.gradient_profile import GradientProfile
 from evomesh.optim.scaler import LossScaler
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.collectives import all_gather_objects
@@ -52,6 +53,7 @@ class TrainingRun:
         resumed_step: step of the checkpoint this process started from, None for a fresh start.
         reason: one line that says what the run starts from.
         stream: the batches; taken by ``take_batch``.
+        gradient_profile: measures gradients in the steps of ``grad_profiling``; None when it is off.
     """
 
     config: Config
@@ -68,6 +70,7 @@ class TrainingRun:
     checkpoints: CheckpointWriter | None
     resumed_step: int | None
     reason: str
+    gradient_profile: GradientProfile | None = None
     _state_before_batch: dict[str, Any] | None = field(default=None, repr=False)
     _batch_was_returned: bool = field(default=False, repr=False)
 
@@ -164,7 +167,18 @@ def build_run(loaded: LoadedConfig, context: RunContext) -> TrainingRun:
         checkpoints=writer,
         resumed_step=start.resumed_step,
         reason=start.reason,
+        gradient_profile=_gradient_profile(config, optimizer),
     )
+
+
+def _gradient_profile(
+    config: Config, optimizer: ZeroOptimizer
+) -> GradientProfile | None:
+    """Return what measures gradients, None if nothing is to be measured."""
+    if not config.grad_profiling.is_on:
+        return None
+    tied = config.model.tie_word_embeddings
+    return GradientProfile(config.grad_profiling, optimizer.slots, optimizer.grid, tied)
 
 
 def _build_data(config: Config) -> tuple[TrainData, list[ValidationSet]]:

@@ -9,6 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
+from torch import Tensor
+
 from evomesh.config.schema import Config
 from evomesh.config.user import expand_home
 from evomesh.data.batch import Batch
@@ -25,6 +28,7 @@ from evomesh.monitor.run_folder import (
     tensorboard_folder,
 )
 from evomesh.monitor.tensorboard import TensorBoardWriter
+from evomesh.storage.atomic_file import write_atomically
 from evomesh.train.launch import RunContext
 from evomesh.train.state import TrainState
 from evomesh.train.step import StepOutput
@@ -76,6 +80,7 @@ class RunReporter:
         self._board: TensorBoardWriter | None = None
         self._metrics_output = OptionalOutput("metrics.jsonl", tries_again=True)
         self._board_output = OptionalOutput("TensorBoard files", tries_again=False)
+        self._rows_output = OptionalOutput("grad_norm", tries_again=True)
         self._progress: ProgressLine | None = None
 
     def _check_folders(self) -> None:
@@ -163,6 +168,10 @@ class RunReporter:
                     output.update.check,
                     line,
                 )
+        gradients = output.gradients
+        if self.main and gradients is not None and gradients.vocab_norms is not None:
+            rows = gradients.vocab_norms
+            self._rows_output.attempt(lambda: write_rows(self.folder, step, rows))
         if self._progress is not None:
             self._progress.update(step + 1, record.loss, record.tgs * self.world_size)
         return record
@@ -247,4 +256,16 @@ class RunReporter:
         extras.pop("loss", None)  # the record has the objective under this name
         if self.config.loss.z_loss_coeff:
             extras[Z_LOSS] = output.z_loss
+        if output.gradients is not None:
+            extras |= output.gradients.scalars
         return extras
+
+
+def write_rows(folder: Path, step: int, norms: Tensor) -> None:
+    """Write the gradient norm of each row of the output head [V], as ``grad_norm/vocab_grad_norm-00000005.npy``.
+
+    A step that a resumed run redoes replaces its file.
+    """
+    path = folder / "grad_norm" / f"vocab_grad_norm-{step:08d}.npy"
+    with write_atomically(path) as file:
+        np.save(file, norms.numpy().astype(np.float32))

@@ -12,6 +12,7 @@ from evomesh.config.schema import IGNORE, LossConfig
 from evomesh.data.batch import Batch
 from evomesh.layers.loss import LossOutput, LossTerms
 from evomesh.monitor.profile import region
+from evomesh.optim.gradient_profile import GradientFigures, GradientProfile
 from evomesh.optim.scaler import LossScaler
 from evomesh.optim.zero import StepResult, ZeroOptimizer
 from evomesh.parallel.collectives import all_reduce_no_grad
@@ -31,6 +32,7 @@ class StepOutput:
         update: gradient norm, and whether the update was applied.
         fwd_bwd_time: seconds in forward and backward.
         z_loss: the part of ``loss`` that is z-loss.
+        gradients: figures of single layers; None in steps that are not profiled.
     """
 
     loss: float
@@ -38,6 +40,7 @@ class StepOutput:
     update: StepResult
     fwd_bwd_time: float = 0.0
     z_loss: float = 0.0
+    gradients: GradientFigures | None = None
 
 
 def seed_step(seed: int, step: int, dp_rank: int) -> None:
@@ -60,6 +63,7 @@ def train_step(
     lr: float,
     beta2: float,
     should_stop: Callable[[int], bool] | None = None,
+    profile: GradientProfile | None = None,
 ) -> StepOutput | None:
     """Accumulate the gradient of the mean loss over all target tokens of the global batch, and apply it.
 
@@ -72,6 +76,7 @@ def train_step(
         batch: on the host; pinned, if there is a device to copy it to.
         should_stop: called between micro-batches with the number of finished ones; True
             interrupts the step. Never called in a pipeline.
+        profile: measures the gradients of this step.
 
     Returns:
         None when ``should_stop`` interrupted the step: its gradients are dropped and nothing else has changed.
@@ -101,13 +106,16 @@ def train_step(
 
     # 3. Update: clips, skips a gradient that is not finite, applies AdamW.
     with region("optimizer"):
-        norm = optimizer.step(lr, beta2, 1.0 / scaler.scale).norm
+        update = optimizer.step(lr, beta2, 1.0 / scaler.scale, profile)
     optimizer.zero_grad()
 
     # 4. Results: one copy to the host.
-    results = _read_results(norm, objectives, tally, grid)
+    results, measured = _read_results(update, objectives, tally, grid)
+    figures = None
+    if profile is not None:
+        figures = profile.figures(measured, 1.0 / scaler.scale)
     scaler.update(results.update.check)
-    return replace(results, fwd_bwd_time=watch.seconds())
+    return replace(results, fwd_bwd_time=watch.seconds(), gradients=figures)
 
 
 def _add_objectives(objectives: Tensor, output: LossOutput, scale: float) -> None:
@@ -118,31 +126,39 @@ def _add_objectives(objectives: Tensor, output: LossOutput, scale: float) -> Non
 
 
 def _read_results(
-    norm: Tensor,
+    update: StepResult,
     objectives: Tensor,
     tally: LossTally,
     grid: Grid,
-) -> StepOutput:
-    """Sum objectives [2] and tally over all ranks and bring them to the host together with the gradient norm.
+) -> tuple[StepOutput, Tensor]:
+    """Sum objectives [2] and tally over all ranks and bring them to the host together with what the update returned.
 
     Only ranks of the last pipeline stage have added losses, so the sum over pp counts
     each loss once.
+
+    Returns:
+        the results, and what a profile measured; empty without one.
     """
     objectives = all_reduce_no_grad(objectives, grid.dp, grid.pp)
     sums = tally.reduce(grid.dp, grid.pp).sums
-    # One tensor [3 + sums], so that the host waits once: norm, the two objectives, then
-    # the sums of the tally.
+    # One tensor [3 + sums + R], so that the host waits once: norm, the two objectives,
+    # the sums of the tally, then what a profile measured.
     on_device = [
-        norm.unsqueeze(0),
+        update.norm.unsqueeze(0),
         objectives,
         sums.flatten(),
     ]
+    if update.profile is not None:
+        on_device.append(update.profile)
     results = copy_to_host(torch.cat(on_device))
     host_norm, loss, z_loss = results[:3]
-    host_sums = results[3:].view_as(sums)
+    end_of_sums = 3 + sums.numel()
+    host_sums = results[3:end_of_sums].view_as(sums)
     host_tally = LossTally(tally.types, results.device, host_sums)
-    update = StepResult(host_norm)
-    return StepOutput(float(loss), host_tally, update, z_loss=float(z_loss))
+    output = StepOutput(
+        float(loss), host_tally, StepResult(host_norm), z_loss=float(z_loss)
+    )
+    return output, results[end_of_sums:]
 
 
 def copy_to_host(results: Tensor) -> Tensor:

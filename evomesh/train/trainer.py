@@ -165,6 +165,7 @@ class Trainer:
         )
         adam_beta2 = beta2(state.step_count, config.beta2_scheduler, config.adam)
         loss_scale = run.scaler.scale
+        is_profiled = config.grad_profiling.is_due(step)
         output = train_step(
             batch,
             schedule=run.stages.schedule,
@@ -176,6 +177,7 @@ class Trainer:
             lr=lr,
             beta2=adam_beta2,
             should_stop=partial(poll.between_micro_batches, step),
+            profile=run.gradient_profile if is_profiled else None,
         )
         if output is None:
             return None

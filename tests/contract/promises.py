@@ -189,6 +189,11 @@ DIFFERENCES: tuple[tuple[str, str], ...] = (
         "gradient norm",
         "one norm over all parameters is clipped, and printed as one number",
     ),
+    (
+        "grad_profiling",
+        "the norm of a layer is that of all its gradients, where InternEvo adds the norms of its parameters; zeros are "
+        "counted, where InternEvo gives their share; rows of the head go to .npy files",
+    ),
     ("NaN", "counts as a failed step, as inf does; too many in a row end the run"),
     ("lr in the log", "the rate that this step used; InternEvo prints the next one"),
     ("min_length", "counts tokens; InternEvo's guide says rows"),

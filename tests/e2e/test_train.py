@@ -47,6 +47,11 @@ FLOAT16 = """
 model["dtype"] = "torch.float16"
 grad_scaler = dict(fp16=dict(initial_scale=2.0**33, min_scale=1, growth_interval=4), max_scale=2.0**34, hysteresis=1)
 """
+GRAD_PROFILING = """
+grad_profiling = dict(
+    grad_norm_profiling=True, zero_grad_profiling=True, vocab_grad_norm_profiling=True, interval_steps=8,
+)
+"""
 BFLOAT16 = 'model["dtype"] = "torch.bfloat16"\nmodel["checkpoint"] = 0.5\n'
 
 
@@ -68,7 +73,7 @@ def train(
 def test_a_run_prints_the_documents_line_and_records_the_same_numbers(
     tmp_path: Path, interpreter: Interpreter
 ) -> None:
-    write_run(tmp_path, 'data["valid_every"] = 10\n')
+    write_run(tmp_path, 'data["valid_every"] = 10\n' + GRAD_PROFILING)
     output = train(interpreter, tmp_path)
     lines = [match.group(6) for match in LINE.finditer(output)]
     assert len(lines) == 20, output[-3000:]
@@ -91,6 +96,17 @@ def test_a_run_prints_the_documents_line_and_records_the_same_numbers(
         validations[0]["val/en_plex"], math.exp(validations[0]["val/en_loss"])
     )
     assert list(tmp_path.glob("RUN/tiny/*/**/events.out.tfevents*"))
+
+    measured = [row for row in rows if "layer_grad_norm/layers.1" in row]
+    assert [row["step"] for row in measured] == [0, 8, 16]
+    for row in measured:
+        layers = [row[key] for key in row if key.startswith("layer_grad_norm/")]
+        assert math.isclose(math.hypot(*layers), row["grad_norm"], rel_tol=1e-6)
+        assert row["layer_zero_grad/embedding"] % 32 == 0  # whole rows of tokens
+    files = sorted(tmp_path.glob("RUN/tiny/*/grad_norm/*"))
+    assert [int(path.stem.rpartition("-")[2]) for path in files] == [0, 8, 16]
+    head = measured[-1]["layer_grad_norm/head"]
+    assert math.isclose(np.linalg.norm(np.load(files[-1])), head, rel_tol=1e-5)
 
 
 @covers("data.skip_batches", "promise:skip-batches")
@@ -271,7 +287,7 @@ def test_bad_data_anywhere_in_a_file_ends_the_run_before_it_writes(
     part: str,
     split: str,
 ) -> None:
-    write_run(tmp_path, 'data["valid_every"] = 10\n')
+    write_run(tmp_path, 'data["valid_every"] = 10\n' + GRAD_PROFILING)
     data = tmp_path / "data" / split / "en/data.bin"
     lines = data.read_bytes().splitlines(keepends=True)
     start = sum(map(len, lines[:-2]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -13,7 +12,7 @@ from evomesh.config.reading.draft import ConfigDraft
 from evomesh.config.schema import Config
 
 # key -> (the value that describes what happens anyway and needs no warning; why any
-# other has no effect). An empty block stands for a block whose switches are all off.
+# other has no effect).
 ABSENT = object()
 NO_EXPERTS = "there are no mixture-of-experts layers here"
 TEXT_ONLY = "evomesh trains on text, and this describes images"
@@ -21,10 +20,6 @@ INERT: dict[str, tuple[Any, str]] = {
     "metric_dtype": ("fp32", "metrics are always accumulated in at least float32"),
     "batch_count": (0, "the step is counted by the training state"),
     "alert_address": (None, "use monitor.alert.feishu_alert_address"),
-    "grad_profiling": (
-        {},
-        "the log has the norm of the whole gradient, not of single layers",
-    ),
     "selective_checkpoint": (False, "model.checkpoint recomputes whole layers"),
     "selective_checkpoint_offload": (False, "activations stay on the device"),
     "use_apex_adam": (False, "there is one AdamW, fused where the device has kernels"),
@@ -159,14 +154,8 @@ def drop_inert(draft: ConfigDraft) -> None:
         if name not in section:
             continue
         value = section.pop(name)
-        is_off_block = usual == {} and _has_no_true(value)
-        if value != usual and not is_off_block and key not in draft.off:
+        if value != usual and key not in draft.off:
             draft.warn(key, f"{value!r} has no effect: {why}")
-
-
-def _has_no_true(value: Any) -> bool:
-    """Return whether a value is a block in which no switch is on."""
-    return isinstance(value, Mapping) and True not in value.values()
 
 
 def _reason_without_effect(key: str) -> str:

@@ -92,6 +92,7 @@ TUPLES = (
     "generation.eos_id",
     "generation.additional_eos_token_list",
     "adam.no_decay",
+    "grad_profiling.layers",
     "model.layer_types",
     "model.nope_layers",
     "model.rope_scaling.short_factor",

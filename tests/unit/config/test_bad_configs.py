@@ -30,6 +30,15 @@ def base(tmp_path: Path) -> Path:
 
 # what is set -> parts of the message
 VALUES: list[tuple[list[str], list[str]]] = [
+    (
+        ["grad_profiling=dict(grad_norm_profiling=True, layers=['layers.48', 'head'])"],
+        ["grad_profiling.layers", "no layer 'layers.48'", "layers.0 to layers.47"],
+    ),
+    (
+        ["grad_profiling=dict(zero_grad_profiling=True, interval_steps=0)"],
+        ["grad_profiling.interval_steps", "found 0", ">= 1"],
+    ),
+    (["grad_profiling=dict(layer=['head'])"], ["did you mean grad_profiling.layers?"]),
     (["modle={}"], ["modle", "unknown key", "did you mean model?"]),
     (["data.micro_bzs=2"], ["data.micro_bzs", "did you mean data.micro_bsz?"]),
     (["adam.betas=1"], ["adam.betas (--set)", "unknown key 'betas'"]),

@@ -13,6 +13,7 @@ from torch import Tensor
 from evomesh.config.schema import (
     IGNORE,
     Config,
+    GradProfilingConfig,
     LossConfig,
     ModelConfig,
     ParallelConfig,
@@ -20,6 +21,7 @@ from evomesh.config.schema import (
 )
 from evomesh.data.batch import Batch
 from evomesh.layers import attention, loss
+from evomesh.optim.gradient_profile import GradientProfile
 from evomesh.optim.scaler import LossScaler
 from evomesh.optim.zero import ZeroOptimizer
 from evomesh.parallel.build import build_grid
@@ -37,6 +39,9 @@ pytestmark = pytest.mark.slow
 META = torch.device("meta")
 ALONE, ONE = Grid(), ParallelConfig()
 T, VOCAB = 48, 64
+MEASURED = GradProfilingConfig(
+    grad_norm_profiling=True, zero_grad_profiling=True, vocab_grad_norm_profiling=True
+)
 SHAPE = dict(
     num_layers=2,
     hidden_size=32,
@@ -91,7 +96,9 @@ class CountedStep:
         self.reads.append(tuple(results.shape))
         return torch.zeros(results.shape, dtype=results.dtype)
 
-    def __call__(self, reduction: str = "token") -> None:
+    def __call__(
+        self, reduction: str = "token", profile: GradientProfile | None = None
+    ) -> None:
         settings = LossConfig(reduction=reduction, label_smoothing=0.1)  # type: ignore[arg-type]
         step.train_step(
             host_batch(),
@@ -103,6 +110,7 @@ class CountedStep:
             data_types=["a", "b"],
             lr=1e-3,
             beta2=0.95,
+            profile=profile,
         )
 
 
@@ -174,7 +182,7 @@ class TestHostWaitsOfAStep:
     def test_one_wait_in_every_layout(
         self, monkeypatch: pytest.MonkeyPatch, layout: dict[str, Any]
     ) -> None:
-        """In a fake world of four ranks, whose collectives return immediately.
+        """In a fake world of four ranks, whose collectives return immediately; the second step is profiled.
 
         A pipeline runs its last stage only, without torch's schedule, which cannot agree on shapes there.
         """
@@ -186,10 +194,13 @@ class TestHostWaitsOfAStep:
             counted_step = CountedStep(
                 monkeypatch, "bfloat16", grid=grid, parallel=parallel, zero=overlap
             )
+            optimizer = counted_step.optimizer
+            profile = GradientProfile(MEASURED, optimizer.slots, grid, tied=False)
             with no_host_waits():
                 counted_step()
-                counted_step()
-        assert len(counted_step.reads) == 2
+                counted_step(profile=profile)
+        usual, measured = counted_step.reads
+        assert measured[0] == usual[0] + 2 * len(profile.elements) + VOCAB
 
     @pytest.mark.parametrize("place", ["layer", "loss", "optimizer", "update"])
     def test_a_second_wait_fails_this_test(
